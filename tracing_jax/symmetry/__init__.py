@@ -1,1 +1,25 @@
+"""Maps that keep the function of a model: data plus `apply`, `invert` and `compose`, driven by the axis table."""
 
+from tracing_jax.symmetry.permutation import (
+    Permutations,
+    check_permutations,
+    compose,
+    identity,
+    invert,
+    permute,
+    permute_leaf,
+    random_permutations,
+    share_moved,
+)
+
+__all__ = [
+    "Permutations",
+    "check_permutations",
+    "compose",
+    "identity",
+    "invert",
+    "permute",
+    "permute_leaf",
+    "random_permutations",
+    "share_moved",
+]

@@ -1,0 +1,87 @@
+"""Embed, Block and Head of the llama-like families: Llama, Mistral, Qwen, Gemma, OLMo and Granite differ by flags."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from tracing_jax.arch import Arch
+from tracing_jax.models.layers import Attention, GatedMlp, Kernel, Norm, scaled
+from tracing_jax.tree import Tree
+
+_NO_WINDOW = jnp.iinfo(jnp.int32).max
+
+
+class Embed(nn.Module):
+    """Token ids to embedding features, scaled as the family asks, in the computing dtype."""
+
+    arch: Arch
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        shape = (self.arch.vocab_size, self.arch.embed_dim)
+        table = self.param("embedding", nn.initializers.normal(0.02), shape)
+        return scaled(table[tokens].astype(self.dtype), self.arch.embed_scale)
+
+
+class Block(nn.Module):
+    """One layer. Rope and window come in as data, so that all layers of a model share one compiled program."""
+
+    arch: Arch
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], frequencies: Float[Array, "H2"], window: Int[Array, ""]
+    ) -> Float[Array, "B T D"]:
+        self.sow("taps", "residual", x)
+        y = self._norm("attn_norm", self.arch.pre_norms, x)
+        y = Attention(self.arch, name="attn")(y, frequencies, window)
+        x = x + scaled(self._norm("attn_post_norm", self.arch.post_norms, y), self.arch.residual_scale)
+        y = self._norm("mlp_norm", self.arch.pre_norms, x)
+        y = GatedMlp(self.arch, name="mlp")(y)
+        return x + scaled(self._norm("mlp_post_norm", self.arch.post_norms, y), self.arch.residual_scale)
+
+    def _norm(self, name: str, present: bool, x: jax.Array) -> jax.Array:
+        return Norm(self.arch, (self.arch.embed_dim,), name=name)(x) if present else x
+
+
+class Head(nn.Module):
+    """Final norm and logits in float32; a tied model is handed its embedding table."""
+
+    arch: Arch
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], embedding: Float[Array, "V D"] | None = None
+    ) -> Float[Array, "B T V"]:
+        D, V = self.arch.embed_dim, self.arch.vocab_size
+        x = Norm(self.arch, (D,), name="norm")(x)
+        if self.arch.tied:
+            assert embedding is not None, "a tied head needs the embedding table"
+            logits = jnp.einsum("btd,vd->btv", x, embedding.astype(x.dtype), precision="highest")
+        else:
+            logits = Kernel((D, V), "btd,dv->btv", name="lm_head")(x)
+        logits = scaled(logits.astype(jnp.float32), self.arch.logit_scale)
+        cap = self.arch.logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def layer_inputs(arch: Arch, layer: int) -> tuple[jax.Array, jax.Array]:
+    """Returns what a block takes beside the hidden state: the rope's frequencies `[H/2]` and the window (scalar)."""
+    window = arch.layer_windows[layer]
+    frequencies = jnp.asarray(arch.rope_frequencies[arch.layer_ropes[layer]], jnp.float32)
+    return frequencies, jnp.asarray(_NO_WINDOW if window is None else window, jnp.int32)
+
+
+def init_params(arch: Arch, key: PRNGKeyArray) -> Tree:
+    """Returns freshly initialised float32 params `{embed, layers: {"0": ...}, head}`: normal(0.02), unit gains."""
+    embed_key, head_key, *layer_keys = jax.random.split(key, arch.num_layers + 2)
+    tokens, x = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1, arch.embed_dim))
+    embed = Embed(arch).init(embed_key, tokens)["params"]
+    layers = {}
+    for i, layer_key in enumerate(layer_keys):
+        layers[str(i)] = Block(arch).init(layer_key, x, *layer_inputs(arch, i))["params"]
+    head = Head(arch).init(head_key, x, embed["embedding"] if arch.tied else None).get("params", {})
+    return {"embed": embed, "layers": layers, "head": head}

@@ -1,0 +1,56 @@
+"""The device mesh, and which mesh axis splits which axis of a weight."""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tracing_jax.axes import AxisTable, Leaf, kind_of
+from tracing_jax.tree import Tree, map_named
+
+MESH_AXIS = {"mlp": "model", "kv_heads": "model", "vocab": "model"}
+"""Axis kind -> mesh axis (tensor parallelism). Token blocks are split over `data`."""
+
+
+def make_mesh(data: int = 1, model: int = 1) -> Mesh:
+    """Returns a mesh `(data, model)` over the devices of this program; -1 for one of them takes what is left.
+
+    Raises:
+      ValueError: more devices asked for than there are, or a count that is not positive.
+    """
+    available = len(jax.devices())
+    if data == -1:
+        data = available // max(model, 1)
+    if model == -1:
+        model = available // max(data, 1)
+    if min(data, model) < 1 or data * model > available:
+        raise ValueError(
+            f"mesh (data={data}, model={model}) needs {data * model} devices, {available} are there; "
+            "set config.mesh.data and config.mesh.model (-1 takes what is left)"
+        )
+    devices = np.asarray(jax.devices()[: data * model]).reshape(data, model)
+    return Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def leaf_spec(row: Leaf, table: AxisTable, mesh: Mesh) -> P:
+    """Returns how a leaf is split: the first axis with a mesh axis whose size divides evenly, the rest whole."""
+    used: set[str] = set()
+    spec: list[str | None] = []
+    for axis in row.axes:
+        mesh_axis = MESH_AXIS.get(kind_of(axis)) if axis is not None else None
+        fits = mesh_axis is not None and mesh_axis not in used and table.sizes[axis] % mesh.shape[mesh_axis] == 0  # type: ignore[index]
+        spec.append(mesh_axis if fits else None)
+        used |= {mesh_axis} if fits else set()  # type: ignore[arg-type]
+    return P(*spec)
+
+
+def place(tree: Tree, table: AxisTable, mesh: Mesh) -> Tree:
+    """Returns the tree on the devices of the mesh, each leaf split as its row says."""
+    return map_named(
+        lambda name, leaf: jax.device_put(leaf, NamedSharding(mesh, leaf_spec(table.leaves[name], table, mesh))), tree
+    )
+
+
+def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
+    """Returns the sharding of token blocks: the batch axis over `data`, after `leading` whole axes."""
+    return NamedSharding(mesh, P(*(None,) * leading, "data"))

@@ -1,0 +1,111 @@
+"""`ParamSource`: a model's params, part by part. Sources wrap one another lazily."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+from jax.sharding import Mesh
+
+from tracing_jax.arch import Arch
+from tracing_jax.axes import AxisTable, axis_table
+from tracing_jax.sharding import place
+from tracing_jax.symmetry import Permutations, check_permutations, permute
+from tracing_jax.tree import Tree
+
+
+class ParamSource(Protocol):
+    """Gives a model's params in parts: the subtrees `embed`, `layers/<i>` and `head` of its tree."""
+
+    @property
+    def arch(self) -> Arch:
+        """The facts of the model."""
+
+    def embed(self) -> Tree:
+        """Returns the subtree `embed`."""
+
+    def layer(self, index: int) -> Tree:
+        """Returns the subtree `layers/<index>`."""
+
+    def head(self) -> Tree:
+        """Returns the subtree `head`, without the embedding that a tied head shares."""
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """A source over a whole tree of params."""
+
+    arch: Arch
+    params: Tree
+
+    def embed(self) -> Tree:
+        """Returns the subtree `embed`."""
+        return self.params["embed"]
+
+    def layer(self, index: int) -> Tree:
+        """Returns the subtree `layers/<index>`."""
+        return self.params["layers"][str(index)]
+
+    def head(self) -> Tree:
+        """Returns the subtree `head`."""
+        return self.params["head"]
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """A source whose parts are those of another, each passed through `function(part, table of the part)`."""
+
+    source: ParamSource
+    function: Callable[[Tree, AxisTable], Tree]
+
+    @property
+    def arch(self) -> Arch:
+        """The facts of the wrapped model."""
+        return self.source.arch
+
+    @cached_property
+    def _table(self) -> AxisTable:
+        return axis_table(self.arch)
+
+    def embed(self) -> Tree:
+        """Returns the transformed subtree `embed`."""
+        return self.function(self.source.embed(), self._table.restricted("embed/"))
+
+    def layer(self, index: int) -> Tree:
+        """Returns the transformed subtree `layers/<index>`."""
+        return self.function(self.source.layer(index), self._table.restricted(f"layers/{index}/"))
+
+    def head(self) -> Tree:
+        """Returns the transformed subtree `head`."""
+        return self.function(self.source.head(), self._table.restricted("head/"))
+
+
+def permuted(source: ParamSource, permutations: Permutations) -> Mapped:
+    """Returns the source with its units permuted, part by part as they are asked for.
+
+    Raises:
+      ValueError: the permutations do not fit the model.
+    """
+    check_permutations(permutations, axis_table(source.arch))
+    return Mapped(source, lambda part, table: permute(part, permutations, table))
+
+
+def placed(source: ParamSource, mesh: Mesh) -> Mapped:
+    """Returns the source with its parts on the devices of a mesh, split by the axis table."""
+    return Mapped(source, lambda part, table: place(part, table, mesh))
+
+
+def parts(source: ParamSource) -> Iterator[tuple[str, Tree]]:
+    """Yields (name, subtree) for `embed`, each layer in order, and `head`."""
+    yield "embed", source.embed()
+    for i in range(source.arch.num_layers):
+        yield f"layers/{i}", source.layer(i)
+    yield "head", source.head()
+
+
+def in_memory(source: ParamSource) -> InMemory:
+    """Returns the source with all its parts read once and kept."""
+    if isinstance(source, InMemory):
+        return source
+    layers = {str(i): source.layer(i) for i in range(source.arch.num_layers)}
+    return InMemory(source.arch, {"embed": source.embed(), "layers": layers, "head": source.head()})

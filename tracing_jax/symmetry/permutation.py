@@ -1,0 +1,156 @@
+"""Permutations of units: data plus `permute`, `invert` and `compose`, on any pytree with an axis table.
+
+A permutation is `int32 p` with `new[i] = old[p[i]]`. A nested axis has one row per unit of the axis that holds it,
+indexed after that axis has moved: with p on `kv_heads` and r on `q_group`, `new[i, j] = old[p[i], r[i, j]]`.
+A set of permutations maps axis names to such arrays; an axis that is not named stays where it is.
+"""
+
+import zlib
+from collections.abc import Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int, PRNGKeyArray
+
+from tracing_jax.axes import PERMUTABLE, SYMMETRY, AxisTable, Leaf, kind_of
+from tracing_jax.tree import Tree, map_named
+
+Permutations = Mapping[str, Int[np.ndarray, "*parent n"]]
+
+
+def random_permutations(key: PRNGKeyArray, table: AxisTable, kinds: Iterable[str]) -> dict[str, np.ndarray]:
+    """Returns a uniformly random permutation for every axis of the given kinds; each axis has its own stream.
+
+    Raises:
+      ValueError: a kind without an axis in this table, or one whose units may not be permuted.
+    """
+    permutations = {}
+    for axis in table.axes_of_kind(kinds):
+        axis_key = jax.random.fold_in(key, zlib.crc32(axis.encode()))
+        shape = _shape(table, axis)
+        units = jnp.broadcast_to(jnp.arange(shape[-1], dtype=jnp.int32), shape)
+        permutations[axis] = np.asarray(jax.random.permutation(axis_key, units, axis=-1, independent=True))
+    check_permutations(permutations, table)
+    return permutations
+
+
+def identity(table: AxisTable, axes: Iterable[str]) -> dict[str, np.ndarray]:
+    """Returns the permutations that move nothing on the named axes."""
+    shapes = {axis: _shape(table, axis) for axis in axes}
+    return {axis: np.broadcast_to(np.arange(s[-1], dtype=np.int32), s).copy() for axis, s in shapes.items()}
+
+
+def permute(params: Tree, permutations: Permutations, table: AxisTable) -> Tree:
+    """Returns params with the units of every named axis permuted in every leaf that carries it.
+
+    Works on a whole tree and, with a restricted table, on one layer. Sharded leaves keep their sharding.
+
+    Raises:
+      ValueError: as `check_permutations`, or a leaf that the table does not have.
+    """
+    check_permutations(permutations, table)
+
+    def moved(name: str, leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+        if name not in table.leaves:
+            raise ValueError(f"leaf {name} is not in the axis table; add its row")
+        return permute_leaf(leaf, table.leaves[name], permutations, table.within)
+
+    return map_named(moved, params)
+
+
+def permute_leaf(
+    leaf: jax.Array | np.ndarray, row: Leaf, permutations: Permutations, within: Mapping[str, str]
+) -> jax.Array | np.ndarray:
+    """Returns one leaf with its named axes permuted; a numpy leaf stays numpy, bit for bit."""
+    if not any(axis in permutations for axis in row.axes):
+        return leaf
+    if isinstance(leaf, np.ndarray):
+        return _take_all(leaf, row, permutations, within)
+    # An eager take of a sharded array comes back replicated; under jit it keeps its place.
+    take = jax.jit(lambda x: _take_all(x, row, permutations, within), out_shardings=leaf.sharding)
+    return take(leaf)
+
+
+def invert(permutations: Permutations, table: AxisTable) -> dict[str, np.ndarray]:
+    """Returns the permutations that undo these, exactly: `compose(invert(p), p)` is the identity."""
+    inverse = {}
+    for axis, p in permutations.items():
+        parent = table.within.get(axis)
+        if parent in permutations:
+            p = p[np.argsort(permutations[parent])]
+        inverse[axis] = np.argsort(p, axis=-1).astype(np.int32)
+    return inverse
+
+
+def compose(second: Permutations, first: Permutations, table: AxisTable) -> dict[str, np.ndarray]:
+    """Returns the permutations that act like `first`, then `second`: `new[i] = old[first[second[i]]]`."""
+    axes = list(first) + [axis for axis in second if axis not in first]
+    complete = identity(table, axes)
+    composed = {}
+    for axis in axes:
+        p, q = second.get(axis, complete[axis]), first.get(axis, complete[axis])
+        parent = table.within.get(axis)
+        if parent is None:
+            composed[axis] = q[p]
+            continue
+        rows = q[second[parent]] if parent in second else q
+        composed[axis] = np.take_along_axis(rows, p, axis=-1)
+    return composed
+
+
+def share_moved(permutations: Permutations) -> dict[str, float]:
+    """Returns, for each kind of axis, the share of units that do not stay where they are."""
+    moved: dict[str, list[np.ndarray]] = {}
+    for axis, p in permutations.items():
+        moved.setdefault(kind_of(axis), []).append((p != np.arange(p.shape[-1])).ravel())
+    return {kind: float(np.concatenate(parts).mean()) for kind, parts in moved.items()}
+
+
+def check_permutations(permutations: Permutations, table: AxisTable) -> None:
+    """Checks every permutation against the table, on the host: a wrong index on a device would go unnoticed.
+
+    Raises:
+      ValueError: unknown axes, kinds that may not be permuted, wrong shapes, indices missing or doubled; all at once.
+    """
+    lines = []
+    for axis, p in permutations.items():
+        if axis not in table.sizes:
+            lines.append(f"{axis}: no such axis; the table has {', '.join(table.sizes)}")
+            continue
+        if _restricts(axis):
+            lines.append(f"{axis}: its units may not be permuted; free are {', '.join(PERMUTABLE)}")
+        shape = _shape(table, axis)
+        if p.shape != shape or not np.issubdtype(p.dtype, np.integer):
+            lines.append(f"{axis}: expected integers of shape {shape}, found {p.dtype} of {p.shape}")
+        elif (np.sort(p, axis=-1) != np.arange(shape[-1])).any():
+            lines.append(f"{axis}: not a permutation of 0..{shape[-1] - 1} (an index is missing, doubled or outside)")
+    if lines:
+        raise ValueError("permutations do not fit the axis table:\n  " + "\n  ".join(lines))
+
+
+def _restricts(axis: str) -> bool:
+    # Axes that a caller named for a tree of their own have no entry in SYMMETRY and are free.
+    return kind_of(axis) in SYMMETRY and kind_of(axis) not in PERMUTABLE
+
+
+def _shape(table: AxisTable, axis: str) -> tuple[int, ...]:
+    parent = table.within.get(axis)
+    return (table.sizes[axis],) if parent is None else (table.sizes[parent], table.sizes[axis])
+
+
+def _take_all(
+    x: jax.Array | np.ndarray, row: Leaf, permutations: Permutations, within: Mapping[str, str]
+) -> jax.Array | np.ndarray:
+    xp = np if isinstance(x, np.ndarray) else jnp
+    flat = [(d, axis) for d, axis in enumerate(row.axes) if axis in permutations and axis not in within]
+    nested = [(d, axis) for d, axis in enumerate(row.axes) if axis in permutations and axis in within]
+    for dim, axis in flat:
+        x = xp.take(x, permutations[axis], axis=dim)
+    for dim, axis in nested:
+        parent = row.axes.index(within[axis])
+        shape = [1] * x.ndim
+        shape[parent], shape[dim] = permutations[axis].shape
+        index = permutations[axis].reshape(shape) if parent < dim else permutations[axis].T.reshape(shape)
+        x = xp.take_along_axis(x, xp.asarray(index), axis=dim)
+    return x

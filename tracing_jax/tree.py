@@ -1,0 +1,65 @@
+"""Pytrees by leaf name: `layers/3/mlp/up_proj/kernel` is the one way in which this package addresses a weight."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+Tree = Any
+"""Any pytree; for model parameters, nested dicts with arrays at the leaves."""
+
+
+def name_of(path: tuple[Any, ...]) -> str:
+    """Returns the name of a leaf, its keys joined by slashes, from a `jax.tree_util` key path."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+    """Returns the leaves of a pytree by name, in the tree's own order."""
+    return {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the nested dict with these leaves: the inverse of `flatten` for trees made of dicts with string keys."""
+    root: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *parents, last = name.split("/")
+        node = root
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return root
+
+
+def map_named(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    """Returns the tree with every leaf replaced by `function(name, leaf, *leaves of rest)`."""
+    return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(name_of(path), *leaves), tree, *rest)
+
+
+def select(tree: Tree, pattern: str) -> dict[str, Any]:
+    """Returns the leaves by name whose whole name matches the regular expression `pattern`."""
+    return {name: leaf for name, leaf in flatten(tree).items() if re.fullmatch(pattern, name)}
+
+
+def num_bytes(tree: Tree) -> int:
+    """Returns the size of all leaves in bytes, from their shapes and dtypes alone."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def num_params(tree: Tree) -> int:
+    """Returns how many numbers the leaves hold together."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def differences(tree: Tree, expected: Tree) -> list[str]:
+    """Returns one line for each leaf that is missing, unexpected or of another shape than in `expected`."""
+    found, wanted = flatten(tree), flatten(expected)
+    lines = [f"missing: {name} {wanted[name].shape}" for name in wanted if name not in found]
+    lines += [f"unexpected: {name} {found[name].shape}" for name in found if name not in wanted]
+    lines += [
+        f"wrong shape: {name} is {found[name].shape}, expected {wanted[name].shape}"
+        for name in wanted
+        if name in found and found[name].shape != wanted[name].shape
+    ]
+    return lines
