@@ -20,7 +20,9 @@ class UnsupportedModelError(ValueError):
 
 @dataclass(frozen=True)
 class Arch:
-    """The facts of one model. Letters: D embed, K kv heads, G queries per kv head, H head dim, F mlp, V vocab, L layers.
+    """The facts of one model.
+
+    Letters: D embed, K kv heads, G queries per kv head, H head dim, F mlp, V vocab, L layers.
 
     Attributes:
       rope_frequencies: one tuple of H/2 inverse frequencies (radians per position) per rope of the model.
@@ -62,12 +64,12 @@ class Arch:
 
 # Attributes that leave a forward pass without dropout and cache unchanged.
 _NEUTRAL = frozenset(
-    """_name_or_path architectures attention_dropout bos_token_id chunk_size_feed_forward dtype eos_token_id
-    head_dim_original hidden_dropout id2label initializer_range is_decoder is_encoder_decoder label2id
-    max_position_embeddings max_sequence_length max_window_layers model_type num_labels output_attentions
-    output_hidden_states pad_token_id pretraining_tp problem_type resid_pdrop return_dict sep_token_id
-    tokenizer_class torch_dtype transformers_version unsloth_fixed unsloth_version use_cache auto_map
-    use_sliding_window cache_implementation model_max_length _attn_implementation_autoset""".split()
+    """_attn_implementation_autoset _name_or_path architectures attention_dropout auto_map bos_token_id
+    cache_implementation chunk_size_feed_forward dtype eos_token_id hidden_dropout id2label initializer_range
+    is_decoder is_encoder_decoder label2id max_position_embeddings max_sequence_length max_window_layers
+    model_max_length model_type num_labels output_attentions output_hidden_states pad_token_id pretraining_tp
+    problem_type resid_pdrop return_dict sep_token_id tokenizer_class torch_dtype transformers_version unsloth_fixed
+    unsloth_version use_cache use_sliding_window""".split()
 )
 
 # Attributes that every family's reader uses.
@@ -88,6 +90,9 @@ _ACTIVATIONS = {
 
 _Facts = dict[str, Any]
 _GEMMA_USES = "rms_norm_eps attention_bias hidden_activation use_bidirectional_attention"
+_GEMMA2_USES = (
+    _GEMMA_USES + " query_pre_attn_scalar sliding_window layer_types final_logit_softcapping attn_logit_softcapping"
+)
 
 
 def _llama(config: Any) -> _Facts:
@@ -170,15 +175,8 @@ _FAMILIES: dict[str, _Family] = {
     "qwen2": _Family(_qwen2, "rms_norm_eps sliding_window layer_types"),
     "qwen3": _Family(_qwen3, "rms_norm_eps attention_bias sliding_window layer_types"),
     "gemma": _Family(_gemma, _GEMMA_USES),
-    "gemma2": _Family(
-        _gemma2,
-        _GEMMA_USES + " query_pre_attn_scalar sliding_window layer_types final_logit_softcapping attn_logit_softcapping",
-    ),
-    "gemma3_text": _Family(
-        _gemma3,
-        _GEMMA_USES + " query_pre_attn_scalar sliding_window layer_types final_logit_softcapping attn_logit_softcapping"
-        " sliding_window_pattern _sliding_window_pattern",
-    ),
+    "gemma2": _Family(_gemma2, _GEMMA2_USES),
+    "gemma3_text": _Family(_gemma3, _GEMMA2_USES + " sliding_window_pattern _sliding_window_pattern"),
     "olmo": _Family(_olmo, "attention_bias clip_qkv"),
     "olmo2": _Family(_olmo2, "rms_norm_eps attention_bias"),
     "granite": _Family(
@@ -269,9 +267,9 @@ def _problems(config: Any, family: _Family) -> list[str]:
     lines = []
     if unknown:
         lines.append(
-            f"unknown config attributes {', '.join(unknown)}: they may change the numbers, so they are refused; known "
-            f"for {config.model_type}: {', '.join(sorted(_COMMON | set(family.uses.split())))}; remove from config.json "
-            "what does not matter"
+            f"unknown config attributes {', '.join(unknown)}: they may change the numbers, so they are refused; "
+            f"supported for {config.model_type}: {', '.join(sorted(_COMMON | set(family.uses.split())))}; "
+            "remove from config.json what does not matter"
         )
     heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     if kv_heads and heads % kv_heads:
@@ -309,8 +307,8 @@ def _rope_is_absent(raw: dict[str, Any]) -> str | None:
     if raw["model_type"] == "llama" and "rope_theta" not in raw and (major, minor) < (4, 33):
         return None  # written before rope_theta became a setting: it was the constant 10000
     return (
-        "no rope in this config: neither rope_theta nor rope_parameters; a default would change the numbers in silence; "
-        'add the model\'s own, e.g. "rope_theta": 10000.0'
+        "no rope in this config: neither rope_theta nor rope_parameters; a default would change the numbers in "
+        'silence; add the model\'s own, e.g. "rope_theta": 10000.0'
     )
 
 

@@ -139,4 +139,3 @@ class GatedMlp(nn.Module):
 def scaled(x: jax.Array, factor: float) -> jax.Array:
     """Returns x times a constant that is rounded to x's dtype first, as transformers does; no-op for 1."""
     return x if factor == 1.0 else x * jnp.asarray(factor, x.dtype)
-

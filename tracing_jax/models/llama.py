@@ -53,9 +53,7 @@ class Head(nn.Module):
     arch: Arch
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "B T D"], embedding: Float[Array, "V D"] | None = None
-    ) -> Float[Array, "B T V"]:
+    def __call__(self, x: Float[Array, "B T D"], embedding: Float[Array, "V D"] | None = None) -> Float[Array, "B T V"]:
         D, V = self.arch.embed_dim, self.arch.vocab_size
         x = Norm(self.arch, (D,), name="norm")(x)
         if self.arch.tied:

@@ -5,6 +5,7 @@ indexed after that axis has moved: with p on `kv_heads` and r on `q_group`, `new
 A set of permutations maps axis names to such arrays; an axis that is not named stays where it is.
 """
 
+import functools
 import zlib
 from collections.abc import Iterable, Mapping
 
@@ -65,11 +66,11 @@ def permute_leaf(
     """Returns one leaf with its named axes permuted; a numpy leaf stays numpy, bit for bit."""
     if not any(axis in permutations for axis in row.axes):
         return leaf
+    here = {axis: np.asarray(permutations[axis]) for axis in row.axes if axis in permutations}
+    holders = tuple((axis, within[axis]) for axis in here if axis in within)
     if isinstance(leaf, np.ndarray):
-        return _take_all(leaf, row, permutations, within)
-    # An eager take of a sharded array comes back replicated; under jit it keeps its place.
-    take = jax.jit(lambda x: _take_all(x, row, permutations, within), out_shardings=leaf.sharding)
-    return take(leaf)
+        return _take_all(leaf, here, row, holders)
+    return _take_on_device(leaf, here, row, holders, leaf.sharding)
 
 
 def invert(permutations: Permutations, table: AxisTable) -> dict[str, np.ndarray]:
@@ -140,17 +141,29 @@ def _shape(table: AxisTable, axis: str) -> tuple[int, ...]:
 
 
 def _take_all(
-    x: jax.Array | np.ndarray, row: Leaf, permutations: Permutations, within: Mapping[str, str]
+    x: jax.Array | np.ndarray, permutations: Permutations, row: Leaf, within: tuple[tuple[str, str], ...]
 ) -> jax.Array | np.ndarray:
     xp = np if isinstance(x, np.ndarray) else jnp
-    flat = [(d, axis) for d, axis in enumerate(row.axes) if axis in permutations and axis not in within]
-    nested = [(d, axis) for d, axis in enumerate(row.axes) if axis in permutations and axis in within]
-    for dim, axis in flat:
-        x = xp.take(x, permutations[axis], axis=dim)
-    for dim, axis in nested:
-        parent = row.axes.index(within[axis])
+    holder = dict(within)
+    for dim, axis in enumerate(row.axes):
+        if axis in permutations and axis not in holder:
+            x = xp.take(x, permutations[axis], axis=dim)
+    for axis, parent in within:
+        dim, parent_dim = row.axes.index(axis), row.axes.index(parent)
+        index = xp.asarray(permutations[axis] if parent_dim < dim else permutations[axis].T)
         shape = [1] * x.ndim
-        shape[parent], shape[dim] = permutations[axis].shape
-        index = permutations[axis].reshape(shape) if parent < dim else permutations[axis].T.reshape(shape)
-        x = xp.take_along_axis(x, xp.asarray(index), axis=dim)
+        shape[parent_dim], shape[dim] = x.shape[parent_dim], x.shape[dim]
+        x = xp.take_along_axis(x, index.reshape(shape), axis=dim)
     return x
+
+
+@functools.partial(jax.jit, static_argnames=("row", "within", "sharding"))
+def _take_on_device(
+    x: jax.Array,
+    permutations: Permutations,
+    row: Leaf,
+    within: tuple[tuple[str, str], ...],
+    sharding: jax.sharding.Sharding,
+) -> jax.Array:
+    # An eager take of a sharded array comes back replicated; here it keeps its place.
+    return jax.lax.with_sharding_constraint(_take_all(x, permutations, row, within), sharding)
