@@ -18,7 +18,7 @@ from tqdm import tqdm
 from tracing_jax.arch import Arch
 from tracing_jax.axes import axis_table
 from tracing_jax.interpolate import interpolate, moving_leaves
-from tracing_jax.models import Block, Embed, Head, layer_inputs
+from tracing_jax.models import apply_block, apply_embed, apply_head, layer_inputs
 from tracing_jax.sharding import batch_sharding
 from tracing_jax.source import ParamSource
 from tracing_jax.tree import Tree, flatten, unflatten
@@ -135,7 +135,7 @@ def _embed_step(
     arch: Arch, dtype: DTypeLike, moving: frozenset[str], base: Tree, ft: Tree, alphas: jax.Array, tokens: jax.Array
 ) -> Float[Array, "A B T D"]:
     def one(alpha: jax.Array) -> jax.Array:
-        return Embed(arch, dtype).apply({"params": interpolate(base, unflatten(ft), alpha, moving)}, tokens)
+        return apply_embed(arch, interpolate(base, unflatten(ft), alpha, moving), tokens, dtype)
 
     return jax.lax.map(one, alphas)
 
@@ -153,8 +153,7 @@ def _block_step(
 ) -> Float[Array, "A B T D"]:
     def one(alpha_and_x: tuple[jax.Array, jax.Array]) -> jax.Array:
         alpha, x = alpha_and_x
-        params = interpolate(base, unflatten(ft), alpha, moving)
-        return Block(arch).apply({"params": params}, x, frequencies, window)
+        return apply_block(arch, interpolate(base, unflatten(ft), alpha, moving), x, frequencies, window)
 
     return jax.lax.map(one, (alphas, x))
 
@@ -186,8 +185,7 @@ def _loss_step(
 
 def _logits(arch: Arch, params: Tree, x: jax.Array) -> jax.Array:
     own = {name: leaf for name, leaf in params.items() if name != "embed"}
-    embedding = params["embed"]["embedding"] if arch.tied else None
-    return Head(arch).apply({"params": own}, x, embedding)
+    return apply_head(arch, own, x, params["embed"]["embedding"] if arch.tied else None)
 
 
 def _slice_length(length: int, bytes_per_position: int) -> int:

@@ -1,5 +1,27 @@
-"""Flax (linen) modules of every supported family; the only place that imports Flax."""
+"""Flax (linen) modules of every supported family, and pure functions over them; the only place that imports Flax."""
 
-from tracing_jax.models.llama import Block, Embed, Head, init_params, layer_inputs
+from tracing_jax.models.llama import (
+    TAPS,
+    Block,
+    Embed,
+    Head,
+    apply_block,
+    apply_block_with_taps,
+    apply_embed,
+    apply_head,
+    init_params,
+    layer_inputs,
+)
 
-__all__ = ["Block", "Embed", "Head", "init_params", "layer_inputs"]
+__all__ = [
+    "TAPS",
+    "Block",
+    "Embed",
+    "Head",
+    "apply_block",
+    "apply_block_with_taps",
+    "apply_embed",
+    "apply_head",
+    "init_params",
+    "layer_inputs",
+]

@@ -1,5 +1,7 @@
 """Embed, Block and Head of the llama-like families: Llama, Mistral, Qwen, Gemma, OLMo and Granite differ by flags."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,11 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from tracing_jax.arch import Arch
 from tracing_jax.models.layers import Attention, GatedMlp, Kernel, Norm, scaled
-from tracing_jax.tree import Tree
+from tracing_jax.tree import Tree, name_of
+
+TAPS = ("residual", "heads", "gate", "up", "units")
+"""Inner activations of a block: the hidden state it receives `[B T D]`, the mixed values of its heads `[B T K G H]`
+before the output projection, the MLP's gate and up pre-activations and its hidden units `[B T F]`."""
 
 _NO_WINDOW = jnp.iinfo(jnp.int32).max
 
@@ -83,3 +89,41 @@ def init_params(arch: Arch, key: PRNGKeyArray) -> Tree:
         layers[str(i)] = Block(arch).init(layer_key, x, *layer_inputs(arch, i))["params"]
     head = Head(arch).init(head_key, x, embed["embedding"] if arch.tied else None).get("params", {})
     return {"embed": embed, "layers": layers, "head": head}
+
+
+def apply_embed(arch: Arch, params: Tree, tokens: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
+    """Returns the first hidden state from the subtree `embed`, in the computing dtype."""
+    return _only_output(Embed(arch, dtype).apply({"params": params}, tokens))
+
+
+def apply_block(
+    arch: Arch, params: Tree, x: Float[Array, "B T D"], frequencies: Float[Array, "H2"], window: Int[Array, ""]
+) -> Float[Array, "B T D"]:
+    """Returns the hidden state after the layer with the subtree `params`."""
+    return _only_output(Block(arch).apply({"params": params}, x, frequencies, window))
+
+
+def apply_block_with_taps(
+    arch: Arch,
+    params: Tree,
+    x: Float[Array, "B T D"],
+    frequencies: Float[Array, "H2"],
+    window: Int[Array, ""],
+    taps: tuple[str, ...],
+) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "B T *units"]]]:
+    """Returns the hidden state after a layer and the inner activations asked for, by tap name (see `TAPS`)."""
+    x, state = Block(arch).apply({"params": params}, x, frequencies, window, mutable=["taps"])
+    found = {name_of(path).split("/")[-2]: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state["taps"])}
+    return x, {tap: found[tap] for tap in taps}
+
+
+def apply_head(
+    arch: Arch, params: Tree, x: Float[Array, "B T D"], embedding: Float[Array, "V D"] | None
+) -> Float[Array, "B T V"]:
+    """Returns the logits from the subtree `head`, with the embedding table if the model is tied."""
+    return _only_output(Head(arch).apply({"params": params}, x, embedding))
+
+
+def _only_output(output: Any) -> jax.Array:
+    # Linen types its result as (output, state) too; without mutable collections it is the output alone.
+    return output

@@ -64,9 +64,9 @@ def permute_leaf(
     leaf: jax.Array | np.ndarray, row: Leaf, permutations: Permutations, within: Mapping[str, str]
 ) -> jax.Array | np.ndarray:
     """Returns one leaf with its named axes permuted; a numpy leaf stays numpy, bit for bit."""
-    if not any(axis in permutations for axis in row.axes):
+    here = {axis: np.asarray(permutations[axis]) for axis in row.axes if axis is not None and axis in permutations}
+    if not here:
         return leaf
-    here = {axis: np.asarray(permutations[axis]) for axis in row.axes if axis in permutations}
     holders = tuple((axis, within[axis]) for axis in here if axis in within)
     if isinstance(leaf, np.ndarray):
         return _take_all(leaf, here, row, holders)
@@ -78,7 +78,7 @@ def invert(permutations: Permutations, table: AxisTable) -> dict[str, np.ndarray
     inverse = {}
     for axis, p in permutations.items():
         parent = table.within.get(axis)
-        if parent in permutations:
+        if parent is not None and parent in permutations:
             p = p[np.argsort(permutations[parent])]
         inverse[axis] = np.argsort(p, axis=-1).astype(np.int32)
     return inverse
@@ -146,7 +146,7 @@ def _take_all(
     xp = np if isinstance(x, np.ndarray) else jnp
     holder = dict(within)
     for dim, axis in enumerate(row.axes):
-        if axis in permutations and axis not in holder:
+        if axis is not None and axis in permutations and axis not in holder:
             x = xp.take(x, permutations[axis], axis=dim)
     for axis, parent in within:
         dim, parent_dim = row.axes.index(axis), row.axes.index(parent)
