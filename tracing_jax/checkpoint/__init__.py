@@ -1,1 +1,8 @@
+"""Hugging Face checkpoints <-> param trees: reading, writing, the Hub, adapters, and an Orbax cache."""
 
+from tracing_jax.checkpoint.cache import load
+from tracing_jax.checkpoint.errors import CheckpointError
+from tracing_jax.checkpoint.reading import Checkpoint, open_checkpoint
+from tracing_jax.checkpoint.writing import save_checkpoint
+
+__all__ = ["Checkpoint", "CheckpointError", "load", "open_checkpoint", "save_checkpoint"]

@@ -1,0 +1,134 @@
+"""The door: a local folder or a Hub id becomes a `Checkpoint`, whose weights are read when they are asked for."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from tracing_jax.arch import Arch, read_arch
+from tracing_jax.checkpoint.adapter import base_id, is_adapter, merged
+from tracing_jax.checkpoint.errors import CheckpointError
+from tracing_jax.checkpoint.hub import resolve
+from tracing_jax.checkpoint.layout import Entry, layout
+from tracing_jax.checkpoint.tensors import TensorStore, open_tensors
+from tracing_jax.tree import Tree, unflatten
+
+# Constants that old Llama checkpoints carry as tensors; they follow from the config.
+_DERIVED = re.compile(r".*rotary_emb\.inv_freq")
+_DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that is open but not read. It is a `ParamSource` of numpy leaves in the dtype they have on disk.
+
+    Attributes:
+      id: what the user asked for; `revision` is the resolved commit of a Hub repository.
+      folder: where config.json lies; `tokenizer_folder` differs for an adapter without a tokenizer of its own.
+    """
+
+    id: str
+    revision: str | None
+    folder: Path
+    tokenizer_folder: Path
+    arch: Arch
+    tensors: TensorStore = field(repr=False)
+
+    @cached_property
+    def entries(self) -> Mapping[str, Entry]:
+        """Leaf name -> how it lies in the files."""
+        return layout(self.arch, _prefix(self.tensors))
+
+    def embed(self) -> Tree:
+        """Returns the subtree `embed`, read now; a tied model's copy of it in the file must be the same."""
+        part = self._read("embed/")
+        if self.arch.tied and "lm_head.weight" in self.tensors.names():
+            if not np.array_equal(self.tensors.read("lm_head.weight"), part["embedding"]):
+                raise CheckpointError(
+                    f"{self.id}: lm_head.weight differs from the embedding, but config.json says tie_word_embeddings: "
+                    "true; set it to false if the head is meant to be its own"
+                )
+        return part
+
+    def layer(self, index: int) -> Tree:
+        """Returns the subtree `layers/<index>`, read now."""
+        return self._read(f"layers/{index}/")
+
+    def head(self) -> Tree:
+        """Returns the subtree `head`, read now."""
+        return self._read("head/")
+
+    def _read(self, prefix: str) -> Tree:
+        leaves, broken = {}, []
+        for name, entry in self.entries.items():
+            if name.startswith(prefix):
+                leaf = entry.to_leaf(self.tensors.read(entry.tensor))
+                if not _all_finite(leaf):
+                    broken.append(entry.tensor)
+                leaves[name.removeprefix(prefix)] = leaf
+        if broken:
+            raise CheckpointError(
+                f"{self.id}: NaN or infinite weights in {', '.join(broken)}; the checkpoint is damaged or its training "
+                "diverged; no statistic of it means anything"
+            )
+        return unflatten(leaves)
+
+
+def open_checkpoint(model_id: str, cache_dir: str | None = None) -> Checkpoint:
+    """Returns the checkpoint of a local folder or Hub id (`org/name` or `org/name@revision`); reads no weights.
+
+    LoRA adapter folders are merged onto their base as it is read.
+
+    Raises:
+      CheckpointError: not found, not readable, or tensors missing, unexpected or of the wrong shape, all at once.
+      UnsupportedModelError: the config asks for something this package does not compute.
+    """
+    found = resolve(model_id, cache_dir)
+    folder, tokenizer_folder = found.folder, found.folder
+    if is_adapter(folder):
+        folder = resolve(base_id(found.folder), cache_dir).folder
+        tokenizer_folder = found.folder if (found.folder / "tokenizer_config.json").exists() else folder
+        arch = read_arch(folder)
+        tensors = merged(open_tensors(folder), found.folder)
+    else:
+        arch = read_arch(folder)
+        tensors = open_tensors(folder)
+    checkpoint = Checkpoint(found.id, found.revision, folder, tokenizer_folder, arch, tensors)
+    if problems := _problems(checkpoint):
+        raise CheckpointError(*(f"{model_id}: {problem}" for problem in problems))
+    return checkpoint
+
+
+def _problems(checkpoint: Checkpoint) -> list[str]:
+    store, names = checkpoint.tensors, set(checkpoint.tensors.names())
+    wanted = {entry.tensor: entry for entry in checkpoint.entries.values()}
+    present = {name: entry for name, entry in wanted.items() if name in names}
+    lines = [f"missing tensor {name} {entry.shape}" for name, entry in wanted.items() if name not in names]
+    lines += [
+        f"wrong shape of {name}: {store.shape(name)}, config.json asks for {entry.shape}"
+        for name, entry in present.items()
+        if store.shape(name) != entry.shape
+    ]
+    lines += [
+        f"dtype {store.dtype(name)} of {name} is not supported; convert to one of {', '.join(_DTYPES)}"
+        for name in present
+        if str(store.dtype(name)) not in _DTYPES
+    ]
+    extra = sorted(name for name in names - set(wanted) if not _DERIVED.fullmatch(name))
+    if checkpoint.arch.tied and "lm_head.weight" in extra:
+        extra.remove("lm_head.weight")  # a copy of the embedding; checked when the embedding is read
+    return lines + [f"unexpected tensor {name} {store.shape(name)}" for name in extra]
+
+
+def _prefix(store: TensorStore) -> str:
+    # A bare backbone saved without its head names its tensors without "model."
+    return "" if "embed_tokens.weight" in store.names() else "model."
+
+
+def _all_finite(leaf: np.ndarray) -> bool:
+    if leaf.dtype.name == "bfloat16":  # all exponent bits set; numpy's isfinite is slow on this dtype
+        return not ((leaf.view(np.uint16) & 0x7F80) == 0x7F80).any()
+    return bool(np.isfinite(leaf).all())

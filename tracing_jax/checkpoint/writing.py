@@ -1,0 +1,88 @@
+"""Writing a model in Hugging Face format: safetensors shards, index, config and tokenizer files."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from tracing_jax.checkpoint.layout import layout
+from tracing_jax.source import ParamSource, parts
+from tracing_jax.tree import flatten
+
+_COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+)
+
+
+def save_checkpoint(folder: Path, source: ParamSource, companions: Path, max_shard_bytes: int = 4 * 2**30) -> None:
+    """Writes a model that transformers can load; config and tokenizer files are copied from the folder `companions`.
+
+    Weights keep the dtype of their leaves; reading them back gives the same bits. The folder appears whole: a killed
+    run leaves nothing under its name.
+
+    Raises:
+      FileExistsError: `folder` is there already.
+    """
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already; remove it or choose another place to write to")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        _write_shards(work, source, max_shard_bytes)
+        for pattern in _COMPANIONS:
+            for file in companions.glob(pattern):
+                shutil.copyfile(file, work / file.name)
+        work.chmod(0o755)
+        work.rename(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _write_shards(folder: Path, source: ParamSource, max_shard_bytes: int) -> None:
+    shards: list[dict[str, int]] = []
+    for i, shard in enumerate(_shards(source, max_shard_bytes)):
+        save_file(shard, folder / f"{i}.part", metadata={"format": "pt"})
+        shards.append({name: tensor.nbytes for name, tensor in shard.items()})
+    if len(shards) == 1:
+        (folder / "0.part").rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for i, sizes in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"{i}.part").rename(folder / file)
+        weight_map |= dict.fromkeys(sizes, file)
+    total = sum(sum(sizes.values()) for sizes in shards)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(source: ParamSource, max_bytes: int) -> Iterator[Mapping[str, np.ndarray]]:
+    """Yields groups of tensors of at most `max_bytes` (or one larger tensor), reading the source part by part."""
+    shard: dict[str, np.ndarray] = {}
+    size = 0
+    for name, tensor in _tensors(source):
+        if shard and size + tensor.nbytes > max_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    yield shard
+
+
+def _tensors(source: ParamSource) -> Iterator[tuple[str, np.ndarray]]:
+    entries = layout(source.arch)
+    for prefix, part in parts(source):
+        for name, leaf in flatten(part).items():
+            entry = entries[f"{prefix}/{name}"]
+            yield entry.tensor, entry.to_tensor(np.asarray(leaf))

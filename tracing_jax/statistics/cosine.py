@@ -1,0 +1,31 @@
+"""Best-match cosines between rows of two matrices, in slices that bound the memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from tqdm import tqdm
+
+_SLICE_BYTES = 256 * 2**20  # the most that one slice of the cosine matrix may take
+
+
+def best_cosines(rows: Float[Array, "n d"], others: Float[Array, "m d"], description: str = "") -> np.ndarray:
+    """Returns for each row the largest cosine with any row of `others`, float32 `[n]`; 0 for a row of zeros.
+
+    Cosines are computed in float32; at most 256 MiB of the n x m matrix exist at a time.
+    """
+    others = _normalised(others)
+    step = max(1, min(len(rows), _SLICE_BYTES // (4 * len(others))))
+    starts = tqdm(range(0, len(rows), step), desc=description, unit="slice", disable=None if description else True)
+    return np.concatenate([np.asarray(_best(rows[start : start + step], others)) for start in starts])
+
+
+@jax.jit
+def _best(rows: jax.Array, others: jax.Array) -> jax.Array:
+    return jnp.einsum("nd,md->nm", _normalised(rows), others, precision="highest").max(axis=1)
+
+
+def _normalised(rows: jax.Array) -> jax.Array:
+    rows = rows.astype(jnp.float32)
+    norms = jnp.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / jnp.where(norms == 0, 1, norms)

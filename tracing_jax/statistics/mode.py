@@ -1,0 +1,99 @@
+"""`mode`: is the straight path between the two models free of a barrier? Loss at the midpoint, barrier and curve."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tracing_jax.arch import Arch
+from tracing_jax.axes import AxisTable, axis_table
+from tracing_jax.forward import path_losses, token_losses
+from tracing_jax.interpolate import moving_leaves, path_groups
+from tracing_jax.statistics.statistic import Curve, Pair, Result, Vocabularies
+
+_LABEL = "midpoint loss (nats per token)"
+
+
+@dataclass(frozen=True)
+class Mode:
+    """Loss of the model at alpha on the way from base to ft, over base's tokens, head and embedding unless `emb`.
+
+    The barrier is the largest excess over the straight line between the losses at the two ends.
+
+    Source: Frankle et al. 2020 (arXiv 1912.05671) for the barrier; Zhu et al. 2025 (arXiv 2502.12292) for the midpoint
+    loss as a test statistic.
+    """
+
+    alphas: tuple[float, ...] = tuple(i / 10 for i in range(11))
+    attn: bool = False
+    emb: bool = False
+    needs_tokens: bool = True
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups of leaves that move along the path."""
+        return path_groups(self.attn, self.emb)
+
+    def problems(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
+        """Returns why no straight path over these groups exists between models of these shapes."""
+        lines = []
+        if base.num_layers != ft.num_layers:
+            lines.append(f"different depth: {base.num_layers} and {ft.num_layers} layers have no path between them")
+        else:
+            lines += _size_problems(axis_table(base), axis_table(ft), self.groups)
+        if self.emb and not vocabularies.same:
+            lines.append("different tokenizers: the rows of the embeddings stand for different tokens; leave emb off")
+        if self.emb and base.tied != ft.tied:
+            lines.append("one model ties its head to its embedding and the other does not; leave emb off")
+        functions = ("activation", "norm", "pre_norms", "post_norms", "qk_norm")
+        different = [f"{name} {getattr(base, name)} / {getattr(ft, name)}" for name in functions
+                     if getattr(base, name) != getattr(ft, name)]  # fmt: skip
+        return lines + [f"different blocks: {line}" for line in different]
+
+    def compute(self, pair: Pair) -> Result:
+        """Returns midpoint loss (the headline), barrier and curve; one pass over the tokens for all alphas."""
+        assert pair.tokens is not None
+        how = {"mesh": pair.mesh, "batch_size": pair.batch_size, "dtype": pair.dtype}
+        alphas = np.array(sorted({0.0, 0.5, 1.0, *self.alphas}))
+        losses = path_losses(
+            pair.base, pair.ft, pair.tokens, alphas, self.groups, **how, description="loss along the path"
+        )
+        loss = losses.mean(axis=(1, 2), dtype=np.float64)
+        own = None
+        if pair.vocabularies.same:
+            own = float(token_losses(pair.ft, pair.tokens, **how, description="loss of ft").mean(dtype=np.float64))
+        curve = curve_of(alphas, loss, own, self.groups)
+        reason = "no permutation test was asked for (num_perm = 0)"
+        return Result(headline=curve.midpoint, label=_LABEL, p_reason=reason, curve=curve)
+
+
+def curve_of(alphas: np.ndarray, loss: np.ndarray, own: float | None, groups: tuple[str, ...]) -> Curve:
+    """Returns the curve with its midpoint and barrier; alphas are sorted and hold 0, 0.5 and 1."""
+    excess = loss - ((1 - alphas) * loss[0] + alphas * loss[-1])
+    highest = int(np.argmax(excess))
+    return Curve(
+        alpha=alphas.tolist(),
+        loss=loss.tolist(),
+        midpoint=float(loss[np.flatnonzero(alphas == 0.5)[0]]),
+        barrier=float(excess[highest]),
+        barrier_alpha=float(alphas[highest]),
+        end_loss_ft_own=own,
+        groups=list(groups),
+    )
+
+
+def _size_problems(base: AxisTable, ft: AxisTable, groups: tuple[str, ...]) -> list[str]:
+    """Returns one line per kind of leaf on the path that ft lacks or has in another size."""
+    lines: dict[str, None] = {}
+    for name in sorted(moving_leaves(base, groups) ^ moving_leaves(ft, groups)):
+        lines[f"only one model has {_kind(name)}"] = None
+    for name in sorted(moving_leaves(base, groups) & moving_leaves(ft, groups)):
+        for axis in base.leaves[name].axes:
+            if axis is not None and base.sizes[axis] != ft.sizes[axis]:
+                lines[f"different width: {axis.split('/')[-1]} has {base.sizes[axis]} and {ft.sizes[axis]} units"] = (
+                    None
+                )
+    return list(lines)
+
+
+def _kind(leaf: str) -> str:
+    return leaf.split("/", 2)[2] if leaf.startswith("layers/") else leaf
