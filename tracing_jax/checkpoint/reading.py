@@ -45,12 +45,12 @@ class Checkpoint:
     def embed(self) -> Tree:
         """Returns the subtree `embed`, read now; a tied model's copy of it in the file must be the same."""
         part = self._read("embed/")
-        if self.arch.tied and "lm_head.weight" in self.tensors.names():
-            if not np.array_equal(self.tensors.read("lm_head.weight"), part["embedding"]):
-                raise CheckpointError(
-                    f"{self.id}: lm_head.weight differs from the embedding, but config.json says tie_word_embeddings: "
-                    "true; set it to false if the head is meant to be its own"
-                )
+        has_copy = self.arch.tied and "lm_head.weight" in self.tensors.names()
+        if has_copy and not np.array_equal(self.tensors.read("lm_head.weight"), part["embedding"]):
+            raise CheckpointError(
+                f"{self.id}: lm_head.weight differs from the embedding, but config.json says tie_word_embeddings: "
+                "true; set it to false if the head is meant to be its own"
+            )
         return part
 
     def layer(self, index: int) -> Tree:

@@ -1,6 +1,7 @@
 """`cos`: does each MLP unit of base have a twin in ft? Best-match cosine of gate weights, per layer and mean."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from tqdm import trange
@@ -21,7 +22,7 @@ class Cos:
     Source: the reference program of Zhu et al. 2025 (arXiv 2502.12292).
     """
 
-    needs_tokens: bool = False
+    needs_tokens: ClassVar[bool] = False
 
     def problems(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns why gate weights of these models cannot be compared layer by layer."""

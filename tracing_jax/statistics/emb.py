@@ -1,6 +1,7 @@
 """`emb`: does each token's embedding of base have a twin in ft? Best-match cosine of embedding rows."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -22,7 +23,7 @@ class Emb:
     """
 
     max_rows: int = 16384
-    needs_tokens: bool = False
+    needs_tokens: ClassVar[bool] = False
 
     def problems(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns why embedding rows of these models cannot be compared."""

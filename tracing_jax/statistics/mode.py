@@ -1,6 +1,7 @@
 """`mode`: is the straight path between the two models free of a barrier? Loss at the midpoint, barrier and curve."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -26,7 +27,7 @@ class Mode:
     alphas: tuple[float, ...] = tuple(i / 10 for i in range(11))
     attn: bool = False
     emb: bool = False
-    needs_tokens: bool = True
+    needs_tokens: ClassVar[bool] = True
 
     @property
     def groups(self) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from jax.sharding import Mesh
@@ -86,7 +86,7 @@ class Result:
 class Statistic(Protocol):
     """One statistic. Its options are its fields, filled from the config."""
 
-    needs_tokens: bool
+    needs_tokens: ClassVar[bool]
 
     def problems(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns why the statistic cannot be computed on models of these shapes; empty if it can."""
