@@ -1,0 +1,60 @@
+"""The fields that every run has, with their defaults. A config file of this folder is an experiment made from these."""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config(stat: str, demo: bool = False) -> ConfigDict:
+    """Returns the common config of a run of `stat`; with `demo`, on the disguised fine-tune of the demo family."""
+    config = ConfigDict()
+
+    # The pair: local folders, Hub ids `org/name` or `org/name@revision`, or demo:<member>.
+    config.base_model_id = placeholder(str)
+    config.ft_model_id = placeholder(str)
+
+    # The statistics: a name, several with commas between, or all.
+    config.stat = stat
+    config.attn = False  # mode: move attention along the path too
+    config.emb = False  # mode: move embeddings, head and final norm too
+    config.alphas = tuple(i / 10 for i in range(11))  # mode: 0, 0.5 and 1 are always added
+    config.max_rows = 16384  # emb: compare at most so many embedding rows of base
+
+    # Step 2, permute the fine-tuned model's own weights, and step 4, align it to base.
+    config.permute = False
+    config.permute_axes = "embed,mlp"  # of embed, mlp, kv_heads, q_group
+    config.align = False
+    config.align_axes = "embed,mlp"
+    config.align_evidence = "weights"  # or activations
+
+    # Step 6, perplexity of both models.
+    config.eval = False
+
+    # The text. One of our names or a local file or folder; dataset_id, a Hub id, takes precedence.
+    config.dataset = "wikitext"
+    config.dataset_id = placeholder(str)
+    config.dataset_subset = placeholder(str)
+    config.dataset_split = placeholder(str)
+    config.text_column = placeholder(str)
+    config.num_tokens = 65536  # at most so many tokens of base's tokenizer
+    config.block_size = 512
+
+    # Where and how to compute. -1 takes all devices that are left.
+    config.mesh = ConfigDict({"data": -1, "model": 1})
+    config.batch_size = 8  # blocks in flight
+    config.dtype = "float32"  # or bfloat16, for hidden states and matmuls; losses are float32 in both
+    config.cache_dir = placeholder(str)  # keep converted weights here, in Orbax format
+
+    config.save = f"runs/{stat}.p"
+    config.seed = 0
+    if demo:
+        _use_demo_family(config)
+    return config
+
+
+def _use_demo_family(config: ConfigDict) -> None:
+    config.base_model_id, config.ft_model_id = "demo:base", "demo:disguised"
+    config.align = config.eval = config.attn = config.emb = True
+    config.align_axes = "embed,mlp,kv_heads,q_group"
+    config.dataset = "demo"
+    config.num_tokens, config.block_size, config.batch_size = 8192, 128, 16
+    config.save = f"runs/{config.stat}-demo.p"

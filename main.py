@@ -1,0 +1,80 @@
+"""Traces one pair of checkpoints, or one base against several: `python main.py --config=configs/mode.py`.
+
+The short flags override fields of the config; given alone they select `configs/<stat>.py`:
+
+    python main.py --base_model_id A --ft_model_id B --permute --align --dataset wikitext --stat mode --save results.p
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from tracing_jax import experiment
+from tracing_jax.report import summary
+
+_CONFIGS = Path(__file__).parent / "configs"
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/, with :demo for the demo family.")
+
+_TEXT = {
+    "base_model_id": "Base model: a folder, a Hub id, org/name@revision, or demo:<member>.",
+    "ft_model_id": "The model that may descend from it.",
+    "dataset": "Text: a name such as wikitext, or a local txt, json, jsonl or parquet file.",
+    "dataset_id": "Text: the id of a data set on the Hub.",
+    "stat": "Statistics: mode, cos, emb, several with commas, or all.",
+    "save": "The pickle to write; json, png, html and a .run folder lie beside it.",
+}
+_SWITCHES = {
+    "permute": "Permute the fine-tuned model's own weights first.",
+    "align": "Align the fine-tuned model to base and compute the statistics again.",
+    "attn": "mode: move attention along the path too.",
+    "emb": "mode: move embeddings, head and final norm too.",
+    "eval": "Perplexity of both models.",
+}
+for _name, _help in _TEXT.items():
+    flags.DEFINE_string(_name, None, _help)
+for _name, _help in _SWITCHES.items():
+    flags.DEFINE_boolean(_name, None, _help)
+flags.DEFINE_integer("seed", None, "Every random draw of the run follows from it.")
+
+
+def with_default_config(argv: Sequence[str]) -> list[str]:
+    """Returns argv with `--config=configs/<stat>.py` put in front if no config is named; the default is mode."""
+    names = [argument.lstrip("-").split("=")[0] for argument in argv[1:]]
+    if "config" in names:
+        return list(argv)
+    stat = "mode"
+    for i, name in enumerate(names, start=1):
+        if name == "stat":
+            stat = argv[i].split("=", 1)[1] if "=" in argv[i] else (argv[i + 1] if i + 1 < len(argv) else stat)
+    file = _CONFIGS / f"{stat}.py"
+    if not file.exists():  # several statistics, or a name that the run itself will refuse
+        file = _CONFIGS / "mode.py"
+    return [argv[0], f"--config={file}", *argv[1:]]
+
+
+def _override(config: ConfigDict) -> None:
+    """Puts the short flags that were given into the config."""
+    given = {name: flags.FLAGS[name].value for name in (*_TEXT, *_SWITCHES, "seed")}
+    with config.unlocked():
+        config.update({name: value for name, value in given.items() if value is not None})
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the experiment of the config and prints its summary; what a user can mend ends with one clear message."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    config = _CONFIG.value
+    _override(config)
+    try:
+        records = experiment.run(config)
+    except (ValueError, OSError) as error:
+        logging.debug("where it happened", exc_info=True)
+        sys.exit(f"error: {error}\n(--verbosity=1 shows where it happened)")
+    print(summary(records))
+
+
+if __name__ == "__main__":
+    app.run(main, argv=with_default_config(sys.argv))
