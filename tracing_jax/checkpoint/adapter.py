@@ -1,0 +1,246 @@
+"""LoRA adapters (PEFT), merged into their base model's tensors as these are read: W + scaling * B A.
+
+Letters: r rank; A is [r, in], B is [out, r]. W is [out, in], but [in, out] for embeddings and under `fan_in_fan_out`
+(GPT-2). Source: Hu et al., LoRA (2021), section 4.1; `use_rslora`: Kalajdzievski, rsLoRA (2023), section 3.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+from tracing_jax.checkpoint.errors import CheckpointError
+from tracing_jax.checkpoint.tensors import Index, TensorStore, listing, open_file, read_json
+
+_CONFIG = "adapter_config.json"
+_HANDLED = {
+    *("peft_type", "r", "lora_alpha", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "bias"),
+    *("init_lora_weights", "base_model_name_or_path", "revision"),
+}
+# They steer training, or choose modules, which the adapter's tensors name themselves.
+_NEUTRAL = {
+    *("task_type", "auto_mapping", "peft_version", "inference_mode", "target_modules", "exclude_modules"),
+    *("modules_to_save", "lora_dropout", "layers_to_transform", "layers_pattern", "megatron_core", "eva_config"),
+    *("qalora_group_size", "runtime_config"),
+}
+# PiSSA, OLoRA, LoftQ, CorDA and LoRA-GA change the base weights as well.
+_INITS_BESIDE_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
+_NAME = re.compile(
+    r"base_model\.model\.(?P<path>.+?)\."
+    r"(lora_(?P<factor>(embedding_)?[AB])(\.default)?(\.weight)?"
+    r"|(modules_to_save\.(default\.)?|base_layer\.)?(?P<leaf>weight|bias))"
+)
+
+
+@dataclass(frozen=True)
+class _Update:
+    """The low-rank update of one weight: its factors' names in the adapter, and how they enter."""
+
+    a: str
+    b: str
+    scaling: float
+    transposed: bool
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether `folder` holds a PEFT adapter, which says nothing without its base model."""
+    return (folder / _CONFIG).is_file()
+
+
+def base_id(folder: Path) -> str:
+    """Model id of the adapter's base: `org/name`, `org/name@revision` or a folder.
+
+    Raises:
+        CheckpointError: The adapter does not name its base.
+    """
+    config = read_json(folder / _CONFIG)
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(name, str) or not name:
+        raise CheckpointError(f"{folder / _CONFIG}: base_model_name_or_path is missing; enter the id of the base model")
+    return f"{name}@{revision}" if revision else name
+
+
+def merged(base: TensorStore, folder: Path) -> TensorStore:
+    """`base` with the adapter in `folder` merged as it is read, in float32, then cast back to the base's dtype.
+
+    Raises:
+        CheckpointError: The adapter is no plain LoRA or does not fit `base`; every reason at once.
+    """
+    config = read_json(folder / _CONFIG)
+    problems = _config_problems(config)
+    if problems:
+        raise CheckpointError(*(f"{folder / _CONFIG}: {problem}" for problem in problems))
+    adapter = _open_adapter(folder)
+    try:
+        return _Merged(base, adapter, *_plan(base, adapter, config))
+    except CheckpointError as error:
+        raise CheckpointError(*(f"{adapter.files()[0]}: {problem}" for problem in error.problems)) from error
+
+
+class _Merged:
+    """`base`, with some tensors replaced by the adapter's and some updated by its factors."""
+
+    def __init__(self, base: TensorStore, adapter: TensorStore, updates: dict[str, _Update], replaced: dict[str, str]):
+        self._base, self._adapter, self._updates, self._replaced = base, adapter, updates, replaced
+
+    def names(self) -> tuple[str, ...]:
+        return self._base.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._base.shape(name)
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._base.dtype(name)
+
+    def files(self) -> tuple[Path, ...]:
+        return tuple(sorted((*self._base.files(), *self._adapter.files())))
+
+    def read(self, name: str, index: Index = ()) -> np.ndarray:
+        if name in self._replaced:
+            weight = self._adapter.read(self._replaced[name], index)
+        else:
+            weight = self._base.read(name, index)
+        if name in self._updates:
+            weight = weight.astype(np.float32) + self._delta(self._updates[name], index)
+        return weight.astype(self.dtype(name), copy=False)
+
+    def _delta(self, update: _Update, index: Index) -> Float32[np.ndarray, "rows columns"]:
+        """The slice of scaling * B A, from those rows of B and columns of A alone."""
+        rows, columns = (*index, slice(None), slice(None))[:2]
+        if update.transposed:
+            rows, columns = columns, rows
+        a = self._adapter.read(update.a, (slice(None), columns)).astype(np.float32)
+        b = self._adapter.read(update.b, (rows,)).astype(np.float32)
+        delta = np.float32(update.scaling) * (b @ a)
+        return delta.T if update.transposed else delta
+
+
+def _open_adapter(folder: Path) -> TensorStore:
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        if (folder / name).is_file():
+            return open_file(folder / name)
+    raise CheckpointError(f"{folder}: no adapter_model.safetensors or adapter_model.bin, found {listing(folder)}")
+
+
+def _config_problems(config: Mapping[str, Any]) -> list[str]:
+    """Reasons why the adapter is not W + scaling * B A alone; a setting that is not known here must be off."""
+    if config.get("peft_type") != "LORA":
+        return [f"peft_type {config.get('peft_type')!r}, only 'LORA' is merged; merge it with PEFT"]
+    problems = [
+        f"{key} = {value!r} is not merged here and may change the weights; merge it with PEFT"
+        for key, value in config.items()
+        if value and key not in _HANDLED | _NEUTRAL
+    ]
+    if config.get("bias", "none") != "none":
+        problems.append(
+            f"bias = {config['bias']!r}: biases were trained too, only 'none' is merged; merge it with PEFT"
+        )
+    if config.get("init_lora_weights") not in _INITS_BESIDE_THE_BASE:
+        init = config["init_lora_weights"]
+        problems.append(
+            f"init_lora_weights = {init!r} changes the base too; convert the adapter to plain LoRA with PEFT"
+        )
+    for key in ("r", "lora_alpha"):
+        problems += _number_problem(key, config.get(key))
+    for key in ("rank_pattern", "alpha_pattern"):
+        problems += _patterns_problems(key, config.get(key) or {})
+    return problems
+
+
+def _number_problem(key: str, value: object) -> list[str]:
+    good = isinstance(value, int | float) and math.isfinite(value) and value > 0
+    return [] if good else [f"{key} = {value!r}, expected a positive number"]
+
+
+def _patterns_problems(key: str, patterns: object) -> list[str]:
+    """The patterns are a stranger's: repeats of repeats could keep the matcher busy for ever."""
+    if not isinstance(patterns, dict):
+        return [f"{key} = {patterns!r}, expected numbers by pattern"]
+    problems = []
+    for pattern, value in patterns.items():
+        problems += _number_problem(f"{key}[{pattern!r}]", value)
+        if re.search(r"\)[*+?{]", pattern) or len(re.findall(r"[*+?{]", pattern)) > 2:
+            problems.append(f"{key}: {pattern!r} repeats too much; write the module's name")
+            continue
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError):
+            problems.append(f"{key}: {pattern!r} is no regular expression")
+    return problems
+
+
+def _plan(
+    base: TensorStore, adapter: TensorStore, config: Mapping[str, Any]
+) -> tuple[dict[str, _Update], dict[str, str]]:
+    """What befalls base tensors: low-rank updates, and the adapter's tensors that replace them."""
+    parts, problems = _parts(base, adapter)
+    updates, replaced = {}, {}
+    for target, names in parts.items():
+        try:
+            if "whole" in names:
+                replaced[target] = names.pop("whole")
+                _expect_shape(adapter, replaced[target], base.shape(target))
+            if names:
+                updates[target] = _update(adapter, names, base.shape(target), config)
+        except CheckpointError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise CheckpointError(*problems)
+    return updates, replaced
+
+
+def _parts(base: TensorStore, adapter: TensorStore) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Names of the adapter's tensors by base tensor and part ("A", "embedding_A", "whole"); and what fits nowhere."""
+    known = set(base.names())
+    parts: dict[str, dict[str, str]] = {}
+    problems = []
+    for name in adapter.names():
+        match = _NAME.fullmatch(name)
+        target = _target(f"{match['path']}.{match['leaf'] or 'weight'}", known) if match else None
+        if not match or not target:
+            problems.append(f"{name!r} belongs to no tensor of the base; is it the right base, are its weights tied?")
+        elif parts.setdefault(target, {}).setdefault(match["factor"] or "whole", name) != name:
+            problems.append(f"{name!r} is the second of its kind for {target!r}")
+    return parts, problems
+
+
+def _target(name: str, known: set[str]) -> str | None:
+    """`name` as the base spells it: checkpoints of a bare backbone (GPT-2) lack the first component."""
+    return next((spelling for spelling in (name, name.partition(".")[2]) if spelling in known), None)
+
+
+def _update(
+    adapter: TensorStore, names: Mapping[str, str], shape: tuple[int, ...], config: Mapping[str, Any]
+) -> _Update:
+    first = next(iter(names.values()))
+    paths = {match["path"] for name in names.values() if (match := _NAME.fullmatch(name))}
+    if set(names) not in ({"A", "B"}, {"embedding_A", "embedding_B"}) or len(paths) != 1:
+        raise CheckpointError(f"{first!r} lacks its partner, expected lora_A and lora_B; download the adapter again")
+    if len(shape) != 2:
+        raise CheckpointError(f"{first!r} updates a tensor of shape {shape}, only matrices are merged")
+    is_embedding = "embedding_A" in names
+    transposed = is_embedding or bool(config.get("fan_in_fan_out"))
+    (path,) = paths
+    rank = _by_pattern(config.get("rank_pattern"), path, config["r"])
+    alpha = _by_pattern(config.get("alpha_pattern"), path, config["lora_alpha"])
+    a, b = sorted(names.values())
+    size_out, size_in = shape[::-1] if transposed else shape
+    _expect_shape(adapter, a, (rank, size_in))
+    _expect_shape(adapter, b, (size_out, rank))
+    return _Update(a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), transposed)
+
+
+def _by_pattern(patterns: Mapping[str, float] | None, path: str, default: Any) -> Any:
+    """Value of the first pattern that matches the end of `path`, from the start of a component on."""
+    matches = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", path))
+    return next(matches, default)
+
+
+def _expect_shape(adapter: TensorStore, name: str, expected: tuple[int, ...]) -> None:
+    if adapter.shape(name) != expected:
+        raise CheckpointError(f"{name!r} has shape {adapter.shape(name)}, expected {expected} by the base and the rank")

@@ -1,0 +1,23 @@
+"""The one exception of reading a checkpoint, and the words for a file that is not what it should be."""
+
+from pathlib import Path
+
+
+class CheckpointError(ValueError):
+    """Everything that is wrong with a checkpoint, one problem each, raised before any weight is read."""
+
+    def __init__(self, *problems: str):
+        super().__init__(*problems)
+        self.problems = problems
+
+    def __str__(self) -> str:
+        return self.problems[0] if len(self.problems) == 1 else "\n".join(f"- {problem}" for problem in self.problems)
+
+
+def damaged(path: Path, expected: str) -> str:
+    """Says that `path` does not hold what was `expected`, what it holds instead, and what to do."""
+    with path.open("rb") as file:
+        is_pointer = file.read(40).startswith(b"version https://git-lfs")
+    if is_pointer:
+        return f"{path}: a git-lfs pointer, the weights were never fetched; run `git lfs pull` in {path.parent}"
+    return f"{path}: truncated or corrupt: expected {expected}, found {path.stat().st_size} bytes; download it again"

@@ -1,0 +1,125 @@
+"""From a model id to a folder on this machine: a local folder, or a download of the Hugging Face Hub."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from tracing_jax.checkpoint.errors import CheckpointError
+from tracing_jax.checkpoint.tensors import listing
+
+_TEXTS = (
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "tokenizer*.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+)
+# In order of preference: the first format that a repository has is the only one that is downloaded.
+_WEIGHTS = (
+    ("*.safetensors", "*.safetensors.index.json"),
+    ("pytorch_model*.bin", "pytorch_model*.bin.index.json", "adapter_model.bin"),
+)
+_WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
+_IGNORED = ("*/*", "consolidated*", "optimizer*")
+
+
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """A folder with a config and weights; `revision` is the commit if it came from the Hub."""
+
+    folder: Path
+    id: str
+    revision: str | None
+
+
+def resolve(model_id: str, cache_dir: str | None = None) -> CheckpointFolder:
+    """The folder that holds `model_id`, downloaded if it must be.
+
+    Args:
+        model_id: A local folder, or `org/name` or `org/name@revision` on the Hub. What begins with `/`, `.` or `~`, or
+            exists here, is never looked up on the Hub.
+        cache_dir: Where downloads are kept; by default huggingface_hub's cache, whose environment variables (HF_HOME,
+            HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE) are honoured.
+
+    Raises:
+        CheckpointError: No such folder or model, no access to it, or no config or weights in it.
+    """
+    local = Path(model_id).expanduser()
+    if model_id.startswith(("/", ".", "~")) or local.exists():
+        if not local.is_dir():
+            raise CheckpointError(f"{model_id!r} is {'a file' if local.exists() else 'no folder'}; expected a folder")
+        found = CheckpointFolder(local, model_id, None)
+    else:
+        found = _download(model_id, cache_dir)
+    _check(found)
+    return found
+
+
+def _download(model_id: str, cache_dir: str | None) -> CheckpointFolder:
+    repo, _, revision = model_id.partition("@")
+    commit = revision or None
+    for weights in _WEIGHTS:
+        try:
+            folder = snapshot_download(
+                repo,
+                revision=commit,
+                cache_dir=cache_dir,
+                allow_patterns=[*_TEXTS, *weights],
+                ignore_patterns=list(_IGNORED),
+            )
+        except (HTTPError, LocalEntryNotFoundError, HFValidationError) as error:
+            raise CheckpointError(_explain(error, model_id)) from error
+        commit = Path(folder).name
+        if any(Path(folder).glob(weights[0])):
+            break
+    return CheckpointFolder(Path(folder), model_id, commit)
+
+
+def _explain(error: Exception, model_id: str) -> str:
+    """What went wrong on the Hub and what to do; never quotes a request, which may carry a token."""
+    repo, _, revision = model_id.partition("@")
+    page = f"{constants.ENDPOINT}/{repo}"
+    sign_in = "set HF_TOKEN or run `hf auth login`"
+    match error:
+        case GatedRepoError():
+            return f"{repo!r} is gated: accept its licence at {page}, then {sign_in}"
+        case RevisionNotFoundError():
+            return f"{repo!r} has no revision {revision!r}; its branches, tags and commits are at {page}/tree/main"
+        case RepositoryNotFoundError() | HFValidationError():
+            return (
+                f"{model_id!r} is neither a folder (looked in {Path.cwd()}) nor a model on the Hub (looked at {page}); "
+                f"check the spelling of the path or of org/name, and if the model is private, {sign_in}"
+            )
+        case LocalEntryNotFoundError() if constants.HF_HUB_OFFLINE:
+            return f"{model_id!r} is not (completely) in the cache and HF_HUB_OFFLINE forbids a download; unset it once"
+        case LocalEntryNotFoundError():
+            return f"{model_id!r} is not (completely) in the cache and {page} cannot be reached; check the network"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    reason = f"answered {status}" if status else f"broke off ({type(error).__name__})"
+    return f"{model_id!r}: {constants.ENDPOINT} {reason}; try again, and if it asks for a sign-in (401), {sign_in}"
+
+
+def _check(found: CheckpointFolder) -> None:
+    files = [path.name for path in found.folder.iterdir()]
+    wanted = {
+        "config.json (or adapter_config.json)": "config.json" in files or "adapter_config.json" in files,
+        "weights (*.safetensors or pytorch_model*.bin)": any(any(found.folder.glob(w)) for w in _WEIGHT_FILES),
+    }
+    missing = [what for what, is_there in wanted.items() if not is_there]
+    if missing:
+        held = listing(found.folder)
+        raise CheckpointError(f"{found.id!r} has no {' and no '.join(missing)}; {found.folder} holds {held}")

@@ -1,0 +1,247 @@
+"""Named tensors of a checkpoint folder, read lazily: opening reads headers, a slice reads the bytes of that slice."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from tracing_jax.checkpoint.errors import CheckpointError, damaged
+from tracing_jax.checkpoint.torch_zip import TorchZip
+
+Index = tuple[slice, ...]
+
+
+@runtime_checkable
+class TensorStore(Protocol):
+    """Tensors by their Hugging Face name; arrays are numpy, in the file's layout and dtype (bfloat16 included)."""
+
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors, sorted."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the tensor `name`."""
+
+    def dtype(self, name: str) -> np.dtype:
+        """Stored dtype of the tensor `name`."""
+
+    def read(self, name: str, index: Index = ()) -> np.ndarray:
+        """A copy of the tensor `name`, or of its slice (steps of one; missing axes are whole)."""
+
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the tensors, sorted."""
+
+
+_DTYPES = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+# How the usual quantisers name what they store beside or instead of a weight.
+_PACKED = (
+    ".qweight",
+    ".qzeros",
+    ".weight_packed",
+    ".weight_scale",
+    ".weight_scale_inv",
+    ".absmax",
+    ".quant_map",
+    ".SCB",
+)
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+_PLAIN_NAME = re.compile(r"[\w-][\w.-]*\.(safetensors|bin)")
+_NO_QUANTISED = "only unquantised weights (float64, float32, float16, bfloat16) are read; use the original checkpoint"
+
+
+def open_tensors(folder: Path) -> TensorStore:
+    """The model weights in `folder`: safetensors if it has any, else PyTorch's `.bin`; whole or in shards.
+
+    Raises:
+        CheckpointError: Weights or shards are missing, damaged, quantised or contradict their index; all at once.
+    """
+    loose = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_"))
+    if (folder / "model.safetensors").is_file():
+        return open_file(folder / "model.safetensors")
+    if (folder / "model.safetensors.index.json").is_file():
+        return _open_sharded(folder / "model.safetensors.index.json")
+    if len(loose) == 1:
+        return open_file(loose[0])
+    if loose:
+        raise CheckpointError(f"{folder}: several *.safetensors but no model.safetensors.index.json; download it too")
+    if (folder / "pytorch_model.bin").is_file():
+        return open_file(folder / "pytorch_model.bin")
+    if (folder / "pytorch_model.bin.index.json").is_file():
+        return _open_sharded(folder / "pytorch_model.bin.index.json")
+    raise CheckpointError(
+        f"{folder}: no weights; expected *.safetensors or pytorch_model*.bin, found {listing(folder)}"
+    )
+
+
+def open_file(path: Path) -> TensorStore:
+    """The tensors of one file, `*.safetensors` or `*.bin`.
+
+    Raises:
+        CheckpointError: The file is damaged, or holds what is not a plain tensor.
+    """
+    store: TensorStore = TorchZip(path) if path.suffix == ".bin" else _Safetensors(path)
+    packed = [name for name in store.names() if name.endswith(_PACKED)]
+    if packed:
+        raise CheckpointError(f"{path}: {len(packed)} packed weights such as {packed[0]!r}; {_NO_QUANTISED}")
+    return store
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        CheckpointError: The file is no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(damaged(path, f"JSON ({type(error).__name__})")) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found a {type(value).__name__}")
+    return value
+
+
+def listing(folder: Path) -> str:
+    """Names of the files in `folder`, for a message."""
+    names = sorted(path.name for path in folder.iterdir())
+    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+    return ", ".join(names[:12]) + more if names else "nothing"
+
+
+class _Safetensors:
+    """One safetensors file, its header read once."""
+
+    def __init__(self, path: Path):
+        try:
+            self._file = safe_open(path, framework="numpy")
+        except SafetensorError as error:
+            raise CheckpointError(_why_unreadable(path, error)) from error
+        self._path = path
+        headers = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118, no mapping
+        self._shapes = {name: tuple(header.get_shape()) for name, header in headers.items()}
+        stored = {name: header.get_dtype() for name, header in headers.items()}
+        unknown = sorted(name for name, dtype in stored.items() if dtype not in _DTYPES)
+        if unknown:
+            kinds = ", ".join(sorted({stored[name] for name in unknown}))
+            raise CheckpointError(
+                f"{path}: {len(unknown)} tensors of dtype {kinds}, {unknown[0]!r} first; {_NO_QUANTISED}"
+            )
+        self._dtypes = {name: _DTYPES[dtype] for name, dtype in stored.items()}
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self._shapes))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._dtypes[name]
+
+    def files(self) -> tuple[Path, ...]:
+        return (self._path,)
+
+    def read(self, name: str, index: Index = ()) -> np.ndarray:
+        if not index:
+            return self._file.get_tensor(name)
+        bounds = _bounds(index, self._shapes[name])
+        extent = tuple(max(0, bound.stop - bound.start) for bound in bounds)
+        if 0 in extent:
+            return np.zeros(extent, self._dtypes[name])
+        return self._file.get_slice(name)[bounds]
+
+
+def _bounds(index: Index, shape: Sequence[int]) -> Index:
+    """The slices of every axis in plain numbers: safetensors takes neither negative nor overlong ones."""
+    if len(index) > len(shape) or any(axis.step not in (None, 1) for axis in index):
+        raise IndexError(f"expected at most {len(shape)} slices with steps of one, got {index}")
+    whole = (slice(None),) * (len(shape) - len(index))
+    return tuple(slice(*axis.indices(size)[:2]) for axis, size in zip(index + whole, shape, strict=True))
+
+
+def _why_unreadable(path: Path, error: SafetensorError) -> str:
+    """A cut file is told from a strange one by the size that its header promises."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(min(header_size, size, _MAX_HEADER_BYTES)))
+            expected = 8 + header_size + max(t["data_offsets"][1] for n, t in header.items() if n != "__metadata__")
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            return damaged(path, f"a safetensors file ({error})")
+    if expected == size:
+        return f"{path}: {error}; {_NO_QUANTISED}"
+    return damaged(path, f"{expected} bytes by its header")
+
+
+class _Sharded:
+    """Several files as one store."""
+
+    def __init__(self, shards: Sequence[TensorStore]):
+        self._owner: Mapping[str, TensorStore] = {name: shard for shard in shards for name in shard.names()}
+        self._files = tuple(sorted(path for shard in shards for path in shard.files()))
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self._owner))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._owner[name].shape(name)
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._owner[name].dtype(name)
+
+    def files(self) -> tuple[Path, ...]:
+        return self._files
+
+    def read(self, name: str, index: Index = ()) -> np.ndarray:
+        return self._owner[name].read(name, index)
+
+
+def _open_sharded(index_path: Path) -> TensorStore:
+    """All shards that an index names, with exactly the tensors it promises where it promises them."""
+    promised = _weight_map(index_path)
+    shards: list[TensorStore] = []
+    problems = []
+    for file_name in sorted(set(promised.values())):
+        path = index_path.parent / file_name
+        if not path.is_file():
+            problems.append(f"{path}: missing, though {index_path.name} names it; download it")
+            continue
+        try:
+            shards.append(open_file(path))
+        except CheckpointError as error:
+            problems.extend(error.problems)
+            continue
+        absent = sorted({name for name, owner in promised.items() if owner == file_name} - set(shards[-1].names()))
+        problems.extend(f"{path}: lacks {name!r}, which {index_path.name} promises; download both" for name in absent)
+    held = Counter(name for shard in shards for name in shard.names())
+    problems.extend(f"{index_path.parent}: {name!r} is in {n} shards" for name, n in held.items() if n > 1)
+    if problems:
+        raise CheckpointError(*problems)
+    return _Sharded(shards)
+
+
+def _weight_map(index_path: Path) -> dict[str, str]:
+    """File of every tensor. Only plain names are followed: an index must not lead out of its folder."""
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index_path}: no weight_map from tensor to file; download it again")
+    strange = [file for file in weight_map.values() if not isinstance(file, str) or not _PLAIN_NAME.fullmatch(file)]
+    if strange:
+        raise CheckpointError(f"{index_path}: {strange[0]!r} is no name of a weight file in this folder")
+    return weight_map
