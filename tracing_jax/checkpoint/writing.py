@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +57,7 @@ def _write_shards(folder: Path, source: ParamSource, max_shard_bytes: int) -> No
     if len(shards) == 1:
         (folder / "0.part").rename(folder / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, sizes in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"{i}.part").rename(folder / file)
@@ -67,7 +67,7 @@ def _write_shards(folder: Path, source: ParamSource, max_shard_bytes: int) -> No
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _shards(source: ParamSource, max_bytes: int) -> Iterator[Mapping[str, np.ndarray]]:
+def _shards(source: ParamSource, max_bytes: int) -> Iterator[dict[str, np.ndarray]]:
     """Yields groups of tensors of at most `max_bytes` (or one larger tensor), reading the source part by part."""
     shard: dict[str, np.ndarray] = {}
     size = 0
