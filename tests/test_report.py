@@ -1,0 +1,321 @@
+"""Figures show the data they were given; the page is whole, closed to the network, and escapes what it shows."""
+
+import math
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tracing_jax.record import plain
+from tracing_jax.report.page import html
+from tracing_jax.report.panels import _stack
+from tracing_jax.report.plots import figure_of_run, path_figure, png, save_png
+from tracing_jax.report.tables import text_table
+from tracing_jax.report.wording import cell, outcome, p_text, subject
+
+ROOT = Path(__file__).parents[1]
+ALPHA = np.linspace(0, 1, 11)
+LEVELS = [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]
+
+
+def curve(barrier, ends=2.0):
+    return {"alpha": ALPHA.tolist(), "loss": (ends + barrier * np.sin(np.pi * ALPHA)).tolist()}
+
+
+def result(headline=None, **parts):
+    empty = dict.fromkeys(("log10_p", "p_reason", "per_layer", "curve", "distribution", "not_applicable"))
+    return empty | {"headline": headline, "label": "a number"} | parts
+
+
+def quantiles(layers, center):
+    rows = [[center + 0.1 * layer + 0.1 * (level - 0.5) for level in LEVELS] for layer in range(layers)]
+    return {"label": "cosine of matched units", "quantiles": {"layers": rows, "levels": LEVELS}}
+
+
+def record(**changes):
+    curves = [curve(5) | {"midpoint": 7.0, "barrier": 5.0, "groups": ["attn", "mlp"]}, curve(0.1)]
+    model = {
+        "id": "org/model",
+        "revision": "0123456789abcdef" * 2 + "01234567",
+        "family": "llama",
+        "parameters": 1234567,
+        "shape": {"layers": 3},
+        "files": {"model.safetensors": "ab" * 32},
+    }
+    layers = {"label": "log10 p of a layer", "values": [-1.5, -20.0, -3.25]}
+    base = {
+        "format": 1,
+        "args": {"base": "org/model", "alphas": 11},
+        "commit": "not a git checkout",
+        "versions": {"jax": "0.10.1"},
+        "device": {"platform": "cpu", "mesh": {"data": 1, "model": 1}},
+        "seed": 0,
+        "models": {"base": model, "ft": model | {"id": "org/tuned"}},
+        "tokens": {"dataset": "some/text", "num_tokens": 4096},
+        "permuted": {"axes": ["embed", "mlp"], "seed": 3},
+        "alignment": {"axes": ["embed"], "objective": [1.0, 2.0], "share_moved": {"embed": 0.9912}},
+        "statistics": {
+            "mode": {"non_aligned": result(7.0, curve=curves[0]), "aligned": result(2.1, curve=curves[1])},
+            "cos": {"non_aligned": result(0.1, log10_p=-4312.7, per_layer=layers), "aligned": None},
+            "emb": {"non_aligned": result(0.5, distribution=quantiles(3, 0.1)), "aligned": None},
+            "l2": {"non_aligned": result(1.5), "aligned": result(0.25)},
+            "glu": {"non_aligned": result(not_applicable="the MLP has no gate"), "aligned": None},
+        },
+        "perplexity": {"base": {"perplexity": 7.389, "tokens": 4096}, "ft": {"perplexity": 8.5, "tokens": 4096}},
+        "seconds": {"load": 1.0, "statistic": 2.5},
+        "notes": ["one note"],
+    }
+    return base | changes
+
+
+def texts(axes):
+    return [text.get_text() for text in axes.texts]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 9])
+def test_path_figure_draws_each_curve_once(count):
+    curves = {f"curve {i}": curve(i) for i in range(count)}
+    (axes,) = path_figure(curves, groups=("attn", "mlp")).axes
+    assert len(axes.lines) == count
+    for line, (name, expected) in zip(axes.lines, curves.items(), strict=True):
+        assert line.get_label() == name
+        np.testing.assert_array_equal(line.get_xdata(), expected["alpha"])
+        np.testing.assert_array_equal(line.get_ydata(), expected["loss"])
+    assert len({(line.get_color(), str(line.get_linestyle())) for line in axes.lines}) == count
+    assert axes.get_xlabel() == "α  (0: base, 1: fine-tuned); moving: attn, mlp"
+    assert axes.get_ylabel() == "loss (nats per token)"
+
+
+def test_labels_stand_at_their_lines_where_they_fit():
+    (axes,) = path_figure({"related": curve(0.01), "aligned": curve(0.02), "independent": curve(8)}).axes
+    assert axes.get_legend() is None
+    assert texts(axes) == ["related", "aligned", "independent"]
+    assert [text.get_color() for text in axes.texts] == [line.get_color() for line in axes.lines]
+    heights = [text.get_position()[1] for text in axes.texts]
+    assert heights == sorted(heights)
+
+
+def test_a_legend_names_lines_that_are_too_close_for_labels():
+    (axes,) = path_figure({"a": curve(5.0), "b": curve(5.3), "c": curve(0.1)}).axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b", "c"]
+    assert not axes.texts
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 0.1)), min_size=1, max_size=6))
+def test_stacked_labels_never_touch(spans):
+    spans = [np.array([low, low + extent]) for low, extent in spans]
+    bottoms = _stack(spans)
+    if bottoms is not None:
+        assert all(bottom > high for bottom, (_, high) in zip(bottoms, spans, strict=True))
+        assert np.diff(sorted(bottoms)).min(initial=1) > 0.07
+        assert max(bottoms) < 1
+
+
+def test_losses_that_are_not_finite_leave_a_gap_and_are_counted():
+    broken = plain({**curve(1), "loss": [2.0, math.nan, math.inf, None, *[2.0] * 7]})
+    (axes,) = path_figure({"broken": broken}).axes
+    np.testing.assert_array_equal(axes.lines[0].get_ydata(), [2, np.nan, np.nan, np.nan, *[2] * 7])
+    assert axes.lines[0].get_label() == "broken (3 of 11 not finite)"
+    (axes,) = path_figure({"all": curve(math.nan)}).axes
+    assert "11 of 11 not finite" in axes.lines[0].get_label()
+
+
+def test_a_huge_curve_does_not_flatten_the_others():
+    (axes,) = path_figure({"huge": curve(1000), "flat": curve(0.5)}).axes
+    low, high = axes.get_ylim()
+    assert low < 2
+    assert 2.5 < high < 20
+    assert "↑ up to 1e+03" in texts(axes)
+    (axes,) = path_figure({"usual": curve(8), "flat": curve(0.5)}).axes
+    assert axes.get_ylim()[1] > 10
+    assert not any("up to" in text for text in texts(axes))
+
+
+def test_figure_of_run_has_a_panel_for_each_statistic_with_a_result():
+    mode, cos, emb, l2 = figure_of_run(record()).axes
+    assert [axes.get_title(loc="left").split(":")[0] for axes in (mode, cos, emb, l2)] == ["mode", "cos", "emb", "l2"]
+    assert mode.get_title(loc="left") == "mode: a number\n7 non-aligned, 2.1 aligned"
+    assert all(axes.get_xlabel() for axes in (mode, cos, emb, l2))
+    assert all(axes.get_ylabel() for axes in (mode, cos, emb))
+
+    assert [line.get_label() for line in mode.lines] == ["non-aligned", "aligned"]
+    np.testing.assert_array_equal(mode.lines[1].get_ydata(), curve(0.1)["loss"])
+    np.testing.assert_array_equal(cos.lines[0].get_ydata(), [-1.5, -20, -3.25])
+    assert (cos.get_xlabel(), cos.get_ylabel()) == ("layer", "log10 p of a layer")
+    assert [bar.get_width() for bar in l2.patches] == [1.5, 0.25]
+
+
+def test_boxes_are_the_quantiles():
+    sides = {"non_aligned": result(0.1, distribution=quantiles(3, 0.1)), "aligned": None}
+    (axes,) = figure_of_run({"statistics": {"emb": sides}}).axes
+    rows = np.array(quantiles(3, 0.1)["quantiles"]["layers"])
+    for outer, boxes in enumerate(axes.collections):
+        ends = np.array([segment[:, 1] for segment in boxes.get_segments()])
+        np.testing.assert_allclose(ends, rows[:, [outer, -1 - outer]])
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), rows[:, 3])
+    assert axes.get_ylabel() == "cosine of matched units"
+
+
+def test_one_distribution_a_side_is_named_by_its_side():
+    sides = {side: result(0.1, distribution=quantiles(1, 0.1)) for side in ("non_aligned", "aligned")}
+    (axes,) = figure_of_run({"statistics": {"emb": sides}}).axes
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["non-aligned", "aligned"]
+    assert axes.get_legend() is None
+
+
+def test_a_run_without_result_shows_why():
+    (axes,) = figure_of_run({"statistics": {"glu": record()["statistics"]["glu"]}}).axes
+    assert texts(axes) == ["glu: not applicable, the MLP has no gate"]
+
+
+def test_png_has_160_dots_per_inch_and_takes_any_text(tmp_path):
+    figure = path_figure({"$x_1 {": curve(1)}, title=r"50 $ \alpha %")
+    save_png(figure, tmp_path / "f.png")
+    content = (tmp_path / "f.png").read_bytes()
+    assert content == png(figure)
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    assert int.from_bytes(content[16:20]) == 1024
+
+
+def test_figures_need_no_pyplot():
+    code = "import sys, tracing_jax.report.page; print('matplotlib.pyplot' in sys.modules, 'jax' in sys.modules)"
+    command = [sys.executable, "-c", code]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert shown.split() == ["False", "False"]
+
+
+class Page(HTMLParser):
+    """The elements, attributes and text of a page whose tags are balanced."""
+
+    VOID = ("meta", "img", "link", "br")
+
+    def __init__(self, source):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.words = [], set(), [], []
+        self.feed(source)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes += [(tag, *attribute) for attribute in attrs]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words += data.split()
+
+    @property
+    def text(self):
+        return " ".join(self.words)
+
+
+def test_page_is_one_closed_file():
+    page = Page(html(record()))
+    assert not page.tags & {"script", "link", "iframe", "object", "base", "form"}
+    references = [value for _, name, value in page.attributes if name in ("src", "href", "srcset", "action")]
+    assert len(references) == 4
+    assert all(value.startswith("data:image/png;base64,iVBOR") for value in references)
+    assert "url(" not in html(record())
+    assert "@import" not in html(record())
+
+
+def test_page_shows_the_numbers_of_the_run():
+    source = html(record())
+    text = Page(source).text
+    for shown in (
+        "org/tuned against org/model",
+        "7 non-aligned, 2.1 aligned",
+        "0.1 (p = 10^-4312.7) non-aligned",
+        "not applicable, the MLP has no gate",
+        "layer 1 -20",
+        "barrier (nats per token) 5 –",
+        "perplexity (per token) 7.389 8.5",
+        "share moved: embed 0.9912",
+        "objective 1, 2",
+        "parameters 1,234,567 1,234,567",
+        "revision 0123456789ab… 0123456789ab…",
+        "model.safetensors base abababababab…",
+        "total 3.5",
+        "one note",
+        "device: mesh data 1, model 1",
+        '"alphas": 11',
+    ):
+        assert shown in text
+    assert f'title="{"ab" * 32}"' in source
+
+
+def test_page_escapes_everything():
+    evil = "<script>alert('x')</script>&\"><img src=http://x.example/y>"
+    full = record(notes=[evil], args={evil: evil}, tokens={evil: evil}, commit=evil)
+    full["models"]["base"] = full["models"]["base"] | {"id": evil, "shape": {evil: evil}, "files": {evil: evil}}
+    named = result(1.0, label=evil, p_reason=evil, per_layer={"label": evil, "values": [1.0]})
+    full["statistics"] = {evil: {"non_aligned": named, "aligned": None}}
+    page = Page(html(full))
+    assert "script" not in page.tags
+    assert all(value.startswith("data:") for _, name, value in page.attributes if name in ("src", "href"))
+    assert evil in page.text
+
+
+def test_page_of_a_run_that_did_little():
+    full = record(permuted=None, alignment=None, perplexity=None, notes=[], statistics={}, seconds={})
+    text = Page(html(full)).text
+    assert "org/tuned" in text
+    assert "Alignment" not in text
+    assert "Perplexity" not in text
+
+
+def test_page_holds_no_token_and_takes_arrays():
+    token = "hf_" + "Ab3" * 12
+    page = html(record(args={"hf_token": "swordfish", "note": token}, notes=[token], seconds={"load": np.float32(1)}))
+    assert token not in page
+    assert "swordfish" not in page
+    assert "[redacted]" in page
+
+
+def test_text_table_aligns_its_columns():
+    rows = [("related", 2.31234567, 12), ("independent", None, 12345), ("x", math.inf, 0)]
+    assert text_table(rows, ("pair", "loss", "n")).splitlines() == [
+        "pair           loss       n",
+        "-----------  ------  ------",
+        "related      2.3123      12",
+        "independent       –  12,345",
+        "x               inf       0",
+    ]
+
+
+def test_text_table_refuses_ragged_rows():
+    with pytest.raises(ValueError, match=r"rows \[1\] .* 2 cells"):
+        text_table([(1, 2), (1,)], ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(None, "–"), (True, "yes"), (6738415616, "6,738,415,616"), (-4312.7, "-4312.7"), (1.2e-5, "1.2e-05"), ("a", "a")],
+)
+def test_cells(value, shown):
+    assert cell(value) == shown
+
+
+def test_cells_of_lists_and_mappings():
+    assert cell([1.0, None, "x"]) == "1, –, x"
+    assert cell({"data": 1, "model": 8}) == "data 1, model 8"
+    assert cell([]) == cell({}) == "–"
+
+
+@pytest.mark.parametrize(("log10_p", "shown"), [(0.0, "p = 1"), (-1.5, "p = 0.032"), (-4312.7, "p = 10^-4312.7")])
+def test_p_values(log10_p, shown):
+    assert p_text(log10_p) == shown
+
+
+def test_a_statistic_that_was_not_run_says_so():
+    sides = {"non_aligned": None, "aligned": None}
+    assert (subject("cos", sides), outcome(sides)) == ("cos", "not run")
