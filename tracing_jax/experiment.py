@@ -3,10 +3,9 @@
 import contextlib
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,14 +14,13 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from tracing_jax import demo, tree
+from tracing_jax import demo
 from tracing_jax.alignment import Alignment, align
 from tracing_jax.axes import PERMUTABLE, axis_table
 from tracing_jax.checkpoint import Checkpoint, load, open_checkpoint
 from tracing_jax.data import (
     Documents,
     TokenBlocks,
-    Tokenizer,
     load_tokenizer,
     read_documents,
     same_tokenizer,
@@ -30,7 +28,17 @@ from tracing_jax.data import (
     token_blocks,
 )
 from tracing_jax.forward import token_losses
-from tracing_jax.record import FORMAT, RunFiles, check_writable, commit, file_hashes, plain, write_json, write_pickle
+from tracing_jax.record import (
+    FORMAT,
+    RunFiles,
+    atomic_write,
+    check_writable,
+    commit,
+    file_hashes,
+    plain,
+    write_json,
+    write_pickle,
+)
 from tracing_jax.report import figure_of_family, figure_of_run, html, save_png
 from tracing_jax.sharding import make_mesh
 from tracing_jax.source import InMemory, in_memory, permuted
@@ -123,7 +131,7 @@ def save(record: dict[str, Any], files: RunFiles) -> None:
     files.pickle.parent.mkdir(parents=True, exist_ok=True)
     write_json(files.json, record)
     save_png(figure_of_run(record), files.png)
-    files.write_text(files.html, html(record))
+    atomic_write(files.html, html(record).encode())
     write_pickle(files.pickle, record)  # last: whoever finds it finds the rest beside it
     logging.info("wrote %s and, beside it, json, png and html", files.pickle)
 
@@ -228,7 +236,7 @@ def _names(listed: str) -> list[str]:
     return list(REGISTRY) if names == ["all"] else names
 
 
-def _tokenizer(checkpoint: Checkpoint, needed: bool) -> Tokenizer | None:
+def _tokenizer(checkpoint: Checkpoint, needed: bool) -> Any:
     try:
         return load_tokenizer(checkpoint.tokenizer_folder)
     except FileNotFoundError:
@@ -237,9 +245,7 @@ def _tokenizer(checkpoint: Checkpoint, needed: bool) -> Tokenizer | None:
         return None
 
 
-def _vocabularies(
-    base: Checkpoint, ft: Checkpoint, tokenizer_base: Tokenizer | None, tokenizer_ft: Tokenizer | None
-) -> Vocabularies:
+def _vocabularies(base: Checkpoint, ft: Checkpoint, tokenizer_base: Any, tokenizer_ft: Any) -> Vocabularies:
     """Returns how the tokens correspond, among those that both models have an embedding for."""
     if tokenizer_base is None or tokenizer_ft is None:
         return Vocabularies(False, np.zeros(0, np.int32), np.zeros(0, np.int32))
@@ -249,9 +255,7 @@ def _vocabularies(
     return Vocabularies(same, ids_base[known], ids_ft[known])
 
 
-def _blocks(
-    config: ConfigDict, tokenizer_base: Tokenizer, tokenizer_ft: Tokenizer, same: bool
-) -> tuple[TokenBlocks, TokenBlocks]:
+def _blocks(config: ConfigDict, tokenizer_base: Any, tokenizer_ft: Any, same: bool) -> tuple[TokenBlocks, TokenBlocks]:
     """Returns the text as base's tokens, and the very same text as ft's."""
     documents = _documents(config)
     blocks = token_blocks(documents, tokenizer_base, block_size=config.block_size, num_tokens=config.num_tokens)
