@@ -1,7 +1,7 @@
-"""`cos`: best-match cosine of the MLP units' gate weights, median per layer, mean over layers.
+r"""`cos`: best-match cosine of the MLP units' gate weights, median per layer, mean over layers.
 
     python main.py --config=configs/cos.py:demo
-    python main.py --config=configs/cos.py --config.base_model_id=meta-llama/Llama-2-7b-hf \\
+    python main.py --config=configs/cos.py --config.base_model_id=meta-llama/Llama-2-7b-hf \
         --config.ft_model_id=codellama/CodeLlama-7b-hf
 
 Source: the reference program of Zhu et al. 2025 (arXiv 2502.12292). It has no p-value; read it beside a test that has.

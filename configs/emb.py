@@ -1,7 +1,7 @@
-"""`emb`: best-match cosine of the embedding rows of the tokens that both vocabularies have, median.
+r"""`emb`: best-match cosine of the embedding rows of the tokens that both vocabularies have, median.
 
     python main.py --config=configs/emb.py:demo
-    python main.py --config=configs/emb.py --config.base_model_id=meta-llama/Meta-Llama-3-8B \\
+    python main.py --config=configs/emb.py --config.base_model_id=meta-llama/Meta-Llama-3-8B \
         --config.ft_model_id=meta-llama/Llama-3.2-1B
 
 Source: the reference program of Zhu et al. 2025 (arXiv 2502.12292). It has no p-value; read it beside a test that has.

@@ -5,12 +5,11 @@ ropes and windows that differ between layers come in as data. The weights of one
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
@@ -19,7 +18,7 @@ from tracing_jax.arch import Arch
 from tracing_jax.axes import axis_table
 from tracing_jax.interpolate import interpolate, moving_leaves
 from tracing_jax.models import apply_block, apply_embed, apply_head, layer_inputs
-from tracing_jax.sharding import batch_sharding
+from tracing_jax.sharding import Compute
 from tracing_jax.source import ParamSource
 from tracing_jax.tree import Tree, flatten, unflatten
 
@@ -30,46 +29,33 @@ def path_losses(
     base: ParamSource,
     ft: ParamSource | None,
     tokens: Int[np.ndarray, "N T"],
-    alphas: Sequence[float],
+    alphas: Sequence[float] | np.ndarray,
     groups: Sequence[str],
-    *,
-    mesh: Mesh,
-    batch_size: int,
-    dtype: DTypeLike = jnp.float32,
-    description: str = "path",
+    compute: Compute,
+    description: str = "losses along the path",
 ) -> Float[np.ndarray, "A N T1"]:
     """Returns the loss of every predicted token, in nats, at every alpha of the path from base (0) to ft (1).
 
     The model at alpha has base's facts (rope, norms, scales); only leaves in `groups` move. With no groups `ft` is not
-    read. T1 = T - 1: the first token of a block is never predicted. Weights stay on the mesh; `batch_size` blocks are
-    in flight at a time, and no logits of a whole batch are kept.
+    read. T1 = T - 1: the first token of a block is never predicted. Weights stay on the mesh, and no logits of a whole
+    batch are kept.
 
     Raises:
       ValueError: no tokens, or ids outside base's vocabulary.
     """
     _check_tokens(tokens, base.arch)
     moving = moving_leaves(axis_table(base.arch), groups)
-    walk = _Walk(base, ft, moving, jnp.asarray(alphas, jnp.float32), dtype)
-    losses = []
-    for batch in _batches(tokens, batch_size, mesh, description):
-        losses.append(walk.losses(batch))
-    return np.concatenate([np.asarray(part) for part in losses], axis=1)[:, : len(tokens)]
+    walk = _Walk(base, ft, moving, jnp.asarray(alphas, jnp.float32), compute.dtype)
+    batches = tqdm(compute.batches(tokens), desc=description, unit="batch", disable=None)
+    losses = [np.asarray(walk.losses(compute.put(batch))) for batch in batches]
+    return np.concatenate(losses, axis=1)[:, : len(tokens)]
 
 
 def token_losses(
-    source: ParamSource,
-    tokens: Int[np.ndarray, "N T"],
-    *,
-    mesh: Mesh,
-    batch_size: int,
-    dtype: DTypeLike = jnp.float32,
-    description: str = "loss",
+    source: ParamSource, tokens: Int[np.ndarray, "N T"], compute: Compute, description: str = "losses"
 ) -> Float[np.ndarray, "N T1"]:
     """Returns the loss of every predicted token of one model, in nats."""
-    alphas, groups = (0.0,), ()
-    return path_losses(
-        source, None, tokens, alphas, groups, mesh=mesh, batch_size=batch_size, dtype=dtype, description=description
-    )[0]
+    return path_losses(source, None, tokens, (0.0,), (), compute, description)[0]
 
 
 def logits(
@@ -192,16 +178,6 @@ def _slice_length(length: int, bytes_per_position: int) -> int:
     """Returns the largest divisor of the block length whose logits fit the limit."""
     most = max(1, _LOGITS_BYTES // bytes_per_position)
     return max(n for n in range(1, length + 1) if length % n == 0 and n <= most)
-
-
-def _batches(tokens: np.ndarray, batch_size: int, mesh: Mesh, description: str) -> Iterator[jax.Array]:
-    """Yields batches of one shape on the mesh, the last one filled up with copies of the first block."""
-    data = mesh.shape["data"]
-    size = min(-(-batch_size // data), -(-len(tokens) // data)) * data
-    filler = -len(tokens) % size
-    padded = np.concatenate([tokens, np.repeat(tokens[:1], filler, axis=0)]) if filler else tokens
-    for start in tqdm(range(0, len(padded), size), desc=description, unit="batch", disable=None):
-        yield jax.device_put(padded[start : start + size], batch_sharding(mesh))
 
 
 def _check_tokens(tokens: np.ndarray, arch: Arch) -> None:

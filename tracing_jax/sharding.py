@@ -1,15 +1,46 @@
 """The device mesh, and which mesh axis splits which axis of a weight."""
 
+from dataclasses import dataclass
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import Int
 
 from tracing_jax.axes import AxisTable, Leaf, kind_of
 from tracing_jax.tree import Tree, map_named
 
 MESH_AXIS = {"mlp": "model", "kv_heads": "model", "vocab": "model"}
 """Axis kind -> mesh axis (tensor parallelism). Token blocks are split over `data`."""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and how a forward pass runs.
+
+    Attributes:
+      mesh: devices `(data, model)`; see `make_mesh`.
+      batch_size: token blocks in flight at a time, rounded up to a multiple of the `data` axis.
+      dtype: of hidden states and matmuls; norms, softmax, losses and sums are float32 in any case.
+    """
+
+    mesh: Mesh
+    batch_size: int = 8
+    dtype: DTypeLike = jnp.float32
+
+    def batches(self, tokens: Int[np.ndarray, "N T"]) -> list[np.ndarray]:
+        """Returns batches of one shape, the last filled up with copies of the first block."""
+        data = self.mesh.shape["data"]
+        size = min(-(-self.batch_size // data), -(-len(tokens) // data)) * data
+        filler = np.repeat(tokens[:1], -len(tokens) % size, axis=0)
+        return np.split(np.concatenate([tokens, filler]), (len(tokens) + len(filler)) // size)
+
+    def put(self, batch: np.ndarray) -> jax.Array:
+        """Returns a batch on the mesh, its first axis split over `data`."""
+        return jax.device_put(batch, NamedSharding(self.mesh, P("data")))
 
 
 def make_mesh(data: int = 1, model: int = 1) -> Mesh:
@@ -49,8 +80,3 @@ def place(tree: Tree, table: AxisTable, mesh: Mesh) -> Tree:
     return map_named(
         lambda name, leaf: jax.device_put(leaf, NamedSharding(mesh, leaf_spec(table.leaves[name], table, mesh))), tree
     )
-
-
-def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """Returns the sharding of token blocks: the batch axis over `data`, after `leading` whole axes."""
-    return NamedSharding(mesh, P(*(None,) * leading, "data"))

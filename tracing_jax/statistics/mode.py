@@ -53,16 +53,12 @@ class Mode:
     def compute(self, pair: Pair) -> Result:
         """Returns midpoint loss (the headline), barrier and curve; one pass over the tokens for all alphas."""
         assert pair.tokens is not None
-        how = {"mesh": pair.mesh, "batch_size": pair.batch_size, "dtype": pair.dtype}
         alphas = np.array(sorted({0.0, 0.5, 1.0, *self.alphas}))
-        losses = path_losses(
-            pair.base, pair.ft, pair.tokens, alphas, self.groups, **how, description="loss along the path"
-        )
-        loss = losses.mean(axis=(1, 2), dtype=np.float64)
+        losses = path_losses(pair.base, pair.ft, pair.tokens, alphas, self.groups, pair.compute)
         own = None
         if pair.vocabularies.same:
-            own = float(token_losses(pair.ft, pair.tokens, **how, description="loss of ft").mean(dtype=np.float64))
-        curve = curve_of(alphas, loss, own, self.groups)
+            own = float(token_losses(pair.ft, pair.tokens, pair.compute, "losses of ft").mean(dtype=np.float64))
+        curve = curve_of(alphas, losses.mean(axis=(1, 2), dtype=np.float64), own, self.groups)
         reason = "no permutation test was asked for (num_perm = 0)"
         return Result(headline=curve.midpoint, label=_LABEL, p_reason=reason, curve=curve)
 

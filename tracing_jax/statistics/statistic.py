@@ -5,11 +5,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
-from jax.sharding import Mesh
-from jax.typing import DTypeLike
 from jaxtyping import Int
 
 from tracing_jax.arch import Arch
+from tracing_jax.sharding import Compute
 from tracing_jax.source import InMemory
 
 
@@ -36,9 +35,7 @@ class Pair:
     vocabularies: Vocabularies
     tokens: Int[np.ndarray, "N T"] | None
     """Token blocks of base's tokenizer; None when no statistic of the run needs text."""
-    mesh: Mesh
-    batch_size: int
-    dtype: DTypeLike
+    compute: Compute
     seed: int
     aligned: bool = False
 

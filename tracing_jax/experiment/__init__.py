@@ -1,0 +1,182 @@
+"""The seven steps of a run: load, permute, statistic, align, statistic, perplexity, save. Config -> record -> files."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from tracing_jax.alignment import Alignment, align, aligned
+from tracing_jax.axes import axis_table
+from tracing_jax.checkpoint import load
+from tracing_jax.data import TokenBlocks
+from tracing_jax.experiment.facts import alignment_facts, device_facts, model_facts, token_facts, versions
+from tracing_jax.experiment.opening import Opened, open_pair
+from tracing_jax.experiment.settings import DEMO, DTYPES, ConfigError, check_config, names_in
+from tracing_jax.forward import token_losses
+from tracing_jax.record import FORMAT, RunFiles, atomic_write, commit, plain, write_json, write_pickle
+from tracing_jax.report import figure_of_family, figure_of_run, html, save_png
+from tracing_jax.sharding import Compute, make_mesh
+from tracing_jax.source import InMemory, in_memory, permuted
+from tracing_jax.statistics import Pair, Result
+from tracing_jax.symmetry import random_permutations, share_moved
+
+__all__ = ["ConfigError", "run", "save", "trace"]
+
+
+def run(config: ConfigDict) -> list[dict[str, Any]]:
+    """Runs a config and returns its records: one for a pair, one per model where `ft_model_ids` names several.
+
+    Raises:
+      ConfigError: before anything is read; then the errors of reading checkpoints and text, before anything heavy.
+    """
+    check_config(config)
+    if "ft_model_ids" not in config:
+        return [trace(config)]
+    files = RunFiles.from_save(config.save)
+    records = []
+    for model_id in config.ft_model_ids:
+        name = model_id.removeprefix(DEMO).rstrip("/").split("/")[-1]
+        one = ConfigDict({key: value for key, value in config.items() if key != "ft_model_ids"})
+        one.ft_model_id, one.save = model_id, str(files.folder / f"{name}.p")
+        records.append(trace(one))
+    write_json(files.json, {"format": FORMAT, "records": records})
+    save_png(figure_of_family(records), files.png)
+    logging.info("wrote %s and %s; each pair lies in %s", files.json, files.png, files.folder)
+    return records
+
+
+def trace(config: ConfigDict) -> dict[str, Any]:
+    """Runs the seven steps on one pair, writes the files of the run, and returns its record."""
+    check_config(config)
+    clock = _Clock()
+    with clock.step("open"):
+        opened = open_pair(config)
+    with clock.step("load"):
+        pair = _load(config, opened)
+    permutation = alignment = perplexity = None
+    if config.permute:
+        with clock.step("permute"):
+            pair, permutation = _permute(config, pair)
+    with clock.step("statistic"):
+        before = _compute(opened, pair)
+    after: dict[str, Result] = {}
+    if config.align:
+        with clock.step("align"):
+            pair, alignment = _align(config, opened, pair)
+        with clock.step("statistic aligned"):
+            after = _compute(opened, pair)
+    if config.eval:
+        with clock.step("perplexity"):
+            perplexity = {
+                "base": _perplexity(pair, pair.base, opened.blocks_base, "base"),
+                "ft": _perplexity(pair, pair.ft, opened.blocks_ft, "ft"),
+            }
+    with clock.step("hashes"):
+        models = {"base": model_facts(opened.base), "ft": model_facts(opened.ft)}
+    record = plain(
+        {
+            "format": FORMAT,
+            "args": config.to_dict(),
+            "commit": commit(),
+            "versions": versions(),
+            "device": device_facts(pair.compute.mesh),
+            "seed": config.seed,
+            "models": models,
+            "tokens": token_facts(opened),
+            "permuted": permutation,
+            "alignment": None if alignment is None else alignment_facts(alignment),
+            "statistics": {
+                name: {"non_aligned": before[name].as_dict(), "aligned": after[name].as_dict() if after else None}
+                for name in before
+            },
+            "perplexity": perplexity,
+            "seconds": clock.seconds,
+            "notes": opened.notes,
+        }
+    )
+    save(record, RunFiles.from_save(config.save))
+    return record
+
+
+def save(record: dict[str, Any], files: RunFiles) -> None:
+    """Writes the JSON, the figure, the page and the pickle of one run, each whole or not at all."""
+    write_json(files.json, record)
+    save_png(figure_of_run(record), files.png)
+    atomic_write(files.html, html(record).encode())
+    write_pickle(files.pickle, record)  # last: whoever finds it finds the rest beside it
+    logging.info("wrote %s and, beside it, json, png and html", files.pickle)
+
+
+def _load(config: ConfigDict, opened: Opened) -> Pair:
+    """Step 1: both models on the mesh."""
+    mesh = make_mesh(config.mesh.data, config.mesh.model)
+    base, ft = (load(checkpoint, mesh, config.cache_dir) for checkpoint in (opened.base, opened.ft))
+    tokens = None if opened.blocks_base is None else opened.blocks_base.tokens
+    compute = Compute(mesh, config.batch_size, DTYPES[config.dtype])
+    return Pair(base, ft, opened.vocabularies, tokens, compute, config.seed)
+
+
+def _permute(config: ConfigDict, pair: Pair) -> tuple[Pair, dict[str, Any]]:
+    """Step 2: the fine-tuned model's own weights, its units in a random order."""
+    axes = names_in(config.permute_axes)
+    permutations = random_permutations(jax.random.key(config.seed), axis_table(pair.ft.arch), axes)
+    facts = {"axes": axes, "seed": config.seed, "share_moved": share_moved(permutations)}
+    return replace(pair, ft=in_memory(permuted(pair.ft, permutations))), facts
+
+
+def _compute(opened: Opened, pair: Pair) -> dict[str, Result]:
+    """Steps 3 and 5: every statistic that applies; of the others the reason."""
+    results = {}
+    for name, statistic in opened.statistics.items():
+        if reason := opened.not_applicable.get(name):
+            results[name] = Result(None, name, not_applicable=reason)
+        else:
+            results[name] = statistic.compute(pair)
+    return results
+
+
+def _align(config: ConfigDict, opened: Opened, pair: Pair) -> tuple[Pair, Alignment]:
+    """Step 4: the fine-tuned model's units in base's order."""
+    shared = None
+    if not opened.vocabularies.same:
+        shared = {"vocab": (opened.vocabularies.ids_base, opened.vocabularies.ids_ft)}
+    axes, evidence = names_in(config.align_axes), config.align_evidence
+    how = {"compute": pair.compute, "shared": shared, "seed": config.seed}
+    alignment = align(pair.base, pair.ft, axes, evidence=evidence, tokens=pair.tokens, **how)
+    return replace(pair, ft=in_memory(aligned(pair.ft, alignment)), aligned=True), alignment
+
+
+def _perplexity(pair: Pair, model: InMemory, blocks: TokenBlocks | None, side: str) -> dict[str, float]:
+    """Step 6: perplexity of one model on its own tokens of the text, per token and per byte."""
+    assert blocks is not None
+    losses = token_losses(model, blocks.tokens, pair.compute, description=f"perplexity of {side}")
+    nats, num_bytes = float(losses.sum(dtype=np.float64)), int(blocks.num_bytes.sum())
+    return {
+        "loss_nats_per_token": nats / losses.size,
+        "perplexity": float(np.exp(nats / losses.size)),
+        "nats_per_byte": nats / num_bytes,
+        "perplexity_per_byte": float(np.exp(nats / num_bytes)),
+        "tokens": losses.size,
+        "bytes": num_bytes,
+    }
+
+
+@dataclass
+class _Clock:
+    """Seconds per step of a run."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Measures one step, and says on the log that it has begun."""
+        logging.info("%s ...", name)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 3)

@@ -1,0 +1,62 @@
+"""What a record says of the models, the text, the alignment, the software and the machine."""
+
+import platform
+from dataclasses import fields
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from tracing_jax.alignment import Alignment
+from tracing_jax.checkpoint import Checkpoint
+from tracing_jax.experiment.opening import Opened
+from tracing_jax.record import file_hashes
+
+_SHAPE = ("num_layers", "embed_dim", "mlp_dim", "num_kv_heads", "q_group", "head_dim", "vocab_size", "tied")
+_PACKAGES = ("tracing_jax", "jax", "flax", "numpy", "transformers")
+
+
+def model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Returns what identifies a model: id, commit, shape, size and the hashes of its files."""
+    return {
+        "id": checkpoint.id,
+        "revision": checkpoint.revision,
+        "family": checkpoint.arch.family,
+        "parameters": sum(int(np.prod(entry.shape)) for entry in checkpoint.entries.values()),
+        "shape": {name: getattr(checkpoint.arch, name) for name in _SHAPE},
+        "files": file_hashes([checkpoint.folder / "config.json", *checkpoint.tensors.files()]),
+    }
+
+
+def token_facts(opened: Opened) -> dict[str, Any] | None:
+    """Returns where the text came from and the hash of base's tokens; None if the run read no text."""
+    blocks = opened.blocks_base
+    if blocks is None:
+        return None
+    return {
+        **blocks.source,
+        "num_tokens": int(blocks.tokens.size),
+        "num_blocks": len(blocks.tokens),
+        "bytes": int(blocks.num_bytes.sum()),
+        "sha256": blocks.sha256,
+        "same_tokenizer": opened.vocabularies.same,
+        "shared_tokens": len(opened.vocabularies.ids_base),
+    }
+
+
+def alignment_facts(alignment: Alignment) -> dict[str, Any]:
+    """Returns everything about an alignment but its permutations."""
+    names = [field.name for field in fields(alignment) if field.name != "permutations"]
+    return {"axes": sorted(alignment.share_moved)} | {name: getattr(alignment, name) for name in names}
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of the software that computes."""
+    return {name: metadata.version(name) for name in _PACKAGES} | {"python": platform.python_version()}
+
+
+def device_facts(mesh: Mesh) -> dict[str, Any]:
+    """Returns what the run computed on."""
+    device = mesh.devices.flat[0]
+    return {"platform": device.platform, "kind": device.device_kind, "count": mesh.size, "mesh": dict(mesh.shape)}

@@ -1,0 +1,119 @@
+"""Before step 1: checkpoints and text are opened, and all that would stop the run is found; no weight is read."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from tracing_jax import demo
+from tracing_jax.checkpoint import Checkpoint, open_checkpoint
+from tracing_jax.data import (
+    Documents,
+    TokenBlocks,
+    load_tokenizer,
+    read_documents,
+    same_tokenizer,
+    shared_tokens,
+    token_blocks,
+)
+from tracing_jax.experiment.settings import DEMO, ConfigError, names_in
+from tracing_jax.statistics import REGISTRY, Statistic, Vocabularies
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A pair that is open but not loaded, with everything that could be checked before loading."""
+
+    base: Checkpoint
+    ft: Checkpoint
+    statistics: dict[str, Statistic]
+    not_applicable: dict[str, str]
+    vocabularies: Vocabularies
+    blocks_base: TokenBlocks | None
+    blocks_ft: TokenBlocks | None
+    notes: list[str]
+
+
+def open_pair(config: ConfigDict) -> Opened:
+    """Opens both checkpoints and the text, and asks every statistic whether it applies."""
+    base, ft = (open_checkpoint(_resolved(config[side])) for side in ("base_model_id", "ft_model_id"))
+    statistics = {name: REGISTRY[name](config) for name in names_in(config.stat)}
+    activations = config.align and config.align_evidence == "activations"
+    needs_tokens = config.eval or activations or any(statistic.needs_tokens for statistic in statistics.values())
+    tokenizer_base, tokenizer_ft = (_tokenizer(checkpoint, needs_tokens) for checkpoint in (base, ft))
+    vocabularies = _vocabularies(base, ft, tokenizer_base, tokenizer_ft)
+    problems = {
+        name: "; ".join(statistic.problems(base.arch, ft.arch, vocabularies)) for name, statistic in statistics.items()
+    }
+    not_applicable = {name: problem for name, problem in problems.items() if problem}
+    if len(not_applicable) == len(statistics):
+        lines = [f"{name}: {problem}" for name, problem in not_applicable.items()]
+        raise ConfigError(f"{base.id} and {ft.id} cannot be compared: " + "\n  ".join(lines))
+    if activations and not vocabularies.same:
+        raise ConfigError("align_evidence=activations needs one tokenizer for both models; use weights")
+    blocks_base = blocks_ft = None
+    if needs_tokens:
+        blocks_base, blocks_ft = _blocks(config, tokenizer_base, tokenizer_ft, vocabularies.same)
+    return Opened(
+        base, ft, statistics, not_applicable, vocabularies, blocks_base, blocks_ft, _notes(base, ft, vocabularies)
+    )
+
+
+def _resolved(model_id: str) -> str:
+    """Returns the folder of a member of the demo family, training it if need be; any other id as it is."""
+    if not model_id.startswith(DEMO):
+        return model_id
+    return str(demo.family().member(model_id.removeprefix(DEMO)))
+
+
+def _tokenizer(checkpoint: Checkpoint, needed: bool) -> Any:
+    try:
+        return load_tokenizer(checkpoint.tokenizer_folder)
+    except FileNotFoundError:
+        if needed:
+            raise
+        return None
+
+
+def _vocabularies(base: Checkpoint, ft: Checkpoint, tokenizer_base: Any, tokenizer_ft: Any) -> Vocabularies:
+    """Returns how the tokens correspond, among those that both models have an embedding for."""
+    if tokenizer_base is None or tokenizer_ft is None:
+        return Vocabularies(False, np.zeros(0, np.int32), np.zeros(0, np.int32))
+    ids_base, ids_ft = shared_tokens(tokenizer_base, tokenizer_ft)
+    known = (ids_base < base.arch.vocab_size) & (ids_ft < ft.arch.vocab_size)
+    same = base.arch.vocab_size == ft.arch.vocab_size and same_tokenizer(tokenizer_base, tokenizer_ft)
+    return Vocabularies(same, ids_base[known], ids_ft[known])
+
+
+def _blocks(config: ConfigDict, tokenizer_base: Any, tokenizer_ft: Any, same: bool) -> tuple[TokenBlocks, TokenBlocks]:
+    """Returns the text as base's tokens, and the very same text as ft's."""
+    documents = _documents(config)
+    blocks = token_blocks(documents, tokenizer_base, block_size=config.block_size, num_tokens=config.num_tokens)
+    if same:
+        return blocks, blocks
+    return blocks, token_blocks(documents.prefix(blocks.text_chars), tokenizer_ft, block_size=config.block_size)
+
+
+def _documents(config: ConfigDict) -> Documents:
+    if config.dataset == "demo" and not config.dataset_id:
+        return read_documents(str(demo.family().text))
+    return read_documents(
+        config.dataset_id or config.dataset,
+        subset=config.dataset_subset,
+        split=config.dataset_split,
+        text_column=config.text_column,
+    )
+
+
+def _notes(base: Checkpoint, ft: Checkpoint, vocabularies: Vocabularies) -> list[str]:
+    notes = []
+    if not vocabularies.same:
+        notes.append(
+            f"different tokenizers ({len(vocabularies.ids_base)} tokens shared): each model's perplexity is on its own "
+            "tokens of the same text, so compare it per byte; the path runs on base's tokens, embedding and head"
+        )
+    facts = ("rope_frequencies", "norm_eps", "layer_windows", "attention_scale", "embed_scale", "residual_scale")
+    if different := [name for name in facts if getattr(base.arch, name) != getattr(ft.arch, name)]:
+        notes.append(f"the models differ in {', '.join(different)}: along the path base's are used")
+    return notes
