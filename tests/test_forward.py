@@ -1,0 +1,130 @@
+"""The engine: losses are those of the logits, the same on any mesh, for one compilation whatever the depth."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from tracing_jax import forward
+from tracing_jax.axes import axis_table
+from tracing_jax.forward import logits, path_losses, token_losses
+from tracing_jax.interpolate import interpolate, moving_leaves, path_groups
+from tracing_jax.sharding import Compute, leaf_spec, make_mesh
+from tracing_jax.source import InMemory, in_memory, placed
+
+ALL = path_groups(attn=True, emb=True)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return Compute(make_mesh(1, 1), batch_size=4)
+
+
+def blocks(arch, n=5, length=16, seed=0):
+    return np.random.default_rng(seed).integers(arch.vocab_size, size=(n, length), dtype=np.int32)
+
+
+@pytest.mark.parametrize("arch", [tiny.llama_mha(), tiny.gemma_mqa()], ids=["untied", "tied"])
+def test_losses_are_the_cross_entropy_of_the_logits(arch, one_device):
+    model, tokens = tiny.model(arch), blocks(arch)
+    scores = logits(model, tokens).astype(np.float64)[:, :-1]
+    log_z = np.log(np.exp(scores - scores.max(-1, keepdims=True)).sum(-1)) + scores.max(-1)
+    expected = log_z - np.take_along_axis(scores, tokens[:, 1:, None], -1)[..., 0]
+    np.testing.assert_allclose(token_losses(model, tokens, one_device), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("groups", [path_groups(False, False), path_groups(True, False), ALL], ids="-".join)
+@pytest.mark.parametrize("arch", [tiny.llama_mha(), tiny.qwen3_gqa()], ids=["untied", "tied"])
+def test_path_is_the_loss_of_the_interpolated_tree(arch, groups, one_device):
+    base, ft, tokens = tiny.model(arch, 0), tiny.model(arch, 1), blocks(arch)
+    moving = moving_leaves(axis_table(arch), groups)
+    found = path_losses(base, ft, tokens, (0.0, 0.3, 1.0), groups, one_device)
+    for losses, alpha in zip(found, (0.0, 0.3, 1.0), strict=True):
+        point = InMemory(arch, interpolate(base.params, ft.params, alpha, moving))
+        np.testing.assert_allclose(losses, token_losses(point, tokens, one_device), atol=2e-5)
+
+
+def test_path_over_no_group_reads_no_other_model(one_device):
+    model = tiny.model(tiny.llama_mha())
+    losses = path_losses(model, None, blocks(model.arch), (0.0, 1.0), (), one_device)
+    np.testing.assert_array_equal(losses[0], losses[1])
+
+
+@pytest.mark.parametrize("mesh", [(8, 1), (2, 4), (1, 2)])
+def test_sharded_equals_unsharded(mesh, one_device):
+    arch = dataclasses.replace(tiny.qwen3_gqa(), num_kv_heads=4, q_group=2, mlp_dim=32)
+    base, ft, tokens = tiny.model(arch, 0), tiny.model(arch, 1), blocks(arch)
+    expected = path_losses(base, ft, tokens, (0.0, 0.5, 1.0), ALL, one_device)
+    compute = Compute(make_mesh(*mesh), batch_size=4)
+    on_mesh = [in_memory(placed(model, compute.mesh)) for model in (base, ft)]
+    np.testing.assert_allclose(path_losses(*on_mesh, tokens, (0.0, 0.5, 1.0), ALL, compute), expected, atol=2e-5)
+
+
+def test_weights_are_split_where_the_table_says():
+    arch = dataclasses.replace(tiny.qwen3_gqa(), num_kv_heads=4, mlp_dim=32)
+    mesh, table = make_mesh(2, 4), axis_table(arch)
+    params = in_memory(placed(tiny.model(arch), mesh)).params
+    up = params["layers"]["0"]["mlp"]["up_proj"]["kernel"]
+    assert up.sharding.shard_shape(up.shape) == (24, 8)
+    k = params["layers"]["1"]["attn"]["k_proj"]["kernel"]
+    assert k.sharding.shard_shape(k.shape) == (24, 1, 4)
+    # 61 tokens do not divide by 4 devices: kept whole rather than refused.
+    assert leaf_spec(table.leaves["embed/embedding"], table, mesh) == jax.sharding.PartitionSpec(None, None)
+
+
+def test_depth_and_batches_compile_nothing_new(one_device):
+    """One compilation of the block step per shape; gemma's alternating windows and ropes are data."""
+    forward._block_step.clear_cache()
+    for layers in (2, 5):
+        arch = tiny.llama_mha(
+            num_layers=layers, layer_ropes=(0,) * layers, layer_windows=(None, 3, 7, 2, None)[:layers]
+        )
+        forward._block_step.clear_cache()
+        path_losses(tiny.model(arch), tiny.model(arch, 1), blocks(arch, 9), (0.0, 1.0), ALL, one_device)
+        assert forward._block_step._cache_size() == 1
+
+
+def test_window_hides_what_lies_further_back():
+    arch = tiny.llama_mha(num_layers=1, layer_ropes=(0,), layer_windows=(4,))
+    model, tokens = tiny.model(arch), blocks(arch, 1)
+    other = tokens.copy()
+    other[0, 3] = (other[0, 3] + 1) % arch.vocab_size
+    moved = np.abs(logits(model, tokens) - logits(model, other)).max(-1)[0] > 1e-6
+    assert moved.tolist() == [3 <= t < 7 for t in range(16)]
+
+
+def test_logits_are_sliced_along_the_block(one_device, monkeypatch):
+    model = tiny.model(tiny.llama_mha())
+    expected = token_losses(model, blocks(model.arch), one_device)
+    monkeypatch.setattr(forward, "_LOGITS_BYTES", 4 * 61 * 4 * 3)  # three positions of a batch of four
+    forward._loss_step.clear_cache()
+    np.testing.assert_allclose(token_losses(model, blocks(model.arch), one_device), expected, atol=1e-5)
+    forward._loss_step.clear_cache()
+
+
+def test_bf16_weights_are_computed_in_the_asked_dtype(one_device):
+    model = tiny.model(tiny.llama_mha(), dtype=jax.numpy.bfloat16)
+    tokens = blocks(model.arch)
+    exact = token_losses(model, tokens, one_device).mean()
+    rough = token_losses(model, tokens, Compute(one_device.mesh, 4, jax.numpy.bfloat16)).mean()
+    assert exact != rough
+    assert abs(exact - rough) < 0.1
+
+
+@pytest.mark.parametrize(("tokens", "message"), [
+    (np.full((1, 4), 61, np.int32), "vocabulary has 61"),
+    (np.full((1, 4), -1, np.int32), "run from -1"),
+    (np.zeros((0, 4), np.int32), "no token blocks"),
+])  # fmt: skip
+def test_tokens_outside_the_vocabulary_are_refused(tokens, message, one_device):
+    with pytest.raises(ValueError, match=message):
+        token_losses(tiny.model(tiny.llama_mha()), tokens, one_device)
+
+
+@pytest.mark.parametrize("mesh", [(9, 1), (0, 1), (2, 5)])
+def test_meshes_that_do_not_fit_are_refused(mesh):
+    with pytest.raises(ValueError, match="8 are there"):
+        make_mesh(*mesh)
+    assert make_mesh(-1, 2).shape == {"data": 4, "model": 2}
