@@ -107,7 +107,10 @@ def _explain(error: Exception, model_id: str) -> str:
         case LocalEntryNotFoundError() if constants.HF_HUB_OFFLINE:
             return f"{model_id!r} is not (completely) in the cache and HF_HUB_OFFLINE forbids a download; unset it once"
         case LocalEntryNotFoundError():
-            return f"{model_id!r} is not (completely) in the cache and {page} cannot be reached; check the network"
+            cause = type(error.__cause__ or error).__name__
+            return (
+                f"{model_id!r} is not (completely) in the cache and {page} cannot be read ({cause}); check the network"
+            )
     status = getattr(getattr(error, "response", None), "status_code", None)
     reason = f"answered {status}" if status else f"broke off ({type(error).__name__})"
     return f"{model_id!r}: {constants.ENDPOINT} {reason}; try again, and if it asks for a sign-in (401), {sign_in}"
