@@ -121,7 +121,9 @@ def test_unreachable_or_forbidden_network_is_told_apart(tmp_path):
     assert "HF_HUB_OFFLINE" in forbidden
 
 
-@pytest.mark.parametrize("path", ["/no/such/folder", "./no-such-folder", "~/no-such-folder", "../no-such-folder"])
+@pytest.mark.parametrize(
+    "path", ["/no/such/folder", "./no-such-folder", "~/no-such-folder", "~nobody-here/x", "../no-such-folder"]
+)
 def test_a_path_never_goes_to_the_hub(path, monkeypatch):
     monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the Hub"))
     with pytest.raises(CheckpointError, match="no folder"):

@@ -126,7 +126,9 @@ def _top(archive: zipfile.ZipFile) -> str:
     """Name of the folder that holds everything, after checks of what concerns the archive as a whole."""
     for entry in archive.infolist():
         if entry.flag_bits & _ENCRYPTED or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise CheckpointError(f"its entry {entry.filename!r} is encrypted or compressed, torch.save does neither")
+            raise CheckpointError(
+                f"its entry {entry.filename!r} is encrypted or of an unknown compression; do not trust it"
+            )
     tops = [name.removesuffix("/data.pkl") for name in archive.namelist() if name.endswith("/data.pkl")]
     if len(tops) != 1:
         raise CheckpointError(f"holds {len(tops)} entries <top>/data.pkl, torch.save writes one")
