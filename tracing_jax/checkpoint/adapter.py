@@ -235,7 +235,7 @@ def _update(
     return _Update(a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), transposed)
 
 
-def _by_pattern(patterns: Mapping[str, float] | None, path: str, default: Any) -> Any:
+def _by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
     """Value of the first pattern that matches the end of `path`, from the start of a component on."""
     matches = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", path))
     return next(matches, default)

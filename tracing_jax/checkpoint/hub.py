@@ -1,5 +1,6 @@
 """From a model id to a folder on this machine: a local folder, or a download of the Hugging Face Hub."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def resolve(model_id: str, cache_dir: str | None = None) -> CheckpointFolder:
     Raises:
         CheckpointError: No such folder or model, no access to it, or no config or weights in it.
     """
-    local = Path(model_id).expanduser()
+    local = Path(os.path.expanduser(model_id))  # leaves "~nobody" as it is, where pathlib raises
     if model_id.startswith(("/", ".", "~")) or local.exists():
         if not local.is_dir():
             raise CheckpointError(f"{model_id!r} is {'a file' if local.exists() else 'no folder'}; expected a folder")
@@ -82,7 +83,8 @@ def _download(model_id: str, cache_dir: str | None) -> CheckpointFolder:
                 ignore_patterns=list(_IGNORED),
             )
         except (HTTPError, LocalEntryNotFoundError, HFValidationError) as error:
-            raise CheckpointError(_explain(error, model_id)) from error
+            # No chained traceback: it would show request addresses, which can be signed.
+            raise CheckpointError(_explain(error, model_id)) from None
         commit = Path(folder).name
         if any(Path(folder).glob(weights[0])):
             break
@@ -90,7 +92,7 @@ def _download(model_id: str, cache_dir: str | None) -> CheckpointFolder:
 
 
 def _explain(error: Exception, model_id: str) -> str:
-    """What went wrong on the Hub and what to do; never quotes a request, which may carry a token."""
+    """What went wrong on the Hub and what to do; never quotes a request, which may carry a secret."""
     repo, _, revision = model_id.partition("@")
     page = f"{constants.ENDPOINT}/{repo}"
     sign_in = "set HF_TOKEN or run `hf auth login`"
@@ -107,7 +109,10 @@ def _explain(error: Exception, model_id: str) -> str:
         case LocalEntryNotFoundError() if constants.HF_HUB_OFFLINE:
             return f"{model_id!r} is not (completely) in the cache and HF_HUB_OFFLINE forbids a download; unset it once"
         case LocalEntryNotFoundError():
-            return f"{model_id!r} is not (completely) in the cache and {page} cannot be reached; check the network"
+            cause = type(error.__cause__ or error).__name__
+            return (
+                f"{model_id!r} is not (completely) in the cache and {page} cannot be read ({cause}); check the network"
+            )
     status = getattr(getattr(error, "response", None), "status_code", None)
     reason = f"answered {status}" if status else f"broke off ({type(error).__name__})"
     return f"{model_id!r}: {constants.ENDPOINT} {reason}; try again, and if it asks for a sign-in (401), {sign_in}"

@@ -5,6 +5,7 @@ only the opcodes that a flat state dict needs and calls nothing: names resolve t
 constructors of a state dict are patterns over plain data. What is not listed is refused.
 """
 
+import io
 import pickletools
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,7 @@ _SIZE = "torch Size"
 _PARAMETER = "torch._utils _rebuild_parameter"
 _TENSOR = "torch._utils _rebuild_tensor_v2"
 _ADMITTED = {*_DTYPES, _ORDERED_DICT, _SIZE, _PARAMETER, _TENSOR}
+_OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
 _MARK = object()
 _MAX_DIMS = 16
 
@@ -98,22 +100,25 @@ def _run(pickle: bytes) -> object:
     """The object on top of the stack at STOP. Values are compared by type alone: shared nesting must cost nothing."""
     stack: list = []
     memo: dict[Any, Any] = {}  # a dict, so that a huge memo index allocates nothing
-    for opcode, arg, _ in pickletools.genops(pickle):
-        match opcode.name:
+    stream = io.BytesIO(pickle)
+    while True:
+        code = stream.read(1)
+        opcode = _OPCODES.get(code)
+        match opcode.name if opcode else f"{code!r}":
             case "PROTO" | "FRAME":
-                pass
+                _argument(opcode, stream)
             case "STOP":
-                break
+                return stack[-1]
             case "MARK":
                 stack.append(_MARK)
             case "NONE":
                 stack.append(None)
             case "NEWTRUE" | "NEWFALSE":
-                stack.append(opcode.name == "NEWTRUE")
+                stack.append(code == b"\x88")
             case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
-                stack.append(arg)
+                stack.append(_argument(opcode, stream))
             case "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8":
-                stack.append(arg)
+                stack.append(_argument(opcode, stream))
             case "EMPTY_DICT":
                 stack.append({})
             case "EMPTY_LIST":
@@ -121,7 +126,7 @@ def _run(pickle: bytes) -> object:
             case "EMPTY_TUPLE":
                 stack.append(())
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                stack.append(tuple(_pop(stack, int(opcode.name[-1]))))
+                stack.append(tuple(_pop(stack, code[0] - 0x84)))
             case "TUPLE":
                 stack.append(tuple(_pop_to_mark(stack)))
             case "APPEND":
@@ -135,13 +140,13 @@ def _run(pickle: bytes) -> object:
             case "SETITEMS":
                 _set_items(_pop_to_mark(stack), stack[-1])
             case "BINPUT" | "LONG_BINPUT":
-                memo[arg] = stack[-1]
+                memo[_argument(opcode, stream)] = stack[-1]
             case "MEMOIZE":
                 memo[len(memo)] = stack[-1]
             case "BINGET" | "LONG_BINGET":
-                stack.append(memo[arg])
+                stack.append(memo[_argument(opcode, stream)])
             case "GLOBAL":
-                stack.append(_admit(_text(arg)))
+                stack.append(_admit(f"{_line(stream)} {_line(stream)}"))
             case "STACK_GLOBAL":
                 stack.append(_admit("{} {}".format(*map(_text, _pop(stack, 2)))))
             case "BINPERSID":
@@ -153,7 +158,15 @@ def _run(pickle: bytes) -> object:
                 _check_attributes(stack[-1], attributes)
             case name:
                 raise CheckpointError(f"its pickle uses the opcode {name}, which no state dict needs: do not trust it")
-    return stack[-1]
+
+
+def _argument(opcode: pickletools.OpcodeInfo | None, stream: io.BytesIO) -> Any:
+    """Read only once the opcode is known to be admitted."""
+    return opcode.arg.reader(stream) if opcode and opcode.arg else None
+
+
+def _line(stream: io.BytesIO) -> str:
+    return stream.readline().decode("ascii").removesuffix("\n")
 
 
 def _pop(stack: list, count: int) -> list:

@@ -19,6 +19,18 @@ from tracing_jax.checkpoint.torch_pickle import Storage, saved_tensors
 
 _MAX_PICKLE_BYTES = 256 << 20  # a hundred bytes a tensor are usual; a compressed one could unpack to anything
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of an entry: signature, ..., lengths of the name and extra field behind it
+# What zipfile raises on damaged directories and entries; some are seeks to impossible places.
+_ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    RuntimeError,
+    OverflowError,
+)
 _ENCRYPTED = 0x1  # bit of an entry's flags
 
 
@@ -50,7 +62,7 @@ class TorchZip:
             self._records = _find_records(path, entries, [tensor.storage for tensor in self._tensors.values()])
         except CheckpointError as error:
             raise CheckpointError(*(f"{path}: {problem}" for problem in error.problems)) from error
-        except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, struct.error) as error:
+        except _ZIP_ERRORS as error:
             raise CheckpointError(damaged(path, f"a zip file of torch.save ({error})")) from error
 
     def names(self) -> tuple[str, ...]:
@@ -91,9 +103,12 @@ class TorchZip:
             return np.memmap(self._path, np.uint8, "r", record.start_byte, (storage.nbytes,))
         try:
             with zipfile.ZipFile(self._path) as archive, archive.open(record.entry) as file:
-                return np.frombuffer(file.read(storage.nbytes), np.uint8)
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise CheckpointError(damaged(self._path, f"a readable record {record.entry.filename!r}")) from error
+                content = file.read(storage.nbytes)
+        except _ZIP_ERRORS as error:
+            raise CheckpointError(damaged(self._path, f"a sound record {record.entry.filename!r}")) from error
+        if len(content) < storage.nbytes:
+            raise CheckpointError(damaged(self._path, f"{storage.nbytes} bytes in {record.entry.filename!r}"))
+        return np.frombuffer(content, np.uint8)
 
 
 def _why_no_zip(path: Path) -> str:
@@ -108,7 +123,12 @@ def _why_no_zip(path: Path) -> str:
 
 
 def _top(archive: zipfile.ZipFile) -> str:
-    """Name of the folder that holds everything; its byte order is known to be little-endian."""
+    """Name of the folder that holds everything, after checks of what concerns the archive as a whole."""
+    for entry in archive.infolist():
+        if entry.flag_bits & _ENCRYPTED or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise CheckpointError(
+                f"its entry {entry.filename!r} is encrypted or of an unknown compression; do not trust it"
+            )
     tops = [name.removesuffix("/data.pkl") for name in archive.namelist() if name.endswith("/data.pkl")]
     if len(tops) != 1:
         raise CheckpointError(f"holds {len(tops)} entries <top>/data.pkl, torch.save writes one")
@@ -144,9 +164,7 @@ def _find_records(path: Path, entries: dict[str, zipfile.ZipInfo], storages: lis
 
 
 def _locate(file: BinaryIO, entry: zipfile.ZipInfo) -> _Record:
-    if entry.flag_bits & _ENCRYPTED:
-        raise CheckpointError(f"its record {entry.filename!r} is encrypted, which torch.save never does")
-    if entry.compress_type != zipfile.ZIP_STORED:
+    if entry.compress_type == zipfile.ZIP_DEFLATED:
         return _Record(entry, None)
     file.seek(entry.header_offset)
     signature, name_length, extra_length = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))

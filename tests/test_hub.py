@@ -1,0 +1,144 @@
+"""A model id leads to one complete folder, or to an error that says what to do."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_server import Repo, commit, serve
+
+from tracing_jax.checkpoint import hub
+from tracing_jax.checkpoint.errors import CheckpointError
+
+TEXTS = {"config.json": b"{}", "tokenizer.json": b"{}", "merges.txt": b""}
+BOTH = {"model.safetensors": b"s" * 99, "pytorch_model.bin": b"b" * 99}
+JUNK = {
+    "README.md": b"#",
+    "model.gguf": b"g",
+    "consolidated.safetensors": b"c",
+    "original/model.safetensors": b"o",
+    "optimizer.pt": b"p",
+    "training_args.bin": b"t",
+}
+SHARDS = {f"model-0000{i}-of-00002.safetensors": bytes(i) for i in (1, 2)} | {"model.safetensors.index.json": b"{}"}
+TOKEN = "hf_" + "x" * 34
+REPOS = {
+    "org/both": Repo({"main": TEXTS | BOTH | JUNK, "refs/pr/1": TEXTS | {"model.safetensors": b"pr"}}),
+    "shards": Repo({"main": TEXTS | SHARDS}),
+    "org/bin": Repo({"main": TEXTS | {"pytorch_model.bin": b"b", "training_args.bin": b"t"}}),
+    "org/lora": Repo({"main": {"adapter_config.json": b"{}", "adapter_model.safetensors": b"a"}}),
+    "org/gated": Repo({"main": TEXTS | BOTH}, gated=True),
+    "org/empty": Repo({"main": {"config.json": b"{}", "model.gguf": b"g"}}),
+}
+ASK = """
+import json, sys
+from tracing_jax.checkpoint.errors import CheckpointError
+from tracing_jax.checkpoint.hub import resolve
+for model_id in sys.argv[1:]:
+    try:
+        found = resolve(model_id)
+        print(json.dumps([str(found.folder), found.id, found.revision]))
+    except CheckpointError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serve(REPOS, TOKEN) as running:
+        yield running
+
+
+def ask(url: str, home: Path, *model_ids: str, **env: str) -> list:
+    """Answers of `resolve` in a fresh process: huggingface_hub reads its environment once, when it is imported."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    env = clean | {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"} | env
+    command = [sys.executable, "-c", ASK, *model_ids]
+    result = subprocess.run(
+        command, env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert TOKEN not in result.stdout + result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def files(folder: str) -> set[str]:
+    return {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def test_downloads_one_weight_format_and_no_junk_then_works_from_cache(server, tmp_path):
+    ids = ("org/both", "shards", "org/bin", "org/lora", "org/both@refs/pr/1")
+    found = ask(server.url, tmp_path, *ids)
+    assert [files(folder) for folder, _, _ in found] == [
+        {*TEXTS, "model.safetensors"},
+        {*TEXTS, *SHARDS},
+        {*TEXTS, "pytorch_model.bin"},
+        {"adapter_config.json", "adapter_model.safetensors"},
+        {*TEXTS, "model.safetensors"},
+    ]
+    revisions = ["main"] * 4 + ["refs/pr/1"]
+    assert [rest for _, *rest in found] == [[i, commit(i.partition("@")[0], r)] for i, r in zip(ids, revisions)]
+    assert Path(found[-1][0], "model.safetensors").read_bytes() == b"pr"
+
+    del server.requests[:]
+    assert ask(server.url, tmp_path, *ids) == found
+    assert server.downloads() == []
+
+    del server.requests[:]
+    assert ask(server.url, tmp_path, *ids, HF_HUB_OFFLINE="1") == found
+    assert server.requests == []
+
+
+def test_gated_model_says_how_to_get_access_and_opens_with_token(server, tmp_path):
+    (message,) = ask(server.url, tmp_path / "a", "org/gated")
+    assert "gated" in message
+    assert f"{server.url}/org/gated" in message
+    assert "HF_TOKEN" in message
+    del server.requests[:]
+    ((folder, *_),) = ask(server.url, tmp_path / "b", "org/gated", HF_TOKEN=TOKEN)
+    assert "model.safetensors" in files(folder)
+    sent = {("/cdn/" in path, authorization) for _, path, authorization in server.requests if "gated" in path}
+    assert sent == {(False, f"Bearer {TOKEN}"), (True, None)}
+
+
+def test_errors_name_the_remedy(server, tmp_path):
+    missing, revision, empty, invalid = ask(server.url, tmp_path, "org/nothing", "org/both@v9", "org/empty", "a/b/c/d")
+    assert "neither a folder" in missing
+    assert str(Path(__file__).parents[1]) in missing
+    assert f"{server.url}/org/nothing" in missing
+    assert "'org/both' has no revision 'v9'" in revision
+    assert "no weights" in empty
+    assert "config.json" in empty.partition("holds")[2]
+    assert "neither a folder" in invalid
+
+
+def test_unreachable_or_forbidden_network_is_told_apart(tmp_path):
+    (unreachable,) = ask("http://127.0.0.1:9", tmp_path, "org/both")
+    (forbidden,) = ask("http://127.0.0.1:9", tmp_path, "org/both", HF_HUB_OFFLINE="1")
+    assert "ConnectError" in unreachable
+    assert "HF_HUB_OFFLINE" in forbidden
+
+
+@pytest.mark.parametrize(
+    "path", ["/no/such/folder", "./no-such-folder", "~/no-such-folder", "~nobody-here/x", "../no-such-folder"]
+)
+def test_a_path_never_goes_to_the_hub(path, monkeypatch):
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the Hub"))
+    with pytest.raises(CheckpointError, match="no folder"):
+        hub.resolve(path)
+
+
+def test_local_folder_needs_config_and_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "org" / "run@7"
+    folder.mkdir(parents=True)
+    (folder / "training_args.bin").touch()
+    with pytest.raises(CheckpointError, match=r"no config\.json .*no weights .*holds training_args\.bin"):
+        hub.resolve("org/run@7")
+    (folder / "config.json").touch()
+    (folder / "model.safetensors").touch()
+    assert hub.resolve("org/run@7") == hub.CheckpointFolder(Path("org/run@7"), "org/run@7", None)
+    with pytest.raises(CheckpointError, match="a file"):
+        hub.resolve("org/run@7/config.json")
