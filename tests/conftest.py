@@ -8,7 +8,20 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 8)
 install_import_hook("tracing_jax", "beartype.beartype").__enter__()
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory):
+    """A family like the demo's, trained in seconds: base, finetune, disguised, independent."""
+    from tracing_jax import demo
+
+    recipe = demo.Recipe(
+        vocab_size=400, embed_dim=32, num_layers=2, mlp_dim=64, num_heads=4, num_kv_heads=2, block_size=64,
+        base_steps=200, finetune_steps=40, base_pieces=100, finetune_pieces=60,
+    )  # fmt: skip
+    return demo.family(str(tmp_path_factory.mktemp("demo")), recipe)

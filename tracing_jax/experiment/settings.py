@@ -31,6 +31,8 @@ def check_config(config: ConfigDict) -> None:
             lines.append(f"{side} is not set: a local folder, a Hub id, or demo:<{'|'.join(demo.MEMBERS)}>")
         elif config[side].startswith(DEMO) and config[side].removeprefix(DEMO) not in demo.MEMBERS:
             lines.append(f"{side}={config[side]}: the demo family has {', '.join(demo.MEMBERS)}")
+    if not names_in(config.stat):
+        lines.append(f"no statistic is asked for; there are {', '.join(REGISTRY)}, or all")
     if unknown := [name for name in names_in(config.stat) if name not in REGISTRY]:
         lines.append(f"unknown statistic {', '.join(unknown)}; there are {', '.join(REGISTRY)}, or all")
     for name in ("permute_axes", "align_axes"):

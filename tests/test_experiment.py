@@ -1,0 +1,226 @@
+"""Whole runs on a small trained family: what is found, what is written, and what is refused before anything is."""
+
+import importlib
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from tracing_jax import experiment
+from tracing_jax.arch import UnsupportedModelError
+from tracing_jax.checkpoint import CheckpointError
+from tracing_jax.experiment import ConfigError
+
+pytestmark = pytest.mark.xdist_group("family")  # one worker trains it
+
+
+@pytest.fixture
+def config_of(family, tmp_path):
+    """Returns a function that makes a config of the family: fast, and everything moving."""
+
+    def make(ft="finetune", base="base", **fields):
+        config = importlib.import_module("configs.common").get_config("mode")
+        config.base_model_id, config.ft_model_id = str(family.member(base)), str(family.member(ft))
+        config.dataset, config.block_size, config.num_tokens, config.batch_size = str(family.text), 64, 1024, 8
+        config.mesh.data = 1
+        config.alphas, config.attn, config.emb = (0.0, 0.5, 1.0), True, True
+        config.align_axes = config.permute_axes = "embed,mlp,kv_heads,q_group"
+        config.save = str(tmp_path / "out" / "results.p")
+        config.update(fields)
+        return config
+
+    return make
+
+
+def curves(record):
+    sides = record["statistics"]["mode"]
+    return sides["non_aligned"]["curve"], (sides["aligned"] or {}).get("curve")
+
+
+def test_a_finetune_is_joined_to_its_base_by_a_flat_path(config_of):
+    before, _ = curves(experiment.trace(config_of()))
+    assert before["barrier"] < 0.05
+    assert before["end_loss_ft_own"] == pytest.approx(before["loss"][-1], abs=1e-4)
+
+
+def test_an_independent_model_is_behind_a_barrier_that_alignment_does_not_remove(config_of):
+    before, after = curves(experiment.trace(config_of("independent", align=True)))
+    assert before["barrier"] > 0.5
+    assert after["barrier"] > 0.2
+
+
+@pytest.mark.parametrize("evidence", ["weights", "activations"])
+def test_a_disguised_finetune_is_aligned_back_until_its_path_is_flat_again(config_of, evidence):
+    record = experiment.trace(config_of("disguised", align=True, align_evidence=evidence))
+    flat, _ = curves(experiment.trace(config_of("finetune")))
+    before, after = curves(record)
+    assert before["barrier"] > 0.5
+    assert after["loss"] == pytest.approx(flat["loss"], abs=2e-3 if evidence == "weights" else 0.1)
+    assert record["alignment"]["logits_moved"] < 1e-3
+
+
+def test_permute_moves_fts_own_weights_and_alignment_brings_them_back(config_of):
+    record = experiment.trace(config_of(permute=True, align=True))
+    plain, _ = curves(experiment.trace(config_of()))
+    before, after = curves(record)
+    assert record["permuted"]["share_moved"]["mlp"] > 0.9
+    assert before["barrier"] > 0.5
+    assert before["end_loss_ft_own"] == pytest.approx(plain["end_loss_ft_own"], abs=1e-4)
+    assert after["loss"] == pytest.approx(plain["loss"], abs=1e-4)
+
+
+def test_every_statistic_and_perplexity_in_one_run_with_all_its_files(config_of):
+    config = config_of(stat="all", eval=True, align=True)
+    record = experiment.trace(config)
+    save = Path(config.save)
+    assert sorted(file.name for file in save.parent.iterdir()) == [
+        f"results.{end}" for end in ("html", "json", "p", "png")
+    ]
+    assert json.loads(save.with_suffix(".json").read_text()) == record
+    saved = pickle.loads(save.read_bytes())
+    assert list(saved) == [
+        "args",
+        "commit",
+        "non-aligned test stat",
+        "aligned test stat",
+        "base loss",
+        "ft loss",
+        "time",
+    ]
+    assert set(saved["non-aligned test stat"]) == {"mode", "cos", "emb"}
+    assert saved["base loss"] == record["perplexity"]["base"]["perplexity"]
+    assert saved["base loss"] == pytest.approx(np.exp(curves(record)[0]["loss"][0]), rel=1e-4)
+    assert saved["ft loss"] == pytest.approx(np.exp(curves(record)[0]["end_loss_ft_own"]), rel=1e-4)
+    assert record["statistics"]["cos"]["non_aligned"]["headline"] > 0.8
+    assert record["tokens"]["num_tokens"] == 1024
+    assert len(record["models"]["ft"]["files"]["model.safetensors"]) == 64
+
+
+def test_the_same_config_gives_the_same_numbers_on_any_mesh(config_of):
+    def numbers(**fields):
+        return experiment.trace(config_of("disguised", stat="all", align=True, **fields))["statistics"]
+
+    once, again, other_mesh = numbers(), numbers(), numbers(mesh={"data": 4, "model": 2})
+    assert once == again
+    for name in once:
+        for side in ("non_aligned", "aligned"):
+            assert other_mesh[name][side]["headline"] == pytest.approx(once[name][side]["headline"], abs=1e-4)
+
+
+def test_a_cached_model_is_restored(config_of, tmp_path):
+    config = config_of(cache_dir=str(tmp_path / "cache"))
+    first = experiment.trace(config)["statistics"]
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert experiment.trace(config)["statistics"] == first
+
+
+def test_several_models_against_one_base(config_of):
+    config = config_of()
+    del config.ft_model_id
+    config.ft_model_ids = (config.base_model_id, config.base_model_id.replace("base", "finetune"))
+    records = experiment.run(config)
+    save = Path(config.save)
+    assert [record["args"]["ft_model_id"] for record in records] == list(config.ft_model_ids)
+    assert save.with_suffix(".png").exists()
+    assert len(json.loads(save.with_suffix(".json").read_text())["records"]) == 2
+    assert (save.with_suffix(".run") / "finetune.p").exists()
+
+
+@pytest.fixture
+def spoilt(family, tmp_path):
+    """Returns a function that copies a member, changes its config and tensors, and returns the copy's path."""
+
+    def make(config=None, tensors=None, name="spoilt"):
+        folder = shutil.copytree(family.member("finetune"), tmp_path / name)
+        if config:
+            facts = json.loads((folder / "config.json").read_text())
+            config(facts)
+            (folder / "config.json").write_text(json.dumps(facts))
+        if tensors:
+            weights = load_file(folder / "model.safetensors")
+            tensors(weights)
+            save_file(weights, folder / "model.safetensors")
+        return str(folder)
+
+    return make
+
+
+def drop_layer(weights):
+    for name in [name for name in weights if ".layers.1." in name]:
+        del weights[name]
+
+
+def test_statistics_that_do_not_apply_are_recorded_and_the_rest_runs(config_of, spoilt):
+    shallow = spoilt(lambda facts: facts.update(num_hidden_layers=1), drop_layer)
+    record = experiment.trace(config_of(ft_model_id=shallow, stat="all", align=False))
+    assert "different depth" in record["statistics"]["mode"]["non_aligned"]["not_applicable"]
+    assert record["statistics"]["emb"]["non_aligned"]["headline"] > 0.8
+
+
+def truncate(folder):
+    file = Path(folder) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    return folder
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda spoilt: {"ft_model_id": "/no/such/folder"}, "/no/such/folder"),
+    (lambda spoilt: {"ft_model_id": ""}, "ft_model_id is not set"),
+    (lambda spoilt: {"ft_model_id": "demo:cousin"}, "the demo family has base"),
+    (lambda spoilt: {"ft_model_id": truncate(spoilt())}, "truncated or corrupt"),
+    (lambda spoilt: {"ft_model_id": spoilt(None, drop_layer)}, "missing tensor model.layers.1"),
+    (lambda spoilt: {"ft_model_id": spoilt(None, lambda w: w.update({"model.norm.weight": np.ones(7, np.float32)}))},
+     "wrong shape of model.norm.weight"),
+    (lambda spoilt: {"ft_model_id": spoilt(None, lambda w: w["model.norm.weight"].fill(np.nan))}, "NaN or infinite"),
+    (lambda spoilt: {"ft_model_id": spoilt(lambda facts: facts.pop("rope_parameters"))}, "no rope in this config"),
+    (lambda spoilt: {"ft_model_id": spoilt(lambda facts: facts.update(num_hidden_layers=1), drop_layer)},
+     "different depth"),
+    (lambda spoilt: {"stat": "csx"}, "unknown statistic csx; there are mode, cos, emb"),
+    (lambda spoilt: {"stat": ""}, "no statistic"),
+    (lambda spoilt: {"align_axes": "embed,qk_dim"}, "align_axes: unknown axes qk_dim"),
+    (lambda spoilt: {"alphas": (0.0, 1.5)}, "outside 0..1"),
+    (lambda spoilt: {"dataset": "/no/such/text.txt"}, "/no/such/text.txt"),
+    (lambda spoilt: {"block_size": 10**6, "num_tokens": 10**7}, "a block of 1000000 needs"),
+    (lambda spoilt: {"mesh": {"data": 9, "model": 1}}, "8 are there"),
+    (lambda spoilt: {"dtype": "float8", "batch_size": 0}, "batch_size=0: at least 1"),
+])  # fmt: skip
+def test_bad_input_is_refused_and_nothing_is_written(config_of, spoilt, change, message):
+    config = config_of(**change(spoilt))
+    with pytest.raises((ConfigError, CheckpointError, UnsupportedModelError, ValueError, OSError), match=message):
+        experiment.trace(config)
+    out = Path(config.save).parent
+    assert not out.exists() or not list(out.iterdir())
+
+
+def test_a_data_set_without_a_text_column_is_refused(config_of, tmp_path):
+    file = tmp_path / "numbers.jsonl"
+    file.write_text('{"a": 1, "b": 2}\n')
+    with pytest.raises(ValueError, match=r"column.*a.*b"):
+        experiment.trace(config_of(dataset=str(file)))
+
+
+def test_an_unwritable_save_path_is_refused_first(config_of, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file, expected a folder"):
+        experiment.trace(config_of(save=str(tmp_path / "file" / "results.p"), ft_model_id="/no/such/folder"))
+
+
+def test_models_with_other_tokenizers_are_compared_per_byte(config_of, spoilt, family):
+    """A tokenizer without merges: another count of tokens for the same text, which both models read."""
+    other = Path(spoilt(name="bytes"))
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = []
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ConfigError, match="different tokenizers"):
+        experiment.trace(config_of(ft_model_id=str(other)))
+    record = experiment.trace(config_of(ft_model_id=str(other), emb=False, eval=True))
+    base, ft = record["perplexity"]["base"], record["perplexity"]["ft"]
+    assert ft["tokens"] > 1.5 * base["tokens"]
+    assert ft["bytes"] == pytest.approx(base["bytes"], rel=0.1)
+    assert ft["nats_per_byte"] > base["nats_per_byte"]
+    assert curves(record)[0]["end_loss_ft_own"] is None
+    assert any("per byte" in note for note in record["notes"])
