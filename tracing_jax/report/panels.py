@@ -106,8 +106,8 @@ def _label_axes(axes: Axes, x: str, y: str) -> None:
 
 
 def _legend(axes: Axes) -> None:
-    place = (-0.01, 1.0)
-    axes.legend(loc="lower left", bbox_to_anchor=place, borderpad=0, ncols=4, frameon=False, fontsize=9)
+    below = (-0.01, -0.17)  # under the label of the x axis, where two rows of names push nothing else aside
+    axes.legend(loc="upper left", bbox_to_anchor=below, borderpad=0, ncols=3, frameon=False, fontsize=9)
 
 
 def _limit_losses(axes: Axes) -> None:

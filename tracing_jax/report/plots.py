@@ -93,6 +93,5 @@ def _figure(found: Sequence[_Panel]) -> Figure:
     for axes, panel in zip(grid[:, 0], found, strict=True):
         panels.style(axes)
         panel.draw(axes, panel.data)
-        pad = 24 if axes.get_legend() else 9
-        axes.set_title(panel.title, loc="left", pad=pad, fontsize=10, color=panels.INK, wrap=True, parse_math=False)
+        axes.set_title(panel.title, loc="left", pad=9, fontsize=10, color=panels.INK, wrap=True, parse_math=False)
     return figure

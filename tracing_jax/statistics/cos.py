@@ -47,7 +47,6 @@ class Cos:
             per_layer={"label": "median best-match cosine of gate weights", "values": medians},
             distribution={
                 "label": "best-match cosine of MLP units",
-                "levels": list(QUANTILE_LEVELS),
-                "layers": rows,
+                "quantiles": {"levels": list(QUANTILE_LEVELS), "layers": rows},
             },
         )

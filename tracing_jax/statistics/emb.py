@@ -49,7 +49,6 @@ class Emb:
             p_reason="a best-match cosine has no null distribution",
             distribution={
                 "label": f"best-match cosine of {len(ids)} embedding rows",
-                "levels": list(QUANTILE_LEVELS),
-                "layers": [rows],
+                "quantiles": {"levels": list(QUANTILE_LEVELS), "layers": [rows]},
             },
         )
