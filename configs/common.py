@@ -17,7 +17,7 @@ def get_config(stat: str, demo: bool = False) -> ConfigDict:
     config.attn = False  # mode: move attention along the path too
     config.emb = False  # mode: move embeddings, head and final norm too
     config.alphas = tuple(i / 10 for i in range(11))  # mode: 0, 0.5 and 1 are always added
-    config.max_rows = 16384  # emb: compare at most so many embedding rows of base
+    config.emb_max_rows = 16384  # emb: compare at most so many embedding rows of base
 
     # Step 2, permute the fine-tuned model's own weights, and step 4, align it to base.
     config.permute = False

@@ -78,7 +78,7 @@ def test_every_statistic_and_perplexity_in_one_run_with_all_its_files(config_of)
     record = experiment.trace(config)
     save = Path(config.save)
     assert sorted(file.name for file in save.parent.iterdir()) == [
-        f"results.{end}" for end in ("html", "json", "p", "png")
+        f"results.{end}" for end in ("html", "json", "p", "png", "run")
     ]
     assert json.loads(save.with_suffix(".json").read_text()) == record
     saved = pickle.loads(save.read_bytes())

@@ -19,7 +19,7 @@ from tracing_jax.axes import axis_table
 from tracing_jax.interpolate import interpolate, moving_leaves
 from tracing_jax.models import apply_block, apply_embed, apply_head, layer_inputs
 from tracing_jax.sharding import Compute
-from tracing_jax.source import ParamSource
+from tracing_jax.source import ParamSource, part
 from tracing_jax.tree import Tree, flatten, unflatten
 
 _LOGITS_BYTES = 256 * 2**20  # the most that the logits of one head slice may take
@@ -74,18 +74,10 @@ class _Walk:
         self, base: ParamSource, ft: ParamSource | None, moving: frozenset[str], alphas: jax.Array, dtype: DTypeLike
     ) -> None:
         self.arch, self.alphas, self.dtype = base.arch, alphas, dtype
-        self.embed = self._pair("embed/", base.embed(), ft.embed() if ft else {}, moving)
-        self.layers = [
-            self._pair(f"layers/{i}/", base.layer(i), ft.layer(i) if ft else {}, moving)
-            for i in range(base.arch.num_layers)
-        ]
-        self.head = self._pair("head/", base.head(), ft.head() if ft else {}, moving)
+        self.embed = _pair("embed/", base, ft, moving)
+        self.layers = [_pair(f"layers/{i}/", base, ft, moving) for i in range(base.arch.num_layers)]
+        self.head = _pair("head/", base, ft, moving)
         self.inputs = [layer_inputs(base.arch, i) for i in range(base.arch.num_layers)]
-
-    @staticmethod
-    def _pair(prefix: str, base: Tree, ft: Tree, moving: frozenset[str]) -> "_Pair":
-        names = frozenset(name[len(prefix) :] for name in moving if name.startswith(prefix))
-        return base, {name: leaf for name, leaf in flatten(ft).items() if name in names}, names
 
     def hidden(self, tokens: jax.Array) -> jax.Array:
         base, ft, moving = self.embed
@@ -114,6 +106,14 @@ class _Walk:
 
 
 _Pair = tuple[Tree, dict[str, jax.Array], frozenset[str]]
+"""A part of base, the leaves of the same part of ft that move, and their names."""
+
+
+def _pair(prefix: str, base: ParamSource, ft: ParamSource | None, moving: frozenset[str]) -> _Pair:
+    """Returns the part under `prefix`; ft's is read only if something in it moves."""
+    names = frozenset(name.removeprefix(prefix) for name in moving if name.startswith(prefix))
+    leaves = flatten(part(ft, prefix)) if ft is not None and names else {}
+    return part(base, prefix), {name: leaves[name] for name in sorted(names)} if leaves else {}, names
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "dtype", "moving"))

@@ -96,12 +96,18 @@ def placed(source: ParamSource, mesh: Mesh) -> Mapped:
     return Mapped(source, lambda part, table: place(part, table, mesh))
 
 
+def part(source: ParamSource, prefix: str) -> Tree:
+    """Returns the subtree under `embed/`, `layers/<i>/` or `head/`."""
+    name, _, index = prefix.strip("/").partition("/")
+    if name == "layers":
+        return source.layer(int(index))
+    return source.embed() if name == "embed" else source.head()
+
+
 def parts(source: ParamSource) -> Iterator[tuple[str, Tree]]:
-    """Yields (name, subtree) for `embed`, each layer in order, and `head`."""
-    yield "embed", source.embed()
-    for i in range(source.arch.num_layers):
-        yield f"layers/{i}", source.layer(i)
-    yield "head", source.head()
+    """Yields (prefix, subtree) for `embed/`, each `layers/<i>/` in order, and `head/`."""
+    for prefix in ("embed/", *(f"layers/{i}/" for i in range(source.arch.num_layers)), "head/"):
+        yield prefix, part(source, prefix)
 
 
 def in_memory(source: ParamSource) -> InMemory:

@@ -84,5 +84,5 @@ def _tensors(source: ParamSource) -> Iterator[tuple[str, np.ndarray]]:
     entries = layout(source.arch)
     for prefix, part in parts(source):
         for name, leaf in flatten(part).items():
-            entry = entries[f"{prefix}/{name}"]
+            entry = entries[prefix + name]
             yield entry.tensor, entry.to_tensor(np.asarray(leaf))

@@ -1,8 +1,9 @@
 """The seven steps of a run: load, permute, statistic, align, statistic, perplexity, save. Config -> record -> files."""
 
 import contextlib
+import io
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -100,12 +101,15 @@ def trace(config: ConfigDict) -> dict[str, Any]:
             "notes": opened.notes,
         }
     )
-    save(record, RunFiles.from_save(config.save))
+    save(record, RunFiles.from_save(config.save), alignment)
     return record
 
 
-def save(record: dict[str, Any], files: RunFiles) -> None:
-    """Writes the JSON, the figure, the page and the pickle of one run, each whole or not at all."""
+def save(record: dict[str, Any], files: RunFiles, alignment: Alignment | None = None) -> None:
+    """Writes the files of one run, each whole or not at all; the permutations of an alignment go into its folder."""
+    if alignment is not None:
+        files.folder.mkdir(exist_ok=True)
+        atomic_write(files.folder / "alignment.npz", _npz(alignment.permutations))
     write_json(files.json, record)
     save_png(figure_of_run(record), files.png)
     atomic_write(files.html, html(record).encode())
@@ -165,6 +169,12 @@ def _perplexity(pair: Pair, model: InMemory, blocks: TokenBlocks | None, side: s
         "tokens": losses.size,
         "bytes": num_bytes,
     }
+
+
+def _npz(arrays: Mapping[str, np.ndarray]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    return buffer.getvalue()
 
 
 @dataclass

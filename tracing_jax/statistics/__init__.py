@@ -11,7 +11,7 @@ from tracing_jax.statistics.statistic import Curve, Pair, Result, Statistic, Voc
 REGISTRY: Mapping[str, Callable[[Any], Statistic]] = {
     "mode": lambda config: Mode(alphas=tuple(config.alphas), attn=config.attn, emb=config.emb),
     "cos": lambda config: Cos(),
-    "emb": lambda config: Emb(max_rows=config.max_rows),
+    "emb": lambda config: Emb(max_rows=config.emb_max_rows),
 }
 """Name -> how the statistic is made from a run's config."""
 

@@ -62,7 +62,7 @@ class Result:
       headline: the number to quote; `label` says what it is, with its unit.
       log10_p: the p-value where one exists, else None with the reason in `p_reason`.
       per_layer: `{"label", "values"}`, one value per layer.
-      distribution: `{"label", "quantiles": {"levels", "layers"}}`, for each layer (or once) the quantiles at the levels.
+      distribution: `{"label", "quantiles": {"levels", "layers"}}`, the quantiles at the levels for each layer, or once.
       not_applicable: why the statistic has no value on this pair.
     """
 
