@@ -7,7 +7,7 @@ A set of permutations maps axis names to such arrays; an axis that is not named 
 
 import functools
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jaxtyping import Int, PRNGKeyArray
 from tracing_jax.axes import PERMUTABLE, SYMMETRY, AxisTable, Leaf, kind_of
 from tracing_jax.tree import Tree, map_named
 
-Permutations = Mapping[str, Int[np.ndarray, "*parent n"]]
+Permutations = Mapping[str, Int[np.ndarray, "*_ _"]]
 
 
 def random_permutations(key: PRNGKeyArray, table: AxisTable, kinds: Iterable[str]) -> dict[str, np.ndarray]:
@@ -64,13 +64,19 @@ def permute_leaf(
     leaf: jax.Array | np.ndarray, row: Leaf, permutations: Permutations, within: Mapping[str, str]
 ) -> jax.Array | np.ndarray:
     """Returns one leaf with its named axes permuted; a numpy leaf stays numpy, bit for bit."""
-    here = {axis: np.asarray(permutations[axis]) for axis in row.axes if axis is not None and axis in permutations}
-    if not here:
+    moves = [
+        (dim, row.axes.index(within[axis]) if axis in within else None, np.asarray(permutations[axis]))
+        for dim, axis in enumerate(row.axes)
+        if axis is not None and axis in permutations
+    ]
+    if not moves:
         return leaf
-    holders = tuple((axis, within[axis]) for axis in here if axis in within)
+    moves.sort(key=lambda move: move[1] is not None)  # units inside another are ordered after that one has moved
+    # By dimension, not by axis name: one compiled take then serves all layers.
+    dims, indices = tuple((dim, holder) for dim, holder, _ in moves), [p for _, _, p in moves]
     if isinstance(leaf, np.ndarray):
-        return _take_all(leaf, here, row, holders)
-    return _take_on_device(leaf, here, row, holders, leaf.sharding)
+        return _take_all(leaf, indices, dims)
+    return _take_on_device(leaf, indices, dims, leaf.sharding)
 
 
 def invert(permutations: Permutations, table: AxisTable) -> dict[str, np.ndarray]:
@@ -141,29 +147,26 @@ def _shape(table: AxisTable, axis: str) -> tuple[int, ...]:
 
 
 def _take_all(
-    x: jax.Array | np.ndarray, permutations: Permutations, row: Leaf, within: tuple[tuple[str, str], ...]
+    x: jax.Array | np.ndarray, indices: Sequence[jax.Array | np.ndarray], dims: tuple[tuple[int, int | None], ...]
 ) -> jax.Array | np.ndarray:
     xp = np if isinstance(x, np.ndarray) else jnp
-    holder = dict(within)
-    for dim, axis in enumerate(row.axes):
-        if axis is not None and axis in permutations and axis not in holder:
-            x = xp.take(x, permutations[axis], axis=dim)
-    for axis, parent in within:
-        dim, parent_dim = row.axes.index(axis), row.axes.index(parent)
-        index = xp.asarray(permutations[axis] if parent_dim < dim else permutations[axis].T)
+    for index, (dim, holder) in zip(indices, dims, strict=True):
+        if holder is None:
+            x = xp.take(x, index, axis=dim)
+            continue
         shape = [1] * x.ndim
-        shape[parent_dim], shape[dim] = x.shape[parent_dim], x.shape[dim]
+        shape[holder], shape[dim] = x.shape[holder], x.shape[dim]
+        index = index if holder < dim else index.T
         x = xp.take_along_axis(x, index.reshape(shape), axis=dim)
     return x
 
 
-@functools.partial(jax.jit, static_argnames=("row", "within", "sharding"))
+@functools.partial(jax.jit, static_argnames=("dims", "sharding"))
 def _take_on_device(
     x: jax.Array,
-    permutations: Permutations,
-    row: Leaf,
-    within: tuple[tuple[str, str], ...],
+    indices: Sequence[jax.Array | np.ndarray],
+    dims: tuple[tuple[int, int | None], ...],
     sharding: jax.sharding.Sharding,
 ) -> jax.Array:
     # An eager take of a sharded array comes back replicated; here it keeps its place.
-    return jax.lax.with_sharding_constraint(_take_all(x, permutations, row, within), sharding)
+    return jax.lax.with_sharding_constraint(_take_all(x, indices, dims), sharding)
