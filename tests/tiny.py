@@ -1,0 +1,70 @@
+"""Tiny models of several families, with weights large enough for a wrong permutation to show."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import transformers
+
+from tracing_jax.arch import Arch, arch_from_config
+from tracing_jax.models import init_params
+from tracing_jax.source import InMemory
+from tracing_jax.tree import Tree, map_named
+
+_SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "head_dim": 4,
+}
+
+
+def llama_mha(**changes: object) -> Arch:
+    """Multi-head attention with biases everywhere, embeddings not tied."""
+    config = transformers.LlamaConfig(
+        **_SIZES | {"num_key_value_heads": 6, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}
+    )
+    return dataclasses.replace(arch_from_config(config), **changes)
+
+
+def qwen3_gqa(**changes: object) -> Arch:
+    """Grouped queries, head-wise query and key norms, tied embeddings."""
+    config = transformers.Qwen3Config(**_SIZES | {"num_key_value_heads": 3, "tie_word_embeddings": True})
+    return dataclasses.replace(arch_from_config(config), **changes)
+
+
+def olmo2_gqa(**changes: object) -> Arch:
+    """Grouped queries, norms over all queries together, norms after the layers, embeddings not tied."""
+    config = transformers.Olmo2Config(**_SIZES | {"num_key_value_heads": 2, "tie_word_embeddings": False})
+    return dataclasses.replace(arch_from_config(config), head_dim=4, **changes)
+
+
+def gemma_mqa(**changes: object) -> Arch:
+    """One key and value head for all queries, gains stored minus one, tied embeddings."""
+    config = transformers.GemmaConfig(**_SIZES | {"num_key_value_heads": 1, "tie_word_embeddings": True})
+    return dataclasses.replace(arch_from_config(config), **changes)
+
+
+def params_of(arch: Arch, seed: int = 0, dtype: object = np.float32) -> Tree:
+    """Returns random weights of std 0.3, gains around their neutral value."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda key: init_params(arch, key), jax.random.key(0))
+
+    def leaf(name: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        center = 1.0 if name.endswith("scale") and arch.norm == "rms" else 0.0
+        return jax.numpy.asarray(rng.normal(center, 0.3, shape.shape), dtype)
+
+    return map_named(leaf, shapes)
+
+
+def model(arch: Arch, seed: int = 0, dtype: object = np.float32) -> InMemory:
+    """Returns a model with such weights."""
+    return InMemory(arch, params_of(arch, seed, dtype))
+
+
+def noisy(params: Tree, share: float, seed: int = 1) -> Tree:
+    """Returns "fine-tuned" weights: each leaf plus noise of `share` times its own standard deviation."""
+    rng = np.random.default_rng(seed)
+    return map_named(lambda _, leaf: leaf + share * leaf.std() * rng.normal(size=leaf.shape).astype(leaf.dtype), params)
