@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from tracing_jax.axes import AxisTable
 from tracing_jax.matching.coordinate import Coordinate, Similarity
-from tracing_jax.symmetry import Permutations, permute_leaf
+from tracing_jax.symmetry import Dims, Permutations, take_units, unit_moves
 from tracing_jax.tree import Tree, flatten
 
 Shared = Mapping[str, tuple[Int[np.ndarray, "_"], Int[np.ndarray, "_"]]]
@@ -83,7 +83,7 @@ def scores(pairs: WeightPairs, names: Iterable[str], permutations: Permutations)
     for name in names:
         row = pairs.table.leaves[name]
         base, ft = pairs.pair(name)
-        found[name] = _contract(_pairing(base.ndim, ()), base, permute_leaf(ft, row, permutations, pairs.table.within))
+        found[name] = _contract(_pairing(base.ndim, ()), base, ft, *unit_moves(row, permutations, pairs.table.within))
     return {name: float(score) for name, score in jax.device_get(found).items()}
 
 
@@ -106,15 +106,17 @@ def weight_similarity(
         for dim in [dim for dim, axis in enumerate(row.axes) if axis == coordinate.axis]:
             inside = [d for d, axis in enumerate(row.axes) if axis is not None and axis == coordinate.nested]
             still = tuple(None if d in (dim, *inside) else axis for d, axis in enumerate(row.axes))
-            moved = permute_leaf(ft, replace(row, axes=still), permutations, pairs.table.within)
-            found = _contract(_pairing(base.ndim, (dim, *inside)), base, moved)
+            moves = unit_moves(replace(row, axes=still), permutations, pairs.table.within)
+            found = _contract(_pairing(base.ndim, (dim, *inside)), base, ft, *moves)
             units, nested = (units, nested + found) if inside else (units + found, nested)
     return Similarity(np.asarray(units), None if nested is None else np.asarray(nested))
 
 
-@functools.partial(jax.jit, static_argnames=("equation",))
-def _contract(equation: str, base: Array, ft: Array) -> Float[Array, "..."]:
-    base, ft = base.astype(jnp.float32), ft.astype(jnp.float32)
+@functools.partial(jax.jit, static_argnames=("equation", "dims"))
+def _contract(
+    equation: str, base: Array, ft: Array, dims: Dims, indices: list[Array | np.ndarray]
+) -> Float[Array, "..."]:
+    base, ft = base.astype(jnp.float32), jnp.asarray(take_units(ft, dims, indices), jnp.float32)
     norms = jnp.linalg.norm(base.ravel()) * jnp.linalg.norm(ft.ravel())
     return jnp.einsum(equation, base, ft, precision="highest") / jnp.where(norms > 0, norms, jnp.inf)
 

@@ -10,6 +10,7 @@ embedding and the head, whose other axis is the vocabulary, and then everything 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -155,7 +156,7 @@ class _Descent:
         return readable / sum(sizes.values())
 
 
-def _check_axes(pairs: WeightPairs, axes: Sequence[str], ft: Mapping[str, np.ndarray]) -> None:
+def _check_axes(pairs: WeightPairs, axes: Sequence[str], ft: Mapping[str, Any]) -> None:
     table = pairs.table
     lines = [
         f"{axis}: no such axis; the table has {', '.join(table.sizes)}" for axis in axes if axis not in table.sizes
