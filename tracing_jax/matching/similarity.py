@@ -59,9 +59,9 @@ def weight_pairs(base: Tree, ft: Tree, table: AxisTable, shared: Shared) -> Weig
       ValueError: shared indices that are not pairs, or lie outside an axis; all at once.
     """
     base, ft = flatten(base), flatten(ft)
-    left_out = {name: "not in base" if name in ft else "not in ft" for name in base.keys() ^ ft.keys()}
+    left_out = {name: "not in base" if name in ft else "not in ft" for name in sorted(base.keys() ^ ft.keys())}
     lines: set[str] = set()
-    for name in base.keys() & ft.keys():
+    for name in [name for name in base if name in ft]:
         sizes, sizes_ft = base[name].shape, ft[name].shape
         if len(sizes) != len(sizes_ft):
             left_out[name] = f"shape {sizes} in base, {sizes_ft} in ft"
