@@ -67,4 +67,9 @@ def model(arch: Arch, seed: int = 0, dtype: object = np.float32) -> InMemory:
 def noisy(params: Tree, share: float, seed: int = 1) -> Tree:
     """Returns "fine-tuned" weights: each leaf plus noise of `share` times its own standard deviation."""
     rng = np.random.default_rng(seed)
-    return map_named(lambda _, leaf: leaf + share * leaf.std() * rng.normal(size=leaf.shape).astype(leaf.dtype), params)
+
+    def leaf(_: str, weights: jax.Array) -> jax.Array:
+        weights = np.asarray(weights)
+        return jax.numpy.asarray(weights + share * weights.std() * rng.normal(size=weights.shape), weights.dtype)
+
+    return map_named(leaf, params)

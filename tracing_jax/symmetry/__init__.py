@@ -1,6 +1,7 @@
 """Maps that keep the function of a model: data plus `apply`, `invert` and `compose`, driven by the axis table."""
 
 from tracing_jax.symmetry.permutation import (
+    Dims,
     Permutations,
     check_permutations,
     compose,
@@ -10,9 +11,12 @@ from tracing_jax.symmetry.permutation import (
     permute_leaf,
     random_permutations,
     share_moved,
+    take_units,
+    unit_moves,
 )
 
 __all__ = [
+    "Dims",
     "Permutations",
     "check_permutations",
     "compose",
@@ -22,4 +26,6 @@ __all__ = [
     "permute_leaf",
     "random_permutations",
     "share_moved",
+    "take_units",
+    "unit_moves",
 ]

@@ -19,6 +19,9 @@ from tracing_jax.tree import Tree, map_named
 
 Permutations = Mapping[str, Int[np.ndarray, "*_ _"]]
 
+Dims = tuple[tuple[int, int | None], ...]
+"""Dimensions to move, each with the dimension of the units that hold it if it is nested."""
+
 
 def random_permutations(key: PRNGKeyArray, table: AxisTable, kinds: Iterable[str]) -> dict[str, np.ndarray]:
     """Returns a uniformly random permutation for every axis of the given kinds; each axis has its own stream.
@@ -64,19 +67,42 @@ def permute_leaf(
     leaf: jax.Array | np.ndarray, row: Leaf, permutations: Permutations, within: Mapping[str, str]
 ) -> jax.Array | np.ndarray:
     """Returns one leaf with its named axes permuted; a numpy leaf stays numpy, bit for bit."""
+    dims, indices = unit_moves(row, permutations, within)
+    if not dims:
+        return leaf
+    if isinstance(leaf, np.ndarray):
+        return take_units(leaf, dims, indices)
+    return _take_on_device(leaf, dims, indices, leaf.sharding)
+
+
+def unit_moves(row: Leaf, permutations: Permutations, within: Mapping[str, str]) -> tuple[Dims, list[np.ndarray]]:
+    """Returns which dimensions of a leaf the permutations move, in the order of `take_units`, and the indices of each.
+
+    Dimensions instead of axis names: what is compiled for one layer then serves them all.
+    """
     moves = [
         (dim, row.axes.index(within[axis]) if axis in within else None, np.asarray(permutations[axis]))
         for dim, axis in enumerate(row.axes)
         if axis is not None and axis in permutations
     ]
-    if not moves:
-        return leaf
     moves.sort(key=lambda move: move[1] is not None)  # units inside another are ordered after that one has moved
-    # By dimension, not by axis name: one compiled take then serves all layers.
-    dims, indices = tuple((dim, holder) for dim, holder, _ in moves), [p for _, _, p in moves]
-    if isinstance(leaf, np.ndarray):
-        return _take_all(leaf, indices, dims)
-    return _take_on_device(leaf, indices, dims, leaf.sharding)
+    return tuple((dim, holder) for dim, holder, _ in moves), [index for _, _, index in moves]
+
+
+def take_units(
+    x: jax.Array | np.ndarray, dims: Dims, indices: Sequence[jax.Array | np.ndarray]
+) -> jax.Array | np.ndarray:
+    """Returns `x` with its dimensions taken at the indices, one after another; for use under jit, and on the host."""
+    xp = np if isinstance(x, np.ndarray) else jnp
+    for (dim, holder), index in zip(dims, indices, strict=True):
+        if holder is None:
+            x = xp.take(x, index, axis=dim)
+            continue
+        shape = [1] * x.ndim
+        shape[holder], shape[dim] = x.shape[holder], x.shape[dim]
+        index = index if holder < dim else index.T
+        x = xp.take_along_axis(x, index.reshape(shape), axis=dim)
+    return x
 
 
 def invert(permutations: Permutations, table: AxisTable) -> dict[str, np.ndarray]:
@@ -146,27 +172,9 @@ def _shape(table: AxisTable, axis: str) -> tuple[int, ...]:
     return (table.sizes[axis],) if parent is None else (table.sizes[parent], table.sizes[axis])
 
 
-def _take_all(
-    x: jax.Array | np.ndarray, indices: Sequence[jax.Array | np.ndarray], dims: tuple[tuple[int, int | None], ...]
-) -> jax.Array | np.ndarray:
-    xp = np if isinstance(x, np.ndarray) else jnp
-    for index, (dim, holder) in zip(indices, dims, strict=True):
-        if holder is None:
-            x = xp.take(x, index, axis=dim)
-            continue
-        shape = [1] * x.ndim
-        shape[holder], shape[dim] = x.shape[holder], x.shape[dim]
-        index = index if holder < dim else index.T
-        x = xp.take_along_axis(x, index.reshape(shape), axis=dim)
-    return x
-
-
 @functools.partial(jax.jit, static_argnames=("dims", "sharding"))
 def _take_on_device(
-    x: jax.Array,
-    indices: Sequence[jax.Array | np.ndarray],
-    dims: tuple[tuple[int, int | None], ...],
-    sharding: jax.sharding.Sharding,
+    x: jax.Array, dims: Dims, indices: Sequence[jax.Array | np.ndarray], sharding: jax.sharding.Sharding
 ) -> jax.Array:
     # An eager take of a sharded array comes back replicated; here it keeps its place.
-    return jax.lax.with_sharding_constraint(_take_all(x, indices, dims), sharding)
+    return jax.lax.with_sharding_constraint(take_units(x, dims, indices), sharding)

@@ -1,0 +1,186 @@
+"""Alignment: brings the units of a fine-tuned model into base's order, and proves that its function is unchanged."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from absl import logging
+from jaxtyping import Float, Int
+
+from tracing_jax.arch import Arch
+from tracing_jax.axes import PERMUTABLE, axis_table, kind_of
+from tracing_jax.forward import logits
+from tracing_jax.grams import correlations
+from tracing_jax.matching import Coordinate, Shared, Similarity, coordinates, match_weights, solve, value
+from tracing_jax.sharding import Compute, make_mesh
+from tracing_jax.source import InMemory, Mapped, ParamSource, permuted
+from tracing_jax.symmetry import Permutations, identity, share_moved
+
+Evidence = Literal["weights", "activations"]
+
+TAP = {"embed": "residual", "mlp": "units", "kv_heads": "heads", "q_group": "heads"}
+"""Axis kind -> the tap (see `models.TAPS`) whose activations tell its units apart."""
+
+_NEEDS = {"kv_heads": ("v_dim",), "q_group": ("kv_heads", "v_dim")}
+"""Axis kind -> the other kinds that must be of one size in both models for its units to be compared."""
+
+LOGITS_TOLERANCE = 1e-3
+"""The most that alignment may move ft's logits, relative to the largest. A permutation only reorders sums, which moves
+float32 logits by about 1e-5; the proof computes in float32 whatever the weights' dtype, so one bound serves all."""
+
+_PROOF_TOKENS = (2, 32)  # blocks, positions
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """The permutations that align a fine-tuned model to its base.
+
+    Attributes:
+      permutations: axis -> p, where unit `p[i]` of ft belongs to unit i of base.
+      evidence: what the units were compared by.
+      objective: how alike the paired units are: first as ft came, then after each sweep. For weights, the sum over
+        leaves of their cosine; for activations, the mean correlation of paired units (one sweep).
+      share_moved: axis kind -> share of units that change place.
+      logits_moved: greatest change of any logit of ft, relative to max(1, its greatest logit).
+      left_out: leaf name -> why the comparison of weights went without it.
+    """
+
+    permutations: Permutations
+    evidence: Evidence
+    objective: tuple[float, ...]
+    share_moved: dict[str, float]
+    logits_moved: float
+    left_out: Mapping[str, str]
+
+
+def align(
+    base: InMemory,
+    ft: InMemory,
+    kinds: Sequence[str] = ("embed", "mlp"),
+    *,
+    evidence: Evidence,
+    tokens: Int[np.ndarray, "N T"] | None = None,
+    compute: Compute | None = None,
+    shared: Shared | None = None,
+    seed: int = 0,
+) -> Alignment:
+    """Returns the permutations of ft's units of these kinds that align it to base, proven to keep ft's function.
+
+    Args:
+      base: the model that stays.
+      ft: the model whose units move; it is not changed (see `aligned`).
+      kinds: axis kinds among `axes.PERMUTABLE`.
+      evidence: what tells units apart: the weights, or the activations on `tokens`.
+      tokens: the blocks both models read; activations only.
+      compute: where and how the activations are computed. By default float32 on one device.
+      shared: pairs of ids of tokens that mean the same, if the vocabularies differ; weights only.
+      seed: draws the tokens of the proof.
+
+    Raises:
+      ValueError: models whose units cannot be paired, arguments that do not fit (all at once), or an aligned model
+        whose logits are not ft's own.
+    """
+    _check(base.arch, ft.arch, kinds, evidence, tokens)
+    left_out: Mapping[str, str] = {}
+    if evidence == "weights":
+        table = axis_table(base.arch)
+        matching = match_weights(base.params, ft.params, table, table.axes_of_kind(kinds), shared=shared)
+        permutations, objective, left_out = matching.permutations, matching.objective, matching.left_out
+    else:
+        assert tokens is not None
+        permutations, objective = _by_activations(base, ft, kinds, tokens, compute or Compute(make_mesh()))
+    for name, reason in left_out.items():
+        logging.warning("alignment goes without %s: %s", name, reason)
+    moved = _logits_moved(ft, permutations, seed)
+    return Alignment(permutations, evidence, objective, share_moved(permutations), moved, left_out)
+
+
+def aligned(ft: ParamSource, alignment: Alignment) -> Mapped:
+    """Returns the fine-tuned model with its units in base's order, part by part as they are asked for."""
+    return permuted(ft, alignment.permutations)
+
+
+def _by_activations(
+    base: InMemory,
+    ft: InMemory,
+    kinds: Sequence[str],
+    tokens: np.ndarray,
+    compute: Compute,
+) -> tuple[dict[str, np.ndarray], tuple[float, float]]:
+    """Returns the permutations, and the mean correlation of paired units before and after."""
+    table = axis_table(base.arch)
+    axes = table.axes_of_kind(kinds)
+    unmoved = identity(table, axes)
+    found: dict[str, np.ndarray] = {}
+    before, after, pairs = 0.0, 0.0, 0
+    taps = sorted({TAP[kind] for kind in kinds})
+    layers = correlations(base, ft, tokens, taps, compute, "align")
+    for coordinate, similarity in _similarities(base.arch, coordinates(table, axes), layers):
+        found |= solve(coordinate, similarity)
+        before += value(coordinate, similarity, unmoved)
+        after += value(coordinate, similarity, found)
+        pairs += similarity.units.shape[0] if similarity.nested is None else math.prod(similarity.nested.shape[:2])
+    return found, (before / pairs, after / pairs)
+
+
+def _similarities(
+    arch: Arch, todo: Sequence[Coordinate], layers: Iterator[tuple[int, dict[str, np.ndarray]]]
+) -> Iterator[tuple[Coordinate, Similarity]]:
+    """Yields each coordinate as soon as its correlations are there: those of the whole model after the last layer."""
+    whole_model = [coordinate for coordinate in todo if "/" not in coordinate.axis]
+    total: dict[Coordinate, np.ndarray] = {}
+    for i, by_tap in layers:
+        for coordinate in todo:
+            found = by_tap[TAP[kind_of(coordinate.axis)]]
+            if coordinate in whole_model:
+                total[coordinate] = total.get(coordinate, np.float32(0)) + found / np.float32(arch.num_layers)
+            elif coordinate.axis.startswith(f"layers/{i}/"):
+                yield coordinate, _similarity(arch, coordinate, found)
+    for coordinate, mean in total.items():
+        yield coordinate, _similarity(arch, coordinate, mean)
+
+
+def _similarity(arch: Arch, coordinate: Coordinate, correlation: Float[np.ndarray, "U U"]) -> Similarity:
+    """Returns the correlation of units; of heads, the mean over the positions of their dimension H."""
+    if TAP[kind_of(coordinate.axis)] != "heads":
+        return Similarity(correlation)
+    K, G, H = arch.num_kv_heads, arch.q_group, arch.head_dim
+    heads = np.einsum("kghKGh->kgKG", correlation.reshape(K, G, H, K, G, H)) / np.float32(H)
+    if coordinate.nested is None:
+        return Similarity(np.einsum("kgKg->kK", heads) / np.float32(G))
+    return Similarity(np.zeros((K, K), np.float32), heads)
+
+
+def _logits_moved(ft: InMemory, permutations: Permutations, seed: int) -> float:
+    tokens = np.random.default_rng(seed).integers(ft.arch.vocab_size, size=_PROOF_TOKENS, dtype=np.int32)
+    expected, found = logits(ft, tokens), logits(permuted(ft, permutations), tokens)
+    moved = float(np.abs(found - expected).max() / max(1.0, float(np.abs(expected).max())))
+    if not moved <= LOGITS_TOLERANCE:  # NaN too
+        raise ValueError(
+            f"alignment moves ft's logits by {moved:.2e} of their greatest, expected at most {LOGITS_TOLERANCE:.0e}: "
+            f"the axis table of family {ft.arch.family} does not describe these weights, or they hold NaN; "
+            "align fewer kinds to find which axis it is"
+        )
+    return moved
+
+
+def _check(base: Arch, ft: Arch, kinds: Sequence[str], evidence: str, tokens: np.ndarray | None) -> None:
+    lines = []
+    if evidence not in ("weights", "activations"):
+        lines.append(f"evidence {evidence!r} is not one of weights, activations")
+    if evidence == "activations" and tokens is None:
+        lines.append("evidence by activations needs tokens for both models to read")
+    if unknown := sorted(set(kinds) - set(PERMUTABLE)) or ([] if kinds else ["(none)"]):
+        lines.append(f"kinds {', '.join(unknown)} cannot be aligned; choose from {', '.join(PERMUTABLE)}")
+    if base.num_layers != ft.num_layers:
+        lines.append(f"depth: {base.num_layers} layers in base, {ft.num_layers} in ft; layers are paired one to one")
+    sizes, sizes_ft = ({kind_of(axis): size for axis, size in axis_table(arch).sizes.items()} for arch in (base, ft))
+    for needed in dict.fromkeys(needed for kind in kinds for needed in (kind, *_NEEDS.get(kind, ()))):
+        if sizes.get(needed) != sizes_ft.get(needed):
+            lines.append(
+                f"{needed}: {sizes[needed]} units in base, {sizes_ft[needed]} in ft; they are paired one to one"
+            )
+    if lines:
+        raise ValueError("cannot align these models:\n  " + "\n  ".join(lines))

@@ -1,0 +1,140 @@
+"""Similarity of the units of an axis, gathered from the weights that carry it.
+
+Source: Ainsworth et al. 2023, Git Re-Basin (arXiv 2209.04836), section 3.2, which adds up raw inner products. Here each
+weight is first divided by its two Frobenius norms: in a language model the embedding alone can outweigh all blocks
+together, and gains of size one any matrix, so raw sums let one or two weights decide for all. A weight that is zero in
+either model says nothing and counts nothing.
+"""
+
+import functools
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from tracing_jax.axes import AxisTable
+from tracing_jax.matching.coordinate import Coordinate, Similarity
+from tracing_jax.symmetry import Dims, Permutations, take_units, unit_moves
+from tracing_jax.tree import Tree, flatten
+
+Shared = Mapping[str, tuple[Int[np.ndarray, "_"], Int[np.ndarray, "_"]]]
+"""Axis -> (indices in base, indices in ft) of the units that mean the same, e.g. tokens that both vocabularies have."""
+
+
+@dataclass(frozen=True)
+class WeightPairs:
+    """The weights of base and ft that can be compared, by leaf name.
+
+    Attributes:
+      left_out: leaf name -> why it cannot be compared.
+    """
+
+    base: Mapping[str, Array | np.ndarray]
+    ft: Mapping[str, Array | np.ndarray]
+    table: AxisTable
+    shared: Shared
+    left_out: Mapping[str, str]
+
+    def touching(self, axes: Collection[str]) -> list[str]:
+        """Returns the names of the leaves that carry any of these axes."""
+        return [name for name in self.base if not set(axes).isdisjoint(self.table.leaves[name].axes)]
+
+    def pair(self, name: str) -> tuple[Array, Array]:
+        """Returns a leaf of base and of ft, on the device, cut to the units that both models share."""
+        base, ft = jnp.asarray(self.base[name]), jnp.asarray(self.ft[name])
+        for dim, axis in enumerate(self.table.leaves[name].axes):
+            if axis is not None and axis in self.shared:
+                in_base, in_ft = self.shared[axis]
+                base, ft = jnp.take(base, in_base, axis=dim), jnp.take(ft, in_ft, axis=dim)
+        return base, ft
+
+
+def weight_pairs(base: Tree, ft: Tree, table: AxisTable, shared: Shared) -> WeightPairs:
+    """Returns the leaves of base's table that both trees have with equal sizes, or equal once cut to shared units.
+
+    Raises:
+      ValueError: shared indices that are not pairs, or lie outside an axis; all at once.
+    """
+    base, ft = flatten(base), flatten(ft)
+    left_out = {name: "not in base" if name in ft else "not in ft" for name in sorted(base.keys() ^ ft.keys())}
+    lines: set[str] = set()
+    for name in [name for name in base if name in ft]:
+        sizes, sizes_ft = base[name].shape, ft[name].shape
+        if len(sizes) != len(sizes_ft):
+            left_out[name] = f"shape {sizes} in base, {sizes_ft} in ft"
+            continue
+        for axis, size, size_ft in zip(table.leaves[name].axes, sizes, sizes_ft, strict=True):
+            if axis is not None and axis in shared:
+                lines |= _problems(axis, shared[axis], size, size_ft)
+            elif size != size_ft:
+                left_out[name] = f"{size} units on {axis} in base, {size_ft} in ft"
+    if lines:
+        raise ValueError("shared units do not fit the models:\n  " + "\n  ".join(sorted(lines)))
+    names = [name for name in base if name not in left_out]
+    return WeightPairs({n: base[n] for n in names}, {n: ft[n] for n in names}, table, shared, left_out)
+
+
+def scores(pairs: WeightPairs, names: Iterable[str], permutations: Permutations) -> dict[str, float]:
+    """Returns for each leaf the inner product of base and permuted ft over their norms: 1 if equal up to scale."""
+    found = {}
+    for name in names:
+        row = pairs.table.leaves[name]
+        base, ft = pairs.pair(name)
+        found[name] = _contract(_pairing(base.ndim, ()), base, ft, *unit_moves(row, permutations, pairs.table.within))
+    return {name: float(score) for name, score in jax.device_get(found).items()}
+
+
+def weight_similarity(
+    pairs: WeightPairs, coordinate: Coordinate, permutations: Permutations, names: Iterable[str]
+) -> Similarity:
+    """Returns the similarity of the units of a coordinate in the named leaves, ft's other axes permuted.
+
+    Its entries are what a pairing adds to the sum of the leaves' `scores`. Where a leaf carries the axis twice, each
+    place is compared with the other one permuted as it stands, which is the gradient of that sum.
+    """
+    n = pairs.table.sizes[coordinate.axis]
+    units, nested = jnp.zeros((n, n)), None
+    if coordinate.nested is not None:
+        G = pairs.table.sizes[coordinate.nested]
+        nested = jnp.zeros((n, G, n, G))
+    for name in names:
+        row = pairs.table.leaves[name]
+        base, ft = pairs.pair(name)
+        for dim in [dim for dim, axis in enumerate(row.axes) if axis == coordinate.axis]:
+            inside = [d for d, axis in enumerate(row.axes) if axis is not None and axis == coordinate.nested]
+            still = tuple(None if d in (dim, *inside) else axis for d, axis in enumerate(row.axes))
+            moves = unit_moves(replace(row, axes=still), permutations, pairs.table.within)
+            found = _contract(_pairing(base.ndim, (dim, *inside)), base, ft, *moves)
+            units, nested = (units, nested + found) if inside else (units + found, nested)
+    return Similarity(np.asarray(units), None if nested is None else np.asarray(nested))
+
+
+@functools.partial(jax.jit, static_argnames=("equation", "dims"))
+def _contract(
+    equation: str, base: Array, ft: Array, dims: Dims, indices: list[Array | np.ndarray]
+) -> Float[Array, "..."]:
+    base, ft = base.astype(jnp.float32), jnp.asarray(take_units(ft, dims, indices), jnp.float32)
+    norms = jnp.linalg.norm(base.ravel()) * jnp.linalg.norm(ft.ravel())
+    return jnp.einsum(equation, base, ft, precision="highest") / jnp.where(norms > 0, norms, jnp.inf)
+
+
+def _pairing(rank: int, dims: tuple[int, ...]) -> str:
+    """Returns the einsum of every unit of base with every unit of ft along `dims`: `abc,aBc->bB` for dims (1,)."""
+    base = [chr(ord("a") + dim) for dim in range(rank)]
+    ft = [letter.upper() if dim in dims else letter for dim, letter in enumerate(base)]
+    return f"{''.join(base)},{''.join(ft)}->{''.join(base[d] for d in dims)}{''.join(ft[d] for d in dims)}"
+
+
+def _problems(axis: str, pair: tuple[np.ndarray, np.ndarray], size: int, size_ft: int) -> set[str]:
+    in_base, in_ft = pair
+    if in_base.shape != in_ft.shape or in_base.ndim != 1 or not in_base.size:
+        return {f"{axis}: expected two index vectors of one length above 0, found {in_base.shape} and {in_ft.shape}"}
+    # A device clamps or fills what lies outside, without a word.
+    return {
+        f"{axis}: indices run from {ids.min()} to {ids.max()} in {model}, expected 0 to {n - 1}"
+        for model, ids, n in (("base", in_base, size), ("ft", in_ft, size_ft))
+        if ids.min() < 0 or ids.max() >= n
+    }
