@@ -49,7 +49,7 @@ def test_a_finetune_is_joined_to_its_base_by_a_flat_path(config_of):
 
 def test_an_independent_model_is_behind_a_barrier_that_alignment_does_not_remove(config_of):
     before, after = curves(experiment.trace(config_of("independent", align=True)))
-    assert before["barrier"] > 0.5
+    assert before["barrier"] > 0.3
     assert after["barrier"] > 0.2
 
 
@@ -58,7 +58,7 @@ def test_a_disguised_finetune_is_aligned_back_until_its_path_is_flat_again(confi
     record = experiment.trace(config_of("disguised", align=True, align_evidence=evidence))
     flat, _ = curves(experiment.trace(config_of("finetune")))
     before, after = curves(record)
-    assert before["barrier"] > 0.5
+    assert before["barrier"] > 0.3
     assert after["loss"] == pytest.approx(flat["loss"], abs=2e-3 if evidence == "weights" else 0.1)
     assert record["alignment"]["logits_moved"] < 1e-3
 
@@ -68,7 +68,7 @@ def test_permute_moves_fts_own_weights_and_alignment_brings_them_back(config_of)
     plain, _ = curves(experiment.trace(config_of()))
     before, after = curves(record)
     assert record["permuted"]["share_moved"]["mlp"] > 0.9
-    assert before["barrier"] > 0.5
+    assert before["barrier"] > 0.3
     assert before["end_loss_ft_own"] == pytest.approx(plain["end_loss_ft_own"], abs=1e-4)
     assert after["loss"] == pytest.approx(plain["loss"], abs=1e-4)
 

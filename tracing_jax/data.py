@@ -201,7 +201,7 @@ def same_tokenizer(a: Tokenizer, b: Tokenizer) -> bool:
 
     Whether they add a BOS token does not matter: `token_blocks` decides that.
     """
-    encodings = [tokenizer(_PROBE, add_special_tokens=False)["input_ids"] for tokenizer in (a, b)]
+    encodings = [tokenizer(_PROBE, add_special_tokens=False, verbose=False)["input_ids"] for tokenizer in (a, b)]
     return encodings[0] == encodings[1] and a.get_vocab() == b.get_vocab()
 
 

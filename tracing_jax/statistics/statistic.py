@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
@@ -80,6 +80,7 @@ class Result:
         return asdict(self)
 
 
+@runtime_checkable
 class Statistic(Protocol):
     """One statistic. Its options are its fields, filled from the config."""
 
