@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jax.sharding import Mesh
 
@@ -14,6 +14,7 @@ from tracing_jax.symmetry import Permutations, check_permutations, permute
 from tracing_jax.tree import Tree
 
 
+@runtime_checkable
 class ParamSource(Protocol):
     """Gives a model's params in parts: the subtrees `embed`, `layers/<i>` and `head` of its tree."""
 
