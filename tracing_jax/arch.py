@@ -72,6 +72,9 @@ _NEUTRAL = frozenset(
     unsloth_version use_cache use_sliding_window""".split()
 )
 
+# Attributes in published configs that ask for nothing at this value, and at any other for what is not computed here.
+_NEUTRAL_AT = {"is_llama_config": True, "rope_interleaved": False, "use_mrope": False}
+
 # Attributes that every family's reader uses.
 _COMMON = frozenset(
     """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
@@ -263,7 +266,9 @@ def _problems(config: Any, family: _Family) -> list[str]:
     attributes = config.to_dict()
     known = _NEUTRAL | _COMMON | set(family.uses.split())
     # An unknown attribute that is null asks for nothing.
-    unknown = sorted(name for name, value in attributes.items() if name not in known and value is not None)
+    unknown = sorted(
+        name for name, value in attributes.items() if name not in known and value not in (None, _NEUTRAL_AT.get(name))
+    )
     lines = []
     if unknown:
         lines.append(
