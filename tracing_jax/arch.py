@@ -301,6 +301,8 @@ def _windows_by_type(config: Any) -> tuple[int | None, ...]:
             f"layer_types must name sliding_attention or full_attention for each of {config.num_hidden_layers} layers, "
             f"found {config.layer_types}"
         )
+    if "sliding_attention" in config.layer_types and config.sliding_window is None:
+        raise UnsupportedModelError("layer_types names sliding_attention, but sliding_window is not set")
     return tuple(sliding[kind] for kind in config.layer_types)
 
 
