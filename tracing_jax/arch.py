@@ -6,8 +6,9 @@ numbers alone, or an error: a setting that is skipped in silence gives wrong num
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -170,6 +171,8 @@ class _Family:
     read: Callable[[Any], _Facts]
     uses: str
     """Config attributes, beyond the common ones, that `read` or the common reader uses."""
+    thetas: Mapping[str | None, str] = field(default_factory=lambda: {None: "rope_theta"})
+    """For each layer type with a rope of its own (None: one rope for all) the attribute that older files name it by."""
 
 
 _FAMILIES: dict[str, _Family] = {
@@ -179,7 +182,11 @@ _FAMILIES: dict[str, _Family] = {
     "qwen3": _Family(_qwen3, "rms_norm_eps attention_bias sliding_window layer_types"),
     "gemma": _Family(_gemma, _GEMMA_USES),
     "gemma2": _Family(_gemma2, _GEMMA2_USES),
-    "gemma3_text": _Family(_gemma3, _GEMMA2_USES + " sliding_window_pattern _sliding_window_pattern"),
+    "gemma3_text": _Family(
+        _gemma3,
+        _GEMMA2_USES + " sliding_window_pattern _sliding_window_pattern",
+        {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"},
+    ),
     "olmo": _Family(_olmo, "attention_bias clip_qkv"),
     "olmo2": _Family(_olmo2, "rms_norm_eps attention_bias"),
     "granite": _Family(
@@ -307,16 +314,27 @@ def _windows_by_type(config: Any) -> tuple[int | None, ...]:
 
 
 def _rope_is_absent(raw: dict[str, Any]) -> str | None:
-    """Returns why the rope cannot be known, or None: only old Llama files may leave theta out, where it was 10000."""
-    if raw.get("rope_theta") is not None or raw.get("rope_parameters"):
+    """Returns why a rope cannot be known, or None: only old Llama files may leave theta out, where it was 10000."""
+    parameters = raw.get("rope_parameters") or {}
+    absent = []
+    for layer_type, old_name in _FAMILIES[raw["model_type"]].thetas.items():
+        rope = parameters if layer_type is None else parameters.get(layer_type) or {}
+        if raw.get(old_name) is None and rope.get("rope_theta") is None:
+            absent.append(old_name if layer_type is None else f"{old_name} (of {layer_type} layers)")
+    if not absent or (absent == ["rope_theta"] and _predates_rope_theta(raw)):
         return None
-    major, minor = (int(part) for part in (str(raw.get("transformers_version") or "99.0") + ".0").split(".")[:2])
-    if raw["model_type"] == "llama" and "rope_theta" not in raw and (major, minor) < (4, 33):
-        return None  # written before rope_theta became a setting: it was the constant 10000
     return (
-        "no rope in this config: neither rope_theta nor rope_parameters; a default would change the numbers in "
-        'silence; add the model\'s own, e.g. "rope_theta": 10000.0'
+        f"no rope in this config: {' and '.join(absent)} not set, nor in rope_parameters; a default would change the "
+        'numbers in silence; add the model\'s own, e.g. "rope_theta": 10000.0'
     )
+
+
+def _predates_rope_theta(raw: dict[str, Any]) -> bool:
+    # Llama's theta was the constant 10000 before transformers 4.33 made it a setting.
+    version = re.match(r"(\d+)\.(\d+)", str(raw.get("transformers_version")))
+    if raw["model_type"] != "llama" or "rope_theta" in raw or "rope_parameters" in raw or version is None:
+        return False
+    return (int(version[1]), int(version[2])) < (4, 33)
 
 
 def _ropes(config: Any, head_dim: int) -> tuple[tuple[tuple[float, ...], ...], tuple[int, ...]]:
