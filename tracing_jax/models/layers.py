@@ -137,5 +137,5 @@ class GatedMlp(nn.Module):
 
 
 def scaled(x: jax.Array, factor: float) -> jax.Array:
-    """Returns x times a constant that is rounded to x's dtype first, as transformers does; no-op for 1."""
-    return x if factor == 1.0 else x * jnp.asarray(factor, x.dtype)
+    """Returns x times a constant, multiplied in float32; no-op for 1."""
+    return x if factor == 1.0 else (x.astype(jnp.float32) * factor).astype(x.dtype)

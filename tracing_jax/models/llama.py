@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -29,7 +30,9 @@ class Embed(nn.Module):
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         shape = (self.arch.vocab_size, self.arch.embed_dim)
         table = self.param("embedding", nn.initializers.normal(0.02), shape)
-        return scaled(table[tokens].astype(self.dtype), self.arch.embed_scale)
+        # Gemma rounds its scale to the computing dtype; Granite's is a small integer.
+        scale = float(np.asarray(self.arch.embed_scale, jnp.dtype(self.dtype)))
+        return scaled(table[tokens].astype(self.dtype), scale)
 
 
 class Block(nn.Module):

@@ -1,0 +1,68 @@
+"""Computes the golden files of test_parity.py with transformers: `python tests/make_golden.py` (needs torch).
+
+Run it again only when cases change. If a new transformers version changes the numbers, find out why first: the live
+test says so without touching these files.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from parity_cases import CASES, Case
+
+GOLDEN = Path(__file__).parent / "golden" / "parity.npz"
+
+
+def hf_model(case: Case) -> Any:
+    """Returns transformers' model with the case's weights, in float32 with plain attention."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(case.hf_config(), attn_implementation="eager", dtype=torch.float32).eval()
+    own = {name: torch.from_numpy(case.weight(name, shape)) for name, shape in tensor_shapes(model).items()}
+    missing, unexpected = model.load_state_dict(own, strict=False)
+    if unexpected or set(missing) - {"lm_head.weight"}:
+        raise ValueError(f"{case.name}: missing {missing}, unexpected {unexpected}")
+    return model
+
+
+def tensor_shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    """Returns name -> shape of every tensor that a checkpoint of this model holds."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    return shapes
+
+
+def hf_outputs(model: Any, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns transformers' logits [B T V] and losses [B T-1] in nats."""
+    import torch
+
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits
+        losses = torch.nn.functional.cross_entropy(logits[:, :-1].mT, ids[:, 1:], reduction="none")
+    return logits.numpy(), losses.numpy()
+
+
+def main() -> None:
+    logits, losses, tensors = [], [], []
+    for case in CASES.values():
+        model = hf_model(case)
+        case_logits, case_losses = hf_outputs(model, case.tokens())
+        logits.append(case_logits[0])  # the second block is held by its losses
+        losses.append(case_losses)
+        tensors.append(json.dumps(tensor_shapes(model)))
+    GOLDEN.parent.mkdir(exist_ok=True)
+    np.savez_compressed(
+        GOLDEN,
+        names=np.array(list(CASES)),
+        logits=np.stack(logits),
+        losses=np.stack(losses),
+        tensors=np.array(tensors),
+    )
+
+
+if __name__ == "__main__":
+    main()

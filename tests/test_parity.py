@@ -1,0 +1,124 @@
+"""Our numbers are those of transformers: in golden files, and live where torch is installed."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from make_golden import GOLDEN, hf_model, hf_outputs, tensor_shapes
+from parity_cases import CASES, FAMILIES, Case
+from scipy.special import logsumexp
+
+from tracing_jax.axes import axis_table, check
+from tracing_jax.checkpoint.layout import layout
+from tracing_jax.forward import logits, token_losses
+from tracing_jax.models import apply_embed
+from tracing_jax.models.layers import scaled
+from tracing_jax.sharding import make_mesh
+
+LOGITS_TOLERANCE = 2e-4  # times the larger of 1 and the largest logit
+LOSSES_TOLERANCE = 1e-4  # nats
+
+_with_golden = np.load(GOLDEN)
+_LOGITS, _LOSSES, _TENSORS = (
+    dict(zip(_with_golden["names"].tolist(), _with_golden[key], strict=True)) for key in ("logits", "losses", "tensors")
+)
+
+
+def _of_family(family: str) -> list[Case]:
+    return [case for case in CASES.values() if case.family == family]
+
+
+def _disagreement(case: Case, found_logits: np.ndarray, found_losses: np.ndarray) -> str | None:
+    wanted_logits, wanted_losses = _LOGITS[case.name], _LOSSES[case.name]
+    logits_error = np.abs(found_logits[0] - wanted_logits).max() / max(1.0, np.abs(wanted_logits).max())
+    losses_error = np.abs(found_losses - wanted_losses).max()
+    if logits_error <= LOGITS_TOLERANCE and losses_error <= LOSSES_TOLERANCE:
+        return None
+    return f"{case.name}: logits off by {logits_error:.2g} (relative), losses by {losses_error:.2g} nats"
+
+
+def _engine_outputs(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    source = case.source()
+    return logits(source, case.tokens()), token_losses(source, case.tokens(), mesh=make_mesh(), batch_size=2)
+
+
+def _outputs(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    # The engine's losses differ from its logits only by the head: one head layout, tied and untied, will do.
+    if "-gqa-" in case.name:
+        return _engine_outputs(case)
+    found, tokens = logits(case.source(), case.tokens()), case.tokens()
+    picked = np.take_along_axis(found[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
+    return found, logsumexp(found[:, :-1], axis=-1) - picked
+
+
+def test_golden_file_holds_every_case():
+    assert list(CASES) == _with_golden["names"].tolist(), "run python tests/make_golden.py"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_losses_equal_those_of_transformers(family):
+    with jax.disable_jit():  # compiling them all would take minutes; the next test compiles some
+        disagreements = [_disagreement(case, *_outputs(case)) for case in _of_family(family)]
+    assert not any(disagreements), "\n".join(filter(None, disagreements))
+
+
+@pytest.mark.parametrize("name", ["llama-both_biases", "gemma2-gqa-tied-linear", "gemma3_text-logit_cap"])
+def test_compiled_steps_give_the_same_numbers(name):
+    assert _disagreement(CASES[name], *_engine_outputs(CASES[name])) is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_installed_transformers_still_gives_the_golden_numbers(family):
+    pytest.importorskip("torch")
+    disagreements = []
+    for case in _of_family(family):
+        model = hf_model(case)
+        assert tensor_shapes(model) == _golden_shapes(case)
+        disagreements.append(_disagreement(case, *hf_outputs(model, case.tokens())))
+    assert not any(disagreements), "\n".join(filter(None, disagreements))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layout_has_an_entry_for_every_tensor_of_transformers(family):
+    for case in _of_family(family):
+        entries = layout(case.arch()).values()
+        assert {entry.tensor: entry.shape for entry in entries} == _golden_shapes(case), case.name
+        assert len({entry.tensor for entry in entries}) == len(entries)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_leaf_and_tensor_are_one_another_bit_for_bit(family, dtype):
+    for case in _of_family(family):
+        for entry in layout(case.arch()).values():
+            tensor = case.weight(entry.tensor, entry.shape).astype(dtype)
+            again = entry.to_tensor(entry.to_leaf(tensor))
+            assert again.dtype == dtype
+            assert again.flags.c_contiguous
+            assert again.tobytes() == tensor.tobytes(), (case.name, entry.tensor)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_leaves_fit_the_axis_table(family):
+    for case in _of_family(family):
+        source = case.source()
+        check(source.params, axis_table(source.arch))
+
+
+def test_constants_round_as_in_transformers_in_bfloat16():
+    x = jnp.linspace(-3, 3, 64, dtype=jnp.bfloat16)
+    exact = (np.asarray(x, np.float32) * np.float32(0.22)).astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(np.asarray(scaled(x, 0.22)), exact)  # Granite's residual multiplier is not rounded
+    case = CASES["gemma-attention_bias"]
+    embed, tokens = case.source().embed(), jnp.asarray(case.tokens())
+    rounded = ml_dtypes.bfloat16(24**0.5)  # Gemma's embedding scale is
+    table = np.asarray(embed["embedding"]).astype(ml_dtypes.bfloat16)
+    found = apply_embed(case.arch(), embed, tokens, jnp.bfloat16)
+    np.testing.assert_array_equal(np.asarray(found), table[case.tokens()] * rounded)
+
+
+def _golden_shapes(case: Case) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(shape) for name, shape in json.loads(str(_TENSORS[case.name])).items()}
