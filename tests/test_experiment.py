@@ -156,8 +156,10 @@ def drop_layer(weights):
 
 def test_statistics_that_do_not_apply_are_recorded_and_the_rest_runs(config_of, spoilt):
     shallow = spoilt(lambda facts: facts.update(num_hidden_layers=1), drop_layer)
-    record = experiment.trace(config_of(ft_model_id=shallow, stat="all", align=False))
+    record = experiment.trace(config_of(ft_model_id=shallow, stat="all", align=True))
     assert "different depth" in record["statistics"]["mode"]["non_aligned"]["not_applicable"]
+    assert record["statistics"]["emb"]["aligned"] is record["alignment"] is None
+    assert any("not aligned: depth: 2 layers in base, 1 in ft" in note for note in record["notes"])
     assert record["statistics"]["emb"]["non_aligned"]["headline"] > 0.8
 
 

@@ -97,6 +97,22 @@ def align(
     return Alignment(permutations, evidence, objective, share_moved(permutations), moved, left_out)
 
 
+def alignment_problems(base: Arch, ft: Arch, kinds: Sequence[str]) -> list[str]:
+    """Returns why the units of these kinds cannot be paired between models of these shapes; empty if they can."""
+    lines = []
+    if unknown := sorted(set(kinds) - set(PERMUTABLE)) or ([] if kinds else ["(none)"]):
+        lines.append(f"kinds {', '.join(unknown)} cannot be aligned; choose from {', '.join(PERMUTABLE)}")
+    if base.num_layers != ft.num_layers:
+        lines.append(f"depth: {base.num_layers} layers in base, {ft.num_layers} in ft; layers are paired one to one")
+    sizes, sizes_ft = ({kind_of(axis): size for axis, size in axis_table(arch).sizes.items()} for arch in (base, ft))
+    for needed in dict.fromkeys(needed for kind in kinds for needed in (kind, *_NEEDS.get(kind, ()))):
+        if sizes.get(needed) != sizes_ft.get(needed):
+            lines.append(
+                f"{needed}: {sizes[needed]} units in base, {sizes_ft[needed]} in ft; they are paired one to one"
+            )
+    return lines
+
+
 def aligned(ft: ParamSource, alignment: Alignment) -> Mapped:
     """Returns the fine-tuned model with its units in base's order, part by part as they are asked for."""
     return permuted(ft, alignment.permutations)
@@ -172,15 +188,5 @@ def _check(base: Arch, ft: Arch, kinds: Sequence[str], evidence: str, tokens: np
         lines.append(f"evidence {evidence!r} is not one of weights, activations")
     if evidence == "activations" and tokens is None:
         lines.append("evidence by activations needs tokens for both models to read")
-    if unknown := sorted(set(kinds) - set(PERMUTABLE)) or ([] if kinds else ["(none)"]):
-        lines.append(f"kinds {', '.join(unknown)} cannot be aligned; choose from {', '.join(PERMUTABLE)}")
-    if base.num_layers != ft.num_layers:
-        lines.append(f"depth: {base.num_layers} layers in base, {ft.num_layers} in ft; layers are paired one to one")
-    sizes, sizes_ft = ({kind_of(axis): size for axis, size in axis_table(arch).sizes.items()} for arch in (base, ft))
-    for needed in dict.fromkeys(needed for kind in kinds for needed in (kind, *_NEEDS.get(kind, ()))):
-        if sizes.get(needed) != sizes_ft.get(needed):
-            lines.append(
-                f"{needed}: {sizes[needed]} units in base, {sizes_ft[needed]} in ft; they are paired one to one"
-            )
-    if lines:
+    if lines := lines + alignment_problems(base, ft, kinds):
         raise ValueError("cannot align these models:\n  " + "\n  ".join(lines))

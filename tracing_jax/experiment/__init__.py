@@ -67,7 +67,7 @@ def trace(config: ConfigDict) -> dict[str, Any]:
     with clock.step("statistic"):
         before = _compute(opened, pair)
     after: dict[str, Result] = {}
-    if config.align:
+    if config.align and not opened.not_alignable:
         with clock.step("align"):
             pair, alignment = _align(config, opened, pair)
         with clock.step("statistic aligned"):
@@ -148,7 +148,8 @@ def _compute(opened: Opened, pair: Pair) -> dict[str, Result]:
 def _align(config: ConfigDict, opened: Opened, pair: Pair) -> tuple[Pair, Alignment]:
     """Step 4: the fine-tuned model's units in base's order."""
     shared = None
-    if not opened.vocabularies.same:
+    # Embeddings padded to different sizes differ in their rows even under one tokenizer.
+    if not opened.vocabularies.same or pair.base.arch.vocab_size != pair.ft.arch.vocab_size:
         shared = {"vocab": (opened.vocabularies.ids_base, opened.vocabularies.ids_ft)}
     axes, evidence = names_in(config.align_axes), config.align_evidence
     how = {"compute": pair.compute, "shared": shared, "seed": config.seed}

@@ -7,6 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tracing_jax import demo
+from tracing_jax.alignment import alignment_problems
 from tracing_jax.checkpoint import Checkpoint, open_checkpoint
 from tracing_jax.data import (
     Documents,
@@ -29,6 +30,7 @@ class Opened:
     ft: Checkpoint
     statistics: dict[str, Statistic]
     not_applicable: dict[str, str]
+    not_alignable: str | None
     vocabularies: Vocabularies
     blocks_base: TokenBlocks | None
     blocks_ft: TokenBlocks | None
@@ -50,14 +52,21 @@ def open_pair(config: ConfigDict) -> Opened:
     if len(not_applicable) == len(statistics):
         lines = [f"{name}: {problem}" for name, problem in not_applicable.items()]
         raise ConfigError(f"{base.id} and {ft.id} cannot be compared: " + "\n  ".join(lines))
-    if activations and not vocabularies.same:
-        raise ConfigError("align_evidence=activations needs one tokenizer for both models; use weights")
+    not_alignable = "; ".join(_alignment_problems(config, base, ft, vocabularies)) if config.align else None
     blocks_base = blocks_ft = None
     if needs_tokens:
         blocks_base, blocks_ft = _blocks(config, tokenizer_base, tokenizer_ft, vocabularies.same)
-    return Opened(
-        base, ft, statistics, not_applicable, vocabularies, blocks_base, blocks_ft, _notes(base, ft, vocabularies)
-    )
+    notes = _notes(base, ft, vocabularies)
+    if not_alignable:
+        notes.append(f"not aligned: {not_alignable}")
+    return Opened(base, ft, statistics, not_applicable, not_alignable, vocabularies, blocks_base, blocks_ft, notes)
+
+
+def _alignment_problems(config: ConfigDict, base: Checkpoint, ft: Checkpoint, vocabularies: Vocabularies) -> list[str]:
+    lines = alignment_problems(base.arch, ft.arch, names_in(config.align_axes))
+    if config.align_evidence == "activations" and not vocabularies.same:
+        lines.append("different tokenizers: activations need both models to read the same ids; use weights")
+    return lines
 
 
 def _resolved(model_id: str) -> str:
@@ -82,8 +91,7 @@ def _vocabularies(base: Checkpoint, ft: Checkpoint, tokenizer_base: Any, tokeniz
         return Vocabularies(False, np.zeros(0, np.int32), np.zeros(0, np.int32))
     ids_base, ids_ft = shared_tokens(tokenizer_base, tokenizer_ft)
     known = (ids_base < base.arch.vocab_size) & (ids_ft < ft.arch.vocab_size)
-    same = base.arch.vocab_size == ft.arch.vocab_size and same_tokenizer(tokenizer_base, tokenizer_ft)
-    return Vocabularies(same, ids_base[known], ids_ft[known])
+    return Vocabularies(same_tokenizer(tokenizer_base, tokenizer_ft), ids_base[known], ids_ft[known])
 
 
 def _blocks(config: ConfigDict, tokenizer_base: Any, tokenizer_ft: Any, same: bool) -> tuple[TokenBlocks, TokenBlocks]:
