@@ -59,7 +59,7 @@ class Mode:
         if pair.vocabularies.same:
             own = float(token_losses(pair.ft, pair.tokens, pair.compute, "losses of ft").mean(dtype=np.float64))
         curve = curve_of(alphas, losses.mean(axis=(1, 2), dtype=np.float64), own, self.groups)
-        reason = "no permutation test was asked for (num_perm = 0)"
+        reason = "a midpoint loss alone has no null distribution"
         return Result(headline=curve.midpoint, label=_LABEL, p_reason=reason, curve=curve)
 
 
