@@ -16,7 +16,7 @@ from tracing_jax.checkpoint.layout import layout
 from tracing_jax.forward import logits, token_losses
 from tracing_jax.models import apply_embed
 from tracing_jax.models.layers import scaled
-from tracing_jax.sharding import make_mesh
+from tracing_jax.sharding import Compute, make_mesh
 
 LOGITS_TOLERANCE = 2e-4  # times the larger of 1 and the largest logit
 LOSSES_TOLERANCE = 1e-4  # nats
@@ -42,7 +42,7 @@ def _disagreement(case: Case, found_logits: np.ndarray, found_losses: np.ndarray
 
 def _engine_outputs(case: Case) -> tuple[np.ndarray, np.ndarray]:
     source = case.source()
-    return logits(source, case.tokens()), token_losses(source, case.tokens(), mesh=make_mesh(), batch_size=2)
+    return logits(source, case.tokens()), token_losses(source, case.tokens(), Compute(make_mesh()))
 
 
 def _outputs(case: Case) -> tuple[np.ndarray, np.ndarray]:
