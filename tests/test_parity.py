@@ -42,7 +42,7 @@ def _disagreement(case: Case, found_logits: np.ndarray, found_losses: np.ndarray
 
 def _engine_outputs(case: Case) -> tuple[np.ndarray, np.ndarray]:
     source = case.source()
-    return logits(source, case.tokens()), token_losses(source, case.tokens(), Compute(make_mesh(), 2))
+    return logits(source, case.tokens()), token_losses(source, case.tokens(), Compute(make_mesh()))
 
 
 def _outputs(case: Case) -> tuple[np.ndarray, np.ndarray]:

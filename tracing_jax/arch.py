@@ -63,13 +63,14 @@ class Arch:
     clip_qkv: float | None = None
 
 
-# Attributes that leave a forward pass without dropout and cache unchanged.
+# Attributes that leave a forward pass without dropout and cache unchanged; Gemma 2's sliding_window_size only repeats
+# its sliding_window.
 _NEUTRAL = frozenset(
     """_attn_implementation_autoset _name_or_path architectures attention_dropout auto_map bos_token_id
-    cache_implementation chunk_size_feed_forward dtype eos_token_id hidden_dropout id2label initializer_range
-    is_decoder is_encoder_decoder label2id max_position_embeddings max_sequence_length max_window_layers
-    model_max_length model_type num_labels output_attentions output_hidden_states pad_token_id pretraining_tp
-    problem_type resid_pdrop return_dict sep_token_id tokenizer_class torch_dtype transformers_version unsloth_fixed
+    cache_implementation chunk_size_feed_forward dtype eos_token_id hidden_dropout id2label initializer_range is_decoder
+    is_encoder_decoder label2id max_position_embeddings max_sequence_length max_window_layers model_max_length
+    model_type num_labels output_attentions output_hidden_states pad_token_id pretraining_tp problem_type resid_pdrop
+    return_dict sep_token_id sliding_window_size tokenizer_class torch_dtype transformers_version unsloth_fixed
     unsloth_version use_cache use_sliding_window""".split()
 )
 

@@ -1,0 +1,277 @@
+"""What is written is read again bit for bit, opening reads no weights, and all that is wrong is said at once."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from make_golden import hf_outputs
+from parity_cases import CASES, Case
+from safetensors.numpy import load_file, save_file
+
+from tracing_jax.axes import axis_table
+from tracing_jax.checkpoint import Checkpoint, CheckpointError, load, open_checkpoint, save_checkpoint
+from tracing_jax.checkpoint.layout import layout
+from tracing_jax.forward import logits
+from tracing_jax.sharding import leaf_spec, make_mesh
+from tracing_jax.source import InMemory, ParamSource, in_memory
+from tracing_jax.tree import flatten
+
+_BF16 = ml_dtypes.bfloat16
+_UNTIED, _TIED = CASES["qwen3-gqa-untied-default"], CASES["gemma2-mha-tied-default"]
+_WITHOUT_GAINS = CASES["olmo-gqa-tied-linear"]  # a tied model without gains has nothing in its head
+
+
+def _tensors(case: Case, dtype: Any = np.float32) -> dict[str, np.ndarray]:
+    entries = layout(case.arch()).values()
+    return {entry.tensor: case.weight(entry.tensor, entry.shape).astype(dtype) for entry in entries}
+
+
+def _write(folder: Path, case: Case, tensors: dict[str, np.ndarray]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(case.config))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def _hf_folder(folder: Path, case: Case, dtype: Any = np.float32) -> Path:
+    return _write(folder, case, _tensors(case, dtype))
+
+
+def _all_files(folder: Path) -> dict[str, np.ndarray]:
+    tensors: dict[str, np.ndarray] = {}
+    for file in folder.glob("*.safetensors"):
+        part = load_file(file)
+        assert not set(part) & set(tensors)
+        tensors |= part
+    return tensors
+
+
+def _assert_same_bits(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found.keys() == expected.keys()
+    for name, leaf in expected.items():
+        assert found[name].dtype == leaf.dtype, name
+        assert found[name].shape == leaf.shape, name
+        assert np.asarray(found[name]).tobytes() == np.asarray(leaf).tobytes(), name
+
+
+def _leaves(source: ParamSource) -> dict[str, Any]:
+    return flatten(in_memory(source).params)
+
+
+class _Counting:
+    """A tensor store that counts how often each tensor is read."""
+
+    def __init__(self, store: Any) -> None:
+        self._store, self.reads = store, Counter[str]()
+
+    def read(self, name: str, *index: Any) -> np.ndarray:
+        self.reads[name] += 1
+        return self._store.read(name, *index)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+def _counted(checkpoint: Checkpoint) -> tuple[Checkpoint, Counter[str]]:
+    counting = _Counting(checkpoint.tensors)
+    return replace(checkpoint, tensors=counting), counting.reads
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, _BF16])
+@pytest.mark.parametrize("case", [_UNTIED, _TIED, _WITHOUT_GAINS], ids=lambda case: case.name)
+def test_saved_model_is_read_again_bit_for_bit(case, dtype, tmp_path):
+    opened = open_checkpoint(str(_hf_folder(tmp_path / "hf", case, dtype)))
+    assert {leaf.dtype for leaf in _leaves(opened).values()} == {np.dtype(dtype)}
+    save_checkpoint(tmp_path / "ours", opened, companions=tmp_path / "hf")
+    _assert_same_bits(load_file(tmp_path / "ours" / "model.safetensors"), _tensors(case, dtype))
+    _assert_same_bits(_leaves(open_checkpoint(str(tmp_path / "ours"))), _leaves(opened))
+
+
+def test_model_on_devices_is_saved_with_the_same_bits(tmp_path):
+    opened = open_checkpoint(str(_hf_folder(tmp_path / "hf", _UNTIED, _BF16)))
+    model = load(opened, make_mesh(data=4, model=2))
+    save_checkpoint(tmp_path / "ours", model, companions=tmp_path / "hf")
+    _assert_same_bits(load_file(tmp_path / "ours" / "model.safetensors"), _tensors(_UNTIED, _BF16))
+
+
+def test_small_shards_hold_the_same_bits(tmp_path):
+    opened = open_checkpoint(str(_hf_folder(tmp_path / "hf", _UNTIED)))
+    save_checkpoint(tmp_path / "ours", opened, companions=tmp_path / "hf", max_shard_bytes=12_000)
+    files = sorted(file.name for file in (tmp_path / "ours").glob("*.safetensors"))
+    assert files == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    assert len(files) > 3
+    assert all(sum(t.nbytes for t in load_file(tmp_path / "ours" / file).values()) <= 12_000 for file in files)
+    index = json.loads((tmp_path / "ours" / "model.safetensors.index.json").read_text())
+    expected = _tensors(_UNTIED)
+    assert index["weight_map"].keys() == expected.keys()
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in expected.values())
+    _assert_same_bits(_all_files(tmp_path / "ours"), expected)
+    _assert_same_bits(_leaves(open_checkpoint(str(tmp_path / "ours"))), _leaves(opened))
+
+
+def test_saving_never_overwrites_and_leaves_nothing_half_done(tmp_path):
+    opened = open_checkpoint(str(_hf_folder(tmp_path / "hf", _UNTIED)))
+    with pytest.raises(FileExistsError, match="choose another place"):
+        save_checkpoint(tmp_path / "hf", opened, companions=tmp_path / "hf")
+
+    class Breaks(InMemory):
+        def head(self) -> Any:
+            raise RuntimeError("the disk is full")
+
+    with pytest.raises(RuntimeError, match="disk is full"):
+        save_checkpoint(tmp_path / "ours", Breaks(opened.arch, in_memory(opened).params), companions=tmp_path / "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("max_shard_bytes", [2**30, 12_000])
+@pytest.mark.parametrize("case", [_UNTIED, _TIED], ids=lambda case: case.name)
+def test_transformers_loads_what_we_save(case, max_shard_bytes, tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    opened = open_checkpoint(str(_hf_folder(tmp_path / "hf", case)))
+    save_checkpoint(tmp_path / "ours", opened, companions=tmp_path / "hf", max_shard_bytes=max_shard_bytes)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    expected, _ = hf_outputs(model, case.tokens())
+    on_device = load(open_checkpoint(str(tmp_path / "ours")), make_mesh())
+    np.testing.assert_allclose(logits(on_device, case.tokens()), expected, atol=2e-4 * np.abs(expected).max())
+
+
+def test_opening_reads_no_weights_and_a_part_reads_only_its_own(tmp_path):
+    folder = _hf_folder(tmp_path / "hf", _UNTIED)
+    weights = folder / "model.safetensors"
+    header_bytes = 8 + int.from_bytes(weights.read_bytes()[:8], "little")
+    data = weights.read_bytes()
+    weights.write_bytes(data[:header_bytes] + b"\xff" * (len(data) - header_bytes))  # NaN in every weight
+    checkpoint, reads = _counted(open_checkpoint(str(folder)))
+    assert checkpoint.arch == _UNTIED.arch()
+    with pytest.raises(CheckpointError):
+        checkpoint.layer(1)
+    assert all(name.startswith("model.layers.1.") for name in reads)
+
+
+def test_every_tensor_is_read_once(tmp_path):
+    checkpoint, reads = _counted(open_checkpoint(str(_hf_folder(tmp_path / "hf", _UNTIED))))
+    load(checkpoint, make_mesh())
+    assert reads == dict.fromkeys(_tensors(_UNTIED), 1)
+
+
+def test_missing_unexpected_and_misshaped_tensors_are_named_together(tmp_path):
+    tensors = _tensors(_UNTIED)
+    del tensors["model.layers.0.mlp.up_proj.weight"], tensors["lm_head.weight"]
+    tensors["model.layers.0.mlp.router.weight"] = np.zeros((3, 24), np.float32)
+    tensors["model.layers.1.self_attn.k_proj.weight"] = np.zeros((32, 24), np.float32)
+    tensors["model.norm.weight"] = np.ones(24, np.float64)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(str(_write(tmp_path / "hf", _UNTIED, tensors)))
+    assert len(caught.value.problems) == 5
+    message = str(caught.value)
+    assert "missing tensor model.layers.0.mlp.up_proj.weight (40, 24)" in message
+    assert "missing tensor lm_head.weight (31, 24)" in message
+    assert "unexpected tensor model.layers.0.mlp.router.weight (3, 24)" in message
+    assert "wrong shape of model.layers.1.self_attn.k_proj.weight: (32, 24), config.json asks for (16, 24)" in message
+    assert "float64 of model.norm.weight" in message
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, _BF16])
+def test_weights_that_are_not_finite_are_refused_by_name(bad, dtype, tmp_path):
+    tensors = _tensors(_UNTIED, dtype)
+    for name in ("model.layers.1.mlp.down_proj.weight", "model.layers.1.self_attn.q_norm.weight"):
+        tensors[name].flat[3] = bad
+    checkpoint = open_checkpoint(str(_write(tmp_path / "hf", _UNTIED, tensors)))
+    checkpoint.layer(0)
+    with pytest.raises(CheckpointError, match=r"layers.1.*q_norm.weight") as caught:
+        in_memory(checkpoint)
+    assert "model.layers.1.mlp.down_proj.weight" in str(caught.value)
+
+
+def test_tied_model_may_carry_an_equal_copy_of_its_embedding_but_no_other(tmp_path):
+    tensors = _tensors(_TIED)
+    embedding = tensors["model.embed_tokens.weight"]
+    same = open_checkpoint(str(_write(tmp_path / "same", _TIED, tensors | {"lm_head.weight": embedding.copy()})))
+    _assert_same_bits(_leaves(same), _leaves(_TIED.source()))
+    other = open_checkpoint(str(_write(tmp_path / "other", _TIED, tensors | {"lm_head.weight": embedding + 1e-3})))
+    with pytest.raises(CheckpointError, match=r"lm_head.weight differs.*tie_word_embeddings"):
+        other.embed()
+
+
+def test_bare_backbone_without_model_prefix_is_read(tmp_path):
+    tensors = {name.removeprefix("model."): tensor for name, tensor in _tensors(_TIED).items()}
+    opened = open_checkpoint(str(_write(tmp_path / "hf", _TIED, tensors)))
+    _assert_same_bits(_leaves(opened), _leaves(_TIED.source()))
+
+
+def test_old_rotary_constants_are_ignored(tmp_path):
+    old = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32) for i in range(2)}
+    opened = open_checkpoint(str(_write(tmp_path / "hf", _UNTIED, _tensors(_UNTIED) | old)))
+    _assert_same_bits(_leaves(opened), _leaves(_UNTIED.source()))
+
+
+@pytest.mark.parametrize("case", [_UNTIED, _WITHOUT_GAINS], ids=lambda case: case.name)
+def test_cache_restores_the_same_bits_without_reading_the_checkpoint(case, tmp_path):
+    opened = open_checkpoint(str(_hf_folder(tmp_path / "hf", case, _BF16)))
+    mesh = make_mesh(data=2, model=2)
+    first, first_reads = _counted(opened)
+    made = load(first, mesh, str(tmp_path / "cache"))
+    again, reads = _counted(opened)
+    restored = load(again, mesh, str(tmp_path / "cache"))
+    assert first_reads.keys() == _tensors(case).keys()
+    assert not reads
+    assert restored.arch == made.arch
+    _assert_same_bits(flatten(restored.params), flatten(made.params))
+    assert {leaf.dtype for leaf in jax.tree.leaves(restored.params)} == {jnp.dtype(jnp.bfloat16)}
+    assert jax.tree.structure(restored.params) == jax.tree.structure(made.params)
+
+
+def test_cache_is_restored_onto_another_mesh_and_sharded_by_the_table(tmp_path):
+    opened = open_checkpoint(str(_hf_folder(tmp_path / "hf", _UNTIED)))
+    load(opened, make_mesh(), str(tmp_path / "cache"))
+    mesh = make_mesh(data=1, model=8)
+    restored = load(opened, mesh, str(tmp_path / "cache"))
+    table = axis_table(opened.arch)
+    for name, leaf in flatten(restored.params).items():
+        assert leaf.sharding.spec == leaf_spec(table.leaves[name], table, mesh), name
+    up = restored.params["layers"]["0"]["mlp"]["up_proj"]["kernel"]
+    assert len(up.sharding.device_set) == 8
+    assert up.addressable_shards[0].data.shape == (24, 5)
+    _assert_same_bits(flatten(restored.params), _leaves(opened))
+
+
+def test_changed_file_makes_a_new_cache_entry(tmp_path):
+    folder, cache = tmp_path / "hf", tmp_path / "cache"
+    _hf_folder(folder, _UNTIED)
+    load(open_checkpoint(str(folder)), make_mesh(), str(cache))
+    tensors = _tensors(_UNTIED)
+    tensors["lm_head.weight"][0, 0] += 1
+    _write(folder, _UNTIED, tensors)
+    changed = load(open_checkpoint(str(folder)), make_mesh(), str(cache))
+    assert changed.params["head"]["lm_head"]["kernel"][0, 0] == tensors["lm_head.weight"][0, 0]
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_same_file_read_with_other_facts_makes_a_new_cache_entry(tmp_path):
+    folder, cache = _hf_folder(tmp_path / "hf", _UNTIED), tmp_path / "cache"
+    load(open_checkpoint(str(folder)), make_mesh(), str(cache))
+    (folder / "config.json").write_text(json.dumps(_UNTIED.config | {"rms_norm_eps": 1e-6}))
+    assert load(open_checkpoint(str(folder)), make_mesh(), str(cache)).arch.norm_eps == 1e-6
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_damaged_model_is_not_cached(tmp_path):
+    tensors = _tensors(_UNTIED)
+    tensors["lm_head.weight"][0, 0] = np.nan
+    opened = open_checkpoint(str(_write(tmp_path / "hf", _UNTIED, tensors)))
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"lm_head\.weight"):
+            load(opened, make_mesh(), str(tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").iterdir())
