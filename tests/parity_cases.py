@@ -192,8 +192,7 @@ def _rope(family: str, rope: str) -> dict[str, Any]:
 def _cases() -> Iterator[Case]:
     for family, own in _FAMILIES.items():
         base = {"model_type": family} | _COMMON | own
-        for i, (heads, rope) in enumerate(itertools.product(_HEADS, _ROPES)):
-            tied = i % 2 == 0  # meets every head layout and every rope in both forms
+        for heads, rope, tied in itertools.product(_HEADS, _ROPES, (True, False)):
             config = base | _HEADS[heads] | _rope(family, rope) | {"tie_word_embeddings": tied}
             yield Case(f"{family}-{heads}-{'tied' if tied else 'untied'}-{rope}", config)
         for option, changes in _OPTIONS[family].items():
