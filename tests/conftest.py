@@ -7,6 +7,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("MPLBACKEND", "agg")
 
+import filelock
 import jax
 import pytest
 from jaxtyping import install_import_hook
@@ -16,12 +17,15 @@ install_import_hook("tracing_jax", "beartype.beartype").__enter__()
 
 
 @pytest.fixture(scope="session")
-def family(tmp_path_factory):
+def family(tmp_path_factory, worker_id):
     """A family like the demo's, trained in seconds: base, finetune, disguised, independent."""
     from tracing_jax import demo
 
     recipe = demo.Recipe(
         vocab_size=400, embed_dim=32, num_layers=2, mlp_dim=64, num_heads=4, num_kv_heads=2, block_size=64,
-        base_steps=200, finetune_steps=40, base_pieces=100, finetune_pieces=60,
+        batch_size=16, base_steps=200, finetune_steps=40, base_pieces=100, finetune_pieces=60,
     )  # fmt: skip
-    return demo.family(str(tmp_path_factory.mktemp("demo")), recipe)
+    root = tmp_path_factory.getbasetemp()
+    root = root if worker_id == "master" else root.parent  # the workers' common folder
+    with filelock.FileLock(root / "family.lock"):  # one worker trains it, the others wait
+        return demo.family(str(root / "family"), recipe)

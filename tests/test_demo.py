@@ -15,8 +15,6 @@ from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.source import InMemory
 from tracing_jax.tree import flatten
 
-pytestmark = pytest.mark.xdist_group("family")  # one worker trains it
-
 _GROUPS = ("mlp", "norm", "attn", "emb")
 _TINIEST = demo.Recipe(
     vocab_size=300, embed_dim=16, num_layers=1, mlp_dim=16, block_size=16, base_steps=4, finetune_steps=2,

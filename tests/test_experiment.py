@@ -15,8 +15,6 @@ from tracing_jax.arch import UnsupportedModelError
 from tracing_jax.checkpoint import CheckpointError
 from tracing_jax.experiment import ConfigError
 
-pytestmark = pytest.mark.xdist_group("family")  # one worker trains it
-
 
 @pytest.fixture
 def config_of(family, tmp_path):
