@@ -67,7 +67,7 @@ def test_the_short_flags_run_as_printed_from_anywhere(family, tmp_path):
 def test_an_error_is_one_message_without_a_traceback(tmp_path):
     done = run("--base_model_id=/no/such/base", "--ft_model_id=/no/such/ft", f"--save={tmp_path}/results.p")
     assert done.returncode == 1
-    assert "error: /no/such/base" in done.stderr
+    assert "error: '/no/such/base' is no folder" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
 
