@@ -5,6 +5,8 @@ The short flags override fields of the config; given alone they select `configs/
     python main.py --base_model_id A --ft_model_id B --permute --align --dataset wikitext --stat mode --save results.p
 """
 
+import logging as stdlib_logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,6 +57,12 @@ def with_default_config(argv: Sequence[str]) -> list[str]:
     return [argv[0], f"--config={file}", *argv[1:]]
 
 
+def _quieten() -> None:
+    """Takes two notices off the log that are no news here: that there is no PyTorch, and no TPU."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    stdlib_logging.getLogger("jax._src.xla_bridge").setLevel(stdlib_logging.WARNING)
+
+
 def _override(config: ConfigDict) -> None:
     """Puts the short flags that were given into the config."""
     given = {name: flags.FLAGS[name].value for name in (*_TEXT, *_SWITCHES, "seed")}
@@ -66,6 +74,7 @@ def main(argv: Sequence[str]) -> None:
     """Runs the experiment of the config and prints its summary; what a user can mend ends with one clear message."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    _quieten()
     config = _CONFIG.value
     _override(config)
     try:

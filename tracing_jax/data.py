@@ -73,7 +73,7 @@ class TokenBlocks:
     """
 
     tokens: Int32[np.ndarray, "N T"]
-    num_bytes: Int64[np.ndarray, "N"]
+    num_bytes: Int64[np.ndarray, " N"]
     text_chars: int
     source: Source
 
@@ -205,7 +205,7 @@ def same_tokenizer(a: Tokenizer, b: Tokenizer) -> bool:
     return encodings[0] == encodings[1] and a.get_vocab() == b.get_vocab()
 
 
-def shared_tokens(a: Tokenizer, b: Tokenizer) -> tuple[Int32[np.ndarray, "M"], Int32[np.ndarray, "M"]]:
+def shared_tokens(a: Tokenizer, b: Tokenizer) -> tuple[Int32[np.ndarray, " M"], Int32[np.ndarray, " M"]]:
     """Returns the ids in a and in b of the tokens both know, paired by token string and sorted by it.
 
     The strings are those of the vocabularies, so tokenizers that spell a space differently share few tokens.
@@ -308,7 +308,7 @@ def _bos_id(tokenizer: Tokenizer, bos: Literal["auto"] | bool) -> int | None:
 
 def _encode(
     text: str, tokenizer: Tokenizer, limit: int | None
-) -> tuple[Int32[np.ndarray, "M"], Int64[np.ndarray, "M"]]:
+) -> tuple[Int32[np.ndarray, " M"], Int64[np.ndarray, " M"]]:
     """Returns the first `limit` token ids and the character position where each ends, never decreasing."""
     ids: list[int] = []
     ends: list[int] = []
@@ -333,7 +333,7 @@ def _pieces(text: str) -> Iterator[tuple[int, str]]:
         start = end
 
 
-def _byte_positions(text: str) -> Int64[np.ndarray, "positions"]:
+def _byte_positions(text: str) -> Int64[np.ndarray, " positions"]:
     """Returns where each character starts in the text's UTF-8 bytes, and where the last one ends."""
     points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     sizes = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)

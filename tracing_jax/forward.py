@@ -132,7 +132,7 @@ def _block_step(
     moving: frozenset[str],
     base: Tree,
     ft: Tree,
-    alphas: Float[Array, "A"],
+    alphas: Float[Array, " A"],
     x: Float[Array, "A B T D"],
     frequencies: jax.Array,
     window: jax.Array,

@@ -31,9 +31,9 @@ class _Sums(NamedTuple):
     """Running sums over tokens of one tap, of activations minus a shift: far from zero, squares would cancel."""
 
     cross: Float[Array, "U U2"]
-    first: tuple[Float[Array, "U"], Float[Array, "U2"]]
-    square: tuple[Float[Array, "U"], Float[Array, "U2"]]
-    shift: tuple[Float[Array, "U"], Float[Array, "U2"]]
+    first: tuple[Float[Array, " U"], Float[Array, " U2"]]
+    square: tuple[Float[Array, " U"], Float[Array, " U2"]]
+    shift: tuple[Float[Array, " U"], Float[Array, " U2"]]
 
 
 def correlations(
@@ -97,7 +97,7 @@ def _step(
     layers: tuple[Tree, Tree],
     x: _Pair,
     inputs: tuple[_Pair, _Pair],
-    weight: Float[Array, "B"],
+    weight: Float[Array, " B"],
     is_first: bool | jax.Array,
     sums: dict[str, _Sums],
 ) -> tuple[_Pair, dict[str, _Sums]]:
@@ -138,7 +138,7 @@ def _empty(
     }
 
 
-def _added(sums: _Sums, units: _Pair, weight: Float[Array, "B"], is_first: bool | jax.Array) -> _Sums:
+def _added(sums: _Sums, units: _Pair, weight: Float[Array, " B"], is_first: bool | jax.Array) -> _Sums:
     """Returns the sums with a batch added; the first batch also sets the shift."""
     rows = [x.astype(jnp.float32).reshape(*x.shape[:2], -1) for x in units]
     # One late token, not a mean: a constant unit is then exactly 0, and first tokens are often outliers.

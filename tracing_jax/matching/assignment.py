@@ -5,7 +5,7 @@ from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 
 
-def assign(similarity: Float[np.ndarray, "n m"]) -> Int[np.ndarray, "n"]:
+def assign(similarity: Float[np.ndarray, "n m"]) -> Int[np.ndarray, " n"]:
     """Returns for every row its own column, such that the similarities picked have the greatest possible sum.
 
     Raises:
@@ -21,7 +21,7 @@ def assign(similarity: Float[np.ndarray, "n m"]) -> Int[np.ndarray, "n"]:
 
 def assign_nested(
     inner: Float[np.ndarray, "K G K2 G2"], outer: Float[np.ndarray, "K K2"]
-) -> tuple[Int[np.ndarray, "K"], Int[np.ndarray, "K G"]]:
+) -> tuple[Int[np.ndarray, " K"], Int[np.ndarray, "K G"]]:
     """Returns p and r of greatest `sum_k outer[k, p[k]] + sum_kg inner[k, g, p[k], r[k, g]]`, exactly.
 
     Once unit k is paired with k', the best order of the units inside the two no longer depends on the other pairs. So

@@ -20,7 +20,7 @@ from tracing_jax.matching.coordinate import Coordinate, Similarity
 from tracing_jax.symmetry import Dims, Permutations, take_units, unit_moves
 from tracing_jax.tree import Tree, flatten
 
-Shared = Mapping[str, tuple[Int[np.ndarray, "_"], Int[np.ndarray, "_"]]]
+Shared = Mapping[str, tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"]]]
 """Axis -> (indices in base, indices in ft) of the units that mean the same, e.g. tokens that both vocabularies have."""
 
 

@@ -67,7 +67,7 @@ class Norm(nn.Module):
         return y.astype(x.dtype)
 
 
-def rotate(x: Float[Array, "B T *heads H"], frequencies: Float[Array, "H2"]) -> Float[Array, "B T *heads H"]:
+def rotate(x: Float[Array, "B T *heads H"], frequencies: Float[Array, " H2"]) -> Float[Array, "B T *heads H"]:
     """Returns x with each pair (h, h + H/2) turned by position times frequency, computed in float32.
 
     Source: RoFormer (arXiv 2104.09864), in the half-split layout of Hugging Face checkpoints.
@@ -86,7 +86,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], frequencies: Float[Array, "H2"], window: Int[Array, ""]
+        self, x: Float[Array, "B T D"], frequencies: Float[Array, " H2"], window: Int[Array, ""]
     ) -> Float[Array, "B T D"]:
         """Returns the mixed values; a token sees itself and the `window - 1` positions before it."""
         a = self.arch

@@ -42,7 +42,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], frequencies: Float[Array, "H2"], window: Int[Array, ""]
+        self, x: Float[Array, "B T D"], frequencies: Float[Array, " H2"], window: Int[Array, ""]
     ) -> Float[Array, "B T D"]:
         self.sow("taps", "residual", x)
         y = self._norm("attn_norm", self.arch.pre_norms, x)
@@ -100,7 +100,7 @@ def apply_embed(arch: Arch, params: Tree, tokens: Int[Array, "B T"], dtype: DTyp
 
 
 def apply_block(
-    arch: Arch, params: Tree, x: Float[Array, "B T D"], frequencies: Float[Array, "H2"], window: Int[Array, ""]
+    arch: Arch, params: Tree, x: Float[Array, "B T D"], frequencies: Float[Array, " H2"], window: Int[Array, ""]
 ) -> Float[Array, "B T D"]:
     """Returns the hidden state after the layer with the subtree `params`."""
     return _only_output(Block(arch).apply({"params": params}, x, frequencies, window))
@@ -110,7 +110,7 @@ def apply_block_with_taps(
     arch: Arch,
     params: Tree,
     x: Float[Array, "B T D"],
-    frequencies: Float[Array, "H2"],
+    frequencies: Float[Array, " H2"],
     window: Int[Array, ""],
     taps: tuple[str, ...],
 ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "B T *units"]]]:

@@ -22,8 +22,8 @@ class Vocabularies:
     """
 
     same: bool
-    ids_base: Int[np.ndarray, "S"]
-    ids_ft: Int[np.ndarray, "S"]
+    ids_base: Int[np.ndarray, " S"]
+    ids_ft: Int[np.ndarray, " S"]
 
 
 @dataclass(frozen=True)

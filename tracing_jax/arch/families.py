@@ -1,0 +1,135 @@
+"""The families, one function and one row each: what their config attributes mean for a llama-like block."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tracing_jax.arch.facts import UnsupportedModelError
+
+Facts = dict[str, Any]
+"""Fields of `Arch` by name."""
+
+_GEMMA_USES = "rms_norm_eps attention_bias hidden_activation use_bidirectional_attention"
+_GEMMA2_USES = (
+    _GEMMA_USES + " query_pre_attn_scalar sliding_window layer_types final_logit_softcapping attn_logit_softcapping"
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the configs of a family are read.
+
+    Attributes:
+      read: config -> the fields of `Arch` in which the family differs from Llama without options.
+      uses: config attributes, beyond those every family has, that are used.
+      thetas: for each layer type with a rope of its own (None: one for all) the attribute older files name it by.
+    """
+
+    read: Callable[[Any], Facts]
+    uses: str
+    thetas: Mapping[str | None, str] = field(default_factory=lambda: {None: "rope_theta"})
+
+
+def _llama(config: Any) -> Facts:
+    return {"qkv_bias": config.attention_bias, "o_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
+
+
+def _mistral(config: Any) -> Facts:
+    return {"layer_windows": (config.sliding_window,) * config.num_hidden_layers}
+
+
+def _qwen2(config: Any) -> Facts:
+    return {"qkv_bias": True, "layer_windows": _windows_by_type(config)}
+
+
+def _qwen3(config: Any) -> Facts:
+    bias = config.attention_bias
+    return {"qkv_bias": bias, "o_bias": bias, "qk_norm": "head", "layer_windows": _windows_by_type(config)}
+
+
+def _gemma(config: Any) -> Facts:
+    return {
+        "norm": "rms_unit_offset",
+        "embed_scale": math.sqrt(config.hidden_size),
+        "qkv_bias": config.attention_bias,
+        "o_bias": config.attention_bias,
+    }
+
+
+def _gemma2(config: Any) -> Facts:
+    return _gemma(config) | {
+        "post_norms": True,
+        "attention_scale": config.query_pre_attn_scalar**-0.5,
+        "attention_softcap": config.attn_logit_softcapping,
+        "logit_softcap": config.final_logit_softcapping,
+        "layer_windows": _windows_by_type(config),
+    }
+
+
+def _gemma3(config: Any) -> Facts:
+    # transformers carries attn_logit_softcapping in Gemma 3's config and never applies it; a set value is ambiguous.
+    if config.attn_logit_softcapping is not None:
+        raise UnsupportedModelError("attn_logit_softcapping is set, but Gemma 3 has no attention soft-capping")
+    return _gemma2(config) | {"qk_norm": "head"}
+
+
+def _olmo(config: Any) -> Facts:
+    return {
+        "norm": "layer_norm_plain",
+        "norm_eps": 1e-5,  # a constant of the family, absent from its config
+        "clip_qkv": config.clip_qkv,
+        "qkv_bias": config.attention_bias,
+        "o_bias": config.attention_bias,
+    }
+
+
+def _olmo2(config: Any) -> Facts:
+    bias = config.attention_bias
+    return {"pre_norms": False, "post_norms": True, "qk_norm": "all", "qkv_bias": bias, "o_bias": bias}
+
+
+def _granite(config: Any) -> Facts:
+    return _llama(config) | {
+        "attention_scale": config.attention_multiplier,
+        "embed_scale": config.embedding_multiplier,
+        "residual_scale": config.residual_multiplier,
+        "logit_scale": 1.0 / config.logits_scaling,
+    }
+
+
+def _windows_by_type(config: Any) -> tuple[int | None, ...]:
+    sliding = {"sliding_attention": config.sliding_window, "full_attention": None}
+    unknown = set(config.layer_types) - set(sliding)
+    if unknown or len(config.layer_types) != config.num_hidden_layers:
+        raise UnsupportedModelError(
+            f"layer_types must name sliding_attention or full_attention for each of {config.num_hidden_layers} layers, "
+            f"found {config.layer_types}"
+        )
+    if "sliding_attention" in config.layer_types and config.sliding_window is None:
+        raise UnsupportedModelError("layer_types names sliding_attention, but sliding_window is not set")
+    return tuple(sliding[kind] for kind in config.layer_types)
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(_llama, "rms_norm_eps attention_bias mlp_bias"),
+    "mistral": Family(_mistral, "rms_norm_eps sliding_window"),
+    "qwen2": Family(_qwen2, "rms_norm_eps sliding_window layer_types"),
+    "qwen3": Family(_qwen3, "rms_norm_eps attention_bias sliding_window layer_types"),
+    "gemma": Family(_gemma, _GEMMA_USES),
+    "gemma2": Family(_gemma2, _GEMMA2_USES),
+    "gemma3_text": Family(
+        _gemma3,
+        _GEMMA2_USES + " sliding_window_pattern _sliding_window_pattern",
+        {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"},
+    ),
+    "olmo": Family(_olmo, "attention_bias clip_qkv"),
+    "olmo2": Family(_olmo2, "rms_norm_eps attention_bias"),
+    "granite": Family(
+        _granite,
+        "rms_norm_eps attention_bias mlp_bias attention_multiplier embedding_multiplier residual_multiplier"
+        " logits_scaling",
+    ),
+}
+
+SUPPORTED_FAMILIES = tuple(sorted(FAMILIES))

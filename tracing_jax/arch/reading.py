@@ -1,0 +1,139 @@
+"""From a config to `Arch`; every attribute that is unknown, or asks for what is not computed here, is named at once."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tracing_jax.arch.facts import Arch, UnsupportedModelError
+from tracing_jax.arch.families import FAMILIES, SUPPORTED_FAMILIES, Facts, Family
+from tracing_jax.arch.rope import rope_is_absent, ropes
+
+# Attributes that leave a forward pass without dropout and cache unchanged; Gemma 2's sliding_window_size only repeats
+# its sliding_window.
+_NEUTRAL = frozenset(
+    """_attn_implementation_autoset _name_or_path architectures attention_dropout auto_map bos_token_id
+    cache_implementation chunk_size_feed_forward dtype eos_token_id hidden_dropout id2label initializer_range is_decoder
+    is_encoder_decoder label2id max_position_embeddings max_sequence_length max_window_layers model_max_length
+    model_type num_labels output_attentions output_hidden_states pad_token_id pretraining_tp problem_type resid_pdrop
+    return_dict sep_token_id sliding_window_size tokenizer_class torch_dtype transformers_version unsloth_fixed
+    unsloth_version use_cache use_sliding_window""".split()
+)
+
+# Attributes in published configs that ask for nothing at this value, and at any other for what is not computed here.
+_NEUTRAL_AT = {"is_llama_config": True, "rope_interleaved": False, "use_mrope": False}
+
+# Attributes that every family's reader uses.
+_COMMON = frozenset(
+    """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+    rope_parameters tie_word_embeddings hidden_act""".split()
+)
+
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+}
+
+
+def read_arch(folder: Path) -> Arch:
+    """Returns the facts of the model whose `config.json` lies in `folder`; no weight is read.
+
+    Raises:
+      UnsupportedModelError: the file is absent or not JSON, the architecture is unknown, or an attribute that may
+        change numbers is; all findings are named at once, with what is supported.
+    """
+    from transformers import AutoConfig  # slow to import, and not needed by those who build an Arch themselves
+
+    file = folder / "config.json"
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UnsupportedModelError(f"{file}: not a readable config ({error})") from error
+    if not isinstance(raw, dict) or raw.get("model_type") not in FAMILIES:
+        found = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
+        raise UnsupportedModelError(
+            f"{file}: architecture {found!r} is not supported; supported: {', '.join(SUPPORTED_FAMILIES)}"
+        )
+    if problem := rope_is_absent(raw, FAMILIES[raw["model_type"]].thetas):
+        raise UnsupportedModelError(f"{file}: {problem}")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return arch_from_config(config)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{file}: {error}") from error
+    except Exception as error:  # transformers reports a bad field by whatever its validators raise
+        raise UnsupportedModelError(f"{file}: transformers refuses this config: {error}") from error
+
+
+def arch_from_config(config: Any) -> Arch:
+    """Returns the facts of a model from its `transformers` config object.
+
+    Raises:
+      UnsupportedModelError: names every attribute that is unknown or asks for something not computed here.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise UnsupportedModelError(
+            f"architecture {config.model_type!r} is not supported; supported: {', '.join(SUPPORTED_FAMILIES)}"
+        )
+    if problems := _problems(config, family):
+        raise UnsupportedModelError("; ".join(problems))
+    heads, layers = config.num_attention_heads, config.num_hidden_layers
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    frequencies, layer_ropes = ropes(config, head_dim)
+    facts: Facts = {
+        "norm_eps": getattr(config, "rms_norm_eps", None),
+        "attention_scale": head_dim**-0.5,
+        "layer_windows": (None,) * layers,
+    }
+    return Arch(
+        family=config.model_type,
+        vocab_size=config.vocab_size,
+        embed_dim=config.hidden_size,
+        num_layers=layers,
+        mlp_dim=config.intermediate_size,
+        num_kv_heads=kv_heads,
+        q_group=heads // kv_heads,
+        head_dim=head_dim,
+        tied=bool(config.tie_word_embeddings),
+        activation=_ACTIVATIONS[_activation_name(config)],  # type: ignore[arg-type]
+        rope_frequencies=frequencies,
+        layer_ropes=layer_ropes,
+        **(facts | family.read(config)),
+    )
+
+
+def _problems(config: Any, family: Family) -> list[str]:
+    attributes = config.to_dict()
+    known = _NEUTRAL | _COMMON | set(family.uses.split())
+    # An unknown attribute that is null asks for nothing.
+    unknown = sorted(
+        name for name, value in attributes.items() if name not in known and value not in (None, _NEUTRAL_AT.get(name))
+    )
+    lines = []
+    if unknown:
+        lines.append(
+            f"unknown config attributes {', '.join(unknown)}: they may change the numbers, so they are refused; "
+            f"supported for {config.model_type}: {', '.join(sorted(_COMMON | set(family.uses.split())))}; "
+            "remove from config.json what does not matter"
+        )
+    heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    if kv_heads and heads % kv_heads:
+        lines.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    if _activation_name(config) not in _ACTIVATIONS:
+        lines.append(f"activation {_activation_name(config)!r} is not one of {', '.join(_ACTIVATIONS)}")
+    if attributes.get("use_bidirectional_attention"):
+        lines.append("use_bidirectional_attention is set; only causal models are supported")
+    return lines
+
+
+def _activation_name(config: Any) -> str:
+    # Gemma 1 files name it twice; transformers computes with hidden_act there, with hidden_activation in 2 and 3.
+    if config.model_type in ("gemma2", "gemma3_text"):
+        return config.hidden_activation
+    return config.hidden_act
