@@ -11,11 +11,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from tracing_jax import experiment
 from tracing_jax.report import summary
+from tracing_jax.statistics import REGISTRY
 
 _CONFIGS = Path(__file__).parent / "configs"
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/, with :demo for the demo family.")
@@ -51,10 +53,8 @@ def with_default_config(argv: Sequence[str]) -> list[str]:
     for i, name in enumerate(names, start=1):
         if name == "stat":
             stat = argv[i].split("=", 1)[1] if "=" in argv[i] else (argv[i + 1] if i + 1 < len(argv) else stat)
-    file = _CONFIGS / f"{stat}.py"
-    if not file.exists():  # several statistics, or a name that the run itself will refuse
-        file = _CONFIGS / "mode.py"
-    return [argv[0], f"--config={file}", *argv[1:]]
+    known = stat if stat in REGISTRY else "mode"  # several statistics, or a name that the run itself will refuse
+    return [argv[0], f"--config={_CONFIGS / known}.py", *argv[1:]]
 
 
 def _quieten() -> None:
@@ -68,6 +68,8 @@ def _override(config: ConfigDict) -> None:
     given = {name: flags.FLAGS[name].value for name in (*_TEXT, *_SWITCHES, "seed")}
     with config.unlocked():
         config.update({name: value for name, value in given.items() if value is not None})
+        if given["ft_model_id"] is not None:
+            config.pop("ft_model_ids", None)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -79,9 +81,12 @@ def main(argv: Sequence[str]) -> None:
     _override(config)
     try:
         records = experiment.run(config)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, jax.errors.JaxRuntimeError) as error:
         logging.debug("where it happened", exc_info=True)
-        sys.exit(f"error: {error}\n(--verbosity=1 shows where it happened)")
+        memory = (
+            "\nless memory: a smaller batch_size, dtype=bfloat16, or more devices" if "RESOURCE" in str(error) else ""
+        )
+        sys.exit(f"error: {error}{memory}\n(--verbosity=1 shows where it happened)")
     print(summary(records))
 
 

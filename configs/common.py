@@ -4,8 +4,14 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 
-def get_config(stat: str, demo: bool = False) -> ConfigDict:
-    """Returns the common config of a run of `stat`; with `demo`, on the disguised fine-tune of the demo family."""
+def get_config(stat: str, arg: str = "") -> ConfigDict:
+    """Returns the common config of a run of `stat`; `demo` as the argument runs it on the demo family.
+
+    Raises:
+      ValueError: any other argument.
+    """
+    if arg not in ("", "demo"):
+        raise ValueError(f"a config takes the argument demo or none, found {arg!r}")
     config = ConfigDict()
 
     # The pair: local folders, Hub ids `org/name` or `org/name@revision`, or demo:<member>.
@@ -46,7 +52,7 @@ def get_config(stat: str, demo: bool = False) -> ConfigDict:
 
     config.save = f"runs/{stat}.p"
     config.seed = 0
-    if demo:
+    if arg == "demo":
         _use_demo_family(config)
     return config
 

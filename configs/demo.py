@@ -14,7 +14,7 @@ from configs import common
 
 def get_config(arg: str = "") -> ConfigDict:
     """Returns the config of the demo; it takes `demo` as an argument, like every config, and means the same."""
-    config = common.get_config("mode", demo=True)
+    config = common.get_config("mode", arg or "demo")
     del config.ft_model_id
     config.ft_model_ids = ("demo:finetune", "demo:disguised", "demo:independent")
     config.save = "runs/demo.p"

@@ -14,4 +14,4 @@ from configs import common
 
 def get_config(arg: str = "") -> ConfigDict:
     """Returns the config; `demo` as the argument runs it on the demo family."""
-    return common.get_config("emb", demo=arg == "demo")
+    return common.get_config("emb", arg)

@@ -98,6 +98,33 @@ def test_every_statistic_and_perplexity_in_one_run_with_all_its_files(config_of)
     assert len(record["models"]["ft"]["files"]["model.safetensors"]) == 64
 
 
+@pytest.mark.parametrize("stat", ["cos", "emb"])
+def test_a_statistic_of_weights_alone_reads_no_text(config_of, stat):
+    config = config_of(stat=stat, dataset="/no/such/text.txt", align=True)
+    record = experiment.trace(config)
+    assert record["tokens"] is None
+    assert Path(config.save).with_suffix(".html").exists()
+    assert pickle.loads(Path(config.save).read_bytes())["aligned test stat"] > 0.8
+
+
+def test_weights_alone_are_aligned_without_tokenizers(config_of, spoilt, family):
+    folders = [Path(spoilt(name=name)) for name in ("one", "other")]
+    for folder in folders:
+        for file in folder.glob("tokenizer*"):
+            file.unlink()
+    config = config_of(base_model_id=str(folders[0]), ft_model_id=str(folders[1]), stat="cos", permute=True, align=True)
+    record = experiment.trace(config)
+    assert record["statistics"]["cos"]["aligned"]["headline"] > 0.999
+    assert any("no tokenizer files" in note for note in record["notes"])
+
+
+def test_a_run_without_alignment_leaves_none_of_an_earlier_one(config_of):
+    folder = Path(config_of().save).with_suffix(".run")
+    for align in (True, False):
+        experiment.trace(config_of(align=align))
+        assert (folder / "alignment.npz").exists() is align
+
+
 def test_the_same_config_gives_the_same_numbers_on_any_mesh(config_of):
     def numbers(**fields):
         return experiment.trace(config_of("disguised", stat="all", align=True, **fields))["statistics"]
@@ -126,6 +153,21 @@ def test_several_models_against_one_base(config_of):
     assert save.with_suffix(".png").exists()
     assert len(json.loads(save.with_suffix(".json").read_text())["records"]) == 2
     assert (save.with_suffix(".run") / "finetune.p").exists()
+    assert list(pickle.loads(save.read_bytes())) == ["base", "finetune"]
+
+
+def test_models_of_one_name_do_not_overwrite_one_another_and_all_are_opened_first(config_of, family, tmp_path):
+    config = config_of()
+    del config.ft_model_id
+    twin = shutil.copytree(family.member("finetune"), tmp_path / "elsewhere" / "finetune")
+    config.ft_model_ids = (str(family.member("finetune")), str(twin), "/no/such/folder")
+    folder = Path(config.save).with_suffix(".run")
+    with pytest.raises(CheckpointError, match="/no/such/folder"):
+        experiment.run(config)
+    assert not folder.exists()
+    config.ft_model_ids = config.ft_model_ids[:2]
+    experiment.run(config)
+    assert {file.name for file in folder.glob("*.p")} == {"finetune.p", "finetune-2.p"}
 
 
 @pytest.fixture
@@ -185,6 +227,11 @@ def truncate(folder):
     (lambda spoilt: {"alphas": (0.0, 1.5)}, "outside 0..1"),
     (lambda spoilt: {"dataset": "/no/such/text.txt"}, "/no/such/text.txt"),
     (lambda spoilt: {"block_size": 10**6, "num_tokens": 10**7}, "a block of 1000000 needs"),
+    (lambda spoilt: {"num_tokens": 63}, "num_tokens=63: at least 64"),
+    (lambda spoilt: {"emb_max_rows": 0}, "emb_max_rows=0: at least 1"),
+    (lambda spoilt: {"seed": -1}, "seed=-1: it lies in 0"),
+    (lambda spoilt: {"permute": True, "permute_axes": ""}, "permute_axes is empty"),
+    (lambda spoilt: {"dataset": ""}, "neither dataset nor dataset_id"),
     (lambda spoilt: {"mesh": {"data": 9, "model": 1}}, "8 are there"),
     (lambda spoilt: {"dtype": "float8", "batch_size": 0}, "batch_size=0: at least 1"),
 ])  # fmt: skip

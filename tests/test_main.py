@@ -24,6 +24,8 @@ CONFIGS = sorted(file.stem for file in (ROOT / "configs").glob("*.py") if file.s
     (["--stat=emb", "--permute"], "emb"),
     (["--stat=mode,cos"], "mode"),
     (["--stat", "nonsense"], "mode"),
+    (["--stat=common"], "mode"),
+    (["--stat=../tests/conftest"], "mode"),
 ])  # fmt: skip
 def test_without_a_config_the_statistic_selects_it(argv, config):
     assert main.with_default_config(["main.py", *argv]) == ["main.py", f"--config={ROOT}/configs/{config}.py", *argv]
@@ -44,6 +46,12 @@ def test_every_config_is_valid_with_and_without_demo(name, tmp_path):
         if not config.base_model_id:
             config.base_model_id = config.ft_model_id = "some/model"
         check_config(config)
+
+
+def test_a_misspelt_argument_of_a_config_is_refused():
+    for name in CONFIGS:
+        with pytest.raises(ValueError, match="demoo"):
+            importlib.import_module(f"configs.{name}").get_config("demoo")
 
 
 def run(*argv, cwd=ROOT):

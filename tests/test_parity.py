@@ -58,7 +58,6 @@ def test_golden_file_holds_every_case():
     assert list(CASES) == _with_golden["names"].tolist(), "run python tests/make_golden.py"
 
 
-@pytest.mark.slow
 def test_logits_and_losses_equal_those_of_transformers():
     # One test, because cases share their single operations; compiling every model would take minutes.
     with jax.disable_jit():

@@ -6,6 +6,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from tracing_jax.checkpoint import open_checkpoint
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -33,11 +35,18 @@ def test_the_example_on_a_foreign_tree_restores_it_bit_for_bit():
     np.testing.assert_allclose(*outputs, atol=1e-5)
 
 
-def test_every_name_the_examples_import_exists():
-    imports = [line for block in blocks("python") for line in block.splitlines() if line.startswith("from tracing_jax")]
-    assert imports
-    for line in imports:
-        exec(line, {})
+def test_the_example_on_checkpoints_writes_an_aligned_one(family, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    example = blocks("python")[1]
+    for hub_id, member in (("meta-llama/Llama-2-7b-hf", "base"), ("org/their-model", "disguised")):
+        assert hub_id in example
+        example = example.replace(hub_id, str(family.member(member)))
+    exec(example, {})
+    written, finetune = (open_checkpoint(str(folder)) for folder in (tmp_path / "aligned", family.member("finetune")))
+    distances = [
+        np.abs(a - b).max() for a, b in zip(*(map(np.asarray, jax.tree.leaves(c.embed())) for c in (written, finetune)))
+    ]
+    assert max(distances) == 0
 
 
 def test_every_file_and_picture_that_is_named_is_there():

@@ -45,6 +45,7 @@ class Alignment:
       share_moved: axis kind -> share of units that change place.
       logits_moved: greatest change of any logit of ft, relative to max(1, its greatest logit).
       left_out: leaf name -> why the comparison of weights went without it.
+      converged: no single axis could be improved; False if the descent was stopped before.
     """
 
     permutations: Permutations
@@ -53,6 +54,7 @@ class Alignment:
     share_moved: dict[str, float]
     logits_moved: float
     left_out: Mapping[str, str]
+    converged: bool = True
 
 
 def align(
@@ -84,17 +86,21 @@ def align(
     """
     _check(base.arch, ft.arch, kinds, evidence, tokens)
     left_out: Mapping[str, str] = {}
+    converged = True
     if evidence == "weights":
         table = axis_table(base.arch)
         matching = match_weights(base.params, ft.params, table, table.axes_of_kind(kinds), shared=shared)
         permutations, objective, left_out = matching.permutations, matching.objective, matching.left_out
+        converged = matching.converged
     else:
         assert tokens is not None
         permutations, objective = _by_activations(base, ft, kinds, tokens, compute or Compute(make_mesh()))
     for name, reason in left_out.items():
         logging.warning("alignment goes without %s: %s", name, reason)
+    if not converged:
+        logging.warning("the descent of the alignment was stopped before it converged")
     moved = _logits_moved(ft, permutations, seed)
-    return Alignment(permutations, evidence, objective, share_moved(permutations), moved, left_out)
+    return Alignment(permutations, evidence, objective, share_moved(permutations), moved, left_out, converged)
 
 
 def alignment_problems(base: Arch, ft: Arch, kinds: Sequence[str]) -> list[str]:

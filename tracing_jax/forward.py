@@ -63,8 +63,12 @@ def logits(
 ) -> Float[np.ndarray, "B T V"]:
     """Returns the logits of a few token blocks: for proofs of equal function, not for scoring."""
     _check_tokens(tokens, source.arch)
-    walk = _Walk(source, None, frozenset(), jnp.zeros(1), dtype)
-    return np.asarray(walk.logits(jnp.asarray(tokens)))
+    still: frozenset[str] = frozenset()
+    alphas, embed = jnp.zeros(1), source.embed()
+    x = _embed_step(source.arch, dtype, still, embed, {}, alphas, jnp.asarray(tokens))
+    for i in range(source.arch.num_layers):  # one layer of a lazy source at a time
+        x = _block_step(source.arch, still, source.layer(i), {}, alphas, x, *layer_inputs(source.arch, i))
+    return np.asarray(_logits(source.arch, source.head() | {"embed": embed}, x[0]))
 
 
 class _Walk:
@@ -88,10 +92,6 @@ class _Walk:
 
     def losses(self, tokens: jax.Array) -> jax.Array:
         return _loss_step(self.arch, self.head[2] | self._tied, *self._head(), self.alphas, self.hidden(tokens), tokens)
-
-    def logits(self, tokens: jax.Array) -> jax.Array:
-        base, _ = self._head()
-        return _logits(self.arch, base, self.hidden(tokens)[0])
 
     @property
     def _tied(self) -> frozenset[str]:

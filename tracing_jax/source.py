@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisTable, axis_table
@@ -110,9 +111,32 @@ def parts(source: ParamSource) -> Iterator[tuple[str, Tree]]:
         yield prefix, part(source, prefix)
 
 
-def in_memory(source: ParamSource) -> InMemory:
-    """Returns the source with all its parts read once and kept."""
+def in_memory(source: ParamSource, description: str = "reading") -> InMemory:
+    """Returns the source with all its parts read once and kept, under a progress bar."""
     if isinstance(source, InMemory):
         return source
-    layers = {str(i): source.layer(i) for i in range(source.arch.num_layers)}
-    return InMemory(source.arch, {"embed": source.embed(), "layers": layers, "head": source.head()})
+    params: Tree = {"layers": {}}
+    for prefix, subtree in _with_bar(source, description):
+        _put(params, prefix, subtree)
+    return InMemory(source.arch, params)
+
+
+def permute_in_place(model: InMemory, permutations: Permutations) -> None:
+    """Permutes the units of a model that nobody else holds, part by part: a second copy never lives.
+
+    Raises:
+      ValueError: the permutations do not fit the model; it is unchanged.
+    """
+    for prefix, subtree in _with_bar(permuted(model, permutations), "permuting"):
+        _put(model.params, prefix, subtree)
+
+
+def _put(params: Tree, prefix: str, subtree: Tree) -> None:
+    """Sets one part of a tree of params."""
+    name, _, index = prefix.strip("/").partition("/")
+    holder, key = (params["layers"], index) if name == "layers" else (params, name)
+    holder[key] = subtree
+
+
+def _with_bar(source: ParamSource, description: str) -> Iterator[tuple[str, Tree]]:
+    return iter(tqdm(parts(source), total=source.arch.num_layers + 2, desc=description, unit="part", disable=None))

@@ -1,6 +1,5 @@
 """Pytrees by leaf name: `layers/3/mlp/up_proj/kernel` is the one way in which this package addresses a weight."""
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,31 +34,3 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
 def map_named(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """Returns the tree with every leaf replaced by `function(name, leaf, *leaves of rest)`."""
     return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(name_of(path), *leaves), tree, *rest)
-
-
-def select(tree: Tree, pattern: str) -> dict[str, Any]:
-    """Returns the leaves by name whose whole name matches the regular expression `pattern`."""
-    return {name: leaf for name, leaf in flatten(tree).items() if re.fullmatch(pattern, name)}
-
-
-def num_bytes(tree: Tree) -> int:
-    """Returns the size of all leaves in bytes, from their shapes and dtypes alone."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def num_params(tree: Tree) -> int:
-    """Returns how many numbers the leaves hold together."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
-def differences(tree: Tree, expected: Tree) -> list[str]:
-    """Returns one line for each leaf that is missing, unexpected or of another shape than in `expected`."""
-    found, wanted = flatten(tree), flatten(expected)
-    lines = [f"missing: {name} {wanted[name].shape}" for name in wanted if name not in found]
-    lines += [f"unexpected: {name} {found[name].shape}" for name in found if name not in wanted]
-    lines += [
-        f"wrong shape: {name} is {found[name].shape}, expected {wanted[name].shape}"
-        for name in wanted
-        if name in found and found[name].shape != wanted[name].shape
-    ]
-    return lines

@@ -77,7 +77,7 @@ def merged(base: TensorStore, folder: Path) -> TensorStore:
         raise CheckpointError(*(f"{folder / _CONFIG}: {problem}" for problem in problems))
     adapter = _open_adapter(folder)
     try:
-        return _Merged(base, adapter, *_plan(base, adapter, config))
+        return _Merged(base, adapter, *_plan(base, adapter, config), folder / _CONFIG)
     except CheckpointError as error:
         raise CheckpointError(*(f"{adapter.files()[0]}: {problem}" for problem in error.problems)) from error
 
@@ -85,8 +85,16 @@ def merged(base: TensorStore, folder: Path) -> TensorStore:
 class _Merged:
     """`base`, with some tensors replaced by the adapter's and some updated by its factors."""
 
-    def __init__(self, base: TensorStore, adapter: TensorStore, updates: dict[str, _Update], replaced: dict[str, str]):
+    def __init__(
+        self,
+        base: TensorStore,
+        adapter: TensorStore,
+        updates: dict[str, _Update],
+        replaced: dict[str, str],
+        config: Path,
+    ):
         self._base, self._adapter, self._updates, self._replaced = base, adapter, updates, replaced
+        self._config = config
 
     def names(self) -> tuple[str, ...]:
         return self._base.names()
@@ -98,7 +106,8 @@ class _Merged:
         return self._base.dtype(name)
 
     def files(self) -> tuple[Path, ...]:
-        return tuple(sorted((*self._base.files(), *self._adapter.files())))
+        # The config is one of them: its scaling decides the merged weights.
+        return tuple(sorted((*self._base.files(), *self._adapter.files(), self._config)))
 
     def read(self, name: str, index: Index = ()) -> np.ndarray:
         if name in self._replaced:

@@ -28,7 +28,7 @@ def load(checkpoint: Checkpoint, mesh: Mesh, cache_dir: str | None = None) -> In
       CheckpointError: NaN or infinite weights.
     """
     if cache_dir is None:
-        return in_memory(placed(checkpoint, mesh))
+        return in_memory(placed(checkpoint, mesh), f"loading {checkpoint.id}")
     import orbax.checkpoint as ocp  # takes seconds to import, and few runs need it
 
     folder = Path(cache_dir).expanduser().absolute() / _key(checkpoint)
@@ -36,7 +36,7 @@ def load(checkpoint: Checkpoint, mesh: Mesh, cache_dir: str | None = None) -> In
         if folder.exists():
             logging.info("restoring %s from %s", checkpoint.id, folder)
             return InMemory(checkpoint.arch, orbax.restore(folder, _abstract(checkpoint, mesh)))
-        model = in_memory(placed(checkpoint, mesh))
+        model = in_memory(placed(checkpoint, mesh), f"loading {checkpoint.id}")
         logging.info("caching %s in %s", checkpoint.id, folder)
         orbax.save(folder, model.params)
     return model

@@ -25,7 +25,9 @@ _COMPANIONS = (
 )
 
 
-def save_checkpoint(folder: Path, source: ParamSource, companions: Path, max_shard_bytes: int = 4 * 2**30) -> None:
+def save_checkpoint(
+    folder: str | Path, source: ParamSource, companions: str | Path, max_shard_bytes: int = 4 * 2**30
+) -> None:
     """Writes a model that transformers can load; config and tokenizer files are copied from the folder `companions`.
 
     Weights keep the dtype of their leaves; reading them back gives the same bits. The folder appears whole: a killed
@@ -34,6 +36,7 @@ def save_checkpoint(folder: Path, source: ParamSource, companions: Path, max_sha
     Raises:
       FileExistsError: `folder` is there already.
     """
+    folder = Path(folder).expanduser()
     if folder.exists():
         raise FileExistsError(f"{folder} is there already; remove it or choose another place to write to")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +44,7 @@ def save_checkpoint(folder: Path, source: ParamSource, companions: Path, max_sha
     try:
         _write_shards(work, source, max_shard_bytes)
         for pattern in _COMPANIONS:
-            for file in companions.glob(pattern):
+            for file in Path(companions).glob(pattern):
                 shutil.copyfile(file, work / file.name)
         work.chmod(0o755)
         work.rename(folder)

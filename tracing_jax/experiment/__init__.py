@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import pickle
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from tracing_jax.alignment import Alignment, align, aligned
+from tracing_jax.alignment import Alignment, align
 from tracing_jax.axes import axis_table
 from tracing_jax.checkpoint import load
 from tracing_jax.data import TokenBlocks
@@ -20,10 +21,10 @@ from tracing_jax.experiment.facts import alignment_facts, device_facts, model_fa
 from tracing_jax.experiment.opening import Opened, open_pair
 from tracing_jax.experiment.settings import DEMO, DTYPES, ConfigError, check_config, names_in
 from tracing_jax.forward import token_losses
-from tracing_jax.record import FORMAT, RunFiles, atomic_write, commit, plain, write_json, write_pickle
+from tracing_jax.record import FORMAT, RunFiles, atomic_write, commit, legacy_dict, plain, write_json, write_pickle
 from tracing_jax.report import figure_of_family, figure_of_run, html, save_png
 from tracing_jax.sharding import Compute, make_mesh
-from tracing_jax.source import InMemory, in_memory, permuted
+from tracing_jax.source import InMemory, permute_in_place
 from tracing_jax.statistics import Pair, Result
 from tracing_jax.symmetry import random_permutations, share_moved
 
@@ -40,16 +41,29 @@ def run(config: ConfigDict) -> list[dict[str, Any]]:
     if "ft_model_ids" not in config:
         return [trace(config)]
     files = RunFiles.from_save(config.save)
-    records = []
+    pairs = _pairs(config, files)
+    for pair in pairs.values():
+        open_pair(pair)  # whatever is wrong with the last pair is said before the first is traced
+    records = {name: trace(pair) for name, pair in pairs.items()}
+    write_json(files.json, {"format": FORMAT, "records": list(records.values())})
+    atomic_write(
+        files.pickle, pickle.dumps({name: legacy_dict(record) for name, record in records.items()}, protocol=4)
+    )
+    save_png(figure_of_family(list(records.values())), files.png)
+    logging.info("wrote %s, json and png; each pair lies in %s", files.pickle, files.folder)
+    return list(records.values())
+
+
+def _pairs(config: ConfigDict, files: RunFiles) -> dict[str, ConfigDict]:
+    """Returns the config of each pair by a name that is its own, saved in the folder of the run."""
+    pairs: dict[str, ConfigDict] = {}
     for model_id in config.ft_model_ids:
         name = model_id.removeprefix(DEMO).rstrip("/").split("/")[-1]
-        one = ConfigDict({key: value for key, value in config.items() if key != "ft_model_ids"})
-        one.ft_model_id, one.save = model_id, str(files.folder / f"{name}.p")
-        records.append(trace(one))
-    write_json(files.json, {"format": FORMAT, "records": records})
-    save_png(figure_of_family(records), files.png)
-    logging.info("wrote %s and %s; each pair lies in %s", files.json, files.png, files.folder)
-    return records
+        if name in pairs:
+            name = f"{name}-{len(pairs) + 1}"
+        pairs[name] = ConfigDict({key: value for key, value in config.items() if key != "ft_model_ids"})
+        pairs[name].ft_model_id, pairs[name].save = model_id, str(files.folder / f"{name}.p")
+    return pairs
 
 
 def trace(config: ConfigDict) -> dict[str, Any]:
@@ -60,16 +74,19 @@ def trace(config: ConfigDict) -> dict[str, Any]:
         opened = open_pair(config)
     with clock.step("load"):
         pair = _load(config, opened)
+    with clock.step("hashes"):  # now, while the files are still in the page cache
+        models = {"base": model_facts(opened.base), "ft": model_facts(opened.ft)}
     permutation = alignment = perplexity = None
     if config.permute:
         with clock.step("permute"):
-            pair, permutation = _permute(config, pair)
+            permutation = _permute(config, pair)
     with clock.step("statistic"):
         before = _compute(opened, pair)
     after: dict[str, Result] = {}
     if config.align and not opened.not_alignable:
         with clock.step("align"):
-            pair, alignment = _align(config, opened, pair)
+            alignment = _align(config, opened, pair)
+            pair = replace(pair, aligned=True)
         with clock.step("statistic aligned"):
             after = _compute(opened, pair)
     if config.eval:
@@ -78,8 +95,6 @@ def trace(config: ConfigDict) -> dict[str, Any]:
                 "base": _perplexity(pair, pair.base, opened.blocks_base, "base"),
                 "ft": _perplexity(pair, pair.ft, opened.blocks_ft, "ft"),
             }
-    with clock.step("hashes"):
-        models = {"base": model_facts(opened.base), "ft": model_facts(opened.ft)}
     record = plain(
         {
             "format": FORMAT,
@@ -107,13 +122,14 @@ def trace(config: ConfigDict) -> dict[str, Any]:
 
 def save(record: dict[str, Any], files: RunFiles, alignment: Alignment | None = None) -> None:
     """Writes the files of one run, each whole or not at all; the permutations of an alignment go into its folder."""
+    write_json(files.json, record)
+    write_pickle(files.pickle, record)
+    (files.folder / "alignment.npz").unlink(missing_ok=True)  # of an earlier run
     if alignment is not None:
         files.folder.mkdir(exist_ok=True)
         atomic_write(files.folder / "alignment.npz", _npz(alignment.permutations))
-    write_json(files.json, record)
     save_png(figure_of_run(record), files.png)
     atomic_write(files.html, html(record).encode())
-    write_pickle(files.pickle, record)  # last: whoever finds it finds the rest beside it
     logging.info("wrote %s and, beside it, json, png and html", files.pickle)
 
 
@@ -126,12 +142,13 @@ def _load(config: ConfigDict, opened: Opened) -> Pair:
     return Pair(base, ft, opened.vocabularies, tokens, compute, config.seed)
 
 
-def _permute(config: ConfigDict, pair: Pair) -> tuple[Pair, dict[str, Any]]:
+def _permute(config: ConfigDict, pair: Pair) -> dict[str, Any]:
     """Step 2: the fine-tuned model's own weights, its units in a random order."""
     axes = names_in(config.permute_axes)
     permutations = random_permutations(jax.random.key(config.seed), axis_table(pair.ft.arch), axes)
     facts = {"axes": axes, "seed": config.seed, "share_moved": share_moved(permutations)}
-    return replace(pair, ft=in_memory(permuted(pair.ft, permutations))), facts
+    permute_in_place(pair.ft, permutations)
+    return facts
 
 
 def _compute(opened: Opened, pair: Pair) -> dict[str, Result]:
@@ -145,16 +162,19 @@ def _compute(opened: Opened, pair: Pair) -> dict[str, Result]:
     return results
 
 
-def _align(config: ConfigDict, opened: Opened, pair: Pair) -> tuple[Pair, Alignment]:
+def _align(config: ConfigDict, opened: Opened, pair: Pair) -> Alignment:
     """Step 4: the fine-tuned model's units in base's order."""
     shared = None
     # Embeddings padded to different sizes differ in their rows even under one tokenizer.
-    if not opened.vocabularies.same or pair.base.arch.vocab_size != pair.ft.arch.vocab_size:
+    if opened.vocabularies.known and not (
+        opened.vocabularies.same and pair.base.arch.vocab_size == pair.ft.arch.vocab_size
+    ):
         shared = {"vocab": (opened.vocabularies.ids_base, opened.vocabularies.ids_ft)}
     axes, evidence = names_in(config.align_axes), config.align_evidence
     how = {"compute": pair.compute, "shared": shared, "seed": config.seed}
     alignment = align(pair.base, pair.ft, axes, evidence=evidence, tokens=pair.tokens, **how)
-    return replace(pair, ft=in_memory(aligned(pair.ft, alignment)), aligned=True), alignment
+    permute_in_place(pair.ft, alignment.permutations)
+    return alignment
 
 
 def _perplexity(pair: Pair, model: InMemory, blocks: TokenBlocks | None, side: str) -> dict[str, float]:

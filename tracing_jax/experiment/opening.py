@@ -1,6 +1,6 @@
 """Before step 1: checkpoints and text are opened, and all that would stop the run is found; no weight is read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,7 @@ def open_pair(config: ConfigDict) -> Opened:
     blocks_base = blocks_ft = None
     if needs_tokens:
         blocks_base, blocks_ft = _blocks(config, tokenizer_base, tokenizer_ft, vocabularies.same)
-    notes = _notes(base, ft, vocabularies)
+    notes = _notes(base, ft, vocabularies, on_path="mode" in statistics and "mode" not in not_applicable)
     if not_alignable:
         notes.append(f"not aligned: {not_alignable}")
     return Opened(base, ft, statistics, not_applicable, not_alignable, vocabularies, blocks_base, blocks_ft, notes)
@@ -64,6 +64,8 @@ def open_pair(config: ConfigDict) -> Opened:
 
 def _alignment_problems(config: ConfigDict, base: Checkpoint, ft: Checkpoint, vocabularies: Vocabularies) -> list[str]:
     lines = alignment_problems(base.arch, ft.arch, names_in(config.align_axes))
+    if vocabularies.known and len(vocabularies.ids_base) == 0:
+        lines.append("the vocabularies share no token, so that no row of the embeddings has a counterpart")
     if config.align_evidence == "activations" and not vocabularies.same:
         lines.append("different tokenizers: activations need both models to read the same ids; use weights")
     return lines
@@ -88,7 +90,7 @@ def _tokenizer(checkpoint: Checkpoint, needed: bool) -> Any:
 def _vocabularies(base: Checkpoint, ft: Checkpoint, tokenizer_base: Any, tokenizer_ft: Any) -> Vocabularies:
     """Returns how the tokens correspond, among those that both models have an embedding for."""
     if tokenizer_base is None or tokenizer_ft is None:
-        return Vocabularies(False, np.zeros(0, np.int32), np.zeros(0, np.int32))
+        return Vocabularies(False, np.zeros(0, np.int32), np.zeros(0, np.int32), known=False)
     ids_base, ids_ft = shared_tokens(tokenizer_base, tokenizer_ft)
     known = (ids_base < base.arch.vocab_size) & (ids_ft < ft.arch.vocab_size)
     return Vocabularies(same_tokenizer(tokenizer_base, tokenizer_ft), ids_base[known], ids_ft[known])
@@ -114,14 +116,17 @@ def _documents(config: ConfigDict) -> Documents:
     )
 
 
-def _notes(base: Checkpoint, ft: Checkpoint, vocabularies: Vocabularies) -> list[str]:
+def _notes(base: Checkpoint, ft: Checkpoint, vocabularies: Vocabularies, on_path: bool) -> list[str]:
     notes = []
-    if not vocabularies.same:
+    if not vocabularies.known:
+        notes.append("a model has no tokenizer files: nothing is known of how the two vocabularies correspond")
+    elif not vocabularies.same:
         notes.append(
             f"different tokenizers ({len(vocabularies.ids_base)} tokens shared): each model's perplexity is on its own "
-            "tokens of the same text, so compare it per byte; the path runs on base's tokens, embedding and head"
+            "tokens of the same text, so compare it per byte; a path runs on base's tokens, embedding and head"
         )
-    facts = ("rope_frequencies", "norm_eps", "layer_windows", "attention_scale", "embed_scale", "residual_scale")
-    if different := [name for name in facts if getattr(base.arch, name) != getattr(ft.arch, name)]:
+    names = [field.name for field in fields(base.arch) if field.name != "family"]
+    different = [name for name in names if getattr(base.arch, name) != getattr(ft.arch, name)]
+    if on_path and different:
         notes.append(f"the models differ in {', '.join(different)}: along the path base's are used")
     return notes

@@ -25,34 +25,73 @@ def check_config(config: ConfigDict) -> None:
     Raises:
       ConfigError: all findings, one line each.
     """
+    lines = _model_problems(config) + _choice_problems(config) + _number_problems(config) + _save_problems(config)
+    if lines:
+        raise ConfigError("\n  ".join(["the config cannot run:", *lines]) if len(lines) > 1 else lines[0])
+
+
+def _model_problems(config: ConfigDict) -> list[str]:
+    asked = {"base_model_id": config.base_model_id}
+    if "ft_model_ids" not in config:
+        asked["ft_model_id"] = config.ft_model_id
+    elif config.get("ft_model_id"):
+        return [f"both ft_model_id={config.ft_model_id} and ft_model_ids={config.ft_model_ids} are set; leave one out"]
+    else:
+        asked |= {f"ft_model_ids[{i}]": model_id for i, model_id in enumerate(config.ft_model_ids)}
     lines = []
-    for side in ("base_model_id",) + (() if "ft_model_ids" in config else ("ft_model_id",)):
-        if not config[side]:
-            lines.append(f"{side} is not set: a local folder, a Hub id, or demo:<{'|'.join(demo.MEMBERS)}>")
-        elif config[side].startswith(DEMO) and config[side].removeprefix(DEMO) not in demo.MEMBERS:
-            lines.append(f"{side}={config[side]}: the demo family has {', '.join(demo.MEMBERS)}")
+    for name, model_id in asked.items():
+        if not model_id:
+            lines.append(f"{name} is not set: a local folder, a Hub id, or demo:<{'|'.join(demo.MEMBERS)}>")
+        elif model_id.startswith(DEMO) and model_id.removeprefix(DEMO) not in demo.MEMBERS:
+            lines.append(f"{name}={model_id}: the demo family has {', '.join(demo.MEMBERS)}")
+    return lines
+
+
+def _choice_problems(config: ConfigDict) -> list[str]:
+    lines = []
     if not names_in(config.stat):
         lines.append(f"no statistic is asked for; there are {', '.join(REGISTRY)}, or all")
     if unknown := [name for name in names_in(config.stat) if name not in REGISTRY]:
         lines.append(f"unknown statistic {', '.join(unknown)}; there are {', '.join(REGISTRY)}, or all")
-    for name in ("permute_axes", "align_axes"):
-        if unknown := [axis for axis in names_in(config[name]) if axis not in PERMUTABLE]:
-            lines.append(f"{name}: unknown axes {', '.join(unknown)}; there are {', '.join(PERMUTABLE)}")
+    for step in ("permute", "align"):
+        axes = names_in(config[f"{step}_axes"])
+        if unknown := [axis for axis in axes if axis not in PERMUTABLE]:
+            lines.append(f"{step}_axes: unknown axes {', '.join(unknown)}; there are {', '.join(PERMUTABLE)}")
+        if config[step] and not axes:
+            lines.append(f"{step} is set and {step}_axes is empty; choose from {', '.join(PERMUTABLE)}")
     if config.align_evidence not in ("weights", "activations"):
         lines.append(f"align_evidence={config.align_evidence}: it is weights or activations")
     if config.dtype not in DTYPES:
         lines.append(f"dtype={config.dtype}: it is one of {', '.join(DTYPES)}")
-    if outside := [alpha for alpha in config.alphas if not 0 <= alpha <= 1]:
-        lines.append(f"alphas {outside} are outside 0..1")
-    for name, least in (("block_size", 2), ("batch_size", 1), ("num_tokens", 2)):
+    if not (config.dataset or config.dataset_id):
+        lines.append("neither dataset nor dataset_id is set: a name such as wikitext, a local file, or a Hub id")
+    return lines
+
+
+def _number_problems(config: ConfigDict) -> list[str]:
+    lines = []
+    if outside := [alpha for alpha in config.alphas if not (isinstance(alpha, int | float) and 0 <= alpha <= 1)]:
+        lines.append(f"alphas {outside} are no numbers in 0..1")
+    for name, least in (("block_size", 2), ("batch_size", 1), ("num_tokens", config.block_size), ("emb_max_rows", 1)):
         if config[name] < least:
             lines.append(f"{name}={config[name]}: at least {least}")
+    if not 0 <= config.seed < 2**32:
+        lines.append(f"seed={config.seed}: it lies in 0..{2**32 - 1}")
+    return lines
+
+
+def _save_problems(config: ConfigDict) -> list[str]:
     try:
-        check_writable(RunFiles.from_save(config.save).pickle)
+        files = RunFiles.from_save(config.save)
+        for file in (files.pickle, files.json, files.png, files.html):
+            check_writable(file)
+        if files.folder.exists() and not files.folder.is_dir():
+            raise NotADirectoryError(
+                f"cannot save to {files.folder}: it is a file, expected a folder; choose another save"
+            )
     except (OSError, ValueError) as error:
-        lines.append(str(error))
-    if lines:
-        raise ConfigError("\n  ".join(["the config cannot run:", *lines]) if len(lines) > 1 else lines[0])
+        return [str(error)]
+    return []
 
 
 def names_in(listed: str) -> list[str]:

@@ -80,7 +80,10 @@ def _sections(record: Mapping[str, Any]) -> list[Section]:
         found.append(Section("Permutation before the test", table=_facts(record["permuted"])))
     if alignment:
         found.append(Section("Alignment", table=_facts(alignment)))
-    found += [_models(record["models"]), Section("Tokens", table=_facts(record["tokens"])), _times(record["seconds"])]
+    found.append(_models(record["models"]))
+    if record.get("tokens"):
+        found.append(Section("Tokens", table=_facts(record["tokens"])))
+    found.append(_times(record["seconds"]))
     if record.get("notes"):
         found.append(Section("Notes", text=record["notes"]))
     ran = {key: record.get(key) for key in ("commit", "seed", "versions", "device")}

@@ -33,7 +33,7 @@ class RankCorrelation:
     log_p: float
 
 
-def spearman(p1: Int[np.ndarray, "_"], p2: Int[np.ndarray, "_"]) -> RankCorrelation:
+def spearman(p1: Int[np.ndarray, " _"], p2: Int[np.ndarray, " _"]) -> RankCorrelation:
     """Returns the rank correlation of two matchings of h units, with a one-sided p-value.
 
     `r = 1 - 6 sum (p1 - p2)^2 / (h (h^2 - 1))`; injections are first reduced to the ranks of their indices. The p-value
@@ -86,7 +86,7 @@ def spearman_log_sf(one_minus_r: float, h: int) -> float:
     return max(smallest, log_tail) if r > 0 else math.log1p(-math.exp(log_tail))
 
 
-def agreement(p1: Int[np.ndarray, "_"], p2: Int[np.ndarray, "_"]) -> int:
+def agreement(p1: Int[np.ndarray, " _"], p2: Int[np.ndarray, " _"]) -> int:
     """Returns the number of units that two matchings send to the same unit.
 
     Raises:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import special
 
-LogPs = Float[np.ndarray, "_"] | Sequence[float]
+LogPs = Float[np.ndarray, " _"] | Sequence[float]
 """Natural logarithms of p-values, each finite and at most 0."""
 
 
@@ -32,7 +32,7 @@ def fisher(log_ps: LogPs) -> float:
     return min(0.0, float(special.logsumexp(special.xlogy(i, s) - special.gammaln(i + 1))) - s)
 
 
-def bonferroni(log_ps: LogPs) -> Float[np.ndarray, "_"]:
+def bonferroni(log_ps: LogPs) -> Float[np.ndarray, " _"]:
     """Returns `log min(1, m p)` for each of m p-values, however they depend on each other.
 
     Raises:
@@ -42,7 +42,7 @@ def bonferroni(log_ps: LogPs) -> Float[np.ndarray, "_"]:
     return np.minimum(0.0, log_ps + math.log(len(log_ps)))
 
 
-def holm(log_ps: LogPs) -> Float[np.ndarray, "_"]:
+def holm(log_ps: LogPs) -> Float[np.ndarray, " _"]:
     """Returns the Holm-adjusted log p-values, in the order given; the smallest is as Bonferroni's, none is larger.
 
     With `p_1 <= ... <= p_m` the i-th becomes `max_{j <= i} min(1, (m - j + 1) p_j)`. Rejecting what is below a level
@@ -62,7 +62,7 @@ def holm(log_ps: LogPs) -> Float[np.ndarray, "_"]:
 
 def permutation_test(
     observed: float,
-    permuted: Float[np.ndarray, "_"] | Sequence[float],
+    permuted: Float[np.ndarray, " _"] | Sequence[float],
     *,
     generator: np.random.Generator,
     larger_is_similar: bool,

@@ -19,11 +19,13 @@ class Vocabularies:
     Attributes:
       same: both models have the same tokenizer, so that one's token ids mean the same to the other.
       ids_base, ids_ft: ids of the tokens that both vocabularies have, paired by string.
+      known: both tokenizers could be read; without them nothing is known of the tokens.
     """
 
     same: bool
     ids_base: Int[np.ndarray, " S"]
     ids_ft: Int[np.ndarray, " S"]
+    known: bool = True
 
 
 @dataclass(frozen=True)
