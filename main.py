@@ -68,8 +68,8 @@ def _override(config: ConfigDict) -> None:
     given = {name: flags.FLAGS[name].value for name in (*_TEXT, *_SWITCHES, "seed")}
     with config.unlocked():
         config.update({name: value for name, value in given.items() if value is not None})
-        if given["ft_model_id"] is not None:
-            config.pop("ft_model_ids", None)
+        if given["ft_model_id"] is not None and "ft_model_ids" in config:
+            del config.ft_model_ids
 
 
 def main(argv: Sequence[str]) -> None:

@@ -80,7 +80,9 @@ def test_update_is_scaled_product_and_the_rest_is_the_base(tmp_path, base, kind,
     store = merged(base, adapter(tmp_path / "lora", dict(zip(names, (a, b))), kind))
     assert isinstance(store, TensorStore)
     assert store.names() == base.names()
-    assert len(store.files()) == 2
+    config = tmp_path / "lora" / "adapter_config.json"
+    assert len(store.files()) == 3
+    assert config in store.files()  # its scaling decides the weights, so caches and hashes must see it
     expect(store, Q, BASE[Q].astype(float) + 3 / 2 * b.astype(float) @ a.astype(float))
     for name in (HEAD, WTE, NORM):
         np.testing.assert_array_equal(store.read(name), BASE[name])
