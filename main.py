@@ -57,8 +57,9 @@ def with_default_config(argv: Sequence[str]) -> list[str]:
     return [argv[0], f"--config={_CONFIGS / known}.py", *argv[1:]]
 
 
-def _quieten() -> None:
-    """Takes two notices off the log that are no news here: that there is no PyTorch, and no TPU."""
+def _set_up_log() -> None:
+    """Makes log lines a time and a message, without the notices that there is no PyTorch and no TPU."""
+    logging.get_absl_handler().setFormatter(stdlib_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     stdlib_logging.getLogger("jax._src.xla_bridge").setLevel(stdlib_logging.WARNING)
 
@@ -76,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
     """Runs the experiment of the config and prints its summary; what a user can mend ends with one clear message."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    _quieten()
+    _set_up_log()
     config = _CONFIG.value
     _override(config)
     try:

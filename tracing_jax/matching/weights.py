@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from absl import logging
+from tqdm import tqdm
 
 from tracing_jax.axes import AxisTable, check
 from tracing_jax.matching.coordinate import Coordinate, coordinates, solve
@@ -96,7 +97,7 @@ class _Descent:
         order: list[Coordinate] = []
         complete: list[Coordinate] = []
         found = dict(self.permutations)
-        while len(order) < len(self.order):
+        for _ in tqdm(self.order, desc="matching", unit="axis", disable=None):
             known = {axis for done in order for axis in done.moves}
             coordinate = max((c for c in self.order if c not in order), key=lambda c: self._share(c, known))
             readable = [name for name in self.leaves[coordinate] if self._others(coordinate, name) <= known]
@@ -112,7 +113,7 @@ class _Descent:
     def sweep(self) -> bool:
         """Solves every coordinate whose neighbours have changed; returns whether any permutation changed."""
         changed = False
-        for coordinate in self.order:
+        for coordinate in tqdm(self.order, desc="matching", unit="axis", disable=None):
             neighbours = self._neighbours(coordinate)
             if self.seen.get(coordinate) == neighbours:
                 continue
