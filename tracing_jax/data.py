@@ -10,10 +10,11 @@ which prefix of the text they cover, and the other tokenizer encodes exactly tha
 Letters: N blocks, T positions per block, M tokens.
 """
 
+import gc
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     import transformers
 
 Source: TypeAlias = dict[str, str | int | None]
-Tables: TypeAlias = Iterable[tuple[str, pa.Table]]  # each with where it comes from
+Tables: TypeAlias = Generator[tuple[str, pa.Table], None, None]  # each with where it comes from
 Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
 
 # name -> (Hub id, configuration)
@@ -127,7 +128,8 @@ def read_documents(
         dataset, default_subset = NAMED_DATASETS.get(dataset, (dataset, None))
         subset = subset or default_subset
         split, tables = _hub_tables(dataset, subset, split)
-    text_column, rows = _read_rows(tables, text_column, max_chars, len(separator))
+    with closing(tables):
+        text_column, rows = _read_rows(tables, text_column, max_chars, len(separator))
     text = separator.join(rows)
     if not text.strip():
         raise ValueError(f"{dataset}: no text in column {text_column!r} ({len(rows)} rows, {split=}): name another")
@@ -301,9 +303,13 @@ def _hub_tables(dataset: str, subset: str | None, split: str | None) -> tuple[st
 
 
 def _stream(builder: "datasets.DatasetBuilder", dataset: str, subset: str | None, split: str) -> Tables:
+    """Yields one row at a time: a longer table would be filled from the split's next file."""
     with _hub_errors(dataset, subset):
-        for table in builder.as_streaming_dataset(split=split).with_format("arrow").iter(batch_size=1000):
-            yield dataset, table
+        try:
+            for table in builder.as_streaming_dataset(split=split).with_format("arrow").iter(batch_size=1):
+                yield dataset, table
+        finally:  # a Parquet scan that was not read to its end, if it outlives Python's modules, aborts the process
+            gc.collect()
 
 
 def _hub_builder(dataset: str, subset: str | None) -> "datasets.DatasetBuilder":
