@@ -2,7 +2,12 @@
 
 import json
 import logging
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -299,35 +304,116 @@ def test_bad_inputs_are_refused(dataset, arguments, error, message, tmp_path, mo
         read_documents(dataset, **arguments)
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """Stands a local data set with two splits in for every Hub id; returns the list of what was asked for."""
-    files = {
-        split: str(write(tmp_path / f"{split}.jsonl", [{"text": split}, {"text": "b"}])) for split in ("dev", "test")
-    }
+def test_reading_stops_with_the_row_that_reaches_the_limit(tmp_path):
+    write(tmp_path / "a.jsonl", [{"text": row} for row in ("ab", "cd", "ef")])
+    (tmp_path / "b.jsonl").write_text("not read")
+    for max_chars, text in [(1, "ab"), (2, "ab"), (3, "ab|cd"), (5, "ab|cd"), (6, "ab|cd|ef"), (8, "ab|cd|ef")]:
+        assert read_documents(str(tmp_path), separator="|", max_chars=max_chars).text == text
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_documents(str(tmp_path), separator="|", max_chars=9)
+
+
+# The Hub
+
+BROKEN = b"no rows"
+
+
+@pytest.fixture(params=[".jsonl", ".parquet"])
+def hub(request, tmp_path, monkeypatch):
+    """Stands a local repository in for every Hub id; returns the list of what was asked for.
+
+    It goes through datasets' own streaming. Whoever opens a file of "train", or the second one of "test", finds noise.
+    """
+    for name, content in {"train": "", "test-0": "test", "test-1": "", "validation": "dev"}.items():
+        path = tmp_path / "repository" / "data" / f"{name}{request.param}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, [{"text": content}, {"text": None}, {"text": "b"}])
+        if not content:
+            path.write_bytes(BROKEN)
     load, asked = datasets.load_dataset_builder, []
 
     def load_dataset_builder(path, name):
         asked.append((path, name))
-        return load("json", data_files=files, cache_dir=str(tmp_path / "cache"))
+        return load(str(tmp_path / "repository"), cache_dir=str(tmp_path / "cache"))
 
     monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
+    monkeypatch.setattr(data, "get_session", lambda: SimpleNamespace(head=lambda *_, **__: None))
     return asked
 
 
-def test_hub_data_set_gives_the_rows_of_its_split(hub):
-    assert read_documents("wikitext").text == "test\n\nb"
-    assert read_documents("someone/something", subset="small", split="dev").text == "dev\n\nb"
+def test_only_files_of_the_split_are_opened_and_only_while_text_is_wanted(hub, tmp_path):
+    assert read_documents("wikitext", max_chars=7).text == "test\n\nb"
+    assert read_documents("someone/something", subset="small", split="validation").text == "dev\n\nb"
     assert hub == [("Salesforce/wikitext", "wikitext-103-raw-v1"), ("someone/something", "small")]
+    assert not list(tmp_path.glob("cache/**/*.arrow"))
+    with pytest.raises(ValueError, match="cannot read the Hub data set 'Salesforce/wikitext'"):
+        read_documents("wikitext", max_chars=8)
 
 
 def test_hub_source_says_what_was_chosen(hub):
-    assert read_documents("wikitext").source == {
+    assert read_documents("wikitext", max_chars=1).source == {
         "dataset": "Salesforce/wikitext", "config": "wikitext-103-raw-v1", "split": "test", "column": "text",
         "separator": "\n\n",
     }  # fmt: skip
 
 
-def test_missing_split_names_those_there_are(hub):
-    with pytest.raises(ValueError, match="no split train: choose one of dev, test"):
-        read_documents("someone/something", split="train")
+def test_missing_split_or_column_names_those_there_are(hub):
+    with pytest.raises(ValueError, match="no split dev: choose one of train, validation, test"):
+        read_documents("someone/something", split="dev")
+    with pytest.raises(ValueError, match=r"text column body not found: choose a string one of text \(string\)"):
+        read_documents("someone/something", text_column="body")
+
+
+@pytest.fixture
+def prepared(tmp_path, monkeypatch):
+    """A cache as `datasets.load_dataset("someone/something")` leaves it."""
+    folder = tmp_path / "something"
+    folder.mkdir()
+    for split in ("train", "test"):
+        write(folder / f"{split}.jsonl", [{"text": split}, {"text": "b"}])
+    datasets.load_dataset(str(folder), cache_dir=str(tmp_path / "local"))
+    (made,) = tmp_path.glob("local/something/default*/*/*/dataset_info.json")
+    shutil.copytree(made.parent, tmp_path / "cache/someone___something/default/0.0.0/0123")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(params=["offline", "no network"])
+def unreachable(request, monkeypatch):
+    if request.param == "no network":
+        monkeypatch.setattr(data.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(data.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+
+
+def test_prepared_copy_is_read_without_a_network(unreachable, prepared):
+    assert read_documents("someone/something").text == "test\n\nb"
+    assert read_documents("someone/something", split="train", max_chars=5).text == "train"
+    with pytest.raises(ValueError, match="no split dev: choose one of train, test"):
+        read_documents("someone/something", split="dev")
+
+
+def test_without_a_network_or_a_copy_the_ways_out_are_named(unreachable, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="cannot read the Hub data set 'Salesforce/wikitext'") as caught:
+        read_documents("wikitext")
+    assert time.monotonic() - began < 10
+    for part in ("is out of reach", "Couldn't find cache", "--dataset FILE", "load_dataset('Salesforce/wikitext'"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(("arguments", "code"), [({"max_chars": 1}, 0), ({"text_column": "body"}, 1)])
+def test_python_exits_cleanly_after_a_scan_that_was_stopped(arguments, code, tmp_path):
+    # Arrow's threads used to abort the process here.
+    pq.write_table(pa.table({"text": ["row"] * 5000}), tmp_path / "test.parquet", row_group_size=1000)
+    script = f"""if True:
+        import datasets
+        from types import SimpleNamespace
+        from tracing_jax import data
+        builder = datasets.load_dataset_builder({str(tmp_path)!r}, cache_dir={str(tmp_path / "cache")!r})
+        datasets.load_dataset_builder = lambda *_: builder
+        data.get_session = lambda: SimpleNamespace(head=lambda *_, **__: None)
+        print(data.read_documents("someone/something", **{arguments}).text)
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == code, done.stderr
+    assert done.stdout.strip() == "row" if code == 0 else "text column body not found" in done.stderr

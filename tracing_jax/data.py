@@ -10,9 +10,11 @@ which prefix of the text they cover, and the other tokenizer encodes exactly tha
 Letters: N blocks, T positions per block, M tokens.
 """
 
+import gc
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -20,12 +22,16 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from huggingface_hub import constants, get_session
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from jaxtyping import Int32, Int64
 
 if TYPE_CHECKING:
+    import datasets
     import transformers
 
 Source: TypeAlias = dict[str, str | int | None]
+Tables: TypeAlias = Generator[tuple[str, pa.Table], None, None]  # each with where it comes from
 Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
 
 # name -> (Hub id, configuration)
@@ -90,11 +96,14 @@ def read_documents(
     split: str | None = None,
     text_column: str | None = None,
     separator: str = "\n\n",
+    max_chars: int | None = None,
 ) -> Documents:
-    r"""Returns the text of a named data set, of one on the Hub, or of local files.
+    r"""Returns the text, or its start, of a named data set, of one on the Hub, or of local files.
 
     Rows are joined by a blank line, as is usual for perplexity on WikiText, whose rows are the lines of the articles. A
-    .txt file is one document; a folder's files are taken in the order of their names, without subfolders.
+    .txt file is one document; a folder's files are taken in the order of their names, without subfolders. A Hub data
+    set is read over the network from the files of its split alone; without a network, from the copy, if there is one,
+    that `datasets.load_dataset` once prepared in its cache.
 
     Args:
         dataset: A key of `NAMED_DATASETS`; a path to a .txt, .json, .jsonl or .parquet file, or to a folder of such
@@ -103,6 +112,7 @@ def read_documents(
         split: The split of a Hub data set. None: "test", or the only one.
         text_column: The column that holds the text. None: "text", or the only column of strings.
         separator: What stands between two documents.
+        max_chars: Nothing is read after the row with which the text has so many characters. None: all is read.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -113,12 +123,13 @@ def read_documents(
     if dataset not in NAMED_DATASETS and _is_local(dataset):
         if subset or split:
             raise ValueError(f"{dataset} is local, it has no subset or split ({subset=}, {split=}): leave both unset")
-        text_column, rows = _read_files(Path(dataset).expanduser(), text_column)
+        tables = _file_tables(Path(dataset).expanduser())
     else:
         dataset, default_subset = NAMED_DATASETS.get(dataset, (dataset, None))
         subset = subset or default_subset
-        split, table = _read_hub(dataset, subset, split)
-        text_column, rows = _column_of_text(table, text_column, dataset)
+        split, tables = _hub_tables(dataset, subset, split)
+    with closing(tables):
+        text_column, rows = _read_rows(tables, text_column, max_chars, len(separator))
     text = separator.join(rows)
     if not text.strip():
         raise ValueError(f"{dataset}: no text in column {text_column!r} ({len(rows)} rows, {split=}): name another")
@@ -222,24 +233,36 @@ def _is_local(dataset: str) -> bool:
     return path.exists() or path.suffix in _READERS or dataset.startswith(("/", ".", "~")) or dataset.count("/") > 1
 
 
-def _read_files(path: Path, text_column: str | None) -> tuple[str, list[str]]:
-    """Returns the text column, the same in all files, and the documents of a file or of a folder's files."""
+def _read_rows(
+    tables: Tables, text_column: str | None, max_chars: int | None, separator_chars: int
+) -> tuple[str | None, list[str]]:
+    """Returns the text column, the same in all tables, and its rows until they, joined, have `max_chars`."""
+    rows: list[str] = []
+    chars = -separator_chars
+    for where, table in tables:
+        text_column, column = _column_of_text(table, text_column, where)
+        for row in column:
+            rows.append(row)
+            chars += separator_chars + len(row)
+            if max_chars is not None and chars >= max_chars:
+                return text_column, rows
+    return text_column, rows
+
+
+def _file_tables(path: Path) -> Tables:
+    """Yields the rows of a file, or of each of a folder's files."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     paths = sorted(path.iterdir()) if path.is_dir() else [path]
     paths = [path for path in paths if path.suffix in _READERS]
     if not paths:
         raise ValueError(f"{path}: not a file, or a folder with files, of the kinds {', '.join(_READERS)}")
-    documents: list[str] = []
     for path in paths:
         try:
             table = _READERS[path.suffix](path)
         except (ValueError, pa.ArrowException) as error:  # UTF-8 and JSON errors are ValueErrors
             raise ValueError(f"{path}: cannot be read as {path.suffix}: {error}") from error
-        text_column, rows = _column_of_text(table, text_column, str(path))
-        documents += rows
-    assert text_column is not None
-    return text_column, documents
+        yield str(path), table
 
 
 def _read_text(path: Path) -> pa.Table:
@@ -265,25 +288,60 @@ _READERS: dict[str, Callable[[Path], pa.Table]] = {
 }
 
 
-def _read_hub(dataset: str, subset: str | None, split: str | None) -> tuple[str, pa.Table]:
-    """Returns the split and its rows; what is missing is reported before the rows are downloaded, where it is known."""
-    import datasets
-
-    try:
-        builder = datasets.load_dataset_builder(dataset, subset)
-        if not builder.info.splits:
-            builder.download_and_prepare()
-    except Exception as error:  # the Hub's, the network's and the files' errors have no common class
-        raise ValueError(
-            f"cannot read the Hub data set {dataset!r} ({subset=}): {error}\nExpected a path, a Hub id or one of "
-            f"{', '.join(NAMED_DATASETS)}; without a network, read it once on a connected machine with the same cache"
-        ) from error
-    splits = list(builder.info.splits)
+def _hub_tables(dataset: str, subset: str | None, split: str | None) -> tuple[str, Tables]:
+    """Returns the split and its rows, which are read as they are asked for; no file of another split is opened."""
+    with _hub_errors(dataset, subset):
+        builder = _hub_builder(dataset, subset)
+    files = builder.config.data_files  # by split; None for a prepared copy
+    splits = [str(name) for name in files or builder.info.splits or ()]
     split = split or ("test" if "test" in splits else splits[0] if len(splits) == 1 else None)
     if split is None or split not in splits:
         raise ValueError(f"{dataset}: no split {split or 'was chosen'}: choose one of {', '.join(splits)}")
-    builder.download_and_prepare()
-    return split, builder.as_dataset(split=split).with_format("arrow")[:]
+    if files:  # datasets would open the first file of the first split to learn the columns
+        builder.config.data_files = {split: files[split]}
+    return split, _stream(builder, dataset, subset, split)
+
+
+def _stream(builder: "datasets.DatasetBuilder", dataset: str, subset: str | None, split: str) -> Tables:
+    """Yields one row at a time: a longer table would be filled from the split's next file."""
+    with _hub_errors(dataset, subset):
+        try:
+            for table in builder.as_streaming_dataset(split=split).with_format("arrow").iter(batch_size=1):
+                yield dataset, table
+        finally:  # a Parquet scan that was not read to its end, if it outlives Python's modules, aborts the process
+            gc.collect()
+
+
+def _hub_builder(dataset: str, subset: str | None) -> "datasets.DatasetBuilder":
+    """Returns the builder of a Hub data set or, if the Hub is out of reach, of its newest prepared copy."""
+    import datasets
+    from datasets.packaged_modules.cache.cache import Cache
+
+    try:
+        # Any answer will do. Asked first because datasets would try for half a minute before it turns to its cache.
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except (HTTPError, OfflineModeIsEnabled) as error:
+        name, copy = dataset.rpartition("/")[2], {"version": "auto", "hash": "auto"}
+        try:
+            return Cache(repo_id=dataset, dataset_name=name, config_name=subset, **copy)
+        except ValueError as missing:
+            raise ConnectionError(f"{constants.ENDPOINT} is out of reach ({type(error).__name__}). {missing}") from None
+    return datasets.load_dataset_builder(dataset, subset)
+
+
+@contextmanager
+def _hub_errors(dataset: str, subset: str | None) -> Iterator[None]:
+    """Turns whatever goes wrong inside into a ValueError that says what to do."""
+    try:
+        yield
+    except Exception as error:  # the Hub's, the network's and the files' errors have no common class
+        # Requests, whose addresses may be signed, are not quoted.
+        reason = type(error).__name__ if isinstance(error, HTTPError) else error
+        raise ValueError(
+            f"cannot read the Hub data set {dataset!r} ({subset=}): {reason}\nExpected a path, a Hub id or one of "
+            f"{', '.join(NAMED_DATASETS)}. Without a network, give a local text file (--dataset FILE), or copy the "
+            f"cache of datasets from a machine where datasets.load_dataset({dataset!r}, {subset!r}) has run"
+        ) from None
 
 
 def _column_of_text(table: pa.Table, wanted: str | None, where: str) -> tuple[str, list[str]]:
