@@ -17,8 +17,16 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tracing_jax import data
-from tracing_jax.data import Documents, load_tokenizer, read_documents, same_tokenizer, shared_tokens, token_blocks
+from tracing_jax.data import (
+    Documents,
+    load_tokenizer,
+    read_documents,
+    same_tokenizer,
+    shared_tokens,
+    token_blocks,
+)
+from tracing_jax.data import blocks as blocks_module
+from tracing_jax.data import documents as documents_module
 
 TEXT = "".join(
     f"The {n}th fox said:  “naïve”, {n * n} times.\n\n Ωmega — 漢字 🦊 {chr(0x4E00 + n)} привет\tand so on, and on;\r\n"
@@ -134,7 +142,7 @@ def test_another_tokenizer_encodes_exactly_the_text_that_the_base_covers():
 
 @pytest.mark.parametrize("piece_chars", [10, 100, 1000])
 def test_pieces_of_a_long_text_keep_every_character(piece_chars, monkeypatch):
-    monkeypatch.setattr(data, "_PIECE_CHARS", piece_chars)
+    monkeypatch.setattr(blocks_module, "_PIECE_CHARS", piece_chars)
     tokenizer = byte_level()
     blocks = token_blocks(DOCUMENTS, tokenizer, block_size=2, bos=False)
     decoded = tokenizer.decode(blocks.tokens.ravel(), clean_up_tokenization_spaces=False)
@@ -143,8 +151,8 @@ def test_pieces_of_a_long_text_keep_every_character(piece_chars, monkeypatch):
 
 
 def test_pieces_end_with_lines_where_they_can(monkeypatch):
-    monkeypatch.setattr(data, "_PIECE_CHARS", 6)
-    assert list(data._pieces("ab\ncd\nefghijklm\n")) == [(0, "ab\ncd\n"), (6, "efghij"), (12, "klm\n")]
+    monkeypatch.setattr(blocks_module, "_PIECE_CHARS", 6)
+    assert list(blocks_module._pieces("ab\ncd\nefghijklm\n")) == [(0, "ab\ncd\n"), (6, "efghij"), (12, "klm\n")]
 
 
 def test_text_longer_than_the_model_raises_no_warning(tokenizer, caplog):
@@ -337,7 +345,7 @@ def hub(request, tmp_path, monkeypatch):
         return load(str(tmp_path / "repository"), cache_dir=str(tmp_path / "cache"))
 
     monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
-    monkeypatch.setattr(data, "get_session", lambda: SimpleNamespace(head=lambda *_, **__: None))
+    monkeypatch.setattr(documents_module, "get_session", lambda: SimpleNamespace(head=lambda *_, **__: None))
     return asked
 
 
@@ -380,8 +388,8 @@ def prepared(tmp_path, monkeypatch):
 @pytest.fixture(params=["offline", "no network"])
 def unreachable(request, monkeypatch):
     if request.param == "no network":
-        monkeypatch.setattr(data.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(data.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+        monkeypatch.setattr(documents_module.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(documents_module.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
 
 
 def test_prepared_copy_is_read_without_a_network(unreachable, prepared):
@@ -408,11 +416,11 @@ def test_python_exits_cleanly_after_a_scan_that_was_stopped(arguments, code, tmp
     script = f"""if True:
         import datasets
         from types import SimpleNamespace
-        from tracing_jax import data
+        from tracing_jax.data import documents
         builder = datasets.load_dataset_builder({str(tmp_path)!r}, cache_dir={str(tmp_path / "cache")!r})
         datasets.load_dataset_builder = lambda *_: builder
-        data.get_session = lambda: SimpleNamespace(head=lambda *_, **__: None)
-        print(data.read_documents("someone/something", **{arguments}).text)
+        documents.get_session = lambda: SimpleNamespace(head=lambda *_, **__: None)
+        print(documents.read_documents("someone/something", **{arguments}).text)
     """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == code, done.stderr

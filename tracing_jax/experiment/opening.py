@@ -21,6 +21,9 @@ from tracing_jax.data import (
 from tracing_jax.experiment.settings import DEMO, ConfigError, names_in
 from tracing_jax.statistics import REGISTRY, Statistic, Vocabularies
 
+# No tokenizer averages more over a text; reading stops there, however large the data set is.
+_MAX_CHARS_PER_TOKEN = 32
+
 
 @dataclass(frozen=True)
 class Opened:
@@ -113,6 +116,7 @@ def _documents(config: ConfigDict) -> Documents:
         subset=config.dataset_subset,
         split=config.dataset_split,
         text_column=config.text_column,
+        max_chars=_MAX_CHARS_PER_TOKEN * config.num_tokens,
     )
 
 

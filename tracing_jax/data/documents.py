@@ -1,53 +1,28 @@
-"""Text as blocks of token ids, with the number of UTF-8 bytes that the predicted tokens of each block stand for.
-
-Two models are compared on the same text. If they share a tokenizer they share the blocks; if not, the base's blocks say
-which prefix of the text they cover, and the other tokenizer encodes exactly that prefix:
-
-    documents = read_documents("wikitext")
-    base_blocks = token_blocks(documents, base_tokenizer, block_size=512, num_tokens=100_000)
-    ft_blocks = token_blocks(documents.prefix(base_blocks.text_chars), ft_tokenizer, block_size=512)
-
-Letters: N blocks, T positions per block, M tokens.
-"""
+"""Where text comes from: named data sets, data sets of the Hub, and local files."""
 
 import gc
-import hashlib
 import json
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import constants, get_session
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
-from jaxtyping import Int32, Int64
 
 if TYPE_CHECKING:
     import datasets
-    import transformers
 
 Source: TypeAlias = dict[str, str | int | None]
 Tables: TypeAlias = Generator[tuple[str, pa.Table], None, None]  # each with where it comes from
-Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
 
 # name -> (Hub id, configuration)
 NAMED_DATASETS: dict[str, tuple[str, str | None]] = {
     "wikitext": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
 }
-
-# Tokenizers see at most so many characters at once, which bounds memory. The test splits of WikiText fit in one piece,
-# so they are tokenised whole, as is usual where perplexities are reported.
-_PIECE_CHARS = 1 << 21
-
-# The files that tokenizers of causal language models are stored in. Without any of them some transformers classes
-# (Qwen2, Gemma) silently build an empty tokenizer.
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-
-_PROBE = "The 3 quick  foxes\tjumped,\n\n\tover 1,024 dogs' naïve Ωmega — 漢字かな, Привет, 🦊👩‍🚀!\r\n    x_1 == 0\n"
 
 
 @dataclass(frozen=True)
@@ -65,28 +40,6 @@ class Documents:
     def prefix(self, chars: int) -> "Documents":
         """Returns the first `chars` characters of the text, with the same source."""
         return replace(self, text=self.text[:chars])
-
-
-@dataclass(frozen=True)
-class TokenBlocks:
-    """Token ids cut into blocks of equal length, each to be scored on its own.
-
-    Attributes:
-        tokens: Token ids. Position 0 is given, positions 1..T-1 are predicted.
-        num_bytes: UTF-8 bytes of the text of each block's predicted tokens.
-        text_chars: The blocks cover exactly so many characters from the start of the text.
-        source: The documents' source, and bos (whether each block starts with the BOS token) and block_size (T).
-    """
-
-    tokens: Int32[np.ndarray, "N T"]
-    num_bytes: Int64[np.ndarray, " N"]
-    text_chars: int
-    source: Source
-
-    @property
-    def sha256(self) -> str:
-        """The hexadecimal digest of the tokens and of their shape."""
-        return hashlib.sha256(f"{self.tokens.shape}".encode() + self.tokens.astype("<i4").tobytes()).hexdigest()
 
 
 def read_documents(
@@ -135,96 +88,6 @@ def read_documents(
         raise ValueError(f"{dataset}: no text in column {text_column!r} ({len(rows)} rows, {split=}): name another")
     origin = {"dataset": dataset, "config": subset, "split": split}
     return Documents(text, {**origin, "column": text_column, "separator": separator})
-
-
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Returns the fast tokenizer stored in a checkpoint's folder; code in the folder is never run.
-
-    Raises:
-        FileNotFoundError: The folder holds no tokenizer.
-        ValueError: transformers cannot load it, or only as a slow tokenizer, which knows no character offsets.
-    """
-    folder = Path(folder).expanduser()
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise FileNotFoundError(
-            f"{folder}: no tokenizer, expected one of {', '.join(_TOKENIZER_FILES)}: "
-            "copy the files of the tokenizer the model was trained with into the folder"
-        )
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # the Rust reader raises plain Exception
-        raise ValueError(f"{folder}: transformers cannot load this tokenizer: {error}") from error
-    if not tokenizer.is_fast:
-        raise ValueError(f"{folder}: a slow tokenizer, expected a fast one: add its tokenizer.json to the folder")
-    return tokenizer
-
-
-def token_blocks(
-    documents: Documents,
-    tokenizer: Tokenizer,
-    *,
-    block_size: int,
-    num_tokens: int | None = None,
-    bos: Literal["auto"] | bool = "auto",
-) -> TokenBlocks:
-    """Returns the start of the text as whole blocks of tokens; what does not fill a block is left out.
-
-    The text is tokenised without special tokens. A token's bytes run from the end of the token before it to its own
-    end, so tokens that share a character never count it twice.
-
-    Args:
-        documents: The text.
-        tokenizer: A fast tokenizer.
-        block_size: T, the BOS token included.
-        num_tokens: At most so many tokens are used, BOS tokens included. None: all.
-        bos: Whether each block starts with the BOS token. "auto": if the tokenizer starts an encoded text with it.
-
-    Raises:
-        ValueError: There is no whole block, no position to predict, or no BOS token where one is asked for.
-    """
-    bos_id = _bos_id(tokenizer, bos)
-    width = block_size - (bos_id is not None)  # text tokens per block
-    if block_size < 2 or (num_tokens is not None and num_tokens < block_size):
-        raise ValueError(f"{block_size=}, {num_tokens=}: block_size must be 2 or more, num_tokens at least block_size")
-    limit = None if num_tokens is None else num_tokens // block_size * width
-    ids, end_chars = _encode(documents.text, tokenizer, limit)
-    used = len(ids) // width * width
-    if used == 0:
-        raise ValueError(
-            f"{documents.source['dataset']}: the text has {len(ids)} tokens, a block of {block_size} needs {width}: "
-            "give a longer text or a smaller block_size"
-        )
-    tokens, ends = ids[:used].reshape(-1, width), end_chars[:used].reshape(-1, width)
-    text_chars = int(ends[-1, -1])
-    ends = _byte_positions(documents.text[:text_chars])[ends]
-    starts = ends[:, 0]  # the first token is given, the next starts where it ends
-    if bos_id is not None:
-        tokens = np.insert(tokens, 0, bos_id, axis=1)
-        starts = np.insert(ends[:-1, -1], 0, 0)
-    source = {**documents.source, "bos": bos_id is not None, "block_size": block_size}
-    return TokenBlocks(tokens, ends[:, -1] - starts, text_chars, source)
-
-
-def same_tokenizer(a: Tokenizer, b: Tokenizer) -> bool:
-    """Returns whether both give every token the same id and split a probe text alike, so that blocks can be shared.
-
-    Whether they add a BOS token does not matter: `token_blocks` decides that.
-    """
-    encodings = [tokenizer(_PROBE, add_special_tokens=False, verbose=False)["input_ids"] for tokenizer in (a, b)]
-    return encodings[0] == encodings[1] and a.get_vocab() == b.get_vocab()
-
-
-def shared_tokens(a: Tokenizer, b: Tokenizer) -> tuple[Int32[np.ndarray, " M"], Int32[np.ndarray, " M"]]:
-    """Returns the ids in a and in b of the tokens both know, paired by token string and sorted by it.
-
-    The strings are those of the vocabularies, so tokenizers that spell a space differently share few tokens.
-    """
-    vocab_a, vocab_b = a.get_vocab(), b.get_vocab()
-    shared = sorted(vocab_a.keys() & vocab_b.keys())
-    ids_a, ids_b = ([vocab[token] for token in shared] for vocab in (vocab_a, vocab_b))
-    return np.array(ids_a, np.int32), np.array(ids_b, np.int32)
 
 
 def _is_local(dataset: str) -> bool:
@@ -352,47 +215,3 @@ def _column_of_text(table: pa.Table, wanted: str | None, where: str) -> tuple[st
         columns = ", ".join(f"{field.name} ({field.type})" for field in table.schema)
         raise ValueError(f"{where}: text column {wanted or '(not given)'} not found: choose a string one of {columns}")
     return column, table.column(column).drop_null().to_pylist()
-
-
-def _bos_id(tokenizer: Tokenizer, bos: Literal["auto"] | bool) -> int | None:
-    """Returns the id that each block starts with, if any."""
-    bos_id = tokenizer.bos_token_id
-    if bos == "auto":
-        bos = bos_id is not None and tokenizer("a")["input_ids"][:1] == [bos_id]
-    if bos and bos_id is None:
-        raise ValueError('bos=True, but the tokenizer has no BOS token: set bos to False or "auto"')
-    return bos_id if bos else None
-
-
-def _encode(
-    text: str, tokenizer: Tokenizer, limit: int | None
-) -> tuple[Int32[np.ndarray, " M"], Int64[np.ndarray, " M"]]:
-    """Returns the first `limit` token ids and the character position where each ends, never decreasing."""
-    ids: list[int] = []
-    ends: list[int] = []
-    for start, piece in _pieces(text):
-        # Not verbose: a text longer than the model's context is no mistake here.
-        encoded = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids += encoded["input_ids"]
-        ends += [start + end for _, end in encoded["offset_mapping"]]
-        if limit is not None and len(ids) >= limit:
-            break
-    return np.array(ids[:limit], np.int32), np.maximum.accumulate(np.array(ends[:limit], np.int64))
-
-
-def _pieces(text: str) -> Iterator[tuple[int, str]]:
-    """Yields the text in pieces, cut after a line where possible, each with the position where it starts."""
-    start = 0
-    while start < len(text):
-        end = start + _PIECE_CHARS
-        if end < len(text):
-            end = text.rfind("\n", start, end) + 1 or end
-        yield start, text[start:end]
-        start = end
-
-
-def _byte_positions(text: str) -> Int64[np.ndarray, " positions"]:
-    """Returns where each character starts in the text's UTF-8 bytes, and where the last one ends."""
-    points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-    sizes = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
-    return np.concatenate([[0], np.cumsum(sizes)])

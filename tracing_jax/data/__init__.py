@@ -1,0 +1,26 @@
+"""Text as blocks of token ids, with the number of UTF-8 bytes that the predicted tokens of each block stand for.
+
+Two models are compared on the same text. If they share a tokenizer they share the blocks; if not, the base's blocks say
+which prefix of the text they cover, and the other tokenizer encodes exactly that prefix:
+
+    documents = read_documents("wikitext")
+    base_blocks = token_blocks(documents, base_tokenizer, block_size=512, num_tokens=100_000)
+    ft_blocks = token_blocks(documents.prefix(base_blocks.text_chars), ft_tokenizer, block_size=512)
+
+Letters: N blocks, T positions per block, M tokens.
+"""
+
+from tracing_jax.data.blocks import TokenBlocks, Tokenizer, load_tokenizer, same_tokenizer, shared_tokens, token_blocks
+from tracing_jax.data.documents import NAMED_DATASETS, Documents, read_documents
+
+__all__ = [
+    "NAMED_DATASETS",
+    "Documents",
+    "TokenBlocks",
+    "Tokenizer",
+    "load_tokenizer",
+    "read_documents",
+    "same_tokenizer",
+    "shared_tokens",
+    "token_blocks",
+]
