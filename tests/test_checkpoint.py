@@ -70,13 +70,11 @@ class _Counting:
 
     def __init__(self, store: Any) -> None:
         self._store, self.reads = store, Counter[str]()
+        self.names, self.shape, self.dtype, self.files = store.names, store.shape, store.dtype, store.files
 
     def read(self, name: str, *index: Any) -> np.ndarray:
         self.reads[name] += 1
         return self._store.read(name, *index)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._store, name)
 
 
 def _counted(checkpoint: Checkpoint) -> tuple[Checkpoint, Counter[str]]:
