@@ -195,7 +195,7 @@ def _losses(arch: Arch, params: Tree, blocks: Int[Array, "N T"]) -> Float[Array,
     return jax.lax.map(lambda model: demo.mean_loss(arch, model, blocks), params)
 
 
-_ZOO_DIR = flags.DEFINE_string("zoo_dir", "zoo", "folder that keeps the trained models")
+ZOO_DIR = flags.DEFINE_string("zoo_dir", "zoo", "folder that keeps the trained models")
 _RECIPES = flags.DEFINE_list("recipes", list(RECIPES), f"zoos to train, of {', '.join(RECIPES)}")
 
 
@@ -205,7 +205,7 @@ def main(argv: list[str]) -> None:
     use_all_cores()
     rows = []
     for name in _RECIPES.value:
-        facts = zoo(RECIPES[name], _ZOO_DIR.value).facts
+        facts = zoo(RECIPES[name], ZOO_DIR.value).facts
         sizes, losses = facts["recipe"]["models"], facts["loss_nats_per_token"]
         means = [float(np.mean(losses[str(snapshot)])) for snapshot in SNAPSHOTS]
         spread = float(np.std(losses["1.0"]))
