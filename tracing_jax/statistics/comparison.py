@@ -83,7 +83,7 @@ def one_test(
     combined: str,
 ) -> Test:
     """Returns one test of these log p-values, beside what was compared."""
-    values: dict[str, Sequence[float]] = {
+    values: dict[str, Sequence[float | int]] = {
         "units": [c.units for c in comparisons],
         "agreeing": [c.agreeing for c in comparisons],
         "r": [c.r for c in comparisons],

@@ -93,7 +93,7 @@ class Test:
     combined: str
     places: Sequence[str]
     log10_ps: Sequence[float] | None
-    values: Mapping[str, Sequence[float]]
+    values: Mapping[str, Sequence[float | int]]
     decides: bool = True
 
 
