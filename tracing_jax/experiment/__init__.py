@@ -25,7 +25,7 @@ from tracing_jax.record import FORMAT, RunFiles, atomic_write, commit, legacy_di
 from tracing_jax.report import figure_of_family, figure_of_run, html, save_png
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.source import InMemory, permute_in_place
-from tracing_jax.statistics import Pair, Result
+from tracing_jax.statistics import Pair, Result, verdict
 from tracing_jax.symmetry import random_permutations, share_moved
 
 __all__ = ["ConfigError", "run", "save", "trace"]
@@ -82,6 +82,7 @@ def trace(config: ConfigDict) -> dict[str, Any]:
             permutation = _permute(config, pair)
     with clock.step("statistic"):
         before = _compute(opened, pair)
+    judged = verdict(before, config.level)
     after: dict[str, Result] = {}
     if config.align and not opened.not_alignable:
         with clock.step("align"):
@@ -111,6 +112,7 @@ def trace(config: ConfigDict) -> dict[str, Any]:
                 name: {"non_aligned": before[name].as_dict(), "aligned": after[name].as_dict() if after else None}
                 for name in before
             },
+            "verdict": judged.as_dict(),
             "perplexity": perplexity,
             "seconds": clock.seconds,
             "notes": opened.notes,
@@ -139,7 +141,9 @@ def _load(config: ConfigDict, opened: Opened) -> Pair:
     base, ft = (load(checkpoint, mesh, config.cache_dir) for checkpoint in (opened.base, opened.ft))
     tokens = None if opened.blocks_base is None else opened.blocks_base.tokens
     compute = Compute(mesh, config.batch_size, DTYPES[config.dtype])
-    return Pair(base, ft, opened.vocabularies, tokens, compute, config.seed)
+    return Pair(
+        base, ft, opened.vocabularies, tokens, compute, config.seed, blocks=opened.paired, controls=opened.controls
+    )
 
 
 def _permute(config: ConfigDict, pair: Pair) -> dict[str, Any]:

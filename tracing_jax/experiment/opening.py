@@ -11,8 +11,11 @@ from tracing_jax.alignment import alignment_problems
 from tracing_jax.checkpoint import Checkpoint, open_checkpoint
 from tracing_jax.data import (
     Documents,
+    PairedBlocks,
     TokenBlocks,
     load_tokenizer,
+    paired_on_bytes,
+    paired_one_to_one,
     read_documents,
     same_tokenizer,
     shared_tokens,
@@ -37,6 +40,8 @@ class Opened:
     vocabularies: Vocabularies
     blocks_base: TokenBlocks | None
     blocks_ft: TokenBlocks | None
+    paired: PairedBlocks | None
+    controls: tuple[Checkpoint, ...]
     notes: list[str]
 
 
@@ -56,13 +61,17 @@ def open_pair(config: ConfigDict) -> Opened:
         lines = [f"{name}: {problem}" for name, problem in not_applicable.items()]
         raise ConfigError(f"{base.id} and {ft.id} cannot be compared: " + "\n  ".join(lines))
     not_alignable = "; ".join(_alignment_problems(config, base, ft, vocabularies)) if config.align else None
-    blocks_base = blocks_ft = None
+    blocks_base = blocks_ft = paired = None
     if needs_tokens:
-        blocks_base, blocks_ft = _blocks(config, tokenizer_base, tokenizer_ft, vocabularies.same)
+        blocks_base, blocks_ft, paired = _blocks(config, tokenizer_base, tokenizer_ft, vocabularies.same)
+    controls = _controls(config, base)
     notes = _notes(base, ft, vocabularies, on_path="mode" in statistics and "mode" not in not_applicable)
     if not_alignable:
         notes.append(f"not aligned: {not_alignable}")
-    return Opened(base, ft, statistics, not_applicable, not_alignable, vocabularies, blocks_base, blocks_ft, notes)
+    return Opened(
+        base, ft, statistics, not_applicable, not_alignable, vocabularies, blocks_base, blocks_ft, paired, controls,
+        notes,
+    )  # fmt: skip
 
 
 def _alignment_problems(config: ConfigDict, base: Checkpoint, ft: Checkpoint, vocabularies: Vocabularies) -> list[str]:
@@ -99,13 +108,32 @@ def _vocabularies(base: Checkpoint, ft: Checkpoint, tokenizer_base: Any, tokeniz
     return Vocabularies(same_tokenizer(tokenizer_base, tokenizer_ft), ids_base[known], ids_ft[known])
 
 
-def _blocks(config: ConfigDict, tokenizer_base: Any, tokenizer_ft: Any, same: bool) -> tuple[TokenBlocks, TokenBlocks]:
-    """Returns the text as base's tokens, and the very same text as ft's."""
+def _controls(config: ConfigDict, base: Checkpoint) -> tuple[Checkpoint, ...]:
+    """Opens the models that are known to be independent of both; they must be of base's shape."""
+    found = tuple(open_checkpoint(_resolved(model_id)) for model_id in config.control_model_ids)
+    shape = ("num_layers", "embed_dim", "mlp_dim", "vocab_size")
+    lines = [
+        f"control model {control.id}: {name} {getattr(control.arch, name)}, expected base's {getattr(base.arch, name)}"
+        for control in found
+        for name in shape
+        if getattr(control.arch, name) != getattr(base.arch, name)
+    ]
+    if lines:
+        raise ConfigError("\n  ".join(["the control models do not fit:", *lines]))
+    return found
+
+
+def _blocks(
+    config: ConfigDict, tokenizer_base: Any, tokenizer_ft: Any, same: bool
+) -> tuple[TokenBlocks, TokenBlocks, PairedBlocks]:
+    """Returns the text as base's tokens, the very same text as ft's, and both block by block with paired positions."""
     documents = _documents(config)
     blocks = token_blocks(documents, tokenizer_base, block_size=config.block_size, num_tokens=config.num_tokens)
     if same:
-        return blocks, blocks
-    return blocks, token_blocks(documents.prefix(blocks.text_chars), tokenizer_ft, block_size=config.block_size)
+        return blocks, blocks, paired_one_to_one(blocks.tokens, blocks.tokens)
+    theirs = token_blocks(documents.prefix(blocks.text_chars), tokenizer_ft, block_size=config.block_size)
+    sizes = {"block_size": config.block_size, "num_tokens": config.num_tokens}
+    return blocks, theirs, paired_on_bytes(documents, tokenizer_base, tokenizer_ft, **sizes)
 
 
 def _documents(config: ConfigDict) -> Documents:
