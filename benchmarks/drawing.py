@@ -1,6 +1,6 @@
 """The figures of the benchmarks, in the style of the reports."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,3 +56,8 @@ def _excess(p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     x = np.repeat(np.sort(p), 2)
     steps = np.repeat(np.arange(len(p) + 1) / len(p), 2)[1:-1]
     return x, steps - x
+
+
+def convergence(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """The share of units that agree by convergence: by relative depth, by length of training, and by width."""
+    raise NotImplementedError
