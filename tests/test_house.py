@@ -21,7 +21,7 @@ _ROOMS = {
     "axes": "arch tree",
     "models": "arch tree",
     "sharding": "axes tree",
-    "symmetry": "axes tree",
+    "symmetry": "arch axes tree",
     "interpolate": "axes tree",
     "source": "arch symmetry interpolate sharding axes tree",
     "checkpoint": "source models sharding axes arch tree",
