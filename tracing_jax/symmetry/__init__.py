@@ -4,6 +4,7 @@ Permutations act on any pytree. Rewrites (`Rotation`, `UnitScaling`, ...) act on
 their facts; `source.disguised` applies a sequence of them.
 """
 
+from tracing_jax.symmetry.draw import DRAWN, draw_rewrites, rewrite_names
 from tracing_jax.symmetry.maps import QueryKeyMaps, UnitScaling, ValueMixing
 from tracing_jax.symmetry.permutation import (
     Dims,
@@ -29,14 +30,20 @@ from tracing_jax.symmetry.rewrite import (
     rewritten,
     steps,
 )
+from tracing_jax.symmetry.structure import IdentityLayer, LayerRemoval, Padding, Renaming
 
 __all__ = [
+    "DRAWN",
     "Dims",
     "GainScaling",
     "GainSetting",
+    "IdentityLayer",
+    "LayerRemoval",
+    "Padding",
     "Permutation",
     "Permutations",
     "QueryKeyMaps",
+    "Renaming",
     "Rewrite",
     "Rotation",
     "UnitScaling",
@@ -46,6 +53,7 @@ __all__ = [
     "check_permutations",
     "check_rewrites",
     "compose",
+    "draw_rewrites",
     "feeding_norms",
     "gains_in",
     "identity",
@@ -54,6 +62,7 @@ __all__ = [
     "permute",
     "permute_leaf",
     "random_permutations",
+    "rewrite_names",
     "rewritten",
     "share_moved",
     "steps",
