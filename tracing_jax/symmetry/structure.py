@@ -1,7 +1,7 @@
 """Rewrites that change what a model is made of: units and layers that do nothing, and other ids of its tokens."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -293,6 +293,14 @@ class Renaming(Rewrite):
         renamed = np.arange(arch.vocab_size, dtype=np.int32)
         renamed[ids] = stream(key, "vocab").permutation(ids)
         return cls(renamed)
+
+    @staticmethod
+    def composed(rewrites: Iterable[Rewrite]) -> Int[np.ndarray, " V"] | None:
+        """Returns the new id of each token after all renamings among the rewrites; None if there is none."""
+        new_ids = None
+        for renaming in (rewrite for rewrite in rewrites if isinstance(rewrite, Renaming)):
+            new_ids = renaming.new_ids if new_ids is None else renaming.new_ids[new_ids]
+        return new_ids
 
     @property
     def new_ids(self) -> Int[np.ndarray, " V"]:
