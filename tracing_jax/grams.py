@@ -197,7 +197,9 @@ class _Keeper:
         units = {tap: sampled_units(self.sample, found.cross.shape) for tap, found in sums.items()}
         return self.at[batch], jax.tree.map(jnp.asarray, units)
 
-    def joined(self, kept: Sequence[Mapping[str, tuple[np.ndarray, np.ndarray]]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    def joined(
+        self, kept: Sequence[Mapping[str, tuple[np.ndarray, np.ndarray]]]
+    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Returns the rows of all batches at the sampled positions, without those that only fill up."""
         if self.sample is None:
             return {}

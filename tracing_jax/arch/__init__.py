@@ -4,9 +4,18 @@ A llama-like block with flags covers every family here. Each attribute of a conf
 numbers alone, or an error: a setting that is skipped in silence gives wrong numbers.
 """
 
+from tracing_jax.arch.changing import change_config
 from tracing_jax.arch.facts import Arch, UnsupportedModelError
 from tracing_jax.arch.families import SUPPORTED_FAMILIES
 from tracing_jax.arch.reading import arch_from_config, read_arch
 from tracing_jax.arch.rope import SUPPORTED_ROPES
 
-__all__ = ["SUPPORTED_FAMILIES", "SUPPORTED_ROPES", "Arch", "UnsupportedModelError", "arch_from_config", "read_arch"]
+__all__ = [
+    "SUPPORTED_FAMILIES",
+    "SUPPORTED_ROPES",
+    "Arch",
+    "UnsupportedModelError",
+    "arch_from_config",
+    "change_config",
+    "read_arch",
+]
