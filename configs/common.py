@@ -30,6 +30,7 @@ def get_config(stat: str, arg: str = "") -> ConfigDict:
     config.csh_activation = "hidden"  # or up
     config.csu_all_pairs = False  # csu_all: every two matrices of equal shape, not only those of one name and layer
     config.match_forms = "forward,weights"  # match: activations on text, weights on shared embeddings, or both
+    config.match_all_gib = 4.0  # match_all: what the kept activations may take
     config.control_model_ids = ()  # match: models of base's shape known to be independent of both
 
     # The verdict: related below this level, undecided from there to 0.05, else independent.

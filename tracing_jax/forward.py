@@ -236,9 +236,9 @@ class _Path:
         )
 
 
-def _stacked(copies: Sequence[Permutations]) -> dict[str, jax.Array]:
+def _stacked(copies: Sequence[Permutations]) -> dict[str, np.ndarray]:
     """Returns axis -> the permutations of all copies, `[A, ...]`."""
-    return {axis: jnp.asarray(np.stack([copy[axis] for copy in copies])) for axis in copies[0]} if copies else {}
+    return {axis: np.stack([copy[axis] for copy in copies]) for axis in copies[0]} if copies else {}
 
 
 def _path(
@@ -246,7 +246,7 @@ def _path(
     ft: ParamSource | None,
     moving: frozenset[str],
     alphas: jax.Array,
-    stacked: Mapping[str, jax.Array],
+    stacked: Mapping[str, np.ndarray],
     prefix: str,
 ) -> _Path:
     """Returns the part under `prefix`; ft's is read only if something in it moves."""
@@ -254,7 +254,7 @@ def _path(
     leaves = flatten(part(ft, prefix)) if ft is not None and names else {}
     own = {name: leaves[name] for name in sorted(names)} if leaves else {}
     table = axis_table(base.arch)
-    moves = {name: unit_moves(table.leaves[prefix + name], stacked, table.within) for name in own}  # type: ignore[arg-type]
+    moves = {name: unit_moves(table.leaves[prefix + name], stacked, table.within) for name in own}
     moves = {name: (dims, indices) for name, (dims, indices) in moves.items() if dims}
     return _Path(
         part(base, prefix),

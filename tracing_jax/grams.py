@@ -20,15 +20,16 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from tracing_jax.activations import picked
+from tracing_jax.activations import mlp_step, picked
 from tracing_jax.arch import Arch
 from tracing_jax.data import PairedBlocks, paired_one_to_one
-from tracing_jax.models import TAPS, apply_block_with_taps, apply_embed, apply_mlp_with_taps, layer_inputs
+from tracing_jax.models import TAPS, apply_block_with_taps, apply_embed, layer_inputs
 from tracing_jax.sharding import Compute
 from tracing_jax.source import ParamSource
 from tracing_jax.tree import Tree
 
 _Pair = tuple[jax.Array, jax.Array]  # base's and ft's
+_HostPair = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def _hand_over(
     x = _embed_step(archs, jnp.float32, (sources[0].embed(), sources[1].embed()), tokens)
     rows = np.random.default_rng(sample.seed).permutation(blocks.num_pairs)[: sample.positions]
     for i in tqdm(range(archs[0].num_layers), desc=description, unit="layer", disable=None):
-        units = [_mlp_step(arch, taps, source.layer(i), y) for arch, source, y in zip(archs, sources, x)]
+        units = [mlp_step(arch, taps, source.layer(i), y) for arch, source, y in zip(archs, sources, x)]
         by_tap, samples = {}, {}
         for tap in taps:
             a, b = units[0][tap], units[1][tap]
@@ -298,12 +299,6 @@ def _added(sums: _Sums, rows: _Pair, weight: Float[Array, "B P"], is_first: bool
         (sums.square[0] + (weighted_a * a).sum((0, 1)), sums.square[1] + (weighted_b * b).sum((0, 1))),
         (shift_a, shift_b),
     )
-
-
-@functools.partial(jax.jit, static_argnames=("arch", "taps"))
-def _mlp_step(arch: Arch, taps: tuple[str, ...], layer: Tree, x: jax.Array) -> dict[str, Float[Array, "S U"]]:
-    found = apply_mlp_with_taps(arch, layer, x, taps)
-    return {tap: units.astype(jnp.float32).reshape(x.shape[1], -1) for tap, units in found.items()}
 
 
 @jax.jit
