@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from tracing_jax.arch import Arch
+from tracing_jax.arch import Arch, length_problem
 from tracing_jax.axes import axis_table
 from tracing_jax.interpolate import interpolate, moving_leaves
 from tracing_jax.models import apply_block, apply_embed, apply_head, layer_inputs
@@ -41,7 +41,7 @@ def path_losses(
     batch are kept.
 
     Raises:
-      ValueError: no tokens, or ids outside base's vocabulary.
+      ValueError: no tokens, blocks longer than base can read, or ids outside its vocabulary.
     """
     _check_tokens(tokens, base.arch)
     moving = moving_leaves(axis_table(base.arch), groups)
@@ -183,6 +183,8 @@ def _slice_length(length: int, bytes_per_position: int) -> int:
 def _check_tokens(tokens: np.ndarray, arch: Arch) -> None:
     if tokens.size == 0:
         raise ValueError("no token blocks to score")
+    if problem := length_problem(arch, tokens.shape[-1]):
+        raise ValueError(problem)
     # An index out of range gives NaN or the last row on a device, never an error.
     if tokens.min() < 0 or tokens.max() >= arch.vocab_size:
         raise ValueError(

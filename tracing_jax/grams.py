@@ -18,8 +18,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from tracing_jax.arch import Arch
-from tracing_jax.models import TAPS, apply_block_with_taps, apply_embed, layer_inputs
+from tracing_jax.arch import Arch, length_problem
+from tracing_jax.models import apply_block_with_taps, apply_embed, layer_inputs, taps_problem
 from tracing_jax.sharding import Compute
 from tracing_jax.source import ParamSource
 from tracing_jax.tree import Tree
@@ -46,12 +46,12 @@ def correlations(
 ) -> Iterator[tuple[int, dict[str, Float[np.ndarray, "U U2"]]]]:
     """Returns an iterator over (layer, {tap: Pearson correlation of base's units with ft's over all tokens}).
 
-    U counts the units of a tap (see `models.TAPS`): its axes after B and T, flattened. A unit that never varies has
+    U counts the units of a tap (see `models.tap_axes`): its axes after B and T, flattened. A unit that never varies has
     correlation 0 with every other. Weights lie on the mesh already, or on no particular device.
 
     Raises:
-      ValueError: models of different depth, unknown taps, no tokens, or ids outside a vocabulary; all at once, before
-        anything is computed.
+      ValueError: models of different depth, unknown taps, no tokens, blocks longer than a model can read, or ids
+        outside a vocabulary; all at once, before anything is computed.
     """
     _check(base.arch, ft.arch, tokens, taps)
     return _walk((base, ft), tokens, tuple(taps), compute, description)
@@ -168,8 +168,8 @@ def _check(base: Arch, ft: Arch, tokens: np.ndarray, taps: Sequence[str]) -> Non
     lines = []
     if base.num_layers != ft.num_layers:
         lines.append(f"base has {base.num_layers} layers, ft {ft.num_layers}; layers are compared one to one")
-    if unknown := sorted(set(taps) - set(TAPS)):
-        lines.append(f"unknown taps {', '.join(unknown)}; there are {', '.join(TAPS)}")
+    lines += dict.fromkeys(problem for arch in (base, ft) if (problem := taps_problem(arch, taps)))
+    lines += dict.fromkeys(problem for arch in (base, ft) if (problem := length_problem(arch, tokens.shape[-1])))
     if tokens.size == 0:
         lines.append("no token blocks")
     elif tokens.min() < 0 or tokens.max() >= min(base.vocab_size, ft.vocab_size):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from tracing_jax.checkpoint.entry import to_tensors
 from tracing_jax.checkpoint.layout import layout
 from tracing_jax.source import ParamSource, parts
 from tracing_jax.tree import flatten
@@ -86,6 +87,5 @@ def _shards(source: ParamSource, max_bytes: int) -> Iterator[dict[str, np.ndarra
 def _tensors(source: ParamSource) -> Iterator[tuple[str, np.ndarray]]:
     entries = layout(source.arch)
     for prefix, part in parts(source):
-        for name, leaf in flatten(part).items():
-            entry = entries[prefix + name]
-            yield entry.tensor, entry.to_tensor(np.asarray(leaf))
+        leaves = {prefix + name: np.asarray(leaf) for name, leaf in flatten(part).items()}
+        yield from to_tensors(entries, leaves).items()

@@ -1,11 +1,11 @@
 """What a record says of the models, the text, the alignment, the software and the machine."""
 
+import math
 import platform
 from dataclasses import fields
 from importlib import metadata
 from typing import Any
 
-import numpy as np
 from jax.sharding import Mesh
 
 from tracing_jax.alignment import Alignment
@@ -25,7 +25,7 @@ def model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "id": checkpoint.id,
         "revision": checkpoint.revision,
         "family": checkpoint.arch.family,
-        "parameters": sum(int(np.prod(entry.shape)) for entry in checkpoint.entries.values()),
+        "parameters": sum(math.prod(entry.shape) for entry in checkpoint.entries.values()),
         "shape": {name: getattr(checkpoint.arch, name) for name in _SHAPE},
         "files": file_hashes([checkpoint.folder / "config.json", *checkpoint.tensors.files()]),
     }
