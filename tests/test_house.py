@@ -29,7 +29,7 @@ _ROOMS = {
     "forward": "arch axes tree models source interpolate sharding",
     "grams": "arch axes tree models source interpolate sharding",
     "matching": "symmetry axes tree",
-    "alignment": "matching symmetry forward grams source sharding axes arch tree",
+    "alignment": "matching symmetry forward grams models source sharding axes arch tree",
     "statistics": "arch matching forward grams interpolate source symmetry sharding axes record tree",
     "report": "record",
     "sampling": "models source forward",

@@ -13,7 +13,17 @@ from tracing_jax.checkpoint import Checkpoint
 from tracing_jax.experiment.opening import Opened
 from tracing_jax.record import file_hashes
 
-_SHAPE = ("num_layers", "embed_dim", "mlp_dim", "num_kv_heads", "q_group", "head_dim", "vocab_size", "tied")
+_SHAPE = (
+    "num_layers",
+    "embed_dim",
+    "mlp_dim",
+    "num_kv_heads",
+    "q_group",
+    "head_dim",
+    "num_experts",
+    "vocab_size",
+    "tied",
+)
 _PACKAGES = (
     "tracing_jax", "jax", "jaxlib", "flax", "numpy", "scipy", "safetensors", "tokenizers", "transformers", "datasets"
 )  # fmt: skip
