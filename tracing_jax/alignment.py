@@ -177,7 +177,7 @@ def _similarities(
 
 
 def _similarity(arch: Arch, coordinate: Coordinate, correlation: Float[np.ndarray, "U U"]) -> Similarity:
-    """Returns the correlation of units; where the tap has more axes, such as those inside a head, the mean over them."""
+    """Returns the correlation of units; over other axes of their tap, such as the features of a head, the mean."""
     tap, sizes = tap_axes(arch)[TAP[kind_of(coordinate.axis)]], _sizes(arch)
     paired = [kind_of(axis) for axis in (coordinate.axis, coordinate.nested) if axis is not None]
     base = [chr(ord("a") + dim) for dim in range(len(tap))]
