@@ -155,7 +155,7 @@ def _by_activations(
         found |= solve(coordinate, similarity)
         before += value(coordinate, similarity, unmoved)
         after += value(coordinate, similarity, found)
-        pairs += similarity.units.shape[0] if similarity.nested is None else math.prod(similarity.nested.shape[:2])
+        pairs += math.prod(table.sizes[axis] for axis in (coordinate.axis, coordinate.nested) if axis is not None)
     return found, (before / pairs, after / pairs)
 
 
@@ -188,7 +188,7 @@ def _similarity(arch: Arch, coordinate: Coordinate, correlation: Float[np.ndarra
     found = found / np.float32(math.prod(sizes[kind] for kind in tap if kind not in paired))
     if coordinate.nested is None:
         return Similarity(found)
-    return Similarity(np.zeros((len(found), len(found)), np.float32), found)
+    return Similarity(np.zeros((len(found), len(found)), np.float32), lambda i, j: found[i, :, j])
 
 
 def _logits_moved(ft: InMemory, permutations: Permutations, seed: int) -> float:
