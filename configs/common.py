@@ -38,7 +38,7 @@ def get_config(stat: str, arg: str = "") -> ConfigDict:
 
     # Step 2, permute the fine-tuned model's own weights, and step 4, align it to base.
     config.permute = False
-    config.permute_axes = "embed,mlp"  # of embed, mlp, kv_heads, q_group
+    config.permute_axes = "embed,mlp"  # of embed, mlp, kv_heads, q_group, expert
     config.disguise = ""  # before that: of identity, pad, gains, units, values, queries, rotate, permute; or all
     config.align = False
     config.align_axes = "embed,mlp"

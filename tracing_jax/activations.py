@@ -28,8 +28,8 @@ def activations(
 ) -> Iterator[tuple[int, dict[str, Float[np.ndarray, "S U"]]]]:
     """Returns an iterator over (layer, {tap: activations in float32 at the S valid positions, in their order}).
 
-    U counts the units of a tap (see `models.TAPS`): its axes after B and T, flattened. The hidden states of all tokens
-    are kept, and of each layer only the S rows, which the caller may keep or not.
+    U counts the units of a tap (see `models.tap_axes`): its axes after B and T, flattened. The hidden states of all
+    tokens are kept, and of each layer only the S rows, which the caller may keep or not.
     """
     arch, taps = source.arch, tuple(taps)
     embed = source.embed()

@@ -21,9 +21,9 @@ from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 from tracing_jax.activations import mlp_step, picked
-from tracing_jax.arch import Arch
+from tracing_jax.arch import Arch, length_problem
 from tracing_jax.data import PairedBlocks, paired_one_to_one
-from tracing_jax.models import TAPS, apply_block_with_taps, apply_embed, layer_inputs
+from tracing_jax.models import apply_block_with_taps, apply_embed, layer_inputs, taps_problem
 from tracing_jax.sharding import Compute
 from tracing_jax.source import ParamSource
 from tracing_jax.tree import Tree
@@ -83,12 +83,12 @@ def correlations(
 ) -> Iterator[LayerCorrelations]:
     """Returns an iterator over the layers with the correlations of base's units with ft's at all paired positions.
 
-    U counts the units of a tap (see `models.TAPS`): its axes after B and T, flattened. A unit that never varies has
+    U counts the units of a tap (see `models.tap_axes`): its axes after B and T, flattened. A unit that never varies has
     correlation 0 with every other. Weights lie on the mesh already, or on no particular device.
 
     Raises:
-      ValueError: models of different depth, unknown taps, no tokens, or ids outside a vocabulary; all at once, before
-        anything is computed.
+      ValueError: models of different depth, unknown taps, no tokens, blocks longer than a model can read, or ids
+        outside a vocabulary; all at once, before anything is computed.
     """
     _check(base.arch, ft.arch, blocks, taps)
     return _walk((base, ft), blocks, tuple(taps), compute, description, sample)
@@ -324,8 +324,9 @@ def _check(base: Arch, ft: Arch, blocks: PairedBlocks, taps: Sequence[str]) -> N
     lines = []
     if base.num_layers != ft.num_layers:
         lines.append(f"base has {base.num_layers} layers, ft {ft.num_layers}; layers are compared one to one")
-    if unknown := sorted(set(taps) - set(TAPS)):
-        lines.append(f"unknown taps {', '.join(unknown)}; there are {', '.join(TAPS)}")
+    lines += dict.fromkeys(problem for arch in (base, ft) if (problem := taps_problem(arch, taps)))
+    lengths = ((base, blocks.base.shape[-1]), (ft, blocks.ft.shape[-1]))
+    lines += dict.fromkeys(problem for arch, T in lengths if (problem := length_problem(arch, T)))
     if not blocks.num_pairs:
         lines.append("no token blocks")
     for side, tokens, arch in (("base", blocks.base, base), ("ft", blocks.ft, ft)):
