@@ -78,7 +78,7 @@ def test_models_that_cannot_read_side_by_side_are_refused_before_any_work():
         assert line in str(refused.value)
     gpt2 = tiny.model(tiny.gpt2(num_positions=8))
     with pytest.raises(ValueError, match="cannot correlate") as refused:
-        correlations(base, gpt2, TOKENS, ("gate",), Compute(make_mesh(), 4))
+        correlations(base, gpt2, BLOCKS, ("gate",), Compute(make_mesh(), 4))
     taps = "residual, heads, mlp_input, up, units, mlp_output"
     for line in [f"unknown taps gate; there are {taps}", "blocks of 16 tokens, the model has learned 8 positions"]:
         assert line in str(refused.value)
