@@ -27,6 +27,7 @@ _TEXT = {
     "ft_model_id": "The model that may descend from it.",
     "dataset": "Text: a name such as wikitext, or a local txt, json, jsonl or parquet file.",
     "dataset_id": "Text: the id of a data set on the Hub.",
+    "disguise": "Rewrite the fine-tuned model's own weights first: rotate, gains, pad, ... with commas, or all.",
     "stat": "Statistics: mode, cos, emb, several with commas, or all.",
     "save": "The pickle to write; json, png, html and a .run folder lie beside it.",
 }

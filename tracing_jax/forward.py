@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from tracing_jax.arch import Arch
+from tracing_jax.arch import Arch, length_problem
 from tracing_jax.axes import axis_table
 from tracing_jax.data import PairedBlocks
 from tracing_jax.interpolate import interpolate, moving_leaves
@@ -58,7 +58,8 @@ def path_losses(
         model is made; the units are taken where the layer is interpolated.
 
     Raises:
-      ValueError: no tokens, ids outside base's vocabulary, or not as many copies as alphas.
+      ValueError: no tokens, blocks longer than base can read, ids outside its vocabulary, or not as many copies as
+        alphas.
     """
     _check_tokens(tokens, base.arch)
     if copies and len(copies) != len(alphas):
@@ -118,6 +119,43 @@ def logits(
     for i in range(source.arch.num_layers):  # one layer of a lazy source at a time
         x = _block_step(source.arch, make(f"layers/{i}/"), x, *layer_inputs(source.arch, i))
     return np.asarray(_logits(source.arch, source.head() | {"embed": embed.base}, x[0]))
+
+
+FUNCTION_TOLERANCE = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 2e-1}
+"""Dtype of the weights -> the most that a rewrite may move logits, relative to the larger of 1 and the largest.
+
+Rewritten weights are rounded once, to 2^-24, 2^-11 or 2^-9 of themselves, and a deep model amplifies what that changes;
+a rewrite that does not keep the function moves logits by their own size."""
+
+_PROOF_TOKENS = (2, 32)  # blocks, positions
+
+
+def check_function(
+    before: ParamSource, after: ParamSource, *, seed: int, new_ids: Int[np.ndarray, " V"] | None = None
+) -> float:
+    """Returns how far the logits of two models are apart on random tokens, over the larger of 1 and the largest.
+
+    Args:
+      before: a model.
+      after: the model rewritten.
+      seed: draws the tokens.
+      new_ids: for each token of `before` its id in `after`, if it has another.
+
+    Raises:
+      ValueError: further than rounding explains: `after` does not compute what `before` does.
+    """
+    tokens = np.random.default_rng(seed).integers(before.arch.vocab_size, size=_PROOF_TOKENS, dtype=np.int32)
+    ids = np.arange(before.arch.vocab_size) if new_ids is None else new_ids
+    expected, found = logits(before, tokens), logits(after, ids[tokens].astype(np.int32))[..., ids]
+    moved = float(np.abs(found - expected).max() / max(1.0, float(np.abs(expected).max())))
+    dtype = str(flatten(before.embed())["embedding"].dtype)
+    if not moved <= FUNCTION_TOLERANCE[dtype]:  # NaN too
+        raise ValueError(
+            f"logits move by {moved:.2e} of the largest, expected at most {FUNCTION_TOLERANCE[dtype]:.0e} for weights "
+            f"in {dtype}: these rewrites do not keep the function of this {before.arch.family} model; leave rewrites "
+            "out to find which it is"
+        )
+    return moved
 
 
 class _Walk:
@@ -199,9 +237,9 @@ class _Path:
         )
 
 
-def _stacked(copies: Sequence[Permutations]) -> dict[str, jax.Array]:
+def _stacked(copies: Sequence[Permutations]) -> dict[str, np.ndarray]:
     """Returns axis -> the permutations of all copies, `[A, ...]`."""
-    return {axis: jnp.asarray(np.stack([copy[axis] for copy in copies])) for axis in copies[0]} if copies else {}
+    return {axis: np.stack([copy[axis] for copy in copies]) for axis in copies[0]} if copies else {}
 
 
 def _path(
@@ -209,7 +247,7 @@ def _path(
     ft: ParamSource | None,
     moving: frozenset[str],
     alphas: jax.Array,
-    stacked: Mapping[str, jax.Array],
+    stacked: Mapping[str, np.ndarray],
     prefix: str,
 ) -> _Path:
     """Returns the part under `prefix`; ft's is read only if something in it moves."""
@@ -217,7 +255,7 @@ def _path(
     leaves = flatten(part(ft, prefix)) if ft is not None and names else {}
     own = {name: leaves[name] for name in sorted(names)} if leaves else {}
     table = axis_table(base.arch)
-    moves = {name: unit_moves(table.leaves[prefix + name], stacked, table.within) for name in own}  # type: ignore[arg-type]
+    moves = {name: unit_moves(table.leaves[prefix + name], stacked, table.within) for name in own}
     moves = {name: (dims, indices) for name, (dims, indices) in moves.items() if dims}
     return _Path(
         part(base, prefix),
@@ -302,6 +340,8 @@ def _slice_length(length: int, bytes_per_position: int) -> int:
 def _check_tokens(tokens: np.ndarray, arch: Arch) -> None:
     if tokens.size == 0:
         raise ValueError("no token blocks to score")
+    if problem := length_problem(arch, tokens.shape[-1]):
+        raise ValueError(problem)
     # An index out of range gives NaN or the last row on a device, never an error.
     if tokens.min() < 0 or tokens.max() >= arch.vocab_size:
         raise ValueError(

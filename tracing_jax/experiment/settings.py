@@ -9,9 +9,13 @@ from tracing_jax.record import RunFiles, check_writable
 from tracing_jax.statistics import REGISTRY
 from tracing_jax.statistics.match import FORMS
 from tracing_jax.statistics.verdict import UNDECIDED_BELOW
+from tracing_jax.symmetry import Renaming, rewrite_names
 
 DEMO = "demo:"
 """What stands before the name of a member of the demo family, in place of a folder or Hub id."""
+
+RENAMING = Renaming.name
+"""The rewrite that a run cannot draw: its tokenizers are those of the files."""
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 """Names of the computing dtypes."""
@@ -61,6 +65,7 @@ def _choice_problems(config: ConfigDict) -> list[str]:
             lines.append(f"{step}_axes: unknown axes {', '.join(unknown)}; there are {', '.join(PERMUTABLE)}")
         if config[step] and not axes:
             lines.append(f"{step} is set and {step}_axes is empty; choose from {', '.join(PERMUTABLE)}")
+    lines += _disguise_problems(config.disguise)
     if config.align_evidence not in ("weights", "activations"):
         lines.append(f"align_evidence={config.align_evidence}: it is weights or activations")
     if config.csh_activation not in ("hidden", "up"):
@@ -72,6 +77,19 @@ def _choice_problems(config: ConfigDict) -> list[str]:
     if not (config.dataset or config.dataset_id):
         lines.append("neither dataset nor dataset_id is set: a name such as wikitext, a local file, or a Hub id")
     return lines
+
+
+def _disguise_problems(listed: str) -> list[str]:
+    try:
+        names = rewrite_names(listed)
+    except ValueError as error:
+        return [f"disguise={listed}: {error}"]
+    if RENAMING not in names or listed.strip() == "all":  # of which a run takes the others
+        return []
+    return [
+        f"disguise={listed}: {RENAMING} changes the tokenizer's files too; write a checkpoint with "
+        f"`python -m tracing_jax.symmetry --disguise={listed} ...` and trace that"
+    ]
 
 
 def _number_problems(config: ConfigDict) -> list[str]:
