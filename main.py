@@ -42,6 +42,7 @@ for _name, _help in _TEXT.items():
     flags.DEFINE_string(_name, None, _help)
 for _name, _help in _SWITCHES.items():
     flags.DEFINE_boolean(_name, None, _help)
+flags.DEFINE_enum("fail_on", None, ["related"], "Exit with status 3 if the verdict on any pair is this.")
 flags.DEFINE_integer("seed", None, "Every random draw of the run follows from it.")
 
 
@@ -90,6 +91,8 @@ def main(argv: Sequence[str]) -> None:
         )
         sys.exit(f"error: {error}{memory}\n(--verbosity=1 shows where it happened)")
     print(summary(records))
+    if flags.FLAGS.fail_on in [record["verdict"]["verdict"] for record in records]:
+        sys.exit(3)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from tracing_jax.record import FORMAT, RunFiles, atomic_write, commit, legacy_di
 from tracing_jax.report import figure_of_family, figure_of_run, html, save_png
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.source import InMemory, disguised, in_memory, permute_in_place, placed
-from tracing_jax.statistics import Pair, Result
+from tracing_jax.statistics import Pair, Result, verdict
 from tracing_jax.symmetry import random_permutations, share_moved
 
 __all__ = ["ConfigError", "run", "save", "trace"]
@@ -85,6 +85,7 @@ def trace(config: ConfigDict) -> dict[str, Any]:
             permutation = _permute(config, pair)
     with clock.step("statistic"):
         before = _compute(opened, pair)
+    judged = verdict(before, config.level)
     after: dict[str, Result] = {}
     if config.align and not opened.not_alignable:
         with clock.step("align"):
@@ -115,23 +116,33 @@ def trace(config: ConfigDict) -> dict[str, Any]:
                 name: {"non_aligned": before[name].as_dict(), "aligned": after[name].as_dict() if after else None}
                 for name in before
             },
+            "verdict": judged.as_dict(),
             "perplexity": perplexity,
             "seconds": clock.seconds,
             "notes": opened.notes,
         }
     )
-    save(record, RunFiles.from_save(config.save), alignment)
+    arrays = {name: result.arrays for name, result in before.items() if result.arrays}
+    save(record, RunFiles.from_save(config.save), alignment, arrays)
     return record
 
 
-def save(record: dict[str, Any], files: RunFiles, alignment: Alignment | None = None) -> None:
-    """Writes the files of one run, each whole or not at all; the permutations of an alignment go into its folder."""
+def save(
+    record: dict[str, Any],
+    files: RunFiles,
+    alignment: Alignment | None = None,
+    arrays: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+) -> None:
+    """Writes the files of one run, each whole or not at all; arrays go into its folder."""
     write_json(files.json, record)
     write_pickle(files.pickle, record)
     (files.folder / "alignment.npz").unlink(missing_ok=True)  # of an earlier run
     if alignment is not None:
         files.folder.mkdir(exist_ok=True)
         atomic_write(files.folder / "alignment.npz", _npz(alignment.permutations))
+    for name, found in (arrays or {}).items():
+        files.folder.mkdir(exist_ok=True)
+        atomic_write(files.folder / f"{name}.npz", _npz(found))
     save_png(figure_of_run(record), files.png)
     atomic_write(files.html, html(record).encode())
     logging.info("wrote %s and, beside it, json, png and html", files.pickle)
@@ -147,7 +158,9 @@ def _load(config: ConfigDict, opened: Opened) -> Pair:
         ft = load(opened.ft, mesh, config.cache_dir)
     tokens = None if opened.blocks_base is None else opened.blocks_base.tokens
     compute = Compute(mesh, config.batch_size, DTYPES[config.dtype])
-    return Pair(base, ft, opened.vocabularies, tokens, compute, config.seed)
+    return Pair(
+        base, ft, opened.vocabularies, tokens, compute, config.seed, blocks=opened.paired, controls=opened.controls
+    )
 
 
 def _prove_disguise(config: ConfigDict, opened: Opened, pair: Pair) -> dict[str, Any]:

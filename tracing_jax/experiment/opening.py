@@ -10,12 +10,16 @@ from ml_collections import ConfigDict
 
 from tracing_jax import demo
 from tracing_jax.alignment import alignment_problems
-from tracing_jax.arch import Arch
+from tracing_jax.arch import Arch, length_problem
+from tracing_jax.axes import axis_table
 from tracing_jax.checkpoint import Checkpoint, open_checkpoint
 from tracing_jax.data import (
     Documents,
+    PairedBlocks,
     TokenBlocks,
     load_tokenizer,
+    paired_on_bytes,
+    paired_one_to_one,
     read_documents,
     same_tokenizer,
     shared_tokens,
@@ -43,6 +47,8 @@ class Opened:
     vocabularies: Vocabularies
     blocks_base: TokenBlocks | None
     blocks_ft: TokenBlocks | None
+    paired: PairedBlocks | None
+    controls: tuple[Checkpoint, ...]
     notes: list[str]
 
 
@@ -54,6 +60,8 @@ def open_pair(config: ConfigDict) -> Opened:
     statistics = {name: REGISTRY[name](config) for name in names_in(config.stat)}
     activations = config.align and config.align_evidence == "activations"
     needs_tokens = config.eval or activations or any(statistic.needs_tokens for statistic in statistics.values())
+    if lines := _model_problems(config, base, ft, needs_tokens):
+        raise ConfigError("\n  ".join(["the config does not fit the models:", *lines]))
     tokenizer_base, tokenizer_ft = (_tokenizer(checkpoint, needs_tokens) for checkpoint in (base, ft))
     vocabularies = _vocabularies(base, ft, tokenizer_base, tokenizer_ft)
     problems = {
@@ -64,15 +72,17 @@ def open_pair(config: ConfigDict) -> Opened:
         lines = [f"{name}: {problem}" for name, problem in not_applicable.items()]
         raise ConfigError(f"{base.id} and {ft.id} cannot be compared: " + "\n  ".join(lines))
     not_alignable = "; ".join(_alignment_problems(config, base.arch, ft_arch, vocabularies)) if config.align else None
-    blocks_base = blocks_ft = None
+    blocks_base = blocks_ft = paired = None
     if needs_tokens:
-        blocks_base, blocks_ft = _blocks(config, tokenizer_base, tokenizer_ft, vocabularies.same)
+        blocks_base, blocks_ft, paired = _blocks(config, tokenizer_base, tokenizer_ft, vocabularies.same)
+    controls = _controls(config, base)
     notes = _notes(base.arch, ft_arch, vocabularies, on_path="mode" in statistics and "mode" not in not_applicable)
     if not_alignable:
         notes.append(f"not aligned: {not_alignable}")
     return Opened(
-        base, ft, rewrites, statistics, not_applicable, not_alignable, vocabularies, blocks_base, blocks_ft, notes
-    )
+        base, ft, rewrites, statistics, not_applicable, not_alignable, vocabularies, blocks_base, blocks_ft, paired,
+        controls, notes,
+    )  # fmt: skip
 
 
 def _rewrites(config: ConfigDict, ft: Checkpoint) -> tuple[Rewrite, ...]:
@@ -81,6 +91,20 @@ def _rewrites(config: ConfigDict, ft: Checkpoint) -> tuple[Rewrite, ...]:
         return draw_rewrites(config.disguise, key, ft.arch, without=(RENAMING,))
     except ValueError as error:
         raise ConfigError(f"disguise={config.disguise}, {ft.id}: {error}") from error
+
+
+def _model_problems(config: ConfigDict, base: Checkpoint, ft: Checkpoint, needs_tokens: bool) -> list[str]:
+    """Returns the fields that other models could be run with."""
+    lines = []
+    for checkpoint in (base, ft) if needs_tokens else ():
+        if problem := length_problem(checkpoint.arch, config.block_size):
+            lines.append(f"block_size={config.block_size}: {checkpoint.id}: {problem}")
+    if config.permute:
+        try:
+            axis_table(ft.arch).axes_of_kind(names_in(config.permute_axes))
+        except ValueError as error:
+            lines.append(f"permute_axes={config.permute_axes}: {ft.id}: {error}")
+    return lines
 
 
 def _alignment_problems(config: ConfigDict, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
@@ -117,13 +141,32 @@ def _vocabularies(base: Checkpoint, ft: Checkpoint, tokenizer_base: Any, tokeniz
     return Vocabularies(same_tokenizer(tokenizer_base, tokenizer_ft), ids_base[known], ids_ft[known])
 
 
-def _blocks(config: ConfigDict, tokenizer_base: Any, tokenizer_ft: Any, same: bool) -> tuple[TokenBlocks, TokenBlocks]:
-    """Returns the text as base's tokens, and the very same text as ft's."""
+def _controls(config: ConfigDict, base: Checkpoint) -> tuple[Checkpoint, ...]:
+    """Opens the models that are known to be independent of both; they must be of base's shape."""
+    found = tuple(open_checkpoint(_resolved(model_id)) for model_id in config.control_model_ids)
+    shape = ("num_layers", "embed_dim", "mlp_dim", "vocab_size")
+    lines = [
+        f"control model {control.id}: {name} {getattr(control.arch, name)}, expected base's {getattr(base.arch, name)}"
+        for control in found
+        for name in shape
+        if getattr(control.arch, name) != getattr(base.arch, name)
+    ]
+    if lines:
+        raise ConfigError("\n  ".join(["the control models do not fit:", *lines]))
+    return found
+
+
+def _blocks(
+    config: ConfigDict, tokenizer_base: Any, tokenizer_ft: Any, same: bool
+) -> tuple[TokenBlocks, TokenBlocks, PairedBlocks]:
+    """Returns the text as base's tokens, the very same text as ft's, and both block by block with paired positions."""
     documents = _documents(config)
     blocks = token_blocks(documents, tokenizer_base, block_size=config.block_size, num_tokens=config.num_tokens)
     if same:
-        return blocks, blocks
-    return blocks, token_blocks(documents.prefix(blocks.text_chars), tokenizer_ft, block_size=config.block_size)
+        return blocks, blocks, paired_one_to_one(blocks.tokens, blocks.tokens)
+    theirs = token_blocks(documents.prefix(blocks.text_chars), tokenizer_ft, block_size=config.block_size)
+    sizes = {"block_size": config.block_size, "num_tokens": config.num_tokens}
+    return blocks, theirs, paired_on_bytes(documents, tokenizer_base, tokenizer_ft, **sizes)
 
 
 def _documents(config: ConfigDict) -> Documents:

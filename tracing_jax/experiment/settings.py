@@ -7,6 +7,8 @@ from tracing_jax import demo
 from tracing_jax.axes import PERMUTABLE
 from tracing_jax.record import RunFiles, check_writable
 from tracing_jax.statistics import REGISTRY
+from tracing_jax.statistics.match import FORMS
+from tracing_jax.statistics.verdict import UNDECIDED_BELOW
 from tracing_jax.symmetry import Renaming, rewrite_names
 
 DEMO = "demo:"
@@ -66,6 +68,10 @@ def _choice_problems(config: ConfigDict) -> list[str]:
     lines += _disguise_problems(config.disguise)
     if config.align_evidence not in ("weights", "activations"):
         lines.append(f"align_evidence={config.align_evidence}: it is weights or activations")
+    if config.csh_activation not in ("hidden", "up"):
+        lines.append(f"csh_activation={config.csh_activation}: it is hidden or up")
+    if not names_in(config.match_forms) or set(names_in(config.match_forms)) - set(FORMS):
+        lines.append(f"match_forms={config.match_forms!r}: one or both of {', '.join(FORMS)}")
     if config.dtype not in DTYPES:
         lines.append(f"dtype={config.dtype}: it is one of {', '.join(DTYPES)}")
     if not (config.dataset or config.dataset_id):
@@ -93,6 +99,12 @@ def _number_problems(config: ConfigDict) -> list[str]:
     for name, least in (("block_size", 2), ("batch_size", 1), ("num_tokens", config.block_size), ("emb_max_rows", 1)):
         if config[name] < least:
             lines.append(f"{name}={config[name]}: at least {least}")
+    least_counts = {"mode_num_perm": 0, "num_perm": 1, "csh_blocks": 1, "csh_block_size": 2}
+    lines += [
+        f"{name}={config[name]}: at least {least}" for name, least in least_counts.items() if config[name] < least
+    ]
+    if not 0 < config.level <= UNDECIDED_BELOW:
+        lines.append(f"level={config.level}: it lies above 0 and at most at {UNDECIDED_BELOW}")
     if not 0 <= config.seed < 2**32:
         lines.append(f"seed={config.seed}: it lies in 0..{2**32 - 1}")
     return lines

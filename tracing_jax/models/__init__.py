@@ -1,7 +1,6 @@
 """Flax (linen) modules of every supported family, and pure functions over them; the only place that imports Flax."""
 
-from tracing_jax.models.llama import (
-    TAPS,
+from tracing_jax.models.decoder import (
     Block,
     Embed,
     Head,
@@ -9,12 +8,13 @@ from tracing_jax.models.llama import (
     apply_block_with_taps,
     apply_embed,
     apply_head,
+    apply_mlp_with_taps,
     init_params,
     layer_inputs,
 )
+from tracing_jax.models.taps import tap_axes, taps_of, taps_problem
 
 __all__ = [
-    "TAPS",
     "Block",
     "Embed",
     "Head",
@@ -22,6 +22,10 @@ __all__ = [
     "apply_block_with_taps",
     "apply_embed",
     "apply_head",
+    "apply_mlp_with_taps",
     "init_params",
     "layer_inputs",
+    "tap_axes",
+    "taps_of",
+    "taps_problem",
 ]
