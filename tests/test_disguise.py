@@ -1,5 +1,7 @@
 """Rewrites keep the function of every family for which they exist, undo, compose, and are refused where they do not."""
 
+import functools
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -52,9 +54,12 @@ OPTIONS = ["llama-both_biases", "llama-narrow_heads", "llama-relu", "qwen2-layer
            "olmo-attention_bias", "olmo2-attention_bias", "granite-biases"]  # fmt: skip
 
 
+read = functools.cache(lambda name: CASES[name].source())
+
+
 def model(name: str, dtype: type = np.float64) -> InMemory:
-    source = CASES[name].source()
-    return InMemory(source.arch, jax.tree.map(lambda leaf: np.asarray(leaf, dtype), source.params))
+    source = read(name)
+    return InMemory(source.arch, jax.tree.map(lambda leaf: np.array(leaf, dtype), source.params))
 
 
 def moved(before: InMemory, after: InMemory, tokens: np.ndarray, rewrites) -> float:
