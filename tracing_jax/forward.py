@@ -1,7 +1,8 @@
 """The engine: token blocks through one model, or along the path between two, layer by layer.
 
 The jitted unit is the block step: one layer, for every alpha at once. It compiles once per shape, whatever the depth:
-ropes and windows that differ between layers come in as data. The weights of one interpolated layer live at a time.
+what differs between layers, such as rope and window, comes in as data. The weights of one interpolated layer live at a
+time.
 """
 
 import functools
@@ -86,8 +87,8 @@ class _Walk:
     def hidden(self, tokens: jax.Array) -> jax.Array:
         base, ft, moving = self.embed
         x = _embed_step(self.arch, self.dtype, moving, base, ft, self.alphas, tokens)
-        for (base, ft, moving), (frequencies, window) in zip(self.layers, self.inputs, strict=True):
-            x = _block_step(self.arch, moving, base, ft, self.alphas, x, frequencies, window)
+        for (base, ft, moving), inputs in zip(self.layers, self.inputs, strict=True):
+            x = _block_step(self.arch, moving, base, ft, self.alphas, x, *inputs)
         return x
 
     def losses(self, tokens: jax.Array) -> jax.Array:
@@ -136,10 +137,12 @@ def _block_step(
     x: Float[Array, "A B T D"],
     frequencies: jax.Array,
     window: jax.Array,
+    attention_scale: jax.Array,
 ) -> Float[Array, "A B T D"]:
     def one(alpha_and_x: tuple[jax.Array, jax.Array]) -> jax.Array:
         alpha, x = alpha_and_x
-        return apply_block(arch, interpolate(base, unflatten(ft), alpha, moving), x, frequencies, window)
+        point = interpolate(base, unflatten(ft), alpha, moving)
+        return apply_block(arch, point, x, frequencies, window, attention_scale)
 
     return jax.lax.map(one, (alphas, x))
 
