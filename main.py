@@ -27,6 +27,7 @@ _TEXT = {
     "ft_model_id": "The model that may descend from it.",
     "dataset": "Text: a name such as wikitext, or a local txt, json, jsonl or parquet file.",
     "dataset_id": "Text: the id of a data set on the Hub.",
+    "disguise": "Rewrite the fine-tuned model's own weights first: rotate, gains, pad, ... with commas, or all.",
     "stat": "Statistics: mode, cos, emb, several with commas, or all.",
     "save": "The pickle to write; json, png, html and a .run folder lie beside it.",
 }
@@ -41,6 +42,7 @@ for _name, _help in _TEXT.items():
     flags.DEFINE_string(_name, None, _help)
 for _name, _help in _SWITCHES.items():
     flags.DEFINE_boolean(_name, None, _help)
+flags.DEFINE_enum("fail_on", None, ["related"], "Exit with status 3 if the verdict on any pair is this.")
 flags.DEFINE_integer("seed", None, "Every random draw of the run follows from it.")
 
 
@@ -89,6 +91,8 @@ def main(argv: Sequence[str]) -> None:
         )
         sys.exit(f"error: {error}{memory}\n(--verbosity=1 shows where it happened)")
     print(summary(records))
+    if flags.FLAGS.fail_on in [record["verdict"]["verdict"] for record in records]:
+        sys.exit(3)
 
 
 if __name__ == "__main__":

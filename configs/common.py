@@ -23,11 +23,23 @@ def get_config(stat: str, arg: str = "") -> ConfigDict:
     config.attn = False  # mode: move attention along the path too
     config.emb = False  # mode: move embeddings, head and final norm too
     config.alphas = tuple(i / 10 for i in range(11))  # mode: 0, 0.5 and 1 are always added
+    config.mode_num_perm = 0  # mode: rank the midpoint loss among so many permuted copies; 0 gives no p-value
+    config.num_perm = 99  # l2, perm_mode_l2: permuted copies
     config.emb_max_rows = 16384  # emb: compare at most so many embedding rows of base
+    config.csh_blocks, config.csh_block_size = 20, 512  # csh: random tokens, the same for both models
+    config.csh_activation = "hidden"  # or up
+    config.csu_all_pairs = False  # csu_all: every two matrices of equal shape, not only those of one name and layer
+    config.match_forms = "forward,weights"  # match: activations on text, weights on shared embeddings, or both
+    config.match_all_gib = 4.0  # match_all: what the kept activations may take
+    config.control_model_ids = ()  # match: models of base's shape known to be independent of both
+
+    # The verdict: related below this level, undecided from there to 0.05, else independent.
+    config.level = 1e-3
 
     # Step 2, permute the fine-tuned model's own weights, and step 4, align it to base.
     config.permute = False
     config.permute_axes = "embed,mlp"  # of embed, mlp, kv_heads, q_group, expert
+    config.disguise = ""  # before that: of identity, pad, gains, units, values, queries, rotate, permute; or all
     config.align = False
     config.align_axes = "embed,mlp"
     config.align_evidence = "weights"  # or activations

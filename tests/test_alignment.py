@@ -12,6 +12,7 @@ from tracing_jax import alignment as module
 from tracing_jax import grams
 from tracing_jax.alignment import align, aligned
 from tracing_jax.axes import PERMUTABLE, axis_table
+from tracing_jax.data import paired_one_to_one
 from tracing_jax.grams import correlations
 from tracing_jax.models import apply_block_with_taps, apply_embed, layer_inputs
 from tracing_jax.sharding import Compute, make_mesh
@@ -21,6 +22,7 @@ from tracing_jax.tree import flatten
 
 TAPS = ("residual", "heads", "units")
 TOKENS = np.random.default_rng(0).integers(61, size=(6, 16), dtype=np.int32)
+BLOCKS = paired_one_to_one(TOKENS, TOKENS)
 
 
 def disguised(arch, kinds, noise, dtype=np.float32):
@@ -48,11 +50,12 @@ def test_correlations_are_those_of_numpy_however_batched(data, batch_size):
     base.params["embed"]["embedding"] = base.params["embed"]["embedding"].at[:, 0].add(300.0).at[:, 1].set(0.7)
     mesh = make_mesh(data=data)
     sources = [placed(source, mesh) for source in (base, ft)]
-    found = list(correlations(*sources, TOKENS, TAPS, Compute(mesh, batch_size)))
-    assert [layer for layer, _ in found] == [0, 1]
-    assert found[1][1]["units"].shape == (20, 12)
-    np.testing.assert_array_equal(found[0][1]["residual"][1], 0)
-    for (_, by_tap), a, b in zip(found, activations(base, TOKENS), activations(ft, TOKENS), strict=True):
+    found = list(correlations(*sources, BLOCKS, TAPS, Compute(mesh, batch_size)))
+    assert [layer.layer for layer in found] == [0, 1]
+    assert found[1].by_tap["units"].shape == (20, 12)
+    np.testing.assert_array_equal(found[0].by_tap["residual"][1], 0)
+    by_taps = [layer.by_tap for layer in found]
+    for by_tap, a, b in zip(by_taps, activations(base, TOKENS), activations(ft, TOKENS), strict=True):
         for tap in TAPS:
             varies = a[tap].std(0) > 0
             expected = np.corrcoef(a[tap][:, varies].T, b[tap].T)[: varies.sum(), varies.sum() :]
@@ -63,19 +66,19 @@ def test_all_layers_and_batches_share_one_compiled_step():
     arch = tiny.qwen3_gqa(embed_dim=22, num_layers=3, layer_ropes=(0,) * 3, layer_windows=(None, 4, None))
     base, ft = tiny.model(arch, 0), tiny.model(arch, 1)
     before = grams._step._cache_size()
-    list(correlations(base, ft, TOKENS, ("units",), Compute(make_mesh(), 4)))
+    list(correlations(base, ft, BLOCKS, ("units",), Compute(make_mesh(), 4)))
     assert grams._step._cache_size() == before + 1
 
 
 def test_models_that_cannot_read_side_by_side_are_refused_before_any_work():
     base, deep = tiny.model(tiny.qwen3_gqa()), tiny.model(tiny.qwen3_gqa(num_layers=1))
     with pytest.raises(ValueError, match="cannot correlate") as refused:
-        correlations(base, deep, TOKENS + 40, ("unit",), Compute(make_mesh(), 4))
-    for line in ["base has 2 layers, ft 1", "unknown taps unit; there are residual", "token ids run from 40 to 100"]:
+        correlations(base, deep, paired_one_to_one(TOKENS + 40, TOKENS), ("unit",), Compute(make_mesh(), 4))
+    for line in ["base has 2 layers, ft 1", "unknown taps unit; there are residual", "ids run from 40 to 100"]:
         assert line in str(refused.value)
     gpt2 = tiny.model(tiny.gpt2(num_positions=8))
     with pytest.raises(ValueError, match="cannot correlate") as refused:
-        correlations(base, gpt2, TOKENS, ("gate",), Compute(make_mesh(), 4))
+        correlations(base, gpt2, BLOCKS, ("gate",), Compute(make_mesh(), 4))
     taps = "residual, heads, mlp_input, up, units, mlp_output"
     for line in [f"unknown taps gate; there are {taps}", "blocks of 16 tokens, the model has learned 8 positions"]:
         assert line in str(refused.value)

@@ -77,6 +77,26 @@ def test_permute_moves_fts_own_weights_and_alignment_brings_them_back(config_of)
     assert after["loss"] == pytest.approx(plain["loss"], abs=1e-4)
 
 
+def test_a_disguise_changes_fts_own_weights_and_not_its_function(config_of):
+    record = experiment.trace(config_of(disguise="rotate,units,values", permute=True))
+    plain, _ = curves(experiment.trace(config_of()))
+    before, _ = curves(record)
+    assert record["disguised"]["rewrites"] == ["rotate", "units", "values"]
+    assert record["disguised"]["logits_moved"] < 1e-4
+    assert before["barrier"] > 0.3
+    assert before["end_loss_ft_own"] == pytest.approx(plain["end_loss_ft_own"], abs=1e-4)
+
+
+def test_a_disguise_that_cannot_be_is_refused_before_weights_are_read(config_of):
+    for disguise, reason in (
+        ("spin", "unknown rewrites spin"),
+        ("rename,rotate", "python -m tracing_jax.symmetry --disguise=rename,rotate"),
+        ("all", "different depth: 2 and 3 layers"),  # a statistic sees the model as it will be
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            experiment.trace(config_of(disguise=disguise))
+
+
 def test_every_statistic_and_perplexity_in_one_run_with_all_its_files(config_of):
     config = config_of(stat="all", eval=True, align=True)
     record = experiment.trace(config)

@@ -11,7 +11,7 @@ import tiny
 from tracing_jax.axes import axis_table
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.source import InMemory
-from tracing_jax.statistics import REGISTRY, Pair, Vocabularies
+from tracing_jax.statistics import Pair, Vocabularies
 from tracing_jax.statistics.cos import Cos
 from tracing_jax.statistics.cosine import best_cosines
 from tracing_jax.statistics.emb import Emb
@@ -168,4 +168,3 @@ def test_what_does_not_move_may_differ():
     assert Mode().problems(ARCH, heads, SAME) == []
     assert Mode(attn=True).problems(ARCH, dataclasses.replace(ARCH, vocab_size=7), NO_TOKENS) == []
     assert Cos().problems(ARCH, dataclasses.replace(ARCH, mlp_dim=7), SAME) == []
-    assert set(REGISTRY) == {"mode", "cos", "emb"}

@@ -11,8 +11,9 @@ from jaxtyping import Float, Int
 
 from tracing_jax.arch import Arch
 from tracing_jax.axes import PERMUTABLE, axis_table, kind_of
+from tracing_jax.data import paired_one_to_one
 from tracing_jax.forward import logits
-from tracing_jax.grams import correlations
+from tracing_jax.grams import LayerCorrelations, correlations
 from tracing_jax.matching import Coordinate, Shared, Similarity, coordinates, match_weights, solve, value
 from tracing_jax.models import tap_axes
 from tracing_jax.sharding import Compute, make_mesh
@@ -150,7 +151,7 @@ def _by_activations(
     found: dict[str, np.ndarray] = {}
     before, after, pairs = 0.0, 0.0, 0
     taps = sorted({TAP[kind] for kind in kinds})
-    layers = correlations(base, ft, tokens, taps, compute, "align")
+    layers = correlations(base, ft, paired_one_to_one(tokens, tokens), taps, compute, "align")
     for coordinate, similarity in _similarities(base.arch, coordinates(table, axes), layers):
         found |= solve(coordinate, similarity)
         before += value(coordinate, similarity, unmoved)
@@ -160,17 +161,17 @@ def _by_activations(
 
 
 def _similarities(
-    arch: Arch, todo: Sequence[Coordinate], layers: Iterator[tuple[int, dict[str, np.ndarray]]]
+    arch: Arch, todo: Sequence[Coordinate], layers: Iterator[LayerCorrelations]
 ) -> Iterator[tuple[Coordinate, Similarity]]:
     """Yields each coordinate as soon as its correlations are there: those of the whole model after the last layer."""
     whole_model = [coordinate for coordinate in todo if "/" not in coordinate.axis]
     total: dict[Coordinate, np.ndarray] = {}
-    for i, by_tap in layers:
+    for found_in in layers:
         for coordinate in todo:
-            found = by_tap[TAP[kind_of(coordinate.axis)]]
+            found = found_in.by_tap[TAP[kind_of(coordinate.axis)]]
             if coordinate in whole_model:
                 total[coordinate] = total.get(coordinate, np.float32(0)) + found / np.float32(arch.num_layers)
-            elif coordinate.axis.startswith(f"layers/{i}/"):
+            elif coordinate.axis.startswith(f"layers/{found_in.layer}/"):
                 yield coordinate, _similarity(arch, coordinate, found)
     for coordinate, mean in total.items():
         yield coordinate, _similarity(arch, coordinate, mean)

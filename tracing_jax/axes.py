@@ -7,7 +7,8 @@ its kind, and two small tables say what a kind allows: which symmetry it has (be
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from tracing_jax.arch import Arch
 from tracing_jax.tree import Tree, flatten
@@ -32,12 +33,41 @@ GROUPS = ("mlp", "norm", "attn", "emb")
 """Interpolation groups: MLPs, block norms, attention, and embeddings with head and final norm."""
 
 
+MAPPED = {"embed": None, "v_dim": "kv_heads", "qk_dim": "kv_heads"}
+"""Axis kinds on which a linear map may act -> the kind whose units have a map each; None: one for the whole model."""
+
+Side = Literal["writes", "reads"]
+"""What a leaf does on an axis: it makes the activations there, or takes them. Where the activations a become M a, the
+leaves that write them are multiplied by M along the axis and those that read them by M^-T."""
+
+_WRITERS = {"embed": "embed o_proj down_proj", "mlp": "up_proj", "v_dim": "v_proj", "qk_dim": "q_proj"}
+_READERS = {
+    "embed": "q_proj k_proj v_proj gate_proj up_proj router lm_head",
+    "mlp": "down_proj", "v_dim": "o_proj", "qk_dim": "k_proj",
+}  # fmt: skip
+_SIDES: tuple[tuple[Side, Mapping[str, str]], ...] = (("writes", _WRITERS), ("reads", _READERS))
+_FEEDING_NORM = {
+    "q_proj": "attn_norm", "k_proj": "attn_norm", "v_proj": "attn_norm",
+    "gate_proj": "mlp_norm", "up_proj": "mlp_norm", "router": "mlp_norm", "lm_head": "norm",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Leaf:
-    """One row of the table: the axis names of a weight, one per dimension, and its interpolation group."""
+    """One row of the table.
+
+    Attributes:
+      axes: the axis names of a weight, one per dimension.
+      group: its interpolation group.
+      sides: for each dimension what the leaf does there, or None: the gains of a norm and the gate of an MLP belong to
+        the units of an axis and neither make nor take their activations. Empty for trees with axes of their own.
+      fed_by: the norm, such as `layers/3/attn_norm`, whose gain multiplies what the leaf reads on `embed`.
+    """
 
     axes: tuple[str | None, ...]
     group: str = "mlp"
+    sides: tuple[Side | None, ...] = ()
+    fed_by: str | None = None
 
 
 @dataclass(frozen=True)
@@ -156,7 +186,20 @@ def axis_table(arch: Arch) -> AxisTable:
         leaves["head/norm/bias"] = Leaf(("embed",), "emb")
     if not arch.tied:
         leaves["head/lm_head/kernel"] = Leaf(("embed", "vocab"), "emb")
-    return AxisTable(leaves, sizes, within)
+    return AxisTable({name: _with_sides(name, row, leaves) for name, row in leaves.items()}, sizes, within)
+
+
+def _with_sides(name: str, row: Leaf, leaves: Mapping[str, Leaf]) -> Leaf:
+    """Returns the row with its sides and the norm that feeds it; a bias stands where its kernel writes or reads."""
+    part, _, module = name.rsplit("/", 1)[0].rpartition("/")
+    sides = tuple(
+        next((side for side, modules in _SIDES if axis and module in modules.get(kind_of(axis), "").split()), None)
+        for axis in row.axes
+    )
+    # A block's norms stand beside its attn and mlp, the final norm beside the head's kernel.
+    norm = "/".join([*part.split("/")[: 2 if part.startswith("layers/") else 1], _FEEDING_NORM.get(module, "")])
+    reads = "embed" in row.axes and sides[row.axes.index("embed")] == "reads"
+    return replace(row, sides=sides, fed_by=norm if reads and f"{norm}/scale" in leaves else None)
 
 
 def _block_rows(arch: Arch, layer: str) -> dict[str, Leaf]:

@@ -2,11 +2,13 @@
 
 Both models advance in lockstep, layer outer: the hidden states of all tokens are kept, the Grams of one layer live at a
 time, and no activation matrix does. Each model makes one forward pass in all, whatever the number of layers and taps.
+The models may read the text through different tokenizers: only positions paired in `PairedBlocks` are compared.
 """
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
@@ -18,7 +20,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
+from tracing_jax.activations import mlp_step, picked
 from tracing_jax.arch import Arch, length_problem
+from tracing_jax.data import PairedBlocks, paired_one_to_one
 from tracing_jax.models import LayerInputs, apply_block_with_taps, apply_embed, layer_inputs, taps_problem
 from tracing_jax.sharding import Compute
 from tracing_jax.source import ParamSource
@@ -26,6 +30,38 @@ from tracing_jax.tree import Tree
 
 _Pair = tuple[jax.Array, jax.Array]  # base's and ft's
 _Inputs = tuple[LayerInputs, LayerInputs]
+_HostPair = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class LayerCorrelations:
+    """What one layer of both models shows.
+
+    Attributes:
+      layer: its index in both models.
+      by_tap: tap -> Pearson correlation of base's units with ft's, over all paired positions.
+      samples: tap -> activations of base and of ft at the sampled positions, float32; empty if none were asked for.
+    """
+
+    layer: int
+    by_tap: Mapping[str, Float[np.ndarray, "U U2"]]
+    samples: Mapping[str, tuple[Float[np.ndarray, "S U3"], Float[np.ndarray, "S U4"]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Activations to keep of every layer: at most so many paired positions and units of each tap, drawn from a seed."""
+
+    positions: int
+    units: int
+    seed: int
+
+
+class _Pairing(NamedTuple):
+    """Which positions of a batch are compared (None: all, one to one), and the weight of each pair, 1 or 0."""
+
+    at: _Pair | tuple[None, None]
+    weight: Float[Array, "B P"]
 
 
 class _Sums(NamedTuple):
@@ -40,12 +76,13 @@ class _Sums(NamedTuple):
 def correlations(
     base: ParamSource,
     ft: ParamSource,
-    tokens: Int[np.ndarray, "N T"],
+    blocks: PairedBlocks,
     taps: Sequence[str],
     compute: Compute,
     description: str = "correlations",
-) -> Iterator[tuple[int, dict[str, Float[np.ndarray, "U U2"]]]]:
-    """Returns an iterator over (layer, {tap: Pearson correlation of base's units with ft's over all tokens}).
+    sample: Sample | None = None,
+) -> Iterator[LayerCorrelations]:
+    """Returns an iterator over the layers with the correlations of base's units with ft's at all paired positions.
 
     U counts the units of a tap (see `models.tap_axes`): its axes after B and T, flattened. A unit that never varies has
     correlation 0 with every other. Weights lie on the mesh already, or on no particular device.
@@ -54,40 +91,142 @@ def correlations(
       ValueError: models of different depth, unknown taps, no tokens, blocks longer than a model can read, or ids
         outside a vocabulary; all at once, before anything is computed.
     """
-    _check(base.arch, ft.arch, tokens, taps)
-    return _walk((base, ft), tokens, tuple(taps), compute, description)
+    _check(base.arch, ft.arch, blocks, taps)
+    return _walk((base, ft), blocks, tuple(taps), compute, description, sample)
 
 
 def _walk(
     sources: tuple[ParamSource, ParamSource],
-    tokens: np.ndarray,
+    blocks: PairedBlocks,
     taps: tuple[str, ...],
     compute: Compute,
     description: str,
-) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    sample: Sample | None,
+) -> Iterator[LayerCorrelations]:
     archs = (sources[0].arch, sources[1].arch)
     embeds = (sources[0].embed(), sources[1].embed())
-    batches = [compute.put(batch) for batch in compute.batches(tokens)]
-    weights = [compute.put(weight) for weight in _weights(len(tokens), batches)]
-    hidden = [_embed_step(archs, compute.dtype, embeds, batch) for batch in batches]
+    pairings, keeper = _pairings(blocks, compute), _Keeper(sample, blocks, compute)
+    ids = zip(*(map(compute.put, compute.batches(tokens)) for tokens in (blocks.base, blocks.ft)))
+    hidden = [_embed_step(archs, compute.dtype, embeds, batch) for batch in ids]
     for i in tqdm(range(archs[0].num_layers), desc=description, unit="layer", disable=None):
         layers = (sources[0].layer(i), sources[1].layer(i))
         inputs = (layer_inputs(archs[0], i), layer_inputs(archs[1], i))
         sums = _empty(archs, taps, layers, hidden[0], inputs, compute.mesh)
-        for b, weight in enumerate(weights):
-            hidden[b], sums = _step(archs, taps, compute.mesh, layers, hidden[b], inputs, weight, b == 0, sums)
-        yield i, {tap: np.asarray(_pearson(tap_sums, tokens.size)) for tap, tap_sums in sums.items()}
+        kept = []
+        for b, pairing in enumerate(pairings):
+            keep = keeper.picks(b, sums)
+            hidden[b], sums, found = _step(
+                archs, taps, compute.mesh, layers, hidden[b], inputs, pairing, keep, b == 0, sums
+            )
+            kept.append(jax.device_get(found))
+        by_tap = {tap: np.asarray(_pearson(tap_sums, blocks.num_pairs)) for tap, tap_sums in sums.items()}
+        yield LayerCorrelations(i, by_tap, keeper.joined(kept))
 
 
-def _weights(num_blocks: int, batches: Sequence[jax.Array]) -> list[np.ndarray]:
-    """Returns for each batch the weights of its blocks: 1, and 0 for those that fill up the last batch."""
-    total = sum(len(batch) for batch in batches)
-    return np.split((np.arange(total) < num_blocks).astype(np.float32), len(batches))
+def embedding_correlations(
+    base: ParamSource,
+    ft: ParamSource,
+    shared: tuple[Int[np.ndarray, " S"], Int[np.ndarray, " S"]],
+    taps: Sequence[str],
+    sample: Sample,
+    description: str = "embeddings through every MLP",
+) -> Iterator[LayerCorrelations]:
+    """Returns an iterator over the layers when each MLP is handed the embeddings of shared tokens: no forward pass.
+
+    Every layer normalises them and applies its gain, as it would the hidden state; each of the tokens in `shared` (ids
+    in base, ids in ft, paired by string) is one observation.
+
+    Raises:
+      ValueError: models of different depth, unknown taps, or no shared tokens.
+    """
+    blocks = paired_one_to_one(np.asarray(shared[0], np.int32)[None], np.asarray(shared[1], np.int32)[None])
+    _check(base.arch, ft.arch, blocks, taps)
+    return _hand_over((base, ft), blocks, tuple(taps), sample, description)
+
+
+def _hand_over(
+    sources: tuple[ParamSource, ParamSource],
+    blocks: PairedBlocks,
+    taps: tuple[str, ...],
+    sample: Sample,
+    description: str,
+) -> Iterator[LayerCorrelations]:
+    archs = (sources[0].arch, sources[1].arch)
+    tokens = (jnp.asarray(blocks.base), jnp.asarray(blocks.ft))
+    x = _embed_step(archs, jnp.float32, (sources[0].embed(), sources[1].embed()), tokens)
+    rows = np.random.default_rng(sample.seed).permutation(blocks.num_pairs)[: sample.positions]
+    for i in tqdm(range(archs[0].num_layers), desc=description, unit="layer", disable=None):
+        units = [mlp_step(arch, taps, source.layer(i), y) for arch, source, y in zip(archs, sources, x)]
+        by_tap, samples = {}, {}
+        for tap in taps:
+            a, b = units[0][tap], units[1][tap]
+            by_tap[tap] = np.asarray(_correlate(a, b))
+            columns = sampled_units(sample, (a.shape[1], b.shape[1]))
+            samples[tap] = (np.asarray(a[rows][:, columns[0]]), np.asarray(b[rows][:, columns[1]]))
+        yield LayerCorrelations(i, by_tap, samples)
+
+
+def correlate(a: Float[np.ndarray, "S U"], b: Float[np.ndarray, "S U2"]) -> Float[np.ndarray, "U U2"]:
+    """Returns the Pearson correlation of the columns of a with those of b over the S rows; 0 where one is constant."""
+    return np.asarray(_correlate(jnp.asarray(a), jnp.asarray(b)))
+
+
+def sampled_units(sample: Sample, widths: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the units of base and of ft to keep, in increasing order; one draw for all taps of equal width."""
+    draws = np.random.default_rng(sample.seed).spawn(2)
+    base, ft = (
+        np.sort(draw.permutation(width)[: sample.units]).astype(np.int32)
+        for draw, width in zip(draws, widths, strict=True)
+    )
+    return base, ft
+
+
+class _Keeper:
+    """Picks the sampled positions and units of each batch, and joins what was picked."""
+
+    def __init__(self, sample: Sample | None, blocks: PairedBlocks, compute: Compute) -> None:
+        self.sample = sample
+        if sample is None:
+            return
+        chosen = blocks.sampled(sample.positions, np.random.default_rng(sample.seed))
+        self.at = list(zip(*(map(compute.put, compute.batches(at)) for at in (chosen.at_base, chosen.at_ft))))
+        self.valid = chosen.valid
+
+    def picks(self, batch: int, sums: Mapping[str, _Sums]) -> tuple[_Pair, dict[str, _Pair]] | None:
+        """Returns the positions of a batch and, for each tap, the units; one draw for all taps of equal width."""
+        if self.sample is None:
+            return None
+        units = {tap: sampled_units(self.sample, found.cross.shape) for tap, found in sums.items()}
+        return self.at[batch], jax.tree.map(jnp.asarray, units)
+
+    def joined(
+        self, kept: Sequence[Mapping[str, tuple[np.ndarray, np.ndarray]]]
+    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Returns the rows of all batches at the sampled positions, without those that only fill up."""
+        if self.sample is None:
+            return {}
+        count = len(self.valid)
+        return {
+            tap: tuple(np.concatenate([found[tap][side] for found in kept])[:count][self.valid] for side in (0, 1))
+            for tap in kept[0]
+        }  # type: ignore[misc]
+
+
+def _pairings(blocks: PairedBlocks, compute: Compute) -> list[_Pairing]:
+    """Returns the compared positions of each batch; copies of a block that only fill up the last batch weigh 0."""
+    weight = compute.batches(blocks.valid.astype(np.float32))
+    last = weight[-1]
+    weight[-1] = last * (np.arange(len(last)) < len(blocks.valid) - len(last) * (len(weight) - 1))[:, None]
+    weights = [compute.put(batch) for batch in weight]
+    if blocks.is_whole:
+        return [_Pairing((None, None), w) for w in weights]
+    places = zip(*(map(compute.put, compute.batches(at)) for at in (blocks.at_base, blocks.at_ft)))
+    return [_Pairing(at, w) for at, w in zip(places, weights)]
 
 
 @functools.partial(jax.jit, static_argnames=("archs", "dtype"))
-def _embed_step(archs: tuple[Arch, Arch], dtype: DTypeLike, params: tuple[Tree, Tree], tokens: jax.Array) -> _Pair:
-    return apply_embed(archs[0], params[0], tokens, dtype), apply_embed(archs[1], params[1], tokens, dtype)
+def _embed_step(archs: tuple[Arch, Arch], dtype: DTypeLike, params: tuple[Tree, Tree], tokens: _Pair) -> _Pair:
+    return apply_embed(archs[0], params[0], tokens[0], dtype), apply_embed(archs[1], params[1], tokens[1], dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("archs", "taps", "mesh"), donate_argnames=("x", "sums"))
@@ -98,16 +237,26 @@ def _step(
     layers: tuple[Tree, Tree],
     x: _Pair,
     inputs: _Inputs,
-    weight: Float[Array, " B"],
+    pairing: _Pairing,
+    keep: tuple[_Pair, dict[str, _Pair]] | None,
     is_first: bool | jax.Array,
     sums: dict[str, _Sums],
-) -> tuple[_Pair, dict[str, _Sums]]:
-    """Returns both models' hidden states after a layer, and the sums with this batch added."""
+) -> tuple[_Pair, dict[str, _Sums], dict[str, _Pair]]:
+    """Returns both models' hidden states after a layer, the sums with this batch added, and what is to be kept."""
     (x_a, units_a), (x_b, units_b) = _with_taps(archs, taps, layers, x, inputs)
-    sums = {tap: _added(sums[tap], (units_a[tap], units_b[tap]), weight, is_first) for tap in taps}
+    compared = {tap: (picked(units_a[tap], pairing.at[0]), picked(units_b[tap], pairing.at[1])) for tap in taps}
+    sums = {tap: _added(sums[tap], compared[tap], pairing.weight, is_first) for tap in taps}
     # Stated, or the first batch's sums and the next ones' would be placed differently and compile twice.
     whole = NamedSharding(mesh, P())
-    return (x_a, x_b), jax.lax.with_sharding_constraint(sums, jax.tree.map(lambda _: whole, sums))
+    sums = jax.lax.with_sharding_constraint(sums, jax.tree.map(lambda _: whole, sums))
+    if keep is None:
+        return (x_a, x_b), sums, {}
+    (at_a, at_b), columns = keep
+    kept = {
+        tap: (picked(units_a[tap], at_a)[..., cols_a], picked(units_b[tap], at_b)[..., cols_b])
+        for tap, (cols_a, cols_b) in columns.items()
+    }
+    return (x_a, x_b), sums, kept
 
 
 def _with_taps(
@@ -139,19 +288,26 @@ def _empty(
     }
 
 
-def _added(sums: _Sums, units: _Pair, weight: Float[Array, " B"], is_first: bool | jax.Array) -> _Sums:
+def _added(sums: _Sums, rows: _Pair, weight: Float[Array, "B P"], is_first: bool | jax.Array) -> _Sums:
     """Returns the sums with a batch added; the first batch also sets the shift."""
-    rows = [x.astype(jnp.float32).reshape(*x.shape[:2], -1) for x in units]
     # One late token, not a mean: a constant unit is then exactly 0, and first tokens are often outliers.
     shift_a, shift_b = (jnp.where(is_first, x[0, -1], old) for x, old in zip(rows, sums.shift, strict=True))
     a, b = (x - shift for x, shift in zip(rows, (shift_a, shift_b), strict=True))
-    weighted_a, weighted_b = (x * weight[:, None, None] for x in (a, b))
+    weighted_a, weighted_b = (x * weight[:, :, None] for x in (a, b))
     return _Sums(
         sums.cross + jnp.einsum("btu,btv->uv", weighted_a, b, precision="highest"),
         (sums.first[0] + weighted_a.sum((0, 1)), sums.first[1] + weighted_b.sum((0, 1))),
         (sums.square[0] + (weighted_a * a).sum((0, 1)), sums.square[1] + (weighted_b * b).sum((0, 1))),
         (shift_a, shift_b),
     )
+
+
+@jax.jit
+def _correlate(a: Float[Array, "S U"], b: Float[Array, "S U2"]) -> Float[Array, "U U2"]:
+    a, b = a - a[-1], b - b[-1]  # a constant unit is then exactly 0
+    a, b = (x - x.mean(axis=0) for x in (a, b))
+    scales = [jnp.where((x != 0).any(0), jax.lax.rsqrt(jnp.square(x).sum(0)), 0.0) for x in (a, b)]
+    return jnp.einsum("su,sv->uv", a * scales[0], b * scales[1], precision="highest")
 
 
 @jax.jit
@@ -165,18 +321,20 @@ def _pearson(sums: _Sums, count: int | jax.Array) -> Float[Array, "U U2"]:
     return covariance * scales[0][:, None] * scales[1]
 
 
-def _check(base: Arch, ft: Arch, tokens: np.ndarray, taps: Sequence[str]) -> None:
+def _check(base: Arch, ft: Arch, blocks: PairedBlocks, taps: Sequence[str]) -> None:
     lines = []
     if base.num_layers != ft.num_layers:
         lines.append(f"base has {base.num_layers} layers, ft {ft.num_layers}; layers are compared one to one")
     lines += dict.fromkeys(problem for arch in (base, ft) if (problem := taps_problem(arch, taps)))
-    lines += dict.fromkeys(problem for arch in (base, ft) if (problem := length_problem(arch, tokens.shape[-1])))
-    if tokens.size == 0:
+    lengths = ((base, blocks.base.shape[-1]), (ft, blocks.ft.shape[-1]))
+    lines += dict.fromkeys(problem for arch, T in lengths if (problem := length_problem(arch, T)))
+    if not blocks.num_pairs:
         lines.append("no token blocks")
-    elif tokens.min() < 0 or tokens.max() >= min(base.vocab_size, ft.vocab_size):
-        lines.append(
-            f"token ids run from {tokens.min()} to {tokens.max()}, the vocabularies have {base.vocab_size} and "
-            f"{ft.vocab_size}; both models must read the same ids"
-        )
+    for side, tokens, arch in (("base", blocks.base, base), ("ft", blocks.ft, ft)):
+        if tokens.size and (tokens.min() < 0 or tokens.max() >= arch.vocab_size):
+            lines.append(
+                f"{side}'s token ids run from {tokens.min()} to {tokens.max()}, its vocabulary has {arch.vocab_size}; "
+                "tokenizer and model do not belong together"
+            )
     if lines:
         raise ValueError("cannot correlate these models:\n  " + "\n  ".join(lines))

@@ -1,9 +1,9 @@
 """The record of a run: plain data, written whole or not at all, and never with a secret in it.
 
 A record holds only dict (with str keys), list, str, int, float, bool and None: what was asked (`args`), what ran
-(`commit`, `versions`, `device`, `seed`, `models`, `tokens`), what came out (`permuted`, `alignment`, `statistics`,
-`perplexity`), how long each step took (`seconds`) and what could not be done (`notes`). `statistics[name]` has the
-sides `non_aligned` and `aligned`, each a result, or None where it was not run.
+(`commit`, `versions`, `device`, `seed`, `models`, `tokens`), what came out (`disguised`, `permuted`, `alignment`,
+`statistics`, `perplexity`), how long each step took (`seconds`) and what could not be done (`notes`).
+`statistics[name]` has the sides `non_aligned` and `aligned`, each a result, or None where it was not run.
 """
 
 import hashlib

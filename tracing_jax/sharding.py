@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Int
+from jaxtyping import Shaped
 
 from tracing_jax.axes import AxisTable, Leaf, kind_of
 from tracing_jax.tree import Tree, map_named
@@ -32,7 +32,7 @@ class Compute:
     batch_size: int = 8
     dtype: DTypeLike = jnp.float32
 
-    def batches(self, tokens: Int[np.ndarray, "N T"]) -> list[np.ndarray]:
+    def batches(self, tokens: Shaped[np.ndarray, "N T"]) -> list[np.ndarray]:
         """Returns batches of one shape, the last filled up with copies of the first block."""
         data = self.mesh.shape["data"]
         size = min(-(-self.batch_size // data), -(-len(tokens) // data)) * data

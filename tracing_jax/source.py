@@ -1,6 +1,6 @@
 """`ParamSource`: a model's params, part by part. Sources wrap one another lazily."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, runtime_checkable
@@ -11,7 +11,15 @@ from tqdm import tqdm
 from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisTable, axis_table
 from tracing_jax.sharding import place
-from tracing_jax.symmetry import Permutations, check_permutations, permute
+from tracing_jax.symmetry import (
+    Permutations,
+    Rewrite,
+    arch_after,
+    check_permutations,
+    check_rewrites,
+    permute,
+    rewritten,
+)
 from tracing_jax.tree import Tree
 
 
@@ -90,6 +98,46 @@ def permuted(source: ParamSource, permutations: Permutations) -> Mapped:
     """
     check_permutations(permutations, axis_table(source.arch))
     return Mapped(source, lambda part, table: permute(part, permutations, table))
+
+
+@dataclass(frozen=True)
+class Disguised:
+    """A source after rewrites that keep its function, in numpy; the facts of the model may change with them."""
+
+    source: ParamSource
+    rewrites: Sequence[Rewrite]
+
+    @cached_property
+    def arch(self) -> Arch:
+        """The facts of the model after the rewrites."""
+        return arch_after(self.rewrites, self.source.arch)
+
+    def embed(self) -> Tree:
+        """Returns the rewritten subtree `embed`."""
+        return self._part("embed/")
+
+    def layer(self, index: int) -> Tree:
+        """Returns the rewritten subtree `layers/<index>`."""
+        return self._part(f"layers/{index}/")
+
+    def head(self) -> Tree:
+        """Returns the rewritten subtree `head`."""
+        return self._part("head/")
+
+    def _part(self, prefix: str) -> Tree:
+        return rewritten(prefix, lambda prefix: part(self.source, prefix), self.rewrites, self.source.arch)
+
+
+def disguised(source: ParamSource, rewrites: Sequence[Rewrite]) -> Disguised:
+    """Returns the source after the rewrites, from left to right, part by part as they are asked for.
+
+    Values are computed in float64 on the host and rounded once to the dtype of their leaf.
+
+    Raises:
+      ValueError: a rewrite does not exist for the model it meets, with the reasons.
+    """
+    check_rewrites(rewrites, source.arch)
+    return Disguised(source, tuple(rewrites))
 
 
 def placed(source: ParamSource, mesh: Mesh) -> Mapped:

@@ -3,14 +3,17 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Int
 from safetensors.numpy import save_file
 
+from tracing_jax.arch import change_config
 from tracing_jax.checkpoint.entry import to_tensors
 from tracing_jax.checkpoint.layout import layout
+from tracing_jax.checkpoint.renaming import rename_tokens
 from tracing_jax.source import ParamSource, parts
 from tracing_jax.tree import flatten
 
@@ -26,16 +29,36 @@ _COMPANIONS = (
 )
 
 
+_TOKENIZER = tuple(pattern for pattern in _COMPANIONS if "config.json" not in pattern)
+
+
 def save_checkpoint(
-    folder: str | Path, source: ParamSource, companions: str | Path, max_shard_bytes: int = 4 * 2**30
+    folder: str | Path,
+    source: ParamSource,
+    companions: str | Path,
+    max_shard_bytes: int = 4 * 2**30,
+    *,
+    tokenizer: str | Path | None = None,
+    new_ids: Int[np.ndarray, " V"] | None = None,
 ) -> None:
-    """Writes a model that transformers can load; config and tokenizer files are copied from the folder `companions`.
+    """Writes a model that transformers can load.
 
     Weights keep the dtype of their leaves; reading them back gives the same bits. The folder appears whole: a killed
     run leaves nothing under its name.
 
+    Args:
+      folder: where to write.
+      source: the model.
+      companions: the folder that config and tokenizer files are copied from. Where the model has other facts than that
+        config says, the copy is changed.
+      max_shard_bytes: the most that a file of weights holds.
+      tokenizer: another folder to take the tokenizer from.
+      new_ids: for each id of the companions' tokens its id in this model, if it has others.
+
     Raises:
       FileExistsError: `folder` is there already.
+      UnsupportedModelError: the config cannot describe this model.
+      CheckpointError: the tokens cannot be renamed.
     """
     folder = Path(folder).expanduser()
     if folder.exists():
@@ -43,14 +66,23 @@ def save_checkpoint(
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
+        _copy(_COMPANIONS, Path(companions), work)
+        if tokenizer is not None:
+            _copy(_TOKENIZER, Path(tokenizer), work)
+        change_config(work, source.arch)
+        if new_ids is not None:
+            rename_tokens(work, new_ids)
         _write_shards(work, source, max_shard_bytes)
-        for pattern in _COMPANIONS:
-            for file in Path(companions).glob(pattern):
-                shutil.copyfile(file, work / file.name)
         work.chmod(0o755)
         work.rename(folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _copy(patterns: Iterable[str], folder: Path, to: Path) -> None:
+    for pattern in patterns:
+        for file in folder.glob(pattern):
+            shutil.copyfile(file, to / file.name)
 
 
 def _write_shards(folder: Path, source: ParamSource, max_shard_bytes: int) -> None:

@@ -12,13 +12,17 @@ Letters: N blocks, T positions per block, M tokens.
 
 from tracing_jax.data.blocks import TokenBlocks, Tokenizer, load_tokenizer, same_tokenizer, shared_tokens, token_blocks
 from tracing_jax.data.documents import NAMED_DATASETS, Documents, read_documents
+from tracing_jax.data.pairing import PairedBlocks, paired_on_bytes, paired_one_to_one
 
 __all__ = [
     "NAMED_DATASETS",
     "Documents",
+    "PairedBlocks",
     "TokenBlocks",
     "Tokenizer",
     "load_tokenizer",
+    "paired_on_bytes",
+    "paired_one_to_one",
     "read_documents",
     "same_tokenizer",
     "shared_tokens",

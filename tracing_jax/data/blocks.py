@@ -96,12 +96,12 @@ def token_blocks(
     Raises:
         ValueError: There is no whole block, no position to predict, or no BOS token where one is asked for.
     """
-    bos_id = _bos_id(tokenizer, bos)
+    bos_id = bos_id_of(tokenizer, bos)
     width = block_size - (bos_id is not None)  # text tokens per block
     if block_size < 2 or (num_tokens is not None and num_tokens < block_size):
         raise ValueError(f"{block_size=}, {num_tokens=}: block_size must be 2 or more, num_tokens at least block_size")
     limit = None if num_tokens is None else num_tokens // block_size * width
-    ids, end_chars = _encode(documents.text, tokenizer, limit)
+    ids, end_chars = encode(documents.text, tokenizer, limit)
     used = len(ids) // width * width
     if used == 0:
         raise ValueError(
@@ -139,7 +139,7 @@ def shared_tokens(a: Tokenizer, b: Tokenizer) -> tuple[Int32[np.ndarray, " M"], 
     return np.array(ids_a, np.int32), np.array(ids_b, np.int32)
 
 
-def _bos_id(tokenizer: Tokenizer, bos: Literal["auto"] | bool) -> int | None:
+def bos_id_of(tokenizer: Tokenizer, bos: Literal["auto"] | bool) -> int | None:
     """Returns the id that each block starts with, if any."""
     bos_id = tokenizer.bos_token_id
     if bos == "auto":
@@ -149,7 +149,7 @@ def _bos_id(tokenizer: Tokenizer, bos: Literal["auto"] | bool) -> int | None:
     return bos_id if bos else None
 
 
-def _encode(
+def encode(
     text: str, tokenizer: Tokenizer, limit: int | None
 ) -> tuple[Int32[np.ndarray, " M"], Int64[np.ndarray, " M"]]:
     """Returns the first `limit` token ids and the character position where each ends, never decreasing."""

@@ -17,15 +17,15 @@ from tracing_jax.alignment import Alignment, align
 from tracing_jax.axes import axis_table
 from tracing_jax.checkpoint import load
 from tracing_jax.data import TokenBlocks
-from tracing_jax.experiment.facts import alignment_facts, device_facts, model_facts, token_facts, versions
+from tracing_jax.experiment.facts import alignment_facts, device_facts, model_facts, shape_facts, token_facts, versions
 from tracing_jax.experiment.opening import Opened, open_pair
 from tracing_jax.experiment.settings import DEMO, DTYPES, ConfigError, check_config, names_in
-from tracing_jax.forward import token_losses
+from tracing_jax.forward import check_function, token_losses
 from tracing_jax.record import FORMAT, RunFiles, atomic_write, commit, legacy_dict, plain, write_json, write_pickle
 from tracing_jax.report import figure_of_family, figure_of_run, html, save_png
 from tracing_jax.sharding import Compute, make_mesh
-from tracing_jax.source import InMemory, permute_in_place
-from tracing_jax.statistics import Pair, Result
+from tracing_jax.source import InMemory, disguised, in_memory, permute_in_place, placed
+from tracing_jax.statistics import Pair, Result, verdict
 from tracing_jax.symmetry import random_permutations, share_moved
 
 __all__ = ["ConfigError", "run", "save", "trace"]
@@ -76,12 +76,16 @@ def trace(config: ConfigDict) -> dict[str, Any]:
         pair = _load(config, opened)
     with clock.step("hashes"):  # now, while the files are still in the page cache
         models = {"base": model_facts(opened.base), "ft": model_facts(opened.ft)}
-    permutation = alignment = perplexity = None
+    disguise = permutation = alignment = perplexity = None
+    if opened.rewrites:
+        with clock.step("disguise"):
+            disguise = _prove_disguise(config, opened, pair)
     if config.permute:
         with clock.step("permute"):
             permutation = _permute(config, pair)
     with clock.step("statistic"):
         before = _compute(opened, pair)
+    judged = verdict(before, config.level)
     after: dict[str, Result] = {}
     if config.align and not opened.not_alignable:
         with clock.step("align"):
@@ -105,41 +109,65 @@ def trace(config: ConfigDict) -> dict[str, Any]:
             "seed": config.seed,
             "models": models,
             "tokens": token_facts(opened),
+            "disguised": disguise,
             "permuted": permutation,
             "alignment": None if alignment is None else alignment_facts(alignment),
             "statistics": {
                 name: {"non_aligned": before[name].as_dict(), "aligned": after[name].as_dict() if after else None}
                 for name in before
             },
+            "verdict": judged.as_dict(),
             "perplexity": perplexity,
             "seconds": clock.seconds,
             "notes": opened.notes,
         }
     )
-    save(record, RunFiles.from_save(config.save), alignment)
+    arrays = {name: result.arrays for name, result in before.items() if result.arrays}
+    save(record, RunFiles.from_save(config.save), alignment, arrays)
     return record
 
 
-def save(record: dict[str, Any], files: RunFiles, alignment: Alignment | None = None) -> None:
-    """Writes the files of one run, each whole or not at all; the permutations of an alignment go into its folder."""
+def save(
+    record: dict[str, Any],
+    files: RunFiles,
+    alignment: Alignment | None = None,
+    arrays: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+) -> None:
+    """Writes the files of one run, each whole or not at all; arrays go into its folder."""
     write_json(files.json, record)
     write_pickle(files.pickle, record)
     (files.folder / "alignment.npz").unlink(missing_ok=True)  # of an earlier run
     if alignment is not None:
         files.folder.mkdir(exist_ok=True)
         atomic_write(files.folder / "alignment.npz", _npz(alignment.permutations))
+    for name, found in (arrays or {}).items():
+        files.folder.mkdir(exist_ok=True)
+        atomic_write(files.folder / f"{name}.npz", _npz(found))
     save_png(figure_of_run(record), files.png)
     atomic_write(files.html, html(record).encode())
     logging.info("wrote %s and, beside it, json, png and html", files.pickle)
 
 
 def _load(config: ConfigDict, opened: Opened) -> Pair:
-    """Step 1: both models on the mesh."""
+    """Step 1: both models on the mesh; a disguise changes the parts of ft as they are read, so that no copy lives."""
     mesh = make_mesh(config.mesh.data, config.mesh.model)
-    base, ft = (load(checkpoint, mesh, config.cache_dir) for checkpoint in (opened.base, opened.ft))
+    base = load(opened.base, mesh, config.cache_dir)
+    if opened.rewrites:
+        ft = in_memory(placed(disguised(opened.ft, opened.rewrites), mesh), f"disguising {opened.ft.id}")
+    else:
+        ft = load(opened.ft, mesh, config.cache_dir)
     tokens = None if opened.blocks_base is None else opened.blocks_base.tokens
     compute = Compute(mesh, config.batch_size, DTYPES[config.dtype])
-    return Pair(base, ft, opened.vocabularies, tokens, compute, config.seed)
+    return Pair(
+        base, ft, opened.vocabularies, tokens, compute, config.seed, blocks=opened.paired, controls=opened.controls
+    )
+
+
+def _prove_disguise(config: ConfigDict, opened: Opened, pair: Pair) -> dict[str, Any]:
+    """Step 2: what was rewritten, and how far the logits of the model in the files are from those of the disguised."""
+    moved = check_function(opened.ft, pair.ft, seed=config.seed)
+    names = [rewrite.name for rewrite in opened.rewrites]
+    return {"rewrites": names, "seed": config.seed, "logits_moved": moved, "shape": shape_facts(pair.ft.arch)}
 
 
 def _permute(config: ConfigDict, pair: Pair) -> dict[str, Any]:

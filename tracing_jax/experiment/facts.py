@@ -9,6 +9,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from tracing_jax.alignment import Alignment
+from tracing_jax.arch import Arch
 from tracing_jax.checkpoint import Checkpoint
 from tracing_jax.experiment.opening import Opened
 from tracing_jax.record import file_hashes
@@ -36,9 +37,14 @@ def model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "revision": checkpoint.revision,
         "family": checkpoint.arch.family,
         "parameters": sum(math.prod(entry.shape) for entry in checkpoint.entries.values()),
-        "shape": {name: getattr(checkpoint.arch, name) for name in _SHAPE},
+        "shape": shape_facts(checkpoint.arch),
         "files": file_hashes([checkpoint.folder / "config.json", *checkpoint.tensors.files()]),
     }
+
+
+def shape_facts(arch: Arch) -> dict[str, Any]:
+    """Returns how large a model is on each axis."""
+    return {name: getattr(arch, name) for name in _SHAPE}
 
 
 def token_facts(opened: Opened) -> dict[str, Any] | None:

@@ -1,27 +1,33 @@
 """Before step 1: checkpoints and text are opened, and all that would stop the run is found; no weight is read."""
 
+import zlib
 from dataclasses import dataclass, fields
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from tracing_jax import demo
 from tracing_jax.alignment import alignment_problems
-from tracing_jax.arch import length_problem
+from tracing_jax.arch import Arch, length_problem
 from tracing_jax.axes import axis_table
 from tracing_jax.checkpoint import Checkpoint, open_checkpoint
 from tracing_jax.data import (
     Documents,
+    PairedBlocks,
     TokenBlocks,
     load_tokenizer,
+    paired_on_bytes,
+    paired_one_to_one,
     read_documents,
     same_tokenizer,
     shared_tokens,
     token_blocks,
 )
-from tracing_jax.experiment.settings import DEMO, ConfigError, names_in
+from tracing_jax.experiment.settings import DEMO, RENAMING, ConfigError, names_in
 from tracing_jax.statistics import REGISTRY, Statistic, Vocabularies
+from tracing_jax.symmetry import Rewrite, arch_after, draw_rewrites
 
 # No tokenizer averages more over a text; reading stops there, however large the data set is.
 _MAX_CHARS_PER_TOKEN = 32
@@ -33,18 +39,24 @@ class Opened:
 
     base: Checkpoint
     ft: Checkpoint
+    rewrites: tuple[Rewrite, ...]
+    """Step 2's disguise of ft, drawn from the run's seed."""
     statistics: dict[str, Statistic]
     not_applicable: dict[str, str]
     not_alignable: str | None
     vocabularies: Vocabularies
     blocks_base: TokenBlocks | None
     blocks_ft: TokenBlocks | None
+    paired: PairedBlocks | None
+    controls: tuple[Checkpoint, ...]
     notes: list[str]
 
 
 def open_pair(config: ConfigDict) -> Opened:
     """Opens both checkpoints and the text, and asks every statistic whether it applies."""
     base, ft = (open_checkpoint(_resolved(config[side])) for side in ("base_model_id", "ft_model_id"))
+    rewrites = _rewrites(config, ft)
+    ft_arch = arch_after(rewrites, ft.arch)
     statistics = {name: REGISTRY[name](config) for name in names_in(config.stat)}
     activations = config.align and config.align_evidence == "activations"
     needs_tokens = config.eval or activations or any(statistic.needs_tokens for statistic in statistics.values())
@@ -53,20 +65,32 @@ def open_pair(config: ConfigDict) -> Opened:
     tokenizer_base, tokenizer_ft = (_tokenizer(checkpoint, needs_tokens) for checkpoint in (base, ft))
     vocabularies = _vocabularies(base, ft, tokenizer_base, tokenizer_ft)
     problems = {
-        name: "; ".join(statistic.problems(base.arch, ft.arch, vocabularies)) for name, statistic in statistics.items()
+        name: "; ".join(statistic.problems(base.arch, ft_arch, vocabularies)) for name, statistic in statistics.items()
     }
     not_applicable = {name: problem for name, problem in problems.items() if problem}
     if len(not_applicable) == len(statistics):
         lines = [f"{name}: {problem}" for name, problem in not_applicable.items()]
         raise ConfigError(f"{base.id} and {ft.id} cannot be compared: " + "\n  ".join(lines))
-    not_alignable = "; ".join(_alignment_problems(config, base, ft, vocabularies)) if config.align else None
-    blocks_base = blocks_ft = None
+    not_alignable = "; ".join(_alignment_problems(config, base.arch, ft_arch, vocabularies)) if config.align else None
+    blocks_base = blocks_ft = paired = None
     if needs_tokens:
-        blocks_base, blocks_ft = _blocks(config, tokenizer_base, tokenizer_ft, vocabularies.same)
-    notes = _notes(base, ft, vocabularies, on_path="mode" in statistics and "mode" not in not_applicable)
+        blocks_base, blocks_ft, paired = _blocks(config, tokenizer_base, tokenizer_ft, vocabularies.same)
+    controls = _controls(config, base)
+    notes = _notes(base.arch, ft_arch, vocabularies, on_path="mode" in statistics and "mode" not in not_applicable)
     if not_alignable:
         notes.append(f"not aligned: {not_alignable}")
-    return Opened(base, ft, statistics, not_applicable, not_alignable, vocabularies, blocks_base, blocks_ft, notes)
+    return Opened(
+        base, ft, rewrites, statistics, not_applicable, not_alignable, vocabularies, blocks_base, blocks_ft, paired,
+        controls, notes,
+    )  # fmt: skip
+
+
+def _rewrites(config: ConfigDict, ft: Checkpoint) -> tuple[Rewrite, ...]:
+    key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(b"disguise"))
+    try:
+        return draw_rewrites(config.disguise, key, ft.arch, without=(RENAMING,))
+    except ValueError as error:
+        raise ConfigError(f"disguise={config.disguise}, {ft.id}: {error}") from error
 
 
 def _model_problems(config: ConfigDict, base: Checkpoint, ft: Checkpoint, needs_tokens: bool) -> list[str]:
@@ -83,8 +107,8 @@ def _model_problems(config: ConfigDict, base: Checkpoint, ft: Checkpoint, needs_
     return lines
 
 
-def _alignment_problems(config: ConfigDict, base: Checkpoint, ft: Checkpoint, vocabularies: Vocabularies) -> list[str]:
-    lines = alignment_problems(base.arch, ft.arch, names_in(config.align_axes))
+def _alignment_problems(config: ConfigDict, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
+    lines = alignment_problems(base, ft, names_in(config.align_axes))
     if vocabularies.known and len(vocabularies.ids_base) == 0:
         lines.append("the vocabularies share no token, so that no row of the embeddings has a counterpart")
     if config.align_evidence == "activations" and not vocabularies.same:
@@ -117,13 +141,32 @@ def _vocabularies(base: Checkpoint, ft: Checkpoint, tokenizer_base: Any, tokeniz
     return Vocabularies(same_tokenizer(tokenizer_base, tokenizer_ft), ids_base[known], ids_ft[known])
 
 
-def _blocks(config: ConfigDict, tokenizer_base: Any, tokenizer_ft: Any, same: bool) -> tuple[TokenBlocks, TokenBlocks]:
-    """Returns the text as base's tokens, and the very same text as ft's."""
+def _controls(config: ConfigDict, base: Checkpoint) -> tuple[Checkpoint, ...]:
+    """Opens the models that are known to be independent of both; they must be of base's shape."""
+    found = tuple(open_checkpoint(_resolved(model_id)) for model_id in config.control_model_ids)
+    shape = ("num_layers", "embed_dim", "mlp_dim", "vocab_size")
+    lines = [
+        f"control model {control.id}: {name} {getattr(control.arch, name)}, expected base's {getattr(base.arch, name)}"
+        for control in found
+        for name in shape
+        if getattr(control.arch, name) != getattr(base.arch, name)
+    ]
+    if lines:
+        raise ConfigError("\n  ".join(["the control models do not fit:", *lines]))
+    return found
+
+
+def _blocks(
+    config: ConfigDict, tokenizer_base: Any, tokenizer_ft: Any, same: bool
+) -> tuple[TokenBlocks, TokenBlocks, PairedBlocks]:
+    """Returns the text as base's tokens, the very same text as ft's, and both block by block with paired positions."""
     documents = _documents(config)
     blocks = token_blocks(documents, tokenizer_base, block_size=config.block_size, num_tokens=config.num_tokens)
     if same:
-        return blocks, blocks
-    return blocks, token_blocks(documents.prefix(blocks.text_chars), tokenizer_ft, block_size=config.block_size)
+        return blocks, blocks, paired_one_to_one(blocks.tokens, blocks.tokens)
+    theirs = token_blocks(documents.prefix(blocks.text_chars), tokenizer_ft, block_size=config.block_size)
+    sizes = {"block_size": config.block_size, "num_tokens": config.num_tokens}
+    return blocks, theirs, paired_on_bytes(documents, tokenizer_base, tokenizer_ft, **sizes)
 
 
 def _documents(config: ConfigDict) -> Documents:
@@ -138,7 +181,7 @@ def _documents(config: ConfigDict) -> Documents:
     )
 
 
-def _notes(base: Checkpoint, ft: Checkpoint, vocabularies: Vocabularies, on_path: bool) -> list[str]:
+def _notes(base: Arch, ft: Arch, vocabularies: Vocabularies, on_path: bool) -> list[str]:
     notes = []
     if not vocabularies.known:
         notes.append("a model has no tokenizer files: nothing is known of how the two vocabularies correspond")
@@ -147,8 +190,8 @@ def _notes(base: Checkpoint, ft: Checkpoint, vocabularies: Vocabularies, on_path
             f"different tokenizers ({len(vocabularies.ids_base)} tokens shared): each model's perplexity is on its own "
             "tokens of the same text, so compare it per byte; a path runs on base's tokens, embedding and head"
         )
-    names = [field.name for field in fields(base.arch) if field.name != "family"]
-    different = [name for name in names if getattr(base.arch, name) != getattr(ft.arch, name)]
+    names = [field.name for field in fields(base) if field.name != "family"]
+    different = [name for name in names if getattr(base, name) != getattr(ft, name)]
     if on_path and different:
         notes.append(f"the models differ in {', '.join(different)}: along the path base's are used")
     return notes

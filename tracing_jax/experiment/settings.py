@@ -7,9 +7,15 @@ from tracing_jax import demo
 from tracing_jax.axes import PERMUTABLE
 from tracing_jax.record import RunFiles, check_writable
 from tracing_jax.statistics import REGISTRY
+from tracing_jax.statistics.match import FORMS
+from tracing_jax.statistics.verdict import UNDECIDED_BELOW
+from tracing_jax.symmetry import Renaming, rewrite_names
 
 DEMO = "demo:"
 """What stands before the name of a member of the demo family, in place of a folder or Hub id."""
+
+RENAMING = Renaming.name
+"""The rewrite that a run cannot draw: its tokenizers are those of the files."""
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 """Names of the computing dtypes."""
@@ -59,13 +65,31 @@ def _choice_problems(config: ConfigDict) -> list[str]:
             lines.append(f"{step}_axes: unknown axes {', '.join(unknown)}; there are {', '.join(PERMUTABLE)}")
         if config[step] and not axes:
             lines.append(f"{step} is set and {step}_axes is empty; choose from {', '.join(PERMUTABLE)}")
+    lines += _disguise_problems(config.disguise)
     if config.align_evidence not in ("weights", "activations"):
         lines.append(f"align_evidence={config.align_evidence}: it is weights or activations")
+    if config.csh_activation not in ("hidden", "up"):
+        lines.append(f"csh_activation={config.csh_activation}: it is hidden or up")
+    if not names_in(config.match_forms) or set(names_in(config.match_forms)) - set(FORMS):
+        lines.append(f"match_forms={config.match_forms!r}: one or both of {', '.join(FORMS)}")
     if config.dtype not in DTYPES:
         lines.append(f"dtype={config.dtype}: it is one of {', '.join(DTYPES)}")
     if not (config.dataset or config.dataset_id):
         lines.append("neither dataset nor dataset_id is set: a name such as wikitext, a local file, or a Hub id")
     return lines
+
+
+def _disguise_problems(listed: str) -> list[str]:
+    try:
+        names = rewrite_names(listed)
+    except ValueError as error:
+        return [f"disguise={listed}: {error}"]
+    if RENAMING not in names or listed.strip() == "all":  # of which a run takes the others
+        return []
+    return [
+        f"disguise={listed}: {RENAMING} changes the tokenizer's files too; write a checkpoint with "
+        f"`python -m tracing_jax.symmetry --disguise={listed} ...` and trace that"
+    ]
 
 
 def _number_problems(config: ConfigDict) -> list[str]:
@@ -75,6 +99,12 @@ def _number_problems(config: ConfigDict) -> list[str]:
     for name, least in (("block_size", 2), ("batch_size", 1), ("num_tokens", config.block_size), ("emb_max_rows", 1)):
         if config[name] < least:
             lines.append(f"{name}={config[name]}: at least {least}")
+    least_counts = {"mode_num_perm": 0, "num_perm": 1, "csh_blocks": 1, "csh_block_size": 2}
+    lines += [
+        f"{name}={config[name]}: at least {least}" for name, least in least_counts.items() if config[name] < least
+    ]
+    if not 0 < config.level <= UNDECIDED_BELOW:
+        lines.append(f"level={config.level}: it lies above 0 and at most at {UNDECIDED_BELOW}")
     if not 0 <= config.seed < 2**32:
         lines.append(f"seed={config.seed}: it lies in 0..{2**32 - 1}")
     return lines

@@ -3,6 +3,7 @@
 from tracing_jax.matching.assignment import Blocks, assign, assign_nested
 from tracing_jax.matching.coordinate import Coordinate, Similarity, coordinates, solve, value
 from tracing_jax.matching.similarity import Shared, WeightPairs, scores, weight_pairs, weight_similarity
+from tracing_jax.matching.units import UnitMatching, live_units, match_units
 from tracing_jax.matching.weights import WeightMatching, match_weights
 
 __all__ = [
@@ -10,11 +11,14 @@ __all__ = [
     "Coordinate",
     "Shared",
     "Similarity",
+    "UnitMatching",
     "WeightMatching",
     "WeightPairs",
     "assign",
     "assign_nested",
     "coordinates",
+    "live_units",
+    "match_units",
     "match_weights",
     "scores",
     "solve",

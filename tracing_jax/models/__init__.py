@@ -9,6 +9,7 @@ from tracing_jax.models.decoder import (
     apply_block_with_taps,
     apply_embed,
     apply_head,
+    apply_mlp_with_taps,
     init_params,
     layer_inputs,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "apply_block_with_taps",
     "apply_embed",
     "apply_head",
+    "apply_mlp_with_taps",
     "init_params",
     "layer_inputs",
     "tap_axes",

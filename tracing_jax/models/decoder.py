@@ -155,6 +155,17 @@ def apply_block_with_taps(
     return x, {tap: found[tap] for tap in taps}
 
 
+def apply_mlp_with_taps(
+    arch: Arch, params: Tree, x: Float[Array, "B T D"], taps: tuple[str, ...]
+) -> dict[str, Float[Array, "B T *units"]]:
+    """Returns the inner activations of a layer's MLP that is handed a hidden state past the attention before it."""
+    norm = Norm(arch, (arch.embed_dim,))
+    y = _only_output(norm.apply({"params": params.get("mlp_norm", {})}, x)) if arch.pre_norms else x
+    mlp = (Mlp if arch.num_experts is None else ExpertMlp)(arch)
+    _, state = mlp.apply({"params": params["mlp"]}, y, mutable=["taps"])
+    return {tap: state["taps"][tap][0] for tap in taps}
+
+
 def apply_head(
     arch: Arch, params: Tree, x: Float[Array, "B T D"], embedding: Float[Array, "V D"] | None
 ) -> Float[Array, "B T V"]:

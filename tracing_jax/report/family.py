@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from tracing_jax.report.plots import path_figure
 from tracing_jax.report.tables import text_table
-from tracing_jax.report.wording import outcome, results_by_side, subject
+from tracing_jax.report.wording import outcome, results_by_side, subject, verdict_text
 
 _SAME_NATS = 0.01  # an aligned curve nowhere further than this from the one before it is the same line
 
@@ -36,6 +36,8 @@ def summary(records: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for record in records:
         lines.append(f"{model_name(record, 'base')} and {model_name(record, 'ft')}")
+        if judged := record.get("verdict"):
+            lines.append(f"  verdict: {verdict_text(judged)}")
         lines += [f"  {subject(name, sides)}: {outcome(sides)}" for name, sides in record["statistics"].items()]
         lines += [f"  note: {note}" for note in record["notes"]]
     rows = [row for record in records for row in _path_rows(record)]

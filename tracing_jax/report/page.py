@@ -76,6 +76,8 @@ def _sections(record: Mapping[str, Any]) -> list[Section]:
     found = [_statistic(name, sides) for name, sides in record["statistics"].items()]
     if perplexity:
         found.append(Section("Perplexity", table=_compare(perplexity, _PERPLEXITY)))
+    if record.get("disguised"):
+        found.append(Section("Disguise before the test", table=_facts(record["disguised"])))
     if record.get("permuted"):
         found.append(Section("Permutation before the test", table=_facts(record["permuted"])))
     if alignment:

@@ -29,6 +29,15 @@ def p_text(log10_p: float) -> str:
     return f"p = {10**log10_p:.2g}" if log10_p > -4 else f"p = 10^{log10_p:.1f}"
 
 
+def verdict_text(verdict: Mapping[str, Any]) -> str:
+    """A verdict with its grounds: `RELATED (csu, p = 10^-41.3 after Holm; layers 0 to 3), level 0.001`."""
+    if verdict["statistic"] is None:
+        return f"{verdict['verdict']}: {verdict['meaning']}"
+    layers = f"; {', '.join(verdict['layers'])}" if verdict["layers"] else ""
+    grounds = f"{verdict['statistic']}, {p_text(float(verdict['adjusted_log10_p']))} after Holm{layers}"
+    return f"{verdict['verdict']} at level {verdict['level']:g} ({grounds}): {verdict['meaning']}"
+
+
 def results_by_side(sides: Mapping[str, Any]) -> dict[str, Any]:
     """The results of a statistic that ran and applied, keyed `non-aligned` and `aligned`."""
     results = {word: sides.get(side) for side, word in SIDES.items()}

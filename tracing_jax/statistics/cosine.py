@@ -1,4 +1,4 @@
-"""Best-match cosines between rows of two matrices, in slices that bound the memory."""
+"""Cosines between the rows of two matrices; the best of each row in slices that bound the memory."""
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,17 @@ def best_cosines(rows: Float[Array, "n d"], others: Float[Array, "m d"], descrip
 
 
 @jax.jit
+def cosines(rows: Float[Array | np.ndarray, "n d"], others: Float[Array | np.ndarray, "m d"]) -> Float[Array, "n m"]:
+    """Returns the cosine of every row with every other, float32; 0 where either is a row of zeros."""
+    return jnp.einsum("nd,md->nm", _normalised(rows), _normalised(others), precision="highest")
+
+
+@jax.jit
 def _best(rows: jax.Array, others: jax.Array) -> jax.Array:
     return jnp.einsum("nd,md->nm", _normalised(rows), others, precision="highest").max(axis=1)
 
 
-def _normalised(rows: jax.Array) -> jax.Array:
-    rows = rows.astype(jnp.float32)
+def _normalised(rows: jax.Array | np.ndarray) -> jax.Array:
+    rows = jnp.asarray(rows, jnp.float32)
     norms = jnp.linalg.norm(rows, axis=1, keepdims=True)
     return rows / jnp.where(norms == 0, 1, norms)

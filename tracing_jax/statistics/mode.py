@@ -1,6 +1,7 @@
 """`mode`: is the straight path between the two models free of a barrier? Loss at the midpoint, barrier and curve."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -9,7 +10,10 @@ from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisTable, axis_table, kind_of
 from tracing_jax.forward import path_losses, token_losses
 from tracing_jax.interpolate import moving_leaves, path_groups
+from tracing_jax.statistics.permuted_copies import draw_permutations, permutation_result
+from tracing_jax.statistics.pvalues import permutation_test
 from tracing_jax.statistics.statistic import Curve, Pair, Result, Vocabularies
+from tracing_jax.symmetry import Permutations
 
 _LABEL = "midpoint loss (nats per token)"
 
@@ -18,7 +22,9 @@ _LABEL = "midpoint loss (nats per token)"
 class Mode:
     """Loss of the model at alpha on the way from base to ft, over base's tokens, head and embedding unless `emb`.
 
-    The barrier is the largest excess over the straight line between the losses at the two ends.
+    Its p-value, if permuted copies are asked for, is the rank of the midpoint loss among those of copies of ft with
+    features and MLP units permuted. The barrier is the largest excess over the straight line between the losses at the
+    two ends.
 
     Source: Frankle et al. 2020 (arXiv 1912.05671) for the barrier; Zhu et al. 2025 (arXiv 2502.12292) for the midpoint
     loss as a test statistic.
@@ -27,6 +33,7 @@ class Mode:
     alphas: tuple[float, ...] = tuple(i / 10 for i in range(11))
     attn: bool = False
     emb: bool = False
+    num_perm: int = 0
     needs_tokens: ClassVar[bool] = True
 
     @property
@@ -59,8 +66,24 @@ class Mode:
         if pair.vocabularies.same:
             own = float(token_losses(pair.ft, pair.tokens, pair.compute, "losses of ft").mean(dtype=np.float64))
         curve = curve_of(alphas, losses.mean(axis=(1, 2), dtype=np.float64), own, self.groups)
-        reason = "a midpoint loss alone has no null distribution"
-        return Result(headline=curve.midpoint, label=_LABEL, p_reason=reason, curve=curve)
+        permutations = draw_permutations(pair, self.num_perm)
+        permuted = midpoint_losses(pair, permutations, self.groups)
+        log_p = None
+        if permutations:
+            generator = pair.generator("mode", "ties")
+            log_p = permutation_test(curve.midpoint, permuted, generator=generator, larger_is_similar=False)
+        return replace(permutation_result(pair, _LABEL, curve.midpoint, permuted, log_p), curve=curve)
+
+
+def midpoint_losses(pair: Pair, permutations: Sequence[Permutations], groups: tuple[str, ...]) -> np.ndarray:
+    """Returns the midpoint loss between base and each permuted copy of ft, nats per token; no copy is made."""
+    assert pair.tokens is not None
+    if not permutations:
+        return np.zeros(0)
+    halves = [0.5] * len(permutations)
+    description = "midpoints of permuted copies"
+    losses = path_losses(pair.base, pair.ft, pair.tokens, halves, groups, pair.compute, description, permutations)
+    return losses.mean(axis=(1, 2), dtype=np.float64)
 
 
 def curve_of(alphas: np.ndarray, loss: np.ndarray, own: float | None, groups: tuple[str, ...]) -> Curve:

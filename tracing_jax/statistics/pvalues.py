@@ -60,6 +60,15 @@ def holm(log_ps: LogPs) -> Float[np.ndarray, " _"]:
     return adjusted
 
 
+def smallest(log_ps: LogPs) -> float:
+    """Returns the log p-value of the smallest of m p-values: the first of Holm's steps, `log min(1, m min p)`.
+
+    Raises:
+      ValueError: log p-values that are none.
+    """
+    return float(bonferroni(log_ps).min())
+
+
 def permutation_test(
     observed: float,
     permuted: Float[np.ndarray, " _"] | Sequence[float],

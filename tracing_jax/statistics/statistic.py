@@ -1,15 +1,23 @@
 """What a statistic may look at, what it gives back, and what it must answer before it runs."""
 
+import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
 
 from tracing_jax.arch import Arch
+from tracing_jax.data import PairedBlocks
 from tracing_jax.sharding import Compute
-from tracing_jax.source import InMemory
+from tracing_jax.source import InMemory, ParamSource
+
+AFTER_ALIGNMENT = (
+    "after alignment nothing has a null: aligning makes independent models look dependent; "
+    "the decision comes from the pair as given"
+)
+"""Why no result on an aligned pair has a p-value. Source: simulations in Zhu et al.'s setting; see docs/nulls.md."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,14 @@ class Pair:
     compute: Compute
     seed: int
     aligned: bool = False
+    blocks: PairedBlocks | None = None
+    """The text as both models read it, with the positions at which they can be compared."""
+    controls: Sequence[ParamSource] = ()
+    """Models known to be independent of both, of base's shape and tokenizer, for nulls that are measured."""
+
+    def generator(self, *names: str | int) -> np.random.Generator:
+        """Returns a stream of random numbers of its own for every name, from the seed of the run."""
+        return np.random.default_rng([self.seed, *(zlib.crc32(str(name).encode()) for name in names)])
 
 
 @dataclass(frozen=True)
@@ -57,6 +73,31 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Test:
+    """One test: a p-value at each place it looks at, and the one they give together.
+
+    Attributes:
+      name: what is tested, such as `rank correlation`.
+      log10_p: decimal logarithm of the p-value of all places together; None on an aligned pair.
+      combined: how the places were combined.
+      places: layers or matrices.
+      log10_ps: one for each place.
+      values: column -> what was measured, one value for each place.
+      decides: whether it may enter a verdict; a test without a true null is shown and decides nothing.
+    """
+
+    __test__ = False  # pytest: no test class
+
+    name: str
+    log10_p: float | None
+    combined: str
+    places: Sequence[str]
+    log10_ps: Sequence[float] | None
+    values: Mapping[str, Sequence[float | int]]
+    decides: bool = True
+
+
+@dataclass(frozen=True)
 class Result:
     """The outcome of one statistic on one pair, as it goes into the record.
 
@@ -66,6 +107,11 @@ class Result:
       per_layer: `{"label", "values"}`, one value per layer.
       distribution: `{"label", "quantiles": {"levels", "layers"}}`, the quantiles at the levels for each layer, or once.
       not_applicable: why the statistic has no value on this pair.
+      tests: the tests behind `log10_p`, place by place.
+      null: what the p-values were calibrated with.
+      layer_map: which layer of ft comes from which layer of base; see `match_all`.
+      notes: what a reader of the numbers must know.
+      arrays: what is too large for the record; it goes into the folder of the run.
     """
 
     headline: float | None
@@ -76,17 +122,29 @@ class Result:
     curve: Curve | None = None
     distribution: Mapping[str, Any] | None = None
     not_applicable: str | None = None
+    tests: Sequence[Test] = ()
+    null: Mapping[str, Any] | None = None
+    layer_map: Mapping[str, Any] | None = None
+    notes: Sequence[str] = ()
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def without_p(self, reason: str) -> "Result":
+        """Returns the values alone, with the reason why they have no p-value."""
+        tests = tuple(replace(test, log10_p=None, log10_ps=None) for test in self.tests)
+        return replace(self, log10_p=None, p_reason=reason, tests=tests)
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns the result as plain data."""
-        return asdict(self)
+        """Returns the result as plain data, without its arrays."""
+        return asdict(replace(self, arrays={})) | {"arrays": sorted(self.arrays)}
 
 
 @runtime_checkable
 class Statistic(Protocol):
     """One statistic. Its options are its fields, filled from the config."""
 
-    needs_tokens: ClassVar[bool]
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether it reads text."""
 
     def problems(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns why the statistic cannot be computed on models of these shapes; empty if it can."""

@@ -81,7 +81,7 @@ def unit_moves(row: Leaf, permutations: Permutations, within: Mapping[str, str])
     Dimensions instead of axis names: what is compiled for one layer then serves them all.
     """
     moves = [
-        (dim, row.axes.index(within[axis]) if axis in within else None, np.asarray(permutations[axis]))
+        (dim, row.axes.index(within[axis]) if axis in within else None, permutations[axis])
         for dim, axis in enumerate(row.axes)
         if axis is not None and axis in permutations
     ]

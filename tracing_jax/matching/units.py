@@ -1,0 +1,66 @@
+"""MATCH: the units of two layers paired by greatest similarity, blind to the order in which they stand.
+
+The blindness makes p-values exact: if the units of one model are renumbered, the pairs are renumbered with them and
+nothing else changes. A solver alone is not blind: among equal optima it prefers low indices, and independent models
+with a fifth of their units zero then seem to agree. So rows and columns are shuffled before every assignment.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from tracing_jax.matching.assignment import assign
+
+
+@dataclass(frozen=True)
+class UnitMatching:
+    """Pairs of units: `base[i]` belongs to `ft[i]`. The smaller side is paired whole.
+
+    Attributes:
+      base, ft: indices into all units of the two layers, in increasing order of the side that is paired whole (of base
+        if the sides are equal).
+      live_base, live_ft: units that took part; the others had no similarity with any.
+    """
+
+    base: Int[np.ndarray, " M"]
+    ft: Int[np.ndarray, " M"]
+    live_base: int
+    live_ft: int
+
+
+def live_units(*similarities: Float[np.ndarray, "n m"]) -> tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"]]:
+    """Returns the rows and the columns that have a similarity in every one of these matrices.
+
+    A unit that is all zero, or never varies, has similarity 0 with every other and cannot be matched.
+    """
+    rows = np.logical_and.reduce([s.any(axis=1) for s in similarities])
+    columns = np.logical_and.reduce([s.any(axis=0) for s in similarities])
+    return np.flatnonzero(rows), np.flatnonzero(columns)
+
+
+def match_units(
+    similarity: Float[np.ndarray, "n m"],
+    generator: np.random.Generator,
+    live: tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"]] | None = None,
+) -> UnitMatching:
+    """Returns the pairs of greatest total similarity among the live rows and columns; ties fall by lot.
+
+    Args:
+      similarity: of each unit of base with each of ft.
+      generator: draws the order in which the solver sees them; give every matching a stream of its own.
+      live: rows and columns that take part. By default those of `live_units`.
+
+    Raises:
+      ValueError: a similarity that is not finite.
+    Source: Zhu et al. 2025 (arXiv 2502.12292), MATCH, whose solver sees the units in their own order.
+    """
+    rows, columns = (generator.permutation(units) for units in live or live_units(similarity))
+    shuffled = similarity[np.ix_(rows, columns)]
+    if len(rows) <= len(columns):
+        base, ft = rows, columns[assign(shuffled)]
+        order = np.argsort(base)
+    else:
+        base, ft = rows[assign(shuffled.T)], columns
+        order = np.argsort(ft)
+    return UnitMatching(base[order].astype(np.int32), ft[order].astype(np.int32), len(rows), len(columns))

@@ -1,0 +1,59 @@
+"""`csh`: do units respond where they did? Hidden activations on random tokens matched, against the identity."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from tracing_jax.arch import Arch
+from tracing_jax.data import PairedBlocks, paired_one_to_one
+from tracing_jax.grams import correlations
+from tracing_jax.matching import match_units
+from tracing_jax.statistics.comparison import against_identity
+from tracing_jax.statistics.constrained import constrained_result, unit_problems
+from tracing_jax.statistics.statistic import Pair, Result, Vocabularies
+
+_TAP = {"hidden": "units", "up": "up"}
+
+
+@dataclass(frozen=True)
+class Csh:
+    """Constrained test on the hidden activations of the MLPs; exact like `csu`.
+
+    Both models read the same random tokens, drawn uniformly from those both vocabularies have. Units are matched on the
+    absolute correlation over the tokens.
+
+    Source: Zhu et al. 2025 (arXiv 2502.12292); its program matches the up activation under this name, and by cosine.
+    """
+
+    blocks: int = 20
+    block_size: int = 512
+    activation: Literal["hidden", "up"] = "hidden"
+    needs_tokens: ClassVar[bool] = False
+
+    def problems(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
+        """Returns why the units of these models cannot be compared on the same tokens."""
+        lines = unit_problems(base, ft)
+        if base.num_layers != ft.num_layers:
+            lines.append(f"different depth ({base.num_layers} and {ft.num_layers} layers): inputs have no counterpart")
+        if len(vocabularies.ids_base) < 2:
+            lines.append("the vocabularies share no tokens to be read by both")
+        return lines
+
+    def compute(self, pair: Pair) -> Result:
+        """Returns the p-values per layer and combined; one forward pass per model."""
+        blocks = random_blocks(pair.vocabularies, (self.blocks, self.block_size), pair.generator("csh", "tokens"))
+        tap = _TAP[self.activation]
+        comparisons = []
+        for layer in correlations(pair.base, pair.ft, blocks, (tap,), pair.compute, "csh"):
+            similarity = np.abs(layer.by_tap[tap])
+            matching = match_units(similarity, pair.generator("csh", layer.layer))
+            comparisons.append(against_identity(matching, *similarity.shape))
+        return constrained_result(pair, comparisons, f"units whose {self.activation} activation stays in place, share")
+
+
+def random_blocks(vocabularies: Vocabularies, shape: tuple[int, int], generator: np.random.Generator) -> PairedBlocks:
+    """Returns blocks of tokens drawn uniformly from those both vocabularies have, by string."""
+    drawn = generator.integers(len(vocabularies.ids_base), size=shape)
+    base, ft = (ids[drawn].astype(np.int32) for ids in (vocabularies.ids_base, vocabularies.ids_ft))
+    return paired_one_to_one(base, ft, "random tokens of both vocabularies, paired by string")

@@ -1,0 +1,61 @@
+"""`csu`: are units where they were? Up-projection rows matched, and the matching compared with the identity."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from jaxtyping import Array, Float
+from tqdm import trange
+
+from tracing_jax.arch import Arch
+from tracing_jax.matching import match_units
+from tracing_jax.statistics.comparison import Comparison, against_identity
+from tracing_jax.statistics.constrained import constrained_result, layers_in_common, unit_problems
+from tracing_jax.statistics.cosine import cosines
+from tracing_jax.statistics.statistic import Pair, Result, Vocabularies
+from tracing_jax.tree import Tree
+
+
+@dataclass(frozen=True)
+class Csu:
+    """Constrained test on the up-projection: exact if one of the models was trained independently of the other.
+
+    Rows are matched on |cos|: a unit scaled by a negative number, with its output, is the same unit. Layers of equal
+    index are compared; each has a permutation of its own under the null, so their p-values combine by Fisher.
+
+    Source: Zhu et al. 2025 (arXiv 2502.12292), which matches on the signed cosine, in index order.
+    """
+
+    needs_tokens: ClassVar[bool] = False
+
+    def problems(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
+        """Returns why up-projection rows of these models cannot be compared."""
+        lines = unit_problems(base, ft)
+        if base.embed_dim != ft.embed_dim:
+            lines.append(f"different width ({base.embed_dim} and {ft.embed_dim} features): rows have no cosine")
+        return lines
+
+    def compute(self, pair: Pair) -> Result:
+        """Returns the p-values per layer and combined, by rank correlation and by agreement."""
+        comparisons = []
+        for i in trange(layers_in_common(pair), desc="csu", unit="layer", disable=None):
+            rows = [unit_rows(model.layer(i), "up_proj") for model in (pair.base, pair.ft)]
+            comparisons.append(compare_rows(rows[0], rows[1], pair.generator("csu", i)))
+        return constrained_result(pair, comparisons, "units whose up-projection stays in place, share")
+
+
+def unit_rows(layer: Tree, projection: str) -> Float[Array, "F D"]:
+    """Returns a row for each MLP unit of a layer: its weights on the features."""
+    return layer["mlp"][projection]["kernel"].T
+
+
+def compare_rows(
+    base: Float[Array | np.ndarray, "n d"],
+    ft: Float[Array | np.ndarray, "m d"],
+    generator: np.random.Generator,
+    signed: bool = False,
+) -> Comparison:
+    """Returns how far matching the rows of two matrices by (absolute) cosine keeps them in place."""
+    similarity = np.asarray(cosines(base, ft))
+    matching = match_units(similarity if signed else np.abs(similarity), generator)
+    return against_identity(matching, len(base), len(ft))

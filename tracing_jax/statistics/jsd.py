@@ -1,0 +1,39 @@
+"""`jsd`: how differently do the two models predict? Jensen-Shannon divergence of their next-token distributions."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from tracing_jax.arch import Arch
+from tracing_jax.forward import divergences
+from tracing_jax.statistics.statistic import Pair, Result, Vocabularies
+
+
+@dataclass(frozen=True)
+class Jsd:
+    """Mean Jensen-Shannon divergence, nats per token, between the predictions over the tokens both vocabularies have.
+
+    Each distribution is cut to the shared tokens and normalised again. It lies in [0, ln 2]. Models that read through
+    different tokenizers are compared where they have read the same bytes.
+
+    Source: Zhu et al. 2025 (arXiv 2502.12292), whose program sums over batches and divides by the vocabulary instead.
+    """
+
+    needs_tokens: ClassVar[bool] = True
+
+    def problems(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
+        """Returns why the predictions cannot be compared."""
+        return [] if len(vocabularies.ids_base) else ["the vocabularies share no token to predict"]
+
+    def compute(self, pair: Pair) -> Result:
+        """Returns the mean over all paired positions; one forward pass per model."""
+        assert pair.blocks is not None
+        ids = (pair.vocabularies.ids_base, pair.vocabularies.ids_ft)
+        found = divergences(pair.base, pair.ft, pair.blocks, ids, pair.compute)
+        return Result(
+            headline=float(found.mean(dtype=np.float64)),
+            label="Jensen-Shannon divergence of the predictions (nats per token)",
+            p_reason="no p-value can exist: what a model predicts does not change when its units are permuted",
+            notes=[f"positions: {pair.blocks.how}", f"over {len(ids[0])} shared tokens"],
+        )

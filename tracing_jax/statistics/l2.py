@@ -1,0 +1,97 @@
+"""`l2`: are the weights close? Mean distance of the tensors, tested against permuted copies of the fine-tuned model."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from tracing_jax.arch import Arch
+from tracing_jax.axes import axis_table
+from tracing_jax.source import InMemory, parts
+from tracing_jax.statistics.permuted_copies import draw_permutations, permutation_result, same_shape_problems
+from tracing_jax.statistics.pvalues import permutation_test
+from tracing_jax.statistics.statistic import Pair, Result, Vocabularies
+from tracing_jax.symmetry import Dims, Permutations, take_units, unit_moves
+from tracing_jax.tree import flatten
+
+LABEL = "mean Frobenius distance over tensors"
+
+
+@dataclass(frozen=True)
+class L2:
+    """Mean over tensors of the Frobenius distance; its p-value from copies of ft with features and MLP units permuted.
+
+    Tensors whose rows are tokens are left out where the vocabularies differ.
+
+    Source: Zhu et al. 2025 (arXiv 2502.12292).
+    """
+
+    num_perm: int = 99
+    needs_tokens: ClassVar[bool] = False
+
+    def problems(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
+        """Returns why the tensors of these models cannot be subtracted."""
+        return same_shape_problems(base, ft)
+
+    def compute(self, pair: Pair) -> Result:
+        """Returns the distance as given, and its rank among the permuted copies."""
+        permutations = draw_permutations(pair, self.num_perm)
+        observed, permuted = distances(pair, permutations)
+        log_p = None
+        if permutations:
+            generator = pair.generator("l2", "ties")
+            log_p = permutation_test(observed, permuted, generator=generator, larger_is_similar=False)
+        return permutation_result(pair, LABEL, observed, permuted, log_p)
+
+
+def distances(pair: Pair, permutations: Sequence[Permutations]) -> tuple[float, np.ndarray]:
+    """Returns the mean distance of the pair as given, and of each permuted copy of ft; no copy is made.
+
+    `||A - P B||^2 = ||A||^2 + ||B||^2 - 2 <A, P B>`, one leaf in memory at a time. The pair as given is subtracted
+    directly: for a light fine-tune the difference of the squares would cancel.
+    """
+    table = axis_table(pair.ft.arch)
+    observed, permuted, count = 0.0, np.zeros(len(permutations)), 0
+    for name, base, ft in _leaf_pairs(pair.base, pair.ft, pair.vocabularies.same):
+        count += 1
+        observed += float(np.sqrt(_sum(_squared_difference(base, ft))))
+        squares = _sum(_products(base, base)) + _sum(_products(ft, ft))
+        moves = [unit_moves(table.leaves[name], permutation, table.within) for permutation in permutations]
+        # Products of rows come back from the device and are added up in float64.
+        crosses = np.array([_sum(_products(base, ft, dims, indices)) for dims, indices in moves])
+        permuted += np.sqrt(np.maximum(squares - 2 * crosses, 0.0)) if len(moves) else 0.0
+    return observed / count, permuted / count
+
+
+def _leaf_pairs(base: InMemory, ft: InMemory, same_tokens: bool) -> Iterator[tuple[str, jax.Array, jax.Array]]:
+    """Yields the leaves that both models have with equal shapes."""
+    leaves = axis_table(base.arch).leaves
+    for (prefix, part), (_, other) in tqdm(
+        zip(parts(base), parts(ft), strict=True), total=base.arch.num_layers + 2, desc="l2", unit="part", disable=None
+    ):
+        theirs = flatten(other)
+        for name, leaf in flatten(part).items():
+            is_tokens = "vocab" in leaves[prefix + name].axes
+            if name in theirs and leaf.shape == theirs[name].shape and (same_tokens or not is_tokens):
+                yield prefix + name, leaf, theirs[name]
+
+
+@jax.jit
+def _squared_difference(base: jax.Array, ft: jax.Array) -> jax.Array:
+    return jnp.square(base.astype(jnp.float32) - ft.astype(jnp.float32)).sum(axis=-1)
+
+
+@functools.partial(jax.jit, static_argnames="dims")
+def _products(base: jax.Array, ft: jax.Array, dims: Dims = (), indices: Sequence[jax.Array] = ()) -> jax.Array:
+    """Returns the products of base with ft taken at the indices, added up along the last axis."""
+    moved = take_units(ft, dims, indices)
+    return (base.astype(jnp.float32) * moved.astype(jnp.float32)).sum(axis=-1)
+
+
+def _sum(rows: jax.Array) -> float:
+    return float(np.asarray(rows).sum(dtype=np.float64))

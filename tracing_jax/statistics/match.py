@@ -1,0 +1,179 @@
+"""`match`: do gate and up projection, matched apart, agree on which unit is which? It holds under every rewrite."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from tracing_jax.arch import Arch
+from tracing_jax.grams import LayerCorrelations, Sample, correlate, correlations, embedding_correlations
+from tracing_jax.matching import UnitMatching, live_units, match_units
+from tracing_jax.source import ParamSource
+from tracing_jax.statistics.calibration import Null, control_pairs, measured_allowance, null_of, tabled_allowance
+from tracing_jax.statistics.comparison import (
+    Comparison,
+    against_each_other,
+    bonferroni_log10,
+    one_test,
+    share_agreeing,
+    tests_of,
+)
+from tracing_jax.statistics.pvalues import smallest
+from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, Pair, Result, Test, Vocabularies
+
+FORMS = ("forward", "weights")
+TAPS = ("gate", "up")
+
+
+@dataclass(frozen=True)
+class Match:
+    """Unconstrained test: matchings by gate and by up activations agree on far more units than independent models' do.
+
+    `forward`: the activations of both models on the same text, centred over the tokens. `weights`: each MLP is handed
+    the normalised embeddings of shared tokens; no forward pass. The up side is matched on the absolute correlation, for
+    a unit scaled by a negative number is the same unit.
+
+    Both the parametric p-values, of a uniformly random matching, and the calibrated ones are reported; the calibrated
+    ones decide, by the smallest over layers, forms and tests.
+
+    Source: Zhu et al. 2025 (arXiv 2502.12292), which uses the parametric rank correlation, Fisher over layers and
+    signed cosines without centring. STATISTICS: the null of `calibration.py`.
+    """
+
+    forms: tuple[Literal["forward", "weights"], ...] = ("forward", "weights")
+    max_tokens: int = 16384
+    control_positions: int = 1024
+    control_units: int = 2048
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Only the forward form reads text."""
+        return "forward" in self.forms
+
+    def problems(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
+        """Returns why no layer of these models can be matched with the layer of equal index."""
+        lines = gate_problems(base, ft)
+        if base.num_layers != ft.num_layers:
+            lines.append(f"different depth ({base.num_layers} and {ft.num_layers} layers): see match_all")
+        if "forward" not in self.forms and len(vocabularies.ids_base) < 2:
+            lines.append("the vocabularies share no tokens whose embeddings could be compared")
+        return lines
+
+    def compute(self, pair: Pair) -> Result:
+        """Returns the tests of both forms, parametric and calibrated; one forward pass per model."""
+        tests: list[Test] = []
+        nulls, notes, found = {}, [], {}
+        for form in self.forms:
+            if form == "weights" and len(pair.vocabularies.ids_base) < 2:
+                notes.append("weights-only form: the vocabularies share no tokens")
+                continue
+            layers, controls = self._layers(form, pair.base, pair.ft, pair)
+            null = null_of(controls, *self._allowance(form, pair))
+            found[form], nulls[form] = layers, null
+            tests += form_tests(form, layers, null)
+            notes += [f"{form}: {note}" for note in null.notes]
+        if "forward" in found and pair.blocks is not None:
+            notes.append(f"forward: positions paired by {pair.blocks.how}")
+        deciding = [test for test in tests if test.decides]
+        best = max(found.values(), key=share_agreeing)
+        result = Result(
+            headline=share_agreeing(best),
+            label="units on which gate and up projection agree, share (the larger of the forms)",
+            log10_p=bonferroni_log10(deciding),
+            tests=tests,
+            null={form: null.as_dict() for form, null in nulls.items()},
+            per_layer={
+                "label": "log10 p by agreement, calibrated: smaller of the forms",
+                "values": np.min([list(t.log10_ps or ()) for t in deciding if "agreement" in t.name], axis=0).tolist(),
+            },
+            notes=notes,
+        )
+        return result.without_p(AFTER_ALIGNMENT) if pair.aligned else result
+
+    def _layers(
+        self, form: str, base: ParamSource, ft: ParamSource, pair: Pair
+    ) -> tuple[list[Comparison], list[Comparison]]:
+        """Returns the comparisons of the layers, and of layer pairs that do not correspond."""
+        layers, samples = [], []
+        for layer in self._correlations(form, base, ft, pair):
+            names = ("match", form, layer.layer)
+            layers.append(compare_taps(layer.by_tap, pair, names))
+            samples.append(layer.samples)
+        pairs = control_pairs(len(layers), len(layers), pair.generator("match", form, "controls"))
+        return layers, list(_control_comparisons(samples, pairs, pair, form))
+
+    def _correlations(self, form: str, base: ParamSource, ft: ParamSource, pair: Pair) -> Iterable[LayerCorrelations]:
+        sample = Sample(self.control_positions, self.control_units, pair.seed)
+        if form == "forward":
+            assert pair.blocks is not None
+            return correlations(base, ft, pair.blocks, TAPS, pair.compute, "match", sample)
+        ids_base, ids_ft = pair.vocabularies.ids_base, pair.vocabularies.ids_ft
+        drawn = np.sort(pair.generator("match", "tokens").permutation(len(ids_base))[: self.max_tokens])
+        return embedding_correlations(base, ft, (ids_base[drawn], ids_ft[drawn]), TAPS, sample)
+
+    def _allowance(self, form: str, pair: Pair) -> tuple[list[float], str]:
+        """Returns the share of each layer that may agree by convergence, and where it comes from."""
+        if not pair.controls:
+            source = "the table measured on our own seeds, by relative depth, and 0.05 at least"
+            return tabled_allowance(pair.base.arch.num_layers, form), source
+        measured = [
+            self._layers(form, control, model, pair)[0] for control in pair.controls for model in (pair.base, pair.ft)
+        ]
+        source = (
+            f"{len(pair.controls)} control models, each against base and ft: upper 99 % bound of the greatest share"
+        )
+        return measured_allowance(measured), source
+
+
+def gate_problems(base: Arch, ft: Arch) -> list[str]:
+    """Returns why these models have no gate and up projection to match."""
+    lines = []
+    for side, arch in (("base", base), ("ft", ft)):
+        if not getattr(arch, "gated", True):
+            lines.append(f"{side} has no gate: gate and up projection cannot be matched apart; see match_distilled")
+        if getattr(arch, "num_experts", None):
+            lines.append(f"{side} has experts: no two layers have the same units; see match_distilled")
+    return lines
+
+
+def match_taps(
+    by_tap: Mapping[str, np.ndarray], pair: Pair, names: Sequence[str | int]
+) -> tuple[UnitMatching, UnitMatching]:
+    """Returns the matchings by gate and by up correlations, over the units live in both."""
+    gate, up = by_tap["gate"], np.abs(by_tap["up"])
+    live = live_units(gate, up)
+    return (
+        match_units(gate, pair.generator(*names, "gate"), live),
+        match_units(up, pair.generator(*names, "up"), live),
+    )
+
+
+def compare_taps(by_tap: Mapping[str, np.ndarray], pair: Pair, names: Sequence[str | int]) -> Comparison:
+    """Returns how far the matchings by gate and by up correlations agree."""
+    return against_each_other(*match_taps(by_tap, pair, names))
+
+
+def _control_comparisons(
+    samples: Sequence[Mapping[str, tuple[np.ndarray, np.ndarray]]],
+    pairs: Sequence[tuple[int, int]],
+    pair: Pair,
+    form: str,
+) -> Iterator[Comparison]:
+    for i, j in pairs:
+        by_tap = {tap: correlate(samples[i][tap][0], samples[j][tap][1]) for tap in TAPS}
+        yield compare_taps(by_tap, pair, ("match", form, "control", i, j))
+
+
+def form_tests(form: str, layers: Sequence[Comparison], null: Null) -> list[Test]:
+    """Returns the calibrated tests of a form, which decide, and beside them the parametric ones."""
+    places = [f"layer {i}" for i in range(len(layers))]
+    how = "Holm's minimum over layers"
+    agreement = [null.log_p_agreement(i, found) for i, found in enumerate(layers)]
+    rank = [null.log_p_rank(i, found) for i, found in enumerate(layers)]
+    calibrated = [
+        one_test(f"{form}, agreement, calibrated", layers, agreement, places, smallest, how),
+        one_test(f"{form}, rank correlation, calibrated", layers, rank, places, smallest, how),
+    ]
+    parametric = tests_of(layers, places, smallest, how)
+    return calibrated + [replace(test, name=f"{form}, {test.name}, parametric", decides=False) for test in parametric]

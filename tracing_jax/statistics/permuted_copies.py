@@ -1,0 +1,56 @@
+"""Permutation tests: copies of the fine-tuned model with features and MLP units permuted, held as indices alone."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from tracing_jax.arch import Arch
+from tracing_jax.axes import axis_table, kind_of
+from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, QUANTILE_LEVELS, Pair, Result, quantiles
+from tracing_jax.symmetry import Permutations, random_permutations
+
+KINDS = ("embed", "mlp")
+"""The group under which an independent model is exchangeable with its permuted copies."""
+
+
+def draw_permutations(pair: Pair, count: int) -> list[Permutations]:
+    """Returns random permutations of ft's features and MLP units, the same for every statistic of a run."""
+    table = axis_table(pair.ft.arch)
+    key = jax.random.fold_in(jax.random.key(pair.seed), 0x9E37)  # a stream apart from that of config.permute
+    return [random_permutations(jax.random.fold_in(key, i), table, KINDS) for i in range(count)]
+
+
+def same_shape_problems(base: Arch, ft: Arch) -> list[str]:
+    """Returns one line for each kind of axis, beside the vocabulary, that the models have in different size."""
+    if base.num_layers != ft.num_layers:
+        return [f"different depth ({base.num_layers} and {ft.num_layers} layers): no layer has a counterpart"]
+    one, other = ({kind_of(axis): size for axis, size in axis_table(arch).sizes.items()} for arch in (base, ft))
+    return [
+        f"different width: {kind} has {one.get(kind, 0)} and {other.get(kind, 0)} units"
+        for kind in sorted((one.keys() | other.keys()) - {"vocab"})
+        if one.get(kind) != other.get(kind)
+    ]
+
+
+def permutation_result(
+    pair: Pair, label: str, observed: float, permuted: Sequence[float] | np.ndarray, log_p: float | None
+) -> Result:
+    """Returns the observed value with its p-value, and the quantiles of the permuted copies as its null."""
+    null = None
+    if len(permuted):
+        null = {
+            "permuted copies": len(permuted),
+            "mean of the copies": float(np.mean(permuted)),
+            "standard deviation of the copies": float(np.std(permuted)),
+            "quantiles of the copies": dict(zip(map(str, QUANTILE_LEVELS), quantiles(np.asarray(permuted)))),
+        }
+    result = Result(
+        headline=observed,
+        label=label,
+        log10_p=None if log_p is None else log_p / math.log(10),
+        p_reason="no permuted copies were asked for (num_perm = 0)" if log_p is None else None,
+        null=null,
+    )
+    return result.without_p(AFTER_ALIGNMENT) if pair.aligned else result
