@@ -141,7 +141,7 @@ def _p_values(table: np.ndarray) -> PValues:
 
 
 _OUT_DIR = flags.DEFINE_string("out_dir", "runs/exact_nulls", "folder for the table and the figure")
-_PAIRS = flags.DEFINE_integer("pairs", 320, "pairs of each population")
+_PAIRS = flags.DEFINE_integer("pairs", 640, "pairs of each population")
 
 
 def main(argv: list[str]) -> None:
