@@ -20,17 +20,19 @@ _NULL_WORDS = {
 _EDGES = {0.0: "min", 0.5: "median", 1.0: "max"}
 
 
-def tests_block(results: Mapping[str, Any]) -> list[Block]:
-    """The tests of a statistic with the p-value of all places together; a test without p-value on any side has none."""
-    several = sum(any(test["log10_p"] is not None for test in _tests(result)) for result in results.values()) > 1
-    rows = [
-        [f"{test['name']}, {side}" if several else test["name"], log10_cell(test["log10_p"]), p_cell(test["log10_p"]),
-         f"{test['combined']} ({len(test['places'])})", test["decides"]]
-        for side, result in results.items() for test in _tests(result) if test["log10_p"] is not None
-    ]  # fmt: skip
-    if not rows:
-        return []
-    return [Block("Tests", table_of(("", "log10 p", "p", "combined (places)", "decides"), rows), folded=False)]
+def tests_blocks(results: Mapping[str, Any]) -> list[Block]:
+    """The tests of each side with the p-value of all places together; open for the first side that has any."""
+    found: list[Block] = []
+    for side, result in results.items():
+        rows = [
+            [test["name"], log10_cell(test["log10_p"]), p_cell(test["log10_p"]),
+             f"{test['combined']} ({len(test['places'])})", test["decides"]]
+            for test in _tests(result) if test["log10_p"] is not None
+        ]  # fmt: skip
+        if rows:
+            table = table_of(("", "log10 p", "p", "combined (places)", "decides"), rows)
+            found.append(Block(f"Tests, {side}" if found else "Tests", table, folded=bool(found)))
+    return found
 
 
 def null_blocks(results: Mapping[str, Any]) -> list[Block]:
@@ -55,7 +57,7 @@ def place_blocks(results: Mapping[str, Any]) -> list[Block]:
     return [
         Block(", ".join(filter(None, ("Each place", common, side))), *_places(tests, common))
         for side, result in results.items()
-        for common, tests in _groups(_tests(result))
+        for common, tests in _groups(_tests(result), _forms(result.get("null") or {}))
     ]
 
 
@@ -83,7 +85,7 @@ def _tests(result: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 
 def _null_columns(null: Mapping[str, Any], tests: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """A column for each form of the test, with the p-values of its tests above the quantities of its null."""
-    forms = null if all(isinstance(value, Mapping) for value in null.values()) else {"": null}
+    forms = {form: null[form] for form in _forms(null)} or {"": null}
     columns = {}
     for form, quantities in forms.items():
         of_form = {
@@ -93,6 +95,11 @@ def _null_columns(null: Mapping[str, Any], tests: Sequence[Mapping[str, Any]]) -
         }
         columns[form or "value"] = of_form | _quantities(quantities)
     return columns
+
+
+def _forms(null: Mapping[str, Any]) -> list[str]:
+    """The forms of a test that have a null of their own; none where there is one null for all."""
+    return list(null) if all(isinstance(value, Mapping) for value in null.values()) else []
 
 
 def _quantities(null: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,16 +140,18 @@ def _is_number(text: Any) -> bool:
     return True
 
 
-def _groups(tests: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
-    """The tests that look at the same values in the same places, under the part of their names that all share."""
-    groups: list[list[Mapping[str, Any]]] = []
+def _groups(tests: Sequence[Mapping[str, Any]], forms: Sequence[str]) -> list[tuple[str, list[Mapping[str, Any]]]]:
+    """The tests of one form that look at the same values in the same places, under what all their names share."""
+    groups: list[tuple[Any, list[Mapping[str, Any]]]] = []
     for test in tests:
-        group = next((g for g in groups if (g[0]["places"], g[0]["values"]) == (test["places"], test["values"])), None)
-        if group is None:
-            groups.append([test])
+        form = next((form for form in forms if test["name"].startswith(f"{form}, ")), "")
+        key = (form, test["places"], test["values"])
+        same = next((group for known, group in groups if known == key), None)
+        if same is None:
+            groups.append((key, [test]))
         else:
-            group.append(test)
-    return [(_common([test["name"] for test in group]), group) for group in groups]
+            same.append(test)
+    return [(_common([test["name"] for test in group]), group) for _, group in groups]
 
 
 def _common(names: Sequence[str]) -> str:

@@ -164,7 +164,7 @@ def _norm(table: np.ndarray, level: float | None) -> Normalize:
 def _write_cells(axes: Axes, table: np.ndarray, image: Any) -> None:
     for (i, j), value in np.ndenumerate(table):
         pale = image.norm(value) > 0.6
-        text = f"{value:.0f}" if value <= -10 else f"{value + 0.0:.1f}"
+        text = f"{value:.0f}" if value <= -10 else f"{round(value, 1) + 0.0:g}"
         axes.text(j, i, text, ha="center", va="center", fontsize=8, color="#222222" if pale else "white")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from tracing_jax.record import plain, total_seconds
 from tracing_jax.report import judgement
-from tracing_jax.report.evidence import map_blocks, null_blocks, place_blocks, tests_block
+from tracing_jax.report.evidence import map_blocks, null_blocks, place_blocks, tests_blocks
 from tracing_jax.report.plots import figure_of_run, png
 from tracing_jax.report.sections import (
     Banner,
@@ -103,7 +103,7 @@ def _statistic(name: str, sides: Mapping[str, Any], judged: Mapping[str, Any] | 
         return Section(name, text=[outcome(sides)])
     figure = base64.b64encode(png(figure_of_run({"statistics": {name: sides}, "verdict": judged}))).decode()
     table = columns_table({side: _numbers(result) for side, result in results.items()})
-    blocks = [*tests_block(results), *null_blocks(results), *map_blocks(results), *place_blocks(results)]
+    blocks = [*tests_blocks(results), *null_blocks(results), *map_blocks(results), *place_blocks(results)]
     layers = {side: result["per_layer"] for side, result in results.items() if result.get("per_layer")}
     if layers and not any(result.get("tests") for result in results.values()):
         blocks.append(Block(f"Each layer: {next(iter(layers.values()))['label']}", _per_layer(layers)))

@@ -8,7 +8,7 @@ from typing import Any
 SIDES = {"non_aligned": "non-aligned", "aligned": "aligned"}
 ABSENT = "–"
 
-_LAYER = re.compile(r"layer (\d+)")
+_NUMBER = re.compile(r"\d+")
 _READABLE = -300.0  # log10 p, below which a program that reads the p-value back would find 0
 
 
@@ -43,26 +43,34 @@ def p_cell(log10_p: Any) -> str:
 
 
 def log10_cell(log10_p: Any) -> str:
-    """A decimal logarithm as it stands in a table: a dash for None, else two decimals."""
-    return ABSENT if log10_p is None else f"{float(log10_p) + 0.0:.2f}".replace("-0.00", "0").removesuffix(".00")
+    """A decimal logarithm as it stands in a table: two decimals, a dash for None."""
+    return ABSENT if log10_p is None else f"{round(float(log10_p), 2) + 0.0:.6g}"
 
 
 def places_text(places: Sequence[str], at_most: int = 6) -> str:
-    """Layers as ranges, `layers 0-3, 7`; other places by name, of which those beyond `at_most` are counted."""
-    numbers = sorted({int(found[1]) for place in places if (found := _LAYER.fullmatch(place))})
-    others = [place for place in places if not _LAYER.fullmatch(place)]
-    words = [f"layer{'s' if len(numbers) > 1 else ''} {_ranges(numbers)}"] if numbers else []
-    words += others[:at_most]
-    if len(others) > at_most:
-        words.append(f"and {len(others) - at_most} more")
-    return ", ".join(words)
+    """Places with runs of numbers as ranges, `layers 0-3, 7`; runs beyond `at_most` are counted.
+
+    Numbers run where all numbers of a place grow by one: `layer 2 : layer 3` and `layer 3 : layer 4` are a run too.
+    """
+    by_pattern: dict[str, list[tuple[int, ...]]] = {}
+    for place in places:
+        numbers = tuple(map(int, _NUMBER.findall(place)))
+        by_pattern.setdefault(_NUMBER.sub("{}", place.replace("{", "(").replace("}", ")")), []).append(numbers)
+    words = []
+    for pattern, found in by_pattern.items():
+        runs = _runs(sorted(found))
+        if pattern == "layer {}":
+            words.append(f"layer{'s' if len(found) > 1 else ''} {', '.join(run for (run,) in runs)}")
+        else:
+            words += [pattern.format(*run) for run in runs]
+    return ", ".join([*words[:at_most], f"and {len(words) - at_most} more"] if len(words) > at_most else words)
 
 
-def _ranges(numbers: Sequence[int]) -> str:
-    runs = [
-        [number for _, number in run] for _, run in itertools.groupby(enumerate(numbers), lambda item: item[1] - item[0])
-    ]
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+def _runs(numbers: Sequence[tuple[int, ...]]) -> list[tuple[str, ...]]:
+    """Each run of tuples that grow by one in every part, as ranges; a tuple without numbers stands alone."""
+    groups = itertools.groupby(enumerate(numbers), lambda item: tuple(n - item[0] for n in item[1]) or item[0])
+    runs = [[found for _, found in group] for _, group in groups]
+    return [tuple(f"{a}-{b}" if a != b else str(a) for a, b in zip(run[0], run[-1], strict=True)) for run in runs]
 
 
 def asked(record: Mapping[str, Any], side: str) -> str:
