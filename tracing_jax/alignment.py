@@ -15,17 +15,19 @@ from tracing_jax.data import paired_one_to_one
 from tracing_jax.forward import logits
 from tracing_jax.grams import LayerCorrelations, correlations
 from tracing_jax.matching import Coordinate, Shared, Similarity, coordinates, match_weights, solve, value
+from tracing_jax.models import tap_axes
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.source import InMemory, Mapped, ParamSource, permuted
 from tracing_jax.symmetry import Permutations, identity, share_moved
 
 Evidence = Literal["weights", "activations"]
 
-TAP = {"embed": "residual", "mlp": "units", "kv_heads": "heads", "q_group": "heads"}
-"""Axis kind -> the tap (see `models.TAPS`) whose activations tell its units apart."""
+TAP = {"embed": "residual", "mlp": "units", "kv_heads": "heads", "q_group": "heads", "expert": "units"}
+"""Axis kind -> the tap (see `models.tap_axes`) whose activations tell its units apart."""
 
-_NEEDS = {"kv_heads": ("v_dim",), "q_group": ("kv_heads", "v_dim")}
-"""Axis kind -> the other kinds that must be of one size in both models for its units to be compared."""
+_NEEDS = {"kv_heads": ("v_dim",), "q_group": ("v_dim",), "expert": ("mlp",)}
+"""Axis kind -> the other kinds, beside the one that holds it, that must be of one size in both models for its units to
+be compared."""
 
 LOGITS_TOLERANCE = 1e-3
 """The most that alignment may move ft's logits, relative to the largest. A permutation only reorders sums, which moves
@@ -74,7 +76,7 @@ def align(
     Args:
       base: the model that stays.
       ft: the model whose units move; it is not changed (see `aligned`).
-      kinds: axis kinds among `axes.PERMUTABLE`.
+      kinds: axis kinds among `axes.PERMUTABLE`; those that neither model has add nothing.
       evidence: what tells units apart: the weights, or the activations on `tokens`.
       tokens: the blocks both models read; activations only.
       compute: where and how the activations are computed. By default float32 on one device.
@@ -111,13 +113,23 @@ def alignment_problems(base: Arch, ft: Arch, kinds: Sequence[str]) -> list[str]:
         lines.append(f"kinds {', '.join(unknown)} cannot be aligned; choose from {', '.join(PERMUTABLE)}")
     if base.num_layers != ft.num_layers:
         lines.append(f"depth: {base.num_layers} layers in base, {ft.num_layers} in ft; layers are paired one to one")
-    sizes, sizes_ft = ({kind_of(axis): size for axis, size in axis_table(arch).sizes.items()} for arch in (base, ft))
-    for needed in dict.fromkeys(needed for kind in kinds for needed in (kind, *_NEEDS.get(kind, ()))):
-        if sizes.get(needed) != sizes_ft.get(needed):
-            lines.append(
-                f"{needed}: {sizes[needed]} units in base, {sizes_ft[needed]} in ft; they are paired one to one"
-            )
+    sizes, sizes_ft = (_sizes(arch) for arch in (base, ft))
+    holders = {
+        kind_of(axis): kind_of(holder) for arch in (base, ft) for axis, holder in axis_table(arch).within.items()
+    }
+    if kinds and not set(kinds) & (sizes.keys() | sizes_ft.keys()) and not unknown:
+        lines.append(f"neither model has units of kind {', '.join(kinds)}")
+    needed = [need for kind in kinds for need in (kind, *_NEEDS.get(kind, ()), holders.get(kind, kind))]
+    for kind in dict.fromkeys(needed):
+        if sizes.get(kind) != sizes_ft.get(kind):
+            size, size_ft = (found.get(kind, "no") for found in (sizes, sizes_ft))
+            lines.append(f"{kind}: {size} units in base, {size_ft} in ft; they are paired one to one")
     return lines
+
+
+def _sizes(arch: Arch) -> dict[str, int]:
+    """Returns axis kind -> number of units, the same in all layers."""
+    return {kind_of(axis): size for axis, size in axis_table(arch).sizes.items()}
 
 
 def aligned(ft: ParamSource, alignment: Alignment) -> Mapped:
@@ -144,7 +156,7 @@ def _by_activations(
         found |= solve(coordinate, similarity)
         before += value(coordinate, similarity, unmoved)
         after += value(coordinate, similarity, found)
-        pairs += similarity.units.shape[0] if similarity.nested is None else math.prod(similarity.nested.shape[:2])
+        pairs += math.prod(table.sizes[axis] for axis in (coordinate.axis, coordinate.nested) if axis is not None)
     return found, (before / pairs, after / pairs)
 
 
@@ -166,18 +178,24 @@ def _similarities(
 
 
 def _similarity(arch: Arch, coordinate: Coordinate, correlation: Float[np.ndarray, "U U"]) -> Similarity:
-    """Returns the correlation of units; of heads, the mean over the positions of their dimension H."""
-    if TAP[kind_of(coordinate.axis)] != "heads":
-        return Similarity(correlation)
-    K, G, H = arch.num_kv_heads, arch.q_group, arch.head_dim
-    heads = np.einsum("kghKGh->kgKG", correlation.reshape(K, G, H, K, G, H)) / np.float32(H)
+    """Returns the correlation of units; over other axes of their tap, such as the features of a head, the mean."""
+    tap, sizes = tap_axes(arch)[TAP[kind_of(coordinate.axis)]], _sizes(arch)
+    paired = [kind_of(axis) for axis in (coordinate.axis, coordinate.nested) if axis is not None]
+    base = [chr(ord("a") + dim) for dim in range(len(tap))]
+    ft = [letter.upper() if kind in paired else letter for letter, kind in zip(base, tap)]
+    pairing = "".join([base[tap.index(kind)] for kind in paired] + [ft[tap.index(kind)] for kind in paired])
+    shape = [sizes[kind] for kind in tap]
+    found = np.einsum(f"{''.join(base + ft)}->{pairing}", correlation.reshape(shape + shape))
+    found = found / np.float32(math.prod(sizes[kind] for kind in tap if kind not in paired))
     if coordinate.nested is None:
-        return Similarity(np.einsum("kgKg->kK", heads) / np.float32(G))
-    return Similarity(np.zeros((K, K), np.float32), heads)
+        return Similarity(found)
+    return Similarity(np.zeros((len(found), len(found)), np.float32), lambda i, j: found[i, :, j])
 
 
 def _logits_moved(ft: InMemory, permutations: Permutations, seed: int) -> float:
-    tokens = np.random.default_rng(seed).integers(ft.arch.vocab_size, size=_PROOF_TOKENS, dtype=np.int32)
+    blocks, length = _PROOF_TOKENS
+    shape = (blocks, min(length, ft.arch.num_positions or length))
+    tokens = np.random.default_rng(seed).integers(ft.arch.vocab_size, size=shape, dtype=np.int32)
     expected, found = logits(ft, tokens), logits(permuted(ft, permutations), tokens)
     moved = float(np.abs(found - expected).max() / max(1.0, float(np.abs(expected).max())))
     if not moved <= LOGITS_TOLERANCE:  # NaN too
