@@ -1,4 +1,4 @@
-"""The evidence behind a statistic, for the page: its tests, what calibrated them, every place, and the map of layers."""
+"""The evidence behind a statistic, for the page: tests, what calibrated them, every place, and the map of layers."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -63,20 +63,22 @@ def place_blocks(results: Mapping[str, Any]) -> list[Block]:
 
 def map_blocks(results: Mapping[str, Any]) -> list[Block]:
     """Which layer of ft comes from which layer of base, in words and as a table."""
+    headers = ("base layer", "ft layer", "log10 p", "p", "units", "agreeing", "")
     found = []
     for side, result in results.items():
         if layer_map := result.get("layer_map"):
-            headers = ("base layer", "ft layer", "log10 p", "p", "units", "agreeing")
-            rows = [
-                [pair["base"], pair["ft"], log10_cell(pair["log10_p"]), p_cell(pair["log10_p"]), pair["units"],
-                 pair["agreeing"]]
-                for pair in layer_map["pairs"]
-            ]  # fmt: skip
-            rows += [[i, None, None, None, None, None] for i in layer_map["unmatched_base"]]
-            rows += [[None, j, None, None, None, None] for j in layer_map["unmatched_ft"]]
+            rows = [_map_row(pair, "") for pair in layer_map["pairs"]]
+            rows += [_map_row(pair, "copy") for pair in layer_map.get("copies") or ()]
+            rows += [_map_row({"base": i}, "no partner") for i in layer_map["unmatched_base"]]
+            rows += [_map_row({"ft": j}, "no partner") for j in layer_map["unmatched_ft"]]
             title = f"Layers that belong together, {side}" if len(results) > 1 else "Layers that belong together"
-            found.append(Block(title, table_of(headers, rows), layer_map["sentence"], folded=False))
+            found.append(Block(title, table_of(headers, rows), layer_map["sentence"], folded=bool(found)))
     return found
+
+
+def _map_row(pair: Mapping[str, Any], remark: str) -> list[Any]:
+    ps = log10_cell(pair.get("log10_p")), p_cell(pair.get("log10_p"))
+    return [pair.get("base"), pair.get("ft"), *ps, pair.get("units"), pair.get("agreeing"), remark]
 
 
 def _tests(result: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:

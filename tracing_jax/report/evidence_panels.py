@@ -13,7 +13,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from tracing_jax.report.panels import DASHES, GREY, INK, PALETTE, label_axes
 
-_LAYER = re.compile(r"layers?[ /](\d+)")
+_LAYER = re.compile(r"(?:layers?|base)[ /](\d+)")  # also of `base 3 : ft 4`
 _LINEAR_TO = -10.0  # log10 p; findings all above it need no logarithm of the logarithm
 _MANY = 24  # layers, from where on their marks would hide the line
 _LEGEND_LETTERS = 80  # of all columns of a legend, beyond which it would be wider than the axes
@@ -57,12 +57,15 @@ def draw_layer_map(axes: Axes, data: Mapping[str, Any]) -> None:
     if max(rows, columns) <= _WRITTEN:
         _write_cells(axes, table, image)
     width = min(1.6, 36 / max(rows, columns))  # points: a frame thinner than the cell it marks
-    for pair in data["pairs"]:
-        corner = (pair["ft"] - 0.5, pair["base"] - 0.5)
-        axes.add_patch(_frame(corner, width))
+    for kind, dashes in (("pairs", "-"), ("copies", ":")):
+        for pair in data.get(kind) or ():
+            corner = (pair["ft"] - 0.5, pair["base"] - 0.5)
+            look = {"edgecolor": _ASSIGNED, "linewidth": width, "linestyle": dashes}
+            axes.add_patch(Rectangle(corner, 1, 1, fill=False, **look))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    label_axes(axes, "layer of ft (blue frame: assigned to the layer of base)", "layer of base")
+    dotted = "; dotted: a copy" if data.get("copies") else ""
+    label_axes(axes, f"layer of ft (blue frame: assigned to the layer of base{dotted})", "layer of base")
     bar = axes.figure.colorbar(image, ax=axes, shrink=0.85, pad=0.02)
     bar.set_label("log10 p", fontsize=9.5, color=INK)
     bar.ax.tick_params(colors=GREY, labelsize=8.5, length=3)
@@ -166,7 +169,3 @@ def _write_cells(axes: Axes, table: np.ndarray, image: Any) -> None:
         pale = image.norm(value) > 0.6
         text = f"{value:.0f}" if value <= -10 else f"{round(value, 1) + 0.0:g}"
         axes.text(j, i, text, ha="center", va="center", fontsize=8, color="#222222" if pale else "white")
-
-
-def _frame(corner: tuple[float, float], width: float) -> Rectangle:
-    return Rectangle(corner, 1, 1, fill=False, edgecolor=_ASSIGNED, linewidth=width)

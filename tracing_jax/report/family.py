@@ -41,7 +41,7 @@ def figure_of_family(records: Sequence[Mapping[str, Any]]) -> Figure:
 def summary(records: Sequence[Mapping[str, Any]]) -> str:
     """What the runs found, for the terminal: the verdict on each pair and a line per statistic, then tables."""
     lines = [line for record in records for line in _pair_lines(record)]
-    rows = [row for record in records for row in _path_rows(record)]
+    rows = [row for record in records for row in path_rows(record)]
     if rows:
         lines += ["", text_table(rows, ["base", "other model", "path", "base loss", "midpoint", "barrier", "end loss"])]
     if len(records) > 1 and all(record.get("verdict") for record in records):
@@ -99,11 +99,18 @@ def _pair_lines(record: Mapping[str, Any]) -> list[str]:
 
 
 def _wrapped(text: str, first: str, following: str) -> list[str]:
-    how = {"initial_indent": first, "subsequent_indent": following}
-    return textwrap.wrap(text, _COLUMNS, break_long_words=False, break_on_hyphens=False, **how)
+    return textwrap.wrap(
+        text,
+        _COLUMNS,
+        initial_indent=first,
+        subsequent_indent=following,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
-def _path_rows(record: Mapping[str, Any]) -> list[list[Any]]:
+def path_rows(record: Mapping[str, Any]) -> list[list[Any]]:
+    """Base, other model, path, and the losses at its base end, midpoint, barrier and other end; a row for each path."""
     rows = []
     for side, result in results_by_side(record["statistics"].get("mode", {})).items():
         curve = result["curve"]

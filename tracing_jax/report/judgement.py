@@ -38,5 +38,7 @@ def facts(judged: Mapping[str, Any]) -> dict[str, str]:
         "level": f"{judged['level']:g}; the adjusted p is {COMPARED.get(judged['verdict'], 'compared with')} it",
     }
     if judged["layers"]:
-        found["carried by"] = f"{places_text(judged['layers'])}, each below the level alone, after Bonferroni over all places"
+        found["carried by"] = (
+            f"{places_text(judged['layers'])}, each below the level alone, after Bonferroni over all places"
+        )
     return found

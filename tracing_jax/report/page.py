@@ -123,7 +123,9 @@ def _remarks(results: Mapping[str, Any]) -> list[str]:
 
 def _numbers(result: Mapping[str, Any]) -> dict[str, Any]:
     curve, headline, log10_p = result.get("curve") or {}, result.get("headline"), result.get("log10_p")
-    numbers = {words: curve.get(key) for key, words in _CURVE.items() if key != "midpoint" or curve.get(key) != headline}
+    numbers = {
+        words: curve.get(key) for key, words in _CURVE.items() if key != "midpoint" or curve.get(key) != headline
+    }
     if log10_p is not None:
         numbers = {"log10 p": log10_cell(log10_p), "p": p_cell(log10_p)} | numbers
     known = {words: number for words, number in numbers.items() if number is not None}

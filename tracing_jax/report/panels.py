@@ -101,6 +101,7 @@ def _line(axes: Axes, i: int, x: np.ndarray, y: np.ndarray, label: str) -> None:
 
 
 def label_axes(axes: Axes, x: str, y: str) -> None:
+    """Names both axes; a text that looks like mathematics stays as it is."""
     axes.set_xlabel(x, fontsize=9.5, color=INK, parse_math=False)
     axes.set_ylabel(y, fontsize=9.5, color=INK, parse_math=False)
 

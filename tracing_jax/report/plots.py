@@ -45,7 +45,11 @@ def path_figure(
 
 
 def family_figure(
-    curves: Mapping[str, Mapping[str, Any]], families: Mapping[str, Mapping[str, Any]], *, base: str, level: float | None
+    curves: Mapping[str, Mapping[str, Any]],
+    families: Mapping[str, Mapping[str, Any]],
+    *,
+    base: str,
+    level: float | None,
 ) -> Figure:
     """The loss along the path from one base to several models, and log10 p of every statistic in their verdicts.
 
