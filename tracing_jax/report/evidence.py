@@ -64,7 +64,7 @@ def place_blocks(results: Mapping[str, Any]) -> list[Block]:
 def map_blocks(results: Mapping[str, Any]) -> list[Block]:
     """Which layer of ft comes from which layer of base, in words and as a table."""
     headers = ("base layer", "ft layer", "log10 p", "p", "units", "agreeing", "")
-    found = []
+    found: list[Block] = []
     for side, result in results.items():
         if layer_map := result.get("layer_map"):
             rows = [_map_row(pair, "") for pair in layer_map["pairs"]]
