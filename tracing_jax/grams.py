@@ -23,12 +23,13 @@ from tqdm import tqdm
 from tracing_jax.activations import mlp_step, picked
 from tracing_jax.arch import Arch, length_problem
 from tracing_jax.data import PairedBlocks, paired_one_to_one
-from tracing_jax.models import apply_block_with_taps, apply_embed, layer_inputs, taps_problem
+from tracing_jax.models import LayerInputs, apply_block_with_taps, apply_embed, layer_inputs, taps_problem
 from tracing_jax.sharding import Compute
 from tracing_jax.source import ParamSource
 from tracing_jax.tree import Tree
 
 _Pair = tuple[jax.Array, jax.Array]  # base's and ft's
+_Inputs = tuple[LayerInputs, LayerInputs]
 _HostPair = tuple[np.ndarray, np.ndarray]
 
 
@@ -235,7 +236,7 @@ def _step(
     mesh: Mesh,
     layers: tuple[Tree, Tree],
     x: _Pair,
-    inputs: tuple[_Pair, _Pair],
+    inputs: _Inputs,
     pairing: _Pairing,
     keep: tuple[_Pair, dict[str, _Pair]] | None,
     is_first: bool | jax.Array,
@@ -259,7 +260,7 @@ def _step(
 
 
 def _with_taps(
-    archs: tuple[Arch, Arch], taps: tuple[str, ...], layers: tuple[Tree, Tree], x: _Pair, inputs: tuple[_Pair, _Pair]
+    archs: tuple[Arch, Arch], taps: tuple[str, ...], layers: tuple[Tree, Tree], x: _Pair, inputs: _Inputs
 ) -> list[tuple[jax.Array, dict[str, jax.Array]]]:
     return [
         apply_block_with_taps(arch, layer, x_one, *inputs_one, taps)
@@ -272,7 +273,7 @@ def _empty(
     taps: tuple[str, ...],
     layers: tuple[Tree, Tree],
     x: _Pair,
-    inputs: tuple[_Pair, _Pair],
+    inputs: _Inputs,
     mesh: Mesh,
 ) -> dict[str, _Sums]:
     leaves, structure = jax.tree.flatten((layers, x, inputs))
