@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import app
 from jaxtyping import Float
 
 from benchmarks import drawing
@@ -27,7 +27,7 @@ from benchmarks.activations import Units, forward_units, weight_units
 from benchmarks.agreements import Agreements, agreements
 from benchmarks.devices import use_all_cores
 from benchmarks.false_alarms import Alarms, false_alarms
-from benchmarks.folders import OUT_DIR, ZOO_DIR
+from benchmarks.folders import OUT_DIR, PUBLISH, ZOO_DIR
 from benchmarks.intervals import mean_over_pairs, upper_bound
 from benchmarks.seeds import RECIPES, SNAPSHOTS, Zoo, zoo
 from tracing_jax.record import atomic_write
@@ -196,9 +196,6 @@ def _print_alarms(alarms: Sequence[Alarms]) -> None:
     ))  # fmt: skip
 
 
-_PUBLISH = flags.DEFINE_bool("publish", False, "replace tracing_jax/statistics/convergence.json and the docs' figure")
-
-
 def main(argv: list[str]) -> None:
     """Measures, prints both tables, and writes JSON and PNG."""
     del argv
@@ -211,7 +208,7 @@ def main(argv: list[str]) -> None:
     figure, table = drawing.convergence([dataclasses.asdict(row) for row in rows]), published(rows, zoos)
     save_png(figure, out / "convergence.png")
     atomic_write(out / "convergence.json", table.encode())
-    if _PUBLISH.value:
+    if PUBLISH.value:
         save_png(figure, root / "docs/convergence.png")
         atomic_write(root / "tracing_jax/statistics/convergence.json", table.encode())
     alarms = false_alarms({name: {form: measured[Case(name, 1.0, form)] for form in FORMS} for name in RECIPES})

@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 from benchmarks import drawing
 from benchmarks.devices import use_all_cores
-from benchmarks.folders import OUT_DIR, ZOO_DIR
+from benchmarks.folders import OUT_DIR, PUBLISH, ZOO_DIR
 from benchmarks.intervals import rounds
-from benchmarks.seeds import RECIPES, zoo
+from benchmarks.seeds import RECIPES, model, zoo
 from tracing_jax import demo
 from tracing_jax.arch import Arch
 from tracing_jax.report import save_png, text_table
@@ -71,7 +71,7 @@ def populations(init: Callable[[jax.Array], Tree], trained: Tree) -> Mapping[str
 
     def seeds(i: int) -> tuple[Tree, Tree]:
         base, ft = pairs[i]
-        return jax.tree.map(lambda leaf: leaf[base], trained), jax.tree.map(lambda leaf: leaf[ft], trained)
+        return model(trained, base), model(trained, ft)
 
     return {
         "random": fresh,
@@ -159,7 +159,9 @@ def main(argv: list[str]) -> None:
     print(f"{_PAIRS.value} pairs each; the smallest of the {adjusted.size} p-values after Holm: {adjusted.min():.3g}")
     out = Path(OUT_DIR.value)
     out.mkdir(parents=True, exist_ok=True)
-    save_png(drawing.uniformity(measured), out / "exact_nulls.png")
+    figure = drawing.uniformity(measured)
+    for folder in (out, *([Path(__file__).parents[1] / "docs"] if PUBLISH.value else [])):
+        save_png(figure, folder / "exact_nulls.png")
     table = [{"models": r[0], "statistic": r[1], "test": r[2], "ks_p": r[3:]} for r in rows]
     (out / "exact_nulls.json").write_text(json.dumps({"pairs": _PAIRS.value, "rows": table}, indent=1))
 

@@ -120,6 +120,11 @@ def zoo(recipe: ZooRecipe, zoo_dir: str | Path) -> Zoo:
     return found
 
 
+def model(models: Tree, seed: int) -> Tree:
+    """Returns the params of one of the stacked models."""
+    return jax.tree.map(lambda leaf: leaf[seed], models)
+
+
 def _build(found: Zoo) -> None:
     """Trains the zoo into its folder."""
     seen, held_out = demo.split(demo.base_text(), found.recipe.models.base_pieces)
