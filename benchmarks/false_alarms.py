@@ -30,7 +30,7 @@ class Alarms:
       level: of the test.
       pairs, hits: pairs of models, and those with p below the level.
       low, high: 95 % Clopper-Pearson interval of the rate, as if pairs were independent.
-      high_models: upper end of the 95 % interval that takes models, not pairs, for the sample.
+      high_models: the same upper end, or that of the interval that takes models, not pairs, for the sample, if higher.
       worst_round: the most hits in one of the rounds that divide the pairs so that no model is in two of a round.
       round_high: upper end of the 95 % Clopper-Pearson interval of that round alone, whose pairs are independent.
     """
@@ -130,7 +130,8 @@ def _count(hit: np.ndarray, zoo: str, test: str, u: str, level: float) -> Alarms
     by_round = hit[divided[..., 0], divided[..., 1]].sum(-1)
     hits, pairs = int(by_round.sum()), S * (S - 1) // 2
     worst = int(by_round.max())
+    low, high = clopper_pearson(hits, pairs)
     return Alarms(
-        zoo, test, u, level, pairs, hits, *clopper_pearson(hits, pairs), upper_bound(hit.astype(float), 0.975), worst,
+        zoo, test, u, level, pairs, hits, low, high, max(high, upper_bound(hit.astype(float), 0.975)), worst,
         clopper_pearson(worst, S // 2)[1],
     )  # fmt: skip
