@@ -48,10 +48,12 @@ REWRITES: tuple[type[Rewrite], ...] = (
     Padding, IdentityLayer, Permutation, GainScaling, GainSetting, Rotation, UnitScaling, ValueMixing, QueryKeyMaps,
     Renaming,
 )  # fmt: skip
-LAYOUTS = [f"{family}-{heads}-default" for family in FAMILIES for heads in ("mha-tied", "gqa-untied", "mqa-tied")]
+LAYOUTS = [f"{family}-{heads}-default" for family in FAMILIES for heads in ("mha-tied", "gqa-untied", "mqa-tied")
+           if family != "gpt2"]  # fmt: skip
 OPTIONS = ["llama-both_biases", "llama-narrow_heads", "llama-relu", "qwen2-layer_types", "qwen3-attention_bias",
            "gemma-attention_bias", "gemma2-attention_bias", "gemma3_text-scaled_local_rope", "olmo-no_clip",
-           "olmo-attention_bias", "olmo2-attention_bias", "granite-biases"]  # fmt: skip
+           "olmo-attention_bias", "olmo2-attention_bias", "granite-biases", "gpt2-tied", "gpt2-untied",
+           "gpt2-inverse_layer", "mixtral-one_expert"]  # fmt: skip
 
 
 read = functools.cache(lambda name: CASES[name].source())
@@ -92,7 +94,7 @@ def same(tree, other, tolerance: float) -> bool:
 
 def test_the_reference_is_the_engine():
     for name in ("llama-both_biases", "gemma2-gqa-tied-linear", "gemma3_text-pattern_2", "olmo-gqa-tied-linear",
-                 "olmo2-mqa-untied-llama3", "granite-biases"):  # fmt: skip
+                 "olmo2-mqa-untied-llama3", "granite-biases", "gpt2-inverse_layer", "mixtral-no_window"):  # fmt: skip
         case = CASES[name]
         found = logits(case.source(), case.tokens())
         expected = logits64(case.arch(), case.source().params, case.tokens())

@@ -28,6 +28,7 @@ def change_config(folder: Path, arch: Arch) -> None:
     if changes.keys() & {"hidden_size", "num_attention_heads"}:
         # A width of heads, and a number of kv heads, that are not in the file follow from what changes.
         changes |= {name: wanted[name] for name in ("head_dim", "num_key_value_heads")}
+    changes = _spelled(changes, arch.family)
     kinds_before = (before.layer_windows, before.layer_ropes)
     if (arch.layer_windows, arch.layer_ropes) != kinds_before and "layer_types" in FAMILIES[arch.family].uses.split():
         changes["layer_types"] = _layer_types(folder, before, arch)
@@ -52,6 +53,13 @@ def _fields(arch: Arch) -> dict[str, Any]:
         "rms_norm_eps": arch.norm_eps,
         "tie_word_embeddings": arch.tied,
     }
+
+
+def _spelled(changes: dict[str, Any], family: str) -> dict[str, Any]:
+    """Returns the changes under the names that the family's config has for them, without those it has no name for."""
+    spelling = FAMILIES[family].spelling
+    named = {spelling.get(name, name): value for name, value in changes.items()}
+    return {name: value for name, value in named.items() if name is not None}
 
 
 def _layer_types(folder: Path, before: Arch, after: Arch) -> list[str]:

@@ -33,6 +33,7 @@ class Family:
         for a family without ropes.
       common: the attributes that are used here under the names that nearly all families share.
       activation: the attribute that names the activation.
+      spelling: the names of common attributes here where they differ; None for one that the family does not have.
       neutral: attributes of this family alone that leave a forward pass without dropout unchanged.
     """
 
@@ -41,6 +42,7 @@ class Family:
     thetas: Mapping[str | None, str] = field(default_factory=lambda: {None: "rope_theta"})
     common: frozenset[str] = COMMON
     activation: str = "hidden_act"
+    spelling: Mapping[str, str | None] = field(default_factory=dict)
     neutral: str = ""
 
     @property
@@ -127,6 +129,7 @@ def _gpt2(config: Any) -> Facts:
     if config.n_embd % config.n_head:
         raise UnsupportedModelError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
     return {
+        "heads_fill_embed": True,
         "mlp_dim": 4 * config.n_embd if config.n_inner is None else config.n_inner,
         "num_positions": config.n_positions,
         "norm": "layer_norm",
@@ -184,6 +187,15 @@ FAMILIES: dict[str, Family] = {
         thetas={},
         common=frozenset({"vocab_size", "tie_word_embeddings"}),
         activation="activation_function",
+        spelling={
+            "hidden_size": "n_embd",
+            "intermediate_size": "n_inner",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "num_key_value_heads": None,
+            "head_dim": None,
+            "rms_norm_eps": "layer_norm_epsilon",
+        },
         # n_ctx only sized the mask of old files; upcasting attention changes nothing in float32.
         neutral="attn_pdrop embd_pdrop gradient_checkpointing n_ctx output_past reorder_and_upcast_attn"
         " summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj"

@@ -24,7 +24,7 @@ class IdentityLayer(Rewrite):
 
     @classmethod
     def absent(cls, arch: Arch) -> list[str]:
-        return []
+        return _scale_problems(arch)
 
     @classmethod
     def random(cls, key: PRNGKeyArray, arch: Arch) -> "IdentityLayer":
@@ -39,8 +39,8 @@ class IdentityLayer(Rewrite):
         return replace(
             arch,
             num_layers=arch.num_layers + 1,
-            layer_ropes=_inserted(arch.layer_ropes, self.at, arch.layer_ropes[like]),
-            layer_windows=_inserted(arch.layer_windows, self.at, arch.layer_windows[like]),
+            layer_ropes=_inserted(arch.layer_ropes, self.at, like),
+            layer_windows=_inserted(arch.layer_windows, self.at, like),
         )
 
     def part(self, prefix: str, read: Read, arch: Arch) -> Part:
@@ -74,7 +74,7 @@ class LayerRemoval(Rewrite):
 
     @classmethod
     def absent(cls, arch: Arch) -> list[str]:
-        return [] if arch.num_layers > 1 else ["its only layer cannot be taken out"]
+        return _scale_problems(arch) + ([] if arch.num_layers > 1 else ["its only layer cannot be taken out"])
 
     @classmethod
     def random(cls, key: PRNGKeyArray, arch: Arch) -> "LayerRemoval":
@@ -89,7 +89,7 @@ class LayerRemoval(Rewrite):
         return replace(
             arch,
             num_layers=len(without),
-            layer_ropes=tuple(arch.layer_ropes[i] for i in without),
+            layer_ropes=tuple(arch.layer_ropes[i] for i in without) if arch.layer_ropes else (),
             layer_windows=tuple(arch.layer_windows[i] for i in without),
         )
 
@@ -119,5 +119,10 @@ def _writes_stream(row: Leaf) -> bool:
     return any(axis == "embed" and side == "writes" for axis, side in zip(row.axes, row.sides, strict=True))
 
 
-def _inserted(items: tuple[Any, ...], at: int, item: Any) -> tuple[Any, ...]:
-    return (*items[:at], item, *items[at:])
+def _inserted(items: tuple[Any, ...], at: int, like: int) -> tuple[Any, ...]:
+    """Returns the facts of the layers with those of layer `like` once more; a model without ropes has none of them."""
+    return (*items[:at], *items[like : like + 1], *items[at:])
+
+
+def _scale_problems(arch: Arch) -> list[str]:
+    return ["its layers scale their attention by their number"] if arch.inverse_layer_scale else []

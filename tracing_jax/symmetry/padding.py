@@ -150,6 +150,8 @@ def _feature_problems(arch: Arch) -> list[str]:
 
 
 def _head_problems(arch: Arch) -> list[str]:
+    if arch.heads_fill_embed:
+        return ["kv heads cannot be added: the width of a head follows from their number"]
     if arch.qk_norm == "all":
         return ["kv heads cannot be added: queries and keys are normalised over all heads together"]
     return []
