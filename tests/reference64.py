@@ -1,7 +1,6 @@
-"""A forward pass of every family in numpy and float64, written from the families' definitions: no part of it is ours.
+"""A decoder's forward pass in numpy and float64, written from the families' definitions: no part of it is ours.
 
-Letters: T position, D embed, K kv heads, G queries per kv head, H head dim, F mlp, V vocab,
-E experts.
+Letters: T position, D embed, K kv heads, G queries per kv head, H head dim, F mlp, V vocab.
 """
 
 import math
@@ -49,19 +48,18 @@ def _block(arch: Arch, layer: Tree, index: int, x: np.ndarray) -> np.ndarray:
 
 
 def _mlp(arch: Arch, mlp: Tree, x: np.ndarray) -> np.ndarray:
-    act, up = _ACTIVATIONS[arch.activation], _linear(mlp["up_proj"], "td,df->tf", x)
+    up, act = _linear(mlp["up_proj"], "td,df->tf", x), _ACTIVATIONS[arch.activation]
     units = act(_linear(mlp["gate_proj"], "td,df->tf", x)) * up if arch.gated else act(up)
     return _linear(mlp["down_proj"], "tf,fd->td", units)
 
 
 def _experts(arch: Arch, mlp: Tree, x: np.ndarray) -> np.ndarray:
-    scores = x @ _leaf(mlp["router"]["kernel"])
-    rank = (-scores).argsort(axis=-1).argsort(axis=-1)
-    shares = softmax(np.where(rank < arch.experts_per_token, scores, -np.inf), axis=-1)
-    y = np.zeros_like(x)
-    for e in range(arch.num_experts):
-        own = {name: {"kernel": mlp[name]["kernel"][e]} for name in ("gate_proj", "up_proj", "down_proj")}
-        y += shares[:, e : e + 1] * _mlp(arch, own, x)
+    scores, y = _linear(mlp["router"], "td,de->te", x), np.zeros_like(x)
+    for t in range(len(x)):
+        chosen = np.argsort(scores[t])[-arch.experts_per_token :]
+        for expert, share in zip(chosen, softmax(scores[t, chosen]), strict=True):
+            own = {name: {"kernel": leaf["kernel"][expert]} for name, leaf in mlp.items() if name != "router"}
+            y[t] += share * _mlp(arch, own, x[t : t + 1])[0]
     return y
 
 
@@ -73,9 +71,8 @@ def _attention(arch: Arch, attn: Tree, index: int, x: np.ndarray) -> np.ndarray:
         q, k = _norm(arch, attn["q_norm"], q, over), _norm(arch, attn["k_norm"], k, over)
     if arch.clip_qkv is not None:
         q, k, v = (np.clip(y, -arch.clip_qkv, arch.clip_qkv) for y in (q, k, v))
-    if arch.rope_frequencies:
-        angles = np.arange(len(x))[:, None] * np.asarray(arch.rope_frequencies[arch.layer_ropes[index]])
-        turn = np.exp(1j * angles)
+    if arch.layer_ropes:
+        turn = np.exp(1j * np.arange(len(x))[:, None] * np.asarray(arch.rope_frequencies[arch.layer_ropes[index]]))
         q, k = _turned(q, turn[:, None, None]), _turned(k, turn[:, None])
     scale = arch.attention_scale / (index + 1 if arch.inverse_layer_scale else 1)
     scores = _capped(np.einsum("tkgh,skh->kgts", q, k) * scale, arch.attention_softcap)

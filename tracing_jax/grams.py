@@ -276,8 +276,9 @@ def _empty(
     inputs: _Inputs,
     mesh: Mesh,
 ) -> dict[str, _Sums]:
-    shapes = jax.eval_shape(functools.partial(_with_taps, archs, taps), layers, x, inputs)
-    units = {tap: [math.prod(found[tap].shape[2:]) for _, found in shapes] for tap in taps}
+    leaves, structure = jax.tree.flatten((layers, x, inputs))
+    described = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+    units = _units(archs, taps, described, structure)
 
     def zeros(*shape: int) -> jax.Array:
         return jnp.zeros(shape, jnp.float32, device=NamedSharding(mesh, P()))
@@ -286,6 +287,19 @@ def _empty(
         tap: _Sums(zeros(U, U2), (zeros(U), zeros(U2)), (zeros(U), zeros(U2)), (zeros(U), zeros(U2)))
         for tap, (U, U2) in units.items()
     }
+
+
+@functools.lru_cache(maxsize=16)  # tracing a block takes longer than running a small one
+def _units(
+    archs: tuple[Arch, Arch],
+    taps: tuple[str, ...],
+    leaves: tuple[jax.ShapeDtypeStruct, ...],
+    structure: jax.tree_util.PyTreeDef,
+) -> dict[str, tuple[int, int]]:
+    """Returns how many units base and ft have at each tap, given the shapes of layers, hidden states and inputs."""
+    arguments = jax.tree.unflatten(structure, leaves)
+    (_, base), (_, ft) = jax.eval_shape(functools.partial(_with_taps, archs, taps), *arguments)
+    return {tap: (math.prod(base[tap].shape[2:]), math.prod(ft[tap].shape[2:])) for tap in taps}
 
 
 def _added(sums: _Sums, rows: _Pair, weight: Float[Array, "B P"], is_first: bool | jax.Array) -> _Sums:

@@ -21,6 +21,19 @@ _GEMMA2_USES = (
     _GEMMA_USES + " query_pre_attn_scalar sliding_window layer_types final_logit_softcapping attn_logit_softcapping"
 )
 
+NAMES: Mapping[str, str] = {
+    "vocab_size": "vocab_size",
+    "embed_dim": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "mlp_dim": "intermediate_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "norm_eps": "rms_norm_eps",
+    "tied": "tie_word_embeddings",
+}
+"""Fact (a field of `Arch`, or the number of query heads) -> the attribute that says it in nearly every family."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -33,8 +46,8 @@ class Family:
         for a family without ropes.
       common: the attributes that are used here under the names that nearly all families share.
       activation: the attribute that names the activation.
-      spelling: the names of common attributes here where they differ; None for one that the family does not have.
       neutral: attributes of this family alone that leave a forward pass without dropout unchanged.
+      names: fact -> the attribute that says it; a fact that is not there follows from others.
     """
 
     read: Callable[[Any], Facts]
@@ -42,8 +55,8 @@ class Family:
     thetas: Mapping[str | None, str] = field(default_factory=lambda: {None: "rope_theta"})
     common: frozenset[str] = COMMON
     activation: str = "hidden_act"
-    spelling: Mapping[str, str | None] = field(default_factory=dict)
     neutral: str = ""
+    names: Mapping[str, str] = field(default_factory=lambda: NAMES)
 
     @property
     def used(self) -> frozenset[str]:
@@ -129,7 +142,6 @@ def _gpt2(config: Any) -> Facts:
     if config.n_embd % config.n_head:
         raise UnsupportedModelError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
     return {
-        "heads_fill_embed": True,
         "mlp_dim": 4 * config.n_embd if config.n_inner is None else config.n_inner,
         "num_positions": config.n_positions,
         "norm": "layer_norm",
@@ -186,16 +198,16 @@ FAMILIES: dict[str, Family] = {
         " scale_attn_by_inverse_layer_idx",
         thetas={},
         common=frozenset({"vocab_size", "tie_word_embeddings"}),
-        activation="activation_function",
-        spelling={
-            "hidden_size": "n_embd",
-            "intermediate_size": "n_inner",
-            "num_hidden_layers": "n_layer",
-            "num_attention_heads": "n_head",
-            "num_key_value_heads": None,
-            "head_dim": None,
-            "rms_norm_eps": "layer_norm_epsilon",
+        names={
+            "vocab_size": "vocab_size",
+            "embed_dim": "n_embd",
+            "num_layers": "n_layer",
+            "mlp_dim": "n_inner",
+            "num_heads": "n_head",
+            "norm_eps": "layer_norm_epsilon",
+            "tied": "tie_word_embeddings",
         },
+        activation="activation_function",
         # n_ctx only sized the mask of old files; upcasting attention changes nothing in float32.
         neutral="attn_pdrop embd_pdrop gradient_checkpointing n_ctx output_past reorder_and_upcast_attn"
         " summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj"

@@ -56,15 +56,17 @@ def distances(pair: Pair, permutations: Sequence[Permutations]) -> tuple[float, 
     directly: for a light fine-tune the difference of the squares would cancel.
     """
     table = axis_table(pair.ft.arch)
+    stacked = {axis: np.stack([p[axis] for p in permutations]) for axis in permutations[0]} if permutations else {}
     observed, permuted, count = 0.0, np.zeros(len(permutations)), 0
     for name, base, ft in _leaf_pairs(pair.base, pair.ft, pair.vocabularies.same):
         count += 1
         observed += float(np.sqrt(_sum(_squared_difference(base, ft))))
         squares = _sum(_products(base, base)) + _sum(_products(ft, ft))
-        moves = [unit_moves(table.leaves[name], permutation, table.within) for permutation in permutations]
-        # Products of rows come back from the device and are added up in float64.
-        crosses = np.array([_sum(_products(base, ft, dims, indices)) for dims, indices in moves])
-        permuted += np.sqrt(np.maximum(squares - 2 * crosses, 0.0)) if len(moves) else 0.0
+        if permutations:
+            dims, indices = unit_moves(table.leaves[name], stacked, table.within)
+            products = _permuted_products(base, ft, dims, indices) if dims else _products(base, ft).ravel()[None]
+            crosses = np.asarray(products).sum(axis=1, dtype=np.float64)
+            permuted += np.sqrt(np.maximum(squares - 2 * crosses, 0.0))
     return observed / count, permuted / count
 
 
@@ -86,11 +88,24 @@ def _squared_difference(base: jax.Array, ft: jax.Array) -> jax.Array:
     return jnp.square(base.astype(jnp.float32) - ft.astype(jnp.float32)).sum(axis=-1)
 
 
+@jax.jit
+def _products(base: jax.Array, ft: jax.Array) -> jax.Array:
+    return (base.astype(jnp.float32) * ft.astype(jnp.float32)).sum(axis=-1)
+
+
 @functools.partial(jax.jit, static_argnames="dims")
-def _products(base: jax.Array, ft: jax.Array, dims: Dims = (), indices: Sequence[jax.Array] = ()) -> jax.Array:
-    """Returns the products of base with ft taken at the indices, added up along the last axis."""
-    moved = take_units(ft, dims, indices)
-    return (base.astype(jnp.float32) * moved.astype(jnp.float32)).sum(axis=-1)
+def _permuted_products(
+    base: jax.Array, ft: jax.Array, dims: Dims, indices: Sequence[jax.Array | np.ndarray]
+) -> jax.Array:
+    """Returns for each copy the products of base with ft taken at its indices, added up along the last axis, `[T, _]`.
+
+    One copy of the leaf lives at a time. The rows are left to the host, which adds them up in float64.
+    """
+
+    def one(taken: list[jax.Array]) -> jax.Array:
+        return _products(base, jnp.asarray(take_units(ft, dims, taken))).ravel()
+
+    return jax.lax.map(one, indices)
 
 
 def _sum(rows: jax.Array) -> float:
