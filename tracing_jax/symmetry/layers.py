@@ -119,10 +119,10 @@ def _writes_stream(row: Leaf) -> bool:
     return any(axis == "embed" and side == "writes" for axis, side in zip(row.axes, row.sides, strict=True))
 
 
-def _scale_problems(arch: Arch) -> list[str]:
-    return ["the attention scale of a layer follows from its number"] if arch.inverse_layer_scale else []
-
-
 def _with_copy(items: tuple[Any, ...], at: int, like: int) -> tuple[Any, ...]:
     """Returns the facts of layers with a copy of one of them put in; a model without ropes has none of these."""
     return (*items[:at], items[like], *items[at:]) if items else ()
+
+
+def _scale_problems(arch: Arch) -> list[str]:
+    return ["its layers scale their attention by their number"] if arch.inverse_layer_scale else []
