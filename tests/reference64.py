@@ -1,7 +1,6 @@
 """A decoder's forward pass in numpy and float64, written from the families' definitions: no part of it is ours.
 
-Letters: T position, D embed, K kv heads, G queries per kv head, H head dim, F mlp, V vocab,
-E experts.
+Letters: T position, D embed, K kv heads, G queries per kv head, H head dim, F mlp, V vocab.
 """
 
 import math

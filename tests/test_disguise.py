@@ -170,6 +170,8 @@ def test_table_says_of_every_leaf_what_it_does_on_the_residual_stream(name):
         ("gpt2-tied", Rotation, "subtracts the mean"),
         ("gpt2-tied", GainSetting, "a bias behind the gain"),
         ("gpt2-tied", UnitScaling, "no gate"),
+        ("gpt2-inverse_layer", IdentityLayer, "scale their attention by their number"),
+        ("gpt2-inverse_layer", LayerRemoval, "scale their attention by their number"),
         ("gpt2-odd_heads", QueryKeyMaps, "no pairs"),
         ("llama-gqa-untied-default", Untying, "not tied"),
     ],
