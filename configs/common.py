@@ -30,6 +30,7 @@ def get_config(stat: str, arg: str = "") -> ConfigDict:
     config.csh_activation = "hidden"  # or up
     config.csu_all_pairs = False  # csu_all: every two matrices of equal shape, not only those of one name and layer
     config.match_forms = "forward,weights"  # match: activations on text, weights on shared embeddings, or both
+    config.match_all_gib = 4.0  # match_all: what the kept activations may take
     config.control_model_ids = ()  # match: models of base's shape known to be independent of both
 
     # The verdict: related below this level, undecided from there to 0.05, else independent.
@@ -37,7 +38,7 @@ def get_config(stat: str, arg: str = "") -> ConfigDict:
 
     # Step 2, permute the fine-tuned model's own weights, and step 4, align it to base.
     config.permute = False
-    config.permute_axes = "embed,mlp"  # of embed, mlp, kv_heads, q_group
+    config.permute_axes = "embed,mlp"  # of embed, mlp, kv_heads, q_group, expert
     config.disguise = ""  # before that: of identity, pad, gains, units, values, queries, rotate, permute; or all
     config.align = False
     config.align_axes = "embed,mlp"

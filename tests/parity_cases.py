@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tracing_jax.arch import Arch, arch_from_config
+from tracing_jax.checkpoint.entry import tensor_shapes
 from tracing_jax.checkpoint.layout import layout
 from tracing_jax.source import InMemory
 from tracing_jax.tree import unflatten
@@ -68,6 +69,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": _GEMMA2 | {"num_hidden_layers": 3, "layer_types": [_SLIDING, _FULL, _SLIDING]},
     "olmo": {"clip_qkv": 0.8},
     "olmo2": _EPS,
+    "mixtral": _EPS | {"sliding_window": 5, "num_local_experts": 3, "num_experts_per_tok": 2},
     "granite": _EPS
     | {
         "attention_multiplier": 0.21,
@@ -96,6 +98,13 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "window_2": {"sliding_window": 2},
         "window_1": {"sliding_window": 1},
         "window_over_all": {"sliding_window": 64},
+    },
+    "mixtral": _NARROW_HEADS
+    | {
+        "no_window": {"sliding_window": None},
+        "one_per_token": {"num_experts_per_tok": 1},
+        "all_per_token": {"num_experts_per_tok": 3},
+        "one_expert": {"num_local_experts": 1, "num_experts_per_tok": 1},
     },
     "qwen2": _QWEN_WINDOWS | _NARROW_HEADS,
     "qwen3": _QWEN_WINDOWS | {"attention_bias": {"attention_bias": True}},
@@ -135,6 +144,31 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
+# GPT-2 has its own names for everything, no rope and one head layout.
+_GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": VOCAB,
+    "n_embd": 24,
+    "n_head": 4,
+    "n_layer": 2,
+    "n_positions": 16,
+    "layer_norm_epsilon": 3e-3,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+_GPT2_OPTIONS: dict[str, dict[str, Any]] = {
+    "tied": {},
+    "untied": {"tie_word_embeddings": False},
+    "inner": {"n_inner": 20},
+    "one_head": {"n_head": 1},
+    "odd_heads": {"n_head": 8},
+    "unscaled": {"scale_attn_weights": False},
+    "upcast": {"reorder_and_upcast_attn": True},
+    "gelu": {"activation_function": "gelu"},
+    "relu": {"activation_function": "relu"},
+    "full_length": {"n_positions": LENGTH},
+}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -161,8 +195,10 @@ class Case:
     def source(self) -> InMemory:
         """Returns our model, its leaves made from the tensors of a checkpoint."""
         arch = self.arch()
-        tensors = {name: self.weight(entry.tensor, entry.shape) for name, entry in layout(arch).items()}
-        leaves = {name: jnp.asarray(entry.to_leaf(tensors[name])) for name, entry in layout(arch).items()}
+        entries = layout(arch)
+        tensors = {name: self.weight(name, shape) for name, shape in tensor_shapes(entries.values()).items()}
+        read = lambda tensor, index: tensors[tensor][index]  # noqa: E731
+        leaves = {name: jnp.asarray(entry.to_leaf(read)) for name, entry in entries.items()}
         return InMemory(arch, {"head": {}} | unflatten(leaves))
 
     def tokens(self) -> np.ndarray:
@@ -174,7 +210,8 @@ class Case:
         """Returns the float32 tensor of this name: uniform with standard deviation WEIGHT_STD, about one for gains."""
         size = int(np.prod(shape))
         unit = (_raw(f"{self.name}/{tensor}", size) >> np.uint64(40)).astype(np.float64) / 2**24
-        centre = 1.0 if tensor.endswith("norm.weight") and not self.family.startswith("gemma") else 0.0
+        is_gain = tensor.endswith(("norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight"))
+        centre = 1.0 if is_gain and not self.family.startswith("gemma") else 0.0
         return (centre + WEIGHT_STD * np.sqrt(12) * (unit - 0.5)).astype(np.float32).reshape(shape)
 
 
@@ -198,7 +235,9 @@ def _cases() -> Iterator[Case]:
         for option, changes in _OPTIONS[family].items():
             config = base | _HEADS["gqa"] | _rope(family, "default") | {"tie_word_embeddings": False} | changes
             yield Case(f"{family}-{option}", {key: value for key, value in config.items() if value is not _ABSENT})
+    for option, changes in _GPT2_OPTIONS.items():
+        yield Case(f"gpt2-{option}", _GPT2 | changes)
 
 
 CASES = {case.name: case for case in _cases()}
-FAMILIES = tuple(_FAMILIES)
+FAMILIES = (*_FAMILIES, "gpt2")

@@ -76,23 +76,37 @@ def test_models_that_cannot_read_side_by_side_are_refused_before_any_work():
         correlations(base, deep, paired_one_to_one(TOKENS + 40, TOKENS), ("unit",), Compute(make_mesh(), 4))
     for line in ["base has 2 layers, ft 1", "unknown taps unit; there are residual", "ids run from 40 to 100"]:
         assert line in str(refused.value)
+    gpt2 = tiny.model(tiny.gpt2(num_positions=8))
+    with pytest.raises(ValueError, match="cannot correlate") as refused:
+        correlations(base, gpt2, BLOCKS, ("gate",), Compute(make_mesh(), 4))
+    taps = "residual, heads, mlp_input, up, units, mlp_output"
+    for line in [f"unknown taps gate; there are {taps}", "blocks of 16 tokens, the model has learned 8 positions"]:
+        assert line in str(refused.value)
 
 
-@pytest.mark.parametrize(("kinds", "dtype"), [(PERMUTABLE, np.float32), (("mlp",), jnp.bfloat16)])
-def test_weights_align_a_disguised_model(kinds, dtype):
-    base, ft, hidden, expected = disguised(tiny.qwen3_gqa(), kinds, 0.2, dtype)
+@pytest.mark.parametrize(
+    ("arch", "kinds", "dtype"),
+    [
+        (tiny.qwen3_gqa, PERMUTABLE, np.float32),
+        (tiny.qwen3_gqa, ("mlp",), jnp.bfloat16),
+        (tiny.gpt2, PERMUTABLE, np.float32),
+        (tiny.mixtral, PERMUTABLE, np.float32),
+    ],
+)
+def test_weights_align_a_disguised_model(arch, kinds, dtype):
+    base, ft, hidden, expected = disguised(arch(), kinds, 0.2, dtype)
     found = align(base, hidden, kinds, evidence="weights")
     for axis, p in expected.items():
         np.testing.assert_array_equal(found.permutations[axis], p, err_msg=axis)
     assert found.logits_moved < module.LOGITS_TOLERANCE
-    assert found.share_moved.keys() == set(kinds)
+    assert found.share_moved.keys() == {axis.split("/")[-1] for axis in expected}
     assert found.share_moved["mlp"] > 0.5
     assert all(np.diff(found.objective) >= 0)
     restored = flatten(in_memory(aligned(hidden, found)).params)
     assert all(np.array_equal(restored[name], leaf) for name, leaf in flatten(ft).items())
 
 
-@pytest.mark.parametrize("arch", [tiny.qwen3_gqa, tiny.llama_mha])
+@pytest.mark.parametrize("arch", [tiny.qwen3_gqa, tiny.llama_mha, tiny.gpt2, tiny.mixtral])
 def test_activations_align_a_disguised_model(arch):
     base, _, hidden, expected = disguised(arch(), PERMUTABLE, 0.05)
     found = align(base, hidden, PERMUTABLE, evidence="activations", tokens=TOKENS, compute=Compute(make_mesh(), 4))
@@ -103,9 +117,12 @@ def test_activations_align_a_disguised_model(arch):
     assert found.logits_moved < module.LOGITS_TOLERANCE
 
 
-@pytest.mark.parametrize("kind", ["kv_heads", "q_group"])
-def test_activations_align_one_kind_of_heads_alone(kind):
-    base, _, hidden, expected = disguised(tiny.qwen3_gqa(), [kind], 0.05)
+@pytest.mark.parametrize(
+    ("arch", "kind"),
+    [(tiny.qwen3_gqa, "kv_heads"), (tiny.qwen3_gqa, "q_group"), (tiny.mixtral, "expert"), (tiny.mixtral, "mlp")],
+)
+def test_activations_align_one_kind_alone(arch, kind):
+    base, _, hidden, expected = disguised(arch(), [kind], 0.05)
     found = align(base, hidden, [kind], evidence="activations", tokens=TOKENS, compute=Compute(make_mesh(), 4))
     assert found.permutations.keys() == expected.keys()
     for axis, p in expected.items():
@@ -153,3 +170,7 @@ def test_models_that_cannot_be_aligned_are_refused_with_every_reason():
         assert line in str(refused.value)
     with pytest.raises(ValueError, match=r"kinds \(none\) cannot be aligned"):
         align(base, base, (), evidence="weights")
+    with pytest.raises(ValueError, match="neither model has units of kind expert"):
+        align(base, base, ("expert",), evidence="weights")
+    with pytest.raises(ValueError, match="expert: no units in base, 3 in ft"):
+        align(base, tiny.model(tiny.mixtral()), ("mlp",), evidence="weights")

@@ -302,6 +302,32 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
         "transformers_version": "4.47.0.dev0",
         "vocab_size": 100352,
     },
+    "mistralai/Mixtral-8x7B-v0.1": {
+        "architectures": ["MixtralForCausalLM"],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "model_type": "mixtral",
+        "num_attention_heads": 32,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.02,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.36.0.dev0",
+        "use_cache": True,
+        "vocab_size": 32000,
+    },
     "ibm-granite/granite-3.0-2b-base": {
         "architectures": ["GraniteForCausalLM"],
         "attention_bias": False,
@@ -328,6 +354,32 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
         "vocab_size": 49155,
     },
 }
+
+_GPT2 = {
+    "activation_function": "gelu_new",
+    "architectures": ["GPT2LMHeadModel"],
+    "attn_pdrop": 0.1,
+    "bos_token_id": 50256,
+    "embd_pdrop": 0.1,
+    "eos_token_id": 50256,
+    "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-05,
+    "model_type": "gpt2",
+    "n_ctx": 1024,
+    "n_embd": 768,
+    "n_head": 12,
+    "n_layer": 12,
+    "n_positions": 1024,
+    "resid_pdrop": 0.1,
+    "summary_activation": None,
+    "summary_first_dropout": 0.1,
+    "summary_proj_to_labels": True,
+    "summary_type": "cls_index",
+    "summary_use_proj": True,
+    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+    "vocab_size": 50257,
+}
+_DISTILGPT2 = _GPT2 | {"_num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "n_layer": 6}
 
 
 @pytest.fixture
@@ -387,6 +439,46 @@ def test_facts_of_each_family_are_those_of_its_papers(read):
     assert _has(granite, attention_scale=0.015625, embed_scale=12.0, residual_scale=0.22, logit_scale=1 / 8)
 
 
+def test_facts_of_gpt2_and_mixtral_are_those_of_their_papers(read):
+    gpt2 = read(_GPT2)
+    assert _has(gpt2, embed_dim=768, mlp_dim=3072, num_layers=12, num_kv_heads=12, q_group=1, head_dim=64, tied=True)
+    assert _has(gpt2, num_positions=1024, rope_frequencies=(), layer_ropes=(), norm="layer_norm", norm_eps=1e-5)
+    assert _has(gpt2, gated=False, activation="gelu_tanh", qkv_bias=True, o_bias=True, mlp_bias=True, num_experts=None)
+    assert _has(gpt2, attention_scale=1 / 8, pre_norms=True, post_norms=False, layer_windows=(None,) * 12)
+    assert read(_DISTILGPT2).num_layers == 6
+    assert _has(read(_GPT2 | {"n_inner": 100, "scale_attn_weights": False}), mlp_dim=100, attention_scale=1.0)
+    mixtral = read(_PUBLISHED["mistralai/Mixtral-8x7B-v0.1"])
+    assert _has(mixtral, num_experts=8, experts_per_token=2, gated=True, q_group=4, layer_windows=(None,) * 32)
+    assert read(_PUBLISHED["mistralai/Mixtral-8x7B-v0.1"] | {"sliding_window": 4096}).layer_windows == (4096,) * 32
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        (_GPT2 | {"add_cross_attention": True}, "add_cross_attention"),
+        (_GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        (_GPT2 | {"num_key_value_heads": 1}, "num_key_value_heads"),
+        (_GPT2 | {"intermediate_size": 12}, "intermediate_size"),
+        (_GPT2 | {"activation_function": "tanh"}, "'tanh' is not one of"),
+        (_GPT2 | {"n_head": 7}, "n_embd 768 is not a multiple of n_head 7"),
+        (
+            _PUBLISHED["mistralai/Mixtral-8x7B-v0.1"] | {"num_experts_per_tok": 9},
+            "num_experts_per_tok 9 is not in 1",
+        ),
+        (_PUBLISHED["mistralai/Mixtral-8x7B-v0.1"] | {"norm_topk_prob": False}, "norm_topk_prob"),
+        (_LLAMA_3 | {"router_aux_loss_coef": 0.1}, "router_aux_loss_coef"),
+    ],
+)
+def test_what_gpt2_and_mixtral_do_not_compute_is_refused(config, what, read):
+    with pytest.raises(UnsupportedModelError, match=what):
+        read(config)
+
+
+@pytest.mark.parametrize("neutral", [{"reorder_and_upcast_attn": True}, {"resid_pdrop": 0.5, "summary_type": "last"}])
+def test_neutral_attributes_of_gpt2_do_not_matter(neutral, read):
+    assert read(_GPT2 | neutral) == read(_GPT2)
+
+
 def test_old_llama_files_without_theta_mean_ten_thousand(read):
     expected = 10000.0 ** (-np.arange(0, 128, 2) / 128)
     for name in ("yahma/llama-7b-hf", "meta-llama/Llama-2-7b-hf", "lmsys/vicuna-7b-v1.5"):
@@ -426,7 +518,7 @@ def test_every_attribute_of_the_installed_transformers_is_known(family):
     assert arch_from_config(transformers.AutoConfig.for_model(family)).family == family
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt2", "phi3", "no_such_model", None])
+@pytest.mark.parametrize("family", ["gpt_neox", "phi3", "no_such_model", None])
 def test_unknown_architecture_is_refused_with_the_list(family, read):
     with pytest.raises(UnsupportedModelError, match=rf"{family}.*supported: {', '.join(SUPPORTED_FAMILIES)}"):
         read({"model_type": family})

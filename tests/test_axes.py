@@ -31,14 +31,25 @@ def test_table_equals_what_the_modules_initialise(name):
     assert {leaf: found.shape for leaf, found in flatten(_shapes(arch)).items()} == expected
 
 
-@pytest.mark.parametrize("name", ["llama-both_biases", "gemma3_text-pattern_2", "olmo2-mqa-tied-default"])
-def test_every_axis_has_a_symmetry_and_every_leaf_a_group(name):
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("llama-both_biases", set()),
+        ("gemma3_text-pattern_2", set()),
+        ("olmo2-mqa-tied-default", set()),
+        ("gpt2-untied", {"position"}),
+        ("mixtral-no_window", {"expert"}),
+    ],
+)
+def test_every_axis_has_a_symmetry_and_every_leaf_a_group(name, own):
     table = axis_table(CASES[name].arch())
-    assert {kind_of(axis) for axis in table.sizes} == set(SYMMETRY)
+    assert {kind_of(axis) for axis in table.sizes} == set(SYMMETRY) - ({"position", "expert"} - own)
     assert set(PERMUTABLE) < set(SYMMETRY)
     assert {row.group for row in table.leaves.values()} == set(GROUPS)
     assert {axis for row in table.leaves.values() for axis in row.axes} == set(table.sizes)
-    assert table.within == {f"layers/{i}/q_group": f"layers/{i}/kv_heads" for i in range(len(table.within))}
+    layers = {axis.rsplit("/", 1)[0] for axis in table.sizes if axis.startswith("layers/")}
+    within = {f"{layer}/q_group": f"{layer}/kv_heads" for layer in layers}
+    assert table.within == within | ({f"{layer}/mlp": f"{layer}/expert" for layer in layers} if "expert" in own else {})
 
 
 def test_axes_reach_as_far_as_their_names_say():
@@ -87,6 +98,15 @@ def test_axes_of_kind_are_in_the_order_of_the_layers():
     assert table.axes_of_kind(["mlp"]) == ["layers/0/mlp", "layers/1/mlp"]
     assert table.axes_of_kind(["embed"]) == ["embed"]
     assert table.axes_of_kind([]) == []
+
+
+def test_one_list_of_kinds_serves_every_family():
+    _, table = _tiny()
+    assert table.axes_of_kind(["mlp", "expert"]) == table.axes_of_kind(["mlp"])
+    experts = axis_table(CASES["mixtral-no_window"].arch()).axes_of_kind(["expert", "mlp"])
+    assert experts == ["layers/0/mlp", "layers/0/expert", "layers/1/mlp", "layers/1/expert"]
+    with pytest.raises(ValueError, match="no axis of kind expert"):
+        table.axes_of_kind(["expert"])
 
 
 def test_axes_of_an_unknown_kind_are_refused_with_the_list():
@@ -146,6 +166,8 @@ _PUBLISHED_SIZES = {
         ),
         9_241_705_984,
     ),
+    "gpt2": (transformers.GPT2Config(), 124_439_808),
+    "Mixtral-8x7B": (transformers.MixtralConfig(), 46_702_792_704),
 }
 
 

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from make_golden import hf_outputs
+from make_golden import hf_model, hf_outputs
 from parity_cases import CASES, Case
 from safetensors.numpy import load_file, save_file
 
 from tracing_jax.axes import axis_table
 from tracing_jax.checkpoint import Checkpoint, CheckpointError, load, open_checkpoint, save_checkpoint
+from tracing_jax.checkpoint.entry import tensor_shapes
 from tracing_jax.checkpoint.layout import layout
 from tracing_jax.forward import logits
 from tracing_jax.sharding import leaf_spec, make_mesh
@@ -26,11 +27,12 @@ from tracing_jax.tree import flatten
 _BF16 = ml_dtypes.bfloat16
 _UNTIED, _TIED = CASES["qwen3-gqa-untied-default"], CASES["gemma2-mha-tied-default"]
 _WITHOUT_GAINS = CASES["olmo-gqa-tied-linear"]  # a tied model without gains has nothing in its head
+_GPT2, _MIXTRAL = CASES["gpt2-tied"], CASES["mixtral-no_window"]
 
 
 def _tensors(case: Case, dtype: Any = np.float32) -> dict[str, np.ndarray]:
-    entries = layout(case.arch()).values()
-    return {entry.tensor: case.weight(entry.tensor, entry.shape).astype(dtype) for entry in entries}
+    shapes = tensor_shapes(layout(case.arch()).values())
+    return {name: case.weight(name, shape).astype(dtype) for name, shape in shapes.items()}
 
 
 def _write(folder: Path, case: Case, tensors: dict[str, np.ndarray]) -> Path:
@@ -83,7 +85,7 @@ def _counted(checkpoint: Checkpoint) -> tuple[Checkpoint, Counter[str]]:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, _BF16])
-@pytest.mark.parametrize("case", [_UNTIED, _TIED, _WITHOUT_GAINS], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [_UNTIED, _TIED, _WITHOUT_GAINS, _GPT2, _MIXTRAL], ids=lambda case: case.name)
 def test_saved_model_is_read_again_bit_for_bit(case, dtype, tmp_path):
     opened = open_checkpoint(str(_hf_folder(tmp_path / "hf", case, dtype)))
     assert {leaf.dtype for leaf in _leaves(opened).values()} == {np.dtype(dtype)}
@@ -129,7 +131,7 @@ def test_saving_never_overwrites_and_leaves_nothing_half_done(tmp_path):
 
 
 @pytest.mark.parametrize("max_shard_bytes", [2**30, 12_000])
-@pytest.mark.parametrize("case", [_UNTIED, _TIED], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [_UNTIED, _TIED, _GPT2, _MIXTRAL], ids=lambda case: case.name)
 def test_transformers_loads_what_we_save(case, max_shard_bytes, tmp_path):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
@@ -142,6 +144,53 @@ def test_transformers_loads_what_we_save(case, max_shard_bytes, tmp_path):
     expected, _ = hf_outputs(model, case.tokens())
     on_device = load(open_checkpoint(str(tmp_path / "ours")), make_mesh())
     np.testing.assert_allclose(logits(on_device, case.tokens()), expected, atol=2e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("case", [_GPT2, _MIXTRAL], ids=lambda case: case.name)
+def test_what_transformers_saves_is_read(case, tmp_path):
+    pytest.importorskip("torch")
+    model = hf_model(case)
+    model.save_pretrained(tmp_path / "hf")
+    opened = open_checkpoint(str(tmp_path / "hf"))
+    _assert_same_bits(_leaves(opened), _leaves(case.source()))
+    save_checkpoint(tmp_path / "ours", opened, companions=tmp_path / "hf")
+    _assert_same_bits(load_file(tmp_path / "ours" / "model.safetensors"), load_file(tmp_path / "hf/model.safetensors"))
+
+
+def test_bare_gpt2_with_its_mask_buffers_is_read(tmp_path):
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in _tensors(_GPT2).items()}
+    masks = {f"h.{i}.attn.bias": np.tril(np.ones((1, 1, 16, 16), np.float32)) for i in range(2)}
+    masks |= {f"h.{i}.attn.masked_bias": np.asarray(-1e4, np.float32) for i in range(2)}
+    opened = open_checkpoint(str(_write(tmp_path / "hf", _GPT2, tensors | masks)))
+    _assert_same_bits(_leaves(opened), _leaves(_GPT2.source()))
+
+
+def test_experts_in_one_tensor_are_read_like_experts_in_their_own(tmp_path):
+    tensors = _tensors(_MIXTRAL)
+    for i in range(2):
+        at = f"model.layers.{i}.block_sparse_moe."
+        w1, w2, w3 = ([tensors.pop(f"{at}experts.{e}.{w}.weight") for e in range(3)] for w in ("w1", "w2", "w3"))
+        fused = f"model.layers.{i}.mlp."
+        tensors[fused + "gate.weight"] = tensors.pop(at + "gate.weight")
+        tensors[fused + "experts.gate_up_proj"] = np.stack([np.concatenate(pair) for pair in zip(w1, w3)])
+        tensors[fused + "experts.down_proj"] = np.stack(w2)
+    opened = open_checkpoint(str(_write(tmp_path / "hf", _MIXTRAL, tensors)))
+    _assert_same_bits(_leaves(opened), _leaves(_MIXTRAL.source()))
+
+
+def test_what_is_wrong_with_experts_is_said_by_tensor(tmp_path):
+    tensors = _tensors(_MIXTRAL)
+    at = "model.layers.1.block_sparse_moe.experts."
+    half = tensors[at + "2.w2.weight"].astype(np.float16)
+    with pytest.raises(CheckpointError, match=r"layers/1/mlp/down_proj/kernel .* float16 and float32; convert"):
+        open_checkpoint(str(_write(tmp_path / "half", _MIXTRAL, tensors | {at + "2.w2.weight": half})))
+    tensors[at + "1.w3.weight"][0, 0] = np.nan
+    damaged = open_checkpoint(str(_write(tmp_path / "nan", _MIXTRAL, tensors)))
+    with pytest.raises(CheckpointError, match=r"weights in model\.layers\.1\.\S*experts\.1\.w3\.weight;"):
+        damaged.layer(1)
+    del tensors[at + "0.w1.weight"]
+    with pytest.raises(CheckpointError, match=r"missing tensor \S*layers\.1\.\S*experts\.0\.w1\.weight \(40, 24\)$"):
+        open_checkpoint(str(_write(tmp_path / "missing", _MIXTRAL, tensors)))
 
 
 def test_opening_reads_no_weights_and_a_part_reads_only_its_own(tmp_path):
@@ -215,7 +264,7 @@ def test_old_rotary_constants_are_ignored(tmp_path):
     _assert_same_bits(_leaves(opened), _leaves(_UNTIED.source()))
 
 
-@pytest.mark.parametrize("case", [_UNTIED, _WITHOUT_GAINS], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [_UNTIED, _WITHOUT_GAINS, _GPT2, _MIXTRAL], ids=lambda case: case.name)
 def test_cache_restores_the_same_bits_without_reading_the_checkpoint(case, tmp_path):
     opened = open_checkpoint(str(_hf_folder(tmp_path / "hf", case, _BF16)))
     mesh = make_mesh(data=2, model=2)

@@ -54,7 +54,7 @@ def test_models_have_learnt_from_context(members, tokens):
 
 
 def test_finetune_is_better_on_its_own_text(family, members):
-    _, held_out = demo._split(demo._finetune_text(), 200)
+    _, held_out = demo.split(demo._finetune_text(), 200)
     tokenizer = load_tokenizer(family.member("finetune"))
     ids = tokenizer("".join(held_out), add_special_tokens=False, verbose=False)["input_ids"]
     base, _, finetune = losses_along(members, "finetune", np.asarray(ids[: 32 * 64], np.int32).reshape(32, 64))
@@ -117,7 +117,7 @@ def test_same_recipe_gives_the_same_bytes_and_another_seed_others(tiniest, tmp_p
 
 
 def test_no_paragraph_is_both_seen_and_held_out():
-    seen, held_out = demo._split(demo._base_text(), 160)
+    seen, held_out = demo.split(demo.base_text(), 160)
     paragraphs = [set("".join(pieces).split("\n\n")) - {""} for pieces in (seen, held_out)]
     assert len(held_out) == 10
     assert not paragraphs[0] & paragraphs[1]

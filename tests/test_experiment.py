@@ -6,14 +6,20 @@ import pickle
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+import tiny
 from safetensors.numpy import load_file, save_file
+from transformers import GPT2Config
 
 from tracing_jax import experiment
-from tracing_jax.arch import UnsupportedModelError
-from tracing_jax.checkpoint import CheckpointError
+from tracing_jax.arch import UnsupportedModelError, read_arch
+from tracing_jax.axes import PERMUTABLE, axis_table
+from tracing_jax.checkpoint import CheckpointError, save_checkpoint
 from tracing_jax.experiment import ConfigError
+from tracing_jax.source import InMemory
+from tracing_jax.symmetry import permute, random_permutations
 
 
 @pytest.fixture
@@ -69,6 +75,26 @@ def test_permute_moves_fts_own_weights_and_alignment_brings_them_back(config_of)
     assert before["barrier"] > 0.3
     assert before["end_loss_ft_own"] == pytest.approx(plain["end_loss_ft_own"], abs=1e-4)
     assert after["loss"] == pytest.approx(plain["loss"], abs=1e-4)
+
+
+def test_a_disguise_changes_fts_own_weights_and_not_its_function(config_of):
+    record = experiment.trace(config_of(disguise="rotate,units,values", permute=True))
+    plain, _ = curves(experiment.trace(config_of()))
+    before, _ = curves(record)
+    assert record["disguised"]["rewrites"] == ["rotate", "units", "values"]
+    assert record["disguised"]["logits_moved"] < 1e-4
+    assert before["barrier"] > 0.3
+    assert before["end_loss_ft_own"] == pytest.approx(plain["end_loss_ft_own"], abs=1e-4)
+
+
+def test_a_disguise_that_cannot_be_is_refused_before_weights_are_read(config_of):
+    for disguise, reason in (
+        ("spin", "unknown rewrites spin"),
+        ("rename,rotate", "python -m tracing_jax.symmetry --disguise=rename,rotate"),
+        ("all", "different depth: 2 and 3 layers"),  # a statistic sees the model as it will be
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            experiment.trace(config_of(disguise=disguise))
 
 
 def test_every_statistic_and_perplexity_in_one_run_with_all_its_files(config_of):
@@ -189,6 +215,36 @@ def spoilt(family, tmp_path):
     return make
 
 
+@pytest.fixture
+def pair_of(family, tmp_path):
+    """Returns a function that writes a tiny model of random weights and its disguised copy, with the demo tokenizer."""
+
+    def make(config):
+        companions = shutil.copytree(family.member("base"), tmp_path / "companions")
+        config.save_pretrained(companions)
+        arch = read_arch(companions)
+        base, table = tiny.model(arch), axis_table(arch)
+        disguise = random_permutations(jax.random.key(1), table, PERMUTABLE)
+        ft = permute(tiny.noisy(base.params, 0.05), disguise, table)
+        for name, params in (("base", base.params), ("ft", ft)):
+            save_checkpoint(tmp_path / name, InMemory(arch, params), companions)
+        return {"base_model_id": str(tmp_path / "base"), "ft_model_id": str(tmp_path / "ft")}
+
+    return make
+
+
+def test_a_gpt2_is_traced_and_has_no_gates_to_compare(config_of, pair_of):
+    sizes = {"n_embd": 24, "n_layer": 2, "n_head": 6, "n_inner": 20, "n_positions": 64}
+    config = GPT2Config(vocab_size=400, bos_token_id=None, eos_token_id=None, **sizes)
+    record = experiment.trace(config_of(**pair_of(config), stat="mode,cos", align=True))
+    assert "no gate" in record["statistics"]["cos"]["non_aligned"]["not_applicable"]
+    before, after = (np.ptp(curve["loss"]) for curve in curves(record))
+    assert before > 2 * after
+    assert record["models"]["base"]["shape"]["num_experts"] is None
+    with pytest.raises(ConfigError, match=r"block_size=128: .*base: blocks of 128 tokens.*\n.*block_size=128: .*ft"):
+        experiment.trace(config_of(**record["args"] | {"block_size": 128}))
+
+
 def drop_layer(weights):
     for name in [name for name in weights if ".layers.1." in name]:
         del weights[name]
@@ -231,6 +287,7 @@ def truncate(folder):
     (lambda spoilt: {"emb_max_rows": 0}, "emb_max_rows=0: at least 1"),
     (lambda spoilt: {"seed": -1}, "seed=-1: it lies in 0"),
     (lambda spoilt: {"permute": True, "permute_axes": ""}, "permute_axes is empty"),
+    (lambda spoilt: {"permute": True, "permute_axes": "expert"}, "permute_axes=expert: .*no axis of kind expert"),
     (lambda spoilt: {"dataset": ""}, "neither dataset nor dataset_id"),
     (lambda spoilt: {"mesh": {"data": 9, "model": 1}}, "8 are there"),
     (lambda spoilt: {"dtype": "float8", "batch_size": 0}, "batch_size=0: at least 1"),

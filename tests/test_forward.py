@@ -26,7 +26,9 @@ def blocks(arch, n=5, length=16, seed=0):
     return np.random.default_rng(seed).integers(arch.vocab_size, size=(n, length), dtype=np.int32)
 
 
-@pytest.mark.parametrize("arch", [tiny.llama_mha(), tiny.gemma_mqa()], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "arch", [tiny.llama_mha(), tiny.gemma_mqa(), tiny.gpt2(), tiny.mixtral()], ids=lambda arch: arch.family
+)
 def test_losses_are_the_cross_entropy_of_the_logits(arch, one_device):
     model, tokens = tiny.model(arch), blocks(arch)
     scores = logits(model, tokens).astype(np.float64)[:, :-1]
@@ -36,7 +38,9 @@ def test_losses_are_the_cross_entropy_of_the_logits(arch, one_device):
 
 
 @pytest.mark.parametrize("groups", [path_groups(False, False), path_groups(True, False), ALL], ids="-".join)
-@pytest.mark.parametrize("arch", [tiny.llama_mha(), tiny.qwen3_gqa()], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "arch", [tiny.llama_mha(), tiny.qwen3_gqa(), tiny.gpt2(), tiny.mixtral()], ids=lambda arch: arch.family
+)
 def test_path_is_the_loss_of_the_interpolated_tree(arch, groups, one_device):
     base, ft, tokens = tiny.model(arch, 0), tiny.model(arch, 1), blocks(arch)
     moving = moving_leaves(axis_table(arch), groups)
@@ -121,6 +125,16 @@ def test_bf16_weights_are_computed_in_the_asked_dtype(one_device):
 def test_tokens_outside_the_vocabulary_are_refused(tokens, message, one_device):
     with pytest.raises(ValueError, match=message):
         token_losses(tiny.model(tiny.llama_mha()), tokens, one_device)
+
+
+def test_blocks_longer_than_the_learned_positions_are_refused(one_device):
+    model = tiny.model(tiny.gpt2(num_positions=8))
+    tokens, problem = blocks(model.arch, length=9), "blocks of 9 tokens, the model has learned 8 positions"
+    with pytest.raises(ValueError, match=problem):
+        token_losses(model, tokens, one_device)
+    with pytest.raises(ValueError, match=problem):
+        logits(model, tokens)
+    assert logits(model, tokens[:, :8]).shape == (5, 8, 61)
 
 
 @pytest.mark.parametrize("mesh", [(9, 1), (0, 1), (2, 5)])

@@ -30,7 +30,7 @@ _ROOMS = {
     "activations": "arch tree models source sharding",
     "grams": "activations arch data tree models source sharding",
     "matching": "symmetry axes tree",
-    "alignment": "data matching symmetry forward grams source sharding axes arch tree",
+    "alignment": "data matching symmetry forward grams models source sharding axes arch tree",
     "statistics": "data activations arch matching forward grams interpolate source symmetry sharding axes record tree",
     "report": "record",
     "sampling": "models source forward",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from tracing_jax.axes import PERMUTABLE, axis_table, table_from_axes
+from tracing_jax.axes import PERMUTABLE, axis_table, kind_of, table_from_axes
 from tracing_jax.forward import logits
 from tracing_jax.interpolate import interpolate, moving_leaves, path_groups
 from tracing_jax.sharding import make_mesh, place
@@ -14,7 +14,7 @@ from tracing_jax.source import InMemory, in_memory, permuted
 from tracing_jax.symmetry import compose, identity, invert, permute, random_permutations, share_moved
 from tracing_jax.tree import flatten
 
-ARCHS = [tiny.llama_mha, tiny.qwen3_gqa, tiny.olmo2_gqa, tiny.gemma_mqa]
+ARCHS = [tiny.llama_mha, tiny.qwen3_gqa, tiny.olmo2_gqa, tiny.gemma_mqa, tiny.gpt2, tiny.mixtral]
 TOKENS = np.random.default_rng(0).integers(61, size=(2, 9), dtype=np.int32)
 
 
@@ -32,8 +32,10 @@ def test_permuted_units_keep_the_logits_and_move_the_weights(arch):
     model = tiny.model(arch())
     table, expected = axis_table(model.arch), logits(model, TOKENS)
     weights = on_host(model.params)
-    for kinds in [(kind,) for kind in PERMUTABLE] + [PERMUTABLE]:
+    own = {kind_of(axis) for axis in table.sizes}
+    for kinds in [(kind,) for kind in PERMUTABLE if kind in own] + [PERMUTABLE]:
         permutations = random_permutations(jax.random.key(1), table, kinds)
+        assert {kind_of(axis) for axis in permutations} == set(kinds) & own
         moved = permute(weights, permutations, table)
         found = logits(InMemory(model.arch, jax.tree.map(jnp.asarray, moved)), TOKENS)
         np.testing.assert_allclose(found, expected, atol=2e-4 * np.abs(expected).max())
@@ -43,8 +45,9 @@ def test_permuted_units_keep_the_logits_and_move_the_weights(arch):
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 @pytest.mark.parametrize("device", [True, False])
-def test_inverse_restores_every_bit(dtype, device):
-    arch = tiny.qwen3_gqa()
+@pytest.mark.parametrize("arch", [tiny.qwen3_gqa, tiny.mixtral])
+def test_inverse_restores_every_bit(arch, dtype, device):
+    arch = arch()
     params, table = tiny.params_of(arch, dtype=dtype), axis_table(arch)
     params = params if device else on_host(params)
     permutations = random_permutations(jax.random.key(2), table, PERMUTABLE)
@@ -54,17 +57,21 @@ def test_inverse_restores_every_bit(dtype, device):
     assert equal(permute(moved, invert(permutations, table), table), params)
 
 
-def test_permuting_twice_is_permuting_by_the_composition():
-    arch = tiny.qwen3_gqa()
+@pytest.mark.parametrize(
+    ("arch", "holder", "nested"),
+    [(tiny.qwen3_gqa, "kv_heads", "q_group"), (tiny.mixtral, "expert", "mlp"), (tiny.gpt2, "kv_heads", "q_group")],
+)
+def test_permuting_twice_is_permuting_by_the_composition(arch, holder, nested):
+    arch = arch()
     params, table = on_host(tiny.params_of(arch)), axis_table(arch)
     every = [random_permutations(jax.random.key(seed), table, PERMUTABLE) for seed in (3, 4)]
-    heads = random_permutations(jax.random.key(5), table, ["kv_heads"])
-    groups = random_permutations(jax.random.key(6), table, ["q_group", "mlp"])
+    heads = random_permutations(jax.random.key(5), table, [holder])
+    groups = random_permutations(jax.random.key(6), table, [nested, "embed"])
     for first, second in [every, (heads, groups), (groups, heads), (every[0], groups), (heads, every[1])]:
         twice = permute(permute(params, first, table), second, table)
         assert equal(twice, permute(params, compose(second, first, table), table))
     undone = compose(invert(every[0], table), every[0], table)
-    assert share_moved(undone) == dict.fromkeys(PERMUTABLE, 0.0)
+    assert share_moved(undone) == dict.fromkeys((kind_of(axis) for axis in every[0]), 0.0)
 
 
 def test_lazily_permuted_source_equals_the_permuted_tree():
@@ -110,6 +117,7 @@ def test_layers_of_one_shape_share_a_compiled_permutation():
         ("layers/0/q_group", [0, 1], "expected integers of shape"),
         ("layers/0/qk_dim", list(range(4)), "may not be permuted"),
         ("layers/9/mlp", list(range(20)), "no such axis"),
+        ("layers/0/expert", list(range(3)), "no such axis"),
     ],
 )
 def test_bad_permutations_are_refused_by_name(axis, wrong, complaint):
@@ -119,6 +127,22 @@ def test_bad_permutations_are_refused_by_name(axis, wrong, complaint):
         permute(tiny.params_of(arch), bad, axis_table(arch))
     assert f"{axis}: " in str(refused.value)
     assert "layers/1/kv_heads: " in str(refused.value)
+
+
+def test_units_of_experts_are_permuted_inside_their_expert_and_positions_never():
+    table = axis_table(tiny.mixtral())
+    with pytest.raises(ValueError, match=r"layers/0/mlp: expected integers of shape \(3, 20\), found int32 of \(20,\)"):
+        permute(tiny.params_of(tiny.mixtral()), {"layers/0/mlp": np.arange(20, dtype=np.int32)}, table)
+    params, expert = on_host(tiny.params_of(tiny.mixtral())), np.asarray([2, 0, 1], np.int32)
+    mlp = random_permutations(jax.random.key(0), table, ["mlp"])["layers/0/mlp"]
+    moved = permute(params, {"layers/0/mlp": mlp, "layers/0/expert": expert}, table)["layers"]["0"]["mlp"]
+    before = params["layers"]["0"]["mlp"]
+    for e in range(3):
+        expected = before["down_proj"]["kernel"][expert[e]][mlp[e]]
+        np.testing.assert_array_equal(moved["down_proj"]["kernel"][e], expected)
+    np.testing.assert_array_equal(moved["router"]["kernel"], before["router"]["kernel"][:, expert])
+    with pytest.raises(ValueError, match="position: its units may not be permuted"):
+        permute(params, {"position": np.arange(32, dtype=np.int32)}, axis_table(tiny.gpt2()))
 
 
 def test_any_pytree_can_be_permuted_by_the_names_of_its_axes():

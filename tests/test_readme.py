@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from tracing_jax.checkpoint import open_checkpoint
+from tracing_jax.symmetry import DRAWN
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -14,6 +15,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def example_with(text):
+    (example,) = (block for block in blocks("python") if text in block)
+    return example
 
 
 def test_the_two_commands_are_those_of_continuous_integration():
@@ -26,7 +32,7 @@ def test_the_two_commands_are_those_of_continuous_integration():
 
 def test_the_example_on_a_foreign_tree_restores_it_bit_for_bit():
     scope = {}
-    exec(blocks("python")[0], scope)
+    exec(example_with("table_from_axes"), scope)
     same = jax.tree.map(np.array_equal, scope["params"], scope["restored"])
     assert all(jax.tree.leaves(same))
     moved = jax.tree.map(np.array_equal, scope["params"], scope["shuffled"])
@@ -37,7 +43,7 @@ def test_the_example_on_a_foreign_tree_restores_it_bit_for_bit():
 
 def test_the_example_on_checkpoints_writes_an_aligned_one(family, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    example = blocks("python")[1]
+    example = example_with("align(base, ft")
     for hub_id, member in (("meta-llama/Llama-2-7b-hf", "base"), ("org/their-model", "disguised")):
         assert hub_id in example
         example = example.replace(hub_id, str(family.member(member)))
@@ -47,6 +53,20 @@ def test_the_example_on_checkpoints_writes_an_aligned_one(family, tmp_path, monk
         np.abs(a - b).max() for a, b in zip(*(map(np.asarray, jax.tree.leaves(c.embed())) for c in (written, finetune)))
     ]
     assert max(distances) == 0
+
+
+def test_the_example_of_a_disguise_comes_back(family):
+    scope = {}
+    exec(example_with("draw_rewrites").replace("org/their-model", str(family.member("finetune"))), scope)
+    for part in ("embed", "head"):
+        model, other, again = (jax.tree.leaves(getattr(scope[name], part)()) for name in ("model", "other", "again"))
+        assert all(np.abs(a - b).max() < 1e-5 for a, b in zip(model, again, strict=True))
+        assert any(np.abs(a - b).max() > 0.1 for a, b in zip(model, other, strict=True))
+
+
+def test_the_table_of_disguises_names_them_all():
+    section = README.split("## Disguises")[1].split("## The Python API")[0]
+    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(DRAWN)
 
 
 def test_every_file_and_picture_that_is_named_is_there():

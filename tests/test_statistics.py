@@ -107,6 +107,42 @@ def test_barrier_is_the_largest_excess_over_the_line_between_the_ends():
     assert curve_of(alphas, np.array([2.0, 1.0, 1.0, 1.0, 4.0]), None, ()).barrier == 0.0
 
 
+def test_cos_compares_the_units_of_all_experts():
+    arch = tiny.mixtral()
+    base, ft, table = tiny.model(arch, 0), tiny.model(arch, 1), axis_table(arch)
+    gates = [[m.layer(i)["mlp"]["gate_proj"]["kernel"] for m in (base, ft)] for i in range(2)]
+    rows = [[np.concatenate([np.asarray(expert).T for expert in kernel]) for kernel in pair] for pair in gates]
+    result = Cos().compute(pair_of(base, ft))
+    np.testing.assert_allclose(result.per_layer["values"], [np.median(best_in_float64(*r)) for r in rows], atol=1e-6)
+    hidden = permute(base.params, random_permutations(jax.random.key(0), table, ["mlp", "expert"]), table)
+    assert Cos().compute(pair_of(base, InMemory(arch, hidden))).headline > 0.999
+
+
+@pytest.mark.parametrize("arch", [tiny.gpt2(), tiny.mixtral()], ids=lambda arch: arch.family)
+def test_mode_and_emb_of_other_families(arch):
+    pair = pair_of(tiny.model(arch, 0), tiny.model(arch, 1))
+    assert Mode(attn=True, emb=True).problems(arch, arch, SAME) == []
+    curve = Mode(attn=True, emb=True).compute(pair).curve
+    assert curve.loss[-1] == pytest.approx(curve.end_loss_ft_own, abs=1e-5)
+    rows = (np.asarray(model.embed()["embedding"]) for model in (pair.base, pair.ft))
+    assert Emb().compute(pair).headline == pytest.approx(np.median(best_in_float64(*rows)), abs=1e-6)
+
+
+@pytest.mark.parametrize(("statistic", "base", "ft", "message"), [
+    (Cos(), tiny.gpt2(), tiny.gpt2(), "no gate: the MLPs of base (family gpt2) have none"),
+    (Cos(), tiny.llama_mha(), tiny.gpt2(), "no gate: the MLPs of ft (family gpt2) have none"),
+    (Mode(), tiny.llama_mha(), tiny.gpt2(), "norm rms / layer_norm"),
+    (Mode(), tiny.llama_mha(), tiny.gpt2(), "only one model has mlp/gate_proj/kernel"),
+    (Mode(), tiny.llama_mha(), tiny.mixtral(), "different width: expert has no and 3 units"),
+    (Mode(), tiny.mixtral(), tiny.llama_mha(), "different width: expert has 3 and no units"),
+    (Mode(), tiny.mixtral(num_experts=4), tiny.mixtral(), "different width: expert has 4 and 3 units"),
+    (Mode(emb=True), tiny.gpt2(), tiny.gpt2(num_positions=8), "different width: position has 32 and 8 units"),
+])  # fmt: skip
+def test_what_other_families_cannot_be_compared_by_is_said(statistic, base, ft, message):
+    problems = statistic.problems(base, ft, SAME)
+    assert any(message in problem for problem in problems), problems
+
+
 @pytest.mark.parametrize(("statistic", "changes", "vocabularies", "message"), [
     (Mode(), {"num_layers": 3}, SAME, "different depth: 2 and 3 layers"),
     (Mode(), {"mlp_dim": 7}, SAME, "mlp has 20 and 7 units"),

@@ -47,13 +47,25 @@ def gemma_mqa(**changes: object) -> Arch:
     return dataclasses.replace(arch_from_config(config), **changes)
 
 
+def gpt2(**changes: object) -> Arch:
+    """Learned positions, layer norms with biases, an MLP without gate, tied embeddings."""
+    config = transformers.GPT2Config(vocab_size=61, n_embd=24, n_layer=2, n_head=6, n_inner=20, n_positions=32)
+    return dataclasses.replace(arch_from_config(config), **changes)
+
+
+def mixtral(**changes: object) -> Arch:
+    """Three experts of which two serve a token, grouped queries, embeddings not tied."""
+    sizes = _SIZES | {"num_key_value_heads": 3, "num_local_experts": 3, "num_experts_per_tok": 2}
+    return dataclasses.replace(arch_from_config(transformers.MixtralConfig(**sizes)), **changes)
+
+
 def params_of(arch: Arch, seed: int = 0, dtype: object = np.float32) -> Tree:
     """Returns random weights of std 0.3, gains around their neutral value."""
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda key: init_params(arch, key), jax.random.key(0))
 
     def leaf(name: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
-        center = 1.0 if name.endswith("scale") and arch.norm == "rms" else 0.0
+        center = 1.0 if name.endswith("scale") and arch.norm in ("rms", "layer_norm") else 0.0
         return jax.numpy.asarray(rng.normal(center, 0.3, shape.shape), dtype)
 
     return map_named(leaf, shapes)

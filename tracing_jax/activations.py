@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
 from tracing_jax.arch import Arch
-from tracing_jax.models import apply_block_with_taps, apply_embed, layer_inputs
+from tracing_jax.models import apply_block_with_taps, apply_embed, apply_mlp_with_taps, layer_inputs
 from tracing_jax.sharding import Compute
 from tracing_jax.source import ParamSource
 from tracing_jax.tree import Tree
@@ -27,8 +28,8 @@ def activations(
 ) -> Iterator[tuple[int, dict[str, Float[np.ndarray, "S U"]]]]:
     """Returns an iterator over (layer, {tap: activations in float32 at the S valid positions, in their order}).
 
-    U counts the units of a tap (see `models.TAPS`): its axes after B and T, flattened. The hidden states of all tokens
-    are kept, and of each layer only the S rows, which the caller may keep or not.
+    U counts the units of a tap (see `models.tap_axes`): its axes after B and T, flattened. The hidden states of all
+    tokens are kept, and of each layer only the S rows, which the caller may keep or not.
     """
     arch, taps = source.arch, tuple(taps)
     embed = source.embed()
@@ -43,6 +44,28 @@ def activations(
         yield i, {tap: np.concatenate([rows[tap] for rows in found])[: len(at)][valid] for tap in taps}
 
 
+def embedding_activations(
+    source: ParamSource, ids: Int[np.ndarray, " S"], taps: Sequence[str], description: str = "embeddings"
+) -> Iterator[tuple[int, dict[str, Float[np.ndarray, "S U"]]]]:
+    """Returns an iterator over (layer, {tap: activations}) when each MLP is handed the embeddings of these tokens.
+
+    No forward pass: every layer normalises the embeddings and applies its gain, as it would the hidden state.
+    """
+    arch, taps = source.arch, tuple(taps)
+    x = _embed_step(arch, jnp.float32, source.embed(), jnp.asarray(ids)[None])
+    for i in tqdm(range(arch.num_layers), desc=description, unit="layer", disable=None):
+        yield i, jax.device_get(mlp_step(arch, taps, source.layer(i), x))
+
+
+@functools.partial(jax.jit, static_argnames=("arch", "taps"))
+def mlp_step(
+    arch: Arch, taps: tuple[str, ...], layer: Tree, x: Float[Array, "1 S D"]
+) -> dict[str, Float[Array, "S U"]]:
+    """Returns the activations of a layer's MLP that is handed hidden states, flattened, in float32."""
+    found = apply_mlp_with_taps(arch, layer, x, taps)
+    return {tap: units.astype(jnp.float32).reshape(x.shape[1], -1) for tap, units in found.items()}
+
+
 def picked(x: Float[Array, "B T *units"], at: Int[Array, "B P"] | None) -> Float[Array, "B P U"]:
     """Returns the units at the positions (None: at all), flattened, in float32."""
     flat = x.reshape(*x.shape[:2], -1)
@@ -50,7 +73,7 @@ def picked(x: Float[Array, "B T *units"], at: Int[Array, "B P"] | None) -> Float
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "dtype"))
-def _embed_step(arch: Arch, dtype: jnp.dtype, params: Tree, tokens: jax.Array) -> jax.Array:
+def _embed_step(arch: Arch, dtype: DTypeLike, params: Tree, tokens: jax.Array) -> jax.Array:
     return apply_embed(arch, params, tokens, dtype)
 
 

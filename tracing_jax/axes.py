@@ -20,12 +20,14 @@ SYMMETRY = {
     "q_group": "permutation, each layer and each kv head its own",
     "qk_dim": "rotations that commute with RoPE",
     "v_dim": "any invertible map per kv head",
+    "expert": "permutation, each layer its own",
+    "position": "none: every position means itself",
     "vocab": "renaming, the tokenizer with it",
 }
 """Axis kind -> the group that keeps the function of the model."""
 
-PERMUTABLE = ("embed", "mlp", "kv_heads", "q_group")
-"""Axis kinds whose units may be permuted freely."""
+PERMUTABLE = ("embed", "mlp", "kv_heads", "q_group", "expert")
+"""Axis kinds whose units may be permuted freely, in the models that have them."""
 
 GROUPS = ("mlp", "norm", "attn", "emb")
 """Interpolation groups: MLPs, block norms, attention, and embeddings with head and final norm."""
@@ -40,12 +42,13 @@ leaves that write them are multiplied by M along the axis and those that read th
 
 _WRITERS = {"embed": "embed o_proj down_proj", "mlp": "up_proj", "v_dim": "v_proj", "qk_dim": "q_proj"}
 _READERS = {
-    "embed": "q_proj k_proj v_proj gate_proj up_proj lm_head", "mlp": "down_proj", "v_dim": "o_proj", "qk_dim": "k_proj"
+    "embed": "q_proj k_proj v_proj gate_proj up_proj router lm_head",
+    "mlp": "down_proj", "v_dim": "o_proj", "qk_dim": "k_proj",
 }  # fmt: skip
 _SIDES: tuple[tuple[Side, Mapping[str, str]], ...] = (("writes", _WRITERS), ("reads", _READERS))
 _FEEDING_NORM = {
     "q_proj": "attn_norm", "k_proj": "attn_norm", "v_proj": "attn_norm",
-    "gate_proj": "mlp_norm", "up_proj": "mlp_norm", "lm_head": "norm",
+    "gate_proj": "mlp_norm", "up_proj": "mlp_norm", "router": "mlp_norm", "lm_head": "norm",
 }  # fmt: skip
 
 
@@ -89,13 +92,16 @@ class AxisTable:
     def axes_of_kind(self, kinds: Iterable[str]) -> list[str]:
         """Returns the axis names whose kind is among `kinds`, in the order of the table.
 
+        One list of kinds serves models of every family: a kind that only others have, such as `expert`, adds nothing.
+
         Raises:
-          ValueError: a kind that no axis of the table has.
+          ValueError: a kind that no family has, or kinds of which the table has none.
         """
-        kinds = tuple(kinds)
-        if unknown := sorted(set(kinds) - {kind_of(axis) for axis in self.sizes}):
-            known = sorted({kind_of(axis) for axis in self.sizes})
-            raise ValueError(f"no axis of kind {', '.join(unknown)} in this model; it has {', '.join(known)}")
+        kinds, known = set(kinds), {kind_of(axis) for axis in self.sizes}
+        unknown = kinds - known - (set(SYMMETRY) if kinds & known else set())
+        if unknown:
+            listed = ", ".join(sorted(unknown))
+            raise ValueError(f"no axis of kind {listed} in this model; it has {', '.join(sorted(known))}")
         return [axis for axis in self.sizes if kind_of(axis) in kinds]
 
     def restricted(self, prefix: str) -> "AxisTable":
@@ -158,9 +164,12 @@ def _sizes_in(params: Tree, table: AxisTable) -> dict[str, int]:
 
 
 def axis_table(arch: Arch) -> AxisTable:
-    """Returns the table of a model of the llama-like families, for params `{embed, layers: {"0": ...}, head}`."""
+    """Returns the table of a model of any supported family, for params `{embed, layers: {"0": ...}, head}`."""
     leaves = {"embed/embedding": Leaf(("vocab", "embed"), "emb")}
     sizes = {"embed": arch.embed_dim, "vocab": arch.vocab_size}
+    if arch.num_positions is not None:
+        leaves["embed/positions"] = Leaf(("position", "embed"), "emb")
+        sizes["position"] = arch.num_positions
     within = {}
     for i in range(arch.num_layers):
         layer = f"layers/{i}/"
@@ -168,8 +177,13 @@ def axis_table(arch: Arch) -> AxisTable:
         sizes |= {layer + "mlp": arch.mlp_dim, layer + "kv_heads": arch.num_kv_heads, layer + "q_group": arch.q_group}
         sizes |= {layer + "qk_dim": arch.head_dim, layer + "v_dim": arch.head_dim}
         within[layer + "q_group"] = layer + "kv_heads"
+        if arch.num_experts is not None:
+            sizes[layer + "expert"] = arch.num_experts
+            within[layer + "mlp"] = layer + "expert"
     if arch.norm != "layer_norm_plain":
         leaves["head/norm/scale"] = Leaf(("embed",), "emb")
+    if arch.norm == "layer_norm":
+        leaves["head/norm/bias"] = Leaf(("embed",), "emb")
     if not arch.tied:
         leaves["head/lm_head/kernel"] = Leaf(("embed", "vocab"), "emb")
     return AxisTable({name: _with_sides(name, row, leaves) for name, row in leaves.items()}, sizes, within)
@@ -217,7 +231,22 @@ def _block_rows(arch: Arch, layer: str) -> dict[str, Leaf]:
     for name, present in _norms(arch).items():
         if present:
             rows[f"{name}/scale"] = Leaf(("embed",), "norm")
-    return rows
+        if present and arch.norm == "layer_norm":
+            rows[f"{name}/bias"] = Leaf(("embed",), "norm")
+    if arch.num_experts is not None:
+        rows |= _expert_rows(layer)
+    return {name: row for name, row in rows.items() if arch.gated or not name.startswith("mlp/gate_proj/")}
+
+
+def _expert_rows(layer: str) -> dict[str, Leaf]:
+    """Returns the rows of a router and its experts, which stand in place of those of one MLP."""
+    expert, mlp = layer + "expert", layer + "mlp"
+    return {
+        "mlp/router/kernel": Leaf(("embed", expert)),
+        "mlp/gate_proj/kernel": Leaf((expert, "embed", mlp)),
+        "mlp/up_proj/kernel": Leaf((expert, "embed", mlp)),
+        "mlp/down_proj/kernel": Leaf((expert, mlp, "embed")),
+    }
 
 
 def _norms(arch: Arch) -> dict[str, bool]:

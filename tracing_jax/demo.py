@@ -43,6 +43,7 @@ from tracing_jax.tree import Tree
 
 if TYPE_CHECKING:
     import tokenizers
+    import transformers
 
 MEMBERS = ("base", "finetune", "disguised", "independent")
 
@@ -150,9 +151,9 @@ def _key(recipe: Recipe) -> str:
 
 def _build(folder: Path, recipe: Recipe) -> None:
     """Writes the members and the text into `folder`."""
-    seen, held_out = _split(_base_text(), recipe.base_pieces)
-    ft_seen, ft_held_out = _split(_finetune_text(), recipe.finetune_pieces)
-    tokenizer = _train_tokenizer(recipe, seen)
+    seen, held_out = split(base_text(), recipe.base_pieces)
+    ft_seen, ft_held_out = split(_finetune_text(), recipe.finetune_pieces)
+    tokenizer = train_tokenizer(recipe, seen)
     tokens, ft_tokens, *held_out_tokens = (
         np.asarray(tokenizer.encode("".join(pieces)).ids, np.int32) for pieces in (seen, ft_seen, held_out, ft_held_out)
     )
@@ -178,18 +179,18 @@ def _members(arch: Arch, recipe: Recipe, tokens: np.ndarray, ft_tokens: np.ndarr
     """Yields each member's name and params, in the order of `MEMBERS`."""
     init_key, other_init_key, disguise_key = jax.random.split(jax.random.key(recipe.seed), 3)
     base_training = _Training("base", tokens, recipe.base_steps, recipe.base_learning_rate)
-    base = _train(arch, recipe, _init(arch, init_key), base_training)
+    base = _train(arch, recipe, init(arch, init_key), base_training)
     yield "base", base
     finetuning = _Training("finetune", ft_tokens, recipe.finetune_steps, recipe.finetune_learning_rate)
     finetune = _train(arch, recipe, base, finetuning)
     yield "finetune", finetune
     table = axis_table(arch)
     yield "disguised", permute(finetune, random_permutations(disguise_key, table, PERMUTABLE), table)
-    yield "independent", _train(arch, recipe, _init(arch, other_init_key), base_training)
+    yield "independent", _train(arch, recipe, init(arch, other_init_key), base_training)
 
 
 @functools.partial(jax.jit, static_argnames="arch")  # op by op, every shape would be compiled on its own
-def _init(arch: Arch, key: PRNGKeyArray) -> Tree:
+def init(arch: Arch, key: PRNGKeyArray) -> Tree:
     """Returns fresh params whose kernels have standard deviation 1 / sqrt(D)."""
     # The models' own scale is meant for thousands of units; narrow models barely learn from it.
     std = arch.embed_dim**-0.5
@@ -201,18 +202,22 @@ def _train(arch: Arch, recipe: Recipe, params: Tree, training: _Training) -> Tre
     tokens, steps, T = training.tokens, training.steps, recipe.block_size
     # Every training draws from the same stream: base and independent see the same windows in the same order.
     starts = np.random.default_rng(recipe.seed).integers(0, len(tokens) - T, size=(steps, recipe.batch_size, 1))
-    schedule = optax.warmup_cosine_decay_schedule(0.0, training.peak_learning_rate, max(steps // 20, 1), steps)
-    rates = np.asarray(schedule(np.arange(steps)))
-    state = _optimizer(recipe).init(params)
+    rates = learning_rates(training.peak_learning_rate, steps)
+    state = optimizer(recipe).init(params)
     with tqdm(total=steps, desc=f"training {training.name}", unit="step", disable=None) as bar:
         for rate, start in zip(rates, starts):
-            params, state, loss = _step(arch, recipe, params, state, rate, tokens[start + np.arange(T)])
+            params, state, loss = train_step(arch, recipe, params, state, rate, tokens[start + np.arange(T)])
             bar.set_postfix(loss_nats=f"{loss:.2f}", refresh=False)
             bar.update()
     return jax.device_get(params)
 
 
-def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
+def learning_rates(peak: float, steps: int) -> Float[np.ndarray, " steps"]:
+    """Returns the learning rate of each step: a warm-up over one step in twenty, then a cosine to zero."""
+    return np.asarray(optax.warmup_cosine_decay_schedule(0.0, peak, max(steps // 20, 1), steps)(np.arange(steps)))
+
+
+def optimizer(recipe: Recipe) -> optax.GradientTransformation:
     """Returns AdamW, after clipping, at learning rate 1; norm gains, the only vectors, do not decay."""
     kernels = functools.partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
     adamw = optax.adamw(1.0, b2=0.95, weight_decay=recipe.weight_decay, mask=kernels)
@@ -220,17 +225,18 @@ def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "recipe"))
-def _step(
+def train_step(
     arch: Arch, recipe: Recipe, params: Tree, state: Any, rate: Float[Array, ""], tokens: Int[Array, "B T"]
 ) -> tuple[Tree, Any, Float[Array, ""]]:
+    """Returns params and optimizer state after one step at this learning rate, and the loss before it, in nats."""
     # The learning rate comes in as data, so that all members share one compiled step.
-    loss, gradients = jax.value_and_grad(functools.partial(_loss, arch))(params, tokens)
-    updates, state = _optimizer(recipe).update(gradients, state, params)
+    loss, gradients = jax.value_and_grad(functools.partial(mean_loss, arch))(params, tokens)
+    updates, state = optimizer(recipe).update(gradients, state, params)
     return optax.apply_updates(params, jax.tree.map(lambda update: rate * update, updates)), state, loss
 
 
 @functools.partial(jax.jit, static_argnames="arch")
-def _loss(arch: Arch, params: Tree, tokens: Int[Array, "B T"]) -> Float[Array, ""]:
+def mean_loss(arch: Arch, params: Tree, tokens: Int[Array, "B T"]) -> Float[Array, ""]:
     """Returns the mean loss of the predicted tokens, in nats."""
     x = apply_embed(arch, params["embed"], tokens, jnp.float32)
     for i in range(arch.num_layers):
@@ -246,7 +252,7 @@ def _log_losses(
         blocks = tokens[: len(tokens) // recipe.block_size * recipe.block_size].reshape(-1, recipe.block_size)[:64]
         logging.info(
             "demo %s: %.2f nats per token on held-out tokens of %s, whose unigram entropy is %.2f",
-            name, _loss(arch, params, blocks), text, unigram_entropy(blocks),
+            name, mean_loss(arch, params, blocks), text, unigram_entropy(blocks),
         )  # fmt: skip
 
 
@@ -256,7 +262,7 @@ def unigram_entropy(tokens: Int[np.ndarray, "N T"]) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
-def _train_tokenizer(recipe: Recipe, texts: Iterable[str]) -> "tokenizers.Tokenizer":
+def train_tokenizer(recipe: Recipe, texts: Iterable[str]) -> "tokenizers.Tokenizer":
     """Returns a byte-level BPE tokenizer of the texts: any string goes in, and comes back unchanged."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -271,9 +277,17 @@ def _train_tokenizer(recipe: Recipe, texts: Iterable[str]) -> "tokenizers.Tokeni
 
 def _write_companions(folder: Path, recipe: Recipe, tokenizer: "tokenizers.Tokenizer") -> None:
     """Writes the config and the tokenizer as transformers does."""
-    from transformers import LlamaConfig, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    LlamaConfig(
+    config(recipe).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False).save_pretrained(folder)
+
+
+def config(recipe: Recipe) -> "transformers.LlamaConfig":
+    """Returns the config of the recipe's models, as transformers knows it."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
         architectures=["LlamaForCausalLM"],
         vocab_size=recipe.vocab_size,
         hidden_size=recipe.embed_dim,
@@ -286,11 +300,11 @@ def _write_companions(folder: Path, recipe: Recipe, tokenizer: "tokenizers.Token
         bos_token_id=None,
         eos_token_id=None,
         dtype="float32",
-    ).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False).save_pretrained(folder)
+    )
 
 
-def _base_text() -> Iterator[str]:
+def base_text() -> Iterator[str]:
+    """Yields the texts that base learns from: the language reference and the docstrings of the standard library."""
     yield from _topics()
     yield from _docstrings(sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")))
 
@@ -321,7 +335,7 @@ def _docstrings(files: Iterable[Path]) -> Iterator[str]:
         yield from (ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, documented))
 
 
-def _split(texts: Iterable[str], num_pieces: int) -> tuple[list[str], list[str]]:
+def split(texts: Iterable[str], num_pieces: int) -> tuple[list[str], list[str]]:
     """Returns the start of the texts as pieces of some 2000 characters: those to train on, and those held out.
 
     A paragraph counts once: many stand in several topics or docstrings, and none may be on both sides.

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from tracing_jax.arch import Arch
+from tracing_jax.arch import Arch, length_problem
 from tracing_jax.axes import axis_table
 from tracing_jax.data import PairedBlocks
 from tracing_jax.interpolate import interpolate, moving_leaves
@@ -58,7 +58,8 @@ def path_losses(
         model is made; the units are taken where the layer is interpolated.
 
     Raises:
-      ValueError: no tokens, ids outside base's vocabulary, or not as many copies as alphas.
+      ValueError: no tokens, blocks longer than base can read, ids outside its vocabulary, or not as many copies as
+        alphas.
     """
     _check_tokens(tokens, base.arch)
     if copies and len(copies) != len(alphas):
@@ -236,9 +237,9 @@ class _Path:
         )
 
 
-def _stacked(copies: Sequence[Permutations]) -> dict[str, jax.Array]:
+def _stacked(copies: Sequence[Permutations]) -> dict[str, np.ndarray]:
     """Returns axis -> the permutations of all copies, `[A, ...]`."""
-    return {axis: jnp.asarray(np.stack([copy[axis] for copy in copies])) for axis in copies[0]} if copies else {}
+    return {axis: np.stack([copy[axis] for copy in copies]) for axis in copies[0]} if copies else {}
 
 
 def _path(
@@ -246,7 +247,7 @@ def _path(
     ft: ParamSource | None,
     moving: frozenset[str],
     alphas: jax.Array,
-    stacked: Mapping[str, jax.Array],
+    stacked: Mapping[str, np.ndarray],
     prefix: str,
 ) -> _Path:
     """Returns the part under `prefix`; ft's is read only if something in it moves."""
@@ -254,7 +255,7 @@ def _path(
     leaves = flatten(part(ft, prefix)) if ft is not None and names else {}
     own = {name: leaves[name] for name in sorted(names)} if leaves else {}
     table = axis_table(base.arch)
-    moves = {name: unit_moves(table.leaves[prefix + name], stacked, table.within) for name in own}  # type: ignore[arg-type]
+    moves = {name: unit_moves(table.leaves[prefix + name], stacked, table.within) for name in own}
     moves = {name: (dims, indices) for name, (dims, indices) in moves.items() if dims}
     return _Path(
         part(base, prefix),
@@ -339,6 +340,8 @@ def _slice_length(length: int, bytes_per_position: int) -> int:
 def _check_tokens(tokens: np.ndarray, arch: Arch) -> None:
     if tokens.size == 0:
         raise ValueError("no token blocks to score")
+    if problem := length_problem(arch, tokens.shape[-1]):
+        raise ValueError(problem)
     # An index out of range gives NaN or the last row on a device, never an error.
     if tokens.min() < 0 or tokens.max() >= arch.vocab_size:
         raise ValueError(

@@ -20,15 +20,16 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from tracing_jax.activations import picked
-from tracing_jax.arch import Arch
+from tracing_jax.activations import mlp_step, picked
+from tracing_jax.arch import Arch, length_problem
 from tracing_jax.data import PairedBlocks, paired_one_to_one
-from tracing_jax.models import TAPS, apply_block_with_taps, apply_embed, apply_mlp_with_taps, layer_inputs
+from tracing_jax.models import apply_block_with_taps, apply_embed, layer_inputs, taps_problem
 from tracing_jax.sharding import Compute
 from tracing_jax.source import ParamSource
 from tracing_jax.tree import Tree
 
 _Pair = tuple[jax.Array, jax.Array]  # base's and ft's
+_HostPair = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,12 @@ def correlations(
 ) -> Iterator[LayerCorrelations]:
     """Returns an iterator over the layers with the correlations of base's units with ft's at all paired positions.
 
-    U counts the units of a tap (see `models.TAPS`): its axes after B and T, flattened. A unit that never varies has
+    U counts the units of a tap (see `models.tap_axes`): its axes after B and T, flattened. A unit that never varies has
     correlation 0 with every other. Weights lie on the mesh already, or on no particular device.
 
     Raises:
-      ValueError: models of different depth, unknown taps, no tokens, or ids outside a vocabulary; all at once, before
-        anything is computed.
+      ValueError: models of different depth, unknown taps, no tokens, blocks longer than a model can read, or ids
+        outside a vocabulary; all at once, before anything is computed.
     """
     _check(base.arch, ft.arch, blocks, taps)
     return _walk((base, ft), blocks, tuple(taps), compute, description, sample)
@@ -154,7 +155,7 @@ def _hand_over(
     x = _embed_step(archs, jnp.float32, (sources[0].embed(), sources[1].embed()), tokens)
     rows = np.random.default_rng(sample.seed).permutation(blocks.num_pairs)[: sample.positions]
     for i in tqdm(range(archs[0].num_layers), desc=description, unit="layer", disable=None):
-        units = [_mlp_step(arch, taps, source.layer(i), y) for arch, source, y in zip(archs, sources, x)]
+        units = [mlp_step(arch, taps, source.layer(i), y) for arch, source, y in zip(archs, sources, x)]
         by_tap, samples = {}, {}
         for tap in taps:
             a, b = units[0][tap], units[1][tap]
@@ -300,12 +301,6 @@ def _added(sums: _Sums, rows: _Pair, weight: Float[Array, "B P"], is_first: bool
     )
 
 
-@functools.partial(jax.jit, static_argnames=("arch", "taps"))
-def _mlp_step(arch: Arch, taps: tuple[str, ...], layer: Tree, x: jax.Array) -> dict[str, Float[Array, "S U"]]:
-    found = apply_mlp_with_taps(arch, layer, x, taps)
-    return {tap: units.astype(jnp.float32).reshape(x.shape[1], -1) for tap, units in found.items()}
-
-
 @jax.jit
 def _correlate(a: Float[Array, "S U"], b: Float[Array, "S U2"]) -> Float[Array, "U U2"]:
     a, b = a - a[-1], b - b[-1]  # a constant unit is then exactly 0
@@ -329,8 +324,9 @@ def _check(base: Arch, ft: Arch, blocks: PairedBlocks, taps: Sequence[str]) -> N
     lines = []
     if base.num_layers != ft.num_layers:
         lines.append(f"base has {base.num_layers} layers, ft {ft.num_layers}; layers are compared one to one")
-    if unknown := sorted(set(taps) - set(TAPS)):
-        lines.append(f"unknown taps {', '.join(unknown)}; there are {', '.join(TAPS)}")
+    lines += dict.fromkeys(problem for arch in (base, ft) if (problem := taps_problem(arch, taps)))
+    lengths = ((base, blocks.base.shape[-1]), (ft, blocks.ft.shape[-1]))
+    lines += dict.fromkeys(problem for arch, T in lengths if (problem := length_problem(arch, T)))
     if not blocks.num_pairs:
         lines.append("no token blocks")
     for side, tokens, arch in (("base", blocks.base, base), ("ft", blocks.ft, ft)):

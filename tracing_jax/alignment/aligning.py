@@ -9,18 +9,18 @@ from absl import logging
 from jaxtyping import Int
 
 from tracing_jax.alignment.kinds import alignment_problems, beyond_permutations, existing
-from tracing_jax.alignment.parts import cosines, exact, leaves
+from tracing_jax.alignment.parts import cosines
 from tracing_jax.alignment.permuting import by_activations
 from tracing_jax.alignment.result import Alignment, Evidence, by_kind, undone_by
 from tracing_jax.alignment.structure import without_surplus
-from tracing_jax.alignment.undoing import undo
+from tracing_jax.alignment.undoing import gains_of, undo
 from tracing_jax.arch import Arch
 from tracing_jax.axes import PERMUTABLE, axis_table
 from tracing_jax.forward import check_function, logits
 from tracing_jax.matching import Shared, match_weights
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.source import InMemory, ParamSource, disguised, in_memory, permuted
-from tracing_jax.symmetry import Permutation, Permutations, Rewrite, gains_in, share_moved
+from tracing_jax.symmetry import Permutation, Permutations, Rewrite, share_moved
 
 LOGITS_TOLERANCE = 1e-3
 """The most that a permutation may move ft's logits, relative to the largest. It only reorders sums, which moves float32
@@ -132,8 +132,7 @@ def _undone(base: InMemory, ft: InMemory, kinds: Sequence[str], shared: Shared |
 def _by_maps(base: InMemory, ft: InMemory, kinds: set[str], absent: Mapping[str, str], shared: Shared | None) -> _Found:
     undoing = undo(base, ft, kinds, shared)
     after = disguised(ft, undoing.rewrites)
-    view = exact(ft)
-    undone = undone_by(undoing.rewrites, gains_in(lambda prefix: leaves(view, prefix), ft.arch))
+    undone = undone_by(undoing.rewrites, gains_of(base), gains_of(ft))
     if ft.arch.tied and not after.arch.tied:
         undone["untied"] = True
     left_out = {**absent, **undoing.left_out}
@@ -155,7 +154,9 @@ def _as_alike(permuted: Mapping[str, float], mapped: Mapping[str, float]) -> boo
 
 
 def _logits_moved(ft: ParamSource, permutations: Permutations, seed: int) -> float:
-    tokens = np.random.default_rng(seed).integers(ft.arch.vocab_size, size=_PROOF_TOKENS, dtype=np.int32)
+    blocks, length = _PROOF_TOKENS
+    shape = (blocks, min(length, ft.arch.num_positions or length))
+    tokens = np.random.default_rng(seed).integers(ft.arch.vocab_size, size=shape, dtype=np.int32)
     expected, found = logits(ft, tokens), logits(permuted(ft, permutations), tokens)
     moved = float(np.abs(found - expected).max() / max(1.0, float(np.abs(expected).max())))
     if not moved <= LOGITS_TOLERANCE:  # NaN too

@@ -51,12 +51,12 @@ def matrices(base: Sides, ft: Sides) -> tuple[Float[np.ndarray, "K H H"], list[i
     """
     found, degenerate = [], []
     for k, (w_b, r_b, w_f, r_f) in enumerate(zip(base.writes, base.reads, ft.writes, ft.reads, strict=True)):
-        gauges = _balanced(w_b, r_b), _balanced(w_f, r_f)
-        if gauges[0] is None or gauges[1] is None:
+        gauge_b, gauge_f = _balanced(w_b, r_b), _balanced(w_f, r_f)
+        if gauge_b is None or gauge_f is None:
             degenerate.append(k)
             found.append(np.eye(len(w_b)))
             continue
-        (a_b, back_b), (a_f, back_f) = gauges
+        (a_b, back_b), (a_f, back_f) = gauge_b, gauge_f
         cross = a_b @ (w_b @ w_f.T) @ a_f.T + back_b.T @ (r_b @ r_f.T) @ back_f
         found.append(back_b @ polar(cross) @ a_f)
     return np.stack(found), degenerate

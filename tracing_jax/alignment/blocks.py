@@ -5,7 +5,7 @@ value mixing and maps of queries and keys leave: the products of values and outp
 by frequency. Letters: K kv heads, G queries of each, H head dim, F mlp, n other numbers.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +14,7 @@ from jaxtyping import Complex, Float, Num
 from tracing_jax.alignment.balance import Sides, factors, matrices
 from tracing_jax.alignment.parts import Leaves, after, rows, stacked
 from tracing_jax.arch import Arch
-from tracing_jax.axes import AxisTable, kind_of
+from tracing_jax.axes import MAPPED, AxisTable, kind_of
 from tracing_jax.matching import Similarity, coordinates, solve
 from tracing_jax.symmetry import Permutation, QueryKeyMaps, Rewrite, UnitScaling, ValueMixing
 
@@ -53,58 +53,92 @@ class BlockMaps:
 
 
 def block_maps(base: Leaves, ft: Leaves, prefix: str, arch: Arch, kinds: Collection[str]) -> BlockMaps:
-    """Returns what brings one layer of ft to base's, its residual side being in order; `kinds` says what may be used."""
+    """Returns what brings one layer of ft to base's, its features being in order already.
+
+    Args:
+      base: the leaves of base's layer.
+      ft: the leaves of ft's layer.
+      prefix: of both.
+      arch: base's facts.
+      kinds: what may be used, see `kinds.KINDS`.
+    """
     table = rows(arch, prefix)
     found = BlockMaps()
-    permuted = [axis for axis in table.sizes if kind_of(axis) in kinds and kind_of(axis) in _SIMILARITY]
+    permuted = [axis for axis in table.sizes if kind_of(axis) in kinds and axis != "embed"]
     for coordinate in coordinates(table, permuted):
         similarity = _SIMILARITY[kind_of(coordinate.axis)](base, ft, table, coordinate.axis, "scaling" in kinds)
-        if coordinate.nested is None and similarity.nested is not None:
-            similarity = Similarity(similarity.units + np.einsum("kgKg->kK", similarity.nested))
-        found.permutations |= solve(coordinate, similarity)
+        found.permutations |= solve(coordinate, _of_units(similarity) if coordinate.nested is None else similarity)
     ft = after(ft, prefix, found.rewrites, arch)
     for axis in table.sizes:
+        lead = [table.within[axis]] if axis in table.within else []
+        held = [other for other in table.sizes if kind_of(other) == MAPPED.get(kind_of(axis))]
         if kind_of(axis) == "mlp" and "scaling" in kinds:
-            found.factors[axis] = factors(_sides(base, table, axis), _sides(ft, table, axis))
+            found.factors[axis] = factors(*(_sides(part, table, axis, lead) for part in (base, ft)))
         if kind_of(axis) == "v_dim" and "values" in kinds:
-            heads = _holder(table, axis)
-            found.values[axis], degenerate = matrices(_sides(base, table, axis, heads), _sides(ft, table, axis, heads))
+            found.values[axis], degenerate = matrices(*(_sides(part, table, axis, held) for part in (base, ft)))
             if degenerate:
                 found.left_out[axis] = f"kv heads {degenerate} have values of too low rank to be mixed"
         if kind_of(axis) == "qk_dim" and "queries" in kinds:
-            heads = _holder(table, axis)
-            found.queries[axis] = factors(*(_paired(_sides(part, table, axis, heads)) for part in (base, ft)))
+            found.queries[axis] = factors(*(_paired(_sides(part, table, axis, held)) for part in (base, ft)))
     return found
+
+
+def _of_units(similarity: Similarity) -> Similarity:
+    """Returns the similarity of units whose inner units stay in order."""
+    if (inner := similarity.nested) is None:
+        return similarity
+    n = len(similarity.units)
+    held = [[np.trace(inner(i, j)) for j in range(n)] for i in range(n)]
+    return Similarity(similarity.units + np.asarray(held))
 
 
 def _unit_similarity(base: Leaves, ft: Leaves, table: AxisTable, axis: str, scaled: bool) -> Similarity:
     """Returns how alike MLP units are: cosine of their gates, and of the other sides up to a common sign."""
-    n = table.sizes[axis]
-    total, signed = np.zeros((n, n), np.float32), np.zeros((n, n), np.float32)
-    for side in (None, "writes", "reads"):
-        pair = [stacked(part, table, axis, side) for part in (base, ft)]
-        if pair[0] is None or pair[1] is None:
-            continue
-        x, y = (_directions(rows_).astype(np.float32) for rows_ in pair if rows_ is not None)
-        if side is None:
-            total += x @ y.T
-        else:
-            signed += x @ y.T
-    return Similarity(total + (np.abs(signed) if scaled else signed))
+    return Similarity(_units_alike(_Units.of(base, table, axis), _Units.of(ft, table, axis), scaled))
+
+
+def _expert_similarity(base: Leaves, ft: Leaves, table: AxisTable, axis: str, scaled: bool) -> Similarity:
+    """Returns how alike experts are: cosine of what the router knows them by, and of the units inside."""
+    known = [stacked(part, table, axis, None) for part in (base, ft)]
+    inner = next(held for held, holder in table.within.items() if holder == axis)
+    units = [_Units.of(part, table, inner, (axis,)) for part in (base, ft)]
+    routers = [_directions(x) for x in known if x is not None]
+    return Similarity(routers[0] @ routers[1].T, lambda i, j: _units_alike(units[0].at(i), units[1].at(j), scaled))
+
+
+@dataclass(frozen=True)
+class _Units:
+    """The directions of what describes MLP units, by side: their gate (None), what writes and what reads them."""
+
+    by_side: Mapping[str | None, Float[np.ndarray, "*_ n"]]
+
+    @classmethod
+    def of(cls, part: Leaves, table: AxisTable, axis: str, lead: Sequence[str] = ()) -> "_Units":
+        found = {side: stacked(part, table, axis, side, lead) for side in (None, "writes", "reads")}
+        return cls({side: _directions(x).astype(np.float32) for side, x in found.items() if x is not None})
+
+    def at(self, holder: int) -> "_Units":
+        return _Units({side: x[holder] for side, x in self.by_side.items()})
+
+
+def _units_alike(base: _Units, ft: _Units, scaled: bool) -> Float[np.ndarray, "n n"]:
+    cosines = {side: x @ ft.by_side[side].T for side, x in base.by_side.items()}
+    both = cosines["writes"] + cosines["reads"]
+    return cosines.get(None, np.float32(0)) + (np.abs(both) if scaled else both)
 
 
 def _head_similarity(base: Leaves, ft: Leaves, table: AxisTable, axis: str, scaled: bool) -> Similarity:
     """Returns how alike the queries of heads are: cosine of their value-output and of their query-key products."""
-    group = next(inner for inner, holder in table.within.items() if holder == axis and inner in table.sizes)
-    K, G = table.sizes[axis], table.sizes[group]
-    total = np.zeros((K, G, K, G))
-    for dim in [held for held in table.sizes if kind_of(held) in ("v_dim", "qk_dim")]:
-        circuits = [_circuits(part, table, dim, axis, group) for part in (base, ft)]
-        total += _circuit_cosines(*circuits)
-    return Similarity(np.zeros((K, K)), total)
+    group = next(inner for inner, holder in table.within.items() if holder == axis)
+    K = table.sizes[axis]
+    mapped = [held for held in table.sizes if MAPPED.get(kind_of(held)) == kind_of(axis)]
+    total = sum(_circuit_cosines(*(_circuits(part, table, dim, axis, group) for part in (base, ft))) for dim in mapped)
+    return Similarity(np.zeros((K, K)), lambda i, j: np.asarray(total)[i, :, j])
 
 
-_SIMILARITY = {"mlp": _unit_similarity, "kv_heads": _head_similarity, "q_group": _head_similarity}
+_SIMILARITY = {
+    "mlp": _unit_similarity, "expert": _expert_similarity, "kv_heads": _head_similarity, "q_group": _head_similarity
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -165,19 +199,16 @@ def _transposed(x: np.ndarray) -> np.ndarray:
     return np.swapaxes(x, -1, -2).conj()
 
 
-def _directions(x: Float[np.ndarray, "F n"]) -> Float[np.ndarray, "F n"]:
+def _directions(x: Float[np.ndarray, "*F n"]) -> Float[np.ndarray, "*F n"]:
     norms = np.linalg.norm(x, axis=-1, keepdims=True)
     return np.divide(x, norms, out=np.zeros_like(x), where=norms > 0)
 
 
 def _sides(part: Leaves, table: AxisTable, axis: str, lead: Sequence[str] = ()) -> Sides:
     writes, reads = (stacked(part, table, axis, side, lead) for side in ("writes", "reads"))
-    assert writes is not None and reads is not None
+    assert writes is not None
+    assert reads is not None
     return Sides(writes, reads)
-
-
-def _holder(table: AxisTable, axis: str) -> tuple[str]:
-    return (next(other for other in table.sizes if kind_of(other) == "kv_heads"),)
 
 
 def _complex(x: Float[np.ndarray, "*K H n"]) -> Complex[np.ndarray, "*K H2 n"]:

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from tracing_jax.arch import Arch
 from tracing_jax.axes import PERMUTABLE, axis_table, kind_of
-from tracing_jax.symmetry import GainSetting, QueryKeyMaps, Rewrite, Rotation, UnitScaling, ValueMixing
+from tracing_jax.symmetry import GainScaling, QueryKeyMaps, Rewrite, Rotation, UnitScaling, ValueMixing
 
 MAPS: dict[str, type[Rewrite]] = {
-    "rotation": Rotation, "gains": GainSetting, "scaling": UnitScaling, "values": ValueMixing, "queries": QueryKeyMaps
+    "rotation": Rotation, "gains": GainScaling, "scaling": UnitScaling, "values": ValueMixing, "queries": QueryKeyMaps
 }  # fmt: skip
 """Name -> the continuous maps that it stands for: a rotation of the residual stream, gains taken over from base, signed
 scaling of MLP units, mixing of values, maps of queries and keys."""
@@ -22,8 +22,9 @@ WHOLE = ("all", "auto")
 """Words for many kinds: `all` undoes every one that exists for the models; `auto` does so only where permutations of
 what is left after padding and identity layers do not explain the weights about as well."""
 
-_NEEDS = {"kv_heads": ("v_dim",), "q_group": ("kv_heads", "v_dim")}
-"""Axis kind -> the other kinds that must be of one size in both models for its units to be compared."""
+_NEEDS = {"kv_heads": ("v_dim",), "q_group": ("v_dim",), "expert": ("mlp",)}
+"""Axis kind -> the other kinds, beside the one that holds it, that must be of one size in both models for its units to
+be compared."""
 
 _PADDED = ("embed", "mlp", "kv_heads")
 
@@ -55,19 +56,16 @@ def beyond_permutations(kinds: Sequence[str]) -> list[str]:
 
 
 def existing(kinds: Sequence[str], arch: Arch) -> tuple[set[str], dict[str, str]]:
-    """Returns the kinds that exist for a model, and of the others the reason.
+    """Returns the kinds that exist for a model, and of the maps that do not the reason.
 
     Where no rotation exists the features are permuted instead, and a rotation brings the gains with it.
     """
-    found, left_out = set(expanded(kinds)), {}
-    for name in found & MAPS.keys():
-        if absent := MAPS[name].absent(arch):
-            left_out[name] = "; ".join(absent)
-    if "rotation" in found:
-        found |= {"embed", "gains"} if "rotation" in left_out else {"gains"}
-        if GainSetting.absent(arch):
-            found.discard("gains")
-    return found - left_out.keys(), left_out
+    found = set(expanded(kinds))
+    found |= {"gains"} if "rotation" in found else set()
+    left_out = {name: "; ".join(absent) for name in found & MAPS.keys() if (absent := MAPS[name].absent(arch))}
+    if "rotation" in left_out:
+        found.add("embed")
+    return found - left_out.keys() - (set(PERMUTABLE) - unit_sizes(arch).keys()), left_out
 
 
 def alignment_problems(base: Arch, ft: Arch, kinds: Sequence[str]) -> list[str]:
@@ -79,16 +77,28 @@ def alignment_problems(base: Arch, ft: Arch, kinds: Sequence[str]) -> list[str]:
     asked = expanded(kinds)
     if base.num_layers != ft.num_layers and not ("identity" in asked and ft.num_layers > base.num_layers):
         lines.append(f"depth: {base.num_layers} layers in base, {ft.num_layers} in ft; layers are paired one to one")
-    sizes, sizes_ft = ({kind_of(axis): size for axis, size in axis_table(arch).sizes.items()} for arch in (base, ft))
-    for needed in _needed(asked):
-        n, n_ft = sizes.get(needed), sizes_ft.get(needed)
-        if n != n_ft and not ("padding" in asked and needed in _PADDED and n is not None and n < (n_ft or 0)):
-            lines.append(f"{needed}: {n} units in base, {n_ft} in ft; they are paired one to one")
+    sizes, sizes_ft = (unit_sizes(arch) for arch in (base, ft))
+    if asked and not lines and not set(asked) & (sizes.keys() | sizes_ft.keys() | set(KINDS) - set(PERMUTABLE)):
+        lines.append(f"neither model has units of kind {', '.join(asked)}")
+    for kind in _needed(asked, base, ft):
+        size, size_ft = sizes.get(kind), sizes_ft.get(kind)
+        padded = "padding" in asked and kind in _PADDED and size is not None and size < (size_ft or 0)
+        if size != size_ft and not padded:
+            shown = ["no" if n is None else n for n in (size, size_ft)]
+            lines.append(f"{kind}: {shown[0]} units in base, {shown[1]} in ft; they are paired one to one")
     return lines
 
 
-def _needed(kinds: Sequence[str]) -> list[str]:
+def unit_sizes(arch: Arch) -> dict[str, int]:
+    """Returns axis kind -> number of units, the same in all layers."""
+    return {kind_of(axis): size for axis, size in axis_table(arch).sizes.items()}
+
+
+def _needed(kinds: Sequence[str], base: Arch, ft: Arch) -> list[str]:
     """Returns the axis kinds that must be of one size, or padded in ft."""
     if beyond_permutations(kinds):
-        return ["embed", "mlp", "kv_heads", "q_group", "v_dim", "qk_dim"]
-    return list(dict.fromkeys(axis for kind in kinds for axis in (kind, *_NEEDS.get(kind, ()))))
+        either = unit_sizes(base) | unit_sizes(ft)
+        return [kind for kind in either if kind != "vocab"]
+    tables = [axis_table(arch) for arch in (base, ft)]
+    holders = {kind_of(axis): kind_of(holder) for table in tables for axis, holder in table.within.items()}
+    return list(dict.fromkeys(n for kind in kinds for n in (kind, *_NEEDS.get(kind, ()), holders.get(kind, kind))))

@@ -93,9 +93,10 @@ def stacked(
 
     Leaves that lack an axis of `lead` are left out; None if nothing is left.
     """
-    found = []
-    for name, row in table.leaves.items():
-        if name in part and axis in row.axes and row.sides[row.axes.index(axis)] == side:
-            if all(held in row.axes for held in lead):
-                found.append(units_first(part[name], row, (*lead, axis)))
+    chosen = [
+        name
+        for name, row in table.leaves.items()
+        if name in part and {axis, *lead} <= set(row.axes) and row.sides[row.axes.index(axis)] == side
+    ]
+    found = [units_first(part[name], table.leaves[name], (*lead, axis)) for name in chosen]
     return np.concatenate(found, axis=-1) if found else None

@@ -1,22 +1,24 @@
 """Alignment by permutations alone: which units belong together, by weights or by activations."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Float
 
+from tracing_jax.alignment.kinds import unit_sizes
 from tracing_jax.arch import Arch
 from tracing_jax.axes import axis_table, kind_of
 from tracing_jax.data import paired_one_to_one
 from tracing_jax.grams import LayerCorrelations, correlations
 from tracing_jax.matching import Coordinate, Similarity, coordinates, solve, value
+from tracing_jax.models import tap_axes
 from tracing_jax.sharding import Compute
 from tracing_jax.source import InMemory
 from tracing_jax.symmetry import identity
 
-TAP = {"embed": "residual", "mlp": "units", "kv_heads": "heads", "q_group": "heads"}
-"""Axis kind -> the tap (see `models.TAPS`) whose activations tell its units apart."""
+TAP = {"embed": "residual", "mlp": "units", "kv_heads": "heads", "q_group": "heads", "expert": "units"}
+"""Axis kind -> the tap (see `models.tap_axes`) whose activations tell its units apart."""
 
 
 def by_activations(
@@ -38,7 +40,7 @@ def by_activations(
         found |= solve(coordinate, similarity)
         before += value(coordinate, similarity, unmoved)
         after += value(coordinate, similarity, found)
-        pairs += similarity.units.shape[0] if similarity.nested is None else math.prod(similarity.nested.shape[:2])
+        pairs += math.prod(table.sizes[axis] for axis in (coordinate.axis, coordinate.nested) if axis is not None)
     return found, (before / pairs, after / pairs)
 
 
@@ -60,11 +62,15 @@ def _similarities(
 
 
 def _similarity(arch: Arch, coordinate: Coordinate, correlation: Float[np.ndarray, "U U"]) -> Similarity:
-    """Returns the correlation of units; of heads, the mean over the positions of their dimension H."""
-    if TAP[kind_of(coordinate.axis)] != "heads":
-        return Similarity(correlation)
-    K, G, H = arch.num_kv_heads, arch.q_group, arch.head_dim
-    heads = np.einsum("kghKGh->kgKG", correlation.reshape(K, G, H, K, G, H)) / np.float32(H)
+    """Returns the correlation of units; over other axes of their tap, such as the features of a head, the mean."""
+    tap, sizes = tap_axes(arch)[TAP[kind_of(coordinate.axis)]], unit_sizes(arch)
+    paired = [kind_of(axis) for axis in (coordinate.axis, coordinate.nested) if axis is not None]
+    base = [chr(ord("a") + dim) for dim in range(len(tap))]
+    ft = [letter.upper() if kind in paired else letter for letter, kind in zip(base, tap)]
+    pairing = "".join([base[tap.index(kind)] for kind in paired] + [ft[tap.index(kind)] for kind in paired])
+    shape = [sizes[kind] for kind in tap]
+    found = np.einsum(f"{''.join(base + ft)}->{pairing}", correlation.reshape(shape + shape))
+    found = found / np.float32(math.prod(sizes[kind] for kind in tap if kind not in paired))
     if coordinate.nested is None:
-        return Similarity(np.einsum("kgKg->kK", heads) / np.float32(G))
-    return Similarity(np.zeros((K, K), np.float32), heads)
+        return Similarity(found)
+    return Similarity(np.zeros((len(found), len(found)), np.float32), lambda i, j: found[i, :, j])

@@ -8,6 +8,7 @@ import numpy as np
 
 from tracing_jax.source import Disguised, Mapped, ParamSource, disguised, permuted
 from tracing_jax.symmetry import (
+    GainScaling,
     GainSetting,
     Permutations,
     QueryKeyMaps,
@@ -18,6 +19,9 @@ from tracing_jax.symmetry import (
 )
 
 Evidence = Literal["weights", "activations"]
+
+Gains = Mapping[str, np.ndarray]
+"""Norm -> its gain."""
 
 
 @dataclass(frozen=True)
@@ -83,22 +87,15 @@ def map_arrays(rewrites: Sequence[Rewrite]) -> dict[str, np.ndarray]:
     return found
 
 
-def undone_by(rewrites: Sequence[Rewrite], gains_before: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Returns numbers about each rewrite of a model that has base's shape.
-
-    Args:
-      rewrites: at most one of each type.
-      gains_before: the gains of ft's norms before them.
-    """
+def undone_by(rewrites: Sequence[Rewrite], gains_base: Gains, gains_ft: Gains) -> dict[str, Any]:
+    """Returns numbers about each rewrite of a model that has base's shape and had the gains `gains_ft`."""
     report: dict[str, Any] = {}
     for rewrite in rewrites:
         match rewrite:
             case Rotation():
                 report["rotation"] = _rotation(rewrite.matrix)
-            case GainSetting():
-                ratios = [_size(np.abs(gains_before[norm] / new)) for norm, new in rewrite.values.items()]
-                signs = [gains_before[norm] * new < 0 for norm, new in rewrite.values.items()]
-                report["gains"] = {"greatest_factor": max(ratios), "share_flipped": float(np.mean(signs))}
+            case GainSetting() | GainScaling():
+                report["gains"] = _gains(gains_base, gains_ft)
             case UnitScaling():
                 report["scaling"] = _factors(rewrite.factors)
             case ValueMixing():
@@ -145,6 +142,8 @@ def _turns(factors: Mapping[str, np.ndarray]) -> dict[str, float]:
     return {"least": float(np.abs(every).min()), "greatest": float(np.abs(every).max()), "rms_angle_degrees": angle}
 
 
-def _size(ratios: np.ndarray) -> float:
-    with np.errstate(divide="ignore"):
-        return float(np.exp(np.abs(np.log(ratios[ratios > 0])).max(initial=0.0)))
+def _gains(base: Gains, ft: Gains) -> dict[str, float]:
+    """Returns how far ft's gains were from base's, features being paired by size: their order may not be known yet."""
+    pairs = [[np.sort(np.abs(gains[norm])) for gains in (base, ft)] for norm in base]
+    logs = [np.abs(np.log(y[known] / x[known])) for x, y in pairs if (known := (x > 0) & (y > 0)).any()]
+    return {"greatest_factor": float(np.exp(max((log.max() for log in logs), default=0.0)))}

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from tracing_jax.alignment.parts import exact, leaves, prefixes, rows, stacked, units_first
+from tracing_jax.alignment.parts import Leaves, exact, leaves, prefixes, rows, stacked, units_first
 from tracing_jax.arch import Arch
-from tracing_jax.axes import kind_of
+from tracing_jax.axes import AxisTable, kind_of
 from tracing_jax.source import ParamSource
 from tracing_jax.symmetry import LayerRemoval, Padding, Permutation, Rewrite, Rotation, arch_after
 
@@ -88,17 +88,13 @@ def _to_the_end(base: Arch, ft: ParamSource, kinds: Collection[str]) -> list[Rew
             surplus = table.sizes[axis] - table_base.sizes[axis]
             if surplus <= 0:
                 continue
-            written = next(other for other in table.sizes if kind_of(other) == _WRITTEN_ON[kind_of(axis)])
-            lead = () if written == axis else (axis,)
-            writes = stacked(part, table, written, "writes", lead)
-            assert writes is not None
-            order = _silent_last(~writes.reshape(len(writes), -1).any(axis=1), surplus, axis, lines)
-            if order is not None:
+            silent = _silent_units(part, table, axis)
+            if (order := _silent_last(silent, surplus, axis, lines)) is not None:
                 permutations[axis] = order
     rotation: list[Rewrite] = []
     if (surplus := ft.arch.embed_dim - base.embed_dim) > 0:
         writers = list(_writers(ft))
-        silent = np.logical_and.reduce([~rows_.any(axis=1) for rows_ in writers])
+        silent = ~np.logical_or.reduce([written.any(axis=1) for written in writers], axis=0)
         if silent.sum() < surplus and "rotation" in kinds:
             rotation = _rotated_features(writers, surplus, lines)
         elif (order := _silent_last(silent, surplus, "embed", lines)) is not None:
@@ -108,8 +104,21 @@ def _to_the_end(base: Arch, ft: ParamSource, kinds: Collection[str]) -> list[Rew
     return [*([Permutation(permutations)] if permutations else []), *rotation]
 
 
+def _silent_units(part: Leaves, table: AxisTable, axis: str) -> np.ndarray:
+    """Returns which units of an axis, `[units]` or `[holder, units]`, write nothing into what they hold."""
+    written = next(other for other in table.sizes if kind_of(other) == _WRITTEN_ON[kind_of(axis)])
+    holders = [table.within[axis]] if axis in table.within else []
+    lead = holders if written == axis else [*holders, axis]
+    writes = stacked(part, table, written, "writes", lead)
+    assert writes is not None
+    return ~writes.reshape(*writes.shape[: len(holders) + 1], -1).any(axis=-1)
+
+
 def _silent_last(silent: np.ndarray, surplus: int, axis: str, lines: list[str]) -> np.ndarray | None:
     """Returns the order in which the last silent units of an axis stand at its end, the others as they stood."""
+    if silent.ndim > 1:
+        orders = [_silent_last(row, surplus, f"{axis} of {i}", lines) for i, row in enumerate(silent)]
+        return None if any(order is None for order in orders) else np.stack([o for o in orders if o is not None])
     if silent.sum() < surplus:
         lines.append(f"{axis}: {surplus} units more than in base, of which {int(silent.sum())} are silent")
         return None

@@ -4,7 +4,7 @@ Everything is estimated from quantities that a disguise leaves, or turns along w
 disguised model gives what aligning the model itself gives, up to rounding.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from tracing_jax.alignment.parts import after, exact, leaves, rows
 from tracing_jax.alignment.stream import as_rewrites, cross_products, nearest, order_of, token_products
 from tracing_jax.matching import Shared
 from tracing_jax.source import Disguised, ParamSource
-from tracing_jax.symmetry import GainSetting, Permutation, Rewrite, feeding_norms, gains_in
+from tracing_jax.symmetry import GainScaling, GainSetting, Permutation, Rewrite, feeding_norms, gains_in
 
 _REFINEMENTS = 1
 """How often all weights correct the map that the tokens' rows gave."""
@@ -46,8 +46,8 @@ def undo(base: ParamSource, ft: ParamSource, kinds: Collection[str], shared: Sha
       ValueError: the residual streams cannot be compared.
     """
     moves, rotates = bool({"embed", "rotation"} & set(kinds)), "rotation" in kinds
-    folded = [GainSetting.ones(base.arch, feeding_norms(base.arch))] if "gains" in kinds else []
-    base_view, ft_view = exact(base, folded), exact(ft, folded)
+    folds = "gains" in kinds
+    base_view, ft_view = (exact(source, _folding(source) if folds else ()) for source in (base, ft))
     R, maps = None, BlockMaps()
     for last in [False] * (_REFINEMENTS if moves else 0) + [True]:
         if moves and R is None:
@@ -61,8 +61,8 @@ def undo(base: ParamSource, ft: ParamSource, kinds: Collection[str], shared: Sha
     rewrites: list[Rewrite] = as_rewrites(R, rotates) if rotates else []
     rewrites += [Permutation(permutations)] if permutations else []
     rewrites += [rewrite for rewrite in maps.rewrites if not isinstance(rewrite, Permutation)]
-    if folded:
-        rewrites.append(GainSetting(_gains_to_take_over(base)))
+    if folds:
+        rewrites.append(setting(exact(ft, rewrites), _to_take_over(gains_of(base))))
     return Undoing(tuple(rewrites), permutations, maps.left_out)
 
 
@@ -84,8 +84,25 @@ def _layers(
     return maps, products
 
 
-def _gains_to_take_over(base: ParamSource) -> dict[str, np.ndarray]:
+def gains_of(source: ParamSource) -> dict[str, np.ndarray]:
+    """Returns the gain of every norm that feeds leaves."""
+    view = exact(source)
+    return gains_in(lambda prefix: leaves(view, prefix), source.arch)
+
+
+def setting(source: ParamSource, gains: Mapping[str, np.ndarray]) -> GainSetting | GainScaling:
+    """Returns the rewrite that gives a model these gains. Norms with a bias keep those that are zero."""
+    if not GainSetting.absent(source.arch):
+        return GainSetting(gains)
+    found = gains_of(source)
+    return GainScaling({norm: np.where(found[norm] == 0, 1.0, new / found[norm]) for norm, new in gains.items()})
+
+
+def _folding(source: ParamSource) -> list[Rewrite]:
+    """Returns the rewrite that moves all gains into what reads behind them."""
+    return [setting(source, {norm: np.ones(source.arch.embed_dim) for norm in feeding_norms(source.arch)})]
+
+
+def _to_take_over(gains: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns base's gains; a one stands for each zero, which no reader could make up for."""
-    view = exact(base)
-    gains = gains_in(lambda prefix: leaves(view, prefix), base.arch)
     return {norm: np.where(gain == 0, 1.0, gain) for norm, gain in gains.items()}

@@ -1,11 +1,11 @@
 """`Arch`: the frozen facts of one model, read from its Hugging Face config; what is not known is refused.
 
-A llama-like block with flags covers every family here. Each attribute of a config is either used, known to leave the
+One decoder block with flags covers every family here. Each attribute of a config is either used, known to leave the
 numbers alone, or an error: a setting that is skipped in silence gives wrong numbers.
 """
 
 from tracing_jax.arch.changing import change_config
-from tracing_jax.arch.facts import Arch, UnsupportedModelError
+from tracing_jax.arch.facts import Arch, UnsupportedModelError, length_problem
 from tracing_jax.arch.families import SUPPORTED_FAMILIES
 from tracing_jax.arch.reading import arch_from_config, read_arch
 from tracing_jax.arch.rope import SUPPORTED_ROPES
@@ -17,5 +17,6 @@ __all__ = [
     "UnsupportedModelError",
     "arch_from_config",
     "change_config",
+    "length_problem",
     "read_arch",
 ]

@@ -60,4 +60,7 @@ def _layer_types(folder: Path, before: Arch, after: Arch) -> list[str]:
 
     types = AutoConfig.from_pretrained(folder, trust_remote_code=False).layer_types
     by_kind = dict(zip(zip(before.layer_windows, before.layer_ropes), types))
-    return [by_kind[kind] for kind in zip(after.layer_windows, after.layer_ropes)]
+    kinds = list(zip(after.layer_windows, after.layer_ropes))
+    if unknown := set(kinds) - by_kind.keys():
+        raise UnsupportedModelError(f"{folder}: no layer type of this config has the windows and ropes {unknown}")
+    return [by_kind[kind] for kind in kinds]

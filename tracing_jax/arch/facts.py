@@ -12,14 +12,19 @@ class UnsupportedModelError(ValueError):
 class Arch:
     """The facts of one model.
 
-    Letters: D embed, K kv heads, G queries per kv head, H head dim, F mlp, V vocab, L layers.
+    Letters: D embed, K kv heads, G queries per kv head, H head dim, F mlp, V vocab, L layers, P positions, E experts.
 
     Attributes:
-      rope_frequencies: one tuple of H/2 inverse frequencies (radians per position) per rope of the model.
-      layer_ropes: for each layer the index into `rope_frequencies`.
+      rope_frequencies: one tuple of H/2 inverse frequencies (radians per position) per rope; none: no rotary positions.
+      layer_ropes: for each layer the index into `rope_frequencies`; empty without a rope.
       layer_windows: for each layer how many positions back, itself included, a token sees; None sees all.
-      norm: `rms` has gain g, `rms_unit_offset` has gain 1 + g (Gemma), `layer_norm_plain` has none (OLMo).
+      norm: `rms` has gain g, `rms_unit_offset` has gain 1 + g (Gemma), `layer_norm` has gain and bias (GPT-2),
+        `layer_norm_plain` has neither (OLMo).
       qk_norm: `head` normalises over H (Qwen3, Gemma 3), `all` over all heads together (OLMo 2).
+      num_positions: how many learned positions are added to the embedding; no block may be longer. None: no such limit.
+      gated: the MLP is down(act(gate(x)) * up(x)); otherwise it has no gate and is down(act(up(x))).
+      num_experts: MLPs per layer, of F units each, among which a router chooses; None: one MLP that every token passes.
+      experts_per_token: how many of them a token passes.
     """
 
     family: str
@@ -36,7 +41,7 @@ class Arch:
     layer_ropes: tuple[int, ...]
     layer_windows: tuple[int | None, ...]
     activation: Literal["silu", "gelu_tanh", "gelu", "relu"] = "silu"
-    norm: Literal["rms", "rms_unit_offset", "layer_norm_plain"] = "rms"
+    norm: Literal["rms", "rms_unit_offset", "layer_norm", "layer_norm_plain"] = "rms"
     pre_norms: bool = True
     post_norms: bool = False
     qk_norm: Literal["head", "all"] | None = None
@@ -50,3 +55,14 @@ class Arch:
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     clip_qkv: float | None = None
+    num_positions: int | None = None  # P
+    gated: bool = True
+    num_experts: int | None = None  # E
+    experts_per_token: int | None = None
+
+
+def length_problem(arch: Arch, length: int) -> str | None:
+    """Returns why a model cannot read blocks of this many tokens, or None."""
+    if arch.num_positions is None or length <= arch.num_positions:
+        return None
+    return f"blocks of {length} tokens, the model has learned {arch.num_positions} positions; use shorter blocks"

@@ -1,4 +1,4 @@
-"""The families, one function and one row each: what their config attributes mean for a llama-like block."""
+"""The families, one function and one row each: what their config attributes mean for a decoder block."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -9,6 +9,12 @@ from tracing_jax.arch.facts import UnsupportedModelError
 
 Facts = dict[str, Any]
 """Fields of `Arch` by name."""
+
+COMMON = frozenset(
+    """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+    rope_parameters tie_word_embeddings hidden_act""".split()
+)
+"""Attributes that the configs of nearly every family have, and that are used."""
 
 _GEMMA_USES = "rms_norm_eps attention_bias hidden_activation use_bidirectional_attention"
 _GEMMA2_USES = (
@@ -22,13 +28,25 @@ class Family:
 
     Attributes:
       read: config -> the fields of `Arch` in which the family differs from Llama without options.
-      uses: config attributes, beyond those every family has, that are used.
-      thetas: for each layer type with a rope of its own (None: one for all) the attribute older files name it by.
+      uses: config attributes, beyond the common ones, that are used.
+      thetas: for each layer type with a rope of its own (None: one for all) the attribute older files name it by; empty
+        for a family without ropes.
+      common: the attributes that are used here under the names that nearly all families share.
+      activation: the attribute that names the activation.
+      neutral: attributes of this family alone that leave a forward pass without dropout unchanged.
     """
 
     read: Callable[[Any], Facts]
     uses: str
     thetas: Mapping[str | None, str] = field(default_factory=lambda: {None: "rope_theta"})
+    common: frozenset[str] = COMMON
+    activation: str = "hidden_act"
+    neutral: str = ""
+
+    @property
+    def used(self) -> frozenset[str]:
+        """The config attributes that are used."""
+        return self.common | set(self.uses.split())
 
 
 def _llama(config: Any) -> Facts:
@@ -98,6 +116,28 @@ def _granite(config: Any) -> Facts:
     }
 
 
+def _mixtral(config: Any) -> Facts:
+    experts, per_token = config.num_local_experts, config.num_experts_per_tok
+    if not 1 <= per_token <= experts:
+        raise UnsupportedModelError(f"num_experts_per_tok {per_token} is not in 1..num_local_experts ({experts})")
+    return _mistral(config) | {"num_experts": experts, "experts_per_token": per_token}
+
+
+def _gpt2(config: Any) -> Facts:
+    if config.n_embd % config.n_head:
+        raise UnsupportedModelError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
+    return {
+        "mlp_dim": 4 * config.n_embd if config.n_inner is None else config.n_inner,
+        "num_positions": config.n_positions,
+        "norm": "layer_norm",
+        "norm_eps": config.layer_norm_epsilon,
+        "gated": False,
+        "qkv_bias": True,
+        "o_bias": True,
+        "mlp_bias": True,
+    } | ({} if config.scale_attn_weights else {"attention_scale": 1.0})
+
+
 def _windows_by_type(config: Any) -> tuple[int | None, ...]:
     sliding = {"sliding_attention": config.sliding_window, "full_attention": None}
     unknown = set(config.layer_types) - set(sliding)
@@ -117,11 +157,12 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family(_qwen2, "rms_norm_eps sliding_window layer_types"),
     "qwen3": Family(_qwen3, "rms_norm_eps attention_bias sliding_window layer_types"),
     "gemma": Family(_gemma, _GEMMA_USES),
-    "gemma2": Family(_gemma2, _GEMMA2_USES),
+    "gemma2": Family(_gemma2, _GEMMA2_USES, activation="hidden_activation"),
     "gemma3_text": Family(
         _gemma3,
         _GEMMA2_USES + " sliding_window_pattern _sliding_window_pattern",
         {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"},
+        activation="hidden_activation",
     ),
     "olmo": Family(_olmo, "attention_bias clip_qkv"),
     "olmo2": Family(_olmo2, "rms_norm_eps attention_bias"),
@@ -129,6 +170,22 @@ FAMILIES: dict[str, Family] = {
         _granite,
         "rms_norm_eps attention_bias mlp_bias attention_multiplier embedding_multiplier residual_multiplier"
         " logits_scaling",
+    ),
+    "mixtral": Family(
+        _mixtral,
+        "rms_norm_eps sliding_window num_local_experts num_experts_per_tok",
+        neutral="output_router_logits router_aux_loss_coef router_jitter_noise",
+    ),
+    "gpt2": Family(
+        _gpt2,
+        "n_embd n_layer n_head n_inner n_positions layer_norm_epsilon activation_function scale_attn_weights",
+        thetas={},
+        common=frozenset({"vocab_size", "tie_word_embeddings"}),
+        activation="activation_function",
+        # n_ctx only sized the mask of old files; upcasting attention changes nothing in float32.
+        neutral="attn_pdrop embd_pdrop gradient_checkpointing n_ctx output_past reorder_and_upcast_attn"
+        " summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj"
+        " task_specific_params _num_labels",
     ),
 }
 

@@ -20,13 +20,13 @@ _NEUTRAL = frozenset(
 )
 
 # Attributes in published configs that ask for nothing at this value, and at any other for what is not computed here.
-_NEUTRAL_AT = {"is_llama_config": True, "rope_interleaved": False, "use_mrope": False}
-
-# Attributes that every family's reader uses.
-_COMMON = frozenset(
-    """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
-    rope_parameters tie_word_embeddings hidden_act""".split()
-)
+_NEUTRAL_AT = {
+    "add_cross_attention": False,
+    "is_llama_config": True,
+    "rope_interleaved": False,
+    "scale_attn_by_inverse_layer_idx": False,
+    "use_mrope": False,
+}
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -85,8 +85,9 @@ def arch_from_config(config: Any) -> Arch:
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    frequencies, layer_ropes = ropes(config, head_dim)
+    frequencies, layer_ropes = ropes(config, head_dim) if family.thetas else ((), ())
     facts: Facts = {
+        "mlp_dim": getattr(config, "intermediate_size", None),
         "norm_eps": getattr(config, "rms_norm_eps", None),
         "attention_scale": head_dim**-0.5,
         "layer_windows": (None,) * layers,
@@ -96,12 +97,11 @@ def arch_from_config(config: Any) -> Arch:
         vocab_size=config.vocab_size,
         embed_dim=config.hidden_size,
         num_layers=layers,
-        mlp_dim=config.intermediate_size,
         num_kv_heads=kv_heads,
         q_group=heads // kv_heads,
         head_dim=head_dim,
         tied=bool(config.tie_word_embeddings),
-        activation=_ACTIVATIONS[_activation_name(config)],  # type: ignore[arg-type]
+        activation=_ACTIVATIONS[getattr(config, family.activation)],  # type: ignore[arg-type]
         rope_frequencies=frequencies,
         layer_ropes=layer_ropes,
         **(facts | family.read(config)),
@@ -110,7 +110,7 @@ def arch_from_config(config: Any) -> Arch:
 
 def _problems(config: Any, family: Family) -> list[str]:
     attributes = config.to_dict()
-    known = _NEUTRAL | _COMMON | set(family.uses.split())
+    known = _NEUTRAL | family.used | set(family.neutral.split())
     # An unknown attribute that is null asks for nothing.
     unknown = sorted(
         name for name, value in attributes.items() if name not in known and value not in (None, _NEUTRAL_AT.get(name))
@@ -119,21 +119,14 @@ def _problems(config: Any, family: Family) -> list[str]:
     if unknown:
         lines.append(
             f"unknown config attributes {', '.join(unknown)}: they may change the numbers, so they are refused; "
-            f"supported for {config.model_type}: {', '.join(sorted(_COMMON | set(family.uses.split())))}; "
+            f"supported for {config.model_type}: {', '.join(sorted(family.used))}; "
             "remove from config.json what does not matter"
         )
     heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     if kv_heads and heads % kv_heads:
         lines.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-    if _activation_name(config) not in _ACTIVATIONS:
-        lines.append(f"activation {_activation_name(config)!r} is not one of {', '.join(_ACTIVATIONS)}")
+    if (activation := getattr(config, family.activation)) not in _ACTIVATIONS:
+        lines.append(f"activation {activation!r} is not one of {', '.join(_ACTIVATIONS)}")
     if attributes.get("use_bidirectional_attention"):
         lines.append("use_bidirectional_attention is set; only causal models are supported")
     return lines
-
-
-def _activation_name(config: Any) -> str:
-    # Gemma 1 files name it twice; transformers computes with hidden_act there, with hidden_activation in 2 and 3.
-    if config.model_type in ("gemma2", "gemma3_text"):
-        return config.hidden_activation
-    return config.hidden_act

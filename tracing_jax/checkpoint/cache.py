@@ -53,7 +53,7 @@ def _abstract(checkpoint: Checkpoint, mesh: Mesh) -> Tree:
     table = axis_table(checkpoint.arch)
     leaves = {}
     for name, entry in checkpoint.entries.items():
-        shape = tuple(entry.unfolded[i] for i in entry.order)
         sharding = NamedSharding(mesh, leaf_spec(table.leaves[name], table, mesh))
-        leaves[name] = jax.ShapeDtypeStruct(shape, jnp.dtype(checkpoint.tensors.dtype(entry.tensor)), sharding=sharding)
+        dtype = jnp.dtype(checkpoint.tensors.dtype(entry.pieces[0].tensor))
+        leaves[name] = jax.ShapeDtypeStruct(entry.shape, dtype, sharding=sharding)
     return unflatten(leaves) | ({} if any(name.startswith("head/") for name in leaves) else {"head": {}})

@@ -1,7 +1,6 @@
 """The door: a local folder or a Hub id becomes a `Checkpoint`, whose weights are read when they are asked for."""
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,14 +9,15 @@ import numpy as np
 
 from tracing_jax.arch import Arch, read_arch
 from tracing_jax.checkpoint.adapter import base_id, is_adapter, merged
+from tracing_jax.checkpoint.entry import tensor_shapes
 from tracing_jax.checkpoint.errors import CheckpointError
 from tracing_jax.checkpoint.hub import resolve
-from tracing_jax.checkpoint.layout import Entry, layout
-from tracing_jax.checkpoint.tensors import TensorStore, open_tensors
+from tracing_jax.checkpoint.layout import Layout, layout
+from tracing_jax.checkpoint.tensors import Index, TensorStore, open_tensors
 from tracing_jax.tree import Tree, unflatten
 
-# Constants that old Llama checkpoints carry as tensors; they follow from the config.
-_DERIVED = re.compile(r".*rotary_emb\.inv_freq")
+# Constants that old checkpoints carry as tensors: Llama's frequencies and GPT-2's masks follow from the config.
+_DERIVED = re.compile(r".*rotary_emb\.inv_freq|(transformer\.)?h\.\d+\.attn\.(masked_)?bias")
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -38,9 +38,9 @@ class Checkpoint:
     tensors: TensorStore = field(repr=False)
 
     @cached_property
-    def entries(self) -> Mapping[str, Entry]:
+    def entries(self) -> Layout:
         """Leaf name -> how it lies in the files."""
-        return layout(self.arch, _prefix(self.tensors))
+        return layout(self.arch, self.tensors.names())
 
     def embed(self) -> Tree:
         """Returns the subtree `embed`, read now; a tied model's copy of it in the file must be the same."""
@@ -62,13 +62,19 @@ class Checkpoint:
         return self._read("head/")
 
     def _read(self, prefix: str) -> Tree:
-        leaves, broken = {}, []
-        for name, entry in self.entries.items():
-            if name.startswith(prefix):
-                leaf = entry.to_leaf(self.tensors.read(entry.tensor))
-                if not _all_finite(leaf):
-                    broken.append(entry.tensor)
-                leaves[name.removeprefix(prefix)] = leaf
+        broken: list[str] = []
+
+        def read(tensor: str, index: Index) -> np.ndarray:
+            part = self.tensors.read(tensor, index)
+            if not _all_finite(part) and tensor not in broken:
+                broken.append(tensor)
+            return part
+
+        leaves = {
+            name.removeprefix(prefix): entry.to_leaf(read)
+            for name, entry in self.entries.items()
+            if name.startswith(prefix)
+        }
         if broken:
             raise CheckpointError(
                 f"{self.id}: NaN or infinite weights in {', '.join(broken)}; the checkpoint is damaged or its training "
@@ -104,28 +110,35 @@ def open_checkpoint(model_id: str, cache_dir: str | None = None) -> Checkpoint:
 
 def _problems(checkpoint: Checkpoint) -> list[str]:
     store, names = checkpoint.tensors, set(checkpoint.tensors.names())
-    wanted = {entry.tensor: entry for entry in checkpoint.entries.values()}
-    present = {name: entry for name, entry in wanted.items() if name in names}
-    lines = [f"missing tensor {name} {entry.shape}" for name, entry in wanted.items() if name not in names]
+    wanted = tensor_shapes(checkpoint.entries.values())
+    present = {name: shape for name, shape in wanted.items() if name in names}
+    lines = [f"missing tensor {name} {shape}" for name, shape in wanted.items() if name not in names]
     lines += [
-        f"wrong shape of {name}: {store.shape(name)}, config.json asks for {entry.shape}"
-        for name, entry in present.items()
-        if store.shape(name) != entry.shape
+        f"wrong shape of {name}: {store.shape(name)}, config.json asks for {shape}"
+        for name, shape in present.items()
+        if store.shape(name) != shape
     ]
     lines += [
         f"dtype {store.dtype(name)} of {name} is not supported; convert to one of {', '.join(_DTYPES)}"
         for name in present
         if str(store.dtype(name)) not in _DTYPES
     ]
+    lines += _mixed_dtypes(checkpoint, names)
     extra = sorted(name for name in names - set(wanted) if not _DERIVED.fullmatch(name))
     if checkpoint.arch.tied and "lm_head.weight" in extra:
         extra.remove("lm_head.weight")  # a copy of the embedding; checked when the embedding is read
     return lines + [f"unexpected tensor {name} {store.shape(name)}" for name in extra]
 
 
-def _prefix(store: TensorStore) -> str:
-    # A bare backbone saved without its head names its tensors without "model."
-    return "" if "embed_tokens.weight" in store.names() else "model."
+def _mixed_dtypes(checkpoint: Checkpoint, names: set[str]) -> list[str]:
+    """Returns the leaves whose tensors differ in dtype."""
+    lines = []
+    for leaf, entry in checkpoint.entries.items():
+        tensors = [piece.tensor for piece in entry.pieces if piece.tensor in names]
+        dtypes = sorted({str(checkpoint.tensors.dtype(tensor)) for tensor in tensors})
+        if len(dtypes) > 1:
+            lines.append(f"the tensors of {leaf} ({tensors[0]} ...) are {' and '.join(dtypes)}; convert them to one")
+    return lines
 
 
 def _all_finite(leaf: np.ndarray) -> bool:

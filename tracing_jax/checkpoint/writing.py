@@ -11,6 +11,7 @@ from jaxtyping import Int
 from safetensors.numpy import save_file
 
 from tracing_jax.arch import change_config
+from tracing_jax.checkpoint.entry import to_tensors
 from tracing_jax.checkpoint.layout import layout
 from tracing_jax.checkpoint.renaming import rename_tokens
 from tracing_jax.source import ParamSource, parts
@@ -118,6 +119,5 @@ def _shards(source: ParamSource, max_bytes: int) -> Iterator[dict[str, np.ndarra
 def _tensors(source: ParamSource) -> Iterator[tuple[str, np.ndarray]]:
     entries = layout(source.arch)
     for prefix, part in parts(source):
-        for name, leaf in flatten(part).items():
-            entry = entries[prefix + name]
-            yield entry.tensor, entry.to_tensor(np.asarray(leaf))
+        leaves = {prefix + name: np.asarray(leaf) for name, leaf in flatten(part).items()}
+        yield from to_tensors(entries, leaves).items()

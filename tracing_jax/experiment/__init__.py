@@ -122,18 +122,27 @@ def trace(config: ConfigDict) -> dict[str, Any]:
             "notes": opened.notes,
         }
     )
-    save(record, RunFiles.from_save(config.save), alignment)
+    arrays = {name: result.arrays for name, result in before.items() if result.arrays}
+    save(record, RunFiles.from_save(config.save), alignment, arrays)
     return record
 
 
-def save(record: dict[str, Any], files: RunFiles, alignment: Alignment | None = None) -> None:
-    """Writes the files of one run, each whole or not at all; the permutations of an alignment go into its folder."""
+def save(
+    record: dict[str, Any],
+    files: RunFiles,
+    alignment: Alignment | None = None,
+    arrays: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+) -> None:
+    """Writes the files of one run, each whole or not at all; arrays go into its folder."""
     write_json(files.json, record)
     write_pickle(files.pickle, record)
     (files.folder / "alignment.npz").unlink(missing_ok=True)  # of an earlier run
     if alignment is not None:
         files.folder.mkdir(exist_ok=True)
         atomic_write(files.folder / "alignment.npz", _npz(alignment.permutations))
+    for name, found in (arrays or {}).items():
+        files.folder.mkdir(exist_ok=True)
+        atomic_write(files.folder / f"{name}.npz", _npz(found))
     save_png(figure_of_run(record), files.png)
     atomic_write(files.html, html(record).encode())
     logging.info("wrote %s and, beside it, json, png and html", files.pickle)

@@ -1,11 +1,11 @@
 """What a record says of the models, the text, the alignment, the software and the machine."""
 
+import math
 import platform
 from dataclasses import fields
 from importlib import metadata
 from typing import Any
 
-import numpy as np
 from jax.sharding import Mesh
 
 from tracing_jax.alignment import Alignment
@@ -14,7 +14,17 @@ from tracing_jax.checkpoint import Checkpoint
 from tracing_jax.experiment.opening import Opened
 from tracing_jax.record import file_hashes
 
-_SHAPE = ("num_layers", "embed_dim", "mlp_dim", "num_kv_heads", "q_group", "head_dim", "vocab_size", "tied")
+_SHAPE = (
+    "num_layers",
+    "embed_dim",
+    "mlp_dim",
+    "num_kv_heads",
+    "q_group",
+    "head_dim",
+    "num_experts",
+    "vocab_size",
+    "tied",
+)
 _PACKAGES = (
     "tracing_jax", "jax", "jaxlib", "flax", "numpy", "scipy", "safetensors", "tokenizers", "transformers", "datasets"
 )  # fmt: skip
@@ -26,7 +36,7 @@ def model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "id": checkpoint.id,
         "revision": checkpoint.revision,
         "family": checkpoint.arch.family,
-        "parameters": sum(int(np.prod(entry.shape)) for entry in checkpoint.entries.values()),
+        "parameters": sum(math.prod(entry.shape) for entry in checkpoint.entries.values()),
         "shape": shape_facts(checkpoint.arch),
         "files": file_hashes([checkpoint.folder / "config.json", *checkpoint.tensors.files()]),
     }

@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 
 from tracing_jax import demo
 from tracing_jax.alignment import alignment_problems
-from tracing_jax.arch import Arch
+from tracing_jax.arch import Arch, length_problem
+from tracing_jax.axes import axis_table
 from tracing_jax.checkpoint import Checkpoint, open_checkpoint
 from tracing_jax.data import (
     Documents,
@@ -59,6 +60,8 @@ def open_pair(config: ConfigDict) -> Opened:
     statistics = {name: REGISTRY[name](config) for name in names_in(config.stat)}
     activations = config.align and config.align_evidence == "activations"
     needs_tokens = config.eval or activations or any(statistic.needs_tokens for statistic in statistics.values())
+    if lines := _model_problems(config, base, ft, needs_tokens):
+        raise ConfigError("\n  ".join(["the config does not fit the models:", *lines]))
     tokenizer_base, tokenizer_ft = (_tokenizer(checkpoint, needs_tokens) for checkpoint in (base, ft))
     vocabularies = _vocabularies(base, ft, tokenizer_base, tokenizer_ft)
     problems = {
@@ -88,6 +91,20 @@ def _rewrites(config: ConfigDict, ft: Checkpoint) -> tuple[Rewrite, ...]:
         return draw_rewrites(config.disguise, key, ft.arch, without=(RENAMING,))
     except ValueError as error:
         raise ConfigError(f"disguise={config.disguise}, {ft.id}: {error}") from error
+
+
+def _model_problems(config: ConfigDict, base: Checkpoint, ft: Checkpoint, needs_tokens: bool) -> list[str]:
+    """Returns the fields that other models could be run with."""
+    lines = []
+    for checkpoint in (base, ft) if needs_tokens else ():
+        if problem := length_problem(checkpoint.arch, config.block_size):
+            lines.append(f"block_size={config.block_size}: {checkpoint.id}: {problem}")
+    if config.permute:
+        try:
+            axis_table(ft.arch).axes_of_kind(names_in(config.permute_axes))
+        except ValueError as error:
+            lines.append(f"permute_axes={config.permute_axes}: {ft.id}: {error}")
+    return lines
 
 
 def _alignment_problems(config: ConfigDict, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:

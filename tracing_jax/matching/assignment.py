@@ -1,8 +1,13 @@
 """Linear assignment: which unit of ft belongs to which unit of base, for one axis or an axis with another inside it."""
 
+from collections.abc import Callable
+
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
+
+Blocks = Callable[[int, int], Float[np.ndarray, "G G2"]]
+"""(unit i of base, unit j of ft) -> how alike the units inside the two are, at [g, h]."""
 
 
 def assign(similarity: Float[np.ndarray, "n m"]) -> Int[np.ndarray, " n"]:
@@ -20,23 +25,32 @@ def assign(similarity: Float[np.ndarray, "n m"]) -> Int[np.ndarray, " n"]:
 
 
 def assign_nested(
-    inner: Float[np.ndarray, "K G K2 G2"], outer: Float[np.ndarray, "K K2"]
+    inner: Blocks, outer: Float[np.ndarray, "K K2"]
 ) -> tuple[Int[np.ndarray, " K"], Int[np.ndarray, "K G"]]:
-    """Returns p and r of greatest `sum_k outer[k, p[k]] + sum_kg inner[k, g, p[k], r[k, g]]`, exactly.
+    """Returns p and r of greatest `sum_k outer[k, p[k]] + sum_kg inner(k, p[k])[g, r[k, g]]`, exactly.
 
     Once unit k is paired with k', the best order of the units inside the two no longer depends on the other pairs. So
     a pair is worth its outer part plus its best inner assignment, and the pairs themselves are one more assignment.
+    No pair is worth more than with the best partner for every inner unit by itself, and that bound is cheap: an inner
+    assignment is solved only for pairs that are chosen by bounds, until every chosen pair is known exactly.
 
     Raises:
       ValueError: as `assign`.
     """
-    K, _, K2, _ = inner.shape
-    _check_finite(inner)
-    pairs = [[assign(inner[k, :, other]) for other in range(K2)] for k in range(K)]
-    orders = np.asarray(pairs, np.int32)  # [K K2 G]
-    inside = np.take_along_axis(inner.transpose(0, 2, 1, 3), orders[..., None], axis=-1)[..., 0].sum(-1)
-    p = assign(outer + inside)
-    return p, orders[np.arange(K), p]
+    worth = np.array(outer, np.float64)
+    for k, other in np.ndindex(worth.shape):
+        worth[k, other] += inner(k, other).max(axis=1).sum(dtype=np.float64)
+    orders: dict[tuple[int, int], np.ndarray] = {}
+    while True:
+        p = assign(worth)
+        chosen = [(k, int(other)) for k, other in enumerate(p)]
+        if not (unknown := [pair for pair in chosen if pair not in orders]):
+            return p, np.stack([orders[pair] for pair in chosen])
+        for pair in unknown:
+            similarity = inner(*pair)
+            orders[pair] = assign(similarity)
+            picked = np.take_along_axis(similarity, orders[pair][:, None], axis=1)
+            worth[pair] = outer[pair] + picked.sum(dtype=np.float64)
 
 
 def _check_finite(similarity: Float[np.ndarray, "..."]) -> None:

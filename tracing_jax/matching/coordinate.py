@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from tracing_jax.axes import AxisTable
-from tracing_jax.matching.assignment import assign, assign_nested
+from tracing_jax.matching.assignment import Blocks, assign, assign_nested
 from tracing_jax.symmetry import Permutations
 
 
@@ -30,11 +30,11 @@ class Similarity:
 
     Attributes:
       units: what pairing two units is worth in itself.
-      nested: what pairing the units (i, g) of base and (j, h) of ft inside them adds, at [i, g, j, h].
+      nested: what pairing the units (i, g) of base and (j, h) of ft inside them adds: the block of (i, j), at [g, h].
     """
 
     units: Float[np.ndarray, "n n"]
-    nested: Float[np.ndarray, "n G n G"] | None = None
+    nested: Blocks | None = None
 
 
 def coordinates(table: AxisTable, axes: Sequence[str]) -> list[Coordinate]:
@@ -74,7 +74,7 @@ def solve(coordinate: Coordinate, similarity: Similarity) -> dict[str, Int[np.nd
     if coordinate.axis in coordinate.moves:
         p, r = assign_nested(similarity.nested, similarity.units)
         return {coordinate.axis: p, coordinate.nested: r}
-    return {coordinate.nested: np.stack([assign(inner[:, k]) for k, inner in enumerate(similarity.nested)])}
+    return {coordinate.nested: np.stack([assign(similarity.nested(k, k)) for k in range(len(similarity.units))])}
 
 
 def value(coordinate: Coordinate, similarity: Similarity, permutations: Permutations) -> float:
@@ -85,4 +85,5 @@ def value(coordinate: Coordinate, similarity: Similarity, permutations: Permutat
     if coordinate.nested is None or similarity.nested is None:
         return total
     r = permutations[coordinate.nested]
-    return total + float(similarity.nested[ks[:, None], np.arange(r.shape[1]), p[:, None], r].sum())
+    inside = [similarity.nested(int(k), int(p[k]))[np.arange(r.shape[1]), r[k]].sum(dtype=np.float64) for k in ks]
+    return total + float(sum(inside))

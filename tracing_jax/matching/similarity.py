@@ -7,8 +7,9 @@ either model says nothing and counts nothing.
 """
 
 import functools
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tracing_jax.axes import AxisTable
+from tracing_jax.matching.assignment import Blocks
 from tracing_jax.matching.coordinate import Coordinate, Similarity
 from tracing_jax.symmetry import Dims, Permutations, take_units, unit_moves
 from tracing_jax.tree import Tree, flatten
+
+_NESTED_BYTES = 2**30
+"""The most that the similarities of all units inside all others may take at once; of Mixtral's experts, 52 GB."""
 
 Shared = Mapping[str, tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"]]]
 """Axis -> (indices in base, indices in ft) of the units that mean the same, e.g. tokens that both vocabularies have."""
@@ -96,28 +101,66 @@ def weight_similarity(
     place is compared with the other one permuted as it stands, which is the gradient of that sum.
     """
     n = pairs.table.sizes[coordinate.axis]
-    units, nested = jnp.zeros((n, n)), None
-    if coordinate.nested is not None:
-        G = pairs.table.sizes[coordinate.nested]
-        nested = jnp.zeros((n, G, n, G))
+    units, places = jnp.zeros((n, n)), []
     for name in names:
         row = pairs.table.leaves[name]
-        base, ft = pairs.pair(name)
         for dim in [dim for dim, axis in enumerate(row.axes) if axis == coordinate.axis]:
             inside = [d for d, axis in enumerate(row.axes) if axis is not None and axis == coordinate.nested]
             still = tuple(None if d in (dim, *inside) else axis for d, axis in enumerate(row.axes))
             moves = unit_moves(replace(row, axes=still), permutations, pairs.table.within)
-            found = _contract(_pairing(base.ndim, (dim, *inside)), base, ft, *moves)
-            units, nested = (units, nested + found) if inside else (units + found, nested)
-    return Similarity(np.asarray(units), None if nested is None else np.asarray(nested))
+            equation = _pairing(len(row.axes), (dim, *inside))
+            if inside:
+                places.append(_Place(name, dim, equation, moves))
+            else:
+                units = units + _contract(equation, *pairs.pair(name), *moves)
+    if coordinate.nested is None:
+        return Similarity(np.asarray(units))
+    return Similarity(np.asarray(units), _blocks(pairs, places, n, pairs.table.sizes[coordinate.nested]))
 
 
-@functools.partial(jax.jit, static_argnames=("equation", "dims"))
+class _Place(NamedTuple):
+    """Where a leaf carries an axis together with the one nested in it, and how it is compared there."""
+
+    name: str
+    dim: int
+    equation: str
+    moves: tuple[Dims, list[np.ndarray]]
+
+
+def _blocks(pairs: WeightPairs, places: Sequence[_Place], n: int, size: int) -> Blocks:
+    """Returns the similarity of the units inside any two units: from all of it at once, or block by block if large."""
+    if 4 * (n * size) ** 2 <= _NESTED_BYTES:
+        whole = jnp.zeros((n, size, n, size))
+        for name, _, equation, moves in places:
+            whole = whole + _contract(equation, *pairs.pair(name), *moves)
+        found = np.asarray(whole)
+        return lambda i, j: found[i, :, j]
+
+    def block(i: int, j: int) -> np.ndarray:
+        total = jnp.zeros((1, size, 1, size))
+        for name, dim, equation, moves in places:
+            total = total + _contract(equation, *pairs.pair(name), *moves, dim, (i, j))
+        return np.asarray(total)[0, :, 0]
+
+    return block
+
+
+@functools.partial(jax.jit, static_argnames=("equation", "dims", "cut"))
 def _contract(
-    equation: str, base: Array, ft: Array, dims: Dims, indices: list[Array | np.ndarray]
+    equation: str,
+    base: Array,
+    ft: Array,
+    dims: Dims,
+    indices: list[Array | np.ndarray],
+    cut: int | None = None,
+    units: tuple[int | Array, ...] = (),
 ) -> Float[Array, "..."]:
-    base, ft = base.astype(jnp.float32), jnp.asarray(take_units(ft, dims, indices), jnp.float32)
+    """Returns the contraction over the norms of both; with `cut` only of one unit of each along that dimension."""
+    base, ft = base.astype(jnp.float32), ft.astype(jnp.float32)
     norms = jnp.linalg.norm(base.ravel()) * jnp.linalg.norm(ft.ravel())
+    if cut is not None:
+        base, ft = (jax.lax.dynamic_slice_in_dim(x, i, 1, cut) for x, i in zip((base, ft), units, strict=True))
+    ft = jnp.asarray(take_units(ft, dims, indices))
     return jnp.einsum(equation, base, ft, precision="highest") / jnp.where(norms > 0, norms, jnp.inf)
 
 

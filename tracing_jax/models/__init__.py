@@ -1,7 +1,6 @@
 """Flax (linen) modules of every supported family, and pure functions over them; the only place that imports Flax."""
 
-from tracing_jax.models.llama import (
-    TAPS,
+from tracing_jax.models.decoder import (
     Block,
     Embed,
     Head,
@@ -13,9 +12,9 @@ from tracing_jax.models.llama import (
     init_params,
     layer_inputs,
 )
+from tracing_jax.models.taps import tap_axes, taps_of, taps_problem
 
 __all__ = [
-    "TAPS",
     "Block",
     "Embed",
     "Head",
@@ -26,4 +25,7 @@ __all__ = [
     "apply_mlp_with_taps",
     "init_params",
     "layer_inputs",
+    "tap_axes",
+    "taps_of",
+    "taps_problem",
 ]

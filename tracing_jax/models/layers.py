@@ -1,4 +1,4 @@
-"""The parts of a block: norms, rotary positions, attention and the gated MLP.
+"""The parts of a block: norms, rotary positions, attention and the MLP.
 
 Letters: B batch, T position, D embed, K kv heads, G queries per kv head, H head dim, F mlp.
 Weights keep the dtype they have on disk and are cast to the computing dtype where they are used; norms, attention
@@ -16,16 +16,16 @@ from jaxtyping import Array, Float, Int
 from tracing_jax.arch import Arch
 
 # TF32 and bf16 passes, the default for float32 operands on accelerators, would break parity with float32 references.
-_einsum = functools.partial(jnp.einsum, precision="highest")
+einsum = functools.partial(jnp.einsum, precision="highest")
 
-_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
 }
 
-_KERNEL_INIT = nn.initializers.normal(0.02)
+KERNEL_INIT = nn.initializers.normal(0.02)
 
 
 class Kernel(nn.Module):
@@ -37,15 +37,15 @@ class Kernel(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", _KERNEL_INIT, self.shape)
-        y = _einsum(self.equation, x, kernel.astype(x.dtype))
+        kernel = self.param("kernel", KERNEL_INIT, self.shape)
+        y = einsum(self.equation, x, kernel.astype(x.dtype))
         if self.bias_shape is None:
             return y
         return y + self.param("bias", nn.initializers.zeros, self.bias_shape).astype(x.dtype)
 
 
 class Norm(nn.Module):
-    """Normalises over the trailing axes `shape` in float32: RMS norm with gain g or 1 + g, or a plain layer norm.
+    """Normalises over the trailing axes `shape` in float32: RMS norm with gain g or 1 + g, or a layer norm.
 
     Source: Zhang and Sennrich 2019 (arXiv 1910.07467); Gemma stores the gain minus one.
     """
@@ -57,13 +57,15 @@ class Norm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         axes = tuple(range(x.ndim - len(self.shape), x.ndim))
         x32 = x.astype(jnp.float32)
-        if self.arch.norm == "layer_norm_plain":
+        if self.arch.norm in ("layer_norm", "layer_norm_plain"):
             x32 = x32 - x32.mean(axes, keepdims=True)
         y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(axes, keepdims=True) + self.arch.norm_eps)
-        if self.arch.norm == "rms":
+        if self.arch.norm in ("rms", "layer_norm"):
             y = y * self.param("scale", nn.initializers.ones, self.shape).astype(jnp.float32)
         if self.arch.norm == "rms_unit_offset":
             y = y * (1 + self.param("scale", nn.initializers.zeros, self.shape).astype(jnp.float32))
+        if self.arch.norm == "layer_norm":
+            y = y + self.param("bias", nn.initializers.zeros, self.shape).astype(jnp.float32)
         return y.astype(x.dtype)
 
 
@@ -99,24 +101,26 @@ class Attention(nn.Module):
             k = Norm(a, (H,) if a.qk_norm == "head" else (K, H), name="k_norm")(k)
         if a.clip_qkv is not None:
             q, k, v = (jnp.clip(y, -a.clip_qkv, a.clip_qkv) for y in (q, k, v))
-        mixed = self._attend(rotate(q, frequencies), rotate(k, frequencies), v, window)
+        if a.rope_frequencies:
+            q, k = rotate(q, frequencies), rotate(k, frequencies)
+        mixed = self._attend(q, k, v, window)
         self.sow("taps", "heads", mixed)
         return Kernel((K, G, H, D), "btkgh,kghd->btd", (D,) if a.o_bias else None, name="o_proj")(mixed)
 
     def _attend(
         self, q: Float[Array, "B T K G H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], window: jax.Array
     ) -> Float[Array, "B T K G H"]:
-        scores = _einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * self.arch.attention_scale
+        scores = einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * self.arch.attention_scale
         if (cap := self.arch.attention_softcap) is not None:
             scores = cap * jnp.tanh(scores / cap)
         back = jnp.arange(q.shape[1])[:, None] - jnp.arange(k.shape[1])
         scores = jnp.where((back >= 0) & (back < window), scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        return _einsum("bkgts,bskh->btkgh", weights, v)
+        return einsum("bkgts,bskh->btkgh", weights, v)
 
 
-class GatedMlp(nn.Module):
-    """`down(act(gate(x)) * up(x))`; its units are the rows of gate and up.
+class Mlp(nn.Module):
+    """`down(act(gate(x)) * up(x))`, or `down(act(up(x)))` without a gate; its units are the columns of up.
 
     Source: Shazeer 2020, GLU variants (arXiv 2002.05202).
     """
@@ -126,11 +130,15 @@ class GatedMlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         D, F = self.arch.embed_dim, self.arch.mlp_dim
+        activation = ACTIVATIONS[self.arch.activation]
         bias, out_bias = ((F,), (D,)) if self.arch.mlp_bias else (None, None)
-        gate = Kernel((D, F), "btd,df->btf", bias, name="gate_proj")(x)
         up = Kernel((D, F), "btd,df->btf", bias, name="up_proj")(x)
-        units = _ACTIVATIONS[self.arch.activation](gate) * up
-        self.sow("taps", "gate", gate)
+        if self.arch.gated:
+            gate = Kernel((D, F), "btd,df->btf", bias, name="gate_proj")(x)
+            self.sow("taps", "gate", gate)
+            units = activation(gate) * up
+        else:
+            units = activation(up)
         self.sow("taps", "up", up)
         self.sow("taps", "units", units)
         return Kernel((F, D), "btf,fd->btd", out_bias, name="down_proj")(units)

@@ -11,9 +11,10 @@ from tracing_jax.statistics.emb import Emb
 from tracing_jax.statistics.jsd import Jsd
 from tracing_jax.statistics.l2 import L2
 from tracing_jax.statistics.match import Match
+from tracing_jax.statistics.match_all import MatchAll
 from tracing_jax.statistics.mode import Mode
 from tracing_jax.statistics.perm_mode_l2 import PermModeL2
-from tracing_jax.statistics.statistic import Curve, Pair, Result, Statistic, Vocabularies
+from tracing_jax.statistics.statistic import Curve, Pair, Result, Statistic, Test, Vocabularies
 from tracing_jax.statistics.verdict import Verdict, verdict
 
 REGISTRY: Mapping[str, Callable[[Any], Statistic]] = {
@@ -25,9 +26,12 @@ REGISTRY: Mapping[str, Callable[[Any], Statistic]] = {
     "csu_all": lambda config: CsuAll(config.csu_all_pairs),
     "csh": lambda config: Csh(config.csh_blocks, config.csh_block_size, config.csh_activation),
     "match": lambda config: Match(tuple(config.match_forms.split(","))),
+    "match_all": lambda config: MatchAll(
+        tuple(config.match_forms.split(",")), max_gib=config.match_all_gib, level=config.level
+    ),
     "l2": lambda config: L2(config.num_perm),
     "perm_mode_l2": lambda config: PermModeL2(config.num_perm, config.attn, config.emb),
 }
 """Name -> how the statistic is made from a run's config."""
 
-__all__ = ["REGISTRY", "Curve", "Pair", "Result", "Statistic", "Verdict", "Vocabularies", "verdict"]
+__all__ = ["REGISTRY", "Curve", "Pair", "Result", "Statistic", "Test", "Verdict", "Vocabularies", "verdict"]

@@ -20,7 +20,7 @@ from tracing_jax.statistics.comparison import (
     tests_of,
 )
 from tracing_jax.statistics.pvalues import smallest
-from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies
+from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, Pair, Result, Test, Vocabularies
 
 FORMS = ("forward", "weights")
 TAPS = ("gate", "up")
@@ -77,7 +77,7 @@ class Match:
             notes.append(f"forward: positions paired by {pair.blocks.how}")
         deciding = [test for test in tests if test.decides]
         best = max(found.values(), key=share_agreeing)
-        return Result(
+        result = Result(
             headline=share_agreeing(best),
             label="units on which gate and up projection agree, share (the larger of the forms)",
             log10_p=bonferroni_log10(deciding),
@@ -89,6 +89,7 @@ class Match:
             },
             notes=notes,
         )
+        return result.without_p(AFTER_ALIGNMENT) if pair.aligned else result
 
     def _layers(
         self, form: str, base: ParamSource, ft: ParamSource, pair: Pair

@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 
 from tracing_jax.arch import Arch
-from tracing_jax.axes import AxisTable, axis_table
+from tracing_jax.axes import AxisTable, axis_table, kind_of
 from tracing_jax.forward import path_losses, token_losses
 from tracing_jax.interpolate import moving_leaves, path_groups
 from tracing_jax.statistics.permuted_copies import draw_permutations, permutation_result
@@ -107,11 +107,10 @@ def _size_problems(base: AxisTable, ft: AxisTable, groups: tuple[str, ...]) -> l
     for name in sorted(moving_leaves(base, groups) ^ moving_leaves(ft, groups)):
         lines[f"only one model has {_kind(name)}"] = None
     for name in sorted(moving_leaves(base, groups) & moving_leaves(ft, groups)):
-        for axis in base.leaves[name].axes:
-            if axis is not None and base.sizes[axis] != ft.sizes[axis]:
-                lines[f"different width: {axis.split('/')[-1]} has {base.sizes[axis]} and {ft.sizes[axis]} units"] = (
-                    None
-                )
+        for axis in dict.fromkeys((*base.leaves[name].axes, *ft.leaves[name].axes)):
+            size, size_ft = (table.sizes.get(axis or "", "no") for table in (base, ft))
+            if size != size_ft:
+                lines[f"different width: {kind_of(axis or '')} has {size} and {size_ft} units"] = None
     return list(lines)
 
 

@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -111,6 +111,7 @@ class Result:
       null: what the p-values were calibrated with.
       layer_map: which layer of ft comes from which layer of base; see `match_all`.
       notes: what a reader of the numbers must know.
+      arrays: what is too large for the record; it goes into the folder of the run.
     """
 
     headline: float | None
@@ -125,6 +126,7 @@ class Result:
     null: Mapping[str, Any] | None = None
     layer_map: Mapping[str, Any] | None = None
     notes: Sequence[str] = ()
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def without_p(self, reason: str) -> "Result":
         """Returns the values alone, with the reason why they have no p-value."""
@@ -132,8 +134,8 @@ class Result:
         return replace(self, log10_p=None, p_reason=reason, tests=tests)
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns the result as plain data."""
-        return asdict(self)
+        """Returns the result as plain data, without its arrays."""
+        return asdict(replace(self, arrays={})) | {"arrays": sorted(self.arrays)}
 
 
 @runtime_checkable

@@ -5,7 +5,9 @@ their facts; `source.disguised` applies a sequence of them.
 """
 
 from tracing_jax.symmetry.draw import DRAWN, draw_rewrites, rewrite_names
+from tracing_jax.symmetry.layers import IdentityLayer, LayerRemoval
 from tracing_jax.symmetry.maps import QueryKeyMaps, UnitScaling, ValueMixing
+from tracing_jax.symmetry.padding import Padding
 from tracing_jax.symmetry.permutation import (
     Dims,
     Permutations,
@@ -20,17 +22,18 @@ from tracing_jax.symmetry.permutation import (
     take_units,
     unit_moves,
 )
-from tracing_jax.symmetry.residual import GainScaling, GainSetting, Permutation, Rotation, feeding_norms, gains_in
+from tracing_jax.symmetry.reordering import Permutation, Renaming
+from tracing_jax.symmetry.residual import GainScaling, GainSetting, Rotation, feeding_norms, gains_in
 from tracing_jax.symmetry.rewrite import (
     Rewrite,
     Untying,
+    apply,
     arch_after,
     check_rewrites,
     inverses,
     rewritten,
     steps,
 )
-from tracing_jax.symmetry.structure import IdentityLayer, LayerRemoval, Padding, Renaming
 
 __all__ = [
     "DRAWN",
@@ -49,6 +52,7 @@ __all__ = [
     "UnitScaling",
     "Untying",
     "ValueMixing",
+    "apply",
     "arch_after",
     "check_permutations",
     "check_rewrites",

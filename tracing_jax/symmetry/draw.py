@@ -7,10 +7,12 @@ import numpy as np
 from jaxtyping import Int, PRNGKeyArray
 
 from tracing_jax.arch import Arch
+from tracing_jax.symmetry.layers import IdentityLayer
 from tracing_jax.symmetry.maps import QueryKeyMaps, UnitScaling, ValueMixing
-from tracing_jax.symmetry.residual import GainScaling, Permutation, Rotation
+from tracing_jax.symmetry.padding import Padding
+from tracing_jax.symmetry.reordering import Permutation, Renaming
+from tracing_jax.symmetry.residual import GainScaling, Rotation
 from tracing_jax.symmetry.rewrite import Rewrite
-from tracing_jax.symmetry.structure import IdentityLayer, Padding, Renaming
 
 DRAWN: dict[str, type[Rewrite]] = {
     kind.name: kind

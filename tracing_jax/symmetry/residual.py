@@ -1,4 +1,4 @@
-"""Rewrites of the residual stream: permutations, redistribution of norm gains, and rotation.
+"""Rewrites of the residual stream: redistribution of norm gains, and rotation.
 
 RMS norms divide by the length of a vector, which a rotation keeps, and multiply by gains, which it does not commute
 with: gains go into the leaves that read behind the norm first.
@@ -9,54 +9,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Float, Int, PRNGKeyArray
+from jaxtyping import Float, PRNGKeyArray
 
 from tracing_jax.arch import Arch
-from tracing_jax.axes import PERMUTABLE, kind_of
 from tracing_jax.symmetry.maps import mapped, misfits, random_factors, random_rotation, zeros
-from tracing_jax.symmetry.permutation import check_permutations, random_permutations, take_units, unit_moves
-from tracing_jax.symmetry.permutation import invert as invert_permutations
 from tracing_jax.symmetry.rewrite import Part, Read, Rewrite, rows_of, stream, table_of
 
 Gains = Mapping[str, Float[np.ndarray, " D"]]
 """Norm, such as `layers/3/attn_norm` or `head/norm` -> a vector for its gain."""
-
-
-@dataclass(frozen=True, eq=False)
-class Permutation(Rewrite):
-    """Units in another order: `new[i] = old[p[i]]`.
-
-    Attributes:
-      permutations: axis -> p, as in `symmetry.permutation`.
-    """
-
-    name: ClassVar[str] = "permute"
-    permutations: Mapping[str, Int[np.ndarray, "*_ _"]]
-
-    @classmethod
-    def absent(cls, arch: Arch) -> list[str]:
-        return []
-
-    @classmethod
-    def random(cls, key: PRNGKeyArray, arch: Arch) -> "Permutation":
-        table = table_of(arch)
-        kinds = {kind_of(axis) for axis in table.sizes}
-        return cls(random_permutations(key, table, [kind for kind in PERMUTABLE if kind in kinds]))
-
-    def misfits(self, arch: Arch) -> list[str]:
-        try:
-            check_permutations(self.permutations, table_of(arch))
-        except ValueError as error:
-            return [str(error)]
-        return []
-
-    def part(self, prefix: str, read: Read, arch: Arch) -> Part:
-        table, part = rows_of(prefix, arch), read(prefix)
-        moves = {name: unit_moves(table.leaves[name], self.permutations, table.within) for name in part}
-        return {name: w.having(np.asarray(take_units(w.values, *moves[name]))) for name, w in part.items()}
-
-    def inverse(self, arch: Arch) -> "Permutation":
-        return Permutation(invert_permutations(self.permutations, table_of(arch)))
 
 
 def feeding_norms(arch: Arch) -> list[str]:

@@ -178,6 +178,23 @@ def rewritten(prefix: str, read: Callable[[str], Tree], rewrites: Sequence[Rewri
     return unflatten({name: weight.rounded for name, weight in reader(prefix).items()})
 
 
+def apply(params: Tree, rewrites: Sequence[Rewrite], arch: Arch) -> Tree:
+    """Returns a whole tree of params after the rewrites, in numpy; `arch_after` gives the facts of that model.
+
+    Raises:
+      ValueError: as `check_rewrites`.
+    """
+    check_rewrites(rewrites, arch)
+
+    def read(prefix: str) -> Tree:
+        name, _, index = prefix.strip("/").partition("/")
+        return params[name][index] if index else params[name]
+
+    layers = range(arch_after(rewrites, arch).num_layers)
+    tree = {name: rewritten(f"{name}/", read, rewrites, arch) for name in ("embed", "head")}
+    return tree | {"layers": {str(i): rewritten(f"layers/{i}/", read, rewrites, arch) for i in layers}}
+
+
 def rows_of(prefix: str, arch: Arch) -> AxisTable:
     """Returns the rows of one part by the names of its leaves in it."""
     return table_of(arch).restricted(prefix)

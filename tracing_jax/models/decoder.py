@@ -1,4 +1,4 @@
-"""Embed, Block and Head of the llama-like families: Llama, Mistral, Qwen, Gemma, OLMo and Granite differ by flags."""
+"""Embed, Block and Head of every supported family: they are decoders of one build, and differ by flags of `Arch`."""
 
 from typing import Any
 
@@ -9,19 +9,17 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from tracing_jax.arch import Arch
-from tracing_jax.models.layers import Attention, GatedMlp, Kernel, Norm, scaled
+from tracing_jax.arch import Arch, length_problem
+from tracing_jax.models.experts import ExpertMlp
+from tracing_jax.models.layers import Attention, Kernel, Mlp, Norm, scaled
+from tracing_jax.models.taps import taps_problem
 from tracing_jax.tree import Tree, name_of
-
-TAPS = ("residual", "heads", "gate", "up", "units")
-"""Inner activations of a block: the hidden state it receives `[B T D]`, the mixed values of its heads `[B T K G H]`
-before the output projection, the MLP's gate and up pre-activations and its hidden units `[B T F]`."""
 
 _NO_WINDOW = jnp.iinfo(jnp.int32).max
 
 
 class Embed(nn.Module):
-    """Token ids to embedding features, scaled as the family asks, in the computing dtype."""
+    """Token ids to embedding features, scaled as the family asks, in the computing dtype; learned positions added."""
 
     arch: Arch
     dtype: DTypeLike = jnp.float32
@@ -32,7 +30,13 @@ class Embed(nn.Module):
         table = self.param("embedding", nn.initializers.normal(0.02), shape)
         # Gemma rounds its scale to the computing dtype; Granite's is a small integer.
         scale = float(np.asarray(self.arch.embed_scale, jnp.dtype(self.dtype)))
-        return scaled(table[tokens].astype(self.dtype), scale)
+        x = scaled(table[tokens].astype(self.dtype), scale)
+        if self.arch.num_positions is None:
+            return x
+        if problem := length_problem(self.arch, tokens.shape[1]):
+            raise ValueError(problem)
+        positions = self.param("positions", nn.initializers.normal(0.02), (self.arch.num_positions, shape[1]))
+        return x + positions[: tokens.shape[1]].astype(self.dtype)
 
 
 class Block(nn.Module):
@@ -49,7 +53,9 @@ class Block(nn.Module):
         y = Attention(self.arch, name="attn")(y, frequencies, window)
         x = x + scaled(self._norm("attn_post_norm", self.arch.post_norms, y), self.arch.residual_scale)
         y = self._norm("mlp_norm", self.arch.pre_norms, x)
-        y = GatedMlp(self.arch, name="mlp")(y)
+        self.sow("taps", "mlp_input", y)
+        y = (Mlp if self.arch.num_experts is None else ExpertMlp)(self.arch, name="mlp")(y)
+        self.sow("taps", "mlp_output", y)
         return x + scaled(self._norm("mlp_post_norm", self.arch.post_norms, y), self.arch.residual_scale)
 
     def _norm(self, name: str, present: bool, x: jax.Array) -> jax.Array:
@@ -76,10 +82,13 @@ class Head(nn.Module):
 
 
 def layer_inputs(arch: Arch, layer: int) -> tuple[jax.Array, jax.Array]:
-    """Returns what a block takes beside the hidden state: the rope's frequencies `[H/2]` and the window (scalar)."""
+    """Returns what a block takes beside the hidden state: the rope's frequencies `[H/2]` and the window (scalar).
+
+    A model without a rope has no frequencies: `[0]`.
+    """
     window = arch.layer_windows[layer]
-    frequencies = jnp.asarray(arch.rope_frequencies[arch.layer_ropes[layer]], jnp.float32)
-    return frequencies, jnp.asarray(_NO_WINDOW if window is None else window, jnp.int32)
+    rope = arch.rope_frequencies[arch.layer_ropes[layer]] if arch.rope_frequencies else ()
+    return jnp.asarray(rope, jnp.float32), jnp.asarray(_NO_WINDOW if window is None else window, jnp.int32)
 
 
 def init_params(arch: Arch, key: PRNGKeyArray) -> Tree:
@@ -114,7 +123,13 @@ def apply_block_with_taps(
     window: Int[Array, ""],
     taps: tuple[str, ...],
 ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "B T *units"]]]:
-    """Returns the hidden state after a layer and the inner activations asked for, by tap name (see `TAPS`)."""
+    """Returns the hidden state after a layer and the inner activations asked for, by tap name (see `taps_of`).
+
+    Raises:
+      ValueError: taps that this model does not have.
+    """
+    if problem := taps_problem(arch, taps):
+        raise ValueError(problem)
     x, state = Block(arch).apply({"params": params}, x, frequencies, window, mutable=["taps"])
     found = {name_of(path).split("/")[-2]: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state["taps"])}
     return x, {tap: found[tap] for tap in taps}
@@ -126,7 +141,8 @@ def apply_mlp_with_taps(
     """Returns the inner activations of a layer's MLP that is handed a hidden state past the attention before it."""
     norm = Norm(arch, (arch.embed_dim,))
     y = _only_output(norm.apply({"params": params.get("mlp_norm", {})}, x)) if arch.pre_norms else x
-    _, state = GatedMlp(arch).apply({"params": params["mlp"]}, y, mutable=["taps"])
+    mlp = (Mlp if arch.num_experts is None else ExpertMlp)(arch)
+    _, state = mlp.apply({"params": params["mlp"]}, y, mutable=["taps"])
     return {tap: state["taps"][tap][0] for tap in taps}
 
 

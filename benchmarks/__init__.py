@@ -1,0 +1,1 @@
+"""Measurements behind the figures of the documentation; no part of the installed package."""

@@ -1,0 +1,208 @@
+"""How many units of independently trained models agree by convergence? The table that `match` allows for, and why.
+
+    python -m benchmarks.convergence --zoo_dir=zoo --out_dir=runs/convergence            # measures, prints and draws
+    python -m benchmarks.convergence --zoo_dir=zoo --out_dir=runs/convergence --publish  # and replaces table and figure
+
+All pairs of models of each zoo are compared as `match` does, layer by layer, in both forms: on 1024 positions of
+held-out text, and on the embeddings of all tokens. The share of units that agree by convergence is what agrees beyond
+the pair's own layers that do not correspond; its upper bound allows for pairs that have models in common. Then the
+tests themselves: how often does each call independent models related?
+
+The comparisons are kept in the output folder; a second run with the same folder only draws and prints.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import app, flags
+from jaxtyping import Float
+
+from benchmarks import drawing
+from benchmarks.activations import Units, forward_units, weight_units
+from benchmarks.agreements import Agreements, agreements
+from benchmarks.devices import use_all_cores
+from benchmarks.false_alarms import Alarms, false_alarms
+from benchmarks.intervals import mean_over_pairs, upper_bound
+from benchmarks.seeds import RECIPES, SNAPSHOTS, ZOO_DIR, Zoo, zoo
+from tracing_jax.record import atomic_write
+from tracing_jax.report import save_png, text_table
+from tracing_jax.statistics import calibration
+from tracing_jax.statistics.match import FORMS
+
+POSITIONS = 1024
+_EARLIER_SEEDS = 32  # of the 64, before the end of training
+
+
+class Case(NamedTuple):
+    """Models to be compared: a zoo after a share of its training, and the form of `match`."""
+
+    zoo: str
+    snapshot: float
+    form: str
+
+
+CASES = [
+    Case(name, snapshot, form)
+    for name in RECIPES
+    for snapshot in (reversed(SNAPSHOTS) if name == "tiny" else (1.0,))
+    for form in FORMS
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Units of one layer that agree, over all pairs of a case.
+
+    Attributes:
+      zoo, snapshot, form: the case.
+      tokens: that each model had learnt from.
+      units: of a layer.
+      layer, relative_depth: the layer, from 0 to 1.
+      models, pairs: how many were compared.
+      agreeing: units that agree, mean over pairs.
+      by_accident: the same between layers that do not correspond.
+      share: the difference, of all units: what convergence adds.
+      upper: upper 99 % confidence bound of `share`; models, not pairs, are the sample.
+    """
+
+    zoo: str
+    snapshot: float
+    form: str
+    tokens: int
+    units: int
+    layer: int
+    relative_depth: float
+    models: int
+    pairs: int
+    agreeing: float
+    by_accident: float
+    share: float
+    upper: float
+
+
+def compare(case: Case, found: Zoo, folder: Path) -> Agreements:
+    """Returns the comparisons of all pairs of a case, measured now if the folder does not have them."""
+    file = folder / f"{case.zoo}-{case.snapshot:g}-{case.form}.npz"
+    if not file.exists():
+        count = found.recipe.num_seeds if case.snapshot == 1 else _EARLIER_SEEDS
+        models = jax.tree.map(lambda leaf: leaf[:count], found.models(case.snapshot))
+        measured = agreements(_units(case.form, found, models), " ".join(map(str, case)), seed=0)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(file, **dataclasses.asdict(measured))
+    with np.load(file) as arrays:
+        return Agreements(arrays["layers"], arrays["controls"])
+
+
+def _units(form: str, found: Zoo, models: Any) -> Units:
+    if form == "weights":
+        return weight_units(found.arch, models)
+    at = np.random.default_rng(0).choice(found.held_out.size, POSITIONS, replace=False)
+    return forward_units(found.arch, models, found.held_out, at)
+
+
+def shares(case: Case, found: Zoo, measured: Agreements) -> Iterator[Share]:
+    """Yields what was measured of each layer of a case."""
+    S, F, L = len(measured.layers), found.arch.mlp_dim, found.arch.num_layers
+    for layer in range(L):
+        agreeing, accident = measured.agreeing[..., layer], measured.agreeing_controls
+        excess = (agreeing - accident) / F
+        yield Share(
+            *case,
+            tokens=round(case.snapshot * found.facts["training_tokens"]),
+            units=F,
+            layer=layer,
+            relative_depth=layer / (L - 1),
+            models=S,
+            pairs=S * (S - 1) // 2,
+            agreeing=mean_over_pairs(agreeing),
+            by_accident=mean_over_pairs(accident),
+            share=mean_over_pairs(excess),
+            upper=upper_bound(excess, calibration.CONFIDENCE),
+        )
+
+
+def allowance(rows: Sequence[Share]) -> dict[str, dict[str, list[float]]]:
+    """Returns by form the relative depths and the greatest upper bound there of any zoo at the end of its training."""
+    grid = np.array(sorted({round(row.relative_depth, 3) for row in rows}))
+    return {
+        form: {
+            "relative_depth": grid.tolist(),
+            "upper_share": np.max([_bounds(rows, name, form, grid) for name in RECIPES], axis=0).round(4).tolist(),
+        }
+        for form in FORMS
+    }
+
+
+def _bounds(rows: Sequence[Share], name: str, form: str, grid: np.ndarray) -> Float[np.ndarray, " depths"]:
+    found = [row for row in rows if (row.zoo, row.snapshot, row.form) == (name, 1.0, form)]
+    return np.interp(grid, [row.relative_depth for row in found], [max(0.0, row.upper) for row in found])
+
+
+def published(rows: Sequence[Share], zoos: Mapping[str, Zoo]) -> str:
+    """Returns the table that the calibrated null reads, with what it was measured on, as JSON."""
+    table = {
+        "what": "share of MLP units on which independently trained models agree by convergence; docs/nulls.md",
+        "confidence": calibration.CONFIDENCE,
+        "allowance": allowance(rows),
+        "recipes": {name: dataclasses.asdict(found.recipe) for name, found in zoos.items()},
+        "losses_nats_per_token": {
+            name: float(np.mean(found.facts["loss_nats_per_token"]["1.0"])) for name, found in zoos.items()
+        },
+        "measured": [_rounded(row) for row in rows],
+    }
+    return json.dumps(table, indent=1) + "\n"
+
+
+def _rounded(row: Share) -> dict[str, Any]:
+    return {k: round(v, 5) if isinstance(v, float) else v for k, v in dataclasses.asdict(row).items()}
+
+
+def _print_shares(rows: Sequence[Share]) -> None:
+    headers = ["zoo", "trained", "form", "units", "layer", "pairs", "agreeing", "by accident", "share %", "at most %"]
+    print(text_table(
+        [[r.zoo, f"{r.snapshot:g}", r.form, r.units, r.layer, r.pairs, r.agreeing, r.by_accident, 100 * r.share,
+          100 * r.upper] for r in rows],
+        headers,
+    ))  # fmt: skip
+
+
+def _print_alarms(alarms: Sequence[Alarms]) -> None:
+    headers = ["zoo", "test", "u", "level", "pairs", "hits", "rate %", "95 % CP", "by models", "worst round"]
+    print(text_table(
+        [[a.zoo, a.test, a.u, f"{a.level:g}", a.pairs, a.hits, 100 * a.hits / a.pairs,
+          f"{100 * a.low:.2f}-{100 * a.high:.2f}", f"{100 * a.high_models:.2f}", a.worst_round] for a in alarms],
+        headers,
+    ))  # fmt: skip
+
+
+_OUT_DIR = flags.DEFINE_string("out_dir", "runs/convergence", "folder for comparisons, tables and figure")
+_PUBLISH = flags.DEFINE_bool("publish", False, "replace tracing_jax/statistics/convergence.json and the docs' figure")
+
+
+def main(argv: list[str]) -> None:
+    """Measures, prints both tables, and writes JSON and PNG."""
+    del argv
+    use_all_cores()
+    out, root = Path(_OUT_DIR.value), Path(__file__).parents[1]
+    zoos = {name: zoo(recipe, ZOO_DIR.value) for name, recipe in RECIPES.items()}
+    measured = {case: compare(case, zoos[case.zoo], out / "comparisons") for case in CASES}
+    rows = [row for case in CASES for row in shares(case, zoos[case.zoo], measured[case])]
+    _print_shares(rows)
+    figure, table = drawing.convergence([dataclasses.asdict(row) for row in rows]), published(rows, zoos)
+    save_png(figure, out / "convergence.png")
+    atomic_write(out / "convergence.json", table.encode())
+    if _PUBLISH.value:
+        save_png(figure, root / "docs/convergence.png")
+        atomic_write(root / "tracing_jax/statistics/convergence.json", table.encode())
+    alarms = false_alarms({name: {form: measured[Case(name, 1.0, form)] for form in FORMS} for name in RECIPES})
+    atomic_write(out / "false_alarms.json", json.dumps([dataclasses.asdict(a) for a in alarms], indent=1).encode())
+    _print_alarms(alarms)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,168 @@
+"""Are the exact p-values exact? `csu` and `csh` on pairs of independent models, against the uniform distribution.
+
+    python -m benchmarks.exact_nulls --zoo_dir=zoo --out_dir=runs/exact_nulls
+
+Four populations: random initialisations, no model in two pairs; models trained from different seeds; and both with
+broken units planted. Broken units are dead (their gate is zero: never active), zero in every weight, or duplicates of
+other units. In base they stand last, in ft anywhere: that one of the two models is exchangeable is all the tests ask.
+
+Rank correlation is tested as it is reported; agreement, which is discrete, with its ties broken by lot. Pairs of
+trained models have models in common. Their p-values are independent two by two all the same: renumbering the units of
+the model that two pairs do not share leaves one pair as it is.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app, flags
+from jaxtyping import Float
+from scipy import stats
+from tqdm import tqdm
+from tracing_jax.statistics.csh import Csh
+from tracing_jax.statistics.csu import Csu
+
+from benchmarks import drawing
+from benchmarks.devices import use_all_cores
+from benchmarks.intervals import rounds
+from benchmarks.seeds import RECIPES, ZOO_DIR, zoo
+from tracing_jax import demo
+from tracing_jax.arch import Arch
+from tracing_jax.report import save_png, text_table
+from tracing_jax.sharding import Compute, make_mesh
+from tracing_jax.source import InMemory
+from tracing_jax.statistics import Pair, Vocabularies
+from tracing_jax.statistics.permutation_nulls import randomised_agreement_log_p
+from tracing_jax.statistics.pvalues import fisher, holm
+from tracing_jax.tree import Tree
+
+STATISTICS = {"csu": Csu(), "csh": Csh(blocks=4, block_size=128)}
+TESTS = ("rank correlation", "agreement")
+
+Models = Callable[[int], tuple[Tree, Tree]]
+"""Number of a pair -> base and ft."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PValues:
+    """The p-values of one statistic and test on all pairs of a population: one a layer, and combined."""
+
+    layers: Float[np.ndarray, "N L"]
+    combined: Float[np.ndarray, " N"]
+
+    def ks(self) -> list[float]:
+        """Returns the Kolmogorov-Smirnov p-values against the uniform distribution: each layer, then combined."""
+        return [float(stats.kstest(column, "uniform").pvalue) for column in (*self.layers.T, self.combined)]
+
+
+def populations(init: Callable[[jax.Array], Tree], trained: Tree) -> Mapping[str, Models]:
+    """Returns the four populations of pairs by name."""
+
+    def fresh(i: int) -> tuple[Tree, Tree]:
+        base, ft = (init(jax.random.fold_in(jax.random.key(1), 2 * i + side)) for side in (0, 1))
+        return base, ft
+
+    pairs = rounds(len(jax.tree.leaves(trained)[0]), np.random.default_rng(2)).reshape(-1, 2)
+
+    def seeds(i: int) -> tuple[Tree, Tree]:
+        base, ft = pairs[i]
+        return jax.tree.map(lambda leaf: leaf[base], trained), jax.tree.map(lambda leaf: leaf[ft], trained)
+
+    return {
+        "random": fresh,
+        "random, broken units": lambda i: broken(fresh(i), np.random.default_rng([3, i])),
+        "trained": seeds,
+        "trained, broken units": lambda i: broken(seeds(i), np.random.default_rng([4, i])),
+    }
+
+
+def broken(pair: tuple[Tree, Tree], generator: np.random.Generator) -> tuple[Tree, Tree]:
+    """Returns the pair with dead, zero and duplicated units: the last of base's, and fewer, anywhere, of ft's."""
+    base, ft = pair
+    return (
+        _with_broken_units(base, 0.1, np.arange, generator),
+        _with_broken_units(ft, 0.06, generator.permutation, generator),
+    )
+
+
+def _with_broken_units(
+    params: Tree, share: float, order: Callable[[int], np.ndarray], generator: np.random.Generator
+) -> Tree:
+    """Returns the params where this share of each layer's units is dead, as many zero, and as many copies of others."""
+    layers = {}
+    for name, layer in params["layers"].items():
+        mlp = {leaf: np.array(weights["kernel"]) for leaf, weights in layer["mlp"].items()}
+        F = mlp["down_proj"].shape[0]
+        live, *groups = np.split(order(F), F - round(share * F) * np.arange(3, 0, -1))
+        dead, zero, copies = groups
+        originals = generator.choice(live, len(copies), replace=False)
+        for leaf, weights in mlp.items():
+            units = weights if leaf == "down_proj" else weights.T  # a view: units come first
+            units[copies] = units[originals]
+            units[zero] = 0
+        mlp["gate_proj"][:, dead] = 0
+        layers[name] = layer | {"mlp": {leaf: {"kernel": weights} for leaf, weights in mlp.items()}}
+    return params | {"layers": layers}
+
+
+def measure(arch: Arch, models: Models, num_pairs: int, description: str) -> dict[tuple[str, str], PValues]:
+    """Returns the p-values by statistic and test."""
+    compute = Compute(make_mesh())
+    rows: dict[tuple[str, str], list[list[float]]] = {(s, test): [] for s in STATISTICS for test in TESTS}
+    for i in tqdm(range(num_pairs), desc=description, unit="pair", disable=None):
+        base, ft = models(i)
+        ids = np.arange(arch.vocab_size, dtype=np.int32)
+        pair = Pair(InMemory(arch, base), InMemory(arch, ft), Vocabularies(True, ids, ids), None, compute, seed=i)
+        for name, log_ps in log_p_values(pair):
+            rows[name].append(log_ps)
+    return {name: _p_values(np.exp(log_ps)) for name, log_ps in rows.items()}
+
+
+def log_p_values(pair: Pair) -> Iterator[tuple[tuple[str, str], list[float]]]:
+    """Yields (statistic, test) and the natural log p-values of the layers and of all together."""
+    for name, statistic in STATISTICS.items():
+        rank, agreement = statistic.compute(pair).tests
+        assert rank.log10_ps is not None
+        assert rank.log10_p is not None
+        yield (name, TESTS[0]), [math.log(10) * log10_p for log10_p in (*rank.log10_ps, rank.log10_p)]
+        lots = pair.generator(name, "ties")
+        F = pair.base.arch.mlp_dim
+        counts = zip(agreement.values["agreeing"], agreement.values["units"])
+        layers = [randomised_agreement_log_p(int(k), int(h), F, generator=lots) for k, h in counts]
+        yield (name, TESTS[1]), [*layers, fisher(layers)]
+
+
+def _p_values(table: np.ndarray) -> PValues:
+    return PValues(table[:, :-1], table[:, -1])
+
+
+_OUT_DIR = flags.DEFINE_string("out_dir", "runs/exact_nulls", "folder for the table and the figure")
+_PAIRS = flags.DEFINE_integer("pairs", 320, "pairs of each population")
+
+
+def main(argv: list[str]) -> None:
+    """Measures, prints the table of Kolmogorov-Smirnov p-values, and writes JSON and PNG."""
+    del argv
+    use_all_cores()
+    found = zoo(RECIPES["tiny"], ZOO_DIR.value)
+    init = jax.jit(lambda key: demo.init(found.arch, key))
+    named = populations(init, found.models(1.0))
+    measured = {name: measure(found.arch, models, _PAIRS.value, name) for name, models in named.items()}
+    rows = [[name, *key, *values.ks()] for name, by_test in measured.items() for key, values in by_test.items()]
+    adjusted = np.exp(holm(np.log([p for row in rows for p in row[3:]])))  # type: ignore[arg-type]
+    layers = [f"layer {i}" for i in range(found.arch.num_layers)]
+    print(text_table(rows, ["models", "statistic", "test", *layers, "combined"]))
+    print(f"{_PAIRS.value} pairs each; the smallest of the {adjusted.size} p-values after Holm: {adjusted.min():.3g}")
+    out = Path(_OUT_DIR.value)
+    out.mkdir(parents=True, exist_ok=True)
+    save_png(drawing.uniformity(measured), out / "exact_nulls.png")
+    table = [{"models": r[0], "statistic": r[1], "test": r[2], "ks_p": r[3:]} for r in rows]
+    (out / "exact_nulls.json").write_text(json.dumps({"pairs": _PAIRS.value, "rows": table}, indent=1))
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,117 @@
+"""How often do the tests of `match` call independent models related?"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from benchmarks.agreements import Agreements
+from benchmarks.intervals import clopper_pearson, rounds, upper_bound
+from tracing_jax.statistics.calibration import CONFIDENCE, LEAST_ALLOWANCE, null_of
+from tracing_jax.statistics.comparison import LN10, bonferroni_log10
+from tracing_jax.statistics.match import form_tests
+from tracing_jax.statistics.pvalues import fisher
+
+LEVELS = (1e-2, 1e-3)
+
+Forms = Mapping[str, Agreements]
+"""The comparisons of one zoo by form."""
+
+
+@dataclass(frozen=True)
+class Alarms:
+    """How often one test found p below a level among independent models.
+
+    Attributes:
+      zoo, test, u: the models, the test, and where the allowance for convergent units came from.
+      level: of the test.
+      pairs, hits: pairs of models, and those with p below the level.
+      low, high: 95 % Clopper-Pearson interval of the rate, as if pairs were independent.
+      high_models: upper end of the 95 % interval that takes models, not pairs, for the sample.
+      worst_round: the most hits in one of the rounds that divide the pairs so that no model is in two of a round.
+      round_high: upper end of the 95 % Clopper-Pearson interval of that round alone, whose pairs are independent.
+    """
+
+    zoo: str
+    test: str
+    u: str
+    level: float
+    pairs: int
+    hits: int
+    low: float
+    high: float
+    high_models: float
+    worst_round: int
+    round_high: float
+
+
+def false_alarms(zoos: Mapping[str, Forms]) -> list[Alarms]:
+    """Returns the false alarms of every test on every zoo, at each level."""
+    found: list[Alarms] = []
+    for name, forms in zoos.items():
+        for source, u in (("none", 0.0), (f"{LEAST_ALLOWANCE:g}", LEAST_ALLOWANCE)):
+            allowances = {form: [u] * one.agreeing.shape[-1] for form, one in forms.items()}
+            found += _alarms(name, source, _log10_ps(forms, allowances))
+    largest = max(zoos, key=lambda name: len(next(iter(zoos[name].values())).layers))
+    bounds = {form: measured_bounds(half_of(one, 0)) for form, one in zoos[largest].items()}
+    others = {form: half_of(one, 1) for form, one in zoos[largest].items()}
+    return found + list(_alarms(largest, "measured on other seeds", _log10_ps(others, bounds)))
+
+
+def half_of(measured: Agreements, half: int) -> Agreements:
+    """Returns the comparisons among every second model."""
+    return Agreements(measured.layers[half::2, half::2], measured.controls[half::2, half::2])
+
+
+def measured_bounds(measured: Agreements) -> list[float]:
+    """Returns for each layer the upper bound on the share of units that convergence adds."""
+    units = measured.layers[0, 1, 0, 0]
+    excess = (measured.agreeing - measured.agreeing_controls[..., None]) / units
+    return [max(0.0, upper_bound(layer, CONFIDENCE)) for layer in np.moveaxis(excess, -1, 0)]
+
+
+def _log10_ps(forms: Forms, u: Mapping[str, Sequence[float]]) -> dict[str, Float[np.ndarray, "S S"]]:
+    """Returns by test the decimal log p-values of all pairs, symmetric."""
+    S = len(next(iter(forms.values())).layers)
+    tables: dict[str, np.ndarray] = {}
+    for i, j in zip(*np.triu_indices(S, 1)):
+        for name, log10_p in _tests(forms, u, int(i), int(j)):
+            table = tables.setdefault(name, np.zeros((S, S)))
+            table[i, j] = table[j, i] = log10_p
+    return tables
+
+
+def _tests(forms: Forms, u: Mapping[str, Sequence[float]], i: int, j: int) -> Iterator[tuple[str, float]]:
+    deciding = []
+    for form, measured in forms.items():
+        layers, controls = measured.pair(i, j)
+        tests = form_tests(form, layers, null_of(controls, u[form], ""))
+        deciding += [test for test in tests if test.decides]
+        yield from ((test.name, test.log10_p) for test in tests if test.log10_p is not None)
+        yield f"{form}, rank correlation, parametric, Fisher", fisher([c.log_p_rank for c in layers]) / LN10
+    yield "match: any of the calibrated, Bonferroni", bonferroni_log10(deciding)
+
+
+def _alarms(zoo: str, u: str, tables: Mapping[str, np.ndarray]) -> Iterator[Alarms]:
+    for test, log10_ps in tables.items():
+        if "parametric" in test:
+            if u != "none":
+                continue  # it knows no allowance
+            source = "-"
+        else:
+            source = u
+        for level in LEVELS:
+            yield _count(log10_ps < np.log10(level), zoo, test, source, level)
+
+
+def _count(hit: np.ndarray, zoo: str, test: str, u: str, level: float) -> Alarms:
+    S = len(hit)
+    divided = rounds(S, np.random.default_rng(0))
+    by_round = hit[divided[..., 0], divided[..., 1]].sum(-1)
+    hits, pairs = int(by_round.sum()), S * (S - 1) // 2
+    worst = int(by_round.max())
+    return Alarms(
+        zoo, test, u, level, pairs, hits, *clopper_pearson(hits, pairs), upper_bound(hit.astype(float), 0.975), worst,
+        clopper_pearson(worst, S // 2)[1],
+    )  # fmt: skip

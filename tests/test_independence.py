@@ -1,0 +1,335 @@
+"""The tests with p-values: exact where they claim it, equivariant, the same as numpy's, and silent after alignment."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+import tiny
+from scipy.optimize import linear_sum_assignment
+
+from tracing_jax import activations as activations_module
+from tracing_jax import forward, grams
+from tracing_jax.axes import axis_table
+from tracing_jax.data import PairedBlocks, paired_one_to_one
+from tracing_jax.forward import logits, path_losses
+from tracing_jax.matching import live_units, match_units
+from tracing_jax.sharding import Compute, make_mesh
+from tracing_jax.source import InMemory
+from tracing_jax.statistics import REGISTRY, Pair, Result, Test, Vocabularies, verdict
+from tracing_jax.statistics.calibration import control_pairs, null_of, tabled_allowance, upper_share
+from tracing_jax.statistics.comparison import Comparison, against_each_other, against_identity
+from tracing_jax.statistics.csh import Csh
+from tracing_jax.statistics.csu import Csu
+from tracing_jax.statistics.csu_all import CsuAll
+from tracing_jax.statistics.jsd import Jsd
+from tracing_jax.statistics.l2 import L2, distances
+from tracing_jax.statistics.match import Match
+from tracing_jax.statistics.match_all import MatchAll
+from tracing_jax.statistics.mode import Mode, midpoint_losses
+from tracing_jax.statistics.perm_mode_l2 import PermModeL2
+from tracing_jax.statistics.permuted_copies import draw_permutations
+from tracing_jax.symmetry import permute, random_permutations
+from tracing_jax.tree import flatten
+
+ARCH = tiny.qwen3_gqa(num_layers=3, layer_ropes=(0,) * 3, layer_windows=(None,) * 3, mlp_dim=40)
+SAME = Vocabularies(True, np.arange(61, dtype=np.int32), np.arange(61, dtype=np.int32))
+TOKENS = np.random.default_rng(0).integers(61, size=(8, 24), dtype=np.int32)
+
+
+def pair_of(base, ft, **fields):
+    blocks = paired_one_to_one(TOKENS, TOKENS)
+    fields = {"vocabularies": SAME, "tokens": TOKENS, "blocks": blocks, "seed": 0} | fields
+    return Pair(base=base, ft=ft, compute=Compute(make_mesh(1, 1), 4), **fields)
+
+
+def finetuned(base, share=0.1):
+    return InMemory(base.arch, tiny.noisy(base.params, share))
+
+
+BASE = tiny.model(ARCH, 0)
+RELATED, OTHER = finetuned(BASE), tiny.model(ARCH, 1)
+TESTS = [Csu(), CsuAll(), Csh(blocks=4, block_size=32), Match(), MatchAll(), L2(num_perm=19), PermModeL2(num_perm=19),
+         Mode(num_perm=19, alphas=())]  # fmt: skip
+
+
+@pytest.mark.parametrize("statistic", TESTS, ids=lambda statistic: type(statistic).__name__)
+def test_a_relative_is_found_an_independent_model_is_not_and_alignment_silences_all(statistic):
+    related, other = statistic.compute(pair_of(BASE, RELATED)), statistic.compute(pair_of(BASE, OTHER))
+    if not isinstance(statistic, Mode | PermModeL2):  # untrained models have no path of low loss
+        assert related.log10_p < (-0.9 if isinstance(statistic, L2) else -8)
+    assert -2.5 < other.log10_p <= 0
+    aligned = statistic.compute(pair_of(BASE, RELATED, aligned=True))
+    assert aligned.log10_p is None
+    assert "after alignment nothing has a null" in aligned.p_reason
+    assert all(test.log10_p is None and test.log10_ps is None for test in aligned.tests)
+    assert aligned.headline == related.headline
+
+
+def test_matching_is_that_of_scipy_and_moves_with_its_units():
+    rng = np.random.default_rng(0)
+    similarity = rng.normal(size=(12, 17))
+    found = match_units(similarity, np.random.default_rng(1))
+    rows, columns = linear_sum_assignment(similarity, maximize=True)
+    np.testing.assert_array_equal(found.base, rows)
+    np.testing.assert_array_equal(found.ft, columns)
+    p, q = rng.permutation(12), rng.permutation(17)
+    moved = match_units(similarity[np.ix_(p, q)], np.random.default_rng(2))
+    assert set(zip(p[moved.base], q[moved.ft])) == set(zip(found.base, found.ft))
+    wide = match_units(similarity.T, np.random.default_rng(1))
+    assert set(zip(wide.ft, wide.base)) == set(zip(found.base, found.ft))
+
+
+def test_dead_units_take_no_part_and_duplicated_ones_fall_by_lot():
+    rng = np.random.default_rng(0)
+    similarity = rng.normal(size=(30, 30))
+    similarity[[3, 4]] = 0
+    similarity[:, 29] = 0
+    similarity[20:28] = similarity[20]  # eight units that cannot be told apart
+    found = match_units(similarity, np.random.default_rng(0))
+    assert (found.live_base, found.live_ft, len(found.base)) == (28, 29, 28)
+    assert not set(found.base) & {3, 4}
+    assert 29 not in found.ft
+    orders = {tuple(match_units(similarity, np.random.default_rng(s)).ft[18:26]) for s in range(6)}
+    assert len(orders) > 3
+    rows, columns = live_units(similarity, np.eye(30)[:, ::-1])
+    assert 3 not in rows
+    assert 29 not in columns
+
+
+def test_zero_units_at_the_end_leak_nothing():
+    """The case of STATISTICS section 1: a fifth of the units zero in both models, in the same place."""
+    log_ps = []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        a, b = (rng.normal(size=(50, 16)) for _ in range(2))
+        a[40:] = b[40:] = 0
+        similarity = np.abs(a @ b.T)
+        log_ps.append(against_identity(match_units(similarity, rng), 50, 50).log_p_rank)
+    assert scipy.stats.kstest(np.exp(log_ps), "uniform").pvalue > 0.01
+
+
+def test_csu_is_the_rank_correlation_and_agreement_of_numpys_matching():
+    result = Csu().compute(pair_of(BASE, finetuned(BASE, 1.5)))
+    log_ps, agreeing = [], []
+    for i in range(3):
+        a, b = (np.asarray(m.layer(i)["mlp"]["up_proj"]["kernel"], np.float64).T for m in (BASE, finetuned(BASE, 1.5)))
+        cosines = np.abs(a @ b.T / np.linalg.norm(a, axis=1)[:, None] / np.linalg.norm(b, axis=1))
+        matched = linear_sum_assignment(cosines, maximize=True)[1]
+        r, h = scipy.stats.spearmanr(np.arange(40), matched).statistic, 40
+        log_ps.append(scipy.stats.t.logsf(r * math.sqrt((h - 2) / (1 - r * r)), h - 2))
+        agreeing.append(int((matched == np.arange(40)).sum()))
+    rank = result.tests[0]
+    np.testing.assert_allclose(rank.log10_ps, np.array(log_ps) / math.log(10), rtol=1e-6)
+    assert list(rank.values["agreeing"]) == agreeing
+    fisher = scipy.stats.combine_pvalues(np.exp(log_ps)).pvalue
+    assert rank.log10_p == pytest.approx(math.log10(fisher), rel=1e-6)
+
+
+def test_csh_and_jsd_are_those_of_numpy():
+    small = Csh(blocks=3, block_size=16)
+    pair = pair_of(BASE, finetuned(BASE, 1.0))
+    blocks = grams_blocks(small, pair)
+    found = small.compute(pair)
+    for i, (a, b) in enumerate(zip(*(units(model, blocks.base) for model in (pair.base, pair.ft)))):
+        correlation = np.abs(np.corrcoef(a.T, b.T)[:40, 40:])
+        matched = linear_sum_assignment(correlation, maximize=True)[1]
+        assert found.tests[0].values["agreeing"][i] == (matched == np.arange(40)).sum()
+    one, other = (log_softmax(logits(model, TOKENS).astype(np.float64)) for model in (pair.base, pair.ft))
+    middle = np.logaddexp(one, other) - math.log(2)
+    expected = 0.5 * ((np.exp(one) * (one - middle)).sum(-1) + (np.exp(other) * (other - middle)).sum(-1))
+    assert Jsd().compute(pair).headline == pytest.approx(expected.mean(), rel=1e-4)
+    assert Jsd().compute(pair_of(BASE, BASE)).headline == pytest.approx(0, abs=1e-6)
+
+
+def grams_blocks(statistic, pair):
+    from tracing_jax.statistics.csh import random_blocks
+
+    shape = (statistic.blocks, statistic.block_size)
+    return random_blocks(pair.vocabularies, shape, pair.generator("csh", "tokens"))
+
+
+def units(model, tokens):
+    at = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    layers = activations_module.activations(
+        model, tokens, at, np.ones(tokens.shape, bool), ("units",), Compute(make_mesh(1, 1), 2)
+    )
+    return [np.asarray(by_tap["units"], np.float64) for _, by_tap in layers]
+
+
+def log_softmax(x):
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("statistic", [Csh(blocks=5, block_size=16), Match(forms=("forward",)), Jsd()],
+                         ids=lambda statistic: type(statistic).__name__)  # fmt: skip
+def test_forward_statistics_make_one_pass_per_model(statistic, monkeypatch):
+    """Every layer of every model sees each of its batches once."""
+    calls = []
+    for module, name in ((grams, "_step"), (forward, "_block_step")):
+        step = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, step=step, **kw: (calls.append(step), step(*args, **kw))[1])
+    statistic.compute(pair_of(BASE, OTHER))
+    batches = 2
+    both_models_at_once = not isinstance(statistic, Jsd)
+    assert len(calls) == 3 * batches * (1 if both_models_at_once else 2)
+
+
+def test_l2_of_permuted_copies_is_that_of_the_copies():
+    pair = pair_of(BASE, OTHER)
+    permutations = draw_permutations(pair, 3)
+    observed, permuted = distances(pair, permutations)
+
+    def mean_distance(ft):
+        pairs = zip(flatten(BASE.params).values(), flatten(ft).values(), strict=True)
+        return np.mean([np.linalg.norm(np.asarray(a, np.float64) - np.asarray(b, np.float64)) for a, b in pairs])
+
+    assert observed == pytest.approx(mean_distance(OTHER.params), rel=1e-6)
+    copies = [permute(OTHER.params, p, axis_table(ARCH)) for p in permutations]
+    np.testing.assert_allclose(permuted, [mean_distance(copy) for copy in copies], rtol=1e-6)
+
+
+def test_a_light_finetune_does_not_cancel_in_l2():
+    light = finetuned(BASE, 1e-6)
+    observed, _ = distances(pair_of(BASE, light), [])
+    leaves = zip(flatten(BASE.params).values(), flatten(light.params).values(), strict=True)
+    expected = np.mean([np.linalg.norm(np.float64(a) - np.float64(b)) for a, b in leaves])
+    assert observed == pytest.approx(expected, rel=1e-4)
+
+
+def test_midpoints_of_permuted_copies_are_those_of_the_copies():
+    pair = pair_of(BASE, OTHER)
+    permutations = draw_permutations(pair, 2)
+    found = midpoint_losses(pair, permutations, ("mlp", "norm", "attn", "emb"))
+    for loss, permutation in zip(found, permutations):
+        copy = InMemory(ARCH, permute(OTHER.params, permutation, axis_table(ARCH)))
+        losses = path_losses(BASE, copy, TOKENS, [0.5], ("mlp", "norm", "attn", "emb"), pair.compute)
+        assert loss == pytest.approx(losses.mean(dtype=np.float64), rel=1e-5)
+    with pytest.raises(ValueError, match="2 permuted copies at 1 alphas"):
+        path_losses(BASE, OTHER, TOKENS, [0.5], ("mlp",), pair.compute, copies=permutations)
+
+
+@pytest.mark.parametrize("kinds", [("mlp",), ("embed",), ("embed", "mlp", "kv_heads", "q_group")])
+def test_match_does_not_change_under_a_permutation_while_the_constrained_tests_lose_their_power(kinds):
+    table = axis_table(ARCH)
+    hidden = InMemory(ARCH, permute(RELATED.params, random_permutations(jax.random.key(3), table, kinds), table))
+    before, after = (Match().compute(pair_of(BASE, ft)) for ft in (RELATED, hidden))
+    for one, other in zip(before.tests, after.tests, strict=True):
+        assert one.values["agreeing"] == other.values["agreeing"]
+        if "rank" not in one.name:
+            assert one.log10_ps == other.log10_ps
+    assert Csu().compute(pair_of(BASE, hidden)).log10_p > -2.5
+
+
+def test_match_sees_through_negative_scaling_of_the_up_side():
+    params = jax.tree.map(jnp.asarray, RELATED.params)
+    for i in range(3):
+        mlp = params["layers"][str(i)]["mlp"]
+        signs = np.random.default_rng(i).choice([-3.0, 0.5], size=40)
+        mlp["up_proj"]["kernel"] = mlp["up_proj"]["kernel"] * signs
+        mlp["down_proj"]["kernel"] = mlp["down_proj"]["kernel"] / signs[:, None]
+    negated = InMemory(ARCH, params)
+    np.testing.assert_allclose(logits(negated, TOKENS), logits(RELATED, TOKENS), atol=2e-3)
+    before, after = (Match().compute(pair_of(BASE, ft)) for ft in (RELATED, negated))
+    assert after.log10_p == pytest.approx(before.log10_p, rel=0.02)
+    assert Csu().compute(pair_of(BASE, negated)).log10_p < -8
+
+
+def test_match_reads_the_text_through_two_tokenizers_where_bytes_coincide():
+    """Half of the positions, of blocks that differ in length, are enough; the others are not looked at."""
+    at = np.tile(np.arange(0, 24, 2, dtype=np.int32), (8, 1))
+    longer = np.concatenate([TOKENS, np.zeros((8, 5), np.int32)], axis=1)
+    valid = np.ones(at.shape, bool)
+    valid[:, -1] = False
+    spoilt_at = at.copy()
+    spoilt_at[:, -1] = 0
+    blocks = PairedBlocks(TOKENS, longer, at, spoilt_at, valid, "test")
+    result = Match(forms=("forward",)).compute(pair_of(BASE, RELATED, blocks=blocks))
+    assert result.log10_p < -8
+    few = blocks.sampled(20, np.random.default_rng(0))
+    assert few.num_pairs <= 20
+    assert few.valid[:, -1].sum() <= few.num_pairs
+
+
+def test_outside_controls_set_the_allowance():
+    pair = pair_of(BASE, OTHER, controls=(tiny.model(ARCH, 5),))
+    null = Match(forms=("weights",)).compute(pair).null["weights"]
+    assert "1 control models" in null["u from"]
+    assert all(0 < u < 0.5 for u in null["u"])
+    assert Match(forms=("weights",)).compute(pair_of(BASE, OTHER)).null["weights"]["u"] == tabled_allowance(
+        3, "weights"
+    )
+
+
+def test_controls_are_layers_that_do_not_correspond():
+    pairs = control_pairs(6, 6, np.random.default_rng(0))
+    assert len(pairs) == 20
+    assert all(abs(i - j) >= 2 for i, j in pairs)
+    assert len(control_pairs(40, 40, np.random.default_rng(0))) == 64
+    assert set(control_pairs(3, 3, np.random.default_rng(0))) == {(i, j) for i in range(3) for j in range(3) if i != j}
+    assert control_pairs(1, 1, np.random.default_rng(0)) == []
+
+
+def test_without_controls_the_null_is_widened_and_says_so():
+    alone = null_of([], [0.05], "table")
+    many = null_of([Comparison(100, 100, 0.01, 1, -0.5, -0.5)] * 10, [0.05], "table")
+    assert alone.lam > many.lam == 1.0
+    assert alone.s > many.s == 1.0
+    assert "only 0 layer pairs" in alone.notes[0]
+    found = Comparison(100, 100, 0.5, 30, 0.0, 0.0)
+    assert many.log_p_agreement(0, found) < alone.log_p_agreement(0, found) < 0
+    assert many.log_p_rank(0, found) < alone.log_p_rank(0, found) < 0
+
+
+def test_the_upper_share_is_clopper_pearsons():
+    expected = scipy.stats.binomtest(7, 90).proportion_ci(0.98, method="exact").high  # two-sided 98 %: 1 % above
+    assert upper_share(7, 90) == pytest.approx(expected, rel=1e-9)
+    assert upper_share(90, 90) < 1
+
+
+def test_against_each_other_counts_the_units_that_both_send_to_the_same():
+    rng = np.random.default_rng(0)
+    gate, up = rng.normal(size=(9, 14)), rng.normal(size=(9, 14))
+    one, other = (match_units(s, np.random.default_rng(i)) for i, s in enumerate((gate, up)))
+    tall = against_each_other(*(match_units(s.T, np.random.default_rng(i)) for i, s in enumerate((gate, up))))
+    wide = against_each_other(one, other)
+    assert (wide.units, wide.choices, wide.agreeing) == (9, 14, int((one.ft == other.ft).sum()))
+    assert (tall.units, tall.choices, tall.agreeing) == (9, 14, wide.agreeing)
+
+
+def result_with(log10_p, places=("layer 0", "layer 1", "layer 2")):
+    ps = [log10_p, -0.2, -0.1]
+    return Result(0.5, "x", log10_p, tests=[Test("t", log10_p, "Fisher", places, ps, {"units": [3, 3, 3]})])
+
+
+def test_the_verdict_is_holms_minimum_over_the_deciding_statistics():
+    found = verdict({"csu": result_with(-9.0), "csh": result_with(-0.5), "l2": result_with(-50.0)}, 1e-3)
+    assert (found.verdict, found.statistic, list(found.layers)) == ("related", "csu", ["layer 0"])
+    assert found.adjusted_log10_p == pytest.approx(-9 + math.log10(2))
+    assert [row["place"] for row in found.evidence][:2] == ["layer 0", "layer 0"]
+    assert verdict({"csu": result_with(-2.0)}, 1e-3).verdict == "undecided"
+    assert verdict({"csu": result_with(-1.0)}, 1e-3).verdict == "independent"
+    nothing = verdict({"l2": result_with(-50.0), "csu": Result(None, "csu", not_applicable="no")}, 1e-3)
+    assert (nothing.verdict, nothing.statistic) == ("undecided", None)
+    with pytest.raises(ValueError, match=r"level=0\.2"):
+        verdict({}, 0.2)
+
+
+def test_what_has_no_shape_in_common_is_said():
+    wide = dataclasses.replace(ARCH, embed_dim=30)
+    deep = dataclasses.replace(ARCH, num_layers=5)
+    none = Vocabularies(False, np.zeros(0, np.int32), np.zeros(0, np.int32))
+    assert "rows have no cosine" in Csu().problems(ARCH, wide, SAME)[0]
+    assert "see match_all" in Match().problems(ARCH, deep, SAME)[0]
+    assert "share no tokens" in Csh().problems(ARCH, ARCH, none)[0]
+    assert "share no token" in Jsd().problems(ARCH, ARCH, none)[0]
+    assert "different width: embed has 24 and 30" in L2().problems(ARCH, wide, SAME)[0]
+    assert "different depth" in PermModeL2().problems(ARCH, deep, SAME)[0]
+    assert MatchAll().problems(ARCH, deep, SAME) == []
+    assert "raise it" in MatchAll(max_gib=1e-6).problems(ARCH, deep, SAME)[0]
+    assert Csu().problems(ARCH, deep, SAME) == []
+    assert {"csu", "csu_all", "csh", "l2", "jsd", "match", "match_all", "perm_mode_l2"} <= set(REGISTRY)
