@@ -1,4 +1,4 @@
-"""A llama-like forward pass in numpy and float64, written from the families' definitions: no part of it is ours.
+"""A decoder's forward pass in numpy and float64, written from the families' definitions: no part of it is ours.
 
 Letters: T position, D embed, K kv heads, G queries per kv head, H head dim, F mlp, V vocab.
 """
@@ -27,6 +27,8 @@ def logits64(arch: Arch, params: Tree, tokens: np.ndarray) -> np.ndarray:
 def _logits(arch: Arch, params: Tree, tokens: np.ndarray) -> np.ndarray:
     table = _leaf(params["embed"]["embedding"])
     x = table[tokens] * arch.embed_scale
+    if arch.num_positions is not None:
+        x = x + _leaf(params["embed"]["positions"])[: len(tokens)]
     for i in range(arch.num_layers):
         x = _block(arch, params["layers"][str(i)], i, x)
     x = _norm(arch, params["head"].get("norm"), x)
@@ -40,10 +42,25 @@ def _block(arch: Arch, layer: Tree, index: int, x: np.ndarray) -> np.ndarray:
     y = _norm(arch, layer.get("attn_post_norm"), y) if arch.post_norms else y
     x = x + arch.residual_scale * y
     y = _norm(arch, layer.get("mlp_norm"), x) if arch.pre_norms else x
-    gate, up = (_linear(layer["mlp"][name], "td,df->tf", y) for name in ("gate_proj", "up_proj"))
-    y = _linear(layer["mlp"]["down_proj"], "tf,fd->td", _ACTIVATIONS[arch.activation](gate) * up)
+    y = _mlp(arch, layer["mlp"], y) if arch.num_experts is None else _experts(arch, layer["mlp"], y)
     y = _norm(arch, layer.get("mlp_post_norm"), y) if arch.post_norms else y
     return x + arch.residual_scale * y
+
+
+def _mlp(arch: Arch, mlp: Tree, x: np.ndarray) -> np.ndarray:
+    up, act = _linear(mlp["up_proj"], "td,df->tf", x), _ACTIVATIONS[arch.activation]
+    units = act(_linear(mlp["gate_proj"], "td,df->tf", x)) * up if arch.gated else act(up)
+    return _linear(mlp["down_proj"], "tf,fd->td", units)
+
+
+def _experts(arch: Arch, mlp: Tree, x: np.ndarray) -> np.ndarray:
+    scores, y = _linear(mlp["router"], "td,de->te", x), np.zeros_like(x)
+    for t in range(len(x)):
+        chosen = np.argsort(scores[t])[-arch.experts_per_token :]
+        for expert, share in zip(chosen, softmax(scores[t, chosen]), strict=True):
+            own = {name: {"kernel": leaf["kernel"][expert]} for name, leaf in mlp.items() if name != "router"}
+            y[t] += share * _mlp(arch, own, x[t : t + 1])[0]
+    return y
 
 
 def _attention(arch: Arch, attn: Tree, index: int, x: np.ndarray) -> np.ndarray:
@@ -54,9 +71,9 @@ def _attention(arch: Arch, attn: Tree, index: int, x: np.ndarray) -> np.ndarray:
         q, k = _norm(arch, attn["q_norm"], q, over), _norm(arch, attn["k_norm"], k, over)
     if arch.clip_qkv is not None:
         q, k, v = (np.clip(y, -arch.clip_qkv, arch.clip_qkv) for y in (q, k, v))
-    angles = np.arange(len(x))[:, None] * np.asarray(arch.rope_frequencies[arch.layer_ropes[index]])
-    turn = np.exp(1j * angles)
-    q, k = _turned(q, turn[:, None, None]), _turned(k, turn[:, None])
+    if arch.layer_ropes:
+        turn = np.exp(1j * np.arange(len(x))[:, None] * np.asarray(arch.rope_frequencies[arch.layer_ropes[index]]))
+        q, k = _turned(q, turn[:, None, None]), _turned(k, turn[:, None])
     scores = _capped(np.einsum("tkgh,skh->kgts", q, k) * arch.attention_scale, arch.attention_softcap)
     back = np.arange(len(x))[:, None] - np.arange(len(x))
     window = arch.layer_windows[index] or len(x)
@@ -72,12 +89,13 @@ def _turned(x: np.ndarray, turn: np.ndarray) -> np.ndarray:
 
 def _norm(arch: Arch, params: Tree | None, x: np.ndarray, trailing: int | None = 1) -> np.ndarray:
     axes = tuple(range(1, x.ndim)) if trailing is None else (-1,)
-    if arch.norm == "layer_norm_plain":
+    if arch.norm.startswith("layer_norm"):
         x = x - x.mean(axes, keepdims=True)
     y = x / np.sqrt((x**2).mean(axes, keepdims=True) + arch.norm_eps)
     if params is None:
         return y
-    return y * (_leaf(params["scale"]) + (arch.norm == "rms_unit_offset"))
+    y = y * (_leaf(params["scale"]) + (arch.norm == "rms_unit_offset"))
+    return y + _leaf(params["bias"]) if "bias" in params else y
 
 
 def _linear(params: Tree, equation: str, x: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from parity_cases import CASES, FAMILIES
+from parity_cases import CASES
 from reference64 import logits64
 
 from tracing_jax.arch import Arch
@@ -48,10 +48,11 @@ REWRITES: tuple[type[Rewrite], ...] = (
     Padding, IdentityLayer, Permutation, GainScaling, GainSetting, Rotation, UnitScaling, ValueMixing, QueryKeyMaps,
     Renaming,
 )  # fmt: skip
-LAYOUTS = [f"{family}-{heads}-default" for family in FAMILIES for heads in ("mha-tied", "gqa-untied", "mqa-tied")]
+LAYOUTS = [name for name in CASES if name.endswith(("mha-tied-default", "gqa-untied-default", "mqa-tied-default"))]
 OPTIONS = ["llama-both_biases", "llama-narrow_heads", "llama-relu", "qwen2-layer_types", "qwen3-attention_bias",
            "gemma-attention_bias", "gemma2-attention_bias", "gemma3_text-scaled_local_rope", "olmo-no_clip",
-           "olmo-attention_bias", "olmo2-attention_bias", "granite-biases"]  # fmt: skip
+           "olmo-attention_bias", "olmo2-attention_bias", "granite-biases", "mixtral-one_per_token",
+           "gpt2-tied", "gpt2-untied", "gpt2-inner", "gpt2-odd_heads", "gpt2-relu"]  # fmt: skip
 
 
 read = functools.cache(lambda name: CASES[name].source())
@@ -92,7 +93,7 @@ def same(tree, other, tolerance: float) -> bool:
 
 def test_the_reference_is_the_engine():
     for name in ("llama-both_biases", "gemma2-gqa-tied-linear", "gemma3_text-pattern_2", "olmo-gqa-tied-linear",
-                 "olmo2-mqa-untied-llama3", "granite-biases"):  # fmt: skip
+                 "olmo2-mqa-untied-llama3", "granite-biases", "mixtral-gqa-tied-linear", "gpt2-inner"):  # fmt: skip
         case = CASES[name]
         found = logits(case.source(), case.tokens())
         expected = logits64(case.arch(), case.source().params, case.tokens())
@@ -165,13 +166,17 @@ def test_table_says_of_every_leaf_what_it_does_on_the_residual_stream(name):
         ("olmo-gqa-untied-default", QueryKeyMaps, "clip_qkv"),
         ("qwen3-gqa-untied-default", QueryKeyMaps, "normalised between projection and rope"),
         ("olmo2-gqa-untied-default", QueryKeyMaps, "normalised between projection and rope"),
+        ("gpt2-tied", Rotation, "subtracts the mean"),
+        ("gpt2-tied", GainSetting, "a bias behind the gain"),
+        ("gpt2-tied", UnitScaling, "no gate"),
+        ("gpt2-odd_heads", QueryKeyMaps, "no pairs"),
         ("llama-gqa-untied-default", Untying, "not tied"),
     ],
 )
 def test_what_does_not_exist_for_a_family_is_refused_with_the_reason(name, kind, reason):
     arch = CASES[name].arch()
     assert any(reason in line for line in kind.absent(arch))
-    if kind is not Untying:
+    if kind.name in DRAWN:
         with pytest.raises(ValueError, match=f"{kind.name}: .*{reason}"):
             draw_rewrites(f"permute,{kind.name}", jax.random.key(0), arch)
 
@@ -183,6 +188,7 @@ def test_what_does_not_exist_for_a_family_is_refused_with_the_reason(name, kind,
         ("gemma-gqa-untied-default", Padding(features=4), "root of their number"),
         ("olmo-gqa-untied-default", Padding(features=4), "subtracts the mean"),
         ("olmo2-gqa-untied-default", Padding(kv_heads=1), "over all heads together"),
+        ("gpt2-tied", Padding(kv_heads=1), "no field for the width of a head"),
         ("llama-gqa-untied-default", Padding(units=-40), "nothing would be left"),
     ],
 )

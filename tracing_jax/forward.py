@@ -144,7 +144,9 @@ def check_function(
     Raises:
       ValueError: further than rounding explains: `after` does not compute what `before` does.
     """
-    tokens = np.random.default_rng(seed).integers(before.arch.vocab_size, size=_PROOF_TOKENS, dtype=np.int32)
+    blocks, length = _PROOF_TOKENS
+    shape = (blocks, min(length, before.arch.num_positions or length))
+    tokens = np.random.default_rng(seed).integers(before.arch.vocab_size, size=shape, dtype=np.int32)
     ids = np.arange(before.arch.vocab_size) if new_ids is None else new_ids
     expected, found = logits(before, tokens), logits(after, ids[tokens].astype(np.int32))[..., ids]
     moved = float(np.abs(found - expected).max() / max(1.0, float(np.abs(expected).max())))

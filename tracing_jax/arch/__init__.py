@@ -4,7 +4,7 @@ One decoder block with flags covers every family here. Each attribute of a confi
 numbers alone, or an error: a setting that is skipped in silence gives wrong numbers.
 """
 
-from tracing_jax.arch.changing import change_config
+from tracing_jax.arch.changing import can_say, change_config
 from tracing_jax.arch.facts import Arch, UnsupportedModelError, length_problem
 from tracing_jax.arch.families import SUPPORTED_FAMILIES
 from tracing_jax.arch.reading import arch_from_config, read_arch
@@ -16,6 +16,7 @@ __all__ = [
     "Arch",
     "UnsupportedModelError",
     "arch_from_config",
+    "can_say",
     "change_config",
     "length_problem",
     "read_arch",

@@ -25,33 +25,31 @@ def change_config(folder: Path, arch: Arch) -> None:
     raw = json.loads(file.read_text(encoding="utf-8"))
     wanted, found = _fields(arch), _fields(before)
     changes = {name: value for name, value in wanted.items() if value != found[name]}
-    if changes.keys() & {"hidden_size", "num_attention_heads"}:
+    names = FAMILIES[arch.family].names
+    if changes.keys() & {names["embed_dim"], names["num_heads"]}:
         # A width of heads, and a number of kv heads, that are not in the file follow from what changes.
-        changes |= {name: wanted[name] for name in ("head_dim", "num_key_value_heads")}
+        changes |= {names[fact]: wanted[names[fact]] for fact in ("head_dim", "num_kv_heads") if fact in names}
     kinds_before = (before.layer_windows, before.layer_ropes)
     if (arch.layer_windows, arch.layer_ropes) != kinds_before and "layer_types" in FAMILIES[arch.family].uses.split():
         changes["layer_types"] = _layer_types(folder, before, arch)
     file.write_text(json.dumps(raw | changes, indent=2) + "\n", encoding="utf-8")
     written = read_arch(folder)
     if written != arch:
-        names = [field.name for field in fields(arch) if getattr(written, field.name) != getattr(arch, field.name)]
-        lines = [f"{name} {getattr(arch, name)}, which reads back as {getattr(written, name)}" for name in names]
+        wrong = [field.name for field in fields(arch) if getattr(written, field.name) != getattr(arch, field.name)]
+        lines = [f"{name} {getattr(arch, name)}, which reads back as {getattr(written, name)}" for name in wrong]
         raise UnsupportedModelError(f"a config of family {arch.family} cannot say: {'; '.join(lines)}")
+
+
+def can_say(arch: Arch, fact: str) -> bool:
+    """Says whether a config of the model's family has a field for a fact, which else follows from others."""
+    return fact in FAMILIES[arch.family].names
 
 
 def _fields(arch: Arch) -> dict[str, Any]:
     """Returns the fields of a config that rewrites may change."""
-    return {
-        "vocab_size": arch.vocab_size,
-        "hidden_size": arch.embed_dim,
-        "intermediate_size": arch.mlp_dim,
-        "num_hidden_layers": arch.num_layers,
-        "num_attention_heads": arch.num_kv_heads * arch.q_group,
-        "num_key_value_heads": arch.num_kv_heads,
-        "head_dim": arch.head_dim,
-        "rms_norm_eps": arch.norm_eps,
-        "tie_word_embeddings": arch.tied,
-    }
+    facts = {field.name: getattr(arch, field.name) for field in fields(arch)}
+    facts["num_heads"] = arch.num_kv_heads * arch.q_group
+    return {name: facts[fact] for fact, name in FAMILIES[arch.family].names.items()}
 
 
 def _layer_types(folder: Path, before: Arch, after: Arch) -> list[str]:

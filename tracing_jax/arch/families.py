@@ -21,6 +21,19 @@ _GEMMA2_USES = (
     _GEMMA_USES + " query_pre_attn_scalar sliding_window layer_types final_logit_softcapping attn_logit_softcapping"
 )
 
+NAMES: Mapping[str, str] = {
+    "vocab_size": "vocab_size",
+    "embed_dim": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "mlp_dim": "intermediate_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "norm_eps": "rms_norm_eps",
+    "tied": "tie_word_embeddings",
+}
+"""Fact (a field of `Arch`, or the number of query heads) -> the attribute that says it in nearly every family."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -34,6 +47,7 @@ class Family:
       common: the attributes that are used here under the names that nearly all families share.
       activation: the attribute that names the activation.
       neutral: attributes of this family alone that leave a forward pass without dropout unchanged.
+      names: fact -> the attribute that says it; a fact that is not there follows from others.
     """
 
     read: Callable[[Any], Facts]
@@ -42,6 +56,7 @@ class Family:
     common: frozenset[str] = COMMON
     activation: str = "hidden_act"
     neutral: str = ""
+    names: Mapping[str, str] = field(default_factory=lambda: NAMES)
 
     @property
     def used(self) -> frozenset[str]:
@@ -181,6 +196,15 @@ FAMILIES: dict[str, Family] = {
         "n_embd n_layer n_head n_inner n_positions layer_norm_epsilon activation_function scale_attn_weights",
         thetas={},
         common=frozenset({"vocab_size", "tie_word_embeddings"}),
+        names={
+            "vocab_size": "vocab_size",
+            "embed_dim": "n_embd",
+            "num_layers": "n_layer",
+            "mlp_dim": "n_inner",
+            "num_heads": "n_head",
+            "norm_eps": "layer_norm_epsilon",
+            "tied": "tie_word_embeddings",
+        },
         activation="activation_function",
         # n_ctx only sized the mask of old files; upcasting attention changes nothing in float32.
         neutral="attn_pdrop embd_pdrop gradient_checkpointing n_ctx output_past reorder_and_upcast_attn"

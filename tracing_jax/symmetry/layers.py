@@ -39,8 +39,8 @@ class IdentityLayer(Rewrite):
         return replace(
             arch,
             num_layers=arch.num_layers + 1,
-            layer_ropes=_inserted(arch.layer_ropes, self.at, arch.layer_ropes[like]),
-            layer_windows=_inserted(arch.layer_windows, self.at, arch.layer_windows[like]),
+            layer_ropes=_with_copy(arch.layer_ropes, self.at, like),
+            layer_windows=_with_copy(arch.layer_windows, self.at, like),
         )
 
     def part(self, prefix: str, read: Read, arch: Arch) -> Part:
@@ -89,7 +89,7 @@ class LayerRemoval(Rewrite):
         return replace(
             arch,
             num_layers=len(without),
-            layer_ropes=tuple(arch.layer_ropes[i] for i in without),
+            layer_ropes=tuple(arch.layer_ropes[i] for i in without if arch.layer_ropes),
             layer_windows=tuple(arch.layer_windows[i] for i in without),
         )
 
@@ -119,5 +119,6 @@ def _writes_stream(row: Leaf) -> bool:
     return any(axis == "embed" and side == "writes" for axis, side in zip(row.axes, row.sides, strict=True))
 
 
-def _inserted(items: tuple[Any, ...], at: int, item: Any) -> tuple[Any, ...]:
-    return (*items[:at], item, *items[at:])
+def _with_copy(items: tuple[Any, ...], at: int, like: int) -> tuple[Any, ...]:
+    """Returns the facts of layers with a copy of one of them put in; a model without ropes has none of these."""
+    return (*items[:at], items[like], *items[at:]) if items else ()

@@ -153,6 +153,8 @@ class QueryKeyMaps(Rewrite):
     @classmethod
     def absent(cls, arch: Arch) -> list[str]:
         lines = _clipped(arch, "queries and keys")
+        if arch.head_dim % 2:
+            lines.append(f"its heads have {arch.head_dim} dims, which are no pairs")
         if arch.qk_norm is not None:
             lines.append(
                 "queries and keys are normalised between projection and rope, and a map does not commute with that"

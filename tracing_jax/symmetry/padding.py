@@ -8,13 +8,16 @@ from typing import ClassVar
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from tracing_jax.arch import Arch
+from tracing_jax.arch import Arch, can_say
 from tracing_jax.axes import Leaf, kind_of
 from tracing_jax.symmetry.residual import gain_offset
 from tracing_jax.symmetry.rewrite import Part, Read, Rewrite, Weight, rows_of, stream
 
 # Axis kind -> the kind on which its units are silent where what writes it is zero.
 _SILENT_ON = {"mlp": "mlp", "embed": "embed", "kv_heads": "v_dim"}
+
+# Matrix products of experts want rows that are multiples of 16 bytes: 8 numbers of two bytes.
+_ALIGNED = 8
 
 # Units that are taken away again may hold what rounding left in them, relative to the leaf's root mean square.
 _NEGLIGIBLE = 1e-2
@@ -46,7 +49,8 @@ class Padding(Rewrite):
     def random(cls, key: PRNGKeyArray, arch: Arch) -> "Padding":
         """Returns some units, and features and kv heads where the model can have more of them."""
         rng = stream(key, "pad")
-        units = int(rng.integers(1, max(1, arch.mlp_dim // 8) + 1))
+        step = math.gcd(arch.mlp_dim, _ALIGNED)
+        units = step * int(rng.integers(1, max(1, arch.mlp_dim // (8 * step)) + 1))
         kv_heads = int(rng.integers(1, max(1, arch.num_kv_heads // 4) + 1))
         heads = [(arch.num_kv_heads + more) * arch.q_group for more in (0, kv_heads)]
         # Many classes of transformers refuse a width that is no multiple of the heads.
@@ -54,7 +58,8 @@ class Padding(Rewrite):
             fitting = (n for n in range(1, arch.num_kv_heads + 1) if not arch.embed_dim % (heads[0] + n * arch.q_group))
             return cls(units, 0, 0 if _head_problems(arch) else next(fitting, 0))
         heads_after = heads[0] if _head_problems(arch) else heads[1]
-        wider = heads_after * math.ceil((arch.embed_dim + arch.embed_dim // 16 + 1) / heads_after)
+        step = math.lcm(heads_after, math.gcd(arch.embed_dim, _ALIGNED))
+        wider = step * math.ceil((arch.embed_dim + arch.embed_dim // 16 + 1) / step)
         return cls(units, wider - arch.embed_dim, (heads_after - heads[0]) // arch.q_group)
 
     def misfits(self, arch: Arch) -> list[str]:
@@ -152,4 +157,6 @@ def _feature_problems(arch: Arch) -> list[str]:
 def _head_problems(arch: Arch) -> list[str]:
     if arch.qk_norm == "all":
         return ["kv heads cannot be added: queries and keys are normalised over all heads together"]
+    if not can_say(arch, "head_dim"):
+        return ["kv heads cannot be added: its config has no field for the width of a head, which follows from them"]
     return []
