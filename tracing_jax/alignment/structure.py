@@ -111,7 +111,7 @@ def _silent_units(part: Leaves, table: AxisTable, axis: str) -> np.ndarray:
     lead = holders if written == axis else [*holders, axis]
     writes = stacked(part, table, written, "writes", lead)
     assert writes is not None
-    return ~writes.reshape(*writes.shape[: len(holders) + 1], -1).any(axis=-1)
+    return np.logical_not(writes.reshape(*writes.shape[: len(holders) + 1], -1).any(axis=-1))
 
 
 def _silent_last(silent: np.ndarray, surplus: int, axis: str, lines: list[str]) -> np.ndarray | None:
