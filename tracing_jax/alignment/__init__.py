@@ -5,7 +5,16 @@ units, mixed values ...) are undone from the weights: `align(base, ft, ("all",),
 """
 
 from tracing_jax.alignment.aligning import LOGITS_TOLERANCE, align
-from tracing_jax.alignment.kinds import KINDS, WHOLE, alignment_problems, beyond_permutations, kind_problems, kinds_in
+from tracing_jax.alignment.kinds import (
+    KINDS,
+    WHOLE,
+    AlignmentError,
+    alignment_problems,
+    beyond_permutations,
+    kind_problems,
+    kinds_in,
+    shape_hoped_for,
+)
 from tracing_jax.alignment.permuting import TAP
 from tracing_jax.alignment.result import Alignment, Evidence, aligned
 
@@ -15,6 +24,7 @@ __all__ = [
     "TAP",
     "WHOLE",
     "Alignment",
+    "AlignmentError",
     "Evidence",
     "align",
     "aligned",
@@ -22,4 +32,5 @@ __all__ = [
     "beyond_permutations",
     "kind_problems",
     "kinds_in",
+    "shape_hoped_for",
 ]

@@ -59,8 +59,9 @@ def align(
       seed: draws the tokens of the proof.
 
     Raises:
-      ValueError: models that cannot be aligned, arguments that do not fit (all at once), surplus units or layers of ft
-        that are not silent, or an aligned model whose logits are not ft's own.
+      ValueError: models that cannot be aligned, arguments that do not fit (all at once), or an aligned model whose
+        logits are not ft's own.
+      AlignmentError: surplus units or layers of ft are not silent, or no row of a token is shared.
     """
     _check(base.arch, ft.arch, kinds, evidence, tokens)
     if beyond_permutations(kinds):

@@ -1,6 +1,7 @@
 """What alignment can undo, by name, and between which models."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from tracing_jax.arch import Arch
 from tracing_jax.axes import PERMUTABLE, axis_table, kind_of
@@ -27,6 +28,10 @@ _NEEDS = {"kv_heads": ("v_dim",), "q_group": ("v_dim",), "expert": ("mlp",)}
 be compared."""
 
 _PADDED = ("embed", "mlp", "kv_heads")
+
+
+class AlignmentError(ValueError):
+    """What the weights of two models show: nothing says how they belong together."""
 
 
 def kinds_in(listed: str) -> tuple[str, ...]:
@@ -87,6 +92,22 @@ def alignment_problems(base: Arch, ft: Arch, kinds: Sequence[str]) -> list[str]:
             shown = ["no" if n is None else n for n in (size, size_ft)]
             lines.append(f"{kind}: {shown[0]} units in base, {shown[1]} in ft; they are paired one to one")
     return lines
+
+
+def shape_hoped_for(base: Arch, ft: Arch, kinds: Sequence[str]) -> Arch:
+    """Returns the facts that ft has once it is aligned, if all that it has more than base does nothing.
+
+    Its head counts as tied like base's: where alignment unties one of them, untying the other changes nothing.
+    """
+    asked = set(expanded(kinds))
+    found = replace(ft, tied=base.tied) if beyond_permutations(kinds) else ft
+    if "identity" in asked:
+        layers = {name: getattr(base, name) for name in ("num_layers", "layer_ropes", "layer_windows")}
+        found = replace(found, **layers)
+    if "padding" in asked:
+        widths = {name: getattr(base, name) for name in ("mlp_dim", "embed_dim", "num_kv_heads", "norm_eps")}
+        found = replace(found, **widths)
+    return found
 
 
 def unit_sizes(arch: Arch) -> dict[str, int]:

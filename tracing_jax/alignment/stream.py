@@ -4,6 +4,7 @@ import numpy as np
 from jaxtyping import Float
 
 from tracing_jax.alignment.balance import polar
+from tracing_jax.alignment.kinds import AlignmentError
 from tracing_jax.alignment.parts import Leaves, leaves, rows, shared_units, units_first
 from tracing_jax.axes import AxisTable
 from tracing_jax.matching import Shared, assign
@@ -35,7 +36,7 @@ def token_products(base: ParamSource, ft: ParamSource, shared: Shared | None) ->
     """Returns the cross products of the embedding and the head, whose other axis, the tokens, is in order already.
 
     Raises:
-      ValueError: the models share no row of a token.
+      AlignmentError: the models share no row of a token.
     """
     products = [
         cross_products(leaves(base, prefix), leaves(ft, prefix), rows(base.arch, prefix), shared)
@@ -43,7 +44,7 @@ def token_products(base: ParamSource, ft: ParamSource, shared: Shared | None) ->
     ]
     total = products[0] + products[1]
     if not total.any():
-        raise ValueError(
+        raise AlignmentError(
             f"no embedding row of base ({base.arch.vocab_size} tokens) and ft ({ft.arch.vocab_size} tokens) stands for "
             "the same token, or they are zero: nothing says how the residual streams belong together"
         )

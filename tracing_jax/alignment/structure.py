@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from tracing_jax.alignment.kinds import AlignmentError
 from tracing_jax.alignment.parts import Leaves, exact, leaves, prefixes, rows, stacked, units_first
 from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisTable, kind_of
@@ -24,7 +25,7 @@ def without_surplus(
     """Returns the rewrites that bring ft to base's depth and width, and a report of what they take away.
 
     Raises:
-      ValueError: not as many layers or units of ft are silent as it has more than base; all findings at once.
+      AlignmentError: not as many layers or units of ft are silent as it has more than base; all findings at once.
     """
     rewrites: list[Rewrite] = []
     report: dict[str, Any] = {}
@@ -55,7 +56,7 @@ def _surplus_layers(base: ParamSource, ft: ParamSource) -> list[int]:
         if i in silent and i - len(found) not in silent_in_base and len(found) < surplus:
             found.append(i)
     if len(found) < surplus:
-        raise ValueError(
+        raise AlignmentError(
             f"ft has {surplus} layers more than base, of which {len(found)} add nothing to the residual stream: they "
             "are no identity layers, and nothing says which layer belongs to which"
         )
@@ -100,7 +101,7 @@ def _to_the_end(base: Arch, ft: ParamSource, kinds: Collection[str]) -> list[Rew
         elif (order := _silent_last(silent, surplus, "embed", lines)) is not None:
             permutations["embed"] = order
     if lines:
-        raise ValueError("ft is wider than base, and not by padding:\n  " + "\n  ".join(lines))
+        raise AlignmentError("ft is wider than base, and not by padding:\n  " + "\n  ".join(lines))
     return [*([Permutation(permutations)] if permutations else []), *rotation]
 
 
@@ -151,4 +152,4 @@ def _check_widths(base: Arch, ft: Arch) -> None:
     names = ("mlp_dim", "embed_dim", "num_kv_heads")
     lines = [f"{n}: {getattr(base, n)} and {getattr(ft, n)}" for n in names if getattr(base, n) != getattr(ft, n)]
     if lines:
-        raise ValueError("widths differ after padding is dropped: " + "; ".join(lines))
+        raise AlignmentError("widths differ after padding is dropped: " + "; ".join(lines))

@@ -43,7 +43,7 @@ def undo(base: ParamSource, ft: ParamSource, kinds: Collection[str], shared: Sha
     Each kind that is named is estimated, whether or not ft seems to need it. `kinds` exist for both models.
 
     Raises:
-      ValueError: the residual streams cannot be compared.
+      AlignmentError: the residual streams cannot be compared.
     """
     moves, rotates = bool({"embed", "rotation"} & set(kinds)), "rotation" in kinds
     folds = "gains" in kinds
