@@ -23,8 +23,6 @@ from absl import app, flags
 from jaxtyping import Float
 from scipy import stats
 from tqdm import tqdm
-from tracing_jax.statistics.csh import Csh
-from tracing_jax.statistics.csu import Csu
 
 from benchmarks import drawing
 from benchmarks.devices import use_all_cores
@@ -36,6 +34,8 @@ from tracing_jax.report import save_png, text_table
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.source import InMemory
 from tracing_jax.statistics import Pair, Vocabularies
+from tracing_jax.statistics.csh import Csh
+from tracing_jax.statistics.csu import Csu
 from tracing_jax.statistics.permutation_nulls import randomised_agreement_log_p
 from tracing_jax.statistics.pvalues import fisher, holm
 from tracing_jax.tree import Tree

@@ -1,5 +1,6 @@
 """From two models and what may be undone to a proven alignment."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -120,7 +121,7 @@ def _undone(base: InMemory, ft: InMemory, kinds: Sequence[str], shared: Shared |
     return Alignment(
         found.permutations,
         "weights",
-        (sum(before.values()), sum(found.cosines.values())),
+        (math.fsum(before.values()), math.fsum(found.cosines.values())),
         share_moved(found.permutations),
         moved,
         found.left_out,

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tracing_jax.arch import Arch
-from tracing_jax.axes import PERMUTABLE, axis_table, kind_of
+from tracing_jax.axes import PERMUTABLE, kind_of
 from tracing_jax.symmetry import GainScaling, QueryKeyMaps, Rewrite, Rotation, UnitScaling, ValueMixing
+from tracing_jax.symmetry.rewrite import table_of
 
 MAPS: dict[str, type[Rewrite]] = {
     "rotation": Rotation, "gains": GainScaling, "scaling": UnitScaling, "values": ValueMixing, "queries": QueryKeyMaps
@@ -112,7 +113,7 @@ def shape_hoped_for(base: Arch, ft: Arch, kinds: Sequence[str]) -> Arch:
 
 def unit_sizes(arch: Arch) -> dict[str, int]:
     """Returns axis kind -> number of units, the same in all layers."""
-    return {kind_of(axis): size for axis, size in axis_table(arch).sizes.items()}
+    return {kind_of(axis): size for axis, size in table_of(arch).sizes.items()}
 
 
 def _needed(kinds: Sequence[str], base: Arch, ft: Arch) -> list[str]:
@@ -120,6 +121,6 @@ def _needed(kinds: Sequence[str], base: Arch, ft: Arch) -> list[str]:
     if beyond_permutations(kinds):
         either = unit_sizes(base) | unit_sizes(ft)
         return [kind for kind in either if kind != "vocab"]
-    tables = [axis_table(arch) for arch in (base, ft)]
+    tables = [table_of(arch) for arch in (base, ft)]
     holders = {kind_of(axis): kind_of(holder) for table in tables for axis, holder in table.within.items()}
     return list(dict.fromkeys(n for kind in kinds for n in (kind, *_NEEDS.get(kind, ()), holders.get(kind, kind))))

@@ -7,11 +7,11 @@ import numpy as np
 from jaxtyping import Float
 
 from tracing_jax.arch import Arch
-from tracing_jax.axes import AxisTable, Leaf, axis_table
+from tracing_jax.axes import AxisTable, Leaf
 from tracing_jax.matching import Shared
 from tracing_jax.source import Disguised, Mapped, ParamSource, disguised, part
 from tracing_jax.symmetry import Rewrite
-from tracing_jax.symmetry.rewrite import Weight
+from tracing_jax.symmetry.rewrite import Weight, table_of
 from tracing_jax.tree import flatten
 
 Leaves = dict[str, np.ndarray]
@@ -36,7 +36,7 @@ def prefixes(arch: Arch) -> list[str]:
 
 def rows(arch: Arch, prefix: str) -> AxisTable:
     """Returns the rows of a part by the names of its leaves in it, and the sizes of its own axes alone."""
-    table = axis_table(arch).restricted(prefix)
+    table = table_of(arch).restricted(prefix)
     axes = {axis for row in table.leaves.values() for axis in row.axes}
     return AxisTable(table.leaves, {axis: n for axis, n in table.sizes.items() if axis in axes}, table.within)
 

@@ -10,6 +10,7 @@ from tracing_jax.source import Disguised, Mapped, ParamSource, disguised, permut
 from tracing_jax.symmetry import (
     GainScaling,
     GainSetting,
+    Permutation,
     Permutations,
     QueryKeyMaps,
     Rewrite,
@@ -57,7 +58,8 @@ class Alignment:
     @property
     def arrays(self) -> dict[str, np.ndarray]:
         """The permutations by axis, and the data of all other maps by the name of their rewrite and their place."""
-        return {axis: np.asarray(p) for axis, p in self.permutations.items()} | map_arrays(self.rewrites)
+        others = [r for r in self.rewrites if not (isinstance(r, Permutation) and r.permutations is self.permutations)]
+        return {axis: np.asarray(p) for axis, p in self.permutations.items()} | map_arrays(others)
 
 
 def aligned(ft: ParamSource, alignment: Alignment) -> Mapped | Disguised:
@@ -70,7 +72,7 @@ def aligned(ft: ParamSource, alignment: Alignment) -> Mapped | Disguised:
 
 
 def map_arrays(rewrites: Sequence[Rewrite]) -> dict[str, np.ndarray]:
-    """Returns the arrays of all rewrites but permutations, such as `values/layers/0/v_dim`; `rotate` is a matrix.
+    """Returns the arrays of rewrites by name, such as `values/layers/0/v_dim`; `rotate` is a matrix.
 
     Where a type occurs twice, as a rotation that gathers silent features does, later ones are numbered: `rotate-2`.
     """
