@@ -107,11 +107,11 @@ def _undone(base: InMemory, ft: InMemory, kinds: Sequence[str], shared: Shared |
     wanted, absent = existing(kinds, base.arch)
     surplus, report = without_surplus(base, ft, wanted)
     rest = in_memory(disguised(ft, surplus), "dropping padding") if surplus else ft
-    found = _by_maps(base, rest, wanted, absent, shared)
-    if "auto" in kinds:
-        by_permutations = _by_permutations(base, rest, shared)
-        if _as_alike(by_permutations.cosines, found.cosines):
-            found = by_permutations
+    found = _by_permutations(base, rest, shared) if "auto" in kinds else None
+    # Maps cannot bring a leaf closer than to a cosine of one, which is not waited for where it would decide nothing.
+    if found is None or not _explain(found.cosines, dict.fromkeys(found.cosines, 1.0)):
+        mapped = _by_maps(base, rest, wanted, absent, shared)
+        found = found if found is not None and _explain(found.cosines, mapped.cosines) else mapped
     before = cosines(base, ft, shared)
     rewrites = surplus + found.rewrites
     if all(isinstance(rewrite, Permutation) for rewrite in rewrites):
@@ -149,7 +149,7 @@ def _by_permutations(base: InMemory, ft: InMemory, shared: Shared | None) -> _Fo
     return _Found(rewrites, matching.permutations, matching.left_out, cosines(base, after, shared), {})
 
 
-def _as_alike(permuted: Mapping[str, float], mapped: Mapping[str, float]) -> bool:
+def _explain(permuted: Mapping[str, float], mapped: Mapping[str, float]) -> bool:
     """Says whether permutations alone bring every leaf about as close to base as all maps do."""
     times, plus = _ABOUT_AS_ALIKE
     return all(1 - permuted[name] <= times * (1 - mapped[name]) + plus for name in permuted if name in mapped)
