@@ -33,14 +33,14 @@ from tracing_jax.arch import Arch
 from tracing_jax.report import save_png, text_table
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.source import InMemory
-from tracing_jax.statistics import Pair, Vocabularies
+from tracing_jax.statistics import Pair, Statistic, Vocabularies
 from tracing_jax.statistics.csh import Csh
 from tracing_jax.statistics.csu import Csu
 from tracing_jax.statistics.permutation_nulls import randomised_agreement_log_p
 from tracing_jax.statistics.pvalues import fisher, holm
 from tracing_jax.tree import Tree
 
-STATISTICS = {"csu": Csu(), "csh": Csh(blocks=4, block_size=128)}
+STATISTICS: Mapping[str, Statistic] = {"csu": Csu(), "csh": Csh(blocks=4, block_size=128)}
 TESTS = ("rank correlation", "agreement")
 
 Models = Callable[[int], tuple[Tree, Tree]]
@@ -141,7 +141,7 @@ def _p_values(table: np.ndarray) -> PValues:
 
 
 _OUT_DIR = flags.DEFINE_string("out_dir", "runs/exact_nulls", "folder for the table and the figure")
-_PAIRS = flags.DEFINE_integer("pairs", 320, "pairs of each population")
+_PAIRS = flags.DEFINE_integer("pairs", 640, "pairs of each population")
 
 
 def main(argv: list[str]) -> None:

@@ -143,11 +143,11 @@ def _build(found: Zoo) -> None:
 
 def _train(arch: Arch, recipe: ZooRecipe, tokens: Int[np.ndarray, " N"]) -> Any:
     """Yields (snapshot, params of all models as numpy)."""
-    steps, sharding = recipe.models.base_steps, _sharding(recipe.num_seeds)
+    steps, sharding = recipe.models.base_steps, sharding_of(recipe.num_seeds)
     keys = jax.random.split(jax.random.key(recipe.models.seed), recipe.num_seeds)
     params = jax.device_put(jax.jit(jax.vmap(functools.partial(demo.init, arch)))(keys), sharding)
     state = jax.jit(jax.vmap(demo.optimizer(recipe.models).init), out_shardings=sharding)(params)
-    step, starts = _step_of_all(arch, recipe, sharding), _starts(recipe, len(tokens))
+    step, starts = step_of_all(arch, recipe, sharding), _starts(recipe, len(tokens))
     due = {round(share * steps): share for share in SNAPSHOTS}
     with tqdm(total=steps, desc=f"training {recipe.num_seeds} models", unit="step", disable=None) as bar:
         for i, rate in enumerate(demo.learning_rates(recipe.models.base_learning_rate, steps)):
@@ -160,7 +160,7 @@ def _train(arch: Arch, recipe: ZooRecipe, tokens: Int[np.ndarray, " N"]) -> Any:
     yield due[steps], jax.device_get(params)
 
 
-def _step_of_all(arch: Arch, recipe: ZooRecipe, sharding: NamedSharding) -> Callable[..., Any]:
+def step_of_all(arch: Arch, recipe: ZooRecipe, sharding: NamedSharding) -> Callable[..., Any]:
     """Returns `demo.train_step` over the leading axis of params, state and tokens."""
 
     def shard(params: Tree, state: Any, rate: jax.Array, tokens: jax.Array) -> Any:
@@ -174,7 +174,7 @@ def _step_of_all(arch: Arch, recipe: ZooRecipe, sharding: NamedSharding) -> Call
     return jax.jit(mapped, donate_argnums=(0, 1))
 
 
-def _sharding(num_seeds: int) -> NamedSharding:
+def sharding_of(num_seeds: int) -> NamedSharding:
     """Returns the division of the leading axis among as many devices as divide it."""
     count = max(n for n in range(1, len(jax.devices()) + 1) if num_seeds % n == 0)
     mesh = jax.make_mesh((count,), ("seed",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count])

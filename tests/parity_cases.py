@@ -163,6 +163,7 @@ _GPT2_OPTIONS: dict[str, dict[str, Any]] = {
     "one_head": {"n_head": 1},
     "odd_heads": {"n_head": 8},
     "unscaled": {"scale_attn_weights": False},
+    "inverse_layer": {"scale_attn_by_inverse_layer_idx": True},
     "upcast": {"reorder_and_upcast_attn": True},
     "gelu": {"activation_function": "gelu"},
     "relu": {"activation_function": "relu"},

@@ -445,6 +445,7 @@ def test_facts_of_gpt2_and_mixtral_are_those_of_their_papers(read):
     assert _has(gpt2, num_positions=1024, rope_frequencies=(), layer_ropes=(), norm="layer_norm", norm_eps=1e-5)
     assert _has(gpt2, gated=False, activation="gelu_tanh", qkv_bias=True, o_bias=True, mlp_bias=True, num_experts=None)
     assert _has(gpt2, attention_scale=1 / 8, pre_norms=True, post_norms=False, layer_windows=(None,) * 12)
+    assert read(_GPT2 | {"scale_attn_by_inverse_layer_idx": True}).inverse_layer_scale is True
     assert read(_DISTILGPT2).num_layers == 6
     assert _has(read(_GPT2 | {"n_inner": 100, "scale_attn_weights": False}), mlp_dim=100, attention_scale=1.0)
     mixtral = read(_PUBLISHED["mistralai/Mixtral-8x7B-v0.1"])
@@ -456,7 +457,6 @@ def test_facts_of_gpt2_and_mixtral_are_those_of_their_papers(read):
     ("config", "what"),
     [
         (_GPT2 | {"add_cross_attention": True}, "add_cross_attention"),
-        (_GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         (_GPT2 | {"num_key_value_heads": 1}, "num_key_value_heads"),
         (_GPT2 | {"intermediate_size": 12}, "intermediate_size"),
         (_GPT2 | {"activation_function": "tanh"}, "'tanh' is not one of"),
@@ -466,6 +466,7 @@ def test_facts_of_gpt2_and_mixtral_are_those_of_their_papers(read):
             "num_experts_per_tok 9 is not in 1",
         ),
         (_PUBLISHED["mistralai/Mixtral-8x7B-v0.1"] | {"norm_topk_prob": False}, "norm_topk_prob"),
+        (_LLAMA_3 | {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         (_LLAMA_3 | {"router_aux_loss_coef": 0.1}, "router_aux_loss_coef"),
     ],
 )

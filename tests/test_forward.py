@@ -56,9 +56,12 @@ def test_path_over_no_group_reads_no_other_model(one_device):
     np.testing.assert_array_equal(losses[0], losses[1])
 
 
-@pytest.mark.parametrize("mesh", [(8, 1), (2, 4), (1, 2)])
-def test_sharded_equals_unsharded(mesh, one_device):
-    arch = dataclasses.replace(tiny.qwen3_gqa(), num_kv_heads=4, q_group=2, mlp_dim=32)
+@pytest.mark.parametrize(
+    ("family", "mesh"),
+    [(tiny.qwen3_gqa, (8, 1)), (tiny.qwen3_gqa, (2, 4)), (tiny.gpt2, (1, 2)), (tiny.mixtral, (2, 4))],
+)
+def test_sharded_equals_unsharded(family, mesh, one_device):
+    arch = family(num_kv_heads=4, q_group=2, mlp_dim=32)
     base, ft, tokens = tiny.model(arch, 0), tiny.model(arch, 1), blocks(arch)
     expected = path_losses(base, ft, tokens, (0.0, 0.5, 1.0), ALL, one_device)
     compute = Compute(make_mesh(*mesh), batch_size=4)
@@ -74,6 +77,9 @@ def test_weights_are_split_where_the_table_says():
     assert up.sharding.shard_shape(up.shape) == (24, 8)
     k = params["layers"]["1"]["attn"]["k_proj"]["kernel"]
     assert k.sharding.shard_shape(k.shape) == (24, 1, 4)
+    experts = in_memory(placed(tiny.model(tiny.mixtral(mlp_dim=32, num_experts=4)), mesh)).layer(0)["mlp"]
+    assert experts["down_proj"]["kernel"].sharding.spec == jax.sharding.PartitionSpec(None, "model", None)
+    assert experts["router"]["kernel"].sharding.is_fully_replicated
     # 61 tokens do not divide by 4 devices: kept whole rather than refused.
     assert leaf_spec(table.leaves["embed/embedding"], table, mesh) == jax.sharding.PartitionSpec(None, None)
 

@@ -49,7 +49,7 @@ def gemma_mqa(**changes: object) -> Arch:
 
 def gpt2(**changes: object) -> Arch:
     """Learned positions, layer norms with biases, an MLP without gate, tied embeddings."""
-    config = transformers.GPT2Config(vocab_size=61, n_embd=24, n_layer=2, n_head=6, n_inner=20, n_positions=32)
+    config = transformers.GPT2Config(vocab_size=61, n_embd=24, n_layer=2, n_head=6, n_inner=20, n_positions=24)
     return dataclasses.replace(arch_from_config(config), **changes)
 
 

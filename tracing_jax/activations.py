@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
 from tracing_jax.arch import Arch
-from tracing_jax.models import apply_block_with_taps, apply_embed, apply_mlp_with_taps, layer_inputs
+from tracing_jax.models import LayerInputs, apply_block_with_taps, apply_embed, apply_mlp_with_taps, layer_inputs
 from tracing_jax.sharding import Compute
 from tracing_jax.source import ParamSource
 from tracing_jax.tree import Tree
@@ -79,7 +79,7 @@ def _embed_step(arch: Arch, dtype: DTypeLike, params: Tree, tokens: jax.Array) -
 
 @functools.partial(jax.jit, static_argnames=("arch", "taps"), donate_argnames=("x",))
 def _step(
-    arch: Arch, taps: tuple[str, ...], layer: Tree, x: jax.Array, inputs: tuple[jax.Array, jax.Array], at: jax.Array
+    arch: Arch, taps: tuple[str, ...], layer: Tree, x: jax.Array, inputs: LayerInputs, at: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     x, found = apply_block_with_taps(arch, layer, x, *inputs, taps)
     return x, {tap: picked(found[tap], at) for tap in taps}

@@ -152,7 +152,7 @@ def _key(recipe: Recipe) -> str:
 def _build(folder: Path, recipe: Recipe) -> None:
     """Writes the members and the text into `folder`."""
     seen, held_out = split(base_text(), recipe.base_pieces)
-    ft_seen, ft_held_out = split(_finetune_text(), recipe.finetune_pieces)
+    ft_seen, ft_held_out = split(finetune_text(), recipe.finetune_pieces)
     tokenizer = train_tokenizer(recipe, seen)
     tokens, ft_tokens, *held_out_tokens = (
         np.asarray(tokenizer.encode("".join(pieces)).ids, np.int32) for pieces in (seen, ft_seen, held_out, ft_held_out)
@@ -309,7 +309,8 @@ def base_text() -> Iterator[str]:
     yield from _docstrings(sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")))
 
 
-def _finetune_text() -> Iterator[str]:
+def finetune_text() -> Iterator[str]:
+    """Yields the texts that the fine-tune goes on with: the docstrings of numpy."""
     folder = Path(np.__file__).parent
     files = sorted(file.relative_to(folder) for file in folder.rglob("*.py"))
     yield from _docstrings(folder / file for file in files if "tests" not in file.parts)

@@ -1,7 +1,8 @@
 """The engine: token blocks through one model, or along the path between two, layer by layer.
 
 The jitted unit is the block step: one layer, for every alpha at once. It compiles once per shape, whatever the depth:
-ropes and windows that differ between layers come in as data. The weights of one interpolated layer live at a time.
+what differs between layers, such as rope and window, comes in as data. The weights of one interpolated layer live at a
+time.
 """
 
 import functools
@@ -183,8 +184,8 @@ class _Walk:
 
     def hidden(self, tokens: jax.Array) -> jax.Array:
         x = _embed_step(self.arch, self.dtype, self.embed, tokens)
-        for layer, (frequencies, window) in zip(self.layers, self.inputs, strict=True):
-            x = _block_step(self.arch, layer, x, frequencies, window)
+        for layer, inputs in zip(self.layers, self.inputs, strict=True):
+            x = _block_step(self.arch, layer, x, *inputs)
         return x
 
     def losses(self, tokens: jax.Array) -> jax.Array:
@@ -276,9 +277,14 @@ def _embed_step(arch: Arch, dtype: DTypeLike, path: _Path, tokens: jax.Array) ->
 
 @functools.partial(jax.jit, static_argnames="arch", donate_argnames="x")
 def _block_step(
-    arch: Arch, path: _Path, x: Float[Array, "A B T D"], frequencies: jax.Array, window: jax.Array
+    arch: Arch,
+    path: _Path,
+    x: Float[Array, "A B T D"],
+    frequencies: jax.Array,
+    window: jax.Array,
+    attention_scale: jax.Array,
 ) -> Float[Array, "A B T D"]:
-    return path.each(lambda params, x: apply_block(arch, params, x, frequencies, window), x)
+    return path.each(lambda params, x: apply_block(arch, params, x, frequencies, window, attention_scale), x)
 
 
 @functools.partial(jax.jit, static_argnames="arch")

@@ -23,12 +23,13 @@ from tqdm import tqdm
 from tracing_jax.activations import mlp_step, picked
 from tracing_jax.arch import Arch, length_problem
 from tracing_jax.data import PairedBlocks, paired_one_to_one
-from tracing_jax.models import apply_block_with_taps, apply_embed, layer_inputs, taps_problem
+from tracing_jax.models import LayerInputs, apply_block_with_taps, apply_embed, layer_inputs, taps_problem
 from tracing_jax.sharding import Compute
 from tracing_jax.source import ParamSource
 from tracing_jax.tree import Tree
 
 _Pair = tuple[jax.Array, jax.Array]  # base's and ft's
+_Inputs = tuple[LayerInputs, LayerInputs]
 _HostPair = tuple[np.ndarray, np.ndarray]
 
 
@@ -235,7 +236,7 @@ def _step(
     mesh: Mesh,
     layers: tuple[Tree, Tree],
     x: _Pair,
-    inputs: tuple[_Pair, _Pair],
+    inputs: _Inputs,
     pairing: _Pairing,
     keep: tuple[_Pair, dict[str, _Pair]] | None,
     is_first: bool | jax.Array,
@@ -259,7 +260,7 @@ def _step(
 
 
 def _with_taps(
-    archs: tuple[Arch, Arch], taps: tuple[str, ...], layers: tuple[Tree, Tree], x: _Pair, inputs: tuple[_Pair, _Pair]
+    archs: tuple[Arch, Arch], taps: tuple[str, ...], layers: tuple[Tree, Tree], x: _Pair, inputs: _Inputs
 ) -> list[tuple[jax.Array, dict[str, jax.Array]]]:
     return [
         apply_block_with_taps(arch, layer, x_one, *inputs_one, taps)
@@ -272,11 +273,12 @@ def _empty(
     taps: tuple[str, ...],
     layers: tuple[Tree, Tree],
     x: _Pair,
-    inputs: tuple[_Pair, _Pair],
+    inputs: _Inputs,
     mesh: Mesh,
 ) -> dict[str, _Sums]:
-    shapes = jax.eval_shape(functools.partial(_with_taps, archs, taps), layers, x, inputs)
-    units = {tap: [math.prod(found[tap].shape[2:]) for _, found in shapes] for tap in taps}
+    leaves, structure = jax.tree.flatten((layers, x, inputs))
+    described = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+    units = _units(archs, taps, described, structure)
 
     def zeros(*shape: int) -> jax.Array:
         return jnp.zeros(shape, jnp.float32, device=NamedSharding(mesh, P()))
@@ -285,6 +287,19 @@ def _empty(
         tap: _Sums(zeros(U, U2), (zeros(U), zeros(U2)), (zeros(U), zeros(U2)), (zeros(U), zeros(U2)))
         for tap, (U, U2) in units.items()
     }
+
+
+@functools.lru_cache(maxsize=16)  # tracing a block takes longer than running a small one
+def _units(
+    archs: tuple[Arch, Arch],
+    taps: tuple[str, ...],
+    leaves: tuple[jax.ShapeDtypeStruct, ...],
+    structure: jax.tree_util.PyTreeDef,
+) -> dict[str, tuple[int, int]]:
+    """Returns how many units base and ft have at each tap, given the shapes of layers, hidden states and inputs."""
+    arguments = jax.tree.unflatten(structure, leaves)
+    (_, base), (_, ft) = jax.eval_shape(functools.partial(_with_taps, archs, taps), *arguments)
+    return {tap: (math.prod(base[tap].shape[2:]), math.prod(ft[tap].shape[2:])) for tap in taps}
 
 
 def _added(sums: _Sums, rows: _Pair, weight: Float[Array, "B P"], is_first: bool | jax.Array) -> _Sums:

@@ -14,7 +14,8 @@ from tracing_jax.axes import AxisTable, Leaf, kind_of
 from tracing_jax.tree import Tree, map_named
 
 MESH_AXIS = {"mlp": "model", "kv_heads": "model", "vocab": "model"}
-"""Axis kind -> mesh axis (tensor parallelism). Token blocks are split over `data`."""
+"""Axis kind -> mesh axis (tensor parallelism). Token blocks are split over `data`. Experts are computed one at a time:
+they are split inside (mlp), not among themselves."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ class Arch:
       norm: `rms` has gain g, `rms_unit_offset` has gain 1 + g (Gemma), `layer_norm` has gain and bias (GPT-2),
         `layer_norm_plain` has neither (OLMo).
       qk_norm: `head` normalises over H (Qwen3, Gemma 3), `all` over all heads together (OLMo 2).
+      inverse_layer_scale: layer i divides its attention scale by i + 1 as well.
       num_positions: how many learned positions are added to the embedding; no block may be longer. None: no such limit.
       gated: the MLP is down(act(gate(x)) * up(x)); otherwise it has no gate and is down(act(up(x))).
       num_experts: MLPs per layer, of F units each, among which a router chooses; None: one MLP that every token passes.
@@ -49,6 +50,7 @@ class Arch:
     o_bias: bool = False
     mlp_bias: bool = False
     attention_scale: float = 1.0
+    inverse_layer_scale: bool = False
     embed_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0

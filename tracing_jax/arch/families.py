@@ -146,6 +146,7 @@ def _gpt2(config: Any) -> Facts:
         "num_positions": config.n_positions,
         "norm": "layer_norm",
         "norm_eps": config.layer_norm_epsilon,
+        "inverse_layer_scale": config.scale_attn_by_inverse_layer_idx,
         "gated": False,
         "qkv_bias": True,
         "o_bias": True,
@@ -193,7 +194,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt2": Family(
         _gpt2,
-        "n_embd n_layer n_head n_inner n_positions layer_norm_epsilon activation_function scale_attn_weights",
+        "n_embd n_layer n_head n_inner n_positions layer_norm_epsilon activation_function scale_attn_weights"
+        " scale_attn_by_inverse_layer_idx",
         thetas={},
         common=frozenset({"vocab_size", "tie_word_embeddings"}),
         names={

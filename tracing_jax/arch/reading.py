@@ -24,7 +24,6 @@ _NEUTRAL_AT = {
     "add_cross_attention": False,
     "is_llama_config": True,
     "rope_interleaved": False,
-    "scale_attn_by_inverse_layer_idx": False,
     "use_mrope": False,
 }
 

@@ -4,6 +4,7 @@ import contextlib
 import io
 import pickle
 import time
+import urllib.parse
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,10 +24,10 @@ from tracing_jax.experiment.opening import Opened, inapplicable, open_pair
 from tracing_jax.experiment.settings import DEMO, DTYPES, ConfigError, check_config, names_in
 from tracing_jax.forward import check_function, token_losses
 from tracing_jax.record import FORMAT, RunFiles, atomic_write, commit, legacy_dict, plain, write_json, write_pickle
-from tracing_jax.report import figure_of_family, figure_of_run, html, save_png
+from tracing_jax.report import family_html, figure_of_family, figure_of_run, html, save_png
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.source import InMemory, disguised, in_memory, permute_in_place, placed
-from tracing_jax.statistics import Pair, Result, verdict
+from tracing_jax.statistics import Pair, Result, over_pairs, verdict
 from tracing_jax.symmetry import Untying, random_permutations, share_moved
 
 __all__ = ["ConfigError", "run", "save", "trace"]
@@ -45,14 +46,26 @@ def run(config: ConfigDict) -> list[dict[str, Any]]:
     pairs = _pairs(config, files)
     for pair in pairs.values():
         open_pair(pair)  # whatever is wrong with the last pair is said before the first is traced
-    records = {name: trace(pair) for name, pair in pairs.items()}
+    traced = {name: trace(pair) for name, pair in pairs.items()}
+    records = dict(zip(traced, _side_by_side(list(traced.values()))))
     write_json(files.json, {"format": FORMAT, "records": list(records.values())})
     atomic_write(
         files.pickle, pickle.dumps({name: legacy_dict(record) for name, record in records.items()}, protocol=4)
     )
     save_png(figure_of_family(list(records.values())), files.png)
-    logging.info("wrote %s, json and png; each pair lies in %s", files.pickle, files.folder)
+    pages = [urllib.parse.quote(f"{files.folder.name}/{name}.html") for name in records]
+    atomic_write(files.html, family_html(list(records.values()), pages).encode())
+    logging.info("wrote %s, json, png and html; each pair lies in %s", files.pickle, files.folder)
     return list(records.values())
+
+
+def _side_by_side(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the records with `over_pairs_log10_p` in the verdict: its p-value adjusted over the pairs as well."""
+    adjusted = over_pairs([record["verdict"]["adjusted_log10_p"] for record in records])
+    return [
+        {**record, "verdict": {**record["verdict"], "over_pairs_log10_p": log10_p}}
+        for record, log10_p in zip(records, adjusted)
+    ]
 
 
 def _pairs(config: ConfigDict, files: RunFiles) -> dict[str, ConfigDict]:

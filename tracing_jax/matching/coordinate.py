@@ -85,5 +85,7 @@ def value(coordinate: Coordinate, similarity: Similarity, permutations: Permutat
     if coordinate.nested is None or similarity.nested is None:
         return total
     r = permutations[coordinate.nested]
-    inside = [similarity.nested(int(k), int(p[k]))[np.arange(r.shape[1]), r[k]].sum(dtype=np.float64) for k in ks]
+    inside = [
+        similarity.nested(k, int(p[k]))[np.arange(len(order)), order].sum(dtype=np.float64) for k, order in enumerate(r)
+    ]
     return total + float(sum(inside))

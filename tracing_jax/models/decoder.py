@@ -1,6 +1,6 @@
 """Embed, Block and Head of every supported family: they are decoders of one build, and differ by flags of `Arch`."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -40,17 +40,21 @@ class Embed(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. Rope and window come in as data, so that all layers of a model share one compiled program."""
+    """One layer. Rope, window and scale come in as data, so that all layers of a model share one compiled program."""
 
     arch: Arch
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], frequencies: Float[Array, " H2"], window: Int[Array, ""]
+        self,
+        x: Float[Array, "B T D"],
+        frequencies: Float[Array, " H2"],
+        window: Int[Array, ""],
+        attention_scale: Float[Array, ""],
     ) -> Float[Array, "B T D"]:
         self.sow("taps", "residual", x)
         y = self._norm("attn_norm", self.arch.pre_norms, x)
-        y = Attention(self.arch, name="attn")(y, frequencies, window)
+        y = Attention(self.arch, name="attn")(y, frequencies, window, attention_scale)
         x = x + scaled(self._norm("attn_post_norm", self.arch.post_norms, y), self.arch.residual_scale)
         y = self._norm("mlp_norm", self.arch.pre_norms, x)
         self.sow("taps", "mlp_input", y)
@@ -81,14 +85,23 @@ class Head(nn.Module):
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
-def layer_inputs(arch: Arch, layer: int) -> tuple[jax.Array, jax.Array]:
-    """Returns what a block takes beside the hidden state: the rope's frequencies `[H/2]` and the window (scalar).
+class LayerInputs(NamedTuple):
+    """What a block takes beside the hidden state, and in which the layers of a model may differ."""
 
-    A model without a rope has no frequencies: `[0]`.
-    """
+    frequencies: Float[Array, " H2"]  # of the rope; none without one
+    window: Int[Array, ""]
+    attention_scale: Float[Array, ""]
+
+
+def layer_inputs(arch: Arch, layer: int) -> LayerInputs:
+    """Returns what a block takes beside the hidden state."""
     window = arch.layer_windows[layer]
     rope = arch.rope_frequencies[arch.layer_ropes[layer]] if arch.rope_frequencies else ()
-    return jnp.asarray(rope, jnp.float32), jnp.asarray(_NO_WINDOW if window is None else window, jnp.int32)
+    return LayerInputs(
+        jnp.asarray(rope, jnp.float32),
+        jnp.asarray(_NO_WINDOW if window is None else window, jnp.int32),
+        jnp.asarray(arch.attention_scale / (layer + 1 if arch.inverse_layer_scale else 1), jnp.float32),
+    )
 
 
 def init_params(arch: Arch, key: PRNGKeyArray) -> Tree:
@@ -109,10 +122,15 @@ def apply_embed(arch: Arch, params: Tree, tokens: Int[Array, "B T"], dtype: DTyp
 
 
 def apply_block(
-    arch: Arch, params: Tree, x: Float[Array, "B T D"], frequencies: Float[Array, " H2"], window: Int[Array, ""]
+    arch: Arch,
+    params: Tree,
+    x: Float[Array, "B T D"],
+    frequencies: Float[Array, " H2"],
+    window: Int[Array, ""],
+    attention_scale: Float[Array, ""],
 ) -> Float[Array, "B T D"]:
     """Returns the hidden state after the layer with the subtree `params`."""
-    return _only_output(Block(arch).apply({"params": params}, x, frequencies, window))
+    return _only_output(Block(arch).apply({"params": params}, x, frequencies, window, attention_scale))
 
 
 def apply_block_with_taps(
@@ -121,6 +139,7 @@ def apply_block_with_taps(
     x: Float[Array, "B T D"],
     frequencies: Float[Array, " H2"],
     window: Int[Array, ""],
+    attention_scale: Float[Array, ""],
     taps: tuple[str, ...],
 ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "B T *units"]]]:
     """Returns the hidden state after a layer and the inner activations asked for, by tap name (see `taps_of`).
@@ -130,7 +149,8 @@ def apply_block_with_taps(
     """
     if problem := taps_problem(arch, taps):
         raise ValueError(problem)
-    x, state = Block(arch).apply({"params": params}, x, frequencies, window, mutable=["taps"])
+    inputs = LayerInputs(frequencies, window, attention_scale)
+    x, state = Block(arch).apply({"params": params}, x, *inputs, mutable=["taps"])
     found = {name_of(path).split("/")[-2]: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state["taps"])}
     return x, {tap: found[tap] for tap in taps}
 

@@ -88,7 +88,11 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], frequencies: Float[Array, " H2"], window: Int[Array, ""]
+        self,
+        x: Float[Array, "B T D"],
+        frequencies: Float[Array, " H2"],
+        window: Int[Array, ""],
+        attention_scale: Float[Array, ""],
     ) -> Float[Array, "B T D"]:
         """Returns the mixed values; a token sees itself and the `window - 1` positions before it."""
         a = self.arch
@@ -103,14 +107,19 @@ class Attention(nn.Module):
             q, k, v = (jnp.clip(y, -a.clip_qkv, a.clip_qkv) for y in (q, k, v))
         if a.rope_frequencies:
             q, k = rotate(q, frequencies), rotate(k, frequencies)
-        mixed = self._attend(q, k, v, window)
+        mixed = self._attend(q, k, v, window, attention_scale)
         self.sow("taps", "heads", mixed)
         return Kernel((K, G, H, D), "btkgh,kghd->btd", (D,) if a.o_bias else None, name="o_proj")(mixed)
 
     def _attend(
-        self, q: Float[Array, "B T K G H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], window: jax.Array
+        self,
+        q: Float[Array, "B T K G H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        window: jax.Array,
+        scale: jax.Array,
     ) -> Float[Array, "B T K G H"]:
-        scores = einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * self.arch.attention_scale
+        scores = einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
         if (cap := self.arch.attention_softcap) is not None:
             scores = cap * jnp.tanh(scores / cap)
         back = jnp.arange(q.shape[1])[:, None] - jnp.arange(k.shape[1])

@@ -9,8 +9,9 @@ def tap_axes(arch: Arch) -> Mapping[str, tuple[str, ...]]:
     """Returns tap name -> the kinds of the axes of its units, which follow B and T.
 
     `residual` is the hidden state that a block receives; `heads` the mixed values of its heads before the output
-    projection; `mlp_input` the normed hidden state that the MLP reads; `gate` and `up` its pre-activations and `units`
-    its hidden units, of every expert for every token; `mlp_output` what it returns, before a post norm.
+    projection; `mlp_input` what the MLP reads, which is the hidden state, normed where blocks have pre-norms; `gate`
+    and `up` its pre-activations and `units` its hidden units, of every expert for every token; `mlp_output` what it
+    returns, before a post norm.
     """
     units = ("mlp",) if arch.num_experts is None else ("expert", "mlp")
     axes = {

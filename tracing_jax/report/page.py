@@ -2,19 +2,28 @@
 
 import base64
 import json
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-import jinja2
-
 from tracing_jax.record import plain, total_seconds
+from tracing_jax.report import judgement
+from tracing_jax.report.evidence import map_blocks, null_blocks, place_blocks, tests_blocks
 from tracing_jax.report.plots import figure_of_run, png
-from tracing_jax.report.wording import cell, outcome, results_by_side, subject
+from tracing_jax.report.sections import (
+    Banner,
+    Block,
+    Cell,
+    Page,
+    Section,
+    Table,
+    as_cell,
+    columns_table,
+    facts_table,
+    table_of,
+)
+from tracing_jax.report.wording import asked, log10_cell, outcome, p_cell, results_by_side, subject
 
-_HEX = re.compile(r"([0-9a-f]{12})[0-9a-f]{28,52}(-dirty)?")
+_SHOWN = 8  # findings that stand open; the rest is folded away
 _PERPLEXITY = {
     "loss_nats_per_token": "loss (nats per token)",
     "perplexity": "perplexity (per token)",
@@ -32,89 +41,101 @@ _CURVE = {
 }
 
 
-@dataclass(frozen=True)
-class Cell:
-    """The text of a table's cell, and the full text to show on hovering where it was shortened."""
-
-    text: str
-    full: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of cells, of which the first names the row; the headers may be empty."""
-
-    rows: Sequence[Sequence[Cell]]
-    headers: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the page: whichever of these it has, in this order."""
-
-    title: str
-    text: Sequence[str] = ()
-    figure: str = ""
-    table: Table | None = None
-    more_title: str = ""
-    more: Table | None = None
-    code: str = ""
-
-
 def html(record: Mapping[str, Any]) -> str:
-    """One HTML page with the headline, figures, numbers and provenance of a run; everything in it is escaped."""
+    """One HTML page with the verdict, figures, numbers and provenance of a run; everything in it is escaped."""
     record = plain(record)
-    ids = {side: str(model["id"]) for side, model in record["models"].items()}
+    judged = record.get("verdict")
     summary = [(subject(name, sides), outcome(sides)) for name, sides in record["statistics"].items()]
-    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string(template).render(ids=ids, summary=summary, sections=_sections(record))
+    return Page(
+        title=(asked(record, "ft"), asked(record, "base")),
+        summary=summary,
+        sections=_sections(record),
+        banner=Banner(judged["verdict"], judged["meaning"], judgement.facts(judged)) if judged else None,
+        first=_grounds(judged) if judged else (),
+    ).html()
+
+
+def _grounds(judged: Mapping[str, Any]) -> list[Section]:
+    """The statistics that enter the verdict, and the strongest single findings."""
+    found = []
+    if judged["family"]:
+        rows = [[name, log10_cell(log10_p), p_cell(log10_p)] for name, log10_p in judged["family"].items()]
+        text = ["Only statistics with an exact or a calibrated null enter the verdict, on the pair as given."]
+        found.append(Section("Statistics in the verdict", text, table=table_of(("", "log10 p", "p"), rows)))
+    if evidence := judged["evidence"]:
+        headers = ("statistic", "test", "place", "log10 p", "p")
+        rows = [
+            [row["statistic"], row["test"], row["place"], log10_cell(row["log10_p"]), p_cell(row["log10_p"])]
+            for row in evidence
+        ]
+        text = ["Each with a p-value of its own, not corrected for the number of places looked at."]
+        more = [Block(f"{len(rows) - _SHOWN} more", table_of(headers, rows[_SHOWN:]))] if len(rows) > _SHOWN else []
+        found.append(Section("Strongest evidence", text, table=table_of(headers, rows[:_SHOWN]), blocks=more))
+    return found
 
 
 def _sections(record: Mapping[str, Any]) -> list[Section]:
     perplexity, alignment = record.get("perplexity"), record.get("alignment")
-    found = [_statistic(name, sides) for name, sides in record["statistics"].items()]
+    judged = record.get("verdict")
+    found = [_statistic(name, sides, judged) for name, sides in record["statistics"].items()]
     if perplexity:
-        found.append(Section("Perplexity", table=_compare(perplexity, _PERPLEXITY)))
+        found.append(Section("Perplexity", table=columns_table(perplexity, _PERPLEXITY)))
     if record.get("disguised"):
-        found.append(Section("Disguise before the test", table=_facts(record["disguised"])))
+        found.append(Section("Disguise before the test", table=facts_table(record["disguised"])))
     if record.get("permuted"):
-        found.append(Section("Permutation before the test", table=_facts(record["permuted"])))
+        found.append(Section("Permutation before the test", table=facts_table(record["permuted"])))
     if alignment:
-        found.append(Section("Alignment", table=_facts(alignment)))
+        found.append(Section("Alignment", table=facts_table(alignment)))
     found.append(_models(record["models"]))
     if record.get("tokens"):
-        found.append(Section("Tokens", table=_facts(record["tokens"])))
+        found.append(Section("Tokens", table=facts_table(record["tokens"])))
     found.append(_times(record["seconds"]))
     if record.get("notes"):
         found.append(Section("Notes", text=record["notes"]))
     ran = {key: record.get(key) for key in ("commit", "seed", "versions", "device")}
     code = json.dumps(record["args"], indent=2, ensure_ascii=False)
-    return [*found, Section("What ran", table=_facts(ran)), Section("Configuration", code=code)]
+    return [*found, Section("What ran", table=facts_table(ran)), Section("Configuration", code=code)]
 
 
-def _statistic(name: str, sides: Mapping[str, Any]) -> Section:
+def _statistic(name: str, sides: Mapping[str, Any], judged: Mapping[str, Any] | None) -> Section:
     results = results_by_side(sides)
     if not results:
         return Section(name, text=[outcome(sides)])
-    reasons = {result["p_reason"]: None for result in results.values() if result.get("p_reason")}
-    figure = base64.b64encode(png(figure_of_run({"statistics": {name: sides}}))).decode()
+    figure = base64.b64encode(png(figure_of_run({"statistics": {name: sides}, "verdict": judged}))).decode()
+    table = columns_table({side: _numbers(result) for side, result in results.items()})
+    blocks = [*tests_blocks(results), *null_blocks(results), *map_blocks(results), *place_blocks(results)]
     layers = {side: result["per_layer"] for side, result in results.items() if result.get("per_layer")}
-    title = f"Each layer: {next(iter(layers.values()))['label']}" if layers else ""
-    text = [f"No p-value: {reason}" for reason in reasons]
-    table = _compare({side: _numbers(result) for side, result in results.items()})
-    return Section(name, text, figure, table, title, _per_layer(layers) if layers else None)
+    if layers and not any(result.get("tests") for result in results.values()):
+        blocks.append(Block(f"Each layer: {next(iter(layers.values()))['label']}", _per_layer(layers)))
+    return Section(name, _remarks(results), figure, table, blocks)
+
+
+def _remarks(results: Mapping[str, Any]) -> list[str]:
+    """Why there is no p-value where there is none, and the notes; each once, with the sides it holds for."""
+    found: dict[str, list[str]] = {}
+    for side, result in results.items():
+        reasons = [f"No p-value: {result['p_reason']}"] if result.get("p_reason") else []
+        for line in [*reasons, *(result.get("notes") or ())]:
+            found.setdefault(line, []).append(side)
+    everywhere = len(results)
+    return [line if len(sides) == everywhere else f"{', '.join(sides)}: {line}" for line, sides in found.items()]
 
 
 def _numbers(result: Mapping[str, Any]) -> dict[str, Any]:
-    curve = result.get("curve") or {}
-    numbers = {"log10 p": result.get("log10_p")} | {words: curve.get(key) for key, words in _CURVE.items()}
+    curve, headline, log10_p = result.get("curve") or {}, result.get("headline"), result.get("log10_p")
+    numbers = {
+        words: curve.get(key) for key, words in _CURVE.items() if key != "midpoint" or curve.get(key) != headline
+    }
+    if log10_p is not None:
+        numbers = {"log10 p": log10_cell(log10_p), "p": p_cell(log10_p)} | numbers
     known = {words: number for words, number in numbers.items() if number is not None}
-    return {result.get("label") or "value": result.get("headline")} | known
+    return {result.get("label") or "value": headline} | known
 
 
 def _per_layer(layers: Mapping[str, Any]) -> Table:
-    return _compare({side: {f"layer {i}": x for i, x in enumerate(data["values"])} for side, data in layers.items()})
+    return columns_table(
+        {side: {f"layer {i}": x for i, x in enumerate(data["values"])} for side, data in layers.items()}
+    )
 
 
 def _models(models: Mapping[str, Any]) -> Section:
@@ -123,42 +144,14 @@ def _models(models: Mapping[str, Any]) -> Section:
         shape = {key.replace("_", " "): value for key, value in (model.get("shape") or {}).items()}
         facts[side] = {key: model.get(key) for key in ("id", "revision", "family", "parameters")} | shape
     files = [
-        [Cell(name), Cell(side), _cell(digest)]
+        [Cell(name), Cell(side), as_cell(digest)]
         for side, model in models.items()
         for name, digest in (model.get("files") or {}).items()
     ]
-    table = Table(files, ("file", "model", "SHA-256")) if files else None
-    return Section("Models", table=_compare(facts), more_title="Files", more=table)
+    blocks = [Block("Files", Table(files, ("file", "model", "SHA-256")))] if files else []
+    return Section("Models", table=columns_table(facts), blocks=blocks)
 
 
 def _times(seconds: Mapping[str, Any]) -> Section:
     steps = {key: value for key, value in seconds.items() if key != "total"}
-    return Section("Time (seconds)", table=_facts(steps | {"total": total_seconds(seconds)}))
-
-
-def _facts(facts: Mapping[str, Any]) -> Table:
-    """Two columns, name and value; a mapping's entries are rows of their own."""
-    rows: list[tuple[Cell, Cell]] = []
-    for key, value in facts.items():
-        name = key.replace("_", " ")
-        if isinstance(value, dict):
-            rows += [(Cell(f"{name}: {inner}"), _cell(item)) for inner, item in value.items()]
-        else:
-            rows.append((Cell(name), _cell(value)))
-    return Table(rows)
-
-
-def _compare(columns: Mapping[str, Mapping[str, Any]], names: Mapping[str, str] | None = None) -> Table:
-    """A row for each key of any column, under `names` where given, and a column for each mapping."""
-    keys = list(dict.fromkeys(key for column in columns.values() for key in column))
-    rows = [
-        [Cell((names or {}).get(key, key)), *(_cell(column.get(key)) for column in columns.values())] for key in keys
-    ]
-    return Table(rows, ("", *columns))
-
-
-def _cell(value: Any) -> Cell:
-    text = cell(value)
-    if found := _HEX.fullmatch(text):
-        return Cell(f"{found[1]}…{found[2] or ''}", text)
-    return Cell(text)
+    return Section("Time (seconds)", table=facts_table(steps | {"total": total_seconds(seconds)}))

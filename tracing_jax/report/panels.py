@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 # Okabe & Ito, "Color Universal Design" (2008): told apart with any colour vision. Its yellow is too pale on white.
 PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 INK, GREY = "#222222", "#666666"
-_DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 
 # The loss of unrelated models' midpoint is about ln(vocabulary), some five times the loss of a good model. A curve that
 # climbs far beyond has broken down, and must not press the others flat.
@@ -38,7 +38,7 @@ def draw_path(axes: Axes, curves: Mapping[str, Any]) -> None:
         _line(axes, i, _floats(curve["alpha"]), loss, label)
     moving = sorted({group for curve in curves.values() for group in curve.get("groups") or ()})
     note = f"; moving: {', '.join(moving)}" if moving else ""
-    _label_axes(axes, f"α  (0: base, 1: fine-tuned){note}", "loss (nats per token)")
+    label_axes(axes, f"α  (0: base, 1: fine-tuned){note}", "loss (nats per token)")
     axes.set_xlim(-0.03, 1.03)
     _limit_losses(axes)
     _label_lines(axes)
@@ -51,7 +51,7 @@ def draw_distribution(axes: Axes, distributions: Mapping[str, Any]) -> None:
     for i, (side, data) in enumerate(distributions.items()):
         shift = i if single else 0.4 * i - 0.2 * (len(rows) - 1)
         _boxes(axes, i, np.arange(rows[side]) + shift, data["quantiles"], side)
-    _label_axes(axes, "" if single else "layer", next(iter(distributions.values()))["label"])
+    label_axes(axes, "" if single else "layer", next(iter(distributions.values()))["label"])
     if single:
         axes.set_xticks(range(len(rows)), list(rows))
         axes.set_xlim(-0.8, len(rows) - 0.2)
@@ -66,7 +66,7 @@ def draw_per_layer(axes: Axes, values: Mapping[str, Any]) -> None:
         numbers = _floats(data["values"])
         _line(axes, i, np.arange(len(numbers)), numbers, side)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _label_axes(axes, "layer", next(iter(values.values()))["label"])
+    label_axes(axes, "layer", next(iter(values.values()))["label"])
     _legend(axes)
 
 
@@ -79,7 +79,7 @@ def draw_headlines(axes: Axes, results: Mapping[str, Any]) -> None:
     axes.set_yticks([])
     axes.set_ylim(len(values) - 0.6, -0.75)
     axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
-    _label_axes(axes, next(iter(results.values()))["label"], "")
+    label_axes(axes, next(iter(results.values()))["label"], "")
 
 
 def draw_text(axes: Axes, data: Mapping[str, Any]) -> None:
@@ -96,11 +96,12 @@ def _floats(values: Sequence[Any]) -> np.ndarray:
 
 
 def _line(axes: Axes, i: int, x: np.ndarray, y: np.ndarray, label: str) -> None:
-    color, dashes = PALETTE[i % len(PALETTE)], _DASHES[i % len(_DASHES)]
+    color, dashes = PALETTE[i % len(PALETTE)], DASHES[i % len(DASHES)]
     axes.plot(x, y, label=label, color=color, linestyle=dashes, linewidth=2, marker="o", markersize=3.5)
 
 
-def _label_axes(axes: Axes, x: str, y: str) -> None:
+def label_axes(axes: Axes, x: str, y: str) -> None:
+    """Names both axes; a text that looks like mathematics stays as it is."""
     axes.set_xlabel(x, fontsize=9.5, color=INK, parse_math=False)
     axes.set_ylabel(y, fontsize=9.5, color=INK, parse_math=False)
 

@@ -4,8 +4,9 @@ Built from `matplotlib.figure.Figure` alone: no pyplot, no global state, so figu
 """
 
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
 
@@ -13,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tracing_jax.record import atomic_write
-from tracing_jax.report import panels
+from tracing_jax.report import evidence_panels, panels
 from tracing_jax.report.wording import outcome, results_by_side, subject
 
 _WIDTH_INCHES = 6.4
@@ -43,13 +44,43 @@ def path_figure(
     return _figure([_Panel(title, panels.draw_path, moving, 3.5)])
 
 
-def figure_of_run(record: Mapping[str, Any]) -> Figure:
-    """The figure of a run: for each statistic a panel for its curve, its distribution and its values per layer.
+def family_figure(
+    curves: Mapping[str, Mapping[str, Any]],
+    families: Mapping[str, Mapping[str, Any]],
+    *,
+    base: str,
+    level: float | None,
+) -> Figure:
+    """The loss along the path from one base to several models, and log10 p of every statistic in their verdicts.
 
+    Args:
+        curves: as in `path_figure`; the groups that move are those of the first.
+        families: by pair, log10 p of each statistic that entered its verdict.
+        base: the name of the base.
+        level: the decimal logarithm of the level, drawn as a rule; without it there is no panel of p-values.
+    """
+    found = []
+    if curves:
+        groups = next(iter(curves.values()))["groups"]
+        moving = {name: {**curve, "groups": list(groups)} for name, curve in curves.items()}
+        found.append(_Panel(f"Loss along the path from {base}", panels.draw_path, moving, 3.5))
+    if families and level is not None:
+        data = {"families": families, "level": level}
+        height_inches = 1.6 + 0.35 * len(families)
+        found.append(_Panel(f"p-values against {base}", evidence_panels.draw_pairs, data, height_inches))
+    nothing = {"text": "No pair has a path or a p-value that enters a verdict."}
+    return _figure(found or [_Panel("No figure", panels.draw_text, nothing, 1.0)])
+
+
+def figure_of_run(record: Mapping[str, Any]) -> Figure:
+    """The figure of a run: for each statistic panels for its curve, its distribution, its layers and its layer map.
+
+    Tests with p-values by layer stand in place of one value a layer, and on the pair as given: it alone decides.
     A statistic with none of these shows its headline numbers; a run without any result shows the reasons.
     """
     statistics = record["statistics"]
-    found = [panel for name, sides in statistics.items() for panel in _panels(name, sides)]
+    level = _log10_level(record)
+    found = [panel for name, sides in statistics.items() for panel in _panels(name, sides, level)]
     if not found:
         text = "\n".join(f"{subject(name, sides)}: {outcome(sides)}" for name, sides in statistics.items())
         found = [_Panel("No statistic of this run has a figure", panels.draw_text, {"text": text}, 1.5)]
@@ -68,20 +99,45 @@ def save_png(figure: Figure, path: str | PurePath) -> None:
     atomic_write(path, png(figure))
 
 
-def _panels(name: str, sides: Mapping[str, Any]) -> list[_Panel]:
+def _log10_level(record: Mapping[str, Any]) -> float | None:
+    judged = record.get("verdict")
+    return math.log10(judged["level"]) if judged else None
+
+
+def _panels(name: str, sides: Mapping[str, Any], level: float | None) -> list[_Panel]:
     results = results_by_side(sides)
     found: list[_Panel] = []
+    head = f"{subject(name, sides)}\n{outcome(sides)}"
+    evidence = _evidence_panels(name, results, level)
     for part, draw, height_inches in (
         ("curve", panels.draw_path, 3.5),
         ("distribution", panels.draw_distribution, 3.3),
         ("per_layer", panels.draw_per_layer, 3.0),
     ):
-        if data := {side: result[part] for side, result in results.items() if result.get(part)}:
-            title = f"{name}: each layer" if found else f"{subject(name, sides)}\n{outcome(sides)}"
+        data = {side: result[part] for side, result in results.items() if result.get(part)}
+        if data and not (part == "per_layer" and evidence):
+            title = f"{name}: each layer" if found else head
             found.append(_Panel(title, draw, data, height_inches))
+    found += evidence
+    if evidence and found[0] is evidence[0]:
+        found[0] = replace(found[0], title=head)
     if not found and any(result.get("headline") is not None for result in results.values()):
-        title = f"{subject(name, sides)}\n{outcome(sides)}"
-        found = [_Panel(title, panels.draw_headlines, results, 1.2 + 0.3 * len(results))]
+        found = [_Panel(head, panels.draw_headlines, results, 1.2 + 0.3 * len(results))]
+    return found
+
+
+def _evidence_panels(name: str, results: Mapping[str, Any], level: float | None) -> list[_Panel]:
+    """The p-values of the first side that has any, and the map of layers."""
+    found = []
+    tests = [[test for test in result.get("tests") or () if test["log10_ps"]] for result in results.values()]
+    shown = next((side for side in tests if evidence_panels.has_layers(side)), None)
+    if shown:
+        data = {"tests": shown, "level": level}
+        height_inches = 3.0 + 0.2 * math.ceil((len(shown) + 2) / 2)
+        found.append(_Panel(f"{name}: p-values by layer", evidence_panels.draw_tests, data, height_inches))
+    if layer_map := next((result["layer_map"] for result in results.values() if result.get("layer_map")), None):
+        data = {**layer_map, "level": level}
+        found.append(_Panel(f"{name}: {layer_map['sentence']}", evidence_panels.draw_layer_map, data, 5.2))
     return found
 
 

@@ -1,10 +1,15 @@
 """Numbers and results in words, the same in the figures, on the page and in the terminal."""
 
-from collections.abc import Mapping
+import itertools
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 SIDES = {"non_aligned": "non-aligned", "aligned": "aligned"}
 ABSENT = "–"
+
+_NUMBER = re.compile(r"\d+")
+_READABLE = -300.0  # log10 p, below which a program that reads the p-value back would find 0
 
 
 def cell(value: Any) -> str:
@@ -16,7 +21,7 @@ def cell(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:.5g}"
+        return f"{value + 0.0:.5g}"  # -0.0 is 0
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {cell(item)}" for key, item in value.items()) or ABSENT
     if isinstance(value, list | tuple):
@@ -29,13 +34,49 @@ def p_text(log10_p: float) -> str:
     return f"p = {10**log10_p:.2g}" if log10_p > -4 else f"p = 10^{log10_p:.1f}"
 
 
-def verdict_text(verdict: Mapping[str, Any]) -> str:
-    """A verdict with its grounds: `RELATED (csu, p = 10^-41.3 after Holm; layers 0 to 3), level 0.001`."""
-    if verdict["statistic"] is None:
-        return f"{verdict['verdict']}: {verdict['meaning']}"
-    layers = f"; {', '.join(verdict['layers'])}" if verdict["layers"] else ""
-    grounds = f"{verdict['statistic']}, {p_text(float(verdict['adjusted_log10_p']))} after Holm{layers}"
-    return f"{verdict['verdict']} at level {verdict['level']:g} ({grounds}): {verdict['meaning']}"
+def p_cell(log10_p: Any) -> str:
+    """A p-value as it stands in a table, from its decimal logarithm; a power of ten where it would underflow."""
+    if log10_p is None:
+        return ABSENT
+    exponent = float(log10_p)
+    return f"{10**exponent:.3g}" if exponent > _READABLE else f"10^{exponent:.1f}"
+
+
+def log10_cell(log10_p: Any) -> str:
+    """A decimal logarithm as it stands in a table: two decimals, a dash for None."""
+    return ABSENT if log10_p is None else f"{round(float(log10_p), 2) + 0.0:.6g}"
+
+
+def places_text(places: Sequence[str], at_most: int = 6) -> str:
+    """Places with runs of numbers as ranges, `layers 0-3, 7`; runs beyond `at_most` are counted.
+
+    Numbers run where all numbers of a place grow by one: `layer 2 : layer 3` and `layer 3 : layer 4` are a run too.
+    """
+    by_pattern: dict[str, list[tuple[int, ...]]] = {}
+    for place in places:
+        numbers = tuple(map(int, _NUMBER.findall(place)))
+        by_pattern.setdefault(_NUMBER.sub("{}", place.replace("{", "(").replace("}", ")")), []).append(numbers)
+    words = []
+    for pattern, found in by_pattern.items():
+        runs = _runs(sorted(found))
+        if pattern == "layer {}":
+            words.append(f"layer{'s' if len(found) > 1 else ''} {', '.join(run for (run,) in runs)}")
+        else:
+            words += [pattern.format(*run) for run in runs]
+    return ", ".join([*words[:at_most], f"and {len(words) - at_most} more"] if len(words) > at_most else words)
+
+
+def _runs(numbers: Sequence[tuple[int, ...]]) -> list[tuple[str, ...]]:
+    """Each run of tuples that grow by one in every part, as ranges; a tuple without numbers stands alone."""
+    groups = itertools.groupby(enumerate(numbers), lambda item: tuple(n - item[0] for n in item[1]) or item[0])
+    runs = [[found for _, found in group] for _, group in groups]
+    return [tuple(f"{a}-{b}" if a != b else str(a) for a, b in zip(run[0], run[-1], strict=True)) for run in runs]
+
+
+def asked(record: Mapping[str, Any], side: str) -> str:
+    """What a run was asked to compare: `demo:disguised`, a Hub id, or the last part of a local folder's path."""
+    name = str(record["args"].get(f"{side}_model_id") or record["models"][side]["id"]).rstrip("/")
+    return name.split("/")[-1] if name.startswith(("/", "~", ".")) else name
 
 
 def results_by_side(sides: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,9 +87,14 @@ def results_by_side(sides: Mapping[str, Any]) -> dict[str, Any]:
 
 def subject(name: str, sides: Mapping[str, Any]) -> str:
     """A statistic and what it measures: `mode: midpoint loss (nats per token)`."""
+    measured = label(sides)
+    return f"{name}: {measured}" if measured else name
+
+
+def label(sides: Mapping[str, Any]) -> str:
+    """What a statistic measures; empty where it has no result."""
     labels = (result.get("label") for result in results_by_side(sides).values())
-    label = next((label for label in labels if label), None)
-    return f"{name}: {label}" if label else name
+    return next((label for label in labels if label), "")
 
 
 def outcome(sides: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from tracing_jax.statistics.match_all import MatchAll
 from tracing_jax.statistics.mode import Mode
 from tracing_jax.statistics.perm_mode_l2 import PermModeL2
 from tracing_jax.statistics.statistic import Curve, Pair, Result, Statistic, Test, Vocabularies
-from tracing_jax.statistics.verdict import Verdict, verdict
+from tracing_jax.statistics.verdict import Verdict, over_pairs, verdict
 
 REGISTRY: Mapping[str, Callable[[Any], Statistic]] = {
     "mode": lambda config: Mode(tuple(config.alphas), config.attn, config.emb, config.mode_num_perm),
@@ -34,4 +34,15 @@ REGISTRY: Mapping[str, Callable[[Any], Statistic]] = {
 }
 """Name -> how the statistic is made from a run's config."""
 
-__all__ = ["REGISTRY", "Curve", "Pair", "Result", "Statistic", "Test", "Verdict", "Vocabularies", "verdict"]
+__all__ = [
+    "REGISTRY",
+    "Curve",
+    "Pair",
+    "Result",
+    "Statistic",
+    "Test",
+    "Verdict",
+    "Vocabularies",
+    "over_pairs",
+    "verdict",
+]

@@ -75,6 +75,18 @@ def verdict(results: Mapping[str, Result], level: float) -> Verdict:
     return Verdict(word, _MEANING[word], level, statistic, log10_p, family, layers, evidence[:_EVIDENCE])
 
 
+def over_pairs(log10_ps: Sequence[float | None]) -> list[float | None]:
+    """Returns the p-values of several pairs, Holm-adjusted over those that have one, as decimal logarithms.
+
+    Each is already adjusted over the statistics of its pair, so it is the p-value of that pair alone.
+    """
+    known = [log10_p for log10_p in log10_ps if log10_p is not None]
+    if not known:
+        return list(log10_ps)
+    adjusted = iter(map(float, holm([log10_p * math.log(10) for log10_p in known]) / math.log(10)))
+    return [None if log10_p is None else next(adjusted) for log10_p in log10_ps]
+
+
 def ranked_evidence(results: Mapping[str, Result]) -> list[dict[str, Any]]:
     """Returns every place of every deciding test with its own log10 p, strongest first."""
     rows = [
