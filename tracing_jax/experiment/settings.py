@@ -104,6 +104,11 @@ def _number_problems(config: ConfigDict) -> list[str]:
     lines += [
         f"{name}={config[name]}: at least {least}" for name, least in least_counts.items() if config[name] < least
     ]
+    if not config.distil_rate > 0 or not 0 <= config.distil_decay < 1:
+        lines.append(
+            f"distil_rate={config.distil_rate}, distil_decay={config.distil_decay}: the rate is above 0, and the decay "
+            "at least 0 and below 1"
+        )
     if not 0 < config.level <= UNDECIDED_BELOW:
         lines.append(f"level={config.level}: it lies above 0 and at most at {UNDECIDED_BELOW}")
     if not 0 <= config.seed < 2**32:

@@ -31,7 +31,12 @@ REGISTRY: Mapping[str, Callable[[Any], Statistic]] = {
         tuple(config.match_forms.split(",")), max_gib=config.match_all_gib, level=config.level
     ),
     "match_distilled": lambda config: MatchDistilled(
-        config.distil_tokens, config.distil_steps, config.distil_batch, config.distil_units
+        config.distil_tokens,
+        config.distil_steps,
+        config.distil_batch,
+        config.distil_units,
+        config.distil_rate,
+        config.distil_decay,
     ),
     "l2": lambda config: L2(config.num_perm),
     "perm_mode_l2": lambda config: PermModeL2(config.num_perm, config.attn, config.emb),

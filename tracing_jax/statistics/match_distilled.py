@@ -36,7 +36,7 @@ class MatchDistilled:
 
     Attributes:
       tokens: at most so many paired positions to learn from and to compare on.
-      steps, batch: of a student's training; see `students.Recipe`.
+      steps, batch, rate, decay: of a student's training; see `students.Recipe`.
       units: width of the students; 0 takes the narrower model's.
       control_positions, control_units: at most so many for the layers that do not correspond.
 
@@ -48,6 +48,8 @@ class MatchDistilled:
     steps: int = 1000
     batch: int = 512
     units: int = 0
+    rate: float = Recipe.rate
+    decay: float = Recipe.decay
     control_positions: int = 1024
     control_units: int = 2048
 
@@ -83,7 +85,7 @@ class MatchDistilled:
 
     def recipe(self, base: Arch, ft: Arch) -> Recipe:
         """Returns how the students of two models are trained; both have one width."""
-        return Recipe(self.units or min(base.mlp_dim, ft.mlp_dim), self.steps, self.batch)
+        return Recipe(self.units or min(base.mlp_dim, ft.mlp_dim), self.steps, self.batch, self.rate, self.decay)
 
     def _layers(
         self, base: ParamSource, ft: ParamSource, pair: Pair, name: str

@@ -26,15 +26,15 @@ class Recipe:
       units: F, its width.
       steps: of Adam, each on `batch` samples; the rate falls to zero along a cosine.
       batch: samples a step, drawn with replacement.
-      rate: times 1 / (inputs of the matrix), the learning rate; 1 is 1e-3 at a thousand features.
+      rate: what Adam moves a weight in a step, in units of its initial standard deviation, 1 / sqrt(inputs).
       decay: what every weight loses in a step, as a share of itself, at the full rate.
     """
 
     units: int
     steps: int = 1000
     batch: int = 512
-    rate: float = 1.0
-    decay: float = 1e-2
+    rate: float = 0.3
+    decay: float = 0.03
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,7 @@ def _trained(
         rows = jax.random.randint(jax.random.fold_in(key, t), (recipe.batch,), 0, len(x))
         directions, state = adam.update(jax.grad(loss)(weights, rows), state)
         moved = {
-            # A rate of 1 / inputs moves pre-activations alike whatever the width. Source: arXiv 2203.03466.
-            name: w - cosine(t) * (recipe.rate / w.shape[0] * directions[name] + recipe.decay * w)
+            name: w - cosine(t) * (recipe.rate * w.shape[0] ** -0.5 * directions[name] + recipe.decay * w)
             for name, w in weights.items()
         }
         return (moved, state), None
