@@ -5,7 +5,7 @@
 
 Tiny models learn the demo's text: a GPT-2, its fine-tune and another GPT-2; a dense gated model, a mixture of experts
 upcycled from it (experts copied, a fresh router, all trained further), and another dense model. They stay in the output
-folder. The study is on the demo family, and also compares base with itself: two students of one teacher.
+folder. The study is on one layer of the demo family: of its 256 units, on how many do base's student and another agree?
 """
 
 import time
@@ -22,14 +22,18 @@ from jaxtyping import Int
 from tqdm import trange
 
 from tracing_jax import demo
+from tracing_jax.activations import activations
 from tracing_jax.arch import Arch, arch_from_config
 from tracing_jax.checkpoint import load, open_checkpoint
 from tracing_jax.data import load_tokenizer, paired_one_to_one, read_documents, token_blocks
+from tracing_jax.matching import live_units, match_units
 from tracing_jax.report import text_table
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.source import InMemory
 from tracing_jax.statistics import Pair, Vocabularies
+from tracing_jax.statistics.comparison import against_each_other
 from tracing_jax.statistics.match_distilled import MatchDistilled
+from tracing_jax.statistics.students import Recipe, Student, fit_student, student_correlations
 from tracing_jax.tree import Tree, flatten, unflatten
 
 RECIPE = demo.Recipe(vocab_size=512, embed_dim=64, mlp_dim=192, block_size=64, base_steps=1200)
@@ -44,13 +48,18 @@ PAIRS = {
     "dense and another": ("dense", "dense other"),
 }
 
-STUDY = [
-    *({"steps": steps} for steps in (250, 500, 1000, 2000)),
+STUDY: list[Mapping[str, float]] = [
+    {},
+    *({"steps": steps} for steps in (250, 500, 2000)),
     *({"units": units} for units in (64, 128, 384)),
-    *({"decay": decay} for decay in (0.0, 0.01, 0.02, 0.05)),
-    {"tokens": 8192},
+    *({"decay": decay} for decay in (0.0, 0.01, 0.1)),
+    *({"rate": rate} for rate in (0.03, 0.1, 1.0)),
 ]
-STUDY_PAIRS = {"same": ("base", "base"), "disguised": ("base", "disguised"), "independent": ("base", "independent")}
+STUDENTS = {
+    "base": ("base", 1), "base again": ("base", 1), "disguised": ("disguised", 1), "independent": ("independent", 1),
+    "independent, other layer": ("independent", 3),
+}  # fmt: skip
+"""Student -> whose FFN it learns, of which layer of the demo family."""
 
 
 class Text(NamedTuple):
@@ -112,7 +121,8 @@ def upcycled(dense: Tree, seed: int) -> Tree:
 
 def models(folder: Path, found: Text) -> dict[str, InMemory]:
     """Returns all models of `PAIRS`, trained now if the folder does not have them."""
-    kinds, kept = archs(), {}
+    kinds = archs()
+    kept: dict[str, InMemory] = {}
 
     def keep(name: str, kind: str, start: Tree | int, tokens: np.ndarray, steps: int, peak: float) -> Tree:
         file = folder / f"{name.replace(' ', '-')}.npz"
@@ -165,16 +175,39 @@ def comparisons(found: Mapping[str, InMemory], tokens: Int[np.ndarray, "N T"]) -
 
 
 def study() -> Iterator[list[object]]:
-    """Yields a row for each pair of the demo family and each setting, the defaults but for one."""
-    family, mesh = demo.family(), make_mesh(1, 1)
-    checkpoints = {name: open_checkpoint(str(family.member(name))) for name in ("base", "disguised", "independent")}
-    found = {name: load(checkpoint, mesh) for name, checkpoint in checkpoints.items()}
-    tokenizer = load_tokenizer(checkpoints["base"].tokenizer_folder)
-    tokens = token_blocks(read_documents(str(family.text)), tokenizer, block_size=128, num_tokens=32768).tokens
+    """Yields a row for each setting, the defaults but for one: units on which base's student agrees with the others."""
+    ffns = _demo_ffns()
     for changes in STUDY:
-        for name, (base, ft) in STUDY_PAIRS.items():
-            cells = measured(replace(MatchDistilled(), **changes), pair_of(found[base], found[ft], tokens, seed=0))
-            yield [", ".join(f"{key} {value}" for key, value in changes.items()), name, *cells]
+        start = time.monotonic()
+        recipe = replace(Recipe(units=256), **changes)  # type: ignore[arg-type]
+        fitted = {
+            name: (ffns[teacher][0], fit_student(*ffns[teacher], recipe, seed))
+            for seed, (name, teacher) in enumerate(STUDENTS.items())
+        }
+        found = [_agreeing(fitted["base"], fitted[name]) for name in list(STUDENTS)[1:]]
+        name = ", ".join(f"{key} {value}" for key, value in changes.items()) or "defaults"
+        yield [name, *found, fitted["base"][1].explained, round(time.monotonic() - start)]
+
+
+def _demo_ffns() -> dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]:
+    """Returns inputs and outputs of the FFNs of `STUDENTS` on the demo's held-out text."""
+    family, found = demo.family(), {}
+    for name in {model for model, _ in STUDENTS.values()}:
+        checkpoint = open_checkpoint(str(family.member(name)))
+        tokenizer = load_tokenizer(checkpoint.tokenizer_folder)
+        tokens = token_blocks(read_documents(str(family.text)), tokenizer, block_size=128, num_tokens=32768).tokens
+        at = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+        compute, model = Compute(make_mesh(1, 1), 16), load(checkpoint, make_mesh(1, 1))
+        for i, taps in activations(model, tokens, at, np.ones(at.shape, bool), ("mlp_input", "mlp_output"), compute):
+            found[name, i] = (taps["mlp_input"], taps["mlp_output"])
+    return found
+
+
+def _agreeing(base: tuple[np.ndarray, Student], ft: tuple[np.ndarray, Student]) -> int:
+    by_tap, rng = student_correlations(base, ft), np.random.default_rng(0)
+    gate, up = by_tap["gate"], np.abs(by_tap["up"])
+    live = live_units(gate, up)
+    return against_each_other(match_units(gate, rng, live), match_units(up, rng, live)).agreeing
 
 
 _OUT_DIR = flags.DEFINE_string("out_dir", "runs/distilled", "folder that keeps the models")
@@ -185,7 +218,7 @@ def main(argv: list[str]) -> None:
     """Prints each row as it is measured, and then the table."""
     del argv
     if _STUDY.value:
-        rows, headers = study(), ["setting", "pair", *COLUMNS]
+        rows, headers = study(), ["setting", *list(STUDENTS)[1:], "explained", "seconds"]
     else:
         found = text()
         rows, headers = comparisons(models(Path(_OUT_DIR.value), found), found.held_out), ["pair", *COLUMNS]
