@@ -30,11 +30,12 @@ from tracing_jax.report.panels import INK
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.source import InMemory
 from tracing_jax.statistics import Pair, Result, Statistic, Vocabularies, verdict
+from tracing_jax.statistics.comparison import bonferroni_log10
 from tracing_jax.statistics.csh import Csh
 from tracing_jax.statistics.csu import Csu
 from tracing_jax.statistics.csu_all import CsuAll
 from tracing_jax.statistics.l2 import L2
-from tracing_jax.statistics.match import Match
+from tracing_jax.statistics.match import FORMS, Match
 from tracing_jax.statistics.match_all import MatchAll
 from tracing_jax.tree import Tree
 
@@ -43,12 +44,11 @@ STATISTICS: Mapping[str, Statistic] = {
     "csu": Csu(),
     "csu_all": CsuAll(),
     "csh": Csh(blocks=8, block_size=64),
-    "l2": L2(num_perm=1999),
+    "l2": L2(num_perm=1199),
     "match": Match(),
-    "match, forward": Match(forms=("forward",)),
-    "match, weights": Match(forms=("weights",)),
     "match_all": MatchAll(),
 }
+COLUMNS = ["csu", "csu_all", "csh", "l2", "match, forward", "match, weights", "match", "match_all", "verdict"]
 _DECIDING = ("csu", "csh", "match", "match_all")
 _EARLY = 0.25  # the share of training after which a model is the base of the long training
 
@@ -71,8 +71,15 @@ def compare(base: InMemory, ft: Descendant, blocks: np.ndarray, seed: int) -> di
         if not statistic.problems(base.arch, ft.model.arch, vocabularies):
             found[name] = statistic.compute(pair)
     ps: dict[str, float | None] = {name: found[name].log10_p if name in found else None for name in STATISTICS}
+    for form in FORMS:
+        ps[f"match, {form}"] = _form_log10_p(found["match"], form) if "match" in found else None
     judged = verdict({name: found[name] for name in _DECIDING if name in found}, LEVEL)
     return ps | {"verdict": float(judged.verdict == "related")}
+
+
+def _form_log10_p(result: Result, form: str) -> float:
+    """Returns the p-value that one form of `match` alone would have."""
+    return bonferroni_log10([test for test in result.tests if test.decides and test.name.startswith(form)])
 
 
 def rows(found: Zoo, count: int) -> Iterator[tuple[str, list[tuple[InMemory, Descendant]]]]:
@@ -129,12 +136,12 @@ def rates(found: Mapping[str, list[dict[str, float | None]]]) -> dict[str, dict[
             return float(np.mean([value for value in values if value is not None]))
         return float(np.mean([value < np.log10(LEVEL) for value in values if value is not None]))
 
-    return {row: {name: rate(pairs, name) for name in (*STATISTICS, "verdict")} for row, pairs in found.items()}
+    return {row: {name: rate(pairs, name) for name in COLUMNS} for row, pairs in found.items()}
 
 
 def figure(table: Mapping[str, Mapping[str, float | None]]) -> Figure:
     """The rates as a map, a row for each thing done and a column for each statistic."""
-    names = [*STATISTICS, "verdict"]
+    names = COLUMNS
     shown = np.array([[np.nan if table[row][name] is None else table[row][name] for name in names] for row in table],
                      np.float64)  # fmt: skip
     drawn = Figure(figsize=(8.6, 0.33 * len(table) + 1.7), facecolor="white")
@@ -156,7 +163,7 @@ def figure(table: Mapping[str, Mapping[str, float | None]]) -> Figure:
 
 def page(table: Mapping[str, Mapping[str, float | None]], found: Mapping[str, Any]) -> str:
     """Returns the table as Markdown, with the interval of the first row's rates."""
-    names = [*STATISTICS, "verdict"]
+    names = COLUMNS
     lines = ["| what was done | pairs | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
     for row, by_name in table.items():
         cells = ["–" if by_name[name] is None else f"{by_name[name]:.2f}" for name in names]
@@ -176,7 +183,7 @@ def main(argv: list[str]) -> None:
     folder = Path(_OUT_DIR.value)
     found = measured(zoo(RECIPES["tiny"], ZOO_DIR.value), _SEEDS.value, folder)
     table = rates(found)
-    names = [*STATISTICS, "verdict"]
+    names = COLUMNS
     print(text_table([[row, *(by_name[name] for name in names)] for row, by_name in table.items()], ["done", *names]))
     save_png(figure(table), folder / "power.png")
     (folder / "power.md").write_text(page(table, found), encoding="utf-8")

@@ -71,10 +71,12 @@ def _attention(arch: Arch, attn: Tree, index: int, x: np.ndarray) -> np.ndarray:
         q, k = _norm(arch, attn["q_norm"], q, over), _norm(arch, attn["k_norm"], k, over)
     if arch.clip_qkv is not None:
         q, k, v = (np.clip(y, -arch.clip_qkv, arch.clip_qkv) for y in (q, k, v))
-    if arch.layer_ropes:
-        turn = np.exp(1j * np.arange(len(x))[:, None] * np.asarray(arch.rope_frequencies[arch.layer_ropes[index]]))
+    if arch.rope_frequencies:
+        angles = np.arange(len(x))[:, None] * np.asarray(arch.rope_frequencies[arch.layer_ropes[index]])
+        turn = np.exp(1j * angles)
         q, k = _turned(q, turn[:, None, None]), _turned(k, turn[:, None])
-    scores = _capped(np.einsum("tkgh,skh->kgts", q, k) * arch.attention_scale, arch.attention_softcap)
+    scale = arch.attention_scale / (index + 1 if arch.inverse_layer_scale else 1)
+    scores = _capped(np.einsum("tkgh,skh->kgts", q, k) * scale, arch.attention_softcap)
     back = np.arange(len(x))[:, None] - np.arange(len(x))
     window = arch.layer_windows[index] or len(x)
     scores = np.where((back >= 0) & (back < window), scores, -np.inf)

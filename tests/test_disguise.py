@@ -52,7 +52,8 @@ LAYOUTS = [name for name in CASES if name.endswith(("mha-tied-default", "gqa-unt
 OPTIONS = ["llama-both_biases", "llama-narrow_heads", "llama-relu", "qwen2-layer_types", "qwen3-attention_bias",
            "gemma-attention_bias", "gemma2-attention_bias", "gemma3_text-scaled_local_rope", "olmo-no_clip",
            "olmo-attention_bias", "olmo2-attention_bias", "granite-biases", "mixtral-one_per_token",
-           "gpt2-tied", "gpt2-untied", "gpt2-inner", "gpt2-odd_heads", "gpt2-relu"]  # fmt: skip
+           "gpt2-tied", "gpt2-untied", "gpt2-inner", "gpt2-odd_heads", "gpt2-relu",
+           "gpt2-inverse_layer", "mixtral-one_expert"]  # fmt: skip
 
 
 read = functools.cache(lambda name: CASES[name].source())
@@ -169,6 +170,8 @@ def test_table_says_of_every_leaf_what_it_does_on_the_residual_stream(name):
         ("gpt2-tied", Rotation, "subtracts the mean"),
         ("gpt2-tied", GainSetting, "a bias behind the gain"),
         ("gpt2-tied", UnitScaling, "no gate"),
+        ("gpt2-inverse_layer", IdentityLayer, "scale their attention by their number"),
+        ("gpt2-inverse_layer", LayerRemoval, "scale their attention by their number"),
         ("gpt2-odd_heads", QueryKeyMaps, "no pairs"),
         ("llama-gqa-untied-default", Untying, "not tied"),
     ],

@@ -179,6 +179,11 @@ def test_several_models_against_one_base(config_of):
     assert save.with_suffix(".png").exists()
     assert len(json.loads(save.with_suffix(".json").read_text())["records"]) == 2
     assert (save.with_suffix(".run") / "finetune.p").exists()
+    page = save.with_suffix(".html").read_text()
+    for name in ("base", "finetune"):
+        link = f"{save.stem}.run/{name}.html"
+        assert f'href="{link}"' in page
+        assert (save.parent / link).exists()
     assert list(pickle.loads(save.read_bytes())) == ["base", "finetune"]
 
 
@@ -192,7 +197,8 @@ def test_models_of_one_name_do_not_overwrite_one_another_and_all_are_opened_firs
         experiment.run(config)
     assert not folder.exists()
     config.ft_model_ids = config.ft_model_ids[:2]
-    experiment.run(config)
+    records = experiment.run(config)
+    assert all("over_pairs_log10_p" in record["verdict"] for record in records)
     assert {file.name for file in folder.glob("*.p")} == {"finetune.p", "finetune-2.p"}
 
 

@@ -19,7 +19,7 @@ from tracing_jax.forward import logits, path_losses
 from tracing_jax.matching import live_units, match_units
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.source import InMemory
-from tracing_jax.statistics import REGISTRY, Pair, Result, Test, Vocabularies, verdict
+from tracing_jax.statistics import REGISTRY, Pair, Result, Test, Vocabularies, over_pairs, verdict
 from tracing_jax.statistics.calibration import control_pairs, null_of, tabled_allowance, upper_share
 from tracing_jax.statistics.comparison import Comparison, against_each_other, against_identity
 from tracing_jax.statistics.csh import Csh
@@ -333,3 +333,10 @@ def test_what_has_no_shape_in_common_is_said():
     assert "raise it" in MatchAll(max_gib=1e-6).problems(ARCH, deep, SAME)[0]
     assert Csu().problems(ARCH, deep, SAME) == []
     assert {"csu", "csu_all", "csh", "l2", "jsd", "match", "match_all", "perm_mode_l2"} <= set(REGISTRY)
+
+
+def test_pairs_side_by_side_pay_for_each_other_by_holm():
+    adjusted = over_pairs([-9.0, None, -2.0, -0.1])
+    assert adjusted == [pytest.approx(-9 + math.log10(3)), None, pytest.approx(-2 + math.log10(2)), -0.1]
+    assert over_pairs([-4.0]) == [-4.0]
+    assert over_pairs([None, None]) == [None, None]

@@ -12,11 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tracing_jax.record import plain
+from tracing_jax.report.family import figure_of_family, pair_names, summary
+from tracing_jax.report.family_page import family_html
 from tracing_jax.report.page import html
 from tracing_jax.report.panels import _stack
 from tracing_jax.report.plots import figure_of_run, path_figure, png, save_png
 from tracing_jax.report.tables import text_table
-from tracing_jax.report.wording import cell, outcome, p_text, subject
+from tracing_jax.report.wording import cell, log10_cell, outcome, p_cell, p_text, places_text, subject
 
 ROOT = Path(__file__).parents[1]
 ALPHA = np.linspace(0, 1, 11)
@@ -319,3 +321,225 @@ def test_p_values(log10_p, shown):
 def test_a_statistic_that_was_not_run_says_so():
     sides = {"non_aligned": None, "aligned": None}
     assert (subject("cos", sides), outcome(sides)) == ("cos", "not run")
+
+
+PLACES = [f"layer {i}" for i in range(3)]
+
+
+def one_test(name="agreement, calibrated", log10_ps=(-0.0, -20.0, -4000.0), decides=True, places=PLACES):
+    log10_p = None if log10_ps is None else min(log10_ps) + 0.5
+    values = {"units": [64] * len(places), "agreeing": [7] * len(places), "r": [0.25] * len(places)}
+    log10_ps = None if log10_ps is None else list(log10_ps)
+    return {
+        "name": name, "log10_p": log10_p, "combined": "Holm's minimum over layers", "places": list(places),
+        "log10_ps": log10_ps, "values": values, "decides": decides,
+    }  # fmt: skip
+
+
+def judged(word="related", log10_p=-41.25, **changes):
+    meaning = {"related": "one descends from the other", "undecided": "too weak", "independent": "never proved"}[word]
+    base = {
+        "verdict": word, "meaning": meaning, "level": 1e-3, "statistic": "csu", "adjusted_log10_p": log10_p,
+        "family": {"csu": log10_p - 0.5, "match": -0.0}, "layers": PLACES if word == "related" else [],
+        "evidence": [{"statistic": "csu", "test": "agreement", "place": f"layer {i}", "log10_p": i - 320.5}
+                     for i in range(12)],
+    }  # fmt: skip
+    return base | changes
+
+
+NULL = {"lambda": 1.5, "m": 0.0, "s": 1.25, "u": [0.05, 0.0625, 0.05], "u from": "the table",
+        "controls": {"pairs": 6, "levels": LEVELS, "k": LEVELS, "z": LEVELS}}  # fmt: skip
+
+
+def layer_map(rows=5, columns=5):
+    table = np.full((rows, columns), -0.25)
+    np.fill_diagonal(table, -300.0)
+    size = min(rows, columns)
+    pairs = [{"base": i, "ft": i, "log10_p": -300.0, "units": 64, "agreeing": 48} for i in range(size)]
+    return {
+        "log10_p": table.tolist(), "pairs": pairs, "unmatched_base": list(range(size, rows)),
+        "unmatched_ft": list(range(size, columns)), "sentence": f"{size} layers are <found> again.",
+    }  # fmt: skip
+
+
+def with_tests(**changes):
+    """A record with a test on the pair as given, without p-value on the aligned pair, and a map of layers."""
+    tests = [one_test(), one_test("agreement, parametric", (-1.0, -30.5, -4000.25), decides=False)]
+    aligned = result(1.0, p_reason="after alignment nothing has a null", tests=[one_test(log10_ps=None)])
+    given = result(0.5, log10_p=-3999.5, tests=tests, null=NULL, notes=["one remark"])
+    statistics = {
+        "csu": {"non_aligned": given, "aligned": aligned},
+        "match_all": {"non_aligned": result(0.5, log10_p=-299.0, layer_map=layer_map()), "aligned": None},
+    }
+    return record(statistics=statistics, verdict=judged(), **changes)
+
+
+def seen(source):
+    """The words of a page before its configuration, which is quoted as it is."""
+    return Page(source).text.partition(" Configuration ")[0]
+
+
+@pytest.mark.parametrize("word", ["related", "undecided", "independent"])
+def test_page_opens_with_the_verdict_and_its_grounds(word):
+    source = html(record(verdict=judged(word), statistics={}))
+    page = Page(source)
+    assert ("div", "class", f"verdict {word}") in page.attributes
+    start = page.text.partition("Statistics in the verdict")[0]
+    assert f"{word} {judged(word)['meaning']}" in start
+    assert "p = 10^-41.2 after Holm over csu and match; log10 p = -41.25" in start
+    assert ("layers 0-2" in start) is (word == "related")
+    assert "csu -41.75 1.78e-42 match 0 1" in page.text
+    assert "csu agreement layer 0 -320.5 10^-320.5 csu agreement layer 1" in page.text
+
+
+def test_a_verdict_without_a_test_says_what_to_ask_for():
+    nothing = judged("undecided", statistic=None, adjusted_log10_p=None, family={}, evidence=[])
+    page = Page(html(record(verdict=nothing, statistics={}))).text
+    assert "undecided too weak level 0.001" in page
+    assert "Statistics in the verdict" not in page
+    assert "UNDECIDED  model and tuned: too weak" in summary([with_tests() | {"verdict": nothing}])
+
+
+def test_every_p_value_of_a_test_is_on_the_page():
+    text = Page(html(with_tests())).text
+    for shown in (
+        "agreement, calibrated -3999.5 10^-3999.5 Holm's minimum over layers (3) yes",
+        "agreement, parametric -3999.75 10^-3999.8 Holm's minimum over layers (3) no",
+        "layer 0 64 7 0.25 0 -1",
+        "layer 2 64 7 0.25 -4000 -4000.25",
+        "aligned: No p-value: after alignment nothing has a null",
+        "one remark",
+        "λ: units that agree by accident, mean 1.5",
+        "layer 0 0.05, layer 1 0.0625, layer 2 0.05",
+        "min 0, 5 % 0.05, 25 % 0.25, median 0.5, 75 % 0.75, 95 % 0.95, max 1",
+        "5 layers are <found> again.",
+        "4 4 -300 10^-300.0 64 48",
+    ):
+        assert shown in text
+
+
+def test_no_p_value_is_shown_as_zero():
+    words = seen(html(with_tests())).split()
+    assert "0.0" not in words
+    assert "-0" not in words
+    assert "-0.0" not in words
+    assert p_cell(-1e5) == "10^-100000.0"
+    assert p_cell(-320.0) == "10^-320.0"
+    assert float(p_cell(-299.0)) > 0
+    assert (log10_cell(-0.0), log10_cell(-0.001), log10_cell(None)) == ("0", "0", "–")
+
+
+def test_tests_are_drawn_by_layer_with_the_level():
+    csu, image, _ = figure_of_run(with_tests()).axes
+    calibrated, parametric, level, single = csu.lines
+    np.testing.assert_array_equal(calibrated.get_ydata(), [0, -20, -4000])
+    np.testing.assert_array_equal(parametric.get_ydata(), [-1, -30.5, -4000.25])
+    assert parametric.get_linewidth() < calibrated.get_linewidth()
+    assert level.get_ydata()[0] == pytest.approx(-3)
+    assert single.get_ydata()[0] == pytest.approx(-3 - math.log10(3))
+    low, high = csu.get_ylim()
+    assert low < -4000.25
+    assert high > 0
+    assert image.get_images()
+
+
+def test_a_layer_of_several_places_shows_its_smallest_p():
+    places = ["layers/0/mlp/up_proj", "layers/0/mlp/gate_proj", "layers/1/mlp/up_proj", "embed/embedding"]
+    test = one_test("exact null", (-1.0, -2.0, -0.5, -9.0), places=places)
+    sides = {"non_aligned": result(0.5, tests=[test]), "aligned": None}
+    (axes,) = figure_of_run({"statistics": {"csu_all": sides}}).axes
+    np.testing.assert_array_equal(axes.lines[0].get_ydata(), [-2, -0.5])
+    assert "smallest in the layer" in axes.get_ylabel()
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (5, 7), (80, 80)])
+def test_the_map_of_layers_is_drawn_with_its_pairs_framed(shape):
+    sides = {"non_aligned": result(0.5, log10_p=-9.0, layer_map=layer_map(*shape)), "aligned": None}
+    figure = figure_of_run({"statistics": {"match_all": sides}, "verdict": judged()})
+    axes, bar = figure.axes
+    assert axes.get_images()[0].get_array().shape == shape
+    assert len(axes.patches) == min(shape)
+    assert bar.get_ylabel() == "log10 p"
+    assert png(figure)
+
+
+@pytest.mark.parametrize(
+    ("places", "words"),
+    [
+        (PLACES, "layers 0-2"),
+        (["layer 7", "layer 0", "layer 1"], "layers 0-1, 7"),
+        (["layer 3"], "layer 3"),
+        (["base 0 : ft 1", "base 1 : ft 2", "base 5 : ft 2"], "base 0-1 : ft 1-2, base 5 : ft 2"),
+        (["{x} 1", "lm_head"], "(x) 1, lm_head"),
+        ([*"abcdefgh"], "a, b, c, d, e, f, and 2 more"),
+        ([], ""),
+    ],
+)
+def test_places_are_ranges(places, words):
+    assert places_text(places) == words
+
+
+def test_page_names_what_was_asked_for():
+    asked = {"base_model_id": "demo:base", "ft_model_id": "/some/folder/tuned/"}
+    assert "<title>tuned against demo:base</title>" in html(record(args=asked))
+
+
+def test_the_midpoint_stands_once():
+    full = record()
+    for side in full["statistics"]["mode"].values():
+        side["label"] = "midpoint loss"
+    text = Page(html(full)).text
+    assert "loss at α = 0.5" not in text
+    assert "midpoint loss 7 2.1" in text
+
+
+def several():
+    names = ("tuned", "b", "<i>c</i>")
+    verdicts = (judged(over_pairs_log10_p=-40.75), judged("undecided", -2.0), judged("independent", -0.0))
+    pairs = zip(names, verdicts, strict=True)
+    paths = {"non_aligned": result(7.0, curve=curve(5) | {"midpoint": 7.0, "barrier": 5.0, "groups": ["mlp"]})}
+    found = {"mode": paths | {"aligned": None}, "csu": {"non_aligned": result(0.5, log10_p=-9.0), "aligned": None}}
+    return [record(args={"ft_model_id": f"org/{name}"}, verdict=word, statistics=found) for name, word in pairs]
+
+
+def test_summary_begins_each_pair_with_its_verdict():
+    lines = summary(several()).splitlines()
+    assert lines[0] == "RELATED  model and tuned: one descends from the other"
+    assert lines[1] == "  csu, p = 10^-41.2 after Holm over csu and match; level 0.001; layers 0-2"
+    assert [line.split("  ")[0] for line in lines if line[:1].isupper()] == ["RELATED", "UNDECIDED", "INDEPENDENT"]
+    assert any(line.split() == ["tuned", "related", "csu", "-41.25", "-40.75", "layers", "0-2"] for line in lines)
+    assert "after Holm over the 3 pairs" in " ".join(lines)
+    assert max(map(len, lines)) <= 110
+    assert "log10 p (all pairs)" not in summary(several()[:1])
+
+
+def test_family_page_links_each_pair_and_escapes():
+    page = Page(family_html(several(), ["f/tuned.html", "f/b.html", "f/%3Ci%3E.html"]))
+    links = [value for tag, name, value in page.attributes if (tag, name) == ("a", "href")]
+    assert links == ["f/tuned.html", "f/b.html", "f/%3Ci%3E.html"]
+    assert not page.tags & {"script", "i", "link"}
+    assert "tuned related csu -41.25 -40.75 layers 0-2" in page.text
+    assert "independent csu 0" in page.text
+
+
+def test_figure_of_a_family_shows_paths_and_p_values_of_those_that_have_them():
+    path, ps = figure_of_family(several()).axes
+    assert len(path.lines) > 0
+    assert [tick.get_text() for tick in ps.get_yticklabels()] == ["tuned", "b", "i>"]
+    without = [record(statistics={}, verdict=None)]
+    assert texts(figure_of_family(without).axes[0]) == ["No pair has a path or a p-value that enters a verdict."]
+
+
+def test_models_of_one_name_are_told_apart():
+    assert pair_names([record(), record(), record()]) == ["tuned", "tuned-2", "tuned-3"]
+
+
+def test_page_of_tests_escapes_everything():
+    evil = "<script>alert('x')</script>"
+    full = with_tests()
+    csu = full["statistics"]["csu"]["non_aligned"]
+    csu |= {"tests": [one_test(evil, places=[evil] * 3)], "notes": [evil], "null": {evil: evil}}
+    row = {"statistic": evil, "test": evil, "place": evil, "log10_p": -5.0}
+    full["verdict"] = judged(statistic=evil, family={evil: -9.0}, layers=[evil], evidence=[row], meaning=evil)
+    assert "script" not in Page(html(full)).tags
+    assert "script" not in Page(family_html([full, full], ["a.html", "b.html"])).tags

@@ -62,18 +62,16 @@ def place_blocks(results: Mapping[str, Any]) -> list[Block]:
 
 
 def map_blocks(results: Mapping[str, Any]) -> list[Block]:
-    """Which layer of ft comes from which layer of base, in words and as a table."""
+    """Which layer of ft comes from which layer of base, in words and as a table; on the pair as given."""
+    layer_map = next((result["layer_map"] for result in results.values() if result.get("layer_map")), None)
+    if layer_map is None:
+        return []
+    rows = [_map_row(pair, "") for pair in layer_map["pairs"]]
+    rows += [_map_row(pair, "copy") for pair in layer_map.get("copies") or ()]
+    rows += [_map_row({"base": i}, "no partner") for i in layer_map["unmatched_base"]]
+    rows += [_map_row({"ft": j}, "no partner") for j in layer_map["unmatched_ft"]]
     headers = ("base layer", "ft layer", "log10 p", "p", "units", "agreeing", "")
-    found = []
-    for side, result in results.items():
-        if layer_map := result.get("layer_map"):
-            rows = [_map_row(pair, "") for pair in layer_map["pairs"]]
-            rows += [_map_row(pair, "copy") for pair in layer_map.get("copies") or ()]
-            rows += [_map_row({"base": i}, "no partner") for i in layer_map["unmatched_base"]]
-            rows += [_map_row({"ft": j}, "no partner") for j in layer_map["unmatched_ft"]]
-            title = f"Layers that belong together, {side}" if len(results) > 1 else "Layers that belong together"
-            found.append(Block(title, table_of(headers, rows), layer_map["sentence"], folded=bool(found)))
-    return found
+    return [Block("Layers that belong together", table_of(headers, rows), layer_map["sentence"], folded=False)]
 
 
 def _map_row(pair: Mapping[str, Any], remark: str) -> list[Any]:

@@ -8,6 +8,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from tracing_jax.arch import Arch
@@ -52,7 +53,8 @@ class L2:
 def distances(pair: Pair, permutations: Sequence[Permutations]) -> tuple[float, np.ndarray]:
     """Returns the mean distance of the pair as given, and of each permuted copy of ft; no copy is made.
 
-    `||A - P B||^2 = ||A||^2 + ||B||^2 - 2 <A, P B>`, one leaf in memory at a time. The pair as given is subtracted
+    `||A - P B||^2 = ||A||^2 + ||B||^2 - 2 <A, P B>`, one leaf in memory at a time. Where a leaf is permuted along one
+    dimension, all products come from one matrix of inner products between its units. The pair as given is subtracted
     directly: for a light fine-tune the difference of the squares would cancel.
     """
     table = axis_table(pair.ft.arch)
@@ -64,9 +66,7 @@ def distances(pair: Pair, permutations: Sequence[Permutations]) -> tuple[float, 
         squares = _sum(_products(base, base)) + _sum(_products(ft, ft))
         if permutations:
             dims, indices = unit_moves(table.leaves[name], stacked, table.within)
-            products = _permuted_products(base, ft, dims, indices) if dims else _products(base, ft).ravel()[None]
-            crosses = np.asarray(products).sum(axis=1, dtype=np.float64)
-            permuted += np.sqrt(np.maximum(squares - 2 * crosses, 0.0))
+            permuted += np.sqrt(np.maximum(squares - 2 * _crosses(base, ft, dims, indices), 0.0))
     return observed / count, permuted / count
 
 
@@ -91,6 +91,23 @@ def _squared_difference(base: jax.Array, ft: jax.Array) -> jax.Array:
 @jax.jit
 def _products(base: jax.Array, ft: jax.Array) -> jax.Array:
     return (base.astype(jnp.float32) * ft.astype(jnp.float32)).sum(axis=-1)
+
+
+def _crosses(base: jax.Array, ft: jax.Array, dims: Dims, indices: Sequence[np.ndarray]) -> Float[np.ndarray, " T"]:
+    """Returns the inner product of base with each permuted copy of ft; a leaf that no permutation moves has one."""
+    if not dims:
+        return np.array([_sum(_products(base, ft))])
+    if len(dims) == 1 and dims[0][1] is None:
+        between = np.asarray(_between_units(base, ft, dims[0][0]), np.float64)
+        return between[np.arange(len(between)), indices[0]].sum(axis=1)
+    return np.asarray(_permuted_products(base, ft, dims, indices)).sum(axis=1, dtype=np.float64)
+
+
+@functools.partial(jax.jit, static_argnames="dim")
+def _between_units(base: jax.Array, ft: jax.Array, dim: int) -> Float[Array, "n n"]:
+    """Returns the inner products of base's units along a dimension with ft's."""
+    rows = [jnp.moveaxis(leaf, dim, 0).reshape(leaf.shape[dim], -1).astype(jnp.float32) for leaf in (base, ft)]
+    return jnp.einsum("na,ma->nm", *rows, precision="highest")
 
 
 @functools.partial(jax.jit, static_argnames="dims")

@@ -65,7 +65,7 @@ def sentence(found: LayerMap, num_base: int, num_ft: int, kept: Sequence[tuple[i
     if found.unmatched_base:
         words.append(f"base's {ranges(found.unmatched_base)} left no trace")
     if found.unmatched_ft:
-        words.append(f"ft's {ranges(found.unmatched_ft)} resemble none")
+        words.append(f"nothing of base resembles ft's {ranges(found.unmatched_ft)}")
     share = [f"{k} of {h}" for k, h in kept]
     if len(set(share)) == 1:
         words.append(f"in each matched layer {share[0]} units were found again")

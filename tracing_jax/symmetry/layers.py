@@ -24,7 +24,7 @@ class IdentityLayer(Rewrite):
 
     @classmethod
     def absent(cls, arch: Arch) -> list[str]:
-        return []
+        return _scale_problems(arch)
 
     @classmethod
     def random(cls, key: PRNGKeyArray, arch: Arch) -> "IdentityLayer":
@@ -74,7 +74,7 @@ class LayerRemoval(Rewrite):
 
     @classmethod
     def absent(cls, arch: Arch) -> list[str]:
-        return [] if arch.num_layers > 1 else ["its only layer cannot be taken out"]
+        return _scale_problems(arch) + ([] if arch.num_layers > 1 else ["its only layer cannot be taken out"])
 
     @classmethod
     def random(cls, key: PRNGKeyArray, arch: Arch) -> "LayerRemoval":
@@ -122,3 +122,7 @@ def _writes_stream(row: Leaf) -> bool:
 def _with_copy(items: tuple[Any, ...], at: int, like: int) -> tuple[Any, ...]:
     """Returns the facts of layers with a copy of one of them put in; a model without ropes has none of these."""
     return (*items[:at], items[like], *items[at:]) if items else ()
+
+
+def _scale_problems(arch: Arch) -> list[str]:
+    return ["its layers scale their attention by their number"] if arch.inverse_layer_scale else []

@@ -1,0 +1,103 @@
+"""Which layer comes from which: pruned, stretched and unrelated models, and the words for it."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from tracing_jax.data import paired_one_to_one
+from tracing_jax.sharding import Compute, make_mesh
+from tracing_jax.source import InMemory
+from tracing_jax.statistics import Pair, Vocabularies, verdict
+from tracing_jax.statistics.layer_map import LayerMap, assign_layers, ranges, sentence
+from tracing_jax.statistics.match_all import MatchAll
+from tracing_jax.tree import map_named
+
+ARCH = tiny.qwen3_gqa(num_layers=5, layer_ropes=(0,) * 5, layer_windows=(None,) * 5, mlp_dim=40)
+IDS = np.arange(61, dtype=np.int32)
+TOKENS = np.random.default_rng(0).integers(61, size=(8, 24), dtype=np.int32)
+BASE = tiny.model(ARCH, 0)
+
+
+def pair_of(ft):
+    blocks = paired_one_to_one(TOKENS, TOKENS)
+    return Pair(BASE, ft, Vocabularies(True, IDS, IDS), TOKENS, Compute(make_mesh(1, 1), 4), seed=0, blocks=blocks)
+
+
+def made_of(layers, units=40, noise=0.05, seed=3):
+    """Returns a model of these layers of base (None: a new one) with so many units of each, and the units kept."""
+    kept = [np.sort(np.random.default_rng([seed, i]).permutation(40)[:units]) for i in range(len(layers))]
+    new = tiny.params_of(ARCH, 9)["layers"]
+    noisy = tiny.noisy(BASE.params, noise)
+
+    def cut(name, leaf):
+        if "/mlp/" not in name:
+            return leaf
+        return jnp.take(leaf, kept[int(name.split("/")[1])], axis=0 if "down" in name else 1)
+
+    chosen = {str(i): new[str(i)] if layer is None else noisy["layers"][str(layer)] for i, layer in enumerate(layers)}
+    arch = dataclasses.replace(
+        ARCH, num_layers=len(layers), mlp_dim=units, layer_ropes=(0,) * len(layers), layer_windows=(None,) * len(layers)
+    )
+    return InMemory(arch, map_named(cut, noisy | {"layers": chosen})), kept
+
+
+def test_a_model_pruned_in_depth_and_width_gives_back_its_layers_and_units():
+    ft, kept = made_of([0, 2, 4], units=30)
+    result = MatchAll().compute(pair_of(ft))
+    assert [(p["base"], p["ft"]) for p in result.layer_map["pairs"]] == [(0, 0), (2, 1), (4, 2)]
+    assert result.layer_map["unmatched_base"] == [1, 3]
+    assert result.layer_map["unmatched_ft"] == []
+    for base, ft_layer in ((0, 0), (2, 1), (4, 2)):
+        units = result.arrays[f"units of base {base} and ft {ft_layer}"]
+        right = (kept[ft_layer][units[:, 1]] == units[:, 0]).sum()
+        assert right >= 0.95 * 30
+    assert "3 of ft's 3 layers come from base's 5, in order" in result.layer_map["sentence"]
+    assert "base's layers 1, 3 left no trace" in result.layer_map["sentence"]
+    assert verdict({"match_all": result}, 1e-3).verdict == "related"
+
+
+def test_inserted_and_repeated_layers_are_told_apart():
+    ft, _ = made_of([0, 1, 1, None, 2, 3, 4])
+    found = MatchAll().compute(pair_of(ft)).layer_map
+    pairs = {(p["base"], p["ft"]) for p in found["pairs"]}
+    copies = {(c["base"], c["ft"]) for c in found["copies"]}
+    assert pairs | copies == {(0, 0), (1, 1), (1, 2), (2, 4), (3, 5), (4, 6)}
+    assert found["unmatched_ft"] == [3]
+    assert found["unmatched_base"] == []
+
+
+def test_an_unrelated_model_has_no_layer_of_base():
+    result = MatchAll().compute(pair_of(tiny.model(dataclasses.replace(ARCH, mlp_dim=52), 1)))
+    assert result.layer_map["pairs"] == []
+    assert result.log10_p > -3
+    assert "None of ft's 5 layers" in result.layer_map["sentence"]
+
+
+@pytest.mark.parametrize("positions", [100, 2048])
+def test_the_kept_activations_stay_within_the_memory_asked_for(positions):
+    statistic = MatchAll(positions=positions, max_gib=400 * 4 * 2 * 2 * 5 * 40 * 2 / 2**30)
+    assert statistic._positions(ARCH, ARCH) == min(positions, 400)
+
+
+def test_layers_are_assigned_by_evidence_and_may_stay_alone():
+    log_p = np.full((3, 4), -0.1)
+    log_p[0, 2], log_p[1, 0], log_p[1, 3] = -50.0, -40.0, -30.0
+    found = assign_layers(log_p, math.log(1e-3 / 12))
+    assert found == LayerMap(((0, 2), (1, 0)), ((1, 3),), (2,), (1,))
+    assert assign_layers(log_p.T, math.log(1e-3 / 12)).pairs == ((0, 1), (2, 0))
+
+
+def test_the_map_in_words():
+    found = LayerMap(((0, 0), (1, 1), (4, 2)), ((4, 3),), (2, 3), (4,))
+    words = sentence(found, 5, 5, [(9, 10), (10, 10), (10, 10)])
+    assert words == (
+        "3 of ft's 5 layers come from base's 5, in order (base 0-1 → ft 0-1, base 4 → ft 2); "
+        "ft's layer 3 repeats base's 4; base's layers 2-3 left no trace; nothing of base resembles ft's layer 4; "
+        "in the matched layers 29 of 30 units were found again."
+    )
+    assert ranges([3, 1, 2, 7]) == "layers 1-3, 7"
+    assert ranges([5]) == "layer 5"
