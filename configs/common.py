@@ -31,7 +31,11 @@ def get_config(stat: str, arg: str = "") -> ConfigDict:
     config.csu_all_pairs = False  # csu_all: every two matrices of equal shape, not only those of one name and layer
     config.match_forms = "forward,weights"  # match: activations on text, weights on shared embeddings, or both
     config.match_all_gib = 4.0  # match_all: what the kept activations may take
-    config.control_model_ids = ()  # match: models of base's shape known to be independent of both
+    config.distil_tokens = 32768  # match_distilled: at most so many positions to learn from
+    config.distil_steps, config.distil_batch = 1000, 512  # of a student's training
+    config.distil_rate, config.distil_decay = 0.3, 0.03  # both fall to zero along a cosine; see docs/distilled.md
+    config.distil_units = 0  # width of the students; 0 takes the narrower model's
+    config.control_model_ids = ()  # match, match_distilled: models of base's shape known to be independent of both
 
     # The verdict: related below this level, undecided from there to 0.05, else independent.
     config.level = 1e-3

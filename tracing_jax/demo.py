@@ -194,7 +194,11 @@ def init(arch: Arch, key: PRNGKeyArray) -> Tree:
     """Returns fresh params whose kernels have standard deviation 1 / sqrt(D)."""
     # The models' own scale is meant for thousands of units; narrow models barely learn from it.
     std = arch.embed_dim**-0.5
-    return jax.tree.map(lambda leaf: leaf * (std / leaf.std()) if leaf.ndim > 1 else leaf, init_params(arch, key))
+
+    def scaled(leaf: jax.Array) -> jax.Array:
+        return leaf * (std / jnp.maximum(leaf.std(), 1e-6)) if leaf.ndim > 1 else leaf  # biases are zero and stay it
+
+    return jax.tree.map(scaled, init_params(arch, key))
 
 
 def _train(arch: Arch, recipe: Recipe, params: Tree, training: _Training) -> Tree:

@@ -7,7 +7,7 @@ from tracing_jax import demo
 from tracing_jax.alignment import beyond_permutations, kind_problems, kinds_in
 from tracing_jax.axes import PERMUTABLE
 from tracing_jax.record import RunFiles, check_writable
-from tracing_jax.statistics import REGISTRY
+from tracing_jax.statistics import COSTLY, REGISTRY
 from tracing_jax.statistics.match import FORMS
 from tracing_jax.statistics.verdict import UNDECIDED_BELOW
 from tracing_jax.symmetry import Renaming, rewrite_names
@@ -112,9 +112,15 @@ def _number_problems(config: ConfigDict) -> list[str]:
         if config[name] < least:
             lines.append(f"{name}={config[name]}: at least {least}")
     least_counts = {"mode_num_perm": 0, "num_perm": 1, "csh_blocks": 1, "csh_block_size": 2}
+    least_counts |= {"distil_tokens": 32, "distil_steps": 1, "distil_batch": 1, "distil_units": 0}
     lines += [
         f"{name}={config[name]}: at least {least}" for name, least in least_counts.items() if config[name] < least
     ]
+    if not config.distil_rate > 0 or not 0 <= config.distil_decay < 1:
+        lines.append(
+            f"distil_rate={config.distil_rate}, distil_decay={config.distil_decay}: the rate is above 0, and the decay "
+            "at least 0 and below 1"
+        )
     if not 0 < config.level <= UNDECIDED_BELOW:
         lines.append(f"level={config.level}: it lies above 0 and at most at {UNDECIDED_BELOW}")
     if not 0 <= config.seed < 2**32:
@@ -137,6 +143,7 @@ def _save_problems(config: ConfigDict) -> list[str]:
 
 
 def names_in(listed: str) -> list[str]:
-    """Returns the names in a list with commas; `all` means every statistic."""
+    """Returns the names in a list with commas, each once; `all` means every statistic but the costly ones."""
     names = [name.strip() for name in listed.split(",") if name.strip()]
-    return list(REGISTRY) if names == ["all"] else names
+    cheap = [name for name in REGISTRY if name not in COSTLY]
+    return list(dict.fromkeys(n for name in names for n in (cheap if name == "all" else [name])))

@@ -12,6 +12,7 @@ from tracing_jax.statistics.jsd import Jsd
 from tracing_jax.statistics.l2 import L2
 from tracing_jax.statistics.match import Match
 from tracing_jax.statistics.match_all import MatchAll
+from tracing_jax.statistics.match_distilled import MatchDistilled
 from tracing_jax.statistics.mode import Mode
 from tracing_jax.statistics.perm_mode_l2 import PermModeL2
 from tracing_jax.statistics.statistic import Curve, Pair, Result, Statistic, Test, Vocabularies
@@ -29,12 +30,24 @@ REGISTRY: Mapping[str, Callable[[Any], Statistic]] = {
     "match_all": lambda config: MatchAll(
         tuple(config.match_forms.split(",")), max_gib=config.match_all_gib, level=config.level
     ),
+    "match_distilled": lambda config: MatchDistilled(
+        config.distil_tokens,
+        config.distil_steps,
+        config.distil_batch,
+        config.distil_units,
+        config.distil_rate,
+        config.distil_decay,
+    ),
     "l2": lambda config: L2(config.num_perm),
     "perm_mode_l2": lambda config: PermModeL2(config.num_perm, config.attn, config.emb),
 }
 """Name -> how the statistic is made from a run's config."""
 
+COSTLY = frozenset({"match_distilled"})
+"""Statistics that train something: asked for by name, and no part of `all`."""
+
 __all__ = [
+    "COSTLY",
     "REGISTRY",
     "Curve",
     "Pair",

@@ -1,0 +1,163 @@
+"""Gated (GLU) students of feed-forward networks: what any FFN computes, written in units that can be matched.
+
+Letters: S samples, D features of the teacher's inputs and outputs, F units of the student.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+Weights = dict[str, Float[Array, "_ _"]]
+
+_HELD_OUT = 16  # of so many samples one is held out
+_ORDINARY = 10.0  # times the median norm
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a student is trained.
+
+    Attributes:
+      units: F, its width.
+      steps: of Adam, each on `batch` samples; the rate falls to zero along a cosine.
+      batch: samples a step, drawn with replacement.
+      rate: what Adam moves a weight in a step, in units of its initial standard deviation, 1 / sqrt(inputs).
+      decay: what every weight loses in a step, as a share of itself, at the full rate.
+    """
+
+    units: int
+    steps: int = 1000
+    batch: int = 512
+    rate: float = 0.3
+    decay: float = 0.03
+
+
+@dataclass(frozen=True)
+class Student:
+    """`y ~ D (silu(G x) * (U x))`, fitted to one FFN, with input and output each divided by one number.
+
+    Attributes:
+      gate, up: G and U, transposed: each column reads the input of the FFN.
+      explained: share of the variance of the FFN's output that it explains, on samples it was not trained on.
+      left_out: share of the samples whose output is beyond ten times the median norm; it was not trained on them.
+    """
+
+    gate: Float[np.ndarray, "D F"]
+    up: Float[np.ndarray, "D F"]
+    explained: float
+    left_out: float
+
+
+def fit_student(x: Float[np.ndarray, "S D"], y: Float[np.ndarray, "S D"], recipe: Recipe, seed: int) -> Student:
+    """Returns a student of the FFN that makes y of x; initial weights and minibatches follow from the seed.
+
+    Inputs are divided by one number, outputs too after their mean is taken off, and initial weights are Gaussian: a
+    rotation of the features or an order of the teacher's units leaves the problem the same. (Adam, which steps along
+    coordinates, keeps a permutation exactly and a rotation in distribution only nearly.)
+
+    Weight decay is what makes two students of one FFN find the same units: it leaves the function to as few units as
+    can compute it. See docs/distilled.md.
+
+    Raises:
+      ValueError: too few samples, samples that are not finite, or an output that never varies.
+    """
+    _check(x, y)
+    norms = np.linalg.norm(y - np.median(y, axis=0), axis=1)
+    ordinary = norms <= _ORDINARY * np.median(norms)  # a few tokens with outputs a thousand times the rest would be all
+    kept = np.flatnonzero(ordinary)
+    x, y = x[kept], y[kept] - y[kept].mean(axis=0)
+    x, y = (values / np.sqrt(np.square(values, dtype=np.float64).mean()).astype(np.float32) for values in (x, y))
+    train = len(x) - max(1, len(x) // _HELD_OUT)
+    init_key, order_key = jax.random.split(jax.random.key(seed))
+    weights = _trained(_initial(init_key, x.shape[1], recipe.units), order_key, x[:train], y[:train], recipe)
+    error = np.square(np.asarray(_output(weights, jnp.asarray(x[train:]))) - y[train:]).sum()
+    explained = 1 - float(error / np.square(y[train:] - y[train:].mean(axis=0)).sum())
+    gate, up = np.asarray(weights["gate"]), np.asarray(weights["up"])
+    return Student(gate, up, explained, 1 - len(kept) / len(ordinary))
+
+
+def student_correlations(
+    base: tuple[Float[np.ndarray, "S D"], Student], ft: tuple[Float[np.ndarray, "S D2"], Student]
+) -> dict[str, Float[np.ndarray, "F F2"]]:
+    """Returns tap -> Pearson correlations of two students' pre-activations, each on its own inputs, row by row.
+
+    Pre-activations are linear in the input, so those of all samples follow from the inputs' covariances.
+    """
+    found = _correlations(*(jnp.asarray(x) for x, _ in (base, ft)), *((s.gate, s.up) for _, s in (base, ft)))
+    return {tap: np.asarray(by_tap) for tap, by_tap in zip(("gate", "up"), found)}
+
+
+def _check(x: np.ndarray, y: np.ndarray) -> None:
+    lines = []
+    if len(x) < 2 * _HELD_OUT:
+        lines.append(f"{len(x)} samples; a student needs {2 * _HELD_OUT} at least, of which some are held out")
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        lines.append("inputs or outputs are not finite")
+    elif len(y) and not (y != y[0]).any():
+        lines.append("the output never varies: there is nothing to learn")
+    if lines:
+        raise ValueError("no student can be fitted to this FFN: " + "; ".join(lines))
+
+
+def _initial(key: PRNGKeyArray, D: int, F: int) -> Weights:
+    """Returns Gaussian weights under which every unit's pre-activations have variance 1 on standardised inputs."""
+    shapes = {"gate": (D, F), "up": (D, F), "down": (F, D)}
+    keys = jax.random.split(key, len(shapes))
+    return {name: jax.random.normal(k, s) * s[0] ** -0.5 for k, (name, s) in zip(keys, shapes.items())}
+
+
+@jax.jit
+def _output(weights: Weights, x: Float[Array, "S D"]) -> Float[Array, "S D"]:
+    gate, up = (jnp.matmul(x, weights[name], precision="highest") for name in ("gate", "up"))
+    return jnp.matmul(jax.nn.silu(gate) * up, weights["down"], precision="highest")
+
+
+@functools.partial(jax.jit, static_argnames="recipe")
+def _trained(
+    weights: Weights, key: PRNGKeyArray, x: Float[Array, "S D"], y: Float[Array, "S D"], recipe: Recipe
+) -> Weights:
+    """Returns the weights after training, in one compiled loop for all layers of one shape."""
+    adam = optax.scale_by_adam()
+    cosine = optax.cosine_decay_schedule(1.0, recipe.steps)
+
+    def loss(weights: Weights, rows: Int[Array, " B"]) -> Float[Array, ""]:
+        return jnp.square(_output(weights, x[rows]) - y[rows]).mean()
+
+    def step(carry: tuple[Weights, optax.OptState], t: Int[Array, ""]) -> tuple[tuple[Weights, optax.OptState], None]:
+        weights, state = carry
+        rows = jax.random.randint(jax.random.fold_in(key, t), (recipe.batch,), 0, len(x))
+        directions, state = adam.update(jax.grad(loss)(weights, rows), state)
+        moved = {
+            name: w - cosine(t) * (recipe.rate * w.shape[0] ** -0.5 * directions[name] + recipe.decay * w)
+            for name, w in weights.items()
+        }
+        return (moved, state), None
+
+    (weights, _), _ = jax.lax.scan(step, (weights, adam.init(weights)), jnp.arange(recipe.steps))
+    return weights
+
+
+@jax.jit
+def _correlations(
+    x_a: Float[Array, "S D"], x_b: Float[Array, "S D2"], a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]
+) -> tuple[Float[Array, "F F2"], ...]:
+    x_a, x_b = (x - x.mean(axis=0) for x in (x_a, x_b))
+    covariance, own_a, own_b = (
+        jnp.einsum("sd,se->de", one, other, precision="highest") for one, other in ((x_a, x_b), (x_a, x_a), (x_b, x_b))
+    )
+
+    def scale(weights: jax.Array, own: jax.Array) -> jax.Array:
+        variance = jnp.einsum("df,de,ef->f", weights, own, weights, precision="highest")
+        return jnp.where(variance > 0, jax.lax.rsqrt(variance), 0.0)
+
+    return tuple(
+        jnp.einsum(
+            "df,de,eg->fg", one * scale(one, own_a), covariance, other * scale(other, own_b), precision="highest"
+        )
+        for one, other in zip(a, b)
+    )
