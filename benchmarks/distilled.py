@@ -32,7 +32,6 @@ from tracing_jax.report import text_table
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.source import InMemory
 from tracing_jax.statistics import Pair, Vocabularies
-from tracing_jax.statistics.calibration import upper_share
 from tracing_jax.statistics.comparison import against_each_other
 from tracing_jax.statistics.match_distilled import MatchDistilled
 from tracing_jax.statistics.students import Recipe, Student, fit_student, student_correlations
@@ -167,13 +166,14 @@ def measured(statistic: MatchDistilled, pair: Pair) -> list[object]:
     start = time.monotonic()
     result = statistic.compute(pair)
     assert result.null is not None
-    null, agreeing = result.null["students"], result.tests[0].values["agreeing"]
-    explained = min(min(values) for values in null["explained"].values())
-    seconds = round(time.monotonic() - start)
-    return [" ".join(map(str, agreeing)), null["lambda"], result.log10_p, explained, seconds]
+    cells: list[object] = []
+    for side, column in (("whole", "agreeing"), ("rest", "agreeing, rest")):
+        cells += [" ".join(map(str, result.tests[0].values[column])), result.null[side]["lambda"]]
+    explained = min(min(values) for values in result.null["explained"].values())
+    return [*cells, result.log10_p, explained, round(time.monotonic() - start)]
 
 
-COLUMNS = ["agreeing by layer", "lambda", "log10 p", "least explained", "seconds"]
+COLUMNS = ["agreeing by layer", "lambda", "rest", "lambda", "log10 p", "least explained", "seconds"]
 
 
 def comparisons(shelf: Shelf) -> Iterator[list[object]]:
@@ -193,11 +193,25 @@ def convergence(shelf: Shelf, count: int) -> Iterator[list[object]]:
             by_model.append([(x, fit_student(x, y, recipe, 100 * seed + i)) for i, (x, y) in enumerate(ffns)])
         L = len(by_model[0])
         pairs = [(a, b) for i, a in enumerate(by_model) for b in by_model[:i]]
-        off = [_agreeing(a[i], b[j]) for a, b in pairs for i in range(L) for j in range(L) if abs(i - j) > 1]
+        apart = [(a[i], b[j]) for a, b in pairs for i in range(L) for j in range(L) if abs(i - j) > 1]
+        off, off_rest = (
+            (np.mean(found), max(found)) for found in ([_agreeing(*p, tap) for p in apart] for tap in ("up", "rest"))
+        )
         for i in range(L):
             found = [_agreeing(a[i], b[i]) for a, b in pairs]
-            bound = max(upper_share(k, recipe.units) for k in found)
-            yield [kind, i, recipe.units, len(pairs), np.mean(found), max(found), np.mean(off), max(off), bound]
+            rest = [_agreeing(a[i], b[i], "rest") for a, b in pairs]
+            yield [
+                kind,
+                i,
+                recipe.units,
+                len(pairs),
+                np.mean(found),
+                max(found),
+                *off,
+                np.mean(rest),
+                max(rest),
+                *off_rest,
+            ]
 
 
 def _ffns(model: InMemory, tokens: Int[np.ndarray, "N T"]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -234,9 +248,9 @@ def _demo_ffns() -> dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]:
     return found
 
 
-def _agreeing(base: tuple[np.ndarray, Student], ft: tuple[np.ndarray, Student]) -> int:
+def _agreeing(base: tuple[np.ndarray, Student], ft: tuple[np.ndarray, Student], tap: str = "up") -> int:
     by_tap, rng = student_correlations(base, ft), np.random.default_rng(0)
-    gate, up = by_tap["gate"], np.abs(by_tap["up"])
+    gate, up = by_tap["gate"], np.abs(by_tap[tap])
     live = live_units(gate, up)
     return against_each_other(match_units(gate, rng, live), match_units(up, rng, live)).agreeing
 
@@ -256,7 +270,20 @@ def main(argv: list[str]) -> None:
         rows, headers = comparisons(shelf), ["pair", *COLUMNS]
         if _SEEDS.value:
             rows = convergence(shelf, _SEEDS.value)
-            headers = ["kind", "layer", "units", "pairs", "agreeing", "most", "other layers", "most", "upper share"]
+            headers = [
+                "kind",
+                "layer",
+                "units",
+                "pairs",
+                "agreeing",
+                "most",
+                "other layers",
+                "most",
+                "rest",
+                "most",
+                "rest, other layers",
+                "most",
+            ]
     kept = []
     for row in rows:
         print(*row, sep="  ", flush=True)

@@ -12,6 +12,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+TAPS = ("gate", "up", "rest")
+
 Weights = dict[str, Float[Array, "_ _"]]
 
 _HELD_OUT = 16  # of so many samples one is held out
@@ -86,10 +88,21 @@ def student_correlations(
 ) -> dict[str, Float[np.ndarray, "F F2"]]:
     """Returns tap -> Pearson correlations of two students' pre-activations, each on its own inputs, row by row.
 
-    Pre-activations are linear in the input, so those of all samples follow from the inputs' covariances.
+    The taps are `gate`, `up` and `rest`, which is up without what gate predicts of it; see `rest_of`. Pre-activations
+    are linear in the input, so those of all samples follow from the inputs' covariances.
     """
-    found = _correlations(*(jnp.asarray(x) for x, _ in (base, ft)), *((s.gate, s.up) for _, s in (base, ft)))
-    return {tap: np.asarray(by_tap) for tap, by_tap in zip(("gate", "up"), found)}
+    taps = [(student.gate, student.up, rest_of(x, student)) for x, student in (base, ft)]
+    found = _correlations(jnp.asarray(base[0]), jnp.asarray(ft[0]), *taps)
+    return {tap: np.asarray(by_tap) for tap, by_tap in zip(TAPS, found)}
+
+
+def rest_of(x: Float[np.ndarray, "S D"], student: Student) -> Float[np.ndarray, "D F"]:
+    """Returns up weights whose pre-activations are those of up without what each unit's gate predicts, by regression.
+
+    Students of an FFN without a gate have up proportional to gate or nearly so, and two matchings by the same numbers
+    agree whatever they match. What is left of up has no such reason to agree.
+    """
+    return np.asarray(_rest(jnp.asarray(x), student.gate, student.up))
 
 
 def _check(x: np.ndarray, y: np.ndarray) -> None:
@@ -143,8 +156,16 @@ def _trained(
 
 
 @jax.jit
+def _rest(x: Float[Array, "S D"], gate: Float[Array, "D F"], up: Float[Array, "D F"]) -> Float[Array, "D F"]:
+    x = x - x.mean(axis=0)
+    gates, ups = (jnp.matmul(x, weights, precision="highest") for weights in (gate, up))
+    square = jnp.square(gates).sum(axis=0)
+    return up - gate * jnp.where(square > 0, (gates * ups).sum(axis=0) / square, 0.0)
+
+
+@jax.jit
 def _correlations(
-    x_a: Float[Array, "S D"], x_b: Float[Array, "S D2"], a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]
+    x_a: Float[Array, "S D"], x_b: Float[Array, "S D2"], a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]
 ) -> tuple[Float[Array, "F F2"], ...]:
     x_a, x_b = (x - x.mean(axis=0) for x in (x_a, x_b))
     covariance, own_a, own_b = (
