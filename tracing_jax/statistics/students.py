@@ -18,6 +18,7 @@ Weights = dict[str, Float[Array, "_ _"]]
 
 _HELD_OUT = 16  # of so many samples one is held out
 _ORDINARY = 10.0  # times the median norm
+_DEAD = 1e-6  # times the initial norm: decay has taken such a unit, and what it responds to is noise
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Recipe:
     """
 
     units: int
-    steps: int = 1000
+    steps: int = 2000
     batch: int = 512
     rate: float = 0.3
     decay: float = 0.03
@@ -44,7 +45,7 @@ class Student:
     """`y ~ D (silu(G x) * (U x))`, fitted to one FFN, with input and output each divided by one number.
 
     Attributes:
-      gate, up: G and U, transposed: each column reads the input of the FFN.
+      gate, up: G and U, transposed: each column reads the input of the FFN. Units that decay has taken are zero.
       explained: share of the variance of the FFN's output that it explains, on samples it was not trained on.
       left_out: share of the samples whose output is beyond ten times the median norm; it was not trained on them.
     """
@@ -66,7 +67,7 @@ def fit_student(x: Float[np.ndarray, "S D"], y: Float[np.ndarray, "S D"], recipe
     can compute it. See docs/distilled.md.
 
     Raises:
-      ValueError: too few samples, samples that are not finite, or an output that never varies.
+      ValueError: too few samples, samples that are not finite, an output that never varies, or training that diverges.
     """
     _check(x, y)
     norms = np.linalg.norm(y - np.median(y, axis=0), axis=1)
@@ -79,8 +80,11 @@ def fit_student(x: Float[np.ndarray, "S D"], y: Float[np.ndarray, "S D"], recipe
     weights = _trained(_initial(init_key, x.shape[1], recipe.units), order_key, x[:train], y[:train], recipe)
     error = np.square(np.asarray(_output(weights, jnp.asarray(x[train:]))) - y[train:]).sum()
     explained = 1 - float(error / np.square(y[train:] - y[train:].mean(axis=0)).sum())
+    if not np.isfinite(explained):
+        raise ValueError(f"the student diverged at rate {recipe.rate:g}; choose a lower one")
     gate, up = np.asarray(weights["gate"]), np.asarray(weights["up"])
-    return Student(gate, up, explained, 1 - len(kept) / len(ordinary))
+    alive = np.minimum(*(np.linalg.norm(w, axis=0) for w in (gate, up))) > _DEAD
+    return Student(gate * alive, up * alive, explained, 1 - len(kept) / len(ordinary))
 
 
 def student_correlations(
