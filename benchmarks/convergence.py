@@ -1,7 +1,7 @@
 """How many units of independently trained models agree by convergence? The table that `match` allows for, and why.
 
-    python -m benchmarks.convergence --zoo_dir=zoo --out_dir=runs/convergence            # measures, prints and draws
-    python -m benchmarks.convergence --zoo_dir=zoo --out_dir=runs/convergence --publish  # and replaces table and figure
+    python -m benchmarks.convergence            # measures, prints and draws
+    python -m benchmarks.convergence --publish  # and replaces the package's table and the docs' figure
 
 All pairs of models of each zoo are compared as `match` does, layer by layer, in both forms: on 1024 positions of
 held-out text, and on the embeddings of all tokens. The share of units that agree by convergence is what agrees beyond
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import app
 from jaxtyping import Float
 
 from benchmarks import drawing
@@ -27,8 +27,9 @@ from benchmarks.activations import Units, forward_units, weight_units
 from benchmarks.agreements import Agreements, agreements
 from benchmarks.devices import use_all_cores
 from benchmarks.false_alarms import Alarms, false_alarms
+from benchmarks.folders import OUT_DIR, PUBLISH, ZOO_DIR
 from benchmarks.intervals import mean_over_pairs, upper_bound
-from benchmarks.seeds import RECIPES, SNAPSHOTS, ZOO_DIR, Zoo, zoo
+from benchmarks.seeds import RECIPES, SNAPSHOTS, Zoo, zoo
 from tracing_jax.record import atomic_write
 from tracing_jax.report import save_png, text_table
 from tracing_jax.statistics import calibration
@@ -65,6 +66,7 @@ class Share:
       layer, relative_depth: the layer, from 0 to 1.
       models, pairs: how many were compared.
       agreeing: units that agree, mean over pairs.
+      most: the same in the pair with most.
       by_accident: the same between layers that do not correspond.
       share: the difference, of all units: what convergence adds.
       upper: upper 99 % confidence bound of `share`; models, not pairs, are the sample.
@@ -80,6 +82,7 @@ class Share:
     models: int
     pairs: int
     agreeing: float
+    most: int
     by_accident: float
     share: float
     upper: float
@@ -120,6 +123,7 @@ def shares(case: Case, found: Zoo, measured: Agreements) -> Iterator[Share]:
             models=S,
             pairs=S * (S - 1) // 2,
             agreeing=mean_over_pairs(agreeing),
+            most=int(agreeing.max()),
             by_accident=mean_over_pairs(accident),
             share=mean_over_pairs(excess),
             upper=upper_bound(excess, calibration.CONFIDENCE),
@@ -163,9 +167,21 @@ def _rounded(row: Share) -> dict[str, Any]:
 
 
 def _print_shares(rows: Sequence[Share]) -> None:
-    headers = ["zoo", "trained", "form", "units", "layer", "pairs", "agreeing", "by accident", "share %", "at most %"]
+    headers = [
+        "zoo",
+        "trained",
+        "form",
+        "units",
+        "layer",
+        "pairs",
+        "agreeing",
+        "most",
+        "by accident",
+        "share %",
+        "at most %",
+    ]
     print(text_table(
-        [[r.zoo, f"{r.snapshot:g}", r.form, r.units, r.layer, r.pairs, r.agreeing, r.by_accident, 100 * r.share,
+        [[r.zoo, f"{r.snapshot:g}", r.form, r.units, r.layer, r.pairs, r.agreeing, r.most, r.by_accident, 100 * r.share,
           100 * r.upper] for r in rows],
         headers,
     ))  # fmt: skip
@@ -180,15 +196,11 @@ def _print_alarms(alarms: Sequence[Alarms]) -> None:
     ))  # fmt: skip
 
 
-_OUT_DIR = flags.DEFINE_string("out_dir", "runs/convergence", "folder for comparisons, tables and figure")
-_PUBLISH = flags.DEFINE_bool("publish", False, "replace tracing_jax/statistics/convergence.json and the docs' figure")
-
-
 def main(argv: list[str]) -> None:
     """Measures, prints both tables, and writes JSON and PNG."""
     del argv
     use_all_cores()
-    out, root = Path(_OUT_DIR.value), Path(__file__).parents[1]
+    out, root = Path(OUT_DIR.value), Path(__file__).parents[1]
     zoos = {name: zoo(recipe, ZOO_DIR.value) for name, recipe in RECIPES.items()}
     measured = {case: compare(case, zoos[case.zoo], out / "comparisons") for case in CASES}
     rows = [row for case in CASES for row in shares(case, zoos[case.zoo], measured[case])]
@@ -196,7 +208,7 @@ def main(argv: list[str]) -> None:
     figure, table = drawing.convergence([dataclasses.asdict(row) for row in rows]), published(rows, zoos)
     save_png(figure, out / "convergence.png")
     atomic_write(out / "convergence.json", table.encode())
-    if _PUBLISH.value:
+    if PUBLISH.value:
         save_png(figure, root / "docs/convergence.png")
         atomic_write(root / "tracing_jax/statistics/convergence.json", table.encode())
     alarms = false_alarms({name: {form: measured[Case(name, 1.0, form)] for form in FORMS} for name in RECIPES})

@@ -42,13 +42,15 @@ def _draw_uniformity(axes: Axes, tests: Mapping[str, Any]) -> None:
     axes.axhspan(
         -_KS_95 / N**0.5, _KS_95 / N**0.5, color="#eeeeee", zorder=0, label="95 % of uniform samples stay inside"
     )
-    for color, (test, values) in zip(PALETTE, tests.items()):
+    for color, dashes, (test, values) in zip(PALETTE, ("-", (0, (4, 1))), tests.items()):
         for column in values.layers.T:
             axes.plot(*_excess(column), color=color, linewidth=0.7, alpha=0.45)
-        axes.plot(*_excess(values.combined), color=color, linewidth=2, label=f"{test}, layers combined (thin: each)")
+        label = f"{test}, layers combined (thin: each)"
+        axes.plot(*_excess(values.combined), color=color, linestyle=dashes, linewidth=2, label=label)
     axes.axhline(0, color=GREY, linewidth=0.8)
     axes.set_xlim(0, 1)
-    axes.set_ylim(-0.13, 0.13)
+    axes.set_xticks((0, 0.5, 1), ("0", "0.5", "1"))
+    axes.set_ylim(-0.1, 0.1)
 
 
 def _excess(p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -59,5 +61,53 @@ def _excess(p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def convergence(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """The share of units that agree by convergence: by relative depth, by length of training, and by width."""
-    raise NotImplementedError
+    """The share of units that agree by convergence: by relative depth, by length of training, and by width.
+
+    Args:
+        rows: the fields of `convergence.Share`, of every case and layer.
+    """
+    figure = Figure(figsize=(9.6, 3.4), facecolor="white")
+    figure.set_layout_engine("constrained", w_pad=0.08)
+    depth, training, width = figure.subplots(1, 3, sharey=True, width_ratios=(1.25, 1, 1))
+    final = [row for row in rows if row["snapshot"] == 1]
+    for i, (zoo, found) in enumerate(_groups([r for r in final if r["form"] == "forward"], "zoo").items()):
+        label = f"{zoo}: {found[0]['units']} units, {found[0]['models']} seeds"
+        _bounded(depth, i, [r["relative_depth"] for r in found], found, label, shift=0.012 * (i - 2))
+    _panel(depth, "at the end of training, forward form", "relative depth of the layer")
+    for axes, key in ((training, "snapshot"), (width, "units")):
+        kept = final if key == "units" else rows
+        zoos = ("narrow", "tiny", "wide") if key == "units" else ("tiny",)
+        kept = sorted((r for r in kept if r["zoo"] in zoos and r["form"] == "forward"), key=lambda row: row[key])
+        places = {value: at for at, value in enumerate(dict.fromkeys(row[key] for row in kept))}
+        for i, (layer, found) in enumerate(_groups(kept, "layer").items()):
+            at = [places[row[key]] for row in found]
+            _bounded(axes, i, at, found, f"layer {layer}", shift=0.06 * (i - 1.5))
+        axes.set_xticks(list(places.values()), [f"{value:g}" for value in places])
+    _panel(training, "tiny, by length of training", "share of the training")
+    _panel(width, "narrow, tiny and wide", "MLP units of a layer")
+    depth.set_ylim(top=1.85)  # room for the names
+    depth.set_ylabel("units that agree by convergence, %", fontsize=9.5, color=INK)
+    return figure
+
+
+def _groups(rows: Sequence[Mapping[str, Any]], key: str) -> dict[Any, list[Mapping[str, Any]]]:
+    return {value: [row for row in rows if row[key] == value] for value in dict.fromkeys(row[key] for row in rows)}
+
+
+def _bounded(
+    axes: Axes, i: int, at: Sequence[float], rows: Sequence[Mapping[str, Any]], label: str, shift: float
+) -> None:
+    """Draws the measured shares as a line, and above each a whisker up to its bound."""
+    x = np.array(at) + shift
+    share, upper = (100 * np.array([row[key] for row in rows]) for key in ("share", "upper"))
+    axes.plot(x, share, marker="o", markersize=3.5, linewidth=1.6, color=PALETTE[i], label=label)
+    axes.vlines(x, share, upper, color=PALETTE[i], linewidth=1)
+    axes.plot(x, upper, "_", markersize=5, color=PALETTE[i])
+
+
+def _panel(axes: Axes, title: str, label: str) -> None:
+    style(axes)
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    axes.set_title(title, loc="left", fontsize=9.5, color=INK)
+    axes.set_xlabel(label, fontsize=9.5, color=INK)
+    axes.legend(loc="upper right", frameon=False, fontsize=8.5, borderpad=0, labelspacing=0.3)

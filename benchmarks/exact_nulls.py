@@ -1,6 +1,6 @@
 """Are the exact p-values exact? `csu` and `csh` on pairs of independent models, against the uniform distribution.
 
-    python -m benchmarks.exact_nulls --zoo_dir=zoo --out_dir=runs/exact_nulls
+    python -m benchmarks.exact_nulls
 
 Four populations: random initialisations, no model in two pairs; models trained from different seeds; and both with
 broken units planted. Broken units are dead (their gate is zero: never active), zero in every weight, or duplicates of
@@ -26,8 +26,9 @@ from tqdm import tqdm
 
 from benchmarks import drawing
 from benchmarks.devices import use_all_cores
+from benchmarks.folders import OUT_DIR, PUBLISH, ZOO_DIR
 from benchmarks.intervals import rounds
-from benchmarks.seeds import RECIPES, ZOO_DIR, zoo
+from benchmarks.seeds import RECIPES, model, zoo
 from tracing_jax import demo
 from tracing_jax.arch import Arch
 from tracing_jax.report import save_png, text_table
@@ -70,7 +71,7 @@ def populations(init: Callable[[jax.Array], Tree], trained: Tree) -> Mapping[str
 
     def seeds(i: int) -> tuple[Tree, Tree]:
         base, ft = pairs[i]
-        return jax.tree.map(lambda leaf: leaf[base], trained), jax.tree.map(lambda leaf: leaf[ft], trained)
+        return model(trained, base), model(trained, ft)
 
     return {
         "random": fresh,
@@ -114,7 +115,7 @@ def measure(arch: Arch, models: Models, num_pairs: int, description: str) -> dic
     compute = Compute(make_mesh())
     rows: dict[tuple[str, str], list[list[float]]] = {(s, test): [] for s in STATISTICS for test in TESTS}
     for i in tqdm(range(num_pairs), desc=description, unit="pair", disable=None):
-        base, ft = models(i)
+        base, ft = jax.device_put(models(i))
         ids = np.arange(arch.vocab_size, dtype=np.int32)
         pair = Pair(InMemory(arch, base), InMemory(arch, ft), Vocabularies(True, ids, ids), None, compute, seed=i)
         for name, log_ps in log_p_values(pair):
@@ -140,7 +141,6 @@ def _p_values(table: np.ndarray) -> PValues:
     return PValues(table[:, :-1], table[:, -1])
 
 
-_OUT_DIR = flags.DEFINE_string("out_dir", "runs/exact_nulls", "folder for the table and the figure")
 _PAIRS = flags.DEFINE_integer("pairs", 640, "pairs of each population")
 
 
@@ -157,9 +157,11 @@ def main(argv: list[str]) -> None:
     layers = [f"layer {i}" for i in range(found.arch.num_layers)]
     print(text_table(rows, ["models", "statistic", "test", *layers, "combined"]))
     print(f"{_PAIRS.value} pairs each; the smallest of the {adjusted.size} p-values after Holm: {adjusted.min():.3g}")
-    out = Path(_OUT_DIR.value)
+    out = Path(OUT_DIR.value)
     out.mkdir(parents=True, exist_ok=True)
-    save_png(drawing.uniformity(measured), out / "exact_nulls.png")
+    figure = drawing.uniformity(measured)
+    for folder in (out, *([Path(__file__).parents[1] / "docs"] if PUBLISH.value else [])):
+        save_png(figure, folder / "exact_nulls.png")
     table = [{"models": r[0], "statistic": r[1], "test": r[2], "ks_p": r[3:]} for r in rows]
     (out / "exact_nulls.json").write_text(json.dumps({"pairs": _PAIRS.value, "rows": table}, indent=1))
 

@@ -21,8 +21,9 @@ from matplotlib.figure import Figure
 
 from benchmarks.descendants import LIGHT_STEPS, Descendant, member, texts, trained, treatments
 from benchmarks.devices import use_all_cores
+from benchmarks.folders import OUT_DIR, PUBLISH, ZOO_DIR
 from benchmarks.intervals import clopper_pearson
-from benchmarks.seeds import RECIPES, ZOO_DIR, Zoo, zoo
+from benchmarks.seeds import RECIPES, Zoo, zoo
 from tracing_jax.data import paired_one_to_one
 from tracing_jax.record import atomic_write
 from tracing_jax.report import save_png, text_table
@@ -52,9 +53,7 @@ COLUMNS = ["csu", "csu_all", "csh", "l2", "match, forward", "match, weights", "m
 _DECIDING = ("csu", "csh", "match", "match_all")
 _EARLY = 0.25  # the share of training after which a model is the base of the long training
 
-_OUT_DIR = flags.DEFINE_string("out_dir", "runs/power", "folder for the results; rows that are there are not run again")
 _SEEDS = flags.DEFINE_integer("seeds", 20, "base models, and as many unrelated ones")
-_PUBLISH = flags.DEFINE_boolean("publish", False, "replace docs/power.md and docs/power.png")
 
 
 def compare(base: InMemory, ft: Descendant, blocks: np.ndarray, seed: int) -> dict[str, float | None]:
@@ -180,14 +179,14 @@ def main(argv: list[str]) -> None:
     """Measures what is missing, prints the table and draws it."""
     del argv
     use_all_cores()
-    folder = Path(_OUT_DIR.value)
+    folder = Path(OUT_DIR.value)
     found = measured(zoo(RECIPES["tiny"], ZOO_DIR.value), _SEEDS.value, folder)
     table = rates(found)
     names = COLUMNS
     print(text_table([[row, *(by_name[name] for name in names)] for row, by_name in table.items()], ["done", *names]))
     save_png(figure(table), folder / "power.png")
     (folder / "power.md").write_text(page(table, found), encoding="utf-8")
-    if _PUBLISH.value:
+    if PUBLISH.value:
         docs = Path(__file__).parents[1] / "docs"
         save_png(figure(table), docs / "power.png")
         text = (docs / "power.md").read_text("utf-8")

@@ -1,7 +1,7 @@
 """Zoos of tiny models: many seeds of one recipe, trained side by side, kept in a folder with snapshots of the way.
 
-    python -m benchmarks.seeds --zoo_dir=zoo                    # every recipe, a quarter of an hour on two cores
-    python -m benchmarks.seeds --zoo_dir=zoo --recipes=tiny,wide
+    python -m benchmarks.seeds                         # every recipe, a quarter of an hour on two cores
+    python -m benchmarks.seeds --recipes=tiny,wide
 
 All models of a zoo learn the demo's text, each from its own initialisation and, unless the recipe says otherwise, in
 its own order. One jitted step trains them all: they are stacked on a leading axis, which is divided among the CPU's
@@ -30,6 +30,7 @@ from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 from benchmarks.devices import use_all_cores
+from benchmarks.folders import ZOO_DIR
 from tracing_jax import demo
 from tracing_jax.arch import Arch, arch_from_config
 from tracing_jax.report import text_table
@@ -119,6 +120,11 @@ def zoo(recipe: ZooRecipe, zoo_dir: str | Path) -> Zoo:
     return found
 
 
+def model(models: Tree, seed: int) -> Tree:
+    """Returns the params of one of the stacked models."""
+    return jax.tree.map(lambda leaf: leaf[seed], models)
+
+
 def _build(found: Zoo) -> None:
     """Trains the zoo into its folder."""
     seen, held_out = demo.split(demo.base_text(), found.recipe.models.base_pieces)
@@ -195,7 +201,6 @@ def _losses(arch: Arch, params: Tree, blocks: Int[Array, "N T"]) -> Float[Array,
     return jax.lax.map(lambda model: demo.mean_loss(arch, model, blocks), params)
 
 
-ZOO_DIR = flags.DEFINE_string("zoo_dir", "zoo", "folder that keeps the trained models")
 _RECIPES = flags.DEFINE_list("recipes", list(RECIPES), f"zoos to train, of {', '.join(RECIPES)}")
 
 

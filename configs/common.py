@@ -45,6 +45,8 @@ def get_config(stat: str, arg: str = "") -> ConfigDict:
     config.permute_axes = "embed,mlp"  # of embed, mlp, kv_heads, q_group, expert
     config.disguise = ""  # before that: of identity, pad, gains, units, values, queries, rotate, permute; or all
     config.align = False
+    # Of embed, mlp, kv_heads, q_group, expert (permutations), rotation, gains, scaling, values, queries, padding,
+    # identity; or all; or auto: permutations and padding where they explain the weights, else all.
     config.align_axes = "embed,mlp"
     config.align_evidence = "weights"  # or activations
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import tiny
 
-from tracing_jax import alignment as module
 from tracing_jax import grams
-from tracing_jax.alignment import align, aligned
+from tracing_jax.alignment import LOGITS_TOLERANCE, align, aligned
+from tracing_jax.alignment import aligning as module
 from tracing_jax.axes import PERMUTABLE, axis_table
 from tracing_jax.data import paired_one_to_one
 from tracing_jax.grams import correlations
@@ -98,7 +98,7 @@ def test_weights_align_a_disguised_model(arch, kinds, dtype):
     found = align(base, hidden, kinds, evidence="weights")
     for axis, p in expected.items():
         np.testing.assert_array_equal(found.permutations[axis], p, err_msg=axis)
-    assert found.logits_moved < module.LOGITS_TOLERANCE
+    assert found.logits_moved < LOGITS_TOLERANCE
     assert found.share_moved.keys() == {axis.split("/")[-1] for axis in expected}
     assert found.share_moved["mlp"] > 0.5
     assert all(np.diff(found.objective) >= 0)
@@ -114,7 +114,7 @@ def test_activations_align_a_disguised_model(arch):
         np.testing.assert_array_equal(found.permutations[axis], p, err_msg=axis)
     before, after = found.objective
     assert before < 0.5 < after <= 1
-    assert found.logits_moved < module.LOGITS_TOLERANCE
+    assert found.logits_moved < LOGITS_TOLERANCE
 
 
 @pytest.mark.parametrize(

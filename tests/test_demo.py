@@ -54,7 +54,7 @@ def test_models_have_learnt_from_context(members, tokens):
 
 
 def test_finetune_is_better_on_its_own_text(family, members):
-    _, held_out = demo.split(demo._finetune_text(), 200)
+    _, held_out = demo.split(demo.finetune_text(), 200)
     tokenizer = load_tokenizer(family.member("finetune"))
     ids = tokenizer("".join(held_out), add_special_tokens=False, verbose=False)["input_ids"]
     base, _, finetune = losses_along(members, "finetune", np.asarray(ids[: 32 * 64], np.int32).reshape(32, 64))

@@ -285,7 +285,7 @@ def truncate(folder):
      "different depth"),
     (lambda spoilt: {"stat": "csx"}, "unknown statistic csx; there are mode, cos, emb"),
     (lambda spoilt: {"stat": ""}, "no statistic"),
-    (lambda spoilt: {"align_axes": "embed,qk_dim"}, "align_axes: unknown axes qk_dim"),
+    (lambda spoilt: {"align_axes": "embed,qk_dim"}, "align_axes=embed,qk_dim: kinds qk_dim cannot be aligned"),
     (lambda spoilt: {"alphas": (0.0, 1.5)}, "are no numbers in 0..1"),
     (lambda spoilt: {"dataset": "/no/such/text.txt"}, "/no/such/text.txt"),
     (lambda spoilt: {"block_size": 10**6, "num_tokens": 10**7}, "a block of 1000000 needs"),

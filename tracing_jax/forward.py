@@ -122,7 +122,7 @@ def logits(
     return np.asarray(_logits(source.arch, source.head() | {"embed": embed.base}, x[0]))
 
 
-FUNCTION_TOLERANCE = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 2e-1}
+FUNCTION_TOLERANCE = {"float64": 1e-3, "float32": 1e-3, "float16": 5e-2, "bfloat16": 2e-1}
 """Dtype of the weights -> the most that a rewrite may move logits, relative to the larger of 1 and the largest.
 
 Rewritten weights are rounded once, to 2^-24, 2^-11 or 2^-9 of themselves, and a deep model amplifies what that changes;

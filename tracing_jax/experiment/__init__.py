@@ -12,14 +12,15 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tracing_jax.alignment import Alignment, align
+from tracing_jax.alignment import Alignment, AlignmentError, align, aligned, kinds_in
 from tracing_jax.axes import axis_table
 from tracing_jax.checkpoint import load
 from tracing_jax.data import TokenBlocks
 from tracing_jax.experiment.facts import alignment_facts, device_facts, model_facts, shape_facts, token_facts, versions
-from tracing_jax.experiment.opening import Opened, open_pair
+from tracing_jax.experiment.opening import Opened, inapplicable, open_pair
 from tracing_jax.experiment.settings import DEMO, DTYPES, ConfigError, check_config, names_in
 from tracing_jax.forward import check_function, token_losses
 from tracing_jax.record import FORMAT, RunFiles, atomic_write, commit, legacy_dict, plain, write_json, write_pickle
@@ -27,7 +28,7 @@ from tracing_jax.report import family_html, figure_of_family, figure_of_run, htm
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.source import InMemory, disguised, in_memory, permute_in_place, placed
 from tracing_jax.statistics import Pair, Result, over_pairs, verdict
-from tracing_jax.symmetry import random_permutations, share_moved
+from tracing_jax.symmetry import Untying, random_permutations, share_moved
 
 __all__ = ["ConfigError", "run", "save", "trace"]
 
@@ -97,15 +98,16 @@ def trace(config: ConfigDict) -> dict[str, Any]:
         with clock.step("permute"):
             permutation = _permute(config, pair)
     with clock.step("statistic"):
-        before = _compute(opened, pair)
+        before = _compute(opened, pair, opened.not_applicable)
     judged = verdict(before, config.level)
     after: dict[str, Result] = {}
     if config.align and not opened.not_alignable:
         with clock.step("align"):
-            alignment = _align(config, opened, pair)
-            pair = replace(pair, aligned=True)
+            pair, alignment = _align(config, opened, pair)
+    if alignment is not None:
         with clock.step("statistic aligned"):
-            after = _compute(opened, pair)
+            reasons = inapplicable(opened.statistics, pair.base.arch, pair.ft.arch, opened.vocabularies)
+            after = _compute(opened, pair, reasons)
     if config.eval:
         with clock.step("perplexity"):
             perplexity = {
@@ -152,7 +154,7 @@ def save(
     (files.folder / "alignment.npz").unlink(missing_ok=True)  # of an earlier run
     if alignment is not None:
         files.folder.mkdir(exist_ok=True)
-        atomic_write(files.folder / "alignment.npz", _npz(alignment.permutations))
+        atomic_write(files.folder / "alignment.npz", _npz(alignment.arrays))
     for name, found in (arrays or {}).items():
         files.folder.mkdir(exist_ok=True)
         atomic_write(files.folder / f"{name}.npz", _npz(found))
@@ -192,30 +194,49 @@ def _permute(config: ConfigDict, pair: Pair) -> dict[str, Any]:
     return facts
 
 
-def _compute(opened: Opened, pair: Pair) -> dict[str, Result]:
+def _compute(opened: Opened, pair: Pair, not_applicable: Mapping[str, str]) -> dict[str, Result]:
     """Steps 3 and 5: every statistic that applies; of the others the reason."""
     results = {}
     for name, statistic in opened.statistics.items():
-        if reason := opened.not_applicable.get(name):
+        if reason := not_applicable.get(name):
             results[name] = Result(None, name, not_applicable=reason)
         else:
             results[name] = statistic.compute(pair)
     return results
 
 
-def _align(config: ConfigDict, opened: Opened, pair: Pair) -> Alignment:
-    """Step 4: the fine-tuned model's units in base's order."""
+def _align(config: ConfigDict, opened: Opened, pair: Pair) -> tuple[Pair, Alignment | None]:
+    """Step 4: the fine-tuned model in base's place. None, and a note, where its weights turn out not to allow it."""
     shared = None
     # Embeddings padded to different sizes differ in their rows even under one tokenizer.
     if opened.vocabularies.known and not (
         opened.vocabularies.same and pair.base.arch.vocab_size == pair.ft.arch.vocab_size
     ):
         shared = {"vocab": (opened.vocabularies.ids_base, opened.vocabularies.ids_ft)}
-    axes, evidence = names_in(config.align_axes), config.align_evidence
+    kinds, evidence = kinds_in(config.align_axes), config.align_evidence
     how = {"compute": pair.compute, "shared": shared, "seed": config.seed}
-    alignment = align(pair.base, pair.ft, axes, evidence=evidence, tokens=pair.tokens, **how)
-    permute_in_place(pair.ft, alignment.permutations)
-    return alignment
+    try:
+        alignment = align(pair.base, pair.ft, kinds, evidence=evidence, tokens=pair.tokens, **how)
+    except AlignmentError as error:
+        opened.notes.append(f"not aligned: {error}")
+        return pair, None
+    if not alignment.rewrites:
+        permute_in_place(pair.ft, alignment.permutations)
+        return replace(pair, aligned=True), alignment
+    ft = in_memory(placed(aligned(pair.ft, alignment), pair.compute.mesh), "aligning")
+    base = pair.base
+    if base.arch.tied and not ft.arch.tied:
+        base = _untied(base, pair.compute.mesh)
+        opened.notes.append(
+            "aligned, ft has a head of its own; base's was untied from its embedding for that, unchanged"
+        )
+    return replace(pair, base=base, ft=ft, aligned=True), alignment
+
+
+def _untied(model: InMemory, mesh: Mesh) -> InMemory:
+    """Returns the model with a head of its own, equal to its embedding; the other weights are shared with it."""
+    untied = placed(disguised(model, [Untying()]), mesh)
+    return InMemory(untied.arch, {**model.params, "head": untied.head()})
 
 
 def _perplexity(pair: Pair, model: InMemory, blocks: TokenBlocks | None, side: str) -> dict[str, float]:

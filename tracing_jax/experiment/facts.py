@@ -64,9 +64,10 @@ def token_facts(opened: Opened) -> dict[str, Any] | None:
 
 
 def alignment_facts(alignment: Alignment) -> dict[str, Any]:
-    """Returns everything about an alignment but its permutations."""
-    names = [field.name for field in fields(alignment) if field.name != "permutations"]
-    return {"axes": sorted(alignment.share_moved)} | {name: getattr(alignment, name) for name in names}
+    """Returns everything about an alignment but its arrays."""
+    names = [field.name for field in fields(alignment) if field.name not in ("permutations", "rewrites")]
+    facts = {"axes": sorted(alignment.share_moved), "rewrites": [rewrite.name for rewrite in alignment.rewrites]}
+    return facts | {name: getattr(alignment, name) for name in names}
 
 
 def versions() -> dict[str, str]:

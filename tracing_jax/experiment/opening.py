@@ -1,6 +1,7 @@
 """Before step 1: checkpoints and text are opened, and all that would stop the run is found; no weight is read."""
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tracing_jax import demo
-from tracing_jax.alignment import alignment_problems
+from tracing_jax.alignment import alignment_problems, kinds_in, shape_hoped_for
 from tracing_jax.arch import Arch, length_problem
 from tracing_jax.axes import axis_table
 from tracing_jax.checkpoint import Checkpoint, open_checkpoint
@@ -64,14 +65,13 @@ def open_pair(config: ConfigDict) -> Opened:
         raise ConfigError("\n  ".join(["the config does not fit the models:", *lines]))
     tokenizer_base, tokenizer_ft = (_tokenizer(checkpoint, needs_tokens) for checkpoint in (base, ft))
     vocabularies = _vocabularies(base, ft, tokenizer_base, tokenizer_ft)
-    problems = {
-        name: "; ".join(statistic.problems(base.arch, ft_arch, vocabularies)) for name, statistic in statistics.items()
-    }
-    not_applicable = {name: problem for name, problem in problems.items() if problem}
-    if len(not_applicable) == len(statistics):
-        lines = [f"{name}: {problem}" for name, problem in not_applicable.items()]
-        raise ConfigError(f"{base.id} and {ft.id} cannot be compared: " + "\n  ".join(lines))
+    not_applicable = inapplicable(statistics, base.arch, ft_arch, vocabularies)
     not_alignable = "; ".join(_alignment_problems(config, base.arch, ft_arch, vocabularies)) if config.align else None
+    if len(not_applicable) == len(statistics):
+        hoped = ft_arch if not config.align or not_alignable else shape_hoped_for(base.arch, ft_arch, _kinds(config))
+        if len(inapplicable(statistics, base.arch, hoped, vocabularies)) == len(statistics):
+            lines = [f"{name}: {problem}" for name, problem in not_applicable.items()]
+            raise ConfigError(f"{base.id} and {ft.id} cannot be compared: " + "\n  ".join(lines))
     blocks_base = blocks_ft = paired = None
     if needs_tokens:
         blocks_base, blocks_ft, paired = _blocks(config, tokenizer_base, tokenizer_ft, vocabularies.same)
@@ -83,6 +83,18 @@ def open_pair(config: ConfigDict) -> Opened:
         base, ft, rewrites, statistics, not_applicable, not_alignable, vocabularies, blocks_base, blocks_ft, paired,
         controls, notes,
     )  # fmt: skip
+
+
+def inapplicable(
+    statistics: Mapping[str, Statistic], base: Arch, ft: Arch, vocabularies: Vocabularies
+) -> dict[str, str]:
+    """Returns the statistics that do not apply to models of these shapes, each with the reason."""
+    problems = {name: statistic.problems(base, ft, vocabularies) for name, statistic in statistics.items()}
+    return {name: "; ".join(lines) for name, lines in problems.items() if lines}
+
+
+def _kinds(config: ConfigDict) -> tuple[str, ...]:
+    return kinds_in(config.align_axes)
 
 
 def _rewrites(config: ConfigDict, ft: Checkpoint) -> tuple[Rewrite, ...]:
@@ -108,7 +120,7 @@ def _model_problems(config: ConfigDict, base: Checkpoint, ft: Checkpoint, needs_
 
 
 def _alignment_problems(config: ConfigDict, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
-    lines = alignment_problems(base, ft, names_in(config.align_axes))
+    lines = alignment_problems(base, ft, _kinds(config))
     if vocabularies.known and len(vocabularies.ids_base) == 0:
         lines.append("the vocabularies share no token, so that no row of the embeddings has a counterpart")
     if config.align_evidence == "activations" and not vocabularies.same:

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from tracing_jax import demo
+from tracing_jax.alignment import beyond_permutations, kind_problems, kinds_in
 from tracing_jax.axes import PERMUTABLE
 from tracing_jax.record import RunFiles, check_writable
 from tracing_jax.statistics import COSTLY, REGISTRY
@@ -59,12 +60,12 @@ def _choice_problems(config: ConfigDict) -> list[str]:
         lines.append(f"no statistic is asked for; there are {', '.join(REGISTRY)}, or all")
     if unknown := [name for name in names_in(config.stat) if name not in REGISTRY]:
         lines.append(f"unknown statistic {', '.join(unknown)}; there are {', '.join(REGISTRY)}, or all")
-    for step in ("permute", "align"):
-        axes = names_in(config[f"{step}_axes"])
-        if unknown := [axis for axis in axes if axis not in PERMUTABLE]:
-            lines.append(f"{step}_axes: unknown axes {', '.join(unknown)}; there are {', '.join(PERMUTABLE)}")
-        if config[step] and not axes:
-            lines.append(f"{step} is set and {step}_axes is empty; choose from {', '.join(PERMUTABLE)}")
+    axes = names_in(config.permute_axes)
+    if unknown := [axis for axis in axes if axis not in PERMUTABLE]:
+        lines.append(f"permute_axes: unknown axes {', '.join(unknown)}; there are {', '.join(PERMUTABLE)}")
+    if config.permute and not axes:
+        lines.append(f"permute is set and permute_axes is empty; choose from {', '.join(PERMUTABLE)}")
+    lines += _align_problems(config)
     lines += _disguise_problems(config.disguise)
     if config.align_evidence not in ("weights", "activations"):
         lines.append(f"align_evidence={config.align_evidence}: it is weights or activations")
@@ -76,6 +77,17 @@ def _choice_problems(config: ConfigDict) -> list[str]:
         lines.append(f"dtype={config.dtype}: it is one of {', '.join(DTYPES)}")
     if not (config.dataset or config.dataset_id):
         lines.append("neither dataset nor dataset_id is set: a name such as wikitext, a local file, or a Hub id")
+    return lines
+
+
+def _align_problems(config: ConfigDict) -> list[str]:
+    kinds = kinds_in(config.align_axes)
+    lines = [f"align_axes={config.align_axes}: {line}" for line in kind_problems(kinds) if kinds or config.align]
+    if config.align_evidence == "activations" and (beyond := beyond_permutations(kinds)):
+        lines.append(
+            f"align_axes={config.align_axes}: {', '.join(beyond)} are estimated from weights alone; "
+            "set align_evidence=weights"
+        )
     return lines
 
 

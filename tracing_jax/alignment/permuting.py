@@ -1,0 +1,76 @@
+"""Alignment by permutations alone: which units belong together, by weights or by activations."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from tracing_jax.alignment.kinds import unit_sizes
+from tracing_jax.arch import Arch
+from tracing_jax.axes import axis_table, kind_of
+from tracing_jax.data import paired_one_to_one
+from tracing_jax.grams import LayerCorrelations, correlations
+from tracing_jax.matching import Coordinate, Similarity, coordinates, solve, value
+from tracing_jax.models import tap_axes
+from tracing_jax.sharding import Compute
+from tracing_jax.source import InMemory
+from tracing_jax.symmetry import identity
+
+TAP = {"embed": "residual", "mlp": "units", "kv_heads": "heads", "q_group": "heads", "expert": "units"}
+"""Axis kind -> the tap (see `models.tap_axes`) whose activations tell its units apart."""
+
+
+def by_activations(
+    base: InMemory,
+    ft: InMemory,
+    kinds: Sequence[str],
+    tokens: np.ndarray,
+    compute: Compute,
+) -> tuple[dict[str, np.ndarray], tuple[float, float]]:
+    """Returns the permutations, and the mean correlation of paired units before and after."""
+    table = axis_table(base.arch)
+    axes = table.axes_of_kind(kinds)
+    unmoved = identity(table, axes)
+    found: dict[str, np.ndarray] = {}
+    before, after, pairs = 0.0, 0.0, 0
+    taps = sorted({TAP[kind] for kind in kinds})
+    layers = correlations(base, ft, paired_one_to_one(tokens, tokens), taps, compute, "align")
+    for coordinate, similarity in _similarities(base.arch, coordinates(table, axes), layers):
+        found |= solve(coordinate, similarity)
+        before += value(coordinate, similarity, unmoved)
+        after += value(coordinate, similarity, found)
+        pairs += math.prod(table.sizes[axis] for axis in (coordinate.axis, coordinate.nested) if axis is not None)
+    return found, (before / pairs, after / pairs)
+
+
+def _similarities(
+    arch: Arch, todo: Sequence[Coordinate], layers: Iterator[LayerCorrelations]
+) -> Iterator[tuple[Coordinate, Similarity]]:
+    """Yields each coordinate as soon as its correlations are there: those of the whole model after the last layer."""
+    whole_model = [coordinate for coordinate in todo if "/" not in coordinate.axis]
+    total: dict[Coordinate, np.ndarray] = {}
+    for found_in in layers:
+        for coordinate in todo:
+            found = found_in.by_tap[TAP[kind_of(coordinate.axis)]]
+            if coordinate in whole_model:
+                total[coordinate] = total.get(coordinate, np.float32(0)) + found / np.float32(arch.num_layers)
+            elif coordinate.axis.startswith(f"layers/{found_in.layer}/"):
+                yield coordinate, _similarity(arch, coordinate, found)
+    for coordinate, mean in total.items():
+        yield coordinate, _similarity(arch, coordinate, mean)
+
+
+def _similarity(arch: Arch, coordinate: Coordinate, correlation: Float[np.ndarray, "U U"]) -> Similarity:
+    """Returns the correlation of units; over other axes of their tap, such as the features of a head, the mean."""
+    tap, sizes = tap_axes(arch)[TAP[kind_of(coordinate.axis)]], unit_sizes(arch)
+    paired = [kind_of(axis) for axis in (coordinate.axis, coordinate.nested) if axis is not None]
+    base = [chr(ord("a") + dim) for dim in range(len(tap))]
+    ft = [letter.upper() if kind in paired else letter for letter, kind in zip(base, tap)]
+    pairing = "".join([base[tap.index(kind)] for kind in paired] + [ft[tap.index(kind)] for kind in paired])
+    shape = [sizes[kind] for kind in tap]
+    found = np.einsum(f"{''.join(base + ft)}->{pairing}", correlation.reshape(shape + shape))
+    found = found / np.float32(math.prod(sizes[kind] for kind in tap if kind not in paired))
+    if coordinate.nested is None:
+        return Similarity(found)
+    return Similarity(np.zeros((len(found), len(found)), np.float32), lambda i, j: found[i, :, j])

@@ -1,0 +1,151 @@
+"""What an alignment gives back: the maps it found, and what they undo, in words and numbers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import numpy as np
+
+from tracing_jax.source import Disguised, Mapped, ParamSource, disguised, permuted
+from tracing_jax.symmetry import (
+    GainScaling,
+    GainSetting,
+    Permutation,
+    Permutations,
+    QueryKeyMaps,
+    Rewrite,
+    Rotation,
+    UnitScaling,
+    ValueMixing,
+)
+
+Evidence = Literal["weights", "activations"]
+
+Gains = Mapping[str, np.ndarray]
+"""Norm -> its gain."""
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """The maps that align a fine-tuned model to its base.
+
+    Attributes:
+      permutations: axis -> p, where unit `p[i]` of ft belongs to unit i of base; of ft as it is without padding.
+      evidence: what the units were compared by.
+      objective: how alike the paired units are: first as ft came, then after each step. For weights, the sum over
+        leaves of their cosine; for activations, the mean correlation of paired units (one sweep).
+      share_moved: axis kind -> share of units that change place.
+      logits_moved: greatest change of any logit of ft, relative to max(1, its greatest logit).
+      left_out: what the comparison of weights went without, or was not undone -> why.
+      converged: no single axis could be improved; False if the descent was stopped before.
+      rewrites: the maps, from left to right, that make ft the aligned model. Empty where permutations alone do.
+      undone: name -> numbers about each disguise that they undo, plain data.
+      likeness: kind of leaf, such as `mlp/up_proj/kernel` -> mean over layers of its cosine with base before (None if
+        their shapes differ) and after; empty where permutations alone were asked for.
+    """
+
+    permutations: Permutations
+    evidence: Evidence
+    objective: tuple[float, ...]
+    share_moved: dict[str, float]
+    logits_moved: float
+    left_out: Mapping[str, str]
+    converged: bool = True
+    rewrites: tuple[Rewrite, ...] = ()
+    undone: Mapping[str, Any] = field(default_factory=dict)
+    likeness: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The permutations by axis, and the data of all other maps by the name of their rewrite and their place."""
+        others = [r for r in self.rewrites if not (isinstance(r, Permutation) and r.permutations is self.permutations)]
+        return {axis: np.asarray(p) for axis, p in self.permutations.items()} | map_arrays(others)
+
+
+def aligned(ft: ParamSource, alignment: Alignment) -> Mapped | Disguised:
+    """Returns the fine-tuned model as it stands in base's place, part by part as they are asked for.
+
+    Its head is untied where gains or a rotation had to be taken out of it; then base must be untied (see
+    `symmetry.Untying`) for a path that moves embeddings.
+    """
+    return disguised(ft, alignment.rewrites) if alignment.rewrites else permuted(ft, alignment.permutations)
+
+
+def map_arrays(rewrites: Sequence[Rewrite]) -> dict[str, np.ndarray]:
+    """Returns the arrays of rewrites by name, such as `values/layers/0/v_dim`; `rotate` is a matrix.
+
+    Where a type occurs twice, as a rotation that gathers silent features does, later ones are numbered: `rotate-2`.
+    """
+    found: dict[str, np.ndarray] = {}
+    counts: dict[str, int] = {}
+    for rewrite in rewrites:
+        counts[rewrite.name] = counts.get(rewrite.name, 0) + 1
+        name = rewrite.name if counts[rewrite.name] == 1 else f"{rewrite.name}-{counts[rewrite.name]}"
+        for value in (getattr(rewrite, data.name) for data in fields(rewrite)):  # type: ignore[arg-type]
+            if isinstance(value, Mapping):
+                found |= {f"{name}/{place}": np.asarray(array) for place, array in value.items()}
+            else:
+                found[name] = np.asarray(value)
+    return found
+
+
+def undone_by(rewrites: Sequence[Rewrite], gains_base: Gains, gains_ft: Gains) -> dict[str, Any]:
+    """Returns numbers about each rewrite of a model that has base's shape and had the gains `gains_ft`."""
+    report: dict[str, Any] = {}
+    for rewrite in rewrites:
+        match rewrite:
+            case Rotation():
+                report["rotation"] = _rotation(rewrite.matrix)
+            case GainSetting() | GainScaling():
+                report["gains"] = _gains(gains_base, gains_ft)
+            case UnitScaling():
+                report["scaling"] = _factors(rewrite.factors)
+            case ValueMixing():
+                conditions = [np.linalg.cond(matrix).max() for matrix in rewrite.matrices.values()]
+                report["values"] = {"greatest_condition": float(max(conditions))}
+            case QueryKeyMaps():
+                report["queries"] = _turns(rewrite.factors)
+    return report
+
+
+def by_kind(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, dict[str, float | None]]:
+    """Returns the mean over layers of the cosine of each kind of leaf, before and after."""
+    kinds: dict[str, list[str]] = {}
+    for leaf in after:
+        kinds.setdefault(leaf.split("/", 2)[2] if leaf.startswith("layers/") else leaf, []).append(leaf)
+    return {kind: {"before": _mean(before, names), "after": _mean(after, names)} for kind, names in kinds.items()}
+
+
+def _mean(cosines: Mapping[str, float], names: Sequence[str]) -> float | None:
+    known = [cosines[name] for name in names if name in cosines]
+    return float(np.mean(known)) if known else None
+
+
+def _rotation(matrix: np.ndarray) -> dict[str, float]:
+    angles = np.angle(np.linalg.eigvals(matrix))
+    return {
+        "rms_angle_degrees": float(np.degrees(np.sqrt(np.square(angles).mean()))),
+        # One for a permutation with signs, about sqrt(2 log(D) / D) for a random rotation.
+        "mean_greatest_entry": float(np.abs(matrix).max(axis=1).mean()),
+    }
+
+
+def _factors(factors: Mapping[str, np.ndarray]) -> dict[str, float]:
+    every = np.concatenate([array.ravel() for array in factors.values()])
+    sizes = np.abs(every)
+    return {
+        "share_flipped": float((every < 0).mean()), "least": float(sizes.min()), "greatest": float(sizes.max())
+    }  # fmt: skip
+
+
+def _turns(factors: Mapping[str, np.ndarray]) -> dict[str, float]:
+    every = np.concatenate([array.ravel() for array in factors.values()])
+    angle = float(np.degrees(np.sqrt(np.square(np.angle(every)).mean())))
+    return {"least": float(np.abs(every).min()), "greatest": float(np.abs(every).max()), "rms_angle_degrees": angle}
+
+
+def _gains(base: Gains, ft: Gains) -> dict[str, float]:
+    """Returns how far ft's gains were from base's, features being paired by size: their order may not be known yet."""
+    pairs = [[np.sort(np.abs(gains[norm])) for gains in (base, ft)] for norm in base]
+    logs = [np.abs(np.log(y[known] / x[known])) for x, y in pairs if (known := (x > 0) & (y > 0)).any()]
+    return {"greatest_factor": float(np.exp(max((log.max() for log in logs), default=0.0)))}

@@ -1,0 +1,155 @@
+"""Layers and units of ft that do nothing: found in the weights, and taken away."""
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from tracing_jax.alignment.kinds import AlignmentError
+from tracing_jax.alignment.parts import Leaves, exact, leaves, prefixes, rows, stacked, units_first
+from tracing_jax.arch import Arch
+from tracing_jax.axes import AxisTable, kind_of
+from tracing_jax.source import ParamSource
+from tracing_jax.symmetry import LayerRemoval, Padding, Permutation, Rewrite, Rotation, arch_after
+
+_WRITTEN_ON = {"mlp": "mlp", "kv_heads": "v_dim"}
+"""Axis kind -> the kind of the axis on which what writes a silent unit is zero."""
+
+_FELT = 1e-2
+"""What rounding leaves of a silent feature that was rotated, relative to the others: at most 2^-8, in bfloat16."""
+
+
+def without_surplus(
+    base: ParamSource, ft: ParamSource, kinds: Collection[str]
+) -> tuple[tuple[Rewrite, ...], dict[str, Any]]:
+    """Returns the rewrites that bring ft to base's depth and width, and a report of what they take away.
+
+    Raises:
+      AlignmentError: not as many layers or units of ft are silent as it has more than base; all findings at once.
+    """
+    rewrites: list[Rewrite] = []
+    report: dict[str, Any] = {}
+    if "identity" in kinds and ft.arch.num_layers > base.arch.num_layers:
+        layers = _surplus_layers(base, ft)
+        rewrites += [LayerRemoval(i) for i in sorted(layers, reverse=True)]
+        report["identity"] = {"layers": layers}
+    if "padding" in kinds:
+        after = exact(ft, rewrites)
+        dropped = {
+            "units": after.arch.mlp_dim - base.arch.mlp_dim,
+            "features": after.arch.embed_dim - base.arch.embed_dim,
+            "kv_heads": after.arch.num_kv_heads - base.arch.num_kv_heads,
+        }
+        if any(dropped.values()):
+            report["padding"] = dropped
+            rewrites += [*_to_the_end(base.arch, after, kinds), Padding(**{name: -n for name, n in dropped.items()})]
+            _check_widths(base.arch, arch_after(rewrites, ft.arch))
+    return tuple(rewrites), report
+
+
+def _surplus_layers(base: ParamSource, ft: ParamSource) -> list[int]:
+    """Returns which layers of ft to skip: silent ones that stand where base has a layer that is not."""
+    surplus = ft.arch.num_layers - base.arch.num_layers
+    silent, silent_in_base = (_silent_layers(source) for source in (ft, base))
+    found: list[int] = []
+    for i in range(ft.arch.num_layers):
+        if i in silent and i - len(found) not in silent_in_base and len(found) < surplus:
+            found.append(i)
+    if len(found) < surplus:
+        raise AlignmentError(
+            f"ft has {surplus} layers more than base, of which {len(found)} add nothing to the residual stream: they "
+            "are no identity layers, and nothing says which layer belongs to which"
+        )
+    return found
+
+
+def _silent_layers(source: ParamSource) -> set[int]:
+    found = set()
+    for i in range(source.arch.num_layers):
+        prefix = f"layers/{i}/"
+        part, table = leaves(source, prefix), rows(source.arch, prefix)
+        if not any(part[name].any() for name, row in table.leaves.items() if _side_of(row, "embed") == "writes"):
+            found.add(i)
+    return found
+
+
+def _side_of(row: Any, axis: str) -> str | None:
+    return row.sides[row.axes.index(axis)] if axis in row.axes else None
+
+
+def _to_the_end(base: Arch, ft: ParamSource, kinds: Collection[str]) -> list[Rewrite]:
+    """Returns the rewrites that put ft's silent units last on every axis that is longer than base's."""
+    lines: list[str] = []
+    permutations: dict[str, np.ndarray] = {}
+    for i in range(ft.arch.num_layers):
+        prefix = f"layers/{i}/"
+        table, table_base = rows(ft.arch, prefix), rows(base, prefix)
+        part = leaves(ft, prefix)
+        for axis in [axis for axis in table.sizes if kind_of(axis) in _WRITTEN_ON]:
+            surplus = table.sizes[axis] - table_base.sizes[axis]
+            if surplus <= 0:
+                continue
+            silent = _silent_units(part, table, axis)
+            if (order := _silent_last(silent, surplus, axis, lines)) is not None:
+                permutations[axis] = order
+    rotation: list[Rewrite] = []
+    if (surplus := ft.arch.embed_dim - base.embed_dim) > 0:
+        writers = list(_writers(ft))
+        silent = ~np.logical_or.reduce([written.any(axis=1) for written in writers], axis=0)
+        if silent.sum() < surplus and "rotation" in kinds:
+            rotation = _rotated_features(writers, surplus, lines)
+        elif (order := _silent_last(silent, surplus, "embed", lines)) is not None:
+            permutations["embed"] = order
+    if lines:
+        raise AlignmentError("ft is wider than base, and not by padding:\n  " + "\n  ".join(lines))
+    return [*([Permutation(permutations)] if permutations else []), *rotation]
+
+
+def _silent_units(part: Leaves, table: AxisTable, axis: str) -> np.ndarray:
+    """Returns which units of an axis, `[units]` or `[holder, units]`, write nothing into what they hold."""
+    written = next(other for other in table.sizes if kind_of(other) == _WRITTEN_ON[kind_of(axis)])
+    holders = [table.within[axis]] if axis in table.within else []
+    lead = holders if written == axis else [*holders, axis]
+    writes = stacked(part, table, written, "writes", lead)
+    assert writes is not None
+    return np.logical_not(writes.reshape(*writes.shape[: len(holders) + 1], -1).any(axis=-1))
+
+
+def _silent_last(silent: np.ndarray, surplus: int, axis: str, lines: list[str]) -> np.ndarray | None:
+    """Returns the order in which the last silent units of an axis stand at its end, the others as they stood."""
+    if silent.ndim > 1:
+        orders = [_silent_last(row, surplus, f"{axis} of {i}", lines) for i, row in enumerate(silent)]
+        return None if any(order is None for order in orders) else np.stack([o for o in orders if o is not None])
+    if silent.sum() < surplus:
+        lines.append(f"{axis}: {surplus} units more than in base, of which {int(silent.sum())} are silent")
+        return None
+    last = np.flatnonzero(silent)[-surplus:]
+    return np.concatenate([np.setdiff1d(np.arange(len(silent)), last), last]).astype(np.int32)
+
+
+def _writers(source: ParamSource) -> Iterable[np.ndarray]:
+    """Yields what writes the residual stream, `[D, n]`, leaf by leaf."""
+    for prefix in prefixes(source.arch):
+        part, table = leaves(source, prefix), rows(source.arch, prefix)
+        for name, row in table.leaves.items():
+            if name in part and _side_of(row, "embed") == "writes":
+                yield units_first(part[name], row, ("embed",))
+
+
+def _rotated_features(writers: Sequence[np.ndarray], surplus: int, lines: list[str]) -> list[Rewrite]:
+    """Returns the rotation that puts the directions last in which nothing is ever written."""
+    D = len(writers[0])
+    gram = sum((x @ x.T / max(float(np.square(x).sum()), np.finfo(float).tiny) for x in writers), np.zeros((D, D)))
+    values, vectors = np.linalg.eigh(gram)
+    size = np.sqrt(values.clip(0) / values.mean())
+    if (loud := int((size[:surplus] > _FELT).sum())) > 0:
+        lines.append(f"embed: {surplus} features more than in base, of which {surplus - loud} are silent, rotated")
+        return []
+    return [Rotation(vectors.T[::-1].copy())]
+
+
+def _check_widths(base: Arch, ft: Arch) -> None:
+    names = ("mlp_dim", "embed_dim", "num_kv_heads")
+    lines = [f"{n}: {getattr(base, n)} and {getattr(ft, n)}" for n in names if getattr(base, n) != getattr(ft, n)]
+    if lines:
+        raise AlignmentError("widths differ after padding is dropped: " + "; ".join(lines))
