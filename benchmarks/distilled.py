@@ -1,6 +1,7 @@
 """Does `match_distilled` tell relatives from strangers where no gate can be matched, and at what cost?
 
     python -m benchmarks.distilled --out_dir=runs/distilled                    # trains, compares and prints
+    python -m benchmarks.distilled --out_dir=runs/distilled --seeds=4          # students of independent models
     python -m benchmarks.distilled --out_dir=runs/distilled --study            # students by steps, width and decay
 
 Tiny models learn the demo's text: a GPT-2, its fine-tune and another GPT-2; a dense gated model, a mixture of experts
@@ -38,15 +39,6 @@ from tracing_jax.tree import Tree, flatten, unflatten
 
 RECIPE = demo.Recipe(vocab_size=512, embed_dim=64, mlp_dim=192, block_size=64, base_steps=1200)
 EXPERTS = 4
-
-PAIRS = {
-    "GPT-2 and its fine-tune": ("gpt2", "gpt2 finetune"),
-    "GPT-2 and another": ("gpt2", "gpt2 other"),
-    "a fine-tune and another": ("gpt2 finetune", "gpt2 other"),
-    "dense and its mixture": ("dense", "upcycled"),
-    "another dense and the mixture": ("dense other", "upcycled"),
-    "dense and another": ("dense", "dense other"),
-}
 
 STUDY: list[Mapping[str, float]] = [
     {},
@@ -119,33 +111,48 @@ def upcycled(dense: Tree, seed: int) -> Tree:
     return dense | {"layers": {name: layer(own) for name, own in dense["layers"].items()}}
 
 
-def models(folder: Path, found: Text) -> dict[str, InMemory]:
-    """Returns all models of `PAIRS`, trained now if the folder does not have them."""
-    kinds = archs()
-    kept: dict[str, InMemory] = {}
+class Shelf:
+    """Models of a folder, trained when they are first asked for."""
 
-    def keep(name: str, kind: str, start: Tree | int, tokens: np.ndarray, steps: int, peak: float) -> Tree:
-        file = folder / f"{name.replace(' ', '-')}.npz"
+    def __init__(self, folder: Path, found: Text) -> None:
+        self.folder, self.text, self.archs = folder, found, archs()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def seed(self, kind: str, seed: int) -> InMemory:
+        """Returns a model of a kind trained from a seed, in an order of its own."""
+        long = (RECIPE.base_steps, RECIPE.base_learning_rate)
+        return self._kept(f"{kind}-{seed}", kind, self.text.seen, *long, seed)
+
+    def descendant(self, kind: str) -> InMemory:
+        """Returns the model of seed 0 after training on other text; a dense one becomes a mixture first."""
+        start = self.seed(kind, 0).params
+        short = (240, RECIPE.finetune_learning_rate)
+        if kind == "dense":
+            return self._kept("upcycled", "mixture", self.text.finetune, *short, 9, upcycled(start, 0))
+        return self._kept(f"{kind}-finetune", kind, self.text.finetune, *short, 9, start)
+
+    def _kept(
+        self, name: str, kind: str, tokens: np.ndarray, steps: int, peak: float, seed: int, start: Tree | None = None
+    ) -> InMemory:
+        file, arch = self.folder / f"{name}.npz", self.archs[kind]
         if not file.exists():
-            params = demo.init(kinds[kind], jax.random.key(start)) if isinstance(start, int) else start
-            file.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(file, **flatten(trained(kinds[kind], params, tokens, steps, peak, seed=len(kept))))
+            params = demo.init(arch, jax.random.key(seed)) if start is None else start
+            np.savez(file, **flatten(trained(arch, params, tokens, steps, peak, seed)))
         with np.load(file) as leaves:
-            params = unflatten({leaf: leaves[leaf] for leaf in leaves.files})
-        loss = demo.mean_loss(kinds[kind], params, found.held_out)
-        print(f"{name}: {loss:.2f} nats per token held out", flush=True)
-        kept[name] = InMemory(kinds[kind], jax.tree.map(jnp.asarray, params))
-        return params
+            params = unflatten({leaf: jnp.asarray(leaves[leaf]) for leaf in leaves.files})
+        print(f"{name}: {demo.mean_loss(arch, params, self.text.held_out):.2f} nats per token held out", flush=True)
+        return InMemory(arch, params)
 
-    long, short = (RECIPE.base_steps, RECIPE.base_learning_rate), (240, RECIPE.finetune_learning_rate)
-    for kind in ("gpt2", "dense"):
-        base = keep(kind, kind, 0, found.seen, *long)
-        keep(f"{kind} other", kind, 1, found.seen, *long)
-        if kind == "gpt2":
-            keep("gpt2 finetune", kind, base, found.finetune, *short)
-        else:
-            keep("upcycled", "mixture", upcycled(base, 0), found.finetune, *short)
-    return kept
+    def pairs(self) -> Iterator[tuple[str, InMemory, InMemory]]:
+        """Yields the pairs to be compared, by name."""
+        gpt2, other, finetune = self.seed("gpt2", 0), self.seed("gpt2", 1), self.descendant("gpt2")
+        yield "GPT-2 and its fine-tune", gpt2, finetune
+        yield "GPT-2 and another", gpt2, other
+        yield "a fine-tune and another", finetune, other
+        dense, another, mixture = self.seed("dense", 0), self.seed("dense", 1), self.descendant("dense")
+        yield "dense and its mixture", dense, mixture
+        yield "another dense and the mixture", another, mixture
+        yield "dense and another", dense, another
 
 
 def pair_of(base: InMemory, ft: InMemory, tokens: Int[np.ndarray, "N T"], seed: int) -> Pair:
@@ -159,19 +166,60 @@ def measured(statistic: MatchDistilled, pair: Pair) -> list[object]:
     start = time.monotonic()
     result = statistic.compute(pair)
     assert result.null is not None
-    null, agreeing = result.null["students"], result.tests[0].values["agreeing"]
-    explained = min(min(values) for values in null["explained"].values())
-    seconds = round(time.monotonic() - start)
-    return [" ".join(map(str, agreeing)), null["lambda"], result.log10_p, explained, seconds]
+    cells: list[object] = []
+    for side, column in (("whole", "agreeing"), ("rest", "agreeing, rest")):
+        cells += [" ".join(map(str, result.tests[0].values[column])), result.null[side]["lambda"]]
+    explained = min(min(values) for values in result.null["explained"].values())
+    return [*cells, result.log10_p, explained, round(time.monotonic() - start)]
 
 
-COLUMNS = ["agreeing by layer", "lambda", "log10 p", "least explained", "seconds"]
+COLUMNS = ["agreeing by layer", "lambda", "rest", "lambda", "log10 p", "least explained", "seconds"]
 
 
-def comparisons(found: Mapping[str, InMemory], tokens: Int[np.ndarray, "N T"]) -> Iterator[list[object]]:
+def comparisons(shelf: Shelf) -> Iterator[list[object]]:
     """Yields a row for each pair."""
-    for name, (base, ft) in PAIRS.items():
-        yield [name, *measured(MatchDistilled(), pair_of(found[base], found[ft], tokens, seed=0))]
+    for name, base, ft in shelf.pairs():
+        yield [name, *measured(MatchDistilled(), pair_of(base, ft, shelf.text.held_out, seed=0))]
+
+
+def convergence(shelf: Shelf, count: int) -> Iterator[list[object]]:
+    """Yields a row for each kind and layer: units that students of independent models agree on, over all pairs."""
+    for kind in ("gpt2", "dense"):
+        by_model = []
+        for seed in range(count):
+            model = shelf.seed(kind, seed)
+            ffns = _ffns(model, shelf.text.held_out)
+            recipe = Recipe(model.arch.mlp_dim)
+            by_model.append([(x, fit_student(x, y, recipe, 100 * seed + i)) for i, (x, y) in enumerate(ffns)])
+        L = len(by_model[0])
+        pairs = [(a, b) for i, a in enumerate(by_model) for b in by_model[:i]]
+        apart = [(a[i], b[j]) for a, b in pairs for i in range(L) for j in range(L) if abs(i - j) > 1]
+        off, off_rest = (
+            (np.mean(found), max(found)) for found in ([_agreeing(*p, tap) for p in apart] for tap in ("up", "rest"))
+        )
+        for i in range(L):
+            found = [_agreeing(a[i], b[i]) for a, b in pairs]
+            rest = [_agreeing(a[i], b[i], "rest") for a, b in pairs]
+            yield [
+                kind,
+                i,
+                recipe.units,
+                len(pairs),
+                np.mean(found),
+                max(found),
+                *off,
+                np.mean(rest),
+                max(rest),
+                *off_rest,
+            ]
+
+
+def _ffns(model: InMemory, tokens: Int[np.ndarray, "N T"]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns inputs and outputs of every FFN of a model at all tokens."""
+    at = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    taps, compute = ("mlp_input", "mlp_output"), Compute(make_mesh(1, 1), 16)
+    walk = activations(model, tokens, at, np.ones(at.shape, bool), taps, compute)
+    return [(found["mlp_input"], found["mlp_output"]) for _, found in walk]
 
 
 def study() -> Iterator[list[object]]:
@@ -196,21 +244,19 @@ def _demo_ffns() -> dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]:
         checkpoint = open_checkpoint(str(family.member(name)))
         tokenizer = load_tokenizer(checkpoint.tokenizer_folder)
         tokens = token_blocks(read_documents(str(family.text)), tokenizer, block_size=128, num_tokens=32768).tokens
-        at = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-        compute, model = Compute(make_mesh(1, 1), 16), load(checkpoint, make_mesh(1, 1))
-        for i, taps in activations(model, tokens, at, np.ones(at.shape, bool), ("mlp_input", "mlp_output"), compute):
-            found[name, i] = (taps["mlp_input"], taps["mlp_output"])
+        found |= {(name, i): ffn for i, ffn in enumerate(_ffns(load(checkpoint, make_mesh(1, 1)), tokens))}
     return found
 
 
-def _agreeing(base: tuple[np.ndarray, Student], ft: tuple[np.ndarray, Student]) -> int:
+def _agreeing(base: tuple[np.ndarray, Student], ft: tuple[np.ndarray, Student], tap: str = "up") -> int:
     by_tap, rng = student_correlations(base, ft), np.random.default_rng(0)
-    gate, up = by_tap["gate"], np.abs(by_tap["up"])
+    gate, up = by_tap["gate"], np.abs(by_tap[tap])
     live = live_units(gate, up)
     return against_each_other(match_units(gate, rng, live), match_units(up, rng, live)).agreeing
 
 
 _OUT_DIR = flags.DEFINE_string("out_dir", "runs/distilled", "folder that keeps the models")
+_SEEDS = flags.DEFINE_integer("seeds", 0, "compare the students of so many independent models of each kind")
 _STUDY = flags.DEFINE_bool("study", False, "students of the demo family by steps, width and decay")
 
 
@@ -220,8 +266,24 @@ def main(argv: list[str]) -> None:
     if _STUDY.value:
         rows, headers = study(), ["setting", *list(STUDENTS)[1:], "explained", "seconds"]
     else:
-        found = text()
-        rows, headers = comparisons(models(Path(_OUT_DIR.value), found), found.held_out), ["pair", *COLUMNS]
+        shelf = Shelf(Path(_OUT_DIR.value), text())
+        rows, headers = comparisons(shelf), ["pair", *COLUMNS]
+        if _SEEDS.value:
+            rows = convergence(shelf, _SEEDS.value)
+            headers = [
+                "kind",
+                "layer",
+                "units",
+                "pairs",
+                "agreeing",
+                "most",
+                "other layers",
+                "most",
+                "rest",
+                "most",
+                "rest, other layers",
+                "most",
+            ]
     kept = []
     for row in rows:
         print(*row, sep="  ", flush=True)

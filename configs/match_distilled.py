@@ -19,5 +19,5 @@ def get_config(arg: str = "") -> ConfigDict:
     config = common.get_config("match_distilled", arg)
     if arg == "demo":
         config.align = config.eval = False  # an aligned pair has no p-value, and students as costly as the first
-        config.num_tokens = 32768
+        config.num_tokens, config.distil_steps = 32768, 1000
     return config

@@ -12,10 +12,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+TAPS = ("gate", "up", "rest")
+
 Weights = dict[str, Float[Array, "_ _"]]
 
 _HELD_OUT = 16  # of so many samples one is held out
 _ORDINARY = 10.0  # times the median norm
+_DEAD = 1e-6  # times the initial norm: decay has taken such a unit, and what it responds to is noise
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Recipe:
     """
 
     units: int
-    steps: int = 1000
+    steps: int = 2000
     batch: int = 512
     rate: float = 0.3
     decay: float = 0.03
@@ -42,7 +45,7 @@ class Student:
     """`y ~ D (silu(G x) * (U x))`, fitted to one FFN, with input and output each divided by one number.
 
     Attributes:
-      gate, up: G and U, transposed: each column reads the input of the FFN.
+      gate, up: G and U, transposed: each column reads the input of the FFN. Units that decay has taken are zero.
       explained: share of the variance of the FFN's output that it explains, on samples it was not trained on.
       left_out: share of the samples whose output is beyond ten times the median norm; it was not trained on them.
     """
@@ -64,7 +67,7 @@ def fit_student(x: Float[np.ndarray, "S D"], y: Float[np.ndarray, "S D"], recipe
     can compute it. See docs/distilled.md.
 
     Raises:
-      ValueError: too few samples, samples that are not finite, or an output that never varies.
+      ValueError: too few samples, samples that are not finite, an output that never varies, or training that diverges.
     """
     _check(x, y)
     norms = np.linalg.norm(y - np.median(y, axis=0), axis=1)
@@ -77,8 +80,11 @@ def fit_student(x: Float[np.ndarray, "S D"], y: Float[np.ndarray, "S D"], recipe
     weights = _trained(_initial(init_key, x.shape[1], recipe.units), order_key, x[:train], y[:train], recipe)
     error = np.square(np.asarray(_output(weights, jnp.asarray(x[train:]))) - y[train:]).sum()
     explained = 1 - float(error / np.square(y[train:] - y[train:].mean(axis=0)).sum())
+    if not np.isfinite(explained):
+        raise ValueError(f"the student diverged at rate {recipe.rate:g}; choose a lower one")
     gate, up = np.asarray(weights["gate"]), np.asarray(weights["up"])
-    return Student(gate, up, explained, 1 - len(kept) / len(ordinary))
+    alive = np.minimum(*(np.linalg.norm(w, axis=0) for w in (gate, up))) > _DEAD
+    return Student(gate * alive, up * alive, explained, 1 - len(kept) / len(ordinary))
 
 
 def student_correlations(
@@ -86,10 +92,21 @@ def student_correlations(
 ) -> dict[str, Float[np.ndarray, "F F2"]]:
     """Returns tap -> Pearson correlations of two students' pre-activations, each on its own inputs, row by row.
 
-    Pre-activations are linear in the input, so those of all samples follow from the inputs' covariances.
+    The taps are `gate`, `up` and `rest`, which is up without what gate predicts of it; see `rest_of`. Pre-activations
+    are linear in the input, so those of all samples follow from the inputs' covariances.
     """
-    found = _correlations(*(jnp.asarray(x) for x, _ in (base, ft)), *((s.gate, s.up) for _, s in (base, ft)))
-    return {tap: np.asarray(by_tap) for tap, by_tap in zip(("gate", "up"), found)}
+    taps = [(student.gate, student.up, rest_of(x, student)) for x, student in (base, ft)]
+    found = _correlations(jnp.asarray(base[0]), jnp.asarray(ft[0]), *taps)
+    return {tap: np.asarray(by_tap) for tap, by_tap in zip(TAPS, found)}
+
+
+def rest_of(x: Float[np.ndarray, "S D"], student: Student) -> Float[np.ndarray, "D F"]:
+    """Returns up weights whose pre-activations are those of up without what each unit's gate predicts, by regression.
+
+    Students of an FFN without a gate have up proportional to gate or nearly so, and two matchings by the same numbers
+    agree whatever they match. What is left of up has no such reason to agree.
+    """
+    return np.asarray(_rest(jnp.asarray(x), student.gate, student.up))
 
 
 def _check(x: np.ndarray, y: np.ndarray) -> None:
@@ -143,8 +160,16 @@ def _trained(
 
 
 @jax.jit
+def _rest(x: Float[Array, "S D"], gate: Float[Array, "D F"], up: Float[Array, "D F"]) -> Float[Array, "D F"]:
+    x = x - x.mean(axis=0)
+    gates, ups = (jnp.matmul(x, weights, precision="highest") for weights in (gate, up))
+    square = jnp.square(gates).sum(axis=0)
+    return up - gate * jnp.where(square > 0, (gates * ups).sum(axis=0) / square, 0.0)
+
+
+@jax.jit
 def _correlations(
-    x_a: Float[Array, "S D"], x_b: Float[Array, "S D2"], a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]
+    x_a: Float[Array, "S D"], x_b: Float[Array, "S D2"], a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]
 ) -> tuple[Float[Array, "F F2"], ...]:
     x_a, x_b = (x - x.mean(axis=0) for x in (x_a, x_b))
     covariance, own_a, own_b = (
