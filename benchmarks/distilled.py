@@ -42,7 +42,7 @@ EXPERTS = 4
 
 STUDY: list[Mapping[str, float]] = [
     {},
-    *({"steps": steps} for steps in (250, 500, 2000)),
+    *({"steps": steps} for steps in (250, 500, 1000, 4000)),
     *({"units": units} for units in (64, 128, 384)),
     *({"decay": decay} for decay in (0.0, 0.01, 0.1)),
     *({"rate": rate} for rate in (0.03, 0.1, 1.0)),
@@ -239,7 +239,8 @@ def study() -> Iterator[list[object]]:
 
 def _demo_ffns() -> dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]:
     """Returns inputs and outputs of the FFNs of `STUDENTS` on the demo's held-out text."""
-    family, found = demo.family(), {}
+    family = demo.family()
+    found: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
     for name in {model for model, _ in STUDENTS.values()}:
         checkpoint = open_checkpoint(str(family.member(name)))
         tokenizer = load_tokenizer(checkpoint.tokenizer_folder)

@@ -53,7 +53,7 @@ class MatchDistilled:
       control_positions, control_units: at most so many for the layers that do not correspond.
 
     On tiny models (4 layers, 192 units; 2 CPU cores, 2026-11-24): a dense model and a mixture of experts upcycled from
-    it agree on about half their units, p = 1e-77, a GPT-2 and its fine-tune on a quarter, 1e-5; independent models, 1.
+    it agree on more than half their units, p = 1e-108, a GPT-2 and its fine-tune on a quarter, 1e-6; strangers have 1.
 
     Source: Zhu et al. 2025 (arXiv 2502.12292), section 3 (Adam 1e-3, batch 5000, 10,000 steps). Here: weight decay, a
     rate that falls with the width, and the null of `calibration.py`; see docs/distilled.md.
@@ -190,7 +190,7 @@ def _tests(found: _Compared, nulls: Mapping[str, Null]) -> list[Test]:
         one_test("agreement, calibrated", layers, larger(Null.log_p_agreement), places, smallest, how),
         one_test("rank correlation, calibrated", layers, larger(Null.log_p_rank), places, smallest, how),
     ]
-    rest = {
+    rest: dict[str, Sequence[float | int]] = {
         "agreeing, rest": [c.agreeing for c in found.layers["rest"]],
         "r, rest": [c.r for c in found.layers["rest"]],
     }
