@@ -127,7 +127,7 @@ def merged_with(others: Tree) -> Treatment:
     """Returns the treatment that averages a model's weights with those of an unrelated one."""
 
     def merge(model: InMemory, index: int) -> Descendant:
-        other = member(model.arch, others, index)
+        other = member(model.arch, others, index % len(jax.tree.leaves(others)[0]))
         return Descendant(InMemory(model.arch, jax.tree.map(lambda a, b: (a + b) / 2, model.params, other.params)))
 
     return merge

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from tracing_jax.alignment import KINDS, WHOLE
 from tracing_jax.checkpoint import open_checkpoint
 from tracing_jax.symmetry import DRAWN
 
@@ -65,8 +66,18 @@ def test_the_example_of_a_disguise_comes_back(family):
 
 
 def test_the_table_of_disguises_names_them_all():
-    section = README.split("## Disguises")[1].split("## The Python API")[0]
-    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(DRAWN)
+    assert names_in_table("## Disguises") == list(DRAWN)
+
+
+def test_the_table_of_alignment_names_all_that_it_undoes():
+    assert sorted(names_in_table("## Undoing disguises")) == sorted((*KINDS, *WHOLE))
+
+
+def names_in_table(title: str) -> list[str]:
+    """Returns the code words that stand in the first column of the tables of a section."""
+    section = README.split(f"{title}\n")[1].split("\n## ")[0]
+    cells = re.findall(r"^\| (`[^|]+) \|", section, re.MULTILINE)
+    return [word for cell in cells for word in re.findall(r"`(\w+)`", cell)]
 
 
 def test_every_file_and_picture_that_is_named_is_there():

@@ -162,7 +162,7 @@ def test_what_was_undone_is_reported():
     report = found.undone
     assert report["identity"] == {"layers": [1]}
     assert report["padding"] == {"units": 4, "features": 0, "kv_heads": 1}
-    assert report["rotation"]["rms_angle_degrees"] > 60
+    assert report["rotation"]["angle_degrees"] > 60
     assert report["rotation"]["mean_greatest_entry"] < 0.8
     assert 0.2 < report["scaling"]["share_flipped"] < 0.8
     assert report["scaling"]["least"] < 0.5

@@ -122,9 +122,10 @@ def _mean(cosines: Mapping[str, float], names: Sequence[str]) -> float | None:
 
 
 def _rotation(matrix: np.ndarray) -> dict[str, float]:
-    angles = np.angle(np.linalg.eigvals(matrix))
+    mean_cosine = float(np.trace(matrix)) / len(matrix)
     return {
-        "rms_angle_degrees": float(np.degrees(np.sqrt(np.square(angles).mean()))),
+        # Between a random vector and its image: the expectation of their cosine is the mean of the diagonal.
+        "angle_degrees": float(np.degrees(np.arccos(np.clip(mean_cosine, -1.0, 1.0)))),
         # One for a permutation with signs, about sqrt(2 log(D) / D) for a random rotation.
         "mean_greatest_entry": float(np.abs(matrix).max(axis=1).mean()),
     }

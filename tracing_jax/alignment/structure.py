@@ -1,6 +1,6 @@
 """Layers and units of ft that do nothing: found in the weights, and taken away."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -94,10 +94,9 @@ def _to_the_end(base: Arch, ft: ParamSource, kinds: Collection[str]) -> list[Rew
                 permutations[axis] = order
     rotation: list[Rewrite] = []
     if (surplus := ft.arch.embed_dim - base.embed_dim) > 0:
-        writers = list(_writers(ft))
-        silent = ~np.logical_or.reduce([written.any(axis=1) for written in writers], axis=0)
+        silent = ~np.logical_or.reduce([written.any(axis=1) for written in _writers(ft)], axis=0)
         if silent.sum() < surplus and "rotation" in kinds:
-            rotation = _rotated_features(writers, surplus, lines)
+            rotation = _rotated_features(ft, surplus, lines)
         elif (order := _silent_last(silent, surplus, "embed", lines)) is not None:
             permutations["embed"] = order
     if lines:
@@ -136,10 +135,11 @@ def _writers(source: ParamSource) -> Iterable[np.ndarray]:
                 yield units_first(part[name], row, ("embed",))
 
 
-def _rotated_features(writers: Sequence[np.ndarray], surplus: int, lines: list[str]) -> list[Rewrite]:
+def _rotated_features(ft: ParamSource, surplus: int, lines: list[str]) -> list[Rewrite]:
     """Returns the rotation that puts the directions last in which nothing is ever written."""
-    D = len(writers[0])
-    gram = sum((x @ x.T / max(float(np.square(x).sum()), np.finfo(float).tiny) for x in writers), np.zeros((D, D)))
+    gram = np.zeros((ft.arch.embed_dim,) * 2)
+    for written in _writers(ft):  # one leaf at a time is held
+        gram += written @ written.T / max(float(np.square(written).sum()), np.finfo(float).tiny)
     values, vectors = np.linalg.eigh(gram)
     size = np.sqrt(values.clip(0) / values.mean())
     if (loud := int((size[:surplus] > _FELT).sum())) > 0:
