@@ -16,6 +16,14 @@ def unit_problems(base: Arch, ft: Arch) -> list[str]:
     return []
 
 
+def row_problems(base: Arch, ft: Arch) -> list[str]:
+    """Returns why the weights of units, rows over the features, cannot be compared between these models."""
+    lines = unit_problems(base, ft)
+    if base.embed_dim != ft.embed_dim:
+        lines.append(f"different width ({base.embed_dim} and {ft.embed_dim} features): rows have no cosine")
+    return lines
+
+
 def layers_in_common(pair: Pair) -> int:
     """Returns how many layers have a counterpart of equal index."""
     return min(pair.base.arch.num_layers, pair.ft.arch.num_layers)

@@ -10,7 +10,7 @@ from tqdm import trange
 from tracing_jax.arch import Arch
 from tracing_jax.matching import match_units
 from tracing_jax.statistics.comparison import Comparison, against_identity
-from tracing_jax.statistics.constrained import constrained_result, layers_in_common, unit_problems
+from tracing_jax.statistics.constrained import constrained_result, layers_in_common, row_problems
 from tracing_jax.statistics.cosine import cosines
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies
 from tracing_jax.tree import Tree
@@ -30,10 +30,7 @@ class Csu:
 
     def problems(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns why up-projection rows of these models cannot be compared."""
-        lines = unit_problems(base, ft)
-        if base.embed_dim != ft.embed_dim:
-            lines.append(f"different width ({base.embed_dim} and {ft.embed_dim} features): rows have no cosine")
-        return lines
+        return row_problems(base, ft)
 
     def compute(self, pair: Pair) -> Result:
         """Returns the p-values per layer and combined, by rank correlation and by agreement."""

@@ -12,7 +12,7 @@ from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisTable, axis_table, kind_of
 from tracing_jax.source import InMemory, parts
 from tracing_jax.statistics.comparison import Comparison, bonferroni_log10, one_test
-from tracing_jax.statistics.constrained import unit_problems
+from tracing_jax.statistics.constrained import row_problems
 from tracing_jax.statistics.csu import compare_rows
 from tracing_jax.statistics.pvalues import smallest
 from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, Pair, Result, Test, Vocabularies
@@ -40,10 +40,7 @@ class CsuAll:
 
     def problems(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns why rows of these models have no cosine."""
-        lines = unit_problems(base, ft)
-        if base.embed_dim != ft.embed_dim:
-            lines.append(f"different width ({base.embed_dim} and {ft.embed_dim} features): rows have no cosine")
-        return lines
+        return row_problems(base, ft)
 
     def compute(self, pair: Pair) -> Result:
         """Returns the p-values of the matrices, those with an exact null apart from those without."""
