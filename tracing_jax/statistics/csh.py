@@ -46,8 +46,8 @@ class Csh:
         tap = _TAP[self.activation]
         comparisons = []
         for layer in correlations(pair.base, pair.ft, blocks, (tap,), pair.compute, "csh"):
-            similarity = np.abs(layer.by_tap[tap])
-            matching = match_units(similarity, pair.generator("csh", layer.layer))
+            similarity = layer.by_tap[tap]
+            matching = match_units(similarity, pair.generator("csh", layer.layer), absolute=True)
             comparisons.append(against_identity(matching, *similarity.shape))
         return constrained_result(pair, comparisons, f"units whose {self.activation} activation stays in place, share")
 
