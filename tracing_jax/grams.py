@@ -247,8 +247,7 @@ def _step(
     compared = {tap: (picked(units_a[tap], pairing.at[0]), picked(units_b[tap], pairing.at[1])) for tap in taps}
     sums = {tap: _added(sums[tap], compared[tap], pairing.weight, is_first) for tap in taps}
     # Stated, or the first batch's sums and the next ones' would be placed differently and compile twice.
-    whole = NamedSharding(mesh, P())
-    sums = jax.lax.with_sharding_constraint(sums, jax.tree.map(lambda _: whole, sums))
+    sums = jax.lax.with_sharding_constraint(sums, jax.tree.map(lambda total: _split(mesh, total.shape), sums))
     if keep is None:
         return (x_a, x_b), sums, {}
     (at_a, at_b), columns = keep
@@ -281,12 +280,19 @@ def _empty(
     units = _units(archs, taps, described, structure)
 
     def zeros(*shape: int) -> jax.Array:
-        return jnp.zeros(shape, jnp.float32, device=NamedSharding(mesh, P()))
+        return jnp.zeros(shape, jnp.float32, device=_split(mesh, shape))
 
     return {
         tap: _Sums(zeros(U, U2), (zeros(U), zeros(U2)), (zeros(U), zeros(U2)), (zeros(U), zeros(U2)))
         for tap, (U, U2) in units.items()
     }
+
+
+def _split(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Returns where a sum lies: a Gram split by its rows over `model` where they divide evenly, all else whole."""
+    parts = mesh.shape["model"]
+    is_split = parts > 1 and len(shape) == 2 and shape[0] % parts == 0
+    return NamedSharding(mesh, P("model", None) if is_split else P())
 
 
 @functools.lru_cache(maxsize=16)  # tracing a block takes longer than running a small one
