@@ -1,7 +1,9 @@
 """The tests with p-values: exact where they claim it, equivariant, the same as numpy's, and silent after alignment."""
 
 import dataclasses
+import importlib
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +69,31 @@ def test_a_relative_is_found_an_independent_model_is_not_and_alignment_silences_
     assert "after alignment nothing has a null" in aligned.p_reason
     assert all(test.log10_p is None and test.log10_ps is None for test in aligned.tests)
     assert aligned.headline == related.headline
+
+
+def p_values_in(found, where=""):
+    """Yields where a record, or a part of it, holds a p-value."""
+    if isinstance(found, dict):
+        for key, value in found.items():
+            if value is not None and re.search(r"(log10_?|adjusted_)p(s|_|$)|p_value", key):
+                yield f"{where}/{key}"
+            yield from p_values_in(value, f"{where}/{key}")
+    elif isinstance(found, list | tuple):
+        for i, value in enumerate(found):
+            yield from p_values_in(value, f"{where}/{i}")
+    elif isinstance(found, str) and re.search(r"\bp = |log10 p", found):
+        yield f"{where}: {found}"
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_no_p_value_of_any_kind_is_left_in_an_aligned_result(name):
+    config = importlib.import_module("configs.common").get_config(name)
+    config.update(num_perm=3, mode_num_perm=3, csh_blocks=4, csh_block_size=32, distil_steps=2)
+    statistic = REGISTRY[name](config)
+    given, aligned = (statistic.compute(pair_of(BASE, RELATED, aligned=side)).as_dict() for side in (False, True))
+    assert list(p_values_in(given)) or name in ("cos", "emb", "jsd")
+    assert list(p_values_in(aligned)) == []
+    assert aligned["headline"] is not None
 
 
 def test_matching_is_that_of_scipy_and_moves_with_its_units():

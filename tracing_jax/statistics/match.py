@@ -17,6 +17,7 @@ from tracing_jax.statistics.comparison import (
     bonferroni_log10,
     one_test,
     share_agreeing,
+    share_by_layer,
     tests_of,
 )
 from tracing_jax.statistics.pvalues import smallest
@@ -75,18 +76,14 @@ class Match:
             notes += [f"{form}: {note}" for note in null.notes]
         if "forward" in found and pair.blocks is not None:
             notes.append(f"forward: positions paired by {pair.blocks.how}")
-        deciding = [test for test in tests if test.decides]
         best = max(found.values(), key=share_agreeing)
         result = Result(
             headline=share_agreeing(best),
             label="units on which gate and up projection agree, share (the larger of the forms)",
-            log10_p=bonferroni_log10(deciding),
+            log10_p=bonferroni_log10([test for test in tests if test.decides]),
             tests=tests,
             null={form: null.as_dict() for form, null in nulls.items()},
-            per_layer={
-                "label": "log10 p by agreement, calibrated: smaller of the forms",
-                "values": np.min([list(t.log10_ps or ()) for t in deciding if "agreement" in t.name], axis=0).tolist(),
-            },
+            per_layer=share_by_layer(best),
             notes=notes,
         )
         return result.without_p(AFTER_ALIGNMENT) if pair.aligned else result

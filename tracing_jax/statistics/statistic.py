@@ -104,12 +104,12 @@ class Result:
     Attributes:
       headline: the number to quote; `label` says what it is, with its unit.
       log10_p: the p-value where one exists, else None with the reason in `p_reason`.
-      per_layer: `{"label", "values"}`, one value per layer.
+      per_layer: `{"label", "values"}`, one value per layer, never a p-value: those stand in `tests`.
       distribution: `{"label", "quantiles": {"levels", "layers"}}`, the quantiles at the levels for each layer, or once.
       not_applicable: why the statistic has no value on this pair.
       tests: the tests behind `log10_p`, place by place.
       null: what the p-values were calibrated with.
-      layer_map: which layer of ft comes from which layer of base; see `match_all`.
+      layer_map: which layer of ft comes from which layer of base, by their p-values; see `match_all`.
       notes: what a reader of the numbers must know.
       arrays: what is too large for the record; it goes into the folder of the run.
     """
@@ -129,9 +129,9 @@ class Result:
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def without_p(self, reason: str) -> "Result":
-        """Returns the values alone, with the reason why they have no p-value."""
+        """Returns the values alone, with the reason why they have no p-value; what rests on p-values goes with them."""
         tests = tuple(replace(test, log10_p=None, log10_ps=None) for test in self.tests)
-        return replace(self, log10_p=None, p_reason=reason, tests=tests)
+        return replace(self, log10_p=None, p_reason=reason, tests=tests, layer_map=None)
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the result as plain data, without its arrays."""
