@@ -89,7 +89,7 @@ def trace(config: ConfigDict) -> dict[str, Any]:
     with clock.step("load"):
         pair = _load(config, opened)
     with clock.step("hashes"):  # now, while the files are still in the page cache
-        models = {"base": model_facts(opened.base), "ft": model_facts(opened.ft)}
+        models = {name: model_facts(checkpoint) for name, checkpoint in opened.models().items()}
     disguise = permutation = alignment = perplexity = None
     if opened.rewrites:
         with clock.step("disguise"):

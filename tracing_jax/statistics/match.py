@@ -10,7 +10,14 @@ from tracing_jax.arch import Arch
 from tracing_jax.grams import LayerCorrelations, Sample, correlate, correlations, embedding_correlations
 from tracing_jax.matching import UnitMatching, live_units, match_units
 from tracing_jax.source import ParamSource
-from tracing_jax.statistics.calibration import Null, control_pairs, measured_allowance, null_of, tabled_allowance
+from tracing_jax.statistics.calibration import (
+    Null,
+    control_pairs,
+    control_source,
+    measured_allowance,
+    null_of,
+    tabled_allowance,
+)
 from tracing_jax.statistics.comparison import (
     Comparison,
     against_each_other,
@@ -70,7 +77,7 @@ class Match:
                 notes.append("weights-only form: the vocabularies share no tokens")
                 continue
             layers, controls = self._layers(form, pair.base, pair.ft, pair)
-            null = null_of(controls, *self._allowance(form, pair))
+            null = null_of(controls, *self.allowance(form, pair))
             found[form], nulls[form] = layers, null
             tests += form_tests(form, layers, null)
             notes += [f"{form}: {note}" for note in null.notes]
@@ -109,18 +116,19 @@ class Match:
         drawn = np.sort(pair.generator("match", "tokens").permutation(len(ids_base))[: self.max_tokens])
         return embedding_correlations(base, ft, (ids_base[drawn], ids_ft[drawn]), TAPS, sample)
 
-    def _allowance(self, form: str, pair: Pair) -> tuple[list[float], str]:
-        """Returns the share of each layer that may agree by convergence, and where it comes from."""
+    def allowance(self, form: str, pair: Pair) -> tuple[list[float], str]:
+        """Returns the share of each of base's layers that may agree by convergence, and where it comes from.
+
+        Controls stand in base's place, against base itself and, where it is as deep, against ft.
+        """
         if not pair.controls:
             source = "the table measured on our own seeds, by relative depth, and 0.05 at least"
             return tabled_allowance(pair.base.arch.num_layers, form), source
-        measured = [
-            self._layers(form, control, model, pair)[0] for control in pair.controls for model in (pair.base, pair.ft)
-        ]
-        source = (
-            f"{len(pair.controls)} control models, each against base and ft: upper 99 % bound of the greatest share"
-        )
-        return measured_allowance(measured), source
+        others = [pair.of_base()]
+        if pair.base.arch.num_layers == pair.ft.arch.num_layers:
+            others.append(pair)
+        measured = [self._layers(form, control, other.ft, other)[0] for control in pair.controls for other in others]
+        return measured_allowance(measured), control_source(len(pair.controls), len(others))
 
 
 def gate_problems(base: Arch, ft: Arch) -> list[str]:

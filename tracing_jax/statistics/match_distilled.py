@@ -11,7 +11,14 @@ from tracing_jax.arch import Arch
 from tracing_jax.data import PairedBlocks
 from tracing_jax.grams import correlate
 from tracing_jax.source import ParamSource
-from tracing_jax.statistics.calibration import LEAST_ALLOWANCE, Null, control_pairs, measured_allowance, null_of
+from tracing_jax.statistics.calibration import (
+    LEAST_ALLOWANCE,
+    Null,
+    control_pairs,
+    control_source,
+    measured_allowance,
+    null_of,
+)
 from tracing_jax.statistics.comparison import (
     Comparison,
     bonferroni_log10,
@@ -156,13 +163,11 @@ class MatchDistilled:
             shares = {"whole": [LEAST_ALLOWANCE] * L, "rest": [REST_ALLOWANCE] * L}
             return shares | {"rest together": [REST_ALLOWANCE_TOGETHER]}, source
         measured = [
-            self._compared(control, model, pair, f"control {c} {side}").layers
+            self._compared(control, other.ft, other, f"control {c} {side}").layers
             for c, control in enumerate(pair.controls)
-            for side, model in (("base", pair.base), ("ft", pair.ft))
+            for side, other in (("base", pair.of_base()), ("ft", pair))
         ]
-        source = (
-            f"{len(pair.controls)} control models, each against base and ft: upper 99 % bound of the greatest share"
-        )
+        source = control_source(len(pair.controls), 2)
         shares = {side: measured_allowance([layers[side] for layers in measured]) for side in SIDES}
         return shares | {"rest together": [float(np.mean(shares["rest"]))]}, source
 

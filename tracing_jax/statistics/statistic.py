@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from tracing_jax.arch import Arch
-from tracing_jax.data import PairedBlocks
+from tracing_jax.data import PairedBlocks, paired_one_to_one
 from tracing_jax.sharding import Compute
 from tracing_jax.source import InMemory, ParamSource
 
@@ -52,6 +52,12 @@ class Pair:
     """The text as both models read it, with the positions at which they can be compared."""
     controls: Sequence[ParamSource] = ()
     """Models known to be independent of both, of base's shape and tokenizer, for nulls that are measured."""
+
+    def of_base(self) -> "Pair":
+        """Returns base against itself, both reading base's tokens; a control takes the place of the first."""
+        ids = self.vocabularies.ids_base
+        blocks = None if self.blocks is None else paired_one_to_one(self.blocks.base, self.blocks.base)
+        return replace(self, ft=self.base, vocabularies=Vocabularies(True, ids, ids), blocks=blocks)
 
     def generator(self, *names: str | int) -> np.random.Generator:
         """Returns a stream of random numbers of its own for every name, from the seed of the run."""
