@@ -59,6 +59,5 @@ def compare_rows(
     signed: bool = False,
 ) -> Comparison:
     """Returns how far matching the rows of two matrices by (absolute) cosine keeps them in place."""
-    similarity = np.asarray(cosines(base, ft))
-    matching = match_units(similarity if signed else np.abs(similarity), generator)
+    matching = match_units(cosines(base, ft), generator, absolute=not signed)
     return against_identity(matching, len(base), len(ft))

@@ -162,11 +162,11 @@ def match_taps(
     by_tap: Mapping[str, np.ndarray], pair: Pair, names: Sequence[str | int]
 ) -> tuple[UnitMatching, UnitMatching]:
     """Returns the matchings by gate and by up correlations, over the units live in both."""
-    gate, up = by_tap["gate"], np.abs(by_tap["up"])
+    gate, up = by_tap["gate"], by_tap["up"]
     live = live_units(gate, up)
     return (
         match_units(gate, pair.generator(*names, "gate"), live),
-        match_units(up, pair.generator(*names, "up"), live),
+        match_units(up, pair.generator(*names, "up"), live, absolute=True),
     )
 
 
