@@ -35,7 +35,7 @@ def get_config(stat: str, arg: str = "") -> ConfigDict:
     config.distil_steps, config.distil_batch = 2000, 512  # of a student's training
     config.distil_rate, config.distil_decay = 0.3, 0.03  # both fall to zero along a cosine; see docs/distilled.md
     config.distil_units = 0  # width of the students; 0 takes the narrower model's
-    config.control_model_ids = ()  # match, match_distilled: models of base's shape known to be independent of both
+    config.control_model_ids = ()  # match*: models of base's shape and tokenizer, known to be independent of both
 
     # The verdict: related below this level, undecided from there to 0.05, else independent.
     config.level = 1e-3
@@ -49,6 +49,7 @@ def get_config(stat: str, arg: str = "") -> ConfigDict:
     # identity; or all; or auto: permutations and padding where they explain the weights, else all.
     config.align_axes = "embed,mlp"
     config.align_evidence = "weights"  # or activations
+    config.save_aligned = placeholder(str)  # a folder to write the aligned model to, as a checkpoint
 
     # Step 6, perplexity of both models.
     config.eval = False
@@ -65,6 +66,8 @@ def get_config(stat: str, arg: str = "") -> ConfigDict:
     # Where and how to compute. -1 takes all devices that are left.
     config.mesh = ConfigDict({"data": -1, "model": 1})
     config.batch_size = 8  # blocks in flight
+    config.memory = "auto"  # or resident: both models whole; stream: layer by layer. Auto: by size and what is free
+    config.max_layers = 0  # look at the first layers alone, to see what a run takes; 0 for all
     config.dtype = "float32"  # or bfloat16, for hidden states and matmuls; losses are float32 in both
     config.cache_dir = placeholder(str)  # keep converted weights here, in Orbax format
 

@@ -1,12 +1,16 @@
 """One layer's evidence: a matching of units compared with the identity, or with another matching of the same units."""
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from tracing_jax.grams import LayerCorrelations
 from tracing_jax.matching import UnitMatching
+from tracing_jax.progress import Progress
 from tracing_jax.statistics.permutation_nulls import (
     agreement,
     agreement_log_sf,
@@ -64,6 +68,21 @@ def against_each_other(one: UnitMatching, other: UnitMatching) -> Comparison:
     return _compare(one.base, other.base, one.live_base)
 
 
+def compare_layers(
+    layers: Iterable[LayerCorrelations], compare: Callable[[LayerCorrelations], Comparison], progress: Progress
+) -> list[Comparison]:
+    """Returns the comparison of every layer: of an interrupted run's layers the one that was kept."""
+    found: dict[int, Comparison] = {}
+    for layer in layers:
+        found[layer.layer] = progress.memo(Comparison, (layer.layer,), functools.partial(compare, layer))
+        del layer  # its correlations go before those of the next one are made
+    progress.forget("hidden")
+    comparisons: list[Comparison] = []
+    while (known := found.get(len(comparisons)) or progress.load(Comparison, len(comparisons))) is not None:
+        comparisons.append(known)
+    return comparisons
+
+
 def tests_of(
     comparisons: Sequence[Comparison], places: Sequence[str], combine: Callable[[LogPs], float], combined: str
 ) -> tuple[Test, Test]:
@@ -95,6 +114,11 @@ def one_test(
 def share_agreeing(comparisons: Sequence[Comparison]) -> float:
     """Returns the share of all matched units that the two matchings send to the same unit."""
     return sum(c.agreeing for c in comparisons) / max(1, sum(c.units for c in comparisons))
+
+
+def share_by_layer(comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    """Returns the share of its matched units on which the two matchings of each layer agree, for the record."""
+    return {"label": "units that agree, share", "values": [share_agreeing([layer]) for layer in comparisons]}
 
 
 def bonferroni_log10(tests: Sequence[Test]) -> float:
