@@ -31,7 +31,7 @@ from tracing_jax.models import (
 from tracing_jax.progress import Progress
 from tracing_jax.sharding import Compute
 from tracing_jax.source import ParamSource
-from tracing_jax.tree import Tree
+from tracing_jax.tree import Tree, to_host
 
 _Inputs = tuple[LayerInputs, LayerInputs]
 
@@ -153,7 +153,7 @@ def _walk(
         by_tap = {}
         for tap in taps:
             total = sums.pop(tap)
-            by_tap[tap] = np.asarray(pearson(total.cross, total.first, total.square, blocks.num_pairs))
+            by_tap[tap] = to_host(pearson(total.cross, total.first, total.square, blocks.num_pairs))
         yield LayerCorrelations(i, by_tap, keeper.joined(kept))
         del by_tap  # before the next ones are made
         _keep_states(progress, i + 1, hidden)
