@@ -1,7 +1,7 @@
 """Writes a pair of checkpoints with random weights: `base`, and `ft`, the same plus noise with its units permuted.
 
     python -m benchmarks.write_pair --shape=llama2-7b --save=pairs/7b               # 27 GB
-    python -m benchmarks.write_pair --shape=llama2-70b --save=pairs/70b --sparse    # 276 GB, of which 8 are on disk
+    python -m benchmarks.write_pair --shape=llama2-70b --save=pairs/70b --sparse    # 276 GB, of which 9 are on disk
     python -m benchmarks.write_pair --shape=path/to/config.json --save=pairs/ours --num_layers=4
 
 Both are bfloat16 in sharded safetensors, with a tokenizer of the model's vocabulary size, and open like any checkpoint.
