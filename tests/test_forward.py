@@ -1,16 +1,17 @@
 """The engine: losses are those of the logits, the same on any mesh, for one compilation whatever the depth."""
 
 import dataclasses
+from collections import Counter
 
 import jax
 import numpy as np
 import pytest
 import tiny
 
-from tracing_jax import forward
 from tracing_jax.axes import axis_table
-from tracing_jax.forward import logits, path_losses, token_losses
+from tracing_jax.forward import logits, losses, path_losses, token_losses, walk
 from tracing_jax.interpolate import interpolate, moving_leaves, path_groups
+from tracing_jax.progress import Progress
 from tracing_jax.sharding import Compute, leaf_spec, make_mesh
 from tracing_jax.source import InMemory, in_memory, placed
 
@@ -86,14 +87,78 @@ def test_weights_are_split_where_the_table_says():
 
 def test_depth_and_batches_compile_nothing_new(one_device):
     """One compilation of the block step per shape; gemma's alternating windows and ropes are data."""
-    forward._block_step.clear_cache()
+    walk._block_step.clear_cache()
     for layers in (2, 5):
         arch = tiny.llama_mha(
             num_layers=layers, layer_ropes=(0,) * layers, layer_windows=(None, 3, 7, 2, None)[:layers]
         )
-        forward._block_step.clear_cache()
+        walk._block_step.clear_cache()
         path_losses(tiny.model(arch), tiny.model(arch, 1), blocks(arch, 9), (0.0, 1.0), ALL, one_device)
-        assert forward._block_step._cache_size() == 1
+        assert walk._block_step._cache_size() == 1
+
+
+@dataclasses.dataclass
+class Streamed:
+    """A source that is not in memory, and counts how often each part is read."""
+
+    model: InMemory
+    reads: Counter = dataclasses.field(default_factory=Counter)
+
+    @property
+    def arch(self):
+        return self.model.arch
+
+    def embed(self):
+        self.reads["embed"] += 1
+        return self.model.embed()
+
+    def layer(self, index, only=()):
+        self.reads[index] += 1
+        return self.model.layer(index, only)
+
+    def head(self):
+        self.reads["head"] += 1
+        return self.model.head()
+
+
+@pytest.mark.parametrize("arch", [tiny.llama_mha(), tiny.gemma_mqa()], ids=lambda arch: arch.family)
+def test_streamed_models_give_the_same_losses_and_are_read_once(arch, one_device):
+    models, tokens, alphas = (tiny.model(arch), tiny.model(arch, 1)), blocks(arch, 9), (0.0, 0.5, 1.0)
+    resident = path_losses(*models, tokens, alphas, ALL, one_device)
+    base, ft = (Streamed(model) for model in models)
+    assert np.array_equal(path_losses(base, ft, tokens, alphas, ALL, one_device), resident)
+    for source in (base, ft):
+        assert [source.reads[i] for i in range(arch.num_layers)] == [1] * arch.num_layers
+
+
+def test_streamed_models_are_read_again_where_hidden_states_would_not_fit(one_device, monkeypatch):
+    model, tokens = tiny.model(tiny.llama_mha()), blocks(tiny.llama_mha(), 9)
+    source = Streamed(model)
+    monkeypatch.setattr(walk, "_HIDDEN_BYTES", 2 * 4 * 16 * model.arch.embed_dim * 4)  # of two batches
+    assert np.array_equal(token_losses(source, tokens, one_device), token_losses(model, tokens, one_device))
+    assert source.reads[0] == 2
+
+
+@pytest.mark.parametrize("dies_at", [1, 2])
+def test_an_interrupted_walk_goes_on_at_the_layer_where_it_stopped(one_device, tmp_path, dies_at):
+    arch = tiny.llama_mha(num_layers=3, layer_ropes=(0,) * 3, layer_windows=(None,) * 3)
+    model, tokens, progress = tiny.model(arch), blocks(arch, 9), Progress(tmp_path)
+
+    class Dying(Streamed):
+        def layer(self, index, only=()):
+            if index == dies_at:
+                raise KeyboardInterrupt
+            return super().layer(index, only)
+
+    with pytest.raises(KeyboardInterrupt):
+        token_losses(Dying(model), tokens, one_device, progress=progress)
+    again = Streamed(model)
+    found = token_losses(again, tokens, one_device, progress=progress)
+    assert np.array_equal(found, token_losses(model, tokens, one_device))
+    assert sorted(i for i in again.reads if i not in ("embed", "head")) == list(range(dies_at, 3))
+    finished = Streamed(model)
+    assert np.array_equal(token_losses(finished, tokens, one_device, progress=progress), found)
+    assert not finished.reads
 
 
 def test_window_hides_what_lies_further_back():
@@ -108,10 +173,10 @@ def test_window_hides_what_lies_further_back():
 def test_logits_are_sliced_along_the_block(one_device, monkeypatch):
     model = tiny.model(tiny.llama_mha())
     expected = token_losses(model, blocks(model.arch), one_device)
-    monkeypatch.setattr(forward, "_LOGITS_BYTES", 4 * 61 * 4 * 3)  # three positions of a batch of four
-    forward._loss_step.clear_cache()
+    monkeypatch.setattr(walk, "LOGITS_BYTES", 4 * 61 * 4 * 3)  # three positions of a batch of four
+    losses._loss_step.clear_cache()
     np.testing.assert_allclose(token_losses(model, blocks(model.arch), one_device), expected, atol=1e-5)
-    forward._loss_step.clear_cache()
+    losses._loss_step.clear_cache()
 
 
 def test_bf16_weights_are_computed_in_the_asked_dtype(one_device):

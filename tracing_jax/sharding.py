@@ -43,6 +43,10 @@ class Compute:
         """Returns a batch on the mesh, its first axis split over `data`."""
         return jax.device_put(batch, NamedSharding(self.mesh, P("data")))
 
+    def get(self, arrays: Tree) -> Tree:
+        """Returns arrays of the mesh, whole, on the host."""
+        return jax.device_get(arrays)
+
 
 def make_mesh(data: int = 1, model: int = 1) -> Mesh:
     """Returns a mesh `(data, model)` over the devices of this program; -1 for one of them takes what is left.

@@ -1,6 +1,6 @@
 """Pytrees by leaf name: `layers/3/mlp/up_proj/kernel` is the one way in which this package addresses a weight."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -29,6 +29,14 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[last] = leaf
     return root
+
+
+def select(tree: Tree, names: Collection[str]) -> Tree:
+    """Returns the tree with only the leaves at or under these names, such as `mlp` or `mlp/up_proj`; all if none is."""
+    if not names:
+        return tree
+    wanted = tuple(f"{name}/" for name in names)
+    return unflatten({name: leaf for name, leaf in flatten(tree).items() if f"{name}/".startswith(wanted)})
 
 
 def map_named(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:

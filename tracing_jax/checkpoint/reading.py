@@ -1,6 +1,7 @@
 """The door: a local folder or a Hub id becomes a `Checkpoint`, whose weights are read when they are asked for."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from tracing_jax.checkpoint.errors import CheckpointError
 from tracing_jax.checkpoint.hub import resolve
 from tracing_jax.checkpoint.layout import Layout, layout
 from tracing_jax.checkpoint.tensors import Index, TensorStore, open_tensors
-from tracing_jax.tree import Tree, unflatten
+from tracing_jax.tree import Tree, flatten, select, unflatten
 
 # Constants that old checkpoints carry as tensors: Llama's frequencies and GPT-2's masks follow from the config.
 _DERIVED = re.compile(r".*rotary_emb\.inv_freq|(transformer\.)?h\.\d+\.attn\.(masked_)?bias")
@@ -53,15 +54,15 @@ class Checkpoint:
             )
         return part
 
-    def layer(self, index: int) -> Tree:
-        """Returns the subtree `layers/<index>`, read now."""
-        return self._read(f"layers/{index}/")
+    def layer(self, index: int, only: Sequence[str] = ()) -> Tree:
+        """Returns the subtree `layers/<index>`, or its leaves under the names in `only`, read now."""
+        return self._read(f"layers/{index}/", only)
 
     def head(self) -> Tree:
         """Returns the subtree `head`, read now."""
         return self._read("head/")
 
-    def _read(self, prefix: str) -> Tree:
+    def _read(self, prefix: str, only: Sequence[str] = ()) -> Tree:
         broken: list[str] = []
 
         def read(tensor: str, index: Index) -> np.ndarray:
@@ -70,11 +71,9 @@ class Checkpoint:
                 broken.append(tensor)
             return part
 
-        leaves = {
-            name.removeprefix(prefix): entry.to_leaf(read)
-            for name, entry in self.entries.items()
-            if name.startswith(prefix)
-        }
+        entries = {name.removeprefix(prefix): e for name, e in self.entries.items() if name.startswith(prefix)}
+        wanted = flatten(select(unflatten(entries), only))
+        leaves = {name: entry.to_leaf(read) for name, entry in wanted.items()}
         if broken:
             raise CheckpointError(
                 f"{self.id}: NaN or infinite weights in {', '.join(broken)}; the checkpoint is damaged or its training "

@@ -1,0 +1,111 @@
+"""What an interrupted run has finished already: small files in its folder, from which a second start goes on."""
+
+import io
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from absl import logging
+
+from tracing_jax.record import atomic_write, plain
+
+T = TypeVar("T")
+
+_FACTS = "facts.json"
+
+
+class Progress:
+    """Finished pieces of work by name, each written whole or not at all; without a folder nothing is kept."""
+
+    def __init__(self, folder: Path | None = None):
+        self.folder = folder
+
+    @classmethod
+    def open(cls, folder: Path, facts: Mapping[str, Any]) -> tuple["Progress", str | None]:
+        """Returns what is left of an interrupted run with these facts (its config, its files), and a word on it.
+
+        Pieces of a run with other facts are deleted. The word is None where there was no earlier run.
+        """
+        wanted = json.loads(json.dumps(plain(facts)))
+        word = None
+        if (folder / _FACTS).exists():
+            different = _differences(json.loads((folder / _FACTS).read_text("utf-8")), wanted)
+            if different:
+                shutil.rmtree(folder)
+                word = f"an interrupted run is in {folder}, of other {', '.join(different)}: it is started over"
+            else:
+                word = f"goes on from an interrupted run: {sum(1 for _ in folder.rglob('*.*')) - 1} finished pieces"
+            logging.info("%s", word)
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(folder / _FACTS, json.dumps(wanted).encode())
+        return cls(folder), word
+
+    def within(self, *names: str | int) -> "Progress":
+        """Returns the pieces under a name of their own."""
+        return Progress(None if self.folder is None else self.folder.joinpath(*map(str, names)))
+
+    def load(self, kind: Callable[..., T], *names: str | int) -> T | None:
+        """Returns the piece of this name, made by `kind(**fields)`; None if it is not finished."""
+        file = self._file(names, ".json")
+        return None if file is None or not file.exists() else kind(**json.loads(file.read_text("utf-8")))
+
+    def memo(self, kind: Callable[..., T], names: tuple[str | int, ...], make: Callable[[], T]) -> T:
+        """Returns the piece of this name, a dataclass of plain fields; it is made and kept if it is not finished."""
+        found = self.load(kind, *names)
+        if found is None:
+            found = make()
+            if (file := self._file(names, ".json")) is not None:
+                self._write(file, json.dumps(asdict(found)).encode())  # type: ignore[call-overload]
+        return found
+
+    def load_arrays(self, *names: str | int) -> dict[str, np.ndarray] | None:
+        """Returns the arrays of this name; None if they are not finished."""
+        file = self._file(names, ".npz")
+        if file is None or not file.exists():
+            return None
+        with np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+
+    def keep_arrays(self, arrays: Callable[[], Mapping[str, np.ndarray]], *names: str | int) -> None:
+        """Keeps arrays under this name; they are made only if there is a folder to keep them in."""
+        if (file := self._file(names, ".npz")) is not None:
+            buffer = io.BytesIO()
+            np.savez(buffer, allow_pickle=False, **arrays())
+            self._write(file, buffer.getvalue())
+
+    def forget(self, *names: str | int) -> None:
+        """Deletes the arrays of this name: what they were kept for is finished."""
+        if (file := self._file(names, ".npz")) is not None:
+            file.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Deletes everything: the run is finished, and its record says what came out."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _file(self, names: tuple[str | int, ...], suffix: str) -> Path | None:
+        if self.folder is None:
+            return None
+        *parents, last = (str(name).replace("/", ".").replace(" ", "_") for name in names)
+        return self.folder.joinpath(*parents, last + suffix)
+
+    @staticmethod
+    def _write(file: Path, content: bytes) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(file, content)
+
+
+def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Returns the names whose facts differ, those inside a mapping with the name that holds them: `config.level`."""
+    found = []
+    for name in sorted(one.keys() | other.keys()):
+        a, b = one.get(name), other.get(name)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += [f"{name}.{inner}" for inner in _differences(a, b)]
+        elif a != b:
+            found.append(name)
+    return found
