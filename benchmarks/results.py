@@ -1,0 +1,38 @@
+"""RESULTS.md: the tables of the last published run, each between two marks that a run replaces."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.speed.rows import Row, markdown
+
+_FOLDER = Path(__file__).parent
+_PAGE = _FOLDER / "RESULTS.md"
+
+
+def publish(found: Mapping[str, Any], figure: Path) -> None:
+    """Puts the rows of one size, as `benchmarks` measured them, into RESULTS.md, and its figure beside it."""
+    name, machine = found["size"], found["machine"]
+    rows = [Row(**{key: value for key, value in row.items() if key != "ratio"}) for row in found["rows"]]
+    text = (
+        f"{machine['date']}, commit {machine['commit']}, {machine['device']}, {machine['cores']} cores, "
+        f"jax {machine['jax']}; {found['seconds']} s in all.\n\n{markdown(rows)}"
+    )
+    if figure.exists():
+        shutil.copyfile(figure, _FOLDER / figure.name)
+        text += f"\n![Cost of the steps at {name}]({figure.name})\n"
+    replace_between(name, text)
+
+
+def replace_between(mark: str, text: str, page: Path = _PAGE) -> None:
+    """Replaces what stands between `<!-- mark -->` and `<!-- end of mark -->` in a page.
+
+    Raises:
+      ValueError: the page does not have both marks.
+    """
+    old, start, end = page.read_text("utf-8"), f"<!-- {mark} -->\n", f"<!-- end of {mark} -->\n"
+    if start not in old or end not in old:
+        raise ValueError(f"{page}: no place for {mark}; it needs the lines {start.strip()} and {end.strip()}")
+    head, _, rest = old.partition(start)
+    page.write_text(f"{head}{start}{text}{end}{rest.partition(end)[2]}", encoding="utf-8")
