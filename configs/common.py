@@ -49,6 +49,7 @@ def get_config(stat: str, arg: str = "") -> ConfigDict:
     # identity; or all; or auto: permutations and padding where they explain the weights, else all.
     config.align_axes = "embed,mlp"
     config.align_evidence = "weights"  # or activations
+    config.save_aligned = placeholder(str)  # a folder to write the aligned model to, as a checkpoint
 
     # Step 6, perplexity of both models.
     config.eval = False
@@ -65,6 +66,8 @@ def get_config(stat: str, arg: str = "") -> ConfigDict:
     # Where and how to compute. -1 takes all devices that are left.
     config.mesh = ConfigDict({"data": -1, "model": 1})
     config.batch_size = 8  # blocks in flight
+    config.memory = "auto"  # or resident: both models whole; stream: layer by layer. Auto: by size and what is free
+    config.max_layers = 0  # look at the first layers alone, to see what a run takes; 0 for all
     config.dtype = "float32"  # or bfloat16, for hidden states and matmuls; losses are float32 in both
     config.cache_dir = placeholder(str)  # keep converted weights here, in Orbax format
 

@@ -46,9 +46,9 @@ def test_path_is_the_loss_of_the_interpolated_tree(arch, groups, one_device):
     base, ft, tokens = tiny.model(arch, 0), tiny.model(arch, 1), blocks(arch)
     moving = moving_leaves(axis_table(arch), groups)
     found = path_losses(base, ft, tokens, (0.0, 0.3, 1.0), groups, one_device)
-    for losses, alpha in zip(found, (0.0, 0.3, 1.0), strict=True):
+    for row, alpha in zip(found, (0.0, 0.3, 1.0), strict=True):
         point = InMemory(arch, interpolate(base.params, ft.params, alpha, moving))
-        np.testing.assert_allclose(losses, token_losses(point, tokens, one_device), atol=2e-5)
+        np.testing.assert_allclose(row, token_losses(point, tokens, one_device), atol=2e-5)
 
 
 def test_path_over_no_group_reads_no_other_model(one_device):

@@ -32,7 +32,8 @@ _ROOMS = {
     "grams": "progress activations arch data tree models source sharding",
     "matching": "symmetry axes tree",
     "alignment": "data matching symmetry forward grams models source sharding axes arch tree",
-    "statistics": "progress data activations arch matching forward grams interpolate source symmetry sharding axes record tree",
+    "statistics": "progress data activations arch matching forward grams interpolate source symmetry sharding axes "
+    "record tree",
     "report": "record",
     "sampling": "models source forward",
     "demo": "models checkpoint forward symmetry source arch axes data tree",

@@ -1,6 +1,9 @@
 """What an interrupted run has finished already: small files in its folder, from which a second start goes on."""
 
+import contextlib
+import functools
 import io
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -14,6 +17,9 @@ from absl import logging
 from tracing_jax.record import atomic_write, plain
 
 T = TypeVar("T")
+
+PROGRESS = "progress"
+"""The folder, in that of a run, of what is finished while the run goes on."""
 
 _FACTS = "facts.json"
 
@@ -58,9 +64,17 @@ class Progress:
         found = self.load(kind, *names)
         if found is None:
             found = make()
-            if (file := self._file(names, ".json")) is not None:
-                self._write(file, json.dumps(asdict(found)).encode())  # type: ignore[call-overload]
+            self.keep(asdict(found), *names)  # type: ignore[call-overload]
         return found
+
+    def keep(self, fields: Mapping[str, Any], *names: str | int) -> None:
+        """Keeps a piece under this name, for `load`; numbers and arrays of numpy become plain ones."""
+        if (file := self._file(names, ".json")) is not None:
+            self._write(file, json.dumps(fields, default=lambda value: value.tolist()).encode())
+
+    def count(self, kind: Callable[..., Any]) -> int:
+        """Returns how many pieces named 0, 1, 2 ... are finished, up to the first that is not."""
+        return next(i for i in itertools.count() if self.load(kind, i) is None)
 
     def load_arrays(self, *names: str | int) -> dict[str, np.ndarray] | None:
         """Returns the arrays of this name; None if they are not finished."""
@@ -77,6 +91,16 @@ class Progress:
             np.savez(buffer, allow_pickle=False, **arrays())
             self._write(file, buffer.getvalue())
 
+    def memo_arrays(
+        self, names: tuple[str | int, ...], make: Callable[[], dict[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
+        """Returns the arrays of this name; they are made and kept if they are not finished."""
+        found = self.load_arrays(*names)
+        if found is None:
+            found = make()
+            self.keep_arrays(functools.partial(dict, found), *names)
+        return found
+
     def forget(self, *names: str | int) -> None:
         """Deletes the arrays of this name: what they were kept for is finished."""
         if (file := self._file(names, ".npz")) is not None:
@@ -86,6 +110,8 @@ class Progress:
         """Deletes everything: the run is finished, and its record says what came out."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # it holds the run's other files
+                self.folder.parent.rmdir()
 
     def _file(self, names: tuple[str | int, ...], suffix: str) -> Path | None:
         if self.folder is None:

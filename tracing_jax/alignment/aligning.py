@@ -20,7 +20,7 @@ from tracing_jax.axes import PERMUTABLE, axis_table
 from tracing_jax.forward import check_function, logits
 from tracing_jax.matching import Shared, match_weights
 from tracing_jax.sharding import Compute, make_mesh
-from tracing_jax.source import InMemory, ParamSource, disguised, in_memory, permuted
+from tracing_jax.source import ParamSource, disguised, in_memory, params_of, permuted
 from tracing_jax.symmetry import Permutation, Permutations, Rewrite, share_moved
 
 LOGITS_TOLERANCE = 1e-3
@@ -36,8 +36,8 @@ so much: with more freedom every leaf comes a little closer, and noise is fitted
 
 
 def align(
-    base: InMemory,
-    ft: InMemory,
+    base: ParamSource,
+    ft: ParamSource,
     kinds: Sequence[str] = ("embed", "mlp"),
     *,
     evidence: Evidence,
@@ -81,9 +81,11 @@ def align(
     return found
 
 
-def _by_weights(base: InMemory, ft: InMemory, kinds: Sequence[str], shared: Shared | None, seed: int) -> Alignment:
+def _by_weights(
+    base: ParamSource, ft: ParamSource, kinds: Sequence[str], shared: Shared | None, seed: int
+) -> Alignment:
     table = axis_table(base.arch)
-    matching = match_weights(base.params, ft.params, table, table.axes_of_kind(kinds), shared=shared)
+    matching = match_weights(params_of(base), params_of(ft), table, table.axes_of_kind(kinds), shared=shared)
     moved = _logits_moved(ft, matching.permutations, seed)
     return Alignment(
         matching.permutations, "weights", matching.objective, share_moved(matching.permutations), moved,
@@ -102,7 +104,7 @@ class _Found:
     undone: Mapping[str, Any]
 
 
-def _undone(base: InMemory, ft: InMemory, kinds: Sequence[str], shared: Shared | None, seed: int) -> Alignment:
+def _undone(base: ParamSource, ft: ParamSource, kinds: Sequence[str], shared: Shared | None, seed: int) -> Alignment:
     """Returns the alignment by more than permutations."""
     wanted, absent = existing(kinds, base.arch)
     surplus, report = without_surplus(base, ft, wanted)
@@ -131,7 +133,9 @@ def _undone(base: InMemory, ft: InMemory, kinds: Sequence[str], shared: Shared |
     )
 
 
-def _by_maps(base: InMemory, ft: InMemory, kinds: set[str], absent: Mapping[str, str], shared: Shared | None) -> _Found:
+def _by_maps(
+    base: ParamSource, ft: ParamSource, kinds: set[str], absent: Mapping[str, str], shared: Shared | None
+) -> _Found:
     undoing = undo(base, ft, kinds, shared)
     after = disguised(ft, undoing.rewrites)
     undone = undone_by(undoing.rewrites, gains_of(base), gains_of(ft))
@@ -141,9 +145,9 @@ def _by_maps(base: InMemory, ft: InMemory, kinds: set[str], absent: Mapping[str,
     return _Found(undoing.rewrites, undoing.permutations, left_out, cosines(base, after, shared), undone)
 
 
-def _by_permutations(base: InMemory, ft: InMemory, shared: Shared | None) -> _Found:
+def _by_permutations(base: ParamSource, ft: ParamSource, shared: Shared | None) -> _Found:
     table = axis_table(base.arch)
-    matching = match_weights(base.params, ft.params, table, table.axes_of_kind(PERMUTABLE), shared=shared)
+    matching = match_weights(params_of(base), params_of(ft), table, table.axes_of_kind(PERMUTABLE), shared=shared)
     after = permuted(ft, matching.permutations)
     rewrites = (Permutation(matching.permutations),)
     return _Found(rewrites, matching.permutations, matching.left_out, cosines(base, after, shared), {})

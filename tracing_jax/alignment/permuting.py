@@ -14,7 +14,7 @@ from tracing_jax.grams import LayerCorrelations, correlations
 from tracing_jax.matching import Coordinate, Similarity, coordinates, solve, value
 from tracing_jax.models import tap_axes
 from tracing_jax.sharding import Compute
-from tracing_jax.source import InMemory
+from tracing_jax.source import ParamSource
 from tracing_jax.symmetry import identity
 
 TAP = {"embed": "residual", "mlp": "units", "kv_heads": "heads", "q_group": "heads", "expert": "units"}
@@ -22,8 +22,8 @@ TAP = {"embed": "residual", "mlp": "units", "kv_heads": "heads", "q_group": "hea
 
 
 def by_activations(
-    base: InMemory,
-    ft: InMemory,
+    base: ParamSource,
+    ft: ParamSource,
     kinds: Sequence[str],
     tokens: np.ndarray,
     compute: Compute,

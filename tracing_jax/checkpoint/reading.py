@@ -1,8 +1,9 @@
 """The door: a local folder or a Hub id becomes a `Checkpoint`, whose weights are read when they are asked for."""
 
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -42,6 +43,21 @@ class Checkpoint:
     def entries(self) -> Layout:
         """Leaf name -> how it lies in the files."""
         return layout(self.arch, self.tensors.names())
+
+    def first_layers(self, count: int) -> "Checkpoint":
+        """Returns the model of the first `count` layers, the embedding and the head; the whole if it has no more."""
+        if count >= self.arch.num_layers:
+            return self
+        ropes, windows = self.arch.layer_ropes[:count], self.arch.layer_windows[:count]
+        return replace(self, arch=replace(self.arch, num_layers=count, layer_ropes=ropes, layer_windows=windows))
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of all leaves, in the dtype they have on disk."""
+        return sum(
+            math.prod(entry.shape) * self.tensors.dtype(entry.pieces[0].tensor).itemsize
+            for entry in self.entries.values()
+        )
 
     def embed(self) -> Tree:
         """Returns the subtree `embed`, read now; a tied model's copy of it in the file must be the same."""

@@ -6,29 +6,27 @@ import pickle
 import time
 import urllib.parse
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tracing_jax.alignment import Alignment, AlignmentError, align, aligned, kinds_in
-from tracing_jax.axes import axis_table
-from tracing_jax.checkpoint import load
+from tracing_jax.alignment import Alignment
 from tracing_jax.data import TokenBlocks
-from tracing_jax.experiment.facts import alignment_facts, device_facts, model_facts, shape_facts, token_facts, versions
+from tracing_jax.experiment.facts import alignment_facts, device_facts, file_stamps, model_facts, token_facts, versions
+from tracing_jax.experiment.loading import align_ft, load_pair, permute_ft, prove_disguise
 from tracing_jax.experiment.opening import Opened, inapplicable, open_pair
-from tracing_jax.experiment.settings import DEMO, DTYPES, ConfigError, check_config, names_in
-from tracing_jax.forward import check_function, token_losses
+from tracing_jax.experiment.settings import DEMO, ConfigError, check_config
+from tracing_jax.forward import token_losses
+from tracing_jax.progress import PROGRESS, Progress
 from tracing_jax.record import FORMAT, RunFiles, atomic_write, commit, legacy_dict, plain, write_json, write_pickle
 from tracing_jax.report import family_html, figure_of_family, figure_of_run, html, save_png
-from tracing_jax.sharding import Compute, make_mesh
-from tracing_jax.source import InMemory, disguised, in_memory, permute_in_place, placed
-from tracing_jax.statistics import Pair, Result, over_pairs, verdict
-from tracing_jax.symmetry import Untying, random_permutations, share_moved
+from tracing_jax.source import ParamSource
+from tracing_jax.statistics import Pair, Result, Statistic, over_pairs, verdict
 
 __all__ = ["ConfigError", "run", "save", "trace"]
 
@@ -46,7 +44,8 @@ def run(config: ConfigDict) -> list[dict[str, Any]]:
     pairs = _pairs(config, files)
     for pair in pairs.values():
         open_pair(pair)  # whatever is wrong with the last pair is said before the first is traced
-    traced = {name: trace(pair) for name, pair in pairs.items()}
+    finished: list[Progress] = []
+    traced = {name: trace(pair, finished) for name, pair in pairs.items()}
     records = dict(zip(traced, _side_by_side(list(traced.values()))))
     write_json(files.json, {"format": FORMAT, "records": list(records.values())})
     atomic_write(
@@ -55,6 +54,8 @@ def run(config: ConfigDict) -> list[dict[str, Any]]:
     save_png(figure_of_family(list(records.values())), files.png)
     pages = [urllib.parse.quote(f"{files.folder.name}/{name}.html") for name in records]
     atomic_write(files.html, family_html(list(records.values()), pages).encode())
+    for progress in finished:
+        progress.clear()
     logging.info("wrote %s, json, png and html; each pair lies in %s", files.pickle, files.folder)
     return list(records.values())
 
@@ -80,30 +81,36 @@ def _pairs(config: ConfigDict, files: RunFiles) -> dict[str, ConfigDict]:
     return pairs
 
 
-def trace(config: ConfigDict) -> dict[str, Any]:
-    """Runs the seven steps on one pair, writes the files of the run, and returns its record."""
+def trace(config: ConfigDict, finished: list[Progress] | None = None) -> dict[str, Any]:
+    """Runs the seven steps on one pair, writes the files of the run, and returns its record.
+
+    What an interrupted run had finished is deleted then, or, for a run of several pairs, handed over in `finished`.
+    """
     check_config(config)
     clock = _Clock()
     with clock.step("open"):
         opened = open_pair(config)
+    progress, word = _progress(config, opened)
+    opened.notes.extend([word] if word else [])
     with clock.step("load"):
-        pair = _load(config, opened)
-    with clock.step("hashes"):  # now, while the files are still in the page cache
-        models = {"base": model_facts(opened.base), "ft": model_facts(opened.ft)}
+        pair = load_pair(config, opened, progress)
+    # Beside the work: hashing reads every file whole, and frees the interpreter meanwhile.
+    hashing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hashes")
+    models = {side: hashing.submit(model_facts, model) for side, model in (("base", opened.base), ("ft", opened.ft))}
     disguise = permutation = alignment = perplexity = None
     if opened.rewrites:
         with clock.step("disguise"):
-            disguise = _prove_disguise(config, opened, pair)
+            disguise = prove_disguise(config, opened, pair)
     if config.permute:
         with clock.step("permute"):
-            permutation = _permute(config, pair)
+            pair, permutation = permute_ft(config, pair)
     with clock.step("statistic"):
         before = _compute(opened, pair, opened.not_applicable)
     judged = verdict(before, config.level)
     after: dict[str, Result] = {}
     if config.align and not opened.not_alignable:
         with clock.step("align"):
-            pair, alignment = _align(config, opened, pair)
+            pair, alignment = align_ft(config, opened, pair)
     if alignment is not None:
         with clock.step("statistic aligned"):
             reasons = inapplicable(opened.statistics, pair.base.arch, pair.ft.arch, opened.vocabularies)
@@ -114,6 +121,9 @@ def trace(config: ConfigDict) -> dict[str, Any]:
                 "base": _perplexity(pair, pair.base, opened.blocks_base, "base"),
                 "ft": _perplexity(pair, pair.ft, opened.blocks_ft, "ft"),
             }
+    with clock.step("hashes"):
+        facts = {side: found.result() for side, found in models.items()}
+        hashing.shutdown()
     record = plain(
         {
             "format": FORMAT,
@@ -122,7 +132,7 @@ def trace(config: ConfigDict) -> dict[str, Any]:
             "versions": versions(),
             "device": device_facts(pair.compute.mesh),
             "seed": config.seed,
-            "models": models,
+            "models": facts,
             "tokens": token_facts(opened),
             "disguised": disguise,
             "permuted": permutation,
@@ -139,6 +149,10 @@ def trace(config: ConfigDict) -> dict[str, Any]:
     )
     arrays = {name: result.arrays for name, result in before.items() if result.arrays}
     save(record, RunFiles.from_save(config.save), alignment, arrays)
+    if finished is None:
+        progress.clear()
+    else:
+        finished.append(progress)
     return record
 
 
@@ -163,37 +177,6 @@ def save(
     logging.info("wrote %s and, beside it, json, png and html", files.pickle)
 
 
-def _load(config: ConfigDict, opened: Opened) -> Pair:
-    """Step 1: both models on the mesh; a disguise changes the parts of ft as they are read, so that no copy lives."""
-    mesh = make_mesh(config.mesh.data, config.mesh.model)
-    base = load(opened.base, mesh, config.cache_dir)
-    if opened.rewrites:
-        ft = in_memory(placed(disguised(opened.ft, opened.rewrites), mesh), f"disguising {opened.ft.id}")
-    else:
-        ft = load(opened.ft, mesh, config.cache_dir)
-    tokens = None if opened.blocks_base is None else opened.blocks_base.tokens
-    compute = Compute(mesh, config.batch_size, DTYPES[config.dtype])
-    return Pair(
-        base, ft, opened.vocabularies, tokens, compute, config.seed, blocks=opened.paired, controls=opened.controls
-    )
-
-
-def _prove_disguise(config: ConfigDict, opened: Opened, pair: Pair) -> dict[str, Any]:
-    """Step 2: what was rewritten, and how far the logits of the model in the files are from those of the disguised."""
-    moved = check_function(opened.ft, pair.ft, seed=config.seed)
-    names = [rewrite.name for rewrite in opened.rewrites]
-    return {"rewrites": names, "seed": config.seed, "logits_moved": moved, "shape": shape_facts(pair.ft.arch)}
-
-
-def _permute(config: ConfigDict, pair: Pair) -> dict[str, Any]:
-    """Step 2: the fine-tuned model's own weights, its units in a random order."""
-    axes = names_in(config.permute_axes)
-    permutations = random_permutations(jax.random.key(config.seed), axis_table(pair.ft.arch), axes)
-    facts = {"axes": axes, "seed": config.seed, "share_moved": share_moved(permutations)}
-    permute_in_place(pair.ft, permutations)
-    return facts
-
-
 def _compute(opened: Opened, pair: Pair, not_applicable: Mapping[str, str]) -> dict[str, Result]:
     """Steps 3 and 5: every statistic that applies; of the others the reason."""
     results = {}
@@ -201,48 +184,43 @@ def _compute(opened: Opened, pair: Pair, not_applicable: Mapping[str, str]) -> d
         if reason := not_applicable.get(name):
             results[name] = Result(None, name, not_applicable=reason)
         else:
-            results[name] = statistic.compute(pair)
+            results[name] = _remembered(name, statistic, pair)
     return results
 
 
-def _align(config: ConfigDict, opened: Opened, pair: Pair) -> tuple[Pair, Alignment | None]:
-    """Step 4: the fine-tuned model in base's place. None, and a note, where its weights turn out not to allow it."""
-    shared = None
-    # Embeddings padded to different sizes differ in their rows even under one tokenizer.
-    if opened.vocabularies.known and not (
-        opened.vocabularies.same and pair.base.arch.vocab_size == pair.ft.arch.vocab_size
-    ):
-        shared = {"vocab": (opened.vocabularies.ids_base, opened.vocabularies.ids_ft)}
-    kinds, evidence = kinds_in(config.align_axes), config.align_evidence
-    how = {"compute": pair.compute, "shared": shared, "seed": config.seed}
-    try:
-        alignment = align(pair.base, pair.ft, kinds, evidence=evidence, tokens=pair.tokens, **how)
-    except AlignmentError as error:
-        opened.notes.append(f"not aligned: {error}")
-        return pair, None
-    if not alignment.rewrites:
-        permute_in_place(pair.ft, alignment.permutations)
-        return replace(pair, aligned=True), alignment
-    ft = in_memory(placed(aligned(pair.ft, alignment), pair.compute.mesh), "aligning")
-    base = pair.base
-    if base.arch.tied and not ft.arch.tied:
-        base = _untied(base, pair.compute.mesh)
-        opened.notes.append(
-            "aligned, ft has a head of its own; base's was untied from its embedding for that, unchanged"
-        )
-    return replace(pair, base=base, ft=ft, aligned=True), alignment
+def _remembered(name: str, statistic: Statistic, pair: Pair) -> Result:
+    """Returns the result of a statistic, kept from an interrupted run or computed now."""
+    progress = pair.progress.within("results")
+    fields: dict[str, Any] | None = progress.load(dict, name)
+    if fields is not None:
+        return Result.restored(fields, progress.load_arrays(name) or {})
+    result = statistic.compute(pair)
+    if result.arrays:
+        progress.keep_arrays(lambda: result.arrays, name)
+    progress.keep(result.as_dict(), name)
+    return result
 
 
-def _untied(model: InMemory, mesh: Mesh) -> InMemory:
-    """Returns the model with a head of its own, equal to its embedding; the other weights are shared with it."""
-    untied = placed(disguised(model, [Untying()]), mesh)
-    return InMemory(untied.arch, {**model.params, "head": untied.head()})
+def _progress(config: ConfigDict, opened: Opened) -> tuple[Progress, str | None]:
+    """Returns what is left of an interrupted run of this config on these files, and a word on it."""
+    if jax.process_count() > 1:
+        return Progress(), None  # each process would have to find the same pieces finished
+    models = {"base": opened.base, "ft": opened.ft} | {f"control {i}": c for i, c in enumerate(opened.controls)}
+    facts = {
+        "config": {name: value for name, value in config.to_dict().items() if name not in ("save", "cache_dir")},
+        "versions": versions(),
+        "commit": commit(),
+        "files": {side: file_stamps(model.tensors.files()) for side, model in models.items()},
+        "tokens": None if opened.blocks_base is None else opened.blocks_base.sha256,
+    }
+    return Progress.open(RunFiles.from_save(config.save).folder / PROGRESS, facts)
 
 
-def _perplexity(pair: Pair, model: InMemory, blocks: TokenBlocks | None, side: str) -> dict[str, float]:
+def _perplexity(pair: Pair, model: ParamSource, blocks: TokenBlocks | None, side: str) -> dict[str, float]:
     """Step 6: perplexity of one model on its own tokens of the text, per token and per byte."""
     assert blocks is not None
-    losses = token_losses(model, blocks.tokens, pair.compute, description=f"perplexity of {side}")
+    progress = pair.progress.within("perplexity", side)
+    losses = token_losses(model, blocks.tokens, pair.compute, f"perplexity of {side}", progress)
     nats, num_bytes = float(losses.sum(dtype=np.float64)), int(blocks.num_bytes.sum())
     return {
         "loss_nats_per_token": nats / losses.size,

@@ -2,8 +2,10 @@
 
 import math
 import platform
+from collections.abc import Iterable
 from dataclasses import fields
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
@@ -40,6 +42,11 @@ def model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "shape": shape_facts(checkpoint.arch),
         "files": file_hashes([checkpoint.folder / "config.json", *checkpoint.tensors.files()]),
     }
+
+
+def file_stamps(files: Iterable[Path]) -> dict[str, list[int]]:
+    """Returns the size and the time of change of each file, which are known without reading it."""
+    return {str(file.resolve()): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
 
 
 def shape_facts(arch: Arch) -> dict[str, Any]:

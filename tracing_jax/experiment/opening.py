@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tracing_jax import demo
-from tracing_jax.alignment import alignment_problems, kinds_in, shape_hoped_for
+from tracing_jax.alignment import alignment_problems, beyond_permutations, kinds_in, shape_hoped_for
 from tracing_jax.arch import Arch, length_problem
 from tracing_jax.axes import axis_table
 from tracing_jax.checkpoint import Checkpoint, open_checkpoint
@@ -50,12 +50,14 @@ class Opened:
     blocks_ft: TokenBlocks | None
     paired: PairedBlocks | None
     controls: tuple[Checkpoint, ...]
+    needs_resident: bool
+    """Whether what is to be undone is found with both models in memory only."""
     notes: list[str]
 
 
 def open_pair(config: ConfigDict) -> Opened:
     """Opens both checkpoints and the text, and asks every statistic whether it applies."""
-    base, ft = (open_checkpoint(_resolved(config[side])) for side in ("base_model_id", "ft_model_id"))
+    base, ft = (_opened(config, config[side]) for side in ("base_model_id", "ft_model_id"))
     rewrites = _rewrites(config, ft)
     ft_arch = arch_after(rewrites, ft.arch)
     statistics = {name: REGISTRY[name](config) for name in names_in(config.stat)}
@@ -79,10 +81,18 @@ def open_pair(config: ConfigDict) -> Opened:
     notes = _notes(base.arch, ft_arch, vocabularies, on_path="mode" in statistics and "mode" not in not_applicable)
     if not_alignable:
         notes.append(f"not aligned: {not_alignable}")
+    if config.max_layers:
+        notes.append(f"max_layers: only the first {base.arch.num_layers} layers of base and {ft.arch.num_layers} of ft")
+    needs_resident = config.align and bool(beyond_permutations(_kinds(config)))
     return Opened(
         base, ft, rewrites, statistics, not_applicable, not_alignable, vocabularies, blocks_base, blocks_ft, paired,
-        controls, notes,
+        controls, needs_resident, notes,
     )  # fmt: skip
+
+
+def _opened(config: ConfigDict, model_id: str) -> Checkpoint:
+    checkpoint = open_checkpoint(_resolved(model_id))
+    return checkpoint.first_layers(config.max_layers) if config.max_layers else checkpoint
 
 
 def inapplicable(
@@ -155,7 +165,7 @@ def _vocabularies(base: Checkpoint, ft: Checkpoint, tokenizer_base: Any, tokeniz
 
 def _controls(config: ConfigDict, base: Checkpoint) -> tuple[Checkpoint, ...]:
     """Opens the models that are known to be independent of both; they must be of base's shape."""
-    found = tuple(open_checkpoint(_resolved(model_id)) for model_id in config.control_model_ids)
+    found = tuple(_opened(config, model_id) for model_id in config.control_model_ids)
     shape = ("num_layers", "embed_dim", "mlp_dim", "vocab_size")
     lines = [
         f"control model {control.id}: {name} {getattr(control.arch, name)}, expected base's {getattr(base.arch, name)}"

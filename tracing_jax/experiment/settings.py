@@ -1,11 +1,14 @@
 """The config of a run: what can be checked before anything is read."""
 
+from pathlib import Path
+
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from tracing_jax import demo
 from tracing_jax.alignment import beyond_permutations, kind_problems, kinds_in
 from tracing_jax.axes import PERMUTABLE
+from tracing_jax.experiment.memory import MEMORY
 from tracing_jax.record import RunFiles, check_writable
 from tracing_jax.statistics import COSTLY, REGISTRY
 from tracing_jax.statistics.match import FORMS
@@ -73,6 +76,19 @@ def _choice_problems(config: ConfigDict) -> list[str]:
         lines.append(f"csh_activation={config.csh_activation}: it is hidden or up")
     if not names_in(config.match_forms) or set(names_in(config.match_forms)) - set(FORMS):
         lines.append(f"match_forms={config.match_forms!r}: one or both of {', '.join(FORMS)}")
+    if config.memory not in MEMORY:
+        lines.append(f"memory={config.memory}: it is one of {', '.join(MEMORY)}")
+    if config.memory == "stream" and config.align and (beyond := beyond_permutations(kinds_in(config.align_axes))):
+        lines.append(
+            f"align_axes={config.align_axes}: {', '.join(beyond)} need both models in memory; set memory=resident, or "
+            f"choose from {', '.join(PERMUTABLE)}"
+        )
+    if config.save_aligned and not config.align:
+        lines.append(f"save_aligned={config.save_aligned}: nothing is aligned; set align")
+    if config.save_aligned and Path(config.save_aligned).expanduser().exists():
+        lines.append(f"save_aligned={config.save_aligned}: it is there already; remove it or choose another folder")
+    if config.max_layers and config.disguise:
+        lines.append("max_layers looks at the first layers as they are; leave disguise out, or trace the whole model")
     if config.dtype not in DTYPES:
         lines.append(f"dtype={config.dtype}: it is one of {', '.join(DTYPES)}")
     if not (config.dataset or config.dataset_id):
@@ -111,7 +127,7 @@ def _number_problems(config: ConfigDict) -> list[str]:
     for name, least in (("block_size", 2), ("batch_size", 1), ("num_tokens", config.block_size), ("emb_max_rows", 1)):
         if config[name] < least:
             lines.append(f"{name}={config[name]}: at least {least}")
-    least_counts = {"mode_num_perm": 0, "num_perm": 1, "csh_blocks": 1, "csh_block_size": 2}
+    least_counts = {"max_layers": 0, "mode_num_perm": 0, "num_perm": 1, "csh_blocks": 1, "csh_block_size": 2}
     least_counts |= {"distil_tokens": 32, "distil_steps": 1, "distil_batch": 1, "distil_units": 0}
     lines += [
         f"{name}={config[name]}: at least {least}" for name, least in least_counts.items() if config[name] < least

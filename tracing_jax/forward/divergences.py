@@ -13,6 +13,7 @@ from tqdm import tqdm
 from tracing_jax.arch import Arch
 from tracing_jax.data import PairedBlocks
 from tracing_jax.forward.walk import Walk, check_tokens, head_logits, slice_length
+from tracing_jax.progress import Progress
 from tracing_jax.sharding import Compute
 from tracing_jax.source import ParamSource
 from tracing_jax.tree import Tree
@@ -25,6 +26,7 @@ def divergences(
     shared: tuple[Int[np.ndarray, " S"], Int[np.ndarray, " S"]],
     compute: Compute,
     description: str = "divergences",
+    progress: Progress | None = None,
 ) -> Float[np.ndarray, " M"]:
     """Returns the Jensen-Shannon divergence of the two predictions at every paired position, in nats.
 
@@ -39,15 +41,25 @@ def divergences(
     walks = [Walk(source, None, frozenset(), jnp.zeros(1), compute.dtype) for source in (base, ft)]
     batched = [compute.batches(rows) for rows in (blocks.base, blocks.ft, blocks.at_base, blocks.at_ft)]
     size = min(len(walk.chunks(batches)[0]) for walk, batches in zip(walks, batched))
-    found = []
-    starts = range(0, len(batched[0]), size)
-    for start in tqdm(starts, desc=description, unit="chunk", disable=None):
+    progress = progress or Progress()
+    scopes = (progress.within("base"), progress.within("ft"))
+
+    def of_chunk(start: int) -> dict[str, np.ndarray]:
         rows = [[compute.put(batch) for batch in batches[start : start + size]] for batches in batched]
-        hidden = [walk.hidden(ids) for walk, ids in zip(walks, rows[:2])]
+        hidden = [walk.hidden(ids, scope) for walk, ids, scope in zip(walks, rows[:2], scopes)]
         heads = [walk.head().base for walk in walks]
-        for x_base, x_ft, *at in zip(*hidden, *rows[2:], strict=True):
-            archs = (base.arch, ft.arch)
-            found.append(compute.get(_divergence_step(archs, heads, (x_base[0], x_ft[0]), tuple(at), shared)))
+        steps = [
+            _divergence_step((base.arch, ft.arch), heads, (x_base[0], x_ft[0]), tuple(at), shared)
+            for x_base, x_ft, *at in zip(*hidden, *rows[2:], strict=True)
+        ]
+        return {"divergences": np.concatenate(compute.get(steps))}
+
+    found = []
+    for start in tqdm(range(0, len(batched[0]), size), desc=description, unit="chunk", disable=None):
+        done = progress.memo_arrays((f"chunk {start}",), functools.partial(of_chunk, start))
+        for scope in scopes:
+            scope.forget("hidden")
+        found.append(done["divergences"])
     return np.concatenate(found)[: len(blocks.valid)][blocks.valid]
 
 

@@ -63,15 +63,17 @@ def path_losses(
     chunks = walk.chunks(compute.batches(tokens))
     progress, found = progress or Progress(), []
     with tqdm(total=len(chunks) * base.arch.num_layers, desc=description, unit="layer", disable=None) as bar:
+
+        def of_chunk(chunk: list[np.ndarray]) -> dict[str, np.ndarray]:
+            batches = [compute.put(batch) for batch in chunk]
+            hidden = walk.hidden(batches, progress, bar.update)
+            head = walk.head()
+            steps = [_loss_step(walk.arch, head, x, batch) for x, batch in zip(hidden, batches, strict=True)]
+            return {"losses": np.concatenate(compute.get(steps), axis=1)}
+
         for c, chunk in enumerate(chunks):
-            if (done := progress.load_arrays(f"losses {c}")) is None:
-                batches = [compute.put(batch) for batch in chunk]
-                hidden = walk.hidden(batches, progress, bar.update)
-                head = walk.head()
-                steps = [_loss_step(walk.arch, head, x, batch) for x, batch in zip(hidden, batches, strict=True)]
-                done = {"losses": np.concatenate(compute.get(steps), axis=1)}
-                progress.keep_arrays(functools.partial(dict, done), f"losses {c}")
-                progress.forget("hidden")
+            done = progress.memo_arrays((f"losses {c}",), functools.partial(of_chunk, chunk))
+            progress.forget("hidden")
             found.append(done["losses"])
     return np.concatenate(found, axis=1)[:, : len(tokens)]
 

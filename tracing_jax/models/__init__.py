@@ -13,7 +13,7 @@ from tracing_jax.models.decoder import (
     init_params,
     layer_inputs,
 )
-from tracing_jax.models.taps import tap_axes, taps_of, taps_problem
+from tracing_jax.models.taps import mlp_leaves, tap_axes, taps_of, taps_problem
 
 __all__ = [
     "Block",
@@ -27,6 +27,7 @@ __all__ = [
     "apply_mlp_with_taps",
     "init_params",
     "layer_inputs",
+    "mlp_leaves",
     "tap_axes",
     "taps_of",
     "taps_problem",

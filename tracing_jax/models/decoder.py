@@ -158,11 +158,18 @@ def apply_block_with_taps(
 def apply_mlp_with_taps(
     arch: Arch, params: Tree, x: Float[Array, "B T D"], taps: tuple[str, ...]
 ) -> dict[str, Float[Array, "B T *units"]]:
-    """Returns the inner activations of a layer's MLP that is handed a hidden state past the attention before it."""
+    """Returns the inner activations of a layer's MLP that is handed a hidden state past the attention before it.
+
+    Of the layer's params only those under `taps.mlp_leaves` need be there.
+    """
     norm = Norm(arch, (arch.embed_dim,))
     y = _only_output(norm.apply({"params": params.get("mlp_norm", {})}, x)) if arch.pre_norms else x
     mlp = (Mlp if arch.num_experts is None else ExpertMlp)(arch)
-    _, state = mlp.apply({"params": params["mlp"]}, y, mutable=["taps"])
+    own = dict(params["mlp"])
+    if "down_proj" not in own:  # linen asks for it, though nothing that follows from it is returned
+        shapes = jax.eval_shape(mlp.init, jax.random.key(0), y)["params"]["down_proj"]
+        own["down_proj"] = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, y.dtype), shapes)
+    _, state = mlp.apply({"params": own}, y, mutable=["taps"])
     return {tap: state["taps"][tap][0] for tap in taps}
 
 

@@ -35,3 +35,9 @@ def taps_problem(arch: Arch, taps: Iterable[str]) -> str | None:
     """Returns which of the taps a model does not have, and which it has; None if it has them all."""
     unknown = sorted(set(taps) - set(taps_of(arch)))
     return f"unknown taps {', '.join(unknown)}; there are {', '.join(taps_of(arch))}" if unknown else None
+
+
+def mlp_leaves(taps: Iterable[str]) -> tuple[str, ...]:
+    """Returns the names in a layer under which the leaves lie that these taps of its MLP are computed from."""
+    inputs = ("mlp_norm", "mlp/gate_proj", "mlp/up_proj", "mlp/router")
+    return (*inputs, "mlp/down_proj") if "mlp_output" in taps else inputs

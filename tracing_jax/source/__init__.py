@@ -1,12 +1,13 @@
 """`ParamSource`: a model's params, part by part. Sources wrap one another lazily."""
 
 from tracing_jax.source.ahead import ReadAhead
-from tracing_jax.source.reading import InMemory, ParamSource, in_memory, part, parts
+from tracing_jax.source.lazy import leaf, params_of
+from tracing_jax.source.reading import InMemory, ParamSource, in_memory, part, parts, prefixes
 from tracing_jax.source.wrapping import (
     Disguised,
     Mapped,
     disguised,
-    first_layers,
+    over,
     permute_in_place,
     permuted,
     placed,
@@ -19,11 +20,14 @@ __all__ = [
     "ParamSource",
     "ReadAhead",
     "disguised",
-    "first_layers",
     "in_memory",
+    "leaf",
+    "over",
+    "params_of",
     "part",
     "parts",
     "permute_in_place",
     "permuted",
     "placed",
+    "prefixes",
 ]

@@ -41,6 +41,10 @@ class ReadAhead:
             self._next = index + 1, only, self._thread.submit(self.source.layer, index + 1, only)
         return found
 
+    def layer_alone(self, index: int, only: Sequence[str] = ()) -> Tree:
+        """Returns what `layer` does, without reading on: for a reader that does not go from layer to layer."""
+        return self._read(lambda: self.source.layer(index, only))
+
     def head(self) -> Tree:
         """Returns the subtree `head`."""
         return self._read(self.source.head)

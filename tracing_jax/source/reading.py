@@ -51,6 +51,11 @@ class InMemory:
         return self.params["head"]
 
 
+def prefixes(arch: Arch) -> list[str]:
+    """Returns `embed/`, each `layers/<i>/` in order, and `head/`."""
+    return ["embed/", *(f"layers/{i}/" for i in range(arch.num_layers)), "head/"]
+
+
 def part(source: ParamSource, prefix: str) -> Tree:
     """Returns the subtree under `embed/`, `layers/<i>/` or `head/`."""
     name, _, index = prefix.strip("/").partition("/")
@@ -61,7 +66,7 @@ def part(source: ParamSource, prefix: str) -> Tree:
 
 def parts(source: ParamSource) -> Iterator[tuple[str, Tree]]:
     """Yields (prefix, subtree) for `embed/`, each `layers/<i>/` in order, and `head/`."""
-    for prefix in ("embed/", *(f"layers/{i}/" for i in range(source.arch.num_layers)), "head/"):
+    for prefix in prefixes(source.arch):
         yield prefix, part(source, prefix)
 
 

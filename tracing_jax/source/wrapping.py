@@ -1,7 +1,7 @@
-"""Sources over other sources: permuted, disguised, placed on devices, cut short; all read when they are asked to."""
+"""Sources over other sources: permuted, disguised, placed on devices; all are read when they are asked to be."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from jax.sharding import Mesh
@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisTable, axis_table
 from tracing_jax.sharding import place
+from tracing_jax.source.ahead import ReadAhead
 from tracing_jax.source.reading import InMemory, ParamSource, part, put, with_bar
 from tracing_jax.symmetry import (
     Permutations,
@@ -122,27 +123,6 @@ def placed(source: ParamSource, mesh: Mesh) -> Mapped:
     return Mapped(source, lambda part, table: place(part, table, mesh))
 
 
-@dataclass(frozen=True)
-class _Shortened:
-    """The first layers of a model, with its embedding and head."""
-
-    source: ParamSource
-    arch: Arch
-
-    def embed(self) -> Tree:
-        return self.source.embed()
-
-    def layer(self, index: int, only: Sequence[str] = ()) -> Tree:
-        return self.source.layer(index, only)
-
-    def head(self) -> Tree:
-        return self.source.head()
-
-
-def first_layers(source: ParamSource, count: int) -> ParamSource:
-    """Returns the model of the first `count` layers and the head; the source itself if it has no more."""
-    arch = source.arch
-    if count >= arch.num_layers:
-        return source
-    ropes, windows = arch.layer_ropes[:count], arch.layer_windows[:count]
-    return _Shortened(source, replace(arch, num_layers=count, layer_ropes=ropes, layer_windows=windows))
+def over(source: ParamSource, wrap: Callable[[ParamSource], ParamSource]) -> ParamSource:
+    """Returns the wrapped source; of one that reads ahead, what it reads is wrapped, and done on its thread too."""
+    return ReadAhead(wrap(source.source)) if isinstance(source, ReadAhead) else wrap(source)

@@ -1,12 +1,15 @@
 """One layer's evidence: a matching of units compared with the identity, or with another matching of the same units."""
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from tracing_jax.grams import LayerCorrelations
 from tracing_jax.matching import UnitMatching
+from tracing_jax.progress import Progress
 from tracing_jax.statistics.permutation_nulls import (
     agreement,
     agreement_log_sf,
@@ -62,6 +65,21 @@ def against_each_other(one: UnitMatching, other: UnitMatching) -> Comparison:
     if one.live_base <= one.live_ft:
         return _compare(one.ft, other.ft, one.live_ft)
     return _compare(one.base, other.base, one.live_base)
+
+
+def compare_layers(
+    layers: Iterable[LayerCorrelations], compare: Callable[[LayerCorrelations], Comparison], progress: Progress
+) -> list[Comparison]:
+    """Returns the comparison of every layer: of an interrupted run's layers the one that was kept."""
+    found: dict[int, Comparison] = {}
+    for layer in layers:
+        found[layer.layer] = progress.memo(Comparison, (layer.layer,), functools.partial(compare, layer))
+        del layer  # its correlations go before those of the next one are made
+    progress.forget("hidden")
+    comparisons: list[Comparison] = []
+    while (known := found.get(len(comparisons)) or progress.load(Comparison, len(comparisons))) is not None:
+        comparisons.append(known)
+    return comparisons
 
 
 def tests_of(

@@ -10,7 +10,7 @@ from tqdm import trange
 
 from tracing_jax.arch import Arch
 from tracing_jax.axes import axis_table
-from tracing_jax.source import InMemory
+from tracing_jax.source import ParamSource
 from tracing_jax.statistics.cosine import best_cosines
 from tracing_jax.statistics.statistic import QUANTILE_LEVELS, Pair, Result, Vocabularies, quantiles
 
@@ -60,9 +60,10 @@ class Cos:
         )
 
 
-def _gate_rows(model: InMemory, layer: int) -> Float[Array, "F D"]:
+def _gate_rows(model: ParamSource, layer: int) -> Float[Array, "F D"]:
     """Returns the gate weights of a layer, one row per unit, whatever other axes they have beside the features."""
     name = f"layers/{layer}/mlp/gate_proj/kernel"
     features = axis_table(model.arch).leaves[name].axes.index("embed")
-    kernel = jnp.moveaxis(model.layer(layer)["mlp"]["gate_proj"]["kernel"], features, -1)
+    gate = model.layer(layer, ("mlp/gate_proj/kernel",))["mlp"]["gate_proj"]["kernel"]
+    kernel = jnp.moveaxis(jnp.asarray(gate), features, -1)
     return kernel.reshape(-1, kernel.shape[-1])

@@ -1,5 +1,6 @@
 """`csu`: are units where they were? Up-projection rows matched, and the matching compared with the identity."""
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,10 +35,15 @@ class Csu:
 
     def compute(self, pair: Pair) -> Result:
         """Returns the p-values per layer and combined, by rank correlation and by agreement."""
-        comparisons = []
-        for i in trange(layers_in_common(pair), desc="csu", unit="layer", disable=None):
-            rows = [unit_rows(model.layer(i), "up_proj") for model in (pair.base, pair.ft)]
-            comparisons.append(compare_rows(rows[0], rows[1], pair.generator("csu", i)))
+
+        def compare(i: int) -> Comparison:
+            rows = [unit_rows(model.layer(i, ("mlp/up_proj/kernel",)), "up_proj") for model in (pair.base, pair.ft)]
+            return compare_rows(rows[0], rows[1], pair.generator("csu", i))
+
+        comparisons = [
+            pair.progress.memo(Comparison, ("csu", i), functools.partial(compare, i))
+            for i in trange(layers_in_common(pair), desc="csu", unit="layer", disable=None)
+        ]
         return constrained_result(pair, comparisons, "units whose up-projection stays in place, share")
 
 

@@ -1,22 +1,23 @@
 """`csu_all`: which matrices are where they were? The rows of every matrix matched, each matrix with a p of its own."""
 
-from collections.abc import Iterator
+import functools
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 from tqdm import tqdm
 
 from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisTable, axis_table, kind_of
-from tracing_jax.source import InMemory, parts
+from tracing_jax.source import ParamSource, leaf
 from tracing_jax.statistics.comparison import Comparison, bonferroni_log10, one_test
 from tracing_jax.statistics.constrained import row_problems
 from tracing_jax.statistics.csu import compare_rows
 from tracing_jax.statistics.pvalues import smallest
 from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, Pair, Result, Test, Vocabularies
-from tracing_jax.tree import flatten
 
 _ROWS = {"gate_proj": "mlp", "up_proj": "mlp", "down_proj": "embed", "o_proj": "embed",
          "q_proj": "", "k_proj": "", "v_proj": "", "embedding": "vocab", "lm_head": "vocab"}  # fmt: skip
@@ -25,6 +26,10 @@ _ROWS = {"gate_proj": "mlp", "up_proj": "mlp", "down_proj": "embed", "o_proj": "
 _EXACT = ("gate_proj", "up_proj", "down_proj", "o_proj")
 """Matrices whose rows an independent model may have in any order. Heads are outside that group, rope orders the rows
 inside a head, and the rows of embedding and head are tokens: their p-values have no exact null."""
+
+
+_Rows = Callable[[], tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "n d"]]]
+"""Reads a matrix of base and one of ft, as rows."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,9 @@ class CsuAll:
     def compute(self, pair: Pair) -> Result:
         """Returns the p-values of the matrices, those with an exact null apart from those without."""
         found: dict[bool, dict[str, Comparison]] = {True: {}, False: {}}
-        for place, exact, base, ft in tqdm(self._pairs(pair), desc="csu_all", unit="matrix", disable=None):
-            found[exact][place] = compare_rows(base, ft, pair.generator("csu_all", place))
+        for place, exact, rows in tqdm(self._pairs(pair), desc="csu_all", unit="matrix", disable=None):
+            compare = functools.partial(_compare, rows, pair.generator("csu_all", place))
+            found[exact][place] = pair.progress.memo(Comparison, ("csu_all", place), compare)
         tests = [
             *_tests("exact null", found[True], decides=True),
             *_tests("no exact null", found[False], decides=False),
@@ -63,41 +69,59 @@ class CsuAll:
         )
         return result.without_p(AFTER_ALIGNMENT) if pair.aligned else result
 
-    def _pairs(self, pair: Pair) -> Iterator[tuple[str, bool, np.ndarray, np.ndarray]]:
-        """Yields the name, whether the null is exact, and both matrices as rows."""
-        if not self.all_pairs:
-            others = dict(_matrices(pair.ft))
-            for name, rows in _matrices(pair.base):
-                if name in others and rows.shape == others[name].shape:
-                    yield name, _is_exact(name), rows, others[name]
-            return
-        for name, rows in _matrices(pair.base):
-            for other, other_rows in _matrices(pair.ft):
-                if rows.shape == other_rows.shape:
-                    yield f"{name} : {other}", _is_exact(name) and _is_exact(other), rows, other_rows
+    def _pairs(self, pair: Pair) -> Iterator[tuple[str, bool, _Rows]]:
+        """Yields the name, whether the null is exact, and what reads both matrices as rows."""
+        tables = [axis_table(model.arch) for model in (pair.base, pair.ft)]
+        shapes, shapes_ft = (_shapes(table) for table in tables)
+        for name, shape in shapes.items():
+            others = [o for o, other in shapes_ft.items() if other == shape and (self.all_pairs or o == name)]
+            for other in others:
+                place = f"{_short(name)} : {_short(other)}" if self.all_pairs else _short(name)
+                exact = _is_exact(name) and _is_exact(other)
+                yield place, exact, lambda name=name, other=other: (  # type: ignore[misc]
+                    _rows(pair.base, name, tables[0]), _rows(pair.ft, other, tables[1])
+                )  # fmt: skip
+
+
+def _compare(rows: _Rows, generator: np.random.Generator) -> Comparison:
+    return compare_rows(*rows(), generator)
+
+
+def _short(name: str) -> str:
+    return name.removesuffix("/kernel")
 
 
 def _is_exact(name: str) -> bool:
     return any(matrix in name for matrix in _EXACT)
 
 
-def _matrices(model: InMemory) -> Iterator[tuple[str, Float[np.ndarray, "n d"]]]:
-    """Yields the kernels of a model as rows, by name without the last part."""
-    table = axis_table(model.arch)
-    for prefix, part in parts(model):
-        for leaf, kernel in flatten(part).items():
-            matrix = leaf.split("/")[-1] if leaf.endswith("embedding") else leaf.split("/")[-2:][0]
-            if matrix in _ROWS and not leaf.endswith("bias"):
-                yield (prefix + leaf).removesuffix("/kernel"), _rows(kernel, prefix + leaf, _ROWS[matrix], table)
+def _matrix(name: str) -> str:
+    """Returns which matrix a leaf is, such as `up_proj`; empty if none that is compared."""
+    *_, holder, last = name.split("/")
+    matrix = last if last == "embedding" else holder
+    return matrix if matrix in _ROWS and last != "bias" else ""
 
 
-def _rows(kernel: Float[Array, "..."], name: str, axis: str, table: AxisTable) -> Float[np.ndarray, "n d"]:
-    """Returns the kernel with the units of an axis as rows; without an axis, all but the features."""
+def _shapes(table: AxisTable) -> dict[str, tuple[int, int]]:
+    """Returns for each matrix of a model its number of rows, and of columns."""
+    shapes = {}
+    for name in [name for name in table.leaves if _matrix(name)]:
+        size = {kind_of(axis or ""): table.sizes[axis or ""] for axis in table.leaves[name].axes}
+        units = [_ROWS[_matrix(name)]] if _ROWS[_matrix(name)] else [kind for kind in size if kind != "embed"]
+        rows = math.prod(size[kind] for kind in units)
+        shapes[name] = rows, math.prod(size.values()) // rows
+    return shapes
+
+
+def _rows(model: ParamSource, name: str, table: AxisTable) -> Float[np.ndarray, "n d"]:
+    """Returns a matrix with the units of its axis as rows; without an axis, all but the features."""
+    axis = _ROWS[_matrix(name)]
+    kernel = np.asarray(leaf(model, name))
     kinds = [kind_of(a) if a else "" for a in table.leaves[name].axes]
     if axis:
-        moved = np.moveaxis(np.asarray(kernel), kinds.index(axis), 0)
+        moved = np.moveaxis(kernel, kinds.index(axis), 0)
         return moved.reshape(moved.shape[0], -1)
-    moved = np.moveaxis(np.asarray(kernel), kinds.index("embed"), -1)
+    moved = np.moveaxis(kernel, kinds.index("embed"), -1)
     return moved.reshape(-1, moved.shape[-1])
 
 

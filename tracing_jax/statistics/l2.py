@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from tracing_jax.arch import Arch
 from tracing_jax.axes import axis_table
-from tracing_jax.source import InMemory, parts
+from tracing_jax.source import part, prefixes
 from tracing_jax.statistics.permuted_copies import draw_permutations, permutation_result, same_shape_problems
 from tracing_jax.statistics.pvalues import permutation_test
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies
@@ -59,28 +59,43 @@ def distances(pair: Pair, permutations: Sequence[Permutations]) -> tuple[float, 
     """
     table = axis_table(pair.ft.arch)
     stacked = {axis: np.stack([p[axis] for p in permutations]) for axis in permutations[0]} if permutations else {}
-    observed, permuted, count = 0.0, np.zeros(len(permutations)), 0
-    for name, base, ft in _leaf_pairs(pair.base, pair.ft, pair.vocabularies.same):
-        count += 1
-        observed += float(np.sqrt(_sum(_squared_difference(base, ft))))
-        squares = _sum(_products(base, base)) + _sum(_products(ft, ft))
-        if permutations:
-            dims, indices = unit_moves(table.leaves[name], stacked, table.within)
-            permuted += np.sqrt(np.maximum(squares - 2 * _crosses(base, ft, dims, indices), 0.0))
-    return observed / count, permuted / count
+
+    def of_part(prefix: str) -> _Sums:
+        observed, permuted, count = 0.0, np.zeros(len(permutations)), 0
+        for name, base, ft in _leaf_pairs(pair, prefix):
+            count += 1
+            observed += float(np.sqrt(_sum(_squared_difference(base, ft))))
+            squares = _sum(_products(base, base)) + _sum(_products(ft, ft))
+            if permutations:
+                dims, indices = unit_moves(table.leaves[name], stacked, table.within)
+                permuted += np.sqrt(np.maximum(squares - 2 * _crosses(base, ft, dims, indices), 0.0))
+        return _Sums(observed, permuted.tolist(), count)
+
+    sums = [
+        pair.progress.memo(_Sums, ("l2", len(permutations), prefix), functools.partial(of_part, prefix))
+        for prefix in tqdm(prefixes(pair.base.arch), desc="l2", unit="part", disable=None)
+    ]
+    count = sum(part.leaves for part in sums)
+    return sum(part.observed for part in sums) / count, np.sum([part.permuted for part in sums], axis=0) / count
 
 
-def _leaf_pairs(base: InMemory, ft: InMemory, same_tokens: bool) -> Iterator[tuple[str, jax.Array, jax.Array]]:
-    """Yields the leaves that both models have with equal shapes."""
-    leaves = axis_table(base.arch).leaves
-    for (prefix, part), (_, other) in tqdm(
-        zip(parts(base), parts(ft), strict=True), total=base.arch.num_layers + 2, desc="l2", unit="part", disable=None
-    ):
-        theirs = flatten(other)
-        for name, leaf in flatten(part).items():
-            is_tokens = "vocab" in leaves[prefix + name].axes
-            if name in theirs and leaf.shape == theirs[name].shape and (same_tokens or not is_tokens):
-                yield prefix + name, leaf, theirs[name]
+@dataclass(frozen=True)
+class _Sums:
+    """Over the leaves of one part: the distances as given, those of each permuted copy, and how many leaves."""
+
+    observed: float
+    permuted: list[float]
+    leaves: int
+
+
+def _leaf_pairs(pair: Pair, prefix: str) -> Iterator[tuple[str, jax.Array, jax.Array]]:
+    """Yields the leaves of one part that both models have with equal shapes."""
+    rows = axis_table(pair.base.arch).leaves
+    ours, theirs = (flatten(part(model, prefix)) for model in (pair.base, pair.ft))
+    for name, leaf in ours.items():
+        is_tokens = "vocab" in rows[prefix + name].axes
+        if name in theirs and leaf.shape == theirs[name].shape and (pair.vocabularies.same or not is_tokens):
+            yield prefix + name, leaf, theirs[name]
 
 
 @jax.jit

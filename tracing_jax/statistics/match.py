@@ -9,12 +9,14 @@ import numpy as np
 from tracing_jax.arch import Arch
 from tracing_jax.grams import LayerCorrelations, Sample, correlate, correlations, embedding_correlations
 from tracing_jax.matching import UnitMatching, live_units, match_units
+from tracing_jax.progress import Progress
 from tracing_jax.source import ParamSource
 from tracing_jax.statistics.calibration import Null, control_pairs, measured_allowance, null_of, tabled_allowance
 from tracing_jax.statistics.comparison import (
     Comparison,
     against_each_other,
     bonferroni_log10,
+    compare_layers,
     one_test,
     share_agreeing,
     tests_of,
@@ -24,6 +26,9 @@ from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, Pair, Result, Test
 
 FORMS = ("forward", "weights")
 TAPS = ("gate", "up")
+
+Samples = Mapping[str, tuple[np.ndarray, np.ndarray]]
+"""Tap -> activations of base and of ft at the sampled positions."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class Match:
             if form == "weights" and len(pair.vocabularies.ids_base) < 2:
                 notes.append("weights-only form: the vocabularies share no tokens")
                 continue
-            layers, controls = self._layers(form, pair.base, pair.ft, pair)
+            layers, controls = self._layers(form, pair.base, pair.ft, pair, pair.progress.within("match", form))
             null = null_of(controls, *self._allowance(form, pair))
             found[form], nulls[form] = layers, null
             tests += form_tests(form, layers, null)
@@ -92,25 +97,32 @@ class Match:
         return result.without_p(AFTER_ALIGNMENT) if pair.aligned else result
 
     def _layers(
-        self, form: str, base: ParamSource, ft: ParamSource, pair: Pair
+        self, form: str, base: ParamSource, ft: ParamSource, pair: Pair, progress: Progress
     ) -> tuple[list[Comparison], list[Comparison]]:
         """Returns the comparisons of the layers, and of layer pairs that do not correspond."""
-        layers, samples = [], []
-        for layer in self._correlations(form, base, ft, pair):
-            names = ("match", form, layer.layer)
-            layers.append(compare_taps(layer.by_tap, pair, names))
-            samples.append(layer.samples)
+        samples: dict[int, Samples] = {}
+
+        def compare(layer: LayerCorrelations) -> Comparison:
+            samples[layer.layer] = layer.samples
+            _keep_samples(progress, layer)
+            return compare_taps(layer.by_tap, pair, ("match", form, layer.layer))
+
+        layers = compare_layers(self._correlations(form, base, ft, pair, progress), compare, progress)
+        samples |= {i: _kept_samples(progress, i) for i in range(len(layers)) if i not in samples}
         pairs = control_pairs(len(layers), len(layers), pair.generator("match", form, "controls"))
         return layers, list(_control_comparisons(samples, pairs, pair, form))
 
-    def _correlations(self, form: str, base: ParamSource, ft: ParamSource, pair: Pair) -> Iterable[LayerCorrelations]:
+    def _correlations(
+        self, form: str, base: ParamSource, ft: ParamSource, pair: Pair, progress: Progress
+    ) -> Iterable[LayerCorrelations]:
         sample = Sample(self.control_positions, self.control_units, pair.seed)
         if form == "forward":
             assert pair.blocks is not None
-            return correlations(base, ft, pair.blocks, TAPS, pair.compute, "match", sample)
+            return correlations(base, ft, pair.blocks, TAPS, pair.compute, "match", sample, progress)
         ids_base, ids_ft = pair.vocabularies.ids_base, pair.vocabularies.ids_ft
         drawn = np.sort(pair.generator("match", "tokens").permutation(len(ids_base))[: self.max_tokens])
-        return embedding_correlations(base, ft, (ids_base[drawn], ids_ft[drawn]), TAPS, sample)
+        shared, finished = (ids_base[drawn], ids_ft[drawn]), progress.count(Comparison)
+        return embedding_correlations(base, ft, shared, TAPS, pair.compute, sample, first=finished)
 
     def _allowance(self, form: str, pair: Pair) -> tuple[list[float], str]:
         """Returns the share of each layer that may agree by convergence, and where it comes from."""
@@ -118,7 +130,9 @@ class Match:
             source = "the table measured on our own seeds, by relative depth, and 0.05 at least"
             return tabled_allowance(pair.base.arch.num_layers, form), source
         measured = [
-            self._layers(form, control, model, pair)[0] for control in pair.controls for model in (pair.base, pair.ft)
+            self._layers(form, control, model, pair, pair.progress.within("match", form, f"control {i} {side}"))[0]
+            for i, control in enumerate(pair.controls)
+            for side, model in (("base", pair.base), ("ft", pair.ft))
         ]
         source = (
             f"{len(pair.controls)} control models, each against base and ft: upper 99 % bound of the greatest share"
@@ -154,8 +168,21 @@ def compare_taps(by_tap: Mapping[str, np.ndarray], pair: Pair, names: Sequence[s
     return against_each_other(*match_taps(by_tap, pair, names))
 
 
+def _keep_samples(progress: Progress, layer: LayerCorrelations) -> None:
+    progress.keep_arrays(
+        lambda: {f"{tap} {side}": found for tap, pair in layer.samples.items() for side, found in enumerate(pair)},
+        "samples", layer.layer,
+    )  # fmt: skip
+
+
+def _kept_samples(progress: Progress, layer: int) -> Samples:
+    arrays = progress.load_arrays("samples", layer)
+    assert arrays is not None, f"the comparison of layer {layer} was kept without its samples"
+    return {tap: (arrays[f"{tap} 0"], arrays[f"{tap} 1"]) for tap in TAPS}
+
+
 def _control_comparisons(
-    samples: Sequence[Mapping[str, tuple[np.ndarray, np.ndarray]]],
+    samples: Mapping[int, Samples],
     pairs: Sequence[tuple[int, int]],
     pair: Pair,
     form: str,

@@ -1,5 +1,6 @@
 """`mode`: is the straight path between the two models free of a barrier? Loss at the midpoint, barrier and curve."""
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -61,10 +62,13 @@ class Mode:
         """Returns midpoint loss (the headline), barrier and curve; one pass over the tokens for all alphas."""
         assert pair.tokens is not None
         alphas = np.array(sorted({0.0, 0.5, 1.0, *self.alphas}))
-        losses = path_losses(pair.base, pair.ft, pair.tokens, alphas, self.groups, pair.compute)
+        progress = pair.progress.within("path", "-".join(self.groups), f"{zlib.crc32(alphas.tobytes()):08x}")
+        losses = path_losses(pair.base, pair.ft, pair.tokens, alphas, self.groups, pair.compute, progress=progress)
         own = None
         if pair.vocabularies.same:
-            own = float(token_losses(pair.ft, pair.tokens, pair.compute, "losses of ft").mean(dtype=np.float64))
+            progress = pair.progress.within("losses of ft")
+            losses_ft = token_losses(pair.ft, pair.tokens, pair.compute, "losses of ft", progress)
+            own = float(losses_ft.mean(dtype=np.float64))
         curve = curve_of(alphas, losses.mean(axis=(1, 2), dtype=np.float64), own, self.groups)
         permutations = draw_permutations(pair, self.num_perm)
         permuted = midpoint_losses(pair, permutations, self.groups)
@@ -82,7 +86,10 @@ def midpoint_losses(pair: Pair, permutations: Sequence[Permutations], groups: tu
         return np.zeros(0)
     halves = [0.5] * len(permutations)
     description = "midpoints of permuted copies"
-    losses = path_losses(pair.base, pair.ft, pair.tokens, halves, groups, pair.compute, description, permutations)
+    progress = pair.progress.within("midpoints", "-".join(groups), len(permutations))
+    losses = path_losses(
+        pair.base, pair.ft, pair.tokens, halves, groups, pair.compute, description, permutations, progress
+    )
     return losses.mean(axis=(1, 2), dtype=np.float64)
 
 

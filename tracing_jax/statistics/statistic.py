@@ -10,8 +10,9 @@ from jaxtyping import Int
 
 from tracing_jax.arch import Arch
 from tracing_jax.data import PairedBlocks
+from tracing_jax.progress import Progress
 from tracing_jax.sharding import Compute
-from tracing_jax.source import InMemory, ParamSource
+from tracing_jax.source import ParamSource
 
 AFTER_ALIGNMENT = (
     "after alignment nothing has a null: aligning makes independent models look dependent; "
@@ -38,10 +39,10 @@ class Vocabularies:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two loaded models, the text to look at them with, and where to compute."""
+    """Two models, in memory or streamed, the text to look at them with, and where to compute."""
 
-    base: InMemory
-    ft: InMemory
+    base: ParamSource
+    ft: ParamSource
     vocabularies: Vocabularies
     tokens: Int[np.ndarray, "N T"] | None
     """Token blocks of base's tokenizer; None when no statistic of the run needs text."""
@@ -52,6 +53,8 @@ class Pair:
     """The text as both models read it, with the positions at which they can be compared."""
     controls: Sequence[ParamSource] = ()
     """Models known to be independent of both, of base's shape and tokenizer, for nulls that are measured."""
+    progress: Progress = field(default_factory=Progress)
+    """What is finished already, of an interrupted run."""
 
     def generator(self, *names: str | int) -> np.random.Generator:
         """Returns a stream of random numbers of its own for every name, from the seed of the run."""
@@ -132,6 +135,12 @@ class Result:
         """Returns the values alone, with the reason why they have no p-value."""
         tests = tuple(replace(test, log10_p=None, log10_ps=None) for test in self.tests)
         return replace(self, log10_p=None, p_reason=reason, tests=tests)
+
+    @classmethod
+    def restored(cls, fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> "Result":
+        """Returns the result whose `as_dict` these fields are, with its arrays."""
+        curve = None if fields["curve"] is None else Curve(**fields["curve"])
+        return cls(**{**fields, "curve": curve, "tests": [Test(**test) for test in fields["tests"]], "arrays": arrays})
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the result as plain data, without its arrays."""

@@ -1,0 +1,145 @@
+"""Steps 1, 2 and 4 on the models themselves: read or streamed, permuted, disguised, put in base's place."""
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from tracing_jax.alignment import Alignment, AlignmentError, align, aligned, kinds_in
+from tracing_jax.axes import axis_table
+from tracing_jax.checkpoint import Checkpoint, load, save_checkpoint
+from tracing_jax.experiment.facts import shape_facts
+from tracing_jax.experiment.memory import choose_memory
+from tracing_jax.experiment.opening import Opened
+from tracing_jax.experiment.settings import DTYPES, names_in
+from tracing_jax.forward import check_function
+from tracing_jax.progress import Progress
+from tracing_jax.sharding import Compute, make_mesh
+from tracing_jax.source import (
+    InMemory,
+    ParamSource,
+    ReadAhead,
+    disguised,
+    in_memory,
+    over,
+    permute_in_place,
+    permuted,
+    placed,
+)
+from tracing_jax.statistics import Pair
+from tracing_jax.symmetry import Permutations, Untying, random_permutations, share_moved
+
+
+def load_pair(config: ConfigDict, opened: Opened, progress: Progress) -> Pair:
+    """Step 1: both models on the mesh, whole or layer by layer; a disguise changes the parts of ft as they are read."""
+    mesh = make_mesh(config.mesh.data, config.mesh.model)
+    asked = "resident" if config.memory == "auto" and opened.needs_resident else config.memory
+    memory, reason = choose_memory(asked, (opened.base, opened.ft), mesh)
+    opened.notes.append(reason)
+    tokens = None if opened.blocks_base is None else opened.blocks_base.tokens
+    return Pair(
+        _model(config, opened.base, mesh, memory),
+        _model(config, opened.ft, mesh, memory, opened),
+        opened.vocabularies,
+        tokens,
+        Compute(mesh, config.batch_size, DTYPES[config.dtype]),
+        config.seed,
+        blocks=opened.paired,
+        controls=[_model(config, control, mesh, "stream") for control in opened.controls],
+        progress=progress,
+    )
+
+
+def _model(
+    config: ConfigDict, checkpoint: Checkpoint, mesh: Mesh, memory: str, disguise: Opened | None = None
+) -> ParamSource:
+    if disguise is None or not disguise.rewrites:
+        if memory == "resident":
+            return load(checkpoint, mesh, config.cache_dir)
+        return ReadAhead(placed(checkpoint, mesh))
+    rewritten = placed(disguised(checkpoint, disguise.rewrites), mesh)
+    return in_memory(rewritten, f"disguising {checkpoint.id}") if memory == "resident" else ReadAhead(rewritten)
+
+
+def prove_disguise(config: ConfigDict, opened: Opened, pair: Pair) -> dict[str, Any]:
+    """Step 2: what was rewritten, and how far the logits of the model in the files are from those of the disguised."""
+    moved = check_function(opened.ft, pair.ft, seed=config.seed)
+    names = [rewrite.name for rewrite in opened.rewrites]
+    return {"rewrites": names, "seed": config.seed, "logits_moved": moved, "shape": shape_facts(pair.ft.arch)}
+
+
+def permute_ft(config: ConfigDict, pair: Pair) -> tuple[Pair, dict[str, Any]]:
+    """Step 2: the fine-tuned model's own weights, its units in a random order."""
+    axes = names_in(config.permute_axes)
+    permutations = random_permutations(jax.random.key(config.seed), axis_table(pair.ft.arch), axes)
+    facts = {"axes": axes, "seed": config.seed, "share_moved": share_moved(permutations)}
+    return replace(pair, ft=_permuted(pair.ft, permutations)), facts
+
+
+def _permuted(model: ParamSource, permutations: Permutations) -> ParamSource:
+    """Returns the model with its units permuted: in place, for it is this run's own, or as it is read."""
+    if isinstance(model, InMemory):
+        permute_in_place(model, permutations)
+        return model
+    return over(model, lambda source: permuted(source, permutations))
+
+
+def align_ft(config: ConfigDict, opened: Opened, pair: Pair) -> tuple[Pair, Alignment | None]:
+    """Step 4: the fine-tuned model in base's place. None, and a note, where its weights turn out not to allow it."""
+    shared = None
+    # Embeddings padded to different sizes differ in their rows even under one tokenizer.
+    if opened.vocabularies.known and not (
+        opened.vocabularies.same and pair.base.arch.vocab_size == pair.ft.arch.vocab_size
+    ):
+        shared = {"vocab": (opened.vocabularies.ids_base, opened.vocabularies.ids_ft)}
+    kinds, evidence = kinds_in(config.align_axes), config.align_evidence
+    how = {"compute": pair.compute, "shared": shared, "seed": config.seed}
+    try:
+        alignment = _kept_alignment(pair.progress) or align(
+            pair.base, pair.ft, kinds, evidence=evidence, tokens=pair.tokens, **how
+        )
+    except AlignmentError as error:
+        opened.notes.append(f"not aligned: {error}")
+        return pair, None
+    _keep_alignment(pair.progress, alignment)
+    pair = _in_base_s_place(opened, replace(pair, progress=pair.progress.within("aligned")), alignment)
+    if config.save_aligned:
+        save_checkpoint(config.save_aligned, pair.ft, companions=opened.ft.folder)
+        opened.notes.append(f"the aligned model is in {config.save_aligned}")
+    return pair, alignment
+
+
+def _keep_alignment(progress: Progress, alignment: Alignment) -> None:
+    """Keeps an alignment by permutations; other maps are found again, with both models in memory."""
+    if not alignment.rewrites:
+        progress.keep_arrays(lambda: dict(alignment.permutations), "alignment")
+        progress.keep(asdict(replace(alignment, permutations={})), "alignment")
+
+
+def _kept_alignment(progress: Progress) -> Alignment | None:
+    fields: dict[str, Any] | None = progress.load(dict, "alignment")
+    permutations = progress.load_arrays("alignment")
+    return None if fields is None or permutations is None else Alignment(**{**fields, "permutations": permutations})
+
+
+def _in_base_s_place(opened: Opened, pair: Pair, alignment: Alignment) -> Pair:
+    if not alignment.rewrites:
+        return replace(pair, ft=_permuted(pair.ft, alignment.permutations), aligned=True)
+    ft = in_memory(placed(aligned(pair.ft, alignment), pair.compute.mesh), "aligning")
+    base = pair.base
+    if base.arch.tied and not ft.arch.tied:
+        assert isinstance(base, InMemory), "maps that untie a head are found with both models in memory"
+        base = _untied(base, pair.compute.mesh)
+        opened.notes.append(
+            "aligned, ft has a head of its own; base's was untied from its embedding for that, unchanged"
+        )
+    return replace(pair, base=base, ft=ft, aligned=True)
+
+
+def _untied(model: InMemory, mesh: Mesh) -> InMemory:
+    """Returns the model with a head of its own, equal to its embedding; the other weights are shared with it."""
+    untied = placed(disguised(model, [Untying()]), mesh)
+    return InMemory(untied.arch, {**model.params, "head": jax.tree.map(jnp.asarray, untied.head())})

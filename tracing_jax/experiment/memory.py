@@ -1,0 +1,58 @@
+"""Whether a run keeps both models in memory or streams them layer by layer."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from tracing_jax.checkpoint import Checkpoint
+
+MEMORY = ("auto", "resident", "stream")
+
+_SHARE = 0.7
+"""Of what is free, the most that weights may take; activations, similarities and interpolated layers need the rest."""
+
+_GIB = 2**30
+
+
+def choose_memory(asked: str, models: Sequence[Checkpoint], mesh: Mesh) -> tuple[str, str]:
+    """Returns `resident` or `stream`, and the reason in a sentence."""
+    if asked != "auto":
+        return asked, f"memory: {asked}, as asked for"
+    wanted, free = sum(model.num_bytes for model in models), free_bytes(mesh)
+    if free is None:
+        return "resident", "memory: resident; how much is free is not known here"
+    sizes = f"both models take {wanted / _GIB:.1f} GiB, {free / _GIB:.1f} GiB are free on the devices of the mesh"
+    return ("resident" if wanted <= _SHARE * free else "stream"), f"memory: {sizes}"
+
+
+def free_bytes(mesh: Mesh) -> int | None:
+    """Returns how many bytes the mesh's devices of this process have left; None if they do not say."""
+    devices = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    if devices[0].platform == "cpu":
+        return _free_on_host()
+    stats = [device.memory_stats() for device in devices]
+    if not all(found and "bytes_limit" in found for found in stats):
+        return None
+    return sum(found["bytes_limit"] - found.get("bytes_in_use", 0) for found in stats)
+
+
+def _free_on_host() -> int | None:
+    """Returns the smaller of what the machine has left and what the limit of this job's control group leaves."""
+    found = []
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text("ascii").splitlines())
+        found.append(1024 * int(lines["MemAvailable"].split()[0]))
+    except (OSError, LookupError, ValueError):
+        pass  # no Linux
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            found.append(int(Path("/sys/fs/cgroup", limit).read_text("ascii"))
+                         - int(Path("/sys/fs/cgroup", used).read_text("ascii")))  # fmt: skip
+        except (OSError, ValueError):
+            continue  # no such group, or no limit
+    return min(found) if found else None

@@ -1,0 +1,310 @@
+"""One walk of two models through the same tokens, layer by layer, with the correlations of their units."""
+
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+from tqdm import tqdm
+
+from tracing_jax.activations import picked
+from tracing_jax.arch import Arch, length_problem
+from tracing_jax.data import PairedBlocks, paired_one_to_one
+from tracing_jax.grams.sampling import Keeper, Sample, Side
+from tracing_jax.grams.sums import Sums, added, no_sums, pearson
+from tracing_jax.models import (
+    LayerInputs,
+    apply_block_with_taps,
+    apply_embed,
+    apply_mlp_with_taps,
+    layer_inputs,
+    mlp_leaves,
+    taps_problem,
+)
+from tracing_jax.progress import Progress
+from tracing_jax.sharding import Compute
+from tracing_jax.source import ParamSource
+from tracing_jax.tree import Tree
+
+_Inputs = tuple[LayerInputs, LayerInputs]
+
+_EMBEDDINGS = (2, 1024)
+"""Batch of the weights-only form: so many blocks of so many tokens pass an MLP at a time."""
+
+
+@dataclass(frozen=True)
+class LayerCorrelations:
+    """What one layer of both models shows.
+
+    Attributes:
+      layer: its index in both models.
+      by_tap: tap -> Pearson correlation of base's units with ft's, over all paired positions.
+      samples: tap -> activations of base and of ft at the sampled positions, float32; empty if none were asked for.
+    """
+
+    layer: int
+    by_tap: Mapping[str, Float[np.ndarray, "U U2"]]
+    samples: Mapping[str, tuple[Float[np.ndarray, "S U3"], Float[np.ndarray, "S U4"]]] = field(default_factory=dict)
+
+
+class _Pairing(NamedTuple):
+    """Which positions of a batch are compared (None: all, one to one), and the weight of each pair, 1 or 0."""
+
+    at: Side | tuple[None, None]
+    weight: Float[Array, "B P"]
+
+
+def correlations(
+    base: ParamSource,
+    ft: ParamSource,
+    blocks: PairedBlocks,
+    taps: Sequence[str],
+    compute: Compute,
+    description: str = "correlations",
+    sample: Sample | None = None,
+    progress: Progress | None = None,
+) -> Iterator[LayerCorrelations]:
+    """Returns an iterator over the layers with the correlations of base's units with ft's at all paired positions.
+
+    U counts the units of a tap (see `models.tap_axes`): its axes after B and T, flattened. A unit that never varies has
+    correlation 0 with every other. Weights lie on the mesh already, or on no particular device.
+
+    With `progress` the hidden states after each layer that was taken in are kept; an interrupted walk goes on with the
+    layer after the last of these, and yields no layer before it.
+
+    Raises:
+      ValueError: models of different depth, unknown taps, no tokens, blocks longer than a model can read, or ids
+        outside a vocabulary; all at once, before anything is computed.
+    """
+    _check(base.arch, ft.arch, blocks, taps)
+    return _walk((base, ft), blocks, tuple(taps), compute, description, sample, progress or Progress())
+
+
+def embedding_correlations(
+    base: ParamSource,
+    ft: ParamSource,
+    shared: tuple[Int[np.ndarray, " S"], Int[np.ndarray, " S"]],
+    taps: Sequence[str],
+    compute: Compute,
+    sample: Sample,
+    description: str = "embeddings through every MLP",
+    first: int = 0,
+) -> Iterator[LayerCorrelations]:
+    """Returns an iterator over the layers, from `first` on, when each MLP is handed the embeddings of shared tokens.
+
+    There is no forward pass: every layer normalises the embeddings and applies its gain, as it would the hidden state,
+    and of its weights only those are read. Each of the tokens in `shared` (ids in base, ids in ft, paired by string) is
+    one observation.
+
+    Raises:
+      ValueError: models of different depth, unknown taps, or no shared tokens.
+    """
+    blocks = _in_blocks(shared)
+    _check(base.arch, ft.arch, blocks, taps, reads_in_order=False)
+    compute = replace(compute, batch_size=_EMBEDDINGS[0], dtype=jnp.float32)
+    return _walk((base, ft), blocks, tuple(taps), compute, description, sample, Progress(), hand_over=True, first=first)
+
+
+def _in_blocks(shared: tuple[Int[np.ndarray, " S"], Int[np.ndarray, " S"]]) -> PairedBlocks:
+    """Returns the tokens in blocks of one length, the last filled up with a token that counts nothing."""
+    count = len(shared[0])
+    width = max(1, min(_EMBEDDINGS[1], count))
+    base, ft = (np.resize(ids, (-(-count // width), width)).astype(np.int32) for ids in shared)
+    return replace(paired_one_to_one(base, ft), valid=np.arange(base.size).reshape(base.shape) < count)
+
+
+def _walk(
+    sources: tuple[ParamSource, ParamSource],
+    blocks: PairedBlocks,
+    taps: tuple[str, ...],
+    compute: Compute,
+    description: str,
+    sample: Sample | None,
+    progress: Progress,
+    hand_over: bool = False,
+    first: int = 0,
+) -> Iterator[LayerCorrelations]:
+    archs = (sources[0].arch, sources[1].arch)
+    pairings, keeper = _pairings(blocks, compute), Keeper(sample, blocks, compute)
+    kept_layer, hidden = _kept_states(progress, compute)
+    first = max(first, kept_layer)
+    hidden = hidden or _embedded(sources, blocks, compute)
+    only = mlp_leaves(taps) if hand_over else ()
+    layers = range(first, archs[0].num_layers)
+    for i in tqdm(layers, desc=description, unit="layer", initial=first, total=archs[0].num_layers, disable=None):
+        params: tuple[Tree, Tree] = (sources[0].layer(i, only), sources[1].layer(i, only))
+        inputs = (layer_inputs(archs[0], i), layer_inputs(archs[1], i))
+        widths = _widths(archs, taps, params, hidden[0], inputs, hand_over)
+        sums, kept = {tap: no_sums(*width, compute.mesh) for tap, width in widths.items()}, []
+        for b, pairing in enumerate(pairings):
+            keep = keeper.picks(b, widths)
+            hidden[b], sums, found = _step(
+                archs, taps, compute.mesh, hand_over, params, hidden[b], inputs, pairing, keep, b == 0, sums
+            )
+            kept.append(compute.get(found))
+        del params  # before the next ones are asked for
+        by_tap = {}
+        for tap in taps:
+            total = sums.pop(tap)
+            by_tap[tap] = np.asarray(pearson(total.cross, total.first, total.square, blocks.num_pairs))
+        yield LayerCorrelations(i, by_tap, keeper.joined(kept))
+        del by_tap  # before the next ones are made
+        _keep_states(progress, i + 1, hidden)
+
+
+def _embedded(sources: tuple[ParamSource, ParamSource], blocks: PairedBlocks, compute: Compute) -> list[Side]:
+    archs = (sources[0].arch, sources[1].arch)
+    embeds = (sources[0].embed(), sources[1].embed())
+    ids = zip(*(map(compute.put, compute.batches(tokens)) for tokens in (blocks.base, blocks.ft)))
+    return [_embed_step(archs, compute.dtype, embeds, batch) for batch in ids]
+
+
+def _keep_states(progress: Progress, layer: int, hidden: Sequence[Side]) -> None:
+    def arrays() -> dict[str, np.ndarray]:
+        states = {f"{side} {b}": np.asarray(x, np.float32) for b, pair in enumerate(hidden)
+                  for side, x in zip(("base", "ft"), jax.device_get(pair))}  # fmt: skip
+        return {"layer": np.asarray(layer), **states}
+
+    progress.keep_arrays(arrays, "hidden")
+
+
+def _kept_states(progress: Progress, compute: Compute) -> tuple[int, list[Side]]:
+    arrays = progress.load_arrays("hidden")
+    if arrays is None:
+        return 0, []
+    layer, dtype = int(arrays.pop("layer")), jnp.dtype(compute.dtype)
+    sides = [[compute.put(arrays[f"{side} {b}"].astype(dtype)) for side in ("base", "ft")]
+             for b in range(len(arrays) // 2)]  # fmt: skip
+    return layer, [(base, ft) for base, ft in sides]
+
+
+def correlate(a: Float[np.ndarray, "S U"], b: Float[np.ndarray, "S U2"]) -> Float[np.ndarray, "U U2"]:
+    """Returns the Pearson correlation of the columns of a with those of b over the S rows; 0 where one is constant."""
+    return np.asarray(_correlate(jnp.asarray(a), jnp.asarray(b)))
+
+
+def _pairings(blocks: PairedBlocks, compute: Compute) -> list[_Pairing]:
+    """Returns the compared positions of each batch; copies of a block that only fill up the last batch weigh 0."""
+    weight = compute.batches(blocks.valid.astype(np.float32))
+    last = weight[-1]
+    weight[-1] = last * (np.arange(len(last)) < len(blocks.valid) - len(last) * (len(weight) - 1))[:, None]
+    weights = [compute.put(batch) for batch in weight]
+    if blocks.is_whole:
+        return [_Pairing((None, None), w) for w in weights]
+    places = zip(*(map(compute.put, compute.batches(at)) for at in (blocks.at_base, blocks.at_ft)))
+    return [_Pairing(at, w) for at, w in zip(places, weights)]
+
+
+@functools.partial(jax.jit, static_argnames=("archs", "dtype"))
+def _embed_step(archs: tuple[Arch, Arch], dtype: DTypeLike, params: tuple[Tree, Tree], tokens: Side) -> Side:
+    return apply_embed(archs[0], params[0], tokens[0], dtype), apply_embed(archs[1], params[1], tokens[1], dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("archs", "taps", "mesh", "hand_over"), donate_argnames=("x", "sums"))
+def _step(
+    archs: tuple[Arch, Arch],
+    taps: tuple[str, ...],
+    mesh: Mesh,
+    hand_over: bool,
+    layers: tuple[Tree, Tree],
+    x: Side,
+    inputs: _Inputs,
+    pairing: _Pairing,
+    keep: tuple[Side, dict[str, Side]] | None,
+    is_first: bool | jax.Array,
+    sums: dict[str, Sums],
+) -> tuple[Side, dict[str, Sums], dict[str, Side]]:
+    """Returns both models' hidden states after a layer, the sums with this batch added, and what is to be kept."""
+    (x_a, units_a), (x_b, units_b) = _with_taps(archs, taps, hand_over, layers, x, inputs)
+    compared = {tap: (picked(units_a[tap], pairing.at[0]), picked(units_b[tap], pairing.at[1])) for tap in taps}
+    sums = {tap: added(sums[tap], compared[tap], pairing.weight, is_first) for tap in taps}
+    # Stated, or the first batch's sums and the next ones' would be placed differently and compile twice.
+    whole = NamedSharding(mesh, P())
+    sums = jax.lax.with_sharding_constraint(sums, jax.tree.map(lambda _: whole, sums))
+    if keep is None:
+        return (x_a, x_b), sums, {}
+    (at_a, at_b), columns = keep
+    kept = {
+        tap: (picked(units_a[tap], at_a)[..., cols_a], picked(units_b[tap], at_b)[..., cols_b])
+        for tap, (cols_a, cols_b) in columns.items()
+    }
+    return (x_a, x_b), sums, kept
+
+
+def _with_taps(
+    archs: tuple[Arch, Arch],
+    taps: tuple[str, ...],
+    hand_over: bool,
+    layers: tuple[Tree, Tree],
+    x: Side,
+    inputs: _Inputs,
+) -> list[tuple[jax.Array, dict[str, jax.Array]]]:
+    """Returns each model's hidden states after a layer, the same ones if they are only handed over, and its taps."""
+    if hand_over:
+        return [(y, apply_mlp_with_taps(arch, layer, y, taps)) for arch, layer, y in zip(archs, layers, x, strict=True)]
+    return [
+        apply_block_with_taps(arch, layer, y, *inputs_one, taps)
+        for arch, layer, y, inputs_one in zip(archs, layers, x, inputs, strict=True)
+    ]
+
+
+def _widths(
+    archs: tuple[Arch, Arch],
+    taps: tuple[str, ...],
+    layers: tuple[Tree, Tree],
+    x: Side,
+    inputs: _Inputs,
+    hand_over: bool,
+) -> dict[str, tuple[int, int]]:
+    """Returns how many units base and ft have at each tap."""
+    leaves, structure = jax.tree.flatten((layers, x, inputs))
+    described = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+    return _units(archs, taps, hand_over, described, structure)
+
+
+@functools.lru_cache(maxsize=16)  # tracing a block takes longer than running a small one
+def _units(
+    archs: tuple[Arch, Arch],
+    taps: tuple[str, ...],
+    hand_over: bool,
+    leaves: tuple[jax.ShapeDtypeStruct, ...],
+    structure: jax.tree_util.PyTreeDef,
+) -> dict[str, tuple[int, int]]:
+    arguments = jax.tree.unflatten(structure, leaves)
+    (_, base), (_, ft) = jax.eval_shape(functools.partial(_with_taps, archs, taps, hand_over), *arguments)
+    return {tap: (math.prod(base[tap].shape[2:]), math.prod(ft[tap].shape[2:])) for tap in taps}
+
+
+@jax.jit
+def _correlate(a: Float[Array, "S U"], b: Float[Array, "S U2"]) -> Float[Array, "U U2"]:
+    a, b = a - a[-1], b - b[-1]  # a constant unit is then exactly 0
+    a, b = (x - x.mean(axis=0) for x in (a, b))
+    scales = [jnp.where((x != 0).any(0), jax.lax.rsqrt(jnp.square(x).sum(0)), 0.0) for x in (a, b)]
+    return jnp.einsum("su,sv->uv", a * scales[0], b * scales[1], precision="highest")
+
+
+def _check(base: Arch, ft: Arch, blocks: PairedBlocks, taps: Sequence[str], reads_in_order: bool = True) -> None:
+    lines = []
+    if base.num_layers != ft.num_layers:
+        lines.append(f"base has {base.num_layers} layers, ft {ft.num_layers}; layers are compared one to one")
+    lines += dict.fromkeys(problem for arch in (base, ft) if (problem := taps_problem(arch, taps)))
+    lengths = ((base, blocks.base.shape[-1]), (ft, blocks.ft.shape[-1])) if reads_in_order else ()
+    lines += dict.fromkeys(problem for arch, T in lengths if (problem := length_problem(arch, T)))
+    if not blocks.num_pairs:
+        lines.append("no token blocks")
+    for side, tokens, arch in (("base", blocks.base, base), ("ft", blocks.ft, ft)):
+        if tokens.size and (tokens.min() < 0 or tokens.max() >= arch.vocab_size):
+            lines.append(
+                f"{side}'s token ids run from {tokens.min()} to {tokens.max()}, its vocabulary has {arch.vocab_size}; "
+                "tokenizer and model do not belong together"
+            )
+    if lines:
+        raise ValueError("cannot correlate these models:\n  " + "\n  ".join(lines))
