@@ -10,18 +10,15 @@ for the record: they belong to one machine. JSON and figure lie in `--out_dir`; 
 """
 
 import json
-import os
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import app, flags
 
 from benchmarks.folders import OUT_DIR, PUBLISH
+from benchmarks.machine import machine
 from benchmarks.results import publish
 from benchmarks.speed.assigning import assigning
 from benchmarks.speed.peers import peers
@@ -31,7 +28,7 @@ from benchmarks.speed.scaling import figure, scaling
 from benchmarks.speed.sizes import SIZES
 from benchmarks.speed.steps import steps
 from benchmarks.speed.whole_runs import whole_runs
-from tracing_jax.record import atomic_write, commit
+from tracing_jax.record import atomic_write
 from tracing_jax.report import save_png
 
 
@@ -70,20 +67,6 @@ def measured(name: str, parts: Iterable[str]) -> dict[str, Any]:
         "machine": machine(),
         "seconds": round(time.monotonic() - start),
         "rows": [row.as_dict() for row in rows],
-    }
-
-
-def machine() -> dict[str, Any]:
-    """Returns what the figures belong to."""
-    device = jax.devices()[0]
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit(),
-        "device": f"{len(jax.devices())} x {device.device_kind} ({device.platform})",
-        "cores": len(os.sched_getaffinity(0)),
-        "architecture": platform.machine(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
     }
 
 

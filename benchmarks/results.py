@@ -1,11 +1,11 @@
 """RESULTS.md: the tables of the last published run, each between two marks that a run replaces."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speed.rows import Row, markdown
+from benchmarks.speed.rows import HEADERS, Row
 
 _FOLDER = Path(__file__).parent
 _PAGE = _FOLDER / "RESULTS.md"
@@ -15,10 +15,8 @@ def publish(found: Mapping[str, Any], figure: Path) -> None:
     """Puts the rows of one size, as `benchmarks` measured them, into RESULTS.md, and its figure beside it."""
     name, machine = found["size"], found["machine"]
     rows = [Row(**{key: value for key, value in row.items() if key != "ratio"}) for row in found["rows"]]
-    text = (
-        f"{machine['date']}, commit {machine['commit']}, {machine['device']}, {machine['cores']} cores, "
-        f"jax {machine['jax']}; {found['seconds']} s in all.\n\n{markdown(rows)}"
-    )
+    text = f"{machine['summary']}; {found['seconds']} s in all.\n\n"
+    text += markdown_table(HEADERS, [row.cells for row in rows])
     if figure.exists():
         shutil.copyfile(figure, _FOLDER / figure.name)
         text += f"\n![Cost of the steps at {name}]({figure.name})\n"
@@ -36,3 +34,9 @@ def replace_between(mark: str, text: str, page: Path = _PAGE) -> None:
         raise ValueError(f"{page}: no place for {mark}; it needs the lines {start.strip()} and {end.strip()}")
     head, _, rest = old.partition(start)
     page.write_text(f"{head}{start}{text}{end}{rest.partition(end)[2]}", encoding="utf-8")
+
+
+def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns the rows under their headers as a Markdown table."""
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)

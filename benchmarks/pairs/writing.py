@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from benchmarks.pairs.draws import Law, draw
 from benchmarks.pairs.files import Place, lay_out
-from benchmarks.pairs.tokenizer import write_tokenizer
+from benchmarks.pairs.language import write_tokenizer
 from tracing_jax.arch import Arch, read_arch
 from tracing_jax.axes import AxisTable, axis_table
 from tracing_jax.checkpoint.entry import Entry, tensor_shapes, to_tensors

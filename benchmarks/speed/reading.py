@@ -1,13 +1,16 @@
-"""Read bandwidth: a checkpoint layer by layer, as a run reads it, against its bytes in order into one buffer."""
+"""Read bandwidth: a checkpoint layer by layer onto the devices, as streamed runs read, against its bytes in order."""
 
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
+
 from benchmarks.speed.rows import Row
 from benchmarks.speed.timing import seconds
 from tracing_jax.checkpoint import Checkpoint, open_checkpoint
-from tracing_jax.source import ReadAhead, parts
+from tracing_jax.sharding import make_mesh
+from tracing_jax.source import ReadAhead, parts, placed
 
 _BUFFER_BYTES = 16 * 2**20
 
@@ -17,7 +20,7 @@ def reading(folder: Path, repeats: int = 3) -> Iterator[Row]:
     checkpoint = open_checkpoint(str(folder))
     files, size = checkpoint.tensors.files(), file_bytes(folder)
     plain_reading(files)
-    for name, prepare in (("warm", lambda: None), ("cold", lambda: _drop(files))):
+    for name, prepare in (("warm", lambda: None), ("cold", lambda: drop(files))):
         rounds = [(_after(prepare, lambda: _layers(checkpoint)), _after(prepare, lambda: plain_reading(files)))
                   for _ in range(repeats)]  # fmt: skip
         ours, theirs = (size / min(found) / 1e9 for found in zip(*rounds))
@@ -51,11 +54,11 @@ def plain_reading(files: tuple[Path, ...]) -> int:
 
 
 def _layers(checkpoint: Checkpoint) -> None:
-    for _ in parts(ReadAhead(checkpoint)):
-        pass
+    for _, part in parts(ReadAhead(placed(checkpoint, make_mesh()))):
+        jax.block_until_ready(part)
 
 
-def _drop(files: tuple[Path, ...]) -> None:
+def drop(files: tuple[Path, ...]) -> None:
     """Asks the kernel to forget the pages of the files, which it does for those that are written back."""
     for file in files:
         handle = os.open(file, os.O_RDONLY)

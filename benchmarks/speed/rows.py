@@ -51,11 +51,5 @@ def table(rows: Sequence[Row]) -> str:
     return text_table([row.cells for row in rows], HEADERS)
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """Returns the lines as a Markdown table."""
-    lines = [HEADERS, ["---"] * len(HEADERS), *(row.cells for row in rows)]
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
-
-
 def _text(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"

@@ -64,7 +64,7 @@ def gram_step(base: InMemory, ft: InMemory, size: Size) -> Callable[[], object]:
 def _against_peak(
     part: str, what: str, passes: int, per_token: float, timed: list[float], size: Size, note: str
 ) -> Row:
-    """Returns the line of a step that took `passes` tokens in `timed[0]` seconds; a product of matrices took the other."""
+    """Returns the line of a step that took `timed[0]` seconds for so many tokens; the peak's took `timed[1]`."""
     rate, peak = passes * per_token / timed[0], matmul_flops(size.matmul) / timed[1]
     note = f"{passes / timed[0]:,.0f} tokens/s, each {note}"
     return Row(part, what, rate / 1e9, peak / 1e9, "GFLOP/s", "the matmul peak", note)

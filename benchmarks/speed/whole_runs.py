@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.costs import Cost, measured_run
+from benchmarks.pairs import write_text
 from benchmarks.speed.reading import file_bytes, plain_seconds
 from benchmarks.speed.rows import Row
 from benchmarks.speed.sizes import Size
@@ -13,16 +14,16 @@ GIB = 2**30
 _MOST_NAMED = 3
 
 
-def statistics(size: Size) -> Mapping[str, tuple[str, Mapping[str, Any]]]:
+def statistics(size: Size, text: Path) -> Mapping[str, tuple[str, Mapping[str, Any]]]:
     """Returns name -> (statistic, fields of the config): each that a pair is usually asked for."""
     blocks, block_size = size.tokens
-    text = {"dataset": "demo", "num_tokens": blocks * block_size, "block_size": block_size,
+    read = {"dataset": text, "num_tokens": blocks * block_size, "block_size": block_size,
             "batch_size": size.batch_size}  # fmt: skip
     return {
         "csu": ("csu", {}),
         "match, weights": ("match", {"match_forms": "weights"}),
-        "match, forward": ("match", {"match_forms": "forward", **text}),
-        f"mode, {len(size.alphas)} alphas": ("mode", {"alphas": str(size.alphas), "attn": True, "emb": True, **text}),
+        "match, forward": ("match", {"match_forms": "forward", **read}),
+        f"mode, {len(size.alphas)} alphas": ("mode", {"alphas": str(size.alphas), "attn": True, "emb": True, **read}),
         f"l2, {size.num_perm} copies": ("l2", {"num_perm": size.num_perm}),
         "cos": ("cos", {}),
     }
@@ -33,7 +34,7 @@ def whole_runs(size: Size, folder: Path) -> Iterator[Row]:
     base, ft = size.pair(folder)
     seconds = plain_seconds(base) + plain_seconds(ft)
     pair_bytes = file_bytes(base) + file_bytes(ft)
-    for name, (stat, fields) in statistics(size).items():
+    for name, (stat, fields) in statistics(size, write_text(folder / "text.txt")).items():
         yield from _rows(name, measured_run(base, ft, stat, **fields), seconds, pair_bytes)
 
 
