@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.speed.rows import HEADERS, Row
 
 _FOLDER = Path(__file__).parent
-_PAGE = _FOLDER / "RESULTS.md"
+PAGE = _FOLDER / "RESULTS.md"
 
 
 def publish(found: Mapping[str, Any], figure: Path) -> None:
@@ -23,7 +23,7 @@ def publish(found: Mapping[str, Any], figure: Path) -> None:
     replace_between(name, text)
 
 
-def replace_between(mark: str, text: str, page: Path = _PAGE) -> None:
+def replace_between(mark: str, text: str, page: Path = PAGE) -> None:
     """Replaces what stands between `<!-- mark -->` and `<!-- end of mark -->` in a page.
 
     Raises:
