@@ -78,6 +78,10 @@ class _Counting:
         self.reads[name] += 1
         return self._store.read(name, *index)
 
+    def read_into(self, out: np.ndarray, name: str, *index: Any) -> None:
+        self.reads[name] += 1
+        self._store.read_into(out, name, *index)
+
 
 def _counted(checkpoint: Checkpoint) -> tuple[Checkpoint, Counter[str]]:
     counting = _Counting(checkpoint.tensors)

@@ -252,6 +252,31 @@ def test_a_gpt2_is_traced_and_has_no_gates_to_compare(config_of, pair_of):
         experiment.trace(config_of(**record["args"] | {"block_size": 128}))
 
 
+def test_control_models_set_the_allowance_and_stand_in_the_record(config_of, family):
+    controls = (str(family.member("independent")),)
+    config = config_of("disguised", stat="match,match_all", control_model_ids=controls)
+    record = experiment.trace(config)
+    assert record["verdict"]["verdict"] == "related"
+    for name in ("match", "match_all"):
+        null = record["statistics"][name]["non_aligned"]["null"]
+        for form in ("forward", "weights"):
+            assert null[form]["u from"].startswith("control models (1), each against base and ft")
+            assert all(0 < u < 0.2 for u in null[form]["u"])
+    assert len(record["models"]["control 0"]["files"]["model.safetensors"]) == 64
+    assert "u comes from" in Path(config.save).with_suffix(".html").read_text()
+
+
+def test_a_control_model_that_cannot_take_bases_place_is_refused(config_of, spoilt):
+    shallow = spoilt(lambda facts: facts.update(num_hidden_layers=1), drop_layer, "shallow")
+    foreign = Path(spoilt(name="foreign"))
+    tokenizer = json.loads((foreign / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = []
+    (foreign / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = config_of(stat="match", control_model_ids=(shallow, str(foreign)))
+    with pytest.raises(ConfigError, match=r"(?s)shallow: num_layers 1, expected base's 2.*foreign: another tokenizer"):
+        experiment.trace(config)
+
+
 def drop_layer(weights):
     for name in [name for name in weights if ".layers.1." in name]:
         del weights[name]

@@ -1,7 +1,9 @@
 """The tests with p-values: exact where they claim it, equivariant, the same as numpy's, and silent after alignment."""
 
 import dataclasses
+import importlib
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +29,7 @@ from tracing_jax.statistics.csu import Csu
 from tracing_jax.statistics.csu_all import CsuAll
 from tracing_jax.statistics.jsd import Jsd
 from tracing_jax.statistics.l2 import L2, distances
-from tracing_jax.statistics.match import Match
+from tracing_jax.statistics.match import FORMS, Match
 from tracing_jax.statistics.match_all import MatchAll
 from tracing_jax.statistics.mode import Mode, midpoint_losses
 from tracing_jax.statistics.perm_mode_l2 import PermModeL2
@@ -67,6 +69,31 @@ def test_a_relative_is_found_an_independent_model_is_not_and_alignment_silences_
     assert "after alignment nothing has a null" in aligned.p_reason
     assert all(test.log10_p is None and test.log10_ps is None for test in aligned.tests)
     assert aligned.headline == related.headline
+
+
+def p_values_in(found, where=""):
+    """Yields where a record, or a part of it, holds a p-value."""
+    if isinstance(found, dict):
+        for key, value in found.items():
+            if value is not None and re.search(r"(log10_?|adjusted_)p(s|_|$)|p_value", key):
+                yield f"{where}/{key}"
+            yield from p_values_in(value, f"{where}/{key}")
+    elif isinstance(found, list | tuple):
+        for i, value in enumerate(found):
+            yield from p_values_in(value, f"{where}/{i}")
+    elif isinstance(found, str) and re.search(r"\bp = |log10 p", found):
+        yield f"{where}: {found}"
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_no_p_value_of_any_kind_is_left_in_an_aligned_result(name):
+    config = importlib.import_module("configs.common").get_config(name)
+    config.update(num_perm=3, mode_num_perm=3, csh_blocks=4, csh_block_size=32, distil_steps=2)
+    statistic = REGISTRY[name](config)
+    given, aligned = (statistic.compute(pair_of(BASE, RELATED, aligned=side)).as_dict() for side in (False, True))
+    assert list(p_values_in(given)) or name in ("cos", "emb", "jsd")
+    assert list(p_values_in(aligned)) == []
+    assert aligned["headline"] is not None
 
 
 def test_matching_is_that_of_scipy_and_moves_with_its_units():
@@ -258,11 +285,39 @@ def test_match_reads_the_text_through_two_tokenizers_where_bytes_coincide():
 def test_outside_controls_set_the_allowance():
     pair = pair_of(BASE, OTHER, controls=(tiny.model(ARCH, 5),))
     null = Match(forms=("weights",)).compute(pair).null["weights"]
-    assert "1 control models" in null["u from"]
+    assert "control models (1), each against base and ft" in null["u from"]
     assert all(0 < u < 0.5 for u in null["u"])
     assert Match(forms=("weights",)).compute(pair_of(BASE, OTHER)).null["weights"]["u"] == tabled_allowance(
         3, "weights"
     )
+
+
+def test_controls_set_the_allowance_of_every_pair_of_layers_whatever_the_depth_of_ft():
+    deeper = dataclasses.replace(ARCH, num_layers=4, layer_ropes=(0,) * 4, layer_windows=(None,) * 4)
+    for ft, against in ((OTHER, "base and ft"), (tiny.model(deeper, 1), "base")):
+        pair = pair_of(BASE, ft, controls=(tiny.model(ARCH, 5),))
+        null = MatchAll(forms=("weights",)).compute(pair).null["weights"]
+        assert f"each against {against}:" in null["u from"]
+        assert null["u"] == Match().allowance("weights", pair)[0]
+
+
+def test_controls_read_bases_tokens_whatever_the_ids_of_fts():
+    ids = np.random.default_rng(3).permutation(61).astype(np.int32)  # ft's id of each of base's tokens
+    renamed = dataclasses.replace(OTHER, params={**OTHER.params, "embed": take_rows(OTHER.params["embed"], ids)})
+    shared = Vocabularies(False, SAME.ids_base, ids)
+    fields = {"vocabularies": shared, "blocks": paired_one_to_one(TOKENS, ids[TOKENS])}
+    for form in FORMS:
+        controls = {"controls": (tiny.model(ARCH, 5), finetuned(BASE))}
+        expected, _ = Match().allowance(form, pair_of(BASE, OTHER, **controls))
+        found, _ = Match().allowance(form, pair_of(BASE, renamed, **controls, **fields))
+        assert found == expected
+        assert min(found) > 0.9  # the second control is no control: it is base's own kin
+
+
+def take_rows(embed, ids):
+    rows = np.empty_like(embed["embedding"])
+    rows[ids] = embed["embedding"]
+    return {**embed, "embedding": rows}
 
 
 def test_controls_are_layers_that_do_not_correspond():

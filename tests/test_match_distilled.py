@@ -128,7 +128,7 @@ def test_controls_set_the_allowance_and_alignment_silences():
     short = dataclasses.replace(QUICK, steps=5)
     pair = pair_of(BASE, tiny.model(GPT2, 1), controls=(tiny.model(GPT2, 2),), aligned=True)
     result = short.compute(pair)
-    assert "1 control models" in result.null["rest"]["u from"]
+    assert "control models (1), each against base and ft" in result.null["rest"]["u from"]
     assert result.log10_p is None
     assert any("can carry no evidence" in note for note in result.notes)
 

@@ -75,6 +75,9 @@ def test_every_layout_gives_the_same_arrays(tmp_path, arrays, layout):
             assert actual.dtype == expected.dtype
             assert actual.flags.writeable
             np.testing.assert_array_equal(actual, expected[index])
+            out = np.full(expected[index].shape, 7, expected.dtype)
+            store.read_into(out, name, index)
+            np.testing.assert_array_equal(out, expected[index])
 
 
 def test_opening_and_slicing_take_no_more_memory_than_a_slice(tmp_path):

@@ -118,6 +118,12 @@ class _Merged:
             weight = weight.astype(np.float32) + self._delta(self._updates[name], index)
         return weight.astype(self.dtype(name), copy=False)
 
+    def read_into(self, out: np.ndarray, name: str, index: Index = ()) -> None:
+        if name in self._replaced or name in self._updates:
+            out[...] = self.read(name, index)
+        else:
+            self._base.read_into(out, name, index)
+
     def _delta(self, update: _Update, index: Index) -> Float32[np.ndarray, "rows columns"]:
         """The slice of scaling * B A, from those rows of B and columns of A alone."""
         rows, columns = (*index, slice(None), slice(None))[:2]

@@ -10,9 +10,10 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding
 
 from tracing_jax.axes import axis_table
+from tracing_jax.checkpoint.placing import on_mesh
 from tracing_jax.checkpoint.reading import Checkpoint
 from tracing_jax.sharding import leaf_spec
-from tracing_jax.source import InMemory, in_memory, placed
+from tracing_jax.source import InMemory, in_memory
 from tracing_jax.tree import Tree, unflatten
 
 _FORMAT = 1  # raise when leaf names or layouts change: older caches are then left alone
@@ -28,7 +29,7 @@ def load(checkpoint: Checkpoint, mesh: Mesh, cache_dir: str | None = None) -> In
       CheckpointError: NaN or infinite weights.
     """
     if cache_dir is None:
-        return in_memory(placed(checkpoint, mesh), f"loading {checkpoint.id}")
+        return in_memory(on_mesh(checkpoint, mesh), f"loading {checkpoint.id}")
     import orbax.checkpoint as ocp  # takes seconds to import, and few runs need it
 
     folder = Path(cache_dir).expanduser().absolute() / _key(checkpoint)
@@ -36,7 +37,7 @@ def load(checkpoint: Checkpoint, mesh: Mesh, cache_dir: str | None = None) -> In
         if folder.exists():
             logging.info("restoring %s from %s", checkpoint.id, folder)
             return InMemory(checkpoint.arch, orbax.restore(folder, _abstract(checkpoint, mesh)))
-        model = in_memory(placed(checkpoint, mesh), f"loading {checkpoint.id}")
+        model = in_memory(on_mesh(checkpoint, mesh), f"loading {checkpoint.id}")
         logging.info("caching %s in %s", checkpoint.id, folder)
         orbax.save(folder, model.params)
     return model

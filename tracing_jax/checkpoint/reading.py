@@ -11,8 +11,9 @@ import numpy as np
 
 from tracing_jax.arch import Arch, read_arch
 from tracing_jax.checkpoint.adapter import base_id, is_adapter, merged
-from tracing_jax.checkpoint.entry import tensor_shapes
+from tracing_jax.checkpoint.entry import Entry, tensor_shapes
 from tracing_jax.checkpoint.errors import CheckpointError
+from tracing_jax.checkpoint.finite import all_finite
 from tracing_jax.checkpoint.hub import resolve
 from tracing_jax.checkpoint.layout import Layout, layout
 from tracing_jax.checkpoint.tensors import Index, TensorStore, open_tensors
@@ -20,6 +21,7 @@ from tracing_jax.tree import Tree, flatten, select, unflatten
 
 # Constants that old checkpoints carry as tensors: Llama's frequencies and GPT-2's masks follow from the config.
 _DERIVED = re.compile(r".*rotary_emb\.inv_freq|(transformer\.)?h\.\d+\.attn\.(masked_)?bias")
+_ROWS = 4096  # of the embedding, compared at a time
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -62,12 +64,7 @@ class Checkpoint:
     def embed(self) -> Tree:
         """Returns the subtree `embed`, read now; a tied model's copy of it in the file must be the same."""
         part = self._read("embed/")
-        has_copy = self.arch.tied and "lm_head.weight" in self.tensors.names()
-        if has_copy and not np.array_equal(self.tensors.read("lm_head.weight"), part["embedding"]):
-            raise CheckpointError(
-                f"{self.id}: lm_head.weight differs from the embedding, but config.json says tie_word_embeddings: "
-                "true; set it to false if the head is meant to be its own"
-            )
+        self.check_tied_copy()
         return part
 
     def layer(self, index: int, only: Sequence[str] = ()) -> Tree:
@@ -83,19 +80,44 @@ class Checkpoint:
 
         def read(tensor: str, index: Index) -> np.ndarray:
             part = self.tensors.read(tensor, index)
-            if not _all_finite(part) and tensor not in broken:
+            if not all_finite(part):
                 broken.append(tensor)
             return part
 
+        leaves = {name: entry.to_leaf(read) for name, entry in self.part_entries(prefix, only).items()}
+        self.refuse(broken)
+        return unflatten(leaves)
+
+    def part_entries(self, prefix: str, only: Sequence[str] = ()) -> dict[str, Entry]:
+        """Returns the entries under `embed/`, `layers/<i>/` or `head/`, without the prefix: those in `only`, if any."""
         entries = {name.removeprefix(prefix): e for name, e in self.entries.items() if name.startswith(prefix)}
-        wanted = flatten(select(unflatten(entries), only))
-        leaves = {name: entry.to_leaf(read) for name, entry in wanted.items()}
+        return flatten(select(unflatten(entries), only))
+
+    def refuse(self, broken: Sequence[str]) -> None:
+        """Raises if there are any `broken` tensors: with weights that are no numbers."""
         if broken:
             raise CheckpointError(
-                f"{self.id}: NaN or infinite weights in {', '.join(broken)}; the checkpoint is damaged or its training "
-                "diverged; no statistic of it means anything"
+                f"{self.id}: NaN or infinite weights in {', '.join(dict.fromkeys(broken))}; the checkpoint is damaged "
+                "or its training diverged; no statistic of it means anything"
             )
-        return unflatten(leaves)
+
+    def check_tied_copy(self, start: int = 0, stop: int | None = None) -> None:
+        """Makes sure that these rows of a tied model's copy of its embedding, if the file has one, are the same.
+
+        Raises:
+          CheckpointError: they are not.
+        """
+        if not self.arch.tied or "lm_head.weight" not in self.tensors.names():
+            return
+        embedding = self.entries["embed/embedding"].pieces[0].tensor
+        stop = self.arch.vocab_size if stop is None else stop
+        for row in range(start, stop, _ROWS):
+            rows = (slice(row, min(row + _ROWS, stop)),)
+            if not np.array_equal(self.tensors.read("lm_head.weight", rows), self.tensors.read(embedding, rows)):
+                raise CheckpointError(
+                    f"{self.id}: lm_head.weight differs from the embedding, but config.json says tie_word_embeddings: "
+                    "true; set it to false if the head is meant to be its own"
+                )
 
 
 def open_checkpoint(model_id: str, cache_dir: str | None = None) -> Checkpoint:
@@ -154,9 +176,3 @@ def _mixed_dtypes(checkpoint: Checkpoint, names: set[str]) -> list[str]:
         if len(dtypes) > 1:
             lines.append(f"the tensors of {leaf} ({tensors[0]} ...) are {' and '.join(dtypes)}; convert them to one")
     return lines
-
-
-def _all_finite(leaf: np.ndarray) -> bool:
-    if leaf.dtype.name == "bfloat16":  # all exponent bits set; numpy's isfinite is slow on this dtype
-        return not ((leaf.view(np.uint16) & 0x7F80) == 0x7F80).any()
-    return bool(np.isfinite(leaf).all())

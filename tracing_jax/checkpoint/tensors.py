@@ -7,14 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from tracing_jax.checkpoint.errors import CheckpointError, damaged
+from tracing_jax.checkpoint.safetensors_file import NO_QUANTISED, Index, SafetensorsFile
 from tracing_jax.checkpoint.torch_zip import TorchZip
-
-Index = tuple[slice, ...]
 
 
 @runtime_checkable
@@ -33,22 +30,13 @@ class TensorStore(Protocol):
     def read(self, name: str, index: Index = ()) -> np.ndarray:
         """A copy of the tensor `name`, or of its slice (steps of one; missing axes are whole)."""
 
+    def read_into(self, out: np.ndarray, name: str, index: Index = ()) -> None:
+        """Writes what `read` returns into `out`, a contiguous array of its shape and dtype."""
+
     def files(self) -> tuple[Path, ...]:
         """The files that hold the tensors, sorted."""
 
 
-_DTYPES = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype("<i8"),
-    "I32": np.dtype("<i4"),
-    "I16": np.dtype("<i2"),
-    "I8": np.dtype("i1"),
-    "U8": np.dtype("u1"),
-    "BOOL": np.dtype("?"),
-}
 # How the usual quantisers name what they store beside or instead of a weight.
 _PACKED = (
     ".qweight",
@@ -60,9 +48,7 @@ _PACKED = (
     ".quant_map",
     ".SCB",
 )
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 _PLAIN_NAME = re.compile(r"[\w-][\w.-]*\.(safetensors|bin)")
-_NO_QUANTISED = "only unquantised weights (float64, float32, float16, bfloat16) are read; use the original checkpoint"
 
 
 def open_tensors(folder: Path) -> TensorStore:
@@ -95,10 +81,10 @@ def open_file(path: Path) -> TensorStore:
     Raises:
         CheckpointError: The file is damaged, or holds what is not a plain tensor.
     """
-    store: TensorStore = TorchZip(path) if path.suffix == ".bin" else _Safetensors(path)
+    store: TensorStore = TorchZip(path) if path.suffix == ".bin" else SafetensorsFile(path)
     packed = [name for name in store.names() if name.endswith(_PACKED)]
     if packed:
-        raise CheckpointError(f"{path}: {len(packed)} packed weights such as {packed[0]!r}; {_NO_QUANTISED}")
+        raise CheckpointError(f"{path}: {len(packed)} packed weights such as {packed[0]!r}; {NO_QUANTISED}")
     return store
 
 
@@ -124,71 +110,6 @@ def listing(folder: Path) -> str:
     return ", ".join(names[:12]) + more if names else "nothing"
 
 
-class _Safetensors:
-    """One safetensors file, its header read once."""
-
-    def __init__(self, path: Path):
-        try:
-            self._file = safe_open(path, framework="numpy")
-        except SafetensorError as error:
-            raise CheckpointError(_why_unreadable(path, error)) from error
-        self._path = path
-        headers = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118, no mapping
-        self._shapes = {name: tuple(header.get_shape()) for name, header in headers.items()}
-        stored = {name: header.get_dtype() for name, header in headers.items()}
-        unknown = sorted(name for name, dtype in stored.items() if dtype not in _DTYPES)
-        if unknown:
-            kinds = ", ".join(sorted({stored[name] for name in unknown}))
-            raise CheckpointError(
-                f"{path}: {len(unknown)} tensors of dtype {kinds}, {unknown[0]!r} first; {_NO_QUANTISED}"
-            )
-        self._dtypes = {name: _DTYPES[dtype] for name, dtype in stored.items()}
-
-    def names(self) -> tuple[str, ...]:
-        return tuple(sorted(self._shapes))
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
-
-    def dtype(self, name: str) -> np.dtype:
-        return self._dtypes[name]
-
-    def files(self) -> tuple[Path, ...]:
-        return (self._path,)
-
-    def read(self, name: str, index: Index = ()) -> np.ndarray:
-        if not index:
-            return self._file.get_tensor(name)
-        bounds = _bounds(index, self._shapes[name])
-        extent = tuple(max(0, bound.stop - bound.start) for bound in bounds)
-        if 0 in extent:
-            return np.zeros(extent, self._dtypes[name])
-        return self._file.get_slice(name)[bounds]
-
-
-def _bounds(index: Index, shape: Sequence[int]) -> Index:
-    """The slices of every axis in plain numbers: safetensors takes neither negative nor overlong ones."""
-    if len(index) > len(shape) or any(axis.step not in (None, 1) for axis in index):
-        raise IndexError(f"expected at most {len(shape)} slices with steps of one, got {index}")
-    whole = (slice(None),) * (len(shape) - len(index))
-    return tuple(slice(*axis.indices(size)[:2]) for axis, size in zip(index + whole, shape, strict=True))
-
-
-def _why_unreadable(path: Path, error: SafetensorError) -> str:
-    """A cut file is told from a strange one by the size that its header promises."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        header_size = int.from_bytes(file.read(8), "little")
-        try:
-            header = json.loads(file.read(min(header_size, size, _MAX_HEADER_BYTES)))
-            expected = 8 + header_size + max(t["data_offsets"][1] for n, t in header.items() if n != "__metadata__")
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-            return damaged(path, f"a safetensors file ({error})")
-    if expected == size:
-        return f"{path}: {error}; {_NO_QUANTISED}"
-    return damaged(path, f"{expected} bytes by its header")
-
-
 class _Sharded:
     """Several files as one store."""
 
@@ -210,6 +131,9 @@ class _Sharded:
 
     def read(self, name: str, index: Index = ()) -> np.ndarray:
         return self._owner[name].read(name, index)
+
+    def read_into(self, out: np.ndarray, name: str, index: Index = ()) -> None:
+        self._owner[name].read_into(out, name, index)
 
 
 def _open_sharded(index_path: Path) -> TensorStore:

@@ -83,18 +83,24 @@ class TorchZip:
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """A copy of the tensor `name`, or of its slice; other parts of the file are not touched."""
+        return np.array(self._view(name)[index], order="C")
+
+    def read_into(self, out: np.ndarray, name: str, index: tuple[slice, ...] = ()) -> None:
+        """Writes what `read` returns into `out`."""
+        out[...] = self._view(name)[index]
+
+    def _view(self, name: str) -> np.ndarray:
         tensor = self._tensors[name]
         if 0 in tensor.shape:
-            return np.zeros(tensor.shape, tensor.storage.dtype)[index]
+            return np.zeros(tensor.shape, tensor.storage.dtype)
         itemsize = tensor.storage.dtype.itemsize
-        view: np.ndarray = np.ndarray(
+        return np.ndarray(
             tensor.shape,
             tensor.storage.dtype,
             self._record(tensor.storage),
             tensor.offset * itemsize,
             tuple(stride * itemsize for stride in tensor.strides),
         )
-        return np.array(view[index], order="C")
 
     def _record(self, storage: Storage) -> np.ndarray:
         """Bytes of a storage: mapped where stored plain, unpacked where compressed."""

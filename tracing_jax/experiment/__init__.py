@@ -96,7 +96,7 @@ def trace(config: ConfigDict, finished: list[Progress] | None = None) -> dict[st
         pair = load_pair(config, opened, progress)
     # Beside the work: hashing reads every file whole, and frees the interpreter meanwhile.
     hashing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hashes")
-    models = {side: hashing.submit(model_facts, model) for side, model in (("base", opened.base), ("ft", opened.ft))}
+    models = {name: hashing.submit(model_facts, checkpoint) for name, checkpoint in opened.models().items()}
     disguise = permutation = alignment = perplexity = None
     if opened.rewrites:
         with clock.step("disguise"):
@@ -205,12 +205,11 @@ def _progress(config: ConfigDict, opened: Opened) -> tuple[Progress, str | None]
     """Returns what is left of an interrupted run of this config on these files, and a word on it."""
     if jax.process_count() > 1:
         return Progress(), None  # each process would have to find the same pieces finished
-    models = {"base": opened.base, "ft": opened.ft} | {f"control {i}": c for i, c in enumerate(opened.controls)}
     facts = {
         "config": {name: value for name, value in config.to_dict().items() if name not in ("save", "cache_dir")},
         "versions": versions(),
         "commit": commit(),
-        "files": {side: file_stamps(model.tensors.files()) for side, model in models.items()},
+        "files": {side: file_stamps(model.tensors.files()) for side, model in opened.models().items()},
         "tokens": None if opened.blocks_base is None else opened.blocks_base.sha256,
     }
     return Progress.open(RunFiles.from_save(config.save).folder / PROGRESS, facts)

@@ -23,8 +23,9 @@ def choose_memory(asked: str, models: Sequence[Checkpoint], mesh: Mesh) -> tuple
     wanted, free = sum(model.num_bytes for model in models), free_bytes(mesh)
     if free is None:
         return "resident", "memory: resident; how much is free is not known here"
-    sizes = f"both models take {wanted / _GIB:.1f} GiB, {free / _GIB:.1f} GiB are free on the devices of the mesh"
-    return ("resident" if wanted <= _SHARE * free else "stream"), f"memory: {sizes}"
+    found = "resident" if wanted <= _SHARE * free else "stream"
+    sizes = f"both models take {wanted / _GIB:.3g} GiB, {free / _GIB:.3g} GiB are free on the devices of the mesh"
+    return found, f"memory: {found}; {sizes}"
 
 
 def free_bytes(mesh: Mesh) -> int | None:

@@ -54,6 +54,11 @@ class Opened:
     """Whether what is to be undone is found with both models in memory only."""
     notes: list[str]
 
+    def models(self) -> dict[str, Checkpoint]:
+        """Returns every model of the run by the part it plays."""
+        controls = {f"control {i}": control for i, control in enumerate(self.controls)}
+        return {"base": self.base, "ft": self.ft, **controls}
+
 
 def open_pair(config: ConfigDict) -> Opened:
     """Opens both checkpoints and the text, and asks every statistic whether it applies."""
@@ -77,7 +82,7 @@ def open_pair(config: ConfigDict) -> Opened:
     blocks_base = blocks_ft = paired = None
     if needs_tokens:
         blocks_base, blocks_ft, paired = _blocks(config, tokenizer_base, tokenizer_ft, vocabularies.same)
-    controls = _controls(config, base)
+    controls = _controls(config, base, tokenizer_base)
     notes = _notes(base.arch, ft_arch, vocabularies, on_path="mode" in statistics and "mode" not in not_applicable)
     if not_alignable:
         notes.append(f"not aligned: {not_alignable}")
@@ -163,8 +168,8 @@ def _vocabularies(base: Checkpoint, ft: Checkpoint, tokenizer_base: Any, tokeniz
     return Vocabularies(same_tokenizer(tokenizer_base, tokenizer_ft), ids_base[known], ids_ft[known])
 
 
-def _controls(config: ConfigDict, base: Checkpoint) -> tuple[Checkpoint, ...]:
-    """Opens the models that are known to be independent of both; they must be of base's shape."""
+def _controls(config: ConfigDict, base: Checkpoint, tokenizer_base: Any) -> tuple[Checkpoint, ...]:
+    """Opens the models that are known to be independent of both; they must be of base's shape and read its tokens."""
     found = tuple(_opened(config, model_id) for model_id in config.control_model_ids)
     shape = ("num_layers", "embed_dim", "mlp_dim", "vocab_size")
     lines = [
@@ -172,6 +177,11 @@ def _controls(config: ConfigDict, base: Checkpoint) -> tuple[Checkpoint, ...]:
         for control in found
         for name in shape
         if getattr(control.arch, name) != getattr(base.arch, name)
+    ]
+    lines += [
+        f"control model {control.id}: another tokenizer than base's, whose tokens it is to read"
+        for control in found
+        if tokenizer_base is None or not same_tokenizer(tokenizer_base, load_tokenizer(control.tokenizer_folder))
     ]
     if lines:
         raise ConfigError("\n  ".join(["the control models do not fit:", *lines]))

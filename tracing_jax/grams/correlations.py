@@ -9,8 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
@@ -19,7 +18,7 @@ from tracing_jax.activations import picked
 from tracing_jax.arch import Arch, length_problem
 from tracing_jax.data import PairedBlocks, paired_one_to_one
 from tracing_jax.grams.sampling import Keeper, Sample, Side
-from tracing_jax.grams.sums import Sums, added, no_sums, pearson
+from tracing_jax.grams.sums import Sums, added, lies, no_sums, pearson
 from tracing_jax.models import (
     LayerInputs,
     apply_block_with_taps,
@@ -227,8 +226,7 @@ def _step(
     compared = {tap: (picked(units_a[tap], pairing.at[0]), picked(units_b[tap], pairing.at[1])) for tap in taps}
     sums = {tap: added(sums[tap], compared[tap], pairing.weight, is_first) for tap in taps}
     # Stated, or the first batch's sums and the next ones' would be placed differently and compile twice.
-    whole = NamedSharding(mesh, P())
-    sums = jax.lax.with_sharding_constraint(sums, jax.tree.map(lambda _: whole, sums))
+    sums = jax.lax.with_sharding_constraint(sums, jax.tree.map(lambda total: lies(total.shape, mesh), sums))
     if keep is None:
         return (x_a, x_b), sums, {}
     (at_a, at_b), columns = keep

@@ -25,9 +25,16 @@ def no_sums(U: int, U2: int, mesh: Mesh) -> Sums:
     """Returns the sums over no tokens, for U units of base and U2 of ft."""
 
     def zeros(*shape: int) -> jax.Array:
-        return jnp.zeros(shape, jnp.float32, device=NamedSharding(mesh, P()))
+        return jnp.zeros(shape, jnp.float32, device=lies(shape, mesh))
 
     return Sums(zeros(U, U2), (zeros(U), zeros(U2)), (zeros(U), zeros(U2)), (zeros(U), zeros(U2)))
+
+
+def lies(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Returns where a sum lies: a Gram split by its rows over `model` where they divide evenly, all else whole."""
+    parts = mesh.shape["model"]
+    is_split = parts > 1 and len(shape) == 2 and shape[0] % parts == 0
+    return NamedSharding(mesh, P("model", None) if is_split else P())
 
 
 def added(sums: Sums, rows: Side, weight: Float[Array, "B P"], is_first: bool | jax.Array) -> Sums:

@@ -9,7 +9,7 @@ either model says nothing and counts nothing.
 import functools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,11 +34,12 @@ class WeightPairs:
     """The weights of base and ft that can be compared, by leaf name.
 
     Attributes:
+      base, ft: arrays, or things of known shape that become arrays when asked to: leaves that are read when needed.
       left_out: leaf name -> why it cannot be compared.
     """
 
-    base: Mapping[str, Array | np.ndarray]
-    ft: Mapping[str, Array | np.ndarray]
+    base: Mapping[str, Any]
+    ft: Mapping[str, Any]
     table: AxisTable
     shared: Shared
     left_out: Mapping[str, str]

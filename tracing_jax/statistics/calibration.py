@@ -131,6 +131,12 @@ def measured_allowance(by_control: Sequence[Sequence[Comparison]]) -> list[float
     return [max(upper_share(c.agreeing, c.units) for c in layer if c.units) for layer in zip(*by_control)]
 
 
+def control_source(controls: int, sides: int) -> str:
+    """Returns in words where an allowance measured on control models comes from; sides: base alone, or ft as well."""
+    against = "base and ft" if sides == 2 else "base"
+    return f"control models ({controls}), each against {against}: upper 99 % bound of the greatest share"
+
+
 def tabled_allowance(num_layers: int, form: str) -> list[float]:
     """Returns for each layer the allowance measured on our own seeds at its relative depth, never below 0.05."""
     table = _table().get(form)

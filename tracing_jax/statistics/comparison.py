@@ -4,6 +4,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -113,6 +114,11 @@ def one_test(
 def share_agreeing(comparisons: Sequence[Comparison]) -> float:
     """Returns the share of all matched units that the two matchings send to the same unit."""
     return sum(c.agreeing for c in comparisons) / max(1, sum(c.units for c in comparisons))
+
+
+def share_by_layer(comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    """Returns the share of its matched units on which the two matchings of each layer agree, for the record."""
+    return {"label": "units that agree, share", "values": [share_agreeing([layer]) for layer in comparisons]}
 
 
 def bonferroni_log10(tests: Sequence[Test]) -> float:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from tracing_jax.arch import Arch
-from tracing_jax.statistics.comparison import Comparison, bonferroni_log10, share_agreeing, tests_of
+from tracing_jax.statistics.comparison import Comparison, bonferroni_log10, share_agreeing, share_by_layer, tests_of
 from tracing_jax.statistics.pvalues import fisher
 from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, Pair, Result
 
@@ -44,7 +44,7 @@ def constrained_result(pair: Pair, comparisons: Sequence[Comparison], label: str
         label=label,
         log10_p=bonferroni_log10(tests),
         tests=tests,
-        per_layer={"label": "log10 p by agreement", "values": list(tests[1].log10_ps or [])},
+        per_layer=share_by_layer(comparisons),
         notes=notes,
     )
     return result.without_p(AFTER_ALIGNMENT) if pair.aligned else result

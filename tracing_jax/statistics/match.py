@@ -11,7 +11,14 @@ from tracing_jax.grams import LayerCorrelations, Sample, correlate, correlations
 from tracing_jax.matching import UnitMatching, live_units, match_units
 from tracing_jax.progress import Progress
 from tracing_jax.source import ParamSource
-from tracing_jax.statistics.calibration import Null, control_pairs, measured_allowance, null_of, tabled_allowance
+from tracing_jax.statistics.calibration import (
+    Null,
+    control_pairs,
+    control_source,
+    measured_allowance,
+    null_of,
+    tabled_allowance,
+)
 from tracing_jax.statistics.comparison import (
     Comparison,
     against_each_other,
@@ -19,6 +26,7 @@ from tracing_jax.statistics.comparison import (
     compare_layers,
     one_test,
     share_agreeing,
+    share_by_layer,
     tests_of,
 )
 from tracing_jax.statistics.pvalues import smallest
@@ -74,24 +82,20 @@ class Match:
                 notes.append("weights-only form: the vocabularies share no tokens")
                 continue
             layers, controls = self._layers(form, pair.base, pair.ft, pair, pair.progress.within("match", form))
-            null = null_of(controls, *self._allowance(form, pair))
+            null = null_of(controls, *self.allowance(form, pair))
             found[form], nulls[form] = layers, null
             tests += form_tests(form, layers, null)
             notes += [f"{form}: {note}" for note in null.notes]
         if "forward" in found and pair.blocks is not None:
             notes.append(f"forward: positions paired by {pair.blocks.how}")
-        deciding = [test for test in tests if test.decides]
         best = max(found.values(), key=share_agreeing)
         result = Result(
             headline=share_agreeing(best),
             label="units on which gate and up projection agree, share (the larger of the forms)",
-            log10_p=bonferroni_log10(deciding),
+            log10_p=bonferroni_log10([test for test in tests if test.decides]),
             tests=tests,
             null={form: null.as_dict() for form, null in nulls.items()},
-            per_layer={
-                "label": "log10 p by agreement, calibrated: smaller of the forms",
-                "values": np.min([list(t.log10_ps or ()) for t in deciding if "agreement" in t.name], axis=0).tolist(),
-            },
+            per_layer=share_by_layer(best),
             notes=notes,
         )
         return result.without_p(AFTER_ALIGNMENT) if pair.aligned else result
@@ -124,20 +128,23 @@ class Match:
         shared, finished = (ids_base[drawn], ids_ft[drawn]), progress.count(Comparison)
         return embedding_correlations(base, ft, shared, TAPS, pair.compute, sample, first=finished)
 
-    def _allowance(self, form: str, pair: Pair) -> tuple[list[float], str]:
-        """Returns the share of each layer that may agree by convergence, and where it comes from."""
+    def allowance(self, form: str, pair: Pair) -> tuple[list[float], str]:
+        """Returns the share of each of base's layers that may agree by convergence, and where it comes from.
+
+        Controls stand in base's place, against base itself and, where it is as deep, against ft.
+        """
         if not pair.controls:
             source = "the table measured on our own seeds, by relative depth, and 0.05 at least"
             return tabled_allowance(pair.base.arch.num_layers, form), source
+        others = [("base", pair.of_base())]
+        if pair.base.arch.num_layers == pair.ft.arch.num_layers:
+            others.append(("ft", pair))
         measured = [
-            self._layers(form, control, model, pair, pair.progress.within("match", form, f"control {i} {side}"))[0]
+            self._layers(form, control, other.ft, other, pair.progress.within("match", form, f"control {i} {side}"))[0]
             for i, control in enumerate(pair.controls)
-            for side, model in (("base", pair.base), ("ft", pair.ft))
+            for side, other in others
         ]
-        source = (
-            f"{len(pair.controls)} control models, each against base and ft: upper 99 % bound of the greatest share"
-        )
-        return measured_allowance(measured), source
+        return measured_allowance(measured), control_source(len(pair.controls), len(others))
 
 
 def gate_problems(base: Arch, ft: Arch) -> list[str]:

@@ -15,7 +15,7 @@ from tracing_jax.source import ParamSource
 from tracing_jax.statistics.calibration import Null, null_of, tabled_allowance
 from tracing_jax.statistics.comparison import LN10, Comparison, bonferroni_log10, one_test
 from tracing_jax.statistics.layer_map import LayerMap, assign_layers, sentence
-from tracing_jax.statistics.match import FORMS, TAPS, compare_taps, gate_problems
+from tracing_jax.statistics.match import FORMS, TAPS, Match, compare_taps, gate_problems
 from tracing_jax.statistics.pvalues import smallest
 from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, Pair, Result, Test, Vocabularies
 
@@ -72,7 +72,7 @@ class MatchAll:
             if form == "forward" or len(pair.vocabularies.ids_base) >= 2:
                 kept[form] = self._activations(form, pair)
                 compared[form] = self._compare(form, pair, *kept[form])
-                nulls[form], log_p[form] = _calibrated(form, compared[form])
+                nulls[form], log_p[form] = _calibrated(compared[form], *self._allowances(form, pair))
         both = np.minimum(0.0, np.min(list(log_p.values()), axis=0) + math.log(len(log_p)))
         found = assign_layers(both, math.log(self.level / both.size))
         units = _units(found, kept, log_p, pair)
@@ -100,6 +100,17 @@ class MatchAll:
             (pair.base, pair.vocabularies.ids_base[drawn]), (pair.ft, pair.vocabularies.ids_ft[drawn])
         )  # fmt: skip
         return tuple([found for _, found in embedding_activations(model, ids, TAPS)] for model, ids in sources)  # type: ignore[return-value]
+
+    def _allowances(self, form: str, pair: Pair) -> tuple[list[float], list[float], str]:
+        """Returns the shares of base's and of ft's layers that may agree by convergence, and where they come from.
+
+        Controls are of base's depth: at a layer of ft counts what they share at its relative depth.
+        """
+        u, source = Match().allowance(form, pair)
+        if not pair.controls:
+            return u, tabled_allowance(pair.ft.arch.num_layers, form), source
+        depths = (np.linspace(0, 1, model.arch.num_layers) for model in (pair.ft, pair.base))
+        return u, np.interp(*depths, u).tolist(), source
 
     def _compare(
         self, form: str, pair: Pair, base: Sequence[Activations], ft: Sequence[Activations]
@@ -184,14 +195,16 @@ def paired_units(base: Activations, ft: Activations, generator: np.random.Genera
     return np.stack([one.base[same], one.ft[same]], axis=1)
 
 
-def _calibrated(form: str, rows: Sequence[Sequence[Comparison]]) -> tuple[Null, np.ndarray]:
+def _calibrated(
+    rows: Sequence[Sequence[Comparison]], u_base: Sequence[float], u_ft: Sequence[float], source: str
+) -> tuple[Null, np.ndarray]:
     """Returns the null, measured on pairs that do not correspond, and the log p-values against it."""
     num_base, num_ft = len(rows), len(rows[0])
     parametric = np.array([[c.log_p_agreement for c in row] for row in rows])
     assigned = assign_layers(parametric, 0.0).pairs
     controls = [rows[i][j] for i, j in _controls(num_base, num_ft, assigned)]
-    u = np.maximum.outer(tabled_allowance(num_base, form), tabled_allowance(num_ft, form))
-    null = null_of(controls, tabled_allowance(num_base, form), "the table measured on our own seeds; 0.05 at least")
+    u = np.maximum.outer(u_base, u_ft)
+    null = null_of(controls, u_base, source)
 
     def log_p(i: int, j: int) -> float:
         own = replace(null, u=(float(u[i, j]),))

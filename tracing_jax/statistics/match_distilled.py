@@ -11,8 +11,22 @@ from tracing_jax.arch import Arch
 from tracing_jax.data import PairedBlocks
 from tracing_jax.grams import correlate
 from tracing_jax.source import ParamSource
-from tracing_jax.statistics.calibration import LEAST_ALLOWANCE, Null, control_pairs, measured_allowance, null_of
-from tracing_jax.statistics.comparison import Comparison, bonferroni_log10, one_test, share_agreeing, tests_of
+from tracing_jax.statistics.calibration import (
+    LEAST_ALLOWANCE,
+    Null,
+    control_pairs,
+    control_source,
+    measured_allowance,
+    null_of,
+)
+from tracing_jax.statistics.comparison import (
+    Comparison,
+    bonferroni_log10,
+    one_test,
+    share_agreeing,
+    share_by_layer,
+    tests_of,
+)
 from tracing_jax.statistics.composite_null import composite_agreement_log_sf
 from tracing_jax.statistics.match import compare_taps
 from tracing_jax.statistics.pvalues import smallest
@@ -95,7 +109,7 @@ class MatchDistilled:
             log10_p=bonferroni_log10([test for test in tests if test.decides]),
             tests=tests,
             null={side: null.as_dict() for side, null in nulls.items()} | {"explained": found.explained},
-            per_layer={"label": "log10 p by agreement, calibrated", "values": list(tests[0].log10_ps or ())},
+            per_layer=share_by_layer(found.layers["whole"]),
             notes=[*nulls["whole"].notes, *_notes(found.explained, pair)],
         )
         return result.without_p(AFTER_ALIGNMENT) if pair.aligned else result
@@ -149,13 +163,11 @@ class MatchDistilled:
             shares = {"whole": [LEAST_ALLOWANCE] * L, "rest": [REST_ALLOWANCE] * L}
             return shares | {"rest together": [REST_ALLOWANCE_TOGETHER]}, source
         measured = [
-            self._compared(control, model, pair, f"control {c} {side}").layers
+            self._compared(control, other.ft, other, f"control {c} {side}").layers
             for c, control in enumerate(pair.controls)
-            for side, model in (("base", pair.base), ("ft", pair.ft))
+            for side, other in (("base", pair.of_base()), ("ft", pair))
         ]
-        source = (
-            f"{len(pair.controls)} control models, each against base and ft: upper 99 % bound of the greatest share"
-        )
+        source = control_source(len(pair.controls), 2)
         shares = {side: measured_allowance([layers[side] for layers in measured]) for side in SIDES}
         return shares | {"rest together": [float(np.mean(shares["rest"]))]}, source
 

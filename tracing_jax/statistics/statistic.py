@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from tracing_jax.arch import Arch
-from tracing_jax.data import PairedBlocks
+from tracing_jax.data import PairedBlocks, paired_one_to_one
 from tracing_jax.progress import Progress
 from tracing_jax.sharding import Compute
 from tracing_jax.source import ParamSource
@@ -55,6 +55,12 @@ class Pair:
     """Models known to be independent of both, of base's shape and tokenizer, for nulls that are measured."""
     progress: Progress = field(default_factory=Progress)
     """What is finished already, of an interrupted run."""
+
+    def of_base(self) -> "Pair":
+        """Returns base against itself, both reading base's tokens; a control takes the place of the first."""
+        ids = self.vocabularies.ids_base
+        blocks = None if self.blocks is None else paired_one_to_one(self.blocks.base, self.blocks.base)
+        return replace(self, ft=self.base, vocabularies=Vocabularies(True, ids, ids), blocks=blocks)
 
     def generator(self, *names: str | int) -> np.random.Generator:
         """Returns a stream of random numbers of its own for every name, from the seed of the run."""
@@ -107,12 +113,12 @@ class Result:
     Attributes:
       headline: the number to quote; `label` says what it is, with its unit.
       log10_p: the p-value where one exists, else None with the reason in `p_reason`.
-      per_layer: `{"label", "values"}`, one value per layer.
+      per_layer: `{"label", "values"}`, one value per layer, never a p-value: those stand in `tests`.
       distribution: `{"label", "quantiles": {"levels", "layers"}}`, the quantiles at the levels for each layer, or once.
       not_applicable: why the statistic has no value on this pair.
       tests: the tests behind `log10_p`, place by place.
       null: what the p-values were calibrated with.
-      layer_map: which layer of ft comes from which layer of base; see `match_all`.
+      layer_map: which layer of ft comes from which layer of base, by their p-values; see `match_all`.
       notes: what a reader of the numbers must know.
       arrays: what is too large for the record; it goes into the folder of the run.
     """
@@ -132,9 +138,9 @@ class Result:
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def without_p(self, reason: str) -> "Result":
-        """Returns the values alone, with the reason why they have no p-value."""
+        """Returns the values alone, with the reason why they have no p-value; what rests on p-values goes with them."""
         tests = tuple(replace(test, log10_p=None, log10_ps=None) for test in self.tests)
-        return replace(self, log10_p=None, p_reason=reason, tests=tests)
+        return replace(self, log10_p=None, p_reason=reason, tests=tests, layer_map=None)
 
     @classmethod
     def restored(cls, fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> "Result":

@@ -1,0 +1,26 @@
+"""Comparing records and results: numbers to float tolerance, everything else exactly."""
+
+import math
+from typing import Any
+
+
+def assert_same_numbers(one: Any, other: Any, where: str = "", tolerance: float = 2e-4) -> None:
+    """Compares plain data leaf by leaf."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same_numbers(one[key], other[key], f"{where}/{key}", tolerance)
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for i, pair in enumerate(zip(one, other)):
+            assert_same_numbers(*pair, f"{where}/{i}", tolerance)
+    elif isinstance(one, float) and not isinstance(other, str):
+        assert math.isclose(one, other, rel_tol=tolerance, abs_tol=tolerance), f"{where}: {one} and {other}"
+    else:
+        assert one == other, f"{where}: {one} and {other}"
+
+
+def without_circumstances(record: dict[str, Any]) -> dict[str, Any]:
+    """Returns a record without what may differ between two runs that found the same."""
+    kept = {key: value for key, value in record.items() if key not in ("seconds", "args", "notes", "commit", "device")}
+    return kept | {"notes": [note for note in record["notes"] if not note.startswith(("memory", "goes on"))]}
