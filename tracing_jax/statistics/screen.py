@@ -33,8 +33,8 @@ class Screen:
     found at all.
 
     Sampled layers: three layers of ft, spread over the depth, in which the units of a run of base's are looked for by
-    the weights-only form of `match`. That sees through permutations. What is lost: a relative of which other layers alone
-    are inherited, and one whose embeddings are not.
+    the weights-only form of `match`. That sees through permutations. What is lost: a relative of which other layers
+    alone are inherited, and one whose embeddings are not.
 
     Attributes:
       share: of each model's weights, the most that is looked at.
@@ -124,7 +124,7 @@ def _named(part: str, tests: Sequence[Test]) -> list[Test]:
     return [replace(test, name=f"{part}, {test.name}") for test in tests]
 
 
-def _read_facts(pair: Pair, read: Mapping[str, list[int]]) -> dict[str, dict[str, float]]:
+def _read_facts(pair: Pair, read: Mapping[str, list[int]]) -> dict[str, dict[str, float | int]]:
     """Returns for each side the bytes looked at, and the share of its weights that they hold."""
     return {
         side: {"bytes": read[side][1], "share": read[side][0] / parameters(model.arch)}
@@ -132,7 +132,7 @@ def _read_facts(pair: Pair, read: Mapping[str, list[int]]) -> dict[str, dict[str
     }
 
 
-def _sentence(plan: Plan, facts: Mapping[str, Mapping[str, float]]) -> str:
+def _sentence(plan: Plan, facts: Mapping[str, Mapping[str, float | int]]) -> str:
     """Returns what was looked at, and what that cannot find."""
     parts, blind = [], []
     if plan.units:
