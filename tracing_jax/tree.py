@@ -59,3 +59,8 @@ def _whole(leaf: Any) -> np.ndarray:
     if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
         leaf = multihost_utils.process_allgather(leaf, tiled=True)
     return np.asarray(leaf)
+
+
+def readable(array: jax.Array) -> jax.Array | np.ndarray:
+    """Returns an array whose every element this process can read: itself, or where others hold parts of it, a copy."""
+    return array if jax.process_count() == 1 else to_host(array)

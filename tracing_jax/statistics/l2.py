@@ -113,8 +113,8 @@ def _crosses(base: jax.Array, ft: jax.Array, dims: Dims, indices: Sequence[np.nd
     if not dims:
         return np.array([_sum(_products(base, ft))])
     if len(dims) == 1 and dims[0][1] is None:
-        between = to_host(_between_units(base, ft, dims[0][0])).astype(np.float64)
-        return between[np.arange(len(between)), indices[0]].sum(axis=1)
+        between = to_host(_between_units(base, ft, dims[0][0]))
+        return between[np.arange(len(between)), indices[0]].sum(axis=1, dtype=np.float64)
     return to_host(_permuted_products(base, ft, dims, indices)).sum(axis=1, dtype=np.float64)
 
 

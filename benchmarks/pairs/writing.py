@@ -1,0 +1,167 @@
+"""Writes a pair of checkpoints, group of tensors by group, on all cores: `base`, and `ft`, its noisy, permuted copy."""
+
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.pairs.draws import Law, draw
+from benchmarks.pairs.files import Place, lay_out
+from benchmarks.pairs.language import write_tokenizer
+from tracing_jax.arch import Arch, read_arch
+from tracing_jax.axes import AxisTable, axis_table
+from tracing_jax.checkpoint.entry import Entry, tensor_shapes, to_tensors
+from tracing_jax.checkpoint.layout import Layout, layout
+from tracing_jax.symmetry import Permutations, random_permutations
+from tracing_jax.symmetry.permutation import take_units, unit_moves
+
+if TYPE_CHECKING:
+    import transformers
+
+_GAIN_STD = 0.1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a pair is made of besides its shape.
+
+    Attributes:
+      noise: standard deviation of what ft adds to each weight, in standard deviations of the weights.
+      permute: axis kinds whose units ft has in another order; empty: none.
+      random_layers: so many layers are random, the others are holes that read as zeros. None: all are random.
+      std: standard deviation of the kernels and biases; gains have their neutral value give or take a tenth.
+    """
+
+    noise: float = 0.1
+    permute: tuple[str, ...] = ("embed", "mlp")
+    random_layers: int | None = None
+    std: float = 0.02
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What every group of tensors needs to know."""
+
+    arch: Arch
+    entries: Layout
+    table: AxisTable
+    permutations: Permutations
+    recipe: Recipe
+
+
+def planted_permutations(arch: Arch, recipe: Recipe) -> dict[str, np.ndarray]:
+    """Returns the permutations between base and ft; a pair is related unit by unit once they are undone."""
+    return random_permutations(jax.random.key(recipe.seed), axis_table(arch), recipe.permute) if recipe.permute else {}
+
+
+def write_pair(folder: Path, config: "transformers.PretrainedConfig", recipe: Recipe) -> None:
+    """Writes `folder/base` and `folder/ft`, which appear whole, and the recipe beside them as `pair.json`.
+
+    Memory stays below the largest few tensors.
+
+    Raises:
+      FileExistsError: the folder is there already.
+      OSError: the disk has no room for it.
+    """
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already; remove it or choose another place to write to")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        for member in ("base", "ft"):
+            (work / member).mkdir()
+            config.save_pretrained(work / member)
+            write_tokenizer(work / member, config.vocab_size)
+        (work / "pair.json").write_text(json.dumps(asdict(recipe)), encoding="utf-8")
+        _write_weights(work, recipe)
+        work.chmod(0o755)
+        work.rename(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _write_weights(folder: Path, recipe: Recipe) -> None:
+    arch = read_arch(folder / "base")
+    model = _Model(arch, layout(arch), axis_table(arch), planted_permutations(arch, recipe), recipe)
+    shapes = tensor_shapes(model.entries.values())
+    groups = list(_groups(model))
+    _check_room(folder, 4 * sum(_num_values(model.entries[name]) for group in groups for name in group))
+    base, ft = (lay_out(folder / member, shapes) for member in ("base", "ft"))
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        written = pool.map(lambda group: _write_group(model, group, base, ft), groups)
+        for _ in tqdm(written, total=len(groups), desc="writing", unit="tensor", disable=None):
+            pass
+
+
+def _groups(model: _Model) -> Iterator[tuple[str, ...]]:
+    """Yields the leaves to draw, those that share a tensor together."""
+    groups: dict[str, list[str]] = {}
+    for name, entry in model.entries.items():
+        if not _is_hole(name, model.recipe):
+            groups.setdefault(entry.pieces[0].tensor, []).append(name)
+    yield from map(tuple, groups.values())
+
+
+def _is_hole(name: str, recipe: Recipe) -> bool:
+    part, *rest = name.split("/")
+    return recipe.random_layers is not None and part == "layers" and int(rest[0]) >= recipe.random_layers
+
+
+def _check_room(folder: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise OSError(
+            f"{folder.parent}: the pair takes {num_bytes / 1e9:.0f} GB, the disk has {free / 1e9:.0f} GB free; "
+            "take fewer layers, or a sparse pair"
+        )
+
+
+def _write_group(model: _Model, names: tuple[str, ...], base: Mapping[str, Place], ft: Mapping[str, Place]) -> None:
+    """Draws the leaves of one group of tensors and writes them to both models."""
+    leaves: dict[str, np.ndarray] = {}
+    noisy: dict[str, np.ndarray] = {}
+    for name in names:
+        entry = model.entries[name]
+        generator = np.random.Generator(np.random.SFC64([model.recipe.seed, zlib.crc32(name.encode())]))
+        drawn, other = draw(entry.unfolded, _law(model, name), generator)
+        leaves[name], noisy[name] = drawn.transpose(entry.order), other
+    _fill(model, leaves, base)
+    del drawn, other
+    leaves.clear()
+    for name in names:
+        leaves[name] = _permuted(model, name, noisy.pop(name))
+    _fill(model, leaves, ft)
+
+
+def _fill(model: _Model, leaves: Mapping[str, np.ndarray], places: Mapping[str, Place]) -> None:
+    for tensor, values in to_tensors(model.entries, leaves).items():
+        places[tensor].fill(values)
+
+
+def _permuted(model: _Model, name: str, unfolded: np.ndarray) -> np.ndarray:
+    """Returns the leaf with its units permuted, moved as they lie in the file: transposing first would be slow."""
+    order = model.entries[name].order
+    dims, indices = unit_moves(model.table.leaves[name], model.permutations, model.table.within)
+    dims = tuple((order[dim], None if holder is None else order[holder]) for dim, holder in dims)
+    return np.asarray(take_units(unfolded, dims, indices)).transpose(order)
+
+
+def _law(model: _Model, name: str) -> Law:
+    if not name.endswith("/scale"):
+        return Law(0.0, model.recipe.std, model.recipe.noise)
+    return Law(0.0 if model.arch.norm == "rms_unit_offset" else 1.0, _GAIN_STD, model.recipe.noise)
+
+
+def _num_values(entry: Entry) -> int:
+    return int(np.prod(entry.unfolded, dtype=np.int64))

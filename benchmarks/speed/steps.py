@@ -1,0 +1,70 @@
+"""The two steps that forward passes are made of: one layer at every alpha, and one layer of both models with Grams."""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from benchmarks.speed.flops import block_flops_per_token, gram_flops_per_token
+from benchmarks.speed.random_models import random_pair, with_depth
+from benchmarks.speed.rows import Row
+from benchmarks.speed.sizes import Size
+from benchmarks.speed.timing import best_seconds, matmul, matmul_flops
+from tracing_jax.axes import axis_table
+from tracing_jax.data import paired_one_to_one
+from tracing_jax.forward.walk import Walk
+from tracing_jax.grams import correlations
+from tracing_jax.interpolate import moving_leaves, path_groups
+from tracing_jax.sharding import Compute, make_mesh
+from tracing_jax.source import InMemory
+
+DTYPES: Mapping[str, DTypeLike] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+TAPS = ("gate", "up")
+_LAYERS = 2
+
+
+def steps(size: Size, rounds: int = 3) -> Iterator[Row]:
+    """Yields tokens per second and the share of the matmul peak of the block step and of the cross-Gram step."""
+    arch = size.arch
+    base, ft = random_pair(arch, _LAYERS)
+    tokens = size.tokens[0] * size.tokens[1]
+    per_token = block_flops_per_token(arch, size.tokens[1])
+    for name, dtype in DTYPES.items():
+        timed = best_seconds([block_steps(base, ft, size, dtype), matmul(size.matmul, dtype)], rounds)
+        passes, note = len(size.alphas) * tokens * _LAYERS, "through one layer of one model"
+        yield _against_peak("block step", f"{len(size.alphas)} alphas, {name}", passes, per_token, timed, size, note)
+    deeper = with_depth(base, rounds + 1), with_depth(ft, rounds + 1)
+    timed = best_seconds([gram_step(*deeper, size), matmul(size.matmul, jnp.float32)], rounds)
+    per_token = 2 * per_token + gram_flops_per_token(arch, len(TAPS))
+    what, note = "gate and up, both models, float32", "through one layer of both models"
+    yield _against_peak("cross-Gram step", what, tokens, per_token, timed, size, note)
+
+
+def block_steps(base: InMemory, ft: InMemory, size: Size, dtype: DTypeLike) -> Callable[[], object]:
+    """Returns what takes all tokens through all layers, at every alpha, embedding included."""
+    compute = Compute(make_mesh(), size.batch_size, dtype)
+    moving = moving_leaves(axis_table(base.arch), path_groups(attn=True, emb=True))
+    walk = Walk(base, ft, moving, jnp.asarray(size.alphas, jnp.float32), dtype)
+    batches = [compute.put(batch) for batch in compute.batches(size.random_tokens())]
+    # Batch after batch, as in a run of models in memory: their hidden states need not all live at once.
+    return lambda: [jax.block_until_ready(walk.hidden([batch])) for batch in batches][-1]
+
+
+def gram_step(base: InMemory, ft: InMemory, size: Size) -> Callable[[], object]:
+    """Returns what takes all tokens through one layer, from hidden states to the correlations on the host.
+
+    Every call takes the next layer; the models must have one for each.
+    """
+    tokens, compute = size.random_tokens(), Compute(make_mesh(), size.batch_size, jnp.float32)
+    layers = correlations(base, ft, paired_one_to_one(tokens, tokens), TAPS, compute)
+    return lambda: next(layers).by_tap
+
+
+def _against_peak(
+    part: str, what: str, passes: int, per_token: float, timed: list[float], size: Size, note: str
+) -> Row:
+    """Returns the line of a step that took `timed[0]` seconds for so many tokens; the peak's took `timed[1]`."""
+    rate, peak = passes * per_token / timed[0], matmul_flops(size.matmul) / timed[1]
+    note = f"{passes / timed[0]:,.0f} tokens/s, each {note}"
+    return Row(part, what, rate / 1e9, peak / 1e9, "GFLOP/s", "the matmul peak", note)
