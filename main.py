@@ -5,10 +5,11 @@ The short flags override fields of the config; given alone they select `configs/
     python main.py --base_model_id A --ft_model_id B --permute --align --dataset wikitext --stat mode --save results.p
 """
 
+import contextlib
 import logging as stdlib_logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -16,6 +17,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from tracing_jax import experiment
+from tracing_jax.processes import is_first, joined
 from tracing_jax.report import summary
 from tracing_jax.statistics import REGISTRY
 
@@ -43,6 +45,9 @@ for _name, _help in _TEXT.items():
 for _name, _help in _SWITCHES.items():
     flags.DEFINE_boolean(_name, None, _help)
 flags.DEFINE_enum("fail_on", None, ["related"], "Exit with status 3 if the verdict on any pair is this.")
+flags.DEFINE_string("coordinator", None, "host:port of process 0, of several that srun does not start.")
+flags.DEFINE_integer("num_processes", None, "How many processes there are, with --coordinator.")
+flags.DEFINE_integer("process_id", None, "Which of them this is, from 0, with --coordinator.")
 flags.DEFINE_integer("seed", None, "Every random draw of the run follows from it.")
 
 
@@ -75,24 +80,32 @@ def _override(config: ConfigDict) -> None:
             del config.ft_model_ids
 
 
-def main(argv: Sequence[str]) -> None:
-    """Runs the experiment of the config and prints its summary; what a user can mend ends with one clear message."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    _set_up_log()
-    config = _CONFIG.value
-    _override(config)
+@contextlib.contextmanager
+def _one_message() -> Iterator[None]:
+    """Ends the program with one clear message where something is wrong that a user can mend."""
     try:
-        records = experiment.run(config)
+        yield
     except (ValueError, OSError, ModuleNotFoundError, jax.errors.JaxRuntimeError) as error:
         logging.debug("where it happened", exc_info=True)
         memory = (
             "\nless memory: a smaller batch_size, dtype=bfloat16, or more devices" if "RESOURCE" in str(error) else ""
         )
         sys.exit(f"error: {error}{memory}\n(--verbosity=1 shows where it happened)")
-    print(summary(records))
-    if flags.FLAGS.fail_on in [record["verdict"]["verdict"] for record in records]:
-        sys.exit(3)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the experiment of the config and prints its summary."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    _set_up_log()
+    config, given = _CONFIG.value, flags.FLAGS
+    _override(config)
+    with _one_message(), joined(given.coordinator, given.num_processes, given.process_id), _one_message():
+        records = experiment.run(config)
+        if is_first():
+            print(summary(records))
+        if given.fail_on in [record["verdict"]["verdict"] for record in records]:
+            sys.exit(3)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ _ROOMS = {
     "tree": "",
     "record": "",
     "progress": "record",
+    "processes": "",
     "arch": "",
     "axes": "arch tree",
     "models": "arch tree",

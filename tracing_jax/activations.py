@@ -14,7 +14,7 @@ from tracing_jax.arch import Arch
 from tracing_jax.models import LayerInputs, apply_block_with_taps, apply_embed, apply_mlp_with_taps, layer_inputs
 from tracing_jax.sharding import Compute
 from tracing_jax.source import ParamSource
-from tracing_jax.tree import Tree
+from tracing_jax.tree import Tree, to_host
 
 
 def activations(
@@ -40,7 +40,7 @@ def activations(
         found = []
         for b, place in enumerate(places):
             hidden[b], picked = _step(arch, taps, layer, hidden[b], inputs, place)
-            found.append(jax.device_get(picked))
+            found.append(compute.get(picked))
         yield i, {tap: np.concatenate([rows[tap] for rows in found])[: len(at)][valid] for tap in taps}
 
 
@@ -54,7 +54,7 @@ def embedding_activations(
     arch, taps = source.arch, tuple(taps)
     x = _embed_step(arch, jnp.float32, source.embed(), jnp.asarray(ids)[None])
     for i in tqdm(range(arch.num_layers), desc=description, unit="layer", disable=None):
-        yield i, jax.device_get(mlp_step(arch, taps, source.layer(i), x))
+        yield i, to_host(mlp_step(arch, taps, source.layer(i), x))
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "taps"))

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
 from tracing_jax.axes import AxisTable, Leaf, kind_of
-from tracing_jax.tree import Tree, map_named
+from tracing_jax.tree import Tree, map_named, to_host
 
 MESH_AXIS = {"mlp": "model", "kv_heads": "model", "vocab": "model"}
 """Axis kind -> mesh axis (tensor parallelism). Token blocks are split over `data`. Experts are computed one at a time:
@@ -41,18 +41,18 @@ class Compute:
 
     def put(self, batch: np.ndarray) -> jax.Array:
         """Returns a batch on the mesh, its first axis split over `data`."""
-        return jax.device_put(batch, NamedSharding(self.mesh, P("data")))
+        return _put(batch, NamedSharding(self.mesh, P("data")))
 
     def get(self, arrays: Tree) -> Tree:
         """Returns arrays of the mesh, whole, on the host."""
-        return jax.device_get(arrays)
+        return to_host(arrays)
 
 
 def make_mesh(data: int = 1, model: int = 1) -> Mesh:
-    """Returns a mesh `(data, model)` over the devices of this program; -1 for one of them takes what is left.
+    """Returns a mesh `(data, model)` over the devices of all processes; -1 for one of them takes what is left.
 
     Raises:
-      ValueError: more devices asked for than there are, or a count that is not positive.
+      ValueError: more devices asked for than there are, a count that is not positive, or a process without a device.
     """
     available = len(jax.devices())
     if data == -1:
@@ -65,6 +65,12 @@ def make_mesh(data: int = 1, model: int = 1) -> Mesh:
             "set config.mesh.data and config.mesh.model (-1 takes what is left)"
         )
     devices = np.asarray(jax.devices()[: data * model]).reshape(data, model)
+    idle = set(range(jax.process_count())) - {device.process_index for device in devices.flat}
+    if idle:
+        raise ValueError(
+            f"mesh (data={data}, model={model}) takes no device of process {min(idle)}, and {available} are there; "
+            "set config.mesh.data and config.mesh.model (-1 takes what is left), or start fewer processes"
+        )
     return Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
@@ -83,5 +89,13 @@ def leaf_spec(row: Leaf, table: AxisTable, mesh: Mesh) -> P:
 def place(tree: Tree, table: AxisTable, mesh: Mesh) -> Tree:
     """Returns the tree on the devices of the mesh, each leaf split as its row says."""
     return map_named(
-        lambda name, leaf: jax.device_put(leaf, NamedSharding(mesh, leaf_spec(table.leaves[name], table, mesh))), tree
+        lambda name, leaf: _put(leaf, NamedSharding(mesh, leaf_spec(table.leaves[name], table, mesh))), tree
     )
+
+
+def _put(array: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """Returns an array, which every process has, on the devices of all."""
+    if sharding.is_fully_addressable or (isinstance(array, jax.Array) and not array.is_fully_addressable):
+        return jax.device_put(array, sharding)
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

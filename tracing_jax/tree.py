@@ -4,6 +4,8 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 Tree = Any
 """Any pytree; for model parameters, nested dicts with arrays at the leaves."""
@@ -42,3 +44,23 @@ def select(tree: Tree, names: Collection[str]) -> Tree:
 def map_named(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """Returns the tree with every leaf replaced by `function(name, leaf, *leaves of rest)`."""
     return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(name_of(path), *leaves), tree, *rest)
+
+
+def to_host(tree: Tree) -> Tree:
+    """Returns the tree with numpy leaves, each whole.
+
+    Where several processes share the leaves, each must ask for the same ones in the same order: what the devices of the
+    others hold comes from them.
+    """
+    return jax.tree.map(_whole, tree)
+
+
+def _whole(leaf: Any) -> np.ndarray:
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf)
+
+
+def readable(array: jax.Array) -> jax.Array | np.ndarray:
+    """Returns an array whose every element this process can read: itself, or where others hold parts of it, a copy."""
+    return array if jax.process_count() == 1 else to_host(array)

@@ -12,7 +12,7 @@ from tracing_jax.matching import Shared
 from tracing_jax.source import Disguised, Mapped, ParamSource, disguised, part
 from tracing_jax.symmetry import Rewrite
 from tracing_jax.symmetry.rewrite import Weight, table_of
-from tracing_jax.tree import flatten
+from tracing_jax.tree import flatten, to_host
 
 Leaves = dict[str, np.ndarray]
 """Leaves of one part by their names in it."""
@@ -20,13 +20,13 @@ Leaves = dict[str, np.ndarray]
 
 def exact(source: ParamSource, rewrites: Sequence[Rewrite] = ()) -> Disguised:
     """Returns the source after rewrites, in float64 on the host: nothing is rounded."""
-    wide = Mapped(source, lambda part, table: jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), part))
+    wide = Mapped(source, lambda part, table: jax.tree.map(lambda leaf: to_host(leaf).astype(np.float64), part))
     return disguised(wide, rewrites)
 
 
 def leaves(source: ParamSource, prefix: str) -> Leaves:
     """Returns the leaves under `embed/`, `layers/<i>/` or `head/`, on the host."""
-    return {name: np.asarray(leaf) for name, leaf in flatten(part(source, prefix)).items()}
+    return {name: to_host(leaf) for name, leaf in flatten(part(source, prefix)).items()}
 
 
 def prefixes(arch: Arch) -> list[str]:

@@ -52,7 +52,7 @@ def _similarities(
     total: dict[Coordinate, np.ndarray] = {}
     for found_in in layers:
         for coordinate in todo:
-            found = found_in.by_tap[TAP[kind_of(coordinate.axis)]]
+            found = np.asarray(found_in.by_tap[TAP[kind_of(coordinate.axis)]])
             if coordinate in whole_model:
                 total[coordinate] = total.get(coordinate, np.float32(0)) + found / np.float32(arch.num_layers)
             elif coordinate.axis.startswith(f"layers/{found_in.layer}/"):

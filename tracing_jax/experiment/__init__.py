@@ -22,6 +22,7 @@ from tracing_jax.experiment.loading import align_ft, load_pair, permute_ft, prov
 from tracing_jax.experiment.opening import Opened, inapplicable, open_pair
 from tracing_jax.experiment.settings import DEMO, ConfigError, check_config
 from tracing_jax.forward import token_losses
+from tracing_jax.processes import is_first
 from tracing_jax.progress import PROGRESS, Progress
 from tracing_jax.record import FORMAT, RunFiles, atomic_write, commit, legacy_dict, plain, write_json, write_pickle
 from tracing_jax.report import family_html, figure_of_family, figure_of_run, html, save_png
@@ -47,6 +48,14 @@ def run(config: ConfigDict) -> list[dict[str, Any]]:
     finished: list[Progress] = []
     traced = {name: trace(pair, finished) for name, pair in pairs.items()}
     records = dict(zip(traced, _side_by_side(list(traced.values()))))
+    if is_first():
+        _save_family(records, files)
+    for progress in finished:
+        progress.clear()
+    return list(records.values())
+
+
+def _save_family(records: Mapping[str, dict[str, Any]], files: RunFiles) -> None:
     write_json(files.json, {"format": FORMAT, "records": list(records.values())})
     atomic_write(
         files.pickle, pickle.dumps({name: legacy_dict(record) for name, record in records.items()}, protocol=4)
@@ -54,10 +63,7 @@ def run(config: ConfigDict) -> list[dict[str, Any]]:
     save_png(figure_of_family(list(records.values())), files.png)
     pages = [urllib.parse.quote(f"{files.folder.name}/{name}.html") for name in records]
     atomic_write(files.html, family_html(list(records.values()), pages).encode())
-    for progress in finished:
-        progress.clear()
     logging.info("wrote %s, json, png and html; each pair lies in %s", files.pickle, files.folder)
-    return list(records.values())
 
 
 def _side_by_side(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -148,7 +154,8 @@ def trace(config: ConfigDict, finished: list[Progress] | None = None) -> dict[st
         }
     )
     arrays = {name: result.arrays for name, result in before.items() if result.arrays}
-    save(record, RunFiles.from_save(config.save), alignment, arrays)
+    if is_first():
+        save(record, RunFiles.from_save(config.save), alignment, arrays)
     if finished is None:
         progress.clear()
     else:

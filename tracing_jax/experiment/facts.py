@@ -14,6 +14,7 @@ from tracing_jax.alignment import Alignment
 from tracing_jax.arch import Arch
 from tracing_jax.checkpoint import Checkpoint
 from tracing_jax.experiment.opening import Opened
+from tracing_jax.processes import is_first
 from tracing_jax.record import file_hashes
 
 _SHAPE = (
@@ -34,13 +35,14 @@ _PACKAGES = (
 
 def model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     """Returns what identifies a model: id, commit, shape, size and the hashes of its files."""
+    files = [checkpoint.folder / "config.json", *checkpoint.tensors.files()]
     return {
         "id": checkpoint.id,
         "revision": checkpoint.revision,
         "family": checkpoint.arch.family,
         "parameters": sum(math.prod(entry.shape) for entry in checkpoint.entries.values()),
         "shape": shape_facts(checkpoint.arch),
-        "files": file_hashes([checkpoint.folder / "config.json", *checkpoint.tensors.files()]),
+        "files": file_hashes(files) if is_first() else {},  # the first of several processes writes the record
     }
 
 

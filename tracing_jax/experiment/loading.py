@@ -122,7 +122,10 @@ def _keep_alignment(progress: Progress, alignment: Alignment) -> None:
 def _kept_alignment(progress: Progress) -> Alignment | None:
     fields: dict[str, Any] | None = progress.load(dict, "alignment")
     permutations = progress.load_arrays("alignment")
-    return None if fields is None or permutations is None else Alignment(**{**fields, "permutations": permutations})
+    if fields is None or permutations is None:
+        return None
+    tuples = {"objective": tuple(fields["objective"]), "rewrites": ()}
+    return Alignment(**{**fields, **tuples, "permutations": permutations})
 
 
 def _in_base_s_place(opened: Opened, pair: Pair, alignment: Alignment) -> Pair:

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 
 from tracing_jax.forward.walk import Walk, check_tokens, head_logits
 from tracing_jax.source import ParamSource
-from tracing_jax.tree import flatten
+from tracing_jax.tree import flatten, to_host
 
 
 def logits(
@@ -17,7 +17,7 @@ def logits(
     check_tokens(tokens, source.arch)
     walk = Walk(source, None, frozenset(), jnp.zeros(1), dtype)
     (hidden,) = walk.hidden([jnp.asarray(tokens)])
-    return np.asarray(head_logits(source.arch, walk.head().base, hidden[0]))
+    return to_host(head_logits(source.arch, walk.head().base, hidden[0]))
 
 
 FUNCTION_TOLERANCE = {"float64": 1e-3, "float32": 1e-3, "float16": 5e-2, "bfloat16": 2e-1}

@@ -31,7 +31,7 @@ from tracing_jax.models import (
 from tracing_jax.progress import Progress
 from tracing_jax.sharding import Compute
 from tracing_jax.source import ParamSource
-from tracing_jax.tree import Tree
+from tracing_jax.tree import Tree, readable
 
 _Inputs = tuple[LayerInputs, LayerInputs]
 
@@ -45,12 +45,12 @@ class LayerCorrelations:
 
     Attributes:
       layer: its index in both models.
-      by_tap: tap -> Pearson correlation of base's units with ft's, over all paired positions.
+      by_tap: tap -> Pearson correlation of base's units with ft's, over all paired positions, on the device.
       samples: tap -> activations of base and of ft at the sampled positions, float32; empty if none were asked for.
     """
 
     layer: int
-    by_tap: Mapping[str, Float[np.ndarray, "U U2"]]
+    by_tap: Mapping[str, Float[Array | np.ndarray, "U U2"]]
     samples: Mapping[str, tuple[Float[np.ndarray, "S U3"], Float[np.ndarray, "S U4"]]] = field(default_factory=dict)
 
 
@@ -153,7 +153,7 @@ def _walk(
         by_tap = {}
         for tap in taps:
             total = sums.pop(tap)
-            by_tap[tap] = np.asarray(pearson(total.cross, total.first, total.square, blocks.num_pairs))
+            by_tap[tap] = readable(pearson(total.cross, total.first, total.square, blocks.num_pairs))
         yield LayerCorrelations(i, by_tap, keeper.joined(kept))
         del by_tap  # before the next ones are made
         _keep_states(progress, i + 1, hidden)

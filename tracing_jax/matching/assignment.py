@@ -6,22 +6,36 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 
+from tracing_jax.matching.sparse_assignment import optimal_assignment
+from tracing_jax.matching.views import HostView, View, check_finite
+
+_SMALL = 2**18
+"""Entries of a matrix that scipy assigns sooner than candidates are found; measured, see `benchmarks/assignment.py`."""
+_WIDE, _SMALL_WIDE = 0.8, 2**24
+"""Rows per column below which scipy is the faster, and the entries up to which its copy in float64 is afforded."""
+
 Blocks = Callable[[int, int], Float[np.ndarray, "G G2"]]
 """(unit i of base, unit j of ft) -> how alike the units inside the two are, at [g, h]."""
 
 
-def assign(similarity: Float[np.ndarray, "n m"]) -> Int[np.ndarray, " n"]:
+def assign(similarity: Float[np.ndarray, "n m"] | View) -> Int[np.ndarray, " n"]:
     """Returns for every row its own column, such that the similarities picked have the greatest possible sum.
+
+    Equal optima are told apart by the order of rows and columns. For the proof see `optimal_assignment`, which solves
+    all but small matrices, and those with many more columns than rows; there scipy's solver is the faster.
 
     Raises:
       ValueError: more rows than columns, or similarities that are not finite.
     """
-    n, m = similarity.shape
+    view = HostView(similarity) if isinstance(similarity, np.ndarray) else similarity
+    n, m = view.shape
     if n > m:
         raise ValueError(f"cannot assign {n} rows to {m} columns one to one; transpose, or leave rows out first")
-    _check_finite(similarity)
-    _, columns = linear_sum_assignment(similarity, maximize=True)
-    return columns.astype(np.int32)
+    if n * m <= _SMALL or (n <= _WIDE * m and n * m <= _SMALL_WIDE):
+        whole = view.sample(n)
+        check_finite(whole)
+        return linear_sum_assignment(whole, maximize=True)[1].astype(np.int32)
+    return optimal_assignment(view).columns
 
 
 def assign_nested(
@@ -51,11 +65,3 @@ def assign_nested(
             orders[pair] = assign(similarity)
             picked = np.take_along_axis(similarity, orders[pair][:, None], axis=1)
             worth[pair] = outer[pair] + picked.sum(dtype=np.float64)
-
-
-def _check_finite(similarity: Float[np.ndarray, "..."]) -> None:
-    if bad := int((~np.isfinite(similarity)).sum()):
-        raise ValueError(
-            f"{bad} of {similarity.size} similarities are NaN or infinite; look for such values in the weights or "
-            "activations they come from"
-        )

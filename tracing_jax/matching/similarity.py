@@ -20,7 +20,7 @@ from tracing_jax.axes import AxisTable
 from tracing_jax.matching.assignment import Blocks
 from tracing_jax.matching.coordinate import Coordinate, Similarity
 from tracing_jax.symmetry import Dims, Permutations, take_units, unit_moves
-from tracing_jax.tree import Tree, flatten
+from tracing_jax.tree import Tree, flatten, to_host
 
 _NESTED_BYTES = 2**30
 """The most that the similarities of all units inside all others may take at once; of Mixtral's experts, 52 GB."""
@@ -90,7 +90,7 @@ def scores(pairs: WeightPairs, names: Iterable[str], permutations: Permutations)
         row = pairs.table.leaves[name]
         base, ft = pairs.pair(name)
         found[name] = _contract(_pairing(base.ndim, ()), base, ft, *unit_moves(row, permutations, pairs.table.within))
-    return {name: float(score) for name, score in jax.device_get(found).items()}
+    return {name: float(score) for name, score in to_host(found).items()}
 
 
 def weight_similarity(
@@ -115,8 +115,8 @@ def weight_similarity(
             else:
                 units = units + _contract(equation, *pairs.pair(name), *moves)
     if coordinate.nested is None:
-        return Similarity(np.asarray(units))
-    return Similarity(np.asarray(units), _blocks(pairs, places, n, pairs.table.sizes[coordinate.nested]))
+        return Similarity(to_host(units))
+    return Similarity(to_host(units), _blocks(pairs, places, n, pairs.table.sizes[coordinate.nested]))
 
 
 class _Place(NamedTuple):
@@ -134,14 +134,14 @@ def _blocks(pairs: WeightPairs, places: Sequence[_Place], n: int, size: int) -> 
         whole = jnp.zeros((n, size, n, size))
         for name, _, equation, moves in places:
             whole = whole + _contract(equation, *pairs.pair(name), *moves)
-        found = np.asarray(whole)
+        found = to_host(whole)
         return lambda i, j: found[i, :, j]
 
     def block(i: int, j: int) -> np.ndarray:
         total = jnp.zeros((1, size, 1, size))
         for name, dim, equation, moves in places:
             total = total + _contract(equation, *pairs.pair(name), *moves, dim, (i, j))
-        return np.asarray(total)[0, :, 0]
+        return to_host(total)[0, :, 0]
 
     return block
 

@@ -2,15 +2,16 @@
 
 The blindness makes p-values exact: if the units of one model are renumbered, the pairs are renumbered with them and
 nothing else changes. A solver alone is not blind: among equal optima it prefers low indices, and independent models
-with a fifth of their units zero then seem to agree. So rows and columns are shuffled before every assignment.
+with a fifth of their units zero then seem to agree. So the solver is shown rows and columns in shuffled orders.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from tracing_jax.matching.assignment import assign
+from tracing_jax.matching.device_views import view_of
 
 
 @dataclass(frozen=True)
@@ -29,38 +30,42 @@ class UnitMatching:
     live_ft: int
 
 
-def live_units(*similarities: Float[np.ndarray, "n m"]) -> tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"]]:
+def live_units(
+    *similarities: Float[Array | np.ndarray, "n m"],
+) -> tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"]]:
     """Returns the rows and the columns that have a similarity in every one of these matrices.
 
     A unit that is all zero, or never varies, has similarity 0 with every other and cannot be matched.
     """
-    rows = np.logical_and.reduce([s.any(axis=1) for s in similarities])
-    columns = np.logical_and.reduce([s.any(axis=0) for s in similarities])
+    rows = np.logical_and.reduce([np.asarray(s.any(axis=1)) for s in similarities])
+    columns = np.logical_and.reduce([np.asarray(s.any(axis=0)) for s in similarities])
     return np.flatnonzero(rows), np.flatnonzero(columns)
 
 
 def match_units(
-    similarity: Float[np.ndarray, "n m"],
+    similarity: Float[Array | np.ndarray, "n m"],
     generator: np.random.Generator,
     live: tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"]] | None = None,
+    *,
+    absolute: bool = False,
 ) -> UnitMatching:
     """Returns the pairs of greatest total similarity among the live rows and columns; ties fall by lot.
 
     Args:
-      similarity: of each unit of base with each of ft.
+      similarity: of each unit of base with each of ft. It is not copied, and stays on its accelerator.
       generator: draws the order in which the solver sees them; give every matching a stream of its own.
       live: rows and columns that take part. By default those of `live_units`.
+      absolute: whether the similarities' absolute values count.
 
     Raises:
       ValueError: a similarity that is not finite.
     Source: Zhu et al. 2025 (arXiv 2502.12292), MATCH, whose solver sees the units in their own order.
     """
     rows, columns = (generator.permutation(units) for units in live or live_units(similarity))
-    shuffled = similarity[np.ix_(rows, columns)]
     if len(rows) <= len(columns):
-        base, ft = rows, columns[assign(shuffled)]
+        base, ft = rows, columns[assign(view_of(similarity, rows, columns, absolute))]
         order = np.argsort(base)
     else:
-        base, ft = rows[assign(shuffled.T)], columns
+        base, ft = rows[assign(view_of(similarity.T, columns, rows, absolute))], columns
         order = np.argsort(ft)
     return UnitMatching(base[order].astype(np.int32), ft[order].astype(np.int32), len(rows), len(columns))

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 
+import jax
+
 from tracing_jax.arch import Arch
 from tracing_jax.source.reading import ParamSource
 from tracing_jax.tree import Tree
@@ -37,7 +39,8 @@ class ReadAhead:
             found = ahead[2].result()
         else:
             found = self._read(lambda: self.source.layer(index, only))
-        if index + 1 < self.arch.num_layers:
+        # Of several processes each might turn to the thread at another moment, and devices wait for one another.
+        if index + 1 < self.arch.num_layers and jax.process_count() == 1:
             self._next = index + 1, only, self._thread.submit(self.source.layer, index + 1, only)
         return found
 

@@ -6,6 +6,8 @@ import numpy as np
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
+from tracing_jax.tree import to_host
+
 _SLICE_BYTES = 256 * 2**20  # the most that one slice of the cosine matrix may take
 
 
@@ -17,7 +19,7 @@ def best_cosines(rows: Float[Array, "n d"], others: Float[Array, "m d"], descrip
     others = _normalised(others)
     step = max(1, min(len(rows), _SLICE_BYTES // (4 * len(others))))
     starts = tqdm(range(0, len(rows), step), desc=description, unit="slice", disable=None if description else True)
-    return np.concatenate([np.asarray(_best(rows[start : start + step], others)) for start in starts])
+    return np.concatenate([to_host(_best(rows[start : start + step], others)) for start in starts])
 
 
 @jax.jit

@@ -47,8 +47,8 @@ class Csh:
         progress = pair.progress.within("csh")
 
         def compare(layer: LayerCorrelations) -> Comparison:
-            similarity = np.abs(layer.by_tap[tap])
-            matching = match_units(similarity, pair.generator("csh", layer.layer))
+            similarity = layer.by_tap[tap]
+            matching = match_units(similarity, pair.generator("csh", layer.layer), absolute=True)
             return against_identity(matching, *similarity.shape)
 
         layers = correlations(pair.base, pair.ft, blocks, (tap,), pair.compute, "csh", progress=progress)

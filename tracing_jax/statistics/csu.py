@@ -14,7 +14,7 @@ from tracing_jax.statistics.comparison import Comparison, against_identity
 from tracing_jax.statistics.constrained import constrained_result, layers_in_common, row_problems
 from tracing_jax.statistics.cosine import cosines
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies
-from tracing_jax.tree import Tree
+from tracing_jax.tree import Tree, readable
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,5 @@ def compare_rows(
     signed: bool = False,
 ) -> Comparison:
     """Returns how far matching the rows of two matrices by (absolute) cosine keeps them in place."""
-    similarity = np.asarray(cosines(base, ft))
-    matching = match_units(similarity if signed else np.abs(similarity), generator)
+    matching = match_units(readable(cosines(base, ft)), generator, absolute=not signed)
     return against_identity(matching, len(base), len(ft))

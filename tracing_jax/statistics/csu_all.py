@@ -18,6 +18,7 @@ from tracing_jax.statistics.constrained import row_problems
 from tracing_jax.statistics.csu import compare_rows
 from tracing_jax.statistics.pvalues import smallest
 from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, Pair, Result, Test, Vocabularies
+from tracing_jax.tree import to_host
 
 _ROWS = {"gate_proj": "mlp", "up_proj": "mlp", "down_proj": "embed", "o_proj": "embed",
          "q_proj": "", "k_proj": "", "v_proj": "", "embedding": "vocab", "lm_head": "vocab"}  # fmt: skip
@@ -116,7 +117,7 @@ def _shapes(table: AxisTable) -> dict[str, tuple[int, int]]:
 def _rows(model: ParamSource, name: str, table: AxisTable) -> Float[np.ndarray, "n d"]:
     """Returns a matrix with the units of its axis as rows; without an axis, all but the features."""
     axis = _ROWS[_matrix(name)]
-    kernel = np.asarray(leaf(model, name))
+    kernel = to_host(leaf(model, name))
     kinds = [kind_of(a) if a else "" for a in table.leaves[name].axes]
     if axis:
         moved = np.moveaxis(kernel, kinds.index(axis), 0)

@@ -18,7 +18,7 @@ from tracing_jax.statistics.permuted_copies import draw_permutations, permutatio
 from tracing_jax.statistics.pvalues import permutation_test
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies
 from tracing_jax.symmetry import Dims, Permutations, take_units, unit_moves
-from tracing_jax.tree import flatten
+from tracing_jax.tree import flatten, to_host
 
 LABEL = "mean Frobenius distance over tensors"
 
@@ -113,9 +113,9 @@ def _crosses(base: jax.Array, ft: jax.Array, dims: Dims, indices: Sequence[np.nd
     if not dims:
         return np.array([_sum(_products(base, ft))])
     if len(dims) == 1 and dims[0][1] is None:
-        between = np.asarray(_between_units(base, ft, dims[0][0]), np.float64)
-        return between[np.arange(len(between)), indices[0]].sum(axis=1)
-    return np.asarray(_permuted_products(base, ft, dims, indices)).sum(axis=1, dtype=np.float64)
+        between = to_host(_between_units(base, ft, dims[0][0]))
+        return between[np.arange(len(between)), indices[0]].sum(axis=1, dtype=np.float64)
+    return to_host(_permuted_products(base, ft, dims, indices)).sum(axis=1, dtype=np.float64)
 
 
 @functools.partial(jax.jit, static_argnames="dim")
@@ -141,4 +141,4 @@ def _permuted_products(
 
 
 def _sum(rows: jax.Array) -> float:
-    return float(np.asarray(rows).sum(dtype=np.float64))
+    return float(to_host(rows).sum(dtype=np.float64))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+from jaxtyping import Array
 
 from tracing_jax.arch import Arch
 from tracing_jax.grams import LayerCorrelations, Sample, correlate, correlations, embedding_correlations
@@ -159,18 +160,18 @@ def gate_problems(base: Arch, ft: Arch) -> list[str]:
 
 
 def match_taps(
-    by_tap: Mapping[str, np.ndarray], pair: Pair, names: Sequence[str | int]
+    by_tap: Mapping[str, Array | np.ndarray], pair: Pair, names: Sequence[str | int]
 ) -> tuple[UnitMatching, UnitMatching]:
     """Returns the matchings by gate and by up correlations, over the units live in both."""
-    gate, up = by_tap["gate"], np.abs(by_tap["up"])
+    gate, up = by_tap["gate"], by_tap["up"]
     live = live_units(gate, up)
     return (
         match_units(gate, pair.generator(*names, "gate"), live),
-        match_units(up, pair.generator(*names, "up"), live),
+        match_units(up, pair.generator(*names, "up"), live, absolute=True),
     )
 
 
-def compare_taps(by_tap: Mapping[str, np.ndarray], pair: Pair, names: Sequence[str | int]) -> Comparison:
+def compare_taps(by_tap: Mapping[str, Array | np.ndarray], pair: Pair, names: Sequence[str | int]) -> Comparison:
     """Returns how far the matchings by gate and by up correlations agree."""
     return against_each_other(*match_taps(by_tap, pair, names))
 

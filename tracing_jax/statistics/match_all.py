@@ -109,8 +109,8 @@ class MatchAll:
         u, source = Match().allowance(form, pair)
         if not pair.controls:
             return u, tabled_allowance(pair.ft.arch.num_layers, form), source
-        depths = (np.linspace(0, 1, model.arch.num_layers) for model in (pair.ft, pair.base))
-        return u, np.interp(*depths, u).tolist(), source
+        depths, depths_base = (np.linspace(0, 1, model.arch.num_layers) for model in (pair.ft, pair.base))
+        return u, np.interp(depths, depths_base, u).tolist(), source
 
     def _compare(
         self, form: str, pair: Pair, base: Sequence[Activations], ft: Sequence[Activations]
@@ -188,9 +188,9 @@ def _units(
 def paired_units(base: Activations, ft: Activations, generator: np.random.Generator) -> np.ndarray:
     """Returns the units of two layers on which gate and up projection agree, `[M, 2]`: unit of base, unit of ft."""
     by_tap = {tap: correlate(base[tap], ft[tap]) for tap in TAPS}
-    gate, up = by_tap["gate"], np.abs(by_tap["up"])
+    gate, up = by_tap["gate"], by_tap["up"]
     live = live_units(gate, up)
-    one, other = (match_units(similarity, generator, live) for similarity in (gate, up))
+    one, other = (match_units(s, generator, live, absolute=s is up) for s in (gate, up))
     same = (one.base == other.base) & (one.ft == other.ft)
     return np.stack([one.base[same], one.ft[same]], axis=1)
 

@@ -17,7 +17,7 @@ from jaxtyping import Float, PRNGKeyArray
 
 from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisTable, axis_table
-from tracing_jax.tree import Tree, flatten, unflatten
+from tracing_jax.tree import Tree, flatten, to_host, unflatten
 
 table_of = functools.lru_cache(maxsize=64)(axis_table)
 """The axis table of a model, which every part asks for; do not change it."""
@@ -169,7 +169,7 @@ def rewritten(prefix: str, read: Callable[[str], Tree], rewrites: Sequence[Rewri
     """Returns one part of the model after the rewrites, in numpy; `read` gives the subtrees of the model before."""
 
     def wide(prefix: str) -> Part:
-        leaves = {name: np.asarray(leaf) for name, leaf in flatten(read(prefix)).items()}
+        leaves = {name: to_host(leaf) for name, leaf in flatten(read(prefix)).items()}
         return {name: Weight(leaf, leaf.dtype) for name, leaf in leaves.items()}
 
     reader: Read = wide

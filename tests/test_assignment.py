@@ -1,0 +1,162 @@
+"""Laws of the assignment: the optimum and its proof, whatever the matrix; equivariance; one answer on all devices."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
+
+from tracing_jax.matching import DeviceView, HostView, assign, match_units, optimal_assignment
+
+F = np.float32
+
+
+def gaussian(rng, n, m):
+    return rng.standard_normal((n, m), F)
+
+
+def integers(rng, n, m):
+    return rng.integers(0, 4, (n, m)).astype(F)
+
+
+def constant(rng, n, m):
+    return np.full((n, m), rng.choice([-1, 0, 1]), F)
+
+
+def zero_units(rng, n, m):
+    found = gaussian(rng, n, m)
+    found[rng.permutation(n)[: n // 3]] = 0
+    found[:, rng.permutation(m)[: m // 3]] = 0
+    return found
+
+
+def duplicates(rng, n, m):
+    return gaussian(rng, n, m)[rng.integers(0, n, n)][:, rng.integers(0, m, m)]
+
+
+def low_rank(rng, n, m):
+    d = int(rng.integers(1, 4))
+    return gaussian(rng, n, d) @ gaussian(rng, d, m)
+
+
+def badly_scaled(rng, n, m):
+    return (gaussian(rng, n, m) * 10.0 ** rng.uniform(-30, 30, (n, m))).astype(F)
+
+
+def badly_scaled_units(rng, n, m):
+    return (gaussian(rng, n, m) * 10.0 ** rng.uniform(-14, 14, (n, 1)) * 10.0 ** rng.uniform(-14, 14, m)).astype(F)
+
+
+def related(rng, n, m):
+    return 0.1 * gaussian(rng, n, m) + np.eye(n, m, dtype=F)[rng.permutation(n)]
+
+
+def common_directions(rng, n, m):
+    common = gaussian(rng, 3, 40)
+    x, y = (gaussian(rng, size, 3) @ common + gaussian(rng, size, 40) for size in (n, m))
+    return np.corrcoef(x, y)[:n, n:].astype(F)
+
+
+KINDS = (
+    gaussian, integers, constant, zero_units, duplicates, low_rank, badly_scaled, badly_scaled_units, related,
+    common_directions,
+)  # fmt: skip
+
+
+def on_device(matrix, rows=None, columns=None, absolute=False):
+    n, m = matrix.shape
+    rows, columns = (np.arange(size) if one is None else one for one, size in ((rows, n), (columns, m)))
+    return DeviceView((jnp.asarray(matrix),), rows, columns, absolute)
+
+
+def check_proof(matrix, found, rounding=1e-12):
+    n = len(matrix)
+    assert found.columns.dtype == np.int32
+    assert len(set(found.columns.tolist())) == n
+    assigned = matrix[np.arange(n), found.columns].astype(float)
+    rows, columns = linear_sum_assignment(matrix, maximize=True)
+    best = matrix[rows, columns].sum(dtype=float)
+    size, lost = np.abs(assigned).sum(), rounding * n * np.abs(matrix).max() + 1e-35
+    assert found.value == pytest.approx(assigned.sum(), rel=rounding, abs=lost)
+    assert found.value == pytest.approx(best, rel=rounding, abs=lost)
+    assert best - lost <= found.bound <= found.value + 1e-6 * size + lost
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(KINDS), st.integers(1, 90), st.integers(0, 60), st.integers(0, 2**32 - 1))
+def test_assignment_is_scipys_optimum_and_proved(kind, n, spare, seed):
+    matrix = kind(np.random.default_rng(seed), n, n + spare)
+    check_proof(matrix, optimal_assignment(HostView(matrix)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(40, 40), (30, 45)])
+def test_device_finds_what_numpy_finds(kind, shape):
+    rng = np.random.default_rng(0)
+    matrix = kind(rng, *shape)
+    found = optimal_assignment(on_device(matrix))
+    check_proof(matrix, found)
+    assert found.value == pytest.approx(optimal_assignment(HostView(matrix)).value, rel=1e-12)
+
+
+@pytest.mark.parametrize("view", [HostView, on_device])
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("kind", [gaussian, low_rank, common_directions])
+def test_large_matrix_seen_in_part_and_in_another_order(view, absolute, kind):
+    rng = np.random.default_rng(0)
+    matrix = kind(rng, 700, 650)
+    rows, columns = rng.permutation(700)[:600], rng.permutation(650)[:620]
+    shown = matrix[np.ix_(rows, columns)]
+    found = optimal_assignment(view(matrix, rows, columns, absolute))
+    check_proof(np.abs(shown) if absolute else shown, found)
+    assert found.passes > 2
+
+
+def test_product_of_factors_is_never_whole():
+    rng = np.random.default_rng(0)
+    x, y = gaussian(rng, 600, 8), gaussian(rng, 620, 8)
+    rows, columns = rng.permutation(600), rng.permutation(620)
+    found = optimal_assignment(DeviceView((jnp.asarray(x), jnp.asarray(y)), rows, columns, absolute=True))
+    check_proof(np.abs(x[rows] @ y[columns].T), found, rounding=1e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from([gaussian, low_rank, related, common_directions]), st.integers(0, 2**32 - 1))
+def test_matching_moves_with_its_units(kind, seed):
+    rng = np.random.default_rng(seed)
+    matrix = kind(rng, 520, 520)
+    p, q = rng.permutation(520), rng.permutation(520)
+    found = match_units(matrix, np.random.default_rng(1))
+    moved = match_units(matrix[np.ix_(p, q)], np.random.default_rng(2))
+    assert set(zip(p[moved.base], q[moved.ft])) == set(zip(found.base, found.ft))
+    again = match_units(matrix, np.random.default_rng(1))
+    np.testing.assert_array_equal(found.ft, again.ft)
+
+
+def test_matching_reads_absolute_values_and_tall_matrices_without_a_copy():
+    matrix = gaussian(np.random.default_rng(0), 560, 530)
+    tall = match_units(matrix, np.random.default_rng(1), absolute=True)
+    wide = match_units(np.abs(matrix.T), np.random.default_rng(2))
+    assert set(zip(tall.base, tall.ft)) == set(zip(wide.ft, wide.base))
+
+
+@pytest.mark.parametrize("view", [HostView, on_device])
+def test_what_cannot_be_assigned_is_refused(view):
+    matrix = gaussian(np.random.default_rng(0), 20, 30)
+    matrix[3, 4], matrix[5, 6] = np.nan, -np.inf
+    for solve in (optimal_assignment, assign):
+        with pytest.raises(ValueError, match="2 of 600 similarities are NaN or infinite"):
+            solve(view(matrix))
+        with pytest.raises(ValueError, match="30 rows to 20 columns"):
+            solve(view(matrix.T))
+    unseen = optimal_assignment(view(matrix, np.arange(6, 20), np.arange(7, 30)))
+    assert np.isfinite(unseen.bound)
+
+
+def test_nothing_and_one():
+    assert assign(np.empty((0, 3), F)).shape == (0,)
+    empty = optimal_assignment(HostView(np.empty((0, 0), F)))
+    assert (empty.columns.shape, empty.value, empty.bound) == ((0,), 0.0, 0.0)
+    one = optimal_assignment(HostView(np.asarray([[-2.0, 3.0]], F)))
+    assert (one.columns.tolist(), one.value, one.bound) == ([1], 3.0, 3.0)

@@ -1,0 +1,177 @@
+"""Many devices: the numbers of one, no weight is made whole on the way, and the memory of one layer at a time."""
+
+import importlib
+import math
+import re
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tracing_jax.axes import axis_table
+from tracing_jax.data import paired_one_to_one
+from tracing_jax.forward import losses, path_losses, walk
+from tracing_jax.grams import correlations
+from tracing_jax.interpolate import path_groups
+from tracing_jax.matching import match_weights
+from tracing_jax.matching.coordinate import coordinates
+from tracing_jax.matching.similarity import weight_pairs, weight_similarity
+from tracing_jax.sharding import Compute, make_mesh
+from tracing_jax.source import InMemory, in_memory, placed
+from tracing_jax.statistics.cosine import cosines
+from tracing_jax.symmetry import identity
+from tracing_jax.tree import flatten, select
+
+_grams = importlib.import_module("tracing_jax.grams.correlations")  # the room has a function of this name
+
+MESHES = [(8, 1), (2, 4), (1, 8)]
+TAPS = ("residual", "heads", "units")
+_SIZES = {"num_kv_heads": 8, "mlp_dim": 80, "vocab_size": 104}
+MHA = tiny.llama_mha(**_SIZES | {"q_group": 1})
+GQA = tiny.qwen3_gqa(**_SIZES | {"q_group": 2})
+ARCHS = {
+    "MHA": MHA,
+    "GQA": GQA,
+    "norms of all queries": tiny.olmo2_gqa(**_SIZES | {"q_group": 2}),
+    "GPT-2": tiny.gpt2(num_kv_heads=8, head_dim=3, mlp_dim=80, vocab_size=104),
+    "experts": tiny.mixtral(**_SIZES),
+}
+TOKENS = np.random.default_rng(0).integers(104, size=(8, 6), dtype=np.int32)
+STEPS = (walk._embed_step, walk._block_step, losses._loss_step, _grams._embed_step, _grams._step)
+ALPHAS = (0.0, 0.5, 1.0)
+GROUPS = path_groups(attn=True, emb=True)
+
+
+def _pair(arch, mesh):
+    return [in_memory(placed(tiny.model(arch, seed), mesh)) for seed in (0, 1)]
+
+
+def _losses(arch, mesh):
+    return path_losses(*_pair(arch, mesh), TOKENS, ALPHAS, GROUPS, Compute(mesh))
+
+
+def _correlations(arch, mesh):
+    return list(correlations(*_pair(arch, mesh), paired_one_to_one(TOKENS, TOKENS), TAPS, Compute(mesh, batch_size=8)))
+
+
+@pytest.fixture(scope="module", params=["MHA", "GQA"])
+def on_one(request):
+    arch, mesh = ARCHS[request.param], make_mesh()
+    return arch, _losses(arch, mesh), _correlations(arch, mesh), _pair(arch, mesh)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_losses_are_those_of_one_device(mesh, on_one):
+    arch, expected, *_ = on_one
+    np.testing.assert_allclose(_losses(arch, make_mesh(*mesh)), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_correlations_are_those_of_one_device(mesh, on_one):
+    arch, _, expected, _ = on_one
+    for found, wanted in zip(_correlations(arch, make_mesh(*mesh)), expected, strict=True):
+        for tap in TAPS:
+            np.testing.assert_allclose(found.by_tap[tap], wanted.by_tap[tap], atol=2e-5, err_msg=tap)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_what_assignments_read_is_that_of_one_device(mesh, on_one):
+    arch, _, _, whole = on_one
+    split, table = _pair(arch, make_mesh(*mesh)), axis_table(arch)
+    axes = table.axes_of_kind(["embed", "mlp", "kv_heads", "q_group"])
+    start, found = identity(table, axes), {}
+    for name, pair in (("whole", whole), ("split", split)):
+        pairs = weight_pairs(pair[0].params, pair[1].params, table, {})
+        found[name] = [
+            weight_similarity(pairs, coordinate, start, pairs.touching([coordinate.axis])).units
+            for coordinate in coordinates(table, axes)
+        ]
+        ups = [model.params["layers"]["1"]["mlp"]["up_proj"]["kernel"].T for model in pair]
+        found[name].append(np.asarray(cosines(*ups)))
+    for a, b in zip(found["split"], found["whole"], strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+    matched = [match_weights(*(m.params for m in pair), table, axes).permutations for pair in (split, whole)]
+    for axis in axes:
+        np.testing.assert_array_equal(matched[0][axis], matched[1][axis])
+
+
+def _programs(*names):
+    """Returns the compiled programs of these steps that are alive."""
+    alive = jax.devices()[0].client.live_executables()
+    return [program for program in alive if program.hlo_modules()[0].name in {f"jit_{name}" for name in names}]
+
+
+@pytest.fixture
+def compiled_anew():
+    for step in STEPS:
+        step.clear_cache()
+
+
+_MOVES = re.compile(r"= (\(?\w+\[.*?) (?:all-gather|all-to-all|collective-permute)(?:-start)?\(")
+
+
+def _moved_sizes(program):
+    """Returns how many elements each result has that a device gets from others, sums aside."""
+    text = program.hlo_modules()[0].to_string()
+    shapes = [shape for found in _MOVES.findall(text) for shape in re.findall(r"\w+\[([\d,]*)\]", found)]
+    return {math.prod(map(int, shape.split(","))) for shape in shapes if shape}
+
+
+def _split_sizes(arch, mesh):
+    """Returns the sizes of the matrices that a mesh splits, and of each expert's alone."""
+    params = in_memory(placed(tiny.model(arch), mesh)).params
+    matrices = [leaf for name, leaf in flatten(params).items() if name.endswith(("kernel", "embedding"))]
+    sizes = {leaf.size for leaf in matrices if not leaf.is_fully_replicated}
+    experts = flatten(select(params["layers"]["0"], ("mlp/gate_proj",))) if arch.num_experts else {}
+    return sizes | {leaf.size // leaf.shape[0] for leaf in experts.values()}
+
+
+@pytest.mark.parametrize("mesh", [(1, 8), (2, 4)], ids=str)
+@pytest.mark.parametrize("name", ARCHS)
+def test_no_weight_is_gathered_whole(name, mesh, compiled_anew):
+    arch, mesh = ARCHS[name], make_mesh(*mesh)
+    _losses(arch, mesh)
+    _correlations(arch, mesh)
+    programs = _programs("_embed_step", "_block_step", "_loss_step", "_step")
+    assert len(programs) == len(STEPS)
+    weights = _split_sizes(arch, mesh)
+    for program in programs:
+        assert not _moved_sizes(program) & weights
+
+
+def test_a_weight_that_is_gathered_whole_would_be_seen():
+    mesh = make_mesh(1, 8)
+    up = in_memory(placed(tiny.model(GQA), mesh)).params["layers"]["0"]["mlp"]["up_proj"]["kernel"]
+    gather = jax.jit(lambda x: x + 1, out_shardings=NamedSharding(mesh, P()))
+    program = gather.lower(up).compile().runtime_executable()
+    assert _moved_sizes(program) & _split_sizes(GQA, mesh) == {up.size}
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_all_layers_and_batches_share_one_program(mesh, compiled_anew):
+    pair, compute = _pair(GQA, make_mesh(*mesh)), Compute(make_mesh(*mesh), batch_size=8)
+    tokens = np.concatenate([TOKENS, TOKENS[::-1]])
+    path_losses(*pair, tokens, ALPHAS, GROUPS, compute)
+    list(correlations(*pair, paired_one_to_one(tokens, tokens), TAPS, compute))
+    assert len(_programs("_block_step")) == len(_programs("_loss_step")) == len(_programs("_step")) == 1
+
+
+def test_memory_of_the_block_step_grows_with_the_hidden_states_alone(compiled_anew):
+    """One interpolated layer lives at a time, and hidden states are handed on, not copied."""
+    arch = tiny.llama_mha(embed_dim=64, mlp_dim=512, num_layers=1, layer_ropes=(0,), layer_windows=(None,))
+    base, ft = (InMemory(arch, tiny.params_of(arch, seed)) for seed in (0, 1))
+    hidden_bytes = TOKENS[:1].size * 64 * 4  # of one point
+    layer_bytes = sum(4 * leaf.size for leaf in flatten(base.layer(0)).values())
+    temporary = {}
+    for count in (2, 16):
+        walk._block_step.clear_cache()
+        path_losses(base, ft, TOKENS[:1] % 61, np.linspace(0, 1, count), GROUPS, Compute(make_mesh()))
+        (program,) = _programs("_block_step")
+        memory = program.get_compiled_memory_stats()
+        assert memory.alias_size_in_bytes >= count * hidden_bytes  # donated
+        temporary[count] = memory.temp_size_in_bytes
+    assert temporary[2] > layer_bytes / 2  # an interpolated layer is among it
+    assert temporary[16] - temporary[2] < 2 * 14 * hidden_bytes < layer_bytes

@@ -1,0 +1,148 @@
+"""An interrupted run goes on where it stopped, and comes to the same record; a changed one starts over, and says so."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from records import assert_same_numbers, without_circumstances
+
+from tracing_jax import experiment
+from tracing_jax.progress import PROGRESS, Progress
+from tracing_jax.statistics.csu import Csu
+
+STATISTICS = "csu,csh,match,mode,l2,jsd,cos,csu_all"
+
+
+@pytest.fixture
+def config_of(family, tmp_path):
+    from configs import common
+
+    def make(name="run", **fields):
+        config = common.get_config("mode")
+        config.base_model_id, config.ft_model_id = str(family.member("base")), str(family.member("finetune"))
+        config.dataset, config.block_size, config.num_tokens, config.batch_size = str(family.text), 64, 1024, 8
+        config.mesh.data, config.alphas, config.stat, config.num_perm = 1, (0.0, 0.5, 1.0), STATISTICS, 5
+        config.permute = config.align = config.eval = config.attn = config.emb = True
+        config.save = str(tmp_path / name / "results.p")
+        config.update(fields)
+        return config
+
+    return make
+
+
+def dying_after(monkeypatch, pieces):
+    """Makes the run end, as if killed, once so many pieces are kept."""
+    written = []
+    write = Progress._write
+
+    def write_and_die(file, content):
+        write(file, content)
+        written.append(file)
+        if len(written) == pieces:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "_write", staticmethod(write_and_die))
+    return written
+
+
+@pytest.mark.parametrize("memory", ["resident", "stream"])
+def test_a_run_stopped_again_and_again_comes_to_the_record_of_one_that_was_not(
+    config_of, monkeypatch, memory, tmp_path
+):
+    expected = experiment.trace(config_of("whole", memory=memory))
+    stops = 0
+    while True:
+        with monkeypatch.context() as patch:
+            dying_after(patch, 17)
+            try:
+                record = experiment.trace(config_of(memory=memory))
+                break
+            except KeyboardInterrupt:
+                stops += 1
+    assert stops >= 3
+    assert any("goes on from an interrupted run" in note for note in record["notes"])
+    assert_same_numbers(without_circumstances(record), without_circumstances(expected), tolerance=1e-6)
+    assert not (tmp_path / "run" / "results.run" / PROGRESS).exists()
+
+
+def test_finished_layers_are_not_compared_again(config_of, monkeypatch):
+    with monkeypatch.context() as patch:
+        dying_after(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            experiment.trace(config_of(stat="csu", permute=False, align=False, eval=False))
+    from tracing_jax.statistics import csu
+
+    compared = []
+    compare = csu.compare_rows
+    monkeypatch.setattr(csu, "compare_rows", lambda *rows: compared.append(0) or compare(*rows))
+    record = experiment.trace(config_of(stat="csu", permute=False, align=False, eval=False))
+    assert len(compared) == record["models"]["base"]["shape"]["num_layers"] - 1
+
+
+def test_finished_pairs_of_several_are_not_traced_again(config_of, family, monkeypatch):
+    fields = {"stat": "csu", "permute": False, "align": False, "eval": False}
+    config = config_of(**fields)
+    del config.ft_model_id
+    config.ft_model_ids = tuple(str(family.member(name)) for name in ("finetune", "independent"))
+    computed = []
+    compute = Csu.compute
+
+    def compute_and_die(statistic, pair):
+        computed.append(pair)
+        if len(computed) == 2:
+            raise KeyboardInterrupt
+        return compute(statistic, pair)
+
+    monkeypatch.setattr(Csu, "compute", compute_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        experiment.run(config)
+    records = experiment.run(config)
+    assert len(computed) == 3
+    assert [record["verdict"]["verdict"] for record in records] == ["related", "independent"]
+
+
+@pytest.mark.parametrize("change", ["config", "files"])
+def test_a_changed_run_starts_over_and_says_so(config_of, family, monkeypatch, change):
+    with monkeypatch.context() as patch:
+        dying_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            experiment.trace(config_of(stat="csu,cos"))
+    if change == "files":
+        weights = family.member("finetune") / "model.safetensors"
+        os.utime(weights, ns=(time.time_ns(), time.time_ns()))
+        record = experiment.trace(config_of(stat="csu,cos"))
+    else:
+        record = experiment.trace(config_of(stat="csu,cos", seed=1))
+    assert any("started over" in note and change in note for note in record["notes"])
+
+
+def test_a_process_killed_at_a_random_moment_loses_nothing(config_of, tmp_path):
+    """The run as a user starts it, killed by SIGKILL while it works, and started again."""
+    config = config_of("killed", stat="csu,match,mode", memory="stream", num_tokens=4096)
+    expected = experiment.trace(config_of("alive", stat="csu,match,mode", memory="stream", num_tokens=4096))
+    arguments = [f"--config.{name}={config[name]}" for name in (
+        "base_model_id", "ft_model_id", "dataset", "block_size", "num_tokens", "batch_size", "stat", "memory", "save",
+        "num_perm", "permute", "align", "eval", "attn", "emb")]  # fmt: skip
+    arguments += ["--config.alphas=(0.0,0.5,1.0)", "--config.mesh.data=1"]
+    command = [sys.executable, "main.py", "--config=configs/mode.py", *arguments]
+    root = Path(__file__).parents[1]
+    folder = Path(config.save).with_suffix(".run") / PROGRESS
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(list(folder.rglob("*.json"))) < 3:
+        time.sleep(0.02)
+    time.sleep(np.random.default_rng().uniform(0, 0.5))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert folder.exists()
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "goes on from an interrupted run" in done.stdout
+    import json
+
+    record = json.loads(Path(config.save).with_suffix(".json").read_text())
+    assert_same_numbers(without_circumstances(record), without_circumstances(expected))
