@@ -77,7 +77,7 @@ def check_proof(matrix, found, rounding=1e-12):
     assigned = matrix[np.arange(n), found.columns].astype(float)
     rows, columns = linear_sum_assignment(matrix, maximize=True)
     best = matrix[rows, columns].sum(dtype=float)
-    size, lost = np.abs(assigned).sum(), rounding * n * np.abs(matrix).max() + 1e-35
+    size, lost = float(np.abs(assigned).sum()), rounding * n * float(np.abs(matrix).max()) + 1e-35
     assert found.value == pytest.approx(assigned.sum(), rel=rounding, abs=lost)
     assert found.value == pytest.approx(best, rel=rounding, abs=lost)
     assert best - lost <= found.bound <= found.value + 1e-6 * size + lost
