@@ -35,6 +35,7 @@ def get_config(stat: str, arg: str = "") -> ConfigDict:
     config.distil_steps, config.distil_batch = 2000, 512  # of a student's training
     config.distil_rate, config.distil_decay = 0.3, 0.03  # both fall to zero along a cosine; see docs/distilled.md
     config.distil_units = 0  # width of the students; 0 takes the narrower model's
+    config.screen_share = 0.1  # screen: of the weights, the most that it looks at
     config.control_model_ids = ()  # match*: models of base's shape and tokenizer, known to be independent of both
 
     # The verdict: related below this level, undecided from there to 0.05, else independent.

@@ -11,7 +11,14 @@ from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
 from tracing_jax.arch import Arch
-from tracing_jax.models import LayerInputs, apply_block_with_taps, apply_embed, apply_mlp_with_taps, layer_inputs
+from tracing_jax.models import (
+    LayerInputs,
+    apply_block_with_taps,
+    apply_embed,
+    apply_mlp_with_taps,
+    layer_inputs,
+    mlp_leaves,
+)
 from tracing_jax.sharding import Compute
 from tracing_jax.source import ParamSource
 from tracing_jax.tree import Tree, to_host
@@ -54,7 +61,7 @@ def embedding_activations(
     arch, taps = source.arch, tuple(taps)
     x = _embed_step(arch, jnp.float32, source.embed(), jnp.asarray(ids)[None])
     for i in tqdm(range(arch.num_layers), desc=description, unit="layer", disable=None):
-        yield i, to_host(mlp_step(arch, taps, source.layer(i), x))
+        yield i, to_host(mlp_step(arch, taps, source.layer(i, mlp_leaves(taps)), x))
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "taps"))

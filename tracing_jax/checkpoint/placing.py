@@ -54,6 +54,10 @@ class OnMesh:
         """Returns the subtree `head`, read now."""
         return self._part("head/")
 
+    def cut(self, name: str, axis: int, span: slice) -> np.ndarray | None:
+        """Returns a slice of a leaf in host memory, as `Checkpoint.cut` does."""
+        return self.checkpoint.cut(name, axis, span)
+
     def _part(self, prefix: str, only: Sequence[str] = ()) -> Tree:
         broken: list[str] = []
         leaves = {}

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -75,7 +75,15 @@ class Checkpoint:
         """Returns the subtree `head`, read now."""
         return self._read("head/")
 
+    def cut(self, name: str, axis: int, span: slice) -> np.ndarray | None:
+        """Returns a slice of a leaf, read now and nothing else; None if it does not lie by itself in the files."""
+        entry = self.entries[name].cut(axis, span.start, span.stop)
+        return None if entry is None else self._leaves({name: entry})[name]
+
     def _read(self, prefix: str, only: Sequence[str] = ()) -> Tree:
+        return unflatten(self._leaves(self.part_entries(prefix, only)))
+
+    def _leaves(self, entries: Mapping[str, Entry]) -> dict[str, np.ndarray]:
         broken: list[str] = []
 
         def read(tensor: str, index: Index) -> np.ndarray:
@@ -84,9 +92,9 @@ class Checkpoint:
                 broken.append(tensor)
             return part
 
-        leaves = {name: entry.to_leaf(read) for name, entry in self.part_entries(prefix, only).items()}
+        leaves = {name: entry.to_leaf(read) for name, entry in entries.items()}
         self.refuse(broken)
-        return unflatten(leaves)
+        return leaves
 
     def part_entries(self, prefix: str, only: Sequence[str] = ()) -> dict[str, Entry]:
         """Returns the entries under `embed/`, `layers/<i>/` or `head/`, without the prefix: those in `only`, if any."""

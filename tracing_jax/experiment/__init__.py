@@ -102,7 +102,10 @@ def trace(config: ConfigDict, finished: list[Progress] | None = None) -> dict[st
         pair = load_pair(config, opened, progress)
     # Beside the work: hashing reads every file whole, and frees the interpreter meanwhile.
     hashing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hashes")
-    models = {name: hashing.submit(model_facts, checkpoint) for name, checkpoint in opened.models().items()}
+    models = {
+        name: hashing.submit(model_facts, checkpoint, not opened.is_first_look)
+        for name, checkpoint in opened.models().items()
+    }
     disguise = permutation = alignment = perplexity = None
     if opened.rewrites:
         with clock.step("disguise"):

@@ -33,8 +33,8 @@ _PACKAGES = (
 )  # fmt: skip
 
 
-def model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Returns what identifies a model: id, commit, shape, size and the hashes of its files."""
+def model_facts(checkpoint: Checkpoint, hashed: bool = True) -> dict[str, Any]:
+    """Returns what identifies a model: id, commit, shape, size and, unless they are left unread, its files' hashes."""
     files = [checkpoint.folder / "config.json", *checkpoint.tensors.files()]
     return {
         "id": checkpoint.id,
@@ -42,7 +42,8 @@ def model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "family": checkpoint.arch.family,
         "parameters": sum(math.prod(entry.shape) for entry in checkpoint.entries.values()),
         "shape": shape_facts(checkpoint.arch),
-        "files": file_hashes(files) if is_first() else {},  # the first of several processes writes the record
+        # The first of several processes writes the record.
+        "files": file_hashes(files) if hashed and is_first() else {},
     }
 
 

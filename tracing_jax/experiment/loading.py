@@ -37,6 +37,8 @@ def load_pair(config: ConfigDict, opened: Opened, progress: Progress) -> Pair:
     """Step 1: both models on the mesh, whole or layer by layer; a disguise changes the parts of ft as they are read."""
     mesh = make_mesh(config.mesh.data, config.mesh.model)
     asked = "resident" if config.memory == "auto" and opened.needs_resident else config.memory
+    if config.memory == "auto" and opened.is_first_look:
+        asked = "stream"
     memory, reason = choose_memory(asked, (opened.base, opened.ft), mesh)
     opened.notes.append(reason)
     tokens = None if opened.blocks_base is None else opened.blocks_base.tokens

@@ -27,7 +27,7 @@ from tracing_jax.data import (
     token_blocks,
 )
 from tracing_jax.experiment.settings import DEMO, RENAMING, ConfigError, names_in
-from tracing_jax.statistics import REGISTRY, Statistic, Vocabularies
+from tracing_jax.statistics import LIGHT, REGISTRY, Statistic, Vocabularies
 from tracing_jax.symmetry import Rewrite, arch_after, draw_rewrites
 
 # No tokenizer averages more over a text; reading stops there, however large the data set is.
@@ -52,7 +52,14 @@ class Opened:
     controls: tuple[Checkpoint, ...]
     needs_resident: bool
     """Whether what is to be undone is found with both models in memory only."""
+    looks_no_further: bool
+    """Whether nothing is asked for beside statistics: no alignment, perplexity or disguise."""
     notes: list[str]
+
+    @property
+    def is_first_look(self) -> bool:
+        """Whether a small part of the weights is all that is asked for, so that the rest is better left unread."""
+        return self.looks_no_further and not set(self.statistics) - LIGHT
 
     def models(self) -> dict[str, Checkpoint]:
         """Returns every model of the run by the part it plays."""
@@ -91,7 +98,7 @@ def open_pair(config: ConfigDict) -> Opened:
     needs_resident = config.align and bool(beyond_permutations(_kinds(config)))
     return Opened(
         base, ft, rewrites, statistics, not_applicable, not_alignable, vocabularies, blocks_base, blocks_ft, paired,
-        controls, needs_resident, notes,
+        controls, needs_resident, not (config.align or config.eval or config.disguise), notes,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from tracing_jax.alignment import beyond_permutations, kind_problems, kinds_in
 from tracing_jax.axes import PERMUTABLE
 from tracing_jax.experiment.memory import MEMORY
 from tracing_jax.record import RunFiles, check_writable
-from tracing_jax.statistics import COSTLY, REGISTRY
+from tracing_jax.statistics import COSTLY, LIGHT, REGISTRY
 from tracing_jax.statistics.match import FORMS
 from tracing_jax.statistics.verdict import UNDECIDED_BELOW
 from tracing_jax.symmetry import Renaming, rewrite_names
@@ -162,7 +162,7 @@ def _save_problems(config: ConfigDict) -> list[str]:
 
 
 def names_in(listed: str) -> list[str]:
-    """Returns the names in a list with commas, each once; `all` means every statistic but the costly ones."""
+    """Returns the names in a list with commas, each once; `all`: all statistics but the costly and the light ones."""
     names = [name.strip() for name in listed.split(",") if name.strip()]
-    cheap = [name for name in REGISTRY if name not in COSTLY]
+    cheap = [name for name in REGISTRY if name not in COSTLY | LIGHT]
     return list(dict.fromkeys(n for name in names for n in (cheap if name == "all" else [name])))

@@ -1,6 +1,7 @@
 """`ParamSource`: a model's params, part by part. Sources wrap one another lazily."""
 
 from tracing_jax.source.ahead import ReadAhead
+from tracing_jax.source.excerpt import Excerpt
 from tracing_jax.source.lazy import leaf, params_of
 from tracing_jax.source.reading import InMemory, ParamSource, in_memory, part, parts, prefixes
 from tracing_jax.source.wrapping import (
@@ -15,6 +16,7 @@ from tracing_jax.source.wrapping import (
 
 __all__ = [
     "Disguised",
+    "Excerpt",
     "InMemory",
     "Mapped",
     "ParamSource",

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from tqdm import tqdm
 
 from tracing_jax.arch import Arch
-from tracing_jax.tree import Tree, select
+from tracing_jax.tree import Tree, flatten, select
 
 
 @runtime_checkable
@@ -49,6 +49,10 @@ class InMemory:
     def head(self) -> Tree:
         """Returns the subtree `head`."""
         return self.params["head"]
+
+    def cut(self, name: str, axis: int, span: slice) -> Any:
+        """Returns the slice of a leaf on one of its axes."""
+        return flatten(self.params)[name][(slice(None),) * axis + (span,)]
 
 
 def prefixes(arch: Arch) -> list[str]:

@@ -16,6 +16,7 @@ from tracing_jax.statistics.match_distilled import MatchDistilled
 from tracing_jax.statistics.match_moments import MatchMoments
 from tracing_jax.statistics.mode import Mode
 from tracing_jax.statistics.perm_mode_l2 import PermModeL2
+from tracing_jax.statistics.screen import Screen
 from tracing_jax.statistics.statistic import Curve, Pair, Result, Statistic, Test, Vocabularies
 from tracing_jax.statistics.verdict import Verdict, over_pairs, verdict
 
@@ -40,6 +41,7 @@ REGISTRY: Mapping[str, Callable[[Any], Statistic]] = {
         config.distil_rate,
         config.distil_decay,
     ),
+    "screen": lambda config: Screen(config.screen_share),
     "l2": lambda config: L2(config.num_perm),
     "perm_mode_l2": lambda config: PermModeL2(config.num_perm, config.attn, config.emb),
 }
@@ -48,8 +50,12 @@ REGISTRY: Mapping[str, Callable[[Any], Statistic]] = {
 COSTLY = frozenset({"match_distilled"})
 """Statistics that train something: asked for by name, and no part of `all`."""
 
+LIGHT = frozenset({"screen"})
+"""Statistics that look at a small part of the files, asked for by name: a run of these alone reads no more of them."""
+
 __all__ = [
     "COSTLY",
+    "LIGHT",
     "REGISTRY",
     "Curve",
     "Pair",

@@ -121,6 +121,7 @@ class Result:
       layer_map: which layer of ft comes from which layer of base, by their p-values; see `match_all`.
       notes: what a reader of the numbers must know.
       arrays: what is too large for the record; it goes into the folder of the run.
+      read: side -> bytes looked at and their share of all weights, where that is a part; see `screen`.
     """
 
     headline: float | None
@@ -136,6 +137,7 @@ class Result:
     layer_map: Mapping[str, Any] | None = None
     notes: Sequence[str] = ()
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+    read: Mapping[str, Any] | None = None
 
     def without_p(self, reason: str) -> "Result":
         """Returns the values alone, with the reason why they have no p-value; what rests on p-values goes with them."""

@@ -1,0 +1,17 @@
+r"""`screen`: a first look at a tenth of the weights at most: `csu` on sampled units, `match` on three layers.
+
+    python main.py --config=configs/screen.py:demo
+    python main.py --config=configs/screen.py --config.base_model_id=meta-llama/Llama-2-7b-hf \
+        --config.ft_model_id=lmsys/vicuna-7b-v1.5
+
+Source: Zhu et al. 2025, Independence Tests for Language Models (arXiv 2502.12292).
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """Returns the config; `demo` as the argument runs it on the demo family."""
+    return common.get_config("screen", arg)
