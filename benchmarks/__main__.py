@@ -34,7 +34,8 @@ from tracing_jax.report import save_png
 
 def _scaling(name: str, folder: Path) -> Iterator[Row]:
     lines = list(scaling(SIZES[name]))
-    save_png(figure(lines, f"Cost of the steps, {name}"), Path(OUT_DIR.value) / f"scaling-{name}.png")
+    title = f"Cost of the steps at {name}, float32, the shortest of {SIZES[name].rounds} times"
+    save_png(figure(lines, title), Path(OUT_DIR.value) / f"scaling-{name}.png")
     yield from (line.row for line in lines)
 
 

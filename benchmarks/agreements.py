@@ -3,6 +3,7 @@
 Each model reads the text once. A pair then costs one product of matrices and two assignments a layer.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
 
@@ -52,16 +53,24 @@ def agreements(units: Units, description: str, *, seed: int) -> Agreements:
     S, L = units.gate.shape[:2]
     off = sorted(control_pairs(L, L, np.random.default_rng(seed)))
     places = [(i, i) for i in range(L)] + off
-    table = np.zeros((S, S, len(places), _FIELDS))
+    found = {}
     with tqdm(total=S * (S - 1) // 2, desc=description, unit="pair", disable=None) as bar:
         for i in range(S):
             for j in range(i + 1, S):
                 similarities = jax.device_get(_correlations(units, i, j, tuple(places)))
                 rng = np.random.default_rng([seed, i, j])
-                rows = [astuple(_compare(gate, up, rng)) for gate, up in zip(*similarities)]
-                table[i, j] = table[j, i] = rows
+                found[i, j] = [astuple(compare_units(gate, up, rng)) for gate, up in zip(*similarities)]
                 bar.update()
-    return Agreements(table[:, :, :L], table[:, :, L:])
+    return comparison_table(found, L)
+
+
+def comparison_table(found: Mapping[tuple[int, int], Sequence[tuple[float, ...]]], num_layers: int) -> Agreements:
+    """Returns the comparisons of all pairs i < j, each given as fields: of its layers first, then of its controls."""
+    S = 1 + max(j for _, j in found)
+    table = np.zeros((S, S, len(next(iter(found.values()))), _FIELDS))
+    for (i, j), rows in found.items():
+        table[i, j] = table[j, i] = rows
+    return Agreements(table[:, :, :num_layers], table[:, :, num_layers:])
 
 
 @partial(jax.jit, static_argnames="places")
@@ -74,7 +83,8 @@ def _correlations(
     return gate, jnp.abs(up)
 
 
-def _compare(gate: np.ndarray, up: np.ndarray, generator: np.random.Generator) -> Comparison:
+def compare_units(gate: np.ndarray, up: np.ndarray, generator: np.random.Generator) -> Comparison:
+    """Returns how far the matchings by these two similarities of units agree."""
     live = live_units(gate, up)
     streams = generator.spawn(2)
     return against_each_other(match_units(gate, streams[0], live), match_units(up, streams[1], live))

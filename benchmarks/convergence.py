@@ -187,7 +187,8 @@ def _print_shares(rows: Sequence[Share]) -> None:
     ))  # fmt: skip
 
 
-def _print_alarms(alarms: Sequence[Alarms]) -> None:
+def print_alarms(alarms: Sequence[Alarms]) -> None:
+    """Prints how often each test was wrong."""
     headers = ["zoo", "test", "u", "level", "pairs", "hits", "rate %", "95 % CP", "by models", "worst round"]
     print(text_table(
         [[a.zoo, a.test, a.u, f"{a.level:g}", a.pairs, a.hits, 100 * a.hits / a.pairs,
@@ -213,7 +214,7 @@ def main(argv: list[str]) -> None:
         atomic_write(root / "tracing_jax/statistics/convergence.json", table.encode())
     alarms = false_alarms({name: {form: measured[Case(name, 1.0, form)] for form in FORMS} for name in RECIPES})
     atomic_write(out / "false_alarms.json", json.dumps([dataclasses.asdict(a) for a in alarms], indent=1).encode())
-    _print_alarms(alarms)
+    print_alarms(alarms)
 
 
 if __name__ == "__main__":

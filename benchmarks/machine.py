@@ -9,6 +9,8 @@ import jax
 
 from tracing_jax.record import commit
 
+_HASH = 10  # digits that a reader needs
+
 
 def machine() -> dict[str, Any]:
     """Returns date, commit, device and versions, and a `summary` of them in one line."""
@@ -24,4 +26,6 @@ def machine() -> dict[str, Any]:
         "jax": jax.__version__,
     }
     where = f"{cores} cores, {platform.machine()}" if device.platform == "cpu" else facts["device"]
-    return facts | {"summary": f"{facts['date']}, commit {facts['commit']}, {where}, jax {jax.__version__}"}
+    made_of, _, dirty = str(facts["commit"]).partition("-")
+    short = made_of[:_HASH] + (f"-{dirty}" if dirty else "")
+    return facts | {"summary": f"{facts['date']}, commit {short}, {where}, jax {jax.__version__}"}

@@ -3,9 +3,10 @@
     python -m benchmarks.power --zoo_dir=zoo --out_dir=runs/power            # measures, prints and draws
     python -m benchmarks.power --zoo_dir=zoo --out_dir=runs/power --publish  # and puts it into the docs
     python -m benchmarks.power --rows="trained on" --rows=merged ...         # only rows with these words in their name
+    python -m benchmarks.power --statistics=match_moments ...                # only these, and then no verdict
 
 What is done to the models is in `lineages.py`. A statistic detects where its p-value, exact or calibrated, is below the
-level; the verdict where it says related. Rows that were published and not measured now stay in the docs as they are.
+level; the verdict where it says related. What was published and is not measured now stays in the docs as it is.
 """
 
 import json
@@ -35,6 +36,7 @@ from tracing_jax.statistics.csu_all import CsuAll
 from tracing_jax.statistics.l2 import L2
 from tracing_jax.statistics.match import FORMS, Match
 from tracing_jax.statistics.match_all import MatchAll
+from tracing_jax.statistics.match_moments import MatchMoments
 
 LEVEL = 1e-3
 STATISTICS: Mapping[str, Statistic] = {
@@ -44,9 +46,11 @@ STATISTICS: Mapping[str, Statistic] = {
     "l2": L2(num_perm=1199),
     "match": Match(),
     "match_all": MatchAll(),
+    "match_moments": MatchMoments(),
 }
-COLUMNS = ["csu", "csu_all", "csh", "l2", "match, forward", "match, weights", "match", "match_all", "verdict"]
-_DECIDING = ("csu", "csh", "match", "match_all")
+COLUMNS = ["csu", "csu_all", "csh", "l2", "match, forward", "match, weights", "match", "match_all", "match_moments",
+           "verdict"]  # fmt: skip
+_DECIDING = ("csu", "csh", "match", "match_all", "match_moments")
 _TITLE = f"Pairs detected at {LEVEL:g}, per cent (–: does not apply)"
 
 Outcome = dict[str, float | None]
@@ -54,10 +58,11 @@ Outcome = dict[str, float | None]
 
 _SEEDS = flags.DEFINE_integer("seeds", 20, "base models, and as many unrelated ones")
 _ROWS = flags.DEFINE_multi_string("rows", [], "measure only rows with these words in their name; all by default")
+_STATISTICS = flags.DEFINE_list("statistics", list(STATISTICS), f"what to measure, of {', '.join(STATISTICS)}")
 
 
-def compare(base: InMemory, ft: Descendant, blocks: np.ndarray, seed: int) -> Outcome:
-    """Returns what every statistic says of one pair."""
+def compare(base: InMemory, ft: Descendant, blocks: np.ndarray, seed: int, names: Sequence[str]) -> Outcome:
+    """Returns what the statistics named say of one pair; the verdict only if all that decide are among them."""
     V = base.arch.vocab_size
     ids = np.arange(V, dtype=np.int32)
     new_ids = ids if ft.new_ids is None else ft.new_ids
@@ -66,14 +71,16 @@ def compare(base: InMemory, ft: Descendant, blocks: np.ndarray, seed: int) -> Ou
     paired = paired_one_to_one(blocks, new_ids[blocks])
     pair = Pair(base, ft.model, vocabularies, blocks, compute, seed, blocks=paired)
     found: dict[str, Result] = {}
-    for name, statistic in STATISTICS.items():
-        if not statistic.problems(base.arch, ft.model.arch, vocabularies):
-            found[name] = statistic.compute(pair)
-    ps: Outcome = {name: found[name].log10_p if name in found else None for name in STATISTICS}
-    for form in FORMS:
+    for name in names:
+        if not STATISTICS[name].problems(base.arch, ft.model.arch, vocabularies):
+            found[name] = STATISTICS[name].compute(pair)
+    ps: Outcome = {name: found[name].log10_p if name in found else None for name in names}
+    for form in FORMS if "match" in names else ():
         ps[f"match, {form}"] = _form_log10_p(found["match"], form) if "match" in found else None
-    judged = verdict({name: found[name] for name in _DECIDING if name in found}, LEVEL)
-    return ps | {"verdict": float(judged.verdict == "related")}
+    if set(_DECIDING) <= set(names):
+        judged = verdict({name: found[name] for name in _DECIDING if name in found}, LEVEL)
+        ps["verdict"] = float(judged.verdict == "related")
+    return ps
 
 
 def _form_log10_p(result: Result, form: str) -> float:
@@ -81,8 +88,10 @@ def _form_log10_p(result: Result, form: str) -> float:
     return bonferroni_log10([test for test in result.tests if test.decides and test.name.startswith(form)])
 
 
-def measured(lineages: Lineages, names: Sequence[str], folder: Path) -> dict[str, list[Outcome]]:
-    """Returns row -> what each of its pairs gave, for the rows named; what the folder has is read from it."""
+def measured(
+    lineages: Lineages, names: Sequence[str], statistics: Sequence[str], folder: Path
+) -> dict[str, list[Outcome]]:
+    """Returns row -> what each of its pairs gave, for the rows named; rows that the folder has are read from it."""
     file = folder / "power.json"
     done: dict[str, list[Outcome]] = json.loads(file.read_text("utf-8")) if file.exists() else {}
     rows = lineages.rows()
@@ -91,7 +100,7 @@ def measured(lineages: Lineages, names: Sequence[str], folder: Path) -> dict[str
             continue
         start = time.monotonic()
         pairs = enumerate(rows[name]())
-        done[name] = [compare(base, ft, lineages.zoo.held_out, i) for i, (base, ft) in pairs]
+        done[name] = [compare(base, ft, lineages.zoo.held_out, i, statistics) for i, (base, ft) in pairs]
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write(file, json.dumps(done).encode())
         print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
@@ -107,7 +116,7 @@ def rates(pairs: Sequence[Outcome]) -> Rates:
             return None
         return float(np.mean(values if name == "verdict" else np.array(values) < np.log10(LEVEL)))
 
-    return Rates(len(pairs), {name: rate(name) for name in COLUMNS})
+    return Rates(len(pairs), {name: rate(name) for name in COLUMNS if name in pairs[0]})
 
 
 def chosen(rows: Iterable[str], words: Sequence[str]) -> list[str]:
@@ -128,7 +137,10 @@ def publish(table: Mapping[str, Rates], order: Iterable[str]) -> None:
     text = (docs / "power.md").read_text("utf-8")
     head, begin, rest = text.partition("<!-- table -->\n")
     old, end, tail = rest.partition("<!-- end of table -->\n")
-    known = {**from_markdown(old), **table}
+    known = from_markdown(old)
+    for row, rates in table.items():
+        shares = known[row].shares if row in known else {}
+        known[row] = Rates(rates.pairs, {**shares, **rates.shares})
     merged = {row: known[row] for row in order if row in known}
     (docs / "power.md").write_text(head + begin + to_markdown(merged, COLUMNS) + end + tail, encoding="utf-8")
     save_png(figure(merged, COLUMNS, _TITLE), docs / "power.png")
@@ -141,9 +153,9 @@ def main(argv: list[str]) -> None:
     folder = Path(OUT_DIR.value)
     lineages = Lineages(zoo(RECIPES["tiny"], ZOO_DIR.value), _SEEDS.value)
     names = list(lineages.rows())
-    found = measured(lineages, chosen(names, _ROWS.value), folder)
+    found = measured(lineages, chosen(names, _ROWS.value), _STATISTICS.value, folder)
     table = {row: rates(pairs) for row, pairs in found.items()}
-    shown = [[row, *(rates.shares[name] for name in COLUMNS)] for row, rates in table.items()]
+    shown = [[row, *(rates.shares.get(name) for name in COLUMNS)] for row, rates in table.items()]
     print(text_table(shown, ["done", *COLUMNS]))
     save_png(figure(table, COLUMNS, _TITLE), folder / "power.png")
     (folder / "power.md").write_text(to_markdown(table, COLUMNS), encoding="utf-8")

@@ -29,17 +29,17 @@ MIB = 2**20
 
 def test_peak_holds_what_lived_shortly_and_no_pages_of_files(tmp_path):
     file = tmp_path / "bytes"
-    file.write_bytes(bytes(200 * MIB))
+    file.write_bytes(bytes(60 * MIB))
     with peak_anonymous_bytes() as read:
         mapped = np.memmap(file, np.uint8, "r")
         assert mapped.sum() == 0
-        assert plain_reading((file,)) == 200 * MIB
+        assert plain_reading((file,)) == 60 * MIB
     with peak_anonymous_bytes() as held:
-        array = np.ones(400 * MIB, np.uint8)
-        assert array.sum() == 400 * MIB
+        array = np.ones(160 * MIB, np.uint8)
+        assert array.sum() == 160 * MIB
         del array
-    assert read.peak_bytes - read.start_bytes < 150 * MIB
-    assert 390 * MIB < held.peak_bytes - held.start_bytes < 500 * MIB
+    assert read.peak_bytes - read.start_bytes < 40 * MIB
+    assert 150 * MIB < held.peak_bytes - held.start_bytes < 250 * MIB
 
 
 def test_compilations_are_counted_once_for_each_shape_and_only_inside():

@@ -18,7 +18,6 @@ from tracing_jax.report.panels import INK
 from tracing_jax.source import InMemory
 
 _STEP, _GRAM = "block step", "cross-Gram step"
-_LAYERS = 2  # where depth is not what changes
 
 
 @dataclass(frozen=True)
@@ -63,29 +62,29 @@ class Line:
         return Row("scaling", f"{self.step} against {self.against}, last stretch", last, first, "s each", of, note)
 
 
-def scaling(size: Size, rounds: int = 4) -> Iterator[Line]:
+def scaling(size: Size) -> Iterator[Line]:
     """Yields the lines of the figure; dtype float32. The points of a line are timed in turns."""
     pair = random_pair(size.arch, 1)
+    one_point = dataclasses.replace(size, alphas=(0.5,))
     deep = [_deeper(pair, depth) for depth in size.depths]
-    depth_seconds = best_seconds([block_steps(*models, size, np.float32) for models in deep], rounds)
+    depth_seconds = best_seconds([block_steps(*models, one_point, np.float32) for models in deep], size.rounds)
     yield Line("depth", "layers", _STEP, size.depths, depth_seconds)
-    yield from _width(size, rounds)
+    yield from _width(one_point)
     points = [dataclasses.replace(size, alphas=tuple(np.linspace(0, 1, count))) for count in size.points]
-    two = _deeper(pair, _LAYERS)
-    point_seconds = best_seconds([block_steps(*two, point, np.float32) for point in points], rounds)
+    point_seconds = best_seconds([block_steps(*pair, point, np.float32) for point in points], size.rounds)
     yield Line("alphas", "alphas", _STEP, size.points, point_seconds)
 
 
-def _width(size: Size, rounds: int) -> Iterator[Line]:
+def _width(size: Size) -> Iterator[Line]:
     archs = [_wide(size.arch, factor) for factor in size.widths]
     pairs = [random_pair(arch, 1) for arch in archs]
-    steps = best_seconds([block_steps(*_deeper(pair, _LAYERS), size, np.float32) for pair in pairs], rounds)
+    steps = best_seconds([block_steps(*pair, size, np.float32) for pair in pairs], size.rounds)
     flops = [block_flops_per_token(arch, size.tokens[1]) / 1e6 for arch in archs]
-    yield Line("width", "operations of a layer per token, millions", _STEP, flops, steps)
-    grams = best_seconds([gram_step(*_deeper(pair, rounds + 1), size) for pair in pairs], rounds)
+    yield Line("width", "operations per token, millions", _STEP, flops, steps)
+    grams = best_seconds([gram_step(*_deeper(pair, size.rounds + 1), size) for pair in pairs], size.rounds)
     flops = [(2 * block_flops_per_token(arch, size.tokens[1]) + gram_flops_per_token(arch, len(TAPS))) / 1e6
              for arch in archs]  # fmt: skip
-    yield Line("width", "operations of both models per token, millions", _GRAM, flops, grams)
+    yield Line("width", "operations per token, millions", _GRAM, flops, grams)
 
 
 def _deeper(pair: tuple[InMemory, InMemory], layers: int) -> tuple[InMemory, InMemory]:

@@ -13,8 +13,8 @@ from tracing_jax.arch import Arch, arch_from_config
 if TYPE_CHECKING:
     import transformers
 
-_VOCABULARY = 32000
-"""Of the larger sizes. Llama 3's four times as many tokens would make the head cost as much as all these layers."""
+_VOCABULARY = 4096
+"""The most tokens that a size has: of a whole model's cost the head has a few per cent, of one layer's most."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Size:
       units: side of the matrices that are assigned.
       depths, widths, points: of the figure: layers, widths relative to the shape's, and numbers of alphas.
       num_perm: permuted copies of `l2`.
+      rounds: times that each step is timed.
     """
 
     shape: str
@@ -44,6 +45,7 @@ class Size:
     widths: tuple[float, ...]
     points: tuple[int, ...]
     num_perm: int
+    rounds: int
 
     def config(self) -> "transformers.PretrainedConfig":
         """Returns the config of the checkpoint pair."""
@@ -69,11 +71,11 @@ class Size:
 
 
 SIZES: Mapping[str, Size] = {
-    "tiny": Size("tiny", 4, (16, 128), 8, (0.0, 0.25, 0.5, 0.75, 1.0), 1024, 512, (2, 4, 8), (1, 2, 4),
-                 (1, 3, 6, 11), 99),
-    "1b-layer": Size("llama3.2-1b", 2, (4, 256), 4, (0.0, 0.5, 1.0), 2048, 1024, (1, 2, 4), (0.25, 0.5, 1),
-                     (1, 2, 4), 9),
-    "7b-layer": Size("llama2-7b", 1, (2, 256), 2, (0.0, 0.5, 1.0), 4096, 2048, (1, 2, 3), (0.25, 0.5, 1),
-                     (1, 2, 3), 4),
+    "tiny": Size("tiny", 4, (16, 128), 8, (0.0, 0.25, 0.5, 0.75, 1.0), 1024, 512, (2, 4, 8), (1, 2, 4), (1, 3, 6, 11),
+                 99, 15),
+    "1b-layer": Size("llama3.2-1b", 2, (2, 256), 2, (0.0, 0.5, 1.0), 2048, 1024, (1, 2, 4), (0.25, 0.5, 1), (1, 2, 4),
+                     9, 3),
+    "7b-layer": Size("llama2-7b", 1, (1, 512), 1, (0.0, 0.5, 1.0), 4096, 2048, (1, 2, 3), (0.25, 0.5, 1), (1, 2, 3),
+                     4, 2),
 }  # fmt: skip
-"""Name -> size. On two cores they take about one, four and ten minutes."""
+"""Name -> size. On two cores they take about one, five and ten minutes."""

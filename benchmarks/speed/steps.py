@@ -21,21 +21,20 @@ from tracing_jax.source import InMemory
 
 DTYPES: Mapping[str, DTypeLike] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 TAPS = ("gate", "up")
-_LAYERS = 2
 
 
-def steps(size: Size, rounds: int = 3) -> Iterator[Row]:
+def steps(size: Size) -> Iterator[Row]:
     """Yields tokens per second and the share of the matmul peak of the block step and of the cross-Gram step."""
     arch = size.arch
-    base, ft = random_pair(arch, _LAYERS)
+    base, ft = random_pair(arch, size.layers)
     tokens = size.tokens[0] * size.tokens[1]
     per_token = block_flops_per_token(arch, size.tokens[1])
     for name, dtype in DTYPES.items():
-        timed = best_seconds([block_steps(base, ft, size, dtype), matmul(size.matmul, dtype)], rounds)
-        passes, note = len(size.alphas) * tokens * _LAYERS, "through one layer of one model"
+        timed = best_seconds([block_steps(base, ft, size, dtype), matmul(size.matmul, dtype)], size.rounds)
+        passes, note = len(size.alphas) * tokens * size.layers, "through one layer of one model"
         yield _against_peak("block step", f"{len(size.alphas)} alphas, {name}", passes, per_token, timed, size, note)
-    deeper = with_depth(base, rounds + 1), with_depth(ft, rounds + 1)
-    timed = best_seconds([gram_step(*deeper, size), matmul(size.matmul, jnp.float32)], rounds)
+    deeper = with_depth(base, size.rounds + 1), with_depth(ft, size.rounds + 1)
+    timed = best_seconds([gram_step(*deeper, size), matmul(size.matmul, jnp.float32)], size.rounds)
     per_token = 2 * per_token + gram_flops_per_token(arch, len(TAPS))
     what, note = "gate and up, both models, float32", "through one layer of both models"
     yield _against_peak("cross-Gram step", what, tokens, per_token, timed, size, note)

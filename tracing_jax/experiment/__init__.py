@@ -6,7 +6,7 @@ import pickle
 import time
 import urllib.parse
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,12 +100,7 @@ def trace(config: ConfigDict, finished: list[Progress] | None = None) -> dict[st
     opened.notes.extend([word] if word else [])
     with clock.step("load"):
         pair = load_pair(config, opened, progress)
-    # Beside the work: hashing reads every file whole, and frees the interpreter meanwhile.
-    hashing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hashes")
-    models = {
-        name: hashing.submit(model_facts, checkpoint, not opened.is_first_look)
-        for name, checkpoint in opened.models().items()
-    }
+    models = _model_facts_beside_the_work(opened)
     disguise = permutation = alignment = perplexity = None
     if opened.rewrites:
         with clock.step("disguise"):
@@ -132,15 +127,9 @@ def trace(config: ConfigDict, finished: list[Progress] | None = None) -> dict[st
             }
     with clock.step("hashes"):
         facts = {side: found.result() for side, found in models.items()}
-        hashing.shutdown()
     record = plain(
         {
-            "format": FORMAT,
-            "args": config.to_dict(),
-            "commit": commit(),
-            "versions": versions(),
-            "device": device_facts(pair.compute.mesh),
-            "seed": config.seed,
+            **_circumstances(config, pair),
             "models": facts,
             "tokens": token_facts(opened),
             "disguised": disguise,
@@ -164,6 +153,27 @@ def trace(config: ConfigDict, finished: list[Progress] | None = None) -> dict[st
     else:
         finished.append(progress)
     return record
+
+
+def _model_facts_beside_the_work(opened: Opened) -> dict[str, Future[dict[str, Any]]]:
+    """Begins to hash the files of every model on a thread: that reads them whole, and frees the interpreter."""
+    with_hashes = not opened.is_first_look
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hashes")
+    found = {name: thread.submit(model_facts, checkpoint, with_hashes) for name, checkpoint in opened.models().items()}
+    thread.shutdown(wait=False)
+    return found
+
+
+def _circumstances(config: ConfigDict, pair: Pair) -> dict[str, Any]:
+    """Returns what was asked, and what it ran with."""
+    return {
+        "format": FORMAT,
+        "args": config.to_dict(),
+        "commit": commit(),
+        "versions": versions(),
+        "device": device_facts(pair.compute.mesh),
+        "seed": config.seed,
+    }
 
 
 def save(

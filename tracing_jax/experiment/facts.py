@@ -42,9 +42,8 @@ def model_facts(checkpoint: Checkpoint, hashed: bool = True) -> dict[str, Any]:
         "family": checkpoint.arch.family,
         "parameters": sum(math.prod(entry.shape) for entry in checkpoint.entries.values()),
         "shape": shape_facts(checkpoint.arch),
-        "files": file_hashes(files)
-        if hashed and is_first()
-        else {},  # the first of several processes writes the record
+        # The first of several processes writes the record.
+        "files": file_hashes(files) if hashed and is_first() else {},
     }
 
 

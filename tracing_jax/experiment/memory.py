@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from tracing_jax.checkpoint import Checkpoint
@@ -29,7 +31,19 @@ def choose_memory(asked: str, models: Sequence[Checkpoint], mesh: Mesh) -> tuple
 
 
 def free_bytes(mesh: Mesh) -> int | None:
-    """Returns how many bytes the mesh's devices of this process have left; None if they do not say."""
+    """Returns how many bytes the mesh's devices have left, the same to every process; None if they do not say."""
+    free = _free_here(mesh)
+    if jax.process_count() == 1:
+        return free
+    # In float32, for JAX has no wider integers by default.
+    found = multihost_utils.process_allgather(np.float32(-1 if free is None else free))
+    if found.min() < 0:
+        return None
+    # Processes on CPUs may share one machine's memory, and each says how much of it is left.
+    return int(found.min() if mesh.devices.flat[0].platform == "cpu" else found.sum())
+
+
+def _free_here(mesh: Mesh) -> int | None:
     devices = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
     if devices[0].platform == "cpu":
         return _free_on_host()

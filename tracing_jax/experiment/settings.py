@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -85,6 +86,8 @@ def _choice_problems(config: ConfigDict) -> list[str]:
         )
     if config.save_aligned and not config.align:
         lines.append(f"save_aligned={config.save_aligned}: nothing is aligned; set align")
+    if config.save_aligned and jax.process_count() > 1:
+        lines.append(f"save_aligned={config.save_aligned}: one process alone can write a checkpoint; start only one")
     if config.save_aligned and Path(config.save_aligned).expanduser().exists():
         lines.append(f"save_aligned={config.save_aligned}: it is there already; remove it or choose another folder")
     if config.max_layers and config.disguise:

@@ -10,7 +10,7 @@ from tracing_jax.matching.sparse_assignment import optimal_assignment
 from tracing_jax.matching.views import HostView, View, check_finite
 
 _SMALL = 2**18
-"""Entries of a matrix that scipy assigns sooner than candidates are found; measured, see `benchmarks/assignment.py`."""
+"""Entries of a matrix that scipy assigns sooner than candidates are found; measured on two cores."""
 _WIDE, _SMALL_WIDE = 0.8, 2**24
 """Rows per column below which scipy is the faster, and the entries up to which its copy in float64 is afforded."""
 

@@ -13,6 +13,7 @@ from tracing_jax.statistics.l2 import L2
 from tracing_jax.statistics.match import Match
 from tracing_jax.statistics.match_all import MatchAll
 from tracing_jax.statistics.match_distilled import MatchDistilled
+from tracing_jax.statistics.match_moments import MatchMoments
 from tracing_jax.statistics.mode import Mode
 from tracing_jax.statistics.perm_mode_l2 import PermModeL2
 from tracing_jax.statistics.screen import Screen
@@ -31,6 +32,7 @@ REGISTRY: Mapping[str, Callable[[Any], Statistic]] = {
     "match_all": lambda config: MatchAll(
         tuple(config.match_forms.split(",")), max_gib=config.match_all_gib, level=config.level
     ),
+    "match_moments": lambda config: MatchMoments(),
     "match_distilled": lambda config: MatchDistilled(
         config.distil_tokens,
         config.distil_steps,

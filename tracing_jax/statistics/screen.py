@@ -124,7 +124,7 @@ def _named(part: str, tests: Sequence[Test]) -> list[Test]:
     return [replace(test, name=f"{part}, {test.name}") for test in tests]
 
 
-def _read_facts(pair: Pair, read: Mapping[str, list[int]]) -> dict[str, dict[str, float | int]]:
+def _read_facts(pair: Pair, read: Mapping[str, list[int]]) -> dict[str, dict[str, int | float]]:
     """Returns for each side the bytes looked at, and the share of its weights that they hold."""
     return {
         side: {"bytes": read[side][1], "share": read[side][0] / parameters(model.arch)}
@@ -132,7 +132,7 @@ def _read_facts(pair: Pair, read: Mapping[str, list[int]]) -> dict[str, dict[str
     }
 
 
-def _sentence(plan: Plan, facts: Mapping[str, Mapping[str, float | int]]) -> str:
+def _sentence(plan: Plan, facts: Mapping[str, Mapping[str, int | float]]) -> str:
     """Returns what was looked at, and what that cannot find."""
     parts, blind = [], []
     if plan.units:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from tracing_jax.statistics.pvalues import holm
 from tracing_jax.statistics.statistic import Result
 
-DECIDING = ("csu", "csh", "match", "match_all", "match_distilled", "screen")
+DECIDING = ("csu", "csh", "match", "match_all", "match_moments", "match_distilled", "screen")
 """Statistics whose p-values are exact, or calibrated against a measured null. Only these decide."""
 
 UNDECIDED_BELOW = 0.05

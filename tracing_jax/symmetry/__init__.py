@@ -23,7 +23,7 @@ from tracing_jax.symmetry.permutation import (
     unit_moves,
 )
 from tracing_jax.symmetry.reordering import Permutation, Renaming
-from tracing_jax.symmetry.residual import GainScaling, GainSetting, Rotation, feeding_norms, gains_in
+from tracing_jax.symmetry.residual import GainScaling, GainSetting, Rotation, feeding_norms, gain_offset, gains_in
 from tracing_jax.symmetry.rewrite import (
     Rewrite,
     Untying,
@@ -59,6 +59,7 @@ __all__ = [
     "compose",
     "draw_rewrites",
     "feeding_norms",
+    "gain_offset",
     "gains_in",
     "identity",
     "inverses",

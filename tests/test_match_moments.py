@@ -1,0 +1,113 @@
+"""`match_moments`: signatures that no rewrite changes, and the descendants that `match` cannot see."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from tracing_jax.axes import axis_table
+from tracing_jax.sharding import Compute, make_mesh
+from tracing_jax.source import InMemory, disguised, in_memory
+from tracing_jax.statistics import Pair, Vocabularies, verdict
+from tracing_jax.statistics.match_moments import MatchMoments
+from tracing_jax.statistics.moments import SIDES, signature_correlations, signatures, spread_layers
+from tracing_jax.symmetry import draw_rewrites, permute, random_permutations
+
+ARCH = tiny.llama_mha(num_layers=4, layer_ropes=(0,) * 4, layer_windows=(None,) * 4, mlp_dim=40)
+BASE = tiny.model(ARCH, 0)
+LAYERS = spread_layers(4, 8)
+
+
+def pair_of(base, ft):
+    nothing = np.zeros(0, np.int32)
+    vocabularies = Vocabularies(False, nothing, nothing, known=False)  # not even the tokens are known
+    return Pair(base, ft, vocabularies, None, Compute(make_mesh(1, 1), 4), seed=0)
+
+
+def rewritten(model, names, seed=7):
+    found = in_memory(disguised(model, draw_rewrites(names, jax.random.key(seed), model.arch)))
+    return InMemory(found.arch, jax.tree.map(jnp.asarray, found.params))
+
+
+def signatures_of(model):
+    return [{side: found for side, (found, _) in layer.items()} for layer in signatures(model, LAYERS)]
+
+
+@pytest.mark.parametrize("name", ["rotate", "gains", "units", "values", "queries"])
+def test_rewrites_that_keep_units_in_place_do_not_change_their_signatures(name):
+    for given, hidden in zip(signatures_of(BASE), signatures_of(rewritten(BASE, name)), strict=True):
+        for side in SIDES:
+            np.testing.assert_allclose(hidden[side], given[side], rtol=0, atol=1e-4)
+
+
+def test_a_permutation_of_units_permutes_their_signatures():
+    table = axis_table(ARCH)
+    moved = random_permutations(jax.random.key(1), table, ["embed", "mlp"])
+    hidden = InMemory(ARCH, permute(BASE.params, moved, table))
+    for i, (given, found) in enumerate(zip(signatures_of(BASE), signatures_of(hidden), strict=True)):
+        for side in SIDES:
+            np.testing.assert_allclose(found[side], given[side][moved[f"layers/{i}/mlp"]], rtol=0, atol=1e-4)
+
+
+def test_signatures_are_those_of_numpy():
+    rows = []
+    for i in range(4):
+        layer = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), BASE.layer(i))
+        gain, mlp = layer["mlp_norm"]["scale"], layer["mlp"]
+        sides = (mlp["gate_proj"]["kernel"].T * gain, mlp["up_proj"]["kernel"].T * gain, mlp["down_proj"]["kernel"])
+        rows.append([side / np.linalg.norm(side, axis=1, keepdims=True) for side in sides])
+    expected = [np.log([np.square(unit @ other.T).mean() for layer in rows for other in layer]) for unit in rows[2][1]]
+    np.testing.assert_allclose(signatures_of(BASE)[2]["up"], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["permute", "rotate", "gains", "units", "values", "queries", "pad"])
+def test_a_relative_with_foreign_embeddings_is_found_through_every_disguise(name):
+    stranger = tiny.model(ARCH, 1)
+    kin = tiny.noisy(BASE.params, 0.1) | {part: stranger.params[part] for part in ("embed", "head")}
+    result = MatchMoments().compute(pair_of(BASE, rewritten(InMemory(ARCH, kin), name)))
+    assert verdict({"match_moments": result}, 1e-3).verdict == "related"
+    assert result.headline > 0.5
+
+
+def test_independent_models_are_not_called_related_even_with_dead_and_twin_units():
+    other = tiny.model(ARCH, 1)
+    for layer in other.params["layers"].values():
+        for name in ("gate_proj", "up_proj"):
+            kernel = np.asarray(layer["mlp"][name]["kernel"]).copy()
+            kernel[:, :8] = 0.0
+            kernel[:, 8:12] = kernel[:, 12:16]
+            layer["mlp"][name]["kernel"] = jnp.asarray(kernel)
+    result = MatchMoments().compute(pair_of(BASE, other))
+    assert result.log10_p > -2
+    assert result.tests[0].values["units"] == [32] * 4
+
+
+def test_dead_units_have_no_similarity():
+    (base, *_), (ft, *_) = (list(signatures(model, LAYERS)) for model in (BASE, tiny.model(ARCH, 1)))
+    live = np.arange(40) > 4
+    found = signature_correlations(base["gate"], (ft["gate"][0], live))
+    assert not found[:, :5].any()
+    assert found[:, 5:].any(axis=0).all()
+
+
+def test_controls_set_the_allowance():
+    control = tiny.model(ARCH, 5)
+    pair = dataclasses.replace(pair_of(BASE, tiny.model(ARCH, 1)), controls=(control,))
+    null = MatchMoments().compute(pair).null["moments"]
+    assert "control models (1), each against base and ft" in null["u from"]
+    assert max(null["u"]) < 0.4
+
+
+def test_layers_of_deep_models_are_spread():
+    assert spread_layers(4, 8) == [0, 1, 2, 3]
+    assert spread_layers(32, 8) == [0, 4, 9, 13, 18, 22, 27, 31]
+    assert spread_layers(1, 8) == [0]
+
+
+def test_other_depth_is_refused_with_the_reason():
+    deeper = tiny.llama_mha(num_layers=5, layer_ropes=(0,) * 5, layer_windows=(None,) * 5)
+    (line,) = MatchMoments().problems(ARCH, deeper, pair_of(BASE, BASE).vocabularies)
+    assert "see match_all" in line
