@@ -38,7 +38,7 @@ def pair_of(base, ft, seed=0, **fields):
 
 def moved(model):
     table = axis_table(model.arch)
-    permutations = random_permutations(jax.random.key(3), table, table.axes_of_kind(["embed", "mlp"]))
+    permutations = random_permutations(jax.random.key(3), table, ["embed", "mlp"])
     return InMemory(model.arch, permute(model.params, permutations, table))
 
 
@@ -77,7 +77,7 @@ def test_independent_models_are_not_called_related_and_alignment_silences():
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_p_values_of_independent_models_are_uniform(broken):
-    """Per layer by rank correlation, on runs of 12 of 40 units; with a fifth of them zero in the same places."""
+    """Per layer by rank correlation, on runs of 13 of 40 units; with a fifth of them zero in the same places."""
     arch, ps = tiny.qwen3_gqa(mlp_dim=40), []
     for i in range(120):
         base, ft = (initialised(arch, 2 * i + side) for side in (0, 1))
@@ -86,14 +86,14 @@ def test_p_values_of_independent_models_are_uniform(broken):
                 for layer in params["layers"].values():
                     up = layer["mlp"]["up_proj"]
                     up["kernel"] = up["kernel"].at[:, 32:].set(0)
-        result = Screen(0.13).compute(pair_of(InMemory(arch, base), InMemory(arch, ft), seed=i))
+        result = Screen(0.25).compute(pair_of(InMemory(arch, base), InMemory(arch, ft), seed=i))
         (rank,) = [test for test in result.tests if test.name == "units in place, rank correlation"]
-        ps += [log_p for log_p, units in zip(rank.log10_ps, rank.values["units"]) if units > 3]
+        ps += [log_p for log_p, units in zip(rank.log10_ps, rank.values["units"]) if units > 7]
     assert len(ps) > 150
     assert scipy.stats.kstest(10.0 ** np.array(ps), "uniform").pvalue > 0.01
 
 
-@pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize("share", [0.08, 0.2, 0.5, 1.0])
 def test_a_plan_stays_within_its_share(share):
     result = Screen(share).compute(pair_of(BASE, RELATED))
     assert all(0 < fact["share"] <= share for fact in result.read.values())
@@ -151,13 +151,13 @@ def test_files_give_what_memory_gives_and_little_of_them_is_read(folders):
     counted = [dataclasses.replace(c, tensors=Counting(c.tensors)) for c in checkpoints]
     ids = np.arange(checkpoints[0].arch.vocab_size, dtype=np.int32)
     fields = (Vocabularies(True, ids, ids), None, Compute(make_mesh(1, 1), 4), 0)
-    from_files = Screen(0.5).compute(Pair(*map(ReadAhead, counted), *fields))
-    from_memory = Screen(0.5).compute(Pair(*map(in_memory, checkpoints), *fields))
+    from_files = Screen(0.7).compute(Pair(*map(ReadAhead, counted), *fields))
+    from_memory = Screen(0.7).compute(Pair(*map(in_memory, checkpoints), *fields))
     assert from_files.log10_p == pytest.approx(from_memory.log10_p, rel=1e-6)
-    assert len(from_files.tests) == 8
+    assert len(from_files.tests) == 6
     for checkpoint, read in zip(counted, from_files.read.values()):
         assert checkpoint.tensors.bytes == read["bytes"]
-        assert 0 < read["bytes"] <= 0.5 * checkpoint.num_bytes
+        assert 0 < read["bytes"] <= 0.7 * checkpoint.num_bytes
 
 
 def test_a_run_streams_hashes_nothing_and_says_what_it_read(folders, tmp_path):
