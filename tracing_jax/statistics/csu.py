@@ -47,7 +47,7 @@ class Csu:
         return constrained_result(pair, comparisons, "units whose up-projection stays in place, share")
 
 
-def unit_rows(layer: Tree, projection: str) -> Float[Array, "F D"]:
+def unit_rows(layer: Tree, projection: str) -> Float[Array | np.ndarray, "F D"]:
     """Returns a row for each MLP unit of a layer: its weights on the features."""
     return layer["mlp"][projection]["kernel"].T
 

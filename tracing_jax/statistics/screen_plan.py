@@ -48,7 +48,7 @@ def plan_within(share: float, base: Arch, ft: Arch, vocabularies: Vocabularies) 
     lines = _match_problems(base, ft, tokens)
     count = 0
     if not lines:
-        layer = max((2 * match_units + 1) * base.embed_dim, (2 * ft.mlp_dim + 1) * ft.embed_dim)
+        layer = max(_layer(base, match_units), _layer(ft, ft.mlp_dim))
         count = min(_LAYERS, depth, int((room - tokens * embed) / layer))
         if count < _FEWEST_LAYERS:
             lines, count = [f"{share:g} of the weights holds fewer than {_FEWEST_LAYERS} layers' MLPs"], 0
@@ -72,6 +72,11 @@ def _units_in_place(share: float, room: float, base: Arch, ft: Arch) -> tuple[in
     if units < _FEWEST_UNITS:
         return 0, [f"{share:g} of the weights holds fewer than {_FEWEST_UNITS} units a layer"]
     return units, []
+
+
+def _layer(arch: Arch, units: int) -> int:
+    """Returns the weights that gate and up activations of so many units of a layer take, with biases and the norm's."""
+    return 2 * units * (arch.embed_dim + 1) + 2 * arch.embed_dim
 
 
 def _match_problems(base: Arch, ft: Arch, tokens: int) -> list[str]:
