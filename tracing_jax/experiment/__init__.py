@@ -100,7 +100,7 @@ def trace(config: ConfigDict, finished: list[Progress] | None = None) -> dict[st
     opened.notes.extend([word] if word else [])
     with clock.step("load"):
         pair = load_pair(config, opened, progress)
-    models = _model_facts_beside_the_work(opened)
+    models = _model_facts_beside_the_work(opened, hashed=not (opened.is_first_look or config.max_layers))
     disguise = permutation = alignment = perplexity = None
     if opened.rewrites:
         with clock.step("disguise"):
@@ -155,11 +155,10 @@ def trace(config: ConfigDict, finished: list[Progress] | None = None) -> dict[st
     return record
 
 
-def _model_facts_beside_the_work(opened: Opened) -> dict[str, Future[dict[str, Any]]]:
+def _model_facts_beside_the_work(opened: Opened, hashed: bool) -> dict[str, Future[dict[str, Any]]]:
     """Begins to hash the files of every model on a thread: that reads them whole, and frees the interpreter."""
-    with_hashes = not opened.is_first_look
     thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hashes")
-    found = {name: thread.submit(model_facts, checkpoint, with_hashes) for name, checkpoint in opened.models().items()}
+    found = {name: thread.submit(model_facts, checkpoint, hashed) for name, checkpoint in opened.models().items()}
     thread.shutdown(wait=False)
     return found
 

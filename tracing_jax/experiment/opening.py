@@ -94,7 +94,8 @@ def open_pair(config: ConfigDict) -> Opened:
     if not_alignable:
         notes.append(f"not aligned: {not_alignable}")
     if config.max_layers:
-        notes.append(f"max_layers: only the first {base.arch.num_layers} layers of base and {ft.arch.num_layers} of ft")
+        layers = f"only the first {base.arch.num_layers} layers of base and {ft.arch.num_layers} of ft"
+        notes.append(f"max_layers: {layers}; the files, of which a part is read, are not hashed")
     needs_resident = config.align and bool(beyond_permutations(_kinds(config)))
     return Opened(
         base, ft, rewrites, statistics, not_applicable, not_alignable, vocabularies, blocks_base, blocks_ft, paired,

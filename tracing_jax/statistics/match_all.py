@@ -109,8 +109,8 @@ class MatchAll:
         u, source = Match().allowance(form, pair)
         if not pair.controls:
             return u, tabled_allowance(pair.ft.arch.num_layers, form), source
-        depths, depths_base = (np.linspace(0, 1, model.arch.num_layers) for model in (pair.ft, pair.base))
-        return u, np.interp(depths, depths_base, u).tolist(), source
+        base, ft = (np.linspace(0, 1, model.arch.num_layers) for model in (pair.base, pair.ft))
+        return u, np.interp(ft, base, u).tolist(), source
 
     def _compare(
         self, form: str, pair: Pair, base: Sequence[Activations], ft: Sequence[Activations]
