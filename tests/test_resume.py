@@ -106,6 +106,25 @@ def test_finished_pairs_of_several_are_not_traced_again(config_of, family, monke
     assert [record["verdict"]["verdict"] for record in records] == ["related", "independent"]
 
 
+def test_a_run_that_writes_the_aligned_model_goes_on_after_it_was_stopped_behind_the_alignment(
+    config_of, monkeypatch, tmp_path
+):
+    fields = {"stat": "csu", "eval": False, "save_aligned": str(tmp_path / "back")}
+    compute, computed = Csu.compute, []
+
+    def compute_and_die(statistic, pair):
+        if pair.aligned and not computed.append(0) and len(computed) == 1:
+            raise KeyboardInterrupt
+        return compute(statistic, pair)
+
+    monkeypatch.setattr(Csu, "compute", compute_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        experiment.trace(config_of(**fields))
+    assert not (tmp_path / "back").exists()
+    experiment.trace(config_of(**fields))
+    assert (tmp_path / "back" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("change", ["config", "files"])
 def test_a_changed_run_starts_over_and_says_so(config_of, family, monkeypatch, change):
     with monkeypatch.context() as patch:

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from tracing_jax.alignment import Alignment
 from tracing_jax.data import TokenBlocks
 from tracing_jax.experiment.facts import alignment_facts, device_facts, file_stamps, model_facts, token_facts, versions
-from tracing_jax.experiment.loading import align_ft, load_pair, permute_ft, prove_disguise
+from tracing_jax.experiment.loading import align_ft, load_pair, permute_ft, prove_disguise, write_aligned
 from tracing_jax.experiment.opening import Opened, inapplicable, open_pair
 from tracing_jax.experiment.settings import DEMO, ConfigError, check_config
 from tracing_jax.forward import token_losses
@@ -125,6 +125,9 @@ def trace(config: ConfigDict, finished: list[Progress] | None = None) -> dict[st
                 "base": _perplexity(pair, pair.base, opened.blocks_base, "base"),
                 "ft": _perplexity(pair, pair.ft, opened.blocks_ft, "ft"),
             }
+    if config.save_aligned and alignment is not None:
+        with clock.step("write aligned"):
+            write_aligned(config, opened, pair)
     with clock.step("hashes"):
         facts = {side: found.result() for side, found in models.items()}
     record = plain(

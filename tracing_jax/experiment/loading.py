@@ -107,11 +107,13 @@ def align_ft(config: ConfigDict, opened: Opened, pair: Pair) -> tuple[Pair, Alig
         opened.notes.append(f"not aligned: {error}")
         return pair, None
     _keep_alignment(pair.progress, alignment)
-    pair = _in_base_s_place(opened, replace(pair, progress=pair.progress.within("aligned")), alignment)
-    if config.save_aligned:
-        save_checkpoint(config.save_aligned, pair.ft, companions=opened.ft.folder)
-        opened.notes.append(f"the aligned model is in {config.save_aligned}")
-    return pair, alignment
+    return _in_base_s_place(opened, replace(pair, progress=pair.progress.within("aligned")), alignment), alignment
+
+
+def write_aligned(config: ConfigDict, opened: Opened, pair: Pair) -> None:
+    """Step 7: the aligned model as a checkpoint. Last: an interrupted run may not find its folder there already."""
+    save_checkpoint(config.save_aligned, pair.ft, companions=opened.ft.folder)
+    opened.notes.append(f"the aligned model is in {config.save_aligned}")
 
 
 def _keep_alignment(progress: Progress, alignment: Alignment) -> None:
