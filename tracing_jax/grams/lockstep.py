@@ -35,7 +35,7 @@ from tracing_jax.tree import Tree, readable
 
 _Inputs = tuple[LayerInputs, LayerInputs]
 
-_EMBEDDINGS = (2, 512)
+_EMBEDDINGS = (1, 512)
 """Batch of the weights-only form: so many blocks of so many tokens pass an MLP at a time."""
 
 
