@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import tiny
 
-from tracing_jax import grams
 from tracing_jax.alignment import LOGITS_TOLERANCE, align, aligned
 from tracing_jax.alignment import aligning as module
 from tracing_jax.axes import PERMUTABLE, axis_table
 from tracing_jax.data import paired_one_to_one
-from tracing_jax.grams import correlations
+from tracing_jax.grams import correlations, lockstep
 from tracing_jax.models import apply_block_with_taps, apply_embed, layer_inputs
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.source import InMemory, in_memory, placed
@@ -65,9 +64,9 @@ def test_correlations_are_those_of_numpy_however_batched(data, batch_size):
 def test_all_layers_and_batches_share_one_compiled_step():
     arch = tiny.qwen3_gqa(embed_dim=22, num_layers=3, layer_ropes=(0,) * 3, layer_windows=(None, 4, None))
     base, ft = tiny.model(arch, 0), tiny.model(arch, 1)
-    before = grams._step._cache_size()
+    before = lockstep._step._cache_size()
     list(correlations(base, ft, BLOCKS, ("units",), Compute(make_mesh(), 4)))
-    assert grams._step._cache_size() == before + 1
+    assert lockstep._step._cache_size() == before + 1
 
 
 def test_models_that_cannot_read_side_by_side_are_refused_before_any_work():

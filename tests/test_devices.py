@@ -25,7 +25,7 @@ from tracing_jax.statistics.cosine import cosines
 from tracing_jax.symmetry import identity
 from tracing_jax.tree import flatten, select
 
-_grams = importlib.import_module("tracing_jax.grams.correlations")  # the room has a function of this name
+_grams = importlib.import_module("tracing_jax.grams.lockstep")  # the room has a function of this name
 
 MESHES = [(8, 1), (2, 4), (1, 8)]
 TAPS = ("residual", "heads", "units")

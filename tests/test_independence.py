@@ -14,10 +14,10 @@ import tiny
 from scipy.optimize import linear_sum_assignment
 
 from tracing_jax import activations as activations_module
-from tracing_jax import forward, grams
 from tracing_jax.axes import axis_table
 from tracing_jax.data import PairedBlocks, paired_one_to_one
-from tracing_jax.forward import logits, path_losses
+from tracing_jax.forward import logits, path_losses, walk
+from tracing_jax.grams import lockstep
 from tracing_jax.matching import live_units, match_units
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.source import InMemory
@@ -89,7 +89,7 @@ def p_values_in(found, where=""):
 @pytest.mark.parametrize("name", REGISTRY)
 def test_no_p_value_of_any_kind_is_left_in_an_aligned_result(name):
     config = importlib.import_module("configs.common").get_config(name)
-    config.update(num_perm=3, mode_num_perm=3, csh_blocks=4, csh_block_size=32, distil_steps=2)
+    config.update(num_perm=3, mode_num_perm=3, csh_blocks=4, csh_block_size=32, distil_steps=2, screen_share=1.0)
     statistic = REGISTRY[name](config)
     given, aligned = (statistic.compute(pair_of(BASE, RELATED, aligned=side)).as_dict() for side in (False, True))
     assert list(p_values_in(given)) or name in ("cos", "emb", "jsd")
@@ -198,9 +198,16 @@ def log_softmax(x):
 def test_forward_statistics_make_one_pass_per_model(statistic, monkeypatch):
     """Every layer of every model sees each of its batches once."""
     calls = []
-    for module, name in ((grams, "_step"), (forward, "_block_step")):
-        step = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *args, step=step, **kw: (calls.append(step), step(*args, **kw))[1])
+    block_step, gram_step = walk._block_step, lockstep._step
+
+    def counted(*args):
+        hands_over_embeddings = args[3]
+        if not hands_over_embeddings:
+            calls.append(gram_step)
+        return gram_step(*args)
+
+    monkeypatch.setattr(lockstep, "_step", counted)
+    monkeypatch.setattr(walk, "_block_step", lambda *args: (calls.append(block_step), block_step(*args))[1])
     statistic.compute(pair_of(BASE, OTHER))
     batches = 2
     both_models_at_once = not isinstance(statistic, Jsd)

@@ -72,7 +72,7 @@ def test_a_run_stopped_again_and_again_comes_to_the_record_of_one_that_was_not(
 
 def test_finished_layers_are_not_compared_again(config_of, monkeypatch):
     with monkeypatch.context() as patch:
-        dying_after(patch, 1)
+        dying_after(patch, 2)  # what the run is, and the first layer
         with pytest.raises(KeyboardInterrupt):
             experiment.trace(config_of(stat="csu", permute=False, align=False, eval=False))
     from tracing_jax.statistics import csu

@@ -65,7 +65,7 @@ def options():
 
     config = common.get_config("mode")
     config.num_perm, config.mode_num_perm, config.csh_blocks, config.csh_block_size = 9, 3, 4, 32
-    config.attn = config.emb = True
+    config.attn, config.emb, config.screen_share = True, True, 1.0
     return config
 
 

@@ -27,8 +27,9 @@ _FACTS = "facts.json"
 class Progress:
     """Finished pieces of work by name, each written whole or not at all; without a folder nothing is kept."""
 
-    def __init__(self, folder: Path | None = None):
+    def __init__(self, folder: Path | None = None, facts: tuple[Path, bytes] | None = None):
         self.folder = folder
+        self._facts = facts  # a file and its content, written with the first piece: a refused run leaves nothing behind
 
     @classmethod
     def open(cls, folder: Path, facts: Mapping[str, Any]) -> tuple["Progress", str | None]:
@@ -46,13 +47,11 @@ class Progress:
             else:
                 word = f"goes on from an interrupted run: {sum(1 for _ in folder.rglob('*.*')) - 1} finished pieces"
             logging.info("%s", word)
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(folder / _FACTS, json.dumps(wanted).encode())
-        return cls(folder), word
+        return cls(folder, (folder / _FACTS, json.dumps(wanted).encode())), word
 
     def within(self, *names: str | int) -> "Progress":
         """Returns the pieces under a name of their own."""
-        return Progress(None if self.folder is None else self.folder.joinpath(*map(str, names)))
+        return Progress(None if self.folder is None else self.folder.joinpath(*map(str, names)), self._facts)
 
     def load(self, kind: Callable[..., T], *names: str | int) -> T | None:
         """Returns the piece of this name, made by `kind(**fields)`; None if it is not finished."""
@@ -70,6 +69,7 @@ class Progress:
     def keep(self, fields: Mapping[str, Any], *names: str | int) -> None:
         """Keeps a piece under this name, for `load`; numbers and arrays of numpy become plain ones."""
         if (file := self._file(names, ".json")) is not None:
+            self._begin()
             self._write(file, json.dumps(fields, default=lambda value: value.tolist()).encode())
 
     def count(self, kind: Callable[..., Any]) -> int:
@@ -89,6 +89,7 @@ class Progress:
         if (file := self._file(names, ".npz")) is not None:
             buffer = io.BytesIO()
             np.savez(buffer, allow_pickle=False, **arrays())
+            self._begin()
             self._write(file, buffer.getvalue())
 
     def memo_arrays(
@@ -118,6 +119,11 @@ class Progress:
             return None
         *parents, last = (str(name).replace("/", ".").replace(" ", "_") for name in names)
         return self.folder.joinpath(*parents, last + suffix)
+
+    def _begin(self) -> None:
+        """Writes down whose pieces these are, before the first of them."""
+        if self._facts is not None and not self._facts[0].exists():
+            self._write(*self._facts)
 
     @staticmethod
     def _write(file: Path, content: bytes) -> None:

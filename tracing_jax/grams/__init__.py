@@ -5,7 +5,7 @@ time, and no activation matrix does. Each model makes one forward pass in all, w
 The models may read the text through different tokenizers: only positions paired in `PairedBlocks` are compared.
 """
 
-from tracing_jax.grams.correlations import LayerCorrelations, correlate, correlations, embedding_correlations
+from tracing_jax.grams.lockstep import LayerCorrelations, correlate, correlations, embedding_correlations
 from tracing_jax.grams.sampling import Sample, sampled_units
 
 __all__ = [
