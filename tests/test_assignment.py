@@ -121,6 +121,13 @@ def test_product_of_factors_is_never_whole():
     check_proof(np.abs(x[rows] @ y[columns].T), found, rounding=1e-6)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_matrix_is_small():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tracing_jax.matching.assignment._SMALL", 2**10)
+        yield
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.sampled_from([gaussian, low_rank, related, common_directions]), st.integers(0, 2**32 - 1))
 def test_matching_moves_with_its_units(kind, seed):
@@ -152,6 +159,15 @@ def test_what_cannot_be_assigned_is_refused(view):
             solve(view(matrix.T))
     unseen = optimal_assignment(view(matrix, np.arange(6, 20), np.arange(7, 30)))
     assert np.isfinite(unseen.bound)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(KINDS), st.integers(1, 40), st.integers(0, 300), st.integers(0, 2**32 - 1))
+def test_whichever_solver_it_takes_the_sum_is_the_same(kind, n, spare, seed):
+    matrix = kind(np.random.default_rng(seed), n, n + spare)
+    _, columns = linear_sum_assignment(matrix, maximize=True)
+    found = [matrix[np.arange(n), picked].sum(dtype=float) for picked in (assign(matrix), columns)]
+    assert found[0] == pytest.approx(found[1], rel=1e-12, abs=1e-12 * n * float(np.abs(matrix).max()))
 
 
 def test_nothing_and_one():

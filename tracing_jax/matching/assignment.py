@@ -6,11 +6,12 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 
-from tracing_jax.matching.sparse_assignment import optimal_assignment
-from tracing_jax.matching.views import HostView, View, check_finite
+from tracing_jax.matching.sparse_assignment import optimal_assignment, plain_assignment, surveyed
+from tracing_jax.matching.views import HostView, View
 
-_SMALL = 2**18
-"""Entries of a matrix that scipy assigns sooner than candidates are found; measured on two cores."""
+_SMALL = 2**21
+"""Entries of a matrix that scipy assigns sooner than candidates are found, if plain maxima do not decide; see
+`benchmarks/assignment.py`."""
 _WIDE, _SMALL_WIDE = 0.8, 2**24
 """Rows per column below which scipy is the faster, and the entries up to which its copy in float64 is afforded."""
 
@@ -22,20 +23,19 @@ def assign(similarity: Float[np.ndarray, "n m"] | View) -> Int[np.ndarray, " n"]
     """Returns for every row its own column, such that the similarities picked have the greatest possible sum.
 
     Equal optima are told apart by the order of rows and columns. For the proof see `optimal_assignment`, which solves
-    all but small matrices, and those with many more columns than rows; there scipy's solver is the faster.
+    all but matrices that are small, or have many more columns than rows; there scipy's solver is the faster.
 
     Raises:
       ValueError: more rows than columns, or similarities that are not finite.
     """
     view = HostView(similarity) if isinstance(similarity, np.ndarray) else similarity
     n, m = view.shape
-    if n > m:
-        raise ValueError(f"cannot assign {n} rows to {m} columns one to one; transpose, or leave rows out first")
-    if n * m <= _SMALL or (n <= _WIDE * m and n * m <= _SMALL_WIDE):
-        whole = view.sample(n)
-        check_finite(whole)
-        return linear_sum_assignment(whole, maximize=True)[1].astype(np.int32)
-    return optimal_assignment(view).columns
+    if n * m > _SMALL and (n > _WIDE * m or n * m > _SMALL_WIDE):
+        return optimal_assignment(view).columns
+    plain = plain_assignment(surveyed(view))
+    if plain is not None:
+        return plain.columns
+    return linear_sum_assignment(view.sample(n), maximize=True)[1].astype(np.int32)
 
 
 def assign_nested(

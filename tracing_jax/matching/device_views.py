@@ -116,7 +116,7 @@ class DeviceView:
         """Yields for each block where its rows are seen, which of them are new, and what was found in them."""
         dear = np.full(self._width, np.inf, np.float32)
         dear[self.columns] = prices
-        rows, size = places(self.rows, self._height), min(self._height, _BLOCK_ROWS)
+        rows, size = places(self.rows, self._height), max(1, min(self._height, _BLOCK_ROWS))
         on_device = jnp.asarray(dear)
         for start in range(0, self._height, size):
             first = min(start, self._height - size)  # the last block begins early: all have one shape

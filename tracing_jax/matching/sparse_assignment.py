@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int
 
 from tracing_jax.matching.augmentation import Augmentation, Edges
 from tracing_jax.matching.prices import approximate_prices
-from tracing_jax.matching.views import Best, View, not_finite
+from tracing_jax.matching.views import Best, Survey, View, not_finite
 
 _CANDIDATES = 24
 """Per row at first. At 11,008 independent units 25 hold all but a few of the optimum's entries."""
@@ -52,18 +52,32 @@ def optimal_assignment(view: View) -> Assignment:
     Raises:
       ValueError: more rows than columns, or similarities that are not finite.
     """
+    survey = surveyed(view)
+    plain = plain_assignment(survey)
+    return _generate(view, max(abs(survey.least), float(np.abs(survey.most).max())) or 1.0) if plain is None else plain
+
+
+def surveyed(view: View) -> Survey:
+    """Returns the extremes of similarities that can be assigned.
+
+    Raises:
+      ValueError: more rows than columns, or similarities that are not finite.
+    """
     n, m = view.shape
     if n > m:
         raise ValueError(f"cannot assign {n} rows to {m} columns one to one; transpose, or leave rows out first")
-    if not n:
-        return Assignment(np.empty(0, np.int32), 0.0, 0.0, 0)
     survey = view.survey()
     if survey.broken:
         raise ValueError(not_finite(survey.broken, n * m))
-    if len(np.unique(survey.best)) == n and not survey.tied.any():
-        total = float(survey.most.sum())
-        return Assignment(survey.best.astype(np.int32), total, total, 1)
-    return _generate(view, max(abs(survey.least), float(np.abs(survey.most).max())) or 1.0)
+    return survey
+
+
+def plain_assignment(survey: Survey) -> Assignment | None:
+    """Returns every row with its most similar column, if no column is that of two rows and none ties; else None."""
+    if len(np.unique(survey.best)) < len(survey.best) or survey.tied.any():
+        return None
+    total = float(survey.most.sum())
+    return Assignment(survey.best.astype(np.int32), total, total, 1)
 
 
 def _generate(view: View, scale: float) -> Assignment:

@@ -155,7 +155,7 @@ class HostView:
         """Yields blocks of the rows that are seen, less prices, with where they are seen; each is overwritten next."""
         n, m = self.matrix.shape
         rows = places(self._order[0], n)
-        size = min(n, max(1, _BLOCK_BYTES // (4 * max(1, m))))
+        size = max(1, min(n, _BLOCK_BYTES // (4 * max(1, m))))
         buffer = np.empty((size, m), np.result_type(self.matrix.dtype, np.float32))
         for start in range(0, n, size):
             block = self.matrix[start : start + size]
@@ -165,12 +165,6 @@ class HostView:
             np.subtract(block, prices, out=out)
             here = rows[start : start + size]
             yield (here, out) if (here >= 0).all() else (here[here >= 0], out[here >= 0])
-
-
-def check_finite(similarity: Float[np.ndarray, "..."]) -> None:
-    """Raises ValueError for similarities that are not finite."""
-    if broken := int(np.count_nonzero(~np.isfinite(similarity))):
-        raise ValueError(not_finite(broken, similarity.size))
 
 
 def not_finite(broken: int, size: int) -> str:

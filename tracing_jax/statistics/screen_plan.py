@@ -14,7 +14,7 @@ from tracing_jax.statistics.statistic import Vocabularies
 _IN_PLACE = 0.25
 """Of what may be looked at, the share that the units in place get; sampled layers take the rest."""
 _FEWEST_UNITS, _MOST_UNITS = 8, 512
-_MATCH_UNITS, _LAYERS, _TOKENS = 1024, 3, 2048
+_MATCH_UNITS, _LAYERS, _TOKENS = 512, 3, 2048
 """Of base's units in a layer, of layers (three give six pairs that do not correspond), and of shared tokens."""
 _FEWEST_LAYERS = 2
 
