@@ -110,7 +110,10 @@ def _related(parents: Mapping[str, str | None] | None, base: str, ft: str) -> bo
 
 def _short_names(models: Iterable[str]) -> dict[str, str]:
     """Returns for each model the end of its id that no other has, and is fit for a file name."""
-    parts = {model: [p for p in re.split(r"[/\\]", model.removeprefix("demo:").rstrip("/")) if p] or [model] for model in models}
+    parts = {
+        model: [p for p in re.split(r"[/\\]", model.removeprefix("demo:").rstrip("/")) if p] or [model]
+        for model in models
+    }
     taken: dict[str, str] = {}
     for depth in range(1, max((len(p) for p in parts.values()), default=0) + 1):
         short = {model: _as_file_name("-".join(p[-depth:])) for model, p in parts.items() if model not in taken}
