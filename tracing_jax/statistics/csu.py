@@ -39,12 +39,12 @@ class Csu:
         progress = pair.progress.within("csu")
         layers, kept = layers_in_common(pair), progress.count(Comparison)
 
-        def similarities() -> Iterator[tuple[int, Array | np.ndarray]]:
+        def similarities() -> Iterator[tuple[int, Array]]:
             for i in trange(kept, layers, desc="csu", unit="layer", initial=kept, total=layers, disable=None):
                 base, ft = (unit_rows(m.layer(i, ("mlp/up_proj/kernel",)), "up_proj") for m in (pair.base, pair.ft))
                 yield i, cosines(base, ft)
 
-        def compare(item: tuple[int, Array | np.ndarray]) -> Comparison:
+        def compare(item: tuple[int, Array]) -> Comparison:
             i, similarity = item
             return progress.memo(Comparison, (i,), lambda: _compare(similarity, pair.generator("csu", i)))
 
@@ -68,8 +68,6 @@ def compare_rows(
     return _compare(cosines(base, ft), generator, signed)
 
 
-def _compare(
-    similarity: Float[Array | np.ndarray, "n m"], generator: np.random.Generator, signed: bool = False
-) -> Comparison:
+def _compare(similarity: Float[Array, "n m"], generator: np.random.Generator, signed: bool = False) -> Comparison:
     matching = match_units(readable(similarity), generator, absolute=not signed)
     return against_identity(matching, *similarity.shape)
