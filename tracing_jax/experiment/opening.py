@@ -166,7 +166,7 @@ def resolved(model_id: str) -> str:
     """Returns the folder of a member of the demo family, training it if need be; any other id as it is."""
     if not model_id.startswith(DEMO):
         return model_id
-    return str(demo.family().member(model_id.removeprefix(DEMO)))
+    return str(demo.member(model_id.removeprefix(DEMO)))
 
 
 def _tokenizer(checkpoint: Checkpoint, needed: bool) -> Any:
@@ -222,7 +222,7 @@ def _blocks(
 
 def _documents(config: ConfigDict) -> Documents:
     if config.dataset == "demo" and not config.dataset_id:
-        return read_documents(str(demo.family().text))
+        return read_documents(str(demo.held_out_text()))
     return read_documents(
         config.dataset_id or config.dataset,
         subset=config.dataset_subset,
