@@ -11,8 +11,8 @@ like any other checkpoint; so are the twelve of the zoo (`grove.py`).
 
 from pathlib import Path
 
-from tracing_jax.demo.family import MEMBERS, Family, family, held_out_text
 from tracing_jax.demo.grove import ROOTS, TREE, tree_member
+from tracing_jax.demo.quartet import MEMBERS, Family, family, held_out_text
 from tracing_jax.demo.recipe import Recipe, config, train_tokenizer
 from tracing_jax.demo.texts import base_text, finetune_text, split
 from tracing_jax.demo.training import init, learning_rates, mean_loss, optimizer, train_step, unigram_entropy

@@ -17,7 +17,7 @@ import numpy as np
 from tracing_jax.arch import Arch, read_arch
 from tracing_jax.checkpoint import save_checkpoint
 from tracing_jax.demo.cache import kept
-from tracing_jax.demo.family import Lessons, lessons, log_losses
+from tracing_jax.demo.quartet import Lessons, lessons, log_losses
 from tracing_jax.demo.recipe import DEFAULT, Recipe
 from tracing_jax.demo.training import Training, init, train
 from tracing_jax.source import InMemory, disguised, in_memory
