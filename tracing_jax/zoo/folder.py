@@ -183,9 +183,10 @@ def _take(claim: Path) -> bool:
 
 def _is_over(held: Mapping[str, Any]) -> bool:
     """Returns whether the holder of a claim is known to have ended: requeued as this job, or gone from this host."""
+    here = held.get("host") == socket.gethostname()
     if held.get("who") == me():
-        return True
-    if held.get("host") != socket.gethostname() or "pid" not in held:
+        return not (here and held.get("pid") == os.getpid())
+    if not here or "pid" not in held:
         return False
     try:
         os.kill(held["pid"], 0)
