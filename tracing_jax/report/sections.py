@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
+from tracing_jax.report.rendering import render
 from tracing_jax.report.wording import cell
 
 _HEX = re.compile(r"([0-9a-f]{12})[0-9a-f]{28,52}(-dirty)?")
@@ -73,9 +72,7 @@ class Page:
 
     def html(self) -> str:
         """The page as one HTML document; everything in it is escaped."""
-        template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-        environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-        return environment.from_string(template).render(page=self)
+        return render(Path(__file__).with_name("page.html"), page=self)
 
 
 def table_of(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:

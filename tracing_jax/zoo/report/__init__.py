@@ -1,0 +1,7 @@
+"""The report of a zoo: one page for all its pairs, and its data as CSV and JSON."""
+
+from tracing_jax.zoo.report.contents import Contents, contents_of, make_contents
+from tracing_jax.zoo.report.files import write_report
+from tracing_jax.zoo.report.page import html, sentence
+
+__all__ = ["Contents", "contents_of", "html", "make_contents", "sentence", "write_report"]

@@ -1,0 +1,159 @@
+"""Everything a zoo's report says, as plain values; the page, the CSV and the JSON are written from it."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from tracing_jax.zoo.folder import STATES, ZooFolder
+from tracing_jax.zoo.plan import Plan
+from tracing_jax.zoo.report.direction import Direction, directions
+from tracing_jax.zoo.report.disagreements import Disagreement, disagreements, missed_edges
+from tracing_jax.zoo.report.families import clustered, families
+from tracing_jax.zoo.report.lineage import Lineage, lineage
+from tracing_jax.zoo.report.rows import PairRow, Word, read_rows
+from tracing_jax.zoo.report.uniformity import Uniformity, uniformity
+from tracing_jax.zoo.weights import read_model_facts
+
+FORMAT = 1
+VERDICTS: tuple[Word, ...] = ("related", "undecided", "independent")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A report; models go by their short names.
+
+    Attributes:
+      ids: short name -> model id.
+      parents: short name -> the model it was made from, where the list of models says so.
+      rows: a row for each pair, strongest evidence first, then those that are not done.
+      components: the families, and after them the models that are in none.
+      order: all models, as the heatmap shows them.
+      lineages, directions: of each family, the tree of closest relatives and the direction of each of its edges.
+      facts: the models whose weights were measured.
+    """
+
+    ids: Mapping[str, str]
+    parents: Mapping[str, str | None] | None
+    rows: Sequence[PairRow]
+    components: Sequence[tuple[str, ...]]
+    order: Sequence[str]
+    lineages: Sequence[Lineage]
+    directions: Sequence[Sequence[Direction]]
+    uniformity: Uniformity
+    facts: Sequence[str]
+
+    @cached_property
+    def families(self) -> list[tuple[str, ...]]:
+        """The families of two models or more."""
+        return [members for members in self.components if len(members) > 1]
+
+    @cached_property
+    def alone(self) -> list[str]:
+        """The models that are in no family."""
+        return [members[0] for members in self.components if len(members) == 1]
+
+    @cached_property
+    def states(self) -> dict[str, int]:
+        """How many pairs stand where."""
+        counted = Counter(row.state for row in self.rows)
+        return {state: counted[state] for state in STATES}
+
+    @cached_property
+    def verdicts(self) -> dict[str, int]:
+        """How many of the pairs that are done have which verdict."""
+        counted = Counter(row.verdict for row in self.rows if row.verdict is not None)
+        return {word: counted[word] for word in VERDICTS}
+
+    @cached_property
+    def disagreements(self) -> list[Disagreement]:
+        """Where the report contradicts the tree of the list of models."""
+        return disagreements(self.rows, self.lineages, self.directions, self.parents)
+
+    @cached_property
+    def missed(self) -> list[tuple[str, str]]:
+        """Edges, parent before child, of the known tree that the report does not draw."""
+        return [] if self.parents is None else missed_edges(self.lineages, self.parents)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the report as plain data."""
+        return {
+            "format": FORMAT,
+            "models": [{"name": name, "id": self.ids[name], "family": self._family(name)} for name in self.order],
+            "states": self.states,
+            "verdicts": self.verdicts,
+            "families": [self._family_dict(i) for i in range(len(self.families))],
+            "alone": self.alone,
+            "disagreements": [asdict(line) for line in self.disagreements],
+            "missed_edges": [{"parent": parent, "child": child} for parent, child in self.missed],
+            "independent_p": asdict(self.uniformity),
+            "pairs": [pair_dict(row) for row in self.rows],
+        }
+
+    def _family(self, name: str) -> int | None:
+        return next((i + 1 for i, members in enumerate(self.families) if name in members), None)
+
+    def _family_dict(self, i: int) -> dict[str, Any]:
+        tree = self.lineages[i]
+        edges = [
+            {"models": list(edge.row.models), "pair": edge.row.pair, "value": edge.value,
+             "same_function": edge.same_function, "parent": way.parent, "child": way.child,
+             "grounds": list(way.grounds)}
+            for edge, way in zip(tree.edges, self.directions[i], strict=True)
+        ]  # fmt: skip
+        return {"family": i + 1, "models": list(self.families[i]), "closeness": tree.measure.name, "edges": edges}
+
+
+def contents_of(folder: ZooFolder) -> Contents:
+    """Returns the report of a zoo, as far as its pairs are done."""
+    plan = folder.plan
+    facts = {name: read_model_facts(folder.path, name) for name in plan.names.values()}
+    return make_contents(plan, read_rows(folder), facts)
+
+
+def make_contents(plan: Plan, rows: Sequence[PairRow], facts: Mapping[str, Mapping[str, Any] | None]) -> Contents:
+    """Returns the report of rows that are judged together; the plan's order changes nothing."""
+    names = sorted(plan.names.values())
+    rows = sorted(rows, key=_evidence)
+    components = families(names, rows)
+    lineages = [lineage(members, rows) for members in components if len(members) > 1]
+    related = [row for row in rows if row.verdict == "related"]
+    return Contents(
+        ids={name: model for model, name in plan.names.items()},
+        parents=_by_short_name(plan),
+        rows=rows,
+        components=components,
+        order=clustered(components, rows),
+        lineages=lineages,
+        directions=[directions(tree.edges, _within(tree, related), facts) for tree in lineages],
+        uniformity=uniformity(rows),
+        facts=[name for name in names if facts.get(name) is not None],
+    )
+
+
+def pair_dict(row: PairRow) -> dict[str, Any]:
+    """Returns what the report says of one pair, as plain data in the order of the CSV's columns."""
+    return {
+        "pair": row.pair, "base": row.base, "ft": row.ft, "state": row.state, "verdict": row.verdict,
+        "log10_p": row.log10_p, "adjusted_log10_p": row.adjusted_log10_p, "statistic": row.statistic,
+        "jsd_nats_per_token": row.jsd, "units_share": row.units, "in_place_log10_p": row.in_place_log10_p,
+        "known_related": row.known, "error": row.error,
+    }  # fmt: skip
+
+
+def _evidence(row: PairRow) -> tuple[int, float, float, str]:
+    done = row.state == "done"
+    log10_p = row.log10_p if row.log10_p is not None else 1.0
+    return (0 if done else 1, log10_p, row.jsd if row.jsd is not None else 1.0, "--".join(sorted(row.models)))
+
+
+def _within(tree: Lineage, rows: Sequence[PairRow]) -> list[PairRow]:
+    members = {*tree.models}
+    return [row for row in rows if {*row.models} <= members]
+
+
+def _by_short_name(plan: Plan) -> dict[str, str | None] | None:
+    if plan.parents is None:
+        return None
+    return {plan.names[m]: None if parent is None else plan.names[parent] for m, parent in plan.parents.items()}

@@ -1,0 +1,176 @@
+"""The page of a zoo: one self-contained HTML file; its one script shows the numbers of the cell under the pointer."""
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from tracing_jax.report.rendering import render
+from tracing_jax.report.sections import Block, Cell, Section, table_of
+from tracing_jax.report.wording import ABSENT, log10_cell
+from tracing_jax.zoo.report.contents import Contents
+from tracing_jax.zoo.report.heatmap import LEGEND, heatmap, link
+from tracing_jax.zoo.report.rows import PairRow
+from tracing_jax.zoo.report.tree import family_part
+from tracing_jax.zoo.report.uniformity import BINS, Uniformity, in_words
+
+_OPEN_ROWS, _MOST_ROWS = 20, 500
+_HEADERS = ("pair", "verdict", "log10 p", "after Holm", "by", "divergence (nats)", "units found again")
+_HEAT_TEXT = (
+    "Hue: the verdict, by the p-value of the pair after Holm over all pairs that are done. Depth: log10 p of the pair. "
+    "A model's name stands at the end of its row and above its column; families are framed.",
+)
+_FAMILIES_TEXT = (
+    "A family is a set of models connected by related pairs. Its tree joins the closest relatives; the number beside a "
+    "model is how close it is to the one above it. An arrow is an estimate of who was made from whom, never a proof: "
+    "↳ from the model above, ↰ the model above from this one; a dash leaves it open.",
+)
+
+
+def html(contents: Contents, title: str) -> str:
+    """Returns the page as one HTML document; everything in it is escaped."""
+    script = Path(__file__).with_name("hover.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return render(
+        Path(__file__).with_name("page.html"),
+        title=title,
+        banner=_banner(contents),
+        heat_text=_HEAT_TEXT,
+        heatmap=heatmap(contents.order, contents.families, contents.rows),
+        legend=LEGEND,
+        families_text=_FAMILIES_TEXT if contents.families else ("No two models are related.",),
+        families=[family_part(i, contents) for i in range(len(contents.families))],
+        alone=contents.alone,
+        before=[*_disagreements(contents), *_not_done(contents)],
+        uniformity=_bars(contents.uniformity),
+        after=[_pairs(contents.rows), _models(contents)],
+        grouped=Markup(_safe_json(_grouped(contents))),
+        script=Markup(script),
+        script_hash=f"sha256-{digest}",
+    )
+
+
+def sentence(contents: Contents) -> str:
+    """Returns the answer in one sentence: `12 models, 66 pairs: 3 families, 2 models in none`."""
+    parts = [_count(len(contents.families), "family", "families")]
+    if contents.alone:
+        parts.append(f"{_count(len(contents.alone), 'model', 'models')} in none")
+    undone = sum(count for state, count in contents.states.items() if state != "done")
+    if undone:
+        parts.append(f"{_count(undone, 'pair', 'pairs')} not done")
+    models, pairs = _count(len(contents.ids), "model", "models"), _count(len(contents.rows), "pair", "pairs")
+    return f"{models}, {pairs}: {', '.join(parts)}"
+
+
+def _banner(contents: Contents) -> dict[str, Any]:
+    facts = {
+        "pairs": ", ".join(f"{count:,} {state}" for state, count in contents.states.items() if count),
+        "verdicts": ", ".join(f"{count:,} {word}" for word, count in contents.verdicts.items())
+        + ", after Holm over all",
+    }
+    for i, members in enumerate(contents.families[:6]):
+        facts[f"family {i + 1}"] = ", ".join(
+            [*members[:8], *([f"and {len(members) - 8} more"] if len(members) > 8 else [])]
+        )
+    if contents.parents is not None:
+        wrong = len(contents.disagreements)
+        facts["known tree"] = (
+            f"{_count(wrong, 'disagreement', 'disagreements')}, listed below" if wrong else "no disagreement"
+        )
+    return {"word": "related" if contents.families else "independent", "sentence": sentence(contents), "facts": facts}
+
+
+def _disagreements(contents: Contents) -> list[Section]:
+    if contents.parents is None and all(row.known is None for row in contents.rows):
+        return []
+    links = {row.pair: link(row) for row in contents.rows}
+    rows = [
+        [line.kind, Cell(line.pair, link=links[line.pair]), line.found, line.known] for line in contents.disagreements
+    ]
+    text = ["The list of models says what was made from what; this is where the report says otherwise."]
+    if not rows:
+        text = [
+            "None: every verdict, every edge and every direction that was estimated agrees with the list of models."
+        ]
+    text += [f"Not drawn: {parent} → {child}" for parent, child in contents.missed]
+    table = table_of(("", "pair", "found", "known"), rows) if rows else None
+    return [Section("Disagreements with the known tree", text, table=table)]
+
+
+def _not_done(contents: Contents) -> list[Section]:
+    rows = [row for row in contents.rows if row.state != "done"]
+    if not rows:
+        return []
+    cells = [[row.pair, row.state, row.error or ABSENT] for row in rows[:_MOST_ROWS]]
+    text = [", ".join(f"{count:,} {state}" for state, count in contents.states.items() if count)]
+    if len(rows) > _MOST_ROWS:
+        text.append(f"The first {_MOST_ROWS}; report.csv has all of them.")
+    return [_folded("Pairs that are not done", text, ("pair", "state", "error"), cells)]
+
+
+def _pairs(rows: Sequence[PairRow]) -> Section:
+    done = [row for row in rows if row.state == "done"]
+    cells = [
+        [Cell(row.pair, link=link(row)), row.verdict, log10_cell(row.log10_p), log10_cell(row.adjusted_log10_p),
+         row.statistic, row.jsd, row.units]
+        for row in done[:_MOST_ROWS]
+    ]  # fmt: skip
+    text = [
+        "Strongest evidence first. log10 p is after Holm over the statistics of a pair, then over all pairs as well."
+    ]
+    if len(done) > _MOST_ROWS:
+        text.append(f"The first {_MOST_ROWS} of {len(done):,}; report.csv and report.json have all of them.")
+    return _folded("Pairs by evidence", text, _HEADERS, cells)
+
+
+def _models(contents: Contents) -> Section:
+    family = {name: i + 1 for i, members in enumerate(contents.families) for name in members}
+    rows = [
+        [name, family.get(name), contents.ids[name], "measured" if name in contents.facts else "not measured"]
+        for name in contents.order
+    ]
+    return _folded("Models", [], ("", "family", "id", "facts on the weights"), rows)
+
+
+def _folded(title: str, text: Sequence[str], headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> Section:
+    more = rows[_OPEN_ROWS:]
+    blocks = [Block(f"{len(more)} more", table_of(headers, more))] if more else []
+    return Section(title, text, table=table_of(headers, rows[:_OPEN_ROWS]), blocks=blocks)
+
+
+def _bars(found: Uniformity) -> dict[str, Any]:
+    top = max(max(found.counts), sum(found.counts) / BINS, 1)
+    bars = [
+        {"x": 10.5 + 30 * i, "y": 110 - 100 * count / top, "height": 100 * count / top,
+         "title": f"p from {i / BINS:g} to {(i + 1) / BINS:g}: {count}"}
+        for i, count in enumerate(found.counts)
+    ]  # fmt: skip
+    return {"bars": bars, "uniform_y": 110 - 100 * sum(found.counts) / BINS / top, "text": in_words(found)}
+
+
+def _grouped(contents: Contents) -> Mapping[str, Any]:
+    """Returns what the script needs for cells that are no elements of their own: see `hover.js`."""
+    drawn = heatmap(contents.order, contents.families, contents.rows)
+    if not drawn.paths:
+        return {"names": [], "rows": []}
+    at = {name: i for i, name in enumerate(contents.order)}
+    rows: list[list[int | None]] = [[None] * i for i in range(len(at))]
+    for row in contents.rows:
+        if row.verdict == "independent":
+            left, top = sorted((at[row.base], at[row.ft]))
+            rows[top][left] = 2 * round(-100 * (row.log10_p or 0.0)) + (at[row.base] == top)
+    return {"names": list(contents.order), "rows": rows}
+
+
+def _safe_json(content: Mapping[str, Any]) -> str:
+    """Returns JSON that cannot end the script element it stands in."""
+    text = json.dumps(content, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number:,} {one if number == 1 else many}"

@@ -1,0 +1,131 @@
+"""The pairs of a zoo as rows: where each stands, what its record says, and the verdict after Holm over all pairs."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from tracing_jax.statistics import over_pairs
+from tracing_jax.statistics.verdict import UNDECIDED_BELOW
+from tracing_jax.zoo.folder import PairState, State, ZooFolder
+from tracing_jax.zoo.plan import PlannedPair
+
+Word = Literal["related", "undecided", "independent"]
+
+IN_PLACE = ("csu", "csh")
+"""Statistics that ask whether units stand in the same places in both models: a permutation blinds them."""
+
+
+@dataclass(frozen=True)
+class PairRow:
+    """One pair of the plan; models go by their short names, and p-values by their decimal logarithms.
+
+    Attributes:
+      pair: the name of the pair, of which its files are called.
+      base, ft: the names of its models.
+      known: whether they are known to be related, if anything is known.
+      state, error: where the pair stands, and the first line of what went wrong.
+      log10_p: Holm-adjusted over the statistics of the pair; None without a record, or a test that applies.
+      adjusted_log10_p: the same, Holm-adjusted over all pairs of the zoo that have one.
+      verdict: by the adjusted p-value; None without a record.
+      statistic: the one that decided.
+      level: below which a pair is related.
+      jsd: Jensen-Shannon divergence of the predictions, nats per token, in [0, ln 2].
+      units: share of the narrower models' MLP units that were found again in the other, in [0, 1].
+      in_place_log10_p: the smallest p-value of the statistics `IN_PLACE` on the pair.
+      shapes: of base and of ft: layers, MLP units, tokens and so on.
+      layer_map: which layer comes from which, if `match_all` ran.
+    """
+
+    pair: str
+    base: str
+    ft: str
+    known: bool | None
+    state: State
+    error: str = ""
+    log10_p: float | None = None
+    adjusted_log10_p: float | None = None
+    verdict: Word | None = None
+    statistic: str | None = None
+    level: float | None = None
+    jsd: float | None = None
+    units: float | None = None
+    in_place_log10_p: float | None = None
+    shapes: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {})
+    layer_map: Mapping[str, Any] | None = None
+
+    @property
+    def models(self) -> tuple[str, str]:
+        """The names of both models."""
+        return self.base, self.ft
+
+    def other(self, name: str) -> str:
+        """Returns the model beside this one."""
+        return self.ft if name == self.base else self.base
+
+
+def read_rows(folder: ZooFolder) -> list[PairRow]:
+    """Returns a row for every pair of the plan, done or not."""
+    names = folder.plan.names
+    return judged_together([_read(folder, pair, names) for pair in folder.plan.pairs])
+
+
+def judged_together(rows: Sequence[PairRow]) -> list[PairRow]:
+    """Returns the rows with the p-values of all pairs that are done adjusted over one another, and the verdicts."""
+    adjusted = over_pairs([row.log10_p for row in rows])
+    return [
+        replace(row, adjusted_log10_p=log10_p, verdict=_word(log10_p, row.level)) if row.state == "done" else row
+        for row, log10_p in zip(rows, adjusted, strict=True)
+    ]
+
+
+def row_of(pair: PlannedPair, names: Mapping[str, str], state: PairState, record: Mapping[str, Any] | None) -> PairRow:
+    """Returns the row of a pair, not yet judged beside the others."""
+    row = PairRow(pair.name, names[pair.base], names[pair.ft], pair.related, state.state, state.error)
+    if record is None:
+        return row
+    judged, models = record["verdict"], record["models"]
+    shapes = (models["base"].get("shape") or {}, models["ft"].get("shape") or {})
+    layer_map = _found(record, "match_all", "layer_map")
+    in_place = [p for name in IN_PLACE if (p := number(_found(record, name, "log10_p"))) is not None]
+    return replace(
+        row,
+        log10_p=number(judged["adjusted_log10_p"]),
+        statistic=judged["statistic"],
+        level=judged["level"],
+        jsd=number(_found(record, "jsd", "headline")),
+        units=_share_of_units(layer_map, shapes) if layer_map else number(_found(record, "match", "headline")),
+        in_place_log10_p=min(in_place, default=None),
+        shapes=shapes,
+        layer_map=layer_map,
+    )
+
+
+def number(value: Any) -> float | None:
+    """Returns a number of a record, in which infinities are strings; None for None and for what is no number."""
+    return None if value is None or math.isnan(float(value)) else float(value)
+
+
+def _read(folder: ZooFolder, pair: PlannedPair, names: Mapping[str, str]) -> PairRow:
+    record = folder.record(pair)
+    return row_of(pair, names, folder.state(pair) if record is None else PairState("done"), record)
+
+
+def _found(record: Mapping[str, Any], statistic: str, field: str) -> Any:
+    """Returns a field of a statistic on the pair as given."""
+    return ((record["statistics"].get(statistic) or {}).get("non_aligned") or {}).get(field)
+
+
+def _share_of_units(layer_map: Mapping[str, Any], shapes: tuple[Mapping[str, Any], Mapping[str, Any]]) -> float | None:
+    """Returns the share of all MLP units of the smaller model that the map of layers found again."""
+    sizes = [shape["num_layers"] * shape["mlp_dim"] for shape in shapes if shape]
+    agreeing = sum(found["agreeing"] for found in layer_map["pairs"])
+    return min(1.0, agreeing / min(sizes)) if sizes and min(sizes) else None
+
+
+def _word(adjusted_log10_p: float | None, level: float | None) -> Word:
+    if adjusted_log10_p is None or level is None:
+        return "undecided"
+    if adjusted_log10_p < math.log10(level):
+        return "related"
+    return "undecided" if adjusted_log10_p < math.log10(UNDECIDED_BELOW) else "independent"

@@ -1,0 +1,135 @@
+"""What the weights of one model say of how far it was trained: facts that a report lays beside those of its relatives.
+
+Random initialisation draws the entries of a matrix independently and alike. Training gives it structure: singular
+values that stand out, units of unequal length, heavy tails. What is measured here is 1 or 0 at initialisation whatever
+its scale, and stays the same when units are permuted.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from tracing_jax.axes import AxisTable, axis_table, kind_of
+from tracing_jax.record import atomic_write, plain
+from tracing_jax.source import ParamSource, parts
+from tracing_jax.tree import flatten, to_host
+
+MODELS = "models"
+FORMAT = 1
+
+_PROBES = 64
+_EXACT_UP_TO = 1024
+"""Matrices whose smaller side is at most this long have their spectrum measured exactly, others by random probes."""
+
+
+def weight_facts(source: ParamSource) -> dict[str, Any]:
+    """Returns what every matrix and every norm of a model looks like; reads one part at a time, and no text.
+
+    For each kind of matrix, such as `mlp/up_proj`, one value a layer (one for all where it belongs to no layer):
+
+    * `spectrum`: sum of the fourth powers of the singular values over the squared sum of their squares, in units of
+      what independent entries give (1/rows + 1/columns): 1 at initialisation, and larger the fewer directions carry
+      the matrix. Survives permutation of units, and rotation of the residual stream and of heads up to folded gains.
+    * `excess_kurtosis` of the entries: 0 for normal ones. Survives permutation; a rotation makes entries more normal.
+    * `spread`: standard deviation over mean of the lengths of its units' rows. Survives permutation and rotation.
+    * `rms` of the entries: depends on the scale of initialisation, so it tells relatives apart only. Survives
+      permutation.
+
+    For each norm, `distance`: root mean square of its gain's difference from 1. Survives permutation; gains that were
+    redistributed, or folded into what reads them, destroy it.
+
+    Source: excess kurtosis as a sign of the order of training, Horwitz et al. 2025, Unsupervised Model Tree Heritage
+    Recovery (ICLR 2025, arXiv 2405.18432).
+    """
+    table = axis_table(source.arch)
+    matrices: dict[str, dict[str, list[float]]] = {}
+    norms: dict[str, list[float]] = {}
+    for name, leaf in _leaves(source):
+        kind = name.split("/", 2)[2] if name.startswith("layers/") else name
+        kind = kind.rsplit("/", 1)[0] if kind.endswith(("/kernel", "/scale")) else kind
+        if name.endswith("/scale"):
+            norms.setdefault(kind, []).append(_distance_from_one(leaf, source))
+        elif not name.endswith("/bias"):
+            for measure, value in _measures(_as_matrices(name, leaf, table)).items():
+                matrices.setdefault(kind, {}).setdefault(measure, []).append(value)
+    return {"matrices": matrices, "norms": norms}
+
+
+def model_facts_file(folder: Path, model_name: str) -> Path:
+    """Returns where the facts of a model lie in a zoo, by its short name in the plan."""
+    return folder / MODELS / f"{model_name}.json"
+
+
+def write_model_facts(folder: Path, model_name: str, model_id: str, source: ParamSource) -> Path:
+    """Measures a model and writes its facts into the folder of a zoo, whole or not at all; returns the file."""
+    file = model_facts_file(folder, model_name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    content = {"format": FORMAT, "id": model_id, "num_layers": source.arch.num_layers, **weight_facts(source)}
+    atomic_write(file, json.dumps(plain(content), indent=1).encode())
+    return file
+
+
+def read_model_facts(folder: Path, model_name: str) -> dict[str, Any] | None:
+    """Returns the facts of a model; None where they were not measured, or by another version."""
+    try:
+        content = json.loads(model_facts_file(folder, model_name).read_bytes())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return content if content.get("format") == FORMAT else None
+
+
+def _leaves(source: ParamSource) -> Iterator[tuple[str, np.ndarray]]:
+    for prefix, subtree in parts(source):
+        for name, leaf in flatten(to_host(subtree)).items():
+            yield prefix + name, np.asarray(leaf, np.float32)
+
+
+def _distance_from_one(gain: np.ndarray, source: ParamSource) -> float:
+    offset = 1.0
+    return float(np.sqrt(np.mean(np.square(gain - offset), dtype=np.float64)))
+
+
+def _as_matrices(name: str, leaf: np.ndarray, table: AxisTable) -> list[Float[np.ndarray, "units embed"]]:
+    """Returns a leaf as one matrix, or one for each expert, whose rows are its units and columns the residual's."""
+    axes = [axis and kind_of(axis) for axis in table.leaves[name].axes]
+    if axes[0] == "expert":
+        return [m for expert in leaf for m in [np.moveaxis(expert, axes.index("embed") - 1, -1)]]
+    turned = np.moveaxis(leaf, axes.index("embed"), -1)
+    return [turned.reshape(-1, turned.shape[-1])]
+
+
+def _measures(found: list[Float[np.ndarray, "units embed"]]) -> dict[str, float]:
+    """Returns the measures of a matrix, or their means over the experts."""
+    each = [_of_matrix(matrix) for matrix in found]
+    return {measure: float(np.mean([values[measure] for values in each])) for measure in each[0]}
+
+
+def _of_matrix(matrix: Float[np.ndarray, "units embed"]) -> dict[str, float]:
+    squares = np.square(matrix)
+    mean_square = float(squares.mean(dtype=np.float64))
+    if mean_square == 0.0:
+        return {"spectrum": 1.0, "excess_kurtosis": 0.0, "spread": 0.0, "rms": 0.0}
+    fourth = float(np.mean(np.square(squares / mean_square), dtype=np.float64))
+    lengths = np.sqrt(squares.sum(axis=1, dtype=np.float64))
+    return {
+        "spectrum": _spectrum(matrix / np.sqrt(mean_square)),
+        "excess_kurtosis": fourth - 3.0,
+        "spread": float(lengths.std() / lengths.mean()),
+        "rms": mean_square**0.5,
+    }
+
+
+def _spectrum(matrix: Float[np.ndarray, "units embed"]) -> float:
+    """Returns tr (W^T W)^2 / (tr W^T W)^2 over its value for independent entries; W has mean square 1."""
+    rows, columns = matrix.shape
+    if min(rows, columns) <= _EXACT_UP_TO:
+        gram = matrix @ matrix.T if rows < columns else matrix.T @ matrix
+        total = float(np.square(gram).sum(dtype=np.float64))
+    else:
+        signs = np.random.default_rng(0).choice(np.array([-1, 1], np.float32), size=(columns, _PROBES))
+        total = float(np.square(matrix.T @ (matrix @ signs)).sum(dtype=np.float64)) / _PROBES
+    return total / matrix.size**2 / (1 / rows + 1 / columns)
