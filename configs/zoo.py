@@ -1,9 +1,9 @@
 """Many pairs: the tests that between them see fine-tunes, disguises and pruning, and how far the predictions differ.
 
-    python launch.py --config=configs/zoo.py --models=configs/models/demo.yaml --save=runs/zoo --executor=local
+    python launch.py --config=configs/zoo.py:demo --models=configs/models/demo.yaml --save=runs/zoo --executor=local
 
-`csu` and `match` are for pairs of one shape, `match_all` also for pruned models; `jsd`, which has no p-value, orders the
-members of a family in the report. Argument `demo`: on the demo's text, in sizes that fit its models.
+`csu` and `match` are for pairs of one shape, `match_all` also for pruned models; `jsd`, which has no p-value, tells who
+in a family is closest to whom. Argument `demo`: on the demo's text, in sizes that fit its models.
 """
 
 from ml_collections import ConfigDict

@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, Int
 
 from tracing_jax.grams.sampling import Side
 
-
 _SLICE_ENTRIES = 2**24
 """Of a Gram, the most that one product adds to: 64 MiB."""
 

@@ -89,8 +89,8 @@ def _leaves(source: ParamSource) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _distance_from_one(gain: np.ndarray, source: ParamSource) -> float:
-    offset = 1.0
-    return float(np.sqrt(np.mean(np.square(gain - offset), dtype=np.float64)))
+    kept_less_one = source.arch.norm == "rms_unit_offset"
+    return float(np.sqrt(np.mean(np.square(gain - (0 if kept_less_one else 1)), dtype=np.float64)))
 
 
 def _as_matrices(name: str, leaf: np.ndarray, table: AxisTable) -> list[Float[np.ndarray, "units embed"]]:

@@ -1,7 +1,7 @@
 """What a worker does: it takes one pair of a zoo after another, traces it, and writes down what fails."""
 
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from tracing_jax.experiment.opening import open_models
 from tracing_jax.processes import agreed, is_first, joined
 from tracing_jax.zoo.folder import ZooFolder
 from tracing_jax.zoo.plan import PlannedPair
+from tracing_jax.zoo.weights import read_model_facts, write_model_facts
 
 Trace = Callable[[ConfigDict], Any]
 
@@ -55,11 +56,21 @@ def _trace_pair(folder: ZooFolder, pair: PlannedPair, trace: Trace) -> None:
         if is_first():
             folder.begin(pair, file_stamps(file for model in models for file in files_of(model)))
         trace(config)
+        if is_first():
+            _measure(folder, pair, models)
     except Exception as error:
         logging.exception("%s failed", pair.name)
         folder.failed(pair, f"{type(error).__name__}: {error}", traceback.format_exc())
         if jax.process_count() > 1:
             raise  # the other processes wait for this one: all end, and the pairs after this one stay missing
+
+
+def _measure(folder: ZooFolder, pair: PlannedPair, models: Sequence[Checkpoint]) -> None:
+    """Leaves for the report what the weights of each model look like, unless another pair's worker has."""
+    for model_id, model in zip((pair.base, pair.ft), models):
+        name = folder.plan.names[model_id]
+        if read_model_facts(folder.path, name) is None:
+            write_model_facts(folder.path, name, model_id, model)
 
 
 def files_of(model: Checkpoint) -> list[Path]:
