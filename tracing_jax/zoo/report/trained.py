@@ -10,7 +10,7 @@ Facts = Mapping[str, Mapping[str, Any] | None]
 """Model -> what `weight_facts` says of it; None where that was not measured."""
 
 _MATRICES = {"embed/embedding": "embedding", "head/lm_head": "head"}
-_LEAST_PER_DISTANCE = 1.0
+_LEAST_PER_DISTANCE = 0.14
 """A fine-tune's spectrum moves by at least so much, as a logarithm, per distance from its parent in lengths of weights.
 
 Siblings that were trained equally far differ by less. Measured: see docs/zoo.md.
