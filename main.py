@@ -5,18 +5,15 @@ The short flags override fields of the config; given alone they select `configs/
     python main.py --base_model_id A --ft_model_id B --permute --align --dataset wikitext --stat mode --save results.p
 """
 
-import contextlib
-import logging as stdlib_logging
-import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from tracing_jax import experiment
+from tracing_jax.door import one_message, set_up_log
 from tracing_jax.processes import is_first, joined
 from tracing_jax.report import summary
 from tracing_jax.statistics import REGISTRY
@@ -64,13 +61,6 @@ def with_default_config(argv: Sequence[str]) -> list[str]:
     return [argv[0], f"--config={_CONFIGS / known}.py", *argv[1:]]
 
 
-def _set_up_log() -> None:
-    """Makes log lines a time and a message, without the notices that there is no PyTorch and no TPU."""
-    logging.get_absl_handler().setFormatter(stdlib_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    stdlib_logging.getLogger("jax._src.xla_bridge").setLevel(stdlib_logging.WARNING)
-
-
 def _override(config: ConfigDict) -> None:
     """Puts the short flags that were given into the config."""
     given = {name: flags.FLAGS[name].value for name in (*_TEXT, *_SWITCHES, "seed")}
@@ -80,27 +70,14 @@ def _override(config: ConfigDict) -> None:
             del config.ft_model_ids
 
 
-@contextlib.contextmanager
-def _one_message() -> Iterator[None]:
-    """Ends the program with one clear message where something is wrong that a user can mend."""
-    try:
-        yield
-    except (ValueError, OSError, ModuleNotFoundError, jax.errors.JaxRuntimeError) as error:
-        logging.debug("where it happened", exc_info=True)
-        memory = (
-            "\nless memory: a smaller batch_size, dtype=bfloat16, or more devices" if "RESOURCE" in str(error) else ""
-        )
-        sys.exit(f"error: {error}{memory}\n(--verbosity=1 shows where it happened)")
-
-
 def main(argv: Sequence[str]) -> None:
     """Runs the experiment of the config and prints its summary."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    _set_up_log()
+    set_up_log()
     config, given = _CONFIG.value, flags.FLAGS
     _override(config)
-    with _one_message(), joined(given.coordinator, given.num_processes, given.process_id), _one_message():
+    with one_message(), joined(given.coordinator, given.num_processes, given.process_id), one_message():
         records = experiment.run(config)
         if is_first():
             print(summary(records))

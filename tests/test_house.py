@@ -19,6 +19,7 @@ _ROOMS = {
     "record": "",
     "progress": "record",
     "processes": "",
+    "door": "",
     "arch": "",
     "axes": "arch tree",
     "models": "arch tree",

@@ -16,6 +16,7 @@ from tracing_jax.statistics.cos import Cos
 from tracing_jax.statistics.cosine import best_cosines
 from tracing_jax.statistics.emb import Emb
 from tracing_jax.statistics.mode import Mode, curve_of
+from tracing_jax.statistics.overlap import overlapped
 from tracing_jax.symmetry import permute, random_permutations
 
 ARCH = tiny.llama_mha()
@@ -168,3 +169,22 @@ def test_what_does_not_move_may_differ():
     assert Mode().problems(ARCH, heads, SAME) == []
     assert Mode(attn=True).problems(ARCH, dataclasses.replace(ARCH, vocab_size=7), NO_TOKENS) == []
     assert Cos().problems(ARCH, dataclasses.replace(ARCH, mlp_dim=7), SAME) == []
+
+
+def test_work_overlaps_the_making_of_the_next_item_and_keeps_its_order():
+    done = []
+
+    def items():
+        for i in range(4):
+            if i >= 1:
+                assert len(done) >= i - 1  # of those before, at most one is still being worked on
+            yield i
+
+    def work(i):
+        done.append(i)
+        return i * i
+
+    assert list(overlapped(items(), work)) == [0, 1, 4, 9]
+    assert list(overlapped([], work)) == []
+    with pytest.raises(ZeroDivisionError):
+        list(overlapped([1, 0, 2], lambda i: 1 / i))

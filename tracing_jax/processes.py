@@ -12,7 +12,9 @@ import traceback
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 
 _HEARTBEAT_SECONDS = 30
 """A process that has not been heard of for so long is gone, and the others end; a dead connection ends them sooner."""
@@ -54,6 +56,13 @@ def joined(
 def is_first() -> bool:
     """Returns whether this process is the one that writes files and speaks."""
     return jax.process_index() == 0
+
+
+def agreed(value: bool) -> bool:
+    """Returns the first process's value in all of them; each waits here for the others."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
 def _join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> bool:

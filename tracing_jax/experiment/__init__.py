@@ -29,7 +29,7 @@ from tracing_jax.report import family_html, figure_of_family, figure_of_run, htm
 from tracing_jax.source import ParamSource
 from tracing_jax.statistics import Pair, Result, Statistic, over_pairs, verdict
 
-__all__ = ["ConfigError", "run", "save", "trace"]
+__all__ = ["ConfigError", "check_config", "run", "save", "trace"]
 
 
 def run(config: ConfigDict) -> list[dict[str, Any]]:
@@ -184,8 +184,7 @@ def save(
     alignment: Alignment | None = None,
     arrays: Mapping[str, Mapping[str, np.ndarray]] | None = None,
 ) -> None:
-    """Writes the files of one run, each whole or not at all; arrays go into its folder."""
-    write_json(files.json, record)
+    """Writes the files of one run, each whole or not at all; the JSON, written last, says that all are there."""
     write_pickle(files.pickle, record)
     (files.folder / "alignment.npz").unlink(missing_ok=True)  # of an earlier run
     if alignment is not None:
@@ -196,6 +195,7 @@ def save(
         atomic_write(files.folder / f"{name}.npz", _npz(found))
     save_png(figure_of_run(record), files.png)
     atomic_write(files.html, html(record).encode())
+    write_json(files.json, record)
     logging.info("wrote %s and, beside it, json, png and html", files.pickle)
 
 

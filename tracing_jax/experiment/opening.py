@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -69,7 +70,7 @@ class Opened:
 
 def open_pair(config: ConfigDict) -> Opened:
     """Opens both checkpoints and the text, and asks every statistic whether it applies."""
-    base, ft = (_opened(config, config[side]) for side in ("base_model_id", "ft_model_id"))
+    base, ft = open_models(config)
     rewrites = _rewrites(config, ft)
     ft_arch = arch_after(rewrites, ft.arch)
     statistics = {name: REGISTRY[name](config) for name in names_in(config.stat)}
@@ -103,8 +104,13 @@ def open_pair(config: ConfigDict) -> Opened:
     )  # fmt: skip
 
 
+def open_models(config: ConfigDict) -> tuple[Checkpoint, Checkpoint]:
+    """Returns base and the fine-tuned model of a config; their weights are not read yet."""
+    return _opened(config, config.base_model_id), _opened(config, config.ft_model_id)
+
+
 def _opened(config: ConfigDict, model_id: str) -> Checkpoint:
-    checkpoint = open_checkpoint(_resolved(model_id))
+    checkpoint = open_checkpoint(resolved(model_id))
     return checkpoint.first_layers(config.max_layers) if config.max_layers else checkpoint
 
 
@@ -151,11 +157,16 @@ def _alignment_problems(config: ConfigDict, base: Arch, ft: Arch, vocabularies: 
     return lines
 
 
-def _resolved(model_id: str) -> str:
+def is_local(model_id: str) -> bool:
+    """Returns whether a model is in a folder here, or a member of the demo family: no Hub id is spelt so."""
+    return model_id.startswith((DEMO, "/", ".", "~")) or model_id.count("/") > 1 or Path(model_id).exists()
+
+
+def resolved(model_id: str) -> str:
     """Returns the folder of a member of the demo family, training it if need be; any other id as it is."""
     if not model_id.startswith(DEMO):
         return model_id
-    return str(demo.family().member(model_id.removeprefix(DEMO)))
+    return str(demo.member(model_id.removeprefix(DEMO)))
 
 
 def _tokenizer(checkpoint: Checkpoint, needed: bool) -> Any:
@@ -211,7 +222,7 @@ def _blocks(
 
 def _documents(config: ConfigDict) -> Documents:
     if config.dataset == "demo" and not config.dataset_id:
-        return read_documents(str(demo.family().text))
+        return read_documents(str(demo.held_out_text()))
     return read_documents(
         config.dataset_id or config.dataset,
         subset=config.dataset_subset,

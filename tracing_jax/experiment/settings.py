@@ -53,8 +53,8 @@ def _model_problems(config: ConfigDict) -> list[str]:
     for name, model_id in asked.items():
         if not model_id:
             lines.append(f"{name} is not set: a local folder, a Hub id, or demo:<{'|'.join(demo.MEMBERS)}>")
-        elif model_id.startswith(DEMO) and model_id.removeprefix(DEMO) not in demo.MEMBERS:
-            lines.append(f"{name}={model_id}: the demo family has {', '.join(demo.MEMBERS)}")
+        elif model_id.startswith(DEMO) and not demo.is_member(model_id.removeprefix(DEMO)):
+            lines.append(f"{name}={model_id}: the demo has {', '.join((*demo.MEMBERS, *demo.TREE))}")
     return lines
 
 

@@ -1,6 +1,6 @@
 """`csu`: are units where they were? Up-projection rows matched, and the matching compared with the identity."""
 
-import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,6 +13,7 @@ from tracing_jax.matching import match_units
 from tracing_jax.statistics.comparison import Comparison, against_identity
 from tracing_jax.statistics.constrained import constrained_result, layers_in_common, row_problems
 from tracing_jax.statistics.cosine import cosines
+from tracing_jax.statistics.overlap import overlapped
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies
 from tracing_jax.tree import Tree, readable
 
@@ -35,15 +36,20 @@ class Csu:
 
     def compute(self, pair: Pair) -> Result:
         """Returns the p-values per layer and combined, by rank correlation and by agreement."""
+        progress = pair.progress.within("csu")
+        layers, kept = layers_in_common(pair), progress.count(Comparison)
 
-        def compare(i: int) -> Comparison:
-            rows = [unit_rows(model.layer(i, ("mlp/up_proj/kernel",)), "up_proj") for model in (pair.base, pair.ft)]
-            return compare_rows(rows[0], rows[1], pair.generator("csu", i))
+        def similarities() -> Iterator[tuple[int, Array]]:
+            for i in trange(kept, layers, desc="csu", unit="layer", initial=kept, total=layers, disable=None):
+                base, ft = (unit_rows(m.layer(i, ("mlp/up_proj/kernel",)), "up_proj") for m in (pair.base, pair.ft))
+                yield i, cosines(base, ft)
 
-        comparisons = [
-            pair.progress.memo(Comparison, ("csu", i), functools.partial(compare, i))
-            for i in trange(layers_in_common(pair), desc="csu", unit="layer", disable=None)
-        ]
+        def compare(item: tuple[int, Array]) -> Comparison:
+            i, similarity = item
+            return progress.memo(Comparison, (i,), lambda: _compare(similarity, pair.generator("csu", i)))
+
+        comparisons = [comparison for i in range(kept) if (comparison := progress.load(Comparison, i))]
+        comparisons += overlapped(similarities(), compare)
         return constrained_result(pair, comparisons, "units whose up-projection stays in place, share")
 
 
@@ -59,5 +65,9 @@ def compare_rows(
     signed: bool = False,
 ) -> Comparison:
     """Returns how far matching the rows of two matrices by (absolute) cosine keeps them in place."""
-    matching = match_units(readable(cosines(base, ft)), generator, absolute=not signed)
-    return against_identity(matching, len(base), len(ft))
+    return _compare(cosines(base, ft), generator, signed)
+
+
+def _compare(similarity: Float[Array, "n m"], generator: np.random.Generator, signed: bool = False) -> Comparison:
+    matching = match_units(readable(similarity), generator, absolute=not signed)
+    return against_identity(matching, *similarity.shape)

@@ -30,6 +30,7 @@ from tracing_jax.statistics.comparison import (
     share_by_layer,
     tests_of,
 )
+from tracing_jax.statistics.overlap import side_by_side
 from tracing_jax.statistics.pvalues import smallest
 from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, Pair, Result, Test, Vocabularies
 
@@ -165,10 +166,11 @@ def match_taps(
     """Returns the matchings by gate and by up correlations, over the units live in both."""
     gate, up = by_tap["gate"], by_tap["up"]
     live = live_units(gate, up)
-    return (
-        match_units(gate, pair.generator(*names, "gate"), live),
-        match_units(up, pair.generator(*names, "up"), live, absolute=True),
+    by_gate, by_up = side_by_side(
+        lambda: match_units(gate, pair.generator(*names, "gate"), live),
+        lambda: match_units(up, pair.generator(*names, "up"), live, absolute=True),
     )
+    return by_gate, by_up
 
 
 def compare_taps(by_tap: Mapping[str, Array | np.ndarray], pair: Pair, names: Sequence[str | int]) -> Comparison:

@@ -1,29 +1,36 @@
-"""The command line of zoos: `python -m tracing_jax.zoo report DIR`."""
+"""`python -m tracing_jax.zoo run DIR`: a worker of a zoo. `python -m tracing_jax.zoo report DIR`: its report."""
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from tracing_jax.door import one_message, set_up_log
 from tracing_jax.zoo.folder import ZooFolder
 from tracing_jax.zoo.report import write_report
+from tracing_jax.zoo.work import work_on
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one subcommand."""
-    parser = argparse.ArgumentParser(prog="python -m tracing_jax.zoo", description="Work on the folder of a zoo.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    report = commands.add_parser("report", help="write report.html, report.csv and report.json into the folder")
-    report.add_argument("folder", metavar="DIR", help="the folder of a zoo, which launch.py makes")
-    report.set_defaults(run=_report)
+    """Does what the first argument says."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tracing_jax.zoo", description="Works on a zoo that launch.py made."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    worker = commands.add_parser("run", help="trace pairs that are not done, one after another")
+    worker.add_argument("--pairs", default="", help="names with commas; - reads them from standard input, one a line")
+    report = commands.add_parser("report", help="write report.html, csv and json")
+    for command in (worker, report):
+        command.add_argument("folder", type=Path, help="of the zoo")
     given = parser.parse_args(argv)
-    try:
-        given.run(given)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-
-
-def _report(given: argparse.Namespace) -> None:
-    print(write_report(ZooFolder(given.folder)))
+    set_up_log()
+    with one_message():
+        folder = ZooFolder(given.folder)
+        if given.command == "report":
+            print(write_report(folder))
+            return
+        names = sys.stdin.read().split() if given.pairs == "-" else given.pairs.split(",") if given.pairs else []
+        work_on(folder.path, names or folder.plan.by_name)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,10 @@ class ZooFolder:
         """
         return read_plan(self.path)
 
+    def forget_plan(self) -> None:
+        """Has the plan read again: it was replaced."""
+        self.__dict__.pop("plan", None)
+
     def record_file(self, pair: PlannedPair) -> Path:
         """Returns where the record of a pair lies, or will lie."""
         return self._file(pair, "json")
@@ -70,18 +74,26 @@ class ZooFolder:
 
     def state(self, pair: PlannedPair) -> PairState:
         """Returns where a pair stands."""
-        stale = self._stale(pair)
-        if stale == "":
-            return PairState("done")
         claim = self._file(pair, "claim.json")
         held, age = _read(claim) or {}, _age(claim)
         if age is not None and age < _SILENT_SECONDS and not _is_over(held):
             return PairState("running", held.get("who", ""))
+        stale = self._stale(pair)
+        if stale == "":
+            return PairState("done")
         if (failure := _read(self._file(pair, "error.json"))) is not None:
             return PairState("failed", failure["error"].splitlines()[0])
         if age is not None:
             return PairState("failed", f"{held.get('who', 'a worker')} ended without a word: killed or out of memory")
         return PairState("missing", stale or "")
+
+    def is_open(self, pair: PlannedPair) -> bool:
+        """Returns whether a worker may try a pair: it is not done, and no worker of this launch saw it fail."""
+        return self._stale(pair) != "" and not self._file(pair, "error.json").exists()
+
+    def reopen(self, pair: PlannedPair) -> None:
+        """Lets workers try a pair again that failed."""
+        self._file(pair, "error.json").unlink(missing_ok=True)
 
     def begin(self, pair: PlannedPair, stamps: Mapping[str, Any]) -> None:
         """Writes down what the record of a pair is going to be made from; what came out before no longer counts."""
@@ -90,9 +102,16 @@ class ZooFolder:
         atomic_write(self._file(pair, "files.json"), json.dumps(plain(stamps)).encode())
 
     def failed(self, pair: PlannedPair, error: str, trace: str = "") -> None:
-        """Writes down why a pair could not be traced."""
+        """Writes down why a pair could not be traced; nobody works on it any more."""
         content = {"error": error, "who": me(), "when": time.strftime("%Y-%m-%d %H:%M:%S"), "traceback": trace}
         atomic_write(self._file(pair, "error.json"), json.dumps(plain(content), indent=1).encode())
+        self._file(pair, "claim.json").unlink(missing_ok=True)
+
+    def claimed_by(self, pid: int) -> list[PlannedPair]:
+        """Returns the pairs in the hands of a process of this machine, alive or not."""
+        claims = {pair: _read(self._file(pair, "claim.json")) or {} for pair in self.plan.pairs}
+        here = {"host": socket.gethostname(), "pid": pid}
+        return [pair for pair, claim in claims.items() if here.items() <= claim.items()]
 
     @contextlib.contextmanager
     def claimed(self, pair: PlannedPair) -> Iterator[bool]:
@@ -164,9 +183,10 @@ def _take(claim: Path) -> bool:
 
 def _is_over(held: Mapping[str, Any]) -> bool:
     """Returns whether the holder of a claim is known to have ended: requeued as this job, or gone from this host."""
+    here = held.get("host") == socket.gethostname()
     if held.get("who") == me():
-        return True
-    if held.get("host") != socket.gethostname() or "pid" not in held:
+        return not (here and held.get("pid") == os.getpid())
+    if not here or "pid" not in held:
         return False
     try:
         os.kill(held["pid"], 0)

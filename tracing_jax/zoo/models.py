@@ -11,7 +11,12 @@ import yaml
 FORMS = ("all", "split", "specified", "tree")
 """Ways to make pairs of a list: every two models; bases x fine-tunes; two lists in step; every two, descent known."""
 
-_KEYS = {"all": {"models"}, "split": {"base_models", "ft_models"}, "specified": {"models_1", "models_2"}, "tree": {"tree"}}
+_KEYS = {
+    "all": {"models"},
+    "split": {"base_models", "ft_models"},
+    "specified": {"models_1", "models_2"},
+    "tree": {"tree"},
+}
 _EXPECTED = (
     "a list of models, or a mapping with `models`, with `base_models` and `ft_models`, with `models_1` and `models_2`, "
     "or with `tree`: names within names"

@@ -109,15 +109,16 @@ def _related(parents: Mapping[str, str | None] | None, base: str, ft: str) -> bo
 
 
 def _short_names(models: Iterable[str]) -> dict[str, str]:
-    """Returns for each model the end of its id that no other has, and is fit for a file name."""
-    parts = {model: [p for p in re.split(r"[/\\]", model.removeprefix("demo:").rstrip("/")) if p] or [model] for model in models}
-    taken: dict[str, str] = {}
-    for depth in range(1, max((len(p) for p in parts.values()), default=0) + 1):
-        short = {model: _as_file_name("-".join(p[-depth:])) for model, p in parts.items() if model not in taken}
-        count = Counter([*short.values(), *taken.values()])
-        taken |= {model: name for model, name in short.items() if count[name] == 1}
-    rest = [model for model in parts if model not in taken]  # ids that differ in signs that file names lack
-    return {m: taken.get(m) or f"{_as_file_name(parts[m][-1])}-{rest.index(m) + 1}" for m in parts}
+    """Returns for each model the shortest end of its id that no other has, fit for a file name."""
+    parts = {model: re.split(r"[/\\]", model.removeprefix("demo:").rstrip("/")) for model in models}
+    names: dict[str, str] = {}
+    for depth in range(1, max(map(len, parts.values()), default=0) + 1):
+        ends = {model: _as_file_name("-".join(parts[model][-depth:])) for model in parts if model not in names}
+        count = Counter([*ends.values(), *names.values()])
+        names |= {model: end for model, end in ends.items() if count[end] == 1}
+    alike = [model for model in parts if model not in names]  # they differ in signs that file names lack
+    names |= {model: f"{_as_file_name(parts[model][-1])}-{i}" for i, model in enumerate(alike, 1)}
+    return {model: names[model] for model in parts}
 
 
 def _as_file_name(text: str) -> str:

@@ -1,0 +1,269 @@
+"""Zoos: lists of models, names and pairs, who may work on a pair, and what a stop or a change does to what is done."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs import common
+from tracing_jax.zoo import ModelList, ZooFolder, make_plan, read_models, read_plan, root_of
+from tracing_jax.zoo.launching import left_to_do, status, write_plan
+from tracing_jax.zoo.slurm import batches, script
+from tracing_jax.zoo.work import trace_pairs
+
+ROOT = Path(__file__).parent.parent
+LISTS = sorted((ROOT / "configs" / "models").glob("*.yaml"))
+
+
+def pairs_of(*models) -> ModelList:
+    """The first model with each of the others."""
+    return ModelList(models, tuple((models[0], model) for model in models[1:]))
+
+
+def listed(tmp_path, content, form=None) -> ModelList:
+    file = tmp_path / "models.yaml"
+    file.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
+    return read_models(file, form)
+
+
+def test_each_form_makes_its_pairs(tmp_path):
+    assert listed(tmp_path, ["a", "b", "c"]).pairs == (("a", "b"), ("a", "c"), ("b", "c"))
+    split = {"base_models": ["a", "b"], "ft_models": ["c", "d"]}
+    assert listed(tmp_path, split).pairs == (("a", "c"), ("a", "d"), ("b", "c"), ("b", "d"))
+    assert len(listed(tmp_path, split, "all").pairs) == 6
+    in_step = {"models_1": ["a", "a"], "models_2": ["b", "c"]}
+    assert listed(tmp_path, in_step, "specified").pairs == (("a", "b"), ("a", "c"))
+    tree = listed(tmp_path, {"tree": {"a": {"b": "c", "d": ["e", {"f": None}]}, "g": None}})
+    assert tree.parents == {"a": None, "b": "a", "c": "b", "d": "a", "e": "d", "f": "d", "g": None}
+    assert len(tree.pairs) == 21
+
+
+@pytest.mark.parametrize(
+    ("content", "form", "complaint"),
+    [
+        ("a: [b", None, "not YAML"),
+        ("", None, "expected a list of model ids"),
+        ({"models": ["a"], "tree": {}}, None, "expected a list of models, or a mapping"),
+        (["a", "b"], "split", "asks for base_models and ft_models"),
+        (["a", "a"], None, "names a twice"),
+        (["a"], None, "make no pair"),
+        ({"models_1": ["a"], "models_2": ["b", "c"]}, None, "in step"),
+        ({"tree": {"a": {"b": "a"}}}, None, "a stands in it twice"),
+        ({"tree": {"a": 3}}, None, "expected names of models, found 3"),
+        ([1, "a"], None, "expected a list of model ids"),
+    ],
+)
+def test_what_is_no_list_is_refused_with_the_file(tmp_path, content, form, complaint):
+    with pytest.raises(ValueError, match=r"models\.yaml: .*") as caught:
+        listed(tmp_path, content, form)
+    assert complaint in str(caught.value)
+
+
+@pytest.mark.parametrize("file", LISTS, ids=lambda file: file.stem)
+def test_shipped_lists_are_read(file):
+    assert read_models(file).pairs
+
+
+def test_published_llama_zoo_has_its_published_counts():
+    models = read_models(ROOT / "configs/models/llama7b.yaml")
+    assert (len(models.models), len(models.pairs), len({root_of(models.parents, m) for m in models.models})) == (
+        21,
+        210,
+        7,
+    )
+    assert sum(pair.related for pair in make_plan(models, common.get_config("csu")).pairs) == 69
+    split = read_models(ROOT / "configs/models/llama7b_split.yaml")
+    assert set(split.models) == set(models.models)
+
+
+ids = st.text("ab/.-@:é ", min_size=1, max_size=8)
+
+
+@given(st.lists(ids, min_size=2, max_size=8, unique=True))
+def test_every_model_and_pair_has_a_name_of_its_own_fit_for_a_file(models):
+    plan = make_plan(pairs_of(*models), common.get_config("csu"))
+    assert len(set(plan.names.values())) == len(models)
+    assert len(plan.by_name) == len(models) - 1
+    for name in plan.by_name:
+        assert "/" not in name
+        assert not name.startswith(".")
+        assert len(name.encode()) < 200
+
+
+@pytest.fixture
+def folder(tmp_path) -> ZooFolder:
+    """Three pairs of four models that need not exist."""
+    plan = make_plan(pairs_of("org/a", "org/b", "org/c", "org/d"), common.get_config("csu"))
+    found = ZooFolder(tmp_path / "zoo")
+    found.path.mkdir()
+    plan.write(found.path)
+    return found
+
+
+def finish(folder, name, config=None):
+    """Leaves what a worker leaves that traced a pair."""
+    pair = folder.plan.by_name[name]
+    folder.record_file(pair).parent.mkdir(exist_ok=True)
+    folder.begin(pair, {})
+    config = config or folder.plan.config_of(pair, folder.path)
+    folder.record_file(pair).write_text(json.dumps({"args": config.to_dict()}))
+
+
+def test_plan_comes_back_as_it_was_written(folder):
+    models = ModelList(("a", "b"), (("a", "b"),), {"a": None, "b": "a"})
+    config = common.get_config("mode", "demo")
+    plan = make_plan(models, config)
+    plan.write(folder.path)
+    again = read_plan(folder.path)
+    assert again == plan
+    pair = again.pairs[0]
+    assert pair.related
+    fields = again.config_of(pair, folder.path).to_dict()
+    same = {
+        name: value for name, value in config.to_dict().items() if name not in ("base_model_id", "ft_model_id", "save")
+    }
+    assert {name: fields[name] for name in same} == same
+
+
+def test_record_counts_for_its_config_and_its_files_alone(folder, tmp_path):
+    pair = folder.plan.pairs[0]
+    assert folder.state(pair).state == "missing"
+    finish(folder, pair.name)
+    assert folder.state(pair).state == "done"
+    assert folder.record(pair) is not None
+    changed = folder.plan.config_of(pair, folder.path)
+    changed.seed = 7
+    finish(folder, pair.name, changed)
+    assert (folder.state(pair).state, folder.record(pair)) == ("missing", None)
+    assert "config has changed: seed" in folder.state(pair).error
+    weights = tmp_path / "w.safetensors"
+    weights.write_bytes(b"1")
+    finish(folder, pair.name)
+    stamp = weights.stat()
+    record = folder.record_file(pair).read_text()
+    folder.begin(pair, {str(weights): [stamp.st_size, stamp.st_mtime_ns]})
+    assert folder.state(pair).state == "missing"  # what came out of other files is gone
+    folder.record_file(pair).write_text(record)
+    assert folder.state(pair).state == "done"
+    weights.write_bytes(b"22")
+    assert "file has changed" in folder.state(pair).error
+
+
+def test_pairs_are_traced_once_and_what_fails_stops_no_other(folder, monkeypatch):
+    traced = []
+    monkeypatch.setattr("tracing_jax.zoo.work.open_models", lambda config: ())
+
+    def trace(config):
+        traced.append(config.ft_model_id)
+        if config.ft_model_id == "org/c":
+            raise RuntimeError("its third shard\nis a picture of a cat")
+        (Path(config.save).with_suffix(".json")).write_text(json.dumps({"args": config.to_dict()}))
+
+    for _ in range(2):
+        trace_pairs(folder, folder.plan.by_name, trace)
+    assert traced == ["org/b", "org/c", "org/d"]  # a failure is not tried again by workers of the same launch
+    assert {name: found.state for name, found in folder.states().items()} == {
+        "a--b": "done",
+        "a--c": "failed",
+        "a--d": "done",
+    }
+    assert folder.states()["a--c"].error == "RuntimeError: its third shard"
+    assert "its third shard" in status(folder)
+    assert "2 done, 0 running, 1 failed, 0 missing" in status(folder)
+    assert left_to_do(folder) == ["a--c"]
+    trace_pairs(folder, folder.plan.by_name, trace)
+    assert traced == ["org/b", "org/c", "org/d", "org/c"]
+
+
+def test_pair_in_the_hands_of_a_living_worker_is_left_to_it(folder):
+    pair = folder.plan.pairs[0]
+    other = ZooFolder(folder.path)
+    with folder.claimed(pair) as mine:
+        assert mine
+        held = json.loads((folder.path / "pairs" / f"{pair.name}.claim.json").read_text())
+        assert held["pid"] == os.getpid()
+        assert folder.claimed_by(os.getpid()) == [pair]
+        assert other.state(pair).state == "running"
+        assert pair.name not in left_to_do(other)
+        assert _claims_in_another_process(other, pair.name) == "False"
+    assert folder.state(pair).state == "missing"
+    assert _claims_in_another_process(other, pair.name) == "True"
+
+
+def _claims_in_another_process(folder, name):
+    code = f"""
+from tracing_jax.zoo import ZooFolder
+folder = ZooFolder({str(folder.path)!r})
+with folder.claimed(folder.plan.by_name[{name!r}]) as mine:
+    print(mine)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_worker_that_was_killed_is_missed_and_its_pair_is_free(folder):
+    pair = folder.plan.pairs[0]
+    code = f"""
+import os, signal
+from tracing_jax.zoo import ZooFolder
+folder = ZooFolder({str(folder.path)!r})
+with folder.claimed(folder.plan.pairs[0]):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == -9
+    found = folder.state(pair)
+    assert found.state == "failed"
+    assert "without a word" in found.error
+    with folder.claimed(pair) as mine:
+        assert mine
+
+
+def test_worker_elsewhere_counts_as_gone_when_it_falls_silent(folder):
+    pair = folder.plan.pairs[0]
+    claim = folder.path / "pairs" / f"{pair.name}.claim.json"
+    claim.parent.mkdir()
+    claim.write_text(json.dumps({"who": "Slurm job 7_1", "host": "elsewhere", "pid": 1}))
+    assert folder.state(pair).state == "running"
+    long_ago = time.time() - 1000
+    os.utime(claim, (long_ago, long_ago))
+    assert folder.state(pair).state == "failed"
+    with folder.claimed(pair) as mine:
+        assert mine
+        assert time.time() - claim.stat().st_mtime < 60
+
+
+def test_plan_is_not_replaced_while_another_is_worked_on(folder, tmp_path):
+    models = [tmp_path / name for name in ("x", "y")]
+    other = make_plan(ModelList(("org/a", "org/z"), (("org/a", "org/z"),)), common.get_config("csu"))
+    with (
+        folder.claimed(folder.plan.pairs[0]),
+        pytest.raises(ValueError, match="another list or config is being traced"),
+    ):
+        write_plan(folder, other)
+    write_plan(folder, other)
+    assert list(folder.plan.by_name) == ["a--z"]
+    missing = make_plan(
+        ModelList(tuple(map(str, models)), ((str(models[0]), str(models[1])),)), common.get_config("csu")
+    )
+    with pytest.raises(ValueError, match=r"(?s)these models cannot be read:.*/x: .*/y: "):
+        write_plan(folder, missing)
+
+
+def test_script_asks_slurm_for_what_was_asked_for(folder):
+    text = script(
+        folder, 12, {"partition": "gpu", "time": 30, "array_parallelism": 4, "ntasks_per_node": 8, "mem": None}
+    )
+    for line in ("--array=0-11%4", "--partition=gpu", "--time=30", "--ntasks-per-node=8", "--requeue"):
+        assert f"#SBATCH {line}" in text
+    assert "--kill-on-bad-exit=1" in text
+    assert "--mem" not in text
+    assert batches(list("abcde"), 2) == [("a", "b"), ("c", "d"), ("e",)]
+    with pytest.raises(ValueError, match="Unavailable parameter"):
+        script(folder, 1, {"queue": "gpu"})

@@ -1,0 +1,70 @@
+"""Checkpoints that are made once and kept: a folder in the cache appears there whole, or not at all."""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import logging
+
+from tracing_jax.demo.recipe import Recipe
+from tracing_jax.demo.texts import topics
+
+_FORMAT = 1  # raise when the same recipe no longer gives the same family
+
+
+def kept(name: str, recipe: Recipe, cache_dir: str | None, build: Callable[[Path], None]) -> Path:
+    """Returns the folder of a family in the cache; `build` fills it, on the CPU, if it is not there yet.
+
+    The cache is `cache_dir`, by default `~/.cache/tracing_jax` (or under `XDG_CACHE_HOME`). A killed run leaves nothing
+    under the folder's name, and of two runs at once the first to finish provides it.
+
+    Raises:
+      ModuleNotFoundError: this Python lacks `pydoc_data`.
+    """
+    root = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tracing_jax").expanduser()
+    folder = root / f"{name}-{_key(recipe)}"
+    if folder.exists():
+        return folder
+    logging.info("training a demo family, once, into %s", folder)
+    root.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=root, prefix=f".{folder.name}."))
+    try:
+        with jax.default_device(_device()):
+            build(work)
+        work.chmod(0o755)
+        _publish(work, folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def _device() -> jax.Device:
+    """Returns the CPU: it gives the same bytes each time, while a GPU's scatters add in any order."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+        return jax.local_devices()[0]
+
+
+def _publish(work: Path, folder: Path) -> None:
+    try:
+        work.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        logging.info("%s was finished by another run meanwhile", folder)
+
+
+def _key(recipe: Recipe) -> str:
+    """Returns a name that changes with the recipe and with the texts that are learnt."""
+    learnt = hashlib.sha256("".join(topics()).encode()).hexdigest()
+    facts = [_FORMAT, asdict(recipe), platform.python_version(), np.__version__, learnt]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

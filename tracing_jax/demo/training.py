@@ -1,0 +1,96 @@
+"""Training in seconds to minutes: AdamW on random windows of a text, one compiled step for all models of a shape.
+
+Letters: B batch, T position, V vocab.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+from tqdm import tqdm
+
+from tracing_jax.arch import Arch
+from tracing_jax.demo.recipe import Recipe
+from tracing_jax.models import apply_block, apply_embed, apply_head, init_params, layer_inputs
+from tracing_jax.tree import Tree
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a model learns from, for how long and how fast; the name is for the progress bar."""
+
+    name: str
+    tokens: np.ndarray
+    steps: int
+    peak_learning_rate: float
+
+
+@functools.partial(jax.jit, static_argnames="arch")  # op by op, every shape would be compiled on its own
+def init(arch: Arch, key: PRNGKeyArray) -> Tree:
+    """Returns fresh params whose kernels have standard deviation 1 / sqrt(D)."""
+    # The models' own scale is meant for thousands of units; narrow models barely learn from it.
+    std = arch.embed_dim**-0.5
+
+    def scaled(leaf: jax.Array) -> jax.Array:
+        return leaf * (std / jnp.maximum(leaf.std(), 1e-6)) if leaf.ndim > 1 else leaf  # biases are zero and stay it
+
+    return jax.tree.map(scaled, init_params(arch, key))
+
+
+def train(arch: Arch, recipe: Recipe, params: Tree, training: Training) -> Tree:
+    """Returns the params, as numpy, after AdamW on random windows of the text: a warm-up, then a cosine to zero."""
+    tokens, steps, T = training.tokens, training.steps, recipe.block_size
+    # Every training draws from the same stream: base and independent see the same windows in the same order.
+    starts = np.random.default_rng(recipe.seed).integers(0, len(tokens) - T, size=(steps, recipe.batch_size, 1))
+    rates = learning_rates(training.peak_learning_rate, steps)
+    state = optimizer(recipe).init(params)
+    with tqdm(total=steps, desc=f"training {training.name}", unit="step", disable=None) as bar:
+        for rate, start in zip(rates, starts):
+            params, state, loss = train_step(arch, recipe, params, state, rate, tokens[start + np.arange(T)])
+            bar.set_postfix(loss_nats=f"{loss:.2f}", refresh=False)
+            bar.update()
+    return jax.device_get(params)
+
+
+def learning_rates(peak: float, steps: int) -> Float[np.ndarray, " steps"]:
+    """Returns the learning rate of each step: a warm-up over one step in twenty, then a cosine to zero."""
+    return np.asarray(optax.warmup_cosine_decay_schedule(0.0, peak, max(steps // 20, 1), steps)(np.arange(steps)))
+
+
+def optimizer(recipe: Recipe) -> optax.GradientTransformation:
+    """Returns AdamW, after clipping, at learning rate 1; norm gains, the only vectors, do not decay."""
+    kernels = functools.partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
+    adamw = optax.adamw(1.0, b2=0.95, weight_decay=recipe.weight_decay, mask=kernels)
+    return optax.chain(optax.clip_by_global_norm(1.0), adamw)
+
+
+@functools.partial(jax.jit, static_argnames=("arch", "recipe"))
+def train_step(
+    arch: Arch, recipe: Recipe, params: Tree, state: Any, rate: Float[Array, ""], tokens: Int[Array, "B T"]
+) -> tuple[Tree, Any, Float[Array, ""]]:
+    """Returns params and optimizer state after one step at this learning rate, and the loss before it, in nats."""
+    # The learning rate comes in as data, so that all members share one compiled step.
+    loss, gradients = jax.value_and_grad(functools.partial(mean_loss, arch))(params, tokens)
+    updates, state = optimizer(recipe).update(gradients, state, params)
+    return optax.apply_updates(params, jax.tree.map(lambda update: rate * update, updates)), state, loss
+
+
+@functools.partial(jax.jit, static_argnames="arch")
+def mean_loss(arch: Arch, params: Tree, tokens: Int[Array, "B T"]) -> Float[Array, ""]:
+    """Returns the mean loss of the predicted tokens, in nats."""
+    x = apply_embed(arch, params["embed"], tokens, jnp.float32)
+    for i in range(arch.num_layers):
+        x = apply_block(arch, params["layers"][str(i)], x, *layer_inputs(arch, i))
+    logits = apply_head(arch, params["head"], x, None)
+    return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()
+
+
+def unigram_entropy(tokens: Int[np.ndarray, "N T"]) -> float:
+    """Returns the entropy of the tokens' own frequencies in nats: no context-free predictor has a lower loss."""
+    shares = np.unique(tokens, return_counts=True)[1] / tokens.size
+    return float(-(shares * np.log(shares)).sum())

@@ -1,0 +1,106 @@
+"""From a plan to pairs that are done: what is left to do, waiting for it, and where it stands."""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+from absl import logging
+from tqdm import tqdm
+
+from tracing_jax.checkpoint import open_checkpoint
+from tracing_jax.experiment import check_config
+from tracing_jax.experiment.opening import is_local, resolved
+from tracing_jax.report import text_table
+from tracing_jax.zoo.folder import STATES, ZooFolder
+from tracing_jax.zoo.plan import PLAN, Plan
+from tracing_jax.zoo.slurm import queued
+
+_POLL_SECONDS = 2.0
+_PATIENCE = 15.0
+"""Seconds for which nothing may be queued or running before pairs without a word are given up: folders lag behind."""
+_SHOWN = 20
+
+
+def write_plan(folder: ZooFolder, plan: Plan) -> None:
+    """Checks a plan, as far as it can be checked without a network, and writes it into the zoo's folder.
+
+    Raises:
+      ValueError: the config cannot run, a local model cannot be read, or another plan is being worked on there.
+    """
+    check_config(plan.config_of(plan.pairs[0], folder.path))
+    _check_models(plan)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    if (folder.path / PLAN).exists():
+        if folder.plan == plan:
+            return
+        if busy := busy_pairs(folder):
+            raise ValueError(
+                f"{folder.path}: another list or config is being traced there: {len(busy)} pairs are queued or run, "
+                f"the first {busy[0]}; wait for it, end it, or choose another --save"
+            )
+    plan.write(folder.path)
+    folder.forget_plan()
+
+
+def _check_models(plan: Plan) -> None:
+    """Opens every model that lies on this machine, without reading weights; all that is wrong is said at once."""
+    lines = []
+    for model in filter(is_local, plan.names):
+        try:
+            open_checkpoint(resolved(model))
+        except (ValueError, OSError) as error:
+            lines.append(f"{model}: {error}")
+    if lines:
+        raise ValueError("\n  ".join(["these models cannot be read:", *lines]))
+
+
+def busy_pairs(folder: ZooFolder) -> list[str]:
+    """Returns the pairs that are in a worker's hands, or wait in a queue."""
+    waiting = queued(folder)
+    return [name for name, found in folder.states().items() if found.state == "running" or name in waiting]
+
+
+def left_to_do(folder: ZooFolder) -> list[str]:
+    """Returns the pairs that are neither done, nor running, nor queued; those that failed may be tried again."""
+    states, waiting = folder.states(), queued(folder)
+    left = [name for name, found in states.items() if found.state in ("failed", "missing") and name not in waiting]
+    for name in left:
+        folder.reopen(folder.plan.by_name[name])
+    return left
+
+
+def wait(folder: ZooFolder, names: Sequence[str]) -> None:
+    """Waits, with a progress bar, until each pair is done, has failed, or is in nobody's hands any more."""
+    left, quiet_since = list(names), time.monotonic()
+    with tqdm(total=len(names), desc="pairs", unit="pair", disable=None) as bar:
+        while left:
+            time.sleep(_POLL_SECONDS)
+            states = {name: folder.state(folder.plan.by_name[name]).state for name in left}
+            waiting = queued(folder)
+            ended = [name for name, state in states.items() if state in ("done", "failed") and name not in waiting]
+            bar.update(len(ended))
+            left = [name for name in left if name not in ended]
+            if ended or any(name in waiting or states[name] == "running" for name in left):
+                quiet_since = time.monotonic()
+            elif time.monotonic() - quiet_since > _PATIENCE:
+                logging.warning("%d pairs are in nobody's hands: cancelled? --retry submits them again", len(left))
+                return
+
+
+def status(folder: ZooFolder) -> str:
+    """Returns in words where the pairs stand: counts, and every pair that failed, with the first line of its error."""
+    states, waiting = folder.states(), queued(folder)
+    count = Counter(found.state for found in states.values())
+    idle = sum(states[name].state != "running" for name in waiting)
+    line = ", ".join(f"{count[state]} {state}" for state in STATES) + (f" ({idle} queued)" if idle else "")
+    lines = [f"{folder.path}: {len(states)} pairs: {line}"]
+    rows = [
+        [name, found.state, waiting.get(name, ""), found.error]
+        for name, found in states.items()
+        if found.state != "done" and (found.state != "missing" or found.error or name in waiting)
+    ]
+    if rows:
+        lines.append(text_table(rows[:_SHOWN], ("pair", "state", "job", "why")))
+    if len(rows) > _SHOWN:
+        lines.append(f"... and {len(rows) - _SHOWN} more")
+    return "\n".join(lines)
