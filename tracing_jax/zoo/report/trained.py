@@ -37,7 +37,7 @@ def further_trained(edge: Edge, facts: Facts) -> list[tuple[str, str]]:
         if one and other and abs(math.log(one / other)) > _LEAST:
             low, (high, model) = min(one, other), max(zip((one, other), edge.row.models, strict=True))
             found.append(
-                (model, f"the spectrum of its {word} is further from initialisation, {high:.4g} and {low:.4g}")
+                (model, f"its {word} is further from initialisation (spectrum {high:.4g}, not {low:.4g})")
             )
     return found
 

@@ -60,6 +60,6 @@ def _edge(edge: Edge, way: Direction, lower: str) -> dict[str, str]:
         sign, kind, text = "–", "open", f"direction open: {grounds}"
     else:
         sign, kind = ("↳" if way.child == lower else "↰"), "estimate"
-        text = f"estimate: {way.parent} → {way.child}, for {grounds}"
+        text = f"estimate: {way.parent} → {way.child}; {grounds}"
     value = "same function" if edge.same_function else f"{edge.measure.name} {cell(float(f'{edge.value:.3g}'))}"
     return {"sign": sign, "kind": kind, "text": text, "value": value, "link": link(edge.row)}
