@@ -130,7 +130,8 @@ def _number_problems(config: ConfigDict) -> list[str]:
     for name, least in (("block_size", 2), ("batch_size", 1), ("num_tokens", config.block_size), ("emb_max_rows", 1)):
         if config[name] < least:
             lines.append(f"{name}={config[name]}: at least {least}")
-    least_counts = {"max_layers": 0, "mode_num_perm": 0, "num_perm": 1, "csh_blocks": 1, "csh_block_size": 2}
+    least_copies = 1 if {"perm_mode_l2", "all"} & {*str(config.stat).split(",")} else 0  # l2 is a distance without them
+    least_counts = {"max_layers": 0, "mode_num_perm": 0, "num_perm": least_copies, "csh_blocks": 1, "csh_block_size": 2}
     least_counts |= {"distil_tokens": 32, "distil_steps": 1, "distil_batch": 1, "distil_units": 0}
     lines += [
         f"{name}={config[name]}: at least {least}" for name, least in least_counts.items() if config[name] < least

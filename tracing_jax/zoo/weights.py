@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisTable, axis_table, kind_of
 from tracing_jax.record import atomic_write, plain
 from tracing_jax.source import ParamSource, parts
@@ -39,6 +40,7 @@ def weight_facts(source: ParamSource) -> dict[str, Any]:
     * `rms` of the entries: depends on the scale of initialisation, so it tells relatives apart only. Survives
       permutation.
 
+    `length` is the mean Frobenius norm over all of its tensors, the unit in which the distance of two models is told.
     For each norm, `distance`: root mean square of its gain's difference from 1. Survives permutation; gains that were
     redistributed, or folded into what reads them, destroy it.
 
@@ -48,15 +50,17 @@ def weight_facts(source: ParamSource) -> dict[str, Any]:
     table = axis_table(source.arch)
     matrices: dict[str, dict[str, list[float]]] = {}
     norms: dict[str, list[float]] = {}
+    lengths: list[float] = []
     for name, leaf in _leaves(source):
+        lengths.append(float(np.sqrt(np.square(leaf).sum(dtype=np.float64))))
         kind = name.split("/", 2)[2] if name.startswith("layers/") else name
         kind = kind.rsplit("/", 1)[0] if kind.endswith(("/kernel", "/scale")) else kind
         if name.endswith("/scale"):
-            norms.setdefault(kind, []).append(_distance_from_one(leaf, source))
+            norms.setdefault(kind, []).append(_distance_from_one(leaf, source.arch))
         elif not name.endswith("/bias"):
             for measure, value in _measures(_as_matrices(name, leaf, table)).items():
                 matrices.setdefault(kind, {}).setdefault(measure, []).append(value)
-    return {"matrices": matrices, "norms": norms}
+    return {"matrices": matrices, "norms": norms, "length": float(np.mean(lengths))}
 
 
 def model_facts_file(folder: Path, model_name: str) -> Path:
@@ -88,9 +92,9 @@ def _leaves(source: ParamSource) -> Iterator[tuple[str, np.ndarray]]:
             yield prefix + name, np.asarray(leaf, np.float32)
 
 
-def _distance_from_one(gain: np.ndarray, source: ParamSource) -> float:
-    kept_less_one = source.arch.norm == "rms_unit_offset"
-    return float(np.sqrt(np.mean(np.square(gain - (0 if kept_less_one else 1)), dtype=np.float64)))
+def _distance_from_one(gain: np.ndarray, arch: Arch) -> float:
+    stored_as_offset = arch.norm == "rms_unit_offset"
+    return float(np.sqrt(np.mean(np.square(gain - (0.0 if stored_as_offset else 1.0)), dtype=np.float64)))
 
 
 def _as_matrices(name: str, leaf: np.ndarray, table: AxisTable) -> list[Float[np.ndarray, "units embed"]]:

@@ -13,6 +13,7 @@ from tracing_jax.zoo.report.disagreements import Disagreement, disagreements, mi
 from tracing_jax.zoo.report.families import clustered, families
 from tracing_jax.zoo.report.lineage import Lineage, lineage
 from tracing_jax.zoo.report.rows import PairRow, Word, read_rows
+from tracing_jax.zoo.report.trained import Facts, trained_order
 from tracing_jax.zoo.report.uniformity import Uniformity, uniformity
 from tracing_jax.zoo.weights import read_model_facts
 
@@ -97,12 +98,12 @@ class Contents:
     def _family_dict(self, i: int) -> dict[str, Any]:
         tree = self.lineages[i]
         edges = [
-            {"models": list(edge.row.models), "pair": edge.row.pair, "value": edge.value,
-             "same_function": edge.same_function, "parent": way.parent, "child": way.child,
+            {"models": list(edge.row.models), "pair": edge.row.pair, "closeness": edge.measure.name,
+             "value": edge.value, "same_function": edge.same_function, "parent": way.parent, "child": way.child,
              "grounds": list(way.grounds)}
             for edge, way in zip(tree.edges, self.directions[i], strict=True)
         ]  # fmt: skip
-        return {"family": i + 1, "models": list(self.families[i]), "closeness": tree.measure.name, "edges": edges}
+        return {"family": i + 1, "models": list(self.families[i]), "edges": edges}
 
 
 def contents_of(folder: ZooFolder) -> Contents:
@@ -112,12 +113,13 @@ def contents_of(folder: ZooFolder) -> Contents:
     return make_contents(plan, read_rows(folder), facts)
 
 
-def make_contents(plan: Plan, rows: Sequence[PairRow], facts: Mapping[str, Mapping[str, Any] | None]) -> Contents:
+def make_contents(plan: Plan, rows: Sequence[PairRow], facts: Facts) -> Contents:
     """Returns the report of rows that are judged together; the plan's order changes nothing."""
     names = sorted(plan.names.values())
     rows = sorted(rows, key=_evidence)
     components = families(names, rows)
-    lineages = [lineage(members, rows) for members in components if len(members) > 1]
+    trained = trained_order(facts)
+    lineages = [lineage(members, rows, trained) for members in components if len(members) > 1]
     related = [row for row in rows if row.verdict == "related"]
     return Contents(
         ids={name: model for model, name in plan.names.items()},
@@ -137,7 +139,7 @@ def pair_dict(row: PairRow) -> dict[str, Any]:
     return {
         "pair": row.pair, "base": row.base, "ft": row.ft, "state": row.state, "verdict": row.verdict,
         "log10_p": row.log10_p, "adjusted_log10_p": row.adjusted_log10_p, "statistic": row.statistic,
-        "jsd_nats_per_token": row.jsd, "units_share": row.units, "in_place_log10_p": row.in_place_log10_p,
+        "jsd_nats_per_token": row.jsd, "l2": row.l2, "units_share": row.units, "in_place_log10_p": row.in_place_log10_p,
         "known_related": row.known, "error": row.error,
     }  # fmt: skip
 

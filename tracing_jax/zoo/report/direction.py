@@ -1,12 +1,11 @@
 """Which of two relatives came first? An estimate with its grounds, or none."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from tracing_jax.zoo.report.lineage import Edge, kin_in_place
 from tracing_jax.zoo.report.rows import PairRow
-from tracing_jax.zoo.report.trained import further_trained
+from tracing_jax.zoo.report.trained import Facts, further_trained, look_like_siblings
 
 
 @dataclass(frozen=True)
@@ -23,9 +22,7 @@ class Direction:
     grounds: tuple[str, ...]
 
 
-def directions(
-    edges: Sequence[Edge], rows: Sequence[PairRow], facts: Mapping[str, Mapping[str, Any] | None]
-) -> list[Direction]:
+def directions(edges: Sequence[Edge], rows: Sequence[PairRow], facts: Facts) -> list[Direction]:
     """Returns the direction of every edge of a family's tree; a model gets one parent at most.
 
     Args:
@@ -36,7 +33,7 @@ def directions(
     return _one_parent_each(edges, [direction(edge, rows, facts) for edge in edges])
 
 
-def direction(edge: Edge, rows: Sequence[PairRow], facts: Mapping[str, Mapping[str, Any] | None]) -> Direction:
+def direction(edge: Edge, rows: Sequence[PairRow], facts: Facts) -> Direction:
     """Returns the direction of one edge, by the grounds that tell most: copies, shapes, then weights.
 
     Where grounds of one rank contradict each other, the direction is open.
@@ -44,18 +41,18 @@ def direction(edge: Edge, rows: Sequence[PairRow], facts: Mapping[str, Mapping[s
     row = edge.row
     if edge.same_function:
         return _of_copies(row, rows)
-    for grounds in (_from_shapes(row), further_trained(row.models, facts)):
+    for grounds in (_from_shapes(row), [] if look_like_siblings(edge, facts) else further_trained(edge, facts)):
         children = {child for child, _ in grounds}
         texts = tuple(text for _, text in grounds)
         if len(children) == 1:
             (child,) = children
             return Direction(row.other(child), child, texts)
         if children:
-            return Direction(None, None, ("the grounds contradict each other: ", *texts))
+            return Direction(None, None, ("the grounds contradict each other", *texts))
     missing = [name for name in row.models if facts.get(name) is None]
     if missing:
         return Direction(None, None, (f"no facts on the weights of {' and '.join(missing)} were measured",))
-    return Direction(None, None, ("neither model is clearly further from initialisation; they may be siblings",))
+    return Direction(None, None, ("equally far from initialisation, for how far they are apart; they may be siblings",))
 
 
 def _of_copies(row: PairRow, rows: Sequence[PairRow]) -> Direction:

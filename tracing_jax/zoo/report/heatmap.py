@@ -90,7 +90,7 @@ def link(row: PairRow) -> str:
 
 LEGEND: Sequence[tuple[str, Sequence[tuple[str, str]]]] = (
     ("related", tuple(
-        (f"related-{i}", text) for i, text in enumerate(("≥ −6", "−12", "−25", "−50", "−100", "−300", "lower"))
+        (f"related-{i}", text) for i, text in enumerate(("log10 p ≥ −6", "−12", "−25", "−50", "−100", "−300", "lower"))
     )),
     ("undecided", (("undecided-0", ""),)),
     ("independent", (("independent-0", "p > .5"), ("independent-1", "p > .05"), ("independent-2", "lower"))),

@@ -19,15 +19,17 @@ from tracing_jax.zoo.report.tree import family_part
 from tracing_jax.zoo.report.uniformity import BINS, Uniformity, in_words
 
 _OPEN_ROWS, _MOST_ROWS = 20, 500
+_NAMED_FAMILIES, _NAMES = 6, 90  # of the banner: so many families, and so many letters of each
 _HEADERS = ("pair", "verdict", "log10 p", "after Holm", "by", "divergence (nats)", "units found again")
 _HEAT_TEXT = (
     "Hue: the verdict, by the p-value of the pair after Holm over all pairs that are done. Depth: log10 p of the pair. "
     "A model's name stands at the end of its row and above its column; families are framed.",
 )
 _FAMILIES_TEXT = (
-    "A family is a set of models connected by related pairs. Its tree joins the closest relatives; the number beside a "
-    "model is how close it is to the one above it. An arrow is an estimate of who was made from whom, never a proof: "
-    "↳ from the model above, ↰ the model above from this one; a dash leaves it open.",
+    "A family is a set of models connected by related pairs. Its tree joins the closest relatives; beside a model "
+    "stands how close it is to the one above. An arrow is an estimate of who was made from whom, never a proof: ↳ this "
+    "one from the model above, ↰ the model above from this one; a dash leaves it open. If the ancestor of a family is "
+    "not among the models, the least trained of them stands in its place.",
 )
 
 
@@ -72,10 +74,8 @@ def _banner(contents: Contents) -> dict[str, Any]:
         "verdicts": ", ".join(f"{count:,} {word}" for word, count in contents.verdicts.items())
         + ", after Holm over all",
     }
-    for i, members in enumerate(contents.families[:6]):
-        facts[f"family {i + 1}"] = ", ".join(
-            [*members[:8], *([f"and {len(members) - 8} more"] if len(members) > 8 else [])]
-        )
+    for i, members in enumerate(contents.families[:_NAMED_FAMILIES], 1):
+        facts[f"family {i}"] = _named(members)
     if contents.parents is not None:
         wrong = len(contents.disagreements)
         facts["known tree"] = (
@@ -149,7 +149,8 @@ def _bars(found: Uniformity) -> dict[str, Any]:
          "title": f"p from {i / BINS:g} to {(i + 1) / BINS:g}: {count}"}
         for i, count in enumerate(found.counts)
     ]  # fmt: skip
-    return {"bars": bars, "uniform_y": 110 - 100 * sum(found.counts) / BINS / top, "text": in_words(found)}
+    uniform = 110 - 100 * sum(found.counts) / BINS / top
+    return {"bars": bars, "uniform_y": uniform, "text": in_words(found), "any": any(found.counts)}
 
 
 def _grouped(contents: Contents) -> Mapping[str, Any]:
@@ -170,6 +171,12 @@ def _safe_json(content: Mapping[str, Any]) -> str:
     """Returns JSON that cannot end the script element it stands in."""
     text = json.dumps(content, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _named(members: Sequence[str]) -> str:
+    """Returns the first names of a family, as many as fit, and how many more there are."""
+    shown = next((i for i in range(1, len(members)) if len(", ".join(members[: i + 1])) > _NAMES), len(members))
+    return ", ".join([*members[:shown], *([f"and {len(members) - shown} more"] if shown < len(members) else [])])
 
 
 def _count(number: int, one: str, many: str) -> str:

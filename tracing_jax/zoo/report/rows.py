@@ -31,6 +31,7 @@ class PairRow:
       statistic: the one that decided.
       level: below which a pair is related.
       jsd: Jensen-Shannon divergence of the predictions, nats per token, in [0, ln 2].
+      l2: mean Frobenius distance of the weights over tensors, as they lie.
       units: share of the narrower models' MLP units that were found again in the other, in [0, 1].
       in_place_log10_p: the smallest p-value of the statistics `IN_PLACE` on the pair.
       shapes: of base and of ft: layers, MLP units, tokens and so on.
@@ -49,6 +50,7 @@ class PairRow:
     statistic: str | None = None
     level: float | None = None
     jsd: float | None = None
+    l2: float | None = None
     units: float | None = None
     in_place_log10_p: float | None = None
     shapes: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {})
@@ -58,6 +60,12 @@ class PairRow:
     def models(self) -> tuple[str, str]:
         """The names of both models."""
         return self.base, self.ft
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the units of both models stand in the same places, by the tests that ask for it."""
+        p, level = self.in_place_log10_p, self.level
+        return p is not None and level is not None and p < math.log10(level)
 
     def other(self, name: str) -> str:
         """Returns the model beside this one."""
@@ -94,6 +102,7 @@ def row_of(pair: PlannedPair, names: Mapping[str, str], state: PairState, record
         statistic=judged["statistic"],
         level=judged["level"],
         jsd=number(_found(record, "jsd", "headline")),
+        l2=number(_found(record, "l2", "headline")),
         units=_share_of_units(layer_map, shapes) if layer_map else number(_found(record, "match", "headline")),
         in_place_log10_p=min(in_place, default=None),
         shapes=shapes,

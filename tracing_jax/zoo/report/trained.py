@@ -1,29 +1,55 @@
-"""Which of two relatives was trained further, by what their weights look like."""
+"""How far the training of a model went, by what its weights look like; and which of two relatives went further."""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
+from tracing_jax.zoo.report.lineage import WEIGHTS, Edge
+
+Facts = Mapping[str, Mapping[str, Any] | None]
+"""Model -> what `weight_facts` says of it; None where that was not measured."""
+
 _MATRICES = {"embed/embedding": "embedding", "head/lm_head": "head"}
+_LEAST_PER_DISTANCE = 0.14
+"""A fine-tune's spectrum moves by at least so much, as a logarithm, per distance from its parent in lengths of weights.
+
+Siblings that were trained equally far differ by less. Measured: see docs/zoo.md.
+"""
 _LEAST = 1e-4
-"""Of the logarithm of the ratio: below it, rewriting and rounding could have made the difference."""
+"""Where the distance is not known; rewriting and rounding move a spectrum by less."""
 
 
-def further_trained(models: tuple[str, str], facts: Mapping[str, Mapping[str, Any] | None]) -> list[tuple[str, str]]:
-    """Returns (model, ground) for the embedding and for the head: whose spectrum is further from initialisation's.
+def trained_order(facts: Facts) -> dict[str, float]:
+    """Returns how far each model's embedding and head are from initialisation, for the models where it was measured.
 
-    The spectrum of random matrices is flat, and training concentrates it, in these two matrices without exception: see
-    docs/zoo.md for how often. In the matrices of the layers it goes either way, as kurtosis and the gains of norms do:
-    those are measured, and have no say.
+    The spectrum of random matrices is flat and training concentrates it, in these two matrices without exception. In
+    the matrices of the layers it goes either way, as kurtosis and the gains of norms do: those have no say.
     """
+    spectra = {name: [s for kind in _MATRICES if (s := _spectrum(found, kind))] for name, found in facts.items()}
+    return {name: sum(map(math.log, found)) / len(found) for name, found in spectra.items() if found}
+
+
+def further_trained(edge: Edge, facts: Facts) -> list[tuple[str, str]]:
+    """Returns (model, ground) for the embedding and for the head: whose spectrum is further from initialisation's."""
     found = []
     for kind, word in _MATRICES.items():
-        one, other = (_spectrum(facts.get(model), kind) for model in models)
-        if one is None or other is None or abs(math.log(one / other)) < _LEAST:
-            continue
-        (low, _), (high, child) = sorted(zip((one, other), models, strict=True))
-        found.append((child, f"spectrum of its {word} further from initialisation, {high:.4g} and {low:.4g}"))
+        one, other = (_spectrum(facts.get(name), kind) for name in edge.row.models)
+        if one and other and abs(math.log(one / other)) > _LEAST:
+            low, (high, model) = min(one, other), max(zip((one, other), edge.row.models, strict=True))
+            found.append(
+                (model, f"its {word} is further from initialisation (spectrum {high:.4g}, not {low:.4g})")
+            )
     return found
+
+
+def look_like_siblings(edge: Edge, facts: Facts) -> bool:
+    """Returns whether two models are too equally far trained, for how far they are apart, to be parent and child."""
+    lengths = [float(found["length"]) for name in edge.row.models if (found := facts.get(name))]
+    moved = trained_order({name: facts.get(name) for name in edge.row.models})
+    if edge.measure is not WEIGHTS or len(moved) < 2:
+        return False
+    distance = edge.value / (sum(lengths) / 2)
+    return abs(moved[edge.row.base] - moved[edge.row.ft]) < _LEAST_PER_DISTANCE * distance
 
 
 def _spectrum(facts: Mapping[str, Any] | None, kind: str) -> float | None:

@@ -30,7 +30,7 @@ def family_part(i: int, contents: Contents) -> dict[str, Any]:
         joined[edge.row.base].append((edge.row.ft, edge, way))
         joined[edge.row.ft].append((edge.row.base, edge, way))
     estimated = sum(way.child is not None for way in ways)
-    text = f"Closest relatives by: {tree.measure.name}. Direction estimated for {estimated} of {len(ways)} edges."
+    text = f"Direction estimated for {estimated} of {len(ways)} edges."
     title = f"Family {i + 1}: {len(tree.models)} models"
     return {"title": title, "text": text, "root": branches(root(tree, ways), joined)}
 
@@ -60,6 +60,6 @@ def _edge(edge: Edge, way: Direction, lower: str) -> dict[str, str]:
         sign, kind, text = "–", "open", f"direction open: {grounds}"
     else:
         sign, kind = ("↳" if way.child == lower else "↰"), "estimate"
-        text = f"estimate: {way.parent} → {way.child}, for {grounds}"
-    value = "same function" if edge.same_function else cell(float(f"{edge.value:.3g}"))
+        text = f"estimate: {way.parent} → {way.child}; {grounds}"
+    value = "same function" if edge.same_function else f"{edge.measure.name} {cell(float(f'{edge.value:.3g}'))}"
     return {"sign": sign, "kind": kind, "text": text, "value": value, "link": link(edge.row)}

@@ -1,0 +1,484 @@
+"""The report of a zoo: families, closest relatives and directions found exactly where they were planted; the page."""
+
+import base64
+import csv
+import hashlib
+import html.parser
+import itertools
+import json
+import math
+import re
+from dataclasses import replace
+
+import jax
+import numpy as np
+import planted_zoo as zoos
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+from scipy.sparse.csgraph import minimum_spanning_tree
+
+from tracing_jax.axes import PERMUTABLE, axis_table
+from tracing_jax.source import InMemory
+from tracing_jax.symmetry import permute, random_permutations
+from tracing_jax.zoo import PairState, make_plan, weights
+from tracing_jax.zoo.__main__ import main
+from tracing_jax.zoo.models import ModelList
+from tracing_jax.zoo.report import html as page_of
+from tracing_jax.zoo.report import make_contents, sentence, write_report
+from tracing_jax.zoo.report.families import clustered, families
+from tracing_jax.zoo.report.lineage import lineage
+from tracing_jax.zoo.weights import model_facts_file, read_model_facts, weight_facts, write_model_facts
+
+SIZES = st.lists(st.integers(1, 6), min_size=2, max_size=6).filter(lambda sizes: sum(sizes) > 1)
+
+
+def contents(plan, records, facts=None):
+    return make_contents(plan, zoos.rows_of(plan, records), facts or {})
+
+
+def edges_of(found):
+    return {frozenset(edge.row.models) for tree in found.lineages for edge in tree.edges}
+
+
+def arrows_of(found):
+    return {(way.parent, way.child) for ways in found.directions for way in ways if way.child is not None}
+
+
+def united(models, links):
+    """Returns the connected components, by joining sets until nothing changes."""
+    groups = [{m} for m in models]
+    for one, other in links:
+        joined = [g for g in groups if one in g or other in g]
+        groups = [g for g in groups if g not in joined] + [set().union(*joined)]
+    return {frozenset(g) for g in groups}
+
+
+# Families.
+
+
+@given(st.integers(1, 12).flatmap(lambda n: st.tuples(
+    st.just(n), st.lists(st.tuples(st.integers(0, n - 1), st.integers(0, n - 1)), max_size=20)
+)))  # fmt: skip
+@settings(deadline=None, max_examples=40)
+def test_families_are_the_connected_components(graph):
+    n, links = graph
+    names = [f"m{i}" for i in range(n)]
+    plan = zoos.plan_of(names)
+    wanted = {frozenset((names[i], names[j])) for i, j in links if i != j}
+    records = {p.name: zoos.record_of(-200.0 if {p.base, p.ft} in wanted else -0.2) for p in plan.pairs}
+    found = families(names, zoos.rows_of(plan, records))
+    assert {frozenset(members) for members in found} == united(names, [tuple(link) for link in wanted])
+    assert sorted(itertools.chain(*found)) == sorted(names)
+
+
+@given(SIZES, st.integers(0, 1000))
+@settings(deadline=None, max_examples=10)
+def test_planted_families_come_back_and_stand_together_in_the_heatmap(sizes, seed):
+    plan, records = zoos.planted(sizes, seed)
+    rows = zoos.rows_of(plan, records)
+    found = families(plan.names.values(), rows)
+    assert [len(members) for members in found] == sorted(sizes, reverse=True)
+    assert all(plan.by_name[row.pair].related == (row.verdict == "related") for row in rows)
+    order = clustered(found, rows)
+    assert sorted(order) == sorted(plan.names.values())
+    for members in found:
+        at = sorted(order.index(name) for name in members)
+        assert at == list(range(at[0], at[0] + len(members)))
+
+
+@given(SIZES, st.integers(0, 1000), st.randoms())
+@settings(deadline=None, max_examples=6)
+def test_the_order_of_the_list_changes_nothing(sizes, seed, random):
+    plan, records = zoos.planted(sizes, seed)
+    models, pairs = list(plan.names), [(p.base, p.ft) for p in plan.pairs]
+    random.shuffle(models)
+    random.shuffle(pairs)
+    turned = make_plan(ModelList(tuple(models), tuple(pairs), plan.parents), ConfigDict(dict(plan.config)))
+    one, other = contents(plan, records).as_dict(), contents(turned, records).as_dict()
+    assert one == other
+
+
+# Holm.
+
+
+def test_verdicts_are_by_holm_over_all_pairs_that_are_done():
+    plan = zoos.plan_of([f"m{i}" for i in range(5)])
+    p = [1e-5, 2e-4, 5e-3, 0.2, 0.4, 0.6, 0.8, 0.9]
+    names = [pair.name for pair in plan.pairs]
+    records = {name: zoos.record_of(math.log10(x)) for name, x in zip(names, p)}
+    rows = zoos.rows_of(plan, records | {names[8]: PairState("failed", "ValueError: no")})
+    expected, largest = [], 0.0
+    for i, x in enumerate(p):
+        largest = max(largest, min(1.0, (len(p) - i) * x))
+        expected.append(largest)
+    assert [10**row.adjusted_log10_p for row in rows[:8]] == pytest.approx(expected)
+    assert [row.verdict for row in rows] == ["related", "undecided", "undecided", *["independent"] * 5, None, None]
+    assert [row.state for row in rows[8:]] == ["failed", "missing"]
+
+
+def test_a_pair_without_a_test_that_applies_is_undecided_and_adjusts_nobody():
+    plan = zoos.plan_of(["a", "b", "c"])
+    records = {"a--b": zoos.record_of(None), "a--c": zoos.record_of(-3.5)}
+    rows = zoos.rows_of(plan, records)
+    assert [row.verdict for row in rows] == ["undecided", "related", None]
+    assert rows[1].adjusted_log10_p == pytest.approx(-3.5)
+
+
+# Closest relatives.
+
+
+@given(st.integers(2, 9), st.integers(0, 1000))
+@settings(deadline=None, max_examples=20)
+def test_a_tree_joins_a_family_at_the_least_total_distance(size, seed):
+    random = np.random.default_rng(seed)
+    names = [f"m{i}" for i in range(size)]
+    plan = zoos.plan_of(names)
+    jsd = {p.name: float(random.uniform(0.01, 0.6)) for p in plan.pairs}
+    rows = zoos.rows_of(plan, {name: zoos.record_of(-300.0, x) for name, x in jsd.items()})
+    tree = lineage(names, rows, {})
+    distance = np.zeros((size, size))
+    for p in plan.pairs:
+        distance[names.index(p.base), names.index(p.ft)] = jsd[p.name]
+    assert len(tree.edges) == size - 1
+    assert sum(edge.value for edge in tree.edges) == pytest.approx(minimum_spanning_tree(distance).sum())
+    assert united(names, [edge.row.models for edge in tree.edges]) == {frozenset(names)}
+
+
+@given(SIZES, st.integers(0, 1000))
+@settings(deadline=None, max_examples=10)
+def test_the_planted_tree_comes_back_where_distance_grows_along_it(sizes, seed):
+    plan, records = zoos.planted(sizes, seed)
+    found = contents(plan, records)
+    assert edges_of(found) == {frozenset(pair) for pair in plan.parents.items() if pair[1] is not None}
+    assert not found.disagreements
+    assert not found.missed
+
+
+def test_a_pair_called_independent_is_no_edge_however_close():
+    plan = zoos.plan_of(["a", "b", "c"])
+    records = {"a--b": zoos.record_of(-0.1, 0.001), "a--c": zoos.record_of(-99, 0.2), "b--c": zoos.record_of(-99, 0.3)}
+    assert edges_of(contents(plan, records)) == {frozenset("ac"), frozenset("bc")}
+
+
+def test_measures_are_not_mixed_and_the_next_joins_what_one_leaves_apart():
+    plan = zoos.plan_of(["a", "b", "c", "d"])
+    jsd = {"a--b": 0.1, "c--d": 0.1}
+    units = {"a--b": 0.5, "a--c": 0.7, "b--c": 0.8, "a--d": 0.2, "b--d": 0.2, "c--d": 0.1}
+    records = {name: zoos.record_of(-99, jsd.get(name), units[name]) for name in units}
+    (tree,) = contents(plan, records).lineages
+    found = {frozenset(edge.row.models): edge.measure.name for edge in tree.edges}
+    assert found == {
+        frozenset("ab"): "divergence of predictions, nats per token",
+        frozenset("cd"): "divergence of predictions, nats per token",
+        frozenset("bc"): "share of MLP units found again",
+    }
+
+
+def test_without_any_closeness_the_evidence_joins_a_family():
+    plan = zoos.plan_of(["a", "b", "c"])
+    records = {name: zoos.record_of(log10_p, None) for name, log10_p in (("a--b", -9), ("a--c", -80), ("b--c", -70))}
+    (tree,) = contents(plan, records).lineages
+    assert edges_of(contents(plan, records)) == {frozenset("ac"), frozenset("bc")}
+    assert {edge.measure.name for edge in tree.edges} == {"log10 p after Holm"}
+
+
+def copy_of(relatives):
+    """A family `base`, `tuned` and `copy`, a disguised copy of `tuned`; rounding would hang the copy on base."""
+    plan = zoos.plan_of(["base", "copy", "tuned"])
+    records = {
+        "base--copy": zoos.record_of(-99, 0.1 - 1e-9, csu=-0.3),
+        "base--tuned": zoos.record_of(-99, 0.1, csu=-200.0 if relatives else -0.2),
+        "copy--tuned": zoos.record_of(-99, 5e-9, csu=0.0),
+    }
+    return contents(plan, records)
+
+
+def test_a_disguised_copy_hangs_on_the_model_whose_units_stand_in_place():
+    found = copy_of(relatives=True)
+    assert edges_of(found) == {frozenset(("base", "tuned")), frozenset(("tuned", "copy"))}
+    assert ("tuned", "copy") in arrows_of(found)
+
+
+def test_between_copies_the_direction_is_open_where_nothing_tells():
+    found = copy_of(relatives=False)
+    assert not arrows_of(found)
+    assert any("nothing tells original from copy" in way.grounds[0] for ways in found.directions for way in ways)
+
+
+# Direction.
+
+
+def fact(embedding, head, length=10.0):
+    matrices = {kind: {"spectrum": [value]} for kind, value in (("embed/embedding", embedding), ("head/lm_head", head))}
+    return {"matrices": matrices, "length": length}
+
+
+def star(l2):
+    """Returns the records of `root` and two children, with these distances of weights."""
+    plan = zoos.plan_of(["one", "root", "two"])
+    records = {name: zoos.record_of(-500, 0.1, csu=-500, l2=distance) for name, distance in l2.items()}
+    return plan, records
+
+
+def test_children_hang_on_the_less_trained_model_though_they_lie_nearer_to_each_other():
+    plan, records = star({"one--root": 1.6, "root--two": 1.5, "one--two": 1.4})
+    facts = {"root": fact(1.0, 10.0), "one": fact(1.2, 14.0), "two": fact(1.2, 13.9)}
+    found = contents(plan, records, facts)
+    assert arrows_of(found) == {("root", "one"), ("root", "two")}
+    assert edges_of(contents(plan, records)) == {frozenset(("one", "two")), frozenset(("root", "two"))}
+
+
+def test_a_grandchild_hangs_on_its_parent():
+    plan, records = star({"one--root": 1.5, "root--two": 2.1, "one--two": 0.8})
+    facts = {"root": fact(1.0, 10.0), "one": fact(1.2, 14.0), "two": fact(1.3, 15.5)}
+    assert arrows_of(contents(plan, records, facts)) == {("root", "one"), ("one", "two")}
+
+
+def test_siblings_without_their_parent_are_left_open():
+    plan = zoos.plan_of(["one", "two"])
+    records = {"one--two": zoos.record_of(-500, 0.1, csu=-500, l2=1.5)}
+    found = contents(plan, records, {"one": fact(1.2, 14.0), "two": fact(1.201, 14.01)})
+    assert not arrows_of(found)
+    assert "siblings" in found.directions[0][0].grounds[0]
+
+
+def test_grounds_that_contradict_each_other_or_are_missing_leave_it_open():
+    plan = zoos.plan_of(["one", "two"])
+    records = {"one--two": zoos.record_of(-500, 0.1)}
+    for facts, word in (({"one": fact(1.2, 14.0), "two": fact(1.0, 19.0)}, "contradict"), ({}, "no facts")):
+        found = contents(plan, records, facts)
+        assert not arrows_of(found)
+        assert word in found.directions[0][0].grounds[0]
+
+
+@pytest.mark.parametrize(("small", "layer_map", "arrow"), [
+    ({"mlp_dim": 128}, None, ("large", "small")),
+    ({"vocab_size": 900}, None, ("small", "large")),
+    ({"num_layers": 3}, {"pairs": [{"agreeing": 200}] * 3, "copies": []}, ("large", "small")),
+    ({"num_layers": 3}, {"pairs": [{"agreeing": 200}] * 3, "copies": [{"base": 1, "ft": 1}]}, ("small", "large")),
+    ({"num_layers": 3}, {"pairs": [{"agreeing": 200}] * 2, "copies": []}, None),
+])  # fmt: skip
+def test_shapes_tell_pruned_and_grown_models(small, layer_map, arrow):
+    plan = zoos.plan_of(["large", "small"])
+    record = zoos.record_of(-99, 0.1, shapes=(zoos.SHAPE, zoos.SHAPE | small))
+    record["statistics"]["match_all"] = {"non_aligned": {"headline": 1.0, "layer_map": layer_map}}
+    assert arrows_of(contents(plan, {"large--small": record})) == ({arrow} if arrow else set())
+
+
+def test_a_model_has_one_parent_at_most():
+    plan = zoos.plan_of(["a", "b", "child"])
+    shapes = (zoos.SHAPE, zoos.SHAPE | {"mlp_dim": 100})
+    records = {
+        "a--child": zoos.record_of(-99, 0.1, shapes=shapes), "b--child": zoos.record_of(-99, 0.2, shapes=shapes),
+        "a--b": zoos.record_of(-99, 0.6),
+    }  # fmt: skip
+    found = contents(plan, records)
+    assert arrows_of(found) == {("a", "child")}
+    assert any("closer parent, a" in ground for ways in found.directions for way in ways for ground in way.grounds)
+
+
+# Disagreements.
+
+
+def test_every_disagreement_with_the_known_tree_is_listed():
+    parents = {"a": None, "b": "a", "c": "b", "x": None}
+    plan = zoos.plan_of(list(parents), parents)
+    records = {p.name: zoos.record_of(-99 if p.related else -0.1, 0.3) for p in plan.pairs}
+    records["a--x"] = zoos.record_of(-99, 0.2)
+    records["a--c"] = zoos.record_of(-99, 0.1)
+    shapes = (zoos.SHAPE | {"mlp_dim": 128}, zoos.SHAPE)
+    records["a--b"] = zoos.record_of(-99, 0.15, shapes=shapes)  # as if a were pruned from b
+    found = {(line.kind, line.pair) for line in contents(plan, records).disagreements}
+    assert found == {("verdict", "a--x"), ("edge", "a--c"), ("direction", "a--b")}
+    assert contents(plan, records).missed == [("b", "c")]
+
+
+# The page and its data.
+
+
+class Page(html.parser.HTMLParser):
+    """What a test asks of a page: its tags, attributes and text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.text = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def count(self, tag, of_class):
+        return sum(t == tag and a.get("class", "") == of_class for t, a in self.elements)
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """A zoo with two families in which two pairs failed and one is missing, and its written report."""
+    plan, records = zoos.planted([4, 3, 1], 3)
+    names = list(records)
+    records[names[0]] = PairState("failed", "ValueError: layer 3 <is> gone\nand more")
+    records[names[1]] = PairState("failed", "MemoryError: too large")
+    del records[names[2]]
+    folder = zoos.write_zoo(tmp_path_factory.mktemp("zoo") / "broken", plan, records)
+    return folder, names, write_report(folder).read_text("utf-8")
+
+
+def test_missing_and_failed_pairs_are_shown_and_never_dropped(broken):
+    folder, names, text = broken
+    page = Page(text)
+    assert "3 pairs not done" in text
+    assert [page.count("rect", word) for word in ("failed", "missing")] == [3, 2]  # with one each in the legend
+    words = " ".join(page.text)
+    assert "ValueError: layer 3 <is> gone" in words
+    assert "and more" not in words
+    assert all(name in words for name in names[:3])
+    drawn = [a for tag, a in page.elements if tag == "rect" and "x" in a and a["class"] != "bar"]
+    assert len(drawn) == len(folder.plan.pairs)
+
+
+def test_the_page_refers_to_nothing_but_the_pages_of_its_pairs(broken):
+    folder, _, text = broken
+    links = {a[key] for _, a in Page(text).elements for key in ("href", "src") if a.get(key)}
+    done = {pair.name for pair in folder.plan.pairs if folder.state(pair).state == "done"}
+    assert links == {f"pairs/{name}.html" for name in done}
+    assert "default-src 'none'" in text
+    assert not re.search(r"https?:|@import|url\((?!#)", text)
+
+
+def test_only_the_script_of_the_page_may_run(broken):
+    text = broken[2]
+    (allowed,) = re.findall(r"script-src '(sha256-[^']+)'", text)
+    scripts = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    assert [f"sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}" for s in scripts] == [allowed]
+
+
+def test_csv_and_json_hold_every_pair(broken):
+    folder, _, _ = broken
+    data = json.loads((folder.path / "report.json").read_text("utf-8"))
+    with open(folder.path / "report.csv", encoding="utf-8", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["pair"] for row in table] == [row["pair"] for row in data["pairs"]]
+    assert {row["pair"] for row in table} == {pair.name for pair in folder.plan.pairs}
+    for written, row in zip(table, data["pairs"], strict=True):
+        assert written == {key: "" if value is None else str(value) for key, value in row.items()}
+    assert data["states"] == {"done": 25, "running": 0, "failed": 2, "missing": 1}
+    assert not [path for path in folder.path.iterdir() if path.name.endswith(".tmp")]
+
+
+def test_names_and_errors_are_escaped():
+    evil = ["<script>alert('a')</script>", "</script><b>\"'&", "c"]
+    plan = replace(zoos.plan_of(["a", "b", "c"]), names=dict(zip("abc", evil)))
+    records = {"a--b": zoos.record_of(-99, 0.1), "a--c": PairState("failed", "<img src=x>")}
+    text = page_of(contents(plan, records), "<i>title</i>")
+    tags = {tag for tag, _ in Page(text).elements}
+    assert not tags & {"i", "img"}
+    assert sum(tag == "script" for tag, _ in Page(text).elements) == 2
+
+
+def test_a_large_zoo_has_every_pair_once_in_a_small_page():
+    plan, records = zoos.planted([20, 15, 10, 5, *[1] * 20], 5, "an-organisation-some-model-7b")
+    found = contents(plan, records)
+    text = page_of(found, "large")
+    cells = sum(tag == "rect" and "x" in a and a["class"] != "bar" for tag, a in Page(text).elements)
+    assert cells == sum(row.verdict == "related" for row in found.rows)
+    assert cells + text.count("h1v1h-1z") == len(plan.pairs) == 70 * 69 // 2
+    assert len(text) < 600_000
+    (data,) = re.findall(r'id="grouped">(.*?)</script>', text)
+    grouped = json.loads(data)
+    values = [v for row in grouped["rows"] for v in row if v is not None]
+    assert len(values) == text.count("h1v1h-1z")
+    by_pair = {row.pair: row for row in found.rows}
+    for top, row in enumerate(grouped["rows"]):
+        for left, value in enumerate(row):
+            if value is not None:
+                one, other = (top, left) if value % 2 else (left, top)
+                pair = f"{grouped['names'][one]}--{grouped['names'][other]}"
+                assert -(value // 2) / 100 == pytest.approx(by_pair[pair].log10_p, abs=0.006)
+
+
+def test_the_answer_in_one_sentence():
+    plan, records = zoos.planted([3, 2, 1], 0)
+    assert sentence(contents(plan, records)) == "6 models, 15 pairs: 2 families, 1 model in none"
+    assert sentence(contents(plan, {})) == "6 models, 15 pairs: 0 families, 6 models in none, 15 pairs not done"
+
+
+def test_independent_pairs_are_held_against_the_uniform():
+    plan, records = zoos.planted([1] * 12, 2)
+    found = contents(plan, records).uniformity
+    assert sum(found.counts) == 66
+    assert found.ks_p > 0.01
+    ones = contents(plan, {name: zoos.record_of(0.0) for name in records}).uniformity
+    assert (ones.ones, ones.too_small) == (66, pytest.approx(1.0))
+    low = contents(plan, {name: zoos.record_of(-1.2) for name in records})
+    assert low.uniformity.too_small < 1e-6
+    assert "more small p-values" in page_of(low, "low")
+
+
+def test_the_command_writes_the_report_and_says_where(tmp_path, capsys):
+    folder = zoos.write_zoo(tmp_path / "zoo", *zoos.planted([2, 1], 0))
+    main(["report", str(folder.path)])
+    assert capsys.readouterr().out.strip() == str(folder.path / "report.html")
+    assert {"report.html", "report.csv", "report.json"} <= {path.name for path in folder.path.iterdir()}
+    with pytest.raises(SystemExit, match=r"no zoo\.json in it"):
+        main(["report", str(tmp_path)])
+
+
+# Facts on the weights.
+
+
+@pytest.mark.parametrize("family", [tiny.qwen3_gqa, tiny.mixtral])
+def test_facts_survive_permutation(family):
+    model = tiny.model(family())
+    table = axis_table(family())
+    moved = permute(model.params, random_permutations(jax.random.key(1), table, PERMUTABLE), table)
+    one, other = weight_facts(model), weight_facts(InMemory(family(), moved))
+    assert one["matrices"].keys() == other["matrices"].keys()
+    for kind, measures in one["matrices"].items():
+        for measure, values in measures.items():
+            assert other["matrices"][kind][measure] == pytest.approx(values, rel=1e-4), (kind, measure)
+    assert other["length"] == pytest.approx(one["length"], rel=1e-5)
+
+
+def test_initialisation_measures_as_nothing_whatever_its_scale():
+    for scale in (0.02, 3.0):
+        found = weights._of_matrix(scale * np.random.default_rng(0).normal(size=(600, 400)).astype(np.float32))
+        assert found["spectrum"] == pytest.approx(1.0, abs=0.01)
+        assert found["excess_kurtosis"] == pytest.approx(0.0, abs=0.05)
+        assert found["spread"] == pytest.approx((2 * 400) ** -0.5, rel=0.1)
+        assert found["rms"] == pytest.approx(scale, rel=0.01)
+
+
+def test_the_spectrum_of_a_matrix_of_rank_one_is_as_far_as_it_can_be():
+    random = np.random.default_rng(0)
+    matrix = np.outer(random.normal(size=30), random.normal(size=20)).astype(np.float32)
+    assert weights._of_matrix(matrix)["spectrum"] == pytest.approx(1 / (1 / 30 + 1 / 20), rel=1e-4)
+
+
+def test_the_spectrum_does_not_see_rotations():
+    random = np.random.default_rng(0)
+    matrix = (random.normal(size=(60, 40)) * np.geomspace(1, 9, 40)).astype(np.float32)
+    turned = (matrix @ np.linalg.qr(random.normal(size=(40, 40)))[0]).astype(np.float32)
+    assert weights._of_matrix(turned)["spectrum"] == pytest.approx(weights._of_matrix(matrix)["spectrum"], rel=1e-4)
+
+
+def test_probes_estimate_the_spectrum_of_large_matrices(monkeypatch):
+    matrix = (np.random.default_rng(0).normal(size=(300, 200)) * np.geomspace(1, 5, 200)).astype(np.float32)
+    exact = weights._of_matrix(matrix)["spectrum"]
+    monkeypatch.setattr(weights, "_EXACT_UP_TO", 100)
+    assert weights._of_matrix(matrix)["spectrum"] == pytest.approx(exact, rel=0.05)
+
+
+def test_facts_lie_in_the_zoo_and_come_back(tmp_path):
+    source = tiny.model(tiny.llama_mha())
+    assert read_model_facts(tmp_path, "one") is None
+    file = write_model_facts(tmp_path, "one", "org/one", source)
+    assert file == model_facts_file(tmp_path, "one") == tmp_path / "models" / "one.json"
+    assert read_model_facts(tmp_path, "one")["length"] == pytest.approx(weight_facts(source)["length"])
+    file.write_text(json.dumps({"format": -1}))
+    assert read_model_facts(tmp_path, "one") is None
