@@ -36,9 +36,7 @@ def further_trained(edge: Edge, facts: Facts) -> list[tuple[str, str]]:
         one, other = (_spectrum(facts.get(name), kind) for name in edge.row.models)
         if one and other and abs(math.log(one / other)) > _LEAST:
             low, (high, model) = min(one, other), max(zip((one, other), edge.row.models, strict=True))
-            found.append(
-                (model, f"its {word} is further from initialisation (spectrum {high:.4g}, not {low:.4g})")
-            )
+            found.append((model, f"its {word} is further from initialisation (spectrum {high:.4g}, not {low:.4g})"))
     return found
 
 
