@@ -1,0 +1,142 @@
+"""Generated text: what a cache remembers changes nothing, samples belong to themselves, files say what was drawn."""
+
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from make_golden import hf_model
+from parity_cases import CASES, FAMILIES
+
+import generate as door
+from tracing_jax.checkpoint import open_checkpoint
+from tracing_jax.forward import logits
+from tracing_jax.sampling import Choice, Writer, chosen, filtered, generate, read_prompts
+from tracing_jax.sharding import Compute, make_mesh
+from tracing_jax.source import in_memory, placed
+
+TORCH = importlib.util.find_spec("torch") is not None
+PROMPTS = [[5, 6, 7], [9, 10, 11, 12, 13, 14, 15, 16], [3]]
+LENGTH = 20
+OF_FAMILY = {family: [name for name, case in CASES.items() if case.family == family] for family in FAMILIES}
+ONE_OF_EACH = [next((name for name in names if "gqa" in name), names[0]) for names in OF_FAMILY.values()]
+
+
+def writer(name, choice, batch_size=4, mesh=None, **fields):
+    mesh = mesh or make_mesh()
+    return Writer(in_memory(placed(CASES[name].source(), mesh)), Compute(mesh, batch_size), choice, **fields)
+
+
+def written(*args, prompts=PROMPTS, length=LENGTH, **fields):
+    found = dict(writer(*args, **fields).write(prompts, length))
+    return [found[i] for i in range(len(prompts))]
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_greedy_tokens_are_those_of_the_whole_text_and_of_transformers(name):
+    source = CASES[name].source()
+    length = min(LENGTH, (source.arch.num_positions or 2 * LENGTH) - max(map(len, PROMPTS)))
+    found = written(name, Choice(temperature=0.0), length=length)
+    for prompt, tokens in zip(PROMPTS, found, strict=True):
+        text = np.asarray([prompt + tokens], np.int32)
+        best = logits(source, text)[0, len(prompt) - 1 : -1].argmax(-1)
+        np.testing.assert_array_equal(best, tokens)
+    if TORCH:
+        import torch
+
+        model = hf_model(CASES[name])
+        for prompt, tokens in zip(PROMPTS, found, strict=True):
+            theirs = model.generate(
+                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                max_new_tokens=length, do_sample=False, eos_token_id=None, pad_token_id=0,
+            )  # fmt: skip
+            assert theirs[0, len(prompt) :].tolist() == tokens
+
+
+def test_sample_follows_from_its_number_and_not_from_its_batch():
+    name, choice = ONE_OF_EACH[0], Choice(temperature=0.9, top_k=20, top_p=0.95)
+    prompts = PROMPTS * 3
+    together = written(name, choice, 16, seed=4, prompts=prompts)
+    apart = written(name, choice, 2, seed=4, prompts=prompts)
+    assert together == apart
+    assert together[0] != together[3]  # the same prompt, another number
+    assert together != written(name, choice, 16, seed=5, prompts=prompts)
+    assert together == written(name, choice, 16, mesh=make_mesh(2, 2), seed=4, prompts=prompts)
+
+
+def test_text_ends_at_the_token_that_ends_it():
+    name = ONE_OF_EACH[0]
+    whole = written(name, Choice(temperature=0.0))
+    end = whole[0][4]
+    found = written(name, Choice(temperature=0.0), ends=(end,))
+    for cut, tokens in zip(found, whole, strict=True):
+        at = tokens.index(end) + 1 if end in tokens else len(tokens)
+        assert cut == tokens[:at]
+
+
+@pytest.mark.parametrize("choice", [Choice(0.7), Choice(1.3, top_k=5), Choice(1.0, top_p=0.6), Choice(0.8, 7, 0.9)])
+def test_filters_leave_what_those_of_transformers_leave(choice):
+    pytest.importorskip("torch")
+    import torch
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    rows = np.random.default_rng(0).standard_normal((8, 31)).astype(np.float32) * 3
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(choice.temperature)])
+    warpers += [TopKLogitsWarper(choice.top_k)] if choice.top_k else []
+    warpers += [TopPLogitsWarper(choice.top_p)] if choice.top_p < 1 else []
+    theirs = warpers(torch.zeros(8, 1, dtype=torch.long), torch.tensor(rows)).numpy()
+    np.testing.assert_allclose(filtered(jnp.asarray(rows), choice), theirs, rtol=1e-5)
+
+
+def test_tokens_are_drawn_with_their_probabilities():
+    row = jnp.asarray([2.0, 1.0, 0.0, -1.0, -2.0])
+    choice, draws = Choice(temperature=0.8, top_p=0.95), 20000
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(jnp.arange(draws))
+    drawn = chosen(jnp.tile(row, (draws, 1)), keys, jnp.zeros(draws, jnp.int32), choice)
+    wanted = np.exp(row / 0.8) / np.exp(row / 0.8).sum()
+    kept = np.cumsum(wanted) - wanted < 0.95
+    wanted = np.where(kept, wanted, 0) / wanted[kept].sum()
+    shares = np.bincount(drawn, minlength=5) / draws
+    assert not shares[~kept].any()
+    np.testing.assert_allclose(shares, wanted, atol=4 * np.sqrt(0.25 / draws))
+
+
+def test_file_holds_prompts_texts_tokens_and_seed(family, tmp_path):
+    model, compute = open_checkpoint(str(family.member("base"))), Compute(make_mesh(), 4)
+    file = generate(model, ["The list", "A module"], tmp_path, compute, Choice(0.9), max_new_tokens=8, seed=3)
+    assert file.name.endswith("base_gentext.json")
+    rows = json.loads(file.read_text("utf-8"))
+    assert [row["prompt"] for row in rows] == ["The list", "A module"]
+    assert all(row["seed"] == 3 and len(row["tokens"]) == 8 and isinstance(row["text"], str) for row in rows)
+    again = json.loads(generate(model, 3, tmp_path, compute, Choice(0.9), max_new_tokens=8).read_text("utf-8"))
+    assert (
+        len({row["prompt"] for row in again}) > 1
+    )  # the demo's tokenizer has no BOS: each begins with a token of its own
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "prompts"),
+    [
+        ("a.txt", "one\n\ntwo\n", ["one", "two"]),
+        ("a.json", '["one", {"prompt": "two"}]', ["one", "two"]),
+        ("a.jsonl", '{"prompt": "one"}\n"two"\n', ["one", "two"]),
+        ("b.json", "[1]", None),
+        ("b.json", '[{"text": "x"}]', None),
+        ("b.csv", "x", None),
+        ("b.txt", "\n", None),
+    ],
+)
+def test_prompts_are_read_or_refused(tmp_path, name, content, prompts):
+    (tmp_path / name).write_text(content)
+    if prompts is None:
+        with pytest.raises(ValueError, match=name):
+            read_prompts(tmp_path / name)
+    else:
+        assert read_prompts(tmp_path / name) == prompts
+
+
+def test_choice_out_of_range_is_named():
+    assert len(Choice(-1.0, -1, 0.0).problems()) == 3
+    assert door.Choice is Choice
