@@ -1,8 +1,8 @@
 """What the weights of one model say of how far it was trained: facts that a report lays beside those of its relatives.
 
 Random initialisation draws the entries of a matrix independently and alike. Training gives it structure: singular
-values that stand out, units of unequal length, heavy tails. What is measured here is 1 or 0 at initialisation whatever
-its scale, and stays the same when units are permuted.
+values that stand out, units of unequal length, heavy tails. What is measured here stays the same when units are
+permuted.
 """
 
 import json
@@ -32,9 +32,9 @@ def weight_facts(source: ParamSource) -> dict[str, Any]:
 
     For each kind of matrix, such as `mlp/up_proj`, one value a layer (one for all where it belongs to no layer):
 
-    * `spectrum`: sum of the fourth powers of the singular values over the squared sum of their squares, in units of
-      what independent entries give (1/rows + 1/columns): 1 at initialisation, and larger the fewer directions carry
-      the matrix. Survives permutation of units, and rotation of the residual stream and of heads up to folded gains.
+    * `directions` that carry the matrix: squared sum of the squares of the singular values over the sum of their fourth
+      powers, in [1, rank]. Independent entries give 1 / (1/rows + 1/columns), and training concentrates them. Survives
+      permutation, rotation and padding; gains that were redistributed in the head, but not elsewhere.
     * `excess_kurtosis` of the entries: 0 for normal ones. Survives permutation; a rotation makes entries more normal.
     * `spread`: standard deviation over mean of the lengths of its units' rows. Survives permutation and rotation.
     * `rms` of the entries: depends on the scale of initialisation, so it tells relatives apart only. Survives
@@ -87,14 +87,20 @@ def read_model_facts(folder: Path, model_name: str) -> dict[str, Any] | None:
 
 
 def _leaves(source: ParamSource) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the leaves in float32; the head as it acts, with the gain of the final norm in it."""
     for prefix, subtree in parts(source):
-        for name, leaf in flatten(to_host(subtree)).items():
-            yield prefix + name, np.asarray(leaf, np.float32)
+        leaves = {name: np.asarray(leaf, np.float32) for name, leaf in flatten(to_host(subtree)).items()}
+        if prefix == "head/" and leaves.keys() >= {"lm_head/kernel", "norm/scale"}:
+            leaves["lm_head/kernel"] = _gain(leaves["norm/scale"], source.arch)[:, None] * leaves["lm_head/kernel"]
+        yield from ((prefix + name, leaf) for name, leaf in leaves.items())
 
 
-def _distance_from_one(gain: np.ndarray, arch: Arch) -> float:
-    stored_as_offset = arch.norm == "rms_unit_offset"
-    return float(np.sqrt(np.mean(np.square(gain - (0.0 if stored_as_offset else 1.0)), dtype=np.float64)))
+def _gain(stored: np.ndarray, arch: Arch) -> np.ndarray:
+    return 1 + stored if arch.norm == "rms_unit_offset" else stored
+
+
+def _distance_from_one(stored: np.ndarray, arch: Arch) -> float:
+    return float(np.sqrt(np.mean(np.square(_gain(stored, arch) - 1), dtype=np.float64)))
 
 
 def _as_matrices(name: str, leaf: np.ndarray, table: AxisTable) -> list[Float[np.ndarray, "units embed"]]:
@@ -116,19 +122,19 @@ def _of_matrix(matrix: Float[np.ndarray, "units embed"]) -> dict[str, float]:
     squares = np.square(matrix)
     mean_square = float(squares.mean(dtype=np.float64))
     if mean_square == 0.0:
-        return {"spectrum": 1.0, "excess_kurtosis": 0.0, "spread": 0.0, "rms": 0.0}
+        return {"directions": 0.0, "excess_kurtosis": 0.0, "spread": 0.0, "rms": 0.0}
     fourth = float(np.mean(np.square(squares / mean_square), dtype=np.float64))
     lengths = np.sqrt(squares.sum(axis=1, dtype=np.float64))
     return {
-        "spectrum": _spectrum(matrix / np.sqrt(mean_square)),
+        "directions": _directions(matrix / np.sqrt(mean_square)),
         "excess_kurtosis": fourth - 3.0,
         "spread": float(lengths.std() / lengths.mean()),
         "rms": mean_square**0.5,
     }
 
 
-def _spectrum(matrix: Float[np.ndarray, "units embed"]) -> float:
-    """Returns tr (W^T W)^2 / (tr W^T W)^2 over its value for independent entries; W has mean square 1."""
+def _directions(matrix: Float[np.ndarray, "units embed"]) -> float:
+    """Returns (tr W^T W)^2 / tr (W^T W)^2 of a matrix of mean square 1."""
     rows, columns = matrix.shape
     if min(rows, columns) <= _EXACT_UP_TO:
         gram = matrix @ matrix.T if rows < columns else matrix.T @ matrix
@@ -136,4 +142,4 @@ def _spectrum(matrix: Float[np.ndarray, "units embed"]) -> float:
     else:
         signs = np.random.default_rng(0).choice(np.array([-1, 1], np.float32), size=(columns, _PROBES))
         total = float(np.square(matrix.T @ (matrix @ signs)).sum(dtype=np.float64)) / _PROBES
-    return total / matrix.size**2 / (1 / rows + 1 / columns)
+    return matrix.size**2 / total
