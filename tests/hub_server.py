@@ -32,6 +32,8 @@ class Hub:
     url: str = ""
     cdn: str = ""
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
+    sent: int = 0
+    """Bytes of weights so far."""
 
     def downloads(self) -> list[str]:
         return sorted(
@@ -93,10 +95,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self, match: re.Match, sha: str, files: dict[str, bytes]) -> None:
         """Weights are redirected to another address, as the Hub does."""
+        if unquote(match["file"]) not in files:
+            self._refuse(404, "EntryNotFound")
+            return
         content = files[unquote(match["file"])]
         etag = f'"{hashlib.sha256(content).hexdigest()}"'
         if match["cdn"]:
-            self._send(200, content, ETag=etag)
+            wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"] or "")
+            part = content[int(wanted[1]) : int(wanted[2]) + 1] if wanted else content
+            self.hub.sent += len(part)
+            self._send(206 if wanted else 200, part, ETag=etag)
             return
         linked = {"X-Linked-Size": str(len(content)), "X-Linked-ETag": etag}
         location = f"{self.hub.cdn}/cdn/{match['repo']}/resolve/{sha}/{match['file']}"

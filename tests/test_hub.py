@@ -142,3 +142,32 @@ def test_local_folder_needs_config_and_weights(tmp_path, monkeypatch):
     assert hub.resolve("org/run@7") == hub.CheckpointFolder(Path("org/run@7"), "org/run@7", None)
     with pytest.raises(CheckpointError, match="a file"):
         hub.resolve("org/run@7/config.json")
+
+
+def test_first_look_reads_ranges_of_the_hub_and_finds_what_it_finds_in_a_folder(family, tmp_path):
+    members = {name: family.member(name) for name in ("base", "finetune")}
+    repos = {
+        f"org/{name}": Repo({"main": {file.name: file.read_bytes() for file in folder.iterdir()}})
+        for name, folder in members.items()
+    }
+    local = screened(tmp_path / "local.p", *map(str, members.values()))
+    with serve(repos, TOKEN) as server:
+        env = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
+        remote = screened(tmp_path / "remote.p", "org/base", "org/finetune", NO_PROXY="*", **env)
+        assert remote["statistics"] == local["statistics"]
+        assert remote["verdict"]["verdict"] == "related"
+        read = sum(side["bytes"] for side in local["statistics"]["screen"]["non_aligned"]["read"].values())
+        sizes = [(folder / "model.safetensors").stat().st_size for folder in members.values()]
+        assert read < server.sent < read + 2**16 < sum(sizes)  # beside the weights, two headers
+        assert not list((tmp_path / "home").rglob("*.safetensors"))
+        assert all(token is None for _, path, token in server.requests if "/cdn/" in path)
+
+
+def screened(save: Path, base: str, ft: str, **env: str) -> dict:
+    """The record of `main.py --stat=screen` in a process of its own."""
+    flags = ["--stat=screen", "--config.screen_share=0.5", f"--base_model_id={base}", f"--ft_model_id={ft}"]
+    command = [sys.executable, "main.py", *flags, f"--save={save}"]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, env=os.environ | env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(save.with_suffix(".json").read_text())

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants, file_exists, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -15,7 +15,8 @@ from huggingface_hub.errors import (
 )
 
 from tracing_jax.checkpoint.errors import CheckpointError
-from tracing_jax.checkpoint.tensors import listing
+from tracing_jax.checkpoint.hub_ranges import HubSafetensors
+from tracing_jax.checkpoint.tensors import Elsewhere, listing
 
 _TEXTS = (
     "config.json",
@@ -47,7 +48,7 @@ class CheckpointFolder:
     revision: str | None
 
 
-def resolve(model_id: str, cache_dir: str | None = None) -> CheckpointFolder:
+def resolve(model_id: str, cache_dir: str | None = None, weights: bool = True) -> CheckpointFolder:
     """The folder that holds `model_id`, downloaded if it must be.
 
     Args:
@@ -55,6 +56,8 @@ def resolve(model_id: str, cache_dir: str | None = None) -> CheckpointFolder:
             exists here, is never looked up on the Hub.
         cache_dir: Where downloads are kept; by default huggingface_hub's cache, whose environment variables (HF_HOME,
             HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE) are honoured.
+        weights: Whether weights are downloaded too. Without, of a model on the Hub that has safetensors, only its texts
+            are; what its folder lacks can be read with `on_hub`.
 
     Raises:
         CheckpointError: No such folder or model, no access to it, or no config or weights in it.
@@ -64,10 +67,43 @@ def resolve(model_id: str, cache_dir: str | None = None) -> CheckpointFolder:
         if not local.is_dir():
             raise CheckpointError(f"{model_id!r} is {'a file' if local.exists() else 'no folder'}; expected a folder")
         found = CheckpointFolder(local, model_id, None)
+    elif not weights and (texts := _texts(model_id, cache_dir)):
+        return texts
     else:
         found = _download(model_id, cache_dir)
     _check(found)
     return found
+
+
+def on_hub(found: CheckpointFolder) -> Elsewhere:
+    """Opens the safetensors files of a model that are on the Hub and not in its folder, to be read in ranges."""
+    repo = found.id.partition("@")[0]
+    return lambda name: None if found.revision is None else HubSafetensors(repo, found.revision, name)
+
+
+def _texts(model_id: str, cache_dir: str | None) -> CheckpointFolder | None:
+    """The folder with all of a model but its weights; None if these are not safetensors, or belong to an adapter."""
+    repo, _, revision = model_id.partition("@")
+    patterns = [*_TEXTS, "*.safetensors.index.json"]
+    try:
+        folder = snapshot_download(
+            repo,
+            revision=revision or None,
+            cache_dir=cache_dir,
+            allow_patterns=patterns,
+            ignore_patterns=list(_IGNORED),
+        )
+        found = CheckpointFolder(Path(folder), model_id, Path(folder).name)
+        is_whole = (found.folder / "config.json").is_file() and not (found.folder / "adapter_config.json").is_file()
+        names = ("model.safetensors.index.json", "model.safetensors")
+        has_weights = any((found.folder / name).is_file() or _exists(repo, found.revision, name) for name in names)
+        return found if is_whole and has_weights else None
+    except (HTTPError, LocalEntryNotFoundError, HFValidationError) as error:
+        raise CheckpointError(_explain(error, model_id)) from None
+
+
+def _exists(repo: str, commit: str | None, name: str) -> bool:
+    return not constants.HF_HUB_OFFLINE and file_exists(repo, name, revision=commit)
 
 
 def _download(model_id: str, cache_dir: str | None) -> CheckpointFolder:

@@ -14,7 +14,7 @@ from tracing_jax.checkpoint.adapter import base_id, is_adapter, merged
 from tracing_jax.checkpoint.entry import Entry, tensor_shapes
 from tracing_jax.checkpoint.errors import CheckpointError
 from tracing_jax.checkpoint.finite import all_finite
-from tracing_jax.checkpoint.hub import resolve
+from tracing_jax.checkpoint.hub import on_hub, resolve
 from tracing_jax.checkpoint.layout import Layout, layout
 from tracing_jax.checkpoint.tensors import Index, TensorStore, open_tensors
 from tracing_jax.tree import Tree, flatten, select, unflatten
@@ -128,16 +128,22 @@ class Checkpoint:
                 )
 
 
-def open_checkpoint(model_id: str, cache_dir: str | None = None) -> Checkpoint:
+def open_checkpoint(model_id: str, cache_dir: str | None = None, in_ranges: bool = False) -> Checkpoint:
     """Returns the checkpoint of a local folder or Hub id (`org/name` or `org/name@revision`); reads no weights.
 
     LoRA adapter folders are merged onto their base as it is read.
+
+    Args:
+      model_id: of the model.
+      cache_dir: where downloads are kept, see `resolve`.
+      in_ranges: whether weights that are on the Hub, and not in its cache, stay there, and are read in ranges of bytes:
+        for runs that look at a small part of them.
 
     Raises:
       CheckpointError: not found, not readable, or tensors missing, unexpected or of the wrong shape, all at once.
       UnsupportedModelError: the config asks for something this package does not compute.
     """
-    found = resolve(model_id, cache_dir)
+    found = resolve(model_id, cache_dir, weights=not in_ranges)
     folder, tokenizer_folder = found.folder, found.folder
     if is_adapter(folder):
         folder = resolve(base_id(found.folder), cache_dir).folder
@@ -146,7 +152,7 @@ def open_checkpoint(model_id: str, cache_dir: str | None = None) -> Checkpoint:
         tensors = merged(open_tensors(folder), found.folder)
     else:
         arch = read_arch(folder)
-        tensors = open_tensors(folder)
+        tensors = open_tensors(folder, on_hub(found)) if in_ranges else open_tensors(folder)
     checkpoint = Checkpoint(found.id, found.revision, folder, tokenizer_folder, arch, tensors)
     if problems := _problems(checkpoint):
         raise CheckpointError(*(f"{model_id}: {problem}" for problem in problems))

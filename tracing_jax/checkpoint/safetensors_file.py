@@ -5,12 +5,13 @@ safetensors package checks the header; the bytes are read rather than mapped, so
 memory of the process.
 """
 
+import contextlib
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
-from io import FileIO
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePath
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -33,7 +34,7 @@ _DTYPES = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the format
+MAX_HEADER_BYTES = 100_000_000  # the limit of the format
 
 
 class SafetensorsFile:
@@ -53,7 +54,9 @@ class SafetensorsFile:
         self._path = path
         with path.open("rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(header_bytes))
+            self._take_header(path, json.loads(file.read(header_bytes)), header_bytes)
+
+    def _take_header(self, path: PurePath, header: dict[str, Any], header_bytes: int) -> None:
         header.pop("__metadata__", None)
         unknown = sorted(name for name, tensor in header.items() if tensor["dtype"] not in _DTYPES)
         if unknown:
@@ -95,18 +98,25 @@ class SafetensorsFile:
         shape, itemsize = self._shapes[name], self._dtypes[name].itemsize
         runs = _runs(shape, _bounds(index, shape))
         room = out.reshape(-1).view(np.uint8).data
-        with self._path.open("rb", buffering=0) as file:
+        with self._filling() as fill:
             for start, size in runs:
-                self._fill(room[: size * itemsize], file, self._starts[name] + start * itemsize)
+                fill(room[: size * itemsize], self._starts[name] + start * itemsize)
                 room = room[size * itemsize :]
 
-    def _fill(self, room: memoryview, file: FileIO, start: int) -> None:
-        file.seek(start)
-        while room:
-            count = file.readinto(room)  # at most 2 GiB at a time
-            if not count:
-                raise CheckpointError(damaged(self._path, "what its header promises, as it did when it was opened"))
-            room = room[count:]
+    @contextlib.contextmanager
+    def _filling(self) -> Iterator[Callable[[memoryview, int], None]]:
+        """Opens the file, and gives what fills memory with its bytes from a position on."""
+        with self._path.open("rb", buffering=0) as file:
+
+            def fill(room: memoryview, start: int) -> None:
+                file.seek(start)
+                while room:
+                    count = file.readinto(room)  # at most 2 GiB at a time
+                    if not count:
+                        raise CheckpointError(damaged(self._path, "what its header promises, as it did at first"))
+                    room = room[count:]
+
+            yield fill
 
 
 def _bounds(index: Index, shape: Sequence[int]) -> Index:
@@ -137,7 +147,7 @@ def _why_unreadable(path: Path, error: SafetensorError) -> str:
     with path.open("rb") as file:
         header_size = int.from_bytes(file.read(8), "little")
         try:
-            header = json.loads(file.read(min(header_size, size, _MAX_HEADER_BYTES)))
+            header = json.loads(file.read(min(header_size, size, MAX_HEADER_BYTES)))
             expected = 8 + header_size + max(t["data_offsets"][1] for n, t in header.items() if n != "__metadata__")
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             return damaged(path, f"a safetensors file ({error})")

@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -51,8 +51,16 @@ _PACKED = (
 _PLAIN_NAME = re.compile(r"[\w-][\w.-]*\.(safetensors|bin)")
 
 
-def open_tensors(folder: Path) -> TensorStore:
+Elsewhere = Callable[[str], TensorStore | None]
+"""Opens a weight file that is not in its folder, by name; None if it is nowhere else either."""
+
+
+def open_tensors(folder: Path, elsewhere: Elsewhere = lambda name: None) -> TensorStore:
     """The model weights in `folder`: safetensors if it has any, else PyTorch's `.bin`; whole or in shards.
+
+    Args:
+        folder: Of a checkpoint.
+        elsewhere: Opens safetensors files that the folder lacks.
 
     Raises:
         CheckpointError: Weights or shards are missing, damaged, quantised or contradict their index; all at once.
@@ -61,7 +69,9 @@ def open_tensors(folder: Path) -> TensorStore:
     if (folder / "model.safetensors").is_file():
         return open_file(folder / "model.safetensors")
     if (folder / "model.safetensors.index.json").is_file():
-        return _open_sharded(folder / "model.safetensors.index.json")
+        return _open_sharded(folder / "model.safetensors.index.json", elsewhere)
+    if not loose and (remote := elsewhere("model.safetensors")):
+        return remote
     if len(loose) == 1:
         return open_file(loose[0])
     if loose:
@@ -136,18 +146,19 @@ class _Sharded:
         self._owner[name].read_into(out, name, index)
 
 
-def _open_sharded(index_path: Path) -> TensorStore:
+def _open_sharded(index_path: Path, elsewhere: Elsewhere = lambda name: None) -> TensorStore:
     """All shards that an index names, with exactly the tensors it promises where it promises them."""
     promised = _weight_map(index_path)
     shards: list[TensorStore] = []
     problems = []
     for file_name in sorted(set(promised.values())):
         path = index_path.parent / file_name
-        if not path.is_file():
-            problems.append(f"{path}: missing, though {index_path.name} names it; download it")
-            continue
         try:
-            shards.append(open_file(path))
+            shard = open_file(path) if path.is_file() else elsewhere(file_name)
+            if shard is None:
+                problems.append(f"{path}: missing, though {index_path.name} names it; download it")
+                continue
+            shards.append(shard)
         except CheckpointError as error:
             problems.extend(error.problems)
             continue

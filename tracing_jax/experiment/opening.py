@@ -53,14 +53,9 @@ class Opened:
     controls: tuple[Checkpoint, ...]
     needs_resident: bool
     """Whether what is to be undone is found with both models in memory only."""
-    looks_no_further: bool
-    """Whether nothing is asked for beside statistics: no alignment, perplexity or disguise."""
+    is_first_look: bool
+    """Whether a small part of the weights is all that is asked for, so that the rest is better left unread."""
     notes: list[str]
-
-    @property
-    def is_first_look(self) -> bool:
-        """Whether a small part of the weights is all that is asked for, so that the rest is better left unread."""
-        return self.looks_no_further and not set(self.statistics) - LIGHT
 
     def models(self) -> dict[str, Checkpoint]:
         """Returns every model of the run by the part it plays."""
@@ -100,7 +95,7 @@ def open_pair(config: ConfigDict) -> Opened:
     needs_resident = config.align and bool(beyond_permutations(_kinds(config)))
     return Opened(
         base, ft, rewrites, statistics, not_applicable, not_alignable, vocabularies, blocks_base, blocks_ft, paired,
-        controls, needs_resident, not (config.align or config.eval or config.disguise), notes,
+        controls, needs_resident, _is_first_look(config), notes,
     )  # fmt: skip
 
 
@@ -110,8 +105,13 @@ def open_models(config: ConfigDict) -> tuple[Checkpoint, Checkpoint]:
 
 
 def _opened(config: ConfigDict, model_id: str) -> Checkpoint:
-    checkpoint = open_checkpoint(resolved(model_id))
+    checkpoint = open_checkpoint(resolved(model_id), in_ranges=_is_first_look(config))
     return checkpoint.first_layers(config.max_layers) if config.max_layers else checkpoint
+
+
+def _is_first_look(config: ConfigDict) -> bool:
+    """Returns whether a small part of the weights is all that is asked for, so that the rest is better left unread."""
+    return not (set(names_in(config.stat)) - LIGHT or config.align or config.eval or config.disguise or config.permute)
 
 
 def inapplicable(

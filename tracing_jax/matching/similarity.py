@@ -113,7 +113,7 @@ def weight_similarity(
             if inside:
                 places.append(_Place(name, dim, equation, moves))
             else:
-                units = units + _contract(equation, *pairs.pair(name), *moves)
+                units = _added(units, _contract(equation, *pairs.pair(name), *moves))
     if coordinate.nested is None:
         return Similarity(to_host(units))
     return Similarity(to_host(units), _blocks(pairs, places, n, pairs.table.sizes[coordinate.nested]))
@@ -133,7 +133,7 @@ def _blocks(pairs: WeightPairs, places: Sequence[_Place], n: int, size: int) -> 
     if 4 * (n * size) ** 2 <= _NESTED_BYTES:
         whole = jnp.zeros((n, size, n, size))
         for name, _, equation, moves in places:
-            whole = whole + _contract(equation, *pairs.pair(name), *moves)
+            whole = _added(whole, _contract(equation, *pairs.pair(name), *moves))
         found = to_host(whole)
         return lambda i, j: found[i, :, j]
 
@@ -144,6 +144,12 @@ def _blocks(pairs: WeightPairs, places: Sequence[_Place], n: int, size: int) -> 
         return to_host(total)[0, :, 0]
 
     return block
+
+
+@functools.partial(jax.jit, donate_argnames="total")
+def _added(total: Float[Array, "..."], more: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns the sum in the place of `total`: at width each of them takes as much as a model's whole layer."""
+    return total + more
 
 
 @functools.partial(jax.jit, static_argnames=("equation", "dims", "cut"))
