@@ -451,32 +451,34 @@ def test_facts_survive_permutation(family):
 
 def test_initialisation_measures_as_nothing_whatever_its_scale():
     for scale in (0.02, 3.0):
-        found = weights._of_matrix(scale * np.random.default_rng(0).normal(size=(600, 400)).astype(np.float32))
-        assert found["directions"] == pytest.approx(1 / (1 / 600 + 1 / 400), rel=0.01)
+        matrix = scale * np.random.default_rng(0).normal(size=(600, 400)).astype(np.float32)
+        found = weights.measures_of(matrix)
+        assert weights.directions(matrix) == pytest.approx(1 / (1 / 600 + 1 / 400), rel=0.01)
         assert found["excess_kurtosis"] == pytest.approx(0.0, abs=0.05)
         assert found["spread"] == pytest.approx((2 * 400) ** -0.5, rel=0.1)
         assert found["rms"] == pytest.approx(scale, rel=0.01)
 
 
-def test_a_matrix_of_rank_one_has_one_direction():
+def test_heavy_tails_have_a_positive_excess_kurtosis():
+    laplace = np.random.default_rng(0).laplace(size=(600, 400)).astype(np.float32)
+    assert weights.measures_of(laplace)["excess_kurtosis"] == pytest.approx(3.0, abs=0.2)
+    assert weights.measures_of(np.sign(laplace))["excess_kurtosis"] == pytest.approx(-2.0)
+
+
+def test_a_matrix_of_rank_one_has_one_direction_and_zeros_have_none():
     random = np.random.default_rng(0)
     matrix = np.outer(random.normal(size=30), random.normal(size=20)).astype(np.float32)
-    assert weights._of_matrix(matrix)["directions"] == pytest.approx(1.0, rel=1e-4)
+    assert weights.directions(matrix) == pytest.approx(1.0, rel=1e-4)
+    assert weights.directions(0 * matrix) == 0.0
 
 
-def test_directions_do_not_see_padding_and_rotation():
+def test_directions_do_not_see_padding_and_rotation(monkeypatch):
     random = np.random.default_rng(0)
     matrix = (random.normal(size=(60, 40)) * np.geomspace(1, 9, 40)).astype(np.float32)
     padded = np.pad(matrix, ((0, 0), (0, 12)))
     turned = (0.8 * padded @ np.linalg.qr(random.normal(size=(52, 52)))[0]).astype(np.float32)
-    assert weights._of_matrix(turned)["directions"] == pytest.approx(weights._of_matrix(matrix)["directions"], rel=1e-4)
-
-
-def test_probes_estimate_the_directions_of_large_matrices(monkeypatch):
-    matrix = (np.random.default_rng(0).normal(size=(300, 200)) * np.geomspace(1, 5, 200)).astype(np.float32)
-    exact = weights._of_matrix(matrix)["directions"]
-    monkeypatch.setattr(weights, "_EXACT_UP_TO", 100)
-    assert weights._of_matrix(matrix)["directions"] == pytest.approx(exact, rel=0.05)
+    monkeypatch.setattr(weights, "_ROWS_AT_ONCE", 25)
+    assert weights.directions(turned) == pytest.approx(weights.directions(matrix), rel=1e-4)
 
 
 def test_facts_lie_in_the_zoo_and_come_back(tmp_path):
