@@ -25,7 +25,7 @@ class Embed(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def __call__(self, tokens: Int[Array, "B T"], at: Int[Array, "#B T"] | None = None) -> Float[Array, "B T D"]:
         shape = (self.arch.vocab_size, self.arch.embed_dim)
         table = self.param("embedding", nn.initializers.normal(0.02), shape)
         # Gemma rounds its scale to the computing dtype; Granite's is a small integer.
@@ -33,10 +33,10 @@ class Embed(nn.Module):
         x = scaled(table[tokens].astype(self.dtype), scale)
         if self.arch.num_positions is None:
             return x
-        if problem := length_problem(self.arch, tokens.shape[1]):
+        if at is None and (problem := length_problem(self.arch, tokens.shape[1])):
             raise ValueError(problem)
         positions = self.param("positions", nn.initializers.normal(0.02), (self.arch.num_positions, shape[1]))
-        return x + positions[: tokens.shape[1]].astype(self.dtype)
+        return x + (positions[: tokens.shape[1]] if at is None else positions[at]).astype(self.dtype)
 
 
 class Block(nn.Module):
@@ -51,10 +51,13 @@ class Block(nn.Module):
         frequencies: Float[Array, " H2"],
         window: Int[Array, ""],
         attention_scale: Float[Array, ""],
+        positions: Int[Array, "#B T"] | None = None,
     ) -> Float[Array, "B T D"]:
         self.sow("taps", "residual", x)
+        if positions is None:
+            positions = jnp.arange(x.shape[1])[None]
         y = self._norm("attn_norm", self.arch.pre_norms, x)
-        y = Attention(self.arch, name="attn")(y, frequencies, window, attention_scale)
+        y = Attention(self.arch, name="attn")(y, frequencies, window, attention_scale, positions)
         x = x + scaled(self._norm("attn_post_norm", self.arch.post_norms, y), self.arch.residual_scale)
         y = self._norm("mlp_norm", self.arch.pre_norms, x)
         self.sow("taps", "mlp_input", y)
@@ -116,9 +119,11 @@ def init_params(arch: Arch, key: PRNGKeyArray) -> Tree:
     return {"embed": embed, "layers": layers, "head": head}
 
 
-def apply_embed(arch: Arch, params: Tree, tokens: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
-    """Returns the first hidden state from the subtree `embed`, in the computing dtype."""
-    return _only_output(Embed(arch, dtype).apply({"params": params}, tokens))
+def apply_embed(
+    arch: Arch, params: Tree, tokens: Int[Array, "B T"], dtype: DTypeLike, positions: Int[Array, "#B T"] | None = None
+) -> Float[Array, "B T D"]:
+    """Returns the first hidden state from the subtree `embed`, in the computing dtype; positions count from 0."""
+    return _only_output(Embed(arch, dtype).apply({"params": params}, tokens, positions))
 
 
 def apply_block(
@@ -131,6 +136,20 @@ def apply_block(
 ) -> Float[Array, "B T D"]:
     """Returns the hidden state after the layer with the subtree `params`."""
     return _only_output(Block(arch).apply({"params": params}, x, frequencies, window, attention_scale))
+
+
+def empty_cache(arch: Arch, batch: int, length: int, dtype: DTypeLike) -> Tree:
+    """Returns what a layer remembers of texts of up to so many tokens, before it has read any: zeros `[B S K H]`."""
+    zeros = jnp.zeros((batch, length, arch.num_kv_heads, arch.head_dim), dtype)
+    return {"attn": {"keys": zeros, "values": zeros}}
+
+
+def apply_block_with_cache(
+    arch: Arch, params: Tree, cache: Tree, x: Float[Array, "B T D"], inputs: LayerInputs, positions: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T D"], Tree]:
+    """Returns the hidden state after a layer that remembers earlier tokens, and its cache with these tokens in it."""
+    x, state = Block(arch).apply({"params": params, "cache": cache}, x, *inputs, positions, mutable=["cache"])
+    return x, dict(state["cache"])
 
 
 def apply_block_with_taps(

@@ -69,20 +69,26 @@ class Norm(nn.Module):
         return y.astype(x.dtype)
 
 
-def rotate(x: Float[Array, "B T *heads H"], frequencies: Float[Array, " H2"]) -> Float[Array, "B T *heads H"]:
+def rotate(
+    x: Float[Array, "B T *heads H"], frequencies: Float[Array, " H2"], positions: Int[Array, "#B T"]
+) -> Float[Array, "B T *heads H"]:
     """Returns x with each pair (h, h + H/2) turned by position times frequency, computed in float32.
 
     Source: RoFormer (arXiv 2104.09864), in the half-split layout of Hugging Face checkpoints.
     """
-    angles = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * frequencies
-    angles = angles.reshape(x.shape[1], *(1,) * (x.ndim - 3), -1)
+    angles = positions.astype(jnp.float32)[:, :, None] * frequencies
+    angles = angles.reshape(*positions.shape, *(1,) * (x.ndim - 3), -1)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 class Attention(nn.Module):
-    """Causal attention with grouped queries; every option of the families is a flag of `Arch`."""
+    """Causal attention with grouped queries; every option of the families is a flag of `Arch`.
+
+    Where the collection `cache` holds `keys` and `values`, `[B S K H]`, the tokens at hand write theirs at their
+    positions and see all that is there: a text can then be read in pieces, token by token at last.
+    """
 
     arch: Arch
 
@@ -93,6 +99,7 @@ class Attention(nn.Module):
         frequencies: Float[Array, " H2"],
         window: Int[Array, ""],
         attention_scale: Float[Array, ""],
+        positions: Int[Array, "#B T"],
     ) -> Float[Array, "B T D"]:
         """Returns the mixed values; a token sees itself and the `window - 1` positions before it."""
         a = self.arch
@@ -106,23 +113,34 @@ class Attention(nn.Module):
         if a.clip_qkv is not None:
             q, k, v = (jnp.clip(y, -a.clip_qkv, a.clip_qkv) for y in (q, k, v))
         if a.rope_frequencies:
-            q, k = rotate(q, frequencies), rotate(k, frequencies)
-        mixed = self._attend(q, k, v, window, attention_scale)
+            q, k = rotate(q, frequencies, positions), rotate(k, frequencies, positions)
+        if self.has_variable("cache", "keys"):
+            k, v = self._remembered("keys", k, positions), self._remembered("values", v, positions)
+        mixed = self._attend(q, k, v, window, attention_scale, positions)
         self.sow("taps", "heads", mixed)
         return Kernel((K, G, H, D), "btkgh,kghd->btd", (D,) if a.o_bias else None, name="o_proj")(mixed)
+
+    def _remembered(
+        self, name: str, new: Float[Array, "B T K H"], positions: Int[Array, "#B T"]
+    ) -> Float[Array, "B S K H"]:
+        """Returns the keys or values of all positions, the new ones among them."""
+        kept = self.variable("cache", name, lambda: new)
+        kept.value = kept.value.at[jnp.arange(len(new))[:, None], positions].set(new.astype(kept.value.dtype))
+        return kept.value.astype(new.dtype)
 
     def _attend(
         self,
         q: Float[Array, "B T K G H"],
-        k: Float[Array, "B T K H"],
-        v: Float[Array, "B T K H"],
+        k: Float[Array, "B S K H"],
+        v: Float[Array, "B S K H"],
         window: jax.Array,
         scale: jax.Array,
+        positions: Int[Array, "#B T"],
     ) -> Float[Array, "B T K G H"]:
         scores = einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
         if (cap := self.arch.attention_softcap) is not None:
             scores = cap * jnp.tanh(scores / cap)
-        back = jnp.arange(q.shape[1])[:, None] - jnp.arange(k.shape[1])
+        back = positions[:, None, None, :, None] - jnp.arange(k.shape[1])
         scores = jnp.where((back >= 0) & (back < window), scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         return einsum("bkgts,bskh->btkgh", weights, v)

@@ -1,0 +1,77 @@
+"""A model's texts as a file: `<id>_gentext.json`, a list of {prompt, text, tokens, seed}."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from tracing_jax.arch import length_problem
+from tracing_jax.checkpoint import Checkpoint, load
+from tracing_jax.data import load_tokenizer
+from tracing_jax.record import atomic_write
+from tracing_jax.sampling.choosing import Choice
+from tracing_jax.sampling.decoding import Writer
+from tracing_jax.sampling.prompts import end_tokens, first_tokens
+from tracing_jax.sharding import Compute
+
+ENDING = "_gentext.json"
+
+
+def file_of(folder: Path, model_id: str) -> Path:
+    """Returns where the texts of a model lie."""
+    return folder / (re.sub(r"[^A-Za-z0-9._-]+", "-", model_id).strip("-.") + ENDING)
+
+
+def prompt_tokens(
+    model: Checkpoint, prompts: Sequence[str] | int, max_new_tokens: int, seed: int
+) -> tuple[Any, list[list[int]]]:
+    """Returns the model's tokenizer, and the tokens of the prompts, or of so many unprompted beginnings.
+
+    Raises:
+      FileNotFoundError: the model has no tokenizer.
+      ValueError: a prompt has no token, or with what is to follow is longer than the model can read.
+    """
+    tokenizer = load_tokenizer(model.tokenizer_folder)
+    if isinstance(prompts, int):
+        return tokenizer, first_tokens(tokenizer, model.arch.vocab_size, seed, prompts)
+    found = [list(tokenizer(prompt, verbose=False)["input_ids"]) for prompt in prompts]
+    if empty := [prompt for prompt, tokens in zip(prompts, found) if not tokens]:
+        raise ValueError(f"{model.id}: the prompt {empty[0]!r} has no token; leave it out")
+    longest = max(map(len, found)) + max_new_tokens
+    if problem := length_problem(model.arch, longest):
+        raise ValueError(f"{model.id}: the longest prompt and what is to follow: {problem}, or fewer max_new_tokens")
+    return tokenizer, found
+
+
+def generate(
+    model: Checkpoint,
+    prompts: Sequence[str] | int,
+    folder: Path,
+    compute: Compute,
+    choice: Choice,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+) -> Path:
+    """Has a model go on with prompts, or begin so many texts, and returns the file that they are written to.
+
+    Raises:
+      ValueError, FileNotFoundError: see `prompt_tokens`.
+    """
+    tokenizer, rows = prompt_tokens(model, prompts, max_new_tokens, seed)
+    writer = Writer(load(model, compute.mesh), compute, choice, end_tokens(model.folder), seed)
+    texts: dict[int, list[int]] = {}
+    with tqdm(total=len(rows) * max_new_tokens, desc=f"{model.id}", unit="token", disable=None) as bar:
+        for i, tokens in writer.write(rows, max_new_tokens, bar.update):
+            texts[i] = tokens
+    names = [tokenizer.decode(row) for row in rows] if isinstance(prompts, int) else prompts
+    decoded = [tokenizer.decode(texts[i], skip_special_tokens=True) for i in range(len(rows))]
+    content = [
+        {"prompt": prompt, "text": text, "tokens": texts[i], "seed": seed}
+        for i, (prompt, text) in enumerate(zip(names, decoded, strict=True))
+    ]
+    file = file_of(folder, model.id)
+    atomic_write(file, json.dumps(content, ensure_ascii=False, indent=1).encode())
+    return file
