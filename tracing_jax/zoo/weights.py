@@ -1,8 +1,8 @@
 """What the weights of one model say of how far it was trained: facts that a report lays beside those of its relatives.
 
 Random initialisation draws the entries of a matrix independently and alike. Training gives it structure: singular
-values that stand out, units of unequal length, heavy tails. What is measured here is 1 or 0 at initialisation whatever
-its scale, and stays the same when units are permuted.
+values that stand out, units of unequal length, heavy tails. What is measured here stays the same when units are
+permuted.
 """
 
 import json
@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisTable, axis_table, kind_of
@@ -20,11 +22,12 @@ from tracing_jax.source import ParamSource, parts
 from tracing_jax.tree import flatten, to_host
 
 MODELS = "models"
-FORMAT = 1
+FORMAT = 2  # raise when what is measured changes: older files are measured again
 
-_PROBES = 64
-_EXACT_UP_TO = 1024
-"""Matrices whose smaller side is at most this long have their spectrum measured exactly, others by random probes."""
+_DIRECTED = ("embed/embedding", "head/lm_head")
+"""The matrices whose directions are counted: the two that always lose some in training."""
+
+_ROWS_AT_ONCE = 8192
 
 
 def weight_facts(source: ParamSource) -> dict[str, Any]:
@@ -32,9 +35,9 @@ def weight_facts(source: ParamSource) -> dict[str, Any]:
 
     For each kind of matrix, such as `mlp/up_proj`, one value a layer (one for all where it belongs to no layer):
 
-    * `spectrum`: sum of the fourth powers of the singular values over the squared sum of their squares, in units of
-      what independent entries give (1/rows + 1/columns): 1 at initialisation, and larger the fewer directions carry
-      the matrix. Survives permutation of units, and rotation of the residual stream and of heads up to folded gains.
+    * `directions` that carry the embedding, and the head: squared sum of the squares of the singular values over the
+      sum of their fourth powers, in [1, rank]. Independent entries give 1 / (1/rows + 1/columns), and training
+      concentrates them. Survives permutation, rotation, padding and redistributed gains.
     * `excess_kurtosis` of the entries: 0 for normal ones. Survives permutation; a rotation makes entries more normal.
     * `spread`: standard deviation over mean of the lengths of its units' rows. Survives permutation and rotation.
     * `rms` of the entries: depends on the scale of initialisation, so it tells relatives apart only. Survives
@@ -52,13 +55,15 @@ def weight_facts(source: ParamSource) -> dict[str, Any]:
     norms: dict[str, list[float]] = {}
     lengths: list[float] = []
     for name, leaf in _leaves(source):
-        lengths.append(float(np.sqrt(np.square(leaf).sum(dtype=np.float64))))
+        lengths.append(float(np.sqrt(_sums_of_squares(leaf.reshape(-1, leaf.shape[-1])).sum())))
         kind = name.split("/", 2)[2] if name.startswith("layers/") else name
         kind = kind.rsplit("/", 1)[0] if kind.endswith(("/kernel", "/scale")) else kind
         if name.endswith("/scale"):
             norms.setdefault(kind, []).append(_distance_from_one(leaf, source.arch))
         elif not name.endswith("/bias"):
-            for measure, value in _measures(_as_matrices(name, leaf, table)).items():
+            found = _as_matrices(name, leaf, table)
+            measures = _measures(found) | ({"directions": directions(found[0])} if kind in _DIRECTED else {})
+            for measure, value in measures.items():
                 matrices.setdefault(kind, {}).setdefault(measure, []).append(value)
     return {"matrices": matrices, "norms": norms, "length": float(np.mean(lengths))}
 
@@ -87,53 +92,63 @@ def read_model_facts(folder: Path, model_name: str) -> dict[str, Any] | None:
 
 
 def _leaves(source: ParamSource) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the leaves in float32; the head as it acts, with the gain of the final norm in it."""
     for prefix, subtree in parts(source):
-        for name, leaf in flatten(to_host(subtree)).items():
-            yield prefix + name, np.asarray(leaf, np.float32)
+        leaves = {name: np.asarray(leaf, np.float32) for name, leaf in flatten(to_host(subtree)).items()}
+        if prefix == "head/" and leaves.keys() >= {"lm_head/kernel", "norm/scale"}:
+            leaves["lm_head/kernel"] = _gain(leaves["norm/scale"], source.arch)[:, None] * leaves["lm_head/kernel"]
+        yield from ((prefix + name, leaf) for name, leaf in leaves.items())
 
 
-def _distance_from_one(gain: np.ndarray, arch: Arch) -> float:
-    stored_as_offset = arch.norm == "rms_unit_offset"
-    return float(np.sqrt(np.mean(np.square(gain - (0.0 if stored_as_offset else 1.0)), dtype=np.float64)))
+def _gain(stored: np.ndarray, arch: Arch) -> np.ndarray:
+    return 1 + stored if arch.norm == "rms_unit_offset" else stored
+
+
+def _distance_from_one(stored: np.ndarray, arch: Arch) -> float:
+    return float(np.sqrt(np.mean(np.square(_gain(stored, arch) - 1), dtype=np.float64)))
 
 
 def _as_matrices(name: str, leaf: np.ndarray, table: AxisTable) -> list[Float[np.ndarray, "units embed"]]:
     """Returns a leaf as one matrix, or one for each expert, whose rows are its units and columns the residual's."""
     axes = [axis and kind_of(axis) for axis in table.leaves[name].axes]
     if axes[0] == "expert":
-        return [m for expert in leaf for m in [np.moveaxis(expert, axes.index("embed") - 1, -1)]]
+        return [np.moveaxis(expert, axes.index("embed") - 1, -1) for expert in leaf]
     turned = np.moveaxis(leaf, axes.index("embed"), -1)
     return [turned.reshape(-1, turned.shape[-1])]
 
 
 def _measures(found: list[Float[np.ndarray, "units embed"]]) -> dict[str, float]:
     """Returns the measures of a matrix, or their means over the experts."""
-    each = [_of_matrix(matrix) for matrix in found]
+    each = [measures_of(matrix) for matrix in found]
     return {measure: float(np.mean([values[measure] for values in each])) for measure in each[0]}
 
 
-def _of_matrix(matrix: Float[np.ndarray, "units embed"]) -> dict[str, float]:
-    squares = np.square(matrix)
-    mean_square = float(squares.mean(dtype=np.float64))
+def measures_of(matrix: Float[np.ndarray, "units embed"]) -> dict[str, float]:
+    """Returns the excess kurtosis and root mean square of the entries, and the spread of the lengths of the rows."""
+    squares = _sums_of_squares(matrix)
+    mean_square = float(squares.sum()) / matrix.size
     if mean_square == 0.0:
-        return {"spectrum": 1.0, "excess_kurtosis": 0.0, "spread": 0.0, "rms": 0.0}
-    fourth = float(np.mean(np.square(squares / mean_square), dtype=np.float64))
-    lengths = np.sqrt(squares.sum(axis=1, dtype=np.float64))
-    return {
-        "spectrum": _spectrum(matrix / np.sqrt(mean_square)),
-        "excess_kurtosis": fourth - 3.0,
-        "spread": float(lengths.std() / lengths.mean()),
-        "rms": mean_square**0.5,
-    }
+        return {"excess_kurtosis": 0.0, "spread": 0.0, "rms": 0.0}
+    fourth = float(_sums_of_squares(np.square(matrix)).sum()) / matrix.size
+    lengths = np.sqrt(squares)
+    spread = float(lengths.std() / lengths.mean())
+    return {"excess_kurtosis": fourth / mean_square**2 - 3.0, "spread": spread, "rms": mean_square**0.5}
 
 
-def _spectrum(matrix: Float[np.ndarray, "units embed"]) -> float:
-    """Returns tr (W^T W)^2 / (tr W^T W)^2 over its value for independent entries; W has mean square 1."""
-    rows, columns = matrix.shape
-    if min(rows, columns) <= _EXACT_UP_TO:
-        gram = matrix @ matrix.T if rows < columns else matrix.T @ matrix
-        total = float(np.square(gram).sum(dtype=np.float64))
-    else:
-        signs = np.random.default_rng(0).choice(np.array([-1, 1], np.float32), size=(columns, _PROBES))
-        total = float(np.square(matrix.T @ (matrix @ signs)).sum(dtype=np.float64)) / _PROBES
-    return total / matrix.size**2 / (1 / rows + 1 / columns)
+def directions(matrix: Float[np.ndarray, "units embed"]) -> float:
+    """Returns how many directions carry a matrix: (tr W^T W)^2 / tr (W^T W)^2, 0 for a matrix of zeros."""
+    gram = np.zeros((matrix.shape[1],) * 2, np.float32)
+    for start in range(0, len(matrix), _ROWS_AT_ONCE):
+        gram = _plus_gram(gram, matrix[start : start + _ROWS_AT_ONCE])
+    gram = np.asarray(gram)
+    total = float(_sums_of_squares(gram).sum())
+    return float(np.trace(gram, dtype=np.float64)) ** 2 / total if total else 0.0
+
+
+@jax.jit
+def _plus_gram(gram: Float[Array, "embed embed"], rows: Float[Array, "rows embed"]) -> Float[Array, "embed embed"]:
+    return gram + jnp.einsum("rd,re->de", rows, rows, precision="highest")
+
+
+def _sums_of_squares(matrix: Float[np.ndarray, "rows columns"]) -> Float[np.ndarray, " rows"]:
+    return np.einsum("rc,rc->r", matrix, matrix).astype(np.float64)

@@ -36,13 +36,14 @@ _FAMILIES_TEXT = (
 def html(contents: Contents, title: str) -> str:
     """Returns the page as one HTML document; everything in it is escaped."""
     script = Path(__file__).with_name("hover.js").read_text(encoding="utf-8")
+    drawn = heatmap(contents.order, contents.families, contents.rows)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return render(
         Path(__file__).with_name("page.html"),
         title=title,
         banner=_banner(contents),
         heat_text=_HEAT_TEXT,
-        heatmap=heatmap(contents.order, contents.families, contents.rows),
+        heatmap=drawn,
         legend=LEGEND,
         families_text=_FAMILIES_TEXT if contents.families else ("No two models are related.",),
         families=[family_part(i, contents) for i in range(len(contents.families))],
@@ -50,7 +51,7 @@ def html(contents: Contents, title: str) -> str:
         before=[*_disagreements(contents), *_not_done(contents)],
         uniformity=_bars(contents.uniformity),
         after=[_pairs(contents.rows), _models(contents)],
-        grouped=Markup(_safe_json(_grouped(contents))),
+        grouped=Markup(_safe_json(_grouped(contents) if drawn.paths else {"names": [], "rows": []})),
         script=Markup(script),
         script_hash=f"sha256-{digest}",
     )
@@ -155,9 +156,6 @@ def _bars(found: Uniformity) -> dict[str, Any]:
 
 def _grouped(contents: Contents) -> Mapping[str, Any]:
     """Returns what the script needs for cells that are no elements of their own: see `hover.js`."""
-    drawn = heatmap(contents.order, contents.families, contents.rows)
-    if not drawn.paths:
-        return {"names": [], "rows": []}
     at = {name: i for i, name in enumerate(contents.order)}
     rows: list[list[int | None]] = [[None] * i for i in range(len(at))]
     for row in contents.rows:
