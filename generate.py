@@ -10,6 +10,7 @@ from pathlib import Path
 from absl import app, flags
 
 from tracing_jax.checkpoint import open_checkpoint
+from tracing_jax.data import GENERATED_FOLDER
 from tracing_jax.door import one_message, set_up_log
 from tracing_jax.experiment.opening import resolved
 from tracing_jax.experiment.settings import DTYPES
@@ -26,7 +27,7 @@ _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Logits are divided by it;
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from so many of the most likely tokens; 0 for all.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the fewest tokens that have at least this probability.")
 _SEED = flags.DEFINE_integer("seed", 0, "Every draw follows from it and the number of the prompt.", lower_bound=0)
-_SAVE = flags.DEFINE_string("save", "runs/generated", "The folder of the files.")
+_SAVE = flags.DEFINE_string("save", GENERATED_FOLDER, "The folder of the files.")
 _BATCH = flags.DEFINE_integer("batch_size", 16, "Texts in flight.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", list(DTYPES), "Of hidden states, matmuls and the cache.")
 _DATA = flags.DEFINE_integer("mesh_data", -1, "Devices that texts are split over; -1 takes what is left.")

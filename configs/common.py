@@ -55,8 +55,10 @@ def get_config(stat: str, arg: str = "") -> ConfigDict:
     # Step 6, perplexity of both models.
     config.eval = False
 
-    # The text. One of our names or a local file or folder; dataset_id, a Hub id, takes precedence.
+    # The text: wikitext, wikitext2, aya:<language>, m2d2:<field>, dolma:<language>, generated or generated:PATH (files
+    # of generate.py), random (tokens of both vocabularies), a local file or folder. dataset_id, a Hub id, goes first.
     config.dataset = "wikitext"
+    config.data_dir = placeholder(str)  # local copies of named data sets, as NAME or NAME/PART
     config.dataset_id = placeholder(str)
     config.dataset_subset = placeholder(str)
     config.dataset_split = placeholder(str)

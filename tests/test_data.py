@@ -425,3 +425,37 @@ def test_python_exits_cleanly_after_a_scan_that_was_stopped(arguments, code, tmp
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == code, done.stderr
     assert done.stdout.strip() == "row" if code == 0 else "text column body not found" in done.stderr
+
+
+def test_named_data_sets_have_parts_and_local_copies(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(documents_module, "_hub_tables", lambda *hub: asked.append(hub) or ("test", iter_of("inputs")))
+    assert read_documents("aya:english").text == "a row"
+    assert asked == [("CohereForAI/aya_collection_language_split", "english", None)]
+    for wrong, complaint in (("aya", "name one, such as aya:english"), ("wikitext2:en", "has no parts")):
+        with pytest.raises(ValueError, match=complaint):
+            read_documents(wrong)
+    (tmp_path / "m2d2" / "cs_l1").mkdir(parents=True)
+    (tmp_path / "m2d2" / "cs_l1" / "a.jsonl").write_text('{"text": "of a field"}\n')
+    assert read_documents("m2d2:cs_l1", data_dir=str(tmp_path)).text == "of a field"
+    assert len(asked) == 1
+
+
+def iter_of(column):
+    yield "hub", pa.table({column: ["a row"], "targets": ["another"]})
+
+
+def test_generated_texts_are_prompts_and_what_follows(tmp_path, monkeypatch):
+    rows = [
+        {"prompt": "Once", "text": " upon", "tokens": [1], "seed": 0},
+        {"prompt": "", "text": "x", "tokens": [], "seed": 0},
+    ]
+    (tmp_path / "m_gentext.json").write_text(json.dumps(rows))
+    assert read_documents(f"generated:{tmp_path}", separator="|").text == "Once upon|x"
+    assert read_documents(f"generated:{tmp_path}/m_gentext.json", separator="|").text == "Once upon|x"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"generate\.py"):
+        read_documents("generated")
+    (tmp_path / "m_gentext.json").write_text('[{"text": 1}]')
+    with pytest.raises(ValueError, match=r"not a file of generate\.py"):
+        read_documents(f"generated:{tmp_path}")

@@ -13,11 +13,13 @@ import tiny
 from safetensors.numpy import load_file, save_file
 from transformers import GPT2Config
 
+from configs import common
 from tracing_jax import experiment
 from tracing_jax.arch import UnsupportedModelError, read_arch
 from tracing_jax.axes import PERMUTABLE, axis_table
 from tracing_jax.checkpoint import CheckpointError, save_checkpoint
 from tracing_jax.experiment import ConfigError
+from tracing_jax.experiment.opening import open_pair
 from tracing_jax.experiment.settings import names_in
 from tracing_jax.source import InMemory
 from tracing_jax.symmetry import permute, random_permutations
@@ -360,3 +362,17 @@ def test_models_with_other_tokenizers_are_compared_per_byte(config_of, spoilt, f
     assert ft["nats_per_byte"] > base["nats_per_byte"]
     assert curves(record)[0]["end_loss_ft_own"] is None
     assert any("per byte" in note for note in record["notes"])
+
+
+def test_random_tokens_are_those_of_both_vocabularies(family, tmp_path):
+    config = common.get_config("mode")
+    config.base_model_id, config.ft_model_id = (str(family.member(name)) for name in ("base", "finetune"))
+    config.dataset, config.num_tokens, config.block_size, config.save = "random", 256, 32, str(tmp_path / "r.p")
+    first, again = (open_pair(config) for _ in range(2))
+    assert first.blocks_base.tokens.shape == (8, 32)
+    assert first.blocks_base.sha256 == again.blocks_base.sha256
+    assert set(first.blocks_base.tokens.ravel()) <= set(first.vocabularies.ids_base)
+    config.seed = 1
+    assert open_pair(config).blocks_base.sha256 != first.blocks_base.sha256
+    losses = experiment.trace(config)["statistics"]["mode"]["non_aligned"]["curve"]["loss"]
+    assert min(losses) > np.log(len(first.vocabularies.ids_base))  # no model predicts them

@@ -11,11 +11,15 @@ Letters: N blocks, T positions per block, M tokens.
 """
 
 from tracing_jax.data.blocks import TokenBlocks, Tokenizer, load_tokenizer, same_tokenizer, shared_tokens, token_blocks
-from tracing_jax.data.documents import NAMED_DATASETS, Documents, read_documents
+from tracing_jax.data.documents import GENERATED_ENDING, GENERATED_FOLDER, NAMED_DATASETS, Documents, read_documents
 from tracing_jax.data.pairing import PairedBlocks, paired_on_bytes, paired_one_to_one
+from tracing_jax.data.random_tokens import RANDOM, random_token_blocks
 
 __all__ = [
+    "GENERATED_ENDING",
+    "GENERATED_FOLDER",
     "NAMED_DATASETS",
+    "RANDOM",
     "Documents",
     "PairedBlocks",
     "TokenBlocks",
@@ -23,6 +27,7 @@ __all__ = [
     "load_tokenizer",
     "paired_on_bytes",
     "paired_one_to_one",
+    "random_token_blocks",
     "read_documents",
     "same_tokenizer",
     "shared_tokens",

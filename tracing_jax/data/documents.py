@@ -19,10 +19,37 @@ if TYPE_CHECKING:
 Source: TypeAlias = dict[str, str | int | None]
 Tables: TypeAlias = Generator[tuple[str, pa.Table], None, None]  # each with where it comes from
 
-# name -> (Hub id, configuration)
-NAMED_DATASETS: dict[str, tuple[str, str | None]] = {
-    "wikitext": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
+GENERATED = "generated"
+"""Texts that generate.py wrote; `generated:PATH` for a file or folder other than the one it writes to by default."""
+
+GENERATED_FOLDER, GENERATED_ENDING = "runs/generated", "_gentext.json"
+
+
+@dataclass(frozen=True)
+class Named:
+    """A data set that goes by a short name.
+
+    Attributes:
+        hub_id: Of the Hub.
+        subset: Its configuration; None if the name goes on with it, as in `aya:english`.
+        column: That holds the text, if it is not plain which.
+        part: What the name goes on with.
+    """
+
+    hub_id: str
+    subset: str | None = None
+    column: str | None = None
+    part: str | None = None
+
+
+NAMED_DATASETS: dict[str, Named] = {
+    "wikitext": Named("Salesforce/wikitext", "wikitext-103-raw-v1"),
+    "wikitext2": Named("Salesforce/wikitext", "wikitext-2-raw-v1"),
+    "aya": Named("CohereForAI/aya_collection_language_split", column="inputs", part="language"),
+    "m2d2": Named("machelreid/m2d2", part="field"),
+    "dolma": Named("allenai/dolma", part="language"),
 }
+"""Short name -> data set. The Hub's m2d2 and dolma are programs, which are never run: they need local copies."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +77,7 @@ def read_documents(
     text_column: str | None = None,
     separator: str = "\n\n",
     max_chars: int | None = None,
+    data_dir: str | None = None,
 ) -> Documents:
     r"""Returns the text, or its start, of a named data set, of one on the Hub, or of local files.
 
@@ -59,13 +87,15 @@ def read_documents(
     that `datasets.load_dataset` once prepared in its cache.
 
     Args:
-        dataset: A key of `NAMED_DATASETS`; a path to a .txt, .json, .jsonl or .parquet file, or to a folder of such
-            files; or a data set id of the Hugging Face Hub. The first that fits is taken.
+        dataset: A key of `NAMED_DATASETS`, with its part (`aya:english`) if it has several; `generated`, see
+            `GENERATED`; a path to a .txt, .json, .jsonl or .parquet file, or to a folder of such files; or a data set
+            id of the Hugging Face Hub. The first that fits is taken.
         subset: The configuration of a Hub data set. None: the named data set's, or the only one.
         split: The split of a Hub data set. None: "test", or the only one.
         text_column: The column that holds the text. None: "text", or the only column of strings.
         separator: What stands between two documents.
         max_chars: Nothing is read after the row with which the text has so many characters. None: all is read.
+        data_dir: A folder with local copies of named data sets, `NAME` or `NAME/PART`, which go before the Hub's.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -73,13 +103,13 @@ def read_documents(
 
     Source: https://huggingface.co/docs/transformers/perplexity for `"\n\n".join(rows)`.
     """
-    if dataset not in NAMED_DATASETS and _is_local(dataset):
+    place = _local_place(dataset, data_dir)
+    if place is not None:
         if subset or split:
             raise ValueError(f"{dataset} is local, it has no subset or split ({subset=}, {split=}): leave both unset")
-        tables = _file_tables(Path(dataset).expanduser())
+        tables = _generated_tables(place) if _name(dataset) == GENERATED else _file_tables(place)
     else:
-        dataset, default_subset = NAMED_DATASETS.get(dataset, (dataset, None))
-        subset = subset or default_subset
+        dataset, subset, text_column = _on_hub(dataset, subset, text_column)
         split, tables = _hub_tables(dataset, subset, split)
     with closing(tables):
         text_column, rows = _read_rows(tables, text_column, max_chars, len(separator))
@@ -88,6 +118,54 @@ def read_documents(
         raise ValueError(f"{dataset}: no text in column {text_column!r} ({len(rows)} rows, {split=}): name another")
     origin = {"dataset": dataset, "config": subset, "split": split}
     return Documents(text, {**origin, "column": text_column, "separator": separator})
+
+
+def _name(dataset: str) -> str:
+    return dataset.partition(":")[0]
+
+
+def _local_place(dataset: str, data_dir: str | None) -> Path | None:
+    """Returns the file or folder that a data set lies in on this machine; None if it is the Hub's."""
+    name, _, part = dataset.partition(":")
+    if name == GENERATED:
+        return Path(part or GENERATED_FOLDER).expanduser()
+    if name not in NAMED_DATASETS:
+        return Path(dataset).expanduser() if _is_local(dataset) else None
+    copy = Path(data_dir or "").expanduser() / name / part
+    return copy if data_dir and copy.exists() else None
+
+
+def _on_hub(dataset: str, subset: str | None, column: str | None) -> tuple[str, str | None, str | None]:
+    """Returns Hub id, configuration and text column.
+
+    Raises:
+        ValueError: A named data set without the part that it must have, or with one where it has none.
+    """
+    name, _, part = dataset.partition(":")
+    named = NAMED_DATASETS.get(name)
+    if named is None:
+        return dataset, subset, column
+    if named.part and not (part or subset):
+        raise ValueError(f"{name} has a {named.part} each: name one, such as {name}:english, or set the subset")
+    if part and not named.part:
+        raise ValueError(f"{dataset}: {name} has no parts; leave out {part!r}")
+    return named.hub_id, subset or named.subset or part, column or named.column
+
+
+def _generated_tables(path: Path) -> Tables:
+    """Yields prompt and text, as one, of each text in files that generate.py wrote."""
+    files = sorted(path.glob(f"*{GENERATED_ENDING}")) if path.is_dir() else [path]
+    if not files or not all(file.is_file() for file in files):
+        raise FileNotFoundError(
+            f"{path}: no texts in it; expected *{GENERATED_ENDING}, which generate.py writes, or generated:PATH"
+        )
+    for file in files:
+        try:
+            table = _read_json(file)
+            whole = [f"{row['prompt']}{row['text']}" for row in table.select(["prompt", "text"]).to_pylist()]
+        except (ValueError, KeyError, pa.ArrowException) as error:
+            raise ValueError(f"{file}: not a file of generate.py: {error}") from error
+        yield str(file), pa.table({"text": whole})
 
 
 def _is_local(dataset: str) -> bool:

@@ -16,12 +16,14 @@ from tracing_jax.arch import Arch, length_problem
 from tracing_jax.axes import axis_table
 from tracing_jax.checkpoint import Checkpoint, open_checkpoint
 from tracing_jax.data import (
+    RANDOM,
     Documents,
     PairedBlocks,
     TokenBlocks,
     load_tokenizer,
     paired_on_bytes,
     paired_one_to_one,
+    random_token_blocks,
     read_documents,
     same_tokenizer,
     shared_tokens,
@@ -84,7 +86,7 @@ def open_pair(config: ConfigDict) -> Opened:
             raise ConfigError(f"{base.id} and {ft.id} cannot be compared: " + "\n  ".join(lines))
     blocks_base = blocks_ft = paired = None
     if needs_tokens:
-        blocks_base, blocks_ft, paired = _blocks(config, tokenizer_base, tokenizer_ft, vocabularies.same)
+        blocks_base, blocks_ft, paired = _blocks(config, tokenizer_base, tokenizer_ft, vocabularies)
     controls = _controls(config, base, tokenizer_base)
     notes = _notes(base.arch, ft_arch, vocabularies, on_path="mode" in statistics and "mode" not in not_applicable)
     if not_alignable:
@@ -208,16 +210,36 @@ def _controls(config: ConfigDict, base: Checkpoint, tokenizer_base: Any) -> tupl
 
 
 def _blocks(
-    config: ConfigDict, tokenizer_base: Any, tokenizer_ft: Any, same: bool
+    config: ConfigDict, tokenizer_base: Any, tokenizer_ft: Any, vocabularies: Vocabularies
 ) -> tuple[TokenBlocks, TokenBlocks, PairedBlocks]:
     """Returns the text as base's tokens, the very same text as ft's, and both block by block with paired positions."""
+    if config.dataset == RANDOM and not config.dataset_id:
+        return _random_blocks(config, tokenizer_base, tokenizer_ft, vocabularies)
     documents = _documents(config)
     blocks = token_blocks(documents, tokenizer_base, block_size=config.block_size, num_tokens=config.num_tokens)
-    if same:
+    if vocabularies.same:
         return blocks, blocks, paired_one_to_one(blocks.tokens, blocks.tokens)
     theirs = token_blocks(documents.prefix(blocks.text_chars), tokenizer_ft, block_size=config.block_size)
     sizes = {"block_size": config.block_size, "num_tokens": config.num_tokens}
     return blocks, theirs, paired_on_bytes(documents, tokenizer_base, tokenizer_ft, **sizes)
+
+
+def _random_blocks(
+    config: ConfigDict, tokenizer_base: Any, tokenizer_ft: Any, vocabularies: Vocabularies
+) -> tuple[TokenBlocks, TokenBlocks, PairedBlocks]:
+    """Returns tokens drawn uniformly from those that both models have, by string."""
+    ids, shape = (
+        (vocabularies.ids_base, vocabularies.ids_ft),
+        (config.num_tokens // config.block_size, config.block_size),
+    )
+    if not len(ids[0]):
+        raise ConfigError(f"dataset={RANDOM}: the vocabularies share no token; name a text instead")
+    drawn = np.random.default_rng([config.seed, zlib.crc32(RANDOM.encode())]).integers(len(ids[0]), size=shape)
+    base, ft = (
+        random_token_blocks(of_model, drawn, tokenizer, config.seed)
+        for of_model, tokenizer in zip(ids, (tokenizer_base, tokenizer_ft))
+    )
+    return base, ft, paired_one_to_one(base.tokens, ft.tokens, "random tokens of both vocabularies, paired by string")
 
 
 def _documents(config: ConfigDict) -> Documents:
@@ -229,6 +251,7 @@ def _documents(config: ConfigDict) -> Documents:
         split=config.dataset_split,
         text_column=config.text_column,
         max_chars=_MAX_CHARS_PER_TOKEN * config.num_tokens,
+        data_dir=config.data_dir,
     )
 
 

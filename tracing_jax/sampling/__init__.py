@@ -3,9 +3,9 @@
 from tracing_jax.sampling.choosing import Choice, chosen, filtered
 from tracing_jax.sampling.decoding import Writer
 from tracing_jax.sampling.prompts import end_tokens, first_tokens, read_prompts
-from tracing_jax.sampling.texts import ENDING, file_of, generate, prompt_tokens
+from tracing_jax.sampling.texts import file_of, generate, prompt_tokens
 
 __all__ = [
-    "ENDING", "Choice", "Writer", "chosen", "end_tokens", "file_of", "filtered", "first_tokens", "generate",
+    "Choice", "Writer", "chosen", "end_tokens", "file_of", "filtered", "first_tokens", "generate",
     "prompt_tokens", "read_prompts",
 ]  # fmt: skip

@@ -10,19 +10,17 @@ from tqdm import tqdm
 
 from tracing_jax.arch import length_problem
 from tracing_jax.checkpoint import Checkpoint, load
-from tracing_jax.data import load_tokenizer
+from tracing_jax.data import GENERATED_ENDING, load_tokenizer
 from tracing_jax.record import atomic_write
 from tracing_jax.sampling.choosing import Choice
 from tracing_jax.sampling.decoding import Writer
 from tracing_jax.sampling.prompts import end_tokens, first_tokens
 from tracing_jax.sharding import Compute
 
-ENDING = "_gentext.json"
-
 
 def file_of(folder: Path, model_id: str) -> Path:
     """Returns where the texts of a model lie."""
-    return folder / (re.sub(r"[^A-Za-z0-9._-]+", "-", model_id).strip("-.") + ENDING)
+    return folder / (re.sub(r"[^A-Za-z0-9._-]+", "-", model_id).strip("-.") + GENERATED_ENDING)
 
 
 def prompt_tokens(
