@@ -28,6 +28,7 @@ from benchmarks.speed.scaling import figure, scaling
 from benchmarks.speed.sizes import SIZES
 from benchmarks.speed.steps import steps
 from benchmarks.speed.whole_runs import whole_runs
+from benchmarks.speed.writing import writing
 from tracing_jax.record import atomic_write
 from tracing_jax.report import save_png
 
@@ -44,6 +45,7 @@ PARTS: Mapping[str, Callable[[str, Path], Iterable[Row]]] = {
     "steps": lambda name, folder: steps(SIZES[name]),
     "assignment": lambda name, folder: assigning(SIZES[name].units),
     "peer": peers,
+    "writing": writing,
     "runs": lambda name, folder: whole_runs(SIZES[name], folder),
     "scaling": _scaling,
 }
