@@ -45,6 +45,9 @@ def _slurm_options() -> ConfigDict:
     )
 
 
+_SUBMITIT = {"max_parallel": "array_parallelism", "tasks_per_node": "ntasks_per_node"}
+"""Options that go by another name there."""
+
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/; its fields hold for every pair.")
 _SLURM = config_flags.DEFINE_config_dict("slurm", _slurm_options(), "What an element of the array asks for.")
 _MODELS = flags.DEFINE_string("models", None, "A YAML list of models; see docs/zoo.md.")
@@ -89,11 +92,7 @@ def _plan(folder: ZooFolder) -> None:
 
 def _run(folder: ZooFolder) -> None:
     """Sends off what is left, the way that was asked for, and waits for it."""
-    options = _SLURM.value.to_dict()
-    options["array_parallelism"], options["ntasks_per_node"] = (
-        options.pop("max_parallel"),
-        options.pop("tasks_per_node"),
-    )
+    options = {_SUBMITIT.get(name, name): value for name, value in _SLURM.value.to_dict().items()}
     names = left_to_do(folder)
     if _EXECUTOR.value == "print":
         work = batches(names, _BATCH.value)

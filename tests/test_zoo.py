@@ -178,6 +178,7 @@ def test_pairs_are_traced_once_and_what_fails_stops_no_other(folder, monkeypatch
     assert "its third shard" in status(folder)
     assert "2 done, 0 running, 1 failed, 0 missing" in status(folder)
     assert left_to_do(folder) == ["a--c"]
+    folder.reopen(["a--c"])
     trace_pairs(folder, folder.plan.by_name, trace)
     assert traced == ["org/b", "org/c", "org/d", "org/c"]
 

@@ -14,7 +14,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -91,9 +91,10 @@ class ZooFolder:
         """Returns whether a worker may try a pair: it is not done, and no worker of this launch saw it fail."""
         return self._stale(pair) != "" and not self._file(pair, "error.json").exists()
 
-    def reopen(self, pair: PlannedPair) -> None:
-        """Lets workers try a pair again that failed."""
-        self._file(pair, "error.json").unlink(missing_ok=True)
+    def reopen(self, names: Iterable[str]) -> None:
+        """Lets workers try pairs again that failed."""
+        for name in names:
+            self._file(self.plan.by_name[name], "error.json").unlink(missing_ok=True)
 
     def begin(self, pair: PlannedPair, stamps: Mapping[str, Any]) -> None:
         """Writes down what the record of a pair is going to be made from; what came out before no longer counts."""

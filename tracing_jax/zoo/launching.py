@@ -61,12 +61,9 @@ def busy_pairs(folder: ZooFolder) -> list[str]:
 
 
 def left_to_do(folder: ZooFolder) -> list[str]:
-    """Returns the pairs that are neither done, nor running, nor queued; those that failed may be tried again."""
+    """Returns the pairs that are neither done, nor running, nor queued."""
     states, waiting = folder.states(), queued(folder)
-    left = [name for name, found in states.items() if found.state in ("failed", "missing") and name not in waiting]
-    for name in left:
-        folder.reopen(folder.plan.by_name[name])
-    return left
+    return [name for name, found in states.items() if found.state in ("failed", "missing") and name not in waiting]
 
 
 def wait(folder: ZooFolder, names: Sequence[str]) -> None:

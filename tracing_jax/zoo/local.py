@@ -24,6 +24,7 @@ def run_locally(folder: ZooFolder, names: Sequence[str], workers: int) -> None:
     A worker that dies takes no pair with it: the one in its hands has failed, and another worker goes on. Interrupted,
     all workers end, and what they had finished of their pairs is kept.
     """
+    folder.reopen(names)
     left, failed = list(names), 0
     with _workers(folder, names, workers) as processes, _bar(names) as bar:
         while left and sum(_runs_or_is_replaced(folder, processes, i, left) for i in range(workers)):

@@ -66,6 +66,7 @@ def submit(folder: ZooFolder, work: Sequence[tuple[str, ...]], options: Mapping[
     if not shutil.which("sbatch"):
         raise FileNotFoundError("no sbatch on the PATH: run this where Slurm is, or with --executor=local or print")
     executor = _executor(folder, options)
+    folder.reopen(name for names in work for name in names)
     try:
         with executor.batch():
             jobs = [executor.submit(Element(folder.path, names)) for names in work]
