@@ -302,7 +302,7 @@ def truncate(folder):
 @pytest.mark.parametrize(("change", "message"), [
     (lambda spoilt: {"ft_model_id": "/no/such/folder"}, "/no/such/folder"),
     (lambda spoilt: {"ft_model_id": ""}, "ft_model_id is not set"),
-    (lambda spoilt: {"ft_model_id": "demo:cousin"}, "the demo family has base"),
+    (lambda spoilt: {"ft_model_id": "demo:cousin"}, "the demo has base, finetune"),
     (lambda spoilt: {"ft_model_id": truncate(spoilt())}, "truncated or corrupt"),
     (lambda spoilt: {"ft_model_id": spoilt(None, drop_layer)}, "missing tensor model.layers.1"),
     (lambda spoilt: {"ft_model_id": spoilt(None, lambda w: w.update({"model.norm.weight": np.ones(7, np.float32)}))},

@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +13,6 @@ import pytest
 from make_golden import hf_model
 from parity_cases import CASES, FAMILIES
 
-import generate as door
 from tracing_jax.checkpoint import open_checkpoint
 from tracing_jax.forward import logits
 from tracing_jax.sampling import Choice, Writer, chosen, filtered, generate, read_prompts
@@ -103,17 +105,23 @@ def test_tokens_are_drawn_with_their_probabilities():
     np.testing.assert_allclose(shares, wanted, atol=4 * np.sqrt(0.25 / draws))
 
 
-def test_file_holds_prompts_texts_tokens_and_seed(family, tmp_path):
-    model, compute = open_checkpoint(str(family.member("base"))), Compute(make_mesh(), 4)
-    file = generate(model, ["The list", "A module"], tmp_path, compute, Choice(0.9), max_new_tokens=8, seed=3)
+def test_program_writes_prompts_texts_tokens_and_seed(family, tmp_path):
+    (tmp_path / "prompts.txt").write_text("The list\nA module\n")
+    flags = [f"--models={family.member('base')}", f"--prompts={tmp_path}/prompts.txt", f"--save={tmp_path}"]
+    command = [sys.executable, "generate.py", *flags, "--max_new_tokens=8", "--seed=3", "--temperature=0.9"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    file = Path(done.stdout.strip())
     assert file.name.endswith("base_gentext.json")
     rows = json.loads(file.read_text("utf-8"))
     assert [row["prompt"] for row in rows] == ["The list", "A module"]
     assert all(row["seed"] == 3 and len(row["tokens"]) == 8 and isinstance(row["text"], str) for row in rows)
-    again = json.loads(generate(model, 3, tmp_path, compute, Choice(0.9), max_new_tokens=8).read_text("utf-8"))
-    assert (
-        len({row["prompt"] for row in again}) > 1
-    )  # the demo's tokenizer has no BOS: each begins with a token of its own
+
+
+def test_texts_without_prompts_begin_with_tokens_of_their_own_where_there_is_no_bos(family, tmp_path):
+    model, compute = open_checkpoint(str(family.member("base"))), Compute(make_mesh(), 4)
+    file = generate(model, 3, tmp_path, compute, Choice(0.9), max_new_tokens=8)
+    assert len({row["prompt"] for row in json.loads(file.read_text("utf-8"))}) > 1
 
 
 @pytest.mark.parametrize(
@@ -139,4 +147,3 @@ def test_prompts_are_read_or_refused(tmp_path, name, content, prompts):
 
 def test_choice_out_of_range_is_named():
     assert len(Choice(-1.0, -1, 0.0).problems()) == 3
-    assert door.Choice is Choice
