@@ -37,7 +37,7 @@ _ROOMS = {
     "statistics": "progress data activations arch matching forward grams interpolate source symmetry sharding axes "
     "record tree",
     "report": "record",
-    "sampling": "record arch data models source checkpoint sharding tree",
+    "sampling": "record processes arch data models source checkpoint sharding tree",
     "demo": "models checkpoint forward symmetry source arch axes data tree",
 }
 _EVERYTHING_ABOVE = ("experiment", "zoo")

@@ -35,6 +35,8 @@ class _State(NamedTuple):
     """A batch of texts under way."""
 
     caches: list[Tree]
+    keys: Key[Array, " B"]
+    """What each text is drawn with."""
     tokens: Int[Array, " B"]
     """The newest of each text, not read yet."""
     positions: Int[Array, " B"]
@@ -90,17 +92,16 @@ class Writer:
         rows, lengths = np.zeros(shape, np.int32), np.ones(shape[0], np.int32)
         for row, prompt in enumerate(prompts):
             rows[row, : len(prompt)], lengths[row] = prompt, len(prompt)
-        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(self.seed), i))(
-            jnp.asarray([*numbers, *[0] * (shape[0] - len(numbers))])
-        )
-        state = self._read(rows, lengths, keys, shape[1] + max_new_tokens, len(prompts))
-        written = [np.asarray(state.tokens)[:, None]]
+        of_rows = np.full(shape[0], -1, np.int32)
+        of_rows[: len(numbers)] = numbers
+        state = self._read(rows, lengths, of_rows, shape[1] + max_new_tokens)
+        written = [self.compute.get(state.tokens)[:, None]]
         told(len(prompts))
         count = 1
-        while count < max_new_tokens and not np.asarray(state.ended)[: len(prompts)].all():
+        while count < max_new_tokens and not self.compute.get(state.ended).all():
             steps = min(_CHUNK, max_new_tokens - count)
-            state, tokens = _go_on(self.model.arch, self._settings, steps, self.model.params, keys, state)
-            written.append(np.asarray(tokens).T)
+            state, tokens = _go_on(self.model.arch, self._settings, steps, self.model.params, state)
+            written.append(self.compute.get(tokens).T)
             count += steps
             told(steps * len(prompts))
         return [self._up_to_end(row) for row in np.concatenate(written, axis=1)[: len(prompts)].tolist()]
@@ -109,14 +110,13 @@ class Writer:
         self,
         rows: Int[np.ndarray, "B T"],
         lengths: Int[np.ndarray, " B"],
-        keys: Key[Array, " B"],
+        numbers: Int[np.ndarray, " B"],
         length: int,
-        used: int,
     ) -> _State:
-        put, arch = self.compute.put, self.model.arch
+        """Returns the texts after their prompts, with room for so many positions; rows of number -1 hold none."""
+        arch, batch = self.model.arch, map(self.compute.put, (rows, lengths, numbers))
         caches = [self._cache(len(rows), length) for _ in range(arch.num_layers)]
-        unused = put(np.arange(len(rows)) >= used)
-        return _start(arch, self._settings, self.model.params, keys, caches, put(rows), put(lengths), unused)
+        return _start(arch, self._settings, self.seed, self.model.params, caches, *batch)
 
     def _cache(self, batch: int, length: int) -> Tree:
         """Returns the empty cache of a layer: texts split over `data`, kv heads over `model` where that is even."""
@@ -172,24 +172,25 @@ def _next(
 def _start(
     arch: Arch,
     settings: _Settings,
+    seed: Int[Array, ""] | int,
     params: Tree,
-    keys: Key[Array, " B"],
     caches: list[Tree],
     rows: Int[Array, "B T"],
     lengths: Int[Array, " B"],
-    unused: Bool[Array, " B"],
+    numbers: Int[Array, " B"],
 ) -> _State:
     """Reads the prompts, and returns the texts with the first token after each."""
+    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(numbers)
     positions = jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape)
     x, caches = _through_layers(arch, settings, params, caches, rows, positions)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
     tokens, ended = _next(settings, _logits(arch, params, last), keys, lengths)
-    return _State(caches, tokens, lengths, ended | unused)
+    return _State(caches, keys, tokens, lengths, ended | (numbers < 0))
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "settings", "steps"), donate_argnames="state")
 def _go_on(
-    arch: Arch, settings: _Settings, steps: int, params: Tree, keys: Key[Array, " B"], state: _State
+    arch: Arch, settings: _Settings, steps: int, params: Tree, state: _State
 ) -> tuple[_State, Int[Array, "N B"]]:
     """Returns the texts with so many more tokens, and these."""
 
@@ -197,7 +198,9 @@ def _go_on(
         x, caches = _through_layers(
             arch, settings, params, state.caches, state.tokens[:, None], state.positions[:, None]
         )
-        tokens, ended = _next(settings, _logits(arch, params, x[:, 0]), keys, state.positions + 1)
-        return _State(caches, tokens, state.positions + 1, state.ended | ended), tokens
+        tokens, ended = _next(settings, _logits(arch, params, x[:, 0]), state.keys, state.positions + 1)
+        return state._replace(
+            caches=caches, tokens=tokens, positions=state.positions + 1, ended=state.ended | ended
+        ), tokens
 
     return jax.lax.scan(step, state, length=steps)

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from tracing_jax.arch import length_problem
 from tracing_jax.checkpoint import Checkpoint, load
 from tracing_jax.data import GENERATED_ENDING, load_tokenizer
+from tracing_jax.processes import is_first
 from tracing_jax.record import atomic_write
 from tracing_jax.sampling.choosing import Choice
 from tracing_jax.sampling.decoding import Writer
@@ -71,5 +72,6 @@ def generate(
         for i, (prompt, text) in enumerate(zip(names, decoded, strict=True))
     ]
     file = file_of(folder, model.id)
-    atomic_write(file, json.dumps(content, ensure_ascii=False, indent=1).encode())
+    if is_first():
+        atomic_write(file, json.dumps(content, ensure_ascii=False, indent=1).encode())
     return file
