@@ -14,7 +14,7 @@ from tracing_jax.data import GENERATED_FOLDER
 from tracing_jax.door import one_message, set_up_log
 from tracing_jax.experiment.opening import resolved
 from tracing_jax.experiment.settings import DTYPES
-from tracing_jax.processes import joined
+from tracing_jax.processes import is_first, joined
 from tracing_jax.record import check_writable
 from tracing_jax.sampling import Choice, file_of, generate, prompt_tokens, read_prompts
 from tracing_jax.sharding import Compute, make_mesh
@@ -48,12 +48,17 @@ def main(argv: Sequence[str]) -> None:
         folder = Path(_SAVE.value).expanduser()
         prompts = read_prompts(_PROMPTS.value) if _PROMPTS.value else _SAMPLES.value
         models = {model_id: open_checkpoint(resolved(model_id)) for model_id in _MODELS.value}
+        files = {model_id: file_of(folder, model_id) for model_id in models}
+        if len(set(files.values())) < len(files):
+            raise ValueError(f"--models={','.join(models)}: two of them would write one file; give each a --save")
         for model_id, model in models.items():
-            check_writable(file_of(folder, model_id))
+            check_writable(files[model_id])
             prompt_tokens(model, prompts, _LENGTH.value, _SEED.value)
         compute = Compute(make_mesh(_DATA.value, _MODEL.value), _BATCH.value, DTYPES[_DTYPE.value])
-        for model in models.values():
-            print(generate(model, prompts, folder, compute, choice, _LENGTH.value, _SEED.value))
+        for model_id, model in models.items():
+            file = generate(model, prompts, files[model_id], compute, choice, _LENGTH.value, _SEED.value)
+            if is_first():
+                print(file)
 
 
 if __name__ == "__main__":

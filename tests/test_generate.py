@@ -112,7 +112,7 @@ def test_program_writes_prompts_texts_tokens_and_seed(family, tmp_path):
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     file = Path(done.stdout.strip())
-    assert file.name.endswith("base_gentext.json")
+    assert file == tmp_path / "base_gentext.json"
     rows = json.loads(file.read_text("utf-8"))
     assert [row["prompt"] for row in rows] == ["The list", "A module"]
     assert all(row["seed"] == 3 and len(row["tokens"]) == 8 and isinstance(row["text"], str) for row in rows)
@@ -120,7 +120,7 @@ def test_program_writes_prompts_texts_tokens_and_seed(family, tmp_path):
 
 def test_texts_without_prompts_begin_with_tokens_of_their_own_where_there_is_no_bos(family, tmp_path):
     model, compute = open_checkpoint(str(family.member("base"))), Compute(make_mesh(), 4)
-    file = generate(model, 3, tmp_path, compute, Choice(0.9), max_new_tokens=8)
+    file = generate(model, 3, tmp_path / "texts.json", compute, Choice(0.9), max_new_tokens=8)
     assert len({row["prompt"] for row in json.loads(file.read_text("utf-8"))}) > 1
 
 

@@ -20,7 +20,9 @@ from tracing_jax.sharding import Compute
 
 
 def file_of(folder: Path, model_id: str) -> Path:
-    """Returns where the texts of a model lie."""
+    """Returns where the texts of a model lie: by its id, or the last name of its path."""
+    if model_id.startswith(("/", ".", "~")):
+        model_id = Path(model_id).expanduser().resolve().name
     return folder / (re.sub(r"[^A-Za-z0-9._-]+", "-", model_id).strip("-.") + GENERATED_ENDING)
 
 
@@ -48,13 +50,13 @@ def prompt_tokens(
 def generate(
     model: Checkpoint,
     prompts: Sequence[str] | int,
-    folder: Path,
+    file: Path,
     compute: Compute,
     choice: Choice,
     max_new_tokens: int = 256,
     seed: int = 0,
 ) -> Path:
-    """Has a model go on with prompts, or begin so many texts, and returns the file that they are written to.
+    """Has a model go on with prompts, or begin so many texts, writes them into the file, and returns it.
 
     Raises:
       ValueError, FileNotFoundError: see `prompt_tokens`.
@@ -71,7 +73,6 @@ def generate(
         {"prompt": prompt, "text": text, "tokens": texts[i], "seed": seed}
         for i, (prompt, text) in enumerate(zip(names, decoded, strict=True))
     ]
-    file = file_of(folder, model.id)
     if is_first():
         atomic_write(file, json.dumps(content, ensure_ascii=False, indent=1).encode())
     return file
