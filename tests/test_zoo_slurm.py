@@ -1,5 +1,6 @@
 """Zoos on a real Slurm: an element that fails, one cancelled, one requeued, and two processes in one."""
 
+import itertools
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from configs import common
+from tracing_jax import demo
 from tracing_jax.zoo import ModelList, ZooFolder, make_plan
 from tracing_jax.zoo.launching import left_to_do, status, wait, write_plan
 from tracing_jax.zoo.slurm import queued, submit
@@ -63,10 +65,13 @@ def test_element_that_fails_stops_no_other_and_is_tried_again_when_it_is_mended(
     tensors = load_file(broken / "model.safetensors")
     bad = {name: tensor * (float("nan") if "up_proj" in name else 1) for name, tensor in tensors.items()}
     save_file(bad, broken / "model.safetensors")
-    folder = zoo_of(tmp_path, [str(family.member("base")), str(family.member("finetune")), str(broken)])
-    launch(folder)
+    members = [str(family.member(name)) for name in demo.MEMBERS]
+    every_two = list(itertools.combinations(members, 2))
+    folder = zoo_of(tmp_path, [*members, str(broken)], [*every_two, (members[0], str(broken))])
+    launch(folder, array_parallelism=4)
     wait(folder, list(folder.plan.by_name))
-    assert states(folder) == {"base--finetune": "done", "base--broken": "failed"}
+    wanted = dict.fromkeys(folder.plan.by_name, "done") | {"base--broken": "failed"}
+    assert states(folder) == wanted
     assert "up_proj" in folder.states()["base--broken"].error
     assert "base--broken" in status(folder)
     save_file(tensors, broken / "model.safetensors")
