@@ -14,7 +14,7 @@ from tracing_jax.data import GENERATED_FOLDER
 from tracing_jax.door import one_message, set_up_log
 from tracing_jax.experiment.opening import resolved
 from tracing_jax.experiment.settings import DTYPES
-from tracing_jax.processes import joined
+from tracing_jax.processes import is_first, joined
 from tracing_jax.record import check_writable
 from tracing_jax.sampling import Choice, file_of, generate, prompt_tokens, read_prompts
 from tracing_jax.sharding import Compute, make_mesh
@@ -26,12 +26,28 @@ _LENGTH = flags.DEFINE_integer("max_new_tokens", 256, "The most tokens that foll
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Logits are divided by it; 0 takes the most likely token.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from so many of the most likely tokens; 0 for all.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the fewest tokens that have at least this probability.")
-_SEED = flags.DEFINE_integer("seed", 0, "Every draw follows from it and the number of the prompt.", lower_bound=0)
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Every draw follows from it and the number of the prompt.", lower_bound=0, upper_bound=2**32 - 1
+)
 _SAVE = flags.DEFINE_string("save", GENERATED_FOLDER, "The folder of the files.")
 _BATCH = flags.DEFINE_integer("batch_size", 16, "Texts in flight.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", list(DTYPES), "Of hidden states, matmuls and the cache.")
 _DATA = flags.DEFINE_integer("mesh_data", -1, "Devices that texts are split over; -1 takes what is left.")
 _MODEL = flags.DEFINE_integer("mesh_model", 1, "Devices that heads and MLP units are split over.")
+
+
+def _files(folder: Path, model_ids: Sequence[str]) -> dict[str, Path]:
+    """Returns where the texts of each model go, one file for each.
+
+    Raises:
+      ValueError: two ids that differ only in what a file's name cannot hold.
+    """
+    files = {model_id: file_of(folder, model_id) for model_id in model_ids}
+    for file in files.values():
+        if len(same := [model_id for model_id in files if files[model_id] == file]) > 1:
+            raise ValueError(f"--models: {' and '.join(same)} would both write {file}; give each its own --save")
+        check_writable(file)
+    return files
 
 
 def main(argv: Sequence[str]) -> None:
@@ -45,15 +61,16 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError("; ".join(lines))
     set_up_log()
     with one_message(), joined(), one_message():
-        folder = Path(_SAVE.value).expanduser()
+        files = _files(Path(_SAVE.value).expanduser(), _MODELS.value)
         prompts = read_prompts(_PROMPTS.value) if _PROMPTS.value else _SAMPLES.value
-        models = {model_id: open_checkpoint(resolved(model_id)) for model_id in _MODELS.value}
-        for model_id, model in models.items():
-            check_writable(file_of(folder, model_id))
+        models = {model_id: open_checkpoint(resolved(model_id)) for model_id in files}
+        for model in models.values():
             prompt_tokens(model, prompts, _LENGTH.value, _SEED.value)
         compute = Compute(make_mesh(_DATA.value, _MODEL.value), _BATCH.value, DTYPES[_DTYPE.value])
-        for model in models.values():
-            print(generate(model, prompts, folder, compute, choice, _LENGTH.value, _SEED.value))
+        for model_id, file in files.items():
+            generate(models[model_id], prompts, file, compute, choice, _LENGTH.value, _SEED.value)
+            if is_first():
+                print(file)
 
 
 if __name__ == "__main__":
