@@ -36,20 +36,6 @@ _DATA = flags.DEFINE_integer("mesh_data", -1, "Devices that texts are split over
 _MODEL = flags.DEFINE_integer("mesh_model", 1, "Devices that heads and MLP units are split over.")
 
 
-def _files(folder: Path, model_ids: Sequence[str]) -> dict[str, Path]:
-    """Returns where the texts of each model go, one file for each.
-
-    Raises:
-      ValueError: two ids that differ only in what a file's name cannot hold.
-    """
-    files = {model_id: file_of(folder, model_id) for model_id in model_ids}
-    for file in files.values():
-        if len(same := [model_id for model_id in files if files[model_id] == file]) > 1:
-            raise ValueError(f"--models: {' and '.join(same)} would both write {file}; give each its own --save")
-        check_writable(file)
-    return files
-
-
 def main(argv: Sequence[str]) -> None:
     """Checks everything that was asked for, then writes model after model."""
     if len(argv) > 1:
@@ -61,14 +47,18 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError("; ".join(lines))
     set_up_log()
     with one_message(), joined(), one_message():
-        files = _files(Path(_SAVE.value).expanduser(), _MODELS.value)
+        folder = Path(_SAVE.value).expanduser()
         prompts = read_prompts(_PROMPTS.value) if _PROMPTS.value else _SAMPLES.value
-        models = {model_id: open_checkpoint(resolved(model_id)) for model_id in files}
-        for model in models.values():
+        models = {model_id: open_checkpoint(resolved(model_id)) for model_id in _MODELS.value}
+        files = {model_id: file_of(folder, model_id) for model_id in models}
+        if len(set(files.values())) < len(files):
+            raise ValueError(f"--models={','.join(models)}: two of them would write one file; give each a --save")
+        for model_id, model in models.items():
+            check_writable(files[model_id])
             prompt_tokens(model, prompts, _LENGTH.value, _SEED.value)
         compute = Compute(make_mesh(_DATA.value, _MODEL.value), _BATCH.value, DTYPES[_DTYPE.value])
-        for model_id, file in files.items():
-            generate(models[model_id], prompts, file, compute, choice, _LENGTH.value, _SEED.value)
+        for model_id, model in models.items():
+            file = generate(model, prompts, files[model_id], compute, choice, _LENGTH.value, _SEED.value)
             if is_first():
                 print(file)
 

@@ -20,7 +20,9 @@ from tracing_jax.sharding import Compute
 
 
 def file_of(folder: Path, model_id: str) -> Path:
-    """Returns where the texts of a model lie."""
+    """Returns where the texts of a model lie: by its id, or the last name of its path."""
+    if model_id.startswith(("/", ".", "~")):
+        model_id = Path(model_id).expanduser().resolve().name
     return folder / (re.sub(r"[^A-Za-z0-9._-]+", "-", model_id).strip("-.") + GENERATED_ENDING)
 
 
@@ -54,8 +56,8 @@ def generate(
     choice: Choice,
     max_new_tokens: int = 256,
     seed: int = 0,
-) -> None:
-    """Has a model go on with prompts, or begin so many texts, and writes them to a file.
+) -> Path:
+    """Has a model go on with prompts, or begin so many texts, writes them into the file, and returns it.
 
     What an unprompted text begins with is its prompt, special tokens left out.
 
@@ -76,6 +78,7 @@ def generate(
     ]
     if is_first():
         atomic_write(file, json.dumps(content, ensure_ascii=False, indent=1).encode())
+    return file
 
 
 def _decoded(tokenizer: Any, tokens: Sequence[int]) -> str:
