@@ -26,7 +26,9 @@ _LENGTH = flags.DEFINE_integer("max_new_tokens", 256, "The most tokens that foll
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Logits are divided by it; 0 takes the most likely token.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from so many of the most likely tokens; 0 for all.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the fewest tokens that have at least this probability.")
-_SEED = flags.DEFINE_integer("seed", 0, "Every draw follows from it and the number of the prompt.", lower_bound=0)
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Every draw follows from it and the number of the prompt.", lower_bound=0, upper_bound=2**32 - 1
+)
 _SAVE = flags.DEFINE_string("save", GENERATED_FOLDER, "The folder of the files.")
 _BATCH = flags.DEFINE_integer("batch_size", 16, "Texts in flight.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", list(DTYPES), "Of hidden states, matmuls and the cache.")

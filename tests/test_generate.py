@@ -1,5 +1,6 @@
 """Generated text: what a cache remembers changes nothing, samples belong to themselves, files say what was drawn."""
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -15,7 +16,8 @@ from parity_cases import CASES, FAMILIES
 
 from tracing_jax.checkpoint import open_checkpoint
 from tracing_jax.forward import logits
-from tracing_jax.sampling import Choice, Writer, chosen, filtered, generate, read_prompts
+from tracing_jax.sampling import Choice, Writer, chosen, filtered, generate, prompt_tokens, read_prompts
+from tracing_jax.sampling.texts import _following
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.source import in_memory, placed
 
@@ -122,6 +124,51 @@ def test_texts_without_prompts_begin_with_tokens_of_their_own_where_there_is_no_
     model, compute = open_checkpoint(str(family.member("base"))), Compute(make_mesh(), 4)
     file = generate(model, 3, tmp_path / "texts.json", compute, Choice(0.9), max_new_tokens=8)
     assert len({row["prompt"] for row in json.loads(file.read_text("utf-8"))}) > 1
+
+
+@dataclasses.dataclass
+class TokenizerThatDropsTheFirstSpace:
+    """As those of SentencePiece: words, the first decoded without the space before it; 0 is BOS."""
+
+    words: tuple[str, ...] = ("<s>", " Once", " upon", " a", " time")
+
+    def decode(self, tokens, skip_special_tokens):
+        assert skip_special_tokens
+        return "".join(self.words[token] for token in tokens if token).removeprefix(" ")
+
+
+def test_prompt_and_text_are_the_whole_text():
+    tokenizer = TokenizerThatDropsTheFirstSpace()
+    assert _following(tokenizer, [0, 1, 2], [3, 4]) == " a time"
+    assert _following(tokenizer, [0], [1, 2]) == "Once upon"
+
+
+@pytest.mark.parametrize("prompts", [["The list"], 2])
+def test_texts_longer_than_the_model_can_read_are_refused(family, prompts):
+    model = open_checkpoint(str(family.member("base")))
+    short = dataclasses.replace(model, arch=dataclasses.replace(model.arch, num_positions=16))
+    with pytest.raises(ValueError, match=r"16 positions.*fewer max_new_tokens"):
+        prompt_tokens(short, prompts, 16, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        (["--models=a/b", "--num_samples=1", "--seed=4294967296"], "seed"),
+        (["--models=a/b"], "give --prompts=FILE, or --num_samples=N"),
+    ],
+)
+def test_program_refuses_with_one_message(tmp_path, given, complaint):
+    command = [sys.executable, "generate.py", *given, f"--save={tmp_path}"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert complaint in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_seeds_reach_as_far_as_those_of_runs():
+    name, choice = ONE_OF_EACH[0], Choice(temperature=0.9)
+    assert written(name, choice, seed=2**32 - 1) != written(name, choice, seed=0)
 
 
 @pytest.mark.parametrize(

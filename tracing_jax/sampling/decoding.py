@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 from tracing_jax.arch import Arch
 from tracing_jax.models import apply_block_with_cache, apply_embed, apply_head, empty_cache, layer_inputs
@@ -50,6 +50,7 @@ class Writer:
 
     Attributes:
       ends: the tokens that end a text.
+      seed: of all draws, in 0..2**32 - 1.
     """
 
     model: InMemory
@@ -116,7 +117,7 @@ class Writer:
         """Returns the texts after their prompts, with room for so many positions; rows of number -1 hold none."""
         arch, batch = self.model.arch, map(self.compute.put, (rows, lengths, numbers))
         caches = [self._cache(len(rows), length) for _ in range(arch.num_layers)]
-        return _start(arch, self._settings, self.seed, self.model.params, caches, *batch)
+        return _start(arch, self._settings, np.uint32(self.seed), self.model.params, caches, *batch)
 
     def _cache(self, batch: int, length: int) -> Tree:
         """Returns the empty cache of a layer: texts split over `data`, kv heads over `model` where that is even."""
@@ -172,7 +173,7 @@ def _next(
 def _start(
     arch: Arch,
     settings: _Settings,
-    seed: Int[Array, ""] | int,
+    seed: UInt[Array, ""] | np.uint32,
     params: Tree,
     caches: list[Tree],
     rows: Int[Array, "B T"],

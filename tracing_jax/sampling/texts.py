@@ -37,10 +37,11 @@ def prompt_tokens(
     """
     tokenizer = load_tokenizer(model.tokenizer_folder)
     if isinstance(prompts, int):
-        return tokenizer, first_tokens(tokenizer, model.arch.vocab_size, seed, prompts)
-    found = [list(tokenizer(prompt, verbose=False)["input_ids"]) for prompt in prompts]
-    if empty := [prompt for prompt, tokens in zip(prompts, found) if not tokens]:
-        raise ValueError(f"{model.id}: the prompt {empty[0]!r} has no token; leave it out")
+        found = first_tokens(tokenizer, model.arch.vocab_size, seed, prompts)
+    else:
+        found = [list(tokenizer(prompt, verbose=False)["input_ids"]) for prompt in prompts]
+        if empty := [prompt for prompt, tokens in zip(prompts, found) if not tokens]:
+            raise ValueError(f"{model.id}: the prompt {empty[0]!r} has no token; leave it out")
     longest = max(map(len, found)) + max_new_tokens
     if problem := length_problem(model.arch, longest):
         raise ValueError(f"{model.id}: the longest prompt and what is to follow: {problem}, or fewer max_new_tokens")
@@ -58,6 +59,8 @@ def generate(
 ) -> Path:
     """Has a model go on with prompts, or begin so many texts, writes them into the file, and returns it.
 
+    What an unprompted text begins with is its prompt, special tokens left out.
+
     Raises:
       ValueError, FileNotFoundError: see `prompt_tokens`.
     """
@@ -67,8 +70,8 @@ def generate(
     with tqdm(total=len(rows) * max_new_tokens, desc=f"{model.id}", unit="token", disable=None) as bar:
         for i, tokens in writer.write(rows, max_new_tokens, bar.update):
             texts[i] = tokens
-    names = [tokenizer.decode(row) for row in rows] if isinstance(prompts, int) else prompts
-    decoded = [tokenizer.decode(texts[i], skip_special_tokens=True) for i in range(len(rows))]
+    names = [_decoded(tokenizer, row) for row in rows] if isinstance(prompts, int) else prompts
+    decoded = [_following(tokenizer, row, texts[i]) for i, row in enumerate(rows)]
     content = [
         {"prompt": prompt, "text": text, "tokens": texts[i], "seed": seed}
         for i, (prompt, text) in enumerate(zip(names, decoded, strict=True))
@@ -76,3 +79,15 @@ def generate(
     if is_first():
         atomic_write(file, json.dumps(content, ensure_ascii=False, indent=1).encode())
     return file
+
+
+def _decoded(tokenizer: Any, tokens: Sequence[int]) -> str:
+    return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def _following(tokenizer: Any, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    """Returns the text of tokens that follow a prompt."""
+    # SentencePiece tokenizers drop the space before the first word of what they decode: prompt and text go together.
+    before, whole = _decoded(tokenizer, prompt), _decoded(tokenizer, [*prompt, *tokens])
+    # A prompt may end within a character, which its first tokens complete.
+    return whole.removeprefix(before) if whole.startswith(before) else _decoded(tokenizer, tokens)
