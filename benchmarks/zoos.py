@@ -103,9 +103,9 @@ def _records(folder: Path) -> dict[str, int]:
 
 def _judged(seed: int, folder: Path, training: float, tracing: float, twice: int) -> Run:
     zoo = ZooFolder(folder)
-    verdicts = {pair.name: (zoo.record(pair) or {"verdict": {}})["verdict"].get("verdict") for pair in zoo.plan.pairs}
-    right = sum(verdicts[pair.name] == ("related" if pair.related else "independent") for pair in zoo.plan.pairs)
     report = json.loads((folder / "report.json").read_text())
+    verdicts = {pair["pair"]: pair["verdict"] for pair in report["pairs"]}  # after Holm over all pairs
+    right = sum(verdicts[pair.name] == ("related" if pair.related else "independent") for pair in zoo.plan.pairs)
     found = {frozenset(family["models"]) for family in report["families"]}
     names = zoo.plan.names
     wanted = {
