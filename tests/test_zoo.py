@@ -268,3 +268,27 @@ def test_script_asks_slurm_for_what_was_asked_for(folder):
     assert batches(list("abcde"), 2) == [("a", "b"), ("c", "d"), ("e",)]
     with pytest.raises(ValueError, match="Unavailable parameter"):
         script(folder, 1, {"queue": "gpu"})
+
+
+def test_of_workers_that_find_a_dead_claim_at_once_one_takes_it(folder):
+    pair = folder.plan.pairs[0]
+    claim = folder.path / "pairs" / f"{pair.name}.claim.json"
+    claim.parent.mkdir()
+    claim.write_text(json.dumps({"who": "Slurm job 7_1", "host": "elsewhere", "pid": 1}))
+    os.utime(claim, (0, 0))
+    code = f"""
+from tracing_jax.zoo import ZooFolder
+folder = ZooFolder({str(folder.path)!r})
+input()
+with folder.claimed(folder.plan.pairs[0]) as mine:
+    print(mine, flush=True)
+    input()
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    workers = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes) for _ in range(4)]
+    for worker in workers:
+        worker.stdin.write("\n")
+    assert sorted(worker.stdout.readline().strip() for worker in workers) == ["False", "False", "False", "True"]
+    for worker in workers:
+        worker.communicate("\n", timeout=120)
+    assert not claim.exists()

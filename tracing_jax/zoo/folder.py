@@ -8,9 +8,9 @@ files that the record was made from.
 """
 
 import contextlib
+import fcntl
 import json
 import os
-import secrets
 import socket
 import threading
 import time
@@ -119,7 +119,9 @@ class ZooFolder:
         """Holds the right to work on a pair while inside; yields False if another worker that is alive has it."""
         claim = self._file(pair, "claim.json")
         claim.parent.mkdir(parents=True, exist_ok=True)
-        if not _take(claim):
+        with _alone(claim.parent):
+            mine = _take(claim)
+        if not mine:
             yield False
             return
         over = threading.Event()
@@ -130,7 +132,9 @@ class ZooFolder:
         finally:
             over.set()
             beat.join()
-            claim.unlink(missing_ok=True)
+            with _alone(claim.parent):
+                if _read(claim) == _mine():  # else it fell silent, and another has taken it
+                    claim.unlink()
 
     def _stale(self, pair: PlannedPair) -> str | None:
         """Returns "" if the record counts, why it does not, or None if there is none."""
@@ -166,20 +170,22 @@ def _take(claim: Path) -> bool:
     """Creates the claim if nobody has it, if its holder has fallen silent, or was this very worker before a restart."""
     held = _read(claim) or {}
     age = _age(claim)
-    if age is not None:
-        if age < _SILENT_SECONDS and not _is_over(held):
-            return False
-        aside = claim.with_name(f".{claim.name}.{secrets.token_hex(8)}.old")
-        with contextlib.suppress(FileNotFoundError):  # of several that find it, one moves it
-            os.rename(claim, aside)
-            aside.unlink(missing_ok=True)
-    content = json.dumps({"who": me(), "host": socket.gethostname(), "pid": os.getpid()}).encode()
-    try:
-        with open(claim, "xb") as file:
-            file.write(content)
-    except FileExistsError:
+    if age is not None and age < _SILENT_SECONDS and not _is_over(held):
         return False
+    atomic_write(claim, json.dumps(_mine()).encode())
     return True
+
+
+def _mine() -> dict[str, Any]:
+    return {"who": me(), "host": socket.gethostname(), "pid": os.getpid()}
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Lets one worker at a time look at claims and take one; the lock goes with its process."""
+    with open(folder / ".claims.lock", "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _is_over(held: Mapping[str, Any]) -> bool:
