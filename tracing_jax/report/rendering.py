@@ -6,7 +6,7 @@ from typing import Any
 import jinja2
 
 _SHARED = Path(__file__).parent
-"""Where the parts that all pages share lie: `parts.html` and `style.css`."""
+"""Where the parts that all pages share lie: `head.html`, `parts.html` and `style.css`."""
 
 
 def render(template: Path, **values: Any) -> str:
