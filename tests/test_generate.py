@@ -194,3 +194,10 @@ def test_prompts_are_read_or_refused(tmp_path, name, content, prompts):
 
 def test_choice_out_of_range_is_named():
     assert len(Choice(-1.0, -1, 0.0).problems()) == 3
+
+
+def test_token_without_an_embedding_is_refused(family):
+    model = open_checkpoint(str(family.member("base")))
+    small = dataclasses.replace(model, arch=dataclasses.replace(model.arch, vocab_size=5))
+    with pytest.raises(ValueError, match="there are 5 embeddings"):
+        prompt_tokens(small, ["The list"], 4, 0)

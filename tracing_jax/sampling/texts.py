@@ -33,7 +33,8 @@ def prompt_tokens(
 
     Raises:
       FileNotFoundError: the model has no tokenizer.
-      ValueError: a prompt has no token, or with what is to follow is longer than the model can read.
+      ValueError: a prompt has no token, or one without an embedding, or is with what is to follow longer than the
+        model can read.
     """
     tokenizer = load_tokenizer(model.tokenizer_folder)
     if isinstance(prompts, int):
@@ -42,6 +43,11 @@ def prompt_tokens(
         found = [list(tokenizer(prompt, verbose=False)["input_ids"]) for prompt in prompts]
         if empty := [prompt for prompt, tokens in zip(prompts, found) if not tokens]:
             raise ValueError(f"{model.id}: the prompt {empty[0]!r} has no token; leave it out")
+    if (most := max(map(max, found))) >= model.arch.vocab_size:
+        raise ValueError(
+            f"{model.id}: its tokenizer gives the id {most}, and there are {model.arch.vocab_size} embeddings; put the "
+            "tokenizer of this model into its folder"
+        )
     longest = max(map(len, found)) + max_new_tokens
     if problem := length_problem(model.arch, longest):
         raise ValueError(f"{model.id}: the longest prompt and what is to follow: {problem}, or fewer max_new_tokens")
