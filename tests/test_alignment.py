@@ -67,9 +67,10 @@ def test_correlations_are_those_of_numpy_however_batched_and_sliced(data, batch_
 def test_all_layers_and_batches_share_one_compiled_step():
     arch = tiny.qwen3_gqa(embed_dim=22, num_layers=3, layer_ropes=(0,) * 3, layer_windows=(None, 4, None))
     base, ft = tiny.model(arch, 0), tiny.model(arch, 1)
-    before = lockstep._step._cache_size()
+    steps = (lockstep.block_step, lockstep._take_in)
+    before = [step._cache_size() for step in steps]
     list(correlations(base, ft, BLOCKS, ("units",), Compute(make_mesh(), 4)))
-    assert lockstep._step._cache_size() == before + 1
+    assert [step._cache_size() for step in steps] == [count + 1 for count in before]
 
 
 def test_models_that_cannot_read_side_by_side_are_refused_before_any_work():

@@ -40,13 +40,13 @@ def activations(
     """
     arch, taps = source.arch, tuple(taps)
     embed = source.embed()
-    hidden = [_embed_step(arch, compute.dtype, embed, compute.put(batch)) for batch in compute.batches(tokens)]
+    hidden = [embed_step(arch, compute.dtype, embed, compute.put(batch)) for batch in compute.batches(tokens)]
     places = [compute.put(batch) for batch in compute.batches(at)]
     for i in tqdm(range(arch.num_layers), desc=description, unit="layer", disable=None):
         layer, inputs = source.layer(i), layer_inputs(arch, i)
         found = []
         for b, place in enumerate(places):
-            hidden[b], picked = _step(arch, taps, layer, hidden[b], inputs, place)
+            hidden[b], picked = block_step(arch, taps, layer, hidden[b], inputs, place)
             found.append(compute.get(picked))
         yield i, {tap: np.concatenate([rows[tap] for rows in found])[: len(at)][valid] for tap in taps}
 
@@ -59,18 +59,10 @@ def embedding_activations(
     No forward pass: every layer normalises the embeddings and applies its gain, as it would the hidden state.
     """
     arch, taps = source.arch, tuple(taps)
-    x = _embed_step(arch, jnp.float32, source.embed(), jnp.asarray(ids)[None])
+    x = embed_step(arch, jnp.float32, source.embed(), jnp.asarray(ids)[None])
     for i in tqdm(range(arch.num_layers), desc=description, unit="layer", disable=None):
-        yield i, to_host(mlp_step(arch, taps, source.layer(i, mlp_leaves(taps)), x))
-
-
-@functools.partial(jax.jit, static_argnames=("arch", "taps"))
-def mlp_step(
-    arch: Arch, taps: tuple[str, ...], layer: Tree, x: Float[Array, "1 S D"]
-) -> dict[str, Float[Array, "S U"]]:
-    """Returns the activations of a layer's MLP that is handed hidden states, flattened, in float32."""
-    found = apply_mlp_with_taps(arch, layer, x, taps)
-    return {tap: units.astype(jnp.float32).reshape(x.shape[1], -1) for tap, units in found.items()}
+        found = to_host(mlp_step(arch, taps, source.layer(i, mlp_leaves(taps)), x))
+        yield i, {tap: units[0] for tap, units in found.items()}
 
 
 def picked(x: Float[Array, "B T *units"], at: Int[Array, "B P"] | None) -> Float[Array, "B P U"]:
@@ -80,13 +72,28 @@ def picked(x: Float[Array, "B T *units"], at: Int[Array, "B P"] | None) -> Float
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "dtype"))
-def _embed_step(arch: Arch, dtype: DTypeLike, params: Tree, tokens: jax.Array) -> jax.Array:
+def embed_step(arch: Arch, dtype: DTypeLike, params: Tree, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Returns the hidden states before the first layer."""
     return apply_embed(arch, params, tokens, dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "taps"), donate_argnames=("x",))
-def _step(
-    arch: Arch, taps: tuple[str, ...], layer: Tree, x: jax.Array, inputs: LayerInputs, at: jax.Array
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+def block_step(
+    arch: Arch,
+    taps: tuple[str, ...],
+    layer: Tree,
+    x: Float[Array, "B T D"],
+    inputs: LayerInputs,
+    at: Int[Array, "B P"] | None = None,
+) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "B P U"]]]:
+    """Returns the hidden states after a layer, and its activations at the positions as `picked` gives them."""
     x, found = apply_block_with_taps(arch, layer, x, *inputs, taps)
     return x, {tap: picked(found[tap], at) for tap in taps}
+
+
+@functools.partial(jax.jit, static_argnames=("arch", "taps"))
+def mlp_step(
+    arch: Arch, taps: tuple[str, ...], layer: Tree, x: Float[Array, "B T D"]
+) -> dict[str, Float[Array, "B T U"]]:
+    """Returns the activations of a layer's MLP that is handed hidden states, as `picked` gives them."""
+    return {tap: picked(units, None) for tap, units in apply_mlp_with_taps(arch, layer, x, taps).items()}

@@ -1,7 +1,6 @@
 """One walk of two models through the same tokens, layer by layer, with the correlations of their units."""
 
 import functools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -10,24 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from tracing_jax.activations import picked
+from tracing_jax.activations import block_step, embed_step, mlp_step, picked
 from tracing_jax.arch import Arch, length_problem
 from tracing_jax.data import PairedBlocks, paired_one_to_one
 from tracing_jax.grams.sampling import Keeper, Sample, Side
 from tracing_jax.grams.sums import Sums, added, lies, no_sums, pearson
-from tracing_jax.models import (
-    LayerInputs,
-    apply_block_with_taps,
-    apply_embed,
-    apply_mlp_with_taps,
-    layer_inputs,
-    mlp_leaves,
-    taps_problem,
-)
+from tracing_jax.models import LayerInputs, layer_inputs, mlp_leaves, taps_problem
 from tracing_jax.progress import Progress
 from tracing_jax.sharding import Compute
 from tracing_jax.source import ParamSource
@@ -136,34 +126,61 @@ def _walk(
     kept_layer, hidden = _kept_states(progress, compute)
     first = max(first, kept_layer)
     hidden = hidden or _embedded(sources, blocks, compute)
-    only = mlp_leaves(taps) if hand_over else ()
+    # An MLP that is handed its input shows its taps one by one: of a layer's weights only that one's are then held.
+    groups = [(tap,) for tap in taps] if hand_over else [taps]
     layers = range(first, archs[0].num_layers)
     for i in tqdm(layers, desc=description, unit="layer", initial=first, total=archs[0].num_layers, disable=None):
-        params: tuple[Tree, Tree] = (sources[0].layer(i, only), sources[1].layer(i, only))
         inputs = (layer_inputs(archs[0], i), layer_inputs(archs[1], i))
-        widths = _widths(archs, taps, params, hidden[0], inputs, hand_over)
-        sums, kept = {tap: no_sums(*width, compute.mesh) for tap, width in widths.items()}, []
-        for b, pairing in enumerate(pairings):
-            keep = keeper.picks(b, widths)
-            hidden[b], sums, found = _step(
-                archs, taps, compute.mesh, hand_over, params, hidden[b], inputs, pairing, keep, b == 0, sums
-            )
-            kept.append(compute.get(found))
-        del params  # before the next ones are asked for
-        by_tap = {}
-        for tap in taps:
-            total = sums.pop(tap)
-            by_tap[tap] = readable(pearson(total.cross, total.first, total.square, blocks.num_pairs))
+        by_tap: dict[str, jax.Array] = {}
+        kept: list[dict[str, Side]] = [{} for _ in pairings]
+        for group in groups:
+            only = mlp_leaves(group) if hand_over else ()
+            params = [source.layer(i, only) for source in sources]
+            sums: dict[str, Sums] = {}
+            for b, pairing in enumerate(pairings):
+                hidden[b], units = _through(archs, group, hand_over, params, hidden[b], inputs)
+                jax.block_until_ready(sums)  # so that the activations of two batches at most are there
+                widths = {tap: (units[0][tap].shape[-1], units[1][tap].shape[-1]) for tap in group}
+                sums = sums or {tap: no_sums(*width, compute.mesh) for tap, width in widths.items()}
+                sums, found = _take_in(compute.mesh, units, pairing, keeper.picks(b, widths), b == 0, sums)
+                kept[b] |= compute.get(found)
+            del params, units  # before the next ones are asked for
+            for tap in group:
+                total = sums.pop(tap)
+                by_tap[tap] = readable(pearson(total.cross, total.first, total.square, blocks.num_pairs))
+                del total
         yield LayerCorrelations(i, by_tap, keeper.joined(kept))
         del by_tap  # before the next ones are made
         _keep_states(progress, i + 1, hidden)
+
+
+def _through(
+    archs: tuple[Arch, Arch],
+    taps: tuple[str, ...],
+    hand_over: bool,
+    layers: Sequence[Tree],
+    x: Side,
+    inputs: _Inputs,
+) -> tuple[Side, tuple[dict[str, jax.Array], dict[str, jax.Array]]]:
+    """Returns each model's hidden states after a layer, the same ones if they are only handed over, and its taps."""
+    if hand_over:
+        units = [mlp_step(arch, taps, layer, y) for arch, layer, y in zip(archs, layers, x, strict=True)]
+        return x, (units[0], units[1])
+    (x_a, units_a), (x_b, units_b) = (
+        block_step(arch, taps, layer, y, inputs_one)
+        for arch, layer, y, inputs_one in zip(archs, layers, x, inputs, strict=True)
+    )
+    return (x_a, x_b), (units_a, units_b)
 
 
 def _embedded(sources: tuple[ParamSource, ParamSource], blocks: PairedBlocks, compute: Compute) -> list[Side]:
     archs = (sources[0].arch, sources[1].arch)
     embeds = (sources[0].embed(), sources[1].embed())
     ids = zip(*(map(compute.put, compute.batches(tokens)) for tokens in (blocks.base, blocks.ft)))
-    return [_embed_step(archs, compute.dtype, embeds, batch) for batch in ids]
+    return [
+        (embed_step(archs[0], compute.dtype, embeds[0], a), embed_step(archs[1], compute.dtype, embeds[1], b))
+        for a, b in ids
+    ]
 
 
 def _keep_states(progress: Progress, layer: int, hidden: Sequence[Side]) -> None:
@@ -202,83 +219,28 @@ def _pairings(blocks: PairedBlocks, compute: Compute) -> list[_Pairing]:
     return [_Pairing(at, w) for at, w in zip(places, weights)]
 
 
-@functools.partial(jax.jit, static_argnames=("archs", "dtype"))
-def _embed_step(archs: tuple[Arch, Arch], dtype: DTypeLike, params: tuple[Tree, Tree], tokens: Side) -> Side:
-    return apply_embed(archs[0], params[0], tokens[0], dtype), apply_embed(archs[1], params[1], tokens[1], dtype)
-
-
-@functools.partial(jax.jit, static_argnames=("archs", "taps", "mesh", "hand_over"), donate_argnames=("x", "sums"))
-def _step(
-    archs: tuple[Arch, Arch],
-    taps: tuple[str, ...],
+@functools.partial(jax.jit, static_argnames=("mesh",), donate_argnames=("sums",))
+def _take_in(
     mesh: Mesh,
-    hand_over: bool,
-    layers: tuple[Tree, Tree],
-    x: Side,
-    inputs: _Inputs,
+    units: tuple[dict[str, jax.Array], dict[str, jax.Array]],
     pairing: _Pairing,
     keep: tuple[Side, dict[str, Side]] | None,
     is_first: bool | jax.Array,
     sums: dict[str, Sums],
-) -> tuple[Side, dict[str, Sums], dict[str, Side]]:
-    """Returns both models' hidden states after a layer, the sums with this batch added, and what is to be kept."""
-    (x_a, units_a), (x_b, units_b) = _with_taps(archs, taps, hand_over, layers, x, inputs)
-    compared = {tap: (picked(units_a[tap], pairing.at[0]), picked(units_b[tap], pairing.at[1])) for tap in taps}
-    sums = {tap: added(sums[tap], compared[tap], pairing.weight, is_first) for tap in taps}
+) -> tuple[dict[str, Sums], dict[str, Side]]:
+    """Returns the sums with a batch of both models' units added, and what is to be kept of it."""
+    compared = {tap: (picked(units[0][tap], pairing.at[0]), picked(units[1][tap], pairing.at[1])) for tap in sums}
+    sums = {tap: added(sums[tap], compared[tap], pairing.weight, is_first) for tap in sums}
     # Stated, or the first batch's sums and the next ones' would be placed differently and compile twice.
     sums = jax.lax.with_sharding_constraint(sums, jax.tree.map(lambda total: lies(total.shape, mesh), sums))
     if keep is None:
-        return (x_a, x_b), sums, {}
+        return sums, {}
     (at_a, at_b), columns = keep
     kept = {
-        tap: (picked(units_a[tap], at_a)[..., cols_a], picked(units_b[tap], at_b)[..., cols_b])
+        tap: (picked(units[0][tap], at_a)[..., cols_a], picked(units[1][tap], at_b)[..., cols_b])
         for tap, (cols_a, cols_b) in columns.items()
     }
-    return (x_a, x_b), sums, kept
-
-
-def _with_taps(
-    archs: tuple[Arch, Arch],
-    taps: tuple[str, ...],
-    hand_over: bool,
-    layers: tuple[Tree, Tree],
-    x: Side,
-    inputs: _Inputs,
-) -> list[tuple[jax.Array, dict[str, jax.Array]]]:
-    """Returns each model's hidden states after a layer, the same ones if they are only handed over, and its taps."""
-    if hand_over:
-        return [(y, apply_mlp_with_taps(arch, layer, y, taps)) for arch, layer, y in zip(archs, layers, x, strict=True)]
-    return [
-        apply_block_with_taps(arch, layer, y, *inputs_one, taps)
-        for arch, layer, y, inputs_one in zip(archs, layers, x, inputs, strict=True)
-    ]
-
-
-def _widths(
-    archs: tuple[Arch, Arch],
-    taps: tuple[str, ...],
-    layers: tuple[Tree, Tree],
-    x: Side,
-    inputs: _Inputs,
-    hand_over: bool,
-) -> dict[str, tuple[int, int]]:
-    """Returns how many units base and ft have at each tap."""
-    leaves, structure = jax.tree.flatten((layers, x, inputs))
-    described = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
-    return _units(archs, taps, hand_over, described, structure)
-
-
-@functools.lru_cache(maxsize=16)  # tracing a block takes longer than running a small one
-def _units(
-    archs: tuple[Arch, Arch],
-    taps: tuple[str, ...],
-    hand_over: bool,
-    leaves: tuple[jax.ShapeDtypeStruct, ...],
-    structure: jax.tree_util.PyTreeDef,
-) -> dict[str, tuple[int, int]]:
-    arguments = jax.tree.unflatten(structure, leaves)
-    (_, base), (_, ft) = jax.eval_shape(functools.partial(_with_taps, archs, taps, hand_over), *arguments)
-    return {tap: (math.prod(base[tap].shape[2:]), math.prod(ft[tap].shape[2:])) for tap in taps}
+    return sums, kept
 
 
 @jax.jit

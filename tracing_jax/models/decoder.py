@@ -184,10 +184,10 @@ def apply_mlp_with_taps(
     norm = Norm(arch, (arch.embed_dim,))
     y = _only_output(norm.apply({"params": params.get("mlp_norm", {})}, x)) if arch.pre_norms else x
     mlp = (Mlp if arch.num_experts is None else ExpertMlp)(arch)
-    own = dict(params["mlp"])
-    if "down_proj" not in own:  # linen asks for it, though nothing that follows from it is returned
-        shapes = jax.eval_shape(mlp.init, jax.random.key(0), y)["params"]["down_proj"]
-        own["down_proj"] = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, y.dtype), shapes)
+    # linen asks for all of them, though of what follows from the others nothing is returned, or computed
+    shapes = jax.eval_shape(mlp.init, jax.random.key(0), y)["params"]
+    own = {name: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, y.dtype), leaves) for name, leaves in shapes.items()}
+    own |= params["mlp"]
     _, state = mlp.apply({"params": own}, y, mutable=["taps"])
     return {tap: state["taps"][tap][0] for tap in taps}
 

@@ -37,7 +37,10 @@ def taps_problem(arch: Arch, taps: Iterable[str]) -> str | None:
     return f"unknown taps {', '.join(unknown)}; there are {', '.join(taps_of(arch))}" if unknown else None
 
 
+_MLP_LEAVES = {"gate": ("mlp/gate_proj",), "up": ("mlp/up_proj",), "units": ("mlp/gate_proj", "mlp/up_proj")}
+
+
 def mlp_leaves(taps: Iterable[str]) -> tuple[str, ...]:
     """Returns the names in a layer under which the leaves lie that these taps of its MLP are computed from."""
-    inputs = ("mlp_norm", "mlp/gate_proj", "mlp/up_proj", "mlp/router")
-    return (*inputs, "mlp/down_proj") if "mlp_output" in taps else inputs
+    needed = {leaf for tap in taps for leaf in _MLP_LEAVES.get(tap, ("mlp",))}
+    return ("mlp_norm", *sorted(needed))

@@ -1,4 +1,4 @@
-"""Reading ahead: the next layer is read on a thread while the last one is worked on."""
+"""Reading ahead: what comes next is read on a thread while the last part is worked on."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,15 +12,19 @@ from tracing_jax.tree import Tree
 
 
 class ReadAhead:
-    """A source that, asked for a layer, starts to read the next one: the same leaves of layer i + 1.
+    """A source that, asked for a layer, starts to read what will be asked for next, as far as it can tell.
 
-    At most one part more than was asked for is held, and it is dropped if something else is asked for instead. All
-    reading, and whatever the wrapped source does with what it read, happens on one thread, in the order of asking.
+    That is what followed the same leaves the last time: others of the same layer, or some of layer i + 1; at first, the
+    same ones of layer i + 1. At most one part more than was asked for is held, and it is dropped if something else is
+    asked for instead. All reading, and whatever the wrapped source does with what it read, happens on one thread, in
+    the order of asking.
     """
 
     def __init__(self, source: ParamSource):
         self.source = source
         self._next: tuple[int, tuple[str, ...], Future[Tree]] | None = None
+        self._last: tuple[int, tuple[str, ...]] | None = None
+        self._follows: dict[tuple[str, ...], tuple[int, tuple[str, ...]]] = {}
 
     @property
     def arch(self) -> Arch:
@@ -34,14 +38,18 @@ class ReadAhead:
     def layer(self, index: int, only: Sequence[str] = ()) -> Tree:
         """Returns the subtree `layers/<index>`, or its leaves under the names in `only`, and reads on."""
         only = tuple(only)
-        ahead, self._next = self._next, None
-        if ahead is not None and ahead[:2] == (index, only):
-            found = ahead[2].result()
+        if self._last is not None and 0 <= (step := index - self._last[0]) <= 1:
+            self._follows[self._last[1]] = step, only
+        self._last = index, only
+        if self._next is not None and self._next[:2] == (index, only):
+            (_, _, ahead), self._next = self._next, None
+            found = ahead.result()
         else:
             found = self._read(lambda: self.source.layer(index, only))
         # Of several processes each might turn to the thread at another moment, and devices wait for one another.
-        if index + 1 < self.arch.num_layers and jax.process_count() == 1:
-            self._next = index + 1, only, self._thread.submit(self.source.layer, index + 1, only)
+        step, leaves = self._follows.get(only, (1, only))
+        if index + step < self.arch.num_layers and jax.process_count() == 1:
+            self._next = index + step, leaves, self._thread.submit(self.source.layer, index + step, leaves)
         return found
 
     def layer_alone(self, index: int, only: Sequence[str] = ()) -> Tree:
