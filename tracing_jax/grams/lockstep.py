@@ -17,13 +17,11 @@ from tracing_jax.arch import Arch, length_problem
 from tracing_jax.data import PairedBlocks, paired_one_to_one
 from tracing_jax.grams.sampling import Keeper, Sample, Side
 from tracing_jax.grams.sums import Sums, added, lies, no_sums, pearson
-from tracing_jax.models import LayerInputs, layer_inputs, mlp_leaves, taps_problem
+from tracing_jax.models import layer_inputs, mlp_leaves, taps_problem
 from tracing_jax.progress import Progress
 from tracing_jax.sharding import Compute
 from tracing_jax.source import ParamSource
 from tracing_jax.tree import Tree, readable
-
-_Inputs = tuple[LayerInputs, LayerInputs]
 
 _EMBEDDINGS = (1, 512)
 """Batch of the weights-only form: so many blocks of so many tokens pass an MLP at a time."""
@@ -121,56 +119,67 @@ def _walk(
     hand_over: bool = False,
     first: int = 0,
 ) -> Iterator[LayerCorrelations]:
-    archs = (sources[0].arch, sources[1].arch)
-    pairings, keeper = _pairings(blocks, compute), Keeper(sample, blocks, compute)
     kept_layer, hidden = _kept_states(progress, compute)
-    first = max(first, kept_layer)
+    first, depth = max(first, kept_layer), sources[0].arch.num_layers
     hidden = hidden or _embedded(sources, blocks, compute)
+    walk = _Walk(sources, hidden, _pairings(blocks, compute), Keeper(sample, blocks, compute), compute, hand_over)
     # An MLP that is handed its input shows its taps one by one: of a layer's weights only that one's are then held.
     groups = [(tap,) for tap in taps] if hand_over else [taps]
-    layers = range(first, archs[0].num_layers)
-    for i in tqdm(layers, desc=description, unit="layer", initial=first, total=archs[0].num_layers, disable=None):
-        inputs = (layer_inputs(archs[0], i), layer_inputs(archs[1], i))
-        by_tap: dict[str, jax.Array] = {}
-        kept: list[dict[str, Side]] = [{} for _ in pairings]
+    for i in tqdm(range(first, depth), desc=description, unit="layer", initial=first, total=depth, disable=None):
+        by_tap, kept = {}, []
         for group in groups:
-            only = mlp_leaves(group) if hand_over else ()
-            params = [source.layer(i, only) for source in sources]
-            sums: dict[str, Sums] = {}
-            for b, pairing in enumerate(pairings):
-                hidden[b], units = _through(archs, group, hand_over, params, hidden[b], inputs)
-                jax.block_until_ready(sums)  # so that the activations of two batches at most are there
-                widths = {tap: (units[0][tap].shape[-1], units[1][tap].shape[-1]) for tap in group}
-                sums = sums or {tap: no_sums(*width, compute.mesh) for tap, width in widths.items()}
-                sums, found = _take_in(compute.mesh, units, pairing, keeper.picks(b, widths), b == 0, sums)
-                kept[b] |= compute.get(found)
-            del params, units  # before the next ones are asked for
+            sums, found = walk.through(i, group)
+            kept.append(found)
             for tap in group:
                 total = sums.pop(tap)
                 by_tap[tap] = readable(pearson(total.cross, total.first, total.square, blocks.num_pairs))
                 del total
-        yield LayerCorrelations(i, by_tap, keeper.joined(kept))
+        samples = {tap: rows for found in kept for tap, rows in walk.keeper.joined(found).items()}
+        yield LayerCorrelations(i, by_tap, samples)
         del by_tap  # before the next ones are made
-        _keep_states(progress, i + 1, hidden)
+        _keep_states(progress, i + 1, walk.hidden)
 
 
-def _through(
-    archs: tuple[Arch, Arch],
-    taps: tuple[str, ...],
-    hand_over: bool,
-    layers: Sequence[Tree],
-    x: Side,
-    inputs: _Inputs,
-) -> tuple[Side, tuple[dict[str, jax.Array], dict[str, jax.Array]]]:
-    """Returns each model's hidden states after a layer, the same ones if they are only handed over, and its taps."""
-    if hand_over:
-        units = [mlp_step(arch, taps, layer, y) for arch, layer, y in zip(archs, layers, x, strict=True)]
-        return x, (units[0], units[1])
-    (x_a, units_a), (x_b, units_b) = (
-        block_step(arch, taps, layer, y, inputs_one)
-        for arch, layer, y, inputs_one in zip(archs, layers, x, inputs, strict=True)
-    )
-    return (x_a, x_b), (units_a, units_b)
+@dataclass
+class _Walk:
+    """Both models on their way through all batches.
+
+    Attributes:
+      hidden: of each batch, the hidden states that the next layer reads.
+      hand_over: whether these are handed to every MLP as they stand.
+    """
+
+    sources: tuple[ParamSource, ParamSource]
+    hidden: list[Side]
+    pairings: Sequence[_Pairing]
+    keeper: Keeper
+    compute: Compute
+    hand_over: bool
+
+    def through(self, i: int, taps: tuple[str, ...]) -> tuple[dict[str, Sums], list[Tree]]:
+        """Returns the sums of these taps in a layer, over all batches, and what is kept of each batch."""
+        only = mlp_leaves(taps) if self.hand_over else ()
+        layers = [source.layer(i, only) for source in self.sources]
+        sums: dict[str, Sums] = {}
+        kept = []
+        for b, pairing in enumerate(self.pairings):
+            base, ft = self._step(i, taps, layers, b)
+            jax.block_until_ready(sums)  # so that the activations of two batches at most are there
+            widths = {tap: (base[tap].shape[-1], ft[tap].shape[-1]) for tap in taps}
+            sums = sums or {tap: no_sums(*width, self.compute.mesh) for tap, width in widths.items()}
+            sums, found = _take_in(self.compute.mesh, (base, ft), pairing, self.keeper.picks(b, widths), b == 0, sums)
+            kept.append(self.compute.get(found))
+        return sums, kept
+
+    def _step(self, i: int, taps: tuple[str, ...], layers: Sequence[Tree], b: int) -> list[dict[str, jax.Array]]:
+        """Returns both models' taps on a batch, whose hidden states are then those after the layer."""
+        archs = [source.arch for source in self.sources]
+        if self.hand_over:
+            return [mlp_step(*each) for each in zip(archs, (taps, taps), layers, self.hidden[b], strict=True)]
+        inputs = [layer_inputs(arch, i) for arch in archs]
+        after = [block_step(*each) for each in zip(archs, (taps, taps), layers, self.hidden[b], inputs, strict=True)]
+        self.hidden[b] = after[0][0], after[1][0]
+        return [units for _, units in after]
 
 
 def _embedded(sources: tuple[ParamSource, ParamSource], blocks: PairedBlocks, compute: Compute) -> list[Side]:
