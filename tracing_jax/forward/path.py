@@ -43,8 +43,10 @@ class Path:
 
         def one(point: tuple[Any, ...]) -> jax.Array:
             alpha, indices, *slices = point
-            ft = self.ft | {name: take_units(self.ft[name], dims, indices[name]) for name, dims in self.dims}
-            return function(interpolate(self.base, unflatten(ft), alpha, self.moving), *slices)
+            # Tied to the point: what does not depend on it, such as copies in float32, would be made before the loop.
+            alpha, base, ft = jax.lax.optimization_barrier((alpha, self.base, self.ft))
+            ft = ft | {name: take_units(ft[name], dims, indices[name]) for name, dims in self.dims}
+            return function(interpolate(base, unflatten(ft), alpha, self.moving), *slices)
 
         return jax.lax.map(one, (self.alphas, self.indices, *rest))
 
