@@ -53,8 +53,10 @@ class Limit:
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _limits(layers: int, csu_layers: int, csu: float, match: float, mode: float, align: float) -> tuple[Limit, ...]:
-    text = {"num_tokens": _TOKENS, "block_size": _BLOCK_SIZE, "alphas": str(_ALPHAS)}
+def _limits(
+    layers: int, csu_layers: int, csu: float, match: float, mode: float, align: float, batch_size: int
+) -> tuple[Limit, ...]:
+    text = {"num_tokens": _TOKENS, "block_size": _BLOCK_SIZE, "alphas": str(_ALPHAS), "batch_size": batch_size}
     aligning = {"align": True, "align_axes": "embed,mlp", "num_perm": 1}
     return (
         Limit("csu", "csu", csu_layers, csu),
@@ -65,8 +67,8 @@ def _limits(layers: int, csu_layers: int, csu: float, match: float, mode: float,
 
 
 LIMITS: Mapping[str, Sequence[Limit]] = {
-    "llama2-7b": _limits(layers=4, csu_layers=0, csu=3, match=4, mode=6, align=4),
-    "llama2-70b": _limits(layers=2, csu_layers=2, csu=12, match=12, mode=12, align=12),
+    "llama2-7b": _limits(layers=4, csu_layers=0, csu=3, match=4, mode=6, align=4, batch_size=8),
+    "llama2-70b": _limits(layers=2, csu_layers=2, csu=12, match=12, mode=12, align=12, batch_size=4),
 }
 """Shape -> the limits that a machine of 24 GiB without an accelerator must keep."""
 
