@@ -29,10 +29,11 @@ _ROOMS = {
     "source": "arch symmetry interpolate sharding axes tree",
     "checkpoint": "source models sharding axes arch tree",
     "data": "",
+    "adding": "",
     "forward": "progress arch axes data symmetry tree models source interpolate sharding",
     "activations": "arch tree models source sharding",
-    "grams": "progress activations arch data tree models source sharding",
-    "matching": "symmetry axes tree",
+    "grams": "adding progress activations arch data tree models source sharding",
+    "matching": "adding symmetry axes tree",
     "alignment": "data matching symmetry forward grams models source sharding axes arch tree",
     "statistics": "progress data activations arch matching forward grams interpolate source symmetry sharding axes "
     "record tree",

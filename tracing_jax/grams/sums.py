@@ -9,10 +9,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from tracing_jax.adding import add_products
 from tracing_jax.grams.sampling import Side
-
-_SLICE_ENTRIES = 2**24
-"""Of a Gram, the most that one product adds to: 64 MiB."""
 
 
 class Sums(NamedTuple):
@@ -46,34 +44,17 @@ def added(sums: Sums, rows: Side, weight: Float[Array, "B P"], is_first: bool | 
     shift_a, shift_b = (jnp.where(is_first, x[0, -1], old) for x, old in zip(rows, sums.shift, strict=True))
     a, b = (x - shift for x, shift in zip(rows, (shift_a, shift_b), strict=True))
     weighted_a, weighted_b = (x * weight[:, :, None] for x in (a, b))
+
+    def products(start: int | Int[Array, ""], width: int) -> Float[Array, "U W"]:
+        some = jax.lax.dynamic_slice_in_dim(b, start, width, 2)
+        return jnp.einsum("btu,btv->uv", weighted_a, some, precision="highest")
+
     return Sums(
-        _with_product(sums.cross, weighted_a, b),
+        add_products(sums.cross, products),
         (sums.first[0] + weighted_a.sum((0, 1)), sums.first[1] + weighted_b.sum((0, 1))),
         (sums.square[0] + (weighted_a * a).sum((0, 1)), sums.square[1] + (weighted_b * b).sum((0, 1))),
         (shift_a, shift_b),
     )
-
-
-def _with_product(
-    cross: Float[Array, "U U2"], a: Float[Array, "B P U"], b: Float[Array, "B P U2"]
-) -> Float[Array, "U U2"]:
-    """Returns the Gram with the product of a batch added: slice by slice, since a whole product would be as large."""
-    parts = _parts(*cross.shape)
-    width = cross.shape[1] // parts
-
-    def add(i: Int[Array, ""] | int, cross: Float[Array, "U U2"]) -> Float[Array, "U U2"]:
-        some = jax.lax.dynamic_slice_in_dim(b, i * width, width, 2)
-        product = jnp.einsum("btu,btv->uv", a, some, precision="highest")
-        known = jax.lax.dynamic_slice_in_dim(cross, i * width, width, 1)
-        return jax.lax.dynamic_update_slice_in_dim(cross, known + product, i * width, 1)
-
-    return add(0, cross) if parts == 1 else jax.lax.fori_loop(0, parts, add, cross)
-
-
-def _parts(U: int, U2: int) -> int:
-    """Returns into how many slices of equal width a Gram is cut; 1 where it is small, or its width a prime."""
-    least = -(-U * U2 // _SLICE_ENTRIES)
-    return next((parts for parts in range(least, 4 * least) if U2 % parts == 0), 1)
 
 
 @functools.partial(jax.jit, donate_argnames="cross")

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from tracing_jax.adding import add_products
 from tracing_jax.axes import AxisTable
 from tracing_jax.matching.assignment import Blocks
 from tracing_jax.matching.coordinate import Coordinate, Similarity
@@ -113,7 +114,7 @@ def weight_similarity(
             if inside:
                 places.append(_Place(name, dim, equation, moves))
             else:
-                units = _added(units, _contract(equation, *pairs.pair(name), *moves))
+                units = _with_contraction(units, equation, dim, *pairs.pair(name), *moves)
     if coordinate.nested is None:
         return Similarity(to_host(units))
     return Similarity(to_host(units), _blocks(pairs, places, n, pairs.table.sizes[coordinate.nested]))
@@ -133,7 +134,7 @@ def _blocks(pairs: WeightPairs, places: Sequence[_Place], n: int, size: int) -> 
     if 4 * (n * size) ** 2 <= _NESTED_BYTES:
         whole = jnp.zeros((n, size, n, size))
         for name, _, equation, moves in places:
-            whole = _added(whole, _contract(equation, *pairs.pair(name), *moves))
+            whole += _contract(equation, *pairs.pair(name), *moves)
         found = to_host(whole)
         return lambda i, j: found[i, :, j]
 
@@ -146,10 +147,25 @@ def _blocks(pairs: WeightPairs, places: Sequence[_Place], n: int, size: int) -> 
     return block
 
 
-@functools.partial(jax.jit, donate_argnames="total")
-def _added(total: Float[Array, "..."], more: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns the sum in the place of `total`: at width each of them takes as much as a model's whole layer."""
-    return total + more
+@functools.partial(jax.jit, static_argnames=("equation", "dim", "dims"), donate_argnames="total")
+def _with_contraction(
+    total: Float[Array, "n n"],
+    equation: str,
+    dim: int,
+    base: Array,
+    ft: Array,
+    dims: Dims,
+    indices: list[Array | np.ndarray],
+) -> Float[Array, "n n"]:
+    """Returns the sum with a contraction added whose units lie along `dim`."""
+    norms = _norms(base, ft)
+    base, ft = base.astype(jnp.float32), jnp.asarray(take_units(ft, dims, indices))
+
+    def products(start: int | Int[Array, ""], width: int) -> Float[Array, "n w"]:
+        some = jax.lax.dynamic_slice_in_dim(ft, start, width, dim).astype(jnp.float32)
+        return jnp.einsum(equation, base, some, precision="highest") / norms
+
+    return add_products(total, products)
 
 
 @functools.partial(jax.jit, static_argnames=("equation", "dims", "cut"))
@@ -163,12 +179,18 @@ def _contract(
     units: tuple[int | Array, ...] = (),
 ) -> Float[Array, "..."]:
     """Returns the contraction over the norms of both; with `cut` only of one unit of each along that dimension."""
+    norms = _norms(base, ft)
     base, ft = base.astype(jnp.float32), ft.astype(jnp.float32)
-    norms = jnp.linalg.norm(base.ravel()) * jnp.linalg.norm(ft.ravel())
     if cut is not None:
         base, ft = (jax.lax.dynamic_slice_in_dim(x, i, 1, cut) for x, i in zip((base, ft), units, strict=True))
     ft = jnp.asarray(take_units(ft, dims, indices))
-    return jnp.einsum(equation, base, ft, precision="highest") / jnp.where(norms > 0, norms, jnp.inf)
+    return jnp.einsum(equation, base, ft, precision="highest") / norms
+
+
+def _norms(base: Array, ft: Array) -> Float[Array, ""]:
+    """Returns the product of the norms of both; infinity where one is 0."""
+    base, ft = (jnp.sqrt(jnp.square(x.astype(jnp.float32)).sum()) for x in (base, ft))
+    return jnp.where(base * ft > 0, base * ft, jnp.inf)
 
 
 def _pairing(rank: int, dims: tuple[int, ...]) -> str:
