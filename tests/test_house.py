@@ -33,8 +33,8 @@ _ROOMS = {
     "forward": "progress arch axes data symmetry tree models source interpolate sharding",
     "activations": "arch tree models source sharding",
     "grams": "adding progress activations arch data tree models source sharding",
-    "matching": "adding symmetry axes tree",
-    "alignment": "data matching symmetry forward grams models source sharding axes arch tree",
+    "matching": "progress adding symmetry axes tree",
+    "alignment": "progress data matching symmetry forward grams models source sharding axes arch tree",
     "statistics": "progress data activations arch matching forward grams interpolate source symmetry sharding axes "
     "record tree",
     "report": "record",

@@ -1,5 +1,6 @@
 """An interrupted run goes on where it stopped, and comes to the same record; a changed one starts over, and says so."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from records import assert_same_numbers, without_circumstances
 
 from tracing_jax import experiment
+from tracing_jax.matching import weights
 from tracing_jax.progress import PROGRESS, Progress
 from tracing_jax.statistics.csu import Csu
 
@@ -82,6 +84,61 @@ def test_finished_layers_are_not_compared_again(config_of, monkeypatch):
     monkeypatch.setattr(csu, "cosines", lambda *rows: compared.append(0) or compare(*rows))
     record = experiment.trace(config_of(stat="csu", permute=False, align=False, eval=False))
     assert len(compared) == record["models"]["base"]["shape"]["num_layers"] - 1
+
+
+@pytest.mark.parametrize(
+    ("stat", "work", "pieces"),
+    [
+        ("match_all", "correlate", 1 + 2),
+        ("match_moments", "signature_correlations", 1 + 2 * 2 + 1),
+        ("match_distilled", "fit_student", 1 + 2),
+    ],
+)
+def test_what_a_layer_took_is_not_done_again(config_of, monkeypatch, stat, work, pieces):
+    fields = {
+        "stat": stat,
+        "permute": False,
+        "align": False,
+        "eval": False,
+        "distil_steps": 20,
+        "match_forms": "weights",
+    }
+    module = importlib.import_module(f"tracing_jax.statistics.{module}")
+    do, done = getattr(module, work), []
+    monkeypatch.setattr(module, work, lambda *given: done.append(0) or do(*given))
+    expected = experiment.trace(config_of("whole", **fields))
+    whole = len(done)
+    with monkeypatch.context() as patch:
+        dying_after(patch, pieces)
+        with pytest.raises(KeyboardInterrupt):
+            experiment.trace(config_of(**fields))
+    before = len(done) - whole
+    record = experiment.trace(config_of(**fields))
+    assert 0 < before < whole == len(done) - whole
+    assert_same_numbers(without_circumstances(record), without_circumstances(expected), tolerance=1e-6)
+
+
+def test_an_axis_that_was_solved_is_not_solved_again(config_of, monkeypatch):
+    fields = {"stat": "csu", "align": True, "eval": False, "align_axes": "embed,mlp"}
+    do, done = weights.weight_similarity, []
+    monkeypatch.setattr(weights, "weight_similarity", lambda *given: done.append(0) or do(*given))
+    expected = experiment.trace(config_of("whole", **fields))
+    whole = len(done)
+    solve, solved = weights._Descent._solve, []
+
+    def solve_and_die(descent, *given):
+        if len(solved) == 2:
+            raise KeyboardInterrupt
+        solved.append(0)
+        return solve(descent, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weights._Descent, "_solve", solve_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            experiment.trace(config_of(**fields))
+    record = experiment.trace(config_of(**fields))
+    assert len(done) - whole == whole > 2
+    assert_same_numbers(without_circumstances(record), without_circumstances(expected), tolerance=1e-6)
 
 
 def test_finished_pairs_of_several_are_not_traced_again(config_of, family, monkeypatch):

@@ -19,6 +19,7 @@ from tracing_jax.arch import Arch
 from tracing_jax.axes import PERMUTABLE, axis_table
 from tracing_jax.forward import check_function, logits
 from tracing_jax.matching import Shared, match_weights
+from tracing_jax.progress import Progress
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.source import ParamSource, disguised, in_memory, params_of, permuted
 from tracing_jax.symmetry import Permutation, Permutations, Rewrite, share_moved
@@ -45,6 +46,7 @@ def align(
     compute: Compute | None = None,
     shared: Shared | None = None,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> Alignment:
     """Returns the maps of these kinds that align ft to base, proven to keep ft's function.
 
@@ -58,6 +60,7 @@ def align(
       compute: where and how the activations are computed. By default float32 on one device.
       shared: pairs of ids of tokens that mean the same, if the vocabularies differ; weights only.
       seed: draws the tokens of the proof.
+      progress: where the permutations found by weights are kept, for a second start.
 
     Raises:
       ValueError: models that cannot be aligned, arguments that do not fit (all at once), or an aligned model whose
@@ -68,7 +71,7 @@ def align(
     if beyond_permutations(kinds):
         found = _undone(base, ft, kinds, shared, seed)
     elif evidence == "weights":
-        found = _by_weights(base, ft, kinds, shared, seed)
+        found = _by_weights(base, ft, kinds, shared, seed, progress)
     else:
         assert tokens is not None
         permutations, objective = by_activations(base, ft, kinds, tokens, compute or Compute(make_mesh()))
@@ -82,10 +85,16 @@ def align(
 
 
 def _by_weights(
-    base: ParamSource, ft: ParamSource, kinds: Sequence[str], shared: Shared | None, seed: int
+    base: ParamSource,
+    ft: ParamSource,
+    kinds: Sequence[str],
+    shared: Shared | None,
+    seed: int,
+    progress: Progress | None,
 ) -> Alignment:
     table = axis_table(base.arch)
-    matching = match_weights(params_of(base), params_of(ft), table, table.axes_of_kind(kinds), shared=shared)
+    axes = table.axes_of_kind(kinds)
+    matching = match_weights(params_of(base), params_of(ft), table, axes, shared=shared, progress=progress)
     moved = _logits_moved(ft, matching.permutations, seed)
     return Alignment(
         matching.permutations, "weights", matching.objective, share_moved(matching.permutations), moved,

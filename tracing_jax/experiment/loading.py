@@ -98,7 +98,7 @@ def align_ft(config: ConfigDict, opened: Opened, pair: Pair) -> tuple[Pair, Alig
     ):
         shared = {"vocab": (opened.vocabularies.ids_base, opened.vocabularies.ids_ft)}
     kinds, evidence = kinds_in(config.align_axes), config.align_evidence
-    how = {"compute": pair.compute, "shared": shared, "seed": config.seed}
+    how = {"compute": pair.compute, "shared": shared, "seed": config.seed, "progress": pair.progress.within("align")}
     try:
         alignment = _kept_alignment(pair.progress) or align(
             pair.base, pair.ft, kinds, evidence=evidence, tokens=pair.tokens, **how

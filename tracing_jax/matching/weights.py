@@ -19,6 +19,7 @@ from tqdm import tqdm
 from tracing_jax.axes import AxisTable, check
 from tracing_jax.matching.coordinate import Coordinate, coordinates, solve
 from tracing_jax.matching.similarity import Shared, WeightPairs, scores, weight_pairs, weight_similarity
+from tracing_jax.progress import Progress
 from tracing_jax.symmetry import Permutations, check_permutations, identity
 from tracing_jax.tree import Tree, flatten
 
@@ -42,7 +43,14 @@ class WeightMatching:
 
 
 def match_weights(
-    base: Tree, ft: Tree, table: AxisTable, axes: Sequence[str], *, shared: Shared | None = None, max_sweeps: int = 50
+    base: Tree,
+    ft: Tree,
+    table: AxisTable,
+    axes: Sequence[str],
+    *,
+    shared: Shared | None = None,
+    max_sweeps: int = 50,
+    progress: Progress | None = None,
 ) -> WeightMatching:
     """Returns the permutations of the named axes that bring ft's weights closest to base's.
 
@@ -55,6 +63,7 @@ def match_weights(
       shared: for an axis that is not matched and whose units differ, such as the vocabularies of two tokenizers, the
         pairs of units that mean the same; only these are compared.
       max_sweeps: the most passes over the axes; few are needed.
+      progress: where the permutations of every axis that was solved are kept, for a second start.
 
     Raises:
       ValueError: base does not fit the table, axes that are unknown, fixed, of different size in ft or without a weight
@@ -63,7 +72,7 @@ def match_weights(
     check(base, table)
     pairs = weight_pairs(base, ft, table, shared or {})
     _check_axes(pairs, axes, flatten(ft))
-    descent = _Descent(pairs, axes)
+    descent = _Descent(pairs, axes, progress or Progress())
     objective = [descent.objective]
     descent.start()
     objective.append(descent.objective)
@@ -78,8 +87,8 @@ def match_weights(
 class _Descent:
     """Where the descent stands: the permutations, every leaf's score, and what each coordinate has already seen."""
 
-    def __init__(self, pairs: WeightPairs, axes: Sequence[str]) -> None:
-        self.pairs = pairs
+    def __init__(self, pairs: WeightPairs, axes: Sequence[str], progress: Progress) -> None:
+        self.pairs, self.progress, self.solved = pairs, progress, 0
         self.permutations = identity(pairs.table, axes)
         self.scores = scores(pairs, pairs.base, self.permutations)
         self.order = coordinates(pairs.table, axes)
@@ -104,7 +113,7 @@ class _Descent:
             if readable == self.leaves[coordinate]:
                 complete.append(coordinate)
             names = readable or self.leaves[coordinate]
-            found |= solve(coordinate, weight_similarity(self.pairs, coordinate, found, names))
+            found |= self._solve(coordinate, found, names)
             order.append(coordinate)
         self.order = order
         if self._accept(found, list(self.scores)):
@@ -119,9 +128,17 @@ class _Descent:
                 continue
             self.seen[coordinate] = neighbours
             names = self.leaves[coordinate]
-            found = solve(coordinate, weight_similarity(self.pairs, coordinate, self.permutations, names))
+            found = self._solve(coordinate, self.permutations, names)
             changed |= self._accept(found, names)
         return changed
+
+    def _solve(self, coordinate: Coordinate, permutations: Permutations, names: Sequence[str]) -> Permutations:
+        """Returns the best permutations of a coordinate; of an interrupted run, in whose order it is asked, its own."""
+        self.solved += 1
+        return self.progress.memo_arrays(
+            ("solved", self.solved),
+            lambda: dict(solve(coordinate, weight_similarity(self.pairs, coordinate, permutations, names))),
+        )
 
     def _accept(self, found: Permutations, names: Sequence[str]) -> bool:
         """Takes the permutations found if the objective rises; returns whether it did."""

@@ -1,11 +1,12 @@
 """`match_all`: which layer comes from which? `match` on every pair of layers, whatever the depths and widths."""
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from tqdm import tqdm
+from tqdm import trange
 
 from tracing_jax.activations import activations, embedding_activations
 from tracing_jax.arch import Arch
@@ -115,14 +116,17 @@ class MatchAll:
     def _compare(
         self, form: str, pair: Pair, base: Sequence[Activations], ft: Sequence[Activations]
     ) -> list[list[Comparison]]:
+        progress = pair.progress.within("match_all", form)
+
+        def compare(i: int, units: np.ndarray, j: int) -> Comparison:
+            by_tap = {tap: correlate(base[i][tap][:, units], ft[j][tap]) for tap in TAPS}
+            return compare_taps(by_tap, pair, ("match_all", form, i, j))
+
         rows = []
-        for i, layer in enumerate(tqdm(base, desc=f"match_all, {form}", unit="layer", disable=None)):
-            drawn = pair.generator("match_all", "units", i).permutation(layer["gate"].shape[1])[: self.units]
-            row = []
-            for j, other in enumerate(ft):
-                by_tap = {tap: correlate(layer[tap][:, np.sort(drawn)], other[tap]) for tap in TAPS}
-                row.append(compare_taps(by_tap, pair, ("match_all", form, i, j)))
-            rows.append(row)
+        for i in trange(len(base), desc=f"match_all, {form}", unit="layer", disable=None):
+            drawn = pair.generator("match_all", "units", i).permutation(base[i]["gate"].shape[1])[: self.units]
+            make = functools.partial(compare, i, np.sort(drawn))
+            rows.append([progress.memo(Comparison, (i, j), functools.partial(make, j)) for j in range(len(ft))])
         return rows
 
     def _result(

@@ -1,8 +1,10 @@
 """`match_distilled`: gated students of both models' FFNs, matched as in `match`; for FFNs of any kind."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +12,7 @@ from tracing_jax.activations import activations
 from tracing_jax.arch import Arch
 from tracing_jax.data import PairedBlocks
 from tracing_jax.grams import correlate
+from tracing_jax.progress import Progress
 from tracing_jax.source import ParamSource
 from tracing_jax.statistics.calibration import (
     LEAST_ALLOWANCE,
@@ -37,6 +40,8 @@ _FFN_TAPS = ("mlp_input", "mlp_output")
 _WEAK = 0.5  # explained variance, below which a student says little of its teacher
 
 FORM = "students"
+
+_MODELS = ("base", "ft")
 
 SIDES = ("whole", "rest")
 """What the matching by gate is compared with: the matching by up, and by what is left of up without the gate."""
@@ -119,35 +124,41 @@ class MatchDistilled:
         return Recipe(self.units or min(base.mlp_dim, ft.mlp_dim), self.steps, self.batch, self.rate, self.decay)
 
     def _compared(self, base: ParamSource, ft: ParamSource, pair: Pair, name: str) -> "_Compared":
-        layers: dict[str, list[Comparison]] = {side: [] for side in SIDES}
-        explained: dict[str, list[float]] = {"base": [], "ft": []}
-        samples = []
-        for i, inputs, students in self._students(base, ft, pair, name):
-            correlated = student_correlations(*zip(inputs, students))
-            for side, comparison in _both_sides(correlated, pair, (name, i)).items():
-                layers[side].append(comparison)
-            samples.append([self._sample(*both, pair) for both in zip(inputs, students)])
-            for student, values in zip(students, explained.values()):
-                values.append(student.explained)
-        pairs = control_pairs(len(samples), len(samples), pair.generator("match_distilled", name, "controls"))
-        controls: dict[str, list[Comparison]] = {side: [] for side in SIDES}
-        for i, j in pairs:
-            correlated = {tap: correlate(samples[i][0][tap], samples[j][1][tap]) for tap in TAPS}
-            for side, comparison in _both_sides(correlated, pair, (name, "control", i, j)).items():
-                controls[side].append(comparison)
-        return _Compared(layers, controls, explained)
-
-    def _students(
-        self, base: ParamSource, ft: ParamSource, pair: Pair, name: str
-    ) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray], tuple[Student, Student]]]:
-        """Yields for each layer both FFNs' inputs and students; those of the layers before are gone."""
         assert pair.blocks is not None
         blocks = pair.blocks.sampled(self.tokens, pair.generator("match_distilled", "positions"))
-        recipe = self.recipe(base.arch, ft.arch)
-        for i, sides in enumerate(_ffns(base, ft, blocks, pair)):
-            seeds = student_seeds(pair, name, i)
-            fitted = [fit_student(x, y, recipe, seed) for (x, y), seed in zip(sides, seeds)]
-            yield i, (sides[0][0], sides[1][0]), (fitted[0], fitted[1])
+        recipe, progress = self.recipe(base.arch, ft.arch), pair.progress.within("match_distilled", name)
+        layers = [
+            _remembered(progress, i, functools.partial(self._layer, i, sides, recipe, pair, name))
+            for i, sides in enumerate(_ffns(base, ft, blocks, pair))
+        ]
+        controls: dict[str, list[Comparison]] = {side: [] for side in SIDES}
+        for i, j in control_pairs(len(layers), len(layers), pair.generator("match_distilled", name, "controls")):
+            ours, theirs = layers[i].samples, layers[j].samples
+            correlated = {tap: correlate(ours[f"base {tap}"], theirs[f"ft {tap}"]) for tap in TAPS}
+            for side, comparison in _both_sides(correlated, pair, (name, "control", i, j)).items():
+                controls[side].append(comparison)
+        return _Compared(
+            {side: [layer.comparisons[side] for layer in layers] for side in SIDES},
+            controls,
+            {model: [layer.explained[model] for layer in layers] for model in _MODELS},
+        )
+
+    def _layer(
+        self, i: int, sides: Sequence[tuple[np.ndarray, np.ndarray]], recipe: Recipe, pair: Pair, name: str
+    ) -> "_Layer":
+        """Returns what the students of one layer show, given both FFNs' inputs and outputs."""
+        seeds = student_seeds(pair, name, i)
+        students = [fit_student(x, y, recipe, seed) for (x, y), seed in zip(sides, seeds)]
+        inputs = [x for x, _ in sides]
+        return _Layer(
+            _both_sides(student_correlations(*zip(inputs, students)), pair, (name, i)),
+            {model: student.explained for model, student in zip(_MODELS, students)},
+            {
+                f"{model} {tap}": found
+                for model, x, student in zip(_MODELS, inputs, students)
+                for tap, found in self._sample(x, student, pair).items()
+            },
+        )
 
     def _sample(self, x: np.ndarray, student: Student, pair: Pair) -> dict[str, np.ndarray]:
         """Returns pre-activations of some units at some positions: the same positions for every layer and model."""
@@ -170,6 +181,28 @@ class MatchDistilled:
         source = control_source(len(pair.controls), 2)
         shares = {side: measured_allowance([layers[side] for layers in measured]) for side in SIDES}
         return shares | {"rest together": [float(np.mean(shares["rest"]))]}, source
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer: comparisons by side; what the students explain, by model; pre-activations by model and tap."""
+
+    comparisons: Mapping[str, Comparison]
+    explained: Mapping[str, float]
+    samples: Mapping[str, np.ndarray]
+
+
+def _remembered(progress: Progress, i: int, make: Callable[[], _Layer]) -> _Layer:
+    """Returns the layer as an interrupted run kept it, or made now."""
+    fields, samples = progress.load(dict[str, Any], i), progress.load_arrays(i)
+    if fields is not None and samples is not None:
+        comparisons = {side: Comparison(**fields["comparisons"][side]) for side in SIDES}
+        return _Layer(comparisons, fields["explained"], samples)
+    layer = make()
+    progress.keep_arrays(lambda: layer.samples, i)
+    progress.keep({"comparisons": {side: asdict(c) for side, c in layer.comparisons.items()},
+                   "explained": layer.explained}, i)  # fmt: skip
+    return layer
 
 
 @dataclass(frozen=True)

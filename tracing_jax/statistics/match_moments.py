@@ -1,5 +1,6 @@
 """`match_moments`: `match` by weights that answer to weights. It needs no text and no embeddings, and no basis."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,6 +10,7 @@ from tqdm import tqdm
 
 from tracing_jax.arch import Arch
 from tracing_jax.matching import live_units, match_units
+from tracing_jax.progress import Progress
 from tracing_jax.source import ParamSource
 from tracing_jax.statistics.calibration import (
     LEAST_ALLOWANCE,
@@ -59,8 +61,12 @@ class MatchMoments:
 
     def compute(self, pair: Pair) -> Result:
         """Returns the tests, parametric and calibrated."""
-        base, ft = self._signatures(pair.base, "base"), self._signatures(pair.ft, "ft")
-        layers = [_compare(*both, pair, (i,)) for i, both in enumerate(zip(base, ft))]
+        progress = pair.progress.within("match_moments")
+        base, ft = self._signatures(pair.base, "base", progress), self._signatures(pair.ft, "ft", progress)
+        layers = [
+            progress.memo(Comparison, (i,), functools.partial(_compare, *both, pair, (i,)))
+            for i, both in enumerate(zip(base, ft))
+        ]
         pairs = control_pairs(len(base), len(ft), pair.generator("match_moments", "controls"))
         controls = [
             _compare(self._some(base[i], pair), self._some(ft[j], pair), pair, ("control", i, j)) for i, j in pairs
@@ -78,10 +84,17 @@ class MatchMoments:
         )
         return result.without_p(AFTER_ALIGNMENT) if pair.aligned else result
 
-    def _signatures(self, model: ParamSource, side: str) -> list[Signed]:
-        L = model.arch.num_layers
-        layers = signatures(model, spread_layers(L, self.moments_of))
-        return list(tqdm(layers, total=L, desc=f"match_moments, {side}", unit="layer", disable=None))
+    def _signatures(self, model: ParamSource, side: str, progress: Progress) -> list[Signed]:
+        """Returns the signatures of every layer: of an interrupted run's layers those that were kept."""
+        L, found = model.arch.num_layers, list[Signed]()
+        while (arrays := progress.load_arrays(side, len(found))) is not None:
+            found.append({name: (arrays[name], arrays[f"{name} live"]) for name in SIDES})
+        layers = signatures(model, spread_layers(L, self.moments_of), len(found))
+        desc = f"match_moments, {side}"
+        for layer in tqdm(layers, desc=desc, unit="layer", initial=len(found), total=L, disable=None):
+            progress.keep_arrays(functools.partial(_as_arrays, layer), side, len(found))
+            found.append(layer)
+        return found
 
     def _allowance(self, base: list[Signed], ft: list[Signed], pair: Pair) -> tuple[list[float], str]:
         """Returns the share of each layer's units that may agree by convergence, and where it comes from."""
@@ -89,7 +102,7 @@ class MatchMoments:
             return [LEAST_ALLOWANCE] * len(base), "our own seeds agreed on no more than chance; see docs/nulls.md"
         measured = []
         for c, control in enumerate(pair.controls):
-            own = self._signatures(control, f"control {c}")
+            own = self._signatures(control, f"control {c}", pair.progress.within("match_moments"))
             for side, other in (("base", base), ("ft", ft)):
                 measured.append([_compare(*both, pair, (c, side, i)) for i, both in enumerate(zip(own, other))])
         return measured_allowance(measured), control_source(len(pair.controls), 2)
@@ -99,6 +112,10 @@ class MatchMoments:
         F = len(layer["gate"][1])
         drawn = np.sort(pair.generator("match_moments", "units", F).permutation(F)[: self.control_units])
         return {side: (found[drawn], live[drawn]) for side, (found, live) in layer.items()}
+
+
+def _as_arrays(layer: Signed) -> dict[str, np.ndarray]:
+    return {f"{side}{part}": found for side, both in layer.items() for part, found in zip(("", " live"), both)}
 
 
 def _compare(base: Signed, ft: Signed, pair: Pair, names: Sequence[str | int]) -> Comparison:

@@ -33,14 +33,16 @@ def spread_layers(num_layers: int, at_most: int) -> list[int]:
 
 
 def signatures(
-    model: ParamSource, layers: Sequence[int]
+    model: ParamSource, layers: Sequence[int], first: int = 0
 ) -> Iterator[dict[str, tuple[Float[np.ndarray, "F M"], np.ndarray]]]:
-    """Yields for every layer of the model, for `gate` and `up`, the signatures of its units and which of them live.
+    """Yields for the layers from `first` on, for `gate` and `up`, the signatures of the units and which of them live.
 
     The moments are those of gate, up and down in the layers named. A unit lives if none of its three rows is zero.
     """
+    if first == model.arch.num_layers:
+        return
     moments = [_moment(rows) for i in layers for rows in _unit_rows(model.layer(i), model.arch).values()]
-    for i in range(model.arch.num_layers):
+    for i in range(first, model.arch.num_layers):
         rows = _unit_rows(model.layer(i), model.arch)
         live = np.logical_and.reduce([np.asarray(jnp.abs(side).max(axis=1)) > 0 for side in rows.values()])
         yield {side: (_signatures(rows[side], moments), live) for side in SIDES}
