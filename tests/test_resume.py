@@ -103,7 +103,7 @@ def test_what_a_layer_took_is_not_done_again(config_of, monkeypatch, stat, work,
         "distil_steps": 20,
         "match_forms": "weights",
     }
-    module = importlib.import_module(f"tracing_jax.statistics.{module}")
+    module = importlib.import_module(f"tracing_jax.statistics.{stat}")
     do, done = getattr(module, work), []
     monkeypatch.setattr(module, work, lambda *given: done.append(0) or do(*given))
     expected = experiment.trace(config_of("whole", **fields))
