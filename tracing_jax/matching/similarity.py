@@ -115,6 +115,7 @@ def weight_similarity(
                 places.append(_Place(name, dim, equation, moves))
             else:
                 units = _with_contraction(units, equation, dim, *pairs.pair(name), *moves)
+                jax.block_until_ready(units)  # or the host reads ahead, and leaves pile up
     if coordinate.nested is None:
         return Similarity(to_host(units))
     return Similarity(to_host(units), _blocks(pairs, places, n, pairs.table.sizes[coordinate.nested]))
