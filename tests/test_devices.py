@@ -5,6 +5,7 @@ import math
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -186,3 +187,13 @@ def test_memory_of_the_block_step_grows_with_the_hidden_states_alone(programs):
         temporary[count] = memory.temp_size_in_bytes
     assert temporary[2] > layer_bytes / 2  # an interpolated layer is among it
     assert temporary[16] - temporary[2] < 2 * 14 * hidden_bytes < layer_bytes
+
+
+def test_of_two_layers_in_bfloat16_only_the_point_between_is_made_in_float32(programs):
+    arch = tiny.llama_mha(embed_dim=64, mlp_dim=512, num_layers=1, layer_ropes=(0,), layer_windows=(None,))
+    params = [jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), tiny.params_of(arch, seed)) for seed in (0, 1)]
+    base, ft = (InMemory(arch, tree) for tree in params)
+    path_losses(base, ft, TOKENS[:1] % 61, ALPHAS, GROUPS, Compute(make_mesh()))
+    (program,) = programs("_block_step")
+    in_float32 = sum(4 * leaf.size for leaf in flatten(base.layer(0)).values())
+    assert program.get_compiled_memory_stats().temp_size_in_bytes < 1.5 * in_float32
