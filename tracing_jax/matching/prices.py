@@ -16,19 +16,20 @@ _CLOSE = 32.0
 _TINY = np.float32(1e-30)
 
 
-def approximate_prices(rows: Float[np.ndarray, "S m"]) -> Float[np.ndarray, " m"]:
-    """Returns a price for each column, at least 0.
+def approximate_prices(rows: Float[np.ndarray, "S m"], num_rows: int) -> Float[np.ndarray, " m"]:
+    """Returns a price for each column, at least 0; 0 for columns that nobody wants if there are more than rows.
 
     Args:
-      rows: similarities of a sample of rows, out of as many as there are columns, with all columns.
+      rows: similarities of a sample of rows with all columns.
+      num_rows: the rows that there are in all, at most as many as columns.
     """
     S, m = rows.shape
-    mass = np.float32(m / S)
+    mass, spare = np.float32(num_rows / S), num_rows < m
     u, v = rows.max(axis=1), np.zeros(m, np.float32)
     temperature = np.float32(rows.std()) or np.float32(1)
     for _ in range(_LEVELS):
         plan = _plan(rows, u, v, temperature)
-        a, b = _balanced(plan, mass)
+        a, b = _balanced(plan, mass, np.exp(np.minimum(v / temperature, 50)) if spare else np.float32(np.inf))
         u, v = u - temperature * np.log(a), v - temperature * np.log(b)
         if _hesitation(plan, b) < _CLOSE * mass:
             break
@@ -47,13 +48,13 @@ def _plan(
 
 
 def _balanced(
-    plan: Float[np.ndarray, "S m"], mass: np.float32
+    plan: Float[np.ndarray, "S m"], mass: np.float32, most: np.ndarray | np.float32
 ) -> tuple[Float[np.ndarray, " S"], Float[np.ndarray, " m"]]:
-    """Returns the factors of rows and of columns that give rows their mass, and columns 1."""
+    """Returns the factors of rows and of columns that give rows their mass, and columns 1 or the factor `most`."""
     b = np.ones(plan.shape[1], np.float32)
     for _ in range(_SWEEPS):
         a = mass / (plan @ b + _TINY)
-        b = 1 / (a @ plan + _TINY)
+        b = np.minimum(1 / (a @ plan + _TINY), most)
     return mass / (plan @ b + _TINY), b
 
 

@@ -5,16 +5,16 @@ are then held against all entries, and the entries that they do not cover join t
 Every pass over the matrix is a reduction; see `views`.
 
 Source: column generation for assignments, as in Volgenant 1996 (LAPMOD, solved on a sparse core and checked against
-the rest); the core here is chosen by approximate prices, and solved by `sparse_core`.
+the rest); the core here is chosen by approximate prices, and solved by `augmentation`.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
+from tracing_jax.matching.augmentation import Augmentation, Edges
 from tracing_jax.matching.prices import approximate_prices
-from tracing_jax.matching.sparse_core import Core, Edges, solve_core
 from tracing_jax.matching.views import Best, Survey, View, not_finite
 
 _CANDIDATES = 24
@@ -83,21 +83,20 @@ def plain_assignment(survey: Survey) -> Assignment | None:
 def _generate(view: View, scale: float) -> Assignment:
     """Returns the assignment by candidates that grow until their prices cover all entries of at most this size."""
     n, m = view.shape
-    prices = np.zeros(m)
-    if n == m:  # else many columns are left over, and cost nothing
-        prices += scale * approximate_prices(view.sample(_SAMPLE) / np.float32(scale))
+    prices = scale * approximate_prices(view.sample(_SAMPLE) / np.float32(scale), n)
     diagonal = Edges(np.arange(n), np.arange(n), view.diagonal())  # lets every row have a column of its own
     edges = _joined(diagonal, view.best(prices, _CANDIDATES), m)
+    state = Augmentation((n, m), prices if n == m else np.zeros(m))
     more, passes = _MORE, 2
     while True:
-        core = solve_core(edges, prices)
-        prices = core.v
-        found, passes = view.best(prices, more), passes + 1
-        over = found.values - prices[found.columns] - core.u[found.rows]
+        state.solve(edges)
+        found, passes = view.best(state.v, more), passes + 1
+        over = found.values - state.v[found.columns] - state.u[found.rows]
         before, edges = len(edges.rows), _joined(edges, found.where(over > _FLOAT64 * scale), m)
         if len(edges.rows) == before:
-            proved = _proved(core, found, passes)
-            if proved.bound - proved.value <= _PROVED * np.abs(core.weights).sum() + _TINY * n or more >= m:
+            proved = _proved(state, edges, found, passes)
+            size = np.abs(edges.weights[_assigned(state, edges)]).sum()
+            if proved.bound - proved.value <= _PROVED * size + _TINY * n or more >= m:
                 return proved
         if not before < len(edges.rows) <= before + n:
             more = min(2 * more, m)
@@ -111,15 +110,19 @@ def _joined(edges: Edges, found: Best, m: int) -> Edges:
     return Edges(*np.divmod(keys, m), weights)
 
 
-def _proved(core: Core, found: Best, passes: int) -> Assignment:
+def _proved(state: Augmentation, edges: Edges, found: Best, passes: int) -> Assignment:
     """Returns the assignment with the bound of its prices, whatever they are: that bound holds for any prices.
 
     The prices are those that the matrix was seen with, in float32: among `found` entries less prices are exact, and of
     the others, rounding keeps the order.
     """
-    prices = core.v.astype(np.float32).astype(np.float64)
+    prices = state.v.astype(np.float32).astype(np.float64)
     most = np.nextafter(found.rest, np.float32(np.inf)).astype(np.float64)
     np.maximum.at(most, found.rows, found.values - prices[found.columns])
-    bound = float(most.sum() + prices.sum() - (len(prices) - len(most)) * prices.min())
-    value = float(core.weights.sum())
-    return Assignment(core.columns.astype(np.int32), value, max(bound, value), passes)
+    bound = float(most.sum() + prices.sum() - (state.m - state.n) * prices.min())
+    value = float(edges.weights[_assigned(state, edges)].sum())
+    return Assignment(state.column_of.astype(np.int32), value, max(bound, value), passes)
+
+
+def _assigned(state: Augmentation, edges: Edges) -> Bool[np.ndarray, " E"]:
+    return state.column_of[edges.rows] == edges.columns
