@@ -135,7 +135,7 @@ def _blocks(pairs: WeightPairs, places: Sequence[_Place], n: int, size: int) -> 
     if 4 * (n * size) ** 2 <= _NESTED_BYTES:
         whole = jnp.zeros((n, size, n, size))
         for name, _, equation, moves in places:
-            whole += _contract(equation, *pairs.pair(name), *moves)
+            whole = _added(whole, _contract(equation, *pairs.pair(name), *moves))
         found = to_host(whole)
         return lambda i, j: found[i, :, j]
 
@@ -146,6 +146,12 @@ def _blocks(pairs: WeightPairs, places: Sequence[_Place], n: int, size: int) -> 
         return to_host(total)[0, :, 0]
 
     return block
+
+
+@functools.partial(jax.jit, donate_argnames="total")
+def _added(total: Float[Array, "..."], more: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns the sum in the place of `total`."""
+    return total + more
 
 
 @functools.partial(jax.jit, static_argnames=("equation", "dim", "dims"), donate_argnames="total")
