@@ -11,6 +11,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tracing_jax import adding
 from tracing_jax.axes import PERMUTABLE, axis_table, table_from_axes
 from tracing_jax.matching import (
     Coordinate,
@@ -23,6 +24,7 @@ from tracing_jax.matching import (
     value,
     weights,
 )
+from tracing_jax.matching.coordinate import coordinates
 from tracing_jax.sharding import make_mesh, place
 from tracing_jax.symmetry import identity, invert, permute, random_permutations
 from tracing_jax.tree import flatten, map_named
@@ -122,6 +124,26 @@ def test_large_nested_axes_are_compared_block_by_block(kinds, monkeypatch):
     by_block = match_weights(base, ft, table, axes)
     assert_same(by_block.permutations, expected)
     np.testing.assert_allclose(by_block.objective, at_once.objective, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_similarity_of_weights_is_that_of_numpy_however_sliced(dtype, monkeypatch):
+    base, ft, table, _ = planted(tiny.llama_mha(), PERMUTABLE, 0.2, dtype)
+    pairs = similarity.weight_pairs(base, ft, table, {})
+    axis = "layers/0/mlp"
+    names, start = pairs.touching([axis]), identity(table, ["embed", axis])
+    expected = 0
+    for name in names:
+        own = [np.moveaxis(np.asarray(side[name], np.float64), table.leaves[name].axes.index(axis), 0)
+               for side in (pairs.base, pairs.ft)]  # fmt: skip
+        one, other = (side.reshape(len(side), -1) / np.linalg.norm(side) for side in own)
+        expected = expected + one @ other.T
+    monkeypatch.setattr(adding, "_SLICE_ENTRIES", expected.size // 3)
+    jax.clear_caches()  # programs made with the constant as it was
+    (coordinate,) = coordinates(table, [axis])
+    found = similarity.weight_similarity(pairs, coordinate, start, names)
+    jax.clear_caches()
+    np.testing.assert_allclose(found.units, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(
