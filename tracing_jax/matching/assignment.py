@@ -12,8 +12,6 @@ from tracing_jax.matching.views import HostView, View
 _SMALL = 2**21
 """Entries of a matrix that scipy assigns sooner than candidates are found, if plain maxima do not decide; see
 `benchmarks/assignment.py`."""
-_WIDE, _SMALL_WIDE = 0.8, 2**24
-"""Rows per column below which scipy is the faster, and the entries up to which its copy in float64 is afforded."""
 
 Blocks = Callable[[int, int], Float[np.ndarray, "G G2"]]
 """(unit i of base, unit j of ft) -> how alike the units inside the two are, at [g, h]."""
@@ -23,14 +21,14 @@ def assign(similarity: Float[np.ndarray, "n m"] | View) -> Int[np.ndarray, " n"]
     """Returns for every row its own column, such that the similarities picked have the greatest possible sum.
 
     Equal optima are told apart by the order of rows and columns. For the proof see `optimal_assignment`, which solves
-    all but matrices that are small, or have many more columns than rows; there scipy's solver is the faster.
+    all but small matrices; there scipy's solver is the faster.
 
     Raises:
       ValueError: more rows than columns, or similarities that are not finite.
     """
     view = HostView(similarity) if isinstance(similarity, np.ndarray) else similarity
     n, m = view.shape
-    if n * m > _SMALL and (n > _WIDE * m or n * m > _SMALL_WIDE):
+    if n * m > _SMALL:
         return optimal_assignment(view).columns
     plain = plain_assignment(surveyed(view))
     if plain is not None:

@@ -4,7 +4,8 @@ Rows take columns, each pair worth its weight. Prices u of rows and v of columns
 those assigned exactly; then no assignment is worth more. A search from all rows without a column at once finds trees
 of cheapest exchanges; trees of different rows share nothing, so that each of them hands its row a column.
 
-With fewer rows than columns, one more holder keeps the columns that no row has. It takes any of them for nothing.
+With fewer rows than columns, one more holder keeps the columns that no row has. It takes any of them for nothing. Where
+these are many, it takes them last: each tree that reached one would lead through the holder, and bar the way to others.
 
 Source: Hung and Rom 1980, Solving the assignment problem by relaxation, which grows such a forest on dense matrices;
 the prices are those of Edmonds and Karp 1972.
@@ -17,6 +18,10 @@ from jaxtyping import Bool, Float, Int
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import dijkstra
 
+from tracing_jax.matching.short_paths import ShortPaths
+
+_MANY = 1 / 64
+"""Of the columns: if more are left over, rows look for them one by one; see `short_paths`."""
 _ROUNDING = 1e-14
 """Of the greatest weight: an edge this close to its prices is covered exactly."""
 
@@ -55,11 +60,14 @@ class Augmentation:
         self._limit = np.inf
         self._cover(edges)
         self._take_free_columns(edges)
+        if self.m - self.n > _MANY * self.m:
+            self._take_near_columns(edges)
+        self._hold()
         while len(sources := self._without_column()):
             self._search(edges, sources)
 
     def _cover(self, edges: Edges) -> None:
-        """Raises prices of columns, or of rows where these are fewer, until they cover all edges; frees the rest."""
+        """Raises prices of columns, or of rows where these are fewer, until they cover all edges; frees what is not exact."""
         rows, columns, weights = edges
         short = weights - self.u[rows] - self.v[columns]
         bad = short > self._tolerance
@@ -70,21 +78,35 @@ class Augmentation:
         self.u[-1] = -self.v.min()
         kept = np.zeros(self.m, bool)
         kept[columns[self._tight(edges) & (self.row_of[columns] == rows)]] = True
-        kept |= (self.row_of == self.n) & self._tight_for_holder()
         self.row_of[~kept] = -1
         self.column_of[:] = -1
-        held = np.flatnonzero((self.row_of >= 0) & (self.row_of < self.n))
+        held = np.flatnonzero(self.row_of >= 0)
         self.column_of[self.row_of[held]] = held
 
     def _take_free_columns(self, edges: Edges) -> None:
-        """Gives rows, and the holder, columns that nobody has and that they pay the full price for."""
+        """Gives rows columns that nobody has and that they pay the full price for."""
         at = np.flatnonzero(self._tight(edges))
         at = at[(self.column_of[edges.rows[at]] < 0) & (self.row_of[edges.columns[at]] < 0)]
         at = at[np.unique(edges.rows[at], return_index=True)[1]]
         at = at[np.unique(edges.columns[at], return_index=True)[1]]
         self.column_of[edges.rows[at]], self.row_of[edges.columns[at]] = edges.columns[at], edges.rows[at]
-        free = np.flatnonzero((self.row_of < 0) & self._tight_for_holder())
-        self.row_of[free[: self._missing()]] = self.n
+
+    def _take_near_columns(self, edges: Edges) -> None:
+        """Gives rows, one by one, what the cheapest exchange frees, while that leaves enough for the holder."""
+        n = self.n
+        starts = np.searchsorted(edges.rows, np.arange(n + 1))
+        paths = ShortPaths(starts, edges.columns, edges.weights, self.u[:n], self.v, self.column_of, self.row_of)
+        left = set(np.flatnonzero((self.row_of < 0) & self._tight_for_holder()).tolist())
+        for row in np.flatnonzero(self.column_of < 0).tolist():
+            if len(left) <= self.m - n:
+                break
+            left.discard(paths.augment(row))
+        self.u[:n], self.v[:], self.column_of[:], self.row_of[:] = paths.u, paths.v, paths.column_of, paths.row_of
+
+    def _hold(self) -> None:
+        """Gives the holder columns that nobody has, and that it pays the full price for, as many as it lacks."""
+        left = np.flatnonzero((self.row_of < 0) & self._tight_for_holder())
+        self.row_of[left[: self._missing()]] = self.n
 
     def _search(self, edges: Edges, sources: Int[np.ndarray, " _"]) -> None:
         """Finds the trees of cheapest exchanges from the sources, moves the prices, and exchanges along the trees."""
