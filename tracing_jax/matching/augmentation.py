@@ -67,7 +67,7 @@ class Augmentation:
             self._search(edges, sources)
 
     def _cover(self, edges: Edges) -> None:
-        """Raises prices of columns, or of rows where these are fewer, until they cover all edges; frees what is not exact."""
+        """Raises prices of columns, or of rows where these are fewer, until they cover all edges; frees the others."""
         rows, columns, weights = edges
         short = weights - self.u[rows] - self.v[columns]
         bad = short > self._tolerance
