@@ -14,6 +14,7 @@ from tracing_jax.data import paired_one_to_one
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.source import InMemory, disguised, in_memory
 from tracing_jax.statistics import Pair, Vocabularies, verdict
+from tracing_jax.statistics.csu import Csu
 from tracing_jax.statistics.csu_all import CsuAll
 from tracing_jax.statistics.match import Match
 from tracing_jax.statistics.match_all import MatchAll
@@ -111,3 +112,12 @@ def test_csu_all_matches_the_rows_that_numpy_matches():
     assert {"embed/embedding", "head/lm_head", "layers/0/attn/q_proj"} <= set(loose.places)
     pairs = CsuAll(all_pairs=True).compute(pair_of(dataclasses.replace(ft)))
     assert len(pairs.tests[0].places) > 3 * len(exact.places)
+
+
+@pytest.mark.parametrize("statistic", [Csu(), CsuAll()])
+def test_rows_too_many_for_a_matrix_of_cosines_are_matched_as_if_there_were_one(statistic, monkeypatch):
+    ft = InMemory(ARCH, tiny.noisy(BASE.params, 1.5))
+    whole = statistic.compute(pair_of(ft))
+    monkeypatch.setattr("tracing_jax.statistics.cosine._WHOLE_BYTES", 0)
+    monkeypatch.setattr("tracing_jax.statistics.cosine.cosines", None)
+    assert statistic.compute(pair_of(ft)).tests == whole.tests

@@ -101,7 +101,62 @@ def trace(config: ConfigDict, finished: list[Progress] | None = None) -> dict[st
     with clock.step("load"):
         pair = load_pair(config, opened, progress)
     models = _model_facts_beside_the_work(opened, hashed=not (opened.is_first_look or config.max_layers))
-    disguise = permutation = alignment = perplexity = None
+    found = _steps(config, opened, pair, clock)
+    with clock.step("hashes"):
+        facts = {side: hashed.result() for side, hashed in models.items()}
+    record = plain(
+        {
+            **_circumstances(config, pair),
+            "models": facts,
+            "tokens": token_facts(opened),
+            **found.as_dict(config.level),
+            "seconds": clock.seconds,
+            "notes": opened.notes,
+        }
+    )
+    if is_first():
+        arrays = {name: result.arrays for name, result in found.before.items() if result.arrays}
+        save(record, RunFiles.from_save(config.save), found.alignment, arrays)
+    if finished is None:
+        progress.clear()
+    else:
+        finished.append(progress)
+    return record
+
+
+@dataclass
+class _Found:
+    """What the steps of a run found; None and empty for those that were not asked for.
+
+    Attributes:
+      before, after: the results of the statistics, before and after the alignment.
+    """
+
+    before: Mapping[str, Result]
+    after: Mapping[str, Result] = field(default_factory=dict)
+    disguise: Mapping[str, Any] | None = None
+    permutation: Mapping[str, Any] | None = None
+    alignment: Alignment | None = None
+    perplexity: Mapping[str, Any] | None = None
+
+    def as_dict(self, level: float) -> dict[str, Any]:
+        """Returns the fields of the record, with the verdict at this level."""
+        return {
+            "disguised": self.disguise,
+            "permuted": self.permutation,
+            "alignment": None if self.alignment is None else alignment_facts(self.alignment),
+            "statistics": {
+                name: {"non_aligned": result.as_dict(), "aligned": self.after[name].as_dict() if self.after else None}
+                for name, result in self.before.items()
+            },
+            "verdict": verdict(self.before, level).as_dict(),
+            "perplexity": self.perplexity,
+        }
+
+
+def _steps(config: ConfigDict, opened: Opened, pair: Pair, clock: "_Clock") -> _Found:
+    """Runs all steps between loading and saving that are asked for."""
+    disguise = permutation = None
     if opened.rewrites:
         with clock.step("disguise"):
             disguise = prove_disguise(config, opened, pair)
@@ -109,53 +164,24 @@ def trace(config: ConfigDict, finished: list[Progress] | None = None) -> dict[st
         with clock.step("permute"):
             pair, permutation = permute_ft(config, pair)
     with clock.step("statistic"):
-        before = _compute(opened, pair, opened.not_applicable)
-    judged = verdict(before, config.level)
-    after: dict[str, Result] = {}
+        found = _Found(_compute(opened, pair, opened.not_applicable), disguise=disguise, permutation=permutation)
     if config.align and not opened.not_alignable:
         with clock.step("align"):
-            pair, alignment = align_ft(config, opened, pair)
-    if alignment is not None:
+            pair, found.alignment = align_ft(config, opened, pair)
+    if found.alignment is not None:
         with clock.step("statistic aligned"):
             reasons = inapplicable(opened.statistics, pair.base.arch, pair.ft.arch, opened.vocabularies)
-            after = _compute(opened, pair, reasons)
+            found.after = _compute(opened, pair, reasons)
     if config.eval:
         with clock.step("perplexity"):
-            perplexity = {
+            found.perplexity = {
                 "base": _perplexity(pair, pair.base, opened.blocks_base, "base"),
                 "ft": _perplexity(pair, pair.ft, opened.blocks_ft, "ft"),
             }
-    if config.save_aligned and alignment is not None:
+    if config.save_aligned and found.alignment is not None:
         with clock.step("write aligned"):
             write_aligned(config, opened, pair)
-    with clock.step("hashes"):
-        facts = {side: found.result() for side, found in models.items()}
-    record = plain(
-        {
-            **_circumstances(config, pair),
-            "models": facts,
-            "tokens": token_facts(opened),
-            "disguised": disguise,
-            "permuted": permutation,
-            "alignment": None if alignment is None else alignment_facts(alignment),
-            "statistics": {
-                name: {"non_aligned": before[name].as_dict(), "aligned": after[name].as_dict() if after else None}
-                for name in before
-            },
-            "verdict": judged.as_dict(),
-            "perplexity": perplexity,
-            "seconds": clock.seconds,
-            "notes": opened.notes,
-        }
-    )
-    arrays = {name: result.arrays for name, result in before.items() if result.arrays}
-    if is_first():
-        save(record, RunFiles.from_save(config.save), alignment, arrays)
-    if finished is None:
-        progress.clear()
-    else:
-        finished.append(progress)
-    return record
+    return found
 
 
 def _model_facts_beside_the_work(opened: Opened, hashed: bool) -> dict[str, Future[dict[str, Any]]]:

@@ -2,7 +2,7 @@
 
 from tracing_jax.matching.assignment import Blocks, assign, assign_nested
 from tracing_jax.matching.coordinate import Coordinate, Similarity, coordinates, solve, value
-from tracing_jax.matching.device_views import DeviceView, view_of
+from tracing_jax.matching.device_views import DeviceView, Product, view_of
 from tracing_jax.matching.similarity import Shared, WeightPairs, scores, weight_pairs, weight_similarity
 from tracing_jax.matching.sparse_assignment import Assignment, optimal_assignment
 from tracing_jax.matching.units import UnitMatching, live_units, match_units
@@ -15,6 +15,7 @@ __all__ = [
     "Coordinate",
     "DeviceView",
     "HostView",
+    "Product",
     "Shared",
     "Similarity",
     "UnitMatching",

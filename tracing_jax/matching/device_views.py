@@ -18,13 +18,37 @@ from tracing_jax.matching.views import Best, HostView, Survey, View, places, thi
 _BLOCK_ROWS = 512
 
 
+@dataclass(frozen=True)
+class Product:
+    """The similarities X Y^T of units with these factors, made block by block whenever they are looked at."""
+
+    x: Float[Array, "n d"]
+    y: Float[Array, "m d"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The numbers of rows and of columns."""
+        return self.x.shape[0], self.y.shape[0]
+
+    @property
+    def T(self) -> "Product":  # noqa: N802 - named as that of arrays
+        """The similarities Y X^T."""
+        return Product(self.y, self.x)
+
+    def any(self, axis: int) -> Bool[Array, " _"]:
+        """Returns which rows (`axis` 1) or columns (0) have a factor that is not zero."""
+        return (self.x if axis == 1 else self.y).any(axis=1)
+
+
 def view_of(
-    similarity: Float[Array | np.ndarray, "n m"],
+    similarity: Float[Array | np.ndarray, "n m"] | Product,
     rows: Int[np.ndarray, " _"],
     columns: Int[np.ndarray, " _"],
     absolute: bool = False,
 ) -> View:
     """Returns a view of a matrix where it lies: of one in host memory by numpy, else by the device that holds it."""
+    if isinstance(similarity, Product):
+        return DeviceView((similarity.x, similarity.y), rows, columns, absolute)
     if isinstance(similarity, np.ndarray) or all(device.platform == "cpu" for device in similarity.devices()):
         return HostView(np.asarray(similarity), rows, columns, absolute)
     return DeviceView((similarity,), rows, columns, absolute)

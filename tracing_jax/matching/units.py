@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tracing_jax.matching.assignment import assign
-from tracing_jax.matching.device_views import view_of
+from tracing_jax.matching.device_views import Product, view_of
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class UnitMatching:
 
 
 def live_units(
-    *similarities: Float[Array | np.ndarray, "n m"],
+    *similarities: Float[Array | np.ndarray, "n m"] | Product,
 ) -> tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"]]:
     """Returns the rows and the columns that have a similarity in every one of these matrices.
 
@@ -43,7 +43,7 @@ def live_units(
 
 
 def match_units(
-    similarity: Float[Array | np.ndarray, "n m"],
+    similarity: Float[Array | np.ndarray, "n m"] | Product,
     generator: np.random.Generator,
     live: tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"]] | None = None,
     *,

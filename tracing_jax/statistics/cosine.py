@@ -1,4 +1,4 @@
-"""Cosines between the rows of two matrices; the best of each row in slices that bound the memory."""
+"""Cosines between the rows of two matrices, in slices where the matrix of all would take too much memory."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,11 @@ import numpy as np
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
-from tracing_jax.tree import to_host
+from tracing_jax.matching import Product
+from tracing_jax.tree import readable, to_host
 
 _SLICE_BYTES = 256 * 2**20  # the most that one slice of the cosine matrix may take
+_WHOLE_BYTES = 4 * 2**30  # the most that a cosine matrix may take which is matched; of 32,768 rows
 
 
 def best_cosines(rows: Float[Array, "n d"], others: Float[Array, "m d"], description: str = "") -> np.ndarray:
@@ -22,6 +24,18 @@ def best_cosines(rows: Float[Array, "n d"], others: Float[Array, "m d"], descrip
     return np.concatenate([to_host(_best(rows[start : start + step], others)) for start in starts])
 
 
+def similarities(
+    rows: Float[Array | np.ndarray, "n d"], others: Float[Array | np.ndarray, "m d"]
+) -> Float[Array | np.ndarray, "n m"] | Product:
+    """Returns the cosines of all rows with all others, to be matched; above 4 GiB as a product that is never whole.
+
+    Whoever matches a product makes it anew in each of its few passes.
+    """
+    if 4 * len(rows) * len(others) > _WHOLE_BYTES:
+        return Product(*(_normalised(readable(jnp.asarray(side))) for side in (rows, others)))
+    return readable(cosines(rows, others))
+
+
 @jax.jit
 def cosines(rows: Float[Array | np.ndarray, "n d"], others: Float[Array | np.ndarray, "m d"]) -> Float[Array, "n m"]:
     """Returns the cosine of every row with every other, float32; 0 where either is a row of zeros."""
@@ -33,6 +47,7 @@ def _best(rows: jax.Array, others: jax.Array) -> jax.Array:
     return jnp.einsum("nd,md->nm", _normalised(rows), others, precision="highest").max(axis=1)
 
 
+@jax.jit
 def _normalised(rows: jax.Array | np.ndarray) -> jax.Array:
     rows = jnp.asarray(rows, jnp.float32)
     norms = jnp.linalg.norm(rows, axis=1, keepdims=True)

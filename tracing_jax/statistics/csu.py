@@ -9,13 +9,13 @@ from jaxtyping import Array, Float
 from tqdm import trange
 
 from tracing_jax.arch import Arch
-from tracing_jax.matching import match_units
+from tracing_jax.matching import Product, match_units
 from tracing_jax.statistics.comparison import Comparison, against_identity
 from tracing_jax.statistics.constrained import constrained_result, layers_in_common, row_problems
-from tracing_jax.statistics.cosine import cosines
+from tracing_jax.statistics.cosine import similarities
 from tracing_jax.statistics.overlap import overlapped
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies
-from tracing_jax.tree import Tree, readable
+from tracing_jax.tree import Tree
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,17 @@ class Csu:
         progress = pair.progress.within("csu")
         layers, kept = layers_in_common(pair), progress.count(Comparison)
 
-        def similarities() -> Iterator[tuple[int, Array]]:
+        def by_layer() -> Iterator[tuple[int, Array | np.ndarray | Product]]:
             for i in trange(kept, layers, desc="csu", unit="layer", initial=kept, total=layers, disable=None):
                 base, ft = (unit_rows(m.layer(i, ("mlp/up_proj/kernel",)), "up_proj") for m in (pair.base, pair.ft))
-                yield i, cosines(base, ft)
+                yield i, similarities(base, ft)
 
-        def compare(item: tuple[int, Array]) -> Comparison:
+        def compare(item: tuple[int, Array | np.ndarray | Product]) -> Comparison:
             i, similarity = item
-            return progress.memo(Comparison, (i,), lambda: _compare(similarity, pair.generator("csu", i)))
+            return progress.memo(Comparison, (i,), lambda: compare_rows(similarity, pair.generator("csu", i)))
 
         comparisons = [comparison for i in range(kept) if (comparison := progress.load(Comparison, i))]
-        comparisons += overlapped(similarities(), compare)
+        comparisons += overlapped(by_layer(), compare)
         return constrained_result(pair, comparisons, "units whose up-projection stays in place, share")
 
 
@@ -59,15 +59,8 @@ def unit_rows(layer: Tree, projection: str) -> Float[Array | np.ndarray, "F D"]:
 
 
 def compare_rows(
-    base: Float[Array | np.ndarray, "n d"],
-    ft: Float[Array | np.ndarray, "m d"],
-    generator: np.random.Generator,
-    signed: bool = False,
+    similarity: Float[Array | np.ndarray, "n m"] | Product, generator: np.random.Generator, signed: bool = False
 ) -> Comparison:
-    """Returns how far matching the rows of two matrices by (absolute) cosine keeps them in place."""
-    return _compare(cosines(base, ft), generator, signed)
-
-
-def _compare(similarity: Float[Array, "n m"], generator: np.random.Generator, signed: bool = False) -> Comparison:
-    matching = match_units(readable(similarity), generator, absolute=not signed)
+    """Returns how far matching rows by their (absolute) similarity keeps them in place."""
+    matching = match_units(similarity, generator, absolute=not signed)
     return against_identity(matching, *similarity.shape)

@@ -2,20 +2,23 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisTable, axis_table, kind_of
+from tracing_jax.matching import Product
 from tracing_jax.source import ParamSource, leaf
 from tracing_jax.statistics.comparison import Comparison, bonferroni_log10, one_test
 from tracing_jax.statistics.constrained import row_problems
+from tracing_jax.statistics.cosine import similarities
 from tracing_jax.statistics.csu import compare_rows
+from tracing_jax.statistics.overlap import overlapped
 from tracing_jax.statistics.pvalues import smallest
 from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, Pair, Result, Test, Vocabularies
 from tracing_jax.tree import to_host
@@ -31,6 +34,9 @@ inside a head, and the rows of embedding and head are tokens: their p-values hav
 
 _Rows = Callable[[], tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "n d"]]]
 """Reads a matrix of base and one of ft, as rows."""
+_Place = tuple[str, bool, _Rows]
+"""The name of two matrices, whether their null is exact, and what reads them."""
+_Similarity = Array | np.ndarray | Product
 
 
 @dataclass(frozen=True)
@@ -51,9 +57,10 @@ class CsuAll:
     def compute(self, pair: Pair) -> Result:
         """Returns the p-values of the matrices, those with an exact null apart from those without."""
         found: dict[bool, dict[str, Comparison]] = {True: {}, False: {}}
-        for place, exact, rows in tqdm(self._pairs(pair), desc="csu_all", unit="matrix", disable=None):
-            compare = functools.partial(_compare, rows, pair.generator("csu_all", place))
-            found[exact][place] = pair.progress.memo(Comparison, ("csu_all", place), compare)
+        places = list(self._pairs(pair))
+        comparisons = overlapped(self._similarities(pair, places), functools.partial(_compare, pair))
+        for (place, exact, _), comparison in zip(places, comparisons, strict=True):
+            found[exact][place] = comparison
         tests = [
             *_tests("exact null", found[True], decides=True),
             *_tests("no exact null", found[False], decides=False),
@@ -70,7 +77,12 @@ class CsuAll:
         )
         return result.without_p(AFTER_ALIGNMENT) if pair.aligned else result
 
-    def _pairs(self, pair: Pair) -> Iterator[tuple[str, bool, _Rows]]:
+    def _similarities(self, pair: Pair, places: Sequence[_Place]) -> Iterator[tuple[str, _Similarity | Comparison]]:
+        """Yields for each place what is to be matched, or the comparison that an interrupted run has kept."""
+        for place, _, rows in tqdm(places, desc="csu_all", unit="matrix", disable=None):
+            yield place, pair.progress.load(Comparison, "csu_all", place) or similarities(*rows())
+
+    def _pairs(self, pair: Pair) -> Iterator[_Place]:
         """Yields the name, whether the null is exact, and what reads both matrices as rows."""
         tables = [axis_table(model.arch) for model in (pair.base, pair.ft)]
         shapes, shapes_ft = (_shapes(table) for table in tables)
@@ -84,8 +96,12 @@ class CsuAll:
                 )  # fmt: skip
 
 
-def _compare(rows: _Rows, generator: np.random.Generator) -> Comparison:
-    return compare_rows(*rows(), generator)
+def _compare(pair: Pair, item: tuple[str, _Similarity | Comparison]) -> Comparison:
+    place, found = item
+    if isinstance(found, Comparison):
+        return found
+    make = functools.partial(compare_rows, found, pair.generator("csu_all", place))
+    return pair.progress.memo(Comparison, ("csu_all", place), make)
 
 
 def _short(name: str) -> str:

@@ -13,6 +13,7 @@ from tracing_jax.source import Excerpt
 from tracing_jax.statistics.calibration import Null, null_of, tabled_allowance
 from tracing_jax.statistics.comparison import Comparison, bonferroni_log10, share_agreeing, share_by_layer, tests_of
 from tracing_jax.statistics.constrained import layers_in_common
+from tracing_jax.statistics.cosine import similarities
 from tracing_jax.statistics.csu import compare_rows, unit_rows
 from tracing_jax.statistics.match import TAPS, compare_taps, form_tests
 from tracing_jax.statistics.pvalues import fisher
@@ -96,7 +97,7 @@ def _in_place(plan: Plan, pair: Pair, read: Mapping[str, list[int]]) -> Iterator
         for side, model in (("base", pair.base), ("ft", pair.ft)):
             excerpt = Excerpt(model, (i,), run, none, read[side])
             rows.append(unit_rows(excerpt.layer(0, (_UP,)), "up_proj"))
-        yield compare_rows(rows[0], rows[1], pair.generator("screen", i))
+        yield compare_rows(similarities(*rows), pair.generator("screen", i))
 
 
 def _sampled_layers(plan: Plan, pair: Pair, read: Mapping[str, list[int]]) -> tuple[list[Comparison], Null]:
