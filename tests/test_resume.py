@@ -80,8 +80,8 @@ def test_finished_layers_are_not_compared_again(config_of, monkeypatch):
     from tracing_jax.statistics import csu
 
     compared = []
-    compare = csu.cosines
-    monkeypatch.setattr(csu, "cosines", lambda *rows: compared.append(0) or compare(*rows))
+    compare = csu.similarities
+    monkeypatch.setattr(csu, "similarities", lambda *rows: compared.append(0) or compare(*rows))
     record = experiment.trace(config_of(stat="csu", permute=False, align=False, eval=False))
     assert len(compared) == record["models"]["base"]["shape"]["num_layers"] - 1
 
