@@ -17,8 +17,8 @@ _MODULES = sorted(_PACKAGE.rglob("*.py"))
 _ROOMS = {
     "tree": "",
     "record": "",
-    "progress": "record",
     "processes": "",
+    "progress": "record processes",
     "door": "",
     "arch": "",
     "axes": "arch tree",

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,17 @@ def _ended(processes):
     return [(process.returncode, *text) for process, text in zip(processes, found)]
 
 
+@pytest.fixture(scope="module")
+def alone(family, tmp_path_factory):
+    """The record of one process with as many devices."""
+    config = importlib.import_module("configs.common").get_config("mode")
+    config.base_model_id, config.ft_model_id = str(family.member("base")), str(family.member("finetune"))
+    config.dataset, config.block_size, config.num_tokens = str(family.text), 64, 1024
+    config.stat, config.mesh.data, config.mesh.model = STATISTICS, 2, 2
+    config.save = str(tmp_path_factory.mktemp("alone") / "m.p")
+    return json.loads(json.dumps(experiment.trace(config)))
+
+
 def _assert_close(found, expected, where="statistics"):
     if isinstance(expected, dict):
         assert found.keys() == expected.keys(), where
@@ -68,7 +80,7 @@ def _assert_close(found, expected, where="statistics"):
         assert found == expected, where
 
 
-def test_two_processes_give_the_record_of_one_and_the_first_alone_writes(family, tmp_path):
+def test_two_processes_give_the_record_of_one_and_the_first_alone_writes(family, alone, tmp_path):
     ended = _ended(_start(lambda i: _arguments(family, tmp_path / f"process{i}" / "m.p")))
     assert [status for status, *_ in ended] == [0, 0], ended
     first, second = (tmp_path / f"process{i}" for i in range(2))
@@ -79,14 +91,26 @@ def test_two_processes_give_the_record_of_one_and_the_first_alone_writes(family,
     record = json.loads((first / "m.json").read_text())
     assert record["device"]["count"] == 4
 
-    config = importlib.import_module("configs.common").get_config("mode")
-    config.base_model_id, config.ft_model_id = str(family.member("base")), str(family.member("finetune"))
-    config.dataset, config.block_size, config.num_tokens = str(family.text), 64, 1024
-    config.stat, config.mesh.data, config.mesh.model = STATISTICS, 2, 2
-    config.save = str(tmp_path / "alone" / "m.p")
-    alone = experiment.trace(config)
-    _assert_close(record["statistics"], json.loads(json.dumps(alone["statistics"])))
+    _assert_close(record["statistics"], alone["statistics"])
     assert record["verdict"]["verdict"] == alone["verdict"]["verdict"]
+
+
+def test_two_processes_that_were_killed_go_on_together(family, alone, tmp_path):
+    arguments = [*_arguments(family, tmp_path / "m.p"), "--config.memory=stream"]
+    processes = _start(lambda i: arguments)
+    while not (half_way := list(tmp_path.rglob("hidden.npz"))) and all(p.poll() is None for p in processes):
+        time.sleep(0.01)
+    for process in processes:
+        process.kill()
+    said = [process.communicate() for process in processes]
+    assert half_way, said
+
+    ended = _ended(_start(lambda i: arguments))
+    assert [status for status, *_ in ended] == [0, 0], ended
+    record = json.loads((tmp_path / "m.json").read_text())
+    assert any("goes on from an interrupted run" in note for note in record["notes"])
+    _assert_close(record["statistics"], alone["statistics"])
+    assert not list(tmp_path.rglob("hidden.npz"))
 
 
 @pytest.mark.parametrize("failing", [0, 1])

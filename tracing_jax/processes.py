@@ -6,15 +6,19 @@ host sees the same numbers everywhere, and the first process alone writes files 
 
 import contextlib
 import functools
+import json
 import os
 import sys
 import traceback
 from collections.abc import Iterator
+from typing import TypeVar
 
 import jax
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
+
+T = TypeVar("T")
 
 _HEARTBEAT_SECONDS = 30
 """A process that has not been heard of for so long is gone, and the others end; a dead connection ends them sooner."""
@@ -58,11 +62,21 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def agreed(value: bool) -> bool:
-    """Returns the first process's value in all of them; each waits here for the others."""
+def agreed(value: T) -> T:
+    """Returns the first process's value, one that JSON can say, in all of them; each waits here for the others."""
     if jax.process_count() == 1:
         return value
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+    said = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(said), np.int32)))
+    said = multihost_utils.broadcast_one_to_all(said if is_first() else np.zeros(size, np.uint8))
+    return json.loads(said.tobytes())  # type: ignore[no-any-return]
+
+
+def everywhere(value: bool) -> bool:
+    """Returns whether a value is true in all processes; each waits here for the others."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.process_allgather(np.asarray(value)).all())
 
 
 def _join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> bool:

@@ -1,4 +1,8 @@
-"""What an interrupted run has finished already: small files in its folder, from which a second start goes on."""
+"""What an interrupted run has finished already: small files in its folder, from which a second start goes on.
+
+Several processes must find the same pieces finished, or one would wait for the others in work that they leave out. So
+they agree at the start on what there is, and take nothing that was written since; the first alone writes.
+"""
 
 import contextlib
 import functools
@@ -11,9 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
 from absl import logging
 
+from tracing_jax.processes import agreed, everywhere, is_first
 from tracing_jax.record import atomic_write, plain
 
 T = TypeVar("T")
@@ -27,9 +33,12 @@ _FACTS = "facts.json"
 class Progress:
     """Finished pieces of work by name, each written whole or not at all; without a folder nothing is kept."""
 
-    def __init__(self, folder: Path | None = None, facts: tuple[Path, bytes] | None = None):
+    def __init__(
+        self, folder: Path | None = None, facts: tuple[Path, bytes] | None = None, agreed_on: set[Path] | None = None
+    ):
         self.folder = folder
         self._facts = facts  # a file and its content, written with the first piece: a refused run leaves nothing behind
+        self._agreed_on = agreed_on  # the files of several processes; None for one, which takes what it finds
 
     @classmethod
     def open(cls, folder: Path, facts: Mapping[str, Any]) -> tuple["Progress", str | None]:
@@ -38,25 +47,25 @@ class Progress:
         Pieces of a run with other facts are deleted. The word is None where there was no earlier run.
         """
         wanted = json.loads(json.dumps(plain(facts)))
-        word = None
-        if (folder / _FACTS).exists():
-            different = _differences(json.loads((folder / _FACTS).read_text("utf-8")), wanted)
-            if different:
-                shutil.rmtree(folder)
-                word = f"an interrupted run is in {folder}, of other {', '.join(different)}: it is started over"
-            else:
-                word = f"goes on from an interrupted run: {sum(1 for _ in folder.rglob('*.*')) - 1} finished pieces"
+        names, word = agreed(_left_in(folder, wanted) if is_first() else ([], None))
+        finished = {folder / name for name in names}
+        if not everywhere(all(file.exists() for file in finished)):
+            finished = set()
+            word = f"an interrupted run is in {folder}, which not all processes see: it is started over"
+        if word is not None:
             logging.info("%s", word)
-        return cls(folder, (folder / _FACTS, json.dumps(wanted).encode())), word
+        agreed_on = finished if jax.process_count() > 1 else None
+        return cls(folder, (folder / _FACTS, json.dumps(wanted).encode()), agreed_on), word
 
     def within(self, *names: str | int) -> "Progress":
         """Returns the pieces under a name of their own."""
-        return Progress(None if self.folder is None else self.folder.joinpath(*map(str, names)), self._facts)
+        folder = None if self.folder is None else self.folder.joinpath(*map(str, names))
+        return Progress(folder, self._facts, self._agreed_on)
 
     def load(self, kind: Callable[..., T], *names: str | int) -> T | None:
         """Returns the piece of this name, made by `kind(**fields)`; None if it is not finished."""
         file = self._file(names, ".json")
-        return None if file is None or not file.exists() else kind(**json.loads(file.read_text("utf-8")))
+        return None if file is None or not self._is_finished(file) else kind(**json.loads(file.read_text("utf-8")))
 
     def memo(self, kind: Callable[..., T], names: tuple[str | int, ...], make: Callable[[], T]) -> T:
         """Returns the piece of this name, a dataclass of plain fields; it is made and kept if it is not finished."""
@@ -68,7 +77,7 @@ class Progress:
 
     def keep(self, fields: Mapping[str, Any], *names: str | int) -> None:
         """Keeps a piece under this name, for `load`; numbers and arrays of numpy become plain ones."""
-        if (file := self._file(names, ".json")) is not None:
+        if (file := self._file(names, ".json")) is not None and is_first():
             self._begin()
             self._write(file, json.dumps(fields, default=lambda value: value.tolist()).encode())
 
@@ -79,18 +88,20 @@ class Progress:
     def load_arrays(self, *names: str | int) -> dict[str, np.ndarray] | None:
         """Returns the arrays of this name; None if they are not finished."""
         file = self._file(names, ".npz")
-        if file is None or not file.exists():
+        if file is None or not self._is_finished(file):
             return None
         with np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
 
     def keep_arrays(self, arrays: Callable[[], Mapping[str, np.ndarray]], *names: str | int) -> None:
-        """Keeps arrays under this name; they are made only if there is a folder to keep them in."""
+        """Keeps arrays under this name; they are made, by all processes, only if there is a folder to keep them in."""
         if (file := self._file(names, ".npz")) is not None:
-            buffer = io.BytesIO()
-            np.savez(buffer, allow_pickle=False, **arrays())
-            self._begin()
-            self._write(file, buffer.getvalue())
+            made = arrays()
+            if is_first():
+                buffer = io.BytesIO()
+                np.savez(buffer, allow_pickle=False, **made)
+                self._begin()
+                self._write(file, buffer.getvalue())
 
     def memo_arrays(
         self, names: tuple[str | int, ...], make: Callable[[], dict[str, np.ndarray]]
@@ -105,14 +116,20 @@ class Progress:
     def forget(self, *names: str | int) -> None:
         """Deletes the arrays of this name: what they were kept for is finished."""
         if (file := self._file(names, ".npz")) is not None:
-            file.unlink(missing_ok=True)
+            if self._agreed_on is not None:
+                self._agreed_on.discard(file)
+            if is_first():
+                file.unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Deletes everything: the run is finished, and its record says what came out."""
-        if self.folder is not None:
+        if self.folder is not None and is_first():
             shutil.rmtree(self.folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # it holds the run's other files
                 self.folder.parent.rmdir()
+
+    def _is_finished(self, file: Path) -> bool:
+        return file.exists() if self._agreed_on is None else file in self._agreed_on
 
     def _file(self, names: tuple[str | int, ...], suffix: str) -> Path | None:
         if self.folder is None:
@@ -129,6 +146,17 @@ class Progress:
     def _write(file: Path, content: bytes) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(file, content)
+
+
+def _left_in(folder: Path, wanted: Mapping[str, Any]) -> tuple[list[str], str | None]:
+    """Returns the names of the files of an interrupted run with these facts, and a word; deletes one with others."""
+    if not (folder / _FACTS).exists():
+        return [], None
+    if different := _differences(json.loads((folder / _FACTS).read_text("utf-8")), wanted):
+        shutil.rmtree(folder)
+        return [], f"an interrupted run is in {folder}, of other {', '.join(different)}: it is started over"
+    found = sorted(str(file.relative_to(folder)) for file in folder.rglob("*.*") if file != folder / _FACTS)
+    return found, f"goes on from an interrupted run: {len(found)} finished pieces"
 
 
 def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

@@ -48,6 +48,12 @@ class Compute:
         return to_host(arrays)
 
 
+def put_over(array: np.ndarray, batch: jax.Array) -> jax.Array:
+    """Returns an array `[A, B, ...]` where a batch `[B, ...]` from `Compute.put` lies, split like it."""
+    assert isinstance(batch.sharding, NamedSharding), batch.sharding
+    return _put(array, NamedSharding(batch.sharding.mesh, P(None, *batch.sharding.spec)))
+
+
 def make_mesh(data: int = 1, model: int = 1) -> Mesh:
     """Returns a mesh `(data, model)` over the devices of all processes; -1 for one of them takes what is left.
 

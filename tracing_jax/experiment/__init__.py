@@ -10,7 +10,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
@@ -251,8 +250,6 @@ def _remembered(name: str, statistic: Statistic, pair: Pair) -> Result:
 
 def _progress(config: ConfigDict, opened: Opened) -> tuple[Progress, str | None]:
     """Returns what is left of an interrupted run of this config on these files, and a word on it."""
-    if jax.process_count() > 1:
-        return Progress(), None  # each process would have to find the same pieces finished
     facts = {
         "config": {name: value for name, value in config.to_dict().items() if name not in ("save", "cache_dir")},
         "versions": versions(),

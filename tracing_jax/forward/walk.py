@@ -13,9 +13,10 @@ from tracing_jax.arch import Arch, length_problem
 from tracing_jax.forward.path import Path, path_of, stacked
 from tracing_jax.models import apply_block, apply_embed, apply_head, layer_inputs
 from tracing_jax.progress import Progress
+from tracing_jax.sharding import put_over
 from tracing_jax.source import InMemory, ParamSource
 from tracing_jax.symmetry import Permutations
-from tracing_jax.tree import Tree
+from tracing_jax.tree import Tree, to_host
 
 _HIDDEN_BYTES = 2**30
 """The most that the hidden states of streamed models may take: what is more is computed in a second reading."""
@@ -53,7 +54,7 @@ class Walk:
         With `progress` the hidden states after each layer are kept, and an interrupted walk goes on from there.
         """
         progress = progress or Progress()
-        first, x = _kept(progress, self.dtype)
+        first, x = _kept(progress, self.dtype, batches)
         x = x or [_embed_step(self.arch, self.dtype, self.part("embed/"), tokens) for tokens in batches]
         for i in range(self.arch.num_layers):
             if i >= first:
@@ -82,17 +83,18 @@ class Walk:
 
 def _keep(progress: Progress, layer: int, x: Sequence[jax.Array]) -> None:
     def arrays() -> dict[str, np.ndarray]:
-        states = {f"state {b}": np.asarray(jax.device_get(y), np.float32) for b, y in enumerate(x)}
+        states = {f"state {b}": to_host(y).astype(np.float32) for b, y in enumerate(x)}
         return {"layer": np.asarray(layer), **states}
 
     progress.keep_arrays(arrays, "hidden")
 
 
-def _kept(progress: Progress, dtype: DTypeLike) -> tuple[int, list[jax.Array]]:
+def _kept(progress: Progress, dtype: DTypeLike, batches: Sequence[jax.Array]) -> tuple[int, list[jax.Array]]:
     arrays = progress.load_arrays("hidden")
     if arrays is None:
         return 0, []
-    return int(arrays.pop("layer")), [jnp.asarray(arrays[f"state {b}"], dtype) for b in range(len(arrays))]
+    states = (arrays[f"state {b}"].astype(jnp.dtype(dtype)) for b in range(len(batches)))
+    return int(arrays["layer"]), [put_over(x, batch) for x, batch in zip(states, batches)]
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "dtype"))

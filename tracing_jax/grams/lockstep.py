@@ -21,7 +21,7 @@ from tracing_jax.models import layer_inputs, mlp_leaves, taps_problem
 from tracing_jax.progress import Progress
 from tracing_jax.sharding import Compute
 from tracing_jax.source import ParamSource
-from tracing_jax.tree import Tree, readable
+from tracing_jax.tree import Tree, readable, to_host
 
 _EMBEDDINGS = (1, 512)
 """Batch of the weights-only form: so many blocks of so many tokens pass an MLP at a time."""
@@ -194,8 +194,8 @@ def _embedded(sources: tuple[ParamSource, ParamSource], blocks: PairedBlocks, co
 
 def _keep_states(progress: Progress, layer: int, hidden: Sequence[Side]) -> None:
     def arrays() -> dict[str, np.ndarray]:
-        states = {f"{side} {b}": np.asarray(x, np.float32) for b, pair in enumerate(hidden)
-                  for side, x in zip(("base", "ft"), jax.device_get(pair))}  # fmt: skip
+        states = {f"{side} {b}": to_host(x).astype(np.float32) for b, pair in enumerate(hidden)
+                  for side, x in zip(("base", "ft"), pair)}  # fmt: skip
         return {"layer": np.asarray(layer), **states}
 
     progress.keep_arrays(arrays, "hidden")
