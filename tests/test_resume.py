@@ -1,20 +1,25 @@
 """An interrupted run goes on where it stopped, and comes to the same record; a changed one starts over, and says so."""
 
+import gc
 import importlib
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from records import assert_same_numbers, without_circumstances
 
 from tracing_jax import experiment
+from tracing_jax.experiment import loading
 from tracing_jax.matching import weights
 from tracing_jax.progress import PROGRESS, Progress
+from tracing_jax.sharding import make_mesh
 from tracing_jax.statistics.csu import Csu
 
 STATISTICS = "csu,csh,match,mode,l2,jsd,cos,csu_all"
@@ -84,6 +89,67 @@ def test_finished_layers_are_not_compared_again(config_of, monkeypatch):
     monkeypatch.setattr(csu, "similarities", lambda *rows: compared.append(0) or compare(*rows))
     record = experiment.trace(config_of(stat="csu", permute=False, align=False, eval=False))
     assert len(compared) == record["models"]["base"]["shape"]["num_layers"] - 1
+
+
+@pytest.mark.parametrize(
+    ("name", "decides", "before", "after"),
+    [
+        ("memory", "choose_memory", ("resident", ""), ("stream", "")),
+        ("mesh.data", "make_mesh", make_mesh(1, 1), make_mesh(2, 1)),
+    ],
+)
+def test_models_that_lie_elsewhere_are_started_over(config_of, monkeypatch, name, decides, before, after):
+    fields = {"stat": "mode", "permute": False, "align": False, "eval": False, "memory": "auto", "batch_size": 3}
+
+    monkeypatch.setattr(loading, decides, lambda *_: after)
+    expected = experiment.trace(config_of("whole", **fields))
+    monkeypatch.setattr(loading, decides, lambda *_: before)
+    with monkeypatch.context() as patch:
+        dying_after(patch, 2)  # what the run is, and the first chunk
+        with pytest.raises(KeyboardInterrupt):
+            experiment.trace(config_of(**fields))
+    monkeypatch.setattr(loading, decides, lambda *_: after)
+    record = experiment.trace(config_of(**fields))
+    assert any(f"of other {name}: it is started over" in note for note in record["notes"])
+    assert_same_numbers(record["statistics"], expected["statistics"], tolerance=1e-6)
+
+
+def test_the_model_whose_place_an_aligned_one_takes_is_gone(config_of, monkeypatch):
+    compute, models, alive = experiment._compute, [], []
+
+    def watching(opened, pair, reasons):
+        models.append(weakref.ref(pair.ft))
+        gc.collect()
+        alive.append([model() is not None for model in models])
+        return compute(opened, pair, reasons)
+
+    monkeypatch.setattr(experiment, "_compute", watching)
+    experiment.trace(config_of(stat="l2", align_axes="rotation", permute=False, eval=False))
+    assert alive == [[True], [False, True]]
+
+
+def test_several_processes_take_only_what_they_agreed_on(tmp_path, monkeypatch):
+    def start(seen=True):
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        monkeypatch.setattr("tracing_jax.progress.agreed", lambda value: value)
+        monkeypatch.setattr("tracing_jax.progress.everywhere", lambda value: value and seen)
+        return Progress.open(tmp_path / PROGRESS, {"config": 1})
+
+    first, word = start()
+    first.keep({"value": 1}, "one")
+    assert word is None
+    assert first.load(dict, "one") is None  # another may have asked before it was there
+
+    second, word = start()
+    second.keep({"value": 2}, "two")
+    assert word == "goes on from an interrupted run: 1 finished pieces"
+    assert second.within("layers").folder == tmp_path / PROGRESS / "layers"
+    assert [second.load(dict, name) for name in ("one", "two")] == [{"value": 1}, None]
+
+    unseen, word = start(seen=False)
+    assert "which not all processes see" in word
+    assert unseen.load(dict, "one") is None
+    assert not list(tmp_path.rglob("one.json"))
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ PROGRESS = "progress"
 """The folder, in that of a run, of what is finished while the run goes on."""
 
 _FACTS = "facts.json"
+_SUFFIXES = (".json", ".npz")
 
 
 class Progress:
@@ -52,6 +53,7 @@ class Progress:
         if not everywhere(all(file.exists() for file in finished)):
             finished = set()
             word = f"an interrupted run is in {folder}, which not all processes see: it is started over"
+            shutil.rmtree(folder, ignore_errors=True)
         if word is not None:
             logging.info("%s", word)
         agreed_on = finished if jax.process_count() > 1 else None
@@ -116,6 +118,7 @@ class Progress:
     def forget(self, *names: str | int) -> None:
         """Deletes the arrays of this name: what they were kept for is finished."""
         if (file := self._file(names, ".npz")) is not None:
+            self._await_readers()
             if self._agreed_on is not None:
                 self._agreed_on.discard(file)
             if is_first():
@@ -123,10 +126,18 @@ class Progress:
 
     def clear(self) -> None:
         """Deletes everything: the run is finished, and its record says what came out."""
-        if self.folder is not None and is_first():
+        if self.folder is None:
+            return
+        self._await_readers()
+        if is_first():
             shutil.rmtree(self.folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # it holds the run's other files
                 self.folder.parent.rmdir()
+
+    def _await_readers(self) -> None:
+        """Waits until every process is here, and reads no more of what is about to be deleted."""
+        if self._agreed_on is not None:
+            everywhere(True)
 
     def _is_finished(self, file: Path) -> bool:
         return file.exists() if self._agreed_on is None else file in self._agreed_on
@@ -155,7 +166,8 @@ def _left_in(folder: Path, wanted: Mapping[str, Any]) -> tuple[list[str], str | 
     if different := _differences(json.loads((folder / _FACTS).read_text("utf-8")), wanted):
         shutil.rmtree(folder)
         return [], f"an interrupted run is in {folder}, of other {', '.join(different)}: it is started over"
-    found = sorted(str(file.relative_to(folder)) for file in folder.rglob("*.*") if file != folder / _FACTS)
+    files = [file for file in folder.rglob("*") if file.suffix in _SUFFIXES and file != folder / _FACTS]
+    found = sorted(str(file.relative_to(folder)) for file in files)
     return found, f"goes on from an interrupted run: {len(found)} finished pieces"
 
 

@@ -17,7 +17,15 @@ from ml_collections import ConfigDict
 from tracing_jax.alignment import Alignment
 from tracing_jax.data import TokenBlocks
 from tracing_jax.experiment.facts import alignment_facts, device_facts, file_stamps, model_facts, token_facts, versions
-from tracing_jax.experiment.loading import align_ft, load_pair, permute_ft, prove_disguise, write_aligned
+from tracing_jax.experiment.loading import (
+    Layout,
+    align_ft,
+    lay_out,
+    load_pair,
+    permute_ft,
+    prove_disguise,
+    write_aligned,
+)
 from tracing_jax.experiment.opening import Opened, inapplicable, open_pair
 from tracing_jax.experiment.settings import DEMO, ConfigError, check_config
 from tracing_jax.forward import token_losses
@@ -95,18 +103,13 @@ def trace(config: ConfigDict, finished: list[Progress] | None = None) -> dict[st
     clock = _Clock()
     with clock.step("open"):
         opened = open_pair(config)
-    progress, word = _progress(config, opened)
+        layout = lay_out(config, opened)
+    progress, word = _progress(config, opened, layout)
     opened.notes.extend([word] if word else [])
-    with clock.step("load"):
-        pair = load_pair(config, opened, progress)
-    models = _model_facts_beside_the_work(opened, hashed=not (opened.is_first_look or config.max_layers))
-    found = _steps(config, opened, pair, clock)
-    with clock.step("hashes"):
-        facts = {side: hashed.result() for side, hashed in models.items()}
+    found = _steps(config, opened, layout, progress, clock)
     record = plain(
         {
-            **_circumstances(config, pair),
-            "models": facts,
+            **_circumstances(config, layout),
             "tokens": token_facts(opened),
             **found.as_dict(config.level),
             "seconds": clock.seconds,
@@ -128,9 +131,11 @@ class _Found:
     """What the steps of a run found; None and empty for those that were not asked for.
 
     Attributes:
+      models: the facts of every model.
       before, after: the results of the statistics, before and after the alignment.
     """
 
+    models: Mapping[str, Any]
     before: Mapping[str, Result]
     after: Mapping[str, Result] = field(default_factory=dict)
     disguise: Mapping[str, Any] | None = None
@@ -141,6 +146,7 @@ class _Found:
     def as_dict(self, level: float) -> dict[str, Any]:
         """Returns the fields of the record, with the verdict at this level."""
         return {
+            "models": self.models,
             "disguised": self.disguise,
             "permuted": self.permutation,
             "alignment": None if self.alignment is None else alignment_facts(self.alignment),
@@ -153,8 +159,11 @@ class _Found:
         }
 
 
-def _steps(config: ConfigDict, opened: Opened, pair: Pair, clock: "_Clock") -> _Found:
-    """Runs all steps between loading and saving that are asked for."""
+def _steps(config: ConfigDict, opened: Opened, layout: Layout, progress: Progress, clock: "_Clock") -> _Found:
+    """Runs all steps but saving that are asked for. A model that another takes the place of lives no longer."""
+    with clock.step("load"):
+        pair = load_pair(config, opened, layout, progress)
+    models = _model_facts_beside_the_work(opened, hashed=not (opened.is_first_look or config.max_layers))
     disguise = permutation = None
     if opened.rewrites:
         with clock.step("disguise"):
@@ -163,7 +172,7 @@ def _steps(config: ConfigDict, opened: Opened, pair: Pair, clock: "_Clock") -> _
         with clock.step("permute"):
             pair, permutation = permute_ft(config, pair)
     with clock.step("statistic"):
-        found = _Found(_compute(opened, pair, opened.not_applicable), disguise=disguise, permutation=permutation)
+        found = _Found({}, _compute(opened, pair, opened.not_applicable), {}, disguise, permutation)
     if config.align and not opened.not_alignable:
         with clock.step("align"):
             pair, found.alignment = align_ft(config, opened, pair)
@@ -180,6 +189,8 @@ def _steps(config: ConfigDict, opened: Opened, pair: Pair, clock: "_Clock") -> _
     if config.save_aligned and found.alignment is not None:
         with clock.step("write aligned"):
             write_aligned(config, opened, pair)
+    with clock.step("hashes"):
+        found.models = {side: facts.result() for side, facts in models.items()}
     return found
 
 
@@ -191,14 +202,14 @@ def _model_facts_beside_the_work(opened: Opened, hashed: bool) -> dict[str, Futu
     return found
 
 
-def _circumstances(config: ConfigDict, pair: Pair) -> dict[str, Any]:
+def _circumstances(config: ConfigDict, layout: Layout) -> dict[str, Any]:
     """Returns what was asked, and what it ran with."""
     return {
         "format": FORMAT,
         "args": config.to_dict(),
         "commit": commit(),
         "versions": versions(),
-        "device": device_facts(pair.compute.mesh),
+        "device": device_facts(layout.mesh),
         "seed": config.seed,
     }
 
@@ -248,14 +259,19 @@ def _remembered(name: str, statistic: Statistic, pair: Pair) -> Result:
     return result
 
 
-def _progress(config: ConfigDict, opened: Opened) -> tuple[Progress, str | None]:
-    """Returns what is left of an interrupted run of this config on these files, and a word on it."""
+def _progress(config: ConfigDict, opened: Opened, layout: Layout) -> tuple[Progress, str | None]:
+    """Returns what is left of an interrupted run of this config on these files, and a word on it.
+
+    Blocks of tokens go through the models by the batch, and how many these are depends on where the models lie.
+    """
     facts = {
         "config": {name: value for name, value in config.to_dict().items() if name not in ("save", "cache_dir")},
         "versions": versions(),
         "commit": commit(),
         "files": {side: file_stamps(model.tensors.files()) for side, model in opened.models().items()},
         "tokens": None if opened.blocks_base is None else opened.blocks_base.sha256,
+        "mesh": dict(layout.mesh.shape),
+        "memory": layout.memory,
     }
     return Progress.open(RunFiles.from_save(config.save).folder / PROGRESS, facts)
 

@@ -1,7 +1,7 @@
 """Steps 1, 2 and 4 on the models themselves: read or streamed, permuted, disguised, put in base's place."""
 
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,14 +33,27 @@ from tracing_jax.statistics import Pair
 from tracing_jax.symmetry import Permutations, Untying, random_permutations, share_moved
 
 
-def load_pair(config: ConfigDict, opened: Opened, progress: Progress) -> Pair:
-    """Step 1: both models on the mesh, whole or layer by layer; a disguise changes the parts of ft as they are read."""
+class Layout(NamedTuple):
+    """The devices of a run, and whether both models are `resident` there, or `stream` through them layer by layer."""
+
+    mesh: Mesh
+    memory: str
+
+
+def lay_out(config: ConfigDict, opened: Opened) -> Layout:
+    """Returns how the models of a run will lie, and notes why."""
     mesh = make_mesh(config.mesh.data, config.mesh.model)
     asked = "resident" if config.memory == "auto" and opened.needs_resident else config.memory
     if config.memory == "auto" and opened.is_first_look:
         asked = "stream"
     memory, reason = choose_memory(asked, (opened.base, opened.ft), mesh)
     opened.notes.append(reason)
+    return Layout(mesh, memory)
+
+
+def load_pair(config: ConfigDict, opened: Opened, layout: Layout, progress: Progress) -> Pair:
+    """Step 1: both models on the mesh, whole or layer by layer; a disguise changes the parts of ft as they are read."""
+    mesh, memory = layout
     tokens = None if opened.blocks_base is None else opened.blocks_base.tokens
     return Pair(
         _model(config, opened.base, mesh, memory),

@@ -42,9 +42,8 @@ def divergences(
     batched = [compute.batches(rows) for rows in (blocks.base, blocks.ft, blocks.at_base, blocks.at_ft)]
     size = min(len(walk.chunks(batches)[0]) for walk, batches in zip(walks, batched))
     progress = progress or Progress()
-    scopes = (progress.within("base"), progress.within("ft"))
 
-    def of_chunk(start: int) -> dict[str, np.ndarray]:
+    def of_chunk(start: int, scopes: Sequence[Progress]) -> dict[str, np.ndarray]:
         rows = [[compute.put(batch) for batch in batches[start : start + size]] for batches in batched]
         hidden = [walk.hidden(ids, scope) for walk, ids, scope in zip(walks, rows[:2], scopes)]
         heads = [walk.head().base for walk in walks]
@@ -56,7 +55,9 @@ def divergences(
 
     found = []
     for start in tqdm(range(0, len(batched[0]), size), desc=description, unit="chunk", disable=None):
-        done = progress.memo_arrays((f"chunk {start}",), functools.partial(of_chunk, start))
+        chunk = progress.within(f"chunk {start}")
+        scopes = (chunk.within("base"), chunk.within("ft"))
+        done = chunk.memo_arrays(("divergences",), functools.partial(of_chunk, start, scopes))
         for scope in scopes:
             scope.forget("hidden")
         found.append(done["divergences"])

@@ -64,16 +64,17 @@ def path_losses(
     progress, found = progress or Progress(), []
     with tqdm(total=len(chunks) * base.arch.num_layers, desc=description, unit="layer", disable=None) as bar:
 
-        def of_chunk(chunk: list[np.ndarray]) -> dict[str, np.ndarray]:
+        def of_chunk(chunk: list[np.ndarray], scope: Progress) -> dict[str, np.ndarray]:
             batches = [compute.put(batch) for batch in chunk]
-            hidden = walk.hidden(batches, progress, bar.update)
+            hidden = walk.hidden(batches, scope, bar.update)
             head = walk.head()
             steps = [_loss_step(walk.arch, head, x, batch) for x, batch in zip(hidden, batches, strict=True)]
             return {"losses": np.concatenate(compute.get(steps), axis=1)}
 
         for c, chunk in enumerate(chunks):
-            done = progress.memo_arrays((f"losses {c}",), functools.partial(of_chunk, chunk))
-            progress.forget("hidden")
+            scope = progress.within(f"chunk {c}")
+            done = scope.memo_arrays(("losses",), functools.partial(of_chunk, chunk, scope))
+            scope.forget("hidden")
             found.append(done["losses"])
     return np.concatenate(found, axis=1)[:, : len(tokens)]
 

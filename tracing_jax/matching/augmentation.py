@@ -22,6 +22,8 @@ from tracing_jax.matching.short_paths import ShortPaths
 
 _MANY = 1 / 64
 """Of the columns: if more are left over, rows look for them one by one; see `short_paths`."""
+_MISSES = 16
+"""Rows with no such column near, after which the others are sought together."""
 _ROUNDING = 1e-14
 """Of the greatest weight: an edge this close to its prices is covered exactly."""
 
@@ -96,11 +98,13 @@ class Augmentation:
         n = self.n
         starts = np.searchsorted(edges.rows, np.arange(n + 1))
         paths = ShortPaths(starts, edges.columns, edges.weights, self.u[:n], self.v, self.column_of, self.row_of)
-        left = set(np.flatnonzero((self.row_of < 0) & self._tight_for_holder()).tolist())
+        left, missed = set(np.flatnonzero((self.row_of < 0) & self._tight_for_holder()).tolist()), 0
         for row in np.flatnonzero(self.column_of < 0).tolist():
-            if len(left) <= self.m - n:
+            if len(left) <= self.m - n or missed == _MISSES:
                 break
-            left.discard(paths.augment(row))
+            column = paths.augment(row)
+            left.discard(column)
+            missed += column < 0
         self.u[:n], self.v[:], self.column_of[:], self.row_of[:] = paths.u, paths.v, paths.column_of, paths.row_of
 
     def _hold(self) -> None:

@@ -50,7 +50,7 @@ def optimal_assignment(view: View) -> Assignment:
     """Returns the assignment of greatest sum, with the bound that proves it.
 
     It is exact to the rounding of float64, unless similarities are so much smaller than others that they are lost in
-    the prices of these in float32; there the bound says by how much at most, and never more than 1e-6 of the sum.
+    the prices of these in float32; there the bound says by how much at most.
 
     Raises:
       ValueError: more rows than columns, or similarities that are not finite.

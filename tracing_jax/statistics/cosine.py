@@ -10,7 +10,7 @@ from tracing_jax.matching import Product
 from tracing_jax.tree import readable, to_host
 
 _SLICE_BYTES = 256 * 2**20  # the most that one slice of the cosine matrix may take
-_WHOLE_BYTES = 4 * 2**30  # the most that a cosine matrix may take which is matched; of 32,768 rows
+_WHOLE_BYTES = 4 * 2**30  # the most that one matrix to be matched may take, 32,768 x 32,768; two may live at a time
 
 
 def best_cosines(rows: Float[Array, "n d"], others: Float[Array, "m d"], description: str = "") -> np.ndarray:

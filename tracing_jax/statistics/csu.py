@@ -58,9 +58,7 @@ def unit_rows(layer: Tree, projection: str) -> Float[Array | np.ndarray, "F D"]:
     return layer["mlp"][projection]["kernel"].T
 
 
-def compare_rows(
-    similarity: Float[Array | np.ndarray, "n m"] | Product, generator: np.random.Generator, signed: bool = False
-) -> Comparison:
-    """Returns how far matching rows by their (absolute) similarity keeps them in place."""
-    matching = match_units(similarity, generator, absolute=not signed)
+def compare_rows(similarity: Float[Array | np.ndarray, "n m"] | Product, generator: np.random.Generator) -> Comparison:
+    """Returns how far matching rows by their absolute similarity keeps them in place."""
+    matching = match_units(similarity, generator, absolute=True)
     return against_identity(matching, *similarity.shape)

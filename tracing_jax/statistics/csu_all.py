@@ -37,6 +37,7 @@ _Rows = Callable[[], tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "n d"]]]
 _Place = tuple[str, bool, _Rows]
 """The name of two matrices, whether their null is exact, and what reads them."""
 _Similarity = Array | np.ndarray | Product
+"""The cosines of all rows of one with all of the other."""
 
 
 @dataclass(frozen=True)
