@@ -71,7 +71,11 @@ def against_each_other(one: UnitMatching, other: UnitMatching) -> Comparison:
 def compare_layers(
     layers: Iterable[LayerCorrelations], compare: Callable[[LayerCorrelations], Comparison], progress: Progress
 ) -> list[Comparison]:
-    """Returns the comparison of every layer: of an interrupted run's layers the one that was kept."""
+    """Returns the comparison of every layer: of an interrupted run's layers the one that was kept.
+
+    A layer is assigned before the next one is walked: assigning takes a few per cent of the time of a 7B layer at most
+    (measured on two cores), and beside the walk its correlations would take more memory than a 70B pair leaves.
+    """
     found: dict[int, Comparison] = {}
     for layer in layers:
         found[layer.layer] = progress.memo(Comparison, (layer.layer,), functools.partial(compare, layer))
