@@ -62,8 +62,6 @@ KINDS = (
     gaussian, integers, constant, zero_units, duplicates, low_rank, badly_scaled, badly_scaled_units, related,
     common_directions,
 )  # fmt: skip
-ROUNDING = {badly_scaled: 1e-7, badly_scaled_units: 1e-7}
-"""Of the sum, where prices seen in float32 are too coarse for the smaller similarities."""
 
 
 def on_device(matrix, rows=None, columns=None, absolute=False):
@@ -72,8 +70,7 @@ def on_device(matrix, rows=None, columns=None, absolute=False):
     return DeviceView((jnp.asarray(matrix),), rows, columns, absolute)
 
 
-def check_proof(matrix, found, kind=None, rounding=1e-12):
-    rounding = ROUNDING.get(kind, rounding)
+def check_proof(matrix, found, rounding=1e-12):
     n = len(matrix)
     assert found.columns.dtype == np.int32
     assert len(set(found.columns.tolist())) == n
@@ -90,7 +87,7 @@ def check_proof(matrix, found, kind=None, rounding=1e-12):
 @given(st.sampled_from(KINDS), st.integers(1, 90), st.integers(0, 60), st.integers(0, 2**32 - 1))
 def test_assignment_is_scipys_optimum_and_proved(kind, n, spare, seed):
     matrix = kind(np.random.default_rng(seed), n, n + spare)
-    check_proof(matrix, optimal_assignment(HostView(matrix)), kind)
+    check_proof(matrix, optimal_assignment(HostView(matrix)))
 
 
 @pytest.mark.parametrize("reach", [1, 4])
@@ -99,7 +96,8 @@ def test_paths_that_are_given_up_are_found_together(kind, reach, monkeypatch):
     monkeypatch.setattr("tracing_jax.matching.short_paths._REACH", reach)
     for seed in range(4):
         matrix = kind(np.random.default_rng(seed), 80, 85)
-        check_proof(matrix, optimal_assignment(HostView(matrix)), kind)
+        # Over 60 decades prices in float32 lose the smaller similarities, and the bound says how much.
+        check_proof(matrix, optimal_assignment(HostView(matrix)), rounding=1e-8 if kind is badly_scaled else 1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -108,8 +106,8 @@ def test_device_finds_what_numpy_finds(kind, shape):
     rng = np.random.default_rng(0)
     matrix = kind(rng, *shape)
     found = optimal_assignment(on_device(matrix))
-    check_proof(matrix, found, kind)
-    assert found.value == pytest.approx(optimal_assignment(HostView(matrix)).value, rel=ROUNDING.get(kind, 1e-12))
+    check_proof(matrix, found)
+    assert found.value == pytest.approx(optimal_assignment(HostView(matrix)).value, rel=1e-12)
 
 
 @pytest.mark.parametrize("view", [HostView, on_device])
@@ -179,8 +177,7 @@ def test_whichever_solver_it_takes_the_sum_is_the_same(kind, n, spare, seed):
     matrix = kind(np.random.default_rng(seed), n, n + spare)
     _, columns = linear_sum_assignment(matrix, maximize=True)
     found = [matrix[np.arange(n), picked].sum(dtype=float) for picked in (assign(matrix), columns)]
-    rounding = ROUNDING.get(kind, 1e-12)
-    assert found[0] == pytest.approx(found[1], rel=rounding, abs=rounding * n * float(np.abs(matrix).max()))
+    assert found[0] == pytest.approx(found[1], rel=1e-12, abs=1e-12 * n * float(np.abs(matrix).max()))
 
 
 def test_nothing_and_one():
