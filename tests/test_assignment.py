@@ -139,11 +139,11 @@ def no_matrix_is_small():
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.sampled_from([gaussian, low_rank, related, common_directions]), st.integers(0, 60), st.integers(0, 2**32 - 1))
-def test_matching_moves_with_its_units(kind, spare, seed):
+@given(st.sampled_from([gaussian, low_rank, related, common_directions]), st.integers(0, 2**32 - 1))
+def test_matching_moves_with_its_units(kind, seed):
     rng = np.random.default_rng(seed)
-    matrix = kind(rng, 520, 520 + spare)
-    p, q = rng.permutation(520), rng.permutation(520 + spare)
+    matrix = kind(rng, 520, 520)
+    p, q = rng.permutation(520), rng.permutation(520)
     found = match_units(matrix, np.random.default_rng(1))
     moved = match_units(matrix[np.ix_(p, q)], np.random.default_rng(2))
     assert set(zip(p[moved.base], q[moved.ft])) == set(zip(found.base, found.ft))
