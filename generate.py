@@ -10,13 +10,13 @@ from pathlib import Path
 from absl import app, flags
 
 from tracing_jax.checkpoint import open_checkpoint
+from tracing_jax.cli.user_errors import configure_logging, exit_on_user_error
 from tracing_jax.data import GENERATED_FOLDER
-from tracing_jax.door import one_message, set_up_log
+from tracing_jax.distributed import initialized, is_main_process
 from tracing_jax.experiment.opening import resolved
-from tracing_jax.experiment.settings import DTYPES
-from tracing_jax.processes import is_first, joined
+from tracing_jax.experiment.validation import DTYPES
+from tracing_jax.generation import Choice, file_of, generate, prompt_tokens, read_prompts
 from tracing_jax.record import check_writable
-from tracing_jax.sampling import Choice, file_of, generate, prompt_tokens, read_prompts
 from tracing_jax.sharding import Compute, make_mesh
 
 _MODELS = flags.DEFINE_list("models", None, "Folders, Hub ids, org/name@revision or demo:<member>.", required=True)
@@ -45,8 +45,8 @@ def main(argv: Sequence[str]) -> None:
     choice = Choice(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
     if lines := choice.problems():
         raise app.UsageError("; ".join(lines))
-    set_up_log()
-    with one_message(), joined(), one_message():
+    configure_logging()
+    with exit_on_user_error(), initialized(), exit_on_user_error():
         folder = Path(_SAVE.value).expanduser()
         prompts = read_prompts(_PROMPTS.value) if _PROMPTS.value else _SAMPLES.value
         models = {model_id: open_checkpoint(resolved(model_id)) for model_id in _MODELS.value}
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
         compute = Compute(make_mesh(_DATA.value, _MODEL.value), _BATCH.value, DTYPES[_DTYPE.value])
         for model_id, model in models.items():
             file = generate(model, prompts, files[model_id], compute, choice, _LENGTH.value, _SEED.value)
-            if is_first():
+            if is_main_process():
                 print(file)
 
 

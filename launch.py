@@ -15,7 +15,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import placeholder
 
-from tracing_jax.door import one_message, set_up_log
+from tracing_jax.cli.user_errors import configure_logging, exit_on_user_error
 from tracing_jax.zoo import FORMS, ZooFolder, make_plan, read_models
 from tracing_jax.zoo.launching import left_to_do, status, wait, write_plan
 from tracing_jax.zoo.local import run_locally
@@ -67,8 +67,8 @@ def main(argv: Sequence[str]) -> None:
     """Plans, sends off what is left to do, waits, and reports."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    set_up_log()
-    with one_message():
+    configure_logging()
+    with exit_on_user_error():
         folder = ZooFolder(_SAVE.value)
         if not (_STATUS.value or _RETRY.value):
             _plan(folder)

@@ -13,8 +13,8 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from tracing_jax import experiment
-from tracing_jax.door import one_message, set_up_log
-from tracing_jax.processes import is_first, joined
+from tracing_jax.cli.user_errors import configure_logging, exit_on_user_error
+from tracing_jax.distributed import initialized, is_main_process
 from tracing_jax.report import summary
 from tracing_jax.statistics import REGISTRY
 
@@ -74,12 +74,16 @@ def main(argv: Sequence[str]) -> None:
     """Runs the experiment of the config and prints its summary."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    set_up_log()
+    configure_logging()
     config, given = _CONFIG.value, flags.FLAGS
     _override(config)
-    with one_message(), joined(given.coordinator, given.num_processes, given.process_id), one_message():
+    with (
+        exit_on_user_error(),
+        initialized(given.coordinator, given.num_processes, given.process_id),
+        exit_on_user_error(),
+    ):
         records = experiment.run(config)
-        if is_first():
+        if is_main_process():
             print(summary(records))
         if given.fail_on in [record["verdict"]["verdict"] for record in records]:
             sys.exit(3)

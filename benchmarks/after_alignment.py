@@ -19,7 +19,7 @@ from benchmarks.seeds import RECIPES, model, zoo
 from tracing_jax.axes import AxisTable, axis_table
 from tracing_jax.matching import match_weights
 from tracing_jax.report import text_table
-from tracing_jax.symmetry import permute
+from tracing_jax.rewrites import permute
 from tracing_jax.tree import Tree
 
 _PAIRS = flags.DEFINE_integer("aligned_pairs", 32, "pairs of models")

@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from benchmarks.seeds import Zoo, sharding_of, step_of_all
 from tracing_jax import demo
-from tracing_jax.activations import activations
 from tracing_jax.arch import Arch
+from tracing_jax.forward import activations
 from tracing_jax.models import apply_mlp_with_taps
+from tracing_jax.rewrites import Renaming, draw_rewrites
 from tracing_jax.sharding import Compute, make_mesh
-from tracing_jax.source import InMemory, disguised, in_memory
-from tracing_jax.symmetry import Renaming, draw_rewrites
+from tracing_jax.sources import InMemory, disguised, in_memory
 from tracing_jax.tree import Tree, map_named
 
 LIGHT_STEPS, REDISTILLED_LAYER = 48, 1

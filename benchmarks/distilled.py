@@ -23,14 +23,14 @@ from jaxtyping import Int
 from tqdm import trange
 
 from tracing_jax import demo
-from tracing_jax.activations import activations
 from tracing_jax.arch import Arch, arch_from_config
 from tracing_jax.checkpoint import load, open_checkpoint
 from tracing_jax.data import load_tokenizer, paired_one_to_one, read_documents, token_blocks
+from tracing_jax.forward import activations
 from tracing_jax.matching import live_units, match_units
 from tracing_jax.report import text_table
 from tracing_jax.sharding import Compute, make_mesh
-from tracing_jax.source import InMemory
+from tracing_jax.sources import InMemory
 from tracing_jax.statistics import Pair, Vocabularies
 from tracing_jax.statistics.comparison import against_each_other
 from tracing_jax.statistics.match_distilled import MatchDistilled

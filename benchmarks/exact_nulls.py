@@ -33,7 +33,7 @@ from tracing_jax import demo
 from tracing_jax.arch import Arch
 from tracing_jax.report import save_png, text_table
 from tracing_jax.sharding import Compute, make_mesh
-from tracing_jax.source import InMemory
+from tracing_jax.sources import InMemory
 from tracing_jax.statistics import Pair, Statistic, Vocabularies
 from tracing_jax.statistics.csh import Csh
 from tracing_jax.statistics.csu import Csu

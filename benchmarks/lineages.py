@@ -12,7 +12,7 @@ import jax
 
 from benchmarks.descendants import LIGHT_STEPS, Descendant, Treatment, disguise, member, texts, trained, treatments
 from benchmarks.seeds import Zoo
-from tracing_jax.source import InMemory
+from tracing_jax.sources import InMemory
 from tracing_jax.tree import Tree
 
 Pairs = list[tuple[InMemory, Descendant]]

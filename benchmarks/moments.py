@@ -20,7 +20,7 @@ from benchmarks.folders import OUT_DIR, ZOO_DIR
 from benchmarks.seeds import RECIPES, Zoo, model, zoo
 from tracing_jax.record import atomic_write
 from tracing_jax.report import text_table
-from tracing_jax.source import InMemory
+from tracing_jax.sources import InMemory
 from tracing_jax.statistics.calibration import control_pairs
 from tracing_jax.statistics.comparison import Comparison
 from tracing_jax.statistics.moments import SIDES, signature_correlations, signatures, spread_layers

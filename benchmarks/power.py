@@ -27,7 +27,7 @@ from tracing_jax.data import paired_one_to_one
 from tracing_jax.record import atomic_write
 from tracing_jax.report import save_png, text_table
 from tracing_jax.sharding import Compute, make_mesh
-from tracing_jax.source import InMemory
+from tracing_jax.sources import InMemory
 from tracing_jax.statistics import Pair, Result, Statistic, Vocabularies, verdict
 from tracing_jax.statistics.comparison import bonferroni_log10
 from tracing_jax.statistics.csh import Csh

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tracing_jax.arch import Arch, arch_from_config
-from tracing_jax.checkpoint.entry import tensor_shapes
 from tracing_jax.checkpoint.layout import layout
-from tracing_jax.source import InMemory
+from tracing_jax.checkpoint.tensor_layout import tensor_shapes
+from tracing_jax.sources import InMemory
 from tracing_jax.tree import unflatten
 
 BLOCKS, LENGTH, VOCAB = 2, 12, 31

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import tiny
 
-from tracing_jax import adding
+from tracing_jax import blocked_matmul
 from tracing_jax.alignment import LOGITS_TOLERANCE, align, aligned
-from tracing_jax.alignment import aligning as module
+from tracing_jax.alignment import align_models as module
 from tracing_jax.axes import PERMUTABLE, axis_table
 from tracing_jax.data import paired_one_to_one
-from tracing_jax.grams import correlations, lockstep
+from tracing_jax.forward import correlations, lockstep
 from tracing_jax.models import apply_block_with_taps, apply_embed, layer_inputs
+from tracing_jax.rewrites import invert, permute, random_permutations
 from tracing_jax.sharding import Compute, make_mesh
-from tracing_jax.source import InMemory, in_memory, placed
-from tracing_jax.symmetry import invert, permute, random_permutations
+from tracing_jax.sources import InMemory, in_memory, placed
 from tracing_jax.tree import flatten
 
 TAPS = ("residual", "heads", "units")
@@ -46,7 +46,7 @@ def activations(model, tokens):
 @pytest.mark.parametrize(("data", "batch_size", "slice_entries"), [(1, 4, 2**24), (2, 8, 2**24), (2, 4, 100)])
 def test_correlations_are_those_of_numpy_however_batched_and_sliced(data, batch_size, slice_entries, monkeypatch):
     if slice_entries < 20 * 12:
-        monkeypatch.setattr(adding, "_SLICE_ENTRIES", slice_entries)
+        monkeypatch.setattr(blocked_matmul, "_SLICE_ENTRIES", slice_entries)
         jax.clear_caches()  # programs made with the constant as it was
     base, ft = tiny.model(tiny.qwen3_gqa(), 0), tiny.model(tiny.qwen3_gqa(mlp_dim=12), 1)
     # A unit far from zero, and one that never varies.

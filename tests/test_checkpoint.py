@@ -17,11 +17,11 @@ from safetensors.numpy import load_file, save_file
 
 from tracing_jax.axes import axis_table
 from tracing_jax.checkpoint import Checkpoint, CheckpointError, load, open_checkpoint, save_checkpoint
-from tracing_jax.checkpoint.entry import tensor_shapes
 from tracing_jax.checkpoint.layout import layout
+from tracing_jax.checkpoint.tensor_layout import tensor_shapes
 from tracing_jax.forward import logits
 from tracing_jax.sharding import leaf_spec, make_mesh
-from tracing_jax.source import InMemory, ParamSource, in_memory
+from tracing_jax.sources import InMemory, ParamSource, in_memory
 from tracing_jax.tree import flatten
 
 _BF16 = ml_dtypes.bfloat16

@@ -14,19 +14,18 @@ from jax.sharding import PartitionSpec as P
 
 from tracing_jax.axes import axis_table
 from tracing_jax.data import paired_one_to_one
-from tracing_jax.forward import losses, path_losses, walk
-from tracing_jax.grams import correlations
-from tracing_jax.interpolate import path_groups
+from tracing_jax.forward import correlations, losses, path_losses, walk
+from tracing_jax.interpolation import path_groups
 from tracing_jax.matching import match_weights
 from tracing_jax.matching.coordinate import coordinates
 from tracing_jax.matching.similarity import weight_pairs, weight_similarity
+from tracing_jax.rewrites import identity
 from tracing_jax.sharding import Compute, make_mesh
-from tracing_jax.source import InMemory, in_memory, placed
+from tracing_jax.sources import InMemory, in_memory, placed
 from tracing_jax.statistics.cosine import cosines
-from tracing_jax.symmetry import identity
 from tracing_jax.tree import flatten, select
 
-_grams = importlib.import_module("tracing_jax.grams.lockstep")  # the room has a function of this name
+_grams = importlib.import_module("tracing_jax.forward.paired")  # the room has a function of this name
 
 MESHES = [(8, 1), (2, 4), (1, 8)]
 TAPS = ("residual", "heads", "units")

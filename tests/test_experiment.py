@@ -20,9 +20,9 @@ from tracing_jax.axes import PERMUTABLE, axis_table
 from tracing_jax.checkpoint import CheckpointError, save_checkpoint
 from tracing_jax.experiment import ConfigError
 from tracing_jax.experiment.opening import open_pair
-from tracing_jax.experiment.settings import names_in
-from tracing_jax.source import InMemory
-from tracing_jax.symmetry import permute, random_permutations
+from tracing_jax.experiment.validation import names_in
+from tracing_jax.rewrites import permute, random_permutations
+from tracing_jax.sources import InMemory
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_a_disguise_changes_fts_own_weights_and_not_its_function(config_of):
 def test_a_disguise_that_cannot_be_is_refused_before_weights_are_read(config_of):
     for disguise, reason in (
         ("spin", "unknown rewrites spin"),
-        ("rename,rotate", "python -m tracing_jax.symmetry --disguise=rename,rotate"),
+        ("rename,rotate", "python -m tracing_jax.rewrites --disguise=rename,rotate"),
         ("all", "different depth: 2 and 3 layers"),  # a statistic sees the model as it will be
     ):
         with pytest.raises(ConfigError, match=reason):

@@ -10,10 +10,10 @@ import tiny
 
 from tracing_jax.axes import axis_table
 from tracing_jax.forward import logits, losses, path_losses, token_losses, walk
-from tracing_jax.interpolate import interpolate, moving_leaves, path_groups
-from tracing_jax.progress import Progress
+from tracing_jax.interpolation import interpolate, interpolated_leaves, path_groups
+from tracing_jax.run_cache import RunCache
 from tracing_jax.sharding import Compute, leaf_spec, make_mesh
-from tracing_jax.source import InMemory, in_memory, placed
+from tracing_jax.sources import InMemory, in_memory, placed
 
 ALL = path_groups(attn=True, emb=True)
 
@@ -44,7 +44,7 @@ def test_losses_are_the_cross_entropy_of_the_logits(arch, one_device):
 )
 def test_path_is_the_loss_of_the_interpolated_tree(arch, groups, one_device):
     base, ft, tokens = tiny.model(arch, 0), tiny.model(arch, 1), blocks(arch)
-    moving = moving_leaves(axis_table(arch), groups)
+    moving = interpolated_leaves(axis_table(arch), groups)
     found = path_losses(base, ft, tokens, (0.0, 0.3, 1.0), groups, one_device)
     for row, alpha in zip(found, (0.0, 0.3, 1.0), strict=True):
         point = InMemory(arch, interpolate(base.params, ft.params, alpha, moving))
@@ -142,7 +142,7 @@ def test_streamed_models_are_read_again_where_hidden_states_would_not_fit(one_de
 @pytest.mark.parametrize("dies_at", [1, 2])
 def test_an_interrupted_walk_goes_on_at_the_layer_where_it_stopped(one_device, tmp_path, dies_at):
     arch = tiny.llama_mha(num_layers=3, layer_ropes=(0,) * 3, layer_windows=(None,) * 3)
-    model, tokens, progress = tiny.model(arch), blocks(arch, 9), Progress(tmp_path)
+    model, tokens, run_cache = tiny.model(arch), blocks(arch, 9), RunCache(tmp_path)
 
     class Dying(Streamed):
         def layer(self, index, only=()):
@@ -151,13 +151,13 @@ def test_an_interrupted_walk_goes_on_at_the_layer_where_it_stopped(one_device, t
             return super().layer(index, only)
 
     with pytest.raises(KeyboardInterrupt):
-        token_losses(Dying(model), tokens, one_device, progress=progress)
+        token_losses(Dying(model), tokens, one_device, run_cache=run_cache)
     again = Streamed(model)
-    found = token_losses(again, tokens, one_device, progress=progress)
+    found = token_losses(again, tokens, one_device, run_cache=run_cache)
     assert np.array_equal(found, token_losses(model, tokens, one_device))
     assert sorted(i for i in again.reads if i not in ("embed", "head")) == list(range(dies_at, 3))
     finished = Streamed(model)
-    assert np.array_equal(token_losses(finished, tokens, one_device, progress=progress), found)
+    assert np.array_equal(token_losses(finished, tokens, one_device, run_cache=run_cache), found)
     assert not finished.reads
 
 

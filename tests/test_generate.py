@@ -16,10 +16,10 @@ from parity_cases import CASES, FAMILIES
 
 from tracing_jax.checkpoint import open_checkpoint
 from tracing_jax.forward import logits
-from tracing_jax.sampling import Choice, Writer, chosen, filtered, generate, prompt_tokens, read_prompts
-from tracing_jax.sampling.texts import _following
+from tracing_jax.generation import Choice, Writer, chosen, filtered, generate, prompt_tokens, read_prompts
+from tracing_jax.generation.texts import _following
 from tracing_jax.sharding import Compute, make_mesh
-from tracing_jax.source import in_memory, placed
+from tracing_jax.sources import in_memory, placed
 
 TORCH = importlib.util.find_spec("torch") is not None
 PROMPTS = [[5, 6, 7], [9, 10, 11, 12, 13, 14, 15, 16], [3]]

@@ -13,14 +13,14 @@ import scipy.stats
 import tiny
 from scipy.optimize import linear_sum_assignment
 
-from tracing_jax import activations as activations_module
+from tracing_jax import forward
 from tracing_jax.axes import axis_table
 from tracing_jax.data import PairedBlocks, paired_one_to_one
-from tracing_jax.forward import logits, path_losses, walk
-from tracing_jax.grams import lockstep
+from tracing_jax.forward import paired, logits, path_losses, walk
 from tracing_jax.matching import live_units, match_units
+from tracing_jax.rewrites import permute, random_permutations
 from tracing_jax.sharding import Compute, make_mesh
-from tracing_jax.source import InMemory
+from tracing_jax.sources import InMemory
 from tracing_jax.statistics import REGISTRY, Pair, Result, Test, Vocabularies, over_pairs, verdict
 from tracing_jax.statistics.calibration import control_pairs, null_of, tabled_allowance, upper_share
 from tracing_jax.statistics.comparison import Comparison, against_each_other, against_identity
@@ -35,7 +35,6 @@ from tracing_jax.statistics.match_moments import MatchMoments
 from tracing_jax.statistics.mode import Mode, midpoint_losses
 from tracing_jax.statistics.perm_mode_l2 import PermModeL2
 from tracing_jax.statistics.permuted_copies import draw_permutations
-from tracing_jax.symmetry import permute, random_permutations
 from tracing_jax.tree import flatten
 
 ARCH = tiny.qwen3_gqa(num_layers=3, layer_ropes=(0,) * 3, layer_windows=(None,) * 3, mlp_dim=40)
@@ -182,7 +181,7 @@ def grams_blocks(statistic, pair):
 
 def units(model, tokens):
     at = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    layers = activations_module.activations(
+    layers = forward.activations(
         model, tokens, at, np.ones(tokens.shape, bool), ("units",), Compute(make_mesh(1, 1), 2)
     )
     return [np.asarray(by_tap["units"], np.float64) for _, by_tap in layers]
@@ -198,7 +197,7 @@ def log_softmax(x):
 def test_forward_statistics_make_one_pass_per_model(statistic, monkeypatch):
     """Every layer of every model sees each of its batches once."""
     calls = []
-    for module, name in ((walk, "_block_step"), (lockstep, "block_step")):
+    for module, name in ((walk, "_block_step"), (paired, "block_step")):
         step = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, step=step: (calls.append(step), step(*args))[1])
     statistic.compute(pair_of(BASE, OTHER))

@@ -11,7 +11,7 @@ import pytest
 
 import main
 from tracing_jax import experiment
-from tracing_jax.experiment.settings import check_config
+from tracing_jax.experiment.validation import check_config
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(file.stem for file in (ROOT / "configs").glob("*.py") if file.stem not in ("__init__", "common"))

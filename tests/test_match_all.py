@@ -10,7 +10,7 @@ import tiny
 
 from tracing_jax.data import paired_one_to_one
 from tracing_jax.sharding import Compute, make_mesh
-from tracing_jax.source import InMemory
+from tracing_jax.sources import InMemory
 from tracing_jax.statistics import Pair, Vocabularies, verdict
 from tracing_jax.statistics.layer_map import LayerMap, assign_layers, ranges, sentence
 from tracing_jax.statistics.match_all import MatchAll

@@ -8,10 +8,10 @@ import pytest
 import tiny
 
 from tracing_jax.data import paired_one_to_one
-from tracing_jax.experiment.settings import ConfigError, check_config, names_in
+from tracing_jax.experiment.validation import ConfigError, check_config, names_in
 from tracing_jax.matching import match_units
 from tracing_jax.sharding import Compute, make_mesh
-from tracing_jax.source import InMemory
+from tracing_jax.sources import InMemory
 from tracing_jax.statistics import COSTLY, REGISTRY, Pair, Vocabularies
 from tracing_jax.statistics.comparison import against_each_other
 from tracing_jax.statistics.match_distilled import MatchDistilled, student_seeds

@@ -9,16 +9,16 @@ import pytest
 import tiny
 from scipy.optimize import linear_sum_assignment
 
-from tracing_jax.activations import activations
 from tracing_jax.data import paired_one_to_one
+from tracing_jax.forward import activations
+from tracing_jax.rewrites import DRAWN, Renaming, draw_rewrites
 from tracing_jax.sharding import Compute, make_mesh
-from tracing_jax.source import InMemory, disguised, in_memory
+from tracing_jax.sources import InMemory, disguised, in_memory
 from tracing_jax.statistics import Pair, Vocabularies, verdict
 from tracing_jax.statistics.csu import Csu
 from tracing_jax.statistics.csu_all import CsuAll
 from tracing_jax.statistics.match import Match
 from tracing_jax.statistics.match_all import MatchAll
-from tracing_jax.symmetry import DRAWN, Renaming, draw_rewrites
 
 ARCH = tiny.llama_mha(num_layers=3, layer_ropes=(0,) * 3, layer_windows=(None,) * 3, mlp_dim=40)
 IDS = np.arange(61, dtype=np.int32)

@@ -9,12 +9,12 @@ import pytest
 import tiny
 
 from tracing_jax.axes import axis_table
+from tracing_jax.rewrites import draw_rewrites, permute, random_permutations
 from tracing_jax.sharding import Compute, make_mesh
-from tracing_jax.source import InMemory, disguised, in_memory
+from tracing_jax.sources import InMemory, disguised, in_memory
 from tracing_jax.statistics import Pair, Vocabularies, verdict
 from tracing_jax.statistics.match_moments import MatchMoments
 from tracing_jax.statistics.moments import SIDES, signature_correlations, signatures, spread_layers
-from tracing_jax.symmetry import draw_rewrites, permute, random_permutations
 
 ARCH = tiny.llama_mha(num_layers=4, layer_ropes=(0,) * 4, layer_windows=(None,) * 4, mlp_dim=40)
 BASE = tiny.model(ARCH, 0)

@@ -11,7 +11,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tracing_jax import adding
+from tracing_jax import blocked_matmul
 from tracing_jax.axes import PERMUTABLE, axis_table, table_from_axes
 from tracing_jax.matching import (
     Coordinate,
@@ -25,8 +25,8 @@ from tracing_jax.matching import (
     weights,
 )
 from tracing_jax.matching.coordinate import coordinates
+from tracing_jax.rewrites import identity, invert, permute, random_permutations
 from tracing_jax.sharding import make_mesh, place
-from tracing_jax.symmetry import identity, invert, permute, random_permutations
 from tracing_jax.tree import flatten, map_named
 
 RNG = np.random.default_rng(0)
@@ -138,7 +138,7 @@ def test_similarity_of_weights_is_that_of_numpy_however_sliced(dtype, monkeypatc
                for side in (pairs.base, pairs.ft)]  # fmt: skip
         one, other = (side.reshape(len(side), -1) / np.linalg.norm(side) for side in own)
         expected = expected + one @ other.T
-    monkeypatch.setattr(adding, "_SLICE_ENTRIES", expected.size // 3)
+    monkeypatch.setattr(blocked_matmul, "_SLICE_ENTRIES", expected.size // 3)
     jax.clear_caches()  # programs made with the constant as it was
     (coordinate,) = coordinates(table, [axis])
     found = similarity.weight_similarity(pairs, coordinate, start, names)

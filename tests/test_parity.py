@@ -12,9 +12,9 @@ from parity_cases import CASES, FAMILIES, Case
 from scipy.special import logsumexp
 
 from tracing_jax.axes import axis_table, check
-from tracing_jax.checkpoint.entry import tensor_shapes as entry_shapes
-from tracing_jax.checkpoint.entry import to_tensors
 from tracing_jax.checkpoint.layout import layout
+from tracing_jax.checkpoint.tensor_layout import tensor_shapes as entry_shapes
+from tracing_jax.checkpoint.tensor_layout import to_tensors
 from tracing_jax.forward import logits, token_losses
 from tracing_jax.models import apply_embed
 from tracing_jax.models.layers import scaled

@@ -8,10 +8,10 @@ import tiny
 
 from tracing_jax.axes import PERMUTABLE, axis_table, kind_of, table_from_axes
 from tracing_jax.forward import logits
-from tracing_jax.interpolate import interpolate, moving_leaves, path_groups
+from tracing_jax.interpolation import interpolate, interpolated_leaves, path_groups
+from tracing_jax.rewrites import compose, identity, invert, permute, random_permutations, share_moved
 from tracing_jax.sharding import make_mesh, place
-from tracing_jax.source import InMemory, in_memory, permuted
-from tracing_jax.symmetry import compose, identity, invert, permute, random_permutations, share_moved
+from tracing_jax.sources import InMemory, in_memory, permuted
 from tracing_jax.tree import flatten
 
 ARCHS = [tiny.llama_mha, tiny.qwen3_gqa, tiny.olmo2_gqa, tiny.gemma_mqa, tiny.gpt2, tiny.mixtral]
@@ -99,7 +99,7 @@ def test_layers_of_one_shape_share_a_compiled_permutation():
     arch = tiny.qwen3_gqa(embed_dim=26, num_layers=4, layer_ropes=(0,) * 4, layer_windows=(None,) * 4)
     params, table = tiny.params_of(arch), axis_table(arch)
     permutations = random_permutations(jax.random.key(9), table, PERMUTABLE)
-    from tracing_jax.symmetry import permutation
+    from tracing_jax.rewrites import permutation
 
     before = permutation._take_on_device._cache_size()
     permute({"layers": {"0": params["layers"]["0"]}}, permutations, table)
@@ -173,7 +173,7 @@ def test_paths_end_exactly_at_both_models_and_move_only_their_groups(groups):
     arch = tiny.llama_mha()
     base, ft = tiny.params_of(arch, 0), tiny.params_of(arch, 1)
     table = axis_table(arch)
-    moving = moving_leaves(table, groups)
+    moving = interpolated_leaves(table, groups)
     ends = [flatten(interpolate(base, ft, alpha, moving)) for alpha in (0.0, 1.0)]
     for name, row in table.leaves.items():
         moves = row.group in groups
@@ -186,4 +186,4 @@ def test_paths_end_exactly_at_both_models_and_move_only_their_groups(groups):
 
 def test_unknown_groups_are_refused():
     with pytest.raises(ValueError, match=r"unknown groups mpl; there are mlp, norm, attn, emb"):
-        moving_leaves(axis_table(tiny.llama_mha()), ["mpl"])
+        interpolated_leaves(axis_table(tiny.llama_mha()), ["mpl"])

@@ -8,7 +8,7 @@ import numpy as np
 
 from tracing_jax.alignment import KINDS, WHOLE
 from tracing_jax.checkpoint import open_checkpoint
-from tracing_jax.symmetry import DRAWN
+from tracing_jax.rewrites import DRAWN
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -14,12 +14,12 @@ from tracing_jax import experiment
 from tracing_jax.axes import axis_table
 from tracing_jax.checkpoint import open_checkpoint
 from tracing_jax.models import init_params
+from tracing_jax.rewrites import permute, random_permutations
 from tracing_jax.sharding import Compute, make_mesh
-from tracing_jax.source import Excerpt, InMemory, ReadAhead, in_memory
+from tracing_jax.sources import InMemory, PrefetchingSource, Submodel, in_memory
 from tracing_jax.statistics import Pair, Vocabularies, verdict
 from tracing_jax.statistics.screen import Screen
 from tracing_jax.statistics.screen_plan import parameters, plan_within
-from tracing_jax.symmetry import permute, random_permutations
 
 DEEP = {"num_layers": 6, "layer_ropes": (0,) * 6, "layer_windows": (None,) * 6}
 ARCH = tiny.qwen3_gqa(mlp_dim=96, vocab_size=400, **DEEP)
@@ -114,7 +114,7 @@ def test_what_does_not_apply_is_said():
 
 def test_an_excerpt_is_a_small_model_of_the_same_weights():
     tokens = np.asarray([7, 3, 8, 7], np.int32)
-    found = Excerpt(BASE, (4, 1), slice(10, 30), tokens)
+    found = Submodel(BASE, (4, 1), slice(10, 30), tokens)
     assert (found.arch.num_layers, found.arch.mlp_dim, found.arch.vocab_size) == (2, 20, 4)
     np.testing.assert_array_equal(found.embed()["embedding"], np.asarray(BASE.embed()["embedding"])[tokens])
     for place, layer in enumerate((4, 1)):
@@ -151,7 +151,7 @@ def test_files_give_what_memory_gives_and_little_of_them_is_read(folders):
     counted = [dataclasses.replace(c, tensors=Counting(c.tensors)) for c in checkpoints]
     ids = np.arange(checkpoints[0].arch.vocab_size, dtype=np.int32)
     fields = (Vocabularies(True, ids, ids), None, Compute(make_mesh(1, 1), 4), 0)
-    from_files = Screen(0.7).compute(Pair(*map(ReadAhead, counted), *fields))
+    from_files = Screen(0.7).compute(Pair(*map(PrefetchingSource, counted), *fields))
     from_memory = Screen(0.7).compute(Pair(*map(in_memory, checkpoints), *fields))
     assert from_files.log10_p == pytest.approx(from_memory.log10_p, rel=1e-6)
     assert len(from_files.tests) == 6

@@ -9,15 +9,15 @@ import pytest
 import tiny
 
 from tracing_jax.axes import axis_table
+from tracing_jax.rewrites import permute, random_permutations
 from tracing_jax.sharding import Compute, make_mesh
-from tracing_jax.source import InMemory
+from tracing_jax.sources import InMemory
 from tracing_jax.statistics import Pair, Vocabularies
 from tracing_jax.statistics.cos import Cos
 from tracing_jax.statistics.cosine import best_cosines
 from tracing_jax.statistics.emb import Emb
 from tracing_jax.statistics.mode import Mode, curve_of
 from tracing_jax.statistics.overlap import overlapped
-from tracing_jax.symmetry import permute, random_permutations
 
 ARCH = tiny.llama_mha()
 SAME = Vocabularies(True, np.arange(61, dtype=np.int32), np.arange(61, dtype=np.int32))

@@ -12,15 +12,14 @@ from safetensors.numpy import load_file, save_file
 
 from tracing_jax import experiment
 from tracing_jax.alignment import KINDS, Alignment, AlignmentError, align, aligned, alignment_problems
-from tracing_jax.alignment import aligning as module
+from tracing_jax.alignment import align_models as module
 from tracing_jax.alignment.balance import Sides, factors, matrices
 from tracing_jax.alignment.parts import cosines
 from tracing_jax.arch import Arch
 from tracing_jax.axes import PERMUTABLE
 from tracing_jax.checkpoint import open_checkpoint, save_checkpoint
 from tracing_jax.record import plain
-from tracing_jax.source import InMemory, disguised, in_memory
-from tracing_jax.symmetry import (
+from tracing_jax.rewrites import (
     DRAWN,
     IdentityLayer,
     Padding,
@@ -29,7 +28,8 @@ from tracing_jax.symmetry import (
     UnitScaling,
     draw_rewrites,
 )
-from tracing_jax.symmetry.__main__ import disguise
+from tracing_jax.rewrites.__main__ import disguise
+from tracing_jax.sources import InMemory, disguised, in_memory
 from tracing_jax.tree import flatten, map_named
 
 EXACT = 1e-10

@@ -9,8 +9,8 @@ from tracing_jax.arch import arch_from_config
 from tracing_jax.axes import axis_table
 from tracing_jax.checkpoint import open_checkpoint
 from tracing_jax.data import load_tokenizer
-from tracing_jax.source import in_memory, permuted
-from tracing_jax.symmetry import invert
+from tracing_jax.rewrites import invert
+from tracing_jax.sources import in_memory, permuted
 from tracing_jax.tree import flatten
 
 _SIZES = {"vocab_size": 300, "num_hidden_layers": 3, "num_attention_heads": 6, "hidden_size": 24}

@@ -16,7 +16,7 @@ from configs import common
 from tracing_jax.zoo import ModelList, ZooFolder, make_plan, read_models, read_plan, root_of
 from tracing_jax.zoo.launching import left_to_do, status, write_plan
 from tracing_jax.zoo.slurm import batches, script
-from tracing_jax.zoo.work import trace_pairs
+from tracing_jax.zoo.worker import trace_pairs
 
 ROOT = Path(__file__).parent.parent
 LISTS = sorted((ROOT / "configs" / "models").glob("*.yaml"))
@@ -158,7 +158,7 @@ def test_record_counts_for_its_config_and_its_files_alone(folder, tmp_path):
 
 def test_pairs_are_traced_once_and_what_fails_stops_no_other(folder, monkeypatch):
     traced = []
-    monkeypatch.setattr("tracing_jax.zoo.work.open_models", lambda config: ())
+    monkeypatch.setattr("tracing_jax.zoo.worker.open_models", lambda config: ())
 
     def trace(config):
         traced.append(config.ft_model_id)

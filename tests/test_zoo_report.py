@@ -21,8 +21,8 @@ from ml_collections import ConfigDict
 from scipy.sparse.csgraph import minimum_spanning_tree
 
 from tracing_jax.axes import PERMUTABLE, axis_table
-from tracing_jax.source import InMemory
-from tracing_jax.symmetry import permute, random_permutations
+from tracing_jax.rewrites import permute, random_permutations
+from tracing_jax.sources import InMemory
 from tracing_jax.zoo import PairState, make_plan, weights
 from tracing_jax.zoo.__main__ import main
 from tracing_jax.zoo.models import ModelList

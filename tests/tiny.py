@@ -8,7 +8,7 @@ import transformers
 
 from tracing_jax.arch import Arch, arch_from_config
 from tracing_jax.models import init_params
-from tracing_jax.source import InMemory
+from tracing_jax.sources import InMemory
 from tracing_jax.tree import Tree, map_named
 
 _SIZES = {

@@ -20,10 +20,10 @@ from benchmarks.pairs.files import Place, lay_out
 from benchmarks.pairs.language import write_tokenizer
 from tracing_jax.arch import Arch, read_arch
 from tracing_jax.axes import AxisTable, axis_table
-from tracing_jax.checkpoint.entry import Entry, tensor_shapes, to_tensors
 from tracing_jax.checkpoint.layout import Layout, layout
-from tracing_jax.symmetry import Permutations, random_permutations
-from tracing_jax.symmetry.permutation import take_units, unit_moves
+from tracing_jax.checkpoint.tensor_layout import Entry, tensor_shapes, to_tensors
+from tracing_jax.rewrites import Permutations, random_permutations
+from tracing_jax.rewrites.permutation import take_units, unit_moves
 
 if TYPE_CHECKING:
     import transformers

@@ -56,7 +56,7 @@ def _ours(base: Path, ft: Path, size: Size, tokens: np.ndarray) -> tuple[float, 
     from benchmarks.speed.steps import DTYPES
     from tracing_jax.checkpoint import load, open_checkpoint
     from tracing_jax.forward import path_losses
-    from tracing_jax.interpolate import path_groups
+    from tracing_jax.interpolation import path_groups
     from tracing_jax.sharding import Compute, make_mesh
 
     start = time.perf_counter()

@@ -9,7 +9,7 @@ import numpy as np
 from benchmarks.pairs.draws import Law, draw
 from tracing_jax.arch import Arch
 from tracing_jax.models import init_params
-from tracing_jax.source import InMemory
+from tracing_jax.sources import InMemory
 from tracing_jax.tree import map_named
 
 

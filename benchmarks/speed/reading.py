@@ -10,7 +10,7 @@ from benchmarks.speed.rows import Row
 from benchmarks.speed.timing import seconds
 from tracing_jax.checkpoint import Checkpoint, open_checkpoint
 from tracing_jax.sharding import make_mesh
-from tracing_jax.source import ReadAhead, parts, placed
+from tracing_jax.sources import PrefetchingSource, parts, placed
 
 _BUFFER_BYTES = 16 * 2**20
 
@@ -54,7 +54,7 @@ def plain_reading(files: tuple[Path, ...]) -> int:
 
 
 def _layers(checkpoint: Checkpoint) -> None:
-    for _, part in parts(ReadAhead(placed(checkpoint, make_mesh()))):
+    for _, part in parts(PrefetchingSource(placed(checkpoint, make_mesh()))):
         jax.block_until_ready(part)
 
 

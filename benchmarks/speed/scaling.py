@@ -15,7 +15,7 @@ from benchmarks.speed.steps import TAPS, block_steps, gram_step
 from benchmarks.speed.timing import best_seconds
 from tracing_jax.arch import Arch
 from tracing_jax.report.panels import INK
-from tracing_jax.source import InMemory
+from tracing_jax.sources import InMemory
 
 _STEP, _GRAM = "block step", "cross-Gram step"
 

@@ -13,11 +13,11 @@ from benchmarks.speed.sizes import Size
 from benchmarks.speed.timing import best_seconds, matmul, matmul_flops
 from tracing_jax.axes import axis_table
 from tracing_jax.data import paired_one_to_one
+from tracing_jax.forward import correlations
 from tracing_jax.forward.walk import Walk
-from tracing_jax.grams import correlations
-from tracing_jax.interpolate import moving_leaves, path_groups
+from tracing_jax.interpolation import interpolated_leaves, path_groups
 from tracing_jax.sharding import Compute, make_mesh
-from tracing_jax.source import InMemory
+from tracing_jax.sources import InMemory
 
 DTYPES: Mapping[str, DTypeLike] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 TAPS = ("gate", "up")
@@ -43,7 +43,7 @@ def steps(size: Size) -> Iterator[Row]:
 def block_steps(base: InMemory, ft: InMemory, size: Size, dtype: DTypeLike) -> Callable[[], object]:
     """Returns what takes all tokens through all layers, at every alpha, embedding included."""
     compute = Compute(make_mesh(), size.batch_size, dtype)
-    moving = moving_leaves(axis_table(base.arch), path_groups(attn=True, emb=True))
+    moving = interpolated_leaves(axis_table(base.arch), path_groups(attn=True, emb=True))
     walk = Walk(base, ft, moving, jnp.asarray(size.alphas, jnp.float32), dtype)
     batches = [compute.put(batch) for batch in compute.batches(size.random_tokens())]
     # Batch after batch, as in a run of models in memory: their hidden states need not all live at once.

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from benchmarks.speed.rows import Row
 from benchmarks.speed.sizes import SIZES
 from tracing_jax.checkpoint import load, open_checkpoint
-from tracing_jax.sampling import Choice, Writer
+from tracing_jax.generation import Choice, Writer
 from tracing_jax.sharding import Compute, make_mesh
 
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 8, 32, 64

@@ -4,7 +4,7 @@ Permutations of units are found from weights or activations. Disguises beyond th
 units, mixed values ...) are undone from the weights: `align(base, ft, ("all",), evidence="weights")`.
 """
 
-from tracing_jax.alignment.aligning import LOGITS_TOLERANCE, align
+from tracing_jax.alignment.align_models import LOGITS_TOLERANCE, align
 from tracing_jax.alignment.kinds import (
     KINDS,
     WHOLE,

@@ -16,7 +16,7 @@ from tracing_jax.alignment.parts import Leaves, after, rows, stacked
 from tracing_jax.arch import Arch
 from tracing_jax.axes import MAPPED, AxisTable, kind_of
 from tracing_jax.matching import Similarity, coordinates, solve
-from tracing_jax.symmetry import Permutation, QueryKeyMaps, Rewrite, UnitScaling, ValueMixing
+from tracing_jax.rewrites import Permutation, QueryKeyMaps, Rewrite, UnitScaling, ValueMixing
 
 
 @dataclass

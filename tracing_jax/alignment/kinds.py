@@ -5,8 +5,8 @@ from dataclasses import replace
 
 from tracing_jax.arch import Arch
 from tracing_jax.axes import PERMUTABLE, kind_of
-from tracing_jax.symmetry import GainScaling, QueryKeyMaps, Rewrite, Rotation, UnitScaling, ValueMixing
-from tracing_jax.symmetry.rewrite import table_of
+from tracing_jax.rewrites import GainScaling, QueryKeyMaps, Rewrite, Rotation, UnitScaling, ValueMixing
+from tracing_jax.rewrites.rewrite import table_of
 
 MAPS: dict[str, type[Rewrite]] = {
     "rotation": Rotation, "gains": GainScaling, "scaling": UnitScaling, "values": ValueMixing, "queries": QueryKeyMaps

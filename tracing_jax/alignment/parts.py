@@ -9,9 +9,9 @@ from jaxtyping import Float
 from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisTable, Leaf
 from tracing_jax.matching import Shared
-from tracing_jax.source import Disguised, Mapped, ParamSource, disguised, part
-from tracing_jax.symmetry import Rewrite
-from tracing_jax.symmetry.rewrite import Weight, table_of
+from tracing_jax.rewrites import Rewrite
+from tracing_jax.rewrites.rewrite import Weight, table_of
+from tracing_jax.sources import Disguised, Mapped, ParamSource, disguised, part
 from tracing_jax.tree import flatten, to_host
 
 Leaves = dict[str, np.ndarray]

@@ -10,12 +10,12 @@ from tracing_jax.alignment.kinds import unit_sizes
 from tracing_jax.arch import Arch
 from tracing_jax.axes import axis_table, kind_of
 from tracing_jax.data import paired_one_to_one
-from tracing_jax.grams import LayerCorrelations, correlations
+from tracing_jax.forward import LayerCorrelations, correlations
 from tracing_jax.matching import Coordinate, Similarity, coordinates, solve, value
 from tracing_jax.models import tap_axes
+from tracing_jax.rewrites import identity
 from tracing_jax.sharding import Compute
-from tracing_jax.source import ParamSource
-from tracing_jax.symmetry import identity
+from tracing_jax.sources import ParamSource
 
 TAP = {"embed": "residual", "mlp": "units", "kv_heads": "heads", "q_group": "heads", "expert": "units"}
 """Axis kind -> the tap (see `models.tap_axes`) whose activations tell its units apart."""

@@ -6,8 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tracing_jax.source import Disguised, Mapped, ParamSource, disguised, permuted
-from tracing_jax.symmetry import (
+from tracing_jax.rewrites import (
     GainScaling,
     GainSetting,
     Permutation,
@@ -18,6 +17,7 @@ from tracing_jax.symmetry import (
     UnitScaling,
     ValueMixing,
 )
+from tracing_jax.sources import Disguised, Mapped, ParamSource, disguised, permuted
 
 Evidence = Literal["weights", "activations"]
 

@@ -9,8 +9,8 @@ from tracing_jax.alignment.kinds import AlignmentError
 from tracing_jax.alignment.parts import Leaves, exact, leaves, prefixes, rows, stacked, units_first
 from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisTable, kind_of
-from tracing_jax.source import ParamSource
-from tracing_jax.symmetry import LayerRemoval, Padding, Permutation, Rewrite, Rotation, arch_after
+from tracing_jax.rewrites import LayerRemoval, Padding, Permutation, Rewrite, Rotation, arch_after
+from tracing_jax.sources import ParamSource
 
 _WRITTEN_ON = {"mlp": "mlp", "kv_heads": "v_dim"}
 """Axis kind -> the kind of the axis on which what writes a silent unit is zero."""

@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from tracing_jax.alignment.blocks import BlockMaps, block_maps
 from tracing_jax.alignment.parts import after, exact, leaves, rows
-from tracing_jax.alignment.stream import as_rewrites, cross_products, nearest, order_of, token_products
+from tracing_jax.alignment.residual_stream import as_rewrites, cross_products, nearest, order_of, token_products
 from tracing_jax.matching import Shared
-from tracing_jax.source import Disguised, ParamSource
-from tracing_jax.symmetry import GainScaling, GainSetting, Permutation, Rewrite, feeding_norms, gains_in
+from tracing_jax.rewrites import GainScaling, GainSetting, Permutation, Rewrite, feeding_norms, gains_in
+from tracing_jax.sources import Disguised, ParamSource
 
 _REFINEMENTS = 1
 """How often all weights correct the map that the tokens' rows gave."""

@@ -10,10 +10,10 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding
 
 from tracing_jax.axes import axis_table
-from tracing_jax.checkpoint.placing import on_mesh
-from tracing_jax.checkpoint.reading import Checkpoint
+from tracing_jax.checkpoint.checkpoint import Checkpoint
+from tracing_jax.checkpoint.device_loading import on_mesh
 from tracing_jax.sharding import leaf_spec
-from tracing_jax.source import InMemory, in_memory
+from tracing_jax.sources import InMemory, in_memory
 from tracing_jax.tree import Tree, unflatten
 
 _FORMAT = 1  # raise when leaf names or layouts change: older caches are then left alone

@@ -9,8 +9,8 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 
 from tracing_jax.arch import Arch
-from tracing_jax.checkpoint.entry import Entry, Piece, tensor_shapes
 from tracing_jax.checkpoint.layout_gpt2 import gpt2_layouts
+from tracing_jax.checkpoint.tensor_layout import Entry, Piece, tensor_shapes
 
 Layout = Mapping[str, Entry]
 """Leaf name -> how it lies in the tensors."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from tracing_jax.arch import Arch
-from tracing_jax.checkpoint.entry import Entry, Piece
+from tracing_jax.checkpoint.tensor_layout import Entry, Piece
 
 
 def gpt2_layouts(arch: Arch) -> Iterator[Mapping[str, Entry]]:

@@ -11,10 +11,10 @@ from jaxtyping import Int
 from safetensors.numpy import save_file
 
 from tracing_jax.arch import change_config
-from tracing_jax.checkpoint.entry import to_tensors
 from tracing_jax.checkpoint.layout import layout
 from tracing_jax.checkpoint.renaming import rename_tokens
-from tracing_jax.source import ParamSource, parts
+from tracing_jax.checkpoint.tensor_layout import to_tensors
+from tracing_jax.sources import ParamSource, parts
 from tracing_jax.tree import flatten
 
 _COMPANIONS = (

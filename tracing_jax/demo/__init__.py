@@ -3,7 +3,7 @@
 `base` learns the language reference (`pydoc_data.topics`) and the docstrings of the standard library. `finetune` goes
 on from it with numpy's docstrings. `disguised` is the fine-tune with all its units permuted, written as a checkpoint.
 `independent` starts from another seed and sees base's text in base's order. All four are Hugging Face folders, opened
-like any other checkpoint; so are the twelve of the zoo (`grove.py`).
+like any other checkpoint; so are the twelve of the zoo (`zoo_models.py`).
 
     base = open_checkpoint(str(family().member("base")))
     pruned = open_checkpoint(str(member("ash-pruned@7")))  # of the zoo with seed 7
@@ -11,11 +11,11 @@ like any other checkpoint; so are the twelve of the zoo (`grove.py`).
 
 from pathlib import Path
 
-from tracing_jax.demo.grove import ROOTS, TREE, tree_member
-from tracing_jax.demo.quartet import MEMBERS, Family, family, held_out_text
+from tracing_jax.demo.family import MEMBERS, Family, family, held_out_text
 from tracing_jax.demo.recipe import Recipe, config, train_tokenizer
 from tracing_jax.demo.texts import base_text, finetune_text, split
 from tracing_jax.demo.training import init, learning_rates, mean_loss, optimizer, train_step, unigram_entropy
+from tracing_jax.demo.zoo_models import ROOTS, TREE, tree_member
 
 __all__ = [
     "MEMBERS", "ROOTS", "TREE", "Family", "Recipe", "base_text", "config", "family", "finetune_text",

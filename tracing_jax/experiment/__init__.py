@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from tracing_jax.alignment import Alignment
 from tracing_jax.data import TokenBlocks
-from tracing_jax.experiment.facts import alignment_facts, device_facts, file_stamps, model_facts, token_facts, versions
+from tracing_jax.distributed import is_main_process
 from tracing_jax.experiment.loading import (
     Layout,
     align_ft,
@@ -26,14 +26,21 @@ from tracing_jax.experiment.loading import (
     prove_disguise,
     write_aligned,
 )
+from tracing_jax.experiment.metadata import (
+    alignment_facts,
+    device_facts,
+    file_stamps,
+    model_facts,
+    token_facts,
+    versions,
+)
 from tracing_jax.experiment.opening import Opened, inapplicable, open_pair
-from tracing_jax.experiment.settings import DEMO, ConfigError, check_config
+from tracing_jax.experiment.validation import DEMO, ConfigError, check_config
 from tracing_jax.forward import token_losses
-from tracing_jax.processes import is_first
-from tracing_jax.progress import PROGRESS, Progress
 from tracing_jax.record import FORMAT, RunFiles, atomic_write, commit, legacy_dict, plain, write_json, write_pickle
 from tracing_jax.report import family_html, figure_of_family, figure_of_run, html, save_png
-from tracing_jax.source import ParamSource
+from tracing_jax.run_cache import RUN_CACHE, RunCache
+from tracing_jax.sources import ParamSource
 from tracing_jax.statistics import Pair, Result, Statistic, over_pairs, verdict
 
 __all__ = ["ConfigError", "check_config", "run", "save", "trace"]
@@ -52,13 +59,13 @@ def run(config: ConfigDict) -> list[dict[str, Any]]:
     pairs = _pairs(config, files)
     for pair in pairs.values():
         open_pair(pair)  # whatever is wrong with the last pair is said before the first is traced
-    finished: list[Progress] = []
+    finished: list[RunCache] = []
     traced = {name: trace(pair, finished) for name, pair in pairs.items()}
     records = dict(zip(traced, _side_by_side(list(traced.values()))))
-    if is_first():
+    if is_main_process():
         _save_family(records, files)
-    for progress in finished:
-        progress.clear()
+    for run_cache in finished:
+        run_cache.clear()
     return list(records.values())
 
 
@@ -94,7 +101,7 @@ def _pairs(config: ConfigDict, files: RunFiles) -> dict[str, ConfigDict]:
     return pairs
 
 
-def trace(config: ConfigDict, finished: list[Progress] | None = None) -> dict[str, Any]:
+def trace(config: ConfigDict, finished: list[RunCache] | None = None) -> dict[str, Any]:
     """Runs the seven steps on one pair, writes the files of the run, and returns its record.
 
     What an interrupted run had finished is deleted then, or, for a run of several pairs, handed over in `finished`.
@@ -104,9 +111,9 @@ def trace(config: ConfigDict, finished: list[Progress] | None = None) -> dict[st
     with clock.step("open"):
         opened = open_pair(config)
         layout = lay_out(config, opened)
-    progress, word = _progress(config, opened, layout)
+    run_cache, word = _progress(config, opened, layout)
     opened.notes.extend([word] if word else [])
-    found = _steps(config, opened, layout, progress, clock)
+    found = _steps(config, opened, layout, run_cache, clock)
     record = plain(
         {
             **_circumstances(config, layout),
@@ -116,13 +123,13 @@ def trace(config: ConfigDict, finished: list[Progress] | None = None) -> dict[st
             "notes": opened.notes,
         }
     )
-    if is_first():
+    if is_main_process():
         arrays = {name: result.arrays for name, result in found.before.items() if result.arrays}
         save(record, RunFiles.from_save(config.save), found.alignment, arrays)
     if finished is None:
-        progress.clear()
+        run_cache.clear()
     else:
-        finished.append(progress)
+        finished.append(run_cache)
     return record
 
 
@@ -159,10 +166,10 @@ class _Found:
         }
 
 
-def _steps(config: ConfigDict, opened: Opened, layout: Layout, progress: Progress, clock: "_Clock") -> _Found:
+def _steps(config: ConfigDict, opened: Opened, layout: Layout, run_cache: RunCache, clock: "_Clock") -> _Found:
     """Runs all steps but saving that are asked for. A model that another takes the place of lives no longer."""
     with clock.step("load"):
-        pair = load_pair(config, opened, layout, progress)
+        pair = load_pair(config, opened, layout, run_cache)
     models = _model_facts_beside_the_work(opened, hashed=not (opened.is_first_look or config.max_layers))
     disguise = permutation = None
     if opened.rewrites:
@@ -248,18 +255,18 @@ def _compute(opened: Opened, pair: Pair, not_applicable: Mapping[str, str]) -> d
 
 def _remembered(name: str, statistic: Statistic, pair: Pair) -> Result:
     """Returns the result of a statistic, kept from an interrupted run or computed now."""
-    progress = pair.progress.within("results")
-    fields: dict[str, Any] | None = progress.load(dict, name)
+    run_cache = pair.run_cache.scope("results")
+    fields: dict[str, Any] | None = run_cache.load(dict, name)
     if fields is not None:
-        return Result.restored(fields, progress.load_arrays(name) or {})
+        return Result.restored(fields, run_cache.load_arrays(name) or {})
     result = statistic.compute(pair)
     if result.arrays:
-        progress.keep_arrays(lambda: result.arrays, name)
-    progress.keep(result.as_dict(), name)
+        run_cache.save_arrays(lambda: result.arrays, name)
+    run_cache.save(result.as_dict(), name)
     return result
 
 
-def _progress(config: ConfigDict, opened: Opened, layout: Layout) -> tuple[Progress, str | None]:
+def _progress(config: ConfigDict, opened: Opened, layout: Layout) -> tuple[RunCache, str | None]:
     """Returns what is left of an interrupted run of this config on these files, and a word on it.
 
     Blocks of tokens go through the models by the batch, and how many these are depends on where the models lie.
@@ -273,14 +280,14 @@ def _progress(config: ConfigDict, opened: Opened, layout: Layout) -> tuple[Progr
         "mesh": dict(layout.mesh.shape),
         "memory": layout.memory,
     }
-    return Progress.open(RunFiles.from_save(config.save).folder / PROGRESS, facts)
+    return RunCache.open(RunFiles.from_save(config.save).folder / RUN_CACHE, facts)
 
 
 def _perplexity(pair: Pair, model: ParamSource, blocks: TokenBlocks | None, side: str) -> dict[str, float]:
     """Step 6: perplexity of one model on its own tokens of the text, per token and per byte."""
     assert blocks is not None
-    progress = pair.progress.within("perplexity", side)
-    losses = token_losses(model, blocks.tokens, pair.compute, f"perplexity of {side}", progress)
+    run_cache = pair.run_cache.scope("perplexity", side)
+    losses = token_losses(model, blocks.tokens, pair.compute, f"perplexity of {side}", run_cache)
     nats, num_bytes = float(losses.sum(dtype=np.float64)), int(blocks.num_bytes.sum())
     return {
         "loss_nats_per_token": nats / losses.size,

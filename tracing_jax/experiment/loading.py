@@ -11,17 +11,18 @@ from ml_collections import ConfigDict
 from tracing_jax.alignment import Alignment, AlignmentError, align, aligned, kinds_in
 from tracing_jax.axes import axis_table
 from tracing_jax.checkpoint import Checkpoint, load, on_mesh, save_checkpoint
-from tracing_jax.experiment.facts import shape_facts
 from tracing_jax.experiment.memory import choose_memory
+from tracing_jax.experiment.metadata import shape_facts
 from tracing_jax.experiment.opening import Opened
-from tracing_jax.experiment.settings import DTYPES, names_in
+from tracing_jax.experiment.validation import DTYPES, names_in
 from tracing_jax.forward import check_function
-from tracing_jax.progress import Progress
+from tracing_jax.rewrites import Permutations, Untying, random_permutations, share_moved
+from tracing_jax.run_cache import RunCache
 from tracing_jax.sharding import Compute, make_mesh
-from tracing_jax.source import (
+from tracing_jax.sources import (
     InMemory,
     ParamSource,
-    ReadAhead,
+    PrefetchingSource,
     disguised,
     in_memory,
     over,
@@ -30,7 +31,6 @@ from tracing_jax.source import (
     placed,
 )
 from tracing_jax.statistics import Pair
-from tracing_jax.symmetry import Permutations, Untying, random_permutations, share_moved
 
 
 class Layout(NamedTuple):
@@ -51,7 +51,7 @@ def lay_out(config: ConfigDict, opened: Opened) -> Layout:
     return Layout(mesh, memory)
 
 
-def load_pair(config: ConfigDict, opened: Opened, layout: Layout, progress: Progress) -> Pair:
+def load_pair(config: ConfigDict, opened: Opened, layout: Layout, run_cache: RunCache) -> Pair:
     """Step 1: both models on the mesh, whole or layer by layer; a disguise changes the parts of ft as they are read."""
     mesh, memory = layout
     tokens = None if opened.blocks_base is None else opened.blocks_base.tokens
@@ -64,7 +64,7 @@ def load_pair(config: ConfigDict, opened: Opened, layout: Layout, progress: Prog
         config.seed,
         blocks=opened.paired,
         controls=[_model(config, control, mesh, "stream") for control in opened.controls],
-        progress=progress,
+        run_cache=run_cache,
     )
 
 
@@ -74,9 +74,9 @@ def _model(
     if disguise is None or not disguise.rewrites:
         if memory == "resident":
             return load(checkpoint, mesh, config.cache_dir)
-        return ReadAhead(on_mesh(checkpoint, mesh))
+        return PrefetchingSource(on_mesh(checkpoint, mesh))
     rewritten = placed(disguised(checkpoint, disguise.rewrites), mesh)
-    return in_memory(rewritten, f"disguising {checkpoint.id}") if memory == "resident" else ReadAhead(rewritten)
+    return in_memory(rewritten, f"disguising {checkpoint.id}") if memory == "resident" else PrefetchingSource(rewritten)
 
 
 def prove_disguise(config: ConfigDict, opened: Opened, pair: Pair) -> dict[str, Any]:
@@ -111,16 +111,16 @@ def align_ft(config: ConfigDict, opened: Opened, pair: Pair) -> tuple[Pair, Alig
     ):
         shared = {"vocab": (opened.vocabularies.ids_base, opened.vocabularies.ids_ft)}
     kinds, evidence = kinds_in(config.align_axes), config.align_evidence
-    how = {"compute": pair.compute, "shared": shared, "seed": config.seed, "progress": pair.progress.within("align")}
+    how = {"compute": pair.compute, "shared": shared, "seed": config.seed, "run_cache": pair.run_cache.scope("align")}
     try:
-        alignment = _kept_alignment(pair.progress) or align(
+        alignment = _kept_alignment(pair.run_cache) or align(
             pair.base, pair.ft, kinds, evidence=evidence, tokens=pair.tokens, **how
         )
     except AlignmentError as error:
         opened.notes.append(f"not aligned: {error}")
         return pair, None
-    _keep_alignment(pair.progress, alignment)
-    return _in_base_s_place(opened, replace(pair, progress=pair.progress.within("aligned")), alignment), alignment
+    _keep_alignment(pair.run_cache, alignment)
+    return _in_base_s_place(opened, replace(pair, run_cache=pair.run_cache.scope("aligned")), alignment), alignment
 
 
 def write_aligned(config: ConfigDict, opened: Opened, pair: Pair) -> None:
@@ -129,16 +129,16 @@ def write_aligned(config: ConfigDict, opened: Opened, pair: Pair) -> None:
     opened.notes.append(f"the aligned model is in {config.save_aligned}")
 
 
-def _keep_alignment(progress: Progress, alignment: Alignment) -> None:
+def _keep_alignment(run_cache: RunCache, alignment: Alignment) -> None:
     """Keeps an alignment by permutations; other maps are found again, with both models in memory."""
     if not alignment.rewrites:
-        progress.keep_arrays(lambda: dict(alignment.permutations), "alignment")
-        progress.keep(asdict(replace(alignment, permutations={})), "alignment")
+        run_cache.save_arrays(lambda: dict(alignment.permutations), "alignment")
+        run_cache.save(asdict(replace(alignment, permutations={})), "alignment")
 
 
-def _kept_alignment(progress: Progress) -> Alignment | None:
-    fields: dict[str, Any] | None = progress.load(dict, "alignment")
-    permutations = progress.load_arrays("alignment")
+def _kept_alignment(run_cache: RunCache) -> Alignment | None:
+    fields: dict[str, Any] | None = run_cache.load(dict, "alignment")
+    permutations = run_cache.load_arrays("alignment")
     if fields is None or permutations is None:
         return None
     tuples = {"objective": tuple(fields["objective"]), "rewrites": ()}

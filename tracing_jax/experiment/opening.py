@@ -29,9 +29,9 @@ from tracing_jax.data import (
     shared_tokens,
     token_blocks,
 )
-from tracing_jax.experiment.settings import DEMO, RENAMING, ConfigError, names_in
+from tracing_jax.experiment.validation import DEMO, RENAMING, ConfigError, names_in
+from tracing_jax.rewrites import Rewrite, arch_after, draw_rewrites
 from tracing_jax.statistics import LIGHT, REGISTRY, Statistic, Vocabularies
-from tracing_jax.symmetry import Rewrite, arch_after, draw_rewrites
 
 # No tokenizer averages more over a text; reading stops there, however large the data set is.
 _MAX_CHARS_PER_TOKEN = 32

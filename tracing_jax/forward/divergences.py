@@ -13,9 +13,9 @@ from tqdm import tqdm
 from tracing_jax.arch import Arch
 from tracing_jax.data import PairedBlocks
 from tracing_jax.forward.walk import Walk, check_tokens, head_logits, slice_length
-from tracing_jax.progress import Progress
+from tracing_jax.run_cache import RunCache
 from tracing_jax.sharding import Compute
-from tracing_jax.source import ParamSource
+from tracing_jax.sources import ParamSource
 from tracing_jax.tree import Tree
 
 
@@ -26,7 +26,7 @@ def divergences(
     shared: tuple[Int[np.ndarray, " S"], Int[np.ndarray, " S"]],
     compute: Compute,
     description: str = "divergences",
-    progress: Progress | None = None,
+    run_cache: RunCache | None = None,
 ) -> Float[np.ndarray, " M"]:
     """Returns the Jensen-Shannon divergence of the two predictions at every paired position, in nats.
 
@@ -41,9 +41,9 @@ def divergences(
     walks = [Walk(source, None, frozenset(), jnp.zeros(1), compute.dtype) for source in (base, ft)]
     batched = [compute.batches(rows) for rows in (blocks.base, blocks.ft, blocks.at_base, blocks.at_ft)]
     size = min(len(walk.chunks(batches)[0]) for walk, batches in zip(walks, batched))
-    progress = progress or Progress()
+    run_cache = run_cache or RunCache()
 
-    def of_chunk(start: int, scopes: Sequence[Progress]) -> dict[str, np.ndarray]:
+    def of_chunk(start: int, scopes: Sequence[RunCache]) -> dict[str, np.ndarray]:
         rows = [[compute.put(batch) for batch in batches[start : start + size]] for batches in batched]
         hidden = [walk.hidden(ids, scope) for walk, ids, scope in zip(walks, rows[:2], scopes)]
         heads = [walk.head().base for walk in walks]
@@ -55,11 +55,11 @@ def divergences(
 
     found = []
     for start in tqdm(range(0, len(batched[0]), size), desc=description, unit="chunk", disable=None):
-        chunk = progress.within(f"chunk {start}")
-        scopes = (chunk.within("base"), chunk.within("ft"))
-        done = chunk.memo_arrays(("divergences",), functools.partial(of_chunk, start, scopes))
+        chunk = run_cache.scope(f"chunk {start}")
+        scopes = (chunk.scope("base"), chunk.scope("ft"))
+        done = chunk.cached_arrays(("divergences",), functools.partial(of_chunk, start, scopes))
         for scope in scopes:
-            scope.forget("hidden")
+            scope.delete("hidden")
         found.append(done["divergences"])
     return np.concatenate(found)[: len(blocks.valid)][blocks.valid]
 

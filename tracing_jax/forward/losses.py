@@ -13,11 +13,11 @@ from tracing_jax.arch import Arch
 from tracing_jax.axes import axis_table
 from tracing_jax.forward.path import Path
 from tracing_jax.forward.walk import Walk, check_tokens, head_logits, slice_length
-from tracing_jax.interpolate import moving_leaves
-from tracing_jax.progress import Progress
+from tracing_jax.interpolation import interpolated_leaves
+from tracing_jax.rewrites import Permutations
+from tracing_jax.run_cache import RunCache
 from tracing_jax.sharding import Compute
-from tracing_jax.source import ParamSource
-from tracing_jax.symmetry import Permutations
+from tracing_jax.sources import ParamSource
 from tracing_jax.tree import Tree
 
 
@@ -30,7 +30,7 @@ def path_losses(
     compute: Compute,
     description: str = "losses along the path",
     copies: Sequence[Permutations] = (),
-    progress: Progress | None = None,
+    run_cache: RunCache | None = None,
 ) -> Float[np.ndarray, "A N T1"]:
     """Returns the loss of every predicted token, in nats, at every alpha of the path from base (0) to ft (1).
 
@@ -48,7 +48,7 @@ def path_losses(
       description: what the progress bar says.
       copies: one for each alpha, permutations of the same axes: ft is permuted by them before it is met. No permuted
         model is made; the units are taken where the layer is interpolated.
-      progress: where finished work is kept, for a second start: losses, and of streamed models the hidden states after
+      run_cache: where finished work is kept, for a second start: losses, and of streamed models the hidden states after
         the last finished layer.
 
     Raises:
@@ -58,13 +58,13 @@ def path_losses(
     check_tokens(tokens, base.arch)
     if copies and len(copies) != len(alphas):
         raise ValueError(f"{len(copies)} permuted copies at {len(alphas)} alphas; give one for each, or none")
-    moving = moving_leaves(axis_table(base.arch), groups)
+    moving = interpolated_leaves(axis_table(base.arch), groups)
     walk = Walk(base, ft, moving, jnp.asarray(alphas, jnp.float32), compute.dtype, copies)
     chunks = walk.chunks(compute.batches(tokens))
-    progress, found = progress or Progress(), []
+    run_cache, found = run_cache or RunCache(), []
     with tqdm(total=len(chunks) * base.arch.num_layers, desc=description, unit="layer", disable=None) as bar:
 
-        def of_chunk(chunk: list[np.ndarray], scope: Progress) -> dict[str, np.ndarray]:
+        def of_chunk(chunk: list[np.ndarray], scope: RunCache) -> dict[str, np.ndarray]:
             batches = [compute.put(batch) for batch in chunk]
             hidden = walk.hidden(batches, scope, bar.update)
             head = walk.head()
@@ -72,9 +72,9 @@ def path_losses(
             return {"losses": np.concatenate(compute.get(steps), axis=1)}
 
         for c, chunk in enumerate(chunks):
-            scope = progress.within(f"chunk {c}")
-            done = scope.memo_arrays(("losses",), functools.partial(of_chunk, chunk, scope))
-            scope.forget("hidden")
+            scope = run_cache.scope(f"chunk {c}")
+            done = scope.cached_arrays(("losses",), functools.partial(of_chunk, chunk, scope))
+            scope.delete("hidden")
             found.append(done["losses"])
     return np.concatenate(found, axis=1)[:, : len(tokens)]
 
@@ -84,10 +84,10 @@ def token_losses(
     tokens: Int[np.ndarray, "N T"],
     compute: Compute,
     description: str = "losses",
-    progress: Progress | None = None,
+    run_cache: RunCache | None = None,
 ) -> Float[np.ndarray, "N T1"]:
     """Returns the loss of every predicted token of one model, in nats."""
-    return path_losses(source, None, tokens, (0.0,), (), compute, description, progress=progress)[0]
+    return path_losses(source, None, tokens, (0.0,), (), compute, description, run_cache=run_cache)[0]
 
 
 @functools.partial(jax.jit, static_argnames="arch")

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tracing_jax.axes import axis_table
-from tracing_jax.interpolate import interpolate
-from tracing_jax.source import ParamSource, part
-from tracing_jax.symmetry import Dims, Permutations, take_units, unit_moves
+from tracing_jax.interpolation import interpolate
+from tracing_jax.rewrites import Dims, Permutations, take_units, unit_moves
+from tracing_jax.sources import ParamSource, part
 from tracing_jax.tree import Tree, flatten, unflatten
 
 

@@ -6,7 +6,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from tracing_jax.forward.walk import Walk, check_tokens, head_logits
-from tracing_jax.source import ParamSource
+from tracing_jax.sources import ParamSource
 from tracing_jax.tree import flatten, to_host
 
 

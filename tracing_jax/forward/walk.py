@@ -12,10 +12,10 @@ from jaxtyping import Array, Float, Int
 from tracing_jax.arch import Arch, length_problem
 from tracing_jax.forward.path import Path, path_of, stacked
 from tracing_jax.models import apply_block, apply_embed, apply_head, layer_inputs
-from tracing_jax.progress import Progress
+from tracing_jax.rewrites import Permutations
+from tracing_jax.run_cache import RunCache
 from tracing_jax.sharding import put_over
-from tracing_jax.source import InMemory, ParamSource
-from tracing_jax.symmetry import Permutations
+from tracing_jax.sources import InMemory, ParamSource
 from tracing_jax.tree import Tree, to_host
 
 _HIDDEN_BYTES = 2**30
@@ -46,15 +46,15 @@ class Walk:
     def hidden(
         self,
         batches: Sequence[jax.Array],
-        progress: Progress | None = None,
+        run_cache: RunCache | None = None,
         each_layer: Callable[[], object] = lambda: None,
     ) -> list[Float[Array, "A B T D"]]:
         """Returns what the last layer gives for each batch.
 
-        With `progress` the hidden states after each layer are kept, and an interrupted walk goes on from there.
+        With `run_cache` the hidden states after each layer are kept, and an interrupted walk goes on from there.
         """
-        progress = progress or Progress()
-        first, x = _kept(progress, self.dtype, batches)
+        run_cache = run_cache or RunCache()
+        first, x = _kept(run_cache, self.dtype, batches)
         x = x or [_embed_step(self.arch, self.dtype, self.part("embed/"), tokens) for tokens in batches]
         for i in range(self.arch.num_layers):
             if i >= first:
@@ -62,7 +62,7 @@ class Walk:
                 x = [_block_step(self.arch, layer, y, *layer_inputs(self.arch, i)) for y in x]
                 if not self.resident:
                     jax.block_until_ready(x)  # or the host runs ahead, and layers pile up
-                    _keep(progress, i + 1, x)
+                    _keep(run_cache, i + 1, x)
                 del layer  # before the next one is asked for
             each_layer()
         return x
@@ -81,16 +81,16 @@ class Walk:
         return [list(batches[start : start + size]) for start in range(0, len(batches), size)]
 
 
-def _keep(progress: Progress, layer: int, x: Sequence[jax.Array]) -> None:
+def _keep(run_cache: RunCache, layer: int, x: Sequence[jax.Array]) -> None:
     def arrays() -> dict[str, np.ndarray]:
         states = {f"state {b}": to_host(y).astype(np.float32) for b, y in enumerate(x)}
         return {"layer": np.asarray(layer), **states}
 
-    progress.keep_arrays(arrays, "hidden")
+    run_cache.save_arrays(arrays, "hidden")
 
 
-def _kept(progress: Progress, dtype: DTypeLike, batches: Sequence[jax.Array]) -> tuple[int, list[jax.Array]]:
-    arrays = progress.load_arrays("hidden")
+def _kept(run_cache: RunCache, dtype: DTypeLike, batches: Sequence[jax.Array]) -> tuple[int, list[jax.Array]]:
+    arrays = run_cache.load_arrays("hidden")
     if arrays is None:
         return 0, []
     states = (arrays[f"state {b}"].astype(jnp.dtype(dtype)) for b in range(len(batches)))

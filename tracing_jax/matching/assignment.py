@@ -6,8 +6,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 
+from tracing_jax.matching.row_reducers import HostView, View
 from tracing_jax.matching.sparse_assignment import optimal_assignment, plain_assignment, surveyed
-from tracing_jax.matching.views import HostView, View
 
 _SMALL = 2**21
 """Entries of a matrix that scipy assigns sooner than candidates are found, if plain maxima do not decide; see

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 
 from tracing_jax.axes import AxisTable
 from tracing_jax.matching.assignment import Blocks, assign, assign_nested
-from tracing_jax.symmetry import Permutations
+from tracing_jax.rewrites import Permutations
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from tracing_jax.adding import add_products
 from tracing_jax.axes import AxisTable
+from tracing_jax.blocked_matmul import accumulate_matmul
 from tracing_jax.matching.assignment import Blocks
 from tracing_jax.matching.coordinate import Coordinate, Similarity
-from tracing_jax.symmetry import Dims, Permutations, take_units, unit_moves
+from tracing_jax.rewrites import Dims, Permutations, take_units, unit_moves
 from tracing_jax.tree import Tree, flatten, to_host
 
 _NESTED_BYTES = 2**30
@@ -172,7 +172,7 @@ def _with_contraction(
         some = jax.lax.dynamic_slice_in_dim(ft, start, width, dim).astype(jnp.float32)
         return jnp.einsum(equation, base, some, precision="highest") / norms
 
-    return add_products(total, products)
+    return accumulate_matmul(total, products)
 
 
 @functools.partial(jax.jit, static_argnames=("equation", "dims", "cut"))

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Int
 
-from tracing_jax.matching.augmentation import Augmentation, Edges
+from tracing_jax.matching.augmenting_paths import Augmentation, Edges
 from tracing_jax.matching.prices import approximate_prices
-from tracing_jax.matching.views import Best, Survey, View, not_finite
+from tracing_jax.matching.row_reducers import Best, Survey, View, not_finite
 
 _CANDIDATES = 24
 """Per row at first. At 11,008 independent units 25 hold all but a few of the optimum's entries."""

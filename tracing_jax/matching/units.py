@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tracing_jax.matching.assignment import assign
-from tracing_jax.matching.device_views import Product, view_of
+from tracing_jax.matching.device_row_reducers import Product, view_of
 
 
 @dataclass(frozen=True)

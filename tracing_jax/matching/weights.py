@@ -19,8 +19,8 @@ from tqdm import tqdm
 from tracing_jax.axes import AxisTable, check
 from tracing_jax.matching.coordinate import Coordinate, coordinates, solve
 from tracing_jax.matching.similarity import Shared, WeightPairs, scores, weight_pairs, weight_similarity
-from tracing_jax.progress import Progress
-from tracing_jax.symmetry import Permutations, check_permutations, identity
+from tracing_jax.rewrites import Permutations, check_permutations, identity
+from tracing_jax.run_cache import RunCache
 from tracing_jax.tree import Tree, flatten
 
 
@@ -50,7 +50,7 @@ def match_weights(
     *,
     shared: Shared | None = None,
     max_sweeps: int = 50,
-    progress: Progress | None = None,
+    run_cache: RunCache | None = None,
 ) -> WeightMatching:
     """Returns the permutations of the named axes that bring ft's weights closest to base's.
 
@@ -63,7 +63,7 @@ def match_weights(
       shared: for an axis that is not matched and whose units differ, such as the vocabularies of two tokenizers, the
         pairs of units that mean the same; only these are compared.
       max_sweeps: the most passes over the axes; few are needed.
-      progress: where the permutations of every axis that was solved are kept, for a second start.
+      run_cache: where the permutations of every axis that was solved are kept, for a second start.
 
     Raises:
       ValueError: base does not fit the table, axes that are unknown, fixed, of different size in ft or without a weight
@@ -72,7 +72,7 @@ def match_weights(
     check(base, table)
     pairs = weight_pairs(base, ft, table, shared or {})
     _check_axes(pairs, axes, flatten(ft))
-    descent = _Descent(pairs, axes, progress or Progress())
+    descent = _Descent(pairs, axes, run_cache or RunCache())
     objective = [descent.objective]
     descent.start()
     objective.append(descent.objective)
@@ -87,8 +87,8 @@ def match_weights(
 class _Descent:
     """Where the descent stands: the permutations, every leaf's score, and what each coordinate has already seen."""
 
-    def __init__(self, pairs: WeightPairs, axes: Sequence[str], progress: Progress) -> None:
-        self.pairs, self.progress, self.solved = pairs, progress, 0
+    def __init__(self, pairs: WeightPairs, axes: Sequence[str], run_cache: RunCache) -> None:
+        self.pairs, self.run_cache, self.solved = pairs, run_cache, 0
         self.permutations = identity(pairs.table, axes)
         self.scores = scores(pairs, pairs.base, self.permutations)
         self.order = coordinates(pairs.table, axes)
@@ -135,7 +135,7 @@ class _Descent:
     def _solve(self, coordinate: Coordinate, permutations: Permutations, names: Sequence[str]) -> Permutations:
         """Returns the best permutations of a coordinate; of an interrupted run, in whose order it is asked, its own."""
         self.solved += 1
-        return self.progress.memo_arrays(
+        return self.run_cache.cached_arrays(
             ("solved", self.solved),
             lambda: dict(solve(coordinate, weight_similarity(self.pairs, coordinate, permutations, names))),
         )

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from tracing_jax.grams import LayerCorrelations
+from tracing_jax.forward import LayerCorrelations
 from tracing_jax.matching import UnitMatching
-from tracing_jax.progress import Progress
+from tracing_jax.run_cache import RunCache
 from tracing_jax.statistics.permutation_nulls import (
     agreement,
     agreement_log_sf,
@@ -69,7 +69,7 @@ def against_each_other(one: UnitMatching, other: UnitMatching) -> Comparison:
 
 
 def compare_layers(
-    layers: Iterable[LayerCorrelations], compare: Callable[[LayerCorrelations], Comparison], progress: Progress
+    layers: Iterable[LayerCorrelations], compare: Callable[[LayerCorrelations], Comparison], run_cache: RunCache
 ) -> list[Comparison]:
     """Returns the comparison of every layer: of an interrupted run's layers the one that was kept.
 
@@ -78,11 +78,11 @@ def compare_layers(
     """
     found: dict[int, Comparison] = {}
     for layer in layers:
-        found[layer.layer] = progress.memo(Comparison, (layer.layer,), functools.partial(compare, layer))
+        found[layer.layer] = run_cache.cached(Comparison, (layer.layer,), functools.partial(compare, layer))
         del layer  # its correlations go before those of the next one are made
-    progress.forget("hidden")
+    run_cache.delete("hidden")
     comparisons: list[Comparison] = []
-    while (known := found.get(len(comparisons)) or progress.load(Comparison, len(comparisons))) is not None:
+    while (known := found.get(len(comparisons)) or run_cache.load(Comparison, len(comparisons))) is not None:
         comparisons.append(known)
     return comparisons
 

@@ -10,7 +10,7 @@ from tqdm import trange
 
 from tracing_jax.arch import Arch
 from tracing_jax.axes import axis_table
-from tracing_jax.source import ParamSource
+from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.cosine import best_cosines
 from tracing_jax.statistics.statistic import QUANTILE_LEVELS, Pair, Result, Vocabularies, quantiles
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from tracing_jax.arch import Arch
 from tracing_jax.data import PairedBlocks, paired_one_to_one
-from tracing_jax.grams import LayerCorrelations, correlations
+from tracing_jax.forward import LayerCorrelations, correlations
 from tracing_jax.matching import match_units
 from tracing_jax.statistics.comparison import Comparison, against_identity, compare_layers
 from tracing_jax.statistics.constrained import constrained_result, unit_problems
@@ -44,15 +44,15 @@ class Csh:
         """Returns the p-values per layer and combined; one forward pass per model."""
         blocks = random_blocks(pair.vocabularies, (self.blocks, self.block_size), pair.generator("csh", "tokens"))
         tap = _TAP[self.activation]
-        progress = pair.progress.within("csh")
+        run_cache = pair.run_cache.scope("csh")
 
         def compare(layer: LayerCorrelations) -> Comparison:
             similarity = layer.by_tap[tap]
             matching = match_units(similarity, pair.generator("csh", layer.layer), absolute=True)
             return against_identity(matching, *similarity.shape)
 
-        layers = correlations(pair.base, pair.ft, blocks, (tap,), pair.compute, "csh", progress=progress)
-        comparisons = compare_layers(layers, compare, progress)
+        layers = correlations(pair.base, pair.ft, blocks, (tap,), pair.compute, "csh", run_cache=run_cache)
+        comparisons = compare_layers(layers, compare, run_cache)
         return constrained_result(pair, comparisons, f"units whose {self.activation} activation stays in place, share")
 
 

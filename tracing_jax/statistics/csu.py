@@ -36,8 +36,8 @@ class Csu:
 
     def compute(self, pair: Pair) -> Result:
         """Returns the p-values per layer and combined, by rank correlation and by agreement."""
-        progress = pair.progress.within("csu")
-        layers, kept = layers_in_common(pair), progress.count(Comparison)
+        run_cache = pair.run_cache.scope("csu")
+        layers, kept = layers_in_common(pair), run_cache.count(Comparison)
 
         def by_layer() -> Iterator[tuple[int, Array | np.ndarray | Product]]:
             for i in trange(kept, layers, desc="csu", unit="layer", initial=kept, total=layers, disable=None):
@@ -46,9 +46,9 @@ class Csu:
 
         def compare(item: tuple[int, Array | np.ndarray | Product]) -> Comparison:
             i, similarity = item
-            return progress.memo(Comparison, (i,), lambda: compare_rows(similarity, pair.generator("csu", i)))
+            return run_cache.cached(Comparison, (i,), lambda: compare_rows(similarity, pair.generator("csu", i)))
 
-        comparisons = [comparison for i in range(kept) if (comparison := progress.load(Comparison, i))]
+        comparisons = [comparison for i in range(kept) if (comparison := run_cache.load(Comparison, i))]
         comparisons += overlapped(by_layer(), compare)
         return constrained_result(pair, comparisons, "units whose up-projection stays in place, share")
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisTable, axis_table, kind_of
 from tracing_jax.matching import Product
-from tracing_jax.source import ParamSource, leaf
+from tracing_jax.sources import ParamSource, leaf
 from tracing_jax.statistics.comparison import Comparison, bonferroni_log10, one_test
 from tracing_jax.statistics.constrained import row_problems
 from tracing_jax.statistics.cosine import similarities
@@ -81,7 +81,7 @@ class CsuAll:
     def _similarities(self, pair: Pair, places: Sequence[_Place]) -> Iterator[tuple[str, _Similarity | Comparison]]:
         """Yields for each place what is to be matched, or the comparison that an interrupted run has kept."""
         for place, _, rows in tqdm(places, desc="csu_all", unit="matrix", disable=None):
-            yield place, pair.progress.load(Comparison, "csu_all", place) or similarities(*rows())
+            yield place, pair.run_cache.load(Comparison, "csu_all", place) or similarities(*rows())
 
     def _pairs(self, pair: Pair) -> Iterator[_Place]:
         """Yields the name, whether the null is exact, and what reads both matrices as rows."""
@@ -102,7 +102,7 @@ def _compare(pair: Pair, item: tuple[str, _Similarity | Comparison]) -> Comparis
     if isinstance(found, Comparison):
         return found
     make = functools.partial(compare_rows, found, pair.generator("csu_all", place))
-    return pair.progress.memo(Comparison, ("csu_all", place), make)
+    return pair.run_cache.cached(Comparison, ("csu_all", place), make)
 
 
 def _short(name: str) -> str:

@@ -30,7 +30,7 @@ class Jsd:
         """Returns the mean over all paired positions; one forward pass per model."""
         assert pair.blocks is not None
         ids = (pair.vocabularies.ids_base, pair.vocabularies.ids_ft)
-        found = divergences(pair.base, pair.ft, pair.blocks, ids, pair.compute, progress=pair.progress.within("jsd"))
+        found = divergences(pair.base, pair.ft, pair.blocks, ids, pair.compute, run_cache=pair.run_cache.scope("jsd"))
         return Result(
             headline=float(found.mean(dtype=np.float64)),
             label="Jensen-Shannon divergence of the predictions (nats per token)",

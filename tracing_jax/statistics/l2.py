@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 from tracing_jax.arch import Arch
 from tracing_jax.axes import axis_table
-from tracing_jax.source import part, prefixes
+from tracing_jax.rewrites import Dims, Permutations, take_units, unit_moves
+from tracing_jax.sources import part, prefixes
 from tracing_jax.statistics.permuted_copies import draw_permutations, permutation_result, same_shape_problems
 from tracing_jax.statistics.pvalues import permutation_test
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies
-from tracing_jax.symmetry import Dims, Permutations, take_units, unit_moves
 from tracing_jax.tree import flatten, to_host
 
 LABEL = "mean Frobenius distance over tensors"
@@ -72,7 +72,7 @@ def distances(pair: Pair, permutations: Sequence[Permutations]) -> tuple[float, 
         return _Sums(observed, permuted.tolist(), count)
 
     sums = [
-        pair.progress.memo(_Sums, ("l2", len(permutations), prefix), functools.partial(of_part, prefix))
+        pair.run_cache.cached(_Sums, ("l2", len(permutations), prefix), functools.partial(of_part, prefix))
         for prefix in tqdm(prefixes(pair.base.arch), desc="l2", unit="part", disable=None)
     ]
     count = sum(part.leaves for part in sums)

@@ -8,10 +8,10 @@ import numpy as np
 from jaxtyping import Array
 
 from tracing_jax.arch import Arch
-from tracing_jax.grams import LayerCorrelations, Sample, correlate, correlations, embedding_correlations
+from tracing_jax.forward import LayerCorrelations, Sample, correlate, correlations, embedding_correlations
 from tracing_jax.matching import UnitMatching, live_units, match_units
-from tracing_jax.progress import Progress
-from tracing_jax.source import ParamSource
+from tracing_jax.run_cache import RunCache
+from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.calibration import (
     Null,
     control_pairs,
@@ -83,7 +83,7 @@ class Match:
             if form == "weights" and len(pair.vocabularies.ids_base) < 2:
                 notes.append("weights-only form: the vocabularies share no tokens")
                 continue
-            layers, controls = self._layers(form, pair.base, pair.ft, pair, pair.progress.within("match", form))
+            layers, controls = self._layers(form, pair.base, pair.ft, pair, pair.run_cache.scope("match", form))
             null = null_of(controls, *self.allowance(form, pair))
             found[form], nulls[form] = layers, null
             tests += form_tests(form, layers, null)
@@ -103,31 +103,31 @@ class Match:
         return result.without_p(AFTER_ALIGNMENT) if pair.aligned else result
 
     def _layers(
-        self, form: str, base: ParamSource, ft: ParamSource, pair: Pair, progress: Progress
+        self, form: str, base: ParamSource, ft: ParamSource, pair: Pair, run_cache: RunCache
     ) -> tuple[list[Comparison], list[Comparison]]:
         """Returns the comparisons of the layers, and of layer pairs that do not correspond."""
         samples: dict[int, Samples] = {}
 
         def compare(layer: LayerCorrelations) -> Comparison:
             samples[layer.layer] = layer.samples
-            _keep_samples(progress, layer)
+            _keep_samples(run_cache, layer)
             return compare_taps(layer.by_tap, pair, ("match", form, layer.layer))
 
-        layers = compare_layers(self._correlations(form, base, ft, pair, progress), compare, progress)
-        samples |= {i: _kept_samples(progress, i) for i in range(len(layers)) if i not in samples}
+        layers = compare_layers(self._correlations(form, base, ft, pair, run_cache), compare, run_cache)
+        samples |= {i: _kept_samples(run_cache, i) for i in range(len(layers)) if i not in samples}
         pairs = control_pairs(len(layers), len(layers), pair.generator("match", form, "controls"))
         return layers, list(_control_comparisons(samples, pairs, pair, form))
 
     def _correlations(
-        self, form: str, base: ParamSource, ft: ParamSource, pair: Pair, progress: Progress
+        self, form: str, base: ParamSource, ft: ParamSource, pair: Pair, run_cache: RunCache
     ) -> Iterable[LayerCorrelations]:
         sample = Sample(self.control_positions, self.control_units, pair.seed)
         if form == "forward":
             assert pair.blocks is not None
-            return correlations(base, ft, pair.blocks, TAPS, pair.compute, "match", sample, progress)
+            return correlations(base, ft, pair.blocks, TAPS, pair.compute, "match", sample, run_cache)
         ids_base, ids_ft = pair.vocabularies.ids_base, pair.vocabularies.ids_ft
         drawn = np.sort(pair.generator("match", "tokens").permutation(len(ids_base))[: self.max_tokens])
-        shared, finished = (ids_base[drawn], ids_ft[drawn]), progress.count(Comparison)
+        shared, finished = (ids_base[drawn], ids_ft[drawn]), run_cache.count(Comparison)
         return embedding_correlations(base, ft, shared, TAPS, pair.compute, sample, first=finished)
 
     def allowance(self, form: str, pair: Pair) -> tuple[list[float], str]:
@@ -142,7 +142,7 @@ class Match:
         if pair.base.arch.num_layers == pair.ft.arch.num_layers:
             others.append(("ft", pair))
         measured = [
-            self._layers(form, control, other.ft, other, pair.progress.within("match", form, f"control {i} {side}"))[0]
+            self._layers(form, control, other.ft, other, pair.run_cache.scope("match", form, f"control {i} {side}"))[0]
             for i, control in enumerate(pair.controls)
             for side, other in others
         ]
@@ -178,15 +178,15 @@ def compare_taps(by_tap: Mapping[str, Array | np.ndarray], pair: Pair, names: Se
     return against_each_other(*match_taps(by_tap, pair, names))
 
 
-def _keep_samples(progress: Progress, layer: LayerCorrelations) -> None:
-    progress.keep_arrays(
+def _keep_samples(run_cache: RunCache, layer: LayerCorrelations) -> None:
+    run_cache.save_arrays(
         lambda: {f"{tap} {side}": found for tap, pair in layer.samples.items() for side, found in enumerate(pair)},
         "samples", layer.layer,
     )  # fmt: skip
 
 
-def _kept_samples(progress: Progress, layer: int) -> Samples:
-    arrays = progress.load_arrays("samples", layer)
+def _kept_samples(run_cache: RunCache, layer: int) -> Samples:
+    arrays = run_cache.load_arrays("samples", layer)
     assert arrays is not None, f"the comparison of layer {layer} was kept without its samples"
     return {tap: (arrays[f"{tap} 0"], arrays[f"{tap} 1"]) for tap in TAPS}
 

@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from tqdm import trange
 
-from tracing_jax.activations import activations, embedding_activations
 from tracing_jax.arch import Arch
-from tracing_jax.grams import correlate
+from tracing_jax.forward import activations, correlate, embedding_activations
 from tracing_jax.matching import live_units, match_units
-from tracing_jax.source import ParamSource
+from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.calibration import Null, null_of, tabled_allowance
 from tracing_jax.statistics.comparison import LN10, Comparison, bonferroni_log10, one_test
 from tracing_jax.statistics.layer_map import LayerMap, assign_layers, sentence
@@ -116,7 +115,7 @@ class MatchAll:
     def _compare(
         self, form: str, pair: Pair, base: Sequence[Activations], ft: Sequence[Activations]
     ) -> list[list[Comparison]]:
-        progress = pair.progress.within("match_all", form)
+        run_cache = pair.run_cache.scope("match_all", form)
 
         def compare(i: int, units: np.ndarray, j: int) -> Comparison:
             by_tap = {tap: correlate(base[i][tap][:, units], ft[j][tap]) for tap in TAPS}
@@ -126,7 +125,7 @@ class MatchAll:
         for i in trange(len(base), desc=f"match_all, {form}", unit="layer", disable=None):
             drawn = pair.generator("match_all", "units", i).permutation(base[i]["gate"].shape[1])[: self.units]
             make = functools.partial(compare, i, np.sort(drawn))
-            rows.append([progress.memo(Comparison, (i, j), functools.partial(make, j)) for j in range(len(ft))])
+            rows.append([run_cache.cached(Comparison, (i, j), functools.partial(make, j)) for j in range(len(ft))])
         return rows
 
     def _result(

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from tracing_jax.activations import activations
 from tracing_jax.arch import Arch
 from tracing_jax.data import PairedBlocks
-from tracing_jax.grams import correlate
-from tracing_jax.progress import Progress
-from tracing_jax.source import ParamSource
+from tracing_jax.forward import activations, correlate
+from tracing_jax.run_cache import RunCache
+from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.calibration import (
     LEAST_ALLOWANCE,
     Null,
@@ -126,9 +125,9 @@ class MatchDistilled:
     def _compared(self, base: ParamSource, ft: ParamSource, pair: Pair, name: str) -> "_Compared":
         assert pair.blocks is not None
         blocks = pair.blocks.sampled(self.tokens, pair.generator("match_distilled", "positions"))
-        recipe, progress = self.recipe(base.arch, ft.arch), pair.progress.within("match_distilled", name)
+        recipe, run_cache = self.recipe(base.arch, ft.arch), pair.run_cache.scope("match_distilled", name)
         layers = [
-            _remembered(progress, i, functools.partial(self._layer, i, sides, recipe, pair, name))
+            _remembered(run_cache, i, functools.partial(self._layer, i, sides, recipe, pair, name))
             for i, sides in enumerate(_ffns(base, ft, blocks, pair))
         ]
         controls: dict[str, list[Comparison]] = {side: [] for side in SIDES}
@@ -192,15 +191,15 @@ class _Layer:
     samples: Mapping[str, np.ndarray]
 
 
-def _remembered(progress: Progress, i: int, make: Callable[[], _Layer]) -> _Layer:
+def _remembered(run_cache: RunCache, i: int, make: Callable[[], _Layer]) -> _Layer:
     """Returns the layer as an interrupted run kept it, or made now."""
-    fields, samples = progress.load(dict[str, Any], i), progress.load_arrays(i)
+    fields, samples = run_cache.load(dict[str, Any], i), run_cache.load_arrays(i)
     if fields is not None and samples is not None:
         comparisons = {side: Comparison(**fields["comparisons"][side]) for side in SIDES}
         return _Layer(comparisons, fields["explained"], samples)
     layer = make()
-    progress.keep_arrays(lambda: layer.samples, i)
-    progress.keep({"comparisons": {side: asdict(c) for side, c in layer.comparisons.items()},
+    run_cache.save_arrays(lambda: layer.samples, i)
+    run_cache.save({"comparisons": {side: asdict(c) for side, c in layer.comparisons.items()},
                    "explained": layer.explained}, i)  # fmt: skip
     return layer
 

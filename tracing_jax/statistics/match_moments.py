@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from tracing_jax.arch import Arch
 from tracing_jax.matching import live_units, match_units
-from tracing_jax.progress import Progress
-from tracing_jax.source import ParamSource
+from tracing_jax.run_cache import RunCache
+from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.calibration import (
     LEAST_ALLOWANCE,
     control_pairs,
@@ -61,10 +61,10 @@ class MatchMoments:
 
     def compute(self, pair: Pair) -> Result:
         """Returns the tests, parametric and calibrated."""
-        progress = pair.progress.within("match_moments")
-        base, ft = self._signatures(pair.base, "base", progress), self._signatures(pair.ft, "ft", progress)
+        run_cache = pair.run_cache.scope("match_moments")
+        base, ft = self._signatures(pair.base, "base", run_cache), self._signatures(pair.ft, "ft", run_cache)
         layers = [
-            progress.memo(Comparison, (i,), functools.partial(_compare, *both, pair, (i,)))
+            run_cache.cached(Comparison, (i,), functools.partial(_compare, *both, pair, (i,)))
             for i, both in enumerate(zip(base, ft))
         ]
         pairs = control_pairs(len(base), len(ft), pair.generator("match_moments", "controls"))
@@ -84,15 +84,15 @@ class MatchMoments:
         )
         return result.without_p(AFTER_ALIGNMENT) if pair.aligned else result
 
-    def _signatures(self, model: ParamSource, side: str, progress: Progress) -> list[Signed]:
+    def _signatures(self, model: ParamSource, side: str, run_cache: RunCache) -> list[Signed]:
         """Returns the signatures of every layer: of an interrupted run's layers those that were kept."""
         L, found = model.arch.num_layers, list[Signed]()
-        while (arrays := progress.load_arrays(side, len(found))) is not None:
+        while (arrays := run_cache.load_arrays(side, len(found))) is not None:
             found.append({name: (arrays[name], arrays[f"{name} live"]) for name in SIDES})
         layers = signatures(model, spread_layers(L, self.moments_of), len(found))
         desc = f"match_moments, {side}"
         for layer in tqdm(layers, desc=desc, unit="layer", initial=len(found), total=L, disable=None):
-            progress.keep_arrays(functools.partial(_as_arrays, layer), side, len(found))
+            run_cache.save_arrays(functools.partial(_as_arrays, layer), side, len(found))
             found.append(layer)
         return found
 
@@ -102,7 +102,7 @@ class MatchMoments:
             return [LEAST_ALLOWANCE] * len(base), "our own seeds agreed on no more than chance; see docs/nulls.md"
         measured = []
         for c, control in enumerate(pair.controls):
-            own = self._signatures(control, f"control {c}", pair.progress.within("match_moments"))
+            own = self._signatures(control, f"control {c}", pair.run_cache.scope("match_moments"))
             for side, other in (("base", base), ("ft", ft)):
                 measured.append([_compare(*both, pair, (c, side, i)) for i, both in enumerate(zip(own, other))])
         return measured_allowance(measured), control_source(len(pair.controls), 2)

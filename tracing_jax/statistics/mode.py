@@ -10,11 +10,11 @@ import numpy as np
 from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisTable, axis_table, kind_of
 from tracing_jax.forward import path_losses, token_losses
-from tracing_jax.interpolate import moving_leaves, path_groups
+from tracing_jax.interpolation import interpolated_leaves, path_groups
+from tracing_jax.rewrites import Permutations
 from tracing_jax.statistics.permuted_copies import draw_permutations, permutation_result
 from tracing_jax.statistics.pvalues import permutation_test
 from tracing_jax.statistics.statistic import Curve, Pair, Result, Vocabularies
-from tracing_jax.symmetry import Permutations
 
 _LABEL = "midpoint loss (nats per token)"
 
@@ -62,12 +62,12 @@ class Mode:
         """Returns midpoint loss (the headline), barrier and curve; one pass over the tokens for all alphas."""
         assert pair.tokens is not None
         alphas = np.array(sorted({0.0, 0.5, 1.0, *self.alphas}))
-        progress = pair.progress.within("path", "-".join(self.groups), f"{zlib.crc32(alphas.tobytes()):08x}")
-        losses = path_losses(pair.base, pair.ft, pair.tokens, alphas, self.groups, pair.compute, progress=progress)
+        run_cache = pair.run_cache.scope("path", "-".join(self.groups), f"{zlib.crc32(alphas.tobytes()):08x}")
+        losses = path_losses(pair.base, pair.ft, pair.tokens, alphas, self.groups, pair.compute, run_cache=run_cache)
         own = None
         if pair.vocabularies.same:
-            progress = pair.progress.within("losses of ft")
-            losses_ft = token_losses(pair.ft, pair.tokens, pair.compute, "losses of ft", progress)
+            run_cache = pair.run_cache.scope("losses of ft")
+            losses_ft = token_losses(pair.ft, pair.tokens, pair.compute, "losses of ft", run_cache)
             own = float(losses_ft.mean(dtype=np.float64))
         curve = curve_of(alphas, losses.mean(axis=(1, 2), dtype=np.float64), own, self.groups)
         permutations = draw_permutations(pair, self.num_perm)
@@ -86,9 +86,9 @@ def midpoint_losses(pair: Pair, permutations: Sequence[Permutations], groups: tu
         return np.zeros(0)
     halves = [0.5] * len(permutations)
     description = "midpoints of permuted copies"
-    progress = pair.progress.within("midpoints", "-".join(groups), len(permutations))
+    run_cache = pair.run_cache.scope("midpoints", "-".join(groups), len(permutations))
     losses = path_losses(
-        pair.base, pair.ft, pair.tokens, halves, groups, pair.compute, description, permutations, progress
+        pair.base, pair.ft, pair.tokens, halves, groups, pair.compute, description, permutations, run_cache
     )
     return losses.mean(axis=(1, 2), dtype=np.float64)
 
@@ -111,9 +111,9 @@ def curve_of(alphas: np.ndarray, loss: np.ndarray, own: float | None, groups: tu
 def _size_problems(base: AxisTable, ft: AxisTable, groups: tuple[str, ...]) -> list[str]:
     """Returns one line per kind of leaf on the path that ft lacks or has in another size."""
     lines: dict[str, None] = {}
-    for name in sorted(moving_leaves(base, groups) ^ moving_leaves(ft, groups)):
+    for name in sorted(interpolated_leaves(base, groups) ^ interpolated_leaves(ft, groups)):
         lines[f"only one model has {_kind(name)}"] = None
-    for name in sorted(moving_leaves(base, groups) & moving_leaves(ft, groups)):
+    for name in sorted(interpolated_leaves(base, groups) & interpolated_leaves(ft, groups)):
         for axis in dict.fromkeys((*base.leaves[name].axes, *ft.leaves[name].axes)):
             size, size_ft = (table.sizes.get(axis or "", "no") for table in (base, ft))
             if size != size_ft:

@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from tracing_jax.arch import Arch
-from tracing_jax.source import ParamSource
-from tracing_jax.symmetry import gain_offset
+from tracing_jax.rewrites import gain_offset
+from tracing_jax.sources import ParamSource
 from tracing_jax.tree import Tree
 
 SIDES = ("gate", "up")

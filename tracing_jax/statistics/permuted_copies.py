@@ -8,8 +8,8 @@ import numpy as np
 
 from tracing_jax.arch import Arch
 from tracing_jax.axes import axis_table, kind_of
+from tracing_jax.rewrites import Permutations, random_permutations
 from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, QUANTILE_LEVELS, Pair, Result, quantiles
-from tracing_jax.symmetry import Permutations, random_permutations
 
 KINDS = ("embed", "mlp")
 """The group under which an independent model is exchangeable with its permuted copies."""

@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from tqdm import tqdm
 
-from tracing_jax.activations import embedding_activations
 from tracing_jax.arch import Arch
-from tracing_jax.grams import correlate
-from tracing_jax.source import Excerpt
+from tracing_jax.forward import correlate, embedding_activations
+from tracing_jax.sources import Submodel
 from tracing_jax.statistics.calibration import Null, null_of, tabled_allowance
 from tracing_jax.statistics.comparison import Comparison, bonferroni_log10, share_agreeing, share_by_layer, tests_of
 from tracing_jax.statistics.constrained import layers_in_common
@@ -95,7 +94,7 @@ def _in_place(plan: Plan, pair: Pair, read: Mapping[str, list[int]]) -> Iterator
         run = slice(start, start + plan.units)
         rows = []
         for side, model in (("base", pair.base), ("ft", pair.ft)):
-            excerpt = Excerpt(model, (i,), run, none, read[side])
+            excerpt = Submodel(model, (i,), run, none, read[side])
             rows.append(unit_rows(excerpt.layer(0, (_UP,)), "up_proj"))
         yield compare_rows(similarities(*rows), pair.generator("screen", i))
 
@@ -106,8 +105,8 @@ def _sampled_layers(plan: Plan, pair: Pair, read: Mapping[str, list[int]]) -> tu
     first = int(pair.generator("screen", "tokens").integers(num_shared - plan.tokens + 1))
     tokens = [ids[first : first + plan.tokens] for ids in (pair.vocabularies.ids_base, pair.vocabularies.ids_ft)]
     start = int(pair.generator("screen", "match units").integers(pair.base.arch.mlp_dim - plan.match_units + 1))
-    base = Excerpt(pair.base, plan.layers, slice(start, start + plan.match_units), tokens[0], read["base"])
-    ft = Excerpt(pair.ft, plan.layers, None, tokens[1], read["ft"])
+    base = Submodel(pair.base, plan.layers, slice(start, start + plan.match_units), tokens[0], read["base"])
+    ft = Submodel(pair.ft, plan.layers, None, tokens[1], read["ft"])
     ids = np.arange(plan.tokens, dtype=np.int32)
     kept = [by_tap for _, by_tap in embedding_activations(base, ids, TAPS, "screen: base's sampled layers")]
     compared: dict[tuple[int, int], Comparison] = {}

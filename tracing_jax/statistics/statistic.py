@@ -10,9 +10,9 @@ from jaxtyping import Int
 
 from tracing_jax.arch import Arch
 from tracing_jax.data import PairedBlocks, paired_one_to_one
-from tracing_jax.progress import Progress
+from tracing_jax.run_cache import RunCache
 from tracing_jax.sharding import Compute
-from tracing_jax.source import ParamSource
+from tracing_jax.sources import ParamSource
 
 AFTER_ALIGNMENT = (
     "after alignment nothing has a null: aligning makes independent models look dependent; "
@@ -53,7 +53,7 @@ class Pair:
     """The text as both models read it, with the positions at which they can be compared."""
     controls: Sequence[ParamSource] = ()
     """Models known to be independent of both, of base's shape and tokenizer, for nulls that are measured."""
-    progress: Progress = field(default_factory=Progress)
+    run_cache: RunCache = field(default_factory=RunCache)
     """What is finished already, of an interrupted run."""
 
     def of_base(self) -> "Pair":

@@ -5,10 +5,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tracing_jax.door import one_message, set_up_log
+from tracing_jax.cli.user_errors import configure_logging, exit_on_user_error
 from tracing_jax.zoo.folder import ZooFolder
 from tracing_jax.zoo.report import write_report
-from tracing_jax.zoo.work import work_on
+from tracing_jax.zoo.worker import work_on
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -23,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for command in (worker, report):
         command.add_argument("folder", type=Path, help="of the zoo")
     given = parser.parse_args(argv)
-    set_up_log()
-    with one_message():
+    configure_logging()
+    with exit_on_user_error():
         folder = ZooFolder(given.folder)
         if given.command == "report":
             print(write_report(folder))

@@ -17,7 +17,7 @@ from absl import logging
 
 from tracing_jax.record import atomic_write
 from tracing_jax.zoo.folder import ZooFolder
-from tracing_jax.zoo.work import Element
+from tracing_jax.zoo.worker import Element
 
 SLURM = "slurm"
 _RESTARTS = 1000

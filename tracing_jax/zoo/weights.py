@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisTable, axis_table, kind_of
 from tracing_jax.record import atomic_write, plain
-from tracing_jax.source import ParamSource, parts
+from tracing_jax.sources import ParamSource, parts
 from tracing_jax.tree import flatten, to_host
 
 MODELS = "models"

@@ -1,0 +1,1 @@
+"""The command line: logging, user errors, and the verbs."""

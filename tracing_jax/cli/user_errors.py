@@ -1,0 +1,31 @@
+"""What the programs at the root have in common: how they speak, and how they end where a user can mend something."""
+
+import contextlib
+import logging as stdlib_logging
+import os
+import sys
+from collections.abc import Iterator
+
+import jax
+from absl import logging
+
+
+def configure_logging() -> None:
+    """Makes log lines a time and a message, without the notices that there is no PyTorch and no TPU."""
+    logging.use_absl_handler()
+    logging.get_absl_handler().setFormatter(stdlib_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    stdlib_logging.getLogger("jax._src.xla_bridge").setLevel(stdlib_logging.WARNING)
+
+
+@contextlib.contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Ends the program with one clear message where something is wrong that a user can mend."""
+    try:
+        yield
+    except (ValueError, OSError, ModuleNotFoundError, jax.errors.JaxRuntimeError) as error:
+        logging.debug("where it happened", exc_info=True)
+        memory = (
+            "\nless memory: a smaller batch_size, dtype=bfloat16, or more devices" if "RESOURCE" in str(error) else ""
+        )
+        sys.exit(f"error: {error}{memory}\n(--verbosity=1 shows where it happened)")

@@ -1,0 +1,99 @@
+"""A model's texts as a file: `<id>_gentext.json`, a list of {prompt, text, tokens, seed}."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from tracing_jax.arch import length_problem
+from tracing_jax.checkpoint import Checkpoint, load
+from tracing_jax.data import GENERATED_ENDING, load_tokenizer
+from tracing_jax.distributed import is_main_process
+from tracing_jax.generation.decoding import Writer
+from tracing_jax.generation.prompts import end_tokens, first_tokens
+from tracing_jax.generation.sampling import Choice
+from tracing_jax.record import atomic_write
+from tracing_jax.sharding import Compute
+
+
+def file_of(folder: Path, model_id: str) -> Path:
+    """Returns where the texts of a model lie: by its id, or the last name of its path."""
+    if model_id.startswith(("/", ".", "~")):
+        model_id = Path(model_id).expanduser().resolve().name
+    return folder / (re.sub(r"[^A-Za-z0-9._-]+", "-", model_id).strip("-.") + GENERATED_ENDING)
+
+
+def prompt_tokens(
+    model: Checkpoint, prompts: Sequence[str] | int, max_new_tokens: int, seed: int
+) -> tuple[Any, list[list[int]]]:
+    """Returns the model's tokenizer, and the tokens of the prompts, or of so many unprompted beginnings.
+
+    Raises:
+      FileNotFoundError: the model has no tokenizer.
+      ValueError: a prompt has no token, or one without an embedding, or is with what is to follow longer than the
+        model can read.
+    """
+    tokenizer = load_tokenizer(model.tokenizer_folder)
+    if isinstance(prompts, int):
+        found = first_tokens(tokenizer, model.arch.vocab_size, seed, prompts)
+    else:
+        found = [list(tokenizer(prompt, verbose=False)["input_ids"]) for prompt in prompts]
+        if empty := [prompt for prompt, tokens in zip(prompts, found) if not tokens]:
+            raise ValueError(f"{model.id}: the prompt {empty[0]!r} has no token; leave it out")
+    if (most := max(map(max, found))) >= model.arch.vocab_size:
+        raise ValueError(
+            f"{model.id}: its tokenizer gives the id {most}, and there are {model.arch.vocab_size} embeddings; put the "
+            "tokenizer of this model into its folder"
+        )
+    longest = max(map(len, found)) + max_new_tokens
+    if problem := length_problem(model.arch, longest):
+        raise ValueError(f"{model.id}: the longest prompt and what is to follow: {problem}, or fewer max_new_tokens")
+    return tokenizer, found
+
+
+def generate(
+    model: Checkpoint,
+    prompts: Sequence[str] | int,
+    file: Path,
+    compute: Compute,
+    choice: Choice,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+) -> Path:
+    """Has a model go on with prompts, or begin so many texts, writes them into the file, and returns it.
+
+    What an unprompted text begins with is its prompt, special tokens left out.
+
+    Raises:
+      ValueError, FileNotFoundError: see `prompt_tokens`.
+    """
+    tokenizer, rows = prompt_tokens(model, prompts, max_new_tokens, seed)
+    writer = Writer(load(model, compute.mesh), compute, choice, end_tokens(model.folder), seed)
+    texts: dict[int, list[int]] = {}
+    with tqdm(total=len(rows) * max_new_tokens, desc=f"{model.id}", unit="token", disable=None) as bar:
+        for i, tokens in writer.write(rows, max_new_tokens, bar.update):
+            texts[i] = tokens
+    names = [_decoded(tokenizer, row) for row in rows] if isinstance(prompts, int) else prompts
+    decoded = [_following(tokenizer, row, texts[i]) for i, row in enumerate(rows)]
+    content = [
+        {"prompt": prompt, "text": text, "tokens": texts[i], "seed": seed}
+        for i, (prompt, text) in enumerate(zip(names, decoded, strict=True))
+    ]
+    if is_main_process():
+        atomic_write(file, json.dumps(content, ensure_ascii=False, indent=1).encode())
+    return file
+
+
+def _decoded(tokenizer: Any, tokens: Sequence[int]) -> str:
+    return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def _following(tokenizer: Any, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    """Returns the text of tokens that follow a prompt."""
+    # SentencePiece tokenizers drop the space before the first word of what they decode: prompt and text go together.
+    before, whole = _decoded(tokenizer, prompt), _decoded(tokenizer, [*prompt, *tokens])
+    # A prompt may end within a character, which its first tokens complete.
+    return whole.removeprefix(before) if whole.startswith(before) else _decoded(tokenizer, tokens)

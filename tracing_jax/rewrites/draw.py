@@ -1,0 +1,76 @@
+"""From a list of names, such as `rotate,permute` or `all`, to random rewrites of a model."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Int, PRNGKeyArray
+
+from tracing_jax.arch import Arch
+from tracing_jax.rewrites.identity_layers import IdentityLayer
+from tracing_jax.rewrites.linear_maps import QueryKeyMaps, UnitScaling, ValueMixing
+from tracing_jax.rewrites.padding import Padding
+from tracing_jax.rewrites.reordering import Permutation, Renaming
+from tracing_jax.rewrites.residual_stream import GainScaling, Rotation
+from tracing_jax.rewrites.rewrite import Rewrite
+
+DRAWN: dict[str, type[Rewrite]] = {
+    kind.name: kind
+    for kind in (
+        Renaming, IdentityLayer, Padding, GainScaling, UnitScaling, ValueMixing, QueryKeyMaps, Rotation, Permutation
+    )
+}  # fmt: skip
+"""Name -> what can be drawn, in the order of `all`: what adds zeros comes before what hides them."""
+
+
+def rewrite_names(listed: str) -> list[str]:
+    """Returns the names in a list with commas; `all` stands for every one.
+
+    Raises:
+      ValueError: a name that is not one of `DRAWN`.
+    """
+    names = [name.strip() for name in listed.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in DRAWN and name != "all"]:
+        raise ValueError(f"unknown rewrites {', '.join(unknown)}; there are {', '.join(DRAWN)}, or all")
+    if "all" in names and len(names) > 1:
+        raise ValueError("all stands alone: it has every rewrite that exists for the model")
+    return list(DRAWN) if names == ["all"] else names
+
+
+def draw_rewrites(
+    listed: str,
+    key: PRNGKeyArray,
+    arch: Arch,
+    *,
+    token_ids: Int[np.ndarray, " N"] | None = None,
+    without: Sequence[str] = (),
+) -> tuple[Rewrite, ...]:
+    """Returns a random rewrite for each name of a list, from left to right; `all` takes those that exist for the model.
+
+    Args:
+      listed: names with commas between, or `all`.
+      key: every draw follows from it and from the place in the list.
+      arch: the facts of the model.
+      token_ids: the ids that a renaming may give to other tokens; by default all.
+      without: names that `all` leaves out.
+
+    Raises:
+      ValueError: unknown names, or rewrites that do not exist for the model, with the reasons; all at once.
+    """
+    lines: list[str] = []
+    rewrites: list[Rewrite] = []
+    for place, name in enumerate(rewrite_names(listed)):
+        kind, own_key = DRAWN[name], jax.random.fold_in(key, place)
+        if absent := kind.absent(arch):
+            lines += [f"{name}: {line}" for line in absent]
+            continue
+        if listed.strip() == "all" and name in without:
+            continue
+        if kind is Renaming and token_ids is not None:
+            rewrites.append(Renaming.among(own_key, arch, token_ids))
+        else:
+            rewrites.append(kind.random(own_key, arch))
+        arch = rewrites[-1].arch_after(arch)
+    if lines and listed.strip() != "all":
+        raise ValueError("\n  ".join([f"no such rewrite of this {arch.family} model:", *lines]))
+    return tuple(rewrites)

@@ -1,0 +1,183 @@
+"""What an interrupted run has finished already: small files in its folder, from which a second start goes on.
+
+Several processes must find the same pieces finished, or one would wait for the others in work that they leave out. So
+they agree at the start on what there is, and take nothing that was written since; the first alone writes.
+"""
+
+import contextlib
+import functools
+import io
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from absl import logging
+
+from tracing_jax.distributed import all_agree, broadcast_one, is_main_process
+from tracing_jax.record import atomic_write, plain
+
+T = TypeVar("T")
+
+RUN_CACHE = "progress"
+"""The folder, in that of a run, of what is finished while the run goes on."""
+
+_FACTS = "facts.json"
+_SUFFIXES = (".json", ".npz")
+
+
+class RunCache:
+    """Finished pieces of work by name, each written whole or not at all; without a folder nothing is kept."""
+
+    def __init__(
+        self, folder: Path | None = None, facts: tuple[Path, bytes] | None = None, agreed_on: set[Path] | None = None
+    ):
+        self.folder = folder
+        self._facts = facts  # a file and its content, written with the first piece: a refused run leaves nothing behind
+        self._agreed_on = agreed_on  # the files of several processes; None for one, which takes what it finds
+
+    @classmethod
+    def open(cls, folder: Path, facts: Mapping[str, Any]) -> tuple["RunCache", str | None]:
+        """Returns what is left of an interrupted run with these facts (its config, its files), and a word on it.
+
+        Pieces of a run with other facts are deleted. The word is None where there was no earlier run.
+        """
+        wanted = json.loads(json.dumps(plain(facts)))
+        names, word = broadcast_one(_left_in(folder, wanted) if is_main_process() else ([], None))
+        finished = {folder / name for name in names}
+        if not all_agree(all(file.exists() for file in finished)):
+            finished = set()
+            word = f"an interrupted run is in {folder}, which not all processes see: it is started over"
+            shutil.rmtree(folder, ignore_errors=True)
+        if word is not None:
+            logging.info("%s", word)
+        agreed_on = finished if jax.process_count() > 1 else None
+        return cls(folder, (folder / _FACTS, json.dumps(wanted).encode()), agreed_on), word
+
+    def scope(self, *names: str | int) -> "RunCache":
+        """Returns the pieces under a name of their own."""
+        folder = None if self.folder is None else self.folder.joinpath(*map(str, names))
+        return RunCache(folder, self._facts, self._agreed_on)
+
+    def load(self, kind: Callable[..., T], *names: str | int) -> T | None:
+        """Returns the piece of this name, made by `kind(**fields)`; None if it is not finished."""
+        file = self._file(names, ".json")
+        return None if file is None or not self._is_finished(file) else kind(**json.loads(file.read_text("utf-8")))
+
+    def cached(self, kind: Callable[..., T], names: tuple[str | int, ...], make: Callable[[], T]) -> T:
+        """Returns the piece of this name, a dataclass of plain fields; it is made and kept if it is not finished."""
+        found = self.load(kind, *names)
+        if found is None:
+            found = make()
+            self.save(asdict(found), *names)  # type: ignore[call-overload]
+        return found
+
+    def save(self, fields: Mapping[str, Any], *names: str | int) -> None:
+        """Keeps a piece under this name, for `load`; numbers and arrays of numpy become plain ones."""
+        if (file := self._file(names, ".json")) is not None and is_main_process():
+            self._begin()
+            self._write(file, json.dumps(fields, default=lambda value: value.tolist()).encode())
+
+    def count(self, kind: Callable[..., Any]) -> int:
+        """Returns how many pieces named 0, 1, 2 ... are finished, up to the first that is not."""
+        return next(i for i in itertools.count() if self.load(kind, i) is None)
+
+    def load_arrays(self, *names: str | int) -> dict[str, np.ndarray] | None:
+        """Returns the arrays of this name; None if they are not finished."""
+        file = self._file(names, ".npz")
+        if file is None or not self._is_finished(file):
+            return None
+        with np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+
+    def save_arrays(self, arrays: Callable[[], Mapping[str, np.ndarray]], *names: str | int) -> None:
+        """Keeps arrays under this name; they are made, by all processes, only if there is a folder to keep them in."""
+        if (file := self._file(names, ".npz")) is not None:
+            made = arrays()
+            if is_main_process():
+                buffer = io.BytesIO()
+                np.savez(buffer, allow_pickle=False, **made)
+                self._begin()
+                self._write(file, buffer.getvalue())
+
+    def cached_arrays(
+        self, names: tuple[str | int, ...], make: Callable[[], dict[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
+        """Returns the arrays of this name; they are made and kept if they are not finished."""
+        found = self.load_arrays(*names)
+        if found is None:
+            found = make()
+            self.save_arrays(functools.partial(dict, found), *names)
+        return found
+
+    def delete(self, *names: str | int) -> None:
+        """Deletes the arrays of this name: what they were kept for is finished."""
+        if (file := self._file(names, ".npz")) is not None:
+            self._await_readers()
+            if self._agreed_on is not None:
+                self._agreed_on.discard(file)
+            if is_main_process():
+                file.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Deletes everything: the run is finished, and its record says what came out."""
+        if self.folder is None:
+            return
+        self._await_readers()
+        if is_main_process():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # it holds the run's other files
+                self.folder.parent.rmdir()
+
+    def _await_readers(self) -> None:
+        """Waits until every process is here, and reads no more of what is about to be deleted."""
+        if self._agreed_on is not None:
+            all_agree(True)
+
+    def _is_finished(self, file: Path) -> bool:
+        return file.exists() if self._agreed_on is None else file in self._agreed_on
+
+    def _file(self, names: tuple[str | int, ...], suffix: str) -> Path | None:
+        if self.folder is None:
+            return None
+        *parents, last = (str(name).replace("/", ".").replace(" ", "_") for name in names)
+        return self.folder.joinpath(*parents, last + suffix)
+
+    def _begin(self) -> None:
+        """Writes down whose pieces these are, before the first of them."""
+        if self._facts is not None and not self._facts[0].exists():
+            self._write(*self._facts)
+
+    @staticmethod
+    def _write(file: Path, content: bytes) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(file, content)
+
+
+def _left_in(folder: Path, wanted: Mapping[str, Any]) -> tuple[list[str], str | None]:
+    """Returns the names of the files of an interrupted run with these facts, and a word; deletes one with others."""
+    if not (folder / _FACTS).exists():
+        return [], None
+    if different := _differences(json.loads((folder / _FACTS).read_text("utf-8")), wanted):
+        shutil.rmtree(folder)
+        return [], f"an interrupted run is in {folder}, of other {', '.join(different)}: it is started over"
+    files = [file for file in folder.rglob("*") if file.suffix in _SUFFIXES and file != folder / _FACTS]
+    found = sorted(str(file.relative_to(folder)) for file in files)
+    return found, f"goes on from an interrupted run: {len(found)} finished pieces"
+
+
+def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Returns the names whose facts differ, those inside a mapping with the name that holds them: `config.level`."""
+    found = []
+    for name in sorted(one.keys() | other.keys()):
+        a, b = one.get(name), other.get(name)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += [f"{name}.{inner}" for inner in _differences(a, b)]
+        elif a != b:
+            found.append(name)
+    return found

@@ -1,0 +1,71 @@
+"""Reading ahead: what comes next is read on a thread while the last part is worked on."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+
+import jax
+
+from tracing_jax.arch import Arch
+from tracing_jax.sources.source import ParamSource
+from tracing_jax.tree import Tree
+
+
+class PrefetchingSource:
+    """A source that, asked for a layer, starts to read what will be asked for next, as far as it can tell.
+
+    That is what followed the same leaves the last time: others of the same layer, or some of layer i + 1; at first, the
+    same ones of layer i + 1. At most one part more than was asked for is held, and it is dropped if something else is
+    asked for instead. All reading, and whatever the wrapped source does with what it read, happens on one thread, in
+    the order of asking.
+    """
+
+    def __init__(self, source: ParamSource):
+        self.source = source
+        self._next: tuple[int, tuple[str, ...], Future[Tree]] | None = None
+        self._last: tuple[int, tuple[str, ...]] | None = None
+        self._follows: dict[tuple[str, ...], tuple[int, tuple[str, ...]]] = {}
+
+    @property
+    def arch(self) -> Arch:
+        """The facts of the model."""
+        return self.source.arch
+
+    def embed(self) -> Tree:
+        """Returns the subtree `embed`."""
+        return self._read(self.source.embed)
+
+    def layer(self, index: int, only: Sequence[str] = ()) -> Tree:
+        """Returns the subtree `layers/<index>`, or its leaves under the names in `only`, and reads on."""
+        only = tuple(only)
+        if self._last is not None and 0 <= (step := index - self._last[0]) <= 1:
+            self._follows[self._last[1]] = step, only
+        self._last = index, only
+        if self._next is not None and self._next[:2] == (index, only):
+            (_, _, ahead), self._next = self._next, None
+            found = ahead.result()
+        else:
+            found = self._read(lambda: self.source.layer(index, only))
+        # Of several processes each might turn to the thread at another moment, and devices wait for one another.
+        step, leaves = self._follows.get(only, (1, only))
+        if index + step < self.arch.num_layers and jax.process_count() == 1:
+            self._next = index + step, leaves, self._thread.submit(self.source.layer, index + step, leaves)
+        return found
+
+    def layer_alone(self, index: int, only: Sequence[str] = ()) -> Tree:
+        """Returns what `layer` does, without reading on: for a reader that does not go from layer to layer."""
+        return self._read(lambda: self.source.layer(index, only))
+
+    def head(self) -> Tree:
+        """Returns the subtree `head`."""
+        return self._read(self.source.head)
+
+    def _read(self, read: Callable[[], Tree]) -> Tree:
+        if self._next is not None:
+            self._next[2].cancel()
+            self._next = None
+        return self._thread.submit(read).result()
+
+    @cached_property
+    def _thread(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")

@@ -1,0 +1,105 @@
+"""A part of a model that is a small model itself: some layers, some of their MLP units, the embeddings of some tokens.
+
+What is left out is not read, where a source can read slices.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int
+
+from tracing_jax.arch import Arch
+from tracing_jax.axes import AxisTable, axis_table, kind_of
+from tracing_jax.sources.lazy_leaves import leaf
+from tracing_jax.sources.prefetch import PrefetchingSource
+from tracing_jax.sources.source import ParamSource
+from tracing_jax.tree import Tree, flatten, select, unflatten
+
+
+@runtime_checkable
+class Sliced(Protocol):
+    """A source that gives a slice of a leaf without reading the rest."""
+
+    def cut(self, name: str, axis: int, span: slice) -> Any:
+        """Returns the slice of a leaf on one of its axes; None if the leaf can only be read whole."""
+
+
+@dataclass(frozen=True)
+class Submodel:
+    """A source of some layers of another, with a run of their units and some of its tokens, renumbered from 0.
+
+    Attributes:
+      layers: which layers, in this order.
+      units: the MLP units that are left in them; None for all.
+      tokens: ids of the tokens that are left.
+      read: [weights, bytes] taken of the source so far, in the dtype it has them in.
+    """
+
+    source: ParamSource
+    layers: Sequence[int]
+    units: slice | None
+    tokens: Int[np.ndarray, " S"]
+    read: list[int] = field(default_factory=lambda: [0, 0])
+
+    @cached_property
+    def arch(self) -> Arch:
+        """The facts of the small model."""
+        arch = self.source.arch
+        return replace(
+            arch,
+            num_layers=len(self.layers),
+            layer_ropes=tuple(arch.layer_ropes[i] for i in self.layers) if arch.layer_ropes else (),
+            layer_windows=tuple(arch.layer_windows[i] for i in self.layers),
+            mlp_dim=arch.mlp_dim if self.units is None else self.units.stop - self.units.start,
+            vocab_size=len(self.tokens),
+        )
+
+    def embed(self) -> Tree:
+        """Returns the subtree `embed`, with rows of the chosen tokens."""
+        return self._part("embed/")
+
+    def layer(self, index: int, only: Sequence[str] = ()) -> Tree:
+        """Returns the subtree of the chosen layer at this index, or its leaves under the names in `only`."""
+        return self._part(f"layers/{self.layers[index]}/", only)
+
+    def head(self) -> Tree:
+        """Returns the subtree `head`, with rows of the chosen tokens."""
+        return self._part("head/")
+
+    @cached_property
+    def _table(self) -> AxisTable:
+        return axis_table(self.source.arch)
+
+    def _part(self, prefix: str, only: Sequence[str] = ()) -> Tree:
+        names = {name.removeprefix(prefix): name for name in self._table.leaves if name.startswith(prefix)}
+        return unflatten({short: self._leaf(name) for short, name in flatten(select(unflatten(names), only)).items()})
+
+    def _leaf(self, name: str) -> Any:
+        for axis, of in enumerate(self._table.leaves[name].axes):
+            if of == "vocab":
+                return self._rows(name, axis)
+            if of is not None and kind_of(of) == "mlp" and self.units is not None:
+                return self._cut(name, axis, self.units)
+        return self._counted(leaf(self.source, name))
+
+    def _rows(self, name: str, axis: int) -> np.ndarray:
+        """Returns the chosen tokens of a leaf; neighbours in it are read together."""
+        ids, at = np.unique(self.tokens, return_inverse=True)
+        runs = np.split(ids, np.flatnonzero(np.diff(ids) > 1) + 1)
+        parts = [self._cut(name, axis, slice(int(run[0]), int(run[-1]) + 1)) for run in runs]
+        return np.take(np.concatenate(parts, axis=axis), at, axis=axis)
+
+    def _cut(self, name: str, axis: int, span: slice) -> Any:
+        source = self.source.source if isinstance(self.source, PrefetchingSource) else self.source
+        part = source.cut(name, axis, span) if isinstance(source, Sliced) else None
+        if part is not None:
+            return self._counted(part)
+        return self._counted(leaf(self.source, name))[(slice(None),) * axis + (span,)]
+
+    def _counted(self, weights: Any) -> Any:
+        self.read[0] += weights.size
+        self.read[1] += weights.nbytes
+        return weights

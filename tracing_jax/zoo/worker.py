@@ -1,0 +1,104 @@
+"""What a worker does: it takes one pair of a zoo after another, traces it, and writes down what fails."""
+
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+from ml_collections import ConfigDict
+
+from tracing_jax import experiment
+from tracing_jax.checkpoint import Checkpoint
+from tracing_jax.distributed import broadcast_one, initialized, is_main_process
+from tracing_jax.experiment.metadata import file_stamps
+from tracing_jax.experiment.opening import open_models
+from tracing_jax.zoo.folder import ZooFolder
+from tracing_jax.zoo.plan import PlannedPair
+from tracing_jax.zoo.weights import read_model_facts, write_model_facts
+
+Trace = Callable[[ConfigDict], Any]
+
+
+def trace_pairs(folder: ZooFolder, names: Iterable[str], trace: Trace = experiment.trace) -> None:
+    """Traces those of the pairs that are not done, have not failed, and are in no other worker's hands.
+
+    Several processes that are one program go through the pairs together; the first alone claims and writes.
+
+    Args:
+      folder: the zoo.
+      names: of pairs of its plan.
+      trace: runs the config of one pair.
+    """
+    for name in names:
+        pair = folder.plan.by_name[name]
+        if broadcast_one(folder.is_open(pair)):
+            _trace_claimed(folder, pair, trace)
+
+
+def _trace_claimed(folder: ZooFolder, pair: PlannedPair, trace: Trace) -> None:
+    if not is_main_process():
+        if broadcast_one(False):
+            _trace_pair(folder, pair, trace)
+        return
+    with folder.claimed(pair) as mine:
+        if broadcast_one(mine and folder.is_open(pair)):  # another may have finished it since
+            _trace_pair(folder, pair, trace)
+
+
+def _trace_pair(folder: ZooFolder, pair: PlannedPair, trace: Trace) -> None:
+    config = folder.plan.config_of(pair, folder.path)
+    logging.info("%s ...", pair.name)
+    try:
+        models = open_models(config)
+        if is_main_process():
+            folder.begin(pair, file_stamps(file for model in models for file in files_of(model)))
+        trace(config)
+        if is_main_process():
+            _measure(folder, pair, models)
+    except Exception as error:
+        logging.exception("%s failed", pair.name)
+        folder.failed(pair, f"{type(error).__name__}: {error}", traceback.format_exc())
+        if jax.process_count() > 1:
+            raise  # the other processes wait for this one: all end, and the pairs after this one stay missing
+
+
+def _measure(folder: ZooFolder, pair: PlannedPair, models: Sequence[Checkpoint]) -> None:
+    """Leaves for the report what the weights of each model look like, unless another pair's worker has."""
+    for model_id, model in zip((pair.base, pair.ft), models):
+        name = folder.plan.names[model_id]
+        if read_model_facts(folder.path, name) is None:
+            write_model_facts(folder.path, name, model_id, model)
+
+
+def files_of(model: Checkpoint) -> list[Path]:
+    """Returns the files that a record of this model depends on."""
+    names = ("config.json", "tokenizer.json", "tokenizer.model")
+    return [model.folder / name for name in names if (model.folder / name).is_file()] + list(model.tensors.files())
+
+
+@dataclass
+class Element:
+    """The work of one element of a Slurm array, as submitit starts it, and starts it again after a preemption."""
+
+    folder: Path
+    names: tuple[str, ...]
+
+    def __call__(self) -> None:
+        """Traces the pairs of this element; of several processes that srun started, as one program."""
+        work_on(self.folder, self.names)
+
+    def checkpoint(self) -> Any:
+        """Returns what the requeued job is to do: the same, which goes on where this one was stopped."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def work_on(folder: Path, names: Iterable[str]) -> None:
+    """Traces pairs as a program of its own, with the log lines of `main.py`."""
+    logging.set_verbosity(logging.INFO)
+    with initialized():
+        trace_pairs(ZooFolder(folder), names)
