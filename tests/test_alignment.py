@@ -13,7 +13,7 @@ from tracing_jax.alignment import LOGITS_TOLERANCE, align, aligned
 from tracing_jax.alignment import align_models as module
 from tracing_jax.axes import PERMUTABLE, axis_table
 from tracing_jax.data import paired_one_to_one
-from tracing_jax.forward import correlations, lockstep
+from tracing_jax.forward import correlations, paired
 from tracing_jax.models import apply_block_with_taps, apply_embed, layer_inputs
 from tracing_jax.rewrites import invert, permute, random_permutations
 from tracing_jax.sharding import Compute, make_mesh
@@ -68,7 +68,7 @@ def test_correlations_are_those_of_numpy_however_batched_and_sliced(data, batch_
 def test_all_layers_and_batches_share_one_compiled_step():
     arch = tiny.qwen3_gqa(embed_dim=22, num_layers=3, layer_ropes=(0,) * 3, layer_windows=(None, 4, None))
     base, ft = tiny.model(arch, 0), tiny.model(arch, 1)
-    steps = (lockstep.block_step, lockstep._take_in)
+    steps = (paired.block_step, paired._take_in)
     before = [step._cache_size() for step in steps]
     list(correlations(base, ft, BLOCKS, ("units",), Compute(make_mesh(), 4)))
     assert [step._cache_size() for step in steps] == [count + 1 for count in before]

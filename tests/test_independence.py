@@ -16,7 +16,7 @@ from scipy.optimize import linear_sum_assignment
 from tracing_jax import forward
 from tracing_jax.axes import axis_table
 from tracing_jax.data import PairedBlocks, paired_one_to_one
-from tracing_jax.forward import paired, logits, path_losses, walk
+from tracing_jax.forward import logits, paired, path_losses, walk
 from tracing_jax.matching import live_units, match_units
 from tracing_jax.rewrites import permute, random_permutations
 from tracing_jax.sharding import Compute, make_mesh
