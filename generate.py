@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import app, flags
 
 from tracing_jax.checkpoint import open_checkpoint
-from tracing_jax.cli.user_errors import configure_logging, exit_on_user_error
+from tracing_jax.cli.errors import configure_logging, exit_on_user_error
 from tracing_jax.data import GENERATED_FOLDER
 from tracing_jax.distributed import initialized, is_main_process
 from tracing_jax.experiment.opening import resolved

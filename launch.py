@@ -15,7 +15,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import placeholder
 
-from tracing_jax.cli.user_errors import configure_logging, exit_on_user_error
+from tracing_jax.cli.errors import configure_logging, exit_on_user_error
 from tracing_jax.zoo import FORMS, ZooFolder, make_plan, read_models
 from tracing_jax.zoo.launching import left_to_do, status, wait, write_plan
 from tracing_jax.zoo.local import run_locally

@@ -36,8 +36,8 @@ class FailedRunError(RuntimeError):
     """A run that was to be measured did not come to its end; the message is the end of what it said."""
 
 
-def measured_run(base: str | Path, ft: str | Path, stat: str, **fields: Any) -> Cost:
-    """Returns the cost of `main.py` on a pair, in a process of its own, with these fields of the config.
+def measured_run(base: str | Path, ft: str | Path, stat: str, fields: Mapping[str, Any]) -> Cost:
+    """Returns the cost of `main.py` on a pair, in a process of its own, with these options by dotted name.
 
     Raises:
       FailedRunError: the run ended with an error.
@@ -45,9 +45,8 @@ def measured_run(base: str | Path, ft: str | Path, stat: str, **fields: Any) -> 
     with tempfile.TemporaryDirectory() as folder:
         cost, save = Path(folder) / "cost.json", Path(folder) / "run.p"
         fields = {"base_model_id": base, "ft_model_id": ft, "stat": stat, "save": save, **fields}
-        known = stat if (_REPOSITORY / "configs" / f"{stat}.py").exists() else "mode"
         command = [sys.executable, "-m", "benchmarks.measured_run", f"--measured={cost}"]
-        command += [f"--config=configs/{known}.py", *(f"--config.{name}={value}" for name, value in fields.items())]
+        command += ["--config=configs/mode.py", *(f"--{name}={value}" for name, value in fields.items())]
         done = subprocess.run(command, cwd=_REPOSITORY, capture_output=True, text=True, check=False)
         if done.returncode or not cost.exists():
             raise FailedRunError(f"{stat} on {base} and {ft}: {done.stderr[-2000:]}")

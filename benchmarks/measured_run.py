@@ -1,6 +1,6 @@
 """One run of main.py in a process of its own, with what it cost: seconds, peak memory, compilations.
 
-    python -m benchmarks.measured_run --measured=cost.json --config=configs/csu.py:demo --config.save=runs/csu.p
+    python -m benchmarks.measured_run --measured=cost.json --config=configs/mode.py:demo --stat=csu --save=runs/csu.p
 
 takes every flag of main.py; `benchmarks.costs` starts it.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-import main as door
+import main as program
 from benchmarks.compilations import compilations
 from benchmarks.costs import Cost
 from benchmarks.memory import peak_anonymous_bytes
@@ -25,8 +25,8 @@ def main(argv: list[str]) -> None:
     """Runs main.py on the other flags and writes its cost."""
     start = time.perf_counter()
     with peak_anonymous_bytes() as peak, compilations() as compiled:
-        door.main(argv)
-    record = json.loads(Path(flags.FLAGS.config.save).with_suffix(".json").read_text("utf-8"))
+        program.main(argv)
+    record = json.loads(Path(program.run_options().with_save_path().save).with_suffix(".json").read_text("utf-8"))
     cost = Cost(
         seconds=time.perf_counter() - start,
         seconds_by_step=record["seconds"],

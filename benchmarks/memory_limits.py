@@ -56,11 +56,17 @@ class Limit:
 def _limits(
     layers: int, csu_layers: int, csu: float, match: float, mode: float, align: float, batch_size: int
 ) -> tuple[Limit, ...]:
-    text = {"num_tokens": _TOKENS, "block_size": _BLOCK_SIZE, "alphas": str(_ALPHAS), "batch_size": batch_size}
-    aligning = {"align": True, "align_axes": "embed,mlp", "num_perm": 1}
+    alphas = ",".join(map(str, _ALPHAS))
+    text = {
+        "num_tokens": _TOKENS,
+        "block_size": _BLOCK_SIZE,
+        "mode.alphas": alphas,
+        "batch_size": batch_size,
+    }
+    aligning = {"align": True, "align_axes": "embed,mlp", "l2.num_perm": 1}
     return (
         Limit("csu", "csu", csu_layers, csu),
-        Limit("match, weights", "match", layers, match, {"match_forms": "weights"}),
+        Limit("match, weights", "match", layers, match, {"match.forms": "weights"}),
         Limit(f"mode, {len(_ALPHAS)} alphas, {_TOKENS:,} tokens", "mode", layers, mode, text),
         Limit("alignment of embed and mlp", "l2", layers, align, aligning),
     )
@@ -120,7 +126,7 @@ def outcomes(pair: Path, limits: Sequence[Limit], layers: int | None = None) -> 
             count = layers or limit.layers
             fields = {"memory": "stream", "max_layers": count, "dataset": text, **limit.fields}
             try:
-                cost = measured_run(pair / "base", pair / "ft", limit.stat, **fields)
+                cost = measured_run(pair / "base", pair / "ft", limit.stat, fields)
                 yield Outcome(limit, min(count or depth, depth), depth, cost)
             except FailedRunError as error:
                 yield Outcome(limit, min(count or depth, depth), depth, None, str(error).strip())

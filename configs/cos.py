@@ -9,9 +9,9 @@ Source: the reference program of Zhu et al. 2025 (arXiv 2502.12292). It has no p
 
 from ml_collections import ConfigDict
 
-from configs import common
+from tracing_jax.options import RunOptions, config_from
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """Returns the config; `demo` as the argument runs it on the demo family."""
-    return common.get_config("cos", arg)
+    return config_from(RunOptions(stat=("cos",)), arg)

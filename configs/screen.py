@@ -9,9 +9,9 @@ Source: Zhu et al. 2025, Independence Tests for Language Models (arXiv 2502.1229
 
 from ml_collections import ConfigDict
 
-from configs import common
+from tracing_jax.options import RunOptions, config_from
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """Returns the config; `demo` as the argument runs it on the demo family."""
-    return common.get_config("screen", arg)
+    return config_from(RunOptions(stat=("screen",)), arg)

@@ -87,7 +87,7 @@ def write_zoo(folder: Path, plan: Plan, records: Mapping[str, Mapping[str, Any] 
             zoo.failed(pair, found.error)
         elif found is not None:
             zoo.begin(pair, {})
-            asked = plain({k: v for k, v in plan.config_of(pair, zoo.path).to_dict().items() if k != "save"})
+            asked = plain({k: v for k, v in plan.options_of(pair, zoo.path).as_dict().items() if k != "save"})
             write_json(zoo.record_file(pair), {**found, "args": asked})
     return zoo
 

@@ -165,11 +165,11 @@ def test_a_run_of_main_says_what_it_cost(tmp_path):
 
     write_pair(tmp_path / "pair", config_of("tiny", 1), Recipe())
     base, ft = tmp_path / "pair" / "base", tmp_path / "pair" / "ft"
-    cost = measured_run(base, ft, "cos")
+    cost = measured_run(base, ft, "cos", {})
     assert {"open", "statistic"} <= cost.seconds_by_step.keys()
     assert 50 * MIB < cost.start_bytes < cost.peak_bytes < 4 * GIB
     assert 0 < cost.compile_seconds < cost.seconds
     assert sum(cost.compilations.values()) > 1
     json.dumps(cost.compilations)
     with pytest.raises(FailedRunError, match="unknown statistic"):
-        measured_run(base, ft, "nonsense")
+        measured_run(base, ft, "nonsense", {})

@@ -1,6 +1,5 @@
 """Several processes are one program: the record of one, written by the first, and a quick end where one fails."""
 
-import importlib
 import json
 import math
 import os
@@ -15,6 +14,7 @@ import pytest
 
 from tracing_jax import experiment
 from tracing_jax.distributed import initialized
+from tracing_jax.options import RunOptions
 
 ROOT = Path(__file__).parent.parent
 STATISTICS = "csu,match,mode,cos,csh,jsd"
@@ -57,7 +57,7 @@ def _ended(processes):
 @pytest.fixture(scope="module")
 def alone(family, tmp_path_factory):
     """The record of one process with as many devices."""
-    config = importlib.import_module("configs.common").get_config("mode")
+    config = RunOptions(stat=("mode",)).to_config()
     config.base_model_id, config.ft_model_id = str(family.member("base")), str(family.member("finetune"))
     config.dataset, config.block_size, config.num_tokens = str(family.text), 64, 1024
     config.stat, config.mesh.data, config.mesh.model = STATISTICS, 2, 2

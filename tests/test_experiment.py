@@ -1,6 +1,5 @@
 """Whole runs on a small trained family: what is found, what is written, and what is refused before anything is."""
 
-import importlib
 import json
 import pickle
 import shutil
@@ -13,14 +12,14 @@ import tiny
 from safetensors.numpy import load_file, save_file
 from transformers import GPT2Config
 
-from configs import common
 from tracing_jax import experiment
 from tracing_jax.arch import UnsupportedModelError, read_arch
 from tracing_jax.axes import PERMUTABLE, axis_table
 from tracing_jax.checkpoint import CheckpointError, save_checkpoint
 from tracing_jax.experiment import ConfigError
 from tracing_jax.experiment.opening import open_pair
-from tracing_jax.experiment.validation import names_in
+from tracing_jax.experiment.validation import statistic_names
+from tracing_jax.options import RunOptions
 from tracing_jax.rewrites import permute, random_permutations
 from tracing_jax.sources import InMemory
 
@@ -30,11 +29,12 @@ def config_of(family, tmp_path):
     """Returns a function that makes a config of the family: fast, and everything moving."""
 
     def make(ft="finetune", base="base", **fields):
-        config = importlib.import_module("configs.common").get_config("mode")
+        config = RunOptions(stat=("mode",)).to_config()
         config.base_model_id, config.ft_model_id = str(family.member(base)), str(family.member(ft))
         config.dataset, config.block_size, config.num_tokens, config.batch_size = str(family.text), 64, 1024, 8
         config.mesh.data = 1
-        config.alphas, config.attn, config.emb = (0.0, 0.5, 1.0), True, True
+        config.mode.alphas, config.mode.attn, config.mode.emb = (0.0, 0.5, 1.0), True, True
+        config.perm_mode_l2.attn = config.perm_mode_l2.emb = True
         config.align_axes = config.permute_axes = "embed,mlp,kv_heads,q_group"
         config.save = str(tmp_path / "out" / "results.p")
         config.update(fields)
@@ -92,7 +92,7 @@ def test_a_disguise_changes_fts_own_weights_and_not_its_function(config_of):
 
 def test_a_disguise_that_cannot_be_is_refused_before_weights_are_read(config_of):
     for disguise, reason in (
-        ("spin", "unknown rewrites spin"),
+        ("spin", "disguise=spin: spin is none of rename"),
         ("rename,rotate", "python -m tracing_jax.rewrites --disguise=rename,rotate"),
         ("all", "different depth: 2 and 3 layers"),  # a statistic sees the model as it will be
     ):
@@ -118,7 +118,7 @@ def test_every_statistic_and_perplexity_in_one_run_with_all_its_files(config_of)
         "ft loss",
         "time",
     ]
-    assert set(saved["non-aligned test stat"]) == set(names_in("all")) >= {"mode", "csu", "match", "jsd"}
+    assert set(saved["non-aligned test stat"]) == set(statistic_names(("all",))) >= {"mode", "csu", "match", "jsd"}
     assert saved["base loss"] == record["perplexity"]["base"]["perplexity"]
     assert saved["base loss"] == pytest.approx(np.exp(curves(record)[0]["loss"][0]), rel=1e-4)
     assert saved["ft loss"] == pytest.approx(np.exp(curves(record)[0]["end_loss_ft_own"]), rel=1e-4)
@@ -174,7 +174,7 @@ def test_a_cached_model_is_restored(config_of, tmp_path):
 
 def test_several_models_against_one_base(config_of):
     config = config_of()
-    del config.ft_model_id
+    config.ft_model_id = ""
     config.ft_model_ids = (config.base_model_id, config.base_model_id.replace("base", "finetune"))
     records = experiment.run(config)
     save = Path(config.save)
@@ -192,7 +192,7 @@ def test_several_models_against_one_base(config_of):
 
 def test_models_of_one_name_do_not_overwrite_one_another_and_all_are_opened_first(config_of, family, tmp_path):
     config = config_of()
-    del config.ft_model_id
+    config.ft_model_id = ""
     twin = shutil.copytree(family.member("finetune"), tmp_path / "elsewhere" / "finetune")
     config.ft_model_ids = (str(family.member("finetune")), str(twin), "/no/such/folder")
     folder = Path(config.save).with_suffix(".run")
@@ -311,15 +311,15 @@ def truncate(folder):
     (lambda spoilt: {"ft_model_id": spoilt(lambda facts: facts.pop("rope_parameters"))}, "no rope in this config"),
     (lambda spoilt: {"ft_model_id": spoilt(lambda facts: facts.update(num_hidden_layers=1), drop_layer)},
      "different depth"),
-    (lambda spoilt: {"stat": "csx"}, "unknown statistic csx; there are mode, cos, emb"),
+    (lambda spoilt: {"stat": "csx"}, "stat=csx: csx is none of mode, cos, emb.*did you mean cs"),
     (lambda spoilt: {"stat": ""}, "no statistic"),
-    (lambda spoilt: {"align_axes": "embed,qk_dim"}, "align_axes=embed,qk_dim: kinds qk_dim cannot be aligned"),
-    (lambda spoilt: {"alphas": (0.0, 1.5)}, "are no numbers in 0..1"),
+    (lambda spoilt: {"align_axes": "embed,qk_dim"}, "align_axes=embed,qk_dim: qk_dim is none of embed, mlp"),
+    (lambda spoilt: {"mode": {"alphas": (0.0, 1.5)}}, "mode.alphas=0.0,1.5: at least 0 and at most 1"),
     (lambda spoilt: {"dataset": "/no/such/text.txt"}, "/no/such/text.txt"),
     (lambda spoilt: {"block_size": 10**6, "num_tokens": 10**7}, "a block of 1000000 needs"),
     (lambda spoilt: {"num_tokens": 63}, "num_tokens=63: at least 64"),
-    (lambda spoilt: {"emb_max_rows": 0}, "emb_max_rows=0: at least 1"),
-    (lambda spoilt: {"seed": -1}, "seed=-1: it lies in 0"),
+    (lambda spoilt: {"emb": {"max_rows": 0}}, "emb.max_rows=0: at least 1"),
+    (lambda spoilt: {"seed": -1}, "seed=-1: at least 0"),
     (lambda spoilt: {"permute": True, "permute_axes": ""}, "permute_axes is empty"),
     (lambda spoilt: {"permute": True, "permute_axes": "expert"}, "permute_axes=expert: .*no axis of kind expert"),
     (lambda spoilt: {"dataset": ""}, "neither dataset nor dataset_id"),
@@ -355,7 +355,7 @@ def test_models_with_other_tokenizers_are_compared_per_byte(config_of, spoilt, f
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ConfigError, match="different tokenizers"):
         experiment.trace(config_of(ft_model_id=str(other)))
-    record = experiment.trace(config_of(ft_model_id=str(other), emb=False, eval=True))
+    record = experiment.trace(config_of(ft_model_id=str(other), mode={"emb": False}, eval=True))
     base, ft = record["perplexity"]["base"], record["perplexity"]["ft"]
     assert ft["tokens"] > 1.5 * base["tokens"]
     assert ft["bytes"] == pytest.approx(base["bytes"], rel=0.1)
@@ -365,14 +365,14 @@ def test_models_with_other_tokenizers_are_compared_per_byte(config_of, spoilt, f
 
 
 def test_random_tokens_are_those_of_both_vocabularies(family, tmp_path):
-    config = common.get_config("mode")
+    config = RunOptions(stat=("mode",)).to_config()
     config.base_model_id, config.ft_model_id = (str(family.member(name)) for name in ("base", "finetune"))
     config.dataset, config.num_tokens, config.block_size, config.save = "random", 256, 32, str(tmp_path / "r.p")
-    first, again = (open_pair(config) for _ in range(2))
+    first, again = (open_pair(RunOptions.from_config(config)) for _ in range(2))
     assert first.blocks_base.tokens.shape == (8, 32)
     assert first.blocks_base.sha256 == again.blocks_base.sha256
     assert set(first.blocks_base.tokens.ravel()) <= set(first.vocabularies.ids_base)
     config.seed = 1
-    assert open_pair(config).blocks_base.sha256 != first.blocks_base.sha256
+    assert open_pair(RunOptions.from_config(config)).blocks_base.sha256 != first.blocks_base.sha256
     losses = experiment.trace(config)["statistics"]["mode"]["non_aligned"]["curve"]["loss"]
     assert min(losses) > np.log(len(first.vocabularies.ids_base))  # no model predicts them

@@ -165,7 +165,7 @@ def test_first_look_reads_ranges_of_the_hub_and_finds_what_it_finds_in_a_folder(
 
 def screened(save: Path, base: str, ft: str, **env: str) -> dict:
     """The record of `main.py --stat=screen` in a process of its own."""
-    flags = ["--stat=screen", "--config.screen_share=0.5", f"--base_model_id={base}", f"--ft_model_id={ft}"]
+    flags = ["--stat=screen", "--config.screen.share=0.5", f"--base_model_id={base}", f"--ft_model_id={ft}"]
     command = [sys.executable, "main.py", *flags, f"--save={save}"]
     root = Path(__file__).parents[1]
     done = subprocess.run(command, cwd=root, env=os.environ | env, capture_output=True, text=True, check=False)

@@ -1,7 +1,6 @@
 """The tests with p-values: exact where they claim it, equivariant, the same as numpy's, and silent after alignment."""
 
 import dataclasses
-import importlib
 import math
 import re
 
@@ -18,10 +17,11 @@ from tracing_jax.axes import axis_table
 from tracing_jax.data import PairedBlocks, paired_one_to_one
 from tracing_jax.forward import logits, paired, path_losses, walk
 from tracing_jax.matching import live_units, match_units
+from tracing_jax.options import FORMS, RunOptions
 from tracing_jax.rewrites import permute, random_permutations
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory
-from tracing_jax.statistics import REGISTRY, Pair, Result, Test, Vocabularies, over_pairs, verdict
+from tracing_jax.statistics import REGISTRY, Pair, Result, Test, Vocabularies, make_statistic, over_pairs, verdict
 from tracing_jax.statistics.calibration import control_pairs, null_of, tabled_allowance, upper_share
 from tracing_jax.statistics.comparison import Comparison, against_each_other, against_identity
 from tracing_jax.statistics.csh import Csh
@@ -29,7 +29,7 @@ from tracing_jax.statistics.csu import Csu
 from tracing_jax.statistics.csu_all import CsuAll
 from tracing_jax.statistics.jsd import Jsd
 from tracing_jax.statistics.l2 import L2, distances
-from tracing_jax.statistics.match import FORMS, Match
+from tracing_jax.statistics.match import Match
 from tracing_jax.statistics.match_all import MatchAll
 from tracing_jax.statistics.match_moments import MatchMoments
 from tracing_jax.statistics.mode import Mode, midpoint_losses
@@ -87,9 +87,10 @@ def p_values_in(found, where=""):
 
 @pytest.mark.parametrize("name", REGISTRY)
 def test_no_p_value_of_any_kind_is_left_in_an_aligned_result(name):
-    config = importlib.import_module("configs.common").get_config(name)
-    config.update(num_perm=3, mode_num_perm=3, csh_blocks=4, csh_block_size=32, distil_steps=2, screen_share=1.0)
-    statistic = REGISTRY[name](config)
+    small = {"l2": {"num_perm": 3}, "perm_mode_l2": {"num_perm": 3}, "mode": {"num_perm": 3},
+             "csh": {"blocks": 4, "block_size": 32}, "match_distilled": {"steps": 2},
+             "screen": {"share": 1.0}}  # fmt: skip
+    statistic = make_statistic(name, RunOptions.from_config(small))
     given, aligned = (statistic.compute(pair_of(BASE, RELATED, aligned=side)).as_dict() for side in (False, True))
     assert list(p_values_in(given)) or name in ("cos", "emb", "jsd")
     assert list(p_values_in(aligned)) == []

@@ -1,15 +1,16 @@
 """Students of feed-forward networks learn their teacher, know nothing of one another, and tell relatives apart."""
 
 import dataclasses
-import importlib
 
 import numpy as np
 import pytest
 import tiny
 
 from tracing_jax.data import paired_one_to_one
-from tracing_jax.experiment.validation import ConfigError, check_config, names_in
+from tracing_jax.experiment import ConfigError, check_config
+from tracing_jax.experiment.validation import statistic_names
 from tracing_jax.matching import match_units
+from tracing_jax.options import RunOptions
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory
 from tracing_jax.statistics import COSTLY, REGISTRY, Pair, Vocabularies
@@ -158,16 +159,15 @@ def test_the_two_students_of_a_layer_never_share_a_seed(monkeypatch):
 
 
 def test_all_means_what_trains_nothing_and_the_others_are_asked_for_by_name():
-    assert "match_distilled" not in names_in("all")
-    assert names_in("all,match_distilled,match") == [*names_in("all"), "match_distilled"]
+    assert "match_distilled" not in statistic_names(("all",))
+    assert statistic_names(("all", "match_distilled", "match")) == [*statistic_names(("all",)), "match_distilled"]
 
 
 def test_settings_that_cannot_train_are_refused(tmp_path):
-    config = importlib.import_module("configs.match_distilled").get_config("demo")
+    config = RunOptions(stat=("match_distilled",)).on_demo().to_config()
     config.save = str(tmp_path / "x.p")
-    config.distil_tokens, config.distil_steps, config.distil_batch, config.distil_units = 8, 0, 0, -1
-    config.distil_decay = 1.5
+    config.match_distilled.update(tokens=8, steps=0, batch=0, units=-1, rate=0.0, decay=1.5)
     with pytest.raises(ConfigError) as error:
         check_config(config)
-    for field in ("tokens=8", "steps=0", "batch=0", "units=-1", "rate=0.3, distil_decay=1.5"):
-        assert f"distil_{field}" in str(error.value)
+    for field in ("tokens=8", "steps=0", "batch=0", "units=-1", "rate=0.0: above 0", "decay=1.5"):
+        assert f"match_distilled.{field}" in str(error.value)

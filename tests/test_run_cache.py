@@ -27,14 +27,16 @@ STATISTICS = "csu,csh,match,mode,l2,jsd,cos,csu_all"
 
 @pytest.fixture
 def config_of(family, tmp_path):
-    from configs import common
+    from tracing_jax.options import RunOptions
 
     def make(name="run", **fields):
-        config = common.get_config("mode")
+        config = RunOptions(stat=("mode",)).to_config()
         config.base_model_id, config.ft_model_id = str(family.member("base")), str(family.member("finetune"))
         config.dataset, config.block_size, config.num_tokens, config.batch_size = str(family.text), 64, 1024, 8
-        config.mesh.data, config.alphas, config.stat, config.num_perm = 1, (0.0, 0.5, 1.0), STATISTICS, 5
-        config.permute = config.align = config.eval = config.attn = config.emb = True
+        config.mesh.data, config.mode.alphas, config.stat = 1, (0.0, 0.5, 1.0), STATISTICS
+        config.l2.num_perm = config.perm_mode_l2.num_perm = 5
+        config.permute = config.align = config.eval = config.mode.attn = config.mode.emb = True
+        config.perm_mode_l2.attn = config.perm_mode_l2.emb = True
         config.save = str(tmp_path / name / "results.p")
         config.update(fields)
         return config
@@ -166,8 +168,9 @@ def test_what_a_layer_took_is_not_done_again(config_of, monkeypatch, stat, work,
         "permute": False,
         "align": False,
         "eval": False,
-        "distil_steps": 20,
-        "match_forms": "weights",
+        "match_distilled": {"steps": 20},
+        "match": {"forms": "weights"},
+        "match_all": {"forms": "weights"},
     }
     module = importlib.import_module(f"tracing_jax.statistics.{stat}")
     do, done = getattr(module, work), []
@@ -269,8 +272,9 @@ def test_a_process_killed_at_a_random_moment_loses_nothing(config_of, tmp_path):
     expected = experiment.trace(config_of("alive", stat="csu,match,mode", memory="stream", num_tokens=4096))
     arguments = [f"--config.{name}={config[name]}" for name in (
         "base_model_id", "ft_model_id", "dataset", "block_size", "num_tokens", "batch_size", "stat", "memory", "save",
-        "num_perm", "permute", "align", "eval", "attn", "emb")]  # fmt: skip
-    arguments += ["--config.alphas=(0.0,0.5,1.0)", "--config.mesh.data=1"]
+        "permute", "align", "eval")]  # fmt: skip
+    arguments += ["--mode.alphas=0.0,0.5,1.0", "--config.mesh.data=1", "--attn", "--emb"]
+    arguments += ["--l2.num_perm=5", "--perm_mode_l2.num_perm=5"]
     command = [sys.executable, "main.py", "--config=configs/mode.py", *arguments]
     root = Path(__file__).parents[1]
     folder = Path(config.save).with_suffix(".run") / RUN_CACHE

@@ -163,7 +163,7 @@ def test_files_give_what_memory_gives_and_little_of_them_is_read(folders):
 def test_a_run_streams_hashes_nothing_and_says_what_it_read(folders, tmp_path):
     config = screen.get_config()
     config.base_model_id, config.ft_model_id = map(str, folders)
-    config.screen_share, config.save = 0.5, str(tmp_path / "screen.p")
+    config.screen.share, config.save = 0.5, str(tmp_path / "screen.p")
     record = experiment.trace(config)
     assert record["verdict"]["verdict"] == "related"
     assert record["verdict"]["statistic"] == "screen"

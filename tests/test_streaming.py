@@ -61,11 +61,13 @@ def streamed(model):
 
 @pytest.fixture(scope="module")
 def options():
-    from configs import common
+    from tracing_jax.options import RunOptions
 
-    config = common.get_config("mode")
-    config.num_perm, config.mode_num_perm, config.csh_blocks, config.csh_block_size = 9, 3, 4, 32
-    config.attn, config.emb, config.screen_share = True, True, 1.0
+    config = RunOptions(stat=("mode",)).to_config()
+    config.l2.num_perm = config.perm_mode_l2.num_perm = 9
+    config.mode.num_perm, config.csh.blocks, config.csh.block_size = 3, 4, 32
+    config.mode.attn = config.mode.emb = config.perm_mode_l2.attn = config.perm_mode_l2.emb = True
+    config.screen.share = 1.0
     return config
 
 
@@ -94,15 +96,15 @@ def test_alignment_finds_the_same_permutations_of_streamed_models():
 
 @pytest.fixture
 def config_of(family, tmp_path):
-    from configs import common
+    from tracing_jax.options import RunOptions
 
     def make(name, **fields):
-        config = common.get_config("mode")
+        config = RunOptions(stat=("mode",)).to_config()
         config.base_model_id, config.ft_model_id = str(family.member("base")), str(family.member("finetune"))
         config.dataset, config.block_size, config.num_tokens, config.batch_size = str(family.text), 64, 1024, 8
-        config.mesh.data, config.alphas = 1, (0.0, 0.5, 1.0)
-        config.stat, config.attn, config.emb = "mode,csu,match,l2", True, True
-        config.num_perm = 5
+        config.mesh.data, config.mode.alphas = 1, (0.0, 0.5, 1.0)
+        config.stat, config.mode.attn, config.mode.emb = "mode,csu,match,l2", True, True
+        config.l2.num_perm = 5
         config.save = str(tmp_path / name / "results.p")
         config.update(fields)
         return config

@@ -1,7 +1,6 @@
 """Alignment undoes disguises: aligning a disguised model gives what aligning the model itself gives."""
 
 import dataclasses
-import importlib
 
 import jax
 import numpy as np
@@ -18,6 +17,7 @@ from tracing_jax.alignment.parts import cosines
 from tracing_jax.arch import Arch
 from tracing_jax.axes import PERMUTABLE
 from tracing_jax.checkpoint import open_checkpoint, save_checkpoint
+from tracing_jax.options import RunOptions
 from tracing_jax.record import plain
 from tracing_jax.rewrites import (
     DRAWN,
@@ -326,11 +326,11 @@ def test_the_noise_of_ft_hardly_moves_what_is_aligned():
 @pytest.fixture
 def config_of(family, tmp_path):
     def make(**fields):
-        config = importlib.import_module("configs.common").get_config("mode")
+        config = RunOptions(stat=("mode",)).to_config()
         config.base_model_id, config.ft_model_id = str(family.member("base")), str(family.member("finetune"))
         config.dataset, config.block_size, config.num_tokens, config.batch_size = str(family.text), 64, 1024, 8
         config.mesh.data = 1
-        config.alphas, config.attn, config.emb = (0.0, 0.5, 1.0), True, True
+        config.mode.alphas, config.mode.attn, config.mode.emb = (0.0, 0.5, 1.0), True, True
         config.align, config.align_axes = True, "all"
         config.save = str(tmp_path / "out" / "results.p")
         config.update(fields)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs import common
+from tracing_jax.options import RunOptions
 from tracing_jax.zoo import ModelList, ZooFolder, make_plan, read_models, read_plan, root_of
 from tracing_jax.zoo.launching import left_to_do, status, write_plan
 from tracing_jax.zoo.slurm import batches, script
@@ -78,7 +79,7 @@ def test_published_llama_zoo_has_its_published_counts():
         210,
         7,
     )
-    assert sum(pair.related for pair in make_plan(models, common.get_config("csu")).pairs) == 69
+    assert sum(pair.related for pair in make_plan(models, RunOptions(stat=("csu",))).pairs) == 69
     split = read_models(ROOT / "configs/models/llama7b_split.yaml")
     assert set(split.models) == set(models.models)
 
@@ -88,7 +89,7 @@ ids = st.text("ab/.-@:é ", min_size=1, max_size=8)
 
 @given(st.lists(ids, min_size=2, max_size=8, unique=True))
 def test_every_model_and_pair_has_a_name_of_its_own_fit_for_a_file(models):
-    plan = make_plan(pairs_of(*models), common.get_config("csu"))
+    plan = make_plan(pairs_of(*models), RunOptions(stat=("csu",)))
     assert len(set(plan.names.values())) == len(models)
     assert len(plan.by_name) == len(models) - 1
     for name in plan.by_name:
@@ -100,34 +101,34 @@ def test_every_model_and_pair_has_a_name_of_its_own_fit_for_a_file(models):
 @pytest.fixture
 def folder(tmp_path) -> ZooFolder:
     """Three pairs of four models that need not exist."""
-    plan = make_plan(pairs_of("org/a", "org/b", "org/c", "org/d"), common.get_config("csu"))
+    plan = make_plan(pairs_of("org/a", "org/b", "org/c", "org/d"), RunOptions(stat=("csu",)))
     found = ZooFolder(tmp_path / "zoo")
     found.path.mkdir()
     plan.write(found.path)
     return found
 
 
-def finish(folder, name, config=None):
+def finish(folder, name, options=None):
     """Leaves what a worker leaves that traced a pair."""
     pair = folder.plan.by_name[name]
     folder.record_file(pair).parent.mkdir(exist_ok=True)
     folder.begin(pair, {})
-    config = config or folder.plan.config_of(pair, folder.path)
-    folder.record_file(pair).write_text(json.dumps({"args": config.to_dict()}))
+    options = options or folder.plan.options_of(pair, folder.path)
+    folder.record_file(pair).write_text(json.dumps({"args": options.as_dict()}))
 
 
 def test_plan_comes_back_as_it_was_written(folder):
     models = ModelList(("a", "b"), (("a", "b"),), {"a": None, "b": "a"})
-    config = common.get_config("mode", "demo")
+    config = RunOptions(stat=("mode",)).on_demo()
     plan = make_plan(models, config)
     plan.write(folder.path)
     again = read_plan(folder.path)
     assert again == plan
     pair = again.pairs[0]
     assert pair.related
-    fields = again.config_of(pair, folder.path).to_dict()
+    fields = again.options_of(pair, folder.path).as_dict()
     same = {
-        name: value for name, value in config.to_dict().items() if name not in ("base_model_id", "ft_model_id", "save")
+        name: value for name, value in config.as_dict().items() if name not in ("base_model_id", "ft_model_id", "save")
     }
     assert {name: fields[name] for name in same} == same
 
@@ -138,8 +139,7 @@ def test_record_counts_for_its_config_and_its_files_alone(folder, tmp_path):
     finish(folder, pair.name)
     assert folder.state(pair).state == "done"
     assert folder.record(pair) is not None
-    changed = folder.plan.config_of(pair, folder.path)
-    changed.seed = 7
+    changed = replace(folder.plan.options_of(pair, folder.path), seed=7)
     finish(folder, pair.name, changed)
     assert (folder.state(pair).state, folder.record(pair)) == ("missing", None)
     assert "config has changed: seed" in folder.state(pair).error
@@ -164,7 +164,7 @@ def test_pairs_are_traced_once_and_what_fails_stops_no_other(folder, monkeypatch
         traced.append(config.ft_model_id)
         if config.ft_model_id == "org/c":
             raise RuntimeError("its third shard\nis a picture of a cat")
-        (Path(config.save).with_suffix(".json")).write_text(json.dumps({"args": config.to_dict()}))
+        (Path(config.save).with_suffix(".json")).write_text(json.dumps({"args": config.as_dict()}))
 
     for _ in range(2):
         trace_pairs(folder, folder.plan.by_name, trace)
@@ -242,7 +242,7 @@ def test_worker_elsewhere_counts_as_gone_when_it_falls_silent(folder):
 
 def test_plan_is_not_replaced_while_another_is_worked_on(folder, tmp_path):
     models = [tmp_path / name for name in ("x", "y")]
-    other = make_plan(ModelList(("org/a", "org/z"), (("org/a", "org/z"),)), common.get_config("csu"))
+    other = make_plan(ModelList(("org/a", "org/z"), (("org/a", "org/z"),)), RunOptions(stat=("csu",)))
     with (
         folder.claimed(folder.plan.pairs[0]),
         pytest.raises(ValueError, match="another list or config is being traced"),
@@ -251,7 +251,7 @@ def test_plan_is_not_replaced_while_another_is_worked_on(folder, tmp_path):
     write_plan(folder, other)
     assert list(folder.plan.by_name) == ["a--z"]
     missing = make_plan(
-        ModelList(tuple(map(str, models)), ((str(models[0]), str(models[1])),)), common.get_config("csu")
+        ModelList(tuple(map(str, models)), ((str(models[0]), str(models[1])),)), RunOptions(stat=("csu",))
     )
     with pytest.raises(ValueError, match=r"(?s)these models cannot be read:.*/x: .*/y: "):
         write_plan(folder, missing)

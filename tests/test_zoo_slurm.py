@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from configs import common
 from tracing_jax import demo
+from tracing_jax.options import RunOptions
 from tracing_jax.zoo import ModelList, ZooFolder, make_plan
 from tracing_jax.zoo.launching import left_to_do, status, wait, write_plan
 from tracing_jax.zoo.slurm import queued, submit
@@ -34,7 +34,7 @@ def elements_find_this_checkout(monkeypatch):
 
 
 def zoo_of(tmp_path, models, pairs=None, **fields) -> ZooFolder:
-    config = common.get_config("csu")
+    config = RunOptions(stat=("csu",))
     config.update(fields)
     folder = ZooFolder(tmp_path / "zoo")
     listed = ModelList(tuple(models), tuple(pairs or [(models[0], model) for model in models[1:]]))

@@ -21,10 +21,13 @@ def statistics(size: Size, text: Path) -> Mapping[str, tuple[str, Mapping[str, A
             "batch_size": size.batch_size}  # fmt: skip
     return {
         "csu": ("csu", {}),
-        "match, weights": ("match", {"match_forms": "weights"}),
-        "match, forward": ("match", {"match_forms": "forward", **read}),
-        f"mode, {len(size.alphas)} alphas": ("mode", {"alphas": str(size.alphas), "attn": True, "emb": True, **read}),
-        f"l2, {size.num_perm} copies": ("l2", {"num_perm": size.num_perm}),
+        "match, weights": ("match", {"match.forms": "weights"}),
+        "match, forward": ("match", {"match.forms": "forward", **read}),
+        f"mode, {len(size.alphas)} alphas": (
+            "mode",
+            {"mode.alphas": ",".join(map(str, size.alphas)), "mode.attn": True, "mode.emb": True, **read},
+        ),
+        f"l2, {size.num_perm} copies": ("l2", {"l2.num_perm": size.num_perm}),
         "cos": ("cos", {}),
     }
 
@@ -35,7 +38,7 @@ def whole_runs(size: Size, folder: Path) -> Iterator[Row]:
     seconds = plain_seconds(base) + plain_seconds(ft)
     pair_bytes = file_bytes(base) + file_bytes(ft)
     for name, (stat, fields) in statistics(size, write_text(folder / "text.txt")).items():
-        yield from _rows(name, measured_run(base, ft, stat, **fields), seconds, pair_bytes)
+        yield from _rows(name, measured_run(base, ft, stat, fields), seconds, pair_bytes)
 
 
 def _rows(name: str, cost: Cost, read_seconds: float, pair_bytes: int) -> Iterator[Row]:

@@ -7,7 +7,7 @@ import time
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -35,8 +35,9 @@ from tracing_jax.experiment.metadata import (
     versions,
 )
 from tracing_jax.experiment.opening import Opened, inapplicable, open_pair
-from tracing_jax.experiment.validation import DEMO, ConfigError, check_config
+from tracing_jax.experiment.validation import DEMO, ConfigError, check_options
 from tracing_jax.forward import token_losses
+from tracing_jax.options import RunOptions
 from tracing_jax.record import FORMAT, RunFiles, atomic_write, commit, legacy_dict, plain, write_json, write_pickle
 from tracing_jax.report import family_html, figure_of_family, figure_of_run, html, save_png
 from tracing_jax.run_cache import RUN_CACHE, RunCache
@@ -46,17 +47,20 @@ from tracing_jax.statistics import Pair, Result, Statistic, over_pairs, verdict
 __all__ = ["ConfigError", "check_config", "run", "save", "trace"]
 
 
-def run(config: ConfigDict) -> list[dict[str, Any]]:
-    """Runs a config and returns its records: one for a pair, one per model where `ft_model_ids` names several.
+def run(config: RunOptions | ConfigDict | Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Runs an experiment and returns its records: one for a pair, one per model where `ft_model_ids` names several.
+
+    Args:
+      config: options, or a config or nested mapping of them; what it lacks has its default.
 
     Raises:
       ConfigError: before anything is read; then the errors of reading checkpoints and text, before anything heavy.
     """
-    check_config(config)
-    if "ft_model_ids" not in config:
-        return [trace(config)]
-    files = RunFiles.from_save(config.save)
-    pairs = _pairs(config, files)
+    options = check_config(config)
+    if not options.ft_model_ids:
+        return [trace(options)]
+    files = RunFiles.from_save(options.save)
+    pairs = _pairs(options, files)
     for pair in pairs.values():
         open_pair(pair)  # whatever is wrong with the last pair is said before the first is traced
     finished: list[RunCache] = []
@@ -89,43 +93,55 @@ def _side_by_side(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _pairs(config: ConfigDict, files: RunFiles) -> dict[str, ConfigDict]:
-    """Returns the config of each pair by a name that is its own, saved in the folder of the run."""
-    pairs: dict[str, ConfigDict] = {}
-    for model_id in config.ft_model_ids:
+def check_config(config: RunOptions | ConfigDict | Mapping[str, Any]) -> RunOptions:
+    """Returns the typed options of a run, checked as far as they can be without reading a model.
+
+    Raises:
+      ConfigError: all findings, one line each.
+    """
+    options = RunOptions.from_config(config).with_save_path()
+    check_options(options)
+    return options
+
+
+def _pairs(options: RunOptions, files: RunFiles) -> dict[str, RunOptions]:
+    """Returns the options of each pair by a name that is its own, saved in the folder of the run."""
+    pairs: dict[str, RunOptions] = {}
+    for model_id in options.ft_model_ids:
         name = model_id.removeprefix(DEMO).rstrip("/").split("/")[-1]
         if name in pairs:
             name = f"{name}-{len(pairs) + 1}"
-        pairs[name] = ConfigDict({key: value for key, value in config.items() if key != "ft_model_ids"})
-        pairs[name].ft_model_id, pairs[name].save = model_id, str(files.folder / f"{name}.p")
+        pairs[name] = replace(options, ft_model_ids=(), ft_model_id=model_id, save=str(files.folder / f"{name}.p"))
     return pairs
 
 
-def trace(config: ConfigDict, finished: list[RunCache] | None = None) -> dict[str, Any]:
+def trace(
+    config: RunOptions | ConfigDict | Mapping[str, Any], finished: list[RunCache] | None = None
+) -> dict[str, Any]:
     """Runs the seven steps on one pair, writes the files of the run, and returns its record.
 
     What an interrupted run had finished is deleted then, or, for a run of several pairs, handed over in `finished`.
     """
-    check_config(config)
+    options = check_config(config)
     clock = _Clock()
     with clock.step("open"):
-        opened = open_pair(config)
-        layout = lay_out(config, opened)
-    run_cache, word = _progress(config, opened, layout)
+        opened = open_pair(options)
+        layout = lay_out(options, opened)
+    run_cache, word = _progress(options, opened, layout)
     opened.notes.extend([word] if word else [])
-    found = _steps(config, opened, layout, run_cache, clock)
+    found = _steps(options, opened, layout, run_cache, clock)
     record = plain(
         {
-            **_circumstances(config, layout),
+            **_circumstances(options, layout),
             "tokens": token_facts(opened),
-            **found.as_dict(config.level),
+            **found.as_dict(options.level),
             "seconds": clock.seconds,
             "notes": opened.notes,
         }
     )
     if is_main_process():
         arrays = {name: result.arrays for name, result in found.before.items() if result.arrays}
-        save(record, RunFiles.from_save(config.save), found.alignment, arrays)
+        save(record, RunFiles.from_save(options.save), found.alignment, arrays)
     if finished is None:
         run_cache.clear()
     else:
@@ -166,36 +182,36 @@ class _Found:
         }
 
 
-def _steps(config: ConfigDict, opened: Opened, layout: Layout, run_cache: RunCache, clock: "_Clock") -> _Found:
+def _steps(options: RunOptions, opened: Opened, layout: Layout, run_cache: RunCache, clock: "_Clock") -> _Found:
     """Runs all steps but saving that are asked for. A model that another takes the place of lives no longer."""
     with clock.step("load"):
-        pair = load_pair(config, opened, layout, run_cache)
-    models = _model_facts_beside_the_work(opened, hashed=not (opened.is_first_look or config.max_layers))
+        pair = load_pair(options, opened, layout, run_cache)
+    models = _model_facts_beside_the_work(opened, hashed=not (opened.is_first_look or options.max_layers))
     disguise = permutation = None
     if opened.rewrites:
         with clock.step("disguise"):
-            disguise = prove_disguise(config, opened, pair)
-    if config.permute:
+            disguise = prove_disguise(options, opened, pair)
+    if options.permute:
         with clock.step("permute"):
-            pair, permutation = permute_ft(config, pair)
+            pair, permutation = permute_ft(options, pair)
     with clock.step("statistic"):
         found = _Found({}, _compute(opened, pair, opened.not_applicable), {}, disguise, permutation)
-    if config.align and not opened.not_alignable:
+    if options.align and not opened.not_alignable:
         with clock.step("align"):
-            pair, found.alignment = align_ft(config, opened, pair)
+            pair, found.alignment = align_ft(options, opened, pair)
     if found.alignment is not None:
         with clock.step("statistic aligned"):
             reasons = inapplicable(opened.statistics, pair.base.arch, pair.ft.arch, opened.vocabularies)
             found.after = _compute(opened, pair, reasons)
-    if config.eval:
+    if options.eval:
         with clock.step("perplexity"):
             found.perplexity = {
                 "base": _perplexity(pair, pair.base, opened.blocks_base, "base"),
                 "ft": _perplexity(pair, pair.ft, opened.blocks_ft, "ft"),
             }
-    if config.save_aligned and found.alignment is not None:
+    if options.save_aligned and found.alignment is not None:
         with clock.step("write aligned"):
-            write_aligned(config, opened, pair)
+            write_aligned(options, opened, pair)
     with clock.step("hashes"):
         found.models = {side: facts.result() for side, facts in models.items()}
     return found
@@ -209,15 +225,15 @@ def _model_facts_beside_the_work(opened: Opened, hashed: bool) -> dict[str, Futu
     return found
 
 
-def _circumstances(config: ConfigDict, layout: Layout) -> dict[str, Any]:
+def _circumstances(options: RunOptions, layout: Layout) -> dict[str, Any]:
     """Returns what was asked, and what it ran with."""
     return {
         "format": FORMAT,
-        "args": config.to_dict(),
+        "args": options.as_dict(),
         "commit": commit(),
         "versions": versions(),
         "device": device_facts(layout.mesh),
-        "seed": config.seed,
+        "seed": options.seed,
     }
 
 
@@ -266,13 +282,13 @@ def _remembered(name: str, statistic: Statistic, pair: Pair) -> Result:
     return result
 
 
-def _progress(config: ConfigDict, opened: Opened, layout: Layout) -> tuple[RunCache, str | None]:
+def _progress(options: RunOptions, opened: Opened, layout: Layout) -> tuple[RunCache, str | None]:
     """Returns what is left of an interrupted run of this config on these files, and a word on it.
 
     Blocks of tokens go through the models by the batch, and how many these are depends on where the models lie.
     """
     facts = {
-        "config": {name: value for name, value in config.to_dict().items() if name not in ("save", "cache_dir")},
+        "config": {name: value for name, value in options.as_dict().items() if name not in ("save", "cache_dir")},
         "versions": versions(),
         "commit": commit(),
         "files": {side: file_stamps(model.tensors.files()) for side, model in opened.models().items()},
@@ -280,7 +296,7 @@ def _progress(config: ConfigDict, opened: Opened, layout: Layout) -> tuple[RunCa
         "mesh": dict(layout.mesh.shape),
         "memory": layout.memory,
     }
-    return RunCache.open(RunFiles.from_save(config.save).folder / RUN_CACHE, facts)
+    return RunCache.open(RunFiles.from_save(options.save).folder / RUN_CACHE, facts)
 
 
 def _perplexity(pair: Pair, model: ParamSource, blocks: TokenBlocks | None, side: str) -> dict[str, float]:

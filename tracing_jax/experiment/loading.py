@@ -6,16 +6,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from tracing_jax.alignment import Alignment, AlignmentError, align, aligned, kinds_in
+from tracing_jax.alignment import Alignment, AlignmentError, align, aligned
 from tracing_jax.axes import axis_table
 from tracing_jax.checkpoint import Checkpoint, load, on_mesh, save_checkpoint
 from tracing_jax.experiment.memory import choose_memory
 from tracing_jax.experiment.metadata import shape_facts
 from tracing_jax.experiment.opening import Opened
-from tracing_jax.experiment.validation import DTYPES, names_in
+from tracing_jax.experiment.validation import DTYPES
 from tracing_jax.forward import check_function
+from tracing_jax.options import RunOptions
 from tracing_jax.rewrites import Permutations, Untying, random_permutations, share_moved
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sharding import Compute, make_mesh
@@ -40,57 +40,57 @@ class Layout(NamedTuple):
     memory: str
 
 
-def lay_out(config: ConfigDict, opened: Opened) -> Layout:
+def lay_out(options: RunOptions, opened: Opened) -> Layout:
     """Returns how the models of a run will lie, and notes why."""
-    mesh = make_mesh(config.mesh.data, config.mesh.model)
-    asked = "resident" if config.memory == "auto" and opened.needs_resident else config.memory
-    if config.memory == "auto" and opened.is_first_look:
+    mesh = make_mesh(options.mesh.data, options.mesh.model)
+    asked = "resident" if options.memory == "auto" and opened.needs_resident else options.memory
+    if options.memory == "auto" and opened.is_first_look:
         asked = "stream"
     memory, reason = choose_memory(asked, (opened.base, opened.ft), mesh)
     opened.notes.append(reason)
     return Layout(mesh, memory)
 
 
-def load_pair(config: ConfigDict, opened: Opened, layout: Layout, run_cache: RunCache) -> Pair:
+def load_pair(options: RunOptions, opened: Opened, layout: Layout, run_cache: RunCache) -> Pair:
     """Step 1: both models on the mesh, whole or layer by layer; a disguise changes the parts of ft as they are read."""
     mesh, memory = layout
     tokens = None if opened.blocks_base is None else opened.blocks_base.tokens
     return Pair(
-        _model(config, opened.base, mesh, memory),
-        _model(config, opened.ft, mesh, memory, opened),
+        _model(options, opened.base, mesh, memory),
+        _model(options, opened.ft, mesh, memory, opened),
         opened.vocabularies,
         tokens,
-        Compute(mesh, config.batch_size, DTYPES[config.dtype]),
-        config.seed,
+        Compute(mesh, options.batch_size, DTYPES[options.dtype]),
+        options.seed,
         blocks=opened.paired,
-        controls=[_model(config, control, mesh, "stream") for control in opened.controls],
+        controls=[_model(options, control, mesh, "stream") for control in opened.controls],
         run_cache=run_cache,
     )
 
 
 def _model(
-    config: ConfigDict, checkpoint: Checkpoint, mesh: Mesh, memory: str, disguise: Opened | None = None
+    options: RunOptions, checkpoint: Checkpoint, mesh: Mesh, memory: str, disguise: Opened | None = None
 ) -> ParamSource:
     if disguise is None or not disguise.rewrites:
         if memory == "resident":
-            return load(checkpoint, mesh, config.cache_dir)
+            return load(checkpoint, mesh, options.cache_dir)
         return PrefetchingSource(on_mesh(checkpoint, mesh))
     rewritten = placed(disguised(checkpoint, disguise.rewrites), mesh)
     return in_memory(rewritten, f"disguising {checkpoint.id}") if memory == "resident" else PrefetchingSource(rewritten)
 
 
-def prove_disguise(config: ConfigDict, opened: Opened, pair: Pair) -> dict[str, Any]:
+def prove_disguise(options: RunOptions, opened: Opened, pair: Pair) -> dict[str, Any]:
     """Step 2: what was rewritten, and how far the logits of the model in the files are from those of the disguised."""
-    moved = check_function(opened.ft, pair.ft, seed=config.seed)
+    moved = check_function(opened.ft, pair.ft, seed=options.seed)
     names = [rewrite.name for rewrite in opened.rewrites]
-    return {"rewrites": names, "seed": config.seed, "logits_moved": moved, "shape": shape_facts(pair.ft.arch)}
+    return {"rewrites": names, "seed": options.seed, "logits_moved": moved, "shape": shape_facts(pair.ft.arch)}
 
 
-def permute_ft(config: ConfigDict, pair: Pair) -> tuple[Pair, dict[str, Any]]:
+def permute_ft(options: RunOptions, pair: Pair) -> tuple[Pair, dict[str, Any]]:
     """Step 2: the fine-tuned model's own weights, its units in a random order."""
-    axes = names_in(config.permute_axes)
-    permutations = random_permutations(jax.random.key(config.seed), axis_table(pair.ft.arch), axes)
-    facts = {"axes": axes, "seed": config.seed, "share_moved": share_moved(permutations)}
+    axes = list(options.permute_axes)
+    permutations = random_permutations(jax.random.key(options.seed), axis_table(pair.ft.arch), axes)
+    facts = {"axes": axes, "seed": options.seed, "share_moved": share_moved(permutations)}
     return replace(pair, ft=_permuted(pair.ft, permutations)), facts
 
 
@@ -102,7 +102,7 @@ def _permuted(model: ParamSource, permutations: Permutations) -> ParamSource:
     return over(model, lambda source: permuted(source, permutations))
 
 
-def align_ft(config: ConfigDict, opened: Opened, pair: Pair) -> tuple[Pair, Alignment | None]:
+def align_ft(options: RunOptions, opened: Opened, pair: Pair) -> tuple[Pair, Alignment | None]:
     """Step 4: the fine-tuned model in base's place. None, and a note, where its weights turn out not to allow it."""
     shared = None
     # Embeddings padded to different sizes differ in their rows even under one tokenizer.
@@ -110,8 +110,8 @@ def align_ft(config: ConfigDict, opened: Opened, pair: Pair) -> tuple[Pair, Alig
         opened.vocabularies.same and pair.base.arch.vocab_size == pair.ft.arch.vocab_size
     ):
         shared = {"vocab": (opened.vocabularies.ids_base, opened.vocabularies.ids_ft)}
-    kinds, evidence = kinds_in(config.align_axes), config.align_evidence
-    how = {"compute": pair.compute, "shared": shared, "seed": config.seed, "run_cache": pair.run_cache.scope("align")}
+    kinds, evidence = options.align_axes, options.align_evidence
+    how = {"compute": pair.compute, "shared": shared, "seed": options.seed, "run_cache": pair.run_cache.scope("align")}
     try:
         alignment = _kept_alignment(pair.run_cache) or align(
             pair.base, pair.ft, kinds, evidence=evidence, tokens=pair.tokens, **how
@@ -123,10 +123,10 @@ def align_ft(config: ConfigDict, opened: Opened, pair: Pair) -> tuple[Pair, Alig
     return _in_base_s_place(opened, replace(pair, run_cache=pair.run_cache.scope("aligned")), alignment), alignment
 
 
-def write_aligned(config: ConfigDict, opened: Opened, pair: Pair) -> None:
+def write_aligned(options: RunOptions, opened: Opened, pair: Pair) -> None:
     """Step 7: the aligned model as a checkpoint. Last: an interrupted run may not find its folder there already."""
-    save_checkpoint(config.save_aligned, pair.ft, companions=opened.ft.folder)
-    opened.notes.append(f"the aligned model is in {config.save_aligned}")
+    save_checkpoint(options.save_aligned, pair.ft, companions=opened.ft.folder)
+    opened.notes.append(f"the aligned model is in {options.save_aligned}")
 
 
 def _keep_alignment(run_cache: RunCache, alignment: Alignment) -> None:

@@ -8,10 +8,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from tracing_jax import demo
-from tracing_jax.alignment import alignment_problems, beyond_permutations, kinds_in, shape_hoped_for
+from tracing_jax.alignment import alignment_problems, beyond_permutations, shape_hoped_for
 from tracing_jax.arch import Arch, length_problem
 from tracing_jax.axes import axis_table
 from tracing_jax.checkpoint import Checkpoint, open_checkpoint
@@ -29,9 +28,11 @@ from tracing_jax.data import (
     shared_tokens,
     token_blocks,
 )
-from tracing_jax.experiment.validation import DEMO, RENAMING, ConfigError, names_in
+from tracing_jax.dataclass_options import ConfigError
+from tracing_jax.experiment.validation import DEMO, RENAMING, make_statistics, statistic_names, text_readers
+from tracing_jax.options import RunOptions
 from tracing_jax.rewrites import Rewrite, arch_after, draw_rewrites
-from tracing_jax.statistics import LIGHT, REGISTRY, Statistic, Vocabularies
+from tracing_jax.statistics import LIGHT, Statistic, Vocabularies
 
 # No tokenizer averages more over a text; reading stops there, however large the data set is.
 _MAX_CHARS_PER_TOKEN = 32
@@ -65,55 +66,64 @@ class Opened:
         return {"base": self.base, "ft": self.ft, **controls}
 
 
-def open_pair(config: ConfigDict) -> Opened:
+def open_pair(options: RunOptions) -> Opened:
     """Opens both checkpoints and the text, and asks every statistic whether it applies."""
-    base, ft = open_models(config)
-    rewrites = _rewrites(config, ft)
+    base, ft = open_models(options)
+    rewrites = _rewrites(options, ft)
     ft_arch = arch_after(rewrites, ft.arch)
-    statistics = {name: REGISTRY[name](config) for name in names_in(config.stat)}
-    activations = config.align and config.align_evidence == "activations"
-    needs_tokens = config.eval or activations or any(statistic.needs_tokens for statistic in statistics.values())
-    if lines := _model_problems(config, base, ft, needs_tokens):
+    statistics = make_statistics(options)
+    needs_tokens = bool(text_readers(options, statistics))
+    if lines := _model_problems(options, base, ft, needs_tokens):
         raise ConfigError("\n  ".join(["the config does not fit the models:", *lines]))
     tokenizer_base, tokenizer_ft = (_tokenizer(checkpoint, needs_tokens) for checkpoint in (base, ft))
     vocabularies = _vocabularies(base, ft, tokenizer_base, tokenizer_ft)
     not_applicable = inapplicable(statistics, base.arch, ft_arch, vocabularies)
-    not_alignable = "; ".join(_alignment_problems(config, base.arch, ft_arch, vocabularies)) if config.align else None
+    not_alignable = "; ".join(_alignment_problems(options, base.arch, ft_arch, vocabularies)) if options.align else None
     if len(not_applicable) == len(statistics):
-        hoped = ft_arch if not config.align or not_alignable else shape_hoped_for(base.arch, ft_arch, _kinds(config))
+        hoped = (
+            ft_arch if not options.align or not_alignable else shape_hoped_for(base.arch, ft_arch, options.align_axes)
+        )
         if len(inapplicable(statistics, base.arch, hoped, vocabularies)) == len(statistics):
             lines = [f"{name}: {problem}" for name, problem in not_applicable.items()]
             raise ConfigError(f"{base.id} and {ft.id} cannot be compared: " + "\n  ".join(lines))
     blocks_base = blocks_ft = paired = None
     if needs_tokens:
-        blocks_base, blocks_ft, paired = _blocks(config, tokenizer_base, tokenizer_ft, vocabularies)
-    controls = _controls(config, base, tokenizer_base)
+        blocks_base, blocks_ft, paired = _blocks(options, tokenizer_base, tokenizer_ft, vocabularies)
+    controls = _controls(options, base, tokenizer_base)
     notes = _notes(base.arch, ft_arch, vocabularies, on_path="mode" in statistics and "mode" not in not_applicable)
+    if not (options.dataset or options.dataset_id) and {"match", "match_all"} & statistics.keys():
+        notes.append("no text is named: match and match_all compare by weights alone")
     if not_alignable:
         notes.append(f"not aligned: {not_alignable}")
-    if config.max_layers:
+    if options.max_layers:
         layers = f"only the first {base.arch.num_layers} layers of base and {ft.arch.num_layers} of ft"
         notes.append(f"max_layers: {layers}; the files, of which a part is read, are not hashed")
-    needs_resident = config.align and bool(beyond_permutations(_kinds(config)))
+    needs_resident = options.align and bool(beyond_permutations(options.align_axes))
     return Opened(
         base, ft, rewrites, statistics, not_applicable, not_alignable, vocabularies, blocks_base, blocks_ft, paired,
-        controls, needs_resident, _is_first_look(config), notes,
+        controls, needs_resident, _is_first_look(options), notes,
     )  # fmt: skip
 
 
-def open_models(config: ConfigDict) -> tuple[Checkpoint, Checkpoint]:
+def open_models(options: RunOptions) -> tuple[Checkpoint, Checkpoint]:
     """Returns base and the fine-tuned model of a config; their weights are not read yet."""
-    return _opened(config, config.base_model_id), _opened(config, config.ft_model_id)
+    return _opened(options, options.base_model_id), _opened(options, options.ft_model_id)
 
 
-def _opened(config: ConfigDict, model_id: str) -> Checkpoint:
-    checkpoint = open_checkpoint(resolved(model_id), in_ranges=_is_first_look(config))
-    return checkpoint.first_layers(config.max_layers) if config.max_layers else checkpoint
+def _opened(options: RunOptions, model_id: str) -> Checkpoint:
+    checkpoint = open_checkpoint(resolved(model_id), in_ranges=_is_first_look(options))
+    return checkpoint.first_layers(options.max_layers) if options.max_layers else checkpoint
 
 
-def _is_first_look(config: ConfigDict) -> bool:
+def _is_first_look(options: RunOptions) -> bool:
     """Returns whether a small part of the weights is all that is asked for, so that the rest is better left unread."""
-    return not (set(names_in(config.stat)) - LIGHT or config.align or config.eval or config.disguise or config.permute)
+    return not (
+        set(statistic_names(options.stat)) - LIGHT
+        or options.align
+        or options.eval
+        or options.disguise
+        or options.permute
+    )
 
 
 def inapplicable(
@@ -124,37 +134,33 @@ def inapplicable(
     return {name: "; ".join(lines) for name, lines in problems.items() if lines}
 
 
-def _kinds(config: ConfigDict) -> tuple[str, ...]:
-    return kinds_in(config.align_axes)
-
-
-def _rewrites(config: ConfigDict, ft: Checkpoint) -> tuple[Rewrite, ...]:
-    key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(b"disguise"))
+def _rewrites(options: RunOptions, ft: Checkpoint) -> tuple[Rewrite, ...]:
+    key = jax.random.fold_in(jax.random.key(options.seed), zlib.crc32(b"disguise"))
     try:
-        return draw_rewrites(config.disguise, key, ft.arch, without=(RENAMING,))
+        return draw_rewrites(",".join(options.disguise), key, ft.arch, without=(RENAMING,))
     except ValueError as error:
-        raise ConfigError(f"disguise={config.disguise}, {ft.id}: {error}") from error
+        raise ConfigError(f"disguise={','.join(options.disguise)}, {ft.id}: {error}") from error
 
 
-def _model_problems(config: ConfigDict, base: Checkpoint, ft: Checkpoint, needs_tokens: bool) -> list[str]:
+def _model_problems(options: RunOptions, base: Checkpoint, ft: Checkpoint, needs_tokens: bool) -> list[str]:
     """Returns the fields that other models could be run with."""
     lines = []
     for checkpoint in (base, ft) if needs_tokens else ():
-        if problem := length_problem(checkpoint.arch, config.block_size):
-            lines.append(f"block_size={config.block_size}: {checkpoint.id}: {problem}")
-    if config.permute:
+        if problem := length_problem(checkpoint.arch, options.block_size):
+            lines.append(f"block_size={options.block_size}: {checkpoint.id}: {problem}")
+    if options.permute:
         try:
-            axis_table(ft.arch).axes_of_kind(names_in(config.permute_axes))
+            axis_table(ft.arch).axes_of_kind(options.permute_axes)
         except ValueError as error:
-            lines.append(f"permute_axes={config.permute_axes}: {ft.id}: {error}")
+            lines.append(f"permute_axes={','.join(options.permute_axes)}: {ft.id}: {error}")
     return lines
 
 
-def _alignment_problems(config: ConfigDict, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
-    lines = alignment_problems(base, ft, _kinds(config))
+def _alignment_problems(options: RunOptions, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
+    lines = alignment_problems(base, ft, options.align_axes)
     if vocabularies.known and len(vocabularies.ids_base) == 0:
         lines.append("the vocabularies share no token, so that no row of the embeddings has a counterpart")
-    if config.align_evidence == "activations" and not vocabularies.same:
+    if options.align_evidence == "activations" and not vocabularies.same:
         lines.append("different tokenizers: activations need both models to read the same ids; use weights")
     return lines
 
@@ -189,9 +195,9 @@ def _vocabularies(base: Checkpoint, ft: Checkpoint, tokenizer_base: Any, tokeniz
     return Vocabularies(same_tokenizer(tokenizer_base, tokenizer_ft), ids_base[known], ids_ft[known])
 
 
-def _controls(config: ConfigDict, base: Checkpoint, tokenizer_base: Any) -> tuple[Checkpoint, ...]:
+def _controls(options: RunOptions, base: Checkpoint, tokenizer_base: Any) -> tuple[Checkpoint, ...]:
     """Opens the models that are known to be independent of both; they must be of base's shape and read its tokens."""
-    found = tuple(_opened(config, model_id) for model_id in config.control_model_ids)
+    found = tuple(_opened(options, model_id) for model_id in options.control_model_ids)
     shape = ("num_layers", "embed_dim", "mlp_dim", "vocab_size")
     lines = [
         f"control model {control.id}: {name} {getattr(control.arch, name)}, expected base's {getattr(base.arch, name)}"
@@ -210,48 +216,48 @@ def _controls(config: ConfigDict, base: Checkpoint, tokenizer_base: Any) -> tupl
 
 
 def _blocks(
-    config: ConfigDict, tokenizer_base: Any, tokenizer_ft: Any, vocabularies: Vocabularies
+    options: RunOptions, tokenizer_base: Any, tokenizer_ft: Any, vocabularies: Vocabularies
 ) -> tuple[TokenBlocks, TokenBlocks, PairedBlocks]:
     """Returns the text as base's tokens, the very same text as ft's, and both block by block with paired positions."""
-    if config.dataset == RANDOM and not config.dataset_id:
-        return _random_blocks(config, tokenizer_base, tokenizer_ft, vocabularies)
-    documents = _documents(config)
-    blocks = token_blocks(documents, tokenizer_base, block_size=config.block_size, num_tokens=config.num_tokens)
+    if options.dataset == RANDOM and not options.dataset_id:
+        return _random_blocks(options, tokenizer_base, tokenizer_ft, vocabularies)
+    documents = _documents(options)
+    blocks = token_blocks(documents, tokenizer_base, block_size=options.block_size, num_tokens=options.num_tokens)
     if vocabularies.same:
         return blocks, blocks, paired_one_to_one(blocks.tokens, blocks.tokens)
-    theirs = token_blocks(documents.prefix(blocks.text_chars), tokenizer_ft, block_size=config.block_size)
-    sizes = {"block_size": config.block_size, "num_tokens": config.num_tokens}
+    theirs = token_blocks(documents.prefix(blocks.text_chars), tokenizer_ft, block_size=options.block_size)
+    sizes = {"block_size": options.block_size, "num_tokens": options.num_tokens}
     return blocks, theirs, paired_on_bytes(documents, tokenizer_base, tokenizer_ft, **sizes)
 
 
 def _random_blocks(
-    config: ConfigDict, tokenizer_base: Any, tokenizer_ft: Any, vocabularies: Vocabularies
+    options: RunOptions, tokenizer_base: Any, tokenizer_ft: Any, vocabularies: Vocabularies
 ) -> tuple[TokenBlocks, TokenBlocks, PairedBlocks]:
     """Returns tokens drawn uniformly from those that both models have, by string."""
     ids, shape = (
         (vocabularies.ids_base, vocabularies.ids_ft),
-        (config.num_tokens // config.block_size, config.block_size),
+        (options.num_tokens // options.block_size, options.block_size),
     )
     if not len(ids[0]):
         raise ConfigError(f"dataset={RANDOM}: the vocabularies share no token; name a text instead")
-    drawn = np.random.default_rng([config.seed, zlib.crc32(RANDOM.encode())]).integers(len(ids[0]), size=shape)
+    drawn = np.random.default_rng([options.seed, zlib.crc32(RANDOM.encode())]).integers(len(ids[0]), size=shape)
     base, ft = (
-        random_token_blocks(of_model, drawn, tokenizer, config.seed)
+        random_token_blocks(of_model, drawn, tokenizer, options.seed)
         for of_model, tokenizer in zip(ids, (tokenizer_base, tokenizer_ft))
     )
     return base, ft, paired_one_to_one(base.tokens, ft.tokens, "random tokens of both vocabularies, paired by string")
 
 
-def _documents(config: ConfigDict) -> Documents:
-    if config.dataset == "demo" and not config.dataset_id:
+def _documents(options: RunOptions) -> Documents:
+    if options.dataset == "demo" and not options.dataset_id:
         return read_documents(str(demo.held_out_text()))
     return read_documents(
-        config.dataset_id or config.dataset,
-        subset=config.dataset_subset,
-        split=config.dataset_split,
-        text_column=config.text_column,
-        max_chars=_MAX_CHARS_PER_TOKEN * config.num_tokens,
-        data_dir=config.data_dir,
+        options.dataset_id or options.dataset,
+        subset=options.dataset_subset,
+        split=options.dataset_split,
+        text_column=options.text_column,
+        max_chars=_MAX_CHARS_PER_TOKEN * options.num_tokens,
+        data_dir=options.data_dir,
     )
 
 

@@ -1,20 +1,20 @@
-"""The config of a run: what can be checked before anything is read."""
+"""The options of a run: what can be checked before anything is read."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from tracing_jax import demo
-from tracing_jax.alignment import beyond_permutations, kind_problems, kinds_in
+from tracing_jax.alignment import beyond_permutations, kind_problems
 from tracing_jax.axes import PERMUTABLE
-from tracing_jax.experiment.memory import MEMORY
+from tracing_jax.dataclass_options import ConfigError, problems
+from tracing_jax.options import RunOptions
 from tracing_jax.record import RunFiles, check_writable
-from tracing_jax.rewrites import Renaming, rewrite_names
-from tracing_jax.statistics import COSTLY, LIGHT, REGISTRY
-from tracing_jax.statistics.match import FORMS
-from tracing_jax.statistics.verdict import UNDECIDED_BELOW
+from tracing_jax.rewrites import Renaming
+from tracing_jax.statistics import COSTLY, LIGHT, REGISTRY, Statistic, make_statistic
 
 DEMO = "demo:"
 """What stands before the name of a member of the demo family, in place of a folder or Hub id."""
@@ -26,29 +26,56 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 """Names of the computing dtypes."""
 
 
-class ConfigError(ValueError):
-    """The config of a run asks for something that does not exist or does not fit; all findings at once."""
-
-
-def check_config(config: ConfigDict) -> None:
-    """Checks every field that can be checked without reading a model.
+def check_options(options: RunOptions) -> None:
+    """Checks every option that can be checked without reading a model.
 
     Raises:
       ConfigError: all findings, one line each.
     """
-    lines = _model_problems(config) + _choice_problems(config) + _number_problems(config) + _save_problems(config)
+    lines = problems(options) or [
+        *_model_problems(options),
+        *_statistic_problems(options),
+        *_alignment_problems(options),
+        *_disguise_problems(options),
+        *_save_problems(options),
+    ]
     if lines:
-        raise ConfigError("\n  ".join(["the config cannot run:", *lines]) if len(lines) > 1 else lines[0])
+        raise ConfigError.of("the config cannot run:", lines)
 
 
-def _model_problems(config: ConfigDict) -> list[str]:
-    asked = {"base_model_id": config.base_model_id}
-    if "ft_model_ids" not in config:
-        asked["ft_model_id"] = config.ft_model_id
-    elif config.get("ft_model_id"):
-        return [f"both ft_model_id={config.ft_model_id} and ft_model_ids={config.ft_model_ids} are set; leave one out"]
-    else:
-        asked |= {f"ft_model_ids[{i}]": model_id for i, model_id in enumerate(config.ft_model_ids)}
+def statistic_names(stat: Sequence[str]) -> list[str]:
+    """Returns the names of statistics, each once; `all`: all statistics but the costly and the light ones."""
+    cheap = [name for name in REGISTRY if name not in COSTLY | LIGHT]
+    return list(dict.fromkeys(n for name in stat for n in (cheap if name == "all" else [name])))
+
+
+def make_statistics(options: RunOptions) -> dict[str, Statistic]:
+    """Returns the statistics of a run by name; where no text is named, `match` and `match_all` by weights alone."""
+    if not (options.dataset or options.dataset_id):
+        weights = tuple(form for form in options.match.forms if form != "forward") or options.match.forms
+        weights_all = tuple(form for form in options.match_all.forms if form != "forward") or options.match_all.forms
+        options = replace(
+            options,
+            match=replace(options.match, forms=weights),
+            match_all=replace(options.match_all, forms=weights_all),
+        )
+    return {name: make_statistic(name, options) for name in statistic_names(options.stat)}
+
+
+def text_readers(options: RunOptions, statistics: Mapping[str, Statistic]) -> list[str]:
+    """Returns what of a run reads text, by the name of its option."""
+    activations = options.align and options.align_evidence == "activations"
+    other = {"eval": options.eval, "align_evidence=activations": activations}
+    return [name for name, statistic in statistics.items() if statistic.needs_tokens] + [n for n in other if other[n]]
+
+
+def _model_problems(options: RunOptions) -> list[str]:
+    asked = {"base_model_id": options.base_model_id, "ft_model_id": options.ft_model_id}
+    if options.ft_model_ids:
+        if asked.pop("ft_model_id"):
+            both = f"ft_model_id={options.ft_model_id} and ft_model_ids={','.join(options.ft_model_ids)}"
+            return [f"both {both} are set; leave one out"]
+        asked |= {f"ft_model_ids[{i}]": model_id for i, model_id in enumerate(options.ft_model_ids)}
     lines = []
     for name, model_id in asked.items():
         if not model_id:
@@ -58,99 +85,65 @@ def _model_problems(config: ConfigDict) -> list[str]:
     return lines
 
 
-def _choice_problems(config: ConfigDict) -> list[str]:
+def _statistic_problems(options: RunOptions) -> list[str]:
+    if not options.stat:
+        return [f"no statistic is asked for; there are {', '.join(REGISTRY)}, or all"]
+    lines = [f"{name}.forms is empty: forward, weights or both" for name in ("match", "match_all")
+             if not getattr(options, name).forms]  # fmt: skip
+    readers = text_readers(options, make_statistics(options))
+    if readers and not (options.dataset or options.dataset_id):
+        lines.append(
+            f"neither dataset nor dataset_id is set, and {', '.join(readers)} cannot do without a text: a name such as "
+            "wikitext, a local file, or a Hub id"
+        )
+    if options.num_tokens < options.block_size:
+        lines.append(f"num_tokens={options.num_tokens}: at least {options.block_size}, which is block_size")
+    return lines
+
+
+def _alignment_problems(options: RunOptions) -> list[str]:
+    kinds, shown = options.align_axes, ",".join(options.align_axes)
+    lines = [f"align_axes={shown}: {line}" for line in kind_problems(kinds) if kinds or options.align]
+    beyond = beyond_permutations(kinds)
+    if options.align_evidence == "activations" and beyond:
+        lines.append(
+            f"align_axes={shown}: {', '.join(beyond)} are estimated from weights alone; set align_evidence=weights"
+        )
+    if options.memory == "stream" and options.align and beyond:
+        lines.append(
+            f"align_axes={shown}: {', '.join(beyond)} need both models in memory; set memory=resident, or choose from "
+            f"{', '.join(PERMUTABLE)}"
+        )
+    folder = options.save_aligned
+    if folder and not options.align:
+        lines.append(f"save_aligned={folder}: nothing is aligned; set align")
+    if folder and jax.process_count() > 1:
+        lines.append(f"save_aligned={folder}: one process alone can write a checkpoint; start only one")
+    if folder and Path(folder).expanduser().exists():
+        lines.append(f"save_aligned={folder}: it is there already; remove it or choose another folder")
+    return lines
+
+
+def _disguise_problems(options: RunOptions) -> list[str]:
+    names, shown = options.disguise, ",".join(options.disguise)
     lines = []
-    if not names_in(config.stat):
-        lines.append(f"no statistic is asked for; there are {', '.join(REGISTRY)}, or all")
-    if unknown := [name for name in names_in(config.stat) if name not in REGISTRY]:
-        lines.append(f"unknown statistic {', '.join(unknown)}; there are {', '.join(REGISTRY)}, or all")
-    axes = names_in(config.permute_axes)
-    if unknown := [axis for axis in axes if axis not in PERMUTABLE]:
-        lines.append(f"permute_axes: unknown axes {', '.join(unknown)}; there are {', '.join(PERMUTABLE)}")
-    if config.permute and not axes:
+    if options.permute and not options.permute_axes:
         lines.append(f"permute is set and permute_axes is empty; choose from {', '.join(PERMUTABLE)}")
-    lines += _align_problems(config)
-    lines += _disguise_problems(config.disguise)
-    if config.align_evidence not in ("weights", "activations"):
-        lines.append(f"align_evidence={config.align_evidence}: it is weights or activations")
-    if config.csh_activation not in ("hidden", "up"):
-        lines.append(f"csh_activation={config.csh_activation}: it is hidden or up")
-    if not names_in(config.match_forms) or set(names_in(config.match_forms)) - set(FORMS):
-        lines.append(f"match_forms={config.match_forms!r}: one or both of {', '.join(FORMS)}")
-    if config.memory not in MEMORY:
-        lines.append(f"memory={config.memory}: it is one of {', '.join(MEMORY)}")
-    if config.memory == "stream" and config.align and (beyond := beyond_permutations(kinds_in(config.align_axes))):
-        lines.append(
-            f"align_axes={config.align_axes}: {', '.join(beyond)} need both models in memory; set memory=resident, or "
-            f"choose from {', '.join(PERMUTABLE)}"
-        )
-    if config.save_aligned and not config.align:
-        lines.append(f"save_aligned={config.save_aligned}: nothing is aligned; set align")
-    if config.save_aligned and jax.process_count() > 1:
-        lines.append(f"save_aligned={config.save_aligned}: one process alone can write a checkpoint; start only one")
-    if config.save_aligned and Path(config.save_aligned).expanduser().exists():
-        lines.append(f"save_aligned={config.save_aligned}: it is there already; remove it or choose another folder")
-    if config.max_layers and config.disguise:
+    if options.max_layers and names:
         lines.append("max_layers looks at the first layers as they are; leave disguise out, or trace the whole model")
-    if config.dtype not in DTYPES:
-        lines.append(f"dtype={config.dtype}: it is one of {', '.join(DTYPES)}")
-    if not (config.dataset or config.dataset_id):
-        lines.append("neither dataset nor dataset_id is set: a name such as wikitext, a local file, or a Hub id")
-    return lines
-
-
-def _align_problems(config: ConfigDict) -> list[str]:
-    kinds = kinds_in(config.align_axes)
-    lines = [f"align_axes={config.align_axes}: {line}" for line in kind_problems(kinds) if kinds or config.align]
-    if config.align_evidence == "activations" and (beyond := beyond_permutations(kinds)):
+    if "all" in names and len(names) > 1:
+        lines.append(f"disguise={shown}: all stands alone: it has every rewrite that exists for the model")
+    if RENAMING in names:
         lines.append(
-            f"align_axes={config.align_axes}: {', '.join(beyond)} are estimated from weights alone; "
-            "set align_evidence=weights"
+            f"disguise={shown}: {RENAMING} changes the tokenizer's files too; write a checkpoint with "
+            f"`python -m tracing_jax.rewrites --disguise={shown} ...` and trace that"
         )
     return lines
 
 
-def _disguise_problems(listed: str) -> list[str]:
+def _save_problems(options: RunOptions) -> list[str]:
     try:
-        names = rewrite_names(listed)
-    except ValueError as error:
-        return [f"disguise={listed}: {error}"]
-    if RENAMING not in names or listed.strip() == "all":  # of which a run takes the others
-        return []
-    return [
-        f"disguise={listed}: {RENAMING} changes the tokenizer's files too; write a checkpoint with "
-        f"`python -m tracing_jax.rewrites --disguise={listed} ...` and trace that"
-    ]
-
-
-def _number_problems(config: ConfigDict) -> list[str]:
-    lines = []
-    if outside := [alpha for alpha in config.alphas if not (isinstance(alpha, int | float) and 0 <= alpha <= 1)]:
-        lines.append(f"alphas {outside} are no numbers in 0..1")
-    for name, least in (("block_size", 2), ("batch_size", 1), ("num_tokens", config.block_size), ("emb_max_rows", 1)):
-        if config[name] < least:
-            lines.append(f"{name}={config[name]}: at least {least}")
-    least_copies = 1 if {"perm_mode_l2", "all"} & {*str(config.stat).split(",")} else 0  # l2 is a distance without them
-    least_counts = {"max_layers": 0, "mode_num_perm": 0, "num_perm": least_copies, "csh_blocks": 1, "csh_block_size": 2}
-    least_counts |= {"distil_tokens": 32, "distil_steps": 1, "distil_batch": 1, "distil_units": 0}
-    lines += [
-        f"{name}={config[name]}: at least {least}" for name, least in least_counts.items() if config[name] < least
-    ]
-    if not config.distil_rate > 0 or not 0 <= config.distil_decay < 1:
-        lines.append(
-            f"distil_rate={config.distil_rate}, distil_decay={config.distil_decay}: the rate is above 0, and the decay "
-            "at least 0 and below 1"
-        )
-    if not 0 < config.level <= UNDECIDED_BELOW:
-        lines.append(f"level={config.level}: it lies above 0 and at most at {UNDECIDED_BELOW}")
-    if not 0 <= config.seed < 2**32:
-        lines.append(f"seed={config.seed}: it lies in 0..{2**32 - 1}")
-    return lines
-
-
-def _save_problems(config: ConfigDict) -> list[str]:
-    try:
-        files = RunFiles.from_save(config.save)
+        files = RunFiles.from_save(options.save)
         for file in (files.pickle, files.json, files.png, files.html):
             check_writable(file)
         if files.folder.exists() and not files.folder.is_dir():
@@ -160,10 +153,3 @@ def _save_problems(config: ConfigDict) -> list[str]:
     except (OSError, ValueError) as error:
         return [str(error)]
     return []
-
-
-def names_in(listed: str) -> list[str]:
-    """Returns the names in a list with commas, each once; `all`: all statistics but the costly and the light ones."""
-    names = [name.strip() for name in listed.split(",") if name.strip()]
-    cheap = [name for name in REGISTRY if name not in COSTLY | LIGHT]
-    return list(dict.fromkeys(n for name in names for n in (cheap if name == "all" else [name])))

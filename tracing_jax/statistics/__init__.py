@@ -1,8 +1,9 @@
 """The statistics, one a file, by the name under which a config or `--stat` asks for them."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import fields
 
+from tracing_jax.options import RunOptions
 from tracing_jax.statistics.cos import Cos
 from tracing_jax.statistics.csh import Csh
 from tracing_jax.statistics.csu import Csu
@@ -20,38 +21,26 @@ from tracing_jax.statistics.screen import Screen
 from tracing_jax.statistics.statistic import Curve, Pair, Result, Statistic, Test, Vocabularies
 from tracing_jax.statistics.verdict import Verdict, over_pairs, verdict
 
-REGISTRY: Mapping[str, Callable[[Any], Statistic]] = {
-    "mode": lambda config: Mode(tuple(config.alphas), config.attn, config.emb, config.mode_num_perm),
-    "cos": lambda config: Cos(),
-    "emb": lambda config: Emb(max_rows=config.emb_max_rows),
-    "jsd": lambda config: Jsd(),
-    "csu": lambda config: Csu(),
-    "csu_all": lambda config: CsuAll(config.csu_all_pairs),
-    "csh": lambda config: Csh(config.csh_blocks, config.csh_block_size, config.csh_activation),
-    "match": lambda config: Match(tuple(config.match_forms.split(","))),
-    "match_all": lambda config: MatchAll(
-        tuple(config.match_forms.split(",")), max_gib=config.match_all_gib, level=config.level
-    ),
-    "match_moments": lambda config: MatchMoments(),
-    "match_distilled": lambda config: MatchDistilled(
-        config.distil_tokens,
-        config.distil_steps,
-        config.distil_batch,
-        config.distil_units,
-        config.distil_rate,
-        config.distil_decay,
-    ),
-    "screen": lambda config: Screen(config.screen_share),
-    "l2": lambda config: L2(config.num_perm),
-    "perm_mode_l2": lambda config: PermModeL2(config.num_perm, config.attn, config.emb),
-}
-"""Name -> how the statistic is made from a run's config."""
+REGISTRY: Mapping[str, type[Statistic]] = {
+    "mode": Mode, "cos": Cos, "emb": Emb, "jsd": Jsd, "csu": Csu, "csu_all": CsuAll, "csh": Csh, "match": Match,
+    "match_all": MatchAll, "match_moments": MatchMoments, "match_distilled": MatchDistilled, "screen": Screen,
+    "l2": L2, "perm_mode_l2": PermModeL2,
+}  # fmt: skip
+"""Name -> class, whose fields are the options of the section of that name."""
 
 COSTLY = frozenset({"match_distilled"})
 """Statistics that train something: asked for by name, and no part of `all`."""
 
 LIGHT = frozenset({"screen"})
 """Statistics that look at a small part of the files, asked for by name: a run of these alone reads no more of them."""
+
+
+def make_statistic(name: str, options: RunOptions) -> Statistic:
+    """Returns a statistic with the options of its section; fields that the section lacks are options of the run."""
+    kind, section = REGISTRY[name], getattr(options, name)
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    return kind(**{field: getattr(section if hasattr(section, field) else options, field) for field in names})
+
 
 __all__ = [
     "COSTLY",
@@ -64,6 +53,7 @@ __all__ = [
     "Test",
     "Verdict",
     "Vocabularies",
+    "make_statistic",
     "over_pairs",
     "verdict",
 ]

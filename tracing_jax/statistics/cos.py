@@ -1,6 +1,5 @@
 """`cos`: does each MLP unit of base have a twin in ft? Best-match cosine of gate weights, per layer and mean."""
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -8,6 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from tqdm import trange
 
+from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.axes import axis_table
 from tracing_jax.sources import ParamSource
@@ -17,8 +17,7 @@ from tracing_jax.statistics.statistic import QUANTILE_LEVELS, Pair, Result, Voca
 _LABEL = "best-match cosine of MLP units, mean over layers of the median"
 
 
-@dataclass(frozen=True)
-class Cos:
+class Cos(options.Cos):
     """Mean over layers of the median over MLP units of the best cosine between gate weights.
 
     Blind to a permutation of the units, but not to one of the features: align first where that is suspected. In a

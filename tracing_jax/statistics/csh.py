@@ -1,10 +1,10 @@
 """`csh`: do units respond where they did? Hidden activations on random tokens matched, against the identity."""
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 
+from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.data import PairedBlocks, paired_one_to_one
 from tracing_jax.forward import LayerCorrelations, correlations
@@ -16,8 +16,7 @@ from tracing_jax.statistics.statistic import Pair, Result, Vocabularies
 _TAP = {"hidden": "units", "up": "up"}
 
 
-@dataclass(frozen=True)
-class Csh:
+class Csh(options.Csh):
     """Constrained test on the hidden activations of the MLPs; exact like `csu`.
 
     Both models read the same random tokens, drawn uniformly from those both vocabularies have. Units are matched on the
@@ -26,9 +25,6 @@ class Csh:
     Source: Zhu et al. 2025 (arXiv 2502.12292); its program matches the up activation under this name, and by cosine.
     """
 
-    blocks: int = 20
-    block_size: int = 512
-    activation: Literal["hidden", "up"] = "hidden"
     needs_tokens: ClassVar[bool] = False
 
     def problems(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:

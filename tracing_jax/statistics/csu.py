@@ -1,13 +1,13 @@
 """`csu`: are units where they were? Up-projection rows matched, and the matching compared with the identity."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Array, Float
 from tqdm import trange
 
+from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.matching import Product, match_units
 from tracing_jax.statistics.comparison import Comparison, against_identity
@@ -18,8 +18,7 @@ from tracing_jax.statistics.statistic import Pair, Result, Vocabularies
 from tracing_jax.tree import Tree
 
 
-@dataclass(frozen=True)
-class Csu:
+class Csu(options.Csu):
     """Constrained test on the up-projection: exact if one of the models was trained independently of the other.
 
     Rows are matched on |cos|: a unit scaled by a negative number, with its output, is the same unit. Layers of equal

@@ -3,13 +3,14 @@
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
+from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisTable, axis_table, kind_of
 from tracing_jax.matching import Product
@@ -40,15 +41,13 @@ _Similarity = Array | np.ndarray | Product
 """The cosines of all rows of one with all of the other."""
 
 
-@dataclass(frozen=True)
-class CsuAll:
+class CsuAll(options.CsuAll):
     """Constrained tests on all matrices: same name and same layer, or, on request, every two of equal shape.
 
     Each matrix has its own p-value by agreement and by rank correlation; the smallest counts after Bonferroni (Holm's
     first step), never a Fisher sum: down and o of all layers share one permutation of the features.
     """
 
-    all_pairs: bool = False
     needs_tokens: ClassVar[bool] = False
 
     def problems(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:

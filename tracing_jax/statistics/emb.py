@@ -1,10 +1,10 @@
 """`emb`: does each token's embedding of base have a twin in ft? Best-match cosine of embedding rows."""
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
+from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.statistics.cosine import best_cosines
 from tracing_jax.statistics.statistic import QUANTILE_LEVELS, Pair, Result, Vocabularies, quantiles
@@ -12,8 +12,7 @@ from tracing_jax.statistics.statistic import QUANTILE_LEVELS, Pair, Result, Voca
 _LABEL = "best-match cosine of embedding rows, median over shared tokens"
 
 
-@dataclass(frozen=True)
-class Emb:
+class Emb(options.Emb):
     """Median over embedding rows of shared tokens of the best cosine with any such row of the other model.
 
     Tokens are shared when both vocabularies have their string. Above `max_rows` shared tokens, a random draw of base's
@@ -22,7 +21,6 @@ class Emb:
     Source: the reference program of Zhu et al. 2025 (arXiv 2502.12292).
     """
 
-    max_rows: int = 16384
     needs_tokens: ClassVar[bool] = False
 
     def problems(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:

@@ -1,17 +1,16 @@
 """`jsd`: how differently do the two models predict? Jensen-Shannon divergence of their next-token distributions."""
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
+from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.forward import divergences
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies
 
 
-@dataclass(frozen=True)
-class Jsd:
+class Jsd(options.Jsd):
     """Mean Jensen-Shannon divergence, nats per token, between the predictions over the tokens both vocabularies have.
 
     Each distribution is cut to the shared tokens and normalised again. It lies in [0, ln 2]. Models that read through

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
+from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.axes import axis_table
 from tracing_jax.rewrites import Dims, Permutations, take_units, unit_moves
@@ -23,8 +24,7 @@ from tracing_jax.tree import flatten, to_host
 LABEL = "mean Frobenius distance over tensors"
 
 
-@dataclass(frozen=True)
-class L2:
+class L2(options.L2):
     """Mean over tensors of the Frobenius distance; its p-value from copies of ft with features and MLP units permuted.
 
     Tensors whose rows are tokens are left out where the vocabularies differ.
@@ -32,7 +32,6 @@ class L2:
     Source: Zhu et al. 2025 (arXiv 2502.12292).
     """
 
-    num_perm: int = 99
     needs_tokens: ClassVar[bool] = False
 
     def problems(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:

@@ -1,12 +1,12 @@
 """`match`: do gate and up projection, matched apart, agree on which unit is which? It holds under every rewrite."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Array
 
+from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.forward import LayerCorrelations, Sample, correlate, correlations, embedding_correlations
 from tracing_jax.matching import UnitMatching, live_units, match_units
@@ -34,15 +34,13 @@ from tracing_jax.statistics.overlap import side_by_side
 from tracing_jax.statistics.pvalues import smallest
 from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, Pair, Result, Test, Vocabularies
 
-FORMS = ("forward", "weights")
 TAPS = ("gate", "up")
 
 Samples = Mapping[str, tuple[np.ndarray, np.ndarray]]
 """Tap -> activations of base and of ft at the sampled positions."""
 
 
-@dataclass(frozen=True)
-class Match:
+class Match(options.Match):
     """Unconstrained test: matchings by gate and by up activations agree on far more units than independent models' do.
 
     `forward`: the activations of both models on the same text, centred over the tokens. `weights`: each MLP is handed
@@ -55,11 +53,6 @@ class Match:
     Source: Zhu et al. 2025 (arXiv 2502.12292), which uses the parametric rank correlation, Fisher over layers and
     signed cosines without centring. STATISTICS: the null of `calibration.py`.
     """
-
-    forms: tuple[Literal["forward", "weights"], ...] = ("forward", "weights")
-    max_tokens: int = 16384
-    control_positions: int = 1024
-    control_units: int = 2048
 
     @property
     def needs_tokens(self) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from tqdm import trange
 
+from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.forward import activations, correlate, embedding_activations
 from tracing_jax.matching import live_units, match_units
@@ -15,7 +16,7 @@ from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.calibration import Null, null_of, tabled_allowance
 from tracing_jax.statistics.comparison import LN10, Comparison, bonferroni_log10, one_test
 from tracing_jax.statistics.layer_map import LayerMap, assign_layers, sentence
-from tracing_jax.statistics.match import FORMS, TAPS, Match, compare_taps, gate_problems
+from tracing_jax.statistics.match import TAPS, Match, compare_taps, gate_problems
 from tracing_jax.statistics.pvalues import smallest
 from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, Pair, Result, Test, Vocabularies
 
@@ -26,27 +27,22 @@ _FEW_POSITIONS = 64
 
 
 @dataclass(frozen=True)
-class MatchAll:
+class MatchAll(options.MatchAll):
     """Every layer of base against every layer of ft, by gate and up activations as in `match`.
 
     The forward form keeps base's and ft's activations at sampled positions of the text, at most `max_gib` in all; the
     weights-only form hands every MLP the embeddings of shared tokens. A pair's p-value is the smaller of the forms' and
     of the tests', after Bonferroni. Layers are assigned by the evidence, and a layer may stay without a partner.
 
+    Fewer positions are sampled where the kept activations would take more than `max_gib`.
+
     Attributes:
-      positions: sampled positions of the text, and shared tokens.
-      units: at most so many units of base's layers are looked for among all of ft's.
-      max_gib: what the kept activations may take, in GiB; fewer positions are sampled where they would take more.
       level: below which, after Bonferroni over all pairs, two layers belong together.
 
     Source: Zhu et al. 2025 (arXiv 2502.12292), section 4, which maps the blocks of Llama 3.1 onto those of Llama 3.2.
     """
 
-    forms: tuple[str, ...] = FORMS
-    positions: int = 2048
-    units: int = 1024
-    max_gib: float = 4.0
-    level: float = 1e-3
+    level: float = options.RunOptions.level
 
     @property
     def needs_tokens(self) -> bool:

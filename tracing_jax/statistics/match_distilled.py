@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.data import PairedBlocks
 from tracing_jax.forward import activations, correlate
@@ -50,8 +51,7 @@ REST_ALLOWANCE, REST_ALLOWANCE_TOGETHER = 0.02, 0.01
 lie below the least allowance, for the rest is asked in addition: a layer's p-value is the larger of both sides'."""
 
 
-@dataclass(frozen=True)
-class MatchDistilled:
+class MatchDistilled(options.MatchDistilled):
     """Unconstrained test for any FFN: without gate, of other width or a mixture of experts.
 
     To each FFN a gated student is fitted, on its own inputs and outputs at sampled positions of the text. The two
@@ -64,27 +64,12 @@ class MatchDistilled:
     One forward pass per model, layer after layer: inputs and outputs of one layer of both models live at a time, 16
     bytes for each token and feature, and of all layers the pre-activations at the control positions.
 
-    Attributes:
-      tokens: at most so many paired positions to learn from and to compare on.
-      steps, batch, rate, decay: of a student's training; see `students.Recipe`.
-      units: width of the students; 0 takes the narrower model's.
-      control_positions, control_units: at most so many for the layers that do not correspond.
-
     On tiny models (4 layers, 192 units; 2 CPU cores, 2026-11-24): a dense model and a mixture of experts upcycled from
     it agree on more than half their units, p = 1e-108, a GPT-2 and its fine-tune on a quarter, 1e-6; strangers have 1.
 
     Source: Zhu et al. 2025 (arXiv 2502.12292), section 3 (Adam 1e-3, batch 5000, 10,000 steps). Here: weight decay, a
     rate that falls with the width, and the null of `calibration.py`; see docs/distilled.md.
     """
-
-    tokens: int = 32768
-    steps: int = Recipe.steps
-    batch: int = Recipe.batch
-    units: int = 0
-    rate: float = Recipe.rate
-    decay: float = Recipe.decay
-    control_positions: int = 1024
-    control_units: int = 2048
 
     @property
     def needs_tokens(self) -> bool:

@@ -2,12 +2,12 @@
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 from tqdm import tqdm
 
+from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.matching import live_units, match_units
 from tracing_jax.run_cache import RunCache
@@ -36,20 +36,13 @@ Signed = dict[str, tuple[np.ndarray, np.ndarray]]
 FORM = "moments"
 
 
-@dataclass(frozen=True)
-class MatchMoments:
+class MatchMoments(options.MatchMoments):
     """Unconstrained test, as `match`, with the signatures of `moments.py` in the place of activations.
 
     Gate rows are matched by their signatures, up rows by theirs, and the two matchings compared. It finds a model whose
     embeddings and head were replaced, which leaves `match` nothing to stand on, in whatever order or basis the rest is.
-
-    Attributes:
-      moments_of: at most so many layers, evenly spread, give their moments.
-      control_units: of each layer of a pair that does not correspond.
     """
 
-    moments_of: int = 8
-    control_units: int = 2048
     needs_tokens: ClassVar[bool] = False
 
     def problems(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:

@@ -2,11 +2,12 @@
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
 
+from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisTable, axis_table, kind_of
 from tracing_jax.forward import path_losses, token_losses
@@ -19,8 +20,7 @@ from tracing_jax.statistics.statistic import Curve, Pair, Result, Vocabularies
 _LABEL = "midpoint loss (nats per token)"
 
 
-@dataclass(frozen=True)
-class Mode:
+class Mode(options.Mode):
     """Loss of the model at alpha on the way from base to ft, over base's tokens, head and embedding unless `emb`.
 
     Its p-value, if permuted copies are asked for, is the rank of the midpoint loss among those of copies of ft with
@@ -31,10 +31,6 @@ class Mode:
     loss as a test statistic.
     """
 
-    alphas: tuple[float, ...] = tuple(i / 10 for i in range(11))
-    attn: bool = False
-    emb: bool = False
-    num_perm: int = 0
     needs_tokens: ClassVar[bool] = True
 
     @property

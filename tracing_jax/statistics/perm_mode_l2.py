@@ -1,9 +1,9 @@
 """`perm_mode_l2`: the permutation tests of `mode` and of `l2` on the same permuted copies."""
 
 import math
-from dataclasses import dataclass
 from typing import ClassVar
 
+from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.statistics.l2 import distances
 from tracing_jax.statistics.mode import Mode, midpoint_losses
@@ -12,16 +12,12 @@ from tracing_jax.statistics.pvalues import permutation_test
 from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies
 
 
-@dataclass(frozen=True)
-class PermModeL2:
+class PermModeL2(options.PermModeL2):
     """Midpoint loss and distance, each ranked among the same permuted copies; a decision by either pays for two.
 
     Source: the reference program of Zhu et al. 2025 (arXiv 2502.12292).
     """
 
-    num_perm: int = 99
-    attn: bool = False
-    emb: bool = False
     needs_tokens: ClassVar[bool] = True
 
     def problems(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:

@@ -1,11 +1,12 @@
 """`screen`: a first look at a small part of the weights. `csu` on sampled units, `match` on three sampled layers."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from tqdm import tqdm
 
+from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.forward import correlate, embedding_activations
 from tracing_jax.sources import Submodel
@@ -22,8 +23,7 @@ from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, Pair, Result, Test
 _UP = "mlp/up_proj/kernel"
 
 
-@dataclass(frozen=True)
-class Screen:
+class Screen(options.Screen):
     """Two tests on a part of the weights that is stated in the record, with the p-values of `csu` and of `match`.
 
     Units in place: a run of units, drawn from the seed, the same in both models, is matched within itself as by `csu`.
@@ -36,13 +36,8 @@ class Screen:
     the weights-only form of `match`. That sees through permutations. What is lost: a relative of which other layers
     alone are inherited, and one whose embeddings are not.
 
-    Attributes:
-      share: of each model's weights, the most that is looked at.
-
     Source: Zhu et al. 2025 (arXiv 2502.12292) for both tests; sampling is ours.
     """
-
-    share: float = 0.1
 
     @property
     def needs_tokens(self) -> bool:

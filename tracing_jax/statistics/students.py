@@ -12,6 +12,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from tracing_jax.options import MatchDistilled
+
 TAPS = ("gate", "up", "rest")
 
 Weights = dict[str, Float[Array, "_ _"]]
@@ -34,10 +36,10 @@ class Recipe:
     """
 
     units: int
-    steps: int = 2000
-    batch: int = 512
-    rate: float = 0.3
-    decay: float = 0.03
+    steps: int = MatchDistilled.steps
+    batch: int = MatchDistilled.batch
+    rate: float = MatchDistilled.rate
+    decay: float = MatchDistilled.decay
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tracing_jax.cli.user_errors import configure_logging, exit_on_user_error
+from tracing_jax.cli.errors import configure_logging, exit_on_user_error
 from tracing_jax.zoo.folder import ZooFolder
 from tracing_jax.zoo.report import write_report
 from tracing_jax.zoo.worker import work_on

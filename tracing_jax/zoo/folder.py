@@ -20,8 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from ml_collections import ConfigDict
-
+from tracing_jax.options import RunOptions
 from tracing_jax.record import atomic_write, plain
 from tracing_jax.zoo.plan import PAIRS, Plan, PlannedPair, read_plan
 
@@ -141,7 +140,7 @@ class ZooFolder:
         record, stamps = _read(self.record_file(pair)), _read(self._file(pair, "files.json"))
         if record is None or stamps is None:
             return None
-        asked = plain(_told_apart(self.plan.config_of(pair, self.path)))
+        asked = plain(_told_apart(self.plan.options_of(pair, self.path)))
         if changed := sorted(name for name, value in asked.items() if record["args"].get(name) != value):
             return f"the config has changed: {', '.join(changed)}"
         if changed := sorted(file for file, stamp in stamps.items() if _stamp(Path(file)) not in (stamp, None)):
@@ -161,9 +160,9 @@ def me() -> str:
     return f"Slurm job {job}" + (f"_{element}" if element else "")
 
 
-def _told_apart(config: ConfigDict) -> dict[str, Any]:
+def _told_apart(options: RunOptions) -> dict[str, Any]:
     """Returns the fields that change what comes out."""
-    return {name: value for name, value in config.to_dict().items() if name not in ("save", "cache_dir")}
+    return {name: value for name, value in options.as_dict().items() if name not in ("save", "cache_dir")}
 
 
 def _take(claim: Path) -> bool:

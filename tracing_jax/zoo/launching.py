@@ -27,7 +27,7 @@ def write_plan(folder: ZooFolder, plan: Plan) -> None:
     Raises:
       ValueError: the config cannot run, a local model cannot be read, or another plan is being worked on there.
     """
-    check_config(plan.config_of(plan.pairs[0], folder.path))
+    check_config(plan.options_of(plan.pairs[0], folder.path))
     _check_models(plan)
     folder.path.mkdir(parents=True, exist_ok=True)
     if (folder.path / PLAN).exists():

@@ -11,6 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from tracing_jax.options import RunOptions
 from tracing_jax.record import atomic_write, plain
 from tracing_jax.zoo.models import ModelList
 
@@ -57,11 +58,10 @@ class Plan:
         """The pairs by name."""
         return {pair.name: pair for pair in self.pairs}
 
-    def config_of(self, pair: PlannedPair, folder: Path) -> ConfigDict:
-        """Returns the config of one pair's run, saved in the zoo's folder."""
+    def options_of(self, pair: PlannedPair, folder: Path) -> RunOptions:
+        """Returns the options of one pair's run, saved in the zoo's folder."""
         save = str(folder / PAIRS / f"{pair.name}.p")
-        shared = {name: tuple(value) if isinstance(value, list) else value for name, value in self.config.items()}
-        return ConfigDict({**shared, "base_model_id": pair.base, "ft_model_id": pair.ft, "save": save})
+        return RunOptions.from_config({**self.config, "base_model_id": pair.base, "ft_model_id": pair.ft, "save": save})
 
     def write(self, folder: Path) -> None:
         """Writes the plan into the folder, whole or not at all."""
@@ -69,14 +69,15 @@ class Plan:
         atomic_write(folder / PLAN, json.dumps(content, indent=1).encode())
 
 
-def make_plan(models: ModelList, config: ConfigDict) -> Plan:
-    """Returns the plan to trace every pair of a list with one config."""
+def make_plan(models: ModelList, config: RunOptions | ConfigDict | Mapping[str, Any]) -> Plan:
+    """Returns the plan to trace every pair of a list with the same options."""
     names = _short_names(models.models)
     pairs = tuple(
         PlannedPair(f"{names[base]}--{names[ft]}", base, ft, _related(models.parents, base, ft))
         for base, ft in models.pairs
     )
-    shared = {name: value for name, value in plain(config.to_dict()).items() if name not in _OF_A_PAIR}
+    asked = plain(RunOptions.from_config(config).as_dict())
+    shared = {name: value for name, value in asked.items() if name not in _OF_A_PAIR}
     return Plan(names, pairs, models.parents, shared)
 
 

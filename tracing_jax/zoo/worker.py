@@ -8,18 +8,18 @@ from typing import Any
 
 import jax
 from absl import logging
-from ml_collections import ConfigDict
 
 from tracing_jax import experiment
 from tracing_jax.checkpoint import Checkpoint
 from tracing_jax.distributed import broadcast_one, initialized, is_main_process
 from tracing_jax.experiment.metadata import file_stamps
 from tracing_jax.experiment.opening import open_models
+from tracing_jax.options import RunOptions
 from tracing_jax.zoo.folder import ZooFolder
 from tracing_jax.zoo.plan import PlannedPair
 from tracing_jax.zoo.weights import read_model_facts, write_model_facts
 
-Trace = Callable[[ConfigDict], Any]
+Trace = Callable[[RunOptions], Any]
 
 
 def trace_pairs(folder: ZooFolder, names: Iterable[str], trace: Trace = experiment.trace) -> None:
@@ -30,7 +30,7 @@ def trace_pairs(folder: ZooFolder, names: Iterable[str], trace: Trace = experime
     Args:
       folder: the zoo.
       names: of pairs of its plan.
-      trace: runs the config of one pair.
+      trace: runs the options of one pair.
     """
     for name in names:
         pair = folder.plan.by_name[name]
@@ -49,13 +49,13 @@ def _trace_claimed(folder: ZooFolder, pair: PlannedPair, trace: Trace) -> None:
 
 
 def _trace_pair(folder: ZooFolder, pair: PlannedPair, trace: Trace) -> None:
-    config = folder.plan.config_of(pair, folder.path)
+    options = folder.plan.options_of(pair, folder.path)
     logging.info("%s ...", pair.name)
     try:
-        models = open_models(config)
+        models = open_models(options)
         if is_main_process():
             folder.begin(pair, file_stamps(file for model in models for file in files_of(model)))
-        trace(config)
+        trace(options)
         if is_main_process():
             _measure(folder, pair, models)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What the programs at the root have in common: how they speak, and how they end where a user can mend something."""
+"""Log lines of the programs, and how they end where a user can mend something."""
 
 import contextlib
 import logging as stdlib_logging
@@ -6,12 +6,11 @@ import os
 import sys
 from collections.abc import Iterator
 
-import jax
 from absl import logging
 
 
 def configure_logging() -> None:
-    """Makes log lines a time and a message, without the notices that there is no PyTorch and no TPU."""
+    """Makes log lines a time and a message on stderr, without the notices that there is no PyTorch and no TPU."""
     logging.use_absl_handler()
     logging.get_absl_handler().setFormatter(stdlib_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -23,7 +22,11 @@ def exit_on_user_error() -> Iterator[None]:
     """Ends the program with one clear message where something is wrong that a user can mend."""
     try:
         yield
-    except (ValueError, OSError, ModuleNotFoundError, jax.errors.JaxRuntimeError) as error:
+    except Exception as error:
+        # JAX is known by name, so that importing this module does not import it.
+        mendable = isinstance(error, ValueError | OSError | ModuleNotFoundError)
+        if not mendable and type(error).__name__ != "JaxRuntimeError":
+            raise
         logging.debug("where it happened", exc_info=True)
         memory = (
             "\nless memory: a smaller batch_size, dtype=bfloat16, or more devices" if "RESOURCE" in str(error) else ""

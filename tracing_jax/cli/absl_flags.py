@@ -1,0 +1,92 @@
+"""Flags of `main.py`, `launch.py` and `generate.py`, made from options dataclasses, and what they say of a mistake."""
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from tracing_jax.dataclass_options import Option, options_of, parse, suggestion
+from tracing_jax.options import STATISTICS, unknown_option
+
+_HELP = {"help", "helpshort", "helpfull", "h", "?"}
+
+
+def define_flags(options: type) -> None:
+    """Defines a flag for every option of a dataclass; those that are not given have the value None."""
+    for found in options_of(options):
+        if found.kind is bool:
+            flags.DEFINE_boolean(found.name, None, found.meaning)
+        elif found.kind is int:
+            flags.DEFINE_integer(found.name, None, found.meaning)
+        elif found.kind is float:
+            flags.DEFINE_float(found.name, None, found.meaning)
+        else:
+            flags.DEFINE_string(found.name, None, found.meaning)
+
+
+def given_flags(options: type) -> dict[str, Any]:
+    """Returns dotted name -> value of the options of a dataclass that were given as flags.
+
+    Raises:
+      ValueError: a list whose elements are no numbers.
+    """
+    values = {found: flags.FLAGS[found.name].value for found in options_of(options)}
+    return {found.name: _typed(found, value) for found, value in values.items() if value is not None}
+
+
+def run_program(main: Callable[[Sequence[str]], None], argv: Sequence[str], print_help: Callable[[], None]) -> None:
+    """Runs a program: `--help` prints and ends with status 0, and a mistake in a flag ends in one line.
+
+    Args:
+      main: takes what is left of argv after its flags.
+      argv: the command line, program first.
+      print_help: prints what `--help` shows.
+    """
+    if any(argument.startswith("-") and argument.lstrip("-").split("=")[0] in _HELP for argument in argv[1:]):
+        print_help()
+        return
+    app.run(main, argv=list(argv), flags_parser=parse_flags)
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parses the flags and returns what is left of argv; a mistake ends the program in one line, with status 2."""
+    try:
+        for argument in argv[1:]:
+            _check(argument)
+        return flags.FLAGS(list(argv))
+    except flags.Error as error:
+        message = str(error)
+    except Exception as error:  # whatever a config file raises
+        message = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
+    print(f"error: {message}\n({argv[0]} --help lists every option)", file=sys.stderr)
+    sys.exit(2)
+
+
+def _check(argument: str) -> None:
+    """Raises ValueError if the argument sets an option of a config that there is not, or names no config file."""
+    if found := re.match(r"--?(?:no)?config\.([^=]+)(=?)", argument):
+        if line := unknown_option(found[1] + found[2]):
+            raise ValueError(f"--config.{line}")
+    elif found := re.match(r"--?config=([^:]*)", argument):
+        file = Path(found[1])
+        if not file.is_file():
+            raise ValueError(f"--config={file}: {_no_file(file)}")
+
+
+def _no_file(file: Path) -> str:
+    if file.stem in STATISTICS:
+        return f"there is no such file; a statistic needs no config of its own: --stat={file.stem}"
+    beside = [str(other) for other in file.parent.glob("*.py")] if file.parent.is_dir() else []
+    return f"there is no such file{suggestion(str(file), beside)}"
+
+
+def _typed(found: Option, value: Any) -> Any:
+    if not found.is_list:
+        return value
+    try:
+        return parse(found.kind, value)
+    except ValueError as error:
+        raise ValueError(f"--{found.name}={value}: {error}") from None
