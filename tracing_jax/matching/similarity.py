@@ -18,8 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from tracing_jax.axes import AxisTable
 from tracing_jax.blocked_matmul import accumulate_matmul
-from tracing_jax.matching.assignment import Blocks
-from tracing_jax.matching.coordinate import Coordinate, Similarity
+from tracing_jax.matching.coordinate import Blocks, Coordinate, Similarity
 from tracing_jax.rewrites import Dims, Permutations, take_units, unit_moves
 from tracing_jax.tree import Tree, flatten, to_host
 

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
-from tracing_jax.matching import Product
+from tracing_jax.matching import FactoredSimilarity
 from tracing_jax.tree import readable, to_host
 
 _SLICE_BYTES = 256 * 2**20  # the most that one slice of the cosine matrix may take
@@ -26,13 +26,13 @@ def best_cosines(rows: Float[Array, "n d"], others: Float[Array, "m d"], descrip
 
 def similarities(
     rows: Float[Array | np.ndarray, "n d"], others: Float[Array | np.ndarray, "m d"]
-) -> Float[Array | np.ndarray, "n m"] | Product:
+) -> Float[Array | np.ndarray, "n m"] | FactoredSimilarity:
     """Returns the cosines of all rows with all others, to be matched; above 4 GiB as a product that is never whole.
 
     Whoever matches a product makes it anew in each of its few passes.
     """
     if 4 * len(rows) * len(others) > _WHOLE_BYTES:
-        return Product(*(_normalised(readable(jnp.asarray(side))) for side in (rows, others)))
+        return FactoredSimilarity(*(_normalised(readable(jnp.asarray(side))) for side in (rows, others)))
     return readable(cosines(rows, others))
 
 

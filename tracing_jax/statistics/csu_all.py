@@ -12,14 +12,12 @@ from tqdm import tqdm
 
 from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisTable, axis_table, kind_of
-from tracing_jax.matching import Product
+from tracing_jax.matching import FactoredSimilarity
 from tracing_jax.sources import ParamSource, leaf
-from tracing_jax.statistics.comparison import Comparison, bonferroni_log10, one_test
-from tracing_jax.statistics.constrained import row_problems
+from tracing_jax.statistics.comparison import Comparison, bonferroni_log10, one_test, overlapped, rows_not_applicable
 from tracing_jax.statistics.cosine import similarities
 from tracing_jax.statistics.csu import compare_rows
-from tracing_jax.statistics.overlap import overlapped
-from tracing_jax.statistics.pvalues import smallest
+from tracing_jax.statistics.pvalues import bonferroni
 from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, Pair, Result, Test, Vocabularies
 from tracing_jax.tree import to_host
 
@@ -36,7 +34,7 @@ _Rows = Callable[[], tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "n d"]]]
 """Reads a matrix of base and one of ft, as rows."""
 _Place = tuple[str, bool, _Rows]
 """The name of two matrices, whether their null is exact, and what reads them."""
-_Similarity = Array | np.ndarray | Product
+_Similarity = Array | np.ndarray | FactoredSimilarity
 """The cosines of all rows of one with all of the other."""
 
 
@@ -51,9 +49,9 @@ class CsuAll:
     all_pairs: bool = False
     needs_tokens: ClassVar[bool] = False
 
-    def problems(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
+    def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns why rows of these models have no cosine."""
-        return row_problems(base, ft)
+        return rows_not_applicable(base, ft)
 
     def compute(self, pair: Pair) -> Result:
         """Returns the p-values of the matrices, those with an exact null apart from those without."""
@@ -149,7 +147,7 @@ def _tests(name: str, found: dict[str, Comparison], decides: bool) -> list[Test]
     places, comparisons = list(found), list(found.values())
     agreements, ranks = [c.log_p_agreement for c in comparisons], [c.log_p_rank for c in comparisons]
     made = [
-        one_test(f"agreement, {name}", comparisons, agreements, places, smallest, "Holm's minimum"),
-        one_test(f"rank correlation, {name}", comparisons, ranks, places, smallest, "Holm's minimum"),
+        one_test(f"agreement, {name}", comparisons, agreements, places, bonferroni, "Holm's minimum"),
+        one_test(f"rank correlation, {name}", comparisons, ranks, places, bonferroni, "Holm's minimum"),
     ]
     return [replace(test, decides=decides) for test in made]

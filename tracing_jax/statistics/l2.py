@@ -15,7 +15,7 @@ from tracing_jax.arch import Arch
 from tracing_jax.axes import axis_table
 from tracing_jax.rewrites import Dims, Permutations, take_units, unit_moves
 from tracing_jax.sources import part, prefixes
-from tracing_jax.statistics.permuted_copies import draw_permutations, permutation_result, same_shape_problems
+from tracing_jax.statistics.permuted_copies import draw_permutations, permutation_result, shapes_not_applicable
 from tracing_jax.statistics.pvalues import permutation_test
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies
 from tracing_jax.tree import flatten, to_host
@@ -35,9 +35,9 @@ class L2:
     num_perm: int = 99
     needs_tokens: ClassVar[bool] = False
 
-    def problems(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
+    def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns why the tensors of these models cannot be subtracted."""
-        return same_shape_problems(base, ft)
+        return shapes_not_applicable(base, ft)
 
     def compute(self, pair: Pair) -> Result:
         """Returns the distance as given, and its rank among the permuted copies."""

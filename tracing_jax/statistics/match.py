@@ -1,6 +1,7 @@
 """`match`: do gate and up projection, matched apart, agree on which unit is which? It holds under every rewrite."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -13,12 +14,13 @@ from tracing_jax.matching import UnitMatching, live_units, match_units
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.calibration import (
+    DEFAULT_ALLOWANCE,
+    DEFAULT_SOURCE,
     Null,
     control_pairs,
     control_source,
     measured_allowance,
     null_of,
-    tabled_allowance,
 )
 from tracing_jax.statistics.comparison import (
     Comparison,
@@ -30,8 +32,7 @@ from tracing_jax.statistics.comparison import (
     share_by_layer,
     tests_of,
 )
-from tracing_jax.statistics.overlap import side_by_side
-from tracing_jax.statistics.pvalues import smallest
+from tracing_jax.statistics.pvalues import bonferroni
 from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, Pair, Result, Test, Vocabularies
 
 FORMS = ("forward", "weights")
@@ -66,9 +67,9 @@ class Match:
         """Only the forward form reads text."""
         return "forward" in self.forms
 
-    def problems(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
+    def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns why no layer of these models can be matched with the layer of equal index."""
-        lines = gate_problems(base, ft)
+        lines = gates_not_applicable(base, ft)
         if base.num_layers != ft.num_layers:
             lines.append(f"different depth ({base.num_layers} and {ft.num_layers} layers): see match_all")
         if "forward" not in self.forms and len(vocabularies.ids_base) < 2:
@@ -136,8 +137,7 @@ class Match:
         Controls stand in base's place, against base itself and, where it is as deep, against ft.
         """
         if not pair.controls:
-            source = "the table measured on our own seeds, by relative depth, and 0.05 at least"
-            return tabled_allowance(pair.base.arch.num_layers, form), source
+            return [DEFAULT_ALLOWANCE] * pair.base.arch.num_layers, DEFAULT_SOURCE
         others = [("base", pair.of_base())]
         if pair.base.arch.num_layers == pair.ft.arch.num_layers:
             others.append(("ft", pair))
@@ -149,7 +149,7 @@ class Match:
         return measured_allowance(measured), control_source(len(pair.controls), len(others))
 
 
-def gate_problems(base: Arch, ft: Arch) -> list[str]:
+def gates_not_applicable(base: Arch, ft: Arch) -> list[str]:
     """Returns why these models have no gate and up projection to match."""
     lines = []
     for side, arch in (("base", base), ("ft", ft)):
@@ -166,11 +166,10 @@ def match_taps(
     """Returns the matchings by gate and by up correlations, over the units live in both."""
     gate, up = by_tap["gate"], by_tap["up"]
     live = live_units(gate, up)
-    by_gate, by_up = side_by_side(
-        lambda: match_units(gate, pair.generator(*names, "gate"), live),
-        lambda: match_units(up, pair.generator(*names, "up"), live, absolute=True),
-    )
-    return by_gate, by_up
+    with ThreadPoolExecutor(max_workers=2, thread_name_prefix="match") as threads:
+        by_gate = threads.submit(match_units, gate, pair.generator(*names, "gate"), live)
+        by_up = threads.submit(match_units, up, pair.generator(*names, "up"), live, absolute=True)
+        return by_gate.result(), by_up.result()
 
 
 def compare_taps(by_tap: Mapping[str, Array | np.ndarray], pair: Pair, names: Sequence[str | int]) -> Comparison:
@@ -209,8 +208,8 @@ def form_tests(form: str, layers: Sequence[Comparison], null: Null) -> list[Test
     agreement = [null.log_p_agreement(i, found) for i, found in enumerate(layers)]
     rank = [null.log_p_rank(i, found) for i, found in enumerate(layers)]
     calibrated = [
-        one_test(f"{form}, agreement, calibrated", layers, agreement, places, smallest, how),
-        one_test(f"{form}, rank correlation, calibrated", layers, rank, places, smallest, how),
+        one_test(f"{form}, agreement, calibrated", layers, agreement, places, bonferroni, how),
+        one_test(f"{form}, rank correlation, calibrated", layers, rank, places, bonferroni, how),
     ]
-    parametric = tests_of(layers, places, smallest, how)
+    parametric = tests_of(layers, places, bonferroni, how)
     return calibrated + [replace(test, name=f"{form}, {test.name}, parametric", decides=False) for test in parametric]

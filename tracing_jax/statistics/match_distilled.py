@@ -14,7 +14,7 @@ from tracing_jax.forward import activations, correlate
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.calibration import (
-    LEAST_ALLOWANCE,
+    DEFAULT_ALLOWANCE,
     Null,
     control_pairs,
     control_source,
@@ -29,9 +29,9 @@ from tracing_jax.statistics.comparison import (
     share_by_layer,
     tests_of,
 )
-from tracing_jax.statistics.composite_null import composite_agreement_log_sf
 from tracing_jax.statistics.match import compare_taps
-from tracing_jax.statistics.pvalues import smallest
+from tracing_jax.statistics.nulls import composite_agreement_log_sf
+from tracing_jax.statistics.pvalues import bonferroni
 from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, Pair, Result, Test, Vocabularies
 from tracing_jax.statistics.students import TAPS, Recipe, Student, fit_student, rest_of, student_correlations
 
@@ -91,7 +91,7 @@ class MatchDistilled:
         """Students learn from text."""
         return True
 
-    def problems(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
+    def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns why no layer of these models can be compared with the layer of equal index."""
         if base.num_layers == ft.num_layers:
             return []
@@ -170,7 +170,7 @@ class MatchDistilled:
         """Returns for each null the shares of units that may agree by convergence, and where they come from."""
         if not pair.controls:
             L, source = pair.base.arch.num_layers, "students of our own seeds agreed on less; see docs/distilled.md"
-            shares = {"whole": [LEAST_ALLOWANCE] * L, "rest": [REST_ALLOWANCE] * L}
+            shares = {"whole": [DEFAULT_ALLOWANCE] * L, "rest": [REST_ALLOWANCE] * L}
             return shares | {"rest together": [REST_ALLOWANCE_TOGETHER]}, source
         measured = [
             self._compared(control, other.ft, other, f"control {c} {side}").layers
@@ -231,14 +231,14 @@ def _tests(found: _Compared, nulls: Mapping[str, Null]) -> list[Test]:
         return [max(log_p(nulls["whole"], i, layer), rest_log_p[i]) for i, layer in enumerate(layers)]
 
     calibrated = [
-        one_test("agreement, calibrated", layers, larger(Null.log_p_agreement), places, smallest, how),
-        one_test("rank correlation, calibrated", layers, larger(Null.log_p_rank), places, smallest, how),
+        one_test("agreement, calibrated", layers, larger(Null.log_p_agreement), places, bonferroni, how),
+        one_test("rank correlation, calibrated", layers, larger(Null.log_p_rank), places, bonferroni, how),
     ]
     rest: dict[str, Sequence[float | int]] = {
         "agreeing, rest": [c.agreeing for c in found.layers["rest"]],
         "r, rest": [c.r for c in found.layers["rest"]],
     }
-    parametric = tests_of(layers, places, smallest, "Holm's minimum over layers")
+    parametric = tests_of(layers, places, bonferroni, "Holm's minimum over layers")
     return [replace(test, values={**test.values, **rest}) for test in calibrated] + [
         replace(test, name=f"{test.name}, parametric", decides=False) for test in parametric
     ]
