@@ -59,13 +59,13 @@ class Csu:
 
 
 def unit_rows(layer: Tree, projection: str) -> Float[Array | np.ndarray, "F D"]:
-    """Returns a row for each MLP unit of a layer: its weights on the features."""
+    """Returns the weights of each MLP unit of a layer on the features, a row per unit."""
     return layer["mlp"][projection]["kernel"].T
 
 
 def compare_rows(
     similarity: Float[Array | np.ndarray, "n m"] | FactoredSimilarity, generator: np.random.Generator
 ) -> Comparison:
-    """Returns how far matching rows by their absolute similarity keeps them in place."""
+    """Returns the comparison of the matching by absolute similarity with the identity."""
     matching = match_units(similarity, generator, absolute=True)
     return against_identity(matching, *similarity.shape)

@@ -26,14 +26,14 @@ _ROWS = {"gate_proj": "mlp", "up_proj": "mlp", "down_proj": "embed", "o_proj": "
 """Matrix -> the axis whose units are its rows; for heads, all axes but `embed` together."""
 
 _EXACT = ("gate_proj", "up_proj", "down_proj", "o_proj")
-"""Matrices whose rows an independent model may have in any order. Heads are outside that group, rope orders the rows
-inside a head, and the rows of embedding and head are tokens: their p-values have no exact null."""
+"""Matrices whose rows are exchangeable in an independent model. Heads are not in that group, rope fixes the order of
+rows inside a head, and rows of embedding and head are tokens: their p-values have no exact null."""
 
 
 _Rows = Callable[[], tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "n d"]]]
-"""Reads a matrix of base and one of ft, as rows."""
+"""Reads a matrix of base and one of ft, with units as rows."""
 _Place = tuple[str, bool, _Rows]
-"""The name of two matrices, whether their null is exact, and what reads them."""
+"""The name of two matrices, whether their null is exact, and the function that reads them."""
 _Similarity = Array | np.ndarray | FactoredSimilarity
 """The cosines of all rows of one with all of the other."""
 
@@ -77,12 +77,12 @@ class CsuAll:
         return result.without_p(AFTER_ALIGNMENT) if pair.aligned else result
 
     def _similarities(self, pair: Pair, places: Sequence[_Place]) -> Iterator[tuple[str, _Similarity | Comparison]]:
-        """Yields for each place what is to be matched, or the comparison that an interrupted run has kept."""
+        """Yields for each place its similarities, or its comparison if an interrupted run has cached it."""
         for place, _, rows in tqdm(places, desc="csu_all", unit="matrix", disable=None):
             yield place, pair.run_cache.load(Comparison, "csu_all", place) or similarities(*rows())
 
     def _pairs(self, pair: Pair) -> Iterator[_Place]:
-        """Yields the name, whether the null is exact, and what reads both matrices as rows."""
+        """Yields the name of two matrices, whether their null is exact, and the function that reads them."""
         tables = [axis_table(model.arch) for model in (pair.base, pair.ft)]
         shapes, shapes_ft = (_shapes(table) for table in tables)
         for name, shape in shapes.items():

@@ -1,4 +1,4 @@
-"""`match`: do gate and up projection, matched apart, agree on which unit is which? It holds under every rewrite."""
+"""`match`: do the matchings of units by gate and by up projection agree? Invariant under every rewrite."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +39,7 @@ FORMS = ("forward", "weights")
 TAPS = ("gate", "up")
 
 Samples = Mapping[str, tuple[np.ndarray, np.ndarray]]
-"""Tap -> activations of base and of ft at the sampled positions."""
+"""Tap -> activations `[S, F]` of base and of ft at the sampled positions."""
 
 
 @dataclass(frozen=True)
@@ -106,16 +106,16 @@ class Match:
     def _layers(
         self, form: str, base: ParamSource, ft: ParamSource, pair: Pair, run_cache: RunCache
     ) -> tuple[list[Comparison], list[Comparison]]:
-        """Returns the comparisons of the layers, and of layer pairs that do not correspond."""
+        """Returns the comparisons of the layers, and of control pairs of layers."""
         samples: dict[int, Samples] = {}
 
         def compare(layer: LayerCorrelations) -> Comparison:
             samples[layer.layer] = layer.samples
-            _keep_samples(run_cache, layer)
+            _save_samples(run_cache, layer)
             return compare_taps(layer.by_tap, pair, ("match", form, layer.layer))
 
         layers = compare_layers(self._correlations(form, base, ft, pair, run_cache), compare, run_cache)
-        samples |= {i: _kept_samples(run_cache, i) for i in range(len(layers)) if i not in samples}
+        samples |= {i: _load_samples(run_cache, i) for i in range(len(layers)) if i not in samples}
         pairs = control_pairs(len(layers), len(layers), pair.generator("match", form, "controls"))
         return layers, list(_control_comparisons(samples, pairs, pair, form))
 
@@ -132,9 +132,9 @@ class Match:
         return embedding_correlations(base, ft, shared, TAPS, pair.compute, sample, first=finished)
 
     def allowance(self, form: str, pair: Pair) -> tuple[list[float], str]:
-        """Returns the share of each of base's layers that may agree by convergence, and where it comes from.
+        """Returns for each of base's layers the share of units that may agree by convergence, and its source.
 
-        Controls stand in base's place, against base itself and, where it is as deep, against ft.
+        Control models are compared with base and, if of equal depth, with ft.
         """
         if not pair.controls:
             return [DEFAULT_ALLOWANCE] * pair.base.arch.num_layers, DEFAULT_SOURCE
@@ -150,7 +150,7 @@ class Match:
 
 
 def gates_not_applicable(base: Arch, ft: Arch) -> list[str]:
-    """Returns why these models have no gate and up projection to match."""
+    """Returns reasons why these models have no gate and up projection to match; empty if they have."""
     lines = []
     for side, arch in (("base", base), ("ft", ft)):
         if not getattr(arch, "gated", True):
@@ -173,20 +173,20 @@ def match_taps(
 
 
 def compare_taps(by_tap: Mapping[str, Array | np.ndarray], pair: Pair, names: Sequence[str | int]) -> Comparison:
-    """Returns how far the matchings by gate and by up correlations agree."""
+    """Returns the comparison of the matchings by gate and by up correlations."""
     return against_each_other(*match_taps(by_tap, pair, names))
 
 
-def _keep_samples(run_cache: RunCache, layer: LayerCorrelations) -> None:
+def _save_samples(run_cache: RunCache, layer: LayerCorrelations) -> None:
     run_cache.save_arrays(
         lambda: {f"{tap} {side}": found for tap, pair in layer.samples.items() for side, found in enumerate(pair)},
         "samples", layer.layer,
     )  # fmt: skip
 
 
-def _kept_samples(run_cache: RunCache, layer: int) -> Samples:
+def _load_samples(run_cache: RunCache, layer: int) -> Samples:
     arrays = run_cache.load_arrays("samples", layer)
-    assert arrays is not None, f"the comparison of layer {layer} was kept without its samples"
+    assert arrays is not None, f"the comparison of layer {layer} was cached without its samples"
     return {tap: (arrays[f"{tap} 0"], arrays[f"{tap} 1"]) for tap in TAPS}
 
 
@@ -202,7 +202,7 @@ def _control_comparisons(
 
 
 def form_tests(form: str, layers: Sequence[Comparison], null: Null) -> list[Test]:
-    """Returns the calibrated tests of a form, which decide, and beside them the parametric ones."""
+    """Returns the calibrated tests of a form, which enter the verdict, and the parametric ones, which do not."""
     places = [f"layer {i}" for i in range(len(layers))]
     how = "Holm's minimum over layers"
     agreement = [null.log_p_agreement(i, found) for i, found in enumerate(layers)]

@@ -115,7 +115,7 @@ class MatchMoments:
         return found
 
     def _allowance(self, base: list[Signatures], ft: list[Signatures], pair: Pair) -> tuple[list[float], str]:
-        """Returns the share of each layer's units that may agree by convergence, and where it comes from."""
+        """Returns for each layer the share of units that may agree by convergence, and its source."""
         if not pair.controls:
             return [DEFAULT_ALLOWANCE] * len(base), DEFAULT_SOURCE
         measured = []
@@ -137,7 +137,7 @@ def _as_arrays(layer: Signatures) -> dict[str, np.ndarray]:
 
 
 def _compare(base: Signatures, ft: Signatures, pair: Pair, names: Sequence[str | int]) -> Comparison:
-    """Returns how far the matchings by gate and by up signatures agree."""
+    """Returns the comparison of the matchings by gate and by up signatures."""
     gate, up = (signature_correlations(base[side], ft[side]) for side in PROJECTIONS)
     live = live_units(gate, up)
     return against_each_other(

@@ -88,7 +88,7 @@ class Screen:
         return [] if plan.units or plan.layers else list(plan.left_out)
 
     def compute(self, pair: Pair) -> Result:
-        """Returns the tests of both parts and what was read for them."""
+        """Returns the tests of both parts, and the share of the weights read for them."""
         plan = plan_within(self.share, pair.base.arch, pair.ft.arch, pair.vocabularies)
         read = {"base": [0, 0], "ft": [0, 0]}
         tests: list[Test] = []
@@ -120,7 +120,7 @@ class Screen:
 
 
 def _in_place(plan: ScreenPlan, pair: Pair, read: Mapping[str, list[int]]) -> Iterator[Comparison]:
-    """Yields for each layer how far matching keeps the units of a run in place."""
+    """Yields for each layer the comparison of the matching of a run of units with the identity."""
     width, none = min(pair.base.arch.mlp_dim, pair.ft.arch.mlp_dim), np.zeros(0, np.int32)
     for i in tqdm(range(layers_in_common(pair)), desc="screen: units in place", unit="layer", disable=None):
         start = int(pair.generator("screen", "units", i).integers(width - plan.units + 1))
@@ -157,7 +157,7 @@ def _named(part: str, tests: Sequence[Test]) -> list[Test]:
 
 
 def _read_facts(pair: Pair, read: Mapping[str, list[int]]) -> dict[str, dict[str, int | float]]:
-    """Returns for each side the bytes looked at, and the share of its weights that they hold."""
+    """Returns for each side the bytes read, and their share of its weights."""
     return {
         side: {"bytes": read[side][1], "share": read[side][0] / parameters(model.arch)}
         for side, model in (("base", pair.base), ("ft", pair.ft))
@@ -165,7 +165,7 @@ def _read_facts(pair: Pair, read: Mapping[str, list[int]]) -> dict[str, dict[str
 
 
 def _sentence(plan: ScreenPlan, facts: Mapping[str, Mapping[str, int | float]]) -> str:
-    """Returns what was looked at, and what that cannot find."""
+    """Returns what was read, and what cannot be detected from it."""
     parts, blind = [], []
     if plan.units:
         parts.append(f"{plan.units} units of every layer")
@@ -174,7 +174,7 @@ def _sentence(plan: ScreenPlan, facts: Mapping[str, Mapping[str, int | float]]) 
         parts.append(f"{plan.match_units} units of base in layers {', '.join(map(str, plan.layers))} of ft")
         blind.append("what was inherited in other layers alone, or without the embeddings, is not found in these")
     read = ", ".join(f"{fact['share']:.3g} of {side} ({fact['bytes'] / 2**20:.3g} MiB)" for side, fact in facts.items())
-    return f"looked at {' and '.join(parts)}: {read}; {'; '.join(blind)}"
+    return f"read {' and '.join(parts)}: {read}; {'; '.join(blind)}"
 
 
 def plan_within(share: float, base: Arch, ft: Arch, vocabularies: Vocabularies) -> ScreenPlan:
