@@ -131,7 +131,7 @@ def _permuted_products(
 ) -> jax.Array:
     """Returns for each copy the products of base with ft taken at its indices, added up along the last axis, `[T, _]`.
 
-    One copy of the leaf lives at a time. The rows are left to the host, which adds them up in float64.
+    One copy of the leaf exists at a time. The rows are summed on the host in float64.
     """
 
     def one(taken: list[jax.Array]) -> jax.Array:
