@@ -16,7 +16,7 @@ from tracing_jax.arch import Arch
 from tracing_jax.forward import LayerCorrelations
 from tracing_jax.matching import UnitMatching
 from tracing_jax.run_cache import RunCache
-from tracing_jax.statistics.nulls import agreement, agreement_log_sf, randomised_agreement_log_p, spearman
+from tracing_jax.statistics.nulls import agreement, agreement_log_sf, spearman
 from tracing_jax.statistics.pvalues import LogPs, fisher
 from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, Pair, Result, Test
 
@@ -44,12 +44,6 @@ class Comparison:
     agreeing: int
     log_p_rank: float
     log_p_agreement: float
-
-    def randomised_log_p_agreement(self, generator: np.random.Generator) -> float:
-        """Returns the log p-value of the agreement with ties broken at random: exactly uniform under the null."""
-        if not self.units:
-            return 0.0
-        return randomised_agreement_log_p(self.agreeing, self.units, self.choices, generator=generator)
 
 
 def against_identity(matching: UnitMatching, num_base: int, num_ft: int) -> Comparison:
