@@ -331,7 +331,7 @@ def test_without_controls_the_null_is_widened_and_says_so():
     many = null_of([Comparison(100, 100, 0.01, 1, -0.5, -0.5)] * 10, [0.05], "table")
     assert alone.lam > many.lam == 1.0
     assert alone.s > many.s == 1.0
-    assert "only 0 layer pairs" in alone.notes[0]
+    assert "only 0 control pairs" in alone.notes[0]
     found = Comparison(100, 100, 0.5, 30, 0.0, 0.0)
     assert many.log_p_agreement(0, found) < alone.log_p_agreement(0, found) < 0
     assert many.log_p_rank(0, found) < alone.log_p_rank(0, found) < 0
