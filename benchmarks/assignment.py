@@ -18,7 +18,7 @@ from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 
 from benchmarks.speed.assigning import INPUTS
-from tracing_jax.matching import HostView, assign, optimal_assignment
+from tracing_jax.matching import HostRowReducer, assign, optimal_assignment
 
 _SIZES = flags.DEFINE_list("sizes", ["1024", "4096"], "units, or rows x columns")
 _KINDS = flags.DEFINE_list("kinds", list(INPUTS), f"of {', '.join(INPUTS)}")
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
 
 def _line(similarity: Float[np.ndarray, "n m"]) -> str:
     ours, columns = _timed(lambda: assign(similarity))
-    found = optimal_assignment(HostView(similarity))
+    found = optimal_assignment(HostRowReducer(similarity))
     others = [_times(asked, solve, similarity, ours, columns) for asked, solve in ((_SCIPY, _scipy), (_LAP, _lap))]
     gap = (found.bound - found.value) / abs(found.value)
     return " | ".join([f"{ours:.3g}", str(found.passes), f"{gap:.1e}", *others])

@@ -1,7 +1,7 @@
-"""How many units of independently trained models agree by convergence? The table that `match` allows for, and why.
+"""How many units of independently trained models agree by convergence? Why `match` allows for 0.05 of them.
 
     python -m benchmarks.convergence            # measures, prints and draws
-    python -m benchmarks.convergence --publish  # and replaces the package's table and the docs' figure
+    python -m benchmarks.convergence --publish  # and replaces the docs' figure
 
 All pairs of models of each zoo are compared as `match` does, layer by layer, in both forms: on 1024 positions of
 held-out text, and on the embeddings of all tokens. The share of units that agree by convergence is what agrees beyond
@@ -13,14 +13,13 @@ The comparisons are kept in the output folder; a second run with the same folder
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import app
-from jaxtyping import Float
 
 from benchmarks import drawing
 from benchmarks.activations import Units, forward_units, weight_units
@@ -130,38 +129,6 @@ def shares(case: Case, found: Zoo, measured: Agreements) -> Iterator[Share]:
         )
 
 
-def allowance(rows: Sequence[Share]) -> dict[str, dict[str, list[float]]]:
-    """Returns by form the relative depths and the greatest upper bound there of any zoo at the end of its training."""
-    grid = np.array(sorted({round(row.relative_depth, 3) for row in rows}))
-    return {
-        form: {
-            "relative_depth": grid.tolist(),
-            "upper_share": np.max([_bounds(rows, name, form, grid) for name in RECIPES], axis=0).round(4).tolist(),
-        }
-        for form in FORMS
-    }
-
-
-def _bounds(rows: Sequence[Share], name: str, form: str, grid: np.ndarray) -> Float[np.ndarray, " depths"]:
-    found = [row for row in rows if (row.zoo, row.snapshot, row.form) == (name, 1.0, form)]
-    return np.interp(grid, [row.relative_depth for row in found], [max(0.0, row.upper) for row in found])
-
-
-def published(rows: Sequence[Share], zoos: Mapping[str, Zoo]) -> str:
-    """Returns the table that the calibrated null reads, with what it was measured on, as JSON."""
-    table = {
-        "what": "share of MLP units on which independently trained models agree by convergence; docs/nulls.md",
-        "confidence": calibration.CONFIDENCE,
-        "allowance": allowance(rows),
-        "recipes": {name: dataclasses.asdict(found.recipe) for name, found in zoos.items()},
-        "losses_nats_per_token": {
-            name: float(np.mean(found.facts["loss_nats_per_token"]["1.0"])) for name, found in zoos.items()
-        },
-        "measured": [_rounded(row) for row in rows],
-    }
-    return json.dumps(table, indent=1) + "\n"
-
-
 def _rounded(row: Share) -> dict[str, Any]:
     return {k: round(v, 5) if isinstance(v, float) else v for k, v in dataclasses.asdict(row).items()}
 
@@ -198,7 +165,7 @@ def print_alarms(alarms: Sequence[Alarms]) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Measures, prints both tables, and writes JSON and PNG."""
+    """Measures, prints both tables, and writes the measurements as JSON and a figure as PNG."""
     del argv
     use_all_cores()
     out, root = Path(OUT_DIR.value), Path(__file__).parents[1]
@@ -206,12 +173,11 @@ def main(argv: list[str]) -> None:
     measured = {case: compare(case, zoos[case.zoo], out / "comparisons") for case in CASES}
     rows = [row for case in CASES for row in shares(case, zoos[case.zoo], measured[case])]
     _print_shares(rows)
-    figure, table = drawing.convergence([dataclasses.asdict(row) for row in rows]), published(rows, zoos)
+    figure = drawing.convergence([dataclasses.asdict(row) for row in rows])
     save_png(figure, out / "convergence.png")
-    atomic_write(out / "convergence.json", table.encode())
+    atomic_write(out / "convergence.json", json.dumps([_rounded(row) for row in rows], indent=1).encode())
     if PUBLISH.value:
         save_png(figure, root / "docs/convergence.png")
-        atomic_write(root / "tracing_jax/statistics/convergence.json", table.encode())
     alarms = false_alarms({name: {form: measured[Case(name, 1.0, form)] for form in FORMS} for name in RECIPES})
     atomic_write(out / "false_alarms.json", json.dumps([dataclasses.asdict(a) for a in alarms], indent=1).encode())
     print_alarms(alarms)

@@ -37,7 +37,7 @@ from tracing_jax.sources import InMemory
 from tracing_jax.statistics import Pair, Statistic, Vocabularies
 from tracing_jax.statistics.csh import Csh
 from tracing_jax.statistics.csu import Csu
-from tracing_jax.statistics.permutation_nulls import randomised_agreement_log_p
+from tracing_jax.statistics.nulls import randomised_agreement_log_p
 from tracing_jax.statistics.pvalues import fisher, holm
 from tracing_jax.tree import Tree
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from benchmarks.agreements import Agreements
 from benchmarks.intervals import clopper_pearson, rounds, upper_bound
-from tracing_jax.statistics.calibration import CONFIDENCE, LEAST_ALLOWANCE, measured_allowance, null_of
+from tracing_jax.statistics.calibration import CONFIDENCE, DEFAULT_ALLOWANCE, measured_allowance, null_of
 from tracing_jax.statistics.comparison import LN10, bonferroni_log10
 from tracing_jax.statistics.match import form_tests
 from tracing_jax.statistics.pvalues import fisher
@@ -57,7 +57,7 @@ def false_alarms(zoos: Mapping[str, Forms]) -> list[Alarms]:
     found: list[Alarms] = []
     for name, forms in zoos.items():
         found += _alarms(name, "none", forms, _constant(forms, 0.0))
-        found += _alarms(name, f"{LEAST_ALLOWANCE:g}", forms, _constant(forms, LEAST_ALLOWANCE))
+        found += _alarms(name, f"{DEFAULT_ALLOWANCE:g}", forms, _constant(forms, DEFAULT_ALLOWANCE))
         found += _alarms(name, f"{_CONTROLS} controls", forms, _from_controls(forms))
     largest = max(zoos, key=lambda name: len(next(iter(zoos[name].values())).layers))
     bounds = {form: measured_bounds(half_of(one, 0)) for form, one in zoos[largest].items()}

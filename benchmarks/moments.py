@@ -23,7 +23,7 @@ from tracing_jax.report import text_table
 from tracing_jax.sources import InMemory
 from tracing_jax.statistics.calibration import control_pairs
 from tracing_jax.statistics.comparison import Comparison
-from tracing_jax.statistics.moments import SIDES, signature_correlations, signatures, spread_layers
+from tracing_jax.statistics.match_moments import PROJECTIONS, signature_correlations, signatures, spread_layers
 
 _ZOOS = flags.DEFINE_list("zoos", list(RECIPES), f"of {', '.join(RECIPES)}")
 
@@ -49,7 +49,7 @@ def agreements_of(found: Zoo, *, seed: int = 0) -> Agreements:
 
 
 def _compare(base: Signed, ft: Signed, generator: np.random.Generator) -> Comparison:
-    gate, up = (signature_correlations(base[side], ft[side]) for side in SIDES)
+    gate, up = (signature_correlations(base[side], ft[side]) for side in PROJECTIONS)
     return compare_units(gate, up, generator)
 
 

@@ -72,7 +72,7 @@ def compare(base: InMemory, ft: Descendant, blocks: np.ndarray, seed: int, names
     pair = Pair(base, ft.model, vocabularies, blocks, compute, seed, blocks=paired)
     found: dict[str, Result] = {}
     for name in names:
-        if not STATISTICS[name].problems(base.arch, ft.model.arch, vocabularies):
+        if not STATISTICS[name].not_applicable(base.arch, ft.model.arch, vocabularies):
             found[name] = STATISTICS[name].compute(pair)
     ps: Outcome = {name: found[name].log10_p if name in found else None for name in names}
     for form in FORMS if "match" in names else ():

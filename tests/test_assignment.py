@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from tracing_jax.matching import DeviceView, HostView, assign, match_units, optimal_assignment
+from tracing_jax.matching import DeviceRowReducer, HostRowReducer, assign, match_units, optimal_assignment
 
 F = np.float32
 
@@ -67,7 +67,7 @@ KINDS = (
 def on_device(matrix, rows=None, columns=None, absolute=False):
     n, m = matrix.shape
     rows, columns = (np.arange(size) if one is None else one for one, size in ((rows, n), (columns, m)))
-    return DeviceView((jnp.asarray(matrix),), rows, columns, absolute)
+    return DeviceRowReducer((jnp.asarray(matrix),), rows, columns, absolute)
 
 
 def check_proof(matrix, found, rounding=1e-12):
@@ -87,17 +87,19 @@ def check_proof(matrix, found, rounding=1e-12):
 @given(st.sampled_from(KINDS), st.integers(1, 90), st.integers(0, 60), st.integers(0, 2**32 - 1))
 def test_assignment_is_scipys_optimum_and_proved(kind, n, spare, seed):
     matrix = kind(np.random.default_rng(seed), n, n + spare)
-    check_proof(matrix, optimal_assignment(HostView(matrix)))
+    check_proof(matrix, optimal_assignment(HostRowReducer(matrix)))
 
 
 @pytest.mark.parametrize("reach", [1, 4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_paths_that_are_given_up_are_found_together(kind, reach, monkeypatch):
-    monkeypatch.setattr("tracing_jax.matching.short_paths._REACH", reach)
+    monkeypatch.setattr("tracing_jax.matching.augmenting_paths._REACH", reach)
     for seed in range(4):
         matrix = kind(np.random.default_rng(seed), 80, 85)
         # Over 60 decades prices in float32 lose the smaller similarities, and the bound says how much.
-        check_proof(matrix, optimal_assignment(HostView(matrix)), rounding=1e-8 if kind is badly_scaled else 1e-12)
+        check_proof(
+            matrix, optimal_assignment(HostRowReducer(matrix)), rounding=1e-8 if kind is badly_scaled else 1e-12
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -107,10 +109,10 @@ def test_device_finds_what_numpy_finds(kind, shape):
     matrix = kind(rng, *shape)
     found = optimal_assignment(on_device(matrix))
     check_proof(matrix, found)
-    assert found.value == pytest.approx(optimal_assignment(HostView(matrix)).value, rel=1e-12)
+    assert found.value == pytest.approx(optimal_assignment(HostRowReducer(matrix)).value, rel=1e-12)
 
 
-@pytest.mark.parametrize("view", [HostView, on_device])
+@pytest.mark.parametrize("view", [HostRowReducer, on_device])
 @pytest.mark.parametrize("absolute", [False, True])
 @pytest.mark.parametrize("kind", [gaussian, low_rank, common_directions])
 def test_large_matrix_seen_in_part_and_in_another_order(view, absolute, kind):
@@ -127,7 +129,7 @@ def test_product_of_factors_is_never_whole():
     rng = np.random.default_rng(0)
     x, y = gaussian(rng, 600, 8), gaussian(rng, 620, 8)
     rows, columns = rng.permutation(600), rng.permutation(620)
-    found = optimal_assignment(DeviceView((jnp.asarray(x), jnp.asarray(y)), rows, columns, absolute=True))
+    found = optimal_assignment(DeviceRowReducer((jnp.asarray(x), jnp.asarray(y)), rows, columns, absolute=True))
     check_proof(np.abs(x[rows] @ y[columns].T), found, rounding=1e-6)
 
 
@@ -158,7 +160,7 @@ def test_matching_reads_absolute_values_and_tall_matrices_without_a_copy():
     assert set(zip(tall.base, tall.ft)) == set(zip(wide.ft, wide.base))
 
 
-@pytest.mark.parametrize("view", [HostView, on_device])
+@pytest.mark.parametrize("view", [HostRowReducer, on_device])
 def test_what_cannot_be_assigned_is_refused(view):
     matrix = gaussian(np.random.default_rng(0), 20, 30)
     matrix[3, 4], matrix[5, 6] = np.nan, -np.inf
@@ -182,7 +184,7 @@ def test_whichever_solver_it_takes_the_sum_is_the_same(kind, n, spare, seed):
 
 def test_nothing_and_one():
     assert assign(np.empty((0, 3), F)).shape == (0,)
-    empty = optimal_assignment(HostView(np.empty((0, 0), F)))
+    empty = optimal_assignment(HostRowReducer(np.empty((0, 0), F)))
     assert (empty.columns.shape, empty.value, empty.bound) == ((0,), 0.0, 0.0)
-    one = optimal_assignment(HostView(np.asarray([[-2.0, 3.0]], F)))
+    one = optimal_assignment(HostRowReducer(np.asarray([[-2.0, 3.0]], F)))
     assert (one.columns.tolist(), one.value, one.bound) == ([1], 3.0, 3.0)

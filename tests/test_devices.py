@@ -86,7 +86,7 @@ def test_what_assignments_read_is_that_of_one_device(mesh, on_one):
     for name, pair in (("whole", whole), ("split", split)):
         pairs = weight_pairs(pair[0].params, pair[1].params, table, {})
         found[name] = [
-            weight_similarity(pairs, coordinate, start, pairs.touching([coordinate.axis])).units
+            weight_similarity(pairs, coordinate, start, pairs.leaves_with_axes([coordinate.axis])).units
             for coordinate in coordinates(table, axes)
         ]
         ups = [model.params["layers"]["1"]["mlp"]["up_proj"]["kernel"].T for model in pair]

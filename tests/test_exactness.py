@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from benchmarks import exact_nulls
 from benchmarks.intervals import clopper_pearson, mean_over_pairs, rounds, upper_bound
 from tracing_jax.models import init_params
-from tracing_jax.statistics.permutation_nulls import spearman
+from tracing_jax.statistics.nulls import spearman
 from tracing_jax.statistics.pvalues import holm
 
 ARCH = tiny.qwen3_gqa(mlp_dim=40)

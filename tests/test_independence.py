@@ -22,7 +22,7 @@ from tracing_jax.rewrites import permute, random_permutations
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory
 from tracing_jax.statistics import REGISTRY, Pair, Result, Test, Vocabularies, make_statistic, over_pairs, verdict
-from tracing_jax.statistics.calibration import control_pairs, null_of, tabled_allowance, upper_share
+from tracing_jax.statistics.calibration import DEFAULT_ALLOWANCE, control_pairs, null_of, upper_share
 from tracing_jax.statistics.comparison import Comparison, against_each_other, against_identity
 from tracing_jax.statistics.csh import Csh
 from tracing_jax.statistics.csu import Csu
@@ -287,9 +287,7 @@ def test_outside_controls_set_the_allowance():
     null = Match(forms=("weights",)).compute(pair).null["weights"]
     assert "control models (1), each against base and ft" in null["u from"]
     assert all(0 < u < 0.5 for u in null["u"])
-    assert Match(forms=("weights",)).compute(pair_of(BASE, OTHER)).null["weights"]["u"] == tabled_allowance(
-        3, "weights"
-    )
+    assert Match(forms=("weights",)).compute(pair_of(BASE, OTHER)).null["weights"]["u"] == [DEFAULT_ALLOWANCE] * 3
 
 
 def test_controls_set_the_allowance_of_every_pair_of_layers_whatever_the_depth_of_ft():
@@ -334,7 +332,7 @@ def test_without_controls_the_null_is_widened_and_says_so():
     many = null_of([Comparison(100, 100, 0.01, 1, -0.5, -0.5)] * 10, [0.05], "table")
     assert alone.lam > many.lam == 1.0
     assert alone.s > many.s == 1.0
-    assert "only 0 layer pairs" in alone.notes[0]
+    assert "only 0 control pairs" in alone.notes[0]
     found = Comparison(100, 100, 0.5, 30, 0.0, 0.0)
     assert many.log_p_agreement(0, found) < alone.log_p_agreement(0, found) < 0
     assert many.log_p_rank(0, found) < alone.log_p_rank(0, found) < 0
@@ -378,15 +376,15 @@ def test_what_has_no_shape_in_common_is_said():
     wide = dataclasses.replace(ARCH, embed_dim=30)
     deep = dataclasses.replace(ARCH, num_layers=5)
     none = Vocabularies(False, np.zeros(0, np.int32), np.zeros(0, np.int32))
-    assert "rows have no cosine" in Csu().problems(ARCH, wide, SAME)[0]
-    assert "see match_all" in Match().problems(ARCH, deep, SAME)[0]
-    assert "share no tokens" in Csh().problems(ARCH, ARCH, none)[0]
-    assert "share no token" in Jsd().problems(ARCH, ARCH, none)[0]
-    assert "different width: embed has 24 and 30" in L2().problems(ARCH, wide, SAME)[0]
-    assert "different depth" in PermModeL2().problems(ARCH, deep, SAME)[0]
-    assert MatchAll().problems(ARCH, deep, SAME) == []
-    assert "raise it" in MatchAll(max_gib=1e-6).problems(ARCH, deep, SAME)[0]
-    assert Csu().problems(ARCH, deep, SAME) == []
+    assert "rows have no cosine" in Csu().not_applicable(ARCH, wide, SAME)[0]
+    assert "see match_all" in Match().not_applicable(ARCH, deep, SAME)[0]
+    assert "share no tokens" in Csh().not_applicable(ARCH, ARCH, none)[0]
+    assert "share no token" in Jsd().not_applicable(ARCH, ARCH, none)[0]
+    assert "different width: embed has 24 and 30" in L2().not_applicable(ARCH, wide, SAME)[0]
+    assert "different depth" in PermModeL2().not_applicable(ARCH, deep, SAME)[0]
+    assert MatchAll().not_applicable(ARCH, deep, SAME) == []
+    assert "raise it" in MatchAll(max_gib=1e-6).not_applicable(ARCH, deep, SAME)[0]
+    assert Csu().not_applicable(ARCH, deep, SAME) == []
     assert {"csu", "csu_all", "csh", "l2", "jsd", "match", "match_all", "perm_mode_l2"} <= set(REGISTRY)
 
 

@@ -12,8 +12,7 @@ from tracing_jax.data import paired_one_to_one
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory
 from tracing_jax.statistics import Pair, Vocabularies, verdict
-from tracing_jax.statistics.layer_map import LayerMap, assign_layers, ranges, sentence
-from tracing_jax.statistics.match_all import MatchAll
+from tracing_jax.statistics.match_all import LayerMap, MatchAll, assign_layers, ranges, sentence
 from tracing_jax.tree import map_named
 
 ARCH = tiny.qwen3_gqa(num_layers=5, layer_ropes=(0,) * 5, layer_windows=(None,) * 5, mlp_dim=40)

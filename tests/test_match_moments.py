@@ -13,8 +13,13 @@ from tracing_jax.rewrites import draw_rewrites, permute, random_permutations
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory, disguised, in_memory
 from tracing_jax.statistics import Pair, Vocabularies, verdict
-from tracing_jax.statistics.match_moments import MatchMoments
-from tracing_jax.statistics.moments import SIDES, signature_correlations, signatures, spread_layers
+from tracing_jax.statistics.match_moments import (
+    PROJECTIONS,
+    MatchMoments,
+    signature_correlations,
+    signatures,
+    spread_layers,
+)
 
 ARCH = tiny.llama_mha(num_layers=4, layer_ropes=(0,) * 4, layer_windows=(None,) * 4, mlp_dim=40)
 BASE = tiny.model(ARCH, 0)
@@ -39,7 +44,7 @@ def signatures_of(model):
 @pytest.mark.parametrize("name", ["rotate", "gains", "units", "values", "queries"])
 def test_rewrites_that_keep_units_in_place_do_not_change_their_signatures(name):
     for given, hidden in zip(signatures_of(BASE), signatures_of(rewritten(BASE, name)), strict=True):
-        for side in SIDES:
+        for side in PROJECTIONS:
             np.testing.assert_allclose(hidden[side], given[side], rtol=0, atol=1e-4)
 
 
@@ -48,7 +53,7 @@ def test_a_permutation_of_units_permutes_their_signatures():
     moved = random_permutations(jax.random.key(1), table, ["embed", "mlp"])
     hidden = InMemory(ARCH, permute(BASE.params, moved, table))
     for i, (given, found) in enumerate(zip(signatures_of(BASE), signatures_of(hidden), strict=True)):
-        for side in SIDES:
+        for side in PROJECTIONS:
             np.testing.assert_allclose(found[side], given[side][moved[f"layers/{i}/mlp"]], rtol=0, atol=1e-4)
 
 
@@ -109,5 +114,5 @@ def test_layers_of_deep_models_are_spread():
 
 def test_other_depth_is_refused_with_the_reason():
     deeper = tiny.llama_mha(num_layers=5, layer_ropes=(0,) * 5, layer_windows=(None,) * 5)
-    (line,) = MatchMoments().problems(ARCH, deeper, pair_of(BASE, BASE).vocabularies)
+    (line,) = MatchMoments().not_applicable(ARCH, deeper, pair_of(BASE, BASE).vocabularies)
     assert "see match_all" in line

@@ -131,7 +131,7 @@ def test_similarity_of_weights_is_that_of_numpy_however_sliced(dtype, monkeypatc
     base, ft, table, _ = planted(tiny.llama_mha(), PERMUTABLE, 0.2, dtype)
     pairs = similarity.weight_pairs(base, ft, table, {})
     axis = "layers/0/mlp"
-    names, start = pairs.touching([axis]), identity(table, ["embed", axis])
+    names, start = pairs.leaves_with_axes([axis]), identity(table, ["embed", axis])
     expected = 0
     for name in names:
         own = [np.moveaxis(np.asarray(side[name], np.float64), table.leaves[name].axes.index(axis), 0)

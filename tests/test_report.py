@@ -12,13 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tracing_jax.record import plain
-from tracing_jax.report.family import figure_of_family, pair_names, summary
-from tracing_jax.report.family_page import family_html
+from tracing_jax.report.figures import figure_of_run, path_figure, png, save_png
+from tracing_jax.report.formatting import cell, log10_cell, outcome, p_cell, p_text, places_text, subject, text_table
 from tracing_jax.report.page import html
+from tracing_jax.report.pairs import figure_of_pairs, pair_names, pairs_html, summary
 from tracing_jax.report.panels import _stack
-from tracing_jax.report.plots import figure_of_run, path_figure, png, save_png
-from tracing_jax.report.tables import text_table
-from tracing_jax.report.wording import cell, log10_cell, outcome, p_cell, p_text, places_text, subject
 
 ROOT = Path(__file__).parents[1]
 ALPHA = np.linspace(0, 1, 11)
@@ -409,7 +407,7 @@ def test_every_p_value_of_a_test_is_on_the_page():
         "layer 2 64 7 0.25 -4000 -4000.25",
         "aligned: No p-value: after alignment nothing has a null",
         "one remark",
-        "λ: units that agree by accident, mean 1.5",
+        "λ: units that agree by chance, mean 1.5",
         "layer 0 0.05, layer 1 0.0625, layer 2 0.05",
         "min 0, 5 % 0.05, 25 % 0.25, median 0.5, 75 % 0.75, 95 % 0.95, max 1",
         "5 layers are <found> again.",
@@ -514,7 +512,7 @@ def test_summary_begins_each_pair_with_its_verdict():
 
 
 def test_family_page_links_each_pair_and_escapes():
-    page = Page(family_html(several(), ["f/tuned.html", "f/b.html", "f/%3Ci%3E.html"]))
+    page = Page(pairs_html(several(), ["f/tuned.html", "f/b.html", "f/%3Ci%3E.html"]))
     links = [value for tag, name, value in page.attributes if (tag, name) == ("a", "href")]
     assert links == ["f/tuned.html", "f/b.html", "f/%3Ci%3E.html"]
     assert not page.tags & {"script", "i", "link"}
@@ -523,11 +521,11 @@ def test_family_page_links_each_pair_and_escapes():
 
 
 def test_figure_of_a_family_shows_paths_and_p_values_of_those_that_have_them():
-    path, ps = figure_of_family(several()).axes
+    path, ps = figure_of_pairs(several()).axes
     assert len(path.lines) > 0
     assert [tick.get_text() for tick in ps.get_yticklabels()] == ["tuned", "b", "i>"]
     without = [record(statistics={}, verdict=None)]
-    assert texts(figure_of_family(without).axes[0]) == ["No pair has a path or a p-value that enters a verdict."]
+    assert texts(figure_of_pairs(without).axes[0]) == ["No pair has a path or a p-value that enters a verdict."]
 
 
 def test_models_of_one_name_are_told_apart():
@@ -542,4 +540,4 @@ def test_page_of_tests_escapes_everything():
     row = {"statistic": evil, "test": evil, "place": evil, "log10_p": -5.0}
     full["verdict"] = judged(statistic=evil, family={evil: -9.0}, layers=[evil], evidence=[row], meaning=evil)
     assert "script" not in Page(html(full)).tags
-    assert "script" not in Page(family_html([full, full], ["a.html", "b.html"])).tags
+    assert "script" not in Page(pairs_html([full, full], ["a.html", "b.html"])).tags

@@ -18,8 +18,7 @@ from tracing_jax.rewrites import permute, random_permutations
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory, PrefetchingSource, Submodel, in_memory
 from tracing_jax.statistics import Pair, Vocabularies, verdict
-from tracing_jax.statistics.screen import Screen
-from tracing_jax.statistics.screen_plan import parameters, plan_within
+from tracing_jax.statistics.screen import Screen, parameters, plan_within
 
 DEEP = {"num_layers": 6, "layer_ropes": (0,) * 6, "layer_windows": (None,) * 6}
 ARCH = tiny.qwen3_gqa(mlp_dim=96, vocab_size=400, **DEEP)
@@ -104,11 +103,11 @@ def test_a_plan_stays_within_its_share(share):
 def test_what_does_not_apply_is_said():
     narrow = dataclasses.replace(ARCH, embed_dim=32)
     assert any("different width" in line for line in plan_within(0.7, ARCH, narrow, SAME).left_out)
-    assert Screen(1e-4).problems(ARCH, ARCH, SAME) == [
+    assert Screen(1e-4).not_applicable(ARCH, ARCH, SAME) == [
         "units in place: 0.0001 of the weights holds fewer than 8 units a layer",
         "sampled layers: 0.0001 of the weights holds fewer than 2 layers' MLPs",
     ]
-    assert not Screen(0.7).problems(ARCH, ARCH, SAME)
+    assert not Screen(0.7).not_applicable(ARCH, ARCH, SAME)
     assert any("has no gate" in line for line in plan_within(0.7, tiny.gpt2(), tiny.gpt2(), SAME).left_out)
 
 

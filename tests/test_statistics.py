@@ -13,11 +13,11 @@ from tracing_jax.rewrites import permute, random_permutations
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory
 from tracing_jax.statistics import Pair, Vocabularies
+from tracing_jax.statistics.comparison import overlapped
 from tracing_jax.statistics.cos import Cos
 from tracing_jax.statistics.cosine import best_cosines
 from tracing_jax.statistics.emb import Emb
 from tracing_jax.statistics.mode import Mode, curve_of
-from tracing_jax.statistics.overlap import overlapped
 
 ARCH = tiny.llama_mha()
 SAME = Vocabularies(True, np.arange(61, dtype=np.int32), np.arange(61, dtype=np.int32))
@@ -122,7 +122,7 @@ def test_cos_compares_the_units_of_all_experts():
 @pytest.mark.parametrize("arch", [tiny.gpt2(), tiny.mixtral()], ids=lambda arch: arch.family)
 def test_mode_and_emb_of_other_families(arch):
     pair = pair_of(tiny.model(arch, 0), tiny.model(arch, 1))
-    assert Mode(attn=True, emb=True).problems(arch, arch, SAME) == []
+    assert Mode(attn=True, emb=True).not_applicable(arch, arch, SAME) == []
     curve = Mode(attn=True, emb=True).compute(pair).curve
     assert curve.loss[-1] == pytest.approx(curve.end_loss_ft_own, abs=1e-5)
     rows = (np.asarray(model.embed()["embedding"]) for model in (pair.base, pair.ft))
@@ -140,7 +140,7 @@ def test_mode_and_emb_of_other_families(arch):
     (Mode(emb=True), tiny.gpt2(), tiny.gpt2(num_positions=8), "different width: position has 24 and 8 units"),
 ])  # fmt: skip
 def test_what_other_families_cannot_be_compared_by_is_said(statistic, base, ft, message):
-    problems = statistic.problems(base, ft, SAME)
+    problems = statistic.not_applicable(base, ft, SAME)
     assert any(message in problem for problem in problems), problems
 
 
@@ -159,16 +159,16 @@ def test_what_other_families_cannot_be_compared_by_is_said(statistic, base, ft, 
     (Emb(), {}, NO_TOKENS, "share no token"),
 ])  # fmt: skip
 def test_what_cannot_be_compared_is_said(statistic, changes, vocabularies, message):
-    problems = statistic.problems(ARCH, dataclasses.replace(ARCH, **changes), vocabularies)
+    problems = statistic.not_applicable(ARCH, dataclasses.replace(ARCH, **changes), vocabularies)
     assert any(message in problem for problem in problems), problems
 
 
 def test_what_does_not_move_may_differ():
     """Heads may differ where attention stays, the vocabulary where embeddings stay, the MLP's width for cos."""
     heads = dataclasses.replace(ARCH, num_kv_heads=2, q_group=3)
-    assert Mode().problems(ARCH, heads, SAME) == []
-    assert Mode(attn=True).problems(ARCH, dataclasses.replace(ARCH, vocab_size=7), NO_TOKENS) == []
-    assert Cos().problems(ARCH, dataclasses.replace(ARCH, mlp_dim=7), SAME) == []
+    assert Mode().not_applicable(ARCH, heads, SAME) == []
+    assert Mode(attn=True).not_applicable(ARCH, dataclasses.replace(ARCH, vocab_size=7), NO_TOKENS) == []
+    assert Cos().not_applicable(ARCH, dataclasses.replace(ARCH, mlp_dim=7), SAME) == []
 
 
 def test_work_overlaps_the_making_of_the_next_item_and_keeps_its_order():

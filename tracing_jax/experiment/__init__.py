@@ -39,7 +39,7 @@ from tracing_jax.experiment.validation import DEMO, ConfigError, check_options
 from tracing_jax.forward import token_losses
 from tracing_jax.options import RunOptions
 from tracing_jax.record import FORMAT, RunFiles, atomic_write, commit, legacy_dict, plain, write_json, write_pickle
-from tracing_jax.report import family_html, figure_of_family, figure_of_run, html, save_png
+from tracing_jax.report import figure_of_pairs, figure_of_run, html, pairs_html, save_png
 from tracing_jax.run_cache import RUN_CACHE, RunCache
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics import Pair, Result, Statistic, over_pairs, verdict
@@ -78,9 +78,9 @@ def _save_family(records: Mapping[str, dict[str, Any]], files: RunFiles) -> None
     atomic_write(
         files.pickle, pickle.dumps({name: legacy_dict(record) for name, record in records.items()}, protocol=4)
     )
-    save_png(figure_of_family(list(records.values())), files.png)
+    save_png(figure_of_pairs(list(records.values())), files.png)
     pages = [urllib.parse.quote(f"{files.folder.name}/{name}.html") for name in records]
-    atomic_write(files.html, family_html(list(records.values()), pages).encode())
+    atomic_write(files.html, pairs_html(list(records.values()), pages).encode())
     logging.info("wrote %s, json, png and html; each pair lies in %s", files.pickle, files.folder)
 
 

@@ -130,7 +130,7 @@ def inapplicable(
     statistics: Mapping[str, Statistic], base: Arch, ft: Arch, vocabularies: Vocabularies
 ) -> dict[str, str]:
     """Returns the statistics that do not apply to models of these shapes, each with the reason."""
-    problems = {name: statistic.problems(base, ft, vocabularies) for name, statistic in statistics.items()}
+    problems = {name: statistic.not_applicable(base, ft, vocabularies) for name, statistic in statistics.items()}
     return {name: "; ".join(lines) for name, lines in problems.items() if lines}
 
 

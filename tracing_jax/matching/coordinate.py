@@ -1,14 +1,17 @@
-"""The coordinates of a matching: what one assignment solves, whatever the evidence is."""
+"""Blocks of coordinate descent: the axes that one assignment solves together, given any similarity of their units."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from tracing_jax.axes import AxisTable
-from tracing_jax.matching.assignment import Blocks, assign, assign_nested
+from tracing_jax.matching.assignment import assign
 from tracing_jax.rewrites import Permutations
+
+Blocks = Callable[[int, int], Float[np.ndarray, "G G2"]]
+"""(unit i of base, unit j of ft) -> similarity of the units inside the two, at [g, h]."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,11 @@ class Coordinate:
 
 @dataclass(frozen=True)
 class Similarity:
-    """How alike unit i of base and unit j of ft are, at [i, j].
+    """Similarity of unit i of base and unit j of ft, at [i, j].
 
     Attributes:
-      units: what pairing two units is worth in itself.
-      nested: what pairing the units (i, g) of base and (j, h) of ft inside them adds: the block of (i, j), at [g, h].
+      units: similarity of the two units themselves.
+      nested: similarity of the units (i, g) of base and (j, h) of ft inside them: the block of (i, j), at [g, h].
     """
 
     units: Float[np.ndarray, "n n"]
@@ -38,39 +41,68 @@ class Similarity:
 
 
 def coordinates(table: AxisTable, axes: Sequence[str]) -> list[Coordinate]:
-    """Returns the axes grouped into coordinates: a nested axis is solved together with the one that holds it.
+    """Returns the axes grouped into coordinates: a nested axis is solved together with its parent axis.
 
     Raises:
-      ValueError: two of the axes lie within the same one.
+      ValueError: two of the axes are nested in the same one.
     """
     nested: dict[str, str] = {}
     for axis in axes:
-        holder = table.within.get(axis)
-        if holder in nested:
-            raise ValueError(f"{nested[holder]} and {axis} both lie within {holder}; match one of them at a time")
-        if holder is not None:
-            nested[holder] = axis
+        parent = table.within.get(axis)
+        if parent in nested:
+            raise ValueError(f"{nested[parent]} and {axis} both lie within {parent}; match one of them at a time")
+        if parent is not None:
+            nested[parent] = axis
     found = []
     for axis in axes:
-        holder = table.within.get(axis)
+        parent = table.within.get(axis)
         if axis in nested:
             found.append(Coordinate(axis, nested[axis], (axis, nested[axis])))
-        elif holder is None:
+        elif parent is None:
             found.append(Coordinate(axis, None, (axis,)))
-        elif holder not in axes:
-            found.append(Coordinate(holder, axis, (axis,)))
+        elif parent not in axes:
+            found.append(Coordinate(parent, axis, (axis,)))
     return found
 
 
+def assign_nested(
+    inner: Blocks, outer: Float[np.ndarray, "K K2"]
+) -> tuple[Int[np.ndarray, " K"], Int[np.ndarray, "K G"]]:
+    """Returns p and r of greatest `sum_k outer[k, p[k]] + sum_kg inner(k, p[k])[g, r[k, g]]`, exactly.
+
+    The best inner assignment of a pair (k, k') does not depend on the other pairs, so the outer problem is one more
+    assignment whose weights are the outer similarities plus the values of the best inner assignments. The sum of the
+    row maxima bounds such a value from above and is cheap: inner assignments are solved only for pairs that the outer
+    assignment picks by these bounds, until all picked pairs are solved.
+
+    Raises:
+      ValueError: as `assign`.
+    """
+    weight = np.array(outer, np.float64)
+    for k, k2 in np.ndindex(weight.shape):
+        weight[k, k2] += inner(k, k2).max(axis=1).sum(dtype=np.float64)
+    inner_of: dict[tuple[int, int], np.ndarray] = {}
+    while True:
+        p = assign(weight)
+        picked_pairs = [(k, int(k2)) for k, k2 in enumerate(p)]
+        if not (unsolved := [pair for pair in picked_pairs if pair not in inner_of]):
+            return p, np.stack([inner_of[pair] for pair in picked_pairs])
+        for pair in unsolved:
+            similarity = inner(*pair)
+            inner_of[pair] = assign(similarity)
+            picked = np.take_along_axis(similarity, inner_of[pair][:, None], axis=1)
+            weight[pair] = outer[pair] + picked.sum(dtype=np.float64)
+
+
 def solve(coordinate: Coordinate, similarity: Similarity) -> dict[str, Int[np.ndarray, "*_ _"]]:
-    """Returns the permutations of the axes that a coordinate moves, of greatest total similarity.
+    """Returns the permutations of the axes that a coordinate moves, of greatest total similarity, as `int32`.
 
     Raises:
       ValueError: similarities that are not finite.
     """
     if coordinate.nested is None:
         return {coordinate.axis: assign(similarity.units)}
-    assert similarity.nested is not None, f"{coordinate.nested} is sought, and nothing is known of it"
+    assert similarity.nested is not None, f"{coordinate.nested} has no similarity"
     if coordinate.axis in coordinate.moves:
         p, r = assign_nested(similarity.nested, similarity.units)
         return {coordinate.axis: p, coordinate.nested: r}
@@ -85,7 +117,7 @@ def value(coordinate: Coordinate, similarity: Similarity, permutations: Permutat
     if coordinate.nested is None or similarity.nested is None:
         return total
     r = permutations[coordinate.nested]
-    inside = [
+    nested = [
         similarity.nested(k, int(p[k]))[np.arange(len(order)), order].sum(dtype=np.float64) for k, order in enumerate(r)
     ]
-    return total + float(sum(inside))
+    return total + float(sum(nested))

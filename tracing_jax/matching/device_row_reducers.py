@@ -1,26 +1,32 @@
-"""Views of matrices that lie on an accelerator, or are made there from their factors; only candidates leave it.
+"""Row reductions of similarity matrices on an accelerator, stored or computed from their factors block by block.
 
-Blocks are read as they lie and all have one shape, so that each reduction compiles once for a matrix.
+Only the results leave the device. All blocks have one shape, so each reduction compiles once per matrix.
 """
 
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from tracing_jax.matching.row_reducers import Best, HostView, Survey, View, places, thinned_greatest
+from tracing_jax.matching.row_reducers import (
+    HostRowReducer,
+    RowReducer,
+    RowStats,
+    TopK,
+    inverse_order,
+    top_k_few_ties,
+)
 
 _BLOCK_ROWS = 512
 
 
 @dataclass(frozen=True)
-class Product:
-    """The similarities X Y^T of units with these factors, made block by block whenever they are looked at."""
+class FactoredSimilarity:
+    """The similarity matrix X Y^T, kept as its factors and computed block by block in every pass."""
 
     x: Float[Array, "n d"]
     y: Float[Array, "m d"]
@@ -31,36 +37,43 @@ class Product:
         return self.x.shape[0], self.y.shape[0]
 
     @property
-    def T(self) -> "Product":  # noqa: N802 - named as that of arrays
+    def T(self) -> "FactoredSimilarity":  # noqa: N802 - named as that of arrays
         """The similarities Y X^T."""
-        return Product(self.y, self.x)
+        return FactoredSimilarity(self.y, self.x)
 
     def any(self, axis: int) -> Bool[Array, " _"]:
         """Returns which rows (`axis` 1) or columns (0) have a factor that is not zero."""
         return (self.x if axis == 1 else self.y).any(axis=1)
 
 
-def view_of(
-    similarity: Float[Array | np.ndarray, "n m"] | Product,
+def row_reducer(
+    similarity: Float[Array | np.ndarray, "n m"] | FactoredSimilarity,
     rows: Int[np.ndarray, " _"],
     columns: Int[np.ndarray, " _"],
     absolute: bool = False,
-) -> View:
-    """Returns a view of a matrix where it lies: of one in host memory by numpy, else by the device that holds it."""
-    if isinstance(similarity, Product):
-        return DeviceView((similarity.x, similarity.y), rows, columns, absolute)
+) -> RowReducer:
+    """Returns row reductions on the device that holds the matrix, or in numpy for one in host memory.
+
+    Args:
+      similarity: the matrix, or its factors.
+      rows: indices of the rows that take part, in their order.
+      columns: the same for columns.
+      absolute: whether absolute values are taken.
+    """
+    if isinstance(similarity, FactoredSimilarity):
+        return DeviceRowReducer((similarity.x, similarity.y), rows, columns, absolute)
     if isinstance(similarity, np.ndarray) or all(device.platform == "cpu" for device in similarity.devices()):
-        return HostView(np.asarray(similarity), rows, columns, absolute)
-    return DeviceView((similarity,), rows, columns, absolute)
+        return HostRowReducer(np.asarray(similarity), rows, columns, absolute)
+    return DeviceRowReducer((similarity,), rows, columns, absolute)
 
 
 @dataclass(frozen=True)
-class DeviceView:
-    """A view of a matrix on a device: itself, or two factors X [n0, d] and Y [m0, d] whose product X Y^T it is.
+class DeviceRowReducer:
+    """Row reductions on a device of a matrix `(M,)`, or of the product X Y^T of factors `(X [n0, d], Y [m0, d])`.
 
     Attributes:
-      rows, columns: which of them are seen, and in which order.
-      absolute: whether absolute values are seen.
+      rows, columns: indices of the rows and columns that take part, in their order.
+      absolute: whether absolute values are taken.
     """
 
     factors: tuple[Array, ...]
@@ -70,40 +83,40 @@ class DeviceView:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The numbers of rows and of columns that are seen."""
+        """The numbers of rows and of columns that take part."""
         return len(self.rows), len(self.columns)
 
-    def survey(self) -> Survey:
-        """Returns the extremes, in one pass."""
+    def stats(self) -> RowStats:
+        """Returns the row maxima and the minimum, in one pass."""
         n, m = self.shape
-        best, most, tied, least, broken = np.empty(n, int), np.empty(n), np.empty(n, bool), np.inf, 0
-        columns = places(self.columns, self._width)
-        for rows, inside, found in self._reduced(_survey, np.zeros(m)):
+        argmax, maxima, tied, least, non_finite = np.empty(n, int), np.empty(n), np.empty(n, bool), np.inf, 0
+        columns = inverse_order(self.columns, self._width)
+        for rows, inside, found in self._reduced(_stats, np.zeros(m)):
             first, greatest, ties, smallest, bad = (part[inside] for part in found)
-            best[rows], most[rows], tied[rows] = columns[first], greatest, ties
-            least, broken = min(least, smallest.min(initial=np.inf)), broken + int(bad.sum())
-        return Survey(best, most, tied, float(least), broken)
+            argmax[rows], maxima[rows], tied[rows] = columns[first], greatest, ties
+            least, non_finite = min(least, smallest.min(initial=np.inf)), non_finite + int(bad.sum())
+        return RowStats(argmax, maxima, tied, float(least), non_finite)
 
-    def best(self, prices: Float[np.ndarray, " m"], count: int) -> Best:
-        """Returns the greatest entries of each row, in one pass; rows with more ties than fit are looked at whole."""
+    def top_k(self, prices: Float[np.ndarray, " m"], k: int) -> TopK:
+        """Returns the greatest reduced entries of each row, in one pass; rows with many ties are fetched whole."""
         n, m = self.shape
-        count = min(count, m)
-        columns, found = places(self.columns, self._width), []
+        k = min(k, m)
+        columns, found = inverse_order(self.columns, self._width), []
         rest = np.empty(n, np.float32)
-        top = functools.partial(_top, count=min(2 * count + 1, m))
+        top = functools.partial(_top_k, k=min(2 * k + 1, m))
         for rows, inside, (reduced, where, values) in self._reduced(top, prices):
             reduced, where, values = reduced[inside], where[inside], values[inside]
-            rest[rows] = reduced[:, count - 1]
+            rest[rows] = reduced[:, k - 1]
             kept = reduced >= rest[rows][:, None]
             crowded = kept[:, -1] & (kept.shape[1] < m)
             kept[crowded] = False
-            at, place = np.nonzero(kept)
-            found.append((rows[at], columns[where[at, place]], values[at, place]))
-            found += [self._crowded(row, prices, count) for row in rows[crowded].tolist()]
+            at, rank = np.nonzero(kept)
+            found.append((rows[at], columns[where[at, rank]], values[at, rank]))
+            found += [self._row_with_ties(row, prices, k) for row in rows[crowded].tolist()]
         at, where, values = (np.concatenate(parts) for parts in zip(*found))
-        return Best(at, where, values, rest)
+        return TopK(at, where, values, rest)
 
-    def sample(self, count: int) -> Float[np.ndarray, "S m"]:
+    def sample_rows(self, count: int) -> Float[np.ndarray, "S m"]:
         """Returns at most `count` whole rows, evenly spread."""
         n, _ = self.shape
         return self._whole(self.rows[np.unique(np.linspace(0, n - 1, min(n, count)).astype(int))])
@@ -123,25 +136,21 @@ class DeviceView:
     def _whole(self, rows: Int[np.ndarray, " S"]) -> Float[np.ndarray, "S m"]:
         return np.asarray(_rows(self.factors, rows, self.absolute))[:, self.columns]
 
-    def _crowded(
-        self, row: int, prices: Float[np.ndarray, " m"], count: int
+    def _row_with_ties(
+        self, row: int, prices: Float[np.ndarray, " m"], k: int
     ) -> tuple[Int[np.ndarray, " E"], Int[np.ndarray, " E"], Float[np.ndarray, " E"]]:
         (values,) = self._whole(self.rows[row : row + 1])
-        found = thinned_greatest(values - prices.astype(np.float32), count, row)
+        found = top_k_few_ties(values - prices.astype(np.float32), k, row)
         return np.full(len(found), row), found, values[found]
-
-    @cached_property
-    def _seen(self) -> Bool[np.ndarray, " m0"]:
-        return places(self.columns, self._width) >= 0
 
     def _reduced(
         self, reduction: Callable[..., tuple[Array, ...]], prices: Float[np.ndarray, " m"]
     ) -> Iterator[tuple[Int[np.ndarray, " b"], Bool[np.ndarray, " r"], tuple[np.ndarray, ...]]]:
-        """Yields for each block where its rows are seen, which of them are new, and what was found in them."""
-        dear = np.full(self._width, np.inf, np.float32)
-        dear[self.columns] = prices
-        rows, size = places(self.rows, self._height), max(1, min(self._height, _BLOCK_ROWS))
-        on_device = jnp.asarray(dear)
+        """Yields for each block the positions of its new rows, their mask, and the results of the reduction."""
+        matrix_prices = np.full(self._width, np.inf, np.float32)
+        matrix_prices[self.columns] = prices
+        rows, size = inverse_order(self.rows, self._height), max(1, min(self._height, _BLOCK_ROWS))
+        on_device = jnp.asarray(matrix_prices)
         for start in range(0, self._height, size):
             first = min(start, self._height - size)  # the last block begins early: all have one shape
             found = reduction(self.factors, first, size, on_device, self.absolute)
@@ -170,22 +179,22 @@ def _pairs(
 
 
 @functools.partial(jax.jit, static_argnames=("size", "absolute"))
-def _survey(
+def _stats(
     factors: tuple[Array, ...], first: int | Array, size: int, prices: Float[Array, " m0"], absolute: bool
 ) -> tuple[Array, ...]:
     block = _rows(factors, first + jnp.arange(size), absolute)
-    seen = jnp.isfinite(prices)
-    shown = jnp.where(seen, block, -jnp.inf)
-    most = shown.max(axis=1)
-    ties = (shown == most[:, None]).sum(axis=1) > 1
-    least = jnp.where(seen, block, jnp.inf).min(axis=1)
-    return shown.argmax(axis=1), most, ties, least, (seen & ~jnp.isfinite(block)).sum(axis=1)
+    used = jnp.isfinite(prices)
+    masked = jnp.where(used, block, -jnp.inf)
+    most = masked.max(axis=1)
+    ties = (masked == most[:, None]).sum(axis=1) > 1
+    least = jnp.where(used, block, jnp.inf).min(axis=1)
+    return masked.argmax(axis=1), most, ties, least, (used & ~jnp.isfinite(block)).sum(axis=1)
 
 
-@functools.partial(jax.jit, static_argnames=("size", "absolute", "count"))
-def _top(
-    factors: tuple[Array, ...], first: int | Array, size: int, prices: Float[Array, " m0"], absolute: bool, count: int
+@functools.partial(jax.jit, static_argnames=("size", "absolute", "k"))
+def _top_k(
+    factors: tuple[Array, ...], first: int | Array, size: int, prices: Float[Array, " m0"], absolute: bool, k: int
 ) -> tuple[Array, ...]:
     block = _rows(factors, first + jnp.arange(size), absolute)
-    reduced, where = jax.lax.top_k(block - prices, count)
+    reduced, where = jax.lax.top_k(block - prices, k)
     return reduced, where, jnp.take_along_axis(block, where, axis=1)

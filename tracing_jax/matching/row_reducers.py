@@ -1,7 +1,7 @@
-"""A matrix of similarities seen block by block: whole where it lies, in the order in which a solver is to see it.
+"""Reductions over the rows of a similarity matrix, block by block, with rows and columns in a given order.
 
-A solver asks only for what reductions give, so that no copy of the matrix is ever made, and one that lies on an
-accelerator stays there. What breaks ties, here and in the solver, is the order of the view and nothing else.
+An assignment solver needs only these reductions: the matrix is never copied, and one on an accelerator stays there.
+Ties, here and in the solver, are broken by the given order of rows and columns alone.
 """
 
 from collections.abc import Iterator
@@ -13,66 +13,66 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 _GROUPS = 4
-"""Groups of columns per candidate asked for: few rows then have more candidates than were asked for."""
+"""Groups of columns per entry requested; with so many, few rows return more entries than were requested."""
 
 _BLOCK_BYTES = 2**22
 """Of one block of rows; small enough to stay in a cache between the passes over it."""
 
 
-class Survey(NamedTuple):
-    """The extremes of a matrix.
+class RowStats(NamedTuple):
+    """Row maxima of a matrix, and its minimum.
 
     Attributes:
-      best: the column of the greatest entry of each row.
-      most: that entry.
-      tied: whether it is not the only such entry of its row.
-      least: the least of all entries.
-      broken: how many entries are NaN or infinite; the other figures then mean nothing.
+      argmax: the column of the greatest entry of each row.
+      max: that entry.
+      tied: whether another entry of the row equals it.
+      min: the least of all entries.
+      non_finite: the number of NaN or infinite entries; unless 0, the other values are meaningless.
     """
 
-    best: Int[np.ndarray, " n"]
-    most: Float[np.ndarray, " n"]
+    argmax: Int[np.ndarray, " n"]
+    max: Float[np.ndarray, " n"]
     tied: Bool[np.ndarray, " n"]
-    least: float
-    broken: int
+    min: float
+    non_finite: int
 
 
-class Best(NamedTuple):
-    """The entries of each row with the greatest similarity less the price of their column.
+class TopK(NamedTuple):
+    """The entries of each row with the greatest reduced similarity: the similarity less the price of the column.
 
     Attributes:
-      rows, columns, values: where they are, and the similarity there.
-      rest: what no other entry of the row exceeds, less the price of its column, in float32 arithmetic.
+      rows, columns, values: positions of the entries, and the similarities there.
+      rest_at_most: an upper bound on the reduced similarity of every other entry of the row, in float32 arithmetic.
     """
 
     rows: Int[np.ndarray, " E"]
     columns: Int[np.ndarray, " E"]
     values: Float[np.ndarray, " E"]
-    rest: Float[np.ndarray, " n"]
+    rest_at_most: Float[np.ndarray, " n"]
 
-    def where(self, chosen: Bool[np.ndarray, " E"]) -> "Best":
-        """Returns the entries that are chosen."""
-        return Best(self.rows[chosen], self.columns[chosen], self.values[chosen], self.rest)
+    def where(self, chosen: Bool[np.ndarray, " E"]) -> "TopK":
+        """Returns the chosen entries."""
+        return TopK(self.rows[chosen], self.columns[chosen], self.values[chosen], self.rest_at_most)
 
 
 @runtime_checkable
-class View(Protocol):
-    """A matrix of similarities, of which only reductions are seen."""
+class RowReducer(Protocol):
+    """Reductions over the rows of a similarity matrix `[n, m]`."""
 
     @property
     def shape(self) -> tuple[int, int]:
         """The numbers of rows and of columns."""
 
-    def survey(self) -> Survey:
-        """Returns the extremes."""
+    def stats(self) -> RowStats:
+        """Returns the row maxima and the minimum."""
 
-    def best(self, prices: Float[np.ndarray, " m"], count: int) -> Best:
-        """Returns the `count` entries of each row that are greatest less these prices, with those that tie with them.
+    def top_k(self, prices: Float[np.ndarray, " m"], k: int) -> TopK:
+        """Returns the k entries of each row that are greatest less these prices, and those that tie with the k-th.
 
-        Of many ties some are left out, by the order of the view.
+        If more than k entries tie with it, k of them are returned, chosen by the order of the columns.
         """
 
-    def sample(self, count: int) -> Float[np.ndarray, "S m"]:
+    def sample_rows(self, count: int) -> Float[np.ndarray, "S m"]:
         """Returns at most `count` whole rows, evenly spread."""
 
     def diagonal(self) -> Float[np.ndarray, " n"]:
@@ -80,12 +80,12 @@ class View(Protocol):
 
 
 @dataclass(frozen=True)
-class HostView:
-    """A view of a numpy matrix, which is read as it lies; only what is found is put into the view's order.
+class HostRowReducer:
+    """Row reductions of a numpy matrix, in numpy; the matrix is read in place, and only results are reordered.
 
     Attributes:
-      rows, columns: which of them are seen, and in which order; None for all, as they stand.
-      absolute: whether absolute values are seen.
+      rows, columns: indices of the rows and columns that take part, in their order; None for all.
+      absolute: whether absolute values are taken.
     """
 
     matrix: Float[np.ndarray, "n0 m0"]
@@ -100,39 +100,39 @@ class HostView:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The numbers of rows and of columns that are seen."""
+        """The numbers of rows and of columns that take part."""
         rows, columns = self._order
         return len(rows), len(columns)
 
-    def survey(self) -> Survey:
-        """Returns the extremes, in one pass."""
-        (n, _), columns = self.shape, self._columns_at()
-        best, most, tied, least, broken = np.empty(n, int), np.empty(n), np.empty(n, bool), np.inf, 0
+    def stats(self) -> RowStats:
+        """Returns the row maxima and the minimum, in one pass."""
+        (n, _), columns = self.shape, self._column_positions()
+        argmax, maxima, tied, least, non_finite = np.empty(n, int), np.empty(n), np.empty(n, bool), np.inf, 0
         for rows, block in self._blocks(np.where(columns < 0, np.float32(np.inf), np.float32(0))):
             first = block.argmax(axis=1)
-            greatest_ones = block[np.arange(len(block)), first]
-            smallest = block.min(initial=np.inf, where=columns >= 0)
-            if not np.isfinite([smallest, greatest_ones.max(initial=0)]).all():
-                broken += int(np.count_nonzero(~np.isfinite(block[:, columns >= 0])))
-            best[rows], most[rows], least = columns[first], greatest_ones, min(least, smallest)
-            tied[rows] = np.count_nonzero(block == greatest_ones[:, None], axis=1) > 1
-        return Survey(best, most, tied, float(least), broken)
+            block_max = block[np.arange(len(block)), first]
+            block_min = block.min(initial=np.inf, where=columns >= 0)
+            if not np.isfinite([block_min, block_max.max(initial=0)]).all():
+                non_finite += int(np.count_nonzero(~np.isfinite(block[:, columns >= 0])))
+            argmax[rows], maxima[rows], least = columns[first], block_max, min(least, block_min)
+            tied[rows] = np.count_nonzero(block == block_max[:, None], axis=1) > 1
+        return RowStats(argmax, maxima, tied, float(least), non_finite)
 
-    def best(self, prices: Float[np.ndarray, " m"], count: int) -> Best:
-        """Returns the greatest entries of each row, in one pass."""
+    def top_k(self, prices: Float[np.ndarray, " m"], k: int) -> TopK:
+        """Returns the greatest reduced entries of each row, in one pass."""
         (n, m), (order_rows, order) = self.shape, self._order
-        columns, dear = self._columns_at(), np.full(self.matrix.shape[1], np.inf, np.float32)
-        dear[order] = prices
+        columns, matrix_prices = self._column_positions(), np.full(self.matrix.shape[1], np.inf, np.float32)
+        matrix_prices[order] = prices
         rest = np.empty(n, np.float32)
         found = []
-        for rows, block in self._blocks(dear):
-            at, where, rest[rows] = greatest(block, min(count, m), order, rows)
+        for rows, block in self._blocks(matrix_prices):
+            at, where, rest[rows] = _block_top_k(block, min(k, m), order, rows)
             found.append((rows[at], columns[where]))
         at, where = (np.concatenate(parts) for parts in zip(*found))
         values = self.matrix[order_rows[at], order[where]]
-        return Best(at, where, np.abs(values) if self.absolute else values, rest)
+        return TopK(at, where, np.abs(values) if self.absolute else values, rest)
 
-    def sample(self, count: int) -> Float[np.ndarray, "S m"]:
+    def sample_rows(self, count: int) -> Float[np.ndarray, "S m"]:
         """Returns at most `count` whole rows, evenly spread."""
         n, _ = self.shape
         rows, columns = self._order
@@ -145,16 +145,16 @@ class HostView:
         found = self.matrix[rows, columns[: len(rows)]]
         return np.abs(found) if self.absolute else found
 
-    def _columns_at(self) -> Int[np.ndarray, " m0"]:
-        """Returns where each column of the matrix is seen, -1 if it is not."""
-        return places(self._order[1], self.matrix.shape[1])
+    def _column_positions(self) -> Int[np.ndarray, " m0"]:
+        """Returns the position of each column of the matrix in the given order, -1 if it takes no part."""
+        return inverse_order(self._order[1], self.matrix.shape[1])
 
     def _blocks(
         self, prices: Float[np.ndarray, " m0"]
     ) -> Iterator[tuple[Int[np.ndarray, " b"], Float[np.ndarray, "b m0"]]]:
-        """Yields blocks of the rows that are seen, less prices, with where they are seen; each is overwritten next."""
+        """Yields the positions of some rows and these rows less prices, in a buffer that the next block overwrites."""
         n, m = self.matrix.shape
-        rows = places(self._order[0], n)
+        rows = inverse_order(self._order[0], n)
         size = max(1, min(n, _BLOCK_BYTES // (4 * max(1, m))))
         buffer = np.empty((size, m), np.result_type(self.matrix.dtype, np.float32))
         for start in range(0, n, size):
@@ -167,62 +167,54 @@ class HostView:
             yield (here, out) if (here >= 0).all() else (here[here >= 0], out[here >= 0])
 
 
-def not_finite(broken: int, size: int) -> str:
-    """Returns the complaint about similarities that are not finite."""
-    return (
-        f"{broken} of {size} similarities are NaN or infinite; look for such values in the weights or activations they "
-        "come from"
-    )
-
-
-def places(order: Int[np.ndarray, " n"], size: int) -> Int[np.ndarray, " size"]:
-    """Returns the inverse of an order of some of `size` things: the place of each, -1 for those left out."""
+def inverse_order(order: Int[np.ndarray, " n"], size: int) -> Int[np.ndarray, " size"]:
+    """Returns the inverse of an order of some of `size` items: the position of each, -1 for those left out."""
     found = np.full(size, -1)
     found[order] = np.arange(len(order))
     return found
 
 
-def greatest(
-    block: Float[np.ndarray, "b m0"], count: int, order: Int[np.ndarray, " m"], turns: Int[np.ndarray, " b"]
+def _block_top_k(
+    block: Float[np.ndarray, "b m0"], k: int, order: Int[np.ndarray, " m"], offsets: Int[np.ndarray, " b"]
 ) -> tuple[Int[np.ndarray, " E"], Int[np.ndarray, " E"], Float[np.ndarray, " b"]]:
-    """Returns where the `count` greatest entries of each row are, with their ties, and what no other entry exceeds.
+    """Returns rows and columns of the k greatest entries of each row, with their ties, and the k-th greatest entry.
 
-    The columns are dealt to groups in turn. The `count` greatest of the groups' maxima are as many entries, so no entry
-    below the least of them is sought. That takes maxima of whole vectors where partitioning the rows would not.
+    The columns are divided among groups. The k-th greatest of the groups' maxima is a lower bound on the k-th greatest
+    entry, so only entries at or above it are sorted. Maxima of whole vectors are faster than partitioning each row.
 
     Args:
-      block: some rows; columns that do not count hold -inf.
-      count: at most the number of columns that count.
-      order: the columns that count, in the order by which ties are broken where they are too many.
-      turns: a number for each row, by which rows with many ties get different ones.
+      block: some rows; columns that take no part hold -inf.
+      k: at most the number of columns that take part.
+      order: these columns, in the order by which ties are broken where they are too many.
+      offsets: a number for each row, by which rows with many ties keep different ones.
     """
     b, m = block.shape
-    groups = min(_GROUPS * count, m)
+    groups = min(_GROUPS * k, m)
     maxima = block[:, : m // groups * groups].reshape(b, -1, groups).max(axis=1)
-    level = np.partition(maxima, groups - count, axis=1)[:, groups - count]
+    level = np.partition(maxima, groups - k, axis=1)[:, groups - k]
     level = np.maximum(level, np.finfo(np.float32).min)
     at, columns = np.divmod(np.flatnonzero(block >= level[:, None]), m)
     values = block[at, columns]
     by_value = np.lexsort((-values, at))
     starts = np.searchsorted(at, np.arange(b))
-    level = values[by_value][starts + count - 1]
+    level = values[by_value][starts + k - 1]
     kept = values >= level[at]
     at, columns = at[kept], columns[kept]
-    crowded = np.flatnonzero(np.bincount(at, minlength=b) > 2 * count)
+    crowded = np.flatnonzero(np.bincount(at, minlength=b) > 2 * k)
     if len(crowded):
-        thinned = [thinned_greatest(block[i, order], count, int(turns[i])) for i in crowded]
+        kept_ties = [top_k_few_ties(block[i, order], k, int(offsets[i])) for i in crowded]
         kept = ~np.isin(at, crowded)
-        at = np.concatenate([at[kept], np.repeat(crowded, [len(one) for one in thinned])])
-        columns = np.concatenate([columns[kept], *(order[one] for one in thinned)])
+        at = np.concatenate([at[kept], np.repeat(crowded, [len(one) for one in kept_ties])])
+        columns = np.concatenate([columns[kept], *(order[one] for one in kept_ties)])
     return at, columns, level
 
 
-def thinned_greatest(row: Float[np.ndarray, " m"], count: int, turn: int) -> Int[np.ndarray, " _"]:
-    """Returns the greatest entries of a row in which many tie for the last of `count` places: `count` of those that do.
+def top_k_few_ties(row: Float[np.ndarray, " m"], k: int, offset: int) -> Int[np.ndarray, " _"]:
+    """Returns the columns of a row's entries above the k-th greatest, and of k of the many that equal it.
 
-    Rows of different turns get different ones, else all of them would contend for a few.
+    Rows of different offsets keep different ones, else all rows would compete for the same few columns.
     """
-    level = np.partition(row, -count)[-count]
+    level = np.partition(row, -k)[-k]
     equal = np.flatnonzero(row == level)
-    first = np.searchsorted(equal, turn * count % len(row))
-    return np.concatenate([np.flatnonzero(row > level), equal[(first + np.arange(count)) % len(equal)]])
+    first = np.searchsorted(equal, offset * k % len(row))
+    return np.concatenate([np.flatnonzero(row > level), equal[(first + np.arange(k)) % len(equal)]])

@@ -1,9 +1,9 @@
-"""Similarity of the units of an axis, gathered from the weights that carry it.
+"""Similarity of the units of an axis, summed over the weights that have it.
 
-Source: Ainsworth et al. 2023, Git Re-Basin (arXiv 2209.04836), section 3.2, which adds up raw inner products. Here each
-weight is first divided by its two Frobenius norms: in a language model the embedding alone can outweigh all blocks
-together, and gains of size one any matrix, so raw sums let one or two weights decide for all. A weight that is zero in
-either model says nothing and counts nothing.
+Source: Ainsworth et al. 2023, Git Re-Basin (arXiv 2209.04836), section 3.2, which sums raw inner products. Here each
+product is divided by the Frobenius norms of both weights: in a language model the embedding alone can outweigh all
+blocks together, and gains of size one any matrix, so raw sums are dominated by one or two weights. A weight that is
+zero in either model contributes 0.
 """
 
 import functools
@@ -18,16 +18,15 @@ from jaxtyping import Array, Float, Int
 
 from tracing_jax.axes import AxisTable
 from tracing_jax.blocked_matmul import accumulate_matmul
-from tracing_jax.matching.assignment import Blocks
-from tracing_jax.matching.coordinate import Coordinate, Similarity
+from tracing_jax.matching.coordinate import Blocks, Coordinate, Similarity
 from tracing_jax.rewrites import Dims, Permutations, take_units, unit_moves
 from tracing_jax.tree import Tree, flatten, to_host
 
 _NESTED_BYTES = 2**30
-"""The most that the similarities of all units inside all others may take at once; of Mixtral's experts, 52 GB."""
+"""Maximum of the similarities of all nested units stored at once; Mixtral's experts would take 52 GB."""
 
 Shared = Mapping[str, tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"]]]
-"""Axis -> (indices in base, indices in ft) of the units that mean the same, e.g. tokens that both vocabularies have."""
+"""Axis -> (indices in base, indices in ft) of corresponding units, e.g. tokens that both vocabularies have."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,8 @@ class WeightPairs:
     """The weights of base and ft that can be compared, by leaf name.
 
     Attributes:
-      base, ft: arrays, or things of known shape that become arrays when asked to: leaves that are read when needed.
-      left_out: leaf name -> why it cannot be compared.
+      base, ft: arrays, or leaves of known shape that are read when converted to an array.
+      left_out: leaf name -> reason why it cannot be compared.
     """
 
     base: Mapping[str, Any]
@@ -45,8 +44,8 @@ class WeightPairs:
     shared: Shared
     left_out: Mapping[str, str]
 
-    def touching(self, axes: Collection[str]) -> list[str]:
-        """Returns the names of the leaves that carry any of these axes."""
+    def leaves_with_axes(self, axes: Collection[str]) -> list[str]:
+        """Returns the names of the leaves that have any of these axes."""
         return [name for name in self.base if not set(axes).isdisjoint(self.table.leaves[name].axes)]
 
     def pair(self, name: str) -> tuple[Array, Array]:
@@ -99,11 +98,11 @@ def weight_similarity(
 ) -> Similarity:
     """Returns the similarity of the units of a coordinate in the named leaves, ft's other axes permuted.
 
-    Its entries are what a pairing adds to the sum of the leaves' `scores`. Where a leaf carries the axis twice, each
-    place is compared with the other one permuted as it stands, which is the gradient of that sum.
+    Its entries are the contribution of a pair to the sum of the leaves' `scores`. If a leaf has the axis twice, each
+    dimension is compared with the other one under the current permutation, which is the gradient of that sum.
     """
     n = pairs.table.sizes[coordinate.axis]
-    units, places = jnp.zeros((n, n)), []
+    units, nested = jnp.zeros((n, n)), []
     for name in names:
         row = pairs.table.leaves[name]
         for dim in [dim for dim, axis in enumerate(row.axes) if axis == coordinate.axis]:
@@ -112,17 +111,17 @@ def weight_similarity(
             moves = unit_moves(replace(row, axes=still), permutations, pairs.table.within)
             equation = _pairing(len(row.axes), (dim, *inside))
             if inside:
-                places.append(_Place(name, dim, equation, moves))
+                nested.append(_NestedDimension(name, dim, equation, moves))
             else:
                 units = _with_contraction(units, equation, dim, *pairs.pair(name), *moves)
-                jax.block_until_ready(units)  # or the host reads ahead, and leaves pile up
+                jax.block_until_ready(units)  # else the host reads ahead, and leaves accumulate in memory
     if coordinate.nested is None:
         return Similarity(to_host(units))
-    return Similarity(to_host(units), _blocks(pairs, places, n, pairs.table.sizes[coordinate.nested]))
+    return Similarity(to_host(units), _blocks(pairs, nested, n, pairs.table.sizes[coordinate.nested]))
 
 
-class _Place(NamedTuple):
-    """Where a leaf carries an axis together with the one nested in it, and how it is compared there."""
+class _NestedDimension(NamedTuple):
+    """A dimension of a leaf that also has the nested axis, and the einsum that compares both."""
 
     name: str
     dim: int
@@ -130,18 +129,18 @@ class _Place(NamedTuple):
     moves: tuple[Dims, list[np.ndarray]]
 
 
-def _blocks(pairs: WeightPairs, places: Sequence[_Place], n: int, size: int) -> Blocks:
-    """Returns the similarity of the units inside any two units: from all of it at once, or block by block if large."""
+def _blocks(pairs: WeightPairs, dimensions: Sequence[_NestedDimension], n: int, size: int) -> Blocks:
+    """Returns the similarity of the units inside any two units: computed at once, or block by block if large."""
     if 4 * (n * size) ** 2 <= _NESTED_BYTES:
         whole = jnp.zeros((n, size, n, size))
-        for name, _, equation, moves in places:
+        for name, _, equation, moves in dimensions:
             whole = _added(whole, _contract(equation, *pairs.pair(name), *moves))
         found = to_host(whole)
         return lambda i, j: found[i, :, j]
 
     def block(i: int, j: int) -> np.ndarray:
         total = jnp.zeros((1, size, 1, size))
-        for name, dim, equation, moves in places:
+        for name, dim, equation, moves in dimensions:
             total = total + _contract(equation, *pairs.pair(name), *moves, dim, (i, j))
         return to_host(total)[0, :, 0]
 
@@ -150,7 +149,7 @@ def _blocks(pairs: WeightPairs, places: Sequence[_Place], n: int, size: int) -> 
 
 @functools.partial(jax.jit, donate_argnames="total")
 def _added(total: Float[Array, "..."], more: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns the sum in the place of `total`."""
+    """Returns the sum in the buffer of `total`."""
     return total + more
 
 
@@ -164,7 +163,7 @@ def _with_contraction(
     dims: Dims,
     indices: list[Array | np.ndarray],
 ) -> Float[Array, "n n"]:
-    """Returns the sum with a contraction added whose units lie along `dim`."""
+    """Returns the sum with a contraction added that keeps the dimension `dim` of both."""
     norms = _norms(base, ft)
     base, ft = base.astype(jnp.float32), jnp.asarray(take_units(ft, dims, indices))
 
@@ -211,7 +210,7 @@ def _problems(axis: str, pair: tuple[np.ndarray, np.ndarray], size: int, size_ft
     in_base, in_ft = pair
     if in_base.shape != in_ft.shape or in_base.ndim != 1 or not in_base.size:
         return {f"{axis}: expected two index vectors of one length above 0, found {in_base.shape} and {in_ft.shape}"}
-    # A device clamps or fills what lies outside, without a word.
+    # On a device, indices out of range are clamped or filled silently.
     return {
         f"{axis}: indices run from {ids.min()} to {ids.max()} in {model}, expected 0 to {n - 1}"
         for model, ids, n in (("base", in_base, size), ("ft", in_ft, size_ft))

@@ -1,8 +1,8 @@
-"""MATCH: the units of two layers paired by greatest similarity, blind to the order in which they stand.
+"""MATCH: the units of two layers paired by greatest similarity, equivariant under a permutation of either's units.
 
-The blindness makes p-values exact: if the units of one model are renumbered, the pairs are renumbered with them and
-nothing else changes. A solver alone is not blind: among equal optima it prefers low indices, and independent models
-with a fifth of their units zero then seem to agree. So the solver is shown rows and columns in shuffled orders.
+Equivariance makes p-values exact: if the units of one model are renumbered, the pairs are renumbered with them and
+nothing else changes. A solver alone is not equivariant: among equal optima it prefers low indices, and independent
+models with a fifth of their units zero then seem to agree. So the solver gets rows and columns in shuffled orders.
 """
 
 from dataclasses import dataclass
@@ -11,17 +11,16 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tracing_jax.matching.assignment import assign
-from tracing_jax.matching.device_row_reducers import Product, view_of
+from tracing_jax.matching.device_row_reducers import FactoredSimilarity, row_reducer
 
 
 @dataclass(frozen=True)
 class UnitMatching:
-    """Pairs of units: `base[i]` belongs to `ft[i]`. The smaller side is paired whole.
+    """Pairs of units: `base[i]` belongs to `ft[i]`. All units of the smaller side are paired.
 
     Attributes:
-      base, ft: indices into all units of the two layers, in increasing order of the side that is paired whole (of base
-        if the sides are equal).
-      live_base, live_ft: units that took part; the others had no similarity with any.
+      base, ft: indices into all units of the two layers, in increasing order of the smaller side (of base if equal).
+      live_base, live_ft: numbers of units that took part; the others have similarity 0 with all.
     """
 
     base: Int[np.ndarray, " M"]
@@ -31,9 +30,9 @@ class UnitMatching:
 
 
 def live_units(
-    *similarities: Float[Array | np.ndarray, "n m"] | Product,
+    *similarities: Float[Array | np.ndarray, "n m"] | FactoredSimilarity,
 ) -> tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"]]:
-    """Returns the rows and the columns that have a similarity in every one of these matrices.
+    """Returns the rows and the columns that have a nonzero entry in every one of these matrices.
 
     A unit that is all zero, or never varies, has similarity 0 with every other and cannot be matched.
     """
@@ -43,17 +42,17 @@ def live_units(
 
 
 def match_units(
-    similarity: Float[Array | np.ndarray, "n m"] | Product,
+    similarity: Float[Array | np.ndarray, "n m"] | FactoredSimilarity,
     generator: np.random.Generator,
     live: tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"]] | None = None,
     *,
     absolute: bool = False,
 ) -> UnitMatching:
-    """Returns the pairs of greatest total similarity among the live rows and columns; ties fall by lot.
+    """Returns the pairs of greatest total similarity among the live rows and columns; ties are broken at random.
 
     Args:
       similarity: of each unit of base with each of ft. It is not copied, and stays on its accelerator.
-      generator: draws the order in which the solver sees them; give every matching a stream of its own.
+      generator: draws the order in which the solver gets them; give every matching a stream of its own.
       live: rows and columns that take part. By default those of `live_units`.
       absolute: whether the similarities' absolute values count.
 
@@ -63,9 +62,9 @@ def match_units(
     """
     rows, columns = (generator.permutation(units) for units in live or live_units(similarity))
     if len(rows) <= len(columns):
-        base, ft = rows, columns[assign(view_of(similarity, rows, columns, absolute))]
+        base, ft = rows, columns[assign(row_reducer(similarity, rows, columns, absolute))]
         order = np.argsort(base)
     else:
-        base, ft = rows[assign(view_of(similarity.T, columns, rows, absolute))], columns
+        base, ft = rows[assign(row_reducer(similarity.T, columns, rows, absolute))], columns
         order = np.argsort(ft)
     return UnitMatching(base[order].astype(np.int32), ft[order].astype(np.int32), len(rows), len(columns))

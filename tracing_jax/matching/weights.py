@@ -2,9 +2,9 @@
 
 Source: Ainsworth et al. 2023, Git Re-Basin (arXiv 2209.04836), algorithm 1. We differ in normalising the weights (see
 `similarity.py`), in solving nested axes jointly, and in the start. In a language model no block can be compared before
-the embedding features are in order, so a descent from the identity finds nothing. Here the axes are solved one after
-another, each from the weights whose other axes are in order already or need no matching: the features from the
-embedding and the head, whose other axis is the vocabulary, and then everything else.
+the embedding features are matched, so a descent from the identity finds nothing. Here the axes are first solved one
+after another, each from the weights whose other axes are matched already or need no matching: the features from the
+embedding and the head, whose other axis is the vocabulary, and then all other axes.
 """
 
 import math
@@ -30,10 +30,10 @@ class WeightMatching:
 
     Attributes:
       permutations: axis -> p, where unit `p[i]` of ft belongs to unit i of base; `permute(ft, p)` is aligned.
-      objective: sum over the compared leaves of their cosine with base: first as ft came, then after each sweep. It
-        never falls.
-      converged: no single axis can be improved.
-      left_out: leaf name -> why it was not compared.
+      objective: sum over the compared leaves of their cosine with base: for ft as given, then after each sweep. It
+        never decreases.
+      converged: whether no single axis can be improved.
+      left_out: leaf name -> reason why it was not compared.
     """
 
     permutations: Permutations
@@ -61,9 +61,9 @@ def match_weights(
       table: the axes of base's leaves.
       axes: the axes to match.
       shared: for an axis that is not matched and whose units differ, such as the vocabularies of two tokenizers, the
-        pairs of units that mean the same; only these are compared.
-      max_sweeps: the most passes over the axes; few are needed.
-      run_cache: where the permutations of every axis that was solved are kept, for a second start.
+        pairs of corresponding units; only these are compared.
+      max_sweeps: maximum number of passes over the axes; few are needed.
+      run_cache: where the permutations of every solved axis are stored, to resume an interrupted run.
 
     Raises:
       ValueError: base does not fit the table, axes that are unknown, fixed, of different size in ft or without a weight
@@ -85,14 +85,14 @@ def match_weights(
 
 
 class _Descent:
-    """Where the descent stands: the permutations, every leaf's score, and what each coordinate has already seen."""
+    """State of the descent: permutations, leaf scores, and the changes of axes that each coordinate has seen."""
 
     def __init__(self, pairs: WeightPairs, axes: Sequence[str], run_cache: RunCache) -> None:
         self.pairs, self.run_cache, self.solved = pairs, run_cache, 0
         self.permutations = identity(pairs.table, axes)
         self.scores = scores(pairs, pairs.base, self.permutations)
         self.order = coordinates(pairs.table, axes)
-        self.leaves = {c: pairs.touching(c.moves) for c in self.order}
+        self.leaves = {c: pairs.leaves_with_axes(c.moves) for c in self.order}
         # An axis is solved again only if one that shares a leaf with it has changed since.
         self.changes = dict.fromkeys(axes, 0)
         self.seen: dict[Coordinate, dict[str, int]] = {}
@@ -102,17 +102,17 @@ class _Descent:
         return math.fsum(self.scores.values())
 
     def start(self) -> None:
-        """Solves every coordinate once, best known first, and keeps the result if it is better than no move."""
+        """Solves every coordinate once, most comparable weights first, and keeps the result if the objective rises."""
         order: list[Coordinate] = []
         complete: list[Coordinate] = []
         found = dict(self.permutations)
         for _ in tqdm(self.order, desc="matching", unit="axis", disable=None):
             known = {axis for done in order for axis in done.moves}
             coordinate = max((c for c in self.order if c not in order), key=lambda c: self._share(c, known))
-            readable = [name for name in self.leaves[coordinate] if self._others(coordinate, name) <= known]
-            if readable == self.leaves[coordinate]:
+            comparable = [name for name in self.leaves[coordinate] if self._others(coordinate, name) <= known]
+            if comparable == self.leaves[coordinate]:
                 complete.append(coordinate)
-            names = readable or self.leaves[coordinate]
+            names = comparable or self.leaves[coordinate]
             found |= self._solve(coordinate, found, names)
             order.append(coordinate)
         self.order = order
@@ -133,7 +133,7 @@ class _Descent:
         return changed
 
     def _solve(self, coordinate: Coordinate, permutations: Permutations, names: Sequence[str]) -> Permutations:
-        """Returns the best permutations of a coordinate; of an interrupted run, in whose order it is asked, its own."""
+        """Returns the best permutations of a coordinate; the n-th call gets the n-th result of an interrupted run."""
         self.solved += 1
         return self.run_cache.cached_arrays(
             ("solved", self.solved),
@@ -145,7 +145,7 @@ class _Descent:
         moved = [axis for axis, p in found.items() if not np.array_equal(p, self.permutations[axis])]
         if not moved:
             return False
-        # Exact sums: rounding must not let the objective fall, nor the descent go round in circles.
+        # Exact sums: with rounding errors the objective could fall and the descent cycle.
         candidate = self.permutations | dict(found)
         new = self.scores | scores(self.pairs, names, candidate)
         if math.fsum(new.values()) <= self.objective:
@@ -156,7 +156,7 @@ class _Descent:
         return True
 
     def _others(self, coordinate: Coordinate, name: str) -> set[str]:
-        """Returns the matched axes of a leaf beside those of the coordinate, and these too where it has them twice."""
+        """Returns the matched axes of a leaf other than the coordinate's, and these too if the leaf has them twice."""
         axes = list(self.pairs.table.leaves[name].axes)
         for axis in coordinate.moves:
             if axis in axes:
@@ -168,10 +168,10 @@ class _Descent:
         return {axis: self.changes[axis] for axis in axes}
 
     def _share(self, coordinate: Coordinate, known: set[str]) -> float:
-        """Returns the share of the numbers describing a coordinate that can be compared once `known` is in order."""
+        """Returns the share of a coordinate's weights that can be compared once the axes `known` are matched."""
         sizes = {name: self.pairs.base[name].size for name in self.leaves[coordinate]}
-        readable = sum(size for name, size in sizes.items() if self._others(coordinate, name) <= known)
-        return readable / sum(sizes.values())
+        comparable = sum(size for name, size in sizes.items() if self._others(coordinate, name) <= known)
+        return comparable / sum(sizes.values())
 
 
 def _check_axes(pairs: WeightPairs, axes: Sequence[str], ft: Mapping[str, Any]) -> None:
@@ -184,7 +184,7 @@ def _check_axes(pairs: WeightPairs, axes: Sequence[str], ft: Mapping[str, Any]) 
         sizes = {size for row, shape in rows for a, size in zip(row, shape) if a == axis}
         if sizes - {table.sizes[axis]}:
             lines.append(f"{axis}: {table.sizes[axis]} units in base, {', '.join(map(str, sorted(sizes)))} in ft")
-        elif not pairs.touching([axis]):
+        elif not pairs.leaves_with_axes([axis]):
             lines.append(f"{axis}: no weight that both models have describes its units")
         if axis in pairs.shared:
             lines.append(f"{axis}: its units are given as shared, so they cannot be matched as well")

@@ -1,4 +1,4 @@
-"""The page of a run: one self-contained HTML file, without script and without anything from the network."""
+"""The page of a run: one self-contained HTML file, without scripts or network access."""
 
 import base64
 import json
@@ -6,10 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from tracing_jax.record import plain, total_seconds
-from tracing_jax.report import judgement
-from tracing_jax.report.evidence import map_blocks, null_blocks, place_blocks, tests_blocks
-from tracing_jax.report.plots import figure_of_run, png
-from tracing_jax.report.sections import (
+from tracing_jax.report.evidence_tables import map_blocks, null_blocks, place_blocks, tests_blocks
+from tracing_jax.report.figures import figure_of_run, png
+from tracing_jax.report.formatting import (
+    log10_cell,
+    outcome,
+    p_cell,
+    requested_model,
+    results_by_side,
+    subject,
+    verdict_facts,
+)
+from tracing_jax.report.html_elements import (
     Banner,
     Block,
     Cell,
@@ -21,9 +29,8 @@ from tracing_jax.report.sections import (
     facts_table,
     table_of,
 )
-from tracing_jax.report.wording import asked, log10_cell, outcome, p_cell, results_by_side, subject
 
-_SHOWN = 8  # findings that stand open; the rest is folded away
+_SHOWN = 8  # rows of the evidence that are not folded
 _PERPLEXITY = {
     "loss_nats_per_token": "loss (nats per token)",
     "perplexity": "perplexity (per token)",
@@ -44,31 +51,31 @@ _CURVE = {
 def html(record: Mapping[str, Any]) -> str:
     """One HTML page with the verdict, figures, numbers and provenance of a run; everything in it is escaped."""
     record = plain(record)
-    judged = record.get("verdict")
+    verdict = record.get("verdict")
     summary = [(subject(name, sides), outcome(sides)) for name, sides in record["statistics"].items()]
     return Page(
-        title=(asked(record, "ft"), asked(record, "base")),
+        title=(requested_model(record, "ft"), requested_model(record, "base")),
         summary=summary,
         sections=_sections(record),
-        banner=Banner(judged["verdict"], judged["meaning"], judgement.facts(judged)) if judged else None,
-        first=_grounds(judged) if judged else (),
+        banner=Banner(verdict["verdict"], verdict["meaning"], verdict_facts(verdict)) if verdict else None,
+        first=_verdict_sections(verdict) if verdict else (),
     ).html()
 
 
-def _grounds(judged: Mapping[str, Any]) -> list[Section]:
-    """The statistics that enter the verdict, and the strongest single findings."""
+def _verdict_sections(verdict: Mapping[str, Any]) -> list[Section]:
+    """The statistics that enter the verdict, and the places of smallest p-value."""
     found = []
-    if judged["family"]:
-        rows = [[name, log10_cell(log10_p), p_cell(log10_p)] for name, log10_p in judged["family"].items()]
+    if verdict["family"]:
+        rows = [[name, log10_cell(log10_p), p_cell(log10_p)] for name, log10_p in verdict["family"].items()]
         text = ["Only statistics with an exact or a calibrated null enter the verdict, on the pair as given."]
         found.append(Section("Statistics in the verdict", text, table=table_of(("", "log10 p", "p"), rows)))
-    if evidence := judged["evidence"]:
+    if evidence := verdict["evidence"]:
         headers = ("statistic", "test", "place", "log10 p", "p")
         rows = [
             [row["statistic"], row["test"], row["place"], log10_cell(row["log10_p"]), p_cell(row["log10_p"])]
             for row in evidence
         ]
-        text = ["Each with a p-value of its own, not corrected for the number of places looked at."]
+        text = ["Places of smallest p-value, not corrected for the number of places."]
         more = [Block(f"{len(rows) - _SHOWN} more", table_of(headers, rows[_SHOWN:]))] if len(rows) > _SHOWN else []
         found.append(Section("Strongest evidence", text, table=table_of(headers, rows[:_SHOWN]), blocks=more))
     return found
@@ -76,8 +83,8 @@ def _grounds(judged: Mapping[str, Any]) -> list[Section]:
 
 def _sections(record: Mapping[str, Any]) -> list[Section]:
     perplexity, alignment = record.get("perplexity"), record.get("alignment")
-    judged = record.get("verdict")
-    found = [_statistic(name, sides, judged) for name, sides in record["statistics"].items()]
+    verdict = record.get("verdict")
+    found = [_statistic(name, sides, verdict) for name, sides in record["statistics"].items()]
     if perplexity:
         found.append(Section("Perplexity", table=columns_table(perplexity, _PERPLEXITY)))
     if record.get("disguised"):
@@ -97,11 +104,11 @@ def _sections(record: Mapping[str, Any]) -> list[Section]:
     return [*found, Section("What ran", table=facts_table(ran)), Section("Configuration", code=code)]
 
 
-def _statistic(name: str, sides: Mapping[str, Any], judged: Mapping[str, Any] | None) -> Section:
+def _statistic(name: str, sides: Mapping[str, Any], verdict: Mapping[str, Any] | None) -> Section:
     results = results_by_side(sides)
     if not results:
         return Section(name, text=[outcome(sides)])
-    figure = base64.b64encode(png(figure_of_run({"statistics": {name: sides}, "verdict": judged}))).decode()
+    figure = base64.b64encode(png(figure_of_run({"statistics": {name: sides}, "verdict": verdict}))).decode()
     table = columns_table({side: _numbers(result) for side, result in results.items()})
     blocks = [*tests_blocks(results), *null_blocks(results), *map_blocks(results), *place_blocks(results)]
     layers = {side: result["per_layer"] for side, result in results.items() if result.get("per_layer")}
@@ -111,7 +118,7 @@ def _statistic(name: str, sides: Mapping[str, Any], judged: Mapping[str, Any] | 
 
 
 def _remarks(results: Mapping[str, Any]) -> list[str]:
-    """Why there is no p-value where there is none, and the notes; each once, with the sides it holds for."""
+    """Reasons why there is no p-value, and notes; each once, with its sides unless it is of all."""
     found: dict[str, list[str]] = {}
     for side, result in results.items():
         reasons = [f"No p-value: {result['p_reason']}"] if result.get("p_reason") else []

@@ -1,4 +1,4 @@
-"""One pair of axes each: loss along the path, distributions, values per layer, headline numbers."""
+"""Panels of one pair of axes: loss along the path, distributions, values per layer, headline numbers."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -8,20 +8,20 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-# Okabe & Ito, "Color Universal Design" (2008): told apart with any colour vision. Its yellow is too pale on white.
+# Okabe & Ito, "Color Universal Design" (2008): distinguishable with any colour vision. Its yellow is too pale on white.
 PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 INK, GREY = "#222222", "#666666"
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 
-# The loss of unrelated models' midpoint is about ln(vocabulary), some five times the loss of a good model. A curve that
-# climbs far beyond has broken down, and must not press the others flat.
+# The loss of unrelated models' midpoint is about ln(vocabulary), some five times the loss of a good model. A curve
+# far above that is cut off, or the others would look flat.
 _CLIP_AT_END_LOSSES = 6.0
 _LABEL_HEIGHT = 0.075  # of the axes' height
 _BOX_LEVELS = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
 
 
 def style(axes: Axes) -> None:
-    """Leaves of the frame the two axes that are read, and a light grid behind the data."""
+    """Removes the upper and right spine, and draws a light grid behind the data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#999999")
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
@@ -45,7 +45,7 @@ def draw_path(axes: Axes, curves: Mapping[str, Any]) -> None:
 
 
 def draw_distribution(axes: Axes, distributions: Mapping[str, Any]) -> None:
-    """Draws the quantiles of each layer: all thin, 5 to 95 % wider, the middle half widest, a dot for the median."""
+    """Draws the quantiles of each layer: range thin, 5 to 95 % wider, interquartile range widest, median as a dot."""
     rows = {side: len(data["quantiles"]["layers"]) for side, data in distributions.items()}
     single = set(rows.values()) == {1}
     for i, (side, data) in enumerate(distributions.items()):
@@ -61,7 +61,7 @@ def draw_distribution(axes: Axes, distributions: Mapping[str, Any]) -> None:
 
 
 def draw_per_layer(axes: Axes, values: Mapping[str, Any]) -> None:
-    """Draws one value a layer, one line a side."""
+    """Draws one value per layer, one line per side."""
     for i, (side, data) in enumerate(values.items()):
         numbers = _floats(data["values"])
         _line(axes, i, np.arange(len(numbers)), numbers, side)
@@ -101,18 +101,18 @@ def _line(axes: Axes, i: int, x: np.ndarray, y: np.ndarray, label: str) -> None:
 
 
 def label_axes(axes: Axes, x: str, y: str) -> None:
-    """Names both axes; a text that looks like mathematics stays as it is."""
+    """Labels both axes, without math mode."""
     axes.set_xlabel(x, fontsize=9.5, color=INK, parse_math=False)
     axes.set_ylabel(y, fontsize=9.5, color=INK, parse_math=False)
 
 
 def _legend(axes: Axes) -> None:
-    below = (-0.01, -0.17)  # under the label of the x axis, where two rows of names push nothing else aside
+    below = (-0.01, -0.17)  # under the label of the x axis, with space for two rows of names
     axes.legend(loc="upper left", bbox_to_anchor=below, borderpad=0, ncols=3, frameon=False, fontsize=9)
 
 
 def _limit_losses(axes: Axes) -> None:
-    """Fits the loss axis to the curves, and says where one leaves it."""
+    """Fits the loss axis to the curves, and annotates those that are cut off."""
     losses = {line: np.asarray(line.get_ydata()) for line in axes.lines}
     finite = np.concatenate([loss[np.isfinite(loss)] for loss in losses.values()])
     if not finite.size:
@@ -150,7 +150,7 @@ def _middle(alpha: np.ndarray, loss: np.ndarray) -> np.ndarray:
 
 
 def _stack(spans: Sequence[np.ndarray]) -> list[float] | None:
-    """The heights of labels above lines of these spans of height, or None where a label would touch another line."""
+    """The heights of labels above lines of these height intervals; None if a label would touch another line."""
     order = sorted(range(len(spans)), key=lambda i: spans[i][0])
     bottoms = [0.0] * len(spans)
     free = -np.inf
@@ -168,7 +168,7 @@ def _stack(spans: Sequence[np.ndarray]) -> list[float] | None:
 def _boxes(axes: Axes, i: int, at: np.ndarray, quantiles: Mapping[str, Any], label: str) -> None:
     levels = _floats(quantiles["levels"])
     table = np.stack([np.interp(_BOX_LEVELS, levels, _floats(row)) for row in quantiles["layers"]])
-    width = min(11.0, 130 / len(at))  # points: the boxes of eighty layers stay apart
+    width = min(11.0, 130 / len(at))  # points: the boxes of eighty layers do not touch
     for outer, thickness, opacity in ((0, 0.8, 0.6), (1, 0.4 * width, 0.45), (2, width, 1.0)):
         lines = axes.vlines(at, table[:, outer], table[:, -1 - outer], PALETTE[i], linewidth=thickness, alpha=opacity)
     lines.set_label(label)

@@ -1,38 +1,36 @@
-"""The null of `match`: what two independently trained models agree on by structure, and by convergence.
+"""The calibrated null of `match`: how far the matchings of two independently trained models agree.
 
-No theorem gives the distribution of the agreement between the gate's and the up projection's matching. Two things raise
-it among independent models. Rows of one unit's gate and up projection resemble each other, which shows between layers
-that do not correspond too: controls inside the run measure it (lambda, m, s). And some units respond alike in all
-models trained on similar text, at the same depth: an allowance u for their share comes from models known to be
-independent, or from the table measured on our own seeds.
+No theorem gives the distribution of the agreement between the gate's and the up projection's matching. Two effects
+raise it in independent models. Gate and up rows of one unit resemble each other, in layers that do not correspond as
+well: control pairs of such layers measure it in the run itself (lambda, m, s). And some units respond alike in all
+models trained on similar text, at the same depth: an allowance u for their share is measured on control models known to
+be independent, or is 0.05.
 
 Source: Gurnee et al. 2024, Universal Neurons in GPT2 Language Models (arXiv 2401.12181).
 """
 
-import functools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import special
 
 from tracing_jax.statistics.comparison import Comparison
-from tracing_jax.statistics.composite_null import composite_agreement_log_sf
-from tracing_jax.statistics.permutation_nulls import spearman_log_sf
+from tracing_jax.statistics.nulls import composite_agreement_log_sf, spearman_log_sf
 from tracing_jax.statistics.statistic import QUANTILE_LEVELS, quantiles
 
-LEAST_ALLOWANCE = 0.05
-"""The share of units that may agree by convergence when no control of the pair's own kind was measured: the upper end
-of what Gurnee et al. found among seeds of GPT-2."""
+DEFAULT_ALLOWANCE = 0.05
+"""The share of units that may agree by convergence if no control models are given: the upper end of what Gurnee et al.
+found among seeds of GPT-2, and above all that docs/nulls.md measured."""
+
+DEFAULT_SOURCE = "the default of 0.05: the upper end found among seeds of GPT-2 (arXiv 2401.12181)"
 
 CONFIDENCE = 0.99
 """Of the upper bounds on a measured share."""
 
-_FEW = 6  # controls, below which their mean and spread say little
+_FEW = 6  # control pairs, below which their mean and spread are unreliable
 _MOST = 64
 _WIDE_LAMBDA, _WIDE_SCALE = 4.0, 2.0
 """Without controls: a correlation of .6 between a unit's gate and up rows lifts the mean agreement to 3.65."""
@@ -40,15 +38,15 @@ _WIDE_LAMBDA, _WIDE_SCALE = 4.0, 2.0
 
 @dataclass(frozen=True)
 class Null:
-    """What agreement and rank correlation are measured against.
+    """The null distribution of agreement and rank correlation.
 
     Attributes:
-      lam: mean number of units that agree by accident.
-      m, s: centre and scale of z = r sqrt(h - 1).
-      u: the share of units that may agree by convergence, for each layer.
-      controls: how many layer pairs inside the run were measured, and the quantiles of their k and z.
-      source: where u comes from.
-      notes: what was too little.
+      lam: mean number of units that agree by chance.
+      m, s: location and scale of z = r sqrt(h - 1).
+      u: the share of units that may agree by convergence, by layer.
+      controls: the number of control pairs of layers, and the quantiles of their k and z.
+      source: the source of u.
+      notes: warnings for the record.
     """
 
     lam: float
@@ -66,9 +64,9 @@ class Null:
         return composite_agreement_log_sf(found.agreeing, found.units, self.u[layer], min(self.lam, found.units))
 
     def log_p_rank(self, layer: int, found: Comparison) -> float:
-        """Returns the log p-value of the rank correlation of a layer, its z moved by m and u and scaled by s.
+        """Returns the log p-value of the rank correlation of a layer, its z shifted by m and u and scaled by s.
 
-        Where a share u of the units agrees and the others are in random order, r is u in the mean.
+        If a share u of the units agrees and the others are in random order, the mean of r is u.
         """
         if found.units < 3:
             return 0.0
@@ -77,7 +75,7 @@ class Null:
         return spearman_log_sf(1.0 - max(-1.0, r), found.units)
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns the null's quantities, for the record."""
+        """Returns the parameters of the null, for the record."""
         return {
             "lambda": self.lam, "m": self.m, "s": self.s, "u": list(self.u), "u from": self.source,
             "controls": dict(self.controls),
@@ -85,9 +83,9 @@ class Null:
 
 
 def control_pairs(num_base: int, num_ft: int, generator: np.random.Generator) -> list[tuple[int, int]]:
-    """Returns up to 64 pairs of layers that do not correspond nor stand beside a pair that does.
+    """Returns up to 64 (layer of base, layer of ft) that differ in relative depth by more than one layer.
 
-    With too few of them, neighbours are taken too.
+    If there are fewer than 6 of them, adjacent layers are included.
     """
     depth = (np.arange(num_base)[:, None] / max(1, num_base - 1), np.arange(num_ft) / max(1, num_ft - 1))
     apart = np.abs(depth[0] - depth[1]) * (max(num_base, num_ft) - 1)
@@ -99,7 +97,7 @@ def control_pairs(num_base: int, num_ft: int, generator: np.random.Generator) ->
 
 
 def null_of(controls: Sequence[Comparison], u: Sequence[float], source: str) -> Null:
-    """Returns the null that these controls and this allowance give."""
+    """Returns the null of these comparisons of control pairs and this allowance per layer."""
     found = [c for c in controls if c.units >= 2]
     z, k = np.array([c.r * math.sqrt(c.units - 1) for c in found]), np.array([c.agreeing for c in found])
     lam, m, s = 1.0, 0.0, 1.0
@@ -110,9 +108,7 @@ def null_of(controls: Sequence[Comparison], u: Sequence[float], source: str) -> 
         s = max(s, 1.4826 * float(np.median(np.abs(z - np.median(z)))))
     if len(found) < _FEW:
         lam, s = max(lam, _WIDE_LAMBDA), max(s, _WIDE_SCALE)
-        notes.append(
-            f"only {len(found)} layer pairs that do not correspond: the null is widened to lambda {lam:.3g}, s {s:.3g}"
-        )
+        notes.append(f"only {len(found)} control pairs of layers: the null is widened to lambda {lam:.3g}, s {s:.3g}")
     shown: dict[str, Any] = {"pairs": len(found)}
     if len(found):
         shown |= {"levels": list(QUANTILE_LEVELS), "k": quantiles(k), "z": quantiles(z)}
@@ -127,27 +123,11 @@ def upper_share(agreeing: int, units: int) -> float:
 
 
 def measured_allowance(by_control: Sequence[Sequence[Comparison]]) -> list[float]:
-    """Returns for each layer the greatest upper bound on the share that agrees in any control pair."""
+    """Returns for each layer the greatest upper bound on the share that agrees, over all pairs with a control model."""
     return [max(upper_share(c.agreeing, c.units) for c in layer if c.units) for layer in zip(*by_control)]
 
 
 def control_source(controls: int, sides: int) -> str:
-    """Returns in words where an allowance measured on control models comes from; sides: base alone, or ft as well."""
+    """Returns the source of an allowance measured on control models, compared with base alone or (`sides` 2) ft too."""
     against = "base and ft" if sides == 2 else "base"
     return f"control models ({controls}), each against {against}: upper 99 % bound of the greatest share"
-
-
-def tabled_allowance(num_layers: int, form: str) -> list[float]:
-    """Returns for each layer the allowance measured on our own seeds at its relative depth, never below 0.05."""
-    table = _table().get(form)
-    depth = np.arange(num_layers) / max(1, num_layers - 1)
-    if table is None:
-        return [LEAST_ALLOWANCE] * num_layers
-    bound = np.interp(depth, table["relative_depth"], table["upper_share"])
-    return [max(LEAST_ALLOWANCE, float(u)) for u in bound]
-
-
-@functools.cache
-def _table() -> Mapping[str, Any]:
-    file = Path(__file__).with_name("convergence.json")
-    return json.loads(file.read_text("utf-8"))["allowance"] if file.exists() else {}

@@ -1,38 +1,41 @@
-"""One layer's evidence: a matching of units compared with the identity, or with another matching of the same units."""
+"""One layer's evidence: a matching of units compared with the identity, or with another matching of the same units.
+
+Below, what statistics make of such comparisons: tests, shares, and the result of the constrained tests `csu` and `csh`.
+"""
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from tracing_jax.arch import Arch
 from tracing_jax.forward import LayerCorrelations
 from tracing_jax.matching import UnitMatching
 from tracing_jax.run_cache import RunCache
-from tracing_jax.statistics.permutation_nulls import (
-    agreement,
-    agreement_log_sf,
-    randomised_agreement_log_p,
-    spearman,
-)
-from tracing_jax.statistics.pvalues import LogPs
-from tracing_jax.statistics.statistic import Test
+from tracing_jax.statistics.nulls import agreement, agreement_log_sf, spearman
+from tracing_jax.statistics.pvalues import LogPs, fisher
+from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, Pair, Result, Test
 
 LN10 = math.log(10)
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far two matchings of units agree, with the p-values of a uniformly random matching.
+    """Agreement of two matchings of units, with p-values under the null of a uniformly random matching.
 
     Attributes:
       units: h, the units matched in both.
-      choices: h2, the units that each could have been matched to; `units` where they are permutations.
+      choices: h2, the units that each could be matched to; equal to `units` for permutations.
       r: rank correlation of the two.
-      agreeing: k, units that both send to the same unit.
-      log_p_rank, log_p_agreement: natural logarithms, one-sided. The second is conservative, since k is discrete.
+      agreeing: k, units that both match to the same unit.
+      log_p_rank, log_p_agreement: natural logarithms, one-sided. The second is conservative, as k is discrete.
     """
 
     units: int
@@ -42,18 +45,12 @@ class Comparison:
     log_p_rank: float
     log_p_agreement: float
 
-    def randomised_log_p_agreement(self, generator: np.random.Generator) -> float:
-        """Returns the log p-value of the agreement with its ties broken by lot: exactly uniform under the null."""
-        if not self.units:
-            return 0.0
-        return randomised_agreement_log_p(self.agreeing, self.units, self.choices, generator=generator)
-
 
 def against_identity(matching: UnitMatching, num_base: int, num_ft: int) -> Comparison:
-    """Returns how far a matching keeps units in their place.
+    """Returns the comparison of a matching with the identity.
 
-    Layers of equal width are compared index by index. Else the indices are reduced to their ranks among the matched
-    units, since pruning keeps the order of the units that stay.
+    Layers of equal width are compared index by index. Otherwise indices are replaced by their ranks among the matched
+    units, since pruning keeps the order of the remaining units.
     """
     p1, p2 = matching.base, matching.ft
     if num_base == num_ft:
@@ -62,7 +59,7 @@ def against_identity(matching: UnitMatching, num_base: int, num_ft: int) -> Comp
 
 
 def against_each_other(one: UnitMatching, other: UnitMatching) -> Comparison:
-    """Returns how far two matchings of the same live units agree."""
+    """Returns the comparison of two matchings of the same live units."""
     if one.live_base <= one.live_ft:
         return _compare(one.ft, other.ft, one.live_ft)
     return _compare(one.base, other.base, one.live_base)
@@ -71,15 +68,15 @@ def against_each_other(one: UnitMatching, other: UnitMatching) -> Comparison:
 def compare_layers(
     layers: Iterable[LayerCorrelations], compare: Callable[[LayerCorrelations], Comparison], run_cache: RunCache
 ) -> list[Comparison]:
-    """Returns the comparison of every layer: of an interrupted run's layers the one that was kept.
+    """Returns the comparison of every layer; those that an interrupted run finished come from its cache.
 
-    A layer is assigned before the next one is walked: assigning takes a few per cent of the time of a 7B layer at most
-    (measured on two cores), and beside the walk its correlations would take more memory than a 70B pair leaves.
+    A layer is compared before the forward pass goes on: its assignment takes a few per cent of the time of a 7B layer
+    at most (measured on two cores), and keeping its correlations meanwhile would exceed the memory for a 70B pair.
     """
     found: dict[int, Comparison] = {}
     for layer in layers:
         found[layer.layer] = run_cache.cached(Comparison, (layer.layer,), functools.partial(compare, layer))
-        del layer  # its correlations go before those of the next one are made
+        del layer  # frees its correlations before those of the next one are computed
     run_cache.delete("hidden")
     comparisons: list[Comparison] = []
     while (known := found.get(len(comparisons)) or run_cache.load(Comparison, len(comparisons))) is not None:
@@ -90,7 +87,7 @@ def compare_layers(
 def tests_of(
     comparisons: Sequence[Comparison], places: Sequence[str], combine: Callable[[LogPs], float], combined: str
 ) -> tuple[Test, Test]:
-    """Returns the tests by rank correlation and by agreement, each over all places."""
+    """Returns the tests by rank correlation and by agreement, each combined over all places."""
     return (
         one_test("rank correlation", comparisons, [c.log_p_rank for c in comparisons], places, combine, combined),
         one_test("agreement", comparisons, [c.log_p_agreement for c in comparisons], places, combine, combined),
@@ -105,7 +102,7 @@ def one_test(
     combine: Callable[[LogPs], float],
     combined: str,
 ) -> Test:
-    """Returns one test of these log p-values, beside what was compared."""
+    """Returns a test of these natural log p-values, with the units and agreements behind them."""
     values: dict[str, Sequence[float | int]] = {
         "units": [c.units for c in comparisons],
         "agreeing": [c.agreeing for c in comparisons],
@@ -116,23 +113,82 @@ def one_test(
 
 
 def share_agreeing(comparisons: Sequence[Comparison]) -> float:
-    """Returns the share of all matched units that the two matchings send to the same unit."""
+    """Returns the share of all matched units on which the two matchings agree, in [0, 1]."""
     return sum(c.agreeing for c in comparisons) / max(1, sum(c.units for c in comparisons))
 
 
 def share_by_layer(comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    """Returns the share of its matched units on which the two matchings of each layer agree, for the record."""
+    """Returns for the record, by layer, the share of matched units on which the two matchings agree."""
     return {"label": "units that agree, share", "values": [share_agreeing([layer]) for layer in comparisons]}
 
 
 def bonferroni_log10(tests: Sequence[Test]) -> float:
-    """Returns the decimal log p-value of a decision that may use any of these tests."""
+    """Returns the decimal log p-value of the smallest of these tests, after Bonferroni."""
     return min(0.0, min(test.log10_p for test in tests if test.log10_p is not None) + math.log10(len(tests)))
+
+
+def overlapped(items: Iterable[T], work: Callable[[T], R]) -> Iterator[R]:
+    """Yields `work(item)` for each item, in order; it runs on a thread while the next item is computed.
+
+    At most two items exist at a time.
+    """
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="overlapped") as thread:
+        pending: Future[R] | None = None
+        for item in items:
+            if pending is not None:
+                yield pending.result()
+            pending = thread.submit(work, item)
+            del item  # else it would be kept until the next one is there
+        if pending is not None:
+            yield pending.result()
+
+
+def units_not_applicable(base: Arch, ft: Arch) -> list[str]:
+    """Returns reasons why the MLP units of these models have no exact null; empty if they have."""
+    experts = [getattr(arch, "num_experts", None) for arch in (base, ft)]
+    if any(experts):
+        return ["experts: units are exchangeable only inside their expert, so no exact null; see match_distilled"]
+    return []
+
+
+def rows_not_applicable(base: Arch, ft: Arch) -> list[str]:
+    """Returns reasons why units of these models cannot be compared by the cosine of their rows; empty if they can."""
+    lines = units_not_applicable(base, ft)
+    if base.embed_dim != ft.embed_dim:
+        lines.append(f"different width ({base.embed_dim} and {ft.embed_dim} features): rows have no cosine")
+    return lines
+
+
+def layers_in_common(pair: Pair) -> int:
+    """Returns the number of layers that have a counterpart of equal index."""
+    return min(pair.base.arch.num_layers, pair.ft.arch.num_layers)
+
+
+def constrained_result(pair: Pair, comparisons: Sequence[Comparison], label: str) -> Result:
+    """Returns the result of a comparison per layer: two tests, each combined by Fisher, then Bonferroni over both."""
+    places = [f"layer {i}" for i in range(len(comparisons))]
+    tests = tests_of(comparisons, places, fisher, "Fisher over layers")
+    notes = []
+    depths = [model.arch.num_layers for model in (pair.base, pair.ft)]
+    if depths[0] != depths[1]:
+        notes.append(f"{depths[0]} and {depths[1]} layers: the first {min(depths)} are compared; see match_all")
+    smaller = min(pair.base.arch.mlp_dim, pair.ft.arch.mlp_dim)
+    if dead := sum(smaller - comparison.units for comparison in comparisons):
+        notes.append(f"{dead} units are zero or never vary, or have no partner, and were left out")
+    result = Result(
+        headline=share_agreeing(comparisons),
+        label=label,
+        log10_p=bonferroni_log10(tests),
+        tests=tests,
+        per_layer=share_by_layer(comparisons),
+        notes=notes,
+    )
+    return result.without_p(AFTER_ALIGNMENT) if pair.aligned else result
 
 
 def _compare(p1: np.ndarray, p2: np.ndarray, choices: int) -> Comparison:
     h = len(p1)
-    if h < 2:  # nothing can be said of one unit
+    if h < 2:  # one unit carries no evidence
         return Comparison(h, choices, 0.0, 0, 0.0, 0.0)
     rank, k = spearman(p1, p2), agreement(p1, p2)
     return Comparison(h, choices, rank.r, k, rank.log_p, agreement_log_sf(k, h, choices))

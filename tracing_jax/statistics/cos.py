@@ -28,7 +28,7 @@ class Cos(options.Cos):
 
     needs_tokens: ClassVar[bool] = False
 
-    def problems(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
+    def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns why gate weights of these models cannot be compared layer by layer."""
         lines = [
             f"no gate: the MLPs of {name} (family {arch.family}) have none, and gate weights are what is compared"

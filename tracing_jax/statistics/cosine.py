@@ -1,4 +1,4 @@
-"""Cosines between the rows of two matrices, in slices where the matrix of all would take too much memory."""
+"""Cosines between the rows of two matrices, in slices if the whole matrix would take too much memory."""
 
 import jax
 import jax.numpy as jnp
@@ -6,11 +6,11 @@ import numpy as np
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
-from tracing_jax.matching import Product
+from tracing_jax.matching import FactoredSimilarity
 from tracing_jax.tree import readable, to_host
 
-_SLICE_BYTES = 256 * 2**20  # the most that one slice of the cosine matrix may take
-_WHOLE_BYTES = 4 * 2**30  # the most that one matrix to be matched may take, 32,768 x 32,768; two may live at a time
+_SLICE_BYTES = 256 * 2**20  # maximum of one slice of the cosine matrix
+_WHOLE_BYTES = 4 * 2**30  # maximum of one matrix to be matched, 32,768 x 32,768; two may exist at a time
 
 
 def best_cosines(rows: Float[Array, "n d"], others: Float[Array, "m d"], description: str = "") -> np.ndarray:
@@ -26,13 +26,13 @@ def best_cosines(rows: Float[Array, "n d"], others: Float[Array, "m d"], descrip
 
 def similarities(
     rows: Float[Array | np.ndarray, "n d"], others: Float[Array | np.ndarray, "m d"]
-) -> Float[Array | np.ndarray, "n m"] | Product:
-    """Returns the cosines of all rows with all others, to be matched; above 4 GiB as a product that is never whole.
+) -> Float[Array | np.ndarray, "n m"] | FactoredSimilarity:
+    """Returns the cosines of all rows with all others, for matching; above 4 GiB as factors.
 
-    Whoever matches a product makes it anew in each of its few passes.
+    Each pass of the matching then computes the product again, block by block.
     """
     if 4 * len(rows) * len(others) > _WHOLE_BYTES:
-        return Product(*(_normalised(readable(jnp.asarray(side))) for side in (rows, others)))
+        return FactoredSimilarity(*(_normalised(readable(jnp.asarray(side))) for side in (rows, others)))
     return readable(cosines(rows, others))
 
 

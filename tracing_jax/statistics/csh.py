@@ -9,8 +9,13 @@ from tracing_jax.arch import Arch
 from tracing_jax.data import PairedBlocks, paired_one_to_one
 from tracing_jax.forward import LayerCorrelations, correlations
 from tracing_jax.matching import match_units
-from tracing_jax.statistics.comparison import Comparison, against_identity, compare_layers
-from tracing_jax.statistics.constrained import constrained_result, unit_problems
+from tracing_jax.statistics.comparison import (
+    Comparison,
+    against_identity,
+    compare_layers,
+    constrained_result,
+    units_not_applicable,
+)
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies
 
 _TAP = {"hidden": "units", "up": "up"}
@@ -27,9 +32,9 @@ class Csh(options.Csh):
 
     needs_tokens: ClassVar[bool] = False
 
-    def problems(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
+    def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns why the units of these models cannot be compared on the same tokens."""
-        lines = unit_problems(base, ft)
+        lines = units_not_applicable(base, ft)
         if base.num_layers != ft.num_layers:
             lines.append(f"different depth ({base.num_layers} and {ft.num_layers} layers): inputs have no counterpart")
         if len(vocabularies.ids_base) < 2:

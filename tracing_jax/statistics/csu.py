@@ -9,11 +9,16 @@ from tqdm import trange
 
 from tracing_jax import options
 from tracing_jax.arch import Arch
-from tracing_jax.matching import Product, match_units
-from tracing_jax.statistics.comparison import Comparison, against_identity
-from tracing_jax.statistics.constrained import constrained_result, layers_in_common, row_problems
+from tracing_jax.matching import FactoredSimilarity, match_units
+from tracing_jax.statistics.comparison import (
+    Comparison,
+    against_identity,
+    constrained_result,
+    layers_in_common,
+    overlapped,
+    rows_not_applicable,
+)
 from tracing_jax.statistics.cosine import similarities
-from tracing_jax.statistics.overlap import overlapped
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies
 from tracing_jax.tree import Tree
 
@@ -29,21 +34,21 @@ class Csu(options.Csu):
 
     needs_tokens: ClassVar[bool] = False
 
-    def problems(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
+    def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns why up-projection rows of these models cannot be compared."""
-        return row_problems(base, ft)
+        return rows_not_applicable(base, ft)
 
     def compute(self, pair: Pair) -> Result:
         """Returns the p-values per layer and combined, by rank correlation and by agreement."""
         run_cache = pair.run_cache.scope("csu")
         layers, kept = layers_in_common(pair), run_cache.count(Comparison)
 
-        def by_layer() -> Iterator[tuple[int, Array | np.ndarray | Product]]:
+        def by_layer() -> Iterator[tuple[int, Array | np.ndarray | FactoredSimilarity]]:
             for i in trange(kept, layers, desc="csu", unit="layer", initial=kept, total=layers, disable=None):
                 base, ft = (unit_rows(m.layer(i, ("mlp/up_proj/kernel",)), "up_proj") for m in (pair.base, pair.ft))
                 yield i, similarities(base, ft)
 
-        def compare(item: tuple[int, Array | np.ndarray | Product]) -> Comparison:
+        def compare(item: tuple[int, Array | np.ndarray | FactoredSimilarity]) -> Comparison:
             i, similarity = item
             return run_cache.cached(Comparison, (i,), lambda: compare_rows(similarity, pair.generator("csu", i)))
 
@@ -53,11 +58,13 @@ class Csu(options.Csu):
 
 
 def unit_rows(layer: Tree, projection: str) -> Float[Array | np.ndarray, "F D"]:
-    """Returns a row for each MLP unit of a layer: its weights on the features."""
+    """Returns the weights of each MLP unit of a layer on the features, a row per unit."""
     return layer["mlp"][projection]["kernel"].T
 
 
-def compare_rows(similarity: Float[Array | np.ndarray, "n m"] | Product, generator: np.random.Generator) -> Comparison:
-    """Returns how far matching rows by their absolute similarity keeps them in place."""
+def compare_rows(
+    similarity: Float[Array | np.ndarray, "n m"] | FactoredSimilarity, generator: np.random.Generator
+) -> Comparison:
+    """Returns the comparison of the matching by absolute similarity with the identity."""
     matching = match_units(similarity, generator, absolute=True)
     return against_identity(matching, *similarity.shape)

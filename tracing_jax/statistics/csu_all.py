@@ -13,14 +13,12 @@ from tqdm import tqdm
 from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisTable, axis_table, kind_of
-from tracing_jax.matching import Product
+from tracing_jax.matching import FactoredSimilarity
 from tracing_jax.sources import ParamSource, leaf
-from tracing_jax.statistics.comparison import Comparison, bonferroni_log10, one_test
-from tracing_jax.statistics.constrained import row_problems
+from tracing_jax.statistics.comparison import Comparison, bonferroni_log10, one_test, overlapped, rows_not_applicable
 from tracing_jax.statistics.cosine import similarities
 from tracing_jax.statistics.csu import compare_rows
-from tracing_jax.statistics.overlap import overlapped
-from tracing_jax.statistics.pvalues import smallest
+from tracing_jax.statistics.pvalues import bonferroni
 from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, Pair, Result, Test, Vocabularies
 from tracing_jax.tree import to_host
 
@@ -29,15 +27,15 @@ _ROWS = {"gate_proj": "mlp", "up_proj": "mlp", "down_proj": "embed", "o_proj": "
 """Matrix -> the axis whose units are its rows; for heads, all axes but `embed` together."""
 
 _EXACT = ("gate_proj", "up_proj", "down_proj", "o_proj")
-"""Matrices whose rows an independent model may have in any order. Heads are outside that group, rope orders the rows
-inside a head, and the rows of embedding and head are tokens: their p-values have no exact null."""
+"""Matrices whose rows are exchangeable in an independent model. Heads are not in that group, rope fixes the order of
+rows inside a head, and rows of embedding and head are tokens: their p-values have no exact null."""
 
 
 _Rows = Callable[[], tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "n d"]]]
-"""Reads a matrix of base and one of ft, as rows."""
+"""Reads a matrix of base and one of ft, with units as rows."""
 _Place = tuple[str, bool, _Rows]
-"""The name of two matrices, whether their null is exact, and what reads them."""
-_Similarity = Array | np.ndarray | Product
+"""The name of two matrices, whether their null is exact, and the function that reads them."""
+_Similarity = Array | np.ndarray | FactoredSimilarity
 """The cosines of all rows of one with all of the other."""
 
 
@@ -50,9 +48,9 @@ class CsuAll(options.CsuAll):
 
     needs_tokens: ClassVar[bool] = False
 
-    def problems(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
+    def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns why rows of these models have no cosine."""
-        return row_problems(base, ft)
+        return rows_not_applicable(base, ft)
 
     def compute(self, pair: Pair) -> Result:
         """Returns the p-values of the matrices, those with an exact null apart from those without."""
@@ -78,12 +76,12 @@ class CsuAll(options.CsuAll):
         return result.without_p(AFTER_ALIGNMENT) if pair.aligned else result
 
     def _similarities(self, pair: Pair, places: Sequence[_Place]) -> Iterator[tuple[str, _Similarity | Comparison]]:
-        """Yields for each place what is to be matched, or the comparison that an interrupted run has kept."""
+        """Yields for each place its similarities, or its comparison if an interrupted run has cached it."""
         for place, _, rows in tqdm(places, desc="csu_all", unit="matrix", disable=None):
             yield place, pair.run_cache.load(Comparison, "csu_all", place) or similarities(*rows())
 
     def _pairs(self, pair: Pair) -> Iterator[_Place]:
-        """Yields the name, whether the null is exact, and what reads both matrices as rows."""
+        """Yields the name of two matrices, whether their null is exact, and the function that reads them."""
         tables = [axis_table(model.arch) for model in (pair.base, pair.ft)]
         shapes, shapes_ft = (_shapes(table) for table in tables)
         for name, shape in shapes.items():
@@ -148,7 +146,7 @@ def _tests(name: str, found: dict[str, Comparison], decides: bool) -> list[Test]
     places, comparisons = list(found), list(found.values())
     agreements, ranks = [c.log_p_agreement for c in comparisons], [c.log_p_rank for c in comparisons]
     made = [
-        one_test(f"agreement, {name}", comparisons, agreements, places, smallest, "Holm's minimum"),
-        one_test(f"rank correlation, {name}", comparisons, ranks, places, smallest, "Holm's minimum"),
+        one_test(f"agreement, {name}", comparisons, agreements, places, bonferroni, "Holm's minimum"),
+        one_test(f"rank correlation, {name}", comparisons, ranks, places, bonferroni, "Holm's minimum"),
     ]
     return [replace(test, decides=decides) for test in made]

@@ -23,7 +23,7 @@ class Emb(options.Emb):
 
     needs_tokens: ClassVar[bool] = False
 
-    def problems(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
+    def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns why embedding rows of these models cannot be compared."""
         lines = []
         if base.embed_dim != ft.embed_dim:

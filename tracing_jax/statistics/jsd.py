@@ -21,7 +21,7 @@ class Jsd(options.Jsd):
 
     needs_tokens: ClassVar[bool] = True
 
-    def problems(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
+    def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns why the predictions cannot be compared."""
         return [] if len(vocabularies.ids_base) else ["the vocabularies share no token to predict"]
 

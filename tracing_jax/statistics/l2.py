@@ -16,7 +16,7 @@ from tracing_jax.arch import Arch
 from tracing_jax.axes import axis_table
 from tracing_jax.rewrites import Dims, Permutations, take_units, unit_moves
 from tracing_jax.sources import part, prefixes
-from tracing_jax.statistics.permuted_copies import draw_permutations, permutation_result, same_shape_problems
+from tracing_jax.statistics.permuted_copies import draw_permutations, permutation_result, shapes_not_applicable
 from tracing_jax.statistics.pvalues import permutation_test
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies
 from tracing_jax.tree import flatten, to_host
@@ -34,9 +34,9 @@ class L2(options.L2):
 
     needs_tokens: ClassVar[bool] = False
 
-    def problems(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
+    def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns why the tensors of these models cannot be subtracted."""
-        return same_shape_problems(base, ft)
+        return shapes_not_applicable(base, ft)
 
     def compute(self, pair: Pair) -> Result:
         """Returns the distance as given, and its rank among the permuted copies."""
@@ -130,7 +130,7 @@ def _permuted_products(
 ) -> jax.Array:
     """Returns for each copy the products of base with ft taken at its indices, added up along the last axis, `[T, _]`.
 
-    One copy of the leaf lives at a time. The rows are left to the host, which adds them up in float64.
+    One copy of the leaf exists at a time. The rows are summed on the host in float64.
     """
 
     def one(taken: list[jax.Array]) -> jax.Array:

@@ -1,6 +1,7 @@
-"""`match`: do gate and up projection, matched apart, agree on which unit is which? It holds under every rewrite."""
+"""`match`: do the matchings of units by gate and by up projection agree? Invariant under every rewrite."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -13,12 +14,13 @@ from tracing_jax.matching import UnitMatching, live_units, match_units
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.calibration import (
+    DEFAULT_ALLOWANCE,
+    DEFAULT_SOURCE,
     Null,
     control_pairs,
     control_source,
     measured_allowance,
     null_of,
-    tabled_allowance,
 )
 from tracing_jax.statistics.comparison import (
     Comparison,
@@ -30,14 +32,13 @@ from tracing_jax.statistics.comparison import (
     share_by_layer,
     tests_of,
 )
-from tracing_jax.statistics.overlap import side_by_side
-from tracing_jax.statistics.pvalues import smallest
+from tracing_jax.statistics.pvalues import bonferroni
 from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, Pair, Result, Test, Vocabularies
 
 TAPS = ("gate", "up")
 
 Samples = Mapping[str, tuple[np.ndarray, np.ndarray]]
-"""Tap -> activations of base and of ft at the sampled positions."""
+"""Tap -> activations `[S, F]` of base and of ft at the sampled positions."""
 
 
 class Match(options.Match):
@@ -59,9 +60,9 @@ class Match(options.Match):
         """Only the forward form reads text."""
         return "forward" in self.forms
 
-    def problems(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
+    def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns why no layer of these models can be matched with the layer of equal index."""
-        lines = gate_problems(base, ft)
+        lines = gates_not_applicable(base, ft)
         if base.num_layers != ft.num_layers:
             lines.append(f"different depth ({base.num_layers} and {ft.num_layers} layers): see match_all")
         if "forward" not in self.forms and len(vocabularies.ids_base) < 2:
@@ -98,16 +99,16 @@ class Match(options.Match):
     def _layers(
         self, form: str, base: ParamSource, ft: ParamSource, pair: Pair, run_cache: RunCache
     ) -> tuple[list[Comparison], list[Comparison]]:
-        """Returns the comparisons of the layers, and of layer pairs that do not correspond."""
+        """Returns the comparisons of the layers, and of control pairs of layers."""
         samples: dict[int, Samples] = {}
 
         def compare(layer: LayerCorrelations) -> Comparison:
             samples[layer.layer] = layer.samples
-            _keep_samples(run_cache, layer)
+            _save_samples(run_cache, layer)
             return compare_taps(layer.by_tap, pair, ("match", form, layer.layer))
 
         layers = compare_layers(self._correlations(form, base, ft, pair, run_cache), compare, run_cache)
-        samples |= {i: _kept_samples(run_cache, i) for i in range(len(layers)) if i not in samples}
+        samples |= {i: _load_samples(run_cache, i) for i in range(len(layers)) if i not in samples}
         pairs = control_pairs(len(layers), len(layers), pair.generator("match", form, "controls"))
         return layers, list(_control_comparisons(samples, pairs, pair, form))
 
@@ -124,13 +125,12 @@ class Match(options.Match):
         return embedding_correlations(base, ft, shared, TAPS, pair.compute, sample, first=finished)
 
     def allowance(self, form: str, pair: Pair) -> tuple[list[float], str]:
-        """Returns the share of each of base's layers that may agree by convergence, and where it comes from.
+        """Returns for each of base's layers the share of units that may agree by convergence, and its source.
 
-        Controls stand in base's place, against base itself and, where it is as deep, against ft.
+        Control models are compared with base and, if of equal depth, with ft.
         """
         if not pair.controls:
-            source = "the table measured on our own seeds, by relative depth, and 0.05 at least"
-            return tabled_allowance(pair.base.arch.num_layers, form), source
+            return [DEFAULT_ALLOWANCE] * pair.base.arch.num_layers, DEFAULT_SOURCE
         others = [("base", pair.of_base())]
         if pair.base.arch.num_layers == pair.ft.arch.num_layers:
             others.append(("ft", pair))
@@ -142,8 +142,8 @@ class Match(options.Match):
         return measured_allowance(measured), control_source(len(pair.controls), len(others))
 
 
-def gate_problems(base: Arch, ft: Arch) -> list[str]:
-    """Returns why these models have no gate and up projection to match."""
+def gates_not_applicable(base: Arch, ft: Arch) -> list[str]:
+    """Returns reasons why these models have no gate and up projection to match; empty if they have."""
     lines = []
     for side, arch in (("base", base), ("ft", ft)):
         if not getattr(arch, "gated", True):
@@ -159,28 +159,27 @@ def match_taps(
     """Returns the matchings by gate and by up correlations, over the units live in both."""
     gate, up = by_tap["gate"], by_tap["up"]
     live = live_units(gate, up)
-    by_gate, by_up = side_by_side(
-        lambda: match_units(gate, pair.generator(*names, "gate"), live),
-        lambda: match_units(up, pair.generator(*names, "up"), live, absolute=True),
-    )
-    return by_gate, by_up
+    with ThreadPoolExecutor(max_workers=2, thread_name_prefix="match") as threads:
+        by_gate = threads.submit(match_units, gate, pair.generator(*names, "gate"), live)
+        by_up = threads.submit(match_units, up, pair.generator(*names, "up"), live, absolute=True)
+        return by_gate.result(), by_up.result()
 
 
 def compare_taps(by_tap: Mapping[str, Array | np.ndarray], pair: Pair, names: Sequence[str | int]) -> Comparison:
-    """Returns how far the matchings by gate and by up correlations agree."""
+    """Returns the comparison of the matchings by gate and by up correlations."""
     return against_each_other(*match_taps(by_tap, pair, names))
 
 
-def _keep_samples(run_cache: RunCache, layer: LayerCorrelations) -> None:
+def _save_samples(run_cache: RunCache, layer: LayerCorrelations) -> None:
     run_cache.save_arrays(
         lambda: {f"{tap} {side}": found for tap, pair in layer.samples.items() for side, found in enumerate(pair)},
         "samples", layer.layer,
     )  # fmt: skip
 
 
-def _kept_samples(run_cache: RunCache, layer: int) -> Samples:
+def _load_samples(run_cache: RunCache, layer: int) -> Samples:
     arrays = run_cache.load_arrays("samples", layer)
-    assert arrays is not None, f"the comparison of layer {layer} was kept without its samples"
+    assert arrays is not None, f"the comparison of layer {layer} was cached without its samples"
     return {tap: (arrays[f"{tap} 0"], arrays[f"{tap} 1"]) for tap in TAPS}
 
 
@@ -196,14 +195,14 @@ def _control_comparisons(
 
 
 def form_tests(form: str, layers: Sequence[Comparison], null: Null) -> list[Test]:
-    """Returns the calibrated tests of a form, which decide, and beside them the parametric ones."""
+    """Returns the calibrated tests of a form, which enter the verdict, and the parametric ones, which do not."""
     places = [f"layer {i}" for i in range(len(layers))]
     how = "Holm's minimum over layers"
     agreement = [null.log_p_agreement(i, found) for i, found in enumerate(layers)]
     rank = [null.log_p_rank(i, found) for i, found in enumerate(layers)]
     calibrated = [
-        one_test(f"{form}, agreement, calibrated", layers, agreement, places, smallest, how),
-        one_test(f"{form}, rank correlation, calibrated", layers, rank, places, smallest, how),
+        one_test(f"{form}, agreement, calibrated", layers, agreement, places, bonferroni, how),
+        one_test(f"{form}, rank correlation, calibrated", layers, rank, places, bonferroni, how),
     ]
-    parametric = tests_of(layers, places, smallest, how)
+    parametric = tests_of(layers, places, bonferroni, how)
     return calibrated + [replace(test, name=f"{form}, {test.name}, parametric", decides=False) for test in parametric]

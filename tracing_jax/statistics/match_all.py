@@ -1,23 +1,23 @@
-"""`match_all`: which layer comes from which? `match` on every pair of layers, whatever the depths and widths."""
+"""`match_all`: which layer of ft comes from which layer of base? `match` on every pair of layers."""
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from jaxtyping import Float
 from tqdm import trange
 
 from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.forward import activations, correlate, embedding_activations
-from tracing_jax.matching import live_units, match_units
+from tracing_jax.matching import assign, live_units, match_units
 from tracing_jax.sources import ParamSource
-from tracing_jax.statistics.calibration import Null, null_of, tabled_allowance
+from tracing_jax.statistics.calibration import DEFAULT_ALLOWANCE, Null, null_of
 from tracing_jax.statistics.comparison import LN10, Comparison, bonferroni_log10, one_test
-from tracing_jax.statistics.layer_map import LayerMap, assign_layers, sentence
-from tracing_jax.statistics.match import TAPS, Match, compare_taps, gate_problems
-from tracing_jax.statistics.pvalues import smallest
+from tracing_jax.statistics.match import TAPS, Match, compare_taps, gates_not_applicable
+from tracing_jax.statistics.pvalues import bonferroni
 from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, Pair, Result, Test, Vocabularies
 
 Activations = Mapping[str, np.ndarray]
@@ -27,17 +27,34 @@ _FEW_POSITIONS = 64
 
 
 @dataclass(frozen=True)
+class LayerMap:
+    """The assignment of layers of ft to layers of base.
+
+    Attributes:
+      pairs: (layer of base, layer of ft), each layer once, in base's order.
+      copies: (layer of base, layer of ft) for the remaining layers of ft that match a layer which has a partner
+        already: an up-scaled model repeats layers.
+      unmatched_base, unmatched_ft: layers that match none.
+    """
+
+    pairs: tuple[tuple[int, int], ...]
+    copies: tuple[tuple[int, int], ...]
+    unmatched_base: tuple[int, ...]
+    unmatched_ft: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class MatchAll(options.MatchAll):
     """Every layer of base against every layer of ft, by gate and up activations as in `match`.
 
-    The forward form keeps base's and ft's activations at sampled positions of the text, at most `max_gib` in all; the
-    weights-only form hands every MLP the embeddings of shared tokens. A pair's p-value is the smaller of the forms' and
-    of the tests', after Bonferroni. Layers are assigned by the evidence, and a layer may stay without a partner.
+    The forward form stores base's and ft's activations at sampled positions of the text, at most `max_gib` in all; the
+    weights-only form gives every MLP the embeddings of shared tokens as input. A pair's p-value is the smallest of both
+    forms and both tests, after Bonferroni. Layers are assigned by these p-values; a layer may have no partner.
 
     Fewer positions are sampled where the kept activations would take more than `max_gib`.
 
     Attributes:
-      level: below which, after Bonferroni over all pairs, two layers belong together.
+      level: significance level, after Bonferroni over all pairs, below which two layers are assigned to each other.
 
     Source: Zhu et al. 2025 (arXiv 2502.12292), section 4, which maps the blocks of Llama 3.1 onto those of Llama 3.2.
     """
@@ -49,9 +66,9 @@ class MatchAll(options.MatchAll):
         """Only the forward form reads text."""
         return "forward" in self.forms
 
-    def problems(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
-        """Returns why no layers of these models can be matched."""
-        lines = gate_problems(base, ft)
+    def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
+        """Returns reasons why no layers of these models can be matched; empty if they can."""
+        lines = gates_not_applicable(base, ft)
         if "forward" in self.forms and self._positions(base, ft) < _FEW_POSITIONS:
             lines.append(f"activations at {_FEW_POSITIONS} positions take more than {self.max_gib:g} GiB; raise it")
         if "forward" not in self.forms and len(vocabularies.ids_base) < 2:
@@ -59,20 +76,20 @@ class MatchAll(options.MatchAll):
         return lines
 
     def compute(self, pair: Pair) -> Result:
-        """Returns the map with its p-values; one forward pass per model."""
-        kept: dict[str, tuple[list[Activations], list[Activations]]] = {}
+        """Returns the layer map with its p-values; one forward pass per model."""
+        by_form: dict[str, tuple[list[Activations], list[Activations]]] = {}
         compared: dict[str, list[list[Comparison]]] = {}
         nulls: dict[str, Null] = {}
         log_p: dict[str, np.ndarray] = {}
         for form in self.forms:
             if form == "forward" or len(pair.vocabularies.ids_base) >= 2:
-                kept[form] = self._activations(form, pair)
-                compared[form] = self._compare(form, pair, *kept[form])
+                by_form[form] = self._activations(form, pair)
+                compared[form] = self._compare(form, pair, *by_form[form])
                 nulls[form], log_p[form] = _calibrated(compared[form], *self._allowances(form, pair))
-        both = np.minimum(0.0, np.min(list(log_p.values()), axis=0) + math.log(len(log_p)))
-        found = assign_layers(both, math.log(self.level / both.size))
-        units = _units(found, kept, log_p, pair)
-        result = self._result(found, both, compared, nulls, log_p, units, pair)
+        combined = np.minimum(0.0, np.min(list(log_p.values()), axis=0) + math.log(len(log_p)))
+        found = assign_layers(combined, math.log(self.level / combined.size))
+        units = _kept_units(found, by_form, log_p, pair)
+        result = self._result(found, combined, compared, nulls, log_p, units, pair)
         return result.without_p(AFTER_ALIGNMENT) if pair.aligned else result
 
     def _positions(self, base: Arch, ft: Arch) -> int:
@@ -98,60 +115,61 @@ class MatchAll(options.MatchAll):
         return tuple([found for _, found in embedding_activations(model, ids, TAPS)] for model, ids in sources)  # type: ignore[return-value]
 
     def _allowances(self, form: str, pair: Pair) -> tuple[list[float], list[float], str]:
-        """Returns the shares of base's and of ft's layers that may agree by convergence, and where they come from.
+        """Returns the shares of units of base's and of ft's layers that may agree by convergence, and their source.
 
-        Controls are of base's depth: at a layer of ft counts what they share at its relative depth.
+        Controls have base's depth: shares for ft's layers are interpolated at their relative depth.
         """
         u, source = Match().allowance(form, pair)
         if not pair.controls:
-            return u, tabled_allowance(pair.ft.arch.num_layers, form), source
+            return u, [DEFAULT_ALLOWANCE] * pair.ft.arch.num_layers, source
         base, ft = (np.linspace(0, 1, model.arch.num_layers) for model in (pair.base, pair.ft))
         return u, np.interp(ft, base, u).tolist(), source
 
     def _compare(
         self, form: str, pair: Pair, base: Sequence[Activations], ft: Sequence[Activations]
     ) -> list[list[Comparison]]:
+        """Returns at [i][j] the comparison of layer i of base with layer j of ft."""
         run_cache = pair.run_cache.scope("match_all", form)
 
         def compare(i: int, units: np.ndarray, j: int) -> Comparison:
             by_tap = {tap: correlate(base[i][tap][:, units], ft[j][tap]) for tap in TAPS}
             return compare_taps(by_tap, pair, ("match_all", form, i, j))
 
-        rows = []
+        table = []
         for i in trange(len(base), desc=f"match_all, {form}", unit="layer", disable=None):
             drawn = pair.generator("match_all", "units", i).permutation(base[i]["gate"].shape[1])[: self.units]
             make = functools.partial(compare, i, np.sort(drawn))
-            rows.append([run_cache.cached(Comparison, (i, j), functools.partial(make, j)) for j in range(len(ft))])
-        return rows
+            table.append([run_cache.cached(Comparison, (i, j), functools.partial(make, j)) for j in range(len(ft))])
+        return table
 
     def _result(
         self,
         found: LayerMap,
-        both: np.ndarray,
+        combined: np.ndarray,
         compared: Mapping[str, list[list[Comparison]]],
         nulls: Mapping[str, Null],
         log_p: Mapping[str, np.ndarray],
         units: Mapping[tuple[int, int], np.ndarray],
         pair: Pair,
     ) -> Result:
-        num_base, num_ft = both.shape
+        num_base, num_ft = combined.shape
         places = [f"base {i} : ft {j}" for i in range(num_base) for j in range(num_ft)]
         tests: list[Test] = [
             one_test(
-                f"{form}, calibrated", [c for row in rows for c in row], log_p[form].ravel().tolist(), places, smallest,
-                "Holm's minimum over layer pairs",
+                f"{form}, calibrated", [c for row in table for c in row], log_p[form].ravel().tolist(), places,
+                bonferroni, "Holm's minimum over layer pairs",
             )
-            for form, rows in compared.items()
+            for form, table in compared.items()
         ]  # fmt: skip
         kept = [(len(units[place]), pair.ft.arch.mlp_dim) for place in found.pairs]
         shown = {
-            "log10_p": (both / LN10).tolist(),
+            "log10_p": (combined / LN10).tolist(),
             "pairs": [
-                {"base": i, "ft": j, "log10_p": float(both[i, j] / LN10), "units": pair.ft.arch.mlp_dim,
+                {"base": i, "ft": j, "log10_p": float(combined[i, j] / LN10), "units": pair.ft.arch.mlp_dim,
                  "agreeing": len(units[i, j])}
                 for i, j in found.pairs
             ],
-            "copies": [{"base": i, "ft": j, "log10_p": float(both[i, j] / LN10)} for i, j in found.copies],
+            "copies": [{"base": i, "ft": j, "log10_p": float(combined[i, j] / LN10)} for i, j in found.copies],
             "unmatched_base": list(found.unmatched_base),
             "unmatched_ft": list(found.unmatched_ft),
             "sentence": sentence(found, num_base, num_ft, kept),
@@ -169,17 +187,17 @@ class MatchAll(options.MatchAll):
         )
 
 
-def _units(
+def _kept_units(
     found: LayerMap,
-    kept: Mapping[str, tuple[Sequence[Activations], Sequence[Activations]]],
+    by_form: Mapping[str, tuple[Sequence[Activations], Sequence[Activations]]],
     log_p: Mapping[str, np.ndarray],
     pair: Pair,
 ) -> dict[tuple[int, int], np.ndarray]:
-    """Returns for each pair of layers its units, by the form that tells the pair apart best."""
+    """Returns for each assigned pair of layers the matched units `[M, 2]`, by the form of smaller p-value."""
     units = {}
     for i, j in found.pairs:
         form = min(log_p, key=lambda form: log_p[form][i, j])
-        base, ft = (side[at] for side, at in zip(kept[form], (i, j)))
+        base, ft = (side[at] for side, at in zip(by_form[form], (i, j)))
         units[i, j] = paired_units(base, ft, pair.generator("match_all", "unit map", i, j))
     return units
 
@@ -195,26 +213,26 @@ def paired_units(base: Activations, ft: Activations, generator: np.random.Genera
 
 
 def _calibrated(
-    rows: Sequence[Sequence[Comparison]], u_base: Sequence[float], u_ft: Sequence[float], source: str
+    table: Sequence[Sequence[Comparison]], u_base: Sequence[float], u_ft: Sequence[float], source: str
 ) -> tuple[Null, np.ndarray]:
-    """Returns the null, measured on pairs that do not correspond, and the log p-values against it."""
-    num_base, num_ft = len(rows), len(rows[0])
-    parametric = np.array([[c.log_p_agreement for c in row] for row in rows])
+    """Returns the null, measured on pairs of layers that do not correspond, and the log p-values `[L, L2]` under it."""
+    num_base, num_ft = len(table), len(table[0])
+    parametric = np.array([[c.log_p_agreement for c in row] for row in table])
     assigned = assign_layers(parametric, 0.0).pairs
-    controls = [rows[i][j] for i, j in _controls(num_base, num_ft, assigned)]
+    controls = [table[i][j] for i, j in _control_places(num_base, num_ft, assigned)]
     u = np.maximum.outer(u_base, u_ft)
     null = null_of(controls, u_base, source)
 
     def log_p(i: int, j: int) -> float:
         own = replace(null, u=(float(u[i, j]),))
-        best = min(own.log_p_agreement(0, rows[i][j]), own.log_p_rank(0, rows[i][j]))
+        best = min(own.log_p_agreement(0, table[i][j]), own.log_p_rank(0, table[i][j]))
         return min(0.0, best + math.log(2))
 
     return null, np.array([[log_p(i, j) for j in range(num_ft)] for i in range(num_base)])
 
 
-def _controls(num_base: int, num_ft: int, assigned: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Yields the layer pairs that are not assigned and do not stand beside an assigned one; without any, all others."""
+def _control_places(num_base: int, num_ft: int, assigned: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yields the pairs of layers neither assigned nor adjacent to an assigned pair; if none, all not assigned."""
     apart = np.ones((num_base, num_ft), bool)
     for i, j in assigned:
         apart[max(0, i - 1) : i + 2, j] = apart[i, max(0, j - 1) : j + 2] = False
@@ -222,3 +240,76 @@ def _controls(num_base: int, num_ft: int, assigned: Sequence[tuple[int, int]]) -
         apart[:] = True
         apart[tuple(zip(*assigned))] = False
     yield from ((int(i), int(j)) for i, j in np.argwhere(apart))
+
+
+def assign_layers(log_p: Float[np.ndarray, "L L2"], log_level: float) -> LayerMap:
+    """Returns the assignment of layers of smallest total log p-value; only pairs below the level are assigned.
+
+    Args:
+      log_p: natural log p-value of layer i of base and layer j of ft, at [i, j].
+      log_level: the level of one pair, already divided by the number of pairs.
+    """
+    gain = np.maximum(log_level - log_p, 0.0)
+    if gain.shape[0] <= gain.shape[1]:
+        found = list(enumerate(assign(gain).tolist()))
+    else:
+        found = [(i, j) for j, i in enumerate(assign(gain.T).tolist())]
+    pairs = tuple(sorted((int(i), int(j)) for i, j in found if gain[i, j] > 0))
+    taken = {j for _, j in pairs}
+    left = [j for j in range(gain.shape[1]) if j not in taken]
+    copies = tuple((int(gain[:, j].argmax()), j) for j in left if gain[:, j].max() > 0)
+    alike = {i for i, _ in pairs} | {i for i, _ in copies}
+    return LayerMap(
+        pairs,
+        copies,
+        tuple(i for i in range(gain.shape[0]) if i not in alike),
+        tuple(j for j in left if not gain[:, j].max() > 0),
+    )
+
+
+def sentence(found: LayerMap, num_base: int, num_ft: int, kept: Sequence[tuple[int, int]]) -> str:
+    """Returns the map as a sentence; `kept` has for each pair the numbers of matched units and of all of ft's units."""
+    if not found.pairs:
+        return f"None of ft's {num_ft} layers resembles a layer of base beyond what independent models share."
+    in_order = all(a[1] < b[1] for a, b in zip(found.pairs, found.pairs[1:]))
+    words = [
+        f"{len(found.pairs)} of ft's {num_ft} layers come from base's {num_base}, "
+        f"{'in order' if in_order else 'not in order'} ({_runs(found.pairs)})"
+    ]
+    if found.copies:
+        words.append("ft's " + ", ".join(f"layer {j} repeats base's {i}" for i, j in found.copies))
+    if found.unmatched_base:
+        words.append(f"base's {ranges(found.unmatched_base)} left no trace")
+    if found.unmatched_ft:
+        words.append(f"nothing of base resembles ft's {ranges(found.unmatched_ft)}")
+    share = [f"{k} of {h}" for k, h in kept]
+    if len(set(share)) == 1:
+        words.append(f"in each matched layer {share[0]} units were found again")
+    else:
+        total = sum(k for k, _ in kept), sum(h for _, h in kept)
+        words.append(f"in the matched layers {total[0]} of {total[1]} units were found again")
+    return "; ".join(words) + "."
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Returns the numbers as ranges: `layers 0-3, 7`."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    shown = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return f"layer{'s' if len(runs) > 1 or len(runs[0]) > 1 else ''} {shown}"
+
+
+def _runs(pairs: Sequence[tuple[int, int]]) -> str:
+    """Returns the pairs with runs as ranges: `base 0-3 -> ft 0-3, base 6 -> ft 4`."""
+    runs: list[list[tuple[int, int]]] = []
+    for pair in pairs:
+        if runs and pair == (runs[-1][-1][0] + 1, runs[-1][-1][1] + 1):
+            runs[-1].append(pair)
+        else:
+            runs.append([pair])
+    sides = [[ranges(pair[side] for pair in run).split(" ", 1)[1] for side in (0, 1)] for run in runs]
+    return ", ".join(f"base {base} → ft {ft}" for base, ft in sides)

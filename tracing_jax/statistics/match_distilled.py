@@ -15,7 +15,7 @@ from tracing_jax.forward import activations, correlate
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.calibration import (
-    LEAST_ALLOWANCE,
+    DEFAULT_ALLOWANCE,
     Null,
     control_pairs,
     control_source,
@@ -30,25 +30,25 @@ from tracing_jax.statistics.comparison import (
     share_by_layer,
     tests_of,
 )
-from tracing_jax.statistics.composite_null import composite_agreement_log_sf
 from tracing_jax.statistics.match import compare_taps
-from tracing_jax.statistics.pvalues import smallest
+from tracing_jax.statistics.nulls import composite_agreement_log_sf
+from tracing_jax.statistics.pvalues import bonferroni
 from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, Pair, Result, Test, Vocabularies
-from tracing_jax.statistics.students import TAPS, Recipe, Student, fit_student, rest_of, student_correlations
+from tracing_jax.statistics.students import TAPS, Recipe, Student, fit_student, residual_up, student_correlations
 
 _FFN_TAPS = ("mlp_input", "mlp_output")
-_WEAK = 0.5  # explained variance, below which a student says little of its teacher
+_WEAK = 0.5  # explained variance, below which a student is too unlike its teacher to be evidence
 
 FORM = "students"
 
 _MODELS = ("base", "ft")
 
-SIDES = ("whole", "rest")
-"""What the matching by gate is compared with: the matching by up, and by what is left of up without the gate."""
+TARGETS = ("whole", "rest")
+"""What the matching by gate is compared with: the matching by up (whole), and by the residual of up given gate."""
 
 REST_ALLOWANCE, REST_ALLOWANCE_TOGETHER = 0.02, 0.01
-"""The share of units that may agree by convergence on what is left of up: in one layer, and in all together. They may
-lie below the least allowance, for the rest is asked in addition: a layer's p-value is the larger of both sides'."""
+"""The share of units whose residual of up may agree by convergence: in one layer, and in all together. It may be below
+the default allowance, since the test by the residual is an additional one: a layer's p-value is the larger of both."""
 
 
 class MatchDistilled(options.MatchDistilled):
@@ -76,7 +76,7 @@ class MatchDistilled(options.MatchDistilled):
         """Students learn from text."""
         return True
 
-    def problems(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
+    def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns why no layer of these models can be compared with the layer of equal index."""
         if base.num_layers == ft.num_layers:
             return []
@@ -86,10 +86,10 @@ class MatchDistilled(options.MatchDistilled):
         ]
 
     def compute(self, pair: Pair) -> Result:
-        """Returns the calibrated tests, and the parametric ones beside them; one forward pass per model."""
+        """Returns the calibrated and the parametric tests; one forward pass per model."""
         found = self._compared(pair.base, pair.ft, pair, FORM)
         shares, source = self._allowances(pair)
-        nulls = {side: null_of(found.controls[side], shares[side], source) for side in SIDES}
+        nulls = {side: null_of(found.controls[side], shares[side], source) for side in TARGETS}
         nulls["rest together"] = null_of(found.controls["rest"], shares["rest together"], source)
         tests = _tests(found, nulls)
         result = Result(
@@ -104,7 +104,7 @@ class MatchDistilled(options.MatchDistilled):
         return result.without_p(AFTER_ALIGNMENT) if pair.aligned else result
 
     def recipe(self, base: Arch, ft: Arch) -> Recipe:
-        """Returns how the students of two models are trained; both have one width."""
+        """Returns the hyperparameters of both models' students, which have one width."""
         return Recipe(self.units or min(base.mlp_dim, ft.mlp_dim), self.steps, self.batch, self.rate, self.decay)
 
     def _compared(self, base: ParamSource, ft: ParamSource, pair: Pair, name: str) -> "_Compared":
@@ -112,17 +112,17 @@ class MatchDistilled(options.MatchDistilled):
         blocks = pair.blocks.sampled(self.tokens, pair.generator("match_distilled", "positions"))
         recipe, run_cache = self.recipe(base.arch, ft.arch), pair.run_cache.scope("match_distilled", name)
         layers = [
-            _remembered(run_cache, i, functools.partial(self._layer, i, sides, recipe, pair, name))
+            _cached_layer(run_cache, i, functools.partial(self._layer, i, sides, recipe, pair, name))
             for i, sides in enumerate(_ffns(base, ft, blocks, pair))
         ]
-        controls: dict[str, list[Comparison]] = {side: [] for side in SIDES}
+        controls: dict[str, list[Comparison]] = {side: [] for side in TARGETS}
         for i, j in control_pairs(len(layers), len(layers), pair.generator("match_distilled", name, "controls")):
             ours, theirs = layers[i].samples, layers[j].samples
             correlated = {tap: correlate(ours[f"base {tap}"], theirs[f"ft {tap}"]) for tap in TAPS}
-            for side, comparison in _both_sides(correlated, pair, (name, "control", i, j)).items():
+            for side, comparison in _by_target(correlated, pair, (name, "control", i, j)).items():
                 controls[side].append(comparison)
         return _Compared(
-            {side: [layer.comparisons[side] for layer in layers] for side in SIDES},
+            {side: [layer.comparisons[side] for layer in layers] for side in TARGETS},
             controls,
             {model: [layer.explained[model] for layer in layers] for model in _MODELS},
         )
@@ -130,12 +130,12 @@ class MatchDistilled(options.MatchDistilled):
     def _layer(
         self, i: int, sides: Sequence[tuple[np.ndarray, np.ndarray]], recipe: Recipe, pair: Pair, name: str
     ) -> "_Layer":
-        """Returns what the students of one layer show, given both FFNs' inputs and outputs."""
+        """Returns the comparisons of the students of one layer, given both FFNs' inputs and outputs."""
         seeds = student_seeds(pair, name, i)
         students = [fit_student(x, y, recipe, seed) for (x, y), seed in zip(sides, seeds)]
         inputs = [x for x, _ in sides]
         return _Layer(
-            _both_sides(student_correlations(*zip(inputs, students)), pair, (name, i)),
+            _by_target(student_correlations(*zip(inputs, students)), pair, (name, i)),
             {model: student.explained for model, student in zip(_MODELS, students)},
             {
                 f"{model} {tap}": found
@@ -148,14 +148,14 @@ class MatchDistilled(options.MatchDistilled):
         """Returns pre-activations of some units at some positions: the same positions for every layer and model."""
         rows = pair.generator("match_distilled", "rows").permutation(len(x))[: self.control_positions]
         units = pair.generator("match_distilled", "units").permutation(student.gate.shape[1])[: self.control_units]
-        weights = (student.gate, student.up, rest_of(x, student))
+        weights = (student.gate, student.up, residual_up(x, student))
         return {tap: x[rows] @ own[:, units] for tap, own in zip(TAPS, weights, strict=True)}
 
     def _allowances(self, pair: Pair) -> tuple[dict[str, list[float]], str]:
-        """Returns for each null the shares of units that may agree by convergence, and where they come from."""
+        """Returns for each null the shares of units that may agree by convergence, and their source."""
         if not pair.controls:
-            L, source = pair.base.arch.num_layers, "students of our own seeds agreed on less; see docs/distilled.md"
-            shares = {"whole": [LEAST_ALLOWANCE] * L, "rest": [REST_ALLOWANCE] * L}
+            L, source = pair.base.arch.num_layers, "the default of 0.05, and less for the rest; see docs/distilled.md"
+            shares = {"whole": [DEFAULT_ALLOWANCE] * L, "rest": [REST_ALLOWANCE] * L}
             return shares | {"rest together": [REST_ALLOWANCE_TOGETHER]}, source
         measured = [
             self._compared(control, other.ft, other, f"control {c} {side}").layers
@@ -163,24 +163,24 @@ class MatchDistilled(options.MatchDistilled):
             for side, other in (("base", pair.of_base()), ("ft", pair))
         ]
         source = control_source(len(pair.controls), 2)
-        shares = {side: measured_allowance([layers[side] for layers in measured]) for side in SIDES}
+        shares = {side: measured_allowance([layers[side] for layers in measured]) for side in TARGETS}
         return shares | {"rest together": [float(np.mean(shares["rest"]))]}, source
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer: comparisons by side; what the students explain, by model; pre-activations by model and tap."""
+    """One layer: comparisons by target; explained variance by model; pre-activations by model and tap."""
 
     comparisons: Mapping[str, Comparison]
     explained: Mapping[str, float]
     samples: Mapping[str, np.ndarray]
 
 
-def _remembered(run_cache: RunCache, i: int, make: Callable[[], _Layer]) -> _Layer:
-    """Returns the layer as an interrupted run kept it, or made now."""
+def _cached_layer(run_cache: RunCache, i: int, make: Callable[[], _Layer]) -> _Layer:
+    """Returns the layer from the cache of an interrupted run, or computes it."""
     fields, samples = run_cache.load(dict[str, Any], i), run_cache.load_arrays(i)
     if fields is not None and samples is not None:
-        comparisons = {side: Comparison(**fields["comparisons"][side]) for side in SIDES}
+        comparisons = {side: Comparison(**fields["comparisons"][side]) for side in TARGETS}
         return _Layer(comparisons, fields["explained"], samples)
     layer = make()
     run_cache.save_arrays(lambda: layer.samples, i)
@@ -191,23 +191,23 @@ def _remembered(run_cache: RunCache, i: int, make: Callable[[], _Layer]) -> _Lay
 
 @dataclass(frozen=True)
 class _Compared:
-    """Side -> comparisons of the layers, and of layer pairs that do not correspond; model -> what students explain."""
+    """Target -> comparisons of the layers, and of control pairs of layers; model -> explained variance by layer."""
 
     layers: Mapping[str, list[Comparison]]
     controls: Mapping[str, list[Comparison]]
     explained: Mapping[str, list[float]]
 
 
-def _both_sides(correlated: Mapping[str, np.ndarray], pair: Pair, names: Sequence[str | int]) -> dict[str, Comparison]:
-    """Returns how far the matching by gate agrees with that by up, and with that by what is left of up."""
+def _by_target(correlated: Mapping[str, np.ndarray], pair: Pair, names: Sequence[str | int]) -> dict[str, Comparison]:
+    """Returns the comparison of the matching by gate with that by up, and with that by the residual of up."""
     return {
         side: compare_taps({"gate": correlated["gate"], "up": correlated[tap]}, pair, ("match_distilled", side, *names))
-        for side, tap in zip(SIDES, ("up", "rest"), strict=True)
+        for side, tap in zip(TARGETS, ("up", "rest"), strict=True)
     }
 
 
 def _tests(found: _Compared, nulls: Mapping[str, Null]) -> list[Test]:
-    """Returns the calibrated tests, in which both sides must speak for a layer, and beside them the parametric ones."""
+    """Returns the calibrated tests, by the larger of both targets' p-values in each layer, and the parametric ones."""
     layers, places = found.layers["whole"], [f"layer {i}" for i in range(len(found.layers["whole"]))]
     how = "never smaller than the rest's p-value; Holm's minimum over layers"
     rest_log_p = _rest_log_p(found.layers["rest"], nulls["rest"], nulls["rest together"])
@@ -216,14 +216,14 @@ def _tests(found: _Compared, nulls: Mapping[str, Null]) -> list[Test]:
         return [max(log_p(nulls["whole"], i, layer), rest_log_p[i]) for i, layer in enumerate(layers)]
 
     calibrated = [
-        one_test("agreement, calibrated", layers, larger(Null.log_p_agreement), places, smallest, how),
-        one_test("rank correlation, calibrated", layers, larger(Null.log_p_rank), places, smallest, how),
+        one_test("agreement, calibrated", layers, larger(Null.log_p_agreement), places, bonferroni, how),
+        one_test("rank correlation, calibrated", layers, larger(Null.log_p_rank), places, bonferroni, how),
     ]
     rest: dict[str, Sequence[float | int]] = {
         "agreeing, rest": [c.agreeing for c in found.layers["rest"]],
         "r, rest": [c.r for c in found.layers["rest"]],
     }
-    parametric = tests_of(layers, places, smallest, "Holm's minimum over layers")
+    parametric = tests_of(layers, places, bonferroni, "Holm's minimum over layers")
     return [replace(test, values={**test.values, **rest}) for test in calibrated] + [
         replace(test, name=f"{test.name}, parametric", decides=False) for test in parametric
     ]
@@ -233,7 +233,7 @@ def student_seeds(pair: Pair, name: str, layer: int) -> tuple[int, int]:
     """Returns the seeds of base's and of ft's student of a layer.
 
     Raises:
-      ValueError: they are equal, and the students would be alike for that alone.
+      ValueError: they are equal, which alone would make the students alike.
     """
     base, ft = (
         int(pair.generator("match_distilled", name, "student", side, layer).integers(2**31)) for side in ("base", "ft")
@@ -248,19 +248,18 @@ def _ffns(
 ) -> Iterator[Sequence[tuple[np.ndarray, np.ndarray]]]:
     """Yields for each layer the inputs and outputs of base's and of ft's FFN at the same positions."""
     sides = ((base, blocks.base, blocks.at_base, "students of base"), (ft, blocks.ft, blocks.at_ft, "of ft"))
-    walks = [
+    passes = [
         activations(model, ids, at, blocks.valid, _FFN_TAPS, pair.compute, description)
         for model, ids, at, description in sides
     ]
-    for found in zip(*walks, strict=True):
+    for found in zip(*passes, strict=True):
         yield [(taps["mlp_input"], taps["mlp_output"]) for _, taps in found]
 
 
 def _rest_log_p(layers: Sequence[Comparison], null: Null, null_together: Null) -> list[float]:
-    """Returns the log p-value of each layer by the agreement on the rest: its own or, if smaller, that of all together.
+    """Returns the log p-value of each layer by the residual: the smaller of its own and that of all layers, times two.
 
-    Where a gate is missing the rest is little and speaks softly in any one layer; a decision may use either, and pays
-    for two.
+    Without a gate the residual is small, and a single layer has little power. The factor is Bonferroni's.
     """
     units, agreeing = sum(c.units for c in layers), sum(c.agreeing for c in layers)
     together = 0.0
@@ -279,5 +278,5 @@ def _notes(explained: Mapping[str, Sequence[float]], pair: Pair) -> list[str]:
     ]
     for side, values in explained.items():
         if weak := [f"layer {i}" for i, value in enumerate(values) if value < _WEAK]:
-            notes.append(f"{side}: students of {', '.join(weak)} explain less than {_WEAK:g} and can carry no evidence")
+            notes.append(f"{side}: students of {', '.join(weak)} explain less than {_WEAK:g}: no evidence")
     return [*notes, f"positions paired by {pair.blocks.how}"]

@@ -1,19 +1,33 @@
-"""`match_moments`: `match` by weights that answer to weights. It needs no text and no embeddings, and no basis."""
+"""`match_moments`: `match` by second moments of weights, without text or embeddings, and invariant to the basis.
+
+Gate and up projection read the residual stream and down writes to it. Over its units, each of them has a second moment
+`A = sum_f w_f w_f^T` of its rows, which are scaled to length one. The signature of a row w are the numbers `w^T A w`,
+one for each A. A rotation or permutation of the stream transforms w and every A together, and permuting or scaling the
+units, or padding them with zeros, leaves the sums unchanged, so signatures are invariant. Embeddings, head and
+attention do not enter.
+
+Letters: F units of a layer, D features, M moments.
+"""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.matching import live_units, match_units
+from tracing_jax.rewrites import gain_offset
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.calibration import (
-    LEAST_ALLOWANCE,
+    DEFAULT_ALLOWANCE,
+    DEFAULT_SOURCE,
     control_pairs,
     control_source,
     measured_allowance,
@@ -26,28 +40,32 @@ from tracing_jax.statistics.comparison import (
     share_agreeing,
     share_by_layer,
 )
-from tracing_jax.statistics.match import form_tests, gate_problems
-from tracing_jax.statistics.moments import SIDES, signature_correlations, signatures, spread_layers
+from tracing_jax.statistics.match import form_tests, gates_not_applicable
 from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, Pair, Result, Vocabularies
+from tracing_jax.tree import Tree
 
-Signed = dict[str, tuple[np.ndarray, np.ndarray]]
-"""`gate`, `up` -> signatures of a layer's units, and which units live."""
+PROJECTIONS = ("gate", "up")
 
-FORM = "moments"
+Signatures = dict[str, tuple[Float[np.ndarray, "F M"], np.ndarray]]
+"""`gate`, `up` -> signatures of a layer's units, and which units are live."""
+
+_FORM = "moments"
+_RIDGE = 0.1  # of a standardised coordinate's variance, below which a direction of the signatures counts as noise
+_TINY = 1e-12
 
 
 class MatchMoments(options.MatchMoments):
-    """Unconstrained test, as `match`, with the signatures of `moments.py` in the place of activations.
+    """Unconstrained test like `match`, with signatures of second moments in place of activations.
 
     Gate rows are matched by their signatures, up rows by theirs, and the two matchings compared. It finds a model whose
-    embeddings and head were replaced, which leaves `match` nothing to stand on, in whatever order or basis the rest is.
+    embeddings and head were replaced, to which `match` is blind, whatever the order or basis of the other weights.
     """
 
     needs_tokens: ClassVar[bool] = False
 
-    def problems(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
+    def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns why no layer of these models can be matched with the layer of equal index."""
-        lines = gate_problems(base, ft)
+        lines = gates_not_applicable(base, ft)
         if base.num_layers != ft.num_layers:
             lines.append(f"different depth ({base.num_layers} and {ft.num_layers} layers): see match_all")
         return lines
@@ -65,23 +83,23 @@ class MatchMoments(options.MatchMoments):
             _compare(self._some(base[i], pair), self._some(ft[j], pair), pair, ("control", i, j)) for i, j in pairs
         ]
         null = null_of(controls, *self._allowance(base, ft, pair))
-        tests = form_tests(FORM, layers, null)
+        tests = form_tests(_FORM, layers, null)
         result = Result(
             headline=share_agreeing(layers),
             label="units on which gate and up projection agree by their second moments, share",
             log10_p=bonferroni_log10([test for test in tests if test.decides]),
             tests=tests,
-            null={FORM: null.as_dict()},
+            null={_FORM: null.as_dict()},
             per_layer=share_by_layer(layers),
             notes=list(null.notes),
         )
         return result.without_p(AFTER_ALIGNMENT) if pair.aligned else result
 
-    def _signatures(self, model: ParamSource, side: str, run_cache: RunCache) -> list[Signed]:
+    def _signatures(self, model: ParamSource, side: str, run_cache: RunCache) -> list[Signatures]:
         """Returns the signatures of every layer: of an interrupted run's layers those that were kept."""
-        L, found = model.arch.num_layers, list[Signed]()
+        L, found = model.arch.num_layers, list[Signatures]()
         while (arrays := run_cache.load_arrays(side, len(found))) is not None:
-            found.append({name: (arrays[name], arrays[f"{name} live"]) for name in SIDES})
+            found.append({name: (arrays[name], arrays[f"{name} live"]) for name in PROJECTIONS})
         layers = signatures(model, spread_layers(L, self.moments_of), len(found))
         desc = f"match_moments, {side}"
         for layer in tqdm(layers, desc=desc, unit="layer", initial=len(found), total=L, disable=None):
@@ -89,10 +107,10 @@ class MatchMoments(options.MatchMoments):
             found.append(layer)
         return found
 
-    def _allowance(self, base: list[Signed], ft: list[Signed], pair: Pair) -> tuple[list[float], str]:
-        """Returns the share of each layer's units that may agree by convergence, and where it comes from."""
+    def _allowance(self, base: list[Signatures], ft: list[Signatures], pair: Pair) -> tuple[list[float], str]:
+        """Returns for each layer the share of units that may agree by convergence, and its source."""
         if not pair.controls:
-            return [LEAST_ALLOWANCE] * len(base), "our own seeds agreed on no more than chance; see docs/nulls.md"
+            return [DEFAULT_ALLOWANCE] * len(base), DEFAULT_SOURCE
         measured = []
         for c, control in enumerate(pair.controls):
             own = self._signatures(control, f"control {c}", pair.run_cache.scope("match_moments"))
@@ -100,22 +118,101 @@ class MatchMoments(options.MatchMoments):
                 measured.append([_compare(*both, pair, (c, side, i)) for i, both in enumerate(zip(own, other))])
         return measured_allowance(measured), control_source(len(pair.controls), 2)
 
-    def _some(self, layer: Signed, pair: Pair) -> Signed:
+    def _some(self, layer: Signatures, pair: Pair) -> Signatures:
         """Returns a layer with some of its units, drawn from the seed of the run."""
         F = len(layer["gate"][1])
         drawn = np.sort(pair.generator("match_moments", "units", F).permutation(F)[: self.control_units])
         return {side: (found[drawn], live[drawn]) for side, (found, live) in layer.items()}
 
 
-def _as_arrays(layer: Signed) -> dict[str, np.ndarray]:
+def _as_arrays(layer: Signatures) -> dict[str, np.ndarray]:
     return {f"{side}{part}": found for side, both in layer.items() for part, found in zip(("", " live"), both)}
 
 
-def _compare(base: Signed, ft: Signed, pair: Pair, names: Sequence[str | int]) -> Comparison:
-    """Returns how far the matchings by gate and by up signatures agree."""
-    gate, up = (signature_correlations(base[side], ft[side]) for side in SIDES)
+def _compare(base: Signatures, ft: Signatures, pair: Pair, names: Sequence[str | int]) -> Comparison:
+    """Returns the comparison of the matchings by gate and by up signatures."""
+    gate, up = (signature_correlations(base[side], ft[side]) for side in PROJECTIONS)
     live = live_units(gate, up)
     return against_each_other(
         match_units(gate, pair.generator("match_moments", *names, "gate"), live),
         match_units(up, pair.generator("match_moments", *names, "up"), live),
     )
+
+
+def spread_layers(num_layers: int, at_most: int) -> list[int]:
+    """Returns at most `at_most` layers, evenly spread from the first to the last."""
+    return sorted({round(x) for x in np.linspace(0, num_layers - 1, min(num_layers, at_most))})
+
+
+def signatures(model: ParamSource, layers: Sequence[int], first: int = 0) -> Iterator[Signatures]:
+    """Yields for the layers from `first` on, for `gate` and `up`, the signatures of the units and which are live.
+
+    The moments are those of gate, up and down in the given layers. A unit is live if none of its three rows is zero.
+    """
+    if first == model.arch.num_layers:
+        return
+    moments = [_moment(rows) for i in layers for rows in _unit_rows(model.layer(i), model.arch).values()]
+    for i in range(first, model.arch.num_layers):
+        rows = _unit_rows(model.layer(i), model.arch)
+        live = np.logical_and.reduce([np.asarray(jnp.abs(side).max(axis=1)) > 0 for side in rows.values()])
+        yield {side: (_signatures(rows[side], moments), live) for side in PROJECTIONS}
+
+
+def signature_correlations(
+    base: tuple[Float[np.ndarray, "F M"], np.ndarray], ft: tuple[Float[np.ndarray, "F2 M"], np.ndarray]
+) -> Float[np.ndarray, "F F2"]:
+    """Returns the cosines between standardised and whitened signatures of two layers; 0 for units that are not live.
+
+    Each model's signatures are standardised over its own live units, and both are whitened with their mean covariance,
+    so that coordinates which are shared by all units, or correlated, get little weight.
+    """
+    ours, theirs = _standardised(*base), _standardised(*ft)
+    covariance = sum(side.T @ side / max(1, live.sum()) for side, (_, live) in ((ours, base), (theirs, ft))) / 2
+    values, vectors = np.linalg.eigh(covariance + _RIDGE * np.eye(len(covariance)))
+    ours, theirs = (_unit_length(side @ (vectors / np.sqrt(values))) for side in (ours, theirs))
+    return ours @ theirs.T
+
+
+def _unit_rows(layer: Tree, arch: Arch) -> dict[str, Float[Array, "F D"]]:
+    """Returns a row of length one for each unit, or a zero row: what gate and up read, and what down writes."""
+    mlp = layer["mlp"]
+    scale = layer.get("mlp_norm", {}).get("scale")
+    gain = 1.0 if scale is None else jnp.asarray(scale, jnp.float32) + gain_offset(arch)
+    return {
+        "gate": _normalised(jnp.asarray(mlp["gate_proj"]["kernel"], jnp.float32).T * gain),
+        "up": _normalised(jnp.asarray(mlp["up_proj"]["kernel"], jnp.float32).T * gain),
+        "down": _normalised(jnp.asarray(mlp["down_proj"]["kernel"], jnp.float32)),
+    }
+
+
+def _signatures(rows: Float[Array, "F D"], moments: Sequence[Float[Array, "D D"]]) -> Float[np.ndarray, "F M"]:
+    values = [np.asarray(_quadratic(rows, moment), np.float64) for moment in moments]
+    return np.log(np.maximum(np.stack(values, axis=1), _TINY))
+
+
+def _standardised(signatures: Float[np.ndarray, "F M"], live: np.ndarray) -> Float[np.ndarray, "F M"]:
+    alive = signatures[live]
+    if not len(alive):
+        return np.zeros_like(signatures)
+    centred = (signatures - alive.mean(axis=0)) / np.maximum(alive.std(axis=0), 1e-9)
+    return np.where(live[:, None], centred, 0.0)
+
+
+def _unit_length(rows: Float[np.ndarray, "F M"]) -> Float[np.ndarray, "F M"]:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), _TINY)
+
+
+@jax.jit
+def _normalised(rows: Float[Array, "F D"]) -> Float[Array, "F D"]:
+    length = jnp.linalg.norm(rows, axis=1, keepdims=True)
+    return jnp.where(length > 0, rows / jnp.where(length > 0, length, 1.0), 0.0)
+
+
+@jax.jit
+def _moment(rows: Float[Array, "F D"]) -> Float[Array, "D D"]:
+    return jnp.einsum("fd,fe->de", rows, rows, precision="highest") / rows.shape[0]
+
+
+@jax.jit
+def _quadratic(rows: Float[Array, "F D"], moment: Float[Array, "D D"]) -> Float[Array, " F"]:
+    return (jnp.einsum("fd,de->fe", rows, moment, precision="highest") * rows).sum(axis=1)

@@ -38,13 +38,13 @@ class Mode(options.Mode):
         """The groups of leaves that move along the path."""
         return path_groups(self.attn, self.emb)
 
-    def problems(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
+    def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns why no straight path over these groups exists between models of these shapes."""
         lines = []
         if base.num_layers != ft.num_layers:
             lines.append(f"different depth: {base.num_layers} and {ft.num_layers} layers have no path between them")
         else:
-            lines += _size_problems(axis_table(base), axis_table(ft), self.groups)
+            lines += _sizes_not_applicable(axis_table(base), axis_table(ft), self.groups)
         if self.emb and not vocabularies.same:
             lines.append("different tokenizers: the rows of the embeddings stand for different tokens; leave emb off")
         if self.emb and base.tied != ft.tied:
@@ -104,7 +104,7 @@ def curve_of(alphas: np.ndarray, loss: np.ndarray, own: float | None, groups: tu
     )
 
 
-def _size_problems(base: AxisTable, ft: AxisTable, groups: tuple[str, ...]) -> list[str]:
+def _sizes_not_applicable(base: AxisTable, ft: AxisTable, groups: tuple[str, ...]) -> list[str]:
     """Returns one line per kind of leaf on the path that ft lacks or has in another size."""
     lines: dict[str, None] = {}
     for name in sorted(interpolated_leaves(base, groups) ^ interpolated_leaves(ft, groups)):

@@ -7,7 +7,7 @@ from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.statistics.l2 import distances
 from tracing_jax.statistics.mode import Mode, midpoint_losses
-from tracing_jax.statistics.permuted_copies import draw_permutations, permutation_result, same_shape_problems
+from tracing_jax.statistics.permuted_copies import draw_permutations, permutation_result, shapes_not_applicable
 from tracing_jax.statistics.pvalues import permutation_test
 from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies
 
@@ -20,10 +20,10 @@ class PermModeL2(options.PermModeL2):
 
     needs_tokens: ClassVar[bool] = True
 
-    def problems(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
+    def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns why the models cannot be interpolated or subtracted."""
-        path = Mode(attn=self.attn, emb=self.emb).problems(base, ft, vocabularies)
-        return list(dict.fromkeys([*path, *same_shape_problems(base, ft)]))
+        path = Mode(attn=self.attn, emb=self.emb).not_applicable(base, ft, vocabularies)
+        return list(dict.fromkeys([*path, *shapes_not_applicable(base, ft)]))
 
     def compute(self, pair: Pair) -> Result:
         """Returns both tests; the headline is the midpoint loss."""

@@ -1,4 +1,4 @@
-"""Permutation tests: copies of the fine-tuned model with features and MLP units permuted, held as indices alone."""
+"""Permutation tests: copies of the fine-tuned model with features and MLP units permuted, stored as permutations."""
 
 import math
 from collections.abc import Sequence
@@ -11,19 +11,19 @@ from tracing_jax.axes import axis_table, kind_of
 from tracing_jax.rewrites import Permutations, random_permutations
 from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, QUANTILE_LEVELS, Pair, Result, quantiles
 
-KINDS = ("embed", "mlp")
-"""The group under which an independent model is exchangeable with its permuted copies."""
+PERMUTED_AXES = ("embed", "mlp")
+"""Axes under whose permutations an independent model is exchangeable with its permuted copies."""
 
 
 def draw_permutations(pair: Pair, count: int) -> list[Permutations]:
     """Returns random permutations of ft's features and MLP units, the same for every statistic of a run."""
     table = axis_table(pair.ft.arch)
-    key = jax.random.fold_in(jax.random.key(pair.seed), 0x9E37)  # a stream apart from that of config.permute
-    return [random_permutations(jax.random.fold_in(key, i), table, KINDS) for i in range(count)]
+    key = jax.random.fold_in(jax.random.key(pair.seed), 0x9E37)  # independent of the stream of config.permute
+    return [random_permutations(jax.random.fold_in(key, i), table, PERMUTED_AXES) for i in range(count)]
 
 
-def same_shape_problems(base: Arch, ft: Arch) -> list[str]:
-    """Returns one line for each kind of axis, beside the vocabulary, that the models have in different size."""
+def shapes_not_applicable(base: Arch, ft: Arch) -> list[str]:
+    """Returns a reason for each kind of axis, other than the vocabulary, that has different sizes; empty if none."""
     if base.num_layers != ft.num_layers:
         return [f"different depth ({base.num_layers} and {ft.num_layers} layers): no layer has a counterpart"]
     one, other = ({kind_of(axis): size for axis, size in axis_table(arch).sizes.items()} for arch in (base, ft))

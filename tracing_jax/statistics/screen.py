@@ -1,30 +1,63 @@
-"""`screen`: a first look at a small part of the weights. `csu` on sampled units, `match` on three sampled layers."""
+"""`screen`: `csu` on sampled units and `match` on three sampled layers, reading a small part of the weights."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from tqdm import tqdm
 
 from tracing_jax import options
 from tracing_jax.arch import Arch
+from tracing_jax.axes import axis_table
 from tracing_jax.forward import correlate, embedding_activations
 from tracing_jax.sources import Submodel
-from tracing_jax.statistics.calibration import Null, null_of, tabled_allowance
-from tracing_jax.statistics.comparison import Comparison, bonferroni_log10, share_agreeing, share_by_layer, tests_of
-from tracing_jax.statistics.constrained import layers_in_common
+from tracing_jax.statistics.calibration import DEFAULT_ALLOWANCE, DEFAULT_SOURCE, Null, null_of
+from tracing_jax.statistics.comparison import (
+    Comparison,
+    bonferroni_log10,
+    layers_in_common,
+    rows_not_applicable,
+    share_agreeing,
+    share_by_layer,
+    tests_of,
+)
 from tracing_jax.statistics.cosine import similarities
 from tracing_jax.statistics.csu import compare_rows, unit_rows
-from tracing_jax.statistics.match import TAPS, compare_taps, form_tests
+from tracing_jax.statistics.match import TAPS, compare_taps, form_tests, gates_not_applicable
 from tracing_jax.statistics.pvalues import fisher
-from tracing_jax.statistics.screen_plan import Plan, parameters, plan_within
 from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, Pair, Result, Test, Vocabularies
 
 _UP = "mlp/up_proj/kernel"
+_IN_PLACE = 0.25
+"""Share of the weights to be read that goes to the units in place; the rest goes to the sampled layers."""
+_FEWEST_UNITS, _MOST_UNITS = 8, 512
+_MATCH_UNITS, _LAYERS, _TOKENS = 512, 3, 2048
+"""Maximum numbers of base's units in a layer, of layers (three give six control pairs), and of shared tokens."""
+_FEWEST_LAYERS = 2
+
+
+@dataclass(frozen=True)
+class ScreenPlan:
+    """The part of both models that is read.
+
+    Attributes:
+      units: number of consecutive MLP units of every layer that are compared in place; 0 for none.
+      layers: layers of which all of ft's units are read; empty for none.
+      match_units: number of base's units matched to them.
+      tokens: number of shared tokens.
+      left_out: reasons why a part is left out.
+    """
+
+    units: int
+    layers: tuple[int, ...]
+    match_units: int
+    tokens: int
+    left_out: tuple[str, ...]
 
 
 class Screen(options.Screen):
-    """Two tests on a part of the weights that is stated in the record, with the p-values of `csu` and of `match`.
+    """The tests of `csu` and `match` on a part of the weights, which the record states.
 
     Units in place: a run of units, drawn from the seed, the same in both models, is matched within itself as by `csu`.
     If one model was trained independently of the other and treats units alike, then permuting its units leaves its law
@@ -44,13 +77,13 @@ class Screen(options.Screen):
         """It reads no text."""
         return False
 
-    def problems(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
+    def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns why neither part can be computed on models of these shapes."""
         plan = plan_within(self.share, base, ft, vocabularies)
         return [] if plan.units or plan.layers else list(plan.left_out)
 
     def compute(self, pair: Pair) -> Result:
-        """Returns the tests of both parts and what was read for them."""
+        """Returns the tests of both parts, and the share of the weights read for them."""
         plan = plan_within(self.share, pair.base.arch, pair.ft.arch, pair.vocabularies)
         read = {"base": [0, 0], "ft": [0, 0]}
         tests: list[Test] = []
@@ -81,20 +114,20 @@ class Screen(options.Screen):
         return result.without_p(AFTER_ALIGNMENT) if pair.aligned else result
 
 
-def _in_place(plan: Plan, pair: Pair, read: Mapping[str, list[int]]) -> Iterator[Comparison]:
-    """Yields for each layer how far matching keeps the units of a run in place."""
+def _in_place(plan: ScreenPlan, pair: Pair, read: Mapping[str, list[int]]) -> Iterator[Comparison]:
+    """Yields for each layer the comparison of the matching of a run of units with the identity."""
     width, none = min(pair.base.arch.mlp_dim, pair.ft.arch.mlp_dim), np.zeros(0, np.int32)
     for i in tqdm(range(layers_in_common(pair)), desc="screen: units in place", unit="layer", disable=None):
         start = int(pair.generator("screen", "units", i).integers(width - plan.units + 1))
         run = slice(start, start + plan.units)
         rows = []
         for side, model in (("base", pair.base), ("ft", pair.ft)):
-            excerpt = Submodel(model, (i,), run, none, read[side])
-            rows.append(unit_rows(excerpt.layer(0, (_UP,)), "up_proj"))
+            sampled = Submodel(model, (i,), run, none, read[side])
+            rows.append(unit_rows(sampled.layer(0, (_UP,)), "up_proj"))
         yield compare_rows(similarities(*rows), pair.generator("screen", i))
 
 
-def _sampled_layers(plan: Plan, pair: Pair, read: Mapping[str, list[int]]) -> tuple[list[Comparison], Null]:
+def _sampled_layers(plan: ScreenPlan, pair: Pair, read: Mapping[str, list[int]]) -> tuple[list[Comparison], Null]:
     """Returns how far gate and up projection agree in each sampled layer, and the null from pairs of different ones."""
     num_shared = len(pair.vocabularies.ids_base)
     first = int(pair.generator("screen", "tokens").integers(num_shared - plan.tokens + 1))
@@ -109,9 +142,8 @@ def _sampled_layers(plan: Plan, pair: Pair, read: Mapping[str, list[int]]) -> tu
         for i, by_tap in enumerate(kept):
             similarity = {tap: correlate(by_tap[tap], others[tap]) for tap in TAPS}
             compared[i, j] = compare_taps(similarity, pair, ("screen", "match", i, j))
-    allowance = tabled_allowance(pair.base.arch.num_layers, "weights")
-    source = "the table measured on our own seeds, by relative depth, and 0.05 at least"
-    null = null_of([c for (i, j), c in compared.items() if i != j], [allowance[i] for i in plan.layers], source)
+    controls = [c for (i, j), c in compared.items() if i != j]
+    null = null_of(controls, [DEFAULT_ALLOWANCE] * len(plan.layers), DEFAULT_SOURCE)
     return [compared[i, i] for i in range(len(plan.layers))], null
 
 
@@ -120,15 +152,15 @@ def _named(part: str, tests: Sequence[Test]) -> list[Test]:
 
 
 def _read_facts(pair: Pair, read: Mapping[str, list[int]]) -> dict[str, dict[str, int | float]]:
-    """Returns for each side the bytes looked at, and the share of its weights that they hold."""
+    """Returns for each side the bytes read, and their share of its weights."""
     return {
         side: {"bytes": read[side][1], "share": read[side][0] / parameters(model.arch)}
         for side, model in (("base", pair.base), ("ft", pair.ft))
     }
 
 
-def _sentence(plan: Plan, facts: Mapping[str, Mapping[str, int | float]]) -> str:
-    """Returns what was looked at, and what that cannot find."""
+def _sentence(plan: ScreenPlan, facts: Mapping[str, Mapping[str, int | float]]) -> str:
+    """Returns what was read, and what cannot be detected from it."""
     parts, blind = [], []
     if plan.units:
         parts.append(f"{plan.units} units of every layer")
@@ -137,4 +169,54 @@ def _sentence(plan: Plan, facts: Mapping[str, Mapping[str, int | float]]) -> str
         parts.append(f"{plan.match_units} units of base in layers {', '.join(map(str, plan.layers))} of ft")
         blind.append("what was inherited in other layers alone, or without the embeddings, is not found in these")
     read = ", ".join(f"{fact['share']:.3g} of {side} ({fact['bytes'] / 2**20:.3g} MiB)" for side, fact in facts.items())
-    return f"looked at {' and '.join(parts)}: {read}; {'; '.join(blind)}"
+    return f"read {' and '.join(parts)}: {read}; {'; '.join(blind)}"
+
+
+def plan_within(share: float, base: Arch, ft: Arch, vocabularies: Vocabularies) -> ScreenPlan:
+    """Returns the part of both models to be read: at most `share` of the weights of either."""
+    budget = min(share * parameters(arch) for arch in (base, ft))
+    depth, embed = min(base.num_layers, ft.num_layers), max(base.embed_dim, ft.embed_dim)
+    units, left_out = _units_in_place(share, budget, base, ft)
+    budget -= units * depth * embed
+    tokens, match_units = min(_TOKENS, len(vocabularies.ids_base)), min(_MATCH_UNITS, base.mlp_dim)
+    lines = _match_not_applicable(base, ft, tokens)
+    count = 0
+    if not lines:
+        layer = max(_layer_parameters(base, match_units), _layer_parameters(ft, ft.mlp_dim))
+        count = min(_LAYERS, depth, int((budget - tokens * embed) / layer))
+        if count < _FEWEST_LAYERS:
+            lines, count = [f"{share:g} of the weights holds fewer than {_FEWEST_LAYERS} layers' MLPs"], 0
+    layers = tuple(np.linspace(0, depth - 1, count).round().astype(int).tolist())
+    left_out = [f"units in place: {line}" for line in left_out] + [f"sampled layers: {line}" for line in lines]
+    return ScreenPlan(units, layers, match_units, tokens, tuple(left_out))
+
+
+def parameters(arch: Arch) -> int:
+    """Returns the number of weights of a model."""
+    table = axis_table(arch)
+    return sum(math.prod(table.sizes[axis or ""] for axis in row.axes) for row in table.leaves.values())
+
+
+def _units_in_place(share: float, budget: float, base: Arch, ft: Arch) -> tuple[int, list[str]]:
+    """Returns how many units of each layer are within the budget; 0 and the reasons if too few or not comparable."""
+    if lines := rows_not_applicable(base, ft):
+        return 0, lines
+    depth, width = min(base.num_layers, ft.num_layers), min(base.mlp_dim, ft.mlp_dim)
+    units = min(_MOST_UNITS, width, int(_IN_PLACE * budget / (depth * base.embed_dim)))
+    if units < _FEWEST_UNITS:
+        return 0, [f"{share:g} of the weights holds fewer than {_FEWEST_UNITS} units a layer"]
+    return units, []
+
+
+def _layer_parameters(arch: Arch, units: int) -> int:
+    """Returns the number of weights behind the gate and up activations of so many units, with biases and norm."""
+    return 2 * units * (arch.embed_dim + 1) + 2 * arch.embed_dim
+
+
+def _match_not_applicable(base: Arch, ft: Arch, tokens: int) -> list[str]:
+    lines = gates_not_applicable(base, ft)
+    if base.num_layers != ft.num_layers:
+        lines.append(f"different depth ({base.num_layers} and {ft.num_layers} layers): see match_all")
+    if tokens < 2:
+        lines.append("the vocabularies share no tokens whose embeddings could be compared")
+    return lines

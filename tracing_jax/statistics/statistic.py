@@ -1,4 +1,4 @@
-"""What a statistic may look at, what it gives back, and what it must answer before it runs."""
+"""The interface of a statistic: the pair of models that it gets, the result that it returns, and its protocol."""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -16,9 +16,9 @@ from tracing_jax.sources import ParamSource
 
 AFTER_ALIGNMENT = (
     "after alignment nothing has a null: aligning makes independent models look dependent; "
-    "the decision comes from the pair as given"
+    "the verdict comes from the pair as given"
 )
-"""Why no result on an aligned pair has a p-value. Source: simulations in Zhu et al.'s setting; see docs/nulls.md."""
+"""Why no result on an aligned pair has a p-value. Source: simulations in the setting of Zhu et al.; docs/nulls.md."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Vocabularies:
     """How the two models' tokens correspond.
 
     Attributes:
-      same: both models have the same tokenizer, so that one's token ids mean the same to the other.
+      same: both models have the same tokenizer, with equal token ids.
       ids_base, ids_ft: ids of the tokens that both vocabularies have, paired by string.
-      known: both tokenizers could be read; without them nothing is known of the tokens.
+      known: both tokenizers could be read.
     """
 
     same: bool
@@ -39,7 +39,7 @@ class Vocabularies:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two models, in memory or streamed, the text to look at them with, and where to compute."""
+    """Two models, in memory or streamed, with the text, the devices and the seed of a run."""
 
     base: ParamSource
     ft: ParamSource
@@ -50,20 +50,20 @@ class Pair:
     seed: int
     aligned: bool = False
     blocks: PairedBlocks | None = None
-    """The text as both models read it, with the positions at which they can be compared."""
+    """The text in both models' tokens, with the positions at which both have read the same bytes."""
     controls: Sequence[ParamSource] = ()
     """Models known to be independent of both, of base's shape and tokenizer, for nulls that are measured."""
     run_cache: RunCache = field(default_factory=RunCache)
-    """What is finished already, of an interrupted run."""
+    """Intermediate results of an interrupted run."""
 
     def of_base(self) -> "Pair":
-        """Returns base against itself, both reading base's tokens; a control takes the place of the first."""
+        """Returns base paired with itself, both with base's tokens; a control model then replaces the first."""
         ids = self.vocabularies.ids_base
         blocks = None if self.blocks is None else paired_one_to_one(self.blocks.base, self.blocks.base)
         return replace(self, ft=self.base, vocabularies=Vocabularies(True, ids, ids), blocks=blocks)
 
     def generator(self, *names: str | int) -> np.random.Generator:
-        """Returns a stream of random numbers of its own for every name, from the seed of the run."""
+        """Returns a random generator of its own for every sequence of names, from the seed of the run."""
         return np.random.default_rng([self.seed, *(zlib.crc32(str(name).encode()) for name in names)])
 
 
@@ -83,19 +83,19 @@ class Curve:
 
 @dataclass(frozen=True)
 class Test:
-    """One test: a p-value at each place it looks at, and the one they give together.
+    """One test: a p-value at each place (layer, matrix or pair of layers), and the combined p-value.
 
     Attributes:
       name: what is tested, such as `rank correlation`.
-      log10_p: decimal logarithm of the p-value of all places together; None on an aligned pair.
-      combined: how the places were combined.
-      places: layers or matrices.
-      log10_ps: one for each place.
-      values: column -> what was measured, one value for each place.
-      decides: whether it may enter a verdict; a test without a true null is shown and decides nothing.
+      log10_p: decimal logarithm of the combined p-value; None on an aligned pair.
+      combined: how the p-values of the places were combined.
+      places: names of the layers, matrices or pairs of layers.
+      log10_ps: decimal logarithms, one per place.
+      values: column -> measured values, one per place.
+      decides: whether it enters the verdict; a test without a valid null is reported only.
     """
 
-    __test__ = False  # pytest: no test class
+    __test__ = False  # not a test class of pytest
 
     name: str
     log10_p: float | None
@@ -108,20 +108,20 @@ class Test:
 
 @dataclass(frozen=True)
 class Result:
-    """The outcome of one statistic on one pair, as it goes into the record.
+    """The outcome of one statistic on one pair, as written to the record.
 
     Attributes:
-      headline: the number to quote; `label` says what it is, with its unit.
-      log10_p: the p-value where one exists, else None with the reason in `p_reason`.
-      per_layer: `{"label", "values"}`, one value per layer, never a p-value: those stand in `tests`.
+      headline: the effect size; `label` names it, with its unit.
+      log10_p: decimal logarithm of the p-value where one exists, else None with the reason in `p_reason`.
+      per_layer: `{"label", "values"}`, one value per layer; p-values are in `tests`.
       distribution: `{"label", "quantiles": {"levels", "layers"}}`, the quantiles at the levels for each layer, or once.
-      not_applicable: why the statistic has no value on this pair.
+      not_applicable: the reason why the statistic has no value on this pair.
       tests: the tests behind `log10_p`, place by place.
-      null: what the p-values were calibrated with.
+      null: parameters of the null of the p-values.
       layer_map: which layer of ft comes from which layer of base, by their p-values; see `match_all`.
-      notes: what a reader of the numbers must know.
-      arrays: what is too large for the record; it goes into the folder of the run.
-      read: side -> bytes looked at and their share of all weights, where that is a part; see `screen`.
+      notes: caveats for a reader of the numbers.
+      arrays: what is too large for the record; saved in the folder of the run.
+      read: side -> bytes read and their share of all weights, if not all are read; see `screen`.
     """
 
     headline: float | None
@@ -140,13 +140,13 @@ class Result:
     read: Mapping[str, Any] | None = None
 
     def without_p(self, reason: str) -> "Result":
-        """Returns the values alone, with the reason why they have no p-value; what rests on p-values goes with them."""
+        """Returns the result without p-values and what is derived from them, with the reason."""
         tests = tuple(replace(test, log10_p=None, log10_ps=None) for test in self.tests)
         return replace(self, log10_p=None, p_reason=reason, tests=tests, layer_map=None)
 
     @classmethod
     def restored(cls, fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> "Result":
-        """Returns the result whose `as_dict` these fields are, with its arrays."""
+        """Returns the result from the fields of its `as_dict` and its arrays."""
         curve = None if fields["curve"] is None else Curve(**fields["curve"])
         return cls(**{**fields, "curve": curve, "tests": [Test(**test) for test in fields["tests"]], "arrays": arrays})
 
@@ -157,17 +157,17 @@ class Result:
 
 @runtime_checkable
 class Statistic(Protocol):
-    """One statistic. Its options are its fields, filled from the config."""
+    """One statistic; its fields are its options, its section of the config."""
 
     @property
     def needs_tokens(self) -> bool:
-        """Whether it reads text."""
+        """Whether it needs text."""
 
-    def problems(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
-        """Returns why the statistic cannot be computed on models of these shapes; empty if it can."""
+    def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
+        """Returns reasons why the statistic cannot be computed on models of these shapes; empty if it can."""
 
     def compute(self, pair: Pair) -> Result:
-        """Returns the statistic of the pair as it is given."""
+        """Returns the statistic of the pair."""
 
 
 QUANTILE_LEVELS = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)

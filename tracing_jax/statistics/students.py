@@ -1,4 +1,4 @@
-"""Gated (GLU) students of feed-forward networks: what any FFN computes, written in units that can be matched.
+"""Distillation of feed-forward networks (FFNs) into gated (GLU) students, whose units can be matched.
 
 Letters: S samples, D features of the teacher's inputs and outputs, F units of the student.
 """
@@ -18,21 +18,21 @@ TAPS = ("gate", "up", "rest")
 
 Weights = dict[str, Float[Array, "_ _"]]
 
-_HELD_OUT = 16  # of so many samples one is held out
-_ORDINARY = 10.0  # times the median norm
-_DEAD = 1e-6  # times the initial norm: decay has taken such a unit, and what it responds to is noise
+_HELD_OUT = 16  # one of so many samples is held out
+_OUTLIER = 10.0  # times the median norm of the outputs
+_DEAD = 1e-6  # norm below which weight decay has removed a unit, and its responses are noise
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a student is trained.
+    """Hyperparameters of a student's training.
 
     Attributes:
       units: F, its width.
-      steps: of Adam, each on `batch` samples; the rate falls to zero along a cosine.
-      batch: samples a step, drawn with replacement.
-      rate: what Adam moves a weight in a step, in units of its initial standard deviation, 1 / sqrt(inputs).
-      decay: what every weight loses in a step, as a share of itself, at the full rate.
+      steps: number of Adam steps; the learning rate decays to zero along a cosine.
+      batch: samples per step, drawn with replacement.
+      rate: learning rate, in units of a weight's initial standard deviation, 1 / sqrt(inputs).
+      decay: weight decay per step at the full learning rate, as a share of the weight.
     """
 
     units: int
@@ -47,9 +47,9 @@ class Student:
     """`y ~ D (silu(G x) * (U x))`, fitted to one FFN, with input and output each divided by one number.
 
     Attributes:
-      gate, up: G and U, transposed: each column reads the input of the FFN. Units that decay has taken are zero.
-      explained: share of the variance of the FFN's output that it explains, on samples it was not trained on.
-      left_out: share of the samples whose output is beyond ten times the median norm; it was not trained on them.
+      gate, up: G and U, transposed: a column per unit. Units that weight decay has removed are zero.
+      explained: share of the variance of the FFN's output that it explains on held-out samples.
+      left_out: share of the samples excluded as outliers: output norm above ten times the median.
     """
 
     gate: Float[np.ndarray, "D F"]
@@ -59,22 +59,22 @@ class Student:
 
 
 def fit_student(x: Float[np.ndarray, "S D"], y: Float[np.ndarray, "S D"], recipe: Recipe, seed: int) -> Student:
-    """Returns a student of the FFN that makes y of x; initial weights and minibatches follow from the seed.
+    """Returns a student of the FFN that maps x to y; initial weights and minibatches follow from the seed.
 
-    Inputs are divided by one number, outputs too after their mean is taken off, and initial weights are Gaussian: a
-    rotation of the features or an order of the teacher's units leaves the problem the same. (Adam, which steps along
-    coordinates, keeps a permutation exactly and a rotation in distribution only nearly.)
+    Inputs are divided by one number, outputs too after their mean is subtracted, and initial weights are Gaussian, so
+    training is equivariant under a permutation of the features (under a rotation only in distribution and nearly, as
+    Adam works by coordinate) and independent of the order of the teacher's units.
 
-    Weight decay is what makes two students of one FFN find the same units: it leaves the function to as few units as
-    can compute it. See docs/distilled.md.
+    Because of weight decay two students of one FFN find the same units: it leaves only as many units as the function
+    needs. See docs/distilled.md.
 
     Raises:
       ValueError: too few samples, samples that are not finite, an output that never varies, or training that diverges.
     """
     _check(x, y)
     norms = np.linalg.norm(y - np.median(y, axis=0), axis=1)
-    ordinary = norms <= _ORDINARY * np.median(norms)  # a few tokens with outputs a thousand times the rest would be all
-    kept = np.flatnonzero(ordinary)
+    inliers = norms <= _OUTLIER * np.median(norms)  # tokens with outputs a thousand times larger would dominate
+    kept = np.flatnonzero(inliers)
     x, y = x[kept], y[kept] - y[kept].mean(axis=0)
     x, y = (values / np.sqrt(np.square(values, dtype=np.float64).mean()).astype(np.float32) for values in (x, y))
     train = len(x) - max(1, len(x) // _HELD_OUT)
@@ -86,27 +86,27 @@ def fit_student(x: Float[np.ndarray, "S D"], y: Float[np.ndarray, "S D"], recipe
         raise ValueError(f"the student diverged at rate {recipe.rate:g}; choose a lower one")
     gate, up = np.asarray(weights["gate"]), np.asarray(weights["up"])
     alive = np.minimum(*(np.linalg.norm(w, axis=0) for w in (gate, up))) > _DEAD
-    return Student(gate * alive, up * alive, explained, 1 - len(kept) / len(ordinary))
+    return Student(gate * alive, up * alive, explained, 1 - len(kept) / len(inliers))
 
 
 def student_correlations(
     base: tuple[Float[np.ndarray, "S D"], Student], ft: tuple[Float[np.ndarray, "S D2"], Student]
 ) -> dict[str, Float[np.ndarray, "F F2"]]:
-    """Returns tap -> Pearson correlations of two students' pre-activations, each on its own inputs, row by row.
+    """Returns tap -> Pearson correlations of two students' pre-activations, each on its own inputs; samples correspond.
 
-    The taps are `gate`, `up` and `rest`, which is up without what gate predicts of it; see `rest_of`. Pre-activations
+    The taps are `gate`, `up` and `rest`, the residual of up given gate; see `residual_up`. Pre-activations
     are linear in the input, so those of all samples follow from the inputs' covariances.
     """
-    taps = [(student.gate, student.up, rest_of(x, student)) for x, student in (base, ft)]
+    taps = [(student.gate, student.up, residual_up(x, student)) for x, student in (base, ft)]
     found = _correlations(jnp.asarray(base[0]), jnp.asarray(ft[0]), *taps)
     return {tap: np.asarray(by_tap) for tap, by_tap in zip(TAPS, found)}
 
 
-def rest_of(x: Float[np.ndarray, "S D"], student: Student) -> Float[np.ndarray, "D F"]:
-    """Returns up weights whose pre-activations are those of up without what each unit's gate predicts, by regression.
+def residual_up(x: Float[np.ndarray, "S D"], student: Student) -> Float[np.ndarray, "D F"]:
+    """Returns the up weights after regression of each unit's up on its gate pre-activation, as residuals.
 
-    Students of an FFN without a gate have up proportional to gate or nearly so, and two matchings by the same numbers
-    agree whatever they match. What is left of up has no such reason to agree.
+    Students of an FFN without a gate have up nearly proportional to gate, and then the matchings by gate and by up
+    agree between any two models. The matching by the residual does not agree for that reason.
     """
     return np.asarray(_rest(jnp.asarray(x), student.gate, student.up))
 
@@ -114,11 +114,11 @@ def rest_of(x: Float[np.ndarray, "S D"], student: Student) -> Float[np.ndarray, 
 def _check(x: np.ndarray, y: np.ndarray) -> None:
     lines = []
     if len(x) < 2 * _HELD_OUT:
-        lines.append(f"{len(x)} samples; a student needs {2 * _HELD_OUT} at least, of which some are held out")
+        lines.append(f"{len(x)} samples; at least {2 * _HELD_OUT} are needed")
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         lines.append("inputs or outputs are not finite")
     elif len(y) and not (y != y[0]).any():
-        lines.append("the output never varies: there is nothing to learn")
+        lines.append("the output is constant")
     if lines:
         raise ValueError("no student can be fitted to this FFN: " + "; ".join(lines))
 
@@ -140,7 +140,7 @@ def _output(weights: Weights, x: Float[Array, "S D"]) -> Float[Array, "S D"]:
 def _trained(
     weights: Weights, key: PRNGKeyArray, x: Float[Array, "S D"], y: Float[Array, "S D"], recipe: Recipe
 ) -> Weights:
-    """Returns the weights after training, in one compiled loop for all layers of one shape."""
+    """Returns the trained weights; the loop compiles once for all layers of one shape."""
     adam = optax.scale_by_adam()
     cosine = optax.cosine_decay_schedule(1.0, recipe.steps)
 

@@ -1,4 +1,4 @@
-"""The verdict on a pair: related, independent or undecided, with the test, the level and the layers behind it."""
+"""The verdict on a pair: related, independent or undecided, with the test, the level and the significant layers."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from tracing_jax.statistics.pvalues import holm
 from tracing_jax.statistics.statistic import Result
 
 DECIDING = ("csu", "csh", "match", "match_all", "match_moments", "match_distilled", "screen")
-"""Statistics whose p-values are exact, or calibrated against a measured null. Only these decide."""
+"""Statistics whose p-values are exact, or calibrated against a measured null; only these enter the verdict."""
 
 UNDECIDED_BELOW = 0.05
 _EVIDENCE = 20
@@ -23,17 +23,17 @@ _MEANING = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the tests of a pair as given say together.
+    """The verdict of all tests of a pair as given.
 
     Attributes:
       verdict: `related` below the level, `undecided` from there to 0.05 or where no test applies, else `independent`.
-      meaning: the verdict in words.
-      level: the level asked for.
+      meaning: the verdict in a sentence.
+      level: the significance level.
       statistic: the statistic with the smallest p-value; None if none applies.
       adjusted_log10_p: its p-value, Holm-adjusted over the statistics in `family`.
-      family: statistic -> log10 p of those that entered.
-      layers: the layers that alone are below the level in the deciding statistic, after Bonferroni over all it tests.
-      evidence: the strongest single findings of all statistics in `family`, strongest first; p-values of their own.
+      family: statistic -> log10 p, of the statistics in the Holm family.
+      layers: the layers significant by themselves in that statistic, after Bonferroni over all its places.
+      evidence: the 20 places of smallest p-value in all statistics in `family`, not adjusted, smallest first.
     """
 
     verdict: Literal["related", "independent", "undecided"]
@@ -51,13 +51,13 @@ class Verdict:
 
 
 def verdict(results: Mapping[str, Result], level: float) -> Verdict:
-    """Returns the verdict of the results on a pair as given; results on an aligned pair have no p-value and no say.
+    """Returns the verdict of the results on a pair as given; results on an aligned pair have no p-value to enter it.
 
     Raises:
       ValueError: a level outside (0, 0.05].
     """
     if not 0 < level <= UNDECIDED_BELOW:
-        raise ValueError(f"level={level}: it lies above 0 and at most at {UNDECIDED_BELOW}, from where on all is open")
+        raise ValueError(f"level={level}: expected above 0 and at most {UNDECIDED_BELOW}")
     found = {name: results[name] for name in DECIDING if name in results and results[name].log10_p is not None}
     if not found:
         meaning = "no test with a null applies to this pair: ask for csu, csh or match"
@@ -88,7 +88,7 @@ def over_pairs(log10_ps: Sequence[float | None]) -> list[float | None]:
 
 
 def ranked_evidence(results: Mapping[str, Result]) -> list[dict[str, Any]]:
-    """Returns every place of every deciding test with its own log10 p, strongest first."""
+    """Returns every place of every test that enters the verdict with its log10 p, smallest first."""
     rows = [
         {"statistic": name, "test": test.name, "place": place, "log10_p": log10_p}
         for name, result in results.items()

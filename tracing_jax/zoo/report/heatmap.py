@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import quote
 
-from tracing_jax.report.wording import p_cell
+from tracing_jax.report.formatting import p_cell
 from tracing_jax.zoo.plan import PAIRS
 from tracing_jax.zoo.report.rows import PairRow
 

@@ -9,9 +9,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tracing_jax.report.rendering import render
-from tracing_jax.report.sections import Block, Cell, Section, table_of
-from tracing_jax.report.wording import ABSENT, log10_cell
+from tracing_jax.report.formatting import ABSENT, log10_cell
+from tracing_jax.report.html_elements import Block, Cell, Section, render, table_of
 from tracing_jax.zoo.report.contents import Contents
 from tracing_jax.zoo.report.heatmap import LEGEND, heatmap, link
 from tracing_jax.zoo.report.rows import PairRow

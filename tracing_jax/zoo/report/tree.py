@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tracing_jax.report.wording import cell
+from tracing_jax.report.formatting import cell
 from tracing_jax.zoo.report.contents import Contents
 from tracing_jax.zoo.report.direction import Direction
 from tracing_jax.zoo.report.heatmap import link

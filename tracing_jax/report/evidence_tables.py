@@ -1,18 +1,18 @@
-"""The evidence behind a statistic, for the page: tests, what calibrated them, every place, and the map of layers."""
+"""Tables of the evidence behind a statistic, for the page: tests, their null, every place, and the layer map."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tracing_jax.report.sections import Block, Table, columns_table, table_of
-from tracing_jax.report.wording import cell, log10_cell, p_cell
+from tracing_jax.report.formatting import cell, log10_cell, p_cell
+from tracing_jax.report.html_elements import Block, Table, columns_table, table_of
 
 _MOST_ROWS = 400  # of a table on the page; the record has them all
 _NULL_WORDS = {
-    "lambda": "λ: units that agree by accident, mean",
-    "m": "m: centre of z = r √(h − 1)",
+    "lambda": "λ: units that agree by chance, mean",
+    "m": "m: location of z = r √(h − 1)",
     "s": "s: scale of z",
     "u": "u: share of units that may agree by convergence",
-    "u from": "u comes from",
+    "u from": "source of u",
     "pairs": "controls: pairs of layers that do not correspond",
     "k": "controls: agreeing units k",
     "z": "controls: z",
@@ -21,7 +21,7 @@ _EDGES = {0.0: "min", 0.5: "median", 1.0: "max"}
 
 
 def tests_blocks(results: Mapping[str, Any]) -> list[Block]:
-    """The tests of each side with the p-value of all places together; open for the first side that has any."""
+    """The tests of each side with their combined p-values; open for the first side that has any."""
     found: list[Block] = []
     for side, result in results.items():
         rows = [
@@ -36,7 +36,7 @@ def tests_blocks(results: Mapping[str, Any]) -> list[Block]:
 
 
 def null_blocks(results: Mapping[str, Any]) -> list[Block]:
-    """What the p-values were calibrated with, beside the p-values with and without it; the same on both sides once."""
+    """The null of the p-values, with the calibrated and parametric p-values; once if equal on both sides."""
     found: list[tuple[list[str], Mapping[str, Any]]] = []
     for side, result in results.items():
         if null := result.get("null"):
@@ -53,7 +53,7 @@ def null_blocks(results: Mapping[str, Any]) -> list[Block]:
 
 
 def place_blocks(results: Mapping[str, Any]) -> list[Block]:
-    """A table for every set of tests that look at the same units: place, what was measured, log10 p of each test."""
+    """A table for every set of tests of the same units: place, measured values, log10 p of each test."""
     return [
         Block(", ".join(filter(None, ("Each place", common, side))), *_places(tests, common))
         for side, result in results.items()
@@ -62,7 +62,7 @@ def place_blocks(results: Mapping[str, Any]) -> list[Block]:
 
 
 def map_blocks(results: Mapping[str, Any]) -> list[Block]:
-    """Which layer of ft comes from which layer of base, in words and as a table; on the pair as given."""
+    """Which layer of ft comes from which layer of base, as a sentence and a table; for the pair as given."""
     layer_map = next((result["layer_map"] for result in results.values() if result.get("layer_map")), None)
     if layer_map is None:
         return []
@@ -71,7 +71,7 @@ def map_blocks(results: Mapping[str, Any]) -> list[Block]:
     rows += [_map_row({"base": i}, "no partner") for i in layer_map["unmatched_base"]]
     rows += [_map_row({"ft": j}, "no partner") for j in layer_map["unmatched_ft"]]
     headers = ("base layer", "ft layer", "log10 p", "p", "units", "agreeing", "")
-    return [Block("Layers that belong together", table_of(headers, rows), layer_map["sentence"], folded=False)]
+    return [Block("Layers assigned to each other", table_of(headers, rows), layer_map["sentence"], folded=False)]
 
 
 def _map_row(pair: Mapping[str, Any], remark: str) -> list[Any]:
@@ -98,7 +98,7 @@ def _null_columns(null: Mapping[str, Any], tests: Sequence[Mapping[str, Any]]) -
 
 
 def _forms(null: Mapping[str, Any]) -> list[str]:
-    """The forms of a test that have a null of their own; none where there is one null for all."""
+    """The forms of a test that have a null of their own; empty if there is one null for all."""
     return list(null) if all(isinstance(value, Mapping) for value in null.values()) else []
 
 
@@ -121,7 +121,7 @@ def _quantities(null: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _by_layer(values: Sequence[Any]) -> str:
-    """One value where all layers share it, else each with its layer; long lists keep every value."""
+    """One value if equal in all layers, else each with its layer."""
     if len({cell(value) for value in values}) == 1:
         return f"{cell(values[0])} in every layer"
     return ", ".join(f"layer {i} {cell(value)}" for i, value in enumerate(values))
@@ -141,7 +141,7 @@ def _is_number(text: Any) -> bool:
 
 
 def _groups(tests: Sequence[Mapping[str, Any]], forms: Sequence[str]) -> list[tuple[str, list[Mapping[str, Any]]]]:
-    """The tests of one form that look at the same values in the same places, under what all their names share."""
+    """The tests of one form on the same values at the same places, with the common part of their names."""
     groups: list[tuple[Any, list[Mapping[str, Any]]]] = []
     for test in tests:
         form = next((form for form in forms if test["name"].startswith(f"{form}, ")), "")
@@ -162,7 +162,7 @@ def _common(names: Sequence[str]) -> str:
 
 
 def _places(tests: Sequence[Mapping[str, Any]], common: str) -> tuple[Table, str]:
-    """The table, and what it leaves out: where there are too many places, all but those with the smallest p."""
+    """The table, and a sentence if it is cut to the places of smallest p."""
     known = [test for test in tests if test["log10_ps"] is not None]
     shared = set(common.split(", "))
     names = [", ".join(part for part in test["name"].split(", ") if part not in shared) for test in known]

@@ -1,7 +1,8 @@
-"""Two matchings of the same units compared, against a uniformly random matching: rank correlation and agreement.
+"""Null distributions for two matchings of the same units: their rank correlation and their agreement.
 
-Matchings are index vectors: unit i belongs to unit `p[i]` of the other model. If the other model has more units they
-are injections and leave some of its units out. All tails are natural logarithms, and none is -inf.
+A matching is an index vector: unit i is matched to unit `p[i]` of the other model. If the other model has more units,
+matchings are injections and leave some of its units out. The null is a uniformly random matching; for the agreement
+there is also one under which some units agree by convergence. All tail probabilities are natural logarithms, none -inf.
 """
 
 import functools
@@ -24,12 +25,10 @@ class RankCorrelation:
 
     Attributes:
       r: the correlation, from -1 to 1.
-      t: `r sqrt((h - 2) / (1 - r^2))`, Student-t with h - 2 degrees under the null; infinite where r is 1 or -1.
       log_p: one-sided log p-value; small when the two matchings agree.
     """
 
     r: float
-    t: float
     log_p: float
 
 
@@ -46,37 +45,36 @@ def spearman(p1: Int[np.ndarray, " _"], p2: Int[np.ndarray, " _"]) -> RankCorrel
     _check(p1, p2)
     h = len(p1)
     if h < 2:
-        raise ValueError("one unit has no rank correlation; two are the fewest")
+        raise ValueError("the rank correlation of one unit is undefined; at least two are needed")
     differences = np.argsort(np.argsort(p1)) - np.argsort(np.argsort(p2))
     squares = int((differences.astype(np.int64) ** 2).sum())
     scale = h * (h * h - 1)
     one_minus_r, one_plus_r = 6 * squares / scale, (2 * scale - 6 * squares) / scale  # each rounded once
     r = (one_plus_r - one_minus_r) / 2
-    t = r * math.sqrt((h - 2) / one_minus_r / one_plus_r) if one_minus_r and one_plus_r else math.copysign(math.inf, r)
     if h < _EXACT_BELOW:
         log_p = math.log(int(_permutations_up_to(h)[squares]) / math.factorial(h))
     else:
         log_p = spearman_log_sf(one_minus_r, h)
-    return RankCorrelation(r, t, log_p)
+    return RankCorrelation(r, log_p)
 
 
 def spearman_log_sf(one_minus_r: float, h: int) -> float:
     """Returns `log P(T_{h-2} > t)` at a rank correlation r of h units; never below -log h!, the p-value of r = 1.
 
     With `t = r sqrt((h - 2) / (1 - r^2))` and a = (h - 2) / 2 the tail is `I_{1 - r^2}(a, 1/2) / 2` for r >= 0. Its
-    logarithm has a relative error below 1e-11 up to h = 30,000. As a p-value of a permutation it is approximate: far
-    out it is too small (at h = 12, 2e-6 where 9e-6 is exact), and the more so the fewer the units.
+    logarithm has a relative error below 1e-11 up to h = 30,000. As a p-value of a permutation it is approximate: far in
+    the tail it is too small (at h = 12, 2e-6 where 9e-6 is exact), and the more so the fewer the units.
 
     Args:
-      one_minus_r: 1 - r rather than r, which has too few digits close to 1.
+      one_minus_r: 1 - r, in [0, 2], since r has too few digits close to 1.
       h: the number of units, 3 or more.
 
     Raises:
-      ValueError: fewer units, or no correlation.
+      ValueError: fewer than 3 units, or 1 - r outside [0, 2].
     Source: DLMF 8.17 (incomplete beta function); Kendall and Gibbons, Rank Correlation Methods.
     """
     if not (0 <= one_minus_r <= 2 and h >= 3):
-        raise ValueError(f"1 - r = {one_minus_r} of {h} units; it lies in [0, 2], and the units are at least 3")
+        raise ValueError(f"1 - r = {one_minus_r} of {h} units: 0 <= 1 - r <= 2 and at least 3 units are needed")
     smallest = -float(special.gammaln(h + 1))
     a, r, distance = (h - 2) / 2, 1 - one_minus_r, min(one_minus_r, 2 - one_minus_r)
     within = float(special.betainc(0.5, a, r * r))  # P(|R| < |r|)
@@ -87,7 +85,7 @@ def spearman_log_sf(one_minus_r: float, h: int) -> float:
 
 
 def agreement(p1: Int[np.ndarray, " _"], p2: Int[np.ndarray, " _"]) -> int:
-    """Returns the number of units that two matchings send to the same unit.
+    """Returns the number of units that two matchings match to the same unit.
 
     Raises:
       ValueError: not two injections of the same units.
@@ -123,6 +121,39 @@ def randomised_agreement_log_p(k: int, h1: int, h2: int | None = None, *, genera
     """
     h2 = _checked_size(k, h1, h2)
     return _agreement_log_tail(k, h1, h2, share=1.0 - generator.random())
+
+
+def composite_agreement_log_sf(k: int, h: int, u: float, lam: float) -> float:
+    """Returns log P(K >= k) for the sum K of Binomial(h, u) and Poisson(lam).
+
+    Each of h units agrees by convergence with probability u, and on average lam more by chance. Both tails of the
+    convolution are sums of positive terms in log space; where the upper tail is close to 1, its logarithm is computed
+    from the lower tail. The relative error of the logarithm is below 1e-12 up to h = 30,000.
+
+    Args:
+      k: the number of units that agree.
+      h: the number of all units.
+      u: the share that may agree by convergence, in [0, 1).
+      lam: the mean number of chance agreements, in (0, h]; 1 for a uniformly random matching.
+
+    Raises:
+      ValueError: an argument outside its range.
+    Source: Gurnee et al. 2024, Universal Neurons in GPT2 Language Models (arXiv 2401.12181), for convergent units.
+    """
+    if not (0 <= k <= h and h >= 1 and 0 <= u < 1 and 0 < lam <= h):
+        raise ValueError(
+            f"k = {k}, h = {h}, u = {u}, lambda = {lam}: 0 <= k <= h, 1 <= h, 0 <= u < 1 and 0 < lambda <= h must hold"
+        )
+    if k == 0:
+        return 0.0
+    by_convergence, by_chance = _log_binomial(h, u), _log_poisson(lam, k)
+    log_at_least = np.logaddexp.accumulate(by_chance[::-1])[::-1]
+    needed = np.maximum(k - np.arange(h + 1), 0)
+    log_sf = float(special.logsumexp(by_convergence + log_at_least[needed]))
+    if log_sf < math.log(0.5):
+        return log_sf
+    log_at_most = np.logaddexp.accumulate(by_chance)
+    return math.log1p(-math.exp(special.logsumexp(by_convergence[:k] + log_at_most[k - 1 :: -1])))
 
 
 @functools.cache
@@ -169,13 +200,13 @@ def _agreement_log_tail(k: int, h1: int, h2: int, share: float) -> float:
 def _no_agreement(h1: int, h2: int) -> float:
     """Returns the chance d(h1, h2) that no unit agrees.
 
-    It is 0 only for a single unit, else 1/4 or more, and the terms are at most 1 / j!: this alternating sum is safe.
+    It is 0 for a single unit, else 1/4 or more, and the terms are at most 1 / j!: this alternating sum does not cancel.
     """
     return 1.0 + float(np.cumprod(-_expected_ratios(h1, h2, 0)).sum())
 
 
 def _expected_ratios(h1: int, h2: int, start: int) -> np.ndarray:
-    """Returns `S_{j+1} / S_j` for j from start on, as many as matter."""
+    """Returns `S_{j+1} / S_j` for j from start on, up to the terms that are negligible."""
     j = np.arange(start, min(start + _SERIES_TERMS, h1))
     return (h1 - j) / ((j + 1) * (h2 - j))
 
@@ -189,10 +220,34 @@ def _checked_size(k: int, h1: int, h2: int | None) -> int:
 
 def _check(p1: np.ndarray, p2: np.ndarray) -> None:
     if len(p1) != len(p2) or not len(p1):
-        raise ValueError(f"matchings of {len(p1)} and {len(p2)} units cannot be compared; match the same units twice")
+        raise ValueError(
+            f"matchings of {len(p1)} and {len(p2)} units cannot be compared; both must match the same units"
+        )
     for name, p in {"p1": p1, "p2": p2}.items():
         if p.min() < 0 or len(np.unique(p)) != len(p):
             raise ValueError(
-                f"{name} is no matching: of its {len(p)} indices {len(p) - len(np.unique(p))} repeat another and "
-                f"{int((p < 0).sum())} are negative; every unit needs a unit of its own"
+                f"{name} is not a matching: of its {len(p)} indices {len(p) - len(np.unique(p))} repeat another and "
+                f"{int((p < 0).sum())} are negative; each must be a different index >= 0"
             )
+
+
+def _log_binomial(h: int, u: float) -> np.ndarray:
+    """Returns the log probabilities of 0, ..., h."""
+    b = np.arange(h)
+    return _log_probabilities(np.log((h - b) / (b + 1)) + special.logit(u), int((h + 1) * u))
+
+
+def _log_poisson(lam: float, k: int) -> np.ndarray:
+    """Returns the log probabilities of 0, 1, ..., until the remainder is below 1e-19 of P(K >= k)."""
+    last = max(k, math.ceil(lam)) + math.ceil(10 * math.sqrt(lam)) + 40
+    return _log_probabilities(math.log(lam) - np.log(np.arange(1, last + 1)), int(lam))
+
+
+def _log_probabilities(log_ratios: np.ndarray, mode: int) -> np.ndarray:
+    """Returns the log probabilities whose successive differences these are.
+
+    They are summed from the mode outwards: differences of log-gammas would lose five digits.
+    """
+    up, down = np.cumsum(log_ratios[mode:]), np.cumsum(-log_ratios[:mode][::-1])
+    weights = np.concatenate([down[::-1], [0.0], up])
+    return weights - special.logsumexp(weights)

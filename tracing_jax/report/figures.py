@@ -1,6 +1,6 @@
-"""Figures of a run, and of the demo's path curves.
+"""Figures of a run, of several pairs, and of path curves.
 
-Built from `matplotlib.figure.Figure` alone: no pyplot, no global state, so figures can be made in any thread.
+They use `matplotlib.figure.Figure` without pyplot and its global state, so they can be made in any thread.
 """
 
 import io
@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tracing_jax.record import atomic_write
-from tracing_jax.report import evidence_panels, panels
-from tracing_jax.report.wording import outcome, results_by_side, subject
+from tracing_jax.report import p_value_panels, panels
+from tracing_jax.report.formatting import outcome, results_by_side, subject
 
 _WIDTH_INCHES = 6.4
 _DOTS_PER_INCH = 160
@@ -38,13 +38,13 @@ def path_figure(
         curves: by label, `alpha` (0 is base, 1 is the fine-tuned model) and `loss` in nats per token, of equal length;
             a loss may be None or not finite, and is left out of its line.
         groups: the groups of weights that move along the path, where not all do.
-        title: stands above the axes.
+        title: of the axes.
     """
     moving = {name: {**curve, "groups": list(groups)} for name, curve in curves.items()}
     return _figure([_Panel(title, panels.draw_path, moving, 3.5)])
 
 
-def family_figure(
+def pairs_figure(
     curves: Mapping[str, Mapping[str, Any]],
     families: Mapping[str, Mapping[str, Any]],
     *,
@@ -67,7 +67,7 @@ def family_figure(
     if families and level is not None:
         data = {"families": families, "level": level}
         height_inches = 1.6 + 0.35 * len(families)
-        found.append(_Panel(f"p-values against {base}", evidence_panels.draw_pairs, data, height_inches))
+        found.append(_Panel(f"p-values against {base}", p_value_panels.draw_pairs, data, height_inches))
     nothing = {"text": "No pair has a path or a p-value that enters a verdict."}
     return _figure(found or [_Panel("No figure", panels.draw_text, nothing, 1.0)])
 
@@ -75,7 +75,7 @@ def family_figure(
 def figure_of_run(record: Mapping[str, Any]) -> Figure:
     """The figure of a run: for each statistic panels for its curve, its distribution, its layers and its layer map.
 
-    Tests with p-values by layer stand in place of one value a layer, and on the pair as given: it alone decides.
+    Tests with p-values by layer, which exist for the pair as given only, replace the panel of one value per layer.
     A statistic with none of these shows its headline numbers; a run without any result shows the reasons.
     """
     statistics = record["statistics"]
@@ -100,8 +100,8 @@ def save_png(figure: Figure, path: str | PurePath) -> None:
 
 
 def _log10_level(record: Mapping[str, Any]) -> float | None:
-    judged = record.get("verdict")
-    return math.log10(judged["level"]) if judged else None
+    verdict = record.get("verdict")
+    return math.log10(verdict["level"]) if verdict else None
 
 
 def _panels(name: str, sides: Mapping[str, Any], level: float | None) -> list[_Panel]:
@@ -130,14 +130,14 @@ def _evidence_panels(name: str, results: Mapping[str, Any], level: float | None)
     """The p-values of the first side that has any, and the map of layers."""
     found = []
     tests = [[test for test in result.get("tests") or () if test["log10_ps"]] for result in results.values()]
-    shown = next((side for side in tests if evidence_panels.has_layers(side)), None)
+    shown = next((side for side in tests if p_value_panels.has_layers(side)), None)
     if shown:
         data = {"tests": shown, "level": level}
         height_inches = 3.0 + 0.2 * math.ceil((len(shown) + 2) / 2)
-        found.append(_Panel(f"{name}: p-values by layer", evidence_panels.draw_tests, data, height_inches))
+        found.append(_Panel(f"{name}: p-values by layer", p_value_panels.draw_tests, data, height_inches))
     if layer_map := next((result["layer_map"] for result in results.values() if result.get("layer_map")), None):
         data = {**layer_map, "level": level}
-        found.append(_Panel(f"{name}: {layer_map['sentence']}", evidence_panels.draw_layer_map, data, 5.2))
+        found.append(_Panel(f"{name}: {layer_map['sentence']}", p_value_panels.draw_layer_map, data, 5.2))
     return found
 
 

@@ -1,4 +1,4 @@
-"""The parts a page is made of: sections, tables, cells; and how values of a record become tables."""
+"""Elements of an HTML page: sections, tables, cells; values of a record as tables; and rendering by templates."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,15 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tracing_jax.report.rendering import render
-from tracing_jax.report.wording import cell
+import jinja2
+
+from tracing_jax.report.formatting import cell
+
+_SHARED = Path(__file__).parent
+"""The folder of the templates that all pages share: `head.html`, `parts.html` and `style.css`."""
 
 _HEX = re.compile(r"([0-9a-f]{12})[0-9a-f]{28,52}(-dirty)?")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The text of a table's cell, the full text to show on hovering where it was shortened, and where it leads."""
+    """A cell of a table: its text, the full text as a tooltip if it was shortened, and the target of its link."""
 
     text: str
     full: str = ""
@@ -23,7 +27,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells, of which the first names the row; the headers may be empty."""
+    """Rows of cells, the first of which is the row header; the column headers may be empty."""
 
     rows: Sequence[Sequence[Cell]]
     headers: Sequence[str] = ()
@@ -31,7 +35,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Block:
-    """A titled table inside a section, folded away or open."""
+    """A titled table inside a section, folded or open."""
 
     title: str
     table: Table
@@ -41,7 +45,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: whichever of these it has, in this order."""
+    """A section of the page: those of these elements that it has, in this order."""
 
     title: str
     text: Sequence[str] = ()
@@ -53,7 +57,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Banner:
-    """A verdict: one word, what it means, and its grounds by name."""
+    """A verdict: one word, its meaning, and the facts behind it."""
 
     word: str
     meaning: str
@@ -62,7 +66,7 @@ class Banner:
 
 @dataclass(frozen=True)
 class Page:
-    """Everything on a page; the title is what is asked about, and what it is held against."""
+    """A page; the title is the model in question and the model that it is compared with."""
 
     title: tuple[str, str]
     summary: Sequence[tuple[str, str]]
@@ -72,16 +76,16 @@ class Page:
 
     def html(self) -> str:
         """The page as one HTML document; everything in it is escaped."""
-        return render(Path(__file__).with_name("page.html"), page=self)
+        return render(_SHARED / "page.html", page=self)
 
 
 def table_of(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
-    """A table of values, each as `cell` shows it; a cell that is ready stays."""
+    """A table of values, each formatted by `cell`; values that are a Cell already are kept."""
     return Table([[value if isinstance(value, Cell) else as_cell(value) for value in row] for row in rows], headers)
 
 
 def facts_table(facts: Mapping[str, Any]) -> Table:
-    """Two columns, name and value; a mapping's entries are rows of their own."""
+    """Two columns, name and value; each entry of a nested mapping has a row of its own."""
     rows: list[tuple[Cell, Cell]] = []
     for key, value in facts.items():
         name = key.replace("_", " ")
@@ -93,7 +97,7 @@ def facts_table(facts: Mapping[str, Any]) -> Table:
 
 
 def columns_table(columns: Mapping[str, Mapping[str, Any]], names: Mapping[str, str] | None = None) -> Table:
-    """A row for each key of any column, under `names` where given, and a column for each mapping."""
+    """A row for each key of any column, named by `names` where given, and a column for each mapping."""
     keys = list(dict.fromkeys(key for column in columns.values() for key in column))
     rows = [
         [Cell((names or {}).get(key, key)), *(as_cell(column.get(key)) for column in columns.values())] for key in keys
@@ -102,8 +106,18 @@ def columns_table(columns: Mapping[str, Mapping[str, Any]], names: Mapping[str, 
 
 
 def as_cell(value: Any) -> Cell:
-    """A value as it stands in a table; a long hash is shortened."""
+    """A value as a cell; a long hash is shortened."""
     text = cell(value)
     if found := _HEX.fullmatch(text):
         return Cell(f"{found[1]}…{found[2] or ''}", text)
     return Cell(text)
+
+
+def render(template: Path, **values: Any) -> str:
+    """The template filled in; it may include templates of its folder and the shared ones.
+
+    All values are escaped; a missing one raises `jinja2.UndefinedError`.
+    """
+    loader = jinja2.FileSystemLoader([template.parent, _SHARED], encoding="utf-8")
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return environment.get_template(template.name).render(**values)

@@ -1,4 +1,4 @@
-"""Axes for p-values: tests by layer, the map of layers, and several pairs side by side; legible from 1 to 10^-4000."""
+"""Panels of p-values: tests by layer, the layer map, and several pairs; readable from 1 to 10^-4000."""
 
 import math
 import re
@@ -14,17 +14,17 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from tracing_jax.report.panels import DASHES, GREY, INK, PALETTE, label_axes
 
 _LAYER = re.compile(r"(?:layers?|base)[ /](\d+)")  # also of `base 3 : ft 4`
-_LINEAR_TO = -10.0  # log10 p; findings all above it need no logarithm of the logarithm
-_MANY = 24  # layers, from where on their marks would hide the line
-_LEGEND_LETTERS = 80  # of all columns of a legend, beyond which it would be wider than the axes
+_LINEAR_TO = -10.0  # log10 p; the axis is linear if all values are above
+_MANY = 24  # layers, above which markers would hide the line
+_LEGEND_LETTERS = 80  # characters of all columns of a legend, above which it would be wider than the axes
 _ASSIGNED = "#00B4FF"
-_WRITTEN = 10  # layers, up to which the numbers of the map are readable in its cells
+_WRITTEN = 10  # layers, up to which numbers are written in the cells of the map
 
 
 def draw_tests(axes: Axes, data: Mapping[str, Any]) -> None:
-    """Draws log10 p by layer: one line a test, grey and thin where it decides nothing, and the level as a rule.
+    """Draws log10 p by layer, one line per test, thin and grey if it does not enter the verdict, and the level.
 
-    A layer with several places (matrices, or partners of the map) has the smallest of their p-values.
+    A layer with several places (matrices, or pairs of layers) has the smallest of their p-values.
     """
     tests, level = data["tests"], data["level"]
     lines = [(test, *_by_layer(test)) for test in tests]
@@ -38,7 +38,7 @@ def draw_tests(axes: Axes, data: Mapping[str, Any]) -> None:
     _p_axis(axes, "y", [value for _, _, y in lines for value in y] + list(rules.values()), level)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     several = any(len(test["places"]) > len(x) for test, x, _ in lines)
-    grey = "" if all(test["decides"] for test in tests) else "  (grey: decides nothing)"
+    grey = "" if all(test["decides"] for test in tests) else "  (grey: not in the verdict)"
     label_axes(axes, f"layer{grey}", "log10 p, smallest in the layer" if several else "log10 p")
     _legend_below(axes, 2)
 
@@ -75,7 +75,7 @@ def draw_layer_map(axes: Axes, data: Mapping[str, Any]) -> None:
 
 
 def draw_pairs(axes: Axes, data: Mapping[str, Any]) -> None:
-    """Draws log10 p of each statistic in the verdict of each pair, one row a pair, and the level as a rule."""
+    """Draws log10 p of each statistic in the verdict of each pair, one row per pair, and the level."""
     families, level = data["families"], data["level"]
     names = list(dict.fromkeys(name for family in families.values() for name in family))
     for i, name in enumerate(names):
@@ -94,7 +94,7 @@ def draw_pairs(axes: Axes, data: Mapping[str, Any]) -> None:
 
 def _test_line(axes: Axes, i: int, test: Mapping[str, Any], x: np.ndarray, y: np.ndarray) -> None:
     dashes = DASHES[i % len(DASHES)]
-    thin = max(1.2, 3.2 - 0.5 * i)  # where lines coincide, all are seen
+    thin = max(1.2, 3.2 - 0.5 * i)  # coinciding lines all remain visible
     look: dict[str, Any] = {"color": PALETTE[i % len(PALETTE)], "linewidth": thin, "linestyle": "-", "zorder": 3}
     if not test["decides"]:
         look = {"color": "#8a8a8a", "linewidth": 0.9, "linestyle": dashes, "zorder": 2}
@@ -112,7 +112,7 @@ def _legend_below(axes: Axes, columns: int) -> None:
 
 
 def _by_layer(test: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """The layers a test looked at, and the smallest log10 p in each; places outside the layers are left out."""
+    """The layers of a test, and the smallest log10 p in each; places outside the layers are left out."""
     least: dict[int, float] = {}
     for place, log10_p in zip(test["places"], test["log10_ps"] or ()):
         if found := _LAYER.match(place):
@@ -123,7 +123,7 @@ def _by_layer(test: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _p_axis(axes: Axes, which: str, values: Sequence[float], level: float | None) -> None:
-    """An axis from 0 to the smallest value: linear down to the level, and from there on logarithmic if it is far."""
+    """An axis from 0 to the smallest value: linear down to the level, and logarithmic below if the range is large."""
     lowest = min([-1.0, *values])
     axis = axes.yaxis if which == "y" else axes.xaxis
     scale, limits = (axes.set_yscale, axes.set_ylim) if which == "y" else (axes.set_xscale, axes.set_xlim)

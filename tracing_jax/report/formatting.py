@@ -1,0 +1,175 @@
+"""Numbers, results and verdicts as text, the same in figures, on pages and in the terminal."""
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+SIDES = {"non_aligned": "non-aligned", "aligned": "aligned"}
+ABSENT = "–"
+
+_COMPARED = {"related": "below", "undecided": "not below", "independent": "not below"}
+
+_NUMBER = re.compile(r"\d+")
+_READABLE = -300.0  # log10 p, below which the p-value as a float64 would be 0
+
+
+def cell(value: Any) -> str:
+    """A value of a record as text: five significant digits, a thousands separator, a dash for None."""
+    if value is None:
+        return ABSENT
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value + 0.0:.5g}"  # -0.0 is 0
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {cell(item)}" for key, item in value.items()) or ABSENT
+    if isinstance(value, list | tuple):
+        return ", ".join(map(cell, value)) or ABSENT
+    return str(value)
+
+
+def p_text(log10_p: float) -> str:
+    """A p-value from its decimal logarithm: `p = 0.031`, or `p = 10^-4312.7` below 10^-4."""
+    return f"p = {10**log10_p:.2g}" if log10_p > -4 else f"p = 10^{log10_p:.1f}"
+
+
+def p_cell(log10_p: Any) -> str:
+    """A p-value as text for a table, from its decimal logarithm; a power of ten where it would underflow."""
+    if log10_p is None:
+        return ABSENT
+    exponent = float(log10_p)
+    return f"{10**exponent:.3g}" if exponent > _READABLE else f"10^{exponent:.1f}"
+
+
+def log10_cell(log10_p: Any) -> str:
+    """A decimal logarithm as text for a table: two decimals, a dash for None."""
+    return ABSENT if log10_p is None else f"{round(float(log10_p), 2) + 0.0:.6g}"
+
+
+def places_text(places: Sequence[str], at_most: int = 6) -> str:
+    """Places with runs of numbers as ranges, `layers 0-3, 7`; runs beyond `at_most` are counted.
+
+    In a run all numbers of a place grow by one: `layer 2 : layer 3` and `layer 3 : layer 4` are a run too.
+    """
+    by_pattern: dict[str, list[tuple[int, ...]]] = {}
+    for place in places:
+        numbers = tuple(map(int, _NUMBER.findall(place)))
+        by_pattern.setdefault(_NUMBER.sub("{}", place.replace("{", "(").replace("}", ")")), []).append(numbers)
+    words = []
+    for pattern, found in by_pattern.items():
+        runs = _runs(sorted(found))
+        if pattern == "layer {}":
+            words.append(f"layer{'s' if len(found) > 1 else ''} {', '.join(run for (run,) in runs)}")
+        else:
+            words += [pattern.format(*run) for run in runs]
+    return ", ".join([*words[:at_most], f"and {len(words) - at_most} more"] if len(words) > at_most else words)
+
+
+def _runs(numbers: Sequence[tuple[int, ...]]) -> list[tuple[str, ...]]:
+    """Each run of tuples that grow by one in every element, as ranges; a tuple without numbers is a run of its own."""
+    groups = itertools.groupby(enumerate(numbers), lambda item: tuple(n - item[0] for n in item[1]) or item[0])
+    runs = [[found for _, found in group] for _, group in groups]
+    return [tuple(f"{a}-{b}" if a != b else str(a) for a, b in zip(run[0], run[-1], strict=True)) for run in runs]
+
+
+def requested_model(record: Mapping[str, Any], side: str) -> str:
+    """The model that a run was asked to compare: `demo:disguised`, a Hub id, or the last part of a local path."""
+    name = str(record["args"].get(f"{side}_model_id") or record["models"][side]["id"]).rstrip("/")
+    return name.split("/")[-1] if name.startswith(("/", "~", ".")) else name
+
+
+def results_by_side(sides: Mapping[str, Any]) -> dict[str, Any]:
+    """The results of a statistic that was applicable, keyed `non-aligned` and `aligned`."""
+    results = {word: sides.get(side) for side, word in SIDES.items()}
+    return {word: result for word, result in results.items() if result and not result.get("not_applicable")}
+
+
+def subject(name: str, sides: Mapping[str, Any]) -> str:
+    """A statistic and what it measures: `mode: midpoint loss (nats per token)`."""
+    measured = label(sides)
+    return f"{name}: {measured}" if measured else name
+
+
+def label(sides: Mapping[str, Any]) -> str:
+    """What a statistic measures; empty where it has no result."""
+    labels = (result.get("label") for result in results_by_side(sides).values())
+    return next((label for label in labels if label), "")
+
+
+def outcome(sides: Mapping[str, Any]) -> str:
+    """The value of a statistic on each side, `9.13 non-aligned, 2.33 aligned`, or the reason why there is none."""
+    if results := results_by_side(sides):
+        return ", ".join(f"{_value(result)} {word}" for word, result in results.items())
+    reasons = [(sides.get(side) or {}).get("not_applicable") for side in SIDES]
+    return next((f"not applicable, {reason}" for reason in reasons if reason), "not run")
+
+
+def _value(result: Mapping[str, Any]) -> str:
+    log10_p = result.get("log10_p")
+    value = cell(result.get("headline"))
+    return value if log10_p is None else f"{value} ({p_text(float(log10_p))})"
+
+
+def decided_by(verdict: Mapping[str, Any]) -> str:
+    """The test behind a verdict: `match, p = 10^-41.3 after Holm over csu and match; level 0.001; layer 3`."""
+    if verdict["statistic"] is None:
+        return f"level {verdict['level']:g}"
+    p = p_text(float(verdict["adjusted_log10_p"]))
+    parts = [f"{verdict['statistic']}, {p} {after_holm(verdict)}", f"level {verdict['level']:g}"]
+    if verdict["layers"]:
+        parts.append(places_text(verdict["layers"]))
+    return "; ".join(parts)
+
+
+def after_holm(verdict: Mapping[str, Any]) -> str:
+    """How the p-value of a verdict was adjusted: `after Holm over csu, csh and match`."""
+    names = list(verdict["family"])
+    if len(names) == 1:
+        return "(the only statistic in the verdict)"
+    return f"after Holm over {', '.join(names[:-1])} and {names[-1]}"
+
+
+def verdict_facts(verdict: Mapping[str, Any]) -> dict[str, str]:
+    """The test behind a verdict as named facts, for the page."""
+    found = {"level": f"{verdict['level']:g}"}
+    if verdict["statistic"] is None:
+        return found
+    log10_p = float(verdict["adjusted_log10_p"])
+    found = {"decided by": verdict["statistic"]} | {
+        "adjusted p": f"{p_text(log10_p)} {after_holm(verdict)}; log10 p = {log10_p:.2f}",
+        "level": f"{verdict['level']:g}; the adjusted p is {_COMPARED.get(verdict['verdict'], 'compared with')} it",
+    }
+    if verdict["layers"]:
+        found["significant"] = f"{places_text(verdict['layers'])}, each by itself, after Bonferroni over all places"
+    return found
+
+
+def text_table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
+    """A table for the terminal: rows under headers and a rule, numbers right-aligned, text left-aligned.
+
+    Raises:
+        ValueError: a row whose length differs from that of the headers.
+    """
+    if wrong := [i for i, row in enumerate(rows) if len(row) != len(headers)]:
+        raise ValueError(f"rows {wrong} of the table do not have {len(headers)} cells like its headers {list(headers)}")
+    columns = [[header, *(cell(row[i]) for row in rows)] for i, header in enumerate(headers)]
+    widths = [max(map(len, column)) for column in columns]
+    numeric = [all(_is_number(row[i]) for row in rows) for i in range(len(headers))]
+    lines = [_line(line, widths, numeric) for line in zip(*columns, strict=True)]
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _line(cells: Sequence[str], widths: Sequence[int], numeric: Sequence[bool]) -> str:
+    padded = (
+        text.rjust(width) if right else text.ljust(width)
+        for text, width, right in zip(cells, widths, numeric, strict=True)
+    )
+    return "  ".join(padded).rstrip()
