@@ -4,7 +4,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import constants, file_exists, snapshot_download
+from absl import logging
+from huggingface_hub import constants, file_exists, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -15,8 +16,8 @@ from huggingface_hub.errors import (
 )
 
 from tracing_jax.checkpoint.errors import CheckpointError
-from tracing_jax.checkpoint.hub_ranges import HubSafetensors
-from tracing_jax.checkpoint.tensors import Elsewhere, listing
+from tracing_jax.checkpoint.hub_ranges import HubSafetensors, RangesIgnoredError
+from tracing_jax.checkpoint.tensors import MissingFileOpener, TensorStore, listing, open_file
 
 _TEXTS = (
     "config.json",
@@ -75,10 +76,26 @@ def resolve(model_id: str, cache_dir: str | None = None, weights: bool = True) -
     return found
 
 
-def on_hub(found: CheckpointFolder) -> Elsewhere:
-    """Opens the safetensors files of a model that are on the Hub and not in its folder, to be read in ranges."""
+def on_hub(found: CheckpointFolder, cache_dir: str | None = None) -> MissingFileOpener:
+    """Opens the safetensors files of a model that are on the Hub and not in its folder, to be read in ranges.
+
+    A file of which the server gives no ranges is downloaded.
+    """
     repo = found.id.partition("@")[0]
-    return lambda name: None if found.revision is None else HubSafetensors(repo, found.revision, name)
+
+    def open_missing(name: str) -> TensorStore | None:
+        if found.revision is None:
+            return None
+        try:
+            return HubSafetensors(repo, found.revision, name)
+        except RangesIgnoredError as error:
+            logging.warning("%s; it is downloaded now", error)
+        try:
+            return open_file(Path(hf_hub_download(repo, name, revision=found.revision, cache_dir=cache_dir)))
+        except (HTTPError, LocalEntryNotFoundError) as error:
+            raise CheckpointError(_explain(error, found.id)) from None
+
+    return open_missing
 
 
 def _texts(model_id: str, cache_dir: str | None) -> CheckpointFolder | None:
