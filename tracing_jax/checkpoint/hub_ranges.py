@@ -90,23 +90,36 @@ class HubSafetensors(SafetensorsFile):
         raise CheckpointError(f"{self._where}: the Hub's answers broke off {_TRIES} times; try again")
 
     def _ask(self, asked: dict[str, str]) -> bytes | None:
-        """Returns the content of one answer; None if it broke off, or if the storage's address has expired."""
+        """Returns the content of one answer; None if it broke off, or if the storage did not answer: ask once more."""
         storage = self._storage
         url, headers = (storage, asked) if storage else (self._url, {**build_hf_headers(), **asked})
-        with http_stream_backoff("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as answer:
-            if storage and answer.status_code in (400, 401, 403, 404, 410):
-                self._storage = None
-                return None
-            hf_raise_for_status(answer)
-            if answer.status_code != 206:
-                raise RangesIgnoredError(
-                    f"{self._where}: the server ignores requests for a range of bytes (it answered "
-                    f"{answer.status_code}, not 206)"
-                )
-            try:
-                content = answer.read()
-            except HTTPError:  # not raised here: http_stream_backoff would ask again, with nobody to take the answer
-                return None
-            if urlsplit(str(answer.url)).netloc != urlsplit(self._url).netloc:
-                self._storage = str(answer.url)
-            return content
+        # Repeated requests are logged with their address. That of the storage is signed, so the Hub is asked again.
+        once: dict[str, Any] = (
+            {"max_retries": 0, "retry_on_exceptions": (), "retry_on_status_codes": ()} if storage else {}
+        )
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        try:
+            with http_stream_backoff("GET", url, headers=headers, timeout=timeout, **once) as answer:
+                if answer.status_code == 206:
+                    content = _content(answer)
+                    if content is not None and urlsplit(str(answer.url)).netloc != urlsplit(self._url).netloc:
+                        self._storage = str(answer.url)
+                    return content
+                if not storage:
+                    hf_raise_for_status(answer)
+                    raise RangesIgnoredError(
+                        f"{self._where}: the server ignores requests for a range of bytes (it answered "
+                        f"{answer.status_code}, not 206)"
+                    )
+        except HTTPError:
+            if not storage:
+                raise
+        self._storage = None
+        return None
+
+
+def _content(answer: Any) -> bytes | None:
+    try:
+        return answer.read()
+    except HTTPError:  # not raised here: http_stream_backoff would ask again, although this request has ended
+        return None
