@@ -18,8 +18,6 @@ from tracing_jax.checkpoint.safetensors_file import MAX_HEADER_BYTES, Safetensor
 _REQUESTS_AT_ONCE = 16
 _TRIES = 4
 """For an answer that breaks off; requests that are refused or time out are repeated by huggingface_hub."""
-_FIRST_BYTES = 1 << 14
-"""Of a file, which hold the header of most shards; the rest of a longer one takes a second request."""
 
 
 class RangesIgnoredError(CheckpointError):
@@ -30,7 +28,7 @@ class HubSafetensors(SafetensorsFile):
     """A safetensors file on the Hub; each contiguous range of a slice is one request, several at a time."""
 
     def __init__(self, repo: str, commit: str, name: str) -> None:
-        """Reads the header, in one or two requests.
+        """Reads the header, in two requests.
 
         Raises:
             RangesIgnoredError: The server gives the file as a whole only.
@@ -40,14 +38,11 @@ class HubSafetensors(SafetensorsFile):
         self._storage: str | None = None
         """The address that the Hub redirects to: asking there saves a redirect a range, and the Hub's rate limit."""
         self._where = PurePosixPath(f"{repo}@{commit[:12]}") / name
-        start = self._bytes(0, _FIRST_BYTES)
-        size = int.from_bytes(start[:8], "little")
-        if len(start) < 8 or size > MAX_HEADER_BYTES:
+        size = int.from_bytes(self._bytes(0, 8), "little")
+        if size > MAX_HEADER_BYTES:
             raise CheckpointError(f"{self._where}: not a safetensors file; its header would have {size} bytes")
-        if len(start) < 8 + size:
-            start += self._bytes(len(start), 8 + size - len(start))
         try:
-            header: dict[str, Any] = json.loads(start[8 : 8 + size])
+            header: dict[str, Any] = json.loads(self._bytes(8, size))
         except ValueError as error:
             raise CheckpointError(f"{self._where}: not a safetensors file ({type(error).__name__})") from None
         self._take_header(self._where, header, size)
