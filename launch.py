@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import placeholder
 
 from tracing_jax.cli.errors import configure_logging, exit_on_user_error
-from tracing_jax.zoo import FORMS, ZooFolder, make_plan, read_models
+from tracing_jax.zoo import PAIRINGS, ZooFolder, make_plan, read_models
 from tracing_jax.zoo.launching import left_to_do, status, wait, write_plan
 from tracing_jax.zoo.local import run_locally
 from tracing_jax.zoo.report import write_report
@@ -52,7 +52,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of confi
 _SLURM = config_flags.DEFINE_config_dict("slurm", _slurm_options(), "What an element of the array asks for.")
 _MODELS = flags.DEFINE_string("models", None, "A YAML list of models; see docs/zoo.md.")
 _SAVE = flags.DEFINE_string("save", None, "The folder of the zoo.", required=True)
-_FLAT = flags.DEFINE_enum("flat", None, FORMS, "How pairs are made of the list; by default as its keys say.")
+_FLAT = flags.DEFINE_enum("flat", None, PAIRINGS, "How pairs are made of the list; by default as its keys say.")
 _EXECUTOR = flags.DEFINE_enum(
     "executor", "slurm", ["slurm", "local", "print"], "Where to run; print shows the plan and the sbatch script."
 )

@@ -4,8 +4,9 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -34,6 +35,28 @@ class Hub:
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     sent: int = 0
     """Bytes of weights so far."""
+    honours_ranges: bool = True
+    failures: list[str] = field(default_factory=list)
+    """What the next downloads end with: `busy` (status 503), `expired` (403), or `cut` (half of the body)."""
+    seconds: float = 0.0
+    """That each download takes."""
+    at_once: list[int] = field(default_factory=lambda: [0, 0])
+    """Downloads that run now, and the most that ran at one time."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @contextmanager
+    def downloading(self) -> Iterator[str]:
+        """Counts a download, and gives what it is to end with, if with a failure."""
+        with self.lock:
+            self.at_once[0] += 1
+            self.at_once[1] = max(self.at_once)
+            failure = self.failures.pop(0) if self.failures else ""
+        try:
+            time.sleep(self.seconds)
+            yield failure
+        finally:
+            with self.lock:
+                self.at_once[0] -= 1
 
     def downloads(self) -> list[str]:
         return sorted(
@@ -101,25 +124,35 @@ class _Handler(BaseHTTPRequestHandler):
         content = files[unquote(match["file"])]
         etag = f'"{hashlib.sha256(content).hexdigest()}"'
         if match["cdn"]:
-            wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"] or "")
-            part = content[int(wanted[1]) : int(wanted[2]) + 1] if wanted else content
-            self.hub.sent += len(part)
-            self._send(206 if wanted else 200, part, ETag=etag)
+            with self.hub.downloading() as failure:
+                self._download(content, etag, failure)
             return
         linked = {"X-Linked-Size": str(len(content)), "X-Linked-ETag": etag}
         location = f"{self.hub.cdn}/cdn/{match['repo']}/resolve/{sha}/{match['file']}"
         self._send(302, b"", **{"X-Repo-Commit": sha, "ETag": etag, "Location": location}, **linked)
 
+    def _download(self, content: bytes, etag: str, failure: str) -> None:
+        if failure in ("busy", "expired"):
+            self._refuse(503 if failure == "busy" else 403, failure)
+            return
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"] or "") if self.hub.honours_ranges else None
+        part = content[int(wanted[1]) : int(wanted[2]) + 1] if wanted else content
+        with self.hub.lock:
+            self.hub.sent += len(part)
+        self._send(206 if wanted else 200, part, cut=failure == "cut", ETag=etag)
+
     def _refuse(self, status: int, code: str) -> None:
         self._send(status, b"{}", **{"X-Error-Code": code, "X-Error-Message": code})
 
-    def _send(self, status: int, body: bytes, **headers: str) -> None:
+    def _send(self, status: int, body: bytes, cut: bool = False, **headers: str) -> None:
         self.send_response(status)
         for key, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(body)
+            with suppress(ConnectionError):  # a client that does not want the whole file goes away
+                self.wfile.write(body[: len(body) // 2] if cut else body)
+        self.close_connection = self.close_connection or cut
 
 
 @contextmanager

@@ -7,7 +7,7 @@ Constants are odd on purpose: a value dropped in silence (rope theta, eps, scale
 import copy
 import itertools
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tracing_jax.arch import Arch, arch_from_config
-from tracing_jax.checkpoint.layout import layout
-from tracing_jax.checkpoint.tensor_layout import tensor_shapes
+from tracing_jax.checkpoint.hf_layouts import leaf_layouts
+from tracing_jax.checkpoint.tensor_layout import LeafLayout, tensor_shapes
 from tracing_jax.sources import InMemory
 from tracing_jax.tree import unflatten
 
@@ -196,10 +196,9 @@ class Case:
     def source(self) -> InMemory:
         """Returns our model, its leaves made from the tensors of a checkpoint."""
         arch = self.arch()
-        entries = layout(arch)
-        tensors = {name: self.weight(name, shape) for name, shape in tensor_shapes(entries.values()).items()}
-        read = lambda tensor, index: tensors[tensor][index]  # noqa: E731
-        leaves = {name: jnp.asarray(entry.to_leaf(read)) for name, entry in entries.items()}
+        layouts = leaf_layouts(arch)
+        tensors = {name: self.weight(name, shape) for name, shape in tensor_shapes(layouts.values()).items()}
+        leaves = {name: jnp.asarray(leaf_of(layout, tensors)) for name, layout in layouts.items()}
         return InMemory(arch, {"head": {}} | unflatten(leaves))
 
     def tokens(self) -> np.ndarray:
@@ -214,6 +213,11 @@ class Case:
         is_gain = tensor.endswith(("norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight"))
         centre = 1.0 if is_gain and not self.family.startswith("gemma") else 0.0
         return (centre + WEIGHT_STD * np.sqrt(12) * (unit - 0.5)).astype(np.float32).reshape(shape)
+
+
+def leaf_of(layout: LeafLayout, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Returns a leaf of the tensors of a checkpoint."""
+    return layout.to_leaf([tensors[part.tensor][part.index] for part in layout.slices])
 
 
 def _raw(name: str, count: int) -> np.ndarray:

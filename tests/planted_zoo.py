@@ -8,14 +8,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tracing_jax.record import plain, write_json
-from tracing_jax.zoo import PairState, Plan, ZooFolder, make_plan
-from tracing_jax.zoo.models import ModelList
-from tracing_jax.zoo.report.rows import PairRow, judged_together, row_of
+from tracing_jax.zoo import PairState, ZooFolder, ZooPlan, make_plan
+from tracing_jax.zoo.plan import ModelList
+from tracing_jax.zoo.report.rows import PairRow, row_of, with_verdicts
 
 SHAPE = {"num_layers": 4, "mlp_dim": 256, "vocab_size": 1000}
 
 
-def plan_of(models: Sequence[str], parents: Mapping[str, str | None] | None = None) -> Plan:
+def plan_of(models: Sequence[str], parents: Mapping[str, str | None] | None = None) -> ZooPlan:
     """Returns a plan of every two of the models."""
     pairs = tuple((one, other) for i, one in enumerate(models) for other in models[i + 1 :])
     return make_plan(ModelList(tuple(models), pairs, parents), ConfigDict({"stat": "csu,match_all,jsd"}))
@@ -44,17 +44,17 @@ def record_of(
     }
 
 
-def rows_of(plan: Plan, records: Mapping[str, Mapping[str, Any] | PairState]) -> list[PairRow]:
+def rows_of(plan: ZooPlan, records: Mapping[str, Mapping[str, Any] | PairState]) -> list[PairRow]:
     """Returns the judged rows of a plan whose pairs have these records or states, by name; the others are missing."""
     rows = []
     for pair in plan.pairs:
         found = records.get(pair.name, PairState("missing"))
         state, record = (found, None) if isinstance(found, PairState) else (PairState("done"), found)
         rows.append(row_of(pair, plan.names, state, record))
-    return judged_together(rows)
+    return with_verdicts(rows)
 
 
-def planted(sizes: Sequence[int], seed: int = 0, name: str = "model") -> tuple[Plan, dict[str, dict[str, Any]]]:
+def planted(sizes: Sequence[int], seed: int = 0, name: str = "model") -> tuple[ZooPlan, dict[str, dict[str, Any]]]:
     """Returns a zoo with families of these sizes, each a tree of fine-tunes, its names shuffled over the families.
 
     Relatives are the further apart, in the divergence of their predictions, the more edges lie between them.
@@ -76,7 +76,7 @@ def planted(sizes: Sequence[int], seed: int = 0, name: str = "model") -> tuple[P
     return plan, records
 
 
-def write_zoo(folder: Path, plan: Plan, records: Mapping[str, Mapping[str, Any] | PairState]) -> ZooFolder:
+def write_zoo(folder: Path, plan: ZooPlan, records: Mapping[str, Mapping[str, Any] | PairState]) -> ZooFolder:
     """Writes the plan and the records as finished, failed or missing pairs, as workers do."""
     (folder / "pairs").mkdir(parents=True)
     plan.write(folder)

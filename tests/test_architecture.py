@@ -28,7 +28,7 @@ _LAYERS = {
     "rewrites": "arch axes tree",
     "interpolation": "axes tree",
     "sources": "arch rewrites interpolation sharding axes tree",
-    "checkpoint": "sources models sharding axes arch tree",
+    "checkpoint": "distributed sources models sharding axes arch tree",
     "data": "",
     "blocked_matmul": "",
     "forward": "blocked_matmul run_cache arch axes data rewrites tree models sources interpolation sharding",

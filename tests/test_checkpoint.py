@@ -16,8 +16,8 @@ from parity_cases import CASES, Case
 from safetensors.numpy import load_file, save_file
 
 from tracing_jax.axes import axis_table
-from tracing_jax.checkpoint import Checkpoint, CheckpointError, load, open_checkpoint, save_checkpoint
-from tracing_jax.checkpoint.layout import layout
+from tracing_jax.checkpoint import Checkpoint, CheckpointError, cache, load, open_checkpoint, save_checkpoint
+from tracing_jax.checkpoint.hf_layouts import leaf_layouts
 from tracing_jax.checkpoint.tensor_layout import tensor_shapes
 from tracing_jax.forward import logits
 from tracing_jax.sharding import leaf_spec, make_mesh
@@ -31,7 +31,7 @@ _GPT2, _MIXTRAL = CASES["gpt2-tied"], CASES["mixtral-no_window"]
 
 
 def _tensors(case: Case, dtype: Any = np.float32) -> dict[str, np.ndarray]:
-    shapes = tensor_shapes(layout(case.arch()).values())
+    shapes = tensor_shapes(leaf_layouts(case.arch()).values())
     return {name: case.weight(name, shape).astype(dtype) for name, shape in shapes.items()}
 
 
@@ -77,6 +77,9 @@ class _Counting:
     def read(self, name: str, *index: Any) -> np.ndarray:
         self.reads[name] += 1
         return self._store.read(name, *index)
+
+    def read_many(self, requests: Any) -> list[np.ndarray]:
+        return [self.read(name, index) for name, index in requests]
 
     def read_into(self, out: np.ndarray, name: str, *index: Any) -> None:
         self.reads[name] += 1
@@ -262,6 +265,33 @@ def test_bare_backbone_without_model_prefix_is_read(tmp_path):
     _assert_same_bits(_leaves(opened), _leaves(_TIED.source()))
 
 
+def _adapter(folder: Path, base: str) -> Path:
+    folder.mkdir()
+    config = {"peft_type": "LORA", "base_model_name_or_path": base, "r": 2, "lora_alpha": 2}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    prefix = "base_model.model.model.layers.0.mlp.up_proj"
+    a, b = np.ones((2, 24), np.float32), np.ones((40, 2), np.float32)
+    save_file({f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_base_of_an_adapter_is_logged_and_can_be_overridden(tmp_path, caplog):
+    named, given = (_hf_folder(tmp_path / name, _UNTIED) for name in ("named", "given"))
+    tensors = _tensors(_UNTIED)
+    up = "model.layers.0.mlp.up_proj.weight"
+    _write(given, _UNTIED, tensors | {up: tensors[up] + 7})
+    adapter = str(_adapter(tmp_path / "lora", str(named)))
+    with caplog.at_level("INFO", "absl"):
+        np.testing.assert_array_equal(open_checkpoint(adapter).tensors.read(up), tensors[up] + 2)
+        by_option = open_checkpoint(adapter, adapter_base=str(given))
+    np.testing.assert_array_equal(by_option.tensors.read(up), tensors[up] + 9)
+    first, second = caplog.messages
+    assert f"merged into {named} (named by its adapter_config.json), read from folder {named}" in first
+    assert f"merged into {given} (as given), read from folder {given}" in second
+    with pytest.raises(CheckpointError, match=r"lora: its base model \./nowhere, as given: './nowhere' is no folder"):
+        open_checkpoint(adapter, adapter_base="./nowhere")
+
+
 def test_old_rotary_constants_are_ignored(tmp_path):
     old = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32) for i in range(2)}
     opened = open_checkpoint(str(_write(tmp_path / "hf", _UNTIED, _tensors(_UNTIED) | old)))
@@ -316,6 +346,66 @@ def test_same_file_read_with_other_facts_makes_a_new_cache_entry(tmp_path):
     (folder / "config.json").write_text(json.dumps(_UNTIED.config | {"rms_norm_eps": 1e-6}))
     assert load(open_checkpoint(str(folder)), make_mesh(), str(cache)).arch.norm_eps == 1e-6
     assert len(list(cache.iterdir())) == 2
+
+
+def _of_repository(checkpoint: Checkpoint, name: str) -> Checkpoint:
+    """The checkpoint as if it were read from the Hub in ranges: no file of it is on this machine."""
+    counted, _ = _counted(checkpoint)
+    counted.tensors.files = lambda: ()  # type: ignore[method-assign]
+    return replace(counted, id=f"{name}/model", revision="0" * 40)
+
+
+def test_models_of_one_name_and_shape_have_cache_entries_of_their_own(tmp_path):
+    tensors = _tensors(_UNTIED)
+    others = {name: tensor + np.float32(1) for name, tensor in tensors.items()}
+    first, second = (
+        _of_repository(open_checkpoint(str(_write(tmp_path / name, _UNTIED, weights))), name)
+        for name, weights in (("ours", tensors), ("theirs", others))
+    )
+    for _ in range(2):
+        for model in (first, second, replace(second, revision="1" * 40)):
+            _assert_same_bits(flatten(load(model, make_mesh(), str(tmp_path / "cache")).params), _leaves(model))
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
+def test_worker_that_finds_the_entry_written_meanwhile_leaves_it_alone(tmp_path, monkeypatch):
+    opened, folder = open_checkpoint(str(_hf_folder(tmp_path / "hf", _UNTIED))), tmp_path / "cache"
+    convert, stamps = cache._converted, []
+
+    def convert_while_another_worker_writes(checkpoint, mesh):
+        monkeypatch.setattr(cache, "_converted", convert)
+        load(opened, mesh, str(folder))
+        stamps.extend(entry.stat().st_ino for entry in folder.iterdir())
+        return convert(checkpoint, mesh)
+
+    monkeypatch.setattr(cache, "_converted", convert_while_another_worker_writes)
+    slower = load(opened, make_mesh(), str(folder))
+    _assert_same_bits(flatten(slower.params), _leaves(opened))
+    assert [entry.stat().st_ino for entry in folder.iterdir()] == stamps  # the winner's, and nothing is left beside it
+
+
+def _truncate(entry: Path) -> None:
+    largest = max((file for file in entry.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+
+
+def _garble(entry: Path) -> None:
+    for file in (entry / "params").rglob("*"):
+        if file.is_file():
+            file.write_bytes(bytes(file.stat().st_size))
+
+
+@pytest.mark.parametrize("damage", [_truncate, _garble, lambda entry: (entry / "manifest.json").unlink()])
+def test_damaged_cache_entry_is_ignored_and_written_again(damage, tmp_path):
+    opened, folder = open_checkpoint(str(_hf_folder(tmp_path / "hf", _UNTIED))), tmp_path / "cache"
+    load(opened, make_mesh(), str(folder))
+    (entry,) = folder.iterdir()
+    damage(entry)
+    _assert_same_bits(flatten(load(opened, make_mesh(), str(folder)).params), _leaves(opened))
+    assert list(folder.iterdir()) == [entry]
+    again, reads = _counted(opened)
+    _assert_same_bits(flatten(load(again, make_mesh(), str(folder)).params), _leaves(opened))
+    assert not reads
 
 
 def test_damaged_model_is_not_cached(tmp_path):

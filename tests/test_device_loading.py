@@ -12,15 +12,14 @@ import pytest
 import tiny
 import torch_zip_writer
 from jax.sharding import AxisType, Mesh
-from parity_cases import CASES, FAMILIES
+from parity_cases import CASES, FAMILIES, leaf_of
 from safetensors.numpy import save_file
 
 from tracing_jax.axes import axis_table, kind_of
-from tracing_jax.checkpoint import Checkpoint, CheckpointError, on_mesh
-from tracing_jax.checkpoint.finite import all_finite
-from tracing_jax.checkpoint.layout import layout
+from tracing_jax.checkpoint import Checkpoint, CheckpointError, ShardedCheckpoint
+from tracing_jax.checkpoint.hf_layouts import leaf_layouts
 from tracing_jax.checkpoint.tensor_layout import tensor_shapes
-from tracing_jax.checkpoint.tensors import open_tensors
+from tracing_jax.checkpoint.tensors import all_finite, open_tensors
 from tracing_jax.sharding import MESH_AXIS, make_mesh
 from tracing_jax.sources import in_memory, parts, placed
 from tracing_jax.tree import flatten
@@ -49,6 +48,9 @@ class _Spy:
         self.bytes[name] += found.nbytes
         return found
 
+    def read_many(self, requests: Any) -> list[np.ndarray]:
+        return [self.read(name, index) for name, index in requests]
+
     def read_into(self, out: np.ndarray, name: str, index: Any = ()) -> None:
         self.bytes[name] += out.nbytes
         self._store.read_into(out, name, index)
@@ -57,7 +59,7 @@ class _Spy:
 def _checkpoint(folder, arch, dtype=np.float32, suffix="safetensors", **changed):
     """Returns a checkpoint of random weights; `changed` are tensors put in place of its own."""
     rng = np.random.default_rng(0)
-    shapes = tensor_shapes(layout(arch).values())
+    shapes = tensor_shapes(leaf_layouts(arch).values())
     tensors = {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()} | changed
     if suffix == "safetensors":
         save_file(tensors, folder / "model.safetensors")
@@ -85,7 +87,7 @@ def _assert_same(found, expected):
 def test_reading_onto_a_mesh_is_reading_and_placing(family, mesh, tmp_path):
     checkpoint, mesh = _checkpoint(tmp_path, _FAMILIES[family], ml_dtypes.bfloat16), make_mesh(*mesh)
     # All parts are kept until the end: a buffer that was filled again too early would show in the first.
-    _assert_same(in_memory(on_mesh(checkpoint, mesh)).params, in_memory(placed(checkpoint, mesh)).params)
+    _assert_same(in_memory(ShardedCheckpoint(checkpoint, mesh)).params, in_memory(placed(checkpoint, mesh)).params)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -93,17 +95,17 @@ def test_every_layout_is_read_onto_a_mesh(family, tmp_path):
     for case in [case for case in CASES.values() if case.family == family and "linear" not in case.name][:6]:
         (tmp_path / case.name).mkdir()
         checkpoint, mesh = _checkpoint(tmp_path / case.name, case.arch()), make_mesh(1, 2)
-        _assert_same(in_memory(on_mesh(checkpoint, mesh)).params, in_memory(placed(checkpoint, mesh)).params)
+        _assert_same(in_memory(ShardedCheckpoint(checkpoint, mesh)).params, in_memory(placed(checkpoint, mesh)).params)
 
 
 def test_torch_files_are_read_onto_a_mesh(tmp_path):
     checkpoint, mesh = _checkpoint(tmp_path, _FAMILIES["llama"], suffix="bin"), make_mesh(1, 8)
-    _assert_same(in_memory(on_mesh(checkpoint, mesh)).params, in_memory(placed(checkpoint, mesh)).params)
+    _assert_same(in_memory(ShardedCheckpoint(checkpoint, mesh)).params, in_memory(placed(checkpoint, mesh)).params)
 
 
 def test_only_the_leaves_asked_for_are_read(tmp_path):
     checkpoint, read = _spied(_checkpoint(tmp_path, _FAMILIES["qwen3"]))
-    part = on_mesh(checkpoint, make_mesh(1, 8)).layer(1, ("mlp/up_proj", "attn_norm"))
+    part = ShardedCheckpoint(checkpoint, make_mesh(1, 8)).layer(1, ("mlp/up_proj", "attn_norm"))
     assert flatten(part).keys() == {"mlp/up_proj/kernel", "attn_norm/scale"}
     assert read.keys() == {"model.layers.1.mlp.up_proj.weight", "model.layers.1.input_layernorm.weight"}
 
@@ -112,7 +114,7 @@ def test_only_the_leaves_asked_for_are_read(tmp_path):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_every_byte_is_read_once_however_many_devices_hold_it(family, mesh, tmp_path):
     checkpoint, read = _spied(_checkpoint(tmp_path, _FAMILIES[family]))
-    for _ in parts(on_mesh(checkpoint, make_mesh(*mesh))):
+    for _ in parts(ShardedCheckpoint(checkpoint, make_mesh(*mesh))):
         pass
     store = checkpoint.tensors
     assert read == {name: 4 * int(np.prod(store.shape(name))) for name in store.names()}
@@ -142,7 +144,7 @@ def test_a_process_reads_only_what_its_devices_hold(family, held, tmp_path, monk
     devices = set(mesh.devices.flat[held])
     read.clear()
     made = _held_by(monkeypatch, devices)
-    on_mesh(checkpoint, mesh).layer(1)
+    ShardedCheckpoint(checkpoint, mesh).layer(1)
     shards = list(flatten(expected).values())
     for leaf, ours in zip(shards, made, strict=True):
         theirs = [shard for shard in leaf.addressable_shards if shard.device in devices]
@@ -161,14 +163,14 @@ def test_meshes_in_any_order_of_devices_are_read(tmp_path):
     devices = np.asarray(jax.devices())[[3, 0, 6, 1]].reshape(1, 4)
     mesh = Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
     checkpoint = _checkpoint(tmp_path, _FAMILIES["llama"])
-    _assert_same(in_memory(on_mesh(checkpoint, mesh)).params, in_memory(placed(checkpoint, mesh)).params)
+    _assert_same(in_memory(ShardedCheckpoint(checkpoint, mesh)).params, in_memory(placed(checkpoint, mesh)).params)
 
 
 def test_weights_that_are_not_finite_are_refused_by_name(tmp_path):
     name = "model.layers.1.mlp.down_proj.weight"
     broken = np.ones((24, 32), np.float32)
     broken[3, 30] = np.nan
-    source = on_mesh(_checkpoint(tmp_path, _FAMILIES["llama"], **{name: broken}), make_mesh(1, 8))
+    source = ShardedCheckpoint(_checkpoint(tmp_path, _FAMILIES["llama"], **{name: broken}), make_mesh(1, 8))
     source.layer(0)
     source.layer(1, ("attn",))
     with pytest.raises(CheckpointError, match=rf"NaN or infinite weights in {name};"):
@@ -183,7 +185,7 @@ def test_copy_of_a_tied_embedding_must_be_the_same(changed_row, tmp_path):
     if changed_row is not None:
         copy[changed_row] += 1
     tensors = {"model.embed_tokens.weight": embedding, "lm_head.weight": copy}
-    source = on_mesh(_checkpoint(tmp_path, arch, **tensors), make_mesh(1, 8))
+    source = ShardedCheckpoint(_checkpoint(tmp_path, arch, **tensors), make_mesh(1, 8))
     if changed_row is None:
         np.testing.assert_array_equal(source.embed()["embedding"], embedding)
         return
@@ -195,16 +197,16 @@ def test_copy_of_a_tied_embedding_must_be_the_same(changed_row, tmp_path):
 def test_slices_of_leaves_are_slices_of_tensors(family):
     """On the axes that the mesh splits always; on others the slice is refused, or right."""
     for case in [case for case in CASES.values() if case.family == family]:
-        entries, table = layout(case.arch()), axis_table(case.arch())
-        tensors = {name: case.weight(name, shape) for name, shape in tensor_shapes(entries.values()).items()}
-        for name, entry in entries.items():
-            leaf = entry.to_leaf(lambda tensor, index: tensors[tensor][index])  # noqa: B023
-            for axis, size in enumerate(entry.shape):
+        layouts, table = leaf_layouts(case.arch()), axis_table(case.arch())
+        tensors = {name: case.weight(name, shape) for name, shape in tensor_shapes(layouts.values()).items()}
+        for name, layout in layouts.items():
+            leaf = leaf_of(layout, tensors)
+            for axis, size in enumerate(layout.shape):
                 for start, stop in itertools.combinations({0, 1, size // 2, size}, 2):
-                    cut = entry.cut(axis, *sorted((start, stop)))
+                    cut = layout.narrow(axis, *sorted((start, stop)))
                     assert cut or kind_of(table.leaves[name].axes[axis]) not in MESH_AXIS
                     if cut:
-                        found = cut.to_leaf(lambda tensor, index: tensors[tensor][index])  # noqa: B023
+                        found = leaf_of(cut, tensors)
                         index = (slice(None),) * axis + (slice(*sorted((start, stop))),)
                         np.testing.assert_array_equal(found, leaf[index], err_msg=f"{case.name} {name} {axis}")
 

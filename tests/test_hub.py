@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hub_server import Repo, commit, serve
+from safetensors.numpy import save
 
 from tracing_jax.checkpoint import hub
 from tracing_jax.checkpoint.errors import CheckpointError
@@ -142,6 +144,76 @@ def test_local_folder_needs_config_and_weights(tmp_path, monkeypatch):
     assert hub.resolve("org/run@7") == hub.CheckpointFolder(Path("org/run@7"), "org/run@7", None)
     with pytest.raises(CheckpointError, match="a file"):
         hub.resolve("org/run@7/config.json")
+
+
+def ranged(server, home: Path, code: str) -> dict:
+    """What `code` leaves in `said`, in a fresh process that has read `org/big` in ranges and knows its `weights`."""
+    program = f"""
+import json, sys
+import numpy as np
+from tracing_jax.checkpoint.errors import CheckpointError
+from tracing_jax.checkpoint.hub import on_hub, resolve
+said = {{}}
+store = on_hub(resolve("org/big", weights=False))("model.safetensors")
+weights = np.arange(600 * 64, dtype=np.float32).reshape(600, 64)
+{code}
+print(json.dumps(said))
+"""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    env = clean | {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout) | {"stderr": done.stderr}
+
+
+READ_ROWS = """
+rows = [(slice(i, i + 1),) for i in range(0, 600, 9)]
+found = store.read_many([("w", row) for row in rows])
+assert all(np.array_equal(array, weights[row]) for array, row in zip(found, rows))
+assert np.array_equal(store.read("w", (slice(None), slice(3, 5))), weights[:, 3:5])
+said["files"] = len(store.files())
+"""
+
+
+@pytest.fixture
+def big():
+    """A Hub with one model of 600 rows."""
+    weights = save({"w": np.arange(600 * 64, dtype=np.float32).reshape(600, 64)})
+    with serve({"org/big": Repo({"main": {"config.json": b"{}", "model.safetensors": weights}})}) as running:
+        yield running
+
+
+def test_ranges_are_read_several_at_a_time_and_again_where_they_fail(big, tmp_path):
+    big.seconds, big.failures = 0.05, ["", "", "", "busy", "busy", "cut", "expired"]
+    found = ranged(big, tmp_path, READ_ROWS)
+    assert found["files"] == 0
+    assert "/cdn/" not in found["stderr"]  # an address that may be signed
+    assert 8 <= big.at_once[1] <= 16
+    asked = [path for method, path, _ in big.requests if method == "GET" and path.startswith("/org/big/resolve")]
+    downloads = [path for path in big.downloads() if path == "model.safetensors"]
+    assert len(downloads) == 2 + 67 + 600 + 4  # header, rows, columns, and what failed once more
+    assert len(asked) < 40  # the address that the Hub redirects to is asked directly until it has expired
+
+
+def test_a_hub_that_stays_broken_is_an_error_without_its_addresses(big, tmp_path):
+    big.failures = ["", "", "", *["cut"] * 4]  # the config and the header, in two requests, are read
+    code = """
+try:
+    store.read("w", (slice(0, 1),))
+except CheckpointError as error:
+    said["error"] = str(error)
+"""
+    assert "broke off 4 times" in (error := ranged(big, tmp_path, code)["error"])
+    assert "http" not in error
+
+
+def test_a_server_that_ignores_ranges_is_not_read_in_ranges_but_downloaded_once(big, tmp_path):
+    big.honours_ranges = False
+    found = ranged(big, tmp_path, READ_ROWS)
+    assert found["files"] == 1
+    assert "ignores requests for a range of bytes" in found["stderr"]
+    assert [path for path in big.downloads() if path == "model.safetensors"] == ["model.safetensors"] * 2
 
 
 def test_first_look_reads_ranges_of_the_hub_and_finds_what_it_finds_in_a_folder(family, tmp_path):

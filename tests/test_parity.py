@@ -8,11 +8,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from make_golden import GOLDEN, hf_model, hf_outputs, tensor_shapes
-from parity_cases import CASES, FAMILIES, Case
+from parity_cases import CASES, FAMILIES, Case, leaf_of
 from scipy.special import logsumexp
 
 from tracing_jax.axes import axis_table, check
-from tracing_jax.checkpoint.layout import layout
+from tracing_jax.checkpoint.hf_layouts import leaf_layouts
 from tracing_jax.checkpoint.tensor_layout import tensor_shapes as entry_shapes
 from tracing_jax.checkpoint.tensor_layout import to_tensors
 from tracing_jax.forward import logits, token_losses
@@ -88,22 +88,22 @@ def test_installed_transformers_still_gives_the_golden_numbers(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layout_has_an_entry_for_every_tensor_of_transformers(family):
     for case in _of_family(family):
-        entries = layout(case.arch()).values()
-        assert entry_shapes(entries) == _golden_shapes(case), case.name
-        pieces = [(piece.tensor, piece.axis, piece.start, piece.stop) for entry in entries for piece in entry.pieces]
-        assert len(set(pieces)) == len(pieces)
+        layouts = leaf_layouts(case.arch()).values()
+        assert entry_shapes(layouts) == _golden_shapes(case), case.name
+        slices = [(part.tensor, part.axis, part.start, part.stop) for layout in layouts for part in layout.slices]
+        assert len(set(slices)) == len(slices)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_leaves_and_tensors_are_one_another_bit_for_bit(family, dtype):
     for case in _of_family(family):
-        entries = layout(case.arch())
-        shapes = entry_shapes(entries.values())
+        layouts = leaf_layouts(case.arch())
+        shapes = entry_shapes(layouts.values())
         tensors = {name: case.weight(name, shape).astype(dtype) for name, shape in shapes.items()}
-        leaves = {name: entry.to_leaf(lambda t, index: tensors[t][index]) for name, entry in entries.items()}  # noqa: B023
-        assert {name: leaf.shape for name, leaf in leaves.items()} == {n: e.shape for n, e in entries.items()}
-        again = to_tensors(entries, leaves)
+        leaves = {name: leaf_of(layout, tensors) for name, layout in layouts.items()}
+        assert {name: leaf.shape for name, leaf in leaves.items()} == {n: e.shape for n, e in layouts.items()}
+        again = to_tensors(layouts, leaves)
         assert again.keys() == tensors.keys()
         for name, tensor in tensors.items():
             assert again[name].dtype == dtype

@@ -12,8 +12,8 @@ from make_golden import hf_model, hf_outputs
 from parity_cases import CASES, Case
 
 from tracing_jax.arch import UnsupportedModelError, read_arch
-from tracing_jax.checkpoint import CheckpointError, open_checkpoint, renameable_ids, save_checkpoint
-from tracing_jax.checkpoint.renaming import rename_tokens
+from tracing_jax.checkpoint import CheckpointError, open_checkpoint, permutable_token_ids, save_checkpoint
+from tracing_jax.checkpoint.token_ids import permute_token_ids
 from tracing_jax.data import load_tokenizer
 from tracing_jax.forward import check_function
 from tracing_jax.rewrites import IdentityLayer, Padding, Renaming, arch_after, draw_rewrites
@@ -169,10 +169,10 @@ def test_tokenizers_of_every_kind_give_renamed_ids(kind, tmp_path):
     }
     folder = _tokenizer_folder(tmp_path / "hf", _models()[kind], **files)
     before = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    ids = renameable_ids(folder)
+    ids = permutable_token_ids(folder)
     assert ids.tolist() == list(range(7))
     new_ids = Renaming(np.asarray([4, 2, 6, 0, 3, 1, 5, 7, 8], np.int32)).new_ids
-    rename_tokens(folder, new_ids)
+    permute_token_ids(folder, new_ids)
     after = Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert {token: int(new_ids[i]) for token, i in before.get_vocab().items()} == after.get_vocab()
     for text in ("abc", "ab<extra>c</s>z", "cab"):
@@ -189,4 +189,4 @@ def test_tokenizers_of_every_kind_give_renamed_ids(kind, tmp_path):
 def test_tokens_added_behind_the_vocabulary_keep_their_ids(tmp_path):
     folder = _tokenizer_folder(tmp_path / "hf", _models()["BPE"])
     with pytest.raises(CheckpointError, match="only the 7 tokens"):
-        rename_tokens(folder, np.asarray([1, 0, 2, 3, 4, 5, 6, 8, 7], np.int32))
+        permute_token_ids(folder, np.asarray([1, 0, 2, 3, 4, 5, 6, 8, 7], np.int32))

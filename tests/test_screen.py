@@ -141,6 +141,9 @@ class Counting:
         self.bytes += part.nbytes
         return part
 
+    def read_many(self, requests):
+        return [self.read(name, index) for name, index in requests]
+
     def __getattr__(self, name):
         return getattr(self.store, name)
 

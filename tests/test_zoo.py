@@ -2,9 +2,12 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tracing_jax.options import RunOptions
-from tracing_jax.zoo import ModelList, ZooFolder, make_plan, read_models, read_plan, root_of
+from tracing_jax.zoo import ModelList, ZooFolder, claims, make_plan, read_models, read_plan, root_of
 from tracing_jax.zoo.launching import left_to_do, status, write_plan
 from tracing_jax.zoo.slurm import batches, script
 from tracing_jax.zoo.worker import trace_pairs
@@ -56,7 +59,7 @@ def test_each_form_makes_its_pairs(tmp_path):
         (["a", "a"], None, "names a twice"),
         (["a"], None, "make no pair"),
         ({"models_1": ["a"], "models_2": ["b", "c"]}, None, "in step"),
-        ({"tree": {"a": {"b": "a"}}}, None, "a stands in it twice"),
+        ({"tree": {"a": {"b": "a"}}}, None, "a is in it twice"),
         ({"tree": {"a": 3}}, None, "expected names of models, found 3"),
         ([1, "a"], None, "expected a list of model ids"),
     ],
@@ -178,7 +181,7 @@ def test_pairs_are_traced_once_and_what_fails_stops_no_other(folder, monkeypatch
     assert "its third shard" in status(folder)
     assert "2 done, 0 running, 1 failed, 0 missing" in status(folder)
     assert left_to_do(folder) == ["a--c"]
-    folder.reopen(["a--c"])
+    folder.clear_errors(["a--c"])
     trace_pairs(folder, folder.plan.by_name, trace)
     assert traced == ["org/b", "org/c", "org/d", "org/c"]
 
@@ -221,7 +224,7 @@ with folder.claimed(folder.plan.pairs[0]):
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == -9
     found = folder.state(pair)
     assert found.state == "failed"
-    assert "without a word" in found.error
+    assert "without an error message" in found.error
     with folder.claimed(pair) as mine:
         assert mine
 
@@ -229,8 +232,7 @@ with folder.claimed(folder.plan.pairs[0]):
 def test_worker_elsewhere_counts_as_gone_when_it_falls_silent(folder):
     pair = folder.plan.pairs[0]
     claim = folder.path / "pairs" / f"{pair.name}.claim.json"
-    claim.parent.mkdir()
-    claim.write_text(json.dumps({"who": "Slurm job 7_1", "host": "elsewhere", "pid": 1}))
+    _write_claim(claim)
     assert folder.state(pair).state == "running"
     long_ago = time.time() - 1000
     os.utime(claim, (long_ago, long_ago))
@@ -270,29 +272,62 @@ def test_script_asks_slurm_for_what_was_asked_for(folder):
         script(folder, 1, {"queue": "gpu"})
 
 
-def test_of_workers_that_find_a_dead_claim_at_once_one_takes_it(folder):
-    pair = folder.plan.pairs[0]
-    claim = folder.path / "pairs" / f"{pair.name}.claim.json"
-    claim.parent.mkdir()
-    claim.write_text(json.dumps({"who": "Slurm job 7_1", "host": "elsewhere", "pid": 1}))
-    os.utime(claim, (0, 0))
-    code = f"""
-import time
-from tracing_jax.zoo import ZooFolder, folder as claims
-age = claims._age
-claims._age = lambda file: (age(file), time.sleep(0.5))[0]  # time enough for all to find it dead
-folder = ZooFolder({str(folder.path)!r})
-input()
-with folder.claimed(folder.plan.pairs[0]) as mine:
-    print(mine, flush=True)
-    input()
-"""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
-    workers = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes) for _ in range(4)]
-    for worker in workers:
-        worker.stdin.write("\n")
-    found = sorted(worker.stdout.readline().strip() for worker in workers)
-    for worker in workers:
-        worker.communicate("\n", timeout=120)
-    assert found == ["False", "False", "False", "True"]
-    assert not claim.exists()
+def _write_claim(file, **holder):
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps({"worker": "Slurm job 7_1", "host": "elsewhere", "pid": 1, "token": "old"} | holder))
+    return file
+
+
+def _of_workers_at_once(function, count=8):
+    """Results of workers that start at the same moment."""
+    start = threading.Barrier(count)
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(lambda _: (start.wait(), function())[1], range(count)))
+
+
+@pytest.mark.parametrize("stale", [False, True], ids=["free", "stale"])
+def test_of_workers_that_claim_a_pair_at_once_one_gets_it(stale, tmp_path, monkeypatch):
+    read = claims.read_claim
+    monkeypatch.setattr(claims, "read_claim", lambda file: (read(file), time.sleep(0.01))[0])  # all find it stale
+    for i in range(20):
+        file = tmp_path / "pairs" / f"{i}.claim.json"
+        file.parent.mkdir(exist_ok=True)
+        if stale:
+            os.utime(_write_claim(file), (0, 0))
+        (token,) = filter(None, _of_workers_at_once(lambda file=file: claims.take_claim(file)))
+        assert read(file).holder["token"] == token
+    assert len(list((tmp_path / "pairs").iterdir())) == 20
+
+
+def test_worker_that_could_not_renew_its_claim_leaves_that_of_its_successor_alone(tmp_path):
+    file = tmp_path / "pair.claim.json"
+    with claims.claimed(file) as mine:
+        assert mine
+        assert claims.take_claim(file) is None
+        os.utime(file, (0, 0))  # suspended for long
+        successor = claims.take_claim(file)
+        assert successor
+    assert claims.read_claim(file).holder["token"] == successor
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_takeover_that_was_killed_halfway_blocks_the_pair_for_a_while_only(tmp_path):
+    file = _write_claim(tmp_path / "pair.claim.json")
+    right = tmp_path / f".{file.name}.old"
+    right.touch()
+    os.utime(file, (0, 0))
+    assert claims.take_claim(file) is None
+    os.utime(right, (0, 0))
+    assert claims.take_claim(file) is None
+    assert claims.take_claim(file)
+
+
+def test_claim_of_a_requeued_job_is_taken_over_at_once_and_of_its_other_processes_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    holder = {"worker": "Slurm job 7", "host": socket.gethostname(), "pid": os.getppid(), "restarts": 0}
+    file = _write_claim(tmp_path / "pair.claim.json", **holder)
+    assert claims.take_claim(file) is None
+    _write_claim(file, **holder | {"host": "elsewhere"})
+    assert claims.take_claim(file) is None
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert claims.take_claim(file)

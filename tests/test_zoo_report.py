@@ -25,11 +25,10 @@ from tracing_jax.rewrites import permute, random_permutations
 from tracing_jax.sources import InMemory
 from tracing_jax.zoo import PairState, make_plan, weights
 from tracing_jax.zoo.__main__ import main
-from tracing_jax.zoo.models import ModelList
+from tracing_jax.zoo.plan import ModelList
 from tracing_jax.zoo.report import html as page_of
 from tracing_jax.zoo.report import make_contents, sentence, write_report
-from tracing_jax.zoo.report.families import clustered, families
-from tracing_jax.zoo.report.lineage import lineage
+from tracing_jax.zoo.report.families import clustered, families, lineage
 from tracing_jax.zoo.weights import model_facts_file, read_model_facts, weight_facts, write_model_facts
 
 SIZES = st.lists(st.integers(1, 6), min_size=2, max_size=6).filter(lambda sizes: sum(sizes) > 1)

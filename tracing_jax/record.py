@@ -1,4 +1,4 @@
-"""The record of a run: plain data, written whole or not at all, and never with a secret in it.
+"""The record of a run: plain data, written atomically, and never with a secret in it.
 
 A record holds only dict (with str keys), list, str, int, float, bool and None: what was asked (`args`), what ran
 (`commit`, `versions`, `device`, `seed`, `models`, `tokens`), what came out (`disguised`, `permuted`, `alignment`,
@@ -101,7 +101,7 @@ def plain(value: Any, where: str = "record") -> Any:
     """`value` in builtin types only, fit for strict JSON, with secrets replaced by `[redacted]`.
 
     Arrays and scalars of numpy and JAX, tuples, paths and mappings are converted. NaN and the infinities, which JSON
-    lacks, become the strings "nan", "inf" and "-inf", which `float` reads back. What stands under a key such as
+    lacks, become the strings "nan", "inf" and "-inf", which `float` reads back. A value under a key such as
     `hf_token`, and whatever looks like a Hugging Face token, is redacted.
 
     Args:

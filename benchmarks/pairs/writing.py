@@ -20,8 +20,8 @@ from benchmarks.pairs.files import Place, lay_out
 from benchmarks.pairs.language import write_tokenizer
 from tracing_jax.arch import Arch, read_arch
 from tracing_jax.axes import AxisTable, axis_table
-from tracing_jax.checkpoint.layout import Layout, layout
-from tracing_jax.checkpoint.tensor_layout import Entry, tensor_shapes, to_tensors
+from tracing_jax.checkpoint.hf_layouts import LeafLayouts, leaf_layouts
+from tracing_jax.checkpoint.tensor_layout import LeafLayout, tensor_shapes, to_tensors
 from tracing_jax.rewrites import Permutations, random_permutations
 from tracing_jax.rewrites.permutation import take_units, unit_moves
 
@@ -54,7 +54,7 @@ class _Model:
     """What every group of tensors needs to know."""
 
     arch: Arch
-    entries: Layout
+    leaf_layouts: LeafLayouts
     table: AxisTable
     permutations: Permutations
     recipe: Recipe
@@ -93,10 +93,10 @@ def write_pair(folder: Path, config: "transformers.PretrainedConfig", recipe: Re
 
 def _write_weights(folder: Path, recipe: Recipe) -> None:
     arch = read_arch(folder / "base")
-    model = _Model(arch, layout(arch), axis_table(arch), planted_permutations(arch, recipe), recipe)
-    shapes = tensor_shapes(model.entries.values())
+    model = _Model(arch, leaf_layouts(arch), axis_table(arch), planted_permutations(arch, recipe), recipe)
+    shapes = tensor_shapes(model.leaf_layouts.values())
     groups = list(_groups(model))
-    _check_room(folder, 4 * sum(_num_values(model.entries[name]) for group in groups for name in group))
+    _check_room(folder, 4 * sum(_num_values(model.leaf_layouts[name]) for group in groups for name in group))
     base, ft = (lay_out(folder / member, shapes) for member in ("base", "ft"))
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         written = pool.map(lambda group: _write_group(model, group, base, ft), groups)
@@ -107,9 +107,9 @@ def _write_weights(folder: Path, recipe: Recipe) -> None:
 def _groups(model: _Model) -> Iterator[tuple[str, ...]]:
     """Yields the leaves to draw, those that share a tensor together."""
     groups: dict[str, list[str]] = {}
-    for name, entry in model.entries.items():
+    for name, layout in model.leaf_layouts.items():
         if not _is_hole(name, model.recipe):
-            groups.setdefault(entry.pieces[0].tensor, []).append(name)
+            groups.setdefault(layout.slices[0].tensor, []).append(name)
     yield from map(tuple, groups.values())
 
 
@@ -132,10 +132,10 @@ def _write_group(model: _Model, names: tuple[str, ...], base: Mapping[str, Place
     leaves: dict[str, np.ndarray] = {}
     noisy: dict[str, np.ndarray] = {}
     for name in names:
-        entry = model.entries[name]
+        layout = model.leaf_layouts[name]
         generator = np.random.Generator(np.random.SFC64([model.recipe.seed, zlib.crc32(name.encode())]))
-        drawn, other = draw(entry.unfolded, _law(model, name), generator)
-        leaves[name], noisy[name] = drawn.transpose(entry.order), other
+        drawn, other = draw(layout.unfolded, _law(model, name), generator)
+        leaves[name], noisy[name] = drawn.transpose(layout.order), other
     _fill(model, leaves, base)
     del drawn, other
     leaves.clear()
@@ -145,13 +145,13 @@ def _write_group(model: _Model, names: tuple[str, ...], base: Mapping[str, Place
 
 
 def _fill(model: _Model, leaves: Mapping[str, np.ndarray], places: Mapping[str, Place]) -> None:
-    for tensor, values in to_tensors(model.entries, leaves).items():
+    for tensor, values in to_tensors(model.leaf_layouts, leaves).items():
         places[tensor].fill(values)
 
 
 def _permuted(model: _Model, name: str, unfolded: np.ndarray) -> np.ndarray:
     """Returns the leaf with its units permuted, moved as they lie in the file: transposing first would be slow."""
-    order = model.entries[name].order
+    order = model.leaf_layouts[name].order
     dims, indices = unit_moves(model.table.leaves[name], model.permutations, model.table.within)
     dims = tuple((order[dim], None if holder is None else order[holder]) for dim, holder in dims)
     return np.asarray(take_units(unfolded, dims, indices)).transpose(order)
@@ -163,5 +163,5 @@ def _law(model: _Model, name: str) -> Law:
     return Law(0.0 if model.arch.norm == "rms_unit_offset" else 1.0, _GAIN_STD, model.recipe.noise)
 
 
-def _num_values(entry: Entry) -> int:
-    return int(np.prod(entry.unfolded, dtype=np.int64))
+def _num_values(layout: LeafLayout) -> int:
+    return int(np.prod(layout.unfolded, dtype=np.int64))

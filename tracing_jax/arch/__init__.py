@@ -1,13 +1,12 @@
-"""`Arch`: the frozen facts of one model, read from its Hugging Face config; what is not known is refused.
+"""`Arch`: the architecture of one model, read from its Hugging Face config; what is not known is refused.
 
 One decoder block with flags covers every family here. Each attribute of a config is either used, known to leave the
-numbers alone, or an error: a setting that is skipped in silence gives wrong numbers.
+numbers unchanged, or an error: a setting that is skipped silently gives wrong numbers.
 """
 
-from tracing_jax.arch.changing import can_say, change_config
+from tracing_jax.arch.config import arch_from_config, change_config, has_field, read_arch
 from tracing_jax.arch.facts import Arch, UnsupportedModelError, length_problem
 from tracing_jax.arch.families import SUPPORTED_FAMILIES
-from tracing_jax.arch.reading import arch_from_config, read_arch
 from tracing_jax.arch.rope import SUPPORTED_ROPES
 
 __all__ = [
@@ -16,8 +15,8 @@ __all__ = [
     "Arch",
     "UnsupportedModelError",
     "arch_from_config",
-    "can_say",
     "change_config",
+    "has_field",
     "length_problem",
     "read_arch",
 ]

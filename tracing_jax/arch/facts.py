@@ -1,16 +1,16 @@
-"""The facts of one model that its forward pass and its axis table follow from."""
+"""The architecture of one model, which determines its forward pass and its axis table."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 
 class UnsupportedModelError(ValueError):
-    """A config asks for something that this package does not compute."""
+    """A config that this package does not support."""
 
 
 @dataclass(frozen=True)
 class Arch:
-    """The facts of one model.
+    """The architecture of one model.
 
     Letters: D embed, K kv heads, G queries per kv head, H head dim, F mlp, V vocab, L layers, P positions, E experts.
 

@@ -32,7 +32,7 @@ NAMES: Mapping[str, str] = {
     "norm_eps": "rms_norm_eps",
     "tied": "tie_word_embeddings",
 }
-"""Fact (a field of `Arch`, or the number of query heads) -> the attribute that says it in nearly every family."""
+"""Field of `Arch` (or the number of query heads) -> the config attribute for it in nearly every family."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Family:
       common: the attributes that are used here under the names that nearly all families share.
       activation: the attribute that names the activation.
       neutral: attributes of this family alone that leave a forward pass without dropout unchanged.
-      names: fact -> the attribute that says it; a fact that is not there follows from others.
+      names: field of `Arch` -> its config attribute; a field without one follows from others.
     """
 
     read: Callable[[Any], Facts]

@@ -58,7 +58,7 @@ def rope_is_absent(raw: Mapping[str, Any], thetas: Mapping[str | None, str]) -> 
     """Returns why a rope cannot be known, or None: only old Llama files may leave theta out, where it was 10000.
 
     Args:
-      raw: the config file as it stands, before transformers fills in defaults.
+      raw: the config file, before transformers fills in defaults.
       thetas: for each layer type with a rope of its own (None: one for all) the attribute that older files name it by.
     """
     parameters = raw.get("rope_parameters") or {}
@@ -70,8 +70,8 @@ def rope_is_absent(raw: Mapping[str, Any], thetas: Mapping[str | None, str]) -> 
     if not absent or (absent == ["rope_theta"] and _predates_rope_theta(raw)):
         return None
     return (
-        f"no rope in this config: {' and '.join(absent)} not set, nor in rope_parameters; a default would change the "
-        'numbers in silence; add the model\'s own, e.g. "rope_theta": 10000.0'
+        f"no rope in this config: {' and '.join(absent)} not set, nor in rope_parameters; a default would silently "
+        'change the numbers; add the model\'s own, e.g. "rope_theta": 10000.0'
     )
 
 

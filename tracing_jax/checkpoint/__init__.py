@@ -2,18 +2,17 @@
 
 from tracing_jax.checkpoint.cache import load
 from tracing_jax.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from tracing_jax.checkpoint.device_loading import OnMesh, on_mesh
+from tracing_jax.checkpoint.device_loading import ShardedCheckpoint
 from tracing_jax.checkpoint.errors import CheckpointError
-from tracing_jax.checkpoint.renaming import renameable_ids
+from tracing_jax.checkpoint.token_ids import permutable_token_ids
 from tracing_jax.checkpoint.writing import save_checkpoint
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
-    "OnMesh",
+    "ShardedCheckpoint",
     "load",
-    "on_mesh",
     "open_checkpoint",
-    "renameable_ids",
+    "permutable_token_ids",
     "save_checkpoint",
 ]

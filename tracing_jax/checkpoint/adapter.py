@@ -6,7 +6,7 @@ Letters: r rank; A is [r, in], B is [out, r]. W is [out, in], but [in, out] for 
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ class _Update:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether `folder` holds a PEFT adapter, which says nothing without its base model."""
+    """Whether `folder` holds a PEFT adapter, which is only an update of its base model."""
     return (folder / _CONFIG).is_file()
 
 
@@ -77,7 +77,7 @@ def merged(base: TensorStore, folder: Path) -> TensorStore:
         raise CheckpointError(*(f"{folder / _CONFIG}: {problem}" for problem in problems))
     adapter = _open_adapter(folder)
     try:
-        return _Merged(base, adapter, *_plan(base, adapter, config), folder / _CONFIG)
+        return _Merged(base, adapter, *_planned_updates(base, adapter, config), folder / _CONFIG)
     except CheckpointError as error:
         raise CheckpointError(*(f"{adapter.files()[0]}: {problem}" for problem in error.problems)) from error
 
@@ -117,6 +117,9 @@ class _Merged:
         if name in self._updates:
             weight = weight.astype(np.float32) + self._delta(self._updates[name], index)
         return weight.astype(self.dtype(name), copy=False)
+
+    def read_many(self, requests: Sequence[tuple[str, Index]]) -> list[np.ndarray]:
+        return [self.read(name, index) for name, index in requests]
 
     def read_into(self, out: np.ndarray, name: str, index: Index = ()) -> None:
         if name in self._replaced or name in self._updates:
@@ -173,7 +176,7 @@ def _number_problem(key: str, value: object) -> list[str]:
 
 
 def _patterns_problems(key: str, patterns: object) -> list[str]:
-    """The patterns are a stranger's: repeats of repeats could keep the matcher busy for ever."""
+    """The patterns are untrusted input: nested repeats can make a match take exponential time."""
     if not isinstance(patterns, dict):
         return [f"{key} = {patterns!r}, expected numbers by pattern"]
     problems = []
@@ -189,10 +192,10 @@ def _patterns_problems(key: str, patterns: object) -> list[str]:
     return problems
 
 
-def _plan(
+def _planned_updates(
     base: TensorStore, adapter: TensorStore, config: Mapping[str, Any]
 ) -> tuple[dict[str, _Update], dict[str, str]]:
-    """What befalls base tensors: low-rank updates, and the adapter's tensors that replace them."""
+    """Planned updates per base tensor: low-rank ones, and the adapter's tensors that replace it."""
     parts, problems = _parts(base, adapter)
     updates, replaced = {}, {}
     for target, names in parts.items():

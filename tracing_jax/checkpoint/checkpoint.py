@@ -1,22 +1,23 @@
-"""The door: a local folder or a Hub id becomes a `Checkpoint`, whose weights are read when they are asked for."""
+"""`open_checkpoint`: a local folder or a Hub id becomes a `Checkpoint`, whose weights are read when asked for."""
 
+import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from absl import logging
 
 from tracing_jax.arch import Arch, read_arch
 from tracing_jax.checkpoint.adapter import base_id, is_adapter, merged
 from tracing_jax.checkpoint.errors import CheckpointError
-from tracing_jax.checkpoint.finite import all_finite
-from tracing_jax.checkpoint.hub import on_hub, resolve
-from tracing_jax.checkpoint.layout import Layout, layout
-from tracing_jax.checkpoint.tensor_layout import Entry, tensor_shapes
-from tracing_jax.checkpoint.tensors import Index, TensorStore, open_tensors
+from tracing_jax.checkpoint.hf_layouts import LeafLayouts, leaf_layouts
+from tracing_jax.checkpoint.hub import CheckpointFolder, on_hub, resolve
+from tracing_jax.checkpoint.tensor_layout import LeafLayout, tensor_shapes
+from tracing_jax.checkpoint.tensors import TensorStore, all_finite, open_tensors
 from tracing_jax.tree import Tree, flatten, select, unflatten
 
 # Constants that old checkpoints carry as tensors: Llama's frequencies and GPT-2's masks follow from the config.
@@ -42,9 +43,9 @@ class Checkpoint:
     tensors: TensorStore = field(repr=False)
 
     @cached_property
-    def entries(self) -> Layout:
-        """Leaf name -> how it lies in the files."""
-        return layout(self.arch, self.tensors.names())
+    def leaf_layouts(self) -> LeafLayouts:
+        """Leaf name -> its layout in the files."""
+        return leaf_layouts(self.arch, self.tensors.names())
 
     def first_layers(self, count: int) -> "Checkpoint":
         """Returns the model of the first `count` layers, the embedding and the head; the whole if it has no more."""
@@ -57,8 +58,8 @@ class Checkpoint:
     def num_bytes(self) -> int:
         """The size of all leaves, in the dtype they have on disk."""
         return sum(
-            math.prod(entry.shape) * self.tensors.dtype(entry.pieces[0].tensor).itemsize
-            for entry in self.entries.values()
+            math.prod(layout.shape) * self.tensors.dtype(layout.slices[0].tensor).itemsize
+            for layout in self.leaf_layouts.values()
         )
 
     def embed(self) -> Tree:
@@ -75,31 +76,40 @@ class Checkpoint:
         """Returns the subtree `head`, read now."""
         return self._read("head/")
 
-    def cut(self, name: str, axis: int, span: slice) -> np.ndarray | None:
-        """Returns a slice of a leaf, read now and nothing else; None if it does not lie by itself in the files."""
-        entry = self.entries[name].cut(axis, span.start, span.stop)
-        return None if entry is None else self._leaves({name: entry})[name]
+    def leaf_slice(self, name: str, axis: int, *spans: slice) -> np.ndarray | None:
+        """Returns slices of a leaf on one of its axes, joined; nothing else is read.
+
+        None if they are not slices of the tensors in the files.
+        """
+        layouts = [self.leaf_layouts[name].narrow(axis, span.start, span.stop) for span in spans]
+        found = [layout for layout in layouts if layout is not None]
+        if len(found) < len(layouts):
+            return None
+        broken: list[str] = []
+        parts = self._arrays(found, broken)
+        self.refuse(broken)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
 
     def _read(self, prefix: str, only: Sequence[str] = ()) -> Tree:
-        return unflatten(self._leaves(self.part_entries(prefix, only)))
-
-    def _leaves(self, entries: Mapping[str, Entry]) -> dict[str, np.ndarray]:
         broken: list[str] = []
-
-        def read(tensor: str, index: Index) -> np.ndarray:
-            part = self.tensors.read(tensor, index)
-            if not all_finite(part):
-                broken.append(tensor)
-            return part
-
-        leaves = {name: entry.to_leaf(read) for name, entry in entries.items()}
+        leaves = {
+            name: self._arrays([layout], broken)[0] for name, layout in self.layouts_of_part(prefix, only).items()
+        }
         self.refuse(broken)
-        return leaves
+        return unflatten(leaves)
 
-    def part_entries(self, prefix: str, only: Sequence[str] = ()) -> dict[str, Entry]:
-        """Returns the entries under `embed/`, `layers/<i>/` or `head/`, without the prefix: those in `only`, if any."""
-        entries = {name.removeprefix(prefix): e for name, e in self.entries.items() if name.startswith(prefix)}
-        return flatten(select(unflatten(entries), only))
+    def _arrays(self, layouts: Sequence[LeafLayout], broken: list[str]) -> list[np.ndarray]:
+        """Reads leaves, or slices of them, at once; tensors that hold NaN or infinities are added to `broken`."""
+        requests = [(part.tensor, part.index) for layout in layouts for part in layout.slices]
+        arrays = self.tensors.read_many(requests)
+        broken += [tensor for (tensor, _), array in zip(requests, arrays) if not all_finite(array)]
+        remaining = iter(arrays)
+        return [layout.to_leaf(list(itertools.islice(remaining, len(layout.slices)))) for layout in layouts]
+
+    def layouts_of_part(self, prefix: str, only: Sequence[str] = ()) -> dict[str, LeafLayout]:
+        """Returns the layouts under `embed/`, `layers/<i>/` or `head/`, without the prefix: those in `only`, if any."""
+        layouts = {n.removeprefix(prefix): layout for n, layout in self.leaf_layouts.items() if n.startswith(prefix)}
+        return flatten(select(unflatten(layouts), only))
 
     def refuse(self, broken: Sequence[str]) -> None:
         """Raises if there are any `broken` tensors: with weights that are no numbers."""
@@ -117,7 +127,7 @@ class Checkpoint:
         """
         if not self.arch.tied or "lm_head.weight" not in self.tensors.names():
             return
-        embedding = self.entries["embed/embedding"].pieces[0].tensor
+        embedding = self.leaf_layouts["embed/embedding"].slices[0].tensor
         stop = self.arch.vocab_size if stop is None else stop
         for row in range(start, stop, _ROWS):
             rows = (slice(row, min(row + _ROWS, stop)),)
@@ -128,16 +138,20 @@ class Checkpoint:
                 )
 
 
-def open_checkpoint(model_id: str, cache_dir: str | None = None, in_ranges: bool = False) -> Checkpoint:
+def open_checkpoint(
+    model_id: str, cache_dir: str | None = None, in_ranges: bool = False, adapter_base: str | None = None
+) -> Checkpoint:
     """Returns the checkpoint of a local folder or Hub id (`org/name` or `org/name@revision`); reads no weights.
 
-    LoRA adapter folders are merged onto their base as it is read.
+    A LoRA adapter is merged into its base as that is read. The base is the local folder or Hub repository that the
+    adapter's config names, which is logged.
 
     Args:
       model_id: of the model.
       cache_dir: where downloads are kept, see `resolve`.
       in_ranges: whether weights that are on the Hub, and not in its cache, stay there, and are read in ranges of bytes:
         for runs that look at a small part of them.
+      adapter_base: the base to merge an adapter into, whatever its config names; of no effect on other models.
 
     Raises:
       CheckpointError: not found, not readable, or tensors missing, unexpected or of the wrong shape, all at once.
@@ -146,22 +160,35 @@ def open_checkpoint(model_id: str, cache_dir: str | None = None, in_ranges: bool
     found = resolve(model_id, cache_dir, weights=not in_ranges)
     folder, tokenizer_folder = found.folder, found.folder
     if is_adapter(folder):
-        folder = resolve(base_id(found.folder), cache_dir).folder
+        folder = _resolve_base(found, cache_dir, adapter_base).folder
         tokenizer_folder = found.folder if (found.folder / "tokenizer_config.json").exists() else folder
         arch = read_arch(folder)
         tensors = merged(open_tensors(folder), found.folder)
     else:
         arch = read_arch(folder)
-        tensors = open_tensors(folder, on_hub(found)) if in_ranges else open_tensors(folder)
+        tensors = open_tensors(folder, on_hub(found, cache_dir)) if in_ranges else open_tensors(folder)
     checkpoint = Checkpoint(found.id, found.revision, folder, tokenizer_folder, arch, tensors)
     if problems := _problems(checkpoint):
         raise CheckpointError(*(f"{model_id}: {problem}" for problem in problems))
     return checkpoint
 
 
+def _resolve_base(adapter: CheckpointFolder, cache_dir: str | None, given: str | None) -> CheckpointFolder:
+    """Returns the folder of an adapter's base, and logs which model that is and where it is read from."""
+    model_id, source = (given, "as given") if given else (base_id(adapter.folder), "named by its adapter_config.json")
+    try:
+        base = resolve(model_id, cache_dir)
+    except CheckpointError as error:
+        reasons = (f"{adapter.id}: its base model {model_id}, {source}: {problem}" for problem in error.problems)
+        raise CheckpointError(*reasons) from error
+    where = f"commit {base.revision} of the Hub" if base.revision else f"folder {base.folder.resolve()}"
+    logging.info("%s: a LoRA adapter, merged into %s (%s), read from %s", adapter.id, model_id, source, where)
+    return base
+
+
 def _problems(checkpoint: Checkpoint) -> list[str]:
     store, names = checkpoint.tensors, set(checkpoint.tensors.names())
-    wanted = tensor_shapes(checkpoint.entries.values())
+    wanted = tensor_shapes(checkpoint.leaf_layouts.values())
     present = {name: shape for name, shape in wanted.items() if name in names}
     lines = [f"missing tensor {name} {shape}" for name, shape in wanted.items() if name not in names]
     lines += [
@@ -184,8 +211,8 @@ def _problems(checkpoint: Checkpoint) -> list[str]:
 def _mixed_dtypes(checkpoint: Checkpoint, names: set[str]) -> list[str]:
     """Returns the leaves whose tensors differ in dtype."""
     lines = []
-    for leaf, entry in checkpoint.entries.items():
-        tensors = [piece.tensor for piece in entry.pieces if piece.tensor in names]
+    for leaf, layout in checkpoint.leaf_layouts.items():
+        tensors = [part.tensor for part in layout.slices if part.tensor in names]
         dtypes = sorted({str(checkpoint.tensors.dtype(tensor)) for tensor in tensors})
         if len(dtypes) > 1:
             lines.append(f"the tensors of {leaf} ({tensors[0]} ...) are {' and '.join(dtypes)}; convert them to one")

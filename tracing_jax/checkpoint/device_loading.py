@@ -1,7 +1,7 @@
 """Reading straight onto devices: of each leaf, the slices that the devices of this process hold.
 
-Bytes go from the file into one host buffer, used again for every leaf, and from there to each device, which turns the
-file's `[out, in]` into our `[in, out]` as it copies. So a part takes its own size and that of its largest leaf.
+Bytes go from the file into one host buffer, reused for every leaf, and from there to each device, which transposes the
+file's `[out, in]` to our `[in, out]` as it copies. Peak memory of reading a part is its own size and its largest leaf.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,19 +16,21 @@ from jax.sharding import Mesh, NamedSharding
 from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisTable, axis_table
 from tracing_jax.checkpoint.checkpoint import Checkpoint
-from tracing_jax.checkpoint.finite import all_finite
-from tracing_jax.checkpoint.tensor_layout import Entry
-from tracing_jax.checkpoint.tensors import TensorStore
+from tracing_jax.checkpoint.tensor_layout import LeafLayout
+from tracing_jax.checkpoint.tensors import TensorStore, all_finite
 from tracing_jax.sharding import leaf_spec
 from tracing_jax.tree import Tree, unflatten
 
-Span = tuple[int, int]
+UnitRange = tuple[int, int]
 """The first unit and the one after the last, on one axis of a leaf."""
 
 
 @dataclass(frozen=True)
-class OnMesh:
-    """A checkpoint whose parts are read onto the devices of a mesh, split by the axis table."""
+class ShardedCheckpoint:
+    """A checkpoint as a source whose parts are read onto the devices of a mesh, split by the axis table.
+
+    A process reads only what its devices hold, and each byte of that once, however many of them hold it.
+    """
 
     checkpoint: Checkpoint
     mesh: Mesh
@@ -54,45 +56,37 @@ class OnMesh:
         """Returns the subtree `head`, read now."""
         return self._part("head/")
 
-    def cut(self, name: str, axis: int, span: slice) -> np.ndarray | None:
-        """Returns a slice of a leaf in host memory, as `Checkpoint.cut` does."""
-        return self.checkpoint.cut(name, axis, span)
+    def leaf_slice(self, name: str, axis: int, *spans: slice) -> np.ndarray | None:
+        """Returns slices of a leaf in host memory, as `Checkpoint.leaf_slice` does."""
+        return self.checkpoint.leaf_slice(name, axis, *spans)
 
     def _part(self, prefix: str, only: Sequence[str] = ()) -> Tree:
         broken: list[str] = []
         leaves = {}
-        for name, entry in self.checkpoint.part_entries(prefix, only).items():
+        for name, layout in self.checkpoint.layouts_of_part(prefix, only).items():
             spec = leaf_spec(self._table.leaves[prefix + name], self._table, self.mesh)
-            leaves[name] = self._leaf(entry, NamedSharding(self.mesh, spec), broken)
+            leaves[name] = self._leaf(layout, NamedSharding(self.mesh, spec), broken)
         self.checkpoint.refuse(broken)
         return unflatten(leaves)
 
-    def _leaf(self, entry: Entry, sharding: NamedSharding, broken: list[str]) -> jax.Array:
+    def _leaf(self, layout: LeafLayout, sharding: NamedSharding, broken: list[str]) -> jax.Array:
         axis = next((axis for axis, split in enumerate(sharding.spec) if split is not None), 0)
-        held = _held(sharding, entry.shape, axis)
+        held = _held(sharding, layout.shape, axis)
         shards = []
         for run in _runs(held.values()):
             with self._buffer.lock:
-                start, part = self._buffer.read(self.checkpoint.tensors, entry, axis, run, broken)
+                start, part = self._buffer.read(self.checkpoint.tensors, layout, axis, run, broken)
                 shards += [
                     _copied(part[_at(axis, first - start, last - start)], device)
                     for device, (first, last) in held.items()
                     if run[0] <= first < run[1]
                 ]
                 jax.block_until_ready(shards)  # then the buffer may be filled again
-        return jax.make_array_from_single_device_arrays(entry.shape, sharding, shards)
+        return jax.make_array_from_single_device_arrays(layout.shape, sharding, shards)
 
     @cached_property
     def _table(self) -> AxisTable:
         return axis_table(self.arch)
-
-
-def on_mesh(checkpoint: Checkpoint, mesh: Mesh) -> OnMesh:
-    """Returns the checkpoint as a source whose parts are read onto the devices of a mesh, split by the axis table.
-
-    A process reads only what its devices hold, and each byte of that once, however many of them hold it.
-    """
-    return OnMesh(checkpoint, mesh)
 
 
 class _Buffer:
@@ -103,13 +97,13 @@ class _Buffer:
         self._bytes = np.empty(0, np.uint8)
 
     def read(
-        self, tensors: TensorStore, entry: Entry, axis: int, run: Span, broken: list[str]
+        self, tensors: TensorStore, layout: LeafLayout, axis: int, run: UnitRange, broken: list[str]
     ) -> tuple[int, np.ndarray]:
         """Returns the units of `run`, or more where they cannot be read alone, as a view that the next call overwrites.
 
         Args:
           tensors: where they are read from.
-          entry: how the leaf lies there.
+          layout: of the leaf.
           axis: of the leaf.
           run: the units on that axis.
           broken: gets the names of tensors that hold NaN or infinities.
@@ -117,17 +111,17 @@ class _Buffer:
         Returns:
           the first unit of the view, and the view.
         """
-        cut = entry.cut(axis, *run)
-        start, entry = (run[0], cut) if cut else (0, entry)
-        dtype = tensors.dtype(entry.pieces[0].tensor)
-        rooms = self._room((len(entry.pieces), *entry.pieces[0].extent), dtype)
-        for room, piece in zip(rooms, entry.pieces, strict=True):
-            tensors.read_into(room, piece.tensor, piece.index)
-            if not all_finite(room):
-                broken.append(piece.tensor)
-        return start, rooms.reshape(entry.unfolded).transpose(entry.order)
+        narrowed = layout.narrow(axis, *run)
+        start, layout = (run[0], narrowed) if narrowed else (0, layout)
+        dtype = tensors.dtype(layout.slices[0].tensor)
+        views = self._view((len(layout.slices), *layout.slices[0].extent), dtype)
+        for view, part in zip(views, layout.slices, strict=True):
+            tensors.read_into(view, part.tensor, part.index)
+            if not all_finite(view):
+                broken.append(part.tensor)
+        return start, views.reshape(layout.unfolded).transpose(layout.order)
 
-    def _room(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    def _view(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         needed = int(np.prod(shape)) * dtype.itemsize
         if needed > self._bytes.size:
             self._bytes = np.empty(0, np.uint8)  # the old one is gone before the new one is made
@@ -135,16 +129,16 @@ class _Buffer:
         return self._bytes[:needed].view(dtype).reshape(shape)
 
 
-def _held(sharding: NamedSharding, shape: tuple[int, ...], axis: int) -> dict[jax.Device, Span]:
+def _held(sharding: NamedSharding, shape: tuple[int, ...], axis: int) -> dict[jax.Device, UnitRange]:
     """Returns the units of one axis that each device of this process holds, by device."""
     indices = sharding.addressable_devices_indices_map(shape)
     return {device: index[axis].indices(shape[axis])[:2] for device, index in indices.items() if index is not None}
 
 
-def _runs(spans: Iterable[Span]) -> list[Span]:
-    """Returns the fewest spans that hold the same units, in order."""
-    runs: list[Span] = []
-    for start, stop in sorted(set(spans)):
+def _runs(ranges: Iterable[UnitRange]) -> list[UnitRange]:
+    """Returns the fewest ranges that hold the same units, in order."""
+    runs: list[UnitRange] = []
+    for start, stop in sorted(set(ranges)):
         if runs and start <= runs[-1][1]:
             runs[-1] = (runs[-1][0], max(stop, runs[-1][1]))
         else:
@@ -155,7 +149,7 @@ def _runs(spans: Iterable[Span]) -> list[Span]:
 def _copied(view: np.ndarray, device: jax.Device) -> jax.Array:
     """Returns the view on a device, in memory of its own.
 
-    A CPU device takes a contiguous array as it lies, whatever `may_alias` says; any other it copies into order.
+    A CPU device aliases a contiguous array, whatever `may_alias` is; any other it copies into C order.
     """
     if device.platform == "cpu" and view.flags.c_contiguous:
         view = view.copy()
@@ -166,5 +160,5 @@ def _at(axis: int, start: int, stop: int) -> tuple[slice, ...]:
     return (*(slice(None),) * axis, slice(start, stop))
 
 
-def _held_rows(leaf: jax.Array) -> list[Span]:
+def _held_rows(leaf: jax.Array) -> list[UnitRange]:
     return _runs([shard.index[0].indices(leaf.shape[0])[:2] for shard in leaf.addressable_shards])

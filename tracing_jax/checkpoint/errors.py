@@ -1,4 +1,4 @@
-"""The one exception of reading a checkpoint, and the words for a file that is not what it should be."""
+"""The exception of reading a checkpoint, and the message for a damaged file."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ class CheckpointError(ValueError):
 
 
 def damaged(path: Path, expected: str) -> str:
-    """Says that `path` does not hold what was `expected`, what it holds instead, and what to do."""
+    """Message that `path` does not hold what was `expected`: what it holds instead, and what to do."""
     with path.open("rb") as file:
         is_pointer = file.read(40).startswith(b"version https://git-lfs")
     if is_pointer:

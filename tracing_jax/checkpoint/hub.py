@@ -1,10 +1,13 @@
 """From a model id to a folder on this machine: a local folder, or a download of the Hugging Face Hub."""
 
+import contextlib
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import constants, file_exists, snapshot_download
+from absl import logging
+from huggingface_hub import constants, file_exists, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -15,8 +18,8 @@ from huggingface_hub.errors import (
 )
 
 from tracing_jax.checkpoint.errors import CheckpointError
-from tracing_jax.checkpoint.hub_ranges import HubSafetensors
-from tracing_jax.checkpoint.tensors import Elsewhere, listing
+from tracing_jax.checkpoint.hub_ranges import HubSafetensors, RangesIgnoredError
+from tracing_jax.checkpoint.tensors import MissingFileOpener, TensorStore, listing, open_file
 
 _TEXTS = (
     "config.json",
@@ -75,56 +78,67 @@ def resolve(model_id: str, cache_dir: str | None = None, weights: bool = True) -
     return found
 
 
-def on_hub(found: CheckpointFolder) -> Elsewhere:
-    """Opens the safetensors files of a model that are on the Hub and not in its folder, to be read in ranges."""
+def on_hub(found: CheckpointFolder, cache_dir: str | None = None) -> MissingFileOpener:
+    """Opens the safetensors files of a model that are on the Hub and not in its folder, to be read in ranges.
+
+    A file of which the server gives no ranges is downloaded.
+    """
     repo = found.id.partition("@")[0]
-    return lambda name: None if found.revision is None else HubSafetensors(repo, found.revision, name)
+
+    def open_missing(name: str) -> TensorStore | None:
+        if found.revision is None:
+            return None
+        try:
+            return HubSafetensors(repo, found.revision, name)
+        except RangesIgnoredError as error:
+            logging.warning("%s; it is downloaded now", error)
+        with _explained(found.id):
+            return open_file(Path(hf_hub_download(repo, name, revision=found.revision, cache_dir=cache_dir)))
+
+    return open_missing
 
 
 def _texts(model_id: str, cache_dir: str | None) -> CheckpointFolder | None:
     """The folder with all of a model but its weights; None if these are not safetensors, or belong to an adapter."""
     repo, _, revision = model_id.partition("@")
-    patterns = [*_TEXTS, "*.safetensors.index.json"]
-    try:
-        folder = snapshot_download(
-            repo,
-            revision=revision or None,
-            cache_dir=cache_dir,
-            allow_patterns=patterns,
-            ignore_patterns=list(_IGNORED),
-        )
-        found = CheckpointFolder(Path(folder), model_id, Path(folder).name)
-        is_whole = (found.folder / "config.json").is_file() and not (found.folder / "adapter_config.json").is_file()
-        names = ("model.safetensors.index.json", "model.safetensors")
-        has_weights = any((found.folder / name).is_file() or _exists(repo, found.revision, name) for name in names)
-        return found if is_whole and has_weights else None
-    except (HTTPError, LocalEntryNotFoundError, HFValidationError) as error:
-        raise CheckpointError(_explain(error, model_id)) from None
-
-
-def _exists(repo: str, commit: str | None, name: str) -> bool:
-    return not constants.HF_HUB_OFFLINE and file_exists(repo, name, revision=commit)
+    with _explained(model_id):
+        folder = _snapshot(repo, revision or None, cache_dir, (*_TEXTS, "*.safetensors.index.json"))
+        if not (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+            return None
+        for name in ("model.safetensors.index.json", "model.safetensors"):
+            is_cached = (folder / name).is_file()
+            if is_cached or (not constants.HF_HUB_OFFLINE and file_exists(repo, name, revision=folder.name)):
+                return CheckpointFolder(folder, model_id, folder.name)
+    return None
 
 
 def _download(model_id: str, cache_dir: str | None) -> CheckpointFolder:
     repo, _, revision = model_id.partition("@")
-    commit = revision or None
     for weights in _WEIGHTS:
-        try:
-            folder = snapshot_download(
-                repo,
-                revision=commit,
-                cache_dir=cache_dir,
-                allow_patterns=[*_TEXTS, *weights],
-                ignore_patterns=list(_IGNORED),
-            )
-        except (HTTPError, LocalEntryNotFoundError, HFValidationError) as error:
-            # No chained traceback: it would show request addresses, which can be signed.
-            raise CheckpointError(_explain(error, model_id)) from None
-        commit = Path(folder).name
-        if any(Path(folder).glob(weights[0])):
+        with _explained(model_id):
+            folder = _snapshot(repo, revision or None, cache_dir, (*_TEXTS, *weights))
+        revision = folder.name
+        if any(folder.glob(weights[0])):
             break
-    return CheckpointFolder(Path(folder), model_id, commit)
+    return CheckpointFolder(folder, model_id, revision)
+
+
+def _snapshot(repo: str, revision: str | None, cache_dir: str | None, patterns: Iterable[str]) -> Path:
+    """The folder of a commit in the Hub's cache, named by the commit, with the files that match a pattern."""
+    found = snapshot_download(
+        repo, revision=revision, cache_dir=cache_dir, allow_patterns=list(patterns), ignore_patterns=list(_IGNORED)
+    )
+    return Path(found)
+
+
+@contextlib.contextmanager
+def _explained(model_id: str) -> Iterator[None]:
+    """Turns what goes wrong on the Hub into a CheckpointError."""
+    try:
+        yield
+    except (HTTPError, LocalEntryNotFoundError, HFValidationError) as error:
+        # No chained traceback: it would show request addresses, which can be signed.
+        raise CheckpointError(_explain(error, model_id)) from None
 
 
 def _explain(error: Exception, model_id: str) -> str:

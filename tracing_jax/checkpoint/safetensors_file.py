@@ -1,15 +1,14 @@
-"""One safetensors file: its tensors are read from where the header says, into memory of the caller's choice.
+"""One safetensors file, whose tensors are read from the offsets in its header into memory of the caller's choice.
 
 The format: 8 bytes that hold the length of the header, the header (JSON), then the tensors' bytes, each in C order. The
 safetensors package checks the header; the bytes are read rather than mapped, so that pages of the file never count as
 memory of the process.
 """
 
-import contextlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -20,6 +19,9 @@ from safetensors import SafetensorError, safe_open
 from tracing_jax.checkpoint.errors import CheckpointError, damaged
 
 Index = tuple[slice, ...]
+
+Target = tuple[int, memoryview]
+"""A position in a file, in bytes, and the memory that the bytes from there on are read into."""
 
 NO_QUANTISED = "only unquantised weights (float64, float32, float16, bfloat16) are read; use the original checkpoint"
 _DTYPES = {
@@ -86,37 +88,43 @@ class SafetensorsFile:
 
     def read(self, name: str, index: Index = ()) -> np.ndarray:
         """A copy of the tensor `name`, or of its slice; other parts of the file are not touched."""
-        extent = [max(0, bound.stop - bound.start) for bound in _bounds(index, self._shapes[name])]
-        out = np.empty(extent, self._dtypes[name])
-        self.read_into(out, name, index)
-        return out
+        return self.read_many([(name, index)])[0]
+
+    def read_many(self, requests: Sequence[tuple[str, Index]]) -> list[np.ndarray]:
+        """What `read` returns for each (name, index)."""
+        found, targets = [], []
+        for name, index in requests:
+            extent = [max(0, bound.stop - bound.start) for bound in _bounds(index, self._shapes[name])]
+            found.append(np.empty(extent, self._dtypes[name]))
+            targets += self._targets(found[-1], name, index)
+        self._fill(targets)
+        return found
 
     def read_into(self, out: np.ndarray, name: str, index: Index = ()) -> None:
         """Writes what `read` returns into `out`, a contiguous array of its shape and dtype."""
+        self._fill(self._targets(out, name, index))
+
+    def _targets(self, out: np.ndarray, name: str, index: Index) -> list[Target]:
+        """Returns the contiguous ranges of the file that make up a slice, with the parts of `out` that they fill."""
         if not out.size:
-            return
+            return []
         shape, itemsize = self._shapes[name], self._dtypes[name].itemsize
-        runs = _runs(shape, _bounds(index, shape))
-        room = out.reshape(-1).view(np.uint8).data
-        with self._filling() as fill:
-            for start, size in runs:
-                fill(room[: size * itemsize], self._starts[name] + start * itemsize)
-                room = room[size * itemsize :]
+        memory, first, targets = out.reshape(-1).view(np.uint8).data, 0, []
+        for start, size in _runs(shape, _bounds(index, shape)):
+            targets.append((self._starts[name] + start * itemsize, memory[first : first + size * itemsize]))
+            first += size * itemsize
+        return targets
 
-    @contextlib.contextmanager
-    def _filling(self) -> Iterator[Callable[[memoryview, int], None]]:
-        """Opens the file, and gives what fills memory with its bytes from a position on."""
+    def _fill(self, targets: Sequence[Target]) -> None:
+        """Reads the bytes at each position of the file into the memory beside it."""
         with self._path.open("rb", buffering=0) as file:
-
-            def fill(room: memoryview, start: int) -> None:
+            for start, memory in targets:
                 file.seek(start)
-                while room:
-                    count = file.readinto(room)  # at most 2 GiB at a time
+                while memory:
+                    count = file.readinto(memory)  # at most 2 GiB at a time
                     if not count:
                         raise CheckpointError(damaged(self._path, "what its header promises, as it did at first"))
-                    room = room[count:]
-
-            yield fill
+                    memory = memory[count:]
 
 
 def _bounds(index: Index, shape: Sequence[int]) -> Index:
@@ -142,7 +150,7 @@ def _runs(shape: Sequence[int], bounds: Index) -> Iterator[tuple[int, int]]:
 
 
 def _why_unreadable(path: Path, error: SafetensorError) -> str:
-    """A cut file is told from a strange one by the size that its header promises."""
+    """Distinguishes a truncated file from an unsupported one by the size that its header implies."""
     size = path.stat().st_size
     with path.open("rb") as file:
         header_size = int.from_bytes(file.read(8), "little")

@@ -1,10 +1,10 @@
-"""How a leaf lies in the tensors of a checkpoint: whole, as a slice of one, or stacked from several.
+"""The layout of a leaf in the tensors of a checkpoint: a whole tensor, a slice of one, or several stacked.
 
 GPT-2 keeps queries, keys and values in one tensor (three leaves), Mixtral may keep every expert in its own (one leaf).
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +13,7 @@ from tracing_jax.checkpoint.tensors import Index
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorSlice:
     """A tensor, or the slice of it that belongs to one leaf."""
 
     tensor: str
@@ -38,8 +38,8 @@ class Piece:
         sizes[self.axis] = len(range(*slice(self.start, self.stop).indices(sizes[self.axis])))
         return tuple(sizes)
 
-    def cut(self, axis: int, start: int, stop: int) -> "Piece | None":
-        """Returns the part from `start` to `stop` on one axis of the slice; None where that makes two cut axes."""
+    def narrow(self, axis: int, start: int, stop: int) -> "TensorSlice | None":
+        """Returns the part from `start` to `stop` on one axis of the slice; None if it is a slice on another axis."""
         if self.index and axis != self.axis:
             return None
         first = self.start if self.index else 0
@@ -47,10 +47,10 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """How one leaf lies in a checkpoint: `leaf = stack(pieces).reshape(unfolded).transpose(order)`."""
+class LeafLayout:
+    """The layout of one leaf in a checkpoint: `leaf = stack(slices).reshape(unfolded).transpose(order)`."""
 
-    pieces: tuple[Piece, ...]
+    slices: tuple[TensorSlice, ...]
     unfolded: tuple[int, ...]
     order: tuple[int, ...]
 
@@ -59,67 +59,66 @@ class Entry:
         """The shape of the leaf."""
         return tuple(self.unfolded[axis] for axis in self.order)
 
-    def cut(self, axis: int, start: int, stop: int) -> "Entry | None":
-        """Returns how units `start` to `stop` of one axis of the leaf lie in the checkpoint.
+    def narrow(self, axis: int, start: int, stop: int) -> "LeafLayout | None":
+        """Returns the layout of the units `start` to `stop` on one axis of the leaf.
 
-        None where they are no slice of each tensor: units of an axis that is folded into an outer one, say.
+        None where they are no slice of each tensor, as for an axis that is folded into an outer one.
         """
-        cut = self.order[axis]
-        if (start, stop) == (0, self.unfolded[cut]):
+        unfolded_axis = self.order[axis]
+        if (start, stop) == (0, self.unfolded[unfolded_axis]):
             return self
-        found = self._tensor_axis(cut)
+        found = self._tensor_axis(unfolded_axis)
         if found is None:
             return None
-        tensor_axis, inner = found
-        pieces = [piece.cut(tensor_axis, start * inner, stop * inner) for piece in self.pieces]
-        sizes = tuple(stop - start if at == cut else size for at, size in enumerate(self.unfolded))
-        return Entry(tuple(piece for piece in pieces if piece), sizes, self.order) if all(pieces) else None
+        tensor_axis, rows = found
+        slices = [whole.narrow(tensor_axis, start * rows, stop * rows) for whole in self.slices]
+        sizes = tuple(stop - start if at == unfolded_axis else size for at, size in enumerate(self.unfolded))
+        return LeafLayout(tuple(part for part in slices if part), sizes, self.order) if all(slices) else None
 
-    def _tensor_axis(self, cut: int) -> tuple[int, int] | None:
-        """Returns the axis of a piece whose outermost factor is an unfolded axis, and the rows of one unit there."""
-        stacked = (len(self.pieces),) if len(self.pieces) > 1 else ()
-        before = math.prod(self.unfolded[:cut])
+    def _tensor_axis(self, unfolded_axis: int) -> tuple[int, int] | None:
+        """Returns the axis of a slice whose outermost factor is an unfolded axis, and the rows of one unit there."""
+        stacked = (len(self.slices),) if len(self.slices) > 1 else ()
+        before = math.prod(self.unfolded[:unfolded_axis])
         outside = 1
-        for axis, size in enumerate(stacked + self.pieces[0].extent):
-            inside = axis >= len(stacked) and size % self.unfolded[cut] == 0
+        for axis, size in enumerate(stacked + self.slices[0].extent):
+            inside = axis >= len(stacked) and size % self.unfolded[unfolded_axis] == 0
             if outside == before and inside and size > 1:
-                return axis - len(stacked), size // self.unfolded[cut]
+                return axis - len(stacked), size // self.unfolded[unfolded_axis]
             outside *= size
         return None
 
-    def to_leaf(self, read: Callable[[str, Index], np.ndarray]) -> np.ndarray:
-        """Returns the leaf, a view of what `read(tensor, index)` gives where numpy can make one."""
-        pieces = [read(piece.tensor, piece.index) for piece in self.pieces]
-        whole = pieces[0] if len(pieces) == 1 else np.stack(pieces)
+    def to_leaf(self, slices: Sequence[np.ndarray]) -> np.ndarray:
+        """Returns the leaf of its slices, a view of them where numpy can make one."""
+        whole = slices[0] if len(slices) == 1 else np.stack(slices)
         return whole.reshape(self.unfolded).transpose(self.order)
 
-    def to_pieces(self, leaf: np.ndarray) -> Iterator[tuple[Piece, np.ndarray]]:
-        """Yields each piece with its part of the leaf, in the shape of the piece: the inverse of `to_leaf`."""
+    def to_slices(self, leaf: np.ndarray) -> Iterator[tuple[TensorSlice, np.ndarray]]:
+        """Yields each slice with its part of the leaf, in the shape of the slice: the inverse of `to_leaf`."""
         whole = leaf.transpose(np.argsort(self.order))
-        parts = [whole] if len(self.pieces) == 1 else whole.reshape(len(self.pieces), -1)
-        for piece, part in zip(self.pieces, parts, strict=True):
-            yield piece, part.reshape(piece.extent)
+        parts = [whole] if len(self.slices) == 1 else whole.reshape(len(self.slices), -1)
+        for tensor_slice, part in zip(self.slices, parts, strict=True):
+            yield tensor_slice, part.reshape(tensor_slice.extent)
 
 
-def tensor_shapes(entries: Iterable[Entry]) -> dict[str, tuple[int, ...]]:
-    """Returns tensor name -> shape of every tensor that the entries read."""
-    return {piece.tensor: piece.shape for entry in entries for piece in entry.pieces}
+def tensor_shapes(layouts: Iterable[LeafLayout]) -> dict[str, tuple[int, ...]]:
+    """Returns tensor name -> shape of every tensor that the layouts read."""
+    return {part.tensor: part.shape for layout in layouts for part in layout.slices}
 
 
-def to_tensors(entries: Mapping[str, Entry], leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the contiguous tensors in which these leaves lie, by tensor name; all leaves of a tensor must be there.
+def to_tensors(layouts: Mapping[str, LeafLayout], leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the contiguous tensors of these leaves, by tensor name; all leaves of a tensor must be given.
 
     Raises:
       ValueError: leaves of one tensor that differ in dtype.
     """
     found: dict[str, np.ndarray] = {}
     for name, leaf in leaves.items():
-        for piece, part in entries[name].to_pieces(leaf):
-            if not piece.index:
-                found[piece.tensor] = np.ascontiguousarray(part)
+        for part, values in layouts[name].to_slices(leaf):
+            if not part.index:
+                found[part.tensor] = np.ascontiguousarray(values)
                 continue
-            tensor = found.setdefault(piece.tensor, np.empty(piece.shape, part.dtype))
-            if tensor.dtype != part.dtype:
-                raise ValueError(f"{name} is {part.dtype}, the rest of {piece.tensor} {tensor.dtype}; cast them alike")
-            tensor[piece.index] = part
+            tensor = found.setdefault(part.tensor, np.empty(part.shape, values.dtype))
+            if tensor.dtype != values.dtype:
+                raise ValueError(f"{name} is {values.dtype}, the rest of {part.tensor} {tensor.dtype}; cast them alike")
+            tensor[part.index] = values
     return found

@@ -30,6 +30,9 @@ class TensorStore(Protocol):
     def read(self, name: str, index: Index = ()) -> np.ndarray:
         """A copy of the tensor `name`, or of its slice (steps of one; missing axes are whole)."""
 
+    def read_many(self, requests: Sequence[tuple[str, Index]]) -> list[np.ndarray]:
+        """What `read` returns for each (name, index); from the Hub, with several requests at a time."""
+
     def read_into(self, out: np.ndarray, name: str, index: Index = ()) -> None:
         """Writes what `read` returns into `out`, a contiguous array of its shape and dtype."""
 
@@ -48,19 +51,22 @@ _PACKED = (
     ".quant_map",
     ".SCB",
 )
+# The bits of a dtype's exponent, all of which are set in NaN and in the infinities alone.
+_EXPONENT = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F80_0000, "float64": 0x7FF0_0000_0000_0000}
+_CHUNK = 1 << 16  # weights at a time: what is made of them stays in the cache of a core
 _PLAIN_NAME = re.compile(r"[\w-][\w.-]*\.(safetensors|bin)")
 
 
-Elsewhere = Callable[[str], TensorStore | None]
+MissingFileOpener = Callable[[str], TensorStore | None]
 """Opens a weight file that is not in its folder, by name; None if it is nowhere else either."""
 
 
-def open_tensors(folder: Path, elsewhere: Elsewhere = lambda name: None) -> TensorStore:
+def open_tensors(folder: Path, open_missing: MissingFileOpener = lambda name: None) -> TensorStore:
     """The model weights in `folder`: safetensors if it has any, else PyTorch's `.bin`; whole or in shards.
 
     Args:
         folder: Of a checkpoint.
-        elsewhere: Opens safetensors files that the folder lacks.
+        open_missing: Opens safetensors files that the folder lacks.
 
     Raises:
         CheckpointError: Weights or shards are missing, damaged, quantised or contradict their index; all at once.
@@ -69,8 +75,8 @@ def open_tensors(folder: Path, elsewhere: Elsewhere = lambda name: None) -> Tens
     if (folder / "model.safetensors").is_file():
         return open_file(folder / "model.safetensors")
     if (folder / "model.safetensors.index.json").is_file():
-        return _open_sharded(folder / "model.safetensors.index.json", elsewhere)
-    if not loose and (remote := elsewhere("model.safetensors")):
+        return _open_sharded(folder / "model.safetensors.index.json", open_missing)
+    if not loose and (remote := open_missing("model.safetensors")):
         return remote
     if len(loose) == 1:
         return open_file(loose[0])
@@ -96,6 +102,18 @@ def open_file(path: Path) -> TensorStore:
     if packed:
         raise CheckpointError(f"{path}: {len(packed)} packed weights such as {packed[0]!r}; {NO_QUANTISED}")
     return store
+
+
+def all_finite(weights: np.ndarray) -> bool:
+    """Returns whether a floating array holds neither NaN nor infinities, in memory that does not grow with it."""
+    bits = np.ravel(weights, order="K").view(f"u{weights.dtype.itemsize}")
+    mask = bits.dtype.type(_EXPONENT[weights.dtype.name])
+    buffer = np.empty(min(_CHUNK, bits.size), bits.dtype)
+    for start in range(0, bits.size, _CHUNK):
+        chunk = bits[start : start + _CHUNK]
+        if np.bitwise_and(chunk, mask, out=buffer[: chunk.size]).max() == mask:
+            return False
+    return True
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -142,11 +160,18 @@ class _Sharded:
     def read(self, name: str, index: Index = ()) -> np.ndarray:
         return self._owner[name].read(name, index)
 
+    def read_many(self, requests: Sequence[tuple[str, Index]]) -> list[np.ndarray]:
+        found: dict[int, np.ndarray] = {}
+        for shard in {id(self._owner[name]): self._owner[name] for name, _ in requests}.values():
+            places = [i for i, (name, _) in enumerate(requests) if self._owner[name] is shard]
+            found |= zip(places, shard.read_many([requests[i] for i in places]), strict=True)
+        return [found[i] for i in range(len(requests))]
+
     def read_into(self, out: np.ndarray, name: str, index: Index = ()) -> None:
         self._owner[name].read_into(out, name, index)
 
 
-def _open_sharded(index_path: Path, elsewhere: Elsewhere = lambda name: None) -> TensorStore:
+def _open_sharded(index_path: Path, open_missing: MissingFileOpener = lambda name: None) -> TensorStore:
     """All shards that an index names, with exactly the tensors it promises where it promises them."""
     promised = _weight_map(index_path)
     shards: list[TensorStore] = []
@@ -154,7 +179,7 @@ def _open_sharded(index_path: Path, elsewhere: Elsewhere = lambda name: None) ->
     for file_name in sorted(set(promised.values())):
         path = index_path.parent / file_name
         try:
-            shard = open_file(path) if path.is_file() else elsewhere(file_name)
+            shard = open_file(path) if path.is_file() else open_missing(file_name)
             if shard is None:
                 problems.append(f"{path}: missing, though {index_path.name} names it; download it")
                 continue

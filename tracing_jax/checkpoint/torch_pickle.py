@@ -234,7 +234,7 @@ def _construct(function: object, args: object) -> object:
 
 
 def _tensor(storage: Storage, offset: int, shape: tuple, strides: tuple) -> SavedTensor:
-    """A view whose every element lies within its storage."""
+    """A view whose every element is within its storage."""
     if not all(isinstance(n, int) and n >= 0 for n in (offset, *shape, *strides)):
         raise TypeError("offset, shape and strides must be non-negative integers")
     if len(shape) != len(strides) or len(shape) > _MAX_DIMS:

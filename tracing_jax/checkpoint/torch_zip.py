@@ -1,13 +1,14 @@
 """PyTorch's `.bin` files (torch.save, zip format) as lazily read tensors, without PyTorch.
 
 Such a file is a zip of `<top>/data.pkl`, which names the tensors, and of one uncompressed record per storage. Only the
-pickle is read on opening (see `torch_pickle`); a tensor is then mapped from its record in place.
+pickle is read on opening (see `torch_pickle`); a tensor is then memory-mapped from its record.
 """
 
 import os
 import struct
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -36,7 +37,7 @@ _ENCRYPTED = 0x1  # bit of an entry's flags
 
 @dataclass(frozen=True)
 class _Record:
-    """Where a storage lies in the file; `start_byte` is None where it is compressed."""
+    """The position of a storage in the file; `start_byte` is None where it is compressed."""
 
     entry: zipfile.ZipInfo
     start_byte: int | None
@@ -85,6 +86,10 @@ class TorchZip:
         """A copy of the tensor `name`, or of its slice; other parts of the file are not touched."""
         return np.array(self._view(name)[index], order="C")
 
+    def read_many(self, requests: Sequence[tuple[str, tuple[slice, ...]]]) -> list[np.ndarray]:
+        """What `read` returns for each (name, index)."""
+        return [self.read(name, index) for name, index in requests]
+
     def read_into(self, out: np.ndarray, name: str, index: tuple[slice, ...] = ()) -> None:
         """Writes what `read` returns into `out`."""
         out[...] = self._view(name)[index]
@@ -111,7 +116,7 @@ class TorchZip:
             with zipfile.ZipFile(self._path) as archive, archive.open(record.entry) as file:
                 content = file.read(storage.nbytes)
         except _ZIP_ERRORS as error:
-            raise CheckpointError(damaged(self._path, f"a sound record {record.entry.filename!r}")) from error
+            raise CheckpointError(damaged(self._path, f"an intact record {record.entry.filename!r}")) from error
         if len(content) < storage.nbytes:
             raise CheckpointError(damaged(self._path, f"{storage.nbytes} bytes in {record.entry.filename!r}"))
         return np.frombuffer(content, np.uint8)
@@ -152,7 +157,7 @@ def _read_small(archive: zipfile.ZipFile, name: str) -> bytes:
 
 
 def _find_records(path: Path, entries: dict[str, zipfile.ZipInfo], storages: list[Storage]) -> dict[str, _Record]:
-    """Record of every storage, known to be as long as the pickle says and to lie within the file."""
+    """Record of every storage, known to be as long as the pickle says and to be within the file."""
     records: dict[str, _Record] = {}
     problems = set()
     with path.open("rb") as file:
@@ -176,5 +181,5 @@ def _locate(file: BinaryIO, entry: zipfile.ZipInfo) -> _Record:
     signature, name_length, extra_length = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
     start = entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length
     if signature != b"PK\3\4" or start + entry.file_size > file.seek(0, os.SEEK_END):
-        raise CheckpointError(f"its record {entry.filename!r} lies outside the file; download it again")
+        raise CheckpointError(f"its record {entry.filename!r} is outside the file; download it again")
     return _Record(entry, start)

@@ -11,9 +11,9 @@ from jaxtyping import Int
 from safetensors.numpy import save_file
 
 from tracing_jax.arch import change_config
-from tracing_jax.checkpoint.layout import layout
-from tracing_jax.checkpoint.renaming import rename_tokens
+from tracing_jax.checkpoint.hf_layouts import leaf_layouts
 from tracing_jax.checkpoint.tensor_layout import to_tensors
+from tracing_jax.checkpoint.token_ids import permute_token_ids
 from tracing_jax.sources import ParamSource, parts
 from tracing_jax.tree import flatten
 
@@ -71,7 +71,7 @@ def save_checkpoint(
             _copy(_TOKENIZER, Path(tokenizer), work)
         change_config(work, source.arch)
         if new_ids is not None:
-            rename_tokens(work, new_ids)
+            permute_token_ids(work, new_ids)
         _write_shards(work, source, max_shard_bytes)
         work.chmod(0o755)
         work.rename(folder)
@@ -117,7 +117,7 @@ def _shards(source: ParamSource, max_bytes: int) -> Iterator[dict[str, np.ndarra
 
 
 def _tensors(source: ParamSource) -> Iterator[tuple[str, np.ndarray]]:
-    entries = layout(source.arch)
+    layouts = leaf_layouts(source.arch)
     for prefix, part in parts(source):
         leaves = {prefix + name: np.asarray(leaf) for name, leaf in flatten(part).items()}
-        yield from to_tensors(entries, leaves).items()
+        yield from to_tensors(layouts, leaves).items()

@@ -1,7 +1,7 @@
-"""Text as blocks of token ids, with the number of UTF-8 bytes that the predicted tokens of each block stand for.
+"""Text as blocks of token ids, with the number of UTF-8 bytes of the predicted tokens of each block.
 
-Two models are compared on the same text. If they share a tokenizer they share the blocks; if not, the base's blocks say
-which prefix of the text they cover, and the other tokenizer encodes exactly that prefix:
+Two models are compared on the same text. If they share a tokenizer they share the blocks; if not, the base's blocks
+tell which prefix of the text they cover, and the other tokenizer encodes exactly that prefix:
 
     documents = read_documents("wikitext")
     base_blocks = token_blocks(documents, base_tokenizer, block_size=512, num_tokens=100_000)
@@ -10,10 +10,18 @@ which prefix of the text they cover, and the other tokenizer encodes exactly tha
 Letters: N blocks, T positions per block, M tokens.
 """
 
-from tracing_jax.data.blocks import TokenBlocks, Tokenizer, load_tokenizer, same_tokenizer, shared_tokens, token_blocks
+from tracing_jax.data.blocks import (
+    RANDOM,
+    TokenBlocks,
+    Tokenizer,
+    load_tokenizer,
+    random_token_blocks,
+    same_tokenizer,
+    shared_tokens,
+    token_blocks,
+)
 from tracing_jax.data.documents import GENERATED_ENDING, GENERATED_FOLDER, NAMED_DATASETS, Documents, read_documents
 from tracing_jax.data.pairing import PairedBlocks, paired_on_bytes, paired_one_to_one
-from tracing_jax.data.random_tokens import RANDOM, random_token_blocks
 
 __all__ = [
     "GENERATED_ENDING",

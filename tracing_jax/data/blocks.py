@@ -1,4 +1,4 @@
-"""Tokenizers, and text cut into blocks of token ids with the bytes they stand for."""
+"""Tokenizers, and text or random tokens as blocks of token ids, with their number of bytes."""
 
 import hashlib
 from collections.abc import Iterator
@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Int, Int32, Int64
 
 from tracing_jax.data.documents import Documents, Source
 
 if TYPE_CHECKING:
     import transformers
+
+RANDOM = "random"
+"""The data set of random tokens."""
 
 Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
 
@@ -181,3 +184,14 @@ def _byte_positions(text: str) -> Int64[np.ndarray, " positions"]:
     points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     sizes = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
     return np.concatenate([[0], np.cumsum(sizes)])
+
+
+def random_token_blocks(
+    ids: Int[np.ndarray, " M"], drawn: Int[np.ndarray, "N T"], tokenizer: Tokenizer, seed: int
+) -> TokenBlocks:
+    """Returns blocks of the tokens at the drawn places of a list; their bytes are those of the decoded tokens."""
+    tokens = ids[drawn].astype(np.int32)
+    texts = [str(tokenizer.decode(row)) for row in tokens[:, 1:]]
+    num_bytes = np.array([len(text.encode("utf-8", "replace")) for text in texts], np.int64)
+    source = {"dataset": RANDOM, "tokens": len(ids), "seed": seed, "bos": False, "block_size": tokens.shape[1]}
+    return TokenBlocks(tokens, num_bytes, sum(map(len, texts)), source)

@@ -8,16 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from huggingface_hub import constants, get_session
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow
 
 Source: TypeAlias = dict[str, str | int | None]
-Tables: TypeAlias = Generator[tuple[str, pa.Table], None, None]  # each with where it comes from
+Tables: TypeAlias = "Generator[tuple[str, pyarrow.Table], None, None]"  # each with where it comes from
 
 GENERATED = "generated"
 """Texts that generate.py wrote; `generated:PATH` for a file or folder other than the one it writes to by default."""
@@ -27,7 +26,7 @@ GENERATED_FOLDER, GENERATED_ENDING = "runs/generated", "_gentext.json"
 
 @dataclass(frozen=True)
 class Named:
-    """A data set that goes by a short name.
+    """A data set with a short name.
 
     Attributes:
         hub_id: Of the Hub.
@@ -93,7 +92,7 @@ def read_documents(
         subset: The configuration of a Hub data set. None: the named data set's, or the only one.
         split: The split of a Hub data set. None: "test", or the only one.
         text_column: The column that holds the text. None: "text", or the only column of strings.
-        separator: What stands between two documents.
+        separator: The text between two documents.
         max_chars: Nothing is read after the row with which the text has so many characters. None: all is read.
         data_dir: A folder with local copies of named data sets, `NAME` or `NAME/PART`, which go before the Hub's.
 
@@ -125,7 +124,7 @@ def _name(dataset: str) -> str:
 
 
 def _local_place(dataset: str, data_dir: str | None) -> Path | None:
-    """Returns the file or folder that a data set lies in on this machine; None if it is the Hub's."""
+    """Returns the local file or folder of a data set; None if it is on the Hub."""
     name, _, part = dataset.partition(":")
     if name == GENERATED:
         return Path(part or GENERATED_FOLDER).expanduser()
@@ -154,6 +153,8 @@ def _on_hub(dataset: str, subset: str | None, column: str | None) -> tuple[str, 
 
 def _generated_tables(path: Path) -> Tables:
     """Yields prompt and text, as one, of each text in files that generate.py wrote."""
+    import pyarrow as pa
+
     files = sorted(path.glob(f"*{GENERATED_ENDING}")) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
         raise FileNotFoundError(
@@ -192,6 +193,8 @@ def _read_rows(
 
 def _file_tables(path: Path) -> Tables:
     """Yields the rows of a file, or of each of a folder's files."""
+    import pyarrow as pa
+
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     paths = sorted(path.iterdir()) if path.is_dir() else [path]
@@ -206,12 +209,16 @@ def _file_tables(path: Path) -> Tables:
         yield str(path), table
 
 
-def _read_text(path: Path) -> pa.Table:
+def _read_text(path: Path) -> "pyarrow.Table":
+    import pyarrow as pa
+
     # Decoding the bytes keeps the line ends as they are.
     return pa.table({"text": [path.read_bytes().decode("utf-8")]})
 
 
-def _read_json(path: Path) -> pa.Table:
+def _read_json(path: Path) -> "pyarrow.Table":
+    import pyarrow as pa
+
     text = path.read_text(encoding="utf-8")
     # Not splitlines: JSON strings may hold other line separators, such as U+2028, as they are.
     lines = (line for line in text.split("\n") if line.strip())
@@ -221,11 +228,17 @@ def _read_json(path: Path) -> pa.Table:
     return pa.Table.from_struct_array(pa.array(rows))
 
 
-_READERS: dict[str, Callable[[Path], pa.Table]] = {
+def _read_parquet(path: Path) -> "pyarrow.Table":
+    from pyarrow import parquet
+
+    return parquet.read_table(path)
+
+
+_READERS: dict[str, Callable[[Path], "pyarrow.Table"]] = {
     ".txt": _read_text,
     ".json": _read_json,
     ".jsonl": _read_json,
-    ".parquet": pq.read_table,
+    ".parquet": _read_parquet,
 }
 
 
@@ -272,7 +285,7 @@ def _hub_builder(dataset: str, subset: str | None) -> "datasets.DatasetBuilder":
 
 @contextmanager
 def _hub_errors(dataset: str, subset: str | None) -> Iterator[None]:
-    """Turns whatever goes wrong inside into a ValueError that says what to do."""
+    """Turns every error inside into a ValueError with a remedy."""
     try:
         yield
     except Exception as error:  # the Hub's, the network's and the files' errors have no common class
@@ -285,8 +298,10 @@ def _hub_errors(dataset: str, subset: str | None) -> Iterator[None]:
         ) from None
 
 
-def _column_of_text(table: pa.Table, wanted: str | None, where: str) -> tuple[str, list[str]]:
+def _column_of_text(table: "pyarrow.Table", wanted: str | None, where: str) -> tuple[str, list[str]]:
     """Returns the name and the rows, without nulls, of the wanted, the "text", or the only column of strings."""
+    import pyarrow as pa
+
     strings = [f.name for f in table.schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
     column = wanted or ("text" if "text" in strings else strings[0] if len(strings) == 1 else None)
     if column is None or column not in strings:

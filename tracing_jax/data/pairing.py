@@ -82,11 +82,11 @@ def paired_on_bytes(
         theirs, their_ends = encode(documents.text[start : own_ends[-1]], tokenizer_ft, None)
         rows_ft.append(theirs)
         pairs.append(_on_the_same_byte(own_ends - start, their_ends))
-    at_base, at_ft = (_filled([pair[side] + (bos[side] is not None) for pair in pairs]) for side in (0, 1))
+    at_base, at_ft = (_padded([pair[side] + (bos[side] is not None) for pair in pairs]) for side in (0, 1))
     valid = np.arange(at_base.shape[1]) < np.array([len(pair[0]) for pair in pairs])[:, None]
     if not valid.any():
         raise ValueError(f"{documents.source['dataset']}: no token of one tokenizer ends where one of the other does")
-    base, ft = _with_bos(rows_base, bos[0]), _with_bos(_filled(rows_ft), bos[1])
+    base, ft = _with_bos(rows_base, bos[0]), _with_bos(_padded(rows_ft), bos[1])
     how = "tokens of the two tokenizers that end on the same byte of the same text"
     return PairedBlocks(base, ft, at_base, at_ft, valid, how)
 
@@ -98,12 +98,12 @@ def _on_the_same_byte(ends: np.ndarray, others: np.ndarray) -> tuple[np.ndarray,
     return tuple(at[np.isin(e[at], shared)] for e, at in zip((ends, others), last))  # type: ignore[return-value]
 
 
-def _filled(rows: list[np.ndarray]) -> Int32[np.ndarray, "N T"]:
-    """Returns the rows under one another, filled up with 0 on the right, where a causal model looks last."""
-    filled = np.zeros((len(rows), max(1, *(len(row) for row in rows))), np.int32)
+def _padded(rows: list[np.ndarray]) -> Int32[np.ndarray, "N T"]:
+    """Returns the rows as one array, padded with 0 on the right: no earlier position attends to the padding."""
+    padded = np.zeros((len(rows), max(1, *(len(row) for row in rows))), np.int32)
     for i, row in enumerate(rows):
-        filled[i, : len(row)] = row
-    return filled
+        padded[i, : len(row)] = row
+    return padded
 
 
 def _with_bos(rows: np.ndarray, bos_id: int | None) -> Int32[np.ndarray, "N T"]:

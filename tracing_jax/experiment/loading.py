@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from tracing_jax.alignment import Alignment, AlignmentError, align, aligned
 from tracing_jax.axes import axis_table
-from tracing_jax.checkpoint import Checkpoint, load, on_mesh, save_checkpoint
+from tracing_jax.checkpoint import Checkpoint, ShardedCheckpoint, load, save_checkpoint
 from tracing_jax.experiment.memory import choose_memory
 from tracing_jax.experiment.metadata import shape_facts
 from tracing_jax.experiment.opening import Opened
@@ -74,7 +74,7 @@ def _model(
     if disguise is None or not disguise.rewrites:
         if memory == "resident":
             return load(checkpoint, mesh, options.cache_dir)
-        return PrefetchingSource(on_mesh(checkpoint, mesh))
+        return PrefetchingSource(ShardedCheckpoint(checkpoint, mesh))
     rewritten = placed(disguised(checkpoint, disguise.rewrites), mesh)
     return in_memory(rewritten, f"disguising {checkpoint.id}") if memory == "resident" else PrefetchingSource(rewritten)
 

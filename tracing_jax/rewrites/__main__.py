@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from tracing_jax.arch import Arch
-from tracing_jax.checkpoint import Checkpoint, open_checkpoint, renameable_ids, save_checkpoint
+from tracing_jax.checkpoint import Checkpoint, open_checkpoint, permutable_token_ids, save_checkpoint
 from tracing_jax.forward import check_function
 from tracing_jax.rewrites import DRAWN, Renaming, Rewrite, arch_after, draw_rewrites, rewrite_names
 from tracing_jax.sources import disguised
@@ -68,7 +68,7 @@ def _token_ids(original: Checkpoint, listed: str) -> np.ndarray | None:
         return None
     if listed.strip() == "all" and not (original.tokenizer_folder / "tokenizer.json").exists():
         return None
-    return renameable_ids(original.tokenizer_folder)
+    return permutable_token_ids(original.tokenizer_folder)
 
 
 def _report(original: Checkpoint, rewrites: Sequence[Rewrite], folder: Path, moved: float) -> list[str]:

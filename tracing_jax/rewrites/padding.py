@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from tracing_jax.arch import Arch, can_say
+from tracing_jax.arch import Arch, has_field
 from tracing_jax.axes import Leaf, kind_of
 from tracing_jax.rewrites.residual_stream import gain_offset
 from tracing_jax.rewrites.rewrite import Part, Read, Rewrite, Weight, rows_of, stream
@@ -157,6 +157,6 @@ def _feature_problems(arch: Arch) -> list[str]:
 def _head_problems(arch: Arch) -> list[str]:
     if arch.qk_norm == "all":
         return ["kv heads cannot be added: queries and keys are normalised over all heads together"]
-    if not can_say(arch, "head_dim"):
+    if not has_field(arch, "head_dim"):
         return ["kv heads cannot be added: its config has no field for the width of a head, which follows from them"]
     return []

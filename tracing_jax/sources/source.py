@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 from tqdm import tqdm
 
 from tracing_jax.arch import Arch
@@ -50,9 +51,11 @@ class InMemory:
         """Returns the subtree `head`."""
         return self.params["head"]
 
-    def cut(self, name: str, axis: int, span: slice) -> Any:
-        """Returns the slice of a leaf on one of its axes."""
-        return flatten(self.params)[name][(slice(None),) * axis + (span,)]
+    def leaf_slice(self, name: str, axis: int, *spans: slice) -> Any:
+        """Returns slices of a leaf on one of its axes, joined."""
+        leaf = flatten(self.params)[name]
+        parts = [leaf[(slice(None),) * axis + (span,)] for span in spans]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)
 
 
 def prefixes(arch: Arch) -> list[str]:

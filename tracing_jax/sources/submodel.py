@@ -21,10 +21,10 @@ from tracing_jax.tree import Tree, flatten, select, unflatten
 
 @runtime_checkable
 class Sliced(Protocol):
-    """A source that gives a slice of a leaf without reading the rest."""
+    """A source that gives slices of a leaf without reading the rest."""
 
-    def cut(self, name: str, axis: int, span: slice) -> Any:
-        """Returns the slice of a leaf on one of its axes; None if the leaf can only be read whole."""
+    def leaf_slice(self, name: str, axis: int, *spans: slice) -> Any:
+        """Returns slices of a leaf on one of its axes, joined; None if the leaf can only be read whole."""
 
 
 @dataclass(frozen=True)
@@ -89,15 +89,17 @@ class Submodel:
         """Returns the chosen tokens of a leaf; neighbours in it are read together."""
         ids, at = np.unique(self.tokens, return_inverse=True)
         runs = np.split(ids, np.flatnonzero(np.diff(ids) > 1) + 1)
-        parts = [self._cut(name, axis, slice(int(run[0]), int(run[-1]) + 1)) for run in runs]
-        return np.take(np.concatenate(parts, axis=axis), at, axis=axis)
+        spans = [slice(int(run[0]), int(run[-1]) + 1) for run in runs]
+        return np.take(self._cut(name, axis, *spans), at, axis=axis)
 
-    def _cut(self, name: str, axis: int, span: slice) -> Any:
+    def _cut(self, name: str, axis: int, *spans: slice) -> Any:
         source = self.source.source if isinstance(self.source, PrefetchingSource) else self.source
-        part = source.cut(name, axis, span) if isinstance(source, Sliced) else None
+        part = source.leaf_slice(name, axis, *spans) if isinstance(source, Sliced) else None
         if part is not None:
             return self._counted(part)
-        return self._counted(leaf(self.source, name))[(slice(None),) * axis + (span,)]
+        whole = self._counted(leaf(self.source, name))
+        parts = [whole[(slice(None),) * axis + (span,)] for span in spans]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)
 
     def _counted(self, weights: Any) -> Any:
         self.read[0] += weights.size

@@ -8,11 +8,11 @@ from pathlib import Path
 from tracing_jax.cli.errors import configure_logging, exit_on_user_error
 from tracing_jax.zoo.folder import ZooFolder
 from tracing_jax.zoo.report import write_report
-from tracing_jax.zoo.worker import work_on
+from tracing_jax.zoo.worker import run_worker
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Does what the first argument says."""
+    """Runs a worker, or writes the report."""
     parser = argparse.ArgumentParser(
         prog="python -m tracing_jax.zoo", description="Works on a zoo that launch.py made."
     )
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(write_report(folder))
             return
         names = sys.stdin.read().split() if given.pairs == "-" else given.pairs.split(",") if given.pairs else []
-        work_on(folder.path, names or folder.plan.by_name)
+        run_worker(folder.path, names or folder.plan.by_name)
 
 
 if __name__ == "__main__":

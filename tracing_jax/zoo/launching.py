@@ -1,4 +1,4 @@
-"""From a plan to pairs that are done: what is left to do, waiting for it, and where it stands."""
+"""From a plan to pairs that are done: writing the plan, what is left to do, waiting for it, status."""
 
 import time
 from collections import Counter
@@ -12,16 +12,16 @@ from tracing_jax.experiment import check_config
 from tracing_jax.experiment.opening import is_local, resolved
 from tracing_jax.report import text_table
 from tracing_jax.zoo.folder import STATES, ZooFolder
-from tracing_jax.zoo.plan import PLAN, Plan
+from tracing_jax.zoo.plan import PLAN, ZooPlan
 from tracing_jax.zoo.slurm import queued
 
 _POLL_SECONDS = 2.0
-_PATIENCE = 15.0
-"""Seconds for which nothing may be queued or running before pairs without a word are given up: folders lag behind."""
+_IDLE_SECONDS = 15.0
+"""If no pair has been queued or running for so long, waiting ends. Shared folders show changes late."""
 _SHOWN = 20
 
 
-def write_plan(folder: ZooFolder, plan: Plan) -> None:
+def write_plan(folder: ZooFolder, plan: ZooPlan) -> None:
     """Checks a plan, as far as it can be checked without a network, and writes it into the zoo's folder.
 
     Raises:
@@ -33,17 +33,17 @@ def write_plan(folder: ZooFolder, plan: Plan) -> None:
     if (folder.path / PLAN).exists():
         if folder.plan == plan:
             return
-        if busy := busy_pairs(folder):
+        if busy := running_or_queued(folder):
             raise ValueError(
                 f"{folder.path}: another list or config is being traced there: {len(busy)} pairs are queued or run, "
                 f"the first {busy[0]}; wait for it, end it, or choose another --save"
             )
     plan.write(folder.path)
-    folder.forget_plan()
+    folder.reload_plan()
 
 
-def _check_models(plan: Plan) -> None:
-    """Opens every model that lies on this machine, without reading weights; all that is wrong is said at once."""
+def _check_models(plan: ZooPlan) -> None:
+    """Opens every local model, without reading weights; all problems are reported at once."""
     lines = []
     for model in filter(is_local, plan.names):
         try:
@@ -54,8 +54,8 @@ def _check_models(plan: Plan) -> None:
         raise ValueError("\n  ".join(["these models cannot be read:", *lines]))
 
 
-def busy_pairs(folder: ZooFolder) -> list[str]:
-    """Returns the pairs that are in a worker's hands, or wait in a queue."""
+def running_or_queued(folder: ZooFolder) -> list[str]:
+    """Returns the pairs that a worker has claimed, or that wait in Slurm's queue."""
     waiting = queued(folder)
     return [name for name, found in folder.states().items() if found.state == "running" or name in waiting]
 
@@ -67,8 +67,8 @@ def left_to_do(folder: ZooFolder) -> list[str]:
 
 
 def wait(folder: ZooFolder, names: Sequence[str]) -> None:
-    """Waits, with a progress bar, until each pair is done, has failed, or is in nobody's hands any more."""
-    left, quiet_since = list(names), time.monotonic()
+    """Waits, with a progress bar, until each pair is done, has failed, or is neither running nor queued any more."""
+    left, idle_since = list(names), time.monotonic()
     with tqdm(total=len(names), desc="pairs", unit="pair", disable=None) as bar:
         while left:
             time.sleep(_POLL_SECONDS)
@@ -78,14 +78,16 @@ def wait(folder: ZooFolder, names: Sequence[str]) -> None:
             bar.update(len(ended))
             left = [name for name in left if name not in ended]
             if ended or any(name in waiting or states[name] == "running" for name in left):
-                quiet_since = time.monotonic()
-            elif time.monotonic() - quiet_since > _PATIENCE:
-                logging.warning("%d pairs are in nobody's hands: cancelled? --retry submits them again", len(left))
+                idle_since = time.monotonic()
+            elif time.monotonic() - idle_since > _IDLE_SECONDS:
+                logging.warning(
+                    "%d pairs are not done, running or queued (cancelled?); try them with --retry", len(left)
+                )
                 return
 
 
 def status(folder: ZooFolder) -> str:
-    """Returns in words where the pairs stand: counts, and every pair that failed, with the first line of its error."""
+    """Returns the states of the pairs as text: counts, and every pair that failed, with the first line of its error."""
     states, waiting = folder.states(), queued(folder)
     count = Counter(found.state for found in states.values())
     idle = sum(states[name].state != "running" for name in waiting)

@@ -21,10 +21,10 @@ _POLL_SECONDS = 0.5
 def run_locally(folder: ZooFolder, names: Sequence[str], workers: int) -> None:
     """Traces pairs in so many processes, with a progress bar, until each is done or has failed.
 
-    A worker that dies takes no pair with it: the one in its hands has failed, and another worker goes on. Interrupted,
+    If a worker dies, its pair has failed, and a new worker goes on with the others. Interrupted,
     all workers end, and what they had finished of their pairs is kept.
     """
-    folder.reopen(names)
+    folder.clear_errors(names)
     left, failed = list(names), 0
     with _workers(folder, names, workers) as processes, _bar(names) as bar:
         while left and sum(_runs_or_is_replaced(folder, processes, i, left) for i in range(workers)):
@@ -39,7 +39,7 @@ def run_locally(folder: ZooFolder, names: Sequence[str], workers: int) -> None:
 def _runs_or_is_replaced(
     folder: ZooFolder, processes: list[subprocess.Popen[bytes]], index: int, left: Sequence[str]
 ) -> bool:
-    """Returns whether a worker runs; one that died is replaced, and the pair in its hands has failed."""
+    """Returns whether a worker runs; one that died is replaced, and its pair has failed."""
     status = processes[index].poll()
     if status is None or status == 0:
         return status is None
@@ -47,7 +47,7 @@ def _runs_or_is_replaced(
     log = folder.path / LOGS / _log_name(index)
     for pair in folder.claimed_by(processes[index].pid):
         folder.failed(pair, f"the worker died ({how}); out of memory, perhaps: see {log}")
-    logging.warning("a worker died (%s), and another takes its place; see %s", how, log)
+    logging.warning("a worker died (%s) and is replaced; see %s", how, log)
     processes[index] = _worker(folder, left, index)
     return True
 
@@ -71,14 +71,14 @@ def _workers(folder: ZooFolder, names: Sequence[str], count: int) -> Iterator[li
 
 
 def _worker(folder: ZooFolder, names: Sequence[str], index: int) -> subprocess.Popen[bytes]:
-    """Starts a worker; what it says is added to its log."""
+    """Starts a worker, whose output is appended to its log."""
     file = folder.path / LOGS / _log_name(index)
     file.parent.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "tracing_jax.zoo", "run", str(folder.path), "--pairs=-"]
     with open(file, "ab") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.PIPE, env=_environment(index))
     assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError), process.stdin:  # it may have died already; that is seen later
+    with contextlib.suppress(BrokenPipeError), process.stdin:  # it may have ended already, which the next poll finds
         process.stdin.write("\n".join(names).encode())
     return process
 
@@ -88,7 +88,7 @@ def _log_name(index: int) -> str:
 
 
 def _environment(index: int) -> dict[str, str]:
-    """Returns the environment of a worker: of several NVIDIA GPUs each worker sees one."""
+    """Returns the environment of a worker: each worker uses one of several NVIDIA GPUs."""
     gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
     visible = {} if gpus < 2 or "CUDA_VISIBLE_DEVICES" in os.environ else {"CUDA_VISIBLE_DEVICES": str(index % gpus)}
     return {**os.environ, **visible}

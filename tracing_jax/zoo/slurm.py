@@ -1,8 +1,8 @@
 """The pairs of a zoo as one array of Slurm jobs, through submitit.
 
-A scheduler's word on a job is not trusted: submitit's result files may be those of an earlier job of the same number,
-and an element that was cancelled while it waited leaves no trace anywhere. What is done is told by the zoo's folder,
-and what still waits by the queue itself.
+The scheduler's state of a job is not relied on: submitit's result files may be those of an earlier job of the same
+number, and a task that was cancelled while it waited leaves no trace anywhere. What is done follows from the zoo's
+folder, and what still waits from the queue.
 """
 
 import json
@@ -17,7 +17,7 @@ from absl import logging
 
 from tracing_jax.record import atomic_write
 from tracing_jax.zoo.folder import ZooFolder
-from tracing_jax.zoo.worker import Element
+from tracing_jax.zoo.worker import ArrayTask
 
 SLURM = "slurm"
 _RESTARTS = 1000
@@ -66,21 +66,21 @@ def submit(folder: ZooFolder, work: Sequence[tuple[str, ...]], options: Mapping[
     if not shutil.which("sbatch"):
         raise FileNotFoundError("no sbatch on the PATH: run this where Slurm is, or with --executor=local or print")
     executor = _executor(folder, options)
-    folder.reopen(name for names in work for name in names)
+    folder.clear_errors(name for names in work for name in names)
     try:
         with executor.batch():
-            jobs = [executor.submit(Element(folder.path, names)) for names in work]
+            jobs = [executor.submit(ArrayTask(folder.path, names)) for names in work]
     except submitit.core.utils.FailedJobError as error:
         raise RuntimeError(f"sbatch refused: {error}") from error
     ids = [str(job.job_id) for job in jobs]
     content = {"elements": dict(zip(ids, map(list, work), strict=True))}
     atomic_write(folder.path / SLURM / f"submitted-{ids[0].split('_')[0]}.json", json.dumps(content).encode())
-    logging.info("submitted %d elements as Slurm job %s; logs lie in %s", len(ids), ids[0].split("_")[0], _logs(folder))
+    logging.info("submitted %d tasks as Slurm job %s; logs are in %s", len(ids), ids[0].split("_")[0], _logs(folder))
     return ids
 
 
 def queued(folder: ZooFolder) -> dict[str, str]:
-    """Returns pair -> the id of the element, waiting or running, that holds it, by what Slurm says now."""
+    """Returns pair -> the id of the element, waiting or running, that holds it, by Slurm's queue."""
     elements: dict[str, list[str]] = {}
     for file in (folder.path / SLURM).glob("submitted-*.json"):
         elements |= json.loads(file.read_bytes())["elements"]

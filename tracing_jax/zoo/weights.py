@@ -1,4 +1,4 @@
-"""What the weights of one model say of how far it was trained: facts that a report lays beside those of its relatives.
+"""Measures of the weights of one model that show how far it was trained, for comparison with its relatives.
 
 Random initialisation draws the entries of a matrix independently and alike. Training gives it structure: singular
 values that stand out, units of unequal length, heavy tails. What is measured here stays the same when units are
@@ -40,10 +40,10 @@ def weight_facts(source: ParamSource) -> dict[str, Any]:
       concentrates them. Survives permutation, rotation, padding and redistributed gains.
     * `excess_kurtosis` of the entries: 0 for normal ones. Survives permutation; a rotation makes entries more normal.
     * `spread`: standard deviation over mean of the lengths of its units' rows. Survives permutation and rotation.
-    * `rms` of the entries: depends on the scale of initialisation, so it tells relatives apart only. Survives
+    * `rms` of the entries: depends on the scale of initialisation, so it distinguishes relatives only. Survives
       permutation.
 
-    `length` is the mean Frobenius norm over all of its tensors, the unit in which the distance of two models is told.
+    `length` is the mean Frobenius norm over all of its tensors, the unit for the distance of two models.
     For each norm, `distance`: root mean square of its gain's difference from 1. Survives permutation; gains that were
     redistributed, or folded into what reads them, destroy it.
 
@@ -69,12 +69,12 @@ def weight_facts(source: ParamSource) -> dict[str, Any]:
 
 
 def model_facts_file(folder: Path, model_name: str) -> Path:
-    """Returns where the facts of a model lie in a zoo, by its short name in the plan."""
+    """Returns the file of a model's measures in a zoo, by its short name in the plan."""
     return folder / MODELS / f"{model_name}.json"
 
 
 def write_model_facts(folder: Path, model_name: str, model_id: str, source: ParamSource) -> Path:
-    """Measures a model and writes its facts into the folder of a zoo, whole or not at all; returns the file."""
+    """Measures a model and writes the result atomically into the folder of a zoo; returns the file."""
     file = model_facts_file(folder, model_name)
     file.parent.mkdir(parents=True, exist_ok=True)
     content = {"format": FORMAT, "id": model_id, "num_layers": source.arch.num_layers, **weight_facts(source)}

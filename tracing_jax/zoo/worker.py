@@ -1,4 +1,4 @@
-"""What a worker does: it takes one pair of a zoo after another, traces it, and writes down what fails."""
+"""A worker of a zoo: claims one pair after another, traces it, and records errors."""
 
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -23,9 +23,9 @@ Trace = Callable[[RunOptions], Any]
 
 
 def trace_pairs(folder: ZooFolder, names: Iterable[str], trace: Trace = experiment.trace) -> None:
-    """Traces those of the pairs that are not done, have not failed, and are in no other worker's hands.
+    """Traces those of the pairs that are not done, have not failed, and are not claimed by another worker.
 
-    Several processes that are one program go through the pairs together; the first alone claims and writes.
+    Several processes that are one program go through the pairs together; only process 0 claims and writes.
 
     Args:
       folder: the zoo.
@@ -34,7 +34,7 @@ def trace_pairs(folder: ZooFolder, names: Iterable[str], trace: Trace = experime
     """
     for name in names:
         pair = folder.plan.by_name[name]
-        if broadcast_one(folder.is_open(pair)):
+        if broadcast_one(folder.is_pending(pair)):
             _trace_claimed(folder, pair, trace)
 
 
@@ -44,7 +44,7 @@ def _trace_claimed(folder: ZooFolder, pair: PlannedPair, trace: Trace) -> None:
             _trace_pair(folder, pair, trace)
         return
     with folder.claimed(pair) as mine:
-        if broadcast_one(mine and folder.is_open(pair)):  # another may have finished it since
+        if broadcast_one(mine and folder.is_pending(pair)):  # another may have finished it since
             _trace_pair(folder, pair, trace)
 
 
@@ -80,7 +80,7 @@ def files_of(model: Checkpoint) -> list[Path]:
 
 
 @dataclass
-class Element:
+class ArrayTask:
     """The work of one element of a Slurm array, as submitit starts it, and starts it again after a preemption."""
 
     folder: Path
@@ -88,7 +88,7 @@ class Element:
 
     def __call__(self) -> None:
         """Traces the pairs of this element; of several processes that srun started, as one program."""
-        work_on(self.folder, self.names)
+        run_worker(self.folder, self.names)
 
     def checkpoint(self) -> Any:
         """Returns what the requeued job is to do: the same, which goes on where this one was stopped."""
@@ -97,7 +97,7 @@ class Element:
         return DelayedSubmission(self)
 
 
-def work_on(folder: Path, names: Iterable[str]) -> None:
+def run_worker(folder: Path, names: Iterable[str]) -> None:
     """Traces pairs as a program of its own, with the log lines of `main.py`."""
     logging.set_verbosity(logging.INFO)
     with initialized():

@@ -1,4 +1,4 @@
-"""Everything a zoo's report says, as plain values; the page, the CSV and the JSON are written from it."""
+"""The contents of a zoo's report as plain values, from which the page, the CSV and the JSON are written."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -7,27 +7,78 @@ from functools import cached_property
 from typing import Any
 
 from tracing_jax.zoo.folder import STATES, ZooFolder
-from tracing_jax.zoo.plan import Plan
-from tracing_jax.zoo.report.direction import Direction, directions
-from tracing_jax.zoo.report.disagreements import Disagreement, disagreements, missed_edges
-from tracing_jax.zoo.report.families import clustered, families
-from tracing_jax.zoo.report.lineage import Lineage, lineage
-from tracing_jax.zoo.report.rows import PairRow, Word, read_rows
-from tracing_jax.zoo.report.trained import Facts, trained_order
-from tracing_jax.zoo.report.uniformity import Uniformity, uniformity
+from tracing_jax.zoo.plan import ZooPlan
+from tracing_jax.zoo.report.direction import Direction, Facts, directions, trained_order
+from tracing_jax.zoo.report.families import Lineage, clustered, families, lineage
+from tracing_jax.zoo.report.rows import PairRow, Uniformity, VerdictName, read_rows, uniformity
 from tracing_jax.zoo.weights import read_model_facts
 
 FORMAT = 1
-VERDICTS: tuple[Word, ...] = ("related", "undecided", "independent")
+VERDICTS: tuple[VerdictName, ...] = ("related", "undecided", "independent")
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """A kind of disagreement (`verdict`, `edge` or `direction`), the pair, what was found and what the list states."""
+
+    kind: str
+    pair: str
+    found: str
+    known: str
+
+
+def disagreements(
+    rows: Sequence[PairRow],
+    lineages: Sequence[Lineage],
+    found: Sequence[Sequence[Direction]],
+    parents: Mapping[str, str | None] | None,
+) -> list[Disagreement]:
+    """Returns every disagreement with what is known, by the models' short names; none where nothing is known."""
+    lines = [
+        Disagreement("verdict", row.pair, str(row.verdict), "related" if row.known else "no common ancestor")
+        for row in rows
+        if row.known is not None and row.verdict is not None and (row.verdict == "related") != row.known
+    ]
+    if parents is None:
+        return lines
+    for tree, ways in zip(lineages, found, strict=True):
+        for edge, way in zip(tree.edges, ways, strict=True):
+            lines += _of_edge(edge.row, way, parents)
+    return lines
+
+
+def missed_edges(lineages: Sequence[Lineage], parents: Mapping[str, str | None]) -> list[tuple[str, str]]:
+    """Returns (parent, child) of the list's tree that are no edge of any tree of closest relatives."""
+    drawn = {frozenset(edge.row.models) for tree in lineages for edge in tree.edges}
+    return [(up, name) for name, up in parents.items() if up is not None and frozenset((up, name)) not in drawn]
+
+
+def _of_edge(row: PairRow, way: Direction, parents: Mapping[str, str | None]) -> list[Disagreement]:
+    base, ft = row.models
+    known = next((pair for pair in ((base, ft), (ft, base)) if parents.get(pair[1]) == pair[0]), None)
+    if known is None:
+        if row.known is False:
+            return []  # the verdict is listed already
+        return [Disagreement("edge", row.pair, "closest relatives", _kinship(base, ft, parents))]
+    if way.child is not None and way.child != known[1]:
+        return [Disagreement("direction", row.pair, f"{way.parent} → {way.child}", f"{known[0]} → {known[1]}")]
+    return []
+
+
+def _kinship(one: str, other: str, parents: Mapping[str, str | None]) -> str:
+    up, down = parents.get(one), parents.get(other)
+    if up is not None and up == down:
+        return f"siblings, both made from {up}"
+    return f"not made one from the other ({one} from {up or 'scratch'}, {other} from {down or 'scratch'})"
 
 
 @dataclass(frozen=True)
 class Contents:
-    """A report; models go by their short names.
+    """A report; models have their short names.
 
     Attributes:
       ids: short name -> model id.
-      parents: short name -> the model it was made from, where the list of models says so.
+      parents: short name -> the model it was made from, where the list of models has it.
       rows: a row for each pair, strongest evidence first, then those that are not done.
       components: the families, and after them the models that are in none.
       order: all models, as the heatmap shows them.
@@ -57,7 +108,7 @@ class Contents:
 
     @cached_property
     def states(self) -> dict[str, int]:
-        """How many pairs stand where."""
+        """The number of pairs in each state."""
         counted = Counter(row.state for row in self.rows)
         return {state: counted[state] for state in STATES}
 
@@ -113,7 +164,7 @@ def contents_of(folder: ZooFolder) -> Contents:
     return make_contents(plan, read_rows(folder), facts)
 
 
-def make_contents(plan: Plan, rows: Sequence[PairRow], facts: Facts) -> Contents:
+def make_contents(plan: ZooPlan, rows: Sequence[PairRow], facts: Facts) -> Contents:
     """Returns the report of rows that are judged together; the plan's order changes nothing."""
     names = sorted(plan.names.values())
     rows = sorted(rows, key=_evidence)
@@ -135,7 +186,7 @@ def make_contents(plan: Plan, rows: Sequence[PairRow], facts: Facts) -> Contents
 
 
 def pair_dict(row: PairRow) -> dict[str, Any]:
-    """Returns what the report says of one pair, as plain data in the order of the CSV's columns."""
+    """Returns one pair as plain data, in the order of the CSV's columns."""
     return {
         "pair": row.pair, "base": row.base, "ft": row.ft, "state": row.state, "verdict": row.verdict,
         "log10_p": row.log10_p, "adjusted_log10_p": row.adjusted_log10_p, "statistic": row.statistic,
@@ -155,7 +206,7 @@ def _within(tree: Lineage, rows: Sequence[PairRow]) -> list[PairRow]:
     return [row for row in rows if {*row.models} <= members]
 
 
-def _by_short_name(plan: Plan) -> dict[str, str | None] | None:
+def _by_short_name(plan: ZooPlan) -> dict[str, str | None] | None:
     if plan.parents is None:
         return None
     return {plan.names[m]: None if parent is None else plan.names[parent] for m, parent in plan.parents.items()}

@@ -1,11 +1,60 @@
-"""Which of two relatives came first? An estimate with its grounds, or none."""
+"""Which of two relatives came first: an estimate from copies, shapes and how far each was trained, or none."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from tracing_jax.zoo.report.lineage import Edge, kin_in_place
+from tracing_jax.zoo.report.families import WEIGHTS, Edge, relatives_in_place
 from tracing_jax.zoo.report.rows import PairRow
-from tracing_jax.zoo.report.trained import Facts, further_trained, look_like_siblings
+
+Facts = Mapping[str, Mapping[str, Any] | None]
+"""Model -> its `weight_facts`; None where that was not measured."""
+
+_MATRICES = {"embed/embedding": "embedding", "head/lm_head": "head"}
+_LEAST_PER_DISTANCE = 0.16
+"""A fine-tune's directions shrink by at least so much, as a logarithm, per distance from its parent in its own length.
+
+Siblings that were trained equally far differ by less. Measured: see docs/zoo.md.
+"""
+_LEAST = 1e-4
+"""Where the distance is not known; rewriting and rounding move them by less."""
+
+
+def trained_order(facts: Facts) -> dict[str, float]:
+    """Returns how far each model's embedding and head are from initialisation, for the models where it was measured.
+
+    Random matrices are carried by all directions alike, and training concentrates them, in these two matrices without
+    exception. Matrices of the layers, kurtosis and the gains of norms change either way, and are not used.
+    """
+    counted = {name: [d for kind in _MATRICES if (d := _directions(found, kind))] for name, found in facts.items()}
+    return {name: -sum(map(math.log, found)) / len(found) for name, found in counted.items() if found}
+
+
+def further_trained(edge: Edge, facts: Facts) -> list[tuple[str, str]]:
+    """Returns (model, ground) for the embedding and for the head: whose spans fewer directions."""
+    found = []
+    for kind, word in _MATRICES.items():
+        one, other = (_directions(facts.get(name), kind) for name in edge.row.models)
+        if one and other and abs(math.log(one / other)) > _LEAST:
+            (fewer, model), more = min(zip((one, other), edge.row.models, strict=True)), max(one, other)
+            found.append((model, f"its {word} is further from initialisation ({fewer:.4g} directions, not {more:.4g})"))
+    return found
+
+
+def look_like_siblings(edge: Edge, facts: Facts) -> bool:
+    """Returns whether two models are too equally far trained, for how far they are apart, to be parent and child."""
+    lengths = [float(found["length"]) for name in edge.row.models if (found := facts.get(name))]
+    moved = trained_order({name: facts.get(name) for name in edge.row.models})
+    if edge.measure is not WEIGHTS or len(moved) < 2:
+        return False
+    distance = edge.value / (sum(lengths) / 2)
+    return abs(moved[edge.row.base] - moved[edge.row.ft]) < _LEAST_PER_DISTANCE * distance
+
+
+def _directions(facts: Mapping[str, Any] | None, kind: str) -> float | None:
+    values = (facts or {}).get("matrices", {}).get(kind, {}).get("directions")
+    return float(values[0]) if values else None
 
 
 @dataclass(frozen=True)
@@ -14,7 +63,7 @@ class Direction:
 
     Attributes:
       parent, child: the estimate; None where it is left open.
-      grounds: what speaks for it, or why it is open.
+      grounds: the evidence for it, or why it is open.
     """
 
     parent: str | None
@@ -34,7 +83,7 @@ def directions(edges: Sequence[Edge], rows: Sequence[PairRow], facts: Facts) -> 
 
 
 def direction(edge: Edge, rows: Sequence[PairRow], facts: Facts) -> Direction:
-    """Returns the direction of one edge, by the grounds that tell most: copies, shapes, then weights.
+    """Returns the direction of one edge, by the strongest grounds: copies, shapes, then weights.
 
     Where grounds of one rank contradict each other, the direction is open.
     """
@@ -56,8 +105,8 @@ def direction(edge: Edge, rows: Sequence[PairRow], facts: Facts) -> Direction:
 
 
 def _of_copies(row: PairRow, rows: Sequence[PairRow]) -> Direction:
-    """The copy is the one whose units do not stand where the relatives of both have theirs."""
-    kin = {name: kin_in_place(name, rows, {*row.models}) for name in row.models}
+    """The copy is the one whose units are not in the order that the relatives of both have."""
+    kin = {name: relatives_in_place(name, rows, {*row.models}) for name in row.models}
     with_kin = [name for name in row.models if kin[name]]
     if len(with_kin) != 1:
         return Direction(None, None, ("both compute the same function, and nothing tells original from copy",))
@@ -99,7 +148,7 @@ def _from_depths(row: PairRow) -> list[tuple[str, str]]:
 
 
 def _one_parent_each(edges: Sequence[Edge], found: Sequence[Direction]) -> list[Direction]:
-    """Keeps of several parents of one model the closest; the other edges are open, and say so."""
+    """Keeps of several parents of one model the closest; the other edges are open, with that reason."""
     closest: dict[str, int] = {}
     for i in sorted(
         range(len(edges)), key=lambda i: (not edges[i].same_function, edges[i].row.jsd or 0.0, edges[i].row.pair)

@@ -70,7 +70,7 @@ def tint_of(row: PairRow) -> str:
 
 
 def in_words(row: PairRow) -> str:
-    """Returns what a pair's cell says on hovering."""
+    """Returns the tooltip of a pair's cell."""
     models = f"{row.base} and {row.ft}"
     if row.verdict is None:
         return f"{models}: {row.state}" + (f" ({row.error})" if row.error else "")

@@ -1,21 +1,29 @@
-"""The page of a zoo: one self-contained HTML file; its one script shows the numbers of the cell under the pointer."""
+"""The files of a zoo's report: one self-contained HTML page, CSV and JSON.
+
+The one script of the page shows the numbers of the cell under the pointer.
+"""
 
 import base64
+import csv
 import hashlib
+import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-from tracing_jax.report.formatting import ABSENT, log10_cell
+from tracing_jax.record import atomic_write, write_json
+from tracing_jax.report.formatting import ABSENT, cell, log10_cell
 from tracing_jax.report.html_elements import Block, Cell, Section, render, table_of
-from tracing_jax.zoo.report.contents import Contents
+from tracing_jax.zoo.folder import ZooFolder
+from tracing_jax.zoo.report.contents import Contents, contents_of, pair_dict
+from tracing_jax.zoo.report.direction import Direction
+from tracing_jax.zoo.report.families import Edge, Lineage
 from tracing_jax.zoo.report.heatmap import LEGEND, heatmap, link
-from tracing_jax.zoo.report.rows import PairRow
-from tracing_jax.zoo.report.tree import family_part
-from tracing_jax.zoo.report.uniformity import BINS, Uniformity, in_words
+from tracing_jax.zoo.report.rows import BINS, PairRow, Uniformity, in_words
 
 _OPEN_ROWS, _MOST_ROWS = 20, 500
 _NAMED_FAMILIES, _NAMES = 6, 90  # of the banner: so many families, and so many letters of each
@@ -165,7 +173,7 @@ def _grouped(contents: Contents) -> Mapping[str, Any]:
 
 
 def _safe_json(content: Mapping[str, Any]) -> str:
-    """Returns JSON that cannot end the script element it stands in."""
+    """Returns JSON that cannot end the script element around it."""
     text = json.dumps(content, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -178,3 +186,85 @@ def _named(members: Sequence[str]) -> str:
 
 def _count(number: int, one: str, many: str) -> str:
     return f"{number:,} {one if number == 1 else many}"
+
+
+_Joined = Mapping[str, list[tuple[str, Edge, Direction]]]
+
+
+@dataclass
+class Branch:
+    """A model below the one it hangs on, with the edge between them; the root has none."""
+
+    name: str
+    edge: Mapping[str, str] | None = None
+    children: list["Branch"] = field(default_factory=list)
+
+
+def family_part(i: int, contents: Contents) -> dict[str, Any]:
+    """Returns what the template needs of a family: its title, how close its edges are measured, and its tree."""
+    tree, ways = contents.lineages[i], contents.directions[i]
+    joined: dict[str, list[tuple[str, Edge, Direction]]] = {name: [] for name in tree.models}
+    for edge, way in zip(tree.edges, ways, strict=True):
+        joined[edge.row.base].append((edge.row.ft, edge, way))
+        joined[edge.row.ft].append((edge.row.base, edge, way))
+    estimated = sum(way.child is not None for way in ways)
+    text = f"Direction estimated for {estimated} of {len(ways)} edges."
+    title = f"Family {i + 1}: {len(tree.models)} models"
+    return {"title": title, "text": text, "root": branches(root(tree, ways), joined)}
+
+
+def root(tree: Lineage, ways: Sequence[Direction]) -> str:
+    """Returns the model from which most estimates point away; of several, the one with most edges, then by name."""
+    below = {way.child for way in ways if way.child is not None}
+    edges = {name: sum(name in edge.row.models for edge in tree.edges) for name in tree.models}
+    parents = {name: sum(way.parent == name for way in ways) for name in tree.models}
+    return min(tree.models, key=lambda name: (name in below, parents[name] == 0, -edges[name], name))
+
+
+def branches(name: str, joined: _Joined, above: str | None = None) -> Branch:
+    """Returns the branch of a model with everything that hangs on it; the largest number of relatives first."""
+    found = Branch(name)
+    for other, edge, way in sorted(joined[name], key=lambda item: item[0]):
+        if other != above:
+            child = branches(other, joined, name)
+            child.edge = _edge(edge, way, other)
+            found.children.append(child)
+    return found
+
+
+def _edge(edge: Edge, way: Direction, lower: str) -> dict[str, str]:
+    grounds = "; ".join(way.grounds)
+    if way.child is None:
+        sign, kind, text = "–", "open", f"direction open: {grounds}"
+    else:
+        sign, kind = ("↳" if way.child == lower else "↰"), "estimate"
+        text = f"estimate: {way.parent} → {way.child}; {grounds}"
+    value = "same function" if edge.same_function else f"{edge.measure.name} {cell(float(f'{edge.value:.3g}'))}"
+    return {"sign": sign, "kind": kind, "text": text, "value": value, "link": link(edge.row)}
+
+
+PAGE, TABLE, DATA = "report.html", "report.csv", "report.json"
+
+
+def write_report(folder: ZooFolder) -> Path:
+    """Writes the report of a zoo into its folder, as far as its pairs are done; returns the page.
+
+    Raises:
+      FileNotFoundError: the folder holds no plan.
+    """
+    contents = contents_of(folder)
+    write_json(folder.path / DATA, contents.as_dict())
+    atomic_write(folder.path / TABLE, csv_text(contents).encode())
+    page = folder.path / PAGE
+    atomic_write(page, html(contents, folder.path.name).encode())
+    return page
+
+
+def csv_text(contents: Contents) -> str:
+    """Returns a row for every pair of the plan under a header; unknown values are empty."""
+    rows = [pair_dict(row) for row in contents.rows]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

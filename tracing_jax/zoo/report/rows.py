@@ -1,37 +1,40 @@
-"""The pairs of a zoo as rows: where each stands, what its record says, and the verdict after Holm over all pairs."""
+"""The pairs of a zoo as rows: state, results, verdict after Holm over all pairs; and whether p-values are uniform."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
+from scipy.stats import kstest
+
 from tracing_jax.statistics import over_pairs
 from tracing_jax.statistics.verdict import UNDECIDED_BELOW
 from tracing_jax.zoo.folder import PairState, State, ZooFolder
 from tracing_jax.zoo.plan import PlannedPair
 
-Word = Literal["related", "undecided", "independent"]
+VerdictName = Literal["related", "undecided", "independent"]
 
 IN_PLACE = ("csu", "csh")
-"""Statistics that ask whether units stand in the same places in both models: a permutation blinds them."""
+"""Statistics that test whether units are in the same order in both models; a permutation hides a relation from them."""
 
 
 @dataclass(frozen=True)
 class PairRow:
-    """One pair of the plan; models go by their short names, and p-values by their decimal logarithms.
+    """One pair of the plan; models have their short names, and p-values are decimal logarithms.
 
     Attributes:
       pair: the name of the pair, of which its files are called.
       base, ft: the names of its models.
       known: whether they are known to be related, if anything is known.
-      state, error: where the pair stands, and the first line of what went wrong.
+      state, error: of the pair, and the first line of its error.
       log10_p: Holm-adjusted over the statistics of the pair; None without a record, or a test that applies.
       adjusted_log10_p: the same, Holm-adjusted over all pairs of the zoo that have one.
       verdict: by the adjusted p-value; None without a record.
       statistic: the one that decided.
       level: below which a pair is related.
       jsd: Jensen-Shannon divergence of the predictions, nats per token, in [0, ln 2].
-      l2: mean Frobenius distance of the weights over tensors, as they lie.
+      l2: mean Frobenius distance of the weights over tensors, without alignment.
       units: share of the narrower models' MLP units that were found again in the other, in [0, 1].
       in_place_log10_p: the smallest p-value of the statistics `IN_PLACE` on the pair.
       shapes: of base and of ft: layers, MLP units, tokens and so on.
@@ -46,7 +49,7 @@ class PairRow:
     error: str = ""
     log10_p: float | None = None
     adjusted_log10_p: float | None = None
-    verdict: Word | None = None
+    verdict: VerdictName | None = None
     statistic: str | None = None
     level: float | None = None
     jsd: float | None = None
@@ -63,7 +66,7 @@ class PairRow:
 
     @property
     def in_place(self) -> bool:
-        """Whether the units of both models stand in the same places, by the tests that ask for it."""
+        """Whether the units of both models are in the same order, by the tests of that."""
         p, level = self.in_place_log10_p, self.level
         return p is not None and level is not None and p < math.log10(level)
 
@@ -75,14 +78,14 @@ class PairRow:
 def read_rows(folder: ZooFolder) -> list[PairRow]:
     """Returns a row for every pair of the plan, done or not."""
     names = folder.plan.names
-    return judged_together([_read(folder, pair, names) for pair in folder.plan.pairs])
+    return with_verdicts([_read(folder, pair, names) for pair in folder.plan.pairs])
 
 
-def judged_together(rows: Sequence[PairRow]) -> list[PairRow]:
+def with_verdicts(rows: Sequence[PairRow]) -> list[PairRow]:
     """Returns the rows with the p-values of all pairs that are done adjusted over one another, and the verdicts."""
     adjusted = over_pairs([row.log10_p for row in rows])
     return [
-        replace(row, adjusted_log10_p=log10_p, verdict=_word(log10_p, row.level)) if row.state == "done" else row
+        replace(row, adjusted_log10_p=log10_p, verdict=_verdict(log10_p, row.level)) if row.state == "done" else row
         for row, log10_p in zip(rows, adjusted, strict=True)
     ]
 
@@ -94,16 +97,16 @@ def row_of(pair: PlannedPair, names: Mapping[str, str], state: PairState, record
         return row
     judged, models = record["verdict"], record["models"]
     shapes = (models["base"].get("shape") or {}, models["ft"].get("shape") or {})
-    layer_map = _found(record, "match_all", "layer_map")
-    in_place = [p for name in IN_PLACE if (p := number(_found(record, name, "log10_p"))) is not None]
+    layer_map = _field(record, "match_all", "layer_map")
+    in_place = [p for name in IN_PLACE if (p := number(_field(record, name, "log10_p"))) is not None]
     return replace(
         row,
         log10_p=number(judged["adjusted_log10_p"]),
         statistic=judged["statistic"],
         level=judged["level"],
-        jsd=number(_found(record, "jsd", "headline")),
-        l2=number(_found(record, "l2", "headline")),
-        units=_share_of_units(layer_map, shapes) if layer_map else number(_found(record, "match", "headline")),
+        jsd=number(_field(record, "jsd", "headline")),
+        l2=number(_field(record, "l2", "headline")),
+        units=_share_of_units(layer_map, shapes) if layer_map else number(_field(record, "match", "headline")),
         in_place_log10_p=min(in_place, default=None),
         shapes=shapes,
         layer_map=layer_map,
@@ -120,7 +123,7 @@ def _read(folder: ZooFolder, pair: PlannedPair, names: Mapping[str, str]) -> Pai
     return row_of(pair, names, folder.state(pair) if record is None else PairState("done"), record)
 
 
-def _found(record: Mapping[str, Any], statistic: str, field: str) -> Any:
+def _field(record: Mapping[str, Any], statistic: str, field: str) -> Any:
     """Returns a field of a statistic on the pair as given."""
     return ((record["statistics"].get(statistic) or {}).get("non_aligned") or {}).get(field)
 
@@ -132,9 +135,66 @@ def _share_of_units(layer_map: Mapping[str, Any], shapes: tuple[Mapping[str, Any
     return min(1.0, agreeing / min(sizes)) if sizes and min(sizes) else None
 
 
-def _word(adjusted_log10_p: float | None, level: float | None) -> Word:
+def _verdict(adjusted_log10_p: float | None, level: float | None) -> VerdictName:
     if adjusted_log10_p is None or level is None:
         return "undecided"
     if adjusted_log10_p < math.log10(level):
         return "related"
     return "undecided" if adjusted_log10_p < math.log10(UNDECIDED_BELOW) else "independent"
+
+
+BINS = 10
+
+
+@dataclass(frozen=True)
+class Uniformity:
+    """A histogram of p-values in [0, 1].
+
+    Attributes:
+      counts: pairs in each of the `BINS` bins of equal width.
+      ks_p: p-value of the Kolmogorov-Smirnov test against the uniform, two-sided; None for fewer than two pairs.
+      ones: how many are exactly 1, as a calibrated test gives for every pair without a sign of descent.
+      too_small: p-value of the one-sided test that they are smaller than uniform; None for fewer than two pairs.
+    """
+
+    counts: tuple[int, ...]
+    ks_p: float | None
+    ones: int
+    too_small: float | None
+
+
+def uniformity(rows: Sequence[PairRow]) -> Uniformity:
+    """Returns the histogram of the unadjusted p-values of all pairs that are called independent."""
+    p = np.array([10.0**row.log10_p for row in rows if row.verdict == "independent" and row.log10_p is not None])
+    counts = tuple(int(count) for count in np.histogram(p, BINS, (0.0, 1.0))[0])
+    enough = len(p) >= 2
+    return Uniformity(
+        counts,
+        float(kstest(p, "uniform").pvalue) if enough else None,
+        int((p >= 1.0).sum()),
+        float(kstest(p, "uniform", alternative="greater").pvalue) if enough else None,
+    )
+
+
+def in_words(found: Uniformity) -> str:
+    """Returns the histogram's meaning: conservative as it should be, or too many small p-values."""
+    total = sum(found.counts)
+    if found.ks_p is None or found.too_small is None:
+        return f"{total} pair{'s' if total != 1 else ''}: too few to say anything."
+    if found.too_small < 0.01:
+        return (
+            f"There are more small p-values than independent pairs give (one-sided Kolmogorov-Smirnov p = "
+            f"{found.too_small:.2g}): some of these pairs may be related after all, or the tests are not calibrated "
+            "for such models. Look at the smallest ones in the table of pairs."
+        )
+    text = (
+        f"Kolmogorov-Smirnov p = {found.ks_p:.2g} against the uniform; not smaller than uniform "
+        f"(p = {found.too_small:.2g})."
+    )
+    if found.ks_p < 0.01:
+        text += (
+            f" They lie above the uniform ({found.ones} of {total} are exactly 1), which is the safe side: the p-value "
+            "of a pair pays for all statistics that were asked, and calibrated tests allow for units that independent "
+            "models share."
+        )
+    return text

@@ -1,6 +1,7 @@
-"""From a config to `Arch`; every attribute that is unknown, or asks for what is not computed here, is named at once."""
+"""`config.json` -> `Arch` and back; a config attribute that is unknown or not supported is an error."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ _ACTIVATIONS = {
 
 
 def read_arch(folder: Path) -> Arch:
-    """Returns the facts of the model whose `config.json` lies in `folder`; no weight is read.
+    """Returns the architecture of the model whose `config.json` is in `folder`; no weight is read.
 
     Raises:
       UnsupportedModelError: the file is absent or not JSON, the architecture is unknown, or an attribute that may
@@ -69,7 +70,7 @@ def read_arch(folder: Path) -> Arch:
 
 
 def arch_from_config(config: Any) -> Arch:
-    """Returns the facts of a model from its `transformers` config object.
+    """Returns the architecture of a model from its `transformers` config object.
 
     Raises:
       UnsupportedModelError: names every attribute that is unknown or asks for something not computed here.
@@ -129,3 +130,57 @@ def _problems(config: Any, family: Family) -> list[str]:
     if attributes.get("use_bidirectional_attention"):
         lines.append("use_bidirectional_attention is set; only causal models are supported")
     return lines
+
+
+def change_config(folder: Path, arch: Arch) -> None:
+    """Changes the `config.json` in `folder`, field by field, so that it describes a model with the facts `arch`.
+
+    What need not change stays as it is, down to the names that older versions gave to fields.
+
+    Raises:
+      UnsupportedModelError: the config's family has no fields for these facts.
+    """
+    before = read_arch(folder)
+    if before == arch:
+        return
+    file = folder / "config.json"
+    raw = json.loads(file.read_text(encoding="utf-8"))
+    wanted, found = _fields(arch), _fields(before)
+    changes = {name: value for name, value in wanted.items() if value != found[name]}
+    names = FAMILIES[arch.family].names
+    if changes.keys() & {names["embed_dim"], names["num_heads"]}:
+        # A width of heads, and a number of kv heads, that are not in the file follow from what changes.
+        changes |= {names[fact]: wanted[names[fact]] for fact in ("head_dim", "num_kv_heads") if fact in names}
+    kinds_before = (before.layer_windows, before.layer_ropes)
+    if (arch.layer_windows, arch.layer_ropes) != kinds_before and "layer_types" in FAMILIES[arch.family].uses.split():
+        changes["layer_types"] = _layer_types(folder, before, arch)
+    file.write_text(json.dumps(raw | changes, indent=2) + "\n", encoding="utf-8")
+    written = read_arch(folder)
+    if written != arch:
+        wrong = [field.name for field in fields(arch) if getattr(written, field.name) != getattr(arch, field.name)]
+        lines = [f"{name} {getattr(arch, name)}, which reads back as {getattr(written, name)}" for name in wrong]
+        raise UnsupportedModelError(f"a config of family {arch.family} has no fields for: {'; '.join(lines)}")
+
+
+def has_field(arch: Arch, fact: str) -> bool:
+    """Returns whether a config of the model's family has a field for this attribute of `Arch`."""
+    return fact in FAMILIES[arch.family].names
+
+
+def _fields(arch: Arch) -> dict[str, Any]:
+    """Returns the fields of a config that rewrites may change."""
+    facts = {field.name: getattr(arch, field.name) for field in fields(arch)}
+    facts["num_heads"] = arch.num_kv_heads * arch.q_group
+    return {name: facts[fact] for fact, name in FAMILIES[arch.family].names.items()}
+
+
+def _layer_types(folder: Path, before: Arch, after: Arch) -> list[str]:
+    """Returns the type of each layer after, by the window and rope that layers of that type had before."""
+    from transformers import AutoConfig
+
+    types = AutoConfig.from_pretrained(folder, trust_remote_code=False).layer_types
+    by_kind = dict(zip(zip(before.layer_windows, before.layer_ropes), types))
+    kinds = list(zip(after.layer_windows, after.layer_ropes))
+    if unknown := set(kinds) - by_kind.keys():
+        raise UnsupportedModelError(f"{folder}: no layer type of this config has the windows and ropes {unknown}")
+    return [by_kind[kind] for kind in kinds]

@@ -1,6 +1,6 @@
 """Other ids for the tokens of a checkpoint: in the files of its tokenizer and wherever a config names a token.
 
-Only JSON files can say so: `tokenizer.json` (which every fast tokenizer is read from), `vocab.json`,
+Only JSON files can be changed: `tokenizer.json` (which every fast tokenizer is read from), `vocab.json`,
 `added_tokens.json`, `tokenizer_config.json`, `config.json` and `generation_config.json`. A sentencepiece file beside
 them would still have the old ids, and is left out.
 """
@@ -20,7 +20,7 @@ _ID_LISTS = ("suppress_tokens", "begin_suppress_tokens")
 _Rename = Callable[[int], int]
 
 
-def renameable_ids(folder: Path) -> Int[np.ndarray, " N"]:
+def permutable_token_ids(folder: Path) -> Int[np.ndarray, " N"]:
     """Returns the ids of the tokens that `tokenizer.json` can give other ids: those of its model's own vocabulary.
 
     The ids of tokens that were added behind these follow from their number.
@@ -33,13 +33,13 @@ def renameable_ids(folder: Path) -> Int[np.ndarray, " N"]:
     return np.sort(np.fromiter(ids, np.int32))
 
 
-def rename_tokens(folder: Path, new_ids: Int[np.ndarray, " V"]) -> None:
+def permute_token_ids(folder: Path, new_ids: Int[np.ndarray, " V"]) -> None:
     """Changes the files of a checkpoint in `folder` so that the token with id i has the id `new_ids[i]`.
 
     Raises:
-      CheckpointError: the tokenizer's format cannot say so.
+      CheckpointError: the tokenizer's format does not allow it.
     """
-    fixed = np.setdiff1d(np.arange(len(new_ids)), renameable_ids(folder))
+    fixed = np.setdiff1d(np.arange(len(new_ids)), permutable_token_ids(folder))
     if (new_ids[fixed] != fixed).any():
         raise CheckpointError(
             f"{folder}: only the {len(new_ids) - len(fixed)} tokens of the tokenizer's own vocabulary can be renamed, "
