@@ -75,7 +75,7 @@ class Checkpoint:
         """Returns the subtree `head`, read now."""
         return self._read("head/")
 
-    def cut(self, name: str, axis: int, span: slice) -> np.ndarray | None:
+    def leaf_slice(self, name: str, axis: int, span: slice) -> np.ndarray | None:
         """Returns a slice of a leaf, read now and nothing else; None if it does not lie by itself in the files."""
         entry = self.entries[name].cut(axis, span.start, span.stop)
         return None if entry is None else self._leaves({name: entry})[name]

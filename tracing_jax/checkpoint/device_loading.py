@@ -54,9 +54,9 @@ class OnMesh:
         """Returns the subtree `head`, read now."""
         return self._part("head/")
 
-    def cut(self, name: str, axis: int, span: slice) -> np.ndarray | None:
-        """Returns a slice of a leaf in host memory, as `Checkpoint.cut` does."""
-        return self.checkpoint.cut(name, axis, span)
+    def leaf_slice(self, name: str, axis: int, span: slice) -> np.ndarray | None:
+        """Returns a slice of a leaf in host memory, as `Checkpoint.leaf_slice` does."""
+        return self.checkpoint.leaf_slice(name, axis, span)
 
     def _part(self, prefix: str, only: Sequence[str] = ()) -> Tree:
         broken: list[str] = []

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tracing_jax import demo
-from tracing_jax.alignment import alignment_problems, beyond_permutations, kinds_in, shape_hoped_for
+from tracing_jax.alignment import alignment_problems, beyond_permutations, expected_shape, kinds_in
 from tracing_jax.arch import Arch, length_problem
 from tracing_jax.axes import axis_table
 from tracing_jax.checkpoint import Checkpoint, open_checkpoint
@@ -80,7 +80,7 @@ def open_pair(config: ConfigDict) -> Opened:
     not_applicable = inapplicable(statistics, base.arch, ft_arch, vocabularies)
     not_alignable = "; ".join(_alignment_problems(config, base.arch, ft_arch, vocabularies)) if config.align else None
     if len(not_applicable) == len(statistics):
-        hoped = ft_arch if not config.align or not_alignable else shape_hoped_for(base.arch, ft_arch, _kinds(config))
+        hoped = ft_arch if not config.align or not_alignable else expected_shape(base.arch, ft_arch, _kinds(config))
         if len(inapplicable(statistics, base.arch, hoped, vocabularies)) == len(statistics):
             lines = [f"{name}: {problem}" for name, problem in not_applicable.items()]
             raise ConfigError(f"{base.id} and {ft.id} cannot be compared: " + "\n  ".join(lines))

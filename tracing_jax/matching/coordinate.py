@@ -45,14 +45,14 @@ def coordinates(table: AxisTable, axes: Sequence[str]) -> list[Coordinate]:
     """
     nested: dict[str, str] = {}
     for axis in axes:
-        holder = table.within.get(axis)
+        holder = table.parent_axis.get(axis)
         if holder in nested:
             raise ValueError(f"{nested[holder]} and {axis} both lie within {holder}; match one of them at a time")
         if holder is not None:
             nested[holder] = axis
     found = []
     for axis in axes:
-        holder = table.within.get(axis)
+        holder = table.parent_axis.get(axis)
         if axis in nested:
             found.append(Coordinate(axis, nested[axis], (axis, nested[axis])))
         elif holder is None:
