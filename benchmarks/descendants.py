@@ -22,7 +22,7 @@ from tracing_jax.forward import activations
 from tracing_jax.models import apply_mlp_with_taps
 from tracing_jax.rewrites import Renaming, draw_rewrites
 from tracing_jax.sharding import Compute, make_mesh
-from tracing_jax.sources import InMemory, disguised, in_memory
+from tracing_jax.sources import InMemory, in_memory, rewritten
 from tracing_jax.tree import Tree, map_named
 
 LIGHT_STEPS, REDISTILLED_LAYER = 48, 1
@@ -78,8 +78,8 @@ def disguise(names: str) -> Treatment:
 
     def apply(model: InMemory, index: int) -> Descendant:
         rewrites = draw_rewrites(names, jax.random.key(index), model.arch)
-        rewritten = in_memory(disguised(model, rewrites))
-        placed = InMemory(rewritten.arch, jax.tree.map(jnp.asarray, rewritten.params))
+        after = in_memory(rewritten(model, rewrites))
+        placed = InMemory(after.arch, jax.tree.map(jnp.asarray, after.params))
         return Descendant(placed, Renaming.composed(rewrites))
 
     return apply

@@ -144,18 +144,18 @@ def test_aligned_models_stay_as_they_are():
 def test_alignment_that_changes_the_function_is_refused(monkeypatch):
     base, _, hidden, _ = disguised(tiny.qwen3_gqa(), ["mlp"], 0.1)
     down = hidden.params["layers"]["0"]["mlp"]["down_proj"]
-    permuted = module.permuted
+    rewritten = module.rewritten
 
-    def forgetful(source, permutations):
-        moved = in_memory(permuted(source, permutations))
+    def forgetful(source, rewrites):
+        moved = in_memory(rewritten(source, rewrites))
         moved.params["layers"]["0"]["mlp"]["down_proj"] = down
         return moved
 
-    monkeypatch.setattr(module, "permuted", forgetful)
-    with pytest.raises(ValueError, match=r"moves ft's logits by .* expected at most 1e-03"):
+    monkeypatch.setattr(module, "rewritten", forgetful)
+    with pytest.raises(ValueError, match=r"logits move by .* expected at most 1e-03"):
         align(base, hidden, ["mlp"], evidence="weights")
     poisoned = dataclasses.replace(hidden, params=hidden.params | {"head": {"norm": {"scale": jnp.full(24, jnp.nan)}}})
-    with pytest.raises(ValueError, match="or they hold NaN"):
+    with pytest.raises(ValueError, match="or its weights hold NaN"):
         align(base, poisoned, ["mlp"], evidence="weights")
 
 

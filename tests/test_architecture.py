@@ -116,6 +116,16 @@ def test_nothing_prints_or_evaluates():
         assert not called & forbidden, module
 
 
+def test_which_source_it_is_is_asked_only_where_sources_are_defined():
+    """Elsewhere `is_resident`, `leaf` and the like answer what a caller needs to know of a source."""
+    sources = {"InMemory", "PrefetchingSource", "MappedSource", "RewrittenSource", "Submodel"}
+    for module in (module for module in _MODULES if _package_of(module) != "sources"):
+        for node in ast.walk(ast.parse(module.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+                asked = {inner.id for inner in ast.walk(node.args[1]) if isinstance(inner, ast.Name)}
+                assert not asked & sources, f"{module}:{node.lineno}"
+
+
 def test_no_module_is_called_utils():
     assert not {module.stem for module in _MODULES} & {"utils", "util", "helpers", "common", "misc"}
 

@@ -9,7 +9,17 @@ import transformers
 from parity_cases import CASES
 
 from tracing_jax.arch import Arch, arch_from_config
-from tracing_jax.axes import GROUPS, PERMUTABLE, SYMMETRY, AxisTable, Leaf, axis_table, check, kind_of, table_from_axes
+from tracing_jax.axes import (
+    GROUPS,
+    PERMUTABLE,
+    SYMMETRY,
+    AxisTable,
+    LeafSpec,
+    axis_table,
+    check,
+    kind_of,
+    table_from_axes,
+)
 from tracing_jax.models import init_params
 from tracing_jax.tree import Tree, flatten, unflatten
 
@@ -48,15 +58,17 @@ def test_every_axis_has_a_symmetry_and_every_leaf_a_group(name, own):
     assert {row.group for row in table.leaves.values()} == set(GROUPS)
     assert {axis for row in table.leaves.values() for axis in row.axes} == set(table.sizes)
     layers = {axis.rsplit("/", 1)[0] for axis in table.sizes if axis.startswith("layers/")}
-    within = {f"{layer}/q_group": f"{layer}/kv_heads" for layer in layers}
-    assert table.within == within | ({f"{layer}/mlp": f"{layer}/expert" for layer in layers} if "expert" in own else {})
+    parents = {f"{layer}/q_group": f"{layer}/kv_heads" for layer in layers}
+    assert table.parent_axis == parents | (
+        {f"{layer}/mlp": f"{layer}/expert" for layer in layers} if "expert" in own else {}
+    )
 
 
 def test_axes_reach_as_far_as_their_names_say():
     _, table = _tiny()
-    assert all(leaf.startswith("layers/1/") for leaf in table.touching("layers/1/mlp"))
-    assert len(table.touching("layers/1/mlp")) == 5  # three kernels and the biases of gate and up
-    whole_model = {leaf.split("/")[0] for leaf in table.touching("embed")}
+    assert all(leaf.startswith("layers/1/") for leaf in table.leaves_with_axis("layers/1/mlp"))
+    assert len(table.leaves_with_axis("layers/1/mlp")) == 5  # three kernels and the biases of gate and up
+    whole_model = {leaf.split("/")[0] for leaf in table.leaves_with_axis("embed")}
     assert whole_model == {"embed", "layers", "head"}
 
 
@@ -120,7 +132,7 @@ def test_table_of_a_foreign_tree():
     axes = {"0/w": (None, "hidden"), "0/b": ("hidden",), "1/w": ("hidden", "out")}
     table = table_from_axes(axes, params)
     assert table.sizes == {"hidden": 5, "out": 2}
-    assert table.leaves["1/w"] == Leaf(("hidden", "out"))
+    assert table.leaves["1/w"] == LeafSpec(("hidden", "out"))
     check(params, table)
 
 

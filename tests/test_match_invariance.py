@@ -11,9 +11,9 @@ from scipy.optimize import linear_sum_assignment
 
 from tracing_jax.data import paired_one_to_one
 from tracing_jax.forward import activations
-from tracing_jax.rewrites import DRAWN, Renaming, draw_rewrites
+from tracing_jax.rewrites import DISGUISES, Renaming, draw_rewrites
 from tracing_jax.sharding import Compute, make_mesh
-from tracing_jax.sources import InMemory, disguised, in_memory
+from tracing_jax.sources import InMemory, in_memory, rewritten
 from tracing_jax.statistics import Pair, Vocabularies, verdict
 from tracing_jax.statistics.csu import Csu
 from tracing_jax.statistics.csu_all import CsuAll
@@ -41,11 +41,11 @@ def given():
     return {test.name: np.array(test.values["agreeing"]) for test in result.tests}
 
 
-@pytest.mark.parametrize("name", [name for name in DRAWN if name not in ("pad", "identity")])
+@pytest.mark.parametrize("name", [name for name in DISGUISES if name not in ("pad", "identity")])
 def test_match_does_not_change_under_a_rewrite(name, given):
     rewrites = draw_rewrites(name, jax.random.key(7), ARCH)
-    rewritten = in_memory(disguised(RELATED, rewrites))
-    hidden = InMemory(rewritten.arch, jax.tree.map(jnp.asarray, rewritten.params))
+    after = in_memory(rewritten(RELATED, rewrites))
+    hidden = InMemory(after.arch, jax.tree.map(jnp.asarray, after.params))
     result = Match().compute(pair_of(hidden, Renaming.composed(rewrites)))
     for test in result.tests:
         # Rounding may turn an assignment that hangs by a thread.
@@ -56,8 +56,8 @@ def test_match_does_not_change_under_a_rewrite(name, given):
 @pytest.mark.parametrize("name", ["pad", "identity", "all"])
 def test_rewrites_that_change_the_shape_do_not_hide_the_origin(name):
     rewrites = draw_rewrites(name, jax.random.key(7), ARCH)
-    rewritten = in_memory(disguised(RELATED, rewrites))
-    hidden = InMemory(rewritten.arch, jax.tree.map(jnp.asarray, rewritten.params))
+    after = in_memory(rewritten(RELATED, rewrites))
+    hidden = InMemory(after.arch, jax.tree.map(jnp.asarray, after.params))
     result = MatchAll().compute(pair_of(hidden, Renaming.composed(rewrites)))
     assert len(result.layer_map["pairs"]) == 3
     assert verdict({"match_all": result}, 1e-3).verdict == "related"

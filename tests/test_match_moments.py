@@ -11,7 +11,7 @@ import tiny
 from tracing_jax.axes import axis_table
 from tracing_jax.rewrites import draw_rewrites, permute, random_permutations
 from tracing_jax.sharding import Compute, make_mesh
-from tracing_jax.sources import InMemory, disguised, in_memory
+from tracing_jax.sources import InMemory, in_memory, rewritten
 from tracing_jax.statistics import Pair, Vocabularies, verdict
 from tracing_jax.statistics.match_moments import (
     PROJECTIONS,
@@ -32,8 +32,8 @@ def pair_of(base, ft):
     return Pair(base, ft, vocabularies, None, Compute(make_mesh(1, 1), 4), seed=0)
 
 
-def rewritten(model, names, seed=7):
-    found = in_memory(disguised(model, draw_rewrites(names, jax.random.key(seed), model.arch)))
+def changed(model, names, seed=7):
+    found = in_memory(rewritten(model, draw_rewrites(names, jax.random.key(seed), model.arch)))
     return InMemory(found.arch, jax.tree.map(jnp.asarray, found.params))
 
 
@@ -43,7 +43,7 @@ def signatures_of(model):
 
 @pytest.mark.parametrize("name", ["rotate", "gains", "units", "values", "queries"])
 def test_rewrites_that_keep_units_in_place_do_not_change_their_signatures(name):
-    for given, hidden in zip(signatures_of(BASE), signatures_of(rewritten(BASE, name)), strict=True):
+    for given, hidden in zip(signatures_of(BASE), signatures_of(changed(BASE, name)), strict=True):
         for side in PROJECTIONS:
             np.testing.assert_allclose(hidden[side], given[side], rtol=0, atol=1e-4)
 
@@ -72,7 +72,7 @@ def test_signatures_are_those_of_numpy():
 def test_a_relative_with_foreign_embeddings_is_found_through_every_disguise(name):
     stranger = tiny.model(ARCH, 1)
     kin = tiny.noisy(BASE.params, 0.1) | {part: stranger.params[part] for part in ("embed", "head")}
-    result = MatchMoments().compute(pair_of(BASE, rewritten(InMemory(ARCH, kin), name)))
+    result = MatchMoments().compute(pair_of(BASE, changed(InMemory(ARCH, kin), name)))
     assert verdict({"match_moments": result}, 1e-3).verdict == "related"
     assert result.headline > 0.5
 

@@ -9,9 +9,18 @@ import tiny
 from tracing_jax.axes import PERMUTABLE, axis_table, kind_of, table_from_axes
 from tracing_jax.forward import logits
 from tracing_jax.interpolation import interpolate, interpolated_leaves, path_groups
-from tracing_jax.rewrites import compose, identity, invert, permute, random_permutations, share_moved
+from tracing_jax.rewrites import (
+    Padding,
+    Permutation,
+    compose,
+    identity,
+    invert,
+    permute,
+    random_permutations,
+    share_moved,
+)
 from tracing_jax.sharding import make_mesh, place
-from tracing_jax.sources import InMemory, in_memory, permuted
+from tracing_jax.sources import InMemory, in_memory, placed, rewritten, rewritten_donating
 from tracing_jax.tree import flatten
 
 ARCHS = [tiny.llama_mha, tiny.qwen3_gqa, tiny.olmo2_gqa, tiny.gemma_mqa, tiny.gpt2, tiny.mixtral]
@@ -78,8 +87,48 @@ def test_lazily_permuted_source_equals_the_permuted_tree():
     model = tiny.model(tiny.olmo2_gqa())
     table = axis_table(model.arch)
     permutations = random_permutations(jax.random.key(7), table, PERMUTABLE)
-    lazily = in_memory(permuted(model, permutations))
+    lazily = in_memory(rewritten(model, [Permutation(permutations)]))
     assert equal(lazily.params, permute(model.params, permutations, table))
+    some = rewritten(model, [Permutation(permutations)]).layer(1, ("mlp/up_proj",))
+    assert equal(some, {"mlp": {"up_proj": lazily.params["layers"]["1"]["mlp"]["up_proj"]}})
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_a_resident_model_is_permuted_into_its_own_memory(dtype):
+    arch = tiny.qwen3_gqa(num_kv_heads=2, num_layers=4, layer_ropes=(0,) * 4, layer_windows=(None,) * 4)
+    table, mesh = axis_table(arch), make_mesh(data=2, model=2)
+    model = in_memory(placed(tiny.model(arch, dtype=dtype), mesh))
+    given, kept = dict(model.params), on_host(model.params)
+    permutations = random_permutations(jax.random.key(3), table, ["mlp", "kv_heads"])
+    live: list[int] = []
+
+    class Watching(Permutation):
+        def apply(self, prefix, read, arch):
+            found = super().apply(prefix, read, arch)
+            live.append(sum(leaf.nbytes for leaf in jax.tree.leaves(model.params) if not leaf.is_deleted()))
+            return found
+
+    moved = rewritten_donating(model, [Watching(permutations)], "permuting")
+    assert equal(moved.params, permute(kept, permutations, table))
+    assert model.params["layers"] is given["layers"]  # nothing was put into the frozen model
+    for name, leaf in flatten(model.params).items():
+        is_permuted = any(axis in permutations for axis in table.leaves[name].axes)
+        assert leaf.is_deleted() == is_permuted, name
+        assert flatten(moved.params)[name].sharding.is_equivalent_to(leaf.sharding, leaf.ndim), name
+    # When the last subtree is permuted, of the layers before only the norms are left: all else was freed one by one.
+    layer = sum(leaf.nbytes for leaf in jax.tree.leaves(kept["layers"]["0"]))
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(kept))
+    assert live == sorted(live, reverse=True)
+    assert live[-1] <= total - 3.5 * layer
+
+
+def test_memory_is_taken_over_only_by_rewrites_that_reorder():
+    model = tiny.model(tiny.mixtral())
+    with pytest.raises(ValueError, match="only rewrites that reorder"):
+        rewritten_donating(model, [Padding(units=2)], "padding")
+    with pytest.raises(ValueError, match="not a permutation"):
+        rewritten_donating(model, [Permutation({"layers/0/expert": np.zeros(3, np.int32)})], "permuting")
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(model.params))
 
 
 def test_sharded_leaves_keep_their_sharding():

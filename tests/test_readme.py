@@ -8,7 +8,7 @@ import numpy as np
 
 from tracing_jax.alignment import KINDS, WHOLE
 from tracing_jax.checkpoint import open_checkpoint
-from tracing_jax.rewrites import DRAWN
+from tracing_jax.rewrites import DISGUISES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -66,7 +66,7 @@ def test_the_example_of_a_disguise_comes_back(family):
 
 
 def test_the_table_of_disguises_names_them_all():
-    assert names_in_table("## Disguises") == list(DRAWN)
+    assert names_in_table("## Disguises") == list(DISGUISES)
 
 
 def test_the_table_of_alignment_names_all_that_it_undoes():

@@ -10,10 +10,10 @@ from parity_cases import CASES
 from reference64 import logits64
 
 from tracing_jax.arch import Arch
-from tracing_jax.axes import AxisTable, Leaf, axis_table, check
+from tracing_jax.axes import AxisTable, LeafSpec, axis_table, check
 from tracing_jax.forward import check_function, logits
 from tracing_jax.rewrites import (
-    DRAWN,
+    DISGUISES,
     GainScaling,
     GainSetting,
     IdentityLayer,
@@ -33,9 +33,9 @@ from tracing_jax.rewrites import (
     gains_in,
     inverses,
 )
-from tracing_jax.rewrites.linear_maps import mapped
+from tracing_jax.rewrites.linear_maps import apply_maps
 from tracing_jax.rewrites.rewrite import Weight
-from tracing_jax.sources import InMemory, disguised, in_memory
+from tracing_jax.sources import InMemory, in_memory, rewritten
 from tracing_jax.tree import flatten
 
 TOLERANCES = {
@@ -82,7 +82,7 @@ def draw(types, arch: Arch, seed: int = 0) -> list[Rewrite]:
 
 
 def existing(arch: Arch) -> list[type[Rewrite]]:
-    return [kind for kind in REWRITES if not kind.absent(arch)]
+    return [kind for kind in REWRITES if not kind.unsupported(arch)]
 
 
 def same(tree, other, tolerance: float) -> bool:
@@ -106,7 +106,7 @@ def test_each_rewrite_alone_keeps_the_logits(name):
     before, tokens = model(name), CASES[name].tokens()
     for kind in existing(before.arch):
         rewrite = kind.random(jax.random.key(3), before.arch)
-        after = in_memory(disguised(before, [rewrite]))
+        after = in_memory(rewritten(before, [rewrite]))
         check(after.params, axis_table(after.arch))
         assert moved(before, after, tokens, [rewrite]) <= TOLERANCES[np.float64], kind.name
         assert not same(before.params, after.params, 1e-6), kind.name
@@ -118,7 +118,7 @@ def test_all_of_them_together_keep_the_logits_in_any_order(name):
     types = existing(before.arch)
     for order in (types, types[::-1]):
         rewrites = draw(order, before.arch)
-        after = in_memory(disguised(before, rewrites))
+        after = in_memory(rewritten(before, rewrites))
         assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {np.dtype(np.float32)}
         assert moved(before, after, tokens, rewrites) <= TOLERANCES[np.float32]
 
@@ -127,13 +127,13 @@ def test_all_of_them_together_keep_the_logits_in_any_order(name):
 def test_inverses_bring_every_weight_back(name):
     before = model(name)
     if before.arch.tied:  # what is untied stays so
-        before = in_memory(disguised(before, [Untying()]))
+        before = in_memory(rewritten(before, [Untying()]))
     types = [kind for kind in existing(before.arch) if kind is not GainSetting]
     rewrites = draw(types, before.arch, seed=7)
     undo = list(inverses(rewrites, before.arch))
     if Rotation in types:  # it has folded the gains
         undo.append(GainSetting(gains_in(lambda prefix: _leaves(before, prefix), before.arch)))
-    after = in_memory(disguised(before, rewrites + undo))
+    after = in_memory(rewritten(before, rewrites + undo))
     assert same(before.params, after.params, 1e-10)
 
 
@@ -144,15 +144,15 @@ def _leaves(source: InMemory, prefix: str) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("name", LAYOUTS + OPTIONS)
 def test_table_says_of_every_leaf_what_it_does_on_the_residual_stream(name):
     table = axis_table(CASES[name].arch())
-    assert all(len(row.sides) == len(row.axes) for row in table.leaves.values())
-    for leaf, row in table.touching("embed").items():
-        side = row.sides[row.axes.index("embed")]
-        assert (side is None) == ("norm/" in leaf), leaf
-        assert row.fed_by is None or side == "reads"
+    assert all(len(row.roles) == len(row.axes) for row in table.leaves.values())
+    for leaf, row in table.leaves_with_axis("embed").items():
+        role = row.roles[row.axes.index("embed")]
+        assert (role is None) == ("norm/" in leaf), leaf
+        assert row.input_norm is None or role == "reads"
     for kind in ("mlp", "v_dim", "qk_dim"):
         for axis in table.axes_of_kind([kind]):
-            rows = table.touching(axis).values()
-            assert {row.sides[row.axes.index(axis)] for row in rows} >= {"writes", "reads"}
+            rows = table.leaves_with_axis(axis).values()
+            assert {row.roles[row.axes.index(axis)] for row in rows} >= {"writes", "reads"}
 
 
 @pytest.mark.parametrize(
@@ -172,14 +172,14 @@ def test_table_says_of_every_leaf_what_it_does_on_the_residual_stream(name):
         ("gpt2-tied", UnitScaling, "no gate"),
         ("gpt2-inverse_layer", IdentityLayer, "scale their attention by their number"),
         ("gpt2-inverse_layer", LayerRemoval, "scale their attention by their number"),
-        ("gpt2-odd_heads", QueryKeyMaps, "no pairs"),
+        ("gpt2-odd_heads", QueryKeyMaps, "cannot be paired"),
         ("llama-gqa-untied-default", Untying, "not tied"),
     ],
 )
 def test_what_does_not_exist_for_a_family_is_refused_with_the_reason(name, kind, reason):
     arch = CASES[name].arch()
-    assert any(reason in line for line in kind.absent(arch))
-    if kind.name in DRAWN:
+    assert any(reason in line for line in kind.unsupported(arch))
+    if kind.name in DISGUISES:
         with pytest.raises(ValueError, match=f"{kind.name}: .*{reason}"):
             draw_rewrites(f"permute,{kind.name}", jax.random.key(0), arch)
 
@@ -192,12 +192,12 @@ def test_what_does_not_exist_for_a_family_is_refused_with_the_reason(name, kind,
         ("olmo-gqa-untied-default", Padding(features=4), "subtracts the mean"),
         ("olmo2-gqa-untied-default", Padding(kv_heads=1), "over all heads together"),
         ("gpt2-tied", Padding(kv_heads=1), "no field for the width of a head"),
-        ("llama-gqa-untied-default", Padding(units=-40), "nothing would be left"),
+        ("llama-gqa-untied-default", Padding(units=-40), "no unit would be left"),
     ],
 )
 def test_axes_that_cannot_be_padded_are_refused_with_the_reason(name, padding, reason):
     with pytest.raises(ValueError, match=reason):
-        disguised(CASES[name].source(), [padding])
+        rewritten(CASES[name].source(), [padding])
 
 
 def test_data_that_do_not_fit_are_refused_all_at_once():
@@ -214,7 +214,7 @@ def test_data_that_do_not_fit_are_refused_all_at_once():
         Permutation({"layers/0/mlp": np.zeros(40, np.int32)}),
     ]
     with pytest.raises(ValueError, match="no such rewrite") as refused:
-        disguised(source, wrong)
+        rewritten(source, wrong)
     for text in ("not orthogonal", "a factor of zero", "layers/9/mlp: no such place", "cannot be inverted",
                  "expected one complex number per kv head and pair, (2, 4)", "NaN", "no place 5 among 2",
                  "no permutation of the vocabulary", "not a permutation"):  # fmt: skip
@@ -225,7 +225,56 @@ def test_a_whole_tree_is_rewritten_like_a_source():
     before = model("llama-gqa-tied-default")
     rewrites = draw_rewrites("all", jax.random.key(2), before.arch)
     after = apply(before.params, rewrites, before.arch)
-    assert same(after, in_memory(disguised(before, rewrites)).params, 0.0)
+    assert same(after, in_memory(rewritten(before, rewrites)).params, 0.0)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa-tied-default", "mixtral-no_window"])
+def test_a_sequence_of_rewrites_is_one_after_another(name):
+    before = model(name)
+    rewrites = draw(existing(before.arch), before.arch)
+    together = apply(before.params, rewrites, before.arch)
+    params, arch = before.params, before.arch
+    for rewrite in rewrites:
+        params = apply(params, [rewrite], arch)
+        arch = rewrite.arch_after(arch)
+    assert arch == arch_after(rewrites, before.arch)
+    assert same(together, params, 0.0)
+    split = len(rewrites) // 2
+    first = rewritten(before, rewrites[:split])
+    assert same(together, in_memory(rewritten(first, rewrites[split:])).params, 0.0)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa-untied-default", "gpt2-untied"])
+def test_rewrites_are_pytrees_with_arrays_at_their_leaves(name):
+    arch = model(name).arch
+    for rewrite in [*draw(existing(arch), arch), LayerRemoval(1)]:
+        leaves, structure = jax.tree.flatten(rewrite)
+        assert all(isinstance(leaf, np.ndarray) for leaf in leaves)
+        again = jax.tree.unflatten(structure, leaves)
+        assert type(again) is type(rewrite)
+        assert all(one is other for one, other in zip(jax.tree.leaves(again), leaves, strict=True))
+        rounded = jax.tree.map(lambda leaf: leaf.astype(np.complex64 if np.iscomplexobj(leaf) else leaf.dtype), rewrite)
+        assert jax.tree.structure(rounded) == structure
+        assert bool(leaves) == (type(rewrite) not in (Padding, IdentityLayer, LayerRemoval))
+    assert jax.tree.unflatten(jax.tree.structure(Padding(1, 2, 3)), []) == Padding(1, 2, 3)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa-untied-default", "mixtral-no_window", "gpt2-untied"])
+def test_the_inverse_of_the_inverse_is_the_rewrite(name):
+    arch = model(name).arch
+    for kind in existing(arch):
+        rewrite = kind.random(jax.random.key(1), arch)
+        inverse = rewrite.inverse(arch)
+        if inverse is None:
+            assert kind is GainSetting
+            continue
+        again = inverse.inverse(rewrite.arch_after(arch))
+        if kind is IdentityLayer:
+            assert (inverse, again) == (LayerRemoval(rewrite.at), None)
+            continue
+        assert jax.tree.structure(again) == jax.tree.structure(rewrite)
+        for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(rewrite), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
 
 
 def test_units_inside_experts_have_factors_of_their_own():
@@ -233,14 +282,14 @@ def test_units_inside_experts_have_factors_of_their_own():
         np.random.default_rng(i).normal(size=shape) for i, shape in enumerate([(3, 5, 4)] * 2 + [(5, 3, 4)])
     )
     axes = {"up": ("expert", "embed", "mlp"), "down": ("mlp", "embed", "expert"), "gate": ("embed", "expert", "mlp")}
-    down, sides = (
+    down, roles = (
         down.transpose(2, 1, 0),
         {"up": (None, None, "writes"), "down": ("reads", None, None), "gate": (None,) * 3},
     )
-    table = AxisTable({name: Leaf(axes[name], sides=sides[name]) for name in axes}, {}, {"mlp": "expert"})
+    table = AxisTable({name: LeafSpec(axes[name], roles=roles[name]) for name in axes}, {}, {"mlp": "expert"})
     part = {name: Weight(leaf, leaf.dtype) for name, leaf in {"up": up, "down": down, "gate": gate}.items()}
     c = np.random.default_rng(3).uniform(1, 2, (3, 4))
-    after = mapped(part, table, {"mlp": (c, 1 / c)})
+    after = apply_maps(part, table, {"mlp": (c, 1 / c)})
     np.testing.assert_allclose(after["up"].values, np.einsum("edf,ef->edf", up, c))
     np.testing.assert_allclose(after["down"].values, np.einsum("fde,ef->fde", down, 1 / c))
     assert after["gate"] is part["gate"]
@@ -252,7 +301,7 @@ def test_zero_gains_survive_being_folded_and_scaled():
     before.params["head"]["norm"]["scale"][3] = 0
     for kind in (GainScaling, GainSetting, Rotation, Padding):
         rewrites = [kind.random(jax.random.key(0), before.arch)]
-        after = in_memory(disguised(before, rewrites))
+        after = in_memory(rewritten(before, rewrites))
         assert moved(before, after, CASES["llama-gqa-tied-default"].tokens(), rewrites) <= TOLERANCES[np.float64]
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.params))
 
@@ -264,7 +313,7 @@ def test_units_and_layers_that_do_something_cannot_be_taken_away():
                            (Padding(features=-4), "embed/embedding on embed"),
                            (LayerRemoval(1), "layer 1: attn/o_proj/kernel, mlp/down_proj/kernel")]:  # fmt: skip
         with pytest.raises(ValueError, match=where):
-            in_memory(disguised(source, [rewrite]))
+            in_memory(rewritten(source, [rewrite]))
 
 
 def test_full_rotation_of_queries_and_keys_moves_the_logits():
@@ -283,7 +332,7 @@ def test_values_are_rounded_once_to_the_dtype_they_came_in():
     before = model(name, ml_dtypes.bfloat16)
     wide = InMemory(before.arch, jax.tree.map(lambda leaf: leaf.astype(np.float64), before.params))
     rewrites = draw(existing(before.arch), before.arch)
-    rounded, exact = (flatten(in_memory(disguised(source, rewrites)).params) for source in (before, wide))
+    rounded, exact = (flatten(in_memory(rewritten(source, rewrites)).params) for source in (before, wide))
     for leaf, values in exact.items():
         assert rounded[leaf].dtype == ml_dtypes.bfloat16
         np.testing.assert_array_equal(rounded[leaf], values.astype(ml_dtypes.bfloat16))
@@ -292,7 +341,7 @@ def test_values_are_rounded_once_to_the_dtype_they_came_in():
 def test_draws_depend_on_the_key_and_are_well_conditioned():
     arch = CASES["llama-gqa-untied-default"].arch()
     once, again, other = (draw_rewrites("all", jax.random.key(seed), arch) for seed in (0, 0, 1))
-    assert [rewrite.name for rewrite in once] == list(DRAWN)
+    assert [rewrite.name for rewrite in once] == list(DISGUISES)
     for a, b, c in zip(once, again, other):
         assert repr(a) == repr(b)
         assert repr(a) != repr(c) or isinstance(a, IdentityLayer | Padding)
@@ -319,7 +368,7 @@ def test_unknown_names_are_refused_with_the_list():
 
 def test_a_rewrite_that_moves_the_logits_is_caught():
     before = CASES["llama-gqa-untied-default"].source()
-    assert check_function(before, disguised(before, draw([Rotation], before.arch)), seed=0) < 1e-4
+    assert check_function(before, rewritten(before, draw([Rotation], before.arch)), seed=0) < 1e-4
     other = jax.tree.map(lambda leaf: leaf * 1.05, before.params)
     with pytest.raises(ValueError, match="do not keep the function"):
         check_function(before, InMemory(before.arch, other), seed=0)

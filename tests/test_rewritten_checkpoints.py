@@ -18,7 +18,7 @@ from tracing_jax.data import load_tokenizer
 from tracing_jax.forward import check_function
 from tracing_jax.rewrites import IdentityLayer, Padding, Renaming, arch_after, draw_rewrites
 from tracing_jax.rewrites.__main__ import main
-from tracing_jax.sources import disguised, in_memory
+from tracing_jax.sources import in_memory, rewritten
 from tracing_jax.tree import flatten
 
 HF_TOLERANCE = 5e-4  # of the larger of 1 and the largest logit; float32 on both sides, and weights rounded once more
@@ -43,7 +43,7 @@ def test_written_config_says_what_the_model_became(name, tmp_path):
     case = CASES[name]
     original = open_checkpoint(str(folder_of(case, tmp_path / "hf")))
     rewrites = draw_rewrites("all", jax.random.key(5), original.arch, without=("rename",))
-    source = in_memory(disguised(original, rewrites))
+    source = in_memory(rewritten(original, rewrites))
     save_checkpoint(tmp_path / "disguised", source, companions=original.folder)
     written = open_checkpoint(str(tmp_path / "disguised"))
     assert written.arch == arch_after(rewrites, original.arch) != original.arch
@@ -66,7 +66,7 @@ def test_fields_that_need_not_change_keep_their_old_names(tmp_path):
     del old["rope_parameters"], old["head_dim"]
     old |= {"rope_theta": 777.0, "hidden_size": 32, "custom": None}
     (folder / "config.json").write_text(json.dumps(old))
-    source = disguised(tiny.model(read_arch(folder)), [Padding(units=2), IdentityLayer(0)])
+    source = rewritten(tiny.model(read_arch(folder)), [Padding(units=2), IdentityLayer(0)])
     save_checkpoint(tmp_path / "disguised", source, companions=folder)
     new = json.loads((tmp_path / "disguised" / "config.json").read_text())
     assert new == old | {"intermediate_size": 42, "num_hidden_layers": 3}

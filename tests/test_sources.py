@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import tiny
 
-from tracing_jax.sources import PrefetchingSource, in_memory, leaf, params_of, permuted
+from tracing_jax.rewrites import Permutation
+from tracing_jax.sources import PrefetchingSource, in_memory, leaf, params_of, rewritten
 from tracing_jax.tree import flatten, select
 
 ARCHS = [tiny.llama_mha(), tiny.qwen3_gqa(), tiny.gemma_mqa(), tiny.gpt2(), tiny.mixtral()]
@@ -96,6 +97,6 @@ def test_lazy_leaves_have_the_shapes_and_values_of_the_tree(arch):
 def test_a_leaf_of_a_permuted_source_is_that_of_the_permuted_tree():
     model = tiny.model(tiny.llama_mha())
     order = np.random.default_rng(0).permutation(model.arch.mlp_dim).astype(np.int32)
-    source = permuted(model, {"layers/0/mlp": order})
+    source = rewritten(model, [Permutation({"layers/0/mlp": order})])
     up = "layers/0/mlp/up_proj/kernel"
     assert np.array_equal(leaf(source, up), np.asarray(flatten(model.params)[up])[:, order])

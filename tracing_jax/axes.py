@@ -1,7 +1,7 @@
 """One table names every axis of every weight; loading, symmetry, matching, sharding and interpolation read it.
 
 An axis name says how far the axis reaches: `embed` is shared by the whole model, `layers/3/mlp` belongs to one layer.
-Leaves that carry the same axis name must move together when its units are permuted. The last part of an axis name is
+Leaves with the same axis name must be permuted together. The last part of an axis name is
 its kind, and two small tables say what a kind allows: which symmetry it has (below) and which mesh axis splits it
 (`sharding.py`). Nothing here knows an architecture but `axis_table`.
 """
@@ -33,11 +33,11 @@ GROUPS = ("mlp", "norm", "attn", "emb")
 """Interpolation groups: MLPs, block norms, attention, and embeddings with head and final norm."""
 
 
-MAPPED = {"embed": None, "v_dim": "kv_heads", "qk_dim": "kv_heads"}
+MAP_PARENT = {"embed": None, "v_dim": "kv_heads", "qk_dim": "kv_heads"}
 """Axis kinds on which a linear map may act -> the kind whose units have a map each; None: one for the whole model."""
 
-Side = Literal["writes", "reads"]
-"""What a leaf does on an axis: it makes the activations there, or takes them. Where the activations a become M a, the
+AxisRole = Literal["writes", "reads"]
+"""Whether a leaf computes the activations on an axis or is multiplied by them. Where the activations a become M a, the
 leaves that write them are multiplied by M along the axis and those that read them by M^-T."""
 
 _WRITERS = {"embed": "embed o_proj down_proj", "mlp": "up_proj", "v_dim": "v_proj", "qk_dim": "q_proj"}
@@ -45,29 +45,29 @@ _READERS = {
     "embed": "q_proj k_proj v_proj gate_proj up_proj router lm_head",
     "mlp": "down_proj", "v_dim": "o_proj", "qk_dim": "k_proj",
 }  # fmt: skip
-_SIDES: tuple[tuple[Side, Mapping[str, str]], ...] = (("writes", _WRITERS), ("reads", _READERS))
-_FEEDING_NORM = {
+_ROLES: tuple[tuple[AxisRole, Mapping[str, str]], ...] = (("writes", _WRITERS), ("reads", _READERS))
+_INPUT_NORM = {
     "q_proj": "attn_norm", "k_proj": "attn_norm", "v_proj": "attn_norm",
     "gate_proj": "mlp_norm", "up_proj": "mlp_norm", "router": "mlp_norm", "lm_head": "norm",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Leaf:
-    """One row of the table.
+class LeafSpec:
+    """What the table says of one leaf.
 
     Attributes:
       axes: the axis names of a weight, one per dimension.
       group: its interpolation group.
-      sides: for each dimension what the leaf does there, or None: the gains of a norm and the gate of an MLP belong to
-        the units of an axis and neither make nor take their activations. Empty for trees with axes of their own.
-      fed_by: the norm, such as `layers/3/attn_norm`, whose gain multiplies what the leaf reads on `embed`.
+      roles: for each dimension what the leaf does there, or None: the gains of a norm and the gate of an MLP belong to
+        the units of an axis and neither write nor read their activations. Empty for trees with axes of their own.
+      input_norm: the norm, such as `layers/3/attn_norm`, whose gain multiplies what the leaf reads on `embed`.
     """
 
     axes: tuple[str | None, ...]
     group: str = "mlp"
-    sides: tuple[Side | None, ...] = ()
-    fed_by: str | None = None
+    roles: tuple[AxisRole | None, ...] = ()
+    input_norm: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,18 +75,18 @@ class AxisTable:
     """Which axes every leaf of a pytree has.
 
     Attributes:
-      leaves: leaf name -> its row. An axis named None belongs to nobody and never moves.
+      leaves: leaf name -> its spec. An axis named None is independent of all others and never permuted.
       sizes: axis name -> number of units.
-      within: a nested axis -> the axis that indexes it. Units of `layers/0/q_group` are permuted inside each unit of
-        `layers/0/kv_heads`, so its permutation is a matrix `[kv_heads, q_group]`.
+      parent_axis: a nested axis -> the axis whose units hold it. Units of `layers/0/q_group` are permuted inside each
+        unit of `layers/0/kv_heads`, so its permutation is a matrix `[kv_heads, q_group]`.
     """
 
-    leaves: Mapping[str, Leaf]
+    leaves: Mapping[str, LeafSpec]
     sizes: Mapping[str, int] = field(default_factory=dict)
-    within: Mapping[str, str] = field(default_factory=dict)
+    parent_axis: Mapping[str, str] = field(default_factory=dict)
 
-    def touching(self, axis: str) -> dict[str, Leaf]:
-        """Returns the rows of the leaves that carry `axis`."""
+    def leaves_with_axis(self, axis: str) -> dict[str, LeafSpec]:
+        """Returns the specs of the leaves that have `axis`."""
         return {name: leaf for name, leaf in self.leaves.items() if axis in leaf.axes}
 
     def axes_of_kind(self, kinds: Iterable[str]) -> list[str]:
@@ -107,7 +107,7 @@ class AxisTable:
     def restricted(self, prefix: str) -> "AxisTable":
         """Returns the table of the subtree under `prefix`: leaf names lose the prefix, axis names keep theirs."""
         inside = {name[len(prefix) :]: leaf for name, leaf in self.leaves.items() if name.startswith(prefix)}
-        return AxisTable(inside, self.sizes, self.within)
+        return AxisTable(inside, self.sizes, self.parent_axis)
 
 
 def kind_of(axis: str) -> str:
@@ -116,7 +116,7 @@ def kind_of(axis: str) -> str:
 
 
 def table_from_axes(
-    axes: Mapping[str, tuple[str | None, ...]], params: Tree, within: Mapping[str, str] | None = None
+    axes: Mapping[str, tuple[str | None, ...]], params: Tree, parent_axis: Mapping[str, str] | None = None
 ) -> AxisTable:
     """Returns the checked table of any pytree for which the caller names the axes, leaf by leaf.
 
@@ -124,9 +124,9 @@ def table_from_axes(
       ValueError: leaves that the names do not cover, names without a leaf, wrong ranks, or unequal sizes of one axis;
         all at once.
     """
-    table = AxisTable({name: Leaf(tuple(row)) for name, row in axes.items()}, {}, dict(within or {}))
+    table = AxisTable({name: LeafSpec(tuple(spec)) for name, spec in axes.items()}, {}, dict(parent_axis or {}))
     sizes = _sizes_in(params, table)
-    table = AxisTable(table.leaves, sizes, table.within)
+    table = AxisTable(table.leaves, sizes, table.parent_axis)
     check(params, table)
     return table
 
@@ -140,14 +140,14 @@ def check(params: Tree, table: AxisTable) -> None:
     found = flatten(params)
     lines = [f"missing: {name}" for name in table.leaves if name not in found]
     lines += [f"unexpected: {name} {leaf.shape}" for name, leaf in found.items() if name not in table.leaves]
-    for name, row in table.leaves.items():
+    for name, spec in table.leaves.items():
         if name not in found:
             continue
         shape = found[name].shape
-        if len(shape) != len(row.axes):
-            lines.append(f"wrong rank: {name} is {shape}, expected axes {row.axes}")
+        if len(shape) != len(spec.axes):
+            lines.append(f"wrong rank: {name} is {shape}, expected axes {spec.axes}")
             continue
-        for axis, size in zip(row.axes, shape, strict=True):
+        for axis, size in zip(spec.axes, shape, strict=True):
             if axis is not None and table.sizes.get(axis) != size:
                 lines.append(f"wrong size: {name} has {size} units on {axis}, expected {table.sizes.get(axis)}")
     if lines:
@@ -165,87 +165,87 @@ def _sizes_in(params: Tree, table: AxisTable) -> dict[str, int]:
 
 def axis_table(arch: Arch) -> AxisTable:
     """Returns the table of a model of any supported family, for params `{embed, layers: {"0": ...}, head}`."""
-    leaves = {"embed/embedding": Leaf(("vocab", "embed"), "emb")}
+    leaves = {"embed/embedding": LeafSpec(("vocab", "embed"), "emb")}
     sizes = {"embed": arch.embed_dim, "vocab": arch.vocab_size}
     if arch.num_positions is not None:
-        leaves["embed/positions"] = Leaf(("position", "embed"), "emb")
+        leaves["embed/positions"] = LeafSpec(("position", "embed"), "emb")
         sizes["position"] = arch.num_positions
-    within = {}
+    parent_axis = {}
     for i in range(arch.num_layers):
         layer = f"layers/{i}/"
-        leaves |= {layer + name: row for name, row in _block_rows(arch, layer).items()}
+        leaves |= {layer + name: spec for name, spec in _block_specs(arch, layer).items()}
         sizes |= {layer + "mlp": arch.mlp_dim, layer + "kv_heads": arch.num_kv_heads, layer + "q_group": arch.q_group}
         sizes |= {layer + "qk_dim": arch.head_dim, layer + "v_dim": arch.head_dim}
-        within[layer + "q_group"] = layer + "kv_heads"
+        parent_axis[layer + "q_group"] = layer + "kv_heads"
         if arch.num_experts is not None:
             sizes[layer + "expert"] = arch.num_experts
-            within[layer + "mlp"] = layer + "expert"
+            parent_axis[layer + "mlp"] = layer + "expert"
     if arch.norm != "layer_norm_plain":
-        leaves["head/norm/scale"] = Leaf(("embed",), "emb")
+        leaves["head/norm/scale"] = LeafSpec(("embed",), "emb")
     if arch.norm == "layer_norm":
-        leaves["head/norm/bias"] = Leaf(("embed",), "emb")
+        leaves["head/norm/bias"] = LeafSpec(("embed",), "emb")
     if not arch.tied:
-        leaves["head/lm_head/kernel"] = Leaf(("embed", "vocab"), "emb")
-    return AxisTable({name: _with_sides(name, row, leaves) for name, row in leaves.items()}, sizes, within)
+        leaves["head/lm_head/kernel"] = LeafSpec(("embed", "vocab"), "emb")
+    return AxisTable({name: _with_roles(name, spec, leaves) for name, spec in leaves.items()}, sizes, parent_axis)
 
 
-def _with_sides(name: str, row: Leaf, leaves: Mapping[str, Leaf]) -> Leaf:
-    """Returns the row with its sides and the norm that feeds it; a bias stands where its kernel writes or reads."""
+def _with_roles(name: str, spec: LeafSpec, leaves: Mapping[str, LeafSpec]) -> LeafSpec:
+    """Returns the spec with its roles and input norm; a bias has the roles of its kernel."""
     part, _, module = name.rsplit("/", 1)[0].rpartition("/")
-    sides = tuple(
-        next((side for side, modules in _SIDES if axis and module in modules.get(kind_of(axis), "").split()), None)
-        for axis in row.axes
+    roles = tuple(
+        next((role for role, modules in _ROLES if axis and module in modules.get(kind_of(axis), "").split()), None)
+        for axis in spec.axes
     )
-    # A block's norms stand beside its attn and mlp, the final norm beside the head's kernel.
-    norm = "/".join([*part.split("/")[: 2 if part.startswith("layers/") else 1], _FEEDING_NORM.get(module, "")])
-    reads = "embed" in row.axes and sides[row.axes.index("embed")] == "reads"
-    return replace(row, sides=sides, fed_by=norm if reads and f"{norm}/scale" in leaves else None)
+    # The norms of a block are siblings of its attn and mlp, the final norm is one of the head's kernel.
+    norm = "/".join([*part.split("/")[: 2 if part.startswith("layers/") else 1], _INPUT_NORM.get(module, "")])
+    reads = "embed" in spec.axes and roles[spec.axes.index("embed")] == "reads"
+    return replace(spec, roles=roles, input_norm=norm if reads and f"{norm}/scale" in leaves else None)
 
 
-def _block_rows(arch: Arch, layer: str) -> dict[str, Leaf]:
-    """Returns the rows of one block; `layer` is the prefix of the axes that belong to it alone."""
+def _block_specs(arch: Arch, layer: str) -> dict[str, LeafSpec]:
+    """Returns the specs of one block; `layer` is the prefix of the axes that belong to it alone."""
     mlp, kv, group, qk, v = (layer + kind for kind in ("mlp", "kv_heads", "q_group", "qk_dim", "v_dim"))
-    rows = {
-        "attn/q_proj/kernel": Leaf(("embed", kv, group, qk), "attn"),
-        "attn/k_proj/kernel": Leaf(("embed", kv, qk), "attn"),
-        "attn/v_proj/kernel": Leaf(("embed", kv, v), "attn"),
-        "attn/o_proj/kernel": Leaf((kv, group, v, "embed"), "attn"),
-        "mlp/gate_proj/kernel": Leaf(("embed", mlp)),
-        "mlp/up_proj/kernel": Leaf(("embed", mlp)),
-        "mlp/down_proj/kernel": Leaf((mlp, "embed")),
+    specs = {
+        "attn/q_proj/kernel": LeafSpec(("embed", kv, group, qk), "attn"),
+        "attn/k_proj/kernel": LeafSpec(("embed", kv, qk), "attn"),
+        "attn/v_proj/kernel": LeafSpec(("embed", kv, v), "attn"),
+        "attn/o_proj/kernel": LeafSpec((kv, group, v, "embed"), "attn"),
+        "mlp/gate_proj/kernel": LeafSpec(("embed", mlp)),
+        "mlp/up_proj/kernel": LeafSpec(("embed", mlp)),
+        "mlp/down_proj/kernel": LeafSpec((mlp, "embed")),
     }
     if arch.qkv_bias:
-        rows["attn/q_proj/bias"] = Leaf((kv, group, qk), "attn")
-        rows["attn/k_proj/bias"] = Leaf((kv, qk), "attn")
-        rows["attn/v_proj/bias"] = Leaf((kv, v), "attn")
+        specs["attn/q_proj/bias"] = LeafSpec((kv, group, qk), "attn")
+        specs["attn/k_proj/bias"] = LeafSpec((kv, qk), "attn")
+        specs["attn/v_proj/bias"] = LeafSpec((kv, v), "attn")
     if arch.o_bias:
-        rows["attn/o_proj/bias"] = Leaf(("embed",), "attn")
+        specs["attn/o_proj/bias"] = LeafSpec(("embed",), "attn")
     if arch.mlp_bias:
-        rows["mlp/gate_proj/bias"] = rows["mlp/up_proj/bias"] = Leaf((mlp,))
-        rows["mlp/down_proj/bias"] = Leaf(("embed",))
+        specs["mlp/gate_proj/bias"] = specs["mlp/up_proj/bias"] = LeafSpec((mlp,))
+        specs["mlp/down_proj/bias"] = LeafSpec(("embed",))
     if arch.qk_norm == "head":
-        rows["attn/q_norm/scale"] = rows["attn/k_norm/scale"] = Leaf((qk,), "attn")
+        specs["attn/q_norm/scale"] = specs["attn/k_norm/scale"] = LeafSpec((qk,), "attn")
     if arch.qk_norm == "all":
-        rows["attn/q_norm/scale"] = Leaf((kv, group, qk), "attn")
-        rows["attn/k_norm/scale"] = Leaf((kv, qk), "attn")
+        specs["attn/q_norm/scale"] = LeafSpec((kv, group, qk), "attn")
+        specs["attn/k_norm/scale"] = LeafSpec((kv, qk), "attn")
     for name, present in _norms(arch).items():
         if present:
-            rows[f"{name}/scale"] = Leaf(("embed",), "norm")
+            specs[f"{name}/scale"] = LeafSpec(("embed",), "norm")
         if present and arch.norm == "layer_norm":
-            rows[f"{name}/bias"] = Leaf(("embed",), "norm")
+            specs[f"{name}/bias"] = LeafSpec(("embed",), "norm")
     if arch.num_experts is not None:
-        rows |= _expert_rows(layer)
-    return {name: row for name, row in rows.items() if arch.gated or not name.startswith("mlp/gate_proj/")}
+        specs |= _expert_specs(layer)
+    return {name: spec for name, spec in specs.items() if arch.gated or not name.startswith("mlp/gate_proj/")}
 
 
-def _expert_rows(layer: str) -> dict[str, Leaf]:
-    """Returns the rows of a router and its experts, which stand in place of those of one MLP."""
+def _expert_specs(layer: str) -> dict[str, LeafSpec]:
+    """Returns the specs of a router and its experts, which replace those of one MLP."""
     expert, mlp = layer + "expert", layer + "mlp"
     return {
-        "mlp/router/kernel": Leaf(("embed", expert)),
-        "mlp/gate_proj/kernel": Leaf((expert, "embed", mlp)),
-        "mlp/up_proj/kernel": Leaf((expert, "embed", mlp)),
-        "mlp/down_proj/kernel": Leaf((expert, mlp, "embed")),
+        "mlp/router/kernel": LeafSpec(("embed", expert)),
+        "mlp/gate_proj/kernel": LeafSpec((expert, "embed", mlp)),
+        "mlp/up_proj/kernel": LeafSpec((expert, "embed", mlp)),
+        "mlp/down_proj/kernel": LeafSpec((expert, mlp, "embed")),
     }
 
 

@@ -10,7 +10,7 @@ from tracing_jax.axes import GROUPS, AxisTable
 from tracing_jax.tree import Tree, flatten, map_named
 
 ALWAYS = ("mlp", "norm")
-"""Groups that every path moves: the MLPs and the norms of the blocks."""
+"""Groups that every path interpolates: the MLPs and the norms of the blocks."""
 
 
 def path_groups(attn: bool, emb: bool) -> tuple[str, ...]:
@@ -19,7 +19,7 @@ def path_groups(attn: bool, emb: bool) -> tuple[str, ...]:
 
 
 def interpolated_leaves(table: AxisTable, groups: Iterable[str]) -> frozenset[str]:
-    """Returns the names of the leaves that a path over `groups` moves.
+    """Returns the names of the leaves that a path over `groups` interpolates.
 
     Raises:
       ValueError: a group that no leaf can belong to.
@@ -30,15 +30,15 @@ def interpolated_leaves(table: AxisTable, groups: Iterable[str]) -> frozenset[st
     return frozenset(name for name, row in table.leaves.items() if row.group in groups)
 
 
-def interpolate(base: Tree, ft: Tree, alpha: float | Float[Array, ""], moving: Collection[str]) -> Tree:
-    """Returns `(1 - alpha) base + alpha ft` on the moving leaves, in float32, and base's own leaf elsewhere.
+def interpolate(base: Tree, ft: Tree, alpha: float | Float[Array, ""], interpolated: Collection[str]) -> Tree:
+    """Returns `(1 - alpha) base + alpha ft` on the interpolated leaves, in float32, and base's own leaf elsewhere.
 
-    alpha = 0 gives base and alpha = 1 gives ft on the moving leaves, both exactly. `ft` need hold only those leaves.
+    alpha = 0 gives base and alpha = 1 gives ft on these leaves, both exactly. `ft` need hold only these leaves.
     """
     other = flatten(ft)
 
     def point(name: str, leaf: jax.Array) -> jax.Array:
-        if name not in moving:
+        if name not in interpolated:
             return leaf
         return (1 - alpha) * leaf.astype(jnp.float32) + alpha * other[name].astype(jnp.float32)
 

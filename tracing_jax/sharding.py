@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
-from tracing_jax.axes import AxisTable, Leaf, kind_of
+from tracing_jax.axes import AxisTable, LeafSpec, kind_of
 from tracing_jax.tree import Tree, map_named, to_host
 
 MESH_AXIS = {"mlp": "model", "kv_heads": "model", "vocab": "model"}
@@ -80,7 +80,7 @@ def make_mesh(data: int = 1, model: int = 1) -> Mesh:
     return Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
-def leaf_spec(row: Leaf, table: AxisTable, mesh: Mesh) -> P:
+def leaf_spec(row: LeafSpec, table: AxisTable, mesh: Mesh) -> P:
     """Returns how a leaf is split: the first axis with a mesh axis whose size divides evenly, the rest whole."""
     used: set[str] = set()
     spec: list[str | None] = []

@@ -1,21 +1,21 @@
-"""Alignment: brings a fine-tuned model to base's gauge and order, and proves that its function is unchanged.
+"""Alignment: the rewrites that transform a fine-tuned model to base's gauge and order, proven to keep its function.
 
-Permutations of units are found from weights or activations. Disguises beyond them (a rotated residual stream, scaled
-units, mixed values ...) are undone from the weights: `align(base, ft, ("all",), evidence="weights")`.
+Permutations of units are estimated from weights or activations; other rewrites (a rotation of the residual stream,
+scaling of units, mixing of values ...) from the weights: `align(base, ft, ("all",), evidence="weights")`.
 """
 
+from tracing_jax.alignment.activation_matching import TAP
 from tracing_jax.alignment.align_models import LOGITS_TOLERANCE, align
-from tracing_jax.alignment.kinds import (
+from tracing_jax.alignment.applicability import (
     KINDS,
     WHOLE,
     AlignmentError,
     alignment_problems,
     beyond_permutations,
+    expected_shape,
     kind_problems,
     kinds_in,
-    shape_hoped_for,
 )
-from tracing_jax.alignment.permuting import TAP
 from tracing_jax.alignment.result import Alignment, Evidence, aligned
 
 __all__ = [
@@ -30,7 +30,7 @@ __all__ = [
     "aligned",
     "alignment_problems",
     "beyond_permutations",
+    "expected_shape",
     "kind_problems",
     "kinds_in",
-    "shape_hoped_for",
 ]

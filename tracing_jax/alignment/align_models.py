@@ -1,4 +1,4 @@
-"""From two models and what may be undone to a proven alignment."""
+"""`align`: estimates the alignment of two models, and proves by logits that it keeps the function of ft."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,27 +9,25 @@ import numpy as np
 from absl import logging
 from jaxtyping import Int
 
-from tracing_jax.alignment.kinds import alignment_problems, beyond_permutations, existing
-from tracing_jax.alignment.parts import cosines
-from tracing_jax.alignment.permuting import by_activations
-from tracing_jax.alignment.result import Alignment, Evidence, by_kind, undone_by
-from tracing_jax.alignment.structure import without_surplus
-from tracing_jax.alignment.undoing import gains_of, undo
+from tracing_jax.alignment.activation_matching import match_activations
+from tracing_jax.alignment.applicability import alignment_problems, beyond_permutations, supported
+from tracing_jax.alignment.expansions import remove_expansions
+from tracing_jax.alignment.float64_leaves import cosines
+from tracing_jax.alignment.result import Alignment, Evidence, cosines_by_kind, undone_by
+from tracing_jax.alignment.rewrite_estimation import estimate_rewrites, gains_of
 from tracing_jax.arch import Arch
 from tracing_jax.axes import PERMUTABLE, axis_table
-from tracing_jax.forward import check_function, logits
+from tracing_jax.forward import check_function
 from tracing_jax.matching import Shared, match_weights
-from tracing_jax.rewrites import Permutation, Permutations, Rewrite, share_moved
+from tracing_jax.rewrites import Permutation, Rewrite, reorders_only
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sharding import Compute, make_mesh
-from tracing_jax.sources import ParamSource, disguised, in_memory, params_of, permuted
+from tracing_jax.sources import ParamSource, in_memory, params_of, rewritten
 
 LOGITS_TOLERANCE = 1e-3
 """The most that a permutation may move ft's logits, relative to the largest. It only reorders sums, which moves float32
-logits by about 1e-5; the proof computes in float32 whatever the weights' dtype, so one bound serves all. What other
-maps may move, `forward.FUNCTION_TOLERANCE` says."""
-
-_PROOF_TOKENS = (2, 32)  # blocks, positions
+logits by about 1e-5; the proof computes in float32 whatever the weights' dtype, so one bound serves all. The bounds of
+other rewrites are in `forward.FUNCTION_TOLERANCE`."""
 
 _ABOUT_AS_ALIKE = (1.3, 0.05)
 """Permutations explain a leaf if its distance from base, 1 - cosine, is at most so many times that after all maps, plus
@@ -48,14 +46,14 @@ def align(
     seed: int = 0,
     run_cache: RunCache | None = None,
 ) -> Alignment:
-    """Returns the maps of these kinds that align ft to base, proven to keep ft's function.
+    """Returns the rewrites of these kinds that align ft to base, proven to keep ft's function.
 
     Args:
-      base: the model that stays.
-      ft: the model that moves; it is not changed (see `aligned`).
-      kinds: what to undo, of `KINDS`; or `all` or `auto` alone. Every kind named is estimated, needed or not, and is
-        left out where it does not exist for base's family. `rotation` brings `gains` with it.
-      evidence: what tells units apart: the weights, or the activations on `tokens` (permutations only).
+      base: the model that stays as it is.
+      ft: the model to align; it is not changed (see `aligned`).
+      kinds: of `KINDS`; or `all` or `auto` alone. Every kind named is estimated, needed or not, and left out where
+        base's family does not support it. `rotation` includes `gains`.
+      evidence: what units are compared by: the weights, or the activations on `tokens` (permutations only).
       tokens: the blocks both models read; activations only.
       compute: where and how the activations are computed. By default float32 on one device.
       shared: pairs of ids of tokens that mean the same, if the vocabularies differ; weights only.
@@ -65,18 +63,18 @@ def align(
     Raises:
       ValueError: models that cannot be aligned, arguments that do not fit (all at once), or an aligned model whose
         logits are not ft's own.
-      AlignmentError: surplus units or layers of ft are not silent, or no row of a token is shared.
+      AlignmentError: surplus units or layers of ft are not without effect, or the models share no token.
     """
     _check(base.arch, ft.arch, kinds, evidence, tokens)
     if beyond_permutations(kinds):
-        found = _undone(base, ft, kinds, shared, seed)
+        found = _rewritten_by_weights(base, ft, kinds, shared, seed)
     elif evidence == "weights":
-        found = _by_weights(base, ft, kinds, shared, seed, run_cache)
+        found = _matched_by_weights(base, ft, kinds, shared, seed, run_cache)
     else:
         assert tokens is not None
-        permutations, objective = by_activations(base, ft, kinds, tokens, compute or Compute(make_mesh()))
-        moved = _logits_moved(ft, permutations, seed)
-        found = Alignment(permutations, evidence, objective, share_moved(permutations), moved, {})
+        permutations, objective = match_activations(base, ft, kinds, tokens, compute or Compute(make_mesh()))
+        rewrites = (Permutation(permutations),)
+        found = Alignment(rewrites, evidence, objective, _prove(ft, rewrites, seed), {})
     for name, reason in found.left_out.items():
         logging.warning("alignment goes without %s: %s", name, reason)
     if not found.converged:
@@ -84,7 +82,7 @@ def align(
     return found
 
 
-def _by_weights(
+def _matched_by_weights(
     base: ParamSource,
     ft: ParamSource,
     kinds: Sequence[str],
@@ -95,92 +93,74 @@ def _by_weights(
     table = axis_table(base.arch)
     axes = table.axes_of_kind(kinds)
     matching = match_weights(params_of(base), params_of(ft), table, axes, shared=shared, run_cache=run_cache)
-    moved = _logits_moved(ft, matching.permutations, seed)
-    return Alignment(
-        matching.permutations, "weights", matching.objective, share_moved(matching.permutations), moved,
-        matching.left_out, matching.converged,
-    )  # fmt: skip
+    rewrites = (Permutation(matching.permutations),)
+    moved = _prove(ft, rewrites, seed)
+    return Alignment(rewrites, "weights", matching.objective, moved, matching.left_out, matching.converged)
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Candidate:
     """Rewrites of a model of base's shape, with what is known of them."""
 
     rewrites: tuple[Rewrite, ...]
-    permutations: Permutations
     left_out: Mapping[str, str]
     cosines: Mapping[str, float]
     undone: Mapping[str, Any]
 
 
-def _undone(base: ParamSource, ft: ParamSource, kinds: Sequence[str], shared: Shared | None, seed: int) -> Alignment:
+def _rewritten_by_weights(
+    base: ParamSource, ft: ParamSource, kinds: Sequence[str], shared: Shared | None, seed: int
+) -> Alignment:
     """Returns the alignment by more than permutations."""
-    wanted, absent = existing(kinds, base.arch)
-    surplus, report = without_surplus(base, ft, wanted)
-    rest = in_memory(disguised(ft, surplus), "dropping padding") if surplus else ft
-    found = _by_permutations(base, rest, shared) if "auto" in kinds else None
-    # Maps cannot bring a leaf closer than to a cosine of one, which is not waited for where it would decide nothing.
-    if found is None or not _explain(found.cosines, dict.fromkeys(found.cosines, 1.0)):
-        mapped = _by_maps(base, rest, wanted, absent, shared)
-        found = found if found is not None and _explain(found.cosines, mapped.cosines) else mapped
+    wanted, unsupported = supported(kinds, base.arch)
+    removals, report = remove_expansions(base, ft, wanted)
+    reduced = in_memory(rewritten(ft, removals), "dropping padding") if removals else ft
+    found = _by_permutations(base, reduced, shared) if "auto" in kinds else None
+    # No map aligns a leaf better than to a cosine of one: maps are estimated only where they could decide something.
+    if found is None or not _explains(found.cosines, dict.fromkeys(found.cosines, 1.0)):
+        mapped = _by_maps(base, reduced, wanted, unsupported, shared)
+        found = found if found is not None and _explains(found.cosines, mapped.cosines) else mapped
     before = cosines(base, ft, shared)
-    rewrites = surplus + found.rewrites
-    if all(isinstance(rewrite, Permutation) for rewrite in rewrites):
-        moved, rewrites = _logits_moved(ft, found.permutations, seed), ()
-    else:
-        moved = check_function(ft, disguised(ft, rewrites), seed=seed)
+    rewrites = removals + found.rewrites
     return Alignment(
-        found.permutations,
+        rewrites,
         "weights",
         (math.fsum(before.values()), math.fsum(found.cosines.values())),
-        share_moved(found.permutations),
-        moved,
+        _prove(ft, rewrites, seed),
         found.left_out,
-        rewrites=rewrites,
         undone={**report, **found.undone},
-        likeness=by_kind(before, found.cosines),
+        likeness=cosines_by_kind(before, found.cosines),
     )
 
 
 def _by_maps(
-    base: ParamSource, ft: ParamSource, kinds: set[str], absent: Mapping[str, str], shared: Shared | None
-) -> _Found:
-    undoing = undo(base, ft, kinds, shared)
-    after = disguised(ft, undoing.rewrites)
-    undone = undone_by(undoing.rewrites, gains_of(base), gains_of(ft))
+    base: ParamSource, ft: ParamSource, kinds: set[str], unsupported: Mapping[str, str], shared: Shared | None
+) -> _Candidate:
+    rewrites, left_out = estimate_rewrites(base, ft, kinds, shared)
+    after = rewritten(ft, rewrites)
+    undone = undone_by(rewrites, gains_of(base), gains_of(ft))
     if ft.arch.tied and not after.arch.tied:
         undone["untied"] = True
-    left_out = {**absent, **undoing.left_out}
-    return _Found(undoing.rewrites, undoing.permutations, left_out, cosines(base, after, shared), undone)
+    return _Candidate(rewrites, {**unsupported, **left_out}, cosines(base, after, shared), undone)
 
 
-def _by_permutations(base: ParamSource, ft: ParamSource, shared: Shared | None) -> _Found:
+def _by_permutations(base: ParamSource, ft: ParamSource, shared: Shared | None) -> _Candidate:
     table = axis_table(base.arch)
     matching = match_weights(params_of(base), params_of(ft), table, table.axes_of_kind(PERMUTABLE), shared=shared)
-    after = permuted(ft, matching.permutations)
     rewrites = (Permutation(matching.permutations),)
-    return _Found(rewrites, matching.permutations, matching.left_out, cosines(base, after, shared), {})
+    return _Candidate(rewrites, matching.left_out, cosines(base, rewritten(ft, rewrites), shared), {})
 
 
-def _explain(permuted: Mapping[str, float], mapped: Mapping[str, float]) -> bool:
-    """Says whether permutations alone bring every leaf about as close to base as all maps do."""
+def _explains(permuted: Mapping[str, float], mapped: Mapping[str, float]) -> bool:
+    """Returns whether permutations alone bring every leaf about as close to base as all maps do."""
     times, plus = _ABOUT_AS_ALIKE
     return all(1 - permuted[name] <= times * (1 - mapped[name]) + plus for name in permuted if name in mapped)
 
 
-def _logits_moved(ft: ParamSource, permutations: Permutations, seed: int) -> float:
-    blocks, length = _PROOF_TOKENS
-    shape = (blocks, min(length, ft.arch.num_positions or length))
-    tokens = np.random.default_rng(seed).integers(ft.arch.vocab_size, size=shape, dtype=np.int32)
-    expected, found = logits(ft, tokens), logits(permuted(ft, permutations), tokens)
-    moved = float(np.abs(found - expected).max() / max(1.0, float(np.abs(expected).max())))
-    if not moved <= LOGITS_TOLERANCE:  # NaN too
-        raise ValueError(
-            f"alignment moves ft's logits by {moved:.2e} of their greatest, expected at most {LOGITS_TOLERANCE:.0e}: "
-            f"the axis table of family {ft.arch.family} does not describe these weights, or they hold NaN; "
-            "align fewer kinds to find which axis it is"
-        )
-    return moved
+def _prove(ft: ParamSource, rewrites: Sequence[Rewrite], seed: int) -> float:
+    """Returns how far the rewrites move ft's logits; raises ValueError if further than rounding explains."""
+    tolerance = LOGITS_TOLERANCE if reorders_only(rewrites) else None
+    return check_function(ft, rewritten(ft, rewrites), seed=seed, tolerance=tolerance)
 
 
 def _check(base: Arch, ft: Arch, kinds: Sequence[str], evidence: str, tokens: np.ndarray | None) -> None:

@@ -1,4 +1,4 @@
-"""What an alignment gives back: the maps it found, and what they undo, in words and numbers."""
+"""An `Alignment`, and the numbers that its record holds about each rewrite."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -9,6 +9,9 @@ import numpy as np
 from tracing_jax.rewrites import (
     GainScaling,
     GainSetting,
+    IdentityLayer,
+    LayerRemoval,
+    Padding,
     Permutation,
     Permutations,
     QueryKeyMaps,
@@ -16,8 +19,10 @@ from tracing_jax.rewrites import (
     Rotation,
     UnitScaling,
     ValueMixing,
+    reorders_only,
+    share_moved,
 )
-from tracing_jax.sources import Disguised, Mapped, ParamSource, disguised, permuted
+from tracing_jax.sources import ParamSource, rewritten
 
 Evidence = Literal["weights", "activations"]
 
@@ -27,54 +32,77 @@ Gains = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Alignment:
-    """The maps that align a fine-tuned model to its base.
+    """The rewrites that align a fine-tuned model to its base, and how well they do.
 
     Attributes:
-      permutations: axis -> p, where unit `p[i]` of ft belongs to unit i of base; of ft as it is without padding.
+      rewrites: from left to right; `aligned` applies them to ft.
       evidence: what the units were compared by.
-      objective: how alike the paired units are: first as ft came, then after each step. For weights, the sum over
-        leaves of their cosine; for activations, the mean correlation of paired units (one sweep).
-      share_moved: axis kind -> share of units that change place.
+      objective: similarity of the paired units: first as given, then after each step. For weights, the sum over leaves
+        of their cosine; for activations, the mean correlation of paired units (one sweep).
       logits_moved: greatest change of any logit of ft, relative to max(1, its greatest logit).
-      left_out: what the comparison of weights went without, or was not undone -> why.
+      left_out: what the comparison of weights went without, or was not aligned -> why.
       converged: no single axis could be improved; False if the descent was stopped before.
-      rewrites: the maps, from left to right, that make ft the aligned model. Empty where permutations alone do.
-      undone: name -> numbers about each disguise that they undo, plain data.
+      undone: name -> numbers about each disguise that the rewrites undo, plain data.
       likeness: kind of leaf, such as `mlp/up_proj/kernel` -> mean over layers of its cosine with base before (None if
         their shapes differ) and after; empty where permutations alone were asked for.
     """
 
-    permutations: Permutations
+    rewrites: tuple[Rewrite, ...]
     evidence: Evidence
     objective: tuple[float, ...]
-    share_moved: dict[str, float]
     logits_moved: float
     left_out: Mapping[str, str]
     converged: bool = True
-    rewrites: tuple[Rewrite, ...] = ()
     undone: Mapping[str, Any] = field(default_factory=dict)
     likeness: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
 
     @property
+    def permutations(self) -> Permutations:
+        """Axis -> p: unit `p[i]` of ft, without its padding and identity layers, is paired with unit i of base."""
+        found = self._permutation
+        return {} if found is None else found.permutations
+
+    @property
+    def reorders_only(self) -> bool:
+        """Whether the rewrites change nothing but the order of units."""
+        return reorders_only(self.rewrites)
+
+    @property
+    def share_moved(self) -> dict[str, float]:
+        """Axis kind -> share of units that change place."""
+        return share_moved(self.permutations)
+
+    @property
     def arrays(self) -> dict[str, np.ndarray]:
-        """The permutations by axis, and the data of all other maps by the name of their rewrite and their place."""
-        others = [r for r in self.rewrites if not (isinstance(r, Permutation) and r.permutations is self.permutations)]
-        return {axis: np.asarray(p) for axis, p in self.permutations.items()} | map_arrays(others)
+        """The permutations by axis, and the data of all other rewrites by their name and place."""
+        others = [rewrite for rewrite in self.rewrites if rewrite is not self._permutation]
+        return {axis: np.asarray(p) for axis, p in self.permutations.items()} | rewrite_arrays(others)
+
+    @property
+    def _permutation(self) -> Permutation | None:
+        """The permutation, of which there is at most one, after the last change of shape."""
+        found = None
+        for rewrite in self.rewrites:
+            if isinstance(rewrite, Padding | IdentityLayer | LayerRemoval):
+                found = None
+            if isinstance(rewrite, Permutation):
+                found = rewrite
+        return found
 
 
-def aligned(ft: ParamSource, alignment: Alignment) -> Mapped | Disguised:
-    """Returns the fine-tuned model as it stands in base's place, part by part as they are asked for.
+def aligned(ft: ParamSource, alignment: Alignment) -> ParamSource:
+    """Returns the fine-tuned model after the rewrites of an alignment, subtree by subtree as they are asked for.
 
-    Its head is untied where gains or a rotation had to be taken out of it; then base must be untied (see
-    `symmetry.Untying`) for a path that moves embeddings.
+    Its head is untied where gains were folded out of it or the residual stream is rotated; for a path that interpolates
+    embeddings base must then be untied too (see `rewrites.Untying`).
     """
-    return disguised(ft, alignment.rewrites) if alignment.rewrites else permuted(ft, alignment.permutations)
+    return rewritten(ft, alignment.rewrites)
 
 
-def map_arrays(rewrites: Sequence[Rewrite]) -> dict[str, np.ndarray]:
+def rewrite_arrays(rewrites: Sequence[Rewrite]) -> dict[str, np.ndarray]:
     """Returns the arrays of rewrites by name, such as `values/layers/0/v_dim`; `rotate` is a matrix.
 
-    Where a type occurs twice, as a rotation that gathers silent features does, later ones are numbered: `rotate-2`.
+    Where a type occurs twice, as a rotation that separates zero features does, later ones are numbered: `rotate-2`.
     """
     found: dict[str, np.ndarray] = {}
     counts: dict[str, int] = {}
@@ -104,11 +132,11 @@ def undone_by(rewrites: Sequence[Rewrite], gains_base: Gains, gains_ft: Gains) -
                 conditions = [np.linalg.cond(matrix).max() for matrix in rewrite.matrices.values()]
                 report["values"] = {"greatest_condition": float(max(conditions))}
             case QueryKeyMaps():
-                report["queries"] = _turns(rewrite.factors)
+                report["queries"] = _complex_factors(rewrite.factors)
     return report
 
 
-def by_kind(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, dict[str, float | None]]:
+def cosines_by_kind(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, dict[str, float | None]]:
     """Returns the mean over layers of the cosine of each kind of leaf, before and after."""
     kinds: dict[str, list[str]] = {}
     for leaf in after:
@@ -139,14 +167,14 @@ def _factors(factors: Mapping[str, np.ndarray]) -> dict[str, float]:
     }  # fmt: skip
 
 
-def _turns(factors: Mapping[str, np.ndarray]) -> dict[str, float]:
+def _complex_factors(factors: Mapping[str, np.ndarray]) -> dict[str, float]:
     every = np.concatenate([array.ravel() for array in factors.values()])
     angle = float(np.degrees(np.sqrt(np.square(np.angle(every)).mean())))
     return {"least": float(np.abs(every).min()), "greatest": float(np.abs(every).max()), "rms_angle_degrees": angle}
 
 
 def _gains(base: Gains, ft: Gains) -> dict[str, float]:
-    """Returns how far ft's gains were from base's, features being paired by size: their order may not be known yet."""
+    """Returns how far ft's gains were from base's, paired by size, for the order of features may be unknown."""
     pairs = [[np.sort(np.abs(gains[norm])) for gains in (base, ft)] for norm in base]
     logs = [np.abs(np.log(y[known] / x[known])) for x, y in pairs if (known := (x > 0) & (y > 0)).any()]
     return {"greatest_factor": float(np.exp(max((log.max() for log in logs), default=0.0)))}

@@ -21,7 +21,7 @@ from tracing_jax.demo.family import TrainingData, log_losses, training_data
 from tracing_jax.demo.recipe import DEFAULT, Recipe
 from tracing_jax.demo.training import Training, init, train
 from tracing_jax.rewrites import Renaming, draw_rewrites
-from tracing_jax.sources import InMemory, disguised, in_memory
+from tracing_jax.sources import InMemory, in_memory, rewritten
 from tracing_jax.tree import Tree, map_named
 
 ROOTS = ("ash", "birch", "cedar")
@@ -75,7 +75,7 @@ def _members(arch: Arch, root: str, recipe: Recipe, learnt: TrainingData) -> Ite
     yield f"{root}-tuned", tuned
     yield (
         f"{root}-disguised",
-        in_memory(disguised(tuned, draw_rewrites("all", disguise_key, arch, without=(Renaming.name,)))),
+        in_memory(rewritten(tuned, draw_rewrites("all", disguise_key, arch, without=(Renaming.name,)))),
     )
 
 

@@ -1,5 +1,6 @@
 """Steps 1, 2 and 4 on the models themselves: read or streamed, permuted, disguised, put in base's place."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
@@ -16,19 +17,18 @@ from tracing_jax.experiment.opening import Opened
 from tracing_jax.experiment.validation import DTYPES
 from tracing_jax.forward import check_function
 from tracing_jax.options import RunOptions
-from tracing_jax.rewrites import Permutations, Untying, random_permutations, share_moved
+from tracing_jax.rewrites import Permutation, Rewrite, Untying, random_permutations, share_moved
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import (
     InMemory,
     ParamSource,
     PrefetchingSource,
-    disguised,
     in_memory,
-    over,
-    permute_in_place,
-    permuted,
+    is_resident,
     placed,
+    rewritten,
+    rewritten_donating,
 )
 from tracing_jax.statistics import Pair
 
@@ -75,8 +75,8 @@ def _model(
         if memory == "resident":
             return load(checkpoint, mesh, options.cache_dir)
         return PrefetchingSource(ShardedCheckpoint(checkpoint, mesh))
-    rewritten = placed(disguised(checkpoint, disguise.rewrites), mesh)
-    return in_memory(rewritten, f"disguising {checkpoint.id}") if memory == "resident" else PrefetchingSource(rewritten)
+    model = placed(rewritten(checkpoint, disguise.rewrites), mesh)
+    return in_memory(model, f"disguising {checkpoint.id}") if memory == "resident" else PrefetchingSource(model)
 
 
 def prove_disguise(options: RunOptions, opened: Opened, pair: Pair) -> dict[str, Any]:
@@ -91,15 +91,12 @@ def permute_ft(options: RunOptions, pair: Pair) -> tuple[Pair, dict[str, Any]]:
     axes = list(options.permute_axes)
     permutations = random_permutations(jax.random.key(options.seed), axis_table(pair.ft.arch), axes)
     facts = {"axes": axes, "seed": options.seed, "share_moved": share_moved(permutations)}
-    return replace(pair, ft=_permuted(pair.ft, permutations)), facts
+    return replace(pair, ft=_reordered(pair.ft, [Permutation(permutations)])), facts
 
 
-def _permuted(model: ParamSource, permutations: Permutations) -> ParamSource:
-    """Returns the model with its units permuted: in place, for it is this run's own, or as it is read."""
-    if isinstance(model, InMemory):
-        permute_in_place(model, permutations)
-        return model
-    return over(model, lambda source: permuted(source, permutations))
+def _reordered(model: ParamSource, rewrites: Sequence[Rewrite]) -> ParamSource:
+    """Returns the model after rewrites that only reorder units; a resident model is donated, not to be used again."""
+    return rewritten_donating(model, rewrites, "permuting") if is_resident(model) else rewritten(model, rewrites)
 
 
 def align_ft(options: RunOptions, opened: Opened, pair: Pair) -> tuple[Pair, Alignment | None]:
@@ -131,9 +128,9 @@ def write_aligned(options: RunOptions, opened: Opened, pair: Pair) -> None:
 
 def _keep_alignment(run_cache: RunCache, alignment: Alignment) -> None:
     """Keeps an alignment by permutations; other maps are found again, with both models in memory."""
-    if not alignment.rewrites:
+    if alignment.reorders_only:
         run_cache.save_arrays(lambda: dict(alignment.permutations), "alignment")
-        run_cache.save(asdict(replace(alignment, permutations={})), "alignment")
+        run_cache.save(asdict(replace(alignment, rewrites=())), "alignment")
 
 
 def _kept_alignment(run_cache: RunCache) -> Alignment | None:
@@ -141,18 +138,17 @@ def _kept_alignment(run_cache: RunCache) -> Alignment | None:
     permutations = run_cache.load_arrays("alignment")
     if fields is None or permutations is None:
         return None
-    tuples = {"objective": tuple(fields["objective"]), "rewrites": ()}
-    return Alignment(**{**fields, **tuples, "permutations": permutations})
+    tuples = {"objective": tuple(fields["objective"]), "rewrites": (Permutation(permutations),)}
+    return Alignment(**{**fields, **tuples})
 
 
 def _in_base_s_place(opened: Opened, pair: Pair, alignment: Alignment) -> Pair:
-    if not alignment.rewrites:
-        return replace(pair, ft=_permuted(pair.ft, alignment.permutations), aligned=True)
+    if alignment.reorders_only:
+        return replace(pair, ft=_reordered(pair.ft, alignment.rewrites), aligned=True)
     ft = in_memory(placed(aligned(pair.ft, alignment), pair.compute.mesh), "aligning")
     base = pair.base
     if base.arch.tied and not ft.arch.tied:
-        assert isinstance(base, InMemory), "maps that untie a head are found with both models in memory"
-        base = _untied(base, pair.compute.mesh)
+        base = _untied(in_memory(base), pair.compute.mesh)  # both models are resident already
         opened.notes.append(
             "aligned, ft has a head of its own; base's was untied from its embedding for that, unchanged"
         )
@@ -161,5 +157,5 @@ def _in_base_s_place(opened: Opened, pair: Pair, alignment: Alignment) -> Pair:
 
 def _untied(model: InMemory, mesh: Mesh) -> InMemory:
     """Returns the model with a head of its own, equal to its embedding; the other weights are shared with it."""
-    untied = placed(disguised(model, [Untying()]), mesh)
+    untied = placed(rewritten(model, [Untying()]), mesh)
     return InMemory(untied.arch, {**model.params, "head": jax.tree.map(jnp.asarray, untied.head())})

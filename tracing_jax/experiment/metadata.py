@@ -75,8 +75,10 @@ def token_facts(opened: Opened) -> dict[str, Any] | None:
 
 def alignment_facts(alignment: Alignment) -> dict[str, Any]:
     """Returns everything about an alignment but its arrays."""
-    names = [field.name for field in fields(alignment) if field.name not in ("permutations", "rewrites")]
-    facts = {"axes": sorted(alignment.share_moved), "rewrites": [rewrite.name for rewrite in alignment.rewrites]}
+    names = [field.name for field in fields(alignment) if field.name != "rewrites"]
+    # Where units were only permuted, `share_moved` says so by axis kind.
+    rewrites = [] if alignment.reorders_only else [rewrite.name for rewrite in alignment.rewrites]
+    facts = {"axes": sorted(alignment.share_moved), "rewrites": rewrites, "share_moved": alignment.share_moved}
     return facts | {name: getattr(alignment, name) for name in names}
 
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from tracing_jax import demo
-from tracing_jax.alignment import alignment_problems, beyond_permutations, shape_hoped_for
+from tracing_jax.alignment import alignment_problems, beyond_permutations, expected_shape
 from tracing_jax.arch import Arch, length_problem
 from tracing_jax.axes import axis_table
 from tracing_jax.checkpoint import Checkpoint, open_checkpoint
@@ -81,7 +81,7 @@ def open_pair(options: RunOptions) -> Opened:
     not_alignable = "; ".join(_alignment_problems(options, base.arch, ft_arch, vocabularies)) if options.align else None
     if len(not_applicable) == len(statistics):
         hoped = (
-            ft_arch if not options.align or not_alignable else shape_hoped_for(base.arch, ft_arch, options.align_axes)
+            ft_arch if not options.align or not_alignable else expected_shape(base.arch, ft_arch, options.align_axes)
         )
         if len(inapplicable(statistics, base.arch, hoped, vocabularies)) == len(statistics):
             lines = [f"{name}: {problem}" for name, problem in not_applicable.items()]

@@ -83,7 +83,7 @@ def path_of(
     leaves = flatten(part(ft, prefix)) if ft is not None and names else {}
     own = {name: leaves[name] for name in sorted(names)} if leaves else {}
     table = axis_table(base.arch)
-    moves = {name: unit_moves(table.leaves[prefix + name], copies, table.within) for name in own}
+    moves = {name: unit_moves(table.leaves[prefix + name], copies, table.parent_axis) for name in own}
     moves = {name: (dims, indices) for name, (dims, indices) in moves.items() if dims}
     return Path(
         part(base, prefix),

@@ -15,7 +15,7 @@ from tracing_jax.models import apply_block, apply_embed, apply_head, layer_input
 from tracing_jax.rewrites import Permutations
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sharding import put_over
-from tracing_jax.sources import InMemory, ParamSource
+from tracing_jax.sources import ParamSource, is_resident
 from tracing_jax.tree import Tree, to_host
 
 _HIDDEN_BYTES = 2**30
@@ -38,7 +38,7 @@ class Walk:
         copies: Sequence[Permutations] = (),
     ) -> None:
         self.arch, self.dtype, self.num_points = base.arch, dtype, len(alphas)
-        self.resident = isinstance(base, InMemory) and (ft is None or not moving or isinstance(ft, InMemory))
+        self.resident = is_resident(base) and (ft is None or not moving or is_resident(ft))
         self.part: Callable[[str], Path] = functools.partial(path_of, base, ft, moving, alphas, stacked(copies))
         if self.resident:
             self.part = functools.cache(self.part)

@@ -48,14 +48,14 @@ def coordinates(table: AxisTable, axes: Sequence[str]) -> list[Coordinate]:
     """
     nested: dict[str, str] = {}
     for axis in axes:
-        parent = table.within.get(axis)
+        parent = table.parent_axis.get(axis)
         if parent in nested:
             raise ValueError(f"{nested[parent]} and {axis} both lie within {parent}; match one of them at a time")
         if parent is not None:
             nested[parent] = axis
     found = []
     for axis in axes:
-        parent = table.within.get(axis)
+        parent = table.parent_axis.get(axis)
         if axis in nested:
             found.append(Coordinate(axis, nested[axis], (axis, nested[axis])))
         elif parent is None:

@@ -89,7 +89,9 @@ def scores(pairs: WeightPairs, names: Iterable[str], permutations: Permutations)
     for name in names:
         row = pairs.table.leaves[name]
         base, ft = pairs.pair(name)
-        found[name] = _contract(_pairing(base.ndim, ()), base, ft, *unit_moves(row, permutations, pairs.table.within))
+        found[name] = _contract(
+            _pairing(base.ndim, ()), base, ft, *unit_moves(row, permutations, pairs.table.parent_axis)
+        )
     return {name: float(score) for name, score in to_host(found).items()}
 
 
@@ -108,7 +110,7 @@ def weight_similarity(
         for dim in [dim for dim, axis in enumerate(row.axes) if axis == coordinate.axis]:
             inside = [d for d, axis in enumerate(row.axes) if axis is not None and axis == coordinate.nested]
             still = tuple(None if d in (dim, *inside) else axis for d, axis in enumerate(row.axes))
-            moves = unit_moves(replace(row, axes=still), permutations, pairs.table.within)
+            moves = unit_moves(replace(row, axes=still), permutations, pairs.table.parent_axis)
             equation = _pairing(len(row.axes), (dim, *inside))
             if inside:
                 nested.append(_NestedDimension(name, dim, equation, moves))

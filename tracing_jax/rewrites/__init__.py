@@ -1,16 +1,19 @@
-"""Maps that keep the function of a model: data plus `apply`, `invert` and `compose`, driven by the axis table.
+"""Function-preserving rewrites of a model's weights: data with `apply` and `inverse`, driven by the axis table.
 
-Permutations act on any pytree. Rewrites (`Rotation`, `UnitScaling`, ...) act on models, part by part, and may change
-their facts; `source.disguised` applies a sequence of them.
+`permute` and the other functions of permutations act on any pytree. A `Rewrite` acts on a model, subtree by subtree,
+and may change its facts; a disguise, an alignment and the inverse of either are tuples of rewrites, applied from left
+to right: `apply` to a whole tree, `sources.rewritten` to a source.
 """
 
-from tracing_jax.rewrites.draw import DRAWN, draw_rewrites, rewrite_names
-from tracing_jax.rewrites.identity_layers import IdentityLayer, LayerRemoval
-from tracing_jax.rewrites.linear_maps import QueryKeyMaps, UnitScaling, ValueMixing
-from tracing_jax.rewrites.padding import Padding
+from tracing_jax.rewrites.disguises import DISGUISES, draw_rewrites, rewrite_names
+from tracing_jax.rewrites.expansion import IdentityLayer, LayerRemoval, Padding
+from tracing_jax.rewrites.linear_maps import QueryKeyMaps, Rotation, UnitScaling, ValueMixing
+from tracing_jax.rewrites.norm_gains import GainScaling, GainSetting, foldable_norms, gain_offset, gains_in
 from tracing_jax.rewrites.permutation import (
     Dims,
+    Permutation,
     Permutations,
+    Renaming,
     check_permutations,
     compose,
     identity,
@@ -22,15 +25,6 @@ from tracing_jax.rewrites.permutation import (
     take_units,
     unit_moves,
 )
-from tracing_jax.rewrites.reordering import Permutation, Renaming
-from tracing_jax.rewrites.residual_stream import (
-    GainScaling,
-    GainSetting,
-    Rotation,
-    feeding_norms,
-    gain_offset,
-    gains_in,
-)
 from tracing_jax.rewrites.rewrite import (
     Rewrite,
     Untying,
@@ -38,12 +32,13 @@ from tracing_jax.rewrites.rewrite import (
     arch_after,
     check_rewrites,
     inverses,
-    rewritten,
+    reorders_only,
+    rewrite_part,
     steps,
 )
 
 __all__ = [
-    "DRAWN",
+    "DISGUISES",
     "Dims",
     "GainScaling",
     "GainSetting",
@@ -65,7 +60,7 @@ __all__ = [
     "check_rewrites",
     "compose",
     "draw_rewrites",
-    "feeding_norms",
+    "foldable_norms",
     "gain_offset",
     "gains_in",
     "identity",
@@ -74,8 +69,9 @@ __all__ = [
     "permute",
     "permute_leaf",
     "random_permutations",
+    "reorders_only",
     "rewrite_names",
-    "rewritten",
+    "rewrite_part",
     "share_moved",
     "steps",
     "take_units",

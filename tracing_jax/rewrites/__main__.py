@@ -19,8 +19,8 @@ import numpy as np
 from tracing_jax.arch import Arch
 from tracing_jax.checkpoint import Checkpoint, open_checkpoint, permutable_token_ids, save_checkpoint
 from tracing_jax.forward import check_function
-from tracing_jax.rewrites import DRAWN, Renaming, Rewrite, arch_after, draw_rewrites, rewrite_names
-from tracing_jax.sources import disguised
+from tracing_jax.rewrites import DISGUISES, Renaming, Rewrite, arch_after, draw_rewrites, rewrite_names
+from tracing_jax.sources import rewritten
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -46,13 +46,13 @@ def disguise(model: str, listed: str, seed: int, save: str, cache_dir: str | Non
         raise FileExistsError(f"{folder} is there already; remove it or choose another place to write to")
     names = rewrite_names(listed)
     if not names:
-        raise ValueError(f"no rewrite is asked for; there are {', '.join(DRAWN)}, or all")
+        raise ValueError(f"no rewrite is asked for; there are {', '.join(DISGUISES)}, or all")
     original = open_checkpoint(model, cache_dir)
     token_ids = _token_ids(original, listed)
     without = (Renaming.name,) if token_ids is None else ()
     rewrites = draw_rewrites(listed, jax.random.key(seed), original.arch, token_ids=token_ids, without=without)
     new_ids = Renaming.composed(rewrites)
-    source, tokenizer = disguised(original, rewrites), original.tokenizer_folder
+    source, tokenizer = rewritten(original, rewrites), original.tokenizer_folder
     save_checkpoint(folder, source, original.folder, tokenizer=tokenizer, new_ids=new_ids)
     try:
         moved = check_function(original, open_checkpoint(str(folder)), seed=seed, new_ids=new_ids)
@@ -89,7 +89,9 @@ def _changes(before: Arch, after: Arch) -> list[tuple[str, object, object]]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tracing_jax.rewrites", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", required=True, help="a folder, a Hub id, or org/name@revision")
-    parser.add_argument("--disguise", required=True, help=f"names with commas between, of {', '.join(DRAWN)}; or all")
+    parser.add_argument(
+        "--disguise", required=True, help=f"names with commas between, of {', '.join(DISGUISES)}; or all"
+    )
     parser.add_argument("--seed", type=int, default=0, help="every random draw follows from it")
     parser.add_argument("--save", required=True, help="the folder to write")
     parser.add_argument("--cache_dir", help="where downloads are kept")

@@ -1,78 +1,142 @@
-"""Linear maps of the activations on an axis: leaves that write the axis take M, those that read it M^-T.
+"""Linear maps of activations: leaves that write an axis are multiplied by M along it, those that read it by M^-T.
 
-A stretch of MLP units, any invertible mixing of a head's values, and the maps of queries and keys that commute with
-rotary positions differ in the axis and in M alone.
+A rotation of the residual stream, scaling of MLP units, any invertible mixing of a head's values, and the maps of
+queries and keys that commute with rotary positions differ in the axis and in M alone.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import jax
 import numpy as np
 from jaxtyping import Complex, Float, PRNGKeyArray
 
 from tracing_jax.arch import Arch
-from tracing_jax.axes import MAPPED, AxisTable, Leaf, kind_of
-from tracing_jax.rewrites.rewrite import Part, Read, Rewrite, rows_of, stream, table_of
+from tracing_jax.axes import MAP_PARENT, AxisTable, LeafSpec, kind_of
+from tracing_jax.rewrites.norm_gains import GainSetting, foldable_norms
+from tracing_jax.rewrites.rewrite import (
+    Read,
+    Rewrite,
+    Weights,
+    array_problems,
+    generator,
+    random_factors,
+    subtable,
+    table_of,
+    zero_problems,
+)
 
 Maps = Mapping[str, tuple[np.ndarray, np.ndarray]]
 """Axis -> (M, M^-T). A vector or, on a nested axis, a matrix of one factor per unit stands for a diagonal M."""
 
 
-def holder_of(axis: str) -> str | None:
-    """Returns the axis whose units have a map each on this one: kv heads for the dims of a head."""
-    kind = MAPPED.get(kind_of(axis))
+def parent_of(axis: str) -> str | None:
+    """Returns the axis each unit of which has a map of its own on this axis: kv heads for the dims of a head."""
+    kind = MAP_PARENT.get(kind_of(axis))
     return None if kind is None else axis.removesuffix(kind_of(axis)) + kind
 
 
-def mapped(part: Part, table: AxisTable, maps: Maps) -> Part:
-    """Returns a part after the maps of its axes; `table` has the rows of the part."""
-    result = dict(part)
-    for name, weight in part.items():
-        row = table.leaves[name]
-        for dim, (axis, side) in enumerate(zip(row.axes, row.sides, strict=True)):
-            if axis is not None and axis in maps and side is not None:
-                matrix = maps[axis][0 if side == "writes" else 1]
-                result[name] = weight = weight.having(_along(weight.exact, dim, row, axis, matrix, table))
+def apply_maps(weights: Weights, table: AxisTable, maps: Maps) -> Weights:
+    """Returns the leaves of a subtree after the maps of their axes; `table` is that of the subtree."""
+    result = dict(weights)
+    for name, weight in weights.items():
+        spec = table.leaves[name]
+        for dim, (axis, role) in enumerate(zip(spec.axes, spec.roles, strict=True)):
+            if axis is not None and axis in maps and role is not None:
+                matrix = maps[axis][0 if role == "writes" else 1]
+                result[name] = weight = weight.with_values(_along(weight.float64, dim, spec, axis, matrix, table))
     return result
 
 
-def _along(x: np.ndarray, dim: int, row: Leaf, axis: str, matrix: np.ndarray, table: AxisTable) -> np.ndarray:
-    """Returns x with one dimension mapped: by a diagonal, by one matrix, or by one for each unit of the holder."""
-    if kind_of(axis) not in MAPPED:
-        return x * _spread(matrix, x.ndim, dim, row, table.within.get(axis))
-    holder = holder_of(axis)
-    if holder is None:
+def _along(x: np.ndarray, dim: int, spec: LeafSpec, axis: str, matrix: np.ndarray, table: AxisTable) -> np.ndarray:
+    """Returns x with one dimension mapped: by a diagonal, by one matrix, or by one for each unit of the parent."""
+    if kind_of(axis) not in MAP_PARENT:
+        return x * _spread(matrix, x.ndim, dim, spec, table.parent_axis.get(axis))
+    parent = parent_of(axis)
+    if parent is None:
         return np.moveaxis(np.tensordot(matrix, x, (1, dim)), 0, dim)
-    held = np.moveaxis(x, (row.axes.index(holder), dim), (0, 1))
-    new = (matrix @ held.reshape(*held.shape[:2], -1)).reshape(held.shape)
-    return np.moveaxis(new, (0, 1), (row.axes.index(holder), dim))
+    front = np.moveaxis(x, (spec.axes.index(parent), dim), (0, 1))
+    new = (matrix @ front.reshape(*front.shape[:2], -1)).reshape(front.shape)
+    return np.moveaxis(new, (0, 1), (spec.axes.index(parent), dim))
 
 
-def _spread(factors: np.ndarray, ndim: int, dim: int, row: Leaf, holder: str | None) -> np.ndarray:
+def _spread(factors: np.ndarray, ndim: int, dim: int, spec: LeafSpec, parent: str | None) -> np.ndarray:
     """Returns the factors of units in a shape that multiplies a leaf along the dimension of the units."""
     shape = [1] * ndim
     shape[dim] = factors.shape[-1]
-    if holder is None:
+    if parent is None:
         return factors.reshape(shape)
-    at = row.axes.index(holder)
+    at = spec.axes.index(parent)
     shape[at] = factors.shape[0]
     return (factors if at < dim else factors.T).reshape(shape)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Rotation(Rewrite):
+    """The residual stream x becomes R x for an orthogonal R; norm gains are folded into their readers before.
+
+    Its inverse rotates the residual stream back and leaves the gains folded; a `GainSetting` to the original gains (see
+    `gains_in`) restores these too.
+
+    Attributes:
+      matrix: R.
+    """
+
+    name: ClassVar[str] = "rotate"
+    matrix: Float[np.ndarray, "D D"]
+
+    @classmethod
+    def unsupported(cls, arch: Arch) -> list[str]:
+        if lines := _not_rms(arch):
+            return lines
+        feeding = foldable_norms(arch)
+        scales = [name for name, spec in table_of(arch).leaves.items() if spec.axes == ("embed",) and "scale" in name]
+        norms = [name.removesuffix("/scale") for name in scales]
+        after = sorted({norm.rsplit("/", 1)[-1] for norm in norms if norm not in feeding})
+        if not after:
+            return []
+        return [
+            f"the gains of {', '.join(after)} stand between a block's output and the residual stream, where they "
+            "cannot be folded into another leaf, and a rotation does not commute with them"
+        ]
+
+    @classmethod
+    def random(cls, key: PRNGKeyArray, arch: Arch) -> "Rotation":
+        return cls(random_rotation(generator(key, "embed"), arch.embed_dim))
+
+    def data_problems(self, arch: Arch) -> list[str]:
+        lines = array_problems({"embed": self.matrix}, {"embed": (arch.embed_dim,) * 2}, "a matrix")
+        if not lines and np.abs(self.matrix @ self.matrix.T - np.eye(arch.embed_dim)).max() > 1e-8:
+            lines.append("embed: the matrix is not orthogonal to 1e-8; take its polar factor")
+        return lines
+
+    def unties(self, arch: Arch) -> bool:
+        return True
+
+    def apply(self, prefix: str, read: Read, arch: Arch) -> Weights:
+        folded = GainSetting.ones(arch, foldable_norms(arch)).apply(prefix, read, arch)
+        return apply_maps(folded, subtable(prefix, arch), {"embed": (self.matrix, self.matrix)})
+
+    def inverse(self, arch: Arch) -> "Rotation":
+        return Rotation(self.matrix.T)
+
+
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class UnitScaling(Rewrite):
     """Each MLP unit's up-projection is multiplied by a factor, of either sign, and its down-projection divided by it.
 
     Attributes:
-      factors: axis such as `layers/3/mlp` -> one factor per unit (`[expert, mlp]` where experts hold the units).
+      factors: axis such as `layers/3/mlp` -> one factor per unit (`[expert, mlp]` in experts).
     """
 
     name: ClassVar[str] = "units"
-    factors: Mapping[str, Float[np.ndarray, "*holder F"]]
+    factors: Mapping[str, Float[np.ndarray, "*parent F"]]
 
     @classmethod
-    def absent(cls, arch: Arch) -> list[str]:
+    def unsupported(cls, arch: Arch) -> list[str]:
         table = table_of(arch)
         # Only a unit with a gate is linear in its up-projection.
         ungated = [axis for axis in _axes(table, "mlp") if all(map(_is_linear_on(axis), table.leaves.values()))]
@@ -82,21 +146,22 @@ class UnitScaling(Rewrite):
     def random(cls, key: PRNGKeyArray, arch: Arch) -> "UnitScaling":
         table = table_of(arch)
         axes = _axes(table, "mlp")
-        return cls({axis: random_factors(stream(key, axis), _shape(table, axis)) for axis in axes})
+        return cls({axis: random_factors(generator(key, axis), _shape(table, axis)) for axis in axes})
 
-    def misfits(self, arch: Arch) -> list[str]:
+    def data_problems(self, arch: Arch) -> list[str]:
         table = table_of(arch)
         known = {axis: _shape(table, axis) for axis in _axes(table, "mlp")}
-        return misfits(self.factors, known, "one factor per unit") + zeros(self.factors)
+        return array_problems(self.factors, known, "one factor per unit") + zero_problems(self.factors)
 
-    def part(self, prefix: str, read: Read, arch: Arch) -> Part:
+    def apply(self, prefix: str, read: Read, arch: Arch) -> Weights:
         maps = {axis: (factors, 1 / factors) for axis, factors in self.factors.items() if axis.startswith(prefix)}
-        return mapped(read(prefix), rows_of(prefix, arch), maps)
+        return apply_maps(read(prefix), subtable(prefix, arch), maps)
 
     def inverse(self, arch: Arch) -> "UnitScaling":
         return UnitScaling({axis: 1 / factors for axis, factors in self.factors.items()})
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class ValueMixing(Rewrite):
     """The values of each kv head are mixed by an invertible matrix, and the output projection undoes it.
@@ -109,35 +174,41 @@ class ValueMixing(Rewrite):
     matrices: Mapping[str, Float[np.ndarray, "K H H"]]
 
     @classmethod
-    def absent(cls, arch: Arch) -> list[str]:
+    def unsupported(cls, arch: Arch) -> list[str]:
         return _clipped(arch, "values")
 
     @classmethod
     def random(cls, key: PRNGKeyArray, arch: Arch) -> "ValueMixing":
         table = table_of(arch)
-        return cls({axis: _random_invertible(stream(key, axis), *_held(table, axis)) for axis in _axes(table, "v_dim")})
+        return cls(
+            {
+                axis: _random_invertible(generator(key, axis), *_head_sizes(table, axis))
+                for axis in _axes(table, "v_dim")
+            }
+        )
 
-    def misfits(self, arch: Arch) -> list[str]:
+    def data_problems(self, arch: Arch) -> list[str]:
         table = table_of(arch)
-        shapes = {axis: (K, H, H) for axis in _axes(table, "v_dim") for K, H in [_held(table, axis)]}
-        lines = misfits(self.matrices, shapes, "one matrix per kv head")
+        shapes = {axis: (K, H, H) for axis in _axes(table, "v_dim") for K, H in [_head_sizes(table, axis)]}
+        lines = array_problems(self.matrices, shapes, "one matrix per kv head")
         singular = [
             axis for axis, m in self.matrices.items() if not lines and (np.linalg.matrix_rank(m) < m.shape[1]).any()
         ]
         return lines + [f"{axis}: a matrix that cannot be inverted" for axis in singular]
 
-    def part(self, prefix: str, read: Read, arch: Arch) -> Part:
+    def apply(self, prefix: str, read: Read, arch: Arch) -> Weights:
         mine = {axis: matrix for axis, matrix in self.matrices.items() if axis.startswith(prefix)}
         maps = {axis: (matrix, np.linalg.inv(matrix).swapaxes(1, 2)) for axis, matrix in mine.items()}
-        return mapped(read(prefix), rows_of(prefix, arch), maps)
+        return apply_maps(read(prefix), subtable(prefix, arch), maps)
 
     def inverse(self, arch: Arch) -> "ValueMixing":
         return ValueMixing({axis: np.linalg.inv(matrix) for axis, matrix in self.matrices.items()})
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class QueryKeyMaps(Rewrite):
-    """Each pair (h, h + H/2) of a head's queries is turned and stretched, and its keys turned alike and shrunk.
+    """Each pair (h, h + H/2) of a head's queries is rotated and scaled, its keys rotated alike and scaled inversely.
 
     These are the maps that commute with rotary positions: seen as a complex number, a pair of the queries is multiplied
     by z, and the same pair of the keys by 1 / conj(z), so that their products stay. A general rotation of a head does
@@ -151,10 +222,10 @@ class QueryKeyMaps(Rewrite):
     factors: Mapping[str, Complex[np.ndarray, "K H2"]]
 
     @classmethod
-    def absent(cls, arch: Arch) -> list[str]:
+    def unsupported(cls, arch: Arch) -> list[str]:
         lines = _clipped(arch, "queries and keys")
         if arch.head_dim % 2:
-            lines.append(f"its heads have {arch.head_dim} dims, which are no pairs")
+            lines.append(f"its heads have {arch.head_dim} dims, which cannot be paired")
         if arch.qk_norm is not None:
             lines.append(
                 "queries and keys are normalised between projection and rope, and a map does not commute with that"
@@ -165,32 +236,29 @@ class QueryKeyMaps(Rewrite):
     def random(cls, key: PRNGKeyArray, arch: Arch) -> "QueryKeyMaps":
         table, factors = table_of(arch), {}
         for axis in _axes(table, "qk_dim"):
-            rng, (K, H) = stream(key, axis), _held(table, axis)
+            rng, (K, H) = generator(key, axis), _head_sizes(table, axis)
             sizes = np.exp(rng.uniform(-1, 1, (K, H // 2)) * np.log(_SPREAD))
             factors[axis] = sizes * np.exp(2j * np.pi * rng.uniform(size=(K, H // 2)))
         return cls(factors)
 
-    def misfits(self, arch: Arch) -> list[str]:
+    def data_problems(self, arch: Arch) -> list[str]:
         table = table_of(arch)
-        shapes = {axis: (K, H // 2) for axis in _axes(table, "qk_dim") for K, H in [_held(table, axis)]}
-        return misfits(self.factors, shapes, "one complex number per kv head and pair") + zeros(self.factors)
+        shapes = {axis: (K, H // 2) for axis in _axes(table, "qk_dim") for K, H in [_head_sizes(table, axis)]}
+        return array_problems(self.factors, shapes, "one complex number per kv head and pair") + zero_problems(
+            self.factors
+        )
 
-    def part(self, prefix: str, read: Read, arch: Arch) -> Part:
+    def apply(self, prefix: str, read: Read, arch: Arch) -> Weights:
         mine = {axis: z for axis, z in self.factors.items() if axis.startswith(prefix)}
         maps = {axis: (_blocks(z), _blocks(1 / z.conj())) for axis, z in mine.items()}
-        return mapped(read(prefix), rows_of(prefix, arch), maps)
+        return apply_maps(read(prefix), subtable(prefix, arch), maps)
 
     def inverse(self, arch: Arch) -> "QueryKeyMaps":
         return QueryKeyMaps({axis: 1 / z for axis, z in self.factors.items()})
 
 
 _SPREAD = 3.0
-"""Random maps stretch no direction more than so often, nor shrink one: no condition number exceeds its square."""
-
-
-def random_factors(rng: np.random.Generator, shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
-    """Returns factors between 1/4 and 4, uniform in their logarithm, of either sign."""
-    return 4.0 ** rng.uniform(-1, 1, shape) * rng.choice([-1.0, 1.0], shape)
+"""The largest factor of a random map in any direction; no condition number exceeds its square."""
 
 
 def random_rotation(rng: np.random.Generator, size: int) -> Float[np.ndarray, "N N"]:
@@ -200,24 +268,6 @@ def random_rotation(rng: np.random.Generator, size: int) -> Float[np.ndarray, "N
     """
     q, r = np.linalg.qr(rng.standard_normal((size, size)))
     return q * np.sign(np.diag(r))
-
-
-def misfits(found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], what: str) -> list[str]:
-    """Returns where named arrays have other names or shapes than expected, or hold what is not finite."""
-    lines = [
-        f"{name}: no such place in this model; it has {', '.join(expected)}" for name in found if name not in expected
-    ]
-    for name in found.keys() & expected.keys():
-        if found[name].shape != expected[name]:
-            lines.append(f"{name}: expected {what}, {expected[name]}, found {found[name].shape}")
-        elif not np.isfinite(found[name]).all():
-            lines.append(f"{name}: holds NaN or infinity")
-    return lines
-
-
-def zeros(factors: Mapping[str, np.ndarray]) -> list[str]:
-    """Returns which factors cannot be divided by."""
-    return [f"{name}: a factor of zero" for name, array in factors.items() if (array == 0).any()]
 
 
 def _random_invertible(rng: np.random.Generator, K: int, H: int) -> np.ndarray:
@@ -236,19 +286,25 @@ def _axes(table: AxisTable, kind: str) -> list[str]:
 
 
 def _shape(table: AxisTable, axis: str) -> tuple[int, ...]:
-    holder = table.within.get(axis)
-    return (table.sizes[axis],) if holder is None else (table.sizes[holder], table.sizes[axis])
+    parent = table.parent_axis.get(axis)
+    return (table.sizes[axis],) if parent is None else (table.sizes[parent], table.sizes[axis])
 
 
-def _held(table: AxisTable, axis: str) -> tuple[int, int]:
-    holder = holder_of(axis)
-    assert holder is not None
-    return table.sizes[holder], table.sizes[axis]
+def _head_sizes(table: AxisTable, axis: str) -> tuple[int, int]:
+    parent = parent_of(axis)
+    assert parent is not None
+    return table.sizes[parent], table.sizes[axis]
 
 
 def _is_linear_on(axis: str) -> Any:
-    return lambda row: axis not in row.axes or row.sides[row.axes.index(axis)] is not None
+    return lambda spec: axis not in spec.axes or spec.roles[spec.axes.index(axis)] is not None
 
 
 def _clipped(arch: Arch, what: str) -> list[str]:
     return [] if arch.clip_qkv is None else [f"its {what} are clipped (clip_qkv), and a map does not commute with that"]
+
+
+def _not_rms(arch: Arch) -> list[str]:
+    if arch.norm in ("rms", "rms_unit_offset"):
+        return []
+    return ["its LayerNorm subtracts the mean of the features, which is not the same after a rotation"]

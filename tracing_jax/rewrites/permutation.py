@@ -1,30 +1,34 @@
-"""Permutations of units: data plus `permute`, `invert` and `compose`, on any pytree with an axis table.
+"""Permutations of units, on any pytree with an axis table, and the rewrites of a model that consist of them.
 
-A permutation is `int32 p` with `new[i] = old[p[i]]`. A nested axis has one row per unit of the axis that holds it,
-indexed after that axis has moved: with p on `kv_heads` and r on `q_group`, `new[i, j] = old[p[i], r[i, j]]`.
-A set of permutations maps axis names to such arrays; an axis that is not named stays where it is.
+A permutation is `int32 p` with `new[i] = old[p[i]]`. On a nested axis p is a matrix, one permutation for each unit of
+its parent axis, indexed after that axis was permuted: with p on `kv_heads` and r on `q_group`,
+`new[i, j] = old[p[i], r[i, j]]`. `Permutations` maps axis names to such arrays; other axes stay as they are.
 """
 
 import functools
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, PRNGKeyArray
 
-from tracing_jax.axes import PERMUTABLE, SYMMETRY, AxisTable, Leaf, kind_of
+from tracing_jax.arch import Arch
+from tracing_jax.axes import PERMUTABLE, SYMMETRY, AxisTable, LeafSpec, kind_of
+from tracing_jax.rewrites.rewrite import Read, Rewrite, Weights, generator, subtable, table_of
 from tracing_jax.tree import Tree, map_named
 
 Permutations = Mapping[str, Int[np.ndarray, "*_ _"]]
 
 Dims = tuple[tuple[int, int | None], ...]
-"""Dimensions to move, each with the dimension of the units that hold it if it is nested."""
+"""Dimensions to permute, each with the dimension of its parent axis if it is nested."""
 
 
 def random_permutations(key: PRNGKeyArray, table: AxisTable, kinds: Iterable[str]) -> dict[str, np.ndarray]:
-    """Returns a uniformly random permutation for every axis of the given kinds; each axis has its own stream.
+    """Returns a uniformly random permutation for every axis of the given kinds; each axis has its own key.
 
     Raises:
       ValueError: a kind without an axis in this table, or one whose units may not be permuted.
@@ -40,7 +44,7 @@ def random_permutations(key: PRNGKeyArray, table: AxisTable, kinds: Iterable[str
 
 
 def identity(table: AxisTable, axes: Iterable[str]) -> dict[str, np.ndarray]:
-    """Returns the permutations that move nothing on the named axes."""
+    """Returns the identity permutations of the named axes."""
     shapes = {axis: _shape(table, axis) for axis in axes}
     return {axis: np.broadcast_to(np.arange(s[-1], dtype=np.int32), s).copy() for axis, s in shapes.items()}
 
@@ -58,16 +62,16 @@ def permute(params: Tree, permutations: Permutations, table: AxisTable) -> Tree:
     def moved(name: str, leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
         if name not in table.leaves:
             raise ValueError(f"leaf {name} is not in the axis table; add its row")
-        return permute_leaf(leaf, table.leaves[name], permutations, table.within)
+        return permute_leaf(leaf, table.leaves[name], permutations, table.parent_axis)
 
     return map_named(moved, params)
 
 
 def permute_leaf(
-    leaf: jax.Array | np.ndarray, row: Leaf, permutations: Permutations, within: Mapping[str, str]
+    leaf: jax.Array | np.ndarray, spec: LeafSpec, permutations: Permutations, parent_axis: Mapping[str, str]
 ) -> jax.Array | np.ndarray:
     """Returns one leaf with its named axes permuted; a numpy leaf stays numpy, bit for bit."""
-    dims, indices = unit_moves(row, permutations, within)
+    dims, indices = unit_moves(spec, permutations, parent_axis)
     if not dims:
         return leaf
     if isinstance(leaf, np.ndarray):
@@ -75,18 +79,20 @@ def permute_leaf(
     return _take_on_device(leaf, dims, indices, leaf.sharding)
 
 
-def unit_moves(row: Leaf, permutations: Permutations, within: Mapping[str, str]) -> tuple[Dims, list[np.ndarray]]:
-    """Returns which dimensions of a leaf the permutations move, in the order of `take_units`, and the indices of each.
+def unit_moves(
+    spec: LeafSpec, permutations: Permutations, parent_axis: Mapping[str, str]
+) -> tuple[Dims, list[np.ndarray]]:
+    """Returns which dimensions of a leaf are permuted, in the order of `take_units`, and the indices of each.
 
     Dimensions instead of axis names: what is compiled for one layer then serves them all.
     """
     moves = [
-        (dim, row.axes.index(within[axis]) if axis in within else None, permutations[axis])
-        for dim, axis in enumerate(row.axes)
+        (dim, spec.axes.index(parent_axis[axis]) if axis in parent_axis else None, permutations[axis])
+        for dim, axis in enumerate(spec.axes)
         if axis is not None and axis in permutations
     ]
-    moves.sort(key=lambda move: move[1] is not None)  # units inside another are ordered after that one has moved
-    return tuple((dim, holder) for dim, holder, _ in moves), [index for _, _, index in moves]
+    moves.sort(key=lambda move: move[1] is not None)  # nested axes are permuted after their parent
+    return tuple((dim, parent) for dim, parent, _ in moves), [index for _, _, index in moves]
 
 
 def take_units(
@@ -94,13 +100,13 @@ def take_units(
 ) -> jax.Array | np.ndarray:
     """Returns `x` with its dimensions taken at the indices, one after another; for use under jit, and on the host."""
     xp = np if isinstance(x, np.ndarray) else jnp
-    for (dim, holder), index in zip(dims, indices, strict=True):
-        if holder is None:
+    for (dim, parent), index in zip(dims, indices, strict=True):
+        if parent is None:
             x = xp.take(x, index, axis=dim)
             continue
         shape = [1] * x.ndim
-        shape[holder], shape[dim] = x.shape[holder], x.shape[dim]
-        index = index if holder < dim else index.T
+        shape[parent], shape[dim] = x.shape[parent], x.shape[dim]
+        index = index if parent < dim else index.T
         x = xp.take_along_axis(x, index.reshape(shape), axis=dim)
     return x
 
@@ -109,7 +115,7 @@ def invert(permutations: Permutations, table: AxisTable) -> dict[str, np.ndarray
     """Returns the permutations that undo these, exactly: `compose(invert(p), p)` is the identity."""
     inverse = {}
     for axis, p in permutations.items():
-        parent = table.within.get(axis)
+        parent = table.parent_axis.get(axis)
         if parent is not None and parent in permutations:
             p = p[np.argsort(permutations[parent])]
         inverse[axis] = np.argsort(p, axis=-1).astype(np.int32)
@@ -123,7 +129,7 @@ def compose(second: Permutations, first: Permutations, table: AxisTable) -> dict
     composed = {}
     for axis in axes:
         p, q = second.get(axis, complete[axis]), first.get(axis, complete[axis])
-        parent = table.within.get(axis)
+        parent = table.parent_axis.get(axis)
         if parent is None:
             composed[axis] = q[p]
             continue
@@ -162,13 +168,109 @@ def check_permutations(permutations: Permutations, table: AxisTable) -> None:
         raise ValueError("permutations do not fit the axis table:\n  " + "\n  ".join(lines))
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Permutation(Rewrite):
+    """Units in another order: `new[i] = old[p[i]]`.
+
+    Attributes:
+      permutations: axis -> p, in the convention of this module.
+    """
+
+    name: ClassVar[str] = "permute"
+    reorders_only: ClassVar[bool] = True
+    permutations: Mapping[str, Int[np.ndarray, "*_ _"]]
+
+    @classmethod
+    def unsupported(cls, arch: Arch) -> list[str]:
+        return []
+
+    @classmethod
+    def random(cls, key: PRNGKeyArray, arch: Arch) -> "Permutation":
+        table = table_of(arch)
+        kinds = {kind_of(axis) for axis in table.sizes}
+        return cls(random_permutations(key, table, [kind for kind in PERMUTABLE if kind in kinds]))
+
+    def data_problems(self, arch: Arch) -> list[str]:
+        try:
+            check_permutations(self.permutations, table_of(arch))
+        except ValueError as error:
+            return [str(error)]
+        return []
+
+    def apply(self, prefix: str, read: Read, arch: Arch) -> Weights:
+        return _permuted(read(prefix), subtable(prefix, arch), self.permutations)
+
+    def inverse(self, arch: Arch) -> "Permutation":
+        return Permutation(invert(self.permutations, table_of(arch)))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Renaming(Rewrite):
+    """Tokens have other ids; the files of the tokenizer and the ids in the configs must change with them.
+
+    Attributes:
+      ids: `new[i] = old[ids[i]]`: the row of the embedding that is at i afterwards.
+    """
+
+    name: ClassVar[str] = "rename"
+    reorders_only: ClassVar[bool] = True
+    ids: Int[np.ndarray, " V"]
+
+    @classmethod
+    def unsupported(cls, arch: Arch) -> list[str]:
+        return []
+
+    @classmethod
+    def random(cls, key: PRNGKeyArray, arch: Arch) -> "Renaming":
+        return cls.among(key, arch, np.arange(arch.vocab_size))
+
+    @classmethod
+    def among(cls, key: PRNGKeyArray, arch: Arch, ids: Int[np.ndarray, " N"]) -> "Renaming":
+        """Returns a renaming that permutes these ids at random and leaves the others."""
+        renamed = np.arange(arch.vocab_size, dtype=np.int32)
+        renamed[ids] = generator(key, "vocab").permutation(ids)
+        return cls(renamed)
+
+    @staticmethod
+    def composed(rewrites: Iterable[Rewrite]) -> Int[np.ndarray, " V"] | None:
+        """Returns the new id of each token after all renamings among the rewrites; None if there is none."""
+        new_ids = None
+        for renaming in (rewrite for rewrite in rewrites if isinstance(rewrite, Renaming)):
+            new_ids = renaming.new_ids if new_ids is None else renaming.new_ids[new_ids]
+        return new_ids
+
+    @property
+    def new_ids(self) -> Int[np.ndarray, " V"]:
+        """For each id of before the id that its token has afterwards."""
+        return np.argsort(self.ids).astype(np.int32)
+
+    def data_problems(self, arch: Arch) -> list[str]:
+        fits = self.ids.shape == (arch.vocab_size,) and (np.sort(self.ids) == np.arange(arch.vocab_size)).all()
+        return [] if fits else [f"ids are no permutation of the vocabulary's {arch.vocab_size}"]
+
+    def apply(self, prefix: str, read: Read, arch: Arch) -> Weights:
+        return _permuted(read(prefix), subtable(prefix, arch), {"vocab": self.ids})
+
+    def inverse(self, arch: Arch) -> "Renaming":
+        return Renaming(self.new_ids)
+
+
+def _permuted(weights: Weights, table: AxisTable, permutations: Permutations) -> Weights:
+    return {
+        name: weight.with_values(permute_leaf(weight.values, table.leaves[name], permutations, table.parent_axis))
+        for name, weight in weights.items()
+    }
+
+
 def _restricts(axis: str) -> bool:
     # Axes that a caller named for a tree of their own have no entry in SYMMETRY and are free.
     return kind_of(axis) in SYMMETRY and kind_of(axis) not in PERMUTABLE
 
 
 def _shape(table: AxisTable, axis: str) -> tuple[int, ...]:
-    parent = table.within.get(axis)
+    parent = table.parent_axis.get(axis)
     return (table.sizes[axis],) if parent is None else (table.sizes[parent], table.sizes[axis])
 
 

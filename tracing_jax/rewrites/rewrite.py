@@ -1,13 +1,13 @@
-"""What every rewrite is: data that changes a model's weights, part by part, and keeps its function.
+"""What every rewrite is: data that changes a model's weights, subtree by subtree, and keeps its function.
 
-A rewrite sees a model as parts: the prefixes `embed/`, `layers/<i>/` and `head/`, each with its leaves by name. Values
-are computed in float64 along a whole sequence of rewrites and rounded once, at its end, to the dtype they came in.
+A rewrite sees a model as subtrees: `embed/`, `layers/<i>/` and `head/`, each with its leaves by name. Values are
+computed in float64 along a whole sequence of rewrites and rounded once, at its end, to the dtype they came in.
 """
 
 import functools
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -20,64 +20,70 @@ from tracing_jax.axes import AxisTable, axis_table
 from tracing_jax.tree import Tree, flatten, to_host, unflatten
 
 table_of = functools.lru_cache(maxsize=64)(axis_table)
-"""The axis table of a model, which every part asks for; do not change it."""
+"""The axis table of a model, cached; do not change it."""
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A leaf on its way through rewrites: its values, and the dtype that they are rounded to at the end."""
+    """A leaf in the course of rewrites: its values, and the dtype that they are rounded to at the end."""
 
-    values: np.ndarray
+    values: jax.Array | np.ndarray
     dtype: Any
 
     @property
-    def exact(self) -> Float[np.ndarray, "..."]:
+    def float64(self) -> Float[np.ndarray, "..."]:
         """The values in float64, which holds every value of the dtypes of checkpoints."""
         return np.asarray(self.values, np.float64)
 
-    def having(self, values: np.ndarray) -> "Weight":
+    def with_values(self, values: jax.Array | np.ndarray) -> "Weight":
         """Returns other values that will have the same dtype."""
         return replace(self, values=values)
 
     @property
-    def rounded(self) -> np.ndarray:
+    def rounded(self) -> jax.Array | np.ndarray:
         """The values in the dtype they came in."""
-        return np.asarray(self.values).astype(self.dtype, copy=False)
+        return self.values if self.values.dtype == self.dtype else np.asarray(self.values).astype(self.dtype)
 
 
-Part = dict[str, Weight]
-"""The leaves of one part by their names in it."""
+Weights = dict[str, Weight]
+"""The leaves of one subtree by their names in it."""
 
-Read = Callable[[str], Part]
-"""Gives the part of a model that stands under a prefix."""
+Read = Callable[[str], Weights]
+"""Gives the subtree of a model that has a prefix."""
 
 
 class Rewrite(ABC):
-    """A change of weights that keeps the function of a model. Subclasses are frozen dataclasses of plain data."""
+    """A change of weights that keeps the function of a model.
+
+    Subclasses are frozen dataclasses of plain data, registered as pytrees: arrays are leaves, numbers and names static.
+    """
 
     name: ClassVar[str]
     """How it is called in a list such as `rotate,permute`."""
 
+    reorders_only: ClassVar[bool] = False
+    """Whether it changes leaf by leaf, and nothing but the order of units: no value is computed."""
+
     @classmethod
     @abstractmethod
-    def absent(cls, arch: Arch) -> list[str]:
-        """Returns why no rewrite of this type exists for a model; empty if it does."""
+    def unsupported(cls, arch: Arch) -> list[str]:
+        """Returns why a model supports no rewrite of this type; empty if it does."""
 
     @classmethod
     @abstractmethod
     def random(cls, key: PRNGKeyArray, arch: Arch) -> "Rewrite":
-        """Returns a random rewrite of this type for a model; every axis has its own stream."""
+        """Returns a random rewrite of this type for a model; every axis has its own random generator."""
 
-    def misfits(self, arch: Arch) -> list[str]:
-        """Returns where the data of this rewrite do not fit a model for which its type exists."""
+    def data_problems(self, arch: Arch) -> list[str]:
+        """Returns where the data of this rewrite do not fit a model that supports its type."""
         return []
 
     def problems(self, arch: Arch) -> list[str]:
-        """Returns why this rewrite does not exist for a model; empty if it does."""
-        return self.absent(arch) or self.misfits(arch)
+        """Returns why this rewrite cannot be applied to a model; empty if it can."""
+        return self.unsupported(arch) or self.data_problems(arch)
 
     def unties(self, arch: Arch) -> bool:
-        """Says whether the head must become a weight of its own first, in a model that ties it to the embedding."""
+        """Returns whether a tied head must become a weight of its own before this rewrite."""
         return False
 
     def arch_after(self, arch: Arch) -> Arch:
@@ -85,14 +91,15 @@ class Rewrite(ABC):
         return replace(arch, tied=arch.tied and not self.unties(arch))
 
     @abstractmethod
-    def part(self, prefix: str, read: Read, arch: Arch) -> Part:
-        """Returns one part of the rewritten model; `read` gives the parts of the model before, `arch` its facts."""
+    def apply(self, prefix: str, read: Read, arch: Arch) -> Weights:
+        """Returns one subtree of the rewritten model; `read` gives those of the model before, `arch` its facts."""
 
     def inverse(self, arch: Arch) -> "Rewrite | None":
-        """Returns what undoes this rewrite of a model with the facts `arch`; None where nothing can."""
+        """Returns the inverse of this rewrite of a model with the facts `arch`; None if its data do not give one."""
         return None
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Untying(Rewrite):
     """The head becomes a weight of its own, equal to the embedding that it shared."""
@@ -100,7 +107,7 @@ class Untying(Rewrite):
     name: ClassVar[str] = "untie"
 
     @classmethod
-    def absent(cls, arch: Arch) -> list[str]:
+    def unsupported(cls, arch: Arch) -> list[str]:
         return [] if arch.tied else ["the head is not tied to the embedding"]
 
     @classmethod
@@ -110,16 +117,16 @@ class Untying(Rewrite):
     def unties(self, arch: Arch) -> bool:
         return True
 
-    def part(self, prefix: str, read: Read, arch: Arch) -> Part:
-        part = read(prefix)
+    def apply(self, prefix: str, read: Read, arch: Arch) -> Weights:
+        weights = read(prefix)
         if prefix != "head/":
-            return part
+            return weights
         embedding = read("embed/")["embedding"]
-        return part | {"lm_head/kernel": embedding.having(embedding.values.T)}
+        return weights | {"lm_head/kernel": embedding.with_values(embedding.values.T)}
 
 
 def steps(rewrites: Iterable[Rewrite], arch: Arch) -> list[tuple[Rewrite, Arch]]:
-    """Returns the rewrites, each with the facts of the model it meets, and untying put in where one needs it."""
+    """Returns the rewrites, each with the facts of the model it is applied to; `Untying` is inserted where needed."""
     found: list[tuple[Rewrite, Arch]] = []
     for rewrite in rewrites:
         if arch.tied and rewrite.unties(arch) and not isinstance(rewrite, Untying):
@@ -137,11 +144,16 @@ def arch_after(rewrites: Iterable[Rewrite], arch: Arch) -> Arch:
     return arch
 
 
+def reorders_only(rewrites: Iterable[Rewrite]) -> bool:
+    """Returns whether the rewrites change nothing but the order of units."""
+    return all(rewrite.reorders_only for rewrite in rewrites)
+
+
 def check_rewrites(rewrites: Sequence[Rewrite], arch: Arch) -> None:
-    """Checks that each rewrite exists for the model that those before it leave.
+    """Checks that each rewrite can be applied to the model that those before it give.
 
     Raises:
-      ValueError: every rewrite that does not, with the reasons.
+      ValueError: every rewrite that cannot, with the reasons.
     """
     lines = [f"{step.name}: {problem}" for step, met in steps(rewrites, arch) for problem in step.problems(met)]
     if lines:
@@ -149,9 +161,9 @@ def check_rewrites(rewrites: Sequence[Rewrite], arch: Arch) -> None:
 
 
 def inverses(rewrites: Sequence[Rewrite], arch: Arch) -> tuple[Rewrite, ...]:
-    """Returns the rewrites that undo these, the last one first; `arch` holds the facts of the model before them.
+    """Returns the inverses of the rewrites, the last one first; `arch` holds the facts of the model before them.
 
-    A rotation and a setting of gains have folded gains into their readers; undoing leaves these folded.
+    A rotation and a setting of gains have folded gains into the leaves behind the norms; these stay folded.
 
     Raises:
       ValueError: one of them has no inverse.
@@ -165,21 +177,25 @@ def inverses(rewrites: Sequence[Rewrite], arch: Arch) -> tuple[Rewrite, ...]:
     return tuple(inverse for _, inverse in reversed(found) if inverse is not None)
 
 
-def rewritten(prefix: str, read: Callable[[str], Tree], rewrites: Sequence[Rewrite], arch: Arch) -> Tree:
-    """Returns one part of the model after the rewrites, in numpy; `read` gives the subtrees of the model before."""
+def rewrite_part(prefix: str, read: Callable[[str], Tree], rewrites: Sequence[Rewrite], arch: Arch) -> Tree:
+    """Returns one subtree of the model after the rewrites; `read` gives the subtrees of the model before.
 
-    def wide(prefix: str) -> Part:
-        leaves = {name: to_host(leaf) for name, leaf in flatten(read(prefix)).items()}
+    The leaves are numpy arrays, unless the rewrites only reorder units: then each is where and what it was.
+    """
+    load = (lambda leaf: leaf) if reorders_only(rewrites) else to_host
+
+    def weights(prefix: str) -> Weights:
+        leaves = {name: load(leaf) for name, leaf in flatten(read(prefix)).items()}
         return {name: Weight(leaf, leaf.dtype) for name, leaf in leaves.items()}
 
-    reader: Read = wide
+    reader: Read = weights
     for rewrite, met in steps(rewrites, arch):
-        reader = functools.partial(rewrite.part, read=reader, arch=met)
+        reader = functools.partial(rewrite.apply, read=reader, arch=met)
     return unflatten({name: weight.rounded for name, weight in reader(prefix).items()})
 
 
 def apply(params: Tree, rewrites: Sequence[Rewrite], arch: Arch) -> Tree:
-    """Returns a whole tree of params after the rewrites, in numpy; `arch_after` gives the facts of that model.
+    """Returns a whole tree of params after the rewrites; `arch_after` gives the facts of that model.
 
     Raises:
       ValueError: as `check_rewrites`.
@@ -191,15 +207,38 @@ def apply(params: Tree, rewrites: Sequence[Rewrite], arch: Arch) -> Tree:
         return params[name][index] if index else params[name]
 
     layers = range(arch_after(rewrites, arch).num_layers)
-    tree = {name: rewritten(f"{name}/", read, rewrites, arch) for name in ("embed", "head")}
-    return tree | {"layers": {str(i): rewritten(f"layers/{i}/", read, rewrites, arch) for i in layers}}
+    tree = {name: rewrite_part(f"{name}/", read, rewrites, arch) for name in ("embed", "head")}
+    return tree | {"layers": {str(i): rewrite_part(f"layers/{i}/", read, rewrites, arch) for i in layers}}
 
 
-def rows_of(prefix: str, arch: Arch) -> AxisTable:
-    """Returns the rows of one part by the names of its leaves in it."""
+def subtable(prefix: str, arch: Arch) -> AxisTable:
+    """Returns the axis table of one subtree, by the names of its leaves in it."""
     return table_of(arch).restricted(prefix)
 
 
-def stream(key: PRNGKeyArray, name: str) -> np.random.Generator:
+def generator(key: PRNGKeyArray, name: str) -> np.random.Generator:
     """Returns a generator of its own for a name: draws for one axis do not depend on which others are drawn."""
     return np.random.default_rng(np.asarray(jax.random.key_data(jax.random.fold_in(key, zlib.crc32(name.encode())))))
+
+
+def random_factors(rng: np.random.Generator, shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
+    """Returns factors between 1/4 and 4, uniform in their logarithm, of either sign."""
+    return 4.0 ** rng.uniform(-1, 1, shape) * rng.choice([-1.0, 1.0], shape)
+
+
+def array_problems(found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], what: str) -> list[str]:
+    """Returns where named arrays have other names or shapes than expected, or hold what is not finite."""
+    lines = [
+        f"{name}: no such place in this model; it has {', '.join(expected)}" for name in found if name not in expected
+    ]
+    for name in found.keys() & expected.keys():
+        if found[name].shape != expected[name]:
+            lines.append(f"{name}: expected {what}, {expected[name]}, found {found[name].shape}")
+        elif not np.isfinite(found[name]).all():
+            lines.append(f"{name}: holds NaN or infinity")
+    return lines
+
+
+def zero_problems(factors: Mapping[str, np.ndarray]) -> list[str]:
+    """Returns which factors cannot be divided by."""
+    return [f"{name}: a factor of zero" for name, array in factors.items() if (array == 0).any()]

@@ -10,7 +10,7 @@ import numpy as np
 
 from tracing_jax.axes import axis_table
 from tracing_jax.sources.prefetch import PrefetchingSource
-from tracing_jax.sources.source import InMemory, ParamSource, part
+from tracing_jax.sources.source import InMemory, ParamSource, SliceReader, part
 from tracing_jax.tree import Tree, flatten, unflatten
 
 
@@ -44,8 +44,14 @@ def leaf(source: ParamSource, name: str) -> Any:
     if kind != "layers":
         return flatten(part(source, f"{kind}/"))[rest]
     index, _, rest = rest.partition("/")
-    read = source.layer_alone if isinstance(source, PrefetchingSource) else source.layer
+    read = source.layer_without_prefetch if isinstance(source, PrefetchingSource) else source.layer
     return flatten(read(int(index), (rest,)))[rest]
+
+
+def leaf_slice(source: ParamSource, name: str, axis: int, *spans: slice) -> Any:
+    """Returns slices of a leaf on one of its axes, joined and read alone; None if the source must read it whole."""
+    inner = source.source if isinstance(source, PrefetchingSource) else source
+    return inner.leaf_slice(name, axis, *spans) if isinstance(inner, SliceReader) else None
 
 
 def params_of(source: ParamSource) -> Tree:

@@ -1,4 +1,4 @@
-"""Reading ahead: what comes next is read on a thread while the last part is worked on."""
+"""Prefetching: the next layer is read on a thread while the caller computes with the last one."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,12 +12,12 @@ from tracing_jax.tree import Tree
 
 
 class PrefetchingSource:
-    """A source that, asked for a layer, starts to read what will be asked for next, as far as it can tell.
+    """A source that, asked for a layer, starts to read what is likely to be asked for next.
 
     That is what followed the same leaves the last time: others of the same layer, or some of layer i + 1; at first, the
-    same ones of layer i + 1. At most one part more than was asked for is held, and it is dropped if something else is
+    same ones of layer i + 1. At most one subtree more than was asked for is held; it is dropped if something else is
     asked for instead. All reading, and whatever the wrapped source does with what it read, happens on one thread, in
-    the order of asking.
+    the order of the calls.
     """
 
     def __init__(self, source: ParamSource):
@@ -36,7 +36,7 @@ class PrefetchingSource:
         return self._read(self.source.embed)
 
     def layer(self, index: int, only: Sequence[str] = ()) -> Tree:
-        """Returns the subtree `layers/<index>`, or its leaves under the names in `only`, and reads on."""
+        """Returns the subtree `layers/<index>`, or its leaves under the names in `only`, and prefetches."""
         only = tuple(only)
         if self._last is not None and 0 <= (step := index - self._last[0]) <= 1:
             self._follows[self._last[1]] = step, only
@@ -46,14 +46,14 @@ class PrefetchingSource:
             found = ahead.result()
         else:
             found = self._read(lambda: self.source.layer(index, only))
-        # Of several processes each might turn to the thread at another moment, and devices wait for one another.
+        # Several processes might submit to the thread in different orders, and their collectives would deadlock.
         step, leaves = self._follows.get(only, (1, only))
         if index + step < self.arch.num_layers and jax.process_count() == 1:
             self._next = index + step, leaves, self._thread.submit(self.source.layer, index + step, leaves)
         return found
 
-    def layer_alone(self, index: int, only: Sequence[str] = ()) -> Tree:
-        """Returns what `layer` does, without reading on: for a reader that does not go from layer to layer."""
+    def layer_without_prefetch(self, index: int, only: Sequence[str] = ()) -> Tree:
+        """Returns what `layer` does without prefetching: for a caller that does not go from layer to layer."""
         return self._read(lambda: self.source.layer(index, only))
 
     def head(self) -> Tree:

@@ -1,4 +1,4 @@
-"""What a source is, and reading one part after another."""
+"""`ParamSource`: a model's params, read subtree by subtree; `InMemory` holds all of them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from tracing_jax.tree import Tree, flatten, select
 
 @runtime_checkable
 class ParamSource(Protocol):
-    """Gives a model's params in parts: the subtrees `embed`, `layers/<i>` and `head` of its tree."""
+    """Gives a model's params in subtrees: `embed`, each `layers/<i>`, and `head`."""
 
     @property
     def arch(self) -> Arch:
@@ -30,6 +30,14 @@ class ParamSource(Protocol):
 
     def head(self) -> Tree:
         """Returns the subtree `head`, without the embedding that a tied head shares."""
+
+
+@runtime_checkable
+class SliceReader(Protocol):
+    """What a `ParamSource` may offer besides: a slice of a leaf without reading the rest of it."""
+
+    def leaf_slice(self, name: str, axis: int, *spans: slice) -> Any:
+        """Returns slices of a leaf on one of its axes, joined; None if the leaf can only be read whole."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ def prefixes(arch: Arch) -> list[str]:
 
 
 def part(source: ParamSource, prefix: str) -> Tree:
-    """Returns the subtree under `embed/`, `layers/<i>/` or `head/`."""
+    """Returns the subtree under one of the `prefixes`."""
     name, _, index = prefix.strip("/").partition("/")
     if name == "layers":
         return source.layer(int(index))
@@ -72,28 +80,33 @@ def part(source: ParamSource, prefix: str) -> Tree:
 
 
 def parts(source: ParamSource) -> Iterator[tuple[str, Tree]]:
-    """Yields (prefix, subtree) for `embed/`, each `layers/<i>/` in order, and `head/`."""
+    """Yields (prefix, subtree) for each of the `prefixes`."""
     for prefix in prefixes(source.arch):
         yield prefix, part(source, prefix)
 
 
+def is_resident(source: ParamSource) -> bool:
+    """Returns whether all leaves are in memory, so that reading one costs nothing."""
+    return isinstance(source, InMemory)
+
+
 def in_memory(source: ParamSource, description: str = "reading") -> InMemory:
-    """Returns the source with all its parts read once and kept, under a progress bar."""
+    """Returns the source with all its subtrees read once and kept, under a progress bar."""
     if isinstance(source, InMemory):
         return source
+    return InMemory(source.arch, assembled(with_bar(source, description)))
+
+
+def assembled(named_subtrees: Iterator[tuple[str, Tree]]) -> Tree:
+    """Returns the whole tree of params from (prefix, subtree) pairs."""
     params: Tree = {"layers": {}}
-    for prefix, subtree in with_bar(source, description):
-        put(params, prefix, subtree)
-    return InMemory(source.arch, params)
-
-
-def put(params: Tree, prefix: str, subtree: Tree) -> None:
-    """Sets one part of a tree of params."""
-    name, _, index = prefix.strip("/").partition("/")
-    holder, key = (params["layers"], index) if name == "layers" else (params, name)
-    holder[key] = subtree
+    for prefix, subtree in named_subtrees:
+        name, _, index = prefix.strip("/").partition("/")
+        parent, key = (params["layers"], index) if name == "layers" else (params, name)
+        parent[key] = subtree
+    return params
 
 
 def with_bar(source: ParamSource, description: str) -> Iterator[tuple[str, Tree]]:
-    """Yields the parts as `parts` does, under a progress bar."""
+    """Yields the subtrees as `parts` does, under a progress bar."""
     return iter(tqdm(parts(source), total=source.arch.num_layers + 2, desc=description, unit="part", disable=None))

@@ -1,41 +1,32 @@
-"""A part of a model that is a small model itself: some layers, some of their MLP units, the embeddings of some tokens.
+"""A model of some layers of another, some of their MLP units, and the embeddings of some tokens.
 
-What is left out is not read, where a source can read slices.
+Other weights are not read, where a source can read slices.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
 from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisTable, axis_table, kind_of
-from tracing_jax.sources.lazy_leaves import leaf
-from tracing_jax.sources.prefetch import PrefetchingSource
+from tracing_jax.sources.lazy_leaves import leaf, leaf_slice
 from tracing_jax.sources.source import ParamSource
 from tracing_jax.tree import Tree, flatten, select, unflatten
 
 
-@runtime_checkable
-class Sliced(Protocol):
-    """A source that gives slices of a leaf without reading the rest."""
-
-    def leaf_slice(self, name: str, axis: int, *spans: slice) -> Any:
-        """Returns slices of a leaf on one of its axes, joined; None if the leaf can only be read whole."""
-
-
 @dataclass(frozen=True)
 class Submodel:
-    """A source of some layers of another, with a run of their units and some of its tokens, renumbered from 0.
+    """A source of some layers of another, with a range of their units and some of its tokens, renumbered from 0.
 
     Attributes:
       layers: which layers, in this order.
-      units: the MLP units that are left in them; None for all.
-      tokens: ids of the tokens that are left.
-      read: [weights, bytes] taken of the source so far, in the dtype it has them in.
+      units: the range of MLP units in them; None for all.
+      tokens: ids of the tokens.
+      read: [weights, bytes] read from the source so far, in its own dtype.
     """
 
     source: ParamSource
@@ -82,21 +73,20 @@ class Submodel:
             if of == "vocab":
                 return self._rows(name, axis)
             if of is not None and kind_of(of) == "mlp" and self.units is not None:
-                return self._cut(name, axis, self.units)
+                return self._slice(name, axis, self.units)
         return self._counted(leaf(self.source, name))
 
     def _rows(self, name: str, axis: int) -> np.ndarray:
-        """Returns the chosen tokens of a leaf; neighbours in it are read together."""
+        """Returns the chosen tokens of a leaf; consecutive ones are read together."""
         ids, at = np.unique(self.tokens, return_inverse=True)
         runs = np.split(ids, np.flatnonzero(np.diff(ids) > 1) + 1)
         spans = [slice(int(run[0]), int(run[-1]) + 1) for run in runs]
-        return np.take(self._cut(name, axis, *spans), at, axis=axis)
+        return np.take(self._slice(name, axis, *spans), at, axis=axis)
 
-    def _cut(self, name: str, axis: int, *spans: slice) -> Any:
-        source = self.source.source if isinstance(self.source, PrefetchingSource) else self.source
-        part = source.leaf_slice(name, axis, *spans) if isinstance(source, Sliced) else None
-        if part is not None:
-            return self._counted(part)
+    def _slice(self, name: str, axis: int, *spans: slice) -> Any:
+        found = leaf_slice(self.source, name, axis, *spans)
+        if found is not None:
+            return self._counted(found)
         whole = self._counted(leaf(self.source, name))
         parts = [whole[(slice(None),) * axis + (span,)] for span in spans]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)

@@ -1,33 +1,26 @@
-"""Sources over other sources: permuted, disguised, placed on devices; all are read when they are asked to be."""
+"""Sources over other sources: rewritten, or with each subtree passed through a function; all are read when asked to."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import jax
 from jax.sharding import Mesh
 
 from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisTable, axis_table
-from tracing_jax.rewrites import (
-    Permutations,
-    Rewrite,
-    arch_after,
-    check_permutations,
-    check_rewrites,
-    permute,
-    rewritten,
-)
+from tracing_jax.rewrites import Rewrite, arch_after, check_rewrites, reorders_only, rewrite_part
 from tracing_jax.sharding import place
 from tracing_jax.sources.prefetch import PrefetchingSource
-from tracing_jax.sources.source import InMemory, ParamSource, part, put, with_bar
+from tracing_jax.sources.source import InMemory, ParamSource, assembled, part, with_bar
 from tracing_jax.tree import Tree, select
 
 
 @dataclass(frozen=True)
-class Mapped:
-    """A source whose parts are those of another, each passed through `function(part, table of the part)`.
+class MappedSource:
+    """A source whose subtrees are those of another, each passed through `function(subtree, table of the subtree)`.
 
-    The function treats every leaf by itself: it may be handed a part of which only some leaves were asked for.
+    The function treats every leaf by itself: it may be given a layer of which only some leaves were asked for.
     """
 
     source: ParamSource
@@ -43,44 +36,29 @@ class Mapped:
         return axis_table(self.arch)
 
     def embed(self) -> Tree:
-        """Returns the transformed subtree `embed`."""
+        """Returns the mapped subtree `embed`."""
         return self.function(self.source.embed(), self._table.restricted("embed/"))
 
     def layer(self, index: int, only: Sequence[str] = ()) -> Tree:
-        """Returns the transformed subtree `layers/<index>`, or its leaves under the names in `only`."""
+        """Returns the mapped subtree `layers/<index>`, or its leaves under the names in `only`."""
         return self.function(self.source.layer(index, only), self._table.restricted(f"layers/{index}/"))
 
     def head(self) -> Tree:
-        """Returns the transformed subtree `head`."""
+        """Returns the mapped subtree `head`."""
         return self.function(self.source.head(), self._table.restricted("head/"))
 
 
-def permuted(source: ParamSource, permutations: Permutations) -> Mapped:
-    """Returns the source with its units permuted, part by part as they are asked for.
-
-    Raises:
-      ValueError: the permutations do not fit the model.
-    """
-    check_permutations(permutations, axis_table(source.arch))
-    return Mapped(source, lambda part, table: permute(part, permutations, table))
-
-
-def permute_in_place(model: InMemory, permutations: Permutations) -> None:
-    """Permutes the units of a model that nobody else holds, part by part: a second copy never lives.
-
-    Raises:
-      ValueError: the permutations do not fit the model; it is unchanged.
-    """
-    for prefix, subtree in with_bar(permuted(model, permutations), "permuting"):
-        put(model.params, prefix, subtree)
+def placed(source: ParamSource, mesh: Mesh) -> MappedSource:
+    """Returns the source with its leaves on the devices of a mesh, split by the axis table."""
+    return MappedSource(source, lambda subtree, table: place(subtree, table, mesh))
 
 
 @dataclass(frozen=True)
-class Disguised:
-    """A source after rewrites that keep its function, in numpy; the facts of the model may change with them."""
+class RewrittenSource:
+    """A source after rewrites, whose subtrees are computed when they are asked for; see `rewritten`."""
 
     source: ParamSource
-    rewrites: Sequence[Rewrite]
+    rewrites: tuple[Rewrite, ...]
 
     @cached_property
     def arch(self) -> Arch:
@@ -94,35 +72,56 @@ class Disguised:
     def layer(self, index: int, only: Sequence[str] = ()) -> Tree:
         """Returns the rewritten subtree `layers/<index>`, or its leaves under the names in `only`.
 
-        A leaf may depend on every other: the whole layer is read and rewritten in any case.
+        A leaf may depend on every other: the whole layer is read, unless the rewrites only reorder units.
         """
-        return select(self._part(f"layers/{index}/"), only)
+        prefix = f"layers/{index}/"
+        if reorders_only(self.rewrites):
+            return rewrite_part(prefix, lambda _: self.source.layer(index, only), self.rewrites, self.source.arch)
+        return select(self._part(prefix), only)
 
     def head(self) -> Tree:
         """Returns the rewritten subtree `head`."""
         return self._part("head/")
 
     def _part(self, prefix: str) -> Tree:
-        return rewritten(prefix, lambda prefix: part(self.source, prefix), self.rewrites, self.source.arch)
+        return rewrite_part(prefix, lambda name: part(self.source, name), self.rewrites, self.source.arch)
 
 
-def disguised(source: ParamSource, rewrites: Sequence[Rewrite]) -> Disguised:
-    """Returns the source after the rewrites, from left to right, part by part as they are asked for.
+def rewritten(source: ParamSource, rewrites: Sequence[Rewrite]) -> ParamSource:
+    """Returns the source after the rewrites, from left to right, subtree by subtree as they are asked for.
 
-    Values are computed in float64 on the host and rounded once to the dtype of their leaf.
+    Where all rewrites only reorder units, each leaf keeps its type, dtype and sharding, and every value its bits. Else
+    values are computed in float64 on the host and rounded once to the dtype of their leaf. A source that reads ahead
+    stays one: what it reads is rewritten on its thread.
 
     Raises:
-      ValueError: a rewrite does not exist for the model it meets, with the reasons.
+      ValueError: the model does not support a rewrite, with the reasons.
     """
     check_rewrites(rewrites, source.arch)
-    return Disguised(source, tuple(rewrites))
+    if isinstance(source, PrefetchingSource):
+        return PrefetchingSource(RewrittenSource(source.source, tuple(rewrites)))
+    return RewrittenSource(source, tuple(rewrites))
 
 
-def placed(source: ParamSource, mesh: Mesh) -> Mapped:
-    """Returns the source with its parts on the devices of a mesh, split by the axis table."""
-    return Mapped(source, lambda part, table: place(part, table, mesh))
+def rewritten_donating(model: ParamSource, rewrites: Sequence[Rewrite], description: str) -> InMemory:
+    """Returns a resident model after rewrites that only reorder units; the device buffers of `model` are donated.
 
+    Each subtree's old buffers are freed as soon as the new ones are there: at most one subtree more than the model is
+    in memory. `model` must not be used afterwards, nor may another model share its leaves.
 
-def over(source: ParamSource, wrap: Callable[[ParamSource], ParamSource]) -> ParamSource:
-    """Returns the wrapped source; of one that reads ahead, what it reads is wrapped, and done on its thread too."""
-    return PrefetchingSource(wrap(source.source)) if isinstance(source, PrefetchingSource) else wrap(source)
+    Raises:
+      ValueError: a rewrite that does more than reorder, or that does not fit the model; nothing was donated.
+    """
+    if not reorders_only(rewrites):
+        raise ValueError("only rewrites that reorder units, subtree by subtree, can take over a model's memory")
+    after = rewritten(model, rewrites)
+
+    def subtrees() -> Iterator[tuple[str, Tree]]:
+        for prefix, new in with_bar(after, description):
+            kept = {id(leaf) for leaf in jax.tree.leaves(jax.block_until_ready(new))}
+            for old in jax.tree.leaves(part(model, prefix)):
+                if isinstance(old, jax.Array) and id(old) not in kept:
+                    old.delete()
+            yield prefix, new
+
+    return InMemory(after.arch, assembled(subtrees()))

@@ -66,7 +66,7 @@ def distances(pair: Pair, permutations: Sequence[Permutations]) -> tuple[float, 
             observed += float(np.sqrt(_sum(_squared_difference(base, ft))))
             squares = _sum(_products(base, base)) + _sum(_products(ft, ft))
             if permutations:
-                dims, indices = unit_moves(table.leaves[name], stacked, table.within)
+                dims, indices = unit_moves(table.leaves[name], stacked, table.parent_axis)
                 permuted += np.sqrt(np.maximum(squares - 2 * _crosses(base, ft, dims, indices), 0.0))
         return _Sums(observed, permuted.tolist(), count)
 

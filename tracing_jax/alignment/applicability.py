@@ -1,4 +1,4 @@
-"""What alignment can undo, by name, and between which models."""
+"""The kinds of rewrites that alignment estimates, by name, and between which models it can."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,28 +11,28 @@ from tracing_jax.rewrites.rewrite import table_of
 MAPS: dict[str, type[Rewrite]] = {
     "rotation": Rotation, "gains": GainScaling, "scaling": UnitScaling, "values": ValueMixing, "queries": QueryKeyMaps
 }  # fmt: skip
-"""Name -> the continuous maps that it stands for: a rotation of the residual stream, gains taken over from base, signed
+"""Name -> the continuous maps that it stands for: a rotation of the residual stream, gains set to those of base, signed
 scaling of MLP units, mixing of values, maps of queries and keys."""
 
-STRUCTURE = ("padding", "identity")
-"""Units that do nothing, which are dropped, and layers that do nothing, which are skipped."""
+EXPANSIONS = ("padding", "identity")
+"""Units and layers without effect, which are removed."""
 
-KINDS = (*PERMUTABLE, *MAPS, *STRUCTURE)
+KINDS = (*PERMUTABLE, *MAPS, *EXPANSIONS)
 """Every kind by itself; those of `PERMUTABLE` mean permutations."""
 
 WHOLE = ("all", "auto")
-"""Words for many kinds: `all` undoes every one that exists for the models; `auto` does so only where permutations of
-what is left after padding and identity layers do not explain the weights about as well."""
+"""Names for many kinds: `all` is every one that the models support; `auto` uses maps only where permutations, after
+padding and identity layers are removed, do not explain the weights about as well."""
 
 _NEEDS = {"kv_heads": ("v_dim",), "q_group": ("v_dim",), "expert": ("mlp",)}
-"""Axis kind -> the other kinds, beside the one that holds it, that must be of one size in both models for its units to
-be compared."""
+"""Axis kind -> the other kinds, besides its parent, that must be of one size in both models for its units to be
+compared."""
 
 _PADDED = ("embed", "mlp", "kv_heads")
 
 
 class AlignmentError(ValueError):
-    """What the weights of two models show: nothing says how they belong together."""
+    """The weights of two models do not determine an alignment."""
 
 
 def kinds_in(listed: str) -> tuple[str, ...]:
@@ -41,43 +41,43 @@ def kinds_in(listed: str) -> tuple[str, ...]:
 
 
 def kind_problems(kinds: Sequence[str]) -> list[str]:
-    """Returns why these words do not say what to undo; empty if they do."""
+    """Returns why these are no kinds to align; empty if they are."""
     if not kinds:
         return [f"kinds (none) cannot be aligned; choose from {', '.join(KINDS + WHOLE)}"]
     if unknown := sorted(set(kinds) - set(KINDS) - set(WHOLE)):
         return [f"kinds {', '.join(unknown)} cannot be aligned; choose from {', '.join(KINDS + WHOLE)}"]
     if len(kinds) > 1 and (whole := sorted(set(kinds) & set(WHOLE))):
-        return [f"{whole[0]} stands alone: it decides on every kind"]
+        return [f"{whole[0]} stands alone: it includes every kind"]
     return []
 
 
 def expanded(kinds: Sequence[str]) -> tuple[str, ...]:
-    """Returns every kind that the words stand for."""
+    """Returns every kind that the names stand for."""
     return KINDS if set(kinds) & set(WHOLE) else tuple(kinds)
 
 
 def beyond_permutations(kinds: Sequence[str]) -> list[str]:
-    """Returns the words that ask for more than permutations."""
+    """Returns the names among these that ask for more than permutations."""
     return [kind for kind in kinds if kind not in PERMUTABLE]
 
 
-def existing(kinds: Sequence[str], arch: Arch) -> tuple[set[str], dict[str, str]]:
-    """Returns the kinds that exist for a model, and of the maps that do not the reason.
+def supported(kinds: Sequence[str], arch: Arch) -> tuple[set[str], dict[str, str]]:
+    """Returns the kinds that a model supports, and the reason for each map that it does not.
 
-    Where no rotation exists the features are permuted instead, and a rotation brings the gains with it.
+    Where it supports no rotation the features are permuted instead; a rotation includes the gains.
     """
     found = set(expanded(kinds))
     found |= {"gains"} if "rotation" in found else set()
-    left_out = {name: "; ".join(absent) for name in found & MAPS.keys() if (absent := MAPS[name].absent(arch))}
+    left_out = {name: "; ".join(problems) for name in found & MAPS.keys() if (problems := MAPS[name].unsupported(arch))}
     if "rotation" in left_out:
         found.add("embed")
     return found - left_out.keys() - (set(PERMUTABLE) - unit_sizes(arch).keys()), left_out
 
 
 def alignment_problems(base: Arch, ft: Arch, kinds: Sequence[str]) -> list[str]:
-    """Returns why these kinds cannot be undone between models of these shapes; empty if they can.
+    """Returns why these kinds cannot be aligned between models of these shapes; empty if they can.
 
-    Whether surplus units and layers of ft do nothing is a matter of its weights, and is found out by `align`.
+    Whether surplus units and layers of ft are without effect depends on its weights, and is checked by `align`.
     """
     lines = kind_problems(kinds)
     asked = expanded(kinds)
@@ -95,10 +95,10 @@ def alignment_problems(base: Arch, ft: Arch, kinds: Sequence[str]) -> list[str]:
     return lines
 
 
-def shape_hoped_for(base: Arch, ft: Arch, kinds: Sequence[str]) -> Arch:
-    """Returns the facts that ft has once it is aligned, if all that it has more than base does nothing.
+def expected_shape(base: Arch, ft: Arch, kinds: Sequence[str]) -> Arch:
+    """Returns the facts of the aligned ft, provided that all it has more than base is without effect.
 
-    Its head counts as tied like base's: where alignment unties one of them, untying the other changes nothing.
+    Its head counts as tied like base's: where alignment unties one of them, the other can be untied.
     """
     asked = set(expanded(kinds))
     found = replace(ft, tied=base.tied) if beyond_permutations(kinds) else ft
@@ -122,5 +122,5 @@ def _needed(kinds: Sequence[str], base: Arch, ft: Arch) -> list[str]:
         either = unit_sizes(base) | unit_sizes(ft)
         return [kind for kind in either if kind != "vocab"]
     tables = [table_of(arch) for arch in (base, ft)]
-    holders = {kind_of(axis): kind_of(holder) for table in tables for axis, holder in table.within.items()}
-    return list(dict.fromkeys(n for kind in kinds for n in (kind, *_NEEDS.get(kind, ()), holders.get(kind, kind))))
+    parents = {kind_of(axis): kind_of(parent) for table in tables for axis, parent in table.parent_axis.items()}
+    return list(dict.fromkeys(n for kind in kinds for n in (kind, *_NEEDS.get(kind, ()), parents.get(kind, kind))))

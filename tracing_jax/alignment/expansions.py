@@ -1,28 +1,28 @@
-"""Layers and units of ft that do nothing: found in the weights, and taken away."""
+"""Layers and units of ft without effect (function-preserving expansions): found in the weights, and removed."""
 
 from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
 
-from tracing_jax.alignment.kinds import AlignmentError
-from tracing_jax.alignment.parts import Leaves, exact, leaves, prefixes, rows, stacked, units_first
+from tracing_jax.alignment.applicability import AlignmentError
+from tracing_jax.alignment.float64_leaves import Leaves, in_float64, leaves, own_table, stacked, units_first
 from tracing_jax.arch import Arch
-from tracing_jax.axes import AxisTable, kind_of
+from tracing_jax.axes import AxisTable, LeafSpec, kind_of
 from tracing_jax.rewrites import LayerRemoval, Padding, Permutation, Rewrite, Rotation, arch_after
-from tracing_jax.sources import ParamSource
+from tracing_jax.sources import ParamSource, prefixes
 
 _WRITTEN_ON = {"mlp": "mlp", "kv_heads": "v_dim"}
-"""Axis kind -> the kind of the axis on which what writes a silent unit is zero."""
+"""Axis kind -> the axis kind on which the weights that write a unit without effect are zero."""
 
-_FELT = 1e-2
-"""What rounding leaves of a silent feature that was rotated, relative to the others: at most 2^-8, in bfloat16."""
+_NEGLIGIBLE = 1e-2
+"""Largest size, relative to the others, of a zero feature that was rotated and rounded: 2^-8 in bfloat16 at most."""
 
 
-def without_surplus(
+def remove_expansions(
     base: ParamSource, ft: ParamSource, kinds: Collection[str]
 ) -> tuple[tuple[Rewrite, ...], dict[str, Any]]:
-    """Returns the rewrites that bring ft to base's depth and width, and a report of what they take away.
+    """Returns the rewrites that reduce ft to base's depth and width, and a report of what they remove.
 
     Raises:
       AlignmentError: not as many layers or units of ft are silent as it has more than base; all findings at once.
@@ -34,7 +34,7 @@ def without_surplus(
         rewrites += [LayerRemoval(i) for i in sorted(layers, reverse=True)]
         report["identity"] = {"layers": layers}
     if "padding" in kinds:
-        after = exact(ft, rewrites)
+        after = in_float64(ft, rewrites)
         dropped = {
             "units": after.arch.mlp_dim - base.arch.mlp_dim,
             "features": after.arch.embed_dim - base.arch.embed_dim,
@@ -48,7 +48,7 @@ def without_surplus(
 
 
 def _surplus_layers(base: ParamSource, ft: ParamSource) -> list[int]:
-    """Returns which layers of ft to skip: silent ones that stand where base has a layer that is not."""
+    """Returns which layers of ft to skip: identity layers at places where base has none."""
     surplus = ft.arch.num_layers - base.arch.num_layers
     silent, silent_in_base = (_silent_layers(source) for source in (ft, base))
     found: list[int] = []
@@ -58,7 +58,7 @@ def _surplus_layers(base: ParamSource, ft: ParamSource) -> list[int]:
     if len(found) < surplus:
         raise AlignmentError(
             f"ft has {surplus} layers more than base, of which {len(found)} add nothing to the residual stream: they "
-            "are no identity layers, and nothing says which layer belongs to which"
+            "are no identity layers, so that layers cannot be paired"
         )
     return found
 
@@ -67,14 +67,14 @@ def _silent_layers(source: ParamSource) -> set[int]:
     found = set()
     for i in range(source.arch.num_layers):
         prefix = f"layers/{i}/"
-        part, table = leaves(source, prefix), rows(source.arch, prefix)
-        if not any(part[name].any() for name, row in table.leaves.items() if _side_of(row, "embed") == "writes"):
+        weights, table = leaves(source, prefix), own_table(source.arch, prefix)
+        if not any(weights[name].any() for name, spec in table.leaves.items() if _role_of(spec, "embed") == "writes"):
             found.add(i)
     return found
 
 
-def _side_of(row: Any, axis: str) -> str | None:
-    return row.sides[row.axes.index(axis)] if axis in row.axes else None
+def _role_of(spec: LeafSpec, axis: str) -> str | None:
+    return spec.roles[spec.axes.index(axis)] if axis in spec.axes else None
 
 
 def _to_the_end(base: Arch, ft: ParamSource, kinds: Collection[str]) -> list[Rewrite]:
@@ -83,13 +83,13 @@ def _to_the_end(base: Arch, ft: ParamSource, kinds: Collection[str]) -> list[Rew
     permutations: dict[str, np.ndarray] = {}
     for i in range(ft.arch.num_layers):
         prefix = f"layers/{i}/"
-        table, table_base = rows(ft.arch, prefix), rows(base, prefix)
-        part = leaves(ft, prefix)
+        table, table_base = own_table(ft.arch, prefix), own_table(base, prefix)
+        weights = leaves(ft, prefix)
         for axis in [axis for axis in table.sizes if kind_of(axis) in _WRITTEN_ON]:
             surplus = table.sizes[axis] - table_base.sizes[axis]
             if surplus <= 0:
                 continue
-            silent = _silent_units(part, table, axis)
+            silent = _silent_units(weights, table, axis)
             if (order := _silent_last(silent, surplus, axis, lines)) is not None:
                 permutations[axis] = order
     rotation: list[Rewrite] = []
@@ -104,18 +104,18 @@ def _to_the_end(base: Arch, ft: ParamSource, kinds: Collection[str]) -> list[Rew
     return [*([Permutation(permutations)] if permutations else []), *rotation]
 
 
-def _silent_units(part: Leaves, table: AxisTable, axis: str) -> np.ndarray:
-    """Returns which units of an axis, `[units]` or `[holder, units]`, write nothing into what they hold."""
+def _silent_units(weights: Leaves, table: AxisTable, axis: str) -> np.ndarray:
+    """Returns which units of an axis, `[units]` or `[parent, units]`, have no effect."""
     written = next(other for other in table.sizes if kind_of(other) == _WRITTEN_ON[kind_of(axis)])
-    holders = [table.within[axis]] if axis in table.within else []
-    lead = holders if written == axis else [*holders, axis]
-    writes = stacked(part, table, written, "writes", lead)
+    parents = [table.parent_axis[axis]] if axis in table.parent_axis else []
+    lead = parents if written == axis else [*parents, axis]
+    writes = stacked(weights, table, written, "writes", lead)
     assert writes is not None
-    return np.logical_not(writes.reshape(*writes.shape[: len(holders) + 1], -1).any(axis=-1))
+    return np.logical_not(writes.reshape(*writes.shape[: len(parents) + 1], -1).any(axis=-1))
 
 
 def _silent_last(silent: np.ndarray, surplus: int, axis: str, lines: list[str]) -> np.ndarray | None:
-    """Returns the order in which the last silent units of an axis stand at its end, the others as they stood."""
+    """Returns the order that moves the last silent units of an axis to its end and keeps the order of the others."""
     if silent.ndim > 1:
         orders = [_silent_last(row, surplus, f"{axis} of {i}", lines) for i, row in enumerate(silent)]
         return None if any(order is None for order in orders) else np.stack([o for o in orders if o is not None])
@@ -127,23 +127,23 @@ def _silent_last(silent: np.ndarray, surplus: int, axis: str, lines: list[str]) 
 
 
 def _writers(source: ParamSource) -> Iterable[np.ndarray]:
-    """Yields what writes the residual stream, `[D, n]`, leaf by leaf."""
+    """Yields the leaves that write the residual stream, each as `[D, n]`."""
     for prefix in prefixes(source.arch):
-        part, table = leaves(source, prefix), rows(source.arch, prefix)
-        for name, row in table.leaves.items():
-            if name in part and _side_of(row, "embed") == "writes":
-                yield units_first(part[name], row, ("embed",))
+        weights, table = leaves(source, prefix), own_table(source.arch, prefix)
+        for name, spec in table.leaves.items():
+            if name in weights and _role_of(spec, "embed") == "writes":
+                yield units_first(weights[name], spec, ("embed",))
 
 
 def _rotated_features(ft: ParamSource, surplus: int, lines: list[str]) -> list[Rewrite]:
-    """Returns the rotation that puts the directions last in which nothing is ever written."""
+    """Returns the rotation that puts the directions last on which no weight writes."""
     gram = np.zeros((ft.arch.embed_dim,) * 2)
     for written in _writers(ft):  # one leaf at a time is held
         gram += written @ written.T / max(float(np.square(written).sum()), np.finfo(float).tiny)
     values, vectors = np.linalg.eigh(gram)
     size = np.sqrt(values.clip(0) / values.mean())
-    if (loud := int((size[:surplus] > _FELT).sum())) > 0:
-        lines.append(f"embed: {surplus} features more than in base, of which {surplus - loud} are silent, rotated")
+    if (nonzero := int((size[:surplus] > _NEGLIGIBLE).sum())) > 0:
+        lines.append(f"embed: {surplus} features more than in base, of which {surplus - nonzero} are silent, rotated")
         return []
     return [Rotation(vectors.T[::-1].copy())]
 

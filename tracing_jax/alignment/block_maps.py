@@ -1,8 +1,8 @@
-"""What one layer of ft needs to stand like base's: which units and heads belong together, and the maps on them.
+"""The rewrites that align one layer of ft to base's: which units and heads are paired, and the maps on them.
 
-Units are told apart by what scaling leaves: their gate, and the directions of what writes and reads them. Heads by what
-value mixing and maps of queries and keys leave: the products of values and output, and of queries and keys, frequency
-by frequency. Letters: K kv heads, G queries of each, H head dim, F mlp, n other numbers.
+Units are compared by what is invariant under scaling: their gate, and the directions of the weights that write and read
+them. Heads by what is invariant under value mixing and maps of queries and keys: the products of values and output, and
+of queries and keys, frequency by frequency. Letters: K kv heads, G queries of each, H head dim, F mlp, n other axes.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -11,20 +11,20 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Complex, Float, Num
 
-from tracing_jax.alignment.balance import Sides, factors, matrices
-from tracing_jax.alignment.parts import Leaves, after, rows, stacked
+from tracing_jax.alignment.float64_leaves import Leaves, after, own_table, stacked
+from tracing_jax.alignment.procrustes import AdjacentWeights, mixing_matrices, scale_factors
 from tracing_jax.arch import Arch
-from tracing_jax.axes import MAPPED, AxisTable, kind_of
+from tracing_jax.axes import MAP_PARENT, AxisRole, AxisTable, kind_of
 from tracing_jax.matching import Similarity, coordinates, solve
 from tracing_jax.rewrites import Permutation, QueryKeyMaps, Rewrite, UnitScaling, ValueMixing
 
 
 @dataclass
 class BlockMaps:
-    """What brings layers of ft to base, by axis.
+    """The rewrites that align layers of ft to base, by axis.
 
     Attributes:
-      permutations: as in `symmetry.Permutation`; applied before the others.
+      permutations: as in `Permutation`; applied before the others.
       factors, values, queries: as in `UnitScaling`, `ValueMixing` and `QueryKeyMaps`.
       left_out: axis -> why some of it was not mapped.
     """
@@ -37,7 +37,7 @@ class BlockMaps:
 
     @property
     def rewrites(self) -> list[Rewrite]:
-        """The rewrites, in order, without those that have nothing to do."""
+        """The rewrites in order, those without data left out."""
         found: list[tuple[dict[str, np.ndarray], Rewrite]] = [
             (self.permutations, Permutation(self.permutations)),
             (self.factors, UnitScaling(self.factors)),
@@ -47,22 +47,22 @@ class BlockMaps:
         return [rewrite for data, rewrite in found if data]
 
     def add(self, other: "BlockMaps") -> None:
-        """Takes over what another layer needs."""
+        """Adds the rewrites of another layer."""
         for name in ("permutations", "factors", "values", "queries", "left_out"):
             getattr(self, name).update(getattr(other, name))
 
 
 def block_maps(base: Leaves, ft: Leaves, prefix: str, arch: Arch, kinds: Collection[str]) -> BlockMaps:
-    """Returns what brings one layer of ft to base's, its features being in order already.
+    """Returns the rewrites that align one layer of ft to base's; its features are aligned already.
 
     Args:
       base: the leaves of base's layer.
       ft: the leaves of ft's layer.
       prefix: of both.
       arch: base's facts.
-      kinds: what may be used, see `kinds.KINDS`.
+      kinds: of rewrites that may be used, see `applicability.KINDS`.
     """
-    table = rows(arch, prefix)
+    table = own_table(arch, prefix)
     found = BlockMaps()
     permuted = [axis for axis in table.sizes if kind_of(axis) in kinds and axis != "embed"]
     for coordinate in coordinates(table, permuted):
@@ -70,21 +70,25 @@ def block_maps(base: Leaves, ft: Leaves, prefix: str, arch: Arch, kinds: Collect
         found.permutations |= solve(coordinate, _of_units(similarity) if coordinate.nested is None else similarity)
     ft = after(ft, prefix, found.rewrites, arch)
     for axis in table.sizes:
-        lead = [table.within[axis]] if axis in table.within else []
-        held = [other for other in table.sizes if kind_of(other) == MAPPED.get(kind_of(axis))]
+        lead = [table.parent_axis[axis]] if axis in table.parent_axis else []
+        heads = [other for other in table.sizes if kind_of(other) == MAP_PARENT.get(kind_of(axis))]
         if kind_of(axis) == "mlp" and "scaling" in kinds:
-            found.factors[axis] = factors(*(_sides(part, table, axis, lead) for part in (base, ft)))
+            found.factors[axis] = scale_factors(*(_adjacent(layer, table, axis, lead) for layer in (base, ft)))
         if kind_of(axis) == "v_dim" and "values" in kinds:
-            found.values[axis], degenerate = matrices(*(_sides(part, table, axis, held) for part in (base, ft)))
+            found.values[axis], degenerate = mixing_matrices(
+                *(_adjacent(layer, table, axis, heads) for layer in (base, ft))
+            )
             if degenerate:
-                found.left_out[axis] = f"kv heads {degenerate} have values of too low rank to be mixed"
+                found.left_out[axis] = f"kv heads {degenerate} have values of too low rank for a mixing matrix"
         if kind_of(axis) == "qk_dim" and "queries" in kinds:
-            found.queries[axis] = factors(*(_paired(_sides(part, table, axis, held)) for part in (base, ft)))
+            found.queries[axis] = scale_factors(
+                *(_paired(_adjacent(layer, table, axis, heads)) for layer in (base, ft))
+            )
     return found
 
 
 def _of_units(similarity: Similarity) -> Similarity:
-    """Returns the similarity of units whose inner units stay in order."""
+    """Returns the similarity of units whose nested units keep their order."""
     if (inner := similarity.nested) is None:
         return similarity
     n = len(similarity.units)
@@ -93,46 +97,49 @@ def _of_units(similarity: Similarity) -> Similarity:
 
 
 def _unit_similarity(base: Leaves, ft: Leaves, table: AxisTable, axis: str, scaled: bool) -> Similarity:
-    """Returns how alike MLP units are: cosine of their gates, and of the other sides up to a common sign."""
+    """Returns the similarity of MLP units: cosines of gates, and of up- and down-projections up to a common sign."""
     return Similarity(_units_alike(_Units.of(base, table, axis), _Units.of(ft, table, axis), scaled))
 
 
 def _expert_similarity(base: Leaves, ft: Leaves, table: AxisTable, axis: str, scaled: bool) -> Similarity:
-    """Returns how alike experts are: cosine of what the router knows them by, and of the units inside."""
-    known = [stacked(part, table, axis, None) for part in (base, ft)]
-    inner = next(held for held, holder in table.within.items() if holder == axis)
-    units = [_Units.of(part, table, inner, (axis,)) for part in (base, ft)]
-    routers = [_directions(x) for x in known if x is not None]
+    """Returns the similarity of experts: cosine of their router weights, and of their units."""
+    rows = [stacked(layer, table, axis, None) for layer in (base, ft)]
+    inner = next(nested for nested, parent in table.parent_axis.items() if parent == axis)
+    units = [_Units.of(layer, table, inner, (axis,)) for layer in (base, ft)]
+    routers = [_directions(x) for x in rows if x is not None]
     return Similarity(routers[0] @ routers[1].T, lambda i, j: _units_alike(units[0].at(i), units[1].at(j), scaled))
 
 
 @dataclass(frozen=True)
 class _Units:
-    """The directions of what describes MLP units, by side: their gate (None), what writes and what reads them."""
+    """The directions of the weights of MLP units by their role: gate (None), writing, and reading weights."""
 
-    by_side: Mapping[str | None, Float[np.ndarray, "*_ n"]]
+    by_role: Mapping[AxisRole | None, Float[np.ndarray, "*_ n"]]
 
     @classmethod
-    def of(cls, part: Leaves, table: AxisTable, axis: str, lead: Sequence[str] = ()) -> "_Units":
-        found = {side: stacked(part, table, axis, side, lead) for side in (None, "writes", "reads")}
-        return cls({side: _directions(x).astype(np.float32) for side, x in found.items() if x is not None})
+    def of(cls, layer: Leaves, table: AxisTable, axis: str, lead: Sequence[str] = ()) -> "_Units":
+        roles: tuple[AxisRole | None, ...] = (None, "writes", "reads")
+        found = {role: stacked(layer, table, axis, role, lead) for role in roles}
+        return cls({role: _directions(x).astype(np.float32) for role, x in found.items() if x is not None})
 
-    def at(self, holder: int) -> "_Units":
-        return _Units({side: x[holder] for side, x in self.by_side.items()})
+    def at(self, parent: int) -> "_Units":
+        return _Units({role: x[parent] for role, x in self.by_role.items()})
 
 
 def _units_alike(base: _Units, ft: _Units, scaled: bool) -> Float[np.ndarray, "n n"]:
-    cosines = {side: x @ ft.by_side[side].T for side, x in base.by_side.items()}
+    cosines = {role: x @ ft.by_role[role].T for role, x in base.by_role.items()}
     both = cosines["writes"] + cosines["reads"]
     return cosines.get(None, np.float32(0)) + (np.abs(both) if scaled else both)
 
 
 def _head_similarity(base: Leaves, ft: Leaves, table: AxisTable, axis: str, scaled: bool) -> Similarity:
-    """Returns how alike the queries of heads are: cosine of their value-output and of their query-key products."""
-    group = next(inner for inner, holder in table.within.items() if holder == axis)
+    """Returns the similarity of query heads: cosine of their value-output and of their query-key products."""
+    group = next(nested for nested, parent in table.parent_axis.items() if parent == axis)
     K = table.sizes[axis]
-    mapped = [held for held in table.sizes if MAPPED.get(kind_of(held)) == kind_of(axis)]
-    total = sum(_circuit_cosines(*(_circuits(part, table, dim, axis, group) for part in (base, ft))) for dim in mapped)
+    mapped = [dim for dim in table.sizes if MAP_PARENT.get(kind_of(dim)) == kind_of(axis)]
+    total = sum(
+        _circuit_cosines(*(_circuits(layer, table, dim, axis, group) for layer in (base, ft))) for dim in mapped
+    )
     return Similarity(np.zeros((K, K)), lambda i, j: np.asarray(total)[i, :, j])
 
 
@@ -143,25 +150,27 @@ _SIMILARITY = {
 
 @dataclass(frozen=True)
 class _Circuits:
-    """The two factors whose product is what a query's head does: `own` of each query, `shared` by a kv head's queries.
+    """The two factors of a query head's value-output or query-key product.
 
-    Products of a frequency's pair are apart from those of the others, so that `frequencies` of them stand in front.
+    `own` is that of the query head, `shared` that of its kv head. P is the number of rope frequencies, whose products
+    are compared one by one, or 1.
     """
 
     own: Num[np.ndarray, "P K G H n"]
     shared: Num[np.ndarray, "P K H m"]
 
 
-def _circuits(part: Leaves, table: AxisTable, dim: str, heads: str, group: str) -> _Circuits:
+def _circuits(layer: Leaves, table: AxisTable, dim: str, heads: str, group: str) -> _Circuits:
     per_query, per_head = [], []
-    for side in ("writes", "reads"):
-        grouped = stacked(part, table, dim, side, (heads, group))
+    roles: tuple[AxisRole, ...] = ("writes", "reads")
+    for role in roles:
+        grouped = stacked(layer, table, dim, role, (heads, group))
         if grouped is not None:
             per_query.append(grouped)
         else:
-            held = stacked(part, table, dim, side, (heads,))
-            assert held is not None
-            per_head.append(held)
+            ungrouped = stacked(layer, table, dim, role, (heads,))
+            assert ungrouped is not None
+            per_head.append(ungrouped)
     (own,), (shared,) = per_query, per_head
     if kind_of(dim) == "v_dim":
         return _Circuits(own[None], shared[None])
@@ -191,7 +200,7 @@ def _own_products(circuits: _Circuits) -> Float[np.ndarray, "K G"]:
 
 
 def _partner(shared: np.ndarray) -> np.ndarray:
-    # Queries count as they are and keys conjugated: q is multiplied by z and k by 1 / conj(z).
+    # Keys are conjugated: q is multiplied by z and k by 1 / conj(z).
     return shared.conj()
 
 
@@ -204,11 +213,11 @@ def _directions(x: Float[np.ndarray, "*F n"]) -> Float[np.ndarray, "*F n"]:
     return np.divide(x, norms, out=np.zeros_like(x), where=norms > 0)
 
 
-def _sides(part: Leaves, table: AxisTable, axis: str, lead: Sequence[str] = ()) -> Sides:
-    writes, reads = (stacked(part, table, axis, side, lead) for side in ("writes", "reads"))
+def _adjacent(layer: Leaves, table: AxisTable, axis: str, lead: Sequence[str] = ()) -> AdjacentWeights:
+    writes, reads = stacked(layer, table, axis, "writes", lead), stacked(layer, table, axis, "reads", lead)
     assert writes is not None
     assert reads is not None
-    return Sides(writes, reads)
+    return AdjacentWeights(writes, reads)
 
 
 def _complex(x: Float[np.ndarray, "*K H n"]) -> Complex[np.ndarray, "*K H2 n"]:
@@ -217,5 +226,5 @@ def _complex(x: Float[np.ndarray, "*K H n"]) -> Complex[np.ndarray, "*K H2 n"]:
     return first + 1j * second
 
 
-def _paired(sides: Sides) -> Sides:
-    return Sides(_complex(sides.writes), _complex(sides.reads))
+def _paired(weights: AdjacentWeights) -> AdjacentWeights:
+    return AdjacentWeights(_complex(weights.writes), _complex(weights.reads))

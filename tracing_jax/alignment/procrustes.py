@@ -1,12 +1,13 @@
-"""The map that brings activations of ft to base's: closed forms that do not depend on how ft's were mapped before.
+"""The linear map from activations of ft to base's, in closed form and equivariant under maps of ft's activations.
 
-What writes some activations takes M and what reads them M^-T, so that the length of either alone means nothing. First
-both models are brought to the gauge in which the writers' and the readers' Gram matrices are equal, which leaves an
-orthogonal map undecided; then Procrustes decides it, on writers and readers together. Disguising ft by N multiplies
-both gauge and solution by N^-1, exactly: what is aligned stays the same. Least squares on the writers alone would do so
-too, but shrinks them towards zero where ft is noisy, and stretches the readers.
+The weights that write some activations are multiplied by M, those that read them by M^-T, so that the scale of either
+alone is arbitrary. First both models are transformed to the gauge in which the Gram matrices of writing and reading
+weights are equal (balanced), which leaves an orthogonal map free; then orthogonal Procrustes, on writing and reading
+weights together, determines it. Disguising ft by N multiplies both gauge and solution by N^-1, exactly, so the aligned
+weights stay the same. Least squares on the writing weights alone is equivariant too, but shrinks them towards zero
+where ft is noisy, and inflates the reading weights.
 
-Letters: K holders (kv heads), H activations of each, n and m other numbers of the writers and the readers.
+Letters: K parents (kv heads), H activations of each, n and m weights that write and read each.
 """
 
 from dataclasses import dataclass
@@ -19,22 +20,23 @@ _LEAST_EIGENVALUE = 1e-12
 
 
 @dataclass(frozen=True)
-class Sides:
-    """The weights around some activations, one row for each.
+class AdjacentWeights:
+    """The weights that write some activations and those that read them, one row for each activation.
 
     Attributes:
-      writes: rows of what makes them.
-      reads: rows of what takes them.
+      writes: the weights that write an activation.
+      reads: the weights that read it.
     """
 
     writes: Num[np.ndarray, "*_ n"]
     reads: Num[np.ndarray, "*_ m"]
 
 
-def factors(base: Sides, ft: Sides) -> Num[np.ndarray, "*_"]:
+def scale_factors(base: AdjacentWeights, ft: AdjacentWeights) -> Num[np.ndarray, "*_"]:
     """Returns for each single activation the c, real or complex, of `c * ft.writes` and `ft.reads / conj(c)`.
 
-    An activation that is dead on one side is measured on the other; one that is dead in either model keeps its c of 1.
+    Where writing weights are zero in one of the models, c follows from the reading weights, and vice versa; where both
+    are, c is 1.
     """
     w_b, r_b, w_f, r_f = (np.linalg.norm(x, axis=-1) for x in (base.writes, base.reads, ft.writes, ft.reads))
     writes, reads = (w_b > 0) & (w_f > 0), (r_b > 0) & (r_f > 0)
@@ -44,10 +46,10 @@ def factors(base: Sides, ft: Sides) -> Num[np.ndarray, "*_"]:
     return size * _phase(_cosine(base.writes, ft.writes) + _cosine(base.reads, ft.reads))
 
 
-def matrices(base: Sides, ft: Sides) -> tuple[Float[np.ndarray, "K H H"], list[int]]:
-    """Returns for each holder the M of `M @ ft.writes` and `M^-T @ ft.reads`, and which holders have none.
+def mixing_matrices(base: AdjacentWeights, ft: AdjacentWeights) -> tuple[Float[np.ndarray, "K H H"], list[int]]:
+    """Returns for each parent the M of `M @ ft.writes` and `M^-T @ ft.reads`, and the degenerate parents.
 
-    A holder whose activations do not depend on H independent numbers in either model keeps M = 1.
+    These have a singular Gram matrix in one of the models, and M is the identity.
     """
     found, degenerate = [], []
     for k, (w_b, r_b, w_f, r_f) in enumerate(zip(base.writes, base.reads, ft.writes, ft.reads, strict=True)):

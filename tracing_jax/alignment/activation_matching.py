@@ -1,4 +1,4 @@
-"""Alignment by permutations alone: which units belong together, by weights or by activations."""
+"""Permutations of ft's units estimated from activations of both models on the same tokens."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from tracing_jax.alignment.kinds import unit_sizes
+from tracing_jax.alignment.applicability import unit_sizes
 from tracing_jax.arch import Arch
 from tracing_jax.axes import axis_table, kind_of
 from tracing_jax.data import paired_one_to_one
@@ -18,10 +18,10 @@ from tracing_jax.sharding import Compute
 from tracing_jax.sources import ParamSource
 
 TAP = {"embed": "residual", "mlp": "units", "kv_heads": "heads", "q_group": "heads", "expert": "units"}
-"""Axis kind -> the tap (see `models.tap_axes`) whose activations tell its units apart."""
+"""Axis kind -> the tap (see `models.tap_axes`) whose activations its units are compared by."""
 
 
-def by_activations(
+def match_activations(
     base: ParamSource,
     ft: ParamSource,
     kinds: Sequence[str],

@@ -1,4 +1,4 @@
-"""From a list of names, such as `rotate,permute` or `all`, to random rewrites of a model."""
+"""Random disguises of a model: from a list of names, such as `rotate,permute` or `all`, to rewrites."""
 
 from collections.abc import Sequence
 
@@ -7,14 +7,13 @@ import numpy as np
 from jaxtyping import Int, PRNGKeyArray
 
 from tracing_jax.arch import Arch
-from tracing_jax.rewrites.identity_layers import IdentityLayer
-from tracing_jax.rewrites.linear_maps import QueryKeyMaps, UnitScaling, ValueMixing
-from tracing_jax.rewrites.padding import Padding
-from tracing_jax.rewrites.reordering import Permutation, Renaming
-from tracing_jax.rewrites.residual_stream import GainScaling, Rotation
+from tracing_jax.rewrites.expansion import IdentityLayer, Padding
+from tracing_jax.rewrites.linear_maps import QueryKeyMaps, Rotation, UnitScaling, ValueMixing
+from tracing_jax.rewrites.norm_gains import GainScaling
+from tracing_jax.rewrites.permutation import Permutation, Renaming
 from tracing_jax.rewrites.rewrite import Rewrite
 
-DRAWN: dict[str, type[Rewrite]] = {
+DISGUISES: dict[str, type[Rewrite]] = {
     kind.name: kind
     for kind in (
         Renaming, IdentityLayer, Padding, GainScaling, UnitScaling, ValueMixing, QueryKeyMaps, Rotation, Permutation
@@ -27,14 +26,14 @@ def rewrite_names(listed: str) -> list[str]:
     """Returns the names in a list with commas; `all` stands for every one.
 
     Raises:
-      ValueError: a name that is not one of `DRAWN`.
+      ValueError: a name that is not one of `DISGUISES`.
     """
     names = [name.strip() for name in listed.split(",") if name.strip()]
-    if unknown := [name for name in names if name not in DRAWN and name != "all"]:
-        raise ValueError(f"unknown rewrites {', '.join(unknown)}; there are {', '.join(DRAWN)}, or all")
+    if unknown := [name for name in names if name not in DISGUISES and name != "all"]:
+        raise ValueError(f"unknown rewrites {', '.join(unknown)}; there are {', '.join(DISGUISES)}, or all")
     if "all" in names and len(names) > 1:
         raise ValueError("all stands alone: it has every rewrite that exists for the model")
-    return list(DRAWN) if names == ["all"] else names
+    return list(DISGUISES) if names == ["all"] else names
 
 
 def draw_rewrites(
@@ -60,9 +59,9 @@ def draw_rewrites(
     lines: list[str] = []
     rewrites: list[Rewrite] = []
     for place, name in enumerate(rewrite_names(listed)):
-        kind, own_key = DRAWN[name], jax.random.fold_in(key, place)
-        if absent := kind.absent(arch):
-            lines += [f"{name}: {line}" for line in absent]
+        kind, own_key = DISGUISES[name], jax.random.fold_in(key, place)
+        if problems := kind.unsupported(arch):
+            lines += [f"{name}: {line}" for line in problems]
             continue
         if listed.strip() == "all" and name in without:
             continue

@@ -1,0 +1,154 @@
+"""Estimation of the rewrites that align ft to base, beyond permutations, so that a disguise of ft changes nothing.
+
+Everything is estimated from quantities that are invariant under the disguise, or equivariant with the map to be found.
+So aligning a disguised model gives what aligning the model itself gives, up to rounding.
+"""
+
+from collections.abc import Collection, Mapping
+
+import numpy as np
+from jaxtyping import Float
+from tqdm import tqdm
+
+from tracing_jax.alignment.applicability import AlignmentError
+from tracing_jax.alignment.block_maps import BlockMaps, block_maps
+from tracing_jax.alignment.float64_leaves import Leaves, after, in_float64, leaves, own_table, shared_units, units_first
+from tracing_jax.alignment.procrustes import polar
+from tracing_jax.axes import AxisTable
+from tracing_jax.matching import Shared, assign
+from tracing_jax.rewrites import GainScaling, GainSetting, Permutation, Rewrite, Rotation, foldable_norms, gains_in
+from tracing_jax.sources import ParamSource
+
+_REFINEMENTS = 1
+"""How often the map of the features, first found from the tokens' embeddings, is refined from all weights."""
+
+
+def estimate_rewrites(
+    base: ParamSource, ft: ParamSource, kinds: Collection[str], shared: Shared | None
+) -> tuple[tuple[Rewrite, ...], dict[str, str]]:
+    """Returns the rewrites that align ft, of base's shape, to base, and what was left out -> why.
+
+    Each kind that is named is estimated, whether or not ft seems to need it. Both models support all `kinds`.
+
+    Raises:
+      AlignmentError: the residual streams cannot be compared.
+    """
+    aligns_features, rotates = bool({"embed", "rotation"} & set(kinds)), "rotation" in kinds
+    folds = "gains" in kinds
+    base_view, ft_view = (in_float64(source, _folding(source) if folds else ()) for source in (base, ft))
+    R, maps = None, BlockMaps()
+    for last in [False] * (_REFINEMENTS if aligns_features else 0) + [True]:
+        if aligns_features and R is None:
+            tokens = token_products(base_view, ft_view, shared)
+            R = nearest(tokens, rotates)
+        turned = in_float64(ft_view, as_rewrites(R, rotates))
+        maps, products = _layers(base_view, turned, kinds, not last)
+        if R is not None and not last:
+            R = nearest(tokens + products @ R, rotates)
+    permutations = ({} if R is None or rotates else {"embed": order_of(R)}) | maps.permutations
+    rewrites: list[Rewrite] = as_rewrites(R, rotates) if rotates else []
+    rewrites += [Permutation(permutations)] if permutations else []
+    rewrites += [rewrite for rewrite in maps.rewrites if not isinstance(rewrite, Permutation)]
+    if folds:
+        rewrites.append(setting(in_float64(ft, rewrites), _without_zeros(gains_of(base))))
+    return tuple(rewrites), maps.left_out
+
+
+def _layers(
+    base: ParamSource, ft: ParamSource, kinds: Collection[str], multiply: bool
+) -> tuple[BlockMaps, Float[np.ndarray, "D D"]]:
+    """Returns the maps of all layers and, if asked for, the cross products of the features after these maps."""
+    maps = BlockMaps()
+    D = base.arch.embed_dim
+    products = np.zeros((D, D))
+    for i in tqdm(range(base.arch.num_layers), desc="aligning", unit="layer", disable=None):
+        prefix = f"layers/{i}/"
+        of_base, of_ft = leaves(base, prefix), leaves(ft, prefix)
+        found = block_maps(of_base, of_ft, prefix, base.arch, kinds)
+        maps.add(found)
+        if multiply:
+            mapped = after(of_ft, prefix, found.rewrites, base.arch)
+            products += cross_products(of_base, mapped, own_table(base.arch, prefix), None)
+    return maps, products
+
+
+def gains_of(source: ParamSource) -> dict[str, np.ndarray]:
+    """Returns the gain of every foldable norm."""
+    view = in_float64(source)
+    return gains_in(lambda prefix: leaves(view, prefix), source.arch)
+
+
+def setting(source: ParamSource, gains: Mapping[str, np.ndarray]) -> GainSetting | GainScaling:
+    """Returns the rewrite that gives a model these gains. Norms with a bias keep those that are zero."""
+    if not GainSetting.unsupported(source.arch):
+        return GainSetting(gains)
+    found = gains_of(source)
+    return GainScaling({norm: np.where(found[norm] == 0, 1.0, new / found[norm]) for norm, new in gains.items()})
+
+
+def _folding(source: ParamSource) -> list[Rewrite]:
+    """Returns the rewrite that folds all gains into the leaves behind their norms."""
+    return [setting(source, {norm: np.ones(source.arch.embed_dim) for norm in foldable_norms(source.arch)})]
+
+
+def _without_zeros(gains: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the gains with ones in place of zeros, which no leaf behind the norm could make up for."""
+    return {norm: np.where(gain == 0, 1.0, gain) for norm, gain in gains.items()}
+
+
+def cross_products(base: Leaves, ft: Leaves, table: AxisTable, shared: Shared | None) -> Float[np.ndarray, "D D"]:
+    """Returns the sum over the leaves of a subtree of `base @ ft.T`, `[features, n] [n, features]`, each normalised.
+
+    Biases are left out: a single vector would determine one direction by itself.
+    """
+    D = table.sizes["embed"]
+    total = np.zeros((D, D))
+    for name, spec in table.leaves.items():
+        if name not in base or name not in ft or "embed" not in spec.axes or len(spec.axes) < 2:
+            continue
+        pair = shared_units(base[name], ft[name], spec, shared)
+        if pair is None:
+            continue
+        x, y = (units_first(leaf, spec, ("embed",)) for leaf in pair)
+        norms = float(np.linalg.norm(x) * np.linalg.norm(y))
+        if norms > 0:
+            total += x @ y.T / norms
+    return total
+
+
+def token_products(base: ParamSource, ft: ParamSource, shared: Shared | None) -> Float[np.ndarray, "D D"]:
+    """Returns the cross products of the embedding and the head, whose other axis, the tokens, is in the same order.
+
+    Raises:
+      AlignmentError: the models share no row of a token.
+    """
+    products = [
+        cross_products(leaves(base, prefix), leaves(ft, prefix), own_table(base.arch, prefix), shared)
+        for prefix in ("embed/", "head/")
+    ]
+    total = products[0] + products[1]
+    if not total.any():
+        raise AlignmentError(
+            f"no embedding row of base ({base.arch.vocab_size} tokens) and ft ({ft.arch.vocab_size} tokens) stands for "
+            "the same token, or they are zero: the residual streams cannot be compared"
+        )
+    return total
+
+
+def nearest(products: Float[np.ndarray, "D D"], rotates: bool) -> Float[np.ndarray, "D D"]:
+    """Returns the orthogonal matrix, or the permutation matrix, R for which `R @ ft` is closest to base."""
+    if rotates:
+        return polar(products)
+    return np.eye(len(products))[assign(products)]
+
+
+def as_rewrites(R: Float[np.ndarray, "D D"] | None, rotates: bool) -> list[Rewrite]:
+    """Returns the rewrite of the residual stream, if there is one."""
+    if R is None:
+        return []
+    return [Rotation(R)] if rotates else [Permutation({"embed": order_of(R)})]
+
+
+def order_of(R: Float[np.ndarray, "D D"]) -> np.ndarray:
+    """Returns the permutation of a permutation matrix."""
+    return R.argmax(axis=1).astype(np.int32)
