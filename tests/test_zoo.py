@@ -270,6 +270,7 @@ def test_script_asks_slurm_for_what_was_asked_for(folder):
         script(folder, 1, {"queue": "gpu"})
 
 
+@pytest.mark.slow
 def test_of_workers_that_find_a_dead_claim_at_once_one_takes_it(folder):
     pair = folder.plan.pairs[0]
     claim = folder.path / "pairs" / f"{pair.name}.claim.json"
