@@ -6,10 +6,25 @@
     python -m benchmarks --parts=assignment,peer           # some parts only
 
 Every ratio comes from one run, in which both of its sides were measured one after the other. The figures beside it are
-for the record: they belong to one machine. JSON and figure lie in `--out_dir`; `RESULTS.md` says what the parts mean.
+for the record: they belong to one machine. JSON and figure are written to `--out_dir`; `RESULTS.md` says what the parts
+mean. Other benchmarks are programs of their own:
+
+    python -m benchmarks.assignment         # the linear assignment against other solvers
+    python -m benchmarks.write_pair         # large checkpoints with random weights
+    python -m benchmarks.memory_limits      # peak memory of runs on them, against limits
+    python -m benchmarks.zoos               # whole zoos, killed and started again
+    python -m benchmarks.seeds              # trains the models that the following compare
+    python -m benchmarks.exact_nulls        # are the exact p-values of independent models uniform?
+    python -m benchmarks.after_alignment    # and after an alignment?
+    python -m benchmarks.moments            # false alarms of match_moments
+    python -m benchmarks.power              # detection rates by what was done to a model
+    python -m benchmarks.distilled          # match_distilled on models without gates
+
+Each prints its own options with `--help`.
 """
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,18 +32,16 @@ from typing import Any
 
 from absl import app, flags
 
-from benchmarks.folders import OUT_DIR, PUBLISH
-from benchmarks.machine import machine
-from benchmarks.results import publish
-from benchmarks.speed.assigning import assigning
-from benchmarks.speed.peers import peers
+from benchmarks import environment
+from benchmarks.assignment import against_scipy
+from benchmarks.environment import OUT_DIR, PUBLISH, machine
+from benchmarks.results import Row, publish, table
+from benchmarks.speed import peer
 from benchmarks.speed.reading import reading
-from benchmarks.speed.rows import Row, table
 from benchmarks.speed.scaling import figure, scaling
 from benchmarks.speed.sizes import SIZES
 from benchmarks.speed.steps import steps
 from benchmarks.speed.whole_runs import whole_runs
-from benchmarks.speed.writing import writing
 from tracing_jax.record import atomic_write
 from tracing_jax.report import save_png
 
@@ -43,9 +56,9 @@ def _scaling(name: str, folder: Path) -> Iterator[Row]:
 PARTS: Mapping[str, Callable[[str, Path], Iterable[Row]]] = {
     "reading": lambda name, folder: reading(SIZES[name].pair(folder)[0]),
     "steps": lambda name, folder: steps(SIZES[name]),
-    "assignment": lambda name, folder: assigning(SIZES[name].units),
-    "peer": peers,
-    "writing": writing,
+    "assignment": lambda name, folder: against_scipy(SIZES[name].units),
+    "peer": peer.path,
+    "generation": peer.generation,
     "runs": lambda name, folder: whole_runs(SIZES[name], folder),
     "scaling": _scaling,
 }
@@ -90,4 +103,8 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    if {"--help", "-h"} & set(sys.argv[1:]):  # absl would exit with status 1
+        flags.FLAGS(sys.argv[:1])
+        print(__doc__, flags.FLAGS.module_help("__main__"), flags.FLAGS.module_help(environment), sep="\n")
+        sys.exit()
     app.run(main)

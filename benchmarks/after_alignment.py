@@ -11,9 +11,8 @@ from collections.abc import Callable
 import numpy as np
 from absl import app, flags
 
-from benchmarks.devices import use_all_cores
+from benchmarks.environment import ZOO_DIR, use_all_cores
 from benchmarks.exact_nulls import measure
-from benchmarks.folders import ZOO_DIR
 from benchmarks.intervals import rounds
 from benchmarks.seeds import RECIPES, model, zoo
 from tracing_jax.axes import AxisTable, axis_table

@@ -24,9 +24,8 @@ from absl import app
 from benchmarks import drawing
 from benchmarks.activations import Units, forward_units, weight_units
 from benchmarks.agreements import Agreements, agreements
-from benchmarks.devices import use_all_cores
+from benchmarks.environment import OUT_DIR, PUBLISH, ZOO_DIR, use_all_cores
 from benchmarks.false_alarms import Alarms, false_alarms
-from benchmarks.folders import OUT_DIR, PUBLISH, ZOO_DIR
 from benchmarks.intervals import mean_over_pairs, upper_bound
 from benchmarks.seeds import RECIPES, SNAPSHOTS, Zoo, zoo
 from tracing_jax.record import atomic_write

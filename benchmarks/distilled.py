@@ -1,12 +1,13 @@
-"""Does `match_distilled` tell relatives from strangers where no gate can be matched, and at what cost?
+"""Does `match_distilled` tell related from independent models where no gate can be matched, and at what cost?
 
     python -m benchmarks.distilled --out_dir=runs/distilled                    # trains, compares and prints
     python -m benchmarks.distilled --out_dir=runs/distilled --seeds=4          # students of independent models
     python -m benchmarks.distilled --out_dir=runs/distilled --study            # students by steps, width and decay
 
 Tiny models learn the demo's text: a GPT-2, its fine-tune and another GPT-2; a dense gated model, a mixture of experts
-upcycled from it (experts copied, a fresh router, all trained further), and another dense model. They stay in the output
-folder. The study is on one layer of the demo family: of its 256 units, on how many do base's student and another agree?
+upcycled from it (experts copied, a fresh router, all trained further), and another dense model. They are kept in
+the output folder. The study is on one layer of the demo family: on how many of its 256 units do base's student and
+another agree?
 """
 
 import time
@@ -111,7 +112,7 @@ def upcycled(dense: Tree, seed: int) -> Tree:
     return dense | {"layers": {name: layer(own) for name, own in dense["layers"].items()}}
 
 
-class Shelf:
+class ModelFolder:
     """Models of a folder, trained when they are first asked for."""
 
     def __init__(self, folder: Path, found: Text) -> None:
@@ -176,19 +177,19 @@ def measured(statistic: MatchDistilled, pair: Pair) -> list[object]:
 COLUMNS = ["agreeing by layer", "lambda", "rest", "lambda", "log10 p", "least explained", "seconds"]
 
 
-def comparisons(shelf: Shelf) -> Iterator[list[object]]:
+def comparisons(models: ModelFolder) -> Iterator[list[object]]:
     """Yields a row for each pair."""
-    for name, base, ft in shelf.pairs():
-        yield [name, *measured(MatchDistilled(), pair_of(base, ft, shelf.text.held_out, seed=0))]
+    for name, base, ft in models.pairs():
+        yield [name, *measured(MatchDistilled(), pair_of(base, ft, models.text.held_out, seed=0))]
 
 
-def convergence(shelf: Shelf, count: int) -> Iterator[list[object]]:
+def student_agreement(models: ModelFolder, count: int) -> Iterator[list[object]]:
     """Yields a row for each kind and layer: units that students of independent models agree on, over all pairs."""
     for kind in ("gpt2", "dense"):
         by_model = []
         for seed in range(count):
-            model = shelf.seed(kind, seed)
-            ffns = _ffns(model, shelf.text.held_out)
+            model = models.seed(kind, seed)
+            ffns = _ffns(model, models.text.held_out)
             recipe = Recipe(model.arch.mlp_dim)
             by_model.append([(x, fit_student(x, y, recipe, 100 * seed + i)) for i, (x, y) in enumerate(ffns)])
         L = len(by_model[0])
@@ -218,8 +219,8 @@ def _ffns(model: InMemory, tokens: Int[np.ndarray, "N T"]) -> list[tuple[np.ndar
     """Returns inputs and outputs of every FFN of a model at all tokens."""
     at = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     taps, compute = ("mlp_input", "mlp_output"), Compute(make_mesh(1, 1), 16)
-    walk = activations(model, tokens, at, np.ones(at.shape, bool), taps, compute)
-    return [(found["mlp_input"], found["mlp_output"]) for _, found in walk]
+    layers = activations(model, tokens, at, np.ones(at.shape, bool), taps, compute)
+    return [(found["mlp_input"], found["mlp_output"]) for _, found in layers]
 
 
 def study() -> Iterator[list[object]]:
@@ -267,10 +268,10 @@ def main(argv: list[str]) -> None:
     if _STUDY.value:
         rows, headers = study(), ["setting", *list(STUDENTS)[1:], "explained", "seconds"]
     else:
-        shelf = Shelf(Path(_OUT_DIR.value), text())
-        rows, headers = comparisons(shelf), ["pair", *COLUMNS]
+        models = ModelFolder(Path(_OUT_DIR.value), text())
+        rows, headers = comparisons(models), ["pair", *COLUMNS]
         if _SEEDS.value:
-            rows = convergence(shelf, _SEEDS.value)
+            rows = student_agreement(models, _SEEDS.value)
             headers = [
                 "kind",
                 "layer",

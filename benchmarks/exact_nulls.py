@@ -6,7 +6,7 @@ Four populations: random initialisations, no model in two pairs; models trained 
 broken units planted. Broken units are dead (their gate is zero: never active), zero in every weight, or duplicates of
 other units. In base they stand last, in ft anywhere: that one of the two models is exchangeable is all the tests ask.
 
-Rank correlation is tested as it is reported; agreement, which is discrete, with its ties broken by lot. Pairs of
+Rank correlation is tested as it is reported; agreement, which is discrete, with its ties broken at random. Pairs of
 trained models have models in common. Their p-values are independent two by two all the same: renumbering the units of
 the model that two pairs do not share leaves one pair as it is.
 """
@@ -25,8 +25,7 @@ from scipy import stats
 from tqdm import tqdm
 
 from benchmarks import drawing
-from benchmarks.devices import use_all_cores
-from benchmarks.folders import OUT_DIR, PUBLISH, ZOO_DIR
+from benchmarks.environment import OUT_DIR, PUBLISH, ZOO_DIR, use_all_cores
 from benchmarks.intervals import rounds
 from benchmarks.seeds import RECIPES, model, zoo
 from tracing_jax import demo
@@ -130,10 +129,10 @@ def log_p_values(pair: Pair) -> Iterator[tuple[tuple[str, str], list[float]]]:
         assert rank.log10_ps is not None
         assert rank.log10_p is not None
         yield (name, TESTS[0]), [math.log(10) * log10_p for log10_p in (*rank.log10_ps, rank.log10_p)]
-        lots = pair.generator(name, "ties")
+        ties = pair.generator(name, "ties")
         F = pair.base.arch.mlp_dim
         counts = zip(agreement.values["agreeing"], agreement.values["units"])
-        layers = [randomised_agreement_log_p(int(k), int(h), F, generator=lots) for k, h in counts]
+        layers = [randomised_agreement_log_p(int(k), int(h), F, generator=ties) for k, h in counts]
         yield (name, TESTS[1]), [*layers, fisher(layers)]
 
 

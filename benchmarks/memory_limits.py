@@ -21,12 +21,11 @@ from typing import Any
 
 from absl import app, flags
 
-from benchmarks.costs import Cost, FailedRunError, measured_run
-from benchmarks.folders import OUT_DIR, PUBLISH
-from benchmarks.machine import machine
+from benchmarks.environment import OUT_DIR, PUBLISH, machine
 from benchmarks.pairs import write_text
 from benchmarks.plan import measured_rates, plan
 from benchmarks.results import markdown_table, replace_between
+from benchmarks.run_cost import Cost, FailedRunError, measured_run
 from tracing_jax.checkpoint import open_checkpoint
 from tracing_jax.record import atomic_write
 from tracing_jax.report import text_table
@@ -90,7 +89,7 @@ _PLAN = flags.DEFINE_bool("plan", False, "print what the whole model would take"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run took beside its limit; without a cost if it failed, and `error` says how."""
+    """What a run took beside its limit; without a cost if it failed; `error` is the message."""
 
     limit: Limit
     layers: int

@@ -14,9 +14,8 @@ from tqdm import tqdm
 
 from benchmarks.agreements import Agreements, compare_units, comparison_table
 from benchmarks.convergence import print_alarms
-from benchmarks.devices import use_all_cores
+from benchmarks.environment import OUT_DIR, ZOO_DIR, use_all_cores
 from benchmarks.false_alarms import false_alarms
-from benchmarks.folders import OUT_DIR, ZOO_DIR
 from benchmarks.seeds import RECIPES, Zoo, model, zoo
 from tracing_jax.record import atomic_write
 from tracing_jax.report import text_table
@@ -28,7 +27,7 @@ from tracing_jax.statistics.match_moments import PROJECTIONS, signature_correlat
 _ZOOS = flags.DEFINE_list("zoos", list(RECIPES), f"of {', '.join(RECIPES)}")
 
 Signed = Mapping[str, tuple[np.ndarray, np.ndarray]]
-"""Gate and up: signatures of one layer's units, and which live."""
+"""Gate and up: signatures of one layer's units, and which of them are ever active."""
 
 
 def agreements_of(found: Zoo, *, seed: int = 0) -> Agreements:

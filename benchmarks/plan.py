@@ -10,9 +10,17 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from benchmarks.speed.flops import block_flops_per_token, gram_flops_per_token, head_flops_per_token, row_gram_flops
 from benchmarks.speed.reading import drop
-from benchmarks.speed.timing import best_seconds, matmul, matmul_flops, seconds
+from benchmarks.speed.timing import (
+    best_seconds,
+    block_flops_per_token,
+    gram_flops_per_token,
+    head_flops_per_token,
+    matmul,
+    matmul_flops,
+    row_gram_flops,
+    seconds,
+)
 from tracing_jax.arch import Arch
 from tracing_jax.checkpoint import Checkpoint
 from tracing_jax.statistics.match import TAPS, Match

@@ -18,8 +18,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks.descendants import Descendant
-from benchmarks.devices import use_all_cores
-from benchmarks.folders import OUT_DIR, PUBLISH, ZOO_DIR
+from benchmarks.environment import OUT_DIR, PUBLISH, ZOO_DIR, use_all_cores
 from benchmarks.lineages import Lineages
 from benchmarks.power_table import Rates, figure, from_markdown, to_markdown
 from benchmarks.seeds import RECIPES, zoo
@@ -62,7 +61,7 @@ _STATISTICS = flags.DEFINE_list("statistics", list(STATISTICS), f"what to measur
 
 
 def compare(base: InMemory, ft: Descendant, blocks: np.ndarray, seed: int, names: Sequence[str]) -> Outcome:
-    """Returns what the statistics named say of one pair; the verdict only if all that decide are among them."""
+    """Returns the log p-values of the named statistics on one pair; the verdict if all that decide are among them."""
     V = base.arch.vocab_size
     ids = np.arange(V, dtype=np.int32)
     new_ids = ids if ft.new_ids is None else ft.new_ids

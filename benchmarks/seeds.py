@@ -29,8 +29,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from benchmarks.devices import use_all_cores
-from benchmarks.folders import ZOO_DIR
+from benchmarks.environment import ZOO_DIR, use_all_cores
 from tracing_jax import demo
 from tracing_jax.arch import Arch, arch_from_config
 from tracing_jax.report import text_table

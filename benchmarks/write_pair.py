@@ -27,7 +27,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "seed of weights, noise and permutations
 
 
 def main(argv: list[str]) -> None:
-    """Writes the pair and says what it took."""
+    """Writes the pair and prints its size and the seconds."""
     del argv
     start = time.monotonic()
     random_layers = _RANDOM_LAYERS.value if _SPARSE.value else None

@@ -1,4 +1,4 @@
-"""A whole zoo from YAML to report in one command, killed on the way: is every verdict right, and is nothing lost?
+"""A whole zoo from YAML to report in one command, killed and restarted: is every verdict right, and is nothing lost?
 
     python -m benchmarks.zoos --seeds=11,12,13 --kills=2
 
@@ -58,7 +58,7 @@ def tree_of(seed: int) -> dict[str, Mapping]:
 
 
 def run_zoo(seed: int, folder: Path, kills: int) -> Run:
-    """Trains and traces one zoo, killing it so many times on the way."""
+    """Trains and traces one zoo, killing and restarting the tracing so many times."""
     start = time.monotonic()
     for name in demo.TREE:
         demo.member(f"{name}@{seed}")
@@ -80,7 +80,7 @@ def run_zoo(seed: int, folder: Path, kills: int) -> Run:
     subprocess.run(command, cwd=_REPOSITORY, check=True)
     tracing = time.monotonic() - trained
     twice = sum(_records(folder / "zoo")[name] != when for name, when in kept.items())
-    return _judged(seed, folder / "zoo", trained - start, tracing, twice)
+    return _summary(seed, folder / "zoo", trained - start, tracing, twice)
 
 
 def _killed(command: list[str], seconds: float) -> None:
@@ -101,7 +101,7 @@ def _records(folder: Path) -> dict[str, int]:
     return {pair.name: zoo.record_file(pair).stat().st_mtime_ns for pair in zoo.plan.pairs if zoo.record(pair)}
 
 
-def _judged(seed: int, folder: Path, training: float, tracing: float, twice: int) -> Run:
+def _summary(seed: int, folder: Path, training: float, tracing: float, twice: int) -> Run:
     zoo = ZooFolder(folder)
     report = json.loads((folder / "report.json").read_text())
     verdicts = {pair["pair"]: pair["verdict"] for pair in report["pairs"]}  # after Holm over all pairs

@@ -18,6 +18,12 @@ jax.config.update("jax_num_cpu_devices", 8)
 install_import_hook("tracing_jax", "beartype.beartype").__enter__()
 
 
+def pytest_runtest_setup(item):
+    """Skips what is marked `torch` where torch is not installed."""
+    if item.get_closest_marker("torch"):
+        pytest.importorskip("torch")
+
+
 @pytest.fixture(scope="session")
 def family(tmp_path_factory, worker_id):
     """A family like the demo's, trained in seconds: base, finetune, disguised, independent."""

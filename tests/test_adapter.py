@@ -267,6 +267,7 @@ PEFT_CASES = {
 }
 
 
+@pytest.mark.torch
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", PEFT_CASES)
 def test_agrees_with_peft(tmp_path, case):

@@ -10,17 +10,15 @@ import tiny
 from scipy.optimize import linear_sum_assignment
 
 from benchmarks import results
-from benchmarks.compilations import compilations
-from benchmarks.memory import peak_anonymous_bytes
+from benchmarks.assignment import INPUTS
 from benchmarks.memory_limits import GIB, LIMITS, Limit, Outcome
 from benchmarks.plan import Rates, Step, plan
-from benchmarks.speed.assigning import INPUTS
-from benchmarks.speed.flops import block_flops_per_token, gram_flops_per_token, head_flops_per_token
-from benchmarks.speed.random_models import random_pair
+from benchmarks.results import Row, table
+from benchmarks.run_cost import compilations, peak_anonymous_bytes
 from benchmarks.speed.reading import plain_reading
-from benchmarks.speed.rows import Row, table
 from benchmarks.speed.scaling import Line
-from benchmarks.speed.sizes import SIZES
+from benchmarks.speed.sizes import SIZES, random_pair
+from benchmarks.speed.timing import block_flops_per_token, gram_flops_per_token, head_flops_per_token
 from tracing_jax.models import apply_block, apply_head, layer_inputs
 from tracing_jax.tree import flatten
 
@@ -133,7 +131,7 @@ def test_every_table_has_its_place():
 
 
 def test_a_limit_holds_at_its_peak_and_breaks_above_or_without_an_end(tmp_path):
-    from benchmarks.costs import Cost
+    from benchmarks.run_cost import Cost
 
     limit = Limit("csu", "csu", 4, 3.0)
     cost = Cost(12.0, {"open": 2.0, "statistic": 8.0, "hashes": 2.0}, 3 * GIB, MIB, 1.0, {"step": 1})
@@ -159,9 +157,10 @@ def test_the_plan_reads_what_the_steps_need(tmp_path):
     assert Rates(2.0, 4.0).seconds(Step("", 10, 12)) == 5
 
 
+@pytest.mark.slow
 def test_a_run_of_main_says_what_it_cost(tmp_path):
-    from benchmarks.costs import FailedRunError, measured_run
     from benchmarks.pairs import Recipe, config_of, write_pair
+    from benchmarks.run_cost import FailedRunError, measured_run
 
     write_pair(tmp_path / "pair", config_of("tiny", 1), Recipe())
     base, ft = tmp_path / "pair" / "base", tmp_path / "pair" / "ft"

@@ -137,25 +137,23 @@ def test_saving_never_overwrites_and_leaves_nothing_half_done(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("max_shard_bytes", [2**30, 12_000])
 @pytest.mark.parametrize("case", [_UNTIED, _TIED, _GPT2, _MIXTRAL], ids=lambda case: case.name)
 def test_transformers_loads_what_we_save(case, max_shard_bytes, tmp_path):
-    torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
     opened = open_checkpoint(str(_hf_folder(tmp_path / "hf", case)))
     save_checkpoint(tmp_path / "ours", opened, companions=tmp_path / "hf", max_shard_bytes=max_shard_bytes)
-    model = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "ours", attn_implementation="eager", dtype=torch.float32
-    ).eval()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager", dtype="float32").eval()
     expected, _ = hf_outputs(model, case.tokens())
     on_device = load(open_checkpoint(str(tmp_path / "ours")), make_mesh())
     np.testing.assert_allclose(logits(on_device, case.tokens()), expected, atol=2e-4 * np.abs(expected).max())
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("case", [_GPT2, _MIXTRAL], ids=lambda case: case.name)
 def test_what_transformers_saves_is_read(case, tmp_path):
-    pytest.importorskip("torch")
     model = hf_model(case)
     model.save_pretrained(tmp_path / "hf")
     opened = open_checkpoint(str(tmp_path / "hf"))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from cases import diagonal, slow
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -57,19 +58,23 @@ def _correlations(arch, mesh):
     return list(correlations(*_pair(arch, mesh), paired_one_to_one(TOKENS, TOKENS), TAPS, Compute(mesh, batch_size=8)))
 
 
-@pytest.fixture(scope="module", params=["MHA", "GQA"])
+@pytest.fixture(scope="module")
 def on_one(request):
+    """Architecture, losses, correlations and models on one device."""
     arch, mesh = ARCHS[request.param], make_mesh()
     return arch, _losses(arch, mesh), _correlations(arch, mesh), _pair(arch, mesh)
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
+on_each_mesh = pytest.mark.parametrize(("on_one", "mesh"), diagonal(["MHA", "GQA"], MESHES), indirect=["on_one"])
+
+
+@on_each_mesh
 def test_losses_are_those_of_one_device(mesh, on_one):
     arch, expected, *_ = on_one
     np.testing.assert_allclose(_losses(arch, make_mesh(*mesh)), expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@on_each_mesh
 def test_correlations_are_those_of_one_device(mesh, on_one):
     arch, _, expected, _ = on_one
     for found, wanted in zip(_correlations(arch, make_mesh(*mesh)), expected, strict=True):
@@ -77,7 +82,7 @@ def test_correlations_are_those_of_one_device(mesh, on_one):
             np.testing.assert_allclose(found.by_tap[tap], wanted.by_tap[tap], atol=2e-5, err_msg=tap)
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@on_each_mesh
 def test_what_assignments_read_is_that_of_one_device(mesh, on_one):
     arch, _, _, whole = on_one
     split, table = _pair(arch, make_mesh(*mesh)), axis_table(arch)
@@ -136,8 +141,7 @@ def _split_sizes(arch, mesh):
     return sizes | {leaf.size // leaf.shape[0] for leaf in experts.values()}
 
 
-@pytest.mark.parametrize("mesh", [(1, 8), (2, 4)], ids=str)
-@pytest.mark.parametrize("name", ARCHS)
+@pytest.mark.parametrize(("name", "mesh"), diagonal(ARCHS, [(1, 8), (2, 4)]))
 def test_no_weight_is_gathered_whole(name, mesh, programs):
     arch, mesh = ARCHS[name], make_mesh(*mesh)
     _losses(arch, mesh)
@@ -157,7 +161,7 @@ def test_a_weight_that_is_gathered_whole_would_be_seen():
     assert _moved_sizes(program) & _split_sizes(GQA, mesh) == {up.size}
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("mesh", [(2, 4), slow((8, 1)), slow((1, 8))], ids=str)
 def test_all_layers_and_batches_share_one_program(mesh, programs):
     pair, compute = _pair(GQA, make_mesh(*mesh)), Compute(make_mesh(*mesh), batch_size=8)
     tokens = np.concatenate([TOKENS, TOKENS[::-1]])

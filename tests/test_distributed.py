@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import slow
 
 from tracing_jax import experiment
 from tracing_jax.distributed import initialized
@@ -80,6 +81,7 @@ def _assert_close(found, expected, where="statistics"):
         assert found == expected, where
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_record_of_one_and_the_first_alone_writes(family, alone, tmp_path):
     ended = _ended(_start(lambda i: _arguments(family, tmp_path / f"process{i}" / "m.p")))
     assert [status for status, *_ in ended] == [0, 0], ended
@@ -95,6 +97,7 @@ def test_two_processes_give_the_record_of_one_and_the_first_alone_writes(family,
     assert record["verdict"]["verdict"] == alone["verdict"]["verdict"]
 
 
+@pytest.mark.slow
 def test_two_processes_that_were_killed_go_on_together(family, alone, tmp_path):
     arguments = [*_arguments(family, tmp_path / "m.p"), "--config.memory=stream"]
     processes = _start(lambda i: arguments)
@@ -119,7 +122,7 @@ def test_two_processes_that_were_killed_go_on_together(family, alone, tmp_path):
     assert not list(tmp_path.rglob("*.npz"))
 
 
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("failing", [slow(0), 1])
 def test_a_process_that_fails_says_why_and_ends_the_others(failing, family, tmp_path):
     wrong = {failing: "/no/such/model"}
     ended = _ended(_start(lambda i: _arguments(family, tmp_path / f"process{i}" / "m.p", wrong.get(i))))

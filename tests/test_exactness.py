@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import tiny
+from cases import slow
 from scipy.optimize import linear_sum_assignment
 
 from benchmarks import exact_nulls
@@ -32,7 +33,7 @@ def with_broken_units(i):
     return exact_nulls.broken(independent(i), np.random.default_rng([1, i]))
 
 
-@pytest.mark.parametrize("models", [independent, with_broken_units])
+@pytest.mark.parametrize("models", [slow(independent), with_broken_units])
 def test_csu_and_csh_are_uniform_per_layer_and_combined(models):
     measured = exact_nulls.measure(ARCH, models, PAIRS, "")
     ks = np.array([values.ks() for values in measured.values()])

@@ -154,6 +154,7 @@ def test_a_run_without_alignment_leaves_none_of_an_earlier_one(config_of):
         assert (folder / "alignment.npz").exists() is align
 
 
+@pytest.mark.slow
 def test_the_same_config_gives_the_same_numbers_on_any_mesh(config_of):
     def numbers(**fields):
         return experiment.trace(config_of("disguised", stat="all", align=True, **fields))["statistics"]

@@ -1,7 +1,6 @@
 """Generated text: what a cache remembers changes nothing, samples belong to themselves, files say what was drawn."""
 
 import dataclasses
-import importlib.util
 import json
 import subprocess
 import sys
@@ -21,7 +20,6 @@ from tracing_jax.generation.texts import _following
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import in_memory, placed
 
-TORCH = importlib.util.find_spec("torch") is not None
 PROMPTS = [[5, 6, 7], [9, 10, 11, 12, 13, 14, 15, 16], [3]]
 LENGTH = 20
 OF_FAMILY = {family: [name for name, case in CASES.items() if case.family == family] for family in FAMILIES}
@@ -38,25 +36,33 @@ def written(*args, prompts=PROMPTS, length=LENGTH, **fields):
     return [found[i] for i in range(len(prompts))]
 
 
+def greedy(name):
+    """Returns the tokens after each prompt, as many as the model has positions for."""
+    length = min(LENGTH, (CASES[name].arch().num_positions or 2 * LENGTH) - max(map(len, PROMPTS)))
+    return written(name, Choice(temperature=0.0), length=length)
+
+
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_greedy_tokens_are_those_of_the_whole_text_and_of_transformers(name):
+def test_greedy_tokens_are_those_of_the_whole_text(name):
     source = CASES[name].source()
-    length = min(LENGTH, (source.arch.num_positions or 2 * LENGTH) - max(map(len, PROMPTS)))
-    found = written(name, Choice(temperature=0.0), length=length)
-    for prompt, tokens in zip(PROMPTS, found, strict=True):
+    for prompt, tokens in zip(PROMPTS, greedy(name), strict=True):
         text = np.asarray([prompt + tokens], np.int32)
         best = logits(source, text)[0, len(prompt) - 1 : -1].argmax(-1)
         np.testing.assert_array_equal(best, tokens)
-    if TORCH:
-        import torch
 
-        model = hf_model(CASES[name])
-        for prompt, tokens in zip(PROMPTS, found, strict=True):
-            theirs = model.generate(
-                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                max_new_tokens=length, do_sample=False, eos_token_id=None, pad_token_id=0,
-            )  # fmt: skip
-            assert theirs[0, len(prompt) :].tolist() == tokens
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_greedy_tokens_are_those_of_transformers(name):
+    import torch
+
+    model = hf_model(CASES[name])
+    for prompt, tokens in zip(PROMPTS, greedy(name), strict=True):
+        theirs = model.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=len(tokens), do_sample=False, eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        assert theirs[0, len(prompt) :].tolist() == tokens
 
 
 def test_sample_follows_from_its_number_and_not_from_its_batch():
@@ -80,9 +86,9 @@ def test_text_ends_at_the_token_that_ends_it():
         assert cut == tokens[:at]
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("choice", [Choice(0.7), Choice(1.3, top_k=5), Choice(1.0, top_p=0.6), Choice(0.8, 7, 0.9)])
 def test_filters_leave_what_those_of_transformers_leave(choice):
-    pytest.importorskip("torch")
     import torch
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 

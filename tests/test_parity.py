@@ -74,9 +74,9 @@ def test_compiled_steps_give_the_same_numbers(name):
     assert _disagreement(CASES[name], *_engine_outputs(CASES[name])) is None
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("family", FAMILIES)
 def test_installed_transformers_still_gives_the_golden_numbers(family):
-    pytest.importorskip("torch")
     disagreements = []
     for case in _of_family(family):
         model = hf_model(case)

@@ -59,6 +59,7 @@ def dying_after(monkeypatch, pieces):
     return written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", ["resident", "stream"])
 def test_a_run_stopped_again_and_again_comes_to_the_record_of_one_that_was_not(
     config_of, monkeypatch, memory, tmp_path
@@ -266,6 +267,7 @@ def test_a_changed_run_starts_over_and_says_so(config_of, family, monkeypatch, c
     assert any("started over" in note and change in note for note in record["notes"])
 
 
+@pytest.mark.slow
 def test_a_process_killed_at_a_random_moment_loses_nothing(config_of, tmp_path):
     """The run as a user starts it, killed by SIGKILL while it works, and started again."""
     config = config_of("killed", stat="csu,match,mode", memory="stream", num_tokens=4096)

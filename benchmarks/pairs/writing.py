@@ -15,9 +15,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.pairs.draws import Law, draw
-from benchmarks.pairs.files import Place, lay_out
-from benchmarks.pairs.language import write_tokenizer
+from benchmarks.pairs.random_weights import Distribution, draw
+from benchmarks.pairs.sparse_shards import TensorRange, allocate
+from benchmarks.pairs.tokenizer import write_tokenizer
 from tracing_jax.arch import Arch, read_arch
 from tracing_jax.axes import AxisTable, axis_table
 from tracing_jax.checkpoint.hf_layouts import LeafLayouts, leaf_layouts
@@ -97,7 +97,7 @@ def _write_weights(folder: Path, recipe: Recipe) -> None:
     shapes = tensor_shapes(model.leaf_layouts.values())
     groups = list(_groups(model))
     _check_room(folder, 4 * sum(_num_values(model.leaf_layouts[name]) for group in groups for name in group))
-    base, ft = (lay_out(folder / member, shapes) for member in ("base", "ft"))
+    base, ft = (allocate(folder / member, shapes) for member in ("base", "ft"))
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         written = pool.map(lambda group: _write_group(model, group, base, ft), groups)
         for _ in tqdm(written, total=len(groups), desc="writing", unit="tensor", disable=None):
@@ -127,14 +127,16 @@ def _check_room(folder: Path, num_bytes: int) -> None:
         )
 
 
-def _write_group(model: _Model, names: tuple[str, ...], base: Mapping[str, Place], ft: Mapping[str, Place]) -> None:
+def _write_group(
+    model: _Model, names: tuple[str, ...], base: Mapping[str, TensorRange], ft: Mapping[str, TensorRange]
+) -> None:
     """Draws the leaves of one group of tensors and writes them to both models."""
     leaves: dict[str, np.ndarray] = {}
     noisy: dict[str, np.ndarray] = {}
     for name in names:
         layout = model.leaf_layouts[name]
         generator = np.random.Generator(np.random.SFC64([model.recipe.seed, zlib.crc32(name.encode())]))
-        drawn, other = draw(layout.unfolded, _law(model, name), generator)
+        drawn, other = draw(layout.unfolded, _distribution(model, name), generator)
         leaves[name], noisy[name] = drawn.transpose(layout.order), other
     _fill(model, leaves, base)
     del drawn, other
@@ -144,9 +146,9 @@ def _write_group(model: _Model, names: tuple[str, ...], base: Mapping[str, Place
     _fill(model, leaves, ft)
 
 
-def _fill(model: _Model, leaves: Mapping[str, np.ndarray], places: Mapping[str, Place]) -> None:
+def _fill(model: _Model, leaves: Mapping[str, np.ndarray], ranges: Mapping[str, TensorRange]) -> None:
     for tensor, values in to_tensors(model.leaf_layouts, leaves).items():
-        places[tensor].fill(values)
+        ranges[tensor].fill(values)
 
 
 def _permuted(model: _Model, name: str, unfolded: np.ndarray) -> np.ndarray:
@@ -157,10 +159,10 @@ def _permuted(model: _Model, name: str, unfolded: np.ndarray) -> np.ndarray:
     return np.asarray(take_units(unfolded, dims, indices)).transpose(order)
 
 
-def _law(model: _Model, name: str) -> Law:
+def _distribution(model: _Model, name: str) -> Distribution:
     if not name.endswith("/scale"):
-        return Law(0.0, model.recipe.std, model.recipe.noise)
-    return Law(0.0 if model.arch.norm == "rms_unit_offset" else 1.0, _GAIN_STD, model.recipe.noise)
+        return Distribution(0.0, model.recipe.std, model.recipe.noise)
+    return Distribution(0.0 if model.arch.norm == "rms_unit_offset" else 1.0, _GAIN_STD, model.recipe.noise)
 
 
 def _num_values(layout: LeafLayout) -> int:

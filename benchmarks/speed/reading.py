@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from benchmarks.speed.rows import Row
+from benchmarks.results import Row
 from benchmarks.speed.timing import seconds
 from tracing_jax.checkpoint import Checkpoint, open_checkpoint
 from tracing_jax.sharding import make_mesh

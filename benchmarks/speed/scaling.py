@@ -7,12 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.speed.flops import block_flops_per_token, gram_flops_per_token
-from benchmarks.speed.random_models import random_pair, with_depth
-from benchmarks.speed.rows import Row
-from benchmarks.speed.sizes import Size
+from benchmarks.results import Row
+from benchmarks.speed.sizes import Size, random_pair, with_depth
 from benchmarks.speed.steps import TAPS, block_steps, gram_step
-from benchmarks.speed.timing import best_seconds
+from benchmarks.speed.timing import best_seconds, block_flops_per_token, gram_flops_per_token
 from tracing_jax.arch import Arch
 from tracing_jax.report.panels import INK
 from tracing_jax.sources import InMemory

@@ -1,14 +1,24 @@
-"""The sizes that the benchmark runs at: tiny models, and a few layers as wide as those of 1B and 7B models."""
+"""The sizes that the benchmark runs at: tiny models, and a few layers as wide as those of 1B and 7B models.
 
+Random models in memory repeat the arrays of one layer, so that any depth costs the memory of one.
+"""
+
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import jax
+import ml_dtypes
 import numpy as np
 
 from benchmarks.pairs import Recipe, config_of, write_pair
+from benchmarks.pairs.random_weights import Distribution, draw
 from tracing_jax.arch import Arch, arch_from_config
+from tracing_jax.models import init_params
+from tracing_jax.sources import InMemory
+from tracing_jax.tree import map_named
 
 if TYPE_CHECKING:
     import transformers
@@ -79,3 +89,30 @@ SIZES: Mapping[str, Size] = {
                      4, 2),
 }  # fmt: skip
 """Name -> size. On two cores they take about one, five and ten minutes."""
+
+
+def random_pair(arch: Arch, layers: int) -> tuple[InMemory, InMemory]:
+    """Returns two independent random models of this shape, in bfloat16, with so many layers."""
+    one, other = (with_depth(_one_layer(arch, seed), layers) for seed in (0, 1))
+    return one, other
+
+
+def with_depth(model: InMemory, layers: int) -> InMemory:
+    """Returns the model with its first layer so many times."""
+    arch = model.arch
+    ropes, windows = arch.layer_ropes[:1] * layers, arch.layer_windows[:1] * layers
+    arch = dataclasses.replace(arch, num_layers=layers, layer_ropes=ropes, layer_windows=windows)
+    first = model.params["layers"]["0"]
+    return InMemory(arch, {**model.params, "layers": {str(i): first for i in range(layers)}})
+
+
+def _one_layer(arch: Arch, seed: int) -> InMemory:
+    shapes = jax.eval_shape(lambda key: init_params(arch, key), jax.random.key(0))
+    shapes = {**shapes, "layers": {"0": shapes["layers"]["0"]}}
+    return InMemory(arch, map_named(lambda name, leaf: _random(leaf.shape, seed, name), shapes))
+
+
+def _random(shape: tuple[int, ...], seed: int, name: str) -> jax.Array:
+    distribution = Distribution(1.0, 0.1, 0.0) if name.endswith("/scale") else Distribution(0.0, 0.02, 0.0)
+    bits, _ = draw(shape, distribution, np.random.default_rng([seed, *name.encode()]))
+    return jax.numpy.asarray(bits.view(ml_dtypes.bfloat16))

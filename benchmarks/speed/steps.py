@@ -6,11 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from benchmarks.speed.flops import block_flops_per_token, gram_flops_per_token
-from benchmarks.speed.random_models import random_pair, with_depth
-from benchmarks.speed.rows import Row
-from benchmarks.speed.sizes import Size
-from benchmarks.speed.timing import best_seconds, matmul, matmul_flops
+from benchmarks.results import Row
+from benchmarks.speed.sizes import Size, random_pair, with_depth
+from benchmarks.speed.timing import best_seconds, block_flops_per_token, gram_flops_per_token, matmul, matmul_flops
 from tracing_jax.axes import axis_table
 from tracing_jax.data import paired_one_to_one
 from tracing_jax.forward import correlations

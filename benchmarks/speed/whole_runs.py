@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.costs import Cost, measured_run
 from benchmarks.pairs import write_text
+from benchmarks.results import Row
+from benchmarks.run_cost import Cost, measured_run
 from benchmarks.speed.reading import file_bytes, plain_seconds
-from benchmarks.speed.rows import Row
 from benchmarks.speed.sizes import Size
 
 GIB = 2**30

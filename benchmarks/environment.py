@@ -1,4 +1,4 @@
-"""What the figures of a benchmark belong to."""
+"""What every benchmark needs: its folders, one CPU device per core, and a line on the machine it ran on."""
 
 import os
 import platform
@@ -6,10 +6,24 @@ from datetime import UTC, datetime
 from typing import Any
 
 import jax
+from absl import flags
 
 from tracing_jax.record import commit
 
-_HASH = 10  # digits that a reader needs
+ZOO_DIR = flags.DEFINE_string("zoo_dir", "runs/zoo", "folder that keeps the trained models")
+OUT_DIR = flags.DEFINE_string("out_dir", "runs/benchmarks", "folder for tables and figures")
+PUBLISH = flags.DEFINE_bool("publish", False, "replace what the package and its docs hold of this benchmark")
+
+_HASH = 10  # digits of the commit in the summary
+
+
+def use_all_cores() -> None:
+    """Makes the CPU as many JAX devices as the process may use cores; call it before anything touches a device.
+
+    Small models train and run faster side by side, one on each core, than one after the other on all cores.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
 
 
 def machine() -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""The loss along a path by PyTorch and transformers, in the obvious loop, on our checkpoints, tokens, alphas and dtype.
+"""transformers with torch on the same work: the loss along a path, and greedy text, from the same checkpoints.
 
-Each program runs in a process of its own, and its seconds run from the files to the curve: reading, and compiling if it
-does, but no imports.
+The path is computed in the obvious loop, with our tokens, alphas and dtype. Each program runs in a process of its own,
+and its seconds run from the files to the curve: reading, and compiling if it does, but no imports.
 """
 
 import json
@@ -16,18 +16,20 @@ from typing import Any
 
 import numpy as np
 from absl import app, flags
+from jaxtyping import Int
 
-from benchmarks.speed.rows import Row
+from benchmarks.results import Row
 from benchmarks.speed.sizes import SIZES, Size
 
 _NEEDED = ("torch", "transformers")
 _DTYPE = "float32"
+_PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 8, 32, 64
 
 
-def peers(size_name: str, folder: Path) -> Iterator[Row]:
+def path(size_name: str, folder: Path) -> Iterator[Row]:
     """Yields how long we take for the curve, beside PyTorch; nothing where it is not installed."""
     if absent := [name for name in _NEEDED if find_spec(name) is None]:
-        print(f"peers: left out, {', '.join(absent)} not installed (pip install -e '.[bench]')")
+        print(f"path: left out, {', '.join(absent)} not installed (pip install -e '.[bench]')")
         return
     SIZES[size_name].pair(folder)
     ours, theirs = (_in_a_process(program, size_name, folder) for program in ("tracing_jax", "torch"))
@@ -46,7 +48,7 @@ def peers(size_name: str, folder: Path) -> Iterator[Row]:
 def _in_a_process(program: str, size_name: str, folder: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "curve.json"
-        command = [sys.executable, "-m", "benchmarks.speed.peers", f"--program={program}", f"--peer_size={size_name}",
+        command = [sys.executable, "-m", "benchmarks.speed.peer", f"--program={program}", f"--peer_size={size_name}",
                    f"--pairs={folder}", f"--curve={file}"]  # fmt: skip
         subprocess.run(command, cwd=Path(__file__).parents[2], check=True, capture_output=True)
         return json.loads(file.read_text("utf-8"))
@@ -96,6 +98,52 @@ _PROGRAMS: Mapping[str, Callable[[Path, Path, Size, np.ndarray], tuple[float, li
     "tracing_jax": _ours,
     "torch": _theirs,
 }
+
+
+def generation(size_name: str, folder: Path) -> Iterator[Row]:
+    """Yields the tokens per second that we generate, beside PyTorch; nothing where it is not installed."""
+    if find_spec("torch") is None:
+        print("generation: left out, torch is not installed (pip install -e '.[bench]')")
+        return
+    base, _ = SIZES[size_name].pair(folder)
+    vocab_size = SIZES[size_name].arch.vocab_size
+    prompts = np.random.default_rng(0).integers(vocab_size, size=(_PROMPTS, _PROMPT_TOKENS))
+    ours, first = _our_texts(base, prompts)
+    theirs, found = _their_texts(base, prompts)
+    same = np.mean([a == b for a, b in zip(first, found, strict=True)])
+    tokens = _PROMPTS * _NEW_TOKENS
+    note = (
+        f"{_PROMPTS} prompts of {_PROMPT_TOKENS} tokens, {_NEW_TOKENS} new ones, float32; {same:.0%} of texts the same"
+    )
+    yield Row("generation", "greedy, compiled before", tokens / ours, tokens / theirs, "tokens/s", "transformers", note)
+
+
+def _our_texts(base: Path, prompts: Int[np.ndarray, "N T"]) -> tuple[float, list[list[int]]]:
+    from tracing_jax.checkpoint import load, open_checkpoint
+    from tracing_jax.generation import Choice, Writer
+    from tracing_jax.sharding import Compute, make_mesh
+
+    mesh = make_mesh()
+    writer = Writer(load(open_checkpoint(str(base)), mesh), Compute(mesh, len(prompts)), Choice(0.0))
+    rows = prompts.tolist()
+    found = dict(writer.write(rows, _NEW_TOKENS))
+    start = time.perf_counter()
+    dict(writer.write(rows, _NEW_TOKENS))
+    return time.perf_counter() - start, [found[i] for i in range(len(rows))]
+
+
+def _their_texts(base: Path, prompts: Int[np.ndarray, "N T"]) -> tuple[float, list[list[int]]]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    ids = torch.from_numpy(prompts)
+    settings = {"max_new_tokens": _NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    with torch.no_grad():
+        model.generate(ids[:, :2], attention_mask=torch.ones_like(ids[:, :2]), **settings)
+        start = time.perf_counter()
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    return time.perf_counter() - start, found[:, prompts.shape[1] :].tolist()
 
 
 def main(argv: list[str]) -> None:

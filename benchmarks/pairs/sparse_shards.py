@@ -1,4 +1,4 @@
-"""Safetensors shards whose tensors are laid out first and filled in any order; what is never filled stays a hole.
+"""Safetensors shards that are allocated first and filled in any order; what is never filled stays a hole.
 
 A hole takes no space on disk and reads as zeros, so a model far larger than the disk can be opened and read.
 """
@@ -15,34 +15,34 @@ _ALIGN = 8  # a header is padded to this, as the format asks
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where the bytes of one tensor lie."""
+class TensorRange:
+    """The bytes of one tensor in a shard."""
 
     path: Path
     offset: int
 
     def fill(self, tensor: np.ndarray) -> None:
-        """Writes the tensor; several threads may fill places of one file."""
+        """Writes the tensor; several threads may fill one file."""
         with self.path.open("r+b") as file:
             file.seek(self.offset)
             file.write(np.ascontiguousarray(tensor).view(np.uint8).data)
 
 
-def lay_out(
+def allocate(
     folder: Path, shapes: Mapping[str, tuple[int, ...]], max_shard_bytes: int = 4 * 2**30
-) -> Mapping[str, Place]:
-    """Writes shards of bfloat16 zeros that are all holes, with their index, and returns the place of each tensor."""
+) -> Mapping[str, TensorRange]:
+    """Writes shards of bfloat16 zeros, all holes, with their index, and returns the byte range of each tensor."""
     shards = _shards(shapes, max_shard_bytes)
-    places: dict[str, Place] = {}
+    ranges: dict[str, TensorRange] = {}
     for i, shard in enumerate(shards):
         name = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        places |= _lay_out_one(folder / name, {tensor: shapes[tensor] for tensor in shard})
+        ranges |= _allocate_shard(folder / name, {tensor: shapes[tensor] for tensor in shard})
     if len(shards) > 1:
         total = sum(_num_bytes(shape) for shape in shapes.values())
-        weight_map = {name: place.path.name for name, place in places.items()}
+        weight_map = {name: place.path.name for name, place in ranges.items()}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
-    return places
+    return ranges
 
 
 def _shards(shapes: Mapping[str, tuple[int, ...]], max_bytes: int) -> list[list[str]]:
@@ -57,7 +57,7 @@ def _shards(shapes: Mapping[str, tuple[int, ...]], max_bytes: int) -> list[list[
     return shards
 
 
-def _lay_out_one(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
+def _allocate_shard(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorRange]:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     starts, end = {}, 0
     for name, shape in shapes.items():
@@ -68,7 +68,7 @@ def _lay_out_one(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(file.tell() + end)
-    return {name: Place(path, 8 + len(text) + start) for name, start in starts.items()}
+    return {name: TensorRange(path, 8 + len(text) + start) for name, start in starts.items()}
 
 
 def _num_bytes(shape: tuple[int, ...]) -> int:

@@ -1,4 +1,4 @@
-"""Random bfloat16 weights, and the same weights with noise, faster than a disk takes them.
+"""Random bfloat16 weights, and the same weights with noise, faster than a disk writes them.
 
 Sixteen random bits index a table of 65,536 quantiles of the normal distribution, so that every value is drawn on its
 own and no row repeats another: a gather for each value in place of a transform of random numbers.
@@ -17,7 +17,7 @@ _PER_WORD = 4  # sixteen-bit draws in a word of 64 bits
 
 
 @dataclass(frozen=True)
-class Law:
+class Distribution:
     """How the weights of a leaf are distributed: normal, around `center`; `noise` is relative to `std`."""
 
     center: float
@@ -26,13 +26,13 @@ class Law:
 
 
 def draw(
-    shape: tuple[int, ...], law: Law, generator: np.random.Generator
+    shape: tuple[int, ...], distribution: Distribution, generator: np.random.Generator
 ) -> tuple[UInt16[np.ndarray, "..."], UInt16[np.ndarray, "..."]]:
     """Returns the bits of random bfloat16 weights, and of the same weights plus noise."""
     base, ft = np.empty(shape, np.uint16), np.empty(shape, np.uint16)
     quantiles = _quantiles()
-    values = (law.center + law.std * quantiles).astype(ml_dtypes.bfloat16)
-    exact, noise = values.astype(np.float32), np.float32(law.noise * law.std) * quantiles
+    values = (distribution.center + distribution.std * quantiles).astype(ml_dtypes.bfloat16)
+    exact, noise = values.astype(np.float32), np.float32(distribution.noise * distribution.std) * quantiles
     for start in range(0, base.size, _CHUNK):
         part = slice(start, min(start + _CHUNK, base.size))
         index, noise_index = _random_bits(generator, part.stop - start), _random_bits(generator, part.stop - start)

@@ -1,4 +1,4 @@
-"""Tokenizers of any vocabulary size (bytes, merges learnt from the demo's text, names that never occur), and text."""
+"""Tokenizers of any vocabulary size (bytes, merges learnt from the demo's text, unused tokens), and text."""
 
 import functools
 import json
