@@ -17,7 +17,7 @@ from tracing_jax.arch import UnsupportedModelError, read_arch
 from tracing_jax.axes import PERMUTABLE, axis_table
 from tracing_jax.checkpoint import CheckpointError, save_checkpoint
 from tracing_jax.experiment import ConfigError
-from tracing_jax.experiment.opening import open_pair
+from tracing_jax.experiment.inputs import open_inputs
 from tracing_jax.experiment.validation import statistic_names
 from tracing_jax.options import RunOptions
 from tracing_jax.rewrites import permute, random_permutations
@@ -369,11 +369,11 @@ def test_random_tokens_are_those_of_both_vocabularies(family, tmp_path):
     config = RunOptions(stat=("mode",)).to_config()
     config.base_model_id, config.ft_model_id = (str(family.member(name)) for name in ("base", "finetune"))
     config.dataset, config.num_tokens, config.block_size, config.save = "random", 256, 32, str(tmp_path / "r.p")
-    first, again = (open_pair(RunOptions.from_config(config)) for _ in range(2))
-    assert first.blocks_base.tokens.shape == (8, 32)
-    assert first.blocks_base.sha256 == again.blocks_base.sha256
-    assert set(first.blocks_base.tokens.ravel()) <= set(first.vocabularies.ids_base)
+    first, again = (open_inputs(RunOptions.from_config(config)) for _ in range(2))
+    assert first.text.base.tokens.shape == (8, 32)
+    assert first.text.base.sha256 == again.text.base.sha256
+    assert set(first.text.base.tokens.ravel()) <= set(first.vocabularies.ids_base)
     config.seed = 1
-    assert open_pair(RunOptions.from_config(config)).blocks_base.sha256 != first.blocks_base.sha256
+    assert open_inputs(RunOptions.from_config(config)).text.base.sha256 != first.text.base.sha256
     losses = experiment.trace(config)["statistics"]["mode"]["non_aligned"]["curve"]["loss"]
     assert min(losses) > np.log(len(first.vocabularies.ids_base))  # no model predicts them

@@ -32,9 +32,9 @@ def run(parsed: argparse.Namespace) -> None:
     """Runs the verb."""
     with exit_on_user_error():
         options = checked(DisguiseOptions(**given(parsed, DisguiseOptions)))
-        from tracing_jax.experiment.opening import resolved
+        from tracing_jax.experiment.models import resolve_model_id
         from tracing_jax.rewrites.__main__ import disguise
 
-        model = resolved(parsed.model)
+        model = resolve_model_id(parsed.model)
         for line in disguise(model, ",".join(options.disguise), options.seed, options.save, options.cache_dir):
             print(line)
