@@ -31,16 +31,15 @@ from tracing_jax.statistics import Pair
 
 def load_pair(options: RunOptions, inputs: RunInputs, placement: Placement, run_cache: RunCache) -> Pair:
     """Step 1: both models on the mesh, whole or layer by layer; a disguise changes the parts of ft as they are read."""
-    mesh, memory = placement
     return Pair(
         _load(options, inputs.base, placement),
         _load_disguised(inputs, placement) if inputs.disguise else _load(options, inputs.ft, placement),
         inputs.vocabularies,
         None if inputs.text is None else inputs.text.base.tokens,
-        Compute(mesh, options.batch_size, DTYPES[options.dtype]),
+        Compute(placement.mesh, options.batch_size, DTYPES[options.dtype]),
         options.seed,
         blocks=None if inputs.text is None else inputs.text.paired,
-        controls=[_load(options, control, Placement(mesh, "stream")) for control in inputs.controls],
+        controls=[_load(options, control, placement._replace(memory="stream")) for control in inputs.controls],
         run_cache=run_cache,
     )
 
