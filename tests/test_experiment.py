@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import time
 from pathlib import Path
 
 import jax
@@ -16,10 +17,11 @@ from tracing_jax import experiment
 from tracing_jax.arch import UnsupportedModelError, read_arch
 from tracing_jax.axes import PERMUTABLE, axis_table
 from tracing_jax.checkpoint import CheckpointError, save_checkpoint
-from tracing_jax.experiment import ConfigError
+from tracing_jax.experiment import ConfigError, metadata, steps
 from tracing_jax.experiment.inputs import open_inputs
 from tracing_jax.experiment.validation import statistic_names
 from tracing_jax.options import RunOptions
+from tracing_jax.record import HashingStoppedError
 from tracing_jax.rewrites import permute, random_permutations
 from tracing_jax.sources import InMemory
 
@@ -333,6 +335,25 @@ def test_bad_input_is_refused_and_nothing_is_written(config_of, spoilt, change, 
         experiment.trace(config)
     out = Path(config.save).parent
     assert not out.exists() or not list(out.iterdir())
+
+
+def test_hashing_ends_with_a_run_that_fails(config_of, monkeypatch):
+    hashed = []
+
+    def hash_until_stopped(files, stop):
+        hashed.append(stop.wait(60))
+        raise HashingStoppedError
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(metadata, "file_hashes", hash_until_stopped)
+    monkeypatch.setattr(steps, "_compute", fail)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        experiment.trace(config_of())
+    assert time.monotonic() - start < 50
+    assert hashed == [True]  # the files of the second model are not begun
 
 
 def test_a_data_set_without_a_text_column_is_refused(config_of, tmp_path):
