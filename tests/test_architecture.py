@@ -26,7 +26,7 @@ _LAYERS = {
     "axes": "arch tree",
     "models": "arch tree",
     "sharding": "axes tree",
-    "rewrites": "arch axes tree",
+    "rewrites": "dataclass_options arch axes tree",
     "interpolation": "axes tree",
     "sources": "arch rewrites interpolation sharding axes tree",
     "checkpoint": "distributed sources models sharding axes arch tree",
