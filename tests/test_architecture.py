@@ -26,7 +26,7 @@ _LAYERS = {
     "axes": "arch tree",
     "models": "arch tree",
     "sharding": "axes tree",
-    "rewrites": "arch axes tree",
+    "rewrites": "dataclass_options arch axes tree",
     "interpolation": "axes tree",
     "sources": "arch rewrites interpolation sharding axes tree",
     "checkpoint": "distributed sources models sharding axes arch tree",
@@ -42,7 +42,7 @@ _LAYERS = {
     "generation": "record distributed arch data models sources checkpoint sharding tree",
     "demo": "models checkpoint forward rewrites sources arch axes data tree",
 }
-_ANY_LOWER = ("experiment", "cli", "zoo")
+_ANY_LOWER = ("experiment", "zoo", "cli")
 _ORDER = (*_LAYERS, *_ANY_LOWER)
 
 

@@ -16,7 +16,7 @@ import pytest
 from records import assert_same_numbers, without_circumstances
 
 from tracing_jax import experiment
-from tracing_jax.experiment import loading
+from tracing_jax.experiment import memory
 from tracing_jax.matching import weights
 from tracing_jax.run_cache import RUN_CACHE, RunCache
 from tracing_jax.sharding import make_mesh
@@ -104,14 +104,14 @@ def test_finished_layers_are_not_compared_again(config_of, monkeypatch):
 def test_models_that_lie_elsewhere_are_started_over(config_of, monkeypatch, name, decides, before, after):
     fields = {"stat": "mode", "permute": False, "align": False, "eval": False, "memory": "auto", "batch_size": 3}
 
-    monkeypatch.setattr(loading, decides, lambda *_: after)
+    monkeypatch.setattr(memory, decides, lambda *_: after)
     expected = experiment.trace(config_of("whole", **fields))
-    monkeypatch.setattr(loading, decides, lambda *_: before)
+    monkeypatch.setattr(memory, decides, lambda *_: before)
     with monkeypatch.context() as patch:
         dying_after(patch, 2)  # what the run is, and the first chunk
         with pytest.raises(KeyboardInterrupt):
             experiment.trace(config_of(**fields))
-    monkeypatch.setattr(loading, decides, lambda *_: after)
+    monkeypatch.setattr(memory, decides, lambda *_: after)
     record = experiment.trace(config_of(**fields))
     assert any(f"of other {name}: it is started over" in note for note in record["notes"])
     assert_same_numbers(record["statistics"], expected["statistics"], tolerance=1e-6)
