@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
+from tracing_jax.alignment.kinds import KINDS, WHOLE
 
 from tracing_jax import options
-from tracing_jax.alignment.kinds import KINDS, WHOLE
 from tracing_jax.axes import PERMUTABLE
 from tracing_jax.dataclass_options import ConfigError, comma_list, options_of, problems, replaced, sections_of
 from tracing_jax.experiment.validation import DTYPES, make_statistics
 from tracing_jax.options import COMPARE, MOVED, STATISTICS, RunOptions, unknown_option
-from tracing_jax.rewrites import DRAWN
+from tracing_jax.rewrites import DISGUISES
 from tracing_jax.statistics import COSTLY, LIGHT, REGISTRY, make_statistic
 from tracing_jax.statistics.verdict import UNDECIDED_BELOW
 
@@ -38,7 +38,7 @@ def test_a_statistic_is_made_from_its_section_and_takes_the_level_of_the_run():
 def test_choices_are_what_the_package_has():
     assert options.PERMUTABLE == PERMUTABLE
     assert (*KINDS, *WHOLE) == options.ALIGNABLE
-    assert (*DRAWN, "all") == options.REWRITES
+    assert (*DISGUISES, "all") == options.REWRITES
     assert BY_NAME["dtype"].choices == tuple(DTYPES)
     assert problems(RunOptions(level=UNDECIDED_BELOW)) == []
     assert problems(RunOptions(level=1.01 * UNDECIDED_BELOW))
