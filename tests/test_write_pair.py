@@ -9,8 +9,8 @@ from tracing_jax.arch import arch_from_config
 from tracing_jax.axes import axis_table
 from tracing_jax.checkpoint import open_checkpoint
 from tracing_jax.data import load_tokenizer
-from tracing_jax.rewrites import invert
-from tracing_jax.sources import in_memory, permuted
+from tracing_jax.rewrites import Permutation, invert
+from tracing_jax.sources import in_memory, rewritten
 from tracing_jax.tree import flatten
 
 _SIZES = {"vocab_size": 300, "num_hidden_layers": 3, "num_attention_heads": 6, "hidden_size": 24}
@@ -34,7 +34,7 @@ def test_ft_is_base_permuted_plus_noise(tmp_path, family):
     write_pair(tmp_path / "pair", _CONFIGS[family], recipe)
     base, ft = (open_checkpoint(str(tmp_path / "pair" / member)) for member in ("base", "ft"))
     undone = invert(planted_permutations(base.arch, recipe), axis_table(base.arch))
-    weights, found = _weights(base), _weights(permuted(ft, undone))
+    weights, found = _weights(base), _weights(rewritten(ft, [Permutation(undone)]))
     assert weights.keys() == found.keys()
     for name, leaf in weights.items():
         noise = found[name] - leaf

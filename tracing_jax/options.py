@@ -22,7 +22,7 @@ ALIGNABLE = (
 """What alignment can undo; `alignment.KINDS` and `alignment.WHOLE`."""
 
 REWRITES = ("rename", "identity", "pad", "gains", "units", "values", "queries", "rotate", "permute", "all")
-"""Random function-preserving rewrites; the names of `rewrites.DRAWN`, and all."""
+"""Random function-preserving rewrites; the names of `rewrites.DISGUISES`, and all."""
 
 FORMS = ("forward", "weights")
 """Forms of `match` and `match_all`: activations on a text, or on the shared embeddings without a forward pass."""
