@@ -15,7 +15,7 @@ from tracing_jax.data import GENERATED_FOLDER
 from tracing_jax.distributed import initialized, is_main_process
 from tracing_jax.experiment.opening import resolved
 from tracing_jax.experiment.validation import DTYPES
-from tracing_jax.generation import Choice, file_of, generate, prompt_tokens, read_prompts
+from tracing_jax.generation import SamplingParams, file_of, generate, prompt_tokens, read_prompts
 from tracing_jax.record import check_writable
 from tracing_jax.sharding import Compute, make_mesh
 
@@ -42,8 +42,8 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     if (_PROMPTS.value is None) == (_SAMPLES.value is None):
         raise app.UsageError("give --prompts=FILE, or --num_samples=N for texts without a prompt")
-    choice = Choice(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
-    if lines := choice.problems():
+    sampling = SamplingParams(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
+    if lines := sampling.problems():
         raise app.UsageError("; ".join(lines))
     configure_logging()
     with exit_on_user_error(), initialized(), exit_on_user_error():
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
             prompt_tokens(model, prompts, _LENGTH.value, _SEED.value)
         compute = Compute(make_mesh(_DATA.value, _MODEL.value), _BATCH.value, DTYPES[_DTYPE.value])
         for model_id, model in models.items():
-            file = generate(model, prompts, files[model_id], compute, choice, _LENGTH.value, _SEED.value)
+            file = generate(model, prompts, files[model_id], compute, sampling, _LENGTH.value, _SEED.value)
             if is_main_process():
                 print(file)
 

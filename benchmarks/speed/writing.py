@@ -11,7 +11,7 @@ from jaxtyping import Int
 from benchmarks.speed.rows import Row
 from benchmarks.speed.sizes import SIZES
 from tracing_jax.checkpoint import load, open_checkpoint
-from tracing_jax.generation import Choice, Writer
+from tracing_jax.generation import Sampler, SamplingParams
 from tracing_jax.sharding import Compute, make_mesh
 
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 8, 32, 64
@@ -37,11 +37,11 @@ def writing(size_name: str, folder: Path) -> Iterator[Row]:
 
 def _ours(base: Path, prompts: Int[np.ndarray, "N T"]) -> tuple[float, list[list[int]]]:
     mesh = make_mesh()
-    writer = Writer(load(open_checkpoint(str(base)), mesh), Compute(mesh, len(prompts)), Choice(0.0))
+    sampler = Sampler(load(open_checkpoint(str(base)), mesh), Compute(mesh, len(prompts)), SamplingParams(0.0))
     rows = prompts.tolist()
-    found = dict(writer.write(rows, _NEW_TOKENS))
+    found = dict(sampler.sample(rows, _NEW_TOKENS))
     start = time.perf_counter()
-    dict(writer.write(rows, _NEW_TOKENS))
+    dict(sampler.sample(rows, _NEW_TOKENS))
     return time.perf_counter() - start, [found[i] for i in range(len(rows))]
 
 

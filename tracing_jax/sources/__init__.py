@@ -2,7 +2,7 @@
 
 from tracing_jax.sources.lazy_leaves import leaf, params_of
 from tracing_jax.sources.prefetch import PrefetchingSource
-from tracing_jax.sources.source import InMemory, ParamSource, in_memory, part, parts, prefixes
+from tracing_jax.sources.source import InMemory, ParamSource, in_memory, is_resident, part, parts, prefixes
 from tracing_jax.sources.submodel import Submodel
 from tracing_jax.sources.transforms import (
     Disguised,
@@ -23,6 +23,7 @@ __all__ = [
     "Submodel",
     "disguised",
     "in_memory",
+    "is_resident",
     "leaf",
     "over",
     "params_of",

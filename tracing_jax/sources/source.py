@@ -74,6 +74,11 @@ def parts(source: ParamSource) -> Iterator[tuple[str, Tree]]:
         yield prefix, part(source, prefix)
 
 
+def is_resident(source: ParamSource) -> bool:
+    """Returns whether all leaves are in memory, so that reading one costs nothing."""
+    return isinstance(source, InMemory)
+
+
 def in_memory(source: ParamSource, description: str = "reading") -> InMemory:
     """Returns the source with all its parts read once and kept, under a progress bar."""
     if isinstance(source, InMemory):
