@@ -26,7 +26,7 @@ from tracing_jax.record import atomic_write, plain
 T = TypeVar("T")
 
 RUN_CACHE = "run_cache"
-"""The folder, in that of a run, of what is finished while the run goes on."""
+"""The subfolder of a run's folder with its finished results; it is deleted at the end of the run."""
 
 _FACTS = "facts.json"
 _SUFFIXES = (".json", ".npz")

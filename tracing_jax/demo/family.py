@@ -63,7 +63,7 @@ class TrainingData:
 
 
 def family(cache_dir: str | None = None, recipe: Recipe = DEFAULT) -> Family:
-    """Returns the family of a recipe, trained now if it is not in the cache (see `kept`)."""
+    """Returns the family of a recipe, trained now if it is not in the cache (see `cached_folder`)."""
     return Family(cached_folder("demo", recipe, cache_dir, lambda folder: _build(folder, recipe)))
 
 

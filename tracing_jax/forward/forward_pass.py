@@ -70,8 +70,8 @@ def forward(
 ) -> Iterator[LayerOutput]:
     """Returns an iterator over the layers and in each layer over the batches, with what the layer gives for the batch.
 
-    One layer is held at a time, and none when the last batch of a layer is handed out. Pure: it may run under `jit` and
-    `grad`, over a model in memory.
+    One layer is held at a time, and none when the caller has the output for the last batch of a layer. Pure: over a
+    resident model it may run under `jit` and `grad`.
 
     Args:
       model: a model, resident or streamed, or all models along a path.
@@ -152,9 +152,9 @@ def final_hidden(
 
 
 class SavedStates:
-    """The hidden states of a pass that is under way, for a second start: one file, replaced now and then.
+    """The hidden states of an unfinished forward pass, from which a second start continues.
 
-    The write budget of the run cache says when. What is saved are the states that a layer receives, not every layer's.
+    There is one file, which is replaced when the write budget of the run cache allows it: not after every layer.
     """
 
     def __init__(self, run_cache: RunCache) -> None:

@@ -1,10 +1,10 @@
 """The decoder of every supported family as plain functions of a params pytree.
 
-Plain functions rather than Flax linen modules: models are streamed a layer at a time, and a layer is then a dict of
-arrays that is passed to a function, where a module would have to be made, bound and asked for collections. Inner
-activations, the key/value cache and the positions are arguments and results, where linen has mutable collections whose
-paths must be parsed, and a part of a block can be computed from the weights of that part alone. Flax's params stay the
-currency: trees, leaf names and kernels `[in, out]` are those that linen modules of the same names would have.
+Plain functions rather than Flax linen modules, for three reasons. Models are streamed a layer at a time, sometimes only
+some leaves of it or several interpolated copies at once, while a module assumes a complete tree that it initialises
+itself. Inner activations, the key/value cache and positions are arguments and results here, where linen has mutable
+collections that are addressed by module paths. Flax's params stay the exchange format: trees, leaf names and kernels
+`[in, out]` are those of linen modules of the same names, and so are freshly initialised weights.
 """
 
 from tracing_jax.models.decoder import (
