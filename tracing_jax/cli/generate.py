@@ -58,7 +58,7 @@ def _write(options: GenerateOptions) -> None:
     from tracing_jax.distributed import is_main_process
     from tracing_jax.experiment.models import resolve_model_id
     from tracing_jax.experiment.validation import DTYPES
-    from tracing_jax.generation import Choice, file_of, generate, prompt_tokens, read_prompts
+    from tracing_jax.generation import SamplingParams, file_of, generate, prompt_tokens, read_prompts
     from tracing_jax.record import check_writable
     from tracing_jax.sharding import Compute, make_mesh
 
@@ -71,9 +71,9 @@ def _write(options: GenerateOptions) -> None:
     for model_id, model in models.items():
         check_writable(files[model_id])
         prompt_tokens(model, prompts, options.max_new_tokens, options.seed)
-    choice = Choice(options.temperature, options.top_k, options.top_p)
+    sampling = SamplingParams(options.temperature, options.top_k, options.top_p)
     compute = Compute(make_mesh(options.mesh_data, options.mesh_model), options.batch_size, DTYPES[options.dtype])
     for model_id, model in models.items():
-        file = generate(model, prompts, files[model_id], compute, choice, options.max_new_tokens, options.seed)
+        file = generate(model, prompts, files[model_id], compute, sampling, options.max_new_tokens, options.seed)
         if is_main_process():
             print(file)

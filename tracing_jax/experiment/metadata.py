@@ -32,7 +32,7 @@ _SHAPE = (
     "tied",
 )
 _PACKAGES = (
-    "tracing_jax", "jax", "jaxlib", "flax", "numpy", "scipy", "safetensors", "tokenizers", "transformers", "datasets"
+    "tracing_jax", "jax", "jaxlib", "numpy", "scipy", "safetensors", "tokenizers", "transformers", "datasets"
 )  # fmt: skip
 
 
