@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -29,9 +30,9 @@ def test_version_and_options_need_no_jax():
     assert "jax" not in _loaded_after("import tracing_jax; tracing_jax.__version__; tracing_jax.RunOptions")
 
 
-def test_every_public_name_exists_and_is_the_one_of_its_module():
+def test_every_public_name_exists():
     for name in tj.__all__:
-        assert getattr(tj, name) is getattr(tj, name), name
+        assert getattr(tj, name) is not None, name
     assert set(tj.__all__) <= set(dir(tj))
 
 
@@ -50,7 +51,9 @@ def demo_is_the_test_family(family, monkeypatch):
 def test_example_of_the_docstring_runs_as_printed(name, demo_is_the_test_family, tmp_path):
     value = getattr(tj, name)
     assert value.__doc__, f"tj.{name} has no docstring"
-    found = doctest.DocTestFinder(recurse=False).find(value, name, globs={"tj": tj, "np": np, "tmp": tmp_path})
+    found = doctest.DocTestFinder(recurse=False).find(
+        value, name, globs={"jax": jax, "np": np, "tj": tj, "tmp": tmp_path}
+    )
     (example,) = found
     assert example.examples, f"the docstring of tj.{name} has no example"
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
@@ -93,7 +96,11 @@ def test_tracing_writes_nothing_until_the_report_is_saved(family, tmp_path, monk
 
 def test_trace_takes_options_by_name(family):
     found = tj.trace(
-        family.member("base"), family.member("disguised"), ["match"], match={"forms": ("weights",), "max_tokens": 300}, seed=5
+        family.member("base"),
+        family.member("disguised"),
+        ["match"],
+        match={"forms": ("weights",), "max_tokens": 300},
+        seed=5,
     )
     assert found.record["args"]["match"]["max_tokens"] == 300
     assert found.record["seed"] == 5
@@ -110,11 +117,3 @@ def test_a_model_in_memory_has_no_tokenizer(family):
     assert tj.load(model) is model
     with pytest.raises(TypeError, match="name its folder"):
         tj.tokenize(model, "text")
-
-
-def test_greedy_text_follows_the_losses(family):
-    """The first greedy token is the most likely one."""
-    (text,) = tj.generate(family.member("base"), ["The for statement"], max_new_tokens=1, temperature=0)
-    tokenizer_ids = tj.tokenize(family.member("base"), "The for statement" * 40, block_size=2)[:1]
-    assert tokenizer_ids.shape == (1, 2)
-    assert text

@@ -13,10 +13,22 @@ Every public name is imported when it is first used: `import tracing_jax` itself
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 _MODULES = {
-    "api": ("Report", "align", "generate", "load", "logits", "path_losses", "token_losses", "trace"),
+    "api": (
+        "Report",
+        "align",
+        "generate",
+        "load",
+        "logits",
+        "open",
+        "path_losses",
+        "save",
+        "token_losses",
+        "tokenize",
+        "trace",
+    ),
     "alignment": ("Alignment", "AlignmentError", "aligned"),
     "axes": ("AxisTable", "axis_table", "table_from_axes"),
     "checkpoint": ("Checkpoint", "CheckpointError"),
@@ -42,13 +54,12 @@ _MODULES = {
         "random_permutations",
     ),
     "sharding": ("Compute", "make_mesh"),
-    "sources": ("InMemory", "ParamSource"),
+    "sources": ("InMemory", "ParamSource", "rewritten"),
     "statistics": ("Result", "verdict"),
 }
-_RENAMED = {"open": ("checkpoint", "open_checkpoint"), "save": ("checkpoint", "save_checkpoint")}
-_EXPORTS = {name: (module, name) for module, names in _MODULES.items() for name in names} | _RENAMED
+_EXPORTS = {name: module for module, names in _MODULES.items() for name in names}
 
-__all__ = [*sorted(_EXPORTS), "__version__"]  # noqa: PLE0604
+__all__ = [*sorted(_EXPORTS), "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -59,8 +70,7 @@ def __getattr__(name: str) -> Any:
         return version("tracing_jax")
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public are {', '.join(__all__)}")
-    module, attribute = _EXPORTS[name]
-    value = getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
+    value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
     globals()[name] = value
     return value
 

@@ -79,6 +79,11 @@ class AxisTable:
       sizes: axis name -> number of units.
       parent_axis: a nested axis -> the axis whose units hold it. Units of `layers/0/q_group` are permuted inside each
         unit of `layers/0/kv_heads`, so its permutation is a matrix `[kv_heads, q_group]`.
+
+    Example:
+      >>> table = tj.axis_table(tj.open("demo:base").arch)
+      >>> table.leaves["layers/0/mlp/up_proj/kernel"].axes
+      ('embed', 'layers/0/mlp')
     """
 
     leaves: Mapping[str, LeafSpec]
@@ -123,6 +128,12 @@ def table_from_axes(
     Raises:
       ValueError: leaves that the names do not cover, names without a leaf, wrong ranks, or unequal sizes of one axis;
         all at once.
+
+    Example:
+      >>> params = {"up": np.arange(6.0).reshape(2, 3), "down": np.ones((3, 2))}
+      >>> table = tj.table_from_axes({"up": (None, "mlp"), "down": ("mlp", None)}, params)
+      >>> table.sizes["mlp"]
+      3
     """
     table = AxisTable({name: LeafSpec(tuple(spec)) for name, spec in axes.items()}, {}, dict(parent_axis or {}))
     sizes = _sizes_in(params, table)
@@ -164,7 +175,13 @@ def _sizes_in(params: Tree, table: AxisTable) -> dict[str, int]:
 
 
 def axis_table(arch: Arch) -> AxisTable:
-    """Returns the table of a model of any supported family, for params `{embed, layers: {"0": ...}, head}`."""
+    """Returns the table of a model of any supported family, for params `{embed, layers: {"0": ...}, head}`.
+
+    Example:
+      >>> table = tj.axis_table(tj.open("demo:base").arch)
+      >>> table.leaves["layers/1/attn/q_proj/kernel"].axes
+      ('embed', 'layers/1/kv_heads', 'layers/1/q_group', 'layers/1/qk_dim')
+    """
     leaves = {"embed/embedding": LeafSpec(("vocab", "embed"), "emb")}
     sizes = {"embed": arch.embed_dim, "vocab": arch.vocab_size}
     if arch.num_positions is not None:

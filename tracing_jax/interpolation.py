@@ -34,6 +34,12 @@ def interpolate(base: Tree, ft: Tree, alpha: float | Float[Array, ""], interpola
     """Returns `(1 - alpha) base + alpha ft` on the interpolated leaves, in float32, and base's own leaf elsewhere.
 
     alpha = 0 gives base and alpha = 1 gives ft on these leaves, both exactly. `ft` need hold only these leaves.
+
+    Example:
+      >>> zeros, ones = jax.numpy.zeros(2), jax.numpy.ones(2)
+      >>> halfway = tj.interpolate({"a": zeros, "b": zeros}, {"a": ones, "b": ones}, 0.5, frozenset(["a"]))
+      >>> halfway["a"].tolist(), halfway["b"].tolist()
+      ([0.5, 0.5], [0.0, 0.0])
     """
     other = flatten(ft)
 

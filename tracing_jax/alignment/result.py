@@ -45,6 +45,11 @@ class Alignment:
       undone: name -> numbers about each disguise that the rewrites undo, plain data.
       likeness: kind of leaf, such as `mlp/up_proj/kernel` -> mean over layers of its cosine with base before (None if
         their shapes differ) and after; empty where permutations alone were asked for.
+
+    Example:
+      >>> alignment = tj.align("demo:base", "demo:disguised", "mlp")
+      >>> alignment.converged, alignment.logits_moved < 1e-3
+      (True, True)
     """
 
     rewrites: tuple[Rewrite, ...]
@@ -95,6 +100,13 @@ def aligned(ft: ParamSource, alignment: Alignment) -> ParamSource:
 
     Its head is untied where gains were folded out of it or the residual stream is rotated; for a path that interpolates
     embeddings base must then be untied too (see `rewrites.Untying`).
+
+    Example:
+      >>> ft = tj.load("demo:disguised")
+      >>> model = tj.aligned(ft, tj.align("demo:base", ft, "mlp"))
+      >>> tokens = np.arange(8, dtype=np.int32)[None]
+      >>> np.allclose(tj.logits(model, tokens), tj.logits(ft, tokens), atol=1e-3)
+      True
     """
     return rewritten(ft, alignment.rewrites)
 

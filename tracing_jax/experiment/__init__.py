@@ -18,6 +18,7 @@ from tracing_jax.distributed import is_main_process
 from tracing_jax.experiment.inputs import RunInputs, open_inputs
 from tracing_jax.experiment.memory import Placement, place
 from tracing_jax.experiment.metadata import device_facts, file_stamps, token_facts, versions
+from tracing_jax.experiment.models import resolve_model_id
 from tracing_jax.experiment.saving import save_pairs, save_run
 from tracing_jax.experiment.steps import StepTimer, run_steps
 from tracing_jax.experiment.validation import DEMO, check_options
@@ -26,7 +27,7 @@ from tracing_jax.record import FORMAT, RunFiles, check_writable, commit, plain
 from tracing_jax.run_cache import RUN_CACHE, RunCache
 from tracing_jax.statistics import over_pairs
 
-__all__ = ["ConfigError", "Outcome", "check_config", "compute", "resolved", "run", "save_run", "trace"]
+__all__ = ["ConfigError", "Outcome", "check_config", "compute", "resolve_model_id", "run", "save_run", "trace"]
 
 Config: TypeAlias = RunOptions | ConfigDict | Mapping[str, Any]
 """Options of a run, or a config or nested mapping of them; what it lacks has its default."""
@@ -41,6 +42,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     options = check_config(config)
     if not options.ft_model_ids:
         return [trace(options)]
+    assert options.save is not None, "checked above"
     files = RunFiles.from_save(options.save)
     pairs = _pairs(options, files)
     for pair in pairs.values():
@@ -170,7 +172,8 @@ def _adjusted_over_pairs(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _run_cache(options: RunOptions, inputs: RunInputs, placement: Placement) -> tuple[RunCache, str | None]:
     """Returns what is left of an interrupted run of these options on these files, and a note on it.
 
-    Nothing is kept of a run that is not saved. Blocks of tokens go through the models by the batch, and how many these are depends on where the models are.
+    Nothing is kept of a run that is not saved. Blocks of tokens go through the models by the batch, and how many these
+    are depends on where the models are.
     """
     if options.save is None:
         return RunCache(), None

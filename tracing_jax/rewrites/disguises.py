@@ -56,6 +56,11 @@ def draw_rewrites(
 
     Raises:
       ValueError: unknown names, or rewrites that do not exist for the model, with the reasons; all at once.
+
+    Example:
+      >>> arch = tj.open("demo:base").arch
+      >>> [rewrite.name for rewrite in tj.draw_rewrites("rotate,units,permute", jax.random.key(0), arch)]
+      ['rotate', 'units', 'permute']
     """
     lines: list[str] = []
     rewrites: list[Rewrite] = []

@@ -36,6 +36,15 @@ class Padding(Rewrite):
       units: how many MLP units of each layer.
       features: how many features of the residual stream.
       kv_heads: how many kv heads of each layer, with their queries.
+
+    Example:
+      >>> model = tj.load("demo:base")
+      >>> other = tj.rewritten(model, [tj.Padding(units=3)])
+      >>> other.arch.mlp_dim - model.arch.mlp_dim
+      3
+      >>> tokens = np.arange(8, dtype=np.int32)[None]
+      >>> np.allclose(tj.logits(other, tokens), tj.logits(model, tokens), atol=1e-3)
+      True
     """
 
     name: ClassVar[str] = "pad"
@@ -107,6 +116,15 @@ class IdentityLayer(Rewrite):
 
     Attributes:
       at: its index; the layers from there on move up by one. It copies the one that was there, or the last.
+
+    Example:
+      >>> model = tj.load("demo:base")
+      >>> other = tj.rewritten(model, [tj.IdentityLayer(at=1)])
+      >>> other.arch.num_layers - model.arch.num_layers
+      1
+      >>> tokens = np.arange(8, dtype=np.int32)[None]
+      >>> np.allclose(tj.logits(other, tokens), tj.logits(model, tokens), atol=1e-3)
+      True
     """
 
     name: ClassVar[str] = "identity"

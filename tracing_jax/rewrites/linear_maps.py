@@ -82,6 +82,13 @@ class Rotation(Rewrite):
 
     Attributes:
       matrix: R.
+
+    Example:
+      >>> model = tj.load("demo:base")
+      >>> other = tj.rewritten(model, tj.draw_rewrites("rotate", jax.random.key(0), model.arch))
+      >>> tokens = np.arange(8, dtype=np.int32)[None]
+      >>> np.allclose(tj.logits(other, tokens), tj.logits(model, tokens), atol=1e-3)
+      True
     """
 
     name: ClassVar[str] = "rotate"
@@ -130,6 +137,13 @@ class UnitScaling(Rewrite):
 
     Attributes:
       factors: axis such as `layers/3/mlp` -> one factor per unit (`[expert, mlp]` in experts).
+
+    Example:
+      >>> model = tj.load("demo:base")
+      >>> other = tj.rewritten(model, tj.draw_rewrites("units", jax.random.key(0), model.arch))
+      >>> tokens = np.arange(8, dtype=np.int32)[None]
+      >>> np.allclose(tj.logits(other, tokens), tj.logits(model, tokens), atol=1e-3)
+      True
     """
 
     name: ClassVar[str] = "units"
@@ -168,6 +182,13 @@ class ValueMixing(Rewrite):
 
     Attributes:
       matrices: axis such as `layers/3/v_dim` -> for each kv head the M of `v' = M v`.
+
+    Example:
+      >>> model = tj.load("demo:base")
+      >>> other = tj.rewritten(model, tj.draw_rewrites("values", jax.random.key(0), model.arch))
+      >>> tokens = np.arange(8, dtype=np.int32)[None]
+      >>> np.allclose(tj.logits(other, tokens), tj.logits(model, tokens), atol=1e-3)
+      True
     """
 
     name: ClassVar[str] = "values"
@@ -216,6 +237,13 @@ class QueryKeyMaps(Rewrite):
 
     Attributes:
       factors: axis such as `layers/3/qk_dim` -> z for each kv head and pair; the queries of a kv head share it.
+
+    Example:
+      >>> model = tj.load("demo:base")
+      >>> other = tj.rewritten(model, tj.draw_rewrites("queries", jax.random.key(0), model.arch))
+      >>> tokens = np.arange(8, dtype=np.int32)[None]
+      >>> np.allclose(tj.logits(other, tokens), tj.logits(model, tokens), atol=1e-3)
+      True
     """
 
     name: ClassVar[str] = "queries"

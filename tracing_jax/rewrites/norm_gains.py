@@ -59,6 +59,13 @@ class GainScaling(Rewrite):
 
     Attributes:
       factors: norm -> one factor per feature. A norm that is not named keeps its gain.
+
+    Example:
+      >>> model = tj.load("demo:base")
+      >>> other = tj.rewritten(model, tj.draw_rewrites("gains", jax.random.key(0), model.arch))
+      >>> tokens = np.arange(8, dtype=np.int32)[None]
+      >>> np.allclose(tj.logits(other, tokens), tj.logits(model, tokens), atol=1e-3)
+      True
     """
 
     name: ClassVar[str] = "gains"

@@ -32,6 +32,12 @@ def random_permutations(key: PRNGKeyArray, table: AxisTable, kinds: Iterable[str
 
     Raises:
       ValueError: a kind without an axis in this table, or one whose units may not be permuted.
+
+    Example:
+      >>> params = {"up": np.arange(6.0).reshape(2, 3), "down": np.ones((3, 2))}
+      >>> table = tj.table_from_axes({"up": (None, "mlp"), "down": ("mlp", None)}, params)
+      >>> sorted(tj.random_permutations(jax.random.key(0), table, ["mlp"])["mlp"].tolist())
+      [0, 1, 2]
     """
     permutations = {}
     for axis in table.axes_of_kind(kinds):
@@ -56,6 +62,12 @@ def permute(params: Tree, permutations: Permutations, table: AxisTable) -> Tree:
 
     Raises:
       ValueError: as `check_permutations`, or a leaf that the table does not have.
+
+    Example:
+      >>> params = {"up": np.arange(6.0).reshape(2, 3), "down": np.ones((3, 2))}
+      >>> table = tj.table_from_axes({"up": (None, "mlp"), "down": ("mlp", None)}, params)
+      >>> tj.permute(params, {"mlp": np.array([2, 0, 1])}, table)["up"].tolist()
+      [[2.0, 0.0, 1.0], [5.0, 3.0, 4.0]]
     """
     check_permutations(permutations, table)
 
@@ -112,7 +124,14 @@ def take_units(
 
 
 def invert(permutations: Permutations, table: AxisTable) -> dict[str, np.ndarray]:
-    """Returns the permutations that undo these, exactly: `compose(invert(p), p)` is the identity."""
+    """Returns the permutations that undo these, exactly: `compose(invert(p), p)` is the identity.
+
+    Example:
+      >>> params = {"up": np.arange(6.0).reshape(2, 3), "down": np.ones((3, 2))}
+      >>> table = tj.table_from_axes({"up": (None, "mlp"), "down": ("mlp", None)}, params)
+      >>> tj.invert({"mlp": np.array([2, 0, 1])}, table)["mlp"].tolist()
+      [1, 2, 0]
+    """
     inverse = {}
     for axis, p in permutations.items():
         parent = table.parent_axis.get(axis)
@@ -123,7 +142,15 @@ def invert(permutations: Permutations, table: AxisTable) -> dict[str, np.ndarray
 
 
 def compose(second: Permutations, first: Permutations, table: AxisTable) -> dict[str, np.ndarray]:
-    """Returns the permutations that act like `first`, then `second`: `new[i] = old[first[second[i]]]`."""
+    """Returns the permutations that act like `first`, then `second`: `new[i] = old[first[second[i]]]`.
+
+    Example:
+      >>> params = {"up": np.arange(6.0).reshape(2, 3), "down": np.ones((3, 2))}
+      >>> table = tj.table_from_axes({"up": (None, "mlp"), "down": ("mlp", None)}, params)
+      >>> p = {"mlp": np.array([2, 0, 1])}
+      >>> tj.compose(tj.invert(p, table), p, table)["mlp"].tolist()
+      [0, 1, 2]
+    """
     axes = list(first) + [axis for axis in second if axis not in first]
     complete = identity(table, axes)
     composed = {}
@@ -175,6 +202,13 @@ class Permutation(Rewrite):
 
     Attributes:
       permutations: axis -> p, in the convention of this module.
+
+    Example:
+      >>> model = tj.load("demo:base")
+      >>> other = tj.rewritten(model, tj.draw_rewrites("permute", jax.random.key(0), model.arch))
+      >>> tokens = np.arange(8, dtype=np.int32)[None]
+      >>> np.allclose(tj.logits(other, tokens), tj.logits(model, tokens), atol=1e-3)
+      True
     """
 
     name: ClassVar[str] = "permute"
@@ -212,6 +246,15 @@ class Renaming(Rewrite):
 
     Attributes:
       ids: `new[i] = old[ids[i]]`: the row of the embedding that is at i afterwards.
+
+    Example:
+      >>> model = tj.load("demo:base")
+      >>> swapped = np.arange(model.arch.vocab_size, dtype=np.int32)
+      >>> swapped[:2] = [1, 0]
+      >>> other = tj.rewritten(model, [tj.Renaming(swapped)])
+      >>> zeros, ones = np.zeros((1, 4), np.int32), np.ones((1, 4), np.int32)
+      >>> np.allclose(tj.logits(other, zeros)[..., swapped], tj.logits(model, ones), atol=1e-3)
+      True
     """
 
     name: ClassVar[str] = "rename"

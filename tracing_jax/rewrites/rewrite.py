@@ -56,6 +56,11 @@ class Rewrite(ABC):
     """A change of weights that keeps the function of a model.
 
     Subclasses are frozen dataclasses of plain data, registered as pytrees: arrays are leaves, numbers and names static.
+
+    Example:
+      >>> model = tj.open("demo:base")
+      >>> [rewrite.name for rewrite in tj.draw_rewrites("all", jax.random.key(0), model.arch)][-1]
+      'permute'
     """
 
     name: ClassVar[str]
@@ -167,6 +172,13 @@ def inverses(rewrites: Sequence[Rewrite], arch: Arch) -> tuple[Rewrite, ...]:
 
     Raises:
       ValueError: one of them has no inverse.
+
+    Example:
+      >>> model = tj.load("demo:base")
+      >>> rewrites = tj.draw_rewrites("permute", jax.random.key(0), model.arch)
+      >>> same = tj.rewritten(tj.rewritten(model, rewrites), tj.inverses(rewrites, model.arch))
+      >>> bool((same.embed()["embedding"] == model.embed()["embedding"]).all())
+      True
     """
     found = []
     for rewrite in rewrites:

@@ -13,7 +13,12 @@ from tracing_jax.tree import Tree, flatten, select
 
 @runtime_checkable
 class ParamSource(Protocol):
-    """Gives a model's params in subtrees: `embed`, each `layers/<i>`, and `head`."""
+    """Gives a model's params in subtrees: `embed`, each `layers/<i>`, and `head`.
+
+    Example:
+      >>> isinstance(tj.open("demo:base"), tj.ParamSource)
+      True
+    """
 
     @property
     def arch(self) -> Arch:
@@ -42,7 +47,13 @@ class SliceReader(Protocol):
 
 @dataclass(frozen=True)
 class InMemory:
-    """A source over a whole tree of params."""
+    """A source over a whole tree of params.
+
+    Example:
+      >>> model = tj.load("demo:base")
+      >>> sorted(model.params)
+      ['embed', 'head', 'layers']
+    """
 
     arch: Arch
     params: Tree

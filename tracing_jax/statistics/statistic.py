@@ -122,6 +122,10 @@ class Result:
       notes: caveats for a reader of the numbers.
       arrays: what is too large for the record; saved in the folder of the run.
       read: side -> bytes read and their share of all weights, if not all are read; see `screen`.
+
+    Example:
+      >>> tj.trace("demo:base", "demo:finetune", "cos")["cos"]["label"]
+      'best-match cosine of MLP units, mean over layers of the median'
     """
 
     headline: float | None
