@@ -118,9 +118,8 @@ def trace(
       'related'
     """
     names = (statistics,) if isinstance(statistics, str) else tuple(statistics)
-    asked = (
-        options.as_dict() | changes | {"base_model_id": os.fspath(base), "ft_model_id": os.fspath(ft), "stat": names}
-    )
+    pair = {"base_model_id": os.fspath(base), "ft_model_id": os.fspath(ft), "stat": names}
+    asked = options.as_dict() | changes | pair | {"save": None}
     outcome = experiment.compute(asked)
     return Report(outcome.record, outcome)
 
