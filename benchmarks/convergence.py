@@ -20,16 +20,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import app
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from benchmarks import drawing
-from benchmarks.activations import Units, forward_units, weight_units
-from benchmarks.agreements import Agreements, agreements
+from benchmarks.agreements import Agreements, Units, agreements, forward_units, weight_units
 from benchmarks.environment import OUT_DIR, PUBLISH, ZOO_DIR, use_all_cores
 from benchmarks.false_alarms import Alarms, false_alarms
 from benchmarks.intervals import mean_over_pairs, upper_bound
 from benchmarks.seeds import RECIPES, SNAPSHOTS, Zoo, zoo
 from tracing_jax.record import atomic_write
 from tracing_jax.report import save_png, text_table
+from tracing_jax.report.panels import GREY, INK, PALETTE, style
 from tracing_jax.statistics import calibration
 from tracing_jax.statistics.match import FORMS
 
@@ -163,6 +164,56 @@ def print_alarms(alarms: Sequence[Alarms]) -> None:
     ))  # fmt: skip
 
 
+def figure(rows: Sequence[Share]) -> Figure:
+    """The share of units that agree by convergence: by relative depth, by length of training, and by width."""
+    drawn = Figure(figsize=(9.6, 3.4), facecolor="white")
+    drawn.set_layout_engine("constrained", w_pad=0.08)
+    depth, training, width = drawn.subplots(1, 3, sharey=True, width_ratios=(1.25, 1, 1))
+    final = [row for row in rows if row.snapshot == 1]
+    for i, (name, found) in enumerate(_groups([r for r in final if r.form == "forward"], "zoo").items()):
+        label = f"{name}: {found[0].units} units, {found[0].models} seeds"
+        _bounded(depth, i, [r.relative_depth for r in found], found, label, shift=0.012 * (i - 2))
+    _panel(depth, "at the end of training, forward form", "relative depth of the layer")
+    for axes, key in ((training, "snapshot"), (width, "units")):
+        kept = final if key == "units" else rows
+        zoos = ("narrow", "tiny", "wide") if key == "units" else ("tiny",)
+        kept = sorted((r for r in kept if r.zoo in zoos and r.form == "forward"), key=lambda row: getattr(row, key))
+        places = {value: at for at, value in enumerate(dict.fromkeys(getattr(row, key) for row in kept))}
+        for i, (layer, found) in enumerate(_groups(kept, "layer").items()):
+            at = [places[getattr(row, key)] for row in found]
+            _bounded(axes, i, at, found, f"layer {layer}", shift=0.06 * (i - 1.5))
+        axes.set_xticks(list(places.values()), [f"{value:g}" for value in places])
+    _panel(training, "tiny, by length of training", "share of the training")
+    _panel(width, "narrow, tiny and wide", "MLP units of a layer")
+    depth.set_ylim(top=1.85)  # space above the curves for the legend
+    depth.set_ylabel("units that agree by convergence, %", fontsize=9.5, color=INK)
+    return drawn
+
+
+def _groups(rows: Sequence[Share], key: str) -> dict[Any, list[Share]]:
+    return {
+        value: [row for row in rows if getattr(row, key) == value]
+        for value in dict.fromkeys(getattr(row, key) for row in rows)
+    }
+
+
+def _bounded(axes: Axes, i: int, at: Sequence[float], rows: Sequence[Share], label: str, shift: float) -> None:
+    """Draws the measured shares as a line, and above each a whisker up to its bound."""
+    x = np.array(at) + shift
+    share, upper = (100 * np.array([getattr(row, key) for row in rows]) for key in ("share", "upper"))
+    axes.plot(x, share, marker="o", markersize=3.5, linewidth=1.6, color=PALETTE[i], label=label)
+    axes.vlines(x, share, upper, color=PALETTE[i], linewidth=1)
+    axes.plot(x, upper, "_", markersize=5, color=PALETTE[i])
+
+
+def _panel(axes: Axes, title: str, label: str) -> None:
+    style(axes)
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    axes.set_title(title, loc="left", fontsize=9.5, color=INK)
+    axes.set_xlabel(label, fontsize=9.5, color=INK)
+    axes.legend(loc="upper right", frameon=False, fontsize=8.5, borderpad=0, labelspacing=0.3)
+
+
 def main(argv: list[str]) -> None:
     """Measures, prints both tables, and writes the measurements as JSON and a figure as PNG."""
     del argv
@@ -172,11 +223,11 @@ def main(argv: list[str]) -> None:
     measured = {case: compare(case, zoos[case.zoo], out / "comparisons") for case in CASES}
     rows = [row for case in CASES for row in shares(case, zoos[case.zoo], measured[case])]
     _print_shares(rows)
-    figure = drawing.convergence([dataclasses.asdict(row) for row in rows])
-    save_png(figure, out / "convergence.png")
+    drawn = figure(rows)
+    save_png(drawn, out / "convergence.png")
     atomic_write(out / "convergence.json", json.dumps([_rounded(row) for row in rows], indent=1).encode())
     if PUBLISH.value:
-        save_png(figure, root / "docs/convergence.png")
+        save_png(drawn, root / "docs/convergence.png")
     alarms = false_alarms({name: {form: measured[Case(name, 1.0, form)] for form in FORMS} for name in RECIPES})
     atomic_write(out / "false_alarms.json", json.dumps([dataclasses.asdict(a) for a in alarms], indent=1).encode())
     print_alarms(alarms)

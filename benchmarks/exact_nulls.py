@@ -21,16 +21,18 @@ import jax
 import numpy as np
 from absl import app, flags
 from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from scipy import stats
 from tqdm import tqdm
 
-from benchmarks import drawing
 from benchmarks.environment import OUT_DIR, PUBLISH, ZOO_DIR, use_all_cores
 from benchmarks.intervals import rounds
 from benchmarks.seeds import RECIPES, model, zoo
 from tracing_jax import demo
 from tracing_jax.arch import Arch
 from tracing_jax.report import save_png, text_table
+from tracing_jax.report.panels import GREY, INK, PALETTE, style
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory
 from tracing_jax.statistics import Pair, Statistic, Vocabularies
@@ -42,6 +44,8 @@ from tracing_jax.tree import Tree
 
 STATISTICS: Mapping[str, Statistic] = {"csu": Csu(), "csh": Csh(blocks=4, block_size=128)}
 TESTS = ("rank correlation", "agreement")
+
+_KS_95 = 1.358  # 95 % quantile of the Kolmogorov distribution: sqrt(n) sup |F_n - F| for large n
 
 Models = Callable[[int], tuple[Tree, Tree]]
 """Number of a pair -> base and ft."""
@@ -140,6 +144,54 @@ def _p_values(table: np.ndarray) -> PValues:
     return PValues(table[:, :-1], table[:, -1])
 
 
+def figure(measured: Mapping[str, Mapping[tuple[str, str], PValues]]) -> Figure:
+    """The distribution of p-values minus the uniform one: a panel for each population and statistic.
+
+    Args:
+        measured: population -> (statistic, test) -> p-values `layers` `[N, L]` and `combined` `[N]`.
+    """
+    names = list(measured)
+    statistics = list(dict.fromkeys(statistic for statistic, _ in measured[names[0]]))
+    drawn = Figure(figsize=(9.6, 2.1 * len(statistics) + 1.0), facecolor="white")
+    drawn.set_layout_engine("constrained", h_pad=0.08, w_pad=0.06)
+    grid = drawn.subplots(len(statistics), len(names), sharex=True, sharey=True, squeeze=False)
+    for row, statistic in zip(grid, statistics, strict=True):
+        for axes, name in zip(row, names, strict=True):
+            tests = {test: values for (s, test), values in measured[name].items() if s == statistic}
+            _panel(axes, tests)
+            axes.set_title(f"{statistic}: {name}", loc="left", fontsize=9.5, color=INK)
+        row[0].set_ylabel("share of p-values below p, minus p", fontsize=8.5, color=INK)
+    for axes in grid[-1]:
+        axes.set_xlabel("p", fontsize=9.5, color=INK)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside lower left", ncols=len(labels), frameon=False, fontsize=9)
+    return drawn
+
+
+def _panel(axes: Axes, tests: Mapping[str, PValues]) -> None:
+    style(axes)
+    N = len(next(iter(tests.values())).combined)
+    axes.axhspan(
+        -_KS_95 / N**0.5, _KS_95 / N**0.5, color="#eeeeee", zorder=0, label="95 % of uniform samples stay inside"
+    )
+    for color, dashes, (test, values) in zip(PALETTE, ("-", (0, (4, 1))), tests.items()):
+        for column in values.layers.T:
+            axes.plot(*_excess(column), color=color, linewidth=0.7, alpha=0.45)
+        label = f"{test}, layers combined (thin: each)"
+        axes.plot(*_excess(values.combined), color=color, linestyle=dashes, linewidth=2, label=label)
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    axes.set_xlim(0, 1)
+    axes.set_xticks((0, 0.5, 1), ("0", "0.5", "1"))
+    axes.set_ylim(-0.1, 0.1)
+
+
+def _excess(p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the steps of the empirical distribution function minus the diagonal."""
+    x = np.repeat(np.sort(p), 2)
+    steps = np.repeat(np.arange(len(p) + 1) / len(p), 2)[1:-1]
+    return x, steps - x
+
+
 _PAIRS = flags.DEFINE_integer("pairs", 640, "pairs of each population")
 
 
@@ -158,9 +210,9 @@ def main(argv: list[str]) -> None:
     print(f"{_PAIRS.value} pairs each; the smallest of the {adjusted.size} p-values after Holm: {adjusted.min():.3g}")
     out = Path(OUT_DIR.value)
     out.mkdir(parents=True, exist_ok=True)
-    figure = drawing.uniformity(measured)
+    drawn = figure(measured)
     for folder in (out, *([Path(__file__).parents[1] / "docs"] if PUBLISH.value else [])):
-        save_png(figure, folder / "exact_nulls.png")
+        save_png(drawn, folder / "exact_nulls.png")
     table = [{"models": r[0], "statistic": r[1], "test": r[2], "ks_p": r[3:]} for r in rows]
     (out / "exact_nulls.json").write_text(json.dumps({"pairs": _PAIRS.value, "rows": table}, indent=1))
 

@@ -29,13 +29,13 @@ from tracing_jax.zoo.plan import ModelList
 from tracing_jax.zoo.report import html as page_of
 from tracing_jax.zoo.report import make_contents, sentence, write_report
 from tracing_jax.zoo.report.families import clustered, families, lineage
-from tracing_jax.zoo.weights import model_facts_file, read_model_facts, weight_facts, write_model_facts
+from tracing_jax.zoo.weights import model_measures_file, read_model_measures, weight_measures, write_model_measures
 
 SIZES = st.lists(st.integers(1, 6), min_size=2, max_size=6).filter(lambda sizes: sum(sizes) > 1)
 
 
-def contents(plan, records, facts=None):
-    return make_contents(plan, zoos.rows_of(plan, records), facts or {})
+def contents(plan, records, measures=None):
+    return make_contents(plan, zoos.rows_of(plan, records), measures or {})
 
 
 def edges_of(found):
@@ -210,9 +210,9 @@ def test_between_copies_the_direction_is_open_where_nothing_tells():
 # Direction.
 
 
-def fact(embedding, head, length=10.0):
-    """Returns the facts of a model whose matrices are so many times further from initialisation than the least."""
-    """Returns the facts of a model whose matrices are so many times further from initialisation than the least."""
+def measured(embedding, head, length=10.0):
+    """Returns the measures of a model whose matrices are so many times further from initialisation than the least."""
+    """Returns the measures of a model whose matrices are so many times further from initialisation than the least."""
     matrices = {
         kind: {"directions": [100 / value]} for kind, value in (("embed/embedding", embedding), ("head/lm_head", head))
     }
@@ -228,22 +228,22 @@ def star(l2):
 
 def test_children_hang_on_the_less_trained_model_though_they_lie_nearer_to_each_other():
     plan, records = star({"one--root": 1.6, "root--two": 1.5, "one--two": 1.4})
-    facts = {"root": fact(1.0, 10.0), "one": fact(1.2, 14.0), "two": fact(1.2, 13.9)}
-    found = contents(plan, records, facts)
+    measures = {"root": measured(1.0, 10.0), "one": measured(1.2, 14.0), "two": measured(1.2, 13.9)}
+    found = contents(plan, records, measures)
     assert arrows_of(found) == {("root", "one"), ("root", "two")}
     assert edges_of(contents(plan, records)) == {frozenset(("one", "two")), frozenset(("root", "two"))}
 
 
 def test_a_grandchild_hangs_on_its_parent():
     plan, records = star({"one--root": 1.5, "root--two": 2.1, "one--two": 0.8})
-    facts = {"root": fact(1.0, 10.0), "one": fact(1.2, 14.0), "two": fact(1.3, 15.5)}
-    assert arrows_of(contents(plan, records, facts)) == {("root", "one"), ("one", "two")}
+    measures = {"root": measured(1.0, 10.0), "one": measured(1.2, 14.0), "two": measured(1.3, 15.5)}
+    assert arrows_of(contents(plan, records, measures)) == {("root", "one"), ("one", "two")}
 
 
 def test_siblings_without_their_parent_are_left_open():
     plan = zoos.plan_of(["one", "two"])
     records = {"one--two": zoos.record_of(-500, 0.1, csu=-500, l2=1.5)}
-    found = contents(plan, records, {"one": fact(1.2, 14.0), "two": fact(1.201, 14.01)})
+    found = contents(plan, records, {"one": measured(1.2, 14.0), "two": measured(1.201, 14.01)})
     assert not arrows_of(found)
     assert "siblings" in found.directions[0][0].grounds[0]
 
@@ -251,8 +251,11 @@ def test_siblings_without_their_parent_are_left_open():
 def test_grounds_that_contradict_each_other_or_are_missing_leave_it_open():
     plan = zoos.plan_of(["one", "two"])
     records = {"one--two": zoos.record_of(-500, 0.1)}
-    for facts, word in (({"one": fact(1.2, 14.0), "two": fact(1.0, 19.0)}, "contradict"), ({}, "no facts")):
-        found = contents(plan, records, facts)
+    for measures, word in (
+        ({"one": measured(1.2, 14.0), "two": measured(1.0, 19.0)}, "contradict"),
+        ({}, "not measured"),
+    ):
+        found = contents(plan, records, measures)
         assert not arrows_of(found)
         assert word in found.directions[0][0].grounds[0]
 
@@ -436,11 +439,11 @@ def test_the_command_writes_the_report_and_says_where(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("family", [tiny.qwen3_gqa, tiny.mixtral])
-def test_facts_survive_permutation(family):
+def test_measures_survive_permutation(family):
     model = tiny.model(family())
     table = axis_table(family())
     moved = permute(model.params, random_permutations(jax.random.key(1), table, PERMUTABLE), table)
-    one, other = weight_facts(model), weight_facts(InMemory(family(), moved))
+    one, other = weight_measures(model), weight_measures(InMemory(family(), moved))
     assert one["matrices"].keys() == other["matrices"].keys()
     for kind, measures in one["matrices"].items():
         for measure, values in measures.items():
@@ -480,11 +483,11 @@ def test_directions_do_not_see_padding_and_rotation(monkeypatch):
     assert weights.directions(turned) == pytest.approx(weights.directions(matrix), rel=1e-4)
 
 
-def test_facts_lie_in_the_zoo_and_come_back(tmp_path):
+def test_measures_are_written_into_the_zoo_and_read_again(tmp_path):
     source = tiny.model(tiny.llama_mha())
-    assert read_model_facts(tmp_path, "one") is None
-    file = write_model_facts(tmp_path, "one", "org/one", source)
-    assert file == model_facts_file(tmp_path, "one") == tmp_path / "models" / "one.json"
-    assert read_model_facts(tmp_path, "one")["length"] == pytest.approx(weight_facts(source)["length"])
+    assert read_model_measures(tmp_path, "one") is None
+    file = write_model_measures(tmp_path, "one", "org/one", source)
+    assert file == model_measures_file(tmp_path, "one") == tmp_path / "models" / "one.json"
+    assert read_model_measures(tmp_path, "one")["length"] == pytest.approx(weight_measures(source)["length"])
     file.write_text(json.dumps({"format": -1}))
-    assert read_model_facts(tmp_path, "one") is None
+    assert read_model_measures(tmp_path, "one") is None

@@ -181,6 +181,18 @@ def checked(options: T) -> T:
     return options
 
 
+def from_values(options: type[T], values: Mapping[str, Any]) -> T:
+    """Returns the options dataclass with these values by dotted name; the other options have their defaults.
+
+    Raises:
+      ConfigError: options without a default are not among them, or values are out of range.
+    """
+    required = [found.name for found in options_of(options) if found.required]
+    if missing := [f"--{name}" for name in required if name not in values]:
+        raise ConfigError(f"not set: {', '.join(missing)}")
+    return checked(replaced(options(**{name: values[name] for name in required}), values))
+
+
 def replaced(options: T, values: Mapping[str, Any]) -> T:
     """Returns the options dataclass with other values of options, by dotted name."""
     own: dict[str, Any] = {}

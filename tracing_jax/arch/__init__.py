@@ -4,8 +4,8 @@ One decoder block with flags covers every family here. Each attribute of a confi
 numbers unchanged, or an error: a setting that is skipped silently gives wrong numbers.
 """
 
+from tracing_jax.arch.architecture import Arch, UnsupportedModelError, length_problem
 from tracing_jax.arch.config import arch_from_config, change_config, has_field, read_arch
-from tracing_jax.arch.facts import Arch, UnsupportedModelError, length_problem
 from tracing_jax.arch.families import SUPPORTED_FAMILIES
 from tracing_jax.arch.rope import SUPPORTED_ROPES
 

@@ -5,8 +5,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from tracing_jax.arch.facts import Arch, UnsupportedModelError
-from tracing_jax.arch.families import FAMILIES, SUPPORTED_FAMILIES, Facts, Family
+from tracing_jax.arch.architecture import Arch, UnsupportedModelError
+from tracing_jax.arch.families import FAMILIES, SUPPORTED_FAMILIES, ArchFields, Family
 from tracing_jax.arch.rope import rope_is_absent, ropes
 
 # Attributes that leave a forward pass without dropout and cache unchanged; Gemma 2's sliding_window_size only repeats
@@ -86,7 +86,7 @@ def arch_from_config(config: Any) -> Arch:
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     frequencies, layer_ropes = ropes(config, head_dim) if family.thetas else ((), ())
-    facts: Facts = {
+    found: ArchFields = {
         "mlp_dim": getattr(config, "intermediate_size", None),
         "norm_eps": getattr(config, "rms_norm_eps", None),
         "attention_scale": head_dim**-0.5,
@@ -104,7 +104,7 @@ def arch_from_config(config: Any) -> Arch:
         activation=_ACTIVATIONS[getattr(config, family.activation)],  # type: ignore[arg-type]
         rope_frequencies=frequencies,
         layer_ropes=layer_ropes,
-        **(facts | family.read(config)),
+        **(found | family.read(config)),
     )
 
 
@@ -133,12 +133,12 @@ def _problems(config: Any, family: Family) -> list[str]:
 
 
 def change_config(folder: Path, arch: Arch) -> None:
-    """Changes the `config.json` in `folder`, field by field, so that it describes a model with the facts `arch`.
+    """Changes the `config.json` in `folder`, field by field, so that it describes a model with the architecture `arch`.
 
     What need not change stays as it is, down to the names that older versions gave to fields.
 
     Raises:
-      UnsupportedModelError: the config's family has no fields for these facts.
+      UnsupportedModelError: the config's family has no fields for this architecture.
     """
     before = read_arch(folder)
     if before == arch:
@@ -150,7 +150,7 @@ def change_config(folder: Path, arch: Arch) -> None:
     names = FAMILIES[arch.family].names
     if changes.keys() & {names["embed_dim"], names["num_heads"]}:
         # A width of heads, and a number of kv heads, that are not in the file follow from what changes.
-        changes |= {names[fact]: wanted[names[fact]] for fact in ("head_dim", "num_kv_heads") if fact in names}
+        changes |= {names[field]: wanted[names[field]] for field in ("head_dim", "num_kv_heads") if field in names}
     kinds_before = (before.layer_windows, before.layer_ropes)
     if (arch.layer_windows, arch.layer_ropes) != kinds_before and "layer_types" in FAMILIES[arch.family].uses.split():
         changes["layer_types"] = _layer_types(folder, before, arch)
@@ -162,16 +162,16 @@ def change_config(folder: Path, arch: Arch) -> None:
         raise UnsupportedModelError(f"a config of family {arch.family} has no fields for: {'; '.join(lines)}")
 
 
-def has_field(arch: Arch, fact: str) -> bool:
+def has_field(arch: Arch, name: str) -> bool:
     """Returns whether a config of the model's family has a field for this attribute of `Arch`."""
-    return fact in FAMILIES[arch.family].names
+    return name in FAMILIES[arch.family].names
 
 
 def _fields(arch: Arch) -> dict[str, Any]:
     """Returns the fields of a config that rewrites may change."""
-    facts = {field.name: getattr(arch, field.name) for field in fields(arch)}
-    facts["num_heads"] = arch.num_kv_heads * arch.q_group
-    return {name: facts[fact] for fact, name in FAMILIES[arch.family].names.items()}
+    values = {field.name: getattr(arch, field.name) for field in fields(arch)}
+    values["num_heads"] = arch.num_kv_heads * arch.q_group
+    return {name: values[field] for field, name in FAMILIES[arch.family].names.items()}
 
 
 def _layer_types(folder: Path, before: Arch, after: Arch) -> list[str]:

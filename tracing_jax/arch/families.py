@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tracing_jax.arch.facts import UnsupportedModelError
+from tracing_jax.arch.architecture import UnsupportedModelError
 
-Facts = dict[str, Any]
+ArchFields = dict[str, Any]
 """Fields of `Arch` by name."""
 
 COMMON = frozenset(
@@ -50,7 +50,7 @@ class Family:
       names: field of `Arch` -> its config attribute; a field without one follows from others.
     """
 
-    read: Callable[[Any], Facts]
+    read: Callable[[Any], ArchFields]
     uses: str
     thetas: Mapping[str | None, str] = field(default_factory=lambda: {None: "rope_theta"})
     common: frozenset[str] = COMMON
@@ -64,24 +64,24 @@ class Family:
         return self.common | set(self.uses.split())
 
 
-def _llama(config: Any) -> Facts:
+def _llama(config: Any) -> ArchFields:
     return {"qkv_bias": config.attention_bias, "o_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
 
 
-def _mistral(config: Any) -> Facts:
+def _mistral(config: Any) -> ArchFields:
     return {"layer_windows": (config.sliding_window,) * config.num_hidden_layers}
 
 
-def _qwen2(config: Any) -> Facts:
+def _qwen2(config: Any) -> ArchFields:
     return {"qkv_bias": True, "layer_windows": _windows_by_type(config)}
 
 
-def _qwen3(config: Any) -> Facts:
+def _qwen3(config: Any) -> ArchFields:
     bias = config.attention_bias
     return {"qkv_bias": bias, "o_bias": bias, "qk_norm": "head", "layer_windows": _windows_by_type(config)}
 
 
-def _gemma(config: Any) -> Facts:
+def _gemma(config: Any) -> ArchFields:
     return {
         "norm": "rms_unit_offset",
         "embed_scale": math.sqrt(config.hidden_size),
@@ -90,7 +90,7 @@ def _gemma(config: Any) -> Facts:
     }
 
 
-def _gemma2(config: Any) -> Facts:
+def _gemma2(config: Any) -> ArchFields:
     return _gemma(config) | {
         "post_norms": True,
         "attention_scale": config.query_pre_attn_scalar**-0.5,
@@ -100,14 +100,14 @@ def _gemma2(config: Any) -> Facts:
     }
 
 
-def _gemma3(config: Any) -> Facts:
+def _gemma3(config: Any) -> ArchFields:
     # transformers carries attn_logit_softcapping in Gemma 3's config and never applies it; a set value is ambiguous.
     if config.attn_logit_softcapping is not None:
         raise UnsupportedModelError("attn_logit_softcapping is set, but Gemma 3 has no attention soft-capping")
     return _gemma2(config) | {"qk_norm": "head"}
 
 
-def _olmo(config: Any) -> Facts:
+def _olmo(config: Any) -> ArchFields:
     return {
         "norm": "layer_norm_plain",
         "norm_eps": 1e-5,  # a constant of the family, absent from its config
@@ -117,12 +117,12 @@ def _olmo(config: Any) -> Facts:
     }
 
 
-def _olmo2(config: Any) -> Facts:
+def _olmo2(config: Any) -> ArchFields:
     bias = config.attention_bias
     return {"pre_norms": False, "post_norms": True, "qk_norm": "all", "qkv_bias": bias, "o_bias": bias}
 
 
-def _granite(config: Any) -> Facts:
+def _granite(config: Any) -> ArchFields:
     return _llama(config) | {
         "attention_scale": config.attention_multiplier,
         "embed_scale": config.embedding_multiplier,
@@ -131,14 +131,14 @@ def _granite(config: Any) -> Facts:
     }
 
 
-def _mixtral(config: Any) -> Facts:
+def _mixtral(config: Any) -> ArchFields:
     experts, per_token = config.num_local_experts, config.num_experts_per_tok
     if not 1 <= per_token <= experts:
         raise UnsupportedModelError(f"num_experts_per_tok {per_token} is not in 1..num_local_experts ({experts})")
     return _mistral(config) | {"num_experts": experts, "experts_per_token": per_token}
 
 
-def _gpt2(config: Any) -> Facts:
+def _gpt2(config: Any) -> ArchFields:
     if config.n_embd % config.n_head:
         raise UnsupportedModelError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
     return {

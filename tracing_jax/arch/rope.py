@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tracing_jax.arch.facts import UnsupportedModelError
+from tracing_jax.arch.architecture import UnsupportedModelError
 
 SUPPORTED_ROPES = ("default", "linear", "llama3")
 

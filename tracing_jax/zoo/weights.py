@@ -30,8 +30,8 @@ _DIRECTED = ("embed/embedding", "head/lm_head")
 _ROWS_AT_ONCE = 8192
 
 
-def weight_facts(source: ParamSource) -> dict[str, Any]:
-    """Returns what every matrix and every norm of a model looks like; reads one part at a time, and no text.
+def weight_measures(source: ParamSource) -> dict[str, Any]:
+    """Returns measures of every matrix and every norm of a model; reads one part at a time, and no text.
 
     For each kind of matrix, such as `mlp/up_proj`, one value a layer (one for all where it belongs to no layer):
 
@@ -68,24 +68,24 @@ def weight_facts(source: ParamSource) -> dict[str, Any]:
     return {"matrices": matrices, "norms": norms, "length": float(np.mean(lengths))}
 
 
-def model_facts_file(folder: Path, model_name: str) -> Path:
+def model_measures_file(folder: Path, model_name: str) -> Path:
     """Returns the file of a model's measures in a zoo, by its short name in the plan."""
     return folder / MODELS / f"{model_name}.json"
 
 
-def write_model_facts(folder: Path, model_name: str, model_id: str, source: ParamSource) -> Path:
+def write_model_measures(folder: Path, model_name: str, model_id: str, source: ParamSource) -> Path:
     """Measures a model and writes the result atomically into the folder of a zoo; returns the file."""
-    file = model_facts_file(folder, model_name)
+    file = model_measures_file(folder, model_name)
     file.parent.mkdir(parents=True, exist_ok=True)
-    content = {"format": FORMAT, "id": model_id, "num_layers": source.arch.num_layers, **weight_facts(source)}
+    content = {"format": FORMAT, "id": model_id, "num_layers": source.arch.num_layers, **weight_measures(source)}
     atomic_write(file, json.dumps(plain(content), indent=1).encode())
     return file
 
 
-def read_model_facts(folder: Path, model_name: str) -> dict[str, Any] | None:
-    """Returns the facts of a model; None where they were not measured, or by another version."""
+def read_model_measures(folder: Path, model_name: str) -> dict[str, Any] | None:
+    """Returns the measures of a model; None where they were not measured, or by another version."""
     try:
-        content = json.loads(model_facts_file(folder, model_name).read_bytes())
+        content = json.loads(model_measures_file(folder, model_name).read_bytes())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
     return content if content.get("format") == FORMAT else None

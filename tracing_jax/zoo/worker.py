@@ -17,7 +17,7 @@ from tracing_jax.experiment.models import open_models
 from tracing_jax.options import RunOptions
 from tracing_jax.zoo.folder import ZooFolder
 from tracing_jax.zoo.plan import PlannedPair
-from tracing_jax.zoo.weights import read_model_facts, write_model_facts
+from tracing_jax.zoo.weights import read_model_measures, write_model_measures
 
 Trace = Callable[[RunOptions], Any]
 
@@ -69,8 +69,8 @@ def _measure(folder: ZooFolder, pair: PlannedPair, models: Sequence[Checkpoint])
     """Leaves for the report what the weights of each model look like, unless another pair's worker has."""
     for model_id, model in zip((pair.base, pair.ft), models):
         name = folder.plan.names[model_id]
-        if read_model_facts(folder.path, name) is None:
-            write_model_facts(folder.path, name, model_id, model)
+        if read_model_measures(folder.path, name) is None:
+            write_model_measures(folder.path, name, model_id, model)
 
 
 def files_of(model: Checkpoint) -> list[Path]:

@@ -8,10 +8,10 @@ from typing import Any
 
 from tracing_jax.zoo.folder import STATES, ZooFolder
 from tracing_jax.zoo.plan import ZooPlan
-from tracing_jax.zoo.report.direction import Direction, Facts, directions, trained_order
+from tracing_jax.zoo.report.direction import Direction, ModelMeasures, directions, trained_order
 from tracing_jax.zoo.report.families import Lineage, clustered, families, lineage
 from tracing_jax.zoo.report.rows import PairRow, Uniformity, VerdictName, read_rows, uniformity
-from tracing_jax.zoo.weights import read_model_facts
+from tracing_jax.zoo.weights import read_model_measures
 
 FORMAT = 1
 VERDICTS: tuple[VerdictName, ...] = ("related", "undecided", "independent")
@@ -41,9 +41,9 @@ def disagreements(
     ]
     if parents is None:
         return lines
-    for tree, ways in zip(lineages, found, strict=True):
-        for edge, way in zip(tree.edges, ways, strict=True):
-            lines += _of_edge(edge.row, way, parents)
+    for tree, estimates in zip(lineages, found, strict=True):
+        for edge, estimate in zip(tree.edges, estimates, strict=True):
+            lines += _of_edge(edge.row, estimate, parents)
     return lines
 
 
@@ -53,15 +53,16 @@ def missed_edges(lineages: Sequence[Lineage], parents: Mapping[str, str | None])
     return [(up, name) for name, up in parents.items() if up is not None and frozenset((up, name)) not in drawn]
 
 
-def _of_edge(row: PairRow, way: Direction, parents: Mapping[str, str | None]) -> list[Disagreement]:
+def _of_edge(row: PairRow, estimate: Direction, parents: Mapping[str, str | None]) -> list[Disagreement]:
     base, ft = row.models
     known = next((pair for pair in ((base, ft), (ft, base)) if parents.get(pair[1]) == pair[0]), None)
     if known is None:
         if row.known is False:
             return []  # the verdict is listed already
         return [Disagreement("edge", row.pair, "closest relatives", _kinship(base, ft, parents))]
-    if way.child is not None and way.child != known[1]:
-        return [Disagreement("direction", row.pair, f"{way.parent} → {way.child}", f"{known[0]} → {known[1]}")]
+    if estimate.child is not None and estimate.child != known[1]:
+        found = f"{estimate.parent} → {estimate.child}"
+        return [Disagreement("direction", row.pair, found, f"{known[0]} → {known[1]}")]
     return []
 
 
@@ -83,7 +84,7 @@ class Contents:
       components: the families, and after them the models that are in none.
       order: all models, as the heatmap shows them.
       lineages, directions: of each family, the tree of closest relatives and the direction of each of its edges.
-      facts: the models whose weights were measured.
+      measured: the models whose weights were measured.
     """
 
     ids: Mapping[str, str]
@@ -94,7 +95,7 @@ class Contents:
     lineages: Sequence[Lineage]
     directions: Sequence[Sequence[Direction]]
     uniformity: Uniformity
-    facts: Sequence[str]
+    measured: Sequence[str]
 
     @cached_property
     def families(self) -> list[tuple[str, ...]]:
@@ -150,9 +151,9 @@ class Contents:
         tree = self.lineages[i]
         edges = [
             {"models": list(edge.row.models), "pair": edge.row.pair, "closeness": edge.measure.name,
-             "value": edge.value, "same_function": edge.same_function, "parent": way.parent, "child": way.child,
-             "grounds": list(way.grounds)}
-            for edge, way in zip(tree.edges, self.directions[i], strict=True)
+             "value": edge.value, "same_function": edge.same_function,
+             "parent": estimate.parent, "child": estimate.child, "grounds": list(estimate.grounds)}
+            for edge, estimate in zip(tree.edges, self.directions[i], strict=True)
         ]  # fmt: skip
         return {"family": i + 1, "models": list(self.families[i]), "edges": edges}
 
@@ -160,16 +161,16 @@ class Contents:
 def contents_of(folder: ZooFolder) -> Contents:
     """Returns the report of a zoo, as far as its pairs are done."""
     plan = folder.plan
-    facts = {name: read_model_facts(folder.path, name) for name in plan.names.values()}
-    return make_contents(plan, read_rows(folder), facts)
+    measures = {name: read_model_measures(folder.path, name) for name in plan.names.values()}
+    return make_contents(plan, read_rows(folder), measures)
 
 
-def make_contents(plan: ZooPlan, rows: Sequence[PairRow], facts: Facts) -> Contents:
+def make_contents(plan: ZooPlan, rows: Sequence[PairRow], measures: ModelMeasures) -> Contents:
     """Returns the report of rows that are judged together; the plan's order changes nothing."""
     names = sorted(plan.names.values())
     rows = sorted(rows, key=_evidence)
     components = families(names, rows)
-    trained = trained_order(facts)
+    trained = trained_order(measures)
     lineages = [lineage(members, rows, trained) for members in components if len(members) > 1]
     related = [row for row in rows if row.verdict == "related"]
     return Contents(
@@ -179,9 +180,9 @@ def make_contents(plan: ZooPlan, rows: Sequence[PairRow], facts: Facts) -> Conte
         components=components,
         order=clustered(components, rows),
         lineages=lineages,
-        directions=[directions(tree.edges, _within(tree, related), facts) for tree in lineages],
+        directions=[directions(tree.edges, _within(tree, related), measures) for tree in lineages],
         uniformity=uniformity(rows),
-        facts=[name for name in names if facts.get(name) is not None],
+        measured=[name for name in names if measures.get(name) is not None],
     )
 
 

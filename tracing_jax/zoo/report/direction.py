@@ -8,8 +8,8 @@ from typing import Any
 from tracing_jax.zoo.report.families import WEIGHTS, Edge, relatives_in_place
 from tracing_jax.zoo.report.rows import PairRow
 
-Facts = Mapping[str, Mapping[str, Any] | None]
-"""Model -> its `weight_facts`; None where that was not measured."""
+ModelMeasures = Mapping[str, Mapping[str, Any] | None]
+"""Model -> its `weight_measures`; None where that was not measured."""
 
 _MATRICES = {"embed/embedding": "embedding", "head/lm_head": "head"}
 _LEAST_PER_DISTANCE = 0.16
@@ -21,39 +21,39 @@ _LEAST = 1e-4
 """Where the distance is not known; rewriting and rounding move them by less."""
 
 
-def trained_order(facts: Facts) -> dict[str, float]:
+def trained_order(measures: ModelMeasures) -> dict[str, float]:
     """Returns how far each model's embedding and head are from initialisation, for the models where it was measured.
 
     Random matrices are carried by all directions alike, and training concentrates them, in these two matrices without
     exception. Matrices of the layers, kurtosis and the gains of norms change either way, and are not used.
     """
-    counted = {name: [d for kind in _MATRICES if (d := _directions(found, kind))] for name, found in facts.items()}
+    counted = {name: [d for kind in _MATRICES if (d := _directions(found, kind))] for name, found in measures.items()}
     return {name: -sum(map(math.log, found)) / len(found) for name, found in counted.items() if found}
 
 
-def further_trained(edge: Edge, facts: Facts) -> list[tuple[str, str]]:
+def further_trained(edge: Edge, measures: ModelMeasures) -> list[tuple[str, str]]:
     """Returns (model, ground) for the embedding and for the head: whose spans fewer directions."""
     found = []
     for kind, word in _MATRICES.items():
-        one, other = (_directions(facts.get(name), kind) for name in edge.row.models)
+        one, other = (_directions(measures.get(name), kind) for name in edge.row.models)
         if one and other and abs(math.log(one / other)) > _LEAST:
             (fewer, model), more = min(zip((one, other), edge.row.models, strict=True)), max(one, other)
             found.append((model, f"its {word} is further from initialisation ({fewer:.4g} directions, not {more:.4g})"))
     return found
 
 
-def look_like_siblings(edge: Edge, facts: Facts) -> bool:
+def look_like_siblings(edge: Edge, measures: ModelMeasures) -> bool:
     """Returns whether two models are too equally far trained, for how far they are apart, to be parent and child."""
-    lengths = [float(found["length"]) for name in edge.row.models if (found := facts.get(name))]
-    moved = trained_order({name: facts.get(name) for name in edge.row.models})
+    lengths = [float(found["length"]) for name in edge.row.models if (found := measures.get(name))]
+    moved = trained_order({name: measures.get(name) for name in edge.row.models})
     if edge.measure is not WEIGHTS or len(moved) < 2:
         return False
     distance = edge.value / (sum(lengths) / 2)
     return abs(moved[edge.row.base] - moved[edge.row.ft]) < _LEAST_PER_DISTANCE * distance
 
 
-def _directions(facts: Mapping[str, Any] | None, kind: str) -> float | None:
-    values = (facts or {}).get("matrices", {}).get(kind, {}).get("directions")
+def _directions(measures: Mapping[str, Any] | None, kind: str) -> float | None:
+    values = (measures or {}).get("matrices", {}).get(kind, {}).get("directions")
     return float(values[0]) if values else None
 
 
@@ -71,18 +71,18 @@ class Direction:
     grounds: tuple[str, ...]
 
 
-def directions(edges: Sequence[Edge], rows: Sequence[PairRow], facts: Facts) -> list[Direction]:
+def directions(edges: Sequence[Edge], rows: Sequence[PairRow], measures: ModelMeasures) -> list[Direction]:
     """Returns the direction of every edge of a family's tree; a model gets one parent at most.
 
     Args:
       edges: of the tree.
       rows: the related pairs of the family.
-      facts: model -> what its weights look like, where that was measured.
+      measures: model -> what its weights look like, where that was measured.
     """
-    return _one_parent_each(edges, [direction(edge, rows, facts) for edge in edges])
+    return _one_parent_each(edges, [direction(edge, rows, measures) for edge in edges])
 
 
-def direction(edge: Edge, rows: Sequence[PairRow], facts: Facts) -> Direction:
+def direction(edge: Edge, rows: Sequence[PairRow], measures: ModelMeasures) -> Direction:
     """Returns the direction of one edge, by the strongest grounds: copies, shapes, then weights.
 
     Where grounds of one rank contradict each other, the direction is open.
@@ -90,7 +90,7 @@ def direction(edge: Edge, rows: Sequence[PairRow], facts: Facts) -> Direction:
     row = edge.row
     if edge.same_function:
         return _of_copies(row, rows)
-    for grounds in (_from_shapes(row), [] if look_like_siblings(edge, facts) else further_trained(edge, facts)):
+    for grounds in (_from_shapes(row), [] if look_like_siblings(edge, measures) else further_trained(edge, measures)):
         children = {child for child, _ in grounds}
         texts = tuple(text for _, text in grounds)
         if len(children) == 1:
@@ -98,9 +98,9 @@ def direction(edge: Edge, rows: Sequence[PairRow], facts: Facts) -> Direction:
             return Direction(row.other(child), child, texts)
         if children:
             return Direction(None, None, ("the grounds contradict each other", *texts))
-    missing = [name for name in row.models if facts.get(name) is None]
+    missing = [name for name in row.models if measures.get(name) is None]
     if missing:
-        return Direction(None, None, (f"no facts on the weights of {' and '.join(missing)} were measured",))
+        return Direction(None, None, (f"the weights of {' and '.join(missing)} were not measured",))
     return Direction(None, None, ("equally far from initialisation, for how far they are apart; they may be siblings",))
 
 

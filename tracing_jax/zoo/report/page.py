@@ -138,10 +138,10 @@ def _pairs(rows: Sequence[PairRow]) -> Section:
 def _models(contents: Contents) -> Section:
     family = {name: i + 1 for i, members in enumerate(contents.families) for name in members}
     rows = [
-        [name, family.get(name), contents.ids[name], "measured" if name in contents.facts else "not measured"]
+        [name, family.get(name), contents.ids[name], "measured" if name in contents.measured else "not measured"]
         for name in contents.order
     ]
-    return _folded("Models", [], ("", "family", "id", "facts on the weights"), rows)
+    return _folded("Models", [], ("", "family", "id", "weights"), rows)
 
 
 def _folded(title: str, text: Sequence[str], headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> Section:
@@ -202,43 +202,43 @@ class Branch:
 
 def family_part(i: int, contents: Contents) -> dict[str, Any]:
     """Returns what the template needs of a family: its title, how close its edges are measured, and its tree."""
-    tree, ways = contents.lineages[i], contents.directions[i]
+    tree, estimates = contents.lineages[i], contents.directions[i]
     joined: dict[str, list[tuple[str, Edge, Direction]]] = {name: [] for name in tree.models}
-    for edge, way in zip(tree.edges, ways, strict=True):
-        joined[edge.row.base].append((edge.row.ft, edge, way))
-        joined[edge.row.ft].append((edge.row.base, edge, way))
-    estimated = sum(way.child is not None for way in ways)
-    text = f"Direction estimated for {estimated} of {len(ways)} edges."
+    for edge, estimate in zip(tree.edges, estimates, strict=True):
+        joined[edge.row.base].append((edge.row.ft, edge, estimate))
+        joined[edge.row.ft].append((edge.row.base, edge, estimate))
+    estimated = sum(estimate.child is not None for estimate in estimates)
+    text = f"Direction estimated for {estimated} of {len(estimates)} edges."
     title = f"Family {i + 1}: {len(tree.models)} models"
-    return {"title": title, "text": text, "root": branches(root(tree, ways), joined)}
+    return {"title": title, "text": text, "root": branches(root(tree, estimates), joined)}
 
 
-def root(tree: Lineage, ways: Sequence[Direction]) -> str:
+def root(tree: Lineage, estimates: Sequence[Direction]) -> str:
     """Returns the model from which most estimates point away; of several, the one with most edges, then by name."""
-    below = {way.child for way in ways if way.child is not None}
+    below = {estimate.child for estimate in estimates if estimate.child is not None}
     edges = {name: sum(name in edge.row.models for edge in tree.edges) for name in tree.models}
-    parents = {name: sum(way.parent == name for way in ways) for name in tree.models}
+    parents = {name: sum(estimate.parent == name for estimate in estimates) for name in tree.models}
     return min(tree.models, key=lambda name: (name in below, parents[name] == 0, -edges[name], name))
 
 
 def branches(name: str, joined: _Joined, above: str | None = None) -> Branch:
     """Returns the branch of a model with everything that hangs on it; the largest number of relatives first."""
     found = Branch(name)
-    for other, edge, way in sorted(joined[name], key=lambda item: item[0]):
+    for other, edge, estimate in sorted(joined[name], key=lambda item: item[0]):
         if other != above:
             child = branches(other, joined, name)
-            child.edge = _edge(edge, way, other)
+            child.edge = _edge(edge, estimate, other)
             found.children.append(child)
     return found
 
 
-def _edge(edge: Edge, way: Direction, lower: str) -> dict[str, str]:
-    grounds = "; ".join(way.grounds)
-    if way.child is None:
+def _edge(edge: Edge, estimate: Direction, lower: str) -> dict[str, str]:
+    grounds = "; ".join(estimate.grounds)
+    if estimate.child is None:
         sign, kind, text = "–", "open", f"direction open: {grounds}"
     else:
-        sign, kind = ("↳" if way.child == lower else "↰"), "estimate"
-        text = f"estimate: {way.parent} → {way.child}; {grounds}"
+        sign, kind = ("↳" if estimate.child == lower else "↰"), "estimate"
+        text = f"estimate: {estimate.parent} → {estimate.child}; {grounds}"
     value = "same function" if edge.same_function else f"{edge.measure.name} {cell(float(f'{edge.value:.3g}'))}"
     return {"sign": sign, "kind": kind, "text": text, "value": value, "link": link(edge.row)}
 
