@@ -77,7 +77,6 @@ def compare_layers(
     for layer in layers:
         found[layer.layer] = run_cache.cached(Comparison, (layer.layer,), functools.partial(compare, layer))
         del layer  # frees its correlations before those of the next one are computed
-    run_cache.delete("hidden")
     comparisons: list[Comparison] = []
     while (known := found.get(len(comparisons)) or run_cache.load(Comparison, len(comparisons))) is not None:
         comparisons.append(known)
