@@ -32,7 +32,12 @@ _PADDED = ("embed", "mlp", "kv_heads")
 
 
 class AlignmentError(ValueError):
-    """The weights of two models do not determine an alignment."""
+    """The weights of two models do not determine an alignment.
+
+    Example:
+      >>> issubclass(tj.AlignmentError, ValueError)
+      True
+    """
 
 
 def kinds_in(listed: str) -> tuple[str, ...]:

@@ -36,6 +36,11 @@ class Padding(Rewrite):
       units: how many MLP units of each layer.
       features: how many features of the residual stream.
       kv_heads: how many kv heads of each layer, with their queries.
+
+    Example:
+      >>> arch = tj.open("demo:base").arch
+      >>> tj.Padding(units=8).arch_after(arch).mlp_dim - arch.mlp_dim
+      8
     """
 
     name: ClassVar[str] = "pad"
@@ -107,6 +112,11 @@ class IdentityLayer(Rewrite):
 
     Attributes:
       at: its index; the layers from there on move up by one. It copies the one that was there, or the last.
+
+    Example:
+      >>> arch = tj.open("demo:base").arch
+      >>> tj.IdentityLayer(0).arch_after(arch).num_layers - arch.num_layers
+      1
     """
 
     name: ClassVar[str] = "identity"

@@ -96,6 +96,15 @@ def rewritten(source: ParamSource, rewrites: Sequence[Rewrite]) -> ParamSource:
 
     Raises:
       ValueError: the model does not support a rewrite, with the reasons.
+
+    Example:
+      >>> import jax
+      >>> model = tj.open("demo:base")
+      >>> rewrites = tj.draw_rewrites("permute", jax.random.key(0), model.arch)
+      >>> permuted = tj.rewritten(model, rewrites)
+      >>> restored = tj.rewritten(permuted, tj.inverses(rewrites, model.arch))
+      >>> bool((restored.embed()["embedding"] == model.embed()["embedding"]).all())
+      True
     """
     check_rewrites(rewrites, source.arch)
     if isinstance(source, PrefetchingSource):
