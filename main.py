@@ -16,7 +16,7 @@ from tracing_jax.cli.absl_flags import define_flags, given_flags, run_program
 from tracing_jax.cli.arguments import Parser, add_options
 from tracing_jax.cli.errors import exit_on_user_error
 from tracing_jax.cli.program import ProgramOptions, run_experiment
-from tracing_jax.dataclass_options import problems, replaced
+from tracing_jax.dataclass_options import checked, replaced
 from tracing_jax.options import RunOptions
 
 _CONFIGS = Path(__file__).parent / "configs"
@@ -60,9 +60,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     with exit_on_user_error():
-        program = ProgramOptions(**given_flags(ProgramOptions))
-        if lines := problems(program):
-            raise ValueError("; ".join(lines))
+        program = checked(ProgramOptions(**given_flags(ProgramOptions)))
         options = run_options()
     run_experiment(options, program)
 
@@ -73,8 +71,8 @@ def _print_help() -> None:
     parser.add_argument("--config", metavar="FILE[:demo]", help=f"{_CONFIG_HELP} [configs/mode.py]")
     for name, meaning in _ALONG_PATH.items():
         parser.add_argument(f"--{name}", action="store_true", help=meaning)
-    add_options(parser, RunOptions())
-    add_options(parser, ProgramOptions())
+    add_options(parser, RunOptions(), negation="--no")
+    add_options(parser, ProgramOptions(), negation="--no")
     parser.print_help()
 
 

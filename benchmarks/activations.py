@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tracing_jax.arch import Arch
-from tracing_jax.models import apply_block_with_taps, apply_embed, apply_mlp_with_taps, layer_inputs
+from tracing_jax.models import apply_block, apply_embed, apply_mlp, layer_inputs
 from tracing_jax.statistics.match import TAPS
 from tracing_jax.tree import Tree
 
@@ -37,7 +37,7 @@ def forward_units(arch: Arch, models: Tree, tokens: Int[Array, "N T"], at: Int[A
     def one(model: Tree) -> Units:
         x, layers = apply_embed(arch, model["embed"], tokens, jnp.float32), []
         for i in range(arch.num_layers):
-            x, found = apply_block_with_taps(arch, model["layers"][str(i)], x, *layer_inputs(arch, i), TAPS)
+            x, found, _ = apply_block(arch, model["layers"][str(i)], x, layer_inputs(arch, i), taps=TAPS)
             layers.append(found)
         return _units(layers, at)
 
@@ -51,7 +51,7 @@ def weight_units(arch: Arch, models: Tree) -> Units:
     def one(model: Tree) -> Units:
         x = apply_embed(arch, model["embed"], jnp.arange(arch.vocab_size)[None], jnp.float32)
         layers = [model["layers"][str(i)] for i in range(arch.num_layers)]
-        return _units([apply_mlp_with_taps(arch, layer, x, TAPS) for layer in layers], jnp.arange(arch.vocab_size))
+        return _units([apply_mlp(arch, layer, x, TAPS) for layer in layers], jnp.arange(arch.vocab_size))
 
     return jax.lax.map(one, models)
 

@@ -19,7 +19,7 @@ from benchmarks.seeds import Zoo, sharding_of, step_of_all
 from tracing_jax import demo
 from tracing_jax.arch import Arch
 from tracing_jax.forward import activations
-from tracing_jax.models import apply_mlp_with_taps
+from tracing_jax.models import apply_mlp
 from tracing_jax.rewrites import Renaming, draw_rewrites
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory, in_memory, rewritten
@@ -159,7 +159,7 @@ def _distil(arch: Arch, mlp: Tree, x: Float[Array, "S D"], y: Float[Array, "S D"
     optimizer = optax.adam(3e-3)
 
     def loss(mlp: Tree, rows: Int[Array, " B"]) -> jax.Array:
-        units = apply_mlp_with_taps(plain, {"mlp": mlp}, x[rows][None], ("units",))["units"][0]
+        units = apply_mlp(plain, {"mlp": mlp}, x[rows][None], ("units",))["units"][0]
         return jnp.square(units @ mlp["down_proj"]["kernel"] - y[rows]).sum(-1).mean()
 
     def step(carry: Any, key: jax.Array) -> tuple[Any, None]:

@@ -95,8 +95,8 @@ def _read(file: Path, size: int) -> None:
 def _leaf_bytes(model: Checkpoint) -> dict[str, int]:
     """Returns the size of every leaf by name, in the dtype it has on disk."""
     return {
-        name: model.tensors.dtype(entry.pieces[0].tensor).itemsize * _product(entry.shape)
-        for name, entry in model.entries.items()
+        name: model.tensors.dtype(entry.slices[0].tensor).itemsize * _product(entry.shape)
+        for name, entry in model.leaf_layouts.items()
     }
 
 

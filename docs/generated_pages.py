@@ -2,16 +2,22 @@
 
 `benchmarks/RESULTS.md`, `CONTRIBUTING.md` and `CHANGELOG.md` stand where their readers look for them and are shown on
 the site too. Links between files of the repository are written so that they work there; here they become links between
-pages, or links to the repository where a file is no page.
+pages, or links to the repository where a file is no page. `options.md` is made from `tracing_jax/options.py`.
 """
 
+import dataclasses
+import html
 import posixpath
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
+from tracing_jax.dataclass_options import Option, options_of, sections_of
+from tracing_jax.options import RunOptions
 
 ROOT = Path(__file__).parent.parent
 PAGES = {"benchmarks/RESULTS.md": "benchmarks.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
@@ -24,6 +30,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages, and the figures of the benchmarks beside them."""
     for source, page in PAGES.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+    files.append(File.generated(config, "options.md", content=options_page()))
     for figure in sorted((ROOT / "benchmarks").glob("*.png")):
         files.append(File.generated(config, figure.name, abs_src_path=str(figure)))
     return files
@@ -47,3 +54,57 @@ def _target(link: str, folder: str, config: MkDocsConfig) -> str:
     if (ROOT / path).exists():
         return f"{config.repo_url}/blob/main/{path}"
     return link
+
+
+_HEAD = """# Options
+
+The options of a run, as `tracing_jax/options.py` declares them. `tracing-jax compare --help` prints the same list.
+
+| where | how an option is set |
+|---|---|
+| `tracing-jax compare`, `align` | `--level 1e-4`, `--match.max_tokens 8192`; a switch as `--align` or `--noalign` |
+| `main.py`, `launch.py` | `--config.level=1e-4`, `--config.match.max_tokens=8192`, with `--config=configs/NAME.py` |
+| a config file | `RunOptions(level=1e-4, match=Match(max_tokens=8192))` |
+| Python | `tj.trace(base, ft, level=1e-4)` |
+
+A list of names is written with commas between them.
+"""
+
+
+def options_page() -> str:
+    """Returns the page of options: a table for each group, then one for each statistic and the mesh."""
+    options = list(options_of(RunOptions))
+    groups = dict.fromkeys(option.group for option in options if "." not in option.name)
+    pages = [_HEAD]
+    for group in groups:
+        rows = [option for option in options if option.group == group and "." not in option.name]
+        pages += [f"## {group.capitalize()}", _table(rows)]
+    pages.append("## Statistics and mesh, by section")
+    for name, section in sections_of(RunOptions).items():
+        rows = [option for option in options if option.name.startswith(f"{name}.")]
+        meaning = (section.__doc__ or "").splitlines()[0]
+        pages += [f"### `{name}`", meaning, _table(rows) if rows else "No options."]
+    return "\n\n".join(pages) + "\n"
+
+
+def _table(options: Iterable[Option]) -> str:
+    head = ["| option | default | meaning |", "|---|---|---|"]
+    return "\n".join([*head, *(f"| `{o.name}` | {_default(o)} | {_meaning(o)} |" for o in options)])
+
+
+def _default(option: Option) -> str:
+    value = option.default
+    if option.required or value is dataclasses.MISSING:
+        return "required"
+    if value is None or value == ():
+        return "–"
+    if isinstance(value, tuple):
+        value = ",".join(map(str, value))
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def _meaning(option: Option) -> str:
+    choices = f" One of {', '.join(f'`{choice}`' for choice in option.choices)}." if option.choices else ""
+    if option.is_list:
+        choices = choices.replace(" One of", " Of")
+    return html.escape(option.meaning, quote=False).replace("|", "\\|") + choices

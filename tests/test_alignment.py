@@ -13,8 +13,8 @@ from tracing_jax.alignment import LOGITS_TOLERANCE, align, aligned
 from tracing_jax.alignment import align_models as module
 from tracing_jax.axes import PERMUTABLE, axis_table
 from tracing_jax.data import paired_one_to_one
-from tracing_jax.forward import correlations, paired
-from tracing_jax.models import apply_block_with_taps, apply_embed, layer_inputs
+from tracing_jax.forward import correlations, forward_pass, paired
+from tracing_jax.models import apply_block, apply_embed, layer_inputs
 from tracing_jax.rewrites import invert, permute, random_permutations
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory, in_memory, placed
@@ -36,17 +36,17 @@ def disguised(arch, kinds, noise, dtype=np.float32):
 
 def activations(model, tokens):
     """Returns for each layer the activations of every tap, `[tokens, units]`, of the whole batch at once."""
-    block = jax.jit(apply_block_with_taps, static_argnames=("arch", "taps"))
+    block = jax.jit(apply_block, static_argnames=("arch", "taps"))
     x = apply_embed(model.arch, model.embed(), jnp.asarray(tokens), jnp.float32)
     for i in range(model.arch.num_layers):
-        x, found = block(model.arch, model.layer(i), x, *layer_inputs(model.arch, i), taps=TAPS)
+        x, found, _ = block(model.arch, model.layer(i), x, layer_inputs(model.arch, i), taps=TAPS)
         yield {tap: np.asarray(units, np.float64).reshape(tokens.size, -1) for tap, units in found.items()}
 
 
 @pytest.mark.parametrize(("data", "batch_size", "slice_entries"), [(1, 4, 2**24), (2, 8, 2**24), (2, 4, 100)])
 def test_correlations_are_those_of_numpy_however_batched_and_sliced(data, batch_size, slice_entries, monkeypatch):
     if slice_entries < 20 * 12:
-        monkeypatch.setattr(blocked_matmul, "_SLICE_ENTRIES", slice_entries)
+        monkeypatch.setattr(blocked_matmul, "_BLOCK_ENTRIES", slice_entries)
         jax.clear_caches()  # programs made with the constant as it was
     base, ft = tiny.model(tiny.qwen3_gqa(), 0), tiny.model(tiny.qwen3_gqa(mlp_dim=12), 1)
     # A unit far from zero, and one that never varies.
@@ -68,7 +68,7 @@ def test_correlations_are_those_of_numpy_however_batched_and_sliced(data, batch_
 def test_all_layers_and_batches_share_one_compiled_step():
     arch = tiny.qwen3_gqa(embed_dim=22, num_layers=3, layer_ropes=(0,) * 3, layer_windows=(None, 4, None))
     base, ft = tiny.model(arch, 0), tiny.model(arch, 1)
-    steps = (paired.block_step, paired._take_in)
+    steps = (forward_pass.block_step, paired._accumulate_step)
     before = [step._cache_size() for step in steps]
     list(correlations(base, ft, BLOCKS, ("units",), Compute(make_mesh(), 4)))
     assert [step._cache_size() for step in steps] == [count + 1 for count in before]

@@ -33,14 +33,6 @@ def _tiny() -> tuple[Tree, AxisTable]:
     return _shapes(arch), axis_table(arch)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if not name.endswith(("-linear", "-llama3"))])
-def test_table_equals_what_the_modules_initialise(name):
-    arch = CASES[name].arch()
-    table = axis_table(arch)
-    expected = {leaf: tuple(table.sizes[axis] for axis in row.axes) for leaf, row in table.leaves.items()}
-    assert {leaf: found.shape for leaf, found in flatten(_shapes(arch)).items()} == expected
-
-
 @pytest.mark.parametrize(
     ("name", "own"),
     [

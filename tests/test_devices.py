@@ -1,6 +1,5 @@
 """Many devices: the numbers of one, no weight is made whole on the way, and the memory of one layer at a time."""
 
-import importlib
 import math
 import re
 
@@ -15,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from tracing_jax.axes import axis_table
 from tracing_jax.data import paired_one_to_one
-from tracing_jax.forward import correlations, losses, path_losses, walk
+from tracing_jax.forward import correlations, forward_pass, losses, paired, path_losses
 from tracing_jax.interpolation import path_groups
 from tracing_jax.matching import match_weights
 from tracing_jax.matching.coordinate import coordinates
@@ -25,8 +24,6 @@ from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory, in_memory, placed
 from tracing_jax.statistics.cosine import cosines
 from tracing_jax.tree import flatten, select
-
-_grams = importlib.import_module("tracing_jax.forward.paired")  # the room has a function of this name
 
 MESHES = [(8, 1), (2, 4), (1, 8)]
 TAPS = ("residual", "heads", "units")
@@ -41,7 +38,7 @@ ARCHS = {
     "experts": tiny.mixtral(**_SIZES),
 }
 TOKENS = np.random.default_rng(0).integers(104, size=(8, 7), dtype=np.int32)  # no activation is as large as a weight
-STEPS = (walk._embed_step, walk._block_step, losses._loss_step, _grams.embed_step, _grams.block_step, _grams._take_in)
+STEPS = (forward_pass.embed_step, forward_pass.block_step, losses._loss_step, paired._accumulate_step)
 ALPHAS = (0.0, 0.5, 1.0)
 GROUPS = path_groups(attn=True, emb=True)
 
@@ -147,7 +144,7 @@ def test_no_weight_is_gathered_whole(name, mesh, programs):
     _losses(arch, mesh)
     _correlations(arch, mesh)
     made = programs(*(step.__name__ for step in STEPS))
-    assert len(made) == len(STEPS)
+    assert len(made) == 2 + 2 + 1 + 1  # embedding and block both along a path and of one model
     weights = _split_sizes(arch, mesh)
     for program in made:
         assert not _moved_sizes(program) & weights
@@ -166,8 +163,9 @@ def test_all_layers_and_batches_share_one_program(mesh, programs):
     pair, compute = _pair(GQA, make_mesh(*mesh)), Compute(make_mesh(*mesh), batch_size=8)
     tokens = np.concatenate([TOKENS, TOKENS[::-1]])
     path_losses(*pair, tokens, ALPHAS, GROUPS, compute)
+    assert [len(programs(step.__name__)) for step in STEPS] == [1, 1, 1, 0]
     list(correlations(*pair, paired_one_to_one(tokens, tokens), TAPS, compute))
-    assert all(len(programs(step.__name__)) == 1 for step in STEPS)
+    assert [len(programs(step.__name__)) for step in STEPS] == [2, 2, 1, 1]
 
 
 def _largest(programs):
@@ -183,8 +181,8 @@ def test_memory_of_the_block_step_grows_with_the_hidden_states_alone(programs):
     temporary = {}
     for made, count in enumerate((2, 16)):
         path_losses(base, ft, TOKENS[:1] % 61, np.linspace(0, 1, count), GROUPS, Compute(make_mesh()))
-        assert len(programs("_block_step")) == made + 1
-        program = _largest(programs("_block_step"))
+        assert len(programs("block_step")) == made + 1
+        program = _largest(programs("block_step"))
         memory = program.get_compiled_memory_stats()
         assert memory.alias_size_in_bytes >= count * hidden_bytes  # donated
         temporary[count] = memory.temp_size_in_bytes
@@ -197,6 +195,6 @@ def test_of_two_layers_in_bfloat16_only_the_point_between_is_made_in_float32(pro
     params = [jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), tiny.params_of(arch, seed)) for seed in (0, 1)]
     base, ft = (InMemory(arch, tree) for tree in params)
     path_losses(base, ft, TOKENS[:1] % 61, ALPHAS, GROUPS, Compute(make_mesh()))
-    (program,) = programs("_block_step")
+    (program,) = programs("block_step")
     in_float32 = sum(4 * leaf.size for leaf in flatten(base.layer(0)).values())
     assert program.get_compiled_memory_stats().temp_size_in_bytes < 1.5 * in_float32

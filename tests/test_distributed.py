@@ -29,7 +29,15 @@ def _arguments(family, save, ft=None):
         --config.mesh.data=2 --config.mesh.model=2""".split()
 
 
-def _start(arguments_of, count=2):
+_SAVE_EVERY_LAYER = """
+import runpy
+from tracing_jax import run_cache
+run_cache.WRITE_SHARE, run_cache._LEAST_INTERVAL_SECONDS = 1e9, 0
+runpy.run_path("main.py", run_name="__main__")
+"""
+
+
+def _start(arguments_of, count=2, program=("main.py",)):
     """Starts processes of two devices each, with the arguments of each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -38,7 +46,7 @@ def _start(arguments_of, count=2):
     joins = [f"--coordinator=localhost:{port}", f"--num_processes={count}"]
     return [
         subprocess.Popen(
-            [sys.executable, str(ROOT / "main.py"), *joins, f"--process_id={i}", *arguments_of(i)],
+            [sys.executable, *program, *joins, f"--process_id={i}", *arguments_of(i)],
             cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for i in range(count)
@@ -100,7 +108,7 @@ def test_two_processes_give_the_record_of_one_and_the_first_alone_writes(family,
 @pytest.mark.slow
 def test_two_processes_that_were_killed_go_on_together(family, alone, tmp_path):
     arguments = [*_arguments(family, tmp_path / "m.p"), "--config.memory=stream"]
-    processes = _start(lambda i: arguments)
+    processes = _start(lambda i: arguments, program=("-c", _SAVE_EVERY_LAYER))
     until = time.monotonic() + SECONDS
     while not (half_way := list(tmp_path.rglob("hidden.npz"))) and all(p.poll() is None for p in processes):
         time.sleep(0.01)
@@ -116,7 +124,7 @@ def test_two_processes_that_were_killed_go_on_together(family, alone, tmp_path):
     ended = _ended(_start(lambda i: arguments))
     assert [status for status, *_ in ended] == [0, 0], ended
     record = json.loads((tmp_path / "m.json").read_text())
-    assert any("goes on from an interrupted run" in note for note in record["notes"])
+    assert any("continues an interrupted run" in note for note in record["notes"])
     assert record["statistics"].pop("csu")["non_aligned"]["headline"] == 0.125
     _assert_close(record["statistics"], {name: found for name, found in alone["statistics"].items() if name != "csu"})
     assert not list(tmp_path.rglob("*.npz"))

@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import time
 from pathlib import Path
 
 import jax
@@ -16,10 +17,11 @@ from tracing_jax import experiment
 from tracing_jax.arch import UnsupportedModelError, read_arch
 from tracing_jax.axes import PERMUTABLE, axis_table
 from tracing_jax.checkpoint import CheckpointError, save_checkpoint
-from tracing_jax.experiment import ConfigError
-from tracing_jax.experiment.opening import open_pair
+from tracing_jax.experiment import ConfigError, metadata, steps
+from tracing_jax.experiment.inputs import open_inputs
 from tracing_jax.experiment.validation import statistic_names
 from tracing_jax.options import RunOptions
+from tracing_jax.record import HashingStoppedError
 from tracing_jax.rewrites import permute, random_permutations
 from tracing_jax.sources import InMemory
 
@@ -335,6 +337,25 @@ def test_bad_input_is_refused_and_nothing_is_written(config_of, spoilt, change, 
     assert not out.exists() or not list(out.iterdir())
 
 
+def test_hashing_ends_with_a_run_that_fails(config_of, monkeypatch):
+    hashed = []
+
+    def hash_until_stopped(files, stop):
+        hashed.append(stop.wait(60))
+        raise HashingStoppedError
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(metadata, "file_hashes", hash_until_stopped)
+    monkeypatch.setattr(steps, "_compute", fail)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        experiment.trace(config_of())
+    assert time.monotonic() - start < 50
+    assert hashed == [True]  # the files of the second model are not begun
+
+
 def test_a_data_set_without_a_text_column_is_refused(config_of, tmp_path):
     file = tmp_path / "numbers.jsonl"
     file.write_text('{"a": 1, "b": 2}\n')
@@ -369,11 +390,11 @@ def test_random_tokens_are_those_of_both_vocabularies(family, tmp_path):
     config = RunOptions(stat=("mode",)).to_config()
     config.base_model_id, config.ft_model_id = (str(family.member(name)) for name in ("base", "finetune"))
     config.dataset, config.num_tokens, config.block_size, config.save = "random", 256, 32, str(tmp_path / "r.p")
-    first, again = (open_pair(RunOptions.from_config(config)) for _ in range(2))
-    assert first.blocks_base.tokens.shape == (8, 32)
-    assert first.blocks_base.sha256 == again.blocks_base.sha256
-    assert set(first.blocks_base.tokens.ravel()) <= set(first.vocabularies.ids_base)
+    first, again = (open_inputs(RunOptions.from_config(config)) for _ in range(2))
+    assert first.text.base.tokens.shape == (8, 32)
+    assert first.text.base.sha256 == again.text.base.sha256
+    assert set(first.text.base.tokens.ravel()) <= set(first.vocabularies.ids_base)
     config.seed = 1
-    assert open_pair(RunOptions.from_config(config)).blocks_base.sha256 != first.blocks_base.sha256
+    assert open_inputs(RunOptions.from_config(config)).text.base.sha256 != first.text.base.sha256
     losses = experiment.trace(config)["statistics"]["mode"]["non_aligned"]["curve"]["loss"]
     assert min(losses) > np.log(len(first.vocabularies.ids_base))  # no model predicts them

@@ -1,18 +1,21 @@
 """The engine: losses are those of the logits, the same on any mesh, for one compilation whatever the depth."""
 
 import dataclasses
+import math
 from collections import Counter
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 from cases import diagonal, slow
 
 from tracing_jax.axes import axis_table
-from tracing_jax.forward import logits, losses, path_losses, token_losses, walk
+from tracing_jax.data import paired_one_to_one
+from tracing_jax.forward import correlations, forward_pass, logits, losses, path_losses, token_losses
 from tracing_jax.interpolation import interpolate, interpolated_leaves, path_groups
-from tracing_jax.run_cache import RunCache
+from tracing_jax.run_cache import RunCache, WriteBudget
 from tracing_jax.sharding import Compute, leaf_spec, make_mesh
 from tracing_jax.sources import InMemory, in_memory, placed
 
@@ -93,15 +96,26 @@ def test_weights_are_split_where_the_table_says():
 
 
 def test_depth_and_batches_compile_nothing_new(one_device):
-    """One compilation of the block step per shape; gemma's alternating windows and ropes are data."""
-    walk._block_step.clear_cache()
-    for layers in (2, 5):
+    """One compilation of the block step per shape; windows and ropes that differ between layers are data."""
+
+    def run(layers):
         arch = tiny.llama_mha(
-            num_layers=layers, layer_ropes=(0,) * layers, layer_windows=(None, 3, 7, 2, None)[:layers]
+            num_layers=layers,
+            rope_frequencies=((1.0, 0.1), (1.0, 0.01)),
+            layer_ropes=(0, 1, 1, 0, 1)[:layers],
+            layer_windows=(None, 3, 7, 2, None)[:layers],
         )
-        walk._block_step.clear_cache()
-        path_losses(tiny.model(arch), tiny.model(arch, 1), blocks(arch, 9), (0.0, 1.0), ALL, one_device)
-        assert walk._block_step._cache_size() == 1
+        base, ft, tokens = tiny.model(arch), tiny.model(arch, 1), blocks(arch, 9)
+        forward_pass.block_step.clear_cache()
+        path_losses(base, ft, tokens, (0.0, 1.0), ALL, one_device)
+        yield forward_pass.block_step._cache_size()
+        token_losses(base, tokens, one_device)
+        yield forward_pass.block_step._cache_size()
+        list(correlations(base, ft, paired_one_to_one(tokens, tokens), ("units",), one_device))
+        yield forward_pass.block_step._cache_size()
+
+    # Along a path, of one model, and with taps: three programs, each for all layers, batches and models.
+    assert list(run(2)) == list(run(5)) == [1, 2, 3]
 
 
 @dataclasses.dataclass
@@ -141,13 +155,16 @@ def test_streamed_models_give_the_same_losses_and_are_read_once(arch, one_device
 def test_streamed_models_are_read_again_where_hidden_states_would_not_fit(one_device, monkeypatch):
     model, tokens = tiny.model(tiny.llama_mha()), blocks(tiny.llama_mha(), 9)
     source = Streamed(model)
-    monkeypatch.setattr(walk, "_HIDDEN_BYTES", 2 * 4 * 16 * model.arch.embed_dim * 4)  # of two batches
+    monkeypatch.setattr(forward_pass, "_HIDDEN_BYTES", 2 * 4 * 16 * model.arch.embed_dim * 4)  # of two batches
     assert np.array_equal(token_losses(source, tokens, one_device), token_losses(model, tokens, one_device))
     assert source.reads[0] == 2
 
 
 @pytest.mark.parametrize("dies_at", [1, 2])
-def test_an_interrupted_walk_goes_on_at_the_layer_where_it_stopped(one_device, tmp_path, dies_at):
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_an_interrupted_pass_continues_at_the_layer_where_it_stopped(tmp_path, monkeypatch, dies_at, dtype):
+    monkeypatch.setattr(WriteBudget, "allows", lambda budget, num_bytes: num_bytes > 0)
+    one_device = Compute(make_mesh(1, 1), 4, dtype)
     arch = tiny.llama_mha(num_layers=3, layer_ropes=(0,) * 3, layer_windows=(None,) * 3)
     model, tokens, run_cache = tiny.model(arch), blocks(arch, 9), RunCache(tmp_path)
 
@@ -180,17 +197,35 @@ def test_window_hides_what_lies_further_back():
 def test_logits_are_sliced_along_the_block(one_device, monkeypatch):
     model = tiny.model(tiny.llama_mha())
     expected = token_losses(model, blocks(model.arch), one_device)
-    monkeypatch.setattr(walk, "LOGITS_BYTES", 4 * 61 * 4 * 3)  # three positions of a batch of four
+    monkeypatch.setattr(forward_pass, "LOGITS_BYTES", 4 * 61 * 4 * 3)  # three positions of a batch of four
     losses._loss_step.clear_cache()
     np.testing.assert_allclose(token_losses(model, blocks(model.arch), one_device), expected, atol=1e-5)
     losses._loss_step.clear_cache()
 
 
+@pytest.mark.parametrize(("length", "most"), [(17, 5), (17, 16), (16, 4), (13, 1), (7, 100)])
+def test_positions_are_sliced_no_further_than_the_limit_asks_whatever_the_length(length, most, monkeypatch):
+    """A prime number of positions is not computed position by position."""
+    monkeypatch.setattr(forward_pass, "LOGITS_BYTES", most * 8)
+    x = jnp.arange(2.0 * length * 3).reshape(2, length, 3)
+    shapes = []
+
+    def function(x):
+        shapes.append(x.shape)
+        return x.sum(-1)
+
+    with jax.disable_jit():
+        np.testing.assert_array_equal(forward_pass.map_slices(function, [x], 8), x.sum(-1))
+    assert len(shapes) == math.ceil(length / most)
+    assert len(set(shapes)) == 1
+    assert shapes[0][1] <= most
+
+
 def test_bf16_weights_are_computed_in_the_asked_dtype(one_device):
-    model = tiny.model(tiny.llama_mha(), dtype=jax.numpy.bfloat16)
+    model = tiny.model(tiny.llama_mha(), dtype=jnp.bfloat16)
     tokens = blocks(model.arch)
     exact = token_losses(model, tokens, one_device).mean()
-    rough = token_losses(model, tokens, Compute(one_device.mesh, 4, jax.numpy.bfloat16)).mean()
+    rough = token_losses(model, tokens, Compute(one_device.mesh, 4, jnp.bfloat16)).mean()
     assert exact != rough
     assert abs(exact - rough) < 0.1
 

@@ -96,7 +96,7 @@ def test_correlations_are_those_of_the_pre_activations():
 @pytest.mark.parametrize(("x", "y", "message"), [
     (np.ones((8, 4), np.float32), np.ones((8, 4), np.float32), "8 samples"),
     (np.full((64, 4), np.nan, np.float32), np.ones((64, 4), np.float32), "not finite"),
-    (np.ones((64, 4), np.float32), np.ones((64, 4), np.float32), "never varies"),
+    (np.ones((64, 4), np.float32), np.ones((64, 4), np.float32), "is constant"),
 ])  # fmt: skip
 def test_what_cannot_be_learnt_is_refused(x, y, message):
     with pytest.raises(ValueError, match=message):

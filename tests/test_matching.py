@@ -138,7 +138,7 @@ def test_similarity_of_weights_is_that_of_numpy_however_sliced(dtype, monkeypatc
                for side in (pairs.base, pairs.ft)]  # fmt: skip
         one, other = (side.reshape(len(side), -1) / np.linalg.norm(side) for side in own)
         expected = expected + one @ other.T
-    monkeypatch.setattr(blocked_matmul, "_SLICE_ENTRIES", expected.size // 3)
+    monkeypatch.setattr(blocked_matmul, "_BLOCK_ENTRIES", expected.size // 3)
     jax.clear_caches()  # programs made with the constant as it was
     (coordinate,) = coordinates(table, [axis])
     found = similarity.weight_similarity(pairs, coordinate, start, names)

@@ -316,8 +316,8 @@ def test_permutation_test_is_uniform_even_when_values_tie(levels):
     [
         ([0, 1, 2], [0, 1], "matchings of 3 and 2 units"),
         ([], [], "matchings of 0 and 0 units"),
-        ([0, 1, 2], [0, 2, 2], "p2 is no matching: of its 3 indices 1 repeat"),
-        ([0, -1, 2], [0, 1, 2], "p1 is no matching: .* 1 are negative"),
+        ([0, 1, 2], [0, 2, 2], "p2 is not a matching: of its 3 indices 1 repeat"),
+        ([0, -1, 2], [0, 1, 2], "p1 is not a matching: .* 1 are negative"),
     ],
 )
 def test_what_is_no_matching_is_refused(compare, p1, p2, message):

@@ -8,6 +8,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from enum import IntEnum
 from pathlib import Path
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 
 from tracing_jax import record as record_lib
 from tracing_jax.record import (
+    HashingStoppedError,
     RunFiles,
     atomic_write,
     check_writable,
@@ -366,6 +368,16 @@ def test_file_hashes_take_the_name_of_a_hub_blob_and_no_other(tmp_path):
         (tmp_path / name[0]).symlink_to(Path(folder) / name)
     true_hash = hashlib.sha256(b"content").hexdigest()
     assert file_hashes([tmp_path / name for name in "012"]) == {"0": "0" * 64, "1": true_hash, "2": true_hash}
+
+
+def test_file_hashes_of_large_files_and_those_that_are_stopped(tmp_path):
+    content = np.random.default_rng(0).bytes(3 * 2**20 + 7)
+    (tmp_path / "large").write_bytes(content)
+    stop = threading.Event()
+    assert file_hashes([tmp_path / "large"], stop) == {"large": hashlib.sha256(content).hexdigest()}
+    stop.set()
+    with pytest.raises(HashingStoppedError, match="large"):
+        file_hashes([tmp_path / "large"], stop)
 
 
 def test_file_hashes_refuse_two_files_of_one_name(tmp_path):

@@ -16,9 +16,9 @@ import pytest
 from records import assert_same_numbers, without_circumstances
 
 from tracing_jax import experiment
-from tracing_jax.experiment import loading
+from tracing_jax.experiment import memory
 from tracing_jax.matching import weights
-from tracing_jax.run_cache import RUN_CACHE, RunCache
+from tracing_jax.run_cache import RUN_CACHE, WRITE_SHARE, RunCache, WriteBudget
 from tracing_jax.sharding import make_mesh
 from tracing_jax.statistics.csu import Csu
 
@@ -65,6 +65,7 @@ def test_a_run_stopped_again_and_again_comes_to_the_record_of_one_that_was_not(
     config_of, monkeypatch, memory, tmp_path
 ):
     expected = experiment.trace(config_of("whole", memory=memory))
+    monkeypatch.setattr(WriteBudget, "allows", lambda budget, num_bytes: num_bytes > 0)  # states after every layer
     stops = 0
     while True:
         with monkeypatch.context() as patch:
@@ -75,9 +76,42 @@ def test_a_run_stopped_again_and_again_comes_to_the_record_of_one_that_was_not(
             except KeyboardInterrupt:
                 stops += 1
     assert stops >= 3
-    assert any("goes on from an interrupted run" in note for note in record["notes"])
+    assert any("continues an interrupted run" in note for note in record["notes"])
     assert_same_numbers(without_circumstances(record), without_circumstances(expected), tolerance=1e-6)
     assert not (tmp_path / "run" / "results.run" / RUN_CACHE).exists()
+
+
+@pytest.mark.parametrize("layer_seconds", [0.2, 3.0, 40.0, 1000.0])
+@pytest.mark.parametrize("bytes_per_second", [5e6, 1e8, 5e9])
+def test_writing_unfinished_states_takes_two_per_cent_of_the_time_at_most(tmp_path, layer_seconds, bytes_per_second):
+    """On a disk of any speed; only the first write can exceed the share, on one that is slower than assumed."""
+    seconds, num_bytes = 0.0, 2_100_000_000
+    starts, shares, writing = [], [], 0.0
+    cache = RunCache(tmp_path, budget=WriteBudget(lambda: seconds)).scope("some", "statistic")
+
+    def arrays():
+        nonlocal seconds
+        seconds += num_bytes / bytes_per_second
+        return {"x": np.zeros(1)}
+
+    while len(starts) < 20:
+        seconds += layer_seconds
+        start = seconds
+        cache.save_if_due(arrays, num_bytes, "hidden")
+        if seconds > start:
+            writing += seconds - start
+            starts.append(start)
+            shares.append(writing / seconds)
+    slower_than_assumed = bytes_per_second < 1e8
+    assert max(shares[slower_than_assumed:]) <= WRITE_SHARE
+    assert min(np.diff(starts)) >= 30
+    assert len(list(tmp_path.rglob("hidden.npz"))) == 1  # one copy that is replaced
+
+
+def test_states_are_not_written_in_a_short_run(tmp_path):
+    cache = RunCache(tmp_path)
+    cache.save_if_due(lambda: pytest.fail("written"), 1, "hidden")
+    RunCache().save_if_due(lambda: pytest.fail("written"), 1, "hidden")
 
 
 def test_finished_layers_are_not_compared_again(config_of, monkeypatch):
@@ -104,14 +138,14 @@ def test_finished_layers_are_not_compared_again(config_of, monkeypatch):
 def test_models_that_lie_elsewhere_are_started_over(config_of, monkeypatch, name, decides, before, after):
     fields = {"stat": "mode", "permute": False, "align": False, "eval": False, "memory": "auto", "batch_size": 3}
 
-    monkeypatch.setattr(loading, decides, lambda *_: after)
+    monkeypatch.setattr(memory, decides, lambda *_: after)
     expected = experiment.trace(config_of("whole", **fields))
-    monkeypatch.setattr(loading, decides, lambda *_: before)
+    monkeypatch.setattr(memory, decides, lambda *_: before)
     with monkeypatch.context() as patch:
         dying_after(patch, 2)  # what the run is, and the first chunk
         with pytest.raises(KeyboardInterrupt):
             experiment.trace(config_of(**fields))
-    monkeypatch.setattr(loading, decides, lambda *_: after)
+    monkeypatch.setattr(memory, decides, lambda *_: after)
     record = experiment.trace(config_of(**fields))
     assert any(f"of other {name}: it is started over" in note for note in record["notes"])
     assert_same_numbers(record["statistics"], expected["statistics"], tolerance=1e-6)
@@ -139,14 +173,14 @@ def test_several_processes_take_only_what_they_agreed_on(tmp_path, monkeypatch):
         return RunCache.open(tmp_path / RUN_CACHE, {"config": 1})
 
     first, word = start()
-    first.keep({"value": 1}, "one")
+    first.save({"value": 1}, "one")
     assert word is None
     assert first.load(dict, "one") is None  # another may have asked before it was there
 
     second, word = start()
-    second.keep({"value": 2}, "two")
-    assert word == "goes on from an interrupted run: 1 finished pieces"
-    assert second.within("layers").folder == tmp_path / RUN_CACHE / "layers"
+    second.save({"value": 2}, "two")
+    assert word == "continues an interrupted run: 1 finished results"
+    assert second.scope("layers").folder == tmp_path / RUN_CACHE / "layers"
     assert [second.load(dict, name) for name in ("one", "two")] == [{"value": 1}, None]
 
     unseen, word = start(seen=False)
@@ -289,7 +323,7 @@ def test_a_process_killed_at_a_random_moment_loses_nothing(config_of, tmp_path):
     assert folder.exists()
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "goes on from an interrupted run" in done.stdout
+    assert "continues an interrupted run" in done.stdout
     import json
 
     record = json.loads(Path(config.save).with_suffix(".json").read_text())

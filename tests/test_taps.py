@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from tracing_jax.axes import axis_table, kind_of
-from tracing_jax.models import apply_block, apply_block_with_taps, apply_embed, layer_inputs, tap_axes, taps_of
+from tracing_jax.models import apply_block, apply_embed, apply_mlp, layer_inputs, mlp_leaves, tap_axes, taps_of
 
 TOKENS = np.random.default_rng(0).integers(61, size=(2, 7), dtype=np.int32)
 
@@ -23,8 +23,11 @@ def tapped(arch):
     """Returns a block's weights and taps in float64, and what it receives and returns."""
     model = tiny.model(arch)
     x = apply_embed(arch, model.embed(), jnp.asarray(TOKENS), jnp.float32)
-    y, taps = apply_block_with_taps(arch, model.layer(0), x, *layer_inputs(arch, 0), taps_of(arch))
-    np.testing.assert_allclose(apply_block(arch, model.layer(0), x, *layer_inputs(arch, 0)), y, atol=1e-6)
+    y, taps, cache = apply_block(arch, model.layer(0), x, layer_inputs(arch, 0), taps=taps_of(arch))
+    assert cache is None
+    without = apply_block(arch, model.layer(0), x, layer_inputs(arch, 0))
+    assert without.taps == {}
+    np.testing.assert_allclose(without.hidden, y, atol=1e-6)
     weights = {name: {k: np.asarray(v, np.float64) for k, v in p.items()} for name, p in model.layer(0)["mlp"].items()}
     return weights, {tap: np.asarray(found, np.float64) for tap, found in taps.items()}, np.asarray(y, np.float64)
 
@@ -94,4 +97,21 @@ def test_a_tap_that_a_model_does_not_have_is_refused():
     with pytest.raises(
         ValueError, match="unknown taps gate; there are residual, heads, mlp_input, up, units, mlp_output"
     ):
-        apply_block_with_taps(arch, tiny.model(arch).layer(0), x, *layer_inputs(arch, 0), ("gate", "units"))
+        apply_block(arch, tiny.model(arch).layer(0), x, layer_inputs(arch, 0), taps=("gate", "units"))
+
+
+@pytest.mark.parametrize(
+    "arch",
+    [tiny.llama_mha(), tiny.olmo2_gqa(), tiny.gpt2(), tiny.mixtral(), tiny.mixtral(activation="gelu")],
+    ids=lambda arch: f"{arch.family}-{arch.activation}",
+)
+def test_the_mlp_alone_needs_only_the_weights_behind_its_taps(arch):
+    model = tiny.model(arch)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 24)), jnp.float32)
+    # With silent attention the MLP of the whole block reads x itself.
+    layer = model.layer(0)
+    silent = layer["attn"] | {"o_proj": {name: 0 * leaf for name, leaf in layer["attn"]["o_proj"].items()}}
+    for tap in [tap for tap in ("gate", "up", "units") if tap in taps_of(arch)]:
+        whole = apply_block(arch, layer | {"attn": silent}, x, layer_inputs(arch, 0), taps=(tap,)).taps[tap]
+        alone = apply_mlp(arch, model.layer(0, mlp_leaves((tap,))), x, (tap,))[tap]
+        close(alone, np.asarray(whole))

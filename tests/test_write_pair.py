@@ -88,9 +88,9 @@ def test_tokenizer_has_the_vocabulary_and_reads_any_text(tmp_path):
 
 
 def test_shards_hold_what_the_index_says(tmp_path, monkeypatch):
-    from benchmarks.pairs import files, writing
+    from benchmarks.pairs import sparse_shards, writing
 
-    monkeypatch.setattr(writing, "lay_out", lambda folder, shapes: files.lay_out(folder, shapes, 20_000))
+    monkeypatch.setattr(writing, "allocate", lambda folder, shapes: sparse_shards.allocate(folder, shapes, 20_000))
     write_pair(tmp_path / "sharded", _CONFIGS["llama"], Recipe())
     monkeypatch.undo()
     write_pair(tmp_path / "whole", _CONFIGS["llama"], Recipe())

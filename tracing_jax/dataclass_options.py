@@ -29,6 +29,10 @@ EXPECTED = {
 """Type of an option -> what a value of it is, in words."""
 
 
+REQUIRED = MISSING
+"""The default of an option that has none."""
+
+
 class ConfigError(ValueError):
     """The options of a run name something that does not exist or does not fit; all findings at once."""
 
@@ -82,7 +86,7 @@ def option(
     """Declares a dataclass field as an option: its default, its meaning in one line, and the values that it may have.
 
     Args:
-      default: immutable; MISSING for an option that must be given.
+      default: immutable; `REQUIRED` for an option that must be given.
       meaning: shown by `--help`.
       group: the heading under which `--help` lists it.
       choices: the only values, of a list those of its elements.
@@ -164,6 +168,17 @@ def from_mapping(options: type[T], values: Any, unknown: Callable[[str], str | N
     if lines:
         raise ConfigError.of("the config cannot be read:", lines)
     return found
+
+
+def checked(options: T) -> T:
+    """Returns the options dataclass as it is.
+
+    Raises:
+      ConfigError: values out of range or that are no choice, all at once.
+    """
+    if lines := problems(options):
+        raise ConfigError.of("these options cannot be used:", lines)
+    return options
 
 
 def replaced(options: T, values: Mapping[str, Any]) -> T:

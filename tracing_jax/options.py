@@ -325,6 +325,11 @@ class RunOptions:
 COMPARE = RunOptions(stat=("csu", "match"), dataset=None, save="runs/compare.p")
 """The default verdict: tests that need no text. With a text `match` reads it too."""
 
+ALIGN = RunOptions(
+    stat=("csu", "l2"), l2=L2(num_perm=0), dataset=None, align=True, align_axes=("auto",), save="runs/align.p"
+)
+"""An alignment, with the distance of the two models before and after it."""
+
 ZOO = RunOptions(stat=("csu", "match_all", "jsd", "l2"), l2=L2(num_perm=0), save="runs/zoo.p")
 """All pairs of a list of models: tests for the verdicts, and distances for the tree."""
 

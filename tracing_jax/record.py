@@ -6,6 +6,7 @@ A record holds only dict (with str keys), list, str, int, float, bool and None: 
 `statistics[name]` has the sides `non_aligned` and `aligned`, each a result, or None where it was not run.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import re
 import secrets
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ _HF_TOKEN = re.compile(r"(?:hf|api_org)_[A-Za-z0-9]{30,}")
 # Counts such as `num_tokens` and units such as `loss_nats_per_token` are no secrets, so the names are spelt out.
 _SECRET_KEY = re.compile(r"(?i)token|(?:.*_)?(?:(?:auth|access|api|hf|hub|secret)_(?:token|key)|password|secret)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_HASHED_AT_ONCE = 2**20  # bytes
 _PICKLE_SUFFIXES = (".p", ".pkl", ".pickle")
 
 
@@ -240,7 +243,11 @@ def _git(folder: str | PurePath, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, check=True, text=True, env=environment).stdout.strip()
 
 
-def file_hashes(paths: Iterable[str | PurePath]) -> dict[str, str]:
+class HashingStoppedError(Exception):
+    """Hashing was told to stop before its end."""
+
+
+def file_hashes(paths: Iterable[str | PurePath], stop: threading.Event | None = None) -> dict[str, str]:
     """SHA-256 of each file's content by file name.
 
     A large file of the Hub's cache is a link to a blob named by the SHA-256 of its content: the name is taken, unread.
@@ -248,19 +255,25 @@ def file_hashes(paths: Iterable[str | PurePath]) -> dict[str, str]:
     Raises:
         ValueError: two files have one name.
         OSError: a file cannot be read.
+        HashingStoppedError: `stop` was set meanwhile.
     """
     files = [Path(path) for path in paths]
     names = [file.name for file in files]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"several files are named {', '.join(twice)}: hash the files of one model at a time")
     with ThreadPoolExecutor(max_workers=8) as threads:
-        return dict(zip(names, threads.map(_sha256, files), strict=True))
+        return dict(zip(names, threads.map(functools.partial(_sha256, stop), files), strict=True))
 
 
-def _sha256(path: Path) -> str:
+def _sha256(stop: threading.Event | None, path: Path) -> str:
     if path.is_symlink():
         blob = path.resolve(strict=True)
         if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name):
             return blob.name
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest, chunk = hashlib.sha256(), bytearray(_HASHED_AT_ONCE)
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(chunk):
+            if stop is not None and stop.is_set():
+                raise HashingStoppedError(f"{path}: hashing was stopped")
+            digest.update(memoryview(chunk)[:size])
+    return digest.hexdigest()

@@ -1,7 +1,7 @@
-"""What an interrupted run has finished already: small files in its folder, from which a second start goes on.
+"""Finished work of an interrupted run: small files in its folder, from which a second start continues.
 
-Several processes must find the same pieces finished, or one would wait for the others in work that they leave out. So
-they agree at the start on what there is, and take nothing that was written since; the first alone writes.
+Several processes must find the same results finished, or one would wait for the others in work that they skip. So they
+agree at the start on what there is, and read nothing that was written since; only process 0 writes.
 """
 
 import contextlib
@@ -10,7 +10,8 @@ import io
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,53 +25,98 @@ from tracing_jax.record import atomic_write, plain
 
 T = TypeVar("T")
 
-RUN_CACHE = "progress"
-"""The folder, in that of a run, of what is finished while the run goes on."""
+RUN_CACHE = "run_cache"
+"""The subfolder of a run's folder with its finished results; it is deleted at the end of the run."""
 
 _FACTS = "facts.json"
 _SUFFIXES = (".json", ".npz")
 
+WRITE_SHARE = 0.02
+"""The largest share of the time of a run that writing the state of unfinished work may take."""
+
+_LEAST_INTERVAL_SECONDS = 30
+"""Between two writes of state: a restart repeats so much work without harm."""
+
+_ASSUMED_BYTES_PER_SECOND = 100e6
+"""The rate at which the first state is expected to be written: that of a slow shared disk."""
+
+
+class WriteBudget:
+    """When the state of unfinished work may be written, so that writing takes at most `WRITE_SHARE` of the time.
+
+    A write is expected to take as many seconds per byte as the last one did. It is allowed if all writes together,
+    this one included, then stay within the share of the time since the start: a write of `s` seconds is thus followed
+    by at least `s / WRITE_SHARE` seconds without one, less what was saved up before.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self._start = self._last_write = clock()
+        self._seconds_writing = 0.0
+        self._bytes_per_second = _ASSUMED_BYTES_PER_SECOND
+
+    def allows(self, num_bytes: int) -> bool:
+        """Returns whether so many bytes may be written now."""
+        now = self.clock()
+        expected = self._seconds_writing + num_bytes / self._bytes_per_second
+        return now - self._last_write >= _LEAST_INTERVAL_SECONDS and expected <= WRITE_SHARE * (now - self._start)
+
+    @contextlib.contextmanager
+    def measured(self, num_bytes: int) -> Iterator[None]:
+        """Measures a write of so many bytes."""
+        start = self.clock()
+        yield
+        self._last_write = self.clock()
+        seconds = self._last_write - start
+        self._seconds_writing += seconds
+        self._bytes_per_second = num_bytes / max(seconds, 1e-3)
+
 
 class RunCache:
-    """Finished pieces of work by name, each written whole or not at all; without a folder nothing is kept."""
+    """Finished results of a run by name, each written whole or not at all; without a folder nothing is saved."""
 
     def __init__(
-        self, folder: Path | None = None, facts: tuple[Path, bytes] | None = None, agreed_on: set[Path] | None = None
+        self,
+        folder: Path | None = None,
+        facts: tuple[Path, bytes] | None = None,
+        agreed_on: set[Path] | None = None,
+        budget: WriteBudget | None = None,
     ):
         self.folder = folder
-        self._facts = facts  # a file and its content, written with the first piece: a refused run leaves nothing behind
-        self._agreed_on = agreed_on  # the files of several processes; None for one, which takes what it finds
+        self._facts = facts  # a file and its content, written with the first result: a refused run leaves nothing
+        self._agreed_on = agreed_on  # the files of several processes; None for one, which reads whatever is there
+        self._budget = budget or WriteBudget()
 
     @classmethod
     def open(cls, folder: Path, facts: Mapping[str, Any]) -> tuple["RunCache", str | None]:
-        """Returns what is left of an interrupted run with these facts (its config, its files), and a word on it.
+        """Returns the results of an interrupted run with these facts (its config, its files), and a note about it.
 
-        Pieces of a run with other facts are deleted. The word is None where there was no earlier run.
+        Results of a run with other facts are deleted. The note is None if there was no earlier run.
         """
         wanted = json.loads(json.dumps(plain(facts)))
-        names, word = broadcast_one(_left_in(folder, wanted) if is_main_process() else ([], None))
+        names, note = broadcast_one(_left_in(folder, wanted) if is_main_process() else ([], None))
         finished = {folder / name for name in names}
         if not all_agree(all(file.exists() for file in finished)):
             finished = set()
-            word = f"an interrupted run is in {folder}, which not all processes see: it is started over"
+            note = f"an interrupted run is in {folder}, which not all processes see: it is started over"
             shutil.rmtree(folder, ignore_errors=True)
-        if word is not None:
-            logging.info("%s", word)
+        if note is not None:
+            logging.info("%s", note)
         agreed_on = finished if jax.process_count() > 1 else None
-        return cls(folder, (folder / _FACTS, json.dumps(wanted).encode()), agreed_on), word
+        return cls(folder, (folder / _FACTS, json.dumps(wanted).encode()), agreed_on), note
 
     def scope(self, *names: str | int) -> "RunCache":
-        """Returns the pieces under a name of their own."""
+        """Returns the cache of the results under this name."""
         folder = None if self.folder is None else self.folder.joinpath(*map(str, names))
-        return RunCache(folder, self._facts, self._agreed_on)
+        return RunCache(folder, self._facts, self._agreed_on, self._budget)
 
     def load(self, kind: Callable[..., T], *names: str | int) -> T | None:
-        """Returns the piece of this name, made by `kind(**fields)`; None if it is not finished."""
+        """Returns the result of this name, made by `kind(**fields)`; None if it is not finished."""
         file = self._file(names, ".json")
         return None if file is None or not self._is_finished(file) else kind(**json.loads(file.read_text("utf-8")))
 
     def cached(self, kind: Callable[..., T], names: tuple[str | int, ...], make: Callable[[], T]) -> T:
-        """Returns the piece of this name, a dataclass of plain fields; it is made and kept if it is not finished."""
+        """Returns the result of this name, a dataclass of plain fields; it is made and saved if it is not finished."""
         found = self.load(kind, *names)
         if found is None:
             found = make()
@@ -78,13 +124,13 @@ class RunCache:
         return found
 
     def save(self, fields: Mapping[str, Any], *names: str | int) -> None:
-        """Keeps a piece under this name, for `load`; numbers and arrays of numpy become plain ones."""
+        """Saves a result under this name, for `load`; numbers and arrays of numpy become plain ones."""
         if (file := self._file(names, ".json")) is not None and is_main_process():
-            self._begin()
+            self._write_facts()
             self._write(file, json.dumps(fields, default=lambda value: value.tolist()).encode())
 
     def count(self, kind: Callable[..., Any]) -> int:
-        """Returns how many pieces named 0, 1, 2 ... are finished, up to the first that is not."""
+        """Returns how many results named 0, 1, 2 ... are finished, up to the first that is not."""
         return next(i for i in itertools.count() if self.load(kind, i) is None)
 
     def load_arrays(self, *names: str | int) -> dict[str, np.ndarray] | None:
@@ -96,19 +142,31 @@ class RunCache:
             return dict(arrays)
 
     def save_arrays(self, arrays: Callable[[], Mapping[str, np.ndarray]], *names: str | int) -> None:
-        """Keeps arrays under this name; they are made, by all processes, only if there is a folder to keep them in."""
+        """Saves arrays under this name; they are made, by all processes, only if there is a folder to save them in."""
         if (file := self._file(names, ".npz")) is not None:
             made = arrays()
             if is_main_process():
                 buffer = io.BytesIO()
                 np.savez(buffer, allow_pickle=False, **made)
-                self._begin()
+                self._write_facts()
                 self._write(file, buffer.getvalue())
+
+    def save_if_due(
+        self, arrays: Callable[[], Mapping[str, np.ndarray]], num_bytes: int, *names: str | int
+    ) -> None:  # fmt: skip
+        """Saves the state of unfinished work, replacing an earlier one, if the write budget allows so many bytes now.
+
+        All processes do as process 0, whose clock decides.
+        """
+        if self.folder is None or not broadcast_one(self._budget.allows(num_bytes)):
+            return
+        with self._budget.measured(num_bytes):
+            self.save_arrays(arrays, *names)
 
     def cached_arrays(
         self, names: tuple[str | int, ...], make: Callable[[], dict[str, np.ndarray]]
     ) -> dict[str, np.ndarray]:
-        """Returns the arrays of this name; they are made and kept if they are not finished."""
+        """Returns the arrays of this name; they are made and saved if they are not finished."""
         found = self.load_arrays(*names)
         if found is None:
             found = make()
@@ -116,7 +174,7 @@ class RunCache:
         return found
 
     def delete(self, *names: str | int) -> None:
-        """Deletes the arrays of this name: what they were kept for is finished."""
+        """Deletes the arrays of this name: the work that they were saved for is finished."""
         if (file := self._file(names, ".npz")) is not None:
             self._await_readers()
             if self._agreed_on is not None:
@@ -125,7 +183,7 @@ class RunCache:
                 file.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Deletes everything: the run is finished, and its record says what came out."""
+        """Deletes everything: the run is finished, and its record holds the results."""
         if self.folder is None:
             return
         self._await_readers()
@@ -135,7 +193,7 @@ class RunCache:
                 self.folder.parent.rmdir()
 
     def _await_readers(self) -> None:
-        """Waits until every process is here, and reads no more of what is about to be deleted."""
+        """Waits until every process has read what is about to be deleted."""
         if self._agreed_on is not None:
             all_agree(True)
 
@@ -148,8 +206,8 @@ class RunCache:
         *parents, last = (str(name).replace("/", ".").replace(" ", "_") for name in names)
         return self.folder.joinpath(*parents, last + suffix)
 
-    def _begin(self) -> None:
-        """Writes down whose pieces these are, before the first of them."""
+    def _write_facts(self) -> None:
+        """Writes the facts of the run, before its first result."""
         if self._facts is not None and not self._facts[0].exists():
             self._write(*self._facts)
 
@@ -160,7 +218,7 @@ class RunCache:
 
 
 def _left_in(folder: Path, wanted: Mapping[str, Any]) -> tuple[list[str], str | None]:
-    """Returns the names of the files of an interrupted run with these facts, and a word; deletes one with others."""
+    """Returns the names of the files of an interrupted run with these facts, and a note; deletes one with others."""
     if not (folder / _FACTS).exists():
         return [], None
     if different := _differences(json.loads((folder / _FACTS).read_text("utf-8")), wanted):
@@ -168,7 +226,7 @@ def _left_in(folder: Path, wanted: Mapping[str, Any]) -> tuple[list[str], str | 
         return [], f"an interrupted run is in {folder}, of other {', '.join(different)}: it is started over"
     files = [file for file in folder.rglob("*") if file.suffix in _SUFFIXES and file != folder / _FACTS]
     found = sorted(str(file.relative_to(folder)) for file in files)
-    return found, f"goes on from an interrupted run: {len(found)} finished pieces"
+    return found, f"continues an interrupted run: {len(found)} finished results"
 
 
 def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

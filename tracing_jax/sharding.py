@@ -15,7 +15,7 @@ from tracing_jax.tree import Tree, map_named, to_host
 
 MESH_AXIS = {"mlp": "model", "kv_heads": "model", "vocab": "model"}
 """Axis kind -> mesh axis (tensor parallelism). Token blocks are split over `data`. Experts are computed one at a time:
-they are split inside (mlp), not among themselves."""
+each is split over its units (mlp), and the axis of the experts is not."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Compute:
     dtype: DTypeLike = jnp.float32
 
     def batches(self, tokens: Shaped[np.ndarray, "N T"]) -> list[np.ndarray]:
-        """Returns batches of one shape, the last filled up with copies of the first block."""
+        """Returns batches of one shape, the last padded with copies of the first block."""
         data = self.mesh.shape["data"]
         size = min(-(-self.batch_size // data), -(-len(tokens) // data)) * data
         filler = np.repeat(tokens[:1], -len(tokens) % size, axis=0)
@@ -44,18 +44,19 @@ class Compute:
         return _put(batch, NamedSharding(self.mesh, P("data")))
 
     def get(self, arrays: Tree) -> Tree:
-        """Returns arrays of the mesh, whole, on the host."""
+        """Returns sharded arrays as whole ones on the host."""
         return to_host(arrays)
 
 
-def put_over(array: np.ndarray, batch: jax.Array) -> jax.Array:
-    """Returns an array `[A, B, ...]` where a batch `[B, ...]` from `Compute.put` lies, split like it."""
+def put_like(array: np.ndarray, batch: jax.Array) -> jax.Array:
+    """Returns hidden states `[*, B, T, D]` on the mesh of a batch `[B, T]` from `Compute.put`, split like it."""
     assert isinstance(batch.sharding, NamedSharding), batch.sharding
-    return _put(array, NamedSharding(batch.sharding.mesh, P(None, *batch.sharding.spec)))
+    leading = (None,) * (array.ndim - batch.ndim - 1)
+    return _put(array, NamedSharding(batch.sharding.mesh, P(*leading, *batch.sharding.spec)))
 
 
 def make_mesh(data: int = 1, model: int = 1) -> Mesh:
-    """Returns a mesh `(data, model)` over the devices of all processes; -1 for one of them takes what is left.
+    """Returns a mesh `(data, model)` over the devices of all processes; -1 for one of them takes the remaining ones.
 
     Raises:
       ValueError: more devices asked for than there are, a count that is not positive, or a process without a device.
@@ -70,18 +71,19 @@ def make_mesh(data: int = 1, model: int = 1) -> Mesh:
             f"mesh (data={data}, model={model}) needs {data * model} devices, {available} are there; "
             "set config.mesh.data and config.mesh.model (-1 takes what is left)"
         )
-    devices = np.asarray(jax.devices()[: data * model]).reshape(data, model)
-    idle = set(range(jax.process_count())) - {device.process_index for device in devices.flat}
+    devices = jax.devices()[: data * model]
+    idle = set(range(jax.process_count())) - {device.process_index for device in devices}
     if idle:
         raise ValueError(
             f"mesh (data={data}, model={model}) takes no device of process {min(idle)}, and {available} are there; "
             "set config.mesh.data and config.mesh.model (-1 takes what is left), or start fewer processes"
         )
-    return Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+    # Explicit axes, the default, would ask for the sharding of every intermediate result.
+    return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def leaf_spec(row: LeafSpec, table: AxisTable, mesh: Mesh) -> P:
-    """Returns how a leaf is split: the first axis with a mesh axis whose size divides evenly, the rest whole."""
+    """Returns the partition spec of a leaf: split on the first axis with a mesh axis that divides its size evenly."""
     used: set[str] = set()
     spec: list[str | None] = []
     for axis in row.axes:
@@ -93,14 +95,14 @@ def leaf_spec(row: LeafSpec, table: AxisTable, mesh: Mesh) -> P:
 
 
 def place(tree: Tree, table: AxisTable, mesh: Mesh) -> Tree:
-    """Returns the tree on the devices of the mesh, each leaf split as its row says."""
+    """Returns the tree on the devices of the mesh, each leaf split as its axes say."""
     return map_named(
         lambda name, leaf: _put(leaf, NamedSharding(mesh, leaf_spec(table.leaves[name], table, mesh))), tree
     )
 
 
 def _put(array: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """Returns an array, which every process has, on the devices of all."""
+    """Returns an array that every process has, on the devices of all of them."""
     if sharding.is_fully_addressable or (isinstance(array, jax.Array) and not array.is_fully_addressable):
         return jax.device_put(array, sharding)
     host = np.asarray(array)

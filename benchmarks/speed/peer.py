@@ -120,15 +120,15 @@ def generation(size_name: str, folder: Path) -> Iterator[Row]:
 
 def _our_texts(base: Path, prompts: Int[np.ndarray, "N T"]) -> tuple[float, list[list[int]]]:
     from tracing_jax.checkpoint import load, open_checkpoint
-    from tracing_jax.generation import Choice, Writer
+    from tracing_jax.generation import Sampler, SamplingParams
     from tracing_jax.sharding import Compute, make_mesh
 
     mesh = make_mesh()
-    writer = Writer(load(open_checkpoint(str(base)), mesh), Compute(mesh, len(prompts)), Choice(0.0))
+    sampler = Sampler(load(open_checkpoint(str(base)), mesh), Compute(mesh, len(prompts)), SamplingParams(0.0))
     rows = prompts.tolist()
-    found = dict(writer.write(rows, _NEW_TOKENS))
+    found = dict(sampler.sample(rows, _NEW_TOKENS))
     start = time.perf_counter()
-    dict(writer.write(rows, _NEW_TOKENS))
+    dict(sampler.sample(rows, _NEW_TOKENS))
     return time.perf_counter() - start, [found[i] for i in range(len(rows))]
 
 

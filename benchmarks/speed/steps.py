@@ -11,8 +11,7 @@ from benchmarks.speed.sizes import Size, random_pair, with_depth
 from benchmarks.speed.timing import best_seconds, block_flops_per_token, gram_flops_per_token, matmul, matmul_flops
 from tracing_jax.axes import axis_table
 from tracing_jax.data import paired_one_to_one
-from tracing_jax.forward import correlations
-from tracing_jax.forward.walk import Walk
+from tracing_jax.forward import InterpolatedModel, correlations, final_hidden
 from tracing_jax.interpolation import interpolated_leaves, path_groups
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory
@@ -41,11 +40,11 @@ def steps(size: Size) -> Iterator[Row]:
 def block_steps(base: InMemory, ft: InMemory, size: Size, dtype: DTypeLike) -> Callable[[], object]:
     """Returns what takes all tokens through all layers, at every alpha, embedding included."""
     compute = Compute(make_mesh(), size.batch_size, dtype)
-    moving = interpolated_leaves(axis_table(base.arch), path_groups(attn=True, emb=True))
-    walk = Walk(base, ft, moving, jnp.asarray(size.alphas, jnp.float32), dtype)
+    interpolated = interpolated_leaves(axis_table(base.arch), path_groups(attn=True, emb=True))
+    model = InterpolatedModel(base, ft, interpolated, jnp.asarray(size.alphas, jnp.float32))
     batches = [compute.put(batch) for batch in compute.batches(size.random_tokens())]
     # Batch after batch, as in a run of models in memory: their hidden states need not all live at once.
-    return lambda: [jax.block_until_ready(walk.hidden([batch])) for batch in batches][-1]
+    return lambda: [jax.block_until_ready(final_hidden(model, [batch], dtype)) for batch in batches][-1]
 
 
 def gram_step(base: InMemory, ft: InMemory, size: Size) -> Callable[[], object]:

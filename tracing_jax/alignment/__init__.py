@@ -14,7 +14,6 @@ from tracing_jax.alignment.applicability import (
     beyond_permutations,
     expected_shape,
     kind_problems,
-    kinds_in,
 )
 from tracing_jax.alignment.result import Alignment, Evidence, aligned
 
@@ -32,5 +31,4 @@ __all__ = [
     "beyond_permutations",
     "expected_shape",
     "kind_problems",
-    "kinds_in",
 ]

@@ -40,11 +40,6 @@ class AlignmentError(ValueError):
     """
 
 
-def kinds_in(listed: str) -> tuple[str, ...]:
-    """Returns the names in a list with commas."""
-    return tuple(name.strip() for name in listed.split(",") if name.strip())
-
-
 def kind_problems(kinds: Sequence[str]) -> list[str]:
     """Returns why these are no kinds to align; empty if they are."""
     if not kinds:

@@ -1,1 +1,43 @@
-"""The command line: logging, user errors, and the verbs."""
+"""The command line `tracing-jax`, and what it shares with the programs at the root of the repository.
+
+Nothing heavy is imported before a verb runs, so that `--help` answers at once.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+
+from tracing_jax.cli.arguments import Parser
+
+VERBS = {
+    "compare": "trace one or more models to a base: the verdict, and where in the network it stands",
+    "align": "align a model to a base, and write it as a checkpoint",
+    "disguise": "write a checkpoint of the same function in other weights",
+    "generate": "have models write text",
+    "zoo": "trace every pair of a list of models, here or on Slurm, and end in one report",
+}
+"""Name of a verb, which is that of its module -> what it does."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line of this process, or the one given."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] and argv[0] in VERBS:
+        _run_verb(argv[0], argv[1:])
+        return
+    parser = Parser("tracing-jax", description="Were two language models trained independently, or does one descend "
+                    "from the other?")  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"tracing-jax {metadata.version('tracing_jax')}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for name, meaning in VERBS.items():
+        verbs.add_parser(name, help=meaning)
+    parser.parse_args(argv[:1])
+
+
+def _run_verb(name: str, argv: Sequence[str]) -> None:
+    verb, meaning = importlib.import_module(f"tracing_jax.cli.{name}"), VERBS[name]
+    usage = f"tracing-jax {name} {verb.USAGE} [--NAME VALUE ...]"
+    parser = Parser(f"tracing-jax {name}", usage=usage, description=f"{meaning[0].upper()}{meaning[1:]}.")
+    verb.add_arguments(parser)
+    verb.run(parser.parse_args(argv))

@@ -27,26 +27,30 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_options(
-    parser: argparse.ArgumentParser, defaults: Any, *, without: Iterable[str] = (), only: Iterable[str] | None = None
+    parser: argparse.ArgumentParser, options: Any, *, without: Iterable[str] = (), negation: str = "--no-"
 ) -> None:
     """Adds an argument for every option of an options dataclass, in the groups and sections that it declares.
 
     Args:
       parser: values that are given stand in its result under the dotted name; those that are not are absent.
-      defaults: an instance, whose values `--help` shows as the defaults.
+      options: an instance, whose values `--help` shows as the defaults, or the class, for its own.
       without: names of options and of sections to leave out.
-      only: the only options and sections to add.
+      negation: what stands before the name of a switch to set it to false; absl has `--no`.
     """
-    sections, groups = sections_of(type(defaults)), {}
-    for found in options_of(type(defaults)):
-        section = found.name.partition(".")[0]
-        title = section if section in sections else found.group
-        if {section, found.name} & set(without) or (only is not None and not {section, found.name} & set(only)):
+    kind = options if isinstance(options, type) else type(options)
+    sections = {name: section for name, section in sections_of(kind).items() if name not in without}
+    groups: dict[str, Any] = {"": parser}
+    for found in options_of(kind):
+        section = found.name.rpartition(".")[0]
+        if found.name in without or section in without:
             continue
-        if title not in groups:
-            meaning = _first_line(sections[title]) if title in sections else None
-            groups[title] = parser.add_argument_group(title or "options", meaning)
-        _add(groups[title], found, operator.attrgetter(found.name)(defaults) if not found.required else MISSING)
+        if section and section not in groups:
+            for name in list(sections)[: list(sections).index(section) + 1]:  # those without options too
+                groups[name] = groups.get(name) or parser.add_argument_group(name, _first_line(sections[name]))
+        title = section or found.group
+        groups[title] = groups.get(title) or parser.add_argument_group(title)
+        default = found.default if options is kind else operator.attrgetter(found.name)(options)
+        _add(groups[title], found, default, negation)
 
 
 def given(parsed: argparse.Namespace, options: type) -> dict[str, Any]:
@@ -61,13 +65,23 @@ def described(found: Option, default: Any) -> str:
     return f"{found.meaning}{choices} {_shown(default)}"
 
 
-def _add(group: Any, found: Option, default: Any) -> None:
+def _add(group: Any, found: Option, default: Any, negation: str) -> None:
     meaning = described(found, default).replace("%", "%%")
     flag, common = f"--{found.name}", {"dest": found.name, "default": argparse.SUPPRESS, "help": meaning}
     if found.kind is bool:
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+        group.add_argument(flag, f"{negation}{found.name}", action=_Switch, **common)
     else:
         group.add_argument(flag, type=_converter(found), metavar=_metavar(found), required=found.required, **common)
+
+
+class _Switch(argparse.Action):
+    """Sets an option to true, or to false by its second name."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(nargs=0, **kwargs)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, option_string == self.option_strings[0])
 
 
 def _converter(found: Option) -> Any:

@@ -1,29 +1,39 @@
-"""Runs an experiment as a program: as one of several processes if need be, with a summary and an exit status."""
+"""Runs an experiment as a program: as one of several processes if need be, with output and an exit status."""
 
+import json
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tracing_jax.cli.errors import configure_logging, exit_on_user_error
-from tracing_jax.dataclass_options import option
+from tracing_jax.dataclass_options import checked, option
 
 
 @dataclass(frozen=True)
 class ProgramOptions:
     """Options of the programs that run an experiment."""
 
+    quiet: bool = option(False, "Print only the verdict on each pair.", group="program")
+    json: bool = option(False, "Print the record as JSON, and nothing else, on standard output.", group="program")
     fail_on: str | None = option(
         None, "Exit with status 3 if the verdict on any pair is this.", choices=("related",), group="program"
     )
     coordinator: str | None = option(
         None, "host:port of process 0, of several that srun does not start.", group="program"
     )
-    num_processes: int | None = option(None, "How many processes there are, with coordinator.", group="program")
-    process_id: int | None = option(None, "Which of them this is, from 0, with coordinator.", group="program")
+    num_processes: int | None = option(
+        None, "How many processes there are, with coordinator.", at_least=1, group="program"
+    )
+    process_id: int | None = option(
+        None, "Which of them this is, from 0, with coordinator.", at_least=0, group="program"
+    )
 
 
-def run_experiment(config: Any, program: ProgramOptions) -> None:
-    """Runs an experiment and prints its summary; a mistake that a user can mend ends the program in one message.
+def run_experiment(config: Any, program: ProgramOptions) -> list[dict[str, Any]]:
+    """Runs an experiment, prints what it found, and returns its records; exits with status 3 if `fail_on` says so.
+
+    A mistake that a user can mend ends the program in one message.
 
     Args:
       config: options or a config, as `experiment.run` takes them.
@@ -31,13 +41,25 @@ def run_experiment(config: Any, program: ProgramOptions) -> None:
     """
     configure_logging()
     with exit_on_user_error():
+        checked(program)
         from tracing_jax import experiment
         from tracing_jax.distributed import initialized, is_main_process
-        from tracing_jax.report import summary
 
         with initialized(program.coordinator, program.num_processes, program.process_id), exit_on_user_error():
             records = experiment.run(config)
             if is_main_process():
-                print(summary(records))
+                print(_output(records, program))
             if program.fail_on in [record["verdict"]["verdict"] for record in records]:
                 sys.exit(3)
+    return records
+
+
+def _output(records: Sequence[Mapping[str, Any]], program: ProgramOptions) -> str:
+    """Returns what is printed: the record as JSON, of several pairs a list; the verdicts; or the whole summary."""
+    from tracing_jax.report import summary
+
+    if program.json:
+        return json.dumps(records[0] if len(records) == 1 else records, indent=1, ensure_ascii=False)
+    if program.quiet:
+        return "\n".join(summary([record]).splitlines()[0] for record in records)
+    return summary(records)

@@ -1,4 +1,4 @@
-"""Checkpoints that are made once and kept: a folder in the cache appears there whole, or not at all."""
+"""The cache of trained demo checkpoints: a folder appears in it whole, or not at all."""
 
 import hashlib
 import json
@@ -20,11 +20,11 @@ from tracing_jax.demo.texts import topics
 _FORMAT = 1  # raise when the same recipe no longer gives the same family
 
 
-def kept(name: str, recipe: Recipe, cache_dir: str | None, build: Callable[[Path], None]) -> Path:
-    """Returns the folder of a family in the cache; `build` fills it, on the CPU, if it is not there yet.
+def cached_folder(name: str, recipe: Recipe, cache_dir: str | None, build: Callable[[Path], None]) -> Path:
+    """Returns a folder of the cache; `build` fills it, on the CPU, if it is not there yet.
 
-    The cache is `cache_dir`, by default `~/.cache/tracing_jax` (or under `XDG_CACHE_HOME`). A killed run leaves nothing
-    under the folder's name, and of two runs at once the first to finish provides it.
+    The cache is `cache_dir`, by default `~/.cache/tracing_jax` (or under `XDG_CACHE_HOME`). A killed run leaves no
+    folder of this name, and of two concurrent runs the first to finish provides it.
 
     Raises:
       ModuleNotFoundError: this Python lacks `pydoc_data`.
@@ -47,10 +47,10 @@ def kept(name: str, recipe: Recipe, cache_dir: str | None, build: Callable[[Path
 
 
 def _device() -> jax.Device:
-    """Returns the CPU: it gives the same bytes each time, while a GPU's scatters add in any order."""
+    """Returns the CPU: it gives the same bytes each time, while a GPU adds in scatters in any order."""
     try:
         return jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+    except RuntimeError:  # JAX_PLATFORMS excludes the CPU
         return jax.local_devices()[0]
 
 
@@ -60,11 +60,11 @@ def _publish(work: Path, folder: Path) -> None:
     except OSError:
         if not folder.exists():
             raise
-        logging.info("%s was finished by another run meanwhile", folder)
+        logging.info("%s was finished by another run in the meantime", folder)
 
 
 def _key(recipe: Recipe) -> str:
-    """Returns a name that changes with the recipe and with the texts that are learnt."""
-    learnt = hashlib.sha256("".join(topics()).encode()).hexdigest()
-    facts = [_FORMAT, asdict(recipe), platform.python_version(), np.__version__, learnt]
+    """Returns a key that changes with the recipe and with the texts that are learned."""
+    texts = hashlib.sha256("".join(topics()).encode()).hexdigest()
+    facts = [_FORMAT, asdict(recipe), platform.python_version(), np.__version__, texts]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

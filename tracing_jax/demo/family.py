@@ -1,4 +1,4 @@
-"""The family of the demo: a base model, its fine-tune, a disguised copy of that, and a stranger."""
+"""The demo family: a base model, its fine-tune, a disguised copy of the fine-tune, and an independent model."""
 
 import tempfile
 from collections.abc import Iterator
@@ -12,8 +12,8 @@ from absl import logging
 from tracing_jax.arch import Arch, read_arch
 from tracing_jax.axes import PERMUTABLE, axis_table
 from tracing_jax.checkpoint import save_checkpoint
-from tracing_jax.demo.cache import kept
-from tracing_jax.demo.recipe import DEFAULT, Recipe, train_tokenizer, write_companions
+from tracing_jax.demo.cache import cached_folder
+from tracing_jax.demo.recipe import DEFAULT, Recipe, train_tokenizer, write_config_and_tokenizer
 from tracing_jax.demo.texts import base_text, finetune_text, split
 from tracing_jax.demo.training import Training, init, mean_loss, train, unigram_entropy
 from tracing_jax.rewrites import permute, random_permutations
@@ -25,7 +25,7 @@ MEMBERS = ("base", "finetune", "disguised", "independent")
 
 @dataclass(frozen=True)
 class Family:
-    """A trained family: a folder for each member, and text that none of them has seen."""
+    """A trained family: a checkpoint folder for each member, and text that none of them was trained on."""
 
     folder: Path
 
@@ -41,71 +41,76 @@ class Family:
 
     @property
     def text(self) -> Path:
-        """A file of held-out text, pieces of base's and of the fine-tune's in turn."""
+        """A file of held-out text, pieces of base's and of the fine-tune's alternating."""
         return self.folder / "text.txt"
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The text of a recipe, as its tokenizer reads it: what base learns, and what the fine-tune does."""
+    """The tokenised text of a recipe.
+
+    Attributes:
+      base: the training tokens of base.
+      finetune: those of the fine-tune.
+      held_out: the held-out tokens of both texts.
+      held_out_text: the held-out pieces of both texts, alternating.
+    """
 
     base: np.ndarray
     finetune: np.ndarray
     held_out: tuple[np.ndarray, np.ndarray]
-    """Of both texts, what no model sees."""
     held_out_text: str
-    """The same, in turn."""
 
 
 def family(cache_dir: str | None = None, recipe: Recipe = DEFAULT) -> Family:
-    """Returns the family of a recipe, trained now if it is not in the cache (see `kept`)."""
-    return Family(kept("demo", recipe, cache_dir, lambda folder: _build(folder, recipe)))
+    """Returns the family of a recipe, trained now if it is not in the cache (see `cached_folder`)."""
+    return Family(cached_folder("demo", recipe, cache_dir, lambda folder: _build(folder, recipe)))
 
 
-def training_data(recipe: Recipe, companions: Path) -> TrainingData:
-    """Returns the text of a recipe, and writes config and tokenizer of its models into `companions`."""
+def training_data(recipe: Recipe, shared_files: Path) -> TrainingData:
+    """Returns the text of a recipe, and writes config and tokenizer of its models into `shared_files`."""
     seen, held_out = split(base_text(), recipe.base_pieces)
     ft_seen, ft_held_out = split(finetune_text(), recipe.finetune_pieces)
     tokenizer = train_tokenizer(recipe, seen)
-    write_companions(companions, recipe, tokenizer)
+    write_config_and_tokenizer(shared_files, recipe, tokenizer)
     base, finetune, *unseen = (
         np.asarray(tokenizer.encode("".join(pieces)).ids, np.int32) for pieces in (seen, ft_seen, held_out, ft_held_out)
     )
-    return TrainingData(base, finetune, (unseen[0], unseen[1]), _in_turn(held_out, ft_held_out))
+    return TrainingData(base, finetune, (unseen[0], unseen[1]), _alternating(held_out, ft_held_out))
 
 
 def held_out_text(cache_dir: str | None = None, recipe: Recipe = DEFAULT) -> Path:
-    """Returns a file with the text that no model of a recipe sees; nothing is trained for it."""
+    """Returns a file with the held-out text of a recipe; nothing is trained for it."""
 
     def build(folder: Path) -> None:
         parts = [split(base_text(), recipe.base_pieces)[1], split(finetune_text(), recipe.finetune_pieces)[1]]
-        (folder / "text.txt").write_bytes(_in_turn(*parts).encode())
+        (folder / "text.txt").write_bytes(_alternating(*parts).encode())
 
-    return kept("demo-text", recipe, cache_dir, build) / "text.txt"
+    return cached_folder("demo-text", recipe, cache_dir, build) / "text.txt"
 
 
-def _in_turn(pieces: list[str], others: list[str]) -> str:
+def _alternating(pieces: list[str], others: list[str]) -> str:
     return "".join(piece for pair in zip(pieces, others) for piece in pair)
 
 
 def _build(folder: Path, recipe: Recipe) -> None:
     """Writes the members and the text into `folder`."""
-    with tempfile.TemporaryDirectory(dir=folder) as companions:
-        learnt = training_data(recipe, Path(companions))
-        arch = read_arch(Path(companions))
-        for name, params in _members(arch, recipe, learnt):
-            log_losses(name, InMemory(arch, params), recipe, learnt)
-            save_checkpoint(folder / name, InMemory(arch, params), Path(companions))
-    (folder / "text.txt").write_bytes(learnt.held_out_text.encode())
+    with tempfile.TemporaryDirectory(dir=folder) as shared_files:
+        data = training_data(recipe, Path(shared_files))
+        arch = read_arch(Path(shared_files))
+        for name, params in _members(arch, recipe, data):
+            log_losses(name, InMemory(arch, params), recipe, data)
+            save_checkpoint(folder / name, InMemory(arch, params), Path(shared_files))
+    (folder / "text.txt").write_bytes(data.held_out_text.encode())
 
 
-def _members(arch: Arch, recipe: Recipe, learnt: TrainingData) -> Iterator[tuple[str, Tree]]:
+def _members(arch: Arch, recipe: Recipe, data: TrainingData) -> Iterator[tuple[str, Tree]]:
     """Yields each member's name and params, in the order of `MEMBERS`."""
     init_key, other_init_key, disguise_key = jax.random.split(jax.random.key(recipe.seed), 3)
-    base_training = Training("base", learnt.base, recipe.base_steps, recipe.base_learning_rate)
+    base_training = Training("base", data.base, recipe.base_steps, recipe.base_learning_rate)
     base = train(arch, recipe, init(arch, init_key), base_training)
     yield "base", base
-    finetuning = Training("finetune", learnt.finetune, recipe.finetune_steps, recipe.finetune_learning_rate)
+    finetuning = Training("finetune", data.finetune, recipe.finetune_steps, recipe.finetune_learning_rate)
     finetune = train(arch, recipe, base, finetuning)
     yield "finetune", finetune
     table = axis_table(arch)
@@ -113,9 +118,9 @@ def _members(arch: Arch, recipe: Recipe, learnt: TrainingData) -> Iterator[tuple
     yield "independent", train(arch, recipe, init(arch, other_init_key), base_training)
 
 
-def log_losses(name: str, model: InMemory, recipe: Recipe, learnt: TrainingData) -> None:
-    """Says on the log what a model has learnt, beside what it could know without context."""
-    for text, tokens in zip(("base's text", "the fine-tune's text"), learnt.held_out):
+def log_losses(name: str, model: InMemory, recipe: Recipe, data: TrainingData) -> None:
+    """Logs the losses of a model on held-out text, beside the unigram entropy of that text."""
+    for text, tokens in zip(("base's text", "the fine-tune's text"), data.held_out):
         blocks = tokens[: len(tokens) // recipe.block_size * recipe.block_size].reshape(-1, recipe.block_size)[:64]
         logging.info(
             "demo %s: %.2f nats per token on held-out tokens of %s, whose unigram entropy is %.2f",

@@ -1,4 +1,4 @@
-"""What a demo family is made of, and the files that make its params a Hugging Face checkpoint."""
+"""The recipe of a demo family, and the config and tokenizer that make its params a Hugging Face checkpoint."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the family is made of: sizes of the models, of their texts (in pieces), and of their training.
+    """The sizes of the models of a family, of their texts (in pieces), and of their training.
 
     The defaults give models of 600,000 parameters that train in about two minutes on two cores.
     """
@@ -39,7 +39,7 @@ DEFAULT = Recipe()
 
 
 def train_tokenizer(recipe: Recipe, texts: Iterable[str]) -> "tokenizers.Tokenizer":
-    """Returns a byte-level BPE tokenizer of the texts: any string goes in, and comes back unchanged."""
+    """Returns a byte-level BPE tokenizer of the texts: encoding any string and decoding it gives it back unchanged."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -51,8 +51,8 @@ def train_tokenizer(recipe: Recipe, texts: Iterable[str]) -> "tokenizers.Tokeniz
     return tokenizer
 
 
-def write_companions(folder: Path, recipe: Recipe, tokenizer: "tokenizers.Tokenizer") -> None:
-    """Writes the config and the tokenizer as transformers does."""
+def write_config_and_tokenizer(folder: Path, recipe: Recipe, tokenizer: "tokenizers.Tokenizer") -> None:
+    """Writes the config and the tokenizer of a recipe's models as transformers does."""
     from transformers import PreTrainedTokenizerFast
 
     config(recipe).save_pretrained(folder)
@@ -60,7 +60,7 @@ def write_companions(folder: Path, recipe: Recipe, tokenizer: "tokenizers.Tokeni
 
 
 def config(recipe: Recipe) -> "transformers.LlamaConfig":
-    """Returns the config of the recipe's models, as transformers knows it."""
+    """Returns the transformers config of the recipe's models."""
     from transformers import LlamaConfig
 
     return LlamaConfig(

@@ -1,4 +1,4 @@
-"""What the demo's models learn: text that every Python installation carries."""
+"""The training texts of the demo's models, which every Python installation contains."""
 
 import ast
 import platform
@@ -20,7 +20,7 @@ def base_text() -> Iterator[str]:
 
 
 def finetune_text() -> Iterator[str]:
-    """Yields the texts that the fine-tune goes on with: the docstrings of numpy."""
+    """Yields the texts that the fine-tune learns from: the docstrings of numpy."""
     folder = Path(np.__file__).parent
     files = sorted(file.relative_to(folder) for file in folder.rglob("*.py"))
     yield from _docstrings(folder / file for file in files if "tests" not in file.parts)
@@ -30,7 +30,7 @@ def topics() -> list[str]:
     """Returns the language reference.
 
     Raises:
-      ModuleNotFoundError: this Python lacks it.
+      ModuleNotFoundError: this Python does not contain it.
     """
     try:
         from pydoc_data.topics import topics as by_name
@@ -46,7 +46,7 @@ def _docstrings(files: Iterable[Path]) -> Iterator[str]:
     """Yields the docstrings of source files, which are parsed and never run."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for file in files:
-        with warnings.catch_warnings(action="ignore"):  # about the style of other people's source
+        with warnings.catch_warnings(action="ignore"):  # about the style of third-party source
             tree = ast.parse(file.read_bytes())
         yield from (ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, documented))
 
@@ -54,13 +54,13 @@ def _docstrings(files: Iterable[Path]) -> Iterator[str]:
 def split(texts: Iterable[str], num_pieces: int) -> tuple[list[str], list[str]]:
     """Returns the start of the texts as pieces of some 2000 characters: those to train on, and those held out.
 
-    A paragraph counts once: many stand in several topics or docstrings, and none may be on both sides.
+    Repeated paragraphs are dropped: many occur in several topics or docstrings, and none may be in both parts.
     """
-    pieces, known = [""], {""}
+    pieces, seen = [""], {""}
     for paragraph in (paragraph.strip("\n") for text in texts for paragraph in text.split("\n\n")):
-        if paragraph in known:
+        if paragraph in seen:
             continue
-        known.add(paragraph)
+        seen.add(paragraph)
         pieces[-1] += paragraph + "\n\n"
         if len(pieces[-1]) >= _PIECE_CHARS:
             if len(pieces) == num_pieces:

@@ -16,13 +16,15 @@ from tqdm import tqdm
 
 from tracing_jax.arch import Arch
 from tracing_jax.demo.recipe import Recipe
-from tracing_jax.models import apply_block, apply_embed, apply_head, init_params, layer_inputs
+from tracing_jax.forward import final_hidden, head_logits, head_of
+from tracing_jax.models import init_params
+from tracing_jax.sources import InMemory
 from tracing_jax.tree import Tree
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a model learns from, for how long and how fast; the name is for the progress bar."""
+    """The text of a training run, its number of steps and its learning rate; the name labels the progress bar."""
 
     name: str
     tokens: np.ndarray
@@ -33,11 +35,11 @@ class Training:
 @functools.partial(jax.jit, static_argnames="arch")  # op by op, every shape would be compiled on its own
 def init(arch: Arch, key: PRNGKeyArray) -> Tree:
     """Returns fresh params whose kernels have standard deviation 1 / sqrt(D)."""
-    # The models' own scale is meant for thousands of units; narrow models barely learn from it.
+    # The default scale is meant for thousands of units; narrow models barely learn from it.
     std = arch.embed_dim**-0.5
 
     def scaled(leaf: jax.Array) -> jax.Array:
-        return leaf * (std / jnp.maximum(leaf.std(), 1e-6)) if leaf.ndim > 1 else leaf  # biases are zero and stay it
+        return leaf * (std / jnp.maximum(leaf.std(), 1e-6)) if leaf.ndim > 1 else leaf  # biases stay zero
 
     return jax.tree.map(scaled, init_params(arch, key))
 
@@ -45,7 +47,7 @@ def init(arch: Arch, key: PRNGKeyArray) -> Tree:
 def train(arch: Arch, recipe: Recipe, params: Tree, training: Training) -> Tree:
     """Returns the params, as numpy, after AdamW on random windows of the text: a warm-up, then a cosine to zero."""
     tokens, steps, T = training.tokens, training.steps, recipe.block_size
-    # Every training draws from the same stream: base and independent see the same windows in the same order.
+    # Every run draws the same windows: base and independent see them in the same order.
     starts = np.random.default_rng(recipe.seed).integers(0, len(tokens) - T, size=(steps, recipe.batch_size, 1))
     rates = learning_rates(training.peak_learning_rate, steps)
     state = optimizer(recipe).init(params)
@@ -83,10 +85,9 @@ def train_step(
 @functools.partial(jax.jit, static_argnames="arch")
 def mean_loss(arch: Arch, params: Tree, tokens: Int[Array, "B T"]) -> Float[Array, ""]:
     """Returns the mean loss of the predicted tokens, in nats."""
-    x = apply_embed(arch, params["embed"], tokens, jnp.float32)
-    for i in range(arch.num_layers):
-        x = apply_block(arch, params["layers"][str(i)], x, *layer_inputs(arch, i))
-    logits = apply_head(arch, params["head"], x, None)
+    model = InMemory(arch, params)
+    (hidden,) = final_hidden(model, [tokens], jnp.float32)
+    logits = head_logits(arch, head_of(model), hidden)
     return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()
 
 

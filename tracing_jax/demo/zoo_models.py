@@ -1,8 +1,8 @@
-"""The demo's zoo: three trees of models, none related to another tree's.
+"""The demo's zoo: three family trees of models, independent of one another.
 
-In each tree the root learns from its own initialisation; `tuned` goes on from the root with another text; `disguised`
-is the tuned model with every rewrite that keeps its function; `pruned` is the root without one of its layers and a
-quarter of the MLP units of the others, trained on for a while.
+In each tree the root is trained from its own initialisation; `tuned` is the root fine-tuned on another text;
+`disguised` is the tuned model after every function-preserving rewrite; `pruned` is the root without one of its layers
+and a quarter of the MLP units of the others, trained for some more steps.
 """
 
 import tempfile
@@ -16,7 +16,7 @@ import numpy as np
 
 from tracing_jax.arch import Arch, read_arch
 from tracing_jax.checkpoint import save_checkpoint
-from tracing_jax.demo.cache import kept
+from tracing_jax.demo.cache import cached_folder
 from tracing_jax.demo.family import TrainingData, log_losses, training_data
 from tracing_jax.demo.recipe import DEFAULT, Recipe
 from tracing_jax.demo.training import Training, init, train
@@ -36,12 +36,12 @@ TREE: Mapping[str, str | None] = MappingProxyType(
 )  # fmt: skip
 """Member -> the member it was made from."""
 
-_SEEDS = 1000  # each tree has its own, for each seed of the zoo
+_SEEDS = 1000  # distance between the seeds of two trees
 _PRUNED_STEPS = 120
 
 
 def tree_member(name: str, seed: int = 0, cache_dir: str | None = None, recipe: Recipe = DEFAULT) -> Path:
-    """Returns the checkpoint folder of a member of the zoo with this seed; its whole tree is trained if need be.
+    """Returns the checkpoint folder of a member of the zoo with this seed; its tree is trained if it is not cached.
 
     Raises:
       ValueError: there is no such member.
@@ -50,27 +50,27 @@ def tree_member(name: str, seed: int = 0, cache_dir: str | None = None, recipe: 
         raise ValueError(f"the demo's zoo has no {name!r}, it has {', '.join(TREE)}")
     root = name.split("-")[0]
     own = replace(recipe, seed=(1 + ROOTS.index(root)) * _SEEDS + seed)
-    return kept(f"demo-{root}", own, cache_dir, lambda folder: _build(folder, root, own)) / name
+    return cached_folder(f"demo-{root}", own, cache_dir, lambda folder: _build(folder, root, own)) / name
 
 
 def _build(folder: Path, root: str, recipe: Recipe) -> None:
-    with tempfile.TemporaryDirectory(dir=folder) as companions:
-        learnt = training_data(recipe, Path(companions))
-        for name, model in _members(read_arch(Path(companions)), root, recipe, learnt):
-            log_losses(name, model, recipe, learnt)
-            save_checkpoint(folder / name, model, Path(companions))
+    with tempfile.TemporaryDirectory(dir=folder) as shared_files:
+        data = training_data(recipe, Path(shared_files))
+        for name, model in _members(read_arch(Path(shared_files)), root, recipe, data):
+            log_losses(name, model, recipe, data)
+            save_checkpoint(folder / name, model, Path(shared_files))
 
 
-def _members(arch: Arch, root: str, recipe: Recipe, learnt: TrainingData) -> Iterator[tuple[str, InMemory]]:
+def _members(arch: Arch, root: str, recipe: Recipe, data: TrainingData) -> Iterator[tuple[str, InMemory]]:
     """Yields each member of a tree by name, parents first."""
     init_key, disguise_key = jax.random.split(jax.random.key(recipe.seed))
-    first = Training(root, learnt.base, recipe.base_steps, recipe.base_learning_rate)
+    first = Training(root, data.base, recipe.base_steps, recipe.base_learning_rate)
     params = train(arch, recipe, init(arch, init_key), first)
     yield root, InMemory(arch, params)
     pruned = _pruned(InMemory(arch, params), np.random.default_rng(recipe.seed))
-    healing = Training(f"{root}-pruned", learnt.base, _PRUNED_STEPS, recipe.finetune_learning_rate)
+    healing = Training(f"{root}-pruned", data.base, _PRUNED_STEPS, recipe.finetune_learning_rate)
     yield f"{root}-pruned", InMemory(pruned.arch, train(pruned.arch, recipe, pruned.params, healing))
-    tuning = Training(f"{root}-tuned", learnt.finetune, recipe.finetune_steps, recipe.finetune_learning_rate)
+    tuning = Training(f"{root}-tuned", data.finetune, recipe.finetune_steps, recipe.finetune_learning_rate)
     tuned = InMemory(arch, train(arch, recipe, params, tuning))
     yield f"{root}-tuned", tuned
     yield (
@@ -84,12 +84,12 @@ def _pruned(model: InMemory, generator: np.random.Generator) -> InMemory:
     arch, F = model.arch, model.arch.mlp_dim
     layers = [model.layer(i) for i in range(arch.num_layers)]
     del layers[int(generator.integers(1, arch.num_layers - 1))]
-    kept_units = [np.sort(generator.permutation(F)[: 3 * F // 4]) for _ in layers]
+    remaining_units = [np.sort(generator.permutation(F)[: 3 * F // 4]) for _ in layers]
 
     def cut(name: str, leaf: np.ndarray) -> np.ndarray:
         if "/mlp/" not in name:
             return leaf
-        return np.take(leaf, kept_units[int(name.split("/")[1])], axis=0 if "down_proj" in name else 1)
+        return np.take(leaf, remaining_units[int(name.split("/")[1])], axis=0 if "down_proj" in name else 1)
 
     params: Tree = {**model.params, "layers": {str(i): layer for i, layer in enumerate(layers)}}
     shape = replace(

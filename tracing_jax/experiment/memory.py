@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -9,13 +10,32 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from tracing_jax.checkpoint import Checkpoint
-
-MEMORY = ("auto", "resident", "stream")
+from tracing_jax.experiment.inputs import RunInputs
+from tracing_jax.options import RunOptions
+from tracing_jax.sharding import make_mesh
 
 _SHARE = 0.7
 """Of what is free, the most that weights may take; activations, similarities and interpolated layers need the rest."""
 
 _GIB = 2**30
+
+
+class Placement(NamedTuple):
+    """The devices of a run, and whether both models are `resident` there, or `stream` through them layer by layer."""
+
+    mesh: Mesh
+    memory: str
+
+
+def place(options: RunOptions, inputs: RunInputs) -> Placement:
+    """Returns where the models of a run will be, and notes why."""
+    mesh = make_mesh(options.mesh.data, options.mesh.model)
+    asked = options.memory
+    if asked == "auto" and (inputs.needs_resident or inputs.reads_part_only):
+        asked = "stream" if inputs.reads_part_only else "resident"
+    memory, reason = choose_memory(asked, (inputs.base, inputs.ft), mesh)
+    inputs.notes.append(reason)
+    return Placement(mesh, memory)
 
 
 def choose_memory(asked: str, models: Sequence[Checkpoint], mesh: Mesh) -> tuple[str, str]:

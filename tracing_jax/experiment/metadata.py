@@ -1,8 +1,11 @@
 """What a record says of the models, the text, the alignment, the software and the machine."""
 
+import contextlib
 import math
 import platform
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +17,7 @@ from tracing_jax.alignment import Alignment
 from tracing_jax.arch import Arch
 from tracing_jax.checkpoint import Checkpoint
 from tracing_jax.distributed import is_main_process
-from tracing_jax.experiment.opening import Opened
+from tracing_jax.experiment.inputs import RunInputs
 from tracing_jax.record import file_hashes
 
 _SHAPE = (
@@ -29,22 +32,44 @@ _SHAPE = (
     "tied",
 )
 _PACKAGES = (
-    "tracing_jax", "jax", "jaxlib", "flax", "numpy", "scipy", "safetensors", "tokenizers", "transformers", "datasets"
+    "tracing_jax", "jax", "jaxlib", "numpy", "scipy", "safetensors", "tokenizers", "transformers", "datasets"
 )  # fmt: skip
 
 
-def model_facts(checkpoint: Checkpoint, hashed: bool = True) -> dict[str, Any]:
-    """Returns what identifies a model: id, commit, shape, size and, unless they are left unread, its files' hashes."""
+def model_facts(checkpoint: Checkpoint, hashed: bool = True, stop: threading.Event | None = None) -> dict[str, Any]:
+    """Returns what identifies a model: id, commit, shape, size and, unless they are left unread, its files' hashes.
+
+    Raises:
+      HashingStoppedError: `stop` was set meanwhile.
+    """
     files = [checkpoint.folder / "config.json", *checkpoint.tensors.files()]
     return {
         "id": checkpoint.id,
         "revision": checkpoint.revision,
         "family": checkpoint.arch.family,
-        "parameters": sum(math.prod(entry.shape) for entry in checkpoint.entries.values()),
+        "parameters": sum(math.prod(layout.shape) for layout in checkpoint.leaf_layouts.values()),
         "shape": shape_facts(checkpoint.arch),
-        # The first of several processes writes the record.
-        "files": file_hashes(files) if hashed and is_main_process() else {},
+        # Only process 0 writes the record.
+        "files": file_hashes(files, stop) if hashed and is_main_process() else {},
     }
+
+
+@contextlib.contextmanager
+def model_facts_in_background(
+    models: Mapping[str, Checkpoint], hashed: bool
+) -> Iterator[Callable[[], dict[str, dict[str, Any]]]]:
+    """Reads the facts of every model on a thread while the work inside goes on, and yields a function to wait for them.
+
+    Hashing reads the files whole, and holds no lock that the work needs. It ends at once where the work fails.
+    """
+    stop = threading.Event()
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hashes")
+    found = {name: thread.submit(model_facts, model, hashed, stop) for name, model in models.items()}
+    try:
+        yield lambda: {name: facts.result() for name, facts in found.items()}
+    finally:
+        stop.set()
+        thread.shutdown(cancel_futures=True)
 
 
 def file_stamps(files: Iterable[Path]) -> dict[str, list[int]]:
@@ -57,19 +82,19 @@ def shape_facts(arch: Arch) -> dict[str, Any]:
     return {name: getattr(arch, name) for name in _SHAPE}
 
 
-def token_facts(opened: Opened) -> dict[str, Any] | None:
+def token_facts(inputs: RunInputs) -> dict[str, Any] | None:
     """Returns where the text came from and the hash of base's tokens; None if the run read no text."""
-    blocks = opened.blocks_base
-    if blocks is None:
+    if inputs.text is None:
         return None
+    blocks = inputs.text.base
     return {
         **blocks.source,
         "num_tokens": int(blocks.tokens.size),
         "num_blocks": len(blocks.tokens),
         "bytes": int(blocks.num_bytes.sum()),
         "sha256": blocks.sha256,
-        "same_tokenizer": opened.vocabularies.same,
-        "shared_tokens": len(opened.vocabularies.ids_base),
+        "same_tokenizer": inputs.vocabularies.same,
+        "shared_tokens": len(inputs.vocabularies.ids_base),
     }
 
 

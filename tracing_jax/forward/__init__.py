@@ -1,25 +1,29 @@
-"""Forward passes: token blocks through one model, along the path between two models, or through two side by side.
+"""Forward passes: token blocks through one model, along the path between two models, or through two in parallel.
 
-The jitted unit is the block step: one layer, for every alpha at once. It compiles once per shape, whatever the depth:
-what differs between layers, such as rope and window, comes in as data. The weights of one interpolated layer are held
-at a time. Models in memory take one batch after another through all layers; models that are streamed take as many
-batches as memory allows through one layer after another, so that each layer is read once.
+`forward_pass.forward` is the one loop over layers; everything else here, sampling of text and the demo's training are
+uses of it. Its jitted unit is the block step: one layer, for every alpha at once. It compiles once per shape, whatever
+the depth: what differs between layers, such as rope and window, comes in as data. Resident models take one batch after
+another through all layers; streamed ones take as many batches as memory allows through one layer after another, so that
+each layer is read once.
 
-Two models side by side give the correlations of their inner units: layers outer, the Grams of one layer at a time, and
+Two models in parallel give the correlations of their inner units: layers outer, the Grams of one layer at a time, and
 no activation matrix whole. The models may read the text through different tokenizers: only positions paired in
 `PairedBlocks` are compared.
 """
 
 from tracing_jax.forward.activations import activations, embedding_activations
-from tracing_jax.forward.divergences import divergences
-from tracing_jax.forward.losses import path_losses, token_losses
+from tracing_jax.forward.forward_pass import LayerOutput, final_hidden, forward, head_logits, head_of
+from tracing_jax.forward.function_equality import FUNCTION_TOLERANCE, check_function, logits
+from tracing_jax.forward.interpolated_model import InterpolatedModel
+from tracing_jax.forward.losses import divergences, path_losses, token_losses
 from tracing_jax.forward.paired import LayerCorrelations, correlate, correlations, embedding_correlations
-from tracing_jax.forward.proof import FUNCTION_TOLERANCE, check_function, logits
 from tracing_jax.forward.unit_samples import Sample, sampled_units
 
 __all__ = [
     "FUNCTION_TOLERANCE",
+    "InterpolatedModel",
     "LayerCorrelations",
+    "LayerOutput",
     "Sample",
     "activations",
     "check_function",
@@ -28,6 +32,10 @@ __all__ = [
     "divergences",
     "embedding_activations",
     "embedding_correlations",
+    "final_hidden",
+    "forward",
+    "head_logits",
+    "head_of",
     "logits",
     "path_losses",
     "sampled_units",

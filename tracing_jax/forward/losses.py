@@ -1,6 +1,7 @@
-"""The loss of every token, at every point of the path between two models."""
+"""What follows from the predictions of models: the loss of every token along a path, and divergences between models."""
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -11,8 +12,18 @@ from tqdm import tqdm
 
 from tracing_jax.arch import Arch
 from tracing_jax.axes import axis_table
-from tracing_jax.forward.path import Path
-from tracing_jax.forward.walk import Walk, check_tokens, head_logits, slice_length
+from tracing_jax.data import PairedBlocks
+from tracing_jax.forward.forward_pass import (
+    Model,
+    Part,
+    batches_at_once,
+    check_tokens,
+    final_hidden,
+    head_logits,
+    head_of,
+    map_slices,
+)
+from tracing_jax.forward.interpolated_model import InterpolatedModel, map_points
 from tracing_jax.interpolation import interpolated_leaves
 from tracing_jax.rewrites import Permutations
 from tracing_jax.run_cache import RunCache
@@ -34,49 +45,30 @@ def path_losses(
 ) -> Float[np.ndarray, "A N T1"]:
     """Returns the loss of every predicted token, in nats, at every alpha of the path from base (0) to ft (1).
 
-    The model at alpha has base's facts (rope, norms, scales); only leaves in `groups` move. With no groups `ft` is not
-    read. T1 = T - 1: the first token of a block is never predicted. Weights stay on the mesh, and no logits of a whole
-    batch are kept.
+    The model at alpha has base's facts (rope, norms, scales); only leaves in `groups` are interpolated. With no groups
+    `ft` is not read. T1 = T - 1: the first token of a block is never predicted. Weights stay on the mesh, and no logits
+    of a whole batch are kept.
 
     Args:
       base: the end at 0.
-      ft: the end at 1; None where nothing moves.
+      ft: the end at 1; None where nothing is interpolated.
       tokens: the blocks that every model on the path reads.
       alphas: the points.
-      groups: which leaves move.
+      groups: which leaves are interpolated.
       compute: where and how.
-      description: what the progress bar says.
-      copies: one for each alpha, permutations of the same axes: ft is permuted by them before it is met. No permuted
-        model is made; the units are taken where the layer is interpolated.
-      run_cache: where finished work is kept, for a second start: losses, and of streamed models the hidden states after
-        the last finished layer.
+      description: the label of the progress bar.
+      copies: one for each alpha, permutations of the same axes by which ft is permuted there; see `InterpolatedModel`.
+      run_cache: where finished losses are saved, and now and then the hidden states of an unfinished pass.
 
     Raises:
       ValueError: no tokens, blocks longer than base can read, ids outside its vocabulary, or not as many copies as
         alphas.
     """
-    check_tokens(tokens, base.arch)
     if copies and len(copies) != len(alphas):
         raise ValueError(f"{len(copies)} permuted copies at {len(alphas)} alphas; give one for each, or none")
-    moving = interpolated_leaves(axis_table(base.arch), groups)
-    walk = Walk(base, ft, moving, jnp.asarray(alphas, jnp.float32), compute.dtype, copies)
-    chunks = walk.chunks(compute.batches(tokens))
-    run_cache, found = run_cache or RunCache(), []
-    with tqdm(total=len(chunks) * base.arch.num_layers, desc=description, unit="layer", disable=None) as bar:
-
-        def of_chunk(chunk: list[np.ndarray], scope: RunCache) -> dict[str, np.ndarray]:
-            batches = [compute.put(batch) for batch in chunk]
-            hidden = walk.hidden(batches, scope, bar.update)
-            head = walk.head()
-            steps = [_loss_step(walk.arch, head, x, batch) for x, batch in zip(hidden, batches, strict=True)]
-            return {"losses": np.concatenate(compute.get(steps), axis=1)}
-
-        for c, chunk in enumerate(chunks):
-            scope = run_cache.scope(f"chunk {c}")
-            done = scope.cached_arrays(("losses",), functools.partial(of_chunk, chunk, scope))
-            scope.delete("hidden")
-            found.append(done["losses"])
-    return np.concatenate(found, axis=1)[:, : len(tokens)]
+    interpolated = interpolated_leaves(axis_table(base.arch), groups)
+    model = InterpolatedModel(base, ft, interpolated, jnp.asarray(alphas, jnp.float32), copies)
+    return _losses(model, tokens, compute, description, run_cache or RunCache())
 
 
 def token_losses(
@@ -86,25 +78,119 @@ def token_losses(
     description: str = "losses",
     run_cache: RunCache | None = None,
 ) -> Float[np.ndarray, "N T1"]:
-    """Returns the loss of every predicted token of one model, in nats."""
-    return path_losses(source, None, tokens, (0.0,), (), compute, description, run_cache=run_cache)[0]
+    """Returns the loss of every predicted token of one model, in nats.
+
+    Raises:
+      ValueError: no tokens, blocks longer than the model can read, or ids outside its vocabulary.
+    """
+    return _losses(source, tokens, compute, description, run_cache or RunCache())
+
+
+def _losses(
+    model: Model, tokens: Int[np.ndarray, "N T"], compute: Compute, description: str, run_cache: RunCache
+) -> Float[np.ndarray, "*A N T1"]:
+    check_tokens(tokens, model.arch)
+    batched = compute.batches(tokens)
+    size = batches_at_once(model, batched[0], compute.dtype)
+    starts, found = range(0, len(batched), size), []
+    with tqdm(total=len(starts) * model.arch.num_layers, desc=description, unit="layer", disable=None) as bar:
+
+        def of_chunk(start: int, scope: RunCache) -> dict[str, np.ndarray]:
+            batches = [compute.put(batch) for batch in batched[start : start + size]]
+            hidden = final_hidden(model, batches, compute.dtype, scope, bar.update)
+            head = head_of(model)
+            steps = [_loss_step(model.arch, head, x, batch) for x, batch in zip(hidden, batches, strict=True)]
+            return {"losses": np.concatenate(compute.get(steps), axis=-2)}
+
+        for c, start in enumerate(starts):
+            scope = run_cache.scope(f"chunk {c}")
+            done = scope.cached_arrays(("losses",), functools.partial(of_chunk, start, scope))
+            scope.delete("hidden")
+            found.append(done["losses"])
+    return np.concatenate(found, axis=-2)[..., : len(tokens), :]
 
 
 @functools.partial(jax.jit, static_argnames="arch")
-def _loss_step(arch: Arch, path: Path, x: jax.Array, tokens: jax.Array) -> Float[Array, "A B T1"]:
+def _loss_step(
+    arch: Arch, head: Part, x: Float[Array, "*A B T D"], tokens: Int[Array, "B T"]
+) -> Float[Array, "*A B T1"]:
     """Returns the losses of a batch; logits exist for a slice of the positions and one alpha at a time."""
-    B, T = tokens.shape
-    step = slice_length(T, B * arch.vocab_size * 4)
-    targets = jnp.roll(tokens, -1, axis=1).reshape(B, T // step, step)
+    targets = jnp.roll(tokens, -1, axis=1)
 
-    def one(params: Tree, x: jax.Array) -> jax.Array:
-        def positions(x_and_targets: tuple[jax.Array, jax.Array]) -> jax.Array:
-            x, wanted = x_and_targets
-            scores = head_logits(arch, params, x)
-            picked = jnp.take_along_axis(scores, wanted[..., None], axis=-1)[..., 0]
-            return jax.nn.logsumexp(scores, axis=-1) - picked
+    def at_point(params: Tree, x: jax.Array) -> jax.Array:
+        def of_slice(x: jax.Array, targets: jax.Array) -> jax.Array:
+            logits = head_logits(arch, params, x)
+            of_targets = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+            return jax.nn.logsumexp(logits, axis=-1) - of_targets
 
-        slices = (x.reshape(B, T // step, step, -1).swapaxes(0, 1), targets.swapaxes(0, 1))
-        return jax.lax.map(positions, slices).swapaxes(0, 1).reshape(B, T)[:, :-1]
+        return map_slices(of_slice, (x, targets), tokens.shape[0] * arch.vocab_size * 4)[:, :-1]
 
-    return path.each(one, x)
+    return map_points(head, at_point, x)
+
+
+def divergences(
+    base: ParamSource,
+    ft: ParamSource,
+    blocks: PairedBlocks,
+    shared: tuple[Int[np.ndarray, " S"], Int[np.ndarray, " S"]],
+    compute: Compute,
+    description: str = "divergences",
+    run_cache: RunCache | None = None,
+) -> Float[np.ndarray, " M"]:
+    """Returns the Jensen-Shannon divergence of the two predictions at every paired position, in nats.
+
+    Both are restricted to the tokens in `shared` (ids in base, ids in ft, paired) and normalised again. Each model
+    makes one pass, and logits exist for a slice of a batch at a time.
+
+    Raises:
+      ValueError: no tokens, or ids outside a vocabulary.
+    """
+    models = (base, ft)
+    check_tokens(blocks.base, base.arch)
+    check_tokens(blocks.ft, ft.arch)
+    batched = [compute.batches(rows) for rows in (blocks.base, blocks.ft, blocks.at_base, blocks.at_ft)]
+    size = min(batches_at_once(model, batches[0], compute.dtype) for model, batches in zip(models, batched))
+    run_cache = run_cache or RunCache()
+
+    def of_chunk(start: int, scopes: Sequence[RunCache]) -> dict[str, np.ndarray]:
+        rows = [[compute.put(batch) for batch in batches[start : start + size]] for batches in batched]
+        hidden = [final_hidden(model, ids, compute.dtype, scope) for model, ids, scope in zip(models, rows, scopes)]
+        heads = [head_of(model) for model in models]
+        steps = [
+            _divergence_step((base.arch, ft.arch), heads, (x_base, x_ft), tuple(at), shared)
+            for x_base, x_ft, *at in zip(*hidden, *rows[2:], strict=True)
+        ]
+        return {"divergences": np.concatenate(compute.get(steps))}
+
+    found = []
+    for start in tqdm(range(0, len(batched[0]), size), desc=description, unit="chunk", disable=None):
+        chunk = run_cache.scope(f"chunk {start}")
+        scopes = (chunk.scope("base"), chunk.scope("ft"))
+        done = chunk.cached_arrays(("divergences",), functools.partial(of_chunk, start, scopes))
+        for scope in scopes:
+            scope.delete("hidden")
+        found.append(done["divergences"])
+    return np.concatenate(found)[: len(blocks.valid)][blocks.valid]
+
+
+@functools.partial(jax.jit, static_argnames="archs")
+def _divergence_step(
+    archs: tuple[Arch, Arch],
+    heads: Sequence[Tree],
+    hidden: Sequence[Float[Array, "B _ _"]],
+    at: tuple[Int[Array, "B P"], Int[Array, "B P"]],
+    shared: tuple[Int[Array, " S"], Int[Array, " S"]],
+) -> Float[Array, "B P"]:
+    """Returns the divergences of a batch; logits exist for a slice of the positions at a time."""
+    selected = [jnp.take_along_axis(x, positions[:, :, None], axis=1) for x, positions in zip(hidden, at)]
+
+    def of_slice(*xs: jax.Array) -> jax.Array:
+        one, other = (
+            jax.nn.log_softmax(head_logits(arch, head, x)[..., ids], axis=-1)
+            for arch, head, x, ids in zip(archs, heads, xs, shared)
+        )
+        middle = jnp.logaddexp(one, other) - math.log(2)
+        return 0.5 * ((jnp.exp(one) * (one - middle)).sum(-1) + (jnp.exp(other) * (other - middle)).sum(-1))
+
+    bytes_per_position = at[0].shape[0] * (archs[0].vocab_size + archs[1].vocab_size) * 4
+    return map_slices(of_slice, selected, bytes_per_position)

@@ -1,4 +1,4 @@
-"""One walk of two models through the same tokens, layer by layer, with the correlations of their units."""
+"""The forward passes of two models in parallel, layer by layer, with the correlations of their units."""
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,14 +14,21 @@ from tqdm import tqdm
 
 from tracing_jax.arch import Arch, length_problem
 from tracing_jax.data import PairedBlocks, paired_one_to_one
-from tracing_jax.forward.activations import block_step, embed_step, mlp_step, picked
-from tracing_jax.forward.gram_sums import Sums, added, lies, no_sums, pearson
-from tracing_jax.forward.unit_samples import Keeper, Sample, Side
-from tracing_jax.models import layer_inputs, mlp_leaves, taps_problem
+from tracing_jax.forward.forward_pass import (
+    LayerOutput,
+    SavedStates,
+    forward,
+    forward_mlps,
+    gather_positions,
+    vocabulary_problem,
+)
+from tracing_jax.forward.gram_sums import Sums, accumulate, gram_sharding, pearson, zero_sums
+from tracing_jax.forward.unit_samples import ArrayPair, HostPair, Sample, UnitSampler
+from tracing_jax.models import taps_problem
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sharding import Compute
 from tracing_jax.sources import ParamSource
-from tracing_jax.tree import Tree, readable, to_host
+from tracing_jax.tree import readable
 
 _EMBEDDINGS = (1, 512)
 """Batch of the weights-only form: so many blocks of so many tokens pass an MLP at a time."""
@@ -29,7 +36,7 @@ _EMBEDDINGS = (1, 512)
 
 @dataclass(frozen=True)
 class LayerCorrelations:
-    """What one layer of both models shows.
+    """The correlations of the units of one layer of both models.
 
     Attributes:
       layer: its index in both models.
@@ -45,7 +52,7 @@ class LayerCorrelations:
 class _Pairing(NamedTuple):
     """Which positions of a batch are compared (None: all, one to one), and the weight of each pair, 1 or 0."""
 
-    at: Side | tuple[None, None]
+    at: ArrayPair | tuple[None, None]
     weight: Float[Array, "B P"]
 
 
@@ -62,17 +69,25 @@ def correlations(
     """Returns an iterator over the layers with the correlations of base's units with ft's at all paired positions.
 
     U counts the units of a tap (see `models.tap_axes`): its axes after B and T, flattened. A unit that never varies has
-    correlation 0 with every other. Weights lie on the mesh already, or on no particular device.
+    correlation 0 with every other. Weights are on the mesh already, or on no particular device.
 
-    With `run_cache` the hidden states after each layer that was taken in are kept; an interrupted walk goes on with the
-    layer after the last of these, and yields no layer before it.
+    With `run_cache` the hidden states between layers are saved now and then; an interrupted pass continues with the
+    layer that receives the saved ones, and yields no layer before it.
 
     Raises:
       ValueError: models of different depth, unknown taps, no tokens, blocks longer than a model can read, or ids
         outside a vocabulary; all at once, before anything is computed.
     """
     _check(base.arch, ft.arch, blocks, taps)
-    return _walk((base, ft), blocks, tuple(taps), compute, description, sample, run_cache or RunCache())
+    batches = _batches(blocks, compute)
+    states = SavedStates(run_cache or RunCache())
+    first, hidden = states.load(batches, compute.dtype) or (0, None)
+    passes = tuple(
+        forward(model, ids, compute.dtype, taps=tuple(taps), start=None if hidden is None else (first, hidden[m]))
+        for m, (model, ids) in enumerate(zip((base, ft), batches))
+    )
+    layers = range(first, base.arch.num_layers)
+    return _correlations(passes, layers, [tuple(taps)], blocks, compute, description, sample, states)
 
 
 def embedding_correlations(
@@ -85,7 +100,7 @@ def embedding_correlations(
     description: str = "embeddings through every MLP",
     first: int = 0,
 ) -> Iterator[LayerCorrelations]:
-    """Returns an iterator over the layers, from `first` on, when each MLP is handed the embeddings of shared tokens.
+    """Returns an iterator over the layers, from `first` on, when each MLP reads the embeddings of shared tokens.
 
     There is no forward pass: every layer normalises the embeddings and applies its gain, as it would the hidden state,
     and of its weights only those are read. Each of the tokens in `shared` (ids in base, ids in ft, paired by string) is
@@ -95,120 +110,83 @@ def embedding_correlations(
       ValueError: models of different depth, unknown taps, or no shared tokens.
     """
     blocks = _in_blocks(shared)
-    _check(base.arch, ft.arch, blocks, taps, reads_in_order=False)
+    _check(base.arch, ft.arch, blocks, taps, mlp_only=True)
     compute = replace(compute, batch_size=_EMBEDDINGS[0], dtype=jnp.float32)
-    return _walk((base, ft), blocks, tuple(taps), compute, description, sample, RunCache(), hand_over=True, first=first)
+    groups = [(tap,) for tap in taps]  # one by one: of a layer's weights only those of one tap are then held
+    passes = tuple(
+        forward_mlps(model, ids, groups, first) for model, ids in zip((base, ft), _batches(blocks, compute))
+    )  # fmt: skip
+    layers = range(first, base.arch.num_layers)
+    return _correlations(passes, layers, groups, blocks, compute, description, sample, SavedStates(RunCache()))
 
 
 def _in_blocks(shared: tuple[Int[np.ndarray, " S"], Int[np.ndarray, " S"]]) -> PairedBlocks:
-    """Returns the tokens in blocks of one length, the last filled up with a token that counts nothing."""
+    """Returns the tokens in blocks of one length, the last padded with tokens of weight 0."""
     count = len(shared[0])
     width = max(1, min(_EMBEDDINGS[1], count))
     base, ft = (np.resize(ids, (-(-count // width), width)).astype(np.int32) for ids in shared)
     return replace(paired_one_to_one(base, ft), valid=np.arange(base.size).reshape(base.shape) < count)
 
 
-def _walk(
-    sources: tuple[ParamSource, ParamSource],
+def _batches(blocks: PairedBlocks, compute: Compute) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Returns the batches that base reads, and those that ft does."""
+    base, ft = ([compute.put(batch) for batch in compute.batches(ids)] for ids in (blocks.base, blocks.ft))
+    return base, ft
+
+
+def _correlations(
+    passes: tuple[Iterator[LayerOutput], ...],
+    layers: range,
+    tap_groups: Sequence[tuple[str, ...]],
     blocks: PairedBlocks,
-    taps: tuple[str, ...],
     compute: Compute,
     description: str,
     sample: Sample | None,
-    run_cache: RunCache,
-    hand_over: bool = False,
-    first: int = 0,
+    states: SavedStates,
 ) -> Iterator[LayerCorrelations]:
-    kept_layer, hidden = _kept_states(run_cache, compute)
-    first, depth = max(first, kept_layer), sources[0].arch.num_layers
-    hidden = hidden or _embedded(sources, blocks, compute)
-    walk = _Walk(sources, hidden, _pairings(blocks, compute), Keeper(sample, blocks, compute), compute, hand_over)
-    # An MLP that is handed its input shows its taps one by one: of a layer's weights only that one's are then held.
-    groups = [(tap,) for tap in taps] if hand_over else [taps]
-    for i in tqdm(range(first, depth), desc=description, unit="layer", initial=first, total=depth, disable=None):
-        by_tap, kept = {}, []
-        for group in groups:
-            sums, found = walk.through(i, group)
-            kept.append(found)
-            for tap in group:
+    """Advances the passes of base and ft in turn, which give layers, groups of taps and batches in this order."""
+    pairings, sampler = _pairings(blocks, compute), UnitSampler(sample, blocks, compute)
+    progress = tqdm(
+        layers, desc=description, unit="layer", initial=layers.start, total=layers.stop, disable=None
+    )  # fmt: skip
+    for i in progress:
+        by_tap: dict[str, Array | np.ndarray] = {}
+        samples: dict[str, HostPair] = {}
+        for taps in tap_groups:
+            sums, sampled, hidden = _sums(passes, taps, pairings, sampler, compute)
+            samples |= sampler.concatenated(sampled)
+            for tap in taps:
                 total = sums.pop(tap)
                 by_tap[tap] = readable(pearson(total.cross, total.first, total.square, blocks.num_pairs))
                 del total
-        samples = {tap: rows for found in kept for tap, rows in walk.keeper.joined(found).items()}
         yield LayerCorrelations(i, by_tap, samples)
         del by_tap  # before the next ones are made
-        _keep_states(run_cache, i + 1, walk.hidden)
+        if i + 1 < layers.stop:
+            states.save_if_due(i + 1, hidden)
 
 
-@dataclass
-class _Walk:
-    """Both models on their way through all batches.
-
-    Attributes:
-      hidden: of each batch, the hidden states that the next layer reads.
-      hand_over: whether these are handed to every MLP as they stand.
-    """
-
-    sources: tuple[ParamSource, ParamSource]
-    hidden: list[Side]
-    pairings: Sequence[_Pairing]
-    keeper: Keeper
-    compute: Compute
-    hand_over: bool
-
-    def through(self, i: int, taps: tuple[str, ...]) -> tuple[dict[str, Sums], list[Tree]]:
-        """Returns the sums of these taps in a layer, over all batches, and what is kept of each batch."""
-        only = mlp_leaves(taps) if self.hand_over else ()
-        layers = [source.layer(i, only) for source in self.sources]
-        sums: dict[str, Sums] = {}
-        kept = []
-        for b, pairing in enumerate(self.pairings):
-            base, ft = self._step(i, taps, layers, b)
-            jax.block_until_ready(sums)  # so that the activations of two batches at most are there
-            widths = {tap: (base[tap].shape[-1], ft[tap].shape[-1]) for tap in taps}
-            sums = sums or {tap: no_sums(*width, self.compute.mesh) for tap, width in widths.items()}
-            sums, found = _take_in(self.compute.mesh, (base, ft), pairing, self.keeper.picks(b, widths), b == 0, sums)
-            kept.append(self.compute.get(found))
-        return sums, kept
-
-    def _step(self, i: int, taps: tuple[str, ...], layers: Sequence[Tree], b: int) -> list[dict[str, jax.Array]]:
-        """Returns both models' taps on a batch, whose hidden states are then those after the layer."""
-        archs = [source.arch for source in self.sources]
-        if self.hand_over:
-            return [mlp_step(*each) for each in zip(archs, (taps, taps), layers, self.hidden[b], strict=True)]
-        inputs = [layer_inputs(arch, i) for arch in archs]
-        after = [block_step(*each) for each in zip(archs, (taps, taps), layers, self.hidden[b], inputs, strict=True)]
-        self.hidden[b] = after[0][0], after[1][0]
-        return [units for _, units in after]
-
-
-def _embedded(sources: tuple[ParamSource, ParamSource], blocks: PairedBlocks, compute: Compute) -> list[Side]:
-    archs = (sources[0].arch, sources[1].arch)
-    embeds = (sources[0].embed(), sources[1].embed())
-    ids = zip(*(map(compute.put, compute.batches(tokens)) for tokens in (blocks.base, blocks.ft)))
-    return [
-        (embed_step(archs[0], compute.dtype, embeds[0], a), embed_step(archs[1], compute.dtype, embeds[1], b))
-        for a, b in ids
-    ]
-
-
-def _keep_states(run_cache: RunCache, layer: int, hidden: Sequence[Side]) -> None:
-    def arrays() -> dict[str, np.ndarray]:
-        states = {f"{side} {b}": to_host(x).astype(np.float32) for b, pair in enumerate(hidden)
-                  for side, x in zip(("base", "ft"), pair)}  # fmt: skip
-        return {"layer": np.asarray(layer), **states}
-
-    run_cache.save_arrays(arrays, "hidden")
-
-
-def _kept_states(run_cache: RunCache, compute: Compute) -> tuple[int, list[Side]]:
-    arrays = run_cache.load_arrays("hidden")
-    if arrays is None:
-        return 0, []
-    layer, dtype = int(arrays.pop("layer")), jnp.dtype(compute.dtype)
-    sides = [[compute.put(arrays[f"{side} {b}"].astype(dtype)) for side in ("base", "ft")]
-             for b in range(len(arrays) // 2)]  # fmt: skip
-    return layer, [(base, ft) for base, ft in sides]
+def _sums(
+    passes: tuple[Iterator[LayerOutput], ...],
+    taps: tuple[str, ...],
+    pairings: Sequence[_Pairing],
+    sampler: UnitSampler,
+    compute: Compute,
+) -> tuple[dict[str, Sums], list[dict[str, HostPair]], tuple[list[jax.Array], list[jax.Array]]]:
+    """Returns the sums of these taps over all batches, and of each batch the sampled activations and hidden states."""
+    sums: dict[str, Sums] = {}
+    sampled: list[dict[str, HostPair]] = []
+    hidden: tuple[list[jax.Array], list[jax.Array]] = ([], [])
+    for b, pairing in enumerate(pairings):
+        base, ft = (next(outputs) for outputs in passes)
+        jax.block_until_ready(sums)  # so that the activations of two batches at most are held
+        widths = {tap: (base.taps[tap].shape[-1], ft.taps[tap].shape[-1]) for tap in taps}
+        sums = sums or {tap: zero_sums(*width, compute.mesh) for tap, width in widths.items()}
+        selection = sampler.selection(b, widths)
+        sums, found = _accumulate_step(compute.mesh, (base.taps, ft.taps), pairing, selection, b == 0, sums)
+        sampled.append(compute.get(found))
+        hidden[0].append(base.hidden)
+        hidden[1].append(ft.hidden)
+    return sums, sampled, hidden
 
 
 def correlate(a: Float[np.ndarray, "S U"], b: Float[np.ndarray, "S U2"]) -> Float[np.ndarray, "U U2"]:
@@ -217,39 +195,40 @@ def correlate(a: Float[np.ndarray, "S U"], b: Float[np.ndarray, "S U2"]) -> Floa
 
 
 def _pairings(blocks: PairedBlocks, compute: Compute) -> list[_Pairing]:
-    """Returns the compared positions of each batch; copies of a block that only fill up the last batch weigh 0."""
+    """Returns the compared positions of each batch; copies of a block that only pad the last batch have weight 0."""
     weight = compute.batches(blocks.valid.astype(np.float32))
     last = weight[-1]
     weight[-1] = last * (np.arange(len(last)) < len(blocks.valid) - len(last) * (len(weight) - 1))[:, None]
     weights = [compute.put(batch) for batch in weight]
     if blocks.is_whole:
         return [_Pairing((None, None), w) for w in weights]
-    places = zip(*(map(compute.put, compute.batches(at)) for at in (blocks.at_base, blocks.at_ft)))
-    return [_Pairing(at, w) for at, w in zip(places, weights)]
+    at_pairs = zip(*(map(compute.put, compute.batches(at)) for at in (blocks.at_base, blocks.at_ft)))
+    return [_Pairing(at, w) for at, w in zip(at_pairs, weights)]
 
 
 @functools.partial(jax.jit, static_argnames=("mesh",), donate_argnames=("sums",))
-def _take_in(
+def _accumulate_step(
     mesh: Mesh,
     units: tuple[dict[str, jax.Array], dict[str, jax.Array]],
     pairing: _Pairing,
-    keep: tuple[Side, dict[str, Side]] | None,
+    selection: tuple[ArrayPair, dict[str, ArrayPair]] | None,
     is_first: bool | jax.Array,
     sums: dict[str, Sums],
-) -> tuple[dict[str, Sums], dict[str, Side]]:
-    """Returns the sums with a batch of both models' units added, and what is to be kept of it."""
-    compared = {tap: (picked(units[0][tap], pairing.at[0]), picked(units[1][tap], pairing.at[1])) for tap in sums}
-    sums = {tap: added(sums[tap], compared[tap], pairing.weight, is_first) for tap in sums}
+) -> tuple[dict[str, Sums], dict[str, ArrayPair]]:
+    """Returns the sums with a batch of both models' units added, and the sampled activations of the batch."""
+    at_base, at_ft = pairing.at
+    compared = {tap: (gather_positions(units[0][tap], at_base), gather_positions(units[1][tap], at_ft)) for tap in sums}
+    sums = {tap: accumulate(sums[tap], compared[tap], pairing.weight, is_first) for tap in sums}
     # Stated, or the first batch's sums and the next ones' would be placed differently and compile twice.
-    sums = jax.lax.with_sharding_constraint(sums, jax.tree.map(lambda total: lies(total.shape, mesh), sums))
-    if keep is None:
+    sums = jax.lax.with_sharding_constraint(sums, jax.tree.map(lambda total: gram_sharding(total.shape, mesh), sums))
+    if selection is None:
         return sums, {}
-    (at_a, at_b), columns = keep
-    kept = {
-        tap: (picked(units[0][tap], at_a)[..., cols_a], picked(units[1][tap], at_b)[..., cols_b])
-        for tap, (cols_a, cols_b) in columns.items()
+    (at_a, at_b), columns = selection
+    sampled = {
+        tap: (gather_positions(units[0][tap], at_a)[..., in_a], gather_positions(units[1][tap], at_b)[..., in_b])
+        for tap, (in_a, in_b) in columns.items()
     }
-    return sums, kept
+    return sums, sampled
 
 
 @jax.jit
@@ -260,20 +239,17 @@ def _correlate(a: Float[Array, "S U"], b: Float[Array, "S U2"]) -> Float[Array, 
     return jnp.einsum("su,sv->uv", a * scales[0], b * scales[1], precision="highest")
 
 
-def _check(base: Arch, ft: Arch, blocks: PairedBlocks, taps: Sequence[str], reads_in_order: bool = True) -> None:
+def _check(base: Arch, ft: Arch, blocks: PairedBlocks, taps: Sequence[str], mlp_only: bool = False) -> None:
     lines = []
     if base.num_layers != ft.num_layers:
         lines.append(f"base has {base.num_layers} layers, ft {ft.num_layers}; layers are compared one to one")
     lines += dict.fromkeys(problem for arch in (base, ft) if (problem := taps_problem(arch, taps)))
-    lengths = ((base, blocks.base.shape[-1]), (ft, blocks.ft.shape[-1])) if reads_in_order else ()
+    lengths = () if mlp_only else ((base, blocks.base.shape[-1]), (ft, blocks.ft.shape[-1]))
     lines += dict.fromkeys(problem for arch, T in lengths if (problem := length_problem(arch, T)))
     if not blocks.num_pairs:
         lines.append("no token blocks")
-    for side, tokens, arch in (("base", blocks.base, base), ("ft", blocks.ft, ft)):
-        if tokens.size and (tokens.min() < 0 or tokens.max() >= arch.vocab_size):
-            lines.append(
-                f"{side}'s token ids run from {tokens.min()} to {tokens.max()}, its vocabulary has {arch.vocab_size}; "
-                "tokenizer and model do not belong together"
-            )
+    for name, tokens, arch in (("base", blocks.base, base), ("ft", blocks.ft, ft)):
+        if problem := vocabulary_problem(tokens, arch):
+            lines.append(f"{name}: {problem}")
     if lines:
         raise ValueError("cannot correlate these models:\n  " + "\n  ".join(lines))

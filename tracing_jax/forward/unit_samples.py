@@ -1,4 +1,4 @@
-"""Activations to keep beside the sums: a few sampled positions and units of every layer."""
+"""Activations to return beside the sums: a few sampled positions and units of every layer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,13 +10,22 @@ import numpy as np
 from tracing_jax.data import PairedBlocks
 from tracing_jax.sharding import Compute
 
-Side = tuple[jax.Array, jax.Array]
+ArrayPair = tuple[jax.Array, jax.Array]
 """Base's and ft's."""
+
+HostPair = tuple[np.ndarray, np.ndarray]
+"""The same on the host."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Activations to keep of every layer: at most so many paired positions and units of each tap, drawn from a seed."""
+    """Which activations to return of every layer: of at most so many paired positions and units of each tap.
+
+    Attributes:
+      positions: the most paired positions.
+      units: the most units of each tap.
+      seed: both are drawn from it.
+    """
 
     positions: int
     units: int
@@ -24,7 +33,7 @@ class Sample:
 
 
 def sampled_units(sample: Sample, widths: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the units of base and of ft to keep, in increasing order; one draw for all taps of equal width."""
+    """Returns the sampled units of base and of ft, in increasing order; one draw for all taps of equal width."""
     draws = np.random.default_rng(sample.seed).spawn(2)
     base, ft = (
         np.sort(draw.permutation(width)[: sample.units]).astype(np.int32)
@@ -33,32 +42,32 @@ def sampled_units(sample: Sample, widths: tuple[int, ...]) -> tuple[np.ndarray, 
     return base, ft
 
 
-class Keeper:
-    """Picks the sampled positions and units of each batch, and joins what was picked."""
+class UnitSampler:
+    """Selects the sampled positions and units of each batch, and concatenates what was selected."""
 
     def __init__(self, sample: Sample | None, blocks: PairedBlocks, compute: Compute) -> None:
         self.sample = sample
         if sample is None:
             return
-        chosen = blocks.sampled(sample.positions, np.random.default_rng(sample.seed))
-        self.at = list(zip(*(map(compute.put, compute.batches(at)) for at in (chosen.at_base, chosen.at_ft))))
-        self.valid = chosen.valid
+        sampled = blocks.sampled(sample.positions, np.random.default_rng(sample.seed))
+        self.at = list(zip(*(map(compute.put, compute.batches(at)) for at in (sampled.at_base, sampled.at_ft))))
+        self.valid = sampled.valid
 
-    def picks(self, batch: int, widths: Mapping[str, tuple[int, int]]) -> tuple[Side, dict[str, Side]] | None:
+    def selection(
+        self, batch: int, widths: Mapping[str, tuple[int, int]]
+    ) -> tuple[ArrayPair, dict[str, ArrayPair]] | None:
         """Returns the positions of a batch and, for each tap, the units; one draw for all taps of equal width."""
         if self.sample is None:
             return None
         units = {tap: sampled_units(self.sample, width) for tap, width in widths.items()}
         return self.at[batch], jax.tree.map(jnp.asarray, units)
 
-    def joined(
-        self, kept: Sequence[Mapping[str, tuple[np.ndarray, np.ndarray]]]
-    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Returns the rows of all batches at the sampled positions, without those that only fill up."""
+    def concatenated(self, batches: Sequence[Mapping[str, HostPair]]) -> dict[str, HostPair]:
+        """Returns the rows of all batches at the sampled positions, without padding."""
         if self.sample is None:
             return {}
         count = len(self.valid)
         return {
-            tap: tuple(np.concatenate([found[tap][side] for found in kept])[:count][self.valid] for side in (0, 1))
-            for tap in kept[0]
+            tap: tuple(np.concatenate([found[tap][m] for found in batches])[:count][self.valid] for m in (0, 1))
+            for tap in batches[0]
         }  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""What texts begin with: prompts from a file, or the token that a model's texts begin with."""
+"""Prompts from a file, or the first tokens of unprompted texts."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ def read_prompts(file: str | Path) -> list[str]:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is none of these, or holds no prompt.
+      ValueError: another kind of file, or one without prompts.
     """
     path = Path(file).expanduser()
     if not path.is_file():
@@ -35,7 +35,7 @@ def read_prompts(file: str | Path) -> list[str]:
 
 
 def end_tokens(folder: Path) -> tuple[int, ...]:
-    """Returns the tokens that end a text, by generation_config.json or else config.json; none where neither says so."""
+    """Returns the tokens that end a text, by generation_config.json or else config.json; none if neither names any."""
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
             found = json.loads((folder / name).read_text("utf-8")).get("eos_token_id")
@@ -45,7 +45,7 @@ def end_tokens(folder: Path) -> tuple[int, ...]:
 
 
 def first_tokens(tokenizer: Any, vocab_size: int, seed: int, count: int) -> list[list[int]]:
-    """Returns what unprompted texts begin with: BOS, without one EOS, without either a random token each."""
+    """Returns the first tokens of unprompted texts: BOS, without one EOS, without either a random token each."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return [[token]] * count

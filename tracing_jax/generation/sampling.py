@@ -1,4 +1,4 @@
-"""Which token comes next: logits filtered as transformers does, and a draw that belongs to one sample alone."""
+"""The next token: logits filtered as transformers does, and a draw that does not depend on the batch."""
 
 from dataclasses import dataclass
 
@@ -8,8 +8,8 @@ from jaxtyping import Array, Float, Int, Key
 
 
 @dataclass(frozen=True)
-class Choice:
-    """How tokens are drawn.
+class SamplingParams:
+    """How tokens are sampled.
 
     Attributes:
       temperature: logits are divided by it; 0 takes the most likely token.
@@ -28,33 +28,33 @@ class Choice:
         return lines + ([] if 0 < self.top_p <= 1 else [f"top_p={self.top_p}: above 0 and at most 1"])
 
 
-def filtered(logits: Float[Array, "B V"], choice: Choice) -> Float[Array, "B V"]:
-    """Returns logits over the temperature, and minus infinity for tokens that are not to be drawn.
+def filtered(logits: Float[Array, "B V"], params: SamplingParams) -> Float[Array, "B V"]:
+    """Returns logits over the temperature, and minus infinity for tokens that are not sampled.
 
-    Temperature comes first, then top_k, then top_p, as in transformers; of equally likely tokens at the border all are
-    kept by top_k.
+    Temperature comes first, then top_k, then top_p, as in transformers; ties at the
+    border of top_k are all kept.
 
     Source: Holtzman et al. 2020 (arXiv 1904.09751) for top_p.
     """
-    logits = logits / choice.temperature
+    logits = logits / params.temperature
     V = logits.shape[-1]
-    if 0 < choice.top_k < V:
-        least = jax.lax.top_k(logits, choice.top_k)[0][:, -1:]
+    if 0 < params.top_k < V:
+        least = jax.lax.top_k(logits, params.top_k)[0][:, -1:]
         logits = jnp.where(logits < least, -jnp.inf, logits)
-    if choice.top_p < 1:
+    if params.top_p < 1:
         order = jnp.argsort(-logits, axis=-1)
         probabilities = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), order, axis=-1)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities  # what is more likely than this token
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities  # of the more likely tokens
         ranks = jnp.argsort(order, axis=-1)
-        logits = jnp.where(jnp.take_along_axis(before, ranks, axis=-1) < choice.top_p, logits, -jnp.inf)
+        logits = jnp.where(jnp.take_along_axis(before, ranks, axis=-1) < params.top_p, logits, -jnp.inf)
     return logits
 
 
-def chosen(
-    logits: Float[Array, "B V"], keys: Key[Array, " B"], positions: Int[Array, " B"], choice: Choice
+def sample(
+    logits: Float[Array, "B V"], keys: Key[Array, " B"], positions: Int[Array, " B"], params: SamplingParams
 ) -> Int[Array, " B"]:
-    """Returns the next token of each sample; its draw follows from the sample's key and the position alone."""
-    if choice.temperature == 0:
+    """Returns the next token of each text; its draw follows from the text's key and the position alone."""
+    if params.temperature == 0:
         return logits.argmax(axis=-1).astype(jnp.int32)
     drawn = jax.vmap(lambda key, position, row: jax.random.categorical(jax.random.fold_in(key, position), row))
-    return drawn(keys, positions, filtered(logits, choice)).astype(jnp.int32)
+    return drawn(keys, positions, filtered(logits, params)).astype(jnp.int32)

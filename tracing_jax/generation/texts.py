@@ -12,15 +12,15 @@ from tracing_jax.arch import length_problem
 from tracing_jax.checkpoint import Checkpoint, load
 from tracing_jax.data import GENERATED_ENDING, load_tokenizer
 from tracing_jax.distributed import is_main_process
-from tracing_jax.generation.decoding import Writer
+from tracing_jax.generation.decoding import Sampler
 from tracing_jax.generation.prompts import end_tokens, first_tokens
-from tracing_jax.generation.sampling import Choice
+from tracing_jax.generation.sampling import SamplingParams
 from tracing_jax.record import atomic_write
 from tracing_jax.sharding import Compute
 
 
 def file_of(folder: Path, model_id: str) -> Path:
-    """Returns where the texts of a model lie: by its id, or the last name of its path."""
+    """Returns the file of the texts of a model, named by its id or by the last name of its path."""
     if model_id.startswith(("/", ".", "~")):
         model_id = Path(model_id).expanduser().resolve().name
     return folder / (re.sub(r"[^A-Za-z0-9._-]+", "-", model_id).strip("-.") + GENERATED_ENDING)
@@ -29,7 +29,7 @@ def file_of(folder: Path, model_id: str) -> Path:
 def prompt_tokens(
     model: Checkpoint, prompts: Sequence[str] | int, max_new_tokens: int, seed: int
 ) -> tuple[Any, list[list[int]]]:
-    """Returns the model's tokenizer, and the tokens of the prompts, or of so many unprompted beginnings.
+    """Returns the model's tokenizer, and the tokens of the prompts, or the first tokens of so many unprompted texts.
 
     Raises:
       FileNotFoundError: the model has no tokenizer.
@@ -59,22 +59,22 @@ def generate(
     prompts: Sequence[str] | int,
     file: Path,
     compute: Compute,
-    choice: Choice,
+    params: SamplingParams,
     max_new_tokens: int = 256,
     seed: int = 0,
 ) -> Path:
-    """Has a model go on with prompts, or begin so many texts, writes them into the file, and returns it.
+    """Samples continuations of prompts, or so many unprompted texts, writes them into the file, and returns it.
 
-    What an unprompted text begins with is its prompt, special tokens left out.
+    The recorded prompt of an unprompted text is its first token, decoded without special tokens.
 
     Raises:
       ValueError, FileNotFoundError: see `prompt_tokens`.
     """
     tokenizer, rows = prompt_tokens(model, prompts, max_new_tokens, seed)
-    writer = Writer(load(model, compute.mesh), compute, choice, end_tokens(model.folder), seed)
+    sampler = Sampler(load(model, compute.mesh), compute, params, end_tokens(model.folder), seed)
     texts: dict[int, list[int]] = {}
     with tqdm(total=len(rows) * max_new_tokens, desc=f"{model.id}", unit="token", disable=None) as bar:
-        for i, tokens in writer.write(rows, max_new_tokens, bar.update):
+        for i, tokens in sampler.sample(rows, max_new_tokens, bar.update):
             texts[i] = tokens
     names = [_decoded(tokenizer, row) for row in rows] if isinstance(prompts, int) else prompts
     decoded = [_following(tokenizer, row, texts[i]) for i, row in enumerate(rows)]
@@ -92,7 +92,7 @@ def _decoded(tokenizer: Any, tokens: Sequence[int]) -> str:
 
 
 def _following(tokenizer: Any, prompt: Sequence[int], tokens: Sequence[int]) -> str:
-    """Returns the text of tokens that follow a prompt."""
+    """Returns the text of the tokens that follow a prompt."""
     # SentencePiece tokenizers drop the space before the first word of what they decode: prompt and text go together.
     before, whole = _decoded(tokenizer, prompt), _decoded(tokenizer, [*prompt, *tokens])
     # A prompt may end within a character, which its first tokens complete.

@@ -1,19 +1,21 @@
-"""The parts of a block: norms, rotary positions, attention and the MLP.
+"""The parts of a block: norms, rotary positions, attention, and the MLP with or without experts.
 
-Letters: B batch, T position, D embed, K kv heads, G queries per kv head, H head dim, F mlp.
+Letters: B batch, T position, S positions of keys and values, D embed, K kv heads, G queries per kv head, H head dim,
+F mlp, E experts.
 Weights keep the dtype they have on disk and are cast to the computing dtype where they are used; norms, attention
 scores and softmax are computed in float32.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tracing_jax.arch import Arch
+from tracing_jax.tree import Tree
 
 # TF32 and bf16 passes, the default for float32 operands on accelerators, would break parity with float32 references.
 einsum = functools.partial(jnp.einsum, precision="highest")
@@ -25,54 +27,56 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
 }
 
-KERNEL_INIT = nn.initializers.normal(0.02)
+
+class LayerInputs(NamedTuple):
+    """What a block takes beside the hidden state, and in which the layers of a model may differ."""
+
+    frequencies: Float[Array, " H2"]  # of the rope; none without one
+    window: Int[Array, ""]
+    attention_scale: Float[Array, ""]
 
 
-class Kernel(nn.Module):
-    """A weight contracted with its input, and its bias: `einsum(equation, x, kernel) + bias`."""
+class Cache(NamedTuple):
+    """The keys and values of one layer at all positions of a text."""
 
-    shape: tuple[int, ...]
-    equation: str
-    bias_shape: tuple[int, ...] | None = None
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", KERNEL_INIT, self.shape)
-        y = einsum(self.equation, x, kernel.astype(x.dtype))
-        if self.bias_shape is None:
-            return y
-        return y + self.param("bias", nn.initializers.zeros, self.bias_shape).astype(x.dtype)
+    keys: Float[Array, "B S K H"]
+    values: Float[Array, "B S K H"]
 
 
-class Norm(nn.Module):
-    """Normalises over the trailing axes `shape` in float32: RMS norm with gain g or 1 + g, or a layer norm.
+def linear(params: Tree, x: Float[Array, "..."], equation: str) -> Float[Array, "..."]:
+    """Returns `einsum(equation, x, kernel)` in the dtype of x, plus the bias if there is one."""
+    y = einsum(equation, x, params["kernel"].astype(x.dtype))
+    return y + params["bias"].astype(x.dtype) if "bias" in params else y
+
+
+def scaled(x: jax.Array, factor: float) -> jax.Array:
+    """Returns x times a constant, multiplied in float32; no-op for 1."""
+    return x if factor == 1.0 else (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
+def norm(arch: Arch, params: Tree, x: Float[Array, "..."], num_axes: int = 1) -> Float[Array, "..."]:
+    """Returns x normalised over its last axes in float32: RMS norm with gain g or 1 + g, or a layer norm.
 
     Source: Zhang and Sennrich 2019 (arXiv 1910.07467); Gemma stores the gain minus one.
     """
-
-    arch: Arch
-    shape: tuple[int, ...]
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        axes = tuple(range(x.ndim - len(self.shape), x.ndim))
-        x32 = x.astype(jnp.float32)
-        if self.arch.norm in ("layer_norm", "layer_norm_plain"):
-            x32 = x32 - x32.mean(axes, keepdims=True)
-        y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(axes, keepdims=True) + self.arch.norm_eps)
-        if self.arch.norm in ("rms", "layer_norm"):
-            y = y * self.param("scale", nn.initializers.ones, self.shape).astype(jnp.float32)
-        if self.arch.norm == "rms_unit_offset":
-            y = y * (1 + self.param("scale", nn.initializers.zeros, self.shape).astype(jnp.float32))
-        if self.arch.norm == "layer_norm":
-            y = y + self.param("bias", nn.initializers.zeros, self.shape).astype(jnp.float32)
-        return y.astype(x.dtype)
+    axes = tuple(range(x.ndim - num_axes, x.ndim))
+    x32 = x.astype(jnp.float32)
+    if arch.norm in ("layer_norm", "layer_norm_plain"):
+        x32 = x32 - x32.mean(axes, keepdims=True)
+    y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(axes, keepdims=True) + arch.norm_eps)
+    if arch.norm in ("rms", "layer_norm"):
+        y = y * params["scale"].astype(jnp.float32)
+    if arch.norm == "rms_unit_offset":
+        y = y * (1 + params["scale"].astype(jnp.float32))
+    if arch.norm == "layer_norm":
+        y = y + params["bias"].astype(jnp.float32)
+    return y.astype(x.dtype)
 
 
 def rotate(
     x: Float[Array, "B T *heads H"], frequencies: Float[Array, " H2"], positions: Int[Array, "#B T"]
 ) -> Float[Array, "B T *heads H"]:
-    """Returns x with each pair (h, h + H/2) turned by position times frequency, computed in float32.
+    """Returns x with each pair (h, h + H/2) rotated by position times frequency, computed in float32.
 
     Source: RoFormer (arXiv 2104.09864), in the half-split layout of Hugging Face checkpoints.
     """
@@ -83,94 +87,137 @@ def rotate(
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-class Attention(nn.Module):
-    """Causal attention with grouped queries; every option of the families is a flag of `Arch`.
+def attention(
+    arch: Arch,
+    params: Tree,
+    x: Float[Array, "B T D"],
+    inputs: LayerInputs,
+    positions: Int[Array, "#B T"],
+    cache: Cache | None = None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T K G H"], Cache | None]:
+    """Returns the output of causal attention with grouped queries, the heads before the output projection, the cache.
 
-    Where the collection `cache` holds `keys` and `values`, `[B S K H]`, the tokens at hand write theirs at their
-    positions and see all that is there: a text can then be read in pieces, token by token at last.
+    A token sees itself and the `window - 1` positions before it. With a cache the tokens write their keys and values at
+    their positions and see all that is there, so a text can be read in pieces.
     """
-
-    arch: Arch
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        frequencies: Float[Array, " H2"],
-        window: Int[Array, ""],
-        attention_scale: Float[Array, ""],
-        positions: Int[Array, "#B T"],
-    ) -> Float[Array, "B T D"]:
-        """Returns the mixed values; a token sees itself and the `window - 1` positions before it."""
-        a = self.arch
-        D, K, G, H = a.embed_dim, a.num_kv_heads, a.q_group, a.head_dim
-        q = Kernel((D, K, G, H), "btd,dkgh->btkgh", (K, G, H) if a.qkv_bias else None, name="q_proj")(x)
-        k = Kernel((D, K, H), "btd,dkh->btkh", (K, H) if a.qkv_bias else None, name="k_proj")(x)
-        v = Kernel((D, K, H), "btd,dkh->btkh", (K, H) if a.qkv_bias else None, name="v_proj")(x)
-        if a.qk_norm is not None:
-            q = Norm(a, (H,) if a.qk_norm == "head" else (K, G, H), name="q_norm")(q)
-            k = Norm(a, (H,) if a.qk_norm == "head" else (K, H), name="k_norm")(k)
-        if a.clip_qkv is not None:
-            q, k, v = (jnp.clip(y, -a.clip_qkv, a.clip_qkv) for y in (q, k, v))
-        if a.rope_frequencies:
-            q, k = rotate(q, frequencies, positions), rotate(k, frequencies, positions)
-        if self.has_variable("cache", "keys"):
-            k, v = self._remembered("keys", k, positions), self._remembered("values", v, positions)
-        mixed = self._attend(q, k, v, window, attention_scale, positions)
-        self.sow("taps", "heads", mixed)
-        return Kernel((K, G, H, D), "btkgh,kghd->btd", (D,) if a.o_bias else None, name="o_proj")(mixed)
-
-    def _remembered(
-        self, name: str, new: Float[Array, "B T K H"], positions: Int[Array, "#B T"]
-    ) -> Float[Array, "B S K H"]:
-        """Returns the keys or values of all positions, the new ones among them."""
-        kept = self.variable("cache", name, lambda: new)
-        kept.value = kept.value.at[jnp.arange(len(new))[:, None], positions].set(new.astype(kept.value.dtype))
-        return kept.value.astype(new.dtype)
-
-    def _attend(
-        self,
-        q: Float[Array, "B T K G H"],
-        k: Float[Array, "B S K H"],
-        v: Float[Array, "B S K H"],
-        window: jax.Array,
-        scale: jax.Array,
-        positions: Int[Array, "#B T"],
-    ) -> Float[Array, "B T K G H"]:
-        scores = einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
-        if (cap := self.arch.attention_softcap) is not None:
-            scores = cap * jnp.tanh(scores / cap)
-        back = positions[:, None, None, :, None] - jnp.arange(k.shape[1])
-        scores = jnp.where((back >= 0) & (back < window), scores, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        return einsum("bkgts,bskh->btkgh", weights, v)
+    q = linear(params["q_proj"], x, "btd,dkgh->btkgh")
+    k = linear(params["k_proj"], x, "btd,dkh->btkh")
+    v = linear(params["v_proj"], x, "btd,dkh->btkh")
+    if arch.qk_norm is not None:
+        per_head = arch.qk_norm == "head"
+        q = norm(arch, params["q_norm"], q, 1 if per_head else 3)
+        k = norm(arch, params["k_norm"], k, 1 if per_head else 2)
+    if arch.clip_qkv is not None:
+        q, k, v = (jnp.clip(y, -arch.clip_qkv, arch.clip_qkv) for y in (q, k, v))
+    if arch.rope_frequencies:
+        q, k = rotate(q, inputs.frequencies, positions), rotate(k, inputs.frequencies, positions)
+    if cache is not None:
+        cache = Cache(_written(cache.keys, k, positions), _written(cache.values, v, positions))
+        k, v = cache.keys.astype(k.dtype), cache.values.astype(v.dtype)
+    heads = _attend(arch, q, k, v, inputs, positions)
+    return linear(params["o_proj"], heads, "btkgh,kghd->btd"), heads, cache
 
 
-class Mlp(nn.Module):
-    """`down(act(gate(x)) * up(x))`, or `down(act(up(x)))` without a gate; its units are the columns of up.
+def _written(
+    cached: Float[Array, "B S K H"], new: Float[Array, "B T K H"], positions: Int[Array, "B T"]
+) -> Float[Array, "B S K H"]:
+    return cached.at[jnp.arange(len(new))[:, None], positions].set(new.astype(cached.dtype))
+
+
+def _attend(
+    arch: Arch,
+    q: Float[Array, "B T K G H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    inputs: LayerInputs,
+    positions: Int[Array, "#B T"],
+) -> Float[Array, "B T K G H"]:
+    scores = einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * inputs.attention_scale
+    if (cap := arch.attention_softcap) is not None:
+        scores = cap * jnp.tanh(scores / cap)
+    back = positions[:, None, None, :, None] - jnp.arange(k.shape[1])
+    scores = jnp.where((back >= 0) & (back < inputs.window), scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return einsum("bkgts,bskh->btkgh", weights, v)
+
+
+def mlp(
+    arch: Arch, params: Tree, x: Float[Array, "B T D"], taps: Collection[str] = ()
+) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "B T *units"]]]:
+    """Returns the output of an MLP or a mixture of experts, and those of `gate`, `up` and `units` that are asked for.
+
+    An MLP computes `down(act(gate(x)) * up(x))`, or `down(act(up(x)))` without a gate; its units are the columns of up.
 
     Source: Shazeer 2020, GLU variants (arXiv 2002.05202).
     """
-
-    arch: Arch
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        D, F = self.arch.embed_dim, self.arch.mlp_dim
-        activation = ACTIVATIONS[self.arch.activation]
-        bias, out_bias = ((F,), (D,)) if self.arch.mlp_bias else (None, None)
-        up = Kernel((D, F), "btd,df->btf", bias, name="up_proj")(x)
-        if self.arch.gated:
-            gate = Kernel((D, F), "btd,df->btf", bias, name="gate_proj")(x)
-            self.sow("taps", "gate", gate)
-            units = activation(gate) * up
-        else:
-            units = activation(up)
-        self.sow("taps", "up", up)
-        self.sow("taps", "units", units)
-        return Kernel((F, D), "btf,fd->btd", out_bias, name="down_proj")(units)
+    if arch.num_experts is not None:
+        return _mixture(arch, params, x, taps)
+    found = _inner(arch, params, x)
+    y = linear(params["down_proj"], found["units"], "btf,fd->btd")
+    return y, {tap: found[tap] for tap in taps if tap in found}
 
 
-def scaled(x: jax.Array, factor: float) -> jax.Array:
-    """Returns x times a constant, multiplied in float32; no-op for 1."""
-    return x if factor == 1.0 else (x.astype(jnp.float32) * factor).astype(x.dtype)
+def mlp_inner(
+    arch: Arch, params: Tree, x: Float[Array, "B T D"], taps: Collection[str]
+) -> dict[str, Float[Array, "B T *units"]]:
+    """Returns `gate`, `up` or `units` of an MLP; only the weights that they are computed from need be there."""
+    if arch.num_experts is None:
+        found = _inner(arch, params, x)
+        return {tap: found[tap] for tap in taps}
+    kernels = {name: leaves for name, leaves in params.items() if name in ("gate_proj", "up_proj")}
+
+    def of_expert(own: Tree) -> dict[str, jax.Array]:
+        found = _inner(arch, own, x)
+        return {tap: found[tap] for tap in taps}
+
+    return _experts_last(jax.lax.map(of_expert, kernels))
+
+
+def _inner(arch: Arch, params: Tree, x: Float[Array, "B T D"]) -> dict[str, Float[Array, "B T F"]]:
+    """Returns the pre-activations `gate` and `up` whose weights are given, and the `units` if they follow."""
+    found = {tap: linear(params[f"{tap}_proj"], x, "btd,df->btf") for tap in ("up", "gate") if f"{tap}_proj" in params}
+    activation = ACTIVATIONS[arch.activation]
+    if arch.gated and len(found) == 2:
+        found["units"] = activation(found["gate"]) * found["up"]
+    elif not arch.gated and "up" in found:
+        found["units"] = activation(found["up"])
+    return found
+
+
+def _mixture(
+    arch: Arch, params: Tree, x: Float[Array, "B T D"], taps: Collection[str]
+) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "B T E F"]]]:
+    """Returns the sum of the k selected experts' MLPs weighted by the router, and inner activations of all experts.
+
+    Every expert computes every token, one expert at a time, and those not selected have weight 0: the numbers are
+    exact, only one expert's activations `[B T F]` are held at a time, and the cost is E / k times that of computing the
+    selected experts alone (4 times for 8 experts, 2 per token).
+
+    Source: Jiang et al. 2024, Mixtral of Experts (arXiv 2401.04088), section 2.1.
+    """
+    weights = _expert_weights(arch, linear(params["router"], x, "btd,de->bte"))
+    kernels = {name: params[name] for name in ("gate_proj", "up_proj", "down_proj")}
+
+    def add_expert(
+        total: jax.Array, expert: tuple[jax.Array, Tree]
+    ) -> tuple[jax.Array, dict[str, Float[Array, "B T F"]]]:
+        weight, own = expert
+        found = _inner(arch, own, x)
+        y = linear(own["down_proj"], found["units"], "btf,fd->btd").astype(jnp.float32)
+        return total + weight[..., None] * y, {tap: found[tap] for tap in taps if tap in found}
+
+    start = jnp.zeros(x.shape, jnp.float32)
+    total, found = jax.lax.scan(add_expert, start, (jnp.moveaxis(weights, -1, 0), kernels))
+    return total.astype(x.dtype), _experts_last(found)
+
+
+def _experts_last(found: dict[str, Float[Array, "E B T F"]]) -> dict[str, Float[Array, "B T E F"]]:
+    return {tap: jnp.moveaxis(activations, 0, 2) for tap, activations in found.items()}
+
+
+def _expert_weights(arch: Arch, scores: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+    """Returns every expert's weight in a token: softmax over the k experts of largest score, 0 for the others."""
+    assert arch.experts_per_token is not None
+    largest, selected = jax.lax.top_k(scores.astype(jnp.float32), arch.experts_per_token)
+    weights = jax.nn.softmax(largest, axis=-1)
+    return (jax.nn.one_hot(selected, scores.shape[-1]) * weights[..., None]).sum(-2)

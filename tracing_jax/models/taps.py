@@ -1,4 +1,4 @@
-"""The taps of a model: which of its inner activations can be asked for, and which axes their units have."""
+"""Taps: the inner activations of a block that can be asked for, and the axes of their units."""
 
 from collections.abc import Iterable, Mapping
 
@@ -8,10 +8,12 @@ from tracing_jax.arch import Arch
 def tap_axes(arch: Arch) -> Mapping[str, tuple[str, ...]]:
     """Returns tap name -> the kinds of the axes of its units, which follow B and T.
 
-    `residual` is the hidden state that a block receives; `heads` the mixed values of its heads before the output
-    projection; `mlp_input` what the MLP reads, which is the hidden state, normed where blocks have pre-norms; `gate`
-    and `up` its pre-activations and `units` its hidden units, of every expert for every token; `mlp_output` what it
-    returns, before a post norm.
+    * `residual`: the hidden state that a block receives.
+    * `heads`: the outputs of the attention heads, before the output projection.
+    * `mlp_input`: what the MLP reads, which is the hidden state, normalised where blocks have pre-norms.
+    * `gate`, `up`: the pre-activations of the MLP, of every expert for every token.
+    * `units`: its hidden units, likewise.
+    * `mlp_output`: what it returns, before a post norm.
     """
     units = ("mlp",) if arch.num_experts is None else ("expert", "mlp")
     axes = {
@@ -27,12 +29,12 @@ def tap_axes(arch: Arch) -> Mapping[str, tuple[str, ...]]:
 
 
 def taps_of(arch: Arch) -> tuple[str, ...]:
-    """Returns the names of the taps that a model has; one whose MLP has no gate has no `gate`."""
+    """Returns the names of the taps of a model; without a gate there is no tap `gate`."""
     return tuple(tap_axes(arch))
 
 
 def taps_problem(arch: Arch, taps: Iterable[str]) -> str | None:
-    """Returns which of the taps a model does not have, and which it has; None if it has them all."""
+    """Returns which of these taps a model lacks and which it has; None if it has them all."""
     unknown = sorted(set(taps) - set(taps_of(arch)))
     return f"unknown taps {', '.join(unknown)}; there are {', '.join(taps_of(arch))}" if unknown else None
 
@@ -41,6 +43,6 @@ _MLP_LEAVES = {"gate": ("mlp/gate_proj",), "up": ("mlp/up_proj",), "units": ("ml
 
 
 def mlp_leaves(taps: Iterable[str]) -> tuple[str, ...]:
-    """Returns the names in a layer under which the leaves lie that these taps of its MLP are computed from."""
-    needed = {leaf for tap in taps for leaf in _MLP_LEAVES.get(tap, ("mlp",))}
+    """Returns the names in a layer of the subtrees that `gate`, `up` or `units` are computed from."""
+    needed = {leaf for tap in taps for leaf in _MLP_LEAVES[tap]}
     return ("mlp_norm", *sorted(needed))

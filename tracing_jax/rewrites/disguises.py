@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Int, PRNGKeyArray
 
 from tracing_jax.arch import Arch
+from tracing_jax.dataclass_options import comma_list
 from tracing_jax.rewrites.expansion import IdentityLayer, Padding
 from tracing_jax.rewrites.linear_maps import QueryKeyMaps, Rotation, UnitScaling, ValueMixing
 from tracing_jax.rewrites.norm_gains import GainScaling
@@ -28,7 +29,7 @@ def rewrite_names(listed: str) -> list[str]:
     Raises:
       ValueError: a name that is not one of `DISGUISES`.
     """
-    names = [name.strip() for name in listed.split(",") if name.strip()]
+    names = list(comma_list(listed))
     if unknown := [name for name in names if name not in DISGUISES and name != "all"]:
         raise ValueError(f"unknown rewrites {', '.join(unknown)}; there are {', '.join(DISGUISES)}, or all")
     if "all" in names and len(names) > 1:

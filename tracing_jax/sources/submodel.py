@@ -81,7 +81,7 @@ class Submodel:
         ids, at = np.unique(self.tokens, return_inverse=True)
         runs = np.split(ids, np.flatnonzero(np.diff(ids) > 1) + 1)
         spans = [slice(int(run[0]), int(run[-1]) + 1) for run in runs]
-        return np.take(self._slice(name, axis, *spans), at, axis=axis)
+        return np.take(np.asarray(self._slice(name, axis, *spans)), at, axis=axis)
 
     def _slice(self, name: str, axis: int, *spans: slice) -> Any:
         found = leaf_slice(self.source, name, axis, *spans)

@@ -1,6 +1,6 @@
 """The statistics, one a file, by the name under which a config or `--stat` asks for them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 
 from tracing_jax.options import RunOptions
@@ -21,7 +21,7 @@ from tracing_jax.statistics.screen import Screen
 from tracing_jax.statistics.statistic import Curve, Pair, Result, Statistic, Test, Vocabularies
 from tracing_jax.statistics.verdict import Verdict, over_pairs, verdict
 
-REGISTRY: Mapping[str, type[Statistic]] = {
+REGISTRY: Mapping[str, Callable[..., Statistic]] = {
     "mode": Mode, "cos": Cos, "emb": Emb, "jsd": Jsd, "csu": Csu, "csu_all": CsuAll, "csh": Csh, "match": Match,
     "match_all": MatchAll, "match_moments": MatchMoments, "match_distilled": MatchDistilled, "screen": Screen,
     "l2": L2, "perm_mode_l2": PermModeL2,

@@ -16,7 +16,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 from tqdm import tqdm
 
 from tracing_jax import options
@@ -46,8 +46,8 @@ from tracing_jax.tree import Tree
 
 PROJECTIONS = ("gate", "up")
 
-Signatures = dict[str, tuple[Float[np.ndarray, "F M"], np.ndarray]]
-"""`gate`, `up` -> signatures of a layer's units, and which units are live."""
+Signatures = dict[str, tuple[Float[np.ndarray, "_ _"], Bool[np.ndarray, " _"]]]
+"""`gate`, `up` -> signatures `[F, M]` of a layer's units, and which units are live `[F]`."""
 
 _FORM = "moments"
 _RIDGE = 0.1  # of a standardised coordinate's variance, below which a direction of the signatures counts as noise

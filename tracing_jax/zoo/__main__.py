@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tracing_jax.cli.errors import configure_logging, exit_on_user_error
+from tracing_jax.dataclass_options import comma_list
 from tracing_jax.zoo.folder import ZooFolder
 from tracing_jax.zoo.report import write_report
 from tracing_jax.zoo.worker import run_worker
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if given.command == "report":
             print(write_report(folder))
             return
-        names = sys.stdin.read().split() if given.pairs == "-" else given.pairs.split(",") if given.pairs else []
+        names = sys.stdin.read().split() if given.pairs == "-" else comma_list(given.pairs)
         run_worker(folder.path, names or folder.plan.by_name)
 
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from tracing_jax.checkpoint import open_checkpoint
 from tracing_jax.experiment import check_config
-from tracing_jax.experiment.opening import is_local, resolved
+from tracing_jax.experiment.models import is_local, resolve_model_id
 from tracing_jax.report import text_table
 from tracing_jax.zoo.folder import STATES, ZooFolder
 from tracing_jax.zoo.plan import PLAN, ZooPlan
@@ -47,7 +47,7 @@ def _check_models(plan: ZooPlan) -> None:
     lines = []
     for model in filter(is_local, plan.names):
         try:
-            open_checkpoint(resolved(model))
+            open_checkpoint(resolve_model_id(model))
         except (ValueError, OSError) as error:
             lines.append(f"{model}: {error}")
     if lines:

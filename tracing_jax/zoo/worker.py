@@ -13,7 +13,7 @@ from tracing_jax import experiment
 from tracing_jax.checkpoint import Checkpoint
 from tracing_jax.distributed import broadcast_one, initialized, is_main_process
 from tracing_jax.experiment.metadata import file_stamps
-from tracing_jax.experiment.opening import open_models
+from tracing_jax.experiment.models import open_models
 from tracing_jax.options import RunOptions
 from tracing_jax.zoo.folder import ZooFolder
 from tracing_jax.zoo.plan import PlannedPair

@@ -1,0 +1,171 @@
+"""The command line: help without anything heavy, and each verb on tiny models."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tracing_jax import cli
+from tracing_jax.cli.absl_flags import parse_flags
+from tracing_jax.cli.generate import GenerateOptions
+from tracing_jax.cli.zoo import Slurm, ZooOptions, launch
+from tracing_jax.data import GENERATED_FOLDER
+from tracing_jax.dataclass_options import options_of, problems
+from tracing_jax.options import COMPARE, RunOptions
+from tracing_jax.zoo import PAIRINGS, ZooFolder, make_plan, read_models
+
+ROOT = Path(__file__).parents[1]
+OPTIONS = {"compare": (RunOptions,), "align": (), "disguise": (), "generate": (GenerateOptions,),
+           "zoo": (RunOptions, ZooOptions)}  # fmt: skip
+LEFT_OUT = {"base_model_id", "ft_model_id", "ft_model_ids", "save"}
+
+_LIGHT = """
+import sys
+for name in ("jax", "numpy", "ml_collections", "scipy", "transformers"):
+    sys.modules[name] = None
+from tracing_jax.cli import main
+main(sys.argv[1:])
+"""
+
+
+def light(*argv):
+    return subprocess.run(
+        [sys.executable, "-c", _LIGHT, *argv], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_of_a_verb_imports_nothing_heavy_and_lists_every_option_with_its_default(verb):
+    done = light(verb, "--help")
+    assert done.returncode == 0, done.stderr
+    words = "".join(done.stdout.split())
+    for kind in OPTIONS[verb]:
+        for found in options_of(kind):
+            if found.name not in LEFT_OUT:
+                assert f"--{found.name}" in done.stdout
+                assert "".join(found.meaning.split()) in words
+    assert "[" in done.stdout
+
+
+def test_help_and_version_of_the_program():
+    done = light("--help")
+    assert done.returncode == 0, done.stderr
+    for verb, meaning in cli.VERBS.items():
+        assert verb in done.stdout
+        assert meaning in " ".join(done.stdout.split())
+    assert light("--version").stdout.startswith("tracing-jax ")
+
+
+def test_the_help_of_compare_shows_its_own_defaults():
+    text = " ".join(light("compare", "--help").stdout.split())
+    assert "[csu,match]" in text
+    assert f"[{COMPARE.save}]" in text
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["comapre", "A", "B"], "invalid choice: 'comapre' (choose from 'compare'"),
+    (["compare", "A"], "required: FT"),
+    (["compare", "A", "B", "--match.max_token", "3"], "there is no such option; did you mean --match.max_tokens?"),
+    (["compare", "A", "B", "--batch_size", "many"], "--batch_size: expected a whole number, found 'many'"),
+    (["disguise", "A", "--save", "x"], "required: --disguise"),
+])  # fmt: skip
+def test_a_mistake_is_one_line_and_status_2(argv, message):
+    done = light(*argv)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def in_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_compare_prints_a_verdict_without_a_text(family, in_folder, capsys):
+    cli.main(["compare", str(family.member("base")), str(family.member("finetune"))])
+    shown = capsys.readouterr().out
+    assert shown.startswith("RELATED")
+    record = json.loads((in_folder / "runs/compare.json").read_text())
+    assert record["tokens"] is None
+    assert record["args"]["stat"] == ["csu", "match"]
+    assert any("only the form weights" in note for note in record["notes"])
+
+
+def test_compare_prints_the_record_or_the_verdict_alone_and_its_status_says_related(family, in_folder, capsys):
+    pair = [str(family.member("base")), str(family.member("finetune"))]
+    cli.main(["compare", *pair, "--stat", "csu", "--json", "--save", "one.p"])
+    assert json.loads(capsys.readouterr().out) == json.loads((in_folder / "one.json").read_text())
+    with pytest.raises(SystemExit) as ended:
+        cli.main(
+            ["compare", *pair, str(family.member("independent")), "--stat", "csu", "--quiet", "--fail_on", "related"]
+        )
+    assert ended.value.code == 3
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["RELATED", "INDEPENDENT"]
+
+
+def test_with_a_text_compare_matches_activations_too(family, in_folder, capsys):
+    sizes = ["--dataset", str(family.text), "--num_tokens", "1024", "--block_size", "64", "--mesh.data", "1"]
+    cli.main(["compare", str(family.member("base")), str(family.member("finetune")), *sizes, "--stat", "match"])
+    assert "RELATED" in capsys.readouterr().out
+    record = json.loads((in_folder / "runs/compare.json").read_text())
+    assert set(record["statistics"]["match"]["non_aligned"]["null"]) >= {"forward", "weights"}
+
+
+def test_a_statistic_that_needs_a_text_says_what_to_give(in_folder):
+    with pytest.raises(SystemExit, match="neither dataset nor dataset_id is set, and mode cannot do without a text"):
+        cli.main(["compare", "some/model", "other/model", "--stat", "mode"])
+
+
+def test_align_writes_the_aligned_model(family, in_folder, capsys):
+    argv = ["align", str(family.member("base")), str(family.member("disguised")), "--save_aligned", "aligned"]
+    cli.main([*argv, "--align_axes", "embed,mlp,kv_heads,q_group"])
+    capsys.readouterr()
+    distance = json.loads((in_folder / "runs/align.json").read_text())["statistics"]["l2"]
+    assert distance["aligned"]["headline"] < 0.5 * distance["non_aligned"]["headline"]
+    assert (in_folder / "aligned" / "config.json").exists()
+
+
+def test_disguise_writes_a_checkpoint_of_the_same_function(family, in_folder, capsys):
+    cli.main(["disguise", str(family.member("finetune")), "--disguise", "rotate, permute", "--save", "disguised"])
+    assert "rewrites: rotate, permute" in capsys.readouterr().out
+    assert (in_folder / "disguised" / "model.safetensors").exists()
+
+
+def test_generate_writes_texts(family, in_folder, capsys):
+    model = str(family.member("base"))
+    cli.main(["generate", "--models", model, "--num_samples", "2", "--max_new_tokens", "4", "--save", "texts"])
+    file = Path(capsys.readouterr().out.strip())
+    assert len(json.loads(file.read_text())) == 2
+
+
+def test_print_shows_a_plan_and_leaves_a_finished_folder_as_it_is(family, tmp_path, capsys):
+    listed = tmp_path / "models.yaml"
+    listed.write_text(json.dumps([str(family.member("base")), str(family.member("finetune"))]))
+    folder = tmp_path / "zoo"
+    folder.mkdir()
+    make_plan(read_models(listed, None), RunOptions(stat=("csu",))).write(folder)
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    zoo = ZooOptions(save=str(folder), models=str(listed), executor="print")
+    launch(zoo, RunOptions(stat=("cos",), dataset=None))
+    shown = capsys.readouterr().out
+    assert "base--finetune" in shown
+    assert "#SBATCH" in shown
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+    assert ZooFolder(folder).plan.config["stat"] == ["csu"]
+
+
+def test_options_of_the_other_programs_fit_the_package():
+    assert next(found for found in options_of(ZooOptions) if found.name == "flat").choices == tuple(PAIRINGS)
+    assert next(found for found in options_of(GenerateOptions) if found.name == "save").default == GENERATED_FOLDER
+    assert problems(ZooOptions(save="x")) == problems(Slurm()) == problems(GenerateOptions(models=("a",))) == []
+
+
+def test_a_flag_of_a_config_is_checked_before_anything_is_parsed(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_flags(["main.py", "--noconfig.aling"])
+    assert ended.value.code == 2
+    assert "aling: there is no such option; did you mean align?" in capsys.readouterr().err

@@ -1,0 +1,235 @@
+"""The commands and snippets of README and docs work as printed.
+
+Every block runs in a folder of its own that has what the pages name: the programs of the repository, the models `base`
+and `theirs`, and the text `pages.txt`. A block after `<!-- not run: REASON -->` needs a cluster, the Hub or minutes; its
+commands are parsed all the same, so their flags and config fields exist.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import tracing_jax as tj
+from tracing_jax.alignment import KINDS, WHOLE
+from tracing_jax.rewrites import DRAWN
+
+ROOT = Path(__file__).parent.parent
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "benchmarks/RESULTS.md",
+    *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")),
+]
+_BLOCK = re.compile(
+    r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S
+)
+_TOOLS = {"pip", "pytest", "ruff", "mypy", "mkdocs", "pre-commit", ".ci/run"}
+_NUMBER = re.compile(r"(10\^)?-?\d[\d.,]*")
+
+
+@dataclass(frozen=True)
+class Block:
+    page: str
+    line: int
+    language: str
+    text: str
+    reason: str | None
+    """Why it is not run; None if it is."""
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text("utf-8")
+
+
+def blocks(language: str) -> list[Block]:
+    found = []
+    for page in PAGES:
+        text = text_of(page)
+        for match in _BLOCK.finditer(text):
+            if match["language"] == language:
+                line = text.count("\n", 0, match.start("text"))
+                found.append(Block(page, line, language, match["text"], match["reason"]))
+    return found
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """Yields where each command of a page stands, and its words."""
+    for block in [*blocks("bash"), *blocks("console")]:
+        text = block.text
+        if block.language == "console":
+            text = "\n".join(line.removeprefix("$ ") for line in text.splitlines() if line.startswith("$ "))
+        for line in text.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            while words:
+                end = words.index("&&") if "&&" in words else len(words)
+                yield str(block), words[:end]
+                words = words[end + 1 :]
+
+
+COMMANDS = list(commands())
+
+
+def test_first_block_is_that_of_continuous_integration():
+    script = text_of(".ci/run")
+    first = blocks("bash")[0].text.splitlines()
+    assert len(first) == 2
+    for command in first:
+        assert command in script
+
+
+@pytest.mark.parametrize("words", [words for _, words in COMMANDS], ids=[place for place, _ in COMMANDS])
+def test_command_can_be_parsed(words):
+    while re.fullmatch(r"\w+=\S*", words[0]):
+        words = words[1:]
+    if words[0] == "srun":
+        words = words[[word.startswith("-") for word in words].index(False, 1) :]
+    match words:
+        case ["tracing-jax", *arguments]:
+            parse_verb(arguments)
+        case ["python", "main.py" | "launch.py" | "generate.py" as program, *arguments]:
+            parse_program(program, arguments)
+        case ["python", "-m", module, *arguments] if module.split(".")[0] == "benchmarks":
+            assert module_file(module).is_file()
+            source = "".join(file.read_text("utf-8") for file in (ROOT / "benchmarks").rglob("*.py"))
+            for flag in arguments:
+                assert f'"{flag.lstrip("-").split("=")[0]}"' in source
+        case ["python", "-m", "tracing_jax.zoo", "report", _]:
+            assert module_file("tracing_jax.zoo").is_file()
+        case ["python", script, *_]:
+            assert (ROOT / script).is_file()
+        case ["pip", "install", *packages]:
+            extras = tomllib.loads(text_of("pyproject.toml"))["project"]["optional-dependencies"]
+            assert set(re.findall(r"\[(\w+)\]", " ".join(packages))) <= set(extras)
+        case [tool, *_]:
+            assert tool in _TOOLS
+
+
+def module_file(module: str) -> Path:
+    path = ROOT.joinpath(*module.split("."))
+    return path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+@pytest.fixture
+def workspace(family, tmp_path, monkeypatch):
+    """A folder with the programs of the repository and the files that the pages name."""
+    for name in ("main.py", "launch.py", "generate.py", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for name, member in {"base": "base", "theirs": "disguised"}.items():
+        (tmp_path / name).symlink_to(family.member(member))
+    (tmp_path / "pages.txt").symlink_to(family.text)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(script: str, folder: Path) -> str:
+    """Runs a block in bash, with `python` and `tracing-jax` those of this test, and returns what it prints."""
+    bin_folder = folder / ".bin"
+    bin_folder.mkdir()
+    (bin_folder / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (bin_folder / "tracing-jax").write_text(f'#!/bin/sh\nexec {sys.executable} -m tracing_jax "$@"\n')
+    for file in bin_folder.iterdir():
+        file.chmod(0o755)
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{bin_folder}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], cwd=folder, env=env, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [block for block in blocks("bash") if not block.reason], ids=str)
+def test_block_runs(block, workspace):
+    run(block.text, workspace)
+
+
+@pytest.mark.parametrize("block", blocks("console"), ids=str)
+def test_output_is_as_printed_but_for_its_numbers(block, workspace):
+    command, _, printed = block.text.removeprefix("$ ").partition("\n")
+    found, expected = (_NUMBER.sub("#", " ".join(text.split())) for text in (run(command, workspace), printed))
+    assert found == expected
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=str)
+def test_snippet_runs(block, workspace):
+    scope = {}
+    exec(compile(block.text, str(block), "exec"), scope)
+    if "planted" in scope:
+        check_restored(scope)
+    if "again" in scope:
+        check_inverse(scope)
+    if "report" in scope:
+        assert scope["report"].verdict == "related"
+    if "alignment" in scope:
+        check_aligned(scope)
+
+
+def check_restored(scope):
+    """A permuted tree computes the same, and its matching restores it bit for bit."""
+    leaves = {name: jax.tree.leaves(scope[name]) for name in ("params", "shuffled", "restored")}
+    assert all(map(np.array_equal, leaves["params"], leaves["restored"]))
+    assert not all(map(np.array_equal, leaves["params"], leaves["shuffled"]))
+    outputs = [scope["MLP"]().apply({"params": scope[name]}, scope["x"]) for name in ("params", "shuffled")]
+    np.testing.assert_allclose(*outputs, atol=1e-5)
+
+
+def check_inverse(scope):
+    """A disguised model differs from the model, and its inverse gives the model back."""
+    for part in ("embed", "head"):
+        model, other, again = (jax.tree.leaves(getattr(scope[name], part)()) for name in ("model", "other", "again"))
+        assert all(np.abs(a - b).max() < 1e-5 for a, b in zip(model, again, strict=True))
+        assert any(np.abs(a - b).max() > 0.1 for a, b in zip(model, other, strict=True))
+
+
+def check_aligned(scope):
+    """The aligned model that was written is, in its embedding, the fine-tune before its disguise."""
+    written = tj.open("aligned")
+    wanted = tj.open(Path("theirs").resolve().parent / "finetune")
+    for a, b in zip(jax.tree.leaves(written.embed()), jax.tree.leaves(wanted.embed()), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def first_column(page: str, heading: str) -> list[str]:
+    """Returns the code words in the first column of the table that follows a heading."""
+    section = text_of(page).split(f"{heading}\n")[1].split("\n## ")[0]
+    cells = re.findall(r"^\| (`[^|]+) \|", section, re.MULTILINE)
+    return [word for cell in cells for word in re.findall(r"`(\w+)`", cell)]
+
+
+def test_table_of_disguises_names_all():
+    assert first_column("docs/disguises.md", "## Disguise a model") == list(DRAWN)
+
+
+def test_table_of_alignment_names_all():
+    assert sorted(first_column("docs/disguises.md", "## Align two models")) == sorted((*KINDS, *WHOLE))
+
+
+def test_table_of_statistics_names_all():
+    from tracing_jax.statistics import REGISTRY
+
+    assert sorted(first_column("docs/statistics.md", "# Statistics and nulls")) == sorted(REGISTRY)
+
+
+def test_api_page_has_all_public_names():
+    named = re.findall(r"^::: tracing_jax\.(?:\w+\.)*(\w+)$", text_of("docs/api.md"), re.MULTILINE)
+    assert sorted(named) == sorted(set(tj.__all__) - {"__version__"})
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_linked_files_exist(page):
+    generated = {"options.md"}
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text_of(page)):
+        assert target in generated or ((ROOT / page).parent / target).exists() or Path(target).name in generated, target

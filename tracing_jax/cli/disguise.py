@@ -1,0 +1,40 @@
+"""`tracing-jax disguise`: a checkpoint of the same function in other weights."""
+
+import argparse
+from dataclasses import dataclass
+
+from tracing_jax.cli.arguments import add_options, given
+from tracing_jax.cli.compare import MODEL
+from tracing_jax.cli.errors import exit_on_user_error
+from tracing_jax.dataclass_options import REQUIRED, checked, option
+from tracing_jax.options import REWRITES
+
+USAGE = "MODEL --disguise A,B,... --save FOLDER"
+
+
+@dataclass(frozen=True)
+class DisguiseOptions:
+    """What is written, and how."""
+
+    disguise: tuple[str, ...] = option(REQUIRED, "Rewrites, applied in order, or all.", choices=REWRITES)
+    save: str = option(REQUIRED, "The folder to write.")
+    seed: int = option(0, "Every random draw follows from it.", at_least=0, at_most=2**32 - 1)
+    cache_dir: str | None = option(None, "A folder to keep downloads in.")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the verb."""
+    parser.add_argument("model", metavar="MODEL", help=f"model: {MODEL}")
+    add_options(parser, DisguiseOptions)
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Runs the verb."""
+    with exit_on_user_error():
+        options = checked(DisguiseOptions(**given(parsed, DisguiseOptions)))
+        from tracing_jax.experiment.models import resolve_model_id
+        from tracing_jax.rewrites.__main__ import disguise
+
+        model = resolve_model_id(parsed.model)
+        for line in disguise(model, ",".join(options.disguise), options.seed, options.save, options.cache_dir):
+            print(line)

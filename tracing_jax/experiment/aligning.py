@@ -1,0 +1,88 @@
+"""Step 4: the fine-tuned model aligned to base; and step 7, the aligned model as a checkpoint."""
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from tracing_jax.alignment import Alignment, AlignmentError, align, aligned
+from tracing_jax.checkpoint import save_checkpoint
+from tracing_jax.experiment.inputs import RunInputs
+from tracing_jax.experiment.loading import reordered
+from tracing_jax.options import RunOptions
+from tracing_jax.rewrites import Permutation, Untying
+from tracing_jax.run_cache import RunCache
+from tracing_jax.sources import InMemory, in_memory, placed, rewritten
+from tracing_jax.statistics import Pair
+
+
+def align_ft(options: RunOptions, inputs: RunInputs, pair: Pair) -> tuple[Pair, Alignment | None]:
+    """Step 4: the pair with ft aligned to base. None, and a note, where the weights turn out not to allow it."""
+    shared = None
+    # Embeddings padded to different sizes differ in their rows even under one tokenizer.
+    if inputs.vocabularies.known and not (
+        inputs.vocabularies.same and pair.base.arch.vocab_size == pair.ft.arch.vocab_size
+    ):
+        shared = {"vocab": (inputs.vocabularies.ids_base, inputs.vocabularies.ids_ft)}
+    try:
+        alignment = _restored_alignment(pair.run_cache) or align(
+            pair.base,
+            pair.ft,
+            options.align_axes,
+            evidence=options.align_evidence,
+            tokens=pair.tokens,
+            compute=pair.compute,
+            shared=shared,
+            seed=options.seed,
+            run_cache=pair.run_cache.scope("align"),
+        )
+    except AlignmentError as error:
+        inputs.notes.append(f"not aligned: {error}")
+        return pair, None
+    _save_alignment(pair.run_cache, alignment)
+    return _aligned_pair(inputs, replace(pair, run_cache=pair.run_cache.scope("aligned")), alignment), alignment
+
+
+def write_aligned(options: RunOptions, inputs: RunInputs, pair: Pair) -> None:
+    """Step 7: the aligned model as a checkpoint. Last: an interrupted run may not find its folder there already."""
+    assert options.save_aligned is not None
+    save_checkpoint(options.save_aligned, pair.ft, companions=inputs.ft.folder)
+    inputs.notes.append(f"the aligned model is in {options.save_aligned}")
+
+
+def _save_alignment(run_cache: RunCache, alignment: Alignment) -> None:
+    """Keeps an alignment by permutations for an interrupted run; other rewrites are found again."""
+    if alignment.reorders_only:
+        run_cache.save_arrays(lambda: dict(alignment.permutations), "alignment")
+        run_cache.save(asdict(replace(alignment, rewrites=())), "alignment")
+
+
+def _restored_alignment(run_cache: RunCache) -> Alignment | None:
+    fields: dict[str, Any] | None = run_cache.load(dict, "alignment")
+    permutations = run_cache.load_arrays("alignment")
+    if fields is None or permutations is None:
+        return None
+    tuples = {"objective": tuple(fields["objective"]), "rewrites": (Permutation(permutations),)}
+    return Alignment(**{**fields, **tuples})
+
+
+def _aligned_pair(inputs: RunInputs, pair: Pair, alignment: Alignment) -> Pair:
+    """Returns the pair with ft after the alignment, and base with a head of its own where ft's got one."""
+    if alignment.reorders_only:
+        return replace(pair, ft=reordered(pair.ft, alignment.rewrites), aligned=True)
+    ft = in_memory(placed(aligned(pair.ft, alignment), pair.compute.mesh), "aligning")
+    base = pair.base
+    if base.arch.tied and not ft.arch.tied:
+        base = _untied(in_memory(base), pair.compute.mesh)  # both models are resident already
+        inputs.notes.append(
+            "aligned, ft has a head of its own; base's was untied from its embedding for that, unchanged"
+        )
+    return replace(pair, base=base, ft=ft, aligned=True)
+
+
+def _untied(model: InMemory, mesh: Mesh) -> InMemory:
+    """Returns the model with a head of its own, equal to its embedding; the other weights are shared with it."""
+    untied = placed(rewritten(model, [Untying()]), mesh)
+    return InMemory(untied.arch, {**model.params, "head": jax.tree.map(jnp.asarray, untied.head())})

@@ -1,0 +1,179 @@
+"""Before step 1: checkpoints and text are opened, and all that would stop the run is found; no weight is read."""
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import jax
+
+from tracing_jax.alignment import alignment_problems, beyond_permutations, expected_shape
+from tracing_jax.arch import Arch, length_problem
+from tracing_jax.axes import axis_table
+from tracing_jax.checkpoint import Checkpoint
+from tracing_jax.dataclass_options import ConfigError
+from tracing_jax.experiment.models import (
+    open_controls,
+    open_models,
+    open_tokenizer,
+    reads_part_only,
+    shared_vocabulary,
+)
+from tracing_jax.experiment.text import RunText, read_text
+from tracing_jax.experiment.validation import RENAMING, make_statistics, text_readers
+from tracing_jax.options import RunOptions
+from tracing_jax.rewrites import Rewrite, arch_after, draw_rewrites
+from tracing_jax.statistics import Statistic, Vocabularies
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """A pair that is open but not loaded, with everything that could be checked before loading.
+
+    Attributes:
+      base, ft: the two models.
+      disguise: rewrites of ft, drawn from the run's seed, applied as its weights are read.
+      statistics: by name.
+      not_applicable: statistic -> why it cannot be computed on these models.
+      not_alignable: why ft cannot be aligned to base; None if it can, or is not to be.
+      vocabularies: how the tokens correspond.
+      text: None if nothing reads text.
+      controls: models that are known to be independent of both.
+      needs_resident: whether what is to be undone is found with both models in memory only.
+      reads_part_only: whether the statistics look at a small part of the weights.
+      notes: for the record; steps add to them.
+    """
+
+    base: Checkpoint
+    ft: Checkpoint
+    disguise: tuple[Rewrite, ...]
+    statistics: dict[str, Statistic]
+    not_applicable: dict[str, str]
+    not_alignable: str | None
+    vocabularies: Vocabularies
+    text: RunText | None
+    controls: tuple[Checkpoint, ...]
+    needs_resident: bool
+    reads_part_only: bool
+    notes: list[str]
+
+    def models(self) -> dict[str, Checkpoint]:
+        """Returns every model of the run by its part in it: base, ft, control 0, ..."""
+        controls = {f"control {i}": control for i, control in enumerate(self.controls)}
+        return {"base": self.base, "ft": self.ft, **controls}
+
+
+def open_inputs(options: RunOptions) -> RunInputs:
+    """Opens both checkpoints and the text, and asks every statistic whether it applies.
+
+    Raises:
+      ConfigError: the options do not fit the models, or no statistic applies to them.
+      CheckpointError, UnsupportedModelError, OSError, ValueError: a model or the text cannot be read.
+    """
+    base, ft = open_models(options)
+    disguise = _draw_disguise(options, ft)
+    ft_arch = arch_after(disguise, ft.arch)
+    statistics = make_statistics(options)
+    needs_text = bool(text_readers(options, statistics))
+    if lines := _option_problems(options, base, ft, needs_text):
+        raise ConfigError("\n  ".join(["the config does not fit the models:", *lines]))
+    tokenizer_base, tokenizer_ft = (open_tokenizer(checkpoint, needs_text) for checkpoint in (base, ft))
+    vocabularies = shared_vocabulary(base, ft, tokenizer_base, tokenizer_ft)
+    not_applicable = inapplicable(statistics, base.arch, ft_arch, vocabularies)
+    not_alignable = "; ".join(_alignment_problems(options, base.arch, ft_arch, vocabularies)) if options.align else None
+    if len(not_applicable) == len(statistics):
+        aligned = options.align and not not_alignable
+        after = expected_shape(base.arch, ft_arch, options.align_axes) if aligned else ft_arch
+        if len(inapplicable(statistics, base.arch, after, vocabularies)) == len(statistics):
+            lines = [f"{name}: {problem}" for name, problem in not_applicable.items()]
+            raise ConfigError(f"{base.id} and {ft.id} cannot be compared: " + "\n  ".join(lines))
+    return RunInputs(
+        base,
+        ft,
+        disguise,
+        statistics,
+        not_applicable,
+        not_alignable,
+        vocabularies,
+        text=read_text(options, tokenizer_base, tokenizer_ft, vocabularies) if needs_text else None,
+        controls=open_controls(options, base, tokenizer_base),
+        needs_resident=options.align and bool(beyond_permutations(options.align_axes)),
+        reads_part_only=reads_part_only(options),
+        notes=[
+            *_pair_notes(base.arch, ft_arch, vocabularies, "mode" in statistics and "mode" not in not_applicable),
+            *_option_notes(options, base.arch, ft.arch, statistics, not_alignable),
+        ],
+    )
+
+
+def inapplicable(
+    statistics: Mapping[str, Statistic], base: Arch, ft: Arch, vocabularies: Vocabularies
+) -> dict[str, str]:
+    """Returns the statistics that do not apply to models of these shapes, each with the reason."""
+    problems = {name: statistic.not_applicable(base, ft, vocabularies) for name, statistic in statistics.items()}
+    return {name: "; ".join(lines) for name, lines in problems.items() if lines}
+
+
+def _draw_disguise(options: RunOptions, ft: Checkpoint) -> tuple[Rewrite, ...]:
+    key = jax.random.fold_in(jax.random.key(options.seed), zlib.crc32(b"disguise"))
+    listed = ",".join(options.disguise)
+    try:
+        return draw_rewrites(listed, key, ft.arch, without=(RENAMING,))
+    except ValueError as error:
+        raise ConfigError(f"disguise={listed}, {ft.id}: {error}") from error
+
+
+def _option_problems(options: RunOptions, base: Checkpoint, ft: Checkpoint, needs_text: bool) -> list[str]:
+    """Returns the options that do not fit these models."""
+    lines = []
+    for checkpoint in (base, ft) if needs_text else ():
+        if problem := length_problem(checkpoint.arch, options.block_size):
+            lines.append(f"block_size={options.block_size}: {checkpoint.id}: {problem}")
+    if options.permute:
+        try:
+            axis_table(ft.arch).axes_of_kind(options.permute_axes)
+        except ValueError as error:
+            lines.append(f"permute_axes={','.join(options.permute_axes)}: {ft.id}: {error}")
+    return lines
+
+
+def _alignment_problems(options: RunOptions, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
+    lines = alignment_problems(base, ft, options.align_axes)
+    if vocabularies.known and len(vocabularies.ids_base) == 0:
+        lines.append("the vocabularies share no token, so that no row of the embeddings has a counterpart")
+    if options.align_evidence == "activations" and not vocabularies.same:
+        lines.append("different tokenizers: activations need both models to read the same ids; use weights")
+    return lines
+
+
+def _pair_notes(base: Arch, ft: Arch, vocabularies: Vocabularies, on_path: bool) -> list[str]:
+    """Returns what a reader should know of these two models."""
+    notes = []
+    if not vocabularies.known:
+        notes.append("a model has no tokenizer files: nothing is known of how the two vocabularies correspond")
+    elif not vocabularies.same:
+        notes.append(
+            f"different tokenizers ({len(vocabularies.ids_base)} tokens shared): each model's perplexity is on its own "
+            "tokens of the same text, so compare it per byte; a path runs on base's tokens, embedding and head"
+        )
+    names = [field.name for field in fields(base) if field.name != "family"]
+    different = [name for name in names if getattr(base, name) != getattr(ft, name)]
+    if on_path and different:
+        notes.append(f"the models differ in {', '.join(different)}: along the path base's are used")
+    return notes
+
+
+def _option_notes(
+    options: RunOptions, base: Arch, ft: Arch, statistics: Mapping[str, Statistic], not_alignable: str | None
+) -> list[str]:
+    """Returns what was asked for and is not done, or only in part."""
+    notes = [
+        f"{name}: no text is named, so that only the form weights was computed"
+        for name in ("match", "match_all")
+        if name in statistics and getattr(statistics[name], "forms", ()) != getattr(options, name).forms
+    ]
+    if not_alignable:
+        notes.append(f"not aligned: {not_alignable}")
+    if options.max_layers:
+        layers = f"only the first {base.num_layers} layers of base and {ft.num_layers} of ft"
+        notes.append(f"max_layers: {layers}; the files, of which a part is read, are not hashed")
+    return notes

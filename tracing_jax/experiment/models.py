@@ -1,0 +1,94 @@
+"""From the model ids of a run to open checkpoints, and to how their tokens correspond; no weight is read."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tracing_jax import demo
+from tracing_jax.checkpoint import Checkpoint, open_checkpoint
+from tracing_jax.data import load_tokenizer, same_tokenizer, shared_tokens
+from tracing_jax.dataclass_options import ConfigError
+from tracing_jax.experiment.validation import DEMO, statistic_names
+from tracing_jax.options import RunOptions
+from tracing_jax.statistics import LIGHT, Vocabularies
+
+_SHAPE_OF_CONTROLS = ("num_layers", "embed_dim", "mlp_dim", "vocab_size")
+
+
+def is_local(model_id: str) -> bool:
+    """Returns whether an id is a folder here or a member of the demo family, which no Hub id looks like."""
+    return model_id.startswith((DEMO, "/", ".", "~")) or model_id.count("/") > 1 or Path(model_id).exists()
+
+
+def resolve_model_id(model_id: str) -> str:
+    """Returns the folder of a member of the demo family, training it if need be; any other id as it is."""
+    if not model_id.startswith(DEMO):
+        return model_id
+    return str(demo.member(model_id.removeprefix(DEMO)))
+
+
+def reads_part_only(options: RunOptions) -> bool:
+    """Returns whether a small part of the weights is all that is asked for, so that the rest is better left unread."""
+    if set(statistic_names(options.stat)) - LIGHT:
+        return False
+    return not (options.align or options.eval or options.disguise or options.permute)
+
+
+def open_models(options: RunOptions) -> tuple[Checkpoint, Checkpoint]:
+    """Returns base and the fine-tuned model of a run; their weights are not read yet."""
+    base, ft = options.base_model_id or "", options.ft_model_id or ""  # neither is empty in options that were checked
+    return _open(options, base), _open(options, ft, options.adapter_base)
+
+
+def open_controls(options: RunOptions, base: Checkpoint, tokenizer_base: Any) -> tuple[Checkpoint, ...]:
+    """Opens the models that are known to be independent of both.
+
+    Raises:
+      ConfigError: they are not of base's shape, or do not read its tokens; all at once.
+    """
+    found = tuple(_open(options, model_id) for model_id in options.control_model_ids)
+    lines = [
+        f"control model {control.id}: {name} {getattr(control.arch, name)}, expected base's {getattr(base.arch, name)}"
+        for control in found
+        for name in _SHAPE_OF_CONTROLS
+        if getattr(control.arch, name) != getattr(base.arch, name)
+    ]
+    lines += [
+        f"control model {control.id}: another tokenizer than base's, whose tokens it is to read"
+        for control in found
+        if tokenizer_base is None or not same_tokenizer(tokenizer_base, load_tokenizer(control.tokenizer_folder))
+    ]
+    if lines:
+        raise ConfigError("\n  ".join(["the control models do not fit:", *lines]))
+    return found
+
+
+def open_tokenizer(checkpoint: Checkpoint, needed: bool) -> Any:
+    """Returns the tokenizer of a model; None if it has no tokenizer files.
+
+    Raises:
+      FileNotFoundError: it has none, and one is needed.
+    """
+    try:
+        return load_tokenizer(checkpoint.tokenizer_folder)
+    except FileNotFoundError:
+        if needed:
+            raise
+        return None
+
+
+def shared_vocabulary(base: Checkpoint, ft: Checkpoint, tokenizer_base: Any, tokenizer_ft: Any) -> Vocabularies:
+    """Returns how the tokens correspond, among those that both models have an embedding for."""
+    if tokenizer_base is None or tokenizer_ft is None:
+        return Vocabularies(False, np.zeros(0, np.int32), np.zeros(0, np.int32), known=False)
+    ids_base, ids_ft = shared_tokens(tokenizer_base, tokenizer_ft)
+    embedded = (ids_base < base.arch.vocab_size) & (ids_ft < ft.arch.vocab_size)
+    return Vocabularies(same_tokenizer(tokenizer_base, tokenizer_ft), ids_base[embedded], ids_ft[embedded])
+
+
+def _open(options: RunOptions, model_id: str, adapter_base: str | None = None) -> Checkpoint:
+    checkpoint = open_checkpoint(
+        resolve_model_id(model_id), in_ranges=reads_part_only(options), adapter_base=adapter_base
+    )
+    return checkpoint.first_layers(options.max_layers) if options.max_layers else checkpoint

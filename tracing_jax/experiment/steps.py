@@ -1,0 +1,152 @@
+"""The steps of a run on one pair, in order, and how long each takes."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from tracing_jax.alignment import Alignment
+from tracing_jax.data import TokenBlocks
+from tracing_jax.experiment.aligning import align_ft, write_aligned
+from tracing_jax.experiment.inputs import RunInputs, inapplicable
+from tracing_jax.experiment.loading import check_disguise, load_pair, permute_ft
+from tracing_jax.experiment.memory import Placement
+from tracing_jax.experiment.metadata import alignment_facts, model_facts_in_background
+from tracing_jax.forward import token_losses
+from tracing_jax.options import RunOptions
+from tracing_jax.run_cache import RunCache
+from tracing_jax.sources import ParamSource
+from tracing_jax.statistics import Pair, Result, Statistic, verdict
+
+
+@dataclass
+class StepTimer:
+    """Seconds per step of a run."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Measures one step, and logs that it begins."""
+        logging.info("%s ...", name)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 3)
+
+
+@dataclass
+class Findings:
+    """What the steps of a run found; None / empty if the step was not requested.
+
+    Attributes:
+      models: the facts of every model.
+      before, after: the results of the statistics, before and after the alignment.
+    """
+
+    models: Mapping[str, Any] = field(default_factory=dict)
+    before: Mapping[str, Result] = field(default_factory=dict)
+    after: Mapping[str, Result] = field(default_factory=dict)
+    disguise: Mapping[str, Any] | None = None
+    permutation: Mapping[str, Any] | None = None
+    alignment: Alignment | None = None
+    perplexity: Mapping[str, Any] | None = None
+
+    def as_dict(self, level: float) -> dict[str, Any]:
+        """Returns the fields of the record, with the verdict at this level."""
+        return {
+            "models": self.models,
+            "disguised": self.disguise,
+            "permuted": self.permutation,
+            "alignment": None if self.alignment is None else alignment_facts(self.alignment),
+            "statistics": {
+                name: {"non_aligned": result.as_dict(), "aligned": self.after[name].as_dict() if self.after else None}
+                for name, result in self.before.items()
+            },
+            "verdict": verdict(self.before, level).as_dict(),
+            "perplexity": self.perplexity,
+        }
+
+
+def run_steps(
+    options: RunOptions, inputs: RunInputs, placement: Placement, run_cache: RunCache, timer: StepTimer
+) -> Findings:
+    """Runs all requested steps but saving. Replaced models are freed."""
+    found = Findings()
+    with timer.step("load"):
+        pair = load_pair(options, inputs, placement, run_cache)
+    hashed = not (inputs.reads_part_only or options.max_layers)
+    with model_facts_in_background(inputs.models(), hashed) as model_facts:
+        if inputs.disguise:
+            with timer.step("disguise"):
+                found.disguise = check_disguise(options, inputs, pair)
+        if options.permute:
+            with timer.step("permute"):
+                pair, found.permutation = permute_ft(options, pair)
+        with timer.step("statistic"):
+            found.before = _compute(inputs, pair, inputs.not_applicable)
+        if options.align and not inputs.not_alignable:
+            with timer.step("align"):
+                pair, found.alignment = align_ft(options, inputs, pair)
+        if found.alignment is not None:
+            with timer.step("statistic aligned"):
+                reasons = inapplicable(inputs.statistics, pair.base.arch, pair.ft.arch, inputs.vocabularies)
+                found.after = _compute(inputs, pair, reasons)
+        if options.eval:
+            with timer.step("perplexity"):
+                found.perplexity = _perplexities(inputs, pair)
+        if options.save_aligned and found.alignment is not None:
+            with timer.step("write aligned"):
+                write_aligned(options, inputs, pair)
+        with timer.step("hashes"):
+            found.models = model_facts()
+    return found
+
+
+def _compute(inputs: RunInputs, pair: Pair, not_applicable: Mapping[str, str]) -> dict[str, Result]:
+    """Steps 3 and 5: every statistic that applies; of the others the reason."""
+    results = {}
+    for name, statistic in inputs.statistics.items():
+        if reason := not_applicable.get(name):
+            results[name] = Result(None, name, not_applicable=reason)
+        else:
+            results[name] = _computed_or_restored(name, statistic, pair)
+    return results
+
+
+def _computed_or_restored(name: str, statistic: Statistic, pair: Pair) -> Result:
+    """Returns the result of a statistic, kept from an interrupted run or computed now."""
+    run_cache = pair.run_cache.scope("results")
+    fields: dict[str, Any] | None = run_cache.load(dict, name)
+    if fields is not None:
+        return Result.restored(fields, run_cache.load_arrays(name) or {})
+    result = statistic.compute(pair)
+    if result.arrays:
+        run_cache.save_arrays(lambda: result.arrays, name)
+    run_cache.save(result.as_dict(), name)
+    return result
+
+
+def _perplexities(inputs: RunInputs, pair: Pair) -> dict[str, dict[str, float]]:
+    """Step 6: perplexity of both models, each on its own tokens of the text."""
+    assert inputs.text is not None
+    sides = {"base": (pair.base, inputs.text.base), "ft": (pair.ft, inputs.text.ft)}
+    return {side: _perplexity(pair, model, blocks, side) for side, (model, blocks) in sides.items()}
+
+
+def _perplexity(pair: Pair, model: ParamSource, blocks: TokenBlocks, side: str) -> dict[str, float]:
+    """Returns the perplexity of one model, per token and per byte."""
+    run_cache = pair.run_cache.scope("perplexity", side)
+    losses = token_losses(model, blocks.tokens, pair.compute, f"perplexity of {side}", run_cache)
+    nats, num_bytes = float(losses.sum(dtype=np.float64)), int(blocks.num_bytes.sum())
+    return {
+        "loss_nats_per_token": nats / losses.size,
+        "perplexity": float(np.exp(nats / losses.size)),
+        "nats_per_byte": nats / num_bytes,
+        "perplexity_per_byte": float(np.exp(nats / num_bytes)),
+        "tokens": losses.size,
+        "bytes": num_bytes,
+    }

@@ -1,0 +1,87 @@
+"""The text of a run as both models read it: blocks of each one's tokens, and positions that correspond."""
+
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tracing_jax import demo
+from tracing_jax.data import (
+    RANDOM,
+    Documents,
+    PairedBlocks,
+    TokenBlocks,
+    paired_on_bytes,
+    paired_one_to_one,
+    random_token_blocks,
+    read_documents,
+    token_blocks,
+)
+from tracing_jax.dataclass_options import ConfigError
+from tracing_jax.options import RunOptions
+from tracing_jax.statistics import Vocabularies
+
+# No tokenizer averages more over a text; reading stops there, however large the data set is.
+_MAX_CHARS_PER_TOKEN = 32
+
+
+@dataclass(frozen=True)
+class RunText:
+    """The text of a run.
+
+    Attributes:
+      base: base's tokens.
+      ft: the very same text as ft's tokens.
+      paired: both block by block, with the positions at which they have read the same bytes.
+    """
+
+    base: TokenBlocks
+    ft: TokenBlocks
+    paired: PairedBlocks
+
+
+def read_text(options: RunOptions, tokenizer_base: Any, tokenizer_ft: Any, vocabularies: Vocabularies) -> RunText:
+    """Returns the text that the options name, tokenized by both tokenizers.
+
+    Raises:
+      ConfigError: random tokens are asked for, and the vocabularies share none.
+      ValueError, OSError: the text cannot be read.
+    """
+    if options.dataset == RANDOM and not options.dataset_id:
+        return _random_tokens(options, tokenizer_base, tokenizer_ft, vocabularies)
+    documents = _documents(options)
+    base = token_blocks(documents, tokenizer_base, block_size=options.block_size, num_tokens=options.num_tokens)
+    if vocabularies.same:
+        return RunText(base, base, paired_one_to_one(base.tokens, base.tokens))
+    ft = token_blocks(documents.prefix(base.text_chars), tokenizer_ft, block_size=options.block_size)
+    sizes = {"block_size": options.block_size, "num_tokens": options.num_tokens}
+    return RunText(base, ft, paired_on_bytes(documents, tokenizer_base, tokenizer_ft, **sizes))
+
+
+def _random_tokens(options: RunOptions, tokenizer_base: Any, tokenizer_ft: Any, vocabularies: Vocabularies) -> RunText:
+    """Returns tokens drawn uniformly from those that both models have, by string."""
+    ids = (vocabularies.ids_base, vocabularies.ids_ft)
+    shape = (options.num_tokens // options.block_size, options.block_size)
+    if not len(ids[0]):
+        raise ConfigError(f"dataset={RANDOM}: the vocabularies share no token; name a text instead")
+    drawn = np.random.default_rng([options.seed, zlib.crc32(RANDOM.encode())]).integers(len(ids[0]), size=shape)
+    base, ft = (
+        random_token_blocks(of_model, drawn, tokenizer, options.seed)
+        for of_model, tokenizer in zip(ids, (tokenizer_base, tokenizer_ft))
+    )
+    paired = paired_one_to_one(base.tokens, ft.tokens, "random tokens of both vocabularies, paired by string")
+    return RunText(base, ft, paired)
+
+
+def _documents(options: RunOptions) -> Documents:
+    if options.dataset == "demo" and not options.dataset_id:
+        return read_documents(str(demo.held_out_text()))
+    return read_documents(
+        options.dataset_id or options.dataset,
+        subset=options.dataset_subset,
+        split=options.dataset_split,
+        text_column=options.text_column,
+        max_chars=_MAX_CHARS_PER_TOKEN * options.num_tokens,
+        data_dir=options.data_dir,
+    )

@@ -1,0 +1,145 @@
+"""All models along the path between two: in parts, with the leaves of both ends and what the points are made from."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from tracing_jax.arch import Arch
+from tracing_jax.axes import axis_table
+from tracing_jax.interpolation import interpolate
+from tracing_jax.rewrites import Dims, Permutations, take_units, unit_moves
+from tracing_jax.sources import ParamSource, is_resident, part
+from tracing_jax.tree import Tree, flatten, unflatten
+
+T = TypeVar("T")
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["base", "ft", "alphas", "indices"],
+    meta_fields=["interpolated", "dims"],
+)
+@dataclass(frozen=True)
+class InterpolatedPart:
+    """One part, such as a layer, of all models along the path.
+
+    Attributes:
+      base: the part of base.
+      ft: name -> the leaf of the same part of ft, of the interpolated leaves.
+      alphas: the points `[A]`.
+      indices: name -> how the units of ft's leaf are permuted at each point, `[A, ...]` for each permuted dimension.
+      interpolated: names of the interpolated leaves.
+      dims: name and permuted dimensions of the leaves in `indices`.
+    """
+
+    base: Tree
+    ft: dict[str, jax.Array]
+    alphas: jax.Array
+    indices: dict[str, list[jax.Array]]
+    interpolated: frozenset[str]
+    dims: tuple[tuple[str, Dims], ...]
+
+    def map(self, function: Callable[..., Any], *rest: Any) -> Any:
+        """Returns `function(params at the point, *slices of rest)` at every point, one after another."""
+
+        def at_point(point: tuple[Any, ...]) -> Any:
+            alpha, indices, *slices = point
+            # Tied to the point: what does not depend on it, such as copies in float32, would be made before the loop.
+            alpha, base, ft = jax.lax.optimization_barrier((alpha, self.base, self.ft))
+            ft = ft | {name: take_units(ft[name], dims, indices[name]) for name, dims in self.dims}
+            return function(interpolate(base, unflatten(ft), alpha, self.interpolated), *slices)
+
+        return jax.lax.map(at_point, (self.alphas, self.indices, *rest))
+
+    def with_embedding(self, embed: "InterpolatedPart") -> "InterpolatedPart":
+        """Returns this head with the embedding that a tied model shares with it, as the subtree `embed`."""
+        return InterpolatedPart(
+            self.base | {"embed": embed.base},
+            self.ft | {f"embed/{name}": leaf for name, leaf in embed.ft.items()},
+            self.alphas,
+            self.indices | {f"embed/{name}": taken for name, taken in embed.indices.items()},
+            self.interpolated | {f"embed/{name}" for name in embed.interpolated},
+            self.dims + tuple((f"embed/{name}", dims) for name, dims in embed.dims),
+        )
+
+
+@dataclass(frozen=True)
+class InterpolatedModel:
+    """The models at all points of the path from base (0) to ft (1), read part by part like a `ParamSource`.
+
+    Attributes:
+      base: the end at 0, whose facts (rope, norms, scales) all points have.
+      ft: the end at 1; its parts are read only where leaves are interpolated. None if none are.
+      interpolated: names of the leaves that are interpolated; the others are base's.
+      alphas: the points.
+      copies: one for each point, permutations of the same axes, applied to ft; none leaves ft as it is. No permuted
+        model is made: the units are taken where a layer is interpolated.
+    """
+
+    base: ParamSource
+    ft: ParamSource | None
+    interpolated: frozenset[str]
+    alphas: Float[Array, " A"]
+    copies: Sequence[Permutations] = ()
+    _parts: dict[str, InterpolatedPart] = field(default_factory=dict, repr=False)
+
+    @property
+    def arch(self) -> Arch:
+        """The facts of all models on the path."""
+        return self.base.arch
+
+    @functools.cached_property
+    def is_resident(self) -> bool:
+        """Whether all weights are in memory, so that reading a part again costs nothing."""
+        return is_resident(self.base) and (self.ft is None or not self.interpolated or is_resident(self.ft))
+
+    def embed(self) -> InterpolatedPart:
+        """Returns the part `embed`."""
+        return self._part("embed/")
+
+    def layer(self, index: int) -> InterpolatedPart:
+        """Returns the part `layers/<index>`."""
+        return self._part(f"layers/{index}/")
+
+    def head(self) -> InterpolatedPart:
+        """Returns the part `head`, without the embedding that a tied head shares."""
+        return self._part("head/")
+
+    def _part(self, prefix: str) -> InterpolatedPart:
+        if not self.is_resident:
+            return self._read(prefix)
+        if prefix not in self._parts:
+            self._parts[prefix] = self._read(prefix)
+        return self._parts[prefix]
+
+    def _read(self, prefix: str) -> InterpolatedPart:
+        names = frozenset(name.removeprefix(prefix) for name in self.interpolated if name.startswith(prefix))
+        leaves = flatten(part(self.ft, prefix)) if self.ft is not None and names else {}
+        own = {name: leaves[name] for name in sorted(names)} if leaves else {}
+        table = axis_table(self.arch)
+        moves = {name: unit_moves(table.leaves[prefix + name], self._stacked, table.parent_axis) for name in own}
+        moves = {name: (dims, indices) for name, (dims, indices) in moves.items() if dims}
+        return InterpolatedPart(
+            part(self.base, prefix),
+            own,
+            self.alphas,
+            {name: [jnp.asarray(index) for index in indices] for name, (_, indices) in moves.items()},
+            names,
+            tuple((name, dims) for name, (dims, _) in moves.items()),
+        )
+
+    @functools.cached_property
+    def _stacked(self) -> dict[str, np.ndarray]:
+        """Axis -> the permutations of all copies, `[A, ...]`."""
+        return {axis: np.stack([copy[axis] for copy in self.copies]) for axis in self.copies[0]} if self.copies else {}
+
+
+def map_points(part: Tree | InterpolatedPart, function: Callable[..., Any], *rest: Any) -> Any:
+    """Returns `function(params, *rest)`, for each point of a path with its slices of rest, along a leading axis A."""
+    return part.map(function, *rest) if isinstance(part, InterpolatedPart) else function(part, *rest)
