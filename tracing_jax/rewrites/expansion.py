@@ -14,7 +14,7 @@ from tracing_jax.axes import LeafSpec, kind_of
 from tracing_jax.rewrites.norm_gains import gain_offset
 from tracing_jax.rewrites.rewrite import Read, Rewrite, Weight, Weights, generator, subtable
 
-# Axis kind -> the kind whose writing leaves, where they are zero, make a unit have no effect.
+# Axis kind -> the kind whose writing leaves, where they are zero, make a unit inactive.
 _ZEROED_ON = {"mlp": "mlp", "embed": "embed", "kv_heads": "v_dim"}
 
 # Matrix products of experts want rows that are multiples of 16 bytes: 8 numbers of two bytes.
@@ -235,12 +235,12 @@ def _check_negligible(x: np.ndarray, kept: int, dim: int, where: str) -> None:
     if rest > _NEGLIGIBLE * size:
         raise ValueError(
             f"cannot remove units of {where} from number {kept} on: they hold up to {rest:.2g}, at a root mean "
-            f"square of {size:.2g}; expected zeros, so that the unit has no effect"
+            f"square of {size:.2g}; expected zeros, so that the unit is inactive"
         )
 
 
 def _silences(spec: LeafSpec, axis: str) -> bool:
-    """Returns whether zeros in this leaf make a unit of the axis have no effect."""
+    """Returns whether zeros in this leaf make a unit of the axis inactive."""
     kind = _ZEROED_ON.get(kind_of(axis))
     return any(
         role == "writes" and other is not None and kind_of(other) == kind
