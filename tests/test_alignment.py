@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from cases import slow
 
 from tracing_jax import blocked_matmul
 from tracing_jax.alignment import LOGITS_TOLERANCE, align, aligned
@@ -110,7 +111,7 @@ def test_weights_align_a_disguised_model(arch, kinds, dtype):
     assert all(np.array_equal(restored[name], leaf) for name, leaf in flatten(ft).items())
 
 
-@pytest.mark.parametrize("arch", [tiny.qwen3_gqa, tiny.llama_mha, tiny.gpt2, tiny.mixtral])
+@pytest.mark.parametrize("arch", [tiny.qwen3_gqa, slow(tiny.llama_mha), slow(tiny.gpt2), tiny.mixtral])
 def test_activations_align_a_disguised_model(arch):
     base, _, hidden, expected = disguised(arch(), PERMUTABLE, 0.05)
     found = align(base, hidden, PERMUTABLE, evidence="activations", tokens=TOKENS, compute=Compute(make_mesh(), 4))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch_zip_writer
+from cases import diagonal
 from jax.sharding import AxisType, Mesh
 from parity_cases import CASES, FAMILIES, leaf_of
 from safetensors.numpy import save_file
@@ -82,8 +83,7 @@ def _assert_same(found, expected):
         assert np.asarray(found[name]).tobytes() == np.asarray(leaf).tobytes(), name
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("family", _FAMILIES)
+@pytest.mark.parametrize(("family", "mesh"), diagonal(_FAMILIES, MESHES))
 def test_reading_onto_a_mesh_is_reading_and_placing(family, mesh, tmp_path):
     checkpoint, mesh = _checkpoint(tmp_path, _FAMILIES[family], ml_dtypes.bfloat16), make_mesh(*mesh)
     # All parts are kept until the end: a buffer that was filled again too early would show in the first.
@@ -110,8 +110,7 @@ def test_only_the_leaves_asked_for_are_read(tmp_path):
     assert read.keys() == {"model.layers.1.mlp.up_proj.weight", "model.layers.1.input_layernorm.weight"}
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize(("family", "mesh"), diagonal(["llama", "gpt2", "mixtral"], MESHES))
 def test_every_byte_is_read_once_however_many_devices_hold_it(family, mesh, tmp_path):
     checkpoint, read = _spied(_checkpoint(tmp_path, _FAMILIES[family]))
     for _ in parts(ShardedCheckpoint(checkpoint, make_mesh(*mesh))):
@@ -135,8 +134,7 @@ def _held_by(monkeypatch, devices):
     return made
 
 
-@pytest.mark.parametrize("held", [[0], [5], [2, 3], [0, 7]], ids=str)
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize(("family", "held"), diagonal(["llama", "gpt2", "mixtral"], [[0], [5], [2, 3], [0, 7]]))
 def test_a_process_reads_only_what_its_devices_hold(family, held, tmp_path, monkeypatch):
     checkpoint, read = _spied(_checkpoint(tmp_path, _FAMILIES[family]))
     mesh = make_mesh(1, 8)

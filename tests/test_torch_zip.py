@@ -242,9 +242,11 @@ def test_no_damage_surfaces_as_another_error(tmp_path):
     assert outcomes == {"read", "refused"}
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_agrees_with_torch(tmp_path, protocol):
-    torch = pytest.importorskip("torch")
+    import torch
+
     path = tmp_path / "a.bin"
     values = torch.arange(24).reshape(4, 6)
     state = {str(t): values.to(t) for t in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64)}
@@ -268,8 +270,10 @@ def test_agrees_with_torch(tmp_path, protocol):
             np.testing.assert_array_equal(store.read(name, (slice(1, 3), slice(0, 2))).astype(float), wide[1:3, :2])
 
 
+@pytest.mark.torch
 def test_module_state_dict_of_torch_and_its_refusals(tmp_path):
-    torch = pytest.importorskip("torch")
+    import torch
+
     path = tmp_path / "a.bin"
     torch.save(torch.nn.Linear(5, 3).state_dict(), path)
     assert TorchZip(path).names() == ("bias", "weight")

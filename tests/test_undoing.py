@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from cases import diagonal
 from reference64 import logits64
 from safetensors.numpy import load_file, save_file
 
@@ -114,8 +115,7 @@ def existing(arch: Arch) -> list[str]:
     return [name for name in DISGUISE_NAMES if not DISGUISES[name].unsupported(arch)]
 
 
-@pytest.mark.parametrize("backwards", [False, True])
-@pytest.mark.parametrize("name", ARCHS)
+@pytest.mark.parametrize(("name", "backwards"), diagonal(ARCHS, [False, True]))
 def test_aligning_a_model_disguised_in_every_way_is_aligning_the_model(name, backwards):
     base = in_float64(ARCHS[name]())
     names = existing(base.arch)
