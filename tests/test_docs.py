@@ -21,7 +21,7 @@ import pytest
 
 import tracing_jax as tj
 from tracing_jax.alignment import KINDS, WHOLE
-from tracing_jax.rewrites import DRAWN
+from tracing_jax.rewrites import DISGUISES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -210,7 +210,7 @@ def first_column(page: str, heading: str) -> list[str]:
 
 
 def test_table_of_disguises_names_all():
-    assert first_column("docs/disguises.md", "## Disguise a model") == list(DRAWN)
+    assert first_column("docs/disguises.md", "## Disguise a model") == list(DISGUISES)
 
 
 def test_table_of_alignment_names_all():

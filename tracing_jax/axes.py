@@ -84,6 +84,8 @@ class AxisTable:
       >>> table = tj.axis_table(tj.open("demo:base").arch)
       >>> table.leaves["layers/0/mlp/up_proj/kernel"].axes
       ('embed', 'layers/0/mlp')
+      >>> table.parent_axis["layers/0/q_group"]
+      'layers/0/kv_heads'
     """
 
     leaves: Mapping[str, LeafSpec]
@@ -130,10 +132,10 @@ def table_from_axes(
         all at once.
 
     Example:
-      >>> params = {"up": np.arange(6.0).reshape(2, 3), "down": np.ones((3, 2))}
-      >>> table = tj.table_from_axes({"up": (None, "mlp"), "down": ("mlp", None)}, params)
-      >>> table.sizes["mlp"]
-      3
+      >>> params = {"in": np.ones((2, 3)), "out": np.ones((3, 2))}
+      >>> table = tj.table_from_axes({"in": (None, "units"), "out": ("units", None)}, params)
+      >>> table.sizes
+      {'units': 3}
     """
     table = AxisTable({name: LeafSpec(tuple(spec)) for name, spec in axes.items()}, {}, dict(parent_axis or {}))
     sizes = _sizes_in(params, table)
@@ -179,8 +181,8 @@ def axis_table(arch: Arch) -> AxisTable:
 
     Example:
       >>> table = tj.axis_table(tj.open("demo:base").arch)
-      >>> table.leaves["layers/1/attn/q_proj/kernel"].axes
-      ('embed', 'layers/1/kv_heads', 'layers/1/q_group', 'layers/1/qk_dim')
+      >>> sorted(table.leaves_with_axis("layers/0/mlp"))[0]
+      'layers/0/mlp/down_proj/kernel'
     """
     leaves = {"embed/embedding": LeafSpec(("vocab", "embed"), "emb")}
     sizes = {"embed": arch.embed_dim, "vocab": arch.vocab_size}

@@ -36,10 +36,11 @@ def interpolate(base: Tree, ft: Tree, alpha: float | Float[Array, ""], interpola
     alpha = 0 gives base and alpha = 1 gives ft on these leaves, both exactly. `ft` need hold only these leaves.
 
     Example:
-      >>> zeros, ones = jax.numpy.zeros(2), jax.numpy.ones(2)
-      >>> halfway = tj.interpolate({"a": zeros, "b": zeros}, {"a": ones, "b": ones}, 0.5, frozenset(["a"]))
-      >>> halfway["a"].tolist(), halfway["b"].tolist()
-      ([0.5, 0.5], [0.0, 0.0])
+      >>> import jax.numpy as jnp
+      >>> base, ft = {"w": jnp.zeros(2), "b": jnp.zeros(2)}, {"w": jnp.ones(2)}
+      >>> point = tj.interpolate(base, ft, 0.25, {"w"})
+      >>> point["w"].tolist(), point["b"].tolist()
+      ([0.25, 0.25], [0.0, 0.0])
     """
     other = flatten(ft)
 

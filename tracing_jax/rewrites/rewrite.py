@@ -58,9 +58,11 @@ class Rewrite(ABC):
     Subclasses are frozen dataclasses of plain data, registered as pytrees: arrays are leaves, numbers and names static.
 
     Example:
-      >>> model = tj.open("demo:base")
-      >>> [rewrite.name for rewrite in tj.draw_rewrites("all", jax.random.key(0), model.arch)][-1]
-      'permute'
+      >>> import jax
+      >>> arch = tj.open("demo:base").arch
+      >>> rewrites = tj.draw_rewrites("all", jax.random.key(0), arch)
+      >>> all(isinstance(rewrite, tj.Rewrite) and not rewrite.unsupported(arch) for rewrite in rewrites)
+      True
     """
 
     name: ClassVar[str]
@@ -174,11 +176,11 @@ def inverses(rewrites: Sequence[Rewrite], arch: Arch) -> tuple[Rewrite, ...]:
       ValueError: one of them has no inverse.
 
     Example:
-      >>> model = tj.load("demo:base")
-      >>> rewrites = tj.draw_rewrites("permute", jax.random.key(0), model.arch)
-      >>> same = tj.rewritten(tj.rewritten(model, rewrites), tj.inverses(rewrites, model.arch))
-      >>> bool((same.embed()["embedding"] == model.embed()["embedding"]).all())
-      True
+      >>> import jax
+      >>> arch = tj.open("demo:base").arch
+      >>> rewrites = tj.draw_rewrites("units,permute", jax.random.key(0), arch)
+      >>> [rewrite.name for rewrite in tj.inverses(rewrites, arch)]
+      ['permute', 'units']
     """
     found = []
     for rewrite in rewrites:

@@ -16,8 +16,11 @@ class ParamSource(Protocol):
     """Gives a model's params in subtrees: `embed`, each `layers/<i>`, and `head`.
 
     Example:
-      >>> isinstance(tj.open("demo:base"), tj.ParamSource)
+      >>> model = tj.open("demo:base")
+      >>> isinstance(model, tj.ParamSource)
       True
+      >>> sorted(model.layer(0, ["mlp"])["mlp"])
+      ['down_proj', 'gate_proj', 'up_proj']
     """
 
     @property
@@ -50,9 +53,9 @@ class InMemory:
     """A source over a whole tree of params.
 
     Example:
+      >>> import jax
       >>> model = tj.load("demo:base")
-      >>> sorted(model.params)
-      ['embed', 'head', 'layers']
+      >>> halved = tj.InMemory(model.arch, jax.tree.map(lambda leaf: leaf / 2, model.params))
     """
 
     arch: Arch
