@@ -30,8 +30,7 @@ from tracing_jax.sources import InMemory
 from tracing_jax.statistics import Pair, Result, Statistic, Vocabularies, verdict
 from tracing_jax.statistics.comparison import bonferroni_log10
 from tracing_jax.statistics.csh import Csh
-from tracing_jax.statistics.csu import Csu
-from tracing_jax.statistics.csu_all import CsuAll
+from tracing_jax.statistics.csu import Csu, CsuAll
 from tracing_jax.statistics.l2 import L2
 from tracing_jax.statistics.match import FORMS, Match
 from tracing_jax.statistics.match_all import MatchAll

@@ -51,7 +51,7 @@ class MatchAll(options.MatchAll):
     weights-only form gives every MLP the embeddings of shared tokens as input. A pair's p-value is the smallest of both
     forms and both tests, after Bonferroni. Layers are assigned by these p-values; a layer may have no partner.
 
-    Fewer positions are sampled where the kept activations would take more than `max_gib`.
+    Fewer positions are sampled if the stored activations would take more than `max_gib`.
 
     Attributes:
       level: significance level, after Bonferroni over all pairs, below which two layers are assigned to each other.
@@ -63,7 +63,7 @@ class MatchAll(options.MatchAll):
 
     @property
     def needs_tokens(self) -> bool:
-        """Only the forward form reads text."""
+        """Whether the forward form, which needs text, is among the forms."""
         return "forward" in self.forms
 
     def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:

@@ -64,14 +64,14 @@ class MatchMoments(options.MatchMoments):
     needs_tokens: ClassVar[bool] = False
 
     def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
-        """Returns why no layer of these models can be matched with the layer of equal index."""
+        """Returns reasons why layers of equal index cannot be matched; empty if they can."""
         lines = gates_not_applicable(base, ft)
         if base.num_layers != ft.num_layers:
             lines.append(f"different depth ({base.num_layers} and {ft.num_layers} layers): see match_all")
         return lines
 
     def compute(self, pair: Pair) -> Result:
-        """Returns the tests, parametric and calibrated."""
+        """Returns the calibrated and the parametric tests; no forward pass."""
         run_cache = pair.run_cache.scope("match_moments")
         base, ft = self._signatures(pair.base, "base", run_cache), self._signatures(pair.ft, "ft", run_cache)
         layers = [

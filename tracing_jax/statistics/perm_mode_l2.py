@@ -13,7 +13,7 @@ from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies
 
 
 class PermModeL2(options.PermModeL2):
-    """Midpoint loss and distance, each ranked among the same permuted copies; a decision by either pays for two.
+    """Midpoint loss and distance, each ranked among the same permuted copies; the smaller p-value after Bonferroni.
 
     Source: the reference program of Zhu et al. 2025 (arXiv 2502.12292).
     """
@@ -21,7 +21,7 @@ class PermModeL2(options.PermModeL2):
     needs_tokens: ClassVar[bool] = True
 
     def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
-        """Returns why the models cannot be interpolated or subtracted."""
+        """Returns reasons why the models cannot be interpolated or subtracted; empty if they can."""
         path = Mode(attn=self.attn, emb=self.emb).not_applicable(base, ft, vocabularies)
         return list(dict.fromkeys([*path, *shapes_not_applicable(base, ft)]))
 

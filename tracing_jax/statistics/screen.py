@@ -59,26 +59,26 @@ class ScreenPlan:
 class Screen(options.Screen):
     """The tests of `csu` and `match` on a part of the weights, which the record states.
 
-    Units in place: a run of units, drawn from the seed, the same in both models, is matched within itself as by `csu`.
-    If one model was trained independently of the other and treats units alike, then permuting its units leaves its law
-    unchanged, and so does permuting those of the run among themselves; the p-values are as exact as those of `csu`.
-    What is lost is power: h units of a run bound a layer's p by 1 / h!, and as with `csu` units that were moved are not
-    found at all.
+    Units in place: consecutive units, at an offset drawn from the seed and equal in both models, are matched among
+    themselves as by `csu`. If one model was trained independently of the other by an algorithm that treats units alike,
+    its distribution is invariant under permutations of its units, and so under those of the sampled units; the p-values
+    are as exact as those of `csu`. Power is lower: the p-value of a layer with h sampled units is at least 1 / h!, and
+    as with `csu` permuted units are not detected.
 
-    Sampled layers: three layers of ft, spread over the depth, in which the units of a run of base's are looked for by
-    the weights-only form of `match`. That sees through permutations. What is lost: a relative of which other layers
-    alone are inherited, and one whose embeddings are not.
+    Sampled layers: in three layers of ft, spread over the depth, consecutive units of base are matched to all of ft's
+    by the form `weights` of `match`, which is invariant to permutations. Not detected are relatives that inherit other
+    layers only, or not the embeddings.
 
     Source: Zhu et al. 2025 (arXiv 2502.12292) for both tests; sampling is ours.
     """
 
     @property
     def needs_tokens(self) -> bool:
-        """It reads no text."""
+        """False: no text is needed."""
         return False
 
     def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
-        """Returns why neither part can be computed on models of these shapes."""
+        """Returns reasons why neither part can be computed on models of these shapes; empty if one can."""
         plan = plan_within(self.share, base, ft, vocabularies)
         return [] if plan.units or plan.layers else list(plan.left_out)
 
