@@ -16,7 +16,15 @@ from tracing_jax.arch import Arch
 from tracing_jax.axes import axis_table
 from tracing_jax.matching import FactoredSimilarity
 from tracing_jax.sources import ParamSource
-from tracing_jax.statistics.statistic import QUANTILE_LEVELS, Pair, Result, Vocabularies, quantiles
+from tracing_jax.statistics.statistic import (
+    QUANTILE_LEVELS,
+    Pair,
+    Result,
+    Vocabularies,
+    depths_not_applicable,
+    quantiles,
+    widths_not_applicable,
+)
 from tracing_jax.tree import readable, to_host
 
 _SLICE_BYTES = 256 * 2**20  # maximum of one slice of the cosine matrix
@@ -41,11 +49,8 @@ class Cos(options.Cos):
             for name, arch in (("base", base), ("ft", ft))
             if not arch.gated
         ]
-        if base.num_layers != ft.num_layers:
-            lines.append(f"different depth ({base.num_layers} and {ft.num_layers} layers): no layer has a counterpart")
-        if base.embed_dim != ft.embed_dim:
-            lines.append(f"different width ({base.embed_dim} and {ft.embed_dim} features): rows have no cosine")
-        return lines
+        lines += depths_not_applicable(base, ft, "no layer has a counterpart")
+        return lines + widths_not_applicable(base, ft)
 
     def compute(self, pair: Pair) -> Result:
         """Returns the medians per layer, their mean (the headline) and the quantiles over units."""
@@ -78,9 +83,7 @@ class Emb(options.Emb):
 
     def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns reasons why embedding rows of these models cannot be compared; empty if they can."""
-        lines = []
-        if base.embed_dim != ft.embed_dim:
-            lines.append(f"different width ({base.embed_dim} and {ft.embed_dim} features): rows have no cosine")
+        lines = widths_not_applicable(base, ft)
         if len(vocabularies.ids_base) == 0:
             lines.append("the vocabularies share no token")
         return lines

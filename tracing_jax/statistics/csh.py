@@ -16,7 +16,7 @@ from tracing_jax.statistics.comparison import (
     constrained_result,
     units_not_applicable,
 )
-from tracing_jax.statistics.statistic import Pair, Result, Vocabularies
+from tracing_jax.statistics.statistic import Pair, Result, Vocabularies, depths_not_applicable
 
 _TAP = {"hidden": "units", "up": "up"}
 
@@ -34,9 +34,7 @@ class Csh(options.Csh):
 
     def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns reasons why units of these models cannot be compared on the same tokens; empty if they can."""
-        lines = units_not_applicable(base, ft)
-        if base.num_layers != ft.num_layers:
-            lines.append(f"different depth ({base.num_layers} and {ft.num_layers} layers): layers have no counterpart")
+        lines = units_not_applicable(base, ft) + depths_not_applicable(base, ft, "layers have no counterpart")
         if len(vocabularies.ids_base) < 2:
             lines.append("the vocabularies share no tokens to be read by both")
         return lines

@@ -30,7 +30,7 @@ from tracing_jax.statistics.comparison import (
 )
 from tracing_jax.statistics.cosine import similarities
 from tracing_jax.statistics.pvalues import bonferroni
-from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, Pair, Result, Test, Vocabularies
+from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies
 from tracing_jax.tree import Tree, to_host
 
 _ROWS = {"gate_proj": "mlp", "up_proj": "mlp", "down_proj": "embed", "o_proj": "embed",
@@ -108,17 +108,15 @@ class CsuAll(options.CsuAll):
             *_tests("exact null", found[True], decides=True),
             *_tests("no exact null", found[False], decides=False),
         ]
-        exact_tests = [test for test in tests if test.decides]
         kept = list(found[True].values())
-        result = Result(
+        return Result(
             headline=float(np.mean([c.agreeing / max(1, c.units) for c in kept])) if kept else None,
             label="rows that stay in place, mean share over matrices with an exact null",
-            log10_p=bonferroni_log10(exact_tests) if exact_tests else None,
-            p_reason=None if exact_tests else "no two matrices with an exact null have equal shapes",
+            log10_p=bonferroni_log10(tests),
+            p_reason=None if kept else "no two matrices with an exact null have equal shapes",
             tests=tests,
             notes=["q, k, v, embedding and head have no exact null: their p-values do not enter the verdict"],
-        )
-        return result.without_p(AFTER_ALIGNMENT) if pair.aligned else result
+        ).for_pair(pair)
 
     def _similarities(self, pair: Pair, places: Sequence[_Place]) -> Iterator[tuple[str, _Similarity | Comparison]]:
         """Yields for each place its similarities, or its comparison if an interrupted run has cached it."""

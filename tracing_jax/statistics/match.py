@@ -33,7 +33,7 @@ from tracing_jax.statistics.comparison import (
     tests_of,
 )
 from tracing_jax.statistics.pvalues import bonferroni
-from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, Pair, Result, Test, Vocabularies
+from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies, depths_not_applicable
 
 TAPS = ("gate", "up")
 
@@ -62,9 +62,7 @@ class Match(options.Match):
 
     def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns reasons why layers of equal index cannot be matched; empty if they can."""
-        lines = gates_not_applicable(base, ft)
-        if base.num_layers != ft.num_layers:
-            lines.append(f"different depth ({base.num_layers} and {ft.num_layers} layers): see match_all")
+        lines = gates_not_applicable(base, ft) + depths_not_applicable(base, ft, "see match_all")
         if "forward" not in self.forms and len(vocabularies.ids_base) < 2:
             lines.append("the vocabularies share no tokens whose embeddings could be compared")
         return lines
@@ -85,16 +83,15 @@ class Match(options.Match):
         if "forward" in found and pair.blocks is not None:
             notes.append(f"forward: positions paired by {pair.blocks.how}")
         best = max(found.values(), key=share_agreeing)
-        result = Result(
+        return Result(
             headline=share_agreeing(best),
             label="units on which gate and up projection agree, share (the larger of the forms)",
-            log10_p=bonferroni_log10([test for test in tests if test.decides]),
+            log10_p=bonferroni_log10(tests),
             tests=tests,
             null={form: null.as_dict() for form, null in nulls.items()},
             per_layer=share_by_layer(best),
             notes=notes,
-        )
-        return result.without_p(AFTER_ALIGNMENT) if pair.aligned else result
+        ).for_pair(pair)
 
     def _layers(
         self, form: str, base: ParamSource, ft: ParamSource, pair: Pair, run_cache: RunCache

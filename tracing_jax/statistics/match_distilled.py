@@ -33,7 +33,7 @@ from tracing_jax.statistics.comparison import (
 from tracing_jax.statistics.match import compare_taps
 from tracing_jax.statistics.nulls import composite_agreement_log_sf
 from tracing_jax.statistics.pvalues import bonferroni
-from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, Pair, Result, Test, Vocabularies
+from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies, depths_not_applicable
 from tracing_jax.statistics.students import TAPS, Recipe, Student, fit_student, residual_up, student_correlations
 
 _FFN_TAPS = ("mlp_input", "mlp_output")
@@ -79,12 +79,10 @@ class MatchDistilled(options.MatchDistilled):
 
     def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns the reason why layers of equal index cannot be compared; empty if they can."""
-        if base.num_layers == ft.num_layers:
-            return []
-        return [
-            f"different depth ({base.num_layers} and {ft.num_layers} layers): students are compared at equal index; "
-            "match_all finds which layers correspond, where both models have a gate"
-        ]
+        reason = (
+            "students are compared at equal index; match_all finds which layers correspond, if both models have a gate"
+        )
+        return depths_not_applicable(base, ft, reason)
 
     def compute(self, pair: Pair) -> Result:
         """Returns the calibrated and the parametric tests; one forward pass per model."""
@@ -93,16 +91,15 @@ class MatchDistilled(options.MatchDistilled):
         nulls = {side: null_of(found.controls[side], shares[side], source) for side in TARGETS}
         nulls["rest together"] = null_of(found.controls["rest"], shares["rest together"], source)
         tests = _tests(found, nulls)
-        result = Result(
+        return Result(
             headline=share_agreeing(found.layers["whole"]),
             label="units on which the students' gate and up projection agree, share",
-            log10_p=bonferroni_log10([test for test in tests if test.decides]),
+            log10_p=bonferroni_log10(tests),
             tests=tests,
             null={side: null.as_dict() for side, null in nulls.items()} | {"explained": found.explained},
             per_layer=share_by_layer(found.layers["whole"]),
             notes=[*nulls["whole"].notes, *_notes(found.explained, pair)],
-        )
-        return result.without_p(AFTER_ALIGNMENT) if pair.aligned else result
+        ).for_pair(pair)
 
     def recipe(self, base: Arch, ft: Arch) -> Recipe:
         """Returns the hyperparameters of both models' students, which have one width."""

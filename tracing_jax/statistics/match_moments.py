@@ -41,7 +41,7 @@ from tracing_jax.statistics.comparison import (
     share_by_layer,
 )
 from tracing_jax.statistics.match import form_tests, gates_not_applicable
-from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, Pair, Result, Vocabularies
+from tracing_jax.statistics.statistic import Pair, Result, Vocabularies, depths_not_applicable
 from tracing_jax.tree import Tree
 
 PROJECTIONS = ("gate", "up")
@@ -65,10 +65,7 @@ class MatchMoments(options.MatchMoments):
 
     def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns reasons why layers of equal index cannot be matched; empty if they can."""
-        lines = gates_not_applicable(base, ft)
-        if base.num_layers != ft.num_layers:
-            lines.append(f"different depth ({base.num_layers} and {ft.num_layers} layers): see match_all")
-        return lines
+        return gates_not_applicable(base, ft) + depths_not_applicable(base, ft, "see match_all")
 
     def compute(self, pair: Pair) -> Result:
         """Returns the calibrated and the parametric tests; no forward pass."""
@@ -84,16 +81,15 @@ class MatchMoments(options.MatchMoments):
         ]
         null = null_of(controls, *self._allowance(base, ft, pair))
         tests = form_tests(_FORM, layers, null)
-        result = Result(
+        return Result(
             headline=share_agreeing(layers),
             label="units on which gate and up projection agree by their second moments, share",
-            log10_p=bonferroni_log10([test for test in tests if test.decides]),
+            log10_p=bonferroni_log10(tests),
             tests=tests,
             null={_FORM: null.as_dict()},
             per_layer=share_by_layer(layers),
             notes=list(null.notes),
-        )
-        return result.without_p(AFTER_ALIGNMENT) if pair.aligned else result
+        ).for_pair(pair)
 
     def _signatures(self, model: ParamSource, side: str, run_cache: RunCache) -> list[Signatures]:
         """Returns the signatures of every layer: of an interrupted run's layers those that were kept."""

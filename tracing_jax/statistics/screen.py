@@ -26,7 +26,7 @@ from tracing_jax.statistics.cosine import similarities
 from tracing_jax.statistics.csu import compare_rows, unit_rows
 from tracing_jax.statistics.match import TAPS, compare_taps, form_tests, gates_not_applicable
 from tracing_jax.statistics.pvalues import fisher
-from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, Pair, Result, Test, Vocabularies
+from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies, depths_not_applicable
 
 _UP = "mlp/up_proj/kernel"
 _IN_PLACE = 0.25
@@ -101,17 +101,16 @@ class Screen(options.Screen):
             notes += [f"sampled layers: {note}" for note in null_found.notes]
             shares.append(share_agreeing(layers))
         facts = _read_facts(pair, read)
-        result = Result(
+        return Result(
             headline=max(shares),
             label="sampled units found in place, or on which gate and up projection agree, share (the larger)",
-            log10_p=bonferroni_log10([test for test in tests if test.decides]),
+            log10_p=bonferroni_log10(tests),
             tests=tests,
             null=null,
             per_layer=per_layer,
             notes=[_sentence(plan, facts), *notes],
             read=facts,
-        )
-        return result.without_p(AFTER_ALIGNMENT) if pair.aligned else result
+        ).for_pair(pair)
 
 
 def _in_place(plan: ScreenPlan, pair: Pair, read: Mapping[str, list[int]]) -> Iterator[Comparison]:
@@ -214,9 +213,7 @@ def _layer_parameters(arch: Arch, units: int) -> int:
 
 
 def _match_not_applicable(base: Arch, ft: Arch, tokens: int) -> list[str]:
-    lines = gates_not_applicable(base, ft)
-    if base.num_layers != ft.num_layers:
-        lines.append(f"different depth ({base.num_layers} and {ft.num_layers} layers): see match_all")
+    lines = gates_not_applicable(base, ft) + depths_not_applicable(base, ft, "see match_all")
     if tokens < 2:
         lines.append("the vocabularies share no tokens whose embeddings could be compared")
     return lines
