@@ -83,7 +83,9 @@ def compare(base: InMemory, ft: Descendant, blocks: np.ndarray, seed: int, names
 
 def _form_log10_p(result: Result, form: str) -> float:
     """Returns the p-value that one form of `match` alone would have."""
-    return bonferroni_log10([test for test in result.tests if test.decides and test.name.startswith(form)])
+    log10_p = bonferroni_log10([test for test in result.tests if test.name.startswith(form)])
+    assert log10_p is not None, f"no test of the form {form} enters the verdict"
+    return log10_p
 
 
 def measured(

@@ -79,10 +79,8 @@ class MatchDistilled(options.MatchDistilled):
 
     def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns the reason why layers of equal index cannot be compared; empty if they can."""
-        reason = (
-            "students are compared at equal index; match_all finds which layers correspond, if both models have a gate"
-        )
-        return depths_not_applicable(base, ft, reason)
+        hint = "match_all finds which layers correspond, where both models have a gate"
+        return depths_not_applicable(base, ft, f"students are compared at equal index; {hint}")
 
     def compute(self, pair: Pair) -> Result:
         """Returns the calibrated and the parametric tests; one forward pass per model."""
