@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -72,10 +72,7 @@ class MatchDistilled(options.MatchDistilled):
     rate that falls with the width, and the null of `calibration.py`; see docs/distilled.md.
     """
 
-    @property
-    def needs_tokens(self) -> bool:
-        """True: students are trained on activations of text."""
-        return True
+    needs_tokens: ClassVar[bool] = True
 
     def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns the reason why layers of equal index cannot be compared; empty if they can."""

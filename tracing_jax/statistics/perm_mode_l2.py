@@ -1,6 +1,7 @@
 """`perm_mode_l2`: the permutation tests of `mode` and of `l2` on the same permuted copies."""
 
 import math
+from dataclasses import replace
 from typing import ClassVar
 
 from tracing_jax import options
@@ -43,4 +44,4 @@ class PermModeL2(options.PermModeL2):
         both = min(0.0, math.log(2) + math.log(10) * min(test.log10_p for test in tests if test.log10_p is not None))
         label = "midpoint loss (nats per token); its test and that of l2 share their permuted copies"
         result = permutation_result(pair, label, curve.midpoint, losses, both)
-        return Result(**{**vars(result), "tests": tests}) if not pair.aligned else result
+        return result if pair.aligned else replace(result, tests=tests)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 from tqdm import tqdm
@@ -72,10 +73,7 @@ class Screen(options.Screen):
     Source: Zhu et al. 2025 (arXiv 2502.12292) for both tests; sampling is ours.
     """
 
-    @property
-    def needs_tokens(self) -> bool:
-        """False: no text is needed."""
-        return False
+    needs_tokens: ClassVar[bool] = False
 
     def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns reasons why neither part can be computed on models of these shapes; empty if one can."""
