@@ -23,6 +23,7 @@ from benchmarks.lineages import Lineages
 from benchmarks.power_table import Rates, figure, from_markdown, to_markdown
 from benchmarks.seeds import RECIPES, zoo
 from tracing_jax.data import paired_one_to_one
+from tracing_jax.options import FORMS
 from tracing_jax.record import atomic_write
 from tracing_jax.report import save_png, text_table
 from tracing_jax.sharding import Compute, make_mesh
@@ -32,7 +33,7 @@ from tracing_jax.statistics.comparison import bonferroni_log10
 from tracing_jax.statistics.csh import Csh
 from tracing_jax.statistics.csu import Csu, CsuAll
 from tracing_jax.statistics.l2 import L2
-from tracing_jax.statistics.match import FORMS, Match
+from tracing_jax.statistics.match import Match
 from tracing_jax.statistics.match_all import MatchAll
 from tracing_jax.statistics.match_moments import MatchMoments
 
