@@ -36,7 +36,6 @@ _BLOCK = re.compile(
     r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S
 )
 _TOOLS = {"pip", "pytest", "ruff", "mypy", "mkdocs", "pre-commit", ".ci/run"}
-_CLI = "from tracing_jax.cli import main; main()"
 _NUMBER = re.compile(r"(10\^)?-?\d[\d.,]*")
 
 
@@ -161,7 +160,7 @@ def run(script: str, folder: Path) -> str:
     bin_folder = folder / ".bin"
     bin_folder.mkdir()
     (bin_folder / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    (bin_folder / "tracing-jax").write_text(f'#!/bin/sh\nexec {sys.executable} -c "{_CLI}" "$@"\n')
+    (bin_folder / "tracing-jax").write_text(f'#!/bin/sh\nexec {sys.executable} -m tracing_jax "$@"\n')
     for file in bin_folder.iterdir():
         file.chmod(0o755)
     env = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{bin_folder}:{os.environ['PATH']}"}
@@ -255,3 +254,9 @@ def test_linked_files_exist(page):
     generated = {"options.md"}
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text_of(page)):
         assert target in generated or ((ROOT / page).parent / target).exists() or Path(target).name in generated, target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_named_in_text_exist(page):
+    for name in re.findall(r"`((?:tracing_jax|tests|benchmarks|configs|docs|statistics)/[\w./]*)`", text_of(page)):
+        assert (ROOT / name).exists() or (ROOT / "tracing_jax" / name).exists(), name
