@@ -62,10 +62,11 @@ The options of a run, as `tracing_jax/options.py` declares them. `tracing-jax co
 
 | where | how an option is set |
 |---|---|
-| `tracing-jax compare`, `align` | `--level 1e-4`, `--match.max_tokens 8192`; a switch as `--align` or `--noalign` |
-| `main.py`, `launch.py` | `--config.level=1e-4`, `--config.match.max_tokens=8192`, with `--config=configs/NAME.py` |
+| `tracing-jax compare`, `align` | `--level 1e-4`, `--match.max_tokens 8192`; a switch as `--align` or `--no-align` |
+| `main.py` | the same flags, `--noalign`; or `--config.level=1e-4` with `--config=configs/NAME.py` |
+| `launch.py` | `--config.level=1e-4` with `--config=configs/NAME.py` |
 | a config file | `RunOptions(level=1e-4, match=Match(max_tokens=8192))` |
-| Python | `tj.trace(base, ft, level=1e-4)` |
+| Python | `tj.trace(base, ft, level=1e-4, match={"max_tokens": 8192})` |
 
 A list of names is written with commas between them.
 """

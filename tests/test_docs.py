@@ -1,10 +1,11 @@
 """The commands and snippets of README and docs work as printed.
 
 Every block runs in a folder of its own that has what the pages name: the programs of the repository, the models `base`
-and `theirs`, and the text `pages.txt`. A block after `<!-- not run: REASON -->` needs a cluster, the Hub or minutes; its
-commands are parsed all the same, so their flags and config fields exist.
+and `theirs`, and the text `pages.txt`. A block after `<!-- not run: REASON -->` needs a cluster, the Hub or minutes;
+its commands are parsed all the same, so their flags and config fields exist.
 """
 
+import importlib
 import os
 import re
 import shlex
@@ -21,6 +22,7 @@ import pytest
 
 import tracing_jax as tj
 from tracing_jax.alignment import KINDS, WHOLE
+from tracing_jax.cli.arguments import Parser
 from tracing_jax.rewrites import DISGUISES
 
 ROOT = Path(__file__).parent.parent
@@ -97,10 +99,12 @@ def test_command_can_be_parsed(words):
     if words[0] == "srun":
         words = words[[word.startswith("-") for word in words].index(False, 1) :]
     match words:
-        case ["tracing-jax", *arguments]:
-            parse_verb(arguments)
+        case ["tracing-jax", verb, *arguments]:
+            parser = Parser(verb)
+            importlib.import_module(f"tracing_jax.cli.{verb}").add_arguments(parser)
+            parser.parse_args(arguments)
         case ["python", "main.py" | "launch.py" | "generate.py" as program, *arguments]:
-            parse_program(program, arguments)
+            parse_flags(program, arguments)
         case ["python", "-m", module, *arguments] if module.split(".")[0] == "benchmarks":
             assert module_file(module).is_file()
             source = "".join(file.read_text("utf-8") for file in (ROOT / "benchmarks").rglob("*.py"))
@@ -115,6 +119,23 @@ def test_command_can_be_parsed(words):
             assert set(re.findall(r"\[(\w+)\]", " ".join(packages))) <= set(extras)
         case [tool, *_]:
             assert tool in _TOOLS
+
+
+_PARSE = """
+import runpy, sys
+from absl import flags
+from tracing_jax.cli import absl_flags
+absl_flags.run_program = lambda main, argv, print_help: absl_flags.parse_flags(argv)
+parsed = runpy.run_path(sys.argv[0], run_name="__main__")
+if "run_options" in parsed:
+    parsed["run_options"]()
+"""
+
+
+def parse_flags(program: str, arguments: list[str]) -> None:
+    """Parses the command line of a program at the root of the repository, config file included, and runs nothing."""
+    code = f"import sys; sys.argv = {[program, *arguments]!r}{_PARSE}"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 
 
 def module_file(module: str) -> Path:
@@ -233,3 +254,9 @@ def test_linked_files_exist(page):
     generated = {"options.md"}
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text_of(page)):
         assert target in generated or ((ROOT / page).parent / target).exists() or Path(target).name in generated, target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_named_in_text_exist(page):
+    for name in re.findall(r"`((?:tracing_jax|tests|benchmarks|configs|docs|statistics)/[\w./]*)`", text_of(page)):
+        assert (ROOT / name).exists() or (ROOT / "tracing_jax" / name).exists(), name
