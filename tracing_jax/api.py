@@ -191,7 +191,7 @@ def save(folder: str | os.PathLike[str], model: ParamSource, companions: str | o
       >>> sorted(file.name for file in folder.iterdir())
       ['config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json']
     """
-    checkpoint.save_checkpoint(folder, model, companions)
+    checkpoint.save_checkpoint(Path(folder), model, Path(companions))
     return Path(folder)
 
 

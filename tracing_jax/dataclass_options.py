@@ -116,7 +116,7 @@ def options_of(section: type, prefix: str = "") -> Iterator[Option]:
 def sections_of(options: type) -> dict[str, type]:
     """Returns the sections of an options dataclass by name."""
     kinds = {found.name: _kind(options, found.name)[0] for found in fields(options)}
-    return {name: kind for name, kind in kinds.items() if is_dataclass(kind)}
+    return {name: typing.cast(type, kind) for name, kind in kinds.items() if is_dataclass(kind)}
 
 
 def comma_list(text: str) -> tuple[str, ...]:
@@ -240,7 +240,7 @@ def _section(section: type[T], values: Any, prefix: str, unknown: Callable[[str]
         lines.append(unknown(f"{name}=") or f"{name}: it is a section, with options of its own")
         return section()
     lines += [line for name in values if (line := unknown(f"{prefix}{name}"))]
-    typed = {}
+    typed: dict[str, Any] = {}
     for found in fields(section):  # type: ignore[arg-type]
         if found.name not in values:
             continue

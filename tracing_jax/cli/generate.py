@@ -65,6 +65,7 @@ def _write(options: GenerateOptions) -> None:
 
     folder = Path(options.save).expanduser()
     prompts = read_prompts(options.prompts) if options.prompts else options.num_samples
+    assert prompts is not None, "one of both is given"
     models = {model_id: open_checkpoint(resolve_model_id(model_id)) for model_id in options.models}
     files = {model_id: file_of(folder, model_id) for model_id in models}
     if len(set(files.values())) < len(files):
