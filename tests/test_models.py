@@ -1,6 +1,5 @@
 """The models: fresh weights are those of Flax linen, and the forward pass reads the leaves of the axis table."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -26,7 +25,7 @@ class Module(nn.Module):
     @nn.compact
     def __call__(self):
         for name, shape in self.shapes.items():
-            if isinstance(shape, Mapping):  # linen freezes the dicts of its fields
+            if isinstance(shape, dict):
                 Module(shape, name=name)()
             else:
                 self.param(name, nn.initializers.normal(0.02), shape)

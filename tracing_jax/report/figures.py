@@ -40,7 +40,8 @@ def path_figure(
         groups: the groups of weights that move along the path, where not all do.
         title: of the axes.
     """
-    return _figure([_path_panel(title, curves, groups)])
+    moving = {name: {**curve, "groups": list(groups)} for name, curve in curves.items()}
+    return _figure([_Panel(title, panels.draw_path, moving, 3.5)])
 
 
 def pairs_figure(
@@ -61,7 +62,8 @@ def pairs_figure(
     found = []
     if curves:
         groups = next(iter(curves.values()))["groups"]
-        found.append(_path_panel(f"Loss along the path from {base}", curves, groups))
+        moving = {name: {**curve, "groups": list(groups)} for name, curve in curves.items()}
+        found.append(_Panel(f"Loss along the path from {base}", panels.draw_path, moving, 3.5))
     if families and level is not None:
         data = {"families": families, "level": level}
         height_inches = 1.6 + 0.35 * len(families)
@@ -95,11 +97,6 @@ def png(figure: Figure) -> bytes:
 def save_png(figure: Figure, path: str | PurePath) -> None:
     """Writes the figure as a PNG of 160 dots per inch, atomically."""
     atomic_write(path, png(figure))
-
-
-def _path_panel(title: str, curves: Mapping[str, Mapping[str, Any]], groups: Sequence[str]) -> _Panel:
-    moving = {name: {**curve, "groups": list(groups)} for name, curve in curves.items()}
-    return _Panel(title, panels.draw_path, moving, 3.5)
 
 
 def _log10_level(record: Mapping[str, Any]) -> float | None:

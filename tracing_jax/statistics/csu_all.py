@@ -1,0 +1,152 @@
+"""`csu_all`: which matrices are where they were? The rows of every matrix matched, each matrix with a p of its own."""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import ClassVar
+
+import numpy as np
+from jaxtyping import Array, Float
+from tqdm import tqdm
+
+from tracing_jax import options
+from tracing_jax.arch import Arch
+from tracing_jax.axes import AxisTable, axis_table, kind_of
+from tracing_jax.matching import FactoredSimilarity
+from tracing_jax.sources import ParamSource, leaf
+from tracing_jax.statistics.comparison import Comparison, bonferroni_log10, one_test, overlapped, rows_not_applicable
+from tracing_jax.statistics.cosine import similarities
+from tracing_jax.statistics.csu import compare_rows
+from tracing_jax.statistics.pvalues import bonferroni
+from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, Pair, Result, Test, Vocabularies
+from tracing_jax.tree import to_host
+
+_ROWS = {"gate_proj": "mlp", "up_proj": "mlp", "down_proj": "embed", "o_proj": "embed",
+         "q_proj": "", "k_proj": "", "v_proj": "", "embedding": "vocab", "lm_head": "vocab"}  # fmt: skip
+"""Matrix -> the axis whose units are its rows; for heads, all axes but `embed` together."""
+
+_EXACT = ("gate_proj", "up_proj", "down_proj", "o_proj")
+"""Matrices whose rows are exchangeable in an independent model. Heads are not in that group, rope fixes the order of
+rows inside a head, and rows of embedding and head are tokens: their p-values have no exact null."""
+
+
+_Rows = Callable[[], tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "n d"]]]
+"""Reads a matrix of base and one of ft, with units as rows."""
+_Place = tuple[str, bool, _Rows]
+"""The name of two matrices, whether their null is exact, and the function that reads them."""
+_Similarity = Array | np.ndarray | FactoredSimilarity
+"""The cosines of all rows of one with all of the other."""
+
+
+class CsuAll(options.CsuAll):
+    """Constrained tests on all matrices: same name and same layer, or, on request, every two of equal shape.
+
+    Each matrix has its own p-value by agreement and by rank correlation; the smallest counts after Bonferroni (Holm's
+    first step), never a Fisher sum: down and o of all layers share one permutation of the features.
+    """
+
+    needs_tokens: ClassVar[bool] = False
+
+    def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
+        """Returns why rows of these models have no cosine."""
+        return rows_not_applicable(base, ft)
+
+    def compute(self, pair: Pair) -> Result:
+        """Returns the p-values of the matrices, those with an exact null apart from those without."""
+        found: dict[bool, dict[str, Comparison]] = {True: {}, False: {}}
+        places = list(self._pairs(pair))
+        comparisons = overlapped(self._similarities(pair, places), functools.partial(_compare, pair))
+        for (place, exact, _), comparison in zip(places, comparisons, strict=True):
+            found[exact][place] = comparison
+        tests = [
+            *_tests("exact null", found[True], decides=True),
+            *_tests("no exact null", found[False], decides=False),
+        ]
+        exact_tests = [test for test in tests if test.decides]
+        kept = list(found[True].values())
+        result = Result(
+            headline=float(np.mean([c.agreeing / max(1, c.units) for c in kept])) if kept else None,
+            label="rows that stay in place, mean share over matrices with an exact null",
+            log10_p=bonferroni_log10(exact_tests) if exact_tests else None,
+            p_reason=None if exact_tests else "no two matrices with an exact null have equal shapes",
+            tests=tests,
+            notes=["q, k, v, embedding and head have no exact null: their p-values decide nothing"],
+        )
+        return result.without_p(AFTER_ALIGNMENT) if pair.aligned else result
+
+    def _similarities(self, pair: Pair, places: Sequence[_Place]) -> Iterator[tuple[str, _Similarity | Comparison]]:
+        """Yields for each place its similarities, or its comparison if an interrupted run has cached it."""
+        for place, _, rows in tqdm(places, desc="csu_all", unit="matrix", disable=None):
+            yield place, pair.run_cache.load(Comparison, "csu_all", place) or similarities(*rows())
+
+    def _pairs(self, pair: Pair) -> Iterator[_Place]:
+        """Yields the name of two matrices, whether their null is exact, and the function that reads them."""
+        tables = [axis_table(model.arch) for model in (pair.base, pair.ft)]
+        shapes, shapes_ft = (_shapes(table) for table in tables)
+        for name, shape in shapes.items():
+            others = [o for o, other in shapes_ft.items() if other == shape and (self.all_pairs or o == name)]
+            for other in others:
+                place = f"{_short(name)} : {_short(other)}" if self.all_pairs else _short(name)
+                exact = _is_exact(name) and _is_exact(other)
+                yield place, exact, lambda name=name, other=other: (  # type: ignore[misc]
+                    _rows(pair.base, name, tables[0]), _rows(pair.ft, other, tables[1])
+                )  # fmt: skip
+
+
+def _compare(pair: Pair, item: tuple[str, _Similarity | Comparison]) -> Comparison:
+    place, found = item
+    if isinstance(found, Comparison):
+        return found
+    make = functools.partial(compare_rows, found, pair.generator("csu_all", place))
+    return pair.run_cache.cached(Comparison, ("csu_all", place), make)
+
+
+def _short(name: str) -> str:
+    return name.removesuffix("/kernel")
+
+
+def _is_exact(name: str) -> bool:
+    return any(matrix in name for matrix in _EXACT)
+
+
+def _matrix(name: str) -> str:
+    """Returns which matrix a leaf is, such as `up_proj`; empty if none that is compared."""
+    *_, holder, last = name.split("/")
+    matrix = last if last == "embedding" else holder
+    return matrix if matrix in _ROWS and last != "bias" else ""
+
+
+def _shapes(table: AxisTable) -> dict[str, tuple[int, int]]:
+    """Returns for each matrix of a model its number of rows, and of columns."""
+    shapes = {}
+    for name in [name for name in table.leaves if _matrix(name)]:
+        size = {kind_of(axis or ""): table.sizes[axis or ""] for axis in table.leaves[name].axes}
+        units = [_ROWS[_matrix(name)]] if _ROWS[_matrix(name)] else [kind for kind in size if kind != "embed"]
+        rows = math.prod(size[kind] for kind in units)
+        shapes[name] = rows, math.prod(size.values()) // rows
+    return shapes
+
+
+def _rows(model: ParamSource, name: str, table: AxisTable) -> Float[np.ndarray, "n d"]:
+    """Returns a matrix with the units of its axis as rows; without an axis, all but the features."""
+    axis = _ROWS[_matrix(name)]
+    kernel = to_host(leaf(model, name))
+    kinds = [kind_of(a) if a else "" for a in table.leaves[name].axes]
+    if axis:
+        moved = np.moveaxis(kernel, kinds.index(axis), 0)
+        return moved.reshape(moved.shape[0], -1)
+    moved = np.moveaxis(kernel, kinds.index("embed"), -1)
+    return moved.reshape(-1, moved.shape[-1])
+
+
+def _tests(name: str, found: dict[str, Comparison], decides: bool) -> list[Test]:
+    if not found:
+        return []
+    places, comparisons = list(found), list(found.values())
+    agreements, ranks = [c.log_p_agreement for c in comparisons], [c.log_p_rank for c in comparisons]
+    made = [
+        one_test(f"agreement, {name}", comparisons, agreements, places, bonferroni, "Holm's minimum"),
+        one_test(f"rank correlation, {name}", comparisons, ranks, places, bonferroni, "Holm's minimum"),
+    ]
+    return [replace(test, decides=decides) for test in made]
