@@ -17,7 +17,7 @@ from tracing_jax.cli.absl_flags import define_flags, given_flags, run_program
 from tracing_jax.cli.arguments import Parser, add_options
 from tracing_jax.cli.errors import exit_on_user_error
 from tracing_jax.cli.zoo import ZooOptions, launch
-from tracing_jax.dataclass_options import replaced
+from tracing_jax.dataclass_options import from_values
 
 _CONFIG_HELP = "A file of configs/; its options hold for every pair, and --config.NAME sets one."
 _CONFIG = config_flags.DEFINE_config_file("config", help_string=_CONFIG_HELP)
@@ -29,10 +29,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     with exit_on_user_error():
-        given = given_flags(ZooOptions)
-        if "save" not in given:
-            raise ValueError("--save is not set: the folder of the zoo")
-        zoo = replaced(ZooOptions(save=given["save"]), given)
+        zoo = from_values(ZooOptions, given_flags(ZooOptions))
     launch(zoo, _CONFIG.value)
 
 

@@ -16,7 +16,7 @@ from tracing_jax.cli.absl_flags import define_flags, given_flags, run_program
 from tracing_jax.cli.arguments import Parser, add_options
 from tracing_jax.cli.errors import exit_on_user_error
 from tracing_jax.cli.program import ProgramOptions, run_experiment
-from tracing_jax.dataclass_options import checked, replaced
+from tracing_jax.dataclass_options import from_values, replaced
 from tracing_jax.options import RunOptions
 
 _CONFIGS = Path(__file__).parent / "configs"
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     with exit_on_user_error():
-        program = checked(ProgramOptions(**given_flags(ProgramOptions)))
+        program = from_values(ProgramOptions, given_flags(ProgramOptions))
         options = run_options()
     run_experiment(options, program)
 

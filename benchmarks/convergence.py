@@ -28,11 +28,11 @@ from benchmarks.environment import OUT_DIR, PUBLISH, ZOO_DIR, use_all_cores
 from benchmarks.false_alarms import Alarms, false_alarms
 from benchmarks.intervals import mean_over_pairs, upper_bound
 from benchmarks.seeds import RECIPES, SNAPSHOTS, Zoo, zoo
+from tracing_jax.options import FORMS
 from tracing_jax.record import atomic_write
 from tracing_jax.report import save_png, text_table
 from tracing_jax.report.panels import GREY, INK, PALETTE, style
 from tracing_jax.statistics import calibration
-from tracing_jax.statistics.match import FORMS
 
 POSITIONS = 1024
 _EARLIER_SEEDS = 32  # of the 64, before the end of training

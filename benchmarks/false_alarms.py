@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 from benchmarks.agreements import Agreements
 from benchmarks.intervals import clopper_pearson, rounds, upper_bound
+from tracing_jax.statistics import Test
 from tracing_jax.statistics.calibration import CONFIDENCE, DEFAULT_ALLOWANCE, measured_allowance, null_of
 from tracing_jax.statistics.comparison import LN10, bonferroni_log10
 from tracing_jax.statistics.match import form_tests
@@ -114,14 +115,16 @@ def _log10_ps(forms: Forms, u: Allowance) -> dict[str, Float[np.ndarray, "S S"]]
 
 
 def _tests(forms: Forms, u: Allowance, i: int, j: int) -> Iterator[tuple[str, float]]:
-    deciding = []
+    tests: list[Test] = []
     for form, measured in forms.items():
         layers, controls = measured.pair(i, j)
-        tests = form_tests(form, layers, null_of(controls, u(form, i, j), ""))
-        deciding += [test for test in tests if test.decides]
-        yield from ((test.name, test.log10_p) for test in tests if test.log10_p is not None)
+        found = form_tests(form, layers, null_of(controls, u(form, i, j), ""))
+        tests += found
+        yield from ((test.name, test.log10_p) for test in found if test.log10_p is not None)
         yield f"{form}, rank correlation, parametric, Fisher", fisher([c.log_p_rank for c in layers]) / LN10
-    yield "match: any of the calibrated, Bonferroni", bonferroni_log10(deciding)
+    log10_p = bonferroni_log10(tests)
+    assert log10_p is not None
+    yield "match: any of the calibrated, Bonferroni", log10_p
 
 
 def _count(hit: np.ndarray, zoo: str, test: str, u: str, level: float) -> Alarms:

@@ -23,6 +23,7 @@ from benchmarks.lineages import Lineages
 from benchmarks.power_table import Rates, figure, from_markdown, to_markdown
 from benchmarks.seeds import RECIPES, zoo
 from tracing_jax.data import paired_one_to_one
+from tracing_jax.options import FORMS
 from tracing_jax.record import atomic_write
 from tracing_jax.report import save_png, text_table
 from tracing_jax.sharding import Compute, make_mesh
@@ -30,10 +31,9 @@ from tracing_jax.sources import InMemory
 from tracing_jax.statistics import Pair, Result, Statistic, Vocabularies, verdict
 from tracing_jax.statistics.comparison import bonferroni_log10
 from tracing_jax.statistics.csh import Csh
-from tracing_jax.statistics.csu import Csu
-from tracing_jax.statistics.csu_all import CsuAll
+from tracing_jax.statistics.csu import Csu, CsuAll
 from tracing_jax.statistics.l2 import L2
-from tracing_jax.statistics.match import FORMS, Match
+from tracing_jax.statistics.match import Match
 from tracing_jax.statistics.match_all import MatchAll
 from tracing_jax.statistics.match_moments import MatchMoments
 
@@ -84,7 +84,9 @@ def compare(base: InMemory, ft: Descendant, blocks: np.ndarray, seed: int, names
 
 def _form_log10_p(result: Result, form: str) -> float:
     """Returns the p-value that one form of `match` alone would have."""
-    return bonferroni_log10([test for test in result.tests if test.decides and test.name.startswith(form)])
+    log10_p = bonferroni_log10([test for test in result.tests if test.name.startswith(form)])
+    assert log10_p is not None, f"no test of the form {form} enters the verdict"
+    return log10_p
 
 
 def measured(

@@ -166,7 +166,9 @@ def main(argv: list[str]) -> None:
     start = time.perf_counter()
     with peak_anonymous_bytes() as peak, compilations() as compiled:
         program.main(argv)
-    record = json.loads(Path(program.run_options().with_save_path().save).with_suffix(".json").read_text("utf-8"))
+    save = program.run_options().with_save_path().save
+    assert save is not None
+    record = json.loads(Path(save).with_suffix(".json").read_text("utf-8"))
     cost = Cost(
         seconds=time.perf_counter() - start,
         seconds_by_step=record["seconds"],

@@ -18,6 +18,14 @@ jax.config.update("jax_num_cpu_devices", 8)
 install_import_hook("tracing_jax", "beartype.beartype").__enter__()
 
 
+def pytest_configure(config):
+    """Compiles without most optimizations in the quick run: half of its time is compilation of tiny programs.
+
+    Runs that include the slow tests compile as users do.
+    """
+    jax.config.update("jax_disable_most_optimizations", config.option.markexpr == "not slow")
+
+
 def pytest_runtest_setup(item):
     """Skips what is marked `torch` where torch is not installed."""
     if item.get_closest_marker("torch"):

@@ -25,8 +25,7 @@ from tracing_jax.statistics import REGISTRY, Pair, Result, Test, Vocabularies, m
 from tracing_jax.statistics.calibration import DEFAULT_ALLOWANCE, control_pairs, null_of, upper_share
 from tracing_jax.statistics.comparison import Comparison, against_each_other, against_identity
 from tracing_jax.statistics.csh import Csh
-from tracing_jax.statistics.csu import Csu
-from tracing_jax.statistics.csu_all import CsuAll
+from tracing_jax.statistics.csu import Csu, CsuAll
 from tracing_jax.statistics.jsd import Jsd
 from tracing_jax.statistics.l2 import L2, distances
 from tracing_jax.statistics.match import Match

@@ -15,8 +15,7 @@ from tracing_jax.rewrites import DISGUISES, Renaming, draw_rewrites
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory, in_memory, rewritten
 from tracing_jax.statistics import Pair, Vocabularies, verdict
-from tracing_jax.statistics.csu import Csu
-from tracing_jax.statistics.csu_all import CsuAll
+from tracing_jax.statistics.csu import Csu, CsuAll
 from tracing_jax.statistics.match import Match
 from tracing_jax.statistics.match_all import MatchAll
 

@@ -1,5 +1,6 @@
 """The models: fresh weights are those of Flax linen, and the forward pass reads the leaves of the axis table."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -25,7 +26,7 @@ class Module(nn.Module):
     @nn.compact
     def __call__(self):
         for name, shape in self.shapes.items():
-            if isinstance(shape, dict):
+            if isinstance(shape, Mapping):  # linen freezes the dicts of its fields
                 Module(shape, name=name)()
             else:
                 self.param(name, nn.initializers.normal(0.02), shape)

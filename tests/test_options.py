@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
-from tracing_jax.alignment.kinds import KINDS, WHOLE
 
 from tracing_jax import options
+from tracing_jax.alignment import KINDS, WHOLE
 from tracing_jax.axes import PERMUTABLE
 from tracing_jax.dataclass_options import ConfigError, comma_list, options_of, problems, replaced, sections_of
 from tracing_jax.experiment.validation import DTYPES, make_statistics

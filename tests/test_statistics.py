@@ -14,9 +14,7 @@ from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory
 from tracing_jax.statistics import Pair, Vocabularies
 from tracing_jax.statistics.comparison import overlapped
-from tracing_jax.statistics.cos import Cos
-from tracing_jax.statistics.cosine import best_cosines
-from tracing_jax.statistics.emb import Emb
+from tracing_jax.statistics.cosine import Cos, Emb, best_cosines
 from tracing_jax.statistics.mode import Mode, curve_of
 
 ARCH = tiny.llama_mha()

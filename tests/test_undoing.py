@@ -257,9 +257,9 @@ def test_weights_that_are_zero_do_not_stop_alignment():
 
 @pytest.mark.parametrize(("change", "line"), [
     ({"num_layers": 3, "layer_ropes": (0,) * 3, "layer_windows": (None,) * 3}, "of which 0 add nothing"),
-    ({"mlp_dim": 22}, "layers/1/mlp of 2: 2 units more than in base, of which 0 are silent"),
-    ({"embed_dim": 26}, "embed: 2 features more than in base, of which 0 are silent"),
-    ({"num_kv_heads": 4}, "layers/0/kv_heads: 1 units more than in base, of which 0 are silent"),
+    ({"mlp_dim": 22}, "layers/1/mlp of 2: 2 units more than in base, of which 0 are inactive"),
+    ({"embed_dim": 26}, "embed: 2 features more than in base, of which 0 are inactive"),
+    ({"num_kv_heads": 4}, "layers/0/kv_heads: 1 units more than in base, of which 0 are inactive"),
 ])  # fmt: skip
 def test_what_ft_has_more_must_do_nothing(change, line):
     base, ft = in_float64(tiny.mixtral()), in_float64(tiny.mixtral(**change))

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tracing_jax import demo
-from tracing_jax.options import RunOptions
+from tracing_jax.options import Mesh, RunOptions
 from tracing_jax.zoo import ModelList, ZooFolder, make_plan
 from tracing_jax.zoo.launching import left_to_do, status, wait, write_plan
 from tracing_jax.zoo.slurm import queued, submit
@@ -34,8 +34,7 @@ def elements_find_this_checkout(monkeypatch):
 
 
 def zoo_of(tmp_path, models, pairs=None, **fields) -> ZooFolder:
-    config = RunOptions(stat=("csu",))
-    config.update(fields)
+    config = RunOptions(stat=("csu",), **fields)
     folder = ZooFolder(tmp_path / "zoo")
     listed = ModelList(tuple(models), tuple(pairs or [(models[0], model) for model in models[1:]]))
     write_plan(folder, make_plan(listed, config))
@@ -108,7 +107,7 @@ def test_two_processes_trace_a_pair_together_and_one_that_fails_ends_both(family
     tensors = load_file(broken / "model.safetensors")
     save_file({name: tensor * float("nan") for name, tensor in tensors.items()}, broken / "model.safetensors")
     base, finetune = (str(family.member(name)) for name in ("base", "finetune"))
-    folder = zoo_of(tmp_path, [base, finetune, str(broken)], mesh={"data": 2, "model": 1})
+    folder = zoo_of(tmp_path, [base, finetune, str(broken)], mesh=Mesh(data=2, model=1))
     os.environ.pop("JAX_NUM_CPU_DEVICES", None)
     launch(folder, ntasks_per_node=2, array_parallelism=1)
     wait(folder, list(folder.plan.by_name))

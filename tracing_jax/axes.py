@@ -79,6 +79,13 @@ class AxisTable:
       sizes: axis name -> number of units.
       parent_axis: a nested axis -> the axis whose units hold it. Units of `layers/0/q_group` are permuted inside each
         unit of `layers/0/kv_heads`, so its permutation is a matrix `[kv_heads, q_group]`.
+
+    Example:
+      >>> table = tj.axis_table(tj.open("demo:base").arch)
+      >>> table.leaves["layers/0/mlp/up_proj/kernel"].axes
+      ('embed', 'layers/0/mlp')
+      >>> table.parent_axis["layers/0/q_group"]
+      'layers/0/kv_heads'
     """
 
     leaves: Mapping[str, LeafSpec]
@@ -123,6 +130,12 @@ def table_from_axes(
     Raises:
       ValueError: leaves that the names do not cover, names without a leaf, wrong ranks, or unequal sizes of one axis;
         all at once.
+
+    Example:
+      >>> params = {"in": np.ones((2, 3)), "out": np.ones((3, 2))}
+      >>> table = tj.table_from_axes({"in": (None, "units"), "out": ("units", None)}, params)
+      >>> table.sizes
+      {'units': 3}
     """
     table = AxisTable({name: LeafSpec(tuple(spec)) for name, spec in axes.items()}, {}, dict(parent_axis or {}))
     sizes = _sizes_in(params, table)
@@ -164,7 +177,13 @@ def _sizes_in(params: Tree, table: AxisTable) -> dict[str, int]:
 
 
 def axis_table(arch: Arch) -> AxisTable:
-    """Returns the table of a model of any supported family, for params `{embed, layers: {"0": ...}, head}`."""
+    """Returns the table of a model of any supported family, for params `{embed, layers: {"0": ...}, head}`.
+
+    Example:
+      >>> table = tj.axis_table(tj.open("demo:base").arch)
+      >>> sorted(table.leaves_with_axis("layers/0/mlp"))[0]
+      'layers/0/mlp/down_proj/kernel'
+    """
     leaves = {"embed/embedding": LeafSpec(("vocab", "embed"), "emb")}
     sizes = {"embed": arch.embed_dim, "vocab": arch.vocab_size}
     if arch.num_positions is not None:

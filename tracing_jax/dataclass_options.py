@@ -116,7 +116,7 @@ def options_of(section: type, prefix: str = "") -> Iterator[Option]:
 def sections_of(options: type) -> dict[str, type]:
     """Returns the sections of an options dataclass by name."""
     kinds = {found.name: _kind(options, found.name)[0] for found in fields(options)}
-    return {name: kind for name, kind in kinds.items() if is_dataclass(kind)}
+    return {name: typing.cast(type, kind) for name, kind in kinds.items() if is_dataclass(kind)}
 
 
 def comma_list(text: str) -> tuple[str, ...]:
@@ -181,6 +181,18 @@ def checked(options: T) -> T:
     return options
 
 
+def from_values(options: type[T], values: Mapping[str, Any]) -> T:
+    """Returns the options dataclass with these values by dotted name; the other options have their defaults.
+
+    Raises:
+      ConfigError: options without a default are not among them, or values are out of range.
+    """
+    required = [found.name for found in options_of(options) if found.required]
+    if missing := [f"--{name}" for name in required if name not in values]:
+        raise ConfigError(f"not set: {', '.join(missing)}")
+    return checked(replaced(options(**{name: values[name] for name in required}), values))
+
+
 def replaced(options: T, values: Mapping[str, Any]) -> T:
     """Returns the options dataclass with other values of options, by dotted name."""
     own: dict[str, Any] = {}
@@ -228,7 +240,7 @@ def _section(section: type[T], values: Any, prefix: str, unknown: Callable[[str]
         lines.append(unknown(f"{name}=") or f"{name}: it is a section, with options of its own")
         return section()
     lines += [line for name in values if (line := unknown(f"{prefix}{name}"))]
-    typed = {}
+    typed: dict[str, Any] = {}
     for found in fields(section):  # type: ignore[arg-type]
         if found.name not in values:
             continue

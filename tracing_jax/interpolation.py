@@ -34,6 +34,13 @@ def interpolate(base: Tree, ft: Tree, alpha: float | Float[Array, ""], interpola
     """Returns `(1 - alpha) base + alpha ft` on the interpolated leaves, in float32, and base's own leaf elsewhere.
 
     alpha = 0 gives base and alpha = 1 gives ft on these leaves, both exactly. `ft` need hold only these leaves.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> base, ft = {"w": jnp.zeros(2), "b": jnp.zeros(2)}, {"w": jnp.ones(2)}
+      >>> point = tj.interpolate(base, ft, 0.25, {"w"})
+      >>> point["w"].tolist(), point["b"].tolist()
+      ([0.25, 0.25], [0.0, 0.0])
     """
     other = flatten(ft)
 

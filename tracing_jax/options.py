@@ -176,7 +176,13 @@ _models, _statistics, _text, _rewrites, _computing, _output = (
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The options of a run: the general ones, and a section for the mesh and for each statistic."""
+    """The options of a run: the general ones, and a section for the mesh and for each statistic.
+
+    Example:
+      >>> options = tj.RunOptions.from_config({"stat": "csu, match", "match": {"max_tokens": 4096}})
+      >>> options.stat, options.match.max_tokens
+      (('csu', 'match'), 4096)
+    """
 
     base_model_id: str | None = _models(
         None, "Base model: a folder, a Hub id org/name or org/name@revision, or demo:<member>."
@@ -246,7 +252,7 @@ class RunOptions:
     cache_dir: str | None = _computing(None, "A folder to keep converted weights in, in Orbax format.")
     seed: int = _computing(0, "Every random draw of the run follows from it.", at_least=0, at_most=2**32 - 1)
 
-    save: str = _output(
+    save: str | None = _output(
         "runs/{stat}.p",
         "The pickle to write, with json, png, html and a .run folder beside it; {stat} stands for the statistics.",
     )
@@ -280,7 +286,7 @@ class RunOptions:
 
     def with_save_path(self) -> "RunOptions":
         """Returns the options with the names of the statistics filled in for `{stat}` in `save`."""
-        return replace(self, save=self.save.replace("{stat}", "-".join(self.stat)))
+        return replace(self, save=self.save and self.save.replace("{stat}", "-".join(self.stat)))
 
     def to_config(self) -> Any:
         """Returns the options as a ConfigDict, for config files and `--config.NAME=...`; lists of names are text."""

@@ -26,6 +26,11 @@ class Compute:
       mesh: devices `(data, model)`; see `make_mesh`.
       batch_size: token blocks in flight at a time, rounded up to a multiple of the `data` axis.
       dtype: of hidden states and matmuls; norms, softmax, losses and sums are float32 in any case.
+
+    Example:
+      >>> compute = tj.Compute(tj.make_mesh(), batch_size=4)
+      >>> [batch.shape for batch in compute.batches(np.zeros((8, 16), np.int32))]
+      [(4, 16), (4, 16)]
     """
 
     mesh: Mesh
@@ -60,6 +65,10 @@ def make_mesh(data: int = 1, model: int = 1) -> Mesh:
 
     Raises:
       ValueError: more devices asked for than there are, a count that is not positive, or a process without a device.
+
+    Example:
+      >>> dict(tj.make_mesh(data=1, model=1).shape)
+      {'data': 1, 'model': 1}
     """
     available = len(jax.devices())
     if data == -1:

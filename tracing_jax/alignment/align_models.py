@@ -63,7 +63,7 @@ def align(
     Raises:
       ValueError: models that cannot be aligned, arguments that do not fit (all at once), or an aligned model whose
         logits are not ft's own.
-      AlignmentError: surplus units or layers of ft are not without effect, or the models share no token.
+      AlignmentError: surplus units or layers of ft are not inactive, or the models share no token.
     """
     _check(base.arch, ft.arch, kinds, evidence, tokens)
     if beyond_permutations(kinds):

@@ -15,7 +15,7 @@ MAPS: dict[str, type[Rewrite]] = {
 scaling of MLP units, mixing of values, maps of queries and keys."""
 
 EXPANSIONS = ("padding", "identity")
-"""Units and layers without effect, which are removed."""
+"""Inactive units and layers, which are removed."""
 
 KINDS = (*PERMUTABLE, *MAPS, *EXPANSIONS)
 """Every kind by itself; those of `PERMUTABLE` mean permutations."""
@@ -32,7 +32,12 @@ _PADDED = ("embed", "mlp", "kv_heads")
 
 
 class AlignmentError(ValueError):
-    """The weights of two models do not determine an alignment."""
+    """The weights of two models do not determine an alignment.
+
+    Example:
+      >>> issubclass(tj.AlignmentError, ValueError)
+      True
+    """
 
 
 def kind_problems(kinds: Sequence[str]) -> list[str]:
@@ -72,7 +77,7 @@ def supported(kinds: Sequence[str], arch: Arch) -> tuple[set[str], dict[str, str
 def alignment_problems(base: Arch, ft: Arch, kinds: Sequence[str]) -> list[str]:
     """Returns why these kinds cannot be aligned between models of these shapes; empty if they can.
 
-    Whether surplus units and layers of ft are without effect depends on its weights, and is checked by `align`.
+    Whether surplus units and layers of ft are inactive depends on its weights, and is checked by `align`.
     """
     lines = kind_problems(kinds)
     asked = expanded(kinds)
@@ -91,7 +96,7 @@ def alignment_problems(base: Arch, ft: Arch, kinds: Sequence[str]) -> list[str]:
 
 
 def expected_shape(base: Arch, ft: Arch, kinds: Sequence[str]) -> Arch:
-    """Returns the facts of the aligned ft, provided that all it has more than base is without effect.
+    """Returns the facts of the aligned ft, provided that all it has more than base is inactive.
 
     Its head counts as tied like base's: where alignment unties one of them, the other can be untied.
     """

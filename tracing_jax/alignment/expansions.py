@@ -1,4 +1,8 @@
-"""Layers and units of ft without effect (function-preserving expansions): found in the weights, and removed."""
+"""Inactive layers and units of ft (function-preserving expansions): found in the weights, and removed.
+
+A layer is inactive if every weight that it writes to the residual stream with is zero, a unit if those that write it or
+its values are.
+"""
 
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -13,7 +17,7 @@ from tracing_jax.rewrites import LayerRemoval, Padding, Permutation, Rewrite, Ro
 from tracing_jax.sources import ParamSource, prefixes
 
 _WRITTEN_ON = {"mlp": "mlp", "kv_heads": "v_dim"}
-"""Axis kind -> the axis kind on which the weights that write a unit without effect are zero."""
+"""Axis kind -> the axis kind on which the weights that write an inactive unit are zero."""
 
 _NEGLIGIBLE = 1e-2
 """Largest size, relative to the others, of a zero feature that was rotated and rounded: 2^-8 in bfloat16 at most."""
@@ -25,7 +29,7 @@ def remove_expansions(
     """Returns the rewrites that reduce ft to base's depth and width, and a report of what they remove.
 
     Raises:
-      AlignmentError: not as many layers or units of ft are silent as it has more than base; all findings at once.
+      AlignmentError: ft has more surplus layers or units than inactive ones; all findings at once.
     """
     rewrites: list[Rewrite] = []
     report: dict[str, Any] = {}
@@ -50,10 +54,10 @@ def remove_expansions(
 def _surplus_layers(base: ParamSource, ft: ParamSource) -> list[int]:
     """Returns which layers of ft to skip: identity layers at places where base has none."""
     surplus = ft.arch.num_layers - base.arch.num_layers
-    silent, silent_in_base = (_silent_layers(source) for source in (ft, base))
+    inactive, silent_in_base = (_inactive_layers(source) for source in (ft, base))
     found: list[int] = []
     for i in range(ft.arch.num_layers):
-        if i in silent and i - len(found) not in silent_in_base and len(found) < surplus:
+        if i in inactive and i - len(found) not in silent_in_base and len(found) < surplus:
             found.append(i)
     if len(found) < surplus:
         raise AlignmentError(
@@ -63,7 +67,7 @@ def _surplus_layers(base: ParamSource, ft: ParamSource) -> list[int]:
     return found
 
 
-def _silent_layers(source: ParamSource) -> set[int]:
+def _inactive_layers(source: ParamSource) -> set[int]:
     found = set()
     for i in range(source.arch.num_layers):
         prefix = f"layers/{i}/"
@@ -78,7 +82,7 @@ def _role_of(spec: LeafSpec, axis: str) -> str | None:
 
 
 def _to_the_end(base: Arch, ft: ParamSource, kinds: Collection[str]) -> list[Rewrite]:
-    """Returns the rewrites that put ft's silent units last on every axis that is longer than base's."""
+    """Returns the rewrites that put ft's inactive units last on every axis that is longer than base's."""
     lines: list[str] = []
     permutations: dict[str, np.ndarray] = {}
     for i in range(ft.arch.num_layers):
@@ -89,23 +93,23 @@ def _to_the_end(base: Arch, ft: ParamSource, kinds: Collection[str]) -> list[Rew
             surplus = table.sizes[axis] - table_base.sizes[axis]
             if surplus <= 0:
                 continue
-            silent = _silent_units(weights, table, axis)
-            if (order := _silent_last(silent, surplus, axis, lines)) is not None:
+            inactive = _inactive_units(weights, table, axis)
+            if (order := _inactive_last(inactive, surplus, axis, lines)) is not None:
                 permutations[axis] = order
     rotation: list[Rewrite] = []
     if (surplus := ft.arch.embed_dim - base.embed_dim) > 0:
-        silent = ~np.logical_or.reduce([written.any(axis=1) for written in _writers(ft)], axis=0)
-        if silent.sum() < surplus and "rotation" in kinds:
+        inactive = ~np.logical_or.reduce([written.any(axis=1) for written in _writers(ft)], axis=0)
+        if inactive.sum() < surplus and "rotation" in kinds:
             rotation = _rotated_features(ft, surplus, lines)
-        elif (order := _silent_last(silent, surplus, "embed", lines)) is not None:
+        elif (order := _inactive_last(inactive, surplus, "embed", lines)) is not None:
             permutations["embed"] = order
     if lines:
         raise AlignmentError("ft is wider than base, and not by padding:\n  " + "\n  ".join(lines))
     return [*([Permutation(permutations)] if permutations else []), *rotation]
 
 
-def _silent_units(weights: Leaves, table: AxisTable, axis: str) -> np.ndarray:
-    """Returns which units of an axis, `[units]` or `[parent, units]`, have no effect."""
+def _inactive_units(weights: Leaves, table: AxisTable, axis: str) -> np.ndarray:
+    """Returns which units of an axis, `[units]` or `[parent, units]`, are inactive."""
     written = next(other for other in table.sizes if kind_of(other) == _WRITTEN_ON[kind_of(axis)])
     parents = [table.parent_axis[axis]] if axis in table.parent_axis else []
     lead = parents if written == axis else [*parents, axis]
@@ -114,16 +118,16 @@ def _silent_units(weights: Leaves, table: AxisTable, axis: str) -> np.ndarray:
     return np.logical_not(writes.reshape(*writes.shape[: len(parents) + 1], -1).any(axis=-1))
 
 
-def _silent_last(silent: np.ndarray, surplus: int, axis: str, lines: list[str]) -> np.ndarray | None:
-    """Returns the order that moves the last silent units of an axis to its end and keeps the order of the others."""
-    if silent.ndim > 1:
-        orders = [_silent_last(row, surplus, f"{axis} of {i}", lines) for i, row in enumerate(silent)]
+def _inactive_last(inactive: np.ndarray, surplus: int, axis: str, lines: list[str]) -> np.ndarray | None:
+    """Returns the order that moves the last inactive units of an axis to its end and keeps the order of the others."""
+    if inactive.ndim > 1:
+        orders = [_inactive_last(row, surplus, f"{axis} of {i}", lines) for i, row in enumerate(inactive)]
         return None if any(order is None for order in orders) else np.stack([o for o in orders if o is not None])
-    if silent.sum() < surplus:
-        lines.append(f"{axis}: {surplus} units more than in base, of which {int(silent.sum())} are silent")
+    if inactive.sum() < surplus:
+        lines.append(f"{axis}: {surplus} units more than in base, of which {int(inactive.sum())} are inactive")
         return None
-    last = np.flatnonzero(silent)[-surplus:]
-    return np.concatenate([np.setdiff1d(np.arange(len(silent)), last), last]).astype(np.int32)
+    last = np.flatnonzero(inactive)[-surplus:]
+    return np.concatenate([np.setdiff1d(np.arange(len(inactive)), last), last]).astype(np.int32)
 
 
 def _writers(source: ParamSource) -> Iterable[np.ndarray]:
@@ -143,7 +147,7 @@ def _rotated_features(ft: ParamSource, surplus: int, lines: list[str]) -> list[R
     values, vectors = np.linalg.eigh(gram)
     size = np.sqrt(values.clip(0) / values.mean())
     if (nonzero := int((size[:surplus] > _NEGLIGIBLE).sum())) > 0:
-        lines.append(f"embed: {surplus} features more than in base, of which {surplus - nonzero} are silent, rotated")
+        lines.append(f"embed: {surplus} features more than in base, of which {surplus - nonzero} are inactive, rotated")
         return []
     return [Rotation(vectors.T[::-1].copy())]
 

@@ -45,6 +45,13 @@ class Alignment:
       undone: name -> numbers about each disguise that the rewrites undo, plain data.
       likeness: kind of leaf, such as `mlp/up_proj/kernel` -> mean over layers of its cosine with base before (None if
         their shapes differ) and after; empty where permutations alone were asked for.
+
+    Example:
+      >>> alignment = tj.align("demo:base", "demo:disguised", ("embed", "mlp"))
+      >>> [rewrite.name for rewrite in alignment.rewrites]
+      ['permute']
+      >>> alignment.share_moved["mlp"] > 0.5
+      True
     """
 
     rewrites: tuple[Rewrite, ...]
@@ -95,6 +102,12 @@ def aligned(ft: ParamSource, alignment: Alignment) -> ParamSource:
 
     Its head is untied where gains were folded out of it or the residual stream is rotated; for a path that interpolates
     embeddings base must then be untied too (see `rewrites.Untying`).
+
+    Example:
+      >>> base, ft = tj.load("demo:base"), tj.load("demo:disguised")
+      >>> model = tj.aligned(ft, tj.align(base, ft))
+      >>> model.arch == ft.arch
+      True
     """
     return rewritten(ft, alignment.rewrites)
 

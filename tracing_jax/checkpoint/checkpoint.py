@@ -33,6 +33,11 @@ class Checkpoint:
     Attributes:
       id: what the user asked for; `revision` is the resolved commit of a Hub repository.
       folder: where config.json lies; `tokenizer_folder` differs for an adapter without a tokenizer of its own.
+
+    Example:
+      >>> checkpoint = tj.open("demo:base")
+      >>> sorted(checkpoint.layer(0)["mlp"])  # read now
+      ['down_proj', 'gate_proj', 'up_proj']
     """
 
     id: str

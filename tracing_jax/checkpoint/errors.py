@@ -4,7 +4,17 @@ from pathlib import Path
 
 
 class CheckpointError(ValueError):
-    """Everything that is wrong with a checkpoint, one problem each, raised before any weight is read."""
+    """Everything that is wrong with a checkpoint, one problem each, raised before any weight is read.
+
+    Example:
+      >>> (tmp / "config.json").write_bytes((tj.open("demo:base").folder / "config.json").read_bytes()) > 0
+      True
+      >>> try:
+      ...     tj.open(tmp)
+      ... except tj.CheckpointError as error:
+      ...     "no weights" in str(error)
+      True
+    """
 
     def __init__(self, *problems: str):
         super().__init__(*problems)

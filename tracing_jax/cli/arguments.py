@@ -15,8 +15,8 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are one line, with the option that may be meant."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("formatter_class", functools.partial(argparse.HelpFormatter, max_help_position=34, width=110))
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        layout = functools.partial(argparse.HelpFormatter, max_help_position=34, width=110)
+        super().__init__(*args, **{"formatter_class": layout, "allow_abbrev": False, **kwargs})
 
     def error(self, message: str) -> NoReturn:
         """Ends the program with the message and exit status 2."""

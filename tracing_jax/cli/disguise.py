@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from tracing_jax.cli.arguments import add_options, given
 from tracing_jax.cli.compare import MODEL
 from tracing_jax.cli.errors import exit_on_user_error
-from tracing_jax.dataclass_options import REQUIRED, checked, option
+from tracing_jax.dataclass_options import REQUIRED, from_values, option
 from tracing_jax.options import REWRITES
 
 USAGE = "MODEL --disguise A,B,... --save FOLDER"
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> None:
     """Runs the verb."""
     with exit_on_user_error():
-        options = checked(DisguiseOptions(**given(parsed, DisguiseOptions)))
+        options = from_values(DisguiseOptions, given(parsed, DisguiseOptions))
         from tracing_jax.experiment.models import resolve_model_id
         from tracing_jax.rewrites.__main__ import disguise
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tracing_jax.cli.arguments import add_options, given
 from tracing_jax.cli.errors import configure_logging, exit_on_user_error
-from tracing_jax.dataclass_options import REQUIRED, checked, option
+from tracing_jax.dataclass_options import REQUIRED, from_values, option
 
 USAGE = "--models A,B,..."
 
@@ -37,14 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> None:
     """Runs the verb."""
-    write_texts(GenerateOptions(**given(parsed, GenerateOptions)))
+    with exit_on_user_error():
+        options = from_values(GenerateOptions, given(parsed, GenerateOptions))
+    write_texts(options)
 
 
 def write_texts(options: GenerateOptions) -> None:
     """Checks everything that was asked for, then writes model after model."""
     configure_logging()
     with exit_on_user_error():
-        checked(options)
         if (options.prompts is None) == (options.num_samples is None):
             raise ValueError("give --prompts=FILE, or --num_samples=N for texts without a prompt")
         from tracing_jax.distributed import initialized
@@ -64,6 +65,7 @@ def _write(options: GenerateOptions) -> None:
 
     folder = Path(options.save).expanduser()
     prompts = read_prompts(options.prompts) if options.prompts else options.num_samples
+    assert prompts is not None, "one of both is given"
     models = {model_id: open_checkpoint(resolve_model_id(model_id)) for model_id in options.models}
     files = {model_id: file_of(folder, model_id) for model_id in models}
     if len(set(files.values())) < len(files):

@@ -8,7 +8,7 @@ from typing import Any
 
 from tracing_jax.cli.arguments import add_options, given
 from tracing_jax.cli.errors import configure_logging, exit_on_user_error
-from tracing_jax.dataclass_options import REQUIRED, checked, option, replaced
+from tracing_jax.dataclass_options import REQUIRED, from_values, option, replaced
 from tracing_jax.options import ZOO, RunOptions
 
 USAGE = "--save FOLDER --models FILE"
@@ -71,9 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> None:
     """Runs the verb."""
-    asked = {name: value for name, value in given(parsed, RunOptions).items() if name not in _LEFT_OUT}
-    zoo = replaced(ZooOptions(save=parsed.save), given(parsed, ZooOptions))
-    launch(zoo, None if zoo.models is None else replaced(ZOO, asked))
+    shared = {name: value for name, value in given(parsed, RunOptions).items() if name not in _LEFT_OUT}
+    with exit_on_user_error():
+        zoo = from_values(ZooOptions, given(parsed, ZooOptions))
+    launch(zoo, None if zoo.models is None else replaced(ZOO, shared))
 
 
 def launch(zoo: ZooOptions, config: Any) -> None:
@@ -86,7 +87,6 @@ def launch(zoo: ZooOptions, config: Any) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # this process computes nothing
     configure_logging()
     with exit_on_user_error():
-        checked(zoo)
         from tracing_jax.zoo import ZooFolder
         from tracing_jax.zoo.launching import status
         from tracing_jax.zoo.report import write_report

@@ -4,27 +4,32 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any, TypeAlias
 
+import numpy as np
 from ml_collections import ConfigDict
 
+from tracing_jax.alignment import Alignment
 from tracing_jax.dataclass_options import ConfigError
 from tracing_jax.distributed import is_main_process
 from tracing_jax.experiment.inputs import RunInputs, open_inputs
 from tracing_jax.experiment.memory import Placement, place
 from tracing_jax.experiment.metadata import device_facts, file_stamps, token_facts, versions
+from tracing_jax.experiment.models import resolve_model_id
 from tracing_jax.experiment.saving import save_pairs, save_run
 from tracing_jax.experiment.steps import StepTimer, run_steps
 from tracing_jax.experiment.validation import DEMO, check_options
 from tracing_jax.options import RunOptions
-from tracing_jax.record import FORMAT, RunFiles, commit, plain
+from tracing_jax.record import FORMAT, RunFiles, check_writable, commit, plain
 from tracing_jax.run_cache import RUN_CACHE, RunCache
 from tracing_jax.statistics import over_pairs
 
-__all__ = ["ConfigError", "check_config", "run", "save_run", "trace"]
+__all__ = ["ConfigError", "Outcome", "check_config", "compute", "resolve_model_id", "run", "save_run", "trace"]
 
-Config = RunOptions | ConfigDict | Mapping[str, Any]
+Config: TypeAlias = RunOptions | ConfigDict | Mapping[str, Any]
 """Options of a run, or a config or nested mapping of them; what it lacks has its default."""
 
 
@@ -37,6 +42,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     options = check_config(config)
     if not options.ft_model_ids:
         return [trace(options)]
+    assert options.save is not None, "checked above"
     files = RunFiles.from_save(options.save)
     pairs = _pairs(options, files)
     for pair in pairs.values():
@@ -57,6 +63,51 @@ def trace(config: Config, finished: list[RunCache] | None = None) -> dict[str, A
     Args:
       config: names one fine-tuned model.
       finished: what an interrupted run had finished is deleted at the end, or, in a run of several pairs, added here.
+
+    Raises:
+      ConfigError: before anything is read; then the errors of reading checkpoints and text, before anything heavy.
+    """
+    options = check_config(config)
+    outcome = compute(options)
+    if options.save is not None and is_main_process():
+        outcome.save(options.save)
+    if finished is None:
+        outcome.run_cache.clear()
+    else:
+        finished.append(outcome.run_cache)
+    return outcome.record
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out of a run on one pair, before anything is written.
+
+    Attributes:
+      record: plain data.
+      alignment: the alignment of the fine-tuned model; None if none was made.
+      arrays: statistic -> its arrays that are too large for the record.
+      run_cache: the finished work, to be deleted when the files of the run are written.
+    """
+
+    record: dict[str, Any]
+    alignment: Alignment | None
+    arrays: Mapping[str, Mapping[str, np.ndarray]]
+    run_cache: RunCache
+
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Writes the files of the run and returns the path of the pickle.
+
+        Raises:
+          ValueError, OSError: the path names no pickle, or cannot be written.
+        """
+        files = RunFiles.from_save(fspath(path))
+        check_writable(files.pickle)
+        save_run(self.record, files, self.alignment, self.arrays)
+        return files.pickle
+
+
+def compute(config: Config) -> Outcome:
+    """Runs all steps on one pair and returns what came out; files are written only for an interrupted run to resume.
 
     Raises:
       ConfigError: before anything is read; then the errors of reading checkpoints and text, before anything heavy.
@@ -83,14 +134,8 @@ def trace(config: Config, finished: list[RunCache] | None = None) -> dict[str, A
             "notes": inputs.notes,
         }
     )
-    if is_main_process():
-        arrays = {name: result.arrays for name, result in found.before.items() if result.arrays}
-        save_run(record, RunFiles.from_save(options.save), found.alignment, arrays)
-    if finished is None:
-        run_cache.clear()
-    else:
-        finished.append(run_cache)
-    return record
+    arrays = {name: result.arrays for name, result in found.before.items() if result.arrays}
+    return Outcome(record, found.alignment, arrays, run_cache)
 
 
 def check_config(config: Config) -> RunOptions:
@@ -127,8 +172,11 @@ def _adjusted_over_pairs(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _run_cache(options: RunOptions, inputs: RunInputs, placement: Placement) -> tuple[RunCache, str | None]:
     """Returns what is left of an interrupted run of these options on these files, and a note on it.
 
-    Blocks of tokens go through the models by the batch, and how many these are depends on where the models are.
+    Nothing is kept of a run that is not saved. Blocks of tokens go through the models by the batch, and how many these
+    are depends on where the models are.
     """
+    if options.save is None:
+        return RunCache(), None
     facts = {
         "config": {name: value for name, value in options.as_dict().items() if name not in ("save", "cache_dir")},
         "versions": versions(),

@@ -77,8 +77,10 @@ def _random_tokens(options: RunOptions, tokenizer_base: Any, tokenizer_ft: Any, 
 def _documents(options: RunOptions) -> Documents:
     if options.dataset == "demo" and not options.dataset_id:
         return read_documents(str(demo.held_out_text()))
+    name = options.dataset_id or options.dataset
+    assert name is not None, "checked before a model is opened"
     return read_documents(
-        options.dataset_id or options.dataset,
+        name,
         subset=options.dataset_subset,
         split=options.dataset_split,
         text_column=options.text_column,

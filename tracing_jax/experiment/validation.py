@@ -142,6 +142,8 @@ def _disguise_problems(options: RunOptions) -> list[str]:
 
 
 def _save_problems(options: RunOptions) -> list[str]:
+    if options.save is None:
+        return ["save is not set: several fine-tuned models are compared in files"] if options.ft_model_ids else []
     try:
         files = RunFiles.from_save(options.save)
         for file in (files.pickle, files.json, files.png, files.html):

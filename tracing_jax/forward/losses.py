@@ -16,6 +16,7 @@ from tracing_jax.data import PairedBlocks
 from tracing_jax.forward.forward_pass import (
     Model,
     Part,
+    SavedStates,
     batches_at_once,
     check_tokens,
     final_hidden,
@@ -105,7 +106,7 @@ def _losses(
         for c, start in enumerate(starts):
             scope = run_cache.scope(f"chunk {c}")
             done = scope.cached_arrays(("losses",), functools.partial(of_chunk, start, scope))
-            scope.delete("hidden")
+            SavedStates(scope).delete()
             found.append(done["losses"])
     return np.concatenate(found, axis=-2)[..., : len(tokens), :]
 
@@ -168,7 +169,7 @@ def divergences(
         scopes = (chunk.scope("base"), chunk.scope("ft"))
         done = chunk.cached_arrays(("divergences",), functools.partial(of_chunk, start, scopes))
         for scope in scopes:
-            scope.delete("hidden")
+            SavedStates(scope).delete()
         found.append(done["divergences"])
     return np.concatenate(found)[: len(blocks.valid)][blocks.valid]
 

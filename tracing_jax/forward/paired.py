@@ -163,6 +163,7 @@ def _correlations(
         del by_tap  # before the next ones are made
         if i + 1 < layers.stop:
             states.save_if_due(i + 1, hidden)
+    states.delete()
 
 
 def _sums(

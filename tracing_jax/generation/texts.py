@@ -54,16 +54,15 @@ def prompt_tokens(
     return tokenizer, found
 
 
-def generate(
+def continuations(
     model: Checkpoint,
     prompts: Sequence[str] | int,
-    file: Path,
     compute: Compute,
     params: SamplingParams,
     max_new_tokens: int = 256,
     seed: int = 0,
-) -> Path:
-    """Samples continuations of prompts, or so many unprompted texts, writes them into the file, and returns it.
+) -> list[dict[str, Any]]:
+    """Returns sampled continuations of prompts, or so many unprompted texts, as `{prompt, text, tokens, seed}`.
 
     The recorded prompt of an unprompted text is its first token, decoded without special tokens.
 
@@ -78,10 +77,27 @@ def generate(
             texts[i] = tokens
     names = [_decoded(tokenizer, row) for row in rows] if isinstance(prompts, int) else prompts
     decoded = [_following(tokenizer, row, texts[i]) for i, row in enumerate(rows)]
-    content = [
+    return [
         {"prompt": prompt, "text": text, "tokens": texts[i], "seed": seed}
         for i, (prompt, text) in enumerate(zip(names, decoded, strict=True))
     ]
+
+
+def generate(
+    model: Checkpoint,
+    prompts: Sequence[str] | int,
+    file: Path,
+    compute: Compute,
+    params: SamplingParams,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+) -> Path:
+    """Writes the `continuations` of prompts into a file, and returns its path.
+
+    Raises:
+      ValueError, FileNotFoundError: see `prompt_tokens`.
+    """
+    content = continuations(model, prompts, compute, params, max_new_tokens, seed)
     if is_main_process():
         atomic_write(file, json.dumps(content, ensure_ascii=False, indent=1).encode())
     return file

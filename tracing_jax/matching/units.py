@@ -59,6 +59,11 @@ def match_units(
     Raises:
       ValueError: a similarity that is not finite.
     Source: Zhu et al. 2025 (arXiv 2502.12292), MATCH, whose solver sees the units in their own order.
+
+    Example:
+      >>> similarity = np.array([[0.1, 0.9], [0.8, 0.2]], np.float32)
+      >>> tj.match_units(similarity, np.random.default_rng(0)).ft.tolist()
+      [1, 0]
     """
     rows, columns = (generator.permutation(units) for units in live or live_units(similarity))
     if len(rows) <= len(columns):

@@ -68,6 +68,15 @@ def match_weights(
     Raises:
       ValueError: base does not fit the table, axes that are unknown, fixed, of different size in ft or without a weight
         to compare, or shared units that do not fit.
+
+    Example:
+      >>> rng = np.random.default_rng(0)
+      >>> params = {"up": rng.normal(size=(8, 5)), "down": rng.normal(size=(5, 8))}
+      >>> table = tj.table_from_axes({"up": (None, "mlp"), "down": ("mlp", None)}, params)
+      >>> shuffled = tj.permute(params, {"mlp": np.array([3, 1, 4, 0, 2])}, table)
+      >>> found = tj.match_weights(params, shuffled, table, ["mlp"]).permutations
+      >>> np.array_equal(tj.permute(shuffled, found, table)["up"], params["up"])
+      True
     """
     check(base, table)
     pairs = weight_pairs(base, ft, table, shared or {})

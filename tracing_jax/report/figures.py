@@ -40,8 +40,7 @@ def path_figure(
         groups: the groups of weights that move along the path, where not all do.
         title: of the axes.
     """
-    moving = {name: {**curve, "groups": list(groups)} for name, curve in curves.items()}
-    return _figure([_Panel(title, panels.draw_path, moving, 3.5)])
+    return _figure([_path_panel(title, curves, groups)])
 
 
 def pairs_figure(
@@ -62,8 +61,7 @@ def pairs_figure(
     found = []
     if curves:
         groups = next(iter(curves.values()))["groups"]
-        moving = {name: {**curve, "groups": list(groups)} for name, curve in curves.items()}
-        found.append(_Panel(f"Loss along the path from {base}", panels.draw_path, moving, 3.5))
+        found.append(_path_panel(f"Loss along the path from {base}", curves, groups))
     if families and level is not None:
         data = {"families": families, "level": level}
         height_inches = 1.6 + 0.35 * len(families)
@@ -97,6 +95,11 @@ def png(figure: Figure) -> bytes:
 def save_png(figure: Figure, path: str | PurePath) -> None:
     """Writes the figure as a PNG of 160 dots per inch, atomically."""
     atomic_write(path, png(figure))
+
+
+def _path_panel(title: str, curves: Mapping[str, Mapping[str, Any]], groups: Sequence[str]) -> _Panel:
+    moving = {name: {**curve, "groups": list(groups)} for name, curve in curves.items()}
+    return _Panel(title, panels.draw_path, moving, 3.5)
 
 
 def _log10_level(record: Mapping[str, Any]) -> float | None:

@@ -56,6 +56,12 @@ def draw_rewrites(
 
     Raises:
       ValueError: unknown names, or rewrites that do not exist for the model, with the reasons; all at once.
+
+    Example:
+      >>> import jax
+      >>> arch = tj.open("demo:base").arch
+      >>> [rewrite.name for rewrite in tj.draw_rewrites("rotate,permute", jax.random.key(0), arch)]
+      ['rotate', 'permute']
     """
     lines: list[str] = []
     rewrites: list[Rewrite] = []

@@ -14,7 +14,7 @@ from tracing_jax.axes import LeafSpec, kind_of
 from tracing_jax.rewrites.norm_gains import gain_offset
 from tracing_jax.rewrites.rewrite import Read, Rewrite, Weight, Weights, generator, subtable
 
-# Axis kind -> the kind whose writing leaves, where they are zero, make a unit have no effect.
+# Axis kind -> the kind whose writing leaves, where they are zero, make a unit inactive.
 _ZEROED_ON = {"mlp": "mlp", "embed": "embed", "kv_heads": "v_dim"}
 
 # Matrix products of experts want rows that are multiples of 16 bytes: 8 numbers of two bytes.
@@ -36,6 +36,11 @@ class Padding(Rewrite):
       units: how many MLP units of each layer.
       features: how many features of the residual stream.
       kv_heads: how many kv heads of each layer, with their queries.
+
+    Example:
+      >>> arch = tj.open("demo:base").arch
+      >>> tj.Padding(units=8).arch_after(arch).mlp_dim - arch.mlp_dim
+      8
     """
 
     name: ClassVar[str] = "pad"
@@ -107,6 +112,11 @@ class IdentityLayer(Rewrite):
 
     Attributes:
       at: its index; the layers from there on move up by one. It copies the one that was there, or the last.
+
+    Example:
+      >>> arch = tj.open("demo:base").arch
+      >>> tj.IdentityLayer(0).arch_after(arch).num_layers - arch.num_layers
+      1
     """
 
     name: ClassVar[str] = "identity"
@@ -225,12 +235,12 @@ def _check_negligible(x: np.ndarray, kept: int, dim: int, where: str) -> None:
     if rest > _NEGLIGIBLE * size:
         raise ValueError(
             f"cannot remove units of {where} from number {kept} on: they hold up to {rest:.2g}, at a root mean "
-            f"square of {size:.2g}; expected zeros, so that the unit has no effect"
+            f"square of {size:.2g}; expected zeros, so that the unit is inactive"
         )
 
 
 def _silences(spec: LeafSpec, axis: str) -> bool:
-    """Returns whether zeros in this leaf make a unit of the axis have no effect."""
+    """Returns whether zeros in this leaf make a unit of the axis inactive."""
     kind = _ZEROED_ON.get(kind_of(axis))
     return any(
         role == "writes" and other is not None and kind_of(other) == kind

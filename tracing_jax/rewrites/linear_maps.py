@@ -82,6 +82,13 @@ class Rotation(Rewrite):
 
     Attributes:
       matrix: R.
+
+    Example:
+      >>> import jax
+      >>> arch = tj.open("demo:base").arch
+      >>> rotation = tj.Rotation.random(jax.random.key(0), arch)
+      >>> bool(np.allclose(rotation.matrix @ rotation.inverse(arch).matrix, np.eye(arch.embed_dim)))
+      True
     """
 
     name: ClassVar[str] = "rotate"
@@ -130,6 +137,12 @@ class UnitScaling(Rewrite):
 
     Attributes:
       factors: axis such as `layers/3/mlp` -> one factor per unit (`[expert, mlp]` in experts).
+
+    Example:
+      >>> arch = tj.open("demo:base").arch
+      >>> scaling = tj.UnitScaling({"layers/0/mlp": np.full(arch.mlp_dim, -2.0)})
+      >>> float(scaling.inverse(arch).factors["layers/0/mlp"][0])
+      -0.5
     """
 
     name: ClassVar[str] = "units"
@@ -168,6 +181,13 @@ class ValueMixing(Rewrite):
 
     Attributes:
       matrices: axis such as `layers/3/v_dim` -> for each kv head the M of `v' = M v`.
+
+    Example:
+      >>> import jax
+      >>> arch = tj.open("demo:base").arch
+      >>> mixing = tj.ValueMixing.random(jax.random.key(0), arch)
+      >>> mixing.matrices["layers/0/v_dim"].shape == (arch.num_kv_heads, arch.head_dim, arch.head_dim)
+      True
     """
 
     name: ClassVar[str] = "values"
@@ -216,6 +236,13 @@ class QueryKeyMaps(Rewrite):
 
     Attributes:
       factors: axis such as `layers/3/qk_dim` -> z for each kv head and pair; the queries of a kv head share it.
+
+    Example:
+      >>> import jax
+      >>> arch = tj.open("demo:base").arch
+      >>> maps = tj.QueryKeyMaps.random(jax.random.key(0), arch)
+      >>> maps.factors["layers/0/qk_dim"].shape == (arch.num_kv_heads, arch.head_dim // 2)
+      True
     """
 
     name: ClassVar[str] = "queries"

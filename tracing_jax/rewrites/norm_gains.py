@@ -59,6 +59,12 @@ class GainScaling(Rewrite):
 
     Attributes:
       factors: norm -> one factor per feature. A norm that is not named keeps its gain.
+
+    Example:
+      >>> arch = tj.open("demo:base").arch
+      >>> scaling = tj.GainScaling({"layers/0/attn_norm": np.full(arch.embed_dim, 4.0)})
+      >>> float(scaling.inverse(arch).factors["layers/0/attn_norm"][0])
+      0.25
     """
 
     name: ClassVar[str] = "gains"

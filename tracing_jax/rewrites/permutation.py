@@ -32,6 +32,13 @@ def random_permutations(key: PRNGKeyArray, table: AxisTable, kinds: Iterable[str
 
     Raises:
       ValueError: a kind without an axis in this table, or one whose units may not be permuted.
+
+    Example:
+      >>> import jax
+      >>> table = tj.table_from_axes({"w": ("units",)}, {"w": np.ones(5)})
+      >>> p = tj.random_permutations(jax.random.key(0), table, ["units"])
+      >>> sorted(p["units"].tolist())
+      [0, 1, 2, 3, 4]
     """
     permutations = {}
     for axis in table.axes_of_kind(kinds):
@@ -56,6 +63,12 @@ def permute(params: Tree, permutations: Permutations, table: AxisTable) -> Tree:
 
     Raises:
       ValueError: as `check_permutations`, or a leaf that the table does not have.
+
+    Example:
+      >>> params = {"in": np.arange(6).reshape(2, 3), "out": np.arange(3)}
+      >>> table = tj.table_from_axes({"in": (None, "units"), "out": ("units",)}, params)
+      >>> tj.permute(params, {"units": np.array([2, 0, 1])}, table)
+      {'in': array([[2, 0, 1], [5, 3, 4]]), 'out': array([2, 0, 1])}
     """
     check_permutations(permutations, table)
 
@@ -112,7 +125,13 @@ def take_units(
 
 
 def invert(permutations: Permutations, table: AxisTable) -> dict[str, np.ndarray]:
-    """Returns the permutations that undo these, exactly: `compose(invert(p), p)` is the identity."""
+    """Returns the permutations that undo these, exactly: `compose(invert(p), p)` is the identity.
+
+    Example:
+      >>> table = tj.table_from_axes({"w": ("units",)}, {"w": np.ones(3)})
+      >>> tj.invert({"units": np.array([2, 0, 1])}, table)["units"].tolist()
+      [1, 2, 0]
+    """
     inverse = {}
     for axis, p in permutations.items():
         parent = table.parent_axis.get(axis)
@@ -123,7 +142,14 @@ def invert(permutations: Permutations, table: AxisTable) -> dict[str, np.ndarray
 
 
 def compose(second: Permutations, first: Permutations, table: AxisTable) -> dict[str, np.ndarray]:
-    """Returns the permutations that act like `first`, then `second`: `new[i] = old[first[second[i]]]`."""
+    """Returns the permutations that act like `first`, then `second`: `new[i] = old[first[second[i]]]`.
+
+    Example:
+      >>> table = tj.table_from_axes({"w": ("units",)}, {"w": np.ones(3)})
+      >>> p = {"units": np.array([2, 0, 1])}
+      >>> tj.compose(tj.invert(p, table), p, table)["units"].tolist()
+      [0, 1, 2]
+    """
     axes = list(first) + [axis for axis in second if axis not in first]
     complete = identity(table, axes)
     composed = {}
@@ -175,6 +201,13 @@ class Permutation(Rewrite):
 
     Attributes:
       permutations: axis -> p, in the convention of this module.
+
+    Example:
+      >>> arch = tj.open("demo:base").arch
+      >>> reversal = tj.Permutation({"layers/0/mlp": np.arange(arch.mlp_dim)[::-1]})
+      >>> inverse = reversal.inverse(arch)
+      >>> bool(inverse.permutations["layers/0/mlp"][0] == arch.mlp_dim - 1)
+      True
     """
 
     name: ClassVar[str] = "permute"
@@ -212,6 +245,10 @@ class Renaming(Rewrite):
 
     Attributes:
       ids: `new[i] = old[ids[i]]`: the row of the embedding that is at i afterwards.
+
+    Example:
+      >>> tj.Renaming(np.array([1, 2, 0])).new_ids.tolist()
+      [2, 0, 1]
     """
 
     name: ClassVar[str] = "rename"

@@ -56,6 +56,13 @@ class Rewrite(ABC):
     """A change of weights that keeps the function of a model.
 
     Subclasses are frozen dataclasses of plain data, registered as pytrees: arrays are leaves, numbers and names static.
+
+    Example:
+      >>> import jax
+      >>> arch = tj.open("demo:base").arch
+      >>> rewrites = tj.draw_rewrites("all", jax.random.key(0), arch)
+      >>> all(isinstance(rewrite, tj.Rewrite) and not rewrite.unsupported(arch) for rewrite in rewrites)
+      True
     """
 
     name: ClassVar[str]
@@ -167,6 +174,13 @@ def inverses(rewrites: Sequence[Rewrite], arch: Arch) -> tuple[Rewrite, ...]:
 
     Raises:
       ValueError: one of them has no inverse.
+
+    Example:
+      >>> import jax
+      >>> arch = tj.open("demo:base").arch
+      >>> rewrites = tj.draw_rewrites("units,permute", jax.random.key(0), arch)
+      >>> [rewrite.name for rewrite in tj.inverses(rewrites, arch)]
+      ['permute', 'units']
     """
     found = []
     for rewrite in rewrites:

@@ -13,7 +13,15 @@ from tracing_jax.tree import Tree, flatten, select
 
 @runtime_checkable
 class ParamSource(Protocol):
-    """Gives a model's params in subtrees: `embed`, each `layers/<i>`, and `head`."""
+    """Gives a model's params in subtrees: `embed`, each `layers/<i>`, and `head`.
+
+    Example:
+      >>> model = tj.open("demo:base")
+      >>> isinstance(model, tj.ParamSource)
+      True
+      >>> sorted(model.layer(0, ["mlp"])["mlp"])
+      ['down_proj', 'gate_proj', 'up_proj']
+    """
 
     @property
     def arch(self) -> Arch:
@@ -42,7 +50,13 @@ class SliceReader(Protocol):
 
 @dataclass(frozen=True)
 class InMemory:
-    """A source over a whole tree of params."""
+    """A source over a whole tree of params.
+
+    Example:
+      >>> import jax
+      >>> model = tj.load("demo:base")
+      >>> halved = tj.InMemory(model.arch, jax.tree.map(lambda leaf: leaf / 2, model.params))
+    """
 
     arch: Arch
     params: Tree

@@ -96,6 +96,13 @@ def rewritten(source: ParamSource, rewrites: Sequence[Rewrite]) -> ParamSource:
 
     Raises:
       ValueError: the model does not support a rewrite, with the reasons.
+
+    Example:
+      >>> model = tj.load("demo:base")
+      >>> other = tj.rewritten(model, tj.draw_rewrites("units,permute", jax.random.key(0), model.arch))
+      >>> tokens = np.arange(8, dtype=np.int32)[None]
+      >>> np.allclose(tj.logits(other, tokens), tj.logits(model, tokens), atol=1e-3)
+      True
     """
     check_rewrites(rewrites, source.arch)
     if isinstance(source, PrefetchingSource):

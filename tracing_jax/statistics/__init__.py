@@ -1,14 +1,12 @@
-"""The statistics, one a file, by the name under which a config or `--stat` asks for them."""
+"""The statistics, registered by the name that configs and `--stat` use."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 
 from tracing_jax.options import RunOptions
-from tracing_jax.statistics.cos import Cos
+from tracing_jax.statistics.cosine import Cos, Emb
 from tracing_jax.statistics.csh import Csh
-from tracing_jax.statistics.csu import Csu
-from tracing_jax.statistics.csu_all import CsuAll
-from tracing_jax.statistics.emb import Emb
+from tracing_jax.statistics.csu import Csu, CsuAll
 from tracing_jax.statistics.jsd import Jsd
 from tracing_jax.statistics.l2 import L2
 from tracing_jax.statistics.match import Match
@@ -29,10 +27,10 @@ REGISTRY: Mapping[str, Callable[..., Statistic]] = {
 """Name -> class, whose fields are the options of the section of that name."""
 
 COSTLY = frozenset({"match_distilled"})
-"""Statistics that train something: asked for by name, and no part of `all`."""
+"""Statistics that train models: run only if named, not by `all`."""
 
 LIGHT = frozenset({"screen"})
-"""Statistics that look at a small part of the files, asked for by name: a run of these alone reads no more of them."""
+"""Statistics that read a small part of the files: run only if named; a run of these alone reads no more."""
 
 
 def make_statistic(name: str, options: RunOptions) -> Statistic:

@@ -18,7 +18,7 @@ from tracing_jax.matching import UnitMatching
 from tracing_jax.run_cache import RunCache
 from tracing_jax.statistics.nulls import agreement, agreement_log_sf, spearman
 from tracing_jax.statistics.pvalues import LogPs, fisher
-from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, Pair, Result, Test
+from tracing_jax.statistics.statistic import Pair, Result, Test, widths_not_applicable
 
 LN10 = math.log(10)
 
@@ -77,7 +77,6 @@ def compare_layers(
     for layer in layers:
         found[layer.layer] = run_cache.cached(Comparison, (layer.layer,), functools.partial(compare, layer))
         del layer  # frees its correlations before those of the next one are computed
-    run_cache.delete("hidden")
     comparisons: list[Comparison] = []
     while (known := found.get(len(comparisons)) or run_cache.load(Comparison, len(comparisons))) is not None:
         comparisons.append(known)
@@ -122,9 +121,10 @@ def share_by_layer(comparisons: Sequence[Comparison]) -> dict[str, Any]:
     return {"label": "units that agree, share", "values": [share_agreeing([layer]) for layer in comparisons]}
 
 
-def bonferroni_log10(tests: Sequence[Test]) -> float:
-    """Returns the decimal log p-value of the smallest of these tests, after Bonferroni."""
-    return min(0.0, min(test.log10_p for test in tests if test.log10_p is not None) + math.log10(len(tests)))
+def bonferroni_log10(tests: Sequence[Test]) -> float | None:
+    """Returns the decimal log p-value of the smallest of the tests that enter the verdict, after Bonferroni."""
+    log10_ps = [test.log10_p for test in tests if test.decides and test.log10_p is not None]
+    return min(0.0, min(log10_ps) + math.log10(len(log10_ps))) if log10_ps else None
 
 
 def overlapped(items: Iterable[T], work: Callable[[T], R]) -> Iterator[R]:
@@ -153,10 +153,7 @@ def units_not_applicable(base: Arch, ft: Arch) -> list[str]:
 
 def rows_not_applicable(base: Arch, ft: Arch) -> list[str]:
     """Returns reasons why units of these models cannot be compared by the cosine of their rows; empty if they can."""
-    lines = units_not_applicable(base, ft)
-    if base.embed_dim != ft.embed_dim:
-        lines.append(f"different width ({base.embed_dim} and {ft.embed_dim} features): rows have no cosine")
-    return lines
+    return units_not_applicable(base, ft) + widths_not_applicable(base, ft)
 
 
 def layers_in_common(pair: Pair) -> int:
@@ -175,15 +172,14 @@ def constrained_result(pair: Pair, comparisons: Sequence[Comparison], label: str
     smaller = min(pair.base.arch.mlp_dim, pair.ft.arch.mlp_dim)
     if dead := sum(smaller - comparison.units for comparison in comparisons):
         notes.append(f"{dead} units are zero or never vary, or have no partner, and were left out")
-    result = Result(
+    return Result(
         headline=share_agreeing(comparisons),
         label=label,
         log10_p=bonferroni_log10(tests),
         tests=tests,
         per_layer=share_by_layer(comparisons),
         notes=notes,
-    )
-    return result.without_p(AFTER_ALIGNMENT) if pair.aligned else result
+    ).for_pair(pair)
 
 
 def _compare(p1: np.ndarray, p2: np.ndarray, choices: int) -> Comparison:

@@ -1,4 +1,4 @@
-"""`csh`: do units respond where they did? Hidden activations on random tokens matched, against the identity."""
+"""`csh`: are MLP units in place? Their activations on random tokens are matched, and compared with the identity."""
 
 from typing import ClassVar
 
@@ -16,16 +16,16 @@ from tracing_jax.statistics.comparison import (
     constrained_result,
     units_not_applicable,
 )
-from tracing_jax.statistics.statistic import Pair, Result, Vocabularies
+from tracing_jax.statistics.statistic import Pair, Result, Vocabularies, depths_not_applicable
 
 _TAP = {"hidden": "units", "up": "up"}
 
 
 class Csh(options.Csh):
-    """Constrained test on the hidden activations of the MLPs; exact like `csu`.
+    """Constrained test on the hidden activations of the MLPs; the p-value is exact like that of `csu`.
 
-    Both models read the same random tokens, drawn uniformly from those both vocabularies have. Units are matched on the
-    absolute correlation over the tokens.
+    Both models read the same random tokens, drawn uniformly from those that both vocabularies have. Units are matched
+    by the absolute correlation of their activations over the tokens.
 
     Source: Zhu et al. 2025 (arXiv 2502.12292); its program matches the up activation under this name, and by cosine.
     """
@@ -33,10 +33,8 @@ class Csh(options.Csh):
     needs_tokens: ClassVar[bool] = False
 
     def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
-        """Returns why the units of these models cannot be compared on the same tokens."""
-        lines = units_not_applicable(base, ft)
-        if base.num_layers != ft.num_layers:
-            lines.append(f"different depth ({base.num_layers} and {ft.num_layers} layers): inputs have no counterpart")
+        """Returns reasons why units of these models cannot be compared on the same tokens; empty if they can."""
+        lines = units_not_applicable(base, ft) + depths_not_applicable(base, ft, "layers have no counterpart")
         if len(vocabularies.ids_base) < 2:
             lines.append("the vocabularies share no tokens to be read by both")
         return lines
@@ -58,7 +56,7 @@ class Csh(options.Csh):
 
 
 def random_blocks(vocabularies: Vocabularies, shape: tuple[int, int], generator: np.random.Generator) -> PairedBlocks:
-    """Returns blocks of tokens drawn uniformly from those both vocabularies have, by string."""
+    """Returns blocks of tokens drawn uniformly from those that both vocabularies have, by string."""
     drawn = generator.integers(len(vocabularies.ids_base), size=shape)
     base, ft = (ids[drawn].astype(np.int32) for ids in (vocabularies.ids_base, vocabularies.ids_ft))
     return paired_one_to_one(base, ft, "random tokens of both vocabularies, paired by string")

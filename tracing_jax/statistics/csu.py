@@ -1,33 +1,60 @@
-"""`csu`: are units where they were? Up-projection rows matched, and the matching compared with the identity."""
+"""`csu` and `csu_all`: do matrices have their rows in place? Rows are matched, and the matching compared with identity.
 
-from collections.abc import Iterator
+`csu` takes the up-projections, whose rows are the MLP units; `csu_all` every matrix, with a p-value for each.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Array, Float
-from tqdm import trange
+from tqdm import tqdm, trange
 
 from tracing_jax import options
 from tracing_jax.arch import Arch
+from tracing_jax.axes import AxisTable, axis_table, kind_of
 from tracing_jax.matching import FactoredSimilarity, match_units
+from tracing_jax.sources import ParamSource, leaf
 from tracing_jax.statistics.comparison import (
     Comparison,
     against_identity,
+    bonferroni_log10,
     constrained_result,
     layers_in_common,
+    one_test,
     overlapped,
     rows_not_applicable,
 )
 from tracing_jax.statistics.cosine import similarities
-from tracing_jax.statistics.statistic import Pair, Result, Vocabularies
-from tracing_jax.tree import Tree
+from tracing_jax.statistics.pvalues import bonferroni
+from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies
+from tracing_jax.tree import Tree, to_host
+
+_ROWS = {"gate_proj": "mlp", "up_proj": "mlp", "down_proj": "embed", "o_proj": "embed",
+         "q_proj": "", "k_proj": "", "v_proj": "", "embedding": "vocab", "lm_head": "vocab"}  # fmt: skip
+"""Matrix -> the axis whose units are its rows; for heads, all axes but `embed` together."""
+
+_EXACT = ("gate_proj", "up_proj", "down_proj", "o_proj")
+"""Matrices whose rows are exchangeable in an independent model. Heads are not in that group, rope fixes the order of
+rows inside a head, and rows of embedding and head are tokens: their p-values have no exact null."""
+
+
+_Rows = Callable[[], tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "n d"]]]
+"""Reads a matrix of base and one of ft, with units as rows."""
+_Place = tuple[str, bool, _Rows]
+"""The name of two matrices, whether their null is exact, and the function that reads them."""
+_Similarity = Array | np.ndarray | FactoredSimilarity
+"""The cosines of all rows of one with all of the other."""
 
 
 class Csu(options.Csu):
-    """Constrained test on the up-projection: exact if one of the models was trained independently of the other.
+    """Constrained test on the up-projection; exact if either model was trained independently of the other.
 
-    Rows are matched on |cos|: a unit scaled by a negative number, with its output, is the same unit. Layers of equal
-    index are compared; each has a permutation of its own under the null, so their p-values combine by Fisher.
+    Rows are matched by |cos|: a unit whose row and output are scaled by a negative number is the same unit. Layers of
+    equal index are compared; each has a permutation of its own under the null, so p-values are combined by Fisher.
 
     Source: Zhu et al. 2025 (arXiv 2502.12292), which matches on the signed cosine, in index order.
     """
@@ -35,7 +62,7 @@ class Csu(options.Csu):
     needs_tokens: ClassVar[bool] = False
 
     def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
-        """Returns why up-projection rows of these models cannot be compared."""
+        """Returns reasons why up-projection rows of these models cannot be compared; empty if they can."""
         return rows_not_applicable(base, ft)
 
     def compute(self, pair: Pair) -> Result:
@@ -43,18 +70,71 @@ class Csu(options.Csu):
         run_cache = pair.run_cache.scope("csu")
         layers, kept = layers_in_common(pair), run_cache.count(Comparison)
 
-        def by_layer() -> Iterator[tuple[int, Array | np.ndarray | FactoredSimilarity]]:
+        def by_layer() -> Iterator[tuple[int, _Similarity]]:
             for i in trange(kept, layers, desc="csu", unit="layer", initial=kept, total=layers, disable=None):
                 base, ft = (unit_rows(m.layer(i, ("mlp/up_proj/kernel",)), "up_proj") for m in (pair.base, pair.ft))
                 yield i, similarities(base, ft)
 
-        def compare(item: tuple[int, Array | np.ndarray | FactoredSimilarity]) -> Comparison:
+        def compare(item: tuple[int, _Similarity]) -> Comparison:
             i, similarity = item
             return run_cache.cached(Comparison, (i,), lambda: compare_rows(similarity, pair.generator("csu", i)))
 
         comparisons = [comparison for i in range(kept) if (comparison := run_cache.load(Comparison, i))]
         comparisons += overlapped(by_layer(), compare)
         return constrained_result(pair, comparisons, "units whose up-projection stays in place, share")
+
+
+class CsuAll(options.CsuAll):
+    """Constrained tests on all matrices: of equal name and layer, or (`all_pairs`) every two of equal shape.
+
+    Each matrix has a p-value by agreement and one by rank correlation; the smallest is taken after Bonferroni. Fisher's
+    method would be invalid: down and o of all layers share one permutation of the features.
+    """
+
+    needs_tokens: ClassVar[bool] = False
+
+    def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
+        """Returns reasons why rows of these models have no cosine; empty if they have."""
+        return rows_not_applicable(base, ft)
+
+    def compute(self, pair: Pair) -> Result:
+        """Returns the p-values of the matrices, with and without an exact null in separate tests."""
+        found: dict[bool, dict[str, Comparison]] = {True: {}, False: {}}
+        places = list(self._pairs(pair))
+        comparisons = overlapped(self._similarities(pair, places), functools.partial(_compare, pair))
+        for (place, exact, _), comparison in zip(places, comparisons, strict=True):
+            found[exact][place] = comparison
+        tests = [
+            *_tests("exact null", found[True], decides=True),
+            *_tests("no exact null", found[False], decides=False),
+        ]
+        kept = list(found[True].values())
+        return Result(
+            headline=float(np.mean([c.agreeing / max(1, c.units) for c in kept])) if kept else None,
+            label="rows that stay in place, mean share over matrices with an exact null",
+            log10_p=bonferroni_log10(tests),
+            p_reason=None if kept else "no two matrices with an exact null have equal shapes",
+            tests=tests,
+            notes=["q, k, v, embedding and head have no exact null: their p-values do not enter the verdict"],
+        ).for_pair(pair)
+
+    def _similarities(self, pair: Pair, places: Sequence[_Place]) -> Iterator[tuple[str, _Similarity | Comparison]]:
+        """Yields for each place its similarities, or its comparison if an interrupted run has cached it."""
+        for place, _, rows in tqdm(places, desc="csu_all", unit="matrix", disable=None):
+            yield place, pair.run_cache.load(Comparison, "csu_all", place) or similarities(*rows())
+
+    def _pairs(self, pair: Pair) -> Iterator[_Place]:
+        """Yields the name of two matrices, whether their null is exact, and the function that reads them."""
+        tables = [axis_table(model.arch) for model in (pair.base, pair.ft)]
+        shapes, shapes_ft = (_shapes(table) for table in tables)
+        for name, shape in shapes.items():
+            others = [o for o, other in shapes_ft.items() if other == shape and (self.all_pairs or o == name)]
+            for other in others:
+                place = f"{_short(name)} : {_short(other)}" if self.all_pairs else _short(name)
+                exact = _is_exact(name) and _is_exact(other)
+                yield place, exact, lambda name=name, other=other: (  # type: ignore[misc]
+                    _rows(pair.base, name, tables[0]), _rows(pair.ft, other, tables[1])
+                )  # fmt: skip
 
 
 def unit_rows(layer: Tree, projection: str) -> Float[Array | np.ndarray, "F D"]:
@@ -68,3 +148,61 @@ def compare_rows(
     """Returns the comparison of the matching by absolute similarity with the identity."""
     matching = match_units(similarity, generator, absolute=True)
     return against_identity(matching, *similarity.shape)
+
+
+def _compare(pair: Pair, item: tuple[str, _Similarity | Comparison]) -> Comparison:
+    place, found = item
+    if isinstance(found, Comparison):
+        return found
+    make = functools.partial(compare_rows, found, pair.generator("csu_all", place))
+    return pair.run_cache.cached(Comparison, ("csu_all", place), make)
+
+
+def _short(name: str) -> str:
+    return name.removesuffix("/kernel")
+
+
+def _is_exact(name: str) -> bool:
+    return any(matrix in name for matrix in _EXACT)
+
+
+def _matrix(name: str) -> str:
+    """Returns the kind of matrix of a leaf, such as `up_proj`; empty if it is not compared."""
+    *_, holder, last = name.split("/")
+    matrix = last if last == "embedding" else holder
+    return matrix if matrix in _ROWS and last != "bias" else ""
+
+
+def _shapes(table: AxisTable) -> dict[str, tuple[int, int]]:
+    """Returns for each matrix of a model its numbers of rows and columns."""
+    shapes = {}
+    for name in [name for name in table.leaves if _matrix(name)]:
+        size = {kind_of(axis or ""): table.sizes[axis or ""] for axis in table.leaves[name].axes}
+        units = [_ROWS[_matrix(name)]] if _ROWS[_matrix(name)] else [kind for kind in size if kind != "embed"]
+        rows = math.prod(size[kind] for kind in units)
+        shapes[name] = rows, math.prod(size.values()) // rows
+    return shapes
+
+
+def _rows(model: ParamSource, name: str, table: AxisTable) -> Float[np.ndarray, "n d"]:
+    """Returns a matrix with the units of its axis as rows; without an axis, all but the features."""
+    axis = _ROWS[_matrix(name)]
+    kernel = to_host(leaf(model, name))
+    kinds = [kind_of(a) if a else "" for a in table.leaves[name].axes]
+    if axis:
+        moved = np.moveaxis(kernel, kinds.index(axis), 0)
+        return moved.reshape(moved.shape[0], -1)
+    moved = np.moveaxis(kernel, kinds.index("embed"), -1)
+    return moved.reshape(-1, moved.shape[-1])
+
+
+def _tests(name: str, found: dict[str, Comparison], decides: bool) -> list[Test]:
+    if not found:
+        return []
+    places, comparisons = list(found), list(found.values())
+    agreements, ranks = [c.log_p_agreement for c in comparisons], [c.log_p_rank for c in comparisons]
+    made = [
+        one_test(f"agreement, {name}", comparisons, agreements, places, bonferroni, "Holm's minimum"),
+        one_test(f"rank correlation, {name}", comparisons, ranks, places, bonferroni, "Holm's minimum"),
+    ]
+    return [replace(test, decides=decides) for test in made]

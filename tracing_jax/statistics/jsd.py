@@ -1,4 +1,4 @@
-"""`jsd`: how differently do the two models predict? Jensen-Shannon divergence of their next-token distributions."""
+"""`jsd`: Jensen-Shannon divergence of the next-token distributions of both models."""
 
 from typing import ClassVar
 
@@ -13,8 +13,8 @@ from tracing_jax.statistics.statistic import Pair, Result, Vocabularies
 class Jsd(options.Jsd):
     """Mean Jensen-Shannon divergence, nats per token, between the predictions over the tokens both vocabularies have.
 
-    Each distribution is cut to the shared tokens and normalised again. It lies in [0, ln 2]. Models that read through
-    different tokenizers are compared where they have read the same bytes.
+    Each distribution is restricted to the shared tokens and normalised; the divergence is in [0, ln 2]. Models with
+    different tokenizers are compared at positions where they have read the same bytes.
 
     Source: Zhu et al. 2025 (arXiv 2502.12292), whose program sums over batches and divides by the vocabulary instead.
     """
@@ -22,7 +22,7 @@ class Jsd(options.Jsd):
     needs_tokens: ClassVar[bool] = True
 
     def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
-        """Returns why the predictions cannot be compared."""
+        """Returns the reason why the predictions cannot be compared; empty if they can."""
         return [] if len(vocabularies.ids_base) else ["the vocabularies share no token to predict"]
 
     def compute(self, pair: Pair) -> Result:

@@ -1,4 +1,4 @@
-"""`l2`: are the weights close? Mean distance of the tensors, tested against permuted copies of the fine-tuned model."""
+"""`l2`: mean distance of the tensors, ranked among permuted copies of the fine-tuned model."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ from tracing_jax.statistics.pvalues import permutation_test
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies
 from tracing_jax.tree import flatten, to_host
 
-LABEL = "mean Frobenius distance over tensors"
+_LABEL = "mean Frobenius distance over tensors"
 
 
 class L2(options.L2):
@@ -35,18 +35,18 @@ class L2(options.L2):
     needs_tokens: ClassVar[bool] = False
 
     def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
-        """Returns why the tensors of these models cannot be subtracted."""
+        """Returns reasons why the tensors of these models cannot be subtracted; empty if they can."""
         return shapes_not_applicable(base, ft)
 
     def compute(self, pair: Pair) -> Result:
-        """Returns the distance as given, and its rank among the permuted copies."""
+        """Returns the distance of the pair as given, with the p-value of its rank among the permuted copies."""
         permutations = draw_permutations(pair, self.num_perm)
         observed, permuted = distances(pair, permutations)
         log_p = None
         if permutations:
             generator = pair.generator("l2", "ties")
             log_p = permutation_test(observed, permuted, generator=generator, larger_is_similar=False)
-        return permutation_result(pair, LABEL, observed, permuted, log_p)
+        return permutation_result(pair, _LABEL, observed, permuted, log_p)
 
 
 def distances(pair: Pair, permutations: Sequence[Permutations]) -> tuple[float, np.ndarray]:

@@ -33,7 +33,7 @@ from tracing_jax.statistics.comparison import (
     tests_of,
 )
 from tracing_jax.statistics.pvalues import bonferroni
-from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, Pair, Result, Test, Vocabularies
+from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies, depths_not_applicable
 
 TAPS = ("gate", "up")
 
@@ -42,14 +42,14 @@ Samples = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
 class Match(options.Match):
-    """Unconstrained test: matchings by gate and by up activations agree on far more units than independent models' do.
+    """Unconstrained test: do the matchings by gate and by up activations agree more than those of independent models?
 
-    `forward`: the activations of both models on the same text, centred over the tokens. `weights`: each MLP is handed
-    the normalised embeddings of shared tokens; no forward pass. The up side is matched on the absolute correlation, for
-    a unit scaled by a negative number is the same unit.
+    `forward`: the activations of both models on the same text, centred over the tokens. `weights`: the input of each
+    MLP are the normalised embeddings of shared tokens; no forward pass. Up activations are matched by the absolute
+    correlation, since a unit scaled by a negative number is the same unit.
 
-    Both the parametric p-values, of a uniformly random matching, and the calibrated ones are reported; the calibrated
-    ones decide, by the smallest over layers, forms and tests.
+    Parametric p-values, of a uniformly random matching, and calibrated ones are reported; the calibrated ones enter the
+    verdict, by the smallest over layers, forms and tests after Bonferroni.
 
     Source: Zhu et al. 2025 (arXiv 2502.12292), which uses the parametric rank correlation, Fisher over layers and
     signed cosines without centring. STATISTICS: the null of `calibration.py`.
@@ -57,14 +57,12 @@ class Match(options.Match):
 
     @property
     def needs_tokens(self) -> bool:
-        """Only the forward form reads text."""
+        """Whether the forward form, which needs text, is among the forms."""
         return "forward" in self.forms
 
     def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
-        """Returns why no layer of these models can be matched with the layer of equal index."""
-        lines = gates_not_applicable(base, ft)
-        if base.num_layers != ft.num_layers:
-            lines.append(f"different depth ({base.num_layers} and {ft.num_layers} layers): see match_all")
+        """Returns reasons why layers of equal index cannot be matched; empty if they can."""
+        lines = gates_not_applicable(base, ft) + depths_not_applicable(base, ft, "see match_all")
         if "forward" not in self.forms and len(vocabularies.ids_base) < 2:
             lines.append("the vocabularies share no tokens whose embeddings could be compared")
         return lines
@@ -85,16 +83,15 @@ class Match(options.Match):
         if "forward" in found and pair.blocks is not None:
             notes.append(f"forward: positions paired by {pair.blocks.how}")
         best = max(found.values(), key=share_agreeing)
-        result = Result(
+        return Result(
             headline=share_agreeing(best),
             label="units on which gate and up projection agree, share (the larger of the forms)",
-            log10_p=bonferroni_log10([test for test in tests if test.decides]),
+            log10_p=bonferroni_log10(tests),
             tests=tests,
             null={form: null.as_dict() for form, null in nulls.items()},
             per_layer=share_by_layer(best),
             notes=notes,
-        )
-        return result.without_p(AFTER_ALIGNMENT) if pair.aligned else result
+        ).for_pair(pair)
 
     def _layers(
         self, form: str, base: ParamSource, ft: ParamSource, pair: Pair, run_cache: RunCache

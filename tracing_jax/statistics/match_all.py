@@ -18,7 +18,7 @@ from tracing_jax.statistics.calibration import DEFAULT_ALLOWANCE, Null, null_of
 from tracing_jax.statistics.comparison import LN10, Comparison, bonferroni_log10, one_test
 from tracing_jax.statistics.match import TAPS, Match, compare_taps, gates_not_applicable
 from tracing_jax.statistics.pvalues import bonferroni
-from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, Pair, Result, Test, Vocabularies
+from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies
 
 Activations = Mapping[str, np.ndarray]
 """Tap -> activations `[S, F]` of one layer at the sampled positions."""
@@ -51,7 +51,7 @@ class MatchAll(options.MatchAll):
     weights-only form gives every MLP the embeddings of shared tokens as input. A pair's p-value is the smallest of both
     forms and both tests, after Bonferroni. Layers are assigned by these p-values; a layer may have no partner.
 
-    Fewer positions are sampled where the kept activations would take more than `max_gib`.
+    Fewer positions are sampled if the stored activations would take more than `max_gib`.
 
     Attributes:
       level: significance level, after Bonferroni over all pairs, below which two layers are assigned to each other.
@@ -63,7 +63,7 @@ class MatchAll(options.MatchAll):
 
     @property
     def needs_tokens(self) -> bool:
-        """Only the forward form reads text."""
+        """Whether the forward form, which needs text, is among the forms."""
         return "forward" in self.forms
 
     def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
@@ -89,8 +89,7 @@ class MatchAll(options.MatchAll):
         combined = np.minimum(0.0, np.min(list(log_p.values()), axis=0) + math.log(len(log_p)))
         found = assign_layers(combined, math.log(self.level / combined.size))
         units = _kept_units(found, by_form, log_p, pair)
-        result = self._result(found, combined, compared, nulls, log_p, units, pair)
-        return result.without_p(AFTER_ALIGNMENT) if pair.aligned else result
+        return self._result(found, combined, compared, nulls, log_p, units, pair).for_pair(pair)
 
     def _positions(self, base: Arch, ft: Arch) -> int:
         bytes_each = 4 * len(self.forms) * len(TAPS) * (base.num_layers * base.mlp_dim + ft.num_layers * ft.mlp_dim)

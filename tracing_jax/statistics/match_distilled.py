@@ -1,10 +1,10 @@
-"""`match_distilled`: gated students of both models' FFNs, matched as in `match`; for FFNs of any kind."""
+"""`match_distilled`: both models' FFNs are distilled into gated students, which are matched as in `match`."""
 
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -33,7 +33,7 @@ from tracing_jax.statistics.comparison import (
 from tracing_jax.statistics.match import compare_taps
 from tracing_jax.statistics.nulls import composite_agreement_log_sf
 from tracing_jax.statistics.pvalues import bonferroni
-from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, Pair, Result, Test, Vocabularies
+from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies, depths_not_applicable
 from tracing_jax.statistics.students import TAPS, Recipe, Student, fit_student, residual_up, student_correlations
 
 _FFN_TAPS = ("mlp_input", "mlp_output")
@@ -54,36 +54,30 @@ the default allowance, since the test by the residual is an additional one: a la
 class MatchDistilled(options.MatchDistilled):
     """Unconstrained test for any FFN: without gate, of other width or a mixture of experts.
 
-    To each FFN a gated student is fitted, on its own inputs and outputs at sampled positions of the text. The two
-    students of a layer have seeds of their own; a shared one would make them alike. Then `match`: matchings by the
-    students' gate and by their up pre-activations, each on its own model's inputs, agree on far more units than those
-    of independent models' students do. That must hold for up as it is, and for what is left of up without what the
-    gate predicts of it: students of an FFN without a gate have both nearly proportional, and two matchings by the same
-    numbers agree. The larger of the two calibrated p-values decides; on the rest, all layers may speak together.
+    A gated student is fitted to each FFN on its own inputs and outputs at sampled positions of the text. The two
+    students of a layer have different seeds; a shared one would make them alike. Then, as in `match`, the matchings by
+    the students' gate and up pre-activations are compared, each model on its own inputs. They must agree for up, and
+    for the residual of up given gate: students of an FFN without a gate have both nearly proportional, and then two
+    matchings agree in independent models too. The larger of the two calibrated p-values enters the verdict; the test
+    by the residual may combine all layers.
 
-    One forward pass per model, layer after layer: inputs and outputs of one layer of both models live at a time, 16
-    bytes for each token and feature, and of all layers the pre-activations at the control positions.
+    One forward pass per model, layer by layer: memory holds the inputs and outputs of one layer of both models, 16
+    bytes for each token and feature, and the pre-activations of all layers at the control positions.
 
     On tiny models (4 layers, 192 units; 2 CPU cores, 2026-11-24): a dense model and a mixture of experts upcycled from
-    it agree on more than half their units, p = 1e-108, a GPT-2 and its fine-tune on a quarter, 1e-6; strangers have 1.
+    it agree on more than half their units, p = 1e-108, a GPT-2 and its fine-tune on a quarter, 1e-6; independent models
+    have p = 1.
 
     Source: Zhu et al. 2025 (arXiv 2502.12292), section 3 (Adam 1e-3, batch 5000, 10,000 steps). Here: weight decay, a
     rate that falls with the width, and the null of `calibration.py`; see docs/distilled.md.
     """
 
-    @property
-    def needs_tokens(self) -> bool:
-        """Students learn from text."""
-        return True
+    needs_tokens: ClassVar[bool] = True
 
     def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
-        """Returns why no layer of these models can be compared with the layer of equal index."""
-        if base.num_layers == ft.num_layers:
-            return []
-        return [
-            f"different depth ({base.num_layers} and {ft.num_layers} layers): students are compared at equal index; "
-            "match_all finds which layers correspond, where both models have a gate"
-        ]
+        """Returns the reason why layers of equal index cannot be compared; empty if they can."""
+        hint = "match_all finds which layers correspond, where both models have a gate"
+        return depths_not_applicable(base, ft, f"students are compared at equal index; {hint}")
 
     def compute(self, pair: Pair) -> Result:
         """Returns the calibrated and the parametric tests; one forward pass per model."""
@@ -92,16 +86,15 @@ class MatchDistilled(options.MatchDistilled):
         nulls = {side: null_of(found.controls[side], shares[side], source) for side in TARGETS}
         nulls["rest together"] = null_of(found.controls["rest"], shares["rest together"], source)
         tests = _tests(found, nulls)
-        result = Result(
+        return Result(
             headline=share_agreeing(found.layers["whole"]),
             label="units on which the students' gate and up projection agree, share",
-            log10_p=bonferroni_log10([test for test in tests if test.decides]),
+            log10_p=bonferroni_log10(tests),
             tests=tests,
             null={side: null.as_dict() for side, null in nulls.items()} | {"explained": found.explained},
             per_layer=share_by_layer(found.layers["whole"]),
             notes=[*nulls["whole"].notes, *_notes(found.explained, pair)],
-        )
-        return result.without_p(AFTER_ALIGNMENT) if pair.aligned else result
+        ).for_pair(pair)
 
     def recipe(self, base: Arch, ft: Arch) -> Recipe:
         """Returns the hyperparameters of both models' students, which have one width."""

@@ -41,7 +41,7 @@ from tracing_jax.statistics.comparison import (
     share_by_layer,
 )
 from tracing_jax.statistics.match import form_tests, gates_not_applicable
-from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, Pair, Result, Vocabularies
+from tracing_jax.statistics.statistic import Pair, Result, Vocabularies, depths_not_applicable
 from tracing_jax.tree import Tree
 
 PROJECTIONS = ("gate", "up")
@@ -64,14 +64,11 @@ class MatchMoments(options.MatchMoments):
     needs_tokens: ClassVar[bool] = False
 
     def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
-        """Returns why no layer of these models can be matched with the layer of equal index."""
-        lines = gates_not_applicable(base, ft)
-        if base.num_layers != ft.num_layers:
-            lines.append(f"different depth ({base.num_layers} and {ft.num_layers} layers): see match_all")
-        return lines
+        """Returns reasons why layers of equal index cannot be matched; empty if they can."""
+        return gates_not_applicable(base, ft) + depths_not_applicable(base, ft, "see match_all")
 
     def compute(self, pair: Pair) -> Result:
-        """Returns the tests, parametric and calibrated."""
+        """Returns the calibrated and the parametric tests; no forward pass."""
         run_cache = pair.run_cache.scope("match_moments")
         base, ft = self._signatures(pair.base, "base", run_cache), self._signatures(pair.ft, "ft", run_cache)
         layers = [
@@ -84,16 +81,15 @@ class MatchMoments(options.MatchMoments):
         ]
         null = null_of(controls, *self._allowance(base, ft, pair))
         tests = form_tests(_FORM, layers, null)
-        result = Result(
+        return Result(
             headline=share_agreeing(layers),
             label="units on which gate and up projection agree by their second moments, share",
-            log10_p=bonferroni_log10([test for test in tests if test.decides]),
+            log10_p=bonferroni_log10(tests),
             tests=tests,
             null={_FORM: null.as_dict()},
             per_layer=share_by_layer(layers),
             notes=list(null.notes),
-        )
-        return result.without_p(AFTER_ALIGNMENT) if pair.aligned else result
+        ).for_pair(pair)
 
     def _signatures(self, model: ParamSource, side: str, run_cache: RunCache) -> list[Signatures]:
         """Returns the signatures of every layer: of an interrupted run's layers those that were kept."""

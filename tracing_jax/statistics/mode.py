@@ -1,4 +1,4 @@
-"""`mode`: is the straight path between the two models free of a barrier? Loss at the midpoint, barrier and curve."""
+"""`mode`: linear mode connectivity: loss at the midpoint of the straight path between the models, barrier, curve."""
 
 import zlib
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ _LABEL = "midpoint loss (nats per token)"
 
 
 class Mode(options.Mode):
-    """Loss of the model at alpha on the way from base to ft, over base's tokens, head and embedding unless `emb`.
+    """Loss of the model at alpha between base and ft on base's tokens; head and embedding are base's unless `emb`.
 
     Its p-value, if permuted copies are asked for, is the rank of the midpoint loss among those of copies of ft with
-    features and MLP units permuted. The barrier is the largest excess over the straight line between the losses at the
-    two ends.
+    features and MLP units permuted. The barrier is the largest excess over the linear interpolation of the losses at
+    the two ends.
 
     Source: Frankle et al. 2020 (arXiv 1912.05671) for the barrier; Zhu et al. 2025 (arXiv 2502.12292) for the midpoint
     loss as a test statistic.
@@ -35,18 +35,18 @@ class Mode(options.Mode):
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """The groups of leaves that move along the path."""
+        """The groups of leaves that are interpolated."""
         return path_groups(self.attn, self.emb)
 
     def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
-        """Returns why no straight path over these groups exists between models of these shapes."""
+        """Returns reasons why these groups cannot be interpolated between these models; empty if they can."""
         lines = []
         if base.num_layers != ft.num_layers:
             lines.append(f"different depth: {base.num_layers} and {ft.num_layers} layers have no path between them")
         else:
             lines += _sizes_not_applicable(axis_table(base), axis_table(ft), self.groups)
         if self.emb and not vocabularies.same:
-            lines.append("different tokenizers: the rows of the embeddings stand for different tokens; leave emb off")
+            lines.append("different tokenizers: the embeddings' rows are different tokens; leave emb off")
         if self.emb and base.tied != ft.tied:
             lines.append("one model ties its head to its embedding and the other does not; leave emb off")
         functions = ("activation", "norm", "pre_norms", "post_norms", "qk_norm")

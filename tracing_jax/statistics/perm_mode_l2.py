@@ -1,6 +1,7 @@
 """`perm_mode_l2`: the permutation tests of `mode` and of `l2` on the same permuted copies."""
 
 import math
+from dataclasses import replace
 from typing import ClassVar
 
 from tracing_jax import options
@@ -13,7 +14,7 @@ from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies
 
 
 class PermModeL2(options.PermModeL2):
-    """Midpoint loss and distance, each ranked among the same permuted copies; a decision by either pays for two.
+    """Midpoint loss and distance, each ranked among the same permuted copies; the smaller p-value after Bonferroni.
 
     Source: the reference program of Zhu et al. 2025 (arXiv 2502.12292).
     """
@@ -21,7 +22,7 @@ class PermModeL2(options.PermModeL2):
     needs_tokens: ClassVar[bool] = True
 
     def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
-        """Returns why the models cannot be interpolated or subtracted."""
+        """Returns reasons why the models cannot be interpolated or subtracted; empty if they can."""
         path = Mode(attn=self.attn, emb=self.emb).not_applicable(base, ft, vocabularies)
         return list(dict.fromkeys([*path, *shapes_not_applicable(base, ft)]))
 
@@ -43,4 +44,4 @@ class PermModeL2(options.PermModeL2):
         both = min(0.0, math.log(2) + math.log(10) * min(test.log10_p for test in tests if test.log10_p is not None))
         label = "midpoint loss (nats per token); its test and that of l2 share their permuted copies"
         result = permutation_result(pair, label, curve.midpoint, losses, both)
-        return Result(**{**vars(result), "tests": tests}) if not pair.aligned else result
+        return result if pair.aligned else replace(result, tests=tests)

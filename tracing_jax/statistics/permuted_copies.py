@@ -9,7 +9,7 @@ import numpy as np
 from tracing_jax.arch import Arch
 from tracing_jax.axes import axis_table, kind_of
 from tracing_jax.rewrites import Permutations, random_permutations
-from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, QUANTILE_LEVELS, Pair, Result, quantiles
+from tracing_jax.statistics.statistic import QUANTILE_LEVELS, Pair, Result, depths_not_applicable, quantiles
 
 PERMUTED_AXES = ("embed", "mlp")
 """Axes under whose permutations an independent model is exchangeable with its permuted copies."""
@@ -24,8 +24,8 @@ def draw_permutations(pair: Pair, count: int) -> list[Permutations]:
 
 def shapes_not_applicable(base: Arch, ft: Arch) -> list[str]:
     """Returns a reason for each kind of axis, other than the vocabulary, that has different sizes; empty if none."""
-    if base.num_layers != ft.num_layers:
-        return [f"different depth ({base.num_layers} and {ft.num_layers} layers): no layer has a counterpart"]
+    if lines := depths_not_applicable(base, ft, "no layer has a counterpart"):
+        return lines
     one, other = ({kind_of(axis): size for axis, size in axis_table(arch).sizes.items()} for arch in (base, ft))
     return [
         f"different width: {kind} has {one.get(kind, 0)} and {other.get(kind, 0)} units"
@@ -46,11 +46,10 @@ def permutation_result(
             "standard deviation of the copies": float(np.std(permuted)),
             "quantiles of the copies": dict(zip(map(str, QUANTILE_LEVELS), quantiles(np.asarray(permuted)))),
         }
-    result = Result(
+    return Result(
         headline=observed,
         label=label,
         log10_p=None if log_p is None else log_p / math.log(10),
         p_reason="no permuted copies were asked for (num_perm = 0)" if log_p is None else None,
         null=null,
-    )
-    return result.without_p(AFTER_ALIGNMENT) if pair.aligned else result
+    ).for_pair(pair)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 from tqdm import tqdm
@@ -26,7 +27,7 @@ from tracing_jax.statistics.cosine import similarities
 from tracing_jax.statistics.csu import compare_rows, unit_rows
 from tracing_jax.statistics.match import TAPS, compare_taps, form_tests, gates_not_applicable
 from tracing_jax.statistics.pvalues import fisher
-from tracing_jax.statistics.statistic import AFTER_ALIGNMENT, Pair, Result, Test, Vocabularies
+from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies, depths_not_applicable
 
 _UP = "mlp/up_proj/kernel"
 _IN_PLACE = 0.25
@@ -59,26 +60,23 @@ class ScreenPlan:
 class Screen(options.Screen):
     """The tests of `csu` and `match` on a part of the weights, which the record states.
 
-    Units in place: a run of units, drawn from the seed, the same in both models, is matched within itself as by `csu`.
-    If one model was trained independently of the other and treats units alike, then permuting its units leaves its law
-    unchanged, and so does permuting those of the run among themselves; the p-values are as exact as those of `csu`.
-    What is lost is power: h units of a run bound a layer's p by 1 / h!, and as with `csu` units that were moved are not
-    found at all.
+    Units in place: consecutive units, at an offset drawn from the seed and equal in both models, are matched among
+    themselves as by `csu`. If one model was trained independently of the other by an algorithm that treats units alike,
+    its distribution is invariant under permutations of its units, and so under those of the sampled units; the p-values
+    are as exact as those of `csu`. Power is lower: the p-value of a layer with h sampled units is at least 1 / h!, and
+    as with `csu` permuted units are not detected.
 
-    Sampled layers: three layers of ft, spread over the depth, in which the units of a run of base's are looked for by
-    the weights-only form of `match`. That sees through permutations. What is lost: a relative of which other layers
-    alone are inherited, and one whose embeddings are not.
+    Sampled layers: in three layers of ft, spread over the depth, consecutive units of base are matched to all of ft's
+    by the form `weights` of `match`, which is invariant to permutations. Not detected are relatives that inherit other
+    layers only, or not the embeddings.
 
     Source: Zhu et al. 2025 (arXiv 2502.12292) for both tests; sampling is ours.
     """
 
-    @property
-    def needs_tokens(self) -> bool:
-        """It reads no text."""
-        return False
+    needs_tokens: ClassVar[bool] = False
 
     def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
-        """Returns why neither part can be computed on models of these shapes."""
+        """Returns reasons why neither part can be computed on models of these shapes; empty if one can."""
         plan = plan_within(self.share, base, ft, vocabularies)
         return [] if plan.units or plan.layers else list(plan.left_out)
 
@@ -101,17 +99,16 @@ class Screen(options.Screen):
             notes += [f"sampled layers: {note}" for note in null_found.notes]
             shares.append(share_agreeing(layers))
         facts = _read_facts(pair, read)
-        result = Result(
+        return Result(
             headline=max(shares),
             label="sampled units found in place, or on which gate and up projection agree, share (the larger)",
-            log10_p=bonferroni_log10([test for test in tests if test.decides]),
+            log10_p=bonferroni_log10(tests),
             tests=tests,
             null=null,
             per_layer=per_layer,
             notes=[_sentence(plan, facts), *notes],
             read=facts,
-        )
-        return result.without_p(AFTER_ALIGNMENT) if pair.aligned else result
+        ).for_pair(pair)
 
 
 def _in_place(plan: ScreenPlan, pair: Pair, read: Mapping[str, list[int]]) -> Iterator[Comparison]:
@@ -214,9 +211,7 @@ def _layer_parameters(arch: Arch, units: int) -> int:
 
 
 def _match_not_applicable(base: Arch, ft: Arch, tokens: int) -> list[str]:
-    lines = gates_not_applicable(base, ft)
-    if base.num_layers != ft.num_layers:
-        lines.append(f"different depth ({base.num_layers} and {ft.num_layers} layers): see match_all")
+    lines = gates_not_applicable(base, ft) + depths_not_applicable(base, ft, "see match_all")
     if tokens < 2:
         lines.append("the vocabularies share no tokens whose embeddings could be compared")
     return lines

@@ -14,7 +14,7 @@ from tracing_jax.run_cache import RunCache
 from tracing_jax.sharding import Compute
 from tracing_jax.sources import ParamSource
 
-AFTER_ALIGNMENT = (
+_AFTER_ALIGNMENT = (
     "after alignment nothing has a null: aligning makes independent models look dependent; "
     "the verdict comes from the pair as given"
 )
@@ -122,6 +122,10 @@ class Result:
       notes: caveats for a reader of the numbers.
       arrays: what is too large for the record; saved in the folder of the run.
       read: side -> bytes read and their share of all weights, if not all are read; see `screen`.
+
+    Example:
+      >>> tj.trace("demo:base", "demo:finetune", "cos")["cos"]["label"]
+      'best-match cosine of MLP units, mean over layers of the median'
     """
 
     headline: float | None
@@ -139,10 +143,12 @@ class Result:
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
     read: Mapping[str, Any] | None = None
 
-    def without_p(self, reason: str) -> "Result":
-        """Returns the result without p-values and what is derived from them, with the reason."""
+    def for_pair(self, pair: Pair) -> "Result":
+        """Returns the result as it is; of an aligned pair without p-values and what is derived from them."""
+        if not pair.aligned:
+            return self
         tests = tuple(replace(test, log10_p=None, log10_ps=None) for test in self.tests)
-        return replace(self, log10_p=None, p_reason=reason, tests=tests, layer_map=None)
+        return replace(self, log10_p=None, p_reason=_AFTER_ALIGNMENT, tests=tests, layer_map=None)
 
     @classmethod
     def restored(cls, fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> "Result":
@@ -168,6 +174,20 @@ class Statistic(Protocol):
 
     def compute(self, pair: Pair) -> Result:
         """Returns the statistic of the pair."""
+
+
+def depths_not_applicable(base: Arch, ft: Arch, reason: str) -> list[str]:
+    """Returns the reason why models of different depth cannot be compared; empty if their depths are equal."""
+    if base.num_layers == ft.num_layers:
+        return []
+    return [f"different depth ({base.num_layers} and {ft.num_layers} layers): {reason}"]
+
+
+def widths_not_applicable(base: Arch, ft: Arch) -> list[str]:
+    """Returns the reason why rows over the features cannot be compared; empty if their numbers are equal."""
+    if base.embed_dim == ft.embed_dim:
+        return []
+    return [f"different width ({base.embed_dim} and {ft.embed_dim} features): rows have no cosine"]
 
 
 QUANTILE_LEVELS = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)

@@ -55,6 +55,10 @@ def verdict(results: Mapping[str, Result], level: float) -> Verdict:
 
     Raises:
       ValueError: a level outside (0, 0.05].
+
+    Example:
+      >>> tj.verdict({"csu": tj.Result(0.9, "units in place", log10_p=-12.0)}, level=1e-3).verdict
+      'related'
     """
     if not 0 < level <= UNDECIDED_BELOW:
         raise ValueError(f"level={level}: expected above 0 and at most {UNDECIDED_BELOW}")
