@@ -173,7 +173,7 @@ def _largest(programs):
 
 
 def test_memory_of_the_block_step_grows_with_the_hidden_states_alone(programs):
-    """One interpolated layer lives at a time, and hidden states are handed on, not copied."""
+    """Memory holds one interpolated layer at a time, and hidden states are donated, not copied."""
     arch = tiny.llama_mha(embed_dim=64, mlp_dim=512, num_layers=1, layer_ropes=(0,), layer_windows=(None,))
     base, ft = (InMemory(arch, tiny.params_of(arch, seed)) for seed in (0, 1))
     hidden_bytes = TOKENS[:1].size * 64 * 4  # of one point

@@ -1,4 +1,4 @@
-"""The door: flags become a config, and what a user can mend ends with one message."""
+"""The command line of main.py: flags become options, and user errors end with one message."""
 
 import importlib
 import os

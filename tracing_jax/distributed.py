@@ -1,7 +1,7 @@
-"""Several processes as one program: how they find each other, and how they all end when one fails.
+"""Several processes as one program: initialisation, agreement between them, and an end for all when one fails.
 
-Every process runs the same code on the same config and draws from the same seed. Devices exchange what they must; the
-host sees the same numbers everywhere, and the first process alone writes files and speaks.
+Every process runs the same code on the same config and draws from the same seed. Devices exchange what they must, all
+hosts see the same numbers, and only process 0 writes files and logs.
 """
 
 import contextlib
@@ -21,23 +21,23 @@ from jax.experimental import multihost_utils
 T = TypeVar("T")
 
 _HEARTBEAT_SECONDS = 30
-"""A process that has not been heard of for so long is gone, and the others end; a dead connection ends them sooner."""
+"""Without a heartbeat for so long a process counts as lost, and the others end; a dead connection ends them sooner."""
 
 _SHUTDOWN_SECONDS = 3600
-"""The longest that a process waits for the others at the end: the first still writes the figures."""
+"""The longest that a process waits for the others at the end: process 0 still writes the figures."""
 
 
 @contextlib.contextmanager
 def initialized(
     coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> Iterator[None]:
-    """Runs what stands inside as one of several processes: of those named, or of a Slurm step; else as the only one.
+    """Runs the block as one of several processes: of those named, or of a Slurm step; else as the only one.
 
-    A process that raises says why and ends at once, without waiting for the others, which then end too: Python's own
-    way out would wait for all of them, and they for it.
+    A process that raises prints the error and ends at once, and the others then end too: a normal exit would wait in
+    JAX's shutdown barrier for all of them, and they for it.
 
     Args:
-      coordinator: host and port of the first process, where it listens for the others.
+      coordinator: host and port of process 0, where it listens for the others.
       num_processes: how many there are.
       process_id: which of them this is, from 0.
 
@@ -58,18 +58,18 @@ def initialized(
 
 
 def is_main_process() -> bool:
-    """Returns whether this process is the one that writes files and speaks."""
+    """Returns whether this is process 0, the only one that writes files and logs."""
     return jax.process_index() == 0
 
 
 def broadcast_one(value: T) -> T:
-    """Returns the first process's value, one that JSON can say, in all of them; each waits here for the others."""
+    """Returns process 0's value, which JSON must be able to hold, in all processes; each waits here for the others."""
     if jax.process_count() == 1:
         return value
-    said = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(said), np.int32)))
-    said = multihost_utils.broadcast_one_to_all(said if is_main_process() else np.zeros(size, np.uint8))
-    return json.loads(said.tobytes())  # type: ignore[no-any-return]
+    encoded = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(encoded), np.int32)))
+    encoded = multihost_utils.broadcast_one_to_all(encoded if is_main_process() else np.zeros(size, np.uint8))
+    return json.loads(encoded.tobytes())  # type: ignore[no-any-return]
 
 
 def all_agree(value: bool) -> bool:
@@ -98,7 +98,7 @@ def _join(coordinator: str | None, num_processes: int | None, process_id: int | 
             )
         initialize(coordinator, num_processes, process_id)
         return True
-    # srun sets it for each step; in the body of an sbatch script, or on one's own machine, nobody else is there.
+    # srun sets it for each step; in the body of an sbatch script, or outside Slurm, there is only this process.
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         initialize()
         return True

@@ -72,7 +72,7 @@ def write_pair(folder: Path, config: "transformers.PretrainedConfig", recipe: Re
 
     Raises:
       FileExistsError: the folder is there already.
-      OSError: the disk has no room for it.
+      OSError: the disk has not enough free space.
     """
     if folder.exists():
         raise FileExistsError(f"{folder} is there already; remove it or choose another place to write to")

@@ -43,7 +43,7 @@ def block_steps(base: InMemory, ft: InMemory, size: Size, dtype: DTypeLike) -> C
     interpolated = interpolated_leaves(axis_table(base.arch), path_groups(attn=True, emb=True))
     model = InterpolatedModel(base, ft, interpolated, jnp.asarray(size.alphas, jnp.float32))
     batches = [compute.put(batch) for batch in compute.batches(size.random_tokens())]
-    # Batch after batch, as in a run of models in memory: their hidden states need not all live at once.
+    # Batch after batch, as in a run of models in memory: their hidden states need not all be in memory at once.
     return lambda: [jax.block_until_ready(final_hidden(model, [batch], dtype)) for batch in batches][-1]
 
 
