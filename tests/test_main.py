@@ -1,4 +1,4 @@
-"""The door: flags become a config, and what a user can mend ends with one message."""
+"""main.py: flags and config become options, and an error of the user's ends with one message."""
 
 import importlib
 import os

@@ -1,4 +1,4 @@
-"""Flags of `main.py`, `launch.py` and `generate.py`, made from options dataclasses, and what they say of a mistake."""
+"""Flags of `main.py`, `launch.py` and `generate.py`, made from options dataclasses, and messages for mistakes in them."""
 
 import re
 import sys
