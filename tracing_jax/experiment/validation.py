@@ -132,9 +132,7 @@ def _disguise_problems(options: RunOptions) -> list[str]:
     if options.max_layers and names:
         lines.append("max_layers looks at the first layers as they are; leave disguise out, or trace the whole model")
     if "all" in names and len(names) > 1:
-        lines.append(
-            f"disguise={shown}: all cannot be combined with other names: it has every rewrite that exists for the model"
-        )
+        lines.append(f"disguise={shown}: all cannot be combined with other names")
     if RENAMING in names:
         lines.append(
             f"disguise={shown}: {RENAMING} changes the tokenizer's files too; write a checkpoint with "
