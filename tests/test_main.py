@@ -1,4 +1,4 @@
-"""The command line of main.py: flags become options, and user errors end with one message."""
+"""main.py: flags and config become options, and an error of the user's ends with one message."""
 
 import importlib
 import os

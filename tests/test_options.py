@@ -87,7 +87,7 @@ def test_without_a_text_match_compares_by_weights_alone():
     ({"emb": True}, ["emb: that option is mode.emb or perm_mode_l2.emb now"]),
     ({"csh": 4}, ["csh: it is a section, with options of its own"]),
 ])  # fmt: skip
-def test_what_is_no_option_or_no_value_of_it_is_told_all_at_once(config, lines):
+def test_unknown_options_and_values_of_the_wrong_type_are_reported_at_once(config, lines):
     for given in (config, ConfigDict(config)):
         with pytest.raises(ConfigError) as error:
             RunOptions.from_config(given)
@@ -95,7 +95,7 @@ def test_what_is_no_option_or_no_value_of_it_is_told_all_at_once(config, lines):
             assert line in str(error.value)
 
 
-def test_every_name_of_the_last_release_is_answered_with_the_one_of_now():
+def test_an_option_of_the_last_release_is_answered_with_its_new_name():
     for name, now in MOVED.items():
         assert f"{name}: that option is {now} now" in unknown_option(f"{name}=")
         for dotted in now.split(" or "):

@@ -47,7 +47,7 @@ class Option:
     """One option, as its dataclass declares it.
 
     Attributes:
-      name: dotted where it stands in a section.
+      name: with a dot if it is in a section.
       kind: bool, int, float, str, or a tuple of strings or of numbers.
       optional: whether None is a value: not set.
       required: whether it has no default.
@@ -125,7 +125,7 @@ def comma_list(text: str) -> tuple[str, ...]:
 
 
 def parse(kind: Any, text: str) -> Any:
-    """Returns the value of an option of this type that stands on a command line.
+    """Returns the value of an option of this type from its text on a command line.
 
     Raises:
       ValueError: the text is no such value.

@@ -198,7 +198,7 @@ class RunOptions:
 
     stat: tuple[str, ...] = _statistics(
         ("mode",),
-        "Statistics; all stands for every one but match_distilled and screen.",
+        "Statistics; all means every one but match_distilled and screen.",
         choices=(*STATISTICS, "all"),
     )
     level: float = _statistics(
@@ -214,7 +214,7 @@ class RunOptions:
         "wikitext, wikitext2, aya:<language>, m2d2:<field>, dolma:<language>, generated or generated:PATH (files of "
         "generate), random (tokens of both vocabularies), demo, or a local txt, json, jsonl or parquet file or folder.",
     )
-    dataset_id: str | None = _text(None, "The id of a data set on the Hub; goes before dataset.")
+    dataset_id: str | None = _text(None, "The id of a data set on the Hub; takes precedence over dataset.")
     dataset_subset: str | None = _text(None, "Subset of the data set.")
     dataset_split: str | None = _text(None, "Split of the data set.")
     text_column: str | None = _text(None, "The column of the data set that holds the text.")
@@ -254,7 +254,7 @@ class RunOptions:
 
     save: str | None = _output(
         "runs/{stat}.p",
-        "The pickle to write, with json, png, html and a .run folder beside it; {stat} stands for the statistics.",
+        "The pickle to write, with json, png, html and a .run folder beside it; {stat} is replaced by the statistics.",
     )
 
     mesh: Mesh = Mesh()

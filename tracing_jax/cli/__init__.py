@@ -11,7 +11,7 @@ from importlib import metadata
 from tracing_jax.cli.arguments import Parser
 
 VERBS = {
-    "compare": "trace one or more models to a base: the verdict, and which layers the evidence is in",
+    "compare": "trace one or more models to a base: the verdict, and the layers behind it",
     "align": "align a model to a base, and write it as a checkpoint",
     "disguise": "write a checkpoint of the same function in other weights",
     "generate": "have models write text",

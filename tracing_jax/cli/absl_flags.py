@@ -1,4 +1,4 @@
-"""Flags of `main.py`, `launch.py` and `generate.py`, made from options dataclasses, and what they say of a mistake."""
+"""Flags of `main.py`, `launch.py` and `generate.py`, made from options dataclasses, and their error messages."""
 
 import re
 import sys

@@ -32,10 +32,10 @@ def add_options(
     """Adds an argument for every option of an options dataclass, in the groups and sections that it declares.
 
     Args:
-      parser: values that are given stand in its result under the dotted name; those that are not are absent.
+      parser: its result has the given values under their dotted names, and none for the others.
       options: an instance, whose values `--help` shows as the defaults, or the class, for its own.
       without: names of options and of sections to leave out.
-      negation: what stands before the name of a switch to set it to false; absl has `--no`.
+      negation: prefix of the name of a switch that sets it to false; absl has `--no`.
     """
     kind = options if isinstance(options, type) else type(options)
     sections = {name: section for name, section in sections_of(kind).items() if name not in without}

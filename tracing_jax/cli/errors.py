@@ -1,4 +1,4 @@
-"""Log lines of the programs, and how they end where a user can mend something."""
+"""Command-line logging and user-facing error handling."""
 
 import contextlib
 import logging as stdlib_logging
@@ -19,13 +19,13 @@ def configure_logging() -> None:
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Ends the program with one clear message where something is wrong that a user can mend."""
+    """Ends the program with one clear message for an error that a user can correct."""
     try:
         yield
     except Exception as error:
         # JAX is known by name, so that importing this module does not import it.
-        mendable = isinstance(error, ValueError | OSError | ModuleNotFoundError)
-        if not mendable and type(error).__name__ != "JaxRuntimeError":
+        of_user = isinstance(error, ValueError | OSError | ModuleNotFoundError)
+        if not of_user and type(error).__name__ != "JaxRuntimeError":
             raise
         logging.debug("where it happened", exc_info=True)
         memory = (

@@ -31,9 +31,9 @@ class ProgramOptions:
 
 
 def run_experiment(config: Any, program: ProgramOptions) -> list[dict[str, Any]]:
-    """Runs an experiment, prints what it found, and returns its records; exits with status 3 if `fail_on` says so.
+    """Runs an experiment, prints what it found, and returns its records; exits with status 3 on the verdict `fail_on`.
 
-    A mistake that a user can mend ends the program in one message.
+    An error that a user can correct ends the program with one message.
 
     Args:
       config: options or a config, as `experiment.run` takes them.

@@ -58,7 +58,7 @@ class ZooOptions:
     workers: int = option(1, "local: processes that trace pairs side by side.", at_least=1, group="zoo")
     pairs_per_job: int = option(1, "slurm: pairs of one element, one after another.", at_least=1, group="zoo")
     wait: bool = option(True, "slurm: wait for the end and write the report.", group="zoo")
-    status: bool = option(False, "Say where the pairs stand, and do nothing.", group="zoo")
+    status: bool = option(False, "Print the state of the pairs, and do nothing.", group="zoo")
     retry: bool = option(False, "Take the list and the options that are in the folder.", group="zoo")
     slurm: Slurm = Slurm()
 
@@ -112,7 +112,7 @@ def _plan(folder: Any, zoo: ZooOptions, config: Any) -> None:
     from tracing_jax.zoo.launching import write_plan
 
     if config is None or zoo.models is None:
-        raise ValueError("--models and options say what to trace; --status and --retry take what is in --save")
+        raise ValueError("--models and a config are needed; --status and --retry take those in --save")
     plan = make_plan(read_models(zoo.models, zoo.flat), config)
     if zoo.executor == "print":
         check_config(plan.options_of(plan.pairs[0], folder.path))

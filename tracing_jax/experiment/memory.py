@@ -51,7 +51,7 @@ def choose_memory(asked: str, models: Sequence[Checkpoint], mesh: Mesh) -> tuple
 
 
 def free_bytes(mesh: Mesh) -> int | None:
-    """Returns how many bytes the mesh's devices have left, the same to every process; None if they do not say."""
+    """Returns how many bytes the mesh's devices have left, the same to every process; None if they do not report it."""
     free = _free_here(mesh)
     if jax.process_count() == 1:
         return free
@@ -59,7 +59,7 @@ def free_bytes(mesh: Mesh) -> int | None:
     found = multihost_utils.process_allgather(np.float32(-1 if free is None else free))
     if found.min() < 0:
         return None
-    # Processes on CPUs may share one machine's memory, and each says how much of it is left.
+    # Processes on CPUs may share one machine's memory, and each reports how much of it is left.
     return int(found.min() if mesh.devices.flat[0].platform == "cpu" else found.sum())
 
 

@@ -1,4 +1,4 @@
-"""What a record says of the models, the text, the alignment, the software and the machine."""
+"""Facts for the record: the models, the text, the alignment, the software and the machine."""
 
 import contextlib
 import math
@@ -101,7 +101,7 @@ def token_facts(inputs: RunInputs) -> dict[str, Any] | None:
 def alignment_facts(alignment: Alignment) -> dict[str, Any]:
     """Returns everything about an alignment but its arrays."""
     names = [field.name for field in fields(alignment) if field.name != "rewrites"]
-    # Where units were only permuted, `share_moved` says so by axis kind.
+    # Where units were only permuted, `share_moved` has them by axis kind.
     rewrites = [] if alignment.reorders_only else [rewrite.name for rewrite in alignment.rewrites]
     facts = {"axes": sorted(alignment.share_moved), "rewrites": rewrites, "share_moved": alignment.share_moved}
     return facts | {name: getattr(alignment, name) for name in names}

@@ -20,7 +20,7 @@ def save_run(
     alignment: Alignment | None = None,
     arrays: Mapping[str, Mapping[str, np.ndarray]] | None = None,
 ) -> None:
-    """Writes the files of one run, each whole or not at all; the JSON, written last, says that all are there."""
+    """Writes the files of one run, each whole or not at all; the JSON, written last, marks that all are there."""
     write_pickle(files.pickle, record)
     (files.folder / "alignment.npz").unlink(missing_ok=True)  # of an earlier run
     if alignment is not None:

@@ -17,7 +17,7 @@ from tracing_jax.rewrites import Renaming
 from tracing_jax.statistics import COSTLY, LIGHT, REGISTRY, Statistic, make_statistic
 
 DEMO = "demo:"
-"""What stands before the name of a member of the demo family, in place of a folder or Hub id."""
+"""Prefix of model ids that name a member of the demo family."""
 
 RENAMING = Renaming.name
 """The rewrite that a run cannot draw: its tokenizers are those of the files."""
@@ -132,7 +132,7 @@ def _disguise_problems(options: RunOptions) -> list[str]:
     if options.max_layers and names:
         lines.append("max_layers looks at the first layers as they are; leave disguise out, or trace the whole model")
     if "all" in names and len(names) > 1:
-        lines.append(f"disguise={shown}: all stands alone: it has every rewrite that exists for the model")
+        lines.append(f"disguise={shown}: all cannot be combined with other names")
     if RENAMING in names:
         lines.append(
             f"disguise={shown}: {RENAMING} changes the tokenizer's files too; write a checkpoint with "
