@@ -1,8 +1,9 @@
 """The commands and snippets of README and docs work as printed.
 
 Every block runs in a folder of its own that has what the pages name: the programs of the repository, the models `base`
-and `theirs`, and the text `pages.txt`. A block after `<!-- not run: REASON -->` needs a cluster, the Hub or minutes;
-its commands are parsed all the same, so their flags and config fields exist.
+and `theirs`, and the text `pages.txt`. For snippets these are of the tests' family, for commands of the demo. A block
+after `<!-- not run: REASON -->` needs a cluster, the Hub or minutes; its commands are parsed all the same, so their
+flags and config fields exist.
 """
 
 import importlib
@@ -143,16 +144,21 @@ def module_file(module: str) -> Path:
     return path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
 
 
-@pytest.fixture
-def workspace(family, tmp_path, monkeypatch):
-    """A folder with the programs of the repository and the files that the pages name."""
+def fill(folder: Path, models: Path) -> Path:
+    """Puts the programs of the repository, and models and text of a demo family, into a folder, which is returned."""
     for name in ("main.py", "launch.py", "generate.py", "configs"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    for name, member in {"base": "base", "theirs": "disguised"}.items():
-        (tmp_path / name).symlink_to(family.member(member))
-    (tmp_path / "pages.txt").symlink_to(family.text)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+        (folder / name).symlink_to(ROOT / name)
+    for name, source in {"base": "base", "theirs": "disguised", "pages.txt": "text.txt"}.items():
+        (folder / name).symlink_to(models / source)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_models() -> Path:
+    """The folder of the demo's models, which `python main.py --config=configs/demo.py` has trained or will find."""
+    code = "from tracing_jax import demo; print(demo.family().folder)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return Path(done.stdout.strip())
 
 
 def run(script: str, folder: Path) -> str:
@@ -173,19 +179,22 @@ def run(script: str, folder: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("block", [block for block in blocks("bash") if not block.reason], ids=str)
-def test_block_runs(block, workspace):
-    run(block.text, workspace)
+def test_block_runs(block, demo_models, tmp_path):
+    run(block.text, fill(tmp_path, demo_models))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", blocks("console"), ids=str)
-def test_output_is_as_printed_but_for_its_numbers(block, workspace):
+def test_output_is_as_printed_but_for_its_numbers(block, demo_models, tmp_path):
     command, _, printed = block.text.removeprefix("$ ").partition("\n")
-    found, expected = (_NUMBER.sub("#", " ".join(text.split())) for text in (run(command, workspace), printed))
+    output = run(command, fill(tmp_path, demo_models))
+    found, expected = (_NUMBER.sub("#", " ".join(text.split())) for text in (output, printed))
     assert found == expected
 
 
 @pytest.mark.parametrize("block", blocks("python"), ids=str)
-def test_snippet_runs(block, workspace):
+def test_snippet_runs(block, family, tmp_path, monkeypatch):
+    monkeypatch.chdir(fill(tmp_path, family.folder))
     scope = {}
     exec(compile(block.text, str(block), "exec"), scope)
     if "planted" in scope:
