@@ -160,26 +160,26 @@ def test_streamed_models_are_read_again_where_hidden_states_would_not_fit(one_de
     assert source.reads[0] == 2
 
 
-@pytest.mark.parametrize("dies_at", [1, 2])
+@pytest.mark.parametrize("stops_at", [1, 2])
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
-def test_an_interrupted_pass_continues_at_the_layer_where_it_stopped(tmp_path, monkeypatch, dies_at, dtype):
+def test_an_interrupted_pass_continues_at_the_layer_where_it_stopped(tmp_path, monkeypatch, stops_at, dtype):
     monkeypatch.setattr(WriteBudget, "allows", lambda budget, num_bytes: num_bytes > 0)
     one_device = Compute(make_mesh(1, 1), 4, dtype)
     arch = tiny.llama_mha(num_layers=3, layer_ropes=(0,) * 3, layer_windows=(None,) * 3)
     model, tokens, run_cache = tiny.model(arch), blocks(arch, 9), RunCache(tmp_path)
 
-    class Dying(Streamed):
+    class Interrupted(Streamed):
         def layer(self, index, only=()):
-            if index == dies_at:
+            if index == stops_at:
                 raise KeyboardInterrupt
             return super().layer(index, only)
 
     with pytest.raises(KeyboardInterrupt):
-        token_losses(Dying(model), tokens, one_device, run_cache=run_cache)
+        token_losses(Interrupted(model), tokens, one_device, run_cache=run_cache)
     again = Streamed(model)
     found = token_losses(again, tokens, one_device, run_cache=run_cache)
     assert np.array_equal(found, token_losses(model, tokens, one_device))
-    assert sorted(i for i in again.reads if i not in ("embed", "head")) == list(range(dies_at, 3))
+    assert sorted(i for i in again.reads if i not in ("embed", "head")) == list(range(stops_at, 3))
     finished = Streamed(model)
     assert np.array_equal(token_losses(finished, tokens, one_device, run_cache=run_cache), found)
     assert not finished.reads

@@ -1,4 +1,4 @@
-"""The tests with p-values: exact where they claim it, equivariant, the same as numpy's, and silent after alignment."""
+"""The tests with p-values: exact where they claim it, equivariant, equal to numpy, and no p-value after alignment."""
 
 import dataclasses
 import math
@@ -306,7 +306,7 @@ def test_controls_read_bases_tokens_whatever_the_ids_of_fts():
         expected, _ = Match().allowance(form, pair_of(BASE, OTHER, **controls))
         found, _ = Match().allowance(form, pair_of(BASE, renamed, **controls, **fields))
         assert found == expected
-        assert min(found) > 0.9  # the second control is no control: it is base's own kin
+        assert min(found) > 0.9  # the second control is no control: it is a fine-tune of base
 
 
 def take_rows(embed, ids):

@@ -1,4 +1,4 @@
-"""Which layer comes from which: pruned, stretched and unrelated models, and the words for it."""
+"""Which layer comes from which: pruned, stretched and unrelated models, and the sentence that says so."""
 
 import dataclasses
 import math

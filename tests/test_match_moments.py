@@ -70,9 +70,9 @@ def test_signatures_are_those_of_numpy():
 
 @pytest.mark.parametrize("name", ["permute", "rotate", "gains", "units", "values", "queries", "pad"])
 def test_a_relative_with_foreign_embeddings_is_found_through_every_disguise(name):
-    stranger = tiny.model(ARCH, 1)
-    kin = tiny.noisy(BASE.params, 0.1) | {part: stranger.params[part] for part in ("embed", "head")}
-    result = MatchMoments().compute(pair_of(BASE, changed(InMemory(ARCH, kin), name)))
+    unrelated = tiny.model(ARCH, 1)
+    related = tiny.noisy(BASE.params, 0.1) | {part: unrelated.params[part] for part in ("embed", "head")}
+    result = MatchMoments().compute(pair_of(BASE, changed(InMemory(ARCH, related), name)))
     assert verdict({"match_moments": result}, 1e-3).verdict == "related"
     assert result.headline > 0.5
 

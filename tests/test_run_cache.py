@@ -172,19 +172,19 @@ def test_several_processes_take_only_what_they_agreed_on(tmp_path, monkeypatch):
         monkeypatch.setattr("tracing_jax.run_cache.all_agree", lambda value: value and seen)
         return RunCache.open(tmp_path / RUN_CACHE, {"config": 1})
 
-    first, word = start()
+    first, note = start()
     first.save({"value": 1}, "one")
-    assert word is None
+    assert note is None
     assert first.load(dict, "one") is None  # another may have asked before it was there
 
-    second, word = start()
+    second, note = start()
     second.save({"value": 2}, "two")
-    assert word == "continues an interrupted run: 1 finished results"
+    assert note == "continues an interrupted run: 1 finished results"
     assert second.scope("layers").folder == tmp_path / RUN_CACHE / "layers"
     assert [second.load(dict, name) for name in ("one", "two")] == [{"value": 1}, None]
 
-    unseen, word = start(seen=False)
-    assert "which not all processes see" in word
+    unseen, note = start(seen=False)
+    assert "which not all processes see" in note
     assert unseen.load(dict, "one") is None
     assert not list(tmp_path.rglob("one.json"))
 
