@@ -16,7 +16,7 @@ import pytest
 from records import assert_same_numbers, without_circumstances
 
 from tracing_jax import experiment
-from tracing_jax.experiment import memory
+from tracing_jax.experiment import memory, steps
 from tracing_jax.matching import weights
 from tracing_jax.run_cache import RUN_CACHE, WRITE_SHARE, RunCache, WriteBudget
 from tracing_jax.sharding import make_mesh
@@ -152,15 +152,15 @@ def test_models_that_lie_elsewhere_are_started_over(config_of, monkeypatch, name
 
 
 def test_the_model_whose_place_an_aligned_one_takes_is_gone(config_of, monkeypatch):
-    compute, models, alive = experiment._compute, [], []
+    compute, models, alive = steps._compute, [], []
 
-    def watching(opened, pair, reasons):
+    def watching(inputs, pair, reasons):
         models.append(weakref.ref(pair.ft))
         gc.collect()
         alive.append([model() is not None for model in models])
-        return compute(opened, pair, reasons)
+        return compute(inputs, pair, reasons)
 
-    monkeypatch.setattr(experiment, "_compute", watching)
+    monkeypatch.setattr(steps, "_compute", watching)
     experiment.trace(config_of(stat="l2", align_axes="rotation", permute=False, eval=False))
     assert alive == [[True], [False, True]]
 
