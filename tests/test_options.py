@@ -80,7 +80,7 @@ def test_without_a_text_match_compares_by_weights_alone():
 @pytest.mark.parametrize(("config", "lines"), [
     ({"batch_size": "many"}, ["batch_size='many': expected a whole number"]),
     ({"batch_size": True, "eval": 1, "level": "low"}, ["batch_size=True", "eval=1: expected true or false", "level="]),
-    ({"save": None}, ["save=None: expected text"]),
+    ({"dtype": None}, ["dtype=None: expected text"]),
     ({"mode": {"alphas": "0,half"}}, ["mode.alphas='0,half': expected numbers with commas between"]),
     ({"match": {"max_token": 3}}, ["match.max_token: there is no such option; did you mean match.max_tokens?"]),
     ({"matsch": {"max_tokens": 3}}, ["matsch: there is no such option; did you mean match"]),
