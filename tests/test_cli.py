@@ -10,11 +10,11 @@ import pytest
 from tracing_jax import cli
 from tracing_jax.cli.absl_flags import parse_flags
 from tracing_jax.cli.generate import GenerateOptions
-from tracing_jax.cli.zoo import Slurm, ZooOptions, launch
+from tracing_jax.cli.zoo import Slurm, ZooOptions
 from tracing_jax.data import GENERATED_FOLDER
 from tracing_jax.dataclass_options import options_of, problems
 from tracing_jax.options import COMPARE, RunOptions
-from tracing_jax.zoo import PAIRINGS, ZooFolder, make_plan, read_models
+from tracing_jax.zoo import PAIRINGS, make_plan, read_models
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = {"compare": (RunOptions,), "align": (), "disguise": (), "generate": (GenerateOptions,),
@@ -142,20 +142,21 @@ def test_generate_writes_texts(family, in_folder, capsys):
     assert len(json.loads(file.read_text())) == 2
 
 
-def test_print_shows_a_plan_and_leaves_a_finished_folder_as_it_is(family, tmp_path, capsys):
+def test_print_shows_a_plan_and_leaves_a_finished_folder_as_it_is(family, tmp_path):
     listed = tmp_path / "models.yaml"
     listed.write_text(json.dumps([str(family.member("base")), str(family.member("finetune"))]))
     folder = tmp_path / "zoo"
     folder.mkdir()
     make_plan(read_models(listed, None), RunOptions(stat=("csu",))).write(folder)
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    zoo = ZooOptions(save=str(folder), models=str(listed), executor="print")
-    launch(zoo, RunOptions(stat=("cos",), dataset=None))
-    shown = capsys.readouterr().out
-    assert "base--finetune" in shown
-    assert "#SBATCH" in shown
+    flags = [f"--save={folder}", f"--models={listed}", "--executor=print", "--config=configs/cos.py"]
+    done = subprocess.run(
+        [sys.executable, "launch.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "0: base--finetune" in done.stdout
+    assert "#SBATCH" in done.stdout
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
-    assert ZooFolder(folder).plan.config["stat"] == ["csu"]
 
 
 def test_options_of_the_other_programs_fit_the_package():
