@@ -268,7 +268,7 @@ def test_control_models_set_the_allowance_and_stand_in_the_record(config_of, fam
             assert null[form]["u from"].startswith("control models (1), each against base and ft")
             assert all(0 < u < 0.2 for u in null[form]["u"])
     assert len(record["models"]["control 0"]["files"]["model.safetensors"]) == 64
-    assert "u comes from" in Path(config.save).with_suffix(".html").read_text()
+    assert "source of u" in Path(config.save).with_suffix(".html").read_text()
 
 
 def test_a_control_model_that_cannot_take_bases_place_is_refused(config_of, spoilt):
