@@ -42,7 +42,7 @@ _LAYERS = {
     "generation": "record distributed arch data models forward sources checkpoint sharding tree",
     "demo": "models checkpoint forward rewrites sources arch axes data tree",
 }
-_ANY_LOWER = ("experiment", "zoo", "cli")
+_ANY_LOWER = ("experiment", "zoo", "cli", "api")
 _ORDER = (*_LAYERS, *_ANY_LOWER)
 
 

@@ -16,7 +16,7 @@ from tracing_jax.alignment import Alignment, Evidence
 from tracing_jax.data import Documents, load_tokenizer, read_documents, token_blocks
 from tracing_jax.options import COMPARE, RunOptions
 from tracing_jax.sharding import Compute, make_mesh
-from tracing_jax.sources import InMemory, ParamSource, in_memory, placed
+from tracing_jax.sources import InMemory, ParamSource, in_memory, is_resident, placed
 
 Model = str | os.PathLike[str] | ParamSource
 """A folder, a Hub id, `org/name@revision` or `demo:<member>`; or a model that is open or loaded already."""
@@ -161,14 +161,12 @@ def load(model: Model, mesh: Mesh | None = None, *, cache_dir: str | None = None
       >>> sorted(model.params["layers"]["0"]["mlp"])
       ['down_proj', 'gate_proj', 'up_proj']
     """
-    if isinstance(model, InMemory):
-        return model
     mesh = make_mesh() if mesh is None else mesh
     if isinstance(model, str | os.PathLike):
         model = open(model)
     if isinstance(model, checkpoint.Checkpoint):
         return checkpoint.load(model, mesh, cache_dir)
-    return in_memory(placed(model, mesh))
+    return in_memory(model if is_resident(model) else placed(model, mesh))
 
 
 def save(folder: str | os.PathLike[str], model: ParamSource, companions: str | os.PathLike[str]) -> Path:
