@@ -87,7 +87,7 @@ def test_path_figure_draws_each_curve_once(count):
         np.testing.assert_array_equal(line.get_xdata(), expected["alpha"])
         np.testing.assert_array_equal(line.get_ydata(), expected["loss"])
     assert len({(line.get_color(), str(line.get_linestyle())) for line in axes.lines}) == count
-    assert axes.get_xlabel() == "α  (0: base, 1: fine-tuned); moving: attn, mlp"
+    assert axes.get_xlabel() == "α  (0: base, 1: fine-tuned); interpolated: attn, mlp"
     assert axes.get_ylabel() == "loss (nats per token)"
 
 

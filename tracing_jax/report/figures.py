@@ -98,8 +98,8 @@ def save_png(figure: Figure, path: str | PurePath) -> None:
 
 
 def _path_panel(title: str, curves: Mapping[str, Mapping[str, Any]], groups: Sequence[str]) -> _Panel:
-    moving = {name: {**curve, "groups": list(groups)} for name, curve in curves.items()}
-    return _Panel(title, panels.draw_path, moving, 3.5)
+    curves = {name: {**curve, "groups": list(groups)} for name, curve in curves.items()}
+    return _Panel(title, panels.draw_path, curves, 3.5)
 
 
 def _log10_level(record: Mapping[str, Any]) -> float | None:

@@ -36,8 +36,8 @@ def draw_path(axes: Axes, curves: Mapping[str, Any]) -> None:
         missing = int(np.isnan(loss).sum())
         label = f"{name} ({missing} of {len(loss)} not finite)" if missing else name
         _line(axes, i, _floats(curve["alpha"]), loss, label)
-    moving = sorted({group for curve in curves.values() for group in curve.get("groups") or ()})
-    note = f"; moving: {', '.join(moving)}" if moving else ""
+    interpolated = sorted({group for curve in curves.values() for group in curve.get("groups") or ()})
+    note = f"; interpolated: {', '.join(interpolated)}" if interpolated else ""
     label_axes(axes, f"α  (0: base, 1: fine-tuned){note}", "loss (nats per token)")
     axes.set_xlim(-0.03, 1.03)
     _limit_losses(axes)
