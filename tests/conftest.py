@@ -10,11 +10,14 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import filelock
+import hypothesis
 import jax
 import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 8)
+hypothesis.settings.register_profile("untimed", deadline=None)  # a law does not depend on how busy the machine is
+hypothesis.settings.load_profile("untimed")
 install_import_hook("tracing_jax", "beartype.beartype").__enter__()
 
 

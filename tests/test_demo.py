@@ -98,12 +98,12 @@ def test_family_is_whole_and_alone_in_its_cache(tiniest):
 
 
 def test_second_call_trains_nothing(tiniest, monkeypatch):
-    monkeypatch.setattr("tracing_jax.demo.family._build", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("tracing_jax.demo.members._build", lambda *_: pytest.fail("trained again"))
     assert demo.family(str(tiniest.folder.parent), _TINIEST) == tiniest
 
 
 def test_default_cache_follows_xdg(tiniest, tmp_path, monkeypatch):
-    monkeypatch.setattr("tracing_jax.demo.family._build", lambda *_: None)
+    monkeypatch.setattr("tracing_jax.demo.members._build", lambda *_: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert demo.family(recipe=_TINIEST).folder == tmp_path / "tracing_jax" / tiniest.folder.name
 
@@ -128,7 +128,7 @@ def test_killed_run_leaves_nothing(tmp_path, monkeypatch):
         (work / "base").mkdir()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tracing_jax.demo.family._build", killed)
+    monkeypatch.setattr("tracing_jax.demo.members._build", killed)
     with pytest.raises(KeyboardInterrupt):
         demo.family(str(tmp_path), _TINIEST)
     assert list(tmp_path.iterdir()) == []
@@ -140,7 +140,7 @@ def test_of_two_runs_at_once_the_first_to_finish_provides_the_family(tiniest, tm
         (tmp_path / tiniest.folder.name).mkdir()
         (tmp_path / tiniest.folder.name / "text.txt").write_text("theirs")
 
-    monkeypatch.setattr("tracing_jax.demo.family._build", overtaken)
+    monkeypatch.setattr("tracing_jax.demo.members._build", overtaken)
     family = demo.family(str(tmp_path), _TINIEST)
     assert family.text.read_text() == "theirs"
     assert list(tmp_path.iterdir()) == [family.folder]

@@ -19,7 +19,7 @@ from tracing_jax.experiment import ConfigError, memory
 from tracing_jax.rewrites import Permutation, random_permutations
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory, PrefetchingSource, placed, rewritten
-from tracing_jax.statistics import REGISTRY, Pair, Vocabularies
+from tracing_jax.statistics import REGISTRY, Pair, Vocabularies, make_statistic
 from tracing_jax.statistics.match_distilled import MatchDistilled
 from tracing_jax.tree import flatten
 
@@ -68,14 +68,14 @@ def options():
     config.mode.num_perm, config.csh.blocks, config.csh.block_size = 3, 4, 32
     config.mode.attn = config.mode.emb = config.perm_mode_l2.attn = config.perm_mode_l2.emb = True
     config.screen.share = 1.0
-    return config
+    return RunOptions.from_config(config)
 
 
 @pytest.mark.parametrize("name", REGISTRY)
 def test_every_statistic_is_the_same_on_streamed_models(name, options):
     base = tiny.model(ARCH)
     ft = InMemory(ARCH, tiny.noisy(base.params, 0.3))
-    statistic = REGISTRY[name](options)
+    statistic = make_statistic(name, options)
     if isinstance(statistic, MatchDistilled):
         statistic = dataclasses.replace(statistic, steps=20, batch=32)
     resident, lazy = (
@@ -137,7 +137,7 @@ def test_max_layers_looks_at_the_first_layers_alone(config_of):
 
 
 @pytest.mark.parametrize(("fields", "message"), [
-    ({"memory": "paper"}, "memory=paper: it is one of auto, resident, stream"),
+    ({"memory": "paper"}, "memory=paper: paper is none of auto, resident, stream"),
     ({"memory": "stream", "align": True, "align_axes": "all"}, "need both models in memory"),
     ({"save_aligned": "somewhere"}, "nothing is aligned"),
     ({"max_layers": 1, "disguise": "units"}, "leave disguise out"),

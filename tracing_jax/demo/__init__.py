@@ -11,7 +11,7 @@ folders, opened like any other checkpoint; so are the twelve of the zoo (`zoo_mo
 
 from pathlib import Path
 
-from tracing_jax.demo.family import MEMBERS, Family, family, held_out_text
+from tracing_jax.demo.members import MEMBERS, Family, family, held_out_text
 from tracing_jax.demo.recipe import Recipe, config, train_tokenizer
 from tracing_jax.demo.texts import base_text, finetune_text, split
 from tracing_jax.demo.training import init, learning_rates, mean_loss, optimizer, train_step, unigram_entropy

@@ -17,7 +17,7 @@ import numpy as np
 from tracing_jax.arch import Arch, read_arch
 from tracing_jax.checkpoint import save_checkpoint
 from tracing_jax.demo.cache import cached_folder
-from tracing_jax.demo.family import TrainingData, log_losses, training_data
+from tracing_jax.demo.members import TrainingData, log_losses, training_data
 from tracing_jax.demo.recipe import DEFAULT, Recipe
 from tracing_jax.demo.training import Training, init, train
 from tracing_jax.rewrites import Renaming, draw_rewrites
