@@ -9,6 +9,7 @@ the kernel keeps a high-water mark only of both together, so this part is sample
 """
 
 import contextlib
+import importlib
 import json
 import re
 import subprocess
@@ -181,5 +182,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    importlib.import_module("main")  # which defines its flags
     flags.DEFINE_string("measured", None, "file to write the cost to", required=True)
     app.run(main)
