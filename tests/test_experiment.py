@@ -102,6 +102,7 @@ def test_a_disguise_that_cannot_be_is_refused_before_weights_are_read(config_of)
             experiment.trace(config_of(disguise=disguise))
 
 
+@pytest.mark.slow
 def test_every_statistic_and_perplexity_in_one_run_with_all_its_files(config_of):
     config = config_of(stat="all", eval=True, align=True)
     record = experiment.trace(config)

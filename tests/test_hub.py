@@ -216,6 +216,7 @@ def test_a_server_that_ignores_ranges_is_not_read_in_ranges_but_downloaded_once(
     assert [path for path in big.downloads() if path == "model.safetensors"] == ["model.safetensors"] * 2
 
 
+@pytest.mark.slow
 def test_first_look_reads_ranges_of_the_hub_and_finds_what_it_finds_in_a_folder(family, tmp_path):
     members = {name: family.member(name) for name in ("base", "finetune")}
     repos = {

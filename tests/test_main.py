@@ -46,6 +46,7 @@ def run(*argv, cwd=ROOT):
     )
 
 
+@pytest.mark.slow
 def test_the_short_flags_run_as_printed_from_anywhere(family, tmp_path):
     argv = f"""--base_model_id {family.member("base")} --ft_model_id {family.member("finetune")} --permute --align
         --dataset {family.text} --stat mode --attn --save results.p --config.block_size=64""".split()
