@@ -25,14 +25,13 @@ from matplotlib.figure import Figure
 
 from benchmarks.agreements import Agreements, Units, agreements, forward_units, weight_units
 from benchmarks.environment import OUT_DIR, PUBLISH, ZOO_DIR, use_all_cores
-from benchmarks.false_alarms import Alarms, false_alarms
+from benchmarks.false_alarms import CONFIDENCE, Alarms, false_alarms
 from benchmarks.intervals import mean_over_pairs, upper_bound
 from benchmarks.seeds import RECIPES, SNAPSHOTS, Zoo, zoo
 from tracing_jax.options import FORMS
 from tracing_jax.record import atomic_write
 from tracing_jax.report import save_png, text_table
 from tracing_jax.report.panels import GREY, INK, PALETTE, style
-from tracing_jax.statistics import calibration
 
 POSITIONS = 1024
 _EARLIER_SEEDS = 32  # of the 64, before the end of training
@@ -125,7 +124,7 @@ def shares(case: Case, found: Zoo, measured: Agreements) -> Iterator[Share]:
             most=int(agreeing.max()),
             by_accident=mean_over_pairs(accident),
             share=mean_over_pairs(excess),
-            upper=upper_bound(excess, calibration.CONFIDENCE),
+            upper=upper_bound(excess, CONFIDENCE),
         )
 
 

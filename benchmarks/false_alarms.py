@@ -10,12 +10,13 @@ from jaxtyping import Float
 from benchmarks.agreements import Agreements
 from benchmarks.intervals import clopper_pearson, rounds, upper_bound
 from tracing_jax.statistics import Test
-from tracing_jax.statistics.calibration import CONFIDENCE, DEFAULT_ALLOWANCE, measured_allowance, null_of
+from tracing_jax.statistics.calibration import DEFAULT_ALLOWANCE, measured_allowance, null_of
 from tracing_jax.statistics.comparison import LN10, bonferroni_log10
 from tracing_jax.statistics.match import form_tests
 from tracing_jax.statistics.pvalues import fisher
 
 LEVELS = (1e-2, 1e-3)
+CONFIDENCE = 0.99  # of the bounds on the share of units that convergence adds
 _CONTROLS = 2  # models given as outside controls to each pair
 
 Forms = Mapping[str, Agreements]
@@ -77,7 +78,7 @@ def _from_controls(forms: Forms) -> Allowance:
         one = forms[form]
         others = np.delete(np.arange(len(one.layers)), [i, j])
         drawn = np.random.default_rng([5, i, j]).choice(others, _CONTROLS, replace=False)
-        return measured_allowance([one.pair(int(control), model)[0] for control in drawn for model in (i, j)])
+        return measured_allowance([one.pair(int(control), model)[0] for control in drawn for model in (i, j)], 1e-3)
 
     return allowance
 

@@ -105,7 +105,7 @@ def _summary(seed: int, folder: Path, training: float, tracing: float, twice: in
     zoo = ZooFolder(folder)
     report = json.loads((folder / "report.json").read_text())
     verdicts = {pair["pair"]: pair["verdict"] for pair in report["pairs"]}  # after Holm over all pairs
-    right = sum(verdicts[pair.name] == ("related" if pair.related else "independent") for pair in zoo.plan.pairs)
+    right = sum(verdicts[pair.name] == ("related" if pair.related else "no_evidence") for pair in zoo.plan.pairs)
     found = {frozenset(family["models"]) for family in report["families"]}
     names = zoo.plan.names
     wanted = {

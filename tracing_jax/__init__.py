@@ -3,7 +3,7 @@
     import tracing_jax as tj
 
     report = tj.trace("./base", "./theirs")
-    report.verdict  # 'related', 'undecided' or 'independent'
+    report.verdict  # 'related', 'no_evidence', 'undecided', ...
 
 Checkpoints are opened and loaded as Flax param pytrees (`open`, `load`, `save`); pairs are traced (`trace`), aligned
 (`align`) and interpolated (`path_losses`). The transforms (`permute`, the rewrites, `match_weights`, `interpolate`) are

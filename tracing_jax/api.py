@@ -44,7 +44,7 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """`related`, `undecided` or `independent` (no evidence of descent was found)."""
+        """`identical`, `related`, `no_evidence`, `undecided`, `not_testable` or `not_asked`; see `Verdict`."""
         return str(self.record["verdict"]["verdict"])
 
     @property
@@ -112,8 +112,10 @@ def trace(
       FileNotFoundError, CheckpointError, UnsupportedModelError: a model that cannot be read.
 
     Example:
-      >>> tj.trace("demo:base", "demo:independent", "csu").verdict
-      'independent'
+      >>> tj.trace("demo:base", "demo:independent").verdict
+      'no_evidence'
+      >>> tj.trace("demo:base", "demo:independent", "csu").meaning
+      'nothing was found, and csu is blind to permuted units or features and a rotated residual stream: run match'
       >>> tj.trace("demo:base", "demo:disguised", "match", match={"forms": "weights"}).verdict
       'related'
     """

@@ -203,7 +203,7 @@ class RunOptions:
     )
     level: float = _statistics(
         1e-3,
-        "Verdict: related below this level, undecided from there to 0.05, else independent.",
+        "Verdict: related below this level.",
         above=0,
         at_most=0.05,
     )

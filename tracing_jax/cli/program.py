@@ -16,8 +16,11 @@ class ProgramOptions:
 
     quiet: bool = option(False, "Print only the verdict on each pair.", group="program")
     json: bool = option(False, "Print the record as JSON, and nothing else, on standard output.", group="program")
-    fail_on: str | None = option(
-        None, "Exit with status 3 if the verdict on any pair is this.", choices=("related",), group="program"
+    fail_on: tuple[str, ...] = option(
+        (),
+        "Exit with status 3 if the verdict on any pair is one of these; related stands for identical too.",
+        choices=("identical", "related", "no_evidence", "undecided", "not_testable"),
+        group="program",
     )
     coordinator: str | None = option(
         None, "host:port of process 0, of several that srun does not start.", group="program"
@@ -49,9 +52,13 @@ def run_experiment(config: Any, program: ProgramOptions) -> list[dict[str, Any]]
             records = experiment.run(config)
             if is_main_process():
                 print(_output(records, program))
-            if program.fail_on in [record["verdict"]["verdict"] for record in records]:
+            if any(_fails(record["verdict"]["verdict"], program.fail_on) for record in records):
                 sys.exit(3)
     return records
+
+
+def _fails(verdict: str, fail_on: Sequence[str]) -> bool:
+    return verdict in fail_on or (verdict == "identical" and "related" in fail_on)
 
 
 def _output(records: Sequence[Mapping[str, Any]], program: ProgramOptions) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 import jax
 
-from tracing_jax.alignment import alignment_problems, beyond_permutations, expected_shape
+from tracing_jax.alignment import alignment_problems, beyond_permutations
 from tracing_jax.arch import Arch, length_problem
 from tracing_jax.axes import axis_table
 from tracing_jax.checkpoint import Checkpoint
@@ -66,7 +66,7 @@ def open_inputs(options: RunOptions) -> RunInputs:
     """Opens both checkpoints and the text, and asks every statistic whether it applies.
 
     Raises:
-      ConfigError: the options do not fit the models, or no statistic applies to them.
+      ConfigError: the options do not fit the models.
       CheckpointError, UnsupportedModelError, OSError, ValueError: a model or the text cannot be read.
     """
     base, ft = open_models(options)
@@ -80,12 +80,6 @@ def open_inputs(options: RunOptions) -> RunInputs:
     vocabularies = shared_vocabulary(base, ft, tokenizer_base, tokenizer_ft)
     not_applicable = inapplicable(statistics, base.arch, ft_arch, vocabularies)
     not_alignable = "; ".join(_alignment_problems(options, base.arch, ft_arch, vocabularies)) if options.align else None
-    if len(not_applicable) == len(statistics):
-        aligned = options.align and not not_alignable
-        after = expected_shape(base.arch, ft_arch, options.align_axes) if aligned else ft_arch
-        if len(inapplicable(statistics, base.arch, after, vocabularies)) == len(statistics):
-            lines = [f"{name}: {problem}" for name, problem in not_applicable.items()]
-            raise ConfigError(f"{base.id} and {ft.id} cannot be compared: " + "\n  ".join(lines))
     return RunInputs(
         base,
         ft,

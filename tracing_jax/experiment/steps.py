@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from absl import logging
 from tracing_jax.alignment import Alignment
 from tracing_jax.data import TokenBlocks
 from tracing_jax.experiment.aligning import align_ft, write_aligned
+from tracing_jax.experiment.identity import identical_tensors
 from tracing_jax.experiment.inputs import RunInputs, inapplicable
 from tracing_jax.experiment.loading import check_disguise, load_pair, permute_ft
 from tracing_jax.experiment.memory import Placement
@@ -20,7 +21,7 @@ from tracing_jax.forward import token_losses
 from tracing_jax.options import RunOptions
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sources import ParamSource
-from tracing_jax.statistics import Pair, Result, Statistic, verdict
+from tracing_jax.statistics import Identity, Pair, Result, Statistic, hidden_by, verdict
 
 
 @dataclass
@@ -44,10 +45,12 @@ class Findings:
 
     Attributes:
       models: the facts of every model.
+      identical: how many tensors of the two models are identical; None if one was changed before it was traced.
       before, after: the results of the statistics, before and after the alignment.
     """
 
     models: Mapping[str, Any] = field(default_factory=dict)
+    identical: Identity | None = None
     before: Mapping[str, Result] = field(default_factory=dict)
     after: Mapping[str, Result] = field(default_factory=dict)
     disguise: Mapping[str, Any] | None = None
@@ -66,7 +69,8 @@ class Findings:
                 name: {"non_aligned": result.as_dict(), "aligned": self.after[name].as_dict() if self.after else None}
                 for name, result in self.before.items()
             },
-            "verdict": verdict(self.before, level).as_dict(),
+            "identical": None if self.identical is None else asdict(self.identical),
+            "verdict": verdict(self.before, level, self.identical).as_dict(),
             "perplexity": self.perplexity,
         }
 
@@ -76,6 +80,9 @@ def run_steps(
 ) -> Findings:
     """Runs all requested steps but saving. Replaced models are freed."""
     found = Findings()
+    if not (inputs.disguise or options.permute or inputs.reads_part_only):
+        with timer.step("identical tensors"):
+            found.identical = identical_tensors(inputs.base, inputs.ft)
     with timer.step("load"):
         pair = load_pair(options, inputs, placement, run_cache)
     hashed = not (inputs.reads_part_only or options.max_layers)
@@ -123,7 +130,7 @@ def _computed_or_restored(name: str, statistic: Statistic, pair: Pair) -> Result
     fields: dict[str, Any] | None = run_cache.load(dict, name)
     if fields is not None:
         return Result.restored(fields, run_cache.load_arrays(name) or {})
-    result = statistic.compute(pair)
+    result = replace(statistic.compute(pair), blind_to=hidden_by(name, pair.base.arch, pair.ft.arch))
     if result.arrays:
         run_cache.save_arrays(lambda: result.arrays, name)
     run_cache.save(result.as_dict(), name)

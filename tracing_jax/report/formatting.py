@@ -8,7 +8,8 @@ from typing import Any
 SIDES = {"non_aligned": "non-aligned", "aligned": "aligned"}
 ABSENT = "–"
 
-_COMPARED = {"related": "below", "undecided": "not below", "independent": "not below"}
+_SMALLEST_CALIBRATED = -12.0
+"""log10 of the smallest p-value of a calibrated test that people are shown: its null is an assumption."""
 
 _NUMBER = re.compile(r"\d+")
 _READABLE = -300.0  # log10 p, below which the p-value as a float64 would be 0
@@ -113,12 +114,25 @@ def _value(result: Mapping[str, Any]) -> str:
     return value if log10_p is None else f"{value} ({p_text(float(log10_p))})"
 
 
+def verdict_word(word: str) -> str:
+    """A verdict as it is shown: `NO EVIDENCE`."""
+    return word.replace("_", " ").upper()
+
+
+def verdict_p_text(verdict: Mapping[str, Any]) -> str:
+    """The p-value of a verdict; a calibrated one never below 10^-12, with the assumption that it rests on."""
+    log10_p = float(verdict["adjusted_log10_p"])
+    if not verdict.get("calibrated"):
+        return p_text(log10_p)
+    shown = f"p < 10^{_SMALLEST_CALIBRATED:.0f}" if log10_p < _SMALLEST_CALIBRATED else p_text(log10_p)
+    return f"{shown} (calibrated: if no more units agree by convergence than allowed for)"
+
+
 def decided_by(verdict: Mapping[str, Any]) -> str:
-    """The test behind a verdict: `match, p = 10^-41.3 after Holm over csu and match; level 0.001; layer 3`."""
+    """The test behind a verdict: `csu, p = 10^-41.3 after Holm over csu and match; level 0.001; layer 3`."""
     if verdict["statistic"] is None:
         return f"level {verdict['level']:g}"
-    p = p_text(float(verdict["adjusted_log10_p"]))
-    parts = [f"{verdict['statistic']}, {p} {after_holm(verdict)}", f"level {verdict['level']:g}"]
+    parts = [f"{verdict['statistic']}, {verdict_p_text(verdict)} {after_holm(verdict)}", f"level {verdict['level']:g}"]
     if verdict["layers"]:
         parts.append(places_text(verdict["layers"]))
     return "; ".join(parts)
@@ -137,14 +151,36 @@ def verdict_facts(verdict: Mapping[str, Any]) -> dict[str, str]:
     found = {"level": f"{verdict['level']:g}"}
     if verdict["statistic"] is None:
         return found
-    log10_p = float(verdict["adjusted_log10_p"])
-    found = {"decided by": verdict["statistic"]} | {
-        "adjusted p": f"{p_text(log10_p)} {after_holm(verdict)}; log10 p = {log10_p:.2f}",
-        "level": f"{verdict['level']:g}; the adjusted p is {_COMPARED.get(verdict['verdict'], 'compared with')} it",
+    if verdict.get("effect"):
+        found = {"effect": verdict["effect"]} | found
+    found |= {"decided by": verdict["statistic"]} | {
+        "adjusted p": f"{verdict_p_text(verdict)} {after_holm(verdict)}",
     }
     if verdict["layers"]:
         found["significant"] = f"{places_text(verdict['layers'])}, each by itself, after Bonferroni over all places"
-    return found
+    return found | {name: text for name, text in caveats(verdict).items() if text}
+
+
+def caveats(verdict: Mapping[str, Any]) -> dict[str, str]:
+    """What a verdict can mean, its findings part by part, and what it does not rest on; empty texts where nothing."""
+    blind = verdict.get("blind_to") or {}
+    parts = verdict.get("parts") or {}
+    identical = verdict.get("identical")
+    return {
+        "identical tensors": identical_text(identical) if identical else "",
+        "part by part": "; ".join(
+            f"{part}: {found['verdict'].replace('_', ' ')} ({found['statistic']})" for part, found in parts.items()
+        ),
+        "can mean": "; or ".join(verdict.get("explanations") or ()),
+        "reserved": "; ".join(f"{name}: {why}" for name, why in (verdict.get("reservations") or {}).items()),
+        "not seen": "; ".join(f"by {name}: {' and '.join(hidden)}" for name, hidden in blind.items()),
+    }
+
+
+def identical_text(identical: Mapping[str, Any]) -> str:
+    """How many tensors are identical: `3 of 57 (norms 3 of 9)`."""
+    parts = [f"{part} {n} of {of}" for part, (n, of) in (identical.get("by_part") or {}).items() if n]
+    return f"{identical['equal']} of {identical['total']}" + (f" ({', '.join(parts)})" if parts else "")
 
 
 def text_table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from tracing_jax.record import plain
 from tracing_jax.report.figures import pairs_figure, png
 from tracing_jax.report.formatting import (
     ABSENT,
+    caveats,
     decided_by,
     outcome,
     p_cell,
@@ -20,6 +21,7 @@ from tracing_jax.report.formatting import (
     results_by_side,
     subject,
     text_table,
+    verdict_word,
 )
 from tracing_jax.report.html_elements import Cell, Page, Section, Table, as_cell, table_of
 
@@ -68,7 +70,15 @@ def pair_rows(records: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
         if verdict := record.get("verdict"):
             ps = (verdict["adjusted_log10_p"], verdict.get("over_pairs_log10_p"))
             significant = places_text(verdict["layers"], at_most=2) or ABSENT
-            rows.append([name, verdict["verdict"], verdict["statistic"] or ABSENT, *map(_two, ps), significant])
+            rows.append(
+                [
+                    name,
+                    verdict["verdict"].replace("_", " "),
+                    verdict["statistic"] or ABSENT,
+                    *map(_two, ps),
+                    significant,
+                ]
+            )
     return rows
 
 
@@ -101,8 +111,11 @@ def _pair_lines(record: Mapping[str, Any]) -> list[str]:
     verdict = record.get("verdict")
     lines = [pair]
     if verdict:
-        lines = _wrapped(f"{verdict['verdict'].upper()}  {pair}: {verdict['meaning']}", "", "  ")
+        lines = _wrapped(f"{verdict_word(verdict['verdict'])}  {pair}: {verdict['meaning']}", "", "  ")
+        lines += _wrapped(verdict["effect"], "  ", "    ") if verdict.get("effect") else []
         lines += _wrapped(decided_by(verdict), "  ", "    ")
+        for name, text in caveats(verdict).items():
+            lines += _wrapped(f"{name}: {text}", "  ", "    ") if text else []
     width = max(map(len, record["statistics"]), default=0)
     for name, sides in record["statistics"].items():
         text = f"{subject(name, sides)}: {outcome(sides)}".removeprefix(name).removeprefix(": ")

@@ -17,7 +17,7 @@ from tracing_jax.statistics.mode import Mode
 from tracing_jax.statistics.perm_mode_l2 import PermModeL2
 from tracing_jax.statistics.screen import Screen
 from tracing_jax.statistics.statistic import Curve, Pair, Result, Statistic, Test, Vocabularies
-from tracing_jax.statistics.verdict import Verdict, over_pairs, verdict
+from tracing_jax.statistics.verdict import Identity, Verdict, hidden_by, over_pairs, verdict, word_of
 
 REGISTRY: Mapping[str, Callable[..., Statistic]] = {
     "mode": Mode, "cos": Cos, "emb": Emb, "jsd": Jsd, "csu": Csu, "csu_all": CsuAll, "csh": Csh, "match": Match,
@@ -45,13 +45,16 @@ __all__ = [
     "LIGHT",
     "REGISTRY",
     "Curve",
+    "Identity",
     "Pair",
     "Result",
     "Statistic",
     "Test",
     "Verdict",
     "Vocabularies",
+    "hidden_by",
     "make_statistic",
     "over_pairs",
     "verdict",
+    "word_of",
 ]

@@ -8,14 +8,14 @@ from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.data import PairedBlocks, paired_one_to_one
 from tracing_jax.forward import LayerCorrelations, correlations
-from tracing_jax.matching import match_units
 from tracing_jax.statistics.comparison import (
     Comparison,
-    against_identity,
     compare_layers,
     constrained_result,
+    in_place,
     units_not_applicable,
 )
+from tracing_jax.statistics.distinct_units import distinct_units
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies, depths_not_applicable
 
 _TAP = {"hidden": "units", "up": "up"}
@@ -46,9 +46,8 @@ class Csh(options.Csh):
         run_cache = pair.run_cache.scope("csh")
 
         def compare(layer: LayerCorrelations) -> Comparison:
-            similarity = layer.by_tap[tap]
-            matching = match_units(similarity, pair.generator("csh", layer.layer), absolute=True)
-            return against_identity(matching, *similarity.shape)
+            units = distinct_units(pair.base, layer.layer), distinct_units(pair.ft, layer.layer)
+            return in_place(layer.by_tap[tap], units, pair.generator("csh", layer.layer))
 
         layers = correlations(pair.base, pair.ft, blocks, (tap,), pair.compute, "csh", run_cache=run_cache)
         comparisons = compare_layers(layers, compare, run_cache)

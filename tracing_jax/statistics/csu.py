@@ -6,7 +6,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -16,19 +16,20 @@ from tqdm import tqdm, trange
 from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisTable, axis_table, kind_of
-from tracing_jax.matching import FactoredSimilarity, match_units
+from tracing_jax.matching import FactoredSimilarity
 from tracing_jax.sources import ParamSource, leaf
 from tracing_jax.statistics.comparison import (
     Comparison,
-    against_identity,
     bonferroni_log10,
     constrained_result,
+    in_place,
     layers_in_common,
     one_test,
     overlapped,
     rows_not_applicable,
 )
 from tracing_jax.statistics.cosine import similarities
+from tracing_jax.statistics.distinct_units import DistinctUnits, all_units, distinct_units
 from tracing_jax.statistics.pvalues import bonferroni
 from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies
 from tracing_jax.tree import Tree, to_host
@@ -42,12 +43,21 @@ _EXACT = ("gate_proj", "up_proj", "down_proj", "o_proj")
 rows inside a head, and rows of embedding and head are tokens: their p-values have no exact null."""
 
 
-_Rows = Callable[[], tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "n d"]]]
-"""Reads a matrix of base and one of ft, with units as rows."""
-_Place = tuple[str, bool, _Rows]
-"""The name of two matrices, whether their null is exact, and the function that reads them."""
-_Similarity = Array | np.ndarray | FactoredSimilarity
-"""The cosines of all rows of one with all of the other."""
+_Place = tuple[str, bool, Callable[[], "_Rows"]]
+"""The name of two matrices, whether their null is exact, and the function that reads and compares their rows."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The cosines of all rows of a matrix of base with all of one of ft, and those rows that are compared."""
+
+    similarity: Array | np.ndarray | FactoredSimilarity
+    base: DistinctUnits
+    ft: DistinctUnits
+
+    def compared(self, generator: np.random.Generator) -> Comparison:
+        """Returns the comparison of the matching by absolute cosine with the identity."""
+        return in_place(self.similarity, (self.base, self.ft), generator)
 
 
 class Csu(options.Csu):
@@ -70,14 +80,13 @@ class Csu(options.Csu):
         run_cache = pair.run_cache.scope("csu")
         layers, kept = layers_in_common(pair), run_cache.count(Comparison)
 
-        def by_layer() -> Iterator[tuple[int, _Similarity]]:
+        def by_layer() -> Iterator[tuple[int, _Rows]]:
             for i in trange(kept, layers, desc="csu", unit="layer", initial=kept, total=layers, disable=None):
-                base, ft = (unit_rows(m.layer(i, ("mlp/up_proj/kernel",)), "up_proj") for m in (pair.base, pair.ft))
-                yield i, similarities(base, ft)
+                yield i, up_rows(pair, i)
 
-        def compare(item: tuple[int, _Similarity]) -> Comparison:
-            i, similarity = item
-            return run_cache.cached(Comparison, (i,), lambda: compare_rows(similarity, pair.generator("csu", i)))
+        def compare(item: tuple[int, _Rows]) -> Comparison:
+            i, rows = item
+            return run_cache.cached(Comparison, (i,), lambda: rows.compared(pair.generator("csu", i)))
 
         comparisons = [comparison for i in range(kept) if (comparison := run_cache.load(Comparison, i))]
         comparisons += overlapped(by_layer(), compare)
@@ -118,10 +127,10 @@ class CsuAll(options.CsuAll):
             notes=["q, k, v, embedding and head have no exact null: their p-values do not enter the verdict"],
         ).for_pair(pair)
 
-    def _similarities(self, pair: Pair, places: Sequence[_Place]) -> Iterator[tuple[str, _Similarity | Comparison]]:
+    def _similarities(self, pair: Pair, places: Sequence[_Place]) -> Iterator[tuple[str, _Rows | Comparison]]:
         """Yields for each place its similarities, or its comparison if an interrupted run has cached it."""
         for place, _, rows in tqdm(places, desc="csu_all", unit="matrix", disable=None):
-            yield place, pair.run_cache.load(Comparison, "csu_all", place) or similarities(*rows())
+            yield place, pair.run_cache.load(Comparison, "csu_all", place) or rows()
 
     def _pairs(self, pair: Pair) -> Iterator[_Place]:
         """Yields the name of two matrices, whether their null is exact, and the function that reads them."""
@@ -132,9 +141,23 @@ class CsuAll(options.CsuAll):
             for other in others:
                 place = f"{_short(name)} : {_short(other)}" if self.all_pairs else _short(name)
                 exact = _is_exact(name) and _is_exact(other)
-                yield place, exact, lambda name=name, other=other: (  # type: ignore[misc]
-                    _rows(pair.base, name, tables[0]), _rows(pair.ft, other, tables[1])
-                )  # fmt: skip
+                yield place, exact, functools.partial(_rows_of_both, pair, (name, other), tables)
+
+
+def up_rows(pair: Pair, layer: int) -> _Rows:
+    """Returns the up-projections of a layer of both models, a row per unit, to be compared by their distinct units."""
+    base, ft = (unit_rows(m.layer(layer, ("mlp/up_proj/kernel",)), "up_proj") for m in (pair.base, pair.ft))
+    return _Rows(similarities(base, ft), *(distinct_units(model, layer) for model in (pair.base, pair.ft)))
+
+
+def _rows_of_both(pair: Pair, names: tuple[str, str], tables: Sequence[AxisTable]) -> _Rows:
+    models = (pair.base, pair.ft)
+    rows = [_rows(model, name, table) for model, name, table in zip(models, names, tables, strict=True)]
+    units = [
+        distinct_units(model, int(name.split("/")[1])) if _are_units(name, model.arch) else all_units(len(found))
+        for model, name, found in zip(models, names, rows, strict=True)
+    ]
+    return _Rows(similarities(*rows), *units)
 
 
 def unit_rows(layer: Tree, projection: str) -> Float[Array | np.ndarray, "F D"]:
@@ -142,19 +165,11 @@ def unit_rows(layer: Tree, projection: str) -> Float[Array | np.ndarray, "F D"]:
     return layer["mlp"][projection]["kernel"].T
 
 
-def compare_rows(
-    similarity: Float[Array | np.ndarray, "n m"] | FactoredSimilarity, generator: np.random.Generator
-) -> Comparison:
-    """Returns the comparison of the matching by absolute similarity with the identity."""
-    matching = match_units(similarity, generator, absolute=True)
-    return against_identity(matching, *similarity.shape)
-
-
-def _compare(pair: Pair, item: tuple[str, _Similarity | Comparison]) -> Comparison:
+def _compare(pair: Pair, item: tuple[str, _Rows | Comparison]) -> Comparison:
     place, found = item
     if isinstance(found, Comparison):
         return found
-    make = functools.partial(compare_rows, found, pair.generator("csu_all", place))
+    make = functools.partial(found.compared, pair.generator("csu_all", place))
     return pair.run_cache.cached(Comparison, ("csu_all", place), make)
 
 
@@ -164,6 +179,11 @@ def _short(name: str) -> str:
 
 def _is_exact(name: str) -> bool:
     return any(matrix in name for matrix in _EXACT)
+
+
+def _are_units(name: str, arch: Arch) -> bool:
+    """Returns whether the rows of a matrix are the units of an MLP, not those of several experts."""
+    return _ROWS[_matrix(name)] == "mlp" and not arch.num_experts
 
 
 def _matrix(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Array
@@ -14,24 +14,31 @@ from tracing_jax.matching import UnitMatching, live_units, match_units
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.calibration import (
+    BY_CONVERGENCE,
     DEFAULT_ALLOWANCE,
     DEFAULT_SOURCE,
     Null,
+    agreement_effect,
     control_pairs,
     control_source,
     measured_allowance,
     null_of,
 )
 from tracing_jax.statistics.comparison import (
+    LN10,
     Comparison,
     against_each_other,
     bonferroni_log10,
     compare_layers,
+    live_among,
     one_test,
+    reserved,
     share_agreeing,
     share_by_layer,
     tests_of,
+    unit_notes,
 )
+from tracing_jax.statistics.distinct_units import DistinctUnits, distinct_units
 from tracing_jax.statistics.pvalues import bonferroni
 from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies, depths_not_applicable
 
@@ -41,6 +48,7 @@ Samples = Mapping[str, tuple[np.ndarray, np.ndarray]]
 """Tap -> activations `[S, F]` of base and of ft at the sampled positions."""
 
 
+@dataclass(frozen=True)
 class Match(options.Match):
     """Unconstrained test: do the matchings by gate and by up activations agree more than those of independent models?
 
@@ -51,9 +59,14 @@ class Match(options.Match):
     Parametric p-values, of a uniformly random matching, and calibrated ones are reported; the calibrated ones enter the
     verdict, by the smallest over layers, forms and tests after Bonferroni.
 
+    Attributes:
+      level: of the verdict; the allowance that control models give is a bound for it.
+
     Source: Zhu et al. 2025 (arXiv 2502.12292), which uses the parametric rank correlation, Fisher over layers and
-    signed cosines without centring. STATISTICS: the null of `calibration.py`.
+    signed cosines without centring; the null of `calibration.py` is ours.
     """
+
+    level: float = options.RunOptions.level
 
     @property
     def needs_tokens(self) -> bool:
@@ -79,7 +92,7 @@ class Match(options.Match):
             null = null_of(controls, *self.allowance(form, pair))
             found[form], nulls[form] = layers, null
             tests += form_tests(form, layers, null)
-            notes += [f"{form}: {note}" for note in null.notes]
+            notes += [f"{form}: {note}" for note in (*null.notes, *unit_notes(layers))]
         if "forward" in found and pair.blocks is not None:
             notes.append(f"forward: positions paired by {pair.blocks.how}")
         best = max(found.values(), key=share_agreeing)
@@ -91,6 +104,8 @@ class Match(options.Match):
             null={form: null.as_dict() for form, null in nulls.items()},
             per_layer=share_by_layer(best),
             notes=notes,
+            effect=agreement_effect(best),
+            **reserved(tests, BY_CONVERGENCE),
         ).for_pair(pair)
 
     def _layers(
@@ -102,7 +117,8 @@ class Match(options.Match):
         def compare(layer: LayerCorrelations) -> Comparison:
             samples[layer.layer] = layer.samples
             _save_samples(run_cache, layer)
-            return compare_taps(layer.by_tap, pair, ("match", form, layer.layer))
+            units = distinct_units(base, layer.layer), distinct_units(ft, layer.layer)
+            return compare_taps(layer.by_tap, pair, ("match", form, layer.layer), units)
 
         layers = compare_layers(self._correlations(form, base, ft, pair, run_cache), compare, run_cache)
         samples |= {i: _load_samples(run_cache, i) for i in range(len(layers)) if i not in samples}
@@ -136,7 +152,7 @@ class Match(options.Match):
             for i, control in enumerate(pair.controls)
             for side, other in others
         ]
-        return measured_allowance(measured), control_source(len(pair.controls), len(others))
+        return measured_allowance(measured, self.level), control_source(len(pair.controls), len(others))
 
 
 def gates_not_applicable(base: Arch, ft: Arch) -> list[str]:
@@ -151,20 +167,32 @@ def gates_not_applicable(base: Arch, ft: Arch) -> list[str]:
 
 
 def match_taps(
-    by_tap: Mapping[str, Array | np.ndarray], pair: Pair, names: Sequence[str | int]
+    by_tap: Mapping[str, Array | np.ndarray],
+    pair: Pair,
+    names: Sequence[str | int],
+    units: tuple[DistinctUnits, DistinctUnits] | None = None,
 ) -> tuple[UnitMatching, UnitMatching]:
-    """Returns the matchings by gate and by up correlations, over the units live in both."""
+    """Returns the matchings by gate and by up correlations, over the units live in both, and of those `units` if given.
+
+    The generators of both matchings follow from the seed of the run and the names.
+    """
     gate, up = by_tap["gate"], by_tap["up"]
-    live = live_units(gate, up)
+    live = live_units(gate, up) if units is None else live_among(*units, gate, up)
     with ThreadPoolExecutor(max_workers=2, thread_name_prefix="match") as threads:
         by_gate = threads.submit(match_units, gate, pair.generator(*names, "gate"), live)
         by_up = threads.submit(match_units, up, pair.generator(*names, "up"), live, absolute=True)
         return by_gate.result(), by_up.result()
 
 
-def compare_taps(by_tap: Mapping[str, Array | np.ndarray], pair: Pair, names: Sequence[str | int]) -> Comparison:
-    """Returns the comparison of the matchings by gate and by up correlations."""
-    return against_each_other(*match_taps(by_tap, pair, names))
+def compare_taps(
+    by_tap: Mapping[str, Array | np.ndarray],
+    pair: Pair,
+    names: Sequence[str | int],
+    units: tuple[DistinctUnits, DistinctUnits] | None = None,
+) -> Comparison:
+    """Returns the comparison of the matchings by gate and by up correlations; see `match_taps`."""
+    found = against_each_other(*match_taps(by_tap, pair, names, units))
+    return found if units is None else found.of_units(*units)
 
 
 def _save_samples(run_cache: RunCache, layer: LayerCorrelations) -> None:
@@ -197,9 +225,24 @@ def form_tests(form: str, layers: Sequence[Comparison], null: Null) -> list[Test
     how = "Holm's minimum over layers"
     agreement = [null.log_p_agreement(i, found) for i, found in enumerate(layers)]
     rank = [null.log_p_rank(i, found) for i, found in enumerate(layers)]
+    shares = [found.agreeing / max(1, found.units) for found in layers]
     calibrated = [
-        one_test(f"{form}, agreement, calibrated", layers, agreement, places, bonferroni, how),
-        one_test(f"{form}, rank correlation, calibrated", layers, rank, places, bonferroni, how),
+        _calibrated(f"{form}, agreement, calibrated", agreement, shares, layers, places, null),
+        _calibrated(f"{form}, rank correlation, calibrated", rank, [found.r for found in layers], layers, places, null),
     ]
     parametric = tests_of(layers, places, bonferroni, how)
     return calibrated + [replace(test, name=f"{form}, {test.name}, parametric", decides=False) for test in parametric]
+
+
+def _calibrated(
+    name: str,
+    log_ps: Sequence[float],
+    sizes: Sequence[float],
+    layers: Sequence[Comparison],
+    places: Sequence[str],
+    null: Null,
+) -> Test:
+    """Returns a calibrated test; firm is its p-value of the layers in which the effect is beyond the margin."""
+    test = one_test(name, layers, log_ps, places, bonferroni, "Holm's minimum over layers")
+    firm = bonferroni([p if null.is_firm(i, size) else 0.0 for i, (p, size) in enumerate(zip(log_ps, sizes))])
+    return replace(test, firm_log10_p=firm / LN10, calibrated=True)

@@ -14,8 +14,16 @@ from tracing_jax.arch import Arch
 from tracing_jax.forward import activations, correlate, embedding_activations
 from tracing_jax.matching import assign, live_units, match_units
 from tracing_jax.sources import ParamSource
-from tracing_jax.statistics.calibration import DEFAULT_ALLOWANCE, Null, null_of
-from tracing_jax.statistics.comparison import LN10, Comparison, bonferroni_log10, one_test
+from tracing_jax.statistics.calibration import (
+    BY_CONVERGENCE,
+    DEFAULT_ALLOWANCE,
+    MARGIN,
+    Null,
+    agreement_effect,
+    null_of,
+)
+from tracing_jax.statistics.comparison import LN10, Comparison, bonferroni_log10, one_test, reserved
+from tracing_jax.statistics.distinct_units import distinct_units
 from tracing_jax.statistics.match import TAPS, Match, compare_taps, gates_not_applicable
 from tracing_jax.statistics.pvalues import bonferroni
 from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies
@@ -24,6 +32,9 @@ Activations = Mapping[str, np.ndarray]
 """Tap -> activations `[S, F]` of one layer at the sampled positions."""
 
 _FEW_POSITIONS = 64
+
+_CORRESPOND = 1e-6
+"""Parametric p-value of two assigned layers, after Bonferroni over all pairs, below which they are no controls."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +129,7 @@ class MatchAll(options.MatchAll):
 
         Controls have base's depth: shares for ft's layers are interpolated at their relative depth.
         """
-        u, source = Match().allowance(form, pair)
+        u, source = Match(level=self.level).allowance(form, pair)
         if not pair.controls:
             return u, [DEFAULT_ALLOWANCE] * pair.ft.arch.num_layers, source
         base, ft = (np.linspace(0, 1, model.arch.num_layers) for model in (pair.base, pair.ft))
@@ -129,15 +140,16 @@ class MatchAll(options.MatchAll):
     ) -> list[list[Comparison]]:
         """Returns at [i][j] the comparison of layer i of base with layer j of ft."""
         run_cache = pair.run_cache.scope("match_all", form)
+        kept, kept_ft = _kept(pair.base), _kept(pair.ft)
 
         def compare(i: int, units: np.ndarray, j: int) -> Comparison:
-            by_tap = {tap: correlate(base[i][tap][:, units], ft[j][tap]) for tap in TAPS}
+            by_tap = {tap: correlate(base[i][tap][:, units], ft[j][tap][:, kept_ft[j]]) for tap in TAPS}
             return compare_taps(by_tap, pair, ("match_all", form, i, j))
 
         table = []
         for i in trange(len(base), desc=f"match_all, {form}", unit="layer", disable=None):
-            drawn = pair.generator("match_all", "units", i).permutation(base[i]["gate"].shape[1])[: self.units]
-            make = functools.partial(compare, i, np.sort(drawn))
+            drawn = pair.generator("match_all", "units", i).permutation(len(kept[i]))[: self.units]
+            make = functools.partial(compare, i, kept[i][np.sort(drawn)])
             table.append([run_cache.cached(Comparison, (i, j), functools.partial(make, j)) for j in range(len(ft))])
         return table
 
@@ -154,9 +166,12 @@ class MatchAll(options.MatchAll):
         num_base, num_ft = combined.shape
         places = [f"base {i} : ft {j}" for i in range(num_base) for j in range(num_ft)]
         tests: list[Test] = [
-            one_test(
-                f"{form}, calibrated", [c for row in table for c in row], log_p[form].ravel().tolist(), places,
-                bonferroni, "Holm's minimum over layer pairs",
+            _with_firm(
+                one_test(
+                    f"{form}, calibrated", [c for row in table for c in row], log_p[form].ravel().tolist(), places,
+                    bonferroni, "Holm's minimum over layer pairs",
+                ),
+                nulls[form],
             )
             for form, table in compared.items()
         ]  # fmt: skip
@@ -183,7 +198,23 @@ class MatchAll(options.MatchAll):
             layer_map=shown,
             notes=notes,
             arrays={f"units of base {i} and ft {j}": found_units for (i, j), found_units in units.items()},
+            effect=agreement_effect([c for table in compared.values() for row in table for c in row]),
+            **reserved(tests, BY_CONVERGENCE),
         )
+
+
+def _with_firm(test: Test, null: Null) -> Test:
+    """Returns a test of layer pairs with the p-value of those whose agreement or rank correlation is firm."""
+    assert test.log10_ps is not None
+    sizes = [max(k / max(1, h), r) for k, h, r in zip(test.values["agreeing"], test.values["units"], test.values["r"])]
+    most = max(null.u)
+    firm = [p * LN10 if size > MARGIN * most else 0.0 for p, size in zip(test.log10_ps, sizes)]
+    return replace(test, firm_log10_p=bonferroni(firm) / LN10, calibrated=True)
+
+
+def _kept(model: ParamSource) -> list[np.ndarray]:
+    """Returns for each layer the units that carry evidence."""
+    return [distinct_units(model, i).kept for i in range(model.arch.num_layers)]
 
 
 def _kept_units(
@@ -214,10 +245,14 @@ def paired_units(base: Activations, ft: Activations, generator: np.random.Genera
 def _calibrated(
     table: Sequence[Sequence[Comparison]], u_base: Sequence[float], u_ft: Sequence[float], source: str
 ) -> tuple[Null, np.ndarray]:
-    """Returns the null, measured on pairs of layers that do not correspond, and the log p-values `[L, L2]` under it."""
+    """Returns the null, measured on pairs of layers that do not correspond, and the log p-values `[L, L2]` under it.
+
+    Layers correspond if they are assigned to each other with a p-value that no number of pairs explains. Were the best
+    assignment of strangers left out as well, the pairs that agree most by chance would be missing from their own null.
+    """
     num_base, num_ft = len(table), len(table[0])
     parametric = np.array([[c.log_p_agreement for c in row] for row in table])
-    assigned = assign_layers(parametric, 0.0).pairs
+    assigned = assign_layers(parametric, math.log(_CORRESPOND / parametric.size)).pairs
     controls = [table[i][j] for i, j in _control_places(num_base, num_ft, assigned)]
     u = np.maximum.outer(u_base, u_ft)
     null = null_of(controls, u_base, source)

@@ -17,6 +17,7 @@ from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.calibration import (
     DEFAULT_ALLOWANCE,
     Null,
+    agreement_effect,
     control_pairs,
     control_source,
     measured_allowance,
@@ -51,6 +52,7 @@ REST_ALLOWANCE, REST_ALLOWANCE_TOGETHER = 0.02, 0.01
 the default allowance, since the test by the residual is an additional one: a layer's p-value is the larger of both."""
 
 
+@dataclass(frozen=True)
 class MatchDistilled(options.MatchDistilled):
     """Unconstrained test for any FFN: without gate, of other width or a mixture of experts.
 
@@ -68,9 +70,14 @@ class MatchDistilled(options.MatchDistilled):
     it agree on more than half their units, p = 1e-108, a GPT-2 and its fine-tune on a quarter, 1e-6; independent models
     have p = 1.
 
+    Attributes:
+      level: of the verdict; the allowance that control models give is a bound for it.
+
     Source: Zhu et al. 2025 (arXiv 2502.12292), section 3 (Adam 1e-3, batch 5000, 10,000 steps). Here: weight decay, a
     rate that falls with the width, and the null of `calibration.py`; see docs/distilled.md.
     """
+
+    level: float = options.RunOptions.level
 
     needs_tokens: ClassVar[bool] = True
 
@@ -94,6 +101,7 @@ class MatchDistilled(options.MatchDistilled):
             null={side: null.as_dict() for side, null in nulls.items()} | {"explained": found.explained},
             per_layer=share_by_layer(found.layers["whole"]),
             notes=[*nulls["whole"].notes, *_notes(found.explained, pair)],
+            effect=agreement_effect(found.layers["whole"]),
         ).for_pair(pair)
 
     def recipe(self, base: Arch, ft: Arch) -> Recipe:
@@ -156,7 +164,10 @@ class MatchDistilled(options.MatchDistilled):
             for side, other in (("base", pair.of_base()), ("ft", pair))
         ]
         source = control_source(len(pair.controls), 2)
-        shares = {side: measured_allowance([layers[side] for layers in measured]) for side in TARGETS}
+        least = {"whole": DEFAULT_ALLOWANCE, "rest": REST_ALLOWANCE}
+        shares = {
+            side: measured_allowance([layers[side] for layers in measured], self.level, least[side]) for side in TARGETS
+        }
         return shares | {"rest together": [float(np.mean(shares["rest"]))]}, source
 
 
@@ -217,7 +228,7 @@ def _tests(found: _Compared, nulls: Mapping[str, Null]) -> list[Test]:
         "r, rest": [c.r for c in found.layers["rest"]],
     }
     parametric = tests_of(layers, places, bonferroni, "Holm's minimum over layers")
-    return [replace(test, values={**test.values, **rest}) for test in calibrated] + [
+    return [replace(test, values={**test.values, **rest}, calibrated=True) for test in calibrated] + [
         replace(test, name=f"{test.name}, parametric", decides=False) for test in parametric
     ]
 

@@ -11,6 +11,7 @@ Letters: F units of a layer, D features, M moments.
 
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import jax
@@ -26,8 +27,10 @@ from tracing_jax.rewrites import gain_offset
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.calibration import (
+    BY_CONVERGENCE,
     DEFAULT_ALLOWANCE,
     DEFAULT_SOURCE,
+    agreement_effect,
     control_pairs,
     control_source,
     measured_allowance,
@@ -37,9 +40,11 @@ from tracing_jax.statistics.comparison import (
     Comparison,
     against_each_other,
     bonferroni_log10,
+    reserved,
     share_agreeing,
     share_by_layer,
 )
+from tracing_jax.statistics.distinct_units import distinct_units
 from tracing_jax.statistics.match import form_tests, gates_not_applicable
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies, depths_not_applicable
 from tracing_jax.tree import Tree
@@ -54,12 +59,18 @@ _RIDGE = 0.1  # of a standardised coordinate's variance, below which a direction
 _TINY = 1e-12
 
 
+@dataclass(frozen=True)
 class MatchMoments(options.MatchMoments):
     """Unconstrained test like `match`, with signatures of second moments in place of activations.
 
     Gate rows are matched by their signatures, up rows by theirs, and the two matchings compared. It finds a model whose
     embeddings and head were replaced, to which `match` is blind, whatever the order or basis of the other weights.
+
+    Attributes:
+      level: of the verdict; the allowance that control models give is a bound for it.
     """
+
+    level: float = options.RunOptions.level
 
     needs_tokens: ClassVar[bool] = False
 
@@ -89,6 +100,8 @@ class MatchMoments(options.MatchMoments):
             null={_FORM: null.as_dict()},
             per_layer=share_by_layer(layers),
             notes=list(null.notes),
+            effect=agreement_effect(layers),
+            **reserved(tests, BY_CONVERGENCE),
         ).for_pair(pair)
 
     def _signatures(self, model: ParamSource, side: str, run_cache: RunCache) -> list[Signatures]:
@@ -112,7 +125,7 @@ class MatchMoments(options.MatchMoments):
             own = self._signatures(control, f"control {c}", pair.run_cache.scope("match_moments"))
             for side, other in (("base", base), ("ft", ft)):
                 measured.append([_compare(*both, pair, (c, side, i)) for i, both in enumerate(zip(own, other))])
-        return measured_allowance(measured), control_source(len(pair.controls), 2)
+        return measured_allowance(measured, self.level), control_source(len(pair.controls), 2)
 
     def _some(self, layer: Signatures, pair: Pair) -> Signatures:
         """Returns a layer with some of its units, drawn from the seed of the run."""
@@ -143,14 +156,15 @@ def spread_layers(num_layers: int, at_most: int) -> list[int]:
 def signatures(model: ParamSource, layers: Sequence[int], first: int = 0) -> Iterator[Signatures]:
     """Yields for the layers from `first` on, for `gate` and `up`, the signatures of the units and which are live.
 
-    The moments are those of gate, up and down in the given layers. A unit is live if none of its three rows is zero.
+    The moments are those of gate, up and down in the given layers. Units are live that write something and repeat no
+    other; see `distinct_units`.
     """
     if first == model.arch.num_layers:
         return
     moments = [_moment(rows) for i in layers for rows in _unit_rows(model.layer(i), model.arch).values()]
     for i in range(first, model.arch.num_layers):
         rows = _unit_rows(model.layer(i), model.arch)
-        live = np.logical_and.reduce([np.asarray(jnp.abs(side).max(axis=1)) > 0 for side in rows.values()])
+        live = np.isin(np.arange(len(rows["down"])), distinct_units(model, i).kept)
         yield {side: (_signatures(rows[side], moments), live) for side in PROJECTIONS}
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from tqdm import tqdm
@@ -13,25 +13,41 @@ from tracing_jax.arch import Arch
 from tracing_jax.axes import axis_table
 from tracing_jax.forward import correlate, embedding_activations
 from tracing_jax.sources import Submodel
-from tracing_jax.statistics.calibration import DEFAULT_ALLOWANCE, DEFAULT_SOURCE, Null, null_of
+from tracing_jax.statistics.calibration import (
+    BY_CONVERGENCE,
+    DEFAULT_ALLOWANCE,
+    DEFAULT_SOURCE,
+    Null,
+    agreement_effect,
+    null_of,
+)
 from tracing_jax.statistics.comparison import (
+    BY_ORDER,
     Comparison,
     bonferroni_log10,
+    in_place,
+    in_place_effect,
+    in_place_tests,
     layers_in_common,
+    order_notes,
+    order_premises,
+    ordered_models,
+    reserved,
     rows_not_applicable,
     share_agreeing,
     share_by_layer,
-    tests_of,
+    unit_notes,
 )
 from tracing_jax.statistics.cosine import similarities
-from tracing_jax.statistics.csu import compare_rows, unit_rows
+from tracing_jax.statistics.csu import unit_rows
+from tracing_jax.statistics.distinct_units import DistinctUnits, distinct_units
 from tracing_jax.statistics.match import TAPS, compare_taps, form_tests, gates_not_applicable
-from tracing_jax.statistics.pvalues import fisher
 from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies, depths_not_applicable
 
 _UP = "mlp/up_proj/kernel"
 _IN_PLACE = 0.25
 """Share of the weights to be read that goes to the units in place; the rest goes to the sampled layers."""
+_PROJECTIONS = 3  # gate and down, beside up, tell which units are copies or write nothing
 _FEWEST_UNITS, _MOST_UNITS = 8, 512
 _MATCH_UNITS, _LAYERS, _TOKENS = 512, 3, 2048
 """Maximum numbers of base's units in a layer, of layers (three give six control pairs), and of shared tokens."""
@@ -86,11 +102,16 @@ class Screen(options.Screen):
         read = {"base": [0, 0], "ft": [0, 0]}
         tests: list[Test] = []
         notes, null, per_layer, shares = list(plan.left_out), None, None, []
+        premises: list[dict[str, Any]] = []
+        effects: list[str] = []
         if plan.units:
-            in_place = list(_in_place(plan, pair, read))
-            places = [f"layer {i}" for i in range(len(in_place))]
-            tests += _named("units in place", tests_of(in_place, places, fisher, "Fisher over layers"))
-            per_layer, shares = share_by_layer(in_place), [share_agreeing(in_place)]
+            compared = list(_in_place(plan, pair, read))
+            places = [f"layer {i}" for i in range(len(compared))]
+            tests += _named("units in place", in_place_tests(compared, places))
+            per_layer, shares = share_by_layer(compared), [share_agreeing(compared)]
+            ordered = ordered_models(compared)
+            premises, effects = order_premises(ordered), [in_place_effect(compared)]
+            notes += [*unit_notes(compared), *order_notes(ordered)]
         if plan.layers:
             layers, null_found = _sampled_layers(plan, pair, read)
             found = form_tests("sampled layers", layers, null_found)
@@ -98,6 +119,7 @@ class Screen(options.Screen):
             null = {"sampled layers": null_found.as_dict()}
             notes += [f"sampled layers: {note}" for note in null_found.notes]
             shares.append(share_agreeing(layers))
+            effects.append(agreement_effect(layers))
         facts = _read_facts(pair, read)
         return Result(
             headline=max(shares),
@@ -108,6 +130,9 @@ class Screen(options.Screen):
             per_layer=per_layer,
             notes=[_sentence(plan, facts), *notes],
             read=facts,
+            premises=premises,
+            effect="; ".join(effects),
+            **reserved(tests, f"{BY_ORDER}; {BY_CONVERGENCE}"),
         ).for_pair(pair)
 
 
@@ -117,11 +142,13 @@ def _in_place(plan: ScreenPlan, pair: Pair, read: Mapping[str, list[int]]) -> It
     for i in tqdm(range(layers_in_common(pair)), desc="screen: units in place", unit="layer", disable=None):
         start = int(pair.generator("screen", "units", i).integers(width - plan.units + 1))
         run = slice(start, start + plan.units)
-        rows = []
+        rows: list[Any] = []
+        units: list[DistinctUnits] = []
         for side, model in (("base", pair.base), ("ft", pair.ft)):
             sampled = Submodel(model, (i,), run, none, read[side])
             rows.append(unit_rows(sampled.layer(0, (_UP,)), "up_proj"))
-        yield compare_rows(similarities(*rows), pair.generator("screen", i))
+            units.append(distinct_units(sampled, 0))
+        yield in_place(similarities(*rows), (units[0], units[1]), pair.generator("screen", i))
 
 
 def _sampled_layers(plan: ScreenPlan, pair: Pair, read: Mapping[str, list[int]]) -> tuple[list[Comparison], Null]:
@@ -135,10 +162,12 @@ def _sampled_layers(plan: ScreenPlan, pair: Pair, read: Mapping[str, list[int]])
     ids = np.arange(plan.tokens, dtype=np.int32)
     kept = [by_tap for _, by_tap in embedding_activations(base, ids, TAPS, "screen: base's sampled layers")]
     compared: dict[tuple[int, int], Comparison] = {}
+    units = [distinct_units(base, i) for i in range(len(plan.layers))]
     for j, others in embedding_activations(ft, ids, TAPS, "screen: ft's sampled layers"):
+        units_ft = distinct_units(ft, j)
         for i, by_tap in enumerate(kept):
             similarity = {tap: correlate(by_tap[tap], others[tap]) for tap in TAPS}
-            compared[i, j] = compare_taps(similarity, pair, ("screen", "match", i, j))
+            compared[i, j] = compare_taps(similarity, pair, ("screen", "match", i, j), (units[i], units_ft))
     controls = [c for (i, j), c in compared.items() if i != j]
     null = null_of(controls, [DEFAULT_ALLOWANCE] * len(plan.layers), DEFAULT_SOURCE)
     return [compared[i, i] for i in range(len(plan.layers))], null
@@ -174,7 +203,7 @@ def plan_within(share: float, base: Arch, ft: Arch, vocabularies: Vocabularies) 
     budget = min(share * parameters(arch) for arch in (base, ft))
     depth, embed = min(base.num_layers, ft.num_layers), max(base.embed_dim, ft.embed_dim)
     units, left_out = _units_in_place(share, budget, base, ft)
-    budget -= units * depth * embed
+    budget -= _PROJECTIONS * units * depth * embed
     tokens, match_units = min(_TOKENS, len(vocabularies.ids_base)), min(_MATCH_UNITS, base.mlp_dim)
     lines = _match_not_applicable(base, ft, tokens)
     count = 0
@@ -199,15 +228,15 @@ def _units_in_place(share: float, budget: float, base: Arch, ft: Arch) -> tuple[
     if lines := rows_not_applicable(base, ft):
         return 0, lines
     depth, width = min(base.num_layers, ft.num_layers), min(base.mlp_dim, ft.mlp_dim)
-    units = min(_MOST_UNITS, width, int(_IN_PLACE * budget / (depth * base.embed_dim)))
+    units = min(_MOST_UNITS, width, int(_IN_PLACE * budget / (_PROJECTIONS * depth * base.embed_dim)))
     if units < _FEWEST_UNITS:
         return 0, [f"{share:g} of the weights holds fewer than {_FEWEST_UNITS} units a layer"]
     return units, []
 
 
 def _layer_parameters(arch: Arch, units: int) -> int:
-    """Returns the number of weights behind the gate and up activations of so many units, with biases and norm."""
-    return 2 * units * (arch.embed_dim + 1) + 2 * arch.embed_dim
+    """Returns the number of weights of so many units, with biases and norm."""
+    return _PROJECTIONS * units * (arch.embed_dim + 1) + 2 * arch.embed_dim
 
 
 def _match_not_applicable(base: Arch, ft: Arch, tokens: int) -> list[str]:

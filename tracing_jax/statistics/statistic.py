@@ -93,6 +93,8 @@ class Test:
       log10_ps: decimal logarithms, one per place.
       values: column -> measured values, one per place.
       decides: whether it enters the verdict; a test without a valid null is reported only.
+      firm_log10_p: the p-value of the evidence to which no reservation applies; None where none applies to any.
+      calibrated: whether its null rests on a measured allowance; otherwise it is exact, or does not decide.
     """
 
     __test__ = False  # not a test class of pytest
@@ -104,6 +106,8 @@ class Test:
     log10_ps: Sequence[float] | None
     values: Mapping[str, Sequence[float | int]]
     decides: bool = True
+    firm_log10_p: float | None = None
+    calibrated: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,11 @@ class Result:
       notes: caveats for a reader of the numbers.
       arrays: what is too large for the record; saved in the folder of the run.
       read: side -> bytes read and their share of all weights, if not all are read; see `screen`.
+      effect: the effect size in a sentence, beside what independent models show.
+      reservation: how else than by descent the p-value can be as small as it is; None if there is no such way.
+      firm_log10_p: with a reservation, the p-value that holds all the same; it decides whether a pair is related.
+      blind_to: rewrites that keep a model's function and hide a relation from the statistic; None if that is not known.
+      premises: what the null presupposes, and whether that was found to hold: `{"premise", "holds", "needed"}`.
 
     Example:
       >>> tj.trace("demo:base", "demo:finetune", "cos")["cos"]["label"]
@@ -142,19 +151,29 @@ class Result:
     notes: Sequence[str] = ()
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
     read: Mapping[str, Any] | None = None
+    effect: str | None = None
+    reservation: str | None = None
+    firm_log10_p: float | None = None
+    blind_to: tuple[str, ...] | None = None
+    premises: Sequence[Mapping[str, Any]] = ()
 
     def for_pair(self, pair: Pair) -> "Result":
         """Returns the result as it is; of an aligned pair without p-values and what is derived from them."""
         if not pair.aligned:
             return self
-        tests = tuple(replace(test, log10_p=None, log10_ps=None) for test in self.tests)
-        return replace(self, log10_p=None, p_reason=_AFTER_ALIGNMENT, tests=tests, layer_map=None)
+        tests = tuple(replace(test, log10_p=None, log10_ps=None, firm_log10_p=None) for test in self.tests)
+        return replace(
+            self, log10_p=None, p_reason=_AFTER_ALIGNMENT, tests=tests, layer_map=None, reservation=None,
+            firm_log10_p=None, premises=(),
+        )  # fmt: skip
 
     @classmethod
     def restored(cls, fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> "Result":
         """Returns the result from the fields of its `as_dict` and its arrays."""
         curve = None if fields["curve"] is None else Curve(**fields["curve"])
-        return cls(**{**fields, "curve": curve, "tests": [Test(**test) for test in fields["tests"]], "arrays": arrays})
+        blind_to = None if fields["blind_to"] is None else tuple(fields["blind_to"])
+        tests = [Test(**test) for test in fields["tests"]]
+        return cls(**{**fields, "curve": curve, "tests": tests, "arrays": arrays, "blind_to": blind_to})
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the result as plain data, without its arrays."""

@@ -1,24 +1,65 @@
-"""The verdict on a pair: related, independent or undecided, with the test, the level and the significant layers."""
+"""The verdict on a pair: what was found, what else can explain it, and what the tests that ran cannot see."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from tracing_jax.arch import Arch
+from tracing_jax.rewrites import DISGUISES
 from tracing_jax.statistics.pvalues import holm
 from tracing_jax.statistics.statistic import Result
 
-DECIDING = ("csu", "csh", "match", "match_all", "match_moments", "match_distilled", "screen")
-"""Statistics whose p-values are exact, or calibrated against a measured null; only these enter the verdict."""
+DECIDING: Mapping[str, str] = {
+    "csu": "MLPs", "csh": "MLPs", "match": "MLPs", "match_all": "MLPs", "match_moments": "MLPs",
+    "match_distilled": "MLPs", "screen": "MLPs",
+}  # fmt: skip
+"""Statistics whose p-values are exact, or calibrated against a measured null, and the part of the models that they
+compare. Only these enter the verdict."""
+
+HIDING: Mapping[str, Sequence[str]] = {
+    "csu": ("permute", "rotate"), "csh": ("permute",), "match": (), "match_all": (), "match_moments": (),
+}  # fmt: skip
+"""Statistics whose power has been measured (docs/power.md), and the rewrites that hide a relation from them."""
+
+_REWRITES = {
+    "permute": "permuted units or features",
+    "rotate": "a rotated residual stream",
+}
+
+Word = Literal["identical", "related", "no_evidence", "undecided", "not_testable", "not_asked"]
 
 UNDECIDED_BELOW = 0.05
 _EVIDENCE = 20
 
-_MEANING = {
-    "related": "one descends from the other, or both from a common ancestor",
-    "independent": "no evidence of descent was found; independence is never proved",
-    "undecided": "evidence too weak to call at this level, and too strong to dismiss",
-}
+EXPLANATIONS = (
+    "one descends from the other",
+    "both descend from a third model",
+    "one is a merge in which the other, or a relative of it, had a part",
+    "parts of one were copied into the other",
+    "both started from the same initialisation: a public one, or the same random seed, which the defaults of common "
+    "training code make likely",
+)
+"""What `related` can mean. The tests tell dependent weights from independent ones, and not these from one another."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """How many tensors of two models are identical, of all that either has; by part of the model as well.
+
+    Attributes:
+      equal, total: numbers of tensors.
+      by_part: part -> the same two numbers.
+    """
+
+    equal: int
+    total: int
+    by_part: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all tensors are identical."""
+        return self.equal == self.total > 0
 
 
 @dataclass(frozen=True)
@@ -26,32 +67,59 @@ class Verdict:
     """The verdict of all tests of a pair as given.
 
     Attributes:
-      verdict: `related` below the level, `undecided` from there to 0.05 or where no test applies, else `independent`.
+      verdict: `identical`: all tensors are. `related`: a test that no reservation applies to is below the level.
+        `no_evidence`: a test ran that sees through every rewrite of these models, and none is below 0.05. `undecided`:
+        neither. `not_testable`: no test that was asked for applies. `not_asked`: none of the statistics is a test.
       meaning: the verdict in a sentence.
+      explanations: of `related`, what it can mean.
       level: the significance level.
-      statistic: the statistic with the smallest p-value; None if none applies.
+      statistic: the statistic that decided, of smallest p-value; None if none applies.
       adjusted_log10_p: its p-value, Holm-adjusted over the statistics in `family`.
+      firm_log10_p: the smallest adjusted p-value of evidence without a reservation.
+      calibrated: whether the deciding p-value rests on the allowance for convergent units.
+      effect: the effect size of the deciding statistic, in a sentence.
       family: statistic -> log10 p, of the statistics in the Holm family.
       layers: the layers significant by themselves in that statistic, after Bonferroni over all its places.
       evidence: the 20 places of smallest p-value in all statistics in `family`, not adjusted, smallest first.
+      parts: part of the model -> its own finding: verdict, statistic, adjusted log10 p and effect.
+      blind_to: statistic -> rewrites of these models that hide a relation from it.
+      sees_all_rewrites: whether a test of measured power ran that no rewrite of these models hides a relation from.
+      reservations: statistic -> how else than by dependence its p-value can be small.
+      not_applicable: statistic -> why it does not apply.
+      identical: how many tensors are identical, where that was looked at.
     """
 
-    verdict: Literal["related", "independent", "undecided"]
+    verdict: Word
     meaning: str
     level: float
-    statistic: str | None
-    adjusted_log10_p: float | None
-    family: Mapping[str, float]
-    layers: Sequence[str]
-    evidence: Sequence[Mapping[str, Any]]
+    explanations: Sequence[str] = ()
+    statistic: str | None = None
+    adjusted_log10_p: float | None = None
+    firm_log10_p: float | None = None
+    calibrated: bool = False
+    effect: str | None = None
+    family: Mapping[str, float] = field(default_factory=dict)
+    layers: Sequence[str] = ()
+    evidence: Sequence[Mapping[str, Any]] = ()
+    parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    blind_to: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    sees_all_rewrites: bool = False
+    reservations: Mapping[str, str] = field(default_factory=dict)
+    not_applicable: Mapping[str, str] = field(default_factory=dict)
+    identical: Identity | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the verdict as plain data."""
         return asdict(self)
 
 
-def verdict(results: Mapping[str, Result], level: float) -> Verdict:
+def verdict(results: Mapping[str, Result], level: float, identical: Identity | None = None) -> Verdict:
     """Returns the verdict of the results on a pair as given; results on an aligned pair have no p-value to enter it.
+
+    Args:
+      results: statistic -> its result.
+      level: significance level.
+      identical: how many tensors of the pair are identical, if that was looked at.
 
     Raises:
       ValueError: a level outside (0, 0.05].
@@ -62,21 +130,63 @@ def verdict(results: Mapping[str, Result], level: float) -> Verdict:
     """
     if not 0 < level <= UNDECIDED_BELOW:
         raise ValueError(f"level={level}: expected above 0 and at most {UNDECIDED_BELOW}")
-    found = {name: results[name] for name in DECIDING if name in results and results[name].log10_p is not None}
+    deciding = {name: results[name] for name in DECIDING if name in results}
+    found = {name: result for name, result in deciding.items() if result.log10_p is not None}
+    reasons = {name: result.not_applicable for name, result in deciding.items() if result.not_applicable}
+    whole = identical is not None and identical.is_whole
     if not found:
-        meaning = "no test with a null applies to this pair: ask for csu, csh or match"
-        return Verdict("undecided", meaning, level, None, None, {}, (), ())
-    family = {name: result.log10_p for name, result in found.items() if result.log10_p is not None}
-    adjusted = holm([log10_p * math.log(10) for log10_p in family.values()]) / math.log(10)
-    statistic, log10_p = min(zip(family, map(float, adjusted)), key=lambda item: (item[1], family[item[0]]))
-    word: Literal["related", "independent", "undecided"] = "independent"
-    if log10_p < math.log10(level):
-        word = "related"
-    elif log10_p < math.log10(UNDECIDED_BELOW):
-        word = "undecided"
-    evidence = ranked_evidence(found)
-    layers = _layers_below(found[statistic], level) if word == "related" else []
-    return Verdict(word, _MEANING[word], level, statistic, log10_p, family, layers, evidence[:_EVIDENCE])
+        word: Word = "identical" if whole else "not_testable" if deciding else "not_asked"
+        meaning = _meaning(word, level, identical=identical, reasons=reasons)
+        return Verdict(word, meaning, level, not_applicable=reasons, identical=identical)
+    adjusted = _holm({name: result.log10_p for name, result in found.items()})
+    firm = _holm({name: _firm(result) for name, result in found.items()})
+    blind = {name: list(result.blind_to or ()) for name, result in found.items() if result.blind_to}
+    sees_all = any(name in HIDING and result.blind_to == () for name, result in found.items())
+    word = "identical" if whole else word_of(min(adjusted.values()), min(firm.values()), level, sees_all)
+    order = firm if word == "related" else adjusted
+    statistic = min(order, key=lambda name: (order[name], bool(blind.get(name)), found[name].log10_p))
+    least = math.log10(level)
+    reserved = {name: r.reservation for name, r in found.items() if r.reservation and adjusted[name] < least <= firm[name]}
+    return Verdict(
+        word,
+        _meaning(word, level, identical, reasons, min(adjusted.values()), blind, reserved),
+        level,
+        EXPLANATIONS if word == "related" else (),
+        statistic,
+        adjusted[statistic],
+        min(firm.values()),
+        _is_calibrated(found[statistic]),
+        found[statistic].effect,
+        {name: float(result.log10_p) for name, result in found.items() if result.log10_p is not None},
+        _layers_below(found[statistic], level) if word == "related" else [],
+        ranked_evidence(found)[:_EVIDENCE],
+        _parts(found, adjusted, firm, level),
+        blind,
+        sees_all,
+        reserved,
+        reasons,
+        identical,
+    )
+
+
+def word_of(log10_p: float, firm_log10_p: float, level: float, sees_all_rewrites: bool) -> Word:
+    """Returns the verdict by the smallest adjusted p-values of a pair, with and without reservations."""
+    if firm_log10_p < math.log10(level):
+        return "related"
+    if log10_p >= math.log10(UNDECIDED_BELOW) and sees_all_rewrites:
+        return "no_evidence"
+    return "undecided"
+
+
+def hidden_by(statistic: str, base: Arch, ft: Arch) -> tuple[str, ...] | None:
+    """Returns the rewrites of either model that hide a relation from a statistic; None if that is not known of it."""
+    if statistic not in HIDING:
+        return None
+    return tuple(
+        _REWRITES[name]
+        for name in HIDING[statistic]
+        if not all(DISGUISES[name].unsupported(arch) for arch in (base, ft))
+    )
 
 
 def over_pairs(log10_ps: Sequence[float | None]) -> list[float | None]:
@@ -101,6 +211,70 @@ def ranked_evidence(results: Mapping[str, Result]) -> list[dict[str, Any]]:
         for place, log10_p in zip(test.places, test.log10_ps or ())
     ]
     return sorted(rows, key=lambda row: row["log10_p"])
+
+
+def _holm(log10_ps: Mapping[str, float | None]) -> dict[str, float]:
+    return dict(zip(log10_ps, map(float, (p for p in over_pairs(list(log10_ps.values())) if p is not None))))
+
+
+def _firm(result: Result) -> float | None:
+    return result.log10_p if result.firm_log10_p is None else result.firm_log10_p
+
+
+def _is_calibrated(result: Result) -> bool:
+    deciding = [test for test in result.tests if test.decides and test.log10_p is not None]
+    return bool(deciding) and min(deciding, key=lambda test: test.log10_p or 0.0).calibrated
+
+
+def _meaning(
+    word: Word,
+    level: float,
+    identical: Identity | None = None,
+    reasons: Mapping[str, str] | None = None,
+    log10_p: float = 0.0,
+    blind: Mapping[str, Sequence[str]] | None = None,
+    reserved: Mapping[str, str] | None = None,
+) -> str:
+    """Returns the verdict in a sentence; of `undecided`, why."""
+    if word == "identical":
+        return f"all {identical.total if identical else 0} tensors of the two models are identical"
+    if word == "related":
+        return "the weights of the two models are not independent"
+    if word == "not_asked":
+        return "no verdict was asked for: the statistics are descriptive; csu, csh and match are tests"
+    if word == "not_testable":
+        return "no test applies to this pair: " + "; ".join(f"{name}: {why}" for name, why in (reasons or {}).items())
+    if word == "no_evidence":
+        return (
+            "no sign of common weights was found, by tests that see through every rewrite of these models that keeps "
+            "its function; independence is never proved"
+        )
+    if reserved and log10_p < math.log10(level):
+        return "the evidence can have another cause: " + "; ".join(f"{name}: {why}" for name, why in reserved.items())
+    if log10_p < math.log10(UNDECIDED_BELOW):
+        return "evidence too weak to call at this level, and too strong to dismiss"
+    if blind:
+        cannot = "; ".join(f"{name} is blind to {' and '.join(rewrites)}" for name, rewrites in blind.items())
+        return f"nothing was found, and {cannot}: run match"
+    return "nothing was found, by tests whose power on such pairs has not been measured: run match"
+
+
+def _parts(
+    found: Mapping[str, Result], adjusted: Mapping[str, float], firm: Mapping[str, float], level: float
+) -> dict[str, dict[str, Any]]:
+    """Returns for each part of the models that a test compared the finding of the statistic of smallest p-value."""
+    parts: dict[str, dict[str, Any]] = {}
+    for part in dict.fromkeys(DECIDING[name] for name in found):
+        names = [name for name in found if DECIDING[name] == part]
+        best = min(names, key=lambda name: (firm[name], adjusted[name]))
+        sees_all = any(name in HIDING and found[name].blind_to == () for name in names)
+        parts[part] = {
+            "verdict": word_of(min(adjusted[n] for n in names), firm[best], level, sees_all),
+            "statistic": best,
+            "log10_p": adjusted[best],
+            "effect": found[best].effect,
+        }
+    return parts
 
 
 def _layers_below(result: Result, level: float) -> list[str]:

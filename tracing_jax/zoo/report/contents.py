@@ -6,15 +6,16 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+from tracing_jax.statistics.verdict import Word
 from tracing_jax.zoo.folder import STATES, ZooFolder
 from tracing_jax.zoo.plan import ZooPlan
 from tracing_jax.zoo.report.direction import Direction, ModelMeasures, directions, trained_order
 from tracing_jax.zoo.report.families import Lineage, clustered, families, lineage
-from tracing_jax.zoo.report.rows import PairRow, Uniformity, VerdictName, read_rows, uniformity
+from tracing_jax.zoo.report.rows import PairRow, Uniformity, read_rows, uniformity
 from tracing_jax.zoo.weights import read_model_measures
 
 FORMAT = 1
-VERDICTS: tuple[VerdictName, ...] = ("related", "undecided", "independent")
+VERDICTS: tuple[Word, ...] = ("identical", "related", "undecided", "no_evidence", "not_testable", "not_asked")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def disagreements(
     lines = [
         Disagreement("verdict", row.pair, str(row.verdict), "related" if row.known else "no common ancestor")
         for row in rows
-        if row.known is not None and row.verdict is not None and (row.verdict == "related") != row.known
+        if row.known is not None and row.verdict is not None and row.is_related != row.known
     ]
     if parents is None:
         return lines
@@ -140,7 +141,7 @@ class Contents:
             "alone": self.alone,
             "disagreements": [asdict(line) for line in self.disagreements],
             "missed_edges": [{"parent": parent, "child": child} for parent, child in self.missed],
-            "independent_p": asdict(self.uniformity),
+            "no_evidence_p": asdict(self.uniformity),
             "pairs": [pair_dict(row) for row in self.rows],
         }
 
@@ -172,7 +173,7 @@ def make_contents(plan: ZooPlan, rows: Sequence[PairRow], measures: ModelMeasure
     components = families(names, rows)
     trained = trained_order(measures)
     lineages = [lineage(members, rows, trained) for members in components if len(members) > 1]
-    related = [row for row in rows if row.verdict == "related"]
+    related = [row for row in rows if row.is_related]
     return Contents(
         ids={name: model for model, name in plan.names.items()},
         parents=_by_short_name(plan),

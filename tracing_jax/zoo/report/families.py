@@ -24,7 +24,7 @@ def families(models: Iterable[str], rows: Sequence[PairRow]) -> list[tuple[str, 
     """
     names = sorted(models)
     at = {name: i for i, name in enumerate(names)}
-    links = np.array([[at[row.base], at[row.ft]] for row in rows if row.verdict == "related"], int).reshape(-1, 2)
+    links = np.array([[at[row.base], at[row.ft]] for row in rows if row.is_related], int).reshape(-1, 2)
     graph = coo_array((np.ones(len(links)), (links[:, 0], links[:, 1])), shape=(len(names), len(names)))
     labels = connected_components(graph, directed=False)[1] if names else np.zeros(0, int)
     found: dict[int, list[str]] = {}
@@ -141,7 +141,7 @@ def lineage(members: Sequence[str], rows: Sequence[PairRow], trained: Mapping[st
       trained: model -> how far its training went, in an order of its own, where that was measured.
     """
     inside = sorted(
-        (row for row in rows if row.verdict == "related" and {*row.models} <= {*members}),
+        (row for row in rows if row.is_related and {*row.models} <= {*members}),
         key=lambda row: sorted(row.models),
     )
     representative = representatives(members, inside)

@@ -9,9 +9,12 @@ from tracing_jax.zoo.plan import PAIRS
 from tracing_jax.zoo.report.rows import PairRow
 
 DEPTHS: Mapping[str, tuple[float, ...]] = {
+    "identical": (),
     "related": (-6, -12, -25, -50, -100, -300),
     "undecided": (),
-    "independent": (-0.3, -1.3),
+    "no_evidence": (-0.3, -1.3),
+    "not_testable": (),
+    "not_asked": (),
 }
 """Verdict -> log10 p from which on the next deeper tint of its hue is used."""
 
@@ -19,7 +22,7 @@ _WIDTH = 640.0  # pixels that a small zoo's cells share
 _CELL = (8.0, 34.0)
 _LETTER = 0.58  # of the font's size: an average letter's width
 _EACH_ITS_OWN = 1500
-"""Cells beyond so many are not all elements of their own: independent pairs of one tint are then one path."""
+"""Cells beyond so many are not all elements of their own: pairs without evidence of one tint are then one path."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def heatmap(order: Sequence[str], families: Sequence[Sequence[str]], rows: Seque
     for row in rows:
         left, top = sorted((at[row.base], at[row.ft]))
         tint = tint_of(row)
-        if grouped and row.verdict == "independent":
+        if grouped and row.verdict == "no_evidence":
             paths.setdefault(tint, []).append(f"M{left} {top}h1v1h-1z")
         else:
             cells.append((left * cell, top * cell, tint, in_words(row), link(row)))
@@ -75,10 +78,8 @@ def in_words(row: PairRow) -> str:
     if row.verdict is None:
         return f"{models}: {row.state}" + (f" ({row.error})" if row.error else "")
     if row.log10_p is None:
-        return f"{models}: {row.verdict}, no test with a null applies"
-    text = (
-        f"{models}: {row.verdict}; p = {p_cell(row.log10_p)}, {p_cell(row.adjusted_log10_p)} after Holm over all pairs"
-    )
+        return f"{models}: {row.word}"
+    text = f"{models}: {row.word}; p = {p_cell(row.log10_p)}, {p_cell(row.adjusted_log10_p)} after Holm over all pairs"
     text += f"; log10 p {row.log10_p:.2f}, by {row.statistic}"
     return text + ("" if row.jsd is None else f"; divergence of predictions {row.jsd:.3g} nats")
 
@@ -92,8 +93,10 @@ LEGEND: Sequence[tuple[str, Sequence[tuple[str, str]]]] = (
     ("related", tuple(
         (f"related-{i}", text) for i, text in enumerate(("log10 p ≥ −6", "−12", "−25", "−50", "−100", "−300", "lower"))
     )),
+    ("identical", (("identical-0", ""),)),
     ("undecided", (("undecided-0", ""),)),
-    ("independent", (("independent-0", "p > .5"), ("independent-1", "p > .05"), ("independent-2", "lower"))),
+    ("no evidence", (("no_evidence-0", "p > .5"), ("no_evidence-1", "p > .05"), ("no_evidence-2", "lower"))),
+    ("no test", (("not_testable-0", "applies"), ("not_asked-0", "asked for"))),
     ("not done", tuple((state, state) for state in ("running", "failed", "missing"))),
 )  # fmt: skip
 """Verdict -> its tints and what they mean."""

@@ -15,7 +15,7 @@
   map.addEventListener("pointermove", event => {
     const title = event.target.querySelector && event.target !== map && event.target.querySelector("title");
     const pair = event.target.matches("path:not(.frame)") ? grouped(event) : null;
-    if (pair) line.textContent = `${pair.base} and ${pair.ft}: independent; log10 p ${pair.log10p.toFixed(2)}`;
+    if (pair) line.textContent = `${pair.base} and ${pair.ft}: no evidence; log10 p ${pair.log10p.toFixed(2)}`;
     else if (title) line.textContent = title.textContent;
     map.style.cursor = pair ? "pointer" : "";
   });

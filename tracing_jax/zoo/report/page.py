@@ -79,7 +79,9 @@ def sentence(contents: Contents) -> str:
 def _banner(contents: Contents) -> dict[str, Any]:
     facts = {
         "pairs": ", ".join(f"{count:,} {state}" for state, count in contents.states.items() if count),
-        "verdicts": ", ".join(f"{count:,} {word}" for word, count in contents.verdicts.items())
+        "verdicts": ", ".join(
+            f"{count:,} {word.replace('_', ' ')}" for word, count in contents.verdicts.items() if count
+        )
         + ", after Holm over all",
     }
     for i, members in enumerate(contents.families[:_NAMED_FAMILIES], 1):
@@ -89,7 +91,7 @@ def _banner(contents: Contents) -> dict[str, Any]:
         facts["known tree"] = (
             f"{_count(wrong, 'disagreement', 'disagreements')}, listed below" if wrong else "no disagreement"
         )
-    return {"word": "related" if contents.families else "independent", "sentence": sentence(contents), "facts": facts}
+    return {"word": "related" if contents.families else "undecided", "sentence": sentence(contents), "facts": facts}
 
 
 def _disagreements(contents: Contents) -> list[Section]:
@@ -123,7 +125,7 @@ def _not_done(contents: Contents) -> list[Section]:
 def _pairs(rows: Sequence[PairRow]) -> Section:
     done = [row for row in rows if row.state == "done"]
     cells = [
-        [Cell(row.pair, link=link(row)), row.verdict, log10_cell(row.log10_p), log10_cell(row.adjusted_log10_p),
+        [Cell(row.pair, link=link(row)), row.word, log10_cell(row.log10_p), log10_cell(row.adjusted_log10_p),
          row.statistic, row.jsd, row.units]
         for row in done[:_MOST_ROWS]
     ]  # fmt: skip
@@ -166,7 +168,7 @@ def _grouped(contents: Contents) -> Mapping[str, Any]:
     at = {name: i for i, name in enumerate(contents.order)}
     rows: list[list[int | None]] = [[None] * i for i in range(len(at))]
     for row in contents.rows:
-        if row.verdict == "independent":
+        if row.verdict == "no_evidence":
             left, top = sorted((at[row.base], at[row.ft]))
             rows[top][left] = 2 * round(-100 * (row.log10_p or 0.0)) + (at[row.base] == top)
     return {"names": list(contents.order), "rows": rows}

@@ -3,17 +3,15 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from scipy.stats import kstest
 
-from tracing_jax.statistics import over_pairs
-from tracing_jax.statistics.verdict import UNDECIDED_BELOW
+from tracing_jax.statistics import over_pairs, word_of
+from tracing_jax.statistics.verdict import Word
 from tracing_jax.zoo.folder import PairState, State, ZooFolder
 from tracing_jax.zoo.plan import PlannedPair
-
-VerdictName = Literal["related", "undecided", "independent"]
 
 IN_PLACE = ("csu", "csh")
 """Statistics that test whether units are in the same order in both models; a permutation hides a relation from them."""
@@ -29,8 +27,11 @@ class PairRow:
       known: whether they are known to be related, if anything is known.
       state, error: of the pair, and the first line of its error.
       log10_p: Holm-adjusted over the statistics of the pair; None without a record, or a test that applies.
-      adjusted_log10_p: the same, Holm-adjusted over all pairs of the zoo that have one.
-      verdict: by the adjusted p-value; None without a record.
+      firm_log10_p: the same of evidence without a reservation, adjusted over all pairs once it is in a report.
+      adjusted_log10_p: log10_p, Holm-adjusted over all pairs of the zoo that have one.
+      alone: the verdict on the pair alone.
+      sees_all_rewrites: whether a test ran that no rewrite of these models hides a relation from.
+      verdict: by the adjusted p-values; None without a record.
       statistic: the one that decided.
       level: below which a pair is related.
       jsd: Jensen-Shannon divergence of the predictions, nats per token, in [0, ln 2].
@@ -48,8 +49,11 @@ class PairRow:
     state: State
     error: str = ""
     log10_p: float | None = None
+    firm_log10_p: float | None = None
     adjusted_log10_p: float | None = None
-    verdict: VerdictName | None = None
+    alone: Word | None = None
+    sees_all_rewrites: bool = False
+    verdict: Word | None = None
     statistic: str | None = None
     level: float | None = None
     jsd: float | None = None
@@ -63,6 +67,16 @@ class PairRow:
     def models(self) -> tuple[str, str]:
         """The names of both models."""
         return self.base, self.ft
+
+    @property
+    def word(self) -> str:
+        """The verdict as it is shown; empty without a record."""
+        return (self.verdict or "").replace("_", " ")
+
+    @property
+    def is_related(self) -> bool:
+        """Whether the verdict is that their weights are not independent."""
+        return self.verdict in ("related", "identical")
 
     @property
     def in_place(self) -> bool:
@@ -83,11 +97,12 @@ def read_rows(folder: ZooFolder) -> list[PairRow]:
 
 def with_verdicts(rows: Sequence[PairRow]) -> list[PairRow]:
     """Returns the rows with the p-values of all pairs that are done adjusted over one another, and the verdicts."""
-    adjusted = over_pairs([row.log10_p for row in rows])
-    return [
-        replace(row, adjusted_log10_p=log10_p, verdict=_verdict(log10_p, row.level)) if row.state == "done" else row
-        for row, log10_p in zip(rows, adjusted, strict=True)
-    ]
+    adjusted, firm = (over_pairs(ps) for ps in ([r.log10_p for r in rows], [r.firm_log10_p for r in rows]))
+    judged = (
+        replace(row, adjusted_log10_p=log10_p, firm_log10_p=firm_log10_p)
+        for row, log10_p, firm_log10_p in zip(rows, adjusted, firm, strict=True)
+    )
+    return [replace(row, verdict=_verdict(row)) if row.state == "done" else row for row in judged]
 
 
 def row_of(pair: PlannedPair, names: Mapping[str, str], state: PairState, record: Mapping[str, Any] | None) -> PairRow:
@@ -102,6 +117,9 @@ def row_of(pair: PlannedPair, names: Mapping[str, str], state: PairState, record
     return replace(
         row,
         log10_p=number(judged["adjusted_log10_p"]),
+        firm_log10_p=number(judged["firm_log10_p"]),
+        alone=judged["verdict"],
+        sees_all_rewrites=judged["sees_all_rewrites"],
         statistic=judged["statistic"],
         level=judged["level"],
         jsd=number(_field(record, "jsd", "headline")),
@@ -135,12 +153,13 @@ def _share_of_units(layer_map: Mapping[str, Any], shapes: tuple[Mapping[str, Any
     return min(1.0, agreeing / min(sizes)) if sizes and min(sizes) else None
 
 
-def _verdict(adjusted_log10_p: float | None, level: float | None) -> VerdictName:
-    if adjusted_log10_p is None or level is None:
+def _verdict(row: PairRow) -> Word:
+    """Returns the verdict of a pair beside all others: one that no p-value decides stays as it is."""
+    if row.alone in ("identical", "not_testable", "not_asked"):
+        return row.alone
+    if row.adjusted_log10_p is None or row.firm_log10_p is None or row.level is None:
         return "undecided"
-    if adjusted_log10_p < math.log10(level):
-        return "related"
-    return "undecided" if adjusted_log10_p < math.log10(UNDECIDED_BELOW) else "independent"
+    return word_of(row.adjusted_log10_p, row.firm_log10_p, row.level, row.sees_all_rewrites)
 
 
 BINS = 10
@@ -164,8 +183,8 @@ class Uniformity:
 
 
 def uniformity(rows: Sequence[PairRow]) -> Uniformity:
-    """Returns the histogram of the unadjusted p-values of all pairs that are called independent."""
-    p = np.array([10.0**row.log10_p for row in rows if row.verdict == "independent" and row.log10_p is not None])
+    """Returns the histogram of the unadjusted p-values of all pairs without evidence of a relation."""
+    p = np.array([10.0**row.log10_p for row in rows if row.verdict == "no_evidence" and row.log10_p is not None])
     counts = tuple(int(count) for count in np.histogram(p, BINS, (0.0, 1.0))[0])
     enough = len(p) >= 2
     return Uniformity(

@@ -1,0 +1,187 @@
+"""The MLP units of a layer that carry evidence: copies merged, and units that write nothing left out.
+
+Two things can be done to a model without changing its function, and make tests of matched units call it a relative of
+another. Units may be copied, their outputs shared among the copies: equal rows of one model are then matched to equal
+rows of the other in clumps, and clumps agree with the identity, or with another matching, more often than single units
+do. And rows of another model may be added with outputs that are zero, or that cancel among copies: they agree perfectly
+and do nothing. So of each group of copies one unit is kept, if the group writes anything at all.
+
+Both follow from the units themselves, whatever their order: a test on the units kept is as exact as one on all.
+
+Letters: F units, D features.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.stats import spearmanr
+
+from tracing_jax.rewrites import gain_offset
+from tracing_jax.sources import ParamSource
+from tracing_jax.tree import to_host
+
+COPY = 0.98
+"""|cosine| of the rows of two units from which on they are copies: below that of rounding to 4 bits (about .995), and
+above that of any two units that training has told apart."""
+
+SILENT = 0.01
+"""Share of the median output of a layer's units below which a unit writes nothing that matters."""
+
+_SKETCH = 64
+"""Random features in which rows are compared: the error of a cosine near 1 is about (1 - cosine^2) / sqrt(64), and
+rows in random directions reach .98 with a chance of 1e-16."""
+_BLOCK = 1024  # units compared at a time with all before them
+
+
+@dataclass(frozen=True)
+class DistinctUnits:
+    """The units of one layer of one model.
+
+    Attributes:
+      kept: the units that carry evidence, in increasing order.
+      total: F, the number of all units.
+      copies: how many units repeat another.
+      silent: how many distinct units write nothing, and are not kept.
+      order_p: two-sided p-values of the rank correlation of a kept unit's index with the norms of its rows; small where
+        units were put in an order that depends on their weights.
+    """
+
+    kept: Int[np.ndarray, " K"]
+    total: int
+    copies: int
+    silent: int
+    order_p: tuple[float, ...]
+
+    @property
+    def is_all(self) -> bool:
+        """Whether every unit is kept."""
+        return len(self.kept) == self.total
+
+
+def all_units(count: int) -> DistinctUnits:
+    """Returns so many units, or rows of any kind, none of which is left out."""
+    return DistinctUnits(np.arange(count), count, 0, 0, ())
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How units read the residual stream by one projection: random features of their rows, of length one, and norms."""
+
+    sketch: Float[np.ndarray, "F S"]
+    norms: Float[np.ndarray, " F"]
+
+
+def distinct_units(model: ParamSource, layer: int) -> DistinctUnits:
+    """Returns the distinct units of a layer that write something.
+
+    Its gate, up and down projections are read, one after another. Two units are copies if their rows of gate are equal
+    up to a factor, and of up up to a factor of either sign; the output of a group is the sum of its units' outputs,
+    each times its factor.
+    """
+    norm = model.layer(layer, ("mlp_norm",)).get("mlp_norm", {})
+    gain = None if "scale" not in norm else np.asarray(norm["scale"], np.float32) + gain_offset(model.arch)
+    names = ("gate_proj", "up_proj") if model.arch.gated else ("up_proj",)
+    readings = [_reading(model.layer(layer, (f"mlp/{name}",))["mlp"][name], gain) for name in names]
+    group = _groups(readings)
+    first = np.full(group.max(initial=-1) + 1, len(group))
+    np.minimum.at(first, group, np.arange(len(group)))
+    down = model.layer(layer, ("mlp/down_proj/kernel",))["mlp"]["down_proj"]["kernel"]
+    written = _written(down, group, first, readings[-1], model.arch.gated)
+    for reading in readings[:-1]:
+        written = written * reading.norms[first]
+    typical = np.median(written[written > 0]) if (written > 0).any() else np.inf
+    kept = np.sort(first[written > SILENT * typical])
+    norms = [*(reading.norms for reading in readings), to_host(_norms(jnp.asarray(down).T))]
+    return DistinctUnits(
+        kept,
+        total=len(group),
+        copies=len(group) - len(first),
+        silent=len(first) - len(kept),
+        order_p=tuple(_order_p(column[kept]) for column in norms),
+    )
+
+
+def _reading(projection: dict[str, Array], gain: Float[np.ndarray, " D"] | None) -> _Reading:
+    kernel, bias = jnp.asarray(projection["kernel"]), projection.get("bias")
+    gains = np.ones(kernel.shape[0], np.float32) if gain is None else gain
+    sketch = to_host(_sketch(kernel, _projection(kernel.shape[0]) * gains[:, None]))
+    norms = to_host(_norms(kernel * gains[:, None]))
+    if bias is not None:  # a feature more, of which all rows read 1
+        extra = np.asarray(bias, np.float32)
+        sketch = sketch + extra[:, None] * np.random.default_rng(0).standard_normal(_SKETCH).astype(np.float32)
+        norms = np.hypot(norms, extra)
+    length = np.linalg.norm(sketch, axis=1, keepdims=True)
+    return _Reading(sketch / np.where(length == 0, 1, length), norms)
+
+
+def _groups(readings: list[_Reading]) -> Int[np.ndarray, " F"]:
+    """Returns for each unit the number of its group of copies, numbered from 0.
+
+    Each is compared with the most similar one before it. The order is immaterial: copies resemble all of their group.
+    """
+    F = len(readings[0].norms)
+    nearest, similar = np.zeros(F, np.int64), np.zeros(F)
+    for start in range(0, F, _BLOCK):
+        stop = min(start + _BLOCK, F)
+        alike = np.minimum.reduce([np.abs(r.sketch[start:stop] @ r.sketch[:stop].T) for r in readings])
+        alike[np.arange(start, stop)[:, None] <= np.arange(stop)] = 0.0  # only those before it
+        nearest[start:stop], similar[start:stop] = alike.argmax(axis=1), alike.max(axis=1)
+    copies = np.flatnonzero(similar >= COPY)
+    links = coo_array((np.ones(len(copies)), (copies, nearest[copies])), shape=(F, F))
+    return connected_components(links, directed=False)[1]
+
+
+def _written(
+    down: Float[Array, "F D"],
+    group: Int[np.ndarray, " F"],
+    first: Int[np.ndarray, " C"],
+    up: _Reading,
+    is_scaled: bool,
+) -> Float[np.ndarray, " C"]:
+    """Returns how much each group of copies writes: the length of the sum of its units' outputs.
+
+    Args:
+      down: the output of each unit.
+      group: of each unit.
+      first: unit of each group.
+      up: of the projection beside the gate, or, in an MLP without one, of the only one.
+      is_scaled: whether a unit's output grows in proportion to its row of `up`, as it does beside a gate.
+    """
+    written = to_host(_norms(jnp.asarray(down).T))[first]
+    factor = up.norms * np.sign(np.einsum("fs,fs->f", up.sketch, up.sketch[first][group])) if is_scaled else None
+    in_groups = np.flatnonzero(np.bincount(group)[group] > 1)
+    if len(in_groups):
+        rows = to_host(jnp.asarray(down)[in_groups]).astype(np.float64)
+        if factor is not None:
+            rows *= (factor / np.where(up.norms[first] == 0, 1, up.norms[first])[group])[in_groups, None]
+        total = np.zeros((len(first), rows.shape[1]))
+        np.add.at(total, group[in_groups], rows)
+        written = np.where(np.bincount(group) > 1, np.linalg.norm(total, axis=1), written)
+    return written * up.norms[first]
+
+
+@functools.cache
+def _projection(width: int) -> Float[np.ndarray, "D S"]:
+    return np.random.default_rng(width).standard_normal((width, _SKETCH)).astype(np.float32)
+
+
+@jax.jit
+def _sketch(kernel: Float[Array, "D F"], projection: Float[Array, "D S"]) -> Float[Array, "F S"]:
+    return jnp.einsum("df,ds->fs", kernel.astype(jnp.float32), projection, precision="highest")
+
+
+@jax.jit
+def _norms(columns: Float[Array, "D F"]) -> Float[Array, " F"]:
+    return jnp.sqrt(jnp.square(columns.astype(jnp.float32)).sum(axis=0))
+
+
+def _order_p(norms: Float[np.ndarray, " K"]) -> float:
+    if len(norms) < 3 or np.ptp(norms) == 0:
+        return 1.0
+    return float(spearmanr(np.arange(len(norms)), norms).pvalue)
