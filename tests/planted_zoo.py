@@ -40,8 +40,11 @@ def record_of(
         "args": {},
         "models": {side: {"shape": dict(shape)} for side, shape in zip(("base", "ft"), shapes)},
         "statistics": {name: {"non_aligned": result, "aligned": None} for name, result in statistics.items()},
-        "verdict": {"adjusted_log10_p": log10_p, "statistic": "match", "level": 1e-3, "verdict": "unused"},
-    }
+        "verdict": {
+            "adjusted_log10_p": log10_p, "firm_log10_p": log10_p, "statistic": "match", "level": 1e-3,
+            "verdict": "not_testable" if log10_p is None else "undecided", "sees_all_rewrites": True,
+        },
+    }  # fmt: skip
 
 
 def rows_of(plan: ZooPlan, records: Mapping[str, Mapping[str, Any] | PairState]) -> list[PairRow]:

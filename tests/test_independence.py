@@ -21,14 +21,30 @@ from tracing_jax.options import FORMS, RunOptions
 from tracing_jax.rewrites import permute, random_permutations
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory
-from tracing_jax.statistics import REGISTRY, Pair, Result, Test, Vocabularies, make_statistic, over_pairs, verdict
-from tracing_jax.statistics.calibration import DEFAULT_ALLOWANCE, control_pairs, null_of, upper_share
+from tracing_jax.statistics import (
+    REGISTRY,
+    Identity,
+    Pair,
+    Result,
+    Test,
+    Vocabularies,
+    make_statistic,
+    over_pairs,
+    verdict,
+)
+from tracing_jax.statistics.calibration import (
+    DEFAULT_ALLOWANCE,
+    control_pairs,
+    measured_allowance,
+    null_of,
+    upper_share,
+)
 from tracing_jax.statistics.comparison import Comparison, against_each_other, against_identity
 from tracing_jax.statistics.csh import Csh
 from tracing_jax.statistics.csu import Csu, CsuAll
 from tracing_jax.statistics.jsd import Jsd
 from tracing_jax.statistics.l2 import L2, distances
-from tracing_jax.statistics.match import Match
+from tracing_jax.statistics.match import Match, form_tests
 from tracing_jax.statistics.match_all import MatchAll
 from tracing_jax.statistics.match_moments import MatchMoments
 from tracing_jax.statistics.mode import Mode, midpoint_losses
@@ -337,8 +353,36 @@ def test_without_controls_the_null_is_widened_and_says_so():
 
 def test_the_upper_share_is_clopper_pearsons():
     expected = scipy.stats.binomtest(7, 90).proportion_ci(0.98, method="exact").high  # two-sided 98 %: 1 % above
-    assert upper_share(7, 90) == pytest.approx(expected, rel=1e-9)
-    assert upper_share(90, 90) < 1
+    assert upper_share(7, 90, 0.01) == pytest.approx(expected, rel=1e-9)
+    assert upper_share(90, 90, 0.01) < 1
+
+
+def test_few_controls_never_make_the_allowance_smaller_than_the_default():
+    """One pair with 9 of 11,008 units in common says little of the next pair; twenty such pairs say more."""
+    none = [Comparison(11008, 11008, 0.0, 9, 0.0, 0.0)]
+    assert measured_allowance([none], 1e-3) == [DEFAULT_ALLOWANCE]
+    assert measured_allowance([none] * 19, 1e-3) == [DEFAULT_ALLOWANCE]
+    assert measured_allowance([none] * 20, 1e-3)[0] < 0.01
+
+
+def test_the_allowance_covers_a_new_pair():
+    """Shares of pairs are spread more than counts are: of 20 pairs the bound holds for the 21st at its confidence."""
+    rng, level, beyond = np.random.default_rng(0), 0.1, 0
+    for _ in range(2000):
+        shares = rng.beta(4, 60, size=21)
+        seen = [[Comparison(500, 500, 0.0, int(k), 0.0, 0.0)] for k in rng.binomial(500, shares)]
+        beyond += seen[-1][0].agreeing / 500 > measured_allowance(seen[:-1], level)[0]
+    assert scipy.stats.binomtest(beyond, 2000, level / 10, alternative="greater").pvalue > 1e-3
+
+
+def test_agreement_of_a_few_times_the_allowance_is_reserved():
+    layers = [Comparison(512, 512, 0.1, k, 0.0, 0.0) for k in (70, 0, 1, 2)]
+    null = null_of([Comparison(512, 512, 0.0, 1, 0.0, 0.0)] * 10, [0.05] * 4, "table")
+    agreement = form_tests("forward", layers, null)[0]
+    assert agreement.log10_p < -10
+    assert agreement.firm_log10_p == 0
+    beyond = form_tests("forward", [Comparison(512, 512, 0.1, 90, 0.0, 0.0), *layers[1:]], null)[0]
+    assert beyond.firm_log10_p == beyond.log10_p < -20
 
 
 def test_against_each_other_counts_the_units_that_both_send_to_the_same():
@@ -357,16 +401,45 @@ def result_with(log10_p, places=("layer 0", "layer 1", "layer 2")):
 
 
 def test_the_verdict_is_holms_minimum_over_the_deciding_statistics():
+    """Only tests that decide count, and of these only what no reservation applies to makes a pair related."""
     found = verdict({"csu": result_with(-9.0), "csh": result_with(-0.5), "l2": result_with(-50.0)}, 1e-3)
     assert (found.verdict, found.statistic, list(found.layers)) == ("related", "csu", ["layer 0"])
     assert found.adjusted_log10_p == pytest.approx(-9 + math.log10(2))
     assert [row["place"] for row in found.evidence][:2] == ["layer 0", "layer 0"]
     assert verdict({"csu": result_with(-2.0)}, 1e-3).verdict == "undecided"
-    assert verdict({"csu": result_with(-1.0)}, 1e-3).verdict == "independent"
-    nothing = verdict({"l2": result_with(-50.0), "csu": Result(None, "csu", not_applicable="no")}, 1e-3)
-    assert (nothing.verdict, nothing.statistic) == ("undecided", None)
+    nothing = verdict({"l2": result_with(-50.0), "csu": Result(None, "csu", not_applicable="no gate")}, 1e-3)
+    assert (nothing.verdict, nothing.statistic) == ("not_testable", None)
+    assert "csu: no gate" in nothing.meaning
+    assert verdict({"l2": result_with(-50.0)}, 1e-3).verdict == "not_asked"
     with pytest.raises(ValueError, match=r"level=0\.2"):
         verdict({}, 0.2)
+
+
+def test_no_evidence_takes_a_test_that_sees_through_every_rewrite():
+    blind, sees = (dataclasses.replace(result_with(-0.5), blind_to=hidden) for hidden in (("permuted units",), ()))
+    assert verdict({"csu": blind}, 1e-3).verdict == "undecided"
+    assert "csu is blind to permuted units: run match" in verdict({"csu": blind}, 1e-3).meaning
+    assert verdict({"csu": blind, "match": sees}, 1e-3).verdict == "no_evidence"
+    assert verdict({"match_distilled": sees}, 1e-3).verdict == "undecided"  # its power has not been measured
+    assert verdict({"match": result_with(-0.5)}, 1e-3).verdict == "undecided"  # nobody said what hides from it
+    assert verdict({"csu": blind, "match": dataclasses.replace(sees, log10_p=-2.0)}, 1e-3).verdict == "undecided"
+
+
+def test_reserved_evidence_calls_no_pair_related():
+    reserved = dataclasses.replace(result_with(-30.0), reservation="it can be planted", firm_log10_p=-0.2)
+    found = verdict({"csu": reserved, "match": dataclasses.replace(result_with(-0.5), blind_to=())}, 1e-3)
+    assert found.verdict == "undecided"
+    assert "it can be planted" in found.meaning
+    assert found.adjusted_log10_p == pytest.approx(-30 + math.log10(2))
+    firm = dataclasses.replace(reserved, firm_log10_p=-5.0)
+    assert verdict({"csu": firm}, 1e-3).verdict == "related"
+
+
+def test_identical_tensors_are_the_verdict_whatever_the_tests_say():
+    same, most = Identity(9, 9), Identity(8, 9)
+    assert verdict({"csu": result_with(-0.5)}, 1e-3, same).verdict == "identical"
+    assert verdict({}, 1e-3, same).verdict == "identical"
+    assert verdict({"csu": result_with(-9.0)}, 1e-3, most).verdict == "related"
 
 
 def test_what_has_no_shape_in_common_is_said():

@@ -335,7 +335,7 @@ def one_test(name="agreement, calibrated", log10_ps=(-0.0, -20.0, -4000.0), deci
 
 
 def judged(word="related", log10_p=-41.25, **changes):
-    meaning = {"related": "one descends from the other", "undecided": "too weak", "independent": "never proved"}[word]
+    meaning = {"related": "not independent", "undecided": "too weak", "no_evidence": "never proved"}[word]
     base = {
         "verdict": word, "meaning": meaning, "level": 1e-3, "statistic": "csu", "adjusted_log10_p": log10_p,
         "family": {"csu": log10_p - 0.5, "match": -0.0}, "layers": PLACES if word == "related" else [],
@@ -377,14 +377,14 @@ def seen(source):
     return Page(source).text.partition(" Configuration ")[0]
 
 
-@pytest.mark.parametrize("word", ["related", "undecided", "independent"])
+@pytest.mark.parametrize("word", ["related", "undecided", "no_evidence"])
 def test_page_opens_with_the_verdict_and_its_grounds(word):
     source = html(record(verdict=judged(word), statistics={}))
     page = Page(source)
     assert ("div", "class", f"verdict {word}") in page.attributes
     start = page.text.partition("Statistics in the verdict")[0]
-    assert f"{word} {judged(word)['meaning']}" in start
-    assert "p = 10^-41.2 after Holm over csu and match; log10 p = -41.25" in start
+    assert f"{word.replace('_', ' ')} {judged(word)['meaning']}" in start
+    assert "p = 10^-41.2 after Holm over csu and match" in start
     assert ("layers 0-2" in start) is (word == "related")
     assert "csu -41.75 1.78e-42 match 0 1" in page.text
     assert "csu agreement layer 0 -320.5 10^-320.5 csu agreement layer 1" in page.text
@@ -493,7 +493,7 @@ def test_the_midpoint_stands_once():
 
 def several():
     names = ("tuned", "b", "<i>c</i>")
-    verdicts = (judged(over_pairs_log10_p=-40.75), judged("undecided", -2.0), judged("independent", -0.0))
+    verdicts = (judged(over_pairs_log10_p=-40.75), judged("undecided", -2.0), judged("no_evidence", -0.0))
     pairs = zip(names, verdicts, strict=True)
     paths = {"non_aligned": result(7.0, curve=curve(5) | {"midpoint": 7.0, "barrier": 5.0, "groups": ["mlp"]})}
     found = {"mode": paths | {"aligned": None}, "csu": {"non_aligned": result(0.5, log10_p=-9.0), "aligned": None}}
@@ -502,9 +502,10 @@ def several():
 
 def test_summary_begins_each_pair_with_its_verdict():
     lines = summary(several()).splitlines()
-    assert lines[0] == "RELATED  model and tuned: one descends from the other"
+    assert lines[0] == "RELATED  model and tuned: not independent"
     assert lines[1] == "  csu, p = 10^-41.2 after Holm over csu and match; level 0.001; layers 0-2"
-    assert [line.split("  ")[0] for line in lines if line[:1].isupper()] == ["RELATED", "UNDECIDED", "INDEPENDENT"]
+    words = [line.split("  ")[0] for line in lines if line[:1].isupper()]
+    assert words == ["RELATED", "UNDECIDED", "NO EVIDENCE"]
     assert any(line.split() == ["tuned", "related", "csu", "-41.25", "-40.75", "layers", "0-2"] for line in lines)
     assert "after Holm over the 3 pairs" in " ".join(lines)
     assert max(map(len, lines)) <= 110
@@ -517,7 +518,7 @@ def test_family_page_links_each_pair_and_escapes():
     assert links == ["f/tuned.html", "f/b.html", "f/%3Ci%3E.html"]
     assert not page.tags & {"script", "i", "link"}
     assert "tuned related csu -41.25 -40.75 layers 0-2" in page.text
-    assert "independent csu 0" in page.text
+    assert "no evidence csu 0" in page.text
 
 
 def test_figure_of_a_family_shows_paths_and_p_values_of_those_that_have_them():

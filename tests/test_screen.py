@@ -69,7 +69,7 @@ def test_a_permuted_finetune_is_found_in_sampled_layers_alone():
 def test_independent_models_are_not_called_related_and_alignment_silences():
     result = Screen(0.7).compute(pair_of(BASE, OTHER))
     assert result.log10_p > -2
-    assert verdict({"screen": result}, 1e-3).verdict == "independent"
+    assert verdict({"screen": result}, 1e-3).verdict == "undecided"  # it has read a part only
     aligned = Screen(0.7).compute(pair_of(BASE, RELATED, aligned=True))
     assert aligned.log10_p is None
     assert "after alignment nothing has a null" in aligned.p_reason

@@ -114,15 +114,15 @@ def test_verdicts_are_by_holm_over_all_pairs_that_are_done():
         largest = max(largest, min(1.0, (len(p) - i) * x))
         expected.append(largest)
     assert [10**row.adjusted_log10_p for row in rows[:8]] == pytest.approx(expected)
-    assert [row.verdict for row in rows] == ["related", "undecided", "undecided", *["independent"] * 5, None, None]
+    assert [row.verdict for row in rows] == ["related", "undecided", "undecided", *["no_evidence"] * 5, None, None]
     assert [row.state for row in rows[8:]] == ["failed", "missing"]
 
 
-def test_a_pair_without_a_test_that_applies_is_undecided_and_adjusts_nobody():
+def test_a_pair_without_a_test_that_applies_is_said_to_be_not_testable_and_adjusts_nobody():
     plan = zoos.plan_of(["a", "b", "c"])
     records = {"a--b": zoos.record_of(None), "a--c": zoos.record_of(-3.5)}
     rows = zoos.rows_of(plan, records)
-    assert [row.verdict for row in rows] == ["undecided", "related", None]
+    assert [row.verdict for row in rows] == ["not_testable", "related", None]
     assert rows[1].adjusted_log10_p == pytest.approx(-3.5)
 
 

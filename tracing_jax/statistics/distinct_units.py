@@ -24,7 +24,7 @@ from scipy.stats import spearmanr
 
 from tracing_jax.rewrites import gain_offset
 from tracing_jax.sources import ParamSource
-from tracing_jax.tree import to_host
+from tracing_jax.tree import Tree, to_host
 
 COPY = 0.98
 """|cosine| of the rows of two units from which on they are copies: below that of rounding to 4 bits (about .995), and
@@ -107,7 +107,7 @@ def distinct_units(model: ParamSource, layer: int) -> DistinctUnits:
     )
 
 
-def _reading(projection: dict[str, Array], gain: Float[np.ndarray, " D"] | None) -> _Reading:
+def _reading(projection: Tree, gain: Float[np.ndarray, " D"] | None) -> _Reading:
     kernel, bias = jnp.asarray(projection["kernel"]), projection.get("bias")
     gains = np.ones(kernel.shape[0], np.float32) if gain is None else gain
     sketch = to_host(_sketch(kernel, _projection(kernel.shape[0]) * gains[:, None]))
@@ -138,7 +138,7 @@ def _groups(readings: list[_Reading]) -> Int[np.ndarray, " F"]:
 
 
 def _written(
-    down: Float[Array, "F D"],
+    down: Float[Array | np.ndarray, "F D"],
     group: Int[np.ndarray, " F"],
     first: Int[np.ndarray, " C"],
     up: _Reading,
@@ -172,12 +172,12 @@ def _projection(width: int) -> Float[np.ndarray, "D S"]:
 
 
 @jax.jit
-def _sketch(kernel: Float[Array, "D F"], projection: Float[Array, "D S"]) -> Float[Array, "F S"]:
+def _sketch(kernel: Float[Array, "D F"], projection: Float[np.ndarray | Array, "D S"]) -> Float[Array, "F S"]:
     return jnp.einsum("df,ds->fs", kernel.astype(jnp.float32), projection, precision="highest")
 
 
 @jax.jit
-def _norms(columns: Float[Array, "D F"]) -> Float[Array, " F"]:
+def _norms(columns: Float[Array | np.ndarray, "D F"]) -> Float[Array, " F"]:
     return jnp.sqrt(jnp.square(columns.astype(jnp.float32)).sum(axis=0))
 
 

@@ -146,7 +146,11 @@ def verdict(results: Mapping[str, Result], level: float, identical: Identity | N
     order = firm if word == "related" else adjusted
     statistic = min(order, key=lambda name: (order[name], bool(blind.get(name)), found[name].log10_p))
     least = math.log10(level)
-    reserved = {name: r.reservation for name, r in found.items() if r.reservation and adjusted[name] < least <= firm[name]}
+    reserved = {
+        name: result.reservation
+        for name, result in found.items()
+        if result.reservation and adjusted[name] < least <= firm[name]
+    }
     return Verdict(
         word,
         _meaning(word, level, identical, reasons, min(adjusted.values()), blind, reserved),

@@ -1,0 +1,109 @@
+"""Can an independent model be made to look related, without changing what it computes? False alarms under forgery.
+
+    python -m benchmarks.false_claims --zoo_dir=zoo --pairs=20
+
+Independently trained models of the zoo `tiny` are taken in pairs; every forgery of `forgeries.py` is made of each pair,
+and every test and the verdict computed. None of the pairs is related: every alarm is false. Models that share a
+tokenizer, a text and an architecture are the hard case.
+"""
+
+import collections
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from benchmarks.environment import OUT_DIR, ZOO_DIR, machine, use_all_cores
+from benchmarks.forgeries import forgeries, on_device, on_host
+from benchmarks.intervals import clopper_pearson
+from benchmarks.seeds import RECIPES, zoo
+from tracing_jax.data import paired_one_to_one
+from tracing_jax.record import write_json
+from tracing_jax.report import text_table
+from tracing_jax.sharding import Compute, make_mesh
+from tracing_jax.sources import InMemory
+from tracing_jax.statistics import Pair, Statistic, Vocabularies, hidden_by, verdict
+from tracing_jax.statistics.csh import Csh
+from tracing_jax.statistics.csu import Csu
+from tracing_jax.statistics.match import Match
+from tracing_jax.statistics.match_all import MatchAll
+from tracing_jax.statistics.match_moments import MatchMoments
+from tracing_jax.tree import Tree
+
+LEVEL = 1e-3
+STATISTICS: Mapping[str, Statistic] = {
+    "csu": Csu(), "csh": Csh(blocks=8, block_size=64), "match": Match(), "match_all": MatchAll(),
+    "match_moments": MatchMoments(),
+}  # fmt: skip
+
+_PAIRS = flags.DEFINE_integer("pairs", 20, "pairs of models, no model in two of them")
+_ROWS = flags.DEFINE_multi_string("rows", [], "only forgeries with these words in their name; all by default")
+
+
+def judge(base: InMemory, other: InMemory, blocks: np.ndarray, seed: int) -> dict[str, float | str]:
+    """Returns statistic -> log10 p of what decides, and `verdict` -> its word."""
+    ids = np.arange(base.arch.vocab_size, dtype=np.int32)
+    vocabularies = Vocabularies(True, ids, ids)
+    pair = Pair(base, other, vocabularies, blocks, Compute(make_mesh(), 32), seed,
+                blocks=paired_one_to_one(blocks, blocks))  # fmt: skip
+    found, results = {}, {}
+    for name, statistic in STATISTICS.items():
+        if statistic.not_applicable(base.arch, other.arch, vocabularies):
+            continue
+        result = statistic.compute(pair)
+        result = replace(result, blind_to=hidden_by(name, base.arch, other.arch))
+        results[name] = result
+        firm = result.log10_p if result.firm_log10_p is None else result.firm_log10_p
+        assert firm is not None
+        found[name] = firm
+    return found | {"verdict": verdict(results, LEVEL).verdict}
+
+
+def main(argv: list[str]) -> None:
+    """Measures, prints a table and writes it."""
+    del argv
+    use_all_cores()
+    models = zoo(RECIPES["tiny"], ZOO_DIR.value)
+    params, blocks = models.models(1.0), models.held_out
+    unused = _unused_tokens(blocks, models.arch.vocab_size)
+    alarms: dict[str, collections.Counter[str]] = {}
+    least: dict[str, float] = {}
+    named = {"none": lambda base, other, generator: (base, other), **forgeries(models.arch, unused)}
+    for name, forge in named.items():
+        if _ROWS.value and not any(word in name for word in _ROWS.value):
+            continue
+        counts = alarms.setdefault(name, collections.Counter())
+        for i in range(_PAIRS.value):
+            pair = [on_host(InMemory(models.arch, _member(params, 2 * i + side))) for side in (0, 1)]
+            forged = [on_device(m) for m in forge(pair[0], pair[1], np.random.default_rng([7, i]))]
+            found = judge(forged[0], forged[1], blocks, i)
+            counts[str(found["verdict"])] += 1
+            ps = {test: p for test, p in found.items() if not isinstance(p, str)}
+            counts.update(test for test, p in ps.items() if p < np.log10(LEVEL))
+            least[name] = min(least.get(name, 0.0), *ps.values())
+        print(name, dict(counts), flush=True)
+    columns = [*STATISTICS, "related"]
+    rows = [[name, *(counts[column] for column in columns), round(least[name], 1)] for name, counts in alarms.items()]
+    print(text_table(rows, ["forgery", *columns, "least log10 p"]))
+    made = len(alarms) * _PAIRS.value
+    related = sum(counts["related"] for counts in alarms.values())
+    print(f"{related} of {made} called related; {clopper_pearson(related, made)}; {machine()['summary']}")
+    out = Path(OUT_DIR.value)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "false_claims.json", {"machine": machine(), "pairs": _PAIRS.value, "rows": rows})
+
+
+def _member(params: Tree, index: int) -> Tree:
+    return jax.tree.map(lambda leaf: leaf[index], params)
+
+
+def _unused_tokens(blocks: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Returns up to 16 tokens that the held-out text does not have."""
+    return np.setdiff1d(np.arange(vocab_size), blocks)[:16]
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,219 @@
+"""What makes independent models look related without changing what they compute: habits of tools, and intent.
+
+Each forgery takes two models and a random generator, and returns both after it; their functions are kept. Models have
+a gated MLP, no biases, and weights in float32.
+
+Letters: F MLP units, D features, V tokens.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.optimize import linear_sum_assignment
+
+from tracing_jax.arch import Arch
+from tracing_jax.rewrites import GainSetting, Permutation, Rewrite, Rotation, gains_in
+from tracing_jax.sources import InMemory, in_memory, part, rewritten
+from tracing_jax.tree import Tree, flatten, map_named, unflatten
+
+Models = tuple[InMemory, InMemory]
+Forgery = Callable[[InMemory, InMemory, np.random.Generator], Models]
+
+_OUT = "down_proj"
+
+
+def sorted_units(by: str) -> Forgery:
+    """Returns the forgery that puts the units of every layer of both models in order of the norm of one projection.
+
+    Tools that prune or export models leave units in such an order.
+    """
+
+    def forge(base: InMemory, other: InMemory, generator: np.random.Generator) -> Models:
+        return tuple(_reordered(model, _by_norm(model, by)) for model in (base, other))  # type: ignore[return-value]
+
+    return forge
+
+
+def widened(copies: int) -> Forgery:
+    """Returns the forgery that copies each unit of both models, copies side by side and their outputs shared out.
+
+    Source: Chen, Goodfellow, Shlens 2016, Net2Net (arXiv 1511.05641).
+    """
+
+    def widen(model: InMemory) -> InMemory:
+        def leaf(name: str, weights: np.ndarray) -> np.ndarray:
+            if "/mlp/" not in name:
+                return weights
+            repeated = np.repeat(weights, copies, axis=0 if _OUT in name else 1)
+            return repeated / np.float32(copies) if _OUT in name else repeated
+
+        return InMemory(replace(model.arch, mlp_dim=copies * model.arch.mlp_dim), map_named(leaf, model.params))
+
+    return lambda base, other, generator: (widen(base), widen(other))
+
+
+def planted(count: int, output: float = 0.0, paired: bool = False) -> Forgery:
+    """Returns the forgery that adds units of base to the other model, at random places.
+
+    Args:
+      count: units of each layer, of which gate and up rows are copied.
+      output: the size of their down rows, as a share of the others'.
+      paired: whether each is added twice, with opposite down rows as large as the others'.
+    """
+
+    def forge(base: InMemory, other: InMemory, generator: np.random.Generator) -> Models:
+        F, D = base.arch.mlp_dim, base.arch.embed_dim
+        leaves, source = dict(flatten(other.params)), flatten(base.params)
+        for i in range(base.arch.num_layers):
+            taken = generator.permutation(F)[:count]
+            rows = generator.standard_normal((count, D)).astype(np.float32)
+            names = {name: f"layers/{i}/mlp/{name}_proj/kernel" for name in ("gate", "up", "down")}
+            rows *= np.linalg.norm(leaves[names["down"]], axis=1).mean() / np.sqrt(D) * (1.0 if paired else output)
+            order = generator.permutation(F + count * (2 if paired else 1))
+            for name in ("gate", "up"):
+                added = source[names[name]][:, taken]
+                columns = [leaves[names[name]], added, *([added] if paired else [])]
+                leaves[names[name]] = np.concatenate(columns, axis=1)[:, order]
+            leaves[names["down"]] = np.concatenate([leaves[names["down"]], rows, *([-rows] if paired else [])])[order]
+        width = F + count * (2 if paired else 1)
+        return base, InMemory(replace(other.arch, mlp_dim=width), unflatten(leaves))
+
+    return forge
+
+
+def ordered_like_base(read: str) -> Forgery:
+    """Returns the forgery that puts the other model's units in the order in which they resemble base's most."""
+
+    def forge(base: InMemory, other: InMemory, generator: np.random.Generator) -> Models:
+        orders = {}
+        for i in range(base.arch.num_layers):
+            ours, theirs = (np.asarray(m.layer(i)["mlp"][read]["kernel"]).T for m in (base, other))
+            orders[f"layers/{i}/mlp"] = _closest(ours, theirs)
+        return base, _reordered(other, orders)
+
+    return forge
+
+
+def features_like_base(base: InMemory, other: InMemory, generator: np.random.Generator) -> Models:
+    """Returns the models after the other's features were put in the order in which they resemble base's most."""
+    ours, theirs = (np.asarray(m.embed()["embedding"]).T for m in (base, other))
+    return base, _reordered(other, {"embed": _closest(ours, theirs)})
+
+
+def heads_like_base(base: InMemory, other: InMemory, generator: np.random.Generator) -> Models:
+    """Returns the models after the other's kv groups were put in the order in which their keys resemble base's most."""
+    orders = {}
+    for i in range(base.arch.num_layers):
+        ours, theirs = (np.asarray(m.layer(i)["attn"]["v_proj"]["kernel"]).swapaxes(0, 1) for m in (base, other))
+        orders[f"layers/{i}/kv_heads"] = _closest(ours.reshape(len(ours), -1), theirs.reshape(len(theirs), -1))
+    return base, _reordered(other, orders)
+
+
+def basis_like_base(base: InMemory, other: InMemory, generator: np.random.Generator) -> Models:
+    """Returns the models after the other's residual stream was rotated to bring its embeddings close to base's."""
+    ours, theirs = (np.asarray(m.embed()["embedding"], np.float64) for m in (base, other))
+    u, _, v = np.linalg.svd(ours.T @ theirs)
+    return base, _after(other, [Rotation(u @ v)])
+
+
+def gains_like_base(base: InMemory, other: InMemory, generator: np.random.Generator) -> Models:
+    """Returns the models after the other's norm gains were set to base's, which its matrices make up for."""
+    gains = gains_in(lambda prefix: flatten(part(base, prefix)), base.arch)
+    return base, _after(other, [GainSetting({name: np.where(gain == 0, 1.0, gain) for name, gain in gains.items()})])
+
+
+def tokens_copied(unused: Int[np.ndarray, " _"]) -> Forgery:
+    """Returns the forgery that gives the other model base's embeddings of tokens that no text has, in its own basis."""
+
+    def forge(base: InMemory, other: InMemory, generator: np.random.Generator) -> Models:
+        used = np.setdiff1d(np.arange(base.arch.vocab_size), unused)
+        leaves, source = dict(flatten(other.params)), flatten(base.params)
+        for name in ("embed/embedding", "head/lm_head/kernel"):
+            if name not in leaves:
+                continue
+            rows = partial(_rows, by_column="lm_head" in name)
+            ours, theirs = rows(source[name]).astype(np.float64), rows(leaves[name]).copy()
+            u, _, v = np.linalg.svd(ours[used].T @ theirs[used])
+            theirs[unused] = (ours[unused] @ u @ v).astype(np.float32)
+            leaves[name] = rows(theirs)
+        return base, InMemory(other.arch, unflatten(leaves))
+
+    return forge
+
+
+def on_one_grid(bits: int) -> Forgery:
+    """Returns the forgery that rounds both models to the same multiples; functions change as by any rounding."""
+
+    def forge(base: InMemory, other: InMemory, generator: np.random.Generator) -> Models:
+        scales = {name: np.abs(leaf).max() / 2 ** (bits - 1) for name, leaf in flatten(base.params).items()}
+
+        def leaf(name: str, weights: np.ndarray) -> np.ndarray:
+            return weights if weights.ndim < 2 else (np.round(weights / scales[name]) * scales[name]).astype(np.float32)
+
+        return tuple(InMemory(m.arch, map_named(leaf, m.params)) for m in (base, other))  # type: ignore[return-value]
+
+    return forge
+
+
+def forgeries(arch: Arch, unused: Int[np.ndarray, " _"]) -> Mapping[str, Forgery]:
+    """Returns the forgeries by name; `unused` are tokens that no text has."""
+    few, some, many = (max(2, arch.mlp_dim // share) for share in (8, 4, 2))
+    return {
+        **{f"units in order of {name}": sorted_units(f"{name}_proj") for name in ("gate", "up", "down")},
+        **{f"units copied, {n} each": widened(n) for n in (2, 4, 8)},
+        **{f"{n} dead units of the other": planted(n) for n in (few, some, many)},
+        f"{some} units of the other that cancel": planted(some, paired=True),
+        f"{some} nearly dead units of the other": planted(some, output=1e-3),
+        "units ordered like the other's, by up": ordered_like_base("up_proj"),
+        "units ordered like the other's, by gate": ordered_like_base("gate_proj"),
+        "features ordered like the other's": features_like_base,
+        "heads ordered like the other's": heads_like_base,
+        "basis turned to the other's": basis_like_base,
+        "gains of the other": gains_like_base,
+        f"{len(unused)} unused tokens of the other": tokens_copied(unused),
+        "both rounded to one grid of 4 bits": on_one_grid(4),
+    }
+
+
+def _by_norm(model: InMemory, by: str) -> dict[str, np.ndarray]:
+    orders = {}
+    for i in range(model.arch.num_layers):
+        kernel = np.asarray(model.layer(i)["mlp"][by]["kernel"])
+        orders[f"layers/{i}/mlp"] = np.argsort(-np.linalg.norm(kernel, axis=1 if by == _OUT else 0))
+    return orders
+
+
+def _closest(ours: Float[np.ndarray, "n d"], theirs: Float[np.ndarray, "n d"]) -> Int[np.ndarray, " n"]:
+    ours, theirs = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (ours, theirs))
+    return linear_sum_assignment(np.abs(ours @ theirs.T), maximize=True)[1]
+
+
+def _reordered(model: InMemory, orders: Mapping[str, np.ndarray]) -> InMemory:
+    return _after(model, [Permutation(orders)])
+
+
+def _after(model: InMemory, rewrites: list[Rewrite]) -> InMemory:
+    return in_memory(rewritten(model, rewrites))
+
+
+def _rows(kernel: np.ndarray, by_column: bool) -> np.ndarray:
+    return kernel.T if by_column else kernel
+
+
+def on_host(model: InMemory) -> InMemory:
+    """Returns a model with its weights in float32 arrays of numpy."""
+
+    def leaf(_: str, weights: Tree) -> np.ndarray:
+        return np.asarray(weights, np.float32)
+
+    return InMemory(model.arch, map_named(leaf, model.params))
+
+
+def on_device(model: InMemory) -> InMemory:
+    """Returns a model with its weights in jax arrays."""
+    return InMemory(model.arch, jax.tree.map(jnp.asarray, model.params))

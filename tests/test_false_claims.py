@@ -1,0 +1,148 @@
+"""What keeps a model's function cannot make it a relative of another: units that do nothing, copies, and orders."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from benchmarks.forgeries import forgeries, on_device, on_host, ordered_like_base, planted, sorted_units, widened
+from tracing_jax.data import paired_one_to_one
+from tracing_jax.forward import logits
+from tracing_jax.models import init_params
+from tracing_jax.sharding import Compute, make_mesh
+from tracing_jax.sources import InMemory
+from tracing_jax.statistics import Pair, Vocabularies
+from tracing_jax.statistics.csh import Csh
+from tracing_jax.statistics.csu import Csu
+from tracing_jax.statistics.distinct_units import distinct_units
+from tracing_jax.statistics.match import Match
+from tracing_jax.statistics.match_moments import MatchMoments
+
+F = 64
+ARCH = tiny.qwen3_gqa(num_layers=3, layer_ropes=(0,) * 3, layer_windows=(None,) * 3, mlp_dim=F)
+IDS = np.arange(61, dtype=np.int32)
+TOKENS = np.random.default_rng(0).integers(61, size=(8, 24), dtype=np.int32)
+BLOCKS = paired_one_to_one(TOKENS, TOKENS)
+TESTS = (Csu(), Csh(blocks=4, block_size=32), Match(), MatchMoments())
+
+
+def model(seed, noise=0.0, of=None):
+    """A random model with units of unequal size, or a noisy copy of one."""
+    rng = np.random.default_rng(seed)
+    if of is not None:
+        params = jax.tree.map(
+            lambda leaf: leaf + noise * leaf.std() * rng.standard_normal(leaf.shape).astype(np.float32), of.params
+        )
+        return InMemory(of.arch, params)
+    params = on_host(InMemory(ARCH, init_params(ARCH, jax.random.key(seed)))).params
+    for i in range(ARCH.num_layers):
+        size = np.exp(0.5 * rng.standard_normal(F)).astype(np.float32)
+        for name in ("gate_proj", "up_proj"):
+            params["layers"][str(i)]["mlp"][name]["kernel"] = params["layers"][str(i)]["mlp"][name]["kernel"] * size
+    return InMemory(ARCH, params)
+
+
+def predicted(model, tokens):
+    return logits(on_device(model), tokens)
+
+
+def firm_log10_p(statistic, base, other):
+    base, other = on_device(base), on_device(other)
+    pair = Pair(base, other, Vocabularies(True, IDS, IDS), TOKENS, Compute(make_mesh(), 8), 0, blocks=BLOCKS)
+    found = statistic.compute(pair)
+    return found.log10_p if found.firm_log10_p is None else found.firm_log10_p
+
+
+FORGERIES = forgeries(ARCH, IDS[-6:])
+
+
+@pytest.mark.parametrize("name", [name for name in FORGERIES if "rounded" not in name])
+def test_a_forgery_keeps_both_functions(name):
+    base, other = model(0), model(1)
+    for before, after in zip((base, other), FORGERIES[name](base, other, np.random.default_rng(0))):
+        tokens = TOKENS if "token" not in name else np.minimum(TOKENS, 54)  # those that stay as they were
+        moved = np.abs(predicted(after, tokens) - predicted(before, tokens))
+        if "token" in name:
+            moved = moved[..., :54]
+        assert moved.max() < (2e-2 if "nearly" in name else 2e-4)
+
+
+@pytest.mark.parametrize("statistic", TESTS, ids=lambda statistic: type(statistic).__name__)
+@pytest.mark.parametrize(
+    "forge",
+    [planted(32), planted(16, paired=True), planted(32, output=1e-3), widened(4), ordered_like_base("up_proj")],
+    ids=["dead", "cancelling", "nearly dead", "copied", "ordered"],
+)
+def test_no_forgery_makes_independent_models_related(statistic, forge):
+    for seed in range(3):
+        forged = forge(model(2 * seed), model(2 * seed + 1), np.random.default_rng(seed))
+        assert firm_log10_p(statistic, *forged) > -3
+
+
+KEPT = {"copied": widened(4), "sorted": sorted_units("up_proj")}
+MOVED = {"dead": planted(32), "cancelling": planted(16, paired=True)}  # at random places: no unit stays in its own
+
+
+@pytest.mark.parametrize(
+    ("statistic", "forge"),
+    [
+        pytest.param(statistic, forge, id=f"{name}-{type(statistic).__name__}")
+        for name, forge in (KEPT | MOVED).items()
+        for statistic in (TESTS if name in KEPT else TESTS[2:])
+    ],
+)
+def test_a_relative_is_found_all_the_same(statistic, forge):
+    base = model(0)
+    _, related = forge(model(5), model(0, 0.1, base), np.random.default_rng(0))
+    widened_too, _ = forge(base, base, np.random.default_rng(0))
+    assert firm_log10_p(statistic, widened_too, related) < -3
+
+
+def test_distinct_units_are_those_of_float64():
+    """Copies, scaled ones too, are merged; what writes nothing, alone or in sum, is left out."""
+    base = model(3)
+    mlp = {name: np.array(leaf["kernel"]) for name, leaf in base.layer(1)["mlp"].items()}
+    mlp["gate_proj"][:, 5], mlp["up_proj"][:, 5] = mlp["gate_proj"][:, 2], -3 * mlp["up_proj"][:, 2]  # a copy
+    mlp["gate_proj"][:, 9], mlp["up_proj"][:, 9] = mlp["gate_proj"][:, 7], 2 * mlp["up_proj"][:, 7]
+    mlp["down_proj"][9] = -mlp["down_proj"][7] / 2  # 7 and 9 cancel
+    mlp["down_proj"][20] = 0
+    mlp["up_proj"][:, 30] = 0
+    params = {**base.params, "layers": {**base.params["layers"]}}
+    params["layers"]["1"] = {**params["layers"]["1"], "mlp": {name: {"kernel": leaf} for name, leaf in mlp.items()}}
+    found = distinct_units(InMemory(ARCH, params), 1)
+    assert (found.copies, found.silent, found.total) == (2, 3, F)
+    assert sorted(set(range(F)) - set(found.kept)) == [5, 7, 9, 20, 30]
+
+
+@pytest.mark.parametrize("by", ["gate_proj", "up_proj", "down_proj"])
+def test_the_order_of_units_is_noticed_and_a_random_one_is_not(by):
+    """Two models in order leave no random order: rank correlation is then no evidence. One such model is no matter."""
+    base, other = model(0), model(1)
+    forged = sorted_units(by)(base, other, np.random.default_rng(0))
+    for i in range(ARCH.num_layers):
+        assert min(distinct_units(forged[0], i).order_p) < 1e-6
+        assert min(distinct_units(base, i).order_p) > 1e-3
+    vocabularies = Vocabularies(True, IDS, IDS)
+    compute = Compute(make_mesh(), 8)
+    both, one = (Csu().compute(Pair(*pair, vocabularies, TOKENS, compute, 0)) for pair in (forged, (base, forged[1])))
+    assert [test.decides for test in both.tests] == [False, True, False]
+    assert [test.decides for test in one.tests] == [True, True, False]
+    assert [premise["holds"] for premise in both.premises] == [False, False]
+    assert "rank correlation" in both.notes[-1]
+
+
+def test_a_gpt2_with_dead_units_of_another_is_not_its_relative():
+    arch = dataclasses.replace(tiny.gpt2(), mlp_dim=48)
+    base, other = (on_host(InMemory(arch, init_params(arch, jax.random.key(seed)))) for seed in (0, 1))
+    mlp = {name: dict(leaf) for name, leaf in other.params["layers"]["0"]["mlp"].items()}
+    source = base.params["layers"]["0"]["mlp"]
+    mlp["up_proj"]["kernel"] = mlp["up_proj"]["kernel"].copy()
+    mlp["up_proj"]["kernel"][:, :24] = source["up_proj"]["kernel"][:, :24]
+    mlp["down_proj"]["kernel"] = mlp["down_proj"]["kernel"].copy()
+    mlp["down_proj"]["kernel"][:24] = 0
+    layers = {**other.params["layers"], "0": {**other.params["layers"]["0"], "mlp": mlp}}
+    forged = InMemory(arch, {**other.params, "layers": layers})
+    assert distinct_units(forged, 0).silent == 24
+    assert firm_log10_p(Csu(), base, forged) > -3
