@@ -1,10 +1,10 @@
-r"""The default verdict: `csu`, which is exact, and `match`, which finds disguised models too. It needs no text.
+r"""The default verdict: all tests of bounded cost that apply, exact and calibrated ones. It needs no text.
 
     python main.py --config=configs/compare.py:demo
     python main.py --config=configs/compare.py --config.base_model_id=meta-llama/Llama-2-7b-hf \
         --config.ft_model_id=lmsys/vicuna-7b-v1.5
 
-`tracing-jax compare A B` is the same. With `--dataset=wikitext` `match` compares activations on that text as well.
+`tracing-jax compare A B` is the same. With `--dataset=wikitext` activations on that text are compared as well.
 
 Source: Zhu et al. 2025, Independence Tests for Language Models (arXiv 2502.12292).
 """

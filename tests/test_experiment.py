@@ -121,7 +121,11 @@ def test_every_statistic_and_perplexity_in_one_run_with_all_its_files(config_of)
         "ft loss",
         "time",
     ]
-    assert set(saved["non-aligned test stat"]) == set(statistic_names(("all",))) >= {"mode", "csu", "match", "jsd"}
+    assert (
+        set(saved["non-aligned test stat"])
+        == set(statistic_names(RunOptions(stat=("all",))))
+        >= {"mode", "csu", "match", "jsd"}
+    )
     assert saved["base loss"] == record["perplexity"]["base"]["perplexity"]
     assert saved["base loss"] == pytest.approx(np.exp(curves(record)[0]["loss"][0]), rel=1e-4)
     assert saved["ft loss"] == pytest.approx(np.exp(curves(record)[0]["end_loss_ft_own"]), rel=1e-4)

@@ -54,7 +54,7 @@ def test_a_model_pruned_in_depth_and_width_gives_back_its_layers_and_units():
         units = result.arrays[f"units of base {base} and ft {ft_layer}"]
         right = (kept[ft_layer][units[:, 1]] == units[:, 0]).sum()
         assert right >= 0.95 * 30
-    assert "3 of ft's 3 layers come from base's 5, in order" in result.layer_map["sentence"]
+    assert "3 of ft's 3 layers correspond to base's 5, in order" in result.layer_map["sentence"]
     assert "base's layers 1, 3 left no trace" in result.layer_map["sentence"]
     assert verdict({"match_all": result}, 1e-3).verdict == "related"
 
@@ -94,9 +94,9 @@ def test_the_map_in_words():
     found = LayerMap(((0, 0), (1, 1), (4, 2)), ((4, 3),), (2, 3), (4,))
     words = sentence(found, 5, 5, [(9, 10), (10, 10), (10, 10)])
     assert words == (
-        "3 of ft's 5 layers come from base's 5, in order (base 0-1 → ft 0-1, base 4 → ft 2); "
+        "3 of ft's 5 layers correspond to base's 5, in order (base 0-1 → ft 0-1, base 4 → ft 2); "
         "ft's layer 3 repeats base's 4; base's layers 2-3 left no trace; nothing of base resembles ft's layer 4; "
-        "in the matched layers 29 of 30 units were found again."
+        "in the matched layers 29 of 30 units agree."
     )
     assert ranges([3, 1, 2, 7]) == "layers 1-3, 7"
     assert ranges([5]) == "layer 5"

@@ -172,7 +172,7 @@ def test_measures_are_not_mixed_and_the_next_joins_what_one_leaves_apart():
     assert found == {
         frozenset("ab"): "divergence of predictions, nats per token",
         frozenset("cd"): "divergence of predictions, nats per token",
-        frozenset("bc"): "share of MLP units found again",
+        frozenset("bc"): "share of MLP units that agree",
     }
 
 

@@ -114,8 +114,8 @@ def trace(
     Example:
       >>> tj.trace("demo:base", "demo:independent").verdict
       'no_evidence'
-      >>> tj.trace("demo:base", "demo:independent", "csu").meaning
-      'nothing was found, and csu is blind to permuted units or features and a rotated residual stream: run match'
+      >>> tj.trace("demo:base", "demo:independent", "csu").verdict  # it would not see a permuted copy
+      'undecided'
       >>> tj.trace("demo:base", "demo:disguised", "match", match={"forms": "weights"}).verdict
       'related'
     """

@@ -198,8 +198,9 @@ class RunOptions:
 
     stat: tuple[str, ...] = _statistics(
         ("mode",),
-        "Statistics; all means every one but match_distilled and screen.",
-        choices=(*STATISTICS, "all"),
+        "Statistics. auto: the tests whose cost is bounded, those of activations where a text is named. all: every one "
+        "but match_distilled and screen.",
+        choices=(*STATISTICS, "auto", "all"),
     )
     level: float = _statistics(
         1e-3,
@@ -328,8 +329,8 @@ class RunOptions:
         )
 
 
-COMPARE = RunOptions(stat=("csu", "match"), dataset=None, save="runs/compare.p")
-"""The default verdict: tests that need no text. With a text `match` reads it too."""
+COMPARE = RunOptions(stat=("auto",), dataset=None, save="runs/compare.p")
+"""The default verdict: tests that need no text. With a text there are tests of activations too."""
 
 ALIGN = RunOptions(
     stat=("csu", "l2"), l2=L2(num_perm=0), dataset=None, align=True, align_axes=("auto",), save="runs/align.p"

@@ -32,8 +32,8 @@ def identical_tensors(base: Checkpoint, ft: Checkpoint) -> Identity:
 
 def _part(name: str) -> str:
     words = name.split("/")
-    if any("norm" in word for word in words):
-        return "norms"
+    if any("norm" in word for word in words) or words[-1] == "bias":
+        return "norms and biases, which start alike in all models"
     return next((_PARTS[word] for word in words if word in _PARTS), "other")
 
 

@@ -19,7 +19,7 @@ from tracing_jax.experiment.models import (
     shared_vocabulary,
 )
 from tracing_jax.experiment.text import RunText, read_text
-from tracing_jax.experiment.validation import RENAMING, make_statistics, text_readers
+from tracing_jax.experiment.validation import RENAMING, make_statistics, text_readers, without_needless
 from tracing_jax.options import RunOptions
 from tracing_jax.rewrites import Rewrite, arch_after, draw_rewrites
 from tracing_jax.statistics import Statistic, Vocabularies
@@ -72,7 +72,7 @@ def open_inputs(options: RunOptions) -> RunInputs:
     base, ft = open_models(options)
     disguise = _draw_disguise(options, ft)
     ft_arch = arch_after(disguise, ft.arch)
-    statistics = make_statistics(options)
+    statistics = without_needless(options, make_statistics(options), base.arch, ft_arch)
     needs_text = bool(text_readers(options, statistics))
     if lines := _option_problems(options, base, ft, needs_text):
         raise ConfigError("\n  ".join(["the config does not fit the models:", *lines]))

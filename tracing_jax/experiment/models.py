@@ -30,7 +30,7 @@ def resolve_model_id(model_id: str) -> str:
 
 def reads_part_only(options: RunOptions) -> bool:
     """Returns whether a small part of the weights is all that is asked for, so that the rest is better left unread."""
-    if set(statistic_names(options.stat)) - LIGHT:
+    if set(statistic_names(options)) - LIGHT:
         return False
     return not (options.align or options.eval or options.disguise or options.permute)
 

@@ -1,6 +1,6 @@
 """The options of a run: what can be checked before anything is read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +9,22 @@ import jax.numpy as jnp
 
 from tracing_jax import demo
 from tracing_jax.alignment import beyond_permutations, kind_problems
+from tracing_jax.arch import Arch
 from tracing_jax.axes import PERMUTABLE
 from tracing_jax.dataclass_options import ConfigError, problems
 from tracing_jax.options import RunOptions
 from tracing_jax.record import RunFiles, check_writable
 from tracing_jax.rewrites import Renaming
-from tracing_jax.statistics import COSTLY, LIGHT, REGISTRY, Statistic, make_statistic
+from tracing_jax.statistics import (
+    AUTO,
+    AUTO_BY_DEPTH,
+    AUTO_WITH_TEXT,
+    COSTLY,
+    LIGHT,
+    REGISTRY,
+    Statistic,
+    make_statistic,
+)
 
 DEMO = "demo:"
 """Prefix of model ids that name a member of the demo family."""
@@ -43,15 +53,36 @@ def check_options(options: RunOptions) -> None:
         raise ConfigError.of("the config cannot run:", lines)
 
 
-def statistic_names(stat: Sequence[str]) -> list[str]:
-    """Returns the names of statistics, each once; `all`: all statistics but the costly and the light ones."""
-    cheap = [name for name in REGISTRY if name not in COSTLY | LIGHT]
-    return list(dict.fromkeys(n for name in stat for n in (cheap if name == "all" else [name])))
+def statistic_names(options: RunOptions) -> list[str]:
+    """Returns the names of the statistics of a run, each once.
+
+    `all` stands for all statistics but the costly and the light ones. `auto` depends on whether a text is named, and on
+    nothing that is found in the models but their depths: the family of tests is fixed before anything is looked at.
+    """
+    with_text: tuple[str, ...] = AUTO_WITH_TEXT if has_text(options) else ()
+    stands_for = {
+        "all": [name for name in REGISTRY if name not in COSTLY | LIGHT],
+        "auto": [name for name in REGISTRY if name in (*AUTO, *with_text, AUTO_BY_DEPTH)],
+    }
+    return list(dict.fromkeys(n for name in options.stat for n in stands_for.get(name, [name])))
+
+
+def has_text(options: RunOptions) -> bool:
+    """Returns whether the options name a text."""
+    return bool(options.dataset or options.dataset_id)
+
+
+def without_needless(
+    options: RunOptions, statistics: dict[str, Statistic], base: Arch, ft: Arch
+) -> dict[str, Statistic]:
+    """Returns the statistics, for models of equal depth without the one that `auto` runs for others alone."""
+    needless = base.num_layers == ft.num_layers and AUTO_BY_DEPTH not in options.stat and "all" not in options.stat
+    return {name: s for name, s in statistics.items() if not (needless and name == AUTO_BY_DEPTH)}
 
 
 def make_statistics(options: RunOptions) -> dict[str, Statistic]:
     """Returns the statistics of a run by name; where no text is named, `match` and `match_all` by weights alone."""
-    if not (options.dataset or options.dataset_id):
+    if not has_text(options):
         weights = tuple(form for form in options.match.forms if form != "forward") or options.match.forms
         weights_all = tuple(form for form in options.match_all.forms if form != "forward") or options.match_all.forms
         options = replace(
@@ -59,7 +90,7 @@ def make_statistics(options: RunOptions) -> dict[str, Statistic]:
             match=replace(options.match, forms=weights),
             match_all=replace(options.match_all, forms=weights_all),
         )
-    return {name: make_statistic(name, options) for name in statistic_names(options.stat)}
+    return {name: make_statistic(name, options) for name in statistic_names(options)}
 
 
 def text_readers(options: RunOptions, statistics: Mapping[str, Statistic]) -> list[str]:
@@ -91,7 +122,7 @@ def _statistic_problems(options: RunOptions) -> list[str]:
     lines = [f"{name}.forms is empty: forward, weights or both" for name in ("match", "match_all")
              if not getattr(options, name).forms]  # fmt: skip
     readers = text_readers(options, make_statistics(options))
-    if readers and not (options.dataset or options.dataset_id):
+    if readers and not has_text(options):
         lines.append(
             f"neither dataset nor dataset_id is set, and {', '.join(readers)} cannot do without a text: a name such as "
             "wikitext, a local file, or a Hub id"

@@ -33,6 +33,16 @@ LIGHT = frozenset({"screen"})
 """Statistics that read a small part of the files: run only if named; a run of these alone reads no more."""
 
 
+AUTO = ("csu", "match", "match_moments")
+"""Tests that `auto` stands for: of bounded cost, and without a text."""
+
+AUTO_WITH_TEXT = ("csh",)
+"""Tests of activations, which `auto` runs beside those where a text is named; `match` then reads the text too."""
+
+AUTO_BY_DEPTH = "match_all"
+"""What `auto` runs besides where the models differ in depth, so that layers must be assigned first."""
+
+
 def make_statistic(name: str, options: RunOptions) -> Statistic:
     """Returns a statistic with the options of its section; fields that the section lacks are options of the run."""
     kind, section = REGISTRY[name], getattr(options, name)
@@ -41,6 +51,9 @@ def make_statistic(name: str, options: RunOptions) -> Statistic:
 
 
 __all__ = [
+    "AUTO",
+    "AUTO_BY_DEPTH",
+    "AUTO_WITH_TEXT",
     "COSTLY",
     "LIGHT",
     "REGISTRY",

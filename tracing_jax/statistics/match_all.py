@@ -191,7 +191,7 @@ class MatchAll(options.MatchAll):
         notes = [f"{form}: {note}" for form, null in nulls.items() for note in null.notes]
         return Result(
             headline=len(found.pairs) / num_ft,
-            label="layers of ft that come from a layer of base, share",
+            label="layers of ft that correspond to a layer of base, share",
             log10_p=bonferroni_log10(tests),
             tests=tests,
             null={form: null.as_dict() for form, null in nulls.items()},
@@ -304,10 +304,10 @@ def assign_layers(log_p: Float[np.ndarray, "L L2"], log_level: float) -> LayerMa
 def sentence(found: LayerMap, num_base: int, num_ft: int, kept: Sequence[tuple[int, int]]) -> str:
     """Returns the map as a sentence; `kept` has for each pair the numbers of matched units and of all of ft's units."""
     if not found.pairs:
-        return f"None of ft's {num_ft} layers resembles a layer of base beyond what independent models share."
+        return f"None of ft's {num_ft} layers corresponds to a layer of base beyond what independent models share."
     in_order = all(a[1] < b[1] for a, b in zip(found.pairs, found.pairs[1:]))
     words = [
-        f"{len(found.pairs)} of ft's {num_ft} layers come from base's {num_base}, "
+        f"{len(found.pairs)} of ft's {num_ft} layers correspond to base's {num_base}, "
         f"{'in order' if in_order else 'not in order'} ({_runs(found.pairs)})"
     ]
     if found.copies:
@@ -318,10 +318,10 @@ def sentence(found: LayerMap, num_base: int, num_ft: int, kept: Sequence[tuple[i
         words.append(f"nothing of base resembles ft's {ranges(found.unmatched_ft)}")
     share = [f"{k} of {h}" for k, h in kept]
     if len(set(share)) == 1:
-        words.append(f"in each matched layer {share[0]} units were found again")
+        words.append(f"in each matched layer {share[0]} units agree")
     else:
         total = sum(k for k, _ in kept), sum(h for _, h in kept)
-        words.append(f"in the matched layers {total[0]} of {total[1]} units were found again")
+        words.append(f"in the matched layers {total[0]} of {total[1]} units agree")
     return "; ".join(words) + "."
 
 

@@ -151,9 +151,10 @@ def verdict(results: Mapping[str, Result], level: float, identical: Identity | N
         for name, result in found.items()
         if result.reservation and adjusted[name] < least <= firm[name]
     }
+    hint = "" if "match" in deciding else ": run match, or auto"
     return Verdict(
         word,
-        _meaning(word, level, identical, reasons, min(adjusted.values()), blind, reserved),
+        _meaning(word, level, identical, reasons, min(adjusted.values()), blind, reserved, hint),
         level,
         EXPLANATIONS if word == "related" else (),
         statistic,
@@ -238,6 +239,7 @@ def _meaning(
     log10_p: float = 0.0,
     blind: Mapping[str, Sequence[str]] | None = None,
     reserved: Mapping[str, str] | None = None,
+    hint: str = "",
 ) -> str:
     """Returns the verdict in a sentence; of `undecided`, why."""
     if word == "identical":
@@ -259,8 +261,8 @@ def _meaning(
         return "evidence too weak to call at this level, and too strong to dismiss"
     if blind:
         cannot = "; ".join(f"{name} is blind to {' and '.join(rewrites)}" for name, rewrites in blind.items())
-        return f"nothing was found, and {cannot}: run match"
-    return "nothing was found, by tests whose power on such pairs has not been measured: run match"
+        return f"nothing was found, and {cannot}{hint}"
+    return f"nothing was found, by tests whose power on such pairs has not been measured{hint}"
 
 
 def _parts(

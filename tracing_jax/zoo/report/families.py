@@ -95,7 +95,7 @@ class Measure:
 COPY = Measure("divergence of predictions", lambda row: row.jsd if (row.jsd or 0.0) < SAME_FUNCTION else None)
 WEIGHTS = Measure("distance of weights", lambda row: row.l2 if row.in_place else None)
 PREDICTIONS = Measure("divergence of predictions, nats per token", lambda row: row.jsd)
-UNITS = Measure("share of MLP units found again", lambda row: row.units, -1)
+UNITS = Measure("share of MLP units that agree", lambda row: row.units, -1)
 EVIDENCE = Measure("log10 p after Holm", lambda row: row.adjusted_log10_p)
 
 MEASURES = (COPY, WEIGHTS, PREDICTIONS, UNITS, EVIDENCE)

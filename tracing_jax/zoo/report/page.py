@@ -27,7 +27,7 @@ from tracing_jax.zoo.report.rows import BINS, PairRow, Uniformity, in_words
 
 _OPEN_ROWS, _MOST_ROWS = 20, 500
 _NAMED_FAMILIES, _NAMES = 6, 90  # of the banner: so many families, and so many letters of each
-_HEADERS = ("pair", "verdict", "log10 p", "after Holm", "by", "divergence (nats)", "units found again")
+_HEADERS = ("pair", "verdict", "log10 p", "after Holm", "by", "divergence (nats)", "units that agree")
 _HEAT_TEXT = (
     "Hue: the verdict, by the p-value of the pair after Holm over all pairs that are done. Depth: log10 p of the pair. "
     "A model's name stands at the end of its row and above its column; families are framed.",

@@ -36,7 +36,7 @@ class PairRow:
       level: below which a pair is related.
       jsd: Jensen-Shannon divergence of the predictions, nats per token, in [0, ln 2].
       l2: mean Frobenius distance of the weights over tensors, without alignment.
-      units: share of the narrower models' MLP units that were found again in the other, in [0, 1].
+      units: share of the narrower models' MLP units that agree with units of the other, in [0, 1].
       in_place_log10_p: the smallest p-value of the statistics `IN_PLACE` on the pair.
       shapes: of base and of ft: layers, MLP units, tokens and so on.
       layer_map: which layer comes from which, if `match_all` ran.
@@ -147,7 +147,7 @@ def _field(record: Mapping[str, Any], statistic: str, field: str) -> Any:
 
 
 def _share_of_units(layer_map: Mapping[str, Any], shapes: tuple[Mapping[str, Any], Mapping[str, Any]]) -> float | None:
-    """Returns the share of all MLP units of the smaller model that the map of layers found again."""
+    """Returns the share of all MLP units of the smaller model that agree in the layers of the map."""
     sizes = [shape["num_layers"] * shape["mlp_dim"] for shape in shapes if shape]
     agreeing = sum(found["agreeing"] for found in layer_map["pairs"])
     return min(1.0, agreeing / min(sizes)) if sizes and min(sizes) else None
