@@ -8,7 +8,18 @@ from typing import Any, Literal
 from tracing_jax.statistics.pvalues import holm
 from tracing_jax.statistics.statistic import Result
 
-DECIDING = ("csu", "csh", "match", "match_all", "match_moments", "match_distilled", "screen")
+DECIDING = (
+    "csu",
+    "csh",
+    "match",
+    "match_all",
+    "match_moments",
+    "match_io",
+    "match_crossfit",
+    "match_heads",
+    "match_distilled",
+    "screen",
+)
 """Statistics whose p-values are exact, or calibrated against a measured null; only these enter the verdict."""
 
 UNDECIDED_BELOW = 0.05
