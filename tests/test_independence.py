@@ -46,6 +46,8 @@ from tracing_jax.statistics.jsd import Jsd
 from tracing_jax.statistics.l2 import L2, distances
 from tracing_jax.statistics.match import Match, form_tests
 from tracing_jax.statistics.match_all import MatchAll
+from tracing_jax.statistics.match_crossfit import MatchCrossfit
+from tracing_jax.statistics.match_io import MatchIo
 from tracing_jax.statistics.match_moments import MatchMoments
 from tracing_jax.statistics.mode import Mode, midpoint_losses
 from tracing_jax.statistics.perm_mode_l2 import PermModeL2
@@ -69,8 +71,8 @@ def finetuned(base, share=0.1):
 
 BASE = tiny.model(ARCH, 0)
 RELATED, OTHER = finetuned(BASE), tiny.model(ARCH, 1)
-TESTS = [Csu(), CsuAll(), Csh(blocks=4, block_size=32), Match(), MatchAll(), MatchMoments(), L2(num_perm=19),
-         PermModeL2(num_perm=19), Mode(num_perm=19, alphas=())]  # fmt: skip
+TESTS = [Csu(), CsuAll(), Csh(blocks=4, block_size=32), Match(), MatchAll(), MatchMoments(), MatchIo(),
+         MatchCrossfit(), L2(num_perm=19), PermModeL2(num_perm=19), Mode(num_perm=19, alphas=())]  # fmt: skip
 
 
 @pytest.mark.parametrize("statistic", TESTS, ids=lambda statistic: type(statistic).__name__)

@@ -123,6 +123,33 @@ class MatchMoments:
 
 
 @dataclass(frozen=True)
+class MatchIo:
+    """MLP units matched by what they read from shared tokens, and apart by what they write; no text; calibrated."""
+
+    max_tokens: int = option(2048, "The most shared tokens that units are matched by.", at_least=32)
+    units: int = option(1024, "The most units of each of base's layers that are looked for in ft's.", at_least=1)
+    control_tokens: int = option(
+        1024, "Tokens for each pair of layers that does not correspond, for the null.", at_least=32
+    )
+
+
+@dataclass(frozen=True)
+class MatchCrossfit:
+    """A rotation learnt from the MLPs of half of the layers; do rows of the other half agree? No text; calibrated."""
+
+    train_layers: int = option(4, "The most layers, evenly spread, that a rotation is learnt from.", at_least=1)
+    units: int = option(2048, "The most units of each of base's layers that are looked for in ft's.", at_least=1)
+    control_units: int = option(512, "Units of each pair of layers that does not correspond, for the null.", at_least=1)
+
+
+@dataclass(frozen=True)
+class MatchHeads:
+    """Query heads matched by how they attend to shared tokens, and apart by what they write; no text; calibrated."""
+
+    max_tokens: int = option(192, "The most shared tokens; time grows with their square.", at_least=32)
+
+
+@dataclass(frozen=True)
 class MatchDistilled:
     """Gated students of any FFNs (no gate, other width, experts) matched as in `match`; slow, not in `all`."""
 
@@ -163,8 +190,9 @@ class PermModeL2:
 
 STATISTICS: Mapping[str, type] = {
     "mode": Mode, "cos": Cos, "emb": Emb, "jsd": Jsd, "csu": Csu, "csu_all": CsuAll, "csh": Csh, "match": Match,
-    "match_all": MatchAll, "match_moments": MatchMoments, "match_distilled": MatchDistilled, "screen": Screen,
-    "l2": L2, "perm_mode_l2": PermModeL2,
+    "match_all": MatchAll, "match_moments": MatchMoments, "match_io": MatchIo, "match_crossfit": MatchCrossfit,
+    "match_heads": MatchHeads, "match_distilled": MatchDistilled, "screen": Screen, "l2": L2,
+    "perm_mode_l2": PermModeL2,
 }  # fmt: skip
 """Name of a statistic -> its section."""
 
@@ -269,6 +297,9 @@ class RunOptions:
     match: Match = Match()
     match_all: MatchAll = MatchAll()
     match_moments: MatchMoments = MatchMoments()
+    match_io: MatchIo = MatchIo()
+    match_crossfit: MatchCrossfit = MatchCrossfit()
+    match_heads: MatchHeads = MatchHeads()
     match_distilled: MatchDistilled = MatchDistilled()
     screen: Screen = Screen()
     l2: L2 = L2()

@@ -163,7 +163,8 @@ def verdict_facts(verdict: Mapping[str, Any]) -> dict[str, str]:
 
 def caveats(verdict: Mapping[str, Any]) -> dict[str, str]:
     """What a verdict can mean, its findings part by part, and what it does not rest on; empty texts where nothing."""
-    blind = verdict.get("blind_to") or {}
+    blind, limits = verdict.get("blind_to") or {}, verdict.get("limits") or {}
+    hidden_from = {name: [*blind.get(name, ()), *limits.get(name, ())] for name in {**blind, **limits}}
     parts = verdict.get("parts") or {}
     identical = verdict.get("identical")
     return {
@@ -173,7 +174,7 @@ def caveats(verdict: Mapping[str, Any]) -> dict[str, str]:
         ),
         "can mean": "; or ".join(verdict.get("explanations") or ()),
         "reserved": "; ".join(f"{name}: {why}" for name, why in (verdict.get("reservations") or {}).items()),
-        "not seen": "; ".join(f"by {name}: {' and '.join(hidden)}" for name, hidden in blind.items()),
+        "not seen": "; ".join(f"by {name}: {', '.join(hidden)}" for name, hidden in hidden_from.items()),
     }
 
 

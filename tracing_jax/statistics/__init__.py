@@ -11,7 +11,10 @@ from tracing_jax.statistics.jsd import Jsd
 from tracing_jax.statistics.l2 import L2
 from tracing_jax.statistics.match import Match
 from tracing_jax.statistics.match_all import MatchAll
+from tracing_jax.statistics.match_crossfit import MatchCrossfit
 from tracing_jax.statistics.match_distilled import MatchDistilled
+from tracing_jax.statistics.match_heads import MatchHeads
+from tracing_jax.statistics.match_io import MatchIo
 from tracing_jax.statistics.match_moments import MatchMoments
 from tracing_jax.statistics.mode import Mode
 from tracing_jax.statistics.perm_mode_l2 import PermModeL2
@@ -21,8 +24,9 @@ from tracing_jax.statistics.verdict import Identity, Verdict, hidden_by, over_pa
 
 REGISTRY: Mapping[str, Callable[..., Statistic]] = {
     "mode": Mode, "cos": Cos, "emb": Emb, "jsd": Jsd, "csu": Csu, "csu_all": CsuAll, "csh": Csh, "match": Match,
-    "match_all": MatchAll, "match_moments": MatchMoments, "match_distilled": MatchDistilled, "screen": Screen,
-    "l2": L2, "perm_mode_l2": PermModeL2,
+    "match_all": MatchAll, "match_moments": MatchMoments, "match_io": MatchIo, "match_crossfit": MatchCrossfit,
+    "match_heads": MatchHeads, "match_distilled": MatchDistilled, "screen": Screen, "l2": L2,
+    "perm_mode_l2": PermModeL2,
 }  # fmt: skip
 """Name -> class, whose fields are the options of the section of that name."""
 

@@ -11,15 +11,16 @@ Source: Gurnee et al. 2024, Universal Neurons in GPT2 Language Models (arXiv 240
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from scipy import special
 
-from tracing_jax.statistics.comparison import Comparison
+from tracing_jax.statistics.comparison import LN10, Comparison, one_test
 from tracing_jax.statistics.nulls import composite_agreement_log_sf, rank_log_sf
-from tracing_jax.statistics.statistic import QUANTILE_LEVELS, quantiles
+from tracing_jax.statistics.pvalues import bonferroni
+from tracing_jax.statistics.statistic import QUANTILE_LEVELS, Test, quantiles
 
 DEFAULT_ALLOWANCE = 0.05
 """The share of units that may agree by convergence if no control models are given: the upper end of what Gurnee et al.
@@ -184,3 +185,26 @@ def control_source(controls: int, sides: int) -> str:
     """Returns the source of an allowance measured on control models, compared with base alone or (`sides` 2) ft too."""
     against = "base and ft" if sides == 2 else "base"
     return f"control models ({controls}), each against {against}: upper bound for a new pair, at 1 - level / 10"
+
+
+def calibrated_test(
+    name: str,
+    log_ps: Sequence[float],
+    sizes: Sequence[float],
+    layers: Sequence[Comparison],
+    places: Sequence[str],
+    null: Null,
+) -> Test:
+    """Returns a calibrated test by Holm's minimum; firm is its p-value of the layers of an effect beyond the margin.
+
+    Args:
+      name: of the test.
+      log_ps: for each layer its calibrated log p-value.
+      sizes: for each layer the share of agreeing units, or the rank correlation.
+      layers: the comparisons.
+      places: the names of the layers.
+      null: what the p-values were calibrated by.
+    """
+    test = one_test(name, layers, log_ps, places, bonferroni, "Holm's minimum over layers")
+    firm = bonferroni([p if null.is_firm(i, size) else 0.0 for i, (p, size) in enumerate(zip(log_ps, sizes))])
+    return replace(test, firm_log10_p=firm / LN10, calibrated=True)

@@ -19,19 +19,18 @@ from tracing_jax.statistics.calibration import (
     DEFAULT_SOURCE,
     Null,
     agreement_effect,
+    calibrated_test,
     control_pairs,
     control_source,
     measured_allowance,
     null_of,
 )
 from tracing_jax.statistics.comparison import (
-    LN10,
     Comparison,
     against_each_other,
     bonferroni_log10,
     compare_layers,
     live_among,
-    one_test,
     reserved,
     share_agreeing,
     share_by_layer,
@@ -227,22 +226,10 @@ def form_tests(form: str, layers: Sequence[Comparison], null: Null) -> list[Test
     rank = [null.log_p_rank(i, found) for i, found in enumerate(layers)]
     shares = [found.agreeing / max(1, found.units) for found in layers]
     calibrated = [
-        _calibrated(f"{form}, agreement, calibrated", agreement, shares, layers, places, null),
-        _calibrated(f"{form}, rank correlation, calibrated", rank, [found.r for found in layers], layers, places, null),
+        calibrated_test(f"{form}, agreement, calibrated", agreement, shares, layers, places, null),
+        calibrated_test(
+            f"{form}, rank correlation, calibrated", rank, [found.r for found in layers], layers, places, null
+        ),
     ]
     parametric = tests_of(layers, places, bonferroni, how)
     return calibrated + [replace(test, name=f"{form}, {test.name}, parametric", decides=False) for test in parametric]
-
-
-def _calibrated(
-    name: str,
-    log_ps: Sequence[float],
-    sizes: Sequence[float],
-    layers: Sequence[Comparison],
-    places: Sequence[str],
-    null: Null,
-) -> Test:
-    """Returns a calibrated test; firm is its p-value of the layers in which the effect is beyond the margin."""
-    test = one_test(name, layers, log_ps, places, bonferroni, "Holm's minimum over layers")
-    firm = bonferroni([p if null.is_firm(i, size) else 0.0 for i, (p, size) in enumerate(zip(log_ps, sizes))])
-    return replace(test, firm_log10_p=firm / LN10, calibrated=True)

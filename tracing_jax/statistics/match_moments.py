@@ -165,7 +165,7 @@ def signatures(model: ParamSource, layers: Sequence[int], first: int = 0) -> Ite
     for i in range(first, model.arch.num_layers):
         rows = _unit_rows(model.layer(i), model.arch)
         live = np.isin(np.arange(len(rows["down"])), distinct_units(model, i).kept)
-        yield {side: (_signatures(rows[side], moments), live) for side in PROJECTIONS}
+        yield {side: (log_quadratic_forms(rows[side], moments), live) for side in PROJECTIONS}
 
 
 def signature_correlations(
@@ -195,7 +195,8 @@ def _unit_rows(layer: Tree, arch: Arch) -> dict[str, Float[Array, "F D"]]:
     }
 
 
-def _signatures(rows: Float[Array, "F D"], moments: Sequence[Float[Array, "D D"]]) -> Float[np.ndarray, "F M"]:
+def log_quadratic_forms(rows: Float[Array, "F D"], moments: Sequence[Float[Array, "D D"]]) -> Float[np.ndarray, "F M"]:
+    """Returns the logarithms of `w^T A w` for each row w and each moment A."""
     values = [np.asarray(_quadratic(rows, moment), np.float64) for moment in moments]
     return np.log(np.maximum(np.stack(values, axis=1), _TINY))
 

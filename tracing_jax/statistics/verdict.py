@@ -12,15 +12,27 @@ from tracing_jax.statistics.statistic import Result
 
 DECIDING: Mapping[str, str] = {
     "csu": "MLPs", "csh": "MLPs", "match": "MLPs", "match_all": "MLPs", "match_moments": "MLPs",
-    "match_distilled": "MLPs", "screen": "MLPs",
+    "match_io": "MLPs", "match_crossfit": "MLPs", "match_heads": "attention", "match_distilled": "MLPs",
+    "screen": "MLPs",
 }  # fmt: skip
 """Statistics whose p-values are exact, or calibrated against a measured null, and the part of the models that they
 compare. Only these enter the verdict."""
 
 HIDING: Mapping[str, Sequence[str]] = {
     "csu": ("permute", "rotate"), "csh": ("permute",), "match": (), "match_all": (), "match_moments": (),
+    "match_io": (), "match_crossfit": (), "match_heads": (),
 }  # fmt: skip
 """Statistics whose power has been measured (docs/power.md), and the rewrites that hide a relation from them."""
+
+LIMITS: Mapping[str, Sequence[str]] = {
+    "match": ("replaced embeddings with training after it",),
+    "match_all": ("replaced embeddings with training after it",),
+    "match_moments": ("merges in equal parts",),
+    "match_io": ("replaced embeddings", "MLPs trained anew"),
+    "match_crossfit": ("MLPs trained anew in most layers",),
+    "match_heads": ("replaced embeddings", "attention trained anew"),
+}
+"""What else hides a relation from a statistic: changes that are no rewrites, since they change the function too."""
 
 _REWRITES = {
     "permute": "permuted units or features",
@@ -83,6 +95,7 @@ class Verdict:
       evidence: the 20 places of smallest p-value in all statistics in `family`, not adjusted, smallest first.
       parts: part of the model -> its own finding: verdict, statistic, adjusted log10 p and effect.
       blind_to: statistic -> rewrites of these models that hide a relation from it.
+      limits: statistic -> other changes that hide a relation from it.
       sees_all_rewrites: whether a test of measured power ran that no rewrite of these models hides a relation from.
       reservations: statistic -> how else than by dependence its p-value can be small.
       not_applicable: statistic -> why it does not apply.
@@ -103,6 +116,7 @@ class Verdict:
     evidence: Sequence[Mapping[str, Any]] = ()
     parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     blind_to: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    limits: Mapping[str, Sequence[str]] = field(default_factory=dict)
     sees_all_rewrites: bool = False
     reservations: Mapping[str, str] = field(default_factory=dict)
     not_applicable: Mapping[str, str] = field(default_factory=dict)
@@ -167,6 +181,7 @@ def verdict(results: Mapping[str, Result], level: float, identical: Identity | N
         ranked_evidence(found)[:_EVIDENCE],
         _parts(found, adjusted, firm, level),
         blind,
+        {name: LIMITS[name] for name in found if name in LIMITS},
         sees_all,
         reserved,
         reasons,

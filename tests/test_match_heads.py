@@ -1,0 +1,150 @@
+"""`match_heads`: query heads by their QK and OV products on shared tokens; and the null of their agreement."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+import tiny
+from cases import slow
+from rewritten_pairs import IDS, agreeing, pair_of, pair_with_rewritten, related
+from scipy.optimize import linear_sum_assignment
+
+from tracing_jax.sources import InMemory
+from tracing_jax.statistics import Vocabularies, verdict
+from tracing_jax.statistics.head_null import grouped_agreement, heads_log_sf
+from tracing_jax.statistics.match_heads import MatchHeads
+
+DEEP = {"num_layers": 4, "layer_windows": (None,) * 4}
+GROUPED = tiny.llama_mha(**DEEP, layer_ropes=(0,) * 4, num_kv_heads=3, q_group=2, qkv_bias=False, o_bias=False)
+NORMED = tiny.qwen3_gqa(**DEEP, layer_ropes=(0,) * 4)
+UNGATED = tiny.gpt2(**DEEP)
+ARCHS = {"grouped": GROUPED, "normed": NORMED, "ungated": UNGATED}
+BASES = {name: tiny.model(arch, 0) for name, arch in ARCHS.items()}
+TEST = "attention and output, agreement, calibrated"
+
+
+@pytest.mark.parametrize("name", ARCHS)
+def test_a_relative_is_found_and_an_independent_model_is_not(name):
+    base = BASES[name]
+    found = MatchHeads().compute(pair_of(base, related(base, 0.1)))
+    assert verdict({"match_heads": found}, 1e-3).verdict == "related"
+    assert agreeing(found)[TEST] == [6] * 4
+    assert MatchHeads().compute(pair_of(base, tiny.model(base.arch, 1))).log10_p > -1
+    assert bool([note for note in found.notes if "approximate" in note]) == (name == "normed")
+
+
+@pytest.mark.parametrize(("name", "rewrite"), [
+    *[("grouped", name) for name in ("rename", "gains", "values", "queries", "rotate", "permute")],
+    ("ungated", "permute"), ("normed", "permute"),
+    *[slow("grouped", name) for name in ("units", "pad")], slow("ungated", "values"), slow("normed", "rotate"),
+])  # fmt: skip
+def test_no_rewrite_that_keeps_the_vocabulary_changes_it(name, rewrite):
+    base, ft = BASES[name], related(BASES[name], 0.4)
+    given, hidden = (MatchHeads().compute(pair) for pair in (pair_of(base, ft), pair_with_rewritten(base, ft, rewrite)))
+    assert agreeing(hidden) == agreeing(given)
+    assert sum(agreeing(given)[TEST]) > 12
+
+
+def test_mlps_play_no_part():
+    base = BASES["grouped"]
+    ft, other = related(base, 0.4), tiny.model(GROUPED, 1)
+    layers = {i: layer | {"mlp": other.params["layers"][i]["mlp"]} for i, layer in ft.params["layers"].items()}
+    changed = InMemory(GROUPED, ft.params | {"layers": layers})
+    assert MatchHeads().compute(pair_of(base, changed)) == MatchHeads().compute(pair_of(base, ft))
+
+
+def test_biases_of_queries_keys_and_values_do_not_matter():
+    base, ft = BASES["ungated"], related(BASES["ungated"], 0.4)
+    params = jax.tree.map(jnp.asarray, ft.params)
+    for layer in params["layers"].values():
+        for name in ("q_proj", "k_proj", "v_proj"):
+            layer["attn"][name]["bias"] = 3 * layer["attn"][name]["bias"] + 1
+    changed = InMemory(UNGATED, params)
+    assert MatchHeads().compute(pair_of(base, changed)) == MatchHeads().compute(pair_of(base, ft))
+
+
+def forms_of(model, layer):
+    """Returns the two forms of each of a GPT-2's heads, in float64."""
+    params, head, embedding = jax.tree.map(
+        lambda leaf: np.asarray(leaf, np.float64), (model.layer(layer), model.head(), model.embed()["embedding"])
+    )
+    tokens = []
+    for rows in (embedding, embedding * head["norm"]["scale"]):
+        rows = rows - rows.mean(1, keepdims=True)
+        rows = rows - rows.mean(0)
+        tokens.append(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+    read, written = tokens[0] * params["attn_norm"]["scale"], tokens[1]
+    forms = [[], []]
+    for h in range(6):
+        q, k, v = (params["attn"][f"{name}_proj"]["kernel"].reshape(24, 6, 4)[:, h] for name in "qkv")
+        o = params["attn"]["o_proj"]["kernel"].reshape(6, 4, 24)[h]
+        for form, product in zip(forms, (read @ q @ k.T @ read.T, written @ o.T @ v.T @ read.T)):
+            centred = product - product.mean(0) - product.mean(1, keepdims=True) + product.mean()
+            form.append(centred.ravel() / np.linalg.norm(centred))
+    return forms
+
+
+def test_counts_are_those_of_numpy():
+    base, ft = BASES["ungated"], related(BASES["ungated"], 1.8)
+    expected = []
+    for i in range(4):
+        attention, output = (
+            linear_sum_assignment(np.array(a) @ np.array(b).T, maximize=True)[1]
+            for a, b in zip(forms_of(base, i), forms_of(ft, i))
+        )
+        expected.append(int((attention == output).sum()))
+    assert agreeing(MatchHeads().compute(pair_of(base, ft)))[TEST] == expected
+    assert 0 < sum(expected) < 24
+
+
+def test_agreement_of_groups_is_that_of_all_permutations_that_keep_them():
+    counts = np.zeros(7)
+    for outer in itertools.permutations(range(3)):
+        for inner in itertools.product(itertools.permutations(range(2)), repeat=3):
+            counts[sum(outer[g] == g and inner[g][q] == q for g in range(3) for q in range(2))] += 1
+    np.testing.assert_allclose(grouped_agreement(3, 2), counts / counts.sum(), atol=1e-12)
+    for groups, queries in ((8, 1), (1, 8), (4, 7)):
+        probabilities = grouped_agreement(groups, queries)
+        k = np.arange(len(probabilities))
+        assert probabilities.sum() == pytest.approx(1)
+        assert (probabilities * k).sum() == pytest.approx(1)
+        assert (probabilities * k**2).sum() - 1 == pytest.approx(1 + (min(groups, queries) > 1))
+
+
+def test_the_null_is_the_sum_of_its_three_parts():
+    rng, draws, found = np.random.default_rng(0), 200_000, np.zeros(200_000, int)
+    for u in (0.05, 0.2):
+        found += rng.choice(7, size=draws, p=grouped_agreement(3, 2)) + rng.poisson(0.5, draws)
+        found += rng.binomial(6, u, draws)
+    for k in (1, 3, 6, 9):
+        low, high = scipy.stats.binomtest(int((found >= k).sum()), draws).proportion_ci(0.9999)
+        assert low < np.exp(heads_log_sf([k - 1, 1], 3, 2, (0.05, 0.2), 1.5)) < high
+    assert heads_log_sf([0, 0], 3, 2, (0.05, 0.2), 1.5) == 0.0
+    deep = heads_log_sf([32] * 32, 8, 4, [0.05] * 32, 1.0)
+    assert -1e4 < deep < -500
+
+
+def test_independent_models_agree_on_one_head_as_random_matchings_do():
+    models = [tiny.model(GROUPED, seed) for seed in range(12)]
+    counts = [agreeing(MatchHeads().compute(pair_of(*both)))[TEST] for both in zip(models[::2], models[1::2])]
+    assert 0.2 < np.mean(counts) < 2.2  # 24 layers of variance 2: four standard deviations are 1.2
+
+
+def test_control_models_set_the_allowance():
+    base = BASES["grouped"]
+    pair = pair_of(base, tiny.model(GROUPED, 1), controls=(tiny.model(GROUPED, 5),))
+    assert "control models (1)" in MatchHeads().compute(pair).null["attention and output"]["u from"]
+
+
+def test_what_does_not_apply_says_why():
+    none, same = (Vocabularies(True, ids, ids) for ids in (IDS[:3], IDS))
+    assert MatchHeads().not_applicable(GROUPED, NORMED, same) == []
+    assert MatchHeads().not_applicable(tiny.mixtral(), tiny.mixtral(), same) == []
+    assert "share 3 tokens" in MatchHeads().not_applicable(GROUPED, GROUPED, none)[0]
+    assert "see match_all" in MatchHeads().not_applicable(GROUPED, tiny.llama_mha(), same)[0]
+    single = tiny.llama_mha(num_kv_heads=1, q_group=1)
+    assert "base has one head" in MatchHeads().not_applicable(single, single, same)[0]
+    assert "replaced embeddings" in MatchHeads().blind_to(GROUPED, GROUPED)

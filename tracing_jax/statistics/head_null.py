@@ -1,0 +1,75 @@
+"""The null distribution of the number of heads on which two matchings of a layer's query heads agree."""
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+from scipy import special, stats
+
+
+def heads_log_sf(agreeing: Sequence[int], groups: int, queries: int, u: Sequence[float], lam: float) -> float:
+    """Returns the log probability that so many heads or more agree in all layers together.
+
+    In each layer the number of agreeing heads is the sum of three independent ones: of random matchings
+    (`grouped_agreement`), Poisson(lam - 1), and Binomial(groups * queries, u).
+
+    Args:
+      agreeing: the agreeing heads of each layer; only their sum counts.
+      groups: kv heads of a layer.
+      queries: query heads of each of them.
+      u: for each layer the share of heads that may agree by convergence.
+      lam: the mean number of heads of a layer that agree by chance, at least 1.
+    """
+    k, heads = sum(agreeing), groups * queries
+    if k <= 0:
+        return 0.0
+    total = np.zeros(1)
+    for share in u:
+        chance = stats.binom.logpmf(np.arange(heads + 1), heads, share)
+        if lam > 1:
+            more = np.append(stats.poisson.logpmf(np.arange(k), lam - 1), stats.poisson.logsf(k - 1, lam - 1))
+            chance = _log_convolved(chance, more, k)
+        total = _log_convolved(total, _log_convolved(chance, _log_grouped(groups, queries), k), k)
+    return float(min(0.0, total[k])) if len(total) > k else -np.inf
+
+
+def grouped_agreement(groups: int, queries: int) -> Float[np.ndarray, " k"]:
+    """Returns the probabilities that 0, 1, ... heads agree, if the queries of each kv head stay together.
+
+    Two independent uniform permutations of the groups agree on N of them; in each of these, two independent uniform
+    permutations of its queries agree on some. The mean is 1, as for free permutations of all heads, the variance
+    larger; with one query per group, or one group, both are the same.
+    """
+    return np.exp(_log_grouped(groups, queries))
+
+
+@functools.cache
+def _log_grouped(groups: int, queries: int) -> Float[np.ndarray, " k"]:
+    inner, outer = _log_rencontres(queries), _log_rencontres(groups)
+    total, power = np.full(groups * queries + 1, -np.inf), np.zeros(1)
+    for log_p in outer:
+        total[: len(power)] = np.logaddexp(total[: len(power)], log_p + power)
+        power = _log_convolved(power, inner)
+    return total
+
+
+def _log_rencontres(n: int) -> Float[np.ndarray, " k"]:
+    """Returns the log probabilities that a uniform permutation of n has 0, ..., n fixed points."""
+    fixed = np.arange(n + 1)
+    signs = np.cumsum((-1.0) ** fixed / special.factorial(fixed))[::-1]  # the share of derangements of the others
+    with np.errstate(divide="ignore"):
+        return np.log(np.maximum(signs, 0.0)) - special.gammaln(fixed + 1)
+
+
+def _log_convolved(
+    one: Float[np.ndarray, " n"], other: Float[np.ndarray, " m"], most: int | None = None
+) -> Float[np.ndarray, " k"]:
+    """Returns the log probabilities of the sum of two independent numbers; all of `most` or more in one at `most`."""
+    total = np.full(len(one) + len(other) - 1, -np.inf)
+    for at, log_p in enumerate(one):
+        span = slice(at, at + len(other))
+        total[span] = np.logaddexp(total[span], log_p + other)
+    if most is None or len(total) <= most:
+        return total
+    return np.append(total[:most], special.logsumexp(total[most:]))

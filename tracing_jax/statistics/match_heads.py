@@ -1,0 +1,202 @@
+"""`match_heads`: do the matchings of query heads, by how they attend to tokens and by what they write, agree?"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from tqdm import tqdm
+
+from tracing_jax import options
+from tracing_jax.arch import Arch
+from tracing_jax.rewrites import gain_offset
+from tracing_jax.sources import ParamSource
+from tracing_jax.statistics.agreement import Compared, agreements, nulls_of
+from tracing_jax.statistics.calibration import BY_CONVERGENCE, MARGIN, Null
+from tracing_jax.statistics.comparison import (
+    Comparison,
+    bonferroni_log10,
+    one_test,
+    reserved,
+    share_agreeing,
+    share_by_layer,
+)
+from tracing_jax.statistics.distinct_units import SILENT
+from tracing_jax.statistics.head_null import heads_log_sf
+from tracing_jax.statistics.mlp_rows import gain_of, unit_length
+from tracing_jax.statistics.shared_tokens import TokenRows, token_rows, tokens_not_applicable
+from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies, depths_not_applicable
+from tracing_jax.tree import Tree
+
+Forms = Mapping[str, Float[np.ndarray, "heads S2"]]
+"""`attention`, `output` -> the form of each query head over pairs of tokens, centred both ways, of length one."""
+
+_PAIRS = [("attention", "output")]
+_NAME = "attention and output"
+_LEAVES = ("attn", "attn_norm", "attn_post_norm")
+_SUM = "agreement summed over layers"
+_MOST_CONTROLS = 256
+
+
+@dataclass(frozen=True)
+class MatchHeads(options.MatchHeads):
+    """Unconstrained test on attention: do the matchings of heads by their QK and by their OV products agree?
+
+    A query head has two forms on shared tokens: `A = E W_Q^T W_K E^T`, how each token attends to each other at one
+    position, and `B = W_U W_O W_V E^T`, what it then writes to the head of the model. E are the input embeddings, W_U
+    the rows of the head with the gain of the final norm, both centred over the tokens and of length one; query, key and
+    value have the gain of the norm before them. The heads of layers of equal index are matched by A and apart by B, and
+    agreement is summed over all layers.
+
+    The null is calibrated as in `calibration.py`; its chance part is the agreement of random matchings that keep the
+    queries of a kv head together, which is more variable than that of free ones (`head_null`). The number of heads
+    bounds how small the p-value can be.
+
+    Unchanged under every rewrite of the residual stream, permutations of kv heads and of the queries of one, mixing of
+    values, and maps of queries and keys that commute with RoPE. MLPs do not enter. Costs less than reading the weights.
+
+    Attributes:
+      level: of the verdict; the allowance that control models give is a bound for it.
+
+    Source: ours. The products are the QK and OV circuits of Elhage et al. 2021, A Mathematical Framework for
+    Transformer Circuits.
+    """
+
+    level: float = options.RunOptions.level
+
+    needs_tokens: ClassVar[bool] = False
+
+    def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
+        """Returns reasons why heads of layers of equal index cannot be matched; empty if they can."""
+        lines = depths_not_applicable(base, ft, "see match_all") + tokens_not_applicable(vocabularies)
+        for side, arch in (("base", base), ("ft", ft)):
+            if arch.num_kv_heads * arch.q_group < 2:
+                lines.append(f"{side} has one head per layer: there is nothing to match")
+        return lines
+
+    def compute(self, pair: Pair) -> Result:
+        """Returns the calibrated and the parametric test; no forward pass."""
+        compared = self._compared(pair, "pair")
+        null = nulls_of(compared, pair, self._compared, self.level)[_NAME]
+        layers = compared.of(_NAME)[0]
+        tests = _tests(layers, null, groups_of(pair.base.arch, pair.ft.arch))
+        notes = [*null.notes]
+        if pair.base.arch.qk_norm or pair.ft.arch.qk_norm:
+            notes.append(
+                "queries and keys are normalised in each head: their product is approximate on centred embeddings"
+            )
+        return Result(
+            headline=share_agreeing(layers),
+            label="heads on which attention and output agree, share",
+            log10_p=bonferroni_log10(tests),
+            tests=tests,
+            null={_NAME: null.as_dict()},
+            per_layer=share_by_layer(layers),
+            notes=notes,
+            effect=_effect(layers),
+            **reserved(tests, BY_CONVERGENCE),
+        ).for_pair(pair)
+
+    def _compared(self, pair: Pair, name: str) -> Compared:
+        """Returns the agreement of the heads of each layer, and of control pairs of layers."""
+        tokens = [
+            _directions(side) for side in token_rows(pair, self.max_tokens, "match_heads")
+        ]  # fmt: skip
+        bar = tqdm(range(pair.base.arch.num_layers), desc="match_heads", unit="layer", disable=None)
+        forms = [tuple(head_forms(model, i, own) for model, own in zip((pair.base, pair.ft), tokens)) for i in bar]
+
+        def compare(i: int, j: int) -> dict[str, Comparison]:
+            ours, theirs = forms[i][0], forms[j][1]
+            found = {side: ours[side] @ theirs[side].T for side in ours}
+            return agreements(found, _PAIRS, pair, ("match_heads", name, i, j))
+
+        places = control_places(len(forms), pair.generator("match_heads", "controls"))
+        return Compared([compare(i, i) for i in range(len(forms))], [compare(i, j) for i, j in places])
+
+
+def _effect(layers: Sequence[Comparison]) -> str:
+    return (
+        f"{sum(c.agreeing for c in layers)} of {sum(c.units for c in layers)} heads agree; in 11 pairs of independent "
+        "models of 24 heads 2 to 7 did (docs/nulls.md)"
+    )
+
+
+def control_places(num_layers: int, generator: np.random.Generator) -> list[tuple[int, int]]:
+    """Returns up to 256 pairs of different layers: a layer has few heads, so that few layers tell little of chance."""
+    every = [(i, j) for i in range(num_layers) for j in range(num_layers) if i != j]
+    return [every[at] for at in generator.permutation(len(every))[:_MOST_CONTROLS]]
+
+
+def groups_of(base: Arch, ft: Arch) -> tuple[int, int]:
+    """Returns the number of kv heads and of queries in each, as few kv heads as either model has."""
+    K, heads = min(base.num_kv_heads, ft.num_kv_heads), min(a.num_kv_heads * a.q_group for a in (base, ft))
+    return K, -(-heads // K)
+
+
+def head_forms(model: ParamSource, layer: int, tokens: TokenRows) -> Forms:
+    """Returns the two forms of every query head of a layer, heads in the order of kv heads and queries.
+
+    A head that writes next to nothing could be another model's, planted: its output is zero, so that it takes no part.
+    """
+    params, arch = model.layer(layer, _LEAVES), model.arch
+    before, after = gain_of(params, "attn_norm", arch), gain_of(params, "attn_post_norm", arch)
+    kernels = {name: jnp.asarray(params["attn"][f"{name}_proj"]["kernel"], jnp.float32) for name in "qkvo"}
+    read, effect = tokens.read * before, tokens.effect * after
+    queries, keys = (jnp.tensordot(read, kernels[name], 1, precision="highest") for name in "qk")
+    queries, keys = _normalised(queries, params["attn"], "q", arch), _normalised(keys, params["attn"], "k", arch)
+    values = jnp.tensordot(read, kernels["v"], 1, precision="highest")
+    outputs = jnp.einsum("sd,kghd->skgh", effect, kernels["o"], precision="highest")
+    attention, output = _form(queries, keys), _form(outputs, values)
+    written = np.linalg.norm(output, axis=1)
+    silent = written <= SILENT * np.median(written)
+    output[silent] = 0.0
+    return {"attention": np.asarray(unit_length(attention)), "output": np.asarray(unit_length(output))}
+
+
+def _directions(tokens: TokenRows) -> TokenRows:
+    """Returns the rows centred over the tokens and scaled to length one."""
+    return TokenRows(*(unit_length(side - side.mean(axis=0)) for side in tokens))
+
+
+def _normalised(heads: Array, attn: Tree, name: str, arch: Arch) -> Array:
+    """Returns queries `[S, K, G, H]` or keys `[S, K, H]` after their norm, if the model has one."""
+    if arch.qk_norm is None:
+        return heads
+    axes = (-1,) if arch.qk_norm == "head" else tuple(range(1, heads.ndim))
+    length = jnp.sqrt(jnp.square(heads).mean(axes, keepdims=True))
+    gain = jnp.asarray(attn[f"{name}_norm"]["scale"], jnp.float32) + gain_offset(arch)
+    return jnp.where(length > 0, heads / jnp.where(length > 0, length, 1.0), 0.0) * gain
+
+
+def _form(ours: Float[Array, "S K G H"], theirs: Float[Array, "S K H"]) -> Float[np.ndarray, "heads S2"]:
+    K, G = ours.shape[1:3]
+    return np.array(_centred_products(ours, theirs)).reshape(K * G, -1)
+
+
+@jax.jit
+def _centred_products(ours: Float[Array, "S K G H"], theirs: Float[Array, "T K H"]) -> Float[Array, "K G S*T"]:
+    ours, theirs = ours - ours.mean(axis=0), theirs - theirs.mean(axis=0)
+    products = jnp.einsum("skgh,tkh->kgst", ours, theirs, precision="highest")
+    return products.reshape(*products.shape[:2], -1)
+
+
+def _tests(layers: Sequence[Comparison], null: Null, groups: tuple[int, int]) -> list[Test]:
+    """Returns the calibrated test, which enters the verdict, and one without allowance and controls."""
+    places = [f"layer {i}" for i in range(len(layers))]
+    tests = []
+    for name, u, lam in (("calibrated", null.u, null.lam), ("parametric", [0.0] * len(layers), 1.0)):
+        single = [heads_log_sf([found.agreeing], *groups, [share], lam) for found, share in zip(layers, u)]
+        total = heads_log_sf([found.agreeing for found in layers], *groups, u, lam)
+        combine = functools.partial(_constant, total)
+        test = one_test(f"{_NAME}, agreement, {name}", layers, single, places, combine, _SUM)
+        tests.append(replace(test, decides=name == "calibrated"))
+    firm = tests[0].log10_p if share_agreeing(layers) > MARGIN * max(null.u) else 0.0
+    return [replace(tests[0], firm_log10_p=firm, calibrated=True), *tests[1:]]
+
+
+def _constant(value: float, _: object) -> float:
+    return value

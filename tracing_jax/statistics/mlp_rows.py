@@ -1,0 +1,47 @@
+"""What the units of an MLP read and write, one row of weights each, in a form that rewrites change together."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from tracing_jax.arch import Arch
+from tracing_jax.rewrites import gain_offset
+from tracing_jax.tree import Tree
+
+MLP_LEAVES = ("mlp/gate_proj/kernel", "mlp/up_proj/kernel", "mlp/down_proj/kernel", "mlp_norm", "mlp_post_norm")
+"""The leaves of a layer that `mlp_rows` needs."""
+
+Rows = dict[str, Float[Array, "F D"]]
+"""`gate` (if the MLP has one), `up`, `down` -> a row for each unit."""
+
+
+def mlp_rows(layer: Tree, arch: Arch) -> Rows:
+    """Returns what each unit reads (gate and up rows) and writes (down rows), float32.
+
+    Rows that read have the gain of the norm before the MLP, rows that write that of the norm after it, if there are
+    such norms. Where the norms subtract the mean over the features, nothing reads it: it is subtracted from all rows.
+    """
+    mlp, before, after = layer["mlp"], gain_of(layer, "mlp_norm", arch), gain_of(layer, "mlp_post_norm", arch)
+    rows = {"gate": mlp["gate_proj"]["kernel"].T * before} if arch.gated else {}
+    rows |= {"up": mlp["up_proj"]["kernel"].T * before, "down": mlp["down_proj"]["kernel"] * after}
+    return {name: without_mean(jnp.asarray(side, jnp.float32), arch) for name, side in rows.items()}
+
+
+def gain_of(tree: Tree, norm: str, arch: Arch) -> Float[Array, " D"] | float:
+    """Returns the gain of a norm of a layer or of the head, float32; 1 if it has none."""
+    scale: Mapping[str, Array] = tree.get(norm, {})
+    return jnp.asarray(scale["scale"], jnp.float32) + gain_offset(arch) if "scale" in scale else 1.0
+
+
+def without_mean(rows: Float[Array, "... D"], arch: Arch) -> Float[Array, "... D"]:
+    """Returns the rows without their mean over the features if the norms of the model subtract it, else as they are."""
+    return rows - rows.mean(axis=-1, keepdims=True) if arch.norm.startswith("layer_norm") else rows
+
+
+@jax.jit
+def unit_length(rows: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """Returns the rows scaled to length one; zero rows stay zero."""
+    length = jnp.linalg.norm(rows, axis=-1, keepdims=True)
+    return jnp.where(length > 0, rows / jnp.where(length > 0, length, 1.0), 0.0)

@@ -1,0 +1,42 @@
+"""What the shared tokens of two models read and write: their rows of the input embedding and of the head."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from tracing_jax.sources import ParamSource
+from tracing_jax.statistics.mlp_rows import gain_of, without_mean
+from tracing_jax.statistics.statistic import Pair, Vocabularies
+
+FEW_TOKENS = 32
+"""Fewer shared tokens than this tell units apart too badly."""
+
+
+class TokenRows(NamedTuple):
+    """Rows of the input embedding, and rows of the head with the gain of the final norm; float32."""
+
+    read: Float[Array, "S D"]
+    effect: Float[Array, "S D"]
+
+
+def tokens_not_applicable(vocabularies: Vocabularies) -> list[str]:
+    """Returns the reason why shared tokens cannot be used; empty if they can."""
+    found = len(vocabularies.ids_base)
+    return [] if found >= FEW_TOKENS else [f"the vocabularies share {found} tokens, {FEW_TOKENS} are needed"]
+
+
+def token_rows(pair: Pair, most: int, name: str) -> tuple[TokenRows, TokenRows]:
+    """Returns the rows of base and of ft of the same shared tokens, at most so many, drawn from the seed of the run."""
+    ids = pair.vocabularies.ids_base, pair.vocabularies.ids_ft
+    drawn = np.sort(pair.generator(name, "tokens").permutation(len(ids[0]))[:most])
+    return _rows(pair.base, ids[0][drawn]), _rows(pair.ft, ids[1][drawn])
+
+
+def _rows(model: ParamSource, ids: Int[np.ndarray, " S"]) -> TokenRows:
+    arch, table, head = model.arch, model.embed()["embedding"], model.head()
+    written = table[ids] if arch.tied else head["lm_head"]["kernel"][:, ids].T
+    read = jnp.asarray(table[ids], jnp.float32)
+    effect = jnp.asarray(written, jnp.float32) * gain_of(head, "norm", arch)
+    return TokenRows(without_mean(read, arch), without_mean(effect, arch))

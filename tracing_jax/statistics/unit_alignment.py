@@ -1,0 +1,169 @@
+"""The rotation of the residual stream between two models, learnt from the weights of their MLP units alone.
+
+Units are paired by signatures that no rotation changes. The rotation that brings the paired rows closest (orthogonal
+Procrustes problem) then gives better pairs, these a better rotation, and so on.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from tracing_jax.arch import Arch
+from tracing_jax.matching import UnitMatching, match_units
+from tracing_jax.statistics.match_moments import log_quadratic_forms, signature_correlations
+from tracing_jax.statistics.mlp_rows import Rows, mlp_rows, unit_length
+from tracing_jax.tree import Tree
+
+_MOST_ROUNDS, _LEAST_ROUNDS = 9, 5
+_SETTLED = 1e-4
+"""The relative gain of the objective, below which more rounds change nothing."""
+
+
+@dataclass(frozen=True)
+class Units:
+    """The MLP units of a layer.
+
+    Attributes:
+      rows: `gate` (if there is one), `up`, `down` -> a row of length one for each unit.
+      live: units none of whose rows is zero.
+      weight: the product of the lengths of a unit's rows, over its mean: what a unit adds to the output of the layer
+        grows with it, and no scaling of its rows that keeps the function changes it.
+    """
+
+    rows: Rows
+    live: Bool[np.ndarray, " F"]
+    weight: Float[np.ndarray, " F"]
+
+    def some(self, which: Int[np.ndarray, " U"]) -> "Units":
+        """Returns some of the units."""
+        return Units({name: side[which] for name, side in self.rows.items()}, self.live[which], self.weight[which])
+
+
+def units_of(layer: Tree, arch: Arch) -> Units:
+    """Returns the units of a layer."""
+    rows = mlp_rows(layer, arch)
+    lengths = np.prod([np.linalg.norm(np.asarray(side, np.float64), axis=1) for side in rows.values()], axis=0)
+    live = lengths > 0
+    weight = lengths / max(lengths.mean(), np.finfo(np.float64).tiny)
+    return Units({name: unit_length(side) for name, side in rows.items()}, live, weight)
+
+
+def weighted_moments(units: Units) -> list[Float[Array, "D D"]]:
+    """Returns the second moment of each kind of rows, every unit with its weight.
+
+    Without weights, units that add next to nothing to the output could be planted to move the moments.
+    """
+    weight = jnp.asarray(units.weight / units.weight.sum(), jnp.float32)
+    return [_moment(side, weight) for side in units.rows.values()]
+
+
+def learn_rotation(
+    base: Sequence[Units],
+    ft: Sequence[Units],
+    moments: tuple[Sequence[Array], Sequence[Array]],
+    generator: np.random.Generator,
+) -> Float[Array, "D2 D"]:
+    """Returns the orthogonal R for which ft's rows, times R, are closest to those of base's units in these layers.
+
+    Of models of unequal width R maps the narrower one's features into those of the other.
+
+    The first pairs are those of `signature_correlations`. Of the pairs of all layers the better half counts, each with
+    its weight: at first their first kind of rows, whose sign is fixed, then all, up and down with a common sign.
+
+    Args:
+      base: layers of base.
+      ft: the layers of ft that correspond.
+      moments: of base and of ft, for the signatures, in the same order.
+      generator: draws the orders in which units are matched.
+    """
+    signed = [[_signature(layer, own) for layer in side] for side, own in zip((base, ft), moments)]
+    scores = [jnp.asarray(signature_correlations(*both)) for both in zip(*signed)]
+    pairs = [match_units(np.asarray(score), generator) for score in scores]
+    first = next(iter(base[0].rows))
+    rotation, objective = _procrustes(base, ft, pairs, scores, (first,), None), -np.inf
+    for done in range(1, _MOST_ROUNDS + 1):
+        scores = [_row_scores(ours, theirs, rotation) for ours, theirs in zip(base, ft)]
+        pairs = [match_units(np.asarray(score), generator) for score in scores]
+        total = sum(float(np.asarray(score)[found.base, found.ft].sum()) for score, found in zip(scores, pairs))
+        rotation, gain = _procrustes(base, ft, pairs, scores, tuple(base[0].rows), rotation), total - objective
+        objective = total
+        if done >= _LEAST_ROUNDS and gain < _SETTLED * abs(total):
+            break
+    return rotation
+
+
+def row_cosines(base: Units, ft: Units, rotation: Float[Array, "D2 D"]) -> dict[str, Float[Array, "F F2"]]:
+    """Returns for each kind of rows the cosines of base's with ft's, rotated."""
+    return {name: _cosines(base.rows[name], ft.rows[name], rotation) for name in base.rows}
+
+
+def _signature(units: Units, moments: Sequence[Array]) -> tuple[Float[np.ndarray, "F M"], np.ndarray]:
+    found = [log_quadratic_forms(side, moments) for side in units.rows.values()]
+    return np.concatenate(found, axis=1), units.live
+
+
+def _row_scores(base: Units, ft: Units, rotation: Float[Array, "D2 D"]) -> Float[Array, "F F2"]:
+    """Returns `cos(gate) + |cos(up) + cos(down)|`, and 0 for dead units; without a gate the sign is not free."""
+    found = row_cosines(base, ft, rotation)
+    both = found["up"] + found["down"]
+    score = found["gate"] + jnp.abs(both) if "gate" in found else both
+    return jnp.where(base.live[:, None] & ft.live[None, :], score, 0.0)
+
+
+def _procrustes(
+    base: Sequence[Units],
+    ft: Sequence[Units],
+    pairs: Sequence[UnitMatching],
+    scores: Sequence[Array],
+    names: Sequence[str],
+    rotation: Float[Array, "D2 D"] | None,
+) -> Float[Array, "D2 D"]:
+    total = jnp.zeros(tuple([next(iter(side[0].rows.values())).shape[1] for side in (ft, base)]))
+    for ours, theirs, found, better in zip(base, ft, pairs, _better_half(pairs, scores)):
+        one, other = ours.some(found.base), theirs.some(found.ft)
+        weight = better * np.sqrt(one.weight * other.weight)  # zeros, not fewer pairs: each number of pairs compiles
+        sign = np.ones(len(weight)) if rotation is None else _signs(one, other, rotation)
+        for name in names:
+            factor = jnp.asarray(weight if name == "gate" else weight * sign, jnp.float32)
+            total = total + _cross(other.rows[name], one.rows[name], factor)
+    left, _, right = jnp.linalg.svd(total, full_matrices=False)
+    return jnp.einsum("de,ef->df", left, right, precision="highest")
+
+
+def _better_half(pairs: Sequence[UnitMatching], scores: Sequence[Array]) -> list[Bool[np.ndarray, " P"]]:
+    """Returns for each layer which pairs of units have a score of at least the median of all layers' pairs."""
+    own = [np.asarray(score)[found.base, found.ft] for score, found in zip(scores, pairs)]
+    least = np.median(np.concatenate(own))
+    return [values >= least for values in own]
+
+
+def _signs(one: Units, other: Units, rotation: Float[Array, "D2 D"]) -> np.ndarray:
+    """Returns the common sign of up and down rows of each pair of units of a gated MLP; else 1."""
+    if "gate" not in one.rows:
+        return np.ones(len(one.live))
+    both = sum(_paired_cosines(one.rows[name], other.rows[name], rotation) for name in ("up", "down"))
+    return np.where(np.asarray(both) < 0, -1.0, 1.0)
+
+
+@jax.jit
+def _moment(rows: Float[Array, "F D"], weight: Float[Array, " F"]) -> Float[Array, "D D"]:
+    return jnp.einsum("fd,fe->de", rows * weight[:, None], rows, precision="highest")
+
+
+@jax.jit
+def _cross(theirs: Float[Array, "P D2"], ours: Float[Array, "P D"], factor: Float[Array, " P"]) -> Float[Array, "D2 D"]:
+    return jnp.einsum("pd,pe->de", theirs * factor[:, None], ours, precision="highest")
+
+
+@jax.jit
+def _cosines(ours: Float[Array, "F D"], theirs: Float[Array, "F2 D2"], rotation: Float[Array, "D2 D"]) -> Array:
+    return jnp.einsum("fd,gd->fg", ours, jnp.dot(theirs, rotation, precision="highest"), precision="highest")
+
+
+@jax.jit
+def _paired_cosines(ours: Float[Array, "P D"], theirs: Float[Array, "P D2"], rotation: Float[Array, "D2 D"]) -> Array:
+    return (ours * jnp.dot(theirs, rotation, precision="highest")).sum(axis=1)
