@@ -129,7 +129,7 @@ def measure(arch: Arch, models: Models, num_pairs: int, description: str) -> dic
 def log_p_values(pair: Pair) -> Iterator[tuple[tuple[str, str], list[float]]]:
     """Yields (statistic, test) and the natural log p-values of the layers and of all together."""
     for name, statistic in STATISTICS.items():
-        rank, agreement = statistic.compute(pair).tests
+        rank, agreement = statistic.compute(pair).tests[:2]
         assert rank.log10_ps is not None
         assert rank.log10_p is not None
         yield (name, TESTS[0]), [math.log(10) * log10_p for log10_p in (*rank.log10_ps, rank.log10_p)]

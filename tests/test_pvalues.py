@@ -18,6 +18,7 @@ from tracing_jax.statistics.nulls import (
     agreement_log_sf,
     composite_agreement_log_sf,
     randomised_agreement_log_p,
+    rank_log_sf,
     spearman,
     spearman_log_sf,
 )
@@ -127,13 +128,42 @@ def test_student_tail_rises_with_the_distance_and_is_floored(h):
     assert all(is_log_p(tail) for tail in tails)
 
 
-@pytest.mark.parametrize("h", [2, 9, 10, 2000])
+@pytest.mark.parametrize("h", [2, 9, 64, 2000])
 def test_spearman_of_equal_and_of_reversed_matchings(h):
     p = np.random.default_rng(h).permutation(h)
     same, opposite = spearman(p, p), spearman(p, h - 1 - p)
     assert (same.r, opposite.r) == (1, -1)
     assert same.log_p == pytest.approx(-math.lgamma(h + 1), rel=1e-14)
     assert opposite.log_p == 0
+
+
+@pytest.mark.parametrize("h", [10, 12])
+def test_rank_correlation_of_few_units_is_no_smaller_than_its_exact_tail(h):
+    """By the exact counts of all permutations, from a walk over sets of used indices; the t tail alone is too small."""
+    counts = {0: {0: 1}}
+    for i in range(h):
+        following = {}
+        for used, sums in counts.items():
+            for j in (j for j in range(h) if not used >> j & 1):
+                to = following.setdefault(used | 1 << j, {})
+                for total, number in sums.items():
+                    to[total + (i - j) ** 2] = to.get(total + (i - j) ** 2, 0) + number
+        counts = following
+    ((_, sums),) = counts.items()
+    tails, below = [], 0
+    for total in sorted(sums):
+        below += sums[total]
+        exact = below / math.factorial(h)
+        if 1e-4 < exact < 0.04:
+            tails.append((total, exact))
+    found = [math.exp(rank_log_sf(6 * total / (h * (h * h - 1)), h)) for total, _ in tails]
+    by_t = [math.exp(spearman_log_sf(6 * total / (h * (h * h - 1)), h)) for total, _ in tails]
+    exact = np.array([tail for _, tail in tails])
+    spread = 4 * np.sqrt(exact / 200_000) + 1e-5
+    assert (np.array(found) > exact - spread).all()
+    assert (np.array(found) < 1.15 * exact + spread).all()
+    at = np.abs(exact - 1e-3).argmin()
+    assert by_t[at] < 0.85 * exact[at]  # 1e-3 is 1.4e-3 at 10 units
 
 
 @settings(deadline=None)

@@ -86,14 +86,14 @@ def test_p_values_of_independent_models_are_uniform(broken):
                 for layer in params["layers"].values():
                     up = layer["mlp"]["up_proj"]
                     up["kernel"] = up["kernel"].at[:, 32:].set(0)
-        result = Screen(0.25).compute(pair_of(InMemory(arch, base), InMemory(arch, ft), seed=i))
+        result = Screen(0.7).compute(pair_of(InMemory(arch, base), InMemory(arch, ft), seed=i))
         (rank,) = [test for test in result.tests if test.name == "units in place, rank correlation"]
         ps += [log_p for log_p, units in zip(rank.log10_ps, rank.values["units"]) if units > 7]
     assert len(ps) > 150
     assert scipy.stats.kstest(10.0 ** np.array(ps), "uniform").pvalue > 0.01
 
 
-@pytest.mark.parametrize("share", [0.08, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
 def test_a_plan_stays_within_its_share(share):
     result = Screen(share).compute(pair_of(BASE, RELATED))
     assert all(0 < fact["share"] <= share for fact in result.read.values())
@@ -157,7 +157,7 @@ def test_files_give_what_memory_gives_and_little_of_them_is_read(folders):
     from_files = Screen(0.7).compute(Pair(*map(PrefetchingSource, counted), *fields))
     from_memory = Screen(0.7).compute(Pair(*map(in_memory, checkpoints), *fields))
     assert from_files.log10_p == pytest.approx(from_memory.log10_p, rel=1e-6)
-    assert len(from_files.tests) == 6
+    assert len(from_files.tests) == 7
     for checkpoint, read in zip(counted, from_files.read.values()):
         assert checkpoint.tensors.bytes == read["bytes"]
         assert 0 < read["bytes"] <= 0.7 * checkpoint.num_bytes

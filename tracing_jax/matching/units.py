@@ -66,6 +66,9 @@ def match_units(
       [1, 0]
     """
     rows, columns = (generator.permutation(units) for units in live or live_units(similarity))
+    if not (len(rows) and len(columns)):
+        none = np.zeros(0, np.int32)
+        return UnitMatching(none, none, len(rows), len(columns))
     if len(rows) <= len(columns):
         base, ft = rows, columns[assign(row_reducer(similarity, rows, columns, absolute))]
         order = np.argsort(base)

@@ -142,23 +142,43 @@ def measured_allowance(
       level: of the verdict; the bound has a confidence of 1 - level / 10.
       least: what it is at least, if there are fewer than `FEWEST_CONTROLS` such pairs.
     """
-    return [_predicted_share([c for c in layer if c.units], level / 10, least) for layer in zip(*by_control)]
+    by_layer = [[c for c in layer if c.units] for layer in zip(*by_control)]
+    spread = _spread(by_layer)
+    return [_predicted_share(layer, level / 10, least, spread) for layer in by_layer]
 
 
-def _predicted_share(found: Sequence[Comparison], alpha: float, least: float) -> float:
+def _spread(by_layer: Sequence[Sequence[Comparison]]) -> tuple[float, int]:
+    """Returns the standard deviation of transformed shares around their layer's mean, and its degrees of freedom.
+
+    It is at least that of counts with a common share.
+    """
+    deviations = [roots - roots.mean() for found in by_layer if len(roots := _roots(found))]
+    freedom = sum(len(d) - 1 for d in deviations)
+    if not freedom:
+        return 0.0, 0
+    least = 0.5 / math.sqrt(min(c.units for found in by_layer for c in found))
+    return max(least, math.sqrt(sum(float(d @ d) for d in deviations) / freedom)), freedom
+
+
+def _roots(found: Sequence[Comparison]) -> np.ndarray:
+    """Returns the arcsines of the roots of the shares, whose variance does not depend on the share."""
+    return np.array([math.asin(math.sqrt((c.agreeing + 0.375) / (c.units + 0.75))) for c in found])
+
+
+def _predicted_share(found: Sequence[Comparison], alpha: float, least: float, spread: tuple[float, int]) -> float:
     """Returns the upper bound, at confidence 1 - alpha, on the share of agreeing units in one more pair of models.
 
     The greater of two: that of Clopper and Pearson on the greatest share seen, and the prediction bound for a new value
-    of the shares, transformed to equal variance by the arcsine of their roots and taken as normal. Of fewer than two
-    pairs there is no second one.
+    of the transformed shares, taken as normal, with a spread that all layers have in common. Of a single pair there is
+    no second one.
     """
     bounds = [upper_share(c.agreeing, c.units, alpha) for c in found]
-    if len(found) >= 2:
-        roots = np.array([math.asin(math.sqrt((c.agreeing + 0.375) / (c.units + 0.75))) for c in found])
-        spread = max(float(roots.std(ddof=1)), 0.5 / math.sqrt(min(c.units for c in found)))
-        n = len(found)
-        bound = float(roots.mean()) + float(special.stdtrit(n - 1, 1 - alpha)) * spread * math.sqrt(1 + 1 / n)
-        bounds.append(math.sin(min(bound, math.pi / 2)) ** 2)
+    deviation, freedom = spread
+    if found and freedom:
+        known = freedom >= FEWEST_CONTROLS - 1  # of fewer, Student's quantile bounds nothing, but the default does
+        quantile = float(special.stdtrit(freedom, 1 - alpha) if known else special.ndtri(1 - alpha))
+        margin = quantile * deviation * math.sqrt(1 + 1 / len(found))
+        bounds.append(math.sin(min(float(_roots(found).mean()) + margin, math.pi / 2)) ** 2)
     if len(found) < FEWEST_CONTROLS:
         bounds.append(least)
     return min(max(bounds, default=least), 1.0 - 1e-9)

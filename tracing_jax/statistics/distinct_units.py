@@ -75,6 +75,13 @@ class _Reading:
 
     sketch: Float[np.ndarray, "F S"]
     norms: Float[np.ndarray, " F"]
+    with_bias: Float[np.ndarray, "F S"] | None = None
+    """Random features of rows and biases, where there are any: copies are equal with and without them."""
+
+    def likeness(self, units: slice, before: slice) -> Float[np.ndarray, "f g"]:
+        """Returns the absolute cosine of some units with some others, the smaller of that with and without bias."""
+        sides = [self.sketch, *([] if self.with_bias is None else [self.with_bias])]
+        return np.minimum.reduce([np.abs(side[units] @ side[before].T) for side in sides])
 
 
 def distinct_units(model: ParamSource, layer: int) -> DistinctUnits:
@@ -112,12 +119,11 @@ def _reading(projection: Tree, gain: Float[np.ndarray, " D"] | None) -> _Reading
     gains = np.ones(kernel.shape[0], np.float32) if gain is None else gain
     sketch = to_host(_sketch(kernel, _projection(kernel.shape[0]) * gains[:, None]))
     norms = to_host(_norms(kernel * gains[:, None]))
+    with_bias = None
     if bias is not None:  # a feature more, of which all rows read 1
-        extra = np.asarray(bias, np.float32)
-        sketch = sketch + extra[:, None] * np.random.default_rng(0).standard_normal(_SKETCH).astype(np.float32)
-        norms = np.hypot(norms, extra)
-    length = np.linalg.norm(sketch, axis=1, keepdims=True)
-    return _Reading(sketch / np.where(length == 0, 1, length), norms)
+        direction = np.random.default_rng(0).standard_normal(_SKETCH).astype(np.float32)
+        with_bias = _unit_length(sketch + np.asarray(bias, np.float32)[:, None] * direction)
+    return _Reading(_unit_length(sketch), norms, with_bias)
 
 
 def _groups(readings: list[_Reading]) -> Int[np.ndarray, " F"]:
@@ -129,7 +135,7 @@ def _groups(readings: list[_Reading]) -> Int[np.ndarray, " F"]:
     nearest, similar = np.zeros(F, np.int64), np.zeros(F)
     for start in range(0, F, _BLOCK):
         stop = min(start + _BLOCK, F)
-        alike = np.minimum.reduce([np.abs(r.sketch[start:stop] @ r.sketch[:stop].T) for r in readings])
+        alike = np.minimum.reduce([r.likeness(slice(start, stop), slice(0, stop)) for r in readings])
         alike[np.arange(start, stop)[:, None] <= np.arange(stop)] = 0.0  # only those before it
         nearest[start:stop], similar[start:stop] = alike.argmax(axis=1), alike.max(axis=1)
     copies = np.flatnonzero(similar >= COPY)
@@ -164,6 +170,11 @@ def _written(
         np.add.at(total, group[in_groups], rows)
         written = np.where(np.bincount(group) > 1, np.linalg.norm(total, axis=1), written)
     return written * up.norms[first]
+
+
+def _unit_length(rows: Float[np.ndarray, "F S"]) -> Float[np.ndarray, "F S"]:
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(length == 0, 1, length)
 
 
 @functools.cache

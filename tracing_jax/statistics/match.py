@@ -224,12 +224,10 @@ def form_tests(form: str, layers: Sequence[Comparison], null: Null) -> list[Test
     how = "Holm's minimum over layers"
     agreement = [null.log_p_agreement(i, found) for i, found in enumerate(layers)]
     rank = [null.log_p_rank(i, found) for i, found in enumerate(layers)]
-    shares = [found.agreeing / max(1, found.units) for found in layers]
+    shares, rs = [found.agreeing / max(1, found.units) for found in layers], [found.r for found in layers]
     calibrated = [
         calibrated_test(f"{form}, agreement, calibrated", agreement, shares, layers, places, null),
-        calibrated_test(
-            f"{form}, rank correlation, calibrated", rank, [found.r for found in layers], layers, places, null
-        ),
+        calibrated_test(f"{form}, rank correlation, calibrated", rank, rs, layers, places, null),
     ]
     parametric = tests_of(layers, places, bonferroni, how)
     return calibrated + [replace(test, name=f"{form}, {test.name}, parametric", decides=False) for test in parametric]

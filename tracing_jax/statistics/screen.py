@@ -12,7 +12,7 @@ from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.axes import axis_table
 from tracing_jax.forward import correlate, embedding_activations
-from tracing_jax.sources import Submodel
+from tracing_jax.sources import InMemory, ParamSource, Submodel
 from tracing_jax.statistics.calibration import (
     BY_CONVERGENCE,
     DEFAULT_ALLOWANCE,
@@ -43,6 +43,7 @@ from tracing_jax.statistics.csu import unit_rows
 from tracing_jax.statistics.distinct_units import DistinctUnits, distinct_units
 from tracing_jax.statistics.match import TAPS, compare_taps, form_tests, gates_not_applicable
 from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies, depths_not_applicable
+from tracing_jax.tree import Tree
 
 _UP = "mlp/up_proj/kernel"
 _IN_PLACE = 0.25
@@ -145,7 +146,7 @@ def _in_place(plan: ScreenPlan, pair: Pair, read: Mapping[str, list[int]]) -> It
         rows: list[Any] = []
         units: list[DistinctUnits] = []
         for side, model in (("base", pair.base), ("ft", pair.ft)):
-            sampled = Submodel(model, (i,), run, none, read[side])
+            sampled = _mlps_of(Submodel(model, (i,), run, none, read[side]))
             rows.append(unit_rows(sampled.layer(0, (_UP,)), "up_proj"))
             units.append(distinct_units(sampled, 0))
         yield in_place(similarities(*rows), (units[0], units[1]), pair.generator("screen", i))
@@ -157,20 +158,34 @@ def _sampled_layers(plan: ScreenPlan, pair: Pair, read: Mapping[str, list[int]])
     first = int(pair.generator("screen", "tokens").integers(num_shared - plan.tokens + 1))
     tokens = [ids[first : first + plan.tokens] for ids in (pair.vocabularies.ids_base, pair.vocabularies.ids_ft)]
     start = int(pair.generator("screen", "match units").integers(pair.base.arch.mlp_dim - plan.match_units + 1))
-    base = Submodel(pair.base, plan.layers, slice(start, start + plan.match_units), tokens[0], read["base"])
-    ft = Submodel(pair.ft, plan.layers, None, tokens[1], read["ft"])
-    ids = np.arange(plan.tokens, dtype=np.int32)
-    kept = [by_tap for _, by_tap in embedding_activations(base, ids, TAPS, "screen: base's sampled layers")]
+    run = slice(start, start + plan.match_units)
+    ours = list(_activations_of(plan, pair.base, run, tokens[0], read["base"], "screen: base's sampled layers"))
     compared: dict[tuple[int, int], Comparison] = {}
-    units = [distinct_units(base, i) for i in range(len(plan.layers))]
-    for j, others in embedding_activations(ft, ids, TAPS, "screen: ft's sampled layers"):
-        units_ft = distinct_units(ft, j)
-        for i, by_tap in enumerate(kept):
+    theirs = _activations_of(plan, pair.ft, None, tokens[1], read["ft"], "screen: ft's sampled layers")
+    for j, (others, units_ft) in enumerate(theirs):
+        for i, (by_tap, units) in enumerate(ours):
             similarity = {tap: correlate(by_tap[tap], others[tap]) for tap in TAPS}
-            compared[i, j] = compare_taps(similarity, pair, ("screen", "match", i, j), (units[i], units_ft))
+            compared[i, j] = compare_taps(similarity, pair, ("screen", "match", i, j), (units, units_ft))
     controls = [c for (i, j), c in compared.items() if i != j]
     null = null_of(controls, [DEFAULT_ALLOWANCE] * len(plan.layers), DEFAULT_SOURCE)
     return [compared[i, i] for i in range(len(plan.layers))], null
+
+
+def _activations_of(
+    plan: ScreenPlan, model: ParamSource, units: slice | None, tokens: np.ndarray, read: list[int], description: str
+) -> Iterator[tuple[Mapping[str, np.ndarray], DistinctUnits]]:
+    """Yields for each sampled layer the activations of its units on the tokens' embeddings, and which are distinct."""
+    embed = Submodel(model, (), units, tokens, read).embed()
+    ids = np.arange(plan.tokens, dtype=np.int32)
+    for layer in tqdm(plan.layers, desc=description, unit="layer", disable=None):
+        one = _mlps_of(Submodel(model, (layer,), units, tokens, read), embed)
+        for _, by_tap in embedding_activations(one, ids, TAPS):
+            yield by_tap, distinct_units(one, 0)
+
+
+def _mlps_of(model: Submodel, embed: Tree | None = None) -> InMemory:
+    """Returns the only layer of a model without its attention, read once, with the embeddings that are given."""
+    return InMemory(model.arch, {"embed": embed, "layers": {"0": model.layer(0, ("mlp", "mlp_norm"))}})
 
 
 def _named(part: str, tests: Sequence[Test]) -> list[Test]:
@@ -203,7 +218,7 @@ def plan_within(share: float, base: Arch, ft: Arch, vocabularies: Vocabularies) 
     budget = min(share * parameters(arch) for arch in (base, ft))
     depth, embed = min(base.num_layers, ft.num_layers), max(base.embed_dim, ft.embed_dim)
     units, left_out = _units_in_place(share, budget, base, ft)
-    budget -= _PROJECTIONS * units * depth * embed
+    budget -= (_PROJECTIONS * units + 1) * depth * embed
     tokens, match_units = min(_TOKENS, len(vocabularies.ids_base)), min(_MATCH_UNITS, base.mlp_dim)
     lines = _match_not_applicable(base, ft, tokens)
     count = 0
