@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array
 
 from tracing_jax.arch import Arch
-from tracing_jax.matching import live_units, match_units
+from tracing_jax.matching import UnitMatching, live_units, match_units
 from tracing_jax.statistics.calibration import (
     DEFAULT_ALLOWANCE,
     DEFAULT_SOURCE,
@@ -68,7 +68,7 @@ def agreements(
     """
     live = live_units(*similarities.values())
 
-    def matched(name: str) -> object:
+    def matched(name: str) -> UnitMatching:
         return match_units(similarities[name], pair.generator(*names, name), live)
 
     with ThreadPoolExecutor(max_workers=2, thread_name_prefix="matching") as threads:
