@@ -22,7 +22,8 @@ from tracing_jax.report import text_table
 from tracing_jax.sources import InMemory
 from tracing_jax.statistics.calibration import control_pairs
 from tracing_jax.statistics.comparison import Comparison
-from tracing_jax.statistics.match_moments import PROJECTIONS, signature_correlations, signatures, spread_layers
+from tracing_jax.statistics.match_moments import PROJECTIONS, signatures
+from tracing_jax.statistics.unit_signatures import signature_correlations, spread_layers
 
 _ZOOS = flags.DEFINE_list("zoos", list(RECIPES), f"of {', '.join(RECIPES)}")
 

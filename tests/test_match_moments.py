@@ -13,13 +13,13 @@ from tracing_jax.rewrites import draw_rewrites, permute, random_permutations
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory, in_memory, rewritten
 from tracing_jax.statistics import Pair, Vocabularies, verdict
+from tracing_jax.statistics.layer_moments import layer_moments, layer_signatures
 from tracing_jax.statistics.match_moments import (
     PROJECTIONS,
     MatchMoments,
-    signature_correlations,
     signatures,
-    spread_layers,
 )
+from tracing_jax.statistics.unit_signatures import signature_correlations, spread_layers
 
 ARCH = tiny.llama_mha(num_layers=4, layer_ropes=(0,) * 4, layer_windows=(None,) * 4, mlp_dim=40)
 BASE = tiny.model(ARCH, 0)
@@ -116,5 +116,59 @@ def test_layers_of_deep_models_are_spread():
 
 def test_other_depth_is_refused_with_the_reason():
     deeper = tiny.llama_mha(num_layers=5, layer_ropes=(0,) * 5, layer_windows=(None,) * 5)
-    (line,) = MatchMoments().not_applicable(ARCH, deeper, pair_of(BASE, BASE).vocabularies)
+    (line,) = MatchMoments(forms=("model",)).not_applicable(ARCH, deeper, pair_of(BASE, BASE).vocabularies)
     assert "see match_all" in line
+
+
+def layer_signatures_of(model):
+    return [{side: found for side, (found, _) in layer.items()} for layer in layer_signatures(model, LAYERS)]
+
+
+@pytest.mark.parametrize("name", ["rotate", "gains", "units", "values", "queries"])
+def test_rewrites_do_not_change_signatures_by_a_layers_own_weights(name):
+    for given, hidden in zip(layer_signatures_of(BASE), layer_signatures_of(changed(BASE, name)), strict=True):
+        for side in PROJECTIONS:
+            np.testing.assert_allclose(hidden[side], given[side], rtol=0, atol=2e-3)
+
+
+def test_moments_of_a_layer_are_those_of_numpy():
+    layer = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), BASE.layer(2))
+    gain, mlp = layer["mlp_norm"]["scale"], layer["mlp"]
+    rows = mlp["gate_proj"]["kernel"].T * gain, mlp["up_proj"]["kernel"].T * gain, mlp["down_proj"]["kernel"]
+    lengths = [np.linalg.norm(side, axis=1) for side in rows]
+    weight = np.prod(lengths, axis=0)
+    expected = [
+        (side / length[:, None]).T @ np.diag(weight / weight.sum()) @ (side / length[:, None])
+        for side, length in zip(rows, lengths)
+    ]
+    sums = np.zeros((4, 24, 24))
+    for h in range(6):
+        q, k, v = (layer["attn_norm"]["scale"][:, None] * layer["attn"][f"{n}_proj"]["kernel"].reshape(24, 6, 4)[:, h]
+                   for n in "qkv")  # fmt: skip
+        products = q @ k.T, layer["attn"]["o_proj"]["kernel"].reshape(6, 4, 24)[h].T @ v.T
+        sums += [side @ side.T for product in products for side in (product, product.T)]
+    expected += [total / np.trace(total) for total in sums]
+    for found, moment in zip(layer_moments(BASE.layer(2), ARCH), expected, strict=True):
+        np.testing.assert_allclose(found, moment, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["identity", "permute"])
+def test_a_relative_of_another_depth_is_found_layer_by_layer(name):
+    unrelated = tiny.model(ARCH, 1)
+    related = tiny.noisy(BASE.params, 0.02) | {part: unrelated.params[part] for part in ("embed", "head")}
+    hidden = changed(changed(InMemory(ARCH, related), "identity"), name)
+    result = MatchMoments().compute(pair_of(BASE, hidden))
+    assert len(result.layer_map["pairs"]) >= 2
+    in_order = [pair["ft"] for pair in result.layer_map["pairs"]]
+    assert in_order == sorted(in_order)
+    assert verdict({"match_moments": result}, 1e-3).verdict == "related"
+    deeper = tiny.llama_mha(num_layers=5, layer_ropes=(0,) * 5, layer_windows=(None,) * 5, mlp_dim=40)
+    assert MatchMoments().compute(pair_of(BASE, tiny.model(deeper, 1))).log10_p > -1
+
+
+def test_the_forms_are_two_tests_and_the_first_is_what_it_was_alone():
+    pair = pair_of(BASE, InMemory(ARCH, tiny.noisy(BASE.params, 0.3)))
+    both, alone = MatchMoments().compute(pair), MatchMoments(forms=("model",)).compute(pair)
+    assert list(both.tests[: len(alone.tests)]) == list(alone.tests)
+    assert [test.name for test in both.tests if test.decides][-1] == "layer moments, agreement, calibrated"
+    assert both.null["moments"] == alone.null["moments"]

@@ -27,6 +27,9 @@ REWRITES = ("rename", "identity", "pad", "gains", "units", "values", "queries", 
 FORMS = ("forward", "weights")
 """Forms of `match` and `match_all`: activations on a text, or on the shared embeddings without a forward pass."""
 
+MOMENTS = ("model", "layer")
+"""Forms of `match_moments`: moments of the weights of all layers, or of a unit's own layer."""
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -118,8 +121,12 @@ class MatchAll:
 class MatchMoments:
     """Gate and up rows matched by how other layers' weights act on them; no text, no embeddings; calibrated."""
 
+    forms: tuple[str, ...] = option(
+        MOMENTS, "Moments of all layers (model), of a unit's own layer (layer), or both.", choices=MOMENTS
+    )
     moments_of: int = option(8, "The most layers, evenly spread, that give their moments.", at_least=1)
     control_units: int = option(2048, "Units of each pair of layers that does not correspond.", at_least=1)
+    map_units: int = option(512, "Units of base's layers that are looked for at unequal depth.", at_least=1)
 
 
 @dataclass(frozen=True)

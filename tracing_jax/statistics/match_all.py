@@ -33,7 +33,7 @@ Activations = Mapping[str, np.ndarray]
 
 _FEW_POSITIONS = 64
 
-_CORRESPOND = 1e-6
+CORRESPOND = 1e-6
 """Parametric p-value of two assigned layers, after Bonferroni over all pairs, below which they are no controls."""
 
 
@@ -252,7 +252,7 @@ def _calibrated(
     """
     num_base, num_ft = len(table), len(table[0])
     parametric = np.array([[c.log_p_agreement for c in row] for row in table])
-    assigned = assign_layers(parametric, math.log(_CORRESPOND / parametric.size)).pairs
+    assigned = assign_layers(parametric, math.log(CORRESPOND / parametric.size)).pairs
     controls = [table[i][j] for i, j in _control_places(num_base, num_ft, assigned)]
     u = np.maximum.outer(u_base, u_ft)
     null = null_of(controls, u_base, source)

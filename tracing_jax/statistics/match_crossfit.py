@@ -22,10 +22,10 @@ from tracing_jax.statistics.agreement import (
     some_units,
 )
 from tracing_jax.statistics.distinct_units import distinct_units
-from tracing_jax.statistics.match_moments import spread_layers
 from tracing_jax.statistics.mlp_rows import MLP_LEAVES
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies, depths_not_applicable
 from tracing_jax.statistics.unit_alignment import Units, learn_rotation, row_cosines, units_of, weighted_moments
+from tracing_jax.statistics.unit_signatures import spread_layers
 
 _FEW_CONTROLS, _MOST_CONTROLS = 6, 64
 

@@ -17,7 +17,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from tracing_jax import options
@@ -26,10 +26,12 @@ from tracing_jax.matching import live_units, match_units
 from tracing_jax.rewrites import gain_offset
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sources import ParamSource
+from tracing_jax.statistics.agreement import agreement_tests
 from tracing_jax.statistics.calibration import (
     BY_CONVERGENCE,
     DEFAULT_ALLOWANCE,
     DEFAULT_SOURCE,
+    Null,
     agreement_effect,
     control_pairs,
     control_source,
@@ -45,18 +47,22 @@ from tracing_jax.statistics.comparison import (
     share_by_layer,
 )
 from tracing_jax.statistics.distinct_units import distinct_units
+from tracing_jax.statistics.layer_map import mapped_result
+from tracing_jax.statistics.layer_moments import layer_signatures
 from tracing_jax.statistics.match import form_tests, gates_not_applicable
-from tracing_jax.statistics.statistic import Pair, Result, Vocabularies, depths_not_applicable
+from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies, depths_not_applicable
+from tracing_jax.statistics.unit_signatures import (
+    Signatures,
+    log_quadratic_forms,
+    signature_correlations,
+    spread_layers,
+)
 from tracing_jax.tree import Tree
 
 PROJECTIONS = ("gate", "up")
 
-Signatures = dict[str, tuple[Float[np.ndarray, "_ _"], Bool[np.ndarray, " _"]]]
-"""`gate`, `up` -> signatures `[F, M]` of a layer's units, and which units are live `[F]`."""
-
-_FORM = "moments"
-_RIDGE = 0.1  # of a standardised coordinate's variance, below which a direction of the signatures counts as noise
-_TINY = 1e-12
+_FORMS = {"model": "moments", "layer": "layer moments"}
+_LABEL = "units on which gate and up projection agree by their second moments, share"
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,11 @@ class MatchMoments(options.MatchMoments):
 
     Gate rows are matched by their signatures, up rows by theirs, and the two matchings compared. It finds a model whose
     embeddings and head were replaced, to which `match` is blind, whatever the order or basis of the other weights.
+
+    The form `model` takes the moments of gate, up and down rows of all layers, up to `moments_of`. The form `layer`
+    (`layer_moments`) takes those of a unit's own layer, of its attention too, and their means over the layers: it needs
+    no equal depth. Models of unequal depth are compared layer by layer with at most `map_units` of base's units, and
+    layers assigned as in `match_all`; its p-values are of agreement alone, after Bonferroni over all pairs of layers.
 
     Attributes:
       level: of the verdict; the allowance that control models give is a bound for it.
@@ -75,63 +86,102 @@ class MatchMoments(options.MatchMoments):
     needs_tokens: ClassVar[bool] = False
 
     def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
-        """Returns reasons why layers of equal index cannot be matched; empty if they can."""
-        return gates_not_applicable(base, ft) + depths_not_applicable(base, ft, "see match_all")
+        """Returns reasons why no layers of these models can be matched; empty if they can."""
+        lines = gates_not_applicable(base, ft)
+        if "layer" in self.forms:
+            return lines
+        return lines + depths_not_applicable(base, ft, "see match_all, or the form layer")
 
     def compute(self, pair: Pair) -> Result:
         """Returns the calibrated and the parametric tests; no forward pass."""
-        run_cache = pair.run_cache.scope("match_moments")
-        base, ft = self._signatures(pair.base, "base", run_cache), self._signatures(pair.ft, "ft", run_cache)
+        if pair.base.arch.num_layers != pair.ft.arch.num_layers:
+            return self._mapped(pair)
+        found = {form: self._compared(form, pair) for form in self.forms}
+        tests = [test for form, (layers, null) in found.items() for test in _tests(form, layers, null)]
+        best = max((layers for layers, _ in found.values()), key=share_agreeing)
+        return Result(
+            headline=share_agreeing(best),
+            label=_LABEL,
+            log10_p=bonferroni_log10(tests),
+            tests=tests,
+            null={_FORMS[form]: null.as_dict() for form, (_, null) in found.items()},
+            per_layer=share_by_layer(best),
+            notes=[note for _, null in found.values() for note in null.notes],
+            effect=agreement_effect(best),
+            **reserved(tests, BY_CONVERGENCE),
+        ).for_pair(pair)
+
+    def _compared(self, form: str, pair: Pair) -> tuple[list[Comparison], Null]:
+        """Returns the comparison of every layer in one form, and its null."""
+        names = () if form == "model" else (form,)
+        run_cache = pair.run_cache.scope("match_moments", *names)
+        base, ft = (self._signatures(form, model, run_cache, side) for model, side in _sides(pair))
         layers = [
-            run_cache.cached(Comparison, (i,), functools.partial(_compare, *both, pair, (i,)))
+            run_cache.cached(Comparison, (i,), functools.partial(_compare, *both, pair, (*names, i)))
             for i, both in enumerate(zip(base, ft))
         ]
         pairs = control_pairs(len(base), len(ft), pair.generator("match_moments", "controls"))
         controls = [
-            _compare(self._some(base[i], pair), self._some(ft[j], pair), pair, ("control", i, j)) for i, j in pairs
+            _compare(self._some(base[i], pair), self._some(ft[j], pair), pair, (*names, "control", i, j))
+            for i, j in pairs
         ]
-        null = null_of(controls, *self._allowance(base, ft, pair))
-        tests = form_tests(_FORM, layers, null)
-        return Result(
-            headline=share_agreeing(layers),
-            label="units on which gate and up projection agree by their second moments, share",
-            log10_p=bonferroni_log10(tests),
-            tests=tests,
-            null={_FORM: null.as_dict()},
-            per_layer=share_by_layer(layers),
-            notes=list(null.notes),
-            effect=agreement_effect(layers),
-            **reserved(tests, BY_CONVERGENCE),
-        ).for_pair(pair)
+        return layers, null_of(controls, *self._allowance(form, base, ft, pair))
 
-    def _signatures(self, model: ParamSource, side: str, run_cache: RunCache) -> list[Signatures]:
+    def _mapped(self, pair: Pair) -> Result:
+        """Returns the tests of every layer of base with every layer of ft, by the form `layer`, and the layer map."""
+        run_cache = pair.run_cache.scope("match_moments", "layer")
+        base, ft = (self._signatures("layer", model, run_cache, side) for model, side in _sides(pair))
+        some = [self._some(layer, pair, self.map_units) for layer in base]
+        table = [
+            [
+                run_cache.cached(Comparison, (i, j), functools.partial(_compare, ours, theirs, pair, ("map", i, j)))
+                for j, theirs in enumerate(ft)
+            ]
+            for i, ours in enumerate(some)
+        ]
+        return mapped_result(table, _FORMS["layer"], _LABEL).for_pair(pair)
+
+    def _signatures(self, form: str, model: ParamSource, run_cache: RunCache, side: str) -> list[Signatures]:
         """Returns the signatures of every layer: of an interrupted run's layers those that were kept."""
         L, found = model.arch.num_layers, list[Signatures]()
         while (arrays := run_cache.load_arrays(side, len(found))) is not None:
             found.append({name: (arrays[name], arrays[f"{name} live"]) for name in PROJECTIONS})
-        layers = signatures(model, spread_layers(L, self.moments_of), len(found))
-        desc = f"match_moments, {side}"
+        make = signatures if form == "model" else layer_signatures
+        layers = make(model, spread_layers(L, self.moments_of), len(found))
+        desc = f"match_moments, {form}, {side}"
         for layer in tqdm(layers, desc=desc, unit="layer", initial=len(found), total=L, disable=None):
             run_cache.save_arrays(functools.partial(_as_arrays, layer), side, len(found))
             found.append(layer)
         return found
 
-    def _allowance(self, base: list[Signatures], ft: list[Signatures], pair: Pair) -> tuple[list[float], str]:
+    def _allowance(
+        self, form: str, base: list[Signatures], ft: list[Signatures], pair: Pair
+    ) -> tuple[list[float], str]:
         """Returns for each layer the share of units that may agree by convergence, and its source."""
         if not pair.controls:
             return [DEFAULT_ALLOWANCE] * len(base), DEFAULT_SOURCE
-        measured = []
+        measured, run_cache = [], pair.run_cache.scope("match_moments", form)
         for c, control in enumerate(pair.controls):
-            own = self._signatures(control, f"control {c}", pair.run_cache.scope("match_moments"))
+            own = self._signatures(form, control, run_cache, f"control {c}")
             for side, other in (("base", base), ("ft", ft)):
                 measured.append([_compare(*both, pair, (c, side, i)) for i, both in enumerate(zip(own, other))])
         return measured_allowance(measured, self.level), control_source(len(pair.controls), 2)
 
-    def _some(self, layer: Signatures, pair: Pair) -> Signatures:
-        """Returns a layer with some of its units, drawn from the seed of the run."""
+    def _some(self, layer: Signatures, pair: Pair, most: int | None = None) -> Signatures:
+        """Returns a layer with some of its units, drawn from the seed of the run; by default those for controls."""
         F = len(layer["gate"][1])
-        drawn = np.sort(pair.generator("match_moments", "units", F).permutation(F)[: self.control_units])
+        drawn = np.sort(pair.generator("match_moments", "units", F).permutation(F)[: most or self.control_units])
         return {side: (found[drawn], live[drawn]) for side, (found, live) in layer.items()}
+
+
+def _sides(pair: Pair) -> tuple[tuple[ParamSource, str], tuple[ParamSource, str]]:
+    return (pair.base, "base"), (pair.ft, "ft")
+
+
+def _tests(form: str, layers: Sequence[Comparison], null: Null) -> list[Test]:
+    if form == "model":
+        return form_tests(_FORMS[form], layers, null)
+    return agreement_tests(_FORMS[form], layers, null, [f"layer {i}" for i in range(len(layers))])
 
 
 def _as_arrays(layer: Signatures) -> dict[str, np.ndarray]:
@@ -146,11 +196,6 @@ def _compare(base: Signatures, ft: Signatures, pair: Pair, names: Sequence[str |
         match_units(gate, pair.generator("match_moments", *names, "gate"), live),
         match_units(up, pair.generator("match_moments", *names, "up"), live),
     )
-
-
-def spread_layers(num_layers: int, at_most: int) -> list[int]:
-    """Returns at most `at_most` layers, evenly spread from the first to the last."""
-    return sorted({round(x) for x in np.linspace(0, num_layers - 1, min(num_layers, at_most))})
 
 
 def signatures(model: ParamSource, layers: Sequence[int], first: int = 0) -> Iterator[Signatures]:
@@ -168,21 +213,6 @@ def signatures(model: ParamSource, layers: Sequence[int], first: int = 0) -> Ite
         yield {side: (log_quadratic_forms(rows[side], moments), live) for side in PROJECTIONS}
 
 
-def signature_correlations(
-    base: tuple[Float[np.ndarray, "F M"], np.ndarray], ft: tuple[Float[np.ndarray, "F2 M"], np.ndarray]
-) -> Float[np.ndarray, "F F2"]:
-    """Returns the cosines between standardised and whitened signatures of two layers; 0 for units that are not live.
-
-    Each model's signatures are standardised over its own live units, and both are whitened with their mean covariance,
-    so that coordinates which are shared by all units, or correlated, get little weight.
-    """
-    ours, theirs = _standardised(*base), _standardised(*ft)
-    covariance = sum(side.T @ side / max(1, live.sum()) for side, (_, live) in ((ours, base), (theirs, ft))) / 2
-    values, vectors = np.linalg.eigh(covariance + _RIDGE * np.eye(len(covariance)))
-    ours, theirs = (_unit_length(side @ (vectors / np.sqrt(values))) for side in (ours, theirs))
-    return ours @ theirs.T
-
-
 def _unit_rows(layer: Tree, arch: Arch) -> dict[str, Float[Array, "F D"]]:
     """Returns a row of length one for each unit, or a zero row: what gate and up read, and what down writes."""
     mlp = layer["mlp"]
@@ -195,24 +225,6 @@ def _unit_rows(layer: Tree, arch: Arch) -> dict[str, Float[Array, "F D"]]:
     }
 
 
-def log_quadratic_forms(rows: Float[Array, "F D"], moments: Sequence[Float[Array, "D D"]]) -> Float[np.ndarray, "F M"]:
-    """Returns the logarithms of `w^T A w` for each row w and each moment A."""
-    values = [np.asarray(_quadratic(rows, moment), np.float64) for moment in moments]
-    return np.log(np.maximum(np.stack(values, axis=1), _TINY))
-
-
-def _standardised(signatures: Float[np.ndarray, "F M"], live: np.ndarray) -> Float[np.ndarray, "F M"]:
-    alive = signatures[live]
-    if not len(alive):
-        return np.zeros_like(signatures)
-    centred = (signatures - alive.mean(axis=0)) / np.maximum(alive.std(axis=0), 1e-9)
-    return np.where(live[:, None], centred, 0.0)
-
-
-def _unit_length(rows: Float[np.ndarray, "F M"]) -> Float[np.ndarray, "F M"]:
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), _TINY)
-
-
 @jax.jit
 def _normalised(rows: Float[Array, "F D"]) -> Float[Array, "F D"]:
     length = jnp.linalg.norm(rows, axis=1, keepdims=True)
@@ -222,8 +234,3 @@ def _normalised(rows: Float[Array, "F D"]) -> Float[Array, "F D"]:
 @jax.jit
 def _moment(rows: Float[Array, "F D"]) -> Float[Array, "D D"]:
     return jnp.einsum("fd,fe->de", rows, rows, precision="highest") / rows.shape[0]
-
-
-@jax.jit
-def _quadratic(rows: Float[Array, "F D"], moment: Float[Array, "D D"]) -> Float[Array, " F"]:
-    return (jnp.einsum("fd,de->fe", rows, moment, precision="highest") * rows).sum(axis=1)

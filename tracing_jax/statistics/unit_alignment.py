@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tracing_jax.arch import Arch
 from tracing_jax.matching import UnitMatching, match_units
-from tracing_jax.statistics.match_moments import log_quadratic_forms, signature_correlations
 from tracing_jax.statistics.mlp_rows import Rows, mlp_rows, unit_length
+from tracing_jax.statistics.unit_signatures import log_quadratic_forms, signature_correlations
 from tracing_jax.tree import Tree
 
 _MOST_ROUNDS, _LEAST_ROUNDS = 9, 5
@@ -57,7 +57,7 @@ def weighted_moments(units: Units) -> list[Float[Array, "D D"]]:
 
     Without weights, units that add next to nothing to the output could be planted to move the moments.
     """
-    weight = jnp.asarray(units.weight / units.weight.sum(), jnp.float32)
+    weight = jnp.asarray(units.weight / max(units.weight.sum(), np.finfo(np.float64).tiny), jnp.float32)
     return [_moment(side, weight) for side in units.rows.values()]
 
 

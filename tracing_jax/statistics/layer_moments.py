@@ -1,0 +1,86 @@
+"""Signatures of the MLP units of a layer by the layer's own weights: at any depth, whatever became of other layers.
+
+Seven second moments describe what a layer reads and writes: those of its gate, up and down rows, and of its attention
+the sums over query heads of `M M^T` and `M^T M`, for the QK product `M = W_Q^T W_K` and the OV product `M = W_O W_V`.
+The signature of a row w are the numbers `w^T A w`, for these and for their means over the layers of the model.
+
+Letters: D features, K kv heads, G queries of each, H head dim.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from tracing_jax.arch import Arch
+from tracing_jax.rewrites import gain_offset
+from tracing_jax.sources import ParamSource
+from tracing_jax.statistics.distinct_units import distinct_units
+from tracing_jax.statistics.mlp_rows import gain_of, without_mean
+from tracing_jax.statistics.unit_alignment import units_of, weighted_moments
+from tracing_jax.statistics.unit_signatures import Signatures, log_quadratic_forms
+from tracing_jax.tree import Tree
+
+Moments = list[Float[Array, "D D"]]
+
+
+def layer_signatures(model: ParamSource, means_of: Sequence[int], first: int = 0) -> Iterator[Signatures]:
+    """Yields for the layers from `first` on the signatures of gate and up rows, and which units are live.
+
+    Args:
+      model: a model whose MLPs have gates.
+      means_of: the layers over which the means of the moments are taken.
+      first: the layer to begin with.
+    """
+    if first == model.arch.num_layers:
+        return
+    totals: Moments = []
+    for i in means_of:
+        found = layer_moments(model.layer(i), model.arch)
+        totals = [total + own for total, own in zip(totals, found)] if totals else found
+    for i in range(first, model.arch.num_layers):
+        layer = model.layer(i)
+        units, moments = units_of(layer, model.arch), [*layer_moments(layer, model.arch), *totals]
+        live = units.live & np.isin(np.arange(len(units.live)), distinct_units(model, i).kept)
+        yield {side: (log_quadratic_forms(units.rows[side], moments), live) for side in ("gate", "up")}
+
+
+def layer_moments(layer: Tree, arch: Arch) -> Moments:
+    """Returns the seven moments of a layer, each of trace one; zero where all weights behind one are zero."""
+    return [*weighted_moments(units_of(layer, arch)), *_attention_moments(layer, arch)]
+
+
+def _attention_moments(layer: Tree, arch: Arch) -> Moments:
+    before, after = gain_of(layer, "attn_norm", arch), gain_of(layer, "attn_post_norm", arch)
+    kernels = {name: jnp.asarray(layer["attn"][f"{name}_proj"]["kernel"], jnp.float32) for name in "qkvo"}
+    q, k, v = (jnp.moveaxis(jnp.moveaxis(kernels[name], 0, -1) * before, -1, 0) for name in "qkv")
+    if arch.qk_norm is not None:
+        q, k = (
+            side * (jnp.asarray(layer["attn"][f"{name}_norm"]["scale"], jnp.float32) + gain_offset(arch))
+            for name, side in (("q", q), ("k", k))
+        )
+    q, k, v = (jnp.moveaxis(without_mean(jnp.moveaxis(side, 0, -1), arch), -1, 0) for side in (q, k, v))
+    return list(_product_moments(q, k, v, without_mean(kernels["o"] * after, arch)))
+
+
+@jax.jit
+def _product_moments(
+    q: Float[Array, "D K G H"], k: Float[Array, "D K H"], v: Float[Array, "D K H"], o: Float[Array, "K G H D"]
+) -> tuple[Float[Array, "D D"], ...]:
+    def einsum(equation: str, *arrays: Array) -> Array:
+        return jnp.einsum(equation, *arrays, precision="highest")
+
+    keys, values = (einsum("dkh,dki->khi", side, side) for side in (k, v))
+    queries, outputs = einsum("dkgh,dkgi->khi", q, q), einsum("kghd,kgid->khi", o, o)
+    found = (
+        einsum("dkgh,ekgh->de", einsum("dkgi,khi->dkgh", q, keys), q),
+        einsum("dkh,ekh->de", einsum("dki,khi->dkh", k, queries), k),
+        einsum("kghd,kghe->de", einsum("kgid,khi->kghd", o, values), o),
+        einsum("dkh,ekh->de", einsum("dki,khi->dkh", v, outputs), v),
+    )
+    traces = [jnp.trace(moment) for moment in found]
+    return tuple(
+        jnp.where(trace > 0, moment / jnp.where(trace > 0, trace, 1.0), 0.0) for moment, trace in zip(found, traces)
+    )

@@ -1,0 +1,57 @@
+"""Signatures of MLP units: numbers that no rotation of the residual stream changes; and matching by them."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+Signatures = dict[str, tuple[Float[np.ndarray, "_ _"], Bool[np.ndarray, " _"]]]
+"""`gate`, `up` -> signatures `[F, M]` of a layer's units, and which units are live `[F]`."""
+
+_RIDGE = 0.1  # of a standardised coordinate's variance, below which a direction of the signatures counts as noise
+_TINY = 1e-12
+
+
+def spread_layers(num_layers: int, at_most: int) -> list[int]:
+    """Returns at most `at_most` layers, evenly spread from the first to the last."""
+    return sorted({round(x) for x in np.linspace(0, num_layers - 1, min(num_layers, at_most))})
+
+
+def signature_correlations(
+    base: tuple[Float[np.ndarray, "F M"], np.ndarray], ft: tuple[Float[np.ndarray, "F2 M"], np.ndarray]
+) -> Float[np.ndarray, "F F2"]:
+    """Returns the cosines between standardised and whitened signatures of two layers; 0 for units that are not live.
+
+    Each model's signatures are standardised over its own live units, and both are whitened with their mean covariance,
+    so that coordinates which are shared by all units, or correlated, get little weight.
+    """
+    ours, theirs = _standardised(*base), _standardised(*ft)
+    covariance = sum(side.T @ side / max(1, live.sum()) for side, (_, live) in ((ours, base), (theirs, ft))) / 2
+    values, vectors = np.linalg.eigh(covariance + _RIDGE * np.eye(len(covariance)))
+    ours, theirs = (_unit_length(side @ (vectors / np.sqrt(values))) for side in (ours, theirs))
+    return ours @ theirs.T
+
+
+def log_quadratic_forms(rows: Float[Array, "F D"], moments: Sequence[Float[Array, "D D"]]) -> Float[np.ndarray, "F M"]:
+    """Returns the logarithms of `w^T A w` for each row w and each moment A."""
+    values = [np.asarray(_quadratic(rows, moment), np.float64) for moment in moments]
+    return np.log(np.maximum(np.stack(values, axis=1), _TINY))
+
+
+def _standardised(signatures: Float[np.ndarray, "F M"], live: np.ndarray) -> Float[np.ndarray, "F M"]:
+    alive = signatures[live]
+    if not len(alive):
+        return np.zeros_like(signatures)
+    centred = (signatures - alive.mean(axis=0)) / np.maximum(alive.std(axis=0), 1e-9)
+    return np.where(live[:, None], centred, 0.0)
+
+
+def _unit_length(rows: Float[np.ndarray, "F M"]) -> Float[np.ndarray, "F M"]:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), _TINY)
+
+
+@jax.jit
+def _quadratic(rows: Float[Array, "F D"], moment: Float[Array, "D D"]) -> Float[Array, " F"]:
+    return (jnp.einsum("fd,de->fe", rows, moment, precision="highest") * rows).sum(axis=1)
