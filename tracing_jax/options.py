@@ -123,6 +123,13 @@ class MatchMoments:
 
 
 @dataclass(frozen=True)
+class UnseenTokens:
+    """Embedding rows of tokens that no text holds, matched and compared with the identity; exact, for embeddings."""
+
+    max_tokens: int = option(16384, "The most shared tokens that the map of the features is learnt from.", at_least=2)
+
+
+@dataclass(frozen=True)
 class MatchDistilled:
     """Gated students of any FFNs (no gate, other width, experts) matched as in `match`; slow, not in `all`."""
 
@@ -164,7 +171,7 @@ class PermModeL2:
 STATISTICS: Mapping[str, type] = {
     "mode": Mode, "cos": Cos, "emb": Emb, "jsd": Jsd, "csu": Csu, "csu_all": CsuAll, "csh": Csh, "match": Match,
     "match_all": MatchAll, "match_moments": MatchMoments, "match_distilled": MatchDistilled, "screen": Screen,
-    "l2": L2, "perm_mode_l2": PermModeL2,
+    "unseen_tokens": UnseenTokens, "l2": L2, "perm_mode_l2": PermModeL2,
 }  # fmt: skip
 """Name of a statistic -> its section."""
 
@@ -270,6 +277,7 @@ class RunOptions:
     match_moments: MatchMoments = MatchMoments()
     match_distilled: MatchDistilled = MatchDistilled()
     screen: Screen = Screen()
+    unseen_tokens: UnseenTokens = UnseenTokens()
     l2: L2 = L2()
     perm_mode_l2: PermModeL2 = PermModeL2()
 

@@ -17,12 +17,13 @@ from tracing_jax.statistics.mode import Mode
 from tracing_jax.statistics.perm_mode_l2 import PermModeL2
 from tracing_jax.statistics.screen import Screen
 from tracing_jax.statistics.statistic import Curve, Pair, Result, Statistic, Test, Vocabularies
+from tracing_jax.statistics.unseen_tokens import UnseenTokens
 from tracing_jax.statistics.verdict import Verdict, over_pairs, verdict
 
 REGISTRY: Mapping[str, Callable[..., Statistic]] = {
     "mode": Mode, "cos": Cos, "emb": Emb, "jsd": Jsd, "csu": Csu, "csu_all": CsuAll, "csh": Csh, "match": Match,
     "match_all": MatchAll, "match_moments": MatchMoments, "match_distilled": MatchDistilled, "screen": Screen,
-    "l2": L2, "perm_mode_l2": PermModeL2,
+    "unseen_tokens": UnseenTokens, "l2": L2, "perm_mode_l2": PermModeL2,
 }  # fmt: skip
 """Name -> class, whose fields are the options of the section of that name."""
 

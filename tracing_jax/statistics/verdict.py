@@ -8,7 +8,7 @@ from typing import Any, Literal
 from tracing_jax.statistics.pvalues import holm
 from tracing_jax.statistics.statistic import Result
 
-DECIDING = ("csu", "csh", "match", "match_all", "match_moments", "match_distilled", "screen")
+DECIDING = ("csu", "csh", "match", "match_all", "match_moments", "match_distilled", "screen", "unseen_tokens")
 """Statistics whose p-values are exact, or calibrated against a measured null; only these enter the verdict."""
 
 UNDECIDED_BELOW = 0.05
@@ -115,5 +115,5 @@ def _layers_below(result: Result, level: float) -> list[str]:
     return sorted(carrying, key=_natural)
 
 
-def _natural(place: str) -> list[Any]:
-    return [int(word) if word.isdigit() else 0 for word in place.split()] + [place]
+def _natural(place: str) -> tuple[list[int], str]:
+    return [int(word) if word.isdigit() else 0 for word in place.split()], place
