@@ -130,6 +130,16 @@ class UnseenTokens:
 
 
 @dataclass(frozen=True)
+class FeaturesInPlace:
+    """Features of the residual stream matched by all matrices, and the matching compared with the identity; exact."""
+
+    max_columns: int = option(
+        1024, "The most units (heads, MLP) of each matrix that features are compared on.", at_least=2
+    )
+    max_tokens: int = option(4096, "The most shared tokens of embedding and head.", at_least=2)
+
+
+@dataclass(frozen=True)
 class MatchDistilled:
     """Gated students of any FFNs (no gate, other width, experts) matched as in `match`; slow, not in `all`."""
 
@@ -171,7 +181,7 @@ class PermModeL2:
 STATISTICS: Mapping[str, type] = {
     "mode": Mode, "cos": Cos, "emb": Emb, "jsd": Jsd, "csu": Csu, "csu_all": CsuAll, "csh": Csh, "match": Match,
     "match_all": MatchAll, "match_moments": MatchMoments, "match_distilled": MatchDistilled, "screen": Screen,
-    "unseen_tokens": UnseenTokens, "l2": L2, "perm_mode_l2": PermModeL2,
+    "unseen_tokens": UnseenTokens, "features_in_place": FeaturesInPlace, "l2": L2, "perm_mode_l2": PermModeL2,
 }  # fmt: skip
 """Name of a statistic -> its section."""
 
@@ -278,6 +288,7 @@ class RunOptions:
     match_distilled: MatchDistilled = MatchDistilled()
     screen: Screen = Screen()
     unseen_tokens: UnseenTokens = UnseenTokens()
+    features_in_place: FeaturesInPlace = FeaturesInPlace()
     l2: L2 = L2()
     perm_mode_l2: PermModeL2 = PermModeL2()
 

@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -91,6 +91,19 @@ def tests_of(
         one_test("rank correlation", comparisons, [c.log_p_rank for c in comparisons], places, combine, combined),
         one_test("agreement", comparisons, [c.log_p_agreement for c in comparisons], places, combine, combined),
     )
+
+
+def by_agreement(
+    comparisons: Sequence[Comparison], places: Sequence[str], combine: Callable[[LogPs], float], combined: str
+) -> tuple[Test, Test]:
+    """Returns the test by agreement, which decides, and the one by rank correlation, which is reported beside it.
+
+    For units whose order may follow the same rule in both models, as where both were sorted by importance: rank
+    correlation of independent models is then above zero, and agreement stays at chance. Below 64 units the tail of rank
+    correlation is approximate besides.
+    """
+    rank, agreeing = tests_of(comparisons, places, combine, combined)
+    return agreeing, replace(rank, decides=False)
 
 
 def one_test(

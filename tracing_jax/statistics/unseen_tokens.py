@@ -16,7 +16,13 @@ from jaxtyping import Bool, Float, Int
 from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.matching import match_units
-from tracing_jax.statistics.comparison import Comparison, against_identity, bonferroni_log10, share_agreeing, tests_of
+from tracing_jax.statistics.comparison import (
+    Comparison,
+    against_identity,
+    bonferroni_log10,
+    by_agreement,
+    share_agreeing,
+)
 from tracing_jax.statistics.embedding_maps import Part, feature_map, token_parts, token_rows
 from tracing_jax.statistics.pvalues import bonferroni
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies
@@ -65,10 +71,10 @@ class UnseenTokens(options.UnseenTokens):
         return ["replaced embeddings", "another vocabulary", "a body that was inherited without its embedding"]
 
     def compute(self, pair: Pair) -> Result:
-        """Returns the p-values by part and group, by rank correlation and by agreement; no forward pass."""
+        """Returns the p-values by part and group, by agreement, with rank correlation beside it; no forward pass."""
         found = dict(self._comparisons(pair))
         places, comparisons = list(found), list(found.values())
-        tests = tests_of(comparisons, places, bonferroni, "Holm's minimum") if found else ()
+        tests = by_agreement(comparisons, places, bonferroni, "Holm's minimum") if found else ()
         return Result(
             headline=share_agreeing(comparisons) if found else None,
             label="embedding ancestry: rows of unseen tokens that stay in place, share",

@@ -8,7 +8,10 @@ from typing import Any, Literal
 from tracing_jax.statistics.pvalues import holm
 from tracing_jax.statistics.statistic import Result
 
-DECIDING = ("csu", "csh", "match", "match_all", "match_moments", "match_distilled", "screen", "unseen_tokens")
+DECIDING = (
+    "csu", "csh", "match", "match_all", "match_moments", "match_distilled", "screen",
+    "unseen_tokens", "features_in_place",
+)  # fmt: skip
 """Statistics whose p-values are exact, or calibrated against a measured null; only these enter the verdict."""
 
 UNDECIDED_BELOW = 0.05
