@@ -7,7 +7,9 @@ from tracing_jax.options import RunOptions
 from tracing_jax.statistics.cosine import Cos, Emb
 from tracing_jax.statistics.csh import Csh
 from tracing_jax.statistics.csu import Csu, CsuAll
+from tracing_jax.statistics.csu_procrustes import CsuProcrustes
 from tracing_jax.statistics.features_in_place import FeaturesInPlace
+from tracing_jax.statistics.heads_in_place import HeadsInPlace
 from tracing_jax.statistics.jsd import Jsd
 from tracing_jax.statistics.l2 import L2
 from tracing_jax.statistics.match import Match
@@ -24,7 +26,8 @@ from tracing_jax.statistics.verdict import Verdict, over_pairs, verdict
 REGISTRY: Mapping[str, Callable[..., Statistic]] = {
     "mode": Mode, "cos": Cos, "emb": Emb, "jsd": Jsd, "csu": Csu, "csu_all": CsuAll, "csh": Csh, "match": Match,
     "match_all": MatchAll, "match_moments": MatchMoments, "match_distilled": MatchDistilled, "screen": Screen,
-    "unseen_tokens": UnseenTokens, "features_in_place": FeaturesInPlace, "l2": L2, "perm_mode_l2": PermModeL2,
+    "unseen_tokens": UnseenTokens, "features_in_place": FeaturesInPlace, "csu_procrustes": CsuProcrustes,
+    "heads_in_place": HeadsInPlace, "l2": L2, "perm_mode_l2": PermModeL2,
 }  # fmt: skip
 """Name -> class, whose fields are the options of the section of that name."""
 

@@ -10,7 +10,7 @@ from tracing_jax.statistics.statistic import Result
 
 DECIDING = (
     "csu", "csh", "match", "match_all", "match_moments", "match_distilled", "screen",
-    "unseen_tokens", "features_in_place",
+    "unseen_tokens", "features_in_place", "csu_procrustes", "heads_in_place",
 )  # fmt: skip
 """Statistics whose p-values are exact, or calibrated against a measured null; only these enter the verdict."""
 

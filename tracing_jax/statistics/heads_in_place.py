@@ -1,0 +1,153 @@
+"""`heads_in_place`: are the attention heads in place? Matched by signatures, which see through rotations."""
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from jaxtyping import Array, Float
+from tqdm import tqdm
+
+from tracing_jax import options
+from tracing_jax.arch import Arch
+from tracing_jax.matching import assign, match_units
+from tracing_jax.run_cache import RunCache
+from tracing_jax.sources import ParamSource
+from tracing_jax.statistics.comparison import LN10, layers_in_common
+from tracing_jax.statistics.head_signatures import moments_of, signature_cosines, signatures
+from tracing_jax.statistics.match_moments import spread_layers
+from tracing_jax.statistics.nulls import total_agreement_log_sf
+from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies
+
+_SINGULAR_VALUES = 16
+_LEAVES = ("attn", "attn_norm")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Matchings at one place: of a layer's kv heads, or of the queries inside each kv head.
+
+    Attributes:
+      name: such as `layer 3, kv heads`.
+      agreeing: heads that are matched to themselves, in all matchings together.
+      sizes: the number of heads of each matching.
+    """
+
+    name: str
+    agreeing: int
+    sizes: Sequence[int]
+
+
+class HeadsInPlace(options.HeadsInPlace):
+    """Constrained test on the attention heads; exact if either model was trained independently of the other.
+
+    Query heads have signatures that rotations of the residual stream, maps inside a head, gains, and anything done to
+    the order of MLP units leave unchanged (`head_signatures.py`). In each layer kv heads are matched with their
+    queries, and the queries inside each kv head of equal index. Under the null all these matchings are independent and
+    uniform, since in each layer by itself kv heads may be permuted, and the queries inside each. So the number of heads
+    that stay in place has a known distribution, that of a sum over independent random permutations.
+
+    With few heads the smallest possible p-value is not small; the notes state it. A 7B pair takes about two minutes on
+    two cores.
+
+    Source: ours; the exact null is that of Zhu et al. 2025 (arXiv 2502.12292).
+    """
+
+    needs_tokens: ClassVar[bool] = False
+
+    def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
+        """Returns reasons why heads have no counterparts, or no order; empty if they have."""
+        shapes = [(arch.num_kv_heads, arch.q_group) for arch in (base, ft)]
+        if shapes[0] != shapes[1]:
+            kv, queries = zip(*shapes)
+            return [
+                f"different heads ({kv[0]} and {kv[1]} kv heads, {queries[0]} and {queries[1]} queries for each): they "
+                "have no counterparts"
+            ]
+        return ["a single head in each layer is always in place"] if shapes[0] == (1, 1) else []
+
+    def blind_to(self, base: Arch, ft: Arch) -> list[str]:
+        """Returns what the test cannot see through."""
+        return ["permuted attention heads", "replaced attention", "another number of heads"]
+
+    def compute(self, pair: Pair) -> Result:
+        """Returns the p-value of the number of heads in place; no forward pass."""
+        run_cache = pair.run_cache.scope("heads_in_place")
+        base, ft = (self._signatures(pair, side, run_cache) for side in ("base", "ft"))
+        places = [place for i, cosines in enumerate(signature_cosines(base, ft)) for place in _places(cosines, i, pair)]
+        test = _test(places)
+        agreeing, heads = (sum(test.values[name]) for name in ("agreeing", "units"))
+        return Result(
+            headline=agreeing / heads,
+            label="attention heads that stay in place (kv heads, and queries inside them), share",
+            log10_p=test.log10_p,
+            tests=(test,),
+            notes=_notes(pair, places),
+        ).for_pair(pair)
+
+    def _signatures(self, pair: Pair, side: str, run_cache: RunCache) -> list[Float[np.ndarray, "K G F"]]:
+        """Returns the signatures of the layers that both models have; what an interrupted run finished is kept."""
+        model = pair.base if side == "base" else pair.ft
+        layers = layers_in_common(pair)
+        count = min(_SINGULAR_VALUES, pair.base.arch.head_dim, pair.ft.arch.head_dim)
+        moments = functools.cache(lambda: self._moments(pair, model, layers))
+
+        def make(i: int) -> dict[str, np.ndarray]:
+            return {"signatures": signatures(model.layer(i, _LEAVES), model.arch, moments(), count)}
+
+        bar = tqdm(range(layers), desc=f"heads_in_place, {side}", unit="layer", disable=None)
+        return [run_cache.cached_arrays((side, i), functools.partial(make, i))["signatures"] for i in bar]
+
+    def _moments(self, pair: Pair, model: ParamSource, layers: int) -> list[Float[Array, "_ D"]]:
+        shared = pair.vocabularies.ids_base if model is pair.base else pair.vocabularies.ids_ft
+        drawn = np.sort(pair.generator("heads_in_place", "tokens").permutation(len(shared))[: self.moment_rows])
+        return moments_of(model, spread_layers(layers, self.moments_of), shared[drawn], self.moment_rows)
+
+
+def _places(cosines: Float[np.ndarray, "K G K G"], layer: int, pair: Pair) -> Iterator[_Place]:
+    """Yields how many kv heads of a layer are matched to themselves, and how many queries inside them."""
+    K, G = cosines.shape[:2]
+    if K > 1:
+        values = np.array([[_best(cosines[k, :, j]) for j in range(K)] for k in range(K)])
+        agreeing = _in_place(values, pair, layer, "kv heads")
+        yield _Place(f"layer {layer}, kv heads", agreeing, [K])
+    if G > 1:
+        agreeing = sum(_in_place(cosines[k, :, k], pair, layer, k) for k in range(K))
+        yield _Place(f"layer {layer}, queries", agreeing, [G] * K)
+
+
+def _best(similarity: Float[np.ndarray, "G G"]) -> float:
+    """Returns the value of the best assignment of the queries of one kv head to those of another."""
+    return float(similarity[np.arange(len(similarity)), assign(similarity)].sum())
+
+
+def _in_place(similarity: Float[np.ndarray, "n n"], pair: Pair, *names: str | int) -> int:
+    """Returns how many heads are matched to themselves; all take part, those without a signature by lot."""
+    everyone = np.arange(len(similarity))
+    matching = match_units(similarity, pair.generator("heads_in_place", *names), (everyone, everyone))
+    return int((matching.base == matching.ft).sum())
+
+
+def _test(places: Sequence[_Place]) -> Test:
+    sizes = [size for place in places for size in place.sizes]
+    log_p = total_agreement_log_sf(sum(place.agreeing for place in places), sizes)
+    return Test(
+        "agreement",
+        log_p / LN10,
+        "the total over all places, by its exact distribution",
+        [place.name for place in places],
+        [total_agreement_log_sf(place.agreeing, place.sizes) / LN10 for place in places],
+        {"units": [sum(place.sizes) for place in places], "agreeing": [place.agreeing for place in places]},
+    )
+
+
+def _notes(pair: Pair, places: Sequence[_Place]) -> list[str]:
+    sizes = [size for place in places for size in place.sizes]
+    least = -sum(math.lgamma(size + 1) for size in sizes) / LN10
+    notes = [f"p is at least 10^{least:.1f}: that of {sum(sizes)} heads in place in {len(sizes)} matchings"]
+    depths = [model.arch.num_layers for model in (pair.base, pair.ft)]
+    if depths[0] != depths[1]:
+        notes.append(f"{depths[0]} and {depths[1]} layers: the first {min(depths)} are compared")
+    return notes
