@@ -9,17 +9,20 @@ matrices of the size of a head.
 Letters: D features, K kv heads, G queries per kv head, H head dim, m rows of a moment, F signature entries.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+from scipy import special
 
 from tracing_jax.arch import Arch
 from tracing_jax.axes import axis_table
 from tracing_jax.rewrites import gain_offset
 from tracing_jax.sources import ParamSource
+from tracing_jax.statistics.pvalues import bonferroni
 from tracing_jax.tree import Tree, flatten, to_host
 
 Moments = Sequence[Float[Array, "_ D"]]
@@ -60,9 +63,9 @@ def signatures(layer: Tree, arch: Arch, moments: Moments, num_singular_values: i
     query, key, value, output = (np.asarray(w, np.float32) for w in _head_weights(layer, arch))
     parts = []
     for one, other in ((query, key), (value, output)):
-        grams = [[_grams(side), *(_grams(_projected(rows, side)) for rows in moments)] for side in (one, other)]
-        cross = np.asarray(_cross(one, other), np.float64)
-        parts.append(_invariants(grams[0], grams[1], cross, num_singular_values))
+        found = _gram_matrices(one, other, tuple(moments))
+        through_one, through_other, cross = (np.asarray(grams, np.float64) for grams in found)
+        parts.append(_invariants(through_one, through_other, cross, num_singular_values))
     return np.concatenate(parts, axis=-1)
 
 
@@ -83,6 +86,27 @@ def signature_cosines(
         yield np.einsum("kgf,jhf->kgjh", a, b)
 
 
+def log_p_of_order(layers: Sequence[Float[np.ndarray, "K G F"]]) -> float:
+    """Returns the log p-value of the heads of a model being in random order with regard to their signatures.
+
+    For each entry the rank correlation with the index is added up over layers, for kv heads (their mean over queries)
+    and for the queries inside them. The smallest two-sided p-value of these sums, by their normal limit, after
+    Bonferroni. Heads that a tool put in order of their norm, or of another entry, have a small one.
+    """
+    stacked = np.stack(layers)
+    log_ps = []
+    for heads in (stacked.mean(axis=2), stacked.reshape(-1, *stacked.shape[2:])):
+        if heads.shape[1] > 1:
+            ranks = (heads[:, :, None] > heads[:, None]).sum(axis=2) + (heads[:, :, None] == heads[:, None]).sum(
+                axis=2
+            ) / 2
+            ranks = ranks - ranks.mean(axis=1, keepdims=True)
+            index = np.arange(heads.shape[1]) - (heads.shape[1] - 1) / 2
+            z = np.einsum("lnf,n->lf", ranks, index) * math.sqrt(heads.shape[1] - 1) / np.square(index).sum()
+            log_ps.append(special.log_ndtr(-np.abs(z.sum(axis=0) / math.sqrt(len(heads)))) + math.log(2))
+    return bonferroni(np.minimum(np.concatenate(log_ps), 0.0))
+
+
 def _head_weights(layer: Tree, arch: Arch) -> Iterator[Float[np.ndarray, "D K G H"]]:
     """Yields the weights of query, key, value and output of a layer, with the gains that multiply them."""
     attn, offset = layer["attn"], np.float32(gain_offset(arch))
@@ -99,11 +123,11 @@ def _head_weights(layer: Tree, arch: Arch) -> Iterator[Float[np.ndarray, "D K G 
 
 
 def _invariants(
-    one: Sequence[np.ndarray],
-    other: Sequence[np.ndarray],
-    cross: Float[np.ndarray, "K G H H"],
+    one: Float[np.ndarray, "N K G H H"],
+    other: Float[np.ndarray, "N K G2 H H"],
+    cross: Float[np.ndarray, "K G3 H H"],
     num_singular: int,
-) -> Float[np.ndarray, "K G F"]:
+) -> Float[np.ndarray, "K G3 F"]:
     """Returns the signature entries of `X Y^T`, given the Gram matrices of X and Y, plain and through each moment."""
     square = _trace(one[0], other[0])  # tr(X Y^T Y X^T), the squared norm
     square = np.maximum(square, np.finfo(np.float64).tiny)
@@ -125,7 +149,9 @@ def _trace(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return (one * other).sum(axis=(-2, -1))
 
 
-def _singular_values(one: np.ndarray, other: np.ndarray) -> Float[np.ndarray, "K G H"]:
+def _singular_values(
+    one: Float[np.ndarray, "K G H H"], other: Float[np.ndarray, "K G2 H H"]
+) -> Float[np.ndarray, "K G3 H"]:
     """Returns the singular values of `X Y^T`, largest first: the roots of the eigenvalues of `X^T X Y^T Y`."""
     values, vectors = np.linalg.eigh(one)
     root = vectors * np.sqrt(np.maximum(values, 0))[..., None, :]
@@ -133,20 +159,24 @@ def _singular_values(one: np.ndarray, other: np.ndarray) -> Float[np.ndarray, "K
     return np.sqrt(np.maximum(np.linalg.eigvalsh(product), 0))[..., ::-1]
 
 
-def _grams(weights: Float[Array | np.ndarray, "m K G H"]) -> Float[np.ndarray, "K G H H"]:
-    return np.asarray(_cross(weights, weights), np.float64)
-
-
 @jax.jit
-def _cross(
+def _gram_matrices(
+    one: Float[Array | np.ndarray, "D K G H"],
+    other: Float[Array | np.ndarray, "D K G2 H"],
+    moments: tuple[Float[Array, "_ D"], ...],
+) -> tuple[Float[Array, "N K G H H"], Float[Array, "N K G2 H H"], Float[Array, "K G3 H H"]]:
+    """Returns `X^T M X` for M the identity and each moment, the same for Y, and `X^T Y`, for each head."""
+    found = []
+    for side in (one, other):
+        through = [side, *(jnp.einsum("md,dkgh->mkgh", rows, side, precision="highest") for rows in moments)]
+        found.append(jnp.stack([_products(rows, rows) for rows in through]))
+    return found[0], found[1], _products(one, other)
+
+
+def _products(
     one: Float[Array | np.ndarray, "m K G H"], other: Float[Array | np.ndarray, "m K G2 H"]
 ) -> Float[Array, "K G3 H H"]:
     return jnp.einsum("mkgh,mkgi->kghi", *jnp.broadcast_arrays(one, other), precision="highest")
-
-
-@jax.jit
-def _projected(rows: Float[Array, "m D"], weights: Float[Array | np.ndarray, "D K G H"]) -> Float[Array, "m K G H"]:
-    return jnp.einsum("md,dkgh->mkgh", rows, weights, precision="highest")
 
 
 def _largest_units(model: ParamSource, index: int, count: int) -> Iterator[tuple[str, Float[Array, "m D"]]]:

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -15,14 +15,19 @@ from tracing_jax.arch import Arch
 from tracing_jax.matching import assign, match_units
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sources import ParamSource
-from tracing_jax.statistics.comparison import LN10, layers_in_common
-from tracing_jax.statistics.head_signatures import moments_of, signature_cosines, signatures
+from tracing_jax.statistics.comparison import LN10, bonferroni_log10, layers_in_common
+from tracing_jax.statistics.head_signatures import log_p_of_order, moments_of, signature_cosines, signatures
 from tracing_jax.statistics.match_moments import spread_layers
 from tracing_jax.statistics.nulls import total_agreement_log_sf
 from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies
 
 _SINGULAR_VALUES = 16
 _LEAVES = ("attn", "attn_norm")
+_ORDERED_BELOW = 0.01
+_ORDERED = (
+    "in both models the order of the heads follows their weights, as if a tool had sorted them, so that heads of "
+    "independent models could be in place as well"
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,8 @@ class HeadsInPlace(options.HeadsInPlace):
     uniform, since in each layer by itself kv heads may be permuted, and the queries inside each. So the number of heads
     that stay in place has a known distribution, that of a sum over independent random permutations.
 
-    With few heads the smallest possible p-value is not small; the notes state it. A 7B pair takes about two minutes on
+    The order of heads must not follow from the weights in both models; where it does, there is no p-value. With few
+    heads the smallest possible p-value is not small; the notes state it. A 7B pair takes about two minutes on
     two cores.
 
     Source: ours; the exact null is that of Zhu et al. 2025 (arXiv 2502.12292).
@@ -77,12 +83,14 @@ class HeadsInPlace(options.HeadsInPlace):
         run_cache = pair.run_cache.scope("heads_in_place")
         base, ft = (self._signatures(pair, side, run_cache) for side in ("base", "ft"))
         places = [place for i, cosines in enumerate(signature_cosines(base, ft)) for place in _places(cosines, i, pair)]
-        test = _test(places)
+        ordered = max(log_p_of_order(base), log_p_of_order(ft)) < math.log(_ORDERED_BELOW)
+        test = replace(_test(places), decides=not ordered)
         agreeing, heads = (sum(test.values[name]) for name in ("agreeing", "units"))
         return Result(
             headline=agreeing / heads,
             label="attention heads that stay in place (kv heads, and queries inside them), share",
-            log10_p=test.log10_p,
+            log10_p=bonferroni_log10([test]),
+            p_reason=_ORDERED if ordered else None,
             tests=(test,),
             notes=_notes(pair, places),
         ).for_pair(pair)
