@@ -20,33 +20,40 @@ from benchmarks.environment import OUT_DIR, ZOO_DIR, machine, use_all_cores
 from benchmarks.forgeries import forgeries, on_device, on_host
 from benchmarks.intervals import clopper_pearson
 from benchmarks.seeds import RECIPES, zoo
+from tracing_jax import options
 from tracing_jax.data import paired_one_to_one
+from tracing_jax.options import RunOptions
 from tracing_jax.record import write_json
 from tracing_jax.report import text_table
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory
-from tracing_jax.statistics import Pair, Statistic, Vocabularies, hidden_by, verdict
-from tracing_jax.statistics.csh import Csh
-from tracing_jax.statistics.csu import Csu
-from tracing_jax.statistics.match import Match
-from tracing_jax.statistics.match_all import MatchAll
-from tracing_jax.statistics.match_moments import MatchMoments
+from tracing_jax.statistics import (
+    AUTO,
+    AUTO_BY_DEPTH,
+    AUTO_WITH_TEXT,
+    Pair,
+    Statistic,
+    Vocabularies,
+    hidden_by,
+    make_statistic,
+    verdict,
+)
 from tracing_jax.tree import Tree
 
 LEVEL = 1e-3
 STATISTICS: Mapping[str, Statistic] = {
-    "csu": Csu(), "csh": Csh(blocks=8, block_size=64), "match": Match(), "match_all": MatchAll(),
-    "match_moments": MatchMoments(),
-}  # fmt: skip
+    name: make_statistic(name, RunOptions(csh=options.Csh(blocks=8, block_size=64)))
+    for name in (*AUTO, *AUTO_WITH_TEXT, AUTO_BY_DEPTH)
+}
 
 _PAIRS = flags.DEFINE_integer("pairs", 20, "pairs of models, no model in two of them")
 _ROWS = flags.DEFINE_multi_string("rows", [], "only forgeries with these words in their name; all by default")
 
 
-def judge(base: InMemory, other: InMemory, blocks: np.ndarray, seed: int) -> dict[str, float | str]:
+def judge(base: InMemory, other: InMemory, blocks: np.ndarray, unused: np.ndarray, seed: int) -> dict[str, float | str]:
     """Returns statistic -> log10 p of what decides, and `verdict` -> its word."""
     ids = np.arange(base.arch.vocab_size, dtype=np.int32)
-    vocabularies = Vocabularies(True, ids, ids)
+    vocabularies = Vocabularies(True, ids, ids, unseen={"unused": (unused, unused)})
     pair = Pair(base, other, vocabularies, blocks, Compute(make_mesh(), 32), seed,
                 blocks=paired_one_to_one(blocks, blocks))  # fmt: skip
     found, results = {}, {}
@@ -57,8 +64,7 @@ def judge(base: InMemory, other: InMemory, blocks: np.ndarray, seed: int) -> dic
         result = replace(result, blind_to=hidden_by(name, base.arch, other.arch))
         results[name] = result
         firm = result.log10_p if result.firm_log10_p is None else result.firm_log10_p
-        assert firm is not None
-        found[name] = firm
+        found[name] = 0.0 if firm is None else firm
     return found | {"verdict": verdict(results, LEVEL).verdict}
 
 
@@ -79,7 +85,7 @@ def main(argv: list[str]) -> None:
         for i in range(_PAIRS.value):
             pair = [on_host(InMemory(models.arch, _member(params, 2 * i + side))) for side in (0, 1)]
             forged = [on_device(m) for m in forge(pair[0], pair[1], np.random.default_rng([7, i]))]
-            found = judge(forged[0], forged[1], blocks, i)
+            found = judge(forged[0], forged[1], blocks, unused, i)
             counts[str(found["verdict"])] += 1
             ps = {test: p for test, p in found.items() if not isinstance(p, str)}
             counts.update(test for test, p in ps.items() if p < np.log10(LEVEL))

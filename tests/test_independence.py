@@ -55,7 +55,10 @@ from tracing_jax.statistics.permuted_copies import draw_permutations
 from tracing_jax.tree import flatten
 
 ARCH = tiny.qwen3_gqa(num_layers=3, layer_ropes=(0,) * 3, layer_windows=(None,) * 3, mlp_dim=40)
-SAME = Vocabularies(True, np.arange(61, dtype=np.int32), np.arange(61, dtype=np.int32))
+UNSEEN = np.arange(48, 61, dtype=np.int32)
+SAME = Vocabularies(
+    True, np.arange(61, dtype=np.int32), np.arange(61, dtype=np.int32), unseen={"unreachable tokens": (UNSEEN, UNSEEN)}
+)
 TOKENS = np.random.default_rng(0).integers(61, size=(8, 24), dtype=np.int32)
 
 

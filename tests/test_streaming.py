@@ -50,8 +50,8 @@ class OnDisk:
 
 def pair_of(base, ft):
     return Pair(
-        base, ft, Vocabularies(True, IDS, IDS), TOKENS, Compute(make_mesh(1, 1), 4), 0,
-        blocks=paired_one_to_one(TOKENS, TOKENS),
+        base, ft, Vocabularies(True, IDS, IDS, unseen={"unreachable tokens": (IDS[48:], IDS[48:])}), TOKENS,
+        Compute(make_mesh(1, 1), 4), 0, blocks=paired_one_to_one(TOKENS, TOKENS),
     )  # fmt: skip
 
 

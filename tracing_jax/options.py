@@ -157,6 +157,38 @@ class MatchHeads:
 
 
 @dataclass(frozen=True)
+class UnseenTokens:
+    """Embedding rows of tokens that no text holds, matched and compared with the identity; exact, for embeddings."""
+
+    max_tokens: int = option(16384, "The most shared tokens that the map of the features is learnt from.", at_least=2)
+
+
+@dataclass(frozen=True)
+class FeaturesInPlace:
+    """Features of the residual stream matched by all matrices, and the matching compared with the identity; exact."""
+
+    max_columns: int = option(
+        1024, "The most units (heads, MLP) of each matrix that features are compared on.", at_least=2
+    )
+    max_tokens: int = option(4096, "The most shared tokens of embedding and head.", at_least=2)
+
+
+@dataclass(frozen=True)
+class CsuProcrustes:
+    """`csu` after the residual stream of ft is rotated to base's by the shared tokens' embeddings; exact."""
+
+    max_tokens: int = option(16384, "The most shared tokens that the rotation is learnt from.", at_least=2)
+
+
+@dataclass(frozen=True)
+class HeadsInPlace:
+    """Attention heads matched by signatures, and the matching compared with the identity; exact."""
+
+    moments_of: int = option(4, "The most layers, evenly spread, whose MLPs the signatures refer to.", at_least=1)
+    moment_rows: int = option(128, "The most MLP units, and shared tokens, that they refer to.", at_least=2)
+
+
+@dataclass(frozen=True)
 class MatchDistilled:
     """Gated students of any FFNs (no gate, other width, experts) matched as in `match`; slow, not in `all`."""
 
@@ -198,7 +230,8 @@ class PermModeL2:
 STATISTICS: Mapping[str, type] = {
     "mode": Mode, "cos": Cos, "emb": Emb, "jsd": Jsd, "csu": Csu, "csu_all": CsuAll, "csh": Csh, "match": Match,
     "match_all": MatchAll, "match_moments": MatchMoments, "match_io": MatchIo, "match_crossfit": MatchCrossfit,
-    "match_heads": MatchHeads, "match_distilled": MatchDistilled, "screen": Screen, "l2": L2,
+    "match_heads": MatchHeads, "match_distilled": MatchDistilled, "screen": Screen, "unseen_tokens": UnseenTokens,
+    "features_in_place": FeaturesInPlace, "csu_procrustes": CsuProcrustes, "heads_in_place": HeadsInPlace, "l2": L2,
     "perm_mode_l2": PermModeL2,
 }  # fmt: skip
 """Name of a statistic -> its section."""
@@ -309,6 +342,10 @@ class RunOptions:
     match_heads: MatchHeads = MatchHeads()
     match_distilled: MatchDistilled = MatchDistilled()
     screen: Screen = Screen()
+    unseen_tokens: UnseenTokens = UnseenTokens()
+    features_in_place: FeaturesInPlace = FeaturesInPlace()
+    csu_procrustes: CsuProcrustes = CsuProcrustes()
+    heads_in_place: HeadsInPlace = HeadsInPlace()
     l2: L2 = L2()
     perm_mode_l2: PermModeL2 = PermModeL2()
 

@@ -22,6 +22,7 @@ from tracing_jax.data.blocks import (
 )
 from tracing_jax.data.documents import GENERATED_ENDING, GENERATED_FOLDER, NAMED_DATASETS, Documents, read_documents
 from tracing_jax.data.pairing import PairedBlocks, paired_on_bytes, paired_one_to_one
+from tracing_jax.data.unseen import IdPairs, unseen_tokens
 
 __all__ = [
     "GENERATED_ENDING",
@@ -29,6 +30,7 @@ __all__ = [
     "NAMED_DATASETS",
     "RANDOM",
     "Documents",
+    "IdPairs",
     "PairedBlocks",
     "TokenBlocks",
     "Tokenizer",
@@ -40,4 +42,5 @@ __all__ = [
     "same_tokenizer",
     "shared_tokens",
     "token_blocks",
+    "unseen_tokens",
 ]

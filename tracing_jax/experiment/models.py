@@ -7,7 +7,7 @@ import numpy as np
 
 from tracing_jax import demo
 from tracing_jax.checkpoint import Checkpoint, open_checkpoint
-from tracing_jax.data import load_tokenizer, same_tokenizer, shared_tokens
+from tracing_jax.data import load_tokenizer, same_tokenizer, shared_tokens, unseen_tokens
 from tracing_jax.dataclass_options import ConfigError
 from tracing_jax.experiment.validation import DEMO, statistic_names
 from tracing_jax.options import RunOptions
@@ -84,7 +84,9 @@ def shared_vocabulary(base: Checkpoint, ft: Checkpoint, tokenizer_base: Any, tok
         return Vocabularies(False, np.zeros(0, np.int32), np.zeros(0, np.int32), known=False)
     ids_base, ids_ft = shared_tokens(tokenizer_base, tokenizer_ft)
     embedded = (ids_base < base.arch.vocab_size) & (ids_ft < ft.arch.vocab_size)
-    return Vocabularies(same_tokenizer(tokenizer_base, tokenizer_ft), ids_base[embedded], ids_ft[embedded])
+    unseen = unseen_tokens(tokenizer_base, tokenizer_ft, base.arch.vocab_size, ft.arch.vocab_size)
+    same = same_tokenizer(tokenizer_base, tokenizer_ft)
+    return Vocabularies(same, ids_base[embedded], ids_ft[embedded], unseen=unseen)
 
 
 def _open(options: RunOptions, model_id: str, adapter_base: str | None = None) -> Checkpoint:

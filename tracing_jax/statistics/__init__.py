@@ -7,6 +7,9 @@ from tracing_jax.options import RunOptions
 from tracing_jax.statistics.cosine import Cos, Emb
 from tracing_jax.statistics.csh import Csh
 from tracing_jax.statistics.csu import Csu, CsuAll
+from tracing_jax.statistics.csu_procrustes import CsuProcrustes
+from tracing_jax.statistics.features_in_place import FeaturesInPlace
+from tracing_jax.statistics.heads_in_place import HeadsInPlace
 from tracing_jax.statistics.jsd import Jsd
 from tracing_jax.statistics.l2 import L2
 from tracing_jax.statistics.match import Match
@@ -20,12 +23,14 @@ from tracing_jax.statistics.mode import Mode
 from tracing_jax.statistics.perm_mode_l2 import PermModeL2
 from tracing_jax.statistics.screen import Screen
 from tracing_jax.statistics.statistic import Curve, Pair, Result, Statistic, Test, Vocabularies
+from tracing_jax.statistics.unseen_tokens import UnseenTokens
 from tracing_jax.statistics.verdict import Identity, Verdict, hidden_by, over_pairs, verdict, word_of
 
 REGISTRY: Mapping[str, Callable[..., Statistic]] = {
     "mode": Mode, "cos": Cos, "emb": Emb, "jsd": Jsd, "csu": Csu, "csu_all": CsuAll, "csh": Csh, "match": Match,
     "match_all": MatchAll, "match_moments": MatchMoments, "match_io": MatchIo, "match_crossfit": MatchCrossfit,
-    "match_heads": MatchHeads, "match_distilled": MatchDistilled, "screen": Screen, "l2": L2,
+    "match_heads": MatchHeads, "match_distilled": MatchDistilled, "screen": Screen, "unseen_tokens": UnseenTokens,
+    "features_in_place": FeaturesInPlace, "csu_procrustes": CsuProcrustes, "heads_in_place": HeadsInPlace, "l2": L2,
     "perm_mode_l2": PermModeL2,
 }  # fmt: skip
 """Name -> class, whose fields are the options of the section of that name."""
@@ -37,7 +42,8 @@ LIGHT = frozenset({"screen"})
 """Statistics that read a small part of the files: run only if named; a run of these alone reads no more."""
 
 
-AUTO = ("csu", "match", "match_moments")
+AUTO = ("csu", "csu_procrustes", "features_in_place", "heads_in_place", "unseen_tokens", "match", "match_moments",
+        "match_io", "match_crossfit", "match_heads")  # fmt: skip
 """Tests that `auto` stands for: of bounded cost, and without a text."""
 
 AUTO_WITH_TEXT = ("csh",)

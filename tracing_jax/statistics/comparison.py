@@ -186,6 +186,19 @@ def tests_of(
     )
 
 
+def by_agreement(
+    comparisons: Sequence[Comparison], places: Sequence[str], combine: Callable[[LogPs], float], combined: str
+) -> tuple[Test, Test]:
+    """Returns the test by agreement, which decides, and the one by rank correlation, which is reported beside it.
+
+    For units whose order may follow the same rule in both models, as where both were sorted by importance: rank
+    correlation of independent models is then above zero, and agreement stays at chance. Below 64 units the tail of rank
+    correlation is approximate besides.
+    """
+    rank, agreeing = tests_of(comparisons, places, combine, combined)
+    return agreeing, replace(rank, decides=False)
+
+
 def one_test(
     name: str,
     comparisons: Sequence[Comparison],

@@ -43,12 +43,12 @@ _EXACT = ("gate_proj", "up_proj", "down_proj", "o_proj")
 rows inside a head, and rows of embedding and head are tokens: their p-values have no exact null."""
 
 
-_Place = tuple[str, bool, Callable[[], "_Rows"]]
+_Place = tuple[str, bool, Callable[[], "Rows"]]
 """The name of two matrices, whether their null is exact, and the function that reads and compares their rows."""
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """The cosines of all rows of a matrix of base with all of one of ft, and those rows that are compared."""
 
     similarity: Array | np.ndarray | FactoredSimilarity
@@ -80,11 +80,11 @@ class Csu(options.Csu):
         run_cache = pair.run_cache.scope("csu")
         layers, kept = layers_in_common(pair), run_cache.count(Comparison)
 
-        def by_layer() -> Iterator[tuple[int, _Rows]]:
+        def by_layer() -> Iterator[tuple[int, Rows]]:
             for i in trange(kept, layers, desc="csu", unit="layer", initial=kept, total=layers, disable=None):
                 yield i, up_rows(pair, i)
 
-        def compare(item: tuple[int, _Rows]) -> Comparison:
+        def compare(item: tuple[int, Rows]) -> Comparison:
             i, rows = item
             return run_cache.cached(Comparison, (i,), lambda: rows.compared(pair.generator("csu", i)))
 
@@ -127,7 +127,7 @@ class CsuAll(options.CsuAll):
             notes=["q, k, v, embedding and head have no exact null: their p-values do not enter the verdict"],
         ).for_pair(pair)
 
-    def _similarities(self, pair: Pair, places: Sequence[_Place]) -> Iterator[tuple[str, _Rows | Comparison]]:
+    def _similarities(self, pair: Pair, places: Sequence[_Place]) -> Iterator[tuple[str, Rows | Comparison]]:
         """Yields for each place its similarities, or its comparison if an interrupted run has cached it."""
         for place, _, rows in tqdm(places, desc="csu_all", unit="matrix", disable=None):
             yield place, pair.run_cache.load(Comparison, "csu_all", place) or rows()
@@ -144,20 +144,20 @@ class CsuAll(options.CsuAll):
                 yield place, exact, functools.partial(_rows_of_both, pair, (name, other), tables)
 
 
-def up_rows(pair: Pair, layer: int) -> _Rows:
+def up_rows(pair: Pair, layer: int) -> Rows:
     """Returns the up-projections of a layer of both models, a row per unit, to be compared by their distinct units."""
     base, ft = (unit_rows(m.layer(layer, ("mlp/up_proj/kernel",)), "up_proj") for m in (pair.base, pair.ft))
-    return _Rows(similarities(base, ft), *(distinct_units(model, layer) for model in (pair.base, pair.ft)))
+    return Rows(similarities(base, ft), *(distinct_units(model, layer) for model in (pair.base, pair.ft)))
 
 
-def _rows_of_both(pair: Pair, names: tuple[str, str], tables: Sequence[AxisTable]) -> _Rows:
+def _rows_of_both(pair: Pair, names: tuple[str, str], tables: Sequence[AxisTable]) -> Rows:
     models = (pair.base, pair.ft)
     rows = [_rows(model, name, table) for model, name, table in zip(models, names, tables, strict=True)]
     units = [
         distinct_units(model, int(name.split("/")[1])) if _are_units(name, model.arch) else all_units(len(found))
         for model, name, found in zip(models, names, rows, strict=True)
     ]
-    return _Rows(similarities(*rows), *units)
+    return Rows(similarities(*rows), *units)
 
 
 def unit_rows(layer: Tree, projection: str) -> Float[Array | np.ndarray, "F D"]:
@@ -165,7 +165,7 @@ def unit_rows(layer: Tree, projection: str) -> Float[Array | np.ndarray, "F D"]:
     return layer["mlp"][projection]["kernel"].T
 
 
-def _compare(pair: Pair, item: tuple[str, _Rows | Comparison]) -> Comparison:
+def _compare(pair: Pair, item: tuple[str, Rows | Comparison]) -> Comparison:
     place, found = item
     if isinstance(found, Comparison):
         return found

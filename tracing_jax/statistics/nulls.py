@@ -8,6 +8,7 @@ there is also one under which some units agree by convergence. All tail probabil
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -141,6 +142,40 @@ def randomised_agreement_log_p(k: int, h1: int, h2: int | None = None, *, genera
     """
     h2 = _checked_size(k, h1, h2)
     return _agreement_log_tail(k, h1, h2, share=1.0 - generator.random())
+
+
+def total_agreement_log_sf(k: int, sizes: Sequence[int]) -> float:
+    """Returns log P(K >= k) for the fixed points K of independent uniform permutations of these sizes, all together.
+
+    A permutation of n has k fixed points with probability `C(n, k) D(n - k) / n!`, D being the number of derangements.
+    The distributions are convolved in log space, where all terms are positive.
+
+    Raises:
+      ValueError: no sizes, a size below 1, or k not in 0, ..., the sum of the sizes.
+    Source: Riordan, An Introduction to Combinatorial Analysis, chapter 3.
+    """
+    if not sizes or min(sizes) < 1 or not 0 <= k <= sum(sizes):
+        raise ValueError(
+            f"{k} fixed points of permutations of {list(sizes)}: sizes >= 1 and 0 <= k <= their sum must hold"
+        )
+    total = np.zeros(1)
+    for size in sizes:
+        one = _log_fixed_points(size)
+        longer = np.full(len(total) + size, -np.inf)
+        for j in np.flatnonzero(np.isfinite(one)):
+            longer[j : j + len(total)] = np.logaddexp(longer[j : j + len(total)], one[j] + total)
+        total = longer
+    return 0.0 if k == 0 else min(0.0, float(special.logsumexp(total[k:])))
+
+
+@functools.cache
+def _log_fixed_points(n: int) -> np.ndarray:
+    """Returns the log probabilities that a uniform permutation of n has 0, ..., n fixed points."""
+    derangements = [1, 0]
+    while len(derangements) <= n:
+        derangements.append((len(derangements) - 1) * (derangements[-1] + derangements[-2]))
+    counts = [math.comb(n, k) * derangements[n - k] for k in range(n + 1)]
+    return np.array([math.log(count) if count else -np.inf for count in counts]) - math.lgamma(n + 1)
 
 
 def composite_agreement_log_sf(k: int, h: int, u: float, lam: float) -> float:

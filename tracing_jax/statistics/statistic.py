@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from tracing_jax.arch import Arch
-from tracing_jax.data import PairedBlocks, paired_one_to_one
+from tracing_jax.data import IdPairs, PairedBlocks, paired_one_to_one
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sharding import Compute
 from tracing_jax.sources import ParamSource
@@ -29,12 +29,14 @@ class Vocabularies:
       same: both models have the same tokenizer, with equal token ids.
       ids_base, ids_ft: ids of the tokens that both vocabularies have, paired by string.
       known: both tokenizers could be read.
+      unseen: group -> ids in base and in ft of tokens that neither tokenizer ever gives; see `data.unseen_tokens`.
     """
 
     same: bool
     ids_base: Int[np.ndarray, " S"]
     ids_ft: Int[np.ndarray, " S"]
     known: bool = True
+    unseen: Mapping[str, IdPairs] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,19 @@ from tracing_jax.statistics.statistic import Result
 DECIDING: Mapping[str, str] = {
     "csu": "MLPs", "csh": "MLPs", "match": "MLPs", "match_all": "MLPs", "match_moments": "MLPs",
     "match_io": "MLPs", "match_crossfit": "MLPs", "match_heads": "attention", "match_distilled": "MLPs",
-    "screen": "MLPs",
+    "screen": "MLPs", "unseen_tokens": "embedding", "features_in_place": "all parts", "csu_procrustes": "MLPs",
+    "heads_in_place": "attention",
 }  # fmt: skip
 """Statistics whose p-values are exact, or calibrated against a measured null, and the part of the models that they
 compare. Only these enter the verdict."""
 
 HIDING: Mapping[str, Sequence[str]] = {
     "csu": ("permute", "rotate"), "csh": ("permute",), "match": (), "match_all": (), "match_moments": (),
-    "match_io": (), "match_crossfit": (), "match_heads": (),
+    "match_io": (), "match_crossfit": (), "features_in_place": ("permute", "rotate"), "csu_procrustes": ("permute",),
+    "heads_in_place": ("permute",),
 }  # fmt: skip
-"""Statistics whose power has been measured (docs/power.md), and the rewrites that hide a relation from them."""
+"""Statistics on the body of a model whose power has been measured (docs/power.md), and the rewrites that hide a
+relation from them."""
 
 LIMITS: Mapping[str, Sequence[str]] = {
     "match": ("replaced embeddings with training after it",),
@@ -31,6 +34,10 @@ LIMITS: Mapping[str, Sequence[str]] = {
     "match_io": ("replaced embeddings", "MLPs trained anew"),
     "match_crossfit": ("MLPs trained anew in most layers",),
     "match_heads": ("replaced embeddings", "attention trained anew"),
+    "unseen_tokens": ("another vocabulary", "a body without its embedding"),
+    "features_in_place": ("another width",),
+    "csu_procrustes": ("replaced embeddings", "MLPs trained anew"),
+    "heads_in_place": ("attention trained anew", "another number of heads"),
 }
 """What else hides a relation from a statistic: changes that are no rewrites, since they change the function too."""
 
@@ -310,5 +317,5 @@ def _layers_below(result: Result, level: float) -> list[str]:
     return sorted(carrying, key=_natural)
 
 
-def _natural(place: str) -> list[Any]:
-    return [int(word) if word.isdigit() else 0 for word in place.split()] + [place]
+def _natural(place: str) -> tuple[list[int], str]:
+    return [int(word) if word.isdigit() else 0 for word in place.split()], place

@@ -1,0 +1,198 @@
+"""`heads_in_place`: signatures that no rotation changes, and an exact null over kv heads and their queries."""
+
+import dataclasses
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from tracing_jax.axes import axis_table
+from tracing_jax.rewrites import draw_rewrites, permute, random_permutations
+from tracing_jax.sharding import Compute, make_mesh
+from tracing_jax.sources import InMemory, in_memory, rewritten
+from tracing_jax.statistics import Pair, Vocabularies, verdict
+from tracing_jax.statistics.head_signatures import moments_of, signatures
+from tracing_jax.statistics.heads_in_place import HeadsInPlace
+from tracing_jax.statistics.nulls import total_agreement_log_sf
+
+DEPTH = {"num_layers": 4, "layer_ropes": (0,) * 4, "layer_windows": (None,) * 4}
+ARCH = tiny.llama_mha(num_kv_heads=3, q_group=2, **DEPTH)
+IDS = np.arange(61, dtype=np.int32)
+SAME = Vocabularies(True, IDS, IDS)
+NO_TOKENS = Vocabularies(False, IDS[:0], IDS[:0])
+BASE = tiny.model(ARCH, 0)
+RELATED = InMemory(ARCH, tiny.noisy(BASE.params, 0.02))
+
+
+def pair_of(base, ft, vocabularies=SAME, **fields):
+    return Pair(base, ft, vocabularies, None, Compute(make_mesh(1, 1), 4), **{"seed": 0} | fields)
+
+
+def changed(model, name, seed=7):
+    after = in_memory(rewritten(model, draw_rewrites(name, jax.random.key(seed), model.arch)))
+    return InMemory(after.arch, jax.tree.map(jnp.asarray, after.params))
+
+
+def permuted(model, kinds, seed=3):
+    table = axis_table(model.arch)
+    moved = random_permutations(jax.random.key(seed), table, kinds)
+    return InMemory(model.arch, permute(model.params, moved, table)), moved
+
+
+def fixed_points(sizes):
+    """The exact tail by listing all permutations."""
+    counts = np.zeros(sum(sizes) + 1)
+    for chosen in itertools.product(*(list(itertools.permutations(range(n))) for n in sizes)):
+        counts[sum(int((np.array(p) == np.arange(len(p))).sum()) for p in chosen)] += 1
+    return np.cumsum(counts[::-1])[::-1] / counts.sum()
+
+
+@pytest.mark.parametrize("sizes", [(1,), (4,), (3, 2, 2), (2, 2, 2, 2), (5, 3)])
+def test_the_total_of_fixed_points_has_the_distribution_of_all_permutations(sizes):
+    expected = fixed_points(sizes)
+    found = np.exp([total_agreement_log_sf(k, sizes) for k in range(sum(sizes) + 1)])
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_the_tail_goes_far_below_floats():
+    sizes = [8, *[4] * 8] * 32
+    every = -sum(math.lgamma(n + 1) for n in sizes)
+    assert total_agreement_log_sf(sum(sizes), sizes) == pytest.approx(every, rel=1e-12)
+    assert every / math.log(10) < -400
+    for k, wrong in ((3, (2,)), (-1, (2,)), (1, ()), (1, (0, 2))):
+        with pytest.raises(ValueError, match="must hold"):
+            total_agreement_log_sf(k, wrong)
+
+
+def signatures_of(model, vocabularies=SAME):
+    moments = moments_of(model, range(4), vocabularies.ids_base, 40)
+    return np.stack([signatures(model.layer(i), model.arch, moments, 4) for i in range(4)])
+
+
+@pytest.mark.parametrize("name", ["rotate", "gains", "units", "values", "queries"])
+def test_rewrites_that_keep_heads_in_place_do_not_change_their_signatures(name):
+    np.testing.assert_allclose(signatures_of(changed(BASE, name)), signatures_of(BASE), rtol=1e-3, atol=1e-3)
+
+
+def test_a_permutation_of_heads_permutes_their_signatures():
+    hidden, moved = permuted(BASE, ["embed", "mlp", "kv_heads", "q_group"])
+    for i, (given, found) in enumerate(zip(signatures_of(BASE), signatures_of(hidden), strict=True)):
+        kv, queries = moved[f"layers/{i}/kv_heads"], moved[f"layers/{i}/q_group"]
+        np.testing.assert_allclose(found, given[kv[:, None], queries], rtol=1e-3, atol=1e-3)
+
+
+def test_signatures_are_those_of_numpy():
+    layer = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), BASE.layer(2))
+    gain, attn = layer["attn_norm"]["scale"], layer["attn"]
+    k, g = 1, 1
+    A = gain[:, None] * attn["q_proj"]["kernel"][:, k, g] @ (gain[:, None] * attn["k_proj"]["kernel"][:, k]).T
+    B = gain[:, None] * attn["v_proj"]["kernel"][:, k] @ attn["o_proj"]["kernel"][k, g]
+    table = np.asarray(BASE.params["embed"]["embedding"], np.float64)
+    rows = [table - table.mean(0)]
+    by_name = {"gate_proj": [], "up_proj": [], "down_proj": []}
+    for i in range(4):
+        one = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), BASE.layer(i))
+        units = {n: one["mlp"][n]["kernel"].T * one["mlp_norm"]["scale"] for n in ("gate_proj", "up_proj")}
+        units["down_proj"] = one["mlp"]["down_proj"]["kernel"]
+        order = np.argsort(-np.prod([np.linalg.norm(u, axis=1) for u in units.values()], axis=0))[:10]
+        for n, u in units.items():
+            by_name[n].append(u[order])
+    rows += [np.concatenate(some) for some in by_name.values()]
+    moments = [(u.T / np.square(u).sum(1)) @ u for u in rows]
+    expected = []
+    for X in (A, B):
+        square = np.trace(X.T @ X)
+        singular = np.linalg.svd(X)[1][:4] / square**0.5
+        expected += [np.log(square), *np.log(singular), np.trace(X) / square**0.5, np.trace(X @ X) / square]
+        for M in moments:
+            forms = (X.T @ M @ X, X @ M @ X.T, X.T @ M @ X @ M)
+            expected += [np.log(np.trace(form) / square) for form in forms]
+    np.testing.assert_allclose(signatures_of(BASE)[2][k, g], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_heads_of_independent_models_are_in_place_as_often_as_by_chance():
+    """The number in place against its exact distribution; and no p-value is smaller than it should be."""
+    agreeing, log_ps = [], []
+    for i in range(14):
+        base, ft = (tiny.model(ARCH, 100 + 2 * i + side) for side in (0, 1))
+        (test,) = HeadsInPlace().compute(pair_of(base, ft, seed=i)).tests
+        agreeing.append(test.values["agreeing"])
+        log_ps.append(test.log10_p)
+    kv, queries = np.array(agreeing)[:, ::2], np.array(agreeing)[:, 1::2]
+    assert kv.mean() == pytest.approx(1, abs=4 / kv.size**0.5)  # each matching has mean and variance 1
+    assert queries.mean() == pytest.approx(3, abs=4 * (3 / queries.size) ** 0.5)
+    p = 10.0 ** np.array(log_ps)
+    for level in (0.05, 0.2, 0.5):
+        assert (p <= level).mean() <= level + 3 * (level * (1 - level) / len(p)) ** 0.5
+
+
+@pytest.mark.parametrize("name", ["rotate", "gains", "units", "values", "queries"])
+def test_a_relative_is_found_through_rewrites_that_keep_its_heads_in_place(name):
+    result = HeadsInPlace().compute(pair_of(BASE, changed(RELATED, name)))
+    assert result.headline > 0.8
+    assert verdict({"heads_in_place": result}, 1e-3).verdict == "related"
+
+
+def test_heads_stay_when_mlps_and_embeddings_are_others_and_permuted_heads_are_not_found():
+    foreign = tiny.model(ARCH, 9).params
+    layers = {
+        i: {**layer, "mlp": foreign["layers"][i]["mlp"], "mlp_norm": foreign["layers"][i]["mlp_norm"]}
+        for i, layer in RELATED.params["layers"].items()
+    }
+    retrained = InMemory(ARCH, foreign | {"layers": layers})
+    result = HeadsInPlace().compute(pair_of(BASE, retrained, NO_TOKENS))
+    assert result.log10_p < -3
+    hidden, moved = permuted(RELATED, ["kv_heads"])
+    found = HeadsInPlace().compute(pair_of(BASE, hidden)).tests[0]
+    in_place = [int((moved[f"layers/{i}/kv_heads"] == np.arange(3)).sum()) for i in range(4)]
+    assert list(found.values["agreeing"][::2]) == in_place
+
+
+def in_order_of_norm(model):
+    """The model with the kv heads of each layer in order of the norm of their QK products."""
+    norms = signatures_of(model)[:, :, :, 0].mean(axis=2)
+    moved = {f"layers/{i}/kv_heads": np.argsort(norm) for i, norm in enumerate(norms)}
+    return InMemory(model.arch, permute(model.params, moved, axis_table(model.arch)))
+
+
+def test_heads_that_were_sorted_in_both_models_are_no_evidence():
+    arch = tiny.llama_mha(num_kv_heads=6, q_group=1, **DEPTH)
+    base, ft = (tiny.model(arch, seed) for seed in (0, 1))
+    both = HeadsInPlace().compute(pair_of(in_order_of_norm(base), in_order_of_norm(ft)))
+    assert both.log10_p is None
+    assert "sorted" in both.p_reason
+    assert not both.tests[0].decides
+    one = HeadsInPlace().compute(pair_of(in_order_of_norm(base), ft))
+    assert one.log10_p > -3
+
+
+def test_the_smallest_possible_p_value_is_stated():
+    result = HeadsInPlace().compute(pair_of(BASE, BASE))
+    floor = 4 * math.log10(6 * 2**3)
+    assert result.headline == 1
+    assert result.log10_p == pytest.approx(-floor)
+    assert result.notes == [f"p is at least 10^{-floor:.1f}: that of 36 heads in place in 16 matchings"]
+
+
+@pytest.mark.parametrize("arch", [tiny.llama_mha(), tiny.qwen3_gqa(), tiny.gemma_mqa(), tiny.olmo2_gqa(), tiny.gpt2(),
+                                  tiny.mixtral()], ids=lambda arch: arch.family)  # fmt: skip
+def test_every_family_has_heads(arch):
+    base = tiny.model(arch, 0)
+    assert HeadsInPlace().not_applicable(arch, arch, SAME) == []
+    result = HeadsInPlace().compute(pair_of(base, InMemory(arch, tiny.noisy(base.params, 0.001))))
+    assert result.headline == 1
+
+
+def test_what_does_not_apply_says_why():
+    (line,) = HeadsInPlace().not_applicable(ARCH, tiny.qwen3_gqa(num_kv_heads=6, q_group=1), SAME)
+    assert "3 and 6 kv heads, 2 and 1 queries" in line
+    single = dataclasses.replace(ARCH, num_kv_heads=1, q_group=1)
+    assert "single head" in HeadsInPlace().not_applicable(single, single, SAME)[0]
+    deeper = tiny.model(tiny.llama_mha(num_kv_heads=3, q_group=2), 0)
+    assert "4 and 2 layers" in HeadsInPlace().compute(pair_of(BASE, deeper)).notes[1]
+    aligned = HeadsInPlace().compute(pair_of(BASE, BASE, aligned=True))
+    assert (aligned.log10_p, aligned.headline) == (None, 1)

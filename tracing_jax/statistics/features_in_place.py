@@ -1,0 +1,214 @@
+"""`features_in_place`: are the features of the residual stream in place? One matching over all matrices that have them.
+
+Letters: D features, n units of the other axes of a matrix.
+"""
+
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from tqdm import tqdm
+
+from tracing_jax import options
+from tracing_jax.arch import Arch
+from tracing_jax.axes import AxisTable, LeafSpec, axis_table
+from tracing_jax.rewrites import gain_offset
+from tracing_jax.sources import part
+from tracing_jax.statistics.comparison import (
+    BY_ORDER,
+    bonferroni_log10,
+    in_place,
+    in_place_tests,
+    layers_in_common,
+    reserved,
+    share_agreeing,
+)
+from tracing_jax.statistics.distinct_units import all_units
+from tracing_jax.statistics.statistic import Pair, Result, Vocabularies, widths_not_applicable
+from tracing_jax.tree import flatten, readable, to_host
+
+_MATRICES = frozenset(
+    ("embedding", "lm_head", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+)
+"""Matrices drawn at random. Norms, biases, routers and positions may start from rules that strangers share."""
+
+
+class FeaturesInPlace(options.FeaturesInPlace):
+    """Constrained test on the features of the residual stream; exact if either model was trained independently.
+
+    The features of base are compared with those of ft by the correlation of their weights in each matrix, over the
+    heads, MLP units or shared tokens that it connects them with. The correlations of all matrices are added up, each
+    matrix counting alike, and one assignment is compared with the identity. Exact since all matrices of a model share
+    one permutation of the features; q, k, v, embedding and head, which have no exact null by themselves, take part.
+
+    Heads, MLP units and layers are taken in their order: where they moved, a matrix adds noise, and no false evidence.
+    A matrix whose other axes differ in size is left out. Gains of norms, and a change of sign of features, do not
+    matter. The correlations of a 7B pair take about two minutes on two cores, beside reading its weights once.
+
+    Source: ours; the exact null is that of Zhu et al. 2025 (arXiv 2502.12292).
+    """
+
+    needs_tokens: ClassVar[bool] = False
+
+    def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
+        """Returns the reason why features of these models have no counterpart; empty if they have."""
+        return widths_not_applicable(base, ft)
+
+    def compute(self, pair: Pair) -> Result:
+        """Returns the p-values by agreement, with rank correlation beside it; no forward pass."""
+        matrices = _matrices(pair)
+        similarity = readable(self._summed(pair, matrices))
+        everything = all_units(pair.base.arch.embed_dim)
+        found = [in_place(similarity, (everything, everything), pair.generator("features_in_place"))]
+        rank, agreement, outstanding = in_place_tests(found, ["features"])
+        tests = (agreement, replace(rank, decides=False), outstanding)  # order may follow one rule in both models
+        return Result(
+            headline=share_agreeing(found),
+            label="features of the residual stream that stay in place, share",
+            log10_p=bonferroni_log10(tests),
+            tests=tests,
+            notes=_notes(pair, matrices),
+            effect=f"{found[0].agreeing:,} of {found[0].units:,} features are in place; by chance about one is",
+            **reserved(tests, BY_ORDER),
+        ).for_pair(pair)
+
+    def _summed(self, pair: Pair, matrices: Mapping[str, list["_Matrix"]]) -> Float[Array, "D D"]:
+        """Returns the sum over the matrices of the correlations of base's features with ft's."""
+        run_cache = pair.run_cache.scope("features_in_place")
+        D, kept = pair.base.arch.embed_dim, run_cache.load_arrays("summed")
+        total, done = (jnp.zeros((D, D)), 0) if kept is None else (jnp.asarray(kept["total"]), int(kept["parts"]))
+        bar = tqdm(list(matrices)[done:], desc="features", unit="part", initial=done, total=len(matrices), disable=None)
+        for number, prefix in enumerate(bar, done + 1):
+            for sides in self._rows(pair, prefix, matrices[prefix]):
+                total = _with_correlations(total, *sides)
+            state = functools.partial(_state, total, number)
+            run_cache.save_if_due(state, total.nbytes, "summed")
+        run_cache.delete("summed")
+        return total
+
+    def _rows(
+        self, pair: Pair, prefix: str, matrices: list["_Matrix"]
+    ) -> Iterator[tuple[Float[Array, "D n"], Float[Array, "D n"]]]:
+        """Yields for each matrix of a part the rows of base's features and of ft's, at the same sampled columns."""
+        if not matrices:
+            return
+        base, ft = (flatten(part(model, prefix)) for model in (pair.base, pair.ft))
+        vocabularies = pair.vocabularies
+        for matrix in matrices:
+            drawn = pair.generator("features_in_place", matrix.name).permutation(matrix.columns)
+            drawn = np.sort(drawn[: self.max_tokens if matrix.of_tokens else self.max_columns])
+            columns = (drawn, drawn)
+            if matrix.of_tokens:
+                columns = (vocabularies.ids_base[drawn], vocabularies.ids_ft[drawn])
+            yield (
+                _feature_rows(base, matrix.name, matrix.base, columns[0], pair.base.arch),
+                _feature_rows(ft, matrix.name, matrix.ft, columns[1], pair.ft.arch),
+            )
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A matrix that both models have: its name in its part, its specs, and the number of its shared columns."""
+
+    name: str
+    base: LeafSpec
+    ft: LeafSpec
+    columns: int
+    of_tokens: bool
+
+
+def _matrices(pair: Pair) -> dict[str, list[_Matrix]]:
+    """Returns the matrices by part of the model, of the layers that both have."""
+    base, ft = (axis_table(model.arch) for model in (pair.base, pair.ft))
+    prefixes = ["embed/", *(f"layers/{i}/" for i in range(layers_in_common(pair))), "head/"]
+    found: dict[str, list[_Matrix]] = {prefix: [] for prefix in prefixes}
+    for prefix in prefixes:
+        for name in (name for name in _names(base) if name.startswith(prefix)):
+            specs = [table.leaves.get(name) for table in (base, ft)]
+            if specs[0] is None or specs[1] is None:
+                continue
+            of_tokens = "vocab" in specs[0].axes
+            columns = [_columns(table, spec) for table, spec in zip((base, ft), specs) if spec]
+            shared = len(pair.vocabularies.ids_base) if of_tokens else math.prod(columns[0])
+            if shared >= 2 and (of_tokens or columns[0] == columns[1]):
+                found[prefix].append(_Matrix(name.removeprefix(prefix), specs[0], specs[1], shared, of_tokens))
+    return found
+
+
+def _names(table: AxisTable) -> list[str]:
+    """Returns the names of the matrices that have the axis of the features."""
+    return [
+        name
+        for name, spec in table.leaves.items()
+        if "embed" in spec.axes and not name.endswith("/bias") and _MATRICES & set(name.split("/")[-2:])
+    ]
+
+
+def _columns(table: AxisTable, spec: LeafSpec) -> list[int]:
+    """Returns the sizes of the other axes of a matrix."""
+    return [table.sizes[axis or ""] for axis in spec.axes if axis != "embed"]
+
+
+def _feature_rows(
+    leaves: Mapping[str, Any], name: str, spec: LeafSpec, columns: Int[np.ndarray, " n"], arch: Arch
+) -> Float[Array, "D n"]:
+    """Returns the weights of each feature in the given columns; those of a reader times the gain of its norm."""
+    gain = np.ones(1, np.float32)
+    if spec.input_norm is not None:
+        scale = leaves["/".join([*spec.input_norm.split("/")[-1:], "scale"])]
+        gain = np.asarray(to_host(scale), np.float32) + np.float32(gain_offset(arch))
+    return _taken(leaves[name], gain, columns, spec.axes.index("embed"))
+
+
+@functools.partial(jax.jit, static_argnames="axis")
+def _taken(
+    leaf: Array | np.ndarray, gain: Float[Array | np.ndarray, " _"], columns: Int[Array | np.ndarray, " n"], axis: int
+) -> Float[Array, "D n"]:
+    rows = jnp.moveaxis(leaf, axis, 0)
+    return rows.reshape(rows.shape[0], -1)[:, columns].astype(jnp.float32) * gain[:, None]
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _with_correlations(
+    total: Float[Array, "D D"], base: Float[Array, "D n"], ft: Float[Array, "D n"]
+) -> Float[Array, "D D"]:
+    return total + jnp.einsum("an,bn->ab", _standardised(base), _standardised(ft), precision="highest")
+
+
+def _standardised(rows: Float[Array, "D n"]) -> Float[Array, "D n"]:
+    """Returns the rows centred and scaled to length one; a constant row is zero."""
+    centred = rows - rows.mean(axis=1, keepdims=True)
+    length = jnp.linalg.norm(centred, axis=1, keepdims=True)
+    least = 1e-6 * jnp.linalg.norm(rows, axis=1, keepdims=True)  # what is left of a constant row is rounding
+    return jnp.where(length > least, centred / jnp.where(length > 0, length, 1.0), 0.0)
+
+
+def _state(total: Float[Array, "D D"], parts: int) -> dict[str, np.ndarray]:
+    return {"total": to_host(total), "parts": np.array(parts)}
+
+
+def _notes(pair: Pair, matrices: Mapping[str, list[_Matrix]]) -> list[str]:
+    """Returns which matrices were left out, and why."""
+    notes, depths = [], [model.arch.num_layers for model in (pair.base, pair.ft)]
+    if depths[0] != depths[1]:
+        notes.append(f"{depths[0]} and {depths[1]} layers: the first {min(depths)} are compared")
+    kept = {prefix + matrix.name for prefix, some in matrices.items() for matrix in some}
+    left_out = sorted(
+        {
+            name.removesuffix("/kernel").split("/")[-1]
+            for model in (pair.base, pair.ft)
+            for name in _names(axis_table(model.arch))
+            if name.startswith(tuple(matrices)) and name not in kept
+        }
+    )
+    if left_out:
+        notes.append(
+            f"left out, since only one model has them, in other sizes, or without shared tokens: {', '.join(left_out)}"
+        )
+    return notes

@@ -1,0 +1,208 @@
+"""Signatures of query heads that no rotation of the residual stream, and no map inside a head, changes.
+
+A query head acts by two matrices on the residual stream: `A = W_Q W_K^T`, which decides where it looks, and
+`B = W_V W_O`, which decides what it writes. Maps inside a head cancel in both. Of each: its norm, singular values,
+traces of itself and its square, and how it acts on the second moments M of rows of the model (embeddings, gate, up and
+down projection): `tr(A^T M A)`, `tr(A M A^T)` and `tr(A^T M A M)`, relative to `tr(A^T A)`. All of these follow from
+matrices of the size of a head.
+
+Letters: D features, K kv heads, G queries per kv head, H head dim, m rows of a moment, F signature entries.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from scipy import special
+
+from tracing_jax.arch import Arch
+from tracing_jax.axes import axis_table
+from tracing_jax.rewrites import gain_offset
+from tracing_jax.sources import ParamSource
+from tracing_jax.statistics.pvalues import bonferroni
+from tracing_jax.tree import Tree, flatten, to_host
+
+Moments = Sequence[Float[Array, "_ D"]]
+"""For each second moment `M = P^T P` the rows P, scaled to length one."""
+
+_MLP = ("gate_proj", "up_proj", "down_proj")
+_LEAST = 1e-6
+"""Of the norm of a matrix: smaller singular values and forms are taken for so much."""
+_RIDGE = 0.1  # of a standardised entry's variance, below which a direction of the signatures counts as noise
+
+
+def moments_of(
+    model: ParamSource, layers: Sequence[int], ids: Int[np.ndarray, " S"], rows_of_each: int
+) -> list[Float[Array, "_ D"]]:
+    """Returns the rows of the moments: embeddings of these tokens, and of gate, up and down the units of largest norm.
+
+    The norm of a unit is the product of those of its rows, which permuting, scaling and padding units leave as it is.
+
+    Args:
+      model: read part by part.
+      layers: the layers that the units come from.
+      ids: tokens of the embedding's moment; none gives none.
+      rows_of_each: how many units of all layers together.
+    """
+    found = []
+    if len(ids) >= 2:
+        rows = jnp.asarray(model.embed()["embedding"][ids], jnp.float32)
+        found.append(_unit_length(rows - rows.mean(axis=0)))
+    by_name: dict[str, list[Array]] = {}
+    for i in layers:
+        for name, rows in _largest_units(model, i, -(-rows_of_each // len(layers))):
+            by_name.setdefault(name, []).append(rows)
+    return found + [jnp.concatenate(some) for some in by_name.values()]
+
+
+def signatures(layer: Tree, arch: Arch, moments: Moments, num_singular_values: int) -> Float[np.ndarray, "K G F"]:
+    """Returns the signature of each query head of a layer."""
+    query, key, value, output = (np.asarray(w, np.float32) for w in _head_weights(layer, arch))
+    parts = []
+    for one, other in ((query, key), (value, output)):
+        found = _gram_matrices(one, other, tuple(moments))
+        through_one, through_other, cross = (np.asarray(grams, np.float64) for grams in found)
+        parts.append(_invariants(through_one, through_other, cross, num_singular_values))
+    return np.concatenate(parts, axis=-1)
+
+
+def signature_cosines(
+    base: Sequence[Float[np.ndarray, "K G F"]], ft: Sequence[Float[np.ndarray, "K G F"]]
+) -> Iterator[Float[np.ndarray, "K G K G"]]:
+    """Yields for each layer the cosines of base's signatures with ft's.
+
+    Entries are standardised over the heads of a layer, and whitened by their covariance over all layers of both models:
+    entries that vary together get little weight.
+    """
+    sides = [[_standardised(layer) for layer in side] for side in (base, ft)]
+    rows = np.concatenate([layer.reshape(-1, layer.shape[-1]) for side in sides for layer in side])
+    values, vectors = np.linalg.eigh(rows.T @ rows / len(rows) + _RIDGE * np.eye(rows.shape[1]))
+    for ours, theirs in zip(*sides):
+        whitened = [side @ (vectors / np.sqrt(values)) for side in (ours, theirs)]
+        a, b = (side / np.maximum(np.linalg.norm(side, axis=-1, keepdims=True), 1e-12) for side in whitened)
+        yield np.einsum("kgf,jhf->kgjh", a, b)
+
+
+def log_p_of_order(layers: Sequence[Float[np.ndarray, "K G F"]]) -> float:
+    """Returns the log p-value of the heads of a model being in random order with regard to their signatures.
+
+    For each entry the rank correlation with the index is added up over layers, for kv heads (their mean over queries)
+    and for the queries inside them. The smallest two-sided p-value of these sums, by their normal limit, after
+    Bonferroni. Heads that a tool put in order of their norm, or of another entry, have a small one.
+    """
+    stacked = np.stack(layers)
+    log_ps = []
+    for heads in (stacked.mean(axis=2), stacked.reshape(-1, *stacked.shape[2:])):
+        if heads.shape[1] > 1:
+            ranks = (heads[:, :, None] > heads[:, None]).sum(axis=2) + (heads[:, :, None] == heads[:, None]).sum(
+                axis=2
+            ) / 2
+            ranks = ranks - ranks.mean(axis=1, keepdims=True)
+            index = np.arange(heads.shape[1]) - (heads.shape[1] - 1) / 2
+            z = np.einsum("lnf,n->lf", ranks, index) * math.sqrt(heads.shape[1] - 1) / np.square(index).sum()
+            log_ps.append(special.log_ndtr(-np.abs(z.sum(axis=0) / math.sqrt(len(heads)))) + math.log(2))
+    return bonferroni(np.minimum(np.concatenate(log_ps), 0.0))
+
+
+def _head_weights(layer: Tree, arch: Arch) -> Iterator[Float[np.ndarray, "D K G H"]]:
+    """Yields the weights of query, key, value and output of a layer, with the gains that multiply them."""
+    attn, offset = layer["attn"], np.float32(gain_offset(arch))
+    scale = layer.get("attn_norm", {}).get("scale")
+    gain = np.ones(1, np.float32) if scale is None else np.asarray(to_host(scale), np.float32) + offset
+    for name in ("q", "k", "v"):
+        kernel = np.asarray(to_host(attn[f"{name}_proj"]["kernel"]), np.float32)
+        inner = attn.get(f"{name}_norm", {}).get("scale")
+        if inner is not None:
+            kernel = kernel * (np.asarray(to_host(inner), np.float32) + offset)
+        kernel = kernel * gain.reshape(-1, *[1] * (kernel.ndim - 1))
+        yield kernel if name == "q" else kernel[:, :, None]
+    yield np.moveaxis(np.asarray(to_host(attn["o_proj"]["kernel"]), np.float32), -1, 0)
+
+
+def _invariants(
+    one: Float[np.ndarray, "N K G H H"],
+    other: Float[np.ndarray, "N K G2 H H"],
+    cross: Float[np.ndarray, "K G3 H H"],
+    num_singular: int,
+) -> Float[np.ndarray, "K G3 F"]:
+    """Returns the signature entries of `X Y^T`, given the Gram matrices of X and Y, plain and through each moment."""
+    square = _trace(one[0], other[0])  # tr(X Y^T Y X^T), the squared norm
+    square = np.maximum(square, np.finfo(np.float64).tiny)
+    singular = _singular_values(one[0], other[0]) / np.sqrt(square)[..., None]
+    places = np.linspace(0, singular.shape[-1] - 1, num_singular).round().astype(int)
+    entries = [np.log(square), *np.moveaxis(np.log(np.maximum(singular[..., places], _LEAST)), -1, 0)]
+    entries += [
+        np.trace(cross, axis1=-2, axis2=-1) / np.sqrt(square),
+        _trace(cross, np.swapaxes(cross, -1, -2)) / square,
+    ]
+    for through_one, through_other in zip(one[1:], other[1:]):
+        forms = (_trace(through_one, other[0]), _trace(one[0], through_other), _trace(through_one, through_other))
+        entries += [np.log(np.maximum(form / square, _LEAST**2)) for form in forms]
+    return np.stack(np.broadcast_arrays(*entries), axis=-1)
+
+
+def _trace(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Returns `tr(X^T Y)` for each head."""
+    return (one * other).sum(axis=(-2, -1))
+
+
+def _singular_values(
+    one: Float[np.ndarray, "K G H H"], other: Float[np.ndarray, "K G2 H H"]
+) -> Float[np.ndarray, "K G3 H"]:
+    """Returns the singular values of `X Y^T`, largest first: the roots of the eigenvalues of `X^T X Y^T Y`."""
+    values, vectors = np.linalg.eigh(one)
+    root = vectors * np.sqrt(np.maximum(values, 0))[..., None, :]
+    product = np.swapaxes(root, -1, -2) @ other @ root
+    return np.sqrt(np.maximum(np.linalg.eigvalsh(product), 0))[..., ::-1]
+
+
+@jax.jit
+def _gram_matrices(
+    one: Float[Array | np.ndarray, "D K G H"],
+    other: Float[Array | np.ndarray, "D K G2 H"],
+    moments: tuple[Float[Array, "_ D"], ...],
+) -> tuple[Float[Array, "N K G H H"], Float[Array, "N K G2 H H"], Float[Array, "K G3 H H"]]:
+    """Returns `X^T M X` for M the identity and each moment, the same for Y, and `X^T Y`, for each head."""
+    found = []
+    for side in (one, other):
+        through = [side, *(jnp.einsum("md,dkgh->mkgh", rows, side, precision="highest") for rows in moments)]
+        found.append(jnp.stack([_products(rows, rows) for rows in through]))
+    return found[0], found[1], _products(one, other)
+
+
+def _products(
+    one: Float[Array | np.ndarray, "m K G H"], other: Float[Array | np.ndarray, "m K G2 H"]
+) -> Float[Array, "K G3 H H"]:
+    return jnp.einsum("mkgh,mkgi->kghi", *jnp.broadcast_arrays(one, other), precision="highest")
+
+
+def _largest_units(model: ParamSource, index: int, count: int) -> Iterator[tuple[str, Float[Array, "m D"]]]:
+    """Yields (projection, rows of the units of largest norm) of a layer, of all its experts if it has some."""
+    layer = flatten(model.layer(index, ("mlp", "mlp_norm")))
+    specs = axis_table(model.arch).restricted(f"layers/{index}/").leaves
+    scale = layer.get("mlp_norm/scale")
+    gain = 1.0 if scale is None else jnp.asarray(scale, jnp.float32) + gain_offset(model.arch)
+    found = {}
+    for name in (name for name in _MLP if f"mlp/{name}/kernel" in layer):
+        leaf = f"mlp/{name}/kernel"
+        rows = jnp.moveaxis(jnp.asarray(layer[leaf], jnp.float32), specs[leaf].axes.index("embed"), -1)
+        rows = rows.reshape(-1, rows.shape[-1])
+        found[name] = rows if name == "down_proj" else rows * gain
+    norms = sum(jnp.log(jnp.linalg.norm(rows, axis=1)) for rows in found.values())
+    largest = jnp.argsort(-norms)[:count]
+    for name, rows in found.items():
+        yield name, _unit_length(rows[largest])
+
+
+@jax.jit
+def _unit_length(rows: Float[Array, "m D"]) -> Float[Array, "m D"]:
+    length = jnp.linalg.norm(rows, axis=1, keepdims=True)
+    return jnp.where(length > 0, rows / jnp.where(length > 0, length, 1.0), 0.0)
+
+
+def _standardised(layer: Float[np.ndarray, "K G F"]) -> Float[np.ndarray, "K G F"]:
+    deviation = layer.std(axis=(0, 1))
+    return (layer - layer.mean(axis=(0, 1))) / np.where(deviation > 1e-9, deviation, 1.0)
