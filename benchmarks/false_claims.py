@@ -16,10 +16,11 @@ import jax
 import numpy as np
 from absl import app, flags
 
+from benchmarks.descendants import texts
 from benchmarks.environment import OUT_DIR, ZOO_DIR, machine, use_all_cores
 from benchmarks.forgeries import forgeries, on_device, on_host
 from benchmarks.intervals import clopper_pearson
-from benchmarks.seeds import RECIPES, zoo
+from benchmarks.seeds import RECIPES, Zoo, zoo
 from tracing_jax import options
 from tracing_jax.data import paired_one_to_one
 from tracing_jax.options import RunOptions
@@ -29,7 +30,6 @@ from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory
 from tracing_jax.statistics import (
     AUTO,
-    AUTO_BY_DEPTH,
     AUTO_WITH_TEXT,
     Pair,
     Statistic,
@@ -43,7 +43,7 @@ from tracing_jax.tree import Tree
 LEVEL = 1e-3
 STATISTICS: Mapping[str, Statistic] = {
     name: make_statistic(name, RunOptions(csh=options.Csh(blocks=8, block_size=64)))
-    for name in (*AUTO, *AUTO_WITH_TEXT, AUTO_BY_DEPTH)
+    for name in (*AUTO, *AUTO_WITH_TEXT)
 }
 
 _PAIRS = flags.DEFINE_integer("pairs", 20, "pairs of models, no model in two of them")
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
     use_all_cores()
     models = zoo(RECIPES["tiny"], ZOO_DIR.value)
     params, blocks = models.models(1.0), models.held_out
-    unused = _unused_tokens(blocks, models.arch.vocab_size)
+    unused = _unused_tokens(models)
     alarms: dict[str, collections.Counter[str]] = {}
     least: dict[str, float] = {}
     named = {"none": lambda base, other, generator: (base, other), **forgeries(models.arch, unused)}
@@ -106,9 +106,10 @@ def _member(params: Tree, index: int) -> Tree:
     return jax.tree.map(lambda leaf: leaf[index], params)
 
 
-def _unused_tokens(blocks: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Returns up to 16 tokens that the held-out text does not have."""
-    return np.setdiff1d(np.arange(vocab_size), blocks)[:16]
+def _unused_tokens(models: Zoo) -> np.ndarray:
+    """Returns the tokens that neither the text that the models learnt from has, nor the held-out one."""
+    seen, _ = texts(models)
+    return np.setdiff1d(np.arange(models.arch.vocab_size), np.union1d(seen, models.held_out)).astype(np.int32)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def test_help_and_version_of_the_program():
 
 def test_the_help_of_compare_shows_its_own_defaults():
     text = " ".join(light("compare", "--help").stdout.split())
-    assert "[csu,match]" in text
+    assert "[auto]" in text
     assert f"[{COMPARE.save}]" in text
 
 
@@ -90,7 +90,8 @@ def test_compare_prints_a_verdict_without_a_text(family, in_folder, capsys):
     assert shown.startswith("RELATED")
     record = json.loads((in_folder / "runs/compare.json").read_text())
     assert record["tokens"] is None
-    assert record["args"]["stat"] == ["csu", "match"]
+    assert record["args"]["stat"] == ["auto"]
+    assert {"csu", "match", "match_io", "match_heads", "unseen_tokens"} <= set(record["statistics"])
     assert any("only the form weights" in note for note in record["notes"])
 
 

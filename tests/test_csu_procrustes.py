@@ -41,7 +41,7 @@ def test_p_values_of_independent_models_are_uniform_also_with_one_embedding():
         base, ft = (tiny.params_of(ARCH, 100 + 2 * i + side) for side in (0, 1))
         if i % 2:
             ft["embed"] = base["embed"]
-        rank, _ = CsuProcrustes().compute(pair_of(InMemory(ARCH, base), InMemory(ARCH, ft), seed=i)).tests
+        rank, *_ = CsuProcrustes().compute(pair_of(InMemory(ARCH, base), InMemory(ARCH, ft), seed=i)).tests
         p_values += list(rank.log10_ps)
         combined.append(rank.log10_p)
     assert scipy.stats.kstest(10.0 ** np.array(p_values), "uniform").pvalue > 0.01

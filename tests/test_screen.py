@@ -154,13 +154,13 @@ def test_files_give_what_memory_gives_and_little_of_them_is_read(folders):
     counted = [dataclasses.replace(c, tensors=Counting(c.tensors)) for c in checkpoints]
     ids = np.arange(checkpoints[0].arch.vocab_size, dtype=np.int32)
     fields = (Vocabularies(True, ids, ids), None, Compute(make_mesh(1, 1), 4), 0)
-    from_files = Screen(0.7).compute(Pair(*map(PrefetchingSource, counted), *fields))
-    from_memory = Screen(0.7).compute(Pair(*map(in_memory, checkpoints), *fields))
+    from_files = Screen(0.9).compute(Pair(*map(PrefetchingSource, counted), *fields))
+    from_memory = Screen(0.9).compute(Pair(*map(in_memory, checkpoints), *fields))
     assert from_files.log10_p == pytest.approx(from_memory.log10_p, rel=1e-6)
-    assert len(from_files.tests) == 7
+    assert [len(side.tests) for side in (from_files, from_memory)] == [7, 7]
     for checkpoint, read in zip(counted, from_files.read.values()):
         assert checkpoint.tensors.bytes == read["bytes"]
-        assert 0 < read["bytes"] <= 0.7 * checkpoint.num_bytes
+        assert 0 < read["bytes"] <= 0.9 * checkpoint.num_bytes
 
 
 def test_a_run_streams_hashes_nothing_and_says_what_it_read(folders, tmp_path):

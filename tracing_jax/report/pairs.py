@@ -114,8 +114,10 @@ def _pair_lines(record: Mapping[str, Any]) -> list[str]:
         lines = _wrapped(f"{verdict_word(verdict['verdict'])}  {pair}: {verdict['meaning']}", "", "  ")
         lines += _wrapped(verdict["effect"], "  ", "    ") if verdict.get("effect") else []
         lines += _wrapped(decided_by(verdict), "  ", "    ")
+        found = verdict["verdict"] in ("related", "identical")
         for name, text in caveats(verdict).items():
-            lines += _wrapped(f"{name}: {text}", "  ", "    ") if text else []
+            if text and not (found and name == "not seen"):
+                lines += _wrapped(f"{name}: {text}", "  ", "    ")
     width = max(map(len, record["statistics"]), default=0)
     for name, sides in record["statistics"].items():
         text = f"{subject(name, sides)}: {outcome(sides)}".removeprefix(name).removeprefix(": ")

@@ -22,8 +22,9 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.stats import spearmanr
 
-from tracing_jax.rewrites import gain_offset
+from tracing_jax.arch import Arch
 from tracing_jax.sources import ParamSource
+from tracing_jax.statistics.mlp_rows import gain_of, without_mean
 from tracing_jax.tree import Tree, to_host
 
 COPY = 0.98
@@ -91,10 +92,9 @@ def distinct_units(model: ParamSource, layer: int) -> DistinctUnits:
     up to a factor, and of up up to a factor of either sign; the output of a group is the sum of its units' outputs,
     each times its factor.
     """
-    norm = model.layer(layer, ("mlp_norm",)).get("mlp_norm", {})
-    gain = None if "scale" not in norm else np.asarray(norm["scale"], np.float32) + gain_offset(model.arch)
+    norm = model.layer(layer, ("mlp_norm",))
     names = ("gate_proj", "up_proj") if model.arch.gated else ("up_proj",)
-    readings = [_reading(model.layer(layer, (f"mlp/{name}",))["mlp"][name], gain) for name in names]
+    readings = [_reading(model.layer(layer, (f"mlp/{name}",))["mlp"][name], norm, model.arch) for name in names]
     group = _groups(readings)
     first = np.full(group.max(initial=-1) + 1, len(group))
     np.minimum.at(first, group, np.arange(len(group)))
@@ -104,7 +104,7 @@ def distinct_units(model: ParamSource, layer: int) -> DistinctUnits:
         written = written * reading.norms[first]
     typical = np.median(written[written > 0]) if (written > 0).any() else np.inf
     kept = np.sort(first[written > SILENT * typical])
-    norms = [*(reading.norms for reading in readings), to_host(_norms(jnp.asarray(down).T))]
+    norms = [*(reading.norms for reading in readings), to_host(_norms(jnp.asarray(down)))]
     return DistinctUnits(
         kept,
         total=len(group),
@@ -114,16 +114,18 @@ def distinct_units(model: ParamSource, layer: int) -> DistinctUnits:
     )
 
 
-def _reading(projection: Tree, gain: Float[np.ndarray, " D"] | None) -> _Reading:
-    kernel, bias = jnp.asarray(projection["kernel"]), projection.get("bias")
-    gains = np.ones(kernel.shape[0], np.float32) if gain is None else gain
-    sketch = to_host(_sketch(kernel, _projection(kernel.shape[0]) * gains[:, None]))
-    norms = to_host(_norms(kernel * gains[:, None]))
-    with_bias = None
-    if bias is not None:  # a feature more, of which all rows read 1
-        direction = np.random.default_rng(0).standard_normal(_SKETCH).astype(np.float32)
-        with_bias = _unit_length(sketch + np.asarray(bias, np.float32)[:, None] * direction)
-    return _Reading(_unit_length(sketch), norms, with_bias)
+def _reading(projection: Tree, norm: Tree, arch: Arch) -> _Reading:
+    """Returns how units read by one projection, behind the norm before it."""
+    kernel = jnp.asarray(projection["kernel"], jnp.float32)
+    rows = without_mean(kernel.T * gain_of(norm, "mlp_norm", arch), arch)
+    sketch, norms = to_host(_sketch(rows, _projection(kernel.shape[0]))), to_host(_norms(rows))
+    constant = [np.asarray(projection["bias"], np.float32)] if "bias" in projection else []
+    if (shift := norm.get("mlp_norm", {}).get("bias")) is not None:
+        constant.append(to_host(jnp.asarray(shift, jnp.float32) @ kernel))
+    if not constant:
+        return _Reading(_unit_length(sketch), norms)
+    direction = np.random.default_rng(0).standard_normal(_SKETCH).astype(np.float32)  # a feature that all rows read
+    return _Reading(_unit_length(sketch), norms, _unit_length(sketch + sum(constant)[:, None] * direction))
 
 
 def _groups(readings: list[_Reading]) -> Int[np.ndarray, " F"]:
@@ -159,7 +161,7 @@ def _written(
       up: of the projection beside the gate, or, in an MLP without one, of the only one.
       is_scaled: whether a unit's output grows in proportion to its row of `up`, as it does beside a gate.
     """
-    written = to_host(_norms(jnp.asarray(down).T))[first]
+    written = to_host(_norms(jnp.asarray(down)))[first]
     factor = up.norms * np.sign(np.einsum("fs,fs->f", up.sketch, up.sketch[first][group])) if is_scaled else None
     in_groups = np.flatnonzero(np.bincount(group)[group] > 1)
     if len(in_groups):
@@ -183,13 +185,13 @@ def _projection(width: int) -> Float[np.ndarray, "D S"]:
 
 
 @jax.jit
-def _sketch(kernel: Float[Array, "D F"], projection: Float[np.ndarray | Array, "D S"]) -> Float[Array, "F S"]:
-    return jnp.einsum("df,ds->fs", kernel.astype(jnp.float32), projection, precision="highest")
+def _sketch(rows: Float[Array, "F D"], projection: Float[np.ndarray | Array, "D S"]) -> Float[Array, "F S"]:
+    return jnp.einsum("fd,ds->fs", rows, projection, precision="highest")
 
 
 @jax.jit
-def _norms(columns: Float[Array | np.ndarray, "D F"]) -> Float[Array, " F"]:
-    return jnp.sqrt(jnp.square(columns.astype(jnp.float32)).sum(axis=0))
+def _norms(rows: Float[Array | np.ndarray, "F D"]) -> Float[Array, " F"]:
+    return jnp.sqrt(jnp.square(rows.astype(jnp.float32)).sum(axis=1))
 
 
 def _order_p(norms: Float[np.ndarray, " K"]) -> float:
