@@ -63,6 +63,18 @@ def test_features_that_stay_are_found_and_move_with_those_of_one_model():
     assert found.tests[1].values["r"][0] == pytest.approx(np.corrcoef(np.argsort(moved["embed"]), np.arange(24))[0, 1])
 
 
+def test_features_of_a_stranger_that_were_put_in_order_afterwards_are_no_evidence():
+    """Whoever has both models can permute the features of one until the matching is the identity."""
+    pair, table = pair_of(BASE, tiny.model(ARCH, 5)), axis_table(ARCH)
+    similarity = np.asarray(FeaturesInPlace()._summed(pair, features_in_place._matrices(pair)))
+    matched = linear_sum_assignment(np.abs(similarity), maximize=True)[1]
+    sorted_ = InMemory(ARCH, permute(pair.ft.params, {"embed": matched}, table))
+    result = FeaturesInPlace().compute(pair_of(BASE, sorted_))
+    assert result.log10_p < -10
+    assert result.firm_log10_p > -3
+    assert verdict({"features_in_place": result}, 1e-3).verdict == "undecided"
+
+
 @pytest.mark.parametrize("name", ["gains", "units", "values", "queries"])
 def test_rewrites_that_leave_features_in_place_hide_nothing(name):
     after = in_memory(rewritten(RELATED, draw_rewrites(name, jax.random.key(7), ARCH)))

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from scipy.optimize import linear_sum_assignment
 
 from tracing_jax.axes import axis_table
 from tracing_jax.rewrites import draw_rewrites, permute, random_permutations
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory, in_memory, rewritten
 from tracing_jax.statistics import Pair, Vocabularies, verdict
-from tracing_jax.statistics.head_signatures import moments_of, signatures
+from tracing_jax.statistics.head_signatures import moments_of, signature_cosines, signatures
 from tracing_jax.statistics.heads_in_place import HeadsInPlace
 from tracing_jax.statistics.nulls import total_agreement_log_sf
 
@@ -168,6 +169,22 @@ def test_heads_that_were_sorted_in_both_models_are_no_evidence():
     assert not both.tests[0].decides
     one = HeadsInPlace().compute(pair_of(in_order_of_norm(base), ft))
     assert one.log10_p > -3
+
+
+def test_heads_of_a_stranger_that_were_put_in_order_afterwards_are_no_evidence():
+    """Whoever has both models can permute the heads of one until the matching is the identity."""
+    arch = tiny.llama_mha(num_kv_heads=6, q_group=1, **DEPTH)
+    base, other = (tiny.model(arch, seed) for seed in (0, 1))
+    cosines = signature_cosines(list(signatures_of(base)), list(signatures_of(other)))
+    matched = {
+        f"layers/{i}/kv_heads": linear_sum_assignment(layer[:, 0, :, 0], maximize=True)[1].astype(np.int32)
+        for i, layer in enumerate(cosines)
+    }
+    hidden = InMemory(arch, permute(other.params, matched, axis_table(arch)))
+    result = HeadsInPlace(moment_rows=40).compute(pair_of(base, hidden))
+    assert result.log10_p < -4
+    assert result.firm_log10_p > -2
+    assert verdict({"heads_in_place": result}, 1e-3).verdict == "undecided"
 
 
 def test_the_smallest_possible_p_value_is_stated():
