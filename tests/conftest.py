@@ -24,9 +24,17 @@ install_import_hook("tracing_jax", "beartype.beartype").__enter__()
 def pytest_configure(config):
     """Compiles without most optimizations in the quick run: half of its time is compilation of tiny programs.
 
-    Runs that include the slow tests compile as users do.
+    Runs that include the slow tests compile as users do. Programs once compiled are kept for the workers, for programs
+    that tests start, and for the next run.
     """
     jax.config.update("jax_disable_most_optimizations", config.option.markexpr == "not slow")
+    for name, value in {
+        "jax_compilation_cache_dir": str(config.rootpath / ".pytest_cache" / "xla"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
 
 
 def pytest_runtest_setup(item):

@@ -1,5 +1,6 @@
 """Whole runs on a small trained family: what is found, what is written, and what is refused before anything is."""
 
+import dataclasses
 import json
 import pickle
 import shutil
@@ -19,7 +20,7 @@ from tracing_jax.axes import PERMUTABLE, axis_table
 from tracing_jax.checkpoint import CheckpointError, save_checkpoint
 from tracing_jax.experiment import ConfigError, metadata, steps
 from tracing_jax.experiment.inputs import open_inputs
-from tracing_jax.experiment.validation import statistic_names
+from tracing_jax.experiment.validation import make_statistics, statistic_names, without_needless
 from tracing_jax.options import RunOptions
 from tracing_jax.record import HashingStoppedError
 from tracing_jax.rewrites import permute, random_permutations
@@ -403,3 +404,33 @@ def test_random_tokens_are_those_of_both_vocabularies(family, tmp_path):
     assert open_inputs(RunOptions.from_config(config)).text.base.sha256 != first.text.base.sha256
     losses = experiment.trace(config)["statistics"]["mode"]["non_aligned"]["curve"]["loss"]
     assert min(losses) > np.log(len(first.vocabularies.ids_base))  # no model predicts them
+
+
+def test_auto_is_fixed_by_the_options_and_the_shapes():
+    """A text adds tests of activations, unequal depth the one that assigns layers, and width leaves the costly out."""
+    without, with_text = (RunOptions(stat=("auto",), dataset=text) for text in (None, "demo"))
+    assert set(statistic_names(with_text)) - set(statistic_names(without)) == {"csh"}
+    arch = tiny.qwen3_gqa()
+    deep, wide = dataclasses.replace(arch, num_layers=3), dataclasses.replace(arch, embed_dim=2048)
+    every = make_statistics(without)
+    assert set(every) - set(without_needless(without, every, arch, arch)) == {"match_all"}
+    assert without_needless(without, every, arch, deep) == every
+    costly = {"match_all", "csu_procrustes", "match_crossfit"}
+    assert set(every) - set(without_needless(without, every, wide, wide)) == costly
+    asked = dataclasses.replace(without, stat=("auto", "match_all"))
+    assert "match_all" in without_needless(asked, every, arch, arch)
+
+
+def test_a_pair_to_which_nothing_applies_is_an_answer(config_of):
+    record = experiment.trace(config_of("finetune", stat="match_all", match_all={"max_gib": 1e-6}))
+    assert record["verdict"]["verdict"] == "not_testable"
+    assert "raise it" in record["verdict"]["meaning"]
+
+
+def test_identical_models_are_said_to_be_before_anything_else(config_of, family):
+    same = experiment.trace(config_of("base", stat="csu"))
+    assert (same["verdict"]["verdict"], same["identical"]["equal"]) == ("identical", same["identical"]["total"])
+    other = experiment.trace(config_of("independent", stat="csu"))
+    assert 0 <= other["identical"]["equal"] < other["identical"]["total"]
+    permuted = experiment.trace(config_of("base", stat="csu", permute=True))
+    assert permuted["identical"] is None

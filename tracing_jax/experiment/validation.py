@@ -18,10 +18,12 @@ from tracing_jax.rewrites import Renaming
 from tracing_jax.statistics import (
     AUTO,
     AUTO_BY_DEPTH,
+    AUTO_SMALL,
     AUTO_WITH_TEXT,
     COSTLY,
     LIGHT,
     REGISTRY,
+    SMALL_WIDTH,
     Statistic,
     make_statistic,
 )
@@ -75,9 +77,11 @@ def has_text(options: RunOptions) -> bool:
 def without_needless(
     options: RunOptions, statistics: dict[str, Statistic], base: Arch, ft: Arch
 ) -> dict[str, Statistic]:
-    """Returns the statistics, for models of equal depth without the one that `auto` runs for others alone."""
-    needless = base.num_layers == ft.num_layers and AUTO_BY_DEPTH not in options.stat and "all" not in options.stat
-    return {name: s for name, s in statistics.items() if not (needless and name == AUTO_BY_DEPTH)}
+    """Returns the statistics without those that `auto` runs only on models of other depths, or of smaller width."""
+    needless = {AUTO_BY_DEPTH} if base.num_layers == ft.num_layers else set()
+    needless |= set(AUTO_SMALL) if max(base.embed_dim, ft.embed_dim) > SMALL_WIDTH else set()
+    asked = REGISTRY if "all" in options.stat else options.stat
+    return {name: statistic for name, statistic in statistics.items() if name in asked or name not in needless}
 
 
 def make_statistics(options: RunOptions) -> dict[str, Statistic]:

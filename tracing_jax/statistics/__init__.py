@@ -49,6 +49,11 @@ AUTO = ("csu", "csu_procrustes", "features_in_place", "heads_in_place", "unseen_
 AUTO_WITH_TEXT = ("csh",)
 """Tests of activations, which `auto` runs beside those where a text is named; `match` then reads the text too."""
 
+AUTO_SMALL = ("csu_procrustes", "match_crossfit")
+"""Those of these tests that `auto` runs on models of at most `SMALL_WIDTH` features: their cost grows with its cube."""
+
+SMALL_WIDTH = 1024
+
 AUTO_BY_DEPTH = "match_all"
 """What `auto` runs besides where the models differ in depth, so that layers must be assigned first."""
 
@@ -63,10 +68,12 @@ def make_statistic(name: str, options: RunOptions) -> Statistic:
 __all__ = [
     "AUTO",
     "AUTO_BY_DEPTH",
+    "AUTO_SMALL",
     "AUTO_WITH_TEXT",
     "COSTLY",
     "LIGHT",
     "REGISTRY",
+    "SMALL_WIDTH",
     "Curve",
     "Identity",
     "Pair",
