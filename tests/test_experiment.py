@@ -413,9 +413,9 @@ def test_auto_is_fixed_by_the_options_and_the_shapes():
     arch = tiny.qwen3_gqa()
     deep, wide = dataclasses.replace(arch, num_layers=3), dataclasses.replace(arch, embed_dim=2048)
     every = make_statistics(without)
-    assert set(every) - set(without_needless(without, every, arch, arch)) == {"match_all"}
-    assert without_needless(without, every, arch, deep) == every
-    costly = {"match_all", "csu_procrustes", "match_crossfit"}
+    assert set(every) - set(without_needless(without, every, arch, arch)) == {"match_all", "match_mlps"}
+    assert without_needless(without, every, tiny.mixtral(), deep) == every
+    costly = {"match_all", "match_mlps", "csu_procrustes", "match_crossfit"}
     assert set(every) - set(without_needless(without, every, wide, wide)) == costly
     asked = dataclasses.replace(without, stat=("auto", "match_all"))
     assert "match_all" in without_needless(asked, every, arch, arch)

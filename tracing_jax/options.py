@@ -118,6 +118,15 @@ class MatchAll:
 
 
 @dataclass(frozen=True)
+class MatchMlps:
+    """`match` and `csu` of every MLP of one model with every MLP of the other, experts too; calibrated, and exact."""
+
+    positions: int = option(1024, "The most shared tokens whose embeddings are used.", at_least=1)
+    units: int = option(256, "The most units of each of base's MLPs that are looked for in ft's.", at_least=1)
+    max_pairs: int = option(4096, "The most pairs of MLPs that are compared.", at_least=1)
+
+
+@dataclass(frozen=True)
 class MatchMoments:
     """Gate and up rows matched by how other layers' weights act on them; no text, no embeddings; calibrated."""
 
@@ -229,9 +238,10 @@ class PermModeL2:
 
 STATISTICS: Mapping[str, type] = {
     "mode": Mode, "cos": Cos, "emb": Emb, "jsd": Jsd, "csu": Csu, "csu_all": CsuAll, "csh": Csh, "match": Match,
-    "match_all": MatchAll, "match_moments": MatchMoments, "match_io": MatchIo, "match_crossfit": MatchCrossfit,
-    "match_heads": MatchHeads, "match_distilled": MatchDistilled, "screen": Screen, "unseen_tokens": UnseenTokens,
-    "features_in_place": FeaturesInPlace, "csu_procrustes": CsuProcrustes, "heads_in_place": HeadsInPlace, "l2": L2,
+    "match_all": MatchAll, "match_mlps": MatchMlps, "match_moments": MatchMoments, "match_io": MatchIo,
+    "match_crossfit": MatchCrossfit, "match_heads": MatchHeads, "match_distilled": MatchDistilled, "screen": Screen,
+    "unseen_tokens": UnseenTokens, "features_in_place": FeaturesInPlace, "csu_procrustes": CsuProcrustes,
+    "heads_in_place": HeadsInPlace, "l2": L2,
     "perm_mode_l2": PermModeL2,
 }  # fmt: skip
 """Name of a statistic -> its section."""
@@ -336,6 +346,7 @@ class RunOptions:
     csh: Csh = Csh()
     match: Match = Match()
     match_all: MatchAll = MatchAll()
+    match_mlps: MatchMlps = MatchMlps()
     match_moments: MatchMoments = MatchMoments()
     match_io: MatchIo = MatchIo()
     match_crossfit: MatchCrossfit = MatchCrossfit()

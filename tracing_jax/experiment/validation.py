@@ -18,6 +18,7 @@ from tracing_jax.rewrites import Renaming
 from tracing_jax.statistics import (
     AUTO,
     AUTO_BY_DEPTH,
+    AUTO_BY_EXPERTS,
     AUTO_SMALL,
     AUTO_WITH_TEXT,
     COSTLY,
@@ -64,7 +65,7 @@ def statistic_names(options: RunOptions) -> list[str]:
     with_text: tuple[str, ...] = AUTO_WITH_TEXT if has_text(options) else ()
     stands_for = {
         "all": [name for name in REGISTRY if name not in COSTLY | LIGHT],
-        "auto": [name for name in REGISTRY if name in (*AUTO, *with_text, AUTO_BY_DEPTH)],
+        "auto": [name for name in REGISTRY if name in (*AUTO, *with_text, AUTO_BY_DEPTH, AUTO_BY_EXPERTS)],
     }
     return list(dict.fromkeys(n for name in options.stat for n in stands_for.get(name, [name])))
 
@@ -77,8 +78,9 @@ def has_text(options: RunOptions) -> bool:
 def without_needless(
     options: RunOptions, statistics: dict[str, Statistic], base: Arch, ft: Arch
 ) -> dict[str, Statistic]:
-    """Returns the statistics without those that `auto` runs only on models of other depths, or of smaller width."""
+    """Returns the statistics without those that `auto` runs on models of other shapes alone: depth, experts, width."""
     needless = {AUTO_BY_DEPTH} if base.num_layers == ft.num_layers else set()
+    needless |= set() if base.num_experts or ft.num_experts else {AUTO_BY_EXPERTS}
     needless |= set(AUTO_SMALL) if max(base.embed_dim, ft.embed_dim) > SMALL_WIDTH else set()
     asked = REGISTRY if "all" in options.stat else options.stat
     return {name: statistic for name, statistic in statistics.items() if name in asked or name not in needless}

@@ -1,6 +1,7 @@
 """`ParamSource`: a model's params, subtree by subtree. Sources wrap one another lazily."""
 
 from tracing_jax.sources.lazy_leaves import leaf, params_of
+from tracing_jax.sources.mlps import MlpsAsLayers
 from tracing_jax.sources.prefetch import PrefetchingSource
 from tracing_jax.sources.source import (
     InMemory,
@@ -17,6 +18,7 @@ from tracing_jax.sources.transforms import MappedSource, placed, rewritten, rewr
 __all__ = [
     "InMemory",
     "MappedSource",
+    "MlpsAsLayers",
     "ParamSource",
     "PrefetchingSource",
     "Submodel",

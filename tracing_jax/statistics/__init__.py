@@ -18,6 +18,7 @@ from tracing_jax.statistics.match_crossfit import MatchCrossfit
 from tracing_jax.statistics.match_distilled import MatchDistilled
 from tracing_jax.statistics.match_heads import MatchHeads
 from tracing_jax.statistics.match_io import MatchIo
+from tracing_jax.statistics.match_mlps import MatchMlps
 from tracing_jax.statistics.match_moments import MatchMoments
 from tracing_jax.statistics.mode import Mode
 from tracing_jax.statistics.perm_mode_l2 import PermModeL2
@@ -28,9 +29,10 @@ from tracing_jax.statistics.verdict import Identity, Verdict, hidden_by, over_pa
 
 REGISTRY: Mapping[str, Callable[..., Statistic]] = {
     "mode": Mode, "cos": Cos, "emb": Emb, "jsd": Jsd, "csu": Csu, "csu_all": CsuAll, "csh": Csh, "match": Match,
-    "match_all": MatchAll, "match_moments": MatchMoments, "match_io": MatchIo, "match_crossfit": MatchCrossfit,
-    "match_heads": MatchHeads, "match_distilled": MatchDistilled, "screen": Screen, "unseen_tokens": UnseenTokens,
-    "features_in_place": FeaturesInPlace, "csu_procrustes": CsuProcrustes, "heads_in_place": HeadsInPlace, "l2": L2,
+    "match_all": MatchAll, "match_mlps": MatchMlps, "match_moments": MatchMoments, "match_io": MatchIo,
+    "match_crossfit": MatchCrossfit, "match_heads": MatchHeads, "match_distilled": MatchDistilled, "screen": Screen,
+    "unseen_tokens": UnseenTokens, "features_in_place": FeaturesInPlace, "csu_procrustes": CsuProcrustes,
+    "heads_in_place": HeadsInPlace, "l2": L2,
     "perm_mode_l2": PermModeL2,
 }  # fmt: skip
 """Name -> class, whose fields are the options of the section of that name."""
@@ -57,6 +59,9 @@ SMALL_WIDTH = 1024
 AUTO_BY_DEPTH = "match_all"
 """What `auto` runs besides where the models differ in depth, so that layers must be assigned first."""
 
+AUTO_BY_EXPERTS = "match_mlps"
+"""What `auto` runs besides where a model has experts."""
+
 
 def make_statistic(name: str, options: RunOptions) -> Statistic:
     """Returns a statistic with the options of its section; fields that the section lacks are options of the run."""
@@ -68,6 +73,7 @@ def make_statistic(name: str, options: RunOptions) -> Statistic:
 __all__ = [
     "AUTO",
     "AUTO_BY_DEPTH",
+    "AUTO_BY_EXPERTS",
     "AUTO_SMALL",
     "AUTO_WITH_TEXT",
     "COSTLY",

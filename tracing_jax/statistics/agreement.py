@@ -148,7 +148,7 @@ def agreement_result(
 def dense_not_applicable(base: Arch, ft: Arch) -> list[str]:
     """Returns the reason why the models have no one MLP per layer; empty if they have."""
     sides = [side for side, arch in (("base", base), ("ft", ft)) if getattr(arch, "num_experts", None)]
-    return [f"{side} has experts: no two layers have the same units; see match_distilled" for side in sides]
+    return [f"{side} has experts: no two layers have the same units; see match_mlps" for side in sides]
 
 
 def some_units(units: int, most: int, pair: Pair, *names: str | int) -> np.ndarray:

@@ -271,7 +271,7 @@ def units_not_applicable(base: Arch, ft: Arch) -> list[str]:
     """Returns reasons why the MLP units of these models have no exact null; empty if they have."""
     experts = [getattr(arch, "num_experts", None) for arch in (base, ft)]
     if any(experts):
-        return ["experts: units are exchangeable only inside their expert, so no exact null; see match_distilled"]
+        return ["experts: units are exchangeable only inside their expert, so no exact null; see match_mlps"]
     return []
 
 

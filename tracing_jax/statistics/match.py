@@ -161,7 +161,7 @@ def gates_not_applicable(base: Arch, ft: Arch) -> list[str]:
         if not getattr(arch, "gated", True):
             lines.append(f"{side} has no gate: gate and up projection cannot be matched apart; see match_distilled")
         if getattr(arch, "num_experts", None):
-            lines.append(f"{side} has experts: no two layers have the same units; see match_distilled")
+            lines.append(f"{side} has experts: no two layers have the same units; see match_mlps")
     return lines
 
 

@@ -11,7 +11,8 @@ from tracing_jax.statistics.pvalues import holm
 from tracing_jax.statistics.statistic import Result
 
 DECIDING: Mapping[str, str] = {
-    "csu": "MLPs", "csh": "MLPs", "match": "MLPs", "match_all": "MLPs", "match_moments": "MLPs",
+    "csu": "MLPs", "csh": "MLPs", "match": "MLPs", "match_all": "MLPs", "match_mlps": "MLPs",
+    "match_moments": "MLPs",
     "match_io": "MLPs", "match_crossfit": "MLPs", "match_heads": "attention", "match_distilled": "MLPs",
     "screen": "MLPs", "unseen_tokens": "embedding", "features_in_place": "all parts", "csu_procrustes": "MLPs",
     "heads_in_place": "attention",

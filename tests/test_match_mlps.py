@@ -1,0 +1,110 @@
+"""Every MLP against every MLP: experts of a mixture, dense layers, and copies of one MLP in several experts."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from tracing_jax.options import RunOptions
+from tracing_jax.rewrites import draw_rewrites
+from tracing_jax.sharding import Compute, make_mesh
+from tracing_jax.sources import InMemory, MlpsAsLayers, in_memory, rewritten
+from tracing_jax.statistics import Pair, Vocabularies, make_statistic
+from tracing_jax.statistics.match_mlps import MatchMlps
+
+MIXTURE = tiny.mixtral(mlp_dim=48)
+DENSE = dataclasses.replace(MIXTURE, num_experts=None, experts_per_token=None)
+IDS = np.arange(61, dtype=np.int32)
+SAME = Vocabularies(True, IDS, IDS)
+EXPERTS = 3
+
+
+def pair_of(base, ft, **fields):
+    return Pair(base, ft, SAME, None, Compute(make_mesh(1, 1), 4), 0, **fields)
+
+
+def upcycled(dense, noise=0.1):
+    """A mixture whose experts are all the MLP of the layer, each with noise of its own."""
+    rng = np.random.default_rng(0)
+    fresh = tiny.model(MIXTURE, 9)
+    layers = {}
+    for i, layer in dense.params["layers"].items():
+        mlp = {"router": fresh.params["layers"][i]["mlp"]["router"]}
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            kernel = np.asarray(layer["mlp"][name]["kernel"])
+            copies = np.stack([kernel] * EXPERTS)
+            moved = copies + noise * kernel.std() * rng.standard_normal(copies.shape)
+            mlp[name] = {"kernel": jnp.asarray(moved, jnp.float32)}
+        layers[i] = {**layer, "mlp": mlp}
+    return InMemory(MIXTURE, {**dense.params, "layers": layers})
+
+
+def after(model, names):
+    hidden = in_memory(rewritten(model, draw_rewrites(names, jax.random.key(3), model.arch)))
+    return InMemory(hidden.arch, jax.tree.map(jnp.asarray, hidden.params))
+
+
+def pairs_in(result):
+    return {(row["base"], row["ft"]) for row in result.layer_map["pairs"] + result.layer_map["copies"]}
+
+
+def test_an_mlp_is_a_layer_with_the_weights_of_one_expert():
+    model = tiny.model(MIXTURE, 0)
+    mlps = MlpsAsLayers(model)
+    assert (mlps.arch.num_layers, mlps.arch.num_experts, mlps.name(4)) == (6, None, "layer 1 expert 1")
+    np.testing.assert_array_equal(
+        mlps.layer(4)["mlp"]["up_proj"]["kernel"], model.params["layers"]["1"]["mlp"]["up_proj"]["kernel"][1]
+    )
+    assert set(mlps.layer(4, ("mlp_norm",))) == {"mlp_norm"}
+    dense = tiny.model(DENSE, 0)
+    assert MlpsAsLayers(dense).name(1) == "layer 1"
+    np.testing.assert_array_equal(
+        MlpsAsLayers(dense).layer(1)["mlp"]["up_proj"]["kernel"],
+        dense.params["layers"]["1"]["mlp"]["up_proj"]["kernel"],
+    )
+
+
+def test_each_expert_of_an_upcycled_mixture_comes_from_the_dense_mlp_of_its_layer():
+    dense = tiny.model(DENSE, 0)
+    result = MatchMlps().compute(pair_of(dense, upcycled(dense)))
+    assert pairs_in(result) == {(layer, EXPERTS * layer + expert) for layer in (0, 1) for expert in range(EXPERTS)}
+    assert result.headline == 1
+    assert result.firm_log10_p is None or result.firm_log10_p < -10
+    in_place = next(test for test in result.tests if test.name == "units in place, agreement")
+    assert list(in_place.places)[4] == "base layer 1 : ft layer 1 expert 1"
+    assert min(k / n for k, n in zip(in_place.values["agreeing"], in_place.values["units"])) > 0.9
+
+
+def test_permuted_experts_and_units_are_found_again():
+    base = tiny.model(MIXTURE, 0)
+    moved = after(base, "permute")
+    result = MatchMlps().compute(pair_of(base, moved))
+    found = {ft: base for base, ft in pairs_in(result)}
+    assert len(found) == 6
+    assert all(base // EXPERTS == ft // EXPERTS for ft, base in found.items())
+    router = [np.asarray(m.params["layers"]["0"]["mlp"]["router"]["kernel"]) for m in (base, moved)]
+    norms = [np.linalg.norm(kernel, axis=0) for kernel in router]
+    for ft in range(EXPERTS):
+        assert norms[1][ft] == pytest.approx(norms[0][found[ft]], rel=1e-5)
+
+
+@pytest.mark.parametrize("other", [DENSE, MIXTURE], ids=["dense", "mixture"])
+def test_strangers_have_no_mlp_in_common_and_alignment_silences(other):
+    base, stranger = tiny.model(MIXTURE, 0), tiny.model(other, 1)
+    result = MatchMlps().compute(pair_of(base, stranger))
+    assert not pairs_in(result)
+    assert result.log10_p > -2
+    assert "None of ft's" in result.layer_map["sentence"]
+    aligned = MatchMlps().compute(pair_of(base, base, aligned=True))
+    assert aligned.log10_p is None
+    assert aligned.layer_map is None
+
+
+def test_what_does_not_apply_says_why():
+    assert "no gate; see match_io" in MatchMlps().not_applicable(tiny.gpt2(), DENSE, SAME)[0]
+    assert "36 pairs of MLPs" in MatchMlps(max_pairs=35).not_applicable(MIXTURE, MIXTURE, SAME)[0]
+    assert MatchMlps().not_applicable(MIXTURE, DENSE, SAME) == []
+    assert make_statistic("match_mlps", RunOptions(level=0.01)).level == 0.01

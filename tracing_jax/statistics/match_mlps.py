@@ -1,0 +1,129 @@
+"""`match_mlps`: which MLP of ft comes from which MLP of base, in whatever layer, dense or expert?"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from tracing_jax import options
+from tracing_jax.arch import Arch
+from tracing_jax.sources import MlpsAsLayers
+from tracing_jax.statistics.comparison import (
+    BY_ORDER,
+    Comparison,
+    bonferroni_log10,
+    in_place,
+    in_place_tests,
+    order_premises,
+    ordered_models,
+    reserved,
+    unit_notes,
+)
+from tracing_jax.statistics.cosine import similarities
+from tracing_jax.statistics.csu import unit_rows
+from tracing_jax.statistics.distinct_units import distinct_units
+from tracing_jax.statistics.match_all import MatchAll
+from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies
+
+_UP = "mlp/up_proj/kernel"
+
+
+@dataclass(frozen=True)
+class MatchMlps(options.MatchMlps):
+    """Unconstrained test of every MLP of base against every MLP of ft; and, of those that correspond, units in place.
+
+    The MLPs of both models, dense ones and experts alike, are compared as the layers of `match_all` are, in the
+    weights-only form: gate and up responses to the embeddings of shared tokens, agreement of their matchings, the
+    calibrated null, and an assignment in which several MLPs of ft may come from one of base, as in a mixture of experts
+    that was upcycled from a dense model. It is invariant under permutations of experts and of their units. Routers take
+    no part: a vector added to all rows of a router before a softmax changes nothing, so that they are no evidence.
+
+    Then the up-projections of each MLP of ft and its closest one of base are compared as by `csu`. The closest is found
+    by matchings that the order of the units does not change, so that the p-values of units in place stay exact.
+
+    Attributes:
+      level: significance level, after Bonferroni over all pairs, below which two MLPs are assigned to each other.
+
+    Source: ours, after Zhu et al. 2025 (arXiv 2502.12292).
+    """
+
+    level: float = options.RunOptions.level
+
+    needs_tokens: ClassVar[bool] = False
+
+    def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
+        """Returns reasons why no MLPs of these models can be matched; empty if they can."""
+        lines = [f"{side} has no gate; see match_io" for side, a in (("base", base), ("ft", ft)) if not a.gated]
+        if len(vocabularies.ids_base) < 2:
+            lines.append("the vocabularies share no tokens whose embeddings could be compared")
+        pairs = base.num_layers * (base.num_experts or 1) * ft.num_layers * (ft.num_experts or 1)
+        if pairs > self.max_pairs:
+            lines.append(f"{pairs:,} pairs of MLPs are more than match_mlps.max_pairs = {self.max_pairs:,}")
+        return lines
+
+    def compute(self, pair: Pair) -> Result:
+        """Returns the map of the MLPs with its p-values; no forward pass."""
+        base, ft = MlpsAsLayers(pair.base), MlpsAsLayers(pair.ft)
+        cache = pair.run_cache.scope("match_mlps")
+        mlps = replace(pair, base=base, ft=ft, controls=(), run_cache=cache, aligned=False)
+        matched = MatchAll(forms=("weights",), positions=self.positions, units=self.units, level=self.level).compute(
+            mlps
+        )
+        assert matched.layer_map is not None
+        tests: list[Test] = [replace(test, places=_names(base, ft)) for test in matched.tests]
+        compared = dict(self._in_place(mlps, np.array(matched.layer_map["log10_p"])))
+        notes = list(matched.notes)
+        if compared:
+            placed = in_place_tests(list(compared.values()), list(compared))
+            tests += [replace(test, name=f"units in place, {test.name}") for test in placed]
+            notes += unit_notes(list(compared.values()))
+        found = matched.layer_map["pairs"] + matched.layer_map["copies"]
+        return Result(
+            headline=len(found) / ft.arch.num_layers,
+            label="MLPs of ft that correspond to an MLP of base, share",
+            log10_p=bonferroni_log10(tests),
+            tests=tests,
+            null=matched.null,
+            layer_map=dict(matched.layer_map) | {"sentence": _sentence(found, base, ft)},
+            notes=notes,
+            effect=matched.effect,
+            premises=order_premises(ordered_models(list(compared.values()))) if compared else (),
+            **reserved(tests, f"{matched.reservation}; {BY_ORDER}" if matched.reservation else BY_ORDER),
+        ).for_pair(pair)
+
+    def _in_place(self, mlps: Pair, log10_p: np.ndarray) -> Iterator[tuple[str, Comparison]]:
+        """Yields for each MLP of ft the comparison of its units with those, in their order, of base's closest MLP."""
+        base, ft = mlps.base, mlps.ft
+        assert isinstance(base, MlpsAsLayers)
+        assert isinstance(ft, MlpsAsLayers)
+        if base.arch.embed_dim != ft.arch.embed_dim:
+            return
+        for j in tqdm(range(ft.arch.num_layers), desc="match_mlps, in place", unit="MLP", disable=None):
+            i = int(log10_p[:, j].argmin())
+
+            def compare(i: int = i, j: int = j) -> Comparison:
+                rows = [
+                    jnp.asarray(unit_rows(model.layer(at, (_UP,)), "up_proj")) for model, at in ((base, i), (ft, j))
+                ]
+                units = distinct_units(base, i), distinct_units(ft, j)
+                return in_place(similarities(*rows), units, mlps.generator("match_mlps", "in place", j))
+
+            yield f"base {base.name(i)} : ft {ft.name(j)}", mlps.run_cache.cached(Comparison, ("in place", j), compare)
+
+
+def _names(base: MlpsAsLayers, ft: MlpsAsLayers) -> list[str]:
+    return [
+        f"base {base.name(i)} : ft {ft.name(j)}" for i in range(base.arch.num_layers) for j in range(ft.arch.num_layers)
+    ]
+
+
+def _sentence(found: list[Mapping[str, Any]], base: MlpsAsLayers, ft: MlpsAsLayers) -> str:
+    count = ft.arch.num_layers
+    if not found:
+        return f"None of ft's {count} MLPs corresponds to an MLP of base beyond what independent models share."
+    pairs = ", ".join(f"ft {ft.name(row['ft'])} to base {base.name(row['base'])}" for row in found[:12])
+    more = f", and {len(found) - 12} more" if len(found) > 12 else ""
+    return f"{len(found)} of ft's {count} MLPs correspond to one of base's {base.arch.num_layers}: {pairs}{more}."
