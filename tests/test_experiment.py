@@ -25,6 +25,7 @@ from tracing_jax.options import RunOptions
 from tracing_jax.record import HashingStoppedError
 from tracing_jax.rewrites import permute, random_permutations
 from tracing_jax.sources import InMemory
+from tracing_jax.statistics.calibration import DEFAULT_ALLOWANCE
 
 
 @pytest.fixture
@@ -97,7 +98,6 @@ def test_a_disguise_that_cannot_be_is_refused_before_weights_are_read(config_of)
     for disguise, reason in (
         ("spin", "disguise=spin: spin is none of rename"),
         ("rename,rotate", "python -m tracing_jax.rewrites --disguise=rename,rotate"),
-        ("all", "different depth: 2 and 3 layers"),  # a statistic sees the model as it will be
     ):
         with pytest.raises(ConfigError, match=reason):
             experiment.trace(config_of(disguise=disguise))
@@ -272,7 +272,7 @@ def test_control_models_set_the_allowance_and_stand_in_the_record(config_of, fam
         null = record["statistics"][name]["non_aligned"]["null"]
         for form in ("forward", "weights"):
             assert null[form]["u from"].startswith("control models (1), each against base and ft")
-            assert all(0 < u < 0.2 for u in null[form]["u"])
+            assert all(DEFAULT_ALLOWANCE <= u < 0.5 for u in null[form]["u"])  # of few controls and few units
     assert len(record["models"]["control 0"]["files"]["model.safetensors"]) == 64
     assert "source of u" in Path(config.save).with_suffix(".html").read_text()
 
@@ -318,8 +318,6 @@ def truncate(folder):
      "wrong shape of model.norm.weight"),
     (lambda spoilt: {"ft_model_id": spoilt(None, lambda w: w["model.norm.weight"].fill(np.nan))}, "NaN or infinite"),
     (lambda spoilt: {"ft_model_id": spoilt(lambda facts: facts.pop("rope_parameters"))}, "no rope in this config"),
-    (lambda spoilt: {"ft_model_id": spoilt(lambda facts: facts.update(num_hidden_layers=1), drop_layer)},
-     "different depth"),
     (lambda spoilt: {"stat": "csx"}, "stat=csx: csx is none of mode, cos, emb.*did you mean cs"),
     (lambda spoilt: {"stat": ""}, "no statistic"),
     (lambda spoilt: {"align_axes": "embed,qk_dim"}, "align_axes=embed,qk_dim: qk_dim is none of embed, mlp"),
@@ -381,8 +379,8 @@ def test_models_with_other_tokenizers_are_compared_per_byte(config_of, spoilt, f
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     tokenizer["model"]["merges"] = []
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(ConfigError, match="different tokenizers"):
-        experiment.trace(config_of(ft_model_id=str(other)))
+    refused = experiment.trace(config_of(ft_model_id=str(other)))["statistics"]["mode"]["non_aligned"]
+    assert "different tokenizers" in refused["not_applicable"]
     record = experiment.trace(config_of(ft_model_id=str(other), mode={"emb": False}, eval=True))
     base, ft = record["perplexity"]["base"], record["perplexity"]["ft"]
     assert ft["tokens"] > 1.5 * base["tokens"]
@@ -425,6 +423,8 @@ def test_a_pair_to_which_nothing_applies_is_an_answer(config_of):
     record = experiment.trace(config_of("finetune", stat="match_all", match_all={"max_gib": 1e-6}))
     assert record["verdict"]["verdict"] == "not_testable"
     assert "raise it" in record["verdict"]["meaning"]
+    deeper = experiment.trace(config_of("finetune", stat="match", disguise="all"))  # seen as the model that it becomes
+    assert "different depth (2 and 3 layers)" in deeper["verdict"]["meaning"]
 
 
 def test_identical_models_are_said_to_be_before_anything_else(config_of, family):

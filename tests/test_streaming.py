@@ -81,6 +81,9 @@ def test_every_statistic_is_the_same_on_streamed_models(name, options):
     resident, lazy = (
         statistic.compute(pair).as_dict() for pair in (pair_of(base, ft), pair_of(streamed(base), streamed(ft)))
     )
+    if name == "screen":  # of a source without slices whole leaves are read, which the record says
+        for result in (resident, lazy):
+            result["read"], result["notes"] = None, result["notes"][1:]
     assert_same_numbers(resident, lazy)
 
 

@@ -106,12 +106,13 @@ def live_among(
 def against_identity(matching: UnitMatching, num_base: int, num_ft: int, has_copies: bool = False) -> Comparison:
     """Returns the comparison of a matching with the identity.
 
-    Layers of equal width are compared index by index. Otherwise, and where copies were merged, indices are replaced by
-    their ranks among the matched units, since pruning and copying keep the order of the units.
+    Layers of equal width are compared index by index. Otherwise indices are replaced by their ranks among the matched
+    units, since pruning and copying keep the order of the remaining units. Where copies were merged, the places of the
+    units left may follow one rule in both models: the null is then that of no more places than units.
     """
     p1, p2 = matching.base, matching.ft
-    if num_base == num_ft and not has_copies:
-        return _compare(p1, p2, num_ft)
+    if num_base == num_ft:
+        return _compare(p1, p2, max(matching.live_base, matching.live_ft) if has_copies else num_ft)
     return _compare(np.argsort(np.argsort(p1)), np.argsort(np.argsort(p2)), len(p1))
 
 

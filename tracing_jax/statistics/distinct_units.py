@@ -12,6 +12,7 @@ Letters: F units, D features.
 """
 
 import functools
+import math
 from dataclasses import dataclass
 
 import jax
@@ -20,11 +21,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from scipy.stats import spearmanr
 
 from tracing_jax.arch import Arch
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.mlp_rows import gain_of, without_mean
+from tracing_jax.statistics.nulls import spearman_log_sf
 from tracing_jax.tree import Tree, to_host
 
 COPY = 0.98
@@ -197,4 +198,7 @@ def _norms(rows: Float[Array | np.ndarray, "F D"]) -> Float[Array, " F"]:
 def _order_p(norms: Float[np.ndarray, " K"]) -> float:
     if len(norms) < 3 or np.ptp(norms) == 0:
         return 1.0
-    return float(spearmanr(np.arange(len(norms)), norms).pvalue)
+    ranks = np.argsort(np.argsort(norms))
+    differences = (ranks - np.arange(len(norms))).astype(np.int64)
+    one_minus_r = 6 * float((differences**2).sum()) / (len(norms) * (len(norms) ** 2 - 1))
+    return min(1.0, 2 * math.exp(spearman_log_sf(min(one_minus_r, 2 - one_minus_r), len(norms))))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
-from scipy import special, stats
+from scipy import special
 
 
 def heads_log_sf(agreeing: Sequence[int], groups: int, queries: int, u: Sequence[float], lam: float) -> float:
@@ -26,12 +26,24 @@ def heads_log_sf(agreeing: Sequence[int], groups: int, queries: int, u: Sequence
         return 0.0
     total = np.zeros(1)
     for share in u:
-        chance = stats.binom.logpmf(np.arange(heads + 1), heads, share)
+        chance = _log_binomial(heads, share)
         if lam > 1:
-            more = np.append(stats.poisson.logpmf(np.arange(k), lam - 1), stats.poisson.logsf(k - 1, lam - 1))
+            more = np.append(_log_poisson(np.arange(k), lam - 1), np.log(special.pdtrc(k - 1, lam - 1)))
             chance = _log_convolved(chance, more, k)
         total = _log_convolved(total, _log_convolved(chance, _log_grouped(groups, queries), k), k)
     return float(min(0.0, total[k])) if len(total) > k else -np.inf
+
+
+def _log_binomial(n: int, share: float) -> Float[np.ndarray, " k"]:
+    """Returns the log probabilities of 0, ..., n."""
+    k = np.arange(n + 1)
+    chosen = special.gammaln(n + 1) - special.gammaln(k + 1) - special.gammaln(n - k + 1)
+    return chosen + special.xlogy(k, share) + special.xlog1py(n - k, -share)
+
+
+def _log_poisson(k: Float[np.ndarray, " k"] | np.ndarray, mean: float) -> Float[np.ndarray, " k"]:
+    """Returns the log probabilities of these numbers."""
+    return special.xlogy(k, mean) - mean - special.gammaln(k + 1)
 
 
 def grouped_agreement(groups: int, queries: int) -> Float[np.ndarray, " k"]:
