@@ -44,6 +44,7 @@ def activations(model, tokens):
         yield {tap: np.asarray(units, np.float64).reshape(tokens.size, -1) for tap, units in found.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("data", "batch_size", "slice_entries"), [(1, 4, 2**24), (2, 8, 2**24), (2, 4, 100)])
 def test_correlations_are_those_of_numpy_however_batched_and_sliced(data, batch_size, slice_entries, monkeypatch):
     if slice_entries < 20 * 12:
@@ -89,6 +90,7 @@ def test_models_that_cannot_read_side_by_side_are_refused_before_any_work():
         assert line in str(refused.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "kinds", "dtype"),
     [

@@ -94,6 +94,7 @@ def test_tracing_writes_nothing_until_the_report_is_saved(family, tmp_path, monk
     assert pickle.loads(Path("found.p").read_bytes())["non-aligned test stat"] == report.log10_p
 
 
+@pytest.mark.slow
 def test_trace_takes_options_by_name(family):
     found = tj.trace(
         family.member("base"),

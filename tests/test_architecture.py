@@ -143,6 +143,7 @@ assert not heavy, f"importing took {heavy} along"
 """
 
 
+@pytest.mark.slow
 def test_importing_touches_no_device():
     done = subprocess.run([sys.executable, "-c", _IMPORT_ALL], cwd=_PACKAGE.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -95,6 +95,7 @@ def test_compare_prints_a_verdict_without_a_text(family, in_folder, capsys):
     assert any("only the form weights" in note for note in record["notes"])
 
 
+@pytest.mark.slow
 def test_compare_prints_the_record_or_the_verdict_alone_and_its_status_says_related(family, in_folder, capsys):
     pair = [str(family.member("base")), str(family.member("finetune"))]
     cli.main(["compare", *pair, "--stat", "csu", "--json", "--save", "one.p"])
@@ -108,6 +109,7 @@ def test_compare_prints_the_record_or_the_verdict_alone_and_its_status_says_rela
     assert [line.split()[0] for line in lines] == ["RELATED", "UNDECIDED"]  # csu alone is blind to a permutation
 
 
+@pytest.mark.slow
 def test_with_a_text_compare_matches_activations_too(family, in_folder, capsys):
     sizes = ["--dataset", str(family.text), "--num_tokens", "1024", "--block_size", "64", "--mesh.data", "1"]
     cli.main(["compare", str(family.member("base")), str(family.member("finetune")), *sizes, "--stat", "match"])
@@ -121,6 +123,7 @@ def test_a_statistic_that_needs_a_text_says_what_to_give(in_folder):
         cli.main(["compare", "some/model", "other/model", "--stat", "mode"])
 
 
+@pytest.mark.slow
 def test_align_writes_the_aligned_model(family, in_folder, capsys):
     argv = ["align", str(family.member("base")), str(family.member("disguised")), "--save_aligned", "aligned"]
     cli.main([*argv, "--align_axes", "embed,mlp,kv_heads,q_group"])
@@ -143,6 +146,7 @@ def test_generate_writes_texts(family, in_folder, capsys):
     assert len(json.loads(file.read_text())) == 2
 
 
+@pytest.mark.slow
 def test_print_shows_a_plan_and_leaves_a_finished_folder_as_it_is(family, tmp_path):
     listed = tmp_path / "models.yaml"
     listed.write_text(json.dumps([str(family.member("base")), str(family.member("finetune"))]))

@@ -34,6 +34,7 @@ def changed(model, name, seed=7):
     return InMemory(after.arch, jax.tree.map(jnp.asarray, after.params))
 
 
+@pytest.mark.slow
 def test_p_values_of_independent_models_are_uniform_also_with_one_embedding():
     """The map may come from what both share: it says nothing of the units."""
     p_values, combined = [], []

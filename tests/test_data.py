@@ -409,6 +409,7 @@ def test_without_a_network_or_a_copy_the_ways_out_are_named(unreachable, tmp_pat
         assert part in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "code"), [({"max_chars": 1}, 0), ({"text_column": "body"}, 1)])
 def test_python_exits_cleanly_after_a_scan_that_was_stopped(arguments, code, tmp_path):
     # Arrow's threads used to abort the process here.

@@ -65,6 +65,7 @@ def on_one(request):
 on_each_mesh = pytest.mark.parametrize(("on_one", "mesh"), diagonal(["MHA", "GQA"], MESHES), indirect=["on_one"])
 
 
+@pytest.mark.slow
 @on_each_mesh
 def test_losses_are_those_of_one_device(mesh, on_one):
     arch, expected, *_ = on_one
@@ -79,6 +80,7 @@ def test_correlations_are_those_of_one_device(mesh, on_one):
             np.testing.assert_allclose(found.by_tap[tap], wanted.by_tap[tap], atol=2e-5, err_msg=tap)
 
 
+@pytest.mark.slow
 @on_each_mesh
 def test_what_assignments_read_is_that_of_one_device(mesh, on_one):
     arch, _, _, whole = on_one
@@ -138,6 +140,7 @@ def _split_sizes(arch, mesh):
     return sizes | {leaf.size // leaf.shape[0] for leaf in experts.values()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "mesh"), diagonal(ARCHS, [(1, 8), (2, 4)]))
 def test_no_weight_is_gathered_whole(name, mesh, programs):
     arch, mesh = ARCHS[name], make_mesh(*mesh)
@@ -172,6 +175,7 @@ def _largest(programs):
     return max(programs, key=lambda program: program.get_compiled_memory_stats().argument_size_in_bytes)
 
 
+@pytest.mark.slow
 def test_memory_of_the_block_step_grows_with_the_hidden_states_alone(programs):
     """Memory holds one interpolated layer at a time, and hidden states are donated, not copied."""
     arch = tiny.llama_mha(embed_dim=64, mlp_dim=512, num_layers=1, layer_ropes=(0,), layer_windows=(None,))

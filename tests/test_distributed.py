@@ -130,6 +130,7 @@ def test_two_processes_that_were_killed_go_on_together(family, alone, tmp_path):
     assert not list(tmp_path.rglob("*.npz"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", [slow(0), 1])
 def test_a_process_that_fails_says_why_and_ends_the_others(failing, family, tmp_path):
     wrong = {failing: "/no/such/model"}

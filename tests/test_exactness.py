@@ -33,6 +33,7 @@ def with_broken_units(i):
     return exact_nulls.broken(independent(i), np.random.default_rng([1, i]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("models", [slow(independent), with_broken_units])
 def test_csu_and_csh_are_uniform_per_layer_and_combined(models):
     measured = exact_nulls.measure(ARCH, models, PAIRS, "")

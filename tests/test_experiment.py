@@ -74,6 +74,7 @@ def test_a_disguised_finetune_is_aligned_back_until_its_path_is_flat_again(confi
     assert record["alignment"]["logits_moved"] < 1e-3
 
 
+@pytest.mark.slow
 def test_permute_moves_fts_own_weights_and_alignment_brings_them_back(config_of):
     record = experiment.trace(config_of(permute=True, align=True))
     plain, _ = curves(experiment.trace(config_of()))
@@ -155,6 +156,7 @@ def test_weights_alone_are_aligned_without_tokenizers(config_of, spoilt, family)
     assert any("no tokenizer files" in note for note in record["notes"])
 
 
+@pytest.mark.slow
 def test_a_run_without_alignment_leaves_none_of_an_earlier_one(config_of):
     folder = Path(config_of().save).with_suffix(".run")
     for align in (True, False):
@@ -174,6 +176,7 @@ def test_the_same_config_gives_the_same_numbers_on_any_mesh(config_of):
             assert other_mesh[name][side]["headline"] == pytest.approx(once[name][side]["headline"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_cached_model_is_restored(config_of, tmp_path):
     config = config_of(cache_dir=str(tmp_path / "cache"))
     first = experiment.trace(config)["statistics"]
@@ -181,6 +184,7 @@ def test_a_cached_model_is_restored(config_of, tmp_path):
     assert experiment.trace(config)["statistics"] == first
 
 
+@pytest.mark.slow
 def test_several_models_against_one_base(config_of):
     config = config_of()
     config.ft_model_id = ""
@@ -199,6 +203,7 @@ def test_several_models_against_one_base(config_of):
     assert list(pickle.loads(save.read_bytes())) == ["base", "finetune"]
 
 
+@pytest.mark.slow
 def test_models_of_one_name_do_not_overwrite_one_another_and_all_are_opened_first(config_of, family, tmp_path):
     config = config_of()
     config.ft_model_id = ""
@@ -251,6 +256,7 @@ def pair_of(family, tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_a_gpt2_is_traced_and_has_no_gates_to_compare(config_of, pair_of):
     sizes = {"n_embd": 24, "n_layer": 2, "n_head": 6, "n_inner": 20, "n_positions": 64}
     config = GPT2Config(vocab_size=400, bos_token_id=None, eos_token_id=None, **sizes)
@@ -263,6 +269,7 @@ def test_a_gpt2_is_traced_and_has_no_gates_to_compare(config_of, pair_of):
         experiment.trace(config_of(**record["args"] | {"block_size": 128}))
 
 
+@pytest.mark.slow
 def test_control_models_set_the_allowance_and_stand_in_the_record(config_of, family):
     controls = (str(family.member("independent")),)
     config = config_of("disguised", stat="match,match_all", control_model_ids=controls)
@@ -293,6 +300,7 @@ def drop_layer(weights):
         del weights[name]
 
 
+@pytest.mark.slow
 def test_statistics_that_do_not_apply_are_recorded_and_the_rest_runs(config_of, spoilt):
     shallow = spoilt(lambda facts: facts.update(num_hidden_layers=1), drop_layer)
     record = experiment.trace(config_of(ft_model_id=shallow, stat="all", align=True))
@@ -390,6 +398,7 @@ def test_models_with_other_tokenizers_are_compared_per_byte(config_of, spoilt, f
     assert any("per byte" in note for note in record["notes"])
 
 
+@pytest.mark.slow
 def test_random_tokens_are_those_of_both_vocabularies(family, tmp_path):
     config = RunOptions(stat=("mode",)).to_config()
     config.base_model_id, config.ft_model_id = (str(family.member(name)) for name in ("base", "finetune"))

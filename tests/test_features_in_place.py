@@ -36,6 +36,7 @@ def changed(model, kinds, seed=1):
     return InMemory(model.arch, permute(model.params, random_permutations(jax.random.key(seed), table, kinds), table))
 
 
+@pytest.mark.slow
 def test_p_values_of_independent_models_are_uniform():
     """Also where some features are constant in the embedding, and others large, at the same places in both."""
     p_values, agreeing = [], []

@@ -62,6 +62,7 @@ def test_path_over_no_group_reads_no_other_model(one_device):
     np.testing.assert_array_equal(losses[0], losses[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "mesh"),
     [

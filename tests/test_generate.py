@@ -44,6 +44,7 @@ def greedy(name):
     return written(name, SamplingParams(temperature=0.0), length=length)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name if name.startswith(QUICK) else slow(name) for name in ONE_OF_EACH])
 def test_greedy_tokens_are_those_of_the_whole_text(name):
     source = CASES[name].source()
@@ -68,6 +69,7 @@ def test_greedy_tokens_are_those_of_transformers(name):
         assert theirs[0, len(prompt) :].tolist() == tokens
 
 
+@pytest.mark.slow
 def test_sample_follows_from_its_number_and_not_from_its_batch():
     name, choice = ONE_OF_EACH[0], SamplingParams(temperature=0.9, top_k=20, top_p=0.95)
     prompts = PROMPTS * 3
@@ -79,6 +81,7 @@ def test_sample_follows_from_its_number_and_not_from_its_batch():
     assert together == written(name, choice, 16, mesh=make_mesh(2, 2), seed=4, prompts=prompts)
 
 
+@pytest.mark.slow
 def test_text_ends_at_the_token_that_ends_it():
     name = ONE_OF_EACH[0]
     whole = written(name, SamplingParams(temperature=0.0))
@@ -119,6 +122,7 @@ def test_tokens_are_drawn_with_their_probabilities():
     np.testing.assert_allclose(shares, wanted, atol=4 * np.sqrt(0.25 / draws))
 
 
+@pytest.mark.slow
 def test_program_writes_prompts_texts_tokens_and_seed(family, tmp_path):
     (tmp_path / "prompts.txt").write_text("The list\nA module\n")
     flags = [f"--models={family.member('base')}", f"--prompts={tmp_path}/prompts.txt", f"--save={tmp_path}"]

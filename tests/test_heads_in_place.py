@@ -115,6 +115,7 @@ def test_signatures_are_those_of_numpy():
     np.testing.assert_allclose(signatures_of(BASE)[2][k, g], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_heads_of_independent_models_are_in_place_as_often_as_by_chance():
     """The number in place against its exact distribution; and no p-value is smaller than it should be."""
     agreeing, log_ps = [], []

@@ -70,6 +70,7 @@ def files(folder: str) -> set[str]:
     return {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_downloads_one_weight_format_and_no_junk_then_works_from_cache(server, tmp_path):
     ids = ("org/both", "shards", "org/bin", "org/lora", "org/both@refs/pr/1")
     found = ask(server.url, tmp_path, *ids)
@@ -93,6 +94,7 @@ def test_downloads_one_weight_format_and_no_junk_then_works_from_cache(server, t
     assert server.requests == []
 
 
+@pytest.mark.slow
 def test_gated_model_says_how_to_get_access_and_opens_with_token(server, tmp_path):
     (message,) = ask(server.url, tmp_path / "a", "org/gated")
     assert "gated" in message
@@ -116,6 +118,7 @@ def test_errors_name_the_remedy(server, tmp_path):
     assert "neither a folder" in invalid
 
 
+@pytest.mark.slow
 def test_unreachable_or_forbidden_network_is_told_apart(tmp_path):
     (unreachable,) = ask("http://127.0.0.1:9", tmp_path, "org/both")
     (forbidden,) = ask("http://127.0.0.1:9", tmp_path, "org/both", HF_HUB_OFFLINE="1")
@@ -184,6 +187,7 @@ def big():
         yield running
 
 
+@pytest.mark.slow
 def test_ranges_are_read_several_at_a_time_and_again_where_they_fail(big, tmp_path):
     big.seconds, big.failures = 0.05, ["", "", "", "busy", "busy", "cut", "expired"]
     found = ranged(big, tmp_path, READ_ROWS)

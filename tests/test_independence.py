@@ -105,6 +105,7 @@ def p_values_in(found, where=""):
         yield f"{where}: {found}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REGISTRY)
 def test_no_p_value_of_any_kind_is_left_in_an_aligned_result(name):
     small = {"l2": {"num_perm": 3}, "perm_mode_l2": {"num_perm": 3}, "mode": {"num_perm": 3},
@@ -248,6 +249,7 @@ def test_a_light_finetune_does_not_cancel_in_l2():
     assert observed == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_midpoints_of_permuted_copies_are_those_of_the_copies():
     pair = pair_of(BASE, OTHER)
     permutations = draw_permutations(pair, 2)
@@ -319,6 +321,7 @@ def test_controls_set_the_allowance_of_every_pair_of_layers_whatever_the_depth_o
         assert null["u"] == Match().allowance("weights", pair)[0]
 
 
+@pytest.mark.slow
 def test_controls_read_bases_tokens_whatever_the_ids_of_fts():
     ids = np.random.default_rng(3).permutation(61).astype(np.int32)  # ft's id of each of base's tokens
     renamed = dataclasses.replace(OTHER, params={**OTHER.params, "embed": take_rows(OTHER.params["embed"], ids)})
@@ -372,6 +375,7 @@ def test_few_controls_never_make_the_allowance_smaller_than_the_default():
     assert measured_allowance([none] * 20, 1e-3)[0] < 0.01
 
 
+@pytest.mark.slow
 def test_the_allowance_covers_a_new_pair():
     """Shares of pairs are spread more than counts are: of 20 pairs the bound holds for the 21st at its confidence."""
     rng, level, beyond = np.random.default_rng(0), 0.1, 0

@@ -111,6 +111,7 @@ def test_help_lists_every_option_and_imports_nothing_heavy():
         assert "".join(found.meaning.split()) in "".join(done.stdout.split())
 
 
+@pytest.mark.slow
 def test_the_package_runs_without_torch():
     code = "import sys; sys.modules['torch'] = None; import tracing_jax.experiment"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)

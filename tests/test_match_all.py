@@ -44,6 +44,7 @@ def made_of(layers, units=40, noise=0.05, seed=3):
     return InMemory(arch, map_named(cut, noisy | {"layers": chosen})), kept
 
 
+@pytest.mark.slow
 def test_a_model_pruned_in_depth_and_width_gives_back_its_layers_and_units():
     ft, kept = made_of([0, 2, 4], units=30)
     result = MatchAll().compute(pair_of(ft))
@@ -69,6 +70,7 @@ def test_inserted_and_repeated_layers_are_told_apart():
     assert found["unmatched_base"] == []
 
 
+@pytest.mark.slow
 def test_an_unrelated_model_has_no_layer_of_base():
     result = MatchAll().compute(pair_of(tiny.model(dataclasses.replace(ARCH, mlp_dim=52), 1)))
     assert result.layer_map["pairs"] == []

@@ -24,6 +24,7 @@ FOREIGN = ("embed", "head")
 NO_VOCABULARY = np.zeros(0, np.int32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHS)
 def test_a_relative_with_foreign_embeddings_is_found_and_an_independent_model_is_not(name):
     base = BASES[name]
@@ -106,6 +107,7 @@ def test_planted_units_of_no_effect_do_not_move_the_rotation():
     assert MatchCrossfit().compute(pair_of(base, planted)).headline > 0.6
 
 
+@pytest.mark.slow
 def test_independent_models_agree_on_one_unit_as_random_matchings_do():
     models = [tiny.model(UNGATED, seed) for seed in range(8)]
     counts = [
@@ -133,6 +135,7 @@ def test_controls_are_held_out_layers_that_do_not_correspond():
             assert abs(i - j) >= least
 
 
+@pytest.mark.slow
 def test_control_models_set_the_allowance():
     pair = pair_of(BASES["gated"], tiny.model(GATED, 1), controls=(tiny.model(GATED, 5),))
     null = MatchCrossfit().compute(pair).null["gate and up, halves"]

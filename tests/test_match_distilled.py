@@ -116,6 +116,7 @@ def pair_of(base, ft, **fields):
     return Pair(base=base, ft=ft, blocks=blocks, compute=Compute(make_mesh(1, 1), 64), **fields)
 
 
+@pytest.mark.slow
 def test_a_relative_without_a_gate_is_found_an_independent_model_is_not():
     related = QUICK.compute(pair_of(BASE, InMemory(GPT2, tiny.noisy(BASE.params, 0.05))))
     other = QUICK.compute(pair_of(BASE, tiny.model(GPT2, 1)))
@@ -134,6 +135,7 @@ def test_controls_set_the_allowance_and_alignment_silences():
     assert any("no evidence" in note for note in result.notes)
 
 
+@pytest.mark.slow
 def test_a_dense_model_against_a_mixture_of_another_width_has_students_of_one_width():
     dense, mixture = tiny.qwen3_gqa(), tiny.mixtral(mlp_dim=12)
     assert set(REGISTRY) >= COSTLY == {"match_distilled"}

@@ -113,6 +113,7 @@ def test_csu_all_matches_the_rows_that_numpy_matches():
     assert len(pairs.tests[0].places) > 3 * len(exact.places)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("statistic", [Csu(), CsuAll()])
 def test_rows_too_many_for_a_matrix_of_cosines_are_matched_as_if_there_were_one(statistic, monkeypatch):
     ft = InMemory(ARCH, tiny.noisy(BASE.params, 1.5))

@@ -30,6 +30,7 @@ def test_a_relative_is_found_and_an_independent_model_is_not(name):
     assert MatchIo().compute(pair_of(base, tiny.model(base.arch, 1))).log10_p > -1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "rewrite"), [
     *[("gated", rewrite) for rewrite in ("rename", "gains", "units", "rotate", "permute")],
     ("ungated", "permute"), ("tied", "rotate"),

@@ -68,6 +68,7 @@ def test_signatures_are_those_of_numpy():
     np.testing.assert_allclose(signatures_of(BASE)[2]["up"], expected, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["permute", "rotate", "gains", "units", "values", "queries", "pad"])
 def test_a_relative_with_foreign_embeddings_is_found_through_every_disguise(name):
     unrelated = tiny.model(ARCH, 1)

@@ -156,6 +156,7 @@ def test_some_kinds_alone_come_back_too(kinds, dtype):
     assert_same(match_weights(base, ft, table, table.axes_of_kind(kinds)).permutations, expected)
 
 
+@pytest.mark.slow
 def test_sharded_weights_are_matched_like_whole_ones():
     axes = {"in": ("embed", "mlp"), "out": ("mlp", "embed"), "bias": ("mlp",), "embedding": (None, "embed")}
     shapes = {"in": (6, 8), "out": (8, 6), "bias": (8,), "embedding": (9, 6)}
@@ -187,6 +188,7 @@ def test_an_axis_is_solved_again_only_if_its_neighbours_moved(monkeypatch):
     assert sorted(solved[1:-1]) == sorted(table.axes_of_kind(["mlp", "kv_heads"]))
 
 
+@pytest.mark.slow
 def test_models_with_other_vocabularies_are_matched_by_the_tokens_they_share():
     base, ft, table, expected = planted(tiny.llama_mha(), PERMUTABLE, 0.2)
     order = RNG.permutation(61)[:50]  # ft's token i is base's token order[i]
@@ -210,6 +212,7 @@ class Mlp(nn.Module):
         return nn.Dense(3)(x)
 
 
+@pytest.mark.slow
 def test_any_flax_model_is_matched_by_the_names_of_its_axes():
     module, x = Mlp(), RNG.normal(size=(5, 7)).astype(np.float32)
     shapes = jax.eval_shape(module.init, jax.random.key(0), x)["params"]

@@ -32,6 +32,7 @@ class Module(nn.Module):
                 self.param(name, nn.initializers.normal(0.02), shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS, ids=lambda arch: arch.family)
 def test_fresh_kernels_are_those_that_linen_draws(arch):
     table, key = axis_table(arch), jax.random.key(7)

@@ -226,6 +226,7 @@ def test_agreement_tail_falls_with_k_and_randomising_stays_within_a_step(h1, wid
         assert randomised >= next_log_p - 1e-12 * abs(next_log_p)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("h1", "h2"), [(12, 12), (300, 300), (12, 20), (1, 1)])
 def test_randomised_agreement_is_uniform_under_the_null(h1, h2):
     rng, p = np.random.default_rng(3), np.arange(h1)

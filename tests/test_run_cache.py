@@ -114,6 +114,7 @@ def test_states_are_not_written_in_a_short_run(tmp_path):
     RunCache().save_if_due(lambda: pytest.fail("written"), 1, "hidden")
 
 
+@pytest.mark.slow
 def test_finished_layers_are_not_compared_again(config_of, monkeypatch):
     with monkeypatch.context() as patch:
         dying_after(patch, 2)  # what the run is, and the first layer
@@ -128,6 +129,7 @@ def test_finished_layers_are_not_compared_again(config_of, monkeypatch):
     assert len(compared) == record["models"]["base"]["shape"]["num_layers"] - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "decides", "before", "after"),
     [
@@ -151,6 +153,7 @@ def test_models_that_lie_elsewhere_are_started_over(config_of, monkeypatch, name
     assert_same_numbers(record["statistics"], expected["statistics"], tolerance=1e-6)
 
 
+@pytest.mark.slow
 def test_the_model_whose_place_an_aligned_one_takes_is_gone(config_of, monkeypatch):
     compute, models, alive = steps._compute, [], []
 
@@ -189,6 +192,7 @@ def test_several_processes_take_only_what_they_agreed_on(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("one.json"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stat", "work", "pieces"),
     [
@@ -224,6 +228,7 @@ def test_what_a_layer_took_is_not_done_again(config_of, monkeypatch, stat, work,
     assert_same_numbers(without_circumstances(record), without_circumstances(expected), tolerance=1e-6)
 
 
+@pytest.mark.slow
 def test_an_axis_that_was_solved_is_not_solved_again(config_of, monkeypatch):
     fields = {"stat": "csu", "align": True, "eval": False, "align_axes": "embed,mlp"}
     do, done = weights.weight_similarity, []
@@ -247,6 +252,7 @@ def test_an_axis_that_was_solved_is_not_solved_again(config_of, monkeypatch):
     assert_same_numbers(without_circumstances(record), without_circumstances(expected), tolerance=1e-6)
 
 
+@pytest.mark.slow
 def test_finished_pairs_of_several_are_not_traced_again(config_of, family, monkeypatch):
     fields = {"stat": "csu", "permute": False, "align": False, "eval": False}
     config = config_of(**fields)
@@ -288,6 +294,7 @@ def test_a_run_that_writes_the_aligned_model_goes_on_after_it_was_stopped_behind
     assert (tmp_path / "back" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["config", "files"])
 def test_a_changed_run_starts_over_and_says_so(config_of, family, monkeypatch, change):
     with monkeypatch.context() as patch:

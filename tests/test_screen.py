@@ -50,6 +50,7 @@ def log10_p(result, part):
     return min(test.log10_p for test in result.tests if test.decides and test.name.startswith(part))
 
 
+@pytest.mark.slow
 def test_a_finetune_is_found_in_place_and_in_sampled_layers():
     result = Screen(0.7).compute(pair_of(BASE, RELATED))
     assert log10_p(result, "units in place") < -20
@@ -59,6 +60,7 @@ def test_a_finetune_is_found_in_place_and_in_sampled_layers():
     assert set(found.layers) <= {f"layer {i}" for i in range(6)}
 
 
+@pytest.mark.slow
 def test_a_permuted_finetune_is_found_in_sampled_layers_alone():
     result = Screen(0.7).compute(pair_of(BASE, moved(RELATED)))
     assert log10_p(result, "units in place") > -4
@@ -75,6 +77,7 @@ def test_independent_models_are_not_called_related_and_alignment_silences():
     assert "after alignment nothing has a null" in aligned.p_reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [slow(False), True])
 def test_p_values_of_independent_models_are_uniform(broken):
     """Per layer by rank correlation, on runs of 13 of 40 units; with a fifth of them zero in the same places."""

@@ -71,6 +71,7 @@ def options():
     return RunOptions.from_config(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REGISTRY)
 def test_every_statistic_is_the_same_on_streamed_models(name, options):
     base = tiny.model(ARCH)
@@ -87,6 +88,7 @@ def test_every_statistic_is_the_same_on_streamed_models(name, options):
     assert_same_numbers(resident, lazy)
 
 
+@pytest.mark.slow
 def test_alignment_finds_the_same_permutations_of_streamed_models():
     base = tiny.model(ARCH)
     planted = random_permutations(jax.random.key(3), axis_table(ARCH), ("embed", "mlp", "kv_heads"))
@@ -115,6 +117,7 @@ def config_of(family, tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_a_streamed_run_gives_the_record_of_a_resident_one(config_of):
     steps = {"permute": True, "align": True, "eval": True}
     records = [experiment.trace(config_of(m, memory=m, **steps)) for m in ("resident", "stream")]
@@ -122,6 +125,7 @@ def test_a_streamed_run_gives_the_record_of_a_resident_one(config_of):
     assert_same_numbers(*map(without_circumstances, records))
 
 
+@pytest.mark.slow
 def test_the_aligned_model_is_written_when_asked(config_of, family, tmp_path):
     folder = tmp_path / "back"
     experiment.trace(config_of("a", memory="stream", permute=True, align=True, save_aligned=str(folder)))

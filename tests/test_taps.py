@@ -36,6 +36,7 @@ def close(found, expected):
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [tiny.llama_mha(), tiny.olmo2_gqa(), tiny.gpt2(), tiny.mixtral()])
 def test_taps_have_the_axes_that_are_said(arch):
     _, taps, _ = tapped(arch)
@@ -100,6 +101,7 @@ def test_a_tap_that_a_model_does_not_have_is_refused():
         apply_block(arch, tiny.model(arch).layer(0), x, layer_inputs(arch, 0), taps=("gate", "units"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arch",
     [tiny.llama_mha(), tiny.olmo2_gqa(), tiny.gpt2(), tiny.mixtral(), tiny.mixtral(activation="gelu")],

@@ -338,6 +338,7 @@ def config_of(family, tmp_path):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("engine")
 def test_a_run_sees_through_every_disguise_at_once(config_of, family, tmp_path):
     original = experiment.trace(config_of())["statistics"]["mode"]

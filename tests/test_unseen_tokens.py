@@ -103,6 +103,7 @@ def independent(i):
     return pair
 
 
+@pytest.mark.slow
 def test_p_values_of_independent_models_are_uniform():
     ranks, agreeing = [], []
     for i in range(30):

@@ -136,6 +136,7 @@ def test_plan_comes_back_as_it_was_written(folder):
     assert {name: fields[name] for name in same} == same
 
 
+@pytest.mark.slow
 def test_record_counts_for_its_config_and_its_files_alone(folder, tmp_path):
     pair = folder.plan.pairs[0]
     assert folder.state(pair).state == "missing"
@@ -159,6 +160,7 @@ def test_record_counts_for_its_config_and_its_files_alone(folder, tmp_path):
     assert "file has changed" in folder.state(pair).error
 
 
+@pytest.mark.slow
 def test_pairs_are_traced_once_and_what_fails_stops_no_other(folder, monkeypatch):
     traced = []
     monkeypatch.setattr("tracing_jax.zoo.worker.open_models", lambda config: ())

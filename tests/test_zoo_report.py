@@ -88,6 +88,7 @@ def test_planted_families_come_back_and_stand_together_in_the_heatmap(sizes, see
         assert at == list(range(at[0], at[0] + len(members)))
 
 
+@pytest.mark.slow
 @given(SIZES, st.integers(0, 1000), st.randoms())
 @settings(deadline=None, max_examples=6)
 def test_the_order_of_the_list_changes_nothing(sizes, seed, random):
@@ -348,6 +349,7 @@ def test_missing_and_failed_pairs_are_shown_and_never_dropped(broken):
     assert len(drawn) == len(folder.plan.pairs)
 
 
+@pytest.mark.slow
 def test_the_page_refers_to_nothing_but_the_pages_of_its_pairs(broken):
     folder, _, text = broken
     links = {a[key] for _, a in Page(text).elements for key in ("href", "src") if a.get(key)}
