@@ -3,7 +3,7 @@
     python -m benchmarks.directions --zoo_dir=zoo --seeds=8
 
 Bases are seeds of the zoo `tiny`. Light: a sixteenth of their training, on other text. Long: as many steps on other
-text as the training had. The last rows have early bases, a quarter through their training, trained on with its full
+text as the training had, at half of its peak rate or at all of it. The last rows have early bases, a quarter through their training, trained on with its full
 rate on their own text. What is counted is the child that the report names.
 """
 
@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from benchmarks.descendants import LIGHT_STEPS, member
+from benchmarks.descendants import LIGHT_STEPS, member, texts, trained
 from benchmarks.environment import ZOO_DIR, machine, use_all_cores
 from benchmarks.intervals import clopper_pearson
 from benchmarks.lineages import Lineages
@@ -75,6 +75,10 @@ def _kinds(lineages: Lineages) -> Iterable[tuple[str, Tree, Tree]]:
     tuned: Mapping[int, Tree] = lineages.finetuned
     yield "light", lineages.bases, tuned[LIGHT_STEPS]
     yield "long", lineages.bases, tuned[lineages.steps]
+    rate = lineages.zoo.recipe.models.base_learning_rate
+    _, other = texts(lineages.zoo)
+    hard = dict(trained(lineages.zoo, lineages.bases, other, lineages.steps, rate))[lineages.steps]
+    yield "long, at the rate of the base", lineages.bases, hard
     for factor, models in lineages.longer.items():
         yield f"early base, {factor} x its tokens more", lineages.early, jax.tree.map(np.asarray, models)
 

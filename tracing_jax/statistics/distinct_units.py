@@ -120,13 +120,13 @@ def _reading(projection: Tree, norm: Tree, arch: Arch) -> _Reading:
     kernel = jnp.asarray(projection["kernel"], jnp.float32)
     rows = without_mean(kernel.T * gain_of(norm, "mlp_norm", arch), arch)
     sketch, norms = to_host(_sketch(rows, _projection(kernel.shape[0]))), to_host(_norms(rows))
-    constant = [np.asarray(projection["bias"], np.float32)] if "bias" in projection else []
+    constant: list[np.ndarray] = [np.asarray(projection["bias"], np.float32)] if "bias" in projection else []
     if (shift := norm.get("mlp_norm", {}).get("bias")) is not None:
         constant.append(to_host(jnp.asarray(shift, jnp.float32) @ kernel))
     if not constant:
         return _Reading(_unit_length(sketch), norms)
     direction = np.random.default_rng(0).standard_normal(_SKETCH).astype(np.float32)  # a feature that all rows read
-    return _Reading(_unit_length(sketch), norms, _unit_length(sketch + sum(constant)[:, None] * direction))
+    return _Reading(_unit_length(sketch), norms, _unit_length(sketch + np.sum(constant, axis=0)[:, None] * direction))
 
 
 def _groups(readings: list[_Reading]) -> Int[np.ndarray, " F"]:
