@@ -3,8 +3,8 @@
     python -m benchmarks.directions --zoo_dir=zoo --seeds=8
 
 Bases are seeds of the zoo `tiny`. Light: a sixteenth of their training, on other text. Long: as many steps on other
-text as the training had, at half of its peak rate or at all of it. The last rows have early bases, a quarter through their training, trained on with its full
-rate on their own text. What is counted is the child that the report names.
+text as the training had, at half of its peak rate or at all of it. The last rows have early bases, a quarter through
+their training, trained on with its full rate on their own text. What is counted is the child that the report names.
 """
 
 from collections import Counter

@@ -67,7 +67,10 @@ def _verdict_sections(verdict: Mapping[str, Any]) -> list[Section]:
     found = []
     if verdict["family"]:
         rows = [[name, log10_cell(log10_p), p_cell(log10_p)] for name, log10_p in verdict["family"].items()]
-        text = ["Only statistics with an exact or a calibrated null enter the verdict, on the pair as given."]
+        text = [
+            "Only statistics with an exact or a calibrated null enter the verdict, on the pair as given. The options fix "
+            "which these are, before the models are read; Holm's correction is over all of them."
+        ]
         found.append(Section("Statistics in the verdict", text, table=table_of(("", "log10 p", "p"), rows)))
     if evidence := verdict["evidence"]:
         headers = ("statistic", "test", "place", "log10 p", "p")
@@ -122,10 +125,23 @@ def _remarks(results: Mapping[str, Any]) -> list[str]:
     found: dict[str, list[str]] = {}
     for side, result in results.items():
         reasons = [f"No p-value: {result['p_reason']}"] if result.get("p_reason") else []
-        for line in [*reasons, *(result.get("notes") or ())]:
+        for line in [*_evidence(result), *reasons, *(result.get("notes") or ())]:
             found.setdefault(line, []).append(side)
     everywhere = len(results)
     return [line if len(sides) == everywhere else f"{', '.join(sides)}: {line}" for line, sides in found.items()]
+
+
+def _evidence(result: Mapping[str, Any]) -> list[str]:
+    """The effect size, the premises of the null and whether they hold, and what a reservation leaves."""
+    lines = [result["effect"]] if result.get("effect") else []
+    lines += [
+        f"Premise, {premise['needed']}: {premise['premise']}: {'holds' if premise['holds'] else 'does not hold'}"
+        for premise in result.get("premises") or ()
+    ]
+    if result.get("reservation"):
+        left = log10_cell(result.get("firm_log10_p"))
+        lines.append(f"Reserved: {result['reservation']}; log10 p without reservation {left}")
+    return lines
 
 
 def _numbers(result: Mapping[str, Any]) -> dict[str, Any]:
