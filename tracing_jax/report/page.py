@@ -68,8 +68,8 @@ def _verdict_sections(verdict: Mapping[str, Any]) -> list[Section]:
     if verdict["family"]:
         rows = [[name, log10_cell(log10_p), p_cell(log10_p)] for name, log10_p in verdict["family"].items()]
         text = [
-            "Only statistics with an exact or a calibrated null enter the verdict, on the pair as given. The options fix "
-            "which these are, before the models are read; Holm's correction is over all of them."
+            "Only statistics with an exact or a calibrated null enter the verdict, on the pair as given. The options "
+            "fix which these are, before the models are read; Holm's correction is over all of them."
         ]
         found.append(Section("Statistics in the verdict", text, table=table_of(("", "log10 p", "p"), rows)))
     if evidence := verdict["evidence"]:
