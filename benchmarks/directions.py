@@ -22,7 +22,7 @@ from benchmarks.seeds import RECIPES, zoo
 from tracing_jax.report import text_table
 from tracing_jax.sources import InMemory
 from tracing_jax.tree import Tree, flatten
-from tracing_jax.zoo.report.direction import direction
+from tracing_jax.zoo.report.direction import further_trained
 from tracing_jax.zoo.report.families import WEIGHTS, Edge
 from tracing_jax.zoo.report.rows import PairRow
 from tracing_jax.zoo.weights import weight_measures
@@ -31,13 +31,14 @@ _SEEDS = flags.DEFINE_integer("seeds", 8, "base models")
 
 
 def named_child(parent: InMemory, child: InMemory) -> tuple[str | None, float]:
-    """Returns which of the two the report names as the child, and their distance in units of their own length."""
+    """Returns which of the two is the child by training, at any distance; and the distance in their own length."""
     measures = {name: weight_measures(model) for name, model in (("parent", parent), ("child", child))}
     pairs = zip(flatten(parent.params).values(), flatten(child.params).values(), strict=True)
     l2 = float(np.mean([np.linalg.norm(np.asarray(a, np.float64) - np.asarray(b, np.float64)) for a, b in pairs]))
     row = PairRow("pair", "parent", "child", True, "done", l2=l2, level=1e-3, in_place_log10_p=-100.0)
-    found = direction(Edge(row, WEIGHTS, l2), [row], measures)
-    return found.child, l2 / (sum(float(found["length"]) for found in measures.values()) / 2)
+    children = {name for name, _ in further_trained(Edge(row, WEIGHTS, l2), measures)}  # before the limit of distance
+    named = children.pop() if len(children) == 1 else None
+    return named, l2 / (sum(float(found["length"]) for found in measures.values()) / 2)
 
 
 def counted(arch: object, bases: Tree, models: Tree, count: int) -> tuple[Counter[str], list[float]]:

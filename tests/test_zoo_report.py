@@ -28,7 +28,9 @@ from tracing_jax.zoo.__main__ import main
 from tracing_jax.zoo.plan import ModelList
 from tracing_jax.zoo.report import html as page_of
 from tracing_jax.zoo.report import make_contents, sentence, write_report
-from tracing_jax.zoo.report.families import clustered, families, lineage
+from tracing_jax.zoo.report.direction import direction
+from tracing_jax.zoo.report.families import WEIGHTS, Edge, clustered, families, lineage
+from tracing_jax.zoo.report.rows import PairRow
 from tracing_jax.zoo.weights import model_measures_file, read_model_measures, weight_measures, write_model_measures
 
 SIZES = st.lists(st.integers(1, 6), min_size=2, max_size=6).filter(lambda sizes: sum(sizes) > 1)
@@ -493,3 +495,18 @@ def test_measures_are_written_into_the_zoo_and_read_again(tmp_path):
     assert read_model_measures(tmp_path, "one")["length"] == pytest.approx(weight_measures(source)["length"])
     file.write_text(json.dumps({"format": -1}))
     assert read_model_measures(tmp_path, "one") is None
+
+
+def test_no_arrow_is_drawn_between_models_farther_apart_than_was_measured():
+    """As long and hard trained fine-tunes are: there both grounds have agreed on a wrong arrow."""
+
+    def directed(distance):
+        row = PairRow("a--b", "a", "b", None, "done", level=1e-3, l2=distance, in_place_log10_p=-99.0)
+        fewer = {"embed/embedding": {"directions": [20.0]}, "head/lm_head": {"directions": [20.0]}}
+        more = {"embed/embedding": {"directions": [40.0]}, "head/lm_head": {"directions": [40.0]}}
+        measures = {"a": {"length": 1.0, "matrices": more}, "b": {"length": 1.0, "matrices": fewer}}
+        return direction(Edge(row, WEIGHTS, distance), [row], measures)
+
+    assert (directed(0.3).parent, directed(0.3).child) == ("a", "b")
+    assert directed(0.5).child is None
+    assert "so far apart" in directed(0.5).grounds[0]

@@ -20,7 +20,7 @@ from tracing_jax.report.formatting import ABSENT, cell, log10_cell
 from tracing_jax.report.html_elements import Block, Cell, Section, render, table_of
 from tracing_jax.zoo.folder import ZooFolder
 from tracing_jax.zoo.report.contents import Contents, contents_of, pair_dict
-from tracing_jax.zoo.report.direction import Direction
+from tracing_jax.zoo.report.direction import MEASURED, Direction
 from tracing_jax.zoo.report.families import Edge, Lineage
 from tracing_jax.zoo.report.heatmap import LEGEND, heatmap, link
 from tracing_jax.zoo.report.rows import BINS, PairRow, Uniformity, in_words
@@ -37,6 +37,7 @@ _FAMILIES_TEXT = (
     "stands how close it is to the one above. An arrow is an estimate of who was made from whom, never a proof: ↳ this "
     "one from the model above, ↰ the model above from this one; a dash leaves it open. If the ancestor of a family is "
     "not among the models, the least trained of them stands in its place.",
+    MEASURED,
 )
 
 
