@@ -267,6 +267,7 @@ PEFT_CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", PEFT_CASES)

@@ -124,6 +124,7 @@ def test_activations_align_a_disguised_model(arch):
     assert found.logits_moved < LOGITS_TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "kind"),
     [(tiny.qwen3_gqa, "kv_heads"), (tiny.qwen3_gqa, "q_group"), (tiny.mixtral, "expert"), (tiny.mixtral, "mlp")],
@@ -144,6 +145,7 @@ def test_aligned_models_stay_as_they_are():
     assert found.logits_moved == 0
 
 
+@pytest.mark.slow
 def test_alignment_that_changes_the_function_is_refused(monkeypatch):
     base, _, hidden, _ = disguised(tiny.qwen3_gqa(), ["mlp"], 0.1)
     down = hidden.params["layers"]["0"]["mlp"]["down_proj"]

@@ -84,6 +84,7 @@ def test_report_in_a_notebook_is_the_page(report):
     assert "<html" not in shown  # escaped: the page cannot end the attribute that it stands in
 
 
+@pytest.mark.slow
 def test_tracing_writes_nothing_until_the_report_is_saved(family, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     report = tj.trace(family.member("base"), family.member("finetune"), "csu")

@@ -91,6 +91,7 @@ def test_layers_are_ordered():
         assert set(allowed.split()) <= set(lower), package
 
 
+@pytest.mark.slow
 def test_modules_import_only_what_their_package_may():
     for module in _MODULES:
         package, imported = _package_of(module), _imported_packages(module)

@@ -83,6 +83,7 @@ def check_proof(matrix, found, rounding=1e-12):
     assert best - lost <= found.bound <= found.value + 1e-6 * size + lost
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from(KINDS), st.integers(1, 90), st.integers(0, 60), st.integers(0, 2**32 - 1))
 def test_assignment_is_scipys_optimum_and_proved(kind, n, spare, seed):
@@ -112,6 +113,7 @@ def test_device_finds_what_numpy_finds(kind, shape):
     assert found.value == pytest.approx(optimal_assignment(HostRowReducer(matrix)).value, rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("view", [HostRowReducer, on_device])
 @pytest.mark.parametrize("absolute", [False, True])
 @pytest.mark.parametrize("kind", [gaussian, low_rank, common_directions])
@@ -125,6 +127,7 @@ def test_large_matrix_seen_in_part_and_in_another_order(view, absolute, kind):
     assert found.passes > 2
 
 
+@pytest.mark.slow
 def test_product_of_factors_is_never_whole():
     rng = np.random.default_rng(0)
     x, y = gaussian(rng, 600, 8), gaussian(rng, 620, 8)
@@ -140,6 +143,7 @@ def no_matrix_is_small():
         yield
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(st.sampled_from([gaussian, low_rank, related, common_directions]), st.integers(0, 2**32 - 1))
 def test_matching_moves_with_its_units(kind, seed):

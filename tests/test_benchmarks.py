@@ -144,6 +144,7 @@ def test_a_limit_holds_at_its_peak_and_breaks_above_or_without_an_end(tmp_path):
     assert failed.cells[-1] == "last"
 
 
+@pytest.mark.slow
 def test_the_plan_reads_what_the_steps_need(tmp_path):
     from benchmarks.pairs import Recipe, config_of, write_pair
     from tracing_jax.checkpoint import open_checkpoint

@@ -296,6 +296,7 @@ def test_old_rotary_constants_are_ignored(tmp_path):
     _assert_same_bits(_leaves(opened), _leaves(_UNTIED.source()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [_UNTIED, _WITHOUT_GAINS, _GPT2, _MIXTRAL], ids=lambda case: case.name)
 def test_cache_restores_the_same_bits_without_reading_the_checkpoint(case, tmp_path):
     opened = open_checkpoint(str(_hf_folder(tmp_path / "hf", case, _BF16)))

@@ -139,6 +139,7 @@ def test_disguise_writes_a_checkpoint_of_the_same_function(family, in_folder, ca
     assert (in_folder / "disguised" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_generate_writes_texts(family, in_folder, capsys):
     model = str(family.member("base"))
     cli.main(["generate", "--models", model, "--num_samples", "2", "--max_new_tokens", "4", "--save", "texts"])

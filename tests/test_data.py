@@ -349,6 +349,7 @@ def hub(request, tmp_path, monkeypatch):
     return asked
 
 
+@pytest.mark.slow
 def test_only_files_of_the_split_are_opened_and_only_while_text_is_wanted(hub, tmp_path):
     assert read_documents("wikitext", max_chars=7).text == "test\n\nb"
     assert read_documents("someone/something", subset="small", split="validation").text == "dev\n\nb"
@@ -392,6 +393,7 @@ def unreachable(request, monkeypatch):
         monkeypatch.setattr(documents_module.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
 
 
+@pytest.mark.slow
 def test_prepared_copy_is_read_without_a_network(unreachable, prepared):
     assert read_documents("someone/something").text == "test\n\nb"
     assert read_documents("someone/something", split="train", max_chars=5).text == "train"

@@ -47,12 +47,14 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+@pytest.mark.slow
 def test_models_have_learnt_from_context(members, tokens):
     losses = {name: losses_along(members, name, tokens)[-1] for name in demo.MEMBERS}
     # The entropy of the tokens' own frequencies is a bound that no model blind to context can pass.
     assert max(losses.values()) < demo.unigram_entropy(tokens) - 0.1, losses
 
 
+@pytest.mark.slow
 def test_finetune_is_better_on_its_own_text(family, members):
     _, held_out = demo.split(demo.finetune_text(), 200)
     tokenizer = load_tokenizer(family.member("finetune"))

@@ -191,6 +191,7 @@ def test_copy_of_a_tied_embedding_must_be_the_same(changed_row, tmp_path):
         source.embed()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_slices_of_leaves_are_slices_of_tensors(family):
     """On the axes that the mesh splits always; on others the slice is refused, or right."""

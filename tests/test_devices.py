@@ -72,6 +72,7 @@ def test_losses_are_those_of_one_device(mesh, on_one):
     np.testing.assert_allclose(_losses(arch, make_mesh(*mesh)), expected, atol=2e-5)
 
 
+@pytest.mark.slow
 @on_each_mesh
 def test_correlations_are_those_of_one_device(mesh, on_one):
     arch, _, expected, _ = on_one
@@ -194,6 +195,7 @@ def test_memory_of_the_block_step_grows_with_the_hidden_states_alone(programs):
     assert temporary[16] - temporary[2] < 2 * 14 * hidden_bytes < layer_bytes
 
 
+@pytest.mark.slow
 def test_of_two_layers_in_bfloat16_only_the_point_between_is_made_in_float32(programs):
     arch = tiny.llama_mha(embed_dim=64, mlp_dim=512, num_layers=1, layer_ropes=(0,), layer_windows=(None,))
     params = [jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), tiny.params_of(arch, seed)) for seed in (0, 1)]

@@ -52,12 +52,14 @@ def curves(record):
     return sides["non_aligned"]["curve"], (sides["aligned"] or {}).get("curve")
 
 
+@pytest.mark.slow
 def test_a_finetune_is_joined_to_its_base_by_a_flat_path(config_of):
     before, _ = curves(experiment.trace(config_of()))
     assert before["barrier"] < 0.05
     assert before["end_loss_ft_own"] == pytest.approx(before["loss"][-1], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_an_independent_model_is_behind_a_barrier_that_alignment_does_not_remove(config_of):
     before, after = curves(experiment.trace(config_of("independent", align=True)))
     assert before["barrier"] > 0.3
@@ -85,6 +87,7 @@ def test_permute_moves_fts_own_weights_and_alignment_brings_them_back(config_of)
     assert after["loss"] == pytest.approx(plain["loss"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_disguise_changes_fts_own_weights_and_not_its_function(config_of):
     record = experiment.trace(config_of(disguise="rotate,units,values", permute=True))
     plain, _ = curves(experiment.trace(config_of()))
@@ -95,6 +98,7 @@ def test_a_disguise_changes_fts_own_weights_and_not_its_function(config_of):
     assert before["end_loss_ft_own"] == pytest.approx(plain["end_loss_ft_own"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_disguise_that_cannot_be_is_refused_before_weights_are_read(config_of):
     for disguise, reason in (
         ("spin", "disguise=spin: spin is none of rename"),
@@ -136,6 +140,7 @@ def test_every_statistic_and_perplexity_in_one_run_with_all_its_files(config_of)
     assert len(record["models"]["ft"]["files"]["model.safetensors"]) == 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stat", ["cos", "emb"])
 def test_a_statistic_of_weights_alone_reads_no_text(config_of, stat):
     config = config_of(stat=stat, dataset="/no/such/text.txt", align=True)
@@ -145,6 +150,7 @@ def test_a_statistic_of_weights_alone_reads_no_text(config_of, stat):
     assert pickle.loads(Path(config.save).read_bytes())["aligned test stat"] > 0.8
 
 
+@pytest.mark.slow
 def test_weights_alone_are_aligned_without_tokenizers(config_of, spoilt, family):
     folders = [Path(spoilt(name=name)) for name in ("one", "other")]
     for folder in folders:

@@ -58,6 +58,7 @@ def firm_log10_p(statistic, base, other):
 FORGERIES = forgeries(ARCH, IDS[-6:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FORGERIES if "rounded" not in name])
 def test_a_forgery_keeps_both_functions(name):
     base, other = model(0), model(1)
@@ -133,6 +134,7 @@ def test_the_order_of_units_is_noticed_and_a_random_one_is_not(by):
     assert "rank correlation" in both.notes[-1]
 
 
+@pytest.mark.slow
 def test_a_gpt2_with_dead_units_of_another_is_not_its_relative():
     arch = dataclasses.replace(tiny.gpt2(), mlp_dim=48)
     base, other = (on_host(InMemory(arch, init_params(arch, jax.random.key(seed)))) for seed in (0, 1))

@@ -51,6 +51,7 @@ def test_p_values_of_independent_models_are_uniform():
     assert np.mean(agreeing) == pytest.approx(1, abs=4 / 30**0.5)  # of a random permutation, with variance 1
 
 
+@pytest.mark.slow
 def test_features_that_stay_are_found_and_move_with_those_of_one_model():
     result = FeaturesInPlace().compute(pair_of(BASE, RELATED))
     assert result.headline == 1

@@ -31,6 +31,7 @@ def blocks(arch, n=5, length=16, seed=0):
     return np.random.default_rng(seed).integers(arch.vocab_size, size=(n, length), dtype=np.int32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arch", [tiny.llama_mha(), tiny.gemma_mqa(), tiny.gpt2(), tiny.mixtral()], ids=lambda arch: arch.family
 )
@@ -42,6 +43,7 @@ def test_losses_are_the_cross_entropy_of_the_logits(arch, one_device):
     np.testing.assert_allclose(token_losses(model, tokens, one_device), expected, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "groups"),
     diagonal(["llama_mha", "qwen3_gqa", "gpt2", "mixtral"], [ALL, path_groups(False, False), path_groups(True, False)]),
@@ -204,6 +206,7 @@ def test_logits_are_sliced_along_the_block(one_device, monkeypatch):
     losses._loss_step.clear_cache()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("length", "most"), [(17, 5), (17, 16), (16, 4), (13, 1), (7, 100)])
 def test_positions_are_sliced_no_further_than_the_limit_asks_whatever_the_length(length, most, monkeypatch):
     """A prime number of positions is not computed position by position."""
@@ -222,6 +225,7 @@ def test_positions_are_sliced_no_further_than_the_limit_asks_whatever_the_length
     assert shapes[0][1] <= most
 
 
+@pytest.mark.slow
 def test_bf16_weights_are_computed_in_the_asked_dtype(one_device):
     model = tiny.model(tiny.llama_mha(), dtype=jnp.bfloat16)
     tokens = blocks(model.arch)

@@ -109,6 +109,7 @@ def test_filters_leave_what_those_of_transformers_leave(choice):
     np.testing.assert_allclose(filtered(jnp.asarray(rows), choice), theirs, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_tokens_are_drawn_with_their_probabilities():
     row = jnp.asarray([2.0, 1.0, 0.0, -1.0, -2.0])
     choice, draws = SamplingParams(temperature=0.8, top_p=0.95), 20000
@@ -136,6 +137,7 @@ def test_program_writes_prompts_texts_tokens_and_seed(family, tmp_path):
     assert all(row["seed"] == 3 and len(row["tokens"]) == 8 and isinstance(row["text"], str) for row in rows)
 
 
+@pytest.mark.slow
 def test_texts_without_prompts_begin_with_tokens_of_their_own_where_there_is_no_bos(family, tmp_path):
     model, compute = open_checkpoint(str(family.member("base"))), Compute(make_mesh(), 4)
     file = generate(model, 3, tmp_path / "texts.json", compute, SamplingParams(0.9), max_new_tokens=8)
@@ -182,6 +184,7 @@ def test_program_refuses_with_one_message(tmp_path, given, complaint):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_seeds_reach_as_far_as_those_of_runs():
     name, choice = ONE_OF_EACH[0], SamplingParams(temperature=0.9)
     assert written(name, choice, seed=2**32 - 1) != written(name, choice, seed=0)

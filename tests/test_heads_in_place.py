@@ -74,11 +74,13 @@ def signatures_of(model, vocabularies=SAME):
     return np.stack([signatures(model.layer(i), model.arch, moments, 4) for i in range(4)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rotate", "gains", "units", "values", "queries"])
 def test_rewrites_that_keep_heads_in_place_do_not_change_their_signatures(name):
     np.testing.assert_allclose(signatures_of(changed(BASE, name)), signatures_of(BASE), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_permutation_of_heads_permutes_their_signatures():
     hidden, moved = permuted(BASE, ["embed", "mlp", "kv_heads", "q_group"])
     for i, (given, found) in enumerate(zip(signatures_of(BASE), signatures_of(hidden), strict=True)):
@@ -196,6 +198,7 @@ def test_the_smallest_possible_p_value_is_stated():
     assert result.notes == [f"p is at least 10^{-floor:.1f}: that of 36 heads in place in 16 matchings"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [tiny.llama_mha(), tiny.qwen3_gqa(), tiny.gemma_mqa(), tiny.olmo2_gqa(), tiny.gpt2(),
                                   tiny.mixtral()], ids=lambda arch: arch.family)  # fmt: skip
 def test_every_family_has_heads(arch):

@@ -107,6 +107,7 @@ def test_gated_model_says_how_to_get_access_and_opens_with_token(server, tmp_pat
     assert sent == {(False, f"Bearer {TOKEN}"), (True, None)}
 
 
+@pytest.mark.slow
 def test_errors_name_the_remedy(server, tmp_path):
     missing, revision, empty, invalid = ask(server.url, tmp_path, "org/nothing", "org/both@v9", "org/empty", "a/b/c/d")
     assert "neither a folder" in missing
@@ -200,6 +201,7 @@ def test_ranges_are_read_several_at_a_time_and_again_where_they_fail(big, tmp_pa
     assert len(asked) < 40  # the address that the Hub redirects to is asked directly until it has expired
 
 
+@pytest.mark.slow
 def test_a_hub_that_stays_broken_is_an_error_without_its_addresses(big, tmp_path):
     big.failures = ["", "", "", *["cut"] * 4]  # the config and the header, in two requests, are read
     code = """
@@ -212,6 +214,7 @@ except CheckpointError as error:
     assert "http" not in error
 
 
+@pytest.mark.slow
 def test_a_server_that_ignores_ranges_is_not_read_in_ranges_but_downloaded_once(big, tmp_path):
     big.honours_ranges = False
     found = ranged(big, tmp_path, READ_ROWS)

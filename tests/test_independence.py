@@ -180,6 +180,7 @@ def test_csu_is_the_rank_correlation_and_agreement_of_numpys_matching():
     assert rank.log10_p == pytest.approx(math.log10(fisher), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_csh_and_jsd_are_those_of_numpy():
     small = Csh(blocks=3, block_size=16)
     pair = pair_of(BASE, finetuned(BASE, 1.0))
@@ -227,6 +228,7 @@ def test_forward_statistics_make_one_pass_per_model(statistic, monkeypatch):
     assert len(calls) == layers * batches * models
 
 
+@pytest.mark.slow
 def test_l2_of_permuted_copies_is_that_of_the_copies():
     pair = pair_of(BASE, OTHER)
     permutations = draw_permutations(pair, 3)
@@ -274,6 +276,7 @@ def test_match_does_not_change_under_a_permutation_while_the_constrained_tests_l
     assert Csu().compute(pair_of(BASE, hidden)).log10_p > -2.5
 
 
+@pytest.mark.slow
 def test_match_sees_through_negative_scaling_of_the_up_side():
     params = jax.tree.map(jnp.asarray, RELATED.params)
     for i in range(3):
@@ -288,6 +291,7 @@ def test_match_sees_through_negative_scaling_of_the_up_side():
     assert Csu().compute(pair_of(BASE, negated)).log10_p < -8
 
 
+@pytest.mark.slow
 def test_match_reads_the_text_through_two_tokenizers_where_bytes_coincide():
     """Half of the positions, of blocks that differ in length, are enough; the others are not looked at."""
     at = np.tile(np.arange(0, 24, 2, dtype=np.int32), (8, 1))
@@ -312,6 +316,7 @@ def test_outside_controls_set_the_allowance():
     assert Match(forms=("weights",)).compute(pair_of(BASE, OTHER)).null["weights"]["u"] == [DEFAULT_ALLOWANCE] * 3
 
 
+@pytest.mark.slow
 def test_controls_set_the_allowance_of_every_pair_of_layers_whatever_the_depth_of_ft():
     deeper = dataclasses.replace(ARCH, num_layers=4, layer_ropes=(0,) * 4, layer_windows=(None,) * 4)
     for ft, against in ((OTHER, "base and ft"), (tiny.model(deeper, 1), "base")):

@@ -95,6 +95,7 @@ def test_the_rotation_does_not_depend_on_the_layers_held_out():
     np.testing.assert_array_equal(np.asarray(given), np.asarray(after))
 
 
+@pytest.mark.slow
 def test_planted_units_of_no_effect_do_not_move_the_rotation():
     """A quarter of ft's units are replaced by units of an unrelated model that write next to nothing."""
     base, ft = BASES["gated"], related(BASES["gated"], 0.1)

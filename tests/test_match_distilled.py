@@ -44,6 +44,7 @@ def agreeing(base, ft):
     return against_each_other(match_units(by_tap["gate"], rng), match_units(np.abs(by_tap["up"]), rng)).agreeing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gated", [True, False])
 def test_a_student_explains_its_teacher(gated):
     x = inputs()
@@ -84,6 +85,7 @@ def test_students_of_one_teacher_find_the_same_units_whatever_its_disguise_and_o
     assert agreeing(one, other) < 8
 
 
+@pytest.mark.slow
 def test_correlations_are_those_of_the_pre_activations():
     short = Recipe(8, steps=3, batch=32)
     sides = [(x, fit_student(x, teacher(seed)(x), short, seed)) for seed, x in ((0, inputs(0)), (1, inputs(0) + 3))]
@@ -126,6 +128,7 @@ def test_a_relative_without_a_gate_is_found_an_independent_model_is_not():
     assert any("variance explained" in note for note in related.notes)
 
 
+@pytest.mark.slow
 def test_controls_set_the_allowance_and_alignment_silences():
     short = dataclasses.replace(QUICK, steps=5)
     pair = pair_of(BASE, tiny.model(GPT2, 1), controls=(tiny.model(GPT2, 2),), aligned=True)

@@ -26,6 +26,7 @@ BASES = {name: tiny.model(arch, 0) for name, arch in ARCHS.items()}
 TEST = "attention and output, agreement, calibrated"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHS)
 def test_a_relative_is_found_and_an_independent_model_is_not(name):
     base = BASES[name]
@@ -127,6 +128,7 @@ def test_the_null_is_the_sum_of_its_three_parts():
     assert -1e4 < deep < -500
 
 
+@pytest.mark.slow
 def test_independent_models_agree_on_one_head_as_random_matchings_do():
     models = [tiny.model(GROUPED, seed) for seed in range(12)]
     counts = [agreeing(MatchHeads().compute(pair_of(*both)))[TEST] for both in zip(models[::2], models[1::2])]

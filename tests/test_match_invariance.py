@@ -52,6 +52,7 @@ def test_match_does_not_change_under_a_rewrite(name, given):
     assert verdict({"match": result}, 1e-3).verdict == "related"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pad", "identity", "all"])
 def test_rewrites_that_change_the_shape_do_not_hide_the_origin(name):
     rewrites = draw_rewrites(name, jax.random.key(7), ARCH)
@@ -96,6 +97,7 @@ def test_match_counts_the_units_that_numpy_counts():
     assert counted["weights, agreement, calibrated"] == expected
 
 
+@pytest.mark.slow
 def test_csu_all_matches_the_rows_that_numpy_matches():
     ft = InMemory(ARCH, tiny.noisy(BASE.params, 1.5))
     tests = {test.name: test for test in CsuAll().compute(pair_of(ft)).tests}

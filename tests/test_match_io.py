@@ -21,6 +21,7 @@ ARCHS = {"gated": GATED, "ungated": UNGATED, "tied": tiny.gemma_mqa(**DEEP, laye
 BASES = {name: tiny.model(arch, 0) for name, arch in ARCHS.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHS)
 def test_a_relative_is_found_and_an_independent_model_is_not(name):
     base = BASES[name]
@@ -45,6 +46,7 @@ def test_no_rewrite_that_keeps_the_vocabulary_changes_it(name, rewrite):
     assert given.headline > 0.5
 
 
+@pytest.mark.slow
 def test_padded_units_take_no_part():
     base, ft = BASES["gated"], related(BASES["gated"], 0.3)
     given, padded = (MatchIo().compute(pair) for pair in (pair_of(base, ft), pair_with_rewritten(base, ft, "pad")))
@@ -87,6 +89,7 @@ def changed_mlps(model, change):
     return InMemory(model.arch, params)
 
 
+@pytest.mark.slow
 def test_biases_of_the_mlp_and_what_layer_norms_subtract_do_not_matter():
     base, ft = BASES["ungated"], related(BASES["ungated"], 0.3)
 
@@ -128,6 +131,7 @@ def test_copied_units_that_write_nothing_are_no_evidence():
     assert found.log10_p > -1
 
 
+@pytest.mark.slow
 def test_independent_models_agree_on_one_unit_as_random_matchings_do():
     models = [tiny.model(UNGATED, seed) for seed in range(12)]
     counts = [

@@ -126,6 +126,7 @@ def test_large_nested_axes_are_compared_block_by_block(kinds, monkeypatch):
     np.testing.assert_allclose(by_block.objective, at_once.objective, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 def test_similarity_of_weights_is_that_of_numpy_however_sliced(dtype, monkeypatch):
     base, ft, table, _ = planted(tiny.llama_mha(), PERMUTABLE, 0.2, dtype)
@@ -146,6 +147,7 @@ def test_similarity_of_weights_is_that_of_numpy_however_sliced(dtype, monkeypatc
     np.testing.assert_allclose(found.units, expected, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kinds", "dtype"),
     [(("kv_heads",), np.float32), (("q_group",), np.float32), (("mlp",), jnp.bfloat16), (("expert",), np.float32)],
@@ -269,6 +271,7 @@ def test_descent_finds_the_best_of_all_permutations(seed):
     assert found.objective[-1] == pytest.approx(cosines(base, permute(ft, found.permutations, table)), rel=1e-5)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_objective_never_falls_between_strangers(seed):

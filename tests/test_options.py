@@ -53,6 +53,7 @@ def test_every_option_has_a_meaning_in_one_line_and_defaults_that_are_valid():
     assert problems(RunOptions()) == problems(COMPARE) == problems(options.ZOO) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", [RunOptions(), COMPARE, options.ZOO, RunOptions(stat=("csh",)).on_demo()])
 def test_a_config_comes_back_as_the_options_it_was_made_from(preset):
     assert RunOptions.from_config(preset.to_config()) == preset
@@ -117,6 +118,7 @@ def test_a_value_out_of_range_is_found(values, line):
     assert line in found[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_file_is_an_experiment_on_given_models_and_on_the_demo(name):
     module = importlib.import_module(f"configs.{name}")

@@ -78,6 +78,7 @@ def test_logits_and_losses_equal_those_of_transformers(cases):
     assert not any(disagreements), "\n".join(filter(None, disagreements))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["llama-both_biases", "gemma2-gqa-tied-linear", "gemma3_text-logit_cap", "gpt2-inner", "mixtral-no_window"]
 )
@@ -85,6 +86,7 @@ def test_compiled_steps_give_the_same_numbers(name):
     assert _disagreement(CASES[name], *_engine_outputs(CASES[name])) is None
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 @pytest.mark.parametrize("family", FAMILIES)
 def test_installed_transformers_still_gives_the_golden_numbers(family):

@@ -93,6 +93,7 @@ def test_lazily_permuted_source_equals_the_permuted_tree():
     assert equal(some, {"mlp": {"up_proj": lazily.params["layers"]["1"]["mlp"]["up_proj"]}})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 def test_a_resident_model_is_permuted_into_its_own_memory(dtype):
     arch = tiny.qwen3_gqa(num_kv_heads=2, num_layers=4, layer_ropes=(0,) * 4, layer_windows=(None,) * 4)

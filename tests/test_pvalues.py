@@ -203,6 +203,7 @@ def test_agreement_tail_keeps_its_digits(k, h1, h2, log_p):
     assert agreement_log_sf(k, h1, h2) == pytest.approx(log_p, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_agreement_is_that_of_simulated_injections():
     rng, draws = np.random.default_rng(2), 20000
     found = np.array([agreement(np.arange(15), rng.permutation(20)[:15]) for _ in range(draws)])

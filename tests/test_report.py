@@ -218,6 +218,7 @@ class Page(HTMLParser):
         return " ".join(self.words)
 
 
+@pytest.mark.slow
 def test_page_is_one_closed_file():
     page = Page(html(record()))
     assert not page.tags & {"script", "link", "iframe", "object", "base", "form"}

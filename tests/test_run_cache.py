@@ -275,6 +275,7 @@ def test_finished_pairs_of_several_are_not_traced_again(config_of, family, monke
     assert [record["verdict"]["verdict"] for record in records] == ["related", "undecided"]
 
 
+@pytest.mark.slow
 def test_a_run_that_writes_the_aligned_model_goes_on_after_it_was_stopped_behind_the_alignment(
     config_of, monkeypatch, tmp_path
 ):

@@ -96,6 +96,7 @@ def test_p_values_of_independent_models_are_uniform(broken):
     assert scipy.stats.kstest(10.0 ** np.array(ps), "uniform").pvalue > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
 def test_a_plan_stays_within_its_share(share):
     result = Screen(share).compute(pair_of(BASE, RELATED))
@@ -152,6 +153,7 @@ class Counting:
         return getattr(self.store, name)
 
 
+@pytest.mark.slow
 def test_files_give_what_memory_gives_and_little_of_them_is_read(folders):
     checkpoints = [open_checkpoint(str(folder)) for folder in folders]
     counted = [dataclasses.replace(c, tensors=Counting(c.tensors)) for c in checkpoints]
@@ -166,6 +168,7 @@ def test_files_give_what_memory_gives_and_little_of_them_is_read(folders):
         assert 0 < read["bytes"] <= 0.9 * checkpoint.num_bytes
 
 
+@pytest.mark.slow
 def test_a_run_streams_hashes_nothing_and_says_what_it_read(folders, tmp_path):
     config = screen.get_config()
     config.base_model_id, config.ft_model_id = map(str, folders)

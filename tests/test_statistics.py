@@ -78,6 +78,7 @@ def test_emb_draws_rows_from_the_seed_when_there_are_too_many():
     assert "10 embedding rows" in drawn[0].distribution["label"]
 
 
+@pytest.mark.slow
 def test_mode_on_a_model_and_itself_is_flat():
     model = tiny.model(ARCH)
     curve = Mode(attn=True, emb=True).compute(pair_of(model, model)).curve
@@ -117,6 +118,7 @@ def test_cos_compares_the_units_of_all_experts():
     assert Cos().compute(pair_of(base, InMemory(arch, hidden))).headline > 0.999
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [tiny.gpt2(), tiny.mixtral()], ids=lambda arch: arch.family)
 def test_mode_and_emb_of_other_families(arch):
     pair = pair_of(tiny.model(arch, 0), tiny.model(arch, 1))

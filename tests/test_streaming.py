@@ -136,6 +136,7 @@ def test_the_aligned_model_is_written_when_asked(config_of, family, tmp_path):
     assert all(np.array_equal(leaf, flatten(written.layer(1))[name]) for name, leaf in flatten(own.layer(1)).items())
 
 
+@pytest.mark.slow
 def test_max_layers_looks_at_the_first_layers_alone(config_of):
     record = experiment.trace(config_of("one", max_layers=1, stat="csu,mode"))
     assert record["models"]["base"]["shape"]["num_layers"] == 1

@@ -218,6 +218,7 @@ def test_other_formats_are_named(tmp_path, content, message):
         TorchZip(tmp_path / "a.bin")
 
 
+@pytest.mark.slow
 def test_no_damage_surfaces_as_another_error(tmp_path):
     """Any change of up to three bytes gives tensors or a CheckpointError."""
     pickled = w.state_dict({name: w.array("0", ARRAYS[name]) for name in ("float32", "int64")})

@@ -115,6 +115,7 @@ def existing(arch: Arch) -> list[str]:
     return [name for name in DISGUISE_NAMES if not DISGUISES[name].unsupported(arch)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "backwards"), diagonal(ARCHS, [False, True]))
 def test_aligning_a_model_disguised_in_every_way_is_aligning_the_model(name, backwards):
     base = in_float64(ARCHS[name]())
@@ -181,6 +182,7 @@ def test_what_was_undone_is_reported():
     assert plain(found.undone) == found.undone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gqa", "mqa_gains_minus_one", "experts"])
 def test_auto_gives_back_a_permuted_model_bit_for_bit(name):
     base = in_float64(ARCHS[name]())

@@ -60,6 +60,7 @@ def united(models, links):
 # Families.
 
 
+@pytest.mark.slow
 @given(st.integers(1, 12).flatmap(lambda n: st.tuples(
     st.just(n), st.lists(st.tuples(st.integers(0, n - 1), st.integers(0, n - 1)), max_size=20)
 )))  # fmt: skip
@@ -391,6 +392,7 @@ def test_names_and_errors_are_escaped():
     assert sum(tag == "script" for tag, _ in Page(text).elements) == 2
 
 
+@pytest.mark.slow
 def test_a_large_zoo_has_every_pair_once_in_a_small_page():
     plan, records = zoos.planted([20, 15, 10, 5, *[1] * 20], 5, "an-organisation-some-model-7b")
     found = contents(plan, records)
@@ -430,6 +432,7 @@ def test_independent_pairs_are_held_against_the_uniform():
     assert "more small p-values" in page_of(low, "low")
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_report_and_says_where(tmp_path, capsys):
     folder = zoos.write_zoo(tmp_path / "zoo", *zoos.planted([2, 1], 0))
     main(["report", str(folder.path)])
