@@ -543,3 +543,10 @@ def test_page_of_tests_escapes_everything():
     full["verdict"] = judged(statistic=evil, family={evil: -9.0}, layers=[evil], evidence=[row], meaning=evil)
     assert "script" not in Page(html(full)).tags
     assert "script" not in Page(pairs_html([full, full], ["a.html", "b.html"])).tags
+
+
+def test_a_calibrated_p_value_is_shown_no_smaller_than_its_assumption_bears():
+    tests = [{"decides": True, "calibrated": True}]
+    shown = outcome({"non_aligned": result(1.0, log10_p=-273.2, tests=tests), "aligned": None})
+    assert shown == "1 (p < 10^-12) non-aligned"
+    assert "10^-273.2" in outcome({"non_aligned": result(1.0, log10_p=-273.2), "aligned": None})

@@ -111,7 +111,10 @@ def outcome(sides: Mapping[str, Any]) -> str:
 def _value(result: Mapping[str, Any]) -> str:
     log10_p = result.get("log10_p")
     value = cell(result.get("headline"))
-    return value if log10_p is None else f"{value} ({p_text(float(log10_p))})"
+    if log10_p is None:
+        return value
+    calibrated = any(test.get("calibrated") and test["decides"] for test in result.get("tests") or ())
+    return f"{value} ({(_calibrated_p_text if calibrated else p_text)(float(log10_p))})"
 
 
 def verdict_word(word: str) -> str:
@@ -124,8 +127,12 @@ def verdict_p_text(verdict: Mapping[str, Any]) -> str:
     log10_p = float(verdict["adjusted_log10_p"])
     if not verdict.get("calibrated"):
         return p_text(log10_p)
-    shown = f"p < 10^{_SMALLEST_CALIBRATED:.0f}" if log10_p < _SMALLEST_CALIBRATED else p_text(log10_p)
-    return f"{shown} (calibrated: if no more units agree by convergence than allowed for)"
+    return f"{_calibrated_p_text(log10_p)} (calibrated: if no more units agree by convergence than allowed for)"
+
+
+def _calibrated_p_text(log10_p: float) -> str:
+    """A calibrated p-value: never below 10^-12, since its null is an assumption."""
+    return f"p < 10^{_SMALLEST_CALIBRATED:.0f}" if log10_p < _SMALLEST_CALIBRATED else p_text(log10_p)
 
 
 def decided_by(verdict: Mapping[str, Any]) -> str:

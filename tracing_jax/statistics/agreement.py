@@ -67,8 +67,8 @@ def agreements(
 ) -> Agreements:
     """Returns for each of the named pairs of similarities the agreement of their matchings.
 
-    All are over the same units, those live in every similarity: a unit that reads nothing, or writes nothing, takes no
-    part. Each matching has a random order of its own (`match_units`).
+    All are over the same units, those with a nonzero entry in every similarity: a unit that reads nothing, or writes
+    nothing, takes no part. Each matching has a random order of its own (`match_units`).
     """
     live = live_units(*similarities.values())
 

@@ -171,7 +171,7 @@ def match_taps(
     names: Sequence[str | int],
     units: tuple[DistinctUnits, DistinctUnits] | None = None,
 ) -> tuple[UnitMatching, UnitMatching]:
-    """Returns the matchings by gate and by up correlations, over the units live in both, and of those `units` if given.
+    """Returns the matchings by gate and by up correlations, over the live units, and of those `units` if given.
 
     The generators of both matchings follow from the seed of the run and the names.
     """
