@@ -14,7 +14,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int, PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray
 
 from tracing_jax.arch import Arch
 from tracing_jax.axes import PERMUTABLE, SYMMETRY, AxisTable, LeafSpec, kind_of
@@ -40,14 +40,36 @@ def random_permutations(key: PRNGKeyArray, table: AxisTable, kinds: Iterable[str
       >>> sorted(p["units"].tolist())
       [0, 1, 2, 3, 4]
     """
-    permutations = {}
-    for axis in table.axes_of_kind(kinds):
-        axis_key = jax.random.fold_in(key, zlib.crc32(axis.encode()))
-        shape = _shape(table, axis)
-        units = jnp.broadcast_to(jnp.arange(shape[-1], dtype=jnp.int32), shape)
-        permutations[axis] = np.asarray(jax.random.permutation(axis_key, units, axis=-1, independent=True))
+    permutations = {axis: np.asarray(p) for axis, p in _drawn(key, _shapes_of(table, kinds)).items()}
     check_permutations(permutations, table)
     return permutations
+
+
+def several_random_permutations(
+    key: PRNGKeyArray, count: int, table: AxisTable, kinds: Iterable[str]
+) -> list[dict[str, np.ndarray]]:
+    """Returns what `random_permutations` gives for `fold_in(key, i)` of each i below `count`, in one compiled step."""
+    shapes = _shapes_of(table, kinds)
+
+    def copy(i: jax.Array) -> dict[str, jax.Array]:
+        return _drawn(jax.random.fold_in(key, i), shapes)
+
+    stacked = jax.device_get(jax.jit(jax.vmap(copy))(jnp.arange(count)))
+    return [{axis: p[i] for axis, p in stacked.items()} for i in range(count)]
+
+
+def _shapes_of(table: AxisTable, kinds: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    return {axis: _shape(table, axis) for axis in table.axes_of_kind(kinds)}
+
+
+def _drawn(key: PRNGKeyArray, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Int[Array, "*_ _"]]:
+    """Returns uniformly random permutations of the last axis of each shape; each name has its own key."""
+    found = {}
+    for axis, shape in shapes.items():
+        units = jnp.broadcast_to(jnp.arange(shape[-1], dtype=jnp.int32), shape)
+        axis_key = jax.random.fold_in(key, zlib.crc32(axis.encode()))
+        found[axis] = jax.random.permutation(axis_key, units, axis=-1, independent=True)
+    return found
 
 
 def identity(table: AxisTable, axes: Iterable[str]) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from tracing_jax.arch import Arch
 from tracing_jax.axes import axis_table, kind_of
-from tracing_jax.rewrites import Permutations, random_permutations
+from tracing_jax.rewrites import Permutations, several_random_permutations
 from tracing_jax.statistics.statistic import QUANTILE_LEVELS, Pair, Result, depths_not_applicable, quantiles
 
 PERMUTED_AXES = ("embed", "mlp")
@@ -19,7 +19,7 @@ def draw_permutations(pair: Pair, count: int) -> list[Permutations]:
     """Returns random permutations of ft's features and MLP units, the same for every statistic of a run."""
     table = axis_table(pair.ft.arch)
     key = jax.random.fold_in(jax.random.key(pair.seed), 0x9E37)  # independent of the stream of config.permute
-    return [random_permutations(jax.random.fold_in(key, i), table, PERMUTED_AXES) for i in range(count)]
+    return list(several_random_permutations(key, count, table, PERMUTED_AXES)) if count else []
 
 
 def shapes_not_applicable(base: Arch, ft: Arch) -> list[str]:

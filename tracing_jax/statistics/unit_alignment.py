@@ -40,7 +40,12 @@ class Units:
 
     def some(self, which: Int[np.ndarray, " U"]) -> "Units":
         """Returns some of the units."""
-        return Units({name: side[which] for name, side in self.rows.items()}, self.live[which], self.weight[which])
+        return Units(_rows_at(self.rows, which), self.live[which], self.weight[which])
+
+
+@jax.jit
+def _rows_at(rows: Rows, which: Int[Array, " U"]) -> Rows:
+    return {name: side[which] for name, side in rows.items()}
 
 
 def units_of(layer: Tree, arch: Arch) -> Units:
