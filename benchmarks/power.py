@@ -17,101 +17,22 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
-from benchmarks.descendants import Descendant, texts
+from benchmarks.comparing import LEVEL, STATISTICS, Outcome, Text, compare
 from benchmarks.environment import OUT_DIR, PUBLISH, ZOO_DIR, use_all_cores
 from benchmarks.lineages import Lineages
 from benchmarks.power_table import Rates, figure, from_markdown, to_markdown
 from benchmarks.seeds import RECIPES, zoo
-from tracing_jax.data import paired_one_to_one
-from tracing_jax.options import FORMS
 from tracing_jax.record import atomic_write
 from tracing_jax.report import save_png, text_table
-from tracing_jax.sharding import Compute, make_mesh
-from tracing_jax.sources import InMemory
-from tracing_jax.statistics import Pair, Result, Statistic, Vocabularies, verdict
-from tracing_jax.statistics.comparison import bonferroni_log10
-from tracing_jax.statistics.csh import Csh
-from tracing_jax.statistics.csu import Csu, CsuAll
-from tracing_jax.statistics.csu_procrustes import CsuProcrustes
-from tracing_jax.statistics.features_in_place import FeaturesInPlace
-from tracing_jax.statistics.heads_in_place import HeadsInPlace
-from tracing_jax.statistics.l2 import L2
-from tracing_jax.statistics.match import Match
-from tracing_jax.statistics.match_all import MatchAll
-from tracing_jax.statistics.match_crossfit import MatchCrossfit
-from tracing_jax.statistics.match_heads import MatchHeads
-from tracing_jax.statistics.match_io import MatchIo
-from tracing_jax.statistics.match_moments import MatchMoments
-from tracing_jax.statistics.unseen_tokens import UnseenTokens
 
-LEVEL = 1e-3
-STATISTICS: Mapping[str, Statistic] = {
-    "csu": Csu(),
-    "csu_all": CsuAll(),
-    "csh": Csh(blocks=8, block_size=64),
-    "l2": L2(num_perm=1199),
-    "match": Match(),
-    "match_all": MatchAll(),
-    "match_moments": MatchMoments(),
-    "match_io": MatchIo(),
-    "match_crossfit": MatchCrossfit(),
-    "match_heads": MatchHeads(),
-    "features_in_place": FeaturesInPlace(),
-    "csu_procrustes": CsuProcrustes(),
-    "heads_in_place": HeadsInPlace(),
-    "unseen_tokens": UnseenTokens(),
-}
-COLUMNS = ["csu", "csu_all", "csh", "l2", "match, forward", "match, weights", "match", "match_all", "match_moments",
-           "match_io", "match_crossfit", "match_heads", "features_in_place", "csu_procrustes", "heads_in_place",
-           "unseen_tokens", "verdict"]  # fmt: skip
-_DECIDING = tuple(name for name in STATISTICS if name not in ("csu_all", "l2"))
+COLUMNS = ["csu", "csu_all", "csh", "l2", "match, forward", "match, weights", "match", "match_all", "match_mlps",
+           "match_moments", "match_io", "match_crossfit", "match_heads", "features_in_place", "csu_procrustes",
+           "heads_in_place", "unseen_tokens", "verdict"]  # fmt: skip
 _TITLE = f"Pairs detected at {LEVEL:g}, per cent (–: does not apply)"
-
-Outcome = dict[str, float | None]
-"""Statistic -> log10 p, None where it does not apply; and `verdict` -> 1 if related, else 0."""
 
 _SEEDS = flags.DEFINE_integer("seeds", 20, "base models, and as many unrelated ones")
 _ROWS = flags.DEFINE_multi_string("rows", [], "measure only rows with these words in their name; all by default")
 _STATISTICS = flags.DEFINE_list("statistics", list(STATISTICS), f"what to measure, of {', '.join(STATISTICS)}")
-
-
-def compare(
-    base: InMemory, ft: Descendant, blocks: np.ndarray, unseen: np.ndarray, seed: int, names: Sequence[str]
-) -> Outcome:
-    """Returns the log p-values of the named statistics on one pair; the verdict if all that decide are among them.
-
-    Where a reservation applies to a part of the evidence, the p-value is that of the rest: what makes a pair related.
-    """
-    V = base.arch.vocab_size
-    ids = np.arange(V, dtype=np.int32)
-    new_ids = ids if ft.new_ids is None else ft.new_ids
-    rows = {"unseen": (unseen, new_ids[unseen])}
-    vocabularies = Vocabularies(ft.new_ids is None, ids, new_ids, unseen=rows)
-    compute = Compute(make_mesh(), 32)
-    paired = paired_one_to_one(blocks, new_ids[blocks])
-    pair = Pair(base, ft.model, vocabularies, blocks, compute, seed, blocks=paired)
-    found: dict[str, Result] = {}
-    for name in names:
-        if not STATISTICS[name].not_applicable(base.arch, ft.model.arch, vocabularies):
-            found[name] = STATISTICS[name].compute(pair)
-    ps: Outcome = {name: _firm(found[name]) if name in found else None for name in names}
-    for form in FORMS if "match" in names else ():
-        ps[f"match, {form}"] = _form_log10_p(found["match"], form) if "match" in found else None
-    if set(_DECIDING) <= set(names):
-        judged = verdict({name: found[name] for name in _DECIDING if name in found}, LEVEL)
-        ps["verdict"] = float(judged.verdict == "related")
-    return ps
-
-
-def _firm(result: Result) -> float | None:
-    return result.log10_p if result.firm_log10_p is None else result.firm_log10_p
-
-
-def _form_log10_p(result: Result, form: str) -> float:
-    """Returns the p-value that one form of `match` alone would have."""
-    log10_p = bonferroni_log10([test for test in result.tests if test.name.startswith(form)])
-    assert log10_p is not None, f"no test of the form {form} enters the verdict"
-    return log10_p
 
 
 def measured(
@@ -120,14 +41,13 @@ def measured(
     """Returns row -> what each of its pairs gave, for the rows named; rows that the folder has are read from it."""
     file = folder / "power.json"
     done: dict[str, list[Outcome]] = json.loads(file.read_text("utf-8")) if file.exists() else {}
-    rows, (seen, _) = lineages.rows(), texts(lineages.zoo)
-    unseen = np.setdiff1d(np.arange(lineages.zoo.arch.vocab_size), seen).astype(np.int32)
+    rows, text = lineages.rows(), Text.of(lineages.zoo)
     for name in names:
         if name in done:
             continue
         start = time.monotonic()
         pairs = enumerate(rows[name]())
-        done[name] = [compare(base, ft, lineages.zoo.held_out, unseen, i, statistics) for i, (base, ft) in pairs]
+        done[name] = [compare(base, ft, text, i, statistics) for i, (base, ft) in pairs]
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write(file, json.dumps(done).encode())
         print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)

@@ -1,6 +1,6 @@
 """Zoos of tiny models: many seeds of one recipe, trained side by side, kept in a folder with snapshots of the way.
 
-    python -m benchmarks.seeds                         # every recipe, a quarter of an hour on two cores
+    python -m benchmarks.seeds                         # every recipe, half an hour on two cores
     python -m benchmarks.seeds --recipes=tiny,wide
 
 All models of a zoo learn the demo's text, each from its own initialisation and, unless the recipe says otherwise, in
@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import numpy as np
@@ -34,6 +34,9 @@ from tracing_jax import demo
 from tracing_jax.arch import Arch, arch_from_config
 from tracing_jax.report import text_table
 from tracing_jax.tree import Tree, flatten, unflatten
+
+if TYPE_CHECKING:
+    import transformers
 
 SNAPSHOTS = (0.0, 0.125, 0.25, 0.5, 1.0)
 """The shares of the training after which all models are kept; 0 is the initialisation."""
@@ -50,11 +53,49 @@ class ZooRecipe:
       models: the sizes, the text (`base_pieces`) and the training (`base_steps`, ...) of each model.
       num_seeds: the number of models.
       same_order: all models see the same windows of the text in the same order, else each its own.
+      family: of the models: `llama`; `gpt2`, which has no gate; or `mixtral`, with experts.
     """
 
     models: demo.Recipe
     num_seeds: int
     same_order: bool = False
+    family: Literal["llama", "gpt2", "mixtral"] = "llama"
+
+    @property
+    def arch(self) -> Arch:
+        """The architecture that all models of the zoo share."""
+        return arch_from_config(_CONFIGS[self.family](self.models))
+
+
+def _gpt2_config(sizes: demo.Recipe) -> "transformers.GPT2Config":
+    from transformers import GPT2Config
+
+    return GPT2Config(vocab_size=sizes.vocab_size, n_embd=sizes.embed_dim, n_layer=sizes.num_layers,
+                      n_head=sizes.num_heads, n_inner=sizes.mlp_dim, n_positions=sizes.block_size,
+                      bos_token_id=None, eos_token_id=None)  # fmt: skip
+
+
+def _mixtral_config(sizes: demo.Recipe) -> "transformers.MixtralConfig":
+    from transformers import MixtralConfig
+
+    return MixtralConfig(
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.embed_dim,
+        intermediate_size=sizes.mlp_dim,
+        num_hidden_layers=sizes.num_layers,
+        num_attention_heads=sizes.num_heads,
+        num_key_value_heads=sizes.num_kv_heads,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=2,
+    )
+
+
+_CONFIGS: Mapping[str, Callable[[demo.Recipe], Any]] = {
+    "llama": demo.config, "gpt2": _gpt2_config, "mixtral": _mixtral_config
+}  # fmt: skip
+
+EXPERTS = 4
+"""Experts of each layer of the models that have any."""
 
 
 _TINY = demo.Recipe(vocab_size=512, embed_dim=64, mlp_dim=128, block_size=64, base_steps=768)
@@ -70,8 +111,11 @@ RECIPES: Mapping[str, ZooRecipe] = {
         ),
         8,
     ),
+    "no_gate": ZooRecipe(dataclasses.replace(_TINY, base_learning_rate=3e-3), 32, family="gpt2"),
+    "experts": ZooRecipe(dataclasses.replace(_TINY, mlp_dim=64), 32, family="mixtral"),
 }
-"""The zoos that the benchmarks measure: 64 seeds, two other widths, the same order of data, and a larger model."""
+"""The zoos that the benchmarks measure: 64 seeds, two other widths, the same order of data, a larger model, models
+without a gate, and models with experts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +151,7 @@ def zoo(recipe: ZooRecipe, zoo_dir: str | Path) -> Zoo:
     """Returns the zoo of a recipe, trained now if the folder does not have it."""
     facts = [_FORMAT, dataclasses.asdict(recipe)]
     folder = Path(zoo_dir) / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    found = Zoo(recipe, arch_from_config(demo.config(recipe.models)), folder)
+    found = Zoo(recipe, recipe.arch, folder)
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
