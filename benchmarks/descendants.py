@@ -123,14 +123,40 @@ def rounded(bits: int) -> Treatment:
     return lambda model, index: Descendant(InMemory(model.arch, map_named(nearest, model.params)))
 
 
-def merged_with(others: Tree) -> Treatment:
-    """Returns the treatment that averages a model's weights with those of an unrelated one."""
+def merged_with(others: Tree, count: int = 1) -> Treatment:
+    """Returns the treatment that averages a model's weights with those of so many unrelated ones, in equal shares."""
 
     def merge(model: InMemory, index: int) -> Descendant:
-        other = member(model.arch, others, index % len(jax.tree.leaves(others)[0]))
-        return Descendant(InMemory(model.arch, jax.tree.map(lambda a, b: (a + b) / 2, model.params, other.params)))
+        S = len(jax.tree.leaves(others)[0])
+        parents = [model, *(member(model.arch, others, (index + i) % S) for i in range(count))]
+        params = [parent.params for parent in parents]
+        return Descendant(InMemory(model.arch, jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *params)))
 
     return merge
+
+
+def halved_rank(model: InMemory, index: int) -> Descendant:
+    """Returns the model with every matrix of its layers replaced by its best approximation of half the rank."""
+
+    def leaf(name: str, weights: jax.Array) -> jax.Array:
+        if not name.startswith("layers/") or weights.ndim < 2:
+            return weights
+        inputs = weights.ndim - 1 if "o_proj" in name else 1  # the output projection reads heads
+        matrix = weights.reshape(int(np.prod(weights.shape[:inputs])), -1)
+        u, s, v = jnp.linalg.svd(matrix, full_matrices=False)
+        kept = len(s) // 2
+        return ((u[:, :kept] * s[:kept]) @ v[:kept]).reshape(weights.shape)
+
+    return Descendant(InMemory(model.arch, map_named(leaf, model.params)))
+
+
+def layers_swapped(model: InMemory, index: int) -> Descendant:
+    """Returns the model with its two middle layers in each other's place."""
+    order = list(range(model.arch.num_layers))
+    middle = len(order) // 2
+    order[middle - 1 : middle + 1] = order[middle], order[middle - 1]
+    layers = {str(i): model.layer(source) for i, source in enumerate(order)}
+    return Descendant(InMemory(model.arch, model.params | {"layers": layers}))
 
 
 def redistilled(blocks: Int[np.ndarray, "N T"], steps: int = 600) -> Treatment:
@@ -184,4 +210,7 @@ def treatments(unrelated: Tree, blocks: Int[np.ndarray, "N T"]) -> Mapping[str, 
         "rounded to 8 bits": rounded(8),
         "rounded to 4 bits": rounded(4),
         "merged with another": merged_with(unrelated),
+        "merged with two others": merged_with(unrelated, 2),
+        "matrices of half the rank": halved_rank,
+        "two layers swapped": layers_swapped,
     }

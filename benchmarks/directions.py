@@ -18,7 +18,6 @@ from benchmarks.descendants import LIGHT_STEPS, member, texts, trained
 from benchmarks.environment import ZOO_DIR, machine, use_all_cores
 from benchmarks.intervals import clopper_pearson
 from benchmarks.lineages import Lineages
-from benchmarks.seeds import RECIPES, zoo
 from tracing_jax.report import text_table
 from tracing_jax.sources import InMemory
 from tracing_jax.tree import Tree, flatten
@@ -56,7 +55,7 @@ def main(argv: list[str]) -> None:
     """Measures and prints a table."""
     del argv
     use_all_cores()
-    lineages = Lineages(zoo(RECIPES["tiny"], ZOO_DIR.value), _SEEDS.value)
+    lineages = Lineages(ZOO_DIR.value, _SEEDS.value)
     arch = lineages.zoo.arch
     rows = []
     for name, bases, models in _kinds(lineages):

@@ -21,7 +21,6 @@ from benchmarks.comparing import LEVEL, STATISTICS, Outcome, Text, compare
 from benchmarks.environment import OUT_DIR, PUBLISH, ZOO_DIR, use_all_cores
 from benchmarks.lineages import Lineages
 from benchmarks.power_table import Rates, figure, from_markdown, to_markdown
-from benchmarks.seeds import RECIPES, zoo
 from tracing_jax.record import atomic_write
 from tracing_jax.report import save_png, text_table
 
@@ -98,7 +97,7 @@ def main(argv: list[str]) -> None:
     del argv
     use_all_cores()
     folder = Path(OUT_DIR.value)
-    lineages = Lineages(zoo(RECIPES["tiny"], ZOO_DIR.value), _SEEDS.value)
+    lineages = Lineages(ZOO_DIR.value, _SEEDS.value)
     names = list(lineages.rows())
     found = measured(lineages, chosen(names, _ROWS.value), _STATISTICS.value, folder)
     table = {row: rates(pairs) for row, pairs in found.items()}
