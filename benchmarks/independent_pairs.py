@@ -4,7 +4,7 @@
     python -m benchmarks.independent_pairs --zoo_dir=zoo --out_dir=runs/independent --zoos=tiny  # one set of models
     python -m benchmarks.independent_pairs --out_dir=runs/independent --publish                  # puts it into the docs
 
-Every pair of models of each set goes through every test of `auto`, and `match_all`. What was measured is kept, one line
+Every pair of models of each set goes through every test of `auto`. What was measured is kept, one line
 for each pair, so that several processes may each do some of the sets, and an interrupted one goes on.
 """
 
@@ -78,14 +78,14 @@ def measure(name: str, models: Zoo, file: Path) -> None:
     """Appends what is not yet in the file: a line for each pair, with the p-values of every test."""
     done = {(line["i"], line["j"]) for line in lines(file)}
     text, params = Text.of(models), models.models(1.0)
+    seeds = [member(models.arch, params, index) for index in range(SETS[name])]
     order = rounds(SETS[name], np.random.default_rng(0)).reshape(-1, 2)
     todo = [pair for i, j in order if (pair := (int(min(i, j)), int(max(i, j)))) not in done]
     with file.open("a", encoding="utf-8") as out:
         for i, j in tqdm(todo, desc=name, unit="pair", disable=None):
-            base, ft = (member(models.arch, params, index) for index in (i, j))
-            names = [*auto(base.arch, ft.arch), "match_all"]
-            found = results(base, Descendant(ft), text, seed=i * SETS[name] + j, names=names)
-            judged = verdict({n: found[n] for n in auto(base.arch, ft.arch) if n in found}, LEVEL)
+            names = auto(models.arch, models.arch)
+            found = results(seeds[i], Descendant(seeds[j]), text, seed=i * SETS[name] + j, names=names)
+            judged = verdict(found, LEVEL)
             tests = {n: [result.log10_p, firm_log10_p(result)] for n, result in found.items()}
             print(json.dumps({"i": i, "j": j, "verdict": judged.verdict, "tests": tests}), file=out, flush=True)
 

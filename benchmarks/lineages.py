@@ -24,7 +24,7 @@ Pairs = list[tuple[InMemory, Descendant]]
 
 _EARLY = 0.25  # the share of training after which a model is the base of the long training
 _LONGER = (1, 3, 10)
-_HARD = 2  # lengths of a whole training, at the learning rate of the base
+_HARD = 1  # lengths of a whole training, at the learning rate of the base
 _DEAD_UNITS = 64
 
 
@@ -80,7 +80,7 @@ class Lineages:
 
     @cached_property
     def hard(self) -> Tree:
-        """The bases after a training on other text, longer than their own and at its learning rate."""
+        """The bases after a training on other text, as long as their own and at its learning rate."""
         _, other = texts(self.zoo)
         steps = _HARD * self.steps
         return dict(trained(self.zoo, self.bases, other, steps, self.zoo.recipe.models.base_learning_rate))[steps]

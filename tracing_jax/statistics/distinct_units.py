@@ -13,6 +13,7 @@ Letters: F units, D features.
 
 import functools
 import math
+import weakref
 from dataclasses import dataclass
 
 import jax
@@ -86,13 +87,27 @@ class _Reading:
         return np.minimum.reduce([np.abs(side[units] @ side[before].T) for side in sides])
 
 
+_KEPT: dict[int, dict[int, DistinctUnits]] = {}
+"""Id of a model -> layer -> its distinct units, for as long as the model exists."""
+
+
 def distinct_units(model: ParamSource, layer: int) -> DistinctUnits:
     """Returns the distinct units of a layer that write something.
 
-    Its gate, up and down projections are read, one after another. Two units are copies if their rows of gate are equal
-    up to a factor, and of up up to a factor of either sign; the output of a group is the sum of its units' outputs,
-    each times its factor.
+    Its gate, up and down projections are read, one after another, when the layer is first asked for: several statistics
+    of a run need the same. Two units are copies if their rows of gate are equal up to a factor, and of up up to a
+    factor of either sign; the output of a group is the sum of its units' outputs, each times its factor.
     """
+    if id(model) not in _KEPT:
+        _KEPT[id(model)] = {}
+        weakref.finalize(model, _KEPT.pop, id(model), None)  # models hold arrays and cannot be hashed
+    kept = _KEPT[id(model)]
+    if layer not in kept:
+        kept[layer] = _found(model, layer)
+    return kept[layer]
+
+
+def _found(model: ParamSource, layer: int) -> DistinctUnits:
     norm = model.layer(layer, ("mlp_norm",))
     names = ("gate_proj", "up_proj") if model.arch.gated else ("up_proj",)
     readings = [_reading(model.layer(layer, (f"mlp/{name}",))["mlp"][name], norm, model.arch) for name in names]
