@@ -1,6 +1,7 @@
 """The command line: help without anything heavy, and each verb on tiny models."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -176,3 +177,29 @@ def test_a_flag_of_a_config_is_checked_before_anything_is_parsed(capsys):
         parse_flags(["main.py", "--noconfig.aling"])
     assert ended.value.code == 2
     assert "aling: there is no such option; did you mean align?" in capsys.readouterr().err
+
+
+_KEPT = """
+import sys
+from tracing_jax.cli.compilation_cache import keep_compiled_programs
+if sys.argv[1] == "late":
+    import jax
+keep_compiled_programs()
+import jax
+assert jax.jit(lambda x: x + 1)(1) == 2
+"""
+
+
+@pytest.mark.parametrize("when", ["early", "late"])
+def test_compiled_programs_are_kept_in_the_cache_of_the_user_unless_another_place_is_set(when, tmp_path):
+    kept, own = tmp_path / "cache", tmp_path / "own"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    environment |= {"XDG_CACHE_HOME": str(kept), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", _KEPT, when], env=environment, check=True, timeout=60)
+    (folder,) = (kept / "tracing_jax" / "xla").iterdir()
+    assert any(folder.iterdir())
+    before = set(folder.iterdir())
+    environment |= {"JAX_COMPILATION_CACHE_DIR": str(own)}
+    subprocess.run([sys.executable, "-c", _KEPT, when], env=environment, check=True, timeout=60)
+    assert any(own.iterdir())
+    assert set(folder.iterdir()) == before

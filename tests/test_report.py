@@ -1,6 +1,7 @@
 """Figures show the data they were given; the page is whole, closed to the network, and escapes what it shows."""
 
 import math
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -546,7 +547,30 @@ def test_page_of_tests_escapes_everything():
 
 
 def test_a_calibrated_p_value_is_shown_no_smaller_than_its_assumption_bears():
-    tests = [{"decides": True, "calibrated": True}]
+    tests = [{"decides": True, "calibrated": True, "log10_p": -273.2}]
     shown = outcome({"non_aligned": result(1.0, log10_p=-273.2, tests=tests), "aligned": None})
     assert shown == "1 (p < 10^-12) non-aligned"
     assert "10^-273.2" in outcome({"non_aligned": result(1.0, log10_p=-273.2), "aligned": None})
+
+
+def test_nothing_on_a_page_shows_a_calibrated_p_value_below_what_its_assumption_bears():
+    exact, calibrated = one_test("in place", (-0.5, -20.0, -345.25)), one_test("matched", (-0.5, -20.0, -678.25))
+    calibrated["calibrated"] = True
+    matched = result(0.5, log10_p=-678.0, firm_log10_p=-677.0, tests=[calibrated], layer_map=layer_map())
+    given = result(0.5, log10_p=-345.0, tests=[exact])
+    statistics = {
+        name: {"non_aligned": found, "aligned": None} for name, found in {"csu": given, "match": matched}.items()
+    }
+    evidence = [{"statistic": name, "test": test["name"], "place": "layer 2", "log10_p": test["log10_ps"][2]}
+                for name, test in {"csu": exact, "match": calibrated}.items()]  # fmt: skip
+    verdict = judged(family={"csu": -345.0, "match": -678.0}, evidence=evidence)
+    original = record(statistics=statistics, verdict=verdict)
+    source = html(original)
+    text = seen(source)
+    assert "csu -345 10^-345.0 match < -12 < 10^-12" in text
+    assert "csu in place layer 2 -345.25 10^-345.2 match matched layer 2 < -12 < 10^-12" in text
+    assert not re.search(r"-67[78]|-300", text)
+    panels = figure_of_run(original).axes
+    assert min(line.get_ydata().min() for axes in panels for line in axes.lines if line.get_label() == "matched") == -12
+    assert original["verdict"]["family"]["match"] == -678.0
+    assert original["statistics"]["match"]["non_aligned"]["tests"][0]["log10_ps"][2] == -678.25

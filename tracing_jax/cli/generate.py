@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tracing_jax.cli.arguments import add_options, given
+from tracing_jax.cli.compilation_cache import keep_compiled_programs
 from tracing_jax.cli.errors import configure_logging, exit_on_user_error
 from tracing_jax.dataclass_options import REQUIRED, from_values, option
 
@@ -48,6 +49,7 @@ def write_texts(options: GenerateOptions) -> None:
     with exit_on_user_error():
         if (options.prompts is None) == (options.num_samples is None):
             raise ValueError("give --prompts=FILE, or --num_samples=N for texts without a prompt")
+        keep_compiled_programs()
         from tracing_jax.distributed import initialized
 
         with initialized(), exit_on_user_error():

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tracing_jax.cli.compilation_cache import keep_compiled_programs
 from tracing_jax.cli.errors import configure_logging, exit_on_user_error
 from tracing_jax.dataclass_options import checked, option
 
@@ -21,6 +22,9 @@ class ProgramOptions:
         "Exit with status 3 if the verdict on any pair is one of these; related stands for identical too.",
         choices=("identical", "related", "no_evidence", "undecided", "not_testable"),
         group="program",
+    )
+    no_compile_cache: bool = option(
+        False, "Do not keep compiled programs for later runs in ~/.cache/tracing_jax/xla.", group="program"
     )
     coordinator: str | None = option(
         None, "host:port of process 0, of several that srun does not start.", group="program"
@@ -45,6 +49,8 @@ def run_experiment(config: Any, program: ProgramOptions) -> list[dict[str, Any]]
     configure_logging()
     with exit_on_user_error():
         checked(program)
+        if not program.no_compile_cache:
+            keep_compiled_programs()
         from tracing_jax import experiment
         from tracing_jax.distributed import initialized, is_main_process
 

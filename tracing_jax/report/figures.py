@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from tracing_jax.record import atomic_write
 from tracing_jax.report import p_value_panels, panels
+from tracing_jax.report.bounded_p_values import with_bounded_p_values
 from tracing_jax.report.formatting import outcome, results_by_side, subject
 
 _WIDTH_INCHES = 6.4
@@ -76,7 +77,7 @@ def figure_of_run(record: Mapping[str, Any]) -> Figure:
     Tests with p-values by layer, which exist for the pair as given only, replace the panel of one value per layer.
     A statistic with none of these shows its headline numbers; a run without any result shows the reasons.
     """
-    statistics = record["statistics"]
+    statistics = with_bounded_p_values(record)["statistics"]
     level = _log10_level(record)
     found = [panel for name, sides in statistics.items() for panel in _panels(name, sides, level)]
     if not found:

@@ -5,11 +5,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tracing_jax.report.bounded_p_values import SMALLEST, is_calibrated
+
 SIDES = {"non_aligned": "non-aligned", "aligned": "aligned"}
 ABSENT = "–"
-
-_SMALLEST_CALIBRATED = -12.0
-"""log10 of the smallest p-value of a calibrated test that people are shown: its null is an assumption."""
 
 _NUMBER = re.compile(r"\d+")
 _READABLE = -300.0  # log10 p, below which the p-value as a float64 would be 0
@@ -42,12 +41,17 @@ def p_cell(log10_p: Any) -> str:
     if log10_p is None:
         return ABSENT
     exponent = float(log10_p)
+    if exponent == SMALLEST:
+        return f"< 10^{SMALLEST:.0f}"
     return f"{10**exponent:.3g}" if exponent > _READABLE else f"10^{exponent:.1f}"
 
 
 def log10_cell(log10_p: Any) -> str:
-    """A decimal logarithm as text for a table: two decimals, a dash for None."""
-    return ABSENT if log10_p is None else f"{round(float(log10_p), 2) + 0.0:.6g}"
+    """A decimal logarithm as text for a table: two decimals, a dash for None, `< -12` for one that was bounded."""
+    if log10_p is None:
+        return ABSENT
+    text = f"{round(float(log10_p), 2) + 0.0:.6g}"
+    return f"< {text}" if float(log10_p) == SMALLEST else text
 
 
 def places_text(places: Sequence[str], at_most: int = 6) -> str:
@@ -113,8 +117,7 @@ def _value(result: Mapping[str, Any]) -> str:
     value = cell(result.get("headline"))
     if log10_p is None:
         return value
-    calibrated = any(test.get("calibrated") and test["decides"] for test in result.get("tests") or ())
-    return f"{value} ({(_calibrated_p_text if calibrated else p_text)(float(log10_p))})"
+    return f"{value} ({(_calibrated_p_text if is_calibrated(result) else p_text)(float(log10_p))})"
 
 
 def verdict_word(word: str) -> str:
@@ -132,7 +135,7 @@ def verdict_p_text(verdict: Mapping[str, Any]) -> str:
 
 def _calibrated_p_text(log10_p: float) -> str:
     """A calibrated p-value: never below 10^-12, since its null is an assumption."""
-    return f"p < 10^{_SMALLEST_CALIBRATED:.0f}" if log10_p < _SMALLEST_CALIBRATED else p_text(log10_p)
+    return f"p < 10^{SMALLEST:.0f}" if log10_p <= SMALLEST else p_text(log10_p)
 
 
 def decided_by(verdict: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tracing_jax.record import plain, total_seconds
+from tracing_jax.report.bounded_p_values import with_bounded_p_values
 from tracing_jax.report.evidence_tables import map_blocks, null_blocks, place_blocks, tests_blocks
 from tracing_jax.report.figures import figure_of_run, png
 from tracing_jax.report.formatting import (
@@ -50,7 +51,7 @@ _CURVE = {
 
 def html(record: Mapping[str, Any]) -> str:
     """One HTML page with the verdict, figures, numbers and provenance of a run; everything in it is escaped."""
-    record = plain(record)
+    record = with_bounded_p_values(plain(record))
     verdict = record.get("verdict")
     summary = [(subject(name, sides), outcome(sides)) for name, sides in record["statistics"].items()]
     return Page(
@@ -69,7 +70,9 @@ def _verdict_sections(verdict: Mapping[str, Any]) -> list[Section]:
         rows = [[name, log10_cell(log10_p), p_cell(log10_p)] for name, log10_p in verdict["family"].items()]
         text = [
             "Only statistics with an exact or a calibrated null enter the verdict, on the pair as given. The options "
-            "fix which these are, before the models are read; Holm's correction is over all of them."
+            "fix which these are, before the models are read; Holm's correction is over all of them. The p-value of a "
+            "calibrated test is shown no smaller than 10^-12, since its null rests on an allowance for units that "
+            "agree by convergence; the record has what was computed."
         ]
         found.append(Section("Statistics in the verdict", text, table=table_of(("", "log10 p", "p"), rows)))
     if evidence := verdict["evidence"]:

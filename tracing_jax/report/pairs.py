@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from tracing_jax.record import plain
+from tracing_jax.report.bounded_p_values import bounded, with_bounded_p_values
 from tracing_jax.report.figures import pairs_figure, png
 from tracing_jax.report.formatting import (
     ABSENT,
@@ -46,7 +47,7 @@ def figure_of_pairs(records: Sequence[Mapping[str, Any]]) -> Figure:
             curves[name] = before
         if after and not (before and _same(before, after)):
             curves[f"{name}, aligned"] = after
-    verdicts = [record.get("verdict") or {} for record in records]
+    verdicts = [with_bounded_p_values(record).get("verdict") or {} for record in records]
     families = {name: verdict["family"] for name, verdict in zip(names, verdicts, strict=True) if verdict.get("family")}
     level = next((math.log10(verdict["level"]) for verdict in verdicts if verdict), None)
     return pairs_figure(curves, families, base=model_name(records[0], "base"), level=level)
@@ -68,7 +69,8 @@ def pair_rows(records: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
     rows = []
     for name, record in zip(pair_names(records), records, strict=True):
         if verdict := record.get("verdict"):
-            ps = (verdict["adjusted_log10_p"], verdict.get("over_pairs_log10_p"))
+            ps = [verdict["adjusted_log10_p"], verdict.get("over_pairs_log10_p")]
+            ps = bounded(ps) if verdict.get("calibrated") else ps
             significant = places_text(verdict["layers"], at_most=2) or ABSENT
             rows.append(
                 [
@@ -199,8 +201,9 @@ def _statistics(records: Sequence[Mapping[str, Any]]) -> Section:
     """A row for each statistic of each pair, in the order of the statistics."""
     names = list(dict.fromkeys(name for record in records for name in record["statistics"]))
     rows = []
+    shown = [with_bounded_p_values(record) for record in records]
     for name in names:
-        for pair, record in zip(pair_names(records), records, strict=True):
+        for pair, record in zip(pair_names(records), shown, strict=True):
             if sides := record["statistics"].get(name):
                 log10_p = (sides.get("non_aligned") or {}).get("log10_p")
                 rows.append([name, pair, outcome(sides), p_cell(log10_p)])

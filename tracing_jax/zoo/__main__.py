@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tracing_jax.cli.compilation_cache import keep_compiled_programs
 from tracing_jax.cli.errors import configure_logging, exit_on_user_error
 from tracing_jax.dataclass_options import comma_list
 from tracing_jax.zoo.folder import ZooFolder
@@ -25,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         command.add_argument("folder", type=Path, help="of the zoo")
     given = parser.parse_args(argv)
     configure_logging()
+    keep_compiled_programs()
     with exit_on_user_error():
         folder = ZooFolder(given.folder)
         if given.command == "report":

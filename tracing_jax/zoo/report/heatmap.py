@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import quote
 
-from tracing_jax.report.formatting import p_cell
+from tracing_jax.report.formatting import log10_cell, p_cell
 from tracing_jax.zoo.plan import PAIRS
 from tracing_jax.zoo.report.rows import PairRow
 
@@ -79,8 +79,9 @@ def in_words(row: PairRow) -> str:
         return f"{models}: {row.state}" + (f" ({row.error})" if row.error else "")
     if row.log10_p is None:
         return f"{models}: {row.word}"
-    text = f"{models}: {row.word}; p = {p_cell(row.log10_p)}, {p_cell(row.adjusted_log10_p)} after Holm over all pairs"
-    text += f"; log10 p {row.log10_p:.2f}, by {row.statistic}"
+    log10_p, adjusted = row.shown_log10_ps
+    text = f"{models}: {row.word}; p = {p_cell(log10_p)}, {p_cell(adjusted)} after Holm over all pairs"
+    text += f"; log10 p {log10_cell(log10_p)}, by {row.statistic}"
     return text + ("" if row.jsd is None else f"; divergence of predictions {row.jsd:.3g} nats")
 
 

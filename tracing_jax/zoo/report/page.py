@@ -126,7 +126,7 @@ def _not_done(contents: Contents) -> list[Section]:
 def _pairs(rows: Sequence[PairRow]) -> Section:
     done = [row for row in rows if row.state == "done"]
     cells = [
-        [Cell(row.pair, link=link(row)), row.word, log10_cell(row.log10_p), log10_cell(row.adjusted_log10_p),
+        [Cell(row.pair, link=link(row)), row.word, *map(log10_cell, row.shown_log10_ps),
          row.statistic, row.jsd, row.units]
         for row in done[:_MOST_ROWS]
     ]  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import kstest
 
+from tracing_jax.report.bounded_p_values import bounded
 from tracing_jax.statistics import over_pairs, word_of
 from tracing_jax.statistics.verdict import Word
 from tracing_jax.zoo.folder import PairState, State, ZooFolder
@@ -33,6 +34,7 @@ class PairRow:
       sees_all_rewrites: whether a test ran that no rewrite of these models hides a relation from.
       verdict: by the adjusted p-values; None without a record.
       statistic: the one that decided.
+      calibrated: whether its p-value rests on the allowance for convergent units.
       level: below which a pair is related.
       jsd: Jensen-Shannon divergence of the predictions, nats per token, in [0, ln 2].
       l2: mean Frobenius distance of the weights over tensors, without alignment.
@@ -55,6 +57,7 @@ class PairRow:
     sees_all_rewrites: bool = False
     verdict: Word | None = None
     statistic: str | None = None
+    calibrated: bool = False
     level: float | None = None
     jsd: float | None = None
     l2: float | None = None
@@ -83,6 +86,12 @@ class PairRow:
         """Whether the units of both models are in the same order, by the tests of that."""
         p, level = self.in_place_log10_p, self.level
         return p is not None and level is not None and p < math.log10(level)
+
+    @property
+    def shown_log10_ps(self) -> tuple[float | None, float | None]:
+        """log10_p and adjusted_log10_p as people are shown them."""
+        found = self.log10_p, self.adjusted_log10_p
+        return (bounded(found[0]), bounded(found[1])) if self.calibrated else found
 
     def other(self, name: str) -> str:
         """Returns the model beside this one."""
@@ -121,6 +130,7 @@ def row_of(pair: PlannedPair, names: Mapping[str, str], state: PairState, record
         alone=judged["verdict"],
         sees_all_rewrites=judged["sees_all_rewrites"],
         statistic=judged["statistic"],
+        calibrated=bool(judged.get("calibrated")),
         level=judged["level"],
         jsd=number(_field(record, "jsd", "headline")),
         l2=number(_field(record, "l2", "headline")),
