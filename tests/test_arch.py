@@ -1,5 +1,6 @@
 """Configs become facts; what is not known to be computed here is refused by name."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -17,7 +18,9 @@ from tracing_jax.arch import (
     UnsupportedModelError,
     arch_from_config,
     read_arch,
+    read_arch_and_notes,
 )
+from tracing_jax.arch.families import FAMILIES as FAMILY_ROWS
 
 # The important keys of files as they are published, with the spellings of their time.
 _LLAMA_1 = {
@@ -457,17 +460,12 @@ def test_facts_of_gpt2_and_mixtral_are_those_of_their_papers(read):
     ("config", "what"),
     [
         (_GPT2 | {"add_cross_attention": True}, "add_cross_attention"),
-        (_GPT2 | {"num_key_value_heads": 1}, "num_key_value_heads"),
-        (_GPT2 | {"intermediate_size": 12}, "intermediate_size"),
         (_GPT2 | {"activation_function": "tanh"}, "'tanh' is not one of"),
         (_GPT2 | {"n_head": 7}, "n_embd 768 is not a multiple of n_head 7"),
         (
             _PUBLISHED["mistralai/Mixtral-8x7B-v0.1"] | {"num_experts_per_tok": 9},
             "num_experts_per_tok 9 is not in 1",
         ),
-        (_PUBLISHED["mistralai/Mixtral-8x7B-v0.1"] | {"norm_topk_prob": False}, "norm_topk_prob"),
-        (_LLAMA_3 | {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
-        (_LLAMA_3 | {"router_aux_loss_coef": 0.1}, "router_aux_loss_coef"),
     ],
 )
 def test_what_gpt2_and_mixtral_do_not_compute_is_refused(config, what, read):
@@ -538,25 +536,89 @@ def test_absent_config_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("attribute", "value"),
+    ("name", "attribute", "value"),
     [
-        ("mixture_of_depths", 0.5),
-        ("use_mrope", True),
-        ("rope_interleaved", True),
-        ("quantization_config", {"quant_method": "gptq", "bits": 4}),
-        ("layer_types", ["full_attention"] * 32),
-        ("sliding_window", 4096),
-        ("use_bidirectional_attention", True),
+        ("meta-llama/Llama-3.1-8B", "is_causal", False),
+        ("meta-llama/Llama-3.1-8B", "text_config", {"hidden_size": 8}),
+        ("meta-llama/Llama-3.1-8B", "per_layer_config", {"1": {"intermediate_size": 8}}),
+        ("mistralai/Mixtral-8x7B-v0.1", "is_causal", False),
+        ("google/gemma-2-9b", "use_bidirectional_attention", True),
+        ("gpt2", "add_cross_attention", True),
     ],
 )
-def test_unknown_attribute_is_refused_by_name(attribute, value, read):
+def test_attribute_that_changes_the_numbers_is_refused_by_name(name, attribute, value, read):
+    published = _GPT2 if name == "gpt2" else _PUBLISHED[name]
     with pytest.raises(UnsupportedModelError, match=attribute):
+        read(published | {attribute: value})
+
+
+def test_declared_attribute_that_is_not_known_is_refused_unless_it_has_its_default(read, monkeypatch):
+    without = dataclasses.replace(FAMILY_ROWS["gpt2"], neutral="summary_type summary_use_proj")
+    monkeypatch.setitem(FAMILY_ROWS, "gpt2", without)
+    assert read(_GPT2 | {"reorder_and_upcast_attn": False}) == read(_GPT2)
+    with pytest.raises(UnsupportedModelError, match="reorder_and_upcast_attn of gpt2 are not at their defaults"):
+        read(_GPT2 | {"reorder_and_upcast_attn": True})
+
+
+def test_all_problems_are_named_at_once(read):
+    with pytest.raises(UnsupportedModelError, match=r"is_causal is False.*not a multiple"):
+        read(_LLAMA_3 | {"is_causal": False, "num_key_value_heads": 5})
+
+
+_MISTRAL, _QWEN2, _MIXTRAL = (
+    _PUBLISHED[name] for name in ("mistralai/Mistral-7B-v0.1", "Qwen/Qwen2.5-7B", "mistralai/Mixtral-8x7B-v0.1")
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "undeclared"),
+    [
+        (_LLAMA_3, {"mixture_of_depths": 0.5, "selective_checkpoint_enabled": True, "rope_interleaved": True}),
+        (_LLAMA_3, {"torchscript": True, "pruned_heads": {}, "use_bfloat16": True, "transformers.js_config": {"a": 1}}),
+        (_LLAMA_3, {"sliding_window": 4096, "attn_logit_softcapping": 30.0, "use_bidirectional_attention": True}),
+        (_LLAMA_3, {"quantization_config": {"quant_method": "gptq", "bits": 4}}),
+        (_MISTRAL, {"attention_bias": False, "mlp_bias": False}),
+        (_QWEN2, {"attention_bias": False, "mlp_bias": False, "use_mrope": True}),
+        (_MIXTRAL, {"attention_bias": False, "mlp_bias": False, "moe_frequency": 1, "use_flash_attention": True}),
+        (_MIXTRAL, {"norm_topk_prob": False}),
+        (_GPT2, {"n_special": 0, "predict_special_tokens": True}),
+        (_GPT2, {"num_key_value_heads": 1, "intermediate_size": 12, "head_dim": 5, "rms_norm_eps": 0.5}),
+    ],
+)
+def test_attributes_that_the_family_does_not_have_are_noted_and_change_nothing(config, undeclared, tmp_path):
+    plain, changed = tmp_path / "plain", tmp_path / "changed"
+    for folder, content in ((plain, config), (changed, config | undeclared)):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(content))
+    arch, notes = read_arch_and_notes(changed)
+    assert arch == read_arch(plain)
+    named = set(undeclared) - {"quantization_config"}  # a matter of the weights
+    assert len(notes) == bool(named)
+    assert all(name in notes[0] for name in named)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value"),
+    [
+        ("num_hidden_layers", 2**31),
+        ("num_hidden_layers", -1),
+        ("hidden_size", 10**9),
+        ("vocab_size", 10**400),
+        ("num_attention_heads", 1e30),
+        ("rope_scaling", {"head_dim": 10**12}),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused_before_anything_is_built(attribute, value, read):
+    with pytest.raises(UnsupportedModelError, match=r"expected at most \d+; no model has such a size") as caught:
         read(_LLAMA_3 | {attribute: value})
+    assert len(str(caught.value)) < 400
 
 
-def test_all_unknown_attributes_are_named_at_once(read):
-    with pytest.raises(UnsupportedModelError, match=r"alpha_gate, zeta_gate.*not a multiple"):
-        read(_LLAMA_3 | {"zeta_gate": 1, "alpha_gate": 2, "num_key_value_heads": 5})
+@pytest.mark.parametrize("model_type", [[], {}, 7, None, "x" * 10_000])
+def test_model_type_may_be_anything(model_type, read):
+    with pytest.raises(UnsupportedModelError, match="is not supported; supported: ") as caught:
+        read(_LLAMA_3 | {"model_type": model_type})
+    assert len(str(caught.value)) < 2000
 
 
 @pytest.mark.parametrize(

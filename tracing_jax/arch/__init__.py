@@ -5,7 +5,14 @@ numbers unchanged, or an error: a setting that is skipped silently gives wrong n
 """
 
 from tracing_jax.arch.architecture import Arch, UnsupportedModelError, length_problem
-from tracing_jax.arch.config import arch_from_config, change_config, has_field, read_arch
+from tracing_jax.arch.config import (
+    arch_from_config,
+    change_config,
+    has_field,
+    read_arch,
+    read_arch_and_notes,
+    read_raw_config,
+)
 from tracing_jax.arch.families import SUPPORTED_FAMILIES
 from tracing_jax.arch.rope import SUPPORTED_ROPES
 
@@ -19,4 +26,6 @@ __all__ = [
     "has_field",
     "length_problem",
     "read_arch",
+    "read_arch_and_notes",
+    "read_raw_config",
 ]

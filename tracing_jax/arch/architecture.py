@@ -3,9 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from tracing_jax.complaints import joined
+
 
 class UnsupportedModelError(ValueError):
     """A config that this package does not support."""
+
+    def __str__(self) -> str:
+        return joined([str(argument) for argument in self.args])
 
 
 @dataclass(frozen=True)

@@ -6,27 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from tracing_jax.arch.architecture import Arch, UnsupportedModelError
+from tracing_jax.arch.attributes import attribute_notes, attribute_problems, without_undeclared
 from tracing_jax.arch.families import FAMILIES, SUPPORTED_FAMILIES, ArchFields, Family
 from tracing_jax.arch.rope import rope_is_absent, ropes
-
-# Attributes that leave a forward pass without dropout and cache unchanged; Gemma 2's sliding_window_size only repeats
-# its sliding_window.
-_NEUTRAL = frozenset(
-    """_attn_implementation_autoset _name_or_path architectures attention_dropout auto_map bos_token_id
-    cache_implementation chunk_size_feed_forward dtype eos_token_id hidden_dropout id2label initializer_range is_decoder
-    is_encoder_decoder label2id max_position_embeddings max_sequence_length max_window_layers model_max_length
-    model_type num_labels output_attentions output_hidden_states pad_token_id pretraining_tp problem_type resid_pdrop
-    return_dict sep_token_id sliding_window_size tokenizer_class torch_dtype transformers_version unsloth_fixed
-    unsloth_version use_cache use_sliding_window""".split()
-)
-
-# Attributes in published configs that ask for nothing at this value, and at any other for what is not computed here.
-_NEUTRAL_AT = {
-    "add_cross_attention": False,
-    "is_llama_config": True,
-    "rope_interleaved": False,
-    "use_mrope": False,
-}
+from tracing_jax.arch.sizes import size_problem
+from tracing_jax.complaints import shortened
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -46,27 +30,55 @@ def read_arch(folder: Path) -> Arch:
       UnsupportedModelError: the file is absent or not JSON, the architecture is unknown, or an attribute that may
         change numbers is; all findings are named at once, with what is supported.
     """
+    return read_arch_and_notes(folder)[0]
+
+
+def read_arch_and_notes(folder: Path) -> tuple[Arch, list[str]]:
+    """Returns what `read_arch` does, and notes on what else is in the config.
+
+    Raises:
+      UnsupportedModelError: as `read_arch`.
+    """
     from transformers import AutoConfig  # slow to import, and not needed by those who build an Arch themselves
 
     file = folder / "config.json"
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UnsupportedModelError(f"{file}: not a readable config ({error})") from error
-    if not isinstance(raw, dict) or raw.get("model_type") not in FAMILIES:
-        found = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
-        raise UnsupportedModelError(
-            f"{file}: architecture {found!r} is not supported; supported: {', '.join(SUPPORTED_FAMILIES)}"
-        )
-    if problem := rope_is_absent(raw, FAMILIES[raw["model_type"]].thetas):
+    if problem := _raw_problem(raw := read_raw_config(folder)):
         raise UnsupportedModelError(f"{file}: {problem}")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        return arch_from_config(config)
+        return arch_from_config(config), attribute_notes(config, FAMILIES[raw["model_type"]])
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{file}: {error}") from error
     except Exception as error:  # transformers reports a bad field by whatever its validators raise
         raise UnsupportedModelError(f"{file}: transformers refuses this config: {error}") from error
+
+
+def read_raw_config(folder: Path) -> dict[str, Any]:
+    """Returns the content of the `config.json` in `folder`, as it was written.
+
+    Raises:
+      UnsupportedModelError: there is none, or it is no JSON object.
+    """
+    file = folder / "config.json"
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UnsupportedModelError(f"{file}: not a readable config ({error})") from error
+    if not isinstance(raw, dict):
+        raise UnsupportedModelError(f"{file}: expected a JSON object, found a {type(raw).__name__}")
+    return raw
+
+
+def _raw_problem(raw: dict[str, Any]) -> str | None:
+    """Returns what can be said against a config before transformers builds anything from it."""
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        return (
+            f"architecture {shortened(repr(model_type))} is not supported; supported: {', '.join(SUPPORTED_FAMILIES)}"
+        )
+    if problem := size_problem(raw):
+        return problem
+    return rope_is_absent(raw, FAMILIES[model_type].thetas)
 
 
 def arch_from_config(config: Any) -> Arch:
@@ -80,8 +92,9 @@ def arch_from_config(config: Any) -> Arch:
         raise UnsupportedModelError(
             f"architecture {config.model_type!r} is not supported; supported: {', '.join(SUPPORTED_FAMILIES)}"
         )
-    if problems := _problems(config, family):
+    if problems := attribute_problems(config, family) + _problems(config, family):
         raise UnsupportedModelError("; ".join(problems))
+    config = without_undeclared(config, family)
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -109,25 +122,13 @@ def arch_from_config(config: Any) -> Arch:
 
 
 def _problems(config: Any, family: Family) -> list[str]:
-    attributes = config.to_dict()
-    known = _NEUTRAL | family.used | set(family.neutral.split())
-    # An unknown attribute that is null asks for nothing.
-    unknown = sorted(
-        name for name, value in attributes.items() if name not in known and value not in (None, _NEUTRAL_AT.get(name))
-    )
     lines = []
-    if unknown:
-        lines.append(
-            f"unknown config attributes {', '.join(unknown)}: they may change the numbers, so they are refused; "
-            f"supported for {config.model_type}: {', '.join(sorted(family.used))}; "
-            "remove from config.json what does not matter"
-        )
     heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     if kv_heads and heads % kv_heads:
         lines.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
     if (activation := getattr(config, family.activation)) not in _ACTIVATIONS:
         lines.append(f"activation {activation!r} is not one of {', '.join(_ACTIVATIONS)}")
-    if attributes.get("use_bidirectional_attention"):
+    if getattr(config, "use_bidirectional_attention", None) and "use_bidirectional_attention" in family.used:
         lines.append("use_bidirectional_attention is set; only causal models are supported")
     return lines
 

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from tracing_jax.complaints import joined
+
 
 class CheckpointError(ValueError):
     """Everything that is wrong with a checkpoint, one problem each, raised before any weight is read.
@@ -21,7 +23,7 @@ class CheckpointError(ValueError):
         self.problems = problems
 
     def __str__(self) -> str:
-        return self.problems[0] if len(self.problems) == 1 else "\n".join(f"- {problem}" for problem in self.problems)
+        return joined(self.problems)
 
 
 def damaged(path: Path, expected: str) -> str:

@@ -1,0 +1,67 @@
+"""What a config class does not declare changes no logit of its model, whatever it is called and set to."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+from parity_cases import CASES, Case
+
+from tracing_jax.arch import SUPPORTED_FAMILIES
+
+_CASE_OF = {case.config["model_type"]: case for case in reversed(CASES.values())}
+_EXCEPTIONS = {"is_causal", "text_config", "decoder", "generator"}
+# transformers checks or reads these by name when it makes a config: a wrong value is an error there, no other number.
+_CHECKED = {"vision_feature_select_strategy", "layer_types", "mlp_layer_types", "embed_dim"}
+_ROPE = {"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"}  # parts and older names of one
+
+
+def _logits(case: Case, **undeclared: Any) -> Any:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**case.config, **undeclared)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3)
+        return model(torch.tensor(case.tokens())).logits
+
+
+def _declared_anywhere() -> dict[str, str]:
+    """Returns every attribute that any config class declares, with its type as text."""
+    from transformers import CONFIG_MAPPING
+
+    return {
+        field.name: str(field.type)
+        for model_type in CONFIG_MAPPING
+        for field in dataclasses.fields(CONFIG_MAPPING[model_type])
+    }
+
+
+def _odd(kind: str) -> Any:
+    return next((value for name, value in (("bool", True), ("float", 0.37), ("int", 3)) if name in kind), "gelu")
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", SUPPORTED_FAMILIES)
+def test_undeclared_attributes_change_no_logit(family):
+    import torch
+    from transformers import CONFIG_MAPPING
+
+    case, config_class = _CASE_OF[family], CONFIG_MAPPING[family]
+    own = (
+        {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map) | set(case.config)
+    )
+    names = {
+        name: kind for name, kind in _declared_anywhere().items() if name not in own | _EXCEPTIONS | _CHECKED | _ROPE
+    }
+    assert len(names) > 1000
+    expected = _logits(case)
+    odd = {name: _odd(kind) for name, kind in names.items()}
+    for values in (odd, {name: False for name, value in odd.items() if value is True}):
+        assert torch.equal(_logits(case, **values), expected)
+    if "is_causal" not in own:
+        assert not torch.equal(_logits(case, is_causal=False), expected)  # the exception, which is refused
