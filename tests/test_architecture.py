@@ -31,7 +31,7 @@ _LAYERS = {
     "interpolation": "axes tree",
     "sources": "arch rewrites interpolation sharding axes tree",
     "checkpoint": "complaints distributed sources models sharding axes arch tree",
-    "data": "",
+    "data": "complaints",
     "blocked_matmul": "",
     "forward": "blocked_matmul run_cache arch axes data rewrites tree models sources interpolation sharding",
     "matching": "run_cache blocked_matmul rewrites axes tree",

@@ -219,19 +219,19 @@ def test_every_tensor_is_read_once(tmp_path):
 
 def test_missing_unexpected_and_misshaped_tensors_are_named_together(tmp_path):
     tensors = _tensors(_UNTIED)
-    del tensors["model.layers.0.mlp.up_proj.weight"], tensors["lm_head.weight"]
+    del tensors["model.layers.0.mlp.up_proj.weight"], tensors["model.norm.weight"]
     tensors["model.layers.0.mlp.router.weight"] = np.zeros((3, 24), np.float32)
     tensors["model.layers.1.self_attn.k_proj.weight"] = np.zeros((32, 24), np.float32)
-    tensors["model.norm.weight"] = np.ones(24, np.float64)
+    tensors["model.embed_tokens.weight"] = np.ones((31, 24), np.int32)
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(str(_write(tmp_path / "hf", _UNTIED, tensors)))
     assert len(caught.value.problems) == 5
     message = str(caught.value)
     assert "missing tensor model.layers.0.mlp.up_proj.weight (40, 24)" in message
-    assert "missing tensor lm_head.weight (31, 24)" in message
+    assert "missing tensor model.norm.weight (24,)" in message
     assert "unexpected tensor model.layers.0.mlp.router.weight (3, 24)" in message
     assert "wrong shape of model.layers.1.self_attn.k_proj.weight: (32, 24), config.json asks for (16, 24)" in message
-    assert "float64 of model.norm.weight" in message
+    assert "int32 of model.embed_tokens.weight" in message
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -247,14 +247,12 @@ def test_weights_that_are_not_finite_are_refused_by_name(bad, dtype, tmp_path):
     assert "model.layers.1.mlp.down_proj.weight" in str(caught.value)
 
 
-def test_tied_model_may_carry_an_equal_copy_of_its_embedding_but_no_other(tmp_path):
+def test_tied_model_may_carry_an_equal_copy_of_its_embedding(tmp_path):
     tensors = _tensors(_TIED)
     embedding = tensors["model.embed_tokens.weight"]
     same = open_checkpoint(str(_write(tmp_path / "same", _TIED, tensors | {"lm_head.weight": embedding.copy()})))
     _assert_same_bits(_leaves(same), _leaves(_TIED.source()))
-    other = open_checkpoint(str(_write(tmp_path / "other", _TIED, tensors | {"lm_head.weight": embedding + 1e-3})))
-    with pytest.raises(CheckpointError, match=r"lm_head.weight differs.*tie_word_embeddings"):
-        other.embed()
+    assert not same.notes
 
 
 def test_bare_backbone_without_model_prefix_is_read(tmp_path):

@@ -1,5 +1,6 @@
 """Laws of reading text and cutting it into blocks, on two small tokenizers of the kinds that models use."""
 
+import io
 import json
 import logging
 import shutil
@@ -14,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import sentencepiece
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -462,3 +464,43 @@ def test_generated_texts_are_prompts_and_what_follows(tmp_path, monkeypatch):
     (tmp_path / "m_gentext.json").write_text('[{"text": 1}]')
     with pytest.raises(ValueError, match=r"not a file of generate\.py"):
         read_documents(f"generated:{tmp_path}")
+
+
+def _sentencepiece_folder(folder, **settings):
+    """A folder with a sentencepiece model as its only tokenizer, and the settings that came with it."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(DOCUMENTS.text.split("\n") * 20), model_writer=model, vocab_size=400, model_type="bpe",
+        byte_fallback=True, bos_id=1, eos_id=2, unk_id=0, minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    if settings:
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+        {"tokenizer_class": "LLaMATokenizer", "bos_token": "", "eos_token": "", "unk_token": ""},
+    ],
+    ids=["alone", "Llama", "LLaMA, empty special tokens"],
+)
+def test_sentencepiece_model_alone_is_a_tokenizer(settings, tmp_path):
+    tokenizer = load_tokenizer(_sentencepiece_folder(tmp_path / "model", **settings))
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "model" / "tokenizer.model"))
+    assert tokenizer.get_vocab() == {pieces.id_to_piece(i): i for i in range(len(pieces))}
+    blocks = token_blocks(DOCUMENTS, tokenizer, block_size=16)
+    assert tokenizer.decode(blocks.tokens[0], skip_special_tokens=True).strip()[:8] in DOCUMENTS.text
+
+
+def test_tokenizer_made_by_code_of_the_repository_is_refused(tmp_path):
+    code = {"auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}, "tokenizer_class": "OwnTokenizer"}
+    folder = _sentencepiece_folder(tmp_path / "model", **code)
+    (folder / "tokenization_own.py").write_text("raise SystemExit")
+    with pytest.raises(ValueError, match="made by code in the repository, which is never run"):
+        load_tokenizer(folder)

@@ -20,7 +20,7 @@ from tracing_jax.axes import PERMUTABLE, axis_table
 from tracing_jax.checkpoint import CheckpointError, save_checkpoint
 from tracing_jax.experiment import ConfigError, metadata, steps
 from tracing_jax.experiment.inputs import open_inputs
-from tracing_jax.experiment.validation import make_statistics, statistic_names, without_needless
+from tracing_jax.experiment.validation import make_statistics, statistic_names, with_fitting_blocks, without_needless
 from tracing_jax.options import RunOptions
 from tracing_jax.record import HashingStoppedError
 from tracing_jax.rewrites import permute, random_permutations
@@ -450,3 +450,55 @@ def test_identical_models_are_said_to_be_before_anything_else(config_of, family)
     assert 0 <= other["identical"]["equal"] < other["identical"]["total"]
     permuted = experiment.trace(config_of("base", stat="csu", permute=True))
     assert permuted["identical"] is None
+
+
+def test_only_block_sizes_that_nobody_chose_are_fitted():
+    short, long = (tiny.gpt2(num_positions=positions) for positions in (24, 4096))
+    default = RunOptions(stat=("csh",))
+    fitted, notes = with_fitting_blocks(default, short, long)
+    assert (fitted.block_size, fitted.csh.block_size, len(notes)) == (24, 24, 2)
+    assert with_fitting_blocks(default, long, tiny.llama_mha()) == (default, [])
+    chosen = dataclasses.replace(default, block_size=100, csh=dataclasses.replace(default.csh, block_size=100))
+    assert with_fitting_blocks(chosen, short, long) == (chosen, [])
+
+
+def _without_tokenizer(folder):
+    for file in Path(folder).glob("tokenizer*"):
+        file.unlink()
+    return folder
+
+
+@pytest.mark.slow
+def test_models_without_tokenizers_are_compared_by_token_id(config_of, spoilt):
+    ft = _without_tokenizer(spoilt())
+    (Path(ft) / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["tokenization.Own", null]}}')
+    (Path(ft) / "tokenizer.model").write_bytes(b"not read")
+    record = experiment.trace(config_of(stat="match_io", dataset="", ft_model_id=ft))
+    assert record["statistics"]["match_io"]["non_aligned"]["headline"] > 0.9
+    notes = "\n".join(record["notes"])
+    assert "ft has no tokenizer that can be read" in notes
+    assert "both have 400 tokens, which are taken to be the same, id by id" in notes
+
+
+@pytest.mark.slow
+def test_tokenizer_of_another_folder_is_read_in_place_of_a_missing_one(config_of, spoilt, family):
+    config = config_of(stat="jsd", ft_model_id=_without_tokenizer(spoilt()))
+    with pytest.raises(FileNotFoundError, match="no tokenizer"):
+        experiment.trace(config)
+    config.tokenizer_id = str(family.member("base"))
+    record = experiment.trace(config)
+    assert record["statistics"]["jsd"]["non_aligned"]["headline"] >= 0
+    assert any("ft: the tokenizer is that of" in note for note in record["notes"])
+
+
+@pytest.mark.slow
+def test_default_blocks_are_fitted_to_learned_positions(config_of, pair_of):
+    sizes = {"vocab_size": 400, "n_embd": 24, "n_layer": 2, "n_head": 2, "n_positions": 32}
+    pair = pair_of(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+    config = config_of(stat="csh,jsd", block_size=512, num_tokens=512, csh={"blocks": 2}, **pair)
+    record = experiment.trace(config)
+    notes = "\n".join(record["notes"])
+    assert "block_size: 32, which is as many positions as the models have, not 512" in notes
+    assert "csh.block_size: 32" in notes
+    with pytest.raises(ConfigError, match=r"csh\.block_size=33: .*32 positions"):
+        experiment.trace(config_of(stat="csh", csh={"block_size": 33}, **pair))

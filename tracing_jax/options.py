@@ -270,6 +270,9 @@ class RunOptions:
     adapter_base: str | None = _models(
         None, "The model that a LoRA adapter in ft's folder belongs to, in place of the one that it names."
     )
+    tokenizer_id: str | None = _models(
+        None, "A folder or Hub id whose tokenizer is read for models of which none can be read."
+    )
     control_model_ids: tuple[str, ...] = _models(
         (), "match*: models of base's shape and tokenizer that are known to be independent of both."
     )

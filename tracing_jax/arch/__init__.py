@@ -4,7 +4,7 @@ One decoder block with flags covers every family here. Each attribute of a confi
 numbers unchanged, or an error: a setting that is skipped silently gives wrong numbers.
 """
 
-from tracing_jax.arch.architecture import Arch, UnsupportedModelError, length_problem
+from tracing_jax.arch.architecture import Arch, UnsupportedModelError, head_problem, length_problem
 from tracing_jax.arch.config import (
     arch_from_config,
     change_config,
@@ -24,6 +24,7 @@ __all__ = [
     "arch_from_config",
     "change_config",
     "has_field",
+    "head_problem",
     "length_problem",
     "read_arch",
     "read_arch_and_notes",

@@ -31,6 +31,7 @@ class Arch:
       gated: the MLP is down(act(gate(x)) * up(x)); otherwise it has no gate and is down(act(up(x))).
       num_experts: MLPs per layer, of F units each, among which a router chooses; None: one MLP that every token passes.
       experts_per_token: how many of them a token passes.
+      has_head: whether the model predicts tokens; a backbone, or a model for another task, does not. It counts as tied.
     """
 
     family: str
@@ -66,6 +67,12 @@ class Arch:
     gated: bool = True
     num_experts: int | None = None  # E
     experts_per_token: int | None = None
+    has_head: bool = True
+
+
+def head_problem(arch: Arch) -> str | None:
+    """Returns why a model cannot predict tokens, or None."""
+    return None if arch.has_head else "its checkpoint has no head, so that it predicts no tokens"
 
 
 def length_problem(arch: Arch, length: int) -> str | None:

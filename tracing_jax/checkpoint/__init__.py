@@ -1,9 +1,11 @@
 """Hugging Face checkpoints <-> param trees: reading, writing, the Hub, adapters, and an Orbax cache."""
 
 from tracing_jax.checkpoint.cache import load
-from tracing_jax.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from tracing_jax.checkpoint.checkpoint import Checkpoint
 from tracing_jax.checkpoint.device_loading import ShardedCheckpoint
 from tracing_jax.checkpoint.errors import CheckpointError
+from tracing_jax.checkpoint.hub import tokenizer_folder
+from tracing_jax.checkpoint.opening import open_checkpoint
 from tracing_jax.checkpoint.token_ids import permutable_token_ids
 from tracing_jax.checkpoint.writing import save_checkpoint
 
@@ -15,4 +17,5 @@ __all__ = [
     "open_checkpoint",
     "permutable_token_ids",
     "save_checkpoint",
+    "tokenizer_folder",
 ]

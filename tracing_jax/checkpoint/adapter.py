@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
+from tracing_jax.checkpoint.derived_tensors import Alias, DerivedTensors
 from tracing_jax.checkpoint.errors import CheckpointError
 from tracing_jax.checkpoint.tensors import Index, TensorStore, listing, open_file, read_json
+from tracing_jax.complaints import grouped, shortened
 
 _CONFIG = "adapter_config.json"
 _HANDLED = {
@@ -26,7 +28,7 @@ _HANDLED = {
 _NEUTRAL = {
     *("task_type", "auto_mapping", "peft_version", "inference_mode", "target_modules", "exclude_modules"),
     *("modules_to_save", "lora_dropout", "layers_to_transform", "layers_pattern", "megatron_core", "eva_config"),
-    *("qalora_group_size", "runtime_config"),
+    *("qalora_group_size", "runtime_config", "ensure_weight_tying"),
 }
 # PiSSA, OLoRA, LoftQ, CorDA and LoRA-GA change the base weights as well.
 _INITS_BESIDE_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -65,8 +67,16 @@ def base_id(folder: Path) -> str:
     return f"{name}@{revision}" if revision else name
 
 
-def merged(base: TensorStore, folder: Path) -> TensorStore:
+def merged(base: TensorStore, folder: Path, tied: tuple[str, str] | None = None) -> TensorStore:
     """`base` with the adapter in `folder` merged as it is read, in float32, then cast back to the base's dtype.
+
+    Where the base ties its head to its embedding and the adapter trained one of them, both are in the result: PEFT
+    leaves the other as it was in the base.
+
+    Args:
+        base: The tensors of the base.
+        folder: Of the adapter.
+        tied: Names of the embedding and of the head, if the base ties them.
 
     Raises:
         CheckpointError: The adapter is no plain LoRA or does not fit `base`; every reason at once.
@@ -76,10 +86,25 @@ def merged(base: TensorStore, folder: Path) -> TensorStore:
     if problems:
         raise CheckpointError(*(f"{folder / _CONFIG}: {problem}" for problem in problems))
     adapter = _open_adapter(folder)
+    if tied and any(_trains(name, tied) for name in adapter.names()):
+        base = _with_both(base, *tied)
     try:
-        return _Merged(base, adapter, *_planned_updates(base, adapter, config), folder / _CONFIG)
+        return _Merged(base, adapter, *_planned_updates(base, adapter, config, tied), folder / _CONFIG)
     except CheckpointError as error:
         raise CheckpointError(*(f"{adapter.files()[0]}: {problem}" for problem in error.problems)) from error
+
+
+def _trains(name: str, tied: tuple[str, str]) -> bool:
+    """Returns whether a tensor of an adapter belongs to the embedding or the head."""
+    match = _NAME.fullmatch(name)
+    return bool(match) and any(one.endswith(f"{match['path'].rpartition('.')[2]}.weight") for one in tied)
+
+
+def _with_both(base: TensorStore, embedding: str, head: str) -> TensorStore:
+    names = base.names()
+    if head not in names:
+        return DerivedTensors(base, {head: Alias(base, embedding)})
+    return base if embedding in names else DerivedTensors(base, {embedding: Alias(base, head)})
 
 
 class _Merged:
@@ -193,7 +218,7 @@ def _patterns_problems(key: str, patterns: object) -> list[str]:
 
 
 def _planned_updates(
-    base: TensorStore, adapter: TensorStore, config: Mapping[str, Any]
+    base: TensorStore, adapter: TensorStore, config: Mapping[str, Any], tied: tuple[str, str] | None
 ) -> tuple[dict[str, _Update], dict[str, str]]:
     """Planned updates per base tensor: low-rank ones, and the adapter's tensors that replace it."""
     parts, problems = _parts(base, adapter)
@@ -208,7 +233,11 @@ def _planned_updates(
         except CheckpointError as error:
             problems.extend(error.problems)
     if problems:
-        raise CheckpointError(*problems)
+        raise CheckpointError(*grouped(problems))
+    # The weight below the factors of one of two tied modules is that of both; one that was saved is no longer tied.
+    for one, other in (tied, tied[::-1]) if tied else ():
+        if ".base_layer." in replaced.get(one, "") and other not in replaced:
+            replaced[other] = replaced[one]
     return updates, replaced
 
 
@@ -221,7 +250,7 @@ def _parts(base: TensorStore, adapter: TensorStore) -> tuple[dict[str, dict[str,
         match = _NAME.fullmatch(name)
         target = _target(f"{match['path']}.{match['leaf'] or 'weight'}", known) if match else None
         if not match or not target:
-            problems.append(f"{name!r} belongs to no tensor of the base; is it the right base, are its weights tied?")
+            problems.append(f"{shortened(repr(name), 200)} belongs to no tensor of the base; is it the right base?")
         elif parts.setdefault(target, {}).setdefault(match["factor"] or "whole", name) != name:
             problems.append(f"{name!r} is the second of its kind for {target!r}")
     return parts, problems

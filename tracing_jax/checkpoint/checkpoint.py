@@ -1,29 +1,22 @@
-"""`open_checkpoint`: a local folder or a Hub id becomes a `Checkpoint`, whose weights are read when asked for."""
+"""`Checkpoint`: a model whose files are open, and whose weights are read when they are asked for."""
 
 import itertools
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from absl import logging
 
-from tracing_jax.arch import Arch, read_arch
-from tracing_jax.checkpoint.adapter import base_id, is_adapter, merged
+from tracing_jax.arch import Arch
 from tracing_jax.checkpoint.errors import CheckpointError
 from tracing_jax.checkpoint.hf_layouts import LeafLayouts, leaf_layouts
-from tracing_jax.checkpoint.hub import CheckpointFolder, on_hub, resolve
-from tracing_jax.checkpoint.tensor_layout import LeafLayout, tensor_shapes
-from tracing_jax.checkpoint.tensors import TensorStore, all_finite, open_tensors
+from tracing_jax.checkpoint.tensor_layout import LeafLayout
+from tracing_jax.checkpoint.tensors import TensorStore, all_finite
 from tracing_jax.tree import Tree, flatten, select, unflatten
 
-# Constants that old checkpoints carry as tensors: Llama's frequencies and GPT-2's masks follow from the config.
-_DERIVED = re.compile(r".*rotary_emb\.inv_freq|(transformer\.)?h\.\d+\.attn\.(masked_)?bias")
 _ROWS = 4096  # of the embedding, compared at a time
-_DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -33,6 +26,7 @@ class Checkpoint:
     Attributes:
       id: what the user asked for; `revision` is the resolved commit of a Hub repository.
       folder: where config.json lies; `tokenizer_folder` differs for an adapter without a tokenizer of its own.
+      notes: what was done so that the files could be read, and what of them is left out.
 
     Example:
       >>> checkpoint = tj.open("demo:base")
@@ -46,6 +40,7 @@ class Checkpoint:
     tokenizer_folder: Path
     arch: Arch
     tensors: TensorStore = field(repr=False)
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def leaf_layouts(self) -> LeafLayouts:
@@ -141,84 +136,3 @@ class Checkpoint:
                     f"{self.id}: lm_head.weight differs from the embedding, but config.json says tie_word_embeddings: "
                     "true; set it to false if the head is meant to be its own"
                 )
-
-
-def open_checkpoint(
-    model_id: str, cache_dir: str | None = None, in_ranges: bool = False, adapter_base: str | None = None
-) -> Checkpoint:
-    """Returns the checkpoint of a local folder or Hub id (`org/name` or `org/name@revision`); reads no weights.
-
-    A LoRA adapter is merged into its base as that is read. The base is the local folder or Hub repository that the
-    adapter's config names, which is logged.
-
-    Args:
-      model_id: of the model.
-      cache_dir: where downloads are kept, see `resolve`.
-      in_ranges: whether weights that are on the Hub, and not in its cache, stay there, and are read in ranges of bytes:
-        for runs that look at a small part of them.
-      adapter_base: the base to merge an adapter into, whatever its config names; of no effect on other models.
-
-    Raises:
-      CheckpointError: not found, not readable, or tensors missing, unexpected or of the wrong shape, all at once.
-      UnsupportedModelError: the config asks for something this package does not compute.
-    """
-    found = resolve(model_id, cache_dir, weights=not in_ranges)
-    folder, tokenizer_folder = found.folder, found.folder
-    if is_adapter(folder):
-        folder = _resolve_base(found, cache_dir, adapter_base).folder
-        tokenizer_folder = found.folder if (found.folder / "tokenizer_config.json").exists() else folder
-        arch = read_arch(folder)
-        tensors = merged(open_tensors(folder), found.folder)
-    else:
-        arch = read_arch(folder)
-        tensors = open_tensors(folder, on_hub(found, cache_dir)) if in_ranges else open_tensors(folder)
-    checkpoint = Checkpoint(found.id, found.revision, folder, tokenizer_folder, arch, tensors)
-    if problems := _problems(checkpoint):
-        raise CheckpointError(*(f"{model_id}: {problem}" for problem in problems))
-    return checkpoint
-
-
-def _resolve_base(adapter: CheckpointFolder, cache_dir: str | None, given: str | None) -> CheckpointFolder:
-    """Returns the folder of an adapter's base, and logs which model that is and where it is read from."""
-    model_id, source = (given, "as given") if given else (base_id(adapter.folder), "named by its adapter_config.json")
-    try:
-        base = resolve(model_id, cache_dir)
-    except CheckpointError as error:
-        reasons = (f"{adapter.id}: its base model {model_id}, {source}: {problem}" for problem in error.problems)
-        raise CheckpointError(*reasons) from error
-    where = f"commit {base.revision} of the Hub" if base.revision else f"folder {base.folder.resolve()}"
-    logging.info("%s: a LoRA adapter, merged into %s (%s), read from %s", adapter.id, model_id, source, where)
-    return base
-
-
-def _problems(checkpoint: Checkpoint) -> list[str]:
-    store, names = checkpoint.tensors, set(checkpoint.tensors.names())
-    wanted = tensor_shapes(checkpoint.leaf_layouts.values())
-    present = {name: shape for name, shape in wanted.items() if name in names}
-    lines = [f"missing tensor {name} {shape}" for name, shape in wanted.items() if name not in names]
-    lines += [
-        f"wrong shape of {name}: {store.shape(name)}, config.json asks for {shape}"
-        for name, shape in present.items()
-        if store.shape(name) != shape
-    ]
-    lines += [
-        f"dtype {store.dtype(name)} of {name} is not supported; convert to one of {', '.join(_DTYPES)}"
-        for name in present
-        if str(store.dtype(name)) not in _DTYPES
-    ]
-    lines += _mixed_dtypes(checkpoint, names)
-    extra = sorted(name for name in names - set(wanted) if not _DERIVED.fullmatch(name))
-    if checkpoint.arch.tied and "lm_head.weight" in extra:
-        extra.remove("lm_head.weight")  # a copy of the embedding; checked when the embedding is read
-    return lines + [f"unexpected tensor {name} {store.shape(name)}" for name in extra]
-
-
-def _mixed_dtypes(checkpoint: Checkpoint, names: set[str]) -> list[str]:
-    """Returns the leaves whose tensors differ in dtype."""
-    lines = []
-    for leaf, layout in checkpoint.leaf_layouts.items():
-        tensors = [part.tensor for part in layout.slices if part.tensor in names]
-        dtypes = sorted({str(checkpoint.tensors.dtype(tensor)) for tensor in tensors})
-        if len(dtypes) > 1:
-            lines.append(f"the tensors of {leaf} ({tensors[0]} ...) are {' and '.join(dtypes)}; convert them to one")
-    return lines

@@ -18,8 +18,9 @@ from huggingface_hub.errors import (
 )
 
 from tracing_jax.checkpoint.errors import CheckpointError
+from tracing_jax.checkpoint.foreign_files import foreign_weights
 from tracing_jax.checkpoint.hub_ranges import HubSafetensors, RangesIgnoredError
-from tracing_jax.checkpoint.tensors import MissingFileOpener, TensorStore, listing, open_file
+from tracing_jax.checkpoint.tensors import MissingFileOpener, TensorStore, listing, open_file, weight_map
 
 _TEXTS = (
     "config.json",
@@ -33,11 +34,7 @@ _TEXTS = (
     "merges.txt",
     "chat_template*",
 )
-# In order of preference: the first format that a repository has is the only one that is downloaded.
-_WEIGHTS = (
-    ("*.safetensors", "*.safetensors.index.json"),
-    ("pytorch_model*.bin", "pytorch_model*.bin.index.json", "adapter_model.bin"),
-)
+_INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
 _IGNORED = ("*/*", "consolidated*", "optimizer*")
 
@@ -78,6 +75,20 @@ def resolve(model_id: str, cache_dir: str | None = None, weights: bool = True) -
     return found
 
 
+def tokenizer_folder(model_id: str, cache_dir: str | None = None) -> Path:
+    """The folder that holds the tokenizer of a local folder or Hub id; no weights are downloaded.
+
+    Raises:
+        CheckpointError: No such folder or model, or no access to it.
+    """
+    local = Path(os.path.expanduser(model_id))
+    if local.is_dir():
+        return local
+    repo, _, revision = model_id.partition("@")
+    with _explained(model_id):
+        return _snapshot(repo, revision or None, cache_dir, _TEXTS)
+
+
 def on_hub(found: CheckpointFolder, cache_dir: str | None = None) -> MissingFileOpener:
     """Opens the safetensors files of a model that are on the Hub and not in its folder, to be read in ranges.
 
@@ -113,14 +124,27 @@ def _texts(model_id: str, cache_dir: str | None) -> CheckpointFolder | None:
 
 
 def _download(model_id: str, cache_dir: str | None) -> CheckpointFolder:
+    """The folder with a model's texts and with its weights in the format that is preferred; other files stay away."""
     repo, _, revision = model_id.partition("@")
-    for weights in _WEIGHTS:
-        with _explained(model_id):
-            folder = _snapshot(repo, revision or None, cache_dir, (*_TEXTS, *weights))
-        revision = folder.name
-        if any(folder.glob(weights[0])):
-            break
-    return CheckpointFolder(folder, model_id, revision)
+    with _explained(model_id):
+        folder = _snapshot(repo, revision or None, cache_dir, (*_TEXTS, *_INDICES))
+        for patterns in _formats(folder):
+            _snapshot(repo, folder.name, cache_dir, patterns)
+            if any(any(folder.glob(pattern)) for pattern in patterns):
+                break
+    return CheckpointFolder(folder, model_id, folder.name)
+
+
+def _formats(folder: Path) -> Iterator[tuple[str, ...]]:
+    """Yields the files of weights that a model may have, those that transformers prefers first, shards by its index."""
+    if (folder / "adapter_config.json").is_file():
+        yield ("adapter_model.safetensors",)
+        yield ("adapter_model.bin",)
+    for index in _INDICES:
+        yield (index.removesuffix(".index.json"),)
+        if (folder / index).is_file():
+            yield tuple(sorted(set(weight_map(folder / index).values())))
+    yield ("*.safetensors",)
 
 
 def _snapshot(repo: str, revision: str | None, cache_dir: str | None, patterns: Iterable[str]) -> Path:
@@ -176,5 +200,5 @@ def _check(found: CheckpointFolder) -> None:
     }
     missing = [what for what, is_there in wanted.items() if not is_there]
     if missing:
-        held = listing(found.folder)
-        raise CheckpointError(f"{found.id!r} has no {' and no '.join(missing)}; {found.folder} holds {held}")
+        held = foreign_weights(found.folder) or f"{found.folder} holds {listing(found.folder)}"
+        raise CheckpointError(f"{found.id!r} has no {' and no '.join(missing)}; {held}")

@@ -1,7 +1,6 @@
 """Weights of the Hub that are read in ranges of bytes, where a run needs a small part of them: nothing is kept."""
 
 import contextlib
-import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -13,7 +12,8 @@ from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
 from tracing_jax.checkpoint.errors import CheckpointError
-from tracing_jax.checkpoint.safetensors_file import MAX_HEADER_BYTES, SafetensorsFile, Target
+from tracing_jax.checkpoint.safetensors_file import SafetensorsFile, Target
+from tracing_jax.checkpoint.safetensors_header import MAX_HEADER_BYTES, HeaderError, read_header
 
 _REQUESTS_AT_ONCE = 16
 _TRIES = 4
@@ -42,10 +42,10 @@ class HubSafetensors(SafetensorsFile):
         if size > MAX_HEADER_BYTES:
             raise CheckpointError(f"{self._where}: not a safetensors file; its header would have {size} bytes")
         try:
-            header: dict[str, Any] = json.loads(self._bytes(8, size))
-        except ValueError as error:
-            raise CheckpointError(f"{self._where}: not a safetensors file ({type(error).__name__})") from None
-        self._take_header(self._where, header, size)
+            self._take_tensors(read_header(self._bytes(8, size)), size)
+        except HeaderError as error:
+            kind = "" if error.is_unsupported else "not a safetensors file: "
+            raise CheckpointError(f"{self._where}: {kind}{error}") from None
 
     def files(self) -> tuple[Path, ...]:
         """None: no file of it is on this machine."""

@@ -1,42 +1,25 @@
 """One safetensors file, whose tensors are read from the offsets in its header into memory of the caller's choice.
 
 The format: 8 bytes that hold the length of the header, the header (JSON), then the tensors' bytes, each in C order. The
-safetensors package checks the header; the bytes are read rather than mapped, so that pages of the file never count as
-memory of the process.
+header is untrusted: `safetensors_header` checks it. The bytes are read rather than mapped, so that pages of the file
+never count as memory of the process.
 """
 
 import itertools
-import json
 import math
-from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePath
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
-import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from tracing_jax.checkpoint.errors import CheckpointError, damaged
+from tracing_jax.checkpoint.foreign_files import content_of
+from tracing_jax.checkpoint.safetensors_header import MAX_HEADER_BYTES, HeaderError, StoredTensor, read_header
 
 Index = tuple[slice, ...]
 
 Target = tuple[int, memoryview]
 """A position in a file, in bytes, and the memory that the bytes from there on are read into."""
-
-NO_QUANTISED = "only unquantised weights (float64, float32, float16, bfloat16) are read; use the original checkpoint"
-_DTYPES = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype("<i8"),
-    "I32": np.dtype("<i4"),
-    "I16": np.dtype("<i2"),
-    "I8": np.dtype("i1"),
-    "U8": np.dtype("u1"),
-    "BOOL": np.dtype("?"),
-}
-MAX_HEADER_BYTES = 100_000_000  # the limit of the format
 
 
 class SafetensorsFile:
@@ -48,39 +31,38 @@ class SafetensorsFile:
         Raises:
             CheckpointError: It is damaged, or holds tensors of a dtype that is not read.
         """
-        try:
-            with safe_open(path, framework="numpy"):
-                pass
-        except SafetensorError as error:
-            raise CheckpointError(_why_unreadable(path, error)) from error
         self._path = path
+        size = path.stat().st_size
         with path.open("rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
-            self._take_header(path, json.loads(file.read(header_bytes)), header_bytes)
+            if not 2 <= header_bytes <= min(size - 8, MAX_HEADER_BYTES):
+                other = content_of(path)
+                raise CheckpointError(f"{path}: {other}" if other else damaged(path, "a safetensors file"))
+            text = file.read(header_bytes)
+        try:
+            tensors = read_header(text)
+        except HeaderError as error:
+            what = f"{path}: {error}" if error.is_unsupported else damaged(path, f"a safetensors file ({error})")
+            raise CheckpointError(what) from None
+        self._take_tensors(tensors, header_bytes)
+        expected = 8 + header_bytes + max((found.stop for found in tensors.values()), default=0)
+        if expected != size:
+            raise CheckpointError(damaged(path, f"{expected} bytes by its header"))
 
-    def _take_header(self, path: PurePath, header: dict[str, Any], header_bytes: int) -> None:
-        header.pop("__metadata__", None)
-        unknown = sorted(name for name, tensor in header.items() if tensor["dtype"] not in _DTYPES)
-        if unknown:
-            kinds = ", ".join(sorted({header[name]["dtype"] for name in unknown}))
-            raise CheckpointError(
-                f"{path}: {len(unknown)} tensors of dtype {kinds}, {unknown[0]!r} first; {NO_QUANTISED}"
-            )
-        self._shapes = {name: tuple(tensor["shape"]) for name, tensor in header.items()}
-        self._dtypes = {name: _DTYPES[tensor["dtype"]] for name, tensor in header.items()}
-        self._starts = {name: 8 + header_bytes + tensor["data_offsets"][0] for name, tensor in header.items()}
+    def _take_tensors(self, tensors: Mapping[str, StoredTensor], header_bytes: int) -> None:
+        self._tensors, self._data_start = tensors, 8 + header_bytes
 
     def names(self) -> tuple[str, ...]:
         """Names of all tensors, sorted."""
-        return tuple(sorted(self._shapes))
+        return tuple(sorted(self._tensors))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the tensor `name`."""
-        return self._shapes[name]
+        return self._tensors[name].shape
 
     def dtype(self, name: str) -> np.dtype:
         """Stored dtype of the tensor `name`."""
-        return self._dtypes[name]
+        return self._tensors[name].dtype
 
     def files(self) -> tuple[Path, ...]:
         """The file itself."""
@@ -94,8 +76,8 @@ class SafetensorsFile:
         """What `read` returns for each (name, index)."""
         found, targets = [], []
         for name, index in requests:
-            extent = [max(0, bound.stop - bound.start) for bound in _bounds(index, self._shapes[name])]
-            found.append(np.empty(extent, self._dtypes[name]))
+            extent = [max(0, bound.stop - bound.start) for bound in _bounds(index, self._tensors[name].shape)]
+            found.append(np.empty(extent, self._tensors[name].dtype))
             targets += self._targets(found[-1], name, index)
         self._fill(targets)
         return found
@@ -108,10 +90,11 @@ class SafetensorsFile:
         """Returns the contiguous ranges of the file that make up a slice, with the parts of `out` that they fill."""
         if not out.size:
             return []
-        shape, itemsize = self._shapes[name], self._dtypes[name].itemsize
+        stored = self._tensors[name]
+        shape, itemsize, data = stored.shape, stored.dtype.itemsize, self._data_start + stored.start
         memory, first, targets = out.reshape(-1).view(np.uint8).data, 0, []
         for start, size in _runs(shape, _bounds(index, shape)):
-            targets.append((self._starts[name] + start * itemsize, memory[first : first + size * itemsize]))
+            targets.append((data + start * itemsize, memory[first : first + size * itemsize]))
             first += size * itemsize
         return targets
 
@@ -147,18 +130,3 @@ def _runs(shape: Sequence[int], bounds: Index) -> Iterator[tuple[int, int]]:
     for leading in itertools.product(*(range(bound.start, bound.stop) for bound in bounds[:last])):
         start = sum(at * stride for at, stride in zip(leading, strides)) + bounds[last].start * strides[last]
         yield start, size
-
-
-def _why_unreadable(path: Path, error: SafetensorError) -> str:
-    """Distinguishes a truncated file from an unsupported one by the size that its header implies."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        header_size = int.from_bytes(file.read(8), "little")
-        try:
-            header = json.loads(file.read(min(header_size, size, MAX_HEADER_BYTES)))
-            expected = 8 + header_size + max(t["data_offsets"][1] for n, t in header.items() if n != "__metadata__")
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-            return damaged(path, f"a safetensors file ({error})")
-    if expected == size:
-        return f"{path}: {error}; {NO_QUANTISED}"
-    return damaged(path, f"{expected} bytes by its header")

@@ -10,8 +10,11 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from tracing_jax.checkpoint.errors import CheckpointError, damaged
-from tracing_jax.checkpoint.safetensors_file import NO_QUANTISED, Index, SafetensorsFile
+from tracing_jax.checkpoint.foreign_files import foreign_weights
+from tracing_jax.checkpoint.safetensors_file import Index, SafetensorsFile
+from tracing_jax.checkpoint.tensor_names import may_be_absent
 from tracing_jax.checkpoint.torch_zip import TorchZip
+from tracing_jax.complaints import grouped, shortened
 
 
 @runtime_checkable
@@ -40,17 +43,6 @@ class TensorStore(Protocol):
         """The files that hold the tensors, sorted."""
 
 
-# How the usual quantisers name what they store beside or instead of a weight.
-_PACKED = (
-    ".qweight",
-    ".qzeros",
-    ".weight_packed",
-    ".weight_scale",
-    ".weight_scale_inv",
-    ".absmax",
-    ".quant_map",
-    ".SCB",
-)
 # The bits of a dtype's exponent, all of which are set in NaN and in the infinities alone.
 _EXPONENT = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F80_0000, "float64": 0x7FF0_0000_0000_0000}
 _CHUNK = 1 << 16  # weights at a time: what is made of them stays in the cache of a core
@@ -62,33 +54,31 @@ MissingFileOpener = Callable[[str], TensorStore | None]
 
 
 def open_tensors(folder: Path, open_missing: MissingFileOpener = lambda name: None) -> TensorStore:
-    """The model weights in `folder`: safetensors if it has any, else PyTorch's `.bin`; whole or in shards.
+    """The model weights in `folder`: the file that transformers would load, safetensors before PyTorch's `.bin`.
+
+    A lone safetensors file of any other name is read where there is nothing else.
 
     Args:
         folder: Of a checkpoint.
         open_missing: Opens safetensors files that the folder lacks.
 
     Raises:
-        CheckpointError: Weights or shards are missing, damaged, quantised or contradict their index; all at once.
+        CheckpointError: Weights or shards are missing, damaged or contradict their index; all at once.
     """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return open_file(folder / name)
+        if (folder / f"{name}.index.json").is_file():
+            return _open_sharded(folder / f"{name}.index.json", open_missing)
     loose = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_"))
-    if (folder / "model.safetensors").is_file():
-        return open_file(folder / "model.safetensors")
-    if (folder / "model.safetensors.index.json").is_file():
-        return _open_sharded(folder / "model.safetensors.index.json", open_missing)
     if not loose and (remote := open_missing("model.safetensors")):
         return remote
     if len(loose) == 1:
         return open_file(loose[0])
     if loose:
         raise CheckpointError(f"{folder}: several *.safetensors but no model.safetensors.index.json; download it too")
-    if (folder / "pytorch_model.bin").is_file():
-        return open_file(folder / "pytorch_model.bin")
-    if (folder / "pytorch_model.bin.index.json").is_file():
-        return _open_sharded(folder / "pytorch_model.bin.index.json")
-    raise CheckpointError(
-        f"{folder}: no weights; expected *.safetensors or pytorch_model*.bin, found {listing(folder)}"
-    )
+    found = foreign_weights(folder) or f"found {listing(folder)}"
+    raise CheckpointError(f"{folder}: no weights; expected *.safetensors or pytorch_model*.bin, {found}")
 
 
 def open_file(path: Path) -> TensorStore:
@@ -97,11 +87,7 @@ def open_file(path: Path) -> TensorStore:
     Raises:
         CheckpointError: The file is damaged, or holds what is not a plain tensor.
     """
-    store: TensorStore = TorchZip(path) if path.suffix == ".bin" else SafetensorsFile(path)
-    packed = [name for name in store.names() if name.endswith(_PACKED)]
-    if packed:
-        raise CheckpointError(f"{path}: {len(packed)} packed weights such as {packed[0]!r}; {NO_QUANTISED}")
-    return store
+    return TorchZip(path) if path.suffix == ".bin" else SafetensorsFile(path)
 
 
 def all_finite(weights: np.ndarray) -> bool:
@@ -124,7 +110,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(damaged(path, f"JSON ({type(error).__name__})")) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found a {type(value).__name__}")
@@ -135,7 +121,7 @@ def listing(folder: Path) -> str:
     """Names of the files in `folder`, for a message."""
     names = sorted(path.name for path in folder.iterdir())
     more = f" and {len(names) - 12} more" if len(names) > 12 else ""
-    return ", ".join(names[:12]) + more if names else "nothing"
+    return ", ".join(map(shortened, names[:12])) + more if names else "nothing"
 
 
 class _Sharded:
@@ -173,7 +159,7 @@ class _Sharded:
 
 def _open_sharded(index_path: Path, open_missing: MissingFileOpener = lambda name: None) -> TensorStore:
     """All shards that an index names, with exactly the tensors it promises where it promises them."""
-    promised = _weight_map(index_path)
+    promised = weight_map(index_path)
     shards: list[TensorStore] = []
     problems = []
     for file_name in sorted(set(promised.values())):
@@ -188,20 +174,28 @@ def _open_sharded(index_path: Path, open_missing: MissingFileOpener = lambda nam
             problems.extend(error.problems)
             continue
         absent = sorted({name for name, owner in promised.items() if owner == file_name} - set(shards[-1].names()))
-        problems.extend(f"{path}: lacks {name!r}, which {index_path.name} promises; download both" for name in absent)
+        problems.extend(
+            f"{path}: lacks {name!r}, which {index_path.name} promises; download both"
+            for name in absent
+            if not may_be_absent(name)  # what cannot be derived after all is missed when the model is put together
+        )
     held = Counter(name for shard in shards for name in shard.names())
     problems.extend(f"{index_path.parent}: {name!r} is in {n} shards" for name, n in held.items() if n > 1)
     if problems:
-        raise CheckpointError(*problems)
+        raise CheckpointError(*grouped(problems))
     return _Sharded(shards)
 
 
-def _weight_map(index_path: Path) -> dict[str, str]:
-    """File of every tensor. Only plain names are followed: an index must not lead out of its folder."""
-    weight_map = read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+def weight_map(index_path: Path) -> dict[str, str]:
+    """File of every tensor. Only plain names are followed: an index must not lead out of its folder.
+
+    Raises:
+        CheckpointError: The index is no such file, or names one that is not plain.
+    """
+    found = read_json(index_path).get("weight_map")
+    if not isinstance(found, dict) or not found:
         raise CheckpointError(f"{index_path}: no weight_map from tensor to file; download it again")
-    strange = [file for file in weight_map.values() if not isinstance(file, str) or not _PLAIN_NAME.fullmatch(file)]
+    strange = [file for file in found.values() if not isinstance(file, str) or not _PLAIN_NAME.fullmatch(file)]
     if strange:
-        raise CheckpointError(f"{index_path}: {strange[0]!r} is no name of a weight file in this folder")
-    return weight_map
+        raise CheckpointError(f"{index_path}: {shortened(repr(strange[0]))} is no name of a weight file in this folder")
+    return found

@@ -1,6 +1,7 @@
 """Tokenizers, and text or random tokens as blocks of token ids, with their number of bytes."""
 
 import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 from jaxtyping import Int, Int32, Int64
 
+from tracing_jax.complaints import shortened
 from tracing_jax.data.documents import Documents, Source
 
 if TYPE_CHECKING:
@@ -55,6 +57,9 @@ class TokenBlocks:
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Returns the fast tokenizer stored in a checkpoint's folder; code in the folder is never run.
 
+    Of a sentencepiece model without `tokenizer.json` transformers makes a fast tokenizer. Special tokens that are
+    empty, as the first Llama conversions wrote them, are those that Llama's sentencepiece model has.
+
     Raises:
         FileNotFoundError: The folder holds no tokenizer.
         ValueError: transformers cannot load it, or only as a slow tokenizer, which knows no character offsets.
@@ -68,12 +73,27 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True, **_in_place_of_empty(folder)
+        )
     except Exception as error:  # the Rust reader raises plain Exception
-        raise ValueError(f"{folder}: transformers cannot load this tokenizer: {error}") from error
+        reason = shortened(error, 400)
+        if "trust_remote_code" in str(error):
+            reason = "it is made by code in the repository, which is never run"
+        raise ValueError(f"{folder}: transformers cannot load this tokenizer: {reason}") from error
     if not tokenizer.is_fast:
         raise ValueError(f"{folder}: a slow tokenizer, expected a fast one: add its tokenizer.json to the folder")
     return tokenizer
+
+
+def _in_place_of_empty(folder: Path) -> dict[str, str]:
+    """Returns the special tokens of Llama's vocabulary in place of those that a tokenizer's config leaves empty."""
+    try:
+        settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    usual = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return {name: token for name, token in usual.items() if isinstance(settings, dict) and settings.get(name) == ""}
 
 
 def token_blocks(

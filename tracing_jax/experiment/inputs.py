@@ -7,19 +7,26 @@ from dataclasses import dataclass, fields
 import jax
 
 from tracing_jax.alignment import alignment_problems, beyond_permutations
-from tracing_jax.arch import Arch, length_problem
+from tracing_jax.arch import Arch, head_problem, length_problem
 from tracing_jax.axes import axis_table
 from tracing_jax.checkpoint import Checkpoint
 from tracing_jax.dataclass_options import ConfigError
 from tracing_jax.experiment.models import (
     open_controls,
     open_models,
-    open_tokenizer,
+    open_tokenizers,
     reads_part_only,
     shared_vocabulary,
 )
 from tracing_jax.experiment.text import RunText, read_text
-from tracing_jax.experiment.validation import RENAMING, make_statistics, text_readers, without_needless
+from tracing_jax.experiment.validation import (
+    RENAMING,
+    make_statistics,
+    statistic_names,
+    text_readers,
+    with_fitting_blocks,
+    without_needless,
+)
 from tracing_jax.options import RunOptions
 from tracing_jax.rewrites import Rewrite, arch_after, draw_rewrites
 from tracing_jax.statistics import Statistic, Vocabularies
@@ -71,12 +78,13 @@ def open_inputs(options: RunOptions) -> RunInputs:
     """
     base, ft = open_models(options)
     disguise = _draw_disguise(options, ft)
+    options, fitting_notes = with_fitting_blocks(options, base.arch, ft.arch)
     ft_arch = arch_after(disguise, ft.arch)
     statistics = without_needless(options, make_statistics(options), base.arch, ft_arch)
     needs_text = bool(text_readers(options, statistics))
     if lines := _option_problems(options, base, ft, needs_text):
         raise ConfigError("\n  ".join(["the config does not fit the models:", *lines]))
-    tokenizer_base, tokenizer_ft = (open_tokenizer(checkpoint, needs_text) for checkpoint in (base, ft))
+    tokenizer_base, tokenizer_ft, tokenizer_notes = open_tokenizers(options, base, ft, needs_text)
     vocabularies = shared_vocabulary(base, ft, tokenizer_base, tokenizer_ft)
     not_applicable = inapplicable(statistics, base.arch, ft_arch, vocabularies)
     not_alignable = "; ".join(_alignment_problems(options, base.arch, ft_arch, vocabularies)) if options.align else None
@@ -93,6 +101,9 @@ def open_inputs(options: RunOptions) -> RunInputs:
         needs_resident=options.align and bool(beyond_permutations(options.align_axes)),
         reads_part_only=reads_part_only(options),
         notes=[
+            *(f"{side}: {note}" for side, model in (("base", base), ("ft", ft)) for note in model.notes),
+            *tokenizer_notes,
+            *fitting_notes,
             *_pair_notes(base.arch, ft_arch, vocabularies, "mode" in statistics and "mode" not in not_applicable),
             *_option_notes(options, base.arch, ft.arch, statistics, not_alignable),
         ],
@@ -119,9 +130,15 @@ def _draw_disguise(options: RunOptions, ft: Checkpoint) -> tuple[Rewrite, ...]:
 def _option_problems(options: RunOptions, base: Checkpoint, ft: Checkpoint, needs_text: bool) -> list[str]:
     """Returns the options that do not fit these models."""
     lines = []
-    for checkpoint in (base, ft) if needs_text else ():
-        if problem := length_problem(checkpoint.arch, options.block_size):
-            lines.append(f"block_size={options.block_size}: {checkpoint.id}: {problem}")
+    lengths = {"block_size": options.block_size} if needs_text else {}
+    if "csh" in statistic_names(options):
+        lengths["csh.block_size"] = options.csh.block_size
+    for checkpoint in (base, ft):
+        for name, length in lengths.items():
+            if problem := length_problem(checkpoint.arch, length):
+                lines.append(f"{name}={length}: {checkpoint.id}: {problem}")
+        if options.eval and (problem := head_problem(checkpoint.arch)):
+            lines.append(f"eval: {checkpoint.id}: {problem}")
     if options.permute:
         try:
             axis_table(ft.arch).axes_of_kind(options.permute_axes)
@@ -143,7 +160,9 @@ def _pair_notes(base: Arch, ft: Arch, vocabularies: Vocabularies, on_path: bool)
     """Returns what a reader should know of these two models."""
     notes = []
     if not vocabularies.known:
-        notes.append("a model has no tokenizer files: nothing is known of how the two vocabularies correspond")
+        unknown = "nothing is known of how the two vocabularies correspond"
+        by_id = f"; both have {base.vocab_size} tokens, which are taken to be the same, id by id"
+        notes.append(unknown + (by_id if vocabularies.same else ""))
     elif not vocabularies.same:
         notes.append(
             f"different tokenizers ({len(vocabularies.ids_base)} tokens shared): each model's perplexity is on its own "

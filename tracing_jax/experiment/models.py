@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from tracing_jax import demo
-from tracing_jax.checkpoint import Checkpoint, open_checkpoint
+from tracing_jax.checkpoint import Checkpoint, open_checkpoint, tokenizer_folder
+from tracing_jax.complaints import shortened
 from tracing_jax.data import load_tokenizer, same_tokenizer, shared_tokens, unseen_tokens
 from tracing_jax.dataclass_options import ConfigError
 from tracing_jax.experiment.validation import DEMO, statistic_names
@@ -64,24 +65,42 @@ def open_controls(options: RunOptions, base: Checkpoint, tokenizer_base: Any) ->
     return found
 
 
-def open_tokenizer(checkpoint: Checkpoint, needed: bool) -> Any:
-    """Returns the tokenizer of a model; None if it has no tokenizer files.
+def open_tokenizers(
+    options: RunOptions, base: Checkpoint, ft: Checkpoint, needed: bool
+) -> tuple[Any | None, Any | None, list[str]]:
+    """Returns the tokenizers of both models, None for one that cannot be read, and notes on those that cannot.
 
     Raises:
-      FileNotFoundError: it has none, and one is needed.
+      FileNotFoundError, ValueError: one cannot be read, and is needed; or the one of `tokenizer_id` cannot.
     """
+    notes: list[str] = []
+    found = [_open_tokenizer(options, side, model, needed, notes) for side, model in (("base", base), ("ft", ft))]
+    return found[0], found[1], notes
+
+
+def _open_tokenizer(options: RunOptions, side: str, model: Checkpoint, needed: bool, notes: list[str]) -> Any | None:
+    """Returns a model's tokenizer, or the one that the options name, or None; the last two add to the notes."""
     try:
-        return load_tokenizer(checkpoint.tokenizer_folder)
-    except FileNotFoundError:
+        return load_tokenizer(model.tokenizer_folder)
+    except (FileNotFoundError, ValueError) as error:
+        if options.tokenizer_id:
+            notes.append(f"{side}: the tokenizer is that of {options.tokenizer_id}; its own cannot be read")
+            return load_tokenizer(tokenizer_folder(options.tokenizer_id))
         if needed:
             raise
+        notes.append(f"{side} has no tokenizer that can be read: {shortened(error, 400)}")
         return None
 
 
 def shared_vocabulary(base: Checkpoint, ft: Checkpoint, tokenizer_base: Any, tokenizer_ft: Any) -> Vocabularies:
-    """Returns how the tokens correspond, among those that both models have an embedding for."""
+    """Returns how the tokens correspond, among those that both models have an embedding for.
+
+    Vocabularies of one size of which a tokenizer cannot be read are taken to be the same.
+    """
     if tokenizer_base is None or tokenizer_ft is None:
-        return Vocabularies(False, np.zeros(0, np.int32), np.zeros(0, np.int32), known=False)
+        same = base.arch.vocab_size == ft.arch.vocab_size
+        ids = np.arange(base.arch.vocab_size if same else 0, dtype=np.int32)
+        return Vocabularies(same, ids, ids, known=False)
     ids_base, ids_ft = shared_tokens(tokenizer_base, tokenizer_ft)
     embedded = (ids_base < base.arch.vocab_size) & (ids_ft < ft.arch.vocab_size)
     unseen = unseen_tokens(tokenizer_base, tokenizer_ft, base.arch.vocab_size, ft.arch.vocab_size)

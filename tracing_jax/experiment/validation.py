@@ -86,6 +86,22 @@ def without_needless(
     return {name: statistic for name, statistic in statistics.items() if name in asked or name not in needless}
 
 
+def with_fitting_blocks(options: RunOptions, base: Arch, ft: Arch) -> tuple[RunOptions, list[str]]:
+    """Returns the options with default block sizes that both models can read, and notes on those that were changed."""
+    most = min((arch.num_positions for arch in (base, ft) if arch.num_positions is not None), default=None)
+    if most is None:
+        return options, []
+    changed, notes, default = options, [], RunOptions()
+    if options.block_size == default.block_size > most:
+        changed = replace(changed, block_size=most, num_tokens=max(options.num_tokens, most))
+        notes.append(f"block_size: {most}, which is as many positions as the models have, not {default.block_size}")
+    if options.csh.block_size == default.csh.block_size > most:
+        changed = replace(changed, csh=replace(options.csh, block_size=most))
+        if "csh" in statistic_names(options):
+            notes.append(f"csh.block_size: {most}, which is as many positions as the models have")
+    return changed, notes
+
+
 def make_statistics(options: RunOptions) -> dict[str, Statistic]:
     """Returns the statistics of a run by name; where no text is named, `match` and `match_all` by weights alone."""
     if not has_text(options):

@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from tracing_jax.arch import Arch, length_problem
+from tracing_jax.arch import Arch, head_problem, length_problem
 from tracing_jax.models.layers import Cache, LayerInputs, attention, einsum, linear, mlp, mlp_inner, norm, scaled
 from tracing_jax.models.taps import taps_problem
 from tracing_jax.tree import Tree
@@ -134,7 +134,13 @@ def apply_mlp(
 def apply_head(
     arch: Arch, params: Tree, x: Float[Array, "*A B T D"], embedding: Float[Array, "V D"] | None
 ) -> Float[Array, "*A B T V"]:
-    """Returns the logits in float32 from the subtree `head`; a tied model needs its embedding table."""
+    """Returns the logits in float32 from the subtree `head`; a tied model needs its embedding table.
+
+    Raises:
+      ValueError: the model has no head.
+    """
+    if problem := head_problem(arch):
+        raise ValueError(problem)
     x = norm(arch, params.get("norm", {}), x)
     if arch.tied:
         assert embedding is not None, "a tied head needs the embedding table"

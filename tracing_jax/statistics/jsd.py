@@ -7,7 +7,7 @@ import numpy as np
 from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.forward import divergences
-from tracing_jax.statistics.statistic import Pair, Result, Vocabularies
+from tracing_jax.statistics.statistic import Pair, Result, Vocabularies, heads_not_applicable
 
 
 class Jsd(options.Jsd):
@@ -23,7 +23,8 @@ class Jsd(options.Jsd):
 
     def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns the reason why the predictions cannot be compared; empty if they can."""
-        return [] if len(vocabularies.ids_base) else ["the vocabularies share no token to predict"]
+        shared = [] if len(vocabularies.ids_base) else ["the vocabularies share no token to predict"]
+        return heads_not_applicable(base, ft) + shared
 
     def compute(self, pair: Pair) -> Result:
         """Returns the mean over all paired positions; one forward pass per model."""

@@ -15,7 +15,7 @@ from tracing_jax.interpolation import interpolated_leaves, path_groups
 from tracing_jax.rewrites import Permutations
 from tracing_jax.statistics.permuted_copies import draw_permutations, permutation_result
 from tracing_jax.statistics.pvalues import permutation_test
-from tracing_jax.statistics.statistic import Curve, Pair, Result, Vocabularies
+from tracing_jax.statistics.statistic import Curve, Pair, Result, Vocabularies, heads_not_applicable
 
 _LABEL = "midpoint loss (nats per token)"
 
@@ -40,7 +40,7 @@ class Mode(options.Mode):
 
     def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns reasons why these groups cannot be interpolated between these models; empty if they can."""
-        lines = []
+        lines = heads_not_applicable(base, ft)
         if base.num_layers != ft.num_layers:
             lines.append(f"different depth: {base.num_layers} and {ft.num_layers} layers have no path between them")
         else:

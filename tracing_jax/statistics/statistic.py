@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
-from tracing_jax.arch import Arch
+from tracing_jax.arch import Arch, head_problem
 from tracing_jax.data import IdPairs, PairedBlocks, paired_one_to_one
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sharding import Compute
@@ -195,6 +195,12 @@ class Statistic(Protocol):
 
     def compute(self, pair: Pair) -> Result:
         """Returns the statistic of the pair."""
+
+
+def heads_not_applicable(base: Arch, ft: Arch) -> list[str]:
+    """Returns the reasons why predictions cannot be compared; empty if both models predict tokens."""
+    found = {"base": head_problem(base), "ft": head_problem(ft)}
+    return [f"{side}: {problem}" for side, problem in found.items() if problem]
 
 
 def depths_not_applicable(base: Arch, ft: Arch, reason: str) -> list[str]:

@@ -1,0 +1,336 @@
+"""Checkpoints as real tools write them are read as transformers and PEFT read them, or refused in one line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from parity_cases import CASES, Case
+from safetensors.numpy import save_file
+from torch_zip_writer import write_arrays
+
+from tracing_jax.checkpoint import Checkpoint, CheckpointError, load, open_checkpoint, save_checkpoint
+from tracing_jax.checkpoint.hf_layouts import leaf_layouts
+from tracing_jax.checkpoint.tensor_layout import tensor_shapes
+from tracing_jax.forward import logits
+from tracing_jax.sharding import make_mesh
+from tracing_jax.sources import in_memory
+from tracing_jax.statistics import Vocabularies
+from tracing_jax.statistics.csu import Csu
+from tracing_jax.statistics.mode import Mode
+from tracing_jax.tree import flatten
+
+_UNTIED, _TIED = CASES["qwen3-gqa-untied-default"], CASES["gemma2-mha-tied-default"]
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+NO_TOKENS = Vocabularies(False, np.zeros(0, np.int32), np.zeros(0, np.int32), known=False)
+_Q = "model.layers.0.self_attn.q_proj"
+
+
+def _tensors(case: Case, dtype: Any = np.float32) -> dict[str, np.ndarray]:
+    shapes = tensor_shapes(leaf_layouts(case.arch()).values())
+    return {name: case.weight(name, shape).astype(dtype) for name, shape in shapes.items()}
+
+
+def _write(folder: Path, case: Case, tensors: dict[str, np.ndarray], file: str = "model.safetensors") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(case.config))
+    save_file(tensors, folder / file) if file.endswith("safetensors") else write_arrays(folder / file, tensors)
+    return folder
+
+
+def _open(folder: Path) -> Checkpoint:
+    return open_checkpoint(str(folder))
+
+
+def _assert_same(found: Checkpoint, expected: Any) -> None:
+    ours, theirs = (flatten(in_memory(source).params) for source in (found, expected))
+    assert ours.keys() == theirs.keys()
+    for name, leaf in theirs.items():
+        np.testing.assert_array_equal(ours[name], leaf, err_msg=name)
+
+
+def _said(folder: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        _open(folder)
+    assert len(str(caught.value)) < 4000
+    return str(caught.value)
+
+
+# Tied heads
+
+
+def test_head_that_differs_from_a_tied_embedding_is_the_models_own(tmp_path):
+    tensors = _tensors(_TIED)
+    head = tensors[_EMBEDDING] + 1
+    opened = _open(_write(tmp_path, _TIED, tensors | {_HEAD: head}))
+    assert not opened.arch.tied
+    np.testing.assert_array_equal(opened.head()["lm_head"]["kernel"], head.T)
+    np.testing.assert_array_equal(opened.embed()["embedding"], tensors[_EMBEDDING])
+    assert "differs from the embedding, so the two are not tied" in opened.notes[0]
+    save_checkpoint(tmp_path / "ours", opened, companions=tmp_path)
+    _assert_same(_open(tmp_path / "ours"), opened)
+
+
+def test_a_difference_in_the_last_row_alone_unties(tmp_path):
+    tensors = _tensors(_TIED)
+    head = tensors[_EMBEDDING].copy()
+    head[-1, -1] += 1
+    assert not _open(_write(tmp_path, _TIED, tensors | {_HEAD: head})).arch.tied
+
+
+def test_tied_model_of_which_only_the_head_is_stored(tmp_path):
+    tensors = _tensors(_TIED)
+    stored = tensors | {_HEAD: tensors[_EMBEDDING]}
+    del stored[_EMBEDDING]
+    opened = _open(_write(tmp_path, _TIED, stored))
+    _assert_same(opened, _TIED.source())
+    assert "the embedding is lm_head.weight, to which it is tied" in opened.notes[0]
+
+
+def test_index_may_promise_what_follows_from_other_tensors(tmp_path):
+    folder = _write(tmp_path, _TIED, _tensors(_TIED), "part.safetensors")
+    names = [*_tensors(_TIED), _HEAD, "model.layers.0.self_attn.rotary_emb.inv_freq"]
+    index = {"weight_map": dict.fromkeys(names, "part.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    _assert_same(_open(folder), _TIED.source())
+
+
+def test_untied_model_without_a_head_is_read_and_predicts_nothing(tmp_path):
+    tensors = _tensors(_UNTIED) | {"score.weight": np.ones((2, 24), np.float32)}
+    del tensors[_HEAD]
+    opened = _open(_write(tmp_path, _UNTIED, tensors))
+    assert not opened.arch.has_head
+    assert "lm_head.weight is missing: the model predicts no tokens" in opened.notes
+    assert sorted(flatten(opened.head())) == ["norm/scale"]
+    assert Mode().not_applicable(_UNTIED.arch(), opened.arch, NO_TOKENS)[0].startswith("ft: its checkpoint has no head")
+    assert not Csu().not_applicable(_UNTIED.arch(), opened.arch, NO_TOKENS)
+    with pytest.raises(ValueError, match="no head"):
+        logits(load(opened, make_mesh()), np.zeros((1, 3), np.int32))
+
+
+# Adapters of tied models
+
+
+def _adapter(folder: Path, base: Path, tensors: dict[str, np.ndarray], **config: Any) -> Path:
+    folder.mkdir()
+    settings = {"peft_type": "LORA", "base_model_name_or_path": str(base), "r": 2, "lora_alpha": 2}
+    (folder / "adapter_config.json").write_text(json.dumps(settings | config))
+    named = {f"base_model.model.{name}": np.asarray(value, np.float32) for name, value in tensors.items()}
+    save_file(named, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_head_of_a_tied_base_stays_when_an_adapter_saves_the_embedding(tmp_path):
+    tensors = _tensors(_TIED)
+    base = _write(tmp_path / "base", _TIED, tensors)
+    opened = _open(_adapter(tmp_path / "lora", base, {_EMBEDDING: tensors[_EMBEDDING] + 1}))
+    assert not opened.arch.tied
+    np.testing.assert_array_equal(opened.head()["lm_head"]["kernel"], tensors[_EMBEDDING].T)
+    np.testing.assert_array_equal(opened.embed()["embedding"], tensors[_EMBEDDING] + 1)
+
+
+def test_adapter_that_saves_both_alike_keeps_them_tied(tmp_path):
+    tensors = _tensors(_TIED)
+    base, new = _write(tmp_path / "base", _TIED, tensors), tensors[_EMBEDDING] + 1
+    opened = _open(_adapter(tmp_path / "lora", base, {_EMBEDDING: new, _HEAD: new}, ensure_weight_tying=True))
+    assert opened.arch.tied
+    np.testing.assert_array_equal(opened.embed()["embedding"], new)
+
+
+def test_adapter_of_other_layers_leaves_a_tied_model_tied(tmp_path):
+    base = _write(tmp_path / "base", _TIED, _tensors(_TIED))
+    rows, columns = _tensors(_TIED)[f"{_Q}.weight"].shape
+    factors = {f"{_Q}.lora_A.weight": np.ones((2, columns)), f"{_Q}.lora_B.weight": np.ones((rows, 2))}
+    assert _open(_adapter(tmp_path / "lora", base, factors)).arch.tied
+
+
+def test_adapters_that_are_each_others_base_are_refused(tmp_path):
+    first = _adapter(tmp_path / "first", tmp_path / "second", {_EMBEDDING: np.ones((2, 2))})
+    _adapter(tmp_path / "second", first, {_EMBEDDING: np.ones((2, 2))})
+    assert "its base is an adapter that has it as its base" in _said(first)
+
+
+def test_adapter_on_an_adapter_is_merged_into_both(tmp_path):
+    tensors = _tensors(_UNTIED)
+    base = _write(tmp_path / "base", _UNTIED, tensors)
+    rows, columns = tensors[f"{_Q}.weight"].shape
+    factors = {f"{_Q}.lora_A.weight": np.ones((2, columns)), f"{_Q}.lora_B.weight": np.ones((rows, 2))}
+    first = _adapter(tmp_path / "first", base, factors)
+    opened = _open(_adapter(tmp_path / "second", first, factors))
+    np.testing.assert_allclose(opened.tensors.read(f"{_Q}.weight"), tensors[f"{_Q}.weight"] + 4, rtol=1e-6)
+
+
+_PEFT = {
+    "saved embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "saved head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "saved both": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    "saved, tied": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "factors of the embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "factors of the head": {"target_modules": ["q_proj", "lm_head"]},
+    "factors, tied": {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+}
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", _PEFT)
+def test_logits_of_an_adapter_on_a_tied_base_are_those_of_peft(tmp_path, case):
+    torch, transformers, peft = map(pytest.importorskip, ("torch", "transformers", "peft"))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "vocab_size": 11, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=True)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, lora_alpha=3, task_type="CAUSAL_LM", **_PEFT[case]))
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+        model.save_pretrained(tmp_path / "lora")
+        tokens = np.arange(10).reshape(2, 5)
+        expected = model.eval()(torch.tensor(tokens)).logits.numpy()
+    found = logits(load(_open(tmp_path / "lora"), make_mesh()), tokens.astype(np.int32))
+    np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("stored", "what"),
+    [
+        (lambda name: f"_orig_mod.{name}", "compiled"),
+        (lambda name: f"module.{name}", "parallel"),
+        (lambda name: f"module._orig_mod.{name}", "both"),
+        (lambda name: f"_orig_mod.module.{name}", "both, the other way round"),
+        (lambda name: f"language_model.{name}", "LLaVA before transformers 4.52"),
+        (
+            lambda name: name if name == _HEAD else "model.language_model." + name.removeprefix("model."),
+            "multimodal models since",
+        ),
+        (lambda name: f"model.language_model.{name}", "its text model whole"),
+        (lambda name: f"_fsdp_wrapped_module.{name}".replace("self_attn", "_fsdp_wrapped_module.self_attn"), "FSDP"),
+        (lambda name: name.replace("mlp.", "_checkpoint_wrapped_module.mlp."), "activation checkpointing"),
+    ],
+)
+def test_what_tools_put_in_front_of_names_is_left_out(stored, what, tmp_path):
+    named = {stored(name): tensor for name, tensor in _tensors(_UNTIED).items()}
+    opened = _open(_write(tmp_path, _UNTIED, named))
+    _assert_same(opened, _UNTIED.source())
+    assert "tensors were renamed" in opened.notes[0], what
+
+
+def test_two_names_for_one_tensor_are_refused(tmp_path):
+    tensors = _tensors(_UNTIED)
+    said = _said(_write(tmp_path, _UNTIED, tensors | {f"_orig_mod.{_HEAD}": tensors[_HEAD] + 1}))
+    assert "would all be lm_head.weight" in said
+
+
+def test_unknown_prefix_of_all_names_is_named_once(tmp_path):
+    named = {f"policy.actor.{name}": tensor for name, tensor in _tensors(_UNTIED).items()}
+    said = _said(_write(tmp_path, _UNTIED, named))
+    assert "names of all tensors begin with 'policy.actor.', as in policy.actor.model." in said
+    assert len(said) < 400
+
+
+def test_complaints_of_all_layers_are_one(tmp_path):
+    tensors = {name: value for name, value in _tensors(_UNTIED).items() if ".up_proj." not in name}
+    extra = {f"model.layers.{i}.mlp.router.weight": np.zeros((3, 24), np.float32) for i in range(2)}
+    said = _said(_write(tmp_path, _UNTIED, tensors | extra | {"x" * 5000: np.zeros(1, np.float32)}))
+    assert "missing tensor model.layers.{0..1}.mlp.up_proj.weight (40, 24) (2 of them)" in said
+    assert "unexpected tensor model.layers.{0..1}.mlp.router.weight (3, 24) (2 of them)" in said
+    assert len(said) < 1000
+
+
+def test_extra_tensors_that_no_language_model_reads_are_a_note(tmp_path):
+    extra = {
+        "v_head.summary.weight": (1, 24),
+        "v_head.summary.bias": (1,),
+        "score.weight": (2, 24),
+        "model.layers.0.self_attn.k_proj.k_scale": (1,),
+        "model.layers.1.self_attn.v_scale": (1,),
+        "model.layers.0.self_attn.rotary_emb.cos_cached": (1, 4),
+        "model.layers.0.self_attn.rotary_emb.sin_cached": (1, 4),
+        "vision_tower.encoder.layers.0.weight": (2, 2),
+    }
+    tensors = _tensors(_UNTIED) | {name: np.ones(shape, np.float32) for name, shape in extra.items()}
+    opened = _open(_write(tmp_path, _UNTIED, tensors))
+    _assert_same(opened, _UNTIED.source())
+    notes = "\n".join(opened.notes)
+    assert "3 tensors are left out, heads for other tasks" in notes
+    assert "2 tensors are left out, scales of cached keys" in notes
+    assert "1 tensors are left out, parts for other inputs" in notes
+
+
+@pytest.mark.parametrize("partly", [False, True])
+def test_float64_weights_are_rounded_once(partly, tmp_path):
+    rng = np.random.default_rng(0)
+    tensors: dict[str, np.ndarray] = {
+        name: rng.normal(size=tensor.shape).astype(np.float32 if partly and "proj" in name else np.float64)
+        for name, tensor in _tensors(_UNTIED).items()
+    }
+    opened = _open(_write(tmp_path, _UNTIED, tensors))
+    kernel = opened.layer(0)["attn_norm"]["scale"]
+    assert kernel.dtype == np.float32
+    np.testing.assert_array_equal(kernel, tensors["model.layers.0.input_layernorm.weight"].astype(np.float32))
+    assert "are float64 and were rounded to float32" in opened.notes[0]
+
+
+# Files
+
+
+def test_bin_is_read_beside_a_stray_safetensors(tmp_path):
+    folder = _write(tmp_path, _UNTIED, _tensors(_UNTIED), "pytorch_model.bin")
+    save_file({"stray": np.ones(3, np.float32)}, folder / "training_state.safetensors")
+    _assert_same(_open(folder), _UNTIED.source())
+
+
+def test_shards_that_the_index_does_not_name_are_not_opened(tmp_path):
+    folder = _write(tmp_path, _UNTIED, _tensors(_UNTIED), "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(_tensors(_UNTIED), "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model-00001-of-00003.safetensors").write_bytes(b"stale")
+    _assert_same(_open(folder), _UNTIED.source())
+
+
+@pytest.mark.parametrize(
+    ("file", "what"),
+    [
+        ("tf_model.h5", "TensorFlow weights"),
+        ("flax_model.msgpack", "Flax weights"),
+        ("consolidated.00.pth", "Meta's original format"),
+        ("model.pt", "rename it to pytorch_model.bin"),
+        ("__0_0.distcp", "distributed checkpoint of PyTorch"),
+        ("model.onnx", "ONNX"),
+        ("weights.npz", "MLX"),
+    ],
+)
+def test_weights_in_other_formats_are_named_for_what_they_are(file, what, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(_UNTIED.config))
+    (tmp_path / file).write_bytes(b"\x89")
+    said = _said(tmp_path)
+    assert f"{file} is " in said
+    assert what in said
+
+
+@pytest.mark.parametrize(
+    ("start", "what"),
+    [
+        (b"GGUF\3\0\0\0", "a GGUF file"),
+        (b"PK\x03\x04", "a zip file"),
+        (b"\x80\x02}", "before 1.6"),
+        (b"\x89HDF\r\n", "HDF5"),
+    ],
+)
+def test_a_file_of_another_format_under_the_name_of_weights_is_named(start, what, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(_UNTIED.config))
+    (tmp_path / "model.safetensors").write_bytes(start + bytes(64))
+    assert what in _said(tmp_path)
+
+
+def test_bfloat16_is_kept(tmp_path):
+    opened = _open(_write(tmp_path, _UNTIED, _tensors(_UNTIED, ml_dtypes.bfloat16)))
+    assert opened.layer(0)["attn_norm"]["scale"].dtype == ml_dtypes.bfloat16

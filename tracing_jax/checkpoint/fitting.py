@@ -1,0 +1,153 @@
+"""How the tensors of a checkpoint fit the model that its config describes, and what is wrong where they do not."""
+
+import itertools
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tracing_jax.arch import Arch
+from tracing_jax.checkpoint.derived_tensors import Alias, Cast, DerivedTensors, RenamedTensors
+from tracing_jax.checkpoint.errors import CheckpointError
+from tracing_jax.checkpoint.hf_layouts import LeafLayouts, leaf_layouts
+from tracing_jax.checkpoint.tensor_layout import tensor_shapes
+from tracing_jax.checkpoint.tensor_names import ignored_notes, is_constant, plain_names, unknown_prefix
+from tracing_jax.checkpoint.tensors import TensorStore
+from tracing_jax.complaints import grouped, shortened
+
+_ROWS = 4096  # of the embedding, compared at a time
+_DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A model whose tensors are all there, and notes on what was done for that."""
+
+    arch: Arch
+    tensors: TensorStore
+    notes: tuple[str, ...]
+
+
+def with_plain_names(store: TensorStore) -> tuple[TensorStore, list[str]]:
+    """Returns the tensors under the names that transformers gives them, and a note where they had others.
+
+    Raises:
+      CheckpointError: two tensors would have the same name.
+    """
+    stored_names = plain_names(store.names())
+    changed = [(name, stored) for name, stored in stored_names.items() if name != stored]
+    if not changed:
+        return store, []
+    name, stored = changed[0]
+    note = f"{len(changed)} of {len(stored_names)} tensors were renamed: {shortened(stored)} is {shortened(name)}"
+    return RenamedTensors(store, stored_names), [note]
+
+
+def tied_names(arch: Arch, names: Collection[str]) -> tuple[str, str]:
+    """Returns the names of the tensors of the embedding and of the head, whether or not the head is there."""
+    layouts = leaf_layouts(replace(arch, tied=False), names)
+    return layouts["embed/embedding"].slices[0].tensor, layouts["head/lm_head/kernel"].slices[0].tensor
+
+
+def fitted(arch: Arch, store: TensorStore, *, compare_rows: bool = True) -> Fitted:
+    """Returns the model of these tensors, untied where they say so, in dtypes that are computed with.
+
+    Args:
+      arch: the facts of the model by its config.
+      store: its tensors, under plain names.
+      compare_rows: whether a head that is stored beside the embedding of a tied model is compared with it now;
+        otherwise when it is read.
+
+    Raises:
+      CheckpointError: tensors are missing, unexpected or of the wrong shape or dtype, all at once.
+    """
+    store, rounded = _rounded(store)
+    arch, store, tying = _tied_as_stored(arch, store, compare_rows)
+    if not arch.tied and (head := tied_names(arch, store.names())[1]) not in store.names():
+        arch, tying = replace(arch, tied=True, has_head=False), [f"{head} is missing: the model predicts no tokens"]
+    problems, ignored = _problems(arch, store)
+    if problems:
+        raise CheckpointError(*problems)
+    return Fitted(arch, store, (*rounded, *tying, *ignored))
+
+
+def _rounded(store: TensorStore) -> tuple[TensorStore, list[str]]:
+    wide = {name: Cast(store, name, np.dtype(np.float32)) for name in store.names() if store.dtype(name) == np.float64}
+    if not wide:
+        return store, []
+    return DerivedTensors(store, wide), [f"{len(wide)} tensors are float64 and were rounded to float32"]
+
+
+def _tied_as_stored(arch: Arch, store: TensorStore, compare_rows: bool) -> tuple[Arch, TensorStore, list[str]]:
+    """Returns a model whose config ties its head to the embedding as its tensors have it, as transformers does."""
+    if not arch.tied:
+        return arch, store, []
+    names = set(store.names())
+    embedding, head = tied_names(arch, names)
+    if head not in names:
+        return arch, store, []
+    if embedding not in names:
+        note = f"{shortened(embedding)} is not in the files; the embedding is {shortened(head)}, to which it is tied"
+        return arch, DerivedTensors(store, {embedding: Alias(store, head)}, {head}), [note]
+    if not compare_rows:
+        return arch, store, []
+    if _are_equal(store, embedding, head):
+        return arch, DerivedTensors(store, {}, {head}), []
+    note = f"{head} differs from the embedding, so the two are not tied, although config.json says tie_word_embeddings"
+    return replace(arch, tied=False), store, [note]
+
+
+def _are_equal(store: TensorStore, embedding: str, head: str) -> bool:
+    if store.shape(embedding) != store.shape(head):
+        return False
+    rows = store.shape(embedding)[0] if store.shape(embedding) else 0
+    bounds = [0, min(16, rows), *range(_ROWS, rows, _ROWS), rows]  # most that differ do so in the first rows
+    for start, stop in itertools.pairwise(bounds):
+        ours, theirs = store.read_many([(name, (slice(start, stop),)) for name in (embedding, head)])
+        if not np.array_equal(ours, theirs):
+            return False
+    return True
+
+
+def _problems(arch: Arch, store: TensorStore) -> tuple[list[str], list[str]]:
+    """Returns what is wrong with the tensors of a model, and notes on extra ones that are left out."""
+    names = set(store.names())
+    layouts = leaf_layouts(arch, names)
+    wanted = tensor_shapes(layouts.values())
+    if prefix := unknown_prefix(names, wanted):
+        example = shortened(prefix + next(name for name in wanted if prefix + name in names))
+        return [f"the names of all tensors begin with {shortened(prefix)!r}, as in {example}: rename them"], []
+    lines = [f"missing tensor {name} {shape}" for name, shape in wanted.items() if name not in names]
+    lines += _wrong_tensors(store, {name: shape for name, shape in wanted.items() if name in names})
+    lines += _mixed_dtypes(layouts, store, names)
+    extra = sorted(name for name in names - wanted.keys() if not is_constant(name))
+    if arch.tied:
+        extra = [name for name in extra if name != tied_names(arch, names)[1]]  # compared when the embedding is read
+    ignored, notes = ignored_notes(extra)
+    lines += [f"unexpected tensor {shortened(n, 200)} {store.shape(n)}" for n in extra if n not in ignored]
+    return grouped(lines), notes
+
+
+def _wrong_tensors(store: TensorStore, wanted: dict[str, tuple[int, ...]]) -> list[str]:
+    lines = [
+        f"wrong shape of {name}: {store.shape(name)}, config.json asks for {shape}"
+        for name, shape in wanted.items()
+        if store.shape(name) != shape
+    ]
+    lines += [
+        f"dtype {store.dtype(name)} of {name} is not supported; convert to one of {', '.join(_DTYPES)}"
+        for name in wanted
+        if str(store.dtype(name)) not in _DTYPES
+    ]
+    return lines
+
+
+def _mixed_dtypes(layouts: LeafLayouts, store: TensorStore, names: set[str]) -> list[str]:
+    """Returns the leaves whose tensors differ in dtype."""
+    lines = []
+    for leaf, layout in layouts.items():
+        tensors = [part.tensor for part in layout.slices if part.tensor in names]
+        dtypes = sorted({str(store.dtype(tensor)) for tensor in tensors})
+        if len(dtypes) > 1:
+            lines.append(f"the tensors of {leaf} ({tensors[0]} ...) are {' and '.join(dtypes)}; convert them to one")
+    return lines

@@ -1,0 +1,108 @@
+"""`open_checkpoint`: a local folder or a Hub id becomes a `Checkpoint`; no weight is read."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import logging
+
+from tracing_jax.arch import Arch, read_arch_and_notes
+from tracing_jax.checkpoint.adapter import base_id, is_adapter, merged
+from tracing_jax.checkpoint.checkpoint import Checkpoint
+from tracing_jax.checkpoint.errors import CheckpointError
+from tracing_jax.checkpoint.fitting import fitted, tied_names, with_plain_names
+from tracing_jax.checkpoint.hub import CheckpointFolder, on_hub, resolve
+from tracing_jax.checkpoint.tensors import TensorStore, open_tensors
+from tracing_jax.complaints import listed
+
+_TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+_MOST_ADAPTERS = 8
+"""On top of each other; more is taken for a mistake."""
+
+
+class _Files(NamedTuple):
+    """What lies in the folder of a model, or of its base if it is an adapter."""
+
+    folder: Path
+    tokenizer_folder: Path
+    arch: Arch
+    tensors: TensorStore
+    notes: tuple[str, ...]
+
+
+def open_checkpoint(
+    model_id: str, cache_dir: str | None = None, in_ranges: bool = False, adapter_base: str | None = None
+) -> Checkpoint:
+    """Returns the checkpoint of a local folder or Hub id (`org/name` or `org/name@revision`), to be read part by part.
+
+    A LoRA adapter is merged into its base as that is read. The base is the local folder or Hub repository that the
+    adapter's config names, which is logged. Of the weights only a head is read that is stored beside the embedding of a
+    tied model, to see whether it is the same.
+
+    Args:
+      model_id: of the model.
+      cache_dir: where downloads are kept, see `resolve`.
+      in_ranges: whether weights that are on the Hub, and not in its cache, stay there, and are read in ranges of bytes:
+        for runs that look at a small part of them.
+      adapter_base: the base to merge an adapter into, whatever its config names; of no effect on other models.
+
+    Raises:
+      CheckpointError: not found, not readable, or tensors missing, unexpected or of the wrong shape, all at once.
+      UnsupportedModelError: the config asks for something this package does not compute.
+    """
+    found = resolve(model_id, cache_dir, weights=not in_ranges)
+    files = _open_files(found, cache_dir, in_ranges, adapter_base, ())
+    try:
+        model = fitted(files.arch, files.tensors, compare_rows=not in_ranges)
+    except CheckpointError as error:
+        raise CheckpointError(*(f"{model_id}: {problem}" for problem in error.problems)) from error
+    notes = (*files.notes, *model.notes)
+    for note in notes:
+        logging.info("%s: %s", found.id, note)
+    return Checkpoint(
+        found.id, found.revision, files.folder, files.tokenizer_folder, model.arch, model.tensors, notes=notes
+    )
+
+
+def _open_files(
+    found: CheckpointFolder, cache_dir: str | None, in_ranges: bool, adapter_base: str | None, above: tuple[Path, ...]
+) -> _Files:
+    """Returns the tensors of a folder under plain names; those of an adapter merged into its base's.
+
+    Args:
+      found: the folder.
+      cache_dir: see `open_checkpoint`.
+      in_ranges: see `open_checkpoint`.
+      adapter_base: see `open_checkpoint`.
+      above: the folders of the adapters whose base this is.
+    """
+    if is_adapter(found.folder):
+        return _open_adapter(found, cache_dir, adapter_base, (*above, found.folder.resolve()))
+    arch, notes = read_arch_and_notes(found.folder)
+    stored = open_tensors(found.folder, on_hub(found, cache_dir)) if in_ranges else open_tensors(found.folder)
+    tensors, renaming = with_plain_names(stored)
+    return _Files(found.folder, found.folder, arch, tensors, (*notes, *renaming))
+
+
+def _open_adapter(
+    found: CheckpointFolder, cache_dir: str | None, adapter_base: str | None, chain: tuple[Path, ...]
+) -> _Files:
+    base = _resolve_base(found, cache_dir, adapter_base)
+    if base.folder.resolve() in chain or len(chain) > _MOST_ADAPTERS:
+        raise CheckpointError(f"{found.id}: its base is an adapter that has it as its base: {listed(chain)}")
+    files = _open_files(base, cache_dir, False, None, chain)
+    tied = tied_names(files.arch, files.tensors.names()) if files.arch.tied else None
+    tokenizer = found.folder if any((found.folder / name).exists() for name in _TOKENIZERS) else files.tokenizer_folder
+    return files._replace(tensors=merged(files.tensors, found.folder, tied), tokenizer_folder=tokenizer)
+
+
+def _resolve_base(adapter: CheckpointFolder, cache_dir: str | None, given: str | None) -> CheckpointFolder:
+    """Returns the folder of an adapter's base, and logs which model that is and where it is read from."""
+    model_id, source = (given, "as given") if given else (base_id(adapter.folder), "named by its adapter_config.json")
+    try:
+        base = resolve(model_id, cache_dir)
+    except CheckpointError as error:
+        reasons = (f"{adapter.id}: its base model {model_id}, {source}: {problem}" for problem in error.problems)
+        raise CheckpointError(*reasons) from error
+    where = f"commit {base.revision} of the Hub" if base.revision else f"folder {base.folder.resolve()}"
+    logging.info("%s: a LoRA adapter, merged into %s (%s), read from %s", adapter.id, model_id, source, where)
+    return base

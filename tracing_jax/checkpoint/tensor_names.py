@@ -1,0 +1,89 @@
+"""Names of tensors as training tools and multimodal models write them, without what the language model's lack."""
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable
+
+from tracing_jax.checkpoint.errors import CheckpointError
+from tracing_jax.complaints import listed, shortened
+
+# torch.compile, FSDP and activation checkpointing wrap a module, and their component stands in the names of what is
+# inside, at whatever depth. No module of a model is called so.
+_WRAPPER = re.compile(r"(?:(?<=\.)|^)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
+_PARALLEL = "module."  # DataParallel and DeepSpeed: in front of every name, or of none
+_LANGUAGE_MODEL = re.compile(r"(model\.)?language_model\.(?P<rest>.+)")
+
+_CONSTANT = re.compile(
+    r".*rotary_(pos_)?emb\.(inv_freq|cos_cached|sin_cached)|.*\.(attn|attention)\.(masked_)?bias"
+    r"|(transformer\.)?h\.\d+\.attn\.(masked_)?bias"
+)
+_IGNORED = {
+    "heads for other tasks": re.compile(r"(v_head|value_head|score|classifier|reward_head|regression_head)\..+"),
+    "scales of cached keys and values, or of activations": re.compile(
+        r".*\.([kvq]|kv|prob|input|output|activation)_scale"
+    ),
+    "parts for other inputs than text": re.compile(
+        r"(model\.)?(vision_tower|vision_model|visual|vit|multi_modal_projector|mm_projector|image_newline|audio_tower"
+        r"|speech_encoder|embed_vision|embed_audio)(\..+)?"
+    ),
+}
+
+
+def is_constant(name: str) -> bool:
+    """Returns whether a tensor follows from the config: rotary frequencies and causal masks of old checkpoints."""
+    return _CONSTANT.fullmatch(name) is not None
+
+
+def may_be_absent(name: str) -> bool:
+    """Returns whether an index may promise a tensor that no shard holds: one that may follow from others."""
+    return is_constant(name) or name.endswith(("lm_head.weight", "embed_tokens.weight", "wte.weight"))
+
+
+def ignored_notes(names: Iterable[str]) -> tuple[set[str], list[str]]:
+    """Returns which of these extra tensors no language model reads, and a note on each kind of them."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        for kind, pattern in _IGNORED.items():
+            if pattern.fullmatch(name):
+                found.setdefault(kind, []).append(name)
+    notes = [f"{len(members)} tensors are left out, {kind}: {listed(members, 3)}" for kind, members in found.items()]
+    return {name for members in found.values() for name in members}, notes
+
+
+def plain_names(stored: Collection[str]) -> dict[str, str]:
+    """Returns the names that transformers gives to the tensors of a language model -> the names that they have here.
+
+    Raises:
+      CheckpointError: two tensors would have the same name.
+    """
+    parallel = bool(stored) and all(_plain(name).startswith(_PARALLEL) for name in stored)
+    plain = {name: _plain(name, parallel) for name in stored}
+    if twice := [name for name, count in Counter(plain.values()).items() if count > 1]:
+        clash = [name for name, other in plain.items() if other == twice[0]]
+        raise CheckpointError(
+            f"{listed(clash)} would all be {shortened(twice[0])} without what training tools put in front; keep one"
+        )
+    return {other: name for name, other in plain.items()}
+
+
+def _plain(name: str, parallel: bool = False) -> str:
+    name = _WRAPPER.sub("", name)
+    while parallel and name.startswith(_PARALLEL):
+        name = _WRAPPER.sub("", name.removeprefix(_PARALLEL))
+    inner = _LANGUAGE_MODEL.fullmatch(name)
+    if inner is None:
+        return name
+    rest = inner["rest"]
+    of_backbone = inner[1] and not rest.startswith(("model.", "lm_head."))
+    return f"model.{rest}" if of_backbone else rest
+
+
+def unknown_prefix(names: Collection[str], wanted: Collection[str]) -> str | None:
+    """Returns what stands in front of the names of all tensors that were expected without it; None if nothing does."""
+    some = [name for name in wanted if name not in names][:1]
+    for expected in some:
+        ends = [name.removesuffix(expected) for name in names if name.endswith(f".{expected}")]
+        prefix = min(ends, key=len, default=None)
+        if prefix and sum(prefix + name in names for name in wanted) * 2 > len(wanted):
+            return prefix
+    return None
