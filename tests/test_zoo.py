@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from tracing_jax.options import RunOptions
 from tracing_jax.zoo import ModelList, ZooFolder, claims, make_plan, read_models, read_plan, root_of
 from tracing_jax.zoo.launching import left_to_do, status, write_plan
+from tracing_jax.zoo.report import write_report
+from tracing_jax.zoo.report.contents import contents_of
 from tracing_jax.zoo.slurm import batches, script
 from tracing_jax.zoo.worker import trace_pairs
 
@@ -259,6 +261,28 @@ def test_plan_is_not_replaced_while_another_is_worked_on(folder, tmp_path):
     )
     with pytest.raises(ValueError, match=r"(?s)these models cannot be read:.*/x: .*/y: "):
         write_plan(folder, missing)
+
+
+def test_models_that_cannot_be_read_are_left_out_on_request(folder, tmp_path):
+    """Their pairs are gone, the report lists them, and what was made from one counts as made from its parent."""
+    gone, only = (str(tmp_path / name) for name in ("gone", "only"))
+    tree = {"org/a": {gone: ["org/b", "org/c"]}}
+    plan = make_plan(listed(tmp_path, {"tree": tree}), RunOptions(stat=("csu",)))
+    with pytest.raises(ValueError, match=r"(?s)cannot be read:.*/gone: .*--skip_unreadable"):
+        write_plan(folder, plan)
+    write_plan(folder, plan, skip_unreadable=True)
+    assert list(folder.plan.by_name) == ["a--b", "a--c", "b--c"]
+    assert folder.plan == read_plan(folder.path)
+    assert folder.plan.parents == {"org/a": None, "org/b": "org/a", "org/c": "org/a"}
+    assert all(pair.related for pair in folder.plan.pairs)
+    assert f"left out, {gone}: '{gone}' is no folder" in status(folder)
+    contents = contents_of(folder)
+    assert contents.as_dict()["left_out"] == [{"id": gone, "why": f"{gone!r} is no folder; expected a folder"}]
+    page = write_report(folder).read_text("utf-8")
+    assert "Models left out" in page
+    assert gone in page
+    with pytest.raises(ValueError, match="no pair is left"):
+        write_plan(folder, make_plan(pairs_of("org/a", only), RunOptions(stat=("csu",))), skip_unreadable=True)
 
 
 def test_script_asks_slurm_for_what_was_asked_for(folder):

@@ -59,6 +59,9 @@ class ZooOptions:
     pairs_per_job: int = option(1, "slurm: pairs of one element, one after another.", at_least=1, group="zoo")
     wait: bool = option(True, "slurm: wait for the end and write the report.", group="zoo")
     status: bool = option(False, "Print the state of the pairs, and do nothing.", group="zoo")
+    skip_unreadable: bool = option(
+        False, "Trace the models that can be read; the report lists the others with the reason.", group="zoo"
+    )
     retry: bool = option(False, "Take the list and the options that are in the folder.", group="zoo")
     slurm: Slurm = Slurm()
 
@@ -118,7 +121,7 @@ def _plan(folder: Any, zoo: ZooOptions, config: Any) -> None:
         check_config(plan.options_of(plan.pairs[0], folder.path))
         folder.plan = plan  # shown, and not written: the folder may hold the records of another
     else:
-        write_plan(folder, plan)
+        write_plan(folder, plan, zoo.skip_unreadable)
 
 
 def _start(folder: Any, zoo: ZooOptions) -> None:

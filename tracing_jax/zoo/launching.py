@@ -12,7 +12,7 @@ from tracing_jax.experiment import check_config
 from tracing_jax.experiment.models import is_local, resolve_model_id
 from tracing_jax.report import text_table
 from tracing_jax.zoo.folder import STATES, ZooFolder
-from tracing_jax.zoo.plan import PLAN, ZooPlan
+from tracing_jax.zoo.plan import PLAN, ZooPlan, without_models
 from tracing_jax.zoo.slurm import queued
 
 _POLL_SECONDS = 2.0
@@ -21,14 +21,25 @@ _IDLE_SECONDS = 15.0
 _SHOWN = 20
 
 
-def write_plan(folder: ZooFolder, plan: ZooPlan) -> None:
+def write_plan(folder: ZooFolder, plan: ZooPlan, skip_unreadable: bool = False) -> None:
     """Checks a plan, as far as it can be checked without a network, and writes it into the zoo's folder.
+
+    Args:
+      folder: of the zoo.
+      plan: what is to be traced there.
+      skip_unreadable: whether local models that cannot be read are left out of the plan, with a warning.
 
     Raises:
       ValueError: the config cannot run, a local model cannot be read, or another plan is being worked on there.
     """
     check_config(plan.options_of(plan.pairs[0], folder.path))
-    _check_models(plan)
+    if unreadable := _unreadable(plan):
+        lines = [f"{model}: {reason}" for model, reason in unreadable.items()]
+        if not skip_unreadable:
+            lines.append("leave them out of the list, or trace the others with --skip_unreadable")
+            raise ValueError("\n  ".join(["these models cannot be read:", *lines]))
+        logging.warning("%d models are left out, which cannot be read:\n  %s", len(lines), "\n  ".join(lines))
+        plan = without_models(plan, unreadable)
     folder.path.mkdir(parents=True, exist_ok=True)
     if (folder.path / PLAN).exists():
         if folder.plan == plan:
@@ -42,16 +53,15 @@ def write_plan(folder: ZooFolder, plan: ZooPlan) -> None:
     folder.reload_plan()
 
 
-def _check_models(plan: ZooPlan) -> None:
-    """Opens every local model, without reading weights; all problems are reported at once."""
-    lines = []
+def _unreadable(plan: ZooPlan) -> dict[str, str]:
+    """Returns the local models that cannot be opened, each with the reason; no weight is read."""
+    found = {}
     for model in filter(is_local, plan.names):
         try:
             open_checkpoint(resolve_model_id(model))
         except (ValueError, OSError) as error:
-            lines.append(f"{model}: {error}")
-    if lines:
-        raise ValueError("\n  ".join(["these models cannot be read:", *lines]))
+            found[model] = str(error)
+    return found
 
 
 def running_or_queued(folder: ZooFolder) -> list[str]:
@@ -93,6 +103,7 @@ def status(folder: ZooFolder) -> str:
     idle = sum(states[name].state != "running" for name in waiting)
     line = ", ".join(f"{count[state]} {state}" for state in STATES) + (f" ({idle} queued)" if idle else "")
     lines = [f"{folder.path}: {len(states)} pairs: {line}"]
+    lines += [f"left out, {model}: {reason.splitlines()[0]}" for model, reason in folder.plan.left_out.items()]
     rows = [
         [name, found.state, waiting.get(name, ""), found.error]
         for name, found in states.items()

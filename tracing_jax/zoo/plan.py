@@ -5,7 +5,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -164,12 +164,14 @@ class ZooPlan:
       pairs: in the order in which they are traced.
       parents: see `ModelList`.
       config: the fields that the runs of all pairs share.
+      left_out: models of the list that cannot be read -> why.
     """
 
     names: Mapping[str, str]
     pairs: tuple[PlannedPair, ...]
     parents: Mapping[str, str | None] | None
     config: Mapping[str, Any]
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def by_name(self) -> Mapping[str, PlannedPair]:
@@ -197,6 +199,34 @@ def make_plan(models: ModelList, config: RunOptions | ConfigDict | Mapping[str, 
     asked = plain(RunOptions.from_config(config).as_dict())
     shared = {name: value for name, value in asked.items() if name not in _OF_A_PAIR}
     return ZooPlan(names, pairs, models.parents, shared)
+
+
+def without_models(plan: ZooPlan, left_out: Mapping[str, str]) -> ZooPlan:
+    """Returns the plan without these models and their pairs; what was made from one counts as made from its parent.
+
+    Args:
+      plan: to trace them too.
+      left_out: their ids, each with the reason.
+
+    Raises:
+      ValueError: no pair would be left.
+    """
+    pairs = tuple(pair for pair in plan.pairs if not {pair.base, pair.ft} & left_out.keys())
+    if not pairs:
+        raise ValueError(f"no pair is left without {', '.join(left_out)}")
+    parents = plan.parents
+    if parents is not None:
+        parents = {model: _nearest(parents, model, left_out) for model in parents if model not in left_out}
+    names = {model: name for model, name in plan.names.items() if model not in left_out}
+    return replace(plan, names=names, pairs=pairs, parents=parents, left_out=dict(left_out))
+
+
+def _nearest(parents: Mapping[str, str | None], model: str, left_out: Mapping[str, str]) -> str | None:
+    """Returns the nearest ancestor of a model that is not left out."""
+    parent = parents[model]
+    while parent is not None and parent in left_out:
+        parent = parents[parent]
+    return parent
 
 
 def read_plan(folder: Path) -> ZooPlan:

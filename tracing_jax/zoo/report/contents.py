@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -86,6 +86,7 @@ class Contents:
       order: all models, as the heatmap shows them.
       lineages, directions: of each family, the tree of closest relatives and the direction of each of its edges.
       measured: the models whose weights were measured.
+      left_out: models of the list that could not be read, by their ids -> why.
     """
 
     ids: Mapping[str, str]
@@ -97,6 +98,7 @@ class Contents:
     directions: Sequence[Sequence[Direction]]
     uniformity: Uniformity
     measured: Sequence[str]
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def families(self) -> list[tuple[str, ...]]:
@@ -139,6 +141,7 @@ class Contents:
             "verdicts": self.verdicts,
             "families": [self._family_dict(i) for i in range(len(self.families))],
             "alone": self.alone,
+            "left_out": [{"id": model, "why": why} for model, why in self.left_out.items()],
             "disagreements": [asdict(line) for line in self.disagreements],
             "missed_edges": [{"parent": parent, "child": child} for parent, child in self.missed],
             "no_evidence_p": asdict(self.uniformity),
@@ -184,6 +187,7 @@ def make_contents(plan: ZooPlan, rows: Sequence[PairRow], measures: ModelMeasure
         directions=[directions(tree.edges, _within(tree, related), measures) for tree in lineages],
         uniformity=uniformity(rows),
         measured=[name for name in names if measures.get(name) is not None],
+        left_out=plan.left_out,
     )
 
 

@@ -56,7 +56,7 @@ def html(contents: Contents, title: str) -> str:
         families_text=_FAMILIES_TEXT if contents.families else ("No two models are related.",),
         families=[family_part(i, contents) for i in range(len(contents.families))],
         alone=contents.alone,
-        before=[*_disagreements(contents), *_not_done(contents)],
+        before=[*_disagreements(contents), *_left_out(contents), *_not_done(contents)],
         uniformity=_bars(contents.uniformity),
         after=[_pairs(contents.rows), _models(contents)],
         grouped=Markup(_safe_json(_grouped(contents) if drawn.paths else {"names": [], "rows": []})),
@@ -110,6 +110,12 @@ def _disagreements(contents: Contents) -> list[Section]:
     text += [f"Not drawn: {parent} → {child}" for parent, child in contents.missed]
     table = table_of(("", "pair", "found", "known"), rows) if rows else None
     return [Section("Disagreements with the known tree", text, table=table)]
+
+
+def _left_out(contents: Contents) -> list[Section]:
+    cells = [[model, why] for model, why in contents.left_out.items()]
+    text = ["They are in the list of models, could not be read, and are in no pair."]
+    return [_folded("Models left out", text, ("model", "why"), cells)] if cells else []
 
 
 def _not_done(contents: Contents) -> list[Section]:
