@@ -11,7 +11,7 @@ from absl import logging
 
 from tracing_jax.alignment import Alignment
 from tracing_jax.record import FORMAT, RunFiles, atomic_write, legacy_dict, write_json, write_pickle
-from tracing_jax.report import figure_of_pairs, figure_of_run, html, pairs_html, save_png
+from tracing_jax.report import figure_of_pairs, html, images_of_run, pairs_html, save_png
 
 
 def save_run(
@@ -29,8 +29,9 @@ def save_run(
     for name, found in (arrays or {}).items():
         files.folder.mkdir(exist_ok=True)
         atomic_write(files.folder / f"{name}.npz", _npz(found))
-    save_png(figure_of_run(record), files.png)
-    atomic_write(files.html, html(record).encode())
+    images = images_of_run(record)
+    atomic_write(files.png, images.whole)
+    atomic_write(files.html, html(record, images).encode())
     write_json(files.json, record)
     logging.info("wrote %s and, beside it, json, png and html", files.pickle)
 

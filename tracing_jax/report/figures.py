@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 from tracing_jax.record import atomic_write
 from tracing_jax.report import p_value_panels, panels
@@ -41,7 +43,7 @@ def path_figure(
         groups: the groups of weights that move along the path, where not all do.
         title: of the axes.
     """
-    return _figure([_path_panel(title, curves, groups)])
+    return _figure([[_path_panel(title, curves, groups)]])
 
 
 def pairs_figure(
@@ -68,7 +70,7 @@ def pairs_figure(
         height_inches = 1.6 + 0.35 * len(families)
         found.append(_Panel(f"p-values against {base}", p_value_panels.draw_pairs, data, height_inches))
     nothing = {"text": "No pair has a path or a p-value that enters a verdict."}
-    return _figure(found or [_Panel("No figure", panels.draw_text, nothing, 1.0)])
+    return _figure([[panel] for panel in found or [_Panel("No figure", panels.draw_text, nothing, 1.0)]])
 
 
 def figure_of_run(record: Mapping[str, Any]) -> Figure:
@@ -77,19 +79,46 @@ def figure_of_run(record: Mapping[str, Any]) -> Figure:
     Tests with p-values by layer, which exist for the pair as given only, replace the panel of one value per layer.
     A statistic with none of these shows its headline numbers; a run without any result shows the reasons.
     """
-    statistics = with_bounded_p_values(record)["statistics"]
-    level = _log10_level(record)
-    found = [panel for name, sides in statistics.items() for panel in _panels(name, sides, level)]
+    found = _groups_of_run(record)
     if not found:
+        statistics = record["statistics"]
         text = "\n".join(f"{subject(name, sides)}: {outcome(sides)}" for name, sides in statistics.items())
-        found = [_Panel("No statistic of this run has a figure", panels.draw_text, {"text": text}, 1.5)]
-    return _figure(found)
+        nothing = _Panel("No statistic of this run has a figure", panels.draw_text, {"text": text}, 1.5)
+        return _figure([[nothing]])
+    return _figure(list(found.values()))
+
+
+@dataclass(frozen=True)
+class RunImages:
+    """The figure of a run as a PNG of 160 dots per inch, and the part of each statistic that has one as another."""
+
+    whole: bytes
+    by_statistic: Mapping[str, bytes]
+
+
+def images_of_run(record: Mapping[str, Any]) -> RunImages:
+    """The images of a run; all is laid out and drawn once, and the parts are cut from the whole."""
+    names, figure = list(_groups_of_run(record)), figure_of_run(record)
+    drawn = png(figure)
+    whole, parts = Image.open(io.BytesIO(drawn)), {}
+    for name, part in zip(names, figure.subfigs):
+        # matplotlib counts from the bottom, at the resolution of the figure itself
+        scale = whole.height / figure.bbox.height
+        top, bottom = (round((figure.bbox.height - edge) * scale) for edge in (part.bbox.y1, part.bbox.y0))
+        parts[name] = _encoded(whole.crop((0, top, whole.width, bottom)))
+    return RunImages(drawn, parts)
 
 
 def png(figure: Figure) -> bytes:
     """The figure as the bytes of a PNG of 160 dots per inch."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DOTS_PER_INCH)
+    return buffer.getvalue()
+
+
+def _encoded(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="png")
     return buffer.getvalue()
 
 
@@ -101,6 +130,13 @@ def save_png(figure: Figure, path: str | PurePath) -> None:
 def _path_panel(title: str, curves: Mapping[str, Mapping[str, Any]], groups: Sequence[str]) -> _Panel:
     curves = {name: {**curve, "groups": list(groups)} for name, curve in curves.items()}
     return _Panel(title, panels.draw_path, curves, 3.5)
+
+
+def _groups_of_run(record: Mapping[str, Any]) -> dict[str, list[_Panel]]:
+    """The panels of each statistic that has any."""
+    statistics, level = with_bounded_p_values(record)["statistics"], _log10_level(record)
+    found = {name: _panels(name, sides, level) for name, sides in statistics.items()}
+    return {name: group for name, group in found.items() if group}
 
 
 def _log10_level(record: Mapping[str, Any]) -> float | None:
@@ -145,13 +181,16 @@ def _evidence_panels(name: str, results: Mapping[str, Any], level: float | None)
     return found
 
 
-def _figure(found: Sequence[_Panel]) -> Figure:
-    heights = [panel.height_inches for panel in found]
+def _figure(groups: Sequence[Sequence[_Panel]]) -> Figure:
+    """The panels below one another, each group in a part of its own."""
+    heights = [sum(panel.height_inches for panel in group) for group in groups]
     figure = Figure(figsize=(_WIDTH_INCHES, sum(heights)), facecolor="white")
     figure.set_layout_engine("constrained", h_pad=0.1)
-    grid = figure.subplots(len(found), squeeze=False, gridspec_kw={"height_ratios": heights})
-    for axes, panel in zip(grid[:, 0], found, strict=True):
-        panels.style(axes)
-        panel.draw(axes, panel.data)
-        axes.set_title(panel.title, loc="left", pad=9, fontsize=10, color=panels.INK, wrap=True, parse_math=False)
+    parts = np.ravel(figure.subfigures(len(groups), 1, height_ratios=heights))
+    for part, group in zip(parts, groups, strict=True):
+        ratios = {"height_ratios": [panel.height_inches for panel in group]}
+        for axes, panel in zip(part.subplots(len(group), squeeze=False, gridspec_kw=ratios)[:, 0], group, strict=True):
+            panels.style(axes)
+            panel.draw(axes, panel.data)
+            axes.set_title(panel.title, loc="left", pad=9, fontsize=10, color=panels.INK, wrap=True, parse_math=False)
     return figure

@@ -8,7 +8,7 @@ from typing import Any
 from tracing_jax.record import plain, total_seconds
 from tracing_jax.report.bounded_p_values import with_bounded_p_values
 from tracing_jax.report.evidence_tables import map_blocks, null_blocks, place_blocks, tests_blocks
-from tracing_jax.report.figures import figure_of_run, png
+from tracing_jax.report.figures import RunImages, images_of_run
 from tracing_jax.report.formatting import (
     log10_cell,
     outcome,
@@ -49,15 +49,22 @@ _CURVE = {
 }
 
 
-def html(record: Mapping[str, Any]) -> str:
-    """One HTML page with the verdict, figures, numbers and provenance of a run; everything in it is escaped."""
-    record = with_bounded_p_values(plain(record))
+def html(record: Mapping[str, Any], images: RunImages | None = None) -> str:
+    """One HTML page with the verdict, figures, numbers and provenance of a run; everything in it is escaped.
+
+    Args:
+      record: of the run.
+      images: of the record, where they have been drawn.
+    """
+    record = plain(record)
+    images = images or images_of_run(record)
+    record = with_bounded_p_values(record)
     verdict = record.get("verdict")
     summary = [(subject(name, sides), outcome(sides)) for name, sides in record["statistics"].items()]
     return Page(
         title=(requested_model(record, "ft"), requested_model(record, "base")),
         summary=summary,
-        sections=_sections(record),
+        sections=_sections(record, images),
         banner=Banner(verdict["verdict"], verdict["meaning"], verdict_facts(verdict)) if verdict else None,
         first=_verdict_sections(verdict) if verdict else (),
     ).html()
@@ -87,10 +94,9 @@ def _verdict_sections(verdict: Mapping[str, Any]) -> list[Section]:
     return found
 
 
-def _sections(record: Mapping[str, Any]) -> list[Section]:
+def _sections(record: Mapping[str, Any], images: RunImages) -> list[Section]:
     perplexity, alignment = record.get("perplexity"), record.get("alignment")
-    verdict = record.get("verdict")
-    found = [_statistic(name, sides, verdict) for name, sides in record["statistics"].items()]
+    found = [_statistic(name, sides, images) for name, sides in record["statistics"].items()]
     if perplexity:
         found.append(Section("Perplexity", table=columns_table(perplexity, _PERPLEXITY)))
     if record.get("disguised"):
@@ -110,11 +116,11 @@ def _sections(record: Mapping[str, Any]) -> list[Section]:
     return [*found, Section("What ran", table=facts_table(ran)), Section("Configuration", code=code)]
 
 
-def _statistic(name: str, sides: Mapping[str, Any], verdict: Mapping[str, Any] | None) -> Section:
+def _statistic(name: str, sides: Mapping[str, Any], images: RunImages) -> Section:
     results = results_by_side(sides)
     if not results:
         return Section(name, text=[outcome(sides)])
-    figure = base64.b64encode(png(figure_of_run({"statistics": {name: sides}, "verdict": verdict}))).decode()
+    figure = base64.b64encode(images.by_statistic.get(name, b"")).decode()
     table = columns_table({side: _numbers(result) for side, result in results.items()})
     blocks = [*tests_blocks(results), *null_blocks(results), *map_blocks(results), *place_blocks(results)]
     layers = {side: result["per_layer"] for side, result in results.items() if result.get("per_layer")}
