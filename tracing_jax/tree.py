@@ -1,11 +1,14 @@
 """Pytrees by leaf name: `layers/3/mlp/up_proj/kernel` is the one way in which this package addresses a weight."""
 
+import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jaxtyping import Array, Int
 
 Tree = Any
 """Any pytree; for model parameters, nested dicts with arrays at the leaves."""
@@ -64,3 +67,15 @@ def _whole(leaf: Any) -> np.ndarray:
 def readable(array: jax.Array) -> jax.Array | np.ndarray:
     """Returns an array whose every element this process can read: itself, or where others hold parts of it, a copy."""
     return array if jax.process_count() == 1 else to_host(array)
+
+
+def taken(leaf: jax.Array | np.ndarray, indices: Int[np.ndarray, " n"], axis: int = 0) -> jax.Array | np.ndarray:
+    """Returns the leaf at these indices of an axis, all within it, as one compiled program where it is on a device."""
+    if isinstance(leaf, np.ndarray):
+        return leaf.take(indices, axis=axis)
+    return _taken(leaf, indices, axis)
+
+
+@functools.partial(jax.jit, static_argnames="axis")
+def _taken(leaf: jax.Array, indices: Int[Array, " n"], axis: int) -> jax.Array:
+    return jnp.take(leaf, indices, axis=axis, mode="clip")  # other modes compute what no index here needs

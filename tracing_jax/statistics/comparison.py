@@ -21,6 +21,7 @@ from tracing_jax.statistics.distinct_units import DistinctUnits
 from tracing_jax.statistics.nulls import agreement, agreement_log_sf, composite_agreement_log_sf, spearman
 from tracing_jax.statistics.pvalues import LogPs, bonferroni, fisher
 from tracing_jax.statistics.statistic import Pair, Result, Test, widths_not_applicable
+from tracing_jax.tree import taken
 
 LN10 = math.log(10)
 
@@ -148,8 +149,8 @@ def _rows_of(
     similarity: Float[Array | np.ndarray, "n m"] | FactoredSimilarity, rows: Int[np.ndarray, " r"]
 ) -> Float[np.ndarray, "r m"]:
     if isinstance(similarity, FactoredSimilarity):
-        return np.array(similarity.x[rows] @ similarity.y.T)
-    return np.array(similarity[rows])
+        return np.array(taken(similarity.x, rows) @ similarity.y.T)
+    return np.array(taken(similarity, rows))
 
 
 def against_each_other(one: UnitMatching, other: UnitMatching) -> Comparison:

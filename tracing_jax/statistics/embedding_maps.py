@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from tracing_jax.arch import Arch
 from tracing_jax.rewrites import gain_offset
 from tracing_jax.sources import ParamSource
-from tracing_jax.tree import to_host
+from tracing_jax.tree import taken, to_host
 
 Part = Literal["embedding", "head"]
 
@@ -30,9 +30,9 @@ def token_rows(model: ParamSource, part: Part, ids: Int[np.ndarray, " S"]) -> Fl
     A rotation of the residual stream turns both by the same matrix; a change of that gain leaves both as they are.
     """
     if part == "embedding":
-        return np.asarray(to_host(model.embed()["embedding"][ids]), np.float64)
+        return np.asarray(to_host(taken(model.embed()["embedding"], ids)), np.float64)
     head = model.head()
-    rows = np.asarray(to_host(head["lm_head"]["kernel"][:, ids]), np.float64).T
+    rows = np.asarray(to_host(taken(head["lm_head"]["kernel"], ids, axis=1)), np.float64).T
     scale = head.get("norm", {}).get("scale")
     return rows if scale is None else rows * (np.asarray(to_host(scale), np.float64) + gain_offset(model.arch))
 

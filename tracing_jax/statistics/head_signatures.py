@@ -23,7 +23,7 @@ from tracing_jax.axes import axis_table
 from tracing_jax.rewrites import gain_offset
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.pvalues import bonferroni
-from tracing_jax.tree import Tree, flatten, to_host
+from tracing_jax.tree import Tree, flatten, taken, to_host
 
 Moments = Sequence[Float[Array, "_ D"]]
 """For each second moment `M = P^T P` the rows P, scaled to length one."""
@@ -49,7 +49,7 @@ def moments_of(
     """
     found = []
     if len(ids) >= 2:
-        rows = jnp.asarray(model.embed()["embedding"][ids], jnp.float32)
+        rows = jnp.asarray(taken(model.embed()["embedding"], ids), jnp.float32)
         found.append(_unit_length(rows - rows.mean(axis=0)))
     by_name: dict[str, list[Array]] = {}
     for i in layers:

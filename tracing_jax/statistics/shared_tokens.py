@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.mlp_rows import gain_of, without_mean
 from tracing_jax.statistics.statistic import Pair, Vocabularies
+from tracing_jax.tree import taken
 
 FEW_TOKENS = 32
 """Fewer shared tokens than this tell units apart too badly."""
@@ -36,7 +37,8 @@ def token_rows(pair: Pair, most: int, name: str) -> tuple[TokenRows, TokenRows]:
 
 def _rows(model: ParamSource, ids: Int[np.ndarray, " S"]) -> TokenRows:
     arch, table, head = model.arch, model.embed()["embedding"], model.head()
-    written = table[ids] if arch.tied else head["lm_head"]["kernel"][:, ids].T
-    read = jnp.asarray(table[ids], jnp.float32)
+    rows = taken(table, ids)
+    written = rows if arch.tied else taken(head["lm_head"]["kernel"], ids, axis=1).T
+    read = jnp.asarray(rows, jnp.float32)
     effect = jnp.asarray(written, jnp.float32) * gain_of(head, "norm", arch)
     return TokenRows(without_mean(read, arch), without_mean(effect, arch))
