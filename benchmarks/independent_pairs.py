@@ -35,8 +35,8 @@ LEVELS = (1e-2, LEVEL)
 AUTO = "auto: related"
 DOCS = Path(__file__).parents[1] / "docs" / "nulls.md"
 HEADERS = (
-    "models", "test", "pairs", "below 1e-2", "below 1e-3", "rate at 1e-3, %, 95 % interval", "by models, %",
-    "smallest log10 p",
+    "models", "test", "pairs", "below 1e-2", "below 1e-3", "95 % interval, %", "by models, %", "smallest log10 p",
+    "below 1e-3, not reserved",
 )  # fmt: skip
 
 _ZOOS = flags.DEFINE_list("zoos", list(SETS), f"sets of models, of {', '.join(SETS)}")
@@ -51,8 +51,10 @@ class Alarms:
       pairs: to which the test applies.
       below: for each of `LEVELS` the pairs with p below it; of `auto` the pairs that it calls related.
       interval: the 95 % Clopper-Pearson interval of the rate at the last level, as if the pairs were independent.
-      by_models: a 97.5 % upper bound of the same rate that takes the models for the sample; None if some pair lacks it.
+      by_models: a 97.5 % upper bound of the same rate that takes the models for the sample; None without an alarm, or
+        if some pair lacks the test.
       smallest: log10 of the smallest p-value.
+      firm: the pairs with p below the last level of evidence to which no reservation applies.
     """
 
     models: str
@@ -62,6 +64,7 @@ class Alarms:
     interval: tuple[float, float]
     by_models: float | None
     smallest: float | None
+    firm: int
 
     @property
     def cells(self) -> list[object]:
@@ -70,7 +73,7 @@ class Alarms:
         return [
             self.models, self.test, f"{self.pairs:,}", *self.below, f"{100 * low:.2f} to {100 * high:.2f}",
             "–" if self.by_models is None else f"{100 * self.by_models:.2f}",
-            "–" if self.smallest is None else f"{self.smallest:.1f}",
+            "–" if self.smallest is None else f"{self.smallest:.1f}", self.firm,
         ]  # fmt: skip
 
 
@@ -100,30 +103,27 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 def alarms(models: str, found: Sequence[Mapping[str, Any]]) -> Iterator[Alarms]:
     """Yields the alarms of every test on one set of models, and how many pairs `auto` calls related."""
-    names = dict.fromkeys(name for line in found for name in line["tests"])
-    for name in names:
-        raw, firm = (
-            {(line["i"], line["j"]): line["tests"][name][which] for line in found if name in line["tests"]}
-            for which in (0, 1)
-        )
-        yield _alarms(models, name, raw)
-        if firm != raw:
-            yield _alarms(models, f"{name}, what no reservation applies to", firm)
-    related = {(line["i"], line["j"]): -np.inf if line["verdict"] == "related" else 0.0 for line in found}
-    yield _alarms(models, AUTO, related)
+    for name in dict.fromkeys(name for line in found for name in line["tests"]):
+        ps = {(line["i"], line["j"]): line["tests"][name] for line in found if name in line["tests"]}
+        yield _alarms(models, name, ps)
+    words = {(line["i"], line["j"]): -np.inf if line["verdict"] == "related" else 0.0 for line in found}
+    yield _alarms(models, AUTO, {pair: [log10_p, log10_p] for pair, log10_p in words.items()})
 
 
-def _alarms(models: str, test: str, log10_ps: Mapping[tuple[int, int], float | None]) -> Alarms:
-    known = {pair: 0.0 if p is None else p for pair, p in log10_ps.items()}
-    values = np.array(list(known.values()))
-    below = tuple(int((values < np.log10(level)).sum()) for level in LEVELS)
-    S = 1 + max(j for _, j in known)
+def _alarms(models: str, test: str, log10_ps: Mapping[tuple[int, int], Sequence[float | None]]) -> Alarms:
+    """Returns the alarms of a test, by pair its log10 p and that of what no reservation applies to."""
+    raw, firm = np.array([[0.0 if p is None else p for p in ps] for ps in log10_ps.values()]).T
+    below = tuple(int((raw < np.log10(level)).sum()) for level in LEVELS)
+    S = 1 + max(j for _, j in log10_ps)
     table = np.zeros((S, S))
-    for (i, j), value in known.items():
+    for (i, j), value in zip(log10_ps, raw):
         table[i, j] = table[j, i] = value < np.log10(LEVEL)
-    by_models = upper_bound(table, 0.975) if len(known) == S * (S - 1) // 2 else None
-    smallest = None if test == AUTO else float(values.min())
-    return Alarms(models, test, len(known), below, clopper_pearson(below[-1], len(known)), by_models, smallest)
+    whole = below[-1] and len(log10_ps) == S * (S - 1) // 2
+    return Alarms(
+        models, test, len(raw), below, clopper_pearson(below[-1], len(raw)),
+        upper_bound(table, 0.975) if whole else None, None if test == AUTO else float(raw.min()),
+        int((firm < np.log10(LEVEL)).sum()),
+    )  # fmt: skip
 
 
 def over_all(found: Iterable[Alarms]) -> list[Alarms]:
@@ -136,14 +136,15 @@ def over_all(found: Iterable[Alarms]) -> list[Alarms]:
         pairs = sum(one.pairs for one in ones)
         below = tuple(sum(one.below[k] for one in ones) for k in range(len(LEVELS)))
         smallest = None if test == AUTO else min(one.smallest for one in ones if one.smallest is not None)
-        together.append(Alarms("all", test, pairs, below, clopper_pearson(below[-1], pairs), None, smallest))
+        interval, firm = clopper_pearson(below[-1], pairs), sum(one.firm for one in ones)
+        together.append(Alarms("all", test, pairs, below, interval, None, smallest, firm))
     return together
 
 
 def main(argv: list[str]) -> None:
     """Measures what is missing and prints the table of all that is there."""
     del argv
-    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_platforms", "cpu")  # one device: of models this small most time is dispatch
     folder = Path(OUT_DIR.value)
     folder.mkdir(parents=True, exist_ok=True)
     for name in _ZOOS.value:
