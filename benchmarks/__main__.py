@@ -18,6 +18,7 @@ mean. Other benchmarks are programs of their own:
     python -m benchmarks.after_alignment    # and after an alignment?
     python -m benchmarks.moments            # false alarms of match_moments
     python -m benchmarks.power              # detection rates by what was done to a model
+    python -m benchmarks.fuzz               # do damaged checkpoints end in one clear error?
     python -m benchmarks.distilled          # match_distilled on models without gates
 
 Each prints its own options with `--help`.

@@ -162,11 +162,10 @@ def test_slices_read_only_the_factors_they_need(tmp_path, base, monkeypatch):
     ("config", "message"),
     [
         ({"peft_type": "LOHA"}, "peft_type 'LOHA', only 'LORA'"),
-        ({"use_dora": True}, "use_dora = True is not merged"),
-        ({"lora_bias": True}, "lora_bias"),
+        ({"use_dora": True}, "a magnitude vector belongs to DoRA"),
+        ({"use_qalora": True}, "use_qalora = True is not merged"),
         ({"bias": "all"}, "biases were trained too"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"target_parameters": ["experts.w"]}, "target_parameters"),
         ({"some_later_setting": 1}, "some_later_setting"),
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base too"),
@@ -205,14 +204,13 @@ def test_all_misfits_are_said_at_once(tmp_path, base):
         merged(base, adapter(tmp_path / "l", tensors))
     for part in (
         "'base_model.model.model.layers.7.q_proj.lora_A.weight' belongs to no tensor of the base",
-        "lora_magnitude_vector' belongs to no tensor",
         "'base_model.model.model.layers.0.q_proj.lora_B.weight' lacks its partner",
         "layers.1.q_proj.lora_A.weight' has shape (3, 5), expected (2, 4)",
         "updates a tensor of shape (4,)",
         "lm_head.weight' has shape (10, 4), expected (9, 4)",
     ):
         assert part in str(error.value)
-    assert len(error.value.problems) == 6
+    assert len(error.value.problems) == 5
 
 
 def test_two_spellings_of_one_factor_are_refused(tmp_path, base):
@@ -242,6 +240,12 @@ def llama(torch, transformers):
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
 
 
+def llama_with_biases(torch, transformers):
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "vocab_size": 11, "num_hidden_layers": 2}
+    biases = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **biases, num_attention_heads=2))
+
+
 def gpt2(torch, transformers):
     sizes = {"n_embd": 8, "n_head": 2, "n_layer": 2, "vocab_size": 11, "n_positions": 8}
     ids = {"bos_token_id": 0, "eos_token_id": 0}
@@ -260,6 +264,14 @@ PEFT_CASES = {
         },
     ),
     "llama embedding": (llama, {"target_modules": ["embed_tokens", "q_proj"], "modules_to_save": ["lm_head", "norm"]}),
+    "llama DoRA": (llama, {"target_modules": ["q_proj", "down_proj"], "use_dora": True}),
+    "llama bias of the factors": (llama_with_biases, {"target_modules": ["q_proj", "down_proj"], "lora_bias": True}),
+    "llama tokens": (llama, {"target_modules": ["q_proj"], "trainable_token_indices": [7, 2]}),
+    "llama tokens by module": (
+        llama,
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3], "lm_head": [5, 0]}},
+    ),
+    "gpt2 DoRA": (gpt2, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "use_dora": True}),
     "gpt2": (
         gpt2,
         {"target_modules": ["c_attn", "c_proj", "wte"], "fan_in_fan_out": True, "modules_to_save": ["ln_f"]},

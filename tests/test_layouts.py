@@ -169,6 +169,8 @@ _PEFT = {
     "saved, tied": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     "factors of the embedding": {"target_modules": ["q_proj", "embed_tokens"]},
     "factors of the head": {"target_modules": ["q_proj", "lm_head"]},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [7, 2]},
+    "DoRA": {"target_modules": ["q_proj"], "use_dora": True},
     "factors, tied": {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
 }
 

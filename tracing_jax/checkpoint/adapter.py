@@ -1,28 +1,27 @@
-"""LoRA adapters (PEFT), merged into their base model's tensors as these are read: W + scaling * B A.
+"""LoRA adapters (PEFT): which of their tensors changes which tensor of the base, and how.
 
-Letters: r rank; A is [r, in], B is [out, r]. W is [out, in], but [in, out] for embeddings and under `fan_in_fan_out`
-(GPT-2). Source: Hu et al., LoRA (2021), section 4.1; `use_rslora`: Kalajdzievski, rsLoRA (2023), section 3.
+`merged_tensors` does it as the base is read. Source: Hu et al., LoRA (2021), section 4.1; `use_rslora`: Kalajdzievski,
+rsLoRA (2023), section 3; `use_dora`: Liu et al., DoRA (2024), equation 5.
 """
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32
 
 from tracing_jax.checkpoint.derived_tensors import Alias, DerivedTensors
 from tracing_jax.checkpoint.errors import CheckpointError
-from tracing_jax.checkpoint.tensors import Index, TensorStore, listing, open_file, read_json
+from tracing_jax.checkpoint.merged_tensors import LowRank, MergedTensors, Updates
+from tracing_jax.checkpoint.tensors import TensorStore, listing, open_file, read_json
 from tracing_jax.complaints import grouped, shortened
 
 _CONFIG = "adapter_config.json"
 _HANDLED = {
     *("peft_type", "r", "lora_alpha", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "bias"),
-    *("init_lora_weights", "base_model_name_or_path", "revision"),
+    *("init_lora_weights", "base_model_name_or_path", "revision", "use_dora", "lora_bias", "trainable_token_indices"),
 }
 # They steer training, or choose modules, which the adapter's tensors name themselves.
 _NEUTRAL = {
@@ -34,19 +33,10 @@ _NEUTRAL = {
 _INITS_BESIDE_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 _NAME = re.compile(
     r"base_model\.model\.(?P<path>.+?)\."
-    r"(lora_(?P<factor>(embedding_)?[AB])(\.default)?(\.weight)?"
+    r"(lora_(?P<factor>(embedding_)?[AB]|magnitude_vector)(\.default)?(?P<kind>\.weight|\.bias)?"
+    r"|(?P<tokens>token_adapter\.trainable_tokens_delta(\.default)?)"
     r"|(modules_to_save\.(default\.)?|base_layer\.)?(?P<leaf>weight|bias))"
 )
-
-
-@dataclass(frozen=True)
-class _Update:
-    """The low-rank update of one weight: its factors' names in the adapter, and how they enter."""
-
-    a: str
-    b: str
-    scaling: float
-    transposed: bool
 
 
 def is_adapter(folder: Path) -> bool:
@@ -89,7 +79,7 @@ def merged(base: TensorStore, folder: Path, tied: tuple[str, str] | None = None)
     if tied and any(_trains(name, tied) for name in adapter.names()):
         base = _with_both(base, *tied)
     try:
-        return _Merged(base, adapter, *_planned_updates(base, adapter, config, tied), folder / _CONFIG)
+        return MergedTensors(base, adapter, _planned_updates(base, adapter, config, tied), [folder / _CONFIG])
     except CheckpointError as error:
         raise CheckpointError(*(f"{adapter.files()[0]}: {problem}" for problem in error.problems)) from error
 
@@ -105,62 +95,6 @@ def _with_both(base: TensorStore, embedding: str, head: str) -> TensorStore:
     if head not in names:
         return DerivedTensors(base, {head: Alias(base, embedding)})
     return base if embedding in names else DerivedTensors(base, {embedding: Alias(base, head)})
-
-
-class _Merged:
-    """`base`, with some tensors replaced by the adapter's and some updated by its factors."""
-
-    def __init__(
-        self,
-        base: TensorStore,
-        adapter: TensorStore,
-        updates: dict[str, _Update],
-        replaced: dict[str, str],
-        config: Path,
-    ):
-        self._base, self._adapter, self._updates, self._replaced = base, adapter, updates, replaced
-        self._config = config
-
-    def names(self) -> tuple[str, ...]:
-        return self._base.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._base.shape(name)
-
-    def dtype(self, name: str) -> np.dtype:
-        return self._base.dtype(name)
-
-    def files(self) -> tuple[Path, ...]:
-        # The config is one of them: its scaling decides the merged weights.
-        return tuple(sorted((*self._base.files(), *self._adapter.files(), self._config)))
-
-    def read(self, name: str, index: Index = ()) -> np.ndarray:
-        if name in self._replaced:
-            weight = self._adapter.read(self._replaced[name], index)
-        else:
-            weight = self._base.read(name, index)
-        if name in self._updates:
-            weight = weight.astype(np.float32) + self._delta(self._updates[name], index)
-        return weight.astype(self.dtype(name), copy=False)
-
-    def read_many(self, requests: Sequence[tuple[str, Index]]) -> list[np.ndarray]:
-        return [self.read(name, index) for name, index in requests]
-
-    def read_into(self, out: np.ndarray, name: str, index: Index = ()) -> None:
-        if name in self._replaced or name in self._updates:
-            out[...] = self.read(name, index)
-        else:
-            self._base.read_into(out, name, index)
-
-    def _delta(self, update: _Update, index: Index) -> Float32[np.ndarray, "rows columns"]:
-        """The slice of scaling * B A, from those rows of B and columns of A alone."""
-        rows, columns = (*index, slice(None), slice(None))[:2]
-        if update.transposed:
-            rows, columns = columns, rows
-        a = self._adapter.read(update.a, (slice(None), columns)).astype(np.float32)
-        b = self._adapter.read(update.b, (rows,)).astype(np.float32)
-        delta = np.float32(update.scaling) * (b @ a)
-        return delta.T if update.transposed else delta
 
 
 def _open_adapter(folder: Path) -> TensorStore:
@@ -219,26 +153,37 @@ def _patterns_problems(key: str, patterns: object) -> list[str]:
 
 def _planned_updates(
     base: TensorStore, adapter: TensorStore, config: Mapping[str, Any], tied: tuple[str, str] | None
-) -> tuple[dict[str, _Update], dict[str, str]]:
-    """Planned updates per base tensor: low-rank ones, and the adapter's tensors that replace it."""
+) -> Updates:
+    """Returns what the tensors of an adapter do to those of its base.
+
+    Raises:
+        CheckpointError: They do not fit; every reason at once.
+    """
     parts, problems = _parts(base, adapter)
-    updates, replaced = {}, {}
+    updates = Updates()
     for target, names in parts.items():
         try:
             if "whole" in names:
-                replaced[target] = names.pop("whole")
-                _expect_shape(adapter, replaced[target], base.shape(target))
+                updates.replaced[target] = names.pop("whole")
+                _expect_shape(adapter, updates.replaced[target], base.shape(target))
+            if "tokens" in names:
+                updates.rows[target] = _token_rows(adapter, names.pop("tokens"), base.shape(target), config)
+            if "B_bias" in names:
+                updates.added[target] = _added(adapter, names.pop("B_bias"), base.shape(target), config)
             if names:
-                updates[target] = _update(adapter, names, base.shape(target), config)
+                updates.low_rank[target] = _low_rank(adapter, names, base.shape(target), config)
         except CheckpointError as error:
             problems.extend(error.problems)
     if problems:
         raise CheckpointError(*grouped(problems))
-    # The weight below the factors of one of two tied modules is that of both; one that was saved is no longer tied.
+    # The weight below the factors of one of two tied modules is that of both, and trained tokens are those of both; a
+    # module that was saved whole is no longer tied.
     for one, other in (tied, tied[::-1]) if tied else ():
-        if ".base_layer." in replaced.get(one, "") and other not in replaced:
-            replaced[other] = replaced[one]
-    return updates, replaced
+        if ".base_layer." in updates.replaced.get(one, "") and other not in updates.replaced:
+            updates.replaced[other] = updates.replaced[one]
+        if one in updates.rows and not {other} & {*updates.rows, *updates.replaced}:
+            updates.rows[other] = updates.rows[one]
+    return updates
 
 
 def _parts(base: TensorStore, adapter: TensorStore) -> tuple[dict[str, dict[str, str]], list[str]]:
@@ -248,12 +193,23 @@ def _parts(base: TensorStore, adapter: TensorStore) -> tuple[dict[str, dict[str,
     problems = []
     for name in adapter.names():
         match = _NAME.fullmatch(name)
-        target = _target(f"{match['path']}.{match['leaf'] or 'weight'}", known) if match else None
+        kind, leaf = _part_of(match) if match else ("", "")
+        target = _target(f"{match['path']}.{leaf}", known) if match else None
         if not match or not target:
-            problems.append(f"{shortened(repr(name), 200)} belongs to no tensor of the base; is it the right base?")
-        elif parts.setdefault(target, {}).setdefault(match["factor"] or "whole", name) != name:
+            why = "; the base has no bias there" if kind == "B_bias" else "; is it the right base?"
+            problems.append(f"{shortened(repr(name), 200)} belongs to no tensor of the base{why}")
+        elif parts.setdefault(target, {}).setdefault(kind, name) != name:
             problems.append(f"{name!r} is the second of its kind for {target!r}")
     return parts, problems
+
+
+def _part_of(match: re.Match[str]) -> tuple[str, str]:
+    """Returns which part of an update a tensor is, and the last component of the base's tensor."""
+    if match["factor"] == "B" and match["kind"] == ".bias":
+        return "B_bias", "bias"
+    if match["factor"]:
+        return match["factor"], "weight"
+    return ("tokens", "weight") if match["tokens"] else ("whole", match["leaf"])
 
 
 def _target(name: str, known: set[str]) -> str | None:
@@ -261,25 +217,60 @@ def _target(name: str, known: set[str]) -> str | None:
     return next((spelling for spelling in (name, name.partition(".")[2]) if spelling in known), None)
 
 
-def _update(
+def _low_rank(
     adapter: TensorStore, names: Mapping[str, str], shape: tuple[int, ...], config: Mapping[str, Any]
-) -> _Update:
+) -> LowRank:
+    names = dict(names)
     first = next(iter(names.values()))
+    magnitude = names.pop("magnitude_vector", None)
     paths = {match["path"] for name in names.values() if (match := _NAME.fullmatch(name))}
     if set(names) not in ({"A", "B"}, {"embedding_A", "embedding_B"}) or len(paths) != 1:
         raise CheckpointError(f"{first!r} lacks its partner, expected lora_A and lora_B; download the adapter again")
     if len(shape) != 2:
         raise CheckpointError(f"{first!r} updates a tensor of shape {shape}, only matrices are merged")
     is_embedding = "embedding_A" in names
+    if bool(config.get("use_dora")) != (magnitude is not None) or (magnitude and is_embedding):
+        raise CheckpointError(f"{first!r}: a magnitude vector belongs to DoRA, and is merged into linear layers alone")
     transposed = is_embedding or bool(config.get("fan_in_fan_out"))
     (path,) = paths
     rank = _by_pattern(config.get("rank_pattern"), path, config["r"])
-    alpha = _by_pattern(config.get("alpha_pattern"), path, config["lora_alpha"])
     a, b = sorted(names.values())
     size_out, size_in = shape[::-1] if transposed else shape
     _expect_shape(adapter, a, (rank, size_in))
     _expect_shape(adapter, b, (size_out, rank))
-    return _Update(a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), transposed)
+    if magnitude:
+        _expect_shape(adapter, magnitude, (size_out,))
+    return LowRank(a, b, _scaling(config, path), transposed, magnitude)
+
+
+def _scaling(config: Mapping[str, Any], path: str) -> float:
+    """Returns what the product of the factors of a module is multiplied by."""
+    rank = _by_pattern(config.get("rank_pattern"), path, config["r"])
+    alpha = _by_pattern(config.get("alpha_pattern"), path, config["lora_alpha"])
+    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def _added(adapter: TensorStore, name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> tuple[str, float]:
+    """Returns the bias of a factor B (`lora_bias`), which the bias of the module gets, and its scaling."""
+    _expect_shape(adapter, name, shape)
+    match = _NAME.fullmatch(name)
+    assert match is not None, "it was found by this pattern"
+    return name, _scaling(config, match["path"])
+
+
+def _token_rows(
+    adapter: TensorStore, name: str, shape: tuple[int, ...], config: Mapping[str, Any]
+) -> tuple[str, np.ndarray]:
+    """Returns the trained rows of an embedding (`trainable_token_indices`) and their indices."""
+    indices = config.get("trainable_token_indices")
+    if isinstance(indices, dict):
+        modules = [module for module in indices if f".{module}.token_adapter" in name]
+        indices = indices[modules[0]] if len(modules) == 1 else None
+    good = isinstance(indices, list) and all(type(i) is int and 0 <= i < shape[0] for i in indices)
+    if not good or len({*indices}) < len(indices):
+        raise CheckpointError(f"{name!r}: trainable_token_indices = {shortened(indices)}, expected rows of {shape}")
+    _expect_shape(adapter, name, (len(indices), shape[1]))
+    return name, np.array(indices, np.int64)
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:

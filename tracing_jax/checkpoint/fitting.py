@@ -11,11 +11,13 @@ from tracing_jax.checkpoint.derived_tensors import Alias, Cast, DerivedTensors, 
 from tracing_jax.checkpoint.errors import CheckpointError
 from tracing_jax.checkpoint.hf_layouts import LeafLayouts, leaf_layouts
 from tracing_jax.checkpoint.tensor_layout import tensor_shapes
-from tracing_jax.checkpoint.tensor_names import ignored_notes, is_constant, plain_names, unknown_prefix
+from tracing_jax.checkpoint.tensor_names import ignored_notes, is_constant, num_layers_in, plain_names, unknown_prefix
 from tracing_jax.checkpoint.tensors import TensorStore
 from tracing_jax.complaints import grouped, shortened
 
 _ROWS = 4096  # of the embedding, compared at a time
+_FEW_LAYERS = 200  # of as many the missing tensors can be listed
+_MAX_EXTRA = 5000
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -61,6 +63,8 @@ def fitted(arch: Arch, store: TensorStore, *, compare_rows: bool = True) -> Fitt
     Raises:
       CheckpointError: tensors are missing, unexpected or of the wrong shape or dtype, all at once.
     """
+    if arch.num_layers > _FEW_LAYERS and arch.num_layers > 2 * (found := num_layers_in(store.names())):
+        raise CheckpointError(f"config.json asks for {arch.num_layers} layers, the files have tensors of {found}")
     store, rounded = _rounded(store)
     arch, store, tying = _tied_as_stored(arch, store, compare_rows)
     if not arch.tied and (head := tied_names(arch, store.names())[1]) not in store.names():
@@ -123,6 +127,9 @@ def _problems(arch: Arch, store: TensorStore) -> tuple[list[str], list[str]]:
     extra = sorted(name for name in names - wanted.keys() if not is_constant(name))
     if arch.tied:
         extra = [name for name in extra if name != tied_names(arch, names)[1]]  # compared when the embedding is read
+    if len(extra) > _MAX_EXTRA:
+        lines.append(f"{len(extra)} unexpected tensors, {shortened(extra[0])} first")
+        return grouped(lines), []
     ignored, notes = ignored_notes(extra)
     lines += [f"unexpected tensor {shortened(n, 200)} {store.shape(n)}" for n in extra if n not in ignored]
     return grouped(lines), notes

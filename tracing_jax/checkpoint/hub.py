@@ -2,8 +2,9 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from absl import logging
@@ -21,6 +22,7 @@ from tracing_jax.checkpoint.errors import CheckpointError
 from tracing_jax.checkpoint.foreign_files import foreign_weights
 from tracing_jax.checkpoint.hub_ranges import HubSafetensors, RangesIgnoredError
 from tracing_jax.checkpoint.tensors import MissingFileOpener, TensorStore, listing, open_file, weight_map
+from tracing_jax.complaints import listed, shortened
 
 _TEXTS = (
     "config.json",
@@ -36,24 +38,34 @@ _TEXTS = (
 )
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
+_MAX_ID = 1000
+_GGUF_SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
 _IGNORED = ("*/*", "consolidated*", "optimizer*")
 
 
 @dataclass(frozen=True)
 class CheckpointFolder:
-    """A folder with a config and weights; `revision` is the commit if it came from the Hub."""
+    """A folder with a config and weights, or with GGUF files; `revision` is the commit if it came from the Hub.
+
+    Attributes:
+        folder: With the files.
+        id: What the user asked for.
+        revision: The commit, or None.
+        gguf: The files of a model in GGUF format, the one with the metadata first; empty for other models.
+    """
 
     folder: Path
     id: str
     revision: str | None
+    gguf: tuple[Path, ...] = ()
 
 
 def resolve(model_id: str, cache_dir: str | None = None, weights: bool = True) -> CheckpointFolder:
     """The folder that holds `model_id`, downloaded if it must be.
 
     Args:
-        model_id: A local folder, or `org/name` or `org/name@revision` on the Hub. What begins with `/`, `.` or `~`, or
-            exists here, is never looked up on the Hub.
+        model_id: A local folder or GGUF file, or `org/name` or `org/name@revision` on the Hub, or
+            `org/name/file.gguf`. What begins with `/`, `.` or `~`, or exists here, is never looked up on the Hub.
         cache_dir: Where downloads are kept; by default huggingface_hub's cache, whose environment variables (HF_HOME,
             HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE) are honoured.
         weights: Whether weights are downloaded too. Without, of a model on the Hub that has safetensors, only its texts
@@ -62,17 +74,75 @@ def resolve(model_id: str, cache_dir: str | None = None, weights: bool = True) -
     Raises:
         CheckpointError: No such folder or model, no access to it, or no config or weights in it.
     """
+    if len(model_id) > _MAX_ID or "\0" in model_id:  # an adapter's config may name anything as its base
+        raise CheckpointError(f"{shortened(repr(model_id))} is no path and no id of a model")
     local = Path(os.path.expanduser(model_id))  # leaves "~nobody" as it is, where pathlib raises
     if model_id.startswith(("/", ".", "~")) or local.exists():
+        if local.suffix == ".gguf" and local.is_file():
+            return CheckpointFolder(local.parent, model_id, None, _shards_of(local))
         if not local.is_dir():
             raise CheckpointError(f"{model_id!r} is {'a file' if local.exists() else 'no folder'}; expected a folder")
         found = CheckpointFolder(local, model_id, None)
+    elif model_id.partition("@")[0].endswith(".gguf"):
+        return _download_gguf(model_id, cache_dir)
     elif not weights and (texts := _texts(model_id, cache_dir)):
         return texts
     else:
         found = _download(model_id, cache_dir)
+    if paths := _only_gguf(found.folder):
+        return replace(found, gguf=paths)
     _check(found)
     return found
+
+
+def _only_gguf(folder: Path) -> tuple[Path, ...]:
+    """The GGUF files of the one model in a folder that holds no other weights; empty if there is none.
+
+    Raises:
+        CheckpointError: It holds several.
+    """
+    found = sorted(folder.glob("*.gguf"))
+    if not found or any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES):
+        return ()
+    models = sorted({_shards_of(path) for path in found})
+    if len(models) > 1:
+        names = listed([paths[0].name for paths in models])
+        raise CheckpointError(f"{folder}: several GGUF models, {names}; name one of the files")
+    return models[0]
+
+
+def _shards_of(path: Path) -> tuple[Path, ...]:
+    """The files of a GGUF model of which `path` is one: itself, or all shards of its name.
+
+    Raises:
+        CheckpointError: Shards are missing.
+    """
+    match = _GGUF_SHARD.fullmatch(path.name)
+    if match is None:
+        return (path,)
+    count = int(match["count"])
+    if not 1 <= count <= 1000:
+        raise CheckpointError(f"{path}: its name promises {count} shards")
+    paths = [path.with_name(f"{match['stem']}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)]
+    if missing := [shard.name for shard in paths if not shard.is_file()]:
+        raise CheckpointError(f"{path}: of its {count} shards {listed(missing)} are missing; download them too")
+    return tuple(paths)
+
+
+def _download_gguf(model_id: str, cache_dir: str | None) -> CheckpointFolder:
+    """The GGUF file `org/name/path.gguf` of the Hub, with the other shards of its name."""
+    name, _, revision = model_id.partition("@")
+    repo, file = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
+    if not file:
+        raise CheckpointError(f"{model_id!r}: expected org/name/file.gguf")
+    match = _GGUF_SHARD.fullmatch(file)
+    pattern = f"{match['stem']}-*-of-{match['count']}.gguf" if match else file
+    with _explained(model_id):
+        found = snapshot_download(repo, revision=revision or None, cache_dir=cache_dir, allow_patterns=[pattern])
+    path = Path(found) / file
+    if not path.is_file():
+        raise CheckpointError(f"{repo!r} has no file {file!r}; its files are at {constants.ENDPOINT}/{repo}/tree/main")
+    return CheckpointFolder(path.parent, model_id, Path(found).name, _shards_of(path))
 
 
 def tokenizer_folder(model_id: str, cache_dir: str | None = None) -> Path:
@@ -196,7 +266,7 @@ def _check(found: CheckpointFolder) -> None:
     files = [path.name for path in found.folder.iterdir()]
     wanted = {
         "config.json (or adapter_config.json)": "config.json" in files or "adapter_config.json" in files,
-        "weights (*.safetensors or pytorch_model*.bin)": any(any(found.folder.glob(w)) for w in _WEIGHT_FILES),
+        "weights (*.safetensors, pytorch_model*.bin or *.gguf)": any(any(found.folder.glob(w)) for w in _WEIGHT_FILES),
     }
     missing = [what for what, is_there in wanted.items() if not is_there]
     if missing:

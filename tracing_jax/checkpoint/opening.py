@@ -5,12 +5,14 @@ from typing import NamedTuple
 
 from absl import logging
 
-from tracing_jax.arch import Arch, read_arch_and_notes
+from tracing_jax.arch import Arch, read_arch_and_notes, read_raw_config
 from tracing_jax.checkpoint.adapter import base_id, is_adapter, merged
 from tracing_jax.checkpoint.checkpoint import Checkpoint
 from tracing_jax.checkpoint.errors import CheckpointError
 from tracing_jax.checkpoint.fitting import fitted, tied_names, with_plain_names
+from tracing_jax.checkpoint.gguf import GgufModel
 from tracing_jax.checkpoint.hub import CheckpointFolder, on_hub, resolve
+from tracing_jax.checkpoint.quantised import dequantised
 from tracing_jax.checkpoint.tensors import TensorStore, open_tensors
 from tracing_jax.complaints import listed
 
@@ -77,10 +79,20 @@ def _open_files(
     """
     if is_adapter(found.folder):
         return _open_adapter(found, cache_dir, adapter_base, (*above, found.folder.resolve()))
+    if found.gguf:
+        return _open_gguf(found.gguf)
     arch, notes = read_arch_and_notes(found.folder)
     stored = open_tensors(found.folder, on_hub(found, cache_dir)) if in_ranges else open_tensors(found.folder)
     tensors, renaming = with_plain_names(stored)
-    return _Files(found.folder, found.folder, arch, tensors, (*notes, *renaming))
+    tensors, formats = dequantised(tensors, read_raw_config(found.folder))
+    return _Files(found.folder, found.folder, arch, tensors, (*notes, *renaming, *formats))
+
+
+def _open_gguf(paths: tuple[Path, ...]) -> _Files:
+    model = GgufModel(paths)
+    folder, notes = model.description()
+    arch, more = read_arch_and_notes(folder)
+    return _Files(folder, folder, arch, model.tensors(arch), (*notes, *more))
 
 
 def _open_adapter(

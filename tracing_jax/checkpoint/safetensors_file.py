@@ -76,7 +76,7 @@ class SafetensorsFile:
         """What `read` returns for each (name, index)."""
         found, targets = [], []
         for name, index in requests:
-            extent = [max(0, bound.stop - bound.start) for bound in _bounds(index, self._tensors[name].shape)]
+            extent = [max(0, bound.stop - bound.start) for bound in bounds_of(index, self._tensors[name].shape)]
             found.append(np.empty(extent, self._tensors[name].dtype))
             targets += self._targets(found[-1], name, index)
         self._fill(targets)
@@ -93,7 +93,7 @@ class SafetensorsFile:
         stored = self._tensors[name]
         shape, itemsize, data = stored.shape, stored.dtype.itemsize, self._data_start + stored.start
         memory, first, targets = out.reshape(-1).view(np.uint8).data, 0, []
-        for start, size in _runs(shape, _bounds(index, shape)):
+        for start, size in _runs(shape, bounds_of(index, shape)):
             targets.append((data + start * itemsize, memory[first : first + size * itemsize]))
             first += size * itemsize
         return targets
@@ -110,8 +110,12 @@ class SafetensorsFile:
                     memory = memory[count:]
 
 
-def _bounds(index: Index, shape: Sequence[int]) -> Index:
-    """The slices of every axis in plain numbers, none of them missing, negative or overlong."""
+def bounds_of(index: Index, shape: Sequence[int]) -> Index:
+    """The slices of every axis in plain numbers, none of them missing, negative or overlong.
+
+    Raises:
+        IndexError: More slices than axes, or steps.
+    """
     if len(index) > len(shape) or any(axis.step not in (None, 1) for axis in index):
         raise IndexError(f"expected at most {len(shape)} slices with steps of one, got {index}")
     whole = (slice(None),) * (len(shape) - len(index))

@@ -33,6 +33,7 @@ _DTYPES = {
     "BOOL": np.dtype("?"),
 }
 _MAX_SIZE = 1 << 62
+_MAX_TENSORS = 300_000  # of one file: three times as many as the largest mixtures of experts have in all
 
 
 class HeaderError(ValueError):
@@ -58,6 +59,8 @@ def read_header(text: bytes) -> dict[str, StoredTensor]:
     Raises:
       HeaderError: it is no such header, or names a dtype that is not read.
     """
+    if (count := text.count(b'"dtype"')) > _MAX_TENSORS:
+        raise HeaderError(f"its header lists {count} tensors, more than {_MAX_TENSORS}", True)
     try:
         header = json.loads(text, object_pairs_hook=_compact)
     except HeaderError:

@@ -10,9 +10,11 @@ from tracing_jax.complaints import listed, shortened
 # torch.compile, FSDP and activation checkpointing wrap a module, and their component stands in the names of what is
 # inside, at whatever depth. No module of a model is called so.
 _WRAPPER = re.compile(r"(?:(?<=\.)|^)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
+_ANY_OF_THEM = re.compile(r"_orig_mod|_wrapped_module|_forward_module|language_model")
 _PARALLEL = "module."  # DataParallel and DeepSpeed: in front of every name, or of none
 _LANGUAGE_MODEL = re.compile(r"(model\.)?language_model\.(?P<rest>.+)")
 
+_LAYER = re.compile(r"\.(?:layers|h|blocks|blk)\.(\d+)\.|^(?:layers|h|blocks|blk)\.(\d+)\.")
 _CONSTANT = re.compile(
     r".*rotary_(pos_)?emb\.(inv_freq|cos_cached|sin_cached)|.*\.(attn|attention)\.(masked_)?bias"
     r"|(transformer\.)?h\.\d+\.attn\.(masked_)?bias"
@@ -20,7 +22,7 @@ _CONSTANT = re.compile(
 _IGNORED = {
     "heads for other tasks": re.compile(r"(v_head|value_head|score|classifier|reward_head|regression_head)\..+"),
     "scales of cached keys and values, or of activations": re.compile(
-        r".*\.([kvq]|kv|prob|input|output|activation)_scale"
+        r".*\.(([kvq]|kv|prob)_(scale|zero_point)|(input|output|activation)_(global_)?(scale|zero_point|scale_ub))"
     ),
     "parts for other inputs than text": re.compile(
         r"(model\.)?(vision_tower|vision_model|visual|vit|multi_modal_projector|mm_projector|image_newline|audio_tower"
@@ -67,6 +69,8 @@ def plain_names(stored: Collection[str]) -> dict[str, str]:
 
 
 def _plain(name: str, parallel: bool = False) -> str:
+    if not parallel and not _ANY_OF_THEM.search(name):
+        return name
     name = _WRAPPER.sub("", name)
     while parallel and name.startswith(_PARALLEL):
         name = _WRAPPER.sub("", name.removeprefix(_PARALLEL))
@@ -76,6 +80,11 @@ def _plain(name: str, parallel: bool = False) -> str:
     rest = inner["rest"]
     of_backbone = inner[1] and not rest.startswith(("model.", "lm_head."))
     return f"model.{rest}" if of_backbone else rest
+
+
+def num_layers_in(names: Iterable[str]) -> int:
+    """Returns how many layers tensors of these names belong to."""
+    return len({match[1] or match[2] for name in names if (match := _LAYER.search(name))})
 
 
 def unknown_prefix(names: Collection[str], wanted: Collection[str]) -> str | None:

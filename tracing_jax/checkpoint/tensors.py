@@ -46,7 +46,7 @@ class TensorStore(Protocol):
 # The bits of a dtype's exponent, all of which are set in NaN and in the infinities alone.
 _EXPONENT = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F80_0000, "float64": 0x7FF0_0000_0000_0000}
 _CHUNK = 1 << 16  # weights at a time: what is made of them stays in the cache of a core
-_PLAIN_NAME = re.compile(r"[\w-][\w.-]*\.(safetensors|bin)")
+_PLAIN_NAME = re.compile(r"[\w-][\w.-]{0,200}\.(safetensors|bin)")
 
 
 MissingFileOpener = Callable[[str], TensorStore | None]
@@ -124,6 +124,11 @@ def listing(folder: Path) -> str:
     return ", ".join(map(shortened, names[:12])) + more if names else "nothing"
 
 
+def joined_stores(stores: Sequence[TensorStore]) -> TensorStore:
+    """Several stores of tensors of different names as one."""
+    return stores[0] if len(stores) == 1 else _Sharded(stores)
+
+
 class _Sharded:
     """Several files as one store."""
 
@@ -183,7 +188,7 @@ def _open_sharded(index_path: Path, open_missing: MissingFileOpener = lambda nam
     problems.extend(f"{index_path.parent}: {name!r} is in {n} shards" for name, n in held.items() if n > 1)
     if problems:
         raise CheckpointError(*grouped(problems))
-    return _Sharded(shards)
+    return joined_stores(shards)
 
 
 def weight_map(index_path: Path) -> dict[str, str]:

@@ -1,0 +1,274 @@
+"""A GGUF file is read as llama.cpp wrote it: the same weights as the checkpoint that it was made from."""
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from parity_cases import CASES, Case
+
+from tracing_jax.arch import Arch
+from tracing_jax.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from tracing_jax.checkpoint.gguf import GGUF_ARCHITECTURES
+from tracing_jax.checkpoint.gguf.header import GgufTensor, read_gguf_header
+from tracing_jax.checkpoint.gguf.tensors import GgufFile
+from tracing_jax.checkpoint.hf_layouts import leaf_layouts
+from tracing_jax.checkpoint.tensor_layout import tensor_shapes
+from tracing_jax.data import load_tokenizer
+from tracing_jax.sources import in_memory
+from tracing_jax.tree import flatten
+
+_KINDS = gguf.GGMLQuantizationType
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def _in_pairs(weight: np.ndarray, heads: int) -> np.ndarray:
+    """What llama.cpp does to the rows of queries and keys."""
+    return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def _as_llama_cpp(name: str, architecture: str, arch: Arch, weight: np.ndarray) -> np.ndarray:
+    if architecture in ("llama", "granite", "olmo"):
+        heads = {".q_proj.": arch.num_kv_heads * arch.q_group, ".k_proj.": arch.num_kv_heads}
+        weight = next((_in_pairs(weight, count) for part, count in heads.items() if part in name), weight)
+    if architecture.startswith("gemma") and name.endswith("norm.weight"):
+        weight = weight + 1
+    is_linear = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+    return weight.T if architecture == "gpt2" and is_linear else weight
+
+
+def _written(path: Path, case: Case, architecture: str, kind: _KINDS = _KINDS.F32, **metadata: Any) -> Path:
+    """Writes a case's weights as llama.cpp does, matrices of a suitable size in `kind`."""
+    arch = case.arch()
+    writer = gguf.GGUFWriter(path, architecture)
+    _add_sizes(writer, arch)
+    for key, value in metadata.items():
+        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
+        add(key.replace("__", "."), value)
+    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    table = gguf.get_tensor_name_map(numbers[architecture], arch.num_layers)
+    stacks: dict[str, list[np.ndarray]] = {}
+    for name, shape in tensor_shapes(leaf_layouts(arch).values()).items():
+        weight = _as_llama_cpp(name, architecture, arch, case.weight(name, shape).astype(np.float32))
+        before, experts, after = name.partition(".experts.")
+        plain = f"{before}.experts.{after.partition('.')[2]}" if experts else name
+        theirs = table.get_name(plain, try_suffixes=(".weight", ".bias"))
+        assert theirs, name
+        stacks.setdefault(theirs, []).append(weight)
+    for theirs, weights in stacks.items():
+        weight = np.ascontiguousarray(weights[0] if len(weights) == 1 else np.stack(weights))
+        fits = weight.ndim > 1 and weight.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
+        kind_of = kind if fits else _KINDS.F32
+        writer.add_tensor(theirs, gguf.quants.quantize(weight, kind_of), raw_dtype=kind_of)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add_sizes(writer: gguf.GGUFWriter, arch: Arch) -> None:
+    writer.add_block_count(arch.num_layers)
+    writer.add_embedding_length(arch.embed_dim)
+    writer.add_feed_forward_length(arch.mlp_dim)
+    writer.add_head_count(arch.num_kv_heads * arch.q_group)
+    writer.add_context_length(arch.num_positions or 128)
+    if arch.num_positions is not None:
+        writer.add_layer_norm_eps(arch.norm_eps)
+        return
+    writer.add_head_count_kv(arch.num_kv_heads)
+    writer.add_key_length(arch.head_dim)
+    writer.add_layer_norm_rms_eps(arch.norm_eps)
+    if arch.num_experts is not None:
+        writer.add_expert_count(arch.num_experts)
+        writer.add_expert_used_count(arch.experts_per_token)
+
+
+def _assert_same(found: Checkpoint, case: Case) -> None:
+    ours, theirs = (flatten(in_memory(source).params) for source in (found, case.source()))
+    assert ours.keys() == theirs.keys()
+    for name, leaf in theirs.items():
+        np.testing.assert_allclose(ours[name], leaf, rtol=0, atol=2e-7 if "norm" in name else 0, err_msg=name)
+
+
+def _theta(case: Case, architecture: str) -> dict[str, float]:
+    theta = case.config.get("rope_theta") or (case.config.get("rope_parameters") or {}).get("rope_theta")
+    return {f"{architecture}__rope__freq_base": float(theta)} if isinstance(theta, int | float) else {}
+
+
+_ONE_OF_EACH = {
+    "llama": "llama",
+    "mixtral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "olmo2": "olmo2",
+    "granite": "granite",
+    "gpt2": "gpt2",
+}
+
+
+@pytest.mark.parametrize("model_type", _ONE_OF_EACH)
+def test_weights_are_those_that_llama_cpp_was_given(model_type, tmp_path):
+    case = next(case for case in CASES.values() if case.config["model_type"] == model_type and "bias" not in case.name)
+    architecture = _ONE_OF_EACH[model_type]
+    path = _written(tmp_path / "model.gguf", case, architecture, **_theta(case, architecture))
+    opened = open_checkpoint(str(path))
+    expected = case.arch()
+    for fact in ("embed_dim", "num_layers", "mlp_dim", "num_kv_heads", "q_group", "head_dim", "tied", "num_experts"):
+        assert getattr(opened.arch, fact) == getattr(expected, fact), fact
+    _assert_same(opened, case)
+
+
+_LLAMA = next(case for case in CASES.values() if case.config["model_type"] == "llama" and not case.arch().tied)
+
+
+def test_slices_are_those_of_the_whole(tmp_path):
+    opened = open_checkpoint(str(_written(tmp_path / "model.gguf", _LLAMA, "llama", **_theta(_LLAMA, "llama"))))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    whole = opened.tensors.read(name)
+    for index in [(slice(3, 11),), (slice(0, 0),), (slice(None), slice(2, 7)), (slice(5, 6), slice(1, 2))]:
+        np.testing.assert_array_equal(opened.tensors.read(name, index), whole[index])
+
+
+_DEQUANTISED = [
+    kind for kind in _KINDS if kind.name.startswith(("Q", "IQ", "TQ", "MX", "NV")) and kind in gguf.quants._type_traits
+]
+
+
+@pytest.mark.parametrize("kind", _DEQUANTISED, ids=lambda kind: kind.name)
+def test_every_type_is_dequantised_as_gguf_does_slice_by_slice(kind, tmp_path):
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    stored = np.random.default_rng(0).integers(0, 100, size=(5, 3 * size)).astype(np.uint8)
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tensor("w", stored, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    store = GgufFile(tmp_path / "model.gguf", read_gguf_header(tmp_path / "model.gguf"))
+    expected = gguf.quants.dequantize(stored, kind)
+    assert store.shape("w") == (5, 3 * block) == expected.shape
+    assert store.dtype("w") == np.float32
+    for index in [(), (slice(1, 4),), (slice(None), slice(1, block)), (slice(2, 3), slice(block - 1, 2 * block + 1))]:
+        np.testing.assert_array_equal(store.read("w", index), expected[index])
+
+
+def test_quantised_model_is_near_the_original(tmp_path):
+    case = _LLAMA
+    path = _written(tmp_path / "model.gguf", case, "llama", _KINDS.F16, **_theta(case, "llama"))
+    opened = open_checkpoint(str(path))
+    original = flatten(in_memory(case.source()).params)
+    for name, leaf in flatten(in_memory(opened).params).items():
+        np.testing.assert_allclose(leaf.astype(np.float32), original[name], atol=1e-3)
+
+
+def test_scaling_of_llama_3_is_recognised_by_its_factors(tmp_path):
+    inverse = 500000.0 ** (-np.arange(0, 128, 2) / 128)
+    wavelength = 2 * np.pi / inverse
+    smooth = (8192 / wavelength - 1) / 3
+    factors = np.where(wavelength < 8192 / 4, 1.0, np.where(wavelength > 8192, 8.0, 1 / ((1 - smooth) / 8 + smooth)))
+    from tracing_jax.checkpoint.gguf.config import config_of
+    from tracing_jax.checkpoint.gguf.header import GgufHeader
+
+    sizes = {"block_count": 1, "embedding_length": 256, "attention.head_count": 2, "rope.freq_base": 500000.0}
+    metadata = {"general.architecture": "llama", **{f"llama.{name}": value for name, value in sizes.items()}}
+    tensor = GgufTensor((64,), _KINDS.F32, 0)
+    header = GgufHeader(
+        metadata, {"token_embd.weight": GgufTensor((8, 256), _KINDS.F32, 0), "rope_freqs.weight": tensor}
+    )
+    scaling = config_of(header, lambda name: factors.astype(np.float32))["rope_scaling"]
+    assert (scaling["rope_type"], scaling["factor"]) == ("llama3", 8.0)
+    with pytest.raises(CheckpointError, match="only one that is read from factors"):
+        config_of(header, lambda name: np.full(64, 2, np.float32))
+
+
+def test_tokenizer_comes_from_the_metadata(tmp_path):
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    _add_sizes(writer, _LLAMA.arch())
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "ab", "▁ab"]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * 259 + [-1.0, -2.0, -3.0, -4.0, -5.0])
+    writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * 5)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_float32("llama.rope.freq_base", 10000.0)
+    writer.add_tensor("token_embd.weight", np.zeros((len(tokens), 8), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    from tracing_jax.checkpoint.gguf import GgufModel
+
+    folder, _ = GgufModel([path]).description()
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.get_vocab() == {token: i for i, token in enumerate(tokens)}
+    assert tokenizer("ab")["input_ids"] == [1, tokens.index("▁ab")]
+    assert GgufModel([path]).description()[0] == folder
+
+
+def test_a_folder_with_one_model_is_that_model_and_one_with_two_is_not(tmp_path):
+    theta = _theta(_LLAMA, "llama")
+    (tmp_path / "only").mkdir()
+    path = _written(tmp_path / "only" / "model.gguf", _LLAMA, "llama", **theta)
+    _assert_same(open_checkpoint(str(path.parent)), _LLAMA)
+    (path.parent / "other.gguf").write_bytes(path.read_bytes())
+    with pytest.raises(CheckpointError, match=r"several GGUF models, model\.gguf, other\.gguf; name one"):
+        open_checkpoint(str(path.parent))
+    path.rename(path.with_name("model-00001-of-00002.gguf"))
+    with pytest.raises(CheckpointError, match=r"of its 2 shards model-00002-of-00002\.gguf are missing"):
+        open_checkpoint(str(path.parent / "model-00001-of-00002.gguf"))
+
+
+def test_unknown_families_and_types_are_refused_by_name(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "rwkv7")
+    writer.add_tensor("token_embd.weight", np.zeros((4, 8), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match="GGUF architecture 'rwkv7' is not read; read are gemma"):
+        open_checkpoint(str(tmp_path / "a.gguf"))
+    data = bytearray((tmp_path / "a.gguf").read_bytes())
+    at = data.index(b"token_embd.weight") + len(b"token_embd.weight") + 4 + 16
+    data[at : at + 4] = struct.pack("<I", 999)
+    (tmp_path / "a.gguf").write_bytes(data)
+    with pytest.raises(CheckpointError, match="is of GGUF type 999"):
+        open_checkpoint(str(tmp_path / "a.gguf"))
+
+
+def test_no_damage_surfaces_as_another_error(tmp_path):
+    path = _written(tmp_path / "model.gguf", _LLAMA, "llama", **_theta(_LLAMA, "llama"))
+    whole = path.read_bytes()
+    header_bytes = min(tensor.start for tensor in read_gguf_header(path).tensors.values())
+    rng, outcomes = np.random.default_rng(0), {"read": 0, "refused": 0}
+    for _ in range(300):
+        damaged = bytearray(whole[: rng.integers(len(whole))] if rng.integers(5) == 0 else whole)
+        for place in rng.integers(min(header_bytes, max(1, len(damaged))), size=3):
+            damaged[place : place + 1] = bytes([rng.integers(256)])
+        path.write_bytes(damaged)
+        try:
+            header = read_gguf_header(path)
+            store = GgufFile(path, header)
+            [store.read(name) for name in store.names()]
+            outcomes["read"] += 1
+        except CheckpointError as error:
+            outcomes["refused"] += len(str(error)) < 4000
+    assert sum(outcomes.values()) == 300
+    assert min(outcomes.values()) > 0
+
+
+def test_the_page_names_every_architecture():
+    page = (Path(__file__).parent.parent / "docs" / "checkpoints.md").read_text("utf-8")
+    assert all(f"`{name}`" in page for name in GGUF_ARCHITECTURES)

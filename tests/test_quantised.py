@@ -1,0 +1,340 @@
+"""Quantised weights are what their formats say, whole and slice by slice; what is not known is refused by its name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from parity_cases import CASES
+from test_tensors import header_only
+
+from tracing_jax.checkpoint import CheckpointError, open_checkpoint
+from tracing_jax.checkpoint.hf_layouts import leaf_layouts
+from tracing_jax.checkpoint.quantised import dequantised
+from tracing_jax.checkpoint.safetensors_file import SafetensorsFile
+from tracing_jax.checkpoint.tensor_layout import tensor_shapes
+from tracing_jax.checkpoint.tensors import TensorStore
+
+RNG = np.random.default_rng(0)
+W = "model.layers.0.mlp.up_proj.weight"
+STEM = W.removesuffix("weight")
+FP8 = ml_dtypes.float8_e4m3fn
+_NAMES = {
+    "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32", "int64": "I64", "int8": "I8", "uint8": "U8",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+}  # fmt: skip
+
+
+def save(path: Path, tensors: dict[str, np.ndarray]) -> Path:
+    """Writes a safetensors file; the package's own writer knows no 8-bit floats of numpy."""
+    sizes = {name: (_NAMES[a.dtype.name], list(a.shape), a.nbytes) for name, a in tensors.items()}
+    header_only(path, **sizes)
+    data = b"".join(np.ascontiguousarray(a).tobytes() for a in tensors.values())
+    header = path.read_bytes()
+    path.write_bytes(header[: len(header) - len(data)] + data)
+    return path
+
+
+def opened(tmp_path: Path, tensors: dict[str, np.ndarray], **settings: Any) -> TensorStore:
+    stored = SafetensorsFile(save(tmp_path / "model.safetensors", tensors))
+    store, notes = dequantised(stored, {"quantization_config": settings} if settings else {})
+    assert notes
+    return store
+
+
+def expect(store: TensorStore, expected: np.ndarray, name: str = W) -> None:
+    """The tensor and slices of it, in and across blocks, equal the expected numbers exactly."""
+    assert store.names() == (name,)
+    assert store.shape(name) == expected.shape
+    axes = expected.ndim
+    spans = [slice(None), slice(1, 2), slice(3, 21), slice(7, 40), slice(0, 0)]
+    for index in [(), *((slice(None),) * axis + (span,) for axis in range(axes) for span in spans), (spans[2],) * axes]:
+        found = store.read(name, index)
+        assert found.dtype == store.dtype(name)
+        np.testing.assert_array_equal(found, expected[index].astype(found.dtype), err_msg=str(index))
+        out = np.full(found.shape, 7, found.dtype)
+        store.read_into(out, name, index)
+        np.testing.assert_array_equal(out, found)
+
+
+def floats8(*shape: int) -> np.ndarray:
+    return RNG.normal(size=shape).astype(FP8)
+
+
+# FP8 and int8
+
+
+def test_fp8_in_blocks_that_do_not_divide_the_axes(tmp_path):
+    weight, scales = floats8(40, 24), RNG.normal(size=(3, 2)).astype(np.float32)
+    expected = np.array(
+        [[np.float32(weight[i, j]) * scales[i // 16, j // 16] for j in range(24)] for i in range(40)], np.float32
+    )
+    settings = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    expect(opened(tmp_path, {W: weight, f"{W}_scale_inv": scales}, **settings), expected)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (40,), (40, 1)])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_fp8_per_tensor_and_per_row(shape, dtype, tmp_path):
+    weight, scales = floats8(40, 24), RNG.normal(size=shape).astype(dtype)
+    wide = scales.astype(np.float32)
+    expected = weight.astype(np.float32) * (wide.reshape(-1, 1) if 40 in shape else wide.reshape(()))
+    expect(opened(tmp_path, {W: weight, f"{W}_scale": scales}, quant_method="compressed-tensors"), expected)
+
+
+def test_fp8_without_scales_is_what_its_values_say(tmp_path):
+    weight = RNG.normal(size=(40, 24)).astype(ml_dtypes.float8_e5m2)
+    expect(opened(tmp_path, {W: weight}), weight.astype(np.float32))
+
+
+def test_fp8_of_stacked_experts(tmp_path):
+    weight, scales = floats8(3, 32, 48), RNG.normal(size=(3, 2, 3)).astype(np.float32)
+    expected = weight.astype(np.float32) * np.repeat(np.repeat(scales, 16, 1), 16, 2)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    store = opened(tmp_path, {name: weight, f"{name}_scale_inv": scales}, weight_block_size=[16, 16])
+    expect(store, expected, name)
+
+
+def test_int8_of_bitsandbytes_and_of_compressed_tensors(tmp_path):
+    weight, largest = RNG.integers(-127, 128, size=(40, 24)).astype(np.int8), RNG.random(40).astype(np.float32)
+    factor = np.float32(1 / 127)
+    parts = {W: weight, f"{STEM}SCB": largest, f"{STEM}weight_format": np.zeros((), np.uint8)}
+    expect(opened(tmp_path, parts, load_in_8bit=True), weight * (largest * factor)[:, None])
+    scales = RNG.random((40, 1)).astype(np.float32)
+    expect(opened(tmp_path, {W: weight, f"{W}_scale": scales}), weight * scales)
+
+
+# 4-bit floats
+
+
+def e2m1(code: int) -> float:
+    sign, exponent, fraction = code >> 3, code >> 1 & 3, code & 1
+    magnitude = fraction / 2 if exponent == 0 else (1 + fraction / 2) * 2.0 ** (exponent - 1)
+    return -magnitude if sign else magnitude
+
+
+def test_mxfp4_blocks_and_scales(tmp_path):
+    blocks = RNG.integers(0, 256, size=(2, 24, 2, 16)).astype(np.uint8)
+    scales = RNG.integers(120, 134, size=(2, 24, 2)).astype(np.uint8)
+    expected = np.zeros((2, 64, 24), np.float32)
+    for e, row, group, byte in np.ndindex(blocks.shape):
+        for half in range(2):
+            code = int(blocks[e, row, group, byte]) >> 4 * half & 15
+            value = e2m1(code) * 2.0 ** (int(scales[e, row, group]) - 127)
+            expected[e, group * 32 + 2 * byte + half, row] = value
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    store = opened(tmp_path, {f"{name}_blocks": blocks, f"{name}_scales": scales}, quant_method="mxfp4")
+    expect(store, expected, name)
+
+
+@pytest.mark.torch
+def test_mxfp4_equals_transformers(tmp_path):
+    import torch
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    blocks = RNG.integers(0, 256, size=(2, 24, 2, 16)).astype(np.uint8)
+    scales = RNG.integers(120, 134, size=(2, 24, 2)).astype(np.uint8)
+    store = opened(tmp_path, {"w_blocks": blocks, "w_scales": scales})
+    theirs = convert_moe_packed_tensors(torch.tensor(blocks), torch.tensor(scales))
+    np.testing.assert_array_equal(store.read("w").astype(np.float32), theirs.float().numpy())
+
+
+@pytest.mark.parametrize("layout", ["compressed-tensors", "modelopt"])
+def test_nvfp4_in_both_layouts(layout, tmp_path):
+    packed = RNG.integers(0, 256, size=(40, 24)).astype(np.uint8)
+    scales, overall = np.abs(floats8(40, 3)), np.array([37.5], np.float32)
+    per_block = (
+        scales.astype(np.float32) / overall if layout == "compressed-tensors" else scales.astype(np.float32) * overall
+    )
+    codes = np.stack([packed & 15, packed >> 4], -1).reshape(40, 48)
+    expected = np.vectorize(e2m1)(codes).astype(np.float32) * np.repeat(per_block, 16, 1)
+    names = {"compressed-tensors": (f"{W}_packed", f"{W}_global_scale"), "modelopt": (W, f"{W}_scale_2")}[layout]
+    expect(opened(tmp_path, {names[0]: packed, f"{W}_scale": scales, names[1]: overall}, quant_method=layout), expected)
+
+
+# Integers with zero points
+
+
+def packed_int32(values: np.ndarray, bits: int, axis: int, order: tuple[int, ...] | None = None) -> np.ndarray:
+    """Words of integers along an axis, by arithmetic on Python's integers."""
+    values = np.moveaxis(values, axis, -1)
+    per_word = 32 // bits
+    order = order or tuple(range(per_word))
+    words = values.reshape(*values.shape[:-1], -1, per_word)
+    total = sum(words[..., unit].astype(object) << (bits * place) for unit, place in enumerate(order))
+    return np.moveaxis(np.array(total, np.uint64).astype(np.uint32).view(np.int32), -1, axis)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("sorted_inputs", [False, True])
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+def test_gptq(bits, sorted_inputs, version, tmp_path):
+    inputs, out, group = 64, 48, 16
+    q = RNG.integers(0, 1 << bits, size=(inputs, out))
+    zeros = RNG.integers(1, 1 << bits, size=(inputs // group, out))
+    scales = RNG.random((inputs // group, out)).astype(np.float16)
+    groups = RNG.permutation(np.arange(inputs) // group) if sorted_inputs else np.arange(inputs) // group
+    stored_zeros = zeros if version == "gptq_v2" else zeros - 1
+    parts = {
+        "qweight": packed_int32(q, bits, 0), "qzeros": packed_int32(stored_zeros, bits, 1), "scales": scales,
+        "g_idx": groups.astype(np.int32), "bias": np.zeros(out, np.float16),
+    }  # fmt: skip
+    if not sorted_inputs:
+        del parts["g_idx"]
+    named = {f"{STEM}{part}": value for part, value in parts.items()}
+    expected = (scales[groups].astype(np.float32) * (q - zeros[groups])).T
+    settings = {"quant_method": "gptq", "bits": bits, "group_size": group, "checkpoint_format": version}
+    expect(opened(tmp_path, named, **settings), expected)
+
+
+def test_awq(tmp_path):
+    inputs, out, group = 64, 48, 16
+    q, zeros = RNG.integers(0, 16, size=(inputs, out)), RNG.integers(0, 16, size=(inputs // group, out))
+    scales = RNG.random((inputs // group, out)).astype(np.float16)
+    order = (0, 4, 1, 5, 2, 6, 3, 7)  # the place of each column in its word
+    parts = {"qweight": packed_int32(q, 4, 1, order), "qzeros": packed_int32(zeros, 4, 1, order), "scales": scales}
+    groups = np.arange(inputs) // group
+    expected = (scales[groups].astype(np.float32) * (q - zeros[groups])).T
+    named = {f"{STEM}{part}": value for part, value in parts.items()}
+    expect(opened(tmp_path, named, quant_method="awq", bits=4, group_size=group, version="gemm"), expected)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_compressed_tensors_packed(bits, groups, symmetric, tmp_path):
+    rows, columns, half = 40, 64, 1 << (bits - 1)
+    q = RNG.integers(-half, half, size=(rows, columns))
+    zeros = RNG.integers(-half, half, size=(rows, groups)) * (not symmetric)
+    scales = RNG.random((rows, groups)).astype(ml_dtypes.bfloat16)
+    parts = {
+        f"{W}_packed": packed_int32(q + half, bits, 1), f"{W}_scale": scales,
+        f"{W}_shape": np.array([rows, columns], np.int64),
+    }  # fmt: skip
+    if not symmetric:
+        parts[f"{W}_zero_point"] = packed_int32(zeros + half, bits, 0)
+    wide = (np.repeat(a, columns // groups, 1) for a in (scales.astype(np.float32), zeros))
+    scale, zero = wide
+    expect(opened(tmp_path, parts, quant_method="compressed-tensors"), scale * (q - zero).astype(np.float32))
+
+
+# bitsandbytes
+
+
+def four_bit(shape: tuple[int, int], nested: bool) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The tensors of a weight as bitsandbytes stores them, and what it stands for."""
+    count, block = int(np.prod(shape)), 64
+    codes, table = RNG.integers(0, 16, size=count), np.sort(RNG.normal(size=16)).astype(np.float32)
+    state: dict[str, Any] = {"quant_type": "nf4", "blocksize": block, "shape": list(shape), "dtype": "bfloat16"}
+    blocks = -(-count // block)
+    if nested:
+        inner, outer = RNG.integers(0, 256, size=blocks), RNG.random(-(-blocks // 256)).astype(np.float32)
+        inner_table, offset = np.sort(RNG.normal(size=256)).astype(np.float32), 0.125
+        magnitudes = inner_table[inner] * np.repeat(outer, 256)[:blocks] + np.float32(offset)
+        state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": offset}
+        parts = {"absmax": inner.astype(np.uint8), "nested_absmax": outer, "nested_quant_map": inner_table}
+    else:
+        magnitudes = RNG.random(blocks).astype(np.float32)
+        parts = {"absmax": magnitudes}
+    packed = (codes.reshape(-1, 2) @ np.array([16, 1])).astype(np.uint8)[:, None]
+    text = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    named = {f"{W}.{part}": value for part, value in parts.items()}
+    named |= {W: packed, f"{W}.quant_map": table, f"{W}.quant_state.bitsandbytes__nf4": text}
+    expected = (table[codes] * np.repeat(magnitudes, block)[:count]).reshape(shape)
+    return named, expected
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("shape", [(40, 24), (300, 70)])
+def test_bitsandbytes_four_bit(nested, shape, tmp_path):
+    tensors, expected = four_bit(shape, nested)
+    expect(opened(tmp_path, tensors, load_in_4bit=True), expected)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_four_bit_equals_bitsandbytes(kind, nested, tmp_path):
+    torch, bnb = pytest.importorskip("torch"), pytest.importorskip("bitsandbytes")
+    weight = torch.randn(64, 192)
+    packed, state = bnb.functional.quantize_4bit(weight, quant_type=kind, compress_statistics=nested)
+    parts = {f"{W}.{name}": value.numpy() for name, value in state.as_dict(packed=True).items()}
+    theirs = bnb.functional.dequantize_4bit(packed, state).numpy()
+    store = opened(tmp_path, {W: packed.numpy(), **parts}, load_in_4bit=True)
+    np.testing.assert_allclose(store.read(W), theirs, rtol=1e-6, atol=1e-7)
+
+
+# What is refused, and what is left over
+
+
+@pytest.mark.parametrize(
+    ("tensors", "settings", "message"),
+    [
+        ({f"{STEM}qweight": (8, 8)}, {"quant_method": "marlin"}, "qweight by the method 'marlin'"),
+        ({f"{STEM}qweight": (8, 8)}, {}, "qweight by the method ''"),
+        ({f"{STEM}qweight": (8, 8)}, {"quant_method": "gptq", "bits": 3}, "GPTQ with 3 bits"),
+        ({f"{STEM}qweight": (8, 8)}, {"quant_method": "gptq", "bits": 4}, r"missing .*qzeros, .*scales"),
+        ({f"{STEM}qweight": (8, 8)}, {"quant_method": "awq", "version": "gemv"}, "AWQ of version gemv"),
+        (
+            {f"{STEM}codes": (8, 8), f"{STEM}codebooks": (2, 2)},
+            {"quant_method": "aqlm"},
+            r"the method is aqlm; read are FP8",
+        ),
+        ({f"{STEM}W_q": (8, 8)}, {"quant_method": "hqq"}, "the method is hqq"),
+        ({W: (8, 8)}, {"quant_method": "eetq"}, "1 weights are quantised in a way that is not read.* eetq"),
+        ({W: (8, 8)}, {}, "unknown, for config.json does not say"),
+    ],
+)
+def test_other_formats_are_refused_by_their_names(tensors, settings, message, tmp_path):
+    stored = {name: np.zeros(shape, np.int32) for name, shape in tensors.items()}
+    with pytest.raises(CheckpointError, match=message):
+        opened(tmp_path, stored, **settings)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {f"{W}.absmax": np.zeros(3, np.float32)},
+        {f"{W}.quant_state.bitsandbytes__nf4": np.frombuffer(b"{}", np.uint8)},
+        {f"{W}.quant_state.bitsandbytes__nf4": np.frombuffer(b'{"shape": [9e99], "blocksize": 0}', np.uint8)},
+        {W: np.zeros((3, 1), np.uint8)},
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(changed, tmp_path):
+    tensors, _ = four_bit((40, 24), nested=False)
+    with pytest.raises(CheckpointError, match=r"no state of bitsandbytes|expected \d+ values"):
+        opened(tmp_path, tensors | changed)
+
+
+def test_a_scale_that_fits_no_blocks_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="are no scales of blocks of"):
+        opened(tmp_path, {W: floats8(40, 24), f"{W}_scale_inv": np.ones((7, 5), np.float32)})
+
+
+def test_settings_left_over_on_floats_are_a_note(tmp_path):
+    stored = SafetensorsFile(save(tmp_path / "model.safetensors", {W: np.ones((4, 4), np.float16)}))
+    store, notes = dequantised(stored, {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    assert store is stored
+    assert notes == ["config.json has a quantization_config (gptq), but no weight is quantised"]
+    assert dequantised(stored, {}) == (stored, [])
+
+
+def test_a_quantised_model_is_opened_as_any_other(tmp_path):
+    case = CASES["qwen3-gqa-untied-default"]
+    tensors = {}
+    for name, shape in tensor_shapes(leaf_layouts(case.arch()).values()).items():
+        weight = case.weight(name, shape).astype(np.float32)
+        if "_proj" in name:
+            tensors |= {name: weight.astype(FP8), f"{name}_scale": np.array(2.0, np.float32)}
+        else:
+            tensors[name] = weight
+    settings = {"quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "config.json").write_text(json.dumps(case.config | settings))
+    save(tmp_path / "model.safetensors", tensors)
+    found = open_checkpoint(str(tmp_path))
+    name = "model.layers.1.mlp.up_proj.weight"
+    expected = tensors[name].astype(np.float32) * 2
+    np.testing.assert_array_equal(found.layer(1)["mlp"]["up_proj"]["kernel"], expected.T)
+    assert any("dequantised as they are read: FP8" in note for note in found.notes)

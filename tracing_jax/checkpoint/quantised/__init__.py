@@ -1,0 +1,91 @@
+"""Quantised weights as floats: each format is a module, and a slice of a weight is dequantised as it is read.
+
+What is found in the files decides; the config is asked for what they do not say. A format that is not known is refused
+by its name: read as something else its numbers would be wrong without a sign of it.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from tracing_jax.checkpoint.derived_tensors import DerivedTensors
+from tracing_jax.checkpoint.errors import CheckpointError
+from tracing_jax.checkpoint.quantised.bitsandbytes import find_four_bit
+from tracing_jax.checkpoint.quantised.found import Found
+from tracing_jax.checkpoint.quantised.fp4 import find_mxfp4, find_nvfp4
+from tracing_jax.checkpoint.quantised.int4 import find_gptq_or_awq, find_packed
+from tracing_jax.checkpoint.quantised.scaled import find_float8, find_int8
+from tracing_jax.checkpoint.tensors import TensorStore
+from tracing_jax.complaints import listed, shortened
+
+__all__ = ["FORMATS", "dequantised"]
+
+Finder = Callable[[TensorStore, Mapping[str, Any]], Found]
+
+_FINDERS: tuple[Finder, ...] = (
+    find_gptq_or_awq, find_four_bit, find_mxfp4, find_nvfp4, find_packed, find_float8, find_int8
+)  # fmt: skip
+
+FORMATS = (
+    "FP8 (per tensor, per row, in blocks)", "int8 (bitsandbytes, compressed-tensors)", "GPTQ (2, 4 and 8 bits)",
+    "AWQ (GEMM)", "bitsandbytes NF4 and FP4, nested or not", "compressed-tensors (4 and 8 bits)", "MXFP4 (gpt-oss)",
+    "NVFP4 (compressed-tensors, ModelOpt)",
+)  # fmt: skip
+"""What is dequantised, for people."""
+
+# How quantisers name what they store beside or instead of a weight.
+_LEFT_OVER = (
+    ".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".absmax", ".quant_map", ".SCB",
+    ".codes", ".codebooks", ".Qidxs", ".W_q", ".weight_scale_2", "_blocks", ".trellis", ".weight_zero_point",
+)  # fmt: skip
+
+
+def dequantised(store: TensorStore, config: Mapping[str, Any]) -> tuple[TensorStore, list[str]]:
+    """Returns the tensors with quantised weights as floats, and a note on the format.
+
+    Args:
+      store: the tensors as they are stored.
+      config: the content of the model's `config.json`.
+
+    Raises:
+      CheckpointError: a format that is not read, by its name, or parts of one that do not fit.
+    """
+    settings = _settings(config)
+    derived, used, notes = {}, set(), []
+    for find in _FINDERS:
+        found = find(store, settings)
+        new = found.derived.keys() - derived.keys() - used  # the scales of one format are tensors of another
+        if new:
+            notes.append(f"{len(new)} weights are dequantised as they are read: {found.format}")
+        derived |= {name: found.derived[name] for name in new}
+        used |= found.used
+    used -= derived.keys()
+    _refuse_left_over(store, settings, derived.keys() | used)
+    if not derived:
+        method = settings.get("quant_method")
+        ignored = f"config.json has a quantization_config ({shortened(method)}), but no weight is quantised"
+        return store, [ignored] if settings else []
+    return DerivedTensors(store, derived, used), notes
+
+
+def _settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    for name in ("quantization_config", "compression_config"):
+        if isinstance(found := config.get(name), Mapping):
+            return found
+    return {}
+
+
+def _refuse_left_over(store: TensorStore, settings: Mapping[str, Any], known: set[str]) -> None:
+    packed = [name for name in store.names() if name not in known and name.endswith(_LEFT_OVER)]
+    integers = [
+        name
+        for name in store.names()
+        if name not in known and name.endswith(".weight") and np.issubdtype(store.dtype(name), np.integer)
+    ]
+    if left := packed or integers:
+        method = settings.get("quant_method") or settings.get("quant_type") or "unknown, for config.json does not say"
+        raise CheckpointError(
+            f"{len(left)} weights are quantised in a way that is not read, such as {listed(left, 3)}; the method is "
+            f"{shortened(method)}; read are {', '.join(FORMATS)}; use the original checkpoint"
+        )

@@ -1,0 +1,237 @@
+"""Weights of 2 to 8 bits with a scale and a zero point for each group of inputs: GPTQ, AWQ and compressed-tensors.
+
+Source: Frantar et al., GPTQ (arXiv 2210.17323), and the layout of AutoGPTQ; Lin et al., AWQ (arXiv 2306.00978), and the
+layout of its GEMM kernel; the `pack-quantized` layout of compressed-tensors. A weight is `scale * (q - zero)`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tracing_jax.checkpoint.quantised.found import Found, QuantisedError
+from tracing_jax.checkpoint.quantised.packing import block_sizes, scale_bounds, spread, unpacked, words_of
+from tracing_jax.checkpoint.safetensors_file import Index, bounds_of
+from tracing_jax.checkpoint.tensors import TensorStore
+
+_FLOAT32 = np.dtype(np.float32)
+_AWQ_ORDER = np.array([0, 4, 1, 5, 2, 6, 3, 7])
+"""Place in a word of each of its eight columns: evens and odds are interleaved for the GPU."""
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """A weight `[out, in]`, stored as words `[in * bits / 32, out]` that hold inputs one after another.
+
+    Attributes:
+      store: the tensors of the file.
+      stem: of the names `qweight`, `qzeros`, `scales` and `g_idx`.
+      bits: of a weight.
+      group_size: inputs that share a scale, where there is no `g_idx`.
+      zero_offset: what is added to a stored zero point: 1 in the first version of the format, which stores one less.
+      has_groups: whether `g_idx` gives the group of each input.
+    """
+
+    store: TensorStore
+    stem: str
+    bits: int
+    group_size: int
+    zero_offset: int
+    has_groups: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        words, out = self.store.shape(f"{self.stem}qweight")
+        return out, words * 32 // self.bits
+
+    @property
+    def dtype(self) -> np.dtype:
+        return _FLOAT32
+
+    def read(self, index: Index = ()) -> np.ndarray:
+        rows, inputs = bounds_of(index, self.shape)
+        per_word = 32 // self.bits
+        words, within = words_of(inputs, per_word)
+        values = unpacked(self.store.read(f"{self.stem}qweight", (words, rows)), self.bits, 0)[within]
+        groups = self._groups(inputs)
+        zero_words, zeros_within = words_of(rows, per_word)
+        zeros = unpacked(self.store.read(f"{self.stem}qzeros", (slice(None), zero_words)), self.bits, 1)
+        zeros = (zeros[:, zeros_within] + self.zero_offset) & ((1 << self.bits) - 1)
+        scales = self.store.read(f"{self.stem}scales", (slice(None), rows)).astype(np.float32)
+        return np.ascontiguousarray((scales[groups] * (values - zeros[groups]).astype(np.float32)).T)
+
+    def _groups(self, inputs: slice) -> np.ndarray:
+        """Returns the group of each input, which `g_idx` gives where inputs were sorted by importance."""
+        if self.has_groups:
+            return self.store.read(f"{self.stem}g_idx", (inputs,)).astype(np.int64)
+        return np.arange(inputs.start, inputs.stop) // self.group_size
+
+
+@dataclass(frozen=True)
+class Awq:
+    """A weight `[out, in]`, stored as words `[in, out / 8]` that hold outputs, in the order of the GEMM kernel."""
+
+    store: TensorStore
+    stem: str
+    group_size: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        inputs, words = self.store.shape(f"{self.stem}qweight")
+        return words * 8, inputs
+
+    @property
+    def dtype(self) -> np.dtype:
+        return _FLOAT32
+
+    def read(self, index: Index = ()) -> np.ndarray:
+        rows, inputs = bounds_of(index, self.shape)
+        words, within = words_of(rows, 8)
+        values = _in_order(self.store.read(f"{self.stem}qweight", (inputs, words)))[:, within]
+        groups = scale_bounds((inputs,), (self.group_size,))[0]
+        zeros = _in_order(self.store.read(f"{self.stem}qzeros", (groups, words)))[:, within]
+        scales = self.store.read(f"{self.stem}scales", (groups, rows)).astype(np.float32)
+        zeros, scales = (spread(a, (inputs, rows), (self.group_size, 1)) for a in (zeros, scales))
+        return np.ascontiguousarray((scales * (values - zeros).astype(np.float32)).T)
+
+
+def _in_order(words: np.ndarray) -> np.ndarray:
+    values = unpacked(words, 4, -1)
+    by_word = values.reshape(*values.shape[:-1], values.shape[-1] // 8, 8)
+    return by_word[..., _AWQ_ORDER].reshape(values.shape)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight `[out, in]` of compressed-tensors, stored as words `[out, in * bits / 32]`, offset by half the range."""
+
+    store: TensorStore
+    name: str
+    shape: tuple[int, int]
+    bits: int
+    sizes: tuple[int, ...]
+    has_zeros: bool
+
+    @property
+    def dtype(self) -> np.dtype:
+        return _FLOAT32
+
+    def read(self, index: Index = ()) -> np.ndarray:
+        bounds = rows, columns = bounds_of(index, self.shape)
+        words, within = words_of(columns, 32 // self.bits)
+        values = unpacked(self.store.read(f"{self.name}_packed", (rows, words)), self.bits, 1)[:, within]
+        groups = scale_bounds(bounds, self.sizes)
+        scales = self.store.read(f"{self.name}_scale", groups).astype(np.float32)
+        # Stored zero points are offset as the weights are; without them the zero is the middle of the range.
+        zeros = self._zeros(groups) if self.has_zeros else 1 << (self.bits - 1)
+        zeros = spread(zeros, bounds, self.sizes) if isinstance(zeros, np.ndarray) else zeros
+        return spread(scales, bounds, self.sizes) * (values - zeros).astype(np.float32)
+
+    def _zeros(self, groups: Index) -> np.ndarray:
+        name = f"{self.name}_zero_point"
+        if self.store.dtype(name) != np.int32:
+            return self.store.read(name, groups).astype(np.int32) + (1 << (self.bits - 1))
+        words, within = words_of(groups[0], 32 // self.bits)
+        return unpacked(self.store.read(name, (words, groups[1])), self.bits, 0)[within]
+
+
+def find_gptq_or_awq(store: TensorStore, settings: Mapping[str, Any]) -> Found:
+    """Returns the weights that are stored as `qweight`, `qzeros` and `scales`.
+
+    Raises:
+      QuantisedError: the config does not say of which kind, or a kind that is not read.
+    """
+    stems = [name.removesuffix("qweight") for name in store.names() if name.endswith(".qweight")]
+    if not stems:
+        return Found("GPTQ")
+    method = str(settings.get("quant_method") or "").lower()
+    if method not in ("gptq", "awq"):
+        raise QuantisedError(f"qweight by the method {method!r}: GPTQ and AWQ are read; use the original checkpoint")
+    return _find_awq(store, settings, stems) if method == "awq" else _find_gptq(store, settings, stems)
+
+
+def _find_gptq(store: TensorStore, settings: Mapping[str, Any], stems: list[str]) -> Found:
+    found, names = Found("GPTQ"), set(store.names())
+    bits = settings.get("bits")
+    if bits not in (2, 4, 8):
+        raise QuantisedError(f"GPTQ with {bits} bits: 2, 4 and 8 are read; use the original checkpoint")
+    offset = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
+    for stem in stems:
+        _require(names, stem, ("qzeros", "scales"))
+        words, out = store.shape(f"{stem}qweight")
+        inputs, groups = words * 32 // bits, store.shape(f"{stem}scales")[0]
+        tensor = Gptq(store, stem, bits, -(-inputs // max(groups, 1)), offset, f"{stem}g_idx" in names)
+        _expect(store, f"{stem}scales", (groups, out))
+        _expect(store, f"{stem}qzeros", (groups, out * bits // 32))
+        if f"{stem}g_idx" in names:
+            _expect(store, f"{stem}g_idx", (inputs,))
+        found.add(f"{stem}weight", tensor, *({stem + part for part in _GPTQ_PARTS} & names))
+        if f"{stem}bias" in names:
+            _drop_empty_bias(store, f"{stem}bias", found)
+    return found
+
+
+_GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def _drop_empty_bias(store: TensorStore, bias: str, found: Found) -> None:
+    """Leaves out a bias of zeros, which AutoGPTQ writes for layers that have none."""
+    if len(store.shape(bias)) == 1 and not store.read(bias).astype(np.float32).any():
+        found.used.add(bias)
+
+
+def _find_awq(store: TensorStore, settings: Mapping[str, Any], stems: list[str]) -> Found:
+    found, names = Found("AWQ"), set(store.names())
+    version, bits = str(settings.get("version") or "gemm").lower(), settings.get("bits", 4)
+    if version != "gemm" or bits != 4:
+        raise QuantisedError(f"AWQ of version {version} with {bits} bits: gemm with 4 is read")
+    for stem in stems:
+        _require(names, stem, ("qzeros", "scales"))
+        inputs, words = store.shape(f"{stem}qweight")
+        groups = store.shape(f"{stem}scales")[0]
+        if not groups or inputs % groups:
+            raise QuantisedError(f"{stem}scales has {groups} groups of {inputs} inputs")
+        _expect(store, f"{stem}scales", (groups, words * 8))
+        _expect(store, f"{stem}qzeros", (groups, words))
+        tensor = Awq(store, stem, inputs // groups)
+        found.add(f"{stem}weight", tensor, *(stem + part for part in ("qweight", "qzeros", "scales")))
+    return found
+
+
+def find_packed(store: TensorStore, settings: Mapping[str, Any]) -> Found:
+    """Returns the weights that compressed-tensors stores as `weight_packed` words of int32.
+
+    Raises:
+      QuantisedError: parts that are missing or do not fit.
+    """
+    found, names = Found("compressed-tensors"), set(store.names())
+    for packed in [name for name in store.names() if name.endswith(".weight_packed")]:
+        if store.dtype(packed) != np.int32:
+            continue
+        name = packed.removesuffix("_packed")
+        _require(names, name, ("_scale", "_shape"))
+        if f"{name}_g_idx" in names:
+            raise QuantisedError(f"{name} is packed with actorder (g_idx), which is not read")
+        rows, columns = (int(size) for size in store.read(f"{name}_shape").ravel()[:2])
+        words = store.shape(packed)[1]
+        bits = next((bits for bits in (4, 8) if -(-columns // (32 // bits)) == words), None)
+        sizes = block_sizes((rows, columns), store.shape(f"{name}_scale"))
+        if bits is None or sizes is None or store.shape(packed)[0] != rows:
+            raise QuantisedError(
+                f"{packed} {store.shape(packed)} does not hold {(rows, columns)} integers of 4 or 8 bits"
+            )
+        parts = {name + part for part in ("_packed", "_scale", "_shape", "_zero_point")} & names
+        tensor = Packed(store, name, (rows, columns), bits, sizes, f"{name}_zero_point" in names)
+        found.add(name, tensor, *parts)
+    return found
+
+
+def _require(names: set[str], stem: str, parts: tuple[str, ...]) -> None:
+    if missing := [stem + part for part in parts if stem + part not in names]:
+        raise QuantisedError(f"missing {', '.join(missing)}, without which {stem} cannot be dequantised")
+
+
+def _expect(store: TensorStore, name: str, shape: tuple[int, ...]) -> None:
+    if store.shape(name) != shape:
+        raise QuantisedError(f"{name} has shape {store.shape(name)}, expected {shape}")

@@ -1,0 +1,117 @@
+"""Weights of 8 bits with a scale for the tensor, for each row, or for each block: FP8 and int8.
+
+Source: DeepSeek-V3 Technical Report (arXiv 2412.19437), section 3.3.2, whose `weight_scale_inv` is what a weight is
+multiplied by; compressed-tensors (`weight_scale`); bitsandbytes' LLM.int8 (arXiv 2208.07339), whose `SCB` is the
+largest magnitude of each row, 127 steps.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tracing_jax.checkpoint.derived_tensors import Cast
+from tracing_jax.checkpoint.quantised.found import Found, QuantisedError
+from tracing_jax.checkpoint.quantised.packing import block_sizes, scale_bounds, spread
+from tracing_jax.checkpoint.safetensors_file import Index, bounds_of
+from tracing_jax.checkpoint.tensors import TensorStore
+
+_SCALES = ("_scale_inv", "_scale")
+_FLOAT32 = np.dtype(np.float32)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A stored tensor times its scales, in float32.
+
+    Attributes:
+      store: the tensors of the file.
+      name: of the tensor.
+      scales: of the tensor of its scales.
+      sizes: how many units of the tensor share a scale on each axis.
+      factor: multiplies all.
+    """
+
+    store: TensorStore
+    name: str
+    scales: str
+    sizes: tuple[int, ...]
+    factor: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.store.shape(self.name)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return _FLOAT32
+
+    def read(self, index: Index = ()) -> np.ndarray:
+        bounds = bounds_of(index, self.shape)
+        values = self.store.read(self.name, bounds).astype(np.float32)
+        return values * spread(self._scales(bounds), bounds, self.sizes)
+
+    def _scales(self, bounds: Index) -> np.ndarray:
+        shape = self.store.shape(self.scales)
+        # Scales of a row may lack the axis of the columns; those of a tensor may lack all.
+        missing = len(self.shape) - len(shape)
+        if shape and shape[0] == self.shape[0] and len(shape) == 1 and missing:
+            own = self.store.read(self.scales, bounds[:1]).reshape(-1, *(1,) * missing)
+        elif missing:
+            own = self.store.read(self.scales).reshape((1,) * missing + shape)
+        else:
+            own = self.store.read(self.scales, scale_bounds(bounds, self.sizes))
+        return own.astype(np.float32) * np.float32(self.factor)
+
+
+def is_float8(dtype: np.dtype) -> bool:
+    """Returns whether a dtype is a float of eight bits."""
+    return dtype.name.startswith("float8_e4m3") or dtype.name.startswith("float8_e5m2")
+
+
+def find_float8(store: TensorStore, settings: Mapping[str, Any]) -> Found:
+    """Returns the tensors of 8-bit floats with their scales; one without scales is what its values say.
+
+    Raises:
+      QuantisedError: scales that do not fit their tensor.
+    """
+    names = set(store.names())
+    found = Found("FP8")
+    for name in [name for name in store.names() if is_float8(store.dtype(name))]:
+        scales = next((name + ending for ending in _SCALES if name + ending in names), None)
+        if scales is None:
+            found.derived[name] = Cast(store, name, _FLOAT32)
+            continue
+        block = settings.get("weight_block_size") or ()
+        found.add(name, Scaled(store, name, scales, _sizes(store, name, scales, block)), scales)
+    return found
+
+
+def find_int8(store: TensorStore, settings: Mapping[str, Any]) -> Found:
+    """Returns the int8 weights of bitsandbytes and of compressed-tensors.
+
+    Raises:
+      QuantisedError: scales that do not fit their tensor.
+    """
+    names = set(store.names())
+    found = Found("int8")
+    for name in [name for name in store.names() if store.dtype(name) == np.int8 and name.endswith(".weight")]:
+        stem = name.removesuffix("weight")
+        for scales, factor in ((f"{stem}SCB", 1 / 127), (f"{name}_scale", 1.0)):
+            if scales in names:
+                tensor = Scaled(store, name, scales, _sizes(store, name, scales, ()), factor)
+                found.add(name, tensor, scales, *({f"{name}_format", f"{stem}weight_format"} & names))
+    return found
+
+
+def _sizes(store: TensorStore, name: str, scales: str, block: Sequence[int]) -> tuple[int, ...]:
+    shape, scale_shape = store.shape(name), store.shape(scales)
+    if len(scale_shape) == 1 and len(shape) > 1 and scale_shape[0] == shape[0]:
+        return (1, *shape[1:])
+    if all(size == 1 for size in scale_shape) and len(scale_shape) <= len(shape):
+        return tuple(max(size, 1) for size in shape)
+    sizes = block_sizes(shape, scale_shape, tuple(block)[-len(shape) :])
+    if sizes is None:
+        raise QuantisedError(f"{scales} {scale_shape} are no scales of blocks of {name} {shape}")
+    return sizes
