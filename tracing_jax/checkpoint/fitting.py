@@ -10,8 +10,8 @@ from tracing_jax.arch import Arch
 from tracing_jax.checkpoint.derived_tensors import Alias, Cast, DerivedTensors, RenamedTensors
 from tracing_jax.checkpoint.errors import CheckpointError
 from tracing_jax.checkpoint.hf_layouts import LeafLayouts, leaf_layouts
+from tracing_jax.checkpoint.name_patterns import ignored_notes, is_constant, num_layers_in, plain_names, unknown_prefix
 from tracing_jax.checkpoint.tensor_layout import tensor_shapes
-from tracing_jax.checkpoint.tensor_names import ignored_notes, is_constant, num_layers_in, plain_names, unknown_prefix
 from tracing_jax.checkpoint.tensors import TensorStore
 from tracing_jax.complaints import grouped, shortened
 
@@ -30,13 +30,15 @@ class Fitted:
     notes: tuple[str, ...]
 
 
-def with_plain_names(store: TensorStore) -> tuple[TensorStore, list[str]]:
-    """Returns the tensors under the names that transformers gives them, and a note where they had others.
+def with_plain_names(arch: Arch, store: TensorStore) -> tuple[TensorStore, list[str]]:
+    """Returns the tensors of a model under the names that transformers gives them, and a note where they had others.
 
     Raises:
-      CheckpointError: two tensors would have the same name.
+      CheckpointError: two tensors would have the same name, or the model has far more layers than the files.
     """
-    stored_names = plain_names(store.names())
+    if arch.num_layers > _FEW_LAYERS and arch.num_layers > 2 * (found := num_layers_in(store.names())):
+        raise CheckpointError(f"config.json asks for {arch.num_layers} layers, the files have tensors of {found}")
+    stored_names = plain_names(store.names(), tensor_shapes(leaf_layouts(arch).values()))
     changed = [(name, stored) for name, stored in stored_names.items() if name != stored]
     if not changed:
         return store, []
@@ -63,8 +65,6 @@ def fitted(arch: Arch, store: TensorStore, *, compare_rows: bool = True) -> Fitt
     Raises:
       CheckpointError: tensors are missing, unexpected or of the wrong shape or dtype, all at once.
     """
-    if arch.num_layers > _FEW_LAYERS and arch.num_layers > 2 * (found := num_layers_in(store.names())):
-        raise CheckpointError(f"config.json asks for {arch.num_layers} layers, the files have tensors of {found}")
     store, rounded = _rounded(store)
     arch, store, tying = _tied_as_stored(arch, store, compare_rows)
     if not arch.tied and (head := tied_names(arch, store.names())[1]) not in store.names():

@@ -83,8 +83,11 @@ def _open_files(
         return _open_gguf(found.gguf)
     arch, notes = read_arch_and_notes(found.folder)
     stored = open_tensors(found.folder, on_hub(found, cache_dir)) if in_ranges else open_tensors(found.folder)
-    tensors, renaming = with_plain_names(stored)
-    tensors, formats = dequantised(tensors, read_raw_config(found.folder))
+    try:
+        tensors, renaming = with_plain_names(arch, stored)
+        tensors, formats = dequantised(tensors, read_raw_config(found.folder))
+    except CheckpointError as error:
+        raise CheckpointError(*(f"{found.id}: {problem}" for problem in error.problems)) from error
     return _Files(found.folder, found.folder, arch, tensors, (*notes, *renaming, *formats))
 
 

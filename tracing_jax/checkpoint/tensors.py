@@ -11,8 +11,8 @@ import numpy as np
 
 from tracing_jax.checkpoint.errors import CheckpointError, damaged
 from tracing_jax.checkpoint.foreign_files import foreign_weights
+from tracing_jax.checkpoint.name_patterns import may_be_absent
 from tracing_jax.checkpoint.safetensors_file import Index, SafetensorsFile
-from tracing_jax.checkpoint.tensor_names import may_be_absent
 from tracing_jax.checkpoint.torch_zip import TorchZip
 from tracing_jax.complaints import grouped, shortened
 

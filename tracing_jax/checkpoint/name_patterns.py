@@ -52,14 +52,19 @@ def ignored_notes(names: Iterable[str]) -> tuple[set[str], list[str]]:
     return {name for members in found.values() for name in members}, notes
 
 
-def plain_names(stored: Collection[str]) -> dict[str, str]:
+def plain_names(stored: Collection[str], wanted: Iterable[str]) -> dict[str, str]:
     """Returns the names that transformers gives to the tensors of a language model -> the names that they have here.
+
+    Args:
+      stored: the names in the files.
+      wanted: those of the model. Where one of them is inside a `language_model`, as in a multimodal model, it stays.
 
     Raises:
       CheckpointError: two tensors would have the same name.
     """
+    inside = any(_LANGUAGE_MODEL.fullmatch(name) for name in wanted)
     parallel = bool(stored) and all(_plain(name).startswith(_PARALLEL) for name in stored)
-    plain = {name: _plain(name, parallel) for name in stored}
+    plain = {name: _plain(name, parallel, inside) for name in stored}
     if twice := [name for name, count in Counter(plain.values()).items() if count > 1]:
         clash = [name for name, other in plain.items() if other == twice[0]]
         raise CheckpointError(
@@ -68,14 +73,14 @@ def plain_names(stored: Collection[str]) -> dict[str, str]:
     return {other: name for name, other in plain.items()}
 
 
-def _plain(name: str, parallel: bool = False) -> str:
+def _plain(name: str, parallel: bool = False, inside: bool = False) -> str:
     if not parallel and not _ANY_OF_THEM.search(name):
         return name
     name = _WRAPPER.sub("", name)
     while parallel and name.startswith(_PARALLEL):
         name = _WRAPPER.sub("", name.removeprefix(_PARALLEL))
     inner = _LANGUAGE_MODEL.fullmatch(name)
-    if inner is None:
+    if inner is None or inside:
         return name
     rest = inner["rest"]
     of_backbone = inner[1] and not rest.startswith(("model.", "lm_head."))
