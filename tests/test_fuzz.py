@@ -1,4 +1,4 @@
-"""One of each kind of damage ends in a right answer or one clear error; `benchmarks.fuzz` makes thousands, with limits."""
+"""Each kind of damage ends in a right answer or one clear error; `benchmarks.fuzz` makes thousands, with limits."""
 
 import shutil
 

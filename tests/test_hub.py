@@ -24,12 +24,16 @@ JUNK = {
     "optimizer.pt": b"p",
     "training_args.bin": b"t",
 }
-SHARDS = {f"model-0000{i}-of-00002.safetensors": bytes(i) for i in (1, 2)} | {"model.safetensors.index.json": b"{}"}
+SHARDS = {f"model-0000{i}-of-00002.safetensors": bytes(i) for i in (1, 2)}
+INDEX = {"model.safetensors.index.json": json.dumps({"weight_map": dict(enumerate(SHARDS))}).encode()}
+STALE = {"model-00001-of-00003.safetensors": b"stale"}
+STRAY = {"adapter_model.safetensors": b"a"}
 TOKEN = "hf_" + "x" * 34
 REPOS = {
     "org/both": Repo({"main": TEXTS | BOTH | JUNK, "refs/pr/1": TEXTS | {"model.safetensors": b"pr"}}),
-    "shards": Repo({"main": TEXTS | SHARDS}),
-    "org/bin": Repo({"main": TEXTS | {"pytorch_model.bin": b"b", "training_args.bin": b"t"}}),
+    "shards": Repo({"main": TEXTS | SHARDS | INDEX | STALE}),
+    "org/bin": Repo({"main": TEXTS | {"pytorch_model.bin": b"b", "training_args.bin": b"t"} | STRAY}),
+    "org/gguf": Repo({"main": {"a/model-Q4.gguf": b"g", "a/model-Q8.gguf": b"h", "README.md": b"#"}}),
     "org/lora": Repo({"main": {"adapter_config.json": b"{}", "adapter_model.safetensors": b"a"}}),
     "org/gated": Repo({"main": TEXTS | BOTH}, gated=True),
     "org/empty": Repo({"main": {"config.json": b"{}", "model.gguf": b"g"}}),
@@ -76,7 +80,7 @@ def test_downloads_one_weight_format_and_no_junk_then_works_from_cache(server, t
     found = ask(server.url, tmp_path, *ids)
     assert [files(folder) for folder, _, _ in found] == [
         {*TEXTS, "model.safetensors"},
-        {*TEXTS, *SHARDS},
+        {*TEXTS, *SHARDS, *INDEX},
         {*TEXTS, "pytorch_model.bin"},
         {"adapter_config.json", "adapter_model.safetensors"},
         {*TEXTS, "model.safetensors"},
@@ -92,6 +96,14 @@ def test_downloads_one_weight_format_and_no_junk_then_works_from_cache(server, t
     del server.requests[:]
     assert ask(server.url, tmp_path, *ids, HF_HUB_OFFLINE="1") == found
     assert server.requests == []
+
+
+@pytest.mark.slow
+def test_one_gguf_file_of_a_repository_is_downloaded(server, tmp_path):
+    (folder, _, revision), missing = ask(server.url, tmp_path, "org/gguf/a/model-Q4.gguf", "org/gguf/nowhere.gguf")
+    assert files(folder) == {"model-Q4.gguf"}
+    assert revision == commit("org/gguf", "main")
+    assert "'org/gguf' has no file 'nowhere.gguf'" in missing
 
 
 @pytest.mark.slow

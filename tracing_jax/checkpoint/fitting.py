@@ -126,7 +126,8 @@ def _problems(arch: Arch, store: TensorStore) -> tuple[list[str], list[str]]:
     lines += _mixed_dtypes(layouts, store, names)
     extra = sorted(name for name in names - wanted.keys() if not is_constant(name))
     if arch.tied:
-        extra = [name for name in extra if name != tied_names(arch, names)[1]]  # compared when the embedding is read
+        head = tied_names(arch, names)[1]  # compared when the embedding is read
+        extra = [name for name in extra if name != head]
     if len(extra) > _MAX_EXTRA:
         lines.append(f"{len(extra)} unexpected tensors, {shortened(extra[0])} first")
         return grouped(lines), []

@@ -271,4 +271,6 @@ def _check(found: CheckpointFolder) -> None:
     missing = [what for what, is_there in wanted.items() if not is_there]
     if missing:
         held = foreign_weights(found.folder) or f"{found.folder} holds {listing(found.folder)}"
+        if found.revision:
+            held += "; a GGUF file on the Hub is named org/name/file.gguf"
         raise CheckpointError(f"{found.id!r} has no {' and no '.join(missing)}; {held}")

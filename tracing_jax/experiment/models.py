@@ -19,7 +19,9 @@ _SHAPE_OF_CONTROLS = ("num_layers", "embed_dim", "mlp_dim", "vocab_size")
 
 def is_local(model_id: str) -> bool:
     """Returns whether an id is a folder here or a member of the demo family, which no Hub id looks like."""
-    return model_id.startswith((DEMO, "/", ".", "~")) or model_id.count("/") > 1 or Path(model_id).exists()
+    on_hub = model_id.partition("@")[0].endswith(".gguf")  # org/name/file.gguf
+    several = model_id.count("/") > 1 and not on_hub
+    return model_id.startswith((DEMO, "/", ".", "~")) or several or Path(model_id).exists()
 
 
 def resolve_model_id(model_id: str) -> str:
