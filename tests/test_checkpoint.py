@@ -222,7 +222,7 @@ def test_missing_unexpected_and_misshaped_tensors_are_named_together(tmp_path):
     del tensors["model.layers.0.mlp.up_proj.weight"], tensors["model.norm.weight"]
     tensors["model.layers.0.mlp.router.weight"] = np.zeros((3, 24), np.float32)
     tensors["model.layers.1.self_attn.k_proj.weight"] = np.zeros((32, 24), np.float32)
-    tensors["model.embed_tokens.weight"] = np.ones((31, 24), np.int32)
+    tensors["model.embed_tokens.weight"] = np.ones((31, 24), bool)
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(str(_write(tmp_path / "hf", _UNTIED, tensors)))
     assert len(caught.value.problems) == 5
@@ -231,7 +231,7 @@ def test_missing_unexpected_and_misshaped_tensors_are_named_together(tmp_path):
     assert "missing tensor model.norm.weight (24,)" in message
     assert "unexpected tensor model.layers.0.mlp.router.weight (3, 24)" in message
     assert "wrong shape of model.layers.1.self_attn.k_proj.weight: (32, 24), config.json asks for (16, 24)" in message
-    assert "int32 of model.embed_tokens.weight" in message
+    assert "bool of model.embed_tokens.weight" in message
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
