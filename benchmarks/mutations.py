@@ -68,7 +68,8 @@ def _write_tokenizer(folder: Path) -> None:
 
 
 def _write_sharded(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    names, weight_map = sorted(tensors), {}
+    names = sorted(tensors)
+    weight_map: dict[str, str] = {}
     for i in range(2):
         file = f"model-0000{i + 1}-of-00002.safetensors"
         save_file({name: tensors[name] for name in names[i::2]}, folder / file)

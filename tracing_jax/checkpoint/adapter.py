@@ -87,7 +87,7 @@ def merged(base: TensorStore, folder: Path, tied: tuple[str, str] | None = None)
 def _trains(name: str, tied: tuple[str, str]) -> bool:
     """Returns whether a tensor of an adapter belongs to the embedding or the head."""
     match = _NAME.fullmatch(name)
-    return bool(match) and any(one.endswith(f"{match['path'].rpartition('.')[2]}.weight") for one in tied)
+    return match is not None and any(one.endswith(f"{match['path'].rpartition('.')[2]}.weight") for one in tied)
 
 
 def _with_both(base: TensorStore, embedding: str, head: str) -> TensorStore:
@@ -266,11 +266,11 @@ def _token_rows(
     if isinstance(indices, dict):
         modules = [module for module in indices if f".{module}.token_adapter" in name]
         indices = indices[modules[0]] if len(modules) == 1 else None
-    good = isinstance(indices, list) and all(type(i) is int and 0 <= i < shape[0] for i in indices)
-    if not good or len({*indices}) < len(indices):
+    rows = indices if isinstance(indices, list) else []
+    if not rows or not all(type(i) is int and 0 <= i < shape[0] for i in rows) or len({*rows}) < len(rows):
         raise CheckpointError(f"{name!r}: trainable_token_indices = {shortened(indices)}, expected rows of {shape}")
-    _expect_shape(adapter, name, (len(indices), shape[1]))
-    return name, np.array(indices, np.int64)
+    _expect_shape(adapter, name, (len(rows), shape[1]))
+    return name, np.array(rows, np.int64)
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tracing_jax.checkpoint.derived_tensors import DerivedTensors
+from tracing_jax.checkpoint.derived_tensors import Derived, DerivedTensors
 from tracing_jax.checkpoint.errors import CheckpointError
 from tracing_jax.checkpoint.quantised.bitsandbytes import find_four_bit
 from tracing_jax.checkpoint.quantised.found import Found
@@ -52,7 +52,9 @@ def dequantised(store: TensorStore, config: Mapping[str, Any]) -> tuple[TensorSt
       CheckpointError: a format that is not read, by its name, or parts of one that do not fit.
     """
     settings = _settings(config)
-    derived, used, notes = {}, set(), []
+    derived: dict[str, Derived] = {}
+    used: set[str] = set()
+    notes = []
     for find in _FINDERS:
         found = find(store, settings)
         new = found.derived.keys() - derived.keys() - used  # the scales of one format are tensors of another

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from tracing_jax.checkpoint.derived_tensors import Cast
@@ -19,6 +20,12 @@ from tracing_jax.checkpoint.tensors import TensorStore
 
 _SCALES = ("_scale_inv", "_scale")
 _FLOAT32 = np.dtype(np.float32)
+_FLOAT8 = {
+    np.dtype(kind)
+    for kind in (
+        ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.float8_e4m3fnuz, ml_dtypes.float8_e5m2fnuz
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ class Scaled:
 
 def is_float8(dtype: np.dtype) -> bool:
     """Returns whether a dtype is a float of eight bits."""
-    return dtype.name.startswith("float8_e4m3") or dtype.name.startswith("float8_e5m2")
+    return dtype in _FLOAT8
 
 
 def find_float8(store: TensorStore, settings: Mapping[str, Any]) -> Found:
