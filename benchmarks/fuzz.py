@@ -108,7 +108,8 @@ def main(argv: list[str]) -> None:
             assert outcome_of(folder)[0] == "read", outcome_of(folder)  # and imports what the children need
         for i in range(_COUNT.value):
             rng = np.random.default_rng([_SEED.value, i])
-            name = str(rng.choice(list(MUTATIONS), p=weights / weights.sum()))
+            drawn = str(rng.choice(list(MUTATIONS), p=weights / weights.sum()))
+            name = list(MUTATIONS)[i] if i < len(MUTATIONS) else drawn  # each kind once at least
             layout, mutate, _ = MUTATIONS[name]
             copy = shutil.copytree(folders[layout], Path(temporary) / "mutated" / layout)
             mutate(rng, copy)
