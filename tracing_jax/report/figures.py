@@ -186,7 +186,7 @@ def _figure(groups: Sequence[Sequence[_Panel]]) -> Figure:
     heights = [sum(panel.height_inches for panel in group) for group in groups]
     figure = Figure(figsize=(_WIDTH_INCHES, sum(heights)), facecolor="white")
     figure.set_layout_engine("constrained", h_pad=0.1)
-    parts = np.ravel(figure.subfigures(len(groups), 1, height_ratios=heights))
+    parts = figure.subfigures(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
     for part, group in zip(parts, groups, strict=True):
         ratios = {"height_ratios": [panel.height_inches for panel in group]}
         for axes, panel in zip(part.subplots(len(group), squeeze=False, gridspec_kw=ratios)[:, 0], group, strict=True):
