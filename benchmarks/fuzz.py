@@ -1,7 +1,7 @@
 """Does every damaged checkpoint end in a right answer or one clear error, within 10 seconds and 1 GiB?
 
     python -m benchmarks.fuzz                                # 2,000 mutations
-    python -m benchmarks.fuzz --count=10000 --seed=1
+    python -m benchmarks.fuzz --count=10000 --draw_seed=1
 
 Each mutation of `mutations.py` is made to a copy of a small checkpoint, which is opened and read to its end, with its
 tokenizer, in a process of its own. A line for each kind of mutation counts what came out:
@@ -37,7 +37,7 @@ from tracing_jax.report import text_table
 from tracing_jax.sources import parts
 
 _COUNT = flags.DEFINE_integer("count", 2000, "mutations", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "of the draws")
+_SEED = flags.DEFINE_integer("draw_seed", 0, "of the draws")
 
 OUTCOMES = ("read", "refused", "flood", "traceback", "late", "memory", "died")
 MAX_CHARS, MAX_SECONDS, MAX_BYTES = 4000, 10, 1 << 30

@@ -47,6 +47,17 @@ def test_no_rewrite_hides_a_relative(name, rewrite):
         assert np.abs(np.array(agreeing(hidden)[test]) - counts).max() <= 2, test
 
 
+def test_some_units_keep_the_order_of_the_projections():
+    """The first pairs are those of the gates, whose sign is fixed: rows in another order lose the rotation."""
+    arch = tiny.llama_mha()
+    units = units_of(tiny.params_of(arch)["layers"]["0"], arch)
+    which = np.array([3, 1, 5])
+    some = units.some(which)
+    assert list(some.rows) == list(units.rows) == ["gate", "up", "down"]
+    for name, rows in units.rows.items():
+        np.testing.assert_array_equal(some.rows[name], np.asarray(rows)[which])
+
+
 def test_a_planted_rotation_comes_back():
     rotation = scipy.stats.special_ortho_group(24, 0).rvs().astype(np.float32)
     base = [units_of(BASES["gated"].layer(i), GATED) for i in (0, 1)]

@@ -16,7 +16,7 @@ from tracing_jax.arch import Arch
 from tracing_jax.matching import UnitMatching, match_units
 from tracing_jax.statistics.mlp_rows import Rows, mlp_rows, unit_length
 from tracing_jax.statistics.unit_signatures import log_quadratic_forms, signature_correlations
-from tracing_jax.tree import Tree
+from tracing_jax.tree import Tree, taken
 
 _MOST_ROUNDS, _LEAST_ROUNDS = 9, 5
 _SETTLED = 1e-4
@@ -40,12 +40,8 @@ class Units:
 
     def some(self, which: Int[np.ndarray, " U"]) -> "Units":
         """Returns some of the units."""
-        return Units(_rows_at(self.rows, which), self.live[which], self.weight[which])
-
-
-@jax.jit
-def _rows_at(rows: Rows, which: Int[Array, " U"]) -> Rows:
-    return {name: side[which] for name, side in rows.items()}
+        rows = {name: taken(side, which) for name, side in self.rows.items()}
+        return Units(rows, self.live[which], self.weight[which])
 
 
 def units_of(layer: Tree, arch: Arch) -> Units:
@@ -88,7 +84,7 @@ def learn_rotation(
     signed = [[_signature(layer, own) for layer in side] for side, own in zip((base, ft), moments)]
     scores = [jnp.asarray(signature_correlations(*both)) for both in zip(*signed)]
     pairs = [match_units(np.asarray(score), generator) for score in scores]
-    first = next(iter(base[0].rows))
+    first = "gate" if "gate" in base[0].rows else "up"
     rotation, objective = _procrustes(base, ft, pairs, scores, (first,), None), -np.inf
     for done in range(1, _MOST_ROUNDS + 1):
         scores = [_row_scores(ours, theirs, rotation) for ours, theirs in zip(base, ft)]
