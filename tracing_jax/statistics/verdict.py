@@ -21,17 +21,19 @@ DECIDING: Mapping[str, str] = {
 compare. Only these enter the verdict."""
 
 HIDING: Mapping[str, Sequence[str]] = {
-    "csu": ("permute", "rotate"), "csh": ("permute",), "match": (), "match_all": (), "match_moments": (),
-    "match_io": (), "match_crossfit": (), "features_in_place": ("permute", "rotate"), "csu_procrustes": ("permute",),
-    "heads_in_place": ("permute",),
+    "csu": ("permute", "rotate"), "csh": ("permute",), "match": (), "match_all": (), "match_mlps": (),
+    "match_moments": (), "match_io": (), "match_crossfit": (), "features_in_place": ("permute", "rotate"),
+    "csu_procrustes": ("permute",), "heads_in_place": ("permute",),
 }  # fmt: skip
 """Statistics on the body of a model whose power has been measured (docs/power.md), and the rewrites that hide a
 relation from them."""
 
 LIMITS: Mapping[str, Sequence[str]] = {
+    "csh": ("training on for several times as long", "replaced embeddings"),
     "match": ("replaced embeddings with training after it",),
     "match_all": ("replaced embeddings with training after it",),
-    "match_moments": ("merges in equal parts",),
+    "match_mlps": ("replaced embeddings with training after it",),
+    "match_moments": ("merges in equal parts", "training on for several times as long"),
     "match_io": ("replaced embeddings", "MLPs trained anew"),
     "match_crossfit": ("MLPs trained anew in most layers",),
     "match_heads": ("replaced embeddings", "attention trained anew"),
