@@ -159,7 +159,7 @@ def test_weights_alone_are_aligned_without_tokenizers(config_of, spoilt, family)
     config = config_of(base_model_id=str(folders[0]), ft_model_id=str(folders[1]), stat="cos", permute=True, align=True)
     record = experiment.trace(config)
     assert record["statistics"]["cos"]["aligned"]["headline"] > 0.999
-    assert any("no tokenizer files" in note for note in record["notes"])
+    assert any("id by id" in note for note in record["notes"])
 
 
 @pytest.mark.slow
