@@ -40,7 +40,7 @@ class Units:
 
     def some(self, which: Int[np.ndarray, " U"]) -> "Units":
         """Returns some of the units."""
-        rows = {name: taken(side, which) for name, side in self.rows.items()}
+        rows = {name: jnp.asarray(taken(side, which)) for name, side in self.rows.items()}
         return Units(rows, self.live[which], self.weight[which])
 
 
