@@ -162,7 +162,7 @@ def test_adapter_on_an_adapter_is_merged_into_both(tmp_path):
     np.testing.assert_allclose(opened.tensors.read(f"{_Q}.weight"), tensors[f"{_Q}.weight"] + 4, rtol=1e-6)
 
 
-_PEFT = {
+_PEFT: dict[str, dict[str, Any]] = {
     "saved embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
     "saved head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     "saved both": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
@@ -172,28 +172,38 @@ _PEFT = {
     "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [7, 2]},
     "DoRA": {"target_modules": ["q_proj"], "use_dora": True},
     "factors, tied": {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+    "embedding beside the adapter": {"target_modules": ["q_proj"]},
 }
 
 
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("head", ["tied", "stored beside the embedding", "untied"])
 @pytest.mark.parametrize("case", _PEFT)
-def test_logits_of_an_adapter_on_a_tied_base_are_those_of_peft(tmp_path, case):
+def test_logits_of_an_adapter_are_those_of_peft_whatever_its_base_ties(tmp_path, case, head):
     torch, transformers, peft = map(pytest.importorskip, ("torch", "transformers", "peft"))
     torch.manual_seed(0)
     sizes = {"hidden_size": 8, "intermediate_size": 12, "vocab_size": 11, "num_hidden_layers": 1}
-    config = transformers.LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=True)
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=head == "tied")
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    if head == "stored beside the embedding":
+        raw = json.loads((tmp_path / "base/config.json").read_text())
+        (tmp_path / "base/config.json").write_text(json.dumps(raw | {"tie_word_embeddings": True}))
     base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    assert (base.lm_head.weight is base.model.embed_tokens.weight) == (head == "tied")
     model = peft.get_peft_model(base, peft.LoraConfig(r=2, lora_alpha=3, task_type="CAUSAL_LM", **_PEFT[case]))
     model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    whole = case == "embedding beside the adapter"  # as PEFT saves it after its vocabulary was resized
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.normal_()
-        model.save_pretrained(tmp_path / "lora")
+        if whole:
+            base.get_input_embeddings().weight.normal_()
+        model.save_pretrained(tmp_path / "lora", save_embedding_layers=whole or "auto")
         tokens = np.arange(10).reshape(2, 5)
-        expected = model.eval()(torch.tensor(tokens)).logits.numpy()
+        again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        expected = peft.PeftModel.from_pretrained(again, tmp_path / "lora").eval()(torch.tensor(tokens)).logits.numpy()
     found = logits(load(_open(tmp_path / "lora"), make_mesh()), tokens.astype(np.int32))
     np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
 

@@ -57,7 +57,9 @@ def base_id(folder: Path) -> str:
     return f"{name}@{revision}" if revision else name
 
 
-def merged(base: TensorStore, folder: Path, tied: tuple[str, str] | None = None) -> TensorStore:
+def merged(
+    base: TensorStore, folder: Path, tied: tuple[str, str] | None = None, *, shared: bool = True
+) -> TensorStore:
     """`base` with the adapter in `folder` merged as it is read, in float32, then cast back to the base's dtype.
 
     Where the base ties its head to its embedding and the adapter trained one of them, both are in the result: PEFT
@@ -66,7 +68,8 @@ def merged(base: TensorStore, folder: Path, tied: tuple[str, str] | None = None)
     Args:
         base: The tensors of the base.
         folder: Of the adapter.
-        tied: Names of the embedding and of the head, if the base ties them.
+        tied: Names of the embedding and of the head, if the config of the base ties them.
+        shared: Whether they are one tensor then; some checkpoints store a head of their own all the same.
 
     Raises:
         CheckpointError: The adapter is no plain LoRA or does not fit `base`; every reason at once.
@@ -76,10 +79,10 @@ def merged(base: TensorStore, folder: Path, tied: tuple[str, str] | None = None)
     if problems:
         raise CheckpointError(*(f"{folder / _CONFIG}: {problem}" for problem in problems))
     adapter = _open_adapter(folder)
-    if tied and any(_trains(name, tied) for name in adapter.names()):
+    if tied and shared and any(_trains(name, tied) for name in adapter.names()):
         base = _with_both(base, *tied)
     try:
-        return MergedTensors(base, adapter, _planned_updates(base, adapter, config, tied), [folder / _CONFIG])
+        return MergedTensors(base, adapter, _planned_updates(base, adapter, config, tied, shared), [folder / _CONFIG])
     except CheckpointError as error:
         raise CheckpointError(*(f"{adapter.files()[0]}: {problem}" for problem in error.problems)) from error
 
@@ -152,7 +155,7 @@ def _patterns_problems(key: str, patterns: object) -> list[str]:
 
 
 def _planned_updates(
-    base: TensorStore, adapter: TensorStore, config: Mapping[str, Any], tied: tuple[str, str] | None
+    base: TensorStore, adapter: TensorStore, config: Mapping[str, Any], tied: tuple[str, str] | None, shared: bool
 ) -> Updates:
     """Returns what the tensors of an adapter do to those of its base.
 
@@ -176,10 +179,10 @@ def _planned_updates(
             problems.extend(error.problems)
     if problems:
         raise CheckpointError(*grouped(problems))
-    # The weight below the factors of one of two tied modules is that of both, and trained tokens are those of both; a
-    # module that was saved whole is no longer tied.
+    # The weight below the factors of one of two tied modules is that of both, and trained tokens are those of both (PEFT
+    # asks the config alone there); a module that was saved whole is no longer tied.
     for one, other in (tied, tied[::-1]) if tied else ():
-        if ".base_layer." in updates.replaced.get(one, "") and other not in updates.replaced:
+        if shared and ".base_layer." in updates.replaced.get(one, "") and other not in updates.replaced:
             updates.replaced[other] = updates.replaced[one]
         if one in updates.rows and not {other} & {*updates.rows, *updates.replaced}:
             updates.rows[other] = updates.rows[one]

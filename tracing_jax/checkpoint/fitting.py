@@ -66,7 +66,7 @@ def fitted(arch: Arch, store: TensorStore, *, compare_rows: bool = True) -> Fitt
       CheckpointError: tensors are missing, unexpected or of the wrong shape or dtype, all at once.
     """
     store, rounded = _rounded(store)
-    arch, store, tying = _tied_as_stored(arch, store, compare_rows)
+    arch, store, tying = tied_as_stored(arch, store, compare_rows)
     if not arch.tied and (head := tied_names(arch, store.names())[1]) not in store.names():
         arch, tying = replace(arch, tied=True, has_head=False), [f"{head} is missing: the model predicts no tokens"]
     problems, ignored = _problems(arch, store)
@@ -82,8 +82,17 @@ def _rounded(store: TensorStore) -> tuple[TensorStore, list[str]]:
     return DerivedTensors(store, wide), [f"{len(wide)} tensors are float64 and were rounded to float32"]
 
 
-def _tied_as_stored(arch: Arch, store: TensorStore, compare_rows: bool) -> tuple[Arch, TensorStore, list[str]]:
-    """Returns a model whose config ties its head to the embedding as its tensors have it, as transformers does."""
+def tied_as_stored(arch: Arch, store: TensorStore, compare_rows: bool = True) -> tuple[Arch, TensorStore, list[str]]:
+    """Returns a model whose config ties its head to the embedding as its tensors have it, as transformers does.
+
+    Args:
+      arch: the facts of the model by its config.
+      store: its tensors, under plain names.
+      compare_rows: see `fitted`.
+
+    Returns:
+      The model, untied if its head differs from its embedding; its tensors; notes on what was done.
+    """
     if not arch.tied:
         return arch, store, []
     names = set(store.names())

@@ -9,7 +9,7 @@ from tracing_jax.arch import Arch, read_arch_and_notes, read_raw_config
 from tracing_jax.checkpoint.adapter import base_id, is_adapter, merged
 from tracing_jax.checkpoint.checkpoint import Checkpoint
 from tracing_jax.checkpoint.errors import CheckpointError
-from tracing_jax.checkpoint.fitting import fitted, tied_names, with_plain_names
+from tracing_jax.checkpoint.fitting import fitted, tied_as_stored, tied_names, with_plain_names
 from tracing_jax.checkpoint.gguf import GgufModel
 from tracing_jax.checkpoint.hub import CheckpointFolder, on_hub, resolve
 from tracing_jax.checkpoint.quantised import dequantised
@@ -105,9 +105,12 @@ def _open_adapter(
     if base.folder.resolve() in chain or len(chain) > _MOST_ADAPTERS:
         raise CheckpointError(f"{found.id}: its base is an adapter that has it as its base: {listed(chain)}")
     files = _open_files(base, cache_dir, False, None, chain)
-    tied = tied_names(files.arch, files.tensors.names()) if files.arch.tied else None
+    # What the base ties decides what the adapter changes, so the base is settled before anything is merged into it.
+    arch, tensors, notes = tied_as_stored(files.arch, files.tensors)
+    tied = tied_names(files.arch, tensors.names()) if files.arch.tied else None
+    changed = merged(tensors, found.folder, tied, shared=arch.tied)
     tokenizer = found.folder if any((found.folder / name).exists() for name in _TOKENIZERS) else files.tokenizer_folder
-    return files._replace(tensors=merged(files.tensors, found.folder, tied), tokenizer_folder=tokenizer)
+    return files._replace(tensors=changed, tokenizer_folder=tokenizer, notes=tuple(dict.fromkeys((*files.notes, *notes))))
 
 
 def _resolve_base(adapter: CheckpointFolder, cache_dir: str | None, given: str | None) -> CheckpointFolder:
