@@ -4,21 +4,27 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from parity_cases import CASES, Case
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from torch_zip_writer import write_arrays
 
+from tracing_jax.alignment.applicability import alignment_problems
 from tracing_jax.checkpoint import Checkpoint, CheckpointError, load, open_checkpoint, save_checkpoint
 from tracing_jax.checkpoint.hf_layouts import leaf_layouts
 from tracing_jax.checkpoint.tensor_layout import tensor_shapes
 from tracing_jax.forward import logits
+from tracing_jax.rewrites import draw_rewrites
+from tracing_jax.rewrites.__main__ import disguise
 from tracing_jax.sharding import make_mesh
 from tracing_jax.sources import in_memory
 from tracing_jax.statistics import Vocabularies
 from tracing_jax.statistics.csu import Csu
+from tracing_jax.statistics.match_heads import MatchHeads
+from tracing_jax.statistics.match_io import MatchIo
 from tracing_jax.statistics.mode import Mode
 from tracing_jax.tree import flatten
 
@@ -108,6 +114,42 @@ def test_untied_model_without_a_head_is_read_and_predicts_nothing(tmp_path):
     assert not Csu().not_applicable(_UNTIED.arch(), opened.arch, NO_TOKENS)
     with pytest.raises(ValueError, match="no head"):
         logits(load(opened, make_mesh()), np.zeros((1, 3), np.int32))
+
+
+def test_head_that_the_index_names_and_no_file_has_is_a_damaged_download(tmp_path):
+    tensors = _tensors(_UNTIED)
+    index = {"weight_map": dict.fromkeys(tensors, "part.safetensors")}
+    del tensors[_HEAD]
+    folder = _write(tmp_path, _UNTIED, tensors, "part.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "the index names lm_head.weight, which no file has" in _said(folder)
+
+
+def test_what_needs_a_head_says_so_at_once_where_there_is_none(tmp_path):
+    tensors = _tensors(_UNTIED)
+    del tensors[_HEAD]
+    opened = _open(_write(tmp_path / "model", _UNTIED, tensors))
+    tokens = Vocabularies(True, np.arange(64, dtype=np.int32), np.arange(64, dtype=np.int32))
+    for statistic in (MatchIo(), MatchHeads()):
+        assert "has no head" in statistic.not_applicable(opened.arch, opened.arch, tokens)[0]
+    assert "has no head" in alignment_problems(_UNTIED.arch(), opened.arch, ("mlp",))[0]
+    with pytest.raises(ValueError, match="has no head"):
+        disguise(str(tmp_path / "model"), "permute", 0, str(tmp_path / "disguised"))
+    drawn = draw_rewrites("all", jax.random.key(0), opened.arch)
+    assert drawn
+    assert not any(rewrite.unties(opened.arch) for rewrite in drawn)
+    with pytest.raises(ValueError, match="unties the head"):
+        draw_rewrites("rotate", jax.random.key(0), opened.arch)
+
+
+def test_model_without_a_head_is_written_as_it_was_read(tmp_path):
+    tensors = {name: tensor for name, tensor in _tensors(_UNTIED).items() if name != _HEAD}
+    opened = _open(_write(tmp_path / "model", _UNTIED, tensors))
+    save_checkpoint(tmp_path / "written", opened, tmp_path / "model")
+    assert (tmp_path / "written/config.json").read_text() == (tmp_path / "model/config.json").read_text()
+    assert {name: tensor.tobytes() for name, tensor in load_file(tmp_path / "written/model.safetensors").items()} == {
+        name: tensor.tobytes() for name, tensor in tensors.items()
+    }
 
 
 # Adapters of tied models

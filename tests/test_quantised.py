@@ -321,6 +321,12 @@ def test_settings_left_over_on_floats_are_a_note(tmp_path):
     assert dequantised(stored, {}) == (stored, [])
 
 
+def test_weights_that_are_quantised_as_the_model_runs_are_refused(tmp_path):
+    stored = SafetensorsFile(save(tmp_path / "model.safetensors", {W: np.ones((4, 4), np.float16)}))
+    with pytest.raises(CheckpointError, match="quantises these weights and its activations as it runs"):
+        dequantised(stored, {"quantization_config": {"quant_method": "bitnet", "quantization_mode": "online"}})
+
+
 def test_a_quantised_model_is_opened_as_any_other(tmp_path):
     case = CASES["qwen3-gqa-untied-default"]
     tensors = {}

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from tracing_jax.arch import Arch
+from tracing_jax.arch import Arch, head_problem
 from tracing_jax.axes import PERMUTABLE, kind_of
 from tracing_jax.rewrites import GainScaling, QueryKeyMaps, Rewrite, Rotation, UnitScaling, ValueMixing
 from tracing_jax.rewrites.rewrite import table_of
@@ -79,7 +79,8 @@ def alignment_problems(base: Arch, ft: Arch, kinds: Sequence[str]) -> list[str]:
 
     Whether surplus units and layers of ft are inactive depends on its weights, and is checked by `align`.
     """
-    lines = kind_problems(kinds)
+    heads = {"base": head_problem(base), "ft": head_problem(ft)}  # the logits prove an alignment
+    lines = kind_problems(kinds) + [f"{side}: {problem}" for side, problem in heads.items() if problem]
     asked = expanded(kinds)
     if base.num_layers != ft.num_layers and not ("identity" in asked and ft.num_layers > base.num_layers):
         lines.append(f"depth: {base.num_layers} layers in base, {ft.num_layers} in ft; layers are paired one to one")

@@ -1,7 +1,7 @@
 """`config.json` -> `Arch` and back; a config attribute that is unknown or not supported is an error."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,8 @@ def change_config(folder: Path, arch: Arch) -> None:
       UnsupportedModelError: the config's family has no fields for this architecture.
     """
     before = read_arch(folder)
+    if not arch.has_head:  # a config says nothing of that, and ties what is not there or not
+        arch = replace(arch, has_head=True, tied=before.tied)
     if before == arch:
         return
     file = folder / "config.json"

@@ -57,9 +57,7 @@ def base_id(folder: Path) -> str:
     return f"{name}@{revision}" if revision else name
 
 
-def merged(
-    base: TensorStore, folder: Path, tied: tuple[str, str] | None = None, *, shared: bool = True
-) -> TensorStore:
+def merged(base: TensorStore, folder: Path, tied: tuple[str, str] | None = None, *, shared: bool = True) -> TensorStore:
     """`base` with the adapter in `folder` merged as it is read, in float32, then cast back to the base's dtype.
 
     Where the base ties its head to its embedding and the adapter trained one of them, both are in the result: PEFT
@@ -179,8 +177,8 @@ def _planned_updates(
             problems.extend(error.problems)
     if problems:
         raise CheckpointError(*grouped(problems))
-    # The weight below the factors of one of two tied modules is that of both, and trained tokens are those of both (PEFT
-    # asks the config alone there); a module that was saved whole is no longer tied.
+    # The weight below the factors of one of two tied modules is that of both, and trained tokens are those of both, for
+    # which PEFT asks the config alone; a module that was saved whole is no longer tied.
     for one, other in (tied, tied[::-1]) if tied else ():
         if shared and ".base_layer." in updates.replaced.get(one, "") and other not in updates.replaced:
             updates.replaced[other] = updates.replaced[one]

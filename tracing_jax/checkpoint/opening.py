@@ -13,7 +13,7 @@ from tracing_jax.checkpoint.fitting import fitted, tied_as_stored, tied_names, w
 from tracing_jax.checkpoint.gguf import GgufModel
 from tracing_jax.checkpoint.hub import CheckpointFolder, on_hub, resolve
 from tracing_jax.checkpoint.quantised import dequantised
-from tracing_jax.checkpoint.tensors import TensorStore, open_tensors
+from tracing_jax.checkpoint.tensors import TensorStore, names_in_index, open_tensors
 from tracing_jax.complaints import listed
 
 _TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
@@ -55,6 +55,8 @@ def open_checkpoint(
     files = _open_files(found, cache_dir, in_ranges, adapter_base, ())
     try:
         model = fitted(files.arch, files.tensors, compare_rows=not in_ranges)
+        if not model.arch.has_head and (lost := [name for name in names_in_index(files.folder) if _is_head(name)]):
+            raise CheckpointError(f"the index names {lost[0]}, which no file has; download the weights again")
     except CheckpointError as error:
         raise CheckpointError(*(f"{model_id}: {problem}" for problem in error.problems)) from error
     notes = (*files.notes, *model.notes)
@@ -63,6 +65,10 @@ def open_checkpoint(
     return Checkpoint(
         found.id, found.revision, files.folder, files.tokenizer_folder, model.arch, model.tensors, notes=notes
     )
+
+
+def _is_head(name: str) -> bool:
+    return f".{name}".endswith(".lm_head.weight")
 
 
 def _open_files(
@@ -110,7 +116,9 @@ def _open_adapter(
     tied = tied_names(files.arch, tensors.names()) if files.arch.tied else None
     changed = merged(tensors, found.folder, tied, shared=arch.tied)
     tokenizer = found.folder if any((found.folder / name).exists() for name in _TOKENIZERS) else files.tokenizer_folder
-    return files._replace(tensors=changed, tokenizer_folder=tokenizer, notes=tuple(dict.fromkeys((*files.notes, *notes))))
+    return files._replace(
+        tensors=changed, tokenizer_folder=tokenizer, notes=tuple(dict.fromkeys((*files.notes, *notes)))
+    )
 
 
 def _resolve_base(adapter: CheckpointFolder, cache_dir: str | None, given: str | None) -> CheckpointFolder:

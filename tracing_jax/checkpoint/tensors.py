@@ -191,6 +191,12 @@ def _open_sharded(index_path: Path, open_missing: MissingFileOpener = lambda nam
     return joined_stores(shards)
 
 
+def names_in_index(folder: Path) -> frozenset[str]:
+    """The tensors that the index of a folder's weights names; none if the weights are one file."""
+    indices = (folder / f"{name}.index.json" for name in ("model.safetensors", "pytorch_model.bin"))
+    return frozenset(name for index in indices if index.is_file() for name in weight_map(index))
+
+
 def weight_map(index_path: Path) -> dict[str, str]:
     """File of every tensor. Only plain names are followed: an index must not lead out of its folder.
 

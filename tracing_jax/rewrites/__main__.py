@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from tracing_jax.arch import Arch
+from tracing_jax.arch import Arch, head_problem
 from tracing_jax.checkpoint import Checkpoint, open_checkpoint, permutable_token_ids, save_checkpoint
 from tracing_jax.forward import check_function
 from tracing_jax.rewrites import DISGUISES, Renaming, Rewrite, arch_after, draw_rewrites, rewrite_names
@@ -48,6 +48,8 @@ def disguise(model: str, listed: str, seed: int, save: str, cache_dir: str | Non
     if not names:
         raise ValueError(f"no rewrite is asked for; there are {', '.join(DISGUISES)}, or all")
     original = open_checkpoint(model, cache_dir)
+    if problem := head_problem(original.arch):
+        raise ValueError(f"{model}: {problem}; that a disguise keeps the function is shown by predictions")
     token_ids = _token_ids(original, listed)
     without = (Renaming.name,) if token_ids is None else ()
     rewrites = draw_rewrites(listed, jax.random.key(seed), original.arch, token_ids=token_ids, without=without)

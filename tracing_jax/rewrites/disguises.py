@@ -72,11 +72,16 @@ def draw_rewrites(
             continue
         if listed.strip() == "all" and name in without:
             continue
+        rewrite: Rewrite
         if kind is Renaming and token_ids is not None:
-            rewrites.append(Renaming.among(own_key, arch, token_ids))
+            rewrite = Renaming.among(own_key, arch, token_ids)
         else:
-            rewrites.append(kind.random(own_key, arch))
-        arch = rewrites[-1].arch_after(arch)
+            rewrite = kind.random(own_key, arch)
+        if rewrite.unties(arch) and not arch.has_head:
+            lines.append(f"{name}: it unties the head from the embedding, and the checkpoint has no head")
+            continue
+        rewrites.append(rewrite)
+        arch = rewrite.arch_after(arch)
     if lines and listed.strip() != "all":
         raise ValueError("\n  ".join([f"no such rewrite of this {arch.family} model:", *lines]))
     return tuple(rewrites)

@@ -72,7 +72,7 @@ class MatchHeads(options.MatchHeads):
 
     def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns reasons why heads of layers of equal index cannot be matched; empty if they can."""
-        lines = depths_not_applicable(base, ft, "see match_all") + tokens_not_applicable(vocabularies)
+        lines = depths_not_applicable(base, ft, "see match_all") + tokens_not_applicable(base, ft, vocabularies)
         for side, arch in (("base", base), ("ft", ft)):
             if arch.num_kv_heads * arch.q_group < 2:
                 lines.append(f"{side} has one head per layer: there is nothing to match")

@@ -67,7 +67,7 @@ class MatchIo(options.MatchIo):
     def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns reasons why layers of equal index cannot be matched; empty if they can."""
         lines = dense_not_applicable(base, ft) + depths_not_applicable(base, ft, "see match_all")
-        return lines + tokens_not_applicable(vocabularies)
+        return lines + tokens_not_applicable(base, ft, vocabularies)
 
     def compute(self, pair: Pair) -> Result:
         """Returns the calibrated and the parametric tests; no forward pass."""

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from tracing_jax.arch import Arch
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.mlp_rows import gain_of, without_mean
-from tracing_jax.statistics.statistic import Pair, Vocabularies
+from tracing_jax.statistics.statistic import Pair, Vocabularies, heads_not_applicable
 from tracing_jax.tree import taken
 
 FEW_TOKENS = 32
@@ -22,10 +23,11 @@ class TokenRows(NamedTuple):
     effect: Float[Array, "S D"]
 
 
-def tokens_not_applicable(vocabularies: Vocabularies) -> list[str]:
-    """Returns the reason why shared tokens cannot be used; empty if they can."""
+def tokens_not_applicable(base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
+    """Returns the reasons why what units do with shared tokens cannot be compared; empty if it can."""
     found = len(vocabularies.ids_base)
-    return [] if found >= FEW_TOKENS else [f"the vocabularies share {found} tokens, {FEW_TOKENS} are needed"]
+    few = [] if found >= FEW_TOKENS else [f"the vocabularies share {found} tokens, {FEW_TOKENS} are needed"]
+    return heads_not_applicable(base, ft) + few
 
 
 def token_rows(pair: Pair, most: int, name: str) -> tuple[TokenRows, TokenRows]:

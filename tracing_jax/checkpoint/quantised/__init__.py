@@ -40,6 +40,9 @@ _LEFT_OVER = (
     ".codes", ".codebooks", ".Qidxs", ".W_q", ".weight_scale_2", "_blocks", ".trellis", ".weight_zero_point",
 )  # fmt: skip
 
+_QUANTISE_AS_THEY_RUN = ("bitnet",)
+"""Methods under which plain weights are not those that the model computes with."""
+
 
 def dequantised(store: TensorStore, config: Mapping[str, Any]) -> tuple[TensorStore, list[str]]:
     """Returns the tensors with quantised weights as floats, and a note on the format.
@@ -64,8 +67,13 @@ def dequantised(store: TensorStore, config: Mapping[str, Any]) -> tuple[TensorSt
         used |= found.used
     used -= derived.keys()
     _refuse_left_over(store, settings, derived.keys() | used)
+    method = settings.get("quant_method")
+    if not derived and method in _QUANTISE_AS_THEY_RUN:
+        raise CheckpointError(
+            f"quant_method {shortened(method)}: the model quantises these weights and its activations as it runs, "
+            "which is not computed here; use a checkpoint without quantization_config if there is one"
+        )
     if not derived:
-        method = settings.get("quant_method")
         ignored = f"config.json has a quantization_config ({shortened(method)}), but no weight is quantised"
         return store, [ignored] if settings else []
     return DerivedTensors(store, derived, used), notes
