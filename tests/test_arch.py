@@ -606,12 +606,18 @@ def test_attributes_that_the_family_does_not_have_are_noted_and_change_nothing(c
         ("vocab_size", 10**400),
         ("num_attention_heads", 1e30),
         ("rope_scaling", {"head_dim": 10**12}),
+        ("num_labels", 2**31),
     ],
 )
 def test_sizes_that_no_model_has_are_refused_before_anything_is_built(attribute, value, read):
     with pytest.raises(UnsupportedModelError, match=r"expected at most \d+; no model has such a size") as caught:
         read(_LLAMA_3 | {attribute: value})
     assert len(str(caught.value)) < 400
+
+
+def test_config_in_whose_place_transformers_reads_another_is_refused(read):
+    with pytest.raises(UnsupportedModelError, match="configuration_files has transformers read another file"):
+        read(_LLAMA_3 | {"configuration_files": ["config.4.0.0.json"]})
 
 
 @pytest.mark.parametrize("model_type", [[], {}, 7, None, "x" * 10_000])

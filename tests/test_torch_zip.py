@@ -172,6 +172,7 @@ def test_bombs_do_not_go_off():
         (5, 0, (4,), (1,), 16),
         (1 << 62, 0, (1 << 62,), (1,), 16),
         (4, 0, (1,) * 99, (1,) * 99, 16),
+        (4, 0, (1 << 20, 4), (0, 1), 16),
     ],
 )
 def test_no_tensor_reaches_outside_its_record(tmp_path, numel, offset, shape, strides, record):

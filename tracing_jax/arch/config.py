@@ -78,6 +78,10 @@ def _raw_problem(raw: dict[str, Any]) -> str | None:
         )
     if problem := size_problem(raw):
         return problem
+    if raw.get("configuration_files"):
+        return (
+            "configuration_files has transformers read another file in its place; remove it, or make that config.json"
+        )
     return rope_is_absent(raw, FAMILIES[model_type].thetas)
 
 

@@ -10,6 +10,9 @@ _MAX_COUNT = 10_000
 _MAX_SIZE = 1 << 24
 """Units of an axis: the largest vocabularies have a million."""
 
+_MAX_LABELS = 100_000
+"""Classes of a classifier; transformers makes a name for each."""
+
 _COUNTS = re.compile(r"n_layers?|n_experts?|n_routed_experts|num_\w*(layers|experts)|\w+_layers")
 _SIZES = re.compile(r"n_(embd|head|heads|inner|ctx)|num_\w+heads|d_(model|ff|kv)|\w+_(size|dim|rank)")
 
@@ -21,7 +24,15 @@ def size_problem(raw: Mapping[str, Any]) -> str | None:
             if problem := size_problem({key: inner for key, inner in value.items() if not isinstance(inner, Mapping)}):
                 return f"{name}: {problem}"
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            most = _MAX_COUNT if _COUNTS.fullmatch(name) else _MAX_SIZE if _SIZES.fullmatch(name) else None
+            most = (
+                _MAX_LABELS
+                if name == "num_labels"
+                else _MAX_COUNT
+                if _COUNTS.fullmatch(name)
+                else _MAX_SIZE
+                if _SIZES.fullmatch(name)
+                else None
+            )
             if most is not None and not 0 <= value <= most:
                 return f"{name} is {value!r:.40}, expected at most {most}; no model has such a size"
     return None

@@ -6,6 +6,7 @@ constructors of a state dict are patterns over plain data. What is not listed is
 """
 
 import io
+import math
 import pickletools
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +68,7 @@ _ADMITTED = {*_DTYPES, _ORDERED_DICT, _SIZE, _PARAMETER, _TENSOR}
 _OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
 _MARK = object()
 _MAX_DIMS = 16
+_MAX_REPEATED = 1 << 20  # elements of an expanded tensor; a larger one would take memory that no file has
 
 
 def saved_tensors(pickle: bytes) -> dict[str, SavedTensor]:
@@ -244,6 +246,11 @@ def _tensor(storage: Storage, offset: int, shape: tuple, strides: tuple) -> Save
         raise CheckpointError(
             f"a tensor of shape {shape} reaches element {last} of storage {storage.key!r}, which has {storage.numel}; "
             "do not trust this file"
+        )
+    if math.prod(shape) > max(storage.numel, _MAX_REPEATED):
+        raise CheckpointError(
+            f"a tensor of shape {shape} repeats the {storage.numel} elements of storage {storage.key!r}; do not trust "
+            "this file"
         )
     return SavedTensor(storage, offset, shape, strides)
 
