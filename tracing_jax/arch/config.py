@@ -79,9 +79,7 @@ def _raw_problem(raw: dict[str, Any]) -> str | None:
     if problem := size_problem(raw):
         return problem
     if raw.get("configuration_files"):
-        return (
-            "configuration_files has transformers read another file in its place; remove it, or make that config.json"
-        )
+        return "configuration_files has transformers read another file; remove it, or make that file config.json"
     return rope_is_absent(raw, FAMILIES[model_type].thetas)
 
 
