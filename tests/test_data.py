@@ -498,6 +498,14 @@ def test_sentencepiece_model_alone_is_a_tokenizer(settings, tmp_path):
     assert tokenizer.decode(blocks.tokens[0], skip_special_tokens=True).strip()[:8] in DOCUMENTS.text
 
 
+def test_empty_special_tokens_that_the_vocabulary_lacks_stay_empty(tmp_path):
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "", "eos_token": "", "unk_token": ""}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert len(load_tokenizer(tmp_path)) == 3
+
+
 def test_tokenizer_made_by_code_of_the_repository_is_refused(tmp_path):
     code = {"auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}, "tokenizer_class": "OwnTokenizer"}
     folder = _sentencepiece_folder(tmp_path / "model", **code)

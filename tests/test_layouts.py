@@ -188,6 +188,15 @@ def test_adapter_of_other_layers_leaves_a_tied_model_tied(tmp_path):
     assert _open(_adapter(tmp_path / "lora", base, factors)).arch.tied
 
 
+def test_head_for_another_task_in_an_adapter_is_left_out(tmp_path):
+    base = _write(tmp_path / "base", _UNTIED, _tensors(_UNTIED))
+    rows, columns = _tensors(_UNTIED)[f"{_Q}.weight"].shape
+    factors = {f"{_Q}.lora_A.weight": np.ones((2, columns)), f"{_Q}.lora_B.weight": np.ones((rows, 2))}
+    heads = {"score.modules_to_save.weight": np.ones((2, 24)), "v_head.summary.weight": np.ones((1, 24))}
+    opened = _open(_adapter(tmp_path / "lora", base, factors | heads))
+    _assert_same(opened, _open(_adapter(tmp_path / "alone", base, factors)))
+
+
 def test_adapters_that_are_each_others_base_are_refused(tmp_path):
     first = _adapter(tmp_path / "first", tmp_path / "second", {_EMBEDDING: np.ones((2, 2))})
     _adapter(tmp_path / "second", first, {_EMBEDDING: np.ones((2, 2))})

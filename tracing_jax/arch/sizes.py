@@ -24,15 +24,13 @@ def size_problem(raw: Mapping[str, Any]) -> str | None:
             if problem := size_problem({key: inner for key, inner in value.items() if not isinstance(inner, Mapping)}):
                 return f"{name}: {problem}"
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            most = (
-                _MAX_LABELS
-                if name == "num_labels"
-                else _MAX_COUNT
-                if _COUNTS.fullmatch(name)
-                else _MAX_SIZE
-                if _SIZES.fullmatch(name)
-                else None
-            )
+            most = _most(name)
             if most is not None and not 0 <= value <= most:
                 return f"{name} is {value!r:.40}, expected at most {most}; no model has such a size"
     return None
+
+
+def _most(name: str) -> int | None:
+    if name == "num_labels":
+        return _MAX_LABELS
+    return _MAX_COUNT if _COUNTS.fullmatch(name) else _MAX_SIZE if _SIZES.fullmatch(name) else None

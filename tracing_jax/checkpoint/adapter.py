@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from tracing_jax.checkpoint.derived_tensors import Alias, DerivedTensors
 from tracing_jax.checkpoint.errors import CheckpointError
 from tracing_jax.checkpoint.merged_tensors import LowRank, MergedTensors, Updates
+from tracing_jax.checkpoint.name_patterns import ignored_notes
 from tracing_jax.checkpoint.tensors import TensorStore, listing, open_file, read_json
 from tracing_jax.complaints import grouped, shortened
 
@@ -192,7 +194,12 @@ def _parts(base: TensorStore, adapter: TensorStore) -> tuple[dict[str, dict[str,
     known = set(base.names())
     parts: dict[str, dict[str, str]] = {}
     problems = []
+    left_out, notes = ignored_notes(map(_inside_the_model, adapter.names()))
+    for note in notes:
+        logging.info("%s: %s", adapter.files()[0], note)
     for name in adapter.names():
+        if _inside_the_model(name) in left_out:
+            continue
         match = _NAME.fullmatch(name)
         kind, leaf = _part_of(match) if match else ("", "")
         target = _target(f"{match['path']}.{leaf}", known) if match else None
@@ -202,6 +209,11 @@ def _parts(base: TensorStore, adapter: TensorStore) -> tuple[dict[str, dict[str,
         elif parts.setdefault(target, {}).setdefault(kind, name) != name:
             problems.append(f"{name!r} is the second of its kind for {target!r}")
     return parts, problems
+
+
+def _inside_the_model(name: str) -> str:
+    """Returns the name of a tensor of an adapter that was saved whole as the model itself has it."""
+    return re.sub(r"\bmodules_to_save\.(default\.)?", "", name.removeprefix("base_model.model."))
 
 
 def _part_of(match: re.Match[str]) -> tuple[str, str]:

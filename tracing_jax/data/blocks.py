@@ -87,13 +87,20 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def _in_place_of_empty(folder: Path) -> dict[str, str]:
-    """Returns the special tokens of Llama's vocabulary in place of those that a tokenizer's config leaves empty."""
+    """Returns the special tokens of Llama's vocabulary in place of those that a tokenizer's config leaves empty.
+
+    Only if the vocabulary has them: as new tokens they would have ids that the model has no embedding for.
+    """
     try:
         settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+        vocabulary = (folder / "tokenizer.json").read_text("utf-8") if (folder / "tokenizer.json").is_file() else None
     except (OSError, ValueError):
         return {}
+    if not isinstance(settings, dict) or (vocabulary is None and not (folder / "tokenizer.model").is_file()):
+        return {}
     usual = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return {name: token for name, token in usual.items() if isinstance(settings, dict) and settings.get(name) == ""}
+    in_vocabulary = {name: token for name, token in usual.items() if vocabulary is None or f'"{token}"' in vocabulary}
+    return {name: token for name, token in in_vocabulary.items() if settings.get(name) == ""}
 
 
 def token_blocks(
