@@ -503,6 +503,7 @@ def test_empty_special_tokens_that_the_vocabulary_lacks_stay_empty(tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "", "eos_token": "", "unk_token": ""}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert len(load_tokenizer(tmp_path)) == 3
 
 

@@ -86,10 +86,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def _in_place_of_empty(folder: Path) -> dict[str, str]:
+def _in_place_of_empty(folder: Path) -> dict[str, str | None]:
     """Returns the special tokens of Llama's vocabulary in place of those that a tokenizer's config leaves empty.
 
-    Only if the vocabulary has them: as new tokens they would have ids that the model has no embedding for.
+    None for those that the vocabulary lacks: as new tokens they would have ids that the model has no embedding for.
     """
     try:
         settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
@@ -99,8 +99,8 @@ def _in_place_of_empty(folder: Path) -> dict[str, str]:
     if not isinstance(settings, dict) or (vocabulary is None and not (folder / "tokenizer.model").is_file()):
         return {}
     usual = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    in_vocabulary = {name: token for name, token in usual.items() if vocabulary is None or f'"{token}"' in vocabulary}
-    return {name: token for name, token in in_vocabulary.items() if settings.get(name) == ""}
+    known = {token for token in usual.values() if vocabulary is None or f'"{token}"' in vocabulary}
+    return {name: token if token in known else None for name, token in usual.items() if settings.get(name) == ""}
 
 
 def token_blocks(
