@@ -115,5 +115,5 @@ def test_the_mlp_alone_needs_only_the_weights_behind_its_taps(arch):
     silent = layer["attn"] | {"o_proj": {name: 0 * leaf for name, leaf in layer["attn"]["o_proj"].items()}}
     for tap in [tap for tap in ("gate", "up", "units") if tap in taps_of(arch)]:
         whole = apply_block(arch, layer | {"attn": silent}, x, layer_inputs(arch, 0), taps=(tap,)).taps[tap]
-        alone = apply_mlp(arch, model.layer(0, mlp_leaves((tap,))), x, (tap,))[tap]
+        alone = apply_mlp(arch, model.layer(0, mlp_leaves(arch, (tap,))), x, (tap,))[tap]
         close(alone, np.asarray(whole))

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from tracing_jax.arch import Arch
+from tracing_jax.arch import Arch, head_pairs
 from tracing_jax.tree import Tree, flatten
 
 SYMMETRY = {
@@ -79,6 +79,8 @@ class AxisTable:
       sizes: axis name -> number of units.
       parent_axis: a nested axis -> the axis whose units hold it. Units of `layers/0/q_group` are permuted inside each
         unit of `layers/0/kv_heads`, so its permutation is a matrix `[kv_heads, q_group]`.
+      pairs: the first and the second units of the pairs on `qk_dim` that rotary positions turn together, or that have
+        no position.
 
     Example:
       >>> table = tj.axis_table(tj.open("demo:base").arch)
@@ -91,6 +93,7 @@ class AxisTable:
     leaves: Mapping[str, LeafSpec]
     sizes: Mapping[str, int] = field(default_factory=dict)
     parent_axis: Mapping[str, str] = field(default_factory=dict)
+    pairs: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
     def leaves_with_axis(self, axis: str) -> dict[str, LeafSpec]:
         """Returns the specs of the leaves that have `axis`."""
@@ -114,7 +117,7 @@ class AxisTable:
     def restricted(self, prefix: str) -> "AxisTable":
         """Returns the table of the subtree under `prefix`: leaf names lose the prefix, axis names keep theirs."""
         inside = {name[len(prefix) :]: leaf for name, leaf in self.leaves.items() if name.startswith(prefix)}
-        return AxisTable(inside, self.sizes, self.parent_axis)
+        return replace(self, leaves=inside)
 
 
 def kind_of(axis: str) -> str:
@@ -188,7 +191,9 @@ def axis_table(arch: Arch) -> AxisTable:
     sizes = {"embed": arch.embed_dim, "vocab": arch.vocab_size}
     if arch.num_positions is not None:
         leaves["embed/positions"] = LeafSpec(("position", "embed"), "emb")
-        sizes["position"] = arch.num_positions
+        sizes["position"] = arch.num_positions + arch.position_offset
+    if arch.embed_norm:
+        leaves |= _norm_specs(arch, "embed/norm", "emb")
     parent_axis = {}
     for i in range(arch.num_layers):
         layer = f"layers/{i}/"
@@ -199,16 +204,26 @@ def axis_table(arch: Arch) -> AxisTable:
         if arch.num_experts is not None:
             sizes[layer + "expert"] = arch.num_experts
             parent_axis[layer + "mlp"] = layer + "expert"
-    if arch.norm != "layer_norm_plain":
-        leaves["head/norm/scale"] = LeafSpec(("embed",), "emb")
-    if arch.norm == "layer_norm":
-        leaves["head/norm/bias"] = LeafSpec(("embed",), "emb")
+    leaves |= _norm_specs(arch, "head/norm", "emb")
     if not arch.tied:
         leaves["head/lm_head/kernel"] = LeafSpec(("embed", "vocab"), "emb")
-    return AxisTable({name: _with_roles(name, spec, leaves) for name, spec in leaves.items()}, sizes, parent_axis)
+    if arch.head_bias:
+        leaves["head/lm_head/bias"] = LeafSpec(("vocab",), "emb")
+    leaves = {name: _with_roles(arch, name, spec, leaves) for name, spec in leaves.items()}
+    return AxisTable(leaves, sizes, parent_axis, head_pairs(arch))
 
 
-def _with_roles(name: str, spec: LeafSpec, leaves: Mapping[str, LeafSpec]) -> LeafSpec:
+def _norm_specs(arch: Arch, name: str, group: str) -> dict[str, LeafSpec]:
+    """Returns the specs of what a norm of the residual stream has: a gain, a bias."""
+    specs = {}
+    if arch.norm != "layer_norm_plain":
+        specs[f"{name}/scale"] = LeafSpec(("embed",), group)
+    if arch.norm == "layer_norm":
+        specs[f"{name}/bias"] = LeafSpec(("embed",), group)
+    return specs
+
+
+def _with_roles(arch: Arch, name: str, spec: LeafSpec, leaves: Mapping[str, LeafSpec]) -> LeafSpec:
     """Returns the spec with its roles and input norm; a bias has the roles of its kernel."""
     part, _, module = name.rsplit("/", 1)[0].rpartition("/")
     roles = tuple(
@@ -216,7 +231,9 @@ def _with_roles(name: str, spec: LeafSpec, leaves: Mapping[str, LeafSpec]) -> Le
         for axis in spec.axes
     )
     # The norms of a block are siblings of its attn and mlp, the final norm is one of the head's kernel.
-    norm = "/".join([*part.split("/")[: 2 if part.startswith("layers/") else 1], _INPUT_NORM.get(module, "")])
+    before = _INPUT_NORM.get(module, "")
+    before = arch.mlp_norm if before == "mlp_norm" else before
+    norm = "/".join([*part.split("/")[: 2 if part.startswith("layers/") else 1], before])
     reads = "embed" in spec.axes and roles[spec.axes.index("embed")] == "reads"
     return replace(spec, roles=roles, input_norm=norm if reads and f"{norm}/scale" in leaves else None)
 
@@ -242,16 +259,12 @@ def _block_specs(arch: Arch, layer: str) -> dict[str, LeafSpec]:
     if arch.mlp_bias:
         specs["mlp/gate_proj/bias"] = specs["mlp/up_proj/bias"] = LeafSpec((mlp,))
         specs["mlp/down_proj/bias"] = LeafSpec(("embed",))
-    if arch.qk_norm == "head":
-        specs["attn/q_norm/scale"] = specs["attn/k_norm/scale"] = LeafSpec((qk,), "attn")
-    if arch.qk_norm == "all":
-        specs["attn/q_norm/scale"] = LeafSpec((kv, group, qk), "attn")
-        specs["attn/k_norm/scale"] = LeafSpec((kv, qk), "attn")
+    for leaf in ("scale", "bias")[: 0 if arch.qk_norm is None else 1 + arch.qk_norm_bias]:
+        shared = arch.qk_norm == "head"
+        specs[f"attn/q_norm/{leaf}"] = LeafSpec((qk,) if shared else (kv, group, qk), "attn")
+        specs[f"attn/k_norm/{leaf}"] = LeafSpec((qk,) if shared else (kv, qk), "attn")
     for name, present in _norms(arch).items():
-        if present:
-            specs[f"{name}/scale"] = LeafSpec(("embed",), "norm")
-        if present and arch.norm == "layer_norm":
-            specs[f"{name}/bias"] = LeafSpec(("embed",), "norm")
+        specs |= _norm_specs(arch, name, "norm") if present else {}
     if arch.num_experts is not None:
         specs |= _expert_specs(layer)
     return {name: spec for name, spec in specs.items() if arch.gated or not name.startswith("mlp/gate_proj/")}
@@ -269,10 +282,9 @@ def _expert_specs(layer: str) -> dict[str, LeafSpec]:
 
 
 def _norms(arch: Arch) -> dict[str, bool]:
-    gains = arch.norm != "layer_norm_plain"
     return {
-        "attn_norm": arch.pre_norms and gains,
-        "attn_post_norm": arch.post_norms and gains,
-        "mlp_norm": arch.pre_norms and gains,
-        "mlp_post_norm": arch.post_norms and gains,
+        "attn_norm": arch.pre_norms,
+        "attn_post_norm": arch.post_norms,
+        "mlp_norm": arch.pre_norms and not arch.shared_norm,
+        "mlp_post_norm": arch.post_norms,
     }

@@ -82,7 +82,7 @@ def block_maps(base: Leaves, ft: Leaves, prefix: str, arch: Arch, kinds: Collect
                 found.left_out[axis] = f"kv heads {degenerate} have values of too low rank for a mixing matrix"
         if kind_of(axis) == "qk_dim" and "queries" in kinds:
             found.queries[axis] = scale_factors(
-                *(_paired(_adjacent(layer, table, axis, heads)) for layer in (base, ft))
+                *(_paired(_adjacent(layer, table, axis, heads), table) for layer in (base, ft))
             )
     return found
 
@@ -174,7 +174,7 @@ def _circuits(layer: Leaves, table: AxisTable, dim: str, heads: str, group: str)
     (own,), (shared,) = per_query, per_head
     if kind_of(dim) == "v_dim":
         return _Circuits(own[None], shared[None])
-    own, shared = _complex(own), _complex(shared)
+    own, shared = _complex(own, table), _complex(shared, table)
     return _Circuits(np.moveaxis(own, 2, 0)[:, :, :, None], np.moveaxis(shared, 1, 0)[:, :, None])
 
 
@@ -220,11 +220,11 @@ def _adjacent(layer: Leaves, table: AxisTable, axis: str, lead: Sequence[str] = 
     return AdjacentWeights(writes, reads)
 
 
-def _complex(x: Float[np.ndarray, "*K H n"]) -> Complex[np.ndarray, "*K H2 n"]:
-    """Returns the pairs (h, h + H/2) of a head's dimensions as complex numbers."""
-    first, second = np.split(x, 2, axis=-2)
+def _complex(x: Float[np.ndarray, "*K H n"], table: AxisTable) -> Complex[np.ndarray, "*K H2 n"]:
+    """Returns the pairs of a head's dimensions as complex numbers."""
+    first, second = (np.take(x, dims, axis=-2) for dims in table.pairs)
     return first + 1j * second
 
 
-def _paired(weights: AdjacentWeights) -> AdjacentWeights:
-    return AdjacentWeights(_complex(weights.writes), _complex(weights.reads))
+def _paired(weights: AdjacentWeights, table: AxisTable) -> AdjacentWeights:
+    return AdjacentWeights(_complex(weights.writes, table), _complex(weights.reads, table))

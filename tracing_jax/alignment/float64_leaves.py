@@ -1,6 +1,7 @@
 """Leaves of models in float64, one subtree at a time: what alignment from weights compares."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -36,7 +37,7 @@ def own_table(arch: Arch, prefix: str) -> AxisTable:
     """Returns the axis table of one subtree, by the names of its leaves in it, with the sizes of its own axes alone."""
     table = subtable(prefix, arch)
     axes = {axis for spec in table.leaves.values() for axis in spec.axes}
-    return AxisTable(table.leaves, {axis: n for axis, n in table.sizes.items() if axis in axes}, table.parent_axis)
+    return replace(table, sizes={axis: n for axis, n in table.sizes.items() if axis in axes})
 
 
 def after(found: Leaves, prefix: str, rewrites: Sequence[Rewrite], arch: Arch) -> Leaves:

@@ -14,7 +14,7 @@ from tracing_jax.arch.config import (
     read_raw_config,
 )
 from tracing_jax.arch.families import SUPPORTED_FAMILIES
-from tracing_jax.arch.rope import SUPPORTED_ROPES
+from tracing_jax.arch.rope import SUPPORTED_ROPES, head_pairs
 
 __all__ = [
     "SUPPORTED_FAMILIES",
@@ -24,6 +24,7 @@ __all__ = [
     "arch_from_config",
     "change_config",
     "has_field",
+    "head_pairs",
     "head_problem",
     "length_problem",
     "read_arch",

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tracing_jax.arch.architecture import UnsupportedModelError
+from tracing_jax.arch.architecture import Arch, UnsupportedModelError
 
 SUPPORTED_ROPES = ("default", "linear", "llama3")
 
@@ -52,6 +52,17 @@ def _llama3(inverse: np.ndarray, parameters: dict[str, Any]) -> np.ndarray:
     turns = parameters["original_max_position_embeddings"] * inverse / (2 * math.pi)
     blend = np.clip((turns - low) / (high - low), 0, 1)  # 1: fast, kept; 0: slow, divided
     return (1 - blend) * inverse / factor + blend * inverse
+
+
+def head_pairs(arch: Arch) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the first and the second dims of the pairs of a head that rotary positions turn together.
+
+    Dims that stay as they are are paired by halves; all are, in a model without a rope.
+    """
+    R, H = arch.rotary_dim, arch.head_dim
+    step, first = (2, 1) if arch.rope_interleaved else (1, R // 2)
+    rotated, middle = tuple(range(0, R if arch.rope_interleaved else R // 2, step)), (H - R) // 2
+    return (*rotated, *range(R, R + middle)), (*(i + first for i in rotated), *range(R + middle, R + 2 * middle))
 
 
 def rope_is_absent(raw: Mapping[str, Any], thetas: Mapping[str | None, str]) -> str | None:

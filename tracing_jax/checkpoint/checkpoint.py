@@ -11,6 +11,7 @@ import numpy as np
 
 from tracing_jax.arch import Arch
 from tracing_jax.checkpoint.errors import CheckpointError
+from tracing_jax.checkpoint.fitting import tied_names
 from tracing_jax.checkpoint.hf_layouts import LeafLayouts, leaf_layouts
 from tracing_jax.checkpoint.tensor_layout import LeafLayout
 from tracing_jax.checkpoint.tensors import TensorStore, all_finite
@@ -125,14 +126,17 @@ class Checkpoint:
         Raises:
           CheckpointError: they are not.
         """
-        if not self.arch.tied or "lm_head.weight" not in self.tensors.names():
+        names = self.tensors.names()
+        if not self.arch.tied:
             return
-        embedding = self.leaf_layouts["embed/embedding"].slices[0].tensor
+        embedding, head = tied_names(self.arch, names)
+        if head not in names:
+            return
         stop = self.arch.vocab_size if stop is None else stop
         for row in range(start, stop, _ROWS):
             rows = (slice(row, min(row + _ROWS, stop)),)
-            if not np.array_equal(self.tensors.read("lm_head.weight", rows), self.tensors.read(embedding, rows)):
+            if not np.array_equal(self.tensors.read(head, rows), self.tensors.read(embedding, rows)):
                 raise CheckpointError(
-                    f"{self.id}: lm_head.weight differs from the embedding, but config.json says tie_word_embeddings: "
+                    f"{self.id}: {head} differs from the embedding, but config.json says tie_word_embeddings: "
                     "true; set it to false if the head is meant to be its own"
                 )

@@ -88,7 +88,7 @@ def without_needless(
 
 def with_fitting_blocks(options: RunOptions, base: Arch, ft: Arch) -> tuple[RunOptions, list[str]]:
     """Returns the options with default block sizes that both models can read, and notes on those that were changed."""
-    most = min((arch.num_positions for arch in (base, ft) if arch.num_positions is not None), default=None)
+    most = min((arch.longest for arch in (base, ft) if arch.longest is not None), default=None)
     if most is None:
         return options, []
     changed, notes, default = options, [], RunOptions()

@@ -113,7 +113,7 @@ def forward_mlps(
     hidden = _embedded(source, tokens, jnp.float32, [None] * len(tokens))
     for i in range(first, source.arch.num_layers):
         for taps in tap_groups:
-            layer: Tree | None = source.layer(i, mlp_leaves(taps))
+            layer: Tree | None = source.layer(i, mlp_leaves(source.arch, taps))
             for b, x in enumerate(hidden):
                 found = [mlp_step(source.arch, taps, layer, x)]
                 if b == len(hidden) - 1:

@@ -56,7 +56,7 @@ def check_function(
     """
     vocab_size = before.arch.vocab_size
     if tokens is None:
-        shape = (_BLOCKS, min(_LENGTH, before.arch.num_positions or _LENGTH))
+        shape = (_BLOCKS, min(_LENGTH, before.arch.longest or _LENGTH))
         tokens = np.random.default_rng(seed).integers(vocab_size, size=shape, dtype=np.int32)
     ids = np.arange(vocab_size) if new_ids is None else new_ids
     expected, found = logits(before, tokens), logits(after, ids[tokens].astype(np.int32))[..., ids]

@@ -37,9 +37,10 @@ def layer_inputs(arch: Arch, layer: int) -> LayerInputs:
     They are data, not static arguments: all layers of a model then share one compiled program.
     """
     window = arch.layer_windows[layer]
-    rope = arch.rope_frequencies[arch.layer_ropes[layer]] if arch.rope_frequencies else ()
+    rope = arch.layer_ropes[layer] if arch.rope_frequencies else None
     return LayerInputs(
-        jnp.asarray(rope, jnp.float32),
+        jnp.asarray(() if rope is None else arch.rope_frequencies[rope], jnp.float32),
+        jnp.asarray(arch.rope_amplitudes[rope] if rope is not None and arch.rope_amplitudes else 1.0, jnp.float32),
         jnp.asarray(_NO_WINDOW if window is None else window, jnp.int32),
         jnp.asarray(arch.attention_scale / (layer + 1 if arch.inverse_layer_scale else 1), jnp.float32),
     )
@@ -64,16 +65,17 @@ def apply_embed(
       positions: of the tokens; None counts from 0.
 
     Raises:
-      ValueError: more tokens than the model has learned positions.
+      ValueError: more tokens than the model can read.
     """
     # Gemma rounds its scale to the computing dtype; Granite's is a small integer.
     scale = float(np.asarray(arch.embed_scale, jnp.dtype(dtype)))
     x = scaled(params["embedding"][tokens].astype(dtype), scale)
-    if arch.num_positions is None:
-        return x
     if positions is None and (problem := length_problem(arch, tokens.shape[1])):
         raise ValueError(problem)
-    learned = params["positions"]
+    x = _optional_norm(arch, params, "norm", arch.embed_norm, x)
+    if arch.num_positions is None:
+        return x
+    learned = params["positions"][arch.position_offset :]
     return x + (learned[: tokens.shape[1]] if positions is None else learned[positions]).astype(dtype)
 
 
@@ -108,17 +110,21 @@ def apply_block(
     found = {"residual": x}
     y = _optional_norm(arch, params, "attn_norm", arch.pre_norms, x)
     y, found["heads"], cache = attention(arch, params["attn"], y, inputs, positions, cache)
-    x = x + scaled(_optional_norm(arch, params, "attn_post_norm", arch.post_norms, y), arch.residual_scale)
+    y = scaled(_optional_norm(arch, params, "attn_post_norm", arch.post_norms, y), arch.residual_scale)
+    if not arch.parallel:
+        x = x + y
     found["mlp_input"] = mlp_input(arch, params, x)
     found["mlp_output"], inner = mlp(arch, params["mlp"], found["mlp_input"], taps)
     found |= inner
+    if arch.parallel:
+        x = x + y
     y = _optional_norm(arch, params, "mlp_post_norm", arch.post_norms, found["mlp_output"])
     return BlockOutput(x + scaled(y, arch.residual_scale), {tap: found[tap] for tap in taps}, cache)
 
 
 def mlp_input(arch: Arch, params: Tree, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """Returns what the MLP of a layer reads of a hidden state: the state, normalised where blocks have pre-norms."""
-    return _optional_norm(arch, params, "mlp_norm", arch.pre_norms, x)
+    return _optional_norm(arch, params, arch.mlp_norm, arch.pre_norms, x)
 
 
 def apply_mlp(
@@ -126,7 +132,7 @@ def apply_mlp(
 ) -> dict[str, Float[Array, "B T *units"]]:
     """Returns `gate`, `up` or `units` of a layer whose MLP reads this hidden state, without the attention before it.
 
-    Of the layer's params only those under `mlp_leaves(taps)` need be there.
+    Of the layer's params only those under `mlp_leaves(arch, taps)` need be there.
     """
     return mlp_inner(arch, params["mlp"], mlp_input(arch, params, x), taps)
 
@@ -145,6 +151,8 @@ def apply_head(
     if arch.tied:
         assert embedding is not None, "a tied head needs the embedding table"
         logits = einsum("...td,vd->...tv", x, embedding.astype(x.dtype))
+        if arch.head_bias:
+            logits = logits + params["lm_head"]["bias"].astype(x.dtype)
     else:
         logits = linear(params["lm_head"], x, "...td,dv->...tv")
     logits = scaled(logits.astype(jnp.float32), arch.logit_scale)

@@ -31,7 +31,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class LayerInputs(NamedTuple):
     """What a block takes beside the hidden state, and in which the layers of a model may differ."""
 
-    frequencies: Float[Array, " H2"]  # of the rope; none without one
+    frequencies: Float[Array, " R2"]  # of the rope; none without one
+    amplitude: Float[Array, ""]  # of rotated queries and keys
     window: Int[Array, ""]
     attention_scale: Float[Array, ""]
 
@@ -55,36 +56,43 @@ def scaled(x: jax.Array, factor: float) -> jax.Array:
 
 
 def norm(arch: Arch, params: Tree, x: Float[Array, "..."], num_axes: int = 1) -> Float[Array, "..."]:
-    """Returns x normalised over its last axes in float32: RMS norm with gain g or 1 + g, or a layer norm.
+    """Returns x normalised over its last axes in float32: RMS norm with gain g or 1 + g, or a LayerNorm.
+
+    The gain may have more axes than are normalised over, such as one for each head; a bias is added where there is one.
 
     Source: Zhang and Sennrich 2019 (arXiv 1910.07467); Gemma stores the gain minus one.
     """
     axes = tuple(range(x.ndim - num_axes, x.ndim))
     x32 = x.astype(jnp.float32)
-    if arch.norm in ("layer_norm", "layer_norm_plain"):
+    if arch.norm.startswith("layer_norm"):
         x32 = x32 - x32.mean(axes, keepdims=True)
     y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(axes, keepdims=True) + arch.norm_eps)
-    if arch.norm in ("rms", "layer_norm"):
-        y = y * params["scale"].astype(jnp.float32)
     if arch.norm == "rms_unit_offset":
         y = y * (1 + params["scale"].astype(jnp.float32))
-    if arch.norm == "layer_norm":
+    elif arch.norm != "layer_norm_plain":
+        y = y * params["scale"].astype(jnp.float32)
+    if "bias" in params:
         y = y + params["bias"].astype(jnp.float32)
     return y.astype(x.dtype)
 
 
 def rotate(
-    x: Float[Array, "B T *heads H"], frequencies: Float[Array, " H2"], positions: Int[Array, "#B T"]
+    arch: Arch, x: Float[Array, "B T *heads H"], inputs: LayerInputs, positions: Int[Array, "#B T"]
 ) -> Float[Array, "B T *heads H"]:
-    """Returns x with each pair (h, h + H/2) rotated by position times frequency, computed in float32.
+    """Returns x with each pair of its rotated dims turned by position times frequency, computed in float32.
 
-    Source: RoFormer (arXiv 2104.09864), in the half-split layout of Hugging Face checkpoints.
+    Source: RoFormer (arXiv 2104.09864). The pairs are (h, h + R/2) or (2h, 2h + 1) of the first R dims.
     """
-    angles = positions.astype(jnp.float32)[:, :, None] * frequencies
+    angles = positions.astype(jnp.float32)[:, :, None] * inputs.frequencies
     angles = angles.reshape(*positions.shape, *(1,) * (x.ndim - 3), -1)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    cos, sin = jnp.cos(angles) * inputs.amplitude, jnp.sin(angles) * inputs.amplitude
+    rotated, rest = jnp.split(x, [2 * angles.shape[-1]], axis=-1)
+    pairs = rotated.astype(jnp.float32).reshape(*x.shape[:-1], *((-1, 2) if arch.rope_interleaved else (2, -1)))
+    at = -1 if arch.rope_interleaved else -2
+    first, second = jnp.moveaxis(pairs, at, 0)
+    turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=at)
+    turned = turned.reshape(rotated.shape).astype(x.dtype)
+    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
 
 
 def attention(
@@ -104,13 +112,13 @@ def attention(
     k = linear(params["k_proj"], x, "btd,dkh->btkh")
     v = linear(params["v_proj"], x, "btd,dkh->btkh")
     if arch.qk_norm is not None:
-        per_head = arch.qk_norm == "head"
-        q = norm(arch, params["q_norm"], q, 1 if per_head else 3)
-        k = norm(arch, params["k_norm"], k, 1 if per_head else 2)
+        together = arch.qk_norm == "all"
+        q = norm(arch, params["q_norm"], q, 3 if together else 1)
+        k = norm(arch, params["k_norm"], k, 2 if together else 1)
     if arch.clip_qkv is not None:
         q, k, v = (jnp.clip(y, -arch.clip_qkv, arch.clip_qkv) for y in (q, k, v))
     if arch.rope_frequencies:
-        q, k = rotate(q, inputs.frequencies, positions), rotate(k, inputs.frequencies, positions)
+        q, k = rotate(arch, q, inputs, positions), rotate(arch, k, inputs, positions)
     if cache is not None:
         cache = Cache(_written(cache.keys, k, positions), _written(cache.values, v, positions))
         k, v = cache.keys.astype(k.dtype), cache.values.astype(v.dtype)

@@ -42,7 +42,7 @@ def taps_problem(arch: Arch, taps: Iterable[str]) -> str | None:
 _MLP_LEAVES = {"gate": ("mlp/gate_proj",), "up": ("mlp/up_proj",), "units": ("mlp/gate_proj", "mlp/up_proj")}
 
 
-def mlp_leaves(taps: Iterable[str]) -> tuple[str, ...]:
+def mlp_leaves(arch: Arch, taps: Iterable[str]) -> tuple[str, ...]:
     """Returns the names in a layer of the subtrees that `gate`, `up` or `units` are computed from."""
     needed = {leaf for tap in taps for leaf in _MLP_LEAVES[tap]}
-    return ("mlp_norm", *sorted(needed))
+    return (arch.mlp_norm, *sorted(needed))

@@ -228,11 +228,11 @@ class ValueMixing(Rewrite):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class QueryKeyMaps(Rewrite):
-    """Each pair (h, h + H/2) of a head's queries is rotated and scaled, its keys rotated alike and scaled inversely.
+    """Each pair of dims of a head's queries is rotated and scaled, its keys rotated alike and scaled inversely.
 
-    These are the maps that commute with rotary positions: seen as a complex number, a pair of the queries is multiplied
-    by z, and the same pair of the keys by 1 / conj(z), so that their products stay. A general rotation of a head does
-    not keep them.
+    The pairs are those of `AxisTable.pairs`, which rotary positions turn together: these are the maps that commute with
+    them. Seen as a complex number, a pair of the queries is multiplied by z, and the same pair of the keys by
+    1 / conj(z), so that their products stay. A general rotation of a head does not keep them.
 
     Attributes:
       factors: axis such as `layers/3/qk_dim` -> z for each kv head and pair; the queries of a kv head share it.
@@ -276,9 +276,9 @@ class QueryKeyMaps(Rewrite):
         )
 
     def apply(self, prefix: str, read: Read, arch: Arch) -> Weights:
-        mine = {axis: z for axis, z in self.factors.items() if axis.startswith(prefix)}
-        maps = {axis: (_blocks(z), _blocks(1 / z.conj())) for axis, z in mine.items()}
-        return apply_maps(read(prefix), subtable(prefix, arch), maps)
+        mine, table = {axis: z for axis, z in self.factors.items() if axis.startswith(prefix)}, subtable(prefix, arch)
+        maps = {axis: (_blocks(z, table), _blocks(1 / z.conj(), table)) for axis, z in mine.items()}
+        return apply_maps(read(prefix), table, maps)
 
     def inverse(self, arch: Arch) -> "QueryKeyMaps":
         return QueryKeyMaps({axis: 1 / z for axis, z in self.factors.items()})
@@ -302,10 +302,13 @@ def _random_invertible(rng: np.random.Generator, K: int, H: int) -> np.ndarray:
     return np.stack([random_rotation(rng, H) * size @ random_rotation(rng, H) for size in sizes])
 
 
-def _blocks(z: Complex[np.ndarray, "K H2"]) -> Float[np.ndarray, "K H H"]:
-    """Returns the matrices that multiply the pairs (h, h + H/2), seen as complex numbers, by z."""
-    real, imaginary = (np.eye(z.shape[1]) * x[:, None, :] for x in (z.real, z.imag))
-    return np.block([[real, -imaginary], [imaginary, real]])
+def _blocks(z: Complex[np.ndarray, "K H2"], table: AxisTable) -> Float[np.ndarray, "K H H"]:
+    """Returns the matrices that multiply the pairs of a head's dims, seen as complex numbers, by z."""
+    first, second = (np.asarray(dims, np.int64) for dims in table.pairs)
+    found = np.zeros((len(z), 2 * z.shape[1], 2 * z.shape[1]))
+    found[:, first, first] = found[:, second, second] = z.real
+    found[:, second, first], found[:, first, second] = z.imag, -z.imag
+    return found
 
 
 def _axes(table: AxisTable, kind: str) -> list[str]:

@@ -7,8 +7,6 @@ from tracing_jax.arch import Arch
 from tracing_jax.sources.source import ParamSource
 from tracing_jax.tree import Tree, flatten, select, unflatten
 
-_SHARED = ("mlp_norm", "mlp_post_norm")
-
 
 @dataclass(frozen=True)
 class MlpsAsLayers:
@@ -19,6 +17,10 @@ class MlpsAsLayers:
 
     source: ParamSource
     _kept: dict[int, Tree] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def _leaves(self) -> tuple[str, ...]:
+        return ("mlp", self.source.arch.mlp_norm, "mlp_post_norm")
 
     @property
     def experts(self) -> int:
@@ -49,10 +51,10 @@ class MlpsAsLayers:
         """Returns the MLP at an index with the norms around it, or its leaves under the names in `only`."""
         layer, expert = divmod(index, self.experts)
         if self.experts == 1:
-            return select(self.source.layer(layer, only or ("mlp", *_SHARED)), only)
+            return select(self.source.layer(layer, only or self._leaves), only)
         if layer not in self._kept:
             self._kept.clear()
-            self._kept[layer] = self.source.layer(layer, ("mlp", *_SHARED))
+            self._kept[layer] = self.source.layer(layer, self._leaves)
         leaves = {
             name: leaf[expert] if name.startswith("mlp/") else leaf
             for name, leaf in flatten(self._kept[layer]).items()

@@ -28,7 +28,7 @@ from tracing_jax.statistics.distinct_units import distinct_units
 from tracing_jax.statistics.embedding_maps import feature_map, token_parts, token_rows
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies
 
-_UP, _NORM = "mlp/up_proj/kernel", "mlp_norm/scale"
+_UP = "mlp/up_proj/kernel"
 
 
 class CsuProcrustes(options.CsuProcrustes):
@@ -98,6 +98,7 @@ def _scaled(rows: Float[np.ndarray, "S D"]) -> Float[np.ndarray, "S D"]:
 
 def _up_rows(model: ParamSource, index: int) -> Float[Array, "F D"]:
     """Returns the up-projection rows of a layer, times the gain of the norm before it, where there is one."""
-    layer = model.layer(index, (_UP, _NORM))
-    rows, scale = jnp.asarray(unit_rows(layer, "up_proj"), jnp.float32), layer.get("mlp_norm", {}).get("scale")
+    norm = model.arch.mlp_norm
+    layer = model.layer(index, (_UP, f"{norm}/scale"))
+    rows, scale = jnp.asarray(unit_rows(layer, "up_proj"), jnp.float32), layer.get(norm, {}).get("scale")
     return rows if scale is None else rows * (jnp.asarray(scale, jnp.float32) + gain_offset(model.arch))

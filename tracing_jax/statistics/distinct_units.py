@@ -108,7 +108,7 @@ def distinct_units(model: ParamSource, layer: int) -> DistinctUnits:
 
 
 def _found(model: ParamSource, layer: int) -> DistinctUnits:
-    norm = model.layer(layer, ("mlp_norm",))
+    norm = model.layer(layer, (model.arch.mlp_norm,))
     names = ("gate_proj", "up_proj") if model.arch.gated else ("up_proj",)
     readings = [_reading(model.layer(layer, (f"mlp/{name}",))["mlp"][name], norm, model.arch) for name in names]
     group = _groups(readings)
@@ -133,10 +133,10 @@ def _found(model: ParamSource, layer: int) -> DistinctUnits:
 def _reading(projection: Tree, norm: Tree, arch: Arch) -> _Reading:
     """Returns how units read by one projection, behind the norm before it."""
     kernel = jnp.asarray(projection["kernel"], jnp.float32)
-    rows = without_mean(kernel.T * gain_of(norm, "mlp_norm", arch), arch)
+    rows = without_mean(kernel.T * gain_of(norm, arch.mlp_norm, arch), arch)
     sketch, norms = to_host(_sketch(rows, _projection(kernel.shape[0]))), to_host(_norms(rows))
     constant: list[np.ndarray] = [np.asarray(projection["bias"], np.float32)] if "bias" in projection else []
-    if (shift := norm.get("mlp_norm", {}).get("bias")) is not None:
+    if (shift := norm.get(arch.mlp_norm, {}).get("bias")) is not None:
         constant.append(to_host(jnp.asarray(shift, jnp.float32) @ kernel))
     if not constant:
         return _Reading(_unit_length(sketch), norms)

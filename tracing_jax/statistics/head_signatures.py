@@ -181,9 +181,9 @@ def _products(
 
 def _largest_units(model: ParamSource, index: int, count: int) -> Iterator[tuple[str, Float[Array, "m D"]]]:
     """Yields (projection, rows of the units of largest norm) of a layer, of all its experts if it has some."""
-    layer = flatten(model.layer(index, ("mlp", "mlp_norm")))
+    layer = flatten(model.layer(index, ("mlp", model.arch.mlp_norm)))
     specs = axis_table(model.arch).restricted(f"layers/{index}/").leaves
-    scale = layer.get("mlp_norm/scale")
+    scale = layer.get(f"{model.arch.mlp_norm}/scale")
     gain = 1.0 if scale is None else jnp.asarray(scale, jnp.float32) + gain_offset(model.arch)
     found = {}
     for name in (name for name in _MLP if f"mlp/{name}/kernel" in layer):

@@ -22,7 +22,7 @@ from tracing_jax.statistics.agreement import (
     some_units,
 )
 from tracing_jax.statistics.distinct_units import distinct_units
-from tracing_jax.statistics.mlp_rows import MLP_LEAVES
+from tracing_jax.statistics.mlp_rows import mlp_row_leaves
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies, depths_not_applicable
 from tracing_jax.statistics.unit_alignment import Units, learn_rotation, row_cosines, units_of, weighted_moments
 from tracing_jax.statistics.unit_signatures import spread_layers
@@ -172,6 +172,6 @@ def compare_rows(
 
 
 def _units(model: ParamSource, layer: int) -> Units:
-    found = units_of(model.layer(layer, MLP_LEAVES), model.arch)
+    found = units_of(model.layer(layer, mlp_row_leaves(model.arch)), model.arch)
     live = found.live & np.isin(np.arange(len(found.live)), distinct_units(model, layer).kept)
     return replace(found, live=live, weight=np.where(live, found.weight, 0.0))

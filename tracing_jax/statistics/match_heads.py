@@ -166,7 +166,7 @@ def _normalised(heads: Array, attn: Tree, name: str, arch: Arch) -> Array:
     """Returns queries `[S, K, G, H]` or keys `[S, K, H]` after their norm, if the model has one."""
     if arch.qk_norm is None:
         return heads
-    axes = (-1,) if arch.qk_norm == "head" else tuple(range(1, heads.ndim))
+    axes = tuple(range(1, heads.ndim)) if arch.qk_norm == "all" else (-1,)
     length = jnp.sqrt(jnp.square(heads).mean(axes, keepdims=True))
     gain = jnp.asarray(attn[f"{name}_norm"]["scale"], jnp.float32) + gain_offset(arch)
     return jnp.where(length > 0, heads / jnp.where(length > 0, length, 1.0), 0.0) * gain

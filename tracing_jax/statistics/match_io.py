@@ -31,7 +31,7 @@ from tracing_jax.statistics.agreement import (
 from tracing_jax.statistics.calibration import control_pairs
 from tracing_jax.statistics.comparison import Comparison
 from tracing_jax.statistics.distinct_units import distinct_units
-from tracing_jax.statistics.mlp_rows import MLP_LEAVES, mlp_rows
+from tracing_jax.statistics.mlp_rows import mlp_row_leaves, mlp_rows
 from tracing_jax.statistics.shared_tokens import TokenRows, token_rows, tokens_not_applicable
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies, depths_not_applicable
 
@@ -119,7 +119,7 @@ def compared_pairs(gated: bool) -> list[tuple[str, str]]:
 
 def responses(model: ParamSource, layer: int, tokens: TokenRows, gated: bool) -> Responses:
     """Returns what each unit of a layer gives for each token, centred over the tokens."""
-    rows = mlp_rows(model.layer(layer, MLP_LEAVES), model.arch)
+    rows = mlp_rows(model.layer(layer, mlp_row_leaves(model.arch)), model.arch)
     found = {name: _products(tokens.read, rows[name]) for name in (("gate", "up") if gated else ("up",))}
     found["effect"] = _products(tokens.effect, rows["down"])
     kept = distinct_units(model, layer).kept  # the others are constant, and so take no part

@@ -216,7 +216,7 @@ def signatures(model: ParamSource, layers: Sequence[int], first: int = 0) -> Ite
 def _unit_rows(layer: Tree, arch: Arch) -> dict[str, Float[Array, "F D"]]:
     """Returns a row of length one for each unit, or a zero row: what gate and up read, and what down writes."""
     mlp = layer["mlp"]
-    scale = layer.get("mlp_norm", {}).get("scale")
+    scale = layer.get(arch.mlp_norm, {}).get("scale")
     gain = 1.0 if scale is None else jnp.asarray(scale, jnp.float32) + gain_offset(arch)
     return {
         "gate": _normalised(jnp.asarray(mlp["gate_proj"]["kernel"], jnp.float32).T * gain),

@@ -10,11 +10,14 @@ from tracing_jax.arch import Arch
 from tracing_jax.rewrites import gain_offset
 from tracing_jax.tree import Tree
 
-MLP_LEAVES = ("mlp/gate_proj/kernel", "mlp/up_proj/kernel", "mlp/down_proj/kernel", "mlp_norm", "mlp_post_norm")
-"""The leaves of a layer that `mlp_rows` needs."""
-
 Rows = dict[str, Float[Array, "F D"]]
 """`gate` (if the MLP has one), `up`, `down` -> a row for each unit."""
+
+
+def mlp_row_leaves(arch: Arch) -> tuple[str, ...]:
+    """Returns the leaves of a layer that `mlp_rows` needs."""
+    kernels = ("mlp/gate_proj/kernel", "mlp/up_proj/kernel", "mlp/down_proj/kernel")
+    return (*kernels, arch.mlp_norm, "mlp_post_norm")
 
 
 def mlp_rows(layer: Tree, arch: Arch) -> Rows:
@@ -23,7 +26,7 @@ def mlp_rows(layer: Tree, arch: Arch) -> Rows:
     Rows that read have the gain of the norm before the MLP, rows that write that of the norm after it, if there are
     such norms. Where the norms subtract the mean over the features, nothing reads it: it is subtracted from all rows.
     """
-    mlp, before, after = layer["mlp"], gain_of(layer, "mlp_norm", arch), gain_of(layer, "mlp_post_norm", arch)
+    mlp, before, after = layer["mlp"], gain_of(layer, arch.mlp_norm, arch), gain_of(layer, "mlp_post_norm", arch)
     rows = {"gate": mlp["gate_proj"]["kernel"].T * before} if arch.gated else {}
     rows |= {"up": mlp["up_proj"]["kernel"].T * before, "down": mlp["down_proj"]["kernel"] * after}
     return {name: without_mean(jnp.asarray(side, jnp.float32), arch) for name, side in rows.items()}

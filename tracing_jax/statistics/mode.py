@@ -49,7 +49,9 @@ class Mode(options.Mode):
             lines.append("different tokenizers: the embeddings' rows are different tokens; leave emb off")
         if self.emb and base.tied != ft.tied:
             lines.append("one model ties its head to its embedding and the other does not; leave emb off")
-        functions = ("activation", "norm", "pre_norms", "post_norms", "qk_norm")
+        functions = (
+            "activation", "norm", "pre_norms", "post_norms", "qk_norm", "parallel", "shared_norm", "rope_interleaved"
+        )  # fmt: skip
         different = [f"{name} {getattr(base, name)} / {getattr(ft, name)}" for name in functions
                      if getattr(base, name) != getattr(ft, name)]  # fmt: skip
         return lines + [f"different blocks: {line}" for line in different]

@@ -185,7 +185,7 @@ def _activations_of(
 
 def _mlps_of(model: Submodel, embed: Tree | None = None) -> InMemory:
     """Returns the only layer of a model without its attention, read once, with the embeddings that are given."""
-    return InMemory(model.arch, {"embed": embed, "layers": {"0": model.layer(0, ("mlp", "mlp_norm"))}})
+    return InMemory(model.arch, {"embed": embed, "layers": {"0": model.layer(0, ("mlp", model.arch.mlp_norm))}})
 
 
 def _named(part: str, tests: Sequence[Test]) -> list[Test]:
