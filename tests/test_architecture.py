@@ -40,6 +40,7 @@ _LAYERS = {
         "options run_cache data arch matching forward interpolation sources rewrites sharding axes record tree"
     ),
     "report": "record",
+    "merges": "arch axes tree rewrites sources checkpoint data matching alignment statistics record report",
     "generation": "record distributed arch data models forward sources checkpoint sharding tree",
     "demo": "models checkpoint forward rewrites sources arch axes data tree",
 }

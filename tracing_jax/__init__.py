@@ -22,6 +22,7 @@ _MODULES = {
         "generate",
         "load",
         "logits",
+        "merge_shares",
         "open",
         "path_losses",
         "save",
@@ -34,6 +35,7 @@ _MODULES = {
     "checkpoint": ("Checkpoint", "CheckpointError"),
     "interpolation": ("interpolate",),
     "matching": ("match_units", "match_weights"),
+    "merges": ("MergeReport",),
     "options": ("RunOptions",),
     "rewrites": (
         "GainScaling",

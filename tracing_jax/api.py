@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from tracing_jax import alignment, checkpoint, experiment, forward, generation, report
+from tracing_jax import alignment, checkpoint, experiment, forward, generation, merges, report
 from tracing_jax.alignment import Alignment, Evidence
 from tracing_jax.data import Documents, load_tokenizer, read_documents, token_blocks
 from tracing_jax.options import COMPARE, RunOptions
@@ -245,6 +245,35 @@ def align(
     """
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     return alignment.align(load(base), load(ft), kinds, evidence=evidence, **how)
+
+
+def merge_shares(
+    child: str | os.PathLike[str],
+    parents: Sequence[str | os.PathLike[str]],
+    base: str | os.PathLike[str] | None = None,
+    *,
+    seed: int = 0,
+    cache_dir: str | None = None,
+) -> merges.MergeReport:
+    """Returns which of these parents a model was merged of, in what shares, with standard errors, layer by layer.
+
+    Args:
+      child: the model that may be a merge, named as in `open`.
+      parents: the models that may have a part, named likewise.
+      base: the model that the parents were made from; without it shares are taken to sum to one over the parents.
+      seed: every random draw follows from it.
+      cache_dir: where downloads are kept.
+
+    Raises:
+      MergeError: a model given twice, or nothing to compare.
+      FileNotFoundError, CheckpointError, UnsupportedModelError: a model that cannot be read.
+
+    Example:
+      >>> found = tj.merge_shares("demo:finetune", ["demo:finetune", "demo:independent"], base="demo:base")
+      >>> found.parts
+      {'demo:finetune': 'part', 'demo:independent': 'none'}
+    """
+    return experiment.report_on_merge(child, parents, base, seed=seed, cache_dir=cache_dir)
 
 
 def path_losses(

@@ -13,6 +13,7 @@ from tracing_jax.cli.arguments import Parser
 VERBS = {
     "compare": "trace one or more models to a base: the verdict, and the layers behind it",
     "align": "align a model to a base, and write it as a checkpoint",
+    "merge": "find which parents a model was merged of, and in what shares",
     "disguise": "write a checkpoint of the same function in other weights",
     "generate": "have models write text",
     "zoo": "trace every pair of a list of models, here or on Slurm, and end in one report",

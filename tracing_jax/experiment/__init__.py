@@ -17,6 +17,7 @@ from tracing_jax.dataclass_options import ConfigError
 from tracing_jax.distributed import is_main_process
 from tracing_jax.experiment.inputs import RunInputs, open_inputs
 from tracing_jax.experiment.memory import Placement, place
+from tracing_jax.experiment.merging import report_on_merge
 from tracing_jax.experiment.metadata import device_facts, file_stamps, token_facts, versions
 from tracing_jax.experiment.models import resolve_model_id
 from tracing_jax.experiment.saving import save_pairs, save_run
@@ -27,7 +28,17 @@ from tracing_jax.record import FORMAT, RunFiles, check_writable, commit, plain
 from tracing_jax.run_cache import RUN_CACHE, RunCache
 from tracing_jax.statistics import over_pairs
 
-__all__ = ["ConfigError", "Outcome", "check_config", "compute", "resolve_model_id", "run", "save_run", "trace"]
+__all__ = [
+    "ConfigError",
+    "Outcome",
+    "check_config",
+    "compute",
+    "report_on_merge",
+    "resolve_model_id",
+    "run",
+    "save_run",
+    "trace",
+]
 
 Config: TypeAlias = RunOptions | ConfigDict | Mapping[str, Any]
 """Options of a run, or a config or nested mapping of them; what it lacks has its default."""

@@ -1,0 +1,233 @@
+"""Shares of merges: against least squares and jackknife done by hand, on merges made as mergekit makes them."""
+
+import dataclasses
+import itertools
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import tracing_jax.merges.models as merge_models
+from tests import merging, tiny
+from tracing_jax.cli import main
+from tracing_jax.merges import MergeError, MergeModels, estimate, grouped, merge_report, read_sums
+from tracing_jax.merges.exchange import log_p_of_layer
+from tracing_jax.merges.normal_equations import TensorSums, rounding_variance
+from tracing_jax.merges.shares import Shares
+from tracing_jax.sources import InMemory
+from tracing_jax.tree import flatten, unflatten
+
+ARCH = dataclasses.replace(tiny.llama_mha(), mlp_dim=48)
+
+
+def leaves(seed, arch=ARCH):
+    return {name: np.asarray(leaf, np.float64) for name, leaf in flatten(tiny.params_of(arch, seed)).items()}
+
+
+def sibling(origin, seed, size=0.1):
+    rng = np.random.default_rng(1000 + seed)
+    return {name: leaf + size * rng.normal(size=leaf.shape) for name, leaf in origin.items()}
+
+
+def model(values, dtype=np.float32, arch=ARCH):
+    return InMemory(arch, unflatten({name: jnp.asarray(leaf.astype(dtype)) for name, leaf in values.items()}))
+
+
+@pytest.fixture(scope="module")
+def origin():
+    return leaves(0)
+
+
+@pytest.fixture(scope="module")
+def parents(origin):
+    return [sibling(origin, seed) for seed in range(3)]
+
+
+def models_of(child, parents, origin=None, **more):
+    named = {name: model(parent) for name, parent in zip("ABCD", parents)}
+    return MergeModels(model(child), named, None if origin is None else model(origin), **more)
+
+
+def report_of(child, parents, origin=None, **more):
+    return merge_report(models_of(child, parents, origin, **more))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+def test_shares_are_those_of_least_squares(origin, parents, dtype):
+    child = merging.task_arithmetic(origin, parents, [0.5, 0.3, 0.0])
+    noisy = {name: leaf + 0.05 * np.random.default_rng(7).normal(size=leaf.shape) for name, leaf in child.items()}
+    stored = [{n: leaf.astype(dtype).astype(np.float64) for n, leaf in m.items()} for m in (noisy, origin, *parents)]
+    flat = [np.concatenate([leaf.ravel() for leaf in m.values()]) for m in stored]
+    y, x = flat[0] - flat[1], np.stack([p - flat[1] for p in flat[2:]], axis=1)
+    wanted, rest, *_ = np.linalg.lstsq(x, y, rcond=None)
+    models = MergeModels(
+        model(noisy, dtype), {n: model(p, dtype) for n, p in zip("ABC", parents)}, model(origin, dtype)
+    )
+    found = estimate(models, read_sums(models).tensors)
+    np.testing.assert_allclose(found.values, wanted, atol=1e-6)
+    assert found.fit.unexplained == pytest.approx(rest[0] / (y @ y), rel=1e-5)
+
+
+def test_shares_without_the_origin_sum_to_one(parents):
+    found = report_of(merging.linear(parents, [3, 1, 1]), parents)
+    assert list(found.shares.values()) == pytest.approx([0.6, 0.2, 0.2], abs=1e-5)
+    assert set(found.parts.values()) == {"part"}
+    assert found.record["unexplained"] < 1e-9
+    assert found.sentence.startswith("merged of A (0.600 ± 0.000), B (0.200 ± 0.000) and C (0.200 ± 0.000)")
+
+
+def test_jackknife_is_that_of_estimates_without_each_block(origin, parents):
+    noise = np.random.default_rng(3)
+    child = {n: leaf + 0.1 * noise.normal(size=leaf.shape) for n, leaf in merging.linear(parents, [1, 1, 0]).items()}
+    models = models_of(child, parents, origin)
+    tensor = next(t for t in read_sums(models).tensors if t.place.name == "layers/0/mlp/up_proj/kernel")
+    y, *x = (
+        (m[tensor.place.name] - origin[tensor.place.name]).astype(np.float32).ravel() for m in (child, *parents)
+    )  # float32 of differences, as leaves are
+    x, edges = np.stack(x, axis=1), np.concatenate([[0], np.cumsum(tensor.counts)]).astype(int)
+    fits = []
+    for start, stop in itertools.pairwise(edges):
+        kept = np.r_[0:start, stop : len(y)]
+        fits.append(np.linalg.lstsq(x[kept], y[kept], rcond=None)[0])
+    moved = np.array(fits) - np.linalg.lstsq(x, y, rcond=None)[0]
+    found = estimate(models, [tensor])
+    np.testing.assert_allclose(found.covariance, (len(fits) - 1) / len(fits) * moved.T @ moved, rtol=0.05)
+
+
+def test_intervals_cover(origin, parents):
+    """Noise of another size in every row, so that entries of a row go together: 95 % within two points."""
+    models, place = models_of(origin, parents[:2], origin), None
+    place = next(models.places())
+    rng, inside = np.random.default_rng(0), []
+    for _ in range(400):
+        x = rng.normal(size=(2, 64, 32))
+        noise = rng.normal(size=(64, 1)) * rng.normal(size=(64, 32)) + rng.normal(size=(64, 1)) * x.mean(0)
+        z = np.stack([0.6 * x[0] + 0.3 * x[1] + noise, *x, rng.normal(size=(64, 32))]).reshape(4, 16, -1)
+        grams = np.einsum("crn,drn->rcd", z, z)
+        found = estimate(models, [TensorSums(place, grams, np.full(16, 128.0), np.zeros((1, 4), np.float32), 0.0)])
+        low, high = found.interval()
+        inside.append((low < [0.6, 0.3]) & (high > [0.6, 0.3]))
+    assert 0.925 < np.mean(inside) < 0.975
+
+
+def test_uninvolved_parents_have_uniform_p_values(origin, parents):
+    """Of independent parents, and of siblings where what is left of the child is rounding."""
+    rng, log_ps = np.random.default_rng(1), []
+    models = models_of(origin, parents[:2], origin)
+    for seed in range(300):
+        base, a, b = rng.normal(size=(3, 24, 16))
+        child = (base + 0.5 * a).astype(np.float32).astype(np.float64)
+        log_ps.append(log_p_of_layer(models, [np.stack([child, base, base + a, base + b])], 1, seed))
+    for level in (0.3, 0.1, 0.02):
+        share = np.mean(np.exp(log_ps) <= level)
+        assert share <= level + 3 * np.sqrt(level / 300)
+
+
+def test_parent_without_a_part_is_told_from_one_with_a_small_part(origin, parents):
+    found = report_of(merging.task_arithmetic(origin, parents, [0.6, 0.03, 0.0]), parents, origin)
+    assert found.parts == {"A": "part", "B": "part", "C": "none"}
+    assert found.shares == pytest.approx({"A": 0.6, "B": 0.03, "C": 0.0}, abs=1e-4)
+
+
+def test_part_that_training_explains_is_reserved(origin, parents):
+    """A fine-tune that goes a little way along another one is no merge."""
+    own = sibling(origin, 9)
+    child = {name: leaf + 0.3 * (parents[0][name] - origin[name]) for name, leaf in own.items()}
+    found = report_of(child, parents[:2], origin)
+    assert found.parts == {"A": "reserved", "B": "none"}
+    assert found.sentence.startswith("no merge is claimed")
+
+
+def test_copy_of_one_parent_has_one_part(origin, parents):
+    found = report_of(parents[0], parents, origin)
+    assert found.parts == {"A": "part", "B": "none", "C": "none"}
+    assert found.sentence.startswith("of the parents given, A alone has a part")
+
+
+def test_collinear_parents_are_named_together(origin, parents):
+    close = {name: leaf + 0.01 * (parents[1][name] - origin[name]) for name, leaf in parents[0].items()}
+    found = report_of(merging.linear([parents[0], close], [1, 1]), [parents[0], close], origin)
+    assert set(found.parts.values()) == {"one_of"}
+    assert found.sentence.startswith("one of these")
+
+
+def test_shares_where_parents_are_identical_are_undefined(origin, parents):
+    same = {name: origin[name] if "/attn/" in name else leaf for name, leaf in parents[0].items()}
+    found = report_of(merging.task_arithmetic(origin, [same, parents[1]], [0.5, 0.5]), [same, parents[1]], origin)
+    own = found.record["by_role"]["attention"]
+    assert own["shares"]["A"]["share"] is None
+    assert own["undefined"] == "A equals the origin here"
+    assert any(note.startswith("shares are undefined in") for note in found.record["notes"])
+
+
+def test_norms_alike_are_no_evidence_of_a_part(origin, parents):
+    """All gains are near one, whoever trained them: shares are those of differences."""
+    stranger = leaves(5)
+    child = merging.linear(parents[:2], [1, 1])
+    found = report_of(child, [*parents[:2], stranger])
+    assert found.parts["C"] == "none"
+    assert abs(found.record["by_role"]["norm"]["shares"]["C"]["share"]) < 1e-4
+
+
+def test_experts_have_shares_of_their_own():
+    arch = dataclasses.replace(tiny.mixtral(), mlp_dim=32)
+    base = leaves(0, arch)
+    a, b = sibling(base, 1), sibling(base, 2)
+    child = merging.task_arithmetic(base, [a, b], [0.5, 0.5])
+    name = "layers/1/mlp/up_proj/kernel"
+    child[name][2] = a[name][2]
+    models = MergeModels(model(child, arch=arch), {"A": model(a, arch=arch), "B": model(b, arch=arch)},
+                         model(base, arch=arch))  # fmt: skip
+    by_expert = grouped(models, read_sums(models).tensors, lambda tensor: str(tensor.place))
+    assert by_expert[f"{name}[2]"].values == pytest.approx([1, 0], abs=1e-4)
+    assert by_expert[f"{name}[1]"].values == pytest.approx([0.5, 0.5], abs=1e-4)
+
+
+def test_vocabularies_are_paired_by_token(origin, parents):
+    """The child's tokens are in another order, and two are missing."""
+    child = merging.linear(parents[:2], [1, 3])
+    order = np.random.default_rng(0).permutation(61)[:59]
+    child["embed/embedding"] = child["embed/embedding"][order]
+    child["head/lm_head/kernel"] = child["head/lm_head/kernel"][:, order]
+    smaller = dataclasses.replace(ARCH, vocab_size=59)
+    named = {"A": model(parents[0]), "B": model(parents[1])}
+    ids = (np.arange(59, dtype=np.int32), order.astype(np.int32), order.astype(np.int32))
+    found = merge_report(MergeModels(model(child, arch=smaller), named, tokens=ids))
+    assert found.record["by_role"]["embedding"]["shares"]["B"]["share"] == pytest.approx(0.75, abs=1e-5)
+    unpaired = merge_report(MergeModels(model(child, arch=smaller), named))
+    assert set(unpaired.record["left_out"]) == {"embed/embedding", "head/lm_head/kernel"}
+
+
+def test_slices_of_large_leaves_give_the_same_sums(origin, parents, monkeypatch):
+    models = models_of(merging.linear(parents, [1, 1, 1]), parents)
+    whole = estimate(models, read_sums(models).tensors)
+    monkeypatch.setattr(merge_models, "SLICE_BYTES", 1000)
+    sliced: Shares = estimate(models, read_sums(models).tensors)
+    np.testing.assert_allclose(sliced.values, whole.values, atol=1e-9)
+
+
+def test_rounding_variance_is_that_of_rounding():
+    values = np.random.default_rng(0).normal(size=100_000)
+    for dtype in (ml_dtypes.bfloat16, np.float16):
+        errors = values.astype(dtype).astype(np.float64) - values
+        assert rounding_variance(values, np.dtype(dtype)) == pytest.approx(np.square(errors).mean(), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("names", "base", "message"),
+    [("", None, "no parents were given"), ("A", None, "A alone has no share to estimate; give the base")],
+)
+def test_too_few_models_are_refused(origin, parents, names, base, message):
+    with pytest.raises(MergeError, match=message):
+        report_of(origin, parents[: len(names)], base)
+
+
+def test_command_line(family, tmp_path, capsys):
+    finetune, independent, base = (str(family.member(name)) for name in ("finetune", "independent", "base"))
+    main(["merge", finetune, "--parents", finetune, independent, "--base", base, "--save", str(tmp_path / "m.json")])
+    out = capsys.readouterr().out
+    assert out.startswith(f"of the parents given, {finetune} alone has a part")
+    assert (tmp_path / "m.png").stat().st_size > 1000
+    with pytest.raises(SystemExit, match="are the same files"):
+        main(["merge", finetune, "--parents", base, independent, "--base", base])

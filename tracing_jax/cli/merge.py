@@ -1,0 +1,45 @@
+"""`tracing-jax merge`: which parents a model was merged of, and in what shares."""
+
+import argparse
+import json
+from dataclasses import dataclass
+
+from tracing_jax.cli.arguments import add_options, given
+from tracing_jax.cli.compare import MODEL
+from tracing_jax.cli.errors import configure_logging, exit_on_user_error
+from tracing_jax.dataclass_options import from_values, option
+
+USAGE = "CHILD --parents A B ... [--base O]"
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """What is estimated, and what is written."""
+
+    seed: int = option(0, "Every random draw follows from it.", at_least=0, at_most=2**32 - 1)
+    save: str | None = option(None, "A .json file for the record; the figure is written beside it.")
+    json: bool = option(False, "Print the record as JSON, and nothing else, on standard output.")
+    cache_dir: str | None = option(None, "A folder to keep downloads in.")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the verb."""
+    parser.add_argument("child", metavar="CHILD", help=f"the model that may be a merge: {MODEL}")
+    parser.add_argument("--parents", metavar="PARENT", nargs="+", required=True, help="models that may have a part")
+    parser.add_argument("--base", metavar="ORIGIN", help="the model that the parents were made from, if it is known")
+    add_options(parser, MergeOptions)
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Runs the verb."""
+    configure_logging()
+    with exit_on_user_error():
+        options = from_values(MergeOptions, given(parsed, MergeOptions))
+        from tracing_jax.experiment.merging import report_on_merge
+
+        found = report_on_merge(
+            parsed.child, parsed.parents, parsed.base, seed=options.seed, cache_dir=options.cache_dir
+        )
+        if options.save:
+            found.save(options.save)
+        print(json.dumps(found.record, indent=1, ensure_ascii=False) if options.json else found)

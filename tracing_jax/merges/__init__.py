@@ -1,0 +1,27 @@
+"""Merges: which parents a model has, in what shares, with standard errors, layer by layer.
+
+The child is compared with all its possible parents at once, leaf by leaf, in one pass over their files.
+"""
+
+from tracing_jax.merges.merge_report import merge_report
+from tracing_jax.merges.models import MergeError, MergeModels
+from tracing_jax.merges.normal_equations import Sums, TensorSums, read_sums
+from tracing_jax.merges.opening import opened_models
+from tracing_jax.merges.parts import Part
+from tracing_jax.merges.report import MergeReport
+from tracing_jax.merges.shares import Shares, estimate, grouped
+
+__all__ = [
+    "MergeError",
+    "MergeModels",
+    "MergeReport",
+    "Part",
+    "Shares",
+    "Sums",
+    "TensorSums",
+    "estimate",
+    "grouped",
+    "merge_report",
+    "opened_models",
+    "read_sums",
+]

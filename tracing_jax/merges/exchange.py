@@ -1,0 +1,77 @@
+"""The null of a parent that had no part: its units could stand in any order.
+
+What is left of the child after the other parents is compared, unit by unit, with what the parent has of its own. If the
+parent had no part, the order of its units has nothing to do with the child: the number of units that the best
+assignment leaves in their place has the known distribution of fixed points of a random permutation.
+
+Premise: given the child and the other models, every order of the parent's units is equally likely. It holds for a
+parent trained from its own initialisation whatever was done to the child, and for fine-tunes of one origin if the rest
+of the child is rounding. Where the child was trained further, training on similar text also moves the same units: see
+`recipe`'s words on parts that are reserved.
+
+Letters: M models, U units, F features.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from tracing_jax.matching import assign
+from tracing_jax.merges.models import MergeModels
+from tracing_jax.statistics.nulls import agreement_log_sf
+from tracing_jax.statistics.pvalues import fisher
+
+FEWEST_UNITS = 8
+_NOTHING = 1e-11
+"""Of the largest weight: what is left of a child that is a copy is the error of float64."""
+
+UnitRows = Float[np.ndarray, "M U F"]
+
+
+def log_p_of_parent(
+    models: MergeModels, units: Mapping[int, Sequence[UnitRows]], parent: int, seed: int = 0
+) -> float | None:
+    """Returns the log p-value of a parent's part, Fisher over layers; None if no layer has units to exchange."""
+    found = [log_p_of_layer(models, rows, parent, seed + layer) for layer, rows in units.items()]
+    tested = [log_p for log_p in found if log_p is not None]
+    return fisher(tested) if tested else None
+
+
+def log_p_of_layer(models: MergeModels, rows: Sequence[UnitRows], parent: int, seed: int = 0) -> float | None:
+    """Returns the log p-value of a parent's part in one layer; None if fewer than eight units can be told apart.
+
+    It is 0 where the other parents explain the layer to the last bit: nothing is left for this one.
+    """
+    compared = [_compared(models, np.asarray(part, np.float64), parent) for part in rows]
+    rest, own = (np.concatenate(parts, axis=1) for parts in zip(*compared))
+    if not rest.any():
+        return 0.0
+    live = np.flatnonzero((np.abs(rest).max(1) > 0) & (np.abs(own).max(1) > 0))
+    if len(live) < FEWEST_UNITS:
+        return None
+    order = np.random.default_rng(seed).permutation(len(live))  # so that ties are not broken in favour of the place
+    similarity = _unit_length(rest[live]) @ _unit_length(own[live][order]).T
+    agreeing = int((order[assign(similarity)] == np.arange(len(live))).sum())
+    return agreement_log_sf(agreeing, len(live))
+
+
+def _compared(
+    models: MergeModels, values: Float[np.ndarray, "M U F"], parent: int
+) -> tuple[Float[np.ndarray, "U F"], Float[np.ndarray, "U F"]]:
+    """Returns what the other parents leave of the child, and the parent's difference from one of them."""
+    at = parent + (1 if models.origin is None else 2)
+    others = [i for i in range(1, len(values)) if i != at]
+    ref = values[others[0]]
+    y = (values[0] - ref).ravel()
+    # The reference is a column too: decay of the weights shrinks the child, and is in the parent's difference as well.
+    x = np.stack([ref.ravel(), *((values[i] - ref).ravel() for i in others[1:])], axis=1)
+    rest = y - x @ np.linalg.lstsq(x, y, rcond=None)[0]
+    rest[np.abs(rest) < _NOTHING * np.abs(values[0]).max()] = 0.0
+    return rest.reshape(values[0].shape), values[at] - ref
+
+
+def _unit_length(rows: Float[np.ndarray, "U F"]) -> Float[np.ndarray, "U F"]:
+    rows = rows - rows.mean(0)
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(norms > 0, norms, 1.0)

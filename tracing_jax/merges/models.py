@@ -1,0 +1,174 @@
+"""The models of a possible merge, read leaf by leaf together: the child, its reference, and the other parents."""
+
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from tracing_jax.axes import AxisTable, LeafSpec, axis_table, kind_of
+from tracing_jax.sources import ParamSource, leaf
+from tracing_jax.sources.lazy_leaves import leaf_slice
+
+SLICE_BYTES = 2**28
+"""A leaf of more bytes is read in slices on its first axis that the files hold in one piece."""
+
+LayerMap = tuple[int, ...]
+"""At i the layer of a model that layer i of the child is compared with."""
+
+
+class Place(NamedTuple):
+    """Where a tensor stands: its leaf, the layer of the child (None outside layers), the role, the expert if any."""
+
+    name: str
+    layer: int | None
+    role: str
+    expert: int | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.expert is None else f"{self.name}[{self.expert}]"
+
+
+class MergeError(ValueError):
+    """Models whose shares cannot be estimated, with what to do."""
+
+
+@dataclass(frozen=True)
+class MergeModels:
+    """The child, its possible parents, and the model that the parents were made from, if it is known.
+
+    Shares are those of differences from a reference: the origin, or without one the first parent.
+
+    Attributes:
+      child: the model that may be a merge.
+      parents: name -> model.
+      origin: the common base of the parents; None if unknown.
+      tokens: ids of the tokens that all vocabularies have, in each model that is `read_together`; None where all
+        vocabularies are the same.
+      layers: the layer that belongs to each layer of the child, in each other model that is `read_together`; None for
+        layers in equal places.
+    """
+
+    child: ParamSource
+    parents: Mapping[str, ParamSource]
+    origin: ParamSource | None = None
+    tokens: tuple[Int[np.ndarray, " S"], ...] | None = None
+    layers: tuple[LayerMap, ...] | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the parents."""
+        return tuple(self.parents)
+
+    @functools.cached_property
+    def read_together(self) -> tuple[ParamSource, ...]:
+        """The child, the reference, and all other parents in their order."""
+        parents = tuple(self.parents.values())
+        return (self.child, *parents) if self.origin is None else (self.child, self.origin, *parents)
+
+    @property
+    def terms(self) -> int:
+        """The number of differences from the reference that have a coefficient of their own."""
+        return len(self.read_together) - 2
+
+    def shares_of(self, coefficients: np.ndarray) -> np.ndarray:
+        """Returns the shares `[..., K]` of the parents of coefficients `[..., terms]` of differences."""
+        if self.origin is not None:
+            return coefficients
+        return np.concatenate([1.0 - coefficients.sum(-1, keepdims=True), coefficients], axis=-1)
+
+    @functools.cached_property
+    def left_out(self) -> dict[str, str]:
+        """Leaf of the child -> why it is not compared."""
+        found = {}
+        for name, spec in self._table.leaves.items():
+            wanted = self._shape(self._table, spec)
+            for model, theirs in zip(self._others, self._names_in_others(name), strict=True):
+                table = axis_table(model.arch)
+                if theirs is None or theirs not in table.leaves:
+                    found[name] = "not every model has it"
+                elif (shape := self._shape(table, table.leaves[theirs])) != wanted:
+                    found[name] = f"shapes {wanted} and {shape}"
+                elif "vocab" in spec.axes and self.tokens is None and table.sizes["vocab"] != self._vocab:
+                    found[name] = "vocabularies of different sizes, and not all tokenizers could be read"
+        return found
+
+    def places(self) -> Iterator[Place]:
+        """Yields where each leaf stands that is compared."""
+        for name in self._table.leaves:
+            if name not in self.left_out:
+                yield Place(name, int(name.split("/")[1]) if name.startswith("layers/") else None, self.role(name))
+
+    def role(self, name: str) -> str:
+        """Returns the role of a leaf: embedding, attention, mlp, expert, router, norm or head."""
+        if "norm" in name:
+            return "norm"
+        if name.startswith("embed/"):
+            return "embedding"
+        if name.startswith("head/"):
+            return "head"
+        if "/mlp/" in name:
+            return "router" if "/router/" in name else "expert" if self.child.arch.num_experts else "mlp"
+        return "attention"
+
+    def leaves(self, place: Place) -> Iterator[tuple[np.ndarray, ...]]:
+        """Yields a leaf of all models, in the order of `read_together`; of a large leaf slices, one after another."""
+        spec = self._table.leaves[place.name]
+        names = (place.name, *map(str, self._names_in_others(place.name)))
+        axis = self._slice_axis(spec)
+        if axis is None or ("vocab" in spec.axes and self.tokens is not None):
+            yield tuple(self._paired(i, spec, leaf(m, n)) for i, (m, n) in enumerate(zip(self.read_together, names)))
+            return
+        units = self._table.sizes[spec.axes[axis] or ""]
+        step = max(1, units * SLICE_BYTES // self._bytes(spec))
+        for start in range(0, units, step):
+            span = slice(start, min(start + step, units))
+            found = [leaf_slice(m, n, axis, span) for m, n in zip(self.read_together, names)]
+            yield tuple(
+                np.asarray(leaf(m, n))[(slice(None),) * axis + (span,)] if part is None else np.asarray(part)
+                for part, m, n in zip(found, self.read_together, names)
+            )
+
+    @functools.cached_property
+    def _table(self) -> AxisTable:
+        return axis_table(self.child.arch)
+
+    @property
+    def _others(self) -> Sequence[ParamSource]:
+        return self.read_together[1:]
+
+    @property
+    def _vocab(self) -> int:
+        return self.child.arch.vocab_size
+
+    def _names_in_others(self, name: str) -> tuple[str | None, ...]:
+        """Returns the name of the leaf in the reference and in each other parent."""
+        if not name.startswith("layers/"):
+            return (name,) * len(self._others)
+        _, index, rest = name.split("/", 2)
+        if self.layers is not None:
+            return tuple(f"layers/{layers[int(index)]}/{rest}" for layers in self.layers)
+        return tuple(name if int(index) < model.arch.num_layers else None for model in self._others)
+
+    def _shape(self, table: AxisTable, spec: LeafSpec) -> tuple[int, ...]:
+        """Returns the shape of a leaf; the vocabulary counts as one token, for tokens are paired."""
+        return tuple(1 if axis == "vocab" else table.sizes[axis or ""] for axis in spec.axes)
+
+    def _bytes(self, spec: LeafSpec) -> int:
+        return 4 * math.prod(self._table.sizes[axis or ""] for axis in spec.axes)
+
+    def _slice_axis(self, spec: LeafSpec) -> int | None:
+        """Returns the axis on which a large leaf is sliced: one that files hold in whole pieces."""
+        if self._bytes(spec) <= SLICE_BYTES:
+            return None
+        kinds = [kind_of(axis or "") for axis in spec.axes]
+        return next((kinds.index(kind) for kind in ("expert", "vocab", "mlp", "kv_heads") if kind in kinds), None)
+
+    def _paired(self, model: int, spec: LeafSpec, found: object) -> np.ndarray:
+        array = np.asarray(found)
+        if "vocab" not in spec.axes or self.tokens is None:
+            return array
+        return array.take(self.tokens[model], axis=spec.axes.index("vocab"))

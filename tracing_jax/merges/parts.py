@@ -1,0 +1,148 @@
+"""Which parents had a part: a p-value each, Holm over parents, and the words that the evidence allows."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import reduce
+from operator import add
+from typing import Any
+
+import numpy as np
+
+from tracing_jax.merges.exchange import log_p_of_parent
+from tracing_jax.merges.models import MergeModels
+from tracing_jax.merges.normal_equations import Sums
+from tracing_jax.merges.shares import ONE_OF_THESE, Fit, Shares
+from tracing_jax.statistics.pvalues import holm
+
+LEVEL = 1e-3
+"""A parent is said to have a part if its p-value, after Holm, is below."""
+SMALLEST_SHARE = 0.01
+"""A part of less than a hundredth is not called one: that much is in doubt for reasons that no test covers."""
+BEYOND_TRAINING = 0.5
+"""Squared partial correlation from which a part is more than training on similar text leaves in common; see docs."""
+ROUNDING_TIMES = 8.0
+"""What is left of the child is rounding if its square is at most so many times that of one rounding of its weights."""
+
+NO_UNITS = "no MLP units are left of the child that could be exchanged"
+IN_COMMON = (
+    "its part is smaller than what no parent explains; fine-tunes of one model on similar text also have this in common"
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is known of the part of one parent.
+
+    Attributes:
+      name: of the parent.
+      word: `part`, `none`, `reserved`, `one_of` or `not_testable`.
+      share: pooled over the model, None if undefined; with its standard error, and interval.
+      alone: squared partial correlation with the child, given the other parents, tensor by tensor.
+      log10_p: of units in any order; `adjusted_log10_p` after Holm.
+      reason: why the word is not `part` or `none`.
+    """
+
+    name: str
+    word: str
+    share: float | None
+    se: float | None
+    low: float | None
+    high: float | None
+    alone: float
+    log10_p: float | None
+    adjusted_log10_p: float | None
+    reason: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns plain data for the record."""
+        return asdict(self)
+
+
+def parts_of(
+    models: MergeModels, sums: Sums, whole: Shares, by_tensor: Sequence[Shares], seed: int, aligned: bool
+) -> list[Part]:
+    """Returns what is known of the part of each parent.
+
+    Args:
+      models: all of them.
+      sums: of all tensors, and the units that are exchanged.
+      whole: the shares over all tensors.
+      by_tensor: the shares of each tensor, among which the shares may differ.
+      seed: of the order in which ties are broken.
+      aligned: whether the child was aligned: its units are then in the order of the parents by construction, and
+        nothing has a p-value.
+    """
+    fit = reduce(add, (shares.fit for shares in by_tensor))
+    log_ps = [None if aligned else log_p_of_parent(models, sums.units, k, seed) for k in range(len(models.names))]
+    tested = [log_p for log_p in log_ps if log_p is not None]
+    adjusted = iter(holm(tested) / math.log(10)) if tested else iter(())
+    found = []
+    for k, log_p in enumerate(log_ps):
+        after = None if log_p is None else float(next(adjusted))
+        word, reason = _word(k, fit, whole, after, aligned)
+        share, se, low, high = (_number(row[k]) for row in (whole.values, whole.errors, *whole.interval()))
+        log10_p = None if log_p is None else log_p / math.log(10)
+        alone = float(fit.alone[k])
+        found.append(Part(models.names[k], word, share, se, low, high, alone, log10_p, after, reason))
+    return found
+
+
+def is_rounding(fit: Fit) -> bool:
+    """Returns whether what the parents leave of the child is no more than rounding."""
+    return fit.rest <= ROUNDING_TIMES * fit.rounding
+
+
+def sentence(models: MergeModels, parts: Sequence[Part], fit: Fit) -> str:
+    """Returns what was found, in no more words than the tests carry."""
+    of = {word: [part for part in parts if part.word == word] for word in ("part", "one_of", "reserved", "none")}
+    rest = "the rest is rounding" if is_rounding(fit) else f"no parent explains {_percent(fit.unexplained)} of that"
+    if of["one_of"]:
+        names = ", ".join(part.name for part in of["one_of"])
+        return f"one of these, or several: {names}; they are too alike for shares of each"
+    named = [f"{part.name} ({part.share:.3f} ± {part.se:.3f})" for part in of["part"]]
+    if len(named) > 1:
+        return f"merged of {_listed(named)}; of what differs from {_reference(models)}, {rest}"
+    if len(named) == 1:
+        part = of["part"][0]
+        assert part.share is not None
+        if abs(part.share - 1) < SMALLEST_SHARE or models.origin is None:
+            return f"of the parents given, {part.name} alone has a part; of what differs, {rest}"
+        return f"along {named[0]} from the origin, no other parent has a part; of what differs, {rest}"
+    if of["reserved"]:
+        names = ", ".join(part.name for part in of["reserved"])
+        return f"no merge is claimed: {names} and the child have something in common, which training also explains"
+    if of["none"]:
+        return "no parent had a part that this test can see"
+    return f"not testable: {parts[0].reason}"
+
+
+def _word(k: int, fit: Fit, whole: Shares, adjusted_log10_p: float | None, aligned: bool) -> tuple[str, str | None]:
+    if whole.undefined:
+        return "not_testable", whole.undefined
+    if whole.condition > ONE_OF_THESE and len(whole.values) > 1:
+        return "one_of", f"the parents' differences are nearly collinear (condition number {whole.condition:.0f})"
+    if adjusted_log10_p is None:
+        reason = "the child was aligned: its units are in the parents' order by construction" if aligned else NO_UNITS
+        return "not_testable", reason
+    if adjusted_log10_p >= math.log10(LEVEL) or (abs(whole.values[k]) < SMALLEST_SHARE and fit.alone[k] < 0.5):
+        return "none", None
+    if fit.alone[k] < BEYOND_TRAINING and not is_rounding(fit):
+        return "reserved", IN_COMMON
+    return "part", None
+
+
+def _reference(models: MergeModels) -> str:
+    return "the origin" if models.origin is not None else models.names[0]
+
+
+def _percent(share: float) -> str:
+    return "less than 0.01 %" if share < 1e-4 else f"{100 * share:.2f} %"
+
+
+def _listed(items: Sequence[str]) -> str:
+    return " and ".join([", ".join(items[:-1]), items[-1]])
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

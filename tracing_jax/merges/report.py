@@ -1,0 +1,93 @@
+"""The report on a possible merge: plain data, a table for the terminal, and files."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tracing_jax.record import atomic_write, check_writable, write_json
+from tracing_jax.report import text_table
+from tracing_jax.report.bounded_p_values import bounded
+from tracing_jax.report.figures import png
+from tracing_jax.report.formatting import p_cell
+
+ROLES = ("embedding", "attention", "mlp", "expert", "router", "norm", "head")
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What the weights say about the parents of a model; its text is the table that `tracing-jax merge` prints.
+
+    Attributes:
+      record: plain data: what was asked, shares of the whole, by role, layer and tensor, parts, method, recipe, notes.
+
+    Example:
+      >>> found = tj.merge_shares("demo:finetune", ["demo:finetune", "demo:independent"], base="demo:base")
+      >>> round(found.shares["demo:finetune"], 3)
+      1.0
+      >>> found.parts
+      {'demo:finetune': 'part', 'demo:independent': 'none'}
+    """
+
+    record: Mapping[str, Any]
+
+    @property
+    def shares(self) -> dict[str, float | None]:
+        """Parent -> its share over the whole model; None where it is undefined."""
+        return {part["name"]: part["share"] for part in self.record["parts"]}
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Parent -> `part`, `none`, `reserved`, `one_of` or `not_testable`."""
+        return {part["name"]: part["word"] for part in self.record["parts"]}
+
+    @property
+    def sentence(self) -> str:
+        """What was found, in words."""
+        return str(self.record["sentence"])
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the record to a `.json` file, and the figure beside it; returns the path.
+
+        Raises:
+          ValueError, OSError: the path does not end in .json, or cannot be written.
+        """
+        path = Path(path)
+        if path.suffix != ".json":
+            raise ValueError(f"{path}: expected a file that ends in .json; the figure is written beside it")
+        from tracing_jax.merges.figure import figure_of_shares
+
+        check_writable(path)
+        write_json(path, self.record)
+        atomic_write(path.with_suffix(".png"), png(figure_of_shares(self.record)))
+        return path
+
+    def __repr__(self) -> str:
+        return text_of(self.record)
+
+
+def text_of(record: Mapping[str, Any]) -> str:
+    """Returns the report for the terminal."""
+    names = [part["name"] for part in record["parts"]]
+    lines = [record["sentence"], ""]
+    rows = [
+        [part["name"], part["word"], part["share"], part["se"], p_cell(bounded(part["adjusted_log10_p"])),
+         part["alone"]]
+        for part in record["parts"]
+    ]  # fmt: skip
+    lines += [text_table(rows, ["parent", "part", "share", "s.e.", "p (Holm)", "partial r²"]), ""]
+    headers = ["tensors", *names, "unexplained", "condition"]
+    rows = [["all", *_cells(record["whole"], names)]]
+    rows += [[role, *_cells(record["by_role"][role], names)] for role in ROLES if role in record["by_role"]]
+    rows += [[f"layer {layer}", *_cells(shares, names)] for layer, shares in record["by_layer"].items()]
+    lines += [text_table(rows, headers)]
+    lines += [f"* {part['name']}: {part['reason']}" for part in record["parts"] if part["reason"]]
+    lines += [f"* {note}" for note in record["notes"]]
+    return "\n".join(lines)
+
+
+def _cells(shares: Mapping[str, Any], names: list[str]) -> list[Any]:
+    own = [shares["shares"][name] for name in names]
+    texts = ["-" if one["share"] is None else f"{one['share']:.4f} ± {one['se']:.4f}" for one in own]
+    condition = shares["condition"]
+    return [*texts, f"{100 * shares['unexplained']:.3f} %", "-" if condition is None else f"{condition:.1f}"]
