@@ -34,12 +34,16 @@ def token_rows(pair: Pair, most: int, name: str) -> tuple[TokenRows, TokenRows]:
     """Returns the rows of base and of ft of the same shared tokens, at most so many, drawn from the seed of the run."""
     ids = pair.vocabularies.ids_base, pair.vocabularies.ids_ft
     drawn = np.sort(pair.generator(name, "tokens").permutation(len(ids[0]))[:most])
-    return _rows(pair.base, ids[0][drawn]), _rows(pair.ft, ids[1][drawn])
+    return rows_of_tokens(pair.base, ids[0][drawn]), rows_of_tokens(pair.ft, ids[1][drawn])
 
 
-def _rows(model: ParamSource, ids: Int[np.ndarray, " S"]) -> TokenRows:
-    arch, table, head = model.arch, model.embed()["embedding"], model.head()
-    rows = taken(table, ids)
+def rows_of_tokens(model: ParamSource, ids: Int[np.ndarray, " S"], *, with_effect: bool = True) -> TokenRows:
+    """Returns the rows of a model's tokens, without reading its head if not `with_effect`: `effect` is then `read`."""
+    arch, rows = model.arch, taken(model.embed()["embedding"], ids)
+    if not with_effect:
+        read = without_mean(jnp.asarray(rows, jnp.float32), arch)
+        return TokenRows(read, read)
+    head = model.head()
     written = rows if arch.tied else taken(head["lm_head"]["kernel"], ids, axis=1).T
     read = jnp.asarray(rows, jnp.float32)
     effect = jnp.asarray(written, jnp.float32) * gain_of(head, "norm", arch)

@@ -29,8 +29,15 @@ def signature_correlations(
     """
     ours, theirs = _standardised(*base), _standardised(*ft)
     covariance = sum(side.T @ side / max(1, live.sum()) for side, (_, live) in ((ours, base), (theirs, ft))) / 2
+    return whitened_cosines(ours, theirs, covariance)
+
+
+def whitened_cosines(
+    base: Float[np.ndarray, "F M"], ft: Float[np.ndarray, "F2 M"], covariance: Float[np.ndarray, "M M"]
+) -> Float[np.ndarray, "F F2"]:
+    """Returns the cosines between standardised signatures, whitened with the mean covariance of both models."""
     values, vectors = np.linalg.eigh(covariance + _RIDGE * np.eye(len(covariance)))
-    ours, theirs = (_unit_length(side @ (vectors / np.sqrt(values))) for side in (ours, theirs))
+    ours, theirs = (_unit_length(side @ (vectors / np.sqrt(values))) for side in (base, ft))
     return ours @ theirs.T
 
 

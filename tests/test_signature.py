@@ -1,0 +1,220 @@
+"""Signatures: what is drawn, what the file holds, and which models one is found in."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from benchmarks.descendants import pruned_in_depth, rounded
+from benchmarks.forgeries import on_device, on_host, planted, sorted_units, widened
+from tracing_jax.library import Vocabulary, compare, drawing, make_signature, read_signature, read_suspect, to_bytes
+from tracing_jax.library.comparison import MOMENTS, RESPONSES
+from tracing_jax.library.signature import MAX_BYTES, SampledLayer, Signature
+from tracing_jax.rewrites import Renaming, draw_rewrites
+from tracing_jax.sources import InMemory, in_memory, rewritten
+from tracing_jax.tree import map_named
+
+_DEEP = {"num_layers": 4, "layer_ropes": (0,) * 4, "layer_windows": (None,) * 4, "embed_dim": 48, "mlp_dim": 80}
+GATED = tiny.llama_mha(**_DEEP)
+UNBIASED = dataclasses.replace(tiny.qwen3_gqa(**_DEEP), qk_norm=None)
+GATELESS = tiny.gpt2(**_DEEP | {"layer_ropes": ()})
+_ARCHS = pytest.mark.parametrize("arch", [GATED, pytest.param(GATELESS, marks=pytest.mark.slow)])
+STRINGS = {f"token {i}": i for i in range(61)}
+VOCABULARY = Vocabulary(STRINGS, known=True)
+
+
+def signature_of(model, seed=0, vocabulary=VOCABULARY):
+    return make_signature(model, vocabulary, model_id=f"model {seed}", files={"a.safetensors": f"{seed:064x}"})
+
+
+def match_of(signature, model, vocabulary=VOCABULARY):
+    return compare(signature, read_suspect(model, vocabulary, signature.tokens))
+
+
+def disguised(model, names, seed=7):
+    rewrites = draw_rewrites(names, jax.random.key(seed), model.arch)
+    found = in_memory(rewritten(model, rewrites))
+    hidden = InMemory(found.arch, jax.tree.map(jnp.asarray, found.params))
+    if not any(isinstance(rewrite, Renaming) for rewrite in rewrites):
+        return hidden, VOCABULARY
+    new_ids = Renaming.composed(rewrites)
+    return hidden, Vocabulary({string: int(new_ids[i]) for string, i in STRINGS.items()}, known=True)
+
+
+def base_of(arch):
+    return tiny.model(arch, 0)
+
+
+def finetuned(base, share=0.1):
+    return InMemory(base.arch, tiny.noisy(base.params, share))
+
+
+@pytest.fixture(scope="module")
+def signatures():
+    return {True: signature_of(base_of(GATED)), False: signature_of(base_of(GATELESS))}
+
+
+_REWRITES = {
+    GATED: ("all", "permute", "rotate", "gains", "units", "values", "queries", "pad"),
+    GATELESS: ("all", "permute", "gains", "values", "queries"),
+}
+_CASES = [pytest.param(arch, name, id=f"{arch.family}-{name}", marks=() if (arch, name) == (GATED, "all") else
+                       pytest.mark.slow) for arch, names in _REWRITES.items() for name in names]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arch", "name"), _CASES)
+def test_a_disguise_leaves_the_agreement_as_it_is(arch, name, signatures):
+    plain = match_of(signatures[arch.gated], finetuned(base_of(arch)))
+    hidden = match_of(signatures[arch.gated], *disguised(finetuned(base_of(arch)), name))
+    for test, found in plain.tests.items():
+        for given, other in zip(found.agreeing, hidden.tests[test].agreeing, strict=True):
+            assert abs(given - other) <= 4, test
+    assert hidden.firm_log10_p < -20
+
+
+def narrowed(model, seed=0):
+    """Returns the model with three quarters of the units of each MLP."""
+    F = model.arch.mlp_dim
+    kept = np.sort(np.random.default_rng(seed).permutation(F)[: 3 * F // 4])
+
+    def cut(name, leaf):
+        axes = [axis for axis, size in enumerate(leaf.shape) if size == F]
+        return jnp.take(leaf, kept, axis=axes[0]) if "/mlp/" in name and axes else leaf
+
+    return InMemory(dataclasses.replace(model.arch, mlp_dim=len(kept)), map_named(cut, model.params))
+
+
+@_ARCHS
+def test_relatives_are_found(arch, signatures):
+    tuned = finetuned(base_of(arch))
+    for relative in (
+        tuned,
+        rounded(4)(tuned, 0).model,
+        narrowed(tuned),
+        pruned_in_depth(tuned, 0).model,
+    ):
+        assert match_of(signatures[arch.gated], relative).firm_log10_p < -10
+
+
+def test_a_relative_with_other_embeddings_is_found_by_moments_alone(signatures):
+    base, other = base_of(GATED), tiny.model(GATED, 1)
+    swapped = InMemory(GATED, finetuned(base).params | {part: other.params[part] for part in ("embed", "head")})
+    found = match_of(signatures[True], swapped)
+    assert found.tests[RESPONSES].log10_p > -3
+    assert found.tests[MOMENTS].firm_log10_p < -10
+    without_tokens = match_of(signatures[True], swapped, Vocabulary({"another": 0}, known=True))
+    assert without_tokens.tests.keys() == {MOMENTS}
+    assert without_tokens.firm_log10_p < -10
+
+
+def test_layers_of_a_spliced_model_are_found_where_they_are(signatures):
+    base, other = finetuned(base_of(GATED)), tiny.model(GATED, 5)
+    layers = {str(i): (base if i < 2 else other).layer(i) for i in range(4)}
+    found = match_of(signatures[True], InMemory(GATED, base.params | {"layers": layers})).tests[RESPONSES]
+    assert [place[:2] for place in found.places] == [(0, 0)]
+    assert found.agreeing[0] > 50 > 10 > max(found.agreeing[1:])
+
+
+@_ARCHS
+def test_strangers_are_not_found(arch, signatures):
+    for seed in range(1, 4):
+        assert match_of(signatures[arch.gated], tiny.model(arch, seed)).log10_p > -3
+
+
+@pytest.mark.slow
+def test_units_that_are_planted_copied_or_ordered_make_no_alarm():
+    """What could be done to a stranger that keeps its function, to look like the model of a signature."""
+    for forge in (planted(20), planted(20, paired=True), sorted_units("gate_proj"), widened(4)):
+        pair = on_host(tiny.model(UNBIASED, 0)), on_host(tiny.model(UNBIASED, 1))
+        victim, forged = (on_device(model) for model in forge(*pair, np.random.default_rng(0)))
+        assert match_of(signature_of(victim), forged).log10_p > -3
+
+
+def test_gated_and_gateless_models_are_not_compared(signatures):
+    found = match_of(signatures[True], base_of(GATELESS))
+    assert not found.tests
+    assert found.log10_p is None
+    assert set(found.not_tested) == {RESPONSES, MOMENTS}
+
+
+def test_bytes_are_the_same_each_time_and_can_be_read_back(tmp_path, signatures):
+    written = to_bytes(signatures[True])
+    assert written == to_bytes(signature_of(base_of(GATED)))
+    (tmp_path / "x").write_bytes(written)
+    assert to_bytes(read_signature(tmp_path / "x")) == written
+
+
+def test_the_largest_signature_fits():
+    """Nothing in it grows with the model: this has as many units, tokens, moments and files as there can be."""
+    rng, units, M = np.random.default_rng(0), drawing.MOMENT_UNITS, 35
+    kinds = ("gate", "up")
+    layers = tuple(
+        SampledLayer(
+            i,
+            np.arange(drawing.UNITS, dtype=np.int32),
+            {kind: rng.integers(-127, 128, (drawing.UNITS, drawing.TOKENS)).astype(np.int8) for kind in kinds},
+            {kind: rng.integers(-127, 128, (units, M)).astype(np.int8) for kind in kinds},
+            {kind: np.eye(M, dtype=np.float16) for kind in kinds},
+        )
+        for i in (13, 40, 66)
+    )
+    files = {f"model-{i:05d}-of-00016.safetensors": f"{i:064x}" for i in range(16)}
+    facts = dict(signature_of(base_of(GATED)).facts) | {"model": "o" * 200, "files": files, "revision": "0" * 40}
+    strings = tuple(f"{i:0{drawing.MAX_STRING}d}" for i in range(drawing.TOKENS))
+    assert 200_000 < len(to_bytes(Signature(facts, strings, layers))) <= MAX_BYTES == 256 * 1024
+
+
+def test_what_is_drawn_follows_from_the_files_alone():
+    keys = [drawing.drawing_key(drawing.digest_of({"a": f"{i:064x}"})) for i in range(2)]
+    assert drawing.digest_of({"a": "1", "b": "2"}) == drawing.digest_of({"x": "2", "y": "1"})
+    kept = np.arange(100, 1100)
+    drawn = [drawing.sampled_units(kept, key, 3, 64) for key in keys]
+    assert len(set(drawn[0].tolist())) == 64
+    assert set(drawn[0].tolist()) != set(drawn[1].tolist())
+    np.testing.assert_array_equal(drawing.sampled_units(kept, keys[0], 3, 128)[:64], drawn[0])
+    assert [drawing.sampled_layers(n) for n in (1, 2, 4, 32)] == [[0], [0, 1], [0, 2, 3], [5, 16, 26]]
+
+
+def test_samples_of_overlapping_vocabularies_overlap():
+    small, large = ({f"token {i}": i for i in range(n)} for n in (2000, 4000))
+    shared = set(drawing.sampled_tokens(small, 400)) & set(drawing.sampled_tokens(large, 400))
+    assert 120 < len(shared) < 280  # half of the larger one's are in the smaller one, and begin its list
+    assert drawing.sampled_tokens(dict(reversed(small.items())), 400) == drawing.sampled_tokens(small, 400)
+    assert not drawing.sampled_tokens({"x" * 25: 0}, 10)
+
+
+def test_rows_are_sampled_at_fewer_tokens_than_solve_for_them(signatures):
+    for width in (1, 2, 64, 1024, 8192):
+        assert drawing.most_tokens(width) <= max(1, width / 2)
+    assert all(found.shape[1] <= 24 for layer in signatures[True].layers for found in layer.readings.values())
+
+
+def test_models_without_tokenizers_are_compared_row_by_row(signatures):
+    unknown = Vocabulary({f"\0row {i} of 61": i for i in range(61)}, known=False)
+    signature = signature_of(base_of(GATED), vocabulary=unknown)
+    assert match_of(signature, finetuned(base_of(GATED))).tests[RESPONSES].firm_log10_p < -20
+    other = dataclasses.replace(GATED, vocab_size=60)
+    assert RESPONSES in match_of(signature, tiny.model(other, 3), Vocabulary({"a": 0}, known=True)).not_tested
+
+
+def test_damaged_files_are_refused(tmp_path, signatures):
+    written = to_bytes(signatures[True])
+    file = tmp_path / "damaged"
+    for content in (b"", b"\0" * 100, written[:-1], written[:5000], written + b"\0" * MAX_BYTES):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="not a signature"):
+            read_signature(file)
+    rng, refused = np.random.default_rng(0), 0
+    for _ in range(100):  # whatever the bytes, it is refused or read
+        content = bytearray(written)
+        for at in rng.integers(0, 3000, 3):
+            content[at] = rng.integers(256)
+        file.write_bytes(content)
+        try:
+            read_signature(file)
+        except ValueError:
+            refused += 1
+    assert refused > 50

@@ -1,0 +1,207 @@
+"""A signature compared with a suspect: on how many of the sampled units do two matchings agree, and where?
+
+Each sampled layer is compared with every layer of the suspect. Its units are matched to the suspect's by one reading,
+and apart from that by the other; under every disguise both matchings change alike. The null is that of
+`statistics.calibration`: layers that do not correspond show how often matchings of these two models agree by chance,
+and an allowance of 5 % stands for units that independent models share by convergence. So p-values are calibrated, not
+exact.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Float, Int8
+
+from tracing_jax.library.signature import SampledLayer, Signature, moments_of
+from tracing_jax.library.suspect import Moments, Suspect
+from tracing_jax.matching import UnitMatching, live_units, match_units
+from tracing_jax.options import RunOptions
+from tracing_jax.statistics.calibration import DEFAULT_ALLOWANCE, DEFAULT_SOURCE, Null, null_of
+from tracing_jax.statistics.comparison import LN10, Comparison, against_each_other
+from tracing_jax.statistics.match_all import CORRESPOND, assign_layers
+from tracing_jax.statistics.pvalues import bonferroni
+from tracing_jax.statistics.unit_signatures import whitened_cosines
+
+FEW_TOKENS = 8
+"""Fewer shared token strings than this tell units apart too badly."""
+
+RESPONSES, MOMENTS = "responses to tokens", "moments of weights"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A sampled layer against a layer of the suspect.
+
+    Attributes:
+      found: the comparison of both matchings.
+      distances: of each unit on which they agree, 1 less its correlation with its partner, the mean of both readings.
+    """
+
+    found: Comparison
+    distances: Float[np.ndarray, " A"]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One test of a signature against a suspect.
+
+    Attributes:
+      log10_p: of the sampled layers against all layers of the suspect, after Bonferroni over these.
+      firm_log10_p: of those alone whose agreement is several times the allowance.
+      agreeing, units: of each sampled layer, the units that agree with its closest layer of the suspect, of so many.
+      places: (sampled layer, layer of the suspect, agreeing units) of the layers that correspond.
+      distances: of the agreeing units in these.
+    """
+
+    log10_p: float
+    firm_log10_p: float
+    agreeing: tuple[int, ...]
+    units: tuple[int, ...]
+    places: tuple[tuple[int, int, int], ...]
+    distances: Float[np.ndarray, " A"] = field(repr=False)
+
+    @property
+    def share(self) -> float:
+        """The share of all sampled units that agree."""
+        return sum(self.agreeing) / max(1, sum(self.units))
+
+
+@dataclass(frozen=True)
+class Match:
+    """What a signature and a suspect have in common.
+
+    Attributes:
+      tests: name -> evidence, of the tests that apply.
+      not_tested: name -> the reason why a test does not apply.
+    """
+
+    tests: Mapping[str, Evidence]
+    not_tested: Mapping[str, str]
+
+    @property
+    def log10_p(self) -> float | None:
+        """The smallest p-value after Bonferroni over the tests; None if none applies."""
+        return _smallest([evidence.log10_p for evidence in self.tests.values()])
+
+    @property
+    def firm_log10_p(self) -> float | None:
+        """The same of evidence beyond several times the allowance, which alone can call models related."""
+        return _smallest([evidence.firm_log10_p for evidence in self.tests.values()])
+
+    @property
+    def best(self) -> Evidence | None:
+        """The test with the smallest p-value."""
+        return min(self.tests.values(), key=lambda evidence: evidence.log10_p, default=None)
+
+
+def _smallest(log10_ps: Sequence[float]) -> float | None:
+    return min(0.0, min(log10_ps) + math.log10(len(log10_ps))) if log10_ps else None
+
+
+def compare(signature: Signature, suspect: Suspect) -> Match:
+    """Returns what a signature and a suspect have in common, in every layer of the suspect."""
+    tests, not_tested = {}, {}
+    shared = shared_columns(signature, suspect)
+    if signature.kinds != suspect.kinds:
+        kinds = [" and ".join(kinds) for kinds in (signature.kinds, suspect.kinds)]
+        reason = f"the signature has responses of {kinds[0]}, the suspect of {kinds[1]}"
+        return Match({}, {RESPONSES: reason, MOMENTS: reason})
+    if len(shared[0]) < FEW_TOKENS:
+        not_tested[RESPONSES] = f"{len(shared[0])} of the {len(signature.tokens)} token strings are the suspect's too"
+    else:
+        tests[RESPONSES] = _by_responses(signature, suspect, shared)
+    if not suspect.moments or not all(layer.moments for layer in signature.layers):
+        not_tested[MOMENTS] = "a model with experts has no moments of a layer"
+    else:
+        tests[MOMENTS] = _by_moments(signature, suspect)
+    return Match(tests, not_tested)
+
+
+def shared_columns(signature: Signature, suspect: Suspect) -> tuple[list[int], list[int]]:
+    """Returns the columns of the token strings that both have: in the signature, and in the suspect."""
+    both = [(i, suspect.columns[string]) for i, string in enumerate(signature.tokens) if string in suspect.columns]
+    return [i for i, _ in both], [j for _, j in both]
+
+
+def normalised(rows: Int8[np.ndarray, "U S"] | Float[np.ndarray, "U S"]) -> Float[np.ndarray, "U S"]:
+    """Returns rows of mean 0 and length 1; rows that do not vary are 0."""
+    found = rows.astype(np.float32)
+    found -= found.mean(axis=1, keepdims=True)
+    length = np.sqrt(np.einsum("us,us->u", found, found))[:, None]
+    found /= np.where(length > 0, length, 1.0)
+    return found
+
+
+def _by_responses(signature: Signature, suspect: Suspect, shared: tuple[list[int], list[int]]) -> Evidence:
+    ours = [
+        {name: normalised(layer.readings[name][:, shared[0]]) for name in signature.kinds} for layer in signature.layers
+    ]
+    table: list[list[Cell]] = [[] for _ in ours]
+    for j, layer in enumerate(suspect.layers):
+        theirs = {name: normalised(layer[name][:, shared[1]]) for name in suspect.kinds}
+        for i, sampled in enumerate(ours):
+            found = {name: sampled[name] @ theirs[name].T for name in suspect.kinds}
+            names = (signature.digest, "responses", i, j)
+            table[i].append(_cell({k: v if k == "gate" else np.abs(v) for k, v in found.items()}, names))
+    return _evidence(table, list(range(len(suspect.layers))), signature)
+
+
+def _by_moments(signature: Signature, suspect: Suspect) -> Evidence:
+    table: list[list[Cell]] = []
+    for i, sampled in enumerate(signature.layers):
+        names = (signature.digest, "moments", i)
+        table.append([_moment_cell(sampled, theirs, (*names, j)) for j, theirs in suspect.moments.items()])
+    return _evidence(table, list(suspect.moments), signature)
+
+
+def _moment_cell(sampled: SampledLayer, theirs: Moments, names: Sequence[str | int]) -> Cell:
+    found = {}
+    for name, (standardised, covariance) in theirs.items():
+        mean = (sampled.covariances[name].astype(np.float64) + covariance) / 2
+        found[name] = whitened_cosines(moments_of(sampled, name), standardised, mean).astype(np.float32)
+    return _cell(found, names)
+
+
+def _cell(similarities: Mapping[str, Float[np.ndarray, "U K"]], names: Sequence[str | int]) -> Cell:
+    """Returns the agreement of the matchings by two similarities."""
+    live = live_units(*similarities.values())
+    one, other = (match_units(found, _generator(*names, kind), live) for kind, found in similarities.items())
+    return Cell(against_each_other(one, other), _distances(one, other, similarities))
+
+
+def _distances(
+    one: UnitMatching, other: UnitMatching, similarities: Mapping[str, Float[np.ndarray, "U K"]]
+) -> Float[np.ndarray, " A"]:
+    same = (one.base == other.base) & (one.ft == other.ft)
+    pairs = one.base[same], one.ft[same]
+    return 1.0 - np.mean([found[pairs] for found in similarities.values()], axis=0)
+
+
+def _evidence(table: Sequence[Sequence[Cell]], columns: Sequence[int], signature: Signature) -> Evidence:
+    """Returns the evidence of all cells; controls are those that no number of cells explains."""
+    cells = [cell.found for row in table for cell in row]
+    width, least = len(columns), math.log(CORRESPOND / len(cells))
+    null: Null = null_of([c for c in cells if c.log_p_agreement >= least], [DEFAULT_ALLOWANCE], DEFAULT_SOURCE)
+    log_p = [null.log_p_agreement(0, cell) for cell in cells]
+    firm = [p if null.is_firm(0, c.agreeing / max(1, c.units)) else 0.0 for p, c in zip(log_p, cells)]
+    square = np.array(log_p).reshape(len(table), width)
+    found = assign_layers(square, math.log(RunOptions.level / len(cells)))
+    closest = [row[int(square[i].argmin())].found for i, row in enumerate(table)]
+    places = sorted({*found.pairs, *found.copies})
+    distances = [table[i][j].distances for i, j in places]
+    return Evidence(
+        bonferroni(log_p) / LN10,
+        bonferroni(firm) / LN10,
+        tuple(cell.agreeing for cell in closest),
+        tuple(cell.units for cell in closest),
+        tuple((signature.layers[i].layer, columns[j], table[i][j].found.agreeing) for i, j in places),
+        np.concatenate(distances) if distances else np.zeros(0, np.float32),
+    )
+
+
+def _generator(*names: str | int) -> np.random.Generator:
+    digest = hashlib.sha256("\0".join(map(str, names)).encode()).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "big")))

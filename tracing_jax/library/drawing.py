@@ -1,0 +1,77 @@
+"""What a signature samples: layers, units and token strings, by a rule that the owner of the model cannot choose.
+
+The rule has no secret and no option, so that anybody who has the files of a model can draw the same sample:
+
+* Layers: the middles of three equal parts of the depth.
+* Units: those that carry evidence (`distinct_units`), in an order drawn from a key that is stretched from the SHA-256
+  hashes of the weight files. Whoever changes a byte gets another draw, and each draw costs a twentieth of a second and
+  16 MiB, so that trying a billion of them costs years of computing.
+* Tokens: of all strings of the vocabulary of at most 24 bytes those whose SHA-256 is smallest. Models of one
+  vocabulary have the same, and of two vocabularies that overlap, the samples do so too.
+"""
+
+import hashlib
+import heapq
+import json
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Int
+
+RULE = "tracing_jax-signature-1"
+"""The name of the rule; another rule gets another name."""
+
+LAYERS, UNITS, TOKENS = 3, 64, 512
+"""The most layers, units of each, and token strings of a signature."""
+
+MOMENT_UNITS = 128
+"""The most units of each layer whose responses to the weights of their layer are kept."""
+
+MAX_STRING = 24
+"""The most bytes of a sampled token string: the size of a signature is bounded."""
+
+_COST = 2**14  # scrypt: 16 MiB and a twentieth of a second
+
+
+def sampled_layers(num_layers: int) -> list[int]:
+    """Returns the sampled layers of a model of so many, in increasing order."""
+    return sorted({(2 * i + 1) * num_layers // (2 * LAYERS) for i in range(LAYERS)})
+
+
+def digest_of(files: Mapping[str, str]) -> str:
+    """Returns the hash that stands for a model: of the sorted SHA-256 hashes of its weight files, whatever their names.
+
+    Raises:
+      ValueError: there are no files.
+    """
+    if not files:
+        raise ValueError("a signature is drawn from the hashes of the weight files, and there are none")
+    return hashlib.sha256(json.dumps(sorted(files.values())).encode()).hexdigest()
+
+
+def drawing_key(digest: str) -> bytes:
+    """Returns the key from which units are drawn: the hash of the model, stretched so that trying many costs much."""
+    return hashlib.scrypt(digest.encode(), salt=RULE.encode(), n=_COST, r=8, p=1, dklen=32)
+
+
+def sampled_units(kept: Int[np.ndarray, " K"], key: bytes, layer: int, most: int) -> Int[np.ndarray, " U"]:
+    """Returns at most so many of the units of a layer, in the order drawn; a smaller sample begins a larger one."""
+    seed = hashlib.sha256(key + layer.to_bytes(4, "big")).digest()
+    order = np.random.Generator(np.random.PCG64(int.from_bytes(seed, "big"))).permutation(len(kept))
+    return kept[order[:most]]
+
+
+def sampled_tokens(vocabulary: Mapping[str, int], most: int) -> list[str]:
+    """Returns at most so many of the strings, those of the smallest hash first."""
+    salt = RULE.encode() + b"\0"
+    encoded = ((string, string.encode("utf-8", "surrogatepass")) for string in vocabulary)
+    hashed = [(hashlib.sha256(salt + found).digest(), string) for string, found in encoded if len(found) <= MAX_STRING]
+    return [string for _, string in heapq.nsmallest(most, hashed)]
+
+
+def most_tokens(embed_dim: int) -> int:
+    """Returns how many strings a model of this width is sampled at.
+
+    Fewer than half of its features, so that a sampled row of weights cannot be solved for, whoever has the embeddings.
+    """
+    return max(1, min(TOKENS, embed_dim // 2))

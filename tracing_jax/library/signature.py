@@ -1,0 +1,284 @@
+"""`Signature`: a sample of how a model's MLP units respond, in at most 256 KiB, whatever the size of the model.
+
+A signature holds responses rounded to 8 bits, never weights: of three layers 64 units each, for at most 512 token
+strings, and of 128 units each how the weights of their own layer act on them. See docs/scan.md for what it reveals.
+
+Letters: U units, S tokens, M moments.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from jaxtyping import Float, Float16, Int, Int8
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from tracing_jax.complaints import shortened
+from tracing_jax.library import drawing
+from tracing_jax.library.readings import (
+    Vocabulary,
+    has_moments,
+    ids_of,
+    moment_readings,
+    not_readable,
+    reading_names,
+    token_readings,
+)
+from tracing_jax.record import atomic_write
+from tracing_jax.sources import MlpsAsLayers, ParamSource
+from tracing_jax.statistics.distinct_units import distinct_units
+
+FORMAT = 1
+"""Version of the file format."""
+
+MAX_BYTES = 256 * 1024
+SUFFIX = ".signature.safetensors"
+
+_HEADER = "tracing_jax_signature"
+_MOMENT_STEP = 1 / 16  # standard deviations
+_MOST_LISTED_FILES = 16
+_SHAPE = ("num_layers", "embed_dim", "mlp_dim", "num_experts", "vocab_size", "gated")
+
+
+@dataclass(frozen=True)
+class SampledLayer:
+    """The sampled units of one layer.
+
+    Attributes:
+      layer: its index; with experts that of an MLP, counted through all layers.
+      units: U indices of units.
+      readings: each of the two readings -> responses to the tokens, each row up to a positive factor.
+      moments: each of two kinds of rows -> signatures of moments, in standard deviations of the layer's units, over
+        `_MOMENT_STEP`; of the first of the same units and of more of them. Empty for models with experts.
+      covariances: the same kinds of rows -> the correlations of the moments over the layer's units.
+    """
+
+    layer: int
+    units: Int[np.ndarray, " U"]
+    readings: Mapping[str, Int8[np.ndarray, "U S"]]
+    moments: Mapping[str, Int8[np.ndarray, "V M"]]
+    covariances: Mapping[str, Float16[np.ndarray, "M M"]]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A signature, with the header of its file.
+
+    Attributes:
+      facts: format and rule, the model's id, revision, family and shape, the hashes of its files, and what was drawn.
+      tokens: S token strings.
+      layers: the sampled layers.
+    """
+
+    facts: Mapping[str, Any]
+    tokens: tuple[str, ...]
+    layers: tuple[SampledLayer, ...]
+
+    @property
+    def model(self) -> str:
+        """The id of the model, as its owner gave it."""
+        return str(self.facts["model"])
+
+    @property
+    def digest(self) -> str:
+        """The hash that stands for the weight files."""
+        return str(self.facts["digest"])
+
+    @property
+    def kinds(self) -> tuple[str, str]:
+        """The names of the two readings."""
+        one, other = self.facts["readings"]
+        return one, other
+
+
+def make_signature(
+    model: ParamSource, vocabulary: Vocabulary, *, model_id: str, files: Mapping[str, str], revision: str | None = None
+) -> Signature:
+    """Returns the signature of a model; it is the same whenever it is made of the same files.
+
+    Args:
+      model: its weights; only the sampled layers and the embedding (without a gate, the head as well) are read.
+      vocabulary: its token strings.
+      model_id: what it is to be called.
+      files: name -> SHA-256 of each weight file.
+      revision: the commit, of a model on the Hub.
+
+    Raises:
+      ValueError: the units cannot be read, or none of a sampled layer carries evidence.
+    """
+    if problems := not_readable(model.arch):
+        raise ValueError(f"{model_id}: no signature can be made: {'; '.join(problems)}")
+    digest = drawing.digest_of(files)
+    key, arch = drawing.drawing_key(digest), model.arch
+    mlps: ParamSource = MlpsAsLayers(model) if arch.num_experts else model
+    tokens = drawing.sampled_tokens(vocabulary.ids, drawing.most_tokens(arch.embed_dim))
+    read = token_readings(mlps, ids_of(tokens, vocabulary, arch.vocab_size))
+    layers = []
+    sampled = drawing.sampled_layers(mlps.arch.num_layers)
+    for i in tqdm(sampled, desc="signature", unit="layer", disable=None):
+        kept = distinct_units(mlps, i).kept
+        if len(kept) < 2:
+            raise ValueError(f"{model_id}: layer {i} has {len(kept)} units that carry evidence, 2 are needed")
+        layers.append(_sampled(mlps, i, kept, key, read(i)))
+    facts = {
+        "format": FORMAT,
+        "model": shortened(model_id, 200),
+        "revision": revision,
+        "family": arch.family,
+        "shape": {name: getattr(arch, name) for name in _SHAPE},
+        "digest": digest,
+        "num_files": len(files),
+        "files": dict(sorted(files.items())) if len(files) <= _MOST_LISTED_FILES else {},
+        "rule": drawing.RULE,
+        "layers": sampled,
+        "of_layers": mlps.arch.num_layers,
+        "readings": list(reading_names(arch)),
+        "vocabulary_known": vocabulary.known,
+    }
+    return Signature(facts, tuple(tokens), tuple(layers))
+
+
+def _sampled(
+    model: ParamSource,
+    layer: int,
+    kept: Int[np.ndarray, " K"],
+    key: bytes,
+    readings: Mapping[str, Any],
+) -> SampledLayer:
+    units = drawing.sampled_units(kept, key, layer, drawing.UNITS)
+    moments, covariances = {}, {}
+    if has_moments(model):
+        more = drawing.sampled_units(kept, key, layer, drawing.MOMENT_UNITS)
+        for name, (found, live) in moment_readings(model.layer(layer), model.arch).items():
+            standardised, covariance = standardised_moments(found, np.intersect1d(kept, np.flatnonzero(live)))
+            steps = np.round(standardised[more] / _MOMENT_STEP)
+            moments[name] = np.clip(steps, -127, 127).astype(np.int8)
+            covariances[name] = covariance.astype(np.float16)
+    return SampledLayer(
+        layer,
+        units.astype(np.int32),
+        {name: rounded(np.asarray(found)[units]) for name, found in readings.items()},
+        moments,
+        covariances,
+    )
+
+
+def rounded(rows: Float[np.ndarray, "U S"]) -> Int8[np.ndarray, "U S"]:
+    """Returns each row less its mean, times the factor that makes its largest number 127, in whole numbers."""
+    if not rows.shape[1]:
+        return np.zeros(rows.shape, np.int8)
+    centred = rows - rows.mean(axis=1, keepdims=True)
+    largest = np.abs(centred).max(axis=1, keepdims=True, initial=0.0)
+    return np.round(centred * (127 / np.where(largest > 0, largest, 1.0))).astype(np.int8)
+
+
+def standardised_moments(
+    found: Float[np.ndarray, "F M"], kept: Int[np.ndarray, " K"]
+) -> tuple[Float[np.ndarray, "F M"], Float[np.ndarray, "M M"]]:
+    """Returns signatures in standard deviations from the mean of the kept units, and the kept units' covariance."""
+    own = found[kept].astype(np.float64)
+    scaled = (found - own.mean(axis=0)) / np.maximum(own.std(axis=0), 1e-9)
+    return scaled.astype(np.float32), (scaled[kept].T @ scaled[kept] / len(kept)).astype(np.float32)
+
+
+def moments_of(layer: SampledLayer, name: str) -> Float[np.ndarray, "V M"]:
+    """Returns the stored signatures of moments of a layer, in standard deviations."""
+    return layer.moments[name].astype(np.float32) * np.float32(_MOMENT_STEP)
+
+
+def to_bytes(signature: Signature) -> bytes:
+    """Returns the file of a signature: safetensors, whose only metadata is the header as JSON.
+
+    Raises:
+      ValueError: it would be larger than `MAX_BYTES`.
+    """
+    strings = [token.encode("utf-8", "surrogatepass") for token in signature.tokens]
+    tensors: dict[str, np.ndarray] = {
+        "tokens": np.frombuffer(b"".join(strings), np.uint8),
+        "token_lengths": np.array([len(string) for string in strings], np.uint8),
+    }
+    for found in signature.layers:
+        at = f"layers/{found.layer}"
+        tensors[f"{at}/units"] = np.ascontiguousarray(found.units, np.int32)
+        for part, arrays in (("", found.readings), ("moments ", found.moments), ("covariance ", found.covariances)):
+            tensors |= {f"{at}/{part}{name}": np.ascontiguousarray(array) for name, array in arrays.items()}
+    header = json.dumps(signature.facts, sort_keys=True, separators=(",", ":"))
+    written = safetensors.numpy.save(tensors, metadata={_HEADER: header})
+    if len(written) > MAX_BYTES:
+        raise ValueError(f"the signature of {signature.model} has {len(written):,} bytes, more than {MAX_BYTES:,}")
+    return written
+
+
+def write_signature(signature: Signature, path: Path) -> None:
+    """Writes the file of a signature, replacing it as a whole."""
+    atomic_write(path, to_bytes(signature))
+
+
+def read_signature(path: Path) -> Signature:
+    """Returns the signature in a file; whatever the file holds, it is only looked at.
+
+    Raises:
+      ValueError: it is no signature, is damaged, or is of another version.
+    """
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"expected at most {MAX_BYTES:,} bytes, found {path.stat().st_size:,}")
+        content = path.read_bytes()
+        return _parsed(_facts_of(content), safetensors.numpy.load(content))
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError, RecursionError) as error:
+        raise ValueError(f"{path}: not a signature of `tracing-jax signature`: {shortened(error, 300)}") from None
+
+
+def _facts_of(content: bytes) -> dict[str, Any]:
+    length = int.from_bytes(content[:8], "little")
+    metadata = json.loads(content[8 : 8 + length])["__metadata__"]
+    facts = json.loads(metadata[_HEADER])
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT or facts.get("rule") != drawing.RULE:
+        raise ValueError(f"expected format {FORMAT} and rule {drawing.RULE}; make it again with this version")
+    return facts
+
+
+def _parsed(facts: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> Signature:
+    lengths = tensors["token_lengths"].astype(int)
+    ends = np.cumsum(lengths)
+    text = tensors["tokens"].tobytes()
+    if lengths.ndim != 1 or len(text) != lengths.sum() or not 1 <= len(lengths) <= drawing.TOKENS:
+        raise ValueError("its token strings are damaged")
+    tokens = tuple(text[end - n : end].decode("utf-8", "surrogatepass") for end, n in zip(ends, lengths))
+    kinds, shape = [str(kind) for kind in facts["readings"]], facts["shape"]
+    if len(kinds) != 2 or not isinstance(facts["model"], str) or not isinstance(facts["digest"], str):
+        raise ValueError("its header lacks the model, its hash, or two readings")
+    if not all(isinstance(shape[name], int | type(None)) for name in _SHAPE):
+        raise ValueError("the shape in its header is damaged")
+    layers = tuple(_parsed_layer(int(layer), kinds, len(tokens), tensors) for layer in facts["layers"])
+    if not 1 <= len(layers) <= drawing.LAYERS:
+        raise ValueError(f"expected 1 to {drawing.LAYERS} layers, found {len(layers)}")
+    return Signature(facts, tokens, layers)
+
+
+def _parsed_layer(layer: int, kinds: list[str], num_tokens: int, tensors: Mapping[str, np.ndarray]) -> SampledLayer:
+    at = f"layers/{layer}"
+    units = tensors[f"{at}/units"]
+    if units.ndim != 1 or not 2 <= len(units) <= drawing.UNITS or units.dtype != np.int32:
+        raise ValueError(f"layer {layer} has no sampled units")
+    readings = {kind: tensors[f"{at}/{kind}"] for kind in kinds}
+    for kind, found in readings.items():
+        if found.shape != (len(units), num_tokens) or found.dtype != np.int8:
+            raise ValueError(
+                f"layer {layer}, {kind}: {found.shape} {found.dtype}, expected int8 of every unit and token"
+            )
+    prefix = f"{at}/moments "
+    moments = {name.removeprefix(prefix): found for name, found in tensors.items() if name.startswith(prefix)}
+    covariances = {name: tensors[f"{at}/covariance {name}"] for name in moments}
+    for name, found in moments.items():
+        square = covariances[name]
+        if found.ndim != 2 or found.dtype != np.int8 or len(found) > drawing.MOMENT_UNITS:
+            raise ValueError(f"layer {layer}: its moments are damaged")
+        if square.shape != (found.shape[1],) * 2 or square.dtype != np.float16 or not np.isfinite(square).all():
+            raise ValueError(f"layer {layer}: its covariances are damaged")
+    return SampledLayer(layer, units, readings, moments, covariances)
