@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from tracing_jax.arch import Arch, head_pairs
+from tracing_jax.arch import Arch, Reading, head_pairs
 from tracing_jax.tree import Tree, flatten
 
 SYMMETRY = {
@@ -187,6 +187,8 @@ def axis_table(arch: Arch) -> AxisTable:
       >>> sorted(table.leaves_with_axis("layers/0/mlp"))[0]
       'layers/0/mlp/down_proj/kernel'
     """
+    if arch.reading is not None:
+        return _table_of_reading(arch, arch.reading)
     leaves = {"embed/embedding": LeafSpec(("vocab", "embed"), "emb")}
     sizes = {"embed": arch.embed_dim, "vocab": arch.vocab_size}
     if arch.num_positions is not None:
@@ -221,6 +223,24 @@ def _norm_specs(arch: Arch, name: str, group: str) -> dict[str, LeafSpec]:
     if arch.norm == "layer_norm":
         specs[f"{name}/bias"] = LeafSpec(("embed",), group)
     return specs
+
+
+def _table_of_reading(arch: Arch, reading: Reading) -> AxisTable:
+    """Returns the table of the leaves that were found in a model that is read by its weights alone."""
+
+    def is_kept(name: str) -> bool:  # a part of the model may be looked at: its first layers
+        return not name.startswith("layers/") or int(name.split("/")[1]) < arch.num_layers
+
+    leaves = {
+        name: LeafSpec(axes, "emb" if name.startswith(("embed/", "head/")) else "mlp")
+        for name, axes in reading.leaves
+        if is_kept(name)
+    }
+    sizes = {axis: size for axis, size in reading.sizes if is_kept(axis)}
+    experts = [axis for axis in sizes if kind_of(axis) == "expert"]
+    parent_axis = {axis.removesuffix("expert") + "mlp": axis for axis in experts}
+    leaves = {name: _with_roles(arch, name, spec, leaves) for name, spec in leaves.items()}
+    return AxisTable(leaves, sizes, parent_axis)
 
 
 def _with_roles(arch: Arch, name: str, spec: LeafSpec, leaves: Mapping[str, LeafSpec]) -> LeafSpec:

@@ -273,6 +273,15 @@ class RunOptions:
     tokenizer_id: str | None = _models(
         None, "A folder or Hub id whose tokenizer is read for models of which none can be read."
     )
+    base_layout: str | None = _models(
+        None, "A YAML file that says where the parts of base are stored: base is then read by its weights alone."
+    )
+    ft_layout: str | None = _models(None, "The same for the fine-tuned model.")
+    component: str | None = _models(
+        None,
+        "A component of multimodal models, compared by its weights alone.",
+        choices=("vision", "audio", "projector", "encoder"),
+    )
     control_model_ids: tuple[str, ...] = _models(
         (), "match*: models of base's shape and tokenizer that are known to be independent of both."
     )

@@ -4,7 +4,14 @@ One decoder block with flags covers every family here. Each attribute of a confi
 numbers unchanged, or an error: a setting that is skipped silently gives wrong numbers.
 """
 
-from tracing_jax.arch.architecture import Arch, UnsupportedModelError, head_problem, length_problem
+from tracing_jax.arch.architecture import (
+    WEIGHTS_ONLY,
+    Arch,
+    Reading,
+    UnsupportedModelError,
+    head_problem,
+    length_problem,
+)
 from tracing_jax.arch.config import (
     arch_from_config,
     change_config,
@@ -19,7 +26,9 @@ from tracing_jax.arch.rope import SUPPORTED_ROPES, head_pairs
 __all__ = [
     "SUPPORTED_FAMILIES",
     "SUPPORTED_ROPES",
+    "WEIGHTS_ONLY",
     "Arch",
+    "Reading",
     "UnsupportedModelError",
     "arch_from_config",
     "change_config",

@@ -1,5 +1,6 @@
 """The architecture of one model, which determines its forward pass and its axis table."""
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +12,26 @@ class UnsupportedModelError(ValueError):
 
     def __str__(self) -> str:
         return joined([str(argument) for argument in self.args])
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was found in a model of which only the weights are understood, by the names and shapes of its tensors.
+
+    Attributes:
+      leaves: every leaf that was found with its axes, such as `("layers/0/mlp/up_proj/kernel", ("embed", ...))`.
+      sizes: axis -> number of units.
+      unknown: what could not be found out, and why: `heads`, `norm`, `features`, or `units`.
+    """
+
+    leaves: tuple[tuple[str, tuple[str | None, ...]], ...]
+    sizes: tuple[tuple[str, int], ...]
+    unknown: tuple[tuple[str, str], ...] = ()
+
+    @functools.cached_property
+    def names(self) -> frozenset[str]:
+        """The names of the leaves."""
+        return frozenset(name for name, _ in self.leaves)
 
 
 @dataclass(frozen=True)
@@ -43,6 +64,8 @@ class Arch:
       num_experts: MLPs per layer, of F units each, among which a router chooses; None: one MLP that every token passes.
       experts_per_token: how many of them a token passes.
       has_head: whether the model predicts tokens; a backbone, or a model for another task, does not. It counts as tied.
+      reading: of a model that is read by its weights alone: what was found in it. Its forward pass is not known, and of
+        the other fields only sizes, `tied`, `gated`, `norm`, `pre_norms`, `post_norms` and `has_head` mean anything.
     """
 
     family: str
@@ -88,6 +111,21 @@ class Arch:
     num_experts: int | None = None  # E
     experts_per_token: int | None = None
     has_head: bool = True
+    reading: Reading | None = None
+
+    def has(self, part: str) -> bool:
+        """Returns whether the model has a leaf of this name or under it, such as `head/lm_head` or `mlp/up_proj`.
+
+        A name that begins in a layer stands for this part of every layer: all have the same parts.
+        """
+        if self.reading is None:
+            return {"mlp/gate_proj": self.gated, "head/lm_head": not self.tied}.get(part, True)
+        start = part if part.startswith(("embed/", "head/")) else f"layers/0/{part}"
+        return any(name == start or name.startswith(f"{start}/") for name in self.reading.names)
+
+    def unknown(self, fact: str) -> str | None:
+        """Returns why a fact about a model that is read by its weights alone is not known; None if it is known."""
+        return None if self.reading is None else dict(self.reading.unknown).get(fact)
 
     @property
     def mlp_norm(self) -> str:
@@ -105,8 +143,13 @@ class Arch:
         return min((n for n in (self.num_positions, self.rope_positions) if n is not None), default=None)
 
 
+WEIGHTS_ONLY = "it is read by its weights alone, without a forward pass"
+
+
 def head_problem(arch: Arch) -> str | None:
     """Returns why a model cannot predict tokens, or None."""
+    if arch.reading is not None:
+        return WEIGHTS_ONLY
     return None if arch.has_head else "its checkpoint has no head, so that it predicts no tokens"
 
 

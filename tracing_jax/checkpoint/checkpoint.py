@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from tracing_jax.arch import Arch
+from tracing_jax.axes import axis_table
 from tracing_jax.checkpoint.errors import CheckpointError
 from tracing_jax.checkpoint.fitting import tied_names
 from tracing_jax.checkpoint.hf_layouts import LeafLayouts, leaf_layouts
 from tracing_jax.checkpoint.tensor_layout import LeafLayout
 from tracing_jax.checkpoint.tensors import TensorStore, all_finite
+from tracing_jax.checkpoint.weights_only.names import sizes_of_components
 from tracing_jax.tree import Tree, flatten, select, unflatten
 
 _ROWS = 4096  # of the embedding, compared at a time
@@ -42,10 +44,14 @@ class Checkpoint:
     arch: Arch
     tensors: TensorStore = field(repr=False)
     notes: tuple[str, ...] = ()
+    found_layouts: LeafLayouts | None = field(default=None, repr=False)
+    """The layouts of a model that is read by its weights alone, where they follow from no family."""
 
     @cached_property
     def leaf_layouts(self) -> LeafLayouts:
         """Leaf name -> its layout in the files."""
+        if self.found_layouts is not None:
+            return {name: self.found_layouts[name] for name in axis_table(self.arch).leaves}
         return leaf_layouts(self.arch, self.tensors.names())
 
     def first_layers(self, count: int) -> "Checkpoint":
@@ -54,6 +60,11 @@ class Checkpoint:
             return self
         ropes, windows = self.arch.layer_ropes[:count], self.arch.layer_windows[:count]
         return replace(self, arch=replace(self.arch, num_layers=count, layer_ropes=ropes, layer_windows=windows))
+
+    def components(self) -> dict[str, int]:
+        """Returns the components that the files hold besides the language model, such as `vision`: their weights."""
+        names = self.tensors.names()
+        return sizes_of_components({name: math.prod(self.tensors.shape(name)) for name in names})
 
     @property
     def num_bytes(self) -> int:
@@ -127,7 +138,7 @@ class Checkpoint:
           CheckpointError: they are not.
         """
         names = self.tensors.names()
-        if not self.arch.tied:
+        if self.found_layouts is not None or not self.arch.tied:
             return
         embedding, head = tied_names(self.arch, names)
         if head not in names:

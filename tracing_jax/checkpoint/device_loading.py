@@ -44,7 +44,7 @@ class ShardedCheckpoint:
     def embed(self) -> Tree:
         """Returns the subtree `embed`, read now; a tied model's copy of it in the file must be the same."""
         part = self._part("embed/")
-        for start, stop in _held_rows(part["embedding"]):
+        for start, stop in _held_rows(part["embedding"]) if "embedding" in part else ():
             self.checkpoint.check_tied_copy(start, stop)
         return part
 

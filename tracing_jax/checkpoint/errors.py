@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from tracing_jax.arch import UnsupportedModelError
 from tracing_jax.complaints import joined
 
 
@@ -24,6 +25,10 @@ class CheckpointError(ValueError):
 
     def __str__(self) -> str:
         return joined(self.problems)
+
+
+class UnsupportedMetadataError(CheckpointError, UnsupportedModelError):
+    """The metadata of a GGUF file describe a model that is not supported."""
 
 
 def damaged(path: Path, expected: str) -> str:

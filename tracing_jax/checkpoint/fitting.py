@@ -65,17 +65,18 @@ def fitted(arch: Arch, store: TensorStore, *, compare_rows: bool = True) -> Fitt
     Raises:
       CheckpointError: tensors are missing, unexpected or of the wrong shape or dtype, all at once.
     """
-    store, rounded = _rounded(store)
+    store, rounding = rounded(store)
     arch, store, tying = tied_as_stored(arch, store, compare_rows)
     if not arch.tied and (head := tied_names(arch, store.names())[1]) not in store.names():
         arch, tying = replace(arch, tied=True, has_head=False), [f"{head} is missing: the model predicts no tokens"]
     problems, ignored = _problems(arch, store)
     if problems:
         raise CheckpointError(*problems)
-    return Fitted(arch, store, (*rounded, *tying, *ignored))
+    return Fitted(arch, store, (*rounding, *tying, *ignored))
 
 
-def _rounded(store: TensorStore) -> tuple[TensorStore, list[str]]:
+def rounded(store: TensorStore) -> tuple[TensorStore, list[str]]:
+    """Returns the tensors with float64 as float32, and a note where there are any."""
     wide = {name: Cast(store, name, np.dtype(np.float32)) for name in store.names() if store.dtype(name) == np.float64}
     if not wide:
         return store, []

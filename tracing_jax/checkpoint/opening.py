@@ -1,20 +1,23 @@
 """`open_checkpoint`: a local folder or a Hub id becomes a `Checkpoint`; no weight is read."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import logging
 
-from tracing_jax.arch import Arch, read_arch_and_notes, read_raw_config
+from tracing_jax.arch import WEIGHTS_ONLY, Arch, UnsupportedModelError, read_arch_and_notes, read_raw_config
 from tracing_jax.checkpoint.adapter import base_id, is_adapter, merged
 from tracing_jax.checkpoint.checkpoint import Checkpoint
+from tracing_jax.checkpoint.derived_tensors import RenamedTensors
 from tracing_jax.checkpoint.errors import CheckpointError
-from tracing_jax.checkpoint.fitting import fitted, tied_as_stored, tied_names, with_plain_names
+from tracing_jax.checkpoint.fitting import fitted, rounded, tied_as_stored, tied_names, with_plain_names
 from tracing_jax.checkpoint.gguf import GgufModel
 from tracing_jax.checkpoint.hub import CheckpointFolder, on_hub, resolve
+from tracing_jax.checkpoint.name_patterns import plain_names
 from tracing_jax.checkpoint.quantised import dequantised
 from tracing_jax.checkpoint.tensors import TensorStore, names_in_index, open_tensors
-from tracing_jax.complaints import listed
+from tracing_jax.checkpoint.weights_only import build, describe, with_layout
+from tracing_jax.complaints import listed, shortened
 
 _TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 _MOST_ADAPTERS = 8
@@ -31,8 +34,30 @@ class _Files(NamedTuple):
     notes: tuple[str, ...]
 
 
+class WeightsOnly(NamedTuple):
+    """How a model is opened of which only the weights are understood.
+
+    Attributes:
+      layout: a file that says where parts are stored, see `docs/checkpoints.md`; the model is then read by its weights
+        alone, whatever its family.
+      component: `vision`, `audio`, `projector` or `encoder`: that part of the model alone, by its weights.
+    """
+
+    layout: str | None = None
+    component: str | None = None
+
+    @property
+    def is_forced(self) -> bool:
+        """Whether a model is read by its weights alone though its family is supported."""
+        return self.layout is not None or self.component is not None
+
+
 def open_checkpoint(
-    model_id: str, cache_dir: str | None = None, in_ranges: bool = False, adapter_base: str | None = None
+    model_id: str,
+    cache_dir: str | None = None,
+    in_ranges: bool = False,
+    adapter_base: str | None = None,
+    weights_only: WeightsOnly | None = None,
 ) -> Checkpoint:
     """Returns the checkpoint of a local folder or Hub id (`org/name` or `org/name@revision`), to be read part by part.
 
@@ -46,19 +71,35 @@ def open_checkpoint(
       in_ranges: whether weights that are on the Hub, and not in its cache, stay there, and are read in ranges of bytes:
         for runs that look at a small part of them.
       adapter_base: the base to merge an adapter into, whatever its config names; of no effect on other models.
+      weights_only: how a model is read whose config is refused; by default it is refused. Weights are then looked at
+        where names and shapes leave a doubt.
 
     Raises:
       CheckpointError: not found, not readable, or tensors missing, unexpected or of the wrong shape, all at once.
       UnsupportedModelError: the config asks for something this package does not compute.
     """
     found = resolve(model_id, cache_dir, weights=not in_ranges)
+    if weights_only is not None and weights_only.is_forced:
+        return _open_weights(found, cache_dir, in_ranges, weights_only)
+    try:
+        return _open_supported(found, cache_dir, in_ranges, adapter_base)
+    except UnsupportedModelError as error:
+        if weights_only is None or is_adapter(found.folder):
+            raise
+        return _open_weights(found, cache_dir, in_ranges, weights_only, error)
+
+
+def _open_supported(
+    found: CheckpointFolder, cache_dir: str | None, in_ranges: bool, adapter_base: str | None
+) -> Checkpoint:
+    """Opens a model of a supported family."""
     files = _open_files(found, cache_dir, in_ranges, adapter_base, ())
     try:
         model = fitted(files.arch, files.tensors, compare_rows=not in_ranges)
         if not model.arch.has_head and (lost := [name for name in names_in_index(files.folder) if _is_head(name)]):
             raise CheckpointError(f"the index names {lost[0]}, which no file has; download the weights again")
     except CheckpointError as error:
-        raise CheckpointError(*(f"{model_id}: {problem}" for problem in error.problems)) from error
+        raise CheckpointError(*(f"{found.id}: {problem}" for problem in error.problems)) from error
     notes = (*files.notes, *model.notes)
     for note in notes:
         logging.info("%s: %s", found.id, note)
@@ -69,6 +110,58 @@ def open_checkpoint(
 
 def _is_head(name: str) -> bool:
     return f".{name}".endswith(".lm_head.weight")
+
+
+def _open_weights(
+    found: CheckpointFolder,
+    cache_dir: str | None,
+    in_ranges: bool,
+    options: WeightsOnly,
+    refused: UnsupportedModelError | None = None,
+) -> Checkpoint:
+    """Opens a model by the names and shapes of its tensors, and by their numbers where these leave a doubt.
+
+    Args:
+      found: the folder.
+      cache_dir: see `open_checkpoint`.
+      in_ranges: see `open_checkpoint`.
+      options: a layout or a component, if given.
+      refused: why the config is not supported.
+    """
+    folder, config, store, notes = _plain_tensors(found, cache_dir, in_ranges)
+    try:
+        description = describe(store, config, options.component)
+        if options.layout is not None:
+            description = with_layout(description, Path(options.layout).expanduser())
+        built = build(description, store, str(config.get("model_type") or "unknown"))
+    except CheckpointError as error:
+        cause = [f"{found.id}: {shortened(refused, 400)}"] if refused else []
+        raise CheckpointError(*cause, *(f"{found.id}: {problem}" for problem in error.problems)) from error
+    why = f": {shortened(refused, 400)}" if refused else ""
+    what = f"of its component {options.component} " if options.component else ""
+    notes = [f"{WEIGHTS_ONLY}{why}", *notes, *(f"{what}read: {line}" for line in description.lines())]
+    for note in notes:
+        logging.info("%s: %s", found.id, note)
+    return Checkpoint(found.id, found.revision, folder, folder, built.arch, built.tensors, tuple(notes), built.layouts)
+
+
+def _plain_tensors(
+    found: CheckpointFolder, cache_dir: str | None, in_ranges: bool
+) -> tuple[Path, dict[str, Any], TensorStore, list[str]]:
+    """Returns the folder of config and tokenizer, the config as plain data, and the tensors under plain names."""
+    if found.gguf:
+        model = GgufModel(found.gguf)
+        folder, notes = model.description(of_any_family=True)
+        return folder, read_raw_config(folder), model.stored, notes
+    config = read_raw_config(found.folder) if (found.folder / "config.json").is_file() else {}
+    stored = open_tensors(found.folder, on_hub(found, cache_dir)) if in_ranges else open_tensors(found.folder)
+    try:
+        store: TensorStore = RenamedTensors(stored, plain_names(stored.names(), ()))
+        store, formats = dequantised(store, config)
+        store, rounding = rounded(store)
+    except CheckpointError as error:
+        raise CheckpointError(*(f"{found.id}: {problem}" for problem in error.problems)) from error
+    return found.folder, config, store, [*formats, *rounding]
 
 
 def _open_files(

@@ -21,6 +21,7 @@ from tracing_jax.experiment.models import (
 from tracing_jax.experiment.text import RunText, read_text
 from tracing_jax.experiment.validation import (
     RENAMING,
+    knows_forward_pass,
     make_statistics,
     statistic_names,
     text_readers,
@@ -29,7 +30,7 @@ from tracing_jax.experiment.validation import (
 )
 from tracing_jax.options import RunOptions
 from tracing_jax.rewrites import Rewrite, arch_after, draw_rewrites
-from tracing_jax.statistics import Statistic, Vocabularies
+from tracing_jax.statistics import FORWARD, NEEDS, Statistic, Vocabularies, needs_not_applicable
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,14 @@ def open_inputs(options: RunOptions) -> RunInputs:
       CheckpointError, UnsupportedModelError, OSError, ValueError: a model or the text cannot be read.
     """
     base, ft = open_models(options)
+    if lines := _weights_only_problems(options, base, ft):
+        raise ConfigError("\n  ".join(["the config does not fit the models:", *lines]))
     disguise = _draw_disguise(options, ft)
     options, fitting_notes = with_fitting_blocks(options, base.arch, ft.arch)
     ft_arch = arch_after(disguise, ft.arch)
-    statistics = without_needless(options, make_statistics(options), base.arch, ft_arch)
+    statistics = without_needless(
+        options, make_statistics(options, knows_forward_pass(base.arch, ft.arch)), base.arch, ft_arch
+    )
     needs_text = bool(text_readers(options, statistics))
     if lines := _option_problems(options, base, ft, needs_text):
         raise ConfigError("\n  ".join(["the config does not fit the models:", *lines]))
@@ -105,6 +110,7 @@ def open_inputs(options: RunOptions) -> RunInputs:
             *tokenizer_notes,
             *fitting_notes,
             *_pair_notes(base.arch, ft_arch, vocabularies, "mode" in statistics and "mode" not in not_applicable),
+            *_unread_components(options, base, ft),
             *_option_notes(options, base.arch, ft.arch, statistics, not_alignable),
         ],
     )
@@ -114,7 +120,10 @@ def inapplicable(
     statistics: Mapping[str, Statistic], base: Arch, ft: Arch, vocabularies: Vocabularies
 ) -> dict[str, str]:
     """Returns the statistics that do not apply to models of these shapes, each with the reason."""
-    problems = {name: statistic.not_applicable(base, ft, vocabularies) for name, statistic in statistics.items()}
+    problems = {
+        name: needs_not_applicable(name, base, ft) or statistic.not_applicable(base, ft, vocabularies)
+        for name, statistic in statistics.items()
+    }
     return {name: "; ".join(lines) for name, lines in problems.items() if lines}
 
 
@@ -125,6 +134,16 @@ def _draw_disguise(options: RunOptions, ft: Checkpoint) -> tuple[Rewrite, ...]:
         return draw_rewrites(listed, key, ft.arch, without=(RENAMING,))
     except ValueError as error:
         raise ConfigError(f"disguise={listed}, {ft.id}: {error}") from error
+
+
+def _weights_only_problems(options: RunOptions, base: Checkpoint, ft: Checkpoint) -> list[str]:
+    """Returns which options need the forward pass of a model that is read by its weights alone."""
+    asked = {"disguise": options.disguise, "permute": options.permute, "align": options.align, "eval": options.eval}
+    statistics = statistic_names(options)
+    asked |= {f"stat={','.join(statistics)}": all(FORWARD in NEEDS[name] for name in statistics)}
+    names = ", ".join(name for name, value in asked.items() if value)
+    unread = [checkpoint for checkpoint in (base, ft) if checkpoint.arch.reading is not None]
+    return [f"{names}: {checkpoint.id}: {checkpoint.notes[0]}" for checkpoint in unread if names]
 
 
 def _option_problems(options: RunOptions, base: Checkpoint, ft: Checkpoint, needs_text: bool) -> list[str]:
@@ -154,6 +173,16 @@ def _alignment_problems(options: RunOptions, base: Arch, ft: Arch, vocabularies:
     if options.align_evidence == "activations" and not vocabularies.same:
         lines.append("different tokenizers: activations need both models to read the same ids; use weights")
     return lines
+
+
+def _unread_components(options: RunOptions, base: Checkpoint, ft: Checkpoint) -> list[str]:
+    """Returns a note on components of the models that are not compared."""
+    sides = [checkpoint.components() for checkpoint in (base, ft)]
+    shared = [name for name in sides[0] if name in sides[1] and name != options.component]
+    if not shared:
+        return []
+    sizes = ", ".join(f"{name} ({sides[0][name]:,} and {sides[1][name]:,} weights)" for name in shared)
+    return [f"components that were not compared: {sizes}; compare one with component={shared[0]}"]
 
 
 def _pair_notes(base: Arch, ft: Arch, vocabularies: Vocabularies, on_path: bool) -> list[str]:

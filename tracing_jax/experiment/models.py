@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from tracing_jax import demo
-from tracing_jax.checkpoint import Checkpoint, open_checkpoint, tokenizer_folder
+from tracing_jax.checkpoint import Checkpoint, WeightsOnly, open_checkpoint, tokenizer_folder
 from tracing_jax.complaints import shortened
 from tracing_jax.data import load_tokenizer, same_tokenizer, shared_tokens, unseen_tokens
 from tracing_jax.dataclass_options import ConfigError
@@ -41,7 +41,10 @@ def reads_part_only(options: RunOptions) -> bool:
 def open_models(options: RunOptions) -> tuple[Checkpoint, Checkpoint]:
     """Returns base and the fine-tuned model of a run; their weights are not read yet."""
     base, ft = options.base_model_id or "", options.ft_model_id or ""  # neither is empty in options that were checked
-    return _open(options, base), _open(options, ft, options.adapter_base)
+    return (
+        _open(options, base, layout=options.base_layout),
+        _open(options, ft, options.adapter_base, layout=options.ft_layout),
+    )
 
 
 def open_controls(options: RunOptions, base: Checkpoint, tokenizer_base: Any) -> tuple[Checkpoint, ...]:
@@ -99,6 +102,9 @@ def shared_vocabulary(base: Checkpoint, ft: Checkpoint, tokenizer_base: Any, tok
 
     Vocabularies of one size of which a tokenizer cannot be read are taken to be the same.
     """
+    if not (base.arch.vocab_size and ft.arch.vocab_size):
+        none = np.zeros(0, np.int32)
+        return Vocabularies(False, none, none, known=False)  # what reads no tokens, or whose embedding was not found
     if tokenizer_base is None or tokenizer_ft is None:
         same = base.arch.vocab_size == ft.arch.vocab_size
         ids = np.arange(base.arch.vocab_size if same else 0, dtype=np.int32)
@@ -110,8 +116,11 @@ def shared_vocabulary(base: Checkpoint, ft: Checkpoint, tokenizer_base: Any, tok
     return Vocabularies(same, ids_base[embedded], ids_ft[embedded], unseen=unseen)
 
 
-def _open(options: RunOptions, model_id: str, adapter_base: str | None = None) -> Checkpoint:
+def _open(options: RunOptions, model_id: str, adapter_base: str | None = None, layout: str | None = None) -> Checkpoint:
     checkpoint = open_checkpoint(
-        resolve_model_id(model_id), in_ranges=reads_part_only(options), adapter_base=adapter_base
+        resolve_model_id(model_id),
+        in_ranges=reads_part_only(options),
+        adapter_base=adapter_base,
+        weights_only=WeightsOnly(layout, options.component),
     )
     return checkpoint.first_layers(options.max_layers) if options.max_layers else checkpoint

@@ -21,7 +21,7 @@ from tracing_jax.forward import token_losses
 from tracing_jax.options import RunOptions
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sources import ParamSource
-from tracing_jax.statistics import Identity, Pair, Result, Statistic, hidden_by, verdict
+from tracing_jax.statistics import Identity, Pair, Result, Statistic, hidden_by, scope_of, verdict
 
 
 @dataclass
@@ -46,11 +46,13 @@ class Findings:
     Attributes:
       models: the facts of every model.
       identical: how many tensors of the two models are identical; None if one was changed before it was traced.
+      scope: what was read of the models, where that is less than all.
       before, after: the results of the statistics, before and after the alignment.
     """
 
     models: Mapping[str, Any] = field(default_factory=dict)
     identical: Identity | None = None
+    scope: str = ""
     before: Mapping[str, Result] = field(default_factory=dict)
     after: Mapping[str, Result] = field(default_factory=dict)
     disguise: Mapping[str, Any] | None = None
@@ -70,7 +72,7 @@ class Findings:
                 for name, result in self.before.items()
             },
             "identical": None if self.identical is None else asdict(self.identical),
-            "verdict": verdict(self.before, level, self.identical).as_dict(),
+            "verdict": verdict(self.before, level, self.identical, self.scope).as_dict(),
             "perplexity": self.perplexity,
         }
 
@@ -79,7 +81,7 @@ def run_steps(
     options: RunOptions, inputs: RunInputs, placement: Placement, run_cache: RunCache, timer: StepTimer
 ) -> Findings:
     """Runs all requested steps but saving. Replaced models are freed."""
-    found = Findings()
+    found = Findings(scope=scope_of(inputs.base.arch, inputs.ft.arch, options.component))
     if not (inputs.disguise or options.permute or inputs.reads_part_only):
         with timer.step("identical tensors"):
             found.identical = identical_tensors(inputs.base, inputs.ft)

@@ -102,9 +102,22 @@ def with_fitting_blocks(options: RunOptions, base: Arch, ft: Arch) -> tuple[RunO
     return changed, notes
 
 
-def make_statistics(options: RunOptions) -> dict[str, Statistic]:
-    """Returns the statistics of a run by name; where no text is named, `match` and `match_all` by weights alone."""
-    if not has_text(options):
+def knows_forward_pass(base: Arch, ft: Arch) -> bool:
+    """Returns whether neither model is read by its weights alone."""
+    return base.reading is None and ft.reading is None
+
+
+def make_statistics(options: RunOptions, with_forward_pass: bool = True) -> dict[str, Statistic]:
+    """Returns the statistics of a run by name, without forms that read a text which is not named, or what is not known.
+
+    Args:
+      options: of the run.
+      with_forward_pass: whether both models have one that is known, and heads.
+    """
+    if not with_forward_pass:
+        forms = tuple(form for form in options.match_moments.forms if form != "layer") or ("model",)
+        options = replace(options, match_moments=replace(options.match_moments, forms=forms))
+    if not (with_forward_pass and has_text(options)):
         weights = tuple(form for form in options.match.forms if form != "forward") or options.match.forms
         weights_all = tuple(form for form in options.match_all.forms if form != "forward") or options.match_all.forms
         options = replace(

@@ -21,11 +21,12 @@ from tracing_jax.statistics.match_io import MatchIo
 from tracing_jax.statistics.match_mlps import MatchMlps
 from tracing_jax.statistics.match_moments import MatchMoments
 from tracing_jax.statistics.mode import Mode
+from tracing_jax.statistics.needs import FORWARD, NEEDS, needs_not_applicable
 from tracing_jax.statistics.perm_mode_l2 import PermModeL2
 from tracing_jax.statistics.screen import Screen
 from tracing_jax.statistics.statistic import Curve, Pair, Result, Statistic, Test, Vocabularies
 from tracing_jax.statistics.unseen_tokens import UnseenTokens
-from tracing_jax.statistics.verdict import Identity, Verdict, hidden_by, over_pairs, verdict, word_of
+from tracing_jax.statistics.verdict import Identity, Verdict, hidden_by, over_pairs, scope_of, verdict, word_of
 
 REGISTRY: Mapping[str, Callable[..., Statistic]] = {
     "mode": Mode, "cos": Cos, "emb": Emb, "jsd": Jsd, "csu": Csu, "csu_all": CsuAll, "csh": Csh, "match": Match,
@@ -77,7 +78,9 @@ __all__ = [
     "AUTO_SMALL",
     "AUTO_WITH_TEXT",
     "COSTLY",
+    "FORWARD",
     "LIGHT",
+    "NEEDS",
     "REGISTRY",
     "SMALL_WIDTH",
     "Curve",
@@ -90,7 +93,9 @@ __all__ = [
     "Vocabularies",
     "hidden_by",
     "make_statistic",
+    "needs_not_applicable",
     "over_pairs",
+    "scope_of",
     "verdict",
     "word_of",
 ]

@@ -145,8 +145,16 @@ class CsuAll(options.CsuAll):
 
 
 def up_rows(pair: Pair, layer: int) -> Rows:
-    """Returns the up-projections of a layer of both models, a row per unit, to be compared by their distinct units."""
-    base, ft = (unit_rows(m.layer(layer, ("mlp/up_proj/kernel",)), "up_proj") for m in (pair.base, pair.ft))
+    """Returns the up-projections of a layer of both models, a row per unit, to be compared by their distinct units.
+
+    Where the up-projection of either is not known, as in a model that is read by its weights alone, what units write.
+    """
+    if all(model.arch.has("mlp/up_proj") for model in (pair.base, pair.ft)):
+        base, ft = (unit_rows(m.layer(layer, ("mlp/up_proj/kernel",)), "up_proj") for m in (pair.base, pair.ft))
+    else:
+        base, ft = (
+            m.layer(layer, ("mlp/down_proj/kernel",))["mlp"]["down_proj"]["kernel"] for m in (pair.base, pair.ft)
+        )
     return Rows(similarities(base, ft), *(distinct_units(model, layer) for model in (pair.base, pair.ft)))
 
 

@@ -109,7 +109,9 @@ def distinct_units(model: ParamSource, layer: int) -> DistinctUnits:
 
 def _found(model: ParamSource, layer: int) -> DistinctUnits:
     norm = model.layer(layer, (model.arch.mlp_norm,))
-    names = ("gate_proj", "up_proj") if model.arch.gated else ("up_proj",)
+    names = [name for name in ("gate_proj", "up_proj") if model.arch.has(f"mlp/{name}")]
+    if not names:
+        return _by_output(model, layer)
     readings = [_reading(model.layer(layer, (f"mlp/{name}",))["mlp"][name], norm, model.arch) for name in names]
     group = _groups(readings)
     first = np.full(group.max(initial=-1) + 1, len(group))
@@ -128,6 +130,19 @@ def _found(model: ParamSource, layer: int) -> DistinctUnits:
         silent=len(first) - len(kept),
         order_p=tuple(_order_p(column[kept]) for column in norms),
     )
+
+
+def _by_output(model: ParamSource, layer: int) -> DistinctUnits:
+    """Returns the distinct units of a layer of which only what they write is known: copies write in one direction."""
+    down = jnp.asarray(model.layer(layer, ("mlp/down_proj/kernel",))["mlp"]["down_proj"]["kernel"], jnp.float32)
+    norms = to_host(_norms(down))
+    group = _groups([_Reading(_unit_length(to_host(_sketch(down, _projection(down.shape[1])))), norms)])
+    first = np.full(group.max(initial=-1) + 1, len(group))
+    np.minimum.at(first, group, np.arange(len(group)))
+    typical = np.median(norms[norms > 0]) if (norms > 0).any() else np.inf
+    kept = np.sort(first[norms[first] > SILENT * typical])
+    copies = len(group) - len(first)
+    return DistinctUnits(kept, len(group), copies, len(first) - len(kept), (_order_p(norms[kept]),))
 
 
 def _reading(projection: Tree, norm: Tree, arch: Arch) -> _Reading:

@@ -34,9 +34,10 @@ from tracing_jax.statistics.statistic import Pair, Result, Vocabularies, widths_
 from tracing_jax.tree import flatten, readable, to_host
 
 _MATRICES = frozenset(
-    ("embedding", "lm_head", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    ("embedding", "lm_head", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "other")
 )
-"""Matrices drawn at random. Norms, biases, routers and positions may start from rules that strangers share."""
+"""Matrices drawn at random; `other` are those of a model that is read by its weights alone. Norms, biases, routers and
+positions may start from rules that strangers share."""
 
 
 class FeaturesInPlace(options.FeaturesInPlace):
@@ -146,7 +147,7 @@ def _names(table: AxisTable) -> list[str]:
     return [
         name
         for name, spec in table.leaves.items()
-        if "embed" in spec.axes and not name.endswith("/bias") and _MATRICES & set(name.split("/")[-2:])
+        if "embed" in spec.axes and not name.endswith("/bias") and _MATRICES & set(name.split("/")[-3:])
     ]
 
 

@@ -137,13 +137,14 @@ class Verdict:
         return asdict(self)
 
 
-def verdict(results: Mapping[str, Result], level: float, identical: Identity | None = None) -> Verdict:
+def verdict(results: Mapping[str, Result], level: float, identical: Identity | None = None, scope: str = "") -> Verdict:
     """Returns the verdict of the results on a pair as given; results on an aligned pair have no p-value to enter it.
 
     Args:
       results: statistic -> its result.
       level: significance level.
       identical: how many tensors of the pair are identical, if that was looked at.
+      scope: what was read of the models, where that is less than all: a clause, see `scope_of`.
 
     Raises:
       ValueError: a level outside (0, 0.05].
@@ -160,7 +161,7 @@ def verdict(results: Mapping[str, Result], level: float, identical: Identity | N
     whole = identical is not None and identical.is_whole
     if not found:
         word: Word = "identical" if whole else "not_testable" if deciding else "not_asked"
-        meaning = _meaning(word, level, identical=identical, reasons=reasons)
+        meaning = _meaning(word, level, identical=identical, reasons=reasons, scope=scope)
         return Verdict(word, meaning, level, not_applicable=reasons, identical=identical)
     adjusted = _holm({name: result.log10_p for name, result in found.items()})
     firm = _holm({name: _firm(result) for name, result in found.items()})
@@ -178,7 +179,7 @@ def verdict(results: Mapping[str, Result], level: float, identical: Identity | N
     hint = "" if "match" in deciding else ": run match, or auto"
     return Verdict(
         word,
-        _meaning(word, level, identical, reasons, min(adjusted.values()), blind, reserved, hint),
+        _meaning(word, level, identical, reasons, min(adjusted.values()), blind, reserved, hint, scope),
         level,
         EXPLANATIONS if word == "related" else (),
         statistic,
@@ -212,11 +213,23 @@ def hidden_by(statistic: str, base: Arch, ft: Arch) -> tuple[str, ...] | None:
     """Returns the rewrites of either model that hide a relation from a statistic; None if that is not known of it."""
     if statistic not in HIDING:
         return None
+    if base.reading is not None or ft.reading is not None:  # which rewrites there are is not known: any may be
+        return tuple(_REWRITES[name] for name in HIDING[statistic])
     return tuple(
         _REWRITES[name]
         for name in HIDING[statistic]
         if not all(DISGUISES[name].unsupported(arch) for arch in (base, ft))
     )
+
+
+def scope_of(base: Arch, ft: Arch, component: str | None = None) -> str:
+    """Returns what was read of two models, as a clause, where that is less than all; empty if all was."""
+    if component is not None:
+        return f"only their component {component} was compared, read by its weights alone"
+    sides = [side for side, arch in (("base", base), ("ft", ft)) if arch.reading is not None]
+    if len(sides) == 2:
+        return "both models were read by their weights alone"
+    return f"{sides[0]} was read by its weights alone" if sides else ""
 
 
 def over_pairs(log10_ps: Sequence[float | None]) -> list[float | None]:
@@ -265,16 +278,24 @@ def _meaning(
     blind: Mapping[str, Sequence[str]] | None = None,
     reserved: Mapping[str, str] | None = None,
     hint: str = "",
+    scope: str = "",
 ) -> str:
     """Returns the verdict in a sentence; of `undecided`, why."""
     if word == "identical":
-        return f"all {identical.total if identical else 0} tensors of the two models are identical"
+        of = f"that were read are identical; {scope}" if scope else "of the two models are identical"
+        return f"all {identical.total if identical else 0} tensors {of}"
     if word == "related":
-        return "the weights of the two models are not independent"
+        return "the weights of the two models are not independent" + (f"; {scope}" if scope else "")
     if word == "not_asked":
         return "no verdict was asked for: the statistics are descriptive; csu, csh and match are tests"
     if word == "not_testable":
         return "no test applies to this pair: " + "; ".join(f"{name}: {why}" for name, why in (reasons or {}).items())
+    if word == "no_evidence" and scope:
+        return (
+            "no sign of common weights was found in the parts that were read, by tests that see through permuted units "
+            f"and rotated features; {scope}: other parts, and other rewrites that its forward pass may allow, were not "
+            "looked at; independence is never proved"
+        )
     if word == "no_evidence":
         return (
             "no sign of common weights was found, by tests that see through every rewrite of these models that keeps "

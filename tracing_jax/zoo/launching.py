@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from absl import logging
 from tqdm import tqdm
 
-from tracing_jax.checkpoint import open_checkpoint
+from tracing_jax.checkpoint import WeightsOnly, open_checkpoint
 from tracing_jax.experiment import check_config
 from tracing_jax.experiment.models import is_local, resolve_model_id
 from tracing_jax.report import text_table
@@ -58,7 +58,7 @@ def _unreadable(plan: ZooPlan) -> dict[str, str]:
     found = {}
     for model in filter(is_local, plan.names):
         try:
-            open_checkpoint(resolve_model_id(model))
+            open_checkpoint(resolve_model_id(model), weights_only=WeightsOnly())
         except (ValueError, OSError) as error:
             found[model] = str(error)
     return found

@@ -12,7 +12,7 @@ import numpy as np
 
 from tracing_jax.arch import Arch
 from tracing_jax.checkpoint.errors import CheckpointError
-from tracing_jax.checkpoint.gguf.config import GGUF_ARCHITECTURES, config_of
+from tracing_jax.checkpoint.gguf.config import GGUF_ARCHITECTURES, config_of, plain_config
 from tracing_jax.checkpoint.gguf.header import GgufHeader, read_gguf_header
 from tracing_jax.checkpoint.gguf.names import with_hf_names
 from tracing_jax.checkpoint.gguf.tensors import GgufFile
@@ -40,18 +40,26 @@ class GgufModel:
         self._header = GgufHeader(self._metadata, tensors)
         self._store = joined_stores([GgufFile(path, header) for path, header in zip(paths, headers)])
 
-    def description(self) -> tuple[Path, list[str]]:
+    @property
+    def stored(self) -> TensorStore:
+        """The tensors under the names of llama.cpp."""
+        return self._store
+
+    def description(self, of_any_family: bool = False) -> tuple[Path, list[str]]:
         """Returns a folder with the config and the tokenizer of the model, and notes; it is made once, in the cache.
+
+        Args:
+          of_any_family: whether the config of a family that is not supported is made of its metadata as they are.
 
         Raises:
           CheckpointError: the metadata cannot be read as a config.
         """
         stamps = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in self._paths]
-        key = hashlib.sha256(json.dumps([_FORMAT, stamps]).encode()).hexdigest()[:16]
+        key = hashlib.sha256(json.dumps([_FORMAT, stamps, of_any_family]).encode()).hexdigest()[:16]
         root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tracing_jax" / "gguf"
         folder = root / f"{self._paths[0].stem}-{key}"
         if not folder.exists():
-            self._write(root, folder)
+            self._write(root, folder, of_any_family)
         notes = [f"{self._paths[0].name}: config and tokenizer are made of its metadata, in {folder}"]
         why = folder / "no_tokenizer.txt"
         return folder, notes + ([why.read_text("utf-8")] if why.exists() else [])
@@ -60,11 +68,11 @@ class GgufModel:
         """Returns the tensors under the names and in the layout of transformers."""
         return with_hf_names(self._store, str(self._metadata["general.architecture"]), arch)
 
-    def _write(self, root: Path, folder: Path) -> None:
+    def _write(self, root: Path, folder: Path, of_any_family: bool) -> None:
         try:
-            config = config_of(self._header, self._small_tensor)
+            config = plain_config(self._metadata) if of_any_family else config_of(self._header, self._small_tensor)
         except CheckpointError as error:
-            raise CheckpointError(*(f"{self._paths[0]}: {problem}" for problem in error.problems)) from None
+            raise type(error)(*(f"{self._paths[0]}: {problem}" for problem in error.problems)) from None
         root.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=root, prefix=f".{folder.name}."))
         try:

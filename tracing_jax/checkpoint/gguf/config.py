@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tracing_jax.checkpoint.errors import CheckpointError
+from tracing_jax.checkpoint.errors import CheckpointError, UnsupportedMetadataError
 from tracing_jax.checkpoint.gguf.header import GgufHeader
 from tracing_jax.complaints import shortened
 
@@ -101,7 +101,7 @@ def config_of(header: GgufHeader, factors: Callable[[str], np.ndarray]) -> Confi
     name = header.metadata.get("general.architecture")
     if name not in _FAMILIES:
         known = ", ".join(GGUF_ARCHITECTURES)
-        raise CheckpointError(f"GGUF architecture {shortened(repr(name))} is not read; read are {known}")
+        raise UnsupportedMetadataError(f"GGUF architecture {shortened(repr(name))} is not read; read are {known}")
     family = _FAMILIES[name]
     values = {key.removeprefix(f"{name}."): value for key, value in header.metadata.items()}
     keys = {**family.common, **family.keys}
@@ -116,6 +116,21 @@ def config_of(header: GgufHeader, factors: Callable[[str], np.ndarray]) -> Confi
     return config
 
 
+def plain_config(metadata: Mapping[str, Any]) -> Config:
+    """Returns the metadata of a family that is not supported as a config, without what is no number or text."""
+    name = str(metadata.get("general.architecture"))
+    values = {
+        key.removeprefix(f"{name}."): value for key, value in metadata.items() if not key.startswith("tokenizer.")
+    }
+    return {"model_type": name} | {
+        key: value for key, value in values.items() if isinstance(value, int | str) or _is_finite(value)
+    }
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
+
+
 def _has_id(values: Mapping[str, Any], key: str) -> bool:
     return isinstance(values.get(f"tokenizer.ggml.{key}"), int)
 
@@ -124,7 +139,7 @@ def _number(key: str, value: Any) -> Any:
     """Returns a number; of an array, one for each layer, the one that all layers have."""
     if isinstance(value, np.ndarray):
         if len(value) == 0 or (value != value[0]).any():
-            raise CheckpointError(f"{key} differs between layers, which is not read")
+            raise UnsupportedMetadataError(f"{key} differs between layers, which is not read")
         value = value[0].item()
     if not isinstance(value, int | float) or not math.isfinite(value):
         raise CheckpointError(f"{key} is {shortened(repr(value))}, expected a number")

@@ -1,0 +1,368 @@
+"""Every family of text generation that transformers registers: what becomes of a pair of tiny models of it?
+
+    python -m benchmarks.families [--families llama,mamba] [--write]
+
+For each family three tiny random models are written: one, a copy of it whose MLP units were permuted and whose weights
+have noise, and an independent one. `compare` must call the first two related, or say why it cannot tell, and must never
+call the independent ones related. The copy is permuted by names of modules, on tensors of torch, without this package,
+and its logits are compared with those of the original before the noise is added. `--write` makes docs/families.md.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import re
+import signal
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+NOISE = 0.02
+"""Of a fine-tuned copy, in standard deviations of each tensor."""
+
+_SECONDS = 240
+_TABLE = Path(__file__).parent.parent / "docs" / "families.md"
+
+_SIZES: Mapping[str, Any] = {
+    **dict.fromkeys(("vocab_size",), 320),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embed_dim", "dim", "n_embed", "lru_width"), 64),
+    **dict.fromkeys(("embedding_size", "attention_hidden_size", "word_embed_proj_dim", "emb_dim"), 64),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "n_inner", "d_inner", "decoder_ffn_dim", "inner_dim"), 96),
+    **dict.fromkeys(("encoder_ffn_dim", "ffn_hidden_size", "dff", "block_ff_dim", "shared_intermediate_size"), 96),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "ffn_intermediate_size"), 96),
+    **dict.fromkeys(("moe_shared_expert_intermediate_size", "intermediate_size_mlp"), 96),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "encoder_layers"), 3),
+    **dict.fromkeys(("num_decoder_layers", "num_encoder_layers"), 3),
+    **dict.fromkeys(("num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads"), 4),
+    **dict.fromkeys(("decoder_attention_heads", "num_encoder_attention_heads", "num_decoder_attention_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "multi_query_group_num", "num_kv_heads"), 2),
+    **dict.fromkeys(("head_dim", "d_kv", "qk_nope_head_dim", "v_head_dim", "kv_channels", "attention_head_dim"), 16),
+    **dict.fromkeys(("qk_rope_head_dim", "linear_key_head_dim", "linear_value_head_dim", "rotary_dim"), 16),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank"), 32),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace"), 1),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "mamba_n_heads", "mamba_num_heads"), 4),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_sequence_length"), 128),
+    **dict.fromkeys(("sliding_window", "attention_window_size", "window_size"), 16),
+    **dict.fromkeys(("state_size", "mamba_d_state", "ssm_state_size"), 8),
+    **dict.fromkeys(("pad_token_id", "eos_token_id", "bos_token_id", "decoder_start_token_id"), 1),
+}
+"""Attribute of a config -> its value in a tiny model, where the class has it."""
+
+
+_MAY_BE_NONE = ("head_dim", "num_key_value_heads", "attention_head_dim", "kv_channels")
+"""Attributes that are set in a tiny model even where the class leaves them open."""
+
+_MAMBA = {"mamba_d_head": 32, "mamba_n_heads": 4, "mamba_d_ssm": 128, "mamba_expand": 2}
+_OWN_SIZES: Mapping[str, Mapping[str, Any]] = {
+    "bamba": _MAMBA, "falcon_h1": _MAMBA, "granitemoehybrid": _MAMBA, "mamba2": {"head_dim": 32},
+    "gemma3n_text": {"num_kv_shared_layers": 0}, "reformer": {"is_decoder": True},
+}  # fmt: skip
+"""Family -> sizes that go together in it."""
+
+
+@dataclass
+class Row:
+    """What became of a family.
+
+    Attributes:
+      family: its model type.
+      level: `forward`, `weights`, or how it was not tried.
+      related, independent: the verdicts on the copy, and on the independent model.
+      tests: the statistics that ran.
+      cause: why nothing could be tried, or be told.
+    """
+
+    family: str
+    level: str = ""
+    related: str = ""
+    independent: str = ""
+    tests: str = ""
+    cause: str = ""
+
+    @property
+    def outcome(self) -> str:
+        """`right`, `undecided`, `refused`, `not tried` or `wrong`."""
+        if self.related in ("", "not tried"):
+            return "not tried" if self.level in ("", "not tried") else "refused"
+        if self.independent in ("related", "identical") or self.related == "no_evidence":
+            return "wrong"
+        return "right" if self.related == "related" else "undecided"
+
+
+def tiny_config(family: str) -> Any:
+    """Returns the config of a tiny model of a family.
+
+    Raises:
+      Exception: whatever transformers raises where the sizes do not go together.
+    """
+    from transformers import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING[family]()
+    _shrink(config)
+    for name, value in _OWN_SIZES.get(family, {}).items():
+        setattr(config, name, value)
+    return config
+
+
+def _shrink(config: Any) -> None:
+    layers = 3
+    for name, value in list(vars(config).items()):
+        if hasattr(value, "to_dict"):
+            _shrink(value)
+        elif name in _SIZES and ((isinstance(value, int) and not isinstance(value, bool)) or name in _MAY_BE_NONE):
+            with contextlib.suppress(Exception):
+                setattr(config, name, _SIZES[name])
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) > layers and re.search(r"layer|block|pattern|_list", name):
+            kinds = list(dict.fromkeys(map(str, value)))
+            kept = value[:layers]
+            for i, kind in enumerate(kinds[:layers]):  # of every kind one
+                if kind not in map(str, kept):
+                    kept[-1 - i] = next(v for v in value if str(v) == kind)
+            with contextlib.suppress(Exception):
+                setattr(config, name, kept)
+
+
+def random_model(config: Any, seed: int) -> Any:
+    """Returns a model of torch whose weights are random, biases and gains too."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).eval().float()
+    if (size := sum(p.numel() for p in model.parameters())) > 30_000_000:
+        raise ValueError(f"{size:,} weights: it does not get small")
+    generator = torch.Generator().manual_seed(seed + 1000)
+    with torch.no_grad():
+        for name, weights in model.named_parameters():
+            drawn = torch.randn(weights.shape, generator=generator)
+            if weights.ndim >= 2:
+                weights.copy_(drawn * 0.08)
+            elif "norm" in name or "ln" in name:
+                weights.add_(0.1 * drawn)
+            elif "A_log" not in name:
+                weights.add_(0.02 * drawn)
+    return model
+
+
+_MLP = re.compile(
+    r"(?P<module>.*(mlp|ffn?|feed_forward|ff|DenseReluDense|mlp_block|experts?\.\d+|layers?\.\d+))"
+    r"\.(?P<name>[\w.]+?)\.?(weight|bias)?$"
+)
+_OUT = re.compile(r"down_proj|c_proj|fc2|fc_out|dense_4h_to_h|w2|wo|proj_down|linear_2|lin2|layer_2|^output")
+_IN = re.compile(
+    r"gate_proj|up_proj|c_fc(_\d)?|fc1|fc_in|dense_h_to_4h|w1|w3|v1|wi(_\d)?|proj_up(_gate)?|linear_1|lin1|layer_1"
+)
+
+
+def permuted(model: Any, seed: int) -> int:
+    """Permutes the units of the MLPs that are found by the names of their modules; returns how many there were."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    modules: dict[str, dict[str, Any]] = {}
+    for name, weights in model.named_parameters():
+        is_part = (match := _MLP.fullmatch(name)) and (_OUT.search(match["name"]) or _IN.search(match["name"]))
+        if match and (is_part or weights.ndim == 1) and not (weights.ndim > 1 and name.endswith("bias")):
+            modules.setdefault(match["module"], {})[name] = weights
+    count = 0
+    for tensors in modules.values():
+        count += _permute_units(tensors, generator)
+    parameters = dict(model.named_parameters())
+    for name in parameters:
+        if name.endswith("experts.gate_up_proj") and (name.replace("gate_up", "down")) in parameters:
+            count += _permute_experts(parameters, name, generator)
+    return count
+
+
+def _permute_experts(parameters: Mapping[str, Any], name: str, generator: Any) -> int:
+    """Permutes the units of experts that are stacked in two tensors, the same way in each, in place."""
+    import torch
+
+    both, out, bias = parameters[name], parameters[name.replace("gate_up", "down")], parameters.get(f"{name}_bias")
+    units = next(size for size in out.shape[1:] if 2 * size in both.shape[1:])
+    permutation = torch.randperm(units, generator=generator)
+    alternate = bias is not None  # only gpt-oss has biases here, and rows of gate and up by turns
+    doubled = torch.cat([permutation, units + permutation])
+    if alternate:
+        doubled = torch.stack([2 * permutation, 2 * permutation + 1], dim=1).ravel()
+    with torch.no_grad():
+        both.copy_(both.index_select(1 + list(both.shape[1:]).index(2 * units), doubled))
+        out.copy_(out.index_select(1 + list(out.shape[1:]).index(units), permutation))
+        if bias is not None:
+            bias.copy_(bias.index_select(1, doubled))
+    return 1
+
+
+def _permute_units(tensors: Mapping[str, Any], generator: Any) -> int:
+    """Permutes the units of one MLP, in place; 0 if its tensors are not understood."""
+    import torch
+
+    outs = {n: t for n, t in tensors.items() if _OUT.search(n) and t.ndim == 2}
+    ins = {n: t for n, t in tensors.items() if n not in outs and t.ndim == 2}
+    if len(outs) != 1 or not ins:
+        return 0
+    (out,) = outs.values()
+    (rows, columns) = out.shape
+    in_name, in_weights = next(iter(ins.items()))
+    read = in_weights.shape
+    bias = tensors.get(re.sub("weight$", "bias", in_name))
+    units = columns if read[0] in (columns, 2 * columns) and read[1] == rows else rows
+    if bias is not None and bias.ndim == 1 and bias.numel() in (rows, columns):  # Conv1D is stored [in, out]
+        units = bias.numel()
+    axis = int(units == columns)
+    permutation = torch.randperm(units, generator=generator)
+    with torch.no_grad():
+        out.copy_(out.index_select(axis, permutation))
+        for name, weights in tensors.items():
+            if weights is out or (weights.ndim == 1 and _OUT.search(name)):
+                continue
+            place = 1 - axis if weights.ndim == 2 else 0
+            if weights.shape[place] == units:
+                weights.copy_(weights.index_select(place, permutation))
+            elif weights.shape[place] == 2 * units:
+                both = torch.cat([permutation, units + permutation])
+                weights.copy_(weights.index_select(place, both))
+    return 1
+
+
+def with_noise(model: Any, seed: int) -> None:
+    """Adds noise to every weight, in place."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weights in model.parameters():
+            if weights.numel() > 1:
+                weights.add_(NOISE * weights.std() * torch.randn(weights.shape, generator=generator))
+
+
+def write_models(family: str, folder: Path) -> str | None:
+    """Writes the three models of a family; returns a remark on the permutation, or None."""
+    import torch
+
+    model = random_model(tiny_config(family), 0)
+    model.save_pretrained(folder / "base")
+    before = _logits(model)
+    count = permuted(model, 2)
+    after = _logits(model)
+    remark = None if count else "no MLP was permuted"
+    if before is not None and after is not None and not torch.allclose(before, after, atol=1e-3 * before.abs().max()):
+        raise AssertionError("the permutation of the copy changes its function")
+    with_noise(model, 3)
+    model.save_pretrained(folder / "copy")
+    random_model(tiny_config(family), 5).save_pretrained(folder / "other")
+    return remark
+
+
+def _logits(model: Any) -> Any:
+    import torch
+
+    ids = torch.arange(24).reshape(2, 12) % 100 + 2
+    try:
+        with torch.no_grad():
+            return model(input_ids=ids).logits
+    except Exception:  # encoders and decoders, kernels that this machine lacks
+        return None
+
+
+def compared(base: Path, ft: Path) -> dict[str, Any]:
+    """Returns the record of `compare`."""
+    from dataclasses import replace
+
+    from tracing_jax import experiment
+    from tracing_jax.options import COMPARE
+
+    options = replace(COMPARE, base_model_id=str(base), ft_model_id=str(ft), save=None)
+    return experiment.compute(options).record
+
+
+def sweep(family: str) -> Row:
+    """Returns what becomes of a family."""
+    row = Row(family)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            remark = write_models(family, Path(folder))
+        except Exception as error:
+            row.level, row.cause = "not tried", f"no tiny model: {_short(error)}"
+            return row
+        try:
+            records = [compared(Path(folder) / "base", Path(folder) / side) for side in ("copy", "other")]
+        except Exception as error:
+            row.level, row.cause = "none", _short(error)
+            return row
+    verdicts = [record["verdict"] for record in records]
+    row.related, row.independent = (found["verdict"] for found in verdicts)
+    row.tests = ", ".join(name for name in verdicts[0]["family"])
+    row.level = "weights" if any("weights alone" in note for note in records[0]["notes"]) else "forward"
+    row.cause = "; ".join(filter(None, [remark, verdicts[0]["meaning"] if row.related != "related" else ""]))
+    return row
+
+
+def _short(error: BaseException) -> str:
+    line = " ".join(f"{type(error).__name__}: {error}".split())
+    return line if len(line) < 240 else line[:240] + " ..."
+
+
+def families() -> list[str]:
+    """Returns the model types of text generation that transformers registers."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+@contextlib.contextmanager
+def _limited(seconds: int) -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"more than {seconds} s")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+
+
+def main() -> None:
+    """Prints the table, or writes it into the docs."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--families", help="names with commas; all by default")
+    parser.add_argument("--rows", type=Path, help="a file of finished rows, to be continued")
+    parser.add_argument("--write", action="store_true", help=f"write {_TABLE.name}")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    done = {}
+    if options.rows and options.rows.exists():
+        done = {row["family"]: Row(**row) for row in map(json.loads, options.rows.read_text("utf-8").splitlines())}
+    rows = []
+    for family in options.families.split(",") if options.families else families():
+        if family not in done:
+            try:
+                with _limited(_SECONDS), contextlib.redirect_stderr(io.StringIO()):
+                    done[family] = sweep(family)
+            except TimeoutError as error:
+                done[family] = Row(family, "not tried", cause=str(error))
+            if options.rows:
+                with options.rows.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(done[family])) + "\n")
+        row = done[family]
+        rows.append(row)
+        print(
+            f"{row.outcome:10} {family:28} {row.level:10} {row.related:12} {row.independent:12} {row.cause[:150]}",
+            flush=True,
+        )
+    print(dict(Counter(row.outcome for row in rows)))
+
+
+if __name__ == "__main__":
+    main()

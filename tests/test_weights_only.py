@@ -1,0 +1,177 @@
+"""Models that are read by their weights alone: what is found in them, and what is said of pairs."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import foreign_layouts as layouts
+from tests.foreign_layouts import D, E, F, V
+from tracing_jax import experiment
+from tracing_jax.arch import UnsupportedModelError
+from tracing_jax.axes import axis_table
+from tracing_jax.checkpoint import Checkpoint, CheckpointError, WeightsOnly, open_checkpoint
+from tracing_jax.checkpoint.weights_only import numbers
+from tracing_jax.options import COMPARE
+from tracing_jax.tree import flatten
+
+
+def _opened(folder: Path, layout: Callable[[int], layouts.Tensors], tensors: layouts.Tensors) -> Checkpoint:
+    return open_checkpoint(layouts.write(folder, layout, tensors), weights_only=WeightsOnly())
+
+
+def _record(base: str, ft: str, **options: object) -> dict:
+    return experiment.compute(
+        replace(COMPARE, base_model_id=base, ft_model_id=ft, save=None, **options)  # type: ignore[arg-type]
+    ).record
+
+
+_ROWS = {
+    layouts.chatglm: ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "transformer.encoder.layers.{}."),
+    layouts.baichuan: ("mlp.up_proj", "mlp.down_proj", "model.layers.{}."),
+    layouts.internlm2: ("feed_forward.w3", "feed_forward.w2", "model.layers.{}."),
+    layouts.mpt: ("ffn.up_proj", "ffn.down_proj", "transformer.blocks.{}."),
+}
+
+
+@pytest.mark.parametrize("layout", _ROWS, ids=lambda layout: layout.__name__)
+def test_the_mlp_is_found_in_layouts_of_remote_code(layout, tmp_path):
+    tensors = layout(0)
+    model = _opened(tmp_path, layout, tensors)
+    up, down, at = _ROWS[layout]
+    assert model.arch.num_layers == layouts.LAYERS
+    assert model.arch.vocab_size == V
+    for i in range(layouts.LAYERS):
+        mlp = model.layer(i)["mlp"]
+        stored = tensors[f"{at.format(i)}{up}.weight"][-F:]  # of a fused tensor the second half
+        np.testing.assert_array_equal(mlp["up_proj"]["kernel"], stored.T)
+        np.testing.assert_array_equal(mlp["down_proj"]["kernel"], tensors[f"{at.format(i)}{down}.weight"].T)
+    assert model.arch.gated == (layout is not layouts.mpt)
+
+
+@pytest.mark.parametrize("layout", layouts.CONFIGS, ids=lambda layout: layout.__name__)
+def test_leaves_have_the_axes_of_the_table(layout, tmp_path):
+    model = _opened(tmp_path, layout, layout(0))
+    table = axis_table(model.arch)
+    leaves = {f"layers/{i}/{name}": leaf for i in range(model.arch.num_layers)
+              for name, leaf in flatten(model.layer(i)).items()}  # fmt: skip
+    leaves |= {f"embed/{name}": leaf for name, leaf in flatten(model.embed()).items()}
+    leaves |= {f"head/{name}": leaf for name, leaf in flatten(model.head()).items()}
+    assert leaves.keys() == table.leaves.keys()
+    for name, leaf in leaves.items():
+        assert leaf.shape == tuple(table.sizes[axis] for axis in table.leaves[name].axes), name
+
+
+def test_of_several_kinds_of_mlps_the_one_that_every_token_passes_is_read(tmp_path):
+    model = _opened(tmp_path, layouts.experts, layouts.experts(0))
+    assert (model.arch.num_layers, model.arch.num_experts, model.arch.mlp_dim) == (layouts.LAYERS, None, F)
+    assert any(f"{E} experts in {layouts.LAYERS} layers" in note for note in model.notes)
+
+
+def test_a_mixer_of_tokens_is_no_mlp(tmp_path):
+    model = _opened(tmp_path, layouts.mamba, layouts.mamba(0))
+    assert not model.arch.has("mlp/down_proj")
+    others = [name for name in axis_table(model.arch).leaves if "/other/" in name]
+    assert {name.rpartition(".mixer.")[2] for name in others} == {"in_proj.weight/kernel", "out_proj.weight/kernel"}
+
+
+def test_halves_of_a_fused_tensor_that_numbers_do_not_tell_apart_are_not_guessed(tmp_path):
+    model = _opened(tmp_path, layouts.chatglm, layouts.chatglm(0, trained=False))
+    assert not model.arch.has("mlp/up_proj")
+    assert model.arch.has("mlp/down_proj")
+    assert any("doubtful" in note for note in model.notes)
+
+
+def test_a_layout_file_says_what_is_stored_where(tmp_path):
+    folder = layouts.write(tmp_path / "model", layouts.chatglm, layouts.chatglm(0, trained=False))
+    file = tmp_path / "layout.yaml"
+    fused = "transformer.encoder.layers.{layer}.mlp.dense_h_to_4h.weight"
+    file.write_text(f"gate: {{tensor: '{fused}', half: even}}\nup: {{tensor: '{fused}', half: odd}}\nnorm: rms\n")
+    model = open_checkpoint(folder, weights_only=WeightsOnly(layout=str(file)))
+    stored = layouts.chatglm(0, trained=False)[fused.replace("{layer}", "1")]
+    np.testing.assert_array_equal(model.layer(1)["mlp"]["gate_proj"]["kernel"], stored[::2].T)
+    np.testing.assert_array_equal(model.layer(1)["mlp"]["up_proj"]["kernel"], stored[1::2].T)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("gates: x", "gates: no such parts"),
+        ("gate: {tensor: x, half: third}", "gate: expected the name of a tensor"),
+        ("norm: batch", "norm: expected unknown"),
+        ("[1", "no readable layout"),
+        ("up: 'model.layers.{layer}.mlp.absent.weight'", "is not in the files"),
+        ("up: 'model.layers.{layer}.input_layernorm.weight'", f"expected {D} features on one axis"),
+    ],
+)
+def test_a_wrong_layout_file_is_one_clear_error(text, said, tmp_path):
+    folder = layouts.write(tmp_path / "model", layouts.baichuan, layouts.baichuan(0))
+    (tmp_path / "layout.yaml").write_text(text)
+    with pytest.raises(CheckpointError, match=said.replace("{", r"\{")):
+        open_checkpoint(folder, weights_only=WeightsOnly(layout=str(tmp_path / "layout.yaml")))
+
+
+def test_without_being_asked_a_family_that_is_not_supported_is_refused(tmp_path):
+    with pytest.raises(UnsupportedModelError, match="baichuan"):
+        open_checkpoint(layouts.write(tmp_path, layouts.baichuan, layouts.baichuan(0)))
+
+
+def test_rows_with_a_direction_in_common_are_told_from_rows_of_either_sign():
+    rng = np.random.default_rng(0)
+    up, shift = rng.normal(size=(200, 64)), rng.normal(size=64)
+    alone = [numbers.common_direction(rng.normal(size=(200, 64))) for _ in range(20)]
+    assert max(alone) < 4
+    assert numbers.common_direction(up + 0.3 * shift) > 8
+    assert numbers.which_is_gate([20.0, 12.0], [0.1, -1.0]) == 0
+    assert numbers.which_is_gate([0.0, 1.0], [9.0, 30.0]) == 1
+    assert numbers.which_is_gate([20.0, 12.0], [15.0, 9.0]) is None
+
+
+def test_gains_that_are_stored_minus_one_are_known_by_their_signs():
+    rng = np.random.default_rng(0)
+    assert numbers.gain_offset([1 + 0.1 * rng.normal(size=500)]) == 0.0
+    assert numbers.gain_offset([0.1 * rng.normal(size=500)]) == 1.0
+    assert numbers.gain_offset([0.25 + 0.1 * rng.normal(size=5000)]) is None
+
+
+_UNITS = {
+    layouts.chatglm: {"mlp.dense_h_to_4h": (0, 2), "mlp.dense_4h_to_h": (1, 1)},
+    layouts.internlm2: {"feed_forward.w1": (0, 1), "feed_forward.w3": (0, 1), "feed_forward.w2": (1, 1)},
+    layouts.mpt: {"ffn.up_proj": (0, 1), "ffn.down_proj": (1, 1)},
+    layouts.mamba: {},
+    layouts.experts: {},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", _UNITS, ids=lambda layout: layout.__name__)
+def test_a_permuted_copy_is_related_and_a_stranger_is_not(layout, tmp_path):
+    base = layouts.write(tmp_path / "base", layout, layout(0))
+    copy = layouts.write(tmp_path / "copy", layout, noisy_permuted(layout))
+    stranger = layouts.write(tmp_path / "stranger", layout, layout(1))
+    record = _record(base, copy)
+    assert record["verdict"]["verdict"] == "related"
+    assert "by their weights alone" in record["verdict"]["meaning"]
+    record = _record(base, stranger)
+    assert record["verdict"]["verdict"] in ("no_evidence", "undecided")
+    assert "parts that were read" in record["verdict"]["meaning"] or record["verdict"]["verdict"] == "undecided"
+
+
+def test_what_is_said_of_a_pair_is_no_more_than_was_read(tmp_path):
+    base = layouts.write(tmp_path / "base", layouts.baichuan, layouts.baichuan(0))
+    ft = layouts.write(tmp_path / "ft", layouts.baichuan, layouts.noisy_copy(layouts.baichuan(0)))
+    verdict = _record(base, ft, stat=("csu", "csh", "heads_in_place"))["verdict"]
+    assert verdict["verdict"] == "related"
+    assert verdict["meaning"].endswith("both models were read by their weights alone")
+    assert verdict["not_applicable"].keys() == {"csh", "heads_in_place"}
+    assert "without a forward pass" in verdict["not_applicable"]["csh"]
+    assert not verdict["sees_all_rewrites"]
+    with pytest.raises(experiment.ConfigError, match=r"align: .*weights alone"):
+        _record(base, ft, align=True)
+
+
+def noisy_permuted(layout: Callable[[int], layouts.Tensors]) -> layouts.Tensors:
+    """Returns a copy of the model of seed 0, its units in another order, with noise."""
+    return layouts.permuted(layouts.noisy_copy(layout(0)), _UNITS[layout])
