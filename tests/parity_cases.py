@@ -6,6 +6,7 @@ Constants are odd on purpose: a value dropped in silence (rope theta, eps, scale
 
 import copy
 import itertools
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from tracing_jax.tree import unflatten
 
 BLOCKS, LENGTH, VOCAB = 2, 12, 31
 WEIGHT_STD = 0.3
+_GAIN = re.compile(r"(norm|ln_1|ln_2|ln_f|ln_attn|ln_mlp|layer_norm|norms\.\d+)\.weight$")
 
 _HEADS = {
     "mha": {"num_attention_heads": 4, "num_key_value_heads": 4},
@@ -170,6 +172,195 @@ _GPT2_OPTIONS: dict[str, dict[str, Any]] = {
     "full_length": {"n_positions": LENGTH},
 }
 
+_LN_EPS = {"layer_norm_eps": 3e-3}
+_FIXED_WIDTH = {"head_dim": 6, "num_key_value_heads": _ABSENT}  # of hidden_size / num_attention_heads
+_HALF = {"rope_type": "default", "rope_theta": 777.0, "partial_rotary_factor": 0.5}
+_THIRD = {"rope_type": "default", "rope_theta": 777.0, "partial_rotary_factor": 0.34}  # of 6 dims 2
+_WHOLE = {"partial_rotary_factor": 1.0}
+_YARN = {"rope_type": "yarn", "rope_theta": 777.0, "factor": 5.0, "original_max_position_embeddings": 24}
+_LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 777.0,
+    "original_max_position_embeddings": 40,
+    "short_factor": [1.1, 1.3, 1.7, 2.9],
+    "long_factor": [1.0, 3.0, 9.0, 27.0],
+}
+_GPTJ = {"model_type": "gptj", "n_positions": 40, "rotary_dim": 4, "layer_norm_epsilon": 3e-3}
+_GPTJ |= {name: _GPT2[name] for name in ("vocab_size", "n_embd", "n_head", "n_layer", "bos_token_id", "eos_token_id")}
+_OPT = {
+    "model_type": "opt",
+    "ffn_dim": 40,
+    "max_position_embeddings": 40,
+    **{name: _COMMON[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "eos_token_id")},
+    "num_attention_heads": 4,
+    "word_embed_proj_dim": 24,
+    "pad_token_id": 1,
+    "bos_token_id": 2,
+}
+_FALCON = {
+    "model_type": "falcon",
+    **{name: _COMMON[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "eos_token_id")},
+    "num_attention_heads": 4,
+    "ffn_hidden_size": 40,
+    "layer_norm_epsilon": 3e-3,
+    "rope_parameters": _ROPES["default"],
+    "bos_token_id": None,
+}
+
+_DENSE: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
+    "phi3": (
+        _EPS | {"original_max_position_embeddings": 40},
+        {
+            "gqa-tied-default": {"tie_word_embeddings": True},
+            "longrope": {"rope_parameters": _LONG, "head_dim": _ABSENT, "hidden_size": 32},
+            "partial": {"rope_parameters": _HALF, "sliding_window": 5, "num_key_value_heads": 4},
+            "longrope_partial": {
+                "rope_parameters": _LONG | {"partial_rotary_factor": 0.67},
+                "hidden_size": 48,
+                "head_dim": _ABSENT,
+                "num_key_value_heads": 1,
+            },
+        },
+    ),
+    "glm": (
+        _EPS | {"rope_parameters": _HALF},
+        {
+            "gqa-tied-default": {"tie_word_embeddings": True},
+            "no_bias": {"attention_bias": False},
+            "whole": {"rope_parameters": _ROPES["default"], "num_key_value_heads": 1},
+        },
+    ),
+    "glm4": (
+        _EPS | {"rope_parameters": _HALF},
+        {
+            "gqa-tied-default": {"tie_word_embeddings": True, "attention_bias": False},
+            "bias": {"attention_bias": True, "num_key_value_heads": 4},
+        },
+    ),
+    "smollm3": (
+        _EPS | {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1]},
+        {
+            "gqa-tied-default": {"tie_word_embeddings": True},
+            "biases": {"attention_bias": True, "mlp_bias": True},
+            "windows": {"use_sliding_window": True, "sliding_window": 4},
+            "every_layer": {"no_rope_layers": [1, 1, 1], "rope_parameters": _YARN},
+            "interval": {"no_rope_layers": _ABSENT, "no_rope_layer_interval": 2, "head_dim": _ABSENT},
+        },
+    ),
+    "exaone4": (
+        _EPS | {"num_hidden_layers": 3, "sliding_window": 4, "layer_types": [_SLIDING, _FULL, _SLIDING]},
+        {
+            "gqa-tied-default": {"tie_word_embeddings": True},
+            "no_window": {"sliding_window": None, "layer_types": [_FULL] * 3, "head_dim": _ABSENT},
+            "pattern": {"layer_types": _ABSENT, "sliding_window_pattern": 2, "rope_parameters": _ROPES["llama3"]},
+        },
+    ),
+    "cohere": (
+        _LN_EPS | {"logit_scale": 0.37},
+        {
+            "gqa-tied-default": {"tie_word_embeddings": True},
+            "qk_norm": {"use_qk_norm": True},
+            "bias": {"attention_bias": True, "use_qk_norm": True, "num_key_value_heads": 4, "head_dim": _ABSENT},
+        },
+    ),
+    "cohere2": (
+        _LN_EPS
+        | {
+            "logit_scale": 0.37,
+            "sliding_window": 4,
+            "num_hidden_layers": 3,
+            "layer_types": [_SLIDING, _FULL, _SLIDING],
+        },
+        {
+            "gqa-tied-default": {"tie_word_embeddings": True},
+            "bias": {"attention_bias": True, "head_dim": _ABSENT},
+            "pattern": {"layer_types": _ABSENT, "sliding_window_pattern": 2},
+        },
+    ),
+    "gpt_neox": (
+        _LN_EPS | _FIXED_WIDTH | {"rope_parameters": _THIRD},
+        {
+            "tied": {"tie_word_embeddings": True},
+            "sequential": {"use_parallel_residual": False},
+            "no_bias": {"attention_bias": False, "hidden_act": "gelu_new"},
+            "whole": {"rope_parameters": _ROPES["linear"] | _WHOLE},
+        },
+    ),
+    "stablelm": (
+        _LN_EPS | {"head_dim": 6, "rope_parameters": _THIRD},
+        {
+            "gqa-tied-default": {"tie_word_embeddings": True},
+            "parallel": {"use_parallel_residual": True, "qk_layernorm": True},
+            "biases": {"use_qkv_bias": True, "head_dim": _ABSENT, "rope_parameters": _ROPES["default"] | _WHOLE},
+            "qk_norms": {"use_qkv_bias": True, "qk_layernorm": True},
+        },
+    ),
+    "starcoder2": (
+        {"norm_epsilon": 3e-3},
+        {
+            "gqa-tied-default": {"tie_word_embeddings": True},
+            "no_bias": {"use_bias": False, "sliding_window": 4, "head_dim": _ABSENT},
+            "gelu": {"hidden_act": "gelu", "num_key_value_heads": 1, "rope_parameters": _YARN},
+        },
+    ),
+    "phi": (
+        _LN_EPS | {"rope_parameters": _HALF},
+        {
+            "gqa-tied-default": {"tie_word_embeddings": True},
+            "qk_norms": {"qk_layernorm": True, "head_dim": 6, "rope_parameters": _THIRD},
+            "mha": {"num_key_value_heads": 4, "head_dim": _ABSENT, "rope_parameters": _ROPES["default"] | _WHOLE},
+        },
+    ),
+    "llama": (
+        _EPS,
+        {
+            "yarn": {"rope_parameters": _YARN},
+            "yarn_options": {
+                "rope_parameters": _YARN
+                | {"beta_fast": 3.0, "beta_slow": 0.4, "mscale": 0.7, "mscale_all_dim": 1.3, "truncate": False}
+            },
+            "yarn_factor": {"rope_parameters": _YARN | {"attention_factor": 1.3}},
+            "dynamic": {"rope_parameters": _ROPES["linear"] | {"rope_type": "dynamic"}, "max_position_embeddings": 40},
+            "longrope": {"rope_parameters": _LONG},
+            "longrope_factor": {"rope_parameters": _LONG | {"factor": 7.0}},
+        },
+    ),
+}
+_OWN_NAMES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
+    "gptj": (
+        _GPTJ,
+        {
+            "untied": {"tie_word_embeddings": False},
+            "tied": {"tie_word_embeddings": True, "n_inner": 20},
+            "whole": {"rotary_dim": 6, "activation_function": "relu"},
+        },
+    ),
+    "opt": (
+        _OPT,
+        {
+            "tied": {"tie_word_embeddings": True},
+            "no_bias": {"enable_bias": False, "tie_word_embeddings": False},
+            "gelu": {"activation_function": "gelu"},
+        },
+    ),
+    "falcon": (
+        _FALCON,
+        {
+            "multi_query": {},
+            "grouped": {"new_decoder_architecture": True, "num_kv_heads": 2, "tie_word_embeddings": False},
+            "one_norm": {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+            "many_heads": {"multi_query": False, "bias": True},
+            "sequential": {"parallel_attn": False, "bias": True, "activation": "relu"},
+        },
+    ),
+}
+_WITH_GOLDEN = {
+    "phi3-gqa-tied-default", "phi3-longrope_partial", "glm-gqa-tied-default", "glm4-bias", "smollm3-windows",
+    "exaone4-gqa-tied-default", "cohere-qk_norm", "cohere2-gqa-tied-default", "gpt_neox-tied", "gpt_neox-sequential",
+    "stablelm-parallel", "starcoder2-gqa-tied-default", "phi-qk_norms", "gptj-tied", "opt-tied",
+    "falcon-multi_query", "falcon-grouped", "llama-yarn_options", "llama-dynamic",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Case:
@@ -210,7 +401,7 @@ class Case:
         """Returns the float32 tensor of this name: uniform with standard deviation WEIGHT_STD, about one for gains."""
         size = int(np.prod(shape))
         unit = (_raw(f"{self.name}/{tensor}", size) >> np.uint64(40)).astype(np.float64) / 2**24
-        is_gain = tensor.endswith(("norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight"))
+        is_gain = bool(_GAIN.search(tensor))
         centre = 1.0 if is_gain and not self.family.startswith("gemma") else 0.0
         return (centre + WEIGHT_STD * np.sqrt(12) * (unit - 0.5)).astype(np.float32).reshape(shape)
 
@@ -244,5 +435,25 @@ def _cases() -> Iterator[Case]:
         yield Case(f"gpt2-{option}", _GPT2 | changes)
 
 
-CASES = {case.name: case for case in _cases()}
-FAMILIES = (*_FAMILIES, "gpt2")
+def _dense_cases() -> Iterator[Case]:
+    shared = _COMMON | _HEADS["gqa"] | {"rope_parameters": _ROPES["default"], "tie_word_embeddings": False}
+    for rows, common in ((_DENSE, shared), (_OWN_NAMES, {})):
+        for family, (own, options) in rows.items():
+            for option, changes in options.items():
+                config = {"model_type": family} | common | own | changes
+                yield Case(f"{family}-{option}", {key: value for key, value in config.items() if value is not _ABSENT})
+
+
+GOLDEN = {
+    "parity": tuple(_cases()),
+    "parity_dense": tuple(case for case in _dense_cases() if case.name in _WITH_GOLDEN),
+}
+"""Golden file -> the cases of which it holds the numbers."""
+
+CASES = {case.name: case for cases in GOLDEN.values() for case in cases}
+"""The cases of which golden files hold the numbers."""
+
+LIVE_CASES = {case.name: case for case in _dense_cases() if case.name not in CASES}
+"""Further ones, which are compared where torch is installed."""
+
+FAMILIES = tuple(dict.fromkeys(case.family for case in CASES.values()))

@@ -40,7 +40,7 @@ def written(*args, prompts=PROMPTS, length=LENGTH, **fields):
 
 def greedy(name):
     """Returns the tokens after each prompt, as many as the model has positions for."""
-    length = min(LENGTH, (CASES[name].arch().num_positions or 2 * LENGTH) - max(map(len, PROMPTS)))
+    length = min(LENGTH, (CASES[name].arch().longest or 2 * LENGTH) - max(map(len, PROMPTS)))
     return written(name, SamplingParams(temperature=0.0), length=length)
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from make_golden import GOLDEN, hf_model, hf_outputs, tensor_shapes
-from parity_cases import CASES, FAMILIES, Case, leaf_of
+from make_golden import FOLDER, hf_model, hf_outputs, tensor_shapes
+from parity_cases import CASES, FAMILIES, GOLDEN, LIVE_CASES, Case, leaf_of
 from scipy.special import logsumexp
 
 from tracing_jax.axes import axis_table, check
@@ -24,9 +24,10 @@ from tracing_jax.sharding import Compute, make_mesh
 LOGITS_TOLERANCE = 2e-4  # times the larger of 1 and the largest logit
 LOSSES_TOLERANCE = 1e-4  # nats
 
-_with_golden = np.load(GOLDEN)
+_FILES = {name: np.load(FOLDER / f"{name}.npz") for name in GOLDEN}
 _LOGITS, _LOSSES, _TENSORS = (
-    dict(zip(_with_golden["names"].tolist(), _with_golden[key], strict=True)) for key in ("logits", "losses", "tensors")
+    {name: value for file in _FILES.values() for name, value in zip(file["names"].tolist(), file[key], strict=True)}
+    for key in ("logits", "losses", "tensors")
 )
 
 
@@ -42,8 +43,13 @@ def _of_family(family: str) -> list[Case]:
 
 
 def _disagreement(case: Case, found_logits: np.ndarray, found_losses: np.ndarray) -> str | None:
-    wanted_logits, wanted_losses = _LOGITS[case.name], _LOSSES[case.name]
-    logits_error = np.abs(found_logits[0] - wanted_logits).max() / max(1.0, np.abs(wanted_logits).max())
+    return _difference(case, found_logits[0], found_losses, _LOGITS[case.name], _LOSSES[case.name])
+
+
+def _difference(
+    case: Case, found_logits: np.ndarray, found_losses: np.ndarray, wanted_logits: np.ndarray, wanted_losses: np.ndarray
+) -> str | None:
+    logits_error = np.abs(found_logits - wanted_logits).max() / max(1.0, np.abs(wanted_logits).max())
     losses_error = np.abs(found_losses - wanted_losses).max()
     if logits_error <= LOGITS_TOLERANCE and losses_error <= LOSSES_TOLERANCE:
         return None
@@ -65,7 +71,8 @@ def _outputs(case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_golden_file_holds_every_case():
-    assert list(CASES) == _with_golden["names"].tolist(), "run python tests/make_golden.py"
+    for name, cases in GOLDEN.items():
+        assert [case.name for case in cases] == _FILES[name]["names"].tolist(), f"run tests/make_golden.py {name}"
 
 
 @pytest.mark.parametrize(
@@ -95,6 +102,21 @@ def test_installed_transformers_still_gives_the_golden_numbers(family):
         model = hf_model(case)
         assert tensor_shapes(model) == _golden_shapes(case)
         disagreements.append(_disagreement(case, *hf_outputs(model, case.tokens())))
+    assert not any(disagreements), "\n".join(filter(None, disagreements))
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+@pytest.mark.parametrize("family", dict.fromkeys(case.family for case in LIVE_CASES.values()))
+def test_further_options_give_the_numbers_of_transformers(family):
+    disagreements = []
+    for case in (case for case in LIVE_CASES.values() if case.family == family):
+        model = hf_model(case)
+        assert tensor_shapes(model) == entry_shapes(leaf_layouts(case.arch()).values()), case.name
+        check(case.source().params, axis_table(case.arch()))
+        with jax.disable_jit():
+            found = _outputs(case)
+        disagreements.append(_difference(case, *found, *hf_outputs(model, case.tokens())))
     assert not any(disagreements), "\n".join(filter(None, disagreements))
 
 

@@ -87,7 +87,7 @@ def test_fields_that_need_not_change_keep_their_old_names(tmp_path):
     ("name", "facts", "message"),
     [
         ("llama-gqa-untied-default", {"residual_scale": 0.5}, "residual_scale 0.5, which reads back as 1.0"),
-        ("qwen2-layer_types", {"layer_windows": (9, None)}, "no layer type"),
+        ("qwen2-layer_types", {"layer_windows": (9, None)}, "no layer_types"),
     ],
 )
 def test_a_config_that_cannot_say_what_the_model_became_is_refused(name, facts, message, tmp_path):

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from tracing_jax.arch.families import Family
+from tracing_jax.arch.family import Family
 from tracing_jax.complaints import listed, shortened
 
 # Attributes that leave a forward pass without dropout and cache unchanged; Gemma 2's sliding_window_size only repeats

@@ -1,5 +1,6 @@
 """`config.json` -> `Arch` and back; a config attribute that is unknown or not supported is an error."""
 
+import itertools
 import json
 from dataclasses import fields, replace
 from pathlib import Path
@@ -7,8 +8,9 @@ from typing import Any
 
 from tracing_jax.arch.architecture import Arch, UnsupportedModelError
 from tracing_jax.arch.attributes import attribute_notes, attribute_problems, without_undeclared
-from tracing_jax.arch.families import FAMILIES, SUPPORTED_FAMILIES, ArchFields, Family
-from tracing_jax.arch.rope import rope_is_absent, ropes
+from tracing_jax.arch.families import FAMILIES, SUPPORTED_FAMILIES
+from tracing_jax.arch.family import ArchFields, Family
+from tracing_jax.arch.rope import NO_ROPE, rope_is_absent, ropes, without_rope
 from tracing_jax.arch.sizes import size_problem
 from tracing_jax.complaints import shortened
 
@@ -80,7 +82,8 @@ def _raw_problem(raw: dict[str, Any]) -> str | None:
         return problem
     if raw.get("configuration_files"):
         return "configuration_files has transformers read another file; remove it, or make that file config.json"
-    return rope_is_absent(raw, FAMILIES[model_type].thetas)
+    family = FAMILIES[model_type]
+    return None if family.optional_theta else rope_is_absent(raw, family.thetas)
 
 
 def arch_from_config(config: Any) -> Arch:
@@ -98,37 +101,37 @@ def arch_from_config(config: Any) -> Arch:
         raise UnsupportedModelError("; ".join(problems))
     config = without_undeclared(config, family)
     heads, layers = config.num_attention_heads, config.num_hidden_layers
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    kv_heads = getattr(config, family.names.get("num_kv_heads", ""), None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    frequencies, layer_ropes = ropes(config, head_dim) if family.thetas else ((), ())
-    found: ArchFields = {
+    rope = ropes(config, head_dim, partial=family.partial_rotary) if family.thetas else NO_ROPE
+    found: ArchFields = (without_rope(rope, family.rope_layers(config)) if family.rope_layers else rope) | {
         "mlp_dim": getattr(config, "intermediate_size", None),
         "norm_eps": getattr(config, "rms_norm_eps", None),
         "attention_scale": head_dim**-0.5,
         "layer_windows": (None,) * layers,
+        "num_kv_heads": kv_heads,
+        "q_group": heads // kv_heads,
     }
+    if family.activation:
+        found["activation"] = _ACTIVATIONS[getattr(config, family.activation)]
     return Arch(
         family=config.model_type,
         vocab_size=config.vocab_size,
         embed_dim=config.hidden_size,
         num_layers=layers,
-        num_kv_heads=kv_heads,
-        q_group=heads // kv_heads,
         head_dim=head_dim,
         tied=bool(config.tie_word_embeddings),
-        activation=_ACTIVATIONS[getattr(config, family.activation)],  # type: ignore[arg-type]
-        rope_frequencies=frequencies,
-        layer_ropes=layer_ropes,
         **(found | family.read(config)),
     )
 
 
 def _problems(config: Any, family: Family) -> list[str]:
     lines = []
-    heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    heads, own_name = config.num_attention_heads, family.names.get("num_kv_heads", "")
+    kv_heads = getattr(config, own_name, None)
     if kv_heads and heads % kv_heads:
-        lines.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-    if (activation := getattr(config, family.activation)) not in _ACTIVATIONS:
+        lines.append(f"num_attention_heads {heads} is not a multiple of {own_name} {kv_heads}")
+    if family.activation and (activation := getattr(config, family.activation)) not in _ACTIVATIONS:
         lines.append(f"activation {activation!r} is not one of {', '.join(_ACTIVATIONS)}")
     if getattr(config, "use_bidirectional_attention", None) and "use_bidirectional_attention" in family.used:
         lines.append("use_bidirectional_attention is set; only causal models are supported")
@@ -157,8 +160,8 @@ def change_config(folder: Path, arch: Arch) -> None:
         # A width of heads, and a number of kv heads, that are not in the file follow from what changes.
         changes |= {names[field]: wanted[names[field]] for field in ("head_dim", "num_kv_heads") if field in names}
     kinds_before = (before.layer_windows, before.layer_ropes)
-    if (arch.layer_windows, arch.layer_ropes) != kinds_before and "layer_types" in FAMILIES[arch.family].uses.split():
-        changes["layer_types"] = _layer_types(folder, before, arch)
+    if (arch.layer_windows, arch.layer_ropes) != kinds_before:
+        changes |= _per_layer(folder, before, arch)
     file.write_text(json.dumps(raw | changes, indent=2) + "\n", encoding="utf-8")
     written = read_arch(folder)
     if written != arch:
@@ -179,13 +182,18 @@ def _fields(arch: Arch) -> dict[str, Any]:
     return {name: values[field] for field, name in FAMILIES[arch.family].names.items()}
 
 
-def _layer_types(folder: Path, before: Arch, after: Arch) -> list[str]:
-    """Returns the type of each layer after, by the window and rope that layers of that type had before."""
+def _per_layer(folder: Path, before: Arch, after: Arch) -> dict[str, list[Any]]:
+    """Returns attributes such as the types of layers after, by the windows and ropes that such layers had before."""
     from transformers import AutoConfig
 
-    types = AutoConfig.from_pretrained(folder, trust_remote_code=False).layer_types
-    by_kind = dict(zip(zip(before.layer_windows, before.layer_ropes), types))
-    kinds = list(zip(after.layer_windows, after.layer_ropes))
-    if unknown := set(kinds) - by_kind.keys():
-        raise UnsupportedModelError(f"{folder}: no layer type of this config has the windows and ropes {unknown}")
-    return [by_kind[kind] for kind in kinds]
+    family, config = FAMILIES[after.family], AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    kinds_before, kinds = (
+        list(itertools.zip_longest(arch.layer_windows, arch.layer_ropes)) for arch in (before, after)
+    )
+    changes = {}
+    for name in (name for name in family.per_layer if name in family.uses.split()):
+        by_kind = dict(zip(kinds_before, getattr(config, name)))
+        if unknown := set(kinds) - by_kind.keys():
+            raise UnsupportedModelError(f"{folder}: no {name} of this config has the windows and ropes {unknown}")
+        changes[name] = [by_kind[kind] for kind in kinds]
+    return changes

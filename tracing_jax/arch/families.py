@@ -1,67 +1,16 @@
 """The families, one function and one row each: what their config attributes mean for a decoder block."""
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from tracing_jax.arch.architecture import UnsupportedModelError
-
-ArchFields = dict[str, Any]
-"""Fields of `Arch` by name."""
-
-COMMON = frozenset(
-    """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
-    rope_parameters tie_word_embeddings hidden_act""".split()
-)
-"""Attributes that the configs of nearly every family have, and that are used."""
+from tracing_jax.arch.dense_families import DENSE_FAMILIES
+from tracing_jax.arch.family import ArchFields, Family, windows_by_type
 
 _GEMMA_USES = "rms_norm_eps attention_bias hidden_activation use_bidirectional_attention"
 _GEMMA2_USES = (
     _GEMMA_USES + " query_pre_attn_scalar sliding_window layer_types final_logit_softcapping attn_logit_softcapping"
 )
-
-NAMES: Mapping[str, str] = {
-    "vocab_size": "vocab_size",
-    "embed_dim": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "mlp_dim": "intermediate_size",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "norm_eps": "rms_norm_eps",
-    "tied": "tie_word_embeddings",
-}
-"""Field of `Arch` (or the number of query heads) -> the config attribute for it in nearly every family."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """How the configs of a family are read.
-
-    Attributes:
-      read: config -> the fields of `Arch` in which the family differs from Llama without options.
-      uses: config attributes, beyond the common ones, that are used.
-      thetas: for each layer type with a rope of its own (None: one for all) the attribute older files name it by; empty
-        for a family without ropes.
-      common: the attributes that are used here under the names that nearly all families share.
-      activation: the attribute that names the activation.
-      neutral: attributes of this family alone that leave a forward pass without dropout unchanged.
-      names: field of `Arch` -> its config attribute; a field without one follows from others.
-    """
-
-    read: Callable[[Any], ArchFields]
-    uses: str
-    thetas: Mapping[str | None, str] = field(default_factory=lambda: {None: "rope_theta"})
-    common: frozenset[str] = COMMON
-    activation: str = "hidden_act"
-    neutral: str = ""
-    names: Mapping[str, str] = field(default_factory=lambda: NAMES)
-
-    @property
-    def used(self) -> frozenset[str]:
-        """The config attributes that are used."""
-        return self.common | set(self.uses.split())
 
 
 def _llama(config: Any) -> ArchFields:
@@ -73,12 +22,12 @@ def _mistral(config: Any) -> ArchFields:
 
 
 def _qwen2(config: Any) -> ArchFields:
-    return {"qkv_bias": True, "layer_windows": _windows_by_type(config)}
+    return {"qkv_bias": True, "layer_windows": windows_by_type(config)}
 
 
 def _qwen3(config: Any) -> ArchFields:
     bias = config.attention_bias
-    return {"qkv_bias": bias, "o_bias": bias, "qk_norm": "head", "layer_windows": _windows_by_type(config)}
+    return {"qkv_bias": bias, "o_bias": bias, "qk_norm": "head", "layer_windows": windows_by_type(config)}
 
 
 def _gemma(config: Any) -> ArchFields:
@@ -96,7 +45,7 @@ def _gemma2(config: Any) -> ArchFields:
         "attention_scale": config.query_pre_attn_scalar**-0.5,
         "attention_softcap": config.attn_logit_softcapping,
         "logit_softcap": config.final_logit_softcapping,
-        "layer_windows": _windows_by_type(config),
+        "layer_windows": windows_by_type(config),
     }
 
 
@@ -154,19 +103,6 @@ def _gpt2(config: Any) -> ArchFields:
     } | ({} if config.scale_attn_weights else {"attention_scale": 1.0})
 
 
-def _windows_by_type(config: Any) -> tuple[int | None, ...]:
-    sliding = {"sliding_attention": config.sliding_window, "full_attention": None}
-    unknown = set(config.layer_types) - set(sliding)
-    if unknown or len(config.layer_types) != config.num_hidden_layers:
-        raise UnsupportedModelError(
-            f"layer_types must name sliding_attention or full_attention for each of {config.num_hidden_layers} layers, "
-            f"found {config.layer_types}"
-        )
-    if "sliding_attention" in config.layer_types and config.sliding_window is None:
-        raise UnsupportedModelError("layer_types names sliding_attention, but sliding_window is not set")
-    return tuple(sliding[kind] for kind in config.layer_types)
-
-
 FAMILIES: dict[str, Family] = {
     "llama": Family(_llama, "rms_norm_eps attention_bias mlp_bias"),
     "mistral": Family(_mistral, "rms_norm_eps sliding_window"),
@@ -214,5 +150,7 @@ FAMILIES: dict[str, Family] = {
         " task_specific_params _num_labels",
     ),
 }
+
+FAMILIES |= DENSE_FAMILIES
 
 SUPPORTED_FAMILIES = tuple(sorted(FAMILIES))

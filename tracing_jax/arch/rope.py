@@ -2,49 +2,115 @@
 
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tracing_jax.arch.architecture import Arch, UnsupportedModelError
 
-SUPPORTED_ROPES = ("default", "linear", "llama3")
+SUPPORTED_ROPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
-def ropes(config: Any, head_dim: int) -> tuple[tuple[tuple[float, ...], ...], tuple[int, ...]]:
-    """Returns the distinct ropes of a model and, for each layer, which one it uses."""
+class Rope(NamedTuple):
+    """One rope."""
+
+    frequencies: tuple[float, ...]  # R/2 inverse frequencies, rounded to float32 as transformers does
+    amplitude: float = 1.0
+    positions: int | None = None  # the longest text for which the frequencies hold; None: any
+
+
+NO_ROPE: dict[str, Any] = {"rope_frequencies": (), "layer_ropes": ()}
+"""The fields of `Arch` for a model without a rope."""
+
+
+def ropes(config: Any, head_dim: int, *, partial: bool = False) -> dict[str, Any]:
+    """Returns the fields of `Arch` for the distinct ropes of a model and for which one each layer uses.
+
+    Args:
+      config: of the model.
+      head_dim: H.
+      partial: whether its family can rotate only the first dims of each head.
+    """
     parameters = config.rope_parameters or {}
     layers = config.num_hidden_layers
     if "rope_type" in parameters:
-        return (_frequencies(parameters, head_dim),), (0,) * layers
+        return fields_of([_rope(parameters, config, head_dim, partial)], (0,) * layers)
     kinds = sorted(set(config.layer_types))
     if missing := [kind for kind in kinds if not parameters.get(kind)]:
         raise UnsupportedModelError(f"rope_parameters lack an entry for {', '.join(missing)}: found {parameters}")
-    ropes = tuple(_frequencies(parameters[kind], head_dim) for kind in kinds)
-    return ropes, tuple(kinds.index(kind) for kind in config.layer_types)
+    found = [_rope(parameters[kind], config, head_dim, partial) for kind in kinds]
+    return fields_of(found, tuple(kinds.index(kind) for kind in config.layer_types))
 
 
-def _frequencies(parameters: dict[str, Any], head_dim: int) -> tuple[float, ...]:
-    """Returns the H/2 inverse frequencies of a rope, rounded to float32 as transformers does.
+def fields_of(found: Sequence[Rope], layers: tuple[int, ...]) -> dict[str, Any]:
+    """Returns the fields of `Arch` for these ropes and for which one each layer uses."""
+    amplitudes = tuple(rope.amplitude for rope in found)
+    return {
+        "rope_frequencies": tuple(rope.frequencies for rope in found),
+        "layer_ropes": layers,
+        "rope_amplitudes": amplitudes if set(amplitudes) != {1.0} else (),
+        "rope_positions": min((rope.positions for rope in found if rope.positions is not None), default=None),
+    }
 
-    Source: RoFormer (arXiv 2104.09864) eq. 15; `linear` divides them by a factor (arXiv 2306.15595); `llama3` divides
-    only the slow ones, with a linear blend between (The Llama 3 Herd of Models, and the code released with 3.1).
+
+def without_rope(fields: Mapping[str, Any], layers: Sequence[bool]) -> dict[str, Any]:
+    """Returns the fields of a model with one rope, which some of its layers do not use."""
+    (frequencies,) = fields["rope_frequencies"]
+    if all(layers):
+        return dict(fields)
+    still = Rope((0.0,) * len(frequencies))
+    amplitude = fields["rope_amplitudes"][0] if fields["rope_amplitudes"] else 1.0
+    return fields_of(
+        [still, Rope(frequencies, amplitude, fields["rope_positions"])], tuple(int(bool(uses)) for uses in layers)
+    )
+
+
+def _rope(parameters: dict[str, Any], config: Any, head_dim: int, partial: bool) -> Rope:
+    """Returns the rope that these parameters ask for.
+
+    Source: RoFormer (arXiv 2104.09864) eq. 15; `linear` divides the frequencies by a factor (arXiv 2306.15595);
+    `llama3` divides only the slow ones, with a linear blend between (The Llama 3 Herd of Models, and the code released
+    with 3.1), and so does `yarn` (arXiv 2309.00071), which scales the scores as well; `longrope` divides each by a
+    factor of its own (arXiv 2402.13753). `dynamic` and `longrope` have others for texts longer than those trained on.
     """
     kind, theta = parameters["rope_type"], parameters.get("rope_theta")
     if kind not in SUPPORTED_ROPES:
         raise UnsupportedModelError(f"rope type {kind!r} is not supported; supported: {', '.join(SUPPORTED_ROPES)}")
     if theta is None:
         raise UnsupportedModelError(f"rope_theta is not set in {parameters}")
-    if parameters.get("partial_rotary_factor", 1.0) not in (1, 1.0, None):
-        raise UnsupportedModelError(f"partial_rotary_factor {parameters['partial_rotary_factor']} is not supported")
-    base = np.float32(theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
-    inverse = np.float32(1.0) / base
+    share = parameters.get("partial_rotary_factor")
+    if not partial and share not in (1, 1.0, None):
+        raise UnsupportedModelError(f"partial_rotary_factor {share} is not supported")
+    dim = int(head_dim * (1.0 if share is None else share))
+    if dim % 2 or not 0 < dim <= head_dim:
+        raise UnsupportedModelError(f"a rope on {dim} of {head_dim} dims of a head is not supported")
+    return _scaled(_inverse(theta, dim), parameters, config)
+
+
+def frequencies(theta: float, dim: int) -> tuple[float, ...]:
+    """Returns the inverse frequencies of a rope on so many dims that nothing is done to."""
+    return tuple(float(f) for f in _inverse(theta, dim))
+
+
+def _inverse(theta: float, dim: int) -> np.ndarray:
+    return np.float32(1.0) / np.float32(theta) ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
+
+
+def _scaled(inverse: np.ndarray, parameters: dict[str, Any], config: Any) -> Rope:
+    kind, amplitude, positions = parameters["rope_type"], 1.0, None
     if kind == "linear":
         inverse = inverse / np.float32(parameters["factor"])
     if kind == "llama3":
         inverse = _llama3(inverse, parameters)
-    return tuple(float(f) for f in inverse.astype(np.float32))
+    if kind == "dynamic":
+        positions = config.max_position_embeddings
+    if kind == "yarn":
+        inverse, amplitude = _yarn(inverse, parameters, config)
+    if kind == "longrope":
+        positions = parameters["original_max_position_embeddings"]
+        inverse, amplitude = _longrope(inverse, parameters), _longrope_amplitude(parameters, config)
+    return Rope(tuple(float(f) for f in inverse.astype(np.float32)), float(amplitude), positions)
 
 
 def _llama3(inverse: np.ndarray, parameters: dict[str, Any]) -> np.ndarray:
@@ -52,6 +118,54 @@ def _llama3(inverse: np.ndarray, parameters: dict[str, Any]) -> np.ndarray:
     turns = parameters["original_max_position_embeddings"] * inverse / (2 * math.pi)
     blend = np.clip((turns - low) / (high - low), 0, 1)  # 1: fast, kept; 0: slow, divided
     return (1 - blend) * inverse / factor + blend * inverse
+
+
+def _yarn(inverse: np.ndarray, parameters: dict[str, Any], config: Any) -> tuple[np.ndarray, float]:
+    trained, dim = parameters["original_max_position_embeddings"], 2 * len(inverse)
+    factor = _factor(parameters, config)
+
+    def index(turns: float) -> float:  # of the frequency that makes so many turns within the length trained on
+        return dim * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(parameters["rope_theta"]))
+
+    low, high = index(parameters.get("beta_fast") or 32), index(parameters.get("beta_slow") or 1)
+    if config.rope_parameters.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    high += 0.001 if low == high else 0
+    blend = np.clip((np.arange(len(inverse), dtype=np.float32) - low) / (high - low), 0, 1)  # 0: fast, kept
+    return inverse / np.float32(factor) * blend + inverse * (1 - blend), _yarn_amplitude(parameters, factor)
+
+
+def _yarn_amplitude(parameters: Mapping[str, Any], factor: float) -> float:
+    if (given := parameters.get("attention_factor")) is not None:
+        return float(given)
+
+    def scale(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    both = parameters.get("mscale"), parameters.get("mscale_all_dim")
+    return scale(both[0]) / scale(both[1]) if both[0] and both[1] else scale(1.0)
+
+
+def _longrope(inverse: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarray:
+    short = np.asarray(parameters["short_factor"], np.float32)
+    if short.shape != inverse.shape:
+        raise UnsupportedModelError(f"short_factor has {short.size} numbers, the rope has {inverse.size} frequencies")
+    return np.float32(1.0) / (short / inverse)
+
+
+def _longrope_amplitude(parameters: Mapping[str, Any], config: Any) -> float:
+    if (given := parameters.get("attention_factor")) is not None:
+        return float(given)
+    factor, trained = _factor(parameters, config), parameters["original_max_position_embeddings"]
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(trained))
+
+
+def _factor(parameters: Mapping[str, Any], config: Any) -> float:
+    """Returns how much longer texts may be than those that the model was trained on."""
+    if (given := parameters.get("factor")) is not None:
+        return float(given)
+    return float(config.max_position_embeddings / parameters["original_max_position_embeddings"])
 
 
 def head_pairs(arch: Arch) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -29,7 +29,7 @@ def leaf_layouts(arch: Arch, names: Collection[str] | None = None) -> LeafLayout
     Backbones saved without their head lack a prefix, and experts are one tensor each or one for all.
     """
     table = axis_table(arch)
-    candidates = (_layouts(table, found) for found in names_found(arch.family))
+    candidates = (_layouts(table, found) for found in names_found(arch))
     if names is None:
         return next(candidates)
     return min(candidates, key=lambda layouts: len(tensor_shapes(layouts.values()).keys() - set(names)))
@@ -73,6 +73,9 @@ def _slices(leaf: str, table: AxisTable, names: TensorNames) -> Iterator[TensorS
     tensor = names.tensor(leaf, bool(experts))
     if "{h}" in tensor:
         yield from (TensorSlice(tensor.format(h=head), outs[-1:]) for head in range(math.prod(outs[:-1])))
+        return
+    if leaf.split("/", 2)[-1].rpartition("/")[0] in names.two_axes:
+        yield TensorSlice(tensor, (math.prod(outs[:-1]), outs[-1]))
         return
     together = [_sizes(other, table)[2] for other in _sharing(leaf, table, names)]
     before, rows = _rows_before(leaf, table, names), [math.prod(sizes) for sizes in together]

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from tracing_jax.arch import Arch
+
 _SUFFIXES = {"kernel": ".weight", "scale": ".weight", "bias": ".bias", "embedding": ".weight", "positions": ".weight"}
 
 
@@ -23,6 +25,7 @@ class TensorNames:
       experts: as `modules`, for those that each expert has.
       suffixes: leaf -> what follows the name of its module; of modules in `experts` those in `expert_suffixes`.
       qkv_order: how queries, keys and values share a tensor: one after the other, or within each kv head.
+      two_axes: modules whose gains are stored `[heads, head_dim]`, where others are flat.
       in_out: whether kernels, that of the head excepted, are stored `[in, out]`, as ours are.
     """
 
@@ -35,6 +38,7 @@ class TensorNames:
     expert_suffixes: Mapping[str, str] = field(default_factory=lambda: _SUFFIXES)
     qkv_order: Literal["concatenated", "by head"] = "concatenated"
     in_out: bool = False
+    two_axes: tuple[str, ...] = ()
 
     def tensor(self, leaf: str, of_expert: bool) -> str:
         """Returns the name of the tensor of a leaf, with `{e}` or `{h}` in it where each expert or head has its own."""
@@ -104,14 +108,91 @@ _GPT2 = TensorNames(
     in_out=True,
 )
 
+_GATE_UP = dict.fromkeys(("mlp/gate_proj", "mlp/up_proj"), "mlp.gate_up_proj")
+_GLM4 = {
+    "attn_post_norm": "post_self_attn_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp_post_norm": "post_mlp_layernorm",
+}
+_NEOX_MLP = {"mlp/up_proj": "mlp.dense_h_to_4h", "mlp/down_proj": "mlp.dense_4h_to_h"}
+_NORM_PER_HEAD = {
+    "attn/q_norm": "self_attn.q_layernorm.norms.{h}",
+    "attn/k_norm": "self_attn.k_layernorm.norms.{h}",
+}
+_NEOX = _LLAMA.but(
+    dict.fromkeys(_QKV, "attention.query_key_value")
+    | _NEOX_MLP
+    | {"embed/embedding": "embed_in", "attn/o_proj": "attention.dense", "head/norm": "final_layer_norm"},
+    prefix="gpt_neox.",
+    head="embed_out",
+    qkv_order="by head",
+)
+_PHI = _LLAMA.but(
+    {
+        "attn/o_proj": "self_attn.dense",
+        "attn/q_norm": "self_attn.q_layernorm",
+        "attn/k_norm": "self_attn.k_layernorm",
+        "mlp/up_proj": "mlp.fc1",
+        "mlp/down_proj": "mlp.fc2",
+        "head/norm": "final_layernorm",
+    }
+)
+_GPTJ = _GPT2.but(
+    {
+        "attn/q_proj": "attn.q_proj",
+        "attn/k_proj": "attn.k_proj",
+        "attn/v_proj": "attn.v_proj",
+        "attn/o_proj": "attn.out_proj",
+        "mlp/up_proj": "mlp.fc_in",
+        "mlp/down_proj": "mlp.fc_out",
+    },
+    in_out=False,
+)
+_OPT = _LLAMA.but(
+    {
+        "embed/positions": "embed_positions",
+        "attn/o_proj": "self_attn.out_proj",
+        "mlp/up_proj": "fc1",
+        "mlp/down_proj": "fc2",
+        "attn_norm": "self_attn_layer_norm",
+        "mlp_norm": "final_layer_norm",
+        "head/norm": "final_layer_norm",
+    },
+    prefix="model.decoder.",
+)
+_FALCON = _LLAMA.but(
+    dict.fromkeys(_QKV, "self_attention.query_key_value")
+    | _NEOX_MLP
+    | {"embed/embedding": "word_embeddings", "attn/o_proj": "self_attention.dense", "head/norm": "ln_f"},
+    prefix="transformer.",
+    layers="h.",
+    qkv_order="by head",
+)
+
 TENSOR_NAMES: Mapping[str, TensorNames] = {
     "gemma2": _FOUR_NORMS,
     "gemma3_text": _FOUR_NORMS,
     "olmo2": _LLAMA.but(_POST_NORMS),
     "mixtral": _MIXTRAL,
     "gpt2": _GPT2,
+    "phi3": _LLAMA.but(dict.fromkeys(_QKV, "self_attn.qkv_proj") | _GATE_UP),
+    "glm": _LLAMA.but(_GATE_UP),
+    "glm4": _LLAMA.but(_GATE_UP | _GLM4),
+    "exaone4": _LLAMA.but(_POST_NORMS),
+    "cohere": _LLAMA.but({}, two_axes=("attn/q_norm", "attn/k_norm")),
+    "gpt_neox": _NEOX,
+    "stablelm": _LLAMA.but(_NORM_PER_HEAD),
+    "starcoder2": _LLAMA.but({"mlp/up_proj": "mlp.c_fc", "mlp/down_proj": "mlp.c_proj"}),
+    "phi": _PHI,
+    "gptj": _GPTJ,
+    "opt": _OPT,
+    "falcon": _FALCON,
 }
 """Family -> the names that transformers writes; a family that is not here has those of Llama."""
+
+
+_TWO_NORMS = {"falcon": {"attn_norm": "ln_attn", "mlp_norm": "ln_mlp"}}
+"""Family -> names in a parallel block with two norms, where other blocks have others."""
 
 
 def fused_experts(names: TensorNames, mlp: str = "mlp") -> TensorNames:
@@ -124,16 +205,20 @@ def fused_experts(names: TensorNames, mlp: str = "mlp") -> TensorNames:
     )
 
 
-def names_of(family: str) -> TensorNames:
-    """Returns the names that transformers writes for a family."""
-    return TENSOR_NAMES.get(family, _LLAMA)
+def names_of(arch: Arch) -> TensorNames:
+    """Returns the names that transformers writes for a model."""
+    names = TENSOR_NAMES.get(arch.family, _LLAMA)
+    both = arch.parallel and not arch.shared_norm
+    return names.but(_TWO_NORMS[arch.family]) if both and arch.family in _TWO_NORMS else names
 
 
-def names_found(family: str) -> list[TensorNames]:
-    """Returns the names in which files of a family are found, first those that transformers writes.
+def names_found(arch: Arch) -> list[TensorNames]:
+    """Returns the names in which files of a model are found, first those that transformers writes.
 
-    Backbones saved without their head lack a prefix, and experts are one tensor each or one for all.
+    Backbones saved without their head lack a prefix, experts are one tensor each or one for all, and transformers 5
+    calls every head `lm_head`.
     """
-    written = names_of(family)
+    written = names_of(arch)
     forms = [written, *([fused_experts(written)] if written.experts else [])]
-    return [replace(names, prefix=prefix) for prefix in dict.fromkeys((written.prefix, "")) for names in forms]
+    prefixes, heads = dict.fromkeys((written.prefix, "")), dict.fromkeys((written.head, "lm_head"))
+    return [replace(f, prefix=prefix, head=head) for prefix in prefixes for head in heads for f in forms]

@@ -1,0 +1,279 @@
+"""Dense families with fused tensors, partial ropes, parallel blocks or LayerNorms: one function and one row each."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tracing_jax.arch.architecture import UnsupportedModelError
+from tracing_jax.arch.family import COMMON, NAMES, ArchFields, Family, windows_by_type
+from tracing_jax.arch.rope import Rope, fields_of, frequencies
+
+_LAYER_NORM_NAMES = NAMES | {"norm_eps": "layer_norm_eps"}
+_LAYER_NORM: ArchFields = {"norm": "layer_norm"}
+_UNGATED_WITH_BIAS = _LAYER_NORM | {"gated": False, "qkv_bias": True, "o_bias": True, "mlp_bias": True}
+
+
+def _without(names: Mapping[str, str], *fields: str) -> dict[str, str]:
+    return {field: name for field, name in names.items() if field not in fields}
+
+
+def _fixed_head_dim(config: Any) -> None:
+    """Raises where a config sets a width of heads that its family reads for the rope alone."""
+    width = config.hidden_size // config.num_attention_heads
+    if (found := getattr(config, "head_dim", None)) not in (None, width):
+        raise UnsupportedModelError(f"head_dim {found} is not hidden_size / num_attention_heads ({width})")
+
+
+def _phi3(config: Any) -> ArchFields:
+    return {"layer_windows": (config.sliding_window,) * config.num_hidden_layers}
+
+
+def _glm(config: Any) -> ArchFields:
+    return {"qkv_bias": config.attention_bias, "rope_interleaved": True}
+
+
+def _glm4(config: Any) -> ArchFields:
+    return _glm(config) | {"post_norms": True}
+
+
+def _smollm3(config: Any) -> ArchFields:
+    bias = config.attention_bias
+    windows = windows_by_type(config) if config.use_sliding_window else (None,) * config.num_hidden_layers
+    return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": config.mlp_bias, "layer_windows": windows}
+
+
+def _smollm3_ropes(config: Any) -> list[bool]:
+    if len(found := config.no_rope_layers) != config.num_hidden_layers:
+        raise UnsupportedModelError(f"no_rope_layers has {len(found)} entries for {config.num_hidden_layers} layers")
+    return [bool(uses) for uses in found]
+
+
+def _exaone4(config: Any) -> ArchFields:
+    return {"pre_norms": False, "post_norms": True, "qk_norm": "head", "layer_windows": windows_by_type(config)}
+
+
+def _sliding(config: Any) -> list[bool]:
+    return [config.sliding_window is None or kind == "sliding_attention" for kind in config.layer_types]
+
+
+def _cohere(config: Any) -> ArchFields:
+    bias = config.attention_bias
+    return {
+        "norm": "layer_norm_gain",
+        "norm_eps": config.layer_norm_eps,
+        "parallel": True,
+        "shared_norm": True,
+        "rope_interleaved": True,
+        "qkv_bias": bias,
+        "o_bias": bias,
+        "logit_scale": config.logit_scale,
+        "qk_norm": "each" if getattr(config, "use_qk_norm", False) else None,
+    }
+
+
+def _cohere2(config: Any) -> ArchFields:
+    return _cohere(config) | {"layer_windows": windows_by_type(config)}
+
+
+def _gpt_neox(config: Any) -> ArchFields:
+    _fixed_head_dim(config)
+    bias = {"qkv_bias": config.attention_bias, "o_bias": config.attention_bias}
+    return _UNGATED_WITH_BIAS | bias | {"norm_eps": config.layer_norm_eps, "parallel": config.use_parallel_residual}
+
+
+def _stablelm(config: Any) -> ArchFields:
+    _fixed_head_dim(config)
+    return _LAYER_NORM | {
+        "norm_eps": config.layer_norm_eps,
+        "qkv_bias": config.use_qkv_bias,
+        "qk_norm": "each" if config.qk_layernorm else None,
+        "parallel": config.use_parallel_residual,
+        "shared_norm": config.use_parallel_residual,
+    }
+
+
+def _starcoder2(config: Any) -> ArchFields:
+    bias = config.use_bias
+    return _LAYER_NORM | {
+        "norm_eps": config.norm_epsilon,
+        "gated": False,
+        "qkv_bias": bias,
+        "o_bias": bias,
+        "mlp_bias": bias,
+        "layer_windows": (config.sliding_window,) * config.num_hidden_layers,
+    }
+
+
+def _phi(config: Any) -> ArchFields:
+    if config.qk_layernorm:
+        _fixed_head_dim(config)
+    return _UNGATED_WITH_BIAS | {
+        "norm_eps": config.layer_norm_eps,
+        "parallel": True,
+        "shared_norm": True,
+        "head_bias": True,
+        "qk_norm": "head" if config.qk_layernorm else None,
+        "qk_norm_bias": config.qk_layernorm,
+    }
+
+
+def _gptj(config: Any) -> ArchFields:
+    width = config.n_embd // config.n_head
+    if config.rotary_dim is None or config.rotary_dim % 2 or not 0 < config.rotary_dim <= width:
+        raise UnsupportedModelError(f"rotary_dim {config.rotary_dim} is not an even number up to the width {width}")
+    rope = Rope(frequencies(10000.0, config.rotary_dim), positions=config.n_positions)
+    return (
+        _UNGATED_WITH_BIAS
+        | fields_of([rope], (0,) * config.n_layer)
+        | {
+            "mlp_dim": 4 * config.n_embd if config.n_inner is None else config.n_inner,
+            "norm_eps": config.layer_norm_epsilon,
+            "rope_interleaved": True,
+            "parallel": True,
+            "shared_norm": True,
+            "qkv_bias": False,
+            "o_bias": False,
+            "head_bias": True,
+        }
+    )
+
+
+def _opt(config: Any) -> ArchFields:
+    if not config.do_layer_norm_before or config._remove_final_layer_norm:
+        raise UnsupportedModelError("norms behind the residual stream (do_layer_norm_before false) are not supported")
+    if config.word_embed_proj_dim != config.hidden_size:
+        raise UnsupportedModelError(
+            f"word_embed_proj_dim {config.word_embed_proj_dim} is not hidden_size {config.hidden_size}; projections "
+            "of the embedding are not supported"
+        )
+    bias = config.enable_bias
+    return _UNGATED_WITH_BIAS | {
+        "qkv_bias": bias,
+        "o_bias": bias,
+        "mlp_bias": bias,
+        "mlp_dim": config.ffn_dim,
+        "norm_eps": 1e-5,  # a constant of the family, absent from its config
+        "num_positions": config.max_position_embeddings,
+        "position_offset": 2,
+    }
+
+
+def _falcon(config: Any) -> ArchFields:
+    if config.alibi:
+        raise UnsupportedModelError("alibi is set; of this family only models with rotary positions are supported")
+    heads, grouped = config.num_attention_heads, config.new_decoder_architecture
+    if grouped and not config.parallel_attn:
+        raise UnsupportedModelError("new_decoder_architecture without parallel_attn is not supported")
+    if not grouped and config.num_ln_in_parallel_attn == 2:
+        raise UnsupportedModelError("num_ln_in_parallel_attn 2 without new_decoder_architecture is not supported")
+    kv_heads = config.num_kv_heads if grouped else 1 if config.multi_query else heads
+    two_norms = grouped and config.num_ln_in_parallel_attn != 1
+    return _LAYER_NORM | {
+        "num_kv_heads": kv_heads,
+        "q_group": heads // kv_heads,
+        "mlp_dim": config.ffn_hidden_size,
+        "norm_eps": config.layer_norm_epsilon,
+        "parallel": config.parallel_attn,
+        "shared_norm": config.parallel_attn and not two_norms,
+        "gated": False,
+        "qkv_bias": config.bias,
+        "o_bias": config.bias,
+        "mlp_bias": config.bias,
+    }
+
+
+_ROPE = {"rope_parameters"}
+_DROPOUTS = "resid_pdrop embd_pdrop attn_pdrop"
+
+DENSE_FAMILIES: dict[str, Family] = {
+    "phi3": Family(
+        _phi3,
+        "rms_norm_eps sliding_window original_max_position_embeddings",
+        neutral=_DROPOUTS,
+        partial_rotary=True,
+    ),
+    "glm": Family(_glm, "rms_norm_eps attention_bias", partial_rotary=True),
+    "glm4": Family(_glm4, "rms_norm_eps attention_bias", partial_rotary=True),
+    "smollm3": Family(
+        _smollm3,
+        "rms_norm_eps attention_bias mlp_bias use_sliding_window sliding_window layer_types no_rope_layers",
+        neutral="no_rope_layer_interval",
+        rope_layers=_smollm3_ropes,
+        per_layer=("layer_types", "no_rope_layers"),
+    ),
+    "exaone4": Family(
+        _exaone4, "rms_norm_eps sliding_window layer_types", neutral="sliding_window_pattern", rope_layers=_sliding
+    ),
+    "cohere": Family(
+        _cohere, "layer_norm_eps attention_bias logit_scale use_qk_norm", names=_LAYER_NORM_NAMES
+    ),
+    "cohere2": Family(
+        _cohere2,
+        "layer_norm_eps attention_bias logit_scale sliding_window layer_types",
+        names=_LAYER_NORM_NAMES,
+        rope_layers=_sliding,
+    ),
+    "gpt_neox": Family(
+        _gpt_neox,
+        "layer_norm_eps attention_bias use_parallel_residual",
+        {None: "rotary_emb_base"},
+        common=COMMON - {"num_key_value_heads"},
+        neutral="classifier_dropout",
+        names=_without(_LAYER_NORM_NAMES, "num_kv_heads", "head_dim"),
+        partial_rotary=True,
+    ),
+    "stablelm": Family(
+        _stablelm,
+        "layer_norm_eps use_qkv_bias qk_layernorm use_parallel_residual",
+        names=_without(_LAYER_NORM_NAMES, "head_dim"),
+        partial_rotary=True,
+    ),
+    "starcoder2": Family(
+        _starcoder2,
+        "norm_epsilon use_bias sliding_window",
+        neutral="residual_dropout embedding_dropout",
+        names=NAMES | {"norm_eps": "norm_epsilon"},
+    ),
+    "phi": Family(
+        _phi, "layer_norm_eps qk_layernorm", neutral=_DROPOUTS, names=_LAYER_NORM_NAMES, partial_rotary=True
+    ),
+    "gptj": Family(
+        _gptj,
+        "n_embd n_layer n_head n_inner n_positions rotary_dim layer_norm_epsilon activation_function",
+        thetas={},
+        common=frozenset({"vocab_size", "tie_word_embeddings"}),
+        activation="activation_function",
+        neutral=_DROPOUTS + " gradient_checkpointing scale_attn_weights summary_activation summary_first_dropout"
+        " summary_proj_to_labels summary_type summary_use_proj task_specific_params",
+        names={
+            "vocab_size": "vocab_size",
+            "embed_dim": "n_embd",
+            "num_layers": "n_layer",
+            "mlp_dim": "n_inner",
+            "num_heads": "n_head",
+            "norm_eps": "layer_norm_epsilon",
+            "tied": "tie_word_embeddings",
+        },
+    ),
+    "opt": Family(
+        _opt,
+        "ffn_dim activation_function max_position_embeddings do_layer_norm_before _remove_final_layer_norm"
+        " word_embed_proj_dim enable_bias",
+        thetas={},
+        common=COMMON - {"num_key_value_heads", "head_dim", "rope_parameters", "hidden_act", "intermediate_size"},
+        activation="activation_function",
+        neutral="dropout layerdrop init_std",
+        names=_without(NAMES, "num_kv_heads", "head_dim", "norm_eps") | {"mlp_dim": "ffn_dim"},
+    ),
+    "falcon": Family(
+        _falcon,
+        "layer_norm_epsilon num_kv_heads new_decoder_architecture multi_query parallel_attn bias alibi ffn_hidden_size"
+        " num_ln_in_parallel_attn activation",
+        common=COMMON - {"num_key_value_heads", "head_dim", "hidden_act", "intermediate_size"},
+        activation="activation",
+        names=_without(NAMES, "head_dim") | {
+            "mlp_dim": "ffn_hidden_size", "num_kv_heads": "num_kv_heads", "norm_eps": "layer_norm_epsilon"
+        },
+        optional_theta=True,
+    ),
+}  # fmt: skip
+"""Model type -> its row."""
