@@ -17,6 +17,8 @@ from tracing_jax.arch import (
     Arch,
     UnsupportedModelError,
     arch_from_config,
+    head_pairs,
+    length_problem,
     read_arch,
     read_arch_and_notes,
 )
@@ -517,7 +519,7 @@ def test_every_attribute_of_the_installed_transformers_is_known(family):
     assert arch_from_config(transformers.AutoConfig.for_model(family)).family == family
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "phi3", "no_such_model", None])
+@pytest.mark.parametrize("family", ["mamba", "t5", "no_such_model", None])
 def test_unknown_architecture_is_refused_with_the_list(family, read):
     with pytest.raises(UnsupportedModelError, match=rf"{family}.*supported: {', '.join(SUPPORTED_FAMILIES)}"):
         read({"model_type": family})
@@ -667,14 +669,28 @@ def test_missing_rope_is_refused(name, changes, what, read):
 @pytest.mark.parametrize(
     "scaling",
     [
-        {"rope_type": "dynamic", "factor": 2.0},
-        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096},
-        {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096},
+        {"rope_type": "proportional", "factor": 2.0},
+        {"rope_type": "no_such_rope", "factor": 4.0},
+        {"type": "no_such_rope", "factor": 4.0},
     ],
 )
 def test_other_ropes_are_refused_with_the_list(scaling, read):
     with pytest.raises(UnsupportedModelError, match=rf"rope type.*supported: {', '.join(SUPPORTED_ROPES)}"):
         read(_LLAMA_2 | {"rope_theta": 10000.0, "rope_scaling": scaling})
+
+
+@pytest.mark.parametrize("name", ["llama-dynamic", "phi3-longrope_partial", "gptj-tied"])
+def test_texts_beyond_the_length_for_which_a_rope_holds_are_refused(name):
+    arch = CASES[name].arch()
+    assert (arch.rope_positions, arch.longest, length_problem(arch, 40)) == (40, 40, None)
+    assert "its rope holds for 40 tokens" in str(length_problem(arch, 41))
+
+
+def test_the_first_dims_of_a_head_are_paired_as_its_rope_rotates_them():
+    assert head_pairs(CASES["llama-gqa-tied-default"].arch()) == ((0, 1, 2, 3), (4, 5, 6, 7))
+    assert head_pairs(CASES["glm-gqa-tied-default"].arch()) == ((0, 2, 4, 5), (1, 3, 6, 7))
+    assert head_pairs(CASES["phi3-longrope_partial"].arch()) == ((0, 1, 2, 3, 8, 9), (4, 5, 6, 7, 10, 11))
+    assert head_pairs(CASES["gpt2-tied"].arch()) == ((0, 1, 2), (3, 4, 5))
 
 
 @pytest.mark.parametrize(

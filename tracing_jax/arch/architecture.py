@@ -159,4 +159,4 @@ def length_problem(arch: Arch, length: int) -> str | None:
         return None
     if arch.num_positions is not None:
         return f"blocks of {length} tokens, the model has learned {arch.num_positions} positions; use shorter blocks"
-    return f"blocks of {length} tokens, beyond {arch.longest} its rope depends on their length; use shorter blocks"
+    return f"blocks of {length} tokens, its rope holds for {arch.longest} tokens; use shorter blocks"

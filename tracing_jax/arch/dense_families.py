@@ -189,6 +189,7 @@ DENSE_FAMILIES: dict[str, Family] = {
         _phi3,
         "rms_norm_eps sliding_window original_max_position_embeddings",
         neutral=_DROPOUTS,
+        names=_without(NAMES, "head_dim"),
         partial_rotary=True,
     ),
     "glm": Family(_glm, "rms_norm_eps attention_bias", partial_rotary=True),
@@ -234,7 +235,11 @@ DENSE_FAMILIES: dict[str, Family] = {
         names=NAMES | {"norm_eps": "norm_epsilon"},
     ),
     "phi": Family(
-        _phi, "layer_norm_eps qk_layernorm", neutral=_DROPOUTS, names=_LAYER_NORM_NAMES, partial_rotary=True
+        _phi,
+        "layer_norm_eps qk_layernorm",
+        neutral=_DROPOUTS,
+        names=_without(_LAYER_NORM_NAMES, "head_dim"),
+        partial_rotary=True,
     ),
     "gptj": Family(
         _gptj,

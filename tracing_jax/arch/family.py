@@ -15,7 +15,7 @@ COMMON = frozenset(
 )
 """Attributes that the configs of nearly every family have, and that are used."""
 
-NAMES: Mapping[str, str] = {
+NAMES: dict[str, str] = {
     "vocab_size": "vocab_size",
     "embed_dim": "hidden_size",
     "num_layers": "num_hidden_layers",
@@ -41,7 +41,8 @@ class Family:
       common: the attributes that are used here under the names that nearly all families share.
       activation: the attribute that names the activation; empty where it is a constant.
       neutral: attributes of this family alone that leave a forward pass without dropout unchanged.
-      names: field of `Arch` -> its config attribute; a field without one follows from others.
+      names: field of `Arch` -> its config attribute; a field without one follows from others, or
+        cannot be changed apart from them.
       partial_rotary: whether only the first dims of a head may be rotated.
       optional_theta: whether its theta was a constant before it became a setting, so that files may lack it.
       rope_layers: config -> for each layer whether its queries and keys are rotated; None: all are.

@@ -85,7 +85,7 @@ def _rope(parameters: dict[str, Any], config: Any, head_dim: int, partial: bool)
     dim = int(head_dim * (1.0 if share is None else share))
     if dim % 2 or not 0 < dim <= head_dim:
         raise UnsupportedModelError(f"a rope on {dim} of {head_dim} dims of a head is not supported")
-    return _scaled(_inverse(theta, dim), parameters, config)
+    return _scaled(_inverse(float(theta), dim), parameters, config)
 
 
 def frequencies(theta: float, dim: int) -> tuple[float, ...]:
@@ -127,7 +127,7 @@ def _yarn(inverse: np.ndarray, parameters: dict[str, Any], config: Any) -> tuple
     def index(turns: float) -> float:  # of the frequency that makes so many turns within the length trained on
         return dim * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(parameters["rope_theta"]))
 
-    low, high = index(parameters.get("beta_fast") or 32), index(parameters.get("beta_slow") or 1)
+    low, high = index(float(parameters.get("beta_fast") or 32)), index(float(parameters.get("beta_slow") or 1))
     if config.rope_parameters.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
@@ -144,7 +144,7 @@ def _yarn_amplitude(parameters: Mapping[str, Any], factor: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
     both = parameters.get("mscale"), parameters.get("mscale_all_dim")
-    return scale(both[0]) / scale(both[1]) if both[0] and both[1] else scale(1.0)
+    return scale(float(both[0])) / scale(float(both[1])) if both[0] and both[1] else scale(1.0)
 
 
 def _longrope(inverse: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarray:

@@ -265,6 +265,10 @@ def _feature_problems(arch: Arch) -> list[str]:
     if arch.norm not in ("rms", "rms_unit_offset"):
         return ["features cannot be added: its LayerNorm subtracts the mean of the features, which zeros change"]
     lines = []
+    if not has_field(arch, "head_dim"):
+        lines.append(
+            "features cannot be added: its config has no field for the width of a head, which follows from them"
+        )
     if arch.qk_norm is not None:
         lines.append("features cannot be added: eps would have to change, and the norms of queries and keys share it")
     if math.isclose(arch.embed_scale, math.sqrt(arch.embed_dim), rel_tol=1e-6):
