@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import yaml
 
 import tracing_jax.merges.models as merge_models
-from tests import merging, tiny
+from benchmarks import siblings as merging
+from tests import tiny
 from tracing_jax.cli import main
 from tracing_jax.merges import MergeError, MergeModels, estimate, grouped, merge_report, read_sums
 from tracing_jax.merges.exchange import log_p_of_layer
@@ -212,6 +214,88 @@ def test_rounding_variance_is_that_of_rounding():
     for dtype in (ml_dtypes.bfloat16, np.float16):
         errors = values.astype(dtype).astype(np.float64) - values
         assert rounding_variance(values, np.dtype(dtype)) == pytest.approx(np.square(errors).mean(), rel=0.05)
+
+
+def by_layer(name):
+    return int(name.startswith("layers/1/"))
+
+
+MADE = {
+    "copy": lambda o, p: p[1],
+    "stitched": lambda o, p: merging.stitched(p, by_layer),
+    "linear": lambda o, p: merging.task_arithmetic(o, p, [0.7, 0.5]),
+    "linear, by tensor": lambda o, p: {  # weights that differ between layers, and in MLPs
+        name: merging.task_arithmetic(o, p, [0.3 + 0.4 * by_layer(name), 0.2 + 0.2 * ("/mlp/" in name)])[name]
+        for name in o
+    },
+    "slerp": lambda o, p: merging.slerp(*p, 0.3),
+    "ties": lambda o, p: merging.ties(o, p, [1.0, 0.5], 0.4),
+    "dare_linear": lambda o, p: merging.dare(o, p, [0.6, 0.4], 0.5, elect=False),
+    "dare_ties": lambda o, p: merging.dare(o, p, [0.6, 0.4], 0.5, elect=True),
+}
+
+
+def value_of(values, name, layer):
+    """A parameter of mergekit for one tensor: the first filter that fits, then a gradient over the two layers."""
+    names = {"norm": "norm", "self_attn": "/attn/", "mlp": "/mlp/", "embed_tokens": "embed/", "lm_head": "lm_head"}
+    if isinstance(values, list) and isinstance(values[0], dict):
+        values = next(own["value"] for own in values if names.get(own.get("filter"), "") in name)
+    return values[layer or 0] if isinstance(values, list) else values
+
+
+def made_again(recipe, name, origin, parents):
+    """The leaf that mergekit would make by a recipe for models A and B of a base named origin."""
+    config, layer = yaml.safe_load(recipe), int(name.split("/")[1]) if name.startswith("layers/") else None
+    if "slices" in config:
+        whose = {
+            int(line.split()[-1] == "B") for line in recipe.splitlines() if line.startswith(f"# {name.split('/')[0]} ")
+        }
+        ranges = [own["sources"][0] for own in config["slices"]]
+        in_layers = [own["model"] for own in ranges if layer in range(*own["layer_range"])]
+        return parents["AB".index(in_layers[0]) if in_layers else whose.pop()][name]
+    own = {given["model"]: given.get("parameters", {}) for given in config["models"]}
+    models = [{"A": parents[0], "B": parents[1]}[key] for key in own]
+    here = [{name: model[name]} for model in models]
+    base = {name: origin[name]}
+    if config["merge_method"] == "slerp":
+        one, other = ({name: parents["AB".index(key)][name]} for key in own)
+        assert config["base_model"] == next(iter(own))
+        return merging.slerp(one, other, value_of(config["parameters"]["t"], name, layer))[name]
+    weights = [value_of(given["weight"], name, layer) for given in own.values()]
+    if config["merge_method"] == "linear":
+        return merging.linear(here, weights)[name]
+    if config["merge_method"] == "task_arithmetic":
+        return merging.task_arithmetic(base, here, weights)[name]
+    (density,) = {round(given["density"], 2) for given in own.values()}
+    assert config["parameters"] == {"normalize": True, "lambda": pytest.approx(1, abs=0.01)}
+    return merging.ties(base, here, weights, density)[name]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if "_" in name or name == "ties" else ()) for name in MADE]
+)
+def test_method_is_named_and_its_recipe_makes_the_child_again(origin, parents, name):
+    child = MADE[name](origin, parents[:2])
+    found = report_of(child, parents[:2], None if name in ("slerp", "stitched") else origin)
+    assert found.record["method"]["name"] == name
+    assert f"method: {name}" in repr(found)
+    if name.startswith("dare"):
+        for model_, weight in zip(yaml.safe_load(found.record["recipe"])["models"], (0.6, 0.4)):
+            assert model_["parameters"] == {
+                "weight": pytest.approx(weight, abs=0.05), "density": pytest.approx(0.5, abs=0.05)
+            }  # fmt: skip
+        return
+    rest = total = 0.0
+    for leaf, values in child.items():
+        rest += np.square(made_again(found.record["recipe"], leaf, origin, parents) - values).sum()
+        total += np.square(values - origin[leaf]).sum()
+    assert rest / total < (2e-3 if name == "ties" else 1e-5)
+
+
+def test_child_that_no_method_explains_has_no_recipe(origin, parents):
+    found = report_of(leaves(8), parents[:2], origin)
+    assert found.record["recipe"] is None
+    assert "part" not in found.parts.values()
 
 
 @pytest.mark.parametrize(

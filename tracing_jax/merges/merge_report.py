@@ -5,9 +5,11 @@ from functools import reduce
 from operator import add
 from typing import Any
 
+from tracing_jax.merges.choice import choose
 from tracing_jax.merges.models import MergeError, MergeModels
 from tracing_jax.merges.normal_equations import read_sums
 from tracing_jax.merges.parts import parts_of, sentence
+from tracing_jax.merges.recipe import recipe
 from tracing_jax.merges.report import MergeReport
 from tracing_jax.merges.shares import Shares, estimate, grouped
 from tracing_jax.record import plain
@@ -33,17 +35,22 @@ def merge_report(
     by_tensor = grouped(models, sums.tensors, lambda tensor: tensor.place)
     by_role = grouped(models, sums.tensors, lambda tensor: tensor.place.role)
     by_layer = grouped(models, sums.tensors, lambda tensor: tensor.place.layer)
-    both = grouped(models, sums.tensors, lambda t: None if t.place.layer is None else (t.place.role, t.place.layer))
+    both = grouped(models, sums.tensors, lambda tensor: (tensor.place.role, tensor.place.layer))
     fit = reduce(add, (shares.fit for shares in by_tensor.values()))
     parts = parts_of(models, sums, whole, list(by_tensor.values()), seed, aligned)
     nested: dict[str, dict[str, Any]] = {}
     for (role, layer), shares in both.items():
-        nested.setdefault(role, {})[str(layer)] = shares.as_dict(models.names)
+        if layer is not None:
+            nested.setdefault(role, {})[str(layer)] = shares.as_dict(models.names)
+    choice = choose(models, sums, seed)
+    origin = None if models.origin is None else str((asked or {}).get("base") or "origin")
     record = {
         **(asked or {}),
         "reference": "origin" if models.origin is not None else models.names[0],
         "sentence": sentence(models, parts, fit),
         "parts": [part.as_dict() for part in parts],
+        "method": choice.as_dict(),
+        "recipe": recipe(models, choice, both, origin, sums.dtype),
         "unexplained": fit.unexplained,
         "rounded": fit.rounded,
         "whole": whole.as_dict(models.names),

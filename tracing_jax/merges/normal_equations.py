@@ -54,6 +54,8 @@ class TensorSums:
 class Sums:
     """All tensors; and, by layer, rows of the same units of an MLP in all models, `[M, U, F]` of each matrix."""
 
+    dtype: str = "float32"
+    """Of the child."""
     tensors: list[TensorSums] = field(default_factory=list)
     units: dict[int, list[Float[np.ndarray, "M U F"]]] = field(default_factory=dict)
 
@@ -64,6 +66,7 @@ def read_sums(models: MergeModels, seed: int = 0) -> Sums:
     with ThreadPoolExecutor(2, "sums") as pool, ThreadPoolExecutor(1, "read ahead") as reader:
         for place, leaves in _ahead(models, reader):
             found.tensors += _sums_of(place, leaves, pool, seed)
+            found.dtype = str(leaves[0].dtype)
             if place.layer is not None and _describes_units(place):
                 found.units.setdefault(place.layer, []).append(_unit_rows(leaves, place, seed))
     found.tensors = _joined(found.tensors)

@@ -13,6 +13,9 @@ from tracing_jax.report.formatting import p_cell
 
 ROLES = ("embedding", "attention", "mlp", "expert", "router", "norm", "head")
 
+_NESTED = {"copy", "stitched", "linear", "linear, by tensor"}
+"""Methods of which each one contains those before it."""
+
 
 @dataclass(frozen=True)
 class MergeReport:
@@ -47,7 +50,7 @@ class MergeReport:
         return str(self.record["sentence"])
 
     def save(self, path: str | Path) -> Path:
-        """Writes the record to a `.json` file, and the figure beside it; returns the path.
+        """Writes the record to a `.json` file, the figure and mergekit's configuration beside it; returns the path.
 
         Raises:
           ValueError, OSError: the path does not end in .json, or cannot be written.
@@ -60,6 +63,8 @@ class MergeReport:
         check_writable(path)
         write_json(path, self.record)
         atomic_write(path.with_suffix(".png"), png(figure_of_shares(self.record)))
+        if self.record["recipe"]:
+            atomic_write(path.with_suffix(".yaml"), self.record["recipe"].encode())
         return path
 
     def __repr__(self) -> str:
@@ -81,9 +86,26 @@ def text_of(record: Mapping[str, Any]) -> str:
     rows += [[role, *_cells(record["by_role"][role], names)] for role in ROLES if role in record["by_role"]]
     rows += [[f"layer {layer}", *_cells(shares, names)] for layer, shares in record["by_layer"].items()]
     lines += [text_table(rows, headers)]
+    lines += _method_lines(record)
     lines += [f"* {part['name']}: {part['reason']}" for part in record["parts"] if part["reason"]]
     lines += [f"* {note}" for note in record["notes"]]
     return "\n".join(lines)
+
+
+def _method_lines(record: Mapping[str, Any]) -> list[str]:
+    """Returns the method with what the best other one loses, and the recipe."""
+    method = record["method"]
+    if method["name"] is None:
+        return []
+    rivals = {name: nats for name, nats in method["nats_per_entry"].items() if name not in _NESTED | {method["name"]}}
+    own = method["nats_per_entry"][method["name"]]
+    beaten = max(rivals, key=lambda name: float(rivals[name])) if rivals else None
+    margin = "" if beaten is None else f", by {own - rivals[beaten]:.2f} nats per held-out entry over {beaten}"
+    left = f"it leaves {100 * method['residual']:.3f} % of what differs"
+    lines = ["", f"method: {method['name']}{margin}; {left}"]
+    if record["recipe"]:
+        lines += ["recipe for mergekit:", *(f"  {line}" for line in record["recipe"].splitlines()), ""]
+    return lines
 
 
 def _cells(shares: Mapping[str, Any], names: list[str]) -> list[Any]:
