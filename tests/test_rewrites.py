@@ -14,9 +14,11 @@ from tracing_jax.axes import AxisTable, LeafSpec, axis_table, check
 from tracing_jax.forward import check_function, logits
 from tracing_jax.rewrites import (
     DISGUISES,
+    CancellingUnits,
     GainScaling,
     GainSetting,
     IdentityLayer,
+    KvRepetition,
     LayerRemoval,
     Padding,
     Permutation,
@@ -25,6 +27,7 @@ from tracing_jax.rewrites import (
     Rewrite,
     Rotation,
     UnitScaling,
+    UnitSplitting,
     Untying,
     ValueMixing,
     apply,
@@ -46,7 +49,7 @@ TOLERANCES = {
 
 REWRITES: tuple[type[Rewrite], ...] = (
     Padding, IdentityLayer, Permutation, GainScaling, GainSetting, Rotation, UnitScaling, ValueMixing, QueryKeyMaps,
-    Renaming,
+    Renaming, UnitSplitting, CancellingUnits, KvRepetition,
 )  # fmt: skip
 LAYOUTS = [name for name in CASES if name.endswith(("mha-tied-default", "gqa-untied-default", "mqa-tied-default"))]
 OPTIONS = ["llama-both_biases", "llama-narrow_heads", "llama-relu", "qwen2-layer_types", "qwen3-attention_bias",
@@ -255,7 +258,7 @@ def test_rewrites_are_pytrees_with_arrays_at_their_leaves(name):
         assert all(one is other for one, other in zip(jax.tree.leaves(again), leaves, strict=True))
         rounded = jax.tree.map(lambda leaf: leaf.astype(np.complex64 if np.iscomplexobj(leaf) else leaf.dtype), rewrite)
         assert jax.tree.structure(rounded) == structure
-        assert bool(leaves) == (type(rewrite) not in (Padding, IdentityLayer, LayerRemoval))
+        assert bool(leaves) == (type(rewrite) not in (Padding, IdentityLayer, LayerRemoval, KvRepetition))
     assert jax.tree.unflatten(jax.tree.structure(Padding(1, 2, 3)), []) == Padding(1, 2, 3)
 
 

@@ -5,6 +5,13 @@ and may change its facts; a disguise, an alignment and the inverse of either are
 to right: `apply` to a whole tree, `sources.rewritten` to a source.
 """
 
+from tracing_jax.rewrites.copies import (
+    CancellingUnits,
+    KvGrouping,
+    KvRepetition,
+    UnitGrouping,
+    UnitSplitting,
+)
 from tracing_jax.rewrites.disguises import DISGUISES, draw_rewrites, rewrite_names
 from tracing_jax.rewrites.expansion import IdentityLayer, LayerRemoval, Padding
 from tracing_jax.rewrites.linear_maps import QueryKeyMaps, Rotation, UnitScaling, ValueMixing
@@ -40,10 +47,13 @@ from tracing_jax.rewrites.rewrite import (
 
 __all__ = [
     "DISGUISES",
+    "CancellingUnits",
     "Dims",
     "GainScaling",
     "GainSetting",
     "IdentityLayer",
+    "KvGrouping",
+    "KvRepetition",
     "LayerRemoval",
     "Padding",
     "Permutation",
@@ -52,7 +62,9 @@ __all__ = [
     "Renaming",
     "Rewrite",
     "Rotation",
+    "UnitGrouping",
     "UnitScaling",
+    "UnitSplitting",
     "Untying",
     "ValueMixing",
     "apply",
