@@ -103,7 +103,9 @@ def test_a_disguise_on_the_command_line_keeps_the_function_and_the_text(family, 
     base = family.member("base")
     main([f"--model={base}", "--disguise=all", "--seed=3", f"--save={tmp_path / 'out'}"])
     said = capsys.readouterr().out
-    assert "rewrites: rename, identity, pad, gains, units, values, queries, rotate, permute" in said
+    assert (
+        "rewrites: rename, identity, split, cancel, pad, repeat, gains, units, values, queries, rotate, permute" in said
+    )
     assert "num_layers: 2 -> 3" in said
     before, after = open_checkpoint(str(base)), open_checkpoint(str(tmp_path / "out"))
     assert after.arch.num_layers == 3

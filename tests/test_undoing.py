@@ -182,6 +182,28 @@ def test_what_was_undone_is_reported():
     assert plain(found.undone) == found.undone
 
 
+def test_copies_are_reported_and_made_one_again():
+    base = in_float64(tiny.qwen3_gqa())
+    rewrites = drawn("split,cancel,repeat,permute", base.arch)
+    hidden = in_memory(rewritten(base, rewrites))
+    restored, found = aligned_to(base, hidden, "auto")
+    more = hidden.arch.mlp_dim - base.arch.mlp_dim, hidden.arch.num_kv_heads - base.arch.num_kv_heads
+    assert found.undone == {"copies": {"units": more[0], "kv_heads": more[1]}}
+    assert restored.arch == base.arch
+    assert greatest_difference(restored, base) < EXACT
+
+
+def test_units_that_only_resemble_each_other_are_no_copies():
+    base = in_float64(tiny.qwen3_gqa())
+    hidden = in_memory(rewritten(base, drawn("split", base.arch)))
+    up = hidden.params["layers"]["0"]["mlp"]["up_proj"]["kernel"]
+    up[:, base.arch.mlp_dim :] += (
+        0.1 * up.std() * np.random.default_rng(0).normal(size=up[:, base.arch.mlp_dim :].shape)
+    )
+    with pytest.raises(AlignmentError, match="units more than in base, of which 0 are inactive"):
+        aligned_to(base, hidden, "all")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gqa", "mqa_gains_minus_one", "experts"])
 def test_auto_gives_back_a_permuted_model_bit_for_bit(name):

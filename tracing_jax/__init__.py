@@ -38,8 +38,10 @@ _MODULES = {
     "merges": ("MergeReport",),
     "options": ("RunOptions",),
     "rewrites": (
+        "CancellingUnits",
         "GainScaling",
         "IdentityLayer",
+        "KvRepetition",
         "Padding",
         "Permutation",
         "QueryKeyMaps",
@@ -47,6 +49,7 @@ _MODULES = {
         "Rewrite",
         "Rotation",
         "UnitScaling",
+        "UnitSplitting",
         "ValueMixing",
         "compose",
         "draw_rewrites",

@@ -17,7 +17,7 @@ PERMUTABLE = ("embed", "mlp", "kv_heads", "q_group", "expert")
 """Axis kinds that can be permuted; `axes.PERMUTABLE`."""
 
 ALIGNABLE = (
-    *PERMUTABLE, "rotation", "gains", "scaling", "values", "queries", "padding", "identity", "all", "auto"
+    *PERMUTABLE, "rotation", "gains", "scaling", "values", "queries", "copies", "padding", "identity", "all", "auto"
 )  # fmt: skip
 """What alignment can undo; `alignment.KINDS` and `alignment.WHOLE`."""
 

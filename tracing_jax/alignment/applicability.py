@@ -14,8 +14,8 @@ MAPS: dict[str, type[Rewrite]] = {
 """Name -> the continuous maps that it stands for: a rotation of the residual stream, gains set to those of base, signed
 scaling of MLP units, mixing of values, maps of queries and keys."""
 
-EXPANSIONS = ("padding", "identity")
-"""Inactive units and layers, which are removed."""
+EXPANSIONS = ("copies", "padding", "identity")
+"""Copies of units and kv heads, which become one; inactive units and layers, which are removed."""
 
 KINDS = (*PERMUTABLE, *MAPS, *EXPANSIONS)
 """Every kind by itself; those of `PERMUTABLE` mean permutations."""
@@ -29,6 +29,7 @@ _NEEDS = {"kv_heads": ("v_dim",), "q_group": ("v_dim",), "expert": ("mlp",)}
 compared."""
 
 _PADDED = ("embed", "mlp", "kv_heads")
+"""Of these ft may have more than base, which then must be inactive."""
 
 
 class AlignmentError(ValueError):
@@ -87,13 +88,23 @@ def alignment_problems(base: Arch, ft: Arch, kinds: Sequence[str]) -> list[str]:
     sizes, sizes_ft = (unit_sizes(arch) for arch in (base, ft))
     if asked and not lines and not set(asked) & (sizes.keys() | sizes_ft.keys() | set(KINDS) - set(PERMUTABLE)):
         lines.append(f"neither model has units of kind {', '.join(asked)}")
+    if "copies" in asked and _repeated(base, ft):
+        times = base.q_group // ft.q_group
+        sizes_ft |= {"kv_heads": ft.num_kv_heads // times, "q_group": base.q_group}
     for kind in _needed(asked, base, ft):
         size, size_ft = sizes.get(kind), sizes_ft.get(kind)
-        padded = "padding" in asked and kind in _PADDED and size is not None and size < (size_ft or 0)
+        dropped = "padding" in asked or ("copies" in asked and kind == "mlp")
+        padded = dropped and kind in _PADDED and size is not None and size < (size_ft or 0)
         if size != size_ft and not padded:
             shown = ["no" if n is None else n for n in (size, size_ft)]
             lines.append(f"{kind}: {shown[0]} units in base, {shown[1]} in ft; they are paired one to one")
     return lines
+
+
+def _repeated(base: Arch, ft: Arch) -> bool:
+    """Returns whether ft can have every kv head several times, each for some of the queries that it has in base."""
+    times = base.q_group // ft.q_group
+    return times > 1 and base.q_group == times * ft.q_group
 
 
 def expected_shape(base: Arch, ft: Arch, kinds: Sequence[str]) -> Arch:
@@ -106,6 +117,11 @@ def expected_shape(base: Arch, ft: Arch, kinds: Sequence[str]) -> Arch:
     if "identity" in asked:
         layers = {name: getattr(base, name) for name in ("num_layers", "layer_ropes", "layer_windows")}
         found = replace(found, **layers)
+    if "copies" in asked and _repeated(base, found):
+        times = base.q_group // found.q_group
+        found = replace(found, num_kv_heads=found.num_kv_heads // times, q_group=base.q_group)
+    if "copies" in asked:
+        found = replace(found, mlp_dim=base.mlp_dim)
     if "padding" in asked:
         widths = {name: getattr(base, name) for name in ("mlp_dim", "embed_dim", "num_kv_heads", "norm_eps")}
         found = replace(found, **widths)

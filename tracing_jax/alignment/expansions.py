@@ -5,11 +5,13 @@ its values are.
 """
 
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from tracing_jax.alignment.applicability import AlignmentError
+from tracing_jax.alignment.copies import group_copies
 from tracing_jax.alignment.float64_leaves import Leaves, in_float64, leaves, own_table, stacked, units_first
 from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisTable, LeafSpec, kind_of
@@ -37,6 +39,16 @@ def remove_expansions(
         layers = _surplus_layers(base, ft)
         rewrites += [LayerRemoval(i) for i in sorted(layers, reverse=True)]
         report["identity"] = {"layers": layers}
+    if "copies" in kinds:
+        after = in_float64(ft, rewrites)
+        times = base.arch.q_group // after.arch.q_group
+        if "padding" in kinds and (rest := after.arch.num_kv_heads % max(times, 1)):
+            # Heads that were added to copies: without them every kv head is there as often as every other.
+            fewer = replace(after.arch, num_kv_heads=after.arch.num_kv_heads - rest)
+            rewrites += [*_to_the_end(fewer, after, kinds), Padding(kv_heads=-rest)]
+        found, removed = group_copies(base.arch, ft, rewrites)
+        rewrites += found
+        report |= {"copies": removed} if removed else {}
     if "padding" in kinds:
         after = in_float64(ft, rewrites)
         dropped = {

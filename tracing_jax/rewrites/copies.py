@@ -357,7 +357,7 @@ class KvGrouping(Rewrite):
 
 def _unit_axes(table: AxisTable) -> dict[str, tuple[int, ...]]:
     """Returns the axes of MLP units, each with its shape, that of its parent first."""
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for axis, size in table.sizes.items():
         if kind_of(axis) == "mlp":
             parent = table.parent_axis.get(axis)

@@ -8,6 +8,7 @@ from jaxtyping import Int, PRNGKeyArray
 
 from tracing_jax.arch import Arch
 from tracing_jax.dataclass_options import comma_list
+from tracing_jax.rewrites.copies import CancellingUnits, KvRepetition, UnitSplitting
 from tracing_jax.rewrites.expansion import IdentityLayer, Padding
 from tracing_jax.rewrites.linear_maps import QueryKeyMaps, Rotation, UnitScaling, ValueMixing
 from tracing_jax.rewrites.norm_gains import GainScaling
@@ -17,10 +18,11 @@ from tracing_jax.rewrites.rewrite import Rewrite
 DISGUISES: dict[str, type[Rewrite]] = {
     kind.name: kind
     for kind in (
-        Renaming, IdentityLayer, Padding, GainScaling, UnitScaling, ValueMixing, QueryKeyMaps, Rotation, Permutation
+        Renaming, IdentityLayer, UnitSplitting, CancellingUnits, Padding, KvRepetition, GainScaling, UnitScaling,
+        ValueMixing, QueryKeyMaps, Rotation, Permutation,
     )
 }  # fmt: skip
-"""Name -> what can be drawn, in the order of `all`: what adds zeros comes before what hides them."""
+"""Name -> what can be drawn, in the order of `all`: what adds units, heads and layers comes before what hides them."""
 
 
 def rewrite_names(listed: str) -> list[str]:
