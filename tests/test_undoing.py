@@ -197,9 +197,8 @@ def test_units_that_only_resemble_each_other_are_no_copies():
     base = in_float64(tiny.qwen3_gqa())
     hidden = in_memory(rewritten(base, drawn("split", base.arch)))
     up = hidden.params["layers"]["0"]["mlp"]["up_proj"]["kernel"]
-    up[:, base.arch.mlp_dim :] += (
-        0.1 * up.std() * np.random.default_rng(0).normal(size=up[:, base.arch.mlp_dim :].shape)
-    )
+    copies = up[:, base.arch.mlp_dim :]
+    copies += 0.1 * up.std() * np.random.default_rng(0).normal(size=copies.shape)
     with pytest.raises(AlignmentError, match="units more than in base, of which 0 are inactive"):
         aligned_to(base, hidden, "all")
 

@@ -21,7 +21,10 @@ ALIGNABLE = (
 )  # fmt: skip
 """What alignment can undo; `alignment.KINDS` and `alignment.WHOLE`."""
 
-REWRITES = ("rename", "identity", "pad", "gains", "units", "values", "queries", "rotate", "permute", "all")
+REWRITES = (
+    *("rename", "identity", "split", "cancel", "pad", "repeat", "gains", "units", "values", "queries", "rotate"),
+    *("permute", "all"),
+)
 """Random function-preserving rewrites; the names of `rewrites.DISGUISES`, and all."""
 
 FORMS = ("forward", "weights")
