@@ -15,7 +15,7 @@ from ml_collections import config_flags
 from tracing_jax.cli.absl_flags import define_flags, given_flags, run_program
 from tracing_jax.cli.arguments import Parser, add_options
 from tracing_jax.cli.errors import exit_on_user_error
-from tracing_jax.cli.program import ProgramOptions, run_experiment
+from tracing_jax.cli.program import EXIT_STATUS, ProgramOptions, run_experiment
 from tracing_jax.dataclass_options import from_values, replaced
 from tracing_jax.options import RunOptions
 
@@ -73,6 +73,7 @@ def _print_help() -> None:
         parser.add_argument(f"--{name}", action="store_true", help=meaning)
     add_options(parser, RunOptions(), negation="--no")
     add_options(parser, ProgramOptions(), negation="--no")
+    parser.epilog = EXIT_STATUS
     parser.print_help()
 
 

@@ -22,5 +22,9 @@ def assert_same_numbers(one: Any, other: Any, where: str = "", tolerance: float 
 
 def without_circumstances(record: dict[str, Any]) -> dict[str, Any]:
     """Returns a record without what may differ between two runs that found the same."""
-    kept = {key: value for key, value in record.items() if key not in ("seconds", "args", "notes", "commit", "device")}
+    kept = {
+        key: value
+        for key, value in record.items()
+        if key not in ("seconds", "args", "notes", "commit", "device", "digest")
+    }
     return kept | {"notes": [note for note in record["notes"] if not note.startswith(("memory", "continues"))]}

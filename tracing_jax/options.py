@@ -27,6 +27,9 @@ REWRITES = (
 )
 """Random function-preserving rewrites; the names of `rewrites.DISGUISES`, and all."""
 
+CLAIMS = ("same-as", "finetune-of", "adapter-of", "quantised-of", "pruned-of", "merge-of", "from-scratch")
+"""Claims that can be tested; the names of `claims.ASSERTS`."""
+
 FORMS = ("forward", "weights")
 """Forms of `match` and `match_all`: activations on a text, or on the shared embeddings without a forward pass."""
 
@@ -301,6 +304,10 @@ class RunOptions:
         above=0,
         at_most=0.05,
     )
+    claim: str | None = _statistics(
+        None, "What is stated of the fine-tuned model, of base: it holds, is contradicted, or cannot be tested.",
+        choices=CLAIMS,
+    )  # fmt: skip
     eval: bool = _statistics(False, "Perplexity of both models.")
 
     dataset: str | None = _text(

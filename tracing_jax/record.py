@@ -168,6 +168,18 @@ def _not_plain(value: Any, where: str) -> TypeError:
     return TypeError(f"{where} is of type {kind}, expected a number, string, list, mapping, array, path or None")
 
 
+def digest_of(record: Mapping[str, Any]) -> str:
+    """SHA-256 of a record without its field `digest`, as compact JSON with sorted keys."""
+    content = {key: value for key, value in plain(record).items() if key != "digest"}
+    text = json.dumps(content, allow_nan=False, ensure_ascii=True, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def with_digest(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with its digest, by which a later change of it shows; it is no signature."""
+    return {**record, "digest": digest_of(record)}
+
+
 def write_json(path: str | PurePath, record: Mapping[str, Any]) -> None:
     """Writes `plain(record)` as strict JSON, atomically."""
     text = json.dumps(plain(record), allow_nan=False, ensure_ascii=False, indent=1)

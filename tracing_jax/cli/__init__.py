@@ -12,6 +12,7 @@ from tracing_jax.cli.arguments import Parser
 
 VERBS = {
     "compare": "trace one or more models to a base: the verdict, and the layers behind it",
+    "verify": "check a record: its content, the files of its models, and the test that decided",
     "align": "align a model to a base, and write it as a checkpoint",
     "merge": "find which parents a model was merged of, and in what shares",
     "disguise": "write a checkpoint of the same function in other weights",
@@ -25,7 +26,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line of this process, or the one given."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] and argv[0] in VERBS:
-        _run_verb(argv[0], argv[1:])
+        try:
+            _run_verb(argv[0], argv[1:])
+        except KeyboardInterrupt:
+            from tracing_jax.cli.errors import end_interrupted
+
+            end_interrupted()
         return
     parser = Parser("tracing-jax", description="Were two language models trained independently, or does one descend "
                     "from the other?")  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 
 from absl import app, flags
 
+from tracing_jax.cli.errors import end_interrupted
 from tracing_jax.dataclass_options import Option, options_of, parse, suggestion
 from tracing_jax.options import STATISTICS, unknown_option
 
@@ -48,7 +49,10 @@ def run_program(main: Callable[[Sequence[str]], None], argv: Sequence[str], prin
     if any(argument.startswith("-") and argument.lstrip("-").split("=")[0] in _HELP for argument in argv[1:]):
         print_help()
         return
-    app.run(main, argv=list(argv), flags_parser=parse_flags)
+    try:
+        app.run(main, argv=list(argv), flags_parser=parse_flags)
+    except KeyboardInterrupt:
+        end_interrupted()
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:

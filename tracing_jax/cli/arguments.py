@@ -18,6 +18,13 @@ class Parser(argparse.ArgumentParser):
         layout = functools.partial(argparse.HelpFormatter, max_help_position=34, width=110)
         super().__init__(*args, **{"formatter_class": layout, "allow_abbrev": False, **kwargs})
 
+    def format_help(self) -> str:
+        """Returns the help, with the epilog as it is written."""
+        epilog, self.epilog = self.epilog, None
+        text = super().format_help()
+        self.epilog = epilog
+        return f"{text}\n{epilog}\n" if epilog else text
+
     def error(self, message: str) -> NoReturn:
         """Ends the program with the message and exit status 2."""
         if found := re.match(r"unrecognized arguments: (--\S+)", message):

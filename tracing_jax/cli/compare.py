@@ -3,7 +3,7 @@
 import argparse
 
 from tracing_jax.cli.arguments import add_options, given
-from tracing_jax.cli.program import ProgramOptions, run_experiment
+from tracing_jax.cli.program import EXIT_STATUS, ProgramOptions, run_experiment
 from tracing_jax.dataclass_options import replaced
 from tracing_jax.options import COMPARE, RunOptions
 
@@ -13,6 +13,7 @@ MODEL = "a folder, a Hub id org/name or org/name@revision, or demo:<member>"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
+    parser.epilog = EXIT_STATUS
     parser.add_argument("base", metavar="BASE", help=f"base model: {MODEL}")
     parser.add_argument("ft", metavar="FT", nargs="+", help="the models that may descend from it")
     add_options(parser, ProgramOptions())

@@ -5,6 +5,7 @@ import logging as stdlib_logging
 import os
 import sys
 from collections.abc import Iterator
+from typing import NoReturn
 
 from absl import logging
 
@@ -22,6 +23,8 @@ def exit_on_user_error() -> Iterator[None]:
     """Ends the program with one clear message for an error that a user can correct."""
     try:
         yield
+    except KeyboardInterrupt:
+        end_interrupted()
     except Exception as error:
         # JAX is known by name, so that importing this module does not import it.
         of_user = isinstance(error, ValueError | OSError | ModuleNotFoundError)
@@ -32,3 +35,9 @@ def exit_on_user_error() -> Iterator[None]:
             "\nless memory: a smaller batch_size, dtype=bfloat16, or more devices" if "RESOURCE" in str(error) else ""
         )
         sys.exit(f"error: {error}{memory}\n(--verbosity=1 shows where it happened)")
+
+
+def end_interrupted() -> NoReturn:
+    """Ends the program after Ctrl-C: one line, and the status that shells give to a program stopped by it."""
+    print("interrupted; a run that is saved continues where it was when it is started again", file=sys.stderr)
+    sys.exit(130)

@@ -4,11 +4,26 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tracing_jax.cli.compilation_cache import keep_compiled_programs
 from tracing_jax.cli.errors import configure_logging, exit_on_user_error
-from tracing_jax.dataclass_options import checked, option
+from tracing_jax.dataclass_options import checked, option, suggestion
+
+EXIT_STATUS = """exit status:
+  0    done; a claim, if there is one, holds
+  1    an error that is named in one message
+  2    a mistake in the command line
+  3    the claim is contradicted, or a verdict is one of --fail_on
+  4    the claim cannot be tested on this pair
+  130  interrupted"""
+"""What the exit status of a program says, for `--help`."""
+
+EXPORTS = ("cyclonedx", "sarif", "in-toto")
+"""Formats of `--export`; the names of `report.exports.FORMATS`."""
+
+_SYNONYMS = {"independent": "no_evidence"}
 
 
 @dataclass(frozen=True)
@@ -19,8 +34,15 @@ class ProgramOptions:
     json: bool = option(False, "Print the record as JSON, and nothing else, on standard output.", group="program")
     fail_on: tuple[str, ...] = option(
         (),
-        "Exit with status 3 if the verdict on any pair is one of these; related stands for identical too.",
-        choices=("identical", "related", "no_evidence", "undecided", "not_testable"),
+        "Exit with status 3 if the verdict on any pair is one of these; related stands for identical too, and "
+        "independent for no_evidence.",
+        choices=("identical", "related", "no_evidence", "undecided", "not_testable", "independent"),
+        group="program",
+    )
+    export: tuple[str, ...] = option(
+        (),
+        "Files to write for other tools, as FORMAT:FILE: cyclonedx (an ML-BOM), sarif (annotations in CI), in-toto (an "
+        "unsigned statement).",
         group="program",
     )
     no_compile_cache: bool = option(
@@ -38,7 +60,7 @@ class ProgramOptions:
 
 
 def run_experiment(config: Any, program: ProgramOptions) -> list[dict[str, Any]]:
-    """Runs an experiment, prints what it found, and returns its records; exits with status 3 on the verdict `fail_on`.
+    """Runs an experiment, prints what it found, and returns its records; exits with the status of `EXIT_STATUS`.
 
     An error that a user can correct ends the program with one message.
 
@@ -49,22 +71,60 @@ def run_experiment(config: Any, program: ProgramOptions) -> list[dict[str, Any]]
     configure_logging()
     with exit_on_user_error():
         checked(program)
+        exports = export_files(program.export)
         if not program.no_compile_cache:
             keep_compiled_programs()
         from tracing_jax import experiment
         from tracing_jax.distributed import initialized, is_main_process
 
         with initialized(program.coordinator, program.num_processes, program.process_id), exit_on_user_error():
-            records = experiment.run(config)
+            try:
+                records = experiment.run(config)
+            except experiment.NotSavedError as error:
+                print(_output(error.records, program))
+                raise
             if is_main_process():
                 print(_output(records, program))
-            if any(_fails(record["verdict"]["verdict"], program.fail_on) for record in records):
-                sys.exit(3)
+                _write_exports(records, exports, program.fail_on)
+            if status := exit_status(records, program.fail_on):
+                sys.exit(status)
     return records
 
 
-def _fails(verdict: str, fail_on: Sequence[str]) -> bool:
-    return verdict in fail_on or (verdict == "identical" and "related" in fail_on)
+def export_files(asked: Sequence[str]) -> dict[str, Path]:
+    """Returns format -> file of the exports that were asked for.
+
+    Raises:
+      ValueError: another form than FORMAT:FILE, or no such format.
+    """
+    found = {}
+    for text in asked:
+        form, _, file = text.partition(":")
+        if form not in EXPORTS or not file:
+            hint = suggestion(form, EXPORTS)
+            raise ValueError(f"export={text}: expected FORMAT:FILE with a format of {', '.join(EXPORTS)}{hint}")
+        found[form] = Path(file).expanduser()
+    return found
+
+
+def _write_exports(records: Sequence[Mapping[str, Any]], files: Mapping[str, Path], fail_on: Sequence[str]) -> None:
+    from tracing_jax.record import atomic_write, check_writable
+    from tracing_jax.report.exports import exported
+
+    failing = [exit_status([record], fail_on) == 3 for record in records]
+    for form, file in files.items():
+        check_writable(file)
+        atomic_write(file, exported(form, records, failing).encode())
+
+
+def exit_status(records: Sequence[Mapping[str, Any]], fail_on: Sequence[str]) -> int:
+    """Returns the exit status of a run that ended: 0, 3 or 4, see `EXIT_STATUS`; of several pairs the gravest."""
+    wanted = {_SYNONYMS.get(word, word) for word in fail_on}
+    wanted |= {"identical"} if "related" in wanted else set()
+    outcomes = {(record.get("claim") or {}).get("outcome") for record in records}
+    if "contradicted" in outcomes or any(record["verdict"]["verdict"] in wanted for record in records):
+        return 3
+    return 4 if "not_testable" in outcomes else 0
 
 
 def _output(records: Sequence[Mapping[str, Any]], program: ProgramOptions) -> str:
@@ -74,5 +134,15 @@ def _output(records: Sequence[Mapping[str, Any]], program: ProgramOptions) -> st
     if program.json:
         return json.dumps(records[0] if len(records) == 1 else records, indent=1, ensure_ascii=False)
     if program.quiet:
-        return "\n".join(summary([record]).splitlines()[0] for record in records)
+        return "\n".join(line for record in records for line in _quiet(record))
     return summary(records)
+
+
+def _quiet(record: Mapping[str, Any]) -> list[str]:
+    from tracing_jax.report import summary
+
+    claim = record.get("claim")
+    said = (
+        [f"CLAIM {claim['outcome'].replace('_', ' ').upper()}  {claim['claim']}: {claim['because']}"] if claim else []
+    )
+    return [*said, summary([{**record, "claim": None}]).splitlines()[0]]

@@ -1,5 +1,6 @@
 """Where text comes from: named data sets, data sets of the Hub, and local files."""
 
+import difflib
 import gc
 import json
 from collections.abc import Callable, Generator, Iterator
@@ -291,10 +292,12 @@ def _hub_errors(dataset: str, subset: str | None) -> Iterator[None]:
     except Exception as error:  # the Hub's, the network's and the files' errors have no common class
         # Requests, whose addresses may be signed, are not quoted.
         reason = type(error).__name__ if isinstance(error, HTTPError) else error
+        close = difflib.get_close_matches(dataset, list(NAMED_DATASETS), n=1)
+        hint = f"\nDid you mean {close[0]}?" if close else ""
         raise ValueError(
             f"cannot read the Hub data set {dataset!r} ({subset=}): {reason}\nExpected a path, a Hub id or one of "
             f"{', '.join(NAMED_DATASETS)}. Without a network, give a local text file (--dataset FILE), or copy the "
-            f"cache of datasets from a machine where datasets.load_dataset({dataset!r}, {subset!r}) has run"
+            f"cache of datasets from a machine where datasets.load_dataset({dataset!r}, {subset!r}) has run{hint}"
         ) from None
 
 

@@ -24,12 +24,13 @@ from tracing_jax.experiment.saving import save_pairs, save_run
 from tracing_jax.experiment.steps import StepTimer, run_steps
 from tracing_jax.experiment.validation import DEMO, check_options
 from tracing_jax.options import RunOptions
-from tracing_jax.record import FORMAT, RunFiles, check_writable, commit, plain
+from tracing_jax.record import FORMAT, RunFiles, check_writable, commit, plain, with_digest
 from tracing_jax.run_cache import RUN_CACHE, RunCache
 from tracing_jax.statistics import over_pairs
 
 __all__ = [
     "ConfigError",
+    "NotSavedError",
     "Outcome",
     "check_config",
     "compute",
@@ -42,6 +43,20 @@ __all__ = [
 
 Config: TypeAlias = RunOptions | ConfigDict | Mapping[str, Any]
 """Options of a run, or a config or nested mapping of them; what it lacks has its default."""
+
+
+class NotSavedError(OSError):
+    """The files of a run could not be written, when all was computed: a full disk, or a folder that is gone.
+
+    Attributes:
+      records: what was found.
+    """
+
+    def __init__(self, error: OSError, records: list[dict[str, Any]]):
+        super().__init__(
+            f"the results could not be written: {error}; free space, or choose another save, and run again"
+        )
+        self.records = records
 
 
 def run(config: Config) -> list[dict[str, Any]]:
@@ -62,7 +77,10 @@ def run(config: Config) -> list[dict[str, Any]]:
     traced = {name: trace(pair, finished) for name, pair in pairs.items()}
     records = dict(zip(traced, _adjusted_over_pairs(list(traced.values()))))
     if is_main_process():
-        save_pairs(records, files)
+        try:
+            save_pairs(records, files)
+        except OSError as error:
+            raise NotSavedError(error, list(records.values())) from error
     for run_cache in finished:
         run_cache.clear()
     return list(records.values())
@@ -81,7 +99,10 @@ def trace(config: Config, finished: list[RunCache] | None = None) -> dict[str, A
     options = check_config(config)
     outcome = compute(options)
     if options.save is not None and is_main_process():
-        outcome.save(options.save)
+        try:
+            outcome.save(options.save)
+        except OSError as error:
+            raise NotSavedError(error, [outcome.record]) from error
     if finished is None:
         outcome.run_cache.clear()
     else:
@@ -146,7 +167,7 @@ def compute(config: Config) -> Outcome:
         }
     )
     arrays = {name: result.arrays for name, result in found.before.items() if result.arrays}
-    return Outcome(record, found.alignment, arrays, run_cache)
+    return Outcome(with_digest(record), found.alignment, arrays, run_cache)
 
 
 def check_config(config: Config) -> RunOptions:
@@ -175,7 +196,7 @@ def _adjusted_over_pairs(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns the records with `over_pairs_log10_p` in the verdict: its p-value adjusted over the pairs as well."""
     adjusted = over_pairs([record["verdict"]["adjusted_log10_p"] for record in records])
     return [
-        {**record, "verdict": {**record["verdict"], "over_pairs_log10_p": log10_p}}
+        with_digest({**record, "verdict": {**record["verdict"], "over_pairs_log10_p": log10_p}})
         for record, log10_p in zip(records, adjusted)
     ]
 

@@ -107,6 +107,7 @@ def open_inputs(options: RunOptions) -> RunInputs:
         reads_part_only=reads_part_only(options),
         notes=[
             *(f"{side}: {note}" for side, model in (("base", base), ("ft", ft)) for note in model.notes),
+            *(["base and ft are the same files"] if _same_files(base, ft) else []),
             *tokenizer_notes,
             *fitting_notes,
             *_pair_notes(base.arch, ft_arch, vocabularies, "mode" in statistics and "mode" not in not_applicable),
@@ -125,6 +126,10 @@ def inapplicable(
         for name, statistic in statistics.items()
     }
     return {name: "; ".join(lines) for name, lines in problems.items() if lines}
+
+
+def _same_files(base: Checkpoint, ft: Checkpoint) -> bool:
+    return [file.resolve() for file in base.tensors.files()] == [file.resolve() for file in ft.tensors.files()]
 
 
 def _draw_disguise(options: RunOptions, ft: Checkpoint) -> tuple[Rewrite, ...]:

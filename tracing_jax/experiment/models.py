@@ -1,12 +1,13 @@
 """From the model ids of a run to open checkpoints, and to how their tokens correspond; no weight is read."""
 
+import difflib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tracing_jax import demo
-from tracing_jax.checkpoint import Checkpoint, WeightsOnly, open_checkpoint, tokenizer_folder
+from tracing_jax.checkpoint import Checkpoint, CheckpointError, WeightsOnly, open_checkpoint, tokenizer_folder
 from tracing_jax.complaints import shortened
 from tracing_jax.data import load_tokenizer, same_tokenizer, shared_tokens, unseen_tokens
 from tracing_jax.dataclass_options import ConfigError
@@ -35,7 +36,7 @@ def reads_part_only(options: RunOptions) -> bool:
     """Returns whether a small part of the weights is all that is asked for, so that the rest is better left unread."""
     if set(statistic_names(options)) - LIGHT:
         return False
-    return not (options.align or options.eval or options.disguise or options.permute)
+    return not (options.align or options.eval or options.disguise or options.permute or options.claim)
 
 
 def open_models(options: RunOptions) -> tuple[Checkpoint, Checkpoint]:
@@ -117,10 +118,28 @@ def shared_vocabulary(base: Checkpoint, ft: Checkpoint, tokenizer_base: Any, tok
 
 
 def _open(options: RunOptions, model_id: str, adapter_base: str | None = None, layout: str | None = None) -> Checkpoint:
-    checkpoint = open_checkpoint(
-        resolve_model_id(model_id),
-        in_ranges=reads_part_only(options),
-        adapter_base=adapter_base,
-        weights_only=WeightsOnly(layout, options.component),
-    )
+    try:
+        checkpoint = open_checkpoint(
+            resolve_model_id(model_id),
+            in_ranges=reads_part_only(options),
+            adapter_base=adapter_base,
+            weights_only=WeightsOnly(layout, options.component),
+        )
+    except CheckpointError as error:
+        if hint := _folder_that_may_be_meant(model_id):
+            raise CheckpointError(*error.problems, hint) from error
+        raise
     return checkpoint.first_layers(options.max_layers) if options.max_layers else checkpoint
+
+
+def _folder_that_may_be_meant(model_id: str) -> str:
+    """Returns a line that names the folder beside a missing one whose name is closest; empty if there is none."""
+    path = Path(model_id).expanduser()
+    if model_id.startswith(DEMO) or path.exists() or not path.parent.is_dir():
+        return ""
+    try:
+        beside = [other.name for other in path.parent.iterdir() if other.is_dir() or other.suffix == ".gguf"]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(path.name, beside, n=1)
+    return f"{model_id!r} is not on this machine; did you mean {path.parent / close[0]}?" if close else ""

@@ -10,6 +10,7 @@ import numpy as np
 from absl import logging
 
 from tracing_jax.alignment import Alignment
+from tracing_jax.claims import ClaimInputs, ClaimResult, judge
 from tracing_jax.data import TokenBlocks
 from tracing_jax.experiment.aligning import align_ft, write_aligned
 from tracing_jax.experiment.identity import identical_tensors
@@ -48,6 +49,7 @@ class Findings:
       identical: how many tensors of the two models are identical; None if one was changed before it was traced.
       scope: what was read of the models, where that is less than all.
       before, after: the results of the statistics, before and after the alignment.
+      claim: what became of the claim.
     """
 
     models: Mapping[str, Any] = field(default_factory=dict)
@@ -55,6 +57,7 @@ class Findings:
     scope: str = ""
     before: Mapping[str, Result] = field(default_factory=dict)
     after: Mapping[str, Result] = field(default_factory=dict)
+    claim: ClaimResult | None = None
     disguise: Mapping[str, Any] | None = None
     permutation: Mapping[str, Any] | None = None
     alignment: Alignment | None = None
@@ -73,6 +76,7 @@ class Findings:
             },
             "identical": None if self.identical is None else asdict(self.identical),
             "verdict": verdict(self.before, level, self.identical, self.scope).as_dict(),
+            "claim": None if self.claim is None else self.claim.as_dict(),
             "perplexity": self.perplexity,
         }
 
@@ -82,7 +86,7 @@ def run_steps(
 ) -> Findings:
     """Runs all requested steps but saving. Replaced models are freed."""
     found = Findings(scope=scope_of(inputs.base.arch, inputs.ft.arch, options.component))
-    if not (inputs.disguise or options.permute or inputs.reads_part_only):
+    if options.claim or not (inputs.disguise or options.permute or inputs.reads_part_only):
         with timer.step("identical tensors"):
             found.identical = identical_tensors(inputs.base, inputs.ft)
     with timer.step("load"):
@@ -97,6 +101,9 @@ def run_steps(
                 pair, found.permutation = permute_ft(options, pair)
         with timer.step("statistic"):
             found.before = _compute(inputs, pair, inputs.not_applicable)
+        if options.claim:
+            with timer.step("claim"):
+                found.claim = _judged(options, inputs, pair, found)
         if options.align and not inputs.not_alignable:
             with timer.step("align"):
                 pair, found.alignment = align_ft(options, inputs, pair)
@@ -113,6 +120,12 @@ def run_steps(
         with timer.step("hashes"):
             found.models = model_facts()
     return found
+
+
+def _judged(options: RunOptions, inputs: RunInputs, pair: Pair, found: Findings) -> ClaimResult:
+    assert options.claim is not None
+    said = verdict(found.before, options.level, found.identical, found.scope)
+    return judge(options.claim, ClaimInputs(inputs.base, inputs.ft, pair, said, found.before, options.seed))
 
 
 def _compute(inputs: RunInputs, pair: Pair, not_applicable: Mapping[str, str]) -> dict[str, Result]:

@@ -50,6 +50,7 @@ def check_options(options: RunOptions) -> None:
         *_statistic_problems(options),
         *_alignment_problems(options),
         *_disguise_problems(options),
+        *_claim_problems(options),
         *_save_problems(options),
     ]
     if lines:
@@ -205,6 +206,17 @@ def _disguise_problems(options: RunOptions) -> list[str]:
             f"`python -m tracing_jax.rewrites --disguise={shown} ...` and trace that"
         )
     return lines
+
+
+def _claim_problems(options: RunOptions) -> list[str]:
+    if not options.claim:
+        return []
+    asked = {"permute": options.permute, "disguise": options.disguise, "max_layers": options.max_layers}
+    return [
+        f"claim={options.claim}: it is about the models as they are in their files; leave {name} out"
+        for name, value in asked.items()
+        if value
+    ]
 
 
 def _save_problems(options: RunOptions) -> list[str]:

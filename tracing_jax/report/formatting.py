@@ -125,6 +125,12 @@ def verdict_word(word: str) -> str:
     return word.replace("_", " ").upper()
 
 
+def claim_text(claim: Mapping[str, Any]) -> str:
+    """A claim, what became of it and why: `CLAIM HOLDS  finetune-of: ... (not said: ...)`."""
+    text = f"CLAIM {verdict_word(claim['outcome'])}  {claim['claim']}: {claim['because']}"
+    return f"{text} (not said: {claim['not_said']})" if claim["outcome"] == "holds" else text
+
+
 def verdict_p_text(verdict: Mapping[str, Any]) -> str:
     """The p-value of a verdict; a calibrated one never below 10^-12, with the assumption that it rests on."""
     log10_p = float(verdict["adjusted_log10_p"])

@@ -66,8 +66,20 @@ def html(record: Mapping[str, Any], images: RunImages | None = None) -> str:
         summary=summary,
         sections=_sections(record, images),
         banner=Banner(verdict["verdict"], verdict["meaning"], verdict_facts(verdict)) if verdict else None,
-        first=_verdict_sections(verdict) if verdict else (),
+        first=[*_claim_sections(record.get("claim")), *(_verdict_sections(verdict) if verdict else ())],
     ).html()
+
+
+def _claim_sections(claim: Mapping[str, Any] | None) -> list[Section]:
+    """What was claimed of the pair, and what became of it."""
+    if not claim:
+        return []
+    rows = [
+        ("says", claim["asserts"]),
+        (claim["outcome"].replace("_", " "), claim["because"]),
+        ("not said", claim["not_said"]),
+    ]
+    return [Section(f"Claim: {claim['claim']}", table=table_of(("", ""), rows))]
 
 
 def _verdict_sections(verdict: Mapping[str, Any]) -> list[Section]:

@@ -14,6 +14,8 @@ from tracing_jax.report.figures import pairs_figure, png
 from tracing_jax.report.formatting import (
     ABSENT,
     caveats,
+    cell,
+    claim_text,
     decided_by,
     outcome,
     p_cell,
@@ -114,6 +116,8 @@ def _pair_lines(record: Mapping[str, Any]) -> list[str]:
     lines = [pair]
     if verdict:
         lines = _wrapped(f"{verdict_word(verdict['verdict'])}  {pair}: {verdict['meaning']}", "", "  ")
+        if claim := record.get("claim"):
+            lines = [*_wrapped(claim_text(claim), "", "  "), *lines]
         lines += _wrapped(verdict["effect"], "  ", "    ") if verdict.get("effect") else []
         lines += _wrapped(decided_by(verdict), "  ", "    ")
         found = verdict["verdict"] in ("related", "identical")
@@ -124,7 +128,15 @@ def _pair_lines(record: Mapping[str, Any]) -> list[str]:
     for name, sides in record["statistics"].items():
         text = f"{subject(name, sides)}: {outcome(sides)}".removeprefix(name).removeprefix(": ")
         lines += _wrapped(text, f"  {name:<{width}}  ", " " * (width + 4))
+    if perplexity := record.get("perplexity"):
+        lines += _wrapped(f"perplexity: {', '.join(_perplexity(*side) for side in perplexity.items())}", "  ", "    ")
     return [*lines, *(line for note in record["notes"] for line in _wrapped(f"note: {note}", "  ", "    "))]
+
+
+def _perplexity(side: str, found: Mapping[str, Any]) -> str:
+    per_byte = found.get("perplexity_per_byte")
+    text = f"{side} {cell(found.get('perplexity'))}"
+    return text if per_byte is None else f"{text} ({cell(per_byte)} per byte)"
 
 
 def _wrapped(text: str, first: str, following: str) -> list[str]:

@@ -1,0 +1,305 @@
+"""Claims on a pair: each holds where it was made true, is contradicted where it was made false, and says no more."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import derived_models as make
+import gguf
+import ml_dtypes
+import numpy as np
+import pytest
+from derived_models import derived
+from scipy.stats import norm
+from test_gguf import _LLAMA, _theta, _written
+
+from tracing_jax import cli
+from tracing_jax.checkpoint import open_checkpoint
+from tracing_jax.claims import ASSERTS, NOT_SAID, ClaimInputs, ClaimResult, judge
+from tracing_jax.claims.low_rank import effective_rank
+from tracing_jax.claims.quantised_copies import _TABLES
+from tracing_jax.cli.program import exit_status
+from tracing_jax.dataclass_options import ConfigError, problems
+from tracing_jax.experiment import check_config
+from tracing_jax.experiment.identity import identical_tensors
+from tracing_jax.options import CLAIMS, RunOptions
+from tracing_jax.rewrites import draw_rewrites
+from tracing_jax.sharding import Compute, make_mesh
+from tracing_jax.sources import in_memory, rewritten
+from tracing_jax.statistics import Pair, Verdict, Vocabularies
+
+
+def judged(claim: str, base: Path, ft: Path, word: str = "related", **changes: object) -> ClaimResult:
+    """Judges a claim with the verdict given: the tests themselves have tests of their own."""
+    one, other = open_checkpoint(str(base)), open_checkpoint(str(ft))
+    ids = np.arange(one.arch.vocab_size, dtype=np.int32)
+    pair = Pair(one, other, Vocabularies(True, ids, ids), None, Compute(make_mesh(1, 1)), 0)
+    said = Verdict(word, "as the test has it", 1e-3, identical=identical_tensors(one, other))
+    return judge(claim, replace(ClaimInputs(one, other, pair, said, {}, 0), **changes))
+
+
+@pytest.fixture(scope="module")
+def base(family):
+    return family.member("base")
+
+
+@pytest.fixture(scope="module")
+def finetune(family):
+    return family.member("finetune")
+
+
+def test_every_claim_says_what_it_asserts_and_what_it_does_not(base):
+    assert set(ASSERTS) == set(NOT_SAID) == set(CLAIMS)
+    for claim in CLAIMS:
+        found = judged(claim, base, base, "identical")
+        assert found.outcome == ("holds" if claim == "same-as" else "contradicted")
+
+
+# same-as
+
+
+def test_same_as_tells_equal_numbers_rounded_ones_and_rewrites_apart(base, finetune, family, tmp_path):
+    half = derived(base, tmp_path / "half", make.rounded)
+    assert judged("same-as", base, base).evidence["how"] == "numbers"
+    assert judged("same-as", base, half).evidence["how"] == judged("same-as", half, base).evidence["how"] == "rounded"
+    hidden = judged("same-as", finetune, family.member("disguised"))
+    assert (hidden.outcome, hidden.evidence["how"]) == ("holds", "function")
+    assert judged("same-as", base, finetune).outcome == "contradicted"
+    assert judged("same-as", base, family.member("independent")).outcome == "contradicted"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize(
+    "names", ["permute", "rotate", "gains", "units", "values", "queries", "pad", "identity", "all"]
+)
+def test_every_rewrite_is_the_same_model_and_a_little_training_is_not_called_so(names, dtype, base, finetune, tmp_path):
+    import jax
+
+    one = open_checkpoint(str(derived(base, tmp_path / "one", lambda t: make.rounded(t, dtype))))
+    listed = "identity,pad,gains,units,values,queries,rotate,permute" if names == "all" else names
+    other = in_memory(rewritten(one, draw_rewrites(listed, jax.random.key(3), one.arch)))
+    ids = np.arange(one.arch.vocab_size, dtype=np.int32)
+    pair = Pair(one, other, Vocabularies(True, ids, ids), None, Compute(make_mesh(1, 1)), 0)
+    moved = derived(base, tmp_path / "moved", lambda t: make.rounded(make.adapted(t, 8, 0.3), dtype))
+    found = judged("same-as", one.folder, moved, pair=pair)  # the files differ, as those of the rewritten model do
+    assert found.outcome == "holds", found.because
+    small = derived(base, tmp_path / "small", lambda t: make.rounded(make.adapted(t, 8, 1e-3), dtype))
+    assert judged("same-as", one.folder, small).outcome in ("contradicted", "not_testable")
+
+
+def test_models_without_common_tokens_are_not_called_the_same_or_different(base, finetune):
+    one, other = (open_checkpoint(str(folder)) for folder in (base, finetune))
+    none = np.zeros(0, np.int32)
+    pair = Pair(one, other, Vocabularies(False, none, none), None, Compute(make_mesh(1, 1)), 0)
+    found = judged("same-as", base, finetune, pair=pair)
+    assert found.outcome == "not_testable"
+    assert "share 0 tokens" in found.because
+
+
+# finetune-of, merge-of, from-scratch: what the verdict says
+
+
+@pytest.mark.parametrize(("word", "outcomes"), [
+    ("related", {"finetune-of": "holds", "merge-of": "not_testable", "from-scratch": "contradicted"}),
+    ("no_evidence", {"finetune-of": "contradicted", "merge-of": "contradicted", "from-scratch": "holds"}),
+    ("undecided", dict.fromkeys(("finetune-of", "merge-of", "from-scratch"), "not_testable")),
+    ("not_testable", dict.fromkeys(("finetune-of", "merge-of", "from-scratch"), "not_testable")),
+    ("not_asked", dict.fromkeys(("finetune-of", "merge-of", "from-scratch"), "not_testable")),
+])  # fmt: skip
+def test_a_claim_of_descent_follows_the_verdict_and_says_no_more(word, outcomes, base, finetune):
+    for claim, outcome in outcomes.items():
+        assert judged(claim, base, finetune, word).outcome == outcome
+
+
+def test_a_related_model_of_another_shape_is_no_finetune(base, tmp_path):
+    shallow = derived(base, tmp_path / "shallow", lambda t: make.without_layer(t, 0), num_hidden_layers=1)
+    found = judged("finetune-of", base, shallow)
+    assert found.outcome == "contradicted"
+    assert "layers" in found.because
+
+
+# adapter-of
+
+
+def test_the_effective_rank_of_a_noisy_product_is_that_of_the_product():
+    rng = np.random.default_rng(0)
+    for rank in (0, 1, 5, 20):
+        matrix = rng.normal(size=(80, rank)) @ rng.normal(size=(rank, 60)) + 1e-3 * rng.normal(size=(80, 60))
+        assert effective_rank(matrix, 1.1e-3) == rank
+    assert effective_rank(rng.normal(size=(80, 60)), 1e-3) == 60
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(np.float32, 1e-3), (np.float32, 0.3), (ml_dtypes.bfloat16, 0.3)])
+def test_an_adapter_is_found_with_its_rank(dtype, size, base, tmp_path):
+    one = derived(base, tmp_path / "one", lambda t: make.rounded(t, dtype))
+    merged = derived(one, tmp_path / "merged", lambda t: make.adapted(t, 3, size, dtype))
+    found = judged("adapter-of", one, merged)
+    assert (found.outcome, found.evidence["rank"]) == ("holds", 3), found.because
+
+
+def test_rounding_that_hides_the_rank_is_said(base, tmp_path):
+    one = derived(base, tmp_path / "one", make.rounded)
+    merged = derived(one, tmp_path / "merged", lambda t: make.adapted(t, 3, 2e-3, ml_dtypes.bfloat16))
+    assert judged("adapter-of", one, merged).outcome == "not_testable"
+
+
+def test_training_of_all_weights_norms_or_another_shape_is_no_adapter(base, finetune, tmp_path):
+    assert "norms" in judged("adapter-of", base, finetune).because
+
+    def noisy(tensors):
+        rng = np.random.default_rng(0)
+        return {n: w + 0.01 * rng.normal(size=w.shape).astype(w.dtype) if make.is_linear(n) else w
+                for n, w in tensors.items()}  # fmt: skip
+
+    found = judged("adapter-of", base, derived(base, tmp_path / "noisy", noisy))
+    assert found.outcome == "contradicted"
+    assert "not of low rank" in found.because
+    shallow = derived(base, tmp_path / "shallow", lambda t: make.without_layer(t, 0), num_hidden_layers=1)
+    assert judged("adapter-of", base, shallow).outcome == "contradicted"
+
+
+# quantised-of
+
+
+@pytest.mark.parametrize(("quantise", "name"), [
+    (make.int8, "int8 per row"), (make.float8, "FP8 per tensor"), (make.nf4, "NF4"),
+])  # fmt: skip
+def test_a_copy_in_a_format_that_rounds_to_nearest_is_reproduced(quantise, name, base, finetune, tmp_path):
+    copy = derived(base, tmp_path / "copy", quantise)
+    found = judged("quantised-of", base, copy)
+    assert found.outcome == "holds", found.because
+    assert found.evidence["kinds"].get(name, 0) + found.evidence["kinds"].get("Q8_0", 0) == 14  # rows of 32 are both
+    of_another = judged("quantised-of", finetune, copy)
+    assert of_another.outcome == "contradicted", of_another.because
+    slightly = derived(base, tmp_path / "slightly", lambda t: quantise(make.adapted(t, 4, 0.02)))
+    assert judged("quantised-of", base, slightly).outcome == "contradicted"
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "BF16", "F16"])
+def test_a_gguf_file_is_reproduced_with_the_rows_of_its_queries_in_another_order(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    theta = _theta(_LLAMA, "llama")
+    original = _written(tmp_path / "original.gguf", _LLAMA, "llama", **theta)
+    copy = _written(tmp_path / "copy.gguf", _LLAMA, "llama", gguf.GGMLQuantizationType[kind], **theta)
+    found = judged("quantised-of", original, copy)
+    assert found.outcome == "holds", found.because
+    assert "other" not in found.evidence["kinds"]
+
+
+def test_an_unknown_grid_is_bounded_by_its_steps_and_said_to_be(base, finetune, tmp_path):
+    copy = derived(base, tmp_path / "copy", make.int4)
+    found = judged("quantised-of", base, copy)
+    assert found.outcome == "holds"
+    assert found.evidence["bounded"]
+    assert "training by less than a step would not show" in found.because
+    assert judged("quantised-of", finetune, copy).outcome == "contradicted"
+
+
+def test_channels_that_were_rescaled_before_rounding_are_said_to_be(base, tmp_path):
+    def scaled(tensors):
+        rng = np.random.default_rng(0)
+        return {n: w * np.exp(rng.normal(size=w.shape[1])).astype(np.float32) if make.is_linear(n) else w
+                for n, w in tensors.items()}  # fmt: skip
+
+    copy = derived(base, tmp_path / "copy", lambda t: make.int4(scaled(t)))
+    found = judged("quantised-of", base, copy)
+    assert found.outcome == "not_testable"
+    assert "rescaled" in found.because
+
+
+def test_what_is_not_quantised_is_no_quantised_copy(base, finetune, tmp_path):
+    assert judged("quantised-of", base, finetune).outcome == "contradicted"
+    half = derived(base, tmp_path / "half", make.rounded)
+    assert judged("quantised-of", base, half).outcome == "holds"
+    assert judged("quantised-of", half, base).outcome == "contradicted"
+
+
+def test_the_table_of_nf4_is_that_of_its_definition():
+    """QLoRA, equation 4: quantiles of the normal distribution, seven below zero and eight above, over the largest."""
+    offset = 0.9677083
+    above, below = norm.ppf(np.linspace(offset, 0.5, 9))[:-1], -norm.ppf(np.linspace(offset, 0.5, 8))[:-1]
+    table = np.sort(np.concatenate([above, [0.0], below]))
+    np.testing.assert_allclose(_TABLES["NF4"], table / table.max(), atol=1e-4)
+
+
+# pruned-of
+
+
+def test_dropped_layers_and_units_are_found_bit_for_bit(base, finetune, tmp_path):
+    shallow = derived(base, tmp_path / "shallow", lambda t: make.without_layer(t, 0), num_hidden_layers=1)
+    found = judged("pruned-of", base, shallow, "undecided")
+    assert found.outcome == "holds"
+    assert [layer["base"] for layer in found.evidence["layers"]] == [1]
+    kept = np.array([60, 3, 5, 7, 11, 20, 21, 22, 40, 41, 42, 43])
+    narrow = derived(base, tmp_path / "narrow", lambda t: make.with_units(t, kept), intermediate_size=len(kept))
+    assert judged("pruned-of", base, narrow, "undecided").outcome == "holds"
+    assert judged("pruned-of", narrow, base).outcome == "contradicted"  # the larger one is not the pruned one
+    assert judged("pruned-of", finetune, narrow, "no_evidence").outcome == "contradicted"
+    assert judged("pruned-of", finetune, narrow, "undecided").outcome == "not_testable"
+    healed = judged("pruned-of", finetune, narrow, "related")
+    assert healed.outcome == "holds"
+    assert "changed since" in healed.because
+
+
+def test_weights_set_to_zero_are_counted(base, finetune, tmp_path):
+    def sparse(tensors):
+        return {n: np.where(np.abs(w) < 0.5 * w.std(), 0, w) if make.is_linear(n) else w for n, w in tensors.items()}
+
+    found = judged("pruned-of", base, derived(base, tmp_path / "sparse", sparse))
+    assert found.outcome == "holds"
+    assert found.evidence["zeros"] > 0.1
+    other = derived(finetune, tmp_path / "other", sparse)
+    assert judged("pruned-of", base, other).outcome == "not_testable"
+    assert judged("pruned-of", base, finetune).outcome == "contradicted"
+
+
+# the command line
+
+
+def test_the_exit_status_is_that_of_the_gravest_pair():
+    def record(word, outcome=None):
+        return {"verdict": {"verdict": word}, "claim": outcome and {"outcome": outcome}}
+
+    assert exit_status([record("related")], ()) == 0
+    assert exit_status([record("related"), record("identical")], ("related",)) == 3
+    assert exit_status([record("no_evidence")], ("independent",)) == 3
+    assert exit_status([record("related", "holds")], ()) == 0
+    assert exit_status([record("related", "not_testable"), record("related", "holds")], ()) == 4
+    assert exit_status([record("related", "not_testable"), record("related", "contradicted")], ()) == 3
+
+
+def test_a_claim_is_about_the_files_as_they_are():
+    options = RunOptions(base_model_id="a", ft_model_id="b", stat=("csu",), save=None, claim="same-as", permute=True)
+    with pytest.raises(ConfigError, match="leave permute out"):
+        check_config(options)
+    assert "did you mean finetune-of" in problems(RunOptions(claim="fintune-of"))[0]
+
+
+@pytest.mark.slow
+def test_compare_tests_a_claim_and_its_status_says_what_became_of_it(
+    base, finetune, family, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    pair = [str(base), str(finetune)]
+    cli.main(["compare", *pair, "--stat", "csu,match", "--claim", "finetune-of", "--quiet"])
+    assert capsys.readouterr().out.startswith("CLAIM HOLDS  finetune-of: ")
+    record = json.loads(Path("runs/compare.json").read_text())
+    assert record["claim"]["outcome"] == "holds"
+    assert "Claim: finetune-of" in Path("runs/compare.html").read_text()
+    for argv, status in (
+        ([*pair, "--claim", "from-scratch"], 3),
+        ([*pair, "--claim", "merge-of"], 4),
+        ([str(base), str(family.member("independent")), "--claim", "finetune-of"], 3),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["compare", *argv, "--stat", "csu,match"])
+        assert ended.value.code == status
+
+
+def test_the_help_of_compare_lists_what_the_exit_status_says(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["compare", "--help"])
+    shown = capsys.readouterr().out
+    assert "3    the claim is contradicted" in shown
+    assert "4    the claim cannot be tested" in shown

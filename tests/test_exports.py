@@ -1,0 +1,107 @@
+"""Records in the formats of other tools: they fit the schemas of these, and say no more than the record."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tracing_jax import cli
+from tracing_jax.cli.program import EXPORTS, export_files
+from tracing_jax.options import CLAIMS
+from tracing_jax.report.exports import FORMATS, exported
+
+ROOT = Path(__file__).parents[1]
+DIGEST = "ab" * 32
+
+
+def record(word="related", claim=None, outcome="holds", files=True):
+    hashes = {"config.json": DIGEST, "model.safetensors": DIGEST} if files else {}
+    models = {side: {"id": side, "revision": None, "files": hashes} for side in ("base", "ft")}
+    verdict = {"verdict": word, "meaning": "as it was found", "statistic": "csu", "adjusted_log10_p": -40.0,
+               "level": 1e-3, "effect": "9 of 10 units in place"}  # fmt: skip
+    said = claim and {"claim": claim, "outcome": outcome, "because": "x", "asserts": "y", "not_said": "z"}
+    return {"args": {"base_model_id": "./my base", "ft_model_id": "./ft"}, "models": models, "verdict": verdict,
+            "claim": said, "versions": {"tracing_jax": "0.2.0"}, "seed": 0, "commit": "c", "identical": None}  # fmt: skip
+
+
+def of(form, *records, failing=()):
+    return json.loads(exported(form, records, failing))
+
+
+def test_formats_of_the_program_are_those_of_the_report():
+    assert set(EXPORTS) == set(FORMATS)
+
+
+@pytest.mark.parametrize("records", [
+    [record()], [record("no_evidence", "from-scratch")], [record(claim="finetune-of"), record(files=False)],
+    [record("undecided", "same-as", "not_testable")],
+])  # fmt: skip
+def test_a_bill_of_materials_fits_the_schema_of_cyclonedx(records):
+    validation = pytest.importorskip("cyclonedx.validation.json")
+    schema = pytest.importorskip("cyclonedx.schema")
+    problem = validation.JsonStrictValidator(schema.SchemaVersion.V1_6).validate_str(exported("cyclonedx", records))
+    assert problem is None, problem
+
+
+def test_a_base_is_an_ancestor_only_where_a_claim_of_descent_holds():
+    for word, claim, outcome, expected in (
+        ("related", "finetune-of", "holds", "ancestors"), ("related", None, "", "variants"),
+        ("identical", None, "", "variants"), ("related", "merge-of", "not_testable", "variants"),
+        ("no_evidence", None, "", None), ("no_evidence", "from-scratch", "holds", None),
+        ("related", "adapter-of", "contradicted", "variants"), ("undecided", "finetune-of", "not_testable", None),
+    ):  # fmt: skip
+        (component,) = of("cyclonedx", record(word, claim, outcome))["components"]
+        assert set(component["pedigree"]) == {"notes", expected} - {None}
+        assert component["type"] == "machine-learning-model"
+
+
+def test_sarif_has_an_error_where_the_program_fails_and_rules_for_all_results():
+    log = of("sarif", record(claim="same-as", outcome="contradicted"), record("no_evidence"),
+             record(claim="merge-of", outcome="not_testable"), failing=[True, False, False])  # fmt: skip
+    (run,) = log["runs"]
+    assert (log["version"], [r["level"] for r in run["results"]]) == ("2.1.0", ["error", "none", "warning"])
+    rules = [rule["id"] for rule in run["tool"]["driver"]["rules"]]
+    assert [rules[r["ruleIndex"]] for r in run["results"]] == [r["ruleId"] for r in run["results"]]
+    # SARIF 2.1.0, 3.27.9 and 3.27.10: a result that is no failure has the level none.
+    assert all((r["kind"] == "fail") == (r["level"] != "none") for r in run["results"])
+    assert run["results"][0]["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] == "ft/config.json"
+
+
+def test_an_in_toto_statement_is_about_the_files_of_one_model():
+    statement = of("in-toto", record(claim="finetune-of"))
+    assert statement["_type"] == "https://in-toto.io/Statement/v1"
+    assert statement["subject"][1] == {"name": "model.safetensors", "digest": {"sha256": DIGEST}}
+    assert statement["predicate"]["claim"]["outcome"] == "holds"
+    with pytest.raises(ValueError, match="one model"):
+        exported("in-toto", [record(), record()])
+    with pytest.raises(ValueError, match="hashes"):
+        exported("in-toto", [record(files=False)])
+
+
+def test_an_export_that_cannot_be_made_is_refused_before_anything_is_read():
+    assert export_files(["sarif:a/b.sarif"]) == {"sarif": Path("a/b.sarif")}
+    with pytest.raises(ValueError, match="did you mean sarif"):
+        export_files(["sarf:x"])
+    with pytest.raises(SystemExit, match="expected FORMAT:FILE"):
+        cli.main(["compare", "no/model", "no/other", "--export", "cyclonedx"])
+
+
+@pytest.mark.slow
+def test_compare_writes_exports(family, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cli.main(["compare", str(family.member("base")), str(family.member("finetune")), "--stat", "csu", "--claim",
+              "finetune-of", "--export", "sarif:out/x.sarif,cyclonedx:x.json"])  # fmt: skip
+    assert json.loads(Path("out/x.sarif").read_text())["runs"][0]["results"][0]["level"] == "none"
+    assert "ancestors" in json.loads(Path("x.json").read_text())["components"][0]["pedigree"]
+
+
+def test_the_action_and_the_hook_call_what_there_is():
+    action = yaml.safe_load((ROOT / "action.yml").read_text())
+    for claim in CLAIMS:
+        assert claim in action["inputs"]["claim"]["description"]
+    script = action["runs"]["steps"][-1]["run"]
+    assert "${{" not in script
+    (hook,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())
+    assert shlex.split(hook["entry"])[:2] == ["tracing-jax", "compare"]

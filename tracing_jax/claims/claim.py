@@ -1,0 +1,118 @@
+"""A claim on a pair, and what became of it; `docs/claims.md` has the definitions for people."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from tracing_jax.checkpoint import Checkpoint
+from tracing_jax.statistics import Pair, Result, Verdict
+
+SIZES = ("num_layers", "embed_dim", "mlp_dim", "num_kv_heads", "q_group", "head_dim", "num_experts")
+"""What of an `Arch` makes the shape of a model; the vocabulary is apart."""
+
+Outcome = Literal["holds", "contradicted", "not_testable"]
+
+ASSERTS: Mapping[str, str] = {
+    "same-as": "both models hold the same numbers, or compute the same function by other weights",
+    "finetune-of": "ft has the shape of base, and weights that are not independent of base's",
+    "adapter-of": "as they lie in the files, every matrix of ft is base's plus one of low rank, and all else is base's",
+    "quantised-of": "as they lie in the files, every weight of ft is base's, rounded to the values of a format",
+    "pruned-of": "layers, units, heads or weights of ft are those of base, of which others are gone",
+    "merge-of": "ft is an average or another mixture of base and further models",
+    "from-scratch": "no weight of ft comes from base",
+}
+"""Claim of ft and base -> what it says. What is tested of it, and what of that makes it hold, is `judging`'s."""
+
+NOT_SAID: Mapping[str, str] = {
+    "same-as": "which of the two was there first",
+    "finetune-of": (
+        "which of the two was there first; whether one descends from the other, or both from a third model or from one "
+        "initialisation"
+    ),
+    "adapter-of": "which of the two was there first, and that an adapter was trained, not another change of low rank",
+    "quantised-of": "which of the two was there first",
+    "pruned-of": "how what is gone was chosen",
+    "merge-of": "whether there are further parents, and which",
+    "from-scratch": (
+        "that it is so: independence is never proved. Data, distillation and changes that the tests do not see are "
+        "outside of it"
+    ),
+}
+"""Claim -> what is not said about the pair where it holds."""
+
+
+@dataclass(frozen=True)
+class ClaimResult:
+    """What became of a claim on a pair.
+
+    Attributes:
+      claim: its name.
+      outcome: `holds`: what it says was tested and found. `contradicted`: tests that would have found it did not, or
+        found something else. `not_testable`: neither, for the reason in `because`.
+      because: the outcome in a sentence, with the numbers that decided it.
+      asserts: what the claim says.
+      not_said: what is not said about the pair where it holds.
+      evidence: the numbers behind it, plain data.
+    """
+
+    claim: str
+    outcome: Outcome
+    because: str
+    asserts: str = ""
+    not_said: str = ""
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the result as plain data."""
+        return asdict(self)
+
+
+def result(claim: str, outcome: Outcome, because: str, **evidence: Any) -> ClaimResult:
+    """Returns the result of a claim with what it asserts and what it leaves open."""
+    return ClaimResult(claim, outcome, because, ASSERTS[claim], NOT_SAID[claim], evidence)
+
+
+@dataclass(frozen=True)
+class ClaimInputs:
+    """What claims are judged by.
+
+    Attributes:
+      base, ft: the two checkpoints.
+      pair: the same models as they were traced.
+      verdict: that of the tests.
+      results: the results of the tests by their names.
+      seed: of the run.
+    """
+
+    base: Checkpoint
+    ft: Checkpoint
+    pair: Pair
+    verdict: Verdict
+    results: Mapping[str, Result]
+    seed: int
+
+    @property
+    def is_identical(self) -> bool:
+        """Whether all tensors are identical."""
+        return self.verdict.identical is not None and self.verdict.identical.is_whole
+
+    @property
+    def tensors(self) -> str:
+        """How many tensors are identical, in words."""
+        found = self.verdict.identical
+        return "" if found is None else f"{found.equal} of {found.total} tensors are identical"
+
+
+def identical_result(claim: str, inputs: ClaimInputs) -> ClaimResult:
+    """Returns the result of a claim of some change where nothing was changed."""
+    return result(claim, "contradicted", f"{inputs.tensors}: ft is base as it is, which is the claim same-as")
+
+
+def listed(names: Sequence[str]) -> str:
+    """Returns names of sizes as text."""
+    return ", ".join(name.removeprefix("num_").replace("_", " ") for name in names)
+
+
+def verdict_sentence(verdict: Verdict) -> str:
+    """Returns a verdict that decides no claim, as the reason why."""
+    return f"the verdict is {verdict.verdict.replace('_', ' ')}: {verdict.meaning}"

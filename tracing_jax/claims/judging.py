@@ -1,0 +1,65 @@
+"""Claims judged: those of descent by the verdict of the tests, all others by the two checkpoints."""
+
+from collections.abc import Callable, Mapping
+
+from tracing_jax.claims.claim import SIZES, ClaimInputs, ClaimResult, identical_result, listed, result, verdict_sentence
+from tracing_jax.claims.kept_units import pruned_of
+from tracing_jax.claims.low_rank import adapter_of
+from tracing_jax.claims.quantised_of import quantised_of
+from tracing_jax.claims.same_function import same_as
+
+
+def judge(claim: str, inputs: ClaimInputs) -> ClaimResult:
+    """Returns what became of a claim on a pair.
+
+    Raises:
+      KeyError: there is no such claim.
+    """
+    return _JUDGES[claim](inputs)
+
+
+def _finetune_of(inputs: ClaimInputs) -> ClaimResult:
+    if inputs.is_identical:
+        return identical_result("finetune-of", inputs)
+    found = inputs.verdict
+    differing = [size for size in SIZES if getattr(inputs.base.arch, size) != getattr(inputs.ft.arch, size)]
+    if found.verdict == "no_evidence":
+        why = "no sign of common weights was found, by tests that find fine-tunes whatever was rewritten in them"
+        return result("finetune-of", "contradicted", why, verdict=found.verdict)
+    if found.verdict == "related" and differing:
+        why = f"the models are related, but not of one shape: they differ in {listed(differing)}"
+        return result("finetune-of", "contradicted", why, verdict=found.verdict, differing=differing)
+    if found.verdict == "related":
+        why = f"the weights are not independent, and the shapes are the same; {inputs.tensors}; direction is not tested"
+        return result("finetune-of", "holds", why, verdict=found.verdict)
+    return result("finetune-of", "not_testable", verdict_sentence(found), verdict=found.verdict)
+
+
+def _merge_of(inputs: ClaimInputs) -> ClaimResult:
+    if inputs.is_identical:
+        return identical_result("merge-of", inputs)
+    found = inputs.verdict
+    if found.verdict == "no_evidence":
+        why = "no sign of common weights was found, by tests that find averages of up to three models"
+        return result("merge-of", "contradicted", why, verdict=found.verdict)
+    why = "whether ft has a further parent is not tested yet"
+    return result("merge-of", "not_testable", f"{why}; {verdict_sentence(found)}", verdict=found.verdict)
+
+
+def _from_scratch(inputs: ClaimInputs) -> ClaimResult:
+    found = inputs.verdict
+    if found.verdict == "identical":
+        return result("from-scratch", "contradicted", found.meaning, verdict=found.verdict)
+    if found.verdict == "related":
+        why = f"{found.meaning}; models that started from one initialisation, such as that of one random seed, are too"
+        return result("from-scratch", "contradicted", why, verdict=found.verdict)
+    if found.verdict == "no_evidence":
+        why = f"no evidence against it was found: {found.meaning}"
+        return result("from-scratch", "holds", why, verdict=found.verdict, limits=dict(found.limits))
+    return result("from-scratch", "not_testable", verdict_sentence(found), verdict=found.verdict)
+
+
+_JUDGES: Mapping[str, Callable[[ClaimInputs], ClaimResult]] = {
+    "same-as": same_as, "finetune-of": _finetune_of, "adapter-of": adapter_of, "quantised-of": quantised_of,
+    "pruned-of": pruned_of, "merge-of": _merge_of, "from-scratch": _from_scratch,
+}  # fmt: skip

@@ -1,0 +1,236 @@
+"""Whether the weights of one model are those of another, quantised: quantised again and compared, or bounded by steps.
+
+Formats that round to the nearest value can be computed again from the original weights and the scales of the copy,
+which follow from the copy itself: its largest weight of a block stands at a known place of the format. Formats that
+choose values to make up for one another's errors (GPTQ, AWQ, the K types of GGUF, importance matrices) cannot; there
+the distance of the copy from the original is measured in steps of its own grid.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Float32
+
+from tracing_jax.claims.tensor_pairs import TensorPair, is_rounded
+
+SAMPLE = 256
+"""Rows of a tensor that are quantised again."""
+
+NEAREST = 0.999
+"""The least share of weights that quantising again must reproduce: scales are rounded, and so are ties."""
+
+GROUP = 32
+"""Neighbouring weights of a row that share a grid: the groups of all formats are multiples of it, or 16 (K types)."""
+
+_TABLES = {
+    # Source: Dettmers et al., QLoRA (arXiv 2305.14314), appendix E.
+    "NF4": (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ),
+    # bitsandbytes' FP4: sign, and eight magnitudes over 12.
+    "FP4": tuple(sorted({s * m / 12 for s in (-1, 1) for m in (0, 0.0625, 2, 3, 4, 6, 8, 12)})),
+}  # fmt: skip
+
+Blocks = Float32[np.ndarray, "n b"]
+Requantiser = Callable[[Blocks, Blocks], Blocks]
+"""From blocks of the original and of the copy, whose scales are taken, to what the format makes of the original."""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """What one tensor of the copy is to that of the original.
+
+    Attributes:
+      leaf: of the params.
+      kind: `identical`, `rounded` (to the coarser dtype), the name of a format that reproduces it, or `other`.
+      share: of the sampled weights that are reproduced; of `other`, by the best of the formats.
+      nearest: the format of that share.
+      is_on_grid: whether the copy is in that format, whatever it was made of.
+      within: share of the weights within one step of the original, in the copy's own grid; of `other` alone.
+      error: root mean square of the error, relative to that of the weights.
+      steps: root mean square of the error in steps; None where the copy has no grid.
+      rescaled: what is left of the error once each column of the original is scaled to fit, of `other`.
+    """
+
+    leaf: str
+    kind: str
+    share: float = 1.0
+    nearest: str = ""
+    is_on_grid: bool = True
+    within: float | None = None
+    error: float = 0.0
+    steps: float | None = None
+    rescaled: float | None = None
+
+
+def copy_of(pair: TensorPair, is_identical: bool) -> Copy:
+    """Returns what one tensor of ft is to that of base."""
+    if is_identical:
+        return Copy(pair.leaf, "identical")
+    if is_rounded(pair):
+        return Copy(pair.leaf, "rounded")
+    if not pair.is_matrix:
+        ours, theirs = pair.sample(1 << 20)
+        return Copy(pair.leaf, "other", 0.0, is_on_grid=False, error=_relative(ours, theirs))
+    shares: dict[str, float] = {}
+    grids: list[str] = []
+    ours, theirs = (rows.reshape(len(rows), -1, pair.shape[-1]) for rows in pair.sample(SAMPLE))
+    ours, theirs = (rows.reshape(-1, pair.shape[-1]) for rows in (ours, theirs))
+    for name, share, is_on_grid in _shares(pair, ours, theirs):
+        shares[name] = share
+        grids += [name] if is_on_grid else []
+        if share >= NEAREST:
+            return Copy(pair.leaf, name, share, name, error=_relative(ours, theirs))
+    best = max(grids or shares, key=lambda name: shares[name])
+    within, steps = _in_steps(ours, theirs)
+    return Copy(
+        pair.leaf,
+        "other",
+        shares[best],
+        best,
+        bool(grids),
+        within,
+        _relative(ours, theirs),
+        steps,
+        _rescaled(ours, theirs),
+    )
+
+
+def _shares(pair: TensorPair, ours: np.ndarray, theirs: np.ndarray) -> Iterator[tuple[str, float, bool]]:
+    """Yields for each format the share of the weights that it reproduces, and whether the copy lies on its grid.
+
+    The original is taken as it is, and rounded to 16 bits first. A copy in a format is what that format makes of it.
+    """
+    origins = [ours, *(ours.astype(kind).astype(np.float32) for kind in (np.float16, ml_dtypes.bfloat16))]
+    largest = max(float(np.abs(rows.astype(np.float32)).max(initial=0)) for _, rows in pair.chunks())
+    for name, (block, requantise) in _formats(ours.shape[-1], largest).items():
+        copied = _blocks(theirs, block)
+        if not copied.size:
+            continue
+        shares = [_equal_share(requantise(_blocks(rows, block), copied), copied) for rows in origins]
+        yield name, max(shares), _equal_share(requantise(copied, copied), copied) >= NEAREST
+
+
+def _blocks(rows: np.ndarray, block: int) -> Blocks:
+    """Returns rows as blocks; blocks that do not divide a row run over its end, as those of bitsandbytes do."""
+    flat = rows.reshape(-1)
+    return flat[: flat.size // block * block].reshape(-1, block)
+
+
+def _equal_share(found: Blocks, copied: Blocks) -> float:
+    """Returns the share of equal values: the scales of the copy are known up to their rounding alone."""
+    scale = np.abs(copied).max(axis=1, keepdims=True)
+    return float(np.mean(np.abs(found - copied) <= 1e-4 * scale))
+
+
+def _formats(width: int, largest: float) -> Mapping[str, tuple[int, Requantiser]]:
+    """Returns the formats that round to the nearest value: the size of a block, and how it is quantised again.
+
+    Source: the reference quantisers of ggml (block_q8_0, q4_0, q5_0: one float16 scale; q4_1, q5_1: a minimum as well);
+    bitsandbytes (LLM.int8, arXiv 2208.07339: the largest magnitude of a row is 127 steps; NF4 and FP4 in blocks of 64);
+    FP8 (E4M3) scaled so that the largest magnitude is 448, or not scaled.
+    """
+    return {
+        "Q8_0": (32, lambda a, b: _symmetric(a, b, 127)),
+        "int8 per row": (width, lambda a, b: _symmetric(a, b, 127)),
+        "NF4": (64, lambda a, b: _table(a, b, "NF4")),
+        "FP4": (64, lambda a, b: _table(a, b, "FP4")),
+        "Q4_0": (32, lambda a, b: _signed(a, b, 8)),
+        "Q5_0": (32, lambda a, b: _signed(a, b, 16)),
+        "Q4_1": (32, lambda a, b: _affine(a, b, 15)),
+        "Q5_1": (32, lambda a, b: _affine(a, b, 31)),
+        "FP8 per row": (width, lambda a, b: _float8(a, np.abs(b).max(axis=1, keepdims=True) / 448)),
+        "FP8 per tensor": (width, lambda a, b: _float8(a, np.full((len(a), 1), largest / 448, np.float32))),
+        "FP8 without scales": (width, lambda a, b: _float8(a, np.ones((len(a), 1), np.float32))),
+    }
+
+
+ONLY_NEAREST = ("Q8_0", "int8 per row", "NF4", "FP4", "FP8 per row", "FP8 per tensor", "FP8 without scales")
+"""Formats whose quantisers all round to the nearest value; Q4_0 and its like may be made with an importance matrix."""
+
+
+def _symmetric(original: Blocks, copied: Blocks, steps: int) -> Blocks:
+    own, scale = (np.abs(rows).max(axis=1, keepdims=True) / steps for rows in (original, copied))
+    return np.clip(_half_away(original / _coding(own, scale)), -steps, steps) * scale
+
+
+def _signed(original: Blocks, copied: Blocks, half: int) -> Blocks:
+    """The weight of largest magnitude, with its sign, is the lowest code, which is `half` below zero."""
+    own, scale = (
+        np.take_along_axis(rows, np.abs(rows).argmax(axis=1)[:, None], 1) / -half for rows in (original, copied)
+    )
+    codes = np.clip(np.trunc(original / _coding(own, scale) + (half + 0.5)), 0, 2 * half - 1)
+    return (codes - half) * scale
+
+
+def _affine(original: Blocks, copied: Blocks, steps: int) -> Blocks:
+    (own_least, own), (least, scale) = (
+        (rows.min(axis=1, keepdims=True), np.ptp(rows, axis=1, keepdims=True) / steps) for rows in (original, copied)
+    )
+    coding = _coding(own, scale)
+    start = np.where(coding == own, own_least, least)
+    return np.clip(np.trunc((original - start) / coding + 0.5), 0, steps) * scale + least
+
+
+def _table(original: Blocks, copied: Blocks, name: str) -> Blocks:
+    table = np.array(_TABLES[name], np.float32)
+    own, scale = (np.abs(rows).max(axis=1, keepdims=True) for rows in (original, copied))
+    return table[np.searchsorted((table[1:] + table[:-1]) / 2, original / _coding(own, scale))] * scale
+
+
+def _float8(original: Blocks, scale: np.ndarray) -> Blocks:
+    scale = np.where(scale == 0, np.float32(1), scale.astype(np.float32))
+    clipped = np.clip(original / scale, -448, 448)
+    return clipped.astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
+
+
+def _coding(own: np.ndarray, copied: np.ndarray) -> np.ndarray:
+    """Returns the scales that codes were made with: those of the original, which are stored rounded, where they agree.
+
+    Nested scales of bitsandbytes are stored in eight bits, with errors of a few percent.
+    """
+    scale = np.where(np.abs(own - copied) <= 0.05 * np.abs(copied), own, copied)
+    return np.where(scale == 0, np.float32(1), scale).astype(np.float32)
+
+
+def _half_away(values: np.ndarray) -> np.ndarray:
+    return np.trunc(values + np.copysign(0.5, values))
+
+
+def _in_steps(ours: np.ndarray, theirs: np.ndarray) -> tuple[float | None, float | None]:
+    """Returns the share of weights within one step of the original, and the error in steps, by the copy's own grid.
+
+    The step of a group is the smallest distance of its values. A group that has as many values as weights has no grid.
+    """
+    columns = ours.shape[-1] // GROUP * GROUP
+    if not columns:
+        return None, None
+    original, copied = (rows[:, :columns].reshape(-1, GROUP) for rows in (ours, theirs))
+    ordered = np.sort(copied, axis=1)
+    gaps = np.diff(ordered, axis=1)
+    scale = np.abs(copied).max(axis=1, keepdims=True)
+    real = gaps > 1e-5 * scale  # dequantised values of one code differ by rounding alone
+    if float(np.mean(real.sum(axis=1) + 1)) > 0.9 * GROUP:
+        return None, None
+    steps = np.where(real, gaps, np.inf).min(axis=1)
+    kept = np.isfinite(steps)
+    if not kept.any():
+        return None, None
+    errors = np.abs(original - copied)[kept] / steps[kept][:, None]
+    return float(np.mean(errors <= 1)), float(np.sqrt(np.mean(errors**2)))
+
+
+def _relative(ours: np.ndarray, theirs: np.ndarray) -> float:
+    size = float(np.sqrt(np.mean(ours.astype(np.float64) ** 2))) or 1.0
+    return float(np.sqrt(np.mean((theirs.astype(np.float64) - ours) ** 2))) / size
+
+
+def _rescaled(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Returns the relative error that is left after each column of the original is scaled by the factor that fits."""
+    original, copied = ours.astype(np.float64), theirs.astype(np.float64)
+    factors = (original * copied).sum(axis=0) / np.maximum((original**2).sum(axis=0), 1e-30)
+    return _relative(original * factors, copied)
