@@ -23,7 +23,7 @@ def record(word="related", claim=None, outcome="holds", files=True):
                "level": 1e-3, "effect": "9 of 10 units in place"}  # fmt: skip
     said = claim and {"claim": claim, "outcome": outcome, "because": "x", "asserts": "y", "not_said": "z"}
     return {"args": {"base_model_id": "./my base", "ft_model_id": "./ft"}, "models": models, "verdict": verdict,
-            "claim": said, "versions": {"tracing_jax": "0.2.0"}, "seed": 0, "commit": "c", "identical": None}  # fmt: skip
+            "claim": said, "versions": {"tracing_jax": "0.2.0"}, "seed": 0, "commit": "c"}  # fmt: skip
 
 
 def of(form, *records, failing=()):

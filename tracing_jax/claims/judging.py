@@ -42,7 +42,7 @@ def _merge_of(inputs: ClaimInputs) -> ClaimResult:
     if found.verdict == "no_evidence":
         why = "no sign of common weights was found, by tests that find averages of up to three models"
         return result("merge-of", "contradicted", why, verdict=found.verdict)
-    why = "whether ft has a further parent is not tested yet"
+    why = "from base alone a further parent does not show: name the parents to tracing-jax merge"
     return result("merge-of", "not_testable", f"{why}; {verdict_sentence(found)}", verdict=found.verdict)
 
 

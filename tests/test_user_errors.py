@@ -1,0 +1,103 @@
+"""What goes wrong for a user ends in one message that says what to do, and nothing that was found is lost."""
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tracing_jax import cli, experiment
+from tracing_jax.data import read_documents
+from tracing_jax.experiment import NotSavedError
+from tracing_jax.report import summary
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def models(family, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return str(family.member("base")), str(family.member("finetune"))
+
+
+def test_a_mistyped_folder_is_named_with_the_one_that_is_there(models):
+    Path("models/bases").mkdir(parents=True)
+    Path("models/base").mkdir()
+    for typed in ("models/bsae", "./models/bsae"):
+        with pytest.raises(SystemExit, match=r"did you mean models/bases?\?"):
+            cli.main(["compare", typed, models[1], "--stat", "csu"])
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["--stat", "cus"], "did you mean csu"), (["--claim", "finetune"], "did you mean finetune-of"),
+    (["--save", "x.json"], "names no pickle"), (["--stat", "mode", "--dataset", "nowhere.txt"], "nowhere.txt"),
+    (["--fail_on", "relatd"], "did you mean related"),
+])  # fmt: skip
+def test_a_mistyped_option_is_named(argv, message, models):
+    with pytest.raises(SystemExit, match=message) as ended:
+        cli.main(["compare", *models, *argv])
+    assert str(ended.value.code).startswith("error: ")
+
+
+def test_a_mistyped_data_set_is_named_with_the_one_that_may_be_meant():
+    with pytest.raises(ValueError, match=r"Did you mean wikitext\?"):
+        read_documents("wikitex")
+
+
+def test_an_empty_text_is_named(models):
+    Path("empty.txt").write_text("")
+    with pytest.raises(SystemExit, match=r"empty\.txt"):
+        cli.main(["compare", *models, "--stat", "mode", "--dataset", "empty.txt"])
+
+
+def test_what_was_found_is_printed_where_it_cannot_be_written(models, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(experiment.Outcome, "save", full)
+    with pytest.raises(SystemExit, match=r"the results could not be written.*No space left"):
+        cli.main(["compare", *models, "--stat", "csu"])
+    assert capsys.readouterr().out.startswith("RELATED")
+    assert issubclass(NotSavedError, OSError)
+
+
+def test_control_c_ends_a_program_with_one_line(models, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    for stage in ("check_config", "compute"):
+        with monkeypatch.context() as patched:
+            patched.setattr(experiment, stage, interrupted)
+            with pytest.raises(SystemExit) as ended:
+                cli.main(["compare", *models, "--stat", "csu"])
+        assert ended.value.code == 130
+        assert len(capsys.readouterr().err.strip().splitlines()[-1:]) == 1
+
+
+_INTERRUPTED = """
+import sys
+from tracing_jax.cli import absl_flags
+def main(argv): raise KeyboardInterrupt
+absl_flags.run_program(main, ["x"], print)
+"""
+
+
+def test_control_c_ends_the_programs_of_the_repository_too():
+    done = subprocess.run([sys.executable, "-c", _INTERRUPTED], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr.startswith("interrupted")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_same_model_twice_is_said_and_eval_prints_its_perplexities(models, family, capsys):
+    text = ["--dataset", str(family.text), "--num_tokens", "512", "--block_size", "64", "--mesh.data", "1"]
+    cli.main(["compare", models[0], models[0], "--stat", "csu", "--eval", *text])
+    shown = capsys.readouterr().out
+    assert shown.startswith("IDENTICAL")
+    assert "base and ft are the same files" in shown
+    found = json.loads(Path("runs/compare.json").read_text())["perplexity"]
+    assert f"perplexity: base {found['base']['perplexity']:.5g}" in shown
+    assert shown.strip() == summary([json.loads(Path("runs/compare.json").read_text())])
