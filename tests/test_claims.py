@@ -112,6 +112,15 @@ def test_a_claim_of_descent_follows_the_verdict_and_says_no_more(word, outcomes,
         assert judged(claim, base, finetune, word).outcome == outcome
 
 
+def test_of_models_that_were_read_in_part_nothing_found_decides_nothing(base, finetune):
+    scope = "only the vision tower was read"
+    for claim in ("finetune-of", "merge-of", "from-scratch"):
+        assert judged(claim, base, finetune, "no_evidence", scope=scope).outcome == "not_testable"
+    found = judged("finetune-of", base, finetune, "related", scope=scope)
+    assert found.outcome == "holds"
+    assert found.because.endswith(scope)
+
+
 def test_a_related_model_of_another_shape_is_no_finetune(base, tmp_path):
     shallow = derived(base, tmp_path / "shallow", lambda t: make.without_layer(t, 0), num_hidden_layers=1)
     found = judged("finetune-of", base, shallow)

@@ -82,6 +82,7 @@ class ClaimInputs:
       verdict: that of the tests.
       results: the results of the tests by their names.
       seed: of the run.
+      scope: what was read of the models, where that is less than all.
     """
 
     base: Checkpoint
@@ -90,6 +91,7 @@ class ClaimInputs:
     verdict: Verdict
     results: Mapping[str, Result]
     seed: int
+    scope: str = ""
 
     @property
     def is_identical(self) -> bool:

@@ -1,6 +1,7 @@
 """Claims judged: those of descent by the verdict of the tests, all others by the two checkpoints."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from tracing_jax.claims.claim import SIZES, ClaimInputs, ClaimResult, identical_result, listed, result, verdict_sentence
 from tracing_jax.claims.kept_units import pruned_of
@@ -15,7 +16,12 @@ def judge(claim: str, inputs: ClaimInputs) -> ClaimResult:
     Raises:
       KeyError: there is no such claim.
     """
-    return _JUDGES[claim](inputs)
+    found = _JUDGES[claim](inputs)
+    if not inputs.scope:
+        return found
+    if inputs.verdict.verdict == "no_evidence" and found.evidence.get("verdict") == "no_evidence":
+        return result(claim, "not_testable", verdict_sentence(inputs.verdict), **found.evidence)  # other parts may tell
+    return replace(found, because=f"{found.because}; {inputs.scope}")
 
 
 def _finetune_of(inputs: ClaimInputs) -> ClaimResult:

@@ -135,7 +135,7 @@ def pruned_of(inputs: ClaimInputs) -> ClaimResult:
     found = inputs.verdict
     if found.verdict == "no_evidence":
         why = "no sign of common weights was found, by tests that find pruned models whatever was rewritten in them"
-        return result(name, "contradicted", why, **facts)
+        return result(name, "contradicted", why, **facts, verdict=found.verdict)
     if found.verdict != "related":
         return result(name, "not_testable", verdict_sentence(found), **facts)
     return _by_layer_map(inputs, smaller, facts)
@@ -176,7 +176,7 @@ def _zeroed(inputs: ClaimInputs) -> ClaimResult:
     if kept >= 0.9999:
         return result(name, "holds", f"{zeros:.1%} of the weights were set to zero, all others are base's", **facts)
     if inputs.verdict.verdict == "no_evidence":
-        return result(name, "contradicted", "no sign of common weights was found", **facts)
+        return result(name, "contradicted", "no sign of common weights was found", **facts, verdict="no_evidence")
     why = f"{zeros:.1%} of the weights were set to zero, and {1 - kept:.1%} were changed"
     return result(name, "not_testable", f"{why}: whether these were base's is a matter of finetune-of", **facts)
 

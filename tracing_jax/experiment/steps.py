@@ -125,7 +125,8 @@ def run_steps(
 def _judged(options: RunOptions, inputs: RunInputs, pair: Pair, found: Findings) -> ClaimResult:
     assert options.claim is not None
     said = verdict(found.before, options.level, found.identical, found.scope)
-    return judge(options.claim, ClaimInputs(inputs.base, inputs.ft, pair, said, found.before, options.seed))
+    given = ClaimInputs(inputs.base, inputs.ft, pair, said, found.before, options.seed, found.scope)
+    return judge(options.claim, given)
 
 
 def _compute(inputs: RunInputs, pair: Pair, not_applicable: Mapping[str, str]) -> dict[str, Result]:
