@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -17,7 +18,8 @@ from tracing_jax.merges import MergeError, MergeModels, estimate, grouped, merge
 from tracing_jax.merges.exchange import log_p_of_layer
 from tracing_jax.merges.normal_equations import TensorSums, rounding_variance
 from tracing_jax.merges.shares import Shares
-from tracing_jax.sources import InMemory
+from tracing_jax.rewrites import draw_rewrites
+from tracing_jax.sources import InMemory, in_memory, rewritten
 from tracing_jax.tree import flatten, unflatten
 
 ARCH = dataclasses.replace(tiny.llama_mha(), mlp_dim=48)
@@ -295,7 +297,21 @@ def test_method_is_named_and_its_recipe_makes_the_child_again(origin, parents, n
 def test_child_that_no_method_explains_has_no_recipe(origin, parents):
     found = report_of(leaves(8), parents[:2], origin)
     assert found.record["recipe"] is None
-    assert "part" not in found.parts.values()
+    assert set(found.parts.values()) == {"not_testable"}
+    assert (
+        found.sentence == "not testable: the child is in none of the others' places, where alone the test sees a part"
+    )
+
+
+def test_permuted_child_has_the_shares_of_the_child(origin, parents):
+    child = model(merging.task_arithmetic(origin, parents[:2], [0.6, 0.4]))
+    hidden = in_memory(rewritten(child, draw_rewrites("permute", jax.random.key(0), ARCH)))
+    models = MergeModels(hidden, {"A": model(parents[0]), "B": model(parents[1])}, model(origin))
+    found = merge_report(models, align=("auto",))
+    assert found.record["aligned"]
+    assert list(found.shares.values()) == pytest.approx([0.6, 0.4], abs=1e-5)
+    assert set(found.parts.values()) == {"not_testable"}  # an alignment leaves no null
+    assert found.sentence.startswith("after alignment the shares are A 0.6")
 
 
 @pytest.mark.parametrize(

@@ -252,6 +252,7 @@ def merge_shares(
     parents: Sequence[str | os.PathLike[str]],
     base: str | os.PathLike[str] | None = None,
     *,
+    align: Sequence[str] = ("auto",),
     seed: int = 0,
     cache_dir: str | None = None,
 ) -> merges.MergeReport:
@@ -261,6 +262,7 @@ def merge_shares(
       child: the model that may be a merge, named as in `open`.
       parents: the models that may have a part, named likewise.
       base: the model that the parents were made from; without it shares are taken to sum to one over the parents.
+      align: what is undone first where the child is in none of the others' places, as in `align`; empty for nothing.
       seed: every random draw follows from it.
       cache_dir: where downloads are kept.
 
@@ -273,7 +275,7 @@ def merge_shares(
       >>> found.parts
       {'demo:finetune': 'part', 'demo:independent': 'none'}
     """
-    return experiment.report_on_merge(child, parents, base, seed=seed, cache_dir=cache_dir)
+    return experiment.report_on_merge(child, parents, base, align=align, seed=seed, cache_dir=cache_dir)
 
 
 def path_losses(

@@ -16,6 +16,9 @@ USAGE = "CHILD --parents A B ... [--base O]"
 class MergeOptions:
     """What is estimated, and what is written."""
 
+    align: tuple[str, ...] = option(
+        ("auto",), "Undone first where the child is in none of the others' places: kinds of alignment, all, auto, none."
+    )
     seed: int = option(0, "Every random draw follows from it.", at_least=0, at_most=2**32 - 1)
     save: str | None = option(None, "A .json file for the record; the figure is written beside it.")
     json: bool = option(False, "Print the record as JSON, and nothing else, on standard output.")
@@ -37,8 +40,9 @@ def run(parsed: argparse.Namespace) -> None:
         options = from_values(MergeOptions, given(parsed, MergeOptions))
         from tracing_jax.experiment.merging import report_on_merge
 
+        kinds = () if options.align == ("none",) else options.align
         found = report_on_merge(
-            parsed.child, parsed.parents, parsed.base, seed=options.seed, cache_dir=options.cache_dir
+            parsed.child, parsed.parents, parsed.base, align=kinds, seed=options.seed, cache_dir=options.cache_dir
         )
         if options.save:
             found.save(options.save)

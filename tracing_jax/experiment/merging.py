@@ -11,7 +11,13 @@ ModelId = str | os.PathLike[str]
 
 
 def report_on_merge(
-    child: ModelId, parents: Sequence[ModelId], base: ModelId | None, *, seed: int, cache_dir: str | None
+    child: ModelId,
+    parents: Sequence[ModelId],
+    base: ModelId | None,
+    *,
+    align: Sequence[str],
+    seed: int,
+    cache_dir: str | None,
 ) -> MergeReport:
     """Returns the report; see `tracing_jax.merge_shares`."""
 
@@ -25,4 +31,4 @@ def report_on_merge(
         "parents": [os.fspath(parent) for parent in parents],
         "base": None if base is None else os.fspath(base),
     }
-    return merge_report(models, seed=seed, asked=asked)
+    return merge_report(models, align=tuple(align), seed=seed, asked=asked)

@@ -1,14 +1,16 @@
 """`merge_report`: from open models to the report."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import add
-from typing import Any
+from typing import Any, NamedTuple
 
+from tracing_jax.alignment import AlignmentError
+from tracing_jax.merges.aligning import is_in_place, with_aligned_child
 from tracing_jax.merges.choice import choose
-from tracing_jax.merges.models import MergeError, MergeModels
-from tracing_jax.merges.normal_equations import read_sums
-from tracing_jax.merges.parts import parts_of, sentence
+from tracing_jax.merges.models import MergeError, MergeModels, Place
+from tracing_jax.merges.normal_equations import Sums, read_sums
+from tracing_jax.merges.parts import Part, parts_of, sentence
 from tracing_jax.merges.recipe import recipe
 from tracing_jax.merges.report import MergeReport
 from tracing_jax.merges.shares import Shares, estimate, grouped
@@ -16,28 +18,36 @@ from tracing_jax.record import plain
 
 
 def merge_report(
-    models: MergeModels, *, seed: int = 0, aligned: bool = False, asked: Mapping[str, Any] | None = None
+    models: MergeModels, *, align: Sequence[str] = (), seed: int = 0, asked: Mapping[str, Any] | None = None
 ) -> MergeReport:
     """Returns the report on the parents of a model.
 
     Args:
       models: the child, its parents, and the origin; read once.
+      align: kinds of disguises that are undone first if the child is in none of the others' places; see
+        `tracing_jax.align`.
       seed: of the entries and units that are drawn.
-      aligned: whether the child was aligned to one of the others.
       asked: goes into the record.
 
     Raises:
       MergeError: the models have nothing in common that shares could be estimated from.
     """
+    check_names(models)
+    notes: list[str] = []
+    in_place, aligned = is_in_place(models), False
+    if align and not in_place:
+        try:
+            models, notes = with_aligned_child(models, align, seed)
+            aligned = True
+        except AlignmentError as error:
+            notes = [str(error)]
     check(models)
     sums = read_sums(models, seed)
-    whole = estimate(models, sums.tensors)
-    by_tensor = grouped(models, sums.tensors, lambda tensor: tensor.place)
+    whole, by_tensor, parts = compared(models, sums, seed, _blind(in_place, aligned))
     by_role = grouped(models, sums.tensors, lambda tensor: tensor.place.role)
     by_layer = grouped(models, sums.tensors, lambda tensor: tensor.place.layer)
     both = grouped(models, sums.tensors, lambda tensor: (tensor.place.role, tensor.place.layer))
     fit = reduce(add, (shares.fit for shares in by_tensor.values()))
-    parts = parts_of(models, sums, whole, list(by_tensor.values()), seed, aligned)
     nested: dict[str, dict[str, Any]] = {}
     for (role, layer), shares in both.items():
         if layer is not None:
@@ -47,7 +57,7 @@ def merge_report(
     record = {
         **(asked or {}),
         "reference": "origin" if models.origin is not None else models.names[0],
-        "sentence": sentence(models, parts, fit),
+        "sentence": sentence(models, parts, fit, aligned),
         "parts": [part.as_dict() for part in parts],
         "method": choice.as_dict(),
         "recipe": recipe(models, choice, both, origin, sums.dtype),
@@ -59,14 +69,38 @@ def merge_report(
         "by_role_and_layer": nested,
         "by_tensor": _as_dicts(by_tensor, models),
         "left_out": models.left_out,
-        "notes": _notes(models, by_tensor),
+        "notes": [*notes, *_notes(models, by_tensor)],
+        "aligned": aligned,
         "seed": seed,
     }
     return MergeReport(plain(record))
 
 
-def check(models: MergeModels) -> None:
-    """Checks that there is something to compare.
+def _blind(in_place: bool, aligned: bool) -> str | None:
+    """Returns why the test by exchanging units sees nothing, or has no null; None if it has and does."""
+    if aligned:
+        return "the child was aligned: its units are in the others' order by construction"
+    return None if in_place else "the child is in none of the others' places, where alone the test sees a part"
+
+
+class Compared(NamedTuple):
+    """Shares over the model and by tensor, and what is known of each parent."""
+
+    whole: Shares
+    by_tensor: Mapping[Place, Shares]
+    parts: Sequence[Part]
+
+
+def compared(models: MergeModels, sums: Sums, seed: int, blind: str | None) -> Compared:
+    """Returns the shares of what one pass has read, and the part of each parent; see `merge_report`."""
+    whole = estimate(models, sums.tensors)
+    by_tensor = grouped(models, sums.tensors, lambda tensor: tensor.place)
+    parts = parts_of(models, sums, whole, list(by_tensor.values()), seed, blind)
+    return Compared(whole, by_tensor, parts)
+
+
+def check_names(models: MergeModels) -> None:
+    """Checks that there are enough models.
 
     Raises:
       MergeError: what is missing.
@@ -75,6 +109,14 @@ def check(models: MergeModels) -> None:
         raise MergeError("no parents were given; name one with a base, or two and more")
     if models.terms < 1:
         raise MergeError(f"{models.names[0]} alone has no share to estimate; give the base, or another parent")
+
+
+def check(models: MergeModels) -> None:
+    """Checks that there is something to compare.
+
+    Raises:
+      MergeError: the models have no weight in common.
+    """
     if not any(True for _ in models.places()):
         reasons = "; ".join(dict.fromkeys(models.left_out.values()))
         raise MergeError(f"the models have no weight in common that could be compared: {reasons}")

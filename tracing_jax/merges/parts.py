@@ -60,7 +60,7 @@ class Part:
 
 
 def parts_of(
-    models: MergeModels, sums: Sums, whole: Shares, by_tensor: Sequence[Shares], seed: int, aligned: bool
+    models: MergeModels, sums: Sums, whole: Shares, by_tensor: Sequence[Shares], seed: int, blind: str | None
 ) -> list[Part]:
     """Returns what is known of the part of each parent.
 
@@ -70,17 +70,16 @@ def parts_of(
       whole: the shares over all tensors.
       by_tensor: the shares of each tensor, among which the shares may differ.
       seed: of the order in which ties are broken.
-      aligned: whether the child was aligned: its units are then in the order of the parents by construction, and
-        nothing has a p-value.
+      blind: why units cannot be exchanged, as after an alignment; None if they can.
     """
     fit = reduce(add, (shares.fit for shares in by_tensor))
-    log_ps = [None if aligned else log_p_of_parent(models, sums.units, k, seed) for k in range(len(models.names))]
+    log_ps = [None if blind else log_p_of_parent(models, sums.units, k, seed) for k in range(len(models.names))]
     tested = [log_p for log_p in log_ps if log_p is not None]
     adjusted = iter(holm(tested) / math.log(10)) if tested else iter(())
     found = []
     for k, log_p in enumerate(log_ps):
         after = None if log_p is None else float(next(adjusted))
-        word, reason = _word(k, fit, whole, after, aligned)
+        word, reason = _word(k, fit, whole, after, blind or NO_UNITS)
         share, se, low, high = (_number(row[k]) for row in (whole.values, whole.errors, *whole.interval()))
         log10_p = None if log_p is None else log_p / math.log(10)
         alone = float(fit.alone[k])
@@ -93,13 +92,16 @@ def is_rounding(fit: Fit) -> bool:
     return fit.rest <= ROUNDING_TIMES * fit.rounding
 
 
-def sentence(models: MergeModels, parts: Sequence[Part], fit: Fit) -> str:
+def sentence(models: MergeModels, parts: Sequence[Part], fit: Fit, aligned: bool) -> str:
     """Returns what was found, in no more words than the tests carry."""
     of = {word: [part for part in parts if part.word == word] for word in ("part", "one_of", "reserved", "none")}
     rest = "the rest is rounding" if is_rounding(fit) else f"no parent explains {_percent(fit.unexplained)} of that"
     if of["one_of"]:
         names = ", ".join(part.name for part in of["one_of"])
         return f"one of these, or several: {names}; they are too alike for shares of each"
+    if aligned and all(part.share is not None for part in parts):
+        shares = ", ".join(f"{part.name} {part.share:.3f} ± {part.se:.3f}" for part in parts)
+        return f"after alignment the shares are {shares}; {rest}; to test a parent, compare it with the child"
     named = [f"{part.name} ({part.share:.3f} ± {part.se:.3f})" for part in of["part"]]
     if len(named) > 1:
         return f"merged of {_listed(named)}; of what differs from {_reference(models)}, {rest}"
@@ -117,14 +119,13 @@ def sentence(models: MergeModels, parts: Sequence[Part], fit: Fit) -> str:
     return f"not testable: {parts[0].reason}"
 
 
-def _word(k: int, fit: Fit, whole: Shares, adjusted_log10_p: float | None, aligned: bool) -> tuple[str, str | None]:
+def _word(k: int, fit: Fit, whole: Shares, adjusted_log10_p: float | None, blind: str) -> tuple[str, str | None]:
     if whole.undefined:
         return "not_testable", whole.undefined
     if whole.condition > ONE_OF_THESE and len(whole.values) > 1:
         return "one_of", f"the parents' differences are nearly collinear (condition number {whole.condition:.0f})"
     if adjusted_log10_p is None:
-        reason = "the child was aligned: its units are in the parents' order by construction" if aligned else NO_UNITS
-        return "not_testable", reason
+        return "not_testable", blind
     if adjusted_log10_p >= math.log10(LEVEL) or (abs(whole.values[k]) < SMALLEST_SHARE and fit.alone[k] < 0.5):
         return "none", None
     if fit.alone[k] < BEYOND_TRAINING and not is_rounding(fit):

@@ -1,0 +1,96 @@
+"""A child in disguise: aligned to the origin or to a parent, and all models in the same gauge.
+
+A disguise is undone by the project's alignment. Where it is more than a permutation, alignment moves a model a little
+towards its reference (the rotation that fits best, gains set to the reference's): the parents are aligned in the same
+way, so that this changes child and parents alike, and to first order no share.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import jax
+import numpy as np
+
+from tracing_jax.alignment import AlignmentError, align, aligned
+from tracing_jax.merges.models import MergeModels
+from tracing_jax.sources import MappedSource, ParamSource, in_memory, leaf
+from tracing_jax.tree import Tree
+
+IN_PLACE = 0.3
+"""A kernel of the child is in place if its cosine with that of another model is above; independent ones are near 0."""
+_KERNELS = ("attn/q_proj", "attn/k_proj", "attn/v_proj", "attn/o_proj", "mlp/up_proj", "mlp/down_proj")
+
+
+def is_in_place(models: MergeModels) -> bool:
+    """Returns whether kernels of the child in its first, middle and last layer are like those of another model."""
+    compared = {place.name for place in models.places()}
+    L = models.child.arch.num_layers
+    names = [f"layers/{i}/{name}/kernel" for i in sorted({0, L // 2, L - 1}) for name in _KERNELS]
+    if not set(names) & compared:
+        return False
+    return all(max(_cosines(models, name)) > IN_PLACE for name in names if name in compared)
+
+
+def with_aligned_child(models: MergeModels, kinds: Sequence[str], seed: int) -> tuple[MergeModels, list[str]]:
+    """Returns the models with the child, and where needed the parents, aligned; and notes on what was done.
+
+    Args:
+      models: none of which is changed.
+      kinds: of disguises, as for `tracing_jax.align`.
+      seed: of the alignment's proof.
+
+    Raises:
+      AlignmentError: the child could not be aligned to any of the models.
+    """
+    reasons: list[str] = []
+    original = as_float32(models.child)  # to round it again would add to the noise
+    for at, name in enumerate(["the base"] * (models.origin is not None) + list(models.names), start=1):
+        reference = models.read_together[at]
+        try:
+            found = align(reference, original, kinds, evidence="weights", shared=_shared(models, at), seed=seed)
+        except (AlignmentError, ValueError) as error:
+            reasons.append(f"to {name}: {error}")
+            continue
+        moved = replace(models, child=in_memory(aligned(original, found), "aligning"))
+        note = f"the child was aligned to {name}: {', '.join(rewrite.name for rewrite in found.rewrites) or 'nothing'}"
+        if not found.reorders_only:
+            moved, more = _in_one_gauge(moved, reference, kinds, seed)
+            note += more
+        if is_in_place(moved):
+            return moved, [note]
+        reasons.append(f"to {name}: aligned, its kernels are still unlike those of the others")
+    raise AlignmentError("the child could not be aligned:\n  " + "\n  ".join(reasons))
+
+
+def _in_one_gauge(
+    models: MergeModels, reference: ParamSource, kinds: Sequence[str], seed: int
+) -> tuple[MergeModels, str]:
+    """Returns the models with every parent but the reference aligned to it as the child was; and what to note."""
+    whole = ("all",) if "auto" in kinds else tuple(kinds)
+
+    def in_gauge(model: ParamSource) -> ParamSource:
+        wide = as_float32(model)
+        return in_memory(aligned(wide, align(reference, wide, whole, evidence="weights", seed=seed)), "aligning")
+
+    origin = None if models.origin is None else in_gauge(models.origin)
+    parents = {name: in_gauge(parent) for name, parent in models.parents.items()}
+    return replace(models, parents=parents, origin=origin), "; the other models likewise, for the same gauge"
+
+
+def _shared(models: MergeModels, at: int) -> dict[str, tuple[np.ndarray, np.ndarray]] | None:
+    return None if models.tokens is None else {"vocab": (models.tokens[at], models.tokens[0])}
+
+
+def as_float32(source: ParamSource) -> ParamSource:
+    """Returns the model with float32 leaves, as they are read."""
+
+    def cast(tree: Tree, _: object) -> Tree:
+        return jax.tree.map(lambda weights: np.asarray(weights, np.float32), tree)
+
+    return MappedSource(source, cast)
+
+
+def _cosines(models: MergeModels, name: str) -> list[float]:
+    child, *others = (np.asarray(leaf(model, name), np.float32).ravel() for model in models.read_together)
+    norm = float(np.linalg.norm(child))
+    return [float(child @ other) / max(norm * float(np.linalg.norm(other)), 1e-30) for other in others]
