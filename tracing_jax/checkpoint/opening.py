@@ -40,7 +40,7 @@ class WeightsOnly(NamedTuple):
     Attributes:
       layout: a file that says where parts are stored, see `docs/checkpoints.md`; the model is then read by its weights
         alone, whatever its family.
-      component: `vision`, `audio`, `projector` or `encoder`: that part of the model alone, by its weights.
+      component: `vision`, `audio` or `encoder`: that part of the model alone, by its weights.
     """
 
     layout: str | None = None
