@@ -11,6 +11,7 @@ import pytest
 from tracing_jax import cli
 from tracing_jax.cli.absl_flags import parse_flags
 from tracing_jax.cli.generate import GenerateOptions
+from tracing_jax.cli.inspect import InspectOptions
 from tracing_jax.cli.merge import MergeOptions
 from tracing_jax.cli.zoo import Slurm, ZooOptions
 from tracing_jax.data import GENERATED_FOLDER
@@ -19,7 +20,7 @@ from tracing_jax.options import COMPARE, RunOptions
 from tracing_jax.zoo import PAIRINGS, make_plan, read_models
 
 ROOT = Path(__file__).parents[1]
-OPTIONS = {"compare": (RunOptions,), "verify": (), "align": (), "disguise": (), "generate": (GenerateOptions,),
+OPTIONS = {"compare": (RunOptions,), "verify": (), "inspect": (InspectOptions,), "align": (), "disguise": (), "generate": (GenerateOptions,),
            "merge": (MergeOptions,), "zoo": (RunOptions, ZooOptions)}  # fmt: skip
 LEFT_OUT = {"base_model_id", "ft_model_id", "ft_model_ids", "save"}
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests import foreign_layouts as layouts
 from tests.foreign_layouts import D, E, F, V
-from tracing_jax import experiment
+from tracing_jax import cli, experiment
 from tracing_jax.arch import UnsupportedModelError
 from tracing_jax.axes import axis_table
 from tracing_jax.checkpoint import Checkpoint, CheckpointError, WeightsOnly, open_checkpoint
@@ -94,6 +94,16 @@ def test_a_layout_file_says_what_is_stored_where(tmp_path):
     stored = layouts.chatglm(0, trained=False)[fused.replace("{layer}", "1")]
     np.testing.assert_array_equal(model.layer(1)["mlp"]["gate_proj"]["kernel"], stored[::2].T)
     np.testing.assert_array_equal(model.layer(1)["mlp"]["up_proj"]["kernel"], stored[1::2].T)
+
+
+def test_what_is_found_is_printed_as_a_layout_file_that_reads_the_same(tmp_path, capsys):
+    folder = layouts.write(tmp_path / "model", layouts.internlm2, layouts.internlm2(0))
+    cli.main(["inspect", folder])
+    (tmp_path / "layout.yaml").write_text(capsys.readouterr().out)
+    models = [open_checkpoint(folder, weights_only=WeightsOnly(layout=layout))
+              for layout in (None, str(tmp_path / "layout.yaml"))]  # fmt: skip
+    assert models[0].arch == models[1].arch
+    assert models[0].leaf_layouts == models[1].leaf_layouts
 
 
 @pytest.mark.parametrize(
