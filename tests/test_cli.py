@@ -20,7 +20,8 @@ from tracing_jax.options import COMPARE, RunOptions
 from tracing_jax.zoo import PAIRINGS, make_plan, read_models
 
 ROOT = Path(__file__).parents[1]
-OPTIONS = {"compare": (RunOptions,), "verify": (), "inspect": (InspectOptions,), "align": (), "disguise": (), "generate": (GenerateOptions,),
+OPTIONS = {"compare": (RunOptions,), "verify": (), "inspect": (InspectOptions,), "align": (), "disguise": (),
+           "generate": (GenerateOptions,),
            "merge": (MergeOptions,), "zoo": (RunOptions, ZooOptions)}  # fmt: skip
 LEFT_OUT = {"base_model_id", "ft_model_id", "ft_model_ids", "save"}
 
