@@ -21,10 +21,12 @@ from tracing_jax.arch.config import (
     read_raw_config,
 )
 from tracing_jax.arch.families import SUPPORTED_FAMILIES
+from tracing_jax.arch.multimodal import SUPPORTED_MULTIMODAL
 from tracing_jax.arch.rope import SUPPORTED_ROPES, head_pairs
 
 __all__ = [
     "SUPPORTED_FAMILIES",
+    "SUPPORTED_MULTIMODAL",
     "SUPPORTED_ROPES",
     "WEIGHTS_ONLY",
     "Arch",

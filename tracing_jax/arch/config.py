@@ -10,6 +10,13 @@ from tracing_jax.arch.architecture import Arch, UnsupportedModelError
 from tracing_jax.arch.attributes import attribute_notes, attribute_problems, without_undeclared
 from tracing_jax.arch.families import FAMILIES, SUPPORTED_FAMILIES
 from tracing_jax.arch.family import ArchFields, Family
+from tracing_jax.arch.multimodal import (
+    SUPPORTED_MULTIMODAL,
+    family_of,
+    is_multimodal,
+    language_model,
+    language_model_alone,
+)
 from tracing_jax.arch.rope import NO_ROPE, rope_is_absent, ropes, without_rope
 from tracing_jax.arch.sizes import size_problem
 from tracing_jax.complaints import shortened
@@ -44,11 +51,15 @@ def read_arch_and_notes(folder: Path) -> tuple[Arch, list[str]]:
     from transformers import AutoConfig  # slow to import, and not needed by those who build an Arch themselves
 
     file = folder / "config.json"
-    if problem := _raw_problem(raw := read_raw_config(folder)):
+    if problem := _raw_problem(read_raw_config(folder)):
         raise UnsupportedModelError(f"{file}: {problem}")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        return arch_from_config(config), attribute_notes(config, FAMILIES[raw["model_type"]])
+        arch, text = arch_from_config(config), language_model(config)
+        family = family_of(text.model_type)
+        assert family is not None
+        inside = [f"of this {config.model_type} model the language model is read"] if text is not config else []
+        return arch, inside + attribute_notes(text, family)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{file}: {error}") from error
     except Exception as error:  # transformers reports a bad field by whatever its validators raise
@@ -74,16 +85,23 @@ def read_raw_config(folder: Path) -> dict[str, Any]:
 def _raw_problem(raw: dict[str, Any]) -> str | None:
     """Returns what can be said against a config before transformers builds anything from it."""
     model_type = raw.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        return (
-            f"architecture {shortened(repr(model_type))} is not supported; supported: {', '.join(SUPPORTED_FAMILIES)}"
-        )
+    if not isinstance(model_type, str) or not (model_type in FAMILIES or is_multimodal(model_type)):
+        return _not_supported(model_type)
     if problem := size_problem(raw):
         return problem
+    if is_multimodal(model_type):
+        return None  # configs inside of others lack what is at its default
     if raw.get("configuration_files"):
         return "configuration_files has transformers read another file; remove it, or make that file config.json"
     family = FAMILIES[model_type]
     return None if family.optional_theta else rope_is_absent(raw, family.thetas)
+
+
+def _not_supported(model_type: Any) -> str:
+    return (
+        f"architecture {shortened(repr(model_type))} is not supported; supported: {', '.join(SUPPORTED_FAMILIES)}; "
+        f"and the language models of {', '.join(SUPPORTED_MULTIMODAL)}"
+    )
 
 
 def arch_from_config(config: Any) -> Arch:
@@ -92,11 +110,10 @@ def arch_from_config(config: Any) -> Arch:
     Raises:
       UnsupportedModelError: names every attribute that is unknown or asks for something not computed here.
     """
-    family = FAMILIES.get(config.model_type)
+    config = language_model(config)
+    family = family_of(config.model_type)
     if family is None:
-        raise UnsupportedModelError(
-            f"architecture {config.model_type!r} is not supported; supported: {', '.join(SUPPORTED_FAMILIES)}"
-        )
+        raise UnsupportedModelError(_not_supported(config.model_type))
     if problems := attribute_problems(config, family) + _problems(config, family):
         raise UnsupportedModelError("; ".join(problems))
     config = without_undeclared(config, family)
@@ -115,7 +132,7 @@ def arch_from_config(config: Any) -> Arch:
     if family.activation:
         found["activation"] = _ACTIVATIONS[getattr(config, family.activation)]
     return Arch(
-        family=config.model_type,
+        family=family.same_as or config.model_type,
         vocab_size=config.vocab_size,
         embed_dim=config.hidden_size,
         num_layers=layers,
@@ -141,11 +158,13 @@ def _problems(config: Any, family: Family) -> list[str]:
 def change_config(folder: Path, arch: Arch) -> None:
     """Changes the `config.json` in `folder`, field by field, so that it describes a model with the architecture `arch`.
 
-    What need not change stays as it is, down to the names that older versions gave to fields.
+    What need not change stays as it is, down to the names that older versions gave to fields; of a multimodal model's
+    config only that of the language model is kept.
 
     Raises:
       UnsupportedModelError: the config's family has no fields for this architecture.
     """
+    _keep_language_model(folder)
     before = read_arch(folder)
     if not arch.has_head:  # a config says nothing of that, and ties what is not there or not
         arch = replace(arch, has_head=True, tied=before.tied)
@@ -168,6 +187,14 @@ def change_config(folder: Path, arch: Arch) -> None:
         wrong = [field.name for field in fields(arch) if getattr(written, field.name) != getattr(arch, field.name)]
         lines = [f"{name} {getattr(arch, name)}, which reads back as {getattr(written, name)}" for name in wrong]
         raise UnsupportedModelError(f"a config of family {arch.family} has no fields for: {'; '.join(lines)}")
+
+
+def _keep_language_model(folder: Path) -> None:
+    from transformers import AutoConfig
+
+    if is_multimodal(read_raw_config(folder).get("model_type")):
+        raw = language_model_alone(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
 def has_field(arch: Arch, name: str) -> bool:

@@ -47,6 +47,7 @@ class Family:
       optional_theta: whether its theta was a constant before it became a setting, so that files may lack it.
       rope_layers: config -> for each layer whether its queries and keys are rotated; None: all are.
       per_layer: attributes with a value for each layer, which follows from its window and rope.
+      same_as: another family with the same blocks and names, as which a model of this one counts.
     """
 
     read: Callable[[Any], ArchFields]
@@ -60,6 +61,7 @@ class Family:
     optional_theta: bool = False
     rope_layers: Callable[[Any], Sequence[bool]] | None = None
     per_layer: tuple[str, ...] = ("layer_types",)
+    same_as: str | None = None
 
     @property
     def used(self) -> frozenset[str]:

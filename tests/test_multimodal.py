@@ -1,0 +1,147 @@
+"""Multimodal models: the language model inside is read, and computes what transformers computes of a text."""
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from parity_cases import CASES
+from safetensors.numpy import save_file
+
+from tracing_jax.arch import SUPPORTED_MULTIMODAL, read_arch
+from tracing_jax.checkpoint import open_checkpoint, save_checkpoint
+from tracing_jax.checkpoint.hf_layouts import leaf_layouts
+from tracing_jax.checkpoint.tensor_layout import tensor_shapes
+from tracing_jax.forward import logits
+from tracing_jax.sources import InMemory, in_memory
+from tracing_jax.tree import flatten
+
+TOLERANCE = 2e-4
+_TEXT = {
+    "vocab_size": 40, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": None, "eos_token_id": None,
+    "bos_token_id": None,
+}  # fmt: skip
+_ROPE = {"rope_type": "default", "rope_theta": 777.0}
+_SECTIONS = {"head_dim": 12, "rope_parameters": _ROPE | {"mrope_section": [2, 2, 2]}}
+_VISION = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8,
+    "patch_size": 4,
+}  # fmt: skip
+_QWEN_VISION = {"depth": 1, "hidden_size": 16, "num_heads": 2, "patch_size": 4, "out_hidden_size": 24}
+_SIGLIP, _CLIP = {"model_type": "siglip_vision_model"} | _VISION, {"model_type": "clip_vision_model"} | _VISION
+
+
+def _text(model_type: str, **changes: Any) -> dict[str, Any]:
+    return {"model_type": model_type} | _TEXT | {"rope_parameters": _ROPE, "rms_norm_eps": 3e-3} | changes
+
+
+_COHERE2 = {name: value for name, value in _text("cohere2", layer_norm_eps=3e-3).items() if name != "rms_norm_eps"}
+_CONFIGS: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "text_config": _text(
+            "gemma3_text", sliding_window=5, layer_types=["sliding_attention", "full_attention"], head_dim=8,
+            rope_parameters={"full_attention": _ROPE, "sliding_attention": _ROPE | {"rope_theta": 43.2}},
+        ),
+        "vision_config": _SIGLIP,
+        "mm_tokens_per_image": 4,
+        "image_token_index": 39,
+    },
+    "llava": {"text_config": _text("llama"), "vision_config": _CLIP, "image_token_index": 39},
+    "llava_next": {
+        "text_config": _text("mistral", sliding_window=5), "vision_config": _CLIP, "image_token_index": 39,
+        "image_grid_pinpoints": [[8, 8]],
+    },
+    "llava_onevision": {"text_config": _text("qwen2"), "vision_config": _SIGLIP, "image_token_index": 39},
+    "mistral3": {
+        "text_config": _text("mistral", sliding_window=None, head_dim=8), "image_token_index": 39,
+        "vision_config": {"model_type": "pixtral"} | _VISION,
+        "tie_word_embeddings": False,
+    },
+    "internvl": {
+        "text_config": _text("qwen2"), "image_token_id": 39, "tie_word_embeddings": False,
+        "vision_config": {"model_type": "internvl_vision"} | _VISION | {"image_size": [8, 8], "patch_size": [4, 4]},
+    },
+    "aya_vision": {"text_config": _COHERE2, "vision_config": _SIGLIP, "image_token_index": 39},
+    "qwen2_vl": {
+        "text_config": _text("qwen2_vl_text", **_SECTIONS | {"head_dim": None}, hidden_size=48),
+        "vision_config": {"depth": 1, "embed_dim": 16, "hidden_size": 48, "num_heads": 2, "patch_size": 4},
+        "image_token_id": 39, "video_token_id": 38, "vision_start_token_id": 37, "vision_end_token_id": 36,
+    },
+    "qwen2_5_vl": {
+        "text_config": _text(
+            "qwen2_5_vl_text", hidden_size=48, use_sliding_window=True, sliding_window=4, max_window_layers=1,
+            rope_parameters=_SECTIONS["rope_parameters"],
+        ),
+        "vision_config": _QWEN_VISION | {"out_hidden_size": 48, "intermediate_size": 16, "fullatt_block_indexes": [0]},
+        "image_token_id": 39, "video_token_id": 38, "vision_start_token_id": 37, "vision_end_token_id": 36,
+        "tie_word_embeddings": True,
+    },
+    "qwen3_vl": {
+        "text_config": _text("qwen3_vl_text", **_SECTIONS, attention_bias=True),
+        "vision_config": _QWEN_VISION
+        | {"intermediate_size": 16, "num_position_embeddings": 4, "deepstack_visual_indexes": [0]},
+        "image_token_id": 39, "video_token_id": 38, "vision_start_token_id": 37, "vision_end_token_id": 36,
+    },
+}  # fmt: skip
+
+
+def test_every_type_is_tried():
+    assert sorted(_CONFIGS) == sorted(SUPPORTED_MULTIMODAL)
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model_type", _CONFIGS)
+def test_text_is_computed_as_transformers_computes_it(model_type, tmp_path):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = AutoConfig.for_model(model_type, **_CONFIGS[model_type])
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            centre = 1.0 if "norm" in name and not name.endswith("bias") and model_type != "gemma3" else 0.0
+            parameter.normal_(centre, 0.3)
+    model.save_pretrained(tmp_path / "whole")
+    tokens = np.random.default_rng(0).integers(0, 36, (2, 12))
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor(tokens), use_cache=False).logits.numpy()
+    found = open_checkpoint(str(tmp_path / "whole"))
+    assert any("the language model is read" in note for note in found.notes)
+    assert any("parts for other inputs" in note for note in found.notes)
+    ours = InMemory(found.arch, jax.tree.map(jnp.asarray, in_memory(found).params))
+    error = np.abs(logits(ours, tokens.astype(np.int32)) - expected).max()
+    assert error <= TOLERANCE * max(1.0, np.abs(expected).max())
+    save_checkpoint(tmp_path / "text", found, companions=tmp_path / "whole")
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "text", attn_implementation="eager", dtype="float32")
+    with torch.no_grad():
+        again = alone.eval()(input_ids=torch.tensor(tokens), use_cache=False).logits.numpy()
+    assert np.abs(again - expected).max() <= TOLERANCE * max(1.0, np.abs(expected).max())
+
+
+@pytest.mark.parametrize("prefixes", [("model.language_model.", ""), ("language_model.model.", "language_model.")])
+def test_language_model_is_found_under_the_names_of_both_times(prefixes, tmp_path):
+    case, (body, head) = CASES["mistral-gqa-untied-default"], prefixes
+    tensors = {name: case.weight(name, s) for name, s in tensor_shapes(leaf_layouts(case.arch()).values()).items()}
+    stored = {
+        body + name.removeprefix("model.") if name.startswith("model.") else head + name: tensor
+        for name, tensor in tensors.items()
+    }
+    stored |= {"vision_tower.patch_conv.weight": np.ones((2, 2), np.float32)}
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "mistral3", "text_config": case.config, "tie_word_embeddings": False})
+    )
+    save_file(stored, tmp_path / "model.safetensors")
+    found = open_checkpoint(str(tmp_path))
+    assert found.arch == case.arch()
+    ours, theirs = (flatten(in_memory(source).params) for source in (found, case.source()))
+    assert all(np.array_equal(ours[name], leaf) for name, leaf in theirs.items())
+    assert any("parts for other inputs than text: vision_tower.patch_conv.weight" in note for note in found.notes)
+    save_checkpoint(tmp_path / "text", found, companions=tmp_path)
+    assert read_arch(tmp_path / "text") == case.arch()
+    assert json.loads((tmp_path / "text" / "config.json").read_text())["model_type"] == "mistral"

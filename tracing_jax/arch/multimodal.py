@@ -1,0 +1,60 @@
+"""Multimodal models: the language model inside, which computes a text without images as it would alone."""
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+from tracing_jax.arch.families import FAMILIES
+from tracing_jax.arch.family import ArchFields, Family
+
+SUPPORTED_MULTIMODAL = (
+    "aya_vision", "gemma3", "internvl", "llava", "llava_next", "llava_onevision", "mistral3", "qwen2_5_vl", "qwen2_vl",
+    "qwen3_vl",
+)  # fmt: skip
+"""Model types of which the language model is read."""
+
+
+def _qwen3_vl(config: Any) -> ArchFields:
+    bias = config.attention_bias
+    return {"qkv_bias": bias, "o_bias": bias, "qk_norm": "head"}
+
+
+_INSIDE: dict[str, Family] = {
+    # The sections of their ropes get equal positions in a text, and are one rope then.
+    "qwen2_vl_text": replace(FAMILIES["qwen2"], same_as="qwen2"),
+    "qwen2_5_vl_text": replace(FAMILIES["qwen2"], same_as="qwen2"),
+    "qwen3_vl_text": replace(FAMILIES["qwen3"], read=_qwen3_vl, uses="rms_norm_eps attention_bias", same_as="qwen3"),
+}
+"""Types of language models that exist inside of others only."""
+
+
+def is_multimodal(model_type: Any) -> bool:
+    """Returns whether a config of this type has that of a language model in it."""
+    return model_type in SUPPORTED_MULTIMODAL
+
+
+def language_model(config: Any) -> Any:
+    """Returns the config of the language model: of a multimodal model the one in it, else the config itself."""
+    if not is_multimodal(config.model_type):
+        return config
+    found = copy.deepcopy(config.text_config)
+    found.tie_word_embeddings = config.tie_word_embeddings  # its head belongs to the whole
+    return found
+
+
+def family_of(model_type: str) -> Family | None:
+    """Returns the family of a language model; None if it is not supported."""
+    return FAMILIES.get(model_type) or _INSIDE.get(model_type)
+
+
+def language_model_alone(config: Any) -> dict[str, Any]:
+    """Returns the content of the config.json of a multimodal model's language model as a model of its own."""
+    text = language_model(config)
+    family = family_of(text.model_type)
+    raw = {name: value for name, value in text.to_dict().items() if not name.startswith("_")}
+    raw["model_type"] = family.same_as or text.model_type if family else text.model_type
+    for name in ("architectures", "base_config_key"):
+        raw.pop(name, None)
+    if isinstance(rope := raw.get("rope_parameters"), dict):
+        raw["rope_parameters"] = {name: value for name, value in rope.items() if not name.startswith("mrope")}
+    return raw
