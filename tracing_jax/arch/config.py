@@ -198,8 +198,11 @@ def _keep_language_model(folder: Path) -> None:
 
 
 def has_field(arch: Arch, name: str) -> bool:
-    """Returns whether a config of the model's family has a field for this attribute of `Arch`."""
-    return name in FAMILIES[arch.family].names
+    """Returns whether a config of the model's family has a field for this attribute of `Arch`.
+
+    A model of which only the weights are understood is held to no config.
+    """
+    return arch.family not in FAMILIES or name in FAMILIES[arch.family].names
 
 
 def _fields(arch: Arch) -> dict[str, Any]:

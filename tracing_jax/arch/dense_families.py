@@ -166,6 +166,8 @@ def _falcon(config: Any) -> ArchFields:
     if not grouped and config.num_ln_in_parallel_attn == 2:
         raise UnsupportedModelError("num_ln_in_parallel_attn 2 without new_decoder_architecture is not supported")
     kv_heads = config.num_kv_heads if grouped else 1 if config.multi_query else heads
+    if heads % kv_heads:
+        raise UnsupportedModelError(f"num_attention_heads {heads} is not a multiple of num_kv_heads {kv_heads}")
     two_norms = grouped and config.num_ln_in_parallel_attn != 1
     return _LAYER_NORM | {
         "num_kv_heads": kv_heads,
@@ -275,9 +277,9 @@ DENSE_FAMILIES: dict[str, Family] = {
         " num_ln_in_parallel_attn activation",
         common=COMMON - {"num_key_value_heads", "head_dim", "hidden_act", "intermediate_size"},
         activation="activation",
-        names=_without(NAMES, "head_dim") | {
-            "mlp_dim": "ffn_hidden_size", "num_kv_heads": "num_kv_heads", "norm_eps": "layer_norm_epsilon"
-        },
+        # The number of kv heads is a matter of several fields.
+        names=_without(NAMES, "head_dim", "num_kv_heads")
+        | {"mlp_dim": "ffn_hidden_size", "norm_eps": "layer_norm_epsilon"},
         optional_theta=True,
     ),
 }  # fmt: skip

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int, PRNGKeyArray
 
-from tracing_jax.arch import Arch
+from tracing_jax.arch import Arch, has_field
 from tracing_jax.axes import AxisTable, LeafSpec, kind_of
 from tracing_jax.rewrites.rewrite import Read, Rewrite, Weights, generator, subtable, table_of
 
@@ -256,6 +256,8 @@ class KvRepetition(Rewrite):
 
     @classmethod
     def unsupported(cls, arch: Arch) -> list[str]:
+        if not has_field(arch, "num_kv_heads"):
+            return ["its config has no field for the number of kv heads"]
         return [] if arch.q_group > 1 else ["each kv head has one query head, so that it cannot be shared out"]
 
     @classmethod
