@@ -10,7 +10,7 @@ import pytest
 from parity_cases import CASES
 from safetensors.numpy import save_file
 
-from tracing_jax.arch import SUPPORTED_MULTIMODAL, read_arch
+from tracing_jax.arch import SUPPORTED_MULTIMODAL, UnsupportedModelError, read_arch
 from tracing_jax.checkpoint import open_checkpoint, save_checkpoint
 from tracing_jax.checkpoint.hf_layouts import leaf_layouts
 from tracing_jax.checkpoint.tensor_layout import tensor_shapes
@@ -38,7 +38,6 @@ def _text(model_type: str, **changes: Any) -> dict[str, Any]:
     return {"model_type": model_type} | _TEXT | {"rope_parameters": _ROPE, "rms_norm_eps": 3e-3} | changes
 
 
-_COHERE2 = {name: value for name, value in _text("cohere2", layer_norm_eps=3e-3).items() if name != "rms_norm_eps"}
 _CONFIGS: dict[str, dict[str, Any]] = {
     "gemma3": {
         "text_config": _text(
@@ -64,7 +63,6 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "text_config": _text("qwen2"), "image_token_id": 39, "tie_word_embeddings": False,
         "vision_config": {"model_type": "internvl_vision"} | _VISION | {"image_size": [8, 8], "patch_size": [4, 4]},
     },
-    "aya_vision": {"text_config": _COHERE2, "vision_config": _SIGLIP, "image_token_index": 39},
     "qwen2_vl": {
         "text_config": _text("qwen2_vl_text", **_SECTIONS | {"head_dim": None}, hidden_size=48),
         "vision_config": {"depth": 1, "embed_dim": 16, "hidden_size": 48, "num_heads": 2, "patch_size": 4},
@@ -90,6 +88,13 @@ _CONFIGS: dict[str, dict[str, Any]] = {
 
 def test_every_type_is_tried():
     assert sorted(_CONFIGS) == sorted(SUPPORTED_MULTIMODAL)
+
+
+def test_logits_that_the_text_model_scales_are_refused(tmp_path):
+    config = {"model_type": "llava", "text_config": CASES["granite-gqa-untied-default"].config}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match="scaled or capped in a llava model"):
+        read_arch(tmp_path)
 
 
 @pytest.mark.slow

@@ -110,7 +110,7 @@ def arch_from_config(config: Any) -> Arch:
     Raises:
       UnsupportedModelError: names every attribute that is unknown or asks for something not computed here.
     """
-    config = language_model(config)
+    whole, config = config, language_model(config)
     family = family_of(config.model_type)
     if family is None:
         raise UnsupportedModelError(_not_supported(config.model_type))
@@ -131,7 +131,7 @@ def arch_from_config(config: Any) -> Arch:
     }
     if family.activation:
         found["activation"] = _ACTIVATIONS[getattr(config, family.activation)]
-    return Arch(
+    arch = Arch(
         family=family.same_as or config.model_type,
         vocab_size=config.vocab_size,
         embed_dim=config.hidden_size,
@@ -140,6 +140,10 @@ def arch_from_config(config: Any) -> Arch:
         tied=bool(config.tie_word_embeddings),
         **(found | family.read(config)),
     )
+    if whole is not config and (arch.logit_scale, arch.logit_softcap) != (1.0, None):
+        # Their classes in transformers have a head without these, other programs may not.
+        raise UnsupportedModelError(f"logits that are scaled or capped in a {whole.model_type} model are not supported")
+    return arch
 
 
 def _problems(config: Any, family: Family) -> list[str]:

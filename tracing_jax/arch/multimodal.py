@@ -1,15 +1,14 @@
 """Multimodal models: the language model inside, which computes a text without images as it would alone."""
 
 import copy
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from tracing_jax.arch.families import FAMILIES
 from tracing_jax.arch.family import ArchFields, Family
 
 SUPPORTED_MULTIMODAL = (
-    "aya_vision", "gemma3", "internvl", "llava", "llava_next", "llava_onevision", "mistral3", "qwen2_5_vl", "qwen2_vl",
-    "qwen3_vl",
+    "gemma3", "internvl", "llava", "llava_next", "llava_onevision", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl",
 )  # fmt: skip
 """Model types of which the language model is read."""
 
@@ -51,7 +50,12 @@ def language_model_alone(config: Any) -> dict[str, Any]:
     """Returns the content of the config.json of a multimodal model's language model as a model of its own."""
     text = language_model(config)
     family = family_of(text.model_type)
-    raw = {name: value for name, value in text.to_dict().items() if not name.startswith("_")}
+    declared = {field.name for field in fields(text)}
+    raw = {
+        name: value
+        for name, value in text.to_dict().items()
+        if not name.startswith("_") and (value is not None or name in declared)
+    }
     raw["model_type"] = family.same_as or text.model_type if family else text.model_type
     for name in ("architectures", "base_config_key"):
         raw.pop(name, None)
