@@ -111,6 +111,7 @@ def arch_from_config(config: Any) -> Arch:
       UnsupportedModelError: names every attribute that is unknown or asks for something not computed here.
     """
     whole, config = config, language_model(config)
+    is_inside = whole is not config
     family = family_of(config.model_type)
     if family is None:
         raise UnsupportedModelError(_not_supported(config.model_type))
@@ -140,7 +141,7 @@ def arch_from_config(config: Any) -> Arch:
         tied=bool(config.tie_word_embeddings),
         **(found | family.read(config)),
     )
-    if whole is not config and (arch.logit_scale, arch.logit_softcap) != (1.0, None):
+    if is_inside and (arch.logit_scale, arch.logit_softcap) != (1.0, None):
         # Their classes in transformers have a head without these, other programs may not.
         raise UnsupportedModelError(f"logits that are scaled or capped in a {whole.model_type} model are not supported")
     return arch
