@@ -102,7 +102,7 @@ class Row:
             return "not tried" if self.level in ("", "not tried") else "refused"
         if self.independent in ("related", "identical") or self.related == "no_evidence":
             return "wrong"
-        return "right" if self.related == "related" else "undecided"
+        return {"related": "right", "not_testable": "refused"}.get(self.related, "undecided")
 
 
 def tiny_config(family: str) -> Any:
@@ -328,34 +328,44 @@ def families() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-_INTRODUCTION = """Made by `python -m benchmarks.families --write`. For each of the {count} families of text generation
-that transformers {version} registers, three tiny random models are made: one, a copy of it with permuted MLP units and
-noise, and an independent one. `compare` must call the copy related, or say why it cannot tell, and must never call the
-independent model related.
+_INTRODUCTION = """Made by `python -m benchmarks.families --write`. Of the {total} families of text generation that
+transformers {version} registers, {count} are in this table. Of each, three tiny random models are made: one, a copy of
+it with permuted MLP units and noise, and an independent one. `compare` must call the copy related, or say why it cannot
+tell, and must never call the independent model related.
 
 {counts}.
 
 `level`: with a forward pass, or by weights alone (see
 [what can be read](checkpoints.md#models-read-by-their-weights-alone)), from safetensors and `.bin` files. `GGUF`: the
-same from GGUF files, where llama.cpp has a family of that name. Not tried: no tiny model could be made."""
+same from GGUF files, where llama.cpp has a family of that name. `forward (tried by weights)`: the family has got a
+forward pass since the pair was tried. Not tried: no tiny model could be made."""
 
 
 def page(rows: Sequence[Row], version: str) -> str:
     """Returns the page of the docs."""
     counts = ", ".join(f"{count} {outcome}" for outcome, count in Counter(row.outcome for row in rows).most_common())
-    text = _INTRODUCTION.format(count=len(rows), version=version, counts=counts)
-    paragraphs = [textwrap.fill(" ".join(part.split()), 120, break_long_words=False) for part in text.split("\n\n")]
+    text = _INTRODUCTION.format(count=len(rows), total=len(families()), version=version, counts=counts)
+    paragraphs = [
+        textwrap.fill(" ".join(part.split()), 120, break_long_words=False, break_on_hyphens=False)
+        for part in text.split("\n\n")
+    ]
     lines = [
-        "| family | level | GGUF | copy | independent | strongest test | tests | remark |",
-        "|---|---|---|---|---|---|---|---|",
+        "| family | level | GGUF | copy | independent | tests | remark |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         tests = len(row.tests.split(", ")) if row.tests else 0
         remark = row.cause.replace("|", "/").replace("<", "(").replace(">", ")")
         remark = remark if len(remark) < 160 else remark[:160] + " ..."
-        cells = (row.family, row.level, _gguf_level(row.family), row.related, row.independent, row.strongest, tests)
+        cells = (row.family, _level(row), _gguf_level(row.family), row.related, row.independent, tests)
         lines.append("| " + " | ".join(map(str, (*cells, remark))) + " |")
     return "\n\n".join(["# Families", *paragraphs, "\n".join(lines)]) + "\n"
+
+
+def _level(row: Row) -> str:
+    from tracing_jax.arch import SUPPORTED_FAMILIES
+
+    return "forward (tried by weights)" if row.level == "weights" and row.family in SUPPORTED_FAMILIES else row.level
 
 
 def _gguf_level(family: str) -> str:
@@ -388,6 +398,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--families", help="names with commas; all by default")
     parser.add_argument("--rows", type=Path, help="a file of finished rows, to be continued")
+    parser.add_argument("--finished", action="store_true", help="of the families only those with a finished row")
     parser.add_argument("--write", action="store_true", help=f"write {_TABLE.name}")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -396,7 +407,8 @@ def main() -> None:
     if options.rows and options.rows.exists():
         done = {row["family"]: Row(**row) for row in map(json.loads, options.rows.read_text("utf-8").splitlines())}
     rows = []
-    for family in options.families.split(",") if options.families else families():
+    asked = options.families.split(",") if options.families else families()
+    for family in [family for family in asked if family in done or not options.finished]:
         if family not in done:
             try:
                 with _limited(_SECONDS), contextlib.redirect_stderr(io.StringIO()):

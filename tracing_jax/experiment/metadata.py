@@ -47,11 +47,19 @@ def model_facts(checkpoint: Checkpoint, hashed: bool = True, stop: threading.Eve
         "id": checkpoint.id,
         "revision": checkpoint.revision,
         "family": checkpoint.arch.family,
-        "parameters": sum(math.prod(layout.shape) for layout in checkpoint.leaf_layouts.values()),
+        "parameters": sum(map(math.prod, _shapes(checkpoint))),
         "shape": shape_facts(checkpoint.arch),
         # Only process 0 writes the record.
         "files": file_hashes(files, stop) if hashed and is_main_process() else {},
     }
+
+
+def _shapes(checkpoint: Checkpoint) -> Iterator[tuple[int, ...]]:
+    """Yields the shapes of all weights: of the leaves, or of all tensors of a model that is read by these alone."""
+    if checkpoint.arch.reading is None:
+        yield from (layout.shape for layout in checkpoint.leaf_layouts.values())
+    else:
+        yield from (checkpoint.tensors.shape(name) for name in checkpoint.tensors.names())
 
 
 @contextlib.contextmanager

@@ -38,13 +38,12 @@ def needs_not_applicable(statistic: str, base: Arch, ft: Arch) -> list[str]:
 
     Models of supported families have everything; what else they lack, such as a gate, the statistic asks itself.
     """
-    return [
-        f"{side}: {problem}"
-        for side, arch in (("base", base), ("ft", ft))
-        if arch.reading is not None
-        for need in NEEDS[statistic]
-        if (problem := _problem(need, arch))
-    ]
+    sides: dict[str, list[str]] = {}
+    for side, arch in (("base", base), ("ft", ft)):
+        for need in NEEDS[statistic] if arch.reading is not None else ():
+            if problem := _problem(need, arch):
+                sides.setdefault(problem, []).append(side)
+    return [f"{' and '.join(found)}: {problem}" for problem, found in sides.items()]
 
 
 def _problem(need: str, arch: Arch) -> str | None:
