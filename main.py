@@ -33,9 +33,15 @@ for _name, _help in _ALONG_PATH.items():
 
 
 def with_default_config(argv: Sequence[str]) -> list[str]:
-    """Returns argv with `--config=configs/mode.py` put in front if no config is named."""
-    names = [argument.lstrip("-").split("=")[0] for argument in argv[1:]]
-    return list(argv) if "config" in names else [argv[0], f"--config={_CONFIGS / 'mode.py'}", *argv[1:]]
+    """Returns argv with `--config=configs/mode.py` put in front if no config is named.
+
+    Where no statistic is named either, the default verdict stands beside the loss along the path: `--verdict=auto`.
+    """
+    names = {argument.lstrip("-").split("=")[0] for argument in argv[1:]}
+    if "config" in names:
+        return list(argv)
+    beside = [] if names & {"stat", "verdict"} else ["--verdict=auto"]
+    return [argv[0], f"--config={_CONFIGS / 'mode.py'}", *beside, *argv[1:]]
 
 
 def run_options() -> RunOptions:

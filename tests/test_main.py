@@ -12,7 +12,7 @@ import pytest
 import main
 from tracing_jax import experiment
 from tracing_jax.dataclass_options import options_of
-from tracing_jax.experiment import check_config
+from tracing_jax.experiment import check_config, trace
 from tracing_jax.options import RunOptions
 
 ROOT = Path(__file__).parent.parent
@@ -27,6 +27,24 @@ def test_a_config_that_is_named_stays_and_the_default_is_mode():
         "--stat",
         "cos",
     ]
+    beside = main.with_default_config(["main.py", "--base_model_id", "a"])
+    assert beside[1:3] == [f"--config={ROOT}/configs/mode.py", "--verdict=auto"]
+
+
+def test_the_default_verdict_stands_beside_the_statistic_that_was_asked_for(family, tmp_path):
+    """The pickle keeps the one number of that statistic."""
+    asked = {
+        "base_model_id": str(family.member("base")), "ft_model_id": str(family.member("disguised")), "stat": "emb",
+        "verdict": "auto", "dataset": None, "align": True, "save": str(tmp_path / "x.p"), "mesh": {"data": 1},
+    }  # fmt: skip
+    record = trace(asked)
+    assert record["verdict"]["verdict"] == "related"
+    assert {"emb", "csu", "match"} <= set(record["statistics"])
+    assert record["statistics"]["match"]["aligned"] is None
+    kept = pickle.loads((tmp_path / "x.p").read_bytes())
+    assert kept["non-aligned test stat"] == record["statistics"]["emb"]["non_aligned"]["headline"]
+    assert isinstance(kept["aligned test stat"], float)
+    assert trace({**asked, "verdict": "asked", "align": False, "save": None})["verdict"]["verdict"] == "not_asked"
 
 
 @pytest.mark.parametrize("name", CONFIGS)

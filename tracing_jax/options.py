@@ -304,6 +304,11 @@ class RunOptions:
         above=0,
         at_most=0.05,
     )
+    verdict: str = _statistics(
+        "asked",
+        "Tests of the verdict: those among stat (asked), or those of auto as well, beside the pickle (auto).",
+        choices=("asked", "auto"),
+    )
     claim: str | None = _statistics(
         None, "What is stated of the fine-tuned model, of base: it holds, is contradicted, or cannot be tested.",
         choices=CLAIMS,

@@ -198,16 +198,25 @@ def legacy_dict(record: Mapping[str, Any]) -> dict[str, Any]:
     the headline number; None where it was not run. `base loss` and `ft loss` are perplexities; `time` is in seconds.
     """
     record = plain(record)
+    statistics = _asked_for(record)
     perplexity = record.get("perplexity") or {}
     return {
         "args": record["args"],
         "commit": record["commit"],
-        "non-aligned test stat": _test_stat(record["statistics"], "non_aligned"),
-        "aligned test stat": _test_stat(record["statistics"], "aligned"),
+        "non-aligned test stat": _test_stat(statistics, "non_aligned"),
+        "aligned test stat": _test_stat(statistics, "aligned"),
         "base loss": _float((perplexity.get("base") or {}).get("perplexity")),
         "ft loss": _float((perplexity.get("ft") or {}).get("perplexity")),
         "time": total_seconds(record["seconds"]),
     }
+
+
+def _asked_for(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the statistics that were asked for, without those that are there for the verdict alone."""
+    statistics, args = dict(record["statistics"]), record["args"]
+    if args.get("verdict") != "auto" or {"auto", "all"} & set(args["stat"]):
+        return statistics
+    return {name: sides for name, sides in statistics.items() if name in args["stat"]}
 
 
 def total_seconds(seconds: Mapping[str, Any]) -> float:

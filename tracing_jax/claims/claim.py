@@ -83,6 +83,7 @@ class ClaimInputs:
       results: the results of the tests by their names.
       seed: of the run.
       scope: what was read of the models, where that is less than all.
+      is_default: whether the default tests are among those that ran: their power was measured together.
     """
 
     base: Checkpoint
@@ -92,6 +93,7 @@ class ClaimInputs:
     results: Mapping[str, Result]
     seed: int
     scope: str = ""
+    is_default: bool = True
 
     @property
     def is_identical(self) -> bool:

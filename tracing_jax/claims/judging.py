@@ -17,11 +17,13 @@ def judge(claim: str, inputs: ClaimInputs) -> ClaimResult:
       KeyError: there is no such claim.
     """
     found = _JUDGES[claim](inputs)
-    if not inputs.scope:
-        return found
-    if inputs.verdict.verdict == "no_evidence" and found.evidence.get("verdict") == "no_evidence":
-        return result(claim, "not_testable", verdict_sentence(inputs.verdict), **found.evidence)  # other parts may tell
-    return replace(found, because=f"{found.because}; {inputs.scope}")
+    rests_on_nothing_found = found.outcome != "not_testable" and found.evidence.get("verdict") == "no_evidence"
+    if rests_on_nothing_found and not inputs.is_default:
+        why = "nothing was found, by tests of which only the default ones together have a measured power: run auto"
+        return result(claim, "not_testable", why, **found.evidence)
+    if rests_on_nothing_found and inputs.scope:  # other parts may tell
+        return result(claim, "not_testable", verdict_sentence(inputs.verdict), **found.evidence)
+    return replace(found, because=f"{found.because}; {inputs.scope}") if inputs.scope else found
 
 
 def _finetune_of(inputs: ClaimInputs) -> ClaimResult:

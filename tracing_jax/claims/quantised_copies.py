@@ -6,6 +6,7 @@ choose values to make up for one another's errors (GPTQ, AWQ, the K types of GGU
 the distance of the copy from the original is measured in steps of its own grid.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float32
 
-from tracing_jax.claims.tensor_pairs import TensorPair, is_rounded
+from tracing_jax.claims.tensor_pairs import TensorPair, is_rounded, step_of
 
 SAMPLE = 256
 """Rows of a tensor that are quantised again."""
@@ -36,8 +37,9 @@ _TABLES = {
 }  # fmt: skip
 
 Blocks = Float32[np.ndarray, "n b"]
-Requantiser = Callable[[Blocks, Blocks], Blocks]
-"""From blocks of the original and of the copy, whose scales are taken, to what the format makes of the original."""
+Requantiser = Callable[[Blocks, Blocks, bool], Blocks]
+"""From blocks of the original and of the copy, whose scales are taken, to what the format makes of the original. The
+last argument says whether codes are made with the scales of the original, which those of the copy are roundings of."""
 
 
 @dataclass(frozen=True)
@@ -106,13 +108,20 @@ def _shares(pair: TensorPair, ours: np.ndarray, theirs: np.ndarray) -> Iterator[
     The original is taken as it is, and rounded to 16 bits first. A copy in a format is what that format makes of it.
     """
     origins = [ours, *(ours.astype(kind).astype(np.float32) for kind in (np.float16, ml_dtypes.bfloat16))]
+    half = (step_of(ours, pair.dtypes[0]) / 2).astype(np.float32)
     largest = max(float(np.abs(rows.astype(np.float32)).max(initial=0)) for _, rows in pair.chunks())
     for name, (block, requantise) in _formats(ours.shape[-1], largest).items():
         copied = _blocks(theirs, block)
         if not copied.size:
             continue
-        shares = [_equal_share(requantise(_blocks(rows, block), copied), copied) for rows in origins]
-        yield name, max(shares), _equal_share(requantise(copied, copied), copied) >= NEAREST
+        found = [
+            [_equal(requantise(_blocks(rows, block), copied, own), copied) for own in (True, False)] for rows in origins
+        ]
+        # The copy may be of the weights before they were rounded to base's dtype, which moves some across a boundary.
+        moved = [_equal(requantise(_blocks(ours + s * half, block), copied, False), copied) for s in (-1, 1)]
+        equal = [*itertools.chain(*found), np.logical_or.reduce([*found[0], *moved])]
+        shares = [float(np.mean(where)) for where in equal]
+        yield name, max(shares), float(np.mean(_equal(requantise(copied, copied, False), copied))) >= NEAREST
 
 
 def _blocks(rows: np.ndarray, block: int) -> Blocks:
@@ -121,10 +130,10 @@ def _blocks(rows: np.ndarray, block: int) -> Blocks:
     return flat[: flat.size // block * block].reshape(-1, block)
 
 
-def _equal_share(found: Blocks, copied: Blocks) -> float:
-    """Returns the share of equal values: the scales of the copy are known up to their rounding alone."""
+def _equal(found: Blocks, copied: Blocks) -> np.ndarray:
+    """Returns where values are equal: the scales of the copy are known up to their rounding alone."""
     scale = np.abs(copied).max(axis=1, keepdims=True)
-    return float(np.mean(np.abs(found - copied) <= 1e-4 * scale))
+    return np.abs(found - copied) <= 1e-4 * scale
 
 
 def _formats(width: int, largest: float) -> Mapping[str, tuple[int, Requantiser]]:
@@ -135,17 +144,17 @@ def _formats(width: int, largest: float) -> Mapping[str, tuple[int, Requantiser]
     FP8 (E4M3) scaled so that the largest magnitude is 448, or not scaled.
     """
     return {
-        "Q8_0": (32, lambda a, b: _symmetric(a, b, 127)),
-        "int8 per row": (width, lambda a, b: _symmetric(a, b, 127)),
-        "NF4": (64, lambda a, b: _table(a, b, "NF4")),
-        "FP4": (64, lambda a, b: _table(a, b, "FP4")),
-        "Q4_0": (32, lambda a, b: _signed(a, b, 8)),
-        "Q5_0": (32, lambda a, b: _signed(a, b, 16)),
-        "Q4_1": (32, lambda a, b: _affine(a, b, 15)),
-        "Q5_1": (32, lambda a, b: _affine(a, b, 31)),
-        "FP8 per row": (width, lambda a, b: _float8(a, np.abs(b).max(axis=1, keepdims=True) / 448)),
-        "FP8 per tensor": (width, lambda a, b: _float8(a, np.full((len(a), 1), largest / 448, np.float32))),
-        "FP8 without scales": (width, lambda a, b: _float8(a, np.ones((len(a), 1), np.float32))),
+        "Q8_0": (32, lambda a, b, own: _symmetric(a, b, own, 127)),
+        "int8 per row": (width, lambda a, b, own: _symmetric(a, b, own, 127)),
+        "NF4": (64, lambda a, b, own: _table(a, b, own, "NF4")),
+        "FP4": (64, lambda a, b, own: _table(a, b, own, "FP4")),
+        "Q4_0": (32, lambda a, b, own: _signed(a, b, own, 8)),
+        "Q5_0": (32, lambda a, b, own: _signed(a, b, own, 16)),
+        "Q4_1": (32, lambda a, b, own: _affine(a, b, own, 15)),
+        "Q5_1": (32, lambda a, b, own: _affine(a, b, own, 31)),
+        "FP8 per row": (width, lambda a, b, own: _float8(a, np.abs(b).max(axis=1, keepdims=True) / 448)),
+        "FP8 per tensor": (width, lambda a, b, own: _float8(a, np.full((len(a), 1), largest / 448, np.float32))),
+        "FP8 without scales": (width, lambda a, b, own: _float8(a, np.ones((len(a), 1), np.float32))),
     }
 
 
@@ -153,33 +162,33 @@ ONLY_NEAREST = ("Q8_0", "int8 per row", "NF4", "FP4", "FP8 per row", "FP8 per te
 """Formats whose quantisers all round to the nearest value; Q4_0 and its like may be made with an importance matrix."""
 
 
-def _symmetric(original: Blocks, copied: Blocks, steps: int) -> Blocks:
+def _symmetric(original: Blocks, copied: Blocks, is_own: bool, steps: int) -> Blocks:
     own, scale = (np.abs(rows).max(axis=1, keepdims=True) / steps for rows in (original, copied))
-    return np.clip(_half_away(original / _coding(own, scale)), -steps, steps) * scale
+    return np.clip(_half_away(original / _coding(own, scale, is_own)), -steps, steps) * scale
 
 
-def _signed(original: Blocks, copied: Blocks, half: int) -> Blocks:
+def _signed(original: Blocks, copied: Blocks, is_own: bool, half: int) -> Blocks:
     """The weight of largest magnitude, with its sign, is the lowest code, which is `half` below zero."""
     own, scale = (
         np.take_along_axis(rows, np.abs(rows).argmax(axis=1)[:, None], 1) / -half for rows in (original, copied)
     )
-    codes = np.clip(np.trunc(original / _coding(own, scale) + (half + 0.5)), 0, 2 * half - 1)
+    codes = np.clip(np.trunc(original / _coding(own, scale, is_own) + (half + 0.5)), 0, 2 * half - 1)
     return (codes - half) * scale
 
 
-def _affine(original: Blocks, copied: Blocks, steps: int) -> Blocks:
+def _affine(original: Blocks, copied: Blocks, is_own: bool, steps: int) -> Blocks:
     (own_least, own), (least, scale) = (
         (rows.min(axis=1, keepdims=True), np.ptp(rows, axis=1, keepdims=True) / steps) for rows in (original, copied)
     )
-    coding = _coding(own, scale)
+    coding = _coding(own, scale, is_own)
     start = np.where(coding == own, own_least, least)
     return np.clip(np.trunc((original - start) / coding + 0.5), 0, steps) * scale + least
 
 
-def _table(original: Blocks, copied: Blocks, name: str) -> Blocks:
+def _table(original: Blocks, copied: Blocks, is_own: bool, name: str) -> Blocks:
     table = np.array(_TABLES[name], np.float32)
     own, scale = (np.abs(rows).max(axis=1, keepdims=True) for rows in (original, copied))
-    return table[np.searchsorted((table[1:] + table[:-1]) / 2, original / _coding(own, scale))] * scale
+    return table[np.searchsorted((table[1:] + table[:-1]) / 2, original / _coding(own, scale, is_own))] * scale
 
 
 def _float8(original: Blocks, scale: np.ndarray) -> Blocks:
@@ -188,12 +197,12 @@ def _float8(original: Blocks, scale: np.ndarray) -> Blocks:
     return clipped.astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
 
 
-def _coding(own: np.ndarray, copied: np.ndarray) -> np.ndarray:
+def _coding(own: np.ndarray, copied: np.ndarray, is_own: bool) -> np.ndarray:
     """Returns the scales that codes were made with: those of the original, which are stored rounded, where they agree.
 
     Nested scales of bitsandbytes are stored in eight bits, with errors of a few percent.
     """
-    scale = np.where(np.abs(own - copied) <= 0.05 * np.abs(copied), own, copied)
+    scale = np.where(np.abs(own - copied) <= 0.05 * np.abs(copied), own, copied) if is_own else copied
     return np.where(scale == 0, np.float32(1), scale).astype(np.float32)
 
 

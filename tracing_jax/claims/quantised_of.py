@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from tracing_jax.checkpoint import Checkpoint
 from tracing_jax.claims.claim import ClaimInputs, ClaimResult, identical_result, result
 from tracing_jax.claims.quantised_copies import NEAREST, ONLY_NEAREST, Copy, copy_of
 from tracing_jax.claims.tensor_pairs import STEP_BITS, is_equal, tensor_pairs
@@ -20,7 +21,7 @@ _UNRELATED = 0.5
 
 def quantised_of(inputs: ClaimInputs) -> ClaimResult:
     """Judges the claim that every weight of ft is base's, rounded to the values of a format."""
-    stored = [note for note in inputs.ft.notes if "dequantised" in note or ".gguf" in note]
+    stored = _is_quantised(inputs.ft)
     if inputs.is_identical and not stored:
         return identical_result("quantised-of", inputs)
     pairs, others = tensor_pairs(inputs.base, inputs.ft)
@@ -39,7 +40,11 @@ def quantised_of(inputs: ClaimInputs) -> ClaimResult:
             why = f"base's tensors are the coarser ones: {finer[0].dtypes[0].name}, and ft's {finer[0].dtypes[1].name}"
             return result("quantised-of", "contradicted", why, **facts)
         return result("quantised-of", "holds", f"base's tensors, quantised again, are ft's: {how}", **facts)
-    return _by_error(left, copies, bool(stored or formats), facts)
+    found = _by_error(left, copies, stored or bool(formats), facts)
+    if found.outcome == "contradicted" and _is_quantised(inputs.base):
+        why = f"base is quantised itself, and the original of both may be the same: {found.because}"
+        return result("quantised-of", "not_testable", why, **found.evidence)
+    return found
 
 
 def _by_error(
@@ -93,3 +98,7 @@ def _is_rescaled(left: Sequence[Copy]) -> bool:
 
 def _bits(dtype: np.dtype) -> int:
     return STEP_BITS[dtype.name]
+
+
+def _is_quantised(checkpoint: Checkpoint) -> bool:
+    return any("dequantised" in note or ".gguf" in note for note in checkpoint.notes)

@@ -129,20 +129,10 @@ def exit_status(records: Sequence[Mapping[str, Any]], fail_on: Sequence[str]) ->
 
 def _output(records: Sequence[Mapping[str, Any]], program: ProgramOptions) -> str:
     """Returns what is printed: the record as JSON, of several pairs a list; the verdicts; or the whole summary."""
-    from tracing_jax.report import summary
+    from tracing_jax.report import summary, verdict_lines
 
     if program.json:
         return json.dumps(records[0] if len(records) == 1 else records, indent=1, ensure_ascii=False)
     if program.quiet:
-        return "\n".join(line for record in records for line in _quiet(record))
+        return "\n".join(line for record in records for line in verdict_lines(record))
     return summary(records)
-
-
-def _quiet(record: Mapping[str, Any]) -> list[str]:
-    from tracing_jax.report import summary
-
-    claim = record.get("claim")
-    said = (
-        [f"CLAIM {claim['outcome'].replace('_', ' ').upper()}  {claim['claim']}: {claim['because']}"] if claim else []
-    )
-    return [*said, summary([{**record, "claim": None}]).splitlines()[0]]

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -35,6 +36,7 @@ def place(options: RunOptions, inputs: RunInputs) -> Placement:
         asked = "stream" if inputs.reads_part_only else "resident"
     memory, reason = choose_memory(asked, (inputs.base, inputs.ft), mesh)
     inputs.notes.append(reason)
+    logging.info("%s", reason)
     return Placement(mesh, memory)
 
 

@@ -18,6 +18,7 @@ from tracing_jax.experiment.inputs import RunInputs, inapplicable
 from tracing_jax.experiment.loading import check_disguise, load_pair, permute_ft
 from tracing_jax.experiment.memory import Placement
 from tracing_jax.experiment.metadata import alignment_facts, model_facts_in_background
+from tracing_jax.experiment.validation import asked_names
 from tracing_jax.forward import token_losses
 from tracing_jax.options import RunOptions
 from tracing_jax.run_cache import RunCache
@@ -71,7 +72,10 @@ class Findings:
             "permuted": self.permutation,
             "alignment": None if self.alignment is None else alignment_facts(self.alignment),
             "statistics": {
-                name: {"non_aligned": result.as_dict(), "aligned": self.after[name].as_dict() if self.after else None}
+                name: {
+                    "non_aligned": result.as_dict(),
+                    "aligned": self.after[name].as_dict() if name in self.after else None,
+                }
                 for name, result in self.before.items()
             },
             "identical": None if self.identical is None else asdict(self.identical),
@@ -109,8 +113,10 @@ def run_steps(
                 pair, found.alignment = align_ft(options, inputs, pair)
         if found.alignment is not None:
             with timer.step("statistic aligned"):
-                reasons = inapplicable(inputs.statistics, pair.base.arch, pair.ft.arch, inputs.vocabularies)
-                found.after = _compute(inputs, pair, reasons)
+                # What is aligned has no p-value: tests that are there for the verdict alone are not computed again.
+                asked = {n: s for n, s in inputs.statistics.items() if n in asked_names(options)}
+                reasons = inapplicable(asked, pair.base.arch, pair.ft.arch, inputs.vocabularies)
+                found.after = _compute(replace(inputs, statistics=asked), pair, reasons)
         if options.eval:
             with timer.step("perplexity"):
                 found.perplexity = _perplexities(inputs, pair)
@@ -125,7 +131,8 @@ def run_steps(
 def _judged(options: RunOptions, inputs: RunInputs, pair: Pair, found: Findings) -> ClaimResult:
     assert options.claim is not None
     said = verdict(found.before, options.level, found.identical, found.scope)
-    given = ClaimInputs(inputs.base, inputs.ft, pair, said, found.before, options.seed, found.scope)
+    is_default = bool({"auto", "all"} & set(options.stat)) or options.verdict == "auto"
+    given = ClaimInputs(inputs.base, inputs.ft, pair, said, found.before, options.seed, found.scope, is_default)
     return judge(options.claim, given)
 
 

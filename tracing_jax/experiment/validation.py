@@ -58,7 +58,13 @@ def check_options(options: RunOptions) -> None:
 
 
 def statistic_names(options: RunOptions) -> list[str]:
-    """Returns the names of the statistics of a run, each once.
+    """Returns the names of the statistics of a run, each once: those asked for, and those beside them for a verdict."""
+    beside = asked_names(replace(options, stat=("auto",))) if options.verdict == "auto" else []
+    return list(dict.fromkeys([*asked_names(options), *beside]))
+
+
+def asked_names(options: RunOptions) -> list[str]:
+    """Returns the names of the statistics that are asked for, each once.
 
     `all` stands for all statistics but the costly and the light ones. `auto` depends on whether a text is named, and on
     nothing that is found in the models but their depths: the family of tests is fixed before anything is looked at.

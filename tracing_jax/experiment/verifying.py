@@ -149,9 +149,11 @@ def _tests(record: Mapping[str, Any], base: str | None, ft: str | None) -> Itera
     names = [said["statistic"]] if said["verdict"] == "related" else list(said["family"])
     if said["verdict"] == "identical":
         names = []
-    args = _options(record, base, ft).as_dict() | {"stat": tuple(names) or ("l2",), "l2": {"num_perm": 0}}
     if not names and not record.get("claim") and said["verdict"] != "identical":
         return
+    args = _options(record, base, ft).as_dict()
+    if said["verdict"] in ("related", "identical"):
+        args |= {"stat": tuple(names) or ("l2",), "l2": {"num_perm": 0}, "verdict": "asked"}
     try:
         found = compute(args).record
     except (ConfigError, ValueError, OSError) as error:

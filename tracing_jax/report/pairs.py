@@ -31,6 +31,9 @@ from tracing_jax.report.html_elements import Cell, Page, Section, Table, as_cell
 _SAME_NATS = 0.01  # largest difference at which an aligned curve is left out as equal to the one before
 _COLUMNS = 110  # of the terminal
 
+_FOR_THE_LOG = "memory: "
+"""Notes on what the run took, which the record, the page and the log have."""
+
 _PATH_HEADERS = ("", "path", "base loss", "midpoint", "barrier", "end loss")
 PAIR_HEADERS = ("other model", "verdict", "statistic", "log10 p (pair)", "log10 p (all pairs)", "significant")
 
@@ -64,6 +67,14 @@ def summary(records: Sequence[Mapping[str, Any]]) -> str:
     if len(records) > 1 and all(record.get("verdict") for record in records):
         lines += ["", text_table(pair_rows(records), PAIR_HEADERS), *_wrapped(adjustment_text(records), "", "")]
     return "\n".join(lines)
+
+
+def verdict_lines(record: Mapping[str, Any]) -> list[str]:
+    """What became of the claim on a pair, if there is one, and the verdict, each on one line however long it is."""
+    verdict, claim = record["verdict"], record.get("claim")
+    pair = f"{model_name(record, 'base')} and {model_name(record, 'ft')}"
+    said = [claim_text(claim)] if claim else []
+    return [*said, f"{verdict_word(verdict['verdict'])}  {pair}: {verdict['meaning']}"]
 
 
 def pair_rows(records: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
@@ -130,7 +141,8 @@ def _pair_lines(record: Mapping[str, Any]) -> list[str]:
         lines += _wrapped(text, f"  {name:<{width}}  ", " " * (width + 4))
     if perplexity := record.get("perplexity"):
         lines += _wrapped(f"perplexity: {', '.join(_perplexity(*side) for side in perplexity.items())}", "  ", "    ")
-    return [*lines, *(line for note in record["notes"] for line in _wrapped(f"note: {note}", "  ", "    "))]
+    notes = [note for note in record["notes"] if not note.startswith(_FOR_THE_LOG)]
+    return [*lines, *(line for note in notes for line in _wrapped(f"note: {note}", "  ", "    "))]
 
 
 def _perplexity(side: str, found: Mapping[str, Any]) -> str:
