@@ -152,7 +152,11 @@ def test_matching_moves_with_its_units(kind, seed):
     p, q = rng.permutation(520), rng.permutation(520)
     found = match_units(matrix, np.random.default_rng(1))
     moved = match_units(matrix[np.ix_(p, q)], np.random.default_rng(2))
-    assert set(zip(p[moved.base], q[moved.ft])) == set(zip(found.base, found.ft))
+    pairs, others = set(zip(found.base, found.ft)), set(zip(p[moved.base], q[moved.ft]))
+    # Matchings whose sums are equal to rounding may be either.
+    sums = [sum(abs(float(matrix[i, j])) for i, j in some) for some in (pairs - others, others - pairs)]
+    assert abs(sums[0] - sums[1]) <= 1e-5 * max(1.0, *sums)
+    assert len(pairs & others) >= 0.95 * len(pairs)
     again = match_units(matrix, np.random.default_rng(1))
     np.testing.assert_array_equal(found.ft, again.ft)
 

@@ -191,6 +191,10 @@ def test_copy_of_a_tied_embedding_must_be_the_same(changed_row, tmp_path):
         source.embed()
 
 
+# Of these a tensor holds queries, keys and values of each head in turn, or is one for each head: leaves are read whole.
+_IN_TURN = ("gpt_neox", "stablelm", "falcon")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_slices_of_leaves_are_slices_of_tensors(family):
@@ -203,7 +207,8 @@ def test_slices_of_leaves_are_slices_of_tensors(family):
             for axis, size in enumerate(layout.shape):
                 for start, stop in itertools.combinations({0, 1, size // 2, size}, 2):
                     cut = layout.narrow(axis, *sorted((start, stop)))
-                    assert cut or kind_of(table.leaves[name].axes[axis]) not in MESH_AXIS
+                    kind = kind_of(table.leaves[name].axes[axis])
+                    assert cut or kind not in MESH_AXIS or (kind == "kv_heads" and family in _IN_TURN)
                     if cut:
                         found = leaf_of(cut, tensors)
                         index = (slice(None),) * axis + (slice(*sorted((start, stop))),)

@@ -71,7 +71,8 @@ def test_a_disguise_leaves_the_agreement_as_it_is(arch, name, signatures):
     hidden = match_of(signatures[arch.gated], *disguised(finetuned(base_of(arch)), name))
     for test, found in plain.tests.items():
         for given, other in zip(found.agreeing, hidden.tests[test].agreeing, strict=True):
-            assert abs(given - other) <= 4, test
+            # Of `all`, an eighth of the units are split and a sixteenth cancelled by others that read the same.
+            assert abs(given - other) <= (12 if name == "all" else 4), test
     assert hidden.firm_log10_p < -20
 
 

@@ -17,7 +17,6 @@ from tracing_jax.dataclass_options import ConfigError
 from tracing_jax.distributed import is_main_process
 from tracing_jax.experiment.inputs import RunInputs, open_inputs
 from tracing_jax.experiment.memory import Placement, place
-from tracing_jax.experiment.merging import report_on_merge
 from tracing_jax.experiment.metadata import device_facts, file_stamps, token_facts, versions
 from tracing_jax.experiment.models import resolve_model_id
 from tracing_jax.experiment.saving import save_pairs, save_run
@@ -27,6 +26,16 @@ from tracing_jax.options import RunOptions
 from tracing_jax.record import FORMAT, RunFiles, check_writable, commit, plain, with_digest
 from tracing_jax.run_cache import RUN_CACHE, RunCache
 from tracing_jax.statistics import over_pairs
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what reports on merges when it is asked for: with it come scipy.stats and matplotlib."""
+    if name == "report_on_merge":
+        from tracing_jax.experiment.merging import report_on_merge
+
+        return report_on_merge
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "ConfigError",

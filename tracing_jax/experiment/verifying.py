@@ -113,7 +113,7 @@ def _files(record: Mapping[str, Any], base: str | None, ft: str | None) -> Itera
         yield Check("models", "missing", f"they cannot be opened: {error}")
         return
     for side, model in models.items():
-        name, recorded = f"files of {side}", record["models"][side].get("files") or {}
+        name, recorded = f"files of {side}", record["models"].get(side, {}).get("files") or {}
         if not recorded:
             yield Check(name, "missing", "the record has no hashes: the run read a part of the files only")
             continue
@@ -139,7 +139,7 @@ def _options(record: Mapping[str, Any], base: str | None, ft: str | None) -> Run
 
 
 def _where(record: Mapping[str, Any], side: str) -> str:
-    asked, revision = record["args"][f"{side}_model_id"], record["models"][side].get("revision")
+    asked, revision = record["args"][f"{side}_model_id"], record["models"].get(side, {}).get("revision")
     return f"{asked.partition('@')[0]}@{revision}" if revision else asked
 
 
