@@ -6,6 +6,7 @@ kv head that serves several queries can be repeated for each of them. Removal ad
 Letters: F MLP units, N units added, K kv heads, E experts.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
@@ -16,6 +17,7 @@ from jaxtyping import Float, Int, PRNGKeyArray
 
 from tracing_jax.arch import Arch, has_field
 from tracing_jax.axes import AxisTable, LeafSpec, kind_of
+from tracing_jax.rewrites.expansion import ALIGNED
 from tracing_jax.rewrites.rewrite import Read, Rewrite, Weights, generator, subtable, table_of
 
 NEGLIGIBLE = 1e-2
@@ -56,7 +58,8 @@ class UnitSplitting(Rewrite):
         sources, shares = {}, {}
         for axis, shape in _unit_axes(table_of(arch)).items():
             rng = generator(key, axis)
-            sources[axis] = _some_units(rng, shape, max(1, shape[-1] // 8))
+            step = math.gcd(shape[-1], ALIGNED)
+            sources[axis] = _some_units(rng, shape, step * max(1, shape[-1] // (8 * step)))
             shares[axis] = rng.uniform(0.25, 0.75, sources[axis].shape)
         return cls(sources, shares)
 
@@ -123,7 +126,8 @@ class CancellingUnits(Rewrite):
         sources, writers = {}, {}
         for axis, shape in _unit_axes(table_of(arch)).items():
             rng = generator(key, axis)
-            count = max(1, shape[-1] // 16)
+            step = max(1, math.gcd(shape[-1], ALIGNED) // 2)
+            count = step * max(1, shape[-1] // (16 * step))
             sources[axis], writers[axis] = (_some_units(rng, shape, count) for _ in range(2))
         return cls(sources, writers)
 

@@ -18,7 +18,7 @@ from tracing_jax.rewrites.rewrite import Read, Rewrite, Weight, Weights, generat
 _ZEROED_ON = {"mlp": "mlp", "embed": "embed", "kv_heads": "v_dim"}
 
 # Matrix products of experts want rows that are multiples of 16 bytes: 8 numbers of two bytes.
-_ALIGNED = 8
+ALIGNED = 8
 
 # The largest value that rounding may leave in a unit that is removed, relative to the leaf's root mean square.
 _NEGLIGIBLE = 1e-2
@@ -56,7 +56,7 @@ class Padding(Rewrite):
     def random(cls, key: PRNGKeyArray, arch: Arch) -> "Padding":
         """Returns some units, and features and kv heads where the model can have more of them."""
         rng = generator(key, "pad")
-        step = math.gcd(arch.mlp_dim, _ALIGNED)
+        step = math.gcd(arch.mlp_dim, ALIGNED)
         units = step * int(rng.integers(1, max(1, arch.mlp_dim // (8 * step)) + 1))
         kv_heads = int(rng.integers(1, max(1, arch.num_kv_heads // 4) + 1))
         heads = [(arch.num_kv_heads + more) * arch.q_group for more in (0, kv_heads)]
@@ -65,7 +65,7 @@ class Padding(Rewrite):
             fitting = (n for n in range(1, arch.num_kv_heads + 1) if not arch.embed_dim % (heads[0] + n * arch.q_group))
             return cls(units, 0, 0 if _head_problems(arch) else next(fitting, 0))
         heads_after = heads[0] if _head_problems(arch) else heads[1]
-        step = math.lcm(heads_after, math.gcd(arch.embed_dim, _ALIGNED))
+        step = math.lcm(heads_after, math.gcd(arch.embed_dim, ALIGNED))
         wider = step * math.ceil((arch.embed_dim + arch.embed_dim // 16 + 1) / step)
         return cls(units, wider - arch.embed_dim, (heads_after - heads[0]) // arch.q_group)
 
