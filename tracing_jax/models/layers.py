@@ -144,6 +144,9 @@ def _attend(
     if (cap := arch.attention_softcap) is not None:
         scores = cap * jnp.tanh(scores / cap)
     back = positions[:, None, None, :, None] - jnp.arange(k.shape[1])
+    if arch.alibi_slopes:
+        slopes = jnp.asarray(arch.alibi_slopes, jnp.float32).reshape(1, *q.shape[2:4], 1, 1)
+        scores = scores - slopes * back.astype(jnp.float32)
     scores = jnp.where((back >= 0) & (back < inputs.window), scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return einsum("bkgts,bskh->btkgh", weights, v)

@@ -368,6 +368,8 @@ def _unit_axes(table: AxisTable) -> dict[str, tuple[int, ...]]:
 
 
 def _width_problems(arch: Arch) -> list[str]:
+    if not has_field(arch, "mlp_dim"):
+        return ["its config has no field for the number of MLP units"]
     axes = _unit_axes(table_of(arch))
     if axes and {shape[-1] for shape in axes.values()} == {arch.mlp_dim}:
         return []
