@@ -16,10 +16,9 @@ import logging
 import re
 import signal
 import tempfile
-import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,7 @@ _SECONDS = 240
 _TABLE = Path(__file__).parent.parent / "docs" / "families.md"
 
 _SIZES: Mapping[str, Any] = {
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"), 320),
-    **dict.fromkeys(("hidden_size_per_layer_input",), 16),
+    **dict.fromkeys(("vocab_size",), 320),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embed_dim", "dim", "n_embed", "lru_width"), 64),
     **dict.fromkeys(("embedding_size", "attention_hidden_size", "word_embed_proj_dim", "emb_dim"), 64),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "n_inner", "d_inner", "decoder_ffn_dim", "inner_dim"), 96),
@@ -65,11 +63,7 @@ _MAY_BE_NONE = ("head_dim", "num_key_value_heads", "attention_head_dim", "kv_cha
 _MAMBA = {"mamba_d_head": 32, "mamba_n_heads": 4, "mamba_d_ssm": 128, "mamba_expand": 2}
 _OWN_SIZES: Mapping[str, Mapping[str, Any]] = {
     "bamba": _MAMBA, "falcon_h1": _MAMBA, "granitemoehybrid": _MAMBA, "mamba2": {"head_dim": 32},
-    "gemma3n_text": {"num_kv_shared_layers": 0},
-    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [8, 16]},
-    "dots3_note": {"num_key_value_heads": 4}, "dots3_note_text": {"num_key_value_heads": 4},
-    "zaya": {"num_experts_per_tok": 1}, "xlnet": {"d_head": 16},
-    "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1},
+    "gemma3n_text": {"num_kv_shared_layers": 0}, "reformer": {"is_decoder": True},
 }  # fmt: skip
 """Family -> sizes that go together in it."""
 
@@ -83,7 +77,6 @@ class Row:
       level: `forward`, `weights`, or how it was not tried.
       related, independent: the verdicts on the copy, and on the independent model.
       tests: the statistics that ran.
-      strongest: of them, the one with the smallest p-value on the copy.
       cause: why nothing could be tried, or be told.
     """
 
@@ -92,7 +85,6 @@ class Row:
     related: str = ""
     independent: str = ""
     tests: str = ""
-    strongest: str = ""
     cause: str = ""
 
     @property
@@ -310,7 +302,6 @@ def sweep(family: str) -> Row:
     verdicts = [record["verdict"] for record in records]
     row.related, row.independent = (found["verdict"] for found in verdicts)
     row.tests = ", ".join(name for name in verdicts[0]["family"])
-    row.strongest = str(verdicts[0]["statistic"] or "")
     row.level = "weights" if any("weights alone" in note for note in records[0]["notes"]) else "forward"
     row.cause = "; ".join(filter(None, [remark, verdicts[0]["meaning"] if row.related != "related" else ""]))
     return row
@@ -326,48 +317,6 @@ def families() -> list[str]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-
-
-_INTRODUCTION = """Made by `python -m benchmarks.families --write`. For each of the {count} families of text generation
-that transformers {version} registers, three tiny random models are made: one, a copy of it with permuted MLP units and
-noise, and an independent one. `compare` must call the copy related, or say why it cannot tell, and must never call the
-independent model related.
-
-{counts}.
-
-`level`: with a forward pass, or by weights alone (see
-[what can be read](checkpoints.md#models-read-by-their-weights-alone)), from safetensors and `.bin` files. `GGUF`: the
-same from GGUF files, where llama.cpp has a family of that name. Not tried: no tiny model could be made."""
-
-
-def page(rows: Sequence[Row], version: str) -> str:
-    """Returns the page of the docs."""
-    counts = ", ".join(f"{count} {outcome}" for outcome, count in Counter(row.outcome for row in rows).most_common())
-    text = _INTRODUCTION.format(count=len(rows), version=version, counts=counts)
-    paragraphs = [textwrap.fill(" ".join(part.split()), 120, break_long_words=False) for part in text.split("\n\n")]
-    lines = [
-        "| family | level | GGUF | copy | independent | strongest test | tests | remark |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        tests = len(row.tests.split(", ")) if row.tests else 0
-        remark = row.cause.replace("|", "/").replace("<", "(").replace(">", ")")
-        remark = remark if len(remark) < 160 else remark[:160] + " ..."
-        cells = (row.family, row.level, _gguf_level(row.family), row.related, row.independent, row.strongest, tests)
-        lines.append("| " + " | ".join(map(str, (*cells, remark))) + " |")
-    return "\n\n".join(["# Families", *paragraphs, "\n".join(lines)]) + "\n"
-
-
-def _gguf_level(family: str) -> str:
-    from gguf import MODEL_ARCH_NAMES
-
-    from tracing_jax.checkpoint.gguf import GGUF_ARCHITECTURES
-
-    plain = {re.sub(r"[-_]|text$", "", name): name for name in MODEL_ARCH_NAMES.values()}
-    found = plain.get(re.sub(r"[-_]|text$", "", family))
-    if family in ("mistral", "mixtral"):  # llama.cpp's name for them is llama
-        return "forward"
-    return "" if found is None else "forward" if found in GGUF_ARCHITECTURES else "weights"
 
 
 @contextlib.contextmanager
@@ -413,10 +362,6 @@ def main() -> None:
             flush=True,
         )
     print(dict(Counter(row.outcome for row in rows)))
-    if options.write:
-        from importlib import metadata
-
-        _TABLE.write_text(page(rows, metadata.version("transformers")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -145,43 +145,12 @@ def experts(seed: int) -> Tensors:
     return w.tensors
 
 
-def vision_tower(seed: int) -> Tensors:
-    """A vision tower with norms with biases, an MLP without a gate and learned positions; names of LLaVA's."""
-    w = Writer(seed)
-    start = "vision_tower.vision_model."
-    w.matrix(start + "embeddings.patch_embedding.weight", D, 3, 4, 4)
-    w.matrix(start + "embeddings.position_embedding.weight", 20, D)
-    for i in range(LAYERS):
-        at = f"{start}encoder.layers.{i}."
-        for norm in ("layer_norm1", "layer_norm2"):
-            w.gain(at + norm + ".weight")
-            w.gain(at + norm + ".bias", center=0.0)
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            w.matrix(at + f"self_attn.{name}.weight", D, D)
-        w.matrix(at + "mlp.fc1.weight", F, D)
-        w.gain(at + "mlp.fc1.bias", F, 0.0)
-        w.matrix(at + "mlp.fc2.weight", D, F)
-        w.gain(at + "mlp.fc2.bias", center=0.0)
-    for kind, center in (("weight", 1.0), ("bias", 0.0)):
-        w.gain(f"{start}post_layernorm.{kind}", center=center)
-    w.matrix("multi_modal_projector.linear_1.weight", D, D)
-    return w.tensors
-
-
-def stitched(seed: int, vision_seed: int = 0) -> Tensors:
-    """A language model and a vision tower, each of a seed of its own."""
-    inner = {f"language_model.{name}": tensor for name, tensor in baichuan(seed).items()}
-    return inner | vision_tower(vision_seed)
-
-
 CONFIGS: Mapping[Callable[[int], Tensors], dict[str, object]] = {
     chatglm: {"model_type": "chatglm", "hidden_size": D, "rmsnorm": True, "padded_vocab_size": V,
               "auto_map": {"AutoModel": "modeling_chatglm.ChatGLMModel"}},
     baichuan: {"model_type": "baichuan", "hidden_size": D, "rms_norm_eps": 1e-6, "vocab_size": V},
     internlm2: {"model_type": "internlm2", "hidden_size": D, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "vocab_size": V},
     mpt: {"model_type": "mpt", "d_model": D, "no_bias": True, "attn_config": {"alibi": True}, "vocab_size": V},
-    stitched: {"model_type": "llava_of_its_own", "rms_norm_eps": 1e-6, "rope_theta": 1e4, "vocab_size": V,
-               "vision_config": {"hidden_size": D}},
     mamba: {"model_type": "mamba", "hidden_size": D, "layer_norm_epsilon": 1e-5, "vocab_size": V},
     experts: {"model_type": "deepseek_v9", "hidden_size": D, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "vocab_size": V},
 }  # fmt: skip
@@ -194,42 +163,6 @@ def write(folder: Path, layout: Callable[[int], Tensors], tensors: Tensors) -> s
     (folder / "config.json").write_text(json.dumps(CONFIGS[layout]))
     save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, folder / "model.safetensors")
     return str(folder)
-
-
-def write_gguf(path: Path, tensors: Tensors, architecture: str) -> str:
-    """Writes tensors as a GGUF file of a family that has RMS norms and rotary positions; returns its path."""
-    import gguf
-
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_embedding_length(D)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(1e4)
-    for name, tensor in tensors.items():
-        writer.add_tensor(name, np.ascontiguousarray(tensor))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return str(path)
-
-
-def llama_cpp(seed: int) -> Tensors:
-    """A dense model and, from its second layer on, stacked experts, with the names of llama.cpp."""
-    w = Writer(seed)
-    w.matrix("token_embd.weight", V, D)
-    for i in range(LAYERS):
-        at = f"blk.{i}."
-        w.gain(at + "attn_norm.weight")
-        w.matrix(at + "attn_qkv.weight", 2 * D, D)
-        w.matrix(at + "attn_output.weight", D, D)
-        w.gain(at + "ffn_norm.weight")
-        w.matrix(at + "ffn_gate_inp.weight", E, D)
-        w.matrix(at + "ffn_gate_exps.weight", E, F, D)
-        w.matrix(at + "ffn_up_exps.weight", E, F, D)
-        w.matrix(at + "ffn_down_exps.weight", E, D, F)
-    w.gain("output_norm.weight")
-    w.matrix("output.weight", V, D)
-    return w.tensors
 
 
 def noisy_copy(tensors: Tensors, seed: int = 9) -> Tensors:

@@ -11,8 +11,9 @@ import pytest
 from tracing_jax import cli
 from tracing_jax.cli.absl_flags import parse_flags
 from tracing_jax.cli.generate import GenerateOptions
-from tracing_jax.cli.inspect import InspectOptions
 from tracing_jax.cli.merge import MergeOptions
+from tracing_jax.cli.scan import ScanOptions
+from tracing_jax.cli.signature import SignatureOptions
 from tracing_jax.cli.zoo import Slurm, ZooOptions
 from tracing_jax.data import GENERATED_FOLDER
 from tracing_jax.dataclass_options import options_of, problems
@@ -20,9 +21,11 @@ from tracing_jax.options import COMPARE, RunOptions
 from tracing_jax.zoo import PAIRINGS, make_plan, read_models
 
 ROOT = Path(__file__).parents[1]
-OPTIONS = {"compare": (RunOptions,), "verify": (), "inspect": (InspectOptions,), "align": (), "disguise": (),
-           "generate": (GenerateOptions,),
-           "merge": (MergeOptions,), "zoo": (RunOptions, ZooOptions)}  # fmt: skip
+OPTIONS = {
+    "compare": (RunOptions,), "align": (), "disguise": (), "generate": (GenerateOptions,), "library": (),
+    "merge": (MergeOptions,), "scan": (ScanOptions,), "signature": (SignatureOptions,), "zoo": (RunOptions, ZooOptions),
+    "verify": (),
+}  # fmt: skip
 LEFT_OUT = {"base_model_id", "ft_model_id", "ft_model_ids", "save"}
 
 _LIGHT = """

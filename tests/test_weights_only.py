@@ -9,13 +9,12 @@ import pytest
 
 from tests import foreign_layouts as layouts
 from tests.foreign_layouts import D, E, F, V
-from tracing_jax import cli, experiment
+from tracing_jax import experiment
 from tracing_jax.arch import UnsupportedModelError
 from tracing_jax.axes import axis_table
 from tracing_jax.checkpoint import Checkpoint, CheckpointError, WeightsOnly, open_checkpoint
 from tracing_jax.checkpoint.weights_only import numbers
 from tracing_jax.options import COMPARE
-from tracing_jax.statistics import NEEDS, REGISTRY
 from tracing_jax.tree import flatten
 
 
@@ -96,16 +95,6 @@ def test_a_layout_file_says_what_is_stored_where(tmp_path):
     np.testing.assert_array_equal(model.layer(1)["mlp"]["up_proj"]["kernel"], stored[1::2].T)
 
 
-def test_what_is_found_is_printed_as_a_layout_file_that_reads_the_same(tmp_path, capsys):
-    folder = layouts.write(tmp_path / "model", layouts.internlm2, layouts.internlm2(0))
-    cli.main(["inspect", folder])
-    (tmp_path / "layout.yaml").write_text(capsys.readouterr().out)
-    models = [open_checkpoint(folder, weights_only=WeightsOnly(layout=layout))
-              for layout in (None, str(tmp_path / "layout.yaml"))]  # fmt: skip
-    assert models[0].arch == models[1].arch
-    assert models[0].leaf_layouts == models[1].leaf_layouts
-
-
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -127,53 +116,6 @@ def test_a_wrong_layout_file_is_one_clear_error(text, said, tmp_path):
 def test_without_being_asked_a_family_that_is_not_supported_is_refused(tmp_path):
     with pytest.raises(UnsupportedModelError, match="baichuan"):
         open_checkpoint(layouts.write(tmp_path, layouts.baichuan, layouts.baichuan(0)))
-
-
-def test_a_gguf_file_of_a_family_that_is_not_supported_is_read_by_its_weights(tmp_path):
-    tensors = layouts.llama_cpp(0)
-    path = layouts.write_gguf(tmp_path / "model.gguf", tensors, "dbrx")
-    with pytest.raises(UnsupportedModelError, match="dbrx"):
-        open_checkpoint(path)
-    model = open_checkpoint(path, weights_only=WeightsOnly())
-    assert (model.arch.family, model.arch.num_experts, model.arch.norm) == ("dbrx", E, "rms")
-    mlp = model.layer(2)["mlp"]
-    for name in ("gate", "up", "down"):
-        stored = tensors[f"blk.2.ffn_{name}_exps.weight"]
-        np.testing.assert_array_equal(mlp[f"{name}_proj"]["kernel"], stored.swapaxes(1, 2))
-    np.testing.assert_array_equal(model.head()["lm_head"]["kernel"], tensors["output.weight"].T)
-
-
-def test_a_component_is_a_model_of_its_own(tmp_path):
-    folder = layouts.write(tmp_path, layouts.stitched, layouts.stitched(1))
-    language = open_checkpoint(folder, weights_only=WeightsOnly())
-    assert language.arch.gated
-    assert language.components().keys() == {"vision"}
-    tower = open_checkpoint(folder, weights_only=WeightsOnly(component="vision"))
-    assert not tower.arch.gated
-    assert (tower.arch.vocab_size, tower.arch.norm, tower.arch.num_layers) == (0, "layer_norm", layouts.LAYERS)
-    stored = layouts.vision_tower(0)["vision_tower.vision_model.encoder.layers.1.mlp.fc1.weight"]
-    np.testing.assert_array_equal(tower.layer(1)["mlp"]["up_proj"]["kernel"], stored.T)
-    with pytest.raises(CheckpointError, match="no tensors of a component audio by their names; components are: vision"):
-        open_checkpoint(folder, weights_only=WeightsOnly(component="audio"))
-
-
-@pytest.mark.slow
-def test_of_a_stitched_model_the_copied_tower_is_related_and_the_language_model_is_not(tmp_path):
-    base = layouts.write(tmp_path / "base", layouts.stitched, layouts.stitched(1))
-    copied = layouts.noisy_copy(layouts.stitched(2))
-    ft = layouts.write(tmp_path / "ft", layouts.stitched, copied)
-    record = _record(base, ft)
-    assert record["verdict"]["verdict"] in ("no_evidence", "undecided")
-    assert any("components that were not compared: vision" in note for note in record["notes"])
-    found = _record(base, ft, component="vision")["verdict"]
-    assert found["verdict"] == "related"
-    assert "only their component vision was compared" in found["meaning"]
-    stranger = layouts.write(tmp_path / "stranger", layouts.stitched, layouts.stitched(1, vision_seed=7))
-    assert _record(base, stranger, component="vision")["verdict"]["verdict"] in ("no_evidence", "undecided")
-
-
-def test_what_every_statistic_needs_is_known():
-    assert NEEDS.keys() == REGISTRY.keys()
 
 
 def test_rows_with_a_direction_in_common_are_told_from_rows_of_either_sign():

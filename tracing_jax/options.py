@@ -286,7 +286,7 @@ class RunOptions:
     component: str | None = _models(
         None,
         "A component of multimodal models, compared by its weights alone.",
-        choices=("vision", "audio", "encoder"),
+        choices=("vision", "audio", "projector", "encoder"),
     )
     control_model_ids: tuple[str, ...] = _models(
         (), "match*: models of base's shape and tokenizer that are known to be independent of both."

@@ -5,7 +5,7 @@ from tracing_jax.checkpoint.checkpoint import Checkpoint
 from tracing_jax.checkpoint.device_loading import ShardedCheckpoint
 from tracing_jax.checkpoint.errors import CheckpointError
 from tracing_jax.checkpoint.hub import tokenizer_folder
-from tracing_jax.checkpoint.opening import WeightsOnly, inspect_checkpoint, open_checkpoint
+from tracing_jax.checkpoint.opening import WeightsOnly, open_checkpoint
 from tracing_jax.checkpoint.token_ids import permutable_token_ids
 from tracing_jax.checkpoint.writing import save_checkpoint
 
@@ -14,7 +14,6 @@ __all__ = [
     "CheckpointError",
     "ShardedCheckpoint",
     "WeightsOnly",
-    "inspect_checkpoint",
     "load",
     "open_checkpoint",
     "permutable_token_ids",

@@ -16,7 +16,7 @@ from tracing_jax.checkpoint.hub import CheckpointFolder, on_hub, resolve
 from tracing_jax.checkpoint.name_patterns import plain_names
 from tracing_jax.checkpoint.quantised import dequantised
 from tracing_jax.checkpoint.tensors import TensorStore, names_in_index, open_tensors
-from tracing_jax.checkpoint.weights_only import Description, build, describe, with_layout
+from tracing_jax.checkpoint.weights_only import build, describe, with_layout
 from tracing_jax.complaints import listed, shortened
 
 _TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
@@ -40,7 +40,7 @@ class WeightsOnly(NamedTuple):
     Attributes:
       layout: a file that says where parts are stored, see `docs/checkpoints.md`; the model is then read by its weights
         alone, whatever its family.
-      component: `vision`, `audio` or `encoder`: that part of the model alone, by its weights.
+      component: `vision`, `audio`, `projector` or `encoder`: that part of the model alone, by its weights.
     """
 
     layout: str | None = None
@@ -112,36 +112,6 @@ def _is_head(name: str) -> bool:
     return f".{name}".endswith(".lm_head.weight")
 
 
-def inspect_checkpoint(
-    model_id: str, component: str | None = None, layout: str | None = None, cache_dir: str | None = None
-) -> Description:
-    """Returns what is found of a model by the names, shapes and numbers of its tensors, whatever its family.
-
-    Args:
-      model_id: as that of `open_checkpoint`; no adapter.
-      component: a component such as `vision`, in place of the language model.
-      layout: a file that says otherwise.
-      cache_dir: where downloads are kept.
-
-    Raises:
-      CheckpointError: not found, not readable, or not understood.
-    """
-    found = resolve(model_id, cache_dir)
-    return _described(found, *_plain_tensors(found, cache_dir, False)[1:3], WeightsOnly(layout, component))
-
-
-def _described(
-    found: CheckpointFolder, config: dict[str, Any], store: TensorStore, options: WeightsOnly
-) -> Description:
-    try:
-        description = describe(store, config, options.component)
-        if options.layout is not None:
-            description = with_layout(description, Path(options.layout).expanduser())
-    except CheckpointError as error:
-        raise CheckpointError(*(f"{found.id}: {problem}" for problem in error.problems)) from error
-    return description
-
-
 def _open_weights(
     found: CheckpointFolder,
     cache_dir: str | None,
@@ -160,11 +130,13 @@ def _open_weights(
     """
     folder, config, store, notes = _plain_tensors(found, cache_dir, in_ranges)
     try:
-        description = _described(found, config, store, options)
+        description = describe(store, config, options.component)
+        if options.layout is not None:
+            description = with_layout(description, Path(options.layout).expanduser())
         built = build(description, store, str(config.get("model_type") or "unknown"))
     except CheckpointError as error:
         cause = [f"{found.id}: {shortened(refused, 400)}"] if refused else []
-        raise CheckpointError(*cause, *error.problems) from error
+        raise CheckpointError(*cause, *(f"{found.id}: {problem}" for problem in error.problems)) from error
     why = f": {shortened(refused, 400)}" if refused else ""
     what = f"of its component {options.component} " if options.component else ""
     notes = [f"{WEIGHTS_ONLY}{why}", *notes, *(f"{what}read: {line}" for line in description.lines())]

@@ -25,7 +25,7 @@ from tracing_jax.statistics.distinct_units import distinct_units
 FEW_LAYERS = 8
 """Up to so many layers, moments are read of all; of deeper models, of those that a signature would sample."""
 
-Moments = Mapping[str, tuple[Float[np.ndarray, "K M"], Float[np.ndarray, "M M"]]]
+Moments = Mapping[str, tuple[Float[np.ndarray, "_ M"], Float[np.ndarray, "M M"]]]
 """Kind of rows -> signatures of the kept units in standard deviations, and their covariance."""
 
 
@@ -45,7 +45,7 @@ class Suspect:
     arch: Arch
     kinds: tuple[str, str]
     columns: Mapping[str, int]
-    layers: Sequence[Mapping[str, Int8[np.ndarray, "K S"]]]
+    layers: Sequence[Mapping[str, Int8[np.ndarray, "_ S"]]]
     moments: Mapping[int, Moments]
     names: Sequence[str]
 

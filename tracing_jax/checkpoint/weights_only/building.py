@@ -3,8 +3,6 @@
 Letters: D features, F units of an MLP, E experts, V vocab.
 """
 
-import bisect
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -78,7 +76,6 @@ def build(found: Description, store: TensorStore, family: str) -> Built:
 class _Builder:
     def __init__(self, found: Description, store: TensorStore):
         self.found, self.store, self.problems = found, store, list[str]()
-        self.ordered = sorted(store.names())
         self.names, self.layouts, self.axes = set(store.names()), dict[str, LeafLayout](), dict[str, Axes]()
         self.sizes: dict[str, int] = {"embed": found.width}
         self.derived: dict[str, Alternate] = {}
@@ -230,10 +227,11 @@ class _Builder:
 
     def _of_experts(self, tensor: str) -> list[str]:
         before, after = tensor.split(EXPERT)
-        start = bisect.bisect_left(self.ordered, before)
-        beginning = itertools.takewhile(lambda name: name.startswith(before), self.ordered[start:])
-        middles = [name[len(before) : len(name) - len(after)] for name in beginning if name.endswith(after)]
-        found = [int(middle) for middle in middles if middle.isdigit()]
+        found = [
+            int(name[len(before) : len(name) - len(after)])
+            for name in self.names
+            if name.startswith(before) and name.endswith(after) and name[len(before) : len(name) - len(after)].isdigit()
+        ]
         return [f"{before}{number}{after}" for number in sorted(found)]
 
 

@@ -24,7 +24,6 @@ from tracing_jax.checkpoint.weights_only.names import (
     main_stack,
     module_of,
     names_of_component,
-    sizes_of_components,
     stacks_of,
 )
 from tracing_jax.checkpoint.weights_only.norms import Norm, mlp_norms, norms_of_layer
@@ -65,11 +64,7 @@ def describe(store: TensorStore, config: Mapping[str, Any], component: str | Non
     """
     names = names_of_component(store.names(), component)
     if not names:
-        others = listed(sizes_of_components(dict.fromkeys(store.names(), 1))) or "none"
-        raise CheckpointError(f"no tensors of a component {component} by their names; components are: {others}")
-    if component in ("vision", "audio"):
-        own = [value for key, value in config.items() if component_of(key) == component and isinstance(value, Mapping)]
-        config = {key: value for part in own for key, value in part.items()}
+        raise CheckpointError(f"no tensors of a component {component}")
     return _Finder(store, names, config, component).description()
 
 

@@ -19,7 +19,6 @@ ATTENTION = re.compile(
 )
 """Modules of a layer that are no MLPs, by their names."""
 
-_ALL_EXPERTS = re.compile(r"(^|\.)experts\.(?!\{|\d)")
 _OUT = re.compile(
     r"down|c_proj|(^|_)out|fc_?2|(^|\.)w2$|(^|\.)wo$|4h_to_h|lin(ear)?_?2|layer_2|value|_out$|output|\.2$"
 )
@@ -129,8 +128,6 @@ def _candidates(shapes: Mapping[str, Shape], width: int) -> tuple[list[_Candidat
         stacked = len(shape) == 3 and min(shape) > 1 and EXPERT not in pattern
         matrix = shape[1:] if stacked else shape
         is_mlp = len(matrix) == 2 and width in matrix and not ATTENTION.search(pattern)
-        if _ALL_EXPERTS.search(pattern) and not stacked:
-            continue  # the experts of a layer one below the other: units cannot change places between them
         if is_mlp and not re.search(r"norm|bias$", pattern):
             candidates.append(_Candidate(pattern, (matrix[0], matrix[1]), shape[0] if stacked else count, stacked))
         elif not re.search(r"bias$|_b$", pattern) and (len(shape) > 1 or not re.search(r"norm|ln|scale", pattern)):

@@ -16,9 +16,8 @@ _COMPONENTS = {
 }
 """Component -> words of the names of its tensors, before the number of a layer."""
 
-COMPONENTS = ("vision", "audio", "encoder")
-"""Components that can be looked at by themselves. A projector cannot: two that connect the same towers resemble each
-other, whoever trained them."""
+COMPONENTS = ("vision", "audio", "projector", "encoder")
+"""Components that can be looked at by themselves."""
 
 _LAYERED = re.compile(r"(?P<prefix>.*?)\.?\b(?P<number>\d+)\.(?P<rest>.+)")
 _HAS_EXPERTS = re.compile(r"expert|ffn_(gate|up|down)$")
