@@ -153,10 +153,9 @@ def test_matching_moves_with_its_units(kind, seed):
     found = match_units(matrix, np.random.default_rng(1))
     moved = match_units(matrix[np.ix_(p, q)], np.random.default_rng(2))
     pairs, others = set(zip(found.base, found.ft)), set(zip(p[moved.base], q[moved.ft]))
-    # Matchings whose sums are equal to rounding may be either.
-    sums = [sum(abs(float(matrix[i, j])) for i, j in some) for some in (pairs - others, others - pairs)]
-    assert abs(sums[0] - sums[1]) <= 1e-5 * max(1.0, *sums)
-    assert len(pairs & others) >= 0.95 * len(pairs)
+    # A matrix of rank one can have exact ties: the sums of what differs are then equal to the last bit.
+    sums = [sum(float(matrix[i, j]) for i, j in some) for some in (pairs - others, others - pairs)]
+    assert sums[0] == sums[1]
     again = match_units(matrix, np.random.default_rng(1))
     np.testing.assert_array_equal(found.ft, again.ft)
 
