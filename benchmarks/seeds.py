@@ -115,7 +115,11 @@ RECIPES: Mapping[str, ZooRecipe] = {
     "experts": ZooRecipe(dataclasses.replace(_TINY, mlp_dim=64), 32, family="mixtral"),
 }
 """The zoos that the benchmarks measure: 64 seeds, two other widths, the same order of data, a larger model, models
-without a gate, and models with experts."""
+without a gate, and models with experts.
+
+All have one seed, from which model i of each draws: models of two zoos with the same number share their embeddings, and
+more of their initialisation where shapes allow it, so that they are not independent. `benchmarks/scan.py`, which
+compares across zoos, gives each another seed."""
 
 
 @dataclasses.dataclass(frozen=True)

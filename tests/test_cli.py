@@ -13,6 +13,8 @@ from tracing_jax.cli.absl_flags import parse_flags
 from tracing_jax.cli.generate import GenerateOptions
 from tracing_jax.cli.inspect import InspectOptions
 from tracing_jax.cli.merge import MergeOptions
+from tracing_jax.cli.scan import ScanOptions
+from tracing_jax.cli.signature import SignatureOptions
 from tracing_jax.cli.zoo import Slurm, ZooOptions
 from tracing_jax.data import GENERATED_FOLDER
 from tracing_jax.dataclass_options import options_of, problems
@@ -21,8 +23,8 @@ from tracing_jax.zoo import PAIRINGS, make_plan, read_models
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = {"compare": (RunOptions,), "verify": (), "inspect": (InspectOptions,), "align": (), "disguise": (),
-           "generate": (GenerateOptions,),
-           "merge": (MergeOptions,), "zoo": (RunOptions, ZooOptions)}  # fmt: skip
+           "generate": (GenerateOptions,), "library": (), "merge": (MergeOptions,), "scan": (ScanOptions,),
+           "signature": (SignatureOptions,), "zoo": (RunOptions, ZooOptions)}  # fmt: skip
 LEFT_OUT = {"base_model_id", "ft_model_id", "ft_model_ids", "save"}
 
 _LIGHT = """

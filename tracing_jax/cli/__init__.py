@@ -13,11 +13,13 @@ from tracing_jax.cli.arguments import Parser
 VERBS = {
     "compare": "trace one or more models to a base: the verdict, and the layers behind it",
     "verify": "check a record: its content, the files of its models, and the test that decided",
-    "inspect": "print what is found of a model by its weights alone, in the form of a layout file",
     "align": "align a model to a base, and write it as a checkpoint",
     "merge": "find which parents a model was merged of, and in what shares",
     "disguise": "write a checkpoint of the same function in other weights",
     "generate": "have models write text",
+    "signature": "write a small file by which relatives of a model are found, without its weights",
+    "scan": "find the relatives of a model in a library of signatures",
+    "library": "add to a library of signatures, list or check it",
     "zoo": "trace every pair of a list of models, here or on Slurm, and end in one report",
 }
 """Name of a verb, which is that of its module -> what it does."""

@@ -5,11 +5,14 @@ that was read once (`read_suspect`) by `compare`.
 """
 
 from tracing_jax.library.comparison import Evidence, Match, compare
+from tracing_jax.library.folder import Checked, add_to_library, indexed, library_folder, read_library
 from tracing_jax.library.readings import Vocabulary, vocabulary_of
+from tracing_jax.library.scan import Candidate, Scan, scan
 from tracing_jax.library.signature import (
     MAX_BYTES,
     SUFFIX,
     Signature,
+    is_same,
     make_signature,
     read_signature,
     to_bytes,
@@ -20,15 +23,24 @@ from tracing_jax.library.suspect import Suspect, read_suspect
 __all__ = [
     "MAX_BYTES",
     "SUFFIX",
+    "Candidate",
+    "Checked",
     "Evidence",
     "Match",
+    "Scan",
     "Signature",
     "Suspect",
     "Vocabulary",
+    "add_to_library",
     "compare",
+    "indexed",
+    "is_same",
+    "library_folder",
     "make_signature",
+    "read_library",
     "read_signature",
     "read_suspect",
+    "scan",
     "to_bytes",
     "vocabulary_of",
     "write_signature",

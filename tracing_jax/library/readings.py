@@ -19,6 +19,7 @@ from tracing_jax.data import load_tokenizer
 from tracing_jax.sources import MlpsAsLayers, ParamSource
 from tracing_jax.statistics.layer_moments import layer_moments
 from tracing_jax.statistics.mlp_rows import mlp_row_leaves, mlp_rows, unit_length
+from tracing_jax.statistics.needs import needs_not_applicable
 from tracing_jax.statistics.shared_tokens import TokenRows, rows_of_tokens
 from tracing_jax.statistics.unit_alignment import units_of
 from tracing_jax.tree import Tree
@@ -74,8 +75,9 @@ def reading_names(arch: Arch) -> tuple[str, str]:
 
 def not_readable(arch: Arch) -> list[str]:
     """Returns the reasons why the units of a model cannot be read in two ways; empty if they can."""
+    missing = [line.partition(": ")[2] for line in needs_not_applicable("match", arch, arch)] if arch.gated else []
     problem = head_problem(arch)
-    return [f"its MLPs have no gate, and {problem}"] if not arch.gated and problem else []
+    return [f"its MLPs have no gate, and {problem}"] if not arch.gated and problem else missing
 
 
 def token_readings(model: ParamSource, ids: Int[np.ndarray, " S"]) -> Callable[[int], dict[str, Float[Array, "F S"]]]:
@@ -109,8 +111,11 @@ def moment_names(arch: Arch) -> tuple[str, str]:
 
 
 def has_moments(model: ParamSource) -> bool:
-    """Returns whether a layer of the model has one MLP and attention, whose moments describe its units."""
-    return not isinstance(model, MlpsAsLayers) and not model.arch.num_experts
+    """Returns whether a layer of the model has one MLP and attention, whose moments describe its units.
+
+    Where the model is read by its weights alone, what is attention is not known.
+    """
+    return not isinstance(model, MlpsAsLayers) and not model.arch.num_experts and model.arch.reading is None
 
 
 def moment_readings(layer: Tree, arch: Arch) -> dict[str, tuple[Float[np.ndarray, "F M"], Bool[np.ndarray, " F"]]]:

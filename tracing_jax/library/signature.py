@@ -282,3 +282,23 @@ def _parsed_layer(layer: int, kinds: list[str], num_tokens: int, tensors: Mappin
         if square.shape != (found.shape[1],) * 2 or square.dtype != np.float16 or not np.isfinite(square).all():
             raise ValueError(f"layer {layer}: its covariances are damaged")
     return SampledLayer(layer, units, readings, moments, covariances)
+
+
+def is_same(one: Signature, other: Signature) -> bool:
+    """Returns whether two signatures are of the same files: all but their names equal, and the numbers up to rounding.
+
+    Another machine may round a number to the next one.
+    """
+    if one.digest != other.digest or one.tokens != other.tokens or len(one.layers) != len(other.layers):
+        return False
+    return all(_same_layer(*layers) for layers in zip(one.layers, other.layers))
+
+
+def _same_layer(one: SampledLayer, other: SampledLayer) -> bool:
+    if one.layer != other.layer or not np.array_equal(one.units, other.units):
+        return False
+    if one.readings.keys() != other.readings.keys() or one.moments.keys() != other.moments.keys():
+        return False
+    pairs = [(found, other.readings[name]) for name, found in one.readings.items()]
+    pairs += [(found, other.moments[name]) for name, found in one.moments.items()]
+    return all(np.abs(a.astype(int) - b.astype(int)).max(initial=0) <= 2 for a, b in pairs)

@@ -1,0 +1,265 @@
+"""Signatures and `scan`: who is called a relative of whom, among independent models and among descendants of them.
+
+    python -m benchmarks.scan                  # trains zoos that are missing; then an hour on two cores
+    python -m benchmarks.scan --parts=large    # a thousand signatures against a model of Llama-2-7B's width
+
+The library holds the signatures of all models of four small zoos (gated, gated and narrower, without a gate, with
+experts) and of random models of other sizes and vocabularies. Every model is scanned against those of other seeds, and
+then descendants of the gated ones. What a row came to is kept in a file as it is found.
+"""
+
+import json
+import resource
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+from tqdm import tqdm
+
+from benchmarks.descendants import LIGHT_STEPS, member
+from benchmarks.environment import OUT_DIR, ZOO_DIR
+from benchmarks.lineages import Lineages, Pairs
+from benchmarks.seeds import RECIPES, Zoo, zoo
+from tracing_jax.arch import Arch
+from tracing_jax.library import Scan, Signature, Vocabulary, make_signature, read_suspect, scan
+from tracing_jax.models import init_params
+from tracing_jax.options import RunOptions
+from tracing_jax.report import text_table
+from tracing_jax.sources import InMemory, ParamSource
+
+_PARTS = flags.DEFINE_list("parts", ["strangers", "descendants", "large"], "what is measured")
+_BASES = flags.DEFINE_integer("bases", 3, "base models of which there are descendants")
+_WIDE_LAYERS = flags.DEFINE_integer("wide_layers", 2, "layers of the model of 7B width")
+
+SETS: Mapping[str, tuple[int, int]] = {"tiny": (24, 0), "narrow": (8, 1), "no_gate": (8, 2), "experts": (6, 3)}
+"""Zoo -> its models, and the seed of their initialisations and windows of text.
+
+Each zoo has a seed of its own. With one seed, model i of two zoos begins with the same embeddings and attention, and
+the first expert of one with the very MLP of the other: such models are related, and `scan` says so.
+"""
+
+_RANDOM = ((3, 96, 200, 300), (5, 64, 96, 512), (2, 128, 320, 700), (8, 48, 64, 400))
+"""Layers, width, MLP units and tokens of the random models, of each shape one with a gate and one without."""
+
+_DESCENDANTS = (
+    f"fine-tuned, {LIGHT_STEPS / 768:.2g} of its training", "fine-tuned, 1 of its training", "disguised: all at once",
+    "disguised: permute", "disguised: rotate", "pruned in depth", "pruned in width", "rounded to 4 bits",
+    "matrices of half the rank", "two layers swapped", "merged with another", "embeddings replaced, trained on",
+    "embeddings replaced, trained on, permuted", "fine-tuned hard, 1 of its training",
+    "fine-tuned hard, 1 of its training, permuted", "new vocabulary, a layer less, trained on, permuted",
+    "upcycled to 4 experts, trained on", "upcycled to 4 experts, trained on, permuted",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _FewSeeds(Lineages):
+    """The lineages on zoos of fewer seeds."""
+
+    @cached_property
+    def zoo(self) -> Zoo:
+        return small_zoo("tiny")
+
+    @cached_property
+    def experts(self) -> Zoo:
+        return small_zoo("experts")
+
+
+def small_zoo(name: str) -> Zoo:
+    """Returns a zoo with as many models as `SETS` says, from a seed of its own."""
+    recipe, (count, seed) = RECIPES[name], SETS[name]
+    return zoo(replace(recipe, models=replace(recipe.models, seed=seed), num_seeds=count), ZOO_DIR.value)
+
+
+def vocabulary(size: int, new_ids: np.ndarray | None = None) -> Vocabulary:
+    """Returns a vocabulary in which token i of all models is the same string, wherever its row went."""
+    return Vocabulary({f"token {i}": i if new_ids is None else int(new_ids[i]) for i in range(size)}, known=True)
+
+
+def models() -> Iterator[tuple[str, ParamSource]]:
+    """Yields the independent models by name."""
+    for name, (count, _) in SETS.items():
+        found = small_zoo(name)
+        params = found.models(1.0)
+        for index in range(count):
+            yield f"{name} {index}", member(found.arch, params, index)
+    for index, (layers, width, units, tokens) in enumerate(_RANDOM):
+        for seed, like in enumerate(("tiny", "no_gate"), 2 * index + len(SETS)):
+            arch = _resized(small_zoo(like).arch, layers, width, units, tokens)
+            yield f"random {like} {index}", InMemory(arch, init_params(arch, jax.random.key(seed)))
+
+
+def _resized(arch: Arch, layers: int, width: int, units: int, tokens: int) -> Arch:
+    ropes = arch.layer_ropes[:1] * layers
+    return replace(arch, num_layers=layers, embed_dim=width, mlp_dim=units, vocab_size=tokens,
+                   layer_ropes=ropes, layer_windows=arch.layer_windows[:1] * layers)  # fmt: skip
+
+
+def signature(name: str, model: ParamSource) -> Signature:
+    """Returns the signature of a model that has no files."""
+    number = int.from_bytes(name.encode(), "big")
+    return make_signature(model, vocabulary(model.arch.vocab_size), model_id=name, files={"model": f"{number:x}"})
+
+
+def scanned(model: ParamSource, library: Mapping[str, Signature], new_ids: np.ndarray | None = None) -> Scan:
+    """Returns the scan of a model."""
+    strings = sorted({token for found in library.values() for token in found.tokens})
+    suspect = read_suspect(model, vocabulary(len(new_ids) if new_ids is not None else model.arch.vocab_size, new_ids),
+                           strings)  # fmt: skip
+    return scan(suspect, library, RunOptions.level)
+
+
+def line_of(found: Scan) -> dict[str, Any]:
+    """Returns what a file keeps of a scan."""
+    words = Counter(candidate.verdict for candidate in found.candidates)
+    testable = [candidate for candidate in found.candidates if candidate.adjusted_log10_p is not None]
+    raw = [candidate.match.log10_p for candidate in testable if candidate.match is not None]
+    first = found.candidates[0]
+    return {
+        "verdicts": dict(words),
+        "first": first.name,
+        "share": first.share,
+        "first_log10_p": first.adjusted_log10_p,
+        "closest": list(found.closest),
+        "margin": found.margin,
+        "related": [candidate.name for candidate in found.related],
+        "tests": {
+            name: [evidence.agreeing, evidence.log10_p]
+            for name, evidence in (first.match.tests.items() if first.match else ())
+        },
+        "raw_log10_ps": raw,
+    }
+
+
+def measured(file: Path, rows: Iterable[tuple[str, Callable[[], dict[str, Any]]]]) -> None:
+    """Appends the rows that the file lacks."""
+    done = {line["row"] for line in lines(file)}
+    with file.open("a", encoding="utf-8") as out:
+        for name, measure in rows:
+            if name not in done:
+                print(json.dumps({"row": name} | measure()), file=out, flush=True)
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    """Returns the rows of a file."""
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+
+
+def strangers(library: Mapping[str, Signature]) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Yields the scan of every independent model against the signatures of all others."""
+    for name, model in models():
+        others = {other: found for other, found in library.items() if other != name}
+        yield f"stranger: {name}", partial(_line, model, others)
+
+
+def _line(model: ParamSource, library: Mapping[str, Signature], new_ids: np.ndarray | None = None) -> dict[str, Any]:
+    return line_of(scanned(model, library, new_ids))
+
+
+def descendants(library: Mapping[str, Signature]) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Yields the scan of every descendant."""
+    rows = _FewSeeds(ZOO_DIR.value, _BASES.value).rows()
+    for name in _DESCENDANTS:
+        made = cache(rows[name])
+
+        def one(i: int, made: Callable[[], Pairs] = made) -> dict[str, Any]:
+            descendant = made()[i][1]
+            return _line(descendant.model, library, descendant.new_ids)
+
+        for i in range(_BASES.value):
+            yield f"{name}: tiny {i}", partial(one, i)
+
+
+def summary(strange: list[dict[str, Any]], related: list[dict[str, Any]]) -> str:
+    """Returns both tables."""
+    counts = Counter[str]()
+    raw: list[float] = []
+    for line in strange:
+        counts.update(line["verdicts"])
+        raw += line["raw_log10_ps"]
+    values = np.array(raw)
+    text = [
+        f"{len(strange)} independent models scanned: {dict(counts)}; of {len(values)} pairs that could be tested, "
+        f"{(values < -2).sum()} below 1e-2 and {(values < -3).sum()} below 1e-3; smallest log10 p {values.min():.1f}"
+    ]
+    by_row: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for line in related:
+        row, _, base = line["row"].rpartition(": ")
+        by_row.setdefault(row, []).append((base, line))
+    table = []
+    for row, found in by_row.items():
+        at_first = sum(line["first"] == base and base in line["related"] for base, line in found)
+        wrong = sum(len(set(line["related"]) - {base}) for base, line in found)
+        shares = [line["share"] for _, line in found]
+        table.append([row, f"{at_first} of {len(found)}", wrong, f"{np.mean(shares):.2f}"])
+    text.append(
+        text_table(table, ["suspect", "its base at rank 1, related", "others called related", "units agreeing"])
+    )
+    return "\n\n".join(text)
+
+
+def large() -> dict[str, Any]:
+    """Returns the cost of a thousand signatures against a model as wide as Llama-2-7B."""
+    arch = _resized(small_zoo("tiny").arch, _WIDE_LAYERS.value, 4096, 11008, 32000)
+    arch = replace(arch, num_kv_heads=32, q_group=1, head_dim=128)
+    rng = np.random.default_rng(0)
+    with jax.default_device(jax.devices("cpu")[0]):
+        model = InMemory(arch, init_params(arch, jax.random.key(0)))
+        start = time.monotonic()
+        own = signature("own", model)
+        made = time.monotonic() - start
+        library = {f"{i}": _random_signature(own, rng) for i in range(999)} | {"own": own}
+        start = time.monotonic()
+        suspect = read_suspect(model, vocabulary(arch.vocab_size), own.tokens)
+        read = time.monotonic() - start
+    del model
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    start = time.monotonic()
+    found = scan(suspect, library, RunOptions.level)
+    return {
+        "layers": arch.num_layers, "signature_s": made, "read_s": read, "scan_s": time.monotonic() - start,
+        "first": found.candidates[0].name, "related": len(found.related), "compared": found.compared,
+        "readings_MiB": suspect.num_bytes / 2**20, "peak_before_GiB": before,
+        "peak_GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }  # fmt: skip
+
+
+def _random_signature(like: Signature, rng: np.random.Generator) -> Signature:
+    """Returns a signature of the same shape whose numbers are random."""
+
+    def drawn(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {
+            name: np.clip(np.round(rng.normal(0, 32, found.shape)), -127, 127).astype(np.int8)
+            for name, found in arrays.items()
+        }
+
+    layers = tuple(replace(f, readings=drawn(f.readings), moments=drawn(f.moments)) for f in like.layers)
+    return replace(like, layers=layers)
+
+
+def main(argv: list[str]) -> None:
+    """Measures what is missing, and prints it."""
+    del argv
+    jax.config.update("jax_platforms", "cpu")
+    folder = Path(OUT_DIR.value)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {name: folder / f"scan-{name}.jsonl" for name in ("strangers", "descendants")}
+    if {"strangers", "descendants"} & set(_PARTS.value):
+        library = {name: signature(name, model) for name, model in tqdm(models(), desc="signatures", disable=None)}
+        if "strangers" in _PARTS.value:
+            measured(files["strangers"], strangers(library))
+        if "descendants" in _PARTS.value:
+            measured(files["descendants"], descendants(library))
+        print(summary(lines(files["strangers"]), lines(files["descendants"])))
+    if "large" in _PARTS.value:
+        print(large())
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,194 @@
+"""`scan`: relatives in a library of signatures, in order; and the library itself."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+from test_signature import GATED, VOCABULARY, base_of, disguised, finetuned, signature_of
+
+from tests import foreign_layouts as layouts
+from tracing_jax.checkpoint import WeightsOnly, open_checkpoint
+from tracing_jax.library import (
+    SUFFIX,
+    add_to_library,
+    indexed,
+    is_same,
+    library_folder,
+    read_library,
+    read_suspect,
+    scan,
+    vocabulary_of,
+    write_signature,
+)
+from tracing_jax.library.comparison import RESPONSES
+from tracing_jax.library.scan import COMPARED_AT_ONCE, first_look, shortlist
+
+LEVEL = 1e-3
+
+
+@pytest.fixture(scope="module")
+def models():
+    """A base, two children of it, and three strangers."""
+    base = base_of(GATED)
+    children = {f"child {i}": tiny.InMemory(GATED, tiny.noisy(base.params, 0.2, seed=i)) for i in (1, 2)}
+    return {"base": base, **children, **{f"stranger {i}": tiny.model(GATED, i) for i in (11, 12, 13)}}
+
+
+@pytest.fixture(scope="module")
+def library(models):
+    return {name: signature_of(model, seed) for seed, (name, model) in enumerate(models.items())}
+
+
+def suspect_of(model, vocabulary=VOCABULARY):
+    return read_suspect(model, vocabulary, list(VOCABULARY.ids))
+
+
+def test_the_parent_is_found_among_its_siblings(models, library):
+    grandchild = tiny.InMemory(GATED, tiny.noisy(models["child 2"].params, 0.05, seed=9))
+    found = scan(suspect_of(*disguised(grandchild, "all")), library, LEVEL)
+    assert found.closest == ("child 2",)
+    assert {candidate.name for candidate in found.related} == {"base", "child 1", "child 2"}
+    assert found.margin is not None
+    assert found.margin > 3
+    assert found.candidates[0].adjusted_log10_p < -12
+    assert "Closest: child 2" in found.sentence()
+
+
+@pytest.mark.slow
+def test_twins_are_not_told_apart(models, library):
+    twin = signature_of(models["child 1"], 77)  # the same weights, from other files: other units
+    third = tiny.InMemory(GATED, tiny.noisy(models["child 1"].params, 0.1, seed=5))
+    found = scan(suspect_of(third), library | {"twin": twin}, LEVEL)
+    assert set(found.closest) == {"child 1", "twin"}
+    assert found.sentence().startswith("One of these family members")
+
+
+def test_a_stranger_has_no_relative(library):
+    found = scan(suspect_of(tiny.model(GATED, 99)), library, LEVEL)
+    assert not found.related
+    assert not found.closest
+    assert found.sentence().startswith("No relative")
+
+
+@pytest.mark.slow
+def test_more_signatures_make_p_larger(models, library):
+    suspect = suspect_of(finetuned(models["base"]))
+    alone = scan(suspect, {"base": library["base"]}, LEVEL).candidates[0]
+    among = {c.name: c for c in scan(suspect, library, LEVEL).candidates}["base"]
+    assert alone.adjusted_log10_p <= among.adjusted_log10_p <= alone.adjusted_log10_p + np.log10(len(library))
+
+
+@pytest.mark.slow
+def test_a_first_look_at_many_signatures_keeps_the_relatives(models, library):
+    rng = np.random.default_rng(0)
+    many = library | {f"random {i}": _shuffled(library["stranger 11"], rng) for i in range(COMPARED_AT_ONCE + 4)}
+    tuned = tiny.InMemory(GATED, tiny.noisy(models["base"].params, 0.1, seed=6))
+    suspect = suspect_of(*disguised(tuned, "permute"))
+    scores = first_look(many, suspect)
+    assert all(scores[name] > 8 for name in ("base", "child 1", "child 2"))
+    chosen = shortlist(many, suspect)
+    assert {"base", "child 1", "child 2"} <= set(chosen)
+    assert len(chosen) < len(many)
+    found = scan(suspect, many, LEVEL)
+    assert found.candidates[0].name == "base"
+    assert found.compared == len(chosen)
+    assert len(found.related) == 3
+
+
+def _shuffled(signature, rng):
+    """Returns a signature of the same numbers, each row in an order of its own."""
+    import dataclasses
+
+    layers = [
+        dataclasses.replace(layer, readings={k: rng.permuted(v, axis=1) for k, v in layer.readings.items()})
+        for layer in signature.layers
+    ]
+    return dataclasses.replace(signature, layers=tuple(layers))
+
+
+def test_models_read_by_their_weights_alone_are_scanned_by_their_responses(tmp_path):
+    """Where the MLPs and the embedding are found; what lacks them is refused, with what is missing."""
+    tensors = layouts.baichuan(0)
+    base, child, other = (
+        open_checkpoint(layouts.write(tmp_path / name, layouts.baichuan, found), weights_only=WeightsOnly())
+        for name, found in (("base", tensors), ("child", layouts.noisy_copy(tensors)), ("other", layouts.baichuan(1)))
+    )
+    vocabulary = vocabulary_of(None, base.arch.vocab_size)
+    signatures = {"base": signature_of(base, 0, vocabulary), "other": signature_of(other, 1, vocabulary)}
+    suspect = read_suspect(child, vocabulary, signatures["base"].tokens)
+    found = scan(suspect, signatures, LEVEL)
+    assert found.closest == ("base",)
+    assert [candidate.name for candidate in found.related] == ["base"]
+    assert set(found.candidates[0].match.tests) == {RESPONSES}
+    mixer = open_checkpoint(
+        layouts.write(tmp_path / "mixer", layouts.mamba, layouts.mamba(0)), weights_only=WeightsOnly()
+    )
+    with pytest.raises(ValueError, match="no gate"):
+        read_suspect(mixer, vocabulary, ["a"])
+
+
+def test_an_empty_library_is_refused(tmp_path, models):
+    with pytest.raises(ValueError, match="no signatures"):
+        scan(suspect_of(models["base"]), {}, LEVEL)
+    with pytest.raises(ValueError, match="no file ends in"):
+        read_library(tmp_path)
+    with pytest.raises(ValueError, match="expected a folder"):
+        library_folder(str(tmp_path / "missing"))
+
+
+def test_a_library_grows_by_adding_and_by_dropping_in(tmp_path, library):
+    folder, outside = tmp_path / "library", tmp_path / "outside"
+    outside.mkdir()
+    write_signature(library["base"], outside / f"base{SUFFIX}")
+    assert add_to_library(folder, [outside / f"base{SUFFIX}"]) == ["base"]
+    write_signature(library["child 1"], folder / f"child{SUFFIX}")
+    assert set(read_library(folder)) == {"base", "child"}
+    assert indexed(folder).new == ("child",)
+    assert not indexed(folder).new
+    assert json.loads((folder / "index.json").read_text())["base"]["digest"] == library["base"].digest
+    write_signature(library["stranger 11"], folder / f"child{SUFFIX}")  # replaced behind the index's back
+    for _ in range(2):
+        assert "changed" in indexed(folder).problems[0]
+    (folder / f"base{SUFFIX}").unlink()
+    assert any("gone" in line for line in indexed(folder).problems)
+    (folder / f"broken{SUFFIX}").write_bytes(b"no signature")
+    assert any("broken" in line for line in indexed(folder).problems)
+    with pytest.raises(ValueError, match="broken"):
+        read_library(folder)
+
+
+def test_a_copied_signature_is_reported(tmp_path, library):
+    import dataclasses
+
+    taken = dataclasses.replace(library["base"], facts=dict(library["base"].facts) | {"model": "mine", "digest": "0"})
+    write_signature(library["base"], tmp_path / f"base{SUFFIX}")
+    write_signature(taken, tmp_path / f"mine{SUFFIX}")
+    assert indexed(tmp_path).same == (("base", "mine"),)
+
+
+def test_a_signature_is_recognised_when_it_is_made_again(models, library):
+    assert is_same(signature_of(models["base"], 0), library["base"])
+    assert not is_same(signature_of(models["base"], 1), library["base"])
+    assert not is_same(library["child 1"], library["base"])
+
+
+@pytest.mark.slow
+def test_the_verbs_on_the_family(tmp_path, family, capsys):
+    from tracing_jax import cli
+
+    for name in ("base", "independent"):
+        cli.main(["signature", str(family.member(name)), "-o", str(tmp_path / f"{name}{SUFFIX}"), "--name", name])
+    cli.main(["library", "add", str(tmp_path / "library"), *map(str, sorted(tmp_path.glob(f"*{SUFFIX}")))])
+    capsys.readouterr()
+    cli.main(["library", "check", str(tmp_path / "library"), "--model", str(family.member("base"))])
+    assert "its signature is base" in capsys.readouterr().out
+    cli.main(["library", "list", str(tmp_path / "library")])
+    assert "base: base, llama" in capsys.readouterr().out
+    cli.main(["scan", str(family.member("disguised")), "--library", str(tmp_path / "library")])
+    assert capsys.readouterr().out.startswith("Closest: base.")
+    cli.main(["scan", str(family.member("disguised")), "--library", str(tmp_path / "library"), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert [candidate["verdict"] for candidate in found["candidates"]] == ["related", "no_evidence"]
+    with pytest.raises(SystemExit, match="error: library"):
+        cli.main(["scan", str(family.member("base")), "--library", str(tmp_path / "missing")])

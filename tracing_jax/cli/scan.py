@@ -1,0 +1,127 @@
+"""`tracing-jax scan`: whose child is this model? Its relatives in a library of signatures."""
+
+import argparse
+import json
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tracing_jax.cli.arguments import add_options, given
+from tracing_jax.cli.compare import MODEL
+from tracing_jax.cli.compilation_cache import keep_compiled_programs
+from tracing_jax.cli.errors import configure_logging, exit_on_user_error
+from tracing_jax.dataclass_options import REQUIRED, from_values, option
+from tracing_jax.options import RunOptions
+
+if TYPE_CHECKING:
+    from tracing_jax.library import Candidate, Scan
+
+USAGE = "SUSPECT --library LIBRARY"
+_SMALLEST = -12.0  # people are shown no smaller p-value
+
+
+@dataclass(frozen=True)
+class ScanOptions:
+    """What is scanned for, and how it is shown."""
+
+    library: str = option(REQUIRED, "A folder of signatures, or org/name[@revision] of a data set on the Hub.")
+    level: float = option(RunOptions.level, "Related below this level, after Holm.", above=0, at_most=0.05)
+    shown: int = option(10, "Candidates that are printed.", at_least=1)
+    json: bool = option(False, "Print everything as JSON.")
+    cache_dir: str | None = option(None, "A folder to keep downloads in.")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the verb."""
+    parser.add_argument("suspect", metavar="SUSPECT", help=f"model: {MODEL}")
+    add_options(parser, ScanOptions)
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Runs the verb."""
+    configure_logging()
+    with exit_on_user_error():
+        options = from_values(ScanOptions, given(parsed, ScanOptions))
+        keep_compiled_programs()
+        from tracing_jax.checkpoint import open_checkpoint
+        from tracing_jax.experiment.models import resolve_model_id
+        from tracing_jax.experiment.signing import suspect_of
+        from tracing_jax.library import library_folder, read_library, scan
+
+        signatures = read_library(library_folder(options.library, options.cache_dir))
+        model = open_checkpoint(resolve_model_id(parsed.suspect), options.cache_dir)
+        suspect = suspect_of(model, signatures.values())
+        found = scan(suspect, signatures, options.level)
+        if options.json:
+            about = {"suspect": parsed.suspect, "library": options.library, "level": options.level}
+            print(json.dumps(about | as_dict(found, suspect.names), indent=1))
+            return
+        print("\n".join(_lines(found, suspect.names, options.shown)))
+
+
+def as_dict(found: "Scan", names: Any) -> dict[str, Any]:
+    """Returns a scan as plain data."""
+    return {
+        "sentence": found.sentence(),
+        "closest": list(found.closest),
+        "margin_standard_errors": found.margin,
+        "compared_in_full": found.compared,
+        "null": "calibrated: 5 % of the units may agree by convergence, and as many as in unrelated layers",
+        "candidates": [_candidate(candidate, names) for candidate in found.candidates],
+    }
+
+
+def _candidate(candidate: "Candidate", names: Any) -> dict[str, Any]:
+    match = candidate.match
+    return {
+        "name": candidate.name,
+        "model": candidate.model,
+        "verdict": candidate.verdict,
+        "adjusted_log10_p": candidate.adjusted_log10_p,
+        "share": candidate.share,
+        "distance": candidate.distance,
+        "distance_standard_error": candidate.error,
+        "tests": {
+            name: {
+                "log10_p": evidence.log10_p,
+                "firm_log10_p": evidence.firm_log10_p,
+                "agreeing": list(evidence.agreeing),
+                "units": list(evidence.units),
+                "layer_map": [
+                    {"sampled_layer": i, "suspect": names[j], "agreeing": agreeing}
+                    for i, j, agreeing in evidence.places
+                ],
+            }
+            for name, evidence in (match.tests.items() if match else ())
+        },
+        "not_tested": dict(match.not_tested) if match else {},
+    }
+
+
+def _lines(found: "Scan", names: Any, shown: int) -> list[str]:
+    """Returns the sentence and a table of the first candidates."""
+    lines = [found.sentence(), ""]
+    for candidate in found.candidates[:shown]:
+        p = candidate.adjusted_log10_p
+        word = candidate.verdict.replace("_", " ")
+        lines.append(f"{candidate.name} ({candidate.model}): {word}{'' if p is None else f', p {_shown(p)}'}")
+        match = candidate.match
+        for name, evidence in match.tests.items() if match else ():
+            agreeing = ", ".join(f"{k} of {h}" for k, h in zip(evidence.agreeing, evidence.units))
+            places = "; ".join(f"its layer {i} is {names[j]} here" for i, j, _ in evidence.places[:8])
+            lines.append(f"    {name}: {agreeing} units agree{f'; {places}' if places else ''}")
+        for name, reason in match.not_tested.items() if match else ():
+            lines.append(f"    {name}: not tested, {reason}")
+    if len(found.candidates) > shown:
+        lines.append(f"... and {len(found.candidates) - shown} more; --shown or --json shows them")
+    lines += [
+        "",
+        "p: after Holm over the library; calibrated, not exact (docs/scan.md). `compare` tests a pair in full.",
+    ]
+    return lines
+
+
+def _shown(log10_p: float) -> str:
+    if log10_p < _SMALLEST:
+        return "below 1e-12"
+    return f"{10**log10_p:.2g}" if log10_p > -3 else f"1e{math.ceil(log10_p)}"

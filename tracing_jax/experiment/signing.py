@@ -1,0 +1,40 @@
+"""Signatures of models by their ids, and models read for a scan."""
+
+from collections.abc import Iterable
+
+from tracing_jax.checkpoint import Checkpoint, open_checkpoint
+from tracing_jax.experiment.models import resolve_model_id
+from tracing_jax.library import Signature, Suspect, make_signature, read_suspect, vocabulary_of
+from tracing_jax.record import file_hashes
+from tracing_jax.sources import PrefetchingSource
+
+
+def signature_of(model_id: str, cache_dir: str | None = None, name: str | None = None) -> Signature:
+    """Returns the signature of a folder, a Hub id or a member of the demo family; its files are hashed.
+
+    Args:
+      model_id: of the model.
+      cache_dir: where downloads are kept.
+      name: what the model is called in the signature; by default its id.
+
+    Raises:
+      CheckpointError, UnsupportedModelError, OSError, ValueError: the model cannot be read, or has no units to sample.
+    """
+    model = open_checkpoint(resolve_model_id(model_id), cache_dir)
+    return make_signature(
+        model,
+        vocabulary_of(model.tokenizer_folder, model.arch.vocab_size),
+        model_id=name or model_id,
+        files=file_hashes(model.tensors.files()),
+        revision=model.revision,
+    )
+
+
+def suspect_of(model: Checkpoint, signatures: Iterable[Signature]) -> Suspect:
+    """Returns a model read once, to be compared with these signatures.
+
+    Raises:
+      ValueError: its units cannot be read.
+    """
+    strings = sorted({token for signature in signatures for token in signature.tokens})
+    return read_suspect(PrefetchingSource(model), vocabulary_of(model.tokenizer_folder, model.arch.vocab_size), strings)

@@ -1,0 +1,254 @@
+"""The scan of a suspect for relatives in a library: candidates in order, and the closest of them.
+
+p-values are adjusted by Holm over all signatures of the library. In a large library a part of the sampled units is
+looked for first, and only signatures with a trace of agreement are compared in full; the others count as p = 1.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+from tqdm import tqdm
+
+from tracing_jax.library.comparison import FEW_TOKENS, Match, compare, normalised, shared_columns
+from tracing_jax.library.signature import Signature
+from tracing_jax.library.suspect import Suspect
+from tracing_jax.statistics.comparison import LN10
+from tracing_jax.statistics.pvalues import holm
+
+Word = Literal["related", "undecided", "no_evidence", "not_testable"]
+
+COMPARED_AT_ONCE = 48
+"""Up to so many signatures are compared in full, whatever a first look shows."""
+
+_FIRST_UNITS, _FIRST_TOKENS, _FIRST_AGREEING = 16, 128, 2
+"""Of each layer, so many units are looked for at so many tokens; so many of them must agree in some layer."""
+_MOST_ROWS = 4096  # rows of signatures whose correlations with a layer are in memory at once
+
+UNDECIDED_BELOW = 0.05
+STANDARD_ERRORS = 3.0
+"""The closest of several relatives is named alone if the next one is so many standard errors farther away."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A signature of the library, and what it has in common with the suspect.
+
+    Attributes:
+      name: of the signature in the library.
+      model: the id in its header.
+      verdict: `related`: a p-value below the level after Holm, of agreement beyond several times the allowance.
+        `undecided`: some p-value below 0.05. `not_testable`: no test applies.
+      adjusted_log10_p: after Holm over the library; None if no test applies.
+      match: the evidence; None if a first look showed no trace.
+      distance, error: mean of the agreeing units' distances, 1 less correlation, and its standard error.
+    """
+
+    name: str
+    model: str
+    verdict: Word
+    adjusted_log10_p: float | None
+    match: Match | None
+    distance: float | None = None
+    error: float | None = None
+
+    @property
+    def share(self) -> float:
+        """The share of sampled units that agree, in the test that decides."""
+        best = self.match.best if self.match else None
+        return best.share if best else 0.0
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A scanned library.
+
+    Attributes:
+      candidates: all signatures, the closest relatives first.
+      closest: names of the closest relative and of those that are not farther away by more than chance; empty if
+        nobody is related.
+      margin: standard errors between the first candidate and the first beyond these; None if there is none.
+      compared: how many signatures were compared in full.
+    """
+
+    candidates: tuple[Candidate, ...]
+    closest: tuple[str, ...]
+    margin: float | None
+    compared: int
+
+    @property
+    def related(self) -> tuple[Candidate, ...]:
+        """The relatives, closest first."""
+        return tuple(found for found in self.candidates if found.verdict == "related")
+
+    def sentence(self) -> str:
+        """Returns what was found, in a sentence."""
+        related, total = self.related, len(self.candidates)
+        if not related:
+            undecided = [found.name for found in self.candidates if found.verdict == "undecided"]
+            testable = sum(found.verdict != "not_testable" for found in self.candidates)
+            if not testable:
+                return f"None of the {total} signatures can be compared with this model."
+            doubt = f"; undecided: {', '.join(undecided)}" if undecided else ""
+            return f"No relative among the {testable} signatures that can be compared{doubt}."
+        first = related[0]
+        others = len(related) - 1
+        if len(self.closest) > 1:
+            text = f"One of these family members: {', '.join(self.closest)}; they are not told apart"
+        else:
+            text = f"Closest: {first.name}"
+            if self.margin is not None:
+                text += f", by {self.margin:.0f} standard errors"
+        more = (
+            f" {others} of the other {total - 1} signatures {'is' if others == 1 else 'are'} related too."
+            if others
+            else ""
+        )
+        return (
+            f"{text}.{more} Whether the suspect descends from it, or both from a third model, the weights do not say."
+        )
+
+
+def scan(suspect: Suspect, signatures: Mapping[str, Signature], level: float) -> Scan:
+    """Returns the relatives of a suspect among named signatures.
+
+    Args:
+      suspect: the model, read once.
+      signatures: name -> signature.
+      level: after Holm over all signatures, below which one is called related.
+
+    Raises:
+      ValueError: there are no signatures.
+    """
+    if not signatures:
+        raise ValueError("the library has no signatures")
+    names = shortlist(signatures, suspect)
+    found = {
+        name: compare(signatures[name], suspect) for name in tqdm(names, desc="scan", unit="signature", disable=None)
+    }
+    log_ps = [(found[name].log10_p if name in found else 0.0) for name in signatures]
+    firm = [(found[name].firm_log10_p if name in found else 0.0) for name in signatures]
+    testable = [p is not None for p in log_ps]
+    adjusted, firm_adjusted = (_adjusted([p or 0.0 for p in ps], testable) for ps in (log_ps, firm))
+    candidates = [
+        _candidate(name, signature, found.get(name), adjusted[i] if testable[i] else None, firm_adjusted[i], level)
+        for i, (name, signature) in enumerate(signatures.items())
+    ]
+    candidates.sort(key=_order)
+    closest, margin = _closest([found for found in candidates if found.verdict == "related"])
+    return Scan(tuple(candidates), closest, margin, len(names))
+
+
+def _adjusted(log10_ps: Sequence[float], testable: Sequence[bool]) -> Float[np.ndarray, " N"]:
+    """Returns decimal log p-values, Holm-adjusted over those that could be tested."""
+    found = np.zeros(len(log10_ps))
+    if any(testable):
+        which = np.flatnonzero(testable)
+        found[which] = holm(np.array(log10_ps)[which] * LN10) / LN10
+    return found
+
+
+def _candidate(
+    name: str, signature: Signature, match: Match | None, adjusted: float | None, firm: float, level: float
+) -> Candidate:
+    word: Word = "no_evidence"
+    if adjusted is None:
+        word = "not_testable"
+    elif firm < math.log10(level):
+        word = "related"
+    elif adjusted < math.log10(UNDECIDED_BELOW):
+        word = "undecided"
+    distances = match.best.distances if match is not None and match.best is not None else np.zeros(0)
+    if word != "related" or len(distances) < 2:
+        return Candidate(name, signature.model, word, adjusted, match)
+    error = float(distances.std(ddof=1)) / math.sqrt(len(distances))
+    return Candidate(name, signature.model, word, adjusted, match, float(distances.mean()), error)
+
+
+def _order(candidate: Candidate) -> tuple[int, int, float, float, str]:
+    """Returns the place of a candidate: relatives by their test and distance, then by p-value."""
+    ranks = {"related": 0, "undecided": 1, "no_evidence": 2, "not_testable": 3}
+    test = 0
+    if candidate.match is not None and candidate.match.best is not None:  # distances of two tests do not compare
+        test = list(candidate.match.tests.values()).index(candidate.match.best) if len(candidate.match.tests) > 1 else 0
+    distance = candidate.distance if candidate.distance is not None else 0.0
+    return ranks[candidate.verdict], test, distance, candidate.adjusted_log10_p or 0.0, candidate.name
+
+
+def _closest(related: Sequence[Candidate]) -> tuple[tuple[str, ...], float | None]:
+    """Returns the closest relatives, and how many standard errors lie between the first and the next one."""
+    if not related:
+        return (), None
+    gaps = [_gap(related[0], other) for other in related[1:]]
+    near = [other.name for other, gap in zip(related[1:], gaps) if gap < STANDARD_ERRORS]
+    far = [gap for gap in gaps if gap >= STANDARD_ERRORS]
+    return (related[0].name, *near), min(far) if far else None
+
+
+def _gap(one: Candidate, other: Candidate) -> float:
+    if one.distance is None or other.distance is None or one.error is None or other.error is None:
+        return 0.0
+    spread = math.hypot(one.error, other.error)
+    return (other.distance - one.distance) / spread if spread > 0 else 0.0
+
+
+def shortlist(signatures: Mapping[str, Signature], suspect: Suspect) -> list[str]:
+    """Returns the names of the signatures that are compared in full.
+
+    All, if they are few. Of many, those of which two of 16 units of a layer have the same closest unit of the suspect
+    by both readings, in some layer; those that have no such look, since they share too few tokens or have moments
+    alone; and the best of the others, up to `COMPARED_AT_ONCE`.
+    """
+    if len(signatures) <= COMPARED_AT_ONCE:
+        return list(signatures)
+    scores = first_look(signatures, suspect)
+    chosen = {name for name in signatures if scores.get(name, _FIRST_AGREEING) >= _FIRST_AGREEING}
+    for name in sorted(scores, key=lambda name: -scores[name]):
+        if len(chosen) >= COMPARED_AT_ONCE:
+            break
+        chosen.add(name)
+    return [name for name in signatures if name in chosen]
+
+
+def first_look(signatures: Mapping[str, Signature], suspect: Suspect) -> dict[str, int]:
+    """Returns for each signature that shares tokens the most units of a layer with one closest unit by both readings.
+
+    Signatures with the same shared tokens are looked at together, layer by layer of the suspect.
+    """
+    groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
+    for name, signature in signatures.items():
+        ours, theirs = shared_columns(signature, suspect)
+        if signature.kinds == suspect.kinds and len(ours) >= FEW_TOKENS:
+            key = tuple(ours[:_FIRST_TOKENS]), tuple(theirs[:_FIRST_TOKENS])
+            groups.setdefault(key, []).append(name)
+    scores: dict[str, int] = {}
+    for (own_columns, their_columns), names in groups.items():
+        sampled = {
+            kind: [
+                layer.readings[kind][:_FIRST_UNITS, own_columns] for name in names for layer in signatures[name].layers
+            ]
+            for kind in suspect.kinds
+        }
+        rows = {kind: normalised(np.concatenate(found)) for kind, found in sampled.items()}
+        owners = [(name, layer.layer) for name in names for layer in signatures[name].layers]
+        sizes = [len(found) for found in sampled[suspect.kinds[0]]]
+        best = np.zeros(len(owners), int)
+        for layer in tqdm(suspect.layers, desc="first look", unit="layer", disable=None):
+            if not len(layer[suspect.kinds[0]]):  # an inserted layer that does nothing
+                continue
+            closest = [_closest_units(rows[kind], layer[kind][:, their_columns], kind) for kind in suspect.kinds]
+            same = np.add.reduceat(closest[0] == closest[1], np.cumsum([0, *sizes[:-1]]))
+            best = np.maximum(best, same)
+        for (name, _), found in zip(owners, best.tolist()):
+            scores[name] = max(scores.get(name, 0), found)
+    return scores
+
+
+def _closest_units(rows: Float[np.ndarray, "N S"], layer: np.ndarray, kind: str) -> np.ndarray:
+    theirs = normalised(layer).T
+    absolute: Callable[[np.ndarray], Any] = (lambda found: found) if kind == "gate" else np.abs
+    parts = [rows[start : start + _MOST_ROWS] for start in range(0, len(rows), _MOST_ROWS)]
+    return np.concatenate([absolute(part @ theirs).argmax(axis=1) for part in parts])
