@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
+import mixture_cases
 import numpy as np
 
 from tracing_jax.arch import Arch, arch_from_config
@@ -444,16 +445,22 @@ def _dense_cases() -> Iterator[Case]:
                 yield Case(f"{family}-{option}", {key: value for key, value in config.items() if value is not _ABSENT})
 
 
+def _mixture_cases() -> Iterator[Case]:
+    shared = _COMMON | _HEADS["gqa"] | {"rope_parameters": _ROPES["default"], "tie_word_embeddings": False}
+    yield from itertools.starmap(Case, mixture_cases.configs(shared))
+
+
 GOLDEN = {
     "parity": tuple(_cases()),
     "parity_dense": tuple(case for case in _dense_cases() if case.name in _WITH_GOLDEN),
+    "parity_mixtures": tuple(case for case in _mixture_cases() if case.name in mixture_cases.WITH_GOLDEN),
 }
 """Golden file -> the cases of which it holds the numbers."""
 
 CASES = {case.name: case for cases in GOLDEN.values() for case in cases}
 """The cases of which golden files hold the numbers."""
 
-LIVE_CASES = {case.name: case for case in _dense_cases() if case.name not in CASES}
+LIVE_CASES = {case.name: case for case in (*_dense_cases(), *_mixture_cases()) if case.name not in CASES}
 """Further ones, which are compared where torch is installed."""
 
 FAMILIES = tuple(dict.fromkeys(case.family for case in CASES.values()))

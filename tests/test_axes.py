@@ -45,7 +45,8 @@ def _tiny() -> tuple[Tree, AxisTable]:
 )
 def test_every_axis_has_a_symmetry_and_every_leaf_a_group(name, own):
     table = axis_table(CASES[name].arch())
-    assert {kind_of(axis) for axis in table.sizes} == set(SYMMETRY) - ({"position", "expert"} - own)
+    special = {"position", "expert", "q_latent", "kv_latent", "qk_nope", "qk_rope"}
+    assert {kind_of(axis) for axis in table.sizes} == set(SYMMETRY) - (special - own)
     assert set(PERMUTABLE) < set(SYMMETRY)
     assert {row.group for row in table.leaves.values()} == set(GROUPS)
     assert {axis for row in table.leaves.values() for axis in row.axes} == set(table.sizes)

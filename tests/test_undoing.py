@@ -294,7 +294,10 @@ def test_what_ft_has_more_must_do_nothing(change, line):
 
 def test_words_that_do_not_fit_are_refused():
     arch = tiny.mixtral()
-    assert not any(alignment_problems(arch, arch, [kind]) for kind in (*KINDS, "all", "auto"))
+    latents = {"q_latent", "kv_latent"}
+    assert not any(alignment_problems(arch, arch, [kind]) for kind in (*set(KINDS) - latents, "all", "auto"))
+    assert alignment_problems(arch, arch, ["q_latent"]) == ["neither model has units of kind q_latent"]
+    assert not any(alignment_problems(tiny.deepseek(), tiny.deepseek(), [kind]) for kind in latents)
     assert "stands alone" in alignment_problems(arch, arch, ["all", "mlp"])[0]
     assert "kinds spin cannot be aligned" in alignment_problems(arch, arch, ["spin"])[0]
     assert alignment_problems(arch, tiny.mixtral(head_dim=8), ["values"])

@@ -59,6 +59,16 @@ def mixtral(**changes: object) -> Arch:
     return dataclasses.replace(arch_from_config(transformers.MixtralConfig(**sizes)), **changes)
 
 
+def deepseek(**changes: object) -> Arch:
+    """Attention by latents; a layer without experts, then two with four experts in two groups and a shared one."""
+    sizes = _SIZES | {"num_hidden_layers": 3, "moe_intermediate_size": 12, "n_routed_experts": 4, "n_group": 2}
+    heads = {"kv_lora_rank": 10, "q_lora_rank": 14, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 3}
+    experts = {"topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "num_key_value_heads": 6}
+    return dataclasses.replace(
+        arch_from_config(transformers.DeepseekV3Config(**sizes | heads | experts)), **changes
+    )  # fmt: skip
+
+
 def params_of(arch: Arch, seed: int = 0, dtype: object = np.float32) -> Tree:
     """Returns random weights of std 0.3, gains around their neutral value."""
     rng = np.random.default_rng(seed)
@@ -74,6 +84,11 @@ def params_of(arch: Arch, seed: int = 0, dtype: object = np.float32) -> Tree:
 def model(arch: Arch, seed: int = 0, dtype: object = np.float32) -> InMemory:
     """Returns a model with such weights."""
     return InMemory(arch, params_of(arch, seed, dtype))
+
+
+def with_leaf(params: Tree, name: str, leaf: np.ndarray) -> Tree:
+    """Returns a tree in which one leaf is another."""
+    return map_named(lambda other, old: jax.numpy.asarray(leaf, old.dtype) if other == name else old, params)
 
 
 def noisy(params: Tree, share: float, seed: int = 1) -> Tree:

@@ -20,13 +20,17 @@ SYMMETRY = {
     "q_group": "permutation, each layer and each kv head its own",
     "qk_dim": "rotations that commute with RoPE",
     "v_dim": "any invertible map per kv head",
-    "expert": "permutation, each layer its own",
+    "expert": "permutation, each layer its own; of groups and inside them, where a router chooses among groups",
+    "q_latent": "permutation, each layer its own; any rotation once the gain of its norm is folded into its readers",
+    "kv_latent": "permutation, each layer its own; any rotation once the gain of its norm is folded into its readers",
+    "qk_nope": "any invertible map per head: these dims have no positions",
+    "qk_rope": "rotations that commute with RoPE, one for all heads, which share these dims of the keys",
     "position": "none: every position means itself",
     "vocab": "renaming, the tokenizer with it",
 }
 """Axis kind -> the group that keeps the function of the model."""
 
-PERMUTABLE = ("embed", "mlp", "kv_heads", "q_group", "expert")
+PERMUTABLE = ("embed", "mlp", "kv_heads", "q_group", "expert", "q_latent", "kv_latent")
 """Axis kinds whose units may be permuted freely, in the models that have them."""
 
 GROUPS = ("mlp", "norm", "attn", "emb")
@@ -40,16 +44,22 @@ AxisRole = Literal["writes", "reads"]
 """Whether a leaf computes the activations on an axis or is multiplied by them. Where the activations a become M a, the
 leaves that write them are multiplied by M along the axis and those that read them by M^-T."""
 
-_WRITERS = {"embed": "embed o_proj down_proj", "mlp": "up_proj", "v_dim": "v_proj", "qk_dim": "q_proj"}
+_WRITERS = {
+    "embed": "embed o_proj down_proj", "mlp": "up_proj", "v_dim": "v_proj", "qk_dim": "q_proj", "q_latent": "q_a_proj",
+    "kv_latent": "kv_a_proj", "qk_nope": "q_proj", "qk_rope": "q_rope_proj",
+}  # fmt: skip
 _READERS = {
-    "embed": "q_proj k_proj v_proj gate_proj up_proj router lm_head",
-    "mlp": "down_proj", "v_dim": "o_proj", "qk_dim": "k_proj",
+    "embed": "q_proj q_rope_proj k_proj v_proj q_a_proj kv_a_proj k_rope_proj gate_proj up_proj router output_gate"
+    " lm_head",
+    "mlp": "down_proj", "v_dim": "o_proj", "qk_dim": "k_proj", "q_latent": "q_proj q_rope_proj",
+    "kv_latent": "k_proj v_proj", "qk_nope": "k_proj", "qk_rope": "k_rope_proj",
 }  # fmt: skip
 _ROLES: tuple[tuple[AxisRole, Mapping[str, str]], ...] = (("writes", _WRITERS), ("reads", _READERS))
 _INPUT_NORM = {
-    "q_proj": "attn_norm", "k_proj": "attn_norm", "v_proj": "attn_norm",
-    "gate_proj": "mlp_norm", "up_proj": "mlp_norm", "router": "mlp_norm", "lm_head": "norm",
-}  # fmt: skip
+    **dict.fromkeys("q_proj q_rope_proj k_proj v_proj q_a_proj kv_a_proj k_rope_proj".split(), "attn_norm"),
+    **dict.fromkeys("gate_proj up_proj router output_gate".split(), "mlp_norm"),
+    "lm_head": "norm",
+}
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,8 @@ class AxisTable:
         unit of `layers/0/kv_heads`, so its permutation is a matrix `[kv_heads, q_group]`.
       pairs: the first and the second units of the pairs on `qk_dim` that rotary positions turn together, or that have
         no position.
+      groups: axis -> into how many groups of one size its units fall, in their order, where they do: a permutation
+        keeps the units of a group together.
 
     Example:
       >>> table = tj.axis_table(tj.open("demo:base").arch)
@@ -94,6 +106,7 @@ class AxisTable:
     sizes: Mapping[str, int] = field(default_factory=dict)
     parent_axis: Mapping[str, str] = field(default_factory=dict)
     pairs: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    groups: Mapping[str, int] = field(default_factory=dict)
 
     def leaves_with_axis(self, axis: str) -> dict[str, LeafSpec]:
         """Returns the specs of the leaves that have `axis`."""
@@ -196,23 +209,29 @@ def axis_table(arch: Arch) -> AxisTable:
         sizes["position"] = arch.num_positions + arch.position_offset
     if arch.embed_norm:
         leaves |= _norm_specs(arch, "embed/norm", "emb")
-    parent_axis = {}
+    parent_axis: dict[str, str] = {}
+    groups: dict[str, int] = {}
     for i in range(arch.num_layers):
         layer = f"layers/{i}/"
-        leaves |= {layer + name: spec for name, spec in _block_specs(arch, layer).items()}
-        sizes |= {layer + "mlp": arch.mlp_dim, layer + "kv_heads": arch.num_kv_heads, layer + "q_group": arch.q_group}
-        sizes |= {layer + "qk_dim": arch.head_dim, layer + "v_dim": arch.head_dim}
+        leaves |= {layer + name: spec for name, spec in _block_specs(arch, i).items()}
+        sizes |= {layer + kind: size for kind, size in _attention_sizes(arch).items()}
+        sizes[layer + "mlp"] = arch.mlp_dim_of(i)
         parent_axis[layer + "q_group"] = layer + "kv_heads"
-        if arch.num_experts is not None:
+        if arch.has_experts(i):
+            assert arch.num_experts is not None
             sizes[layer + "expert"] = arch.num_experts
             parent_axis[layer + "mlp"] = layer + "expert"
+            if arch.router.groups > 1:
+                groups[layer + "expert"] = arch.router.groups
+            if arch.shared_mlp_dim is not None:
+                sizes[layer + "shared/mlp"] = arch.shared_mlp_dim
     leaves |= _norm_specs(arch, "head/norm", "emb")
     if not arch.tied:
         leaves["head/lm_head/kernel"] = LeafSpec(("embed", "vocab"), "emb")
     if arch.head_bias:
         leaves["head/lm_head/bias"] = LeafSpec(("vocab",), "emb")
     leaves = {name: _with_roles(arch, name, spec, leaves) for name, spec in leaves.items()}
-    return AxisTable(leaves, sizes, parent_axis, head_pairs(arch))
+    return AxisTable(leaves, sizes, parent_axis, head_pairs(arch), groups)
 
 
 def _norm_specs(arch: Arch, name: str, group: str) -> dict[str, LeafSpec]:
@@ -243,13 +262,30 @@ def _table_of_reading(arch: Arch, reading: Reading) -> AxisTable:
     return AxisTable(leaves, sizes, parent_axis)
 
 
+def _attention_sizes(arch: Arch) -> dict[str, int]:
+    """Returns kind of axis -> its size, for the axes of the attention of a layer."""
+    sizes = {"kv_heads": arch.num_kv_heads, "q_group": arch.q_group, "v_dim": arch.v_dim}
+    if (latent := arch.latent) is None:
+        return sizes | {"qk_dim": arch.head_dim}
+    if latent.q_rank is not None:
+        sizes["q_latent"] = latent.q_rank
+    return sizes | {"kv_latent": latent.kv_rank, "qk_nope": latent.nope_dim, "qk_rope": latent.rope_dim}
+
+
 def _with_roles(arch: Arch, name: str, spec: LeafSpec, leaves: Mapping[str, LeafSpec]) -> LeafSpec:
-    """Returns the spec with its roles and input norm; a bias has the roles of its kernel."""
+    """Returns the spec with its roles and input norm; a bias has the roles of its kernel.
+
+    A clamped GLU adds one to its up-projection: a unit is then zero where its gate is, and the gate writes.
+    """
     part, _, module = name.rsplit("/", 1)[0].rpartition("/")
-    roles = tuple(
-        next((role for role, modules in _ROLES if axis and module in modules.get(kind_of(axis), "").split()), None)
-        for axis in spec.axes
-    )
+    swapped = {"gate_proj": "up_proj", "up_proj": "gate_proj"} if arch.clamped_glu else {}
+
+    def role(axis: str | None) -> AxisRole | None:
+        kind = kind_of(axis or "")
+        acting = swapped.get(module, module) if kind == "mlp" else module
+        return next((role for role, modules in _ROLES if acting in modules.get(kind, "").split()), None)
+
+    roles = tuple(map(role, spec.axes))
     # The norms of a block are siblings of its attn and mlp, the final norm is one of the head's kernel.
     before = _INPUT_NORM.get(module, "")
     before = arch.mlp_norm if before == "mlp_norm" else before
@@ -258,17 +294,26 @@ def _with_roles(arch: Arch, name: str, spec: LeafSpec, leaves: Mapping[str, Leaf
     return replace(spec, roles=roles, input_norm=norm if reads and f"{norm}/scale" in leaves else None)
 
 
-def _block_specs(arch: Arch, layer: str) -> dict[str, LeafSpec]:
-    """Returns the specs of one block; `layer` is the prefix of the axes that belong to it alone."""
-    mlp, kv, group, qk, v = (layer + kind for kind in ("mlp", "kv_heads", "q_group", "qk_dim", "v_dim"))
+def _block_specs(arch: Arch, index: int) -> dict[str, LeafSpec]:
+    """Returns the specs of one block; the axes that belong to it alone have its prefix."""
+    layer = f"layers/{index}/"
+    specs = _attention_specs(arch, layer) if arch.latent is None else _latent_attention_specs(arch, layer)
+    for name, present in _norms(arch).items():
+        specs |= _norm_specs(arch, name, "norm") if present else {}
+    if arch.has_experts(index):
+        specs |= _mixture_specs(arch, layer)
+    else:
+        specs |= _mlp_specs(arch, "mlp/", layer + "mlp")
+    return specs
+
+
+def _attention_specs(arch: Arch, layer: str) -> dict[str, LeafSpec]:
+    kv, group, qk, v = (layer + kind for kind in ("kv_heads", "q_group", "qk_dim", "v_dim"))
     specs = {
         "attn/q_proj/kernel": LeafSpec(("embed", kv, group, qk), "attn"),
         "attn/k_proj/kernel": LeafSpec(("embed", kv, qk), "attn"),
         "attn/v_proj/kernel": LeafSpec(("embed", kv, v), "attn"),
         "attn/o_proj/kernel": LeafSpec((kv, group, v, "embed"), "attn"),
-        "mlp/gate_proj/kernel": LeafSpec(("embed", mlp)),
-        "mlp/up_proj/kernel": LeafSpec(("embed", mlp)),
-        "mlp/down_proj/kernel": LeafSpec((mlp, "embed")),
     }
     if arch.qkv_bias:
         specs["attn/q_proj/bias"] = LeafSpec((kv, group, qk), "attn")
@@ -276,29 +321,76 @@ def _block_specs(arch: Arch, layer: str) -> dict[str, LeafSpec]:
         specs["attn/v_proj/bias"] = LeafSpec((kv, v), "attn")
     if arch.o_bias:
         specs["attn/o_proj/bias"] = LeafSpec(("embed",), "attn")
-    if arch.mlp_bias:
-        specs["mlp/gate_proj/bias"] = specs["mlp/up_proj/bias"] = LeafSpec((mlp,))
-        specs["mlp/down_proj/bias"] = LeafSpec(("embed",))
     for leaf in ("scale", "bias")[: 0 if arch.qk_norm is None else 1 + arch.qk_norm_bias]:
         shared = arch.qk_norm == "head"
         specs[f"attn/q_norm/{leaf}"] = LeafSpec((qk,) if shared else (kv, group, qk), "attn")
         specs[f"attn/k_norm/{leaf}"] = LeafSpec((qk,) if shared else (kv, qk), "attn")
-    for name, present in _norms(arch).items():
-        specs |= _norm_specs(arch, name, "norm") if present else {}
-    if arch.num_experts is not None:
-        specs |= _expert_specs(layer)
-    return {name: spec for name, spec in specs.items() if arch.gated or not name.startswith("mlp/gate_proj/")}
+    if arch.sinks:
+        specs["attn/sinks"] = LeafSpec((kv, group), "attn")
+    return specs
 
 
-def _expert_specs(layer: str) -> dict[str, LeafSpec]:
-    """Returns the specs of a router and its experts, which replace those of one MLP."""
-    expert, mlp = layer + "expert", layer + "mlp"
-    return {
-        "mlp/router/kernel": LeafSpec(("embed", expert)),
-        "mlp/gate_proj/kernel": LeafSpec((expert, "embed", mlp)),
-        "mlp/up_proj/kernel": LeafSpec((expert, "embed", mlp)),
-        "mlp/down_proj/kernel": LeafSpec((expert, mlp, "embed")),
+def _latent_attention_specs(arch: Arch, layer: str) -> dict[str, LeafSpec]:
+    """Returns the specs of attention with latents; the parts of queries and keys with and without positions are leaves.
+
+    Biases are those of the projections to the latents, and none where queries have no latent.
+    """
+    assert arch.latent is not None
+    heads, group, nope, rope, v, kv_latent = (
+        layer + kind for kind in ("kv_heads", "q_group", "qk_nope", "qk_rope", "v_dim", "kv_latent")
+    )
+    specs = {
+        "attn/kv_a_proj/kernel": LeafSpec(("embed", kv_latent), "attn"),
+        "attn/kv_a_norm/scale": LeafSpec((kv_latent,), "attn"),
+        "attn/k_rope_proj/kernel": LeafSpec(("embed", rope), "attn"),
+        "attn/k_proj/kernel": LeafSpec((kv_latent, heads, nope), "attn"),
+        "attn/v_proj/kernel": LeafSpec((kv_latent, heads, v), "attn"),
+        "attn/o_proj/kernel": LeafSpec((heads, group, v, "embed"), "attn"),
     }
+    read = "embed"
+    if arch.latent.q_rank is not None:
+        read = layer + "q_latent"
+        specs["attn/q_a_proj/kernel"] = LeafSpec(("embed", read), "attn")
+        specs["attn/q_a_norm/scale"] = LeafSpec((read,), "attn")
+    specs["attn/q_proj/kernel"] = LeafSpec((read, heads, group, nope), "attn")
+    specs["attn/q_rope_proj/kernel"] = LeafSpec((read, heads, group, rope), "attn")
+    if arch.qkv_bias:
+        specs["attn/kv_a_proj/bias"] = LeafSpec((kv_latent,), "attn")
+        specs["attn/k_rope_proj/bias"] = LeafSpec((rope,), "attn")
+        if arch.latent.q_rank is not None:
+            specs["attn/q_a_proj/bias"] = LeafSpec((read,), "attn")
+    if arch.o_bias:
+        specs["attn/o_proj/bias"] = LeafSpec(("embed",), "attn")
+    return specs
+
+
+def _mlp_specs(arch: Arch, at: str, mlp: str, expert: tuple[str, ...] = ()) -> dict[str, LeafSpec]:
+    """Returns the specs of an MLP whose leaves begin with `at`; those of several experts are stacked."""
+    specs = {
+        f"{at}gate_proj/kernel": LeafSpec((*expert, "embed", mlp)),
+        f"{at}up_proj/kernel": LeafSpec((*expert, "embed", mlp)),
+        f"{at}down_proj/kernel": LeafSpec((*expert, mlp, "embed")),
+    }
+    if arch.mlp_bias:
+        specs[f"{at}gate_proj/bias"] = specs[f"{at}up_proj/bias"] = LeafSpec((*expert, mlp))
+        specs[f"{at}down_proj/bias"] = LeafSpec((*expert, "embed"))
+    return {name: spec for name, spec in specs.items() if arch.gated or not name.startswith(f"{at}gate_proj/")}
+
+
+def _mixture_specs(arch: Arch, layer: str) -> dict[str, LeafSpec]:
+    """Returns the specs of a router, its experts, and the MLP beside them that every token passes."""
+    expert = layer + "expert"
+    specs = {"mlp/router/kernel": LeafSpec(("embed", expert))}
+    if arch.router.bias:
+        specs["mlp/router/bias"] = LeafSpec((expert,))
+    if arch.router.selects_with_bias:
+        specs["mlp/router/correction_bias"] = LeafSpec((expert,))
+    specs |= _mlp_specs(arch, "mlp/", layer + "mlp", (expert,))
+    if arch.shared_mlp_dim is not None:
+        specs |= _mlp_specs(arch, "mlp/shared/", layer + "shared/mlp")
+    if arch.shared_gate:
+        specs["mlp/output_gate/kernel"] = LeafSpec(("embed",))
+    return specs
 
 
 def _norms(arch: Arch) -> dict[str, bool]:

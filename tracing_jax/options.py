@@ -13,7 +13,7 @@ from typing import Any
 
 from tracing_jax.dataclass_options import from_mapping, option, options_of, sections_of, suggestion
 
-PERMUTABLE = ("embed", "mlp", "kv_heads", "q_group", "expert")
+PERMUTABLE = ("embed", "mlp", "kv_heads", "q_group", "expert", "q_latent", "kv_latent")
 """Axis kinds that can be permuted; `axes.PERMUTABLE`."""
 
 ALIGNABLE = (

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from tracing_jax.alignment.applicability import unit_sizes
 from tracing_jax.arch import Arch
 from tracing_jax.axes import axis_table, kind_of
 from tracing_jax.data import paired_one_to_one
@@ -14,6 +13,7 @@ from tracing_jax.forward import LayerCorrelations, correlations
 from tracing_jax.matching import Coordinate, Similarity, coordinates, solve, value
 from tracing_jax.models import tap_axes
 from tracing_jax.rewrites import identity
+from tracing_jax.rewrites.rewrite import table_of
 from tracing_jax.sharding import Compute
 from tracing_jax.sources import ParamSource
 
@@ -27,21 +27,40 @@ def match_activations(
     kinds: Sequence[str],
     tokens: np.ndarray,
     compute: Compute,
-) -> tuple[dict[str, np.ndarray], tuple[float, float]]:
-    """Returns the permutations, and the mean correlation of paired units before and after."""
+) -> tuple[dict[str, np.ndarray], tuple[float, float], dict[str, str]]:
+    """Returns the permutations, the mean correlation of paired units before and after, and what has no activations.
+
+    Latents of attention and the units of an MLP beside the experts have no tap; they stay as they are.
+
+    Raises:
+      ValueError: no axis of these kinds has activations that could be compared.
+    """
     table = axis_table(base.arch)
     axes = table.axes_of_kind(kinds)
+    left_out = {axis: "it has no tap; match by weights" for axis in axes if axis not in _tapped(base.arch, axis)}
+    axes = [axis for axis in axes if axis not in left_out]
+    if not axes:
+        raise ValueError(f"no activations of {', '.join(left_out)} can be compared; match by weights")
     unmoved = identity(table, axes)
     found: dict[str, np.ndarray] = {}
     before, after, pairs = 0.0, 0.0, 0
-    taps = sorted({TAP[kind] for kind in kinds})
+    taps = sorted({TAP[kind_of(axis)] for axis in axes})
     layers = correlations(base, ft, paired_one_to_one(tokens, tokens), taps, compute, "align")
     for coordinate, similarity in _similarities(base.arch, coordinates(table, axes), layers):
         found |= solve(coordinate, similarity)
         before += value(coordinate, similarity, unmoved)
         after += value(coordinate, similarity, found)
         pairs += math.prod(table.sizes[axis] for axis in (coordinate.axis, coordinate.nested) if axis is not None)
-    return found, (before / pairs, after / pairs)
+    return found, (before / pairs, after / pairs), left_out
+
+
+def _tapped(arch: Arch, axis: str) -> list[str]:
+    """Returns the axes of the tap by which the units of an axis are compared; empty if its kind has none."""
+    if kind_of(axis) not in TAP:
+        return []
+    layer = int(axis.split("/")[1]) if "/" in axis else 0
+    kinds = tap_axes(arch, layer)[TAP[kind_of(axis)]]
+    return [kind if kind == "embed" else f"layers/{layer}/{kind}" for kind in kinds]
 
 
 def _similarities(
@@ -63,14 +82,14 @@ def _similarities(
 
 def _similarity(arch: Arch, coordinate: Coordinate, correlation: Float[np.ndarray, "U U"]) -> Similarity:
     """Returns the correlation of units; over other axes of their tap, such as the features of a head, the mean."""
-    tap, sizes = tap_axes(arch)[TAP[kind_of(coordinate.axis)]], unit_sizes(arch)
-    paired = [kind_of(axis) for axis in (coordinate.axis, coordinate.nested) if axis is not None]
+    tap, sizes = _tapped(arch, coordinate.axis), table_of(arch).sizes
+    paired = [axis for axis in (coordinate.axis, coordinate.nested) if axis is not None]
     base = [chr(ord("a") + dim) for dim in range(len(tap))]
-    ft = [letter.upper() if kind in paired else letter for letter, kind in zip(base, tap)]
-    pairing = "".join([base[tap.index(kind)] for kind in paired] + [ft[tap.index(kind)] for kind in paired])
-    shape = [sizes[kind] for kind in tap]
+    ft = [letter.upper() if axis in paired else letter for letter, axis in zip(base, tap)]
+    pairing = "".join([base[tap.index(axis)] for axis in paired] + [ft[tap.index(axis)] for axis in paired])
+    shape = [sizes[axis] for axis in tap]
     found = np.einsum(f"{''.join(base + ft)}->{pairing}", correlation.reshape(shape + shape))
-    found = found / np.float32(math.prod(sizes[kind] for kind in tap if kind not in paired))
+    found = found / np.float32(math.prod(sizes[axis] for axis in tap if axis not in paired))
     if coordinate.nested is None:
         return Similarity(found)
     return Similarity(np.zeros((len(found), len(found)), np.float32), lambda i, j: found[i, :, j])

@@ -72,9 +72,11 @@ def align(
         found = _matched_by_weights(base, ft, kinds, shared, seed, run_cache)
     else:
         assert tokens is not None
-        permutations, objective = match_activations(base, ft, kinds, tokens, compute or Compute(make_mesh()))
+        permutations, objective, left_out = match_activations(
+            base, ft, kinds, tokens, compute or Compute(make_mesh())
+        )  # fmt: skip
         rewrites = (Permutation(permutations),)
-        found = Alignment(rewrites, evidence, objective, _prove(ft, rewrites, seed), {})
+        found = Alignment(rewrites, evidence, objective, _prove(ft, rewrites, seed), left_out)
     for name, reason in found.left_out.items():
         logging.warning("alignment goes without %s: %s", name, reason)
     if not found.converged:

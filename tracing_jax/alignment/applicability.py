@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from tracing_jax.arch import Arch, head_problem
+from tracing_jax.arch import OF_LAYERS, Arch, head_problem
 from tracing_jax.axes import PERMUTABLE, kind_of
 from tracing_jax.rewrites import GainScaling, QueryKeyMaps, Rewrite, Rotation, UnitScaling, ValueMixing
 from tracing_jax.rewrites.rewrite import table_of
@@ -30,6 +30,9 @@ compared."""
 
 _PADDED = ("embed", "mlp", "kv_heads")
 """Of these ft may have more than base, which then must be inactive."""
+
+WIDTHS = ("mlp_dim", "layer_mlp_dims", "shared_mlp_dim", "embed_dim", "num_kv_heads")
+"""Fields of `Arch` that padding changes."""
 
 
 class AlignmentError(ValueError):
@@ -72,7 +75,7 @@ def supported(kinds: Sequence[str], arch: Arch) -> tuple[set[str], dict[str, str
     left_out = {name: "; ".join(problems) for name in found & MAPS.keys() if (problems := MAPS[name].unsupported(arch))}
     if "rotation" in left_out:
         found.add("embed")
-    return found - left_out.keys() - (set(PERMUTABLE) - unit_sizes(arch).keys()), left_out
+    return found - left_out.keys() - (set(PERMUTABLE) - unit_kinds(arch)), left_out
 
 
 def alignment_problems(base: Arch, ft: Arch, kinds: Sequence[str]) -> list[str]:
@@ -85,19 +88,22 @@ def alignment_problems(base: Arch, ft: Arch, kinds: Sequence[str]) -> list[str]:
     asked = expanded(kinds)
     if base.num_layers != ft.num_layers and not ("identity" in asked and ft.num_layers > base.num_layers):
         lines.append(f"depth: {base.num_layers} layers in base, {ft.num_layers} in ft; layers are paired one to one")
-    sizes, sizes_ft = (unit_sizes(arch) for arch in (base, ft))
+    sizes, sizes_ft = (_sizes_by_kind(arch, base.num_layers == ft.num_layers) for arch in (base, ft))
     if asked and not lines and not set(asked) & (sizes.keys() | sizes_ft.keys() | set(KINDS) - set(PERMUTABLE)):
         lines.append(f"neither model has units of kind {', '.join(asked)}")
     if "copies" in asked and _repeated(base, ft):
         times = base.q_group // ft.q_group
-        sizes_ft |= {"kv_heads": ft.num_kv_heads // times, "q_group": base.q_group}
+        sizes_ft["kv_heads"] = dict.fromkeys(sizes_ft["kv_heads"], ft.num_kv_heads // times)
+        sizes_ft["q_group"] = dict.fromkeys(sizes_ft["q_group"], base.q_group)
     for kind in _needed(asked, base, ft):
-        size, size_ft = sizes.get(kind), sizes_ft.get(kind)
+        size, size_ft = sizes.get(kind, {}), sizes_ft.get(kind, {})
+        of_both = [(n, size_ft[axis]) for axis, n in size.items() if axis in size_ft]
         dropped = "padding" in asked or ("copies" in asked and kind == "mlp")
-        padded = dropped and kind in _PADDED and size is not None and size < (size_ft or 0)
-        if size != size_ft and not padded:
-            shown = ["no" if n is None else n for n in (size, size_ft)]
-            lines.append(f"{kind}: {shown[0]} units in base, {shown[1]} in ft; they are paired one to one")
+        padded = dropped and kind in _PADDED and all(n <= n_ft for n, n_ft in of_both)
+        if size != size_ft and not (padded and size.keys() == size_ft.keys()):
+            shown = [" or ".join(map(str, sorted(set(n.values())))) or "no" for n in (size, size_ft)]
+            where = " in other layers" if shown[0] == shown[1] else ""
+            lines.append(f"{kind}: {shown[0]} units in base, {shown[1]} in ft{where}; they are paired one to one")
     return lines
 
 
@@ -115,28 +121,40 @@ def expected_shape(base: Arch, ft: Arch, kinds: Sequence[str]) -> Arch:
     asked = set(expanded(kinds))
     found = replace(ft, tied=base.tied) if beyond_permutations(kinds) else ft
     if "identity" in asked:
-        layers = {name: getattr(base, name) for name in ("num_layers", "layer_ropes", "layer_windows")}
+        layers = {name: getattr(base, name) for name in ("num_layers", *OF_LAYERS)}
         found = replace(found, **layers)
     if "copies" in asked and _repeated(base, found):
         times = base.q_group // found.q_group
         found = replace(found, num_kv_heads=found.num_kv_heads // times, q_group=base.q_group)
     if "copies" in asked:
-        found = replace(found, mlp_dim=base.mlp_dim)
+        found = replace(
+            found, mlp_dim=base.mlp_dim, layer_mlp_dims=base.layer_mlp_dims, shared_mlp_dim=base.shared_mlp_dim
+        )
     if "padding" in asked:
-        widths = {name: getattr(base, name) for name in ("mlp_dim", "embed_dim", "num_kv_heads", "norm_eps")}
+        widths = {name: getattr(base, name) for name in (*WIDTHS, "norm_eps")}
         found = replace(found, **widths)
     return found
 
 
-def unit_sizes(arch: Arch) -> dict[str, int]:
-    """Returns axis kind -> number of units, the same in all layers."""
-    return {kind_of(axis): size for axis, size in table_of(arch).sizes.items()}
+def unit_kinds(arch: Arch) -> set[str]:
+    """Returns the kinds of the axes of a model."""
+    return {kind_of(axis) for axis in table_of(arch).sizes}
+
+
+def _sizes_by_kind(arch: Arch, by_layer: bool) -> dict[str, dict[str, int]]:
+    """Returns axis kind -> its axes with their numbers of units; without layers, each number that occurs, in order."""
+    found: dict[str, dict[str, int]] = {}
+    for axis, size in table_of(arch).sizes.items():
+        found.setdefault(kind_of(axis), {})[axis] = size
+    if by_layer:
+        return found
+    return {kind: {str(i): n for i, n in enumerate(sorted(set(sizes.values())))} for kind, sizes in found.items()}
 
 
 def _needed(kinds: Sequence[str], base: Arch, ft: Arch) -> list[str]:
     """Returns the axis kinds that must be of one size, or padded in ft."""
     if beyond_permutations(kinds):
-        either = unit_sizes(base) | unit_sizes(ft)
+        either = dict.fromkeys(kind_of(axis) for arch in (base, ft) for axis in table_of(arch).sizes)
         return [kind for kind in either if kind != "vocab"]
     tables = [table_of(arch) for arch in (base, ft)]
     parents = {kind_of(axis): kind_of(parent) for table in tables for axis, parent in table.parent_axis.items()}

@@ -15,7 +15,7 @@ from tracing_jax.alignment.float64_leaves import Leaves, after, own_table, stack
 from tracing_jax.alignment.procrustes import AdjacentWeights, mixing_matrices, scale_factors
 from tracing_jax.arch import Arch
 from tracing_jax.axes import MAP_PARENT, AxisRole, AxisTable, kind_of
-from tracing_jax.matching import Similarity, coordinates, solve
+from tracing_jax.matching import Similarity, assign, coordinates, solve
 from tracing_jax.rewrites import Permutation, QueryKeyMaps, Rewrite, UnitScaling, ValueMixing
 
 
@@ -65,10 +65,15 @@ def block_maps(base: Leaves, ft: Leaves, prefix: str, arch: Arch, kinds: Collect
     table = own_table(arch, prefix)
     found = BlockMaps()
     permuted = [axis for axis in table.sizes if kind_of(axis) in kinds and axis != "embed"]
-    for coordinate in coordinates(table, permuted):
+    # Only the features have to be aligned before latents are; heads are compared by what they read of latents.
+    for axis in [axis for axis in permuted if kind_of(axis) in _LATENTS]:
+        found.permutations[axis] = assign(_latent_similarity(base, ft, table, axis))
+    ft = after(ft, prefix, found.rewrites, arch)
+    for coordinate in coordinates(table, [axis for axis in permuted if kind_of(axis) not in _LATENTS]):
         similarity = _SIMILARITY[kind_of(coordinate.axis)](base, ft, table, coordinate.axis, "scaling" in kinds)
         found.permutations |= solve(coordinate, _of_units(similarity) if coordinate.nested is None else similarity)
-    ft = after(ft, prefix, found.rewrites, arch)
+    heads_and_units = {axis: p for axis, p in found.permutations.items() if kind_of(axis) not in _LATENTS}
+    ft = after(ft, prefix, [Permutation(heads_and_units)], arch)
     for axis in table.sizes:
         lead = [table.parent_axis[axis]] if axis in table.parent_axis else []
         heads = [other for other in table.sizes if kind_of(other) == MAP_PARENT.get(kind_of(axis))]
@@ -94,6 +99,17 @@ def _of_units(similarity: Similarity) -> Similarity:
     n = len(similarity.units)
     held = [[np.trace(inner(i, j)) for j in range(n)] for i in range(n)]
     return Similarity(similarity.units + np.asarray(held))
+
+
+def _latent_similarity(base: Leaves, ft: Leaves, table: AxisTable, axis: str) -> Float[np.ndarray, "n n"]:
+    """Returns the cosines of the weights that write the units of a latent, times the gains of its norm."""
+    found = []
+    for layer in (base, ft):
+        writes, gain = stacked(layer, table, axis, "writes"), stacked(layer, table, axis, None)
+        assert writes is not None
+        assert gain is not None
+        found.append(_directions(writes) * np.sign(gain))
+    return found[0] @ found[1].T
 
 
 def _unit_similarity(base: Leaves, ft: Leaves, table: AxisTable, axis: str, scaled: bool) -> Similarity:
@@ -143,6 +159,7 @@ def _head_similarity(base: Leaves, ft: Leaves, table: AxisTable, axis: str, scal
     return Similarity(np.zeros((K, K)), lambda i, j: np.asarray(total)[i, :, j])
 
 
+_LATENTS = ("q_latent", "kv_latent")
 _SIMILARITY = {
     "mlp": _unit_similarity, "expert": _expert_similarity, "kv_heads": _head_similarity, "q_group": _head_similarity
 }  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tracing_jax.alignment.applicability import AlignmentError
+from tracing_jax.alignment.applicability import WIDTHS, AlignmentError
 from tracing_jax.alignment.copies import group_copies
 from tracing_jax.alignment.float64_leaves import Leaves, in_float64, leaves, own_table, stacked, units_first
 from tracing_jax.arch import Arch
@@ -122,7 +122,9 @@ def _to_the_end(base: Arch, ft: ParamSource, kinds: Collection[str]) -> list[Rew
 
 def _inactive_units(weights: Leaves, table: AxisTable, axis: str) -> np.ndarray:
     """Returns which units of an axis, `[units]` or `[parent, units]`, are inactive."""
-    written = next(other for other in table.sizes if kind_of(other) == _WRITTEN_ON[kind_of(axis)])
+    written, kind = axis, _WRITTEN_ON[kind_of(axis)]
+    if kind != kind_of(axis):
+        written = next(other for other in table.sizes if kind_of(other) == kind)
     parents = [table.parent_axis[axis]] if axis in table.parent_axis else []
     lead = parents if written == axis else [*parents, axis]
     writes = stacked(weights, table, written, "writes", lead)
@@ -165,7 +167,6 @@ def _rotated_features(ft: ParamSource, surplus: int, lines: list[str]) -> list[R
 
 
 def _check_widths(base: Arch, ft: Arch) -> None:
-    names = ("mlp_dim", "embed_dim", "num_kv_heads")
-    lines = [f"{n}: {getattr(base, n)} and {getattr(ft, n)}" for n in names if getattr(base, n) != getattr(ft, n)]
+    lines = [f"{n}: {getattr(base, n)} and {getattr(ft, n)}" for n in WIDTHS if getattr(base, n) != getattr(ft, n)]
     if lines:
         raise AlignmentError("widths differ after padding is dropped: " + "; ".join(lines))

@@ -5,9 +5,12 @@ numbers unchanged, or an error: a setting that is skipped silently gives wrong n
 """
 
 from tracing_jax.arch.architecture import (
+    OF_LAYERS,
     WEIGHTS_ONLY,
     Arch,
+    LatentAttention,
     Reading,
+    Router,
     UnsupportedModelError,
     head_problem,
     length_problem,
@@ -25,12 +28,15 @@ from tracing_jax.arch.multimodal import SUPPORTED_MULTIMODAL
 from tracing_jax.arch.rope import SUPPORTED_ROPES, head_pairs
 
 __all__ = [
+    "OF_LAYERS",
     "SUPPORTED_FAMILIES",
     "SUPPORTED_MULTIMODAL",
     "SUPPORTED_ROPES",
     "WEIGHTS_ONLY",
     "Arch",
+    "LatentAttention",
     "Reading",
+    "Router",
     "UnsupportedModelError",
     "arch_from_config",
     "change_config",

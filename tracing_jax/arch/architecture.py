@@ -1,8 +1,9 @@
 """The architecture of one model, which determines its forward pass and its axis table."""
 
 import functools
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from tracing_jax.complaints import joined
 
@@ -35,6 +36,60 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Router:
+    """How the router of a mixture of experts scores the experts, selects some, and weights what they return.
+
+    Attributes:
+      scores: `softmax` over all experts or `sigmoid` of each score; `sparsemixer` weights the first by a softmax over
+        the experts whose scores are close to its, and the second by one over those that are left (Phi-3.5-MoE).
+      normalized: the weights of a token's experts are divided by their sum, which is not taken smaller than `floor`.
+      scale: multiplies the weights at the end.
+      selects_with_bias: a learned number is added to each expert's score when experts are selected, not to its weight.
+      bias: the scores have a bias.
+      groups, groups_per_token: experts with consecutive numbers form so many groups of one size, and a token's experts
+        come from the best `groups_per_token` of them.
+      group_score: a group counts as much as its best expert, or as the sum of its best two.
+      weights_input: the weight multiplies what an expert reads instead of what it returns (Llama 4).
+      tolerance: of `sparsemixer`: scores that differ by more, in proportion, are not close.
+    """
+
+    scores: Literal["softmax", "sigmoid", "sparsemixer"] = "softmax"
+    normalized: bool = True
+    floor: float = 0.0
+    scale: float = 1.0
+    selects_with_bias: bool = False
+    bias: bool = False
+    groups: int = 1
+    groups_per_token: int = 1
+    group_score: Literal["max", "top2"] = "max"
+    weights_input: bool = False
+    tolerance: float = 0.0
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Attention whose keys and values are computed from one narrow vector per token (MLA).
+
+    Attributes:
+      kv_rank: the width of that latent.
+      q_rank: the width of the latent of the queries; None: they are computed from the hidden state.
+      nope_dim, rope_dim: how many dims of a head have no positions, and how many are rotated. The rotated part of the
+        keys is one for all heads, and comes from the hidden state.
+      v_dim: the width of a head's values.
+      norm_eps: of the norms of the latents, which do not follow the one of the model.
+
+    Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.
+    """
+
+    kv_rank: int
+    q_rank: int | None
+    nope_dim: int
+    rope_dim: int
+    v_dim: int
+    norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True)
 class Arch:
     """The architecture of one model.
 
@@ -63,6 +118,23 @@ class Arch:
       gated: the MLP is down(act(gate(x)) * up(x)); otherwise it has no gate and is down(act(up(x))).
       num_experts: MLPs per layer, of F units each, among which a router chooses; None: one MLP that every token passes.
       experts_per_token: how many of them a token passes.
+      router: how they are chosen and weighted.
+      layer_experts: for each layer whether its MLP is a mixture; empty: all are if `num_experts` is set, else none.
+      layer_mlp_dims: for each layer the units of its MLP, or of each of its experts; empty: `mlp_dim` in all.
+      shared_mlp_dim: the units of an MLP beside the experts that every token passes; None: there is none.
+      shared_gate: its output is multiplied by the sigmoid of a learned projection of what it reads (Qwen2-MoE).
+      clamped_glu: (limit, slope): units are clip(up, -limit, limit) + 1 times g sigmoid(slope g), where g is the gate,
+        at most `limit` (gpt-oss); the activation is not used.
+      sinks: every query head has a learned score that takes part in the softmax and has no value (gpt-oss).
+      layer_chunks: for each layer the size of the chunks of a text inside which tokens see one another, None for the
+        whole; empty: none has chunks.
+      rotated_norm: in layers with positions, queries and keys are divided by their root mean square after they are
+        rotated, without a gain (Llama 4).
+      temperature: (length, slope): in layers without positions, queries at position p are multiplied by
+        1 + slope log(1 + floor((p + 1) / length)).
+      latent: how keys and values are computed from a latent; None: from the hidden state.
+      prediction_layers: how many layers behind the last a checkpoint may have that predict further tokens; they are not
+        read.
       has_head: whether the model predicts tokens; a backbone, or a model for another task, does not. It counts as tied.
       reading: of a model that is read by its weights alone: what was found in it. Its forward pass is not known, and of
         the other fields only sizes, `tied`, `gated`, `norm`, `pre_norms`, `post_norms` and `has_head` mean anything.
@@ -110,6 +182,18 @@ class Arch:
     gated: bool = True
     num_experts: int | None = None  # E
     experts_per_token: int | None = None
+    router: Router = Router()
+    layer_experts: tuple[bool, ...] = ()
+    layer_mlp_dims: tuple[int, ...] = ()
+    shared_mlp_dim: int | None = None  # F of the shared expert
+    shared_gate: bool = False
+    clamped_glu: tuple[float, float] | None = None
+    sinks: bool = False
+    layer_chunks: tuple[int | None, ...] = ()
+    rotated_norm: bool = False
+    temperature: tuple[float, float] | None = None
+    latent: LatentAttention | None = None
+    prediction_layers: int = 0
     has_head: bool = True
     reading: Reading | None = None
 
@@ -141,6 +225,30 @@ class Arch:
     def longest(self) -> int | None:
         """The longest text that the model can read; None if there is no limit."""
         return min((n for n in (self.num_positions, self.rope_positions) if n is not None), default=None)
+
+    def has_experts(self, layer: int) -> bool:
+        """Returns whether the MLP of a layer is a mixture of experts."""
+        return self.layer_experts[layer] if self.layer_experts else self.num_experts is not None
+
+    def mlp_dim_of(self, layer: int) -> int:
+        """Returns the units of the MLP of a layer, or of each of its experts."""
+        return self.layer_mlp_dims[layer] if self.layer_mlp_dims else self.mlp_dim
+
+    def with_layers(self, layers: Sequence[int]) -> "Arch":
+        """Returns the facts of a model of these layers of this one, in this order; a layer may be there twice."""
+        facts: dict[str, Any] = {
+            name: tuple(getattr(self, name)[i] for i in layers) for name in OF_LAYERS if getattr(self, name)
+        }
+        return replace(self, num_layers=len(layers), **facts)
+
+    @property
+    def v_dim(self) -> int:
+        """The width of a head's values."""
+        return self.head_dim if self.latent is None else self.latent.v_dim
+
+
+OF_LAYERS = ("layer_ropes", "layer_windows", "layer_chunks", "layer_experts", "layer_mlp_dims")
+"""Fields of `Arch` with a fact of each layer."""
 
 
 WEIGHTS_ONLY = "it is read by its weights alone, without a forward pass"

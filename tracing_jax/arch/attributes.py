@@ -92,4 +92,5 @@ def _unknown(config: Any, family: Family, attributes: Mapping[str, Any]) -> list
 
 
 def _is_declared(config: Any, name: str) -> bool:
-    return name in {field.name for field in dataclasses.fields(config)} or name in config.attribute_map
+    renamed = config.attribute_map
+    return name in {field.name for field in dataclasses.fields(config)} or name in renamed or name in renamed.values()

@@ -32,6 +32,10 @@ _ACTIVATIONS = {
 }
 
 
+_RENAMED = {"kimi_k2": "deepseek_v3"}
+"""Model type that transformers does not have -> the one whose model it is."""
+
+
 def read_arch(folder: Path) -> Arch:
     """Returns the architecture of the model whose `config.json` is in `folder`; no weight is read.
 
@@ -48,13 +52,11 @@ def read_arch_and_notes(folder: Path) -> tuple[Arch, list[str]]:
     Raises:
       UnsupportedModelError: as `read_arch`.
     """
-    from transformers import AutoConfig  # slow to import, and not needed by those who build an Arch themselves
-
     file = folder / "config.json"
     if problem := _raw_problem(read_raw_config(folder)):
         raise UnsupportedModelError(f"{file}: {problem}")
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = _hf_config(folder)
         arch, text = arch_from_config(config), language_model(config)
         family = family_of(text.model_type)
         assert family is not None
@@ -64,6 +66,16 @@ def read_arch_and_notes(folder: Path) -> tuple[Arch, list[str]]:
         raise UnsupportedModelError(f"{file}: {error}") from error
     except Exception as error:  # transformers reports a bad field by whatever its validators raise
         raise UnsupportedModelError(f"{file}: transformers refuses this config: {error}") from error
+
+
+def _hf_config(folder: Path) -> Any:
+    """Returns the config in a folder as transformers reads it."""
+    from transformers import CONFIG_MAPPING, AutoConfig  # slow to import, and not needed by those who make an Arch
+
+    raw = read_raw_config(folder)
+    if (family := _RENAMED.get(str(raw.get("model_type")))) is None:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return CONFIG_MAPPING[family].from_dict({name: value for name, value in raw.items() if name != "model_type"})
 
 
 def read_raw_config(folder: Path) -> dict[str, Any]:
@@ -84,7 +96,7 @@ def read_raw_config(folder: Path) -> dict[str, Any]:
 
 def _raw_problem(raw: dict[str, Any]) -> str | None:
     """Returns what can be said against a config before transformers builds anything from it."""
-    model_type = raw.get("model_type")
+    model_type = _RENAMED.get(str(raw.get("model_type")), raw.get("model_type"))
     if not isinstance(model_type, str) or not (model_type in FAMILIES or is_multimodal(model_type)):
         return _not_supported(model_type)
     if problem := size_problem(raw):
@@ -127,6 +139,7 @@ def arch_from_config(config: Any) -> Arch:
         "norm_eps": getattr(config, "rms_norm_eps", None),
         "attention_scale": head_dim**-0.5,
         "layer_windows": (None,) * layers,
+        "head_dim": head_dim,
         "num_kv_heads": kv_heads,
         "q_group": heads // kv_heads,
     }
@@ -137,7 +150,6 @@ def arch_from_config(config: Any) -> Arch:
         vocab_size=config.vocab_size,
         embed_dim=config.hidden_size,
         num_layers=layers,
-        head_dim=head_dim,
         tied=bool(config.tie_word_embeddings),
         **(found | family.read(config)),
     )
@@ -186,6 +198,9 @@ def change_config(folder: Path, arch: Arch) -> None:
     kinds_before = (before.layer_windows, before.layer_ropes)
     if (arch.layer_windows, arch.layer_ropes) != kinds_before:
         changes |= _per_layer(folder, before, arch)
+    layer_fields = FAMILIES[arch.family].layer_fields
+    if layer_fields and (arch.num_layers, arch.layer_experts) != (before.num_layers, before.layer_experts):
+        changes |= layer_fields(arch)
     file.write_text(json.dumps(raw | changes, indent=2) + "\n", encoding="utf-8")
     written = read_arch(folder)
     if written != arch:
@@ -214,14 +229,14 @@ def _fields(arch: Arch) -> dict[str, Any]:
     """Returns the fields of a config that rewrites may change."""
     values = {field.name: getattr(arch, field.name) for field in fields(arch)}
     values["num_heads"] = arch.num_kv_heads * arch.q_group
+    dense = [arch.mlp_dim_of(i) for i in range(arch.num_layers) if not arch.has_experts(i)]
+    values["dense_mlp_dim"] = dense[0] if dense else None
     return {name: values[field] for field, name in FAMILIES[arch.family].names.items()}
 
 
 def _per_layer(folder: Path, before: Arch, after: Arch) -> dict[str, list[Any]]:
     """Returns attributes such as the types of layers after, by the windows and ropes that such layers had before."""
-    from transformers import AutoConfig
-
-    family, config = FAMILIES[after.family], AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    family, config = FAMILIES[after.family], _hf_config(folder)
     kinds_before, kinds = (
         list(itertools.zip_longest(arch.layer_windows, arch.layer_ropes)) for arch in (before, after)
     )

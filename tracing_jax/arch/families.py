@@ -6,6 +6,7 @@ from typing import Any
 from tracing_jax.arch.architecture import UnsupportedModelError
 from tracing_jax.arch.dense_families import DENSE_FAMILIES
 from tracing_jax.arch.family import ArchFields, Family, windows_by_type
+from tracing_jax.arch.mixtures import MIXTURES
 
 _GEMMA_USES = "rms_norm_eps attention_bias hidden_activation use_bidirectional_attention"
 _GEMMA2_USES = (
@@ -151,6 +152,6 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
-FAMILIES |= DENSE_FAMILIES
+FAMILIES |= DENSE_FAMILIES | MIXTURES
 
 SUPPORTED_FAMILIES = tuple(sorted(FAMILIES))

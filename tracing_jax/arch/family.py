@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tracing_jax.arch.architecture import UnsupportedModelError
+from tracing_jax.arch.architecture import Arch, UnsupportedModelError
 
 ArchFields = dict[str, Any]
 """Fields of `Arch` by name."""
@@ -48,6 +48,7 @@ class Family:
       rope_layers: config -> for each layer whether its queries and keys are rotated; None: all are.
       per_layer: attributes with a value for each layer, which follows from its window and rope.
       same_as: another family with the same blocks and names, as which a model of this one counts.
+      layer_fields: model -> the attributes that say which of its layers have experts; None: all have, or none.
     """
 
     read: Callable[[Any], ArchFields]
@@ -62,6 +63,7 @@ class Family:
     rope_layers: Callable[[Any], Sequence[bool]] | None = None
     per_layer: tuple[str, ...] = ("layer_types",)
     same_as: str | None = None
+    layer_fields: Callable[[Arch], dict[str, Any]] | None = None
 
     @property
     def used(self) -> frozenset[str]:

@@ -58,8 +58,7 @@ class Checkpoint:
         """Returns the model of the first `count` layers, the embedding and the head; the whole if it has no more."""
         if count >= self.arch.num_layers:
             return self
-        ropes, windows = self.arch.layer_ropes[:count], self.arch.layer_windows[:count]
-        return replace(self, arch=replace(self.arch, num_layers=count, layer_ropes=ropes, layer_windows=windows))
+        return replace(self, arch=self.arch.with_layers(range(count)))
 
     def components(self) -> dict[str, int]:
         """Returns the components that the files hold besides the language model, such as `vision`: their weights."""

@@ -114,12 +114,13 @@ class _Buffer:
         narrowed = layout.narrow(axis, *run)
         start, layout = (run[0], narrowed) if narrowed else (0, layout)
         dtype = tensors.dtype(layout.slices[0].tensor)
-        views = self._view((len(layout.slices), *layout.slices[0].extent), dtype)
+        views = self._view((len(layout.slices), *layout.slices[0].read_shape), dtype)
         for view, part in zip(views, layout.slices, strict=True):
             tensors.read_into(view, part.tensor, part.index)
             if not all_finite(view):
                 broken.append(part.tensor)
-        return start, views.reshape(layout.unfolded).transpose(layout.order)
+        own = layout.slices[0].of_read(views, axis_offset=1)
+        return start, own.reshape(layout.unfolded).transpose(layout.order)
 
     def _view(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         needed = int(np.prod(shape)) * dtype.itemsize

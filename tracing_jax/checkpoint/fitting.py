@@ -10,13 +10,22 @@ from tracing_jax.arch import Arch
 from tracing_jax.checkpoint.derived_tensors import Alias, Cast, DerivedTensors, RenamedTensors
 from tracing_jax.checkpoint.errors import CheckpointError
 from tracing_jax.checkpoint.hf_layouts import LeafLayouts, leaf_layouts
-from tracing_jax.checkpoint.name_patterns import ignored_notes, is_constant, num_layers_in, plain_names, unknown_prefix
+from tracing_jax.checkpoint.name_patterns import (
+    ignored_notes,
+    is_constant,
+    layer_of,
+    num_experts_in,
+    num_layers_in,
+    plain_names,
+    unknown_prefix,
+)
 from tracing_jax.checkpoint.tensor_layout import tensor_shapes
 from tracing_jax.checkpoint.tensors import TensorStore
-from tracing_jax.complaints import grouped, shortened
+from tracing_jax.complaints import grouped, listed, shortened
 
 _ROWS = 4096  # of the embedding, compared at a time
 _FEW_LAYERS = 200  # of as many the missing tensors can be listed
+_FEW_EXPERTS = 25_000  # of all layers together; no model has many more
 _MAX_EXTRA = 5000
 _DTYPES = ("float32", "float16", "bfloat16")
 
@@ -34,10 +43,14 @@ def with_plain_names(arch: Arch, store: TensorStore) -> tuple[TensorStore, list[
     """Returns the tensors of a model under the names that transformers gives them, and a note where they had others.
 
     Raises:
-      CheckpointError: two tensors would have the same name, or the model has far more layers than the files.
+      CheckpointError: two tensors would have the same name, or the model has far more layers or experts than the files.
     """
     if arch.num_layers > _FEW_LAYERS and arch.num_layers > 2 * (found := num_layers_in(store.names())):
         raise CheckpointError(f"config.json asks for {arch.num_layers} layers, the files have tensors of {found}")
+    if arch.num_layers * (arch.num_experts or 0) > _FEW_EXPERTS:
+        found = num_experts_in({name: store.shape(name) for name in store.names()})
+        if found < (arch.num_experts or 0):
+            raise CheckpointError(f"config.json asks for {arch.num_experts} experts, the files have tensors of {found}")
     stored_names = plain_names(store.names(), tensor_shapes(leaf_layouts(arch).values()))
     changed = [(name, stored) for name, stored in stored_names.items() if name != stored]
     if not changed:
@@ -49,8 +62,9 @@ def with_plain_names(arch: Arch, store: TensorStore) -> tuple[TensorStore, list[
 
 def tied_names(arch: Arch, names: Collection[str]) -> tuple[str, str]:
     """Returns the names of the tensors of the embedding and of the head, whether or not the head is there."""
-    layouts = leaf_layouts(replace(arch, tied=False), names)
-    return layouts["embed/embedding"].slices[0].tensor, layouts["head/lm_head/kernel"].slices[0].tensor
+    both = ("embed/embedding", "head/lm_head/kernel")
+    layouts = leaf_layouts(replace(arch, tied=False), names, both)
+    return layouts[both[0]].slices[0].tensor, layouts[both[1]].slices[0].tensor
 
 
 def fitted(arch: Arch, store: TensorStore, *, compare_rows: bool = True) -> Fitted:
@@ -142,6 +156,11 @@ def _problems(arch: Arch, store: TensorStore) -> tuple[list[str], list[str]]:
         lines.append(f"{len(extra)} unexpected tensors, {shortened(extra[0])} first")
         return grouped(lines), []
     ignored, notes = ignored_notes(extra)
+    if later := [
+        name for name in extra if arch.num_layers <= layer_of(name) < arch.num_layers + arch.prediction_layers
+    ]:
+        notes.append(f"{len(later)} tensors are left out, of layers that predict further tokens: {listed(later, 3)}")
+        ignored |= set(later)
     lines += [f"unexpected tensor {shortened(n, 200)} {store.shape(n)}" for n in extra if n not in ignored]
     return grouped(lines), notes
 

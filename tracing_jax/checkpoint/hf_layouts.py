@@ -17,26 +17,47 @@ from tracing_jax.checkpoint.tensor_layout import LeafLayout, TensorSlice, tensor
 LeafLayouts = Mapping[str, LeafLayout]
 """Leaf name -> its layout in the tensors of a checkpoint."""
 
-_FUSED = (("attn/q_proj", "attn/k_proj", "attn/v_proj"), ("mlp/gate_proj", "mlp/up_proj"))
+_FUSED = (
+    ("attn/q_proj", "attn/q_rope_proj", "attn/k_proj", "attn/v_proj"),
+    ("attn/kv_a_proj", "attn/k_rope_proj"),
+    ("mlp/gate_proj", "mlp/up_proj"),
+)
 """Modules of ours that may share a tensor, in the order in which they stand there."""
 
 Sizes = tuple[int, ...]
 
 
-def leaf_layouts(arch: Arch, names: Collection[str] | None = None) -> LeafLayouts:
+def leaf_layouts(
+    arch: Arch, names: Collection[str] | None = None, leaves: Collection[str] | None = None
+) -> LeafLayouts:
     """Returns the layout of every leaf of a model: the one that transformers writes, or that of files with these names.
 
     Backbones saved without their head lack a prefix, and experts are one tensor each or one for all.
+
+    Args:
+      arch: the facts of the model.
+      names: of the tensors in the files.
+      leaves: those of which the layout is wanted; None: all.
     """
-    table = axis_table(arch)
-    candidates = (_layouts(table, found) for found in names_found(arch))
+    table, candidates = axis_table(arch), names_found(arch)
+    wanted = table.leaves if leaves is None else leaves
     if names is None:
-        return next(candidates)
-    return min(candidates, key=lambda layouts: len(tensor_shapes(layouts.values()).keys() - set(names)))
+        return _layouts(table, candidates[0], wanted)
+    # Which names a model has shows in few layers; one with experts may have 70,000 tensors.
+    stored, some = set(names), _of_some_layers(arch, table)
+    missing = [len(tensor_shapes(_layouts(table, found, some).values()).keys() - stored) for found in candidates]
+    return _layouts(table, candidates[missing.index(min(missing))], wanted)
 
 
-def _layouts(table: AxisTable, names: TensorNames) -> LeafLayouts:
-    return {leaf: _layout(leaf, table, names) for leaf in table.leaves}
+def _of_some_layers(arch: Arch, table: AxisTable) -> list[str]:
+    """Returns the leaves outside layers, and those of the first layer, the last, and the first with experts."""
+    with_experts = next((i for i in range(arch.num_layers) if arch.has_experts(i)), 0)
+    prefixes = tuple(f"layers/{i}/" for i in (0, with_experts, arch.num_layers - 1))
+    return [leaf for leaf in table.leaves if leaf.startswith(prefixes) or not leaf.startswith("layers/")]
+
+
+def _layouts(table: AxisTable, names: TensorNames, leaves: Collection[str]) -> LeafLayouts:
+    return {leaf: _layout(leaf, table, names) for leaf in leaves}
 
 
 def _layout(leaf: str, table: AxisTable, names: TensorNames) -> LeafLayout:
@@ -44,7 +65,7 @@ def _layout(leaf: str, table: AxisTable, names: TensorNames) -> LeafLayout:
     part = leaf.rsplit("/", 1)[-1]
     if part in ("embedding", "positions"):
         return LeafLayout((TensorSlice(names.tensor(leaf, False), outs),), outs, (0, 1))
-    slices, in_out = tuple(_slices(leaf, table, names)), names.is_in_out(leaf)
+    slices, in_out = tuple(_slices(leaf, table, names)), names.is_in_out(leaf, bool(experts))
     unfolded = (*experts, *((*ins, *outs) if in_out else (*outs, *ins)))
     first, middle = len(experts), len(ins) if in_out else len(outs)
     halves = [tuple(range(first, first + middle)), tuple(range(first + middle, len(unfolded)))]
@@ -58,7 +79,7 @@ def _sizes(leaf: str, table: AxisTable) -> tuple[Sizes, Sizes, Sizes]:
     A gain, a bias or an embedding has outputs only.
     """
     axes = [axis or "" for axis in table.leaves[leaf].axes]
-    experts = [axis for axis in axes[:1] if kind_of(axis) == "expert"]
+    experts = [axis for axis in axes[:1] if kind_of(axis) == "expert" and len(axes) > 1]
     own = axes[len(experts) :]
     inputs = 0 if not leaf.endswith("/kernel") else len(own) - 1 if own[-1] == "embed" else 1
     experts_sizes, ins, outs = (
@@ -79,11 +100,17 @@ def _slices(leaf: str, table: AxisTable, names: TensorNames) -> Iterator[TensorS
         return
     together = [_sizes(other, table)[2] for other in _sharing(leaf, table, names)]
     before, rows = _rows_before(leaf, table, names), [math.prod(sizes) for sizes in together]
-    in_out = names.is_in_out(leaf)
+    in_out = names.is_in_out(leaf, bool(experts))
     columns = (math.prod(ins),) if ins else ()
     shape = (*columns, sum(rows)) if in_out else (sum(rows), *columns)
+    if names.has_row_axis(leaf):
+        yield TensorSlice(tensor, (1, *experts, *shape))
+        return
     at = len(columns) if in_out and len(rows) > 1 else 0
-    in_heads = names.qkv_order == "by head" and len(rows) == len(_FUSED[0])
+    if experts and len(rows) > 1 and names.gate_up_order == "in turn":
+        yield TensorSlice(tensor, (*experts, *shape), at + 1, before // rows[0], None, len(rows))
+        return
+    in_heads = names.qkv_order == "by head" and len(rows) > 1 and len(outs) > 1
     heads, own = outs[0] if in_heads else 1, math.prod(outs)
     for head in range(heads):
         start = (head * sum(rows) + before) // heads

@@ -18,7 +18,8 @@ class TensorNames:
 
     Attributes:
       modules: module of ours -> that of the files, with `{e}` for the number of an expert or `{h}` of a head where each
-        has a tensor of its own. The names of a layer's modules follow its own.
+        has a tensor of its own. The names of a layer's modules follow its own. A leaf that is here itself, such as
+        `attn/sinks`, is the tensor of that name.
       prefix: what stands in front of all but the head.
       layers: what stands in front of the number of a layer.
       head: the module that predicts tokens.
@@ -27,6 +28,9 @@ class TensorNames:
       qkv_order: how queries, keys and values share a tensor: one after the other, or within each kv head.
       two_axes: modules whose gains are stored `[heads, head_dim]`, where others are flat.
       in_out: whether kernels, that of the head excepted, are stored `[in, out]`, as ours are.
+      experts_in_out: whether those of experts are.
+      gate_up_order: how gate and up of experts share a tensor: one after the other, or in turn.
+      with_row_axis: leaves of a layer whose tensors have an axis of size one in front.
     """
 
     modules: Mapping[str, str]
@@ -39,6 +43,9 @@ class TensorNames:
     qkv_order: Literal["concatenated", "by head"] = "concatenated"
     in_out: bool = False
     two_axes: tuple[str, ...] = ()
+    experts_in_out: bool = False
+    gate_up_order: Literal["concatenated", "in turn"] = "concatenated"
+    with_row_axis: frozenset[str] = frozenset({"mlp/output_gate/kernel"})
 
     def tensor(self, leaf: str, of_expert: bool) -> str:
         """Returns the name of the tensor of a leaf, with `{e}` or `{h}` in it where each expert or head has its own."""
@@ -50,13 +57,19 @@ class TensorNames:
         if own.startswith("layers/"):
             _, number, module = own.split("/", 2)
             layer = f"{self.layers}{number}."
+            if (whole := f"{module}/{part}") in self.modules:
+                return self.prefix + layer + self.modules[whole]
         if of_expert:
             return self.prefix + layer + self.experts[module] + self.expert_suffixes[part]
         return self.prefix + layer + self.modules[module] + self.suffixes[part]
 
-    def is_in_out(self, leaf: str) -> bool:
+    def is_in_out(self, leaf: str, of_expert: bool) -> bool:
         """Returns whether the kernel of a module is stored `[in, out]`."""
-        return self.in_out and not leaf.startswith("head/")
+        return self.experts_in_out if of_expert else self.in_out and not leaf.startswith("head/")
+
+    def has_row_axis(self, leaf: str) -> bool:
+        """Returns whether the tensor of a leaf has an axis of size one in front."""
+        return leaf.startswith("layers/") and leaf.split("/", 2)[2] in self.with_row_axis
 
     def but(self, modules: Mapping[str, str], **fields: object) -> "TensorNames":
         """Returns the names of a family that differs in these modules, and in other fields of this class."""
@@ -90,6 +103,56 @@ _MIXTRAL = _LLAMA.but(
         "mlp/up_proj": "block_sparse_moe.experts.{e}.w3",
         "mlp/down_proj": "block_sparse_moe.experts.{e}.w2",
     },
+)
+_EXPERTS = {f"mlp/{name}": f"mlp.experts.{{e}}.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
+
+
+def _shared(module: str) -> dict[str, str]:
+    """Returns the names of an MLP beside the experts."""
+    return {f"mlp/shared/{name}": f"{module}.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
+
+
+_CORRECTION = {"mlp/router/correction_bias": "mlp.gate.e_score_correction_bias"}
+_QWEN_MOE = _LLAMA.but(
+    {"mlp/router": "mlp.gate", "mlp/output_gate": "mlp.shared_expert_gate"} | _shared("mlp.shared_expert"),
+    experts=_EXPERTS,
+)
+_DEEPSEEK_MOE = _QWEN_MOE.but(_CORRECTION | _shared("mlp.shared_experts"))
+_DEEPSEEK = _DEEPSEEK_MOE.but(
+    {
+        "attn/q_a_proj": "self_attn.q_a_proj",
+        "attn/q_a_norm": "self_attn.q_a_layernorm",
+        "attn/q_proj": "self_attn.q_b_proj",
+        "attn/q_rope_proj": "self_attn.q_b_proj",
+        "attn/kv_a_proj": "self_attn.kv_a_proj_with_mqa",
+        "attn/k_rope_proj": "self_attn.kv_a_proj_with_mqa",
+        "attn/kv_a_norm": "self_attn.kv_a_layernorm",
+        "attn/k_proj": "self_attn.kv_b_proj",
+        "attn/v_proj": "self_attn.kv_b_proj",
+    },
+    qkv_order="by head",
+)
+_GPT_OSS = _LLAMA.but(
+    {"attn/sinks": "self_attn.sinks", "mlp/router": "mlp.router"},
+    experts={
+        "mlp/gate_proj": "mlp.experts.gate_up_proj",
+        "mlp/up_proj": "mlp.experts.gate_up_proj",
+        "mlp/down_proj": "mlp.experts.down_proj",
+    },
+    expert_suffixes={"kernel": "", "bias": "_bias"},
+    experts_in_out=True,
+    gate_up_order="in turn",
+)
+_LLAMA4 = _LLAMA.but(
+    {f"mlp/{name}": f"feed_forward.{name}" for name in ("router", "gate_proj", "up_proj", "down_proj")}
+    | _shared("feed_forward.shared_expert"),
+    experts={
+        "mlp/gate_proj": "feed_forward.experts.gate_up_proj",
+        "mlp/up_proj": "feed_forward.experts.gate_up_proj",
+        "mlp/down_proj": "feed_forward.experts.down_proj",
+    },
+    expert_suffixes={"kernel": ""},
+    experts_in_out=True,
 )
 _GPT2 = TensorNames(
     dict.fromkeys(_QKV, "attn.c_attn")
@@ -174,6 +237,29 @@ TENSOR_NAMES: Mapping[str, TensorNames] = {
     "gemma3_text": _FOUR_NORMS,
     "olmo2": _LLAMA.but(_POST_NORMS),
     "mixtral": _MIXTRAL,
+    "minimax_m2": _MIXTRAL.but({"mlp/router/correction_bias": "block_sparse_moe.e_score_correction_bias"}),
+    "phimoe": _MIXTRAL,
+    "qwen2_moe": _QWEN_MOE,
+    "qwen3_moe": _QWEN_MOE,
+    "olmoe": _QWEN_MOE,
+    "gpt_oss": _GPT_OSS,
+    "llama4_text": _LLAMA4,
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v3": _DEEPSEEK,
+    "glm4_moe": _DEEPSEEK_MOE,
+    "solar_open": _DEEPSEEK_MOE,
+    "ernie4_5_moe": _DEEPSEEK_MOE.but(
+        {"mlp/router/correction_bias": "mlp.moe_statics.e_score_correction_bias"},
+        with_row_axis=frozenset({"mlp/router/correction_bias"}),
+    ),
+    "granitemoe": _LLAMA.but(
+        {"mlp/router": "block_sparse_moe.router.layer"},
+        experts={
+            "mlp/gate_proj": "block_sparse_moe.input_linear",
+            "mlp/up_proj": "block_sparse_moe.input_linear",
+            "mlp/down_proj": "block_sparse_moe.output_linear",
+        },
+    ),
     "gpt2": _GPT2,
     "phi3": _LLAMA.but(dict.fromkeys(_QKV, "self_attn.qkv_proj") | _GATE_UP),
     "glm": _LLAMA.but(_GATE_UP),
@@ -195,14 +281,29 @@ _TWO_NORMS = {"falcon": {"attn_norm": "ln_attn", "mlp_norm": "ln_mlp"}}
 """Family -> names in a parallel block with two norms, where other blocks have others."""
 
 
-def fused_experts(names: TensorNames, mlp: str = "mlp") -> TensorNames:
+def _in_memory(names: TensorNames, mlp: str = "mlp", router: str = "gate") -> TensorNames:
     """Returns the names of experts in two tensors, as transformers 5 holds them in memory."""
     both = f"{mlp}.experts.gate_up_proj"
     return names.but(
-        {"mlp/router": f"{mlp}.gate"},
+        {"mlp/router": f"{mlp}.{router}"},
         experts={"mlp/gate_proj": both, "mlp/up_proj": both, "mlp/down_proj": f"{mlp}.experts.down_proj"},
         expert_suffixes={"kernel": "", "bias": "_bias"},
     )
+
+
+IN_MEMORY: Mapping[str, TensorNames] = {
+    **{family: _in_memory(names) for family, names in TENSOR_NAMES.items() if "{e}" in "".join(names.experts.values())},
+    "minimax_m2": _in_memory(_LLAMA.but({"mlp/router/correction_bias": "mlp.e_score_correction_bias"})),
+    "phimoe": _in_memory(_LLAMA, router="router"),
+    "granitemoe": _in_memory(_LLAMA, "block_sparse_moe", "router"),
+    "ernie4_5_moe": _in_memory(
+        _DEEPSEEK_MOE.but(
+            {"mlp/router/correction_bias": "mlp.gate.moe_statics.e_score_correction_bias"},
+            with_row_axis=frozenset({"mlp/router/correction_bias"}),
+        )
+    ),
+}
+"""Family -> the names of models that were saved as transformers 5 holds them in memory, where these differ."""
 
 
 def names_of(arch: Arch) -> TensorNames:
@@ -219,6 +320,8 @@ def names_found(arch: Arch) -> list[TensorNames]:
     calls every head `lm_head`.
     """
     written = names_of(arch)
-    forms = [written, *([fused_experts(written)] if written.experts else [])]
+    forms = [written, *([IN_MEMORY[arch.family]] if arch.family in IN_MEMORY else [])]
+    if arch.latent is not None and arch.latent.q_rank is None:
+        forms = [names.but(dict.fromkeys(("attn/q_proj", "attn/q_rope_proj"), "self_attn.q_proj")) for names in forms]
     prefixes, heads = dict.fromkeys((written.prefix, "")), dict.fromkeys((written.head, "lm_head"))
     return [replace(f, prefix=prefix, head=head) for prefix in prefixes for head in heads for f in forms]

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from tracing_jax.checkpoint.errors import CheckpointError
 from tracing_jax.complaints import listed, shortened
@@ -15,6 +15,8 @@ _PARALLEL = "module."  # DataParallel and DeepSpeed: in front of every name, or 
 _LANGUAGE_MODEL = re.compile(r"(model\.)?language_model\.(?P<rest>.+)")
 
 _LAYER = re.compile(r"\.(?:layers|h|blocks|blk)\.(\d+)\.|^(?:layers|h|blocks|blk)\.(\d+)\.")
+_EXPERTS = re.compile(r"(?:\.experts\.(?:(\d+)\.)?|\.(?:input|output)_linear\.)")
+_MOST_DIGITS = 9
 _CONSTANT = re.compile(
     r".*rotary_(pos_)?emb\.(inv_freq|cos_cached|sin_cached)|.*\.(attn|attention)\.(masked_)?bias"
     r"|(transformer\.)?h\.\d+\.attn\.(masked_)?bias"
@@ -85,6 +87,23 @@ def _plain(name: str, parallel: bool = False, inside: bool = False) -> str:
     rest = inner["rest"]
     of_backbone = inner[1] and not rest.startswith(("model.", "lm_head."))
     return f"model.{rest}" if of_backbone else rest
+
+
+def layer_of(name: str) -> int:
+    """Returns the number of the layer that a tensor of this name belongs to; -1 if it belongs to none."""
+    match = _LAYER.search(name)
+    digits = (match[1] or match[2]) if match else ""
+    return int(digits) if 0 < len(digits) < _MOST_DIGITS else -1
+
+
+def num_experts_in(shapes: Mapping[str, Sequence[int]]) -> int:
+    """Returns how many experts the tensors of these names and shapes can be of: one for each number, or one a row."""
+    counts = [1]
+    for name, shape in shapes.items():
+        if match := _EXPERTS.search(name):
+            digits = match[1] or ""
+            counts.append(int(digits) + 1 if 0 < len(digits) < _MOST_DIGITS else shape[0] if shape else 0)
+    return max(counts)
 
 
 def num_layers_in(names: Iterable[str]) -> int:

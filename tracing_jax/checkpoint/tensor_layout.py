@@ -1,6 +1,7 @@
 """The layout of a leaf in the tensors of a checkpoint: a whole tensor, a slice of one, or several stacked.
 
-GPT-2 keeps queries, keys and values in one tensor (three leaves), Mixtral may keep every expert in its own (one leaf).
+GPT-2 keeps queries, keys and values in one tensor (three leaves), Mixtral may keep every expert in its own (one leaf),
+and gpt-oss alternates rows of gate and up (two leaves).
 """
 
 import math
@@ -23,27 +24,54 @@ class TensorSlice:
     start: int = 0
     stop: int | None = None
     """The slice runs from `start` to `stop` on `axis`; all other axes are whole."""
+    step: int = 1
+    """Of the rows from `start` to `stop` every `step`-th belongs to the leaf; all of them are read."""
 
     @property
     def index(self) -> Index:
-        """The slice of the tensor; empty for the whole of it."""
+        """What is read of the tensor; empty for the whole of it."""
         if (self.start, self.stop) == (0, None):
             return ()
         return (*(slice(None),) * self.axis, slice(self.start, self.stop))
 
     @property
+    def is_whole(self) -> bool:
+        """Whether all of the tensor belongs to the leaf."""
+        return not self.index and self.step == 1
+
+    @property
+    def places(self) -> Index:
+        """What of the tensor belongs to the leaf."""
+        return (*(slice(None),) * self.axis, slice(self.start, self.stop, self.step))
+
+    @property
+    def read_shape(self) -> tuple[int, ...]:
+        """The shape of what is read."""
+        return self._shape(1)
+
+    @property
     def extent(self) -> tuple[int, ...]:
         """The shape of the slice."""
-        sizes = list(self.shape)
-        sizes[self.axis] = len(range(*slice(self.start, self.stop).indices(sizes[self.axis])))
-        return tuple(sizes)
+        return self._shape(self.step)
+
+    def of_read(self, values: np.ndarray, axis_offset: int = 0) -> np.ndarray:
+        """Returns what of the values that were read belongs to the leaf, a view; they may have more axes in front."""
+        if self.step == 1:
+            return values
+        return values[(*(slice(None),) * (axis_offset + self.axis), slice(None, None, self.step))]
 
     def narrow(self, axis: int, start: int, stop: int) -> "TensorSlice | None":
         """Returns the part from `start` to `stop` on one axis of the slice; None if it is a slice on another axis."""
-        if self.index and axis != self.axis:
+        if not self.is_whole and axis != self.axis:
             return None
-        first = self.start if self.index else 0
-        return replace(self, axis=axis, start=first + start, stop=first + stop)
+        first = self.start if axis == self.axis else 0
+        last = first + (stop - 1) * self.step + 1
+        return replace(self, axis=axis, start=first + start * self.step, stop=max(last, first + start * self.step))
+
+    def _shape(self, step: int) -> tuple[int, ...]:
+        sizes = list(self.shape)
+        sizes[self.axis] = len(range(*slice(self.start, self.stop, step).indices(sizes[self.axis])))
+        return tuple(sizes)
 
 
 @dataclass(frozen=True)
@@ -67,12 +95,14 @@ class LeafLayout:
         unfolded_axis = self.order[axis]
         if (start, stop) == (0, self.unfolded[unfolded_axis]):
             return self
+        sizes = tuple(stop - start if at == unfolded_axis else size for at, size in enumerate(self.unfolded))
+        if unfolded_axis == 0 and 1 < len(self.slices) == self.unfolded[0]:  # a slice is a unit
+            return LeafLayout(self.slices[start:stop], sizes, self.order) if start < stop else None
         found = self._tensor_axis(unfolded_axis)
         if found is None:
             return None
         tensor_axis, rows = found
         slices = [whole.narrow(tensor_axis, start * rows, stop * rows) for whole in self.slices]
-        sizes = tuple(stop - start if at == unfolded_axis else size for at, size in enumerate(self.unfolded))
         return LeafLayout(tuple(part for part in slices if part), sizes, self.order) if all(slices) else None
 
     def _tensor_axis(self, unfolded_axis: int) -> tuple[int, int] | None:
@@ -88,8 +118,9 @@ class LeafLayout:
         return None
 
     def to_leaf(self, slices: Sequence[np.ndarray]) -> np.ndarray:
-        """Returns the leaf of its slices, a view of them where numpy can make one."""
-        whole = slices[0] if len(slices) == 1 else np.stack(slices)
+        """Returns the leaf of what was read of its tensors, a view of them where numpy can make one."""
+        own = [part.of_read(values) for part, values in zip(self.slices, slices, strict=True)]
+        whole = own[0] if len(own) == 1 else np.stack(own)
         return whole.reshape(self.unfolded).transpose(self.order)
 
     def to_slices(self, leaf: np.ndarray) -> Iterator[tuple[TensorSlice, np.ndarray]]:
@@ -114,11 +145,11 @@ def to_tensors(layouts: Mapping[str, LeafLayout], leaves: Mapping[str, np.ndarra
     found: dict[str, np.ndarray] = {}
     for name, leaf in leaves.items():
         for part, values in layouts[name].to_slices(leaf):
-            if not part.index:
+            if part.is_whole:
                 found[part.tensor] = np.ascontiguousarray(values)
                 continue
             tensor = found.setdefault(part.tensor, np.empty(part.shape, values.dtype))
             if tensor.dtype != values.dtype:
                 raise ValueError(f"{name} is {values.dtype}, the rest of {part.tensor} {tensor.dtype}; cast them alike")
-            tensor[part.index] = values
+            tensor[part.places] = values
     return found

@@ -52,5 +52,5 @@ def _chunks(checkpoint: Checkpoint, name: str) -> Iterator[np.ndarray]:
         rows = max(1, _FIRST // max(1, width))
         while first < stop:
             found = checkpoint.tensors.read(part.tensor, (slice(first, min(first + rows, stop)), *index[1:]))
-            yield found.ravel()
+            yield part.of_read(found).ravel()
             first, rows = first + rows, max(1, _CHUNK // max(1, width))

@@ -20,11 +20,13 @@ class Coordinate:
 
     Attributes:
       moves: the axes among the two whose permutation is sought.
+      groups: into how many groups of one size the units of `axis` fall; the units of a group stay together.
     """
 
     axis: str
     nested: str | None
     moves: tuple[str, ...]
+    groups: int = 1
 
 
 @dataclass(frozen=True)
@@ -57,23 +59,37 @@ def coordinates(table: AxisTable, axes: Sequence[str]) -> list[Coordinate]:
     for axis in axes:
         parent = table.parent_axis.get(axis)
         if axis in nested:
-            found.append(Coordinate(axis, nested[axis], (axis, nested[axis])))
+            found.append(Coordinate(axis, nested[axis], (axis, nested[axis]), table.groups.get(axis, 1)))
         elif parent is None:
-            found.append(Coordinate(axis, None, (axis,)))
+            found.append(Coordinate(axis, None, (axis,), table.groups.get(axis, 1)))
         elif parent not in axes:
             found.append(Coordinate(parent, axis, (axis,)))
     return found
 
 
+def assign_in_groups(similarity: Float[np.ndarray, "n n"], groups: int) -> Int[np.ndarray, " n"]:
+    """Returns the assignment of greatest total similarity that keeps the units of each group together, exactly.
+
+    Raises:
+      ValueError: as `assign`.
+    """
+    if groups == 1:
+        return assign(similarity)
+    size = len(similarity) // groups
+    blocks = similarity.reshape(groups, size, groups, size)
+    p, r = assign_nested(lambda i, j: blocks[i, :, j], np.zeros((groups, groups)))
+    return (p[:, None] * size + r).ravel()
+
+
 def assign_nested(
-    inner: Blocks, outer: Float[np.ndarray, "K K2"]
+    inner: Blocks, outer: Float[np.ndarray, "K K2"], groups: int = 1
 ) -> tuple[Int[np.ndarray, " K"], Int[np.ndarray, "K G"]]:
     """Returns p and r of greatest `sum_k outer[k, p[k]] + sum_kg inner(k, p[k])[g, r[k, g]]`, exactly.
 
     The best inner assignment of a pair (k, k') does not depend on the other pairs, so the outer problem is one more
     assignment whose weights are the outer similarities plus the values of the best inner assignments. The sum of the
     row maxima bounds such a value from above and is cheap: inner assignments are solved only for pairs that the outer
-    assignment picks by these bounds, until all picked pairs are solved.
+    assignment picks by these bounds, until all picked pairs are solved. The outer one keeps groups of units together.
 
     Raises:
       ValueError: as `assign`.
@@ -83,7 +99,7 @@ def assign_nested(
         weight[k, k2] += inner(k, k2).max(axis=1).sum(dtype=np.float64)
     inner_of: dict[tuple[int, int], np.ndarray] = {}
     while True:
-        p = assign(weight)
+        p = assign_in_groups(weight, groups)
         picked_pairs = [(k, int(k2)) for k, k2 in enumerate(p)]
         if not (unsolved := [pair for pair in picked_pairs if pair not in inner_of]):
             return p, np.stack([inner_of[pair] for pair in picked_pairs])
@@ -101,10 +117,10 @@ def solve(coordinate: Coordinate, similarity: Similarity) -> dict[str, Int[np.nd
       ValueError: similarities that are not finite.
     """
     if coordinate.nested is None:
-        return {coordinate.axis: assign(similarity.units)}
+        return {coordinate.axis: assign_in_groups(similarity.units, coordinate.groups)}
     assert similarity.nested is not None, f"{coordinate.nested} has no similarity"
     if coordinate.axis in coordinate.moves:
-        p, r = assign_nested(similarity.nested, similarity.units)
+        p, r = assign_nested(similarity.nested, similarity.units, coordinate.groups)
         return {coordinate.axis: p, coordinate.nested: r}
     return {coordinate.nested: np.stack([assign(similarity.nested(k, k)) for k in range(len(similarity.units))])}
 

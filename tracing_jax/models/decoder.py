@@ -13,7 +13,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from tracing_jax.arch import Arch, head_problem, length_problem
-from tracing_jax.models.layers import Cache, LayerInputs, attention, einsum, linear, mlp, mlp_inner, norm, scaled
+from tracing_jax.models.latent_attention import latent_attention
+from tracing_jax.models.layers import Cache, LayerInputs, attention, einsum, linear, norm, scaled
+from tracing_jax.models.mlp import mlp, mlp_inner
 from tracing_jax.models.taps import taps_problem
 from tracing_jax.tree import Tree
 
@@ -32,24 +34,25 @@ class BlockOutput(NamedTuple):
 
 
 def layer_inputs(arch: Arch, layer: int) -> LayerInputs:
-    """Returns rope frequencies, window and attention scale of a layer.
+    """Returns rope frequencies, window, chunk and attention scale of a layer.
 
     They are data, not static arguments: all layers of a model then share one compiled program.
     """
-    window = arch.layer_windows[layer]
+    window, chunk = arch.layer_windows[layer], arch.layer_chunks[layer] if arch.layer_chunks else None
     rope = arch.layer_ropes[layer] if arch.rope_frequencies else None
     return LayerInputs(
         jnp.asarray(() if rope is None else arch.rope_frequencies[rope], jnp.float32),
         jnp.asarray(arch.rope_amplitudes[rope] if rope is not None and arch.rope_amplitudes else 1.0, jnp.float32),
         jnp.asarray(_NO_WINDOW if window is None else window, jnp.int32),
+        jnp.asarray(_NO_WINDOW if chunk is None else chunk, jnp.int32),
         jnp.asarray(arch.attention_scale / (layer + 1 if arch.inverse_layer_scale else 1), jnp.float32),
     )
 
 
 def empty_cache(arch: Arch, batch: int, length: int, dtype: DTypeLike) -> Cache:
     """Returns the cache of a layer for texts of up to `length` tokens, before it has read any: zeros `[B S K H]`."""
-    zeros = jnp.zeros((batch, length, arch.num_kv_heads, arch.head_dim), dtype)
-    return Cache(zeros, zeros)
+    keys, values = (jnp.zeros((batch, length, arch.num_kv_heads, n), dtype) for n in (arch.head_dim, arch.v_dim))
+    return Cache(keys, values)
 
 
 def apply_embed(
@@ -109,7 +112,8 @@ def apply_block(
         positions = jnp.arange(x.shape[1])[None]
     found = {"residual": x}
     y = _optional_norm(arch, params, "attn_norm", arch.pre_norms, x)
-    y, found["heads"], cache = attention(arch, params["attn"], y, inputs, positions, cache)
+    attend = attention if arch.latent is None else latent_attention
+    y, found["heads"], cache = attend(arch, params["attn"], y, inputs, positions, cache)
     y = scaled(_optional_norm(arch, params, "attn_post_norm", arch.post_norms, y), arch.residual_scale)
     if not arch.parallel:
         x = x + y

@@ -1,13 +1,13 @@
-"""The parts of a block: norms, rotary positions, attention, and the MLP with or without experts.
+"""The parts of a block beside its MLP: norms, rotary positions and attention.
 
 Letters: B batch, T position, S positions of keys and values, D embed, K kv heads, G queries per kv head, H head dim,
-F mlp, E experts.
+U dims of a value (H, but for latent attention).
 Weights keep the dtype they have on disk and are cast to the computing dtype where they are used; norms, attention
 scores and softmax are computed in float32.
 """
 
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -34,6 +34,7 @@ class LayerInputs(NamedTuple):
     frequencies: Float[Array, " R2"]  # of the rope; none without one
     amplitude: Float[Array, ""]  # of rotated queries and keys
     window: Int[Array, ""]
+    chunk: Int[Array, ""]
     attention_scale: Float[Array, ""]
 
 
@@ -41,7 +42,7 @@ class Cache(NamedTuple):
     """The keys and values of one layer at all positions of a text."""
 
     keys: Float[Array, "B S K H"]
-    values: Float[Array, "B S K H"]
+    values: Float[Array, "B S K U"]
 
 
 def linear(params: Tree, x: Float[Array, "..."], equation: str) -> Float[Array, "..."]:
@@ -55,7 +56,9 @@ def scaled(x: jax.Array, factor: float) -> jax.Array:
     return x if factor == 1.0 else (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
-def norm(arch: Arch, params: Tree, x: Float[Array, "..."], num_axes: int = 1) -> Float[Array, "..."]:
+def norm(
+    arch: Arch, params: Tree, x: Float[Array, "..."], num_axes: int = 1, *, eps: float | None = None
+) -> Float[Array, "..."]:
     """Returns x normalised over its last axes in float32: RMS norm with gain g or 1 + g, or a LayerNorm.
 
     The gain may have more axes than are normalised over, such as one for each head; a bias is added where there is one.
@@ -66,7 +69,7 @@ def norm(arch: Arch, params: Tree, x: Float[Array, "..."], num_axes: int = 1) ->
     x32 = x.astype(jnp.float32)
     if arch.norm.startswith("layer_norm"):
         x32 = x32 - x32.mean(axes, keepdims=True)
-    y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(axes, keepdims=True) + arch.norm_eps)
+    y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(axes, keepdims=True) + (arch.norm_eps if eps is None else eps))
     if arch.norm == "rms_unit_offset":
         y = y * (1 + params["scale"].astype(jnp.float32))
     elif arch.norm != "layer_norm_plain":
@@ -119,11 +122,48 @@ def attention(
         q, k, v = (jnp.clip(y, -arch.clip_qkv, arch.clip_qkv) for y in (q, k, v))
     if arch.rope_frequencies:
         q, k = rotate(arch, q, inputs, positions), rotate(arch, k, inputs, positions)
-    if cache is not None:
-        cache = Cache(_written(cache.keys, k, positions), _written(cache.values, v, positions))
-        k, v = cache.keys.astype(k.dtype), cache.values.astype(v.dtype)
-    heads = _attend(arch, q, k, v, inputs, positions)
+    if arch.rotated_norm or arch.temperature is not None:
+        q, k = _by_positions(arch, q, k, inputs, positions)
+    k, v, cache = with_cache(cache, k, v, positions)
+    heads = attend(arch, params, q, k, v, inputs, positions)
     return linear(params["o_proj"], heads, "btkgh,kghd->btd"), heads, cache
+
+
+def _by_positions(
+    arch: Arch,
+    q: Float[Array, "B T K G H"],
+    k: Float[Array, "B T K H"],
+    inputs: LayerInputs,
+    positions: Int[Array, "#B T"],
+) -> tuple[Float[Array, "B T K G H"], Float[Array, "B T K H"]]:
+    """Returns queries and keys normalised in layers with positions, and queries scaled in layers without.
+
+    Source: Llama 4 as transformers has it; scaling by position is that of arXiv 2501.19399.
+    """
+    has_positions = (inputs.frequencies != 0).any()
+    if arch.rotated_norm:
+        q, k = (jnp.where(has_positions, _unit_rms(x, arch.norm_eps), x) for x in (q, k))
+    if arch.temperature is not None:
+        length, slope = arch.temperature
+        scale = 1 + slope * jnp.log1p(jnp.floor((positions.astype(jnp.float32) + 1) / length))
+        scale = jnp.where(has_positions, 1.0, scale)[:, :, None, None, None]
+        q = (q.astype(jnp.float32) * scale).astype(q.dtype)
+    return q, k
+
+
+def _unit_rms(x: Float[Array, "..."], eps: float) -> Float[Array, "..."]:
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+def with_cache(
+    cache: Cache | None, k: Float[Array, "B T K H"], v: Float[Array, "B T K U"], positions: Int[Array, "#B T"]
+) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K U"], Cache | None]:
+    """Returns the keys and values that tokens see, and the cache with the new ones at their positions."""
+    if cache is None:
+        return k, v, None
+    cache = Cache(_written(cache.keys, k, positions), _written(cache.values, v, positions))
+    return cache.keys.astype(k.dtype), cache.values.astype(v.dtype), cache
 
 
 def _written(
@@ -132,100 +172,25 @@ def _written(
     return cached.at[jnp.arange(len(new))[:, None], positions].set(new.astype(cached.dtype))
 
 
-def _attend(
+def attend(
     arch: Arch,
+    params: Tree,
     q: Float[Array, "B T K G H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K U"],
     inputs: LayerInputs,
     positions: Int[Array, "#B T"],
-) -> Float[Array, "B T K G H"]:
+) -> Float[Array, "B T K G U"]:
+    """Returns the values that each token sees, weighted by a softmax over the scores of its queries and the keys."""
     scores = einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * inputs.attention_scale
     if (cap := arch.attention_softcap) is not None:
         scores = cap * jnp.tanh(scores / cap)
-    back = positions[:, None, None, :, None] - jnp.arange(k.shape[1])
-    scores = jnp.where((back >= 0) & (back < inputs.window), scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    own, others = positions[:, None, None, :, None], jnp.arange(k.shape[1])
+    back = own - others
+    is_seen = (back >= 0) & (back < inputs.window) & (own // inputs.chunk == others // inputs.chunk)
+    scores = jnp.where(is_seen, scores, jnp.finfo(jnp.float32).min)
+    if arch.sinks:
+        sinks = params["sinks"].astype(jnp.float32)[None, :, :, None, None]
+        scores = jnp.concatenate([scores, jnp.broadcast_to(sinks, (*scores.shape[:-1], 1))], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., : k.shape[1]].astype(v.dtype)
     return einsum("bkgts,bskh->btkgh", weights, v)
-
-
-def mlp(
-    arch: Arch, params: Tree, x: Float[Array, "B T D"], taps: Collection[str] = ()
-) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "B T *units"]]]:
-    """Returns the output of an MLP or a mixture of experts, and those of `gate`, `up` and `units` that are asked for.
-
-    An MLP computes `down(act(gate(x)) * up(x))`, or `down(act(up(x)))` without a gate; its units are the columns of up.
-
-    Source: Shazeer 2020, GLU variants (arXiv 2002.05202).
-    """
-    if arch.num_experts is not None:
-        return _mixture(arch, params, x, taps)
-    found = _inner(arch, params, x)
-    y = linear(params["down_proj"], found["units"], "btf,fd->btd")
-    return y, {tap: found[tap] for tap in taps if tap in found}
-
-
-def mlp_inner(
-    arch: Arch, params: Tree, x: Float[Array, "B T D"], taps: Collection[str]
-) -> dict[str, Float[Array, "B T *units"]]:
-    """Returns `gate`, `up` or `units` of an MLP; only the weights that they are computed from need be there."""
-    if arch.num_experts is None:
-        found = _inner(arch, params, x)
-        return {tap: found[tap] for tap in taps}
-    kernels = {name: leaves for name, leaves in params.items() if name in ("gate_proj", "up_proj")}
-
-    def of_expert(own: Tree) -> dict[str, jax.Array]:
-        found = _inner(arch, own, x)
-        return {tap: found[tap] for tap in taps}
-
-    return _experts_last(jax.lax.map(of_expert, kernels))
-
-
-def _inner(arch: Arch, params: Tree, x: Float[Array, "B T D"]) -> dict[str, Float[Array, "B T F"]]:
-    """Returns the pre-activations `gate` and `up` whose weights are given, and the `units` if they follow."""
-    found = {tap: linear(params[f"{tap}_proj"], x, "btd,df->btf") for tap in ("up", "gate") if f"{tap}_proj" in params}
-    activation = ACTIVATIONS[arch.activation]
-    if arch.gated and len(found) == 2:
-        found["units"] = activation(found["gate"]) * found["up"]
-    elif not arch.gated and "up" in found:
-        found["units"] = activation(found["up"])
-    return found
-
-
-def _mixture(
-    arch: Arch, params: Tree, x: Float[Array, "B T D"], taps: Collection[str]
-) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "B T E F"]]]:
-    """Returns the sum of the k selected experts' MLPs weighted by the router, and inner activations of all experts.
-
-    Every expert computes every token, one expert at a time, and those not selected have weight 0: the numbers are
-    exact, only one expert's activations `[B T F]` are held at a time, and the cost is E / k times that of computing the
-    selected experts alone (4 times for 8 experts, 2 per token).
-
-    Source: Jiang et al. 2024, Mixtral of Experts (arXiv 2401.04088), section 2.1.
-    """
-    weights = _expert_weights(arch, linear(params["router"], x, "btd,de->bte"))
-    kernels = {name: params[name] for name in ("gate_proj", "up_proj", "down_proj")}
-
-    def add_expert(
-        total: jax.Array, expert: tuple[jax.Array, Tree]
-    ) -> tuple[jax.Array, dict[str, Float[Array, "B T F"]]]:
-        weight, own = expert
-        found = _inner(arch, own, x)
-        y = linear(own["down_proj"], found["units"], "btf,fd->btd").astype(jnp.float32)
-        return total + weight[..., None] * y, {tap: found[tap] for tap in taps if tap in found}
-
-    start = jnp.zeros(x.shape, jnp.float32)
-    total, found = jax.lax.scan(add_expert, start, (jnp.moveaxis(weights, -1, 0), kernels))
-    return total.astype(x.dtype), _experts_last(found)
-
-
-def _experts_last(found: dict[str, Float[Array, "E B T F"]]) -> dict[str, Float[Array, "B T E F"]]:
-    return {tap: jnp.moveaxis(activations, 0, 2) for tap, activations in found.items()}
-
-
-def _expert_weights(arch: Arch, scores: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-    """Returns every expert's weight in a token: softmax over the k experts of largest score, 0 for the others."""
-    assert arch.experts_per_token is not None
-    largest, selected = jax.lax.top_k(scores.astype(jnp.float32), arch.experts_per_token)
-    weights = jax.nn.softmax(largest, axis=-1)
-    return (jax.nn.one_hot(selected, scores.shape[-1]) * weights[..., None]).sum(-2)

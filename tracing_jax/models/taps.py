@@ -5,17 +5,17 @@ from collections.abc import Iterable, Mapping
 from tracing_jax.arch import Arch
 
 
-def tap_axes(arch: Arch) -> Mapping[str, tuple[str, ...]]:
-    """Returns tap name -> the kinds of the axes of its units, which follow B and T.
+def tap_axes(arch: Arch, layer: int = 0) -> Mapping[str, tuple[str, ...]]:
+    """Returns tap name -> the kinds of the axes of its units in a layer, which follow B and T.
 
     * `residual`: the hidden state that a block receives.
     * `heads`: the outputs of the attention heads, before the output projection.
     * `mlp_input`: what the MLP reads, which is the hidden state, normalised where blocks have pre-norms.
     * `gate`, `up`: the pre-activations of the MLP, of every expert for every token.
-    * `units`: its hidden units, likewise.
+    * `units`: its hidden units, likewise. An MLP beside the experts has no tap.
     * `mlp_output`: what it returns, before a post norm.
     """
-    units = ("mlp",) if arch.num_experts is None else ("expert", "mlp")
+    units = ("expert", "mlp") if arch.has_experts(layer) else ("mlp",)
     axes = {
         "residual": ("embed",),
         "heads": ("kv_heads", "q_group", "v_dim"),

@@ -373,7 +373,8 @@ def _unit_axes(table: AxisTable) -> dict[str, tuple[int, ...]]:
 
 def _width_problems(arch: Arch) -> list[str]:
     axes = _unit_axes(table_of(arch))
-    if axes and {shape[-1] for shape in axes.values()} == {arch.mlp_dim}:
+    of_one_width = not arch.layer_mlp_dims and arch.shared_mlp_dim is None
+    if of_one_width and axes and {shape[-1] for shape in axes.values()} == {arch.mlp_dim}:
         return []
     return ["its layers have MLPs of different widths"]
 

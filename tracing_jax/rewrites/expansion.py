@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -76,9 +76,13 @@ class Padding(Rewrite):
         return lines + (_head_problems(arch) if self.kv_heads else [])
 
     def arch_after(self, arch: Arch) -> Arch:
+        shared = arch.shared_mlp_dim
         return replace(
             arch,
             mlp_dim=arch.mlp_dim + self.units,
+            layer_mlp_dims=tuple(units + self.units for units in arch.layer_mlp_dims),
+            # Configs give its units as a multiple of those of an expert, if they are one.
+            shared_mlp_dim=shared and shared + self.units * max(1, shared // arch.mlp_dim),
             embed_dim=arch.embed_dim + self.features,
             num_kv_heads=arch.num_kv_heads + self.kv_heads,
             norm_eps=arch.norm_eps * (arch.embed_dim / (arch.embed_dim + self.features)),
@@ -135,13 +139,8 @@ class IdentityLayer(Rewrite):
         return [] if inside else [f"no place {self.at} among {arch.num_layers} layers; it is 0..{arch.num_layers}"]
 
     def arch_after(self, arch: Arch) -> Arch:
-        like = self._like(arch)
-        return replace(
-            arch,
-            num_layers=arch.num_layers + 1,
-            layer_ropes=_with_copy(arch.layer_ropes, self.at, like),
-            layer_windows=_with_copy(arch.layer_windows, self.at, like),
-        )
+        layers = list(range(arch.num_layers))
+        return arch.with_layers([*layers[: self.at], self._like(arch), *layers[self.at :]])
 
     def apply(self, prefix: str, read: Read, arch: Arch) -> Weights:
         index = _layer_index(prefix)
@@ -186,13 +185,7 @@ class LayerRemoval(Rewrite):
         return [] if 0 <= self.at < arch.num_layers else [f"no layer {self.at} among {arch.num_layers}"]
 
     def arch_after(self, arch: Arch) -> Arch:
-        without = [i for i in range(arch.num_layers) if i != self.at]
-        return replace(
-            arch,
-            num_layers=len(without),
-            layer_ropes=tuple(arch.layer_ropes[i] for i in without if arch.layer_ropes),
-            layer_windows=tuple(arch.layer_windows[i] for i in without),
-        )
+        return arch.with_layers([i for i in range(arch.num_layers) if i != self.at])
 
     def apply(self, prefix: str, read: Read, arch: Arch) -> Weights:
         index = _layer_index(prefix)
@@ -269,7 +262,7 @@ def _feature_problems(arch: Arch) -> list[str]:
         lines.append(
             "features cannot be added: its config has no field for the width of a head, which follows from them"
         )
-    if arch.qk_norm is not None:
+    if arch.qk_norm is not None or arch.rotated_norm:
         lines.append("features cannot be added: eps would have to change, and the norms of queries and keys share it")
     if math.isclose(arch.embed_scale, math.sqrt(arch.embed_dim), rel_tol=1e-6):
         lines.append("features cannot be added: the scale of its embedding is the root of their number")
@@ -290,11 +283,6 @@ def _layer_index(prefix: str) -> int | None:
 
 def _writes_residual_stream(spec: LeafSpec) -> bool:
     return any(axis == "embed" and role == "writes" for axis, role in zip(spec.axes, spec.roles, strict=True))
-
-
-def _with_copy(items: tuple[Any, ...], at: int, like: int) -> tuple[Any, ...]:
-    """Returns the facts of layers with a copy of one of them inserted; a model without rope has none."""
-    return (*items[:at], items[like], *items[at:]) if items else ()
 
 
 def _scale_problems(arch: Arch) -> list[str]:

@@ -151,6 +151,8 @@ class UnitScaling(Rewrite):
     @classmethod
     def unsupported(cls, arch: Arch) -> list[str]:
         table = table_of(arch)
+        if arch.clamped_glu:
+            return ["its MLP units clip their up-projection and add one, so that they are not linear in it"]
         # Only a unit with a gate is linear in its up-projection.
         ungated = [axis for axis in _axes(table, "mlp") if all(map(_is_linear_on(axis), table.leaves.values()))]
         return ["its MLP units have no gate, so that they are not linear in their weights"] if ungated else []
@@ -250,10 +252,12 @@ class QueryKeyMaps(Rewrite):
 
     @classmethod
     def unsupported(cls, arch: Arch) -> list[str]:
+        if arch.latent is not None:
+            return ["its queries and keys come from latents, the rotated part of keys is shared by the heads"]
         lines = _clipped(arch, "queries and keys")
         if arch.head_dim % 2:
             lines.append(f"its heads have {arch.head_dim} dims, which cannot be paired")
-        if arch.qk_norm is not None:
+        if arch.qk_norm is not None or arch.rotated_norm:
             lines.append(
                 "queries and keys are normalised between projection and rope, and a map does not commute with that"
             )

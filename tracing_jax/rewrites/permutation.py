@@ -30,6 +30,8 @@ Dims = tuple[tuple[int, int | None], ...]
 def random_permutations(key: PRNGKeyArray, table: AxisTable, kinds: Iterable[str]) -> dict[str, np.ndarray]:
     """Returns a uniformly random permutation for every axis of the given kinds; each axis has its own key.
 
+    It is uniform over those that keep the groups of the axis together, if it has groups.
+
     Raises:
       ValueError: a kind without an axis in this table, or one whose units may not be permuted.
 
@@ -40,7 +42,7 @@ def random_permutations(key: PRNGKeyArray, table: AxisTable, kinds: Iterable[str
       >>> sorted(p["units"].tolist())
       [0, 1, 2, 3, 4]
     """
-    permutations = {axis: np.asarray(p) for axis, p in _drawn(key, _shapes_of(table, kinds)).items()}
+    permutations = {axis: np.asarray(p) for axis, p in _drawn(key, table, _shapes_of(table, kinds)).items()}
     check_permutations(permutations, table)
     return permutations
 
@@ -52,7 +54,7 @@ def several_random_permutations(
     shapes = _shapes_of(table, kinds)
 
     def copy(i: jax.Array) -> dict[str, jax.Array]:
-        return _drawn(jax.random.fold_in(key, i), shapes)
+        return _drawn(jax.random.fold_in(key, i), table, shapes)
 
     stacked = jax.device_get(jax.jit(jax.vmap(copy))(jnp.arange(count)))
     return [{axis: p[i] for axis, p in stacked.items()} for i in range(count)]
@@ -62,14 +64,24 @@ def _shapes_of(table: AxisTable, kinds: Iterable[str]) -> dict[str, tuple[int, .
     return {axis: _shape(table, axis) for axis in table.axes_of_kind(kinds)}
 
 
-def _drawn(key: PRNGKeyArray, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Int[Array, "*_ _"]]:
+def _drawn(key: PRNGKeyArray, table: AxisTable, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Int[Array, "*_ _"]]:
     """Returns uniformly random permutations of the last axis of each shape; each name has its own key."""
     found = {}
     for axis, shape in shapes.items():
-        units = jnp.broadcast_to(jnp.arange(shape[-1], dtype=jnp.int32), shape)
         axis_key = jax.random.fold_in(key, zlib.crc32(axis.encode()))
+        if axis in table.groups:
+            found[axis] = _drawn_in_groups(axis_key, table.groups[axis], shape[-1])
+            continue
+        units = jnp.broadcast_to(jnp.arange(shape[-1], dtype=jnp.int32), shape)
         found[axis] = jax.random.permutation(axis_key, units, axis=-1, independent=True)
     return found
+
+
+def _drawn_in_groups(key: PRNGKeyArray, groups: int, units: int) -> Int[Array, " _"]:
+    inside = jnp.broadcast_to(jnp.arange(units // groups, dtype=jnp.int32), (groups, units // groups))
+    inside = jax.random.permutation(jax.random.fold_in(key, 0), inside, axis=-1, independent=True)
+    order = jax.random.permutation(jax.random.fold_in(key, 1), jnp.arange(groups, dtype=jnp.int32))
+    return (order[:, None] * (units // groups) + inside).ravel()
 
 
 def identity(table: AxisTable, axes: Iterable[str]) -> dict[str, np.ndarray]:
@@ -198,7 +210,8 @@ def check_permutations(permutations: Permutations, table: AxisTable) -> None:
     """Checks every permutation against the table, on the host: a wrong index on a device would go unnoticed.
 
     Raises:
-      ValueError: unknown axes, kinds that may not be permuted, wrong shapes, indices missing or doubled; all at once.
+      ValueError: unknown axes, kinds that may not be permuted, wrong shapes, indices missing or doubled, groups torn
+        apart; all at once.
     """
     lines = []
     for axis, p in permutations.items():
@@ -212,6 +225,8 @@ def check_permutations(permutations: Permutations, table: AxisTable) -> None:
             lines.append(f"{axis}: expected integers of shape {shape}, found {p.dtype} of {p.shape}")
         elif (np.sort(p, axis=-1) != np.arange(shape[-1])).any():
             lines.append(f"{axis}: not a permutation of 0..{shape[-1] - 1} (an index is missing, doubled or outside)")
+        elif axis in table.groups and not _keeps_groups(p, table.groups[axis]):
+            lines.append(f"{axis}: units of one group must stay together; there are {table.groups[axis]} groups")
     if lines:
         raise ValueError("permutations do not fit the axis table:\n  " + "\n  ".join(lines))
 
@@ -321,6 +336,11 @@ def _permuted(weights: Weights, table: AxisTable, permutations: Permutations) ->
         name: weight.with_values(permute_leaf(weight.values, table.leaves[name], permutations, table.parent_axis))
         for name, weight in weights.items()
     }
+
+
+def _keeps_groups(p: Int[np.ndarray, " _"], groups: int) -> bool:
+    group_of = p.reshape(groups, -1) // (len(p) // groups)
+    return bool((group_of == group_of[:, :1]).all())
 
 
 def _restricts(axis: str) -> bool:

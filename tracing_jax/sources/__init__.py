@@ -1,7 +1,7 @@
 """`ParamSource`: a model's params, subtree by subtree. Sources wrap one another lazily."""
 
 from tracing_jax.sources.lazy_leaves import leaf, params_of
-from tracing_jax.sources.mlps import MlpsAsLayers
+from tracing_jax.sources.mlps import MlpsAsLayers, mlp_places, one_mlp
 from tracing_jax.sources.prefetch import PrefetchingSource
 from tracing_jax.sources.source import (
     InMemory,
@@ -25,6 +25,8 @@ __all__ = [
     "in_memory",
     "is_resident",
     "leaf",
+    "mlp_places",
+    "one_mlp",
     "params_of",
     "part",
     "parts",

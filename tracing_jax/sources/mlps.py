@@ -2,10 +2,66 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
 
 from tracing_jax.arch import Arch
-from tracing_jax.sources.source import ParamSource
+from tracing_jax.axes import axis_table
+from tracing_jax.sources.lazy_leaves import leaf, leaf_slice
+from tracing_jax.sources.source import InMemory, ParamSource
 from tracing_jax.tree import Tree, flatten, select, unflatten
+
+_SHARED = "mlp/shared/"
+_OF_MIXTURE = ("mlp/router", "mlp/output_gate")
+
+# The facts of a model of which each layer is one MLP.
+_DENSE: dict[str, Any] = {
+    "num_experts": None, "experts_per_token": None, "layer_experts": (), "shared_mlp_dim": None, "shared_gate": False
+}  # fmt: skip
+
+Place = tuple[int, int | None]
+"""Layer and expert; -1 is the MLP beside the experts, None that of a layer without experts."""
+
+
+def mlp_places(arch: Arch) -> list[Place]:
+    """Returns where the MLPs of a model are, layer by layer; in each the experts come first."""
+    places: list[Place] = []
+    for layer in range(arch.num_layers):
+        if not arch.has_experts(layer):
+            places.append((layer, None))
+            continue
+        places += [(layer, expert) for expert in range(arch.num_experts or 0)]
+        places += [] if arch.shared_mlp_dim is None else [(layer, -1)]
+    return places
+
+
+def one_mlp(source: ParamSource, layer: int, expert: int | None) -> InMemory:
+    """Returns a model whose only layer is one MLP of another, with the norms around it; it has no attention.
+
+    Args:
+      source: of the MLP; where it can read slices, no other expert is read.
+      layer: of the MLP.
+      expert: of that layer; None where it has no experts.
+    """
+    prefix = f"layers/{layer}/"
+    arch = source.arch
+    read = ("mlp/", f"{arch.mlp_norm}/", "mlp_post_norm/")
+    leaves = {}
+    for name in (name for name in axis_table(arch).leaves if name.startswith(prefix)):
+        own = name.removeprefix(prefix)
+        own_name = _own_name(own, 0 if expert is None else expert) if own.startswith(read) else None
+        if own_name is not None:
+            leaves[own_name] = _of_expert(source, name, expert if own.startswith("mlp/") else None)
+    width = arch.mlp_dim_of(layer)
+    dense = replace(arch.with_layers([layer]), mlp_dim=width, layer_mlp_dims=(), **_DENSE)
+    return InMemory(dense, {"layers": {"0": unflatten(leaves)}})
+
+
+def _of_expert(source: ParamSource, name: str, expert: int | None) -> Any:
+    if expert is None:
+        return leaf(source, name)
+    found = leaf_slice(source, name, 0, slice(expert, expert + 1))
+    return leaf(source, name)[expert] if found is None else found[0]
 
 
 @dataclass(frozen=True)
@@ -22,26 +78,31 @@ class MlpsAsLayers:
     def _leaves(self) -> tuple[str, ...]:
         return ("mlp", self.source.arch.mlp_norm, "mlp_post_norm")
 
-    @property
-    def experts(self) -> int:
-        """The number of MLPs of each layer."""
-        return self.source.arch.num_experts or 1
+    @cached_property
+    def places(self) -> list[Place]:
+        """Where each MLP is in the model."""
+        return mlp_places(self.source.arch)
 
-    @property
+    @cached_property
     def arch(self) -> Arch:
         """The facts of a dense model of so many layers."""
         arch = self.source.arch
-        count = arch.num_layers * self.experts
-        ropes = tuple(rope for rope in arch.layer_ropes for _ in range(self.experts))
-        return replace(
-            arch, num_layers=count, num_experts=None, experts_per_token=None, layer_ropes=ropes,
-            layer_windows=(None,) * count,
+        units = {-1: arch.shared_mlp_dim or 0}
+        found = replace(
+            arch.with_layers([layer for layer, _ in self.places]),
+            **_DENSE,
+            layer_windows=(None,) * len(self.places),
+            layer_mlp_dims=tuple(units.get(e if e is not None else 0, arch.mlp_dim_of(i)) for i, e in self.places),
         )  # fmt: skip
+        same = len(set(found.layer_mlp_dims)) == 1
+        return replace(found, mlp_dim=found.layer_mlp_dims[0], layer_mlp_dims=()) if same else found
 
     def name(self, index: int) -> str:
-        """Returns what the MLP at an index is called: `layer 3`, or `layer 3 expert 1`."""
-        layer, expert = divmod(index, self.experts)
-        return f"layer {layer} expert {expert}" if self.experts > 1 else f"layer {layer}"
+        """Returns what the MLP at an index is called: `layer 3`, `layer 3 expert 1` or `layer 3 shared expert`."""
+        layer, expert = self.places[index]
+        if expert is None:
+            return f"layer {layer}"
+        return f"layer {layer} shared expert" if expert < 0 else f"layer {layer} expert {expert}"
 
     def embed(self) -> Tree:
         """Returns the subtree `embed`."""
@@ -49,19 +110,28 @@ class MlpsAsLayers:
 
     def layer(self, index: int, only: Sequence[str] = ()) -> Tree:
         """Returns the MLP at an index with the norms around it, or its leaves under the names in `only`."""
-        layer, expert = divmod(index, self.experts)
-        if self.experts == 1:
+        layer, expert = self.places[index]
+        if expert is None:
             return select(self.source.layer(layer, only or self._leaves), only)
         if layer not in self._kept:
             self._kept.clear()
             self._kept[layer] = self.source.layer(layer, self._leaves)
         leaves = {
-            name: leaf[expert] if name.startswith("mlp/") else leaf
+            own: leaf if expert < 0 or not name.startswith("mlp/") else leaf[expert]
             for name, leaf in flatten(self._kept[layer]).items()
-            if not name.startswith("mlp/router")
+            if (own := _own_name(name, expert)) is not None
         }
         return select(unflatten(leaves), only)
 
     def head(self) -> Tree:
         """Returns the subtree `head`."""
         return self.source.head()
+
+
+def _own_name(name: str, expert: int) -> str | None:
+    """Returns the name in an MLP of a leaf of its layer; None if it belongs to others."""
+    if not name.startswith("mlp/"):
+        return name
+    if name.startswith(_OF_MIXTURE) or name.startswith(_SHARED) != (expert < 0):
+        return None
+    return name.replace(_SHARED, "mlp/")

@@ -38,15 +38,13 @@ class Submodel:
     @cached_property
     def arch(self) -> Arch:
         """The facts of the small model."""
-        arch = self.source.arch
-        return replace(
-            arch,
-            num_layers=len(self.layers),
-            layer_ropes=tuple(arch.layer_ropes[i] for i in self.layers) if arch.layer_ropes else (),
-            layer_windows=tuple(arch.layer_windows[i] for i in self.layers),
-            mlp_dim=arch.mlp_dim if self.units is None else self.units.stop - self.units.start,
-            vocab_size=len(self.tokens),
-        )
+        arch = replace(self.source.arch.with_layers(self.layers), vocab_size=len(self.tokens))
+        if self.units is None:
+            return arch
+        units = self.units.stop - self.units.start
+        widths = (units,) * len(arch.layer_mlp_dims)
+        shared = None if arch.shared_mlp_dim is None else units
+        return replace(arch, mlp_dim=units, layer_mlp_dims=widths, shared_mlp_dim=shared)
 
     def embed(self) -> Tree:
         """Returns the subtree `embed`, with rows of the chosen tokens."""

@@ -17,7 +17,7 @@ from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisTable, axis_table, kind_of
 from tracing_jax.matching import FactoredSimilarity
-from tracing_jax.sources import ParamSource, leaf
+from tracing_jax.sources import ParamSource, leaf, one_mlp
 from tracing_jax.statistics.comparison import (
     Comparison,
     bonferroni_log10,
@@ -31,7 +31,7 @@ from tracing_jax.statistics.comparison import (
 from tracing_jax.statistics.cosine import similarities
 from tracing_jax.statistics.distinct_units import DistinctUnits, all_units, distinct_units
 from tracing_jax.statistics.pvalues import bonferroni
-from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies
+from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies, widths_not_applicable
 from tracing_jax.tree import Tree, to_host
 
 _ROWS = {"gate_proj": "mlp", "up_proj": "mlp", "down_proj": "embed", "o_proj": "embed",
@@ -64,7 +64,9 @@ class Csu(options.Csu):
     """Constrained test on the up-projection; exact if either model was trained independently of the other.
 
     Rows are matched by |cos|: a unit whose row and output are scaled by a negative number is the same unit. Layers of
-    equal index are compared; each has a permutation of its own under the null, so p-values are combined by Fisher.
+    equal index are compared; each has a permutation of its own under the null, so p-values are combined by Fisher. Of a
+    layer with experts in both models one expert, drawn from the seed of the run, is compared with that of equal number:
+    units are exchangeable inside their expert.
 
     Source: Zhu et al. 2025 (arXiv 2502.12292), which matches on the signed cosine, in index order.
     """
@@ -73,7 +75,13 @@ class Csu(options.Csu):
 
     def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns reasons why up-projection rows of these models cannot be compared; empty if they can."""
-        return rows_not_applicable(base, ft)
+        if base.reading or ft.reading:
+            return rows_not_applicable(base, ft)
+        lines = widths_not_applicable(base, ft)
+        layers = range(min(base.num_layers, ft.num_layers))
+        if other := [i for i in layers if base.has_experts(i) != ft.has_experts(i)]:
+            lines.append(f"layer {other[0]} has experts in one model and none in the other; see match_mlps")
+        return lines
 
     def compute(self, pair: Pair) -> Result:
         """Returns the p-values per layer and combined, by rank correlation and by agreement."""
@@ -82,7 +90,7 @@ class Csu(options.Csu):
 
         def by_layer() -> Iterator[tuple[int, Rows]]:
             for i in trange(kept, layers, desc="csu", unit="layer", initial=kept, total=layers, disable=None):
-                yield i, up_rows(pair, i)
+                yield i, _rows_of_layer(pair, i)
 
         def compare(item: tuple[int, Rows]) -> Comparison:
             i, rows = item
@@ -90,7 +98,12 @@ class Csu(options.Csu):
 
         comparisons = [comparison for i in range(kept) if (comparison := run_cache.load(Comparison, i))]
         comparisons += overlapped(by_layer(), compare)
-        return constrained_result(pair, comparisons, "units whose up-projection stays in place, share")
+        found = constrained_result(pair, comparisons, "units whose up-projection stays in place, share")
+        if not any(map(pair.base.arch.has_experts, range(layers))):
+            return found
+        return replace(
+            found, notes=[*found.notes, "of each layer with experts one expert was compared, drawn at random"]
+        )
 
 
 class CsuAll(options.CsuAll):
@@ -144,18 +157,26 @@ class CsuAll(options.CsuAll):
                 yield place, exact, functools.partial(_rows_of_both, pair, (name, other), tables)
 
 
-def up_rows(pair: Pair, layer: int) -> Rows:
+def up_rows(base: ParamSource, ft: ParamSource, layer: int) -> Rows:
     """Returns the up-projections of a layer of both models, a row per unit, to be compared by their distinct units.
 
     Where the up-projection of either is not known, as in a model that is read by its weights alone, what units write.
     """
-    if all(model.arch.has("mlp/up_proj") for model in (pair.base, pair.ft)):
-        base, ft = (unit_rows(m.layer(layer, ("mlp/up_proj/kernel",)), "up_proj") for m in (pair.base, pair.ft))
+    models = (base, ft)
+    if all(model.arch.has("mlp/up_proj") for model in models):
+        rows = [unit_rows(model.layer(layer, ("mlp/up_proj/kernel",)), "up_proj") for model in models]
     else:
-        base, ft = (
-            m.layer(layer, ("mlp/down_proj/kernel",))["mlp"]["down_proj"]["kernel"] for m in (pair.base, pair.ft)
-        )
-    return Rows(similarities(base, ft), *(distinct_units(model, layer) for model in (pair.base, pair.ft)))
+        rows = [model.layer(layer, ("mlp/down_proj/kernel",))["mlp"]["down_proj"]["kernel"] for model in models]
+    return Rows(similarities(*rows), *(distinct_units(model, layer) for model in models))
+
+
+def _rows_of_layer(pair: Pair, layer: int) -> Rows:
+    """Returns the rows of a layer or, if it has experts, of one of them that both models have."""
+    if not pair.base.arch.has_experts(layer):
+        return up_rows(pair.base, pair.ft, layer)
+    experts = min(pair.base.arch.num_experts or 0, pair.ft.arch.num_experts or 0)
+    expert = int(pair.generator("csu", "expert", layer).integers(experts))
+    return up_rows(one_mlp(pair.base, layer, expert), one_mlp(pair.ft, layer, expert), 0)
 
 
 def _rows_of_both(pair: Pair, names: tuple[str, str], tables: Sequence[AxisTable]) -> Rows:
@@ -202,9 +223,9 @@ def _matrix(name: str) -> str:
 
 
 def _shapes(table: AxisTable) -> dict[str, tuple[int, int]]:
-    """Returns for each matrix of a model its numbers of rows and columns."""
+    """Returns for each matrix of a model that reads or writes features its numbers of rows and columns."""
     shapes = {}
-    for name in [name for name in table.leaves if _matrix(name)]:
+    for name in [name for name, spec in table.leaves.items() if _matrix(name) and "embed" in spec.axes]:
         size = {kind_of(axis or ""): table.sizes[axis or ""] for axis in table.leaves[name].axes}
         units = [_ROWS[_matrix(name)]] if _ROWS[_matrix(name)] else [kind for kind in size if kind != "embed"]
         rows = math.prod(size[kind] for kind in units)

@@ -117,9 +117,12 @@ def _found(model: ParamSource, layer: int) -> DistinctUnits:
     first = np.full(group.max(initial=-1) + 1, len(group))
     np.minimum.at(first, group, np.arange(len(group)))
     down = model.layer(layer, ("mlp/down_proj/kernel",))["mlp"]["down_proj"]["kernel"]
-    written = _written(down, group, first, readings[-1], model.arch.gated)
-    for reading in readings[:-1]:
-        written = written * reading.norms[first]
+    if model.arch.clamped_glu is None:
+        written = _written(down, group, first, readings[-1], model.arch.gated)
+        for reading in readings[:-1]:
+            written = written * reading.norms[first]
+    else:  # where up is zero a unit still writes its gate
+        written = _written(down, group, first, readings[0], is_scaled=False)
     typical = np.median(written[written > 0]) if (written > 0).any() else np.inf
     kept = np.sort(first[written > SILENT * typical])
     norms = [*(reading.norms for reading in readings), to_host(_norms(jnp.asarray(down)))]

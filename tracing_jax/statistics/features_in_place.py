@@ -34,7 +34,8 @@ from tracing_jax.statistics.statistic import Pair, Result, Vocabularies, widths_
 from tracing_jax.tree import flatten, readable, to_host
 
 _MATRICES = frozenset(
-    ("embedding", "lm_head", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "other")
+    "embedding lm_head q_proj k_proj v_proj o_proj q_rope_proj k_rope_proj q_a_proj kv_a_proj gate_proj up_proj"
+    " down_proj other".split()
 )
 """Matrices drawn at random; `other` are those of a model that is read by its weights alone. Norms, biases, routers and
 positions may start from rules that strangers share."""

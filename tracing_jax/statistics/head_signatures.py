@@ -22,6 +22,7 @@ from tracing_jax.arch import Arch
 from tracing_jax.axes import axis_table
 from tracing_jax.rewrites import gain_offset
 from tracing_jax.sources import ParamSource
+from tracing_jax.statistics.head_kernels import head_kernels
 from tracing_jax.statistics.pvalues import bonferroni
 from tracing_jax.tree import Tree, flatten, taken, to_host
 
@@ -109,17 +110,17 @@ def log_p_of_order(layers: Sequence[Float[np.ndarray, "K G F"]]) -> float:
 
 def _head_weights(layer: Tree, arch: Arch) -> Iterator[Float[np.ndarray, "D K G H"]]:
     """Yields the weights of query, key, value and output of a layer, with the gains that multiply them."""
-    attn, offset = layer["attn"], np.float32(gain_offset(arch))
+    attn, offset, kernels = layer["attn"], np.float32(gain_offset(arch)), head_kernels(layer, arch)
     scale = layer.get("attn_norm", {}).get("scale")
     gain = np.ones(1, np.float32) if scale is None else np.asarray(to_host(scale), np.float32) + offset
     for name in ("q", "k", "v"):
-        kernel = np.asarray(to_host(attn[f"{name}_proj"]["kernel"]), np.float32)
+        kernel = to_host(kernels[name])
         inner = attn.get(f"{name}_norm", {}).get("scale")
         if inner is not None:
             kernel = kernel * (np.asarray(to_host(inner), np.float32) + offset)
         kernel = kernel * gain.reshape(-1, *[1] * (kernel.ndim - 1))
         yield kernel if name == "q" else kernel[:, :, None]
-    yield np.moveaxis(np.asarray(to_host(attn["o_proj"]["kernel"]), np.float32), -1, 0)
+    yield np.moveaxis(to_host(kernels["o"]), -1, 0)
 
 
 def _invariants(

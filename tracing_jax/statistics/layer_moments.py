@@ -18,6 +18,7 @@ from tracing_jax.arch import Arch
 from tracing_jax.rewrites import gain_offset
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.distinct_units import distinct_units
+from tracing_jax.statistics.head_kernels import head_kernels
 from tracing_jax.statistics.mlp_rows import gain_of, without_mean
 from tracing_jax.statistics.unit_alignment import units_of, weighted_moments
 from tracing_jax.statistics.unit_signatures import Signatures, log_quadratic_forms
@@ -54,7 +55,7 @@ def layer_moments(layer: Tree, arch: Arch) -> Moments:
 
 def _attention_moments(layer: Tree, arch: Arch) -> Moments:
     before, after = gain_of(layer, "attn_norm", arch), gain_of(layer, "attn_post_norm", arch)
-    kernels = {name: jnp.asarray(layer["attn"][f"{name}_proj"]["kernel"], jnp.float32) for name in "qkvo"}
+    kernels = head_kernels(layer, arch)
     q, k, v = (jnp.moveaxis(jnp.moveaxis(kernels[name], 0, -1) * before, -1, 0) for name in "qkv")
     if arch.qk_norm is not None:
         q, k = (

@@ -103,7 +103,8 @@ class MatchAll(options.MatchAll):
         return self._result(found, combined, compared, nulls, log_p, units, pair).for_pair(pair)
 
     def _positions(self, base: Arch, ft: Arch) -> int:
-        bytes_each = 4 * len(self.forms) * len(TAPS) * (base.num_layers * base.mlp_dim + ft.num_layers * ft.mlp_dim)
+        units = sum(arch.mlp_dim_of(i) for arch in (base, ft) for i in range(arch.num_layers))
+        bytes_each = 4 * len(self.forms) * len(TAPS) * units
         return int(min(self.positions, self.max_gib * 2**30 // bytes_each))
 
     def _activations(self, form: str, pair: Pair) -> tuple[list[Activations], list[Activations]]:
@@ -175,11 +176,11 @@ class MatchAll(options.MatchAll):
             )
             for form, table in compared.items()
         ]  # fmt: skip
-        kept = [(len(units[place]), pair.ft.arch.mlp_dim) for place in found.pairs]
+        kept = [(len(units[place]), pair.ft.arch.mlp_dim_of(place[1])) for place in found.pairs]
         shown = {
             "log10_p": (combined / LN10).tolist(),
             "pairs": [
-                {"base": i, "ft": j, "log10_p": float(combined[i, j] / LN10), "units": pair.ft.arch.mlp_dim,
+                {"base": i, "ft": j, "log10_p": float(combined[i, j] / LN10), "units": pair.ft.arch.mlp_dim_of(j),
                  "agreeing": len(units[i, j])}
                 for i, j in found.pairs
             ],

@@ -26,6 +26,7 @@ from tracing_jax.statistics.comparison import (
     share_by_layer,
 )
 from tracing_jax.statistics.distinct_units import SILENT
+from tracing_jax.statistics.head_kernels import HEAD_LEAVES, head_kernels
 from tracing_jax.statistics.head_null import heads_log_sf
 from tracing_jax.statistics.mlp_rows import gain_of, unit_length
 from tracing_jax.statistics.shared_tokens import TokenRows, token_rows, tokens_not_applicable
@@ -37,7 +38,6 @@ Forms = Mapping[str, Float[np.ndarray, "heads S2"]]
 
 _PAIRS = [("attention", "output")]
 _NAME = "attention and output"
-_LEAVES = ("attn", "attn_norm", "attn_post_norm")
 _SUM = "agreement summed over layers"
 _MOST_CONTROLS = 256
 
@@ -89,6 +89,8 @@ class MatchHeads(options.MatchHeads):
             notes.append(
                 "queries and keys are normalised in each head: their product is approximate on centred embeddings"
             )
+        if pair.base.arch.latent or pair.ft.arch.latent:
+            notes.append("heads read latents: the norms of these, a number for each token, are left out")
         return Result(
             headline=share_agreeing(layers),
             label="heads on which attention and output agree, share",
@@ -142,9 +144,9 @@ def head_forms(model: ParamSource, layer: int, tokens: TokenRows) -> Forms:
 
     A head that writes next to nothing could be another model's, planted: its output is zero, so that it takes no part.
     """
-    params, arch = model.layer(layer, _LEAVES), model.arch
+    params, arch = model.layer(layer, HEAD_LEAVES), model.arch
     before, after = gain_of(params, "attn_norm", arch), gain_of(params, "attn_post_norm", arch)
-    kernels = {name: jnp.asarray(params["attn"][f"{name}_proj"]["kernel"], jnp.float32) for name in "qkvo"}
+    kernels = head_kernels(params, arch)
     read, effect = tokens.read * before, tokens.effect * after
     queries, keys = (jnp.tensordot(read, kernels[name], 1, precision="highest") for name in "qk")
     queries, keys = _normalised(queries, params["attn"], "q", arch), _normalised(keys, params["attn"], "k", arch)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from tracing_jax import options
 from tracing_jax.arch import Arch
-from tracing_jax.sources import MlpsAsLayers
+from tracing_jax.sources import MlpsAsLayers, mlp_places
 from tracing_jax.statistics.comparison import (
     BY_ORDER,
     Comparison,
@@ -59,7 +59,7 @@ class MatchMlps(options.MatchMlps):
         lines = [f"{side} has no gate; see match_io" for side, a in (("base", base), ("ft", ft)) if not a.gated]
         if len(vocabularies.ids_base) < 2:
             lines.append("the vocabularies share no tokens whose embeddings could be compared")
-        pairs = base.num_layers * (base.num_experts or 1) * ft.num_layers * (ft.num_experts or 1)
+        pairs = len(mlp_places(base)) * len(mlp_places(ft))
         if pairs > self.max_pairs:
             lines.append(f"{pairs:,} pairs of MLPs are more than match_mlps.max_pairs = {self.max_pairs:,}")
         return lines

@@ -50,7 +50,8 @@ class Mode(options.Mode):
         if self.emb and base.tied != ft.tied:
             lines.append("one model ties its head to its embedding and the other does not; leave emb off")
         functions = (
-            "activation", "norm", "pre_norms", "post_norms", "qk_norm", "parallel", "shared_norm", "rope_interleaved"
+            "activation", "norm", "pre_norms", "post_norms", "qk_norm", "parallel", "shared_norm", "rope_interleaved",
+            "layer_experts", "experts_per_token", "router", "clamped_glu", "sinks", "latent",
         )  # fmt: skip
         different = [f"{name} {getattr(base, name)} / {getattr(ft, name)}" for name in functions
                      if getattr(base, name) != getattr(ft, name)]  # fmt: skip

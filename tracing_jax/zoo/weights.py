@@ -31,7 +31,7 @@ _ROWS_AT_ONCE = 8192
 
 
 def weight_measures(source: ParamSource) -> dict[str, Any]:
-    """Returns measures of every matrix and every norm of a model; reads one part at a time, and no text.
+    """Returns measures of every norm and of every matrix on the residual stream; reads one part at a time, and no text.
 
     For each kind of matrix, such as `mlp/up_proj`, one value a layer (one for all where it belongs to no layer):
 
@@ -60,7 +60,7 @@ def weight_measures(source: ParamSource) -> dict[str, Any]:
         kind = kind.rsplit("/", 1)[0] if kind.endswith(("/kernel", "/scale")) else kind
         if name.endswith("/scale"):
             norms.setdefault(kind, []).append(_distance_from_one(leaf, source.arch))
-        elif not name.endswith("/bias"):
+        elif leaf.ndim > 1 and "embed" in table.leaves[name].axes:
             found = _as_matrices(name, leaf, table)
             measures = _measures(found) | ({"directions": directions(found[0])} if kind in _DIRECTED else {})
             for measure, value in measures.items():

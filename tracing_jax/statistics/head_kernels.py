@@ -1,0 +1,49 @@
+"""What the query heads of a layer read and write on the residual stream, whatever the form of its attention."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from tracing_jax.arch import Arch
+from tracing_jax.tree import Tree
+
+HEAD_LEAVES = ("attn", "attn_norm", "attn_post_norm")
+"""The leaves of a layer that are needed, with the norms around them."""
+
+
+def head_kernels(layer: Tree, arch: Arch) -> dict[str, Float[Array, "..."]]:
+    """Returns `q` `[D, K, G, H]`, `k` `[D, K, H]`, `v` `[D, K, U]` and `o` `[K, G, U, D]`, float32.
+
+    In attention by latents the two projections on either side of a latent are multiplied, with the gain of its norm
+    between them; its norm itself, a positive number for each token, is left out. The dims of keys that its heads share
+    are repeated for each.
+    """
+    attn = layer["attn"]
+    if arch.latent is None:
+        return {name: jnp.asarray(attn[f"{name}_proj"]["kernel"], jnp.float32) for name in "qkvo"}
+    return _through_latents({name: leaves for name, leaves in attn.items() if name != "sinks"}, arch.num_kv_heads)
+
+
+def _through_latents(attn: Tree, heads: int) -> dict[str, Float[Array, "..."]]:
+    def kernel(name: str) -> Float[Array, "..."]:
+        return jnp.asarray(attn[name]["kernel"], jnp.float32)
+
+    def through(latent: str, name: str) -> Float[Array, "..."]:
+        if f"{latent}_proj" not in attn:
+            return kernel(name)
+        gain = jnp.asarray(attn[f"{latent}_norm"]["scale"], jnp.float32)
+        return _product(kernel(f"{latent}_proj") * gain, kernel(name))
+
+    k, rope = through("kv_a", "k_proj"), kernel("k_rope_proj")
+    rope = jnp.broadcast_to(rope[:, None], (rope.shape[0], heads, rope.shape[1]))
+    return {
+        "q": jnp.concatenate([through("q_a", "q_proj"), through("q_a", "q_rope_proj")], axis=-1),
+        "k": jnp.concatenate([k, rope], axis=-1),
+        "v": through("kv_a", "v_proj"),
+        "o": kernel("o_proj"),
+    }
+
+
+@jax.jit
+def _product(first: Float[Array, "D C"], second: Float[Array, "C K *G H"]) -> Float[Array, "D K *G H"]:
+    return jnp.tensordot(first, second, 1, precision="highest")
