@@ -227,8 +227,8 @@ def align(
     Args:
       base: the model that stays.
       ft: the model that moves; it is not changed, see `aligned`.
-      kinds: what to undo: `embed`, `mlp`, `kv_heads`, `q_group`, `expert` (permutations), `rotation`, `gains`,
-        `scaling`, `values`, `queries`, `padding`, `identity`; or `all`, or `auto`.
+      kinds: what to undo: `embed`, `mlp`, `kv_heads`, `q_group`, `expert`, `q_latent`, `kv_latent`
+        (permutations), `rotation`, `gains`, `scaling`, `values`, `queries`, `padding`, `identity`; or `all`, or `auto`.
       evidence: what tells units apart: `weights`, or `activations` on `tokens` (permutations only).
       how: further arguments of `tracing_jax.alignment.align`: `tokens`, `compute`, `shared`, `seed`.
 
