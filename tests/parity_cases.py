@@ -355,11 +355,81 @@ _OWN_NAMES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         },
     ),
 }
+_DENSE |= {
+    "olmo3": (
+        _EPS | {"sliding_window": 5, "layer_types": [_SLIDING, _FULL]},
+        {
+            "gqa-tied-default": {
+                "tie_word_embeddings": True,
+                "rope_parameters": {_FULL: _YARN, _SLIDING: _ROPES["default"]},
+            },
+            "bias": {
+                "attention_bias": True,
+                "head_dim": _ABSENT,
+                "rope_parameters": {_FULL: _ROPES["llama3"], _SLIDING: _LOCAL_ROPE},
+            },
+        },
+    ),
+    "seed_oss": (
+        _EPS,
+        {
+            "gqa-tied-default": {"tie_word_embeddings": True},
+            "biases": {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True},
+        },
+    ),
+    "ernie4_5": (_EPS, {"gqa-tied-default": {"tie_word_embeddings": True}, "biases": {"use_bias": True}}),
+    "ministral3": (
+        _EPS | {"rope_parameters": _YARN | {"original_max_position_embeddings": 40, "llama_4_scaling_beta": 0.3}},
+        {
+            "gqa-tied-default": {"tie_word_embeddings": True},
+            "window": {"sliding_window": 5, "num_key_value_heads": 4},
+        },
+    ),
+}
+_OWN_NAMES["gpt_bigcode"] = (
+    _GPT2 | {"model_type": "gpt_bigcode", "n_positions": 40},
+    {
+        "multi_query": {},
+        "many_heads": {"multi_query": False, "n_inner": 20, "tie_word_embeddings": False},
+        "unscaled": {"scale_attn_weights": False, "activation_function": "gelu"},
+    },
+)
+_OWN_NAMES["gpt_neo"] = (
+    {
+        "model_type": "gpt_neo",
+        "vocab_size": VOCAB,
+        "hidden_size": 24,
+        "num_heads": 4,
+        "num_layers": 2,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 5,
+        "max_position_embeddings": 40,
+        "layer_norm_epsilon": 3e-3,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    },
+    {"tied": {}, "inner": {"intermediate_size": 20, "tie_word_embeddings": False}},
+)
+_OWN_NAMES["bloom"] = (
+    {
+        "model_type": "bloom",
+        "vocab_size": VOCAB,
+        "hidden_size": 24,
+        "n_head": 4,
+        "n_layer": 2,
+        "layer_norm_epsilon": 3e-3,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    },
+    {"tied": {}, "odd_heads": {"n_head": 6, "tie_word_embeddings": False}, "one_head": {"n_head": 1}},
+)
 _WITH_GOLDEN = {
     "phi3-gqa-tied-default", "phi3-longrope_partial", "glm-gqa-tied-default", "glm4-bias", "smollm3-windows",
     "exaone4-gqa-tied-default", "cohere-qk_norm", "cohere2-gqa-tied-default", "gpt_neox-tied", "gpt_neox-sequential",
     "stablelm-parallel", "starcoder2-gqa-tied-default", "phi-qk_norms", "gptj-tied", "opt-tied",
-    "falcon-multi_query", "falcon-grouped", "llama-yarn_options", "llama-dynamic",
+    "falcon-multi_query", "falcon-grouped", "bloom-odd_heads",
+    "olmo3-gqa-tied-default", "seed_oss-biases", "ernie4_5-biases", "ministral3-window", "gpt_bigcode-multi_query",
+    "gpt_neo-tied", "llama-yarn_options", "llama-dynamic",
 }  # fmt: skip
 
 

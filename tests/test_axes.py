@@ -21,6 +21,7 @@ from tracing_jax.axes import (
     table_from_axes,
 )
 from tracing_jax.models import init_params
+from tracing_jax.rewrites import check_permutations
 from tracing_jax.tree import Tree, flatten, unflatten
 
 
@@ -184,3 +185,12 @@ def test_published_models_have_their_published_number_of_parameters(name):
     check(shapes, table)
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == expected
     assert sum(math.prod(table.sizes[axis] for axis in row.axes) for row in table.leaves.values()) == expected
+
+
+def test_heads_with_slopes_of_their_own_are_not_permuted():
+    table = axis_table(CASES["bloom-odd_heads"].arch())
+    assert table.axes_of_kind(PERMUTABLE) == table.axes_of_kind(["embed", "mlp"])
+    with pytest.raises(ValueError, match="those of kv_heads, q_group are not alike"):
+        table.axes_of_kind(["kv_heads"])
+    with pytest.raises(ValueError, match="may not be permuted"):
+        check_permutations({"layers/0/kv_heads": np.arange(6)[::-1]}, table)

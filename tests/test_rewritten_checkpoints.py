@@ -29,7 +29,8 @@ WRITTEN = [name for name in CASES if name.endswith("gqa-tied-default")] + [
     "llama-mha-untied-llama3", "llama-both_biases", "llama-narrow_heads", "mistral-mqa-tied-linear",
     "qwen2-window_from_layer_1", "qwen2-layer_types", "gemma2-layer_types", "gemma3_text-pattern_2", "olmo-no_clip",
     "smollm3-windows", "cohere-qk_norm", "glm4-bias", "gpt_neox-tied", "stablelm-parallel", "phi-qk_norms",
-    "gptj-tied", "opt-tied", "falcon-multi_query", "falcon-grouped", "phi3-longrope_partial",
+    "gptj-tied", "opt-tied", "falcon-multi_query", "falcon-grouped", "bloom-odd_heads", "gpt_bigcode-multi_query",
+    "ernie4_5-biases", "seed_oss-biases", "phi3-longrope_partial",
 ]  # fmt: skip
 
 # One of each family with experts; two in the default run, which between them have all that the others have.

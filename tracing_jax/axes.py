@@ -89,6 +89,7 @@ class AxisTable:
       sizes: axis name -> number of units.
       parent_axis: a nested axis -> the axis whose units hold it. Units of `layers/0/q_group` are permuted inside each
         unit of `layers/0/kv_heads`, so its permutation is a matrix `[kv_heads, q_group]`.
+      fixed: kinds of axes whose units are not alike in this model, so that they may not be permuted.
       pairs: the first and the second units of the pairs on `qk_dim` that rotary positions turn together, or that have
         no position.
       groups: axis -> into how many groups of one size its units fall, in their order, where they do: a permutation
@@ -107,25 +108,27 @@ class AxisTable:
     parent_axis: Mapping[str, str] = field(default_factory=dict)
     pairs: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     groups: Mapping[str, int] = field(default_factory=dict)
+    fixed: tuple[str, ...] = ()
 
     def leaves_with_axis(self, axis: str) -> dict[str, LeafSpec]:
         """Returns the specs of the leaves that have `axis`."""
         return {name: leaf for name, leaf in self.leaves.items() if axis in leaf.axes}
 
     def axes_of_kind(self, kinds: Iterable[str]) -> list[str]:
-        """Returns the axis names whose kind is among `kinds`, in the order of the table.
+        """Returns the axis names whose kind is among `kinds` and not fixed, in the order of the table.
 
         One list of kinds serves models of every family: a kind that only others have, such as `expert`, adds nothing.
 
         Raises:
           ValueError: a kind that no family has, or kinds of which the table has none.
         """
-        kinds, known = set(kinds), {kind_of(axis) for axis in self.sizes}
+        kinds, known = set(kinds), {kind_of(axis) for axis in self.sizes} - set(self.fixed)
         unknown = kinds - known - (set(SYMMETRY) if kinds & known else set())
         if unknown:
             listed = ", ".join(sorted(unknown))
-            raise ValueError(f"no axis of kind {listed} in this model; it has {', '.join(sorted(known))}")
-        return [axis for axis in self.sizes if kind_of(axis) in kinds]
+            fixed = f"; those of {', '.join(self.fixed)} are not alike" if self.fixed else ""
+            raise ValueError(f"no axis of kind {listed} in this model; it has {', '.join(sorted(known))}{fixed}")
+        return [axis for axis in self.sizes if kind_of(axis) in kinds & known]
 
     def restricted(self, prefix: str) -> "AxisTable":
         """Returns the table of the subtree under `prefix`: leaf names lose the prefix, axis names keep theirs."""
@@ -231,7 +234,9 @@ def axis_table(arch: Arch) -> AxisTable:
     if arch.head_bias:
         leaves["head/lm_head/bias"] = LeafSpec(("vocab",), "emb")
     leaves = {name: _with_roles(arch, name, spec, leaves) for name, spec in leaves.items()}
-    return AxisTable(leaves, sizes, parent_axis, head_pairs(arch), groups)
+    # With ALiBi each head has a slope of its own, which is no weight and does not move with it.
+    fixed = ("kv_heads", "q_group") if arch.alibi_slopes else ()
+    return AxisTable(leaves, sizes, parent_axis, head_pairs(arch), groups, fixed)
 
 
 def _norm_specs(arch: Arch, name: str, group: str) -> dict[str, LeafSpec]:

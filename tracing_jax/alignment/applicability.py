@@ -75,7 +75,8 @@ def supported(kinds: Sequence[str], arch: Arch) -> tuple[set[str], dict[str, str
     left_out = {name: "; ".join(problems) for name in found & MAPS.keys() if (problems := MAPS[name].unsupported(arch))}
     if "rotation" in left_out:
         found.add("embed")
-    return found - left_out.keys() - (set(PERMUTABLE) - unit_kinds(arch)), left_out
+    free = unit_kinds(arch) - set(table_of(arch).fixed)
+    return found - left_out.keys() - (set(PERMUTABLE) - free), left_out
 
 
 def alignment_problems(base: Arch, ft: Arch, kinds: Sequence[str]) -> list[str]:

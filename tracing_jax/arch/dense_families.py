@@ -5,7 +5,7 @@ from typing import Any
 
 from tracing_jax.arch.architecture import UnsupportedModelError
 from tracing_jax.arch.family import COMMON, NAMES, ArchFields, Family, windows_by_type
-from tracing_jax.arch.rope import Rope, fields_of, frequencies
+from tracing_jax.arch.rope import Rope, alibi_slopes, fields_of, frequencies
 
 _LAYER_NORM_NAMES = NAMES | {"norm_eps": "layer_norm_eps"}
 _LAYER_NORM: ArchFields = {"norm": "layer_norm"}
@@ -183,8 +183,76 @@ def _falcon(config: Any) -> ArchFields:
     }
 
 
-_ROPE = {"rope_parameters"}
+def _bloom(config: Any) -> ArchFields:
+    if config.apply_residual_connection_post_layernorm:
+        raise UnsupportedModelError("apply_residual_connection_post_layernorm is set, which is not supported")
+    return _UNGATED_WITH_BIAS | {
+        "mlp_dim": 4 * config.hidden_size,
+        "norm_eps": config.layer_norm_epsilon,
+        "activation": "gelu_tanh",
+        "embed_norm": True,
+        "alibi_slopes": alibi_slopes(config.n_head),
+    }
+
+
+def _olmo3(config: Any) -> ArchFields:
+    bias = {"qkv_bias": config.attention_bias, "o_bias": config.attention_bias}
+    return {"pre_norms": False, "post_norms": True, "qk_norm": "all", "layer_windows": windows_by_type(config)} | bias
+
+
+def _seed_oss(config: Any) -> ArchFields:
+    return {"qkv_bias": config.attention_bias, "o_bias": config.attention_out_bias, "mlp_bias": config.mlp_bias}
+
+
+def _ernie4_5(config: Any) -> ArchFields:
+    bias = config.use_bias
+    return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": bias, "rope_interleaved": True}
+
+
+def _ministral3(config: Any) -> ArchFields:
+    # From the length that it was trained on, queries grow with their position.
+    limit = config.rope_parameters.get("original_max_position_embeddings")
+    return {"layer_windows": (config.sliding_window,) * config.num_hidden_layers, "rope_positions": limit}
+
+
+def _gpt_bigcode(config: Any) -> ArchFields:
+    heads = config.n_head
+    return (
+        _UNGATED_WITH_BIAS
+        | {
+            "num_kv_heads": 1 if config.multi_query else heads,
+            "q_group": heads if config.multi_query else 1,
+            "mlp_dim": 4 * config.n_embd if config.n_inner is None else config.n_inner,
+            "num_positions": config.n_positions,
+            "norm_eps": config.layer_norm_epsilon,
+        }
+        | ({} if config.scale_attn_weights else {"attention_scale": 1.0})
+    )
+
+
+def _gpt_neo(config: Any) -> ArchFields:
+    kinds = {"global": None, "local": config.window_size}
+    return _UNGATED_WITH_BIAS | {
+        "qkv_bias": False,
+        "attention_scale": 1.0,
+        "mlp_dim": 4 * config.hidden_size if config.intermediate_size is None else config.intermediate_size,
+        "num_positions": config.max_position_embeddings,
+        "norm_eps": config.layer_norm_epsilon,
+        "layer_windows": tuple(kinds[kind] for kind in config.attention_layers),
+    }
+
+
 _DROPOUTS = "resid_pdrop embd_pdrop attn_pdrop"
+
+_GPT_NAMES = {
+    "vocab_size": "vocab_size",
+    "embed_dim": "n_embd",
+    "num_layers": "n_layer",
+    "mlp_dim": "n_inner",
+    "num_heads": "n_head",
+    "norm_eps": "layer_norm_epsilon",
+    "tied": "tie_word_embeddings",
+}
 
 DENSE_FAMILIES: dict[str, Family] = {
     "phi3": Family(
@@ -251,15 +319,7 @@ DENSE_FAMILIES: dict[str, Family] = {
         activation="activation_function",
         neutral=_DROPOUTS + " gradient_checkpointing scale_attn_weights summary_activation summary_first_dropout"
         " summary_proj_to_labels summary_type summary_use_proj task_specific_params",
-        names={
-            "vocab_size": "vocab_size",
-            "embed_dim": "n_embd",
-            "num_layers": "n_layer",
-            "mlp_dim": "n_inner",
-            "num_heads": "n_head",
-            "norm_eps": "layer_norm_epsilon",
-            "tied": "tie_word_embeddings",
-        },
+        names=_GPT_NAMES,
     ),
     "opt": Family(
         _opt,
@@ -281,6 +341,57 @@ DENSE_FAMILIES: dict[str, Family] = {
         names=_without(NAMES, "head_dim", "num_kv_heads")
         | {"mlp_dim": "ffn_hidden_size", "norm_eps": "layer_norm_epsilon"},
         optional_theta=True,
+    ),
+    "olmo3": Family(
+        _olmo3,
+        "rms_norm_eps attention_bias sliding_window layer_types",
+        {"full_attention": "rope_theta", "sliding_attention": "rope_theta"},
+    ),
+    "seed_oss": Family(
+        _seed_oss, "rms_norm_eps attention_bias attention_out_bias mlp_bias", neutral="residual_dropout"
+    ),
+    "ernie4_5": Family(_ernie4_5, "rms_norm_eps use_bias"),
+    "ministral3": Family(_ministral3, "rms_norm_eps sliding_window"),
+    "gpt_bigcode": Family(
+        _gpt_bigcode,
+        "n_embd n_layer n_head n_inner n_positions layer_norm_epsilon activation_function scale_attn_weights"
+        " multi_query num_key_value_heads",
+        thetas={},
+        common=frozenset({"vocab_size", "tie_word_embeddings"}),
+        activation="activation_function",
+        # In float32 it does not matter where scores are rounded.
+        neutral=_DROPOUTS + " attention_softmax_in_fp32 scale_attention_softmax_in_fp32 gradient_checkpointing"
+        " summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj",
+        names=_GPT_NAMES,
+    ),
+    "gpt_neo": Family(
+        _gpt_neo,
+        "hidden_size num_layers num_heads intermediate_size max_position_embeddings window_size attention_types"
+        " attention_layers layer_norm_epsilon activation_function",
+        thetas={},
+        common=frozenset({"vocab_size", "tie_word_embeddings"}),
+        activation="activation_function",
+        neutral="resid_dropout embed_dropout classifier_dropout gradient_checkpointing summary_activation"
+        " summary_first_dropout summary_proj_to_labels summary_type summary_use_proj",
+        names=_without(NAMES, "num_kv_heads", "head_dim")
+        | {"num_layers": "num_layers", "num_heads": "num_heads", "norm_eps": "layer_norm_epsilon"},
+    ),
+    "bloom": Family(
+        _bloom,
+        "hidden_size n_layer n_head layer_norm_epsilon apply_residual_connection_post_layernorm",
+        thetas={},
+        common=frozenset({"vocab_size", "tie_word_embeddings"}),
+        activation="",
+        # The exact sum over slices of tensor-parallel training differs in rounding alone.
+        neutral="slow_but_exact",
+        names={
+            "vocab_size": "vocab_size",
+            "embed_dim": "hidden_size",
+            "num_layers": "n_layer",
+            "num_heads": "n_head",
+            "norm_eps": "layer_norm_epsilon",
+            "tied": "tie_word_embeddings",
+        },
     ),
 }  # fmt: skip
 """Model type -> its row."""

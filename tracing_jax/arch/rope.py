@@ -168,6 +168,18 @@ def _factor(parameters: Mapping[str, Any], config: Any) -> float:
     return float(config.max_position_embeddings / parameters["original_max_position_embeddings"])
 
 
+def alibi_slopes(heads: int) -> tuple[float, ...]:
+    """Returns the slope of each head.
+
+    Source: Press et al. 2022 (arXiv 2108.12409): a geometric sequence for a power of two; other numbers of heads take
+    every second slope of twice as many for the rest.
+    """
+    whole = 1 << (heads.bit_length() - 1)
+    slopes = [2.0 ** (-8.0 * (i + 1) / whole) for i in range(whole)]
+    slopes += [2.0 ** (-8.0 * (2 * i + 1) / (2 * whole)) for i in range(heads - whole)]
+    return tuple(slopes)
+
+
 def head_pairs(arch: Arch) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Returns the first and the second dims of the pairs of a head that rotary positions turn together.
 

@@ -273,6 +273,18 @@ TENSOR_NAMES: Mapping[str, TensorNames] = {
     "gptj": _GPTJ,
     "opt": _OPT,
     "falcon": _FALCON,
+    "olmo3": _LLAMA.but(_POST_NORMS),
+    "gpt_bigcode": _GPT2.but({}, in_out=False, qkv_order="by head"),
+    "gpt_neo": _GPT2.but(
+        {
+            "attn/q_proj": "attn.attention.q_proj",
+            "attn/k_proj": "attn.attention.k_proj",
+            "attn/v_proj": "attn.attention.v_proj",
+            "attn/o_proj": "attn.attention.out_proj",
+        },
+        in_out=False,
+    ),
+    "bloom": _FALCON.but({"embed/norm": "word_embeddings_layernorm"}),
 }
 """Family -> the names that transformers writes; a family that is not here has those of Llama."""
 

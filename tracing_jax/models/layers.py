@@ -187,6 +187,9 @@ def attend(
         scores = cap * jnp.tanh(scores / cap)
     own, others = positions[:, None, None, :, None], jnp.arange(k.shape[1])
     back = own - others
+    if arch.alibi_slopes:
+        slopes = jnp.asarray(arch.alibi_slopes, jnp.float32).reshape(1, *q.shape[2:4], 1, 1)
+        scores = scores - slopes * back.astype(jnp.float32)
     is_seen = (back >= 0) & (back < inputs.window) & (own // inputs.chunk == others // inputs.chunk)
     scores = jnp.where(is_seen, scores, jnp.finfo(jnp.float32).min)
     if arch.sinks:

@@ -372,6 +372,8 @@ def _unit_axes(table: AxisTable) -> dict[str, tuple[int, ...]]:
 
 
 def _width_problems(arch: Arch) -> list[str]:
+    if not has_field(arch, "mlp_dim"):
+        return ["its config has no field for the number of MLP units"]
     axes = _unit_axes(table_of(arch))
     of_one_width = not arch.layer_mlp_dims and arch.shared_mlp_dim is None
     if of_one_width and axes and {shape[-1] for shape in axes.values()} == {arch.mlp_dim}:

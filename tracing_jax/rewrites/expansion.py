@@ -50,7 +50,7 @@ class Padding(Rewrite):
 
     @classmethod
     def unsupported(cls, arch: Arch) -> list[str]:
-        return []
+        return [] if has_field(arch, "mlp_dim") else ["its config has no field for the number of MLP units"]
 
     @classmethod
     def random(cls, key: PRNGKeyArray, arch: Arch) -> "Padding":
@@ -270,6 +270,8 @@ def _feature_problems(arch: Arch) -> list[str]:
 
 
 def _head_problems(arch: Arch) -> list[str]:
+    if arch.alibi_slopes:
+        return ["kv heads cannot be added: the slopes of its heads follow from their number (ALiBi)"]
     if arch.qk_norm == "all":
         return ["kv heads cannot be added: queries and keys are normalised over all heads together"]
     if not has_field(arch, "head_dim"):

@@ -218,7 +218,7 @@ def check_permutations(permutations: Permutations, table: AxisTable) -> None:
         if axis not in table.sizes:
             lines.append(f"{axis}: no such axis; the table has {', '.join(table.sizes)}")
             continue
-        if _restricts(axis):
+        if _restricts(axis) or kind_of(axis) in table.fixed:
             lines.append(f"{axis}: its units may not be permuted; free are {', '.join(PERMUTABLE)}")
         shape = _shape(table, axis)
         if p.shape != shape or not np.issubdtype(p.dtype, np.integer):
