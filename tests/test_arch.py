@@ -514,9 +514,19 @@ def test_every_family_has_parity_cases():
     assert sorted(FAMILIES) == sorted(SUPPORTED_FAMILIES)
 
 
+LACKING = {"deepseek_v2": {"num_experts_per_tok": 6}, "glm4_moe": {"head_dim": 128}}
+"""Family -> what its config class must be given: no model can be built from its defaults alone."""
+
+
 @pytest.mark.parametrize("family", SUPPORTED_FAMILIES)
 def test_every_attribute_of_the_installed_transformers_is_known(family):
-    assert arch_from_config(transformers.AutoConfig.for_model(family)).family == family
+    config = transformers.AutoConfig.for_model(family, **LACKING.get(family, {}))
+    assert arch_from_config(config).family == family
+
+
+def test_number_of_experts_of_a_token_that_is_not_set_is_refused():
+    with pytest.raises(UnsupportedModelError, match="num_experts_per_tok"):
+        arch_from_config(transformers.AutoConfig.for_model("deepseek_v2"))
 
 
 @pytest.mark.parametrize("family", ["mamba", "t5", "no_such_model", None])

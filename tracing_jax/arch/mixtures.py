@@ -25,6 +25,8 @@ def _experts(
       layers: for each layer whether it has experts; empty: all have.
     """
     per_token = config.num_experts_per_tok
+    if per_token is None:
+        raise UnsupportedModelError("num_experts_per_tok is not set")
     if not 1 <= per_token <= count:
         raise UnsupportedModelError(f"{per_token} experts for each token, of {count}")
     if not 1 <= router.groups_per_token <= router.groups or count % router.groups:
