@@ -68,7 +68,7 @@ def test_correlations_are_those_of_numpy_however_batched_and_sliced(data, batch_
 
 
 def test_all_layers_and_batches_share_one_compiled_step():
-    arch = tiny.qwen3_gqa(embed_dim=22, num_layers=3, layer_ropes=(0,) * 3, layer_windows=(None, 4, None))
+    arch = tiny.qwen3_gqa(embed_dim=22, mlp_dim=26, num_layers=3, layer_ropes=(0,) * 3, layer_windows=(None, 4, None))
     base, ft = tiny.model(arch, 0), tiny.model(arch, 1)
     steps = (forward_pass.block_step, paired._accumulate_step)
     before = [step._cache_size() for step in steps]
