@@ -520,6 +520,14 @@ def _mixture_cases() -> Iterator[Case]:
     yield from itertools.starmap(Case, mixture_cases.configs(shared))
 
 
+def _length_cases() -> Iterator[Case]:
+    """Yields models whose config has the length that the rope was trained for beside the parameters of the rope."""
+    shared = {"model_type": "llama"} | _COMMON | _HEADS["gqa"] | _EPS | {"tie_word_embeddings": False}
+    for rope in (_ROPES["llama3"], _LONG):
+        config = shared | {"rope_parameters": rope, "original_max_position_embeddings": 20}
+        yield Case(f"llama-{rope['rope_type']}_length_outside", config)
+
+
 GOLDEN = {
     "parity": tuple(_cases()),
     "parity_dense": tuple(case for case in _dense_cases() if case.name in _WITH_GOLDEN),
@@ -530,7 +538,9 @@ GOLDEN = {
 CASES = {case.name: case for cases in GOLDEN.values() for case in cases}
 """The cases of which golden files hold the numbers."""
 
-LIVE_CASES = {case.name: case for case in (*_dense_cases(), *_mixture_cases()) if case.name not in CASES}
+LIVE_CASES = {
+    case.name: case for case in (*_dense_cases(), *_mixture_cases(), *_length_cases()) if case.name not in CASES
+}
 """Further ones, which are compared where torch is installed."""
 
 FAMILIES = tuple(dict.fromkeys(case.family for case in CASES.values()))

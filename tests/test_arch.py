@@ -514,6 +514,19 @@ def test_every_family_has_parity_cases():
     assert sorted(FAMILIES) == sorted(SUPPORTED_FAMILIES)
 
 
+@pytest.mark.parametrize("kind", ["llama3", "yarn"])
+def test_trained_length_beside_the_rope_takes_the_place_of_the_one_inside(kind):
+    """As in a model that transformers builds, whether the class of the config declares the attribute or not."""
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope = {key: value for key, value in rope.items() if kind == "llama3" or "freq" not in key}
+
+    def arch(inside, **beside):
+        rope_parameters = rope | {"original_max_position_embeddings": inside}
+        return arch_from_config(transformers.LlamaConfig(rope_parameters=rope_parameters, **beside))
+
+    assert arch(512, original_max_position_embeddings=64) == arch(64) != arch(512)
+
+
 LACKING = {"deepseek_v2": {"num_experts_per_tok": 6}, "glm4_moe": {"head_dim": 128}}
 """Family -> what its config class must be given: no model can be built from its defaults alone."""
 

@@ -30,6 +30,8 @@ _NEUTRAL_AT = {"add_cross_attention": False}
 _READ_ANYWAY = {"is_causal": True, "text_config": None, "decoder": None, "generator": None, "per_layer_config": None}
 """Attributes that transformers reads from a config of any class -> the value at which they change nothing."""
 
+_TRAINED_LENGTH = "original_max_position_embeddings"  # read from a config of any class: see `as_built`
+
 # How weights are stored says nothing of what the model computes; the reader of the weights looks at it.
 _OF_THE_WEIGHTS = frozenset({"quantization_config", "compression_config"})
 
@@ -54,7 +56,7 @@ def attribute_problems(config: Any, family: Family) -> list[str]:
 def attribute_notes(config: Any, family: Family) -> list[str]:
     """Returns a note on attributes that the config class of the family does not have, so that they change nothing."""
     attributes = config.to_dict()
-    known = _known(family) | set(_READ_ANYWAY) | set(_NEUTRAL_AT) | _OF_THE_WEIGHTS
+    known = _known(family) | set(_READ_ANYWAY) | set(_NEUTRAL_AT) | _OF_THE_WEIGHTS | {_TRAINED_LENGTH}
     ignored = sorted(
         name
         for name, value in attributes.items()
@@ -63,6 +65,19 @@ def attribute_notes(config: Any, family: Family) -> list[str]:
     if not ignored:
         return []
     return [f"config attributes that {config.model_type} does not have change nothing: {listed(ignored, 20)}"]
+
+
+def as_built(config: Any) -> Any:
+    """Returns the config with the parameters of its rope that a model built from it has.
+
+    Where it has an attribute for the length that the rope was trained for, beside the parameters of the rope,
+    transformers puts that in their place when it builds the model, whether the class declares the attribute or not.
+    """
+    if getattr(config, _TRAINED_LENGTH, None) is None:
+        return config
+    found = copy.deepcopy(config)
+    found.standardize_rope_params()
+    return found
 
 
 def without_undeclared(config: Any, family: Family) -> Any:

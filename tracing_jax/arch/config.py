@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tracing_jax.arch.architecture import Arch, UnsupportedModelError
-from tracing_jax.arch.attributes import attribute_notes, attribute_problems, without_undeclared
+from tracing_jax.arch.attributes import as_built, attribute_notes, attribute_problems, without_undeclared
 from tracing_jax.arch.families import FAMILIES, SUPPORTED_FAMILIES
 from tracing_jax.arch.family import ArchFields, Family
 from tracing_jax.arch.multimodal import (
@@ -129,7 +129,7 @@ def arch_from_config(config: Any) -> Arch:
         raise UnsupportedModelError(_not_supported(config.model_type))
     if problems := attribute_problems(config, family) + _problems(config, family):
         raise UnsupportedModelError("; ".join(problems))
-    config = without_undeclared(config, family)
+    config = without_undeclared(as_built(config), family)
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     kv_heads = getattr(config, family.names.get("num_kv_heads", ""), None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
