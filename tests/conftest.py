@@ -1,6 +1,7 @@
 """Test session set-up: eight simulated CPU devices, and shapes checked at run time in every annotated function."""
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -13,12 +14,16 @@ import filelock
 import hypothesis
 import jax
 import pytest
-from jaxtyping import install_import_hook
+import type_checks
+
+# Where Python is told to keep no bytecode, as in many containers, every process would compile every module anew.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 jax.config.update("jax_num_cpu_devices", 8)
 hypothesis.settings.register_profile("untimed", deadline=None)  # a law does not depend on how busy the machine is
 hypothesis.settings.load_profile("untimed")
-install_import_hook("tracing_jax", "beartype.beartype").__enter__()
+type_checks.install("tracing_jax")
 
 
 def pytest_configure(config):

@@ -1,9 +1,10 @@
 """The commands and snippets of README and docs work as printed.
 
 Every block runs in a folder of its own that has what the pages name: the programs of the repository, the models `base`
-and `theirs`, and the text `pages.txt`. For snippets these are of the tests' family, for commands of the demo. A block
-after `<!-- not run: REASON -->` needs a cluster, the Hub or minutes; its commands are parsed all the same, so their
-flags and config fields exist.
+and `theirs`, and the text `pages.txt`. For snippets and for blocks of `tracing-jax` alone, which run in this process,
+these are of the tests' family; for scripts and printed output they are of the demo. A block after
+`<!-- not run: REASON -->` needs a cluster, the Hub or minutes; its commands are parsed all the same, so their flags and
+config fields exist.
 """
 
 import importlib
@@ -22,6 +23,7 @@ import numpy as np
 import pytest
 
 import tracing_jax as tj
+from tracing_jax import cli
 from tracing_jax.alignment import KINDS, WHOLE
 from tracing_jax.cli.arguments import Parser
 from tracing_jax.rewrites import DISGUISES
@@ -74,12 +76,18 @@ def commands() -> Iterator[tuple[str, list[str]]]:
         text = block.text
         if block.language == "console":
             text = "\n".join(line.removeprefix("$ ") for line in text.splitlines() if line.startswith("$ "))
-        for line in text.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            while words:
-                end = words.index("&&") if "&&" in words else len(words)
-                yield str(block), words[:end]
-                words = words[end + 1 :]
+        for words in words_of(text):
+            yield str(block), words
+
+
+def words_of(script: str) -> Iterator[list[str]]:
+    """Yields the words of each command of a script."""
+    for line in script.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        while words:
+            end = words.index("&&") if "&&" in words else len(words)
+            yield words[:end]
+            words = words[end + 1 :]
 
 
 COMMANDS = list(commands())
@@ -184,10 +192,26 @@ def blocks_to_run() -> list[Block]:
     return [block for text, block in by_text.items() if text not in shown]
 
 
+def is_script(block: Block) -> bool:
+    """Returns whether a block has other commands than `tracing-jax`."""
+    return any(words[0] != "tracing-jax" for words in words_of(block.text))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("block", blocks_to_run(), ids=str)
-def test_block_runs(block, demo_models, tmp_path):
+@pytest.mark.parametrize("block", [block for block in blocks_to_run() if is_script(block)], ids=str)
+def test_script_runs(block, demo_models, tmp_path):
     run(block.text, fill(tmp_path, demo_models))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [block for block in blocks_to_run() if not is_script(block)], ids=str)
+def test_commands_run(block, family, tmp_path, monkeypatch):
+    # What starts the command is tested by the blocks with output; here imports and compiled programs are shared.
+    monkeypatch.chdir(fill(tmp_path, family.folder))
+    monkeypatch.setattr("tracing_jax.demo.member", family.member)
+    monkeypatch.setattr("tracing_jax.demo.held_out_text", lambda: family.text)
+    for _, *arguments in words_of(block.text):
+        cli.main(arguments)
 
 
 @pytest.mark.slow
