@@ -13,6 +13,7 @@ from tracing_jax.cli.arguments import Parser
 VERBS = {
     "compare": "trace one or more models to a base: the verdict, and the layers behind it",
     "verify": "check a record: its content, the files of its models, and the test that decided",
+    "inspect": "print what is found of a model by its weights alone, in the form of a layout file",
     "align": "align a model to a base, and write it as a checkpoint",
     "merge": "find which parents a model was merged of, and in what shares",
     "disguise": "write a checkpoint of the same function in other weights",
