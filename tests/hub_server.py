@@ -70,8 +70,8 @@ class Hub:
         return None
 
 
-_API = re.compile(r"/api/models/(?P<repo>.+?)(/(?P<kind>revision|tree)/(?P<revision>.+))?")
-_RESOLVE = re.compile(r"/(?P<cdn>cdn/)?(?P<repo>.+?)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
+_API = re.compile(r"/api/(?:models|datasets)/(?P<repo>.+?)(/(?P<kind>revision|tree)/(?P<revision>.+))?")
+_RESOLVE = re.compile(r"/(?P<cdn>cdn/)?(?:datasets/)?(?P<repo>.+?)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -113,7 +113,11 @@ class _Handler(BaseHTTPRequestHandler):
             ]
             self._send(200, json.dumps(tree).encode())
         else:
-            info = {"id": match["repo"], "sha": sha, "siblings": [{"rfilename": path} for path in files]}
+            info = {
+                "id": match["repo"],
+                "sha": sha,
+                "siblings": [{"rfilename": p, "size": len(b)} for p, b in files.items()],
+            }
             self._send(200, json.dumps(info).encode())
 
     def _serve(self, match: re.Match, sha: str, files: dict[str, bytes]) -> None:

@@ -1,23 +1,32 @@
 """`scan`: relatives in a library of signatures, in order; and the library itself."""
 
+import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
+from hub_server import Repo, serve
 from test_signature import GATED, VOCABULARY, base_of, disguised, finetuned, signature_of
 
 from tests import foreign_layouts as layouts
 from tracing_jax.checkpoint import WeightsOnly, open_checkpoint
 from tracing_jax.library import (
+    MAX_BYTES,
     SUFFIX,
     add_to_library,
+    drawing,
     indexed,
     is_same,
     library_folder,
     read_library,
     read_suspect,
     scan,
+    to_bytes,
     vocabulary_of,
     write_signature,
 )
@@ -98,8 +107,6 @@ def test_a_first_look_at_many_signatures_keeps_the_relatives(models, library):
 
 def _shuffled(signature, rng):
     """Returns a signature of the same numbers, each row in an order of its own."""
-    import dataclasses
-
     layers = [
         dataclasses.replace(layer, readings={k: rng.permuted(v, axis=1) for k, v in layer.readings.items()})
         for layer in signature.layers
@@ -158,10 +165,68 @@ def test_a_library_grows_by_adding_and_by_dropping_in(tmp_path, library):
         read_library(folder)
 
 
-def test_a_copied_signature_is_reported(tmp_path, library):
-    import dataclasses
+def test_a_download_is_checked_and_left_as_it_is(tmp_path, library):
+    write_signature(library["base"], tmp_path / f"base{SUFFIX}")
+    assert indexed(tmp_path, write=False).new == ("base",)
+    assert not (tmp_path / "index.json").exists()
 
-    taken = dataclasses.replace(library["base"], facts=dict(library["base"].facts) | {"model": "mine", "digest": "0"})
+
+def test_names_of_files_and_a_strange_index_do_no_harm(tmp_path, library):
+    write_signature(library["base"], tmp_path / f"\x1b[2J{SUFFIX}")
+    assert set(read_library(tmp_path)) == {"\\x1b[2J"}
+    (tmp_path / "index.json").write_text(json.dumps({"\x1b[31m": {}}))
+    assert indexed(tmp_path, write=False).problems == ("\\x1b[31m: listed in index.json, and gone",)
+    for content in ("[" * 100_000, "[]", '{"a": 1}', "{"):
+        (tmp_path / "index.json").write_text(content)
+        with pytest.raises(ValueError, match="remove it, and it is made again"):
+            indexed(tmp_path)
+
+
+_FOLDER = """
+import sys
+from tracing_jax.library import library_folder, read_library
+for where in sys.argv[1:]:
+    try:
+        print(sorted(read_library(library_folder(where))))
+    except ValueError as error:
+        print("refused:", error)
+"""
+
+
+@pytest.mark.slow
+def test_a_library_on_the_hub_is_downloaded_if_its_files_can_be_signatures(tmp_path, library):
+    good = {f"base{SUFFIX}": to_bytes(library["base"]), "README.md": b"#", f"more/other{SUFFIX}": b"x" * 999}
+    repos = {
+        "org/bases": Repo({"main": good, "v1": good | {f"child{SUFFIX}": to_bytes(library["child 1"])}}),
+        "org/large": Repo({"main": good | {f"huge{SUFFIX}": b"0" * (MAX_BYTES + 1)}}),
+        "org/none": Repo({"main": {"README.md": b"#"}}),
+    }
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    env = clean | {"HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}
+
+    def ask(*where, **more):
+        command = [sys.executable, "-c", _FOLDER, *where]
+        done = subprocess.run(
+            command, env=env | more, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True
+        )
+        return done.stdout.splitlines()
+
+    with serve(repos) as hub:
+        here = {"HF_ENDPOINT": hub.url}
+        one, two, large, none, missing = ask("org/bases", "org/bases@v1", "org/large", "org/none", "org/no", **here)
+        assert [one, two] == ["['base']", "['base', 'child']"]
+        assert large.startswith("refused: library org/large: more than 262,144 bytes")
+        assert "huge" in large
+        assert none.startswith("refused: library org/none: none of its files")
+        assert missing.startswith("refused: library org/no: no such folder here")
+        assert not any("huge" in name or "other" in name or "README" in name for name in hub.downloads())
+    assert ask("org/bases", HF_HUB_OFFLINE="1") == ["['base']"]
+
+
+def test_a_copied_signature_is_reported(tmp_path, library):
+    files = {"b.safetensors": "0" * 64}
+    other = {"model": "mine", "digest": drawing.digest_of(files), "files": files}
+    taken = dataclasses.replace(library["base"], facts=dict(library["base"].facts) | other)
     write_signature(library["base"], tmp_path / f"base{SUFFIX}")
     write_signature(taken, tmp_path / f"mine{SUFFIX}")
     assert indexed(tmp_path).same == (("base", "mine"),)

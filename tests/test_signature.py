@@ -1,18 +1,29 @@
 """Signatures: what is drawn, what the file holds, and which models one is found in."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import tiny
 
 from benchmarks.descendants import pruned_in_depth, rounded
 from benchmarks.forgeries import on_device, on_host, planted, sorted_units, widened
-from tracing_jax.library import Vocabulary, compare, drawing, make_signature, read_signature, read_suspect, to_bytes
+from tracing_jax.library import (
+    MAX_BYTES,
+    Vocabulary,
+    compare,
+    drawing,
+    make_signature,
+    read_signature,
+    read_suspect,
+    to_bytes,
+)
 from tracing_jax.library.comparison import MOMENTS, RESPONSES
-from tracing_jax.library.signature import MAX_BYTES, SampledLayer, Signature
+from tracing_jax.library.signature import SampledLayer, Signature
 from tracing_jax.rewrites import Renaming, draw_rewrites
 from tracing_jax.sources import InMemory, in_memory, rewritten
 from tracing_jax.tree import map_named
@@ -219,3 +230,91 @@ def test_damaged_files_are_refused(tmp_path, signatures):
         except ValueError:
             refused += 1
     assert refused > 50
+    with pytest.raises(OSError, match="No such file"):
+        read_signature(tmp_path / "missing")
+
+
+def _changed(signature, **facts):
+    """Returns the file of a signature with other facts in its header; None takes one out."""
+    found = {name: value for name, value in (dict(signature.facts) | facts).items() if value is not ...}
+    return to_bytes(dataclasses.replace(signature, facts=found))
+
+
+def _with(signature, **changes):
+    """Returns the file of a signature whose tensors of these names have other content; of every layer, or of none."""
+    written = to_bytes(signature)
+    tensors, facts = safetensors.numpy.load(written), json.dumps(dict(signature.facts))
+    for part, change in changes.items():
+        for name in [name for name in tensors if name.rpartition("/")[2].replace(" ", "_").startswith(part)]:
+            tensors[name] = change(tensors[name])
+    return safetensors.numpy.save(tensors, {"tracing_jax_signature": facts})
+
+
+_NAN = np.float16(np.nan)
+_HOSTILE = {
+    "other format": (lambda s: _changed(s, format=2), "expected format 1 .* found 2"),
+    "other rule": (lambda s: _changed(s, rule="mine"), "found 1 and mine"),
+    "no model": (lambda s: _changed(s, model=...), "model is None"),
+    "escape codes": (lambda s: _changed(s, model="\x1b[2Ja"), "expected printable"),
+    "endless name": (lambda s: _changed(s, model="a" * 1000), "model is 'aaa"),
+    "no hash": (lambda s: _changed(s, digest="x" * 64), "SHA-256"),
+    "hash of other files": (lambda s: _changed(s, digest="0" * 64), "not that of the weight files"),
+    "many files": (lambda s: _changed(s, files={f"{i}": "0" * 64 for i in range(17)}), "at most 16 weight files"),
+    "other readings": (lambda s: _changed(s, readings=["gate", "down"]), "readings are"),
+    "one reading": (lambda s: _changed(s, readings="gate"), "readings are"),
+    "no gate": (lambda s: _changed(s, readings=["up", "effect"]), "other MLPs"),
+    "shape of text": (lambda s: _changed(s, shape={"embed_dim": "48"}), "shape"),
+    "negative width": (lambda s: _changed(s, shape=dict(s.facts["shape"]) | {"embed_dim": -1}), "shape"),
+    "endless width": (lambda s: _changed(s, shape=dict(s.facts["shape"]) | {"embed_dim": 10**400}), "shape"),
+    "small width": (lambda s: _changed(s, shape=dict(s.facts["shape"]) | {"embed_dim": 8}), "4 at most"),
+    "layer twice": (lambda s: _changed(s, layers=[0, 0, 3]), "the rule samples"),
+    "endless layer": (lambda s: _changed(s, layers=[0, 2, 10**30]), "expected 1 to 3 numbers"),
+    "other layers": (lambda s: _changed(s, of_layers=5), "the rule samples"),
+    "layers of text": (lambda s: _changed(s, layers="023"), "expected 1 to 3 numbers"),
+    "units in floats": (lambda s: _with(s, units=lambda u: u * 1.0), "expected int32"),
+    "one unit": (lambda s: _with(s, units=lambda u: u[:1]), "different units"),
+    "a unit twice": (lambda s: _with(s, units=lambda u: np.where(u == u[0], u[1], u)), "different units"),
+    "negative units": (lambda s: _with(s, units=lambda u: -u - 1), "different units"),
+    "NaN responses": (lambda s: _with(s, gate=lambda r: np.full(r.shape, np.nan, np.float32)), "found float32"),
+    "wide responses": (lambda s: _with(s, gate=lambda r: np.concatenate([r, r], 1)), "expected int8 of shape"),
+    "a unit less": (lambda s: _with(s, gate=lambda r: r[1:]), "expected int8 of shape"),
+    "flat moments": (lambda s: _with(s, moments=lambda m: m[:, :3]), "expected int8 of shape"),
+    "few moments": (lambda s: _with(s, moments=lambda m: m[:1]), "1 rows, expected"),
+    "moments of one number": (lambda s: _with(s, moments=lambda m: m[0, :1]), "damaged|expected"),
+    "NaN covariance": (lambda s: _with(s, covariance=lambda c: c * _NAN), "expected correlations"),
+    "huge covariance": (lambda s: _with(s, covariance=lambda c: c * np.float16(6e4)), "expected correlations"),
+    "negative covariance": (lambda s: _with(s, covariance=lambda c: -c), "expected correlations"),
+    "lopsided covariance": (lambda s: _with(s, covariance=lambda c: np.triu(c, 1) + c / 2), "expected correlations"),
+    "small covariance": (lambda s: _with(s, covariance=lambda c: c[:0]), "expected float16 of shape"),
+    "a token twice": (lambda s: to_bytes(dataclasses.replace(s, tokens=("a", *s.tokens[1:-1], "a"))), "twice"),
+    "a token less": (lambda s: to_bytes(dataclasses.replace(s, tokens=s.tokens[1:])), "expected int8 of shape"),
+    "a long token": (lambda s: to_bytes(dataclasses.replace(s, tokens=("a" * 25, *s.tokens[1:]))), "24 bytes"),
+    "more layers": (lambda s: to_bytes(dataclasses.replace(
+        s, layers=(*s.layers, dataclasses.replace(s.layers[0], layer=1)))), "do not belong"),
+    "fewer layers": (lambda s: to_bytes(dataclasses.replace(s, layers=s.layers[:2])), "lacks the tensors"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _HOSTILE)
+def test_whatever_is_wrong_in_a_signature_is_named(name, tmp_path, signatures):
+    change, message = _HOSTILE[name]
+    file = tmp_path / "hostile.signature.safetensors"
+    file.write_bytes(change(signatures[True]))
+    with pytest.raises(ValueError, match=message) as error:
+        read_signature(file)
+    assert str(error.value).startswith(f"{file}: not a signature of `tracing-jax signature`: ")
+    assert len(str(error.value)) < 700
+    assert str(error.value).isprintable()
+
+
+def test_other_safetensors_are_no_signatures(tmp_path):
+    deep = json.dumps({"__metadata__": {"tracing_jax_signature": "[" * 9000}}).encode()
+    for content in (
+        safetensors.numpy.save({"a": np.zeros(3)}),
+        safetensors.numpy.save({"a": np.zeros(3)}, {"tracing_jax_signature": "[]"}),
+        len(deep).to_bytes(8, "little") + deep,
+        (2**60).to_bytes(8, "little") + deep,
+    ):
+        (tmp_path / "other").write_bytes(content)
+        with pytest.raises(ValueError, match=r"header|cut off"):
+            read_signature(tmp_path / "other")

@@ -48,23 +48,26 @@ def run(parsed: argparse.Namespace) -> None:
 
 
 def _check(where: str, model: str | None) -> None:
+    from pathlib import Path
+
     from tracing_jax.library import indexed, library_folder, read_library
 
     folder = library_folder(where)
-    checked = indexed(folder)
+    own = Path(where).expanduser().is_dir()
+    checked = indexed(folder, write=own)
     for line in checked.problems:
         print(f"problem: {line}")
     for group in checked.same:
         print(f"the same model, or the same units: {', '.join(group)}")
     for name in checked.new:
-        print(f"new, listed now: {name}")
+        print(f"{'new, listed now' if own else 'not listed in the index'}: {name}")
     print(f"{where}: {len(checked.names)} signatures, {len(checked.problems)} problems")
     if model is not None:
         from tracing_jax.experiment.signing import signature_of
         from tracing_jax.library import is_same
 
-        own = signature_of(model)
-        same = [name for name, found in read_library(folder).items() if is_same(own, found)]
+        made = signature_of(model)
+        same = [name for name, found in read_library(folder).items() if is_same(made, found)]
         print(f"{model}: its signature is {', '.join(same) if same else 'not in the library'}")
         if not same:
             sys.exit(1)

@@ -8,16 +8,8 @@ from tracing_jax.library.comparison import Evidence, Match, compare
 from tracing_jax.library.folder import Checked, add_to_library, indexed, library_folder, read_library
 from tracing_jax.library.readings import Vocabulary, vocabulary_of
 from tracing_jax.library.scan import Candidate, Scan, scan
-from tracing_jax.library.signature import (
-    MAX_BYTES,
-    SUFFIX,
-    Signature,
-    is_same,
-    make_signature,
-    read_signature,
-    to_bytes,
-    write_signature,
-)
+from tracing_jax.library.signature import Signature, is_same, make_signature
+from tracing_jax.library.signature_file import MAX_BYTES, SUFFIX, read_signature, to_bytes, write_signature
 from tracing_jax.library.suspect import Suspect, read_suspect
 
 __all__ = [

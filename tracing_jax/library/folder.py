@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
 
-from tracing_jax.library.signature import SUFFIX, Signature, read_signature
+from tracing_jax.complaints import listed
+from tracing_jax.library.signature import Signature
+from tracing_jax.library.signature_file import MAX_BYTES, SUFFIX, read_signature
 from tracing_jax.record import atomic_write
 
 INDEX = "index.json"
+_LARGEST_INDEX = 2**26  # bytes: of a hundred thousand signatures
 _ON_HUB = re.compile(r"(?:https?://[^/]+/datasets/|hf://datasets/)?([\w.-]+/[\w.-]+?)/?(?:@([\w./-]+))?")
 
 
@@ -55,16 +58,48 @@ def library_folder(where: str, cache_dir: str | None = None) -> Path:
     found = _ON_HUB.fullmatch(where)
     if local.exists() or where.startswith((".", "/", "~")) or found is None:
         raise ValueError(f"library {where}: expected a folder of *{SUFFIX} files, or org/name of a data set on the Hub")
-    patterns = [f"*{SUFFIX}", INDEX]
     try:
+        _check_sizes(found[1], found[2])
         return Path(
             snapshot_download(
-                found[1], repo_type="dataset", revision=found[2], cache_dir=cache_dir, allow_patterns=patterns
+                found[1],
+                repo_type="dataset",
+                revision=found[2],
+                cache_dir=cache_dir,
+                allow_patterns=[f"*{SUFFIX}", INDEX],
+                ignore_patterns=["*/*"],
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"library {where}: no such folder here, and not to be had from the Hub: {reason}") from None
+
+
+def _check_sizes(repo: str, revision: str | None) -> None:
+    """Looks at the sizes of a repository's files, so that nobody fills the disk with a large file of the right name.
+
+    Without a network nothing is asked: what is in the cache counts.
+
+    Raises:
+      ValueError: a file is too large to be a signature, or there is none.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        info = HfApi().dataset_info(repo, revision=revision, files_metadata=True)
+    except HTTPError as error:
+        if isinstance(error, HfHubHTTPError):
+            raise
+        return
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or () if "/" not in file.rfilename}
+    limits = {name: MAX_BYTES for name in sizes if name.endswith(SUFFIX)}
+    if not limits:
+        raise ValueError(f"library {repo}: none of its files at the top ends in {SUFFIX}")
+    large = [name for name, limit in (limits | {INDEX: _LARGEST_INDEX}).items() if sizes.get(name, 0) > limit]
+    if large:
+        raise ValueError(
+            f"library {repo}: more than {MAX_BYTES:,} bytes, no signatures: {listed(map(_escaped, large))}"
+        )
 
 
 def read_library(folder: Path) -> dict[str, Signature]:
@@ -78,7 +113,7 @@ def read_library(folder: Path) -> dict[str, Signature]:
         try:
             found[_name(path)] = read_signature(path)
         except ValueError as error:
-            problems.append(str(error))
+            problems.append(_escaped(str(error)))
     if problems:
         raise ValueError("\n  ".join([f"library {folder}: move away what is no signature", *problems]))
     if not found:
@@ -108,11 +143,15 @@ def add_to_library(folder: Path, paths: list[Path]) -> list[str]:
     return [_name(target) for target in contents]
 
 
-def indexed(folder: Path) -> Checked:
+def indexed(folder: Path, *, write: bool = True) -> Checked:
     """Reads every file of a library, compares it with the index, and writes the index anew of those that are right.
 
     A file that changed since it was listed keeps its old entry, so that the change is reported until the file, or its
     entry, is removed.
+
+    Args:
+      folder: of the library.
+      write: whether the index is brought up to date; not in a download, which is not ours to change.
     """
     index, fresh = _index(folder), {}
     names, problems, new = [], [], []
@@ -123,7 +162,7 @@ def indexed(folder: Path) -> Checked:
         try:
             signature = read_signature(path)
         except ValueError as error:
-            problems.append(str(error))
+            problems.append(_escaped(str(error)))
             continue
         entry = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "model": signature.model,
                  "digest": signature.digest, "family": signature.facts.get("family")}  # fmt: skip
@@ -139,9 +178,9 @@ def indexed(folder: Path) -> Checked:
         by_digest.setdefault(signature.digest, []).append(name)
         rows = b"".join(found.tobytes() for layer in signature.layers for found in layer.readings.values())
         by_units.setdefault(hashlib.sha256(rows).hexdigest(), []).append(name)
-    problems += [f"{name}: listed in {INDEX}, and gone" for name in sorted(index.keys() - fresh.keys())
+    problems += [f"{_escaped(name)}: listed in {INDEX}, and gone" for name in sorted(index.keys() - fresh.keys())
                  if not (folder / f"{name}{SUFFIX}").exists()]  # fmt: skip
-    if fresh != index:
+    if write and fresh != index:
         atomic_write(folder / INDEX, (json.dumps(fresh, indent=1, sort_keys=True) + "\n").encode())
     groups = {tuple(group) for group in (*by_digest.values(), *by_units.values()) if len(group) > 1}
     return Checked(tuple(names), tuple(problems), tuple(new), tuple(sorted(groups)))
@@ -152,7 +191,12 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _name(path: Path) -> str:
-    return path.name.removesuffix(SUFFIX).removesuffix(".safetensors")
+    return _escaped(path.name.removesuffix(SUFFIX).removesuffix(".safetensors"))
+
+
+def _escaped(name: str) -> str:
+    """Returns a name of which nothing but text reaches a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
 def _index(folder: Path) -> Mapping[str, Mapping[str, Any]]:
@@ -160,8 +204,12 @@ def _index(folder: Path) -> Mapping[str, Mapping[str, Any]]:
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_text("utf-8"))
-    except ValueError:
+        with path.open("rb") as file:
+            content = file.read(_LARGEST_INDEX + 1)
+        if len(content) > _LARGEST_INDEX:
+            raise ValueError(f"{path}: larger than {_LARGEST_INDEX:,} bytes; remove it, and it is made again")
+        found = json.loads(content)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         raise ValueError(f"{path}: not JSON; remove it, and it is made again") from None
     if not isinstance(found, dict) or not all(isinstance(entry, dict) for entry in found.values()):
         raise ValueError(f"{path}: expected file -> entry; remove it, and it is made again")

@@ -28,6 +28,9 @@ GATED, GATELESS = ("gate", "up"), ("up", "effect")
 """Two readings of a unit, which are matched apart: what its two projections give for a token; or, without a gate, what
 it reads from the embedding of a token and what it writes to that token's logit."""
 
+MOMENT_NUMBERS = 7 + 8 * 7 // 2
+"""M: of a row and its seven images under the moments of the layer, the images' lengths and all pairs' cosines."""
+
 _TINY = 1e-12
 
 
@@ -105,9 +108,9 @@ def _products(rows: Float[Array, "F D"], tokens: Float[Array, "S D"]) -> Float[A
     return jnp.einsum("fd,sd->fs", rows, tokens, precision="highest")
 
 
-def moment_names(arch: Arch) -> tuple[str, str]:
-    """Returns the kinds of rows of which signatures of moments are taken."""
-    return ("gate", "up") if arch.gated else ("up", "down")
+def moment_names(gated: bool) -> tuple[str, str]:
+    """Returns the kinds of rows of which signatures of moments are taken, of MLPs with or without a gate."""
+    return ("gate", "up") if gated else ("up", "down")
 
 
 def has_moments(model: ParamSource) -> bool:
@@ -125,7 +128,7 @@ def moment_readings(layer: Tree, arch: Arch) -> dict[str, tuple[Float[np.ndarray
     cosines between the vectors `A w`. No rotation of the features changes them, and neither embeddings nor head enter.
     """
     units, moments = units_of(layer, arch), layer_moments(layer, arch)
-    return {name: (_signatures(units.rows[name], moments), units.live) for name in moment_names(arch)}
+    return {name: (_signatures(units.rows[name], moments), units.live) for name in moment_names(arch.gated)}
 
 
 def _signatures(rows: Float[Array, "F D"], moments: Sequence[Float[Array, "D D"]]) -> Float[np.ndarray, "F M"]:

@@ -21,8 +21,8 @@ from tracing_jax.statistics.pvalues import holm
 
 Word = Literal["related", "undecided", "no_evidence", "not_testable"]
 
-COMPARED_AT_ONCE = 48
-"""Up to so many signatures are compared in full, whatever a first look shows."""
+COMPARED_AT_ONCE, FILLED_UP_TO = 48, 24
+"""Of libraries up to the first size all signatures are compared in full; of larger ones, at least the second number."""
 
 _FIRST_UNITS, _FIRST_TOKENS, _FIRST_AGREEING = 16, 128, 2
 """Of each layer, so many units are looked for at so many tokens; so many of them must agree in some layer."""
@@ -200,14 +200,14 @@ def shortlist(signatures: Mapping[str, Signature], suspect: Suspect) -> list[str
 
     All, if they are few. Of many, those of which two of 16 units of a layer have the same closest unit of the suspect
     by both readings, in some layer; those that have no such look, since they share too few tokens or have moments
-    alone; and the best of the others, up to `COMPARED_AT_ONCE`.
+    alone; and the best of the others, up to `FILLED_UP_TO`.
     """
     if len(signatures) <= COMPARED_AT_ONCE:
         return list(signatures)
     scores = first_look(signatures, suspect)
     chosen = {name for name in signatures if scores.get(name, _FIRST_AGREEING) >= _FIRST_AGREEING}
     for name in sorted(scores, key=lambda name: -scores[name]):
-        if len(chosen) >= COMPARED_AT_ONCE:
+        if len(chosen) >= FILLED_UP_TO:
             break
         chosen.add(name)
     return [name for name in signatures if name in chosen]

@@ -6,16 +6,12 @@ strings, and of 128 units each how the weights of their own layer act on them. S
 Letters: U units, S tokens, M moments.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 from jaxtyping import Float, Float16, Int, Int8
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 from tracing_jax.complaints import shortened
@@ -29,20 +25,21 @@ from tracing_jax.library.readings import (
     reading_names,
     token_readings,
 )
-from tracing_jax.record import atomic_write
 from tracing_jax.sources import MlpsAsLayers, ParamSource
 from tracing_jax.statistics.distinct_units import distinct_units
 
 FORMAT = 1
 """Version of the file format."""
 
-MAX_BYTES = 256 * 1024
-SUFFIX = ".signature.safetensors"
+MOST_LISTED_FILES = 16
+"""Of more weight files than this, the header has their common hash alone."""
 
-_HEADER = "tracing_jax_signature"
+MOST_CHARACTERS = 200
+"""Of the name of a model."""
+
 _MOMENT_STEP = 1 / 16  # standard deviations
-_MOST_LISTED_FILES = 16
-_SHAPE = ("num_layers", "embed_dim", "mlp_dim", "num_experts", "vocab_size", "gated")
+SHAPE = ("num_layers", "embed_dim", "mlp_dim", "num_experts", "vocab_size", "gated")
+"""The facts of a model that the header has."""
 
 
 @dataclass(frozen=True)
@@ -127,13 +124,13 @@ def make_signature(
         layers.append(_sampled(mlps, i, kept, key, read(i)))
     facts = {
         "format": FORMAT,
-        "model": shortened(model_id, 200),
+        "model": _shown(model_id),
         "revision": revision,
         "family": arch.family,
-        "shape": {name: getattr(arch, name) for name in _SHAPE},
+        "shape": {name: getattr(arch, name) for name in SHAPE},
         "digest": digest,
         "num_files": len(files),
-        "files": dict(sorted(files.items())) if len(files) <= _MOST_LISTED_FILES else {},
+        "files": dict(sorted(files.items())) if len(files) <= MOST_LISTED_FILES else {},
         "rule": drawing.RULE,
         "layers": sampled,
         "of_layers": mlps.arch.num_layers,
@@ -141,6 +138,10 @@ def make_signature(
         "vocabulary_known": vocabulary.known,
     }
     return Signature(facts, tuple(tokens), tuple(layers))
+
+
+def _shown(model_id: str) -> str:
+    return shortened("".join(c if c.isprintable() else "?" for c in model_id), MOST_CHARACTERS)
 
 
 def _sampled(
@@ -189,99 +190,6 @@ def standardised_moments(
 def moments_of(layer: SampledLayer, name: str) -> Float[np.ndarray, "V M"]:
     """Returns the stored signatures of moments of a layer, in standard deviations."""
     return layer.moments[name].astype(np.float32) * np.float32(_MOMENT_STEP)
-
-
-def to_bytes(signature: Signature) -> bytes:
-    """Returns the file of a signature: safetensors, whose only metadata is the header as JSON.
-
-    Raises:
-      ValueError: it would be larger than `MAX_BYTES`.
-    """
-    strings = [token.encode("utf-8", "surrogatepass") for token in signature.tokens]
-    tensors: dict[str, np.ndarray] = {
-        "tokens": np.frombuffer(b"".join(strings), np.uint8),
-        "token_lengths": np.array([len(string) for string in strings], np.uint8),
-    }
-    for found in signature.layers:
-        at = f"layers/{found.layer}"
-        tensors[f"{at}/units"] = np.ascontiguousarray(found.units, np.int32)
-        for part, arrays in (("", found.readings), ("moments ", found.moments), ("covariance ", found.covariances)):
-            tensors |= {f"{at}/{part}{name}": np.ascontiguousarray(array) for name, array in arrays.items()}
-    header = json.dumps(signature.facts, sort_keys=True, separators=(",", ":"))
-    written = safetensors.numpy.save(tensors, metadata={_HEADER: header})
-    if len(written) > MAX_BYTES:
-        raise ValueError(f"the signature of {signature.model} has {len(written):,} bytes, more than {MAX_BYTES:,}")
-    return written
-
-
-def write_signature(signature: Signature, path: Path) -> None:
-    """Writes the file of a signature, replacing it as a whole."""
-    atomic_write(path, to_bytes(signature))
-
-
-def read_signature(path: Path) -> Signature:
-    """Returns the signature in a file; whatever the file holds, it is only looked at.
-
-    Raises:
-      ValueError: it is no signature, is damaged, or is of another version.
-    """
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"expected at most {MAX_BYTES:,} bytes, found {path.stat().st_size:,}")
-        content = path.read_bytes()
-        return _parsed(_facts_of(content), safetensors.numpy.load(content))
-    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError, RecursionError) as error:
-        raise ValueError(f"{path}: not a signature of `tracing-jax signature`: {shortened(error, 300)}") from None
-
-
-def _facts_of(content: bytes) -> dict[str, Any]:
-    length = int.from_bytes(content[:8], "little")
-    metadata = json.loads(content[8 : 8 + length])["__metadata__"]
-    facts = json.loads(metadata[_HEADER])
-    if not isinstance(facts, dict) or facts.get("format") != FORMAT or facts.get("rule") != drawing.RULE:
-        raise ValueError(f"expected format {FORMAT} and rule {drawing.RULE}; make it again with this version")
-    return facts
-
-
-def _parsed(facts: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> Signature:
-    lengths = tensors["token_lengths"].astype(int)
-    ends = np.cumsum(lengths)
-    text = tensors["tokens"].tobytes()
-    if lengths.ndim != 1 or len(text) != lengths.sum() or not 1 <= len(lengths) <= drawing.TOKENS:
-        raise ValueError("its token strings are damaged")
-    tokens = tuple(text[end - n : end].decode("utf-8", "surrogatepass") for end, n in zip(ends, lengths))
-    kinds, shape = [str(kind) for kind in facts["readings"]], facts["shape"]
-    if len(kinds) != 2 or not isinstance(facts["model"], str) or not isinstance(facts["digest"], str):
-        raise ValueError("its header lacks the model, its hash, or two readings")
-    if not all(isinstance(shape[name], int | type(None)) for name in _SHAPE):
-        raise ValueError("the shape in its header is damaged")
-    layers = tuple(_parsed_layer(int(layer), kinds, len(tokens), tensors) for layer in facts["layers"])
-    if not 1 <= len(layers) <= drawing.LAYERS:
-        raise ValueError(f"expected 1 to {drawing.LAYERS} layers, found {len(layers)}")
-    return Signature(facts, tokens, layers)
-
-
-def _parsed_layer(layer: int, kinds: list[str], num_tokens: int, tensors: Mapping[str, np.ndarray]) -> SampledLayer:
-    at = f"layers/{layer}"
-    units = tensors[f"{at}/units"]
-    if units.ndim != 1 or not 2 <= len(units) <= drawing.UNITS or units.dtype != np.int32:
-        raise ValueError(f"layer {layer} has no sampled units")
-    readings = {kind: tensors[f"{at}/{kind}"] for kind in kinds}
-    for kind, found in readings.items():
-        if found.shape != (len(units), num_tokens) or found.dtype != np.int8:
-            raise ValueError(
-                f"layer {layer}, {kind}: {found.shape} {found.dtype}, expected int8 of every unit and token"
-            )
-    prefix = f"{at}/moments "
-    moments = {name.removeprefix(prefix): found for name, found in tensors.items() if name.startswith(prefix)}
-    covariances = {name: tensors[f"{at}/covariance {name}"] for name in moments}
-    for name, found in moments.items():
-        square = covariances[name]
-        if found.ndim != 2 or found.dtype != np.int8 or len(found) > drawing.MOMENT_UNITS:
-            raise ValueError(f"layer {layer}: its moments are damaged")
-        if square.shape != (found.shape[1],) * 2 or square.dtype != np.float16 or not np.isfinite(square).all():
-            raise ValueError(f"layer {layer}: its covariances are damaged")
-    return SampledLayer(layer, units, readings, moments, covariances)
 
 
 def is_same(one: Signature, other: Signature) -> bool:
