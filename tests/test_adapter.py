@@ -124,6 +124,39 @@ def test_transposed_weights(tmp_path, base):
     expect(store, WTE, BASE[WTE] + 1.5 * (b.astype(float) @ a).T)
 
 
+@pytest.mark.parametrize(
+    ("init", "transposed"), [("pissa", False), ("pissa", True), ("olora", False), ("OLoRA", False)]
+)
+def test_first_factors_are_subtracted_where_the_base_was_changed_by_a_rule(tmp_path, base, init, transposed):
+    a, b = factors(4, 6) if transposed else factors(6, 4)
+    path = "model.layers.0.q_proj"
+    tensors = {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}
+    config = {"init_lora_weights": init, "fan_in_fan_out": transposed}
+    weight = (BASE[Q].T if transposed else BASE[Q]).astype(float)
+    if init == "pissa":
+        u, s, v = np.linalg.svd(weight, full_matrices=False)
+        first = u[:, :2] * s[:2] @ v[:2]
+    else:
+        q, r = np.linalg.qr(weight)
+        first = 1.5 * q[:, :2] @ r[:2]
+    wanted = weight - first + 1.5 * b.astype(float) @ a
+    expect(merged(base, adapter(tmp_path / "l", tensors, **config)), Q, wanted.T if transposed else wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_base_that_is_not_finite_has_no_singular_values(tmp_path, value):
+    (tmp_path / "base").mkdir()
+    broken = BASE[Q].copy()
+    broken[1, 2] = value
+    save_file(BASE | {Q: broken}, tmp_path / "base" / "model.safetensors")
+    a, b = factors(6, 4)
+    path = "model.layers.0.q_proj"
+    tensors = {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}
+    store = merged(open_tensors(tmp_path / "base"), adapter(tmp_path / "l", tensors, init_lora_weights="pissa"))
+    with pytest.raises(CheckpointError, match=r"q_proj\.weight.*not finite"):
+        store.read(Q)
+
+
 @pytest.mark.parametrize("spelling", ["{}.weight", "{}.modules_to_save.weight", "{}.modules_to_save.default.weight"])
 def test_saved_modules_replace_those_of_the_base(tmp_path, base, spelling):
     head, norm = np.ones((9, 4), np.float32), np.full(4, 2, np.float32)
@@ -169,6 +202,8 @@ def test_slices_read_only_the_factors_they_need(tmp_path, base, monkeypatch):
         ({"target_parameters": ["experts.w"]}, "target_parameters"),
         ({"some_later_setting": 1}, "some_later_setting"),
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base too"),
+        ({"init_lora_weights": "loftq"}, "changes the base too"),
+        ({"init_lora_weights": "olora", "fan_in_fan_out": True}, "'olora' with fan_in_fan_out"),
         ({"r": 0}, "r = 0, expected a positive number"),
         ({"lora_alpha": None}, "lora_alpha = None"),
         ({"lora_alpha": math.nan}, "lora_alpha = nan"),
@@ -271,6 +306,9 @@ PEFT_CASES = {
         llama,
         {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3], "lm_head": [5, 0]}},
     ),
+    "llama PiSSA": (llama, {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": "pissa"}),
+    "llama OLoRA": (llama, {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": "olora"}),
+    "gpt2 PiSSA": (gpt2, {"target_modules": ["c_attn"], "fan_in_fan_out": True, "init_lora_weights": "pissa"}),
     "gpt2 DoRA": (gpt2, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "use_dora": True}),
     "gpt2": (
         gpt2,

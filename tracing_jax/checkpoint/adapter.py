@@ -4,6 +4,7 @@
 rsLoRA (2023), section 3; `use_dora`: Liu et al., DoRA (2024), equation 5.
 """
 
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from absl import logging
 
 from tracing_jax.checkpoint.derived_tensors import Alias, DerivedTensors
 from tracing_jax.checkpoint.errors import CheckpointError
-from tracing_jax.checkpoint.merged_tensors import LowRank, MergedTensors, Updates
+from tracing_jax.checkpoint.merged_tensors import LowRank, MergedTensors, Updates, olora, pissa
 from tracing_jax.checkpoint.name_patterns import ignored_notes
 from tracing_jax.checkpoint.tensors import TensorStore, listing, open_file, read_json
 from tracing_jax.complaints import grouped, shortened
@@ -31,8 +32,9 @@ _NEUTRAL = {
     *("modules_to_save", "lora_dropout", "layers_to_transform", "layers_pattern", "megatron_core", "eva_config"),
     *("qalora_group_size", "runtime_config", "ensure_weight_tying"),
 }
-# PiSSA, OLoRA, LoftQ, CorDA and LoRA-GA change the base weights as well.
 _INITS_BESIDE_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
+# These change the weights of the base as well, by a rule; LoftQ, CorDA, LoRA-GA and `pissa_niter_N` by data or chance.
+_INITS_OF_THE_BASE = {"pissa": pissa, "olora": olora}
 _NAME = re.compile(
     r"base_model\.model\.(?P<path>.+?)\."
     r"(lora_(?P<factor>(embedding_)?[AB]|magnitude_vector)(\.default)?(?P<kind>\.weight|\.bias)?"
@@ -120,16 +122,25 @@ def _config_problems(config: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"bias = {config['bias']!r}: biases were trained too, only 'none' is merged; merge it with PEFT"
         )
-    if config.get("init_lora_weights") not in _INITS_BESIDE_THE_BASE:
-        init = config["init_lora_weights"]
+    init = _init(config)
+    if init not in (*_INITS_BESIDE_THE_BASE, *_INITS_OF_THE_BASE):
         problems.append(
-            f"init_lora_weights = {init!r} changes the base too; convert the adapter to plain LoRA with PEFT"
+            f"init_lora_weights = {init!r} changes the base too, in a way that cannot be repeated; convert the adapter "
+            "to plain LoRA with PEFT"
         )
+    if init == "olora" and config.get("fan_in_fan_out"):
+        problems.append("init_lora_weights = 'olora' with fan_in_fan_out is not merged; merge it with PEFT")
     for key in ("r", "lora_alpha"):
         problems += _number_problem(key, config.get(key))
     for key in ("rank_pattern", "alpha_pattern"):
         problems += _patterns_problems(key, config.get(key) or {})
     return problems
+
+
+def _init(config: Mapping[str, Any]) -> Any:
+    """Returns how the factors were initialised; PEFT takes `OLoRA` in any case of letters."""
+    init = config.get("init_lora_weights")
+    return "olora" if isinstance(init, str) and init.lower() == "olora" else init
 
 
 def _number_problem(key: str, value: object) -> list[str]:
@@ -253,7 +264,10 @@ def _low_rank(
     _expect_shape(adapter, b, (size_out, rank))
     if magnitude:
         _expect_shape(adapter, magnitude, (size_out,))
-    return LowRank(a, b, _scaling(config, path), transposed, magnitude)
+    init = None if is_embedding else _INITS_OF_THE_BASE.get(_init(config))
+    scaling = _scaling(config, path)
+    subtracted = functools.partial(init, rank=rank, scaling=scaling) if init else None
+    return LowRank(a, b, scaling, transposed, magnitude, subtracted)
 
 
 def _scaling(config: Mapping[str, Any], path: str) -> float:

@@ -2,29 +2,62 @@
 
 Letters: r rank; A is [r, in], B is [out, r]. W is [out, in], but [in, out] for embeddings and under `fan_in_fan_out`
 (GPT-2). Source: Hu et al., LoRA (2021), section 4.1: W + scaling * B A; Liu et al., DoRA (2024), equation 5: each row
-of that, divided by its length and multiplied by a trained magnitude.
+of that, divided by its length and multiplied by a trained magnitude. Meng et al., PiSSA (2024), equations 2 to 4, and
+Büyükakyüz, OLoRA (2024), section 3.2: W less the first product of the factors takes the place of W.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float32
+import scipy.linalg
+from jaxtyping import Float32, Float64
 
+from tracing_jax.checkpoint.errors import CheckpointError
 from tracing_jax.checkpoint.safetensors_file import Index, bounds_of
 from tracing_jax.checkpoint.tensors import TensorStore
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """The low-rank update of one weight: its factors' names in the adapter, and how they enter."""
+    """The low-rank update of one weight: its factors' names in the adapter, and how they enter.
+
+    Attributes:
+      a, b: the names.
+      scaling: of their product.
+      transposed: whether the weight is [in, out].
+      magnitude: the name of the lengths of the rows (DoRA).
+      subtracted: gives of a weight [out, in] the first factors, whose product was subtracted from it before training.
+    """
 
     a: str
     b: str
     scaling: float
     transposed: bool
     magnitude: str | None = None
+    subtracted: "Callable[[Float64[np.ndarray, 'O I']], Factors] | None" = None
+
+
+Factors = tuple[Float32[np.ndarray, "O r"], Float32[np.ndarray, "r I"]]
+"""B and A."""
+
+
+def pissa(weight: Float64[np.ndarray, "O I"], rank: int, scaling: float) -> Factors:
+    """Returns factors of the part of a weight along its largest singular values, whatever the scaling."""
+    del scaling
+    is_wide = weight.shape[0] <= weight.shape[1]
+    short = weight if is_wide else weight.T
+    n = len(short)
+    vectors = scipy.linalg.eigh(short @ short.T, subset_by_index=(max(0, n - rank), n - 1))[1]
+    product = vectors.astype(np.float32), (vectors.T @ short).astype(np.float32)
+    return product if is_wide else (product[1].T, product[0].T)
+
+
+def olora(weight: Float64[np.ndarray, "O I"], rank: int, scaling: float) -> Factors:
+    """Returns the first columns of Q and first rows of R, times the scaling, of the decomposition Q R of a weight."""
+    q = np.linalg.qr(weight[:, :rank])[0]
+    return q.astype(np.float32), (scaling * q.T @ weight).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -61,6 +94,7 @@ class MergedTensors:
           files: others that decide the weights, such as the adapter's config, whose scaling does.
         """
         self._base, self._adapter, self._updates, self._own_files = base, adapter, updates, tuple(files)
+        self._subtracted: dict[str, Factors] = {}  # found when first needed: as many numbers as the adapter has
 
     def names(self) -> tuple[str, ...]:
         return self._base.names()
@@ -102,13 +136,23 @@ class MergedTensors:
     def _unmerged(self, name: str, index: Index) -> np.ndarray:
         if name in self._updates.replaced:
             return self._adapter.read(self._updates.replaced[name], index)
-        return self._base.read(name, index)
+        weight = self._base.read(name, index)
+        update = self._updates.low_rank.get(name)
+        if update is None or update.subtracted is None:
+            return weight
+        rows, columns = _of_factors(update, index)
+        if name not in self._subtracted:
+            whole = self._base.read(name).astype(np.float64)
+            if not np.isfinite(whole).all():
+                raise CheckpointError(f"{name}: some numbers of the base are not finite; download the base again")
+            self._subtracted[name] = update.subtracted(whole.T if update.transposed else whole)
+        b, a = self._subtracted[name]
+        first = b[rows] @ a[:, columns]
+        return (weight.astype(np.float32) - (first.T if update.transposed else first)).astype(weight.dtype)
 
     def _delta(self, update: LowRank, index: Index) -> Float32[np.ndarray, "rows columns"]:
         """The slice of scaling * B A, from those rows of B and columns of A alone."""
-        rows, columns = (*index, slice(None), slice(None))[:2]
-        if update.transposed:
-            rows, columns = columns, rows
+        rows, columns = _of_factors(update, index)
         a = self._adapter.read(update.a, (slice(None), columns)).astype(np.float32)
         b = self._adapter.read(update.b, (rows,)).astype(np.float32)
         delta = np.float32(update.scaling) * (b @ a)
@@ -133,3 +177,9 @@ class MergedTensors:
         changed = weight.astype(np.float32)
         changed[indices[inside] - rows.start] = self._adapter.read(theirs, (slice(None), columns))[inside]
         return changed
+
+
+def _of_factors(update: LowRank, index: Index) -> tuple[slice, slice]:
+    """Returns the rows of B and the columns of A whose product is a slice of the update."""
+    rows, columns = (*index, slice(None), slice(None))[:2]
+    return (columns, rows) if update.transposed else (rows, columns)
