@@ -12,8 +12,10 @@ from benchmarks.forgeries import forgeries, on_device, on_host, ordered_like_bas
 from tracing_jax.data import paired_one_to_one
 from tracing_jax.forward import logits
 from tracing_jax.models import init_params
+from tracing_jax.models.mlp import mlp
+from tracing_jax.rewrites import draw_rewrites
 from tracing_jax.sharding import Compute, make_mesh
-from tracing_jax.sources import InMemory
+from tracing_jax.sources import InMemory, in_memory, rewritten
 from tracing_jax.statistics import Pair, Vocabularies
 from tracing_jax.statistics.csh import Csh
 from tracing_jax.statistics.csu import Csu
@@ -116,6 +118,26 @@ def test_distinct_units_are_those_of_float64():
     found = distinct_units(InMemory(ARCH, params), 1)
     assert (found.copies, found.silent, found.total) == (2, 3, F)
     assert sorted(set(range(F)) - set(found.kept)) == [5, 7, 9, 20, 30]
+
+
+@pytest.mark.parametrize("arch", [ARCH, tiny.gpt2(mlp_dim=48)], ids=["gated", "gateless"])
+def test_kept_units_with_the_outputs_of_their_copies_compute_what_all_units_do(arch):
+    """Units split or joined by pairs that cancel, in any order: one of each group stands for all that they write."""
+    base = tiny.model(arch, 0)
+    hidden = in_memory(rewritten(base, draw_rewrites("split,cancel,permute", jax.random.key(7), arch)))
+    x = jax.random.normal(jax.random.key(0), (1, 5, arch.embed_dim))
+    for i in range(arch.num_layers):
+        found, params = distinct_units(hidden, i), hidden.layer(i)["mlp"]
+        assert len(found.kept) == arch.mlp_dim < found.total
+        own = {
+            name: {leaf: value[..., found.kept] for leaf, value in params[name].items()}
+            for name in ("gate_proj", "up_proj")
+            if name in params
+        }
+        written = np.asarray(found.outputs(params["down_proj"]["kernel"]))[found.kept]
+        own["down_proj"] = {**params["down_proj"], "kernel": written}
+        expected, by_kept = (np.asarray(mlp(*side, x)[0]) for side in ((hidden.arch, params), (arch, own)))
+        np.testing.assert_allclose(by_kept, expected, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("by", ["gate_proj", "up_proj", "down_proj"])

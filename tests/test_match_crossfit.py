@@ -12,6 +12,7 @@ from scipy.optimize import linear_sum_assignment
 
 from tracing_jax.sources import InMemory
 from tracing_jax.statistics import Vocabularies, verdict
+from tracing_jax.statistics.distinct_units import all_units
 from tracing_jax.statistics.match_crossfit import MatchCrossfit, control_places, folds
 from tracing_jax.statistics.unit_alignment import learn_rotation, row_cosines, units_of, weighted_moments
 
@@ -36,7 +37,7 @@ def test_a_relative_with_foreign_embeddings_is_found_and_an_independent_model_is
 
 @pytest.mark.parametrize(("name", "rewrite"), [
     ("gated", "rotate"), ("gated", "permute"), ("ungated", "permute"),
-    *[slow("gated", rewrite) for rewrite in ("gains", "units", "pad")],
+    *[slow("gated", rewrite) for rewrite in ("gains", "units", "pad", "split,cancel,permute")],
 ])  # fmt: skip
 def test_no_rewrite_hides_a_relative(name, rewrite):
     base, ft = BASES[name], related(BASES[name], 0.1, FOREIGN)
@@ -50,7 +51,7 @@ def test_no_rewrite_hides_a_relative(name, rewrite):
 def test_some_units_keep_the_order_of_the_projections():
     """The first pairs are those of the gates, whose sign is fixed: rows in another order lose the rotation."""
     arch = tiny.llama_mha()
-    units = units_of(tiny.params_of(arch)["layers"]["0"], arch)
+    units = units_of(tiny.params_of(arch)["layers"]["0"], arch, all_units(arch.mlp_dim))
     which = np.array([3, 1, 5])
     some = units.some(which)
     assert list(some.rows) == list(units.rows) == ["gate", "up", "down"]
@@ -60,7 +61,7 @@ def test_some_units_keep_the_order_of_the_projections():
 
 def test_a_planted_rotation_comes_back():
     rotation = scipy.stats.special_ortho_group(24, 0).rvs().astype(np.float32)
-    base = [units_of(BASES["gated"].layer(i), GATED) for i in (0, 1)]
+    base = [units_of(BASES["gated"].layer(i), GATED, all_units(GATED.mlp_dim)) for i in (0, 1)]
     order = np.random.default_rng(0).permutation(48)
     ft = [layer.some(order) for layer in base]
     turned = [

@@ -34,8 +34,9 @@ def test_a_relative_is_found_and_an_independent_model_is_not(name):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "rewrite"), [
     *[("gated", rewrite) for rewrite in ("rename", "gains", "units", "rotate", "permute")],
-    ("ungated", "permute"), ("tied", "rotate"),
-    slow("gated", "values"), slow("gated", "queries"), slow("ungated", "rename"), slow("tied", "permute"),
+    ("ungated", "permute"), ("tied", "rotate"), ("ungated", "split,cancel,permute"),
+    slow("gated", "split,cancel,permute"), slow("gated", "values"), slow("gated", "queries"),
+    slow("ungated", "rename"), slow("tied", "permute"),
 ])  # fmt: skip
 def test_no_rewrite_that_keeps_the_vocabulary_changes_it(name, rewrite):
     base, ft = BASES[name], related(BASES[name], 0.3)

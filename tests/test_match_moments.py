@@ -13,6 +13,7 @@ from tracing_jax.rewrites import draw_rewrites, permute, random_permutations
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory, in_memory, rewritten
 from tracing_jax.statistics import Pair, Vocabularies, verdict
+from tracing_jax.statistics.distinct_units import distinct_units
 from tracing_jax.statistics.layer_moments import layer_moments, layer_signatures
 from tracing_jax.statistics.match_moments import (
     PROJECTIONS,
@@ -149,7 +150,7 @@ def test_moments_of_a_layer_are_those_of_numpy():
         products = q @ k.T, layer["attn"]["o_proj"]["kernel"].reshape(6, 4, 24)[h].T @ v.T
         sums += [side @ side.T for product in products for side in (product, product.T)]
     expected += [total / np.trace(total) for total in sums]
-    for found, moment in zip(layer_moments(BASE.layer(2), ARCH), expected, strict=True):
+    for found, moment in zip(layer_moments(BASE.layer(2), ARCH, distinct_units(BASE, 2)), expected, strict=True):
         np.testing.assert_allclose(found, moment, atol=1e-5)
 
 

@@ -70,8 +70,7 @@ def signatures():
 
 _REWRITES = {
     GATED: ("all", "permute", "rotate", "gains", "units", "values", "queries", "pad"),
-    # Not `cancel`: of units that read the same one is read, and what it writes need not be what they write together.
-    GATELESS: ("rename,identity,split,pad,gains,values,queries,permute", "permute", "gains", "values", "queries"),
+    GATELESS: ("all", "permute", "gains", "values", "queries", "pad"),
 }
 _CASES = [pytest.param(arch, name, id=f"{arch.family}-{name}", marks=() if (arch, name) == (GATED, "all") else
                        pytest.mark.slow) for arch, names in _REWRITES.items() for name in names]  # fmt: skip

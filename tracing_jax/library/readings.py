@@ -17,12 +17,11 @@ from jaxtyping import Array, Bool, Float, Int
 from tracing_jax.arch import Arch, head_problem
 from tracing_jax.data import load_tokenizer
 from tracing_jax.sources import MlpsAsLayers, ParamSource
-from tracing_jax.statistics.layer_moments import layer_moments
+from tracing_jax.statistics.distinct_units import distinct_units
+from tracing_jax.statistics.layer_moments import units_and_moments
 from tracing_jax.statistics.mlp_rows import mlp_row_leaves, mlp_rows, unit_length
 from tracing_jax.statistics.needs import needs_not_applicable
 from tracing_jax.statistics.shared_tokens import TokenRows, rows_of_tokens
-from tracing_jax.statistics.unit_alignment import units_of
-from tracing_jax.tree import Tree
 
 GATED, GATELESS = ("gate", "up"), ("up", "effect")
 """Two readings of a unit, which are matched apart: what its two projections give for a token; or, without a gate, what
@@ -94,7 +93,8 @@ def token_readings(model: ParamSource, ids: Int[np.ndarray, " S"]) -> Callable[[
         rows = mlp_rows(model.layer(layer, mlp_row_leaves(arch)), arch)
         if arch.gated:
             return {name: _products(rows[name], tokens.read) for name in GATED}
-        return {"up": _products(rows["up"], tokens.read), "effect": _products(rows["down"], tokens.effect)}
+        written = distinct_units(model, layer).outputs(rows["down"])
+        return {"up": _products(rows["up"], tokens.read), "effect": _products(written, tokens.effect)}
 
     return read
 
@@ -121,14 +121,16 @@ def has_moments(model: ParamSource) -> bool:
     return not isinstance(model, MlpsAsLayers) and not model.arch.num_experts and model.arch.reading is None
 
 
-def moment_readings(layer: Tree, arch: Arch) -> dict[str, tuple[Float[np.ndarray, "F M"], Bool[np.ndarray, " F"]]]:
+def moment_readings(
+    model: ParamSource, layer: int
+) -> dict[str, tuple[Float[np.ndarray, "F M"], Bool[np.ndarray, " F"]]]:
     """Returns for both kinds of rows of a layer its signatures, and which units are live.
 
     The signature of a row w are, for the seven moments A of `layer_moments`, the logarithms of `w^T A A w`, and the
     cosines between the vectors `A w`. No rotation of the features changes them, and neither embeddings nor head enter.
     """
-    units, moments = units_of(layer, arch), layer_moments(layer, arch)
-    return {name: (_signatures(units.rows[name], moments), units.live) for name in moment_names(arch.gated)}
+    units, moments = units_and_moments(model.layer(layer), model.arch, distinct_units(model, layer))
+    return {name: (_signatures(units.rows[name], moments), units.live) for name in moment_names(model.arch.gated)}
 
 
 def _signatures(rows: Float[Array, "F D"], moments: Sequence[Float[Array, "D D"]]) -> Float[np.ndarray, "F M"]:

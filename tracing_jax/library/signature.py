@@ -155,7 +155,7 @@ def _sampled(
     moments, covariances = {}, {}
     if has_moments(model):
         more = drawing.sampled_units(kept, key, layer, drawing.MOMENT_UNITS)
-        for name, (found, live) in moment_readings(model.layer(layer), model.arch).items():
+        for name, (found, live) in moment_readings(model, layer).items():
             standardised, covariance = standardised_moments(found, np.intersect1d(kept, np.flatnonzero(live)))
             steps = np.round(standardised[more] / _MOMENT_STEP)
             moments[name] = np.clip(steps, -127, 127).astype(np.int8)

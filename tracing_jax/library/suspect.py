@@ -88,7 +88,7 @@ def read_suspect(model: ParamSource, vocabulary: Vocabulary, strings: Sequence[s
 
 def _moments(model: ParamSource, layer: int, kept: Int[np.ndarray, " K"]) -> Moments:
     found = {}
-    for name, (signatures, live) in moment_readings(model.layer(layer), model.arch).items():
+    for name, (signatures, live) in moment_readings(model, layer).items():
         own = np.intersect1d(kept, np.flatnonzero(live))
         standardised, covariance = standardised_moments(signatures, own)
         found[name] = standardised[kept], covariance

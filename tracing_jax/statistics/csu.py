@@ -163,11 +163,13 @@ def up_rows(base: ParamSource, ft: ParamSource, layer: int) -> Rows:
     Where the up-projection of either is not known, as in a model that is read by its weights alone, what units write.
     """
     models = (base, ft)
+    units = [distinct_units(model, layer) for model in models]
     if all(model.arch.has("mlp/up_proj") for model in models):
         rows = [unit_rows(model.layer(layer, ("mlp/up_proj/kernel",)), "up_proj") for model in models]
     else:
-        rows = [model.layer(layer, ("mlp/down_proj/kernel",))["mlp"]["down_proj"]["kernel"] for model in models]
-    return Rows(similarities(*rows), *(distinct_units(model, layer) for model in models))
+        down = [model.layer(layer, ("mlp/down_proj/kernel",))["mlp"]["down_proj"]["kernel"] for model in models]
+        rows = [found.outputs(side) for found, side in zip(units, down, strict=True)]
+    return Rows(similarities(*rows), *units)
 
 
 def _rows_of_layer(pair: Pair, layer: int) -> Rows:

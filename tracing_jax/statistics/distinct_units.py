@@ -4,7 +4,8 @@ Two things can be done to a model without changing its function, and make tests 
 another. Units may be copied, their outputs shared among the copies: equal rows of one model are then matched to equal
 rows of the other in clumps, and clumps agree with the identity, or with another matching, more often than single units
 do. And rows of another model may be added with outputs that are zero, or that cancel among copies: they agree perfectly
-and do nothing. So of each group of copies one unit is kept, if the group writes anything at all.
+and do nothing. So of each group of copies one unit is kept, if the group writes anything at all, and it counts as
+writing what the group writes together: what each of the copies writes by itself is anybody's choice.
 
 Both follow from the units themselves, whatever their order: a test on the units kept is as exact as one on all.
 
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
@@ -53,6 +54,7 @@ class DistinctUnits:
       silent: how many distinct units write nothing, and are not kept.
       order_p: two-sided p-values of the rank correlation of a kept unit's index with the norms of its rows; small where
         units were put in an order that depends on their weights.
+      shared: the outputs that are added to those of kept units.
     """
 
     kept: Int[np.ndarray, " K"]
@@ -60,11 +62,41 @@ class DistinctUnits:
     copies: int
     silent: int
     order_p: tuple[float, ...]
+    shared: "SharedOutputs | None" = None
 
     @property
     def is_all(self) -> bool:
         """Whether every unit is kept."""
         return len(self.kept) == self.total
+
+    @property
+    def is_kept(self) -> Bool[np.ndarray, " F"]:
+        """For each unit whether it is kept."""
+        return np.isin(np.arange(self.total), self.kept)
+
+    def outputs(self, down: Float[Array | np.ndarray, "F D"]) -> Float[Array | np.ndarray, "F D"]:
+        """Returns what units write, a row for each: that of a kept unit and its copies together."""
+        return down if self.shared is None else self.shared.added(down)
+
+
+@dataclass(frozen=True)
+class SharedOutputs:
+    """What copies of units write, as an addition to what the first of each group writes.
+
+    Attributes:
+      copies: units that repeat another.
+      first: the unit that each repeats.
+      factors: how many times the response of the first that of each copy is.
+    """
+
+    copies: Int[np.ndarray, " C"]
+    first: Int[np.ndarray, " C"]
+    factors: Float[np.ndarray, " C"]
+
+    def added(self, down: Float[Array | np.ndarray, "F D"]) -> Float[Array, "F D"]:
+        """Returns the rows with those of the copies added to the first of their group."""
+        rows = jnp.asarray(down, jnp.float32)
+        return rows.at[self.first].add(self.factors[:, None].astype(np.float32) * rows[self.copies])
 
 
 def all_units(count: int) -> DistinctUnits:
@@ -118,11 +150,11 @@ def _found(model: ParamSource, layer: int) -> DistinctUnits:
     np.minimum.at(first, group, np.arange(len(group)))
     down = model.layer(layer, ("mlp/down_proj/kernel",))["mlp"]["down_proj"]["kernel"]
     if model.arch.clamped_glu is None:
-        written = _written(down, group, first, readings[-1], model.arch.gated)
-        for reading in readings[:-1]:
-            written = written * reading.norms[first]
+        shared = _shared(group, first, readings[-1] if model.arch.gated else None)
+        scale = np.prod([reading.norms[first] for reading in readings], axis=0)
     else:  # where up is zero a unit still writes its gate
-        written = _written(down, group, first, readings[0], is_scaled=False)
+        shared, scale = _shared(group, first, None), readings[0].norms[first]
+    written = scale * to_host(_norms(jnp.asarray(down) if shared is None else shared.added(down)))[first]
     typical = np.median(written[written > 0]) if (written > 0).any() else np.inf
     kept = np.sort(first[written > SILENT * typical])
     norms = [*(reading.norms for reading in readings), to_host(_norms(jnp.asarray(down)))]
@@ -132,6 +164,7 @@ def _found(model: ParamSource, layer: int) -> DistinctUnits:
         copies=len(group) - len(first),
         silent=len(first) - len(kept),
         order_p=tuple(_order_p(column[kept]) for column in norms),
+        shared=shared,
     )
 
 
@@ -179,33 +212,25 @@ def _groups(readings: list[_Reading]) -> Int[np.ndarray, " F"]:
     return connected_components(links, directed=False)[1]
 
 
-def _written(
-    down: Float[Array | np.ndarray, "F D"],
-    group: Int[np.ndarray, " F"],
-    first: Int[np.ndarray, " C"],
-    up: _Reading,
-    is_scaled: bool,
-) -> Float[np.ndarray, " C"]:
-    """Returns how much each group of copies writes: the length of the sum of its units' outputs.
+def _shared(group: Int[np.ndarray, " F"], first: Int[np.ndarray, " G"], up: _Reading | None) -> SharedOutputs | None:
+    """Returns the outputs of copies; None if there are none.
 
     Args:
-      down: the output of each unit.
       group: of each unit.
       first: unit of each group.
-      up: of the projection beside the gate, or, in an MLP without one, of the only one.
-      is_scaled: whether a unit's output grows in proportion to its row of `up`, as it does beside a gate.
+      up: of the projection beside the gate, if the output of a unit grows in proportion to its row, which may then be
+        any multiple of the first's.
     """
-    written = to_host(_norms(jnp.asarray(down)))[first]
-    factor = up.norms * np.sign(np.einsum("fs,fs->f", up.sketch, up.sketch[first][group])) if is_scaled else None
-    in_groups = np.flatnonzero(np.bincount(group)[group] > 1)
-    if len(in_groups):
-        rows = to_host(jnp.asarray(down)[in_groups]).astype(np.float64)
-        if factor is not None:
-            rows *= (factor / np.where(up.norms[first] == 0, 1, up.norms[first])[group])[in_groups, None]
-        total = np.zeros((len(first), rows.shape[1]))
-        np.add.at(total, group[in_groups], rows)
-        written = np.where(np.bincount(group) > 1, np.linalg.norm(total, axis=1), written)
-    return written * up.norms[first]
+    is_copy = np.ones(len(group), bool)
+    is_copy[first] = False
+    if not is_copy.any():
+        return None
+    copies = np.flatnonzero(is_copy)
+    of = first[group[copies]]
+    if up is None:
+        return SharedOutputs(copies, of, np.ones(len(copies)))
+    sign = np.sign(np.einsum("fs,fs->f", up.sketch[copies], up.sketch[of]))
+    return SharedOutputs(copies, of, sign * up.norms[copies] / np.where(up.norms[of] == 0, 1, up.norms[of]))
 
 
 def _unit_length(rows: Float[np.ndarray, "F S"]) -> Float[np.ndarray, "F S"]:

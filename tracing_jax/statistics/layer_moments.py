@@ -11,16 +11,15 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from tracing_jax.arch import Arch
 from tracing_jax.rewrites import gain_offset
 from tracing_jax.sources import ParamSource
-from tracing_jax.statistics.distinct_units import distinct_units
+from tracing_jax.statistics.distinct_units import DistinctUnits, distinct_units
 from tracing_jax.statistics.head_kernels import head_kernels
 from tracing_jax.statistics.mlp_rows import gain_of, without_mean
-from tracing_jax.statistics.unit_alignment import units_of, weighted_moments
+from tracing_jax.statistics.unit_alignment import Units, units_of, weighted_moments
 from tracing_jax.statistics.unit_signatures import Signatures, log_quadratic_forms
 from tracing_jax.tree import Tree
 
@@ -39,18 +38,24 @@ def layer_signatures(model: ParamSource, means_of: Sequence[int], first: int = 0
         return
     totals: Moments = []
     for i in means_of:
-        found = layer_moments(model.layer(i), model.arch)
+        found = layer_moments(model.layer(i), model.arch, distinct_units(model, i))
         totals = [total + own for total, own in zip(totals, found)] if totals else found
     for i in range(first, model.arch.num_layers):
         layer = model.layer(i)
-        units, moments = units_of(layer, model.arch), [*layer_moments(layer, model.arch), *totals]
-        live = units.live & np.isin(np.arange(len(units.live)), distinct_units(model, i).kept)
-        yield {side: (log_quadratic_forms(units.rows[side], moments), live) for side in ("gate", "up")}
+        units, found = units_and_moments(layer, model.arch, distinct_units(model, i))
+        moments = [*found, *totals]
+        yield {side: (log_quadratic_forms(units.rows[side], moments), units.live) for side in ("gate", "up")}
 
 
-def layer_moments(layer: Tree, arch: Arch) -> Moments:
+def layer_moments(layer: Tree, arch: Arch, distinct: DistinctUnits) -> Moments:
     """Returns the seven moments of a layer, each of trace one; zero where all weights behind one are zero."""
-    return [*weighted_moments(units_of(layer, arch)), *_attention_moments(layer, arch)]
+    return units_and_moments(layer, arch, distinct)[1]
+
+
+def units_and_moments(layer: Tree, arch: Arch, distinct: DistinctUnits) -> tuple[Units, Moments]:
+    """Returns the units of a layer and its seven moments."""
+    units = units_of(layer, arch, distinct)
+    return units, [*weighted_moments(units), *_attention_moments(layer, arch)]
 
 
 def _attention_moments(layer: Tree, arch: Arch) -> Moments:

@@ -1,7 +1,7 @@
 """`match_crossfit`: a rotation learnt from the MLPs of some layers; do the MLP units of the others agree under it?"""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
@@ -172,6 +172,4 @@ def compare_rows(
 
 
 def _units(model: ParamSource, layer: int) -> Units:
-    found = units_of(model.layer(layer, mlp_row_leaves(model.arch)), model.arch)
-    live = found.live & np.isin(np.arange(len(found.live)), distinct_units(model, layer).kept)
-    return replace(found, live=live, weight=np.where(live, found.weight, 0.0))
+    return units_of(model.layer(layer, mlp_row_leaves(model.arch)), model.arch, distinct_units(model, layer))

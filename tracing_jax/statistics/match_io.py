@@ -121,9 +121,9 @@ def responses(model: ParamSource, layer: int, tokens: TokenRows, gated: bool) ->
     """Returns what each unit of a layer gives for each token, centred over the tokens."""
     rows = mlp_rows(model.layer(layer, mlp_row_leaves(model.arch)), model.arch)
     found = {name: _products(tokens.read, rows[name]) for name in (("gate", "up") if gated else ("up",))}
-    found["effect"] = _products(tokens.effect, rows["down"])
-    kept = distinct_units(model, layer).kept  # the others are constant, and so take no part
-    return {name: np.where(np.isin(np.arange(side.shape[1]), kept), side, 0.0) for name, side in found.items()}
+    units = distinct_units(model, layer)
+    found["effect"] = _products(tokens.effect, units.outputs(rows["down"]))
+    return {name: np.where(units.is_kept, side, 0.0) for name, side in found.items()}  # others are constant: no part
 
 
 def similarities(ours: Responses, theirs: Responses) -> dict[str, Float[np.ndarray, "U U2"]]:

@@ -57,7 +57,6 @@ from tracing_jax.statistics.unit_signatures import (
     signature_correlations,
     spread_layers,
 )
-from tracing_jax.tree import Tree
 
 PROJECTIONS = ("gate", "up")
 
@@ -206,23 +205,24 @@ def signatures(model: ParamSource, layers: Sequence[int], first: int = 0) -> Ite
     """
     if first == model.arch.num_layers:
         return
-    moments = [_moment(rows) for i in layers for rows in _unit_rows(model.layer(i), model.arch).values()]
+    moments = [_moment(rows) for i in layers for rows in _unit_rows(model, i).values()]
     for i in range(first, model.arch.num_layers):
-        rows = _unit_rows(model.layer(i), model.arch)
-        live = np.isin(np.arange(len(rows["down"])), distinct_units(model, i).kept)
+        rows, live = _unit_rows(model, i), distinct_units(model, i).is_kept
         yield {side: (log_quadratic_forms(rows[side], moments), live) for side in PROJECTIONS}
 
 
-def _unit_rows(layer: Tree, arch: Arch) -> dict[str, Float[Array, "F D"]]:
-    """Returns a row of length one for each unit, or a zero row: what gate and up read, and what down writes."""
+def _unit_rows(model: ParamSource, index: int) -> dict[str, Float[Array, "F D"]]:
+    """Returns a row of length one for each live unit, a zero row for others: gate and up read, down writes."""
+    layer, arch, units = model.layer(index), model.arch, distinct_units(model, index)
     mlp = layer["mlp"]
     scale = layer.get(arch.mlp_norm, {}).get("scale")
     gain = 1.0 if scale is None else jnp.asarray(scale, jnp.float32) + gain_offset(arch)
-    return {
-        "gate": _normalised(jnp.asarray(mlp["gate_proj"]["kernel"], jnp.float32).T * gain),
-        "up": _normalised(jnp.asarray(mlp["up_proj"]["kernel"], jnp.float32).T * gain),
-        "down": _normalised(jnp.asarray(mlp["down_proj"]["kernel"], jnp.float32)),
+    rows = {
+        "gate": jnp.asarray(mlp["gate_proj"]["kernel"], jnp.float32).T * gain,
+        "up": jnp.asarray(mlp["up_proj"]["kernel"], jnp.float32).T * gain,
+        "down": jnp.asarray(units.outputs(mlp["down_proj"]["kernel"]), jnp.float32),
     }
+    return {name: _normalised(jnp.where(units.is_kept[:, None], side, 0.0)) for name, side in rows.items()}
 
 
 @jax.jit

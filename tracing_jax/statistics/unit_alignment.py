@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tracing_jax.arch import Arch
 from tracing_jax.matching import UnitMatching, match_units
+from tracing_jax.statistics.distinct_units import DistinctUnits
 from tracing_jax.statistics.mlp_rows import Rows, mlp_rows, unit_length
 from tracing_jax.statistics.unit_signatures import log_quadratic_forms, signature_correlations
 from tracing_jax.tree import Tree, taken
@@ -29,7 +30,7 @@ class Units:
 
     Attributes:
       rows: `gate` (if there is one), `up`, `down` -> a row of length one for each unit.
-      live: units none of whose rows is zero.
+      live: units that carry evidence, and none of whose rows is zero.
       weight: the product of the lengths of a unit's rows, over its mean: what a unit adds to the output of the layer
         grows with it, and no scaling of its rows that keeps the function changes it.
     """
@@ -44,10 +45,12 @@ class Units:
         return Units(rows, self.live[which], self.weight[which])
 
 
-def units_of(layer: Tree, arch: Arch) -> Units:
-    """Returns the units of a layer."""
+def units_of(layer: Tree, arch: Arch, distinct: DistinctUnits) -> Units:
+    """Returns the units of a layer; those that carry no evidence have no weight, and copies write together."""
     rows = mlp_rows(layer, arch)
+    rows["down"] = jnp.asarray(distinct.outputs(rows["down"]))
     lengths = np.prod([np.linalg.norm(np.asarray(side, np.float64), axis=1) for side in rows.values()], axis=0)
+    lengths = np.where(distinct.is_kept, lengths, 0.0)
     live = lengths > 0
     weight = lengths / max(lengths.mean(), np.finfo(np.float64).tiny)
     return Units({name: unit_length(side) for name, side in rows.items()}, live, weight)
