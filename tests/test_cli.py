@@ -42,6 +42,11 @@ def light(*argv):
     )
 
 
+def test_every_module_of_a_verb_is_a_verb():
+    modules = {path.stem for path in Path(cli.__file__).parent.glob("*.py") if "\nUSAGE = " in path.read_text("utf-8")}
+    assert modules == set(cli.VERBS) == set(OPTIONS)
+
+
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_help_of_a_verb_imports_nothing_heavy_and_lists_every_option_with_its_default(verb):
     done = light(verb, "--help")

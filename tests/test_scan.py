@@ -31,7 +31,16 @@ from tracing_jax.library import (
     write_signature,
 )
 from tracing_jax.library.comparison import RESPONSES
-from tracing_jax.library.scan import COMPARED_AT_ONCE, first_look, shortlist
+from tracing_jax.library.scan import (
+    COMPARED_AT_ONCE,
+    Candidate,
+    Distance,
+    _closest,
+    _order,
+    _ranking_test,
+    first_look,
+    shortlist,
+)
 
 LEVEL = 1e-3
 
@@ -71,6 +80,25 @@ def test_twins_are_not_told_apart(models, library):
     found = scan(suspect_of(third), library | {"twin": twin}, LEVEL)
     assert set(found.closest) == {"child 1", "twin"}
     assert found.sentence().startswith("One of these family members")
+
+
+def _relative(name, **distances):
+    found = {test.replace("_", " "): Distance(*d) for test, d in distances.items()}
+    return Candidate(name, name, "related", -9.0, None, found)
+
+
+def test_relatives_are_ordered_by_one_test_and_told_apart_by_tests_that_show_both():
+    far = _relative("far", responses_to_tokens=(0.5, 0.01))
+    near = _relative("near", responses_to_tokens=(0.2, 0.01), moments_of_weights=(0.3, 0.01))
+    cousin = _relative("cousin", moments_of_weights=(0.1, 0.01))
+    same = _relative("same", responses_to_tokens=(0.22, 0.01))
+    test = _ranking_test([cousin, far, near])
+    assert test == RESPONSES
+    ordered = sorted([cousin, far, near], key=lambda candidate: _order(candidate, test))
+    assert [candidate.name for candidate in ordered] == ["near", "far", "cousin"]
+    assert _closest([near, far]) == (("near",), pytest.approx(0.3 / (0.01 * 2**0.5)))
+    assert _closest([near, same, far])[0] == ("near", "same")
+    assert _closest([far, cousin])[0] == ("far", "cousin")  # no test shows both
 
 
 def test_a_stranger_has_no_relative(library):

@@ -79,14 +79,14 @@ def _candidate(candidate: "Candidate", names: Any) -> dict[str, Any]:
         "verdict": candidate.verdict,
         "adjusted_log10_p": candidate.adjusted_log10_p,
         "share": candidate.share,
-        "distance": candidate.distance,
-        "distance_standard_error": candidate.error,
         "tests": {
             name: {
                 "log10_p": evidence.log10_p,
                 "firm_log10_p": evidence.firm_log10_p,
                 "agreeing": list(evidence.agreeing),
                 "units": list(evidence.units),
+                "distance": candidate.distances[name].mean if name in candidate.distances else None,
+                "distance_standard_error": candidate.distances[name].error if name in candidate.distances else None,
                 "layer_map": [
                     {"sampled_layer": i, "suspect": names[j], "agreeing": agreeing}
                     for i, j, agreeing in evidence.places

@@ -5,15 +5,16 @@ looked for first, and only signatures with a trace of agreement are compared in 
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
-from tracing_jax.library.comparison import FEW_TOKENS, Match, compare, normalised, shared_columns
+from tracing_jax.library.comparison import FEW_TOKENS, MOMENTS, RESPONSES, Match, compare, normalised, shared_columns
 from tracing_jax.library.signature import Signature
 from tracing_jax.library.suspect import Suspect
 from tracing_jax.statistics.comparison import LN10
@@ -33,6 +34,13 @@ STANDARD_ERRORS = 3.0
 """The closest of several relatives is named alone if the next one is so many standard errors farther away."""
 
 
+class Distance(NamedTuple):
+    """Mean of the agreeing units' distances, 1 less correlation, and its standard error."""
+
+    mean: float
+    error: float
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A signature of the library, and what it has in common with the suspect.
@@ -44,7 +52,7 @@ class Candidate:
         `undecided`: some p-value below 0.05. `not_testable`: no test applies.
       adjusted_log10_p: after Holm over the library; None if no test applies.
       match: the evidence; None if a first look showed no trace.
-      distance, error: mean of the agreeing units' distances, 1 less correlation, and its standard error.
+      distances: of a relative, by each test that shows it, how far the agreeing units are.
     """
 
     name: str
@@ -52,8 +60,7 @@ class Candidate:
     verdict: Word
     adjusted_log10_p: float | None
     match: Match | None
-    distance: float | None = None
-    error: float | None = None
+    distances: Mapping[str, Distance] = field(default_factory=dict)
 
     @property
     def share(self) -> float:
@@ -137,7 +144,8 @@ def scan(suspect: Suspect, signatures: Mapping[str, Signature], level: float) ->
         _candidate(name, signature, found.get(name), adjusted[i] if testable[i] else None, firm_adjusted[i], level)
         for i, (name, signature) in enumerate(signatures.items())
     ]
-    candidates.sort(key=_order)
+    test = _ranking_test(candidates)
+    candidates.sort(key=lambda candidate: _order(candidate, test))
     closest, margin = _closest([found for found in candidates if found.verdict == "related"])
     return Scan(tuple(candidates), closest, margin, len(names))
 
@@ -161,21 +169,26 @@ def _candidate(
         word = "related"
     elif adjusted < math.log10(UNDECIDED_BELOW):
         word = "undecided"
-    distances = match.best.distances if match is not None and match.best is not None else np.zeros(0)
-    if word != "related" or len(distances) < 2:
-        return Candidate(name, signature.model, word, adjusted, match)
-    error = float(distances.std(ddof=1)) / math.sqrt(len(distances))
-    return Candidate(name, signature.model, word, adjusted, match, float(distances.mean()), error)
+    shown = match.tests if match is not None and word == "related" else {}
+    distances = {
+        test: Distance(float(d.mean()), float(d.std(ddof=1)) / math.sqrt(len(d)))
+        for test, d in ((test, e.distances) for test, e in shown.items() if e.firm_log10_p < math.log10(level))
+        if len(d) > 1
+    }
+    return Candidate(name, signature.model, word, adjusted, match, distances)
 
 
-def _order(candidate: Candidate) -> tuple[int, int, float, float, str]:
-    """Returns the place of a candidate: relatives by their test and distance, then by p-value."""
+def _ranking_test(candidates: Sequence[Candidate]) -> str:
+    """Returns the test by which relatives are ordered: that which shows the most of them."""
+    counts = Counter(test for candidate in candidates for test in candidate.distances)
+    return max((RESPONSES, MOMENTS), key=lambda test: counts[test])
+
+
+def _order(candidate: Candidate, test: str) -> tuple[int, float, float, str]:
+    """Returns the place of a candidate: relatives by their distance in a test, then by p-value."""
     ranks = {"related": 0, "undecided": 1, "no_evidence": 2, "not_testable": 3}
-    test = 0
-    if candidate.match is not None and candidate.match.best is not None:  # distances of two tests do not compare
-        test = list(candidate.match.tests.values()).index(candidate.match.best) if len(candidate.match.tests) > 1 else 0
-    distance = candidate.distance if candidate.distance is not None else 0.0
-    return ranks[candidate.verdict], test, distance, candidate.adjusted_log10_p or 0.0, candidate.name
+    distance = candidate.distances.get(test, Distance(math.inf, 0.0)).mean
+    return ranks[candidate.verdict], distance, candidate.adjusted_log10_p or 0.0, candidate.name
 
 
 def _closest(related: Sequence[Candidate]) -> tuple[tuple[str, ...], float | None]:
@@ -189,10 +202,16 @@ def _closest(related: Sequence[Candidate]) -> tuple[tuple[str, ...], float | Non
 
 
 def _gap(one: Candidate, other: Candidate) -> float:
-    if one.distance is None or other.distance is None or one.error is None or other.error is None:
-        return 0.0
-    spread = math.hypot(one.error, other.error)
-    return (other.distance - one.distance) / spread if spread > 0 else 0.0
+    """Returns how many standard errors the second is farther away, in the first test that shows both; 0 if none does.
+
+    Distances of two tests do not compare.
+    """
+    for test, near in one.distances.items():
+        if test in other.distances:
+            far = other.distances[test]
+            spread = math.hypot(near.error, far.error)
+            return (far.mean - near.mean) / spread if spread > 0 else 0.0
+    return 0.0
 
 
 def shortlist(signatures: Mapping[str, Signature], suspect: Suspect) -> list[str]:
