@@ -1,5 +1,6 @@
 """A GGUF file is read as llama.cpp wrote it: the same weights as the checkpoint that it was made from."""
 
+import dataclasses
 import struct
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from parity_cases import CASES, Case
+from parity_cases import CASES, LIVE_CASES, Case
 
 from tracing_jax.arch import Arch
 from tracing_jax.checkpoint import Checkpoint, CheckpointError, open_checkpoint
@@ -43,11 +44,13 @@ def _as_llama_cpp(name: str, architecture: str, arch: Arch, weight: np.ndarray) 
     return weight.T if architecture == "gpt2" and is_linear else weight
 
 
-def _written(path: Path, case: Case, architecture: str, kind: _KINDS = _KINDS.F32, **metadata: Any) -> Path:
-    """Writes a case's weights as llama.cpp does, matrices of a suitable size in `kind`."""
+def _written(
+    path: Path, case: Case, architecture: str, kind: _KINDS = _KINDS.F32, squeezed: bool = False, **metadata: Any
+) -> Path:
+    """Writes a case's weights as llama.cpp does, matrices of a suitable size in `kind`, `squeezed` as it once did."""
     arch = case.arch()
     writer = gguf.GGUFWriter(path, architecture)
-    _add_sizes(writer, arch)
+    _add_sizes(writer, case, arch)
     for key, value in metadata.items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
         add(key.replace("__", "."), value)
@@ -63,6 +66,7 @@ def _written(path: Path, case: Case, architecture: str, kind: _KINDS = _KINDS.F3
         stacks.setdefault(theirs, []).append(weight)
     for theirs, weights in stacks.items():
         weight = np.ascontiguousarray(weights[0] if len(weights) == 1 else np.stack(weights))
+        weight = weight.squeeze() if squeezed else weight
         fits = weight.ndim > 1 and weight.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
         kind_of = kind if fits else _KINDS.F32
         writer.add_tensor(theirs, gguf.quants.quantize(weight, kind_of), raw_dtype=kind_of)
@@ -73,10 +77,10 @@ def _written(path: Path, case: Case, architecture: str, kind: _KINDS = _KINDS.F3
     return path
 
 
-def _add_sizes(writer: gguf.GGUFWriter, arch: Arch) -> None:
+def _add_sizes(writer: gguf.GGUFWriter, case: Case, arch: Arch) -> None:
     writer.add_block_count(arch.num_layers)
     writer.add_embedding_length(arch.embed_dim)
-    writer.add_feed_forward_length(arch.mlp_dim)
+    writer.add_feed_forward_length(case.config.get("intermediate_size", arch.mlp_dim))
     writer.add_head_count(arch.num_kv_heads * arch.q_group)
     writer.add_context_length(arch.num_positions or 128)
     if arch.num_positions is not None:
@@ -88,6 +92,24 @@ def _add_sizes(writer: gguf.GGUFWriter, arch: Arch) -> None:
     if arch.num_experts is not None:
         writer.add_expert_count(arch.num_experts)
         writer.add_expert_used_count(arch.experts_per_token)
+        if "moe_intermediate_size" in case.config:
+            writer.add_expert_feed_forward_length(case.config["moe_intermediate_size"])
+        if "shared_expert_intermediate_size" in case.config:
+            writer.add_expert_shared_feed_forward_length(case.config["shared_expert_intermediate_size"])
+    if case.config["model_type"] == "phi3":
+        _add_phi3(writer, case)
+
+
+def _add_phi3(writer: gguf.GGUFWriter, case: Case) -> None:
+    """Adds what llama.cpp writes of a Phi-3 alone: no window is one of 0, and longrope's factors are tensors."""
+    rope = case.config["rope_parameters"]
+    head_dim = case.config["hidden_size"] // case.config["num_attention_heads"]
+    writer.add_rope_dimension_count(int(rope.get("partial_rotary_factor", 1.0) * head_dim))
+    writer.add_sliding_window(case.config.get("sliding_window") or 0)
+    writer.add_rope_scaling_orig_ctx_len(case.config["original_max_position_embeddings"])
+    for length in ("short", "long"):
+        if f"{length}_factor" in rope:
+            writer.add_tensor(f"rope_factors_{length}.weight", np.array(rope[f"{length}_factor"], np.float32))
 
 
 def _assert_same(found: Checkpoint, case: Case) -> None:
@@ -125,6 +147,29 @@ def test_weights_are_those_that_llama_cpp_was_given(model_type, tmp_path):
     expected = case.arch()
     for fact in ("embed_dim", "num_layers", "mlp_dim", "num_kv_heads", "q_group", "head_dim", "tied", "num_experts"):
         assert getattr(opened.arch, fact) == getattr(expected, fact), fact
+    _assert_same(opened, case)
+
+
+_WITH_ALL_FACTS = {
+    "qwen2_moe-default": "qwen2moe",
+    "qwen3_moe-normalized": "qwen3moe",
+    "olmoe-default": "olmoe",
+    "phi3-longrope": "phi3",
+    "phi3-longrope_partial": "phi3",
+}
+
+
+@pytest.mark.parametrize("squeezed", [False, True])
+@pytest.mark.parametrize("name", _WITH_ALL_FACTS)
+def test_facts_and_weights_are_those_that_llama_cpp_was_given(name, squeezed, tmp_path):
+    """The arch as a whole: how experts are weighed, which dims turn, the factors of longrope."""
+    case, architecture = (CASES | LIVE_CASES)[name], _WITH_ALL_FACTS[name]
+    path = _written(tmp_path / "model.gguf", case, architecture, squeezed=squeezed, **_theta(case, architecture))
+    opened, expected = open_checkpoint(str(path)), case.arch()
+    floats = {fact: getattr(opened.arch, fact) for fact in ("norm_eps", "rope_frequencies", "rope_amplitudes")}
+    for fact, found in floats.items():
+        np.testing.assert_allclose(found, getattr(expected, fact), rtol=1e-6, err_msg=fact)
+    assert opened.arch == dataclasses.replace(expected, **floats)
     _assert_same(opened, case)
 
 
@@ -194,7 +239,7 @@ def test_scaling_of_llama_3_is_recognised_by_its_factors(tmp_path):
 def test_tokenizer_comes_from_the_metadata(tmp_path):
     path = tmp_path / "model.gguf"
     writer = gguf.GGUFWriter(path, "llama")
-    _add_sizes(writer, _LLAMA.arch())
+    _add_sizes(writer, _LLAMA, _LLAMA.arch())
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "ab", "▁ab"]
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)

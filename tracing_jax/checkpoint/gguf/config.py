@@ -49,6 +49,19 @@ def _gemma2(config: Config) -> Config:
     return {"query_pre_attn_scalar": per_head if largest else config.get("head_dim", per_head)}
 
 
+def _phi3(config: Config) -> Config:
+    """A window of 0 is none; the ropes of a head may be on its first dims alone."""
+    head_dim = config["hidden_size"] // config["num_attention_heads"]
+    rope_dims = config.pop("rope_dims", head_dim)
+    return {"sliding_window": config.get("sliding_window") or None, "partial_rotary_factor": rope_dims / head_dim}
+
+
+_EXPERTS = {
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+}
+_SHARED = {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"}
 _GEMMA = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
@@ -61,6 +74,15 @@ _FAMILIES = {
     ),
     "qwen2": _Family("qwen2"),
     "qwen3": _Family("qwen3"),
+    # How the weights of the selected experts are scaled is no metadata: llama.cpp knows it by the family.
+    "qwen2moe": _Family("qwen2_moe", _EXPERTS | _SHARED, defaults={"norm_topk_prob": False, "decoder_sparse_step": 1}),
+    "qwen3moe": _Family("qwen3_moe", _EXPERTS, defaults={"norm_topk_prob": True, "decoder_sparse_step": 1}),
+    "olmoe": _Family("olmoe", _EXPERTS, defaults={"norm_topk_prob": False, "rope_theta": 10000.0}),
+    "phi3": _Family(
+        "phi3", {"attention.sliding_window": "sliding_window", "rope.dimension_count": "rope_dims",
+                 "rope.scaling.original_context_length": "original_max_position_embeddings"}, more=_phi3,
+        defaults={"rope_theta": 10000.0},
+    ),
     "gemma": _Family("gemma", defaults={"rope_theta": 10000.0}),
     "gemma2": _Family("gemma2", _GEMMA, more=_gemma2, defaults={"rope_theta": 10000.0}),
     "gemma3": _Family(
@@ -163,6 +185,10 @@ def _rope_scaling(
     header: GgufHeader, values: Mapping[str, Any], config: Config, factors: Callable[[str], np.ndarray]
 ) -> Config:
     kind = values.get("rope.scaling.type", "none")
+    if "rope_factors_short.weight" in header.tensors:
+        kinds = ("short", "long")
+        found = {f"{name}_factor": factors(f"rope_factors_{name}.weight").tolist() for name in kinds}
+        return {"rope_scaling": {"rope_type": "longrope"} | found}
     if "rope_freqs.weight" in header.tensors:
         return {"rope_scaling": _llama3(factors("rope_freqs.weight"), config)}
     if kind == "none":

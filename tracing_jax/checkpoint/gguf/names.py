@@ -26,7 +26,7 @@ _PLUS_ONE = ("gemma", "gemma2", "gemma3")
 
 _EXPERT = re.compile(r"(?P<before>.*\.experts)\.(?P<number>\d+)(?P<after>\..*)")
 _GPT2_LINEAR = re.compile(r".*\.(c_attn|c_proj|c_fc)\.weight")
-_USED_ELSEWHERE = {"rope_freqs.weight"}
+_USED_ELSEWHERE = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
 
 
 def with_hf_names(store: TensorStore, architecture: str, arch: Arch) -> TensorStore:
@@ -41,12 +41,13 @@ def with_hf_names(store: TensorStore, architecture: str, arch: Arch) -> TensorSt
     numbers = {name: number for number, name in MODEL_ARCH_NAMES.items()}
     table = get_tensor_name_map(numbers[architecture], arch.num_layers)
     derived = {}
-    for name in tensor_shapes(leaf_layouts(arch).values()):
+    for name, shape in tensor_shapes(leaf_layouts(arch).values()).items():
         expert = _EXPERT.fullmatch(name)
         plain = f"{expert['before']}{expert['after']}" if expert else name
         theirs = table.get_name(plain, try_suffixes=(".weight", ".bias"))
         if theirs in known:
-            derived[name] = _Converted(store, theirs, *_conversion(name, architecture, arch, expert))
+            is_row = shape[:1] == (1,) and store.shape(theirs) == shape[1:]
+            derived[name] = _Converted(store, theirs, *_conversion(name, architecture, arch, expert), is_row)
     used = {tensor.name for tensor in derived.values()}
     return DerivedTensors(store, derived, used | _USED_ELSEWHERE)
 
@@ -54,7 +55,7 @@ def with_hf_names(store: TensorStore, architecture: str, arch: Arch) -> TensorSt
 def _conversion(
     name: str, architecture: str, arch: Arch, expert: re.Match[str] | None
 ) -> tuple[int | None, int | None, bool, bool]:
-    """Returns the last four fields of `_Converted` for a tensor of transformers."""
+    """Returns the fields of `_Converted` from `expert` to `transposed` for a tensor of transformers."""
     heads = None
     if architecture in _IN_PAIRS:
         queries, keys = arch.num_kv_heads * arch.q_group, arch.num_kv_heads
@@ -75,6 +76,7 @@ class _Converted:
       heads: how many heads its rows belong to, if those of a head are stored in pairs.
       minus_one: whether it is stored plus one.
       transposed: whether it is stored transposed.
+      is_row: whether it is a matrix of one row, stored as a vector, as versions of llama.cpp's conversion did.
     """
 
     store: TensorStore
@@ -83,10 +85,13 @@ class _Converted:
     heads: int | None = None
     minus_one: bool = False
     transposed: bool = False
+    is_row: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
         shape = self.store.shape(self.name)
+        if self.is_row:
+            return (1, *shape)
         shape = shape if self.expert is None else shape[1:]
         return shape[::-1] if self.transposed else shape
 
@@ -96,6 +101,8 @@ class _Converted:
 
     def read(self, index: Index = ()) -> np.ndarray:
         bounds = bounds_of(index, self.shape)
+        if self.is_row:
+            return self.store.read(self.name, bounds[1:])[None][bounds[0]]
         if self.transposed:
             return np.ascontiguousarray(self.store.read(self.name, bounds[::-1]).T)
         if self.heads is not None:
