@@ -39,7 +39,7 @@ from tracing_jax.library import (
     scan,
     to_bytes,
 )
-from tracing_jax.library.readings import GATED, MOMENT_NUMBERS, moment_names
+from tracing_jax.library.readings import GATED, moment_names, moment_numbers
 from tracing_jax.library.signature import SampledLayer
 from tracing_jax.models import init_params
 from tracing_jax.options import RunOptions
@@ -233,9 +233,9 @@ def large() -> dict[str, Any]:
     arch = _resized(small_zoo("tiny").arch, layers, 4096, units, 32000)
     read = [{kind: _numbers(rng, (units, len(tokens))) for kind in GATED} for _ in range(layers)]
     sampled = drawing.sampled_layers(layers)
-    square = np.eye(MOMENT_NUMBERS, dtype=np.float32)
+    square = np.eye(moment_numbers(True), dtype=np.float32)
     moments = {
-        i: {kind: (rng.normal(size=(units, MOMENT_NUMBERS)).astype(np.float32), square) for kind in moment_names(True)}
+        i: {kind: (rng.normal(size=(units, len(square))).astype(np.float32), square) for kind in moment_names(True)}
         for i in sampled
     }
     columns, names = {string: i for i, string in enumerate(tokens)}, [f"layer {i}" for i in range(layers)]

@@ -151,11 +151,14 @@ def test_gated_and_gateless_models_are_not_compared(signatures):
     assert set(found.not_tested) == {RESPONSES, MOMENTS}
 
 
-def test_bytes_are_the_same_each_time_and_can_be_read_back(tmp_path, signatures):
-    written = to_bytes(signatures[True])
-    assert written == to_bytes(signature_of(base_of(GATED)))
+@pytest.mark.parametrize("arch", [GATED, GATELESS])
+def test_bytes_are_the_same_each_time_and_can_be_read_back(arch, tmp_path, signatures):
+    written = to_bytes(signatures[arch.gated])
+    assert written == to_bytes(signature_of(base_of(arch)))
     (tmp_path / "x").write_bytes(written)
-    assert to_bytes(read_signature(tmp_path / "x")) == written
+    found = read_signature(tmp_path / "x")
+    assert to_bytes(found) == written
+    assert all(layer.moments for layer in found.layers)
 
 
 def test_the_largest_signature_fits():

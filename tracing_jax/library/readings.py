@@ -27,9 +27,6 @@ GATED, GATELESS = ("gate", "up"), ("up", "effect")
 """Two readings of a unit, which are matched apart: what its two projections give for a token; or, without a gate, what
 it reads from the embedding of a token and what it writes to that token's logit."""
 
-MOMENT_NUMBERS = 7 + 8 * 7 // 2
-"""M: of a row and its seven images under the moments of the layer, the images' lengths and all pairs' cosines."""
-
 _TINY = 1e-12
 
 
@@ -111,6 +108,12 @@ def _products(rows: Float[Array, "F D"], tokens: Float[Array, "S D"]) -> Float[A
 def moment_names(gated: bool) -> tuple[str, str]:
     """Returns the kinds of rows of which signatures of moments are taken, of MLPs with or without a gate."""
     return ("gate", "up") if gated else ("up", "down")
+
+
+def moment_numbers(gated: bool) -> int:
+    """Returns M: of the images of a row under the moments of its layer the lengths, and of all with it the cosines."""
+    moments = 7 if gated else 6  # without a gate there is none of its rows
+    return moments + (moments + 1) * moments // 2
 
 
 def has_moments(model: ParamSource) -> bool:

@@ -266,8 +266,12 @@ def first_look(signatures: Mapping[str, Signature], suspect: Suspect) -> dict[st
     return scores
 
 
+def _in_place(found: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "N K"]:
+    return np.abs(found, out=found)
+
+
 def _closest_units(rows: Float[np.ndarray, "N S"], layer: np.ndarray, kind: str) -> np.ndarray:
     theirs = normalised(layer).T
-    absolute: Callable[[np.ndarray], Any] = (lambda found: found) if kind == "gate" else np.abs
+    absolute: Callable[[np.ndarray], Any] = (lambda found: found) if kind == "gate" else _in_place
     parts = [rows[start : start + _MOST_ROWS] for start in range(0, len(rows), _MOST_ROWS)]
     return np.concatenate([absolute(part @ theirs).argmax(axis=1) for part in parts])

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from tracing_jax.complaints import listed, shortened
 from tracing_jax.library import drawing
-from tracing_jax.library.readings import GATED, GATELESS, MOMENT_NUMBERS, moment_names
+from tracing_jax.library.readings import GATED, GATELESS, moment_names, moment_numbers
 from tracing_jax.library.signature import FORMAT, MOST_CHARACTERS, MOST_LISTED_FILES, SHAPE, SampledLayer, Signature
 from tracing_jax.record import atomic_write
 
@@ -211,14 +211,14 @@ def _layer(
     readings = {kind: tensors[f"{at}/{kind}"] for kind in facts["readings"]}
     for kind, found in readings.items():
         _check_array(f"{at}/{kind}", found, np.int8, (len(units), num_tokens))
-    moments, covariances = {}, {}
+    moments, covariances, M = {}, {}, moment_numbers(facts["shape"]["gated"])
     for kind in moment_names(facts["shape"]["gated"]) if with_moments else ():
         moments[kind], covariances[kind] = (tensors[f"{at}/{part} {kind}"] for part in ("moments", "covariance"))
         rows = len(moments[kind])
         if not len(units) <= rows <= drawing.MOMENT_UNITS:
             raise ValueError(f"{at}/moments {kind}: {rows} rows, expected {len(units)} to {drawing.MOMENT_UNITS}")
-        _check_array(f"{at}/moments {kind}", moments[kind], np.int8, (rows, MOMENT_NUMBERS))
-        _check_array(f"{at}/covariance {kind}", covariances[kind], np.float16, (MOMENT_NUMBERS, MOMENT_NUMBERS))
+        _check_array(f"{at}/moments {kind}", moments[kind], np.int8, (rows, M))
+        _check_array(f"{at}/covariance {kind}", covariances[kind], np.float16, (M, M))
         if not _is_correlation(covariances[kind].astype(np.float64)):
             raise ValueError(f"{at}/covariance {kind}: expected correlations: finite, symmetric, and none negative")
     return SampledLayer(layer, units, readings, moments, covariances)
