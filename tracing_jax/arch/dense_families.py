@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tracing_jax.arch.architecture import UnsupportedModelError
-from tracing_jax.arch.family import COMMON, NAMES, ArchFields, Family, windows_by_type
+from tracing_jax.arch.family import COMMON, GPT_NAMES, NAMES, ArchFields, Family, windows_by_type
 from tracing_jax.arch.rope import Rope, alibi_slopes, fields_of, frequencies
 
 _LAYER_NORM_NAMES = NAMES | {"norm_eps": "layer_norm_eps"}
@@ -244,16 +244,6 @@ def _gpt_neo(config: Any) -> ArchFields:
 
 _DROPOUTS = "resid_pdrop embd_pdrop attn_pdrop"
 
-_GPT_NAMES = {
-    "vocab_size": "vocab_size",
-    "embed_dim": "n_embd",
-    "num_layers": "n_layer",
-    "mlp_dim": "n_inner",
-    "num_heads": "n_head",
-    "norm_eps": "layer_norm_epsilon",
-    "tied": "tie_word_embeddings",
-}
-
 DENSE_FAMILIES: dict[str, Family] = {
     "phi3": Family(
         _phi3,
@@ -319,7 +309,7 @@ DENSE_FAMILIES: dict[str, Family] = {
         activation="activation_function",
         neutral=_DROPOUTS + " gradient_checkpointing scale_attn_weights summary_activation summary_first_dropout"
         " summary_proj_to_labels summary_type summary_use_proj task_specific_params",
-        names=_GPT_NAMES,
+        names=GPT_NAMES,
     ),
     "opt": Family(
         _opt,
@@ -362,7 +352,7 @@ DENSE_FAMILIES: dict[str, Family] = {
         # In float32 it does not matter where scores are rounded.
         neutral=_DROPOUTS + " attention_softmax_in_fp32 scale_attention_softmax_in_fp32 gradient_checkpointing"
         " summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj",
-        names=_GPT_NAMES,
+        names=GPT_NAMES,
     ),
     "gpt_neo": Family(
         _gpt_neo,

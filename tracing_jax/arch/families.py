@@ -5,7 +5,7 @@ from typing import Any
 
 from tracing_jax.arch.architecture import UnsupportedModelError
 from tracing_jax.arch.dense_families import DENSE_FAMILIES
-from tracing_jax.arch.family import ArchFields, Family, windows_by_type
+from tracing_jax.arch.family import GPT_NAMES, ArchFields, Family, windows_by_type
 from tracing_jax.arch.mixtures import MIXTURES
 
 _GEMMA_USES = "rms_norm_eps attention_bias hidden_activation use_bidirectional_attention"
@@ -135,15 +135,7 @@ FAMILIES: dict[str, Family] = {
         " scale_attn_by_inverse_layer_idx",
         thetas={},
         common=frozenset({"vocab_size", "tie_word_embeddings"}),
-        names={
-            "vocab_size": "vocab_size",
-            "embed_dim": "n_embd",
-            "num_layers": "n_layer",
-            "mlp_dim": "n_inner",
-            "num_heads": "n_head",
-            "norm_eps": "layer_norm_epsilon",
-            "tied": "tie_word_embeddings",
-        },
+        names=GPT_NAMES,
         activation="activation_function",
         # n_ctx only sized the mask of old files; upcasting attention changes nothing in float32.
         neutral="attn_pdrop embd_pdrop gradient_checkpointing n_ctx output_past reorder_and_upcast_attn"

@@ -28,6 +28,17 @@ NAMES: dict[str, str] = {
 }
 """Field of `Arch` (or the number of query heads) -> the config attribute for it in nearly every family."""
 
+GPT_NAMES = {
+    "vocab_size": "vocab_size",
+    "embed_dim": "n_embd",
+    "num_layers": "n_layer",
+    "mlp_dim": "n_inner",
+    "num_heads": "n_head",
+    "norm_eps": "layer_norm_epsilon",
+    "tied": "tie_word_embeddings",
+}
+"""The same in families whose config follows that of GPT-2."""
+
 
 @dataclass(frozen=True)
 class Family:
