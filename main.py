@@ -14,10 +14,12 @@ from ml_collections import config_flags
 
 from tracing_jax.cli.absl_flags import define_flags, given_flags, run_program
 from tracing_jax.cli.arguments import Parser, add_options
-from tracing_jax.cli.errors import exit_on_user_error
+from tracing_jax.cli.errors import configure_logging, exit_on_user_error
 from tracing_jax.cli.program import EXIT_STATUS, ProgramOptions, run_experiment
+from tracing_jax.cli.without_torch import import_transformers_without_torch
 from tracing_jax.dataclass_options import from_values, replaced
 from tracing_jax.options import RunOptions
+from tracing_jax.progress import reporting
 
 _CONFIGS = Path(__file__).parent / "configs"
 _CONFIG_HELP = "A file of configs/, with :demo for the demo family; --config.NAME sets an option too."
@@ -68,7 +70,10 @@ def main(argv: Sequence[str]) -> None:
     with exit_on_user_error():
         program = from_values(ProgramOptions, given_flags(ProgramOptions))
         options = run_options()
-    run_experiment(options, program)
+    configure_logging(0 if flags.FLAGS["verbosity"].using_default_value and not program.quiet else None)
+    import_transformers_without_torch()
+    with reporting():
+        run_experiment(options, program)
 
 
 def _print_help() -> None:

@@ -20,6 +20,7 @@ _LAYERS = {
     "options": "dataclass_options",
     "tree": "",
     "record": "",
+    "progress": "",
     "distributed": "",
     "run_cache": "record distributed",
     "complaints": "",
@@ -29,22 +30,22 @@ _LAYERS = {
     "sharding": "axes tree",
     "rewrites": "dataclass_options arch axes tree",
     "interpolation": "axes tree",
-    "sources": "arch rewrites interpolation sharding axes tree",
+    "sources": "progress arch rewrites interpolation sharding axes tree",
     "checkpoint": "complaints distributed sources models sharding axes arch tree",
     "data": "complaints",
     "blocked_matmul": "",
-    "forward": "blocked_matmul run_cache arch axes data rewrites tree models sources interpolation sharding",
-    "matching": "run_cache blocked_matmul rewrites axes tree",
-    "alignment": "run_cache data matching rewrites forward models sources sharding axes arch tree",
+    "forward": "progress blocked_matmul run_cache arch axes data rewrites tree models sources interpolation sharding",
+    "matching": "progress run_cache blocked_matmul rewrites axes tree",
+    "alignment": "progress run_cache data matching rewrites forward models sources sharding axes arch tree",
     "statistics": (
-        "options run_cache data arch matching forward interpolation sources rewrites sharding axes record tree"
+        "options progress run_cache data arch matching forward interpolation sources rewrites sharding axes record tree"
     ),
     "claims": "arch axes checkpoint forward sources statistics tree",
     "library": "options record complaints arch data matching sources statistics tree",
     "report": "record",
     "merges": "arch axes tree rewrites sources checkpoint data matching alignment statistics record report",
-    "generation": "record distributed arch data models forward sources checkpoint sharding tree",
-    "demo": "models checkpoint forward rewrites sources arch axes data tree",
+    "generation": "progress record distributed arch data models forward sources checkpoint sharding tree",
+    "demo": "progress models checkpoint forward rewrites sources arch axes data tree",
 }
 _ANY_LOWER = ("experiment", "zoo", "cli", "api")
 _ORDER = (*_LAYERS, *_ANY_LOWER)

@@ -76,7 +76,7 @@ def test_the_help_of_compare_shows_its_own_defaults():
 
 
 @pytest.mark.parametrize(("argv", "message"), [
-    (["comapre", "A", "B"], "invalid choice: 'comapre' (choose from 'compare'"),
+    (["comapre", "A", "B"], "comapre: there is no such verb; did you mean compare?"),
     (["compare", "A"], "required: FT"),
     (["compare", "A", "B", "--match.max_token", "3"], "there is no such option; did you mean --match.max_tokens?"),
     (["compare", "A", "B", "--batch_size", "many"], "--batch_size: expected a whole number, found 'many'"),
@@ -98,7 +98,8 @@ def in_folder(tmp_path, monkeypatch):
 def test_compare_prints_a_verdict_without_a_text(family, in_folder, capsys):
     cli.main(["compare", str(family.member("base")), str(family.member("finetune"))])
     shown = capsys.readouterr().out
-    assert shown.startswith("RELATED")
+    assert shown.startswith("Compared\n  base")
+    assert "\n  RELATED  base and finetune\n" in shown
     record = json.loads((in_folder / "runs/compare.json").read_text())
     assert record["tokens"] is None
     assert record["args"]["stat"] == ["auto"]
@@ -129,9 +130,14 @@ def test_with_a_text_compare_matches_activations_too(family, in_folder, capsys):
     assert set(record["statistics"]["match"]["non_aligned"]["null"]) >= {"forward", "weights"}
 
 
-def test_a_statistic_that_needs_a_text_says_what_to_give(in_folder):
-    with pytest.raises(SystemExit, match="neither dataset nor dataset_id is set, and mode cannot do without a text"):
-        cli.main(["compare", "some/model", "other/model", "--stat", "mode"])
+def test_a_statistic_that_needs_a_text_reads_that_of_the_package_where_none_is_named(family, in_folder, capsys):
+    pair = [str(family.member("base")), str(family.member("finetune"))]
+    cli.main(["compare", *pair, "--stat", "mode", "--num_tokens", "512", "--block_size", "64", "--mesh.data", "1"])
+    shown = " ".join(capsys.readouterr().out.split())
+    record = json.loads((in_folder / "runs/compare.json").read_text())
+    assert record["args"]["dataset"] == record["tokens"]["dataset"] == "sample"
+    assert f"text sample: {record['tokens']['source']}, 512 tokens of base" in shown
+    assert any(note.startswith("text: sample") for note in record["notes"])
 
 
 @pytest.mark.slow

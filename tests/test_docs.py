@@ -39,7 +39,7 @@ _BLOCK = re.compile(
     r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S
 )
 _TOOLS = {"pip", "pytest", "ruff", "mypy", "mkdocs", "pre-commit", ".ci/run"}
-_NUMBER = re.compile(r"(10\^)?-?\d[\d.,]*")
+_NUMBER = re.compile(r"\b[0-9a-f]{16}\b|(10\^)?-?\d[\d.,]*")
 
 
 @dataclass(frozen=True)

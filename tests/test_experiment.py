@@ -344,7 +344,6 @@ def truncate(folder):
     (lambda spoilt: {"seed": -1}, "seed=-1: at least 0"),
     (lambda spoilt: {"permute": True, "permute_axes": ""}, "permute_axes is empty"),
     (lambda spoilt: {"permute": True, "permute_axes": "expert"}, "permute_axes=expert: .*no axis of kind expert"),
-    (lambda spoilt: {"dataset": ""}, "neither dataset nor dataset_id"),
     (lambda spoilt: {"mesh": {"data": 9, "model": 1}}, "8 are there"),
     (lambda spoilt: {"dtype": "float8", "batch_size": 0}, "batch_size=0: at least 1"),
 ])  # fmt: skip

@@ -1,5 +1,6 @@
 """Figures show the data they were given; the page is whole, closed to the network, and escapes what it shows."""
 
+import io
 import math
 import re
 import subprocess
@@ -11,13 +12,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from tracing_jax.record import plain
-from tracing_jax.report.figures import figure_of_run, path_figure, png, save_png
+from tracing_jax.report.figures import figure_of_run, images_of_run, path_figure, png, save_png
+from tracing_jax.report.findings import SENTENCES
 from tracing_jax.report.formatting import cell, log10_cell, outcome, p_cell, p_text, places_text, subject, text_table
 from tracing_jax.report.page import html
-from tracing_jax.report.pairs import figure_of_pairs, pair_names, pairs_html, summary
+from tracing_jax.report.pairs import figure_of_pairs, pairs_html
 from tracing_jax.report.panels import _stack
+from tracing_jax.report.printed import pair_names, summary
 
 ROOT = Path(__file__).parents[1]
 ALPHA = np.linspace(0, 1, 11)
@@ -385,19 +389,19 @@ def test_page_opens_with_the_verdict_and_its_grounds(word):
     page = Page(source)
     assert ("div", "class", f"verdict {word}") in page.attributes
     start = page.text.partition("Statistics in the verdict")[0]
-    assert f"{word.replace('_', ' ')} {judged(word)['meaning']}" in start
+    assert f"{word.replace('_', ' ')} {SENTENCES[word]} in detail {judged(word)['meaning']}" in start
     assert "p = 10^-41.2 after Holm over csu and match" in start
     assert ("layers 0-2" in start) is (word == "related")
-    assert "csu -41.75 1.78e-42 match 0 1" in page.text
+    assert "csu -41.75 10^-41.8 match 0 1" in page.text
     assert "csu agreement layer 0 -320.5 10^-320.5 csu agreement layer 1" in page.text
 
 
 def test_a_verdict_without_a_test_says_what_to_ask_for():
     nothing = judged("undecided", statistic=None, adjusted_log10_p=None, family={}, evidence=[])
     page = Page(html(record(verdict=nothing, statistics={}))).text
-    assert "undecided too weak level 0.001" in page
+    assert f"undecided {SENTENCES['undecided']} in detail too weak level 0.001" in page
     assert "Statistics in the verdict" not in page
-    assert "UNDECIDED  model and tuned: too weak" in summary([with_tests() | {"verdict": nothing}])
+    assert "UNDECIDED  model and tuned" in summary([with_tests() | {"verdict": nothing}])
 
 
 def test_every_p_value_of_a_test_is_on_the_page():
@@ -425,7 +429,7 @@ def test_no_p_value_is_shown_as_zero():
     assert "-0.0" not in words
     assert p_cell(-1e5) == "10^-100000.0"
     assert p_cell(-320.0) == "10^-320.0"
-    assert float(p_cell(-299.0)) > 0
+    assert p_cell(-299.0) == "10^-299.0"
     assert (log10_cell(-0.0), log10_cell(-0.001), log10_cell(None)) == ("0", "0", "–")
 
 
@@ -502,16 +506,17 @@ def several():
     return [record(args={"ft_model_id": f"org/{name}"}, verdict=word, statistics=found) for name, word in pairs]
 
 
-def test_summary_begins_each_pair_with_its_verdict():
+def test_summary_has_the_verdict_on_each_pair_and_tables_of_all():
     lines = summary(several()).splitlines()
-    assert lines[0] == "RELATED  model and tuned: not independent"
-    assert lines[1] == "  csu, p = 10^-41.2 after Holm over csu and match; level 0.001; layers 0-2"
-    words = [line.split("  ")[0] for line in lines if line[:1].isupper()]
+    words = [line.strip().split("  ")[0] for line in lines if re.match(r"  (RELATED|UNDECIDED|NO EVIDENCE)", line)]
     assert words == ["RELATED", "UNDECIDED", "NO EVIDENCE"]
-    assert any(line.split() == ["tuned", "related", "csu", "-41.25", "-40.75", "layers", "0-2"] for line in lines)
-    assert "after Holm over the 3 pairs" in " ".join(lines)
-    assert max(map(len, lines)) <= 110
-    assert "log10 p (all pairs)" not in summary(several()[:1])
+    assert any(line.split() == ["tuned", "related", "csu", "10^-41.2", "10^-40.8", "layers", "0-2"] for line in lines)
+    assert "after Holm over the 3 pairs" in " ".join(" ".join(lines).split())
+    assert "csu, p = 10^-41.2 after Holm over csu and match; level 0.001; layers 0-2" in " ".join(
+        " ".join(lines).split()
+    )
+    assert max(map(len, lines)) <= 80
+    assert "p (all pairs)" not in summary(several()[:1])
 
 
 def test_family_page_links_each_pair_and_escapes():
@@ -519,8 +524,11 @@ def test_family_page_links_each_pair_and_escapes():
     links = [value for tag, name, value in page.attributes if (tag, name) == ("a", "href")]
     assert links == ["f/tuned.html", "f/b.html", "f/%3Ci%3E.html"]
     assert not page.tags & {"script", "i", "link"}
-    assert "tuned related csu -41.25 -40.75 layers 0-2" in page.text
-    assert "no evidence csu 0" in page.text
+    assert "tuned related csu 10^-41.2 10^-40.8 layers 0-2" in page.text
+    assert "no evidence csu 1" in page.text
+    for word in ("related", "undecided", "no_evidence"):
+        assert ("div", "class", f"verdict {word}") in page.attributes  # a box for each pair
+        assert any(value.endswith(f"tone {word}") for _, name, value in page.attributes if name == "class")
 
 
 def test_figure_of_a_family_shows_paths_and_p_values_of_those_that_have_them():
@@ -574,3 +582,30 @@ def test_nothing_on_a_page_shows_a_calibrated_p_value_below_what_its_assumption_
     assert min(line.get_ydata().min() for axes in panels for line in axes.lines if line.get_label() == "matched") == -12
     assert original["verdict"]["family"]["match"] == -678.0
     assert original["statistics"]["match"]["non_aligned"]["tests"][0]["log10_ps"][2] == -678.25
+
+
+@given(st.floats(-5000, 0))
+def test_a_p_value_is_written_one_way(log10_p):
+    """Sentences, tables and the page write the same digits."""
+    shown = p_cell(log10_p)
+    assert p_text(log10_p) == f"p = {shown}"
+    assert outcome({"non_aligned": result(1.0, log10_p=log10_p), "aligned": None}) == f"1 (p = {shown}) non-aligned"
+    assert shown == "< 10^-12" or (shown.startswith("10^-") == (log10_p <= -4))
+
+
+def test_a_figure_of_many_statistics_is_no_higher_than_its_limit():
+    many = {
+        f"s{i}": {"non_aligned": result(7.0, curve=curve(5) | {"groups": ["mlp"]}), "aligned": None} for i in range(7)
+    }
+    images = images_of_run(record(statistics=many))
+    sizes = {name: Image.open(io.BytesIO(data)).size for name, data in images.by_statistic.items()}
+    width, height = Image.open(io.BytesIO(images.whole)).size
+    assert list(sizes) == list(many)
+    assert max(h for _, h in sizes.values()) < height <= 1600
+    assert width > 3 * 1024 - 1
+    assert all(0.97 * 1024 <= w <= 1024 for w, _ in sizes.values())
+
+
+def test_what_a_figure_shows_is_said_to_those_who_do_not_see_it():
+    alts = [value for tag, name, value in Page(html(with_tests())).attributes if (tag, name) == ("img", "alt")]
+    assert alts[0] == "csu: a number: 0.5 (p = 10^-3999.5) non-aligned, 1 aligned"

@@ -14,6 +14,7 @@ from tracing_jax import cli, experiment
 from tracing_jax.experiment.verifying import read_records, verify
 from tracing_jax.options import COMPARE, STATISTICS
 from tracing_jax.record import digest_of, with_digest
+from tracing_jax.report import record_text
 
 SCHEMA = json.loads(resources.files("tracing_jax").joinpath("record-1.schema.json").read_text())
 
@@ -105,7 +106,9 @@ def test_a_changed_record_is_told_from_changed_files_and_from_missing_ones(writt
 def test_the_exit_status_of_verify(written, tmp_path, capsys):
     file, record = written
     cli.main(["verify", str(file)])
-    assert capsys.readouterr().out.splitlines()[-1] == "the record holds"
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[-1] == "the record holds"
+    assert shown.startswith(record_text(record, ("Compared", "Verdict")))
     for change, status in (
         ({"seed": 7}, 3),
         ({"models": {}}, 3),

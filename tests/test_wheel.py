@@ -40,8 +40,13 @@ def test_package_is_that_of_the_wheel(bin_folder, tmp_path):
     assert Path(where.strip()).is_relative_to(bin_folder.parent)
 
 
+def test_the_text_of_the_package_is_in_the_wheel(bin_folder, tmp_path):
+    code = "from tracing_jax.data import sample_documents; print(len(sample_documents().text.encode()))"
+    assert 20_000 <= int(_run(bin_folder / "python", "-c", code, cwd=tmp_path)) <= 40_000
+
+
 def test_compare_runs_outside_the_clone(bin_folder, tmp_path, family):
     models = (family.member("base"), family.member("finetune"))
     printed = _run(bin_folder / "tracing-jax", "compare", *models, "--save", tmp_path / "run.p", cwd=tmp_path)
-    assert printed.startswith("RELATED  base and finetune")
+    assert "RELATED  base and finetune" in printed
     assert {"run.p", "run.json", "run.png", "run.html"} <= {file.name for file in tmp_path.iterdir()}

@@ -318,7 +318,8 @@ class RunOptions:
     dataset: str | None = _text(
         "wikitext",
         "wikitext, wikitext2, aya:<language>, m2d2:<field>, dolma:<language>, generated or generated:PATH (files of "
-        "generate), random (tokens of both vocabularies), demo, or a local txt, json, jsonl or parquet file or folder.",
+        "generate), random (tokens of both vocabularies), sample (a text of this package, taken where "
+        "one is needed and none is named), demo, or a local txt, json, jsonl or parquet file or folder.",
     )
     dataset_id: str | None = _text(None, "The id of a data set on the Hub; takes precedence over dataset.")
     dataset_subset: str | None = _text(None, "Subset of the data set.")

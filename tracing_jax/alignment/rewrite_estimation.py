@@ -8,7 +8,6 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 from jaxtyping import Float
-from tqdm import tqdm
 
 from tracing_jax.alignment.applicability import AlignmentError
 from tracing_jax.alignment.block_maps import BlockMaps, block_maps
@@ -16,6 +15,7 @@ from tracing_jax.alignment.float64_leaves import Leaves, after, in_float64, leav
 from tracing_jax.alignment.procrustes import polar
 from tracing_jax.axes import AxisTable
 from tracing_jax.matching import Shared, assign
+from tracing_jax.progress import tqdm
 from tracing_jax.rewrites import GainScaling, GainSetting, Permutation, Rewrite, Rotation, foldable_norms, gains_in
 from tracing_jax.sources import ParamSource
 

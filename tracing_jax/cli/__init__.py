@@ -3,12 +3,15 @@
 Nothing heavy is imported before a verb runs, so that `--help` answers at once.
 """
 
+import argparse
 import importlib
 import sys
 from collections.abc import Sequence
 from importlib import metadata
 
 from tracing_jax.cli.arguments import Parser
+from tracing_jax.cli.errors import configure_logging
+from tracing_jax.cli.without_torch import import_transformers_without_torch
 
 VERBS = {
     "compare": "trace one or more models to a base: the verdict, and the layers behind it",
@@ -25,13 +28,16 @@ VERBS = {
 }
 """Name of a verb, which is that of its module -> what it does."""
 
+_VERBOSITY = "What the log says: -1 warnings, 0 progress too, 1 also where an error happened. [0, and -1 with --quiet]"
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line of this process, or the one given."""
+    is_program = argv is None
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] and argv[0] in VERBS:
         try:
-            _run_verb(argv[0], argv[1:])
+            _run_verb(argv[0], argv[1:], is_program)
         except KeyboardInterrupt:
             from tracing_jax.cli.errors import end_interrupted
 
@@ -46,9 +52,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.parse_args(argv[:1])
 
 
-def _run_verb(name: str, argv: Sequence[str]) -> None:
+def _run_verb(name: str, argv: Sequence[str], is_program: bool) -> None:
     verb, meaning = importlib.import_module(f"tracing_jax.cli.{name}"), VERBS[name]
     usage = f"tracing-jax {name} {verb.USAGE} [--NAME VALUE ...]"
     parser = Parser(f"tracing-jax {name}", usage=usage, description=f"{meaning[0].upper()}{meaning[1:]}.")
     verb.add_arguments(parser)
-    verb.run(parser.parse_args(argv))
+    parser.add_argument("--verbosity", metavar="N", type=int, default=argparse.SUPPRESS, help=_VERBOSITY)
+    parsed = parser.parse_args(argv)
+    if not is_program:
+        verb.run(parsed)
+        return
+    from tracing_jax.progress import reporting
+
+    configure_logging(getattr(parsed, "verbosity", -1 if getattr(parsed, "quiet", False) else 0))
+    import_transformers_without_torch()
+    with reporting():
+        verb.run(parsed)

@@ -30,6 +30,9 @@ class Parser(argparse.ArgumentParser):
         if found := re.match(r"unrecognized arguments: (--\S+)", message):
             name = found[1].split("=")[0]
             message = f"{name}: there is no such option{suggestion(name, self._option_string_actions)}"
+        elif found := re.match(r"argument VERB: invalid choice: '([^']*)' \(choose from (.*)\)$", message):
+            verbs = re.findall(r"[\w-]+", found[2])
+            message = f"{found[1]}: there is no such verb{suggestion(found[1], verbs)}"
         self.exit(2, f"error: {message}\n({self.prog} --help lists every option)\n")
 
 

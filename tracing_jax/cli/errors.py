@@ -7,11 +7,19 @@ import sys
 from collections.abc import Iterator
 from typing import NoReturn
 
-from absl import logging
+from absl import flags, logging
 
 
-def configure_logging() -> None:
-    """Makes log lines a time and a message on stderr, without the notices that there is no PyTorch and no TPU."""
+def configure_logging(verbosity: int | None = None) -> None:
+    """Makes log lines a time and a message on stderr, without the notices that there is no PyTorch and no TPU.
+
+    Args:
+      verbosity: -1 for warnings, 0 for progress too, 1 for all; None leaves it as it is.
+    """
+    if verbosity is not None:
+        if not flags.FLAGS.is_parsed():  # absl would say so with the first line
+            flags.FLAGS(sys.argv[:1])
+        logging.set_verbosity(verbosity)
     logging.use_absl_handler()
     logging.get_absl_handler().setFormatter(stdlib_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -81,10 +81,10 @@ def run_experiment(config: Any, program: ProgramOptions) -> list[dict[str, Any]]
             try:
                 records = experiment.run(config)
             except experiment.NotSavedError as error:
-                print(_output(error.records, program))
+                _print(error.records, program, saved=False)
                 raise
             if is_main_process():
-                print(_output(records, program))
+                _print(records, program)
                 _write_exports(records, exports, program.fail_on)
             if status := exit_status(records, program.fail_on):
                 sys.exit(status)
@@ -127,12 +127,13 @@ def exit_status(records: Sequence[Mapping[str, Any]], fail_on: Sequence[str]) ->
     return 4 if "not_testable" in outcomes else 0
 
 
-def _output(records: Sequence[Mapping[str, Any]], program: ProgramOptions) -> str:
-    """Returns what is printed: the record as JSON, of several pairs a list; the verdicts; or the whole summary."""
-    from tracing_jax.report import summary, verdict_lines
+def _print(records: Sequence[Mapping[str, Any]], program: ProgramOptions, saved: bool = True) -> None:
+    """Prints the record as JSON, of several pairs a list; the verdicts; or the whole summary."""
+    from tracing_jax.report import print_summary, verdict_lines
 
     if program.json:
-        return json.dumps(records[0] if len(records) == 1 else records, indent=1, ensure_ascii=False)
-    if program.quiet:
-        return "\n".join(line for record in records for line in verdict_lines(record))
-    return summary(records)
+        print(json.dumps(records[0] if len(records) == 1 else records, indent=1, ensure_ascii=False))
+    elif program.quiet:
+        print("\n".join(line for record in records for line in verdict_lines(record)))
+    else:
+        print_summary(records, sys.stdout, saved)

@@ -2,7 +2,9 @@
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tracing_jax.cli.compilation_cache import keep_compiled_programs
 from tracing_jax.cli.errors import configure_logging, exit_on_user_error
@@ -28,6 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ft", metavar="MODEL", help="where the other model is now [where the record says]")
 
 
+def _content(record: Mapping[str, Any]) -> str:
+    """Returns what a record says was compared, and its verdict, as `compare` printed them."""
+    from tracing_jax.report import record_text
+
+    try:
+        return f"{record_text(record, ('Compared', 'Verdict'))}\n\nChecks"
+    except (LookupError, TypeError, ValueError, AttributeError):  # its checks say what is wrong with it
+        return "Checks"
+
+
 def run(parsed: argparse.Namespace) -> None:
     """Runs the verb."""
     configure_logging()
@@ -41,9 +53,10 @@ def run(parsed: argparse.Namespace) -> None:
                 f"--ft={parsed.ft}: {parsed.record} has {len(records)} pairs; verify the records of its .run"
             )
         for record in records:
+            print(_content(record), flush=True)
             for check in verify(record, parsed.base, parsed.ft):
-                print(f"{check.outcome.upper():8} {check.name}: {check.text}", flush=True)
+                print(f"  {check.outcome.upper():8} {check.name}: {check.text}", flush=True)
                 status = max(status, _STATUS[check.outcome], key=(0, 4, 3).index)
-        print(_SAYS[status])
+        print(f"\n{_SAYS[status]}")
     if status:
         sys.exit(status)

@@ -20,7 +20,15 @@ from tracing_jax.data.blocks import (
     shared_tokens,
     token_blocks,
 )
-from tracing_jax.data.documents import GENERATED_ENDING, GENERATED_FOLDER, NAMED_DATASETS, Documents, read_documents
+from tracing_jax.data.documents import (
+    GENERATED_ENDING,
+    GENERATED_FOLDER,
+    NAMED_DATASETS,
+    SAMPLE,
+    Documents,
+    read_documents,
+    sample_documents,
+)
 from tracing_jax.data.pairing import PairedBlocks, paired_on_bytes, paired_one_to_one
 from tracing_jax.data.unseen import IdPairs, unseen_tokens
 
@@ -29,6 +37,7 @@ __all__ = [
     "GENERATED_FOLDER",
     "NAMED_DATASETS",
     "RANDOM",
+    "SAMPLE",
     "Documents",
     "IdPairs",
     "PairedBlocks",
@@ -40,6 +49,7 @@ __all__ = [
     "random_token_blocks",
     "read_documents",
     "same_tokenizer",
+    "sample_documents",
     "shared_tokens",
     "token_blocks",
     "unseen_tokens",

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -21,6 +22,9 @@ Tables: TypeAlias = "Generator[tuple[str, pyarrow.Table], None, None]"  # each w
 
 GENERATED = "generated"
 """Texts that generate.py wrote; `generated:PATH` for a file or folder other than the one it writes to by default."""
+
+SAMPLE = "sample"
+"""The text of this package: 32 kB of prose from its own documentation, for runs that have no other."""
 
 GENERATED_FOLDER, GENERATED_ENDING = "runs/generated", "_gentext.json"
 
@@ -118,6 +122,13 @@ def read_documents(
         raise ValueError(f"{dataset}: no text in column {text_column!r} ({len(rows)} rows, {split=}): name another")
     origin = {"dataset": dataset, "config": subset, "split": split}
     return Documents(text, {**origin, "column": text_column, "separator": separator})
+
+
+def sample_documents() -> Documents:
+    """Returns the text of this package, which needs no network."""
+    text = resources.files("tracing_jax.data").joinpath("sample.txt").read_text("utf-8")
+    source = f"{len(text.encode()) // 1000} kB of the documentation of tracing_jax, a part of the package"
+    return Documents(text, {"dataset": SAMPLE, "config": None, "split": None, "column": None, "source": source})
 
 
 def _name(dataset: str) -> str:
@@ -296,7 +307,8 @@ def _hub_errors(dataset: str, subset: str | None) -> Iterator[None]:
         hint = f"\nDid you mean {close[0]}?" if close else ""
         raise ValueError(
             f"cannot read the Hub data set {dataset!r} ({subset=}): {reason}\nExpected a path, a Hub id or one of "
-            f"{', '.join(NAMED_DATASETS)}. Without a network, give a local text file (--dataset FILE), or copy the "
+            f"{', '.join(NAMED_DATASETS)}. Without a network, give a local text file (--dataset FILE), take the "
+            f"text of this package (--dataset {SAMPLE}), or copy the "
             f"cache of datasets from a machine where datasets.load_dataset({dataset!r}, {subset!r}) has run{hint}"
         ) from None
 

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
-from tqdm import tqdm
 
 from tracing_jax.arch import Arch
 from tracing_jax.demo.recipe import Recipe
 from tracing_jax.forward import final_hidden, head_logits, head_of
 from tracing_jax.models import init_params
+from tracing_jax.progress import tqdm
 from tracing_jax.sources import InMemory
 from tracing_jax.tree import Tree
 

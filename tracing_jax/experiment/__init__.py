@@ -21,7 +21,7 @@ from tracing_jax.experiment.metadata import device_facts, file_stamps, token_fac
 from tracing_jax.experiment.models import resolve_model_id
 from tracing_jax.experiment.saving import save_pairs, save_run
 from tracing_jax.experiment.steps import StepTimer, run_steps
-from tracing_jax.experiment.validation import DEMO, check_options
+from tracing_jax.experiment.validation import DEMO, check_options, with_sample_text
 from tracing_jax.options import RunOptions
 from tracing_jax.record import FORMAT, RunFiles, check_writable, commit, plain, with_digest
 from tracing_jax.run_cache import RUN_CACHE, RunCache
@@ -187,7 +187,7 @@ def check_config(config: Config) -> RunOptions:
     """
     options = RunOptions.from_config(config).with_save_path()
     check_options(options)
-    return options
+    return with_sample_text(options)
 
 
 def _pairs(options: RunOptions, files: RunFiles) -> dict[str, RunOptions]:

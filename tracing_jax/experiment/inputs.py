@@ -10,6 +10,7 @@ from tracing_jax.alignment import alignment_problems, beyond_permutations
 from tracing_jax.arch import Arch, head_problem, length_problem
 from tracing_jax.axes import axis_table
 from tracing_jax.checkpoint import Checkpoint
+from tracing_jax.data import SAMPLE
 from tracing_jax.dataclass_options import ConfigError
 from tracing_jax.experiment.models import (
     open_controls,
@@ -218,6 +219,8 @@ def _option_notes(
         for name in ("match", "match_all")
         if name in statistics and getattr(statistics[name], "forms", ()) != getattr(options, name).forms
     ]
+    if options.dataset == SAMPLE and text_readers(options, statistics):
+        notes.append(f"text: {SAMPLE}, a short one of this package; name another with dataset for losses that compare")
     if not_alignable:
         notes.append(f"not aligned: {not_alignable}")
     if options.max_layers:

@@ -31,27 +31,38 @@ _SHAPE = (
     "vocab_size",
     "tied",
 )
+_FORMATS = {".safetensors": "safetensors", ".bin": "PyTorch", ".gguf": "GGUF"}
 _PACKAGES = (
     "tracing_jax", "jax", "jaxlib", "numpy", "scipy", "safetensors", "tokenizers", "transformers", "datasets"
 )  # fmt: skip
 
 
 def model_facts(checkpoint: Checkpoint, hashed: bool = True, stop: threading.Event | None = None) -> dict[str, Any]:
-    """Returns what identifies a model: id, commit, shape, size and, unless they are left unread, its files' hashes.
+    """Returns what identifies a model: id, commit, shape, format, size and its files' hashes, if asked.
 
     Raises:
       HashingStoppedError: `stop` was set meanwhile.
     """
-    files = [checkpoint.folder / "config.json", *checkpoint.tensors.files()]
+    weights = checkpoint.tensors.files()
+    files = [checkpoint.folder / "config.json", *weights]
     return {
         "id": checkpoint.id,
         "revision": checkpoint.revision,
         "family": checkpoint.arch.family,
         "parameters": sum(map(math.prod, _shapes(checkpoint))),
         "shape": shape_facts(checkpoint.arch),
+        "format": _format(checkpoint),
+        "bytes": sum(file.stat().st_size for file in weights if file.is_file()),
         # Only process 0 writes the record.
         "files": file_hashes(files, stop) if hashed and is_main_process() else {},
     }
+
+
+def _format(checkpoint: Checkpoint) -> str:
+    """Returns how the weights are stored: `bfloat16 in safetensors`; quantised ones by the dtype they are read in."""
+    dtypes = sorted({str(checkpoint.tensors.dtype(name)) for name in checkpoint.tensors.names()})
+    files = sorted({_FORMATS.get(file.suffix, file.suffix) for file in checkpoint.tensors.files()})
+    return " in ".join(filter(None, (" and ".join(dtypes), " and ".join(files))))
 
 
 def _shapes(checkpoint: Checkpoint) -> Iterator[tuple[int, ...]]:

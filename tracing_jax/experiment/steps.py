@@ -21,6 +21,7 @@ from tracing_jax.experiment.metadata import alignment_facts, model_facts_in_back
 from tracing_jax.experiment.validation import asked_names
 from tracing_jax.forward import token_losses
 from tracing_jax.options import RunOptions
+from tracing_jax.progress import working
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics import Identity, Pair, Result, Statistic, hidden_by, scope_of, verdict
@@ -37,7 +38,8 @@ class StepTimer:
         """Measures one step, and logs that it begins."""
         logging.info("%s ...", name)
         start = time.perf_counter()
-        yield
+        with working(name):
+            yield
         self.seconds[name] = round(time.perf_counter() - start, 3)
 
 
@@ -139,11 +141,12 @@ def _judged(options: RunOptions, inputs: RunInputs, pair: Pair, found: Findings)
 def _compute(inputs: RunInputs, pair: Pair, not_applicable: Mapping[str, str]) -> dict[str, Result]:
     """Steps 3 and 5: every statistic that applies; of the others the reason."""
     results = {}
-    for name, statistic in inputs.statistics.items():
+    for i, (name, statistic) in enumerate(inputs.statistics.items()):
         if reason := not_applicable.get(name):
             results[name] = Result(None, name, not_applicable=reason)
         else:
-            results[name] = _computed_or_restored(name, statistic, pair)
+            with working(f"{name} ({i + 1} of {len(inputs.statistics)})"):
+                results[name] = _computed_or_restored(name, statistic, pair)
     return results
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from tracing_jax import demo
 from tracing_jax.data import (
     RANDOM,
+    SAMPLE,
     Documents,
     PairedBlocks,
     TokenBlocks,
@@ -16,6 +17,7 @@ from tracing_jax.data import (
     paired_one_to_one,
     random_token_blocks,
     read_documents,
+    sample_documents,
     token_blocks,
 )
 from tracing_jax.dataclass_options import ConfigError
@@ -77,6 +79,8 @@ def _random_tokens(options: RunOptions, tokenizer_base: Any, tokenizer_ft: Any, 
 def _documents(options: RunOptions) -> Documents:
     if options.dataset == "demo" and not options.dataset_id:
         return read_documents(str(demo.held_out_text()))
+    if options.dataset == SAMPLE and not options.dataset_id:
+        return sample_documents()
     name = options.dataset_id or options.dataset
     assert name is not None, "checked before a model is opened"
     return read_documents(

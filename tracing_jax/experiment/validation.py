@@ -11,6 +11,7 @@ from tracing_jax import demo
 from tracing_jax.alignment import beyond_permutations, kind_problems
 from tracing_jax.arch import Arch
 from tracing_jax.axes import PERMUTABLE
+from tracing_jax.data import SAMPLE
 from tracing_jax.dataclass_options import ConfigError, problems
 from tracing_jax.options import RunOptions
 from tracing_jax.record import RunFiles, check_writable
@@ -80,6 +81,13 @@ def asked_names(options: RunOptions) -> list[str]:
 def has_text(options: RunOptions) -> bool:
     """Returns whether the options name a text."""
     return bool(options.dataset or options.dataset_id)
+
+
+def with_sample_text(options: RunOptions) -> RunOptions:
+    """Returns the options with the text of this package, where something reads a text and none is named."""
+    if has_text(options) or not text_readers(options, make_statistics(options)):
+        return options
+    return replace(options, dataset=SAMPLE)
 
 
 def without_needless(
@@ -163,12 +171,6 @@ def _statistic_problems(options: RunOptions) -> list[str]:
         return [f"no statistic is asked for; there are {', '.join(REGISTRY)}, or all"]
     lines = [f"{name}.forms is empty: forward, weights or both" for name in ("match", "match_all")
              if not getattr(options, name).forms]  # fmt: skip
-    readers = text_readers(options, make_statistics(options))
-    if readers and not has_text(options):
-        lines.append(
-            f"neither dataset nor dataset_id is set, and {', '.join(readers)} cannot do without a text: a name such as "
-            "wikitext, a local file, or a Hub id"
-        )
     if options.num_tokens < options.block_size:
         lines.append(f"num_tokens={options.num_tokens}: at least {options.block_size}, which is block_size")
     return lines

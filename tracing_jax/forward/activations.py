@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from tqdm import tqdm
 
 from tracing_jax.forward.forward_pass import forward, forward_mlps
+from tracing_jax.progress import tqdm
 from tracing_jax.sharding import Compute
 from tracing_jax.sources import ParamSource
 from tracing_jax.tree import to_host

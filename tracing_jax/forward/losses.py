@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from tqdm import tqdm
 
 from tracing_jax.arch import Arch
 from tracing_jax.axes import axis_table
@@ -26,6 +25,7 @@ from tracing_jax.forward.forward_pass import (
 )
 from tracing_jax.forward.interpolated_model import InterpolatedModel, map_points
 from tracing_jax.interpolation import interpolated_leaves
+from tracing_jax.progress import tqdm
 from tracing_jax.rewrites import Permutations
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sharding import Compute

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
-from tqdm import tqdm
 
 from tracing_jax.arch import Arch, length_problem
 from tracing_jax.data import PairedBlocks, paired_one_to_one
@@ -25,6 +24,7 @@ from tracing_jax.forward.forward_pass import (
 from tracing_jax.forward.gram_sums import Sums, accumulate, gram_sharding, pearson, zero_sums
 from tracing_jax.forward.unit_samples import ArrayPair, HostPair, Sample, UnitSampler
 from tracing_jax.models import taps_problem
+from tracing_jax.progress import tqdm
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sharding import Compute
 from tracing_jax.sources import ParamSource

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from tracing_jax.arch import length_problem
 from tracing_jax.checkpoint import Checkpoint, load
 from tracing_jax.data import GENERATED_ENDING, load_tokenizer
@@ -15,6 +13,7 @@ from tracing_jax.distributed import is_main_process
 from tracing_jax.generation.decoding import Sampler
 from tracing_jax.generation.prompts import end_tokens, first_tokens
 from tracing_jax.generation.sampling import SamplingParams
+from tracing_jax.progress import tqdm
 from tracing_jax.record import atomic_write
 from tracing_jax.sharding import Compute
 

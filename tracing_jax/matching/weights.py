@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 from absl import logging
-from tqdm import tqdm
 
 from tracing_jax.axes import AxisTable, check
 from tracing_jax.matching.coordinate import Coordinate, coordinates, solve
 from tracing_jax.matching.similarity import Shared, WeightPairs, scores, weight_pairs, weight_similarity
+from tracing_jax.progress import tqdm
 from tracing_jax.rewrites import Permutations, check_permutations, identity
 from tracing_jax.run_cache import RunCache
 from tracing_jax.tree import Tree, flatten

@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure, SubFigure
 from PIL import Image
 
 from tracing_jax.record import atomic_write
@@ -21,6 +23,8 @@ from tracing_jax.report.formatting import outcome, results_by_side, subject
 
 _WIDTH_INCHES = 6.4
 _DOTS_PER_INCH = 160
+_HIGHEST_INCHES = 10.0  # 1,600 pixels
+_LEAST_INCHES = 0.3
 
 
 @dataclass(frozen=True)
@@ -97,27 +101,33 @@ class RunImages:
 
 def images_of_run(record: Mapping[str, Any]) -> RunImages:
     """The images of a run; all is laid out and drawn once, and the parts are cut from the whole."""
-    names, figure = list(_groups_of_run(record)), figure_of_run(record)
-    drawn = png(figure)
-    whole, parts = Image.open(io.BytesIO(drawn)), {}
-    for name, part in zip(names, figure.subfigs):
-        # matplotlib counts from the bottom, at the resolution of the figure itself
-        scale = whole.height / figure.bbox.height
-        top, bottom = (round((figure.bbox.height - edge) * scale) for edge in (part.bbox.y1, part.bbox.y0))
-        parts[name] = _encoded(whole.crop((0, top, whole.width, bottom)))
-    return RunImages(drawn, parts)
+    groups = _groups_of_run(record)
+    figure, drawn = _figure_and_parts(list(groups.values())) if groups else (figure_of_run(record), [])
+    whole, parts = _drawn(figure), {}
+    for name, part in zip(groups, drawn):
+        # matplotlib counts from the bottom
+        left, right = round(part.bbox.x0), round(part.bbox.x1)
+        top, bottom = (round(whole.height - edge) for edge in (part.bbox.y1, part.bbox.y0))
+        parts[name] = _encoded(whole.crop((left, top, right, bottom)))
+    return RunImages(_encoded(whole), parts)
 
 
 def png(figure: Figure) -> bytes:
     """The figure as the bytes of a PNG of 160 dots per inch."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DOTS_PER_INCH)
-    return buffer.getvalue()
+    return _encoded(_drawn(figure))
+
+
+def _drawn(figure: Figure) -> Image.Image:
+    """The figure as pixels. `Figure.savefig` would draw all twice, the first time for the layout alone."""
+    figure.set_dpi(_DOTS_PER_INCH)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def _encoded(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, format="png")
+    image.save(buffer, format="png", compress_level=4, dpi=(_DOTS_PER_INCH, _DOTS_PER_INCH))
     return buffer.getvalue()
 
 
@@ -181,15 +191,37 @@ def _evidence_panels(name: str, results: Mapping[str, Any], level: float | None)
 
 
 def _figure(groups: Sequence[Sequence[_Panel]]) -> Figure:
-    """The panels below one another, each group in a part of its own."""
-    heights = [sum(panel.height_inches for panel in group) for group in groups]
-    figure = Figure(figsize=(_WIDTH_INCHES, sum(heights)), facecolor="white")
+    return _figure_and_parts(groups)[0]
+
+
+def _figure_and_parts(groups: Sequence[Sequence[_Panel]]) -> tuple[Figure, list[SubFigure]]:
+    """The panels of a group below one another in a part of its own, and these parts; in several columns if high.
+
+    A figure of one column is as wide as a page, and no column is higher than `_HIGHEST_INCHES` if no group is.
+    """
+    columns = _columns([sum(panel.height_inches for panel in group) for group in groups])
+    highest = max(sum(heights) for heights in columns)
+    figure = Figure(figsize=(_WIDTH_INCHES * len(columns), highest), facecolor="white")
     figure.set_layout_engine("constrained", h_pad=0.1)
-    parts = figure.subfigures(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
+    parts: list[SubFigure] = []
+    for column, heights in zip(figure.subfigures(1, len(columns), squeeze=False)[0], columns, strict=True):
+        rest = highest - sum(heights)  # below a column that is lower than the others
+        ratios = [*heights, rest] if rest > _LEAST_INCHES else heights
+        parts += list(column.subfigures(len(ratios), 1, squeeze=False, height_ratios=ratios)[: len(heights), 0])
     for part, group in zip(parts, groups, strict=True):
-        ratios = {"height_ratios": [panel.height_inches for panel in group]}
-        for axes, panel in zip(part.subplots(len(group), squeeze=False, gridspec_kw=ratios)[:, 0], group, strict=True):
+        within = {"height_ratios": [panel.height_inches for panel in group]}
+        for axes, panel in zip(part.subplots(len(group), squeeze=False, gridspec_kw=within)[:, 0], group, strict=True):
             panels.style(axes)
             panel.draw(axes, panel.data)
             axes.set_title(panel.title, loc="left", pad=9, fontsize=10, color=panels.INK, wrap=True, parse_math=False)
-    return figure
+    return figure, parts
+
+
+def _columns(heights: Sequence[float]) -> list[list[float]]:
+    """Heights in their order, in columns of at most `_HIGHEST_INCHES` each, but for one that is higher by itself."""
+    columns: list[list[float]] = [[]]
+    for height in heights:
+        if columns[-1] and sum(columns[-1]) + height > _HIGHEST_INCHES:
+            columns.append([])
+        columns[-1].append(height)
+    return columns

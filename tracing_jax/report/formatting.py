@@ -11,7 +11,7 @@ SIDES = {"non_aligned": "non-aligned", "aligned": "aligned"}
 ABSENT = "–"
 
 _NUMBER = re.compile(r"\d+")
-_READABLE = -300.0  # log10 p, below which the p-value as a float64 would be 0
+_READABLE = -4.0  # log10 p, below which a p-value is written as a power of ten
 
 
 def cell(value: Any) -> str:
@@ -33,17 +33,17 @@ def cell(value: Any) -> str:
 
 def p_text(log10_p: float) -> str:
     """A p-value from its decimal logarithm: `p = 0.031`, or `p = 10^-4312.7` below 10^-4."""
-    return f"p = {10**log10_p:.2g}" if log10_p > -4 else f"p = 10^{log10_p:.1f}"
+    return f"p = {p_cell(log10_p)}"
 
 
 def p_cell(log10_p: Any) -> str:
-    """A p-value as text for a table, from its decimal logarithm; a power of ten where it would underflow."""
+    """A p-value as text for a table, from its decimal logarithm, written as in `p_text`; a dash for None."""
     if log10_p is None:
         return ABSENT
     exponent = float(log10_p)
     if exponent == SMALLEST:
         return f"< 10^{SMALLEST:.0f}"
-    return f"{10**exponent:.3g}" if exponent > _READABLE else f"10^{exponent:.1f}"
+    return f"{10**exponent:.2g}" if exponent > _READABLE else f"10^{exponent:.1f}"
 
 
 def log10_cell(log10_p: Any) -> str:
@@ -104,20 +104,20 @@ def label(sides: Mapping[str, Any]) -> str:
     return next((label for label in labels if label), "")
 
 
-def outcome(sides: Mapping[str, Any]) -> str:
+def outcome(sides: Mapping[str, Any], with_p: bool = True) -> str:
     """The value of a statistic on each side, `9.13 non-aligned, 2.33 aligned`, or the reason why there is none."""
     if results := results_by_side(sides):
-        return ", ".join(f"{_value(result)} {word}" for word, result in results.items())
+        return ", ".join(f"{_value(result, with_p)} {word}" for word, result in results.items())
     reasons = [(sides.get(side) or {}).get("not_applicable") for side in SIDES]
     return next((f"not applicable, {reason}" for reason in reasons if reason), "not run")
 
 
-def _value(result: Mapping[str, Any]) -> str:
+def _value(result: Mapping[str, Any], with_p: bool) -> str:
     log10_p = result.get("log10_p")
     value = cell(result.get("headline"))
-    if log10_p is None:
+    if log10_p is None or not with_p:
         return value
-    return f"{value} ({(_calibrated_p_text if is_calibrated(result) else p_text)(float(log10_p))})"
+    return f"{value} ({(calibrated_p_text if is_calibrated(result) else p_text)(float(log10_p))})"
 
 
 def verdict_word(word: str) -> str:
@@ -136,10 +136,10 @@ def verdict_p_text(verdict: Mapping[str, Any]) -> str:
     log10_p = float(verdict["adjusted_log10_p"])
     if not verdict.get("calibrated"):
         return p_text(log10_p)
-    return f"{_calibrated_p_text(log10_p)} (calibrated: if no more units agree by convergence than allowed for)"
+    return f"{calibrated_p_text(log10_p)} (calibrated: if no more units agree by convergence than allowed for)"
 
 
-def _calibrated_p_text(log10_p: float) -> str:
+def calibrated_p_text(log10_p: float) -> str:
     """A calibrated p-value: never below 10^-12, since its null is an assumption."""
     return f"p < 10^{SMALLEST:.0f}" if log10_p <= SMALLEST else p_text(log10_p)
 
@@ -166,7 +166,7 @@ def verdict_facts(verdict: Mapping[str, Any]) -> dict[str, str]:
     """The test behind a verdict as named facts, for the page."""
     found = {"level": f"{verdict['level']:g}"}
     if verdict["statistic"] is None:
-        return found
+        return {"in detail": verdict["meaning"]} | found
     if verdict.get("effect"):
         found = {"effect": verdict["effect"]} | found
     found |= {"decided by": verdict["statistic"]} | {
@@ -174,24 +174,16 @@ def verdict_facts(verdict: Mapping[str, Any]) -> dict[str, str]:
     }
     if verdict["layers"]:
         found["significant"] = f"{places_text(verdict['layers'])}, each by itself, after Bonferroni over all places"
-    return found | {name: text for name, text in caveats(verdict).items() if text}
+    return {"in detail": verdict["meaning"]} | found | caveats(verdict)
 
 
 def caveats(verdict: Mapping[str, Any]) -> dict[str, str]:
-    """What a verdict can mean, its findings part by part, and what it does not rest on; empty texts where nothing."""
-    blind, limits = verdict.get("blind_to") or {}, verdict.get("limits") or {}
-    hidden_from = {name: [*blind.get(name, ()), *limits.get(name, ())] for name in {**blind, **limits}}
-    parts = verdict.get("parts") or {}
-    identical = verdict.get("identical")
-    return {
-        "identical tensors": identical_text(identical) if identical else "",
-        "part by part": "; ".join(
-            f"{part}: {found['verdict'].replace('_', ' ')} ({found['statistic']})" for part, found in parts.items()
-        ),
+    """What a verdict can mean, and what it does not rest on; without those that have nothing to say."""
+    found = {
         "can mean": "; or ".join(verdict.get("explanations") or ()),
         "reserved": "; ".join(f"{name}: {why}" for name, why in (verdict.get("reservations") or {}).items()),
-        "not seen": "; ".join(f"by {name}: {', '.join(hidden)}" for name, hidden in hidden_from.items()),
     }
+    return {name: text for name, text in found.items() if text}
 
 
 def identical_text(identical: Mapping[str, Any]) -> str:

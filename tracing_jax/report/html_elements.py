@@ -18,16 +18,17 @@ _HEX = re.compile(r"([0-9a-f]{12})[0-9a-f]{28,52}(-dirty)?")
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table: its text, the full text as a tooltip if it was shortened, and the target of its link."""
+    """A cell: its text, the full text as a tooltip if it was shortened, its link, and a verdict that colours it."""
 
     text: str
     full: str = ""
     link: str = ""
+    verdict: str = ""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells, the first of which is the row header; the column headers may be empty."""
+    """Rows of cells, of which the first is the row header, or the whole row; the column headers may be empty."""
 
     rows: Sequence[Sequence[Cell]]
     headers: Sequence[str] = ()
@@ -45,11 +46,13 @@ class Block:
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the page: those of these elements that it has, in this order."""
+    """A section of the page: those of these elements that it has, in this order; `alt` says what its figure shows."""
 
     title: str
     text: Sequence[str] = ()
     figure: str = ""
+    alt: str = ""
+    banners: Sequence["Banner"] = ()
     table: Table | None = None
     blocks: Sequence[Block] = ()
     code: str = ""
@@ -57,11 +60,12 @@ class Section:
 
 @dataclass(frozen=True)
 class Banner:
-    """A verdict: one word, its meaning, and the facts behind it."""
+    """A verdict: one word, its meaning, the facts behind it, and the pair that it is on, where there are several."""
 
     word: str
     meaning: str
     facts: Mapping[str, str]
+    pair: str = ""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from tracing_jax.record import plain, total_seconds
 from tracing_jax.report.bounded_p_values import with_bounded_p_values
 from tracing_jax.report.evidence_tables import map_blocks, null_blocks, place_blocks, tests_blocks
 from tracing_jax.report.figures import RunImages, images_of_run
+from tracing_jax.report.findings import SENTENCES, Part, findings
 from tracing_jax.report.formatting import (
     log10_cell,
     outcome,
@@ -30,6 +31,9 @@ from tracing_jax.report.html_elements import (
     facts_table,
     table_of,
 )
+
+_AS_PRINTED = ("Compared", "Identical tensors", "Effect sizes", "Not tested")
+"""Parts that the page shows as they are printed; the others have sections of their own."""
 
 _SHOWN = 8  # rows of the evidence that are not folded
 _PERPLEXITY = {
@@ -65,9 +69,25 @@ def html(record: Mapping[str, Any], images: RunImages | None = None) -> str:
         title=(requested_model(record, "ft"), requested_model(record, "base")),
         summary=summary,
         sections=_sections(record, images),
-        banner=Banner(verdict["verdict"], verdict["meaning"], verdict_facts(verdict)) if verdict else None,
-        first=[*_claim_sections(record.get("claim")), *(_verdict_sections(verdict) if verdict else ())],
+        banner=verdict_banner(verdict) if verdict else None,
+        first=[
+            *_claim_sections(record.get("claim")),
+            *map(_part_section, (part for part in findings(record) if part.title in _AS_PRINTED)),
+            *(_verdict_sections(verdict) if verdict else ()),
+        ],
     ).html()
+
+
+def verdict_banner(verdict: Mapping[str, Any], pair: str = "") -> Banner:
+    """The verdict in a sentence, and what it rests on."""
+    return Banner(verdict["verdict"], SENTENCES[verdict["verdict"]], verdict_facts(verdict), pair)
+
+
+def _part_section(part: Part) -> Section:
+    """A part of what is printed of a record, as a table; rows of one cell are as wide as it is."""
+    rows = [[Cell(text.strip(), verdict=row.tone if len(row.cells) == 1 else "") for text in row.cells]
+            for row in part.rows]  # fmt: skip
+    return Section(part.title, table=Table(rows))
 
 
 def _claim_sections(claim: Mapping[str, Any] | None) -> list[Section]:
@@ -138,7 +158,8 @@ def _statistic(name: str, sides: Mapping[str, Any], images: RunImages) -> Sectio
     layers = {side: result["per_layer"] for side, result in results.items() if result.get("per_layer")}
     if layers and not any(result.get("tests") for result in results.values()):
         blocks.append(Block(f"Each layer: {next(iter(layers.values()))['label']}", _per_layer(layers)))
-    return Section(name, _remarks(results), figure, table, blocks)
+    alt = f"{subject(name, sides)}: {outcome(sides)}"
+    return Section(name, _remarks(results), figure, alt, table=table, blocks=blocks)
 
 
 def _remarks(results: Mapping[str, Any]) -> list[str]:

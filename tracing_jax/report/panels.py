@@ -17,6 +17,7 @@ DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)
 # far above that is cut off, or the others would look flat.
 _CLIP_AT_END_LOSSES = 6.0
 _LABEL_HEIGHT = 0.075  # of the axes' height
+_LONGEST_NAME = 30
 _BOX_LEVELS = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
 
 
@@ -34,7 +35,7 @@ def draw_path(axes: Axes, curves: Mapping[str, Any]) -> None:
     for i, (name, curve) in enumerate(curves.items()):
         loss = _floats(curve["loss"])
         missing = int(np.isnan(loss).sum())
-        label = f"{name} ({missing} of {len(loss)} not finite)" if missing else name
+        label = f"{shortened(name)} ({missing} of {len(loss)} not finite)" if missing else shortened(name)
         _line(axes, i, _floats(curve["alpha"]), loss, label)
     interpolated = sorted({group for curve in curves.values() for group in curve.get("groups") or ()})
     note = f"; interpolated: {', '.join(interpolated)}" if interpolated else ""
@@ -104,6 +105,11 @@ def label_axes(axes: Axes, x: str, y: str) -> None:
     """Labels both axes, without math mode."""
     axes.set_xlabel(x, fontsize=9.5, color=INK, parse_math=False)
     axes.set_ylabel(y, fontsize=9.5, color=INK, parse_math=False)
+
+
+def shortened(name: str) -> str:
+    """The name of a model with at most 30 letters, its beginning and its end, so that the data have room."""
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME // 2]}…{name[1 - _LONGEST_NAME // 2 :]}"
 
 
 def _legend(axes: Axes) -> None:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from tqdm import tqdm
 
 from tracing_jax.arch import Arch
+from tracing_jax.progress import tqdm
 from tracing_jax.tree import Tree, flatten, select
 
 

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from tqdm import tqdm, trange
 
 from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.axes import axis_table
 from tracing_jax.matching import FactoredSimilarity
+from tracing_jax.progress import tqdm, trange
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.statistic import (
     QUANTILE_LEVELS,

@@ -11,12 +11,12 @@ from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Array, Float
-from tqdm import tqdm, trange
 
 from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisTable, axis_table, kind_of
 from tracing_jax.matching import FactoredSimilarity
+from tracing_jax.progress import tqdm, trange
 from tracing_jax.sources import ParamSource, leaf, one_mlp
 from tracing_jax.statistics.comparison import (
     Comparison,

@@ -9,10 +9,10 @@ from typing import ClassVar
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from tqdm import trange
 
 from tracing_jax import options
 from tracing_jax.arch import Arch
+from tracing_jax.progress import trange
 from tracing_jax.rewrites import gain_offset
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.comparison import (

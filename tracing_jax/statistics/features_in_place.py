@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from tqdm import tqdm
 
 from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisTable, LeafSpec, axis_table
+from tracing_jax.progress import tqdm
 from tracing_jax.rewrites import gain_offset
 from tracing_jax.sources import part
 from tracing_jax.statistics.comparison import (

@@ -8,11 +8,11 @@ from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Array, Float
-from tqdm import tqdm
 
 from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.matching import assign, match_units
+from tracing_jax.progress import tqdm
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.comparison import (

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from tqdm import tqdm
 
 from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.axes import axis_table
+from tracing_jax.progress import tqdm
 from tracing_jax.rewrites import Dims, Permutations, take_units, unit_moves
 from tracing_jax.sources import part, prefixes
 from tracing_jax.statistics.permuted_copies import draw_permutations, permutation_result, shapes_not_applicable

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
-from tqdm import trange
 
 from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.forward import activations, correlate, embedding_activations
 from tracing_jax.matching import assign, live_units, match_units
+from tracing_jax.progress import trange
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.calibration import (
     BY_CONVERGENCE,

@@ -7,10 +7,10 @@ from typing import ClassVar, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from tqdm import tqdm
 
 from tracing_jax import options
 from tracing_jax.arch import Arch
+from tracing_jax.progress import tqdm
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.agreement import (
     Agreements,

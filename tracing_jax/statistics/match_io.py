@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from tqdm import trange
 
 from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.forward import correlate
+from tracing_jax.progress import trange
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.agreement import (

@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from tracing_jax import options
 from tracing_jax.arch import Arch
+from tracing_jax.progress import tqdm
 from tracing_jax.sources import MlpsAsLayers, mlp_places
 from tracing_jax.statistics.comparison import (
     BY_ORDER,

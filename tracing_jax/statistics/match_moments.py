@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from tqdm import tqdm
 
 from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.matching import live_units, match_units
+from tracing_jax.progress import tqdm
 from tracing_jax.rewrites import gain_offset
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sources import ParamSource

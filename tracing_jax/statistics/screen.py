@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
-from tqdm import tqdm
 
 from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.axes import axis_table
 from tracing_jax.forward import correlate, embedding_activations
+from tracing_jax.progress import tqdm
 from tracing_jax.sources import InMemory, ParamSource, Submodel
 from tracing_jax.statistics.calibration import (
     BY_CONVERGENCE,

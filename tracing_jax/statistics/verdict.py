@@ -103,7 +103,7 @@ class Verdict:
       family: statistic -> log10 p, of the statistics in the Holm family.
       layers: the layers significant by themselves in that statistic, after Bonferroni over all its places.
       evidence: the 20 places of smallest p-value in all statistics in `family`, not adjusted, smallest first.
-      parts: part of the model -> its own finding: verdict, statistic, adjusted log10 p and effect.
+      parts: part of the model -> its own finding: verdict, statistic, all its statistics, adjusted log10 p and effect.
       blind_to: statistic -> rewrites of these models that hide a relation from it.
       limits: statistic -> other changes that hide a relation from it.
       sees_all_rewrites: whether a test of measured power ran that no rewrite of these models hides a relation from.
@@ -323,6 +323,7 @@ def _parts(
         parts[part] = {
             "verdict": word_of(min(adjusted[n] for n in names), firm[best], level, sees_all),
             "statistic": best,
+            "statistics": names,
             "log10_p": adjusted[best],
             "effect": found[best].effect,
         }

@@ -5,11 +5,11 @@ from collections import Counter
 from collections.abc import Sequence
 
 from absl import logging
-from tqdm import tqdm
 
 from tracing_jax.checkpoint import WeightsOnly, open_checkpoint
 from tracing_jax.experiment import check_config
 from tracing_jax.experiment.models import is_local, resolve_model_id
+from tracing_jax.progress import tqdm
 from tracing_jax.report import text_table
 from tracing_jax.zoo.folder import STATES, ZooFolder
 from tracing_jax.zoo.plan import PLAN, ZooPlan, without_models

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from absl import logging
-from tqdm import tqdm
 
+from tracing_jax.progress import tqdm
 from tracing_jax.zoo.folder import ZooFolder
 
 LOGS = "logs"

@@ -49,7 +49,8 @@ def further_trained(edge: Edge, measures: ModelMeasures) -> list[tuple[str, str]
         one, other = (_directions(measures.get(name), kind) for name in edge.row.models)
         if one and other and abs(math.log(one / other)) > _LEAST:
             (fewer, model), more = min(zip((one, other), edge.row.models, strict=True)), max(one, other)
-            found.append((model, f"its {word} is further from initialisation ({fewer:.4g} directions, not {more:.4g})"))
+            text = f"{word} of {model} is further from initialisation ({fewer:.4g} directions, not {more:.4g})"
+            found.append((model, text))
     return found
 
 

@@ -34,8 +34,9 @@ _HEAT_TEXT = (
 )
 _FAMILIES_TEXT = (
     "A family is a set of models connected by related pairs. Its tree joins the closest relatives; beside a model "
-    "stands how close it is to the one above. An arrow is an estimate of who was made from whom, never a proof: ↳ this "
-    "one from the model above, ↰ the model above from this one; a dash leaves it open. If the ancestor of a family is "
+    "stands how close it is to the model that it hangs from in the tree. An arrow is an estimate of who was made from "
+    "whom, never a proof: ↳ a model from the one that it hangs from, ↰ that one from it; a dash leaves it open. If the "
+    "ancestor of a family is "
     "not among the models, the least trained of them stands in its place.",
     MEASURED,
 )
