@@ -26,6 +26,7 @@ from tracing_jax.library.comparison import MOMENTS, RESPONSES
 from tracing_jax.library.signature import SampledLayer, Signature
 from tracing_jax.rewrites import Renaming, draw_rewrites
 from tracing_jax.sources import InMemory, in_memory, rewritten
+from tracing_jax.statistics.mlp_rows import mlp_rows
 from tracing_jax.tree import map_named
 
 _DEEP = {"num_layers": 4, "layer_ropes": (0,) * 4, "layer_windows": (None,) * 4, "embed_dim": 48, "mlp_dim": 80}
@@ -204,6 +205,24 @@ def test_rows_are_sampled_at_fewer_tokens_than_solve_for_them(signatures):
     for width in (1, 2, 64, 1024, 8192):
         assert drawing.most_tokens(width) <= max(1, width / 2)
     assert all(found.shape[1] <= 24 for layer in signatures[True].layers for found in layer.readings.values())
+
+
+def test_whoever_has_the_embeddings_solves_for_no_more_of_a_row_than_its_share_of_tokens(signatures):
+    """The least-squares solution for a row from its responses: the documentation says how near it comes."""
+    model, found = base_of(GATED), signatures[True]
+    ids = [STRINGS[string] for string in found.tokens]
+    tokens = np.asarray(model.embed()["embedding"], np.float64)[ids]
+    tokens /= np.linalg.norm(tokens, axis=1, keepdims=True)
+    solve = np.linalg.pinv(tokens - tokens.mean(axis=0), rcond=1e-3)
+    shares = []
+    for layer in found.layers:
+        rows = np.asarray(mlp_rows(model.layer(layer.layer), GATED)["up"], np.float64)[layer.units]
+        solved = layer.readings["up"].astype(float) @ solve.T
+        cosines = (solved * rows).sum(axis=1) / np.linalg.norm(solved, axis=1) / np.linalg.norm(rows, axis=1)
+        shares.append(np.square(cosines).mean())
+    expected = (len(ids) - 1) / GATED.embed_dim
+    assert expected <= 0.5
+    np.testing.assert_allclose(np.mean(shares), expected, atol=0.05)
 
 
 def test_models_without_tokenizers_are_compared_row_by_row(signatures):
