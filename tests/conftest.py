@@ -1,5 +1,6 @@
 """Test session set-up: eight simulated CPU devices, and shapes checked at run time in every annotated function."""
 
+import io
 import os
 import sys
 
@@ -15,6 +16,7 @@ import hypothesis
 import jax
 import pytest
 import type_checks
+from PIL import Image
 
 # Where Python is told to keep no bytecode, as in many containers, every process would compile every module anew.
 sys.dont_write_bytecode = False
@@ -46,6 +48,25 @@ def pytest_runtest_setup(item):
     """Skips what is marked `torch` where torch is not installed."""
     if item.get_closest_marker("torch"):
         pytest.importorskip("torch")
+
+
+@pytest.fixture
+def drawn():
+    """Has figures drawn as users get them, which is most of the time of a run on tiny models."""
+
+
+@pytest.fixture(autouse=True)
+def _blank_figures(request, monkeypatch):
+    """Leaves the figures of runs blank unless a test asks for `drawn`; what they show is computed all the same."""
+    figures = sys.modules.get("tracing_jax.report.figures")
+    if figures and "drawn" not in request.fixturenames:
+        monkeypatch.setattr(figures, "png", _blank_png)
+
+
+def _blank_png(figure):
+    buffer = io.BytesIO()
+    Image.new("L", tuple(map(int, figure.bbox.size))).save(buffer, format="png")
+    return buffer.getvalue()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """Claims on a pair: each holds where it was made true, is contradicted where it was made false, and says no more."""
 
-import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ import gguf
 import ml_dtypes
 import numpy as np
 import pytest
+from cases import diagonal
 from derived_models import derived
 from scipy.stats import norm
 from test_gguf import _LLAMA, _theta, _written
@@ -199,17 +199,19 @@ def test_a_gguf_file_is_reproduced_with_the_rows_of_its_queries_in_another_order
     assert "other" not in found.evidence["kinds"]
 
 
-def test_a_copy_of_the_weights_before_they_were_rounded_is_not_called_that_of_others(base, finetune, tmp_path):
-    copies = {quantise: derived(base, tmp_path / quantise.__name__, quantise)
-              for quantise in (make.int8, make.nf4, make.float8)}  # fmt: skip
-    for dtype, (quantise, copy) in itertools.product((np.float16, ml_dtypes.bfloat16), copies.items()):
-        half = tmp_path / f"{np.dtype(dtype).name}-{quantise.__name__}"
-        derived(base, half, lambda t, dtype=dtype: make.rounded(t, dtype))
-        assert judged("quantised-of", half, copy).outcome == "holds"
-        assert judged("quantised-of", finetune, copy).outcome == "contradicted"
-    # Of a base that is quantised itself the original is not at hand.
-    other = derived(finetune, tmp_path / "other", make.float8)
-    assert judged("quantised-of", tmp_path / "int8", other).outcome == "not_testable"
+@pytest.mark.parametrize(("dtype", "quantise"), diagonal(["float16", "bfloat16"], ["int8", "nf4", "float8"]))
+def test_a_copy_of_the_weights_before_they_were_rounded_is_not_called_that_of_others(
+    dtype, quantise, base, finetune, tmp_path
+):
+    copy = derived(base, tmp_path / "copy", getattr(make, quantise))
+    half = derived(base, tmp_path / "half", lambda t: make.rounded(t, np.dtype(dtype)))
+    assert judged("quantised-of", half, copy).outcome == "holds"
+    assert judged("quantised-of", finetune, copy).outcome == "contradicted"
+
+
+def test_of_a_base_that_is_quantised_itself_the_original_is_not_at_hand(base, finetune, tmp_path):
+    copies = derived(base, tmp_path / "copy", make.int8), derived(finetune, tmp_path / "other", make.float8)
+    assert judged("quantised-of", *copies).outcome == "not_testable"
 
 
 def test_an_unknown_grid_is_bounded_by_its_steps_and_said_to_be(base, finetune, tmp_path):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cases import slow
 
 from tracing_jax import cli
 from tracing_jax.cli.absl_flags import parse_flags
@@ -95,7 +96,7 @@ def in_folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_compare_prints_a_verdict_without_a_text(family, in_folder, capsys):
+def test_compare_prints_a_verdict_without_a_text(family, in_folder, capsys, drawn):
     cli.main(["compare", str(family.member("base")), str(family.member("finetune"))])
     shown = capsys.readouterr().out
     assert shown.startswith("Compared\n  base")
@@ -206,7 +207,7 @@ assert jax.jit(lambda x: x + 1)(1) == 2
 """
 
 
-@pytest.mark.parametrize("when", ["early", "late"])
+@pytest.mark.parametrize("when", ["early", slow("late")])
 def test_compiled_programs_are_kept_in_the_cache_of_the_user_unless_another_place_is_set(when, tmp_path):
     kept, own = tmp_path / "cache", tmp_path / "own"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from cases import slow
 from safetensors.numpy import load_file, save_file
 from transformers import GPT2Config
 
@@ -66,7 +67,7 @@ def test_an_independent_model_is_behind_a_barrier_that_alignment_does_not_remove
     assert after["barrier"] > 0.2
 
 
-@pytest.mark.parametrize("evidence", ["weights", "activations"])
+@pytest.mark.parametrize("evidence", ["weights", slow("activations")])
 def test_a_disguised_finetune_is_aligned_back_until_its_path_is_flat_again(config_of, evidence):
     record = experiment.trace(config_of("disguised", align=True, align_evidence=evidence))
     flat, _ = curves(experiment.trace(config_of("finetune")))
@@ -109,7 +110,7 @@ def test_a_disguise_that_cannot_be_is_refused_before_weights_are_read(config_of)
 
 
 @pytest.mark.slow
-def test_every_statistic_and_perplexity_in_one_run_with_all_its_files(config_of):
+def test_every_statistic_and_perplexity_in_one_run_with_all_its_files(config_of, drawn):
     config = config_of(stat="all", eval=True, align=True)
     record = experiment.trace(config)
     save = Path(config.save)

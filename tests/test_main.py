@@ -31,6 +31,7 @@ def test_a_config_that_is_named_stays_and_the_default_is_mode():
     assert beside[1:3] == [f"--config={ROOT}/configs/mode.py", "--verdict=auto"]
 
 
+@pytest.mark.slow
 def test_the_default_verdict_stands_beside_the_statistic_that_was_asked_for(family, tmp_path):
     """The pickle keeps the one number of that statistic."""
     asked = {

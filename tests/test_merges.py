@@ -303,6 +303,7 @@ def test_child_that_no_method_explains_has_no_recipe(origin, parents):
     )
 
 
+@pytest.mark.slow
 def test_permuted_child_has_the_shares_of_the_child(origin, parents):
     child = model(merging.task_arithmetic(origin, parents[:2], [0.6, 0.4]))
     hidden = in_memory(rewritten(child, draw_rewrites("permute", jax.random.key(0), ARCH)))

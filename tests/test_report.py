@@ -23,6 +23,7 @@ from tracing_jax.report.pairs import figure_of_pairs, pairs_html
 from tracing_jax.report.panels import _stack
 from tracing_jax.report.printed import pair_names, summary
 
+pytestmark = pytest.mark.usefixtures("drawn")
 ROOT = Path(__file__).parents[1]
 ALPHA = np.linspace(0, 1, 11)
 LEVELS = [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]

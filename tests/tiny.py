@@ -1,6 +1,7 @@
 """Tiny models of several families, with weights large enough for a wrong permutation to show."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -72,13 +73,17 @@ def deepseek(**changes: object) -> Arch:
 def params_of(arch: Arch, seed: int = 0, dtype: object = np.float32) -> Tree:
     """Returns random weights of std 0.3, gains around their neutral value."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda key: init_params(arch, key), jax.random.key(0))
 
     def leaf(name: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
         center = 1.0 if name.endswith("scale") and arch.norm in ("rms", "layer_norm") else 0.0
         return jax.numpy.asarray(rng.normal(center, 0.3, shape.shape), dtype)
 
-    return map_named(leaf, shapes)
+    return map_named(leaf, _shapes(arch))
+
+
+@functools.cache
+def _shapes(arch: Arch) -> Tree:
+    return jax.eval_shape(lambda key: init_params(arch, key), jax.random.key(0))
 
 
 def model(arch: Arch, seed: int = 0, dtype: object = np.float32) -> InMemory:
