@@ -324,7 +324,7 @@ def test_too_few_models_are_refused(origin, parents, names, base, message):
         report_of(origin, parents[: len(names)], base)
 
 
-def test_command_line(family, tmp_path, capsys):
+def test_command_line(family, tmp_path, capsys, drawn):
     finetune, independent, base = (str(family.member(name)) for name in ("finetune", "independent", "base"))
     main(["merge", finetune, "--parents", finetune, independent, "--base", base, "--save", str(tmp_path / "m.json")])
     out = capsys.readouterr().out

@@ -13,7 +13,7 @@ from test_report import with_tests
 from tracing_jax.report.page import html
 from tracing_jax.report.pairs import pairs_html
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("drawn")]
 
 _SCHEMES = ("light", "dark")
 _STICKING_OUT = """() => [...document.querySelectorAll("main *, header *")].filter(element => {
