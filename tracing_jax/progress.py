@@ -45,7 +45,7 @@ class tqdm(bars.tqdm):  # noqa: N801  # a bar of tqdm, by its name
         _remove(self)
         self.close()
 
-    def update(self, n: float | None = 1) -> bool | None:
+    def update(self, n: int | float | None = 1) -> bool | None:
         """Counts `n` more."""
         self.done += int(n or 0)
         return super().update(n)
