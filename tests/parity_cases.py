@@ -410,6 +410,24 @@ _OWN_NAMES["gpt_neo"] = (
     },
     {"tied": {}, "inner": {"intermediate_size": 20, "tie_word_embeddings": False}},
 )
+_OWN_NAMES["mpt"] = (
+    {
+        "model_type": "mpt",
+        "vocab_size": VOCAB,
+        "d_model": 24,
+        "n_heads": 4,
+        "n_layers": 2,
+        "max_seq_len": 40,
+        "layer_norm_epsilon": 3e-3,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    },
+    {
+        "tied": {},
+        "clip": {"attn_config": {"clip_qkv": 0.8, "softmax_scale": 0.3}},
+        "odd_heads": {"n_heads": 6, "tie_word_embeddings": False},
+    },
+)
 _OWN_NAMES["bloom"] = (
     {
         "model_type": "bloom",
@@ -427,7 +445,7 @@ _WITH_GOLDEN = {
     "phi3-gqa-tied-default", "phi3-longrope_partial", "glm-gqa-tied-default", "glm4-bias", "smollm3-windows",
     "exaone4-gqa-tied-default", "cohere-qk_norm", "cohere2-gqa-tied-default", "gpt_neox-tied", "gpt_neox-sequential",
     "stablelm-parallel", "starcoder2-gqa-tied-default", "phi-qk_norms", "gptj-tied", "opt-tied",
-    "falcon-multi_query", "falcon-grouped", "bloom-odd_heads",
+    "falcon-multi_query", "falcon-grouped", "bloom-odd_heads", "mpt-odd_heads",
     "olmo3-gqa-tied-default", "seed_oss-biases", "ernie4_5-biases", "ministral3-window", "gpt_bigcode-multi_query",
     "gpt_neo-tied", "llama-yarn_options", "llama-dynamic",
 }  # fmt: skip

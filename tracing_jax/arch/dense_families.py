@@ -5,7 +5,7 @@ from typing import Any
 
 from tracing_jax.arch.architecture import UnsupportedModelError
 from tracing_jax.arch.family import COMMON, GPT_NAMES, NAMES, ArchFields, Family, windows_by_type
-from tracing_jax.arch.rope import Rope, alibi_slopes, fields_of, frequencies
+from tracing_jax.arch.rope import Rope, alibi_slopes, fields_of, frequencies, mpt_slopes
 
 _LAYER_NORM_NAMES = NAMES | {"norm_eps": "layer_norm_eps"}
 _LAYER_NORM: ArchFields = {"norm": "layer_norm"}
@@ -195,6 +195,32 @@ def _bloom(config: Any) -> ArchFields:
     }
 
 
+def _mpt(config: Any) -> ArchFields:
+    if not config.no_bias:
+        raise UnsupportedModelError("no_bias is false, which is not supported")
+    attention = config.attn_config
+    expected = {
+        "attn_type": "multihead_attention",
+        "alibi": True,
+        "alibi_bias_max": 8,  # transformers and the code released with MPT-7B differ in what they do with another
+        "qk_ln": False,
+        "prefix_lm": False,
+    }
+    for name, value in expected.items():
+        if getattr(attention, name) != value:
+            raise UnsupportedModelError(f"{name} is {getattr(attention, name)}; only {value} is supported")
+    fields = {
+        "norm": "layer_norm_gain",
+        "norm_eps": config.layer_norm_epsilon,
+        "gated": False,
+        "activation": "gelu",
+        "mlp_dim": 4 * config.d_model,
+        "clip_qkv": attention.clip_qkv or None,
+        "alibi_slopes": mpt_slopes(config.n_heads),
+    }
+    return fields | ({} if attention.softmax_scale is None else {"attention_scale": attention.softmax_scale})
+
+
 def _olmo3(config: Any) -> ArchFields:
     bias = {"qkv_bias": config.attention_bias, "o_bias": config.attention_bias}
     return {"pre_norms": False, "post_norms": True, "qk_norm": "all", "layer_windows": windows_by_type(config)} | bias
@@ -365,6 +391,23 @@ DENSE_FAMILIES: dict[str, Family] = {
         " summary_first_dropout summary_proj_to_labels summary_type summary_use_proj",
         names=_without(NAMES, "num_kv_heads", "head_dim")
         | {"num_layers": "num_layers", "num_heads": "num_heads", "norm_eps": "layer_norm_epsilon"},
+    ),
+    "mpt": Family(
+        _mpt,
+        "d_model n_layers n_heads layer_norm_epsilon attn_config no_bias",
+        thetas={},
+        common=frozenset({"vocab_size", "tie_word_embeddings"}),
+        activation="",
+        # Heads have slopes, whatever is said of learned positions; the type of norm is that of its computation.
+        neutral="max_seq_len learned_pos_emb emb_pdrop init_device embedding_fraction norm_type",
+        names={
+            "vocab_size": "vocab_size",
+            "embed_dim": "d_model",
+            "num_layers": "n_layers",
+            "num_heads": "n_heads",
+            "norm_eps": "layer_norm_epsilon",
+            "tied": "tie_word_embeddings",
+        },
     ),
     "bloom": Family(
         _bloom,

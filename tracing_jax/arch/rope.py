@@ -180,6 +180,17 @@ def alibi_slopes(heads: int) -> tuple[float, ...]:
     return tuple(slopes)
 
 
+def mpt_slopes(heads: int) -> tuple[float, ...]:
+    """Returns the slope of each head of MPT.
+
+    Source: the code released with MPT-7B: of the next power of two, every second slope from the second on, then the
+    others, as many as there are heads.
+    """
+    whole = 1 << (heads - 1).bit_length()
+    slopes = [2.0 ** (-8.0 * (i + 1) / whole) for i in range(whole)]
+    return tuple(slopes if whole == heads else (slopes[1::2] + slopes[::2])[:heads])
+
+
 def head_pairs(arch: Arch) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Returns the first and the second dims of the pairs of a head that rotary positions turn together.
 

@@ -284,6 +284,19 @@ TENSOR_NAMES: Mapping[str, TensorNames] = {
         },
         in_out=False,
     ),
+    "mpt": _GPT2.but(
+        dict.fromkeys(_QKV, "attn.Wqkv")
+        | {
+            "attn/o_proj": "attn.out_proj",
+            "mlp/up_proj": "ffn.up_proj",
+            "mlp/down_proj": "ffn.down_proj",
+            "attn_norm": "norm_1",
+            "mlp_norm": "norm_2",
+            "head/norm": "norm_f",
+        },
+        layers="blocks.",
+        in_out=False,
+    ),
     "bloom": _FALCON.but({"embed/norm": "word_embeddings_layernorm"}),
 }
 """Family -> the names that transformers writes; a family that is not here has those of Llama."""
