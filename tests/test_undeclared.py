@@ -15,7 +15,7 @@ _EXCEPTIONS = {"is_causal", "text_config", "decoder", "generator"}
 _CHECKED = {"vision_feature_select_strategy", "layer_types", "mlp_layer_types", "embed_dim"}
 # Parts and older names of one; the last is read by all ropes that have a length of their own (tests/test_arch.py).
 _ROPE = {"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
-_OWN_MASK = {"gpt_neo"}  # is causal whatever the config says
+_OWN_MASK = {"gpt_neo", "mpt"}  # is causal whatever the config says; builds no other mask
 
 
 def _config(case: Case, **undeclared: Any) -> Any:

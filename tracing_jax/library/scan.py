@@ -12,11 +12,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from tqdm import tqdm
 
 from tracing_jax.library.comparison import FEW_TOKENS, MOMENTS, RESPONSES, Match, compare, normalised, shared_columns
 from tracing_jax.library.signature import Signature
 from tracing_jax.library.suspect import Suspect
+from tracing_jax.progress import tqdm
 from tracing_jax.statistics.comparison import LN10
 from tracing_jax.statistics.pvalues import holm
 

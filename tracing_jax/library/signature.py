@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float16, Int, Int8
-from tqdm import tqdm
 
 from tracing_jax.complaints import shortened
 from tracing_jax.library import drawing
@@ -25,6 +24,7 @@ from tracing_jax.library.readings import (
     reading_names,
     token_readings,
 )
+from tracing_jax.progress import tqdm
 from tracing_jax.sources import MlpsAsLayers, ParamSource
 from tracing_jax.statistics.distinct_units import distinct_units
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int, Int8
-from tqdm import trange
 
 from tracing_jax.arch import Arch
 from tracing_jax.library.drawing import sampled_layers
@@ -19,6 +18,7 @@ from tracing_jax.library.readings import (
     token_readings,
 )
 from tracing_jax.library.signature import rounded, standardised_moments
+from tracing_jax.progress import trange
 from tracing_jax.sources import MlpsAsLayers, ParamSource
 from tracing_jax.statistics.distinct_units import distinct_units
 
