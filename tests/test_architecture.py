@@ -41,7 +41,7 @@ _LAYERS = {
         "options progress run_cache data arch matching forward interpolation sources rewrites sharding axes record tree"
     ),
     "claims": "arch axes checkpoint forward sources statistics tree",
-    "library": "options record complaints arch data matching sources statistics tree",
+    "library": "options progress record complaints arch data matching sources statistics tree",
     "report": "record",
     "merges": "arch axes tree rewrites sources checkpoint data matching alignment statistics record report",
     "generation": "progress record distributed arch data models forward sources checkpoint sharding tree",
