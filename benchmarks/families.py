@@ -64,6 +64,7 @@ _MAY_BE_NONE = ("head_dim", "num_key_value_heads", "attention_head_dim", "kv_cha
 
 _MAMBA = {"mamba_d_head": 32, "mamba_n_heads": 4, "mamba_d_ssm": 128, "mamba_expand": 2}
 _OWN_SIZES: Mapping[str, Mapping[str, Any]] = {
+    "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2}, "deepseek_v3": {"num_key_value_heads": 4},
     "bamba": _MAMBA, "falcon_h1": _MAMBA, "granitemoehybrid": _MAMBA, "mamba2": {"head_dim": 32},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [8, 16]},

@@ -219,8 +219,13 @@ def test_commands_run(block, family, tmp_path, monkeypatch):
 def test_output_is_as_printed_but_for_its_numbers(block, demo_models, tmp_path):
     command, _, printed = block.text.removeprefix("$ ").partition("\n")
     output = run(command, fill(tmp_path, demo_models))
-    found, expected = (_NUMBER.sub("#", " ".join(text.split())) for text in (output, printed))
-    assert found == expected
+    found, *shown = (_NUMBER.sub("#", " ".join(text.split())) for text in (output, *printed.split("\n...\n")))
+    assert found.startswith(shown[0])
+    assert found.endswith(shown[-1])
+    places = [found.find(part) for part in shown]  # what is left out between them stands as `...`
+    assert -1 not in places
+    assert places == sorted(places)
+    assert len(shown) > 1 or found == shown[0]
 
 
 @pytest.mark.parametrize("block", blocks("python"), ids=str)
