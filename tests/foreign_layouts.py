@@ -179,7 +179,7 @@ CONFIGS: Mapping[Callable[[int], Tensors], dict[str, object]] = {
               "auto_map": {"AutoModel": "modeling_chatglm.ChatGLMModel"}},
     baichuan: {"model_type": "baichuan", "hidden_size": D, "rms_norm_eps": 1e-6, "vocab_size": V},
     internlm2: {"model_type": "internlm2", "hidden_size": D, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "vocab_size": V},
-    mpt: {"model_type": "mpt", "d_model": D, "no_bias": True, "attn_config": {"alibi": True}, "vocab_size": V},
+    mpt: {"model_type": "mpt_of_own", "d_model": D, "no_bias": True, "attn_config": {"alibi": True}, "vocab_size": V},
     stitched: {"model_type": "llava_of_its_own", "rms_norm_eps": 1e-6, "rope_theta": 1e4, "vocab_size": V,
                "vision_config": {"hidden_size": D}},
     mamba: {"model_type": "mamba", "hidden_size": D, "layer_norm_epsilon": 1e-5, "vocab_size": V},
