@@ -26,7 +26,7 @@ def test_a_mistyped_folder_is_named_with_the_one_that_is_there(models):
     Path("models/bases").mkdir(parents=True)
     Path("models/base").mkdir()
     for typed in ("models/bsae", "./models/bsae"):
-        with pytest.raises(SystemExit, match=r"did you mean models/bases?\?"):
+        with pytest.raises(SystemExit, match=r"^[^\n]*no folder[^\n]*did you mean models/bases?\?"):
             cli.main(["compare", typed, models[1], "--stat", "csu"])
 
 

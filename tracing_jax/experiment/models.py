@@ -126,14 +126,16 @@ def _open(options: RunOptions, model_id: str, adapter_base: str | None = None, l
             weights_only=WeightsOnly(layout, options.component),
         )
     except CheckpointError as error:
-        if hint := _folder_that_may_be_meant(model_id):
-            raise CheckpointError(*error.problems, hint) from error
+        if closest := _folder_that_may_be_meant(model_id):
+            of_the_hub = [problem for problem in error.problems if "is no folder" not in problem]
+            as_hub_id = f" As a model of the Hub: {'; '.join(of_the_hub)}" if of_the_hub else ""
+            raise CheckpointError(f"{model_id!r} is no folder; did you mean {closest}?{as_hub_id}") from error
         raise
     return checkpoint.first_layers(options.max_layers) if options.max_layers else checkpoint
 
 
 def _folder_that_may_be_meant(model_id: str) -> str:
-    """Returns a line that names the folder beside a missing one whose name is closest; empty if there is none."""
+    """Returns the folder or file beside a missing one whose name is closest; empty if there is none."""
     path = Path(model_id).expanduser()
     if model_id.startswith(DEMO) or path.exists() or not path.parent.is_dir():
         return ""
@@ -142,4 +144,4 @@ def _folder_that_may_be_meant(model_id: str) -> str:
     except OSError:
         return ""
     close = difflib.get_close_matches(path.name, beside, n=1)
-    return f"{model_id!r} is not on this machine; did you mean {path.parent / close[0]}?" if close else ""
+    return str(path.parent / close[0]) if close else ""
