@@ -28,12 +28,13 @@ type_checks.install("tracing_jax")
 
 
 def pytest_configure(config):
-    """Compiles without most optimizations in the quick run: half of its time is compilation of tiny programs.
+    """Compiles without most optimizations where torch plays no part: half of the time is compilation of tiny programs.
 
-    Runs that include the slow tests compile as users do. Programs once compiled are kept for the workers, for programs
-    that tests start, and for the next run.
+    Runs of tests with torch, or of all tests, compile as users do, and so do programs that tests start. Programs once
+    compiled are kept for the workers, for programs that tests start, and for the next run.
     """
-    jax.config.update("jax_disable_most_optimizations", config.option.markexpr == "not slow")
+    fast = config.option.markexpr in ("not slow", "slow and not torch")
+    jax.config.update("jax_disable_most_optimizations", fast)
     for name, value in {
         "jax_compilation_cache_dir": str(config.rootpath / ".pytest_cache" / "xla"),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
