@@ -16,6 +16,7 @@ import beartype
 import jaxtyping
 
 _jaxtyped = jaxtyping.jaxtyped
+_beartype = beartype.beartype(conf=beartype.BeartypeConf(violation_type=TypeError))  # as jaxtyping's own errors are
 _checks: dict[object, Callable[..., Any]] = {}
 
 
@@ -71,7 +72,7 @@ def _on_first_call(fn: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal checked
         if checked is None:
-            checked = beartype.beartype(fn)
+            checked = _beartype(fn)
         return checked(*args, **kwargs)
 
     return call
