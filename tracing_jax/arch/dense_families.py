@@ -400,14 +400,8 @@ DENSE_FAMILIES: dict[str, Family] = {
         activation="",
         # Heads have slopes, whatever is said of learned positions; the type of norm is that of its computation.
         neutral="max_seq_len learned_pos_emb emb_pdrop init_device embedding_fraction norm_type",
-        names={
-            "vocab_size": "vocab_size",
-            "embed_dim": "d_model",
-            "num_layers": "n_layers",
-            "num_heads": "n_heads",
-            "norm_eps": "layer_norm_epsilon",
-            "tied": "tie_word_embeddings",
-        },
+        names=_without(NAMES, "mlp_dim", "num_kv_heads", "head_dim")
+        | {"embed_dim": "d_model", "num_layers": "n_layers", "num_heads": "n_heads", "norm_eps": "layer_norm_epsilon"},
     ),
     "bloom": Family(
         _bloom,
@@ -417,14 +411,8 @@ DENSE_FAMILIES: dict[str, Family] = {
         activation="",
         # The exact sum over slices of tensor-parallel training differs in rounding alone.
         neutral="slow_but_exact",
-        names={
-            "vocab_size": "vocab_size",
-            "embed_dim": "hidden_size",
-            "num_layers": "n_layer",
-            "num_heads": "n_head",
-            "norm_eps": "layer_norm_epsilon",
-            "tied": "tie_word_embeddings",
-        },
+        names=_without(NAMES, "mlp_dim", "num_kv_heads", "head_dim")
+        | {"num_layers": "n_layer", "num_heads": "n_head", "norm_eps": "layer_norm_epsilon"},
     ),
 }  # fmt: skip
 """Model type -> its row."""

@@ -108,7 +108,7 @@ def label_axes(axes: Axes, x: str, y: str) -> None:
 
 
 def shortened(name: str) -> str:
-    """The name of a model with at most 30 letters, its beginning and its end, so that the data have room."""
+    """The name of a model with at most 30 letters, its beginning and its end, which leaves space for the data."""
     return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME // 2]}…{name[1 - _LONGEST_NAME // 2 :]}"
 
 
