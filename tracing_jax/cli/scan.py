@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +11,12 @@ from tracing_jax.cli.compilation_cache import keep_compiled_programs
 from tracing_jax.cli.errors import configure_logging, exit_on_user_error
 from tracing_jax.dataclass_options import REQUIRED, from_values, option
 from tracing_jax.options import RunOptions
+from tracing_jax.report.formatting import calibrated_p_text
 
 if TYPE_CHECKING:
     from tracing_jax.library import Candidate, Scan
 
 USAGE = "SUSPECT --library LIBRARY"
-_SMALLEST = -12.0  # people are shown no smaller p-value
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def _lines(found: "Scan", names: Any, shown: int) -> list[str]:
     for candidate in found.candidates[:shown]:
         p = candidate.adjusted_log10_p
         word = candidate.verdict.replace("_", " ")
-        lines.append(f"{candidate.name} ({candidate.model}): {word}{'' if p is None else f', p {_shown(p)}'}")
+        lines.append(f"{candidate.name} ({candidate.model}): {word}{'' if p is None else f', {calibrated_p_text(p)}'}")
         match = candidate.match
         for name, evidence in match.tests.items() if match else ():
             agreeing = ", ".join(f"{k} of {h}" for k, h in zip(evidence.agreeing, evidence.units))
@@ -119,9 +118,3 @@ def _lines(found: "Scan", names: Any, shown: int) -> list[str]:
         "p: after Holm over the library; calibrated, not exact (docs/scan.md). `compare` tests a pair in full.",
     ]
     return lines
-
-
-def _shown(log10_p: float) -> str:
-    if log10_p < _SMALLEST:
-        return "below 1e-12"
-    return f"{10**log10_p:.2g}" if log10_p > -3 else f"1e{math.ceil(log10_p)}"
