@@ -28,7 +28,7 @@ NOISE = 0.02
 """Of a fine-tuned copy, in standard deviations of each tensor."""
 
 _SECONDS = 240
-_TABLE = Path(__file__).parent.parent / "docs" / "families.md"
+TABLE = Path(__file__).parent.parent / "docs" / "families.md"
 
 _SIZES: Mapping[str, Any] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"), 320),
@@ -400,7 +400,7 @@ def main() -> None:
     parser.add_argument("--families", help="names with commas; all by default")
     parser.add_argument("--rows", type=Path, help="a file of finished rows, to be continued")
     parser.add_argument("--finished", action="store_true", help="of the families only those with a finished row")
-    parser.add_argument("--write", action="store_true", help=f"write {_TABLE.name}")
+    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
@@ -429,7 +429,9 @@ def main() -> None:
     if options.write:
         from importlib import metadata
 
-        _TABLE.write_text(page(rows, metadata.version("transformers")), encoding="utf-8")
+        _, heading, configs = TABLE.read_text(encoding="utf-8").partition("## Published configs")
+        text = page(rows, metadata.version("transformers")) + (f"\n{heading}{configs}" if heading else "")
+        TABLE.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -352,6 +352,7 @@ _OWN_NAMES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
             "one_norm": {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
             "many_heads": {"multi_query": False, "bias": True},
             "sequential": {"parallel_attn": False, "bias": True, "activation": "relu"},
+            "alibi": {"alibi": True, "num_attention_heads": 6, "multi_query": False, "parallel_attn": False},
         },
     ),
 }
@@ -445,7 +446,7 @@ _WITH_GOLDEN = {
     "phi3-gqa-tied-default", "phi3-longrope_partial", "glm-gqa-tied-default", "glm4-bias", "smollm3-windows",
     "exaone4-gqa-tied-default", "cohere-qk_norm", "cohere2-gqa-tied-default", "gpt_neox-tied", "gpt_neox-sequential",
     "stablelm-parallel", "starcoder2-gqa-tied-default", "phi-qk_norms", "gptj-tied", "opt-tied",
-    "falcon-multi_query", "falcon-grouped", "bloom-odd_heads", "mpt-odd_heads",
+    "falcon-multi_query", "falcon-grouped", "falcon-alibi", "bloom-odd_heads", "mpt-odd_heads",
     "olmo3-gqa-tied-default", "seed_oss-biases", "ernie4_5-biases", "ministral3-window", "gpt_bigcode-multi_query",
     "gpt_neo-tied", "llama-yarn_options", "llama-dynamic",
 }  # fmt: skip

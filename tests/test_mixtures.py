@@ -255,6 +255,15 @@ def test_a_config_of_kimi_k2_is_that_of_deepseek_v3(tmp_path):
     assert read_arch(tmp_path) == GROUPED.arch()
 
 
+def test_a_config_of_mimo_is_that_of_qwen2_and_its_layers_that_predict_further_tokens_are_left_out(tmp_path):
+    case = CASES["qwen2-gqa-untied-default"]
+    extra = {"model.mtp_layers.0.input_proj.weight": np.ones((2, 2), np.float32)}
+    own = {"model_type": "mimo", "attention_bias": True, "num_nextn_predict_layers": 1, "use_mrope": False}
+    opened = open_checkpoint(str(_written(tmp_path, case, extra, **own)))
+    assert opened.arch == case.arch()
+    assert any("of layers that predict further tokens" in note for note in opened.notes)
+
+
 @pytest.mark.parametrize("sizes", [{"num_experts": 10_000, "num_hidden_layers": 199}, {"num_experts": 10_000}])
 def test_experts_that_the_files_do_not_have_are_refused_at_once(sizes, tmp_path):
     folder = _written(tmp_path, ALL["qwen3_moe-every_other"], decoder_sparse_step=1, **sizes)

@@ -115,6 +115,8 @@ class Arch:
       inverse_layer_scale: layer i divides its attention scale by i + 1 as well.
       num_positions: how many learned positions are added to the embedding; no block may be longer. None: no such limit.
       alibi_slopes: the slope of each query head, times which a score falls with distance (BLOOM); none: no ALiBi.
+      alibi_bfloat16: its slopes, and their products with the positions of keys, are rounded to bfloat16 and, like the
+        scores, multiplied by the attention scale (Falcon).
       position_offset: how many rows of the table of positions stand before that of the first position (OPT).
       gated: the MLP is down(act(gate(x)) * up(x)); otherwise it has no gate and is down(act(up(x))).
       num_experts: MLPs per layer, of F units each, among which a router chooses; None: one MLP that every token passes.
@@ -181,6 +183,7 @@ class Arch:
     num_positions: int | None = None  # P
     position_offset: int = 0
     alibi_slopes: tuple[float, ...] = ()
+    alibi_bfloat16: bool = False
     gated: bool = True
     num_experts: int | None = None  # E
     experts_per_token: int | None = None

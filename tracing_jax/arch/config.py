@@ -32,7 +32,7 @@ _ACTIVATIONS = {
 }
 
 
-_RENAMED = {"kimi_k2": "deepseek_v3"}
+_RENAMED = {"kimi_k2": "deepseek_v3", "mimo": "qwen2"}
 """Model type that transformers does not have -> the one whose model it is."""
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from tracing_jax.arch.architecture import UnsupportedModelError
 from tracing_jax.arch.family import COMMON, GPT_NAMES, NAMES, ArchFields, Family, windows_by_type
-from tracing_jax.arch.rope import Rope, alibi_slopes, fields_of, frequencies, mpt_slopes
+from tracing_jax.arch.rope import NO_ROPE, Rope, alibi_slopes, fields_of, frequencies, mpt_slopes
 
 _LAYER_NORM_NAMES = NAMES | {"norm_eps": "layer_norm_eps"}
 _LAYER_NORM: ArchFields = {"norm": "layer_norm"}
@@ -158,8 +158,6 @@ def _opt(config: Any) -> ArchFields:
 
 
 def _falcon(config: Any) -> ArchFields:
-    if config.alibi:
-        raise UnsupportedModelError("alibi is set; of this family only models with rotary positions are supported")
     heads, grouped = config.num_attention_heads, config.new_decoder_architecture
     if grouped and not config.parallel_attn:
         raise UnsupportedModelError("new_decoder_architecture without parallel_attn is not supported")
@@ -169,18 +167,23 @@ def _falcon(config: Any) -> ArchFields:
     if heads % kv_heads:
         raise UnsupportedModelError(f"num_attention_heads {heads} is not a multiple of num_kv_heads {kv_heads}")
     two_norms = grouped and config.num_ln_in_parallel_attn != 1
-    return _LAYER_NORM | {
-        "num_kv_heads": kv_heads,
-        "q_group": heads // kv_heads,
-        "mlp_dim": config.ffn_hidden_size,
-        "norm_eps": config.layer_norm_epsilon,
-        "parallel": config.parallel_attn,
-        "shared_norm": config.parallel_attn and not two_norms,
-        "gated": False,
-        "qkv_bias": config.bias,
-        "o_bias": config.bias,
-        "mlp_bias": config.bias,
-    }
+    positions = NO_ROPE | {"alibi_slopes": alibi_slopes(heads), "alibi_bfloat16": True} if config.alibi else {}
+    return (
+        _LAYER_NORM
+        | positions
+        | {
+            "num_kv_heads": kv_heads,
+            "q_group": heads // kv_heads,
+            "mlp_dim": config.ffn_hidden_size,
+            "norm_eps": config.layer_norm_epsilon,
+            "parallel": config.parallel_attn,
+            "shared_norm": config.parallel_attn and not two_norms,
+            "gated": False,
+            "qkv_bias": config.bias,
+            "o_bias": config.bias,
+            "mlp_bias": config.bias,
+        }
+    )
 
 
 def _bloom(config: Any) -> ArchFields:

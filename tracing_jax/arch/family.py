@@ -59,6 +59,7 @@ class Family:
       rope_layers: config -> for each layer whether its queries and keys are rotated; None: all are.
       per_layer: attributes with a value for each layer, which follows from its window and rope.
       same_as: another family with the same blocks and names, as which a model of this one counts.
+      constants: attributes that the config of that family has and this one's lacks, with their values here.
       layer_fields: model -> the attributes that say which of its layers have experts; None: all have, or none.
     """
 
@@ -74,6 +75,7 @@ class Family:
     rope_layers: Callable[[Any], Sequence[bool]] | None = None
     per_layer: tuple[str, ...] = ("layer_types",)
     same_as: str | None = None
+    constants: Mapping[str, Any] = field(default_factory=dict)
     layer_fields: Callable[[Arch], dict[str, Any]] | None = None
 
     @property

@@ -60,12 +60,19 @@ def _qwen2_moe(config: Any) -> ArchFields:
 
 
 def _qwen3_moe(config: Any) -> ArchFields:
+    windows = {"layer_windows": (config.sliding_window,) * config.num_hidden_layers}
+    return _qwen3_experts(config, config.norm_topk_prob) | windows
+
+
+def qwen3_vl_moe(config: Any) -> ArchFields:
+    """Returns the fields of the language model of Qwen3-VL, whose router always normalises its weights."""
+    return _qwen3_experts(config, True)
+
+
+def _qwen3_experts(config: Any, normalized: bool) -> ArchFields:
     bias = config.attention_bias
-    return {
-        "qkv_bias": bias, "o_bias": bias, "qk_norm": "head",
-        "layer_windows": (config.sliding_window,) * config.num_hidden_layers,
-    } | _experts(
-        config, Router(normalized=config.norm_topk_prob), count=config.num_experts,
+    return {"qkv_bias": bias, "o_bias": bias, "qk_norm": "head"} | _experts(
+        config, Router(normalized=normalized), count=config.num_experts,
         units=config.moe_intermediate_size, dense=config.intermediate_size, layers=_is_sparse(config),
     )  # fmt: skip
 
@@ -274,7 +281,7 @@ _ROUTED = (
     " routed_scaling_factor n_group topk_group norm_topk_prob"
 )
 _MLA = _ROUTED + " first_k_dense_replace kv_lora_rank q_lora_rank qk_rope_head_dim qk_nope_head_dim v_head_dim"
-_QWEN = "rms_norm_eps decoder_sparse_step moe_intermediate_size num_experts_per_tok num_experts mlp_only_layers"
+QWEN_EXPERTS = "rms_norm_eps decoder_sparse_step moe_intermediate_size num_experts_per_tok num_experts mlp_only_layers"
 # What only training or layers behind the last read.
 _DEEPSEEK_NEUTRAL = (
     "qk_head_dim num_nextn_predict_layers num_mtp_layers aux_loss_alpha seq_aux ep_size moe_layer_freq scoring_func"
@@ -284,14 +291,14 @@ _DEEPSEEK_NEUTRAL = (
 MIXTURES: dict[str, Family] = {
     "qwen2_moe": Family(
         _qwen2_moe,
-        _QWEN + " norm_topk_prob qkv_bias shared_expert_intermediate_size sliding_window layer_types",
+        QWEN_EXPERTS + " norm_topk_prob qkv_bias shared_expert_intermediate_size sliding_window layer_types",
         names=_SPARSE | {"shared_mlp_dim": "shared_expert_intermediate_size"},
         neutral=_LOSSES,
         layer_fields=_qwen_layers,
     ),
     "qwen3_moe": Family(
         _qwen3_moe,
-        _QWEN + " norm_topk_prob attention_bias sliding_window",
+        QWEN_EXPERTS + " norm_topk_prob attention_bias sliding_window",
         names=_SPARSE,
         neutral=_LOSSES,
         layer_fields=_qwen_layers,

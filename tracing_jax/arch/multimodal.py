@@ -6,9 +6,11 @@ from typing import Any
 
 from tracing_jax.arch.families import FAMILIES
 from tracing_jax.arch.family import ArchFields, Family
+from tracing_jax.arch.mixtures import QWEN_EXPERTS, qwen3_vl_moe
 
 SUPPORTED_MULTIMODAL = (
-    "gemma3", "internvl", "llava", "llava_next", "llava_onevision", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl",
+    "gemma3", "internvl", "kimi_k25", "llama4", "llava", "llava_next", "llava_onevision", "mistral3", "qwen2_5_vl",
+    "qwen2_vl", "qwen3_vl", "qwen3_vl_moe",
 )  # fmt: skip
 """Model types of which the language model is read."""
 
@@ -23,6 +25,13 @@ _INSIDE: dict[str, Family] = {
     "qwen2_vl_text": replace(FAMILIES["qwen2"], same_as="qwen2"),
     "qwen2_5_vl_text": replace(FAMILIES["qwen2"], same_as="qwen2"),
     "qwen3_vl_text": replace(FAMILIES["qwen3"], read=_qwen3_vl, uses="rms_norm_eps attention_bias", same_as="qwen3"),
+    "qwen3_vl_moe_text": replace(
+        FAMILIES["qwen3_moe"],
+        read=qwen3_vl_moe,
+        uses=QWEN_EXPERTS + " attention_bias",
+        same_as="qwen3_moe",
+        constants={"norm_topk_prob": True},
+    ),
 }
 """Types of language models that exist inside of others only."""
 
@@ -56,7 +65,8 @@ def language_model_alone(config: Any) -> dict[str, Any]:
         for name, value in text.to_dict().items()
         if not name.startswith("_") and (value is not None or name in declared)
     }
-    raw["model_type"] = family.same_as or text.model_type if family else text.model_type
+    if family is not None:
+        raw |= {"model_type": family.same_as or text.model_type, **family.constants}
     for name in ("architectures", "base_config_key"):
         raw.pop(name, None)
     if isinstance(rope := raw.get("rope_parameters"), dict):

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from tracing_jax.checkpoint.safetensors_file import Index
+from tracing_jax.checkpoint.safetensors_file import Index, bounds_of
 from tracing_jax.checkpoint.tensors import TensorStore
 
 
@@ -122,3 +122,24 @@ class Cast:
 
     def read(self, index: Index = ()) -> np.ndarray:
         return self.store.read(self.name, index).astype(self.dtype)
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """A stored tensor with its last two axes exchanged."""
+
+    store: TensorStore
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *first, rows, columns = self.store.shape(self.name)
+        return (*first, columns, rows)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.store.dtype(self.name)
+
+    def read(self, index: Index = ()) -> np.ndarray:
+        *first, rows, columns = bounds_of(index, self.shape)
+        return np.ascontiguousarray(self.store.read(self.name, (*first, columns, rows)).swapaxes(-1, -2))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tracing_jax.arch import Arch
-from tracing_jax.checkpoint.derived_tensors import Alias, Cast, DerivedTensors, RenamedTensors
+from tracing_jax.checkpoint.derived_tensors import Alias, Cast, DerivedTensors, RenamedTensors, Transposed
 from tracing_jax.checkpoint.errors import CheckpointError
 from tracing_jax.checkpoint.hf_layouts import LeafLayouts, leaf_layouts
 from tracing_jax.checkpoint.name_patterns import (
@@ -83,10 +83,28 @@ def fitted(arch: Arch, store: TensorStore, *, compare_rows: bool = True) -> Fitt
     arch, store, tying = tied_as_stored(arch, store, compare_rows)
     if not arch.tied and (head := tied_names(arch, store.names())[1]) not in store.names():
         arch, tying = replace(arch, tied=True, has_head=False), [f"{head} is missing: the model predicts no tokens"]
+    store, turning = _turned(arch, store)
     problems, ignored = _problems(arch, store)
     if problems:
         raise CheckpointError(*problems)
-    return Fitted(arch, store, (*rounding, *tying, *ignored))
+    return Fitted(arch, store, (*rounding, *tying, *turning, *ignored))
+
+
+def _turned(arch: Arch, store: TensorStore) -> tuple[TensorStore, list[str]]:
+    """Returns the tensors with stacked experts as transformers holds them: files of Qwen3-VL have them transposed.
+
+    Like transformers, this transposes a tensor whose shape fits only so.
+    """
+    names = set(store.names()) if arch.num_experts else set()
+    turned = {}
+    for name, shape in tensor_shapes(leaf_layouts(arch, names).values()).items() if names else ():
+        if len(shape) == 3 and name in names and shape[1] != shape[2]:
+            found = Transposed(store, name) if len(store.shape(name)) == 3 else None
+            if found is not None and found.shape == shape:
+                turned[name] = found
+    if not turned:
+        return store, []
+    return DerivedTensors(store, turned), [f"{len(turned)} tensors are stored transposed: {listed(turned, 3)}"]
 
 
 def rounded(store: TensorStore) -> tuple[TensorStore, list[str]]:

@@ -26,6 +26,7 @@ _IGNORED = {
     "scales of cached keys and values, or of activations": re.compile(
         r".*\.(([kvq]|kv|prob)_(scale|zero_point)|(input|output|activation)_(global_)?(scale|zero_point|scale_ub))"
     ),
+    "of layers that predict further tokens": re.compile(r"model\.mtp_layers\..+"),
     "parts for other inputs than text": re.compile(
         r"(model\.)?(vision_tower|vision_model|visual|vit|multi_modal_projector|mm_projector|image_newline|audio_tower"
         r"|speech_encoder|embed_vision|embed_audio)(\..+)?"

@@ -172,6 +172,20 @@ def _written(
     return cached.at[jnp.arange(len(new))[:, None], positions].set(new.astype(cached.dtype))
 
 
+def _alibi(
+    arch: Arch, back: Int[Array, "#B 1 1 T S"], others: Int[Array, " S"], inputs: LayerInputs
+) -> Float[Array, "#B K G #T S"]:
+    """Returns what is added to the scores of keys at a distance, or, the same to the softmax, at a position.
+
+    Source: Press et al. 2022 (arXiv 2108.12409); the rounding is that of Falcon in transformers.
+    """
+    slopes = jnp.asarray(arch.alibi_slopes, jnp.float32).reshape(1, arch.num_kv_heads, arch.q_group, 1, 1)
+    if not arch.alibi_bfloat16:
+        return -slopes * back.astype(jnp.float32)
+    products = slopes.astype(jnp.bfloat16) * others.astype(jnp.bfloat16)
+    return products.astype(jnp.float32) * inputs.attention_scale
+
+
 def attend(
     arch: Arch,
     params: Tree,
@@ -188,8 +202,7 @@ def attend(
     own, others = positions[:, None, None, :, None], jnp.arange(k.shape[1])
     back = own - others
     if arch.alibi_slopes:
-        slopes = jnp.asarray(arch.alibi_slopes, jnp.float32).reshape(1, *q.shape[2:4], 1, 1)
-        scores = scores - slopes * back.astype(jnp.float32)
+        scores = scores + _alibi(arch, back, others, inputs)
     is_seen = (back >= 0) & (back < inputs.window) & (own // inputs.chunk == others // inputs.chunk)
     scores = jnp.where(is_seen, scores, jnp.finfo(jnp.float32).min)
     if arch.sinks:

@@ -1,0 +1,343 @@
+"""Published configs: each is read or refused with the cause, and what is read computes what transformers computes.
+
+    python -m benchmarks.published_configs FILE [--only TYPE] [--write]
+
+FILE is a JSON list of `{"source": ..., "config": ...}`. Of each config that transformers can build, a tiny random model
+is made: sizes are shrunken, all else stays as it was published. It is saved under that config, opened as `compare`
+opens models, and where it is read with a forward pass its logits must equal those of transformers. `--write` replaces
+the section on published configs in docs/families.md.
+"""
+
+import argparse
+import collections
+import copy
+import json
+import logging
+import re
+import tempfile
+import textwrap
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.families import TABLE
+
+HEADING = "## Published configs"
+
+TOLERANCE = 2e-4
+"""Of logits, times the larger of 1 and the largest."""
+
+TOKENS = 24
+_LAYERS, _VOCABULARY, _WIDTH, _HEAD, _WINDOW = 6, 320, 64, 16, 8
+
+_SIZES: Mapping[str, int] = {
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "padded_vocab_size"), _VOCABULARY),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "out_hidden_size", "projection_dim"), _WIDTH),
+    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_hidden_size", "mlp_hidden_size"), 96),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size_mlp"), 48),
+    **dict.fromkeys(("moe_shared_expert_intermediate_size", "moe_latent_size"), 48),
+    **dict.fromkeys(("sliding_window", "attention_chunk_size", "sliding_window_size"), _WINDOW),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "index_n_heads", "o_lora_rank"), 32),
+    **dict.fromkeys(("qk_nope_head_dim", "v_head_dim", "linear_key_head_dim", "linear_value_head_dim"), _HEAD),
+    **dict.fromkeys(("linear_num_key_heads", "n_groups", "mamba_num_groups"), 2),
+    **dict.fromkeys(("linear_num_value_heads", "mamba_num_heads"), 4),
+    **dict.fromkeys(("mamba_head_dim", "index_head_dim"), 32),
+    **dict.fromkeys(("qk_rope_head_dim", "rotary_dim", "ssm_state_size"), 8),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "ffn_num_experts"), 8),
+    **dict.fromkeys(("depth", "num_global_layers", "n_shared_experts", "num_nextn_predict_layers"), 1),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 4096),
+}
+"""Attribute -> the most that it may be in a tiny model."""
+
+_VISION: Mapping[str, int] = {
+    **dict.fromkeys(("num_hidden_layers", "depth", "num_layers"), 1),
+    **dict.fromkeys(("num_heads", "num_attention_heads", "attention_heads"), 2),
+    **dict.fromkeys(("hidden_size", "embed_dim", "vision_output_dim"), 32),
+    **dict.fromkeys(("intermediate_size", "num_position_embeddings"), 64),
+}
+
+
+@dataclass
+class Row:
+    """What became of a config.
+
+    Attributes:
+      source: where it was published.
+      model_type: of the config.
+      level: `forward`, `weights` or `refused`.
+      cause: why it is not read with a forward pass.
+      error: the largest difference of logits, relative to the largest; None where none were compared.
+      remark: why no tiny model was tried.
+    """
+
+    source: str
+    model_type: str
+    level: str = ""
+    cause: str = ""
+    error: float | None = None
+    remark: str = ""
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether it is read, and computes something else than transformers."""
+        return self.error is not None and not self.error <= TOLERANCE
+
+
+def shrunken(raw: Mapping[str, Any], vision: bool = False) -> dict[str, Any]:
+    """Returns a config of a tiny model with the attributes of another.
+
+    Args:
+      raw: the other.
+      vision: whether it is that of a vision tower.
+    """
+    found = {name: _shrunken(name, value, vision) for name, value in raw.items()}
+    if vision:
+        return found | {"fullatt_block_indexes": [0]} if "fullatt_block_indexes" in found else found
+    _shrink_heads(raw, found)
+    for name in ("num_experts_per_tok", "moe_k", "num_experts_per_token", "experts_per_token"):
+        if isinstance(raw.get(name), int):
+            found[name] = min(raw[name], 2)
+    if isinstance(raw.get("n_group"), int) and raw["n_group"] > 1:
+        found |= {"n_group": 4, "topk_group": 2 if raw.get("topk_group", 1) < raw["n_group"] else 4}
+    if isinstance(raw.get("first_k_dense_replace"), int):
+        found["first_k_dense_replace"] = min(raw["first_k_dense_replace"], 1)
+    _shrink_rope(found)
+    return found
+
+
+def _shrunken(name: str, value: Any, vision: bool) -> Any:
+    if isinstance(value, dict):
+        inner = vision or "vision" in name or "audio" in name
+        nested = name in ("rope_parameters", "rope_scaling", "quantization_config", "id2label", "auto_map")
+        return dict(value) if nested else shrunken(value, inner)
+    if vision:
+        return min(value, _VISION[name]) if name in _VISION and isinstance(value, int) else value
+    if isinstance(value, list) and re.search(r"layer|pattern|_freq", name) and len(value) > _LAYERS:
+        return _of_every_kind(value)
+    if isinstance(value, str) and name == "hybrid_override_pattern":
+        return "M*-E"[: _LAYERS - 2] if "E" in value else "M*-"
+    if not isinstance(value, int) or isinstance(value, bool):
+        return value
+    if re.search(r"_token_(id|index)$", name):
+        return min(value, _VOCABULARY - 1)
+    if name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
+        return min(value, _LAYERS)
+    return min(value, _SIZES.get(name, value))
+
+
+def _of_every_kind(values: list[Any]) -> list[Any]:
+    """Returns the first values of a list with one for each layer; what does not occur in them takes the last places."""
+    kept, missing = values[:_LAYERS], []
+    for value in values:
+        if value not in kept and value not in missing and not isinstance(value, int):
+            missing.append(value)
+    return kept[: _LAYERS - len(missing)] + missing[:_LAYERS]
+
+
+def _shrink_heads(raw: Mapping[str, Any], found: dict[str, Any]) -> None:
+    for width, heads, kv_heads in (
+        ("hidden_size", "num_attention_heads", "num_key_value_heads"), ("n_embd", "n_head", "num_key_value_heads"),
+        ("d_model", "n_heads", "num_kv_heads"),
+    ):  # fmt: skip
+        if not isinstance(raw.get(heads), int):
+            continue
+        found[heads] = 4
+        if isinstance(raw.get(kv_heads), int):
+            found[kv_heads] = 4 if raw[kv_heads] == raw[heads] else 1 if raw[kv_heads] == 1 else 2
+        if isinstance(raw.get("head_dim"), int):  # other than the usual where it is so in the config
+            usual = raw["head_dim"] * raw[heads] == raw.get(width)
+            found["head_dim"] = _HEAD if usual else 2 * _HEAD
+
+
+def _shrink_rope(found: dict[str, Any]) -> None:
+    """Cuts factors of single frequencies, and sections of a rope, to the number of frequencies."""
+    heads = found.get("num_attention_heads") or 4
+    width = found.get("head_dim") or (found.get("hidden_size") or _WIDTH) // heads
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = found.get(name)
+        if not isinstance(rope, dict):
+            continue
+        share = rope.get("partial_rotary_factor") or found.get("partial_rotary_factor") or 1
+        frequencies = int(width * share) // 2
+        for factors in ("short_factor", "long_factor"):
+            if isinstance(rope.get(factors), list):
+                rope[factors] = rope[factors][:: max(1, len(rope[factors]) // frequencies)][:frequencies]
+        if isinstance(rope.get("mrope_section"), list):
+            third = frequencies // 3
+            rope["mrope_section"] = [frequencies - 2 * third, third, third]
+
+
+def tiny_model(folder: Path, seed: int) -> Any:
+    """Returns transformers' model of the config in a folder, with random weights in float32.
+
+    Raises:
+      Exception: whatever transformers raises where it has no such model, or refuses the config.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    from tracing_jax.arch.config import _hf_config
+
+    config = _hf_config(folder)
+    if hasattr(config, "quantization_config"):  # says how weights were stored, and random ones are not
+        del config.quantization_config
+    whole = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    maker = AutoModelForImageTextToText if whole else AutoModelForCausalLM
+    with torch.device("meta"):
+        empty = maker.from_config(copy.deepcopy(config), attn_implementation="eager")
+    if (size := sum(p.numel() for p in empty.parameters())) > 20_000_000:
+        raise ValueError(f"{size:,} weights: it does not get small")
+    torch.manual_seed(seed)
+    model = maker.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weights in model.named_parameters():
+            drawn = torch.randn(weights.shape, generator=generator)
+            if weights.ndim >= 2:
+                weights.copy_(drawn * 0.15)
+            elif "A_log" not in name:
+                weights.add_(0.2 * drawn)
+        for name, values in model.named_buffers():
+            if "correction_bias" in name:
+                values.copy_(0.3 * torch.randn(values.shape, generator=generator))
+    return model
+
+
+def tried(entry: Mapping[str, Any], seed: int = 0) -> Row:
+    """Returns what becomes of a config and of a tiny model of it."""
+    raw = entry["config"]
+    row = Row(entry["source"], str(raw.get("model_type")))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _read_config(row, folder, raw)
+        small = shrunken(raw)
+        (folder / "config.json").write_text(json.dumps(small))
+        try:
+            model = tiny_model(folder, seed)
+        except Exception as error:
+            row.remark = f"no tiny model: {_short(error)}"
+            return row
+        _open_model(row, folder, small, model)
+    return row
+
+
+def _read_config(row: Row, folder: Path, raw: Mapping[str, Any]) -> None:
+    """Notes whether the config as published is supported."""
+    from tracing_jax.arch import UnsupportedModelError, read_arch
+
+    (folder / "config.json").write_text(json.dumps(raw))
+    try:
+        read_arch(folder)
+        row.level = "forward"
+    except UnsupportedModelError as error:
+        row.level, row.cause = "weights", _short(error).replace(f"{folder}/", "")
+
+
+def _open_model(row: Row, folder: Path, small: Mapping[str, Any], model: Any) -> None:
+    """Notes whether the tiny model is read, and what it computes."""
+    from tracing_jax.checkpoint import CheckpointError, WeightsOnly, open_checkpoint
+
+    saved = folder / "model"
+    model.save_pretrained(saved)
+    plain = {name: value for name, value in small.items() if name != "quantization_config"}
+    (saved / "config.json").write_text(json.dumps(plain))
+    try:
+        found = open_checkpoint(str(saved), weights_only=WeightsOnly())
+    except CheckpointError as error:
+        row.level, row.cause = "refused", _short(error).replace(str(folder), "")
+        return
+    level = "forward" if found.arch.reading is None else "weights"
+    if level != row.level:
+        row.remark = f"the tiny model is read at another level: {level} {found.notes[:1]}"
+    elif level == "forward":
+        row.error = _difference(found, model)
+
+
+def _difference(found: Any, model: Any) -> float:
+    import jax
+    import torch
+
+    from tracing_jax.forward import logits
+    from tracing_jax.sources import in_memory
+
+    tokens = np.random.default_rng(0).integers(2, 200, (2, TOKENS))
+    # That of Llama 4 asks for what only images give, in transformers 5.24.
+    whole = model.language_model if model.config.model_type == "llama4" else model
+    with torch.no_grad():
+        expected = whole(input_ids=torch.tensor(tokens), use_cache=False).logits.numpy()
+    with jax.disable_jit():  # compiling so many small models would take most of the time
+        ours = logits(in_memory(found), tokens.astype(np.int32))
+    return float(np.abs(ours - expected).max() / max(1.0, np.abs(expected).max()))
+
+
+def _short(error: BaseException) -> str:
+    line = " ".join(str(error).split()).split("; supported: ")[0]
+    return line if len(line) < 400 else line[:400] + " ..."
+
+
+_SECTION = """Of {total} configs of {types} model types, as they were published from 2023 to 2026, {forward} are read
+with a forward pass. {compared} of these were made into tiny random models by transformers, with every attribute but
+sizes as published: {right} give its logits to within 2e-4 of the largest (the worst: {worst:.0e}), {wrong} do not.
+{weights} are read by their weights alone, each with the cause in the notes of a run:
+`python -m benchmarks.published_configs FILE --write`, where FILE is a list of such configs, which are not part of this
+repository."""
+
+
+def section(rows: Sequence[Row]) -> str:
+    """Returns the section of the docs."""
+    errors = [row.error for row in rows if row.error is not None]
+    text = _SECTION.format(
+        total=len(rows),
+        types=len({row.model_type for row in rows}),
+        forward=sum(row.level == "forward" for row in rows),
+        weights=sum(row.level == "weights" for row in rows),
+        compared=len(errors),
+        right=len(errors) - sum(row.is_wrong for row in rows),
+        wrong=sum(row.is_wrong for row in rows) or "none",
+        worst=max(errors, default=0.0),
+    )
+    causes = collections.Counter(_cause(row) for row in rows if row.level != "forward")
+    lines = ["| why by weights alone | configs |", "|---|---|"]
+    lines += [f"| {cause} | {count} |" for cause, count in causes.most_common()]
+    paragraph = textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
+    return "\n\n".join([HEADING, paragraph, "\n".join(lines)]) + "\n"
+
+
+def _cause(row: Row) -> str:
+    """Returns the cause of a row in short, the same for all models of a kind."""
+    if "is not supported" in row.cause and row.cause.startswith("config.json: architecture"):
+        return f"a family without a forward pass here: {row.model_type}"
+    return row.cause.removeprefix("config.json: ").split(";")[0]
+
+
+def main() -> None:
+    """Prints what became of each config, and the counts."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", type=Path, help="a JSON list of published configs")
+    parser.add_argument("--only", help="of these only configs of one model type")
+    parser.add_argument("--write", action="store_true", help=f"write the counts into {TABLE.name}")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    entries = json.loads(options.file.read_text(encoding="utf-8"))
+    rows = []
+    for entry in entries:
+        if options.only is None or entry["config"].get("model_type") == options.only:
+            rows.append(tried(entry))
+            row = rows[-1]
+            error = "" if row.error is None else f"{row.error:.1g}"
+            mark = "WRONG " if row.is_wrong else ""
+            print(f"{mark}{row.model_type} {row.level} {error} | {row.source} | {row.cause} | {row.remark}", flush=True)
+    print("\n" + section(rows))
+    if options.write:
+        page, _, _ = TABLE.read_text(encoding="utf-8").partition(HEADING)
+        TABLE.write_text(page.rstrip() + "\n\n" + section(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
