@@ -431,6 +431,20 @@ def test_the_verdict_is_holms_minimum_over_the_deciding_statistics():
         verdict({}, 0.2)
 
 
+def test_an_exact_test_decides_before_a_calibrated_one_that_is_shown_no_smaller():
+    def calibrated(log10_p):
+        test = Test("t", log10_p, "Fisher", ["layer 0"], [log10_p], {"units": [3]}, calibrated=True)
+        return Result(0.5, "x", log10_p, tests=[test])
+
+    def deciding(exact, assumed):
+        found = verdict({"match": calibrated(assumed), "csu": result_with(exact)}, 1e-3)
+        return found.statistic, found.calibrated, found.parts["MLPs"]["statistic"]
+
+    assert deciding(-40.0, -900.0) == ("csu", False, "csu")
+    assert deciding(-5.0, -900.0) == ("match", True, "match")
+    assert deciding(-5.0, -4.0) == ("csu", False, "csu")
+
+
 def test_no_evidence_takes_a_test_that_sees_through_every_rewrite():
     blind, sees = (dataclasses.replace(result_with(-0.5), blind_to=hidden) for hidden in (("permuted units",), ()))
     assert verdict({"csu": blind}, 1e-3).verdict == "undecided"

@@ -28,6 +28,10 @@ FORMAT = 1
 REDACTED = "[redacted]"
 NOT_A_CHECKOUT = "not a git checkout"
 
+SMALLEST_CALIBRATED = -12.0
+"""log10 of the smallest p-value that people are shown of a calibrated test, whose null is an assumption. It takes no
+precedence over an exact test by being smaller still; a record has what was computed."""
+
 _HF_TOKEN = re.compile(r"(?:hf|api_org)_[A-Za-z0-9]{30,}")
 # Counts such as `num_tokens` and units such as `loss_nats_per_token` are no secrets, so the names are spelt out.
 _SECRET_KEY = re.compile(r"(?i)token|(?:.*_)?(?:(?:auth|access|api|hf|hub|secret)_(?:token|key)|password|secret)")

@@ -4,15 +4,14 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-SMALLEST = -12.0
-"""log10 of the smallest p-value of a calibrated test that people are shown; the record has what was computed."""
+from tracing_jax.record import SMALLEST_CALIBRATED
 
 
 def bounded(log10_p: Any) -> Any:
-    """Returns a decimal logarithm, or a list of them, none below `SMALLEST`; None stays None."""
+    """Returns a decimal logarithm, or a list of them, none below `SMALLEST_CALIBRATED`; None stays None."""
     if isinstance(log10_p, list | tuple):
         return [bounded(item) for item in log10_p]
-    return None if log10_p is None else max(float(log10_p), SMALLEST)
+    return None if log10_p is None else max(float(log10_p), SMALLEST_CALIBRATED)
 
 
 def is_calibrated(result: Mapping[str, Any]) -> bool:

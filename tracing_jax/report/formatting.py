@@ -5,7 +5,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tracing_jax.report.bounded_p_values import SMALLEST, is_calibrated
+from tracing_jax.record import SMALLEST_CALIBRATED
+from tracing_jax.report.bounded_p_values import is_calibrated
 
 SIDES = {"non_aligned": "non-aligned", "aligned": "aligned"}
 ABSENT = "–"
@@ -41,8 +42,8 @@ def p_cell(log10_p: Any) -> str:
     if log10_p is None:
         return ABSENT
     exponent = float(log10_p)
-    if exponent == SMALLEST:
-        return f"< 10^{SMALLEST:.0f}"
+    if exponent == SMALLEST_CALIBRATED:
+        return f"< 10^{SMALLEST_CALIBRATED:.0f}"
     return f"{10**exponent:.2g}" if exponent > _READABLE else f"10^{exponent:.1f}"
 
 
@@ -51,7 +52,7 @@ def log10_cell(log10_p: Any) -> str:
     if log10_p is None:
         return ABSENT
     text = f"{round(float(log10_p), 2) + 0.0:.6g}"
-    return f"< {text}" if float(log10_p) == SMALLEST else text
+    return f"< {text}" if float(log10_p) == SMALLEST_CALIBRATED else text
 
 
 def places_text(places: Sequence[str], at_most: int = 6) -> str:
@@ -141,7 +142,7 @@ def verdict_p_text(verdict: Mapping[str, Any]) -> str:
 
 def calibrated_p_text(log10_p: float) -> str:
     """A calibrated p-value: never below 10^-12, since its null is an assumption."""
-    return f"p < 10^{SMALLEST:.0f}" if log10_p <= SMALLEST else p_text(log10_p)
+    return f"p < 10^{SMALLEST_CALIBRATED:.0f}" if log10_p <= SMALLEST_CALIBRATED else p_text(log10_p)
 
 
 def decided_by(verdict: Mapping[str, Any]) -> str:

@@ -8,14 +8,9 @@ from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.data import PairedBlocks, paired_one_to_one
 from tracing_jax.forward import LayerCorrelations, correlations
-from tracing_jax.statistics.comparison import (
-    Comparison,
-    compare_layers,
-    constrained_result,
-    in_place,
-    units_not_applicable,
-)
+from tracing_jax.statistics.comparison import Comparison, compare_layers
 from tracing_jax.statistics.distinct_units import distinct_units
+from tracing_jax.statistics.in_place import constrained_result, in_place, units_not_applicable
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies, depths_not_applicable
 
 _TAP = {"hidden": "units", "up": "up"}

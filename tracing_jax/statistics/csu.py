@@ -18,18 +18,10 @@ from tracing_jax.axes import AxisTable, axis_table, kind_of
 from tracing_jax.matching import FactoredSimilarity
 from tracing_jax.progress import tqdm, trange
 from tracing_jax.sources import ParamSource, leaf, one_mlp
-from tracing_jax.statistics.comparison import (
-    Comparison,
-    bonferroni_log10,
-    constrained_result,
-    in_place,
-    layers_in_common,
-    one_test,
-    overlapped,
-    rows_not_applicable,
-)
+from tracing_jax.statistics.comparison import Comparison, bonferroni_log10, one_test, overlapped
 from tracing_jax.statistics.cosine import similarities
 from tracing_jax.statistics.distinct_units import DistinctUnits, all_units, distinct_units
+from tracing_jax.statistics.in_place import constrained_result, in_place, layers_in_common, rows_not_applicable
 from tracing_jax.statistics.pvalues import bonferroni
 from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies, widths_not_applicable
 from tracing_jax.tree import Tree, to_host

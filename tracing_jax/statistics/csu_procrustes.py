@@ -15,17 +15,12 @@ from tracing_jax.arch import Arch
 from tracing_jax.progress import trange
 from tracing_jax.rewrites import gain_offset
 from tracing_jax.sources import ParamSource
-from tracing_jax.statistics.comparison import (
-    Comparison,
-    constrained_result,
-    layers_in_common,
-    overlapped,
-    rows_not_applicable,
-)
+from tracing_jax.statistics.comparison import Comparison, overlapped
 from tracing_jax.statistics.cosine import similarities
 from tracing_jax.statistics.csu import Rows, unit_rows
 from tracing_jax.statistics.distinct_units import distinct_units
 from tracing_jax.statistics.embedding_maps import feature_map, token_parts, token_rows
+from tracing_jax.statistics.in_place import constrained_result, layers_in_common, rows_not_applicable
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies
 
 _UP = "mlp/up_proj/kernel"

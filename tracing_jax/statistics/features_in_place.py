@@ -20,16 +20,9 @@ from tracing_jax.axes import AxisTable, LeafSpec, axis_table
 from tracing_jax.progress import tqdm
 from tracing_jax.rewrites import gain_offset
 from tracing_jax.sources import part
-from tracing_jax.statistics.comparison import (
-    BY_ORDER,
-    bonferroni_log10,
-    in_place,
-    in_place_tests,
-    layers_in_common,
-    reserved,
-    share_agreeing,
-)
+from tracing_jax.statistics.comparison import bonferroni_log10, reserved, share_agreeing
 from tracing_jax.statistics.distinct_units import all_units
+from tracing_jax.statistics.in_place import BY_ORDER, in_place, in_place_tests, layers_in_common
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies, widths_not_applicable
 from tracing_jax.tree import flatten, readable, to_host
 

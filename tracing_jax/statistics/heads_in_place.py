@@ -15,15 +15,9 @@ from tracing_jax.matching import assign, match_units
 from tracing_jax.progress import tqdm
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sources import ParamSource
-from tracing_jax.statistics.comparison import (
-    BY_ORDER,
-    LN10,
-    OUTSTANDING,
-    bonferroni_log10,
-    layers_in_common,
-    reserved,
-)
+from tracing_jax.statistics.comparison import LN10, bonferroni_log10, reserved
 from tracing_jax.statistics.head_signatures import log_p_of_order, moments_of, signature_cosines, signatures
+from tracing_jax.statistics.in_place import BY_ORDER, OUTSTANDING, layers_in_common
 from tracing_jax.statistics.match_moments import spread_layers
 from tracing_jax.statistics.nulls import composite_agreement_log_sf, total_agreement_log_sf
 from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies

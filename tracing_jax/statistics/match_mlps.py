@@ -11,20 +11,11 @@ from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.progress import tqdm
 from tracing_jax.sources import MlpsAsLayers, mlp_places
-from tracing_jax.statistics.comparison import (
-    BY_ORDER,
-    Comparison,
-    bonferroni_log10,
-    in_place,
-    in_place_tests,
-    order_premises,
-    ordered_models,
-    reserved,
-    unit_notes,
-)
+from tracing_jax.statistics.comparison import Comparison, bonferroni_log10, reserved, unit_notes
 from tracing_jax.statistics.cosine import similarities
 from tracing_jax.statistics.csu import unit_rows
 from tracing_jax.statistics.distinct_units import distinct_units
+from tracing_jax.statistics.in_place import BY_ORDER, in_place, in_place_tests, order_premises, ordered_models
 from tracing_jax.statistics.match_all import MatchAll
 from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies
 

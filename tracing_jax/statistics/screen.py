@@ -22,18 +22,9 @@ from tracing_jax.statistics.calibration import (
     null_of,
 )
 from tracing_jax.statistics.comparison import (
-    BY_ORDER,
     Comparison,
     bonferroni_log10,
-    in_place,
-    in_place_effect,
-    in_place_tests,
-    layers_in_common,
-    order_notes,
-    order_premises,
-    ordered_models,
     reserved,
-    rows_not_applicable,
     share_agreeing,
     share_by_layer,
     unit_notes,
@@ -41,6 +32,17 @@ from tracing_jax.statistics.comparison import (
 from tracing_jax.statistics.cosine import similarities
 from tracing_jax.statistics.csu import unit_rows
 from tracing_jax.statistics.distinct_units import DistinctUnits, distinct_units
+from tracing_jax.statistics.in_place import (
+    BY_ORDER,
+    in_place,
+    in_place_effect,
+    in_place_tests,
+    layers_in_common,
+    order_notes,
+    order_premises,
+    ordered_models,
+    rows_not_applicable,
+)
 from tracing_jax.statistics.match import TAPS, compare_taps, form_tests, gates_not_applicable
 from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies, depths_not_applicable
 from tracing_jax.tree import Tree

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from tracing_jax.arch import Arch
+from tracing_jax.record import SMALLEST_CALIBRATED
 from tracing_jax.rewrites import DISGUISES
 from tracing_jax.statistics.pvalues import holm
 from tracing_jax.statistics.statistic import Result
@@ -95,7 +96,8 @@ class Verdict:
       meaning: the verdict in a sentence.
       explanations: of `related`, what it can mean.
       level: the significance level.
-      statistic: the statistic that decided, of smallest p-value; None if none applies.
+      statistic: the statistic that decided: the one of smallest p-value, where that of a calibrated test counts as no
+        smaller than 10^-12; None if none applies.
       adjusted_log10_p: its p-value, Holm-adjusted over the statistics in `family`.
       firm_log10_p: the smallest adjusted p-value of evidence without a reservation.
       calibrated: whether the deciding p-value rests on the allowance for convergent units.
@@ -169,8 +171,8 @@ def verdict(results: Mapping[str, Result], level: float, identical: Identity | N
     sees_all = any(name in HIDING and result.blind_to == () for name, result in found.items())
     word = "identical" if whole else word_of(min(adjusted.values()), min(firm.values()), level, sees_all)
     order = firm if word == "related" else adjusted
-    statistic = min(order, key=lambda name: (order[name], bool(blind.get(name)), found[name].log10_p))
     least = math.log10(level)
+    statistic = min(order, key=lambda name: (_shown(found[name], order[name]), bool(blind.get(name)), order[name]))
     reserved = {
         name: result.reservation
         for name, result in found.items()
@@ -269,6 +271,11 @@ def _is_calibrated(result: Result) -> bool:
     return bool(deciding) and min(deciding, key=lambda test: test.log10_p or 0.0).calibrated
 
 
+def _shown(result: Result, log10_p: float) -> float:
+    """Returns the p-value by which a result is chosen as the one that decides: as people are shown it."""
+    return max(log10_p, SMALLEST_CALIBRATED) if _is_calibrated(result) else log10_p
+
+
 def _meaning(
     word: Word,
     level: float,
@@ -318,7 +325,7 @@ def _parts(
     parts: dict[str, dict[str, Any]] = {}
     for part in dict.fromkeys(DECIDING[name] for name in found):
         names = [name for name in found if DECIDING[name] == part]
-        best = min(names, key=lambda name: (firm[name], adjusted[name]))
+        best = min(names, key=lambda name: (_shown(found[name], firm[name]), firm[name], adjusted[name]))
         sees_all = any(name in HIDING and found[name].blind_to == () for name in names)
         parts[part] = {
             "verdict": word_of(min(adjusted[n] for n in names), firm[best], level, sees_all),
