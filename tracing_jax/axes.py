@@ -6,6 +6,7 @@ its kind, and two small tables say what a kind allows: which symmetry it has (be
 (`sharding.py`). Nothing here knows an architecture but `axis_table`.
 """
 
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -198,11 +199,18 @@ def _sizes_in(params: Tree, table: AxisTable) -> dict[str, int]:
 def axis_table(arch: Arch) -> AxisTable:
     """Returns the table of a model of any supported family, for params `{embed, layers: {"0": ...}, head}`.
 
+    It is made once for an architecture; do not change it.
+
     Example:
       >>> table = tj.axis_table(tj.open("demo:base").arch)
       >>> sorted(table.leaves_with_axis("layers/0/mlp"))[0]
       'layers/0/mlp/down_proj/kernel'
     """
+    return _axis_table(arch)
+
+
+@functools.lru_cache(maxsize=64)  # asked for by every reader of a leaf, and made from all leaves
+def _axis_table(arch: Arch) -> AxisTable:
     if arch.reading is not None:
         return _table_of_reading(arch, arch.reading)
     leaves = {"embed/embedding": LeafSpec(("vocab", "embed"), "emb")}

@@ -13,7 +13,6 @@ from tracing_jax.forward import LayerCorrelations, correlations
 from tracing_jax.matching import Coordinate, Similarity, coordinates, solve, value
 from tracing_jax.models import tap_axes
 from tracing_jax.rewrites import identity
-from tracing_jax.rewrites.rewrite import table_of
 from tracing_jax.sharding import Compute
 from tracing_jax.sources import ParamSource
 
@@ -82,7 +81,7 @@ def _similarities(
 
 def _similarity(arch: Arch, coordinate: Coordinate, correlation: Float[np.ndarray, "U U"]) -> Similarity:
     """Returns the correlation of units; over other axes of their tap, such as the features of a head, the mean."""
-    tap, sizes = _tapped(arch, coordinate.axis), table_of(arch).sizes
+    tap, sizes = _tapped(arch, coordinate.axis), axis_table(arch).sizes
     paired = [axis for axis in (coordinate.axis, coordinate.nested) if axis is not None]
     base = [chr(ord("a") + dim) for dim in range(len(tap))]
     ft = [letter.upper() if axis in paired else letter for letter, axis in zip(base, tap)]

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tracing_jax.arch import OF_LAYERS, Arch, head_problem
-from tracing_jax.axes import PERMUTABLE, kind_of
+from tracing_jax.axes import PERMUTABLE, axis_table, kind_of
 from tracing_jax.rewrites import GainScaling, QueryKeyMaps, Rewrite, Rotation, UnitScaling, ValueMixing
-from tracing_jax.rewrites.rewrite import table_of
 
 MAPS: dict[str, type[Rewrite]] = {
     "rotation": Rotation, "gains": GainScaling, "scaling": UnitScaling, "values": ValueMixing, "queries": QueryKeyMaps
@@ -75,7 +74,7 @@ def supported(kinds: Sequence[str], arch: Arch) -> tuple[set[str], dict[str, str
     left_out = {name: "; ".join(problems) for name in found & MAPS.keys() if (problems := MAPS[name].unsupported(arch))}
     if "rotation" in left_out:
         found.add("embed")
-    free = unit_kinds(arch) - set(table_of(arch).fixed)
+    free = unit_kinds(arch) - set(axis_table(arch).fixed)
     return found - left_out.keys() - (set(PERMUTABLE) - free), left_out
 
 
@@ -139,13 +138,13 @@ def expected_shape(base: Arch, ft: Arch, kinds: Sequence[str]) -> Arch:
 
 def unit_kinds(arch: Arch) -> set[str]:
     """Returns the kinds of the axes of a model."""
-    return {kind_of(axis) for axis in table_of(arch).sizes}
+    return {kind_of(axis) for axis in axis_table(arch).sizes}
 
 
 def _sizes_by_kind(arch: Arch, by_layer: bool) -> dict[str, dict[str, int]]:
     """Returns axis kind -> its axes with their numbers of units; without layers, each number that occurs, in order."""
     found: dict[str, dict[str, int]] = {}
-    for axis, size in table_of(arch).sizes.items():
+    for axis, size in axis_table(arch).sizes.items():
         found.setdefault(kind_of(axis), {})[axis] = size
     if by_layer:
         return found
@@ -155,8 +154,8 @@ def _sizes_by_kind(arch: Arch, by_layer: bool) -> dict[str, dict[str, int]]:
 def _needed(kinds: Sequence[str], base: Arch, ft: Arch) -> list[str]:
     """Returns the axis kinds that must be of one size, or padded in ft."""
     if beyond_permutations(kinds):
-        either = dict.fromkeys(kind_of(axis) for arch in (base, ft) for axis in table_of(arch).sizes)
+        either = dict.fromkeys(kind_of(axis) for arch in (base, ft) for axis in axis_table(arch).sizes)
         return [kind for kind in either if kind != "vocab"]
-    tables = [table_of(arch) for arch in (base, ft)]
+    tables = [axis_table(arch) for arch in (base, ft)]
     parents = {kind_of(axis): kind_of(parent) for table in tables for axis, parent in table.parent_axis.items()}
     return list(dict.fromkeys(n for kind in kinds for n in (kind, *_NEEDS.get(kind, ()), parents.get(kind, kind))))

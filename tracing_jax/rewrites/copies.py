@@ -16,9 +16,9 @@ import numpy as np
 from jaxtyping import Float, Int, PRNGKeyArray
 
 from tracing_jax.arch import Arch, has_field
-from tracing_jax.axes import AxisTable, LeafSpec, kind_of
+from tracing_jax.axes import AxisTable, LeafSpec, axis_table, kind_of
 from tracing_jax.rewrites.expansion import ALIGNED
-from tracing_jax.rewrites.rewrite import Read, Rewrite, Weights, generator, subtable, table_of
+from tracing_jax.rewrites.rewrite import Read, Rewrite, Weights, generator, subtable
 
 NEGLIGIBLE = 1e-2
 """The largest difference, relative to a unit's rows, between copies of a unit: rounding to bfloat16 leaves 2^-8."""
@@ -56,7 +56,7 @@ class UnitSplitting(Rewrite):
     def random(cls, key: PRNGKeyArray, arch: Arch) -> "UnitSplitting":
         """Returns the splitting of an eighth of the units into two, shares between 1/4 and 3/4."""
         sources, shares = {}, {}
-        for axis, shape in _unit_axes(table_of(arch)).items():
+        for axis, shape in _unit_axes(axis_table(arch)).items():
             rng = generator(key, axis)
             step = math.gcd(shape[-1], ALIGNED)
             sources[axis] = _some_units(rng, shape, step * max(1, shape[-1] // (8 * step)))
@@ -64,7 +64,7 @@ class UnitSplitting(Rewrite):
         return cls(sources, shares)
 
     def data_problems(self, arch: Arch) -> list[str]:
-        axes = _unit_axes(table_of(arch))
+        axes = _unit_axes(axis_table(arch))
         lines = _source_problems(self.sources, axes)
         if self.shares.keys() != self.sources.keys() or any(
             self.shares[axis].shape != self.sources[axis].shape for axis in self.sources
@@ -124,7 +124,7 @@ class CancellingUnits(Rewrite):
     def random(cls, key: PRNGKeyArray, arch: Arch) -> "CancellingUnits":
         """Returns pairs as many as a sixteenth of the units, each with rows of one unit and down rows of another."""
         sources, writers = {}, {}
-        for axis, shape in _unit_axes(table_of(arch)).items():
+        for axis, shape in _unit_axes(axis_table(arch)).items():
             rng = generator(key, axis)
             step = max(1, math.gcd(shape[-1], ALIGNED) // 2)
             count = step * max(1, shape[-1] // (16 * step))
@@ -132,7 +132,7 @@ class CancellingUnits(Rewrite):
         return cls(sources, writers)
 
     def data_problems(self, arch: Arch) -> list[str]:
-        axes = _unit_axes(table_of(arch))
+        axes = _unit_axes(axis_table(arch))
         lines = _source_problems(self.sources, axes) + _source_problems(self.writers, axes)
         if not lines and _added(self.sources) != _added(self.writers):
             lines.append("writers: expected one for each pair")
@@ -191,7 +191,7 @@ class UnitGrouping(Rewrite):
         raise ValueError("no grouping can be drawn at random: which units read the same depends on the weights")
 
     def data_problems(self, arch: Arch) -> list[str]:
-        axes = _unit_axes(table_of(arch))
+        axes = _unit_axes(axis_table(arch))
         lines = [f"{axis}: expected a group for each unit of it" for axis in axes.keys() ^ self.groups.keys()]
         lines += [
             f"{axis}: expected {axes[axis]}, found groups {self.groups[axis].shape}, factors {self.factors[axis].shape}"
@@ -374,7 +374,7 @@ def _unit_axes(table: AxisTable) -> dict[str, tuple[int, ...]]:
 def _width_problems(arch: Arch) -> list[str]:
     if not has_field(arch, "mlp_dim"):
         return ["its config has no field for the number of MLP units"]
-    axes = _unit_axes(table_of(arch))
+    axes = _unit_axes(axis_table(arch))
     of_one_width = not arch.layer_mlp_dims and arch.shared_mlp_dim is None
     if of_one_width and axes and {shape[-1] for shape in axes.values()} == {arch.mlp_dim}:
         return []

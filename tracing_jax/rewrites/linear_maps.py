@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Complex, Float, PRNGKeyArray
 
 from tracing_jax.arch import Arch
-from tracing_jax.axes import MAP_PARENT, AxisTable, LeafSpec, kind_of
+from tracing_jax.axes import MAP_PARENT, AxisTable, LeafSpec, axis_table, kind_of
 from tracing_jax.rewrites.norm_gains import GainSetting, foldable_norms
 from tracing_jax.rewrites.rewrite import (
     Read,
@@ -23,7 +23,6 @@ from tracing_jax.rewrites.rewrite import (
     generator,
     random_factors,
     subtable,
-    table_of,
     zero_problems,
 )
 
@@ -99,7 +98,7 @@ class Rotation(Rewrite):
         if lines := _not_rms(arch):
             return lines
         feeding = foldable_norms(arch)
-        scales = [name for name, spec in table_of(arch).leaves.items() if spec.axes == ("embed",) and "scale" in name]
+        scales = [name for name, spec in axis_table(arch).leaves.items() if spec.axes == ("embed",) and "scale" in name]
         norms = [name.removesuffix("/scale") for name in scales]
         after = sorted({norm.rsplit("/", 1)[-1] for norm in norms if norm not in feeding})
         if not after:
@@ -150,7 +149,7 @@ class UnitScaling(Rewrite):
 
     @classmethod
     def unsupported(cls, arch: Arch) -> list[str]:
-        table = table_of(arch)
+        table = axis_table(arch)
         if arch.clamped_glu:
             return ["its MLP units clip their up-projection and add one, so that they are not linear in it"]
         # Only a unit with a gate is linear in its up-projection.
@@ -159,12 +158,12 @@ class UnitScaling(Rewrite):
 
     @classmethod
     def random(cls, key: PRNGKeyArray, arch: Arch) -> "UnitScaling":
-        table = table_of(arch)
+        table = axis_table(arch)
         axes = _axes(table, "mlp")
         return cls({axis: random_factors(generator(key, axis), _shape(table, axis)) for axis in axes})
 
     def data_problems(self, arch: Arch) -> list[str]:
-        table = table_of(arch)
+        table = axis_table(arch)
         known = {axis: _shape(table, axis) for axis in _axes(table, "mlp")}
         return array_problems(self.factors, known, "one factor per unit") + zero_problems(self.factors)
 
@@ -201,7 +200,7 @@ class ValueMixing(Rewrite):
 
     @classmethod
     def random(cls, key: PRNGKeyArray, arch: Arch) -> "ValueMixing":
-        table = table_of(arch)
+        table = axis_table(arch)
         return cls(
             {
                 axis: _random_invertible(generator(key, axis), *_head_sizes(table, axis))
@@ -210,7 +209,7 @@ class ValueMixing(Rewrite):
         )
 
     def data_problems(self, arch: Arch) -> list[str]:
-        table = table_of(arch)
+        table = axis_table(arch)
         shapes = {axis: (K, H, H) for axis in _axes(table, "v_dim") for K, H in [_head_sizes(table, axis)]}
         lines = array_problems(self.matrices, shapes, "one matrix per kv head")
         singular = [
@@ -265,7 +264,7 @@ class QueryKeyMaps(Rewrite):
 
     @classmethod
     def random(cls, key: PRNGKeyArray, arch: Arch) -> "QueryKeyMaps":
-        table, factors = table_of(arch), {}
+        table, factors = axis_table(arch), {}
         for axis in _axes(table, "qk_dim"):
             rng, (K, H) = generator(key, axis), _head_sizes(table, axis)
             sizes = np.exp(rng.uniform(-1, 1, (K, H // 2)) * np.log(_SPREAD))
@@ -273,7 +272,7 @@ class QueryKeyMaps(Rewrite):
         return cls(factors)
 
     def data_problems(self, arch: Arch) -> list[str]:
-        table = table_of(arch)
+        table = axis_table(arch)
         shapes = {axis: (K, H // 2) for axis in _axes(table, "qk_dim") for K, H in [_head_sizes(table, axis)]}
         return array_problems(self.factors, shapes, "one complex number per kv head and pair") + zero_problems(
             self.factors

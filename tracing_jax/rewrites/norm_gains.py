@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, PRNGKeyArray
 
 from tracing_jax.arch import Arch
+from tracing_jax.axes import axis_table
 from tracing_jax.rewrites.rewrite import (
     Read,
     Rewrite,
@@ -17,7 +18,6 @@ from tracing_jax.rewrites.rewrite import (
     generator,
     random_factors,
     subtable,
-    table_of,
     zero_problems,
 )
 
@@ -30,7 +30,7 @@ def foldable_norms(arch: Arch) -> list[str]:
 
     The head of a tied model is such a leaf: it can be untied.
     """
-    table = table_of(arch)
+    table = axis_table(arch)
     norms = dict.fromkeys(spec.input_norm for spec in table.leaves.values() if spec.input_norm is not None)
     final = ["head/norm"] if arch.tied and "head/norm/scale" in table.leaves else []
     return [*norms, *final]
@@ -105,7 +105,7 @@ class GainSetting(Rewrite):
 
     @classmethod
     def unsupported(cls, arch: Arch) -> list[str]:
-        if any(name.endswith("norm/bias") for name in table_of(arch).leaves):
+        if any(name.endswith("norm/bias") for name in axis_table(arch).leaves):
             return ["its norms add a bias behind the gain, which is lost where a gain is zero; scale the gains instead"]
         return _without_gains(arch)
 

@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from tracing_jax.arch import Arch
-from tracing_jax.axes import PERMUTABLE, SYMMETRY, AxisTable, LeafSpec, kind_of
-from tracing_jax.rewrites.rewrite import Read, Rewrite, Weights, generator, subtable, table_of
+from tracing_jax.axes import PERMUTABLE, SYMMETRY, AxisTable, LeafSpec, axis_table, kind_of
+from tracing_jax.rewrites.rewrite import Read, Rewrite, Weights, generator, subtable
 from tracing_jax.tree import Tree, map_named
 
 Permutations = Mapping[str, Int[np.ndarray, "*_ _"]]
@@ -257,13 +257,13 @@ class Permutation(Rewrite):
 
     @classmethod
     def random(cls, key: PRNGKeyArray, arch: Arch) -> "Permutation":
-        table = table_of(arch)
+        table = axis_table(arch)
         kinds = {kind_of(axis) for axis in table.sizes}
         return cls(random_permutations(key, table, [kind for kind in PERMUTABLE if kind in kinds]))
 
     def data_problems(self, arch: Arch) -> list[str]:
         try:
-            check_permutations(self.permutations, table_of(arch))
+            check_permutations(self.permutations, axis_table(arch))
         except ValueError as error:
             return [str(error)]
         return []
@@ -272,7 +272,7 @@ class Permutation(Rewrite):
         return _permuted(read(prefix), subtable(prefix, arch), self.permutations)
 
     def inverse(self, arch: Arch) -> "Permutation":
-        return Permutation(invert(self.permutations, table_of(arch)))
+        return Permutation(invert(self.permutations, axis_table(arch)))
 
 
 @jax.tree_util.register_dataclass

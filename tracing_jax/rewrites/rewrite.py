@@ -19,9 +19,6 @@ from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisTable, axis_table
 from tracing_jax.tree import Tree, flatten, to_host, unflatten
 
-table_of = functools.lru_cache(maxsize=64)(axis_table)
-"""The axis table of a model, cached; do not change it."""
-
 
 @dataclass(frozen=True)
 class Weight:
@@ -227,7 +224,7 @@ def apply(params: Tree, rewrites: Sequence[Rewrite], arch: Arch) -> Tree:
 
 def subtable(prefix: str, arch: Arch) -> AxisTable:
     """Returns the axis table of one subtree, by the names of its leaves in it."""
-    return table_of(arch).restricted(prefix)
+    return axis_table(arch).restricted(prefix)
 
 
 def generator(key: PRNGKeyArray, name: str) -> np.random.Generator:
