@@ -4,9 +4,11 @@ The hook decorates every function of the package with `jaxtyping.jaxtyped`, nest
 function around them. That compiles two checks a function, milliseconds each, whether a test calls it or not; and each
 call binds its arguments and opens a scope of axis sizes, about 100 microseconds, whether it has arrays with named axes
 or not. Together that was half of the CPU time of tests that are not bound by compilation. Here checks are compiled at
-the first call and shared by all closures of one function, and only functions whose annotations name axes have scopes.
+the first call, only functions whose annotations name axes have scopes, and of a nested function the first few closures
+of a process are checked.
 """
 
+import collections
 import functools
 import inspect
 from collections.abc import Callable
@@ -18,6 +20,8 @@ import jaxtyping
 _jaxtyped = jaxtyping.jaxtyped
 _beartype = beartype.beartype(conf=beartype.BeartypeConf(violation_type=TypeError))  # as jaxtyping's own errors are
 _checks: dict[object, Callable[..., Any]] = {}
+_closures: collections.Counter[object] = collections.Counter()
+_CLOSURES_CHECKED = 8  # of one nested function
 
 
 def install(package: str) -> None:
@@ -35,7 +39,12 @@ def _checked(fn: Any = None, *, typechecker: Any) -> Any:
     annotations = fn.__annotations__.values()
     if not annotations:
         return fn
-    if any(map(_has_axes, annotations)) or "<locals>" in fn.__qualname__:
+    if "<locals>" in fn.__qualname__:
+        _closures[fn.__code__] += 1
+        if _closures[fn.__code__] > _CLOSURES_CHECKED:
+            return fn
+        return _jaxtyped(fn, typechecker=typechecker)
+    if any(map(_has_axes, annotations)):
         return _jaxtyped(fn, typechecker=typechecker)
     return _on_first_call(fn)
 
