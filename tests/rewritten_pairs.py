@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import tiny
 
-from tracing_jax.rewrites import Renaming, draw_rewrites
+from tracing_jax.rewrites import Renaming, Rewrite, draw_rewrites
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory, in_memory, rewritten
 from tracing_jax.statistics import Pair, Result, Vocabularies
@@ -15,20 +15,31 @@ from tracing_jax.statistics import Pair, Result, Vocabularies
 IDS = np.arange(61, dtype=np.int32)
 """All tokens of the tiny models."""
 
+SAME = Vocabularies(True, IDS, IDS)
+NO_TOKENS = Vocabularies(False, IDS[:0], IDS[:0])
 
-def pair_of(base: InMemory, ft: InMemory, ft_ids: np.ndarray | None = None, **fields: object) -> Pair:
-    """Returns a pair without text; `ft_ids` are ft's ids of base's tokens."""
-    vocabularies = Vocabularies(ft_ids is None, IDS, IDS if ft_ids is None else ft_ids)
+
+def pair_of(base: InMemory, ft: InMemory, vocabularies: Vocabularies = SAME, **fields: object) -> Pair:
+    """Returns a pair without text."""
     return Pair(base, ft, vocabularies, None, Compute(make_mesh(1, 1), 4), **{"seed": 0} | fields)
 
 
+def changed(model: InMemory, names: str, seed: int = 7) -> InMemory:
+    """Returns a random rewrite of a model, whose vocabulary stays."""
+    return _applied(model, draw_rewrites(names, jax.random.key(seed), model.arch))
+
+
 def pair_with_rewritten(base: InMemory, ft: InMemory, names: str, seed: int = 7) -> Pair:
-    """Returns a pair of base and a random rewrite of ft."""
+    """Returns a pair of base and a random rewrite of ft, whose vocabulary may be renamed."""
     rewrites = draw_rewrites(names, jax.random.key(seed), ft.arch)
-    found = in_memory(rewritten(ft, rewrites))
-    hidden = InMemory(found.arch, jax.tree.map(jnp.asarray, found.params))
     renamed = any(isinstance(rewrite, Renaming) for rewrite in rewrites)
-    return pair_of(base, hidden, Renaming.composed(rewrites) if renamed else None)
+    vocabularies = Vocabularies(False, IDS, Renaming.composed(rewrites)) if renamed else SAME
+    return pair_of(base, _applied(ft, rewrites), vocabularies)
+
+
+def _applied(model: InMemory, rewrites: Sequence[Rewrite]) -> InMemory:
+    found = in_memory(rewritten(model, rewrites))
+    return InMemory(found.arch, jax.tree.map(jnp.asarray, found.params))
 
 
 def related(base: InMemory, share: float, without: Sequence[str] = ()) -> InMemory:

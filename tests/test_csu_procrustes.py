@@ -3,35 +3,23 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
 import tiny
+from rewritten_pairs import IDS, SAME, changed, pair_of
 from scipy.optimize import linear_sum_assignment
 
 from tracing_jax.axes import axis_table
-from tracing_jax.rewrites import draw_rewrites, permute, random_permutations
-from tracing_jax.sharding import Compute, make_mesh
-from tracing_jax.sources import InMemory, in_memory, rewritten
-from tracing_jax.statistics import Pair, Vocabularies, verdict
+from tracing_jax.rewrites import permute, random_permutations
+from tracing_jax.sources import InMemory
+from tracing_jax.statistics import Vocabularies, verdict
 from tracing_jax.statistics.csu import Csu
 from tracing_jax.statistics.csu_procrustes import CsuProcrustes
 
 ARCH = tiny.llama_mha(mlp_dim=40)
-IDS = np.arange(61, dtype=np.int32)
-SAME = Vocabularies(True, IDS, IDS)
 BASE = tiny.model(ARCH, 0)
 RELATED = InMemory(ARCH, tiny.noisy(BASE.params, 0.3))
-
-
-def pair_of(base, ft, vocabularies=SAME, **fields):
-    return Pair(base, ft, vocabularies, None, Compute(make_mesh(1, 1), 4), **{"seed": 0} | fields)
-
-
-def changed(model, name, seed=7):
-    after = in_memory(rewritten(model, draw_rewrites(name, jax.random.key(seed), model.arch)))
-    return InMemory(after.arch, jax.tree.map(jnp.asarray, after.params))
 
 
 @pytest.mark.slow

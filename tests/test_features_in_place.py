@@ -9,26 +9,19 @@ import numpy as np
 import pytest
 import scipy.stats
 import tiny
+from rewritten_pairs import NO_TOKENS, SAME, pair_of
 from scipy.optimize import linear_sum_assignment
 
 from tracing_jax.axes import axis_table
 from tracing_jax.rewrites import draw_rewrites, permute, random_permutations
 from tracing_jax.run_cache import RunCache
-from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory, in_memory, rewritten
-from tracing_jax.statistics import Pair, Vocabularies, features_in_place, verdict
+from tracing_jax.statistics import features_in_place, verdict
 from tracing_jax.statistics.features_in_place import FeaturesInPlace
 
 ARCH = tiny.llama_mha()
-IDS = np.arange(61, dtype=np.int32)
-SAME = Vocabularies(True, IDS, IDS)
-NO_TOKENS = Vocabularies(False, IDS[:0], IDS[:0])
 BASE = tiny.model(ARCH, 0)
 RELATED = InMemory(ARCH, tiny.noisy(BASE.params, 1.0))
-
-
-def pair_of(base, ft, vocabularies=SAME, **fields):
-    return Pair(base, ft, vocabularies, None, Compute(make_mesh(1, 1), 4), **{"seed": 0} | fields)
 
 
 def changed(model, kinds, seed=1):

@@ -5,37 +5,24 @@ import itertools
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from rewritten_pairs import NO_TOKENS, SAME, changed, pair_of
 from scipy.optimize import linear_sum_assignment
 
 from tracing_jax.axes import axis_table
-from tracing_jax.rewrites import draw_rewrites, permute, random_permutations
-from tracing_jax.sharding import Compute, make_mesh
-from tracing_jax.sources import InMemory, in_memory, rewritten
-from tracing_jax.statistics import Pair, Vocabularies, verdict
+from tracing_jax.rewrites import permute, random_permutations
+from tracing_jax.sources import InMemory
+from tracing_jax.statistics import verdict
 from tracing_jax.statistics.head_signatures import moments_of, signature_cosines, signatures
 from tracing_jax.statistics.heads_in_place import HeadsInPlace
 from tracing_jax.statistics.nulls import total_agreement_log_sf
 
 DEPTH = {"num_layers": 4, "layer_ropes": (0,) * 4, "layer_windows": (None,) * 4}
 ARCH = tiny.llama_mha(num_kv_heads=3, q_group=2, **DEPTH)
-IDS = np.arange(61, dtype=np.int32)
-SAME = Vocabularies(True, IDS, IDS)
-NO_TOKENS = Vocabularies(False, IDS[:0], IDS[:0])
 BASE = tiny.model(ARCH, 0)
 RELATED = InMemory(ARCH, tiny.noisy(BASE.params, 0.02))
-
-
-def pair_of(base, ft, vocabularies=SAME, **fields):
-    return Pair(base, ft, vocabularies, None, Compute(make_mesh(1, 1), 4), **{"seed": 0} | fields)
-
-
-def changed(model, name, seed=7):
-    after = in_memory(rewritten(model, draw_rewrites(name, jax.random.key(seed), model.arch)))
-    return InMemory(after.arch, jax.tree.map(jnp.asarray, after.params))
 
 
 def permuted(model, kinds, seed=3):

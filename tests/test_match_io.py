@@ -152,7 +152,8 @@ def test_sampled_units_and_tokens_are_enough():
 
 def test_control_models_set_the_allowance():
     base = BASES["gated"]
-    pair = pair_of(base, tiny.model(GATED, 1), IDS[::-1].copy(), controls=(tiny.model(GATED, 5),))
+    vocabularies = Vocabularies(False, IDS, IDS[::-1].copy())
+    pair = pair_of(base, tiny.model(GATED, 1), vocabularies, controls=(tiny.model(GATED, 5),))
     null = MatchIo().compute(pair).null["up and effect"]
     assert "control models (1), each against base and ft" in null["u from"]
 

@@ -7,23 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from rewritten_pairs import SAME, pair_of
 
 from tracing_jax.options import RunOptions
 from tracing_jax.rewrites import draw_rewrites
-from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory, MlpsAsLayers, in_memory, rewritten
-from tracing_jax.statistics import Pair, Vocabularies, make_statistic
+from tracing_jax.statistics import make_statistic
 from tracing_jax.statistics.match_mlps import MatchMlps
 
 MIXTURE = tiny.mixtral(mlp_dim=48)
 DENSE = dataclasses.replace(MIXTURE, num_experts=None, experts_per_token=None)
-IDS = np.arange(61, dtype=np.int32)
-SAME = Vocabularies(True, IDS, IDS)
 EXPERTS = 3
-
-
-def pair_of(base, ft, **fields):
-    return Pair(base, ft, SAME, None, Compute(make_mesh(1, 1), 4), 0, **fields)
 
 
 def upcycled(dense, noise=0.1):

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from rewritten_pairs import changed
 
 from tracing_jax.axes import axis_table
-from tracing_jax.rewrites import draw_rewrites, permute, random_permutations
+from tracing_jax.rewrites import permute, random_permutations
 from tracing_jax.sharding import Compute, make_mesh
-from tracing_jax.sources import InMemory, in_memory, rewritten
+from tracing_jax.sources import InMemory
 from tracing_jax.statistics import Pair, Vocabularies, verdict
 from tracing_jax.statistics.distinct_units import distinct_units
 from tracing_jax.statistics.layer_moments import layer_moments, layer_signatures
@@ -31,11 +32,6 @@ def pair_of(base, ft):
     nothing = np.zeros(0, np.int32)
     vocabularies = Vocabularies(False, nothing, nothing, known=False)  # not even the tokens are known
     return Pair(base, ft, vocabularies, None, Compute(make_mesh(1, 1), 4), seed=0)
-
-
-def changed(model, names, seed=7):
-    found = in_memory(rewritten(model, draw_rewrites(names, jax.random.key(seed), model.arch)))
-    return InMemory(found.arch, jax.tree.map(jnp.asarray, found.params))
 
 
 def signatures_of(model):

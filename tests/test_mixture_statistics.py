@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from rewritten_pairs import SAME, pair_of
 
 from tracing_jax.axes import axis_table
 from tracing_jax.rewrites import draw_rewrites, permute, random_permutations
-from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory, MlpsAsLayers, in_memory, one_mlp, rewritten
-from tracing_jax.statistics import Pair, Vocabularies
 from tracing_jax.statistics.csu import Csu, CsuAll
 from tracing_jax.statistics.features_in_place import FeaturesInPlace
 from tracing_jax.statistics.head_kernels import head_kernels
@@ -26,12 +25,6 @@ from tracing_jax.zoo.weights import weight_measures
 ARCH = tiny.deepseek()
 BASE, STRANGER = tiny.model(ARCH, 0), tiny.model(ARCH, 1)
 RELATED = InMemory(ARCH, tiny.noisy(BASE.params, 0.02))
-IDS = np.arange(61, dtype=np.int32)
-SAME = Vocabularies(True, IDS, IDS)
-
-
-def pair_of(base, ft):
-    return Pair(base, ft, SAME, None, Compute(make_mesh(1, 1), 4), 0)
 
 
 def permuted(model, *kinds):

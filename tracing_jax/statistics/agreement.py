@@ -4,12 +4,12 @@ Agreement does not depend on the order of the units of either model. Its null is
 layers of the two models that do not correspond.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from tracing_jax.arch import Arch
 from tracing_jax.matching import UnitMatching, live_units, match_units
@@ -68,16 +68,34 @@ def agreements(
     """Returns for each of the named pairs of similarities the agreement of their matchings.
 
     All are over the same units, those with a nonzero entry in every similarity: a unit that reads nothing, or writes
-    nothing, takes no part. Each matching has a random order of its own (`match_units`).
+    nothing, takes no part.
     """
-    live = live_units(*similarities.values())
+    found = matchings(similarities, pair, names, live_units(*similarities.values()))
+    return {f"{one} and {other}": against_each_other(found[one], found[other]) for one, other in pairs}
+
+
+def matchings(
+    similarities: Similarities,
+    pair: Pair,
+    names: Sequence[str | int],
+    units: tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"]],
+    absolute: Collection[str] = (),
+) -> dict[str, UnitMatching]:
+    """Returns the matching of these units of base and of ft by each similarity, with a random order of its own.
+
+    Args:
+      similarities: what units are matched by.
+      pair: the pair, for the seed of the run.
+      names: what tells the generators of these matchings from others.
+      units: of base and of ft, those that are matched.
+      absolute: the similarities of which the sign does not count.
+    """
 
     def matched(name: str) -> UnitMatching:
-        return match_units(similarities[name], pair.generator(*names, name), live)
+        return match_units(similarities[name], pair.generator(*names, name), units, absolute=name in absolute)
 
     with ThreadPoolExecutor(max_workers=2, thread_name_prefix="matching") as threads:
-        found = dict(zip(similarities, threads.map(matched, similarities)))
-    return {f"{one} and {other}": against_each_other(found[one], found[other]) for one, other in pairs}
+        return dict(zip(similarities, threads.map(matched, similarities)))
 
 
 def nulls_of(compared: Compared, pair: Pair, compare: Callable[[Pair, str], Compared], level: float) -> dict[str, Null]:

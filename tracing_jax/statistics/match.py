@@ -1,7 +1,6 @@
 """`match`: do the matchings of units by gate and by up projection agree? Invariant under every rewrite."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,9 +9,10 @@ from jaxtyping import Array
 from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.forward import LayerCorrelations, Sample, correlate, correlations, embedding_correlations
-from tracing_jax.matching import UnitMatching, live_units, match_units
+from tracing_jax.matching import UnitMatching, live_units
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sources import ParamSource
+from tracing_jax.statistics.agreement import agreement_tests, matchings
 from tracing_jax.statistics.calibration import (
     BY_CONVERGENCE,
     DEFAULT_ALLOWANCE,
@@ -175,12 +175,10 @@ def match_taps(
 
     The generators of both matchings follow from the seed of the run and the names.
     """
-    gate, up = by_tap["gate"], by_tap["up"]
-    live = live_units(gate, up) if units is None else live_among(*units, gate, up)
-    with ThreadPoolExecutor(max_workers=2, thread_name_prefix="match") as threads:
-        by_gate = threads.submit(match_units, gate, pair.generator(*names, "gate"), live)
-        by_up = threads.submit(match_units, up, pair.generator(*names, "up"), live, absolute=True)
-        return by_gate.result(), by_up.result()
+    similarities = {tap: by_tap[tap] for tap in TAPS}
+    live = live_units(*similarities.values()) if units is None else live_among(*units, *similarities.values())
+    found = matchings(similarities, pair, names, live, absolute=("up",))
+    return found["gate"], found["up"]
 
 
 def compare_taps(
@@ -221,13 +219,13 @@ def _control_comparisons(
 def form_tests(form: str, layers: Sequence[Comparison], null: Null) -> list[Test]:
     """Returns the calibrated tests of a form, which enter the verdict, and the parametric ones, which do not."""
     places = [f"layer {i}" for i in range(len(layers))]
-    how = "Holm's minimum over layers"
-    agreement = [null.log_p_agreement(i, found) for i, found in enumerate(layers)]
-    rank = [null.log_p_rank(i, found) for i, found in enumerate(layers)]
-    shares, rs = [found.agreeing / max(1, found.units) for found in layers], [found.r for found in layers]
-    calibrated = [
-        calibrated_test(f"{form}, agreement, calibrated", agreement, shares, layers, places, null),
-        calibrated_test(f"{form}, rank correlation, calibrated", rank, rs, layers, places, null),
+    calibrated, parametric = agreement_tests(form, layers, null, places)
+    rs, log_ps = [found.r for found in layers], [null.log_p_rank(i, found) for i, found in enumerate(layers)]
+    name = f"{form}, rank correlation"
+    rank = tests_of(layers, places, bonferroni, "Holm's minimum over layers")[0]
+    return [
+        calibrated,
+        calibrated_test(f"{name}, calibrated", log_ps, rs, layers, places, null),
+        replace(rank, name=f"{name}, parametric", decides=False),
+        parametric,
     ]
-    parametric = tests_of(layers, places, bonferroni, how)
-    return calibrated + [replace(test, name=f"{form}, {test.name}, parametric", decides=False) for test in parametric]
