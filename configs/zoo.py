@@ -2,9 +2,9 @@
 
     python launch.py --config=configs/zoo.py:demo --models=configs/models/demo.yaml --save=runs/zoo --executor=local
 
-`csu` and `match_all` decide: the first is exact, and strongest where units are in their original order; the second
-finds disguised and pruned models too. `jsd` and `l2` do not enter a verdict; by them the report finds closest relatives
-(see docs/zoo.md). Argument `demo`: on the demo's text, in sizes that fit its models.
+The tests of `auto`, as in `compare`, decide; where none applies to a pair, that is the answer. `jsd` and `l2` do not
+enter a verdict; by them the report finds closest relatives (see docs/zoo.md). The text is the one of the package, or
+`--config.dataset`. Argument `demo`: on the demo's text, in sizes that fit its models.
 """
 
 from ml_collections import ConfigDict

@@ -16,9 +16,22 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tracing_jax.cli import zoo as cli_zoo
+from tracing_jax.cli.zoo import ZooOptions
 from tracing_jax.options import RunOptions
-from tracing_jax.zoo import ModelList, ZooFolder, claims, make_plan, read_models, read_plan, root_of
+from tracing_jax.zoo import (
+    ModelList,
+    ZooFolder,
+    claims,
+    launching,
+    make_plan,
+    proposing,
+    read_models,
+    read_plan,
+    root_of,
+)
 from tracing_jax.zoo.launching import left_to_do, status, write_plan
+from tracing_jax.zoo.proposing import proposed
 from tracing_jax.zoo.report import write_report
 from tracing_jax.zoo.report.contents import contents_of
 from tracing_jax.zoo.slurm import batches, script
@@ -357,3 +370,35 @@ def test_claim_of_a_requeued_job_is_taken_over_at_once_and_of_its_other_processe
     assert claims.take_claim(file) is None
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert claims.take_claim(file)
+
+
+# Pairs of a large zoo.
+
+
+@pytest.mark.slow
+def test_signatures_propose_the_pairs_of_relatives_and_what_they_found_is_kept(family, tmp_path, monkeypatch):
+    members = [str(family.member(name)) for name in ("base", "finetune", "disguised", "independent")]
+    (tmp_path / "models.yaml").write_text(yaml.safe_dump(members))
+    plan = make_plan(read_models(tmp_path / "models.yaml"), RunOptions(stat=("csu",), dataset=None))
+    found = proposed(plan, tmp_path / "zoo")
+    assert [pair.name for pair in found.pairs] == ["base--finetune", "base--disguised", "finetune--disguised"]
+    assert (found.proposal.asked, found.proposal.left_out, found.proposal.unsigned) == (6, 3, {})
+    left_out = (tmp_path / "zoo" / "left_out.csv").read_text().splitlines()
+    assert left_out[1:] == [f"{name},independent,no trace in signatures," for name in ("base", "finetune", "disguised")]
+    found.write(tmp_path / "zoo")
+    assert read_plan(tmp_path / "zoo") == found
+    page = write_report(ZooFolder(tmp_path / "zoo")).read_text("utf-8")
+    assert "3 of 6 pairs were not compared" in page
+    for name in ("signature_of", "scan"):
+        monkeypatch.setattr(proposing, name, lambda *_: pytest.fail("read again"))
+    assert proposed(plan, tmp_path / "zoo") == found
+
+
+def test_pairs_are_proposed_where_the_list_has_many_for_each_model(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(launching, "write_plan", lambda *given: asked.append(given[-1]))
+    for count, candidates in ((41, "auto"), (42, "auto"), (42, "all"), (3, "scan")):
+        (tmp_path / "models.yaml").write_text(yaml.safe_dump([f"m{i}" for i in range(count)]))
+        zoo = ZooOptions(save=str(tmp_path), models=str(tmp_path / "models.yaml"), candidates=candidates)
+        cli_zoo._plan(ZooFolder(tmp_path), zoo, RunOptions(stat=("csu",)))
+    assert asked == [False, True, False, True]

@@ -30,7 +30,7 @@ from tracing_jax.zoo.report import html as page_of
 from tracing_jax.zoo.report import make_contents, sentence, write_report
 from tracing_jax.zoo.report.direction import direction
 from tracing_jax.zoo.report.families import WEIGHTS, Edge, clustered, families, lineage
-from tracing_jax.zoo.report.rows import PairRow
+from tracing_jax.zoo.report.rows import PairRow, with_verdicts
 from tracing_jax.zoo.weights import model_measures_file, read_model_measures, weight_measures, write_model_measures
 
 SIZES = st.lists(st.integers(1, 6), min_size=2, max_size=6).filter(lambda sizes: sum(sizes) > 1)
@@ -41,7 +41,8 @@ def contents(plan, records, measures=None):
 
 
 def edges_of(found):
-    return {frozenset(edge.row.models) for tree in found.lineages for edge in tree.edges}
+    inside = [edge for tree in found.lineages for edge in tree.edges]
+    return {frozenset(edge.row.models) for edge in [*inside, *(edge for edges in found.origins for edge in edges)]}
 
 
 def arrows_of(found):
@@ -128,6 +129,89 @@ def test_a_pair_without_a_test_that_applies_is_said_to_be_not_testable_and_adjus
     rows = zoos.rows_of(plan, records)
     assert [row.verdict for row in rows] == ["not_testable", "related", None]
     assert rows[1].adjusted_log10_p == pytest.approx(-3.5)
+
+
+def test_pairs_that_were_left_out_count_in_holm():
+    plan = zoos.plan_of(["a", "b", "c"])
+    rows = zoos.rows_of(plan, {"a--b": zoos.record_of(-5.0), "a--c": zoos.record_of(-0.1)})
+    assert with_verdicts(rows, left_out=98)[0].adjusted_log10_p == pytest.approx(-3.0)
+    assert [row.adjusted_log10_p for row in with_verdicts(rows)] == [row.adjusted_log10_p for row in rows]
+
+
+# Models with parents in two families.
+
+
+def two_trees(distances, more=()):
+    """Records of a, a1 and b, b1, two unrelated trees, and of `merge`, related to all four; l2 by pair of families."""
+    tree = dict.fromkeys(("a", "a1"), "a") | dict.fromkeys(("b", "b1"), "b") | dict.fromkeys(("merge", *more), "ab")
+    plan = zoos.plan_of(list(tree))
+    records = {}
+    for pair in plan.pairs:
+        kinds = tuple(sorted((tree[pair.base], tree[pair.ft])))
+        related = bool({*kinds[0]} & {*kinds[1]})
+        records[pair.name] = zoos.record_of(-50.0 if related else -0.2, csu=-50.0, l2=distances.get(kinds, 0.1))
+    return plan, records
+
+
+@pytest.mark.parametrize("more", [(), ("merge1",)])
+def test_a_merge_has_a_parent_in_each_of_two_families_which_stay_apart(more):
+    lies_between = {("a", "b"): 1.4, ("a", "ab"): 0.7, ("ab", "b"): 0.7}
+    found = contents(*two_trees(lies_between, more))
+    assert found.families == [("a", "a1"), ("b", "b1"), ("merge", *more)]
+    assert [edges[0].row.other("merge") for edges in (found.origins[0][:1], found.origins[0][1:])] == ["a", "b"]
+    data = found.as_dict()["families"][2]["merged_from"]
+    assert [origin["family"] for origin in data] == [1, 2]
+    page = page_of(found, "merged")
+    assert "merged from families 1 and 2" in page
+    assert found.order.index("merge") == 4
+
+
+def test_a_relation_that_no_test_saw_makes_no_merge():
+    """Distances to an ancestor add up to more, and one missed pair among many relatives is no sign of two families."""
+    moved_apart = {("a", "b"): 1.4, ("a", "ab"): 1.0, ("ab", "b"): 1.0}
+    assert contents(*two_trees(moved_apart)).families == [("a", "a1", "b", "b1", "merge")]
+    assert len(contents(*two_trees({("a", "a"): None, ("ab", "b"): None})).families) == 1
+    names = [f"m{i}" for i in range(6)]
+    plan = zoos.plan_of(names)
+    records = {pair.name: zoos.record_of(-0.2 if pair.name == "m0--m1" else -50.0) for pair in plan.pairs}
+    assert contents(plan, records).families == [tuple(names)]
+
+
+def test_a_merge_of_another_depth_than_its_parents_has_two():
+    plan = zoos.plan_of(["a", "b", "deep"])
+    deeper = (zoos.SHAPE, zoos.SHAPE | {"num_layers": 6})
+    records = {name: zoos.record_of(-50.0, shapes=deeper) for name in ("a--deep", "b--deep")}
+    found = contents(plan, records | {"a--b": zoos.record_of(-0.2)})
+    assert found.families == [("deep",)]
+    assert found.alone == ["a", "b"]
+    assert edges_of(found) == {frozenset(("a", "deep")), frozenset(("b", "deep"))}
+
+
+def test_a_pair_across_that_is_not_done_or_undecided_keeps_one_family():
+    plan, records = two_trees({("a", "b"): 1.4, ("a", "ab"): 0.7, ("ab", "b"): 0.7})
+    records["a--b"] = zoos.record_of(-2.9)
+    assert len(contents(plan, records).families) == 1
+
+
+@pytest.mark.slow
+@given(st.integers(3, 9), st.integers(0, 10**6))
+@settings(deadline=None, max_examples=40)
+def test_every_model_is_in_one_family_whatever_was_found(size, seed):
+    random = np.random.default_rng(seed)
+    names = [f"m{i}" for i in range(size)]
+    plan = zoos.plan_of(names)
+    records = {
+        pair.name: zoos.record_of(random.choice([-50.0, -2.9, -0.2]), l2=random.choice([None, 0.5, 1.0]))
+        for pair in plan.pairs
+        if random.random() < 0.9
+    }
+    found = contents(plan, records)
+    assert sorted(itertools.chain(*found.components)) == names
+    assert len(found.lineages) == len(found.directions) == len(found.families)
+    for merged, edges in zip(found.merged, found.origins, strict=True):
+        assert len(edges) == len(merged.origins) >= 2
+        assert not {*merged.members} & {*itertools.chain(*merged.origins)}
+    page_of(found, "any")
 
 
 # Closest relatives.
@@ -412,6 +496,20 @@ def test_a_large_zoo_has_every_pair_once_in_a_small_page():
                 one, other = (top, left) if value % 2 else (left, top)
                 pair = f"{grouped['names'][one]}--{grouped['names'][other]}"
                 assert -(value // 2) / 100 == pytest.approx(by_pair[pair].log10_p, abs=0.006)
+
+
+def test_a_sparse_list_is_a_graph_with_an_arc_for_every_pair():
+    plan, records = zoos.planted([4, 3, 2, 1], 2)
+    few = tuple(pair for i, pair in enumerate(plan.pairs) if i % 4 == 0)
+    page = Page(page_of(contents(replace(plan, pairs=few), records), "few"))
+    arcs = [a for tag, a in page.elements if tag == "path" and "0 0 1 0" in a.get("d", "")]
+    assert len(arcs) == len(few)
+    assert not [a for tag, a in page.elements if tag == "rect" and "x" in a and a["class"] != "bar"]
+    assert "An arc joins" in " ".join(page.text)
+
+
+def test_p_values_are_written_as_everywhere_else(broken):
+    assert "log10" not in re.sub(r"<(script|style).*?</\1>", "", broken[2], flags=re.DOTALL)
 
 
 def test_the_answer_in_one_sentence():

@@ -451,8 +451,8 @@ ALIGN = RunOptions(
 )
 """An alignment, with the distance of the two models before and after it."""
 
-ZOO = RunOptions(stat=("csu", "match_all", "jsd", "l2"), l2=L2(num_perm=0), save="runs/zoo.p")
-"""All pairs of a list of models: tests for the verdicts, and distances for the tree."""
+ZOO = RunOptions(stat=("auto", "jsd", "l2"), dataset="sample", num_tokens=8192, l2=L2(num_perm=0), save="runs/zoo.p")
+"""All pairs of a list of models: the tests of `compare` for the verdicts, and distances for the tree."""
 
 
 def config_from(options: RunOptions, arg: str = "") -> Any:

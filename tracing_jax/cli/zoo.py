@@ -16,6 +16,9 @@ _LEFT_OUT = ("base_model_id", "ft_model_id", "ft_model_ids", "save")
 _SUBMITIT = {"max_parallel": "array_parallelism", "tasks_per_node": "ntasks_per_node"}
 """Options that go by another name there."""
 
+_MOST_PAIRS = 20
+"""Of a model on average, beyond which pairs are proposed by signatures: lists of more than 41 models."""
+
 
 @dataclass(frozen=True)
 class Slurm:
@@ -47,6 +50,13 @@ class ZooOptions:
         None,
         "How pairs are made of the list; by its keys if not set.",
         choices=("all", "split", "specified", "tree"),
+        group="zoo",
+    )
+    candidates: str = option(
+        "auto",
+        "Pairs that are compared in full: all of the list; those in which signatures show a trace of a relation "
+        "(scan); auto: scan where a model has more than 20 pairs.",
+        choices=("auto", "all", "scan"),
         group="zoo",
     )
     executor: str = option(
@@ -117,11 +127,14 @@ def _plan(folder: Any, zoo: ZooOptions, config: Any) -> None:
     if config is None or zoo.models is None:
         raise ValueError("--models and a config are needed; --status and --retry take those in --save")
     plan = make_plan(read_models(zoo.models, zoo.flat), config)
+    by_scan = zoo.candidates == "scan" or (zoo.candidates == "auto" and len(plan.pairs) > _MOST_PAIRS * len(plan.names))
     if zoo.executor == "print":
         check_config(plan.options_of(plan.pairs[0], folder.path))
+        if by_scan:
+            print("of these pairs, those are traced in which signatures show a trace of a relation (--candidates)")
         folder.plan = plan  # shown, and not written: the folder may hold the records of another
     else:
-        write_plan(folder, plan, zoo.skip_unreadable)
+        write_plan(folder, plan, zoo.skip_unreadable, by_scan)
 
 
 def _start(folder: Any, zoo: ZooOptions) -> None:

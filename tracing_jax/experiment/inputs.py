@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import jax
 
@@ -18,10 +18,12 @@ from tracing_jax.experiment.models import (
     open_tokenizers,
     reads_part_only,
     shared_vocabulary,
+    tokenizer_can_be_read,
 )
 from tracing_jax.experiment.text import RunText, read_text
 from tracing_jax.experiment.validation import (
     RENAMING,
+    has_text,
     knows_forward_pass,
     make_statistics,
     statistic_names,
@@ -83,16 +85,18 @@ def open_inputs(options: RunOptions) -> RunInputs:
         raise ConfigError("\n  ".join(["the config does not fit the models:", *lines]))
     disguise = _draw_disguise(options, ft)
     options, fitting_notes = with_fitting_blocks(options, base.arch, ft.arch)
+    options, unread = _without_unreadable_text(options, base, ft)
     ft_arch = arch_after(disguise, ft.arch)
     statistics = without_needless(
         options, make_statistics(options, knows_forward_pass(base.arch, ft.arch)), base.arch, ft_arch
     )
-    needs_text = bool(text_readers(options, statistics))
+    needs_text = bool(text_readers(options, statistics)) and not unread
     if lines := _option_problems(options, base, ft, needs_text):
         raise ConfigError("\n  ".join(["the config does not fit the models:", *lines]))
     tokenizer_base, tokenizer_ft, tokenizer_notes = open_tokenizers(options, base, ft, needs_text)
     vocabularies = shared_vocabulary(base, ft, tokenizer_base, tokenizer_ft)
-    not_applicable = inapplicable(statistics, base.arch, ft_arch, vocabularies)
+    without_text = {name: unread for name, statistic in statistics.items() if unread and statistic.needs_tokens}
+    not_applicable = inapplicable(statistics, base.arch, ft_arch, vocabularies) | without_text
     not_alignable = "; ".join(_alignment_problems(options, base.arch, ft_arch, vocabularies)) if options.align else None
     return RunInputs(
         base,
@@ -127,6 +131,19 @@ def inapplicable(
         for name, statistic in statistics.items()
     }
     return {name: "; ".join(lines) for name, lines in problems.items() if lines}
+
+
+def _without_unreadable_text(options: RunOptions, base: Checkpoint, ft: Checkpoint) -> tuple[RunOptions, str]:
+    """Returns the options without their text if `auto` runs on a model whose tokenizer cannot be read, and the reason.
+
+    The tests that need no text are then the answer. What was asked for by name and needs one raises an error.
+    """
+    if "auto" not in options.stat or not has_text(options) or options.eval or options.align_evidence == "activations":
+        return options, ""
+    unread = [model.id for model in (base, ft) if not tokenizer_can_be_read(options, model)]
+    if not unread:
+        return options, ""
+    return replace(options, dataset=None, dataset_id=None), f"no tokenizer of {' and '.join(unread)} can be read"
 
 
 def _same_files(base: Checkpoint, ft: Checkpoint) -> bool:

@@ -98,6 +98,15 @@ def _open_tokenizer(options: RunOptions, side: str, model: Checkpoint, needed: b
         return None
 
 
+def tokenizer_can_be_read(options: RunOptions, model: Checkpoint) -> bool:
+    """Returns whether a text can be read as the tokens of a model, by its own tokenizer or the one of the options."""
+    try:
+        load_tokenizer(model.tokenizer_folder)
+    except (FileNotFoundError, ValueError):
+        return bool(options.tokenizer_id)
+    return True
+
+
 def shared_vocabulary(base: Checkpoint, ft: Checkpoint, tokenizer_base: Any, tokenizer_ft: Any) -> Vocabularies:
     """Returns how the tokens correspond, among those that both models have an embedding for.
 

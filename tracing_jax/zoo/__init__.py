@@ -1,7 +1,17 @@
 """Many pairs of models: the list, the plan, the folder that workers share, and one report of all."""
 
 from tracing_jax.zoo.folder import STATES, PairState, ZooFolder
-from tracing_jax.zoo.plan import PAIRINGS, ModelList, PlannedPair, ZooPlan, make_plan, read_models, read_plan, root_of
+from tracing_jax.zoo.plan import (
+    PAIRINGS,
+    ModelList,
+    PlannedPair,
+    Proposal,
+    ZooPlan,
+    make_plan,
+    read_models,
+    read_plan,
+    root_of,
+)
 
 __all__ = [
     "PAIRINGS",
@@ -9,6 +19,7 @@ __all__ = [
     "ModelList",
     "PairState",
     "PlannedPair",
+    "Proposal",
     "ZooFolder",
     "ZooPlan",
     "make_plan",

@@ -13,6 +13,7 @@ from tracing_jax.progress import tqdm
 from tracing_jax.report import text_table
 from tracing_jax.zoo.folder import STATES, ZooFolder
 from tracing_jax.zoo.plan import PLAN, ZooPlan, without_models
+from tracing_jax.zoo.proposing import proposed
 from tracing_jax.zoo.slurm import queued
 
 _POLL_SECONDS = 2.0
@@ -21,13 +22,14 @@ _IDLE_SECONDS = 15.0
 _SHOWN = 20
 
 
-def write_plan(folder: ZooFolder, plan: ZooPlan, skip_unreadable: bool = False) -> None:
+def write_plan(folder: ZooFolder, plan: ZooPlan, skip_unreadable: bool = False, by_scan: bool = False) -> None:
     """Checks a plan, as far as it can be checked without a network, and writes it into the zoo's folder.
 
     Args:
       folder: of the zoo.
       plan: what is to be traced there.
       skip_unreadable: whether local models that cannot be read are left out of the plan, with a warning.
+      by_scan: whether only pairs are traced in which signatures show a trace of a relation.
 
     Raises:
       ValueError: the config cannot run, a local model cannot be read, or another plan is being worked on there.
@@ -40,6 +42,8 @@ def write_plan(folder: ZooFolder, plan: ZooPlan, skip_unreadable: bool = False) 
             raise ValueError("\n  ".join(["these models cannot be read:", *lines]))
         logging.warning("%d models are left out, which cannot be read:\n  %s", len(lines), "\n  ".join(lines))
         plan = without_models(plan, unreadable)
+    if by_scan:
+        plan = proposed(plan, folder.path)
     folder.path.mkdir(parents=True, exist_ok=True)
     if (folder.path / PLAN).exists():
         if folder.plan == plan:
@@ -103,6 +107,8 @@ def status(folder: ZooFolder) -> str:
     idle = sum(states[name].state != "running" for name in waiting)
     line = ", ".join(f"{count[state]} {state}" for state in STATES) + (f" ({idle} queued)" if idle else "")
     lines = [f"{folder.path}: {len(states)} pairs: {line}"]
+    if (proposal := folder.plan.proposal) is not None:
+        lines.append(f"left out: {proposal.left_out:,} of {proposal.asked:,} pairs, without a trace in signatures")
     lines += [f"left out, {model}: {reason.splitlines()[0]}" for model, reason in folder.plan.left_out.items()]
     rows = [
         [name, found.state, waiting.get(name, ""), found.error]

@@ -156,6 +156,25 @@ class PlannedPair:
 
 
 @dataclass(frozen=True)
+class Proposal:
+    """How the pairs that are compared in full were chosen from those of the list.
+
+    Attributes:
+      asked: pairs of the list.
+      left_out: those in which signatures show no trace of a relation, and which are not compared.
+      not_testable: of these, how many no signature can say anything of.
+      known_related: of these, how many the list says are related.
+      unsigned: models of which no signature can be made, so that all their pairs are compared -> why.
+    """
+
+    asked: int
+    left_out: int
+    not_testable: int
+    known_related: int
+    unsigned: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ZooPlan:
     """What is to be done in a zoo.
 
@@ -165,6 +184,7 @@ class ZooPlan:
       parents: see `ModelList`.
       config: the fields that the runs of all pairs share.
       left_out: models of the list that cannot be read -> why.
+      proposal: how the pairs were chosen; None: all of the list are compared.
     """
 
     names: Mapping[str, str]
@@ -172,6 +192,7 @@ class ZooPlan:
     parents: Mapping[str, str | None] | None
     config: Mapping[str, Any]
     left_out: Mapping[str, str] = field(default_factory=dict)
+    proposal: Proposal | None = None
 
     @cached_property
     def by_name(self) -> Mapping[str, PlannedPair]:
@@ -243,7 +264,8 @@ def read_plan(folder: Path) -> ZooPlan:
     if content.pop("format", None) != _FORMAT:
         raise ValueError(f"{file}: written by another version of this program; launch into a new folder")
     pairs = tuple(PlannedPair(**pair) for pair in content.pop("pairs"))
-    return ZooPlan(pairs=pairs, **content)
+    proposal = content.pop("proposal", None)
+    return ZooPlan(pairs=pairs, proposal=proposal and Proposal(**proposal), **content)
 
 
 def root_of(parents: Mapping[str, str | None], model: str) -> str:

@@ -1,16 +1,17 @@
 """The contents of a zoo's report as plain values, from which the page, the CSV and the JSON are written."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
 from tracing_jax.statistics.verdict import Word
 from tracing_jax.zoo.folder import STATES, ZooFolder
-from tracing_jax.zoo.plan import ZooPlan
+from tracing_jax.zoo.plan import Proposal, ZooPlan
 from tracing_jax.zoo.report.direction import Direction, ModelMeasures, directions, trained_order
-from tracing_jax.zoo.report.families import Lineage, clustered, families, lineage
+from tracing_jax.zoo.report.families import Edge, Lineage, closest, clustered, lineage
+from tracing_jax.zoo.report.merged import Merged, without_merged
 from tracing_jax.zoo.report.rows import PairRow, Uniformity, read_rows, uniformity
 from tracing_jax.zoo.weights import read_model_measures
 
@@ -48,9 +49,9 @@ def disagreements(
     return lines
 
 
-def missed_edges(lineages: Sequence[Lineage], parents: Mapping[str, str | None]) -> list[tuple[str, str]]:
-    """Returns (parent, child) of the list's tree that are no edge of any tree of closest relatives."""
-    drawn = {frozenset(edge.row.models) for tree in lineages for edge in tree.edges}
+def missed_edges(edges: Iterable[Edge], parents: Mapping[str, str | None]) -> list[tuple[str, str]]:
+    """Returns (parent, child) of the list's tree that are none of the edges that are drawn."""
+    drawn = {frozenset(edge.row.models) for edge in edges}
     return [(up, name) for name, up in parents.items() if up is not None and frozenset((up, name)) not in drawn]
 
 
@@ -82,11 +83,14 @@ class Contents:
       ids: short name -> model id.
       parents: short name -> the model it was made from, where the list of models has it.
       rows: a row for each pair, strongest evidence first, then those that are not done.
-      components: the families, and after them the models that are in none.
+      components: the families, those of merged models after the others, and after them the models that are in none.
+      merged: the families of models that are related to several families, which are not related to one another.
+      origins: of each of these families, the closest pair with each family that it is related to.
       order: all models, as the heatmap shows them.
       lineages, directions: of each family, the tree of closest relatives and the direction of each of its edges.
       measured: the models whose weights were measured.
       left_out: models of the list that could not be read, by their ids -> why.
+      proposal: how the pairs that were compared were chosen from those of the list; None: they are all of them.
     """
 
     ids: Mapping[str, str]
@@ -99,16 +103,20 @@ class Contents:
     uniformity: Uniformity
     measured: Sequence[str]
     left_out: Mapping[str, str] = field(default_factory=dict)
+    merged: Sequence[Merged] = ()
+    origins: Sequence[Sequence[Edge]] = ()
+    proposal: Proposal | None = None
 
     @cached_property
     def families(self) -> list[tuple[str, ...]]:
-        """The families of two models or more."""
-        return [members for members in self.components if len(members) > 1]
+        """The families: two models or more, or one that was merged from several families."""
+        merged = {found.members for found in self.merged}
+        return [members for members in self.components if len(members) > 1 or members in merged]
 
     @cached_property
     def alone(self) -> list[str]:
         """The models that are in no family."""
-        return [members[0] for members in self.components if len(members) == 1]
+        return [members[0] for members in self.components if members not in self.families]
 
     @cached_property
     def states(self) -> dict[str, int]:
@@ -130,26 +138,36 @@ class Contents:
     @cached_property
     def missed(self) -> list[tuple[str, str]]:
         """Edges, parent before child, of the known tree that the report does not draw."""
-        return [] if self.parents is None else missed_edges(self.lineages, self.parents)
+        if self.parents is None:
+            return []
+        edges = [edge for tree in self.lineages for edge in tree.edges]
+        return missed_edges([*edges, *(edge for found in self.origins for edge in found)], self.parents)
+
+    @cached_property
+    def origins_of(self) -> Mapping[tuple[str, ...], Sequence[Edge]]:
+        """Members of a family of merged models -> its closest pair with each family that it is related to."""
+        return {found.members: edges for found, edges in zip(self.merged, self.origins, strict=True)}
+
+    def family_of(self, name: str) -> int | None:
+        """Returns the number of the family that a model is in, from 1; None if it is in none."""
+        return next((i + 1 for i, members in enumerate(self.families) if name in members), None)
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the report as plain data."""
         return {
             "format": FORMAT,
-            "models": [{"name": name, "id": self.ids[name], "family": self._family(name)} for name in self.order],
+            "models": [{"name": name, "id": self.ids[name], "family": self.family_of(name)} for name in self.order],
             "states": self.states,
             "verdicts": self.verdicts,
             "families": [self._family_dict(i) for i in range(len(self.families))],
             "alone": self.alone,
             "left_out": [{"id": model, "why": why} for model, why in self.left_out.items()],
+            "proposal": None if self.proposal is None else asdict(self.proposal),
             "disagreements": [asdict(line) for line in self.disagreements],
             "missed_edges": [{"parent": parent, "child": child} for parent, child in self.missed],
             "no_evidence_p": asdict(self.uniformity),
             "pairs": [pair_dict(row) for row in self.rows],
         }
-
-    def _family(self, name: str) -> int | None:
-        return next((i + 1 for i, members in enumerate(self.families) if name in members), None)
 
     def _family_dict(self, i: int) -> dict[str, Any]:
         tree = self.lineages[i]
@@ -159,7 +177,12 @@ class Contents:
              "parent": estimate.parent, "child": estimate.child, "grounds": list(estimate.grounds)}
             for edge, estimate in zip(tree.edges, self.directions[i], strict=True)
         ]  # fmt: skip
-        return {"family": i + 1, "models": list(self.families[i]), "edges": edges}
+        origins = [
+            {"models": list(edge.row.models), "pair": edge.row.pair, "closeness": edge.measure.name,
+             "value": edge.value, "family": self.family_of(next(n for n in edge.row.models if n not in tree.models))}
+            for edge in self.origins_of.get(tree.models, ())
+        ]  # fmt: skip
+        return {"family": i + 1, "models": list(self.families[i]), "edges": edges, "merged_from": origins}
 
 
 def contents_of(folder: ZooFolder) -> Contents:
@@ -173,9 +196,11 @@ def make_contents(plan: ZooPlan, rows: Sequence[PairRow], measures: ModelMeasure
     """Returns the report of rows that are judged together; the plan's order changes nothing."""
     names = sorted(plan.names.values())
     rows = sorted(rows, key=_evidence)
-    components = families(names, rows)
+    trees, merged = without_merged(names, rows)
+    kin = [*(members for members in trees if len(members) > 1), *(found.members for found in merged)]
+    components = [*kin, *(members for members in trees if len(members) == 1)]
     trained = trained_order(measures)
-    lineages = [lineage(members, rows, trained) for members in components if len(members) > 1]
+    lineages = [lineage(members, rows, trained) for members in kin]
     related = [row for row in rows if row.is_related]
     return Contents(
         ids={name: model for model, name in plan.names.items()},
@@ -188,7 +213,20 @@ def make_contents(plan: ZooPlan, rows: Sequence[PairRow], measures: ModelMeasure
         uniformity=uniformity(rows),
         measured=[name for name in names if measures.get(name) is not None],
         left_out=plan.left_out,
+        merged=merged,
+        origins=[_origins(found, related) for found in merged],
+        proposal=plan.proposal,
     )
+
+
+def _origins(found: Merged, related: Sequence[PairRow]) -> list[Edge]:
+    """Returns the closest pair of merged models with each of the families that they are related to."""
+    pairs = [[row for row in related if _joins(row, found.members, family)] for family in found.origins]
+    return [edge for rows in pairs if (edge := closest(rows)) is not None]
+
+
+def _joins(row: PairRow, members: Sequence[str], family: Sequence[str]) -> bool:
+    return (row.base in members and row.ft in family) or (row.ft in members and row.base in family)
 
 
 def pair_dict(row: PairRow) -> dict[str, Any]:

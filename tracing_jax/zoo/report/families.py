@@ -159,6 +159,11 @@ def lineage(members: Sequence[str], rows: Sequence[PairRow], trained: Mapping[st
     return Lineage(tuple(members), tuple(_spanning([*candidates, *_edges(EVIDENCE, inside)])))
 
 
+def closest(rows: Sequence[PairRow]) -> Edge | None:
+    """Returns the closest pair by the first of `MEASURES` that applies to any; None if there is none."""
+    return next((edges[0] for measure in MEASURES if (edges := _edges(measure, rows))), None)
+
+
 def representatives(members: Sequence[str], rows: Sequence[PairRow]) -> Mapping[str, str]:
     """Returns for each model the representative of it and all its copies; itself if it has none."""
     group = {name: {name} for name in members}

@@ -1,22 +1,22 @@
-"""The heatmap of all pairs: hue by the verdict after Holm, depth by log10 p; one lower triangle as inline SVG."""
+"""All pairs as inline SVG: the hue of a pair is its verdict after Holm, its depth the share of units or p.
+
+Where most pairs of the models were asked for, one lower triangle with a cell for each; else the models in a column, and
+an arc for each pair.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import quote
 
-from tracing_jax.report.formatting import log10_cell, p_cell
+from tracing_jax.report.formatting import p_cell
 from tracing_jax.zoo.plan import PAIRS
 from tracing_jax.zoo.report.rows import PairRow
 
-DEPTHS: Mapping[str, tuple[float, ...]] = {
-    "identical": (),
-    "related": (-6, -12, -25, -50, -100, -300),
-    "undecided": (),
-    "no_evidence": (-0.3, -1.3),
-    "not_testable": (),
-    "not_asked": (),
-}
-"""Verdict -> log10 p from which on the next deeper tint of its hue is used."""
+_SHARES = (0.25, 0.5, 0.75, 0.95)
+"""Of MLP units that agree, from which on a related pair has the next deeper tint. p-values of most are alike: tiny."""
+
+_LOG10_PS = (-0.3, -1.3)
+"""log10 p, below which a pair without evidence has the next deeper tint."""
 
 _WIDTH = 640.0  # pixels that a small zoo's cells share
 _CELL = (8.0, 34.0)
@@ -65,11 +65,15 @@ def heatmap(order: Sequence[str], families: Sequence[Sequence[str]], rows: Seque
 
 
 def tint_of(row: PairRow) -> str:
-    """Returns the class of a cell: its state, or its verdict with a depth, `related-3`."""
+    """Returns the class of a pair: its state, or its verdict with a depth, `related-3`."""
     if row.verdict is None:
         return row.state
-    steps = DEPTHS[row.verdict]
-    return f"{row.verdict}-{sum((row.log10_p or 0.0) < step for step in steps)}"
+    depth = 0
+    if row.verdict == "related":
+        depth = sum((row.units or 0.0) >= share for share in _SHARES)
+    elif row.verdict == "no_evidence":
+        depth = sum((row.log10_p or 0.0) < log10_p for log10_p in _LOG10_PS)
+    return f"{row.verdict}-{depth}"
 
 
 def in_words(row: PairRow) -> str:
@@ -79,9 +83,10 @@ def in_words(row: PairRow) -> str:
         return f"{models}: {row.state}" + (f" ({row.error})" if row.error else "")
     if row.log10_p is None:
         return f"{models}: {row.word}"
-    log10_p, adjusted = row.shown_log10_ps
-    text = f"{models}: {row.word}; p = {p_cell(log10_p)}, {p_cell(adjusted)} after Holm over all pairs"
-    text += f"; log10 p {log10_cell(log10_p)}, by {row.statistic}"
+    text = f"{models}: {row.word}"
+    if row.units is not None:
+        text += f"; {row.units:.0%} of MLP units agree"
+    text += f"; p after Holm over all pairs {p_cell(row.shown_log10_ps[1])}, by {row.statistic}"
     return text + ("" if row.jsd is None else f"; divergence of predictions {row.jsd:.3g} nats")
 
 
@@ -90,9 +95,57 @@ def link(row: PairRow) -> str:
     return f"{PAIRS}/{quote(row.pair)}.html" if row.state == "done" else ""
 
 
+_SPARSE, _FEW_MODELS = 0.4, 8
+_ROW, _FONT = 18.0, 12.0  # pixels of a model's row in the graph
+_WIDEST_ARC = 150.0
+
+
+@dataclass(frozen=True)
+class Arcs:
+    """What the template draws of a sparse list: names in a column, an arc for each pair with its class, text and link.
+
+    Arcs without evidence come first, so that the others lie on top.
+    """
+
+    width: float
+    height: float
+    left: float
+    font: float
+    arcs: Sequence[tuple[str, str, str, str]]
+    labels: Sequence[tuple[float, str]]
+
+
+def is_sparse(order: Sequence[str], rows: Sequence[PairRow]) -> bool:
+    """Returns whether so few of all pairs of these models were asked for that a triangle would be empty."""
+    n = len(order)
+    return n >= _FEW_MODELS and len(rows) < _SPARSE * n * (n - 1) / 2
+
+
+def arcs(order: Sequence[str], rows: Sequence[PairRow]) -> Arcs:
+    """Returns the graph of the pairs over models in this order."""
+    at = {name: i for i, name in enumerate(order)}
+    left = max((len(name) for name in order), default=0) * _LETTER * _FONT + 12
+    drawn = []
+    for row in sorted(rows, key=lambda row: (row.verdict is not None, row.verdict != "no_evidence")):
+        top, bottom = sorted((at[row.base], at[row.ft]))
+        height = (bottom - top) * _ROW / 2
+        path = f"M{left:.1f} {(top + 0.5) * _ROW:g}a{_reach(height):.1f} {height:.1f} 0 0 1 0 {2 * height:g}"
+        drawn.append((path, tint_of(row), in_words(row), link(row)))
+    spans = [abs(at[row.base] - at[row.ft]) * _ROW / 2 for row in rows]
+    width = left + max(map(_reach, spans), default=0.0) + 4
+    labels = [((i + 0.5) * _ROW, name) for name, i in at.items()]
+    return Arcs(width, len(order) * _ROW, left, _FONT, drawn, labels)
+
+
+def _reach(height: float) -> float:
+    """Returns how far to the right an arc of half this height goes."""
+    return min(_WIDEST_ARC, 6 + 4.2 * height**0.62)
+
+
 LEGEND: Sequence[tuple[str, Sequence[tuple[str, str]]]] = (
     ("related", tuple(
-        (f"related-{i}", text) for i, text in enumerate(("log10 p ≥ −6", "−12", "−25", "−50", "−100", "−300", "lower"))
+        (f"related-{i}", text)
+        for i, text in enumerate(("below 25 % of units agree, or not measured", "25 %", "50 %", "75 %", "95 %"))
     )),
     ("identical", (("identical-0", ""),)),
     ("undecided", (("undecided-0", ""),)),

@@ -16,48 +16,66 @@ from typing import Any
 from markupsafe import Markup
 
 from tracing_jax.record import atomic_write, write_json
-from tracing_jax.report.formatting import ABSENT, cell, log10_cell
+from tracing_jax.report.formatting import ABSENT, cell, p_cell
 from tracing_jax.report.html_elements import Block, Cell, Section, render, table_of
 from tracing_jax.zoo.folder import ZooFolder
+from tracing_jax.zoo.proposing import LEFT_OUT
 from tracing_jax.zoo.report.contents import Contents, contents_of, pair_dict
 from tracing_jax.zoo.report.direction import MEASURED, Direction
-from tracing_jax.zoo.report.families import Edge, Lineage
-from tracing_jax.zoo.report.heatmap import LEGEND, heatmap, link
+from tracing_jax.zoo.report.families import EVIDENCE, UNITS, Edge, Lineage
+from tracing_jax.zoo.report.heatmap import LEGEND, arcs, heatmap, is_sparse, link
 from tracing_jax.zoo.report.rows import BINS, PairRow, Uniformity, in_words
 
 _OPEN_ROWS, _MOST_ROWS = 20, 500
 _NAMED_FAMILIES, _NAMES = 6, 90  # of the banner: so many families, and so many letters of each
-_HEADERS = ("pair", "verdict", "log10 p", "after Holm", "by", "divergence (nats)", "units that agree")
+_HEADERS = ("pair", "verdict", "units that agree", "p", "after Holm over pairs", "by", "divergence (nats)")
 _HEAT_TEXT = (
-    "Hue: the verdict, by the p-value of the pair after Holm over all pairs that are done. Depth: log10 p of the pair. "
-    "A model's name stands at the end of its row and above its column; families are framed.",
+    "Hue: the verdict, by the p-value of the pair after Holm over all pairs that are done. Depth: of related pairs the "
+    "share of MLP units that agree, of pairs without evidence the p-value.",
 )
+_TRIANGLE = "The name of a model stands at the end of its row and above its column; families are framed."
+_COLUMN = "An arc joins the two models of a pair; pairs without an arc were not asked for, or were left out."
 _FAMILIES_TEXT = (
-    "A family is a set of models connected by related pairs. Its tree joins the closest relatives; beside a model "
-    "stands how close it is to the model that it hangs from in the tree. An arrow is an estimate of who was made from "
-    "whom, never a proof: ↳ a model from the one that it hangs from, ↰ that one from it; a dash leaves it open. If the "
-    "ancestor of a family is "
-    "not among the models, the least trained of them stands in its place.",
+    "A family is a set of models connected by related pairs. Its tree joins the closest relatives; each line names the "
+    "two models and how close they are. An arrow is an estimate of which was made from which, never a proof; a dash "
+    "leaves it open. If the ancestor of a family is not among the models, the least trained of them stands in its "
+    "place. A model that is related to two families, which show no relation to each other, has a parent in each.",
     MEASURED,
 )
+
+
+_BETWEEN = (
+    "Related to models of each family above, which show no relation to one another: merged from them or from relatives "
+    "of theirs, or both families descend from it and have moved too far apart to be told. tracing-jax merge finds "
+    "the shares."
+)
+MISSED = (
+    "Of small models, signatures found the base of all 36 descendants of 13 kinds that were tried (docs/scan.md), and "
+    "three of four parents of two equal merges of unrelated models; where less than a sixth of the "
+    "sampled units is left, or none of the three sampled layers, they are blind and compare need not be."
+)
+"""What is lost by comparing only pairs in which signatures show a trace; `python -m benchmarks.scan`."""
 
 
 def html(contents: Contents, title: str) -> str:
     """Returns the page as one HTML document; everything in it is escaped."""
     script = Path(__file__).with_name("hover.js").read_text(encoding="utf-8")
-    drawn = heatmap(contents.order, contents.families, contents.rows)
+    sparse = is_sparse(contents.order, contents.rows)
+    drawn = heatmap(contents.order, contents.families, [] if sparse else contents.rows)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return render(
         Path(__file__).with_name("page.html"),
         title=title,
         banner=_banner(contents),
-        heat_text=_HEAT_TEXT,
+        heat_text=[*_HEAT_TEXT, _COLUMN if sparse else _TRIANGLE],
+        heat_alt=_alt(contents),
         heatmap=drawn,
+        sparse=arcs(contents.order, contents.rows) if sparse else None,
         legend=LEGEND,
         families_text=_FAMILIES_TEXT if contents.families else ("No two models are related.",),
         families=[family_part(i, contents) for i in range(len(contents.families))],
         alone=contents.alone,
-        before=[*_disagreements(contents), *_left_out(contents), *_not_done(contents)],
+        before=[*_disagreements(contents), *_not_compared(contents), *_left_out(contents), *_not_done(contents)],
         uniformity=_bars(contents.uniformity),
         after=[_pairs(contents.rows), _models(contents)],
         grouped=Markup(_safe_json(_grouped(contents) if drawn.paths else {"names": [], "rows": []})),
@@ -78,6 +96,13 @@ def sentence(contents: Contents) -> str:
     return f"{models}, {pairs}: {', '.join(parts)}"
 
 
+def _alt(contents: Contents) -> str:
+    """Returns what the figure of all pairs shows, for those who do not see it."""
+    counts = ", ".join(f"{count:,} {word.replace('_', ' ')}" for word, count in contents.verdicts.items() if count)
+    kin = "; ".join(f"family {i}: {_named(members)}" for i, members in enumerate(contents.families, 1))
+    return f"The verdict of every pair: {counts or 'none done'}. {kin or 'No two models are related'}."
+
+
 def _banner(contents: Contents) -> dict[str, Any]:
     facts = {
         "pairs": ", ".join(f"{count:,} {state}" for state, count in contents.states.items() if count),
@@ -87,7 +112,11 @@ def _banner(contents: Contents) -> dict[str, Any]:
         + ", after Holm over all",
     }
     for i, members in enumerate(contents.families[:_NAMED_FAMILIES], 1):
-        facts[f"family {i}"] = _named(members)
+        facts[f"family {i}"] = _named(members) + _merged_from(contents, members)
+    if (proposal := contents.proposal) is not None:
+        facts["not compared"] = (
+            f"{proposal.left_out:,} of {proposal.asked:,} pairs, in which signatures show no trace; see below"
+        )
     if contents.parents is not None:
         wrong = len(contents.disagreements)
         facts["known tree"] = (
@@ -113,6 +142,39 @@ def _disagreements(contents: Contents) -> list[Section]:
     return [Section("Disagreements with the known tree", text, table=table)]
 
 
+def _merged_from(contents: Contents, members: tuple[str, ...]) -> str:
+    """Returns `; merged from families 1 and 2` for merged models, else nothing."""
+    numbers = [str(number) for _, number in _origin_numbers(contents, members)]
+    return f"; merged from families {' and '.join(numbers)}" if numbers else ""
+
+
+def _origin_numbers(contents: Contents, members: tuple[str, ...]) -> list[tuple[Edge, int | None]]:
+    """Returns the closest pair with each family that merged models are related to, and the number of that family.
+
+    None is a parent that is in no other family.
+    """
+    edges = contents.origins_of.get(members, ())
+    return [(edge, contents.family_of(next(n for n in edge.row.models if n not in members))) for edge in edges]
+
+
+def _not_compared(contents: Contents) -> list[Section]:
+    proposal = contents.proposal
+    if proposal is None:
+        return []
+    text = [
+        f"{proposal.left_out:,} of {proposal.asked:,} pairs were not compared: signatures of the models show no trace "
+        f"of a relation in them ({LEFT_OUT} lists them; --candidates=all compares all). That is less than no evidence. "
+        f"{MISSED}"
+    ]
+    if proposal.not_testable:
+        text.append(f"Of {proposal.not_testable:,} of them signatures cannot say anything.")
+    if proposal.known_related:
+        text.append(f"{proposal.known_related:,} of them are related, by the list of models.")
+    rows = [[model, why] for model, why in proposal.unsigned.items()]
+    table = table_of(("model without a signature: all its pairs are compared", "why"), rows) if rows else None
+    return [Section("Pairs that were not compared", text, table=table)]
+
+
 def _left_out(contents: Contents) -> list[Section]:
     cells = [[model, why] for model, why in contents.left_out.items()]
     text = ["They are in the list of models, could not be read, and are in no pair."]
@@ -133,22 +195,24 @@ def _not_done(contents: Contents) -> list[Section]:
 def _pairs(rows: Sequence[PairRow]) -> Section:
     done = [row for row in rows if row.state == "done"]
     cells = [
-        [Cell(row.pair, link=link(row)), row.word, *map(log10_cell, row.shown_log10_ps),
-         row.statistic, row.jsd, row.units]
+        [Cell(row.pair, link=link(row)), Cell(row.word, verdict=row.verdict or ""),
+         None if row.units is None else f"{row.units:.0%}", *map(p_cell, row.shown_log10_ps), row.statistic, row.jsd]
         for row in done[:_MOST_ROWS]
     ]  # fmt: skip
-    text = [
-        "Strongest evidence first. log10 p is after Holm over the statistics of a pair, then over all pairs as well."
-    ]
+    text = ["Strongest evidence first. p is after Holm over the statistics of a pair, then over all pairs as well."]
     if len(done) > _MOST_ROWS:
         text.append(f"The first {_MOST_ROWS} of {len(done):,}; report.csv and report.json have all of them.")
     return _folded("Pairs by evidence", text, _HEADERS, cells)
 
 
 def _models(contents: Contents) -> Section:
-    family = {name: i + 1 for i, members in enumerate(contents.families) for name in members}
     rows = [
-        [name, family.get(name), contents.ids[name], "measured" if name in contents.measured else "not measured"]
+        [
+            name,
+            contents.family_of(name),
+            contents.ids[name],
+            "measured" if name in contents.measured else "not measured",
+        ]
         for name in contents.order
     ]
     return _folded("Models", [], ("", "family", "id", "weights"), rows)
@@ -218,9 +282,18 @@ def family_part(i: int, contents: Contents) -> dict[str, Any]:
         joined[edge.row.base].append((edge.row.ft, edge, estimate))
         joined[edge.row.ft].append((edge.row.base, edge, estimate))
     estimated = sum(estimate.child is not None for estimate in estimates)
-    text = f"Direction estimated for {estimated} of {len(estimates)} edges."
-    title = f"Family {i + 1}: {len(tree.models)} models"
-    return {"title": title, "text": text, "root": branches(root(tree, estimates), joined)}
+    text = f"Direction estimated for {estimated} of {_count(len(estimates), 'edge', 'edges')}." if estimates else ""
+    origins = [_origin(edge, number, tree.models) for edge, number in _origin_numbers(contents, tree.models)]
+    title = f"Family {i + 1}: {_count(len(tree.models), 'model', 'models')}" + _merged_from(contents, tree.models)
+    if origins:
+        text = f"{_BETWEEN} {text}".strip()
+    return {"title": title, "text": text, "root": branches(root(tree, estimates), joined), "origins": origins}
+
+
+def _origin(edge: Edge, number: int | None, members: Sequence[str]) -> dict[str, str]:
+    parent, child = sorted(edge.row.models, key=lambda name: name in members)
+    family = f"family {number}" if number is not None else "in no other family"
+    return {"parent": parent, "child": child, "family": family, "value": _closeness(edge), "link": link(edge.row)}
 
 
 def root(tree: Lineage, estimates: Sequence[Direction]) -> str:
@@ -244,13 +317,23 @@ def branches(name: str, joined: _Joined, above: str | None = None) -> Branch:
 
 def _edge(edge: Edge, estimate: Direction, lower: str) -> dict[str, str]:
     grounds = "; ".join(estimate.grounds)
+    upper = edge.row.other(lower)
     if estimate.child is None:
-        sign, kind, text = "–", "open", f"direction open: {grounds}"
+        sign, kind, text = "–", "open", f"{upper} – {lower}, direction open: {grounds}"
     else:
         sign, kind = ("↳" if estimate.child == lower else "↰"), "estimate"
-        text = f"estimate: {estimate.parent} → {estimate.child}; {grounds}"
-    value = "same function" if edge.same_function else f"{edge.measure.name} {cell(float(f'{edge.value:.3g}'))}"
-    return {"sign": sign, "kind": kind, "text": text, "value": value, "link": link(edge.row)}
+        text = f"{estimate.parent} → {estimate.child}, an estimate: {grounds}"
+    return {"sign": sign, "kind": kind, "text": text, "value": _closeness(edge), "link": link(edge.row)}
+
+
+def _closeness(edge: Edge) -> str:
+    if edge.same_function:
+        return "same function"
+    if edge.measure is EVIDENCE:
+        return f"p after Holm {p_cell(edge.row.shown_log10_ps[1])}"
+    if edge.measure is UNITS:
+        return f"{edge.value:.0%} of MLP units agree"
+    return f"{edge.measure.name} {cell(float(f'{edge.value:.3g}'))}"
 
 
 PAGE, TABLE, DATA = "report.html", "report.csv", "report.json"

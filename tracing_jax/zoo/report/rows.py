@@ -100,13 +100,23 @@ class PairRow:
 
 def read_rows(folder: ZooFolder) -> list[PairRow]:
     """Returns a row for every pair of the plan, done or not."""
-    names = folder.plan.names
-    return with_verdicts([_read(folder, pair, names) for pair in folder.plan.pairs])
+    names, proposal = folder.plan.names, folder.plan.proposal
+    rows = [_read(folder, pair, names) for pair in folder.plan.pairs]
+    return with_verdicts(rows, 0 if proposal is None else proposal.left_out)
 
 
-def with_verdicts(rows: Sequence[PairRow]) -> list[PairRow]:
-    """Returns the rows with the p-values of all pairs that are done adjusted over one another, and the verdicts."""
-    adjusted, firm = (over_pairs(ps) for ps in ([r.log10_p for r in rows], [r.firm_log10_p for r in rows]))
+def with_verdicts(rows: Sequence[PairRow], left_out: int = 0) -> list[PairRow]:
+    """Returns the rows with the p-values of all pairs that are done adjusted over one another, and the verdicts.
+
+    Args:
+      rows: of a zoo.
+      left_out: pairs that were looked at by signatures alone. They count as p = 1, since the others were chosen from
+        them by the same weights.
+    """
+    none = [0.0] * left_out
+    adjusted, firm = (
+        over_pairs([*ps, *none])[: len(rows)] for ps in ([r.log10_p for r in rows], [r.firm_log10_p for r in rows])
+    )
     judged = (
         replace(row, adjusted_log10_p=log10_p, firm_log10_p=firm_log10_p)
         for row, log10_p, firm_log10_p in zip(rows, adjusted, firm, strict=True)

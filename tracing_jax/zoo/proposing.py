@@ -1,0 +1,148 @@
+"""Pairs of a large zoo, proposed by signatures: each model is read twice, and only pairs with a trace are compared.
+
+What was found of a model is kept in `models/NAME.scan.json`, so that a launch that is started again goes on.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tracing_jax.checkpoint import Checkpoint, open_checkpoint
+from tracing_jax.experiment.metadata import file_stamps
+from tracing_jax.experiment.models import resolve_model_id
+from tracing_jax.experiment.signing import signature_of, suspect_of
+from tracing_jax.library import Signature, scan
+from tracing_jax.library.signature_file import SUFFIX, read_signature, write_signature
+from tracing_jax.options import RunOptions
+from tracing_jax.progress import tqdm
+from tracing_jax.record import atomic_write, plain
+from tracing_jax.zoo.plan import PlannedPair, Proposal, ZooPlan
+from tracing_jax.zoo.weights import MODELS
+
+LEFT_OUT = "left_out.csv"
+"""The pairs that are not compared, in the folder of a zoo."""
+
+PROPOSED_BELOW = 0.5
+"""A pair is compared in full if a signature gives a p-value below this, before any adjustment over pairs.
+
+It proposes and decides nothing. Of 1,854 pairs of independent models none had a p-value below 0.9 (docs/scan.md).
+"""
+
+_Found = Mapping[str, float | None]
+
+
+def proposed(plan: ZooPlan, folder: Path) -> ZooPlan:
+    """Returns the plan with the pairs in which a signature of one model shows a trace of a relation in the other.
+
+    Writes the pairs left out into the folder. Models of which no signature can be made keep all their pairs.
+
+    Args:
+      plan: with all pairs that are asked for.
+      folder: of the zoo, which is made if need be.
+
+    Raises:
+      CheckpointError, OSError: a model cannot be read.
+      ValueError: no pair is left.
+    """
+    (folder / MODELS).mkdir(parents=True, exist_ok=True)
+    signatures, unsigned = _signatures(plan, folder)
+    by_name = {plan.names[model]: signature for model, signature in signatures.items()}
+    library = hashlib.sha256(json.dumps([PROPOSED_BELOW, *(s.digest for s in by_name.values())]).encode()).hexdigest()
+    found = {
+        model: _traces(model, plan.names[model], by_name, library, folder)
+        for model in tqdm(signatures, desc="scan", unit="model", disable=None)
+    }
+    kept, left_out = [], []
+    for pair in plan.pairs:
+        reason = "" if {pair.base, pair.ft} & unsigned.keys() else _reason(pair, plan, found)
+        if reason:
+            left_out.append((pair, reason))
+        else:
+            kept.append(pair)
+    if not kept:
+        raise ValueError("signatures show no trace of a relation in any pair; --candidates=all compares them all")
+    _write_left_out(folder / LEFT_OUT, left_out, plan)
+    proposal = Proposal(
+        len(plan.pairs),
+        len(left_out),
+        sum(reason == _NOT_TESTABLE for _, reason in left_out),
+        sum(bool(pair.related) for pair, _ in left_out),
+        unsigned,
+    )
+    return replace(plan, pairs=tuple(kept), proposal=proposal)
+
+
+_NO_TRACE, _NOT_TESTABLE = "no trace in signatures", "no test of signatures applies"
+
+
+def _reason(pair: PlannedPair, plan: ZooPlan, found: Mapping[str, _Found]) -> str:
+    """Returns why a pair is left out; empty if it is not."""
+    values = [found[pair.base].get(plan.names[pair.ft]), found[pair.ft].get(plan.names[pair.base])]
+    if all(value is None for value in values):
+        return _NOT_TESTABLE
+    return "" if any(value is not None and value < math.log10(PROPOSED_BELOW) for value in values) else _NO_TRACE
+
+
+def _signatures(plan: ZooPlan, folder: Path) -> tuple[dict[str, Signature], dict[str, str]]:
+    """Returns model id -> signature, made now or before of the same files, and the models that have none, with why."""
+    made: dict[str, Signature] = {}
+    unsigned: dict[str, str] = {}
+    for model, name in tqdm(plan.names.items(), desc="signatures", unit="model", disable=None):
+        file, stamps = folder / MODELS / f"{name}{SUFFIX}", _stamps(_opened(model))
+        state = _read(folder / MODELS / f"{name}.signed.json")
+        if state.get("stamps") == stamps and file.exists():
+            made[model] = read_signature(file)
+            continue
+        try:
+            made[model] = signature_of(model)
+        except ValueError as error:
+            unsigned[model] = str(error).splitlines()[0]
+            continue
+        write_signature(made[model], file)
+        atomic_write(folder / MODELS / f"{name}.signed.json", json.dumps({"stamps": stamps}).encode())
+    return made, unsigned
+
+
+def _traces(model: str, name: str, signatures: Mapping[str, Signature], library: str, folder: Path) -> _Found:
+    """Returns for every other model's signature its log10 p against this model; None where no test applies."""
+    file, opened = folder / MODELS / f"{name}.scan.json", _opened(model)
+    state = {"library": library, "stamps": _stamps(opened)}
+    known = _read(file)
+    if {key: known.get(key) for key in state} == state:
+        return known["log10_p"]
+    others = {other: signature for other, signature in signatures.items() if other != name}
+    found: dict[str, float | None] = {}
+    if others:
+        for candidate in scan(suspect_of(opened, others.values()), others, RunOptions.level).candidates:
+            found[candidate.name] = 0.0 if candidate.match is None else candidate.match.log10_p
+    atomic_write(file, json.dumps({**state, "log10_p": plain(found)}).encode())
+    return found
+
+
+def _opened(model: str) -> Checkpoint:
+    return open_checkpoint(resolve_model_id(model))
+
+
+def _stamps(model: Checkpoint) -> Any:
+    return json.loads(json.dumps(plain(file_stamps(model.tensors.files()))))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_bytes())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
+def _write_left_out(file: Path, left_out: list[tuple[PlannedPair, str]], plan: ZooPlan) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("base", "ft", "reason", "known_related"))
+    writer.writerows((plan.names[pair.base], plan.names[pair.ft], why, pair.related) for pair, why in left_out)
+    atomic_write(file, text.getvalue().encode())
