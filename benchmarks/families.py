@@ -372,13 +372,13 @@ def _level(row: Row) -> str:
 def _gguf_level(family: str) -> str:
     from gguf import MODEL_ARCH_NAMES
 
-    from tracing_jax.checkpoint.gguf import GGUF_ARCHITECTURES
+    from tracing_jax.checkpoint.gguf.families import GGUF_FAMILIES
 
+    if family in {row.model_type for row in GGUF_FAMILIES.values()} | {"mistral", "mixtral", "olmo3"}:
+        return "forward"  # the last three are under llama.cpp's names for others
     plain = {re.sub(r"[-_]|text$", "", name): name for name in MODEL_ARCH_NAMES.values()}
     found = plain.get(re.sub(r"[-_]|text$", "", family))
-    if family in ("mistral", "mixtral"):  # llama.cpp's name for them is llama
-        return "forward"
-    return "" if found is None else "forward" if found in GGUF_ARCHITECTURES else "weights"
+    return "" if found is None else "weights"
 
 
 @contextlib.contextmanager

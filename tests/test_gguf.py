@@ -1,6 +1,7 @@
 """A GGUF file is read as llama.cpp wrote it: the same weights as the checkpoint that it was made from."""
 
 import dataclasses
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from parity_cases import CASES, LIVE_CASES, Case
 
-from tracing_jax.arch import Arch
+from tracing_jax.arch import Arch, UnsupportedModelError
 from tracing_jax.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from tracing_jax.checkpoint.gguf import GGUF_ARCHITECTURES
 from tracing_jax.checkpoint.gguf.header import GgufTensor, read_gguf_header
@@ -35,7 +36,11 @@ def _in_pairs(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _as_llama_cpp(name: str, architecture: str, arch: Arch, weight: np.ndarray) -> np.ndarray:
-    if architecture in ("llama", "granite", "olmo"):
+    if architecture in ("gptneox", "falcon", "bloom") and "query_key_value" in name:
+        by_head = weight.reshape(arch.num_kv_heads, arch.q_group + 2, arch.head_dim, *weight.shape[1:])
+        parts = by_head[:, :-2], by_head[:, -2:-1], by_head[:, -1:]
+        return np.concatenate([part.reshape(-1, *weight.shape[1:]) for part in parts])
+    if architecture in ("llama", "granite", "olmo", "smollm3"):
         heads = {".q_proj.": arch.num_kv_heads * arch.q_group, ".k_proj.": arch.num_kv_heads}
         weight = next((_in_pairs(weight, count) for part, count in heads.items() if part in name), weight)
     if architecture.startswith("gemma") and name.endswith("norm.weight"):
@@ -52,18 +57,21 @@ def _written(
     writer = gguf.GGUFWriter(path, architecture)
     _add_sizes(writer, case, arch)
     for key, value in metadata.items():
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
+        kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add = kinds[type(value)]
         add(key.replace("__", "."), value)
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     table = gguf.get_tensor_name_map(numbers[architecture], arch.num_layers)
     stacks: dict[str, list[np.ndarray]] = {}
     for name, shape in tensor_shapes(leaf_layouts(arch).values()).items():
         weight = _as_llama_cpp(name, architecture, arch, case.weight(name, shape).astype(np.float32))
-        before, experts, after = name.partition(".experts.")
-        plain = f"{before}.experts.{after.partition('.')[2]}" if experts else name
-        theirs = table.get_name(plain, try_suffixes=(".weight", ".bias"))
-        assert theirs, name
-        stacks.setdefault(theirs, []).append(weight)
+        for part, piece in _apart(name, weight):
+            plain = re.sub(r"\.(experts|norms)\.\d+\.", lambda m: ".experts." if m[1] == "experts" else ".", part)
+            plain = plain.replace("e_score_correction_bias", "e_score_correction.bias")
+            forms = (plain, plain.removeprefix("transformer."))
+            theirs = next(filter(None, (table.get_name(form, try_suffixes=(".weight", ".bias")) for form in forms)), "")
+            assert theirs, name
+            stacks.setdefault(theirs, []).append(piece)
     for theirs, weights in stacks.items():
         weight = np.ascontiguousarray(weights[0] if len(weights) == 1 else np.stack(weights))
         weight = weight.squeeze() if squeezed else weight
@@ -77,27 +85,77 @@ def _written(
     return path
 
 
+def _apart(name: str, weight: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """Returns the tensors that llama.cpp makes of one: of experts of gpt-oss gate and up apart, units before inputs."""
+    if name.endswith(".sinks"):
+        return [(f"{name}.weight", weight)]
+    if "gate_up_proj" in name and ".experts." in name:
+        end = "bias" if name.endswith("_bias") else "weight"
+        turned = weight if end == "bias" else weight.swapaxes(1, 2)
+        before = name.partition(".gate_up_proj")[0]
+        return [(f"{before}.{part}_proj.{end}", turned[:, i::2]) for i, part in enumerate(("gate", "up"))]
+    if name.endswith(".experts.down_proj_bias"):
+        return [(name.replace("_bias", ".bias"), weight)]
+    if name.endswith(".experts.down_proj"):
+        return [(f"{name}.weight", weight.swapaxes(1, 2))]
+    return [(name, weight)]
+
+
 def _add_sizes(writer: gguf.GGUFWriter, case: Case, arch: Arch) -> None:
     writer.add_block_count(arch.num_layers)
     writer.add_embedding_length(arch.embed_dim)
-    writer.add_feed_forward_length(case.config.get("intermediate_size", arch.mlp_dim))
+    dense = case.config.get("intermediate_size") or arch.mlp_dim
+    writer.add_feed_forward_length(dense)
     writer.add_head_count(arch.num_kv_heads * arch.q_group)
     writer.add_context_length(arch.num_positions or 128)
-    if arch.num_positions is not None:
+    if arch.norm.startswith("layer_norm"):
         writer.add_layer_norm_eps(arch.norm_eps)
+    if arch.num_positions is not None:
         return
-    writer.add_head_count_kv(arch.num_kv_heads)
-    writer.add_key_length(arch.head_dim)
-    writer.add_layer_norm_rms_eps(arch.norm_eps)
+    if "gpt_neox" not in case.name and "mpt" not in case.name:  # of which the converter writes no such number
+        writer.add_head_count_kv(arch.num_kv_heads)
+    if "head_dim" in case.config:
+        writer.add_key_length(arch.head_dim)
+    if not arch.norm.startswith("layer_norm"):
+        writer.add_layer_norm_rms_eps(arch.norm_eps)
     if arch.num_experts is not None:
         writer.add_expert_count(arch.num_experts)
         writer.add_expert_used_count(arch.experts_per_token)
-        if "moe_intermediate_size" in case.config:
-            writer.add_expert_feed_forward_length(case.config["moe_intermediate_size"])
+        writer.add_expert_feed_forward_length(case.config.get("moe_intermediate_size") or arch.mlp_dim)
         if "shared_expert_intermediate_size" in case.config:
             writer.add_expert_shared_feed_forward_length(case.config["shared_expert_intermediate_size"])
     if case.config["model_type"] == "phi3":
         _add_phi3(writer, case)
+    elif 0 < arch.rotary_dim < arch.head_dim:
+        writer.add_rope_dimension_count(arch.rotary_dim)
+    for key, attribute in _ROUTED.items():
+        if attribute in case.config and case.config["model_type"] == "glm4_moe":
+            value = case.config[attribute]
+            add = writer.add_bool if isinstance(value, bool) else writer.add_float32 if "scale" in key else None
+            (add or writer.add_uint32)(f"glm4moe.{key}", value)
+    rope = case.config.get("rope_parameters") or {}
+    rope = rope.get("full_attention", rope)
+    if rope.get("rope_type") == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        for key in ("beta_fast", "beta_slow"):
+            if key in rope:
+                writer.add_float32(f"{writer.arch}.rope.scaling.yarn_{key}", rope[key])
+    windows = [window for window in arch.layer_windows if window is not None]
+    if windows and case.config["model_type"] in ("olmo3", "exaone4", "cohere2", "gpt_oss"):
+        writer.add_sliding_window(windows[0])
+        writer.add_sliding_window_pattern([window is not None for window in arch.layer_windows])
+
+
+_ROUTED = {
+    "expert_shared_count": "n_shared_experts",
+    "leading_dense_block_count": "first_k_dense_replace",
+    "expert_weights_scale": "routed_scaling_factor",
+    "expert_weights_norm": "norm_topk_prob",
+    "expert_group_count": "n_group",
+    "expert_group_used_count": "topk_group",
+}
 
 
 def _add_phi3(writer: gguf.GGUFWriter, case: Case) -> None:
@@ -150,6 +208,66 @@ def test_weights_are_those_that_llama_cpp_was_given(model_type, tmp_path):
     _assert_same(opened, case)
 
 
+_SIGMOID = {"expert_gating_func": 2}
+_CHANGES: dict[str, dict[str, Any]] = {
+    "cohere-qk_norm": {"tie_word_embeddings": True},  # as all heads of this family are in llama.cpp
+    "gpt_oss-default": {"swiglu_limit": 7.0, "swiglu_alpha": 1.702},  # constants in llama.cpp
+    "gpt_oss-yarn": {"swiglu_limit": 7.0, "swiglu_alpha": 1.702},
+    "glm4_moe-default": {"routed_scaling_factor": 1.75},  # which float32 holds
+}
+_MORE_FACTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "seed_oss-biases": ("seed_oss", {}),
+    "ernie4_5-biases": ("ernie4_5", {}),
+    "smollm3-every_layer": ("smollm3", {}),
+    "exaone4-gqa-tied-default": ("exaone4", {}),
+    "exaone4-no_window": ("exaone4", {}),
+    "glm4-bias": ("glm4", {}),
+    "cohere-gqa-tied-default": ("command-r", {"logit_scale": 0.37}),
+    "cohere-qk_norm": ("command-r", {"logit_scale": 0.37}),
+    "cohere2-gqa-tied-default": ("cohere2", {"logit_scale": 0.37}),
+    "stablelm-qk_norms": ("stablelm", {"use_parallel_residual": False}),
+    "stablelm-parallel": ("stablelm", {"use_parallel_residual": True}),
+    "starcoder2-gqa-tied-default": ("starcoder2", {}),
+    "phi-mha": ("phi2", {}),
+    "gpt_neox-tied": ("gptneox", {"use_parallel_residual": True}),
+    "gpt_neox-sequential": ("gptneox", {"use_parallel_residual": False}),
+    "falcon-multi_query": ("falcon", {}),
+    "falcon-grouped": ("falcon", {}),
+    "falcon-one_norm": ("falcon", {}),
+    "bloom-odd_heads": ("bloom", {}),
+    "mpt-odd_heads": ("mpt", {"attention.max_alibi_bias": 8.0}),
+    "gpt_bigcode-multi_query": ("starcoder", {"attention.head_count_kv": 1}),
+    "olmo3-gqa-tied-default": ("olmo2", {"rope.freq_base": 777.0}),
+    "gpt_oss-default": ("gpt-oss", {}),
+    "gpt_oss-yarn": ("gpt-oss", {}),
+    "minimax_m2-default": ("minimax-m2", _SIGMOID),
+    "glm4_moe-default": ("glm4moe", _SIGMOID),
+}
+
+
+@pytest.mark.parametrize("name", _MORE_FACTS)
+def test_facts_and_weights_of_further_families_are_those_that_llama_cpp_was_given(name, tmp_path):
+    architecture, metadata = _MORE_FACTS[name]
+    case = (CASES | LIVE_CASES)[name]
+    case = dataclasses.replace(case, config=case.config | _CHANGES.get(name, {}))
+    keys = {f"{architecture}__{key.replace('.', '__')}": value for key, value in metadata.items()}
+    path = _written(tmp_path / "model.gguf", case, architecture, **keys, **_theta(case, architecture))
+    opened, expected = open_checkpoint(str(path)), case.arch()
+    _assert_same_facts(opened.arch, expected)
+    _assert_same(opened, case)
+
+
+def _assert_same_facts(found: Arch, expected: Arch) -> None:
+    floats = ("norm_eps", "rope_frequencies", "rope_amplitudes", "logit_scale", "clip_qkv")
+    for fact in floats:
+        ours, theirs = getattr(found, fact), getattr(expected, fact)
+        assert (ours is None) == (theirs is None), fact
+        if ours is not None:
+            np.testing.assert_allclose(ours, theirs, rtol=1e-6, err_msg=fact)
+    same = {fact: getattr(found, fact) for fact in floats}
+    assert found == dataclasses.replace(expected, **same)
+
+
 _WITH_ALL_FACTS = {
     "qwen2_moe-default": "qwen2moe",
     "qwen3_moe-normalized": "qwen3moe",
@@ -166,10 +284,7 @@ def test_facts_and_weights_are_those_that_llama_cpp_was_given(name, squeezed, tm
     case, architecture = (CASES | LIVE_CASES)[name], _WITH_ALL_FACTS[name]
     path = _written(tmp_path / "model.gguf", case, architecture, squeezed=squeezed, **_theta(case, architecture))
     opened, expected = open_checkpoint(str(path)), case.arch()
-    floats = {fact: getattr(opened.arch, fact) for fact in ("norm_eps", "rope_frequencies", "rope_amplitudes")}
-    for fact, found in floats.items():
-        np.testing.assert_allclose(found, getattr(expected, fact), rtol=1e-6, err_msg=fact)
-    assert opened.arch == dataclasses.replace(expected, **floats)
+    _assert_same_facts(opened.arch, expected)
     _assert_same(opened, case)
 
 
@@ -283,7 +398,7 @@ def test_unknown_families_and_types_are_refused_by_name(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(CheckpointError, match="GGUF architecture 'rwkv7' is not read; read are gemma"):
+    with pytest.raises(CheckpointError, match="GGUF architecture 'rwkv7' is not read; read are bloom"):
         open_checkpoint(str(tmp_path / "a.gguf"))
     data = bytearray((tmp_path / "a.gguf").read_bytes())
     at = data.index(b"token_embd.weight") + len(b"token_embd.weight") + 4 + 16
@@ -291,6 +406,22 @@ def test_unknown_families_and_types_are_refused_by_name(tmp_path):
     (tmp_path / "a.gguf").write_bytes(data)
     with pytest.raises(CheckpointError, match="is of GGUF type 999"):
         open_checkpoint(str(tmp_path / "a.gguf"))
+
+
+@pytest.mark.parametrize(("key", "asks", "asks_nothing"), [
+    ("final_logit_softcapping", 30.0, 0.0), ("attention__sliding_window", 8, 0), ("logit_scale", 0.5, 0.0),
+    ("expert_gating_func", 2, 1),
+])  # fmt: skip
+def test_metadata_that_change_what_is_computed_are_read_or_refused(key, asks, asks_nothing, tmp_path):
+    def opened(value: float) -> Checkpoint:
+        path = tmp_path / f"{value}.gguf"
+        return open_checkpoint(
+            str(_written(path, _LLAMA, "llama", **_theta(_LLAMA, "llama"), **{f"llama__{key}": value}))
+        )
+
+    _assert_same(opened(asks_nothing), _LLAMA)
+    with pytest.raises(UnsupportedModelError, match=f"{key.replace('__', '.')} is {asks}, which is not read"):
+        opened(asks)
 
 
 def test_no_damage_surfaces_as_another_error(tmp_path):

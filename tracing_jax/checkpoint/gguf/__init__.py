@@ -12,7 +12,8 @@ import numpy as np
 
 from tracing_jax.arch import Arch
 from tracing_jax.checkpoint.errors import CheckpointError
-from tracing_jax.checkpoint.gguf.config import GGUF_ARCHITECTURES, config_of, plain_config
+from tracing_jax.checkpoint.gguf.config import config_of, plain_config
+from tracing_jax.checkpoint.gguf.families import GGUF_ARCHITECTURES
 from tracing_jax.checkpoint.gguf.header import GgufHeader, read_gguf_header
 from tracing_jax.checkpoint.gguf.names import with_hf_names
 from tracing_jax.checkpoint.gguf.tensors import GgufFile
@@ -21,7 +22,7 @@ from tracing_jax.checkpoint.tensors import TensorStore, joined_stores
 
 __all__ = ["GGUF_ARCHITECTURES", "GgufModel"]
 
-_FORMAT = 1  # raise when the files that are made of metadata change
+_FORMAT = 2  # raise when the files that are made of metadata change
 
 
 class GgufModel:

@@ -1,113 +1,38 @@
 """The metadata of a GGUF file as the config of a Hugging Face model.
 
-A family of llama.cpp is a row: the model type in Hugging Face, and keys beyond those that all have. A key that is
-absent has the default of the config class.
+A key that is absent has the default of the config class; one that changes what a model computes, and that its family
+does not read, is refused.
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from tracing_jax.checkpoint.errors import CheckpointError, UnsupportedMetadataError
+from tracing_jax.checkpoint.gguf.families import GGUF_ARCHITECTURES, GGUF_FAMILIES, Config
 from tracing_jax.checkpoint.gguf.header import GgufHeader
 from tracing_jax.complaints import shortened
 
-Config = dict[str, Any]
-
-_COMMON = {
-    "block_count": "num_hidden_layers",
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "context_length": "max_position_embeddings",
-    "rope.freq_base": "rope_theta",
-}
 _IDS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
+_ASKS = re.compile(
+    r"attention\.(sliding_window(_pattern)?|scale|clamp_kqv|max_alibi_bias|causal|temperature_\w+|key_length_mla)"
+    r"|(attn|final|router)_logit_softcapping|(logit|embedding|residual)_scale|rope\.(dimension_sections|freq_base_swa)"
+    r"|expert_(gating_func|weights_norm|weights_scale|group_count)|use_parallel_residual|nextn_predict_layers"
+    r"|rope\.scaling\.(yarn_(ext_factor|log_multiplier)|attn_factor)"
+)
+"""Keys that change what a model computes: one that a family does not read must ask for nothing."""
 
+_PATTERN = "attention.sliding_window_pattern"
+_ASKS_NOTHING = {"expert_gating_func": 1, "expert_group_count": 1, "rope.scaling.attn_factor": 1, "attention.causal": 1}
+"""Of such keys, values that ask for nothing; of any, 0 does."""
 
-class _Family(NamedTuple):
-    model_type: str
-    keys: Mapping[str, str] = {}
-    common: Mapping[str, str] = _COMMON
-    more: Callable[[Config], Config] = lambda config: {}
-    defaults: Mapping[str, Any] = {}
-
-
-def _mixtral(config: Config) -> Config:
-    return {"model_type": "mixtral", "sliding_window": None} if config.get("num_local_experts") else {}
-
-
-def _gemma2(config: Config) -> Config:
-    """Queries are scaled by the width of a head; in the largest Gemma 2 and 3 by that of the embedding per head."""
-    per_head = config["hidden_size"] // config["num_attention_heads"]
-    largest = config["num_hidden_layers"] in (46, 62)
-    return {"query_pre_attn_scalar": per_head if largest else config.get("head_dim", per_head)}
-
-
-def _phi3(config: Config) -> Config:
-    """A window of 0 is none; the ropes of a head may be on its first dims alone."""
-    head_dim = config["hidden_size"] // config["num_attention_heads"]
-    rope_dims = config.pop("rope_dims", head_dim)
-    return {"sliding_window": config.get("sliding_window") or None, "partial_rotary_factor": rope_dims / head_dim}
-
-
-_EXPERTS = {
-    "expert_count": "num_experts",
-    "expert_used_count": "num_experts_per_tok",
-    "expert_feed_forward_length": "moe_intermediate_size",
-}
-_SHARED = {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"}
-_GEMMA = {
-    "attn_logit_softcapping": "attn_logit_softcapping",
-    "final_logit_softcapping": "final_logit_softcapping",
-    "attention.sliding_window": "sliding_window",
-}
-_FAMILIES = {
-    "llama": _Family(
-        "llama", {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}, more=_mixtral,
-        defaults={"rope_theta": 10000.0},
-    ),
-    "qwen2": _Family("qwen2"),
-    "qwen3": _Family("qwen3"),
-    # How the weights of the selected experts are scaled is no metadata: llama.cpp knows it by the family.
-    "qwen2moe": _Family("qwen2_moe", _EXPERTS | _SHARED, defaults={"norm_topk_prob": False, "decoder_sparse_step": 1}),
-    "qwen3moe": _Family("qwen3_moe", _EXPERTS, defaults={"norm_topk_prob": True, "decoder_sparse_step": 1}),
-    "olmoe": _Family("olmoe", _EXPERTS, defaults={"norm_topk_prob": False, "rope_theta": 10000.0}),
-    "phi3": _Family(
-        "phi3", {"attention.sliding_window": "sliding_window", "rope.dimension_count": "rope_dims",
-                 "rope.scaling.original_context_length": "original_max_position_embeddings"}, more=_phi3,
-        defaults={"rope_theta": 10000.0},
-    ),
-    "gemma": _Family("gemma", defaults={"rope_theta": 10000.0}),
-    "gemma2": _Family("gemma2", _GEMMA, more=_gemma2, defaults={"rope_theta": 10000.0}),
-    "gemma3": _Family(
-        "gemma3_text", _GEMMA | {"rope.freq_base_swa": "rope_local_base_freq"}, more=_gemma2,
-        defaults={"rope_theta": 1e6, "rope_local_base_freq": 10000.0},
-    ),
-    "olmo": _Family("olmo", {"attention.clamp_kqv": "clip_qkv"}, defaults={"rope_theta": 10000.0}),
-    "olmo2": _Family("olmo2"),
-    "granite": _Family(
-        "granite",
-        {"attention.scale": "attention_multiplier", "embedding_scale": "embedding_multiplier",
-         "residual_scale": "residual_multiplier", "logit_scale": "logits_scaling"},
-    ),
-    "gpt2": _Family(
-        "gpt2",
-        common={
-            "block_count": "n_layer", "embedding_length": "n_embd", "feed_forward_length": "n_inner",
-            "attention.head_count": "n_head", "attention.layer_norm_epsilon": "layer_norm_epsilon",
-            "context_length": "n_positions",
-        },
-    ),
+_YARN = {
+    "rope.scaling.yarn_beta_fast": "beta_fast", "rope.scaling.yarn_beta_slow": "beta_slow",
+    "rope.scaling.yarn_attn_factor": "attention_factor",
 }  # fmt: skip
-
-GGUF_ARCHITECTURES = tuple(sorted(_FAMILIES))
-"""Families as llama.cpp names them."""
 
 
 def config_of(header: GgufHeader, factors: Callable[[str], np.ndarray]) -> Config:
@@ -121,21 +46,45 @@ def config_of(header: GgufHeader, factors: Callable[[str], np.ndarray]) -> Confi
       CheckpointError: a family that is not read, or metadata that is missing or has no counterpart.
     """
     name = header.metadata.get("general.architecture")
-    if name not in _FAMILIES:
+    if name not in GGUF_FAMILIES:
         known = ", ".join(GGUF_ARCHITECTURES)
         raise UnsupportedMetadataError(f"GGUF architecture {shortened(repr(name))} is not read; read are {known}")
-    family = _FAMILIES[name]
+    family = GGUF_FAMILIES[name]
     values = {key.removeprefix(f"{name}."): value for key, value in header.metadata.items()}
     keys = {**family.common, **family.keys}
     config: Config = {"model_type": family.model_type, **family.defaults}
-    config |= {ours: _number(key, values[key]) for key, ours in keys.items() if key in values}
+    if asked := [key for key in values if key not in keys and _ASKS.fullmatch(key) and not _asks_nothing(key, values)]:
+        raise UnsupportedMetadataError(
+            f"{asked[0]} is {shortened(values[asked[0]])}, which is not read for models of the architecture {name}"
+        )
+    config |= {ours: _number(key, values[key]) for key, ours in keys.items() if key in values and key != _PATTERN}
     if missing := [key for key in ("block_count", "embedding_length", "attention.head_count") if key not in values]:
         raise CheckpointError(f"its metadata lacks {', '.join(f'{name}.{key}' for key in missing)}; convert it again")
     config |= {ours: int(values[f"tokenizer.ggml.{key}"]) for key, ours in _IDS.items() if _has_id(values, key)}
-    config |= _of_tensors(header) | family.more(config)
-    if family.common is _COMMON:
-        config |= _rope_scaling(header, values, config, factors)
-    return config
+    if _PATTERN in keys and _PATTERN in values:
+        config["layer_types"] = _layer_types(values[_PATTERN], config["num_hidden_layers"])
+    config |= _of_tensors(header)
+    config |= family.more(config)
+    if "rope.freq_base" in family.common:
+        scaling = _rope_scaling(header, values, config, factors)
+        config |= _ropes_by_type(config, scaling) if "_scaled" in config else scaling
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def _asks_nothing(key: str, values: Mapping[str, Any]) -> bool:
+    value = values[key]
+    return not np.any(value) or (key in _ASKS_NOTHING and value == _ASKS_NOTHING[key])
+
+
+def _layer_types(pattern: Any, layers: int) -> list[str]:
+    """Returns the type of each layer: whether each has a window, or after how many layers one has none."""
+    if isinstance(pattern, np.ndarray | list):
+        if len(pattern) != layers:
+            raise UnsupportedMetadataError(f"{_PATTERN} has {len(pattern)} entries for {layers} layers")
+        windows = [bool(entry) for entry in pattern]
+    else:
+        windows = [bool(pattern) and (i + 1) % int(pattern) != 0 for i in range(layers)]
+    return ["sliding_attention" if has else "full_attention" for has in windows]
 
 
 def plain_config(metadata: Mapping[str, Any]) -> Config:
@@ -169,7 +118,7 @@ def _number(key: str, value: Any) -> Any:
 
 
 def _of_tensors(header: GgufHeader) -> Config:
-    """Returns what the tensors say: the size of the vocabulary, a head of its own, and biases."""
+    """Returns what the tensors say: the size of the vocabulary, a head of its own, biases and norms."""
     tensors = header.tensors
     if "token_embd.weight" not in tensors:
         raise CheckpointError("no token_embd.weight in it; it holds no language model")
@@ -178,6 +127,10 @@ def _of_tensors(header: GgufHeader) -> Config:
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
+        "_o_bias": "blk.0.attn_output.bias" in tensors,
+        "_fused_bias": "blk.0.attn_qkv.bias" in tensors,
+        "_qk_norm": "blk.0.attn_q_norm.weight" in tensors,
+        "_second_norm": "blk.0.attn_norm_2.weight" in tensors,
     }
 
 
@@ -196,7 +149,18 @@ def _rope_scaling(
     scaling = {"rope_type": kind, "factor": _number("rope.scaling.factor", values.get("rope.scaling.factor"))}
     if "rope.scaling.original_context_length" in values:
         scaling["original_max_position_embeddings"] = values["rope.scaling.original_context_length"]
+    for key, name in _YARN.items():
+        if key in values:
+            scaling[name] = _number(key, values[key])
+    scaling |= config.pop("_scaling", {})
     return {"rope_scaling": scaling}
+
+
+def _ropes_by_type(config: Config, scaling: Config) -> Config:
+    """Returns the ropes of layers with a window and of those without, of which one kind has the scaling."""
+    plain = {"rope_type": "default", "rope_theta": config.get("rope_theta")}
+    kinds = dict.fromkeys(("full_attention", "sliding_attention"), plain)
+    return {"rope_parameters": kinds | {config["_scaled"]: plain | scaling.get("rope_scaling", {})}}
 
 
 def _llama3(factors: np.ndarray, config: Config) -> Config:

@@ -1,30 +1,42 @@
 """The tensors of a GGUF file under the names and in the layout of transformers: the inverse of llama.cpp's conversion.
 
 llama.cpp renames tensors, stacks the experts of a layer, and for some families changes what a tensor holds: the rows of
-queries and keys of Llama go from halves (those rotated by cosines first) to pairs, Gemma's gains are stored plus one,
-and GPT-2's linear weights transposed. Source: llama.cpp's convert_hf_to_gguf.py.
+queries and keys of Llama go from halves (those rotated by cosines first) to pairs, queries, keys and values that share
+a tensor from one kv head after another to all of a kind together, Gemma's gains are stored plus one, GPT-2's linear
+weights transposed, and gate and up of experts apart. Source: llama.cpp's convert_hf_to_gguf.py.
 """
 
+import functools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+from gguf import MODEL_ARCH_NAMES, TensorNameMap, get_tensor_name_map
 
 from tracing_jax.arch import Arch
-from tracing_jax.checkpoint.derived_tensors import DerivedTensors
+from tracing_jax.checkpoint.derived_tensors import Derived, DerivedTensors
 from tracing_jax.checkpoint.hf_layouts import leaf_layouts
+from tracing_jax.checkpoint.name_patterns import layer_of
 from tracing_jax.checkpoint.safetensors_file import Index, bounds_of
 from tracing_jax.checkpoint.tensor_layout import tensor_shapes
 from tracing_jax.checkpoint.tensors import TensorStore
 
-_IN_PAIRS = ("llama", "granite", "olmo")
+Rows = Callable[[np.ndarray], np.ndarray]
+"""Rows of ours -> their places in a file."""
+
+_IN_PAIRS = ("llama", "granite", "olmo", "smollm3")
 """Families whose queries and keys are stored in pairs."""
 
 _PLUS_ONE = ("gemma", "gemma2", "gemma3")
 """Families whose gains are stored plus one."""
 
+_FROM_HEADS = ("gptneox", "falcon", "bloom")
+"""Families whose queries, keys and values stand together in one tensor, here kind after kind, there head after head."""
+
 _EXPERT = re.compile(r"(?P<before>.*\.experts)\.(?P<number>\d+)(?P<after>\..*)")
+_NORM_OF_HEAD = re.compile(r"(?P<before>.*)\.norms\.(?P<number>\d+)(?P<after>\..*)")
+_FUSED = re.compile(r".*\.experts\.gate_up_proj(?P<bias>_bias)?")
 _GPT2_LINEAR = re.compile(r".*\.(c_attn|c_proj|c_fc)\.weight")
 _USED_ELSEWHERE = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
 
@@ -40,29 +52,68 @@ def with_hf_names(store: TensorStore, architecture: str, arch: Arch) -> TensorSt
     known = set(store.names())
     numbers = {name: number for number, name in MODEL_ARCH_NAMES.items()}
     table = get_tensor_name_map(numbers[architecture], arch.num_layers)
-    derived = {}
+    derived: dict[str, Derived] = {}
+    used = set(_USED_ELSEWHERE)
     for name, shape in tensor_shapes(leaf_layouts(arch).values()).items():
-        expert = _EXPERT.fullmatch(name)
-        plain = f"{expert['before']}{expert['after']}" if expert else name
-        theirs = table.get_name(plain, try_suffixes=(".weight", ".bias"))
+        if fused := _FUSED.fullmatch(name):
+            end = _suffix(fused["bias"])
+            gate, up = (f"blk.{layer_of(name)}.ffn_{part}_exps.{end}" for part in ("gate", "up"))
+            if known.issuperset((gate, up)):
+                derived[name] = _InTurn(store, gate, up, fused["bias"] is not None)
+                used |= {gate, up}
+            continue
+        row = _EXPERT.fullmatch(name) or _NORM_OF_HEAD.fullmatch(name)
+        theirs = _their_name(f"{row['before']}{row['after']}" if row else name, table)
         if theirs in known:
             is_row = shape[:1] == (1,) and store.shape(theirs) == shape[1:]
-            derived[name] = _Converted(store, theirs, *_conversion(name, architecture, arch, expert), is_row)
-    used = {tensor.name for tensor in derived.values()}
-    return DerivedTensors(store, derived, used | _USED_ELSEWHERE)
+            number = int(row["number"]) if row else None
+            derived[name] = _Converted(store, theirs, number, *_conversion(name, architecture, arch), is_row)
+            used.add(theirs)
+    return DerivedTensors(store, derived, used)
 
 
-def _conversion(
-    name: str, architecture: str, arch: Arch, expert: re.Match[str] | None
-) -> tuple[int | None, int | None, bool, bool]:
-    """Returns the fields of `_Converted` from `expert` to `transposed` for a tensor of transformers."""
-    heads = None
+def _their_name(name: str, table: TensorNameMap) -> str | None:
+    """Returns the name that llama.cpp gives to a tensor; None if it has none for it."""
+    name = re.sub(r"\.experts\.down_proj(_bias)?$", lambda m: f".experts.down_proj.{_suffix(m[1])}", name)
+    name = name.replace("e_score_correction_bias", "e_score_correction.bias")
+    name = f"{name}.weight" if name.endswith(".sinks") else name
+    forms = (name, name.removeprefix("transformer."))  # BLOOM's converter leaves the prefix out
+    return next(filter(None, (table.get_name(form, try_suffixes=(".weight", ".bias")) for form in forms)), None)
+
+
+def _suffix(bias: str | None) -> str:
+    return "bias" if bias else "weight"
+
+
+def _conversion(name: str, architecture: str, arch: Arch) -> tuple[Rows | None, bool, bool]:
+    """Returns the fields of `_Converted` from `rows` to `transposed` for a tensor of transformers."""
+    rows: Rows | None = None
     if architecture in _IN_PAIRS:
         queries, keys = arch.num_kv_heads * arch.q_group, arch.num_kv_heads
         heads = next((count for part, count in ((".q_proj.", queries), (".k_proj.", keys)) if part in name), None)
+        rows = None if heads is None else functools.partial(_from_pairs, arch.head_dim)
+    if architecture in _FROM_HEADS and "query_key_value" in name:
+        rows = functools.partial(_from_kinds, arch)
     minus_one = architecture in _PLUS_ONE and name.endswith("norm.weight")
-    transposed = architecture == "gpt2" and _GPT2_LINEAR.fullmatch(name) is not None
-    return (int(expert["number"]) if expert else None), heads, minus_one, transposed
+    is_linear = architecture == "gpt2" and _GPT2_LINEAR.fullmatch(name) is not None
+    is_down = architecture == "gpt-oss" and name.endswith(".experts.down_proj")
+    return rows, minus_one, is_linear or is_down
+
+
+def _from_pairs(width: int, rows: np.ndarray) -> np.ndarray:
+    """Returns the places of rows in a tensor that has those of each head in pairs, where ours have them in halves."""
+    half, place = np.divmod(rows % width, width // 2)
+    return rows - rows % width + 2 * place + half
+
+
+def _from_kinds(arch: Arch, rows: np.ndarray) -> np.ndarray:
+    """Returns the places of rows in a tensor with all queries, all keys and all values, where ours go by kv head."""
+    width, group, kv_heads = arch.head_dim, arch.q_group, arch.num_kv_heads
+    head, within = np.divmod(rows, (group + 2) * width)
+    kind = np.maximum(within // width - group + 1, 0)  # 0 queries, 1 keys, 2 values
+    queries = head * group * width + within
+    others = (kv_heads * (group + kind - 1) + head) * width + within % width
+    return np.where(kind == 0, queries, others)
 
 
 @dataclass(frozen=True)
@@ -72,17 +123,17 @@ class _Converted:
     Attributes:
       store: the tensors of the file.
       name: of the tensor there.
-      expert: which of the stacked experts it is.
-      heads: how many heads its rows belong to, if those of a head are stored in pairs.
+      number: which of the stacked experts, or heads, it is.
+      rows: the places of our rows there, where they are in another order.
       minus_one: whether it is stored plus one.
-      transposed: whether it is stored transposed.
+      transposed: whether its last two axes are exchanged.
       is_row: whether it is a matrix of one row, stored as a vector, as versions of llama.cpp's conversion did.
     """
 
     store: TensorStore
     name: str
-    expert: int | None = None
-    heads: int | None = None
+    number: int | None = None
+    rows: Rows | None = None
     minus_one: bool = False
     transposed: bool = False
     is_row: bool = False
@@ -92,8 +143,8 @@ class _Converted:
         shape = self.store.shape(self.name)
         if self.is_row:
             return (1, *shape)
-        shape = shape if self.expert is None else shape[1:]
-        return shape[::-1] if self.transposed else shape
+        shape = shape if self.number is None else shape[1:]
+        return (*shape[:-2], *shape[-1:-3:-1]) if self.transposed else shape
 
     @property
     def dtype(self) -> np.dtype:
@@ -104,22 +155,49 @@ class _Converted:
         if self.is_row:
             return self.store.read(self.name, bounds[1:])[None][bounds[0]]
         if self.transposed:
-            return np.ascontiguousarray(self.store.read(self.name, bounds[::-1]).T)
-        if self.heads is not None:
-            return self._in_halves(bounds)
-        if self.expert is not None:
-            return self.store.read(self.name, (slice(self.expert, self.expert + 1), *bounds))[0]
+            *first, rows, columns = bounds
+            found = self.store.read(self.name, (*first, columns, rows))
+            return np.ascontiguousarray(found.swapaxes(-1, -2))
+        if self.rows is not None:
+            return self._in_our_order(self.rows, bounds)
+        if self.number is not None:
+            return self.store.read(self.name, (slice(self.number, self.number + 1), *bounds))[0]
         found = self.store.read(self.name, bounds)
         return (found.astype(np.float32) - 1).astype(self.dtype) if self.minus_one else found
 
-    def _in_halves(self, bounds: Index) -> np.ndarray:
-        """Returns rows of the tensor with those of each head in halves, read from a file that has them in pairs."""
-        assert self.heads is not None
-        size = self.shape[0] // self.heads
+    def _in_our_order(self, order: Rows, bounds: Index) -> np.ndarray:
+        """Returns rows of the tensor in our order, read from a file that has them in another."""
         rows = np.arange(bounds[0].start, bounds[0].stop)
         if not len(rows):
             return self.store.read(self.name, bounds)
-        half, place = np.divmod(rows % size, size // 2)
-        stored = rows - rows % size + 2 * place + half
+        stored = order(rows)
         first = int(stored.min())
         return self.store.read(self.name, (slice(first, int(stored.max()) + 1), *bounds[1:]))[stored - first]
+
+
+@dataclass(frozen=True)
+class _InTurn:
+    """Gate and up of all experts in turn, `[E, D, 2F]` or as biases `[E, 2F]`; a file has each apart, `[E, F, D]`."""
+
+    store: TensorStore
+    gate: str
+    up: str
+    is_bias: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        experts, units, *ins = self.store.shape(self.gate)
+        return (experts, *ins, 2 * units)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.store.dtype(self.gate)
+
+    def read(self, index: Index = ()) -> np.ndarray:
+        experts, *ins, columns = bounds_of(index, self.shape)
+        units = slice(columns.start // 2, -(-columns.stop // 2))
+        both = np.stack([self.store.read(name, (experts, units, *ins)) for name in (self.gate, self.up)], axis=2)
+        turned = both.reshape(both.shape[0], -1, *both.shape[3:])  # units of gate and up in turn
+        start = columns.start - 2 * units.start
+        found = turned[:, start : start + columns.stop - columns.start]
+        return np.ascontiguousarray(found if self.is_bias else found.swapaxes(-1, -2))
