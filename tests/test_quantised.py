@@ -167,18 +167,32 @@ def packed_int32(values: np.ndarray, bits: int, axis: int, order: tuple[int, ...
     return np.moveaxis(np.array(total, np.uint64).astype(np.uint32).view(np.int32), -1, axis)
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+def in_three_words(values: np.ndarray, bits: int, axis: int) -> np.ndarray:
+    """Words of 3-bit integers as AutoGPTQ lays them out: ten, one of which two bits are left, ten, one, ten."""
+    assert bits == 3
+    values = np.moveaxis(values, axis, -1)
+    q = values.reshape(*values.shape[:-1], -1, 32).astype(np.uint64)
+    first = sum(q[..., k] << np.uint64(3 * k) for k in range(10)) + ((q[..., 10] & np.uint64(3)) << np.uint64(30))
+    second = (q[..., 10] >> np.uint64(2)) + sum(q[..., 11 + k] << np.uint64(3 * k + 1) for k in range(10))
+    second += (q[..., 21] & np.uint64(1)) << np.uint64(31)
+    third = (q[..., 21] >> np.uint64(1)) + sum(q[..., 22 + k] << np.uint64(3 * k + 2) for k in range(10))
+    words = np.stack([first, second, third], axis=-1).reshape(*values.shape[:-1], -1)
+    return np.moveaxis(words.astype(np.uint32).view(np.int32), -1, axis)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("sorted_inputs", [False, True])
 @pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
 def test_gptq(bits, sorted_inputs, version, tmp_path):
-    inputs, out, group = 64, 48, 16
+    inputs, out, group = 64, 96, 16
     q = RNG.integers(0, 1 << bits, size=(inputs, out))
     zeros = RNG.integers(1, 1 << bits, size=(inputs // group, out))
     scales = RNG.random((inputs // group, out)).astype(np.float16)
+    pack = in_three_words if bits == 3 else packed_int32
     groups = RNG.permutation(np.arange(inputs) // group) if sorted_inputs else np.arange(inputs) // group
     stored_zeros = zeros if version == "gptq_v2" else zeros - 1
     parts = {
-        "qweight": packed_int32(q, bits, 0), "qzeros": packed_int32(stored_zeros, bits, 1), "scales": scales,
+        "qweight": pack(q, bits, 0), "qzeros": pack(stored_zeros, bits, 1), "scales": scales,
         "g_idx": groups.astype(np.int32), "bias": np.zeros(out, np.float16),
     }  # fmt: skip
     if not sorted_inputs:
@@ -274,7 +288,7 @@ def test_four_bit_equals_bitsandbytes(kind, nested, tmp_path):
     [
         ({f"{STEM}qweight": (8, 8)}, {"quant_method": "marlin"}, "qweight by the method 'marlin'"),
         ({f"{STEM}qweight": (8, 8)}, {}, "qweight by the method ''"),
-        ({f"{STEM}qweight": (8, 8)}, {"quant_method": "gptq", "bits": 3}, "GPTQ with 3 bits"),
+        ({f"{STEM}qweight": (8, 8)}, {"quant_method": "gptq", "bits": 5}, "GPTQ with 5 bits"),
         ({f"{STEM}qweight": (8, 8)}, {"quant_method": "gptq", "bits": 4}, r"missing .*qzeros, .*scales"),
         ({f"{STEM}qweight": (8, 8)}, {"quant_method": "awq", "version": "gemv"}, "AWQ of version gemv"),
         (

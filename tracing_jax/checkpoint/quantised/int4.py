@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tracing_jax.checkpoint.quantised.found import Found, QuantisedError
-from tracing_jax.checkpoint.quantised.packing import block_sizes, scale_bounds, spread, unpacked, words_of
+from tracing_jax.checkpoint.quantised.packing import block_sizes, period, scale_bounds, spread, unpacked, words_of
 from tracing_jax.checkpoint.safetensors_file import Index, bounds_of
 from tracing_jax.checkpoint.tensors import TensorStore
 
@@ -51,11 +51,10 @@ class Gptq:
 
     def read(self, index: Index = ()) -> np.ndarray:
         rows, inputs = bounds_of(index, self.shape)
-        per_word = 32 // self.bits
-        words, within = words_of(inputs, per_word)
+        words, within = words_of(inputs, *period(self.bits))
         values = unpacked(self.store.read(f"{self.stem}qweight", (words, rows)), self.bits, 0)[within]
         groups = self._groups(inputs)
-        zero_words, zeros_within = words_of(rows, per_word)
+        zero_words, zeros_within = words_of(rows, *period(self.bits))
         zeros = unpacked(self.store.read(f"{self.stem}qzeros", (slice(None), zero_words)), self.bits, 1)
         zeros = (zeros[:, zeros_within] + self.zero_offset) & ((1 << self.bits) - 1)
         scales = self.store.read(f"{self.stem}scales", (slice(None), rows)).astype(np.float32)
@@ -154,12 +153,14 @@ def find_gptq_or_awq(store: TensorStore, settings: Mapping[str, Any]) -> Found:
 def _find_gptq(store: TensorStore, settings: Mapping[str, Any], stems: list[str]) -> Found:
     found, names = Found("GPTQ"), set(store.names())
     bits = settings.get("bits")
-    if bits not in (2, 4, 8):
-        raise QuantisedError(f"GPTQ with {bits} bits: 2, 4 and 8 are read; use the original checkpoint")
+    if bits not in (2, 3, 4, 8):
+        raise QuantisedError(f"GPTQ with {bits} bits: 2, 3, 4 and 8 are read; use the original checkpoint")
     offset = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
     for stem in stems:
         _require(names, stem, ("qzeros", "scales"))
         words, out = store.shape(f"{stem}qweight")
+        if words % period(bits)[1]:
+            raise QuantisedError(f"{stem}qweight has {words} rows of words, expected a multiple of {period(bits)[1]}")
         inputs, groups = words * 32 // bits, store.shape(f"{stem}scales")[0]
         tensor = Gptq(store, stem, bits, -(-inputs // max(groups, 1)), offset, f"{stem}g_idx" in names)
         _expect(store, f"{stem}scales", (groups, out))

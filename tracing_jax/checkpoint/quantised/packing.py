@@ -15,10 +15,13 @@ def unpacked(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
     """Returns the integers of `bits` bits each that words hold along an axis, the lowest bits first, as int32.
 
     Args:
-      words: int32, or uint8; 32 or 8 is a multiple of `bits`.
+      words: int32, or uint8. Where 32 is no multiple of `bits`, integers may go from one word into the next, and the
+        number of words is a multiple of `bits`.
       bits: of an integer.
       axis: along which the integers of a word follow one another.
     """
+    if words.dtype.itemsize * 8 % bits:
+        return _across_words(words, bits, axis)
     per_word = words.dtype.itemsize * 8 // bits
     unsigned = np.moveaxis(words, axis, -1).view(f"u{words.dtype.itemsize}")[..., None]
     shifts = np.arange(per_word, dtype=unsigned.dtype) * unsigned.dtype.type(bits)
@@ -27,11 +30,35 @@ def unpacked(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
     return np.moveaxis(flat, -1, axis)
 
 
-def words_of(span: slice, per_word: int) -> tuple[slice, slice]:
-    """Returns the words that hold a range of units, and where the range is in what they hold."""
+def _across_words(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
+    """Returns the integers in a stream of bits that runs through words of 32: `bits` words hold 32 of them."""
+    last = np.moveaxis(words, axis, -1)
+    periods = last.shape[-1] // bits
+    stream = np.ascontiguousarray(last).view(np.uint32).reshape(*last.shape[:-1], periods, bits).astype(np.uint64)
+    following = np.concatenate([stream[..., 1:], np.zeros_like(stream[..., :1])], axis=-1)
+    word, shift = np.divmod(np.arange(32) * bits, 32)
+    both = stream | following << np.uint64(32)
+    values = (both[..., word] >> shift.astype(np.uint64)) & np.uint64((1 << bits) - 1)
+    return np.moveaxis(values.reshape(*last.shape[:-1], 32 * periods).astype(np.int32), -1, axis)
+
+
+def words_of(span: slice, per_word: int, words: int = 1) -> tuple[slice, slice]:
+    """Returns the words that hold a range of units, and where the range is in what they hold.
+
+    Args:
+      span: the range.
+      per_word: units that so many `words` hold.
+      words: which go together.
+    """
     first = span.start // per_word
     last = max(first, -(-span.stop // per_word))
-    return slice(first, last), slice(span.start - first * per_word, span.stop - first * per_word)
+    within = slice(span.start - first * per_word, span.stop - first * per_word)
+    return slice(first * words, last * words), within
+
+
+def period(bits: int) -> tuple[int, int]:
+    """Returns how many integers of so many bits are in the fewest words of 32 bits that hold whole ones, and those."""
+    return (32, bits) if 32 % bits else (32 // bits, 1)
 
 
 def block_sizes(shape: Sequence[int], scale_shape: Sequence[int], given: Sequence[int] = ()) -> tuple[int, ...] | None:
