@@ -1,11 +1,13 @@
 """Models that are read by their weights alone: what is found in them, and what is said of pairs."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from tests import foreign_layouts as layouts
 from tests.foreign_layouts import D, E, F, V
@@ -141,6 +143,30 @@ def test_a_gguf_file_of_a_family_that_is_not_supported_is_read_by_its_weights(tm
         stored = tensors[f"blk.2.ffn_{name}_exps.weight"]
         np.testing.assert_array_equal(mlp[f"{name}_proj"]["kernel"], stored.swapaxes(1, 2))
     np.testing.assert_array_equal(model.head()["lm_head"]["kernel"], tensors["output.weight"].T)
+
+
+def test_an_adapter_is_merged_into_a_base_that_is_read_by_its_weights(tmp_path):
+    tensors = layouts.baichuan(0)
+    base, adapter, rng = tmp_path / "base", tmp_path / "adapter", np.random.default_rng(0)
+    plain = _opened(base, layouts.baichuan, tensors)
+    adapter.mkdir()
+    a, b = rng.normal(size=(2, D)).astype(np.float32), rng.normal(size=(F, 2)).astype(np.float32)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "base_model_name_or_path": str(base)}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    at = "base_model.model.model.layers.1.mlp.up_proj.lora_"
+    save_file({f"{at}A.weight": a, f"{at}B.weight": b}, adapter / "adapter_model.safetensors")
+    with pytest.raises(UnsupportedModelError, match="is not supported"):
+        open_checkpoint(str(adapter))
+    merged = open_checkpoint(str(adapter), weights_only=WeightsOnly())
+    for i in range(layouts.LAYERS):
+        before, after = (model.layer(i)["mlp"]["up_proj"]["kernel"] for model in (plain, merged))
+        np.testing.assert_allclose(after, before + (i == 1) * 3 * (b @ a).T, rtol=0, atol=1e-5)
+    end = {f"base_model.model.lm_head.lora_{name}.weight": np.ones(shape, np.float32)
+           for name, shape in (("A", (2, D)), ("B", (V, 2)))}  # fmt: skip
+    save_file(end, adapter / "adapter_model.safetensors")
+    (base / "config.json").write_text(json.dumps({"model_type": "baichuan"}))
+    with pytest.raises(CheckpointError, match="they may be tied; merge it with PEFT"):
+        open_checkpoint(str(adapter), weights_only=WeightsOnly())
 
 
 def test_a_component_is_a_model_of_its_own(tmp_path):

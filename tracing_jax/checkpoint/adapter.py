@@ -17,7 +17,7 @@ from absl import logging
 from tracing_jax.checkpoint.derived_tensors import Alias, DerivedTensors
 from tracing_jax.checkpoint.errors import CheckpointError
 from tracing_jax.checkpoint.merged_tensors import LowRank, MergedTensors, Updates, olora, pissa
-from tracing_jax.checkpoint.name_patterns import ignored_notes
+from tracing_jax.checkpoint.name_patterns import ignored_notes, plain_names
 from tracing_jax.checkpoint.tensors import TensorStore, listing, open_file, read_json
 from tracing_jax.complaints import grouped, shortened
 
@@ -41,6 +41,12 @@ _NAME = re.compile(
     r"|(?P<tokens>token_adapter\.trainable_tokens_delta(\.default)?)"
     r"|(modules_to_save\.(default\.)?|base_layer\.)?(?P<leaf>weight|bias))"
 )
+
+
+_AT_THE_ENDS = re.compile(
+    r"lora_embedding_|token_adapter|embed|\b(wte|wpe|lm_head|output_layer)\.|^base_model\.model\.output\."
+)
+"""In the name of a tensor of an adapter: it changes the embedding or the head."""
 
 
 def is_adapter(folder: Path) -> bool:
@@ -87,6 +93,26 @@ def merged(base: TensorStore, folder: Path, tied: tuple[str, str] | None = None,
         return MergedTensors(base, adapter, _planned_updates(base, adapter, config, tied, shared), [folder / _CONFIG])
     except CheckpointError as error:
         raise CheckpointError(*(f"{adapter.files()[0]}: {problem}" for problem in error.problems)) from error
+
+
+def merged_by_weights(base: TensorStore, folder: Path, config: Mapping[str, Any]) -> TensorStore:
+    """As `merged`, of a base that is read by its weights alone, of which it is not known how its head is tied.
+
+    Args:
+        base: The tensors of the base, under plain names.
+        folder: Of the adapter.
+        config: Of the base, as plain data.
+
+    Raises:
+        CheckpointError: As `merged`; or the adapter trained the embedding or the head, and they may be tied.
+    """
+    trained = [name for name in _open_adapter(folder).names() if _AT_THE_ENDS.search(name)]
+    if trained and config.get("tie_word_embeddings") is not False:
+        raise CheckpointError(
+            f"{folder}: {shortened(trained[0])} changes the embedding or the head of a base that is read by its "
+            "weights alone, and they may be tied; merge it with PEFT"
+        )
+    return merged(base, folder)
 
 
 def _trains(name: str, tied: tuple[str, str]) -> bool:
@@ -238,7 +264,8 @@ def _part_of(match: re.Match[str]) -> tuple[str, str]:
 
 def _target(name: str, known: set[str]) -> str | None:
     """`name` as the base spells it: checkpoints of a bare backbone (GPT-2) lack the first component."""
-    return next((spelling for spelling in (name, name.partition(".")[2]) if spelling in known), None)
+    plain = next(iter(plain_names([name], ())))  # without `language_model`, as the names of the base
+    return next((spelling for spelling in (name, name.partition(".")[2], plain) if spelling in known), None)
 
 
 def _low_rank(

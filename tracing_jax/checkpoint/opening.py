@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from absl import logging
 
 from tracing_jax.arch import WEIGHTS_ONLY, Arch, UnsupportedModelError, read_arch_and_notes, read_raw_config
-from tracing_jax.checkpoint.adapter import base_id, is_adapter, merged
+from tracing_jax.checkpoint.adapter import base_id, is_adapter, merged, merged_by_weights
 from tracing_jax.checkpoint.checkpoint import Checkpoint
 from tracing_jax.checkpoint.derived_tensors import RenamedTensors
 from tracing_jax.checkpoint.errors import CheckpointError
@@ -80,13 +80,13 @@ def open_checkpoint(
     """
     found = resolve(model_id, cache_dir, weights=not in_ranges)
     if weights_only is not None and weights_only.is_forced:
-        return _open_weights(found, cache_dir, in_ranges, weights_only)
+        return _open_weights(found, cache_dir, in_ranges, weights_only, adapter_base=adapter_base)
     try:
         return _open_supported(found, cache_dir, in_ranges, adapter_base)
     except UnsupportedModelError as error:
-        if weights_only is None or is_adapter(found.folder):
+        if weights_only is None:
             raise
-        return _open_weights(found, cache_dir, in_ranges, weights_only, error)
+        return _open_weights(found, cache_dir, in_ranges, weights_only, error, adapter_base)
 
 
 def _open_supported(
@@ -148,6 +148,7 @@ def _open_weights(
     in_ranges: bool,
     options: WeightsOnly,
     refused: UnsupportedModelError | None = None,
+    adapter_base: str | None = None,
 ) -> Checkpoint:
     """Opens a model by the names and shapes of its tensors, and by their numbers where these leave a doubt.
 
@@ -157,8 +158,9 @@ def _open_weights(
       in_ranges: see `open_checkpoint`.
       options: a layout or a component, if given.
       refused: why the config is not supported.
+      adapter_base: see `open_checkpoint`.
     """
-    folder, config, store, notes = _plain_tensors(found, cache_dir, in_ranges)
+    folder, config, store, notes = _plain_tensors(found, cache_dir, in_ranges, adapter_base)
     try:
         description = _described(found, config, store, options)
         built = build(description, store, str(config.get("model_type") or "unknown"))
@@ -174,9 +176,18 @@ def _open_weights(
 
 
 def _plain_tensors(
-    found: CheckpointFolder, cache_dir: str | None, in_ranges: bool
+    found: CheckpointFolder,
+    cache_dir: str | None,
+    in_ranges: bool,
+    adapter_base: str | None = None,
+    above: tuple[Path, ...] = (),
 ) -> tuple[Path, dict[str, Any], TensorStore, list[str]]:
     """Returns the folder of config and tokenizer, the config as plain data, and the tensors under plain names."""
+    if is_adapter(found.folder):
+        chain = (*above, found.folder.resolve())
+        base = _base_below(found, cache_dir, adapter_base, chain)
+        folder, config, below, notes = _plain_tensors(base, cache_dir, False, above=chain)
+        return folder, config, merged_by_weights(below, found.folder, config), notes
     if found.gguf:
         model = GgufModel(found.gguf)
         folder, notes = model.description(of_any_family=True)
@@ -228,9 +239,7 @@ def _open_gguf(paths: tuple[Path, ...]) -> _Files:
 def _open_adapter(
     found: CheckpointFolder, cache_dir: str | None, adapter_base: str | None, chain: tuple[Path, ...]
 ) -> _Files:
-    base = _resolve_base(found, cache_dir, adapter_base)
-    if base.folder.resolve() in chain or len(chain) > _MOST_ADAPTERS:
-        raise CheckpointError(f"{found.id}: its base is an adapter that has it as its base: {listed(chain)}")
+    base = _base_below(found, cache_dir, adapter_base, chain)
     files = _open_files(base, cache_dir, False, None, chain)
     # What the base ties decides what the adapter changes, so the base is settled before anything is merged into it.
     arch, tensors, notes = tied_as_stored(files.arch, files.tensors)
@@ -240,6 +249,16 @@ def _open_adapter(
     return files._replace(
         tensors=changed, tokenizer_folder=tokenizer, notes=tuple(dict.fromkeys((*files.notes, *notes)))
     )
+
+
+def _base_below(
+    found: CheckpointFolder, cache_dir: str | None, adapter_base: str | None, chain: tuple[Path, ...]
+) -> CheckpointFolder:
+    """Returns the folder of an adapter's base, which is none of the adapters above it."""
+    base = _resolve_base(found, cache_dir, adapter_base)
+    if base.folder.resolve() in chain or len(chain) > _MOST_ADAPTERS:
+        raise CheckpointError(f"{found.id}: its base is an adapter that has it as its base: {listed(chain)}")
+    return base
 
 
 def _resolve_base(adapter: CheckpointFolder, cache_dir: str | None, given: str | None) -> CheckpointFolder:
