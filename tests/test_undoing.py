@@ -125,6 +125,15 @@ def test_aligning_a_model_disguised_in_every_way_is_aligning_the_model(name, bac
     assert found.undone["padding"]["units"] > 0
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_disguises_in_any_order_are_undone(seed):
+    rng = np.random.default_rng(seed)
+    name = list(ARCHS)[rng.integers(len(ARCHS))]
+    base = in_float64(ARCHS[name]())
+    order = rng.permutation(existing(base.arch))[: rng.integers(3, 7)]
+    check_law(base, finetuned(base), ",".join(order))
+
+
 @pytest.mark.parametrize("disguise", DISGUISE_NAMES)
 def test_each_disguise_alone_is_undone(disguise):
     base = in_float64(tiny.mixtral())
