@@ -374,8 +374,8 @@ def _gguf_level(family: str) -> str:
 
     from tracing_jax.checkpoint.gguf.families import GGUF_FAMILIES
 
-    if family in {row.model_type for row in GGUF_FAMILIES.values()} | {"mistral", "mixtral", "olmo3"}:
-        return "forward"  # the last three are under llama.cpp's names for others
+    if family in {row.model_type for row in GGUF_FAMILIES.values()} | {"mistral", "mixtral", "olmo3", "deepseek_v3"}:
+        return "forward"  # the last four are under llama.cpp's names for others
     plain = {re.sub(r"[-_]|text$", "", name): name for name in MODEL_ARCH_NAMES.values()}
     found = plain.get(re.sub(r"[-_]|text$", "", family))
     return "" if found is None else "weights"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from parity_cases import CASES, LIVE_CASES, Case
 
-from tracing_jax.arch import Arch, UnsupportedModelError
+from tracing_jax.arch import Arch, LatentAttention, UnsupportedModelError
 from tracing_jax.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from tracing_jax.checkpoint.gguf import GGUF_ARCHITECTURES
 from tracing_jax.checkpoint.gguf.header import GgufTensor, read_gguf_header
@@ -65,7 +65,7 @@ def _written(
     stacks: dict[str, list[np.ndarray]] = {}
     for name, shape in tensor_shapes(leaf_layouts(arch).values()).items():
         weight = _as_llama_cpp(name, architecture, arch, case.weight(name, shape).astype(np.float32))
-        for part, piece in _apart(name, weight):
+        for part, piece in _apart(name, arch, weight):
             plain = re.sub(r"\.(experts|norms)\.\d+\.", lambda m: ".experts." if m[1] == "experts" else ".", part)
             plain = plain.replace("e_score_correction_bias", "e_score_correction.bias")
             forms = (plain, plain.removeprefix("transformer."))
@@ -85,8 +85,13 @@ def _written(
     return path
 
 
-def _apart(name: str, weight: np.ndarray) -> list[tuple[str, np.ndarray]]:
+def _apart(name: str, arch: Arch, weight: np.ndarray) -> list[tuple[str, np.ndarray]]:
     """Returns the tensors that llama.cpp makes of one: of experts of gpt-oss gate and up apart, units before inputs."""
+    if name.endswith(".kv_b_proj.weight"):
+        assert arch.latent is not None
+        by_head = weight.reshape(arch.num_kv_heads * arch.q_group, -1, weight.shape[1])
+        keys, values = np.split(by_head, [arch.latent.nope_dim], axis=1)
+        return [(name.replace("kv_b", "k_b"), keys.swapaxes(1, 2)), (name.replace("kv_b", "v_b"), values)]
     if name.endswith(".sinks"):
         return [(f"{name}.weight", weight)]
     if "gate_up_proj" in name and ".experts." in name:
@@ -112,9 +117,11 @@ def _add_sizes(writer: gguf.GGUFWriter, case: Case, arch: Arch) -> None:
         writer.add_layer_norm_eps(arch.norm_eps)
     if arch.num_positions is not None:
         return
-    if "gpt_neox" not in case.name and "mpt" not in case.name:  # of which the converter writes no such number
+    if (
+        arch.latent is None and "gpt_neox" not in case.name and "mpt" not in case.name
+    ):  # of which the converter writes no such number
         writer.add_head_count_kv(arch.num_kv_heads)
-    if "head_dim" in case.config:
+    if "head_dim" in case.config and arch.latent is None:
         writer.add_key_length(arch.head_dim)
     if not arch.norm.startswith("layer_norm"):
         writer.add_layer_norm_rms_eps(arch.norm_eps)
@@ -126,13 +133,15 @@ def _add_sizes(writer: gguf.GGUFWriter, case: Case, arch: Arch) -> None:
             writer.add_expert_shared_feed_forward_length(case.config["shared_expert_intermediate_size"])
     if case.config["model_type"] == "phi3":
         _add_phi3(writer, case)
-    elif 0 < arch.rotary_dim < arch.head_dim:
+    elif 0 < arch.rotary_dim < arch.head_dim and arch.latent is None:
         writer.add_rope_dimension_count(arch.rotary_dim)
     for key, attribute in _ROUTED.items():
-        if attribute in case.config and case.config["model_type"] == "glm4_moe":
+        if attribute in case.config and case.config["model_type"] in ("glm4_moe", "deepseek_v2", "deepseek_v3"):
             value = case.config[attribute]
             add = writer.add_bool if isinstance(value, bool) else writer.add_float32 if "scale" in key else None
-            (add or writer.add_uint32)(f"glm4moe.{key}", value)
+            (add or writer.add_uint32)(f"{writer.arch}.{key}", value)
+    if arch.latent is not None:
+        _add_latent(writer, arch.latent)
     rope = case.config.get("rope_parameters") or {}
     rope = rope.get("full_attention", rope)
     if rope.get("rope_type") == "yarn":
@@ -156,6 +165,18 @@ _ROUTED = {
     "expert_group_count": "n_group",
     "expert_group_used_count": "topk_group",
 }
+
+
+def _add_latent(writer: gguf.GGUFWriter, latent: LatentAttention) -> None:
+    """Adds the widths of attention by latents, whose keys and values llama.cpp takes for one kv head of the latent."""
+    if latent.q_rank is not None:
+        writer.add_q_lora_rank(latent.q_rank)
+    writer.add_kv_lora_rank(latent.kv_rank)
+    writer.add_rope_dimension_count(latent.rope_dim)
+    writer.add_key_length(latent.kv_rank + latent.rope_dim)
+    writer.add_value_length(latent.kv_rank)
+    writer.add_key_length_mla(latent.nope_dim + latent.rope_dim)
+    writer.add_value_length_mla(latent.v_dim)
 
 
 def _add_phi3(writer: gguf.GGUFWriter, case: Case) -> None:
@@ -215,6 +236,16 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "gpt_oss-yarn": {"swiglu_limit": 7.0, "swiglu_alpha": 1.702},
     "glm4_moe-default": {"routed_scaling_factor": 1.75},  # which float32 holds
 }
+_CHANGES |= {
+    f"deepseek_{name}": {"routed_scaling_factor": 1.75} for name in ("v2-default", "v3-groups", "v3-no_q_latent")
+}
+_CHANGES["deepseek_v2-mscale"] = {  # which llama.cpp has only where both are one number
+    "routed_scaling_factor": 1.75,
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 777.0, "factor": 5.0, "original_max_position_embeddings": 24, "mscale": 0.75,
+        "mscale_all_dim": 0.75,
+    },
+}  # fmt: skip
 _MORE_FACTS: dict[str, tuple[str, dict[str, Any]]] = {
     "seed_oss-biases": ("seed_oss", {}),
     "ernie4_5-biases": ("ernie4_5", {}),
@@ -242,6 +273,10 @@ _MORE_FACTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss-yarn": ("gpt-oss", {}),
     "minimax_m2-default": ("minimax-m2", _SIGMOID),
     "glm4_moe-default": ("glm4moe", _SIGMOID),
+    "deepseek_v2-default": ("deepseek2", {}),
+    "deepseek_v2-mscale": ("deepseek2", {"rope.scaling.yarn_log_multiplier": 0.075}),
+    "deepseek_v3-groups": ("deepseek2", _SIGMOID),
+    "deepseek_v3-no_q_latent": ("deepseek2", _SIGMOID),
 }
 
 
@@ -258,7 +293,7 @@ def test_facts_and_weights_of_further_families_are_those_that_llama_cpp_was_give
 
 
 def _assert_same_facts(found: Arch, expected: Arch) -> None:
-    floats = ("norm_eps", "rope_frequencies", "rope_amplitudes", "logit_scale", "clip_qkv")
+    floats = ("norm_eps", "rope_frequencies", "rope_amplitudes", "logit_scale", "clip_qkv", "attention_scale")
     for fact in floats:
         ours, theirs = getattr(found, fact), getattr(expected, fact)
         assert (ours is None) == (theirs is None), fact

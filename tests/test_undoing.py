@@ -125,6 +125,7 @@ def test_aligning_a_model_disguised_in_every_way_is_aligning_the_model(name, bac
     assert found.undone["padding"]["units"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_disguises_in_any_order_are_undone(seed):
     rng = np.random.default_rng(seed)

@@ -153,6 +153,29 @@ def _gpt_oss(config: Config) -> Config:
     return {"intermediate_size": config["_units"], "_scaling": {"truncate": False}, "rope_scaling": rope}
 
 
+def _deepseek2(config: Config) -> Config:
+    """DeepSeek-V2, whose router has a softmax, or V3; widths of heads are under other keys where keys are absorbed.
+
+    Raises:
+      UnsupportedMetadataError: an old file of a model that may have groups of experts, of which it says nothing.
+    """
+    rope, experts = config["qk_rope_head_dim"], config.get("n_routed_experts", 0)
+    if "n_group" not in config and experts > _EXPERTS_WITHOUT_GROUPS:
+        raise UnsupportedMetadataError(f"expert_group_count is missing, and {experts} experts may be in groups")
+    is_third = config.get("_scores") == _SIGMOID
+    grouped = config.get("n_group", 1) > config.get("topk_group", 1)
+    scale = {
+        name: 10 * config["_log_multiplier"] for name in ("mscale", "mscale_all_dim") if "_log_multiplier" in config
+    }
+    return {
+        "model_type": "deepseek_v3" if is_third else "deepseek_v2",
+        "num_key_value_heads": config["num_attention_heads"],
+        "qk_nope_head_dim": config.get("_key_mla", config.get("_key")) - rope,
+        "v_head_dim": config.get("_value_mla", config.get("_value")),
+        "_scaling": scale,
+    } | ({} if is_third else {"topk_method": "group_limited_greedy" if grouped else "greedy"})
+
+
 def _glm4_moe(config: Config) -> Config:
     """The layers that predict further tokens are counted among the others."""
     later = config.get("num_nextn_predict_layers", 0)
@@ -167,6 +190,7 @@ _EXPERTS = {
 }
 _LAYER_NORM = COMMON | {"attention.layer_norm_epsilon": "layer_norm_eps"}
 _OLD = {"rope_theta": 10000.0}  # of files whose ropes have no base in the metadata
+_EXPERTS_WITHOUT_GROUPS = 64  # of DeepSeek-V2-Lite and Moonlight; larger ones have groups or say that they have not
 _SIGMOID = 2  # of llama.cpp's functions of scores
 _DIMS = {"rope.dimension_count": "_rope_dims"}
 _WINDOWS = {"attention.sliding_window": "sliding_window", "attention.sliding_window_pattern": "layer_types"}
@@ -191,6 +215,13 @@ _MPT = {
     "block_count": "n_layers", "embedding_length": "d_model", "attention.head_count": "n_heads",
     "attention.layer_norm_epsilon": "layer_norm_epsilon", "context_length": "max_seq_len",
     "attention.clamp_kqv": "_clip", "attention.max_alibi_bias": "_slope",
+}  # fmt: skip
+_LATENT = {
+    "attention.q_lora_rank": "q_lora_rank", "attention.kv_lora_rank": "kv_lora_rank",
+    "rope.dimension_count": "qk_rope_head_dim", "attention.head_count_kv": "_kv_heads",
+    "attention.key_length": "_key", "attention.value_length": "_value",
+    "attention.key_length_mla": "_key_mla", "attention.value_length_mla": "_value_mla",
+    "rope.scaling.yarn_log_multiplier": "_log_multiplier",
 }  # fmt: skip
 _ROUTED = {
     "expert_count": "n_routed_experts", "expert_used_count": "num_experts_per_tok",
@@ -253,6 +284,9 @@ GGUF_FAMILIES = {
     "mpt": GgufFamily("mpt", _MPT, {}, _mpt, {"_slope": 0}),
     "gpt-oss": GgufFamily(
         "gpt_oss", _LOCAL | _WINDOWS | {"expert_feed_forward_length": "_units"}, more=_gpt_oss
+    ),
+    "deepseek2": GgufFamily(
+        "deepseek_v2", _LATENT | _ROUTED, more=_deepseek2, defaults={"q_lora_rank": None, "norm_topk_prob": False}
     ),
     "glm4moe": GgufFamily("glm4_moe", _ROUTED | _DIMS, more=_glm4_moe),
     "minimax-m2": GgufFamily(

@@ -62,6 +62,11 @@ def with_hf_names(store: TensorStore, architecture: str, arch: Arch) -> TensorSt
                 derived[name] = _InTurn(store, gate, up, fused["bias"] is not None)
                 used |= {gate, up}
             continue
+        halves = tuple(f"blk.{layer_of(name)}.attn_{part}_b.weight" for part in ("k", "v"))
+        if name.endswith(".kv_b_proj.weight") and known.issuperset(halves):
+            derived[name] = _KeysAndValues(store, *halves)
+            used |= set(halves)
+            continue
         row = _EXPERT.fullmatch(name) or _NORM_OF_HEAD.fullmatch(name)
         theirs = _their_name(f"{row['before']}{row['after']}" if row else name, table)
         if theirs in known:
@@ -201,3 +206,34 @@ class _InTurn:
         start = columns.start - 2 * units.start
         found = turned[:, start : start + columns.stop - columns.start]
         return np.ascontiguousarray(found if self.is_bias else found.swapaxes(-1, -2))
+
+
+@dataclass(frozen=True)
+class _KeysAndValues:
+    """Keys and values of a latent, `[heads * (N + V), rank]`, head after head.
+
+    A file has them apart, the keys transposed: `[heads, rank, N]` and `[heads, V, rank]`.
+    """
+
+    store: TensorStore
+    keys: str
+    values: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        heads, rank, keys = self.store.shape(self.keys)
+        return heads * (keys + self.store.shape(self.values)[1]), rank
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.store.dtype(self.keys)
+
+    def read(self, index: Index = ()) -> np.ndarray:
+        rows, columns = bounds_of(index, self.shape)
+        width = self.shape[0] // self.store.shape(self.keys)[0]
+        heads = slice(rows.start // width, -(-rows.stop // width))
+        keys = self.store.read(self.keys, (heads, columns, slice(None))).swapaxes(1, 2)
+        values = self.store.read(self.values, (heads, slice(None), columns))
+        both = np.concatenate([keys, values.astype(keys.dtype)], axis=1)
+        start = rows.start - heads.start * width
+        return both.reshape(both.shape[0] * width, both.shape[2])[start : start + rows.stop - rows.start]
