@@ -79,6 +79,18 @@ def planted(sizes: Sequence[int], seed: int = 0, name: str = "model") -> tuple[Z
     return plan, records
 
 
+def two_trees(distances, more=()):
+    """Records of a, a1 and b, b1, two unrelated trees, and of `merge`, related to all four; l2 by pair of families."""
+    tree = dict.fromkeys(("a", "a1"), "a") | dict.fromkeys(("b", "b1"), "b") | dict.fromkeys(("merge", *more), "ab")
+    plan = plan_of(list(tree))
+    records = {}
+    for pair in plan.pairs:
+        kinds = tuple(sorted((tree[pair.base], tree[pair.ft])))
+        related = bool({*kinds[0]} & {*kinds[1]})
+        records[pair.name] = record_of(-50.0 if related else -0.2, csu=-50.0, l2=distances.get(kinds, 0.1))
+    return plan, records
+
+
 def write_zoo(folder: Path, plan: ZooPlan, records: Mapping[str, Mapping[str, Any] | PairState]) -> ZooFolder:
     """Writes the plan and the records as finished, failed or missing pairs, as workers do."""
     (folder / "pairs").mkdir(parents=True)

@@ -5,13 +5,17 @@ Chromium of the system.
 """
 
 import shutil
+from dataclasses import replace
 
+import planted_zoo as zoos
 import pytest
 from test_findings import full
-from test_report import with_tests
+from test_report import with_counted_tests, with_tests
 
 from tracing_jax.report.page import html
 from tracing_jax.report.pairs import pairs_html
+from tracing_jax.zoo.report import html as zoo_html
+from tracing_jax.zoo.report import make_contents
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("drawn")]
 
@@ -47,7 +51,14 @@ def browser():
 def pages():
     long = "a_very_long_name_of_a_model_without_any_place_to_break_it" * 2
     named = full("no_evidence", args={"ft_model_id": f"org/{long}", "save": None})
+    plan, records = zoos.planted([4, 3, 1, 1, 1, 1], 1, "an-organisation-some-model")
+    few = replace(plan, pairs=tuple(pair for i, pair in enumerate(plan.pairs) if i % 3 == 0 or pair.related))
+    merged = zoos.two_trees({("a", "b"): 1.4, ("a", "ab"): 0.7, ("ab", "b"): 0.7})
     return {
+        "map": html(with_counted_tests()),
+        "zoo": zoo_html(make_contents(plan, zoos.rows_of(plan, records), {}), "zoo"),
+        "graph": zoo_html(make_contents(few, zoos.rows_of(few, records), {}), "graph"),
+        "merged": zoo_html(make_contents(merged[0], zoos.rows_of(*merged), {}), "merged"),
         "pair": html(full()),
         "tests": html(with_tests()),
         "family": pairs_html([full(), named], ["a.html", "b.html"]),

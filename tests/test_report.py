@@ -17,7 +17,8 @@ from PIL import Image
 from tracing_jax.record import plain
 from tracing_jax.report.figures import figure_of_run, images_of_run, path_figure, png, save_png
 from tracing_jax.report.findings import SENTENCES
-from tracing_jax.report.formatting import cell, log10_cell, outcome, p_cell, p_text, places_text, subject, text_table
+from tracing_jax.report.formatting import cell, outcome, p_cell, p_text, places_text, subject, text_table
+from tracing_jax.report.maps import maps
 from tracing_jax.report.page import html
 from tracing_jax.report.pairs import figure_of_pairs, pairs_html
 from tracing_jax.report.panels import _stack
@@ -393,8 +394,8 @@ def test_page_opens_with_the_verdict_and_its_grounds(word):
     assert f"{word.replace('_', ' ')} {SENTENCES[word]} in detail {judged(word)['meaning']}" in start
     assert "p = 10^-41.2 after Holm over csu and match" in start
     assert ("layers 0-2" in start) is (word == "related")
-    assert "csu -41.75 10^-41.8 match 0 1" in page.text
-    assert "csu agreement layer 0 -320.5 10^-320.5 csu agreement layer 1" in page.text
+    assert "csu 10^-41.8 match 1" in page.text
+    assert "csu agreement layer 0 10^-320.5 csu agreement layer 1" in page.text
 
 
 def test_a_verdict_without_a_test_says_what_to_ask_for():
@@ -408,17 +409,17 @@ def test_a_verdict_without_a_test_says_what_to_ask_for():
 def test_every_p_value_of_a_test_is_on_the_page():
     text = Page(html(with_tests())).text
     for shown in (
-        "agreement, calibrated -3999.5 10^-3999.5 Holm's minimum over layers (3) yes",
-        "agreement, parametric -3999.75 10^-3999.8 Holm's minimum over layers (3) no",
-        "layer 0 64 7 0.25 0 -1",
-        "layer 2 64 7 0.25 -4000 -4000.25",
+        "agreement, calibrated 10^-3999.5 Holm's minimum over layers (3) yes",
+        "agreement, parametric 10^-3999.8 Holm's minimum over layers (3) no",
+        "layer 0 64 7 0.25 1 0.1",
+        "layer 2 64 7 0.25 10^-4000.0 10^-4000.2",
         "aligned: No p-value: after alignment nothing has a null",
         "one remark",
         "λ: units that agree by chance, mean 1.5",
         "layer 0 0.05, layer 1 0.0625, layer 2 0.05",
         "min 0, 5 % 0.05, 25 % 0.25, median 0.5, 75 % 0.75, 95 % 0.95, max 1",
         "5 layers are <found> again.",
-        "4 4 -300 10^-300.0 64 48",
+        "4 4 10^-300.0 64 48",
     ):
         assert shown in text
 
@@ -431,7 +432,7 @@ def test_no_p_value_is_shown_as_zero():
     assert p_cell(-1e5) == "10^-100000.0"
     assert p_cell(-320.0) == "10^-320.0"
     assert p_cell(-299.0) == "10^-299.0"
-    assert (log10_cell(-0.0), log10_cell(-0.001), log10_cell(None)) == ("0", "0", "–")
+    assert (p_cell(-0.0), p_cell(-0.001), p_cell(None)) == ("1", "1", "–")
 
 
 def test_tests_are_drawn_by_layer_with_the_level():
@@ -576,8 +577,8 @@ def test_nothing_on_a_page_shows_a_calibrated_p_value_below_what_its_assumption_
     original = record(statistics=statistics, verdict=verdict)
     source = html(original)
     text = seen(source)
-    assert "csu -345 10^-345.0 match < -12 < 10^-12" in text
-    assert "csu in place layer 2 -345.25 10^-345.2 match matched layer 2 < -12 < 10^-12" in text
+    assert "csu 10^-345.0 match < 10^-12" in text
+    assert "csu in place layer 2 10^-345.2 match matched layer 2 < 10^-12" in text
     assert not re.search(r"-67[78]|-300", text)
     panels = figure_of_run(original).axes
     assert min(line.get_ydata().min() for axes in panels for line in axes.lines if line.get_label() == "matched") == -12
@@ -610,3 +611,39 @@ def test_a_figure_of_many_statistics_is_no_higher_than_its_limit():
 def test_what_a_figure_shows_is_said_to_those_who_do_not_see_it():
     alts = [value for tag, name, value in Page(html(with_tests())).attributes if (tag, name) == ("img", "alt")]
     assert alts[0] == "csu: a number: 0.5 (p = 10^-3999.5) non-aligned, 1 aligned"
+
+
+# Maps.
+
+
+def counted(places, agreeing, units=64, name="weights, agreement, calibrated", **changes):
+    return (
+        one_test(name, [-1.0 - i for i in range(len(places))], places=places)
+        | {"values": {"units": [units] * len(places), "agreeing": agreeing}}
+        | changes
+    )
+
+
+def with_counted_tests():
+    """A record whose tests count agreeing units: by layer, and in each pair of layers."""
+    layers = [f"layer {i}" for i in range(3)]
+    square = [f"base {i} : ft {j}" for i in range(2) for j in range(3)]
+    given = {
+        "match": counted(layers, [64, 16, 0]),
+        "csu": counted(layers[:2], [3, 4], name="agreement"),
+        "match_all": counted(square, [0, 64, 0, 1, 2, 62]),
+        "cos": counted(layers, [1, 1, 1], decides=False),
+    }
+    found = {name: {"non_aligned": result(0.5, tests=[test]), "aligned": None} for name, test in given.items()}
+    return record(statistics={**found, "l2": {"non_aligned": result(0.5), "aligned": None}}, verdict=judged())
+
+
+def test_maps_show_what_agrees_by_layer_and_layer_by_layer():
+    found = with_counted_tests()
+    by_layer, pairs = maps(found)
+    assert [[cell.shade for cell in cells] for _, cells in by_layer.rows] == [[5, 2, 0], [0, 1, -1]]
+    assert by_layer.rows[0][1][1].text == "layer 1: 16 of 64 agree (25%), p 0.01"
+    assert "match, weights 42%; csu 5%" in by_layer.alt
+    assert [[cell.shade for cell in cells] for _, cells in pairs.rows] == [[0, 5, 0], [0, 0, 5]]
+    page = Page(html(found))
+    assert by_layer.alt in [value for _, name, value in page.attributes if name == "aria-label"]

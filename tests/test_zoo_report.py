@@ -141,22 +141,10 @@ def test_pairs_that_were_left_out_count_in_holm():
 # Models with parents in two families.
 
 
-def two_trees(distances, more=()):
-    """Records of a, a1 and b, b1, two unrelated trees, and of `merge`, related to all four; l2 by pair of families."""
-    tree = dict.fromkeys(("a", "a1"), "a") | dict.fromkeys(("b", "b1"), "b") | dict.fromkeys(("merge", *more), "ab")
-    plan = zoos.plan_of(list(tree))
-    records = {}
-    for pair in plan.pairs:
-        kinds = tuple(sorted((tree[pair.base], tree[pair.ft])))
-        related = bool({*kinds[0]} & {*kinds[1]})
-        records[pair.name] = zoos.record_of(-50.0 if related else -0.2, csu=-50.0, l2=distances.get(kinds, 0.1))
-    return plan, records
-
-
 @pytest.mark.parametrize("more", [(), ("merge1",)])
 def test_a_merge_has_a_parent_in_each_of_two_families_which_stay_apart(more):
     lies_between = {("a", "b"): 1.4, ("a", "ab"): 0.7, ("ab", "b"): 0.7}
-    found = contents(*two_trees(lies_between, more))
+    found = contents(*zoos.two_trees(lies_between, more))
     assert found.families == [("a", "a1"), ("b", "b1"), ("merge", *more)]
     assert [edges[0].row.other("merge") for edges in (found.origins[0][:1], found.origins[0][1:])] == ["a", "b"]
     data = found.as_dict()["families"][2]["merged_from"]
@@ -169,8 +157,8 @@ def test_a_merge_has_a_parent_in_each_of_two_families_which_stay_apart(more):
 def test_a_relation_that_no_test_saw_makes_no_merge():
     """Distances to an ancestor add up to more, and one missed pair among many relatives is no sign of two families."""
     moved_apart = {("a", "b"): 1.4, ("a", "ab"): 1.0, ("ab", "b"): 1.0}
-    assert contents(*two_trees(moved_apart)).families == [("a", "a1", "b", "b1", "merge")]
-    assert len(contents(*two_trees({("a", "a"): None, ("ab", "b"): None})).families) == 1
+    assert contents(*zoos.two_trees(moved_apart)).families == [("a", "a1", "b", "b1", "merge")]
+    assert len(contents(*zoos.two_trees({("a", "a"): None, ("ab", "b"): None})).families) == 1
     names = [f"m{i}" for i in range(6)]
     plan = zoos.plan_of(names)
     records = {pair.name: zoos.record_of(-0.2 if pair.name == "m0--m1" else -50.0) for pair in plan.pairs}
@@ -188,7 +176,7 @@ def test_a_merge_of_another_depth_than_its_parents_has_two():
 
 
 def test_a_pair_across_that_is_not_done_or_undecided_keeps_one_family():
-    plan, records = two_trees({("a", "b"): 1.4, ("a", "ab"): 0.7, ("ab", "b"): 0.7})
+    plan, records = zoos.two_trees({("a", "b"): 1.4, ("a", "ab"): 0.7, ("ab", "b"): 0.7})
     records["a--b"] = zoos.record_of(-2.9)
     assert len(contents(plan, records).families) == 1
 

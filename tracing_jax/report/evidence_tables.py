@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tracing_jax.report.formatting import cell, log10_cell, p_cell
+from tracing_jax.report.formatting import cell, p_cell
 from tracing_jax.report.html_elements import Block, Table, columns_table, table_of
 
 _MOST_ROWS = 400  # of a table on the page; the record has them all
@@ -25,12 +25,11 @@ def tests_blocks(results: Mapping[str, Any]) -> list[Block]:
     found: list[Block] = []
     for side, result in results.items():
         rows = [
-            [test["name"], log10_cell(test["log10_p"]), p_cell(test["log10_p"]),
-             f"{test['combined']} ({len(test['places'])})", test["decides"]]
+            [test["name"], p_cell(test["log10_p"]), f"{test['combined']} ({len(test['places'])})", test["decides"]]
             for test in _tests(result) if test["log10_p"] is not None
         ]  # fmt: skip
         if rows:
-            table = table_of(("", "log10 p", "p", "combined (places)", "decides"), rows)
+            table = table_of(("", "p", "combined (places)", "decides"), rows)
             found.append(Block(f"Tests, {side}" if found else "Tests", table, folded=bool(found)))
     return found
 
@@ -53,7 +52,7 @@ def null_blocks(results: Mapping[str, Any]) -> list[Block]:
 
 
 def place_blocks(results: Mapping[str, Any]) -> list[Block]:
-    """A table for every set of tests of the same units: place, measured values, log10 p of each test."""
+    """A table for every set of tests of the same units: place, measured values, p of each test."""
     return [
         Block(", ".join(filter(None, ("Each place", common, side))), *_places(tests, common))
         for side, result in results.items()
@@ -70,13 +69,19 @@ def map_blocks(results: Mapping[str, Any]) -> list[Block]:
     rows += [_map_row(pair, "copy") for pair in layer_map.get("copies") or ()]
     rows += [_map_row({"base": i}, "no partner") for i in layer_map["unmatched_base"]]
     rows += [_map_row({"ft": j}, "no partner") for j in layer_map["unmatched_ft"]]
-    headers = ("base layer", "ft layer", "log10 p", "p", "units", "agreeing", "")
+    headers = ("base layer", "ft layer", "p", "units", "agreeing", "")
     return [Block("Layers assigned to each other", table_of(headers, rows), layer_map["sentence"], folded=False)]
 
 
 def _map_row(pair: Mapping[str, Any], remark: str) -> list[Any]:
-    ps = log10_cell(pair.get("log10_p")), p_cell(pair.get("log10_p"))
-    return [pair.get("base"), pair.get("ft"), *ps, pair.get("units"), pair.get("agreeing"), remark]
+    return [
+        pair.get("base"),
+        pair.get("ft"),
+        p_cell(pair.get("log10_p")),
+        pair.get("units"),
+        pair.get("agreeing"),
+        remark,
+    ]
 
 
 def _tests(result: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
@@ -89,7 +94,7 @@ def _null_columns(null: Mapping[str, Any], tests: Sequence[Mapping[str, Any]]) -
     columns = {}
     for form, quantities in forms.items():
         of_form = {
-            f"log10 p: {test['name'].removeprefix(f'{form}, ')}": log10_cell(test["log10_p"])
+            f"p: {test['name'].removeprefix(f'{form}, ')}": p_cell(test["log10_p"])
             for test in tests
             if test["log10_p"] is not None and (len(forms) == 1 or test["name"].startswith(f"{form}, "))
         }
@@ -166,9 +171,9 @@ def _places(tests: Sequence[Mapping[str, Any]], common: str) -> tuple[Table, str
     known = [test for test in tests if test["log10_ps"] is not None]
     shared = set(common.split(", "))
     names = [", ".join(part for part in test["name"].split(", ") if part not in shared) for test in known]
-    headers = ("", *tests[0]["values"], *(f"log10 p: {name}" if name else "log10 p" for name in names))
+    headers = ("", *tests[0]["values"], *(f"p: {name}" if name else "p" for name in names))
     rows = [
-        [place, *(column[i] for column in tests[0]["values"].values()), *(log10_cell(t["log10_ps"][i]) for t in known)]
+        [place, *(column[i] for column in tests[0]["values"].values()), *(p_cell(t["log10_ps"][i]) for t in known)]
         for i, place in enumerate(tests[0]["places"])
     ]
     if len(rows) <= _MOST_ROWS:

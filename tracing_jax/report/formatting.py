@@ -47,14 +47,6 @@ def p_cell(log10_p: Any) -> str:
     return f"{10**exponent:.2g}" if exponent > _READABLE else f"10^{exponent:.1f}"
 
 
-def log10_cell(log10_p: Any) -> str:
-    """A decimal logarithm as text for a table: two decimals, a dash for None, `< -12` for one that was bounded."""
-    if log10_p is None:
-        return ABSENT
-    text = f"{round(float(log10_p), 2) + 0.0:.6g}"
-    return f"< {text}" if float(log10_p) == SMALLEST_CALIBRATED else text
-
-
 def places_text(places: Sequence[str], at_most: int = 6) -> str:
     """Places with runs of numbers as ranges, `layers 0-3, 7`; runs beyond `at_most` are counted.
 

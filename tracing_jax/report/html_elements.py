@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 
 from tracing_jax.report.formatting import cell
+from tracing_jax.report.maps import Map
 
 _SHARED = Path(__file__).parent
 """The folder of the templates that all pages share: `head.html`, `parts.html` and `style.css`."""
@@ -52,6 +53,7 @@ class Section:
     text: Sequence[str] = ()
     figure: str = ""
     alt: str = ""
+    maps: Sequence[Map] = ()
     banners: Sequence["Banner"] = ()
     table: Table | None = None
     blocks: Sequence[Block] = ()

@@ -11,7 +11,6 @@ from tracing_jax.report.evidence_tables import map_blocks, null_blocks, place_bl
 from tracing_jax.report.figures import RunImages, images_of_run
 from tracing_jax.report.findings import SENTENCES, Part, findings
 from tracing_jax.report.formatting import (
-    log10_cell,
     outcome,
     p_cell,
     requested_model,
@@ -31,6 +30,7 @@ from tracing_jax.report.html_elements import (
     facts_table,
     table_of,
 )
+from tracing_jax.report.maps import maps
 
 _AS_PRINTED = ("Compared", "Identical tensors", "Effect sizes", "Not tested")
 """Parts that the page shows as they are printed; the others have sections of their own."""
@@ -73,6 +73,7 @@ def html(record: Mapping[str, Any], images: RunImages | None = None) -> str:
         first=[
             *_claim_sections(record.get("claim")),
             *map(_part_section, (part for part in findings(record) if part.title in _AS_PRINTED)),
+            *_map_sections(record),
             *(_verdict_sections(verdict) if verdict else ()),
         ],
     ).html()
@@ -88,6 +89,13 @@ def _part_section(part: Part) -> Section:
     rows = [[Cell(text.strip(), verdict=row.tone if len(row.cells) == 1 else "") for text in row.cells]
             for row in part.rows]  # fmt: skip
     return Section(part.title, table=Table(rows))
+
+
+def _map_sections(record: Mapping[str, Any]) -> list[Section]:
+    """Where the two models agree."""
+    text = "Point at a cell for its numbers. Tests differ in what hides a relation from them."
+    found = maps(record)
+    return [Section("Where they agree", [text], maps=found)] if found else []
 
 
 def _claim_sections(claim: Mapping[str, Any] | None) -> list[Section]:
@@ -106,20 +114,17 @@ def _verdict_sections(verdict: Mapping[str, Any]) -> list[Section]:
     """The statistics that enter the verdict, and the places of smallest p-value."""
     found = []
     if verdict["family"]:
-        rows = [[name, log10_cell(log10_p), p_cell(log10_p)] for name, log10_p in verdict["family"].items()]
+        rows = [[name, p_cell(log10_p)] for name, log10_p in verdict["family"].items()]
         text = [
             "Only statistics with an exact or a calibrated null enter the verdict, on the pair as given. The options "
             "fix which these are, before the models are read; Holm's correction is over all of them. The p-value of a "
             "calibrated test is shown no smaller than 10^-12, since its null rests on an allowance for units that "
             "agree by convergence; the record has what was computed."
         ]
-        found.append(Section("Statistics in the verdict", text, table=table_of(("", "log10 p", "p"), rows)))
+        found.append(Section("Statistics in the verdict", text, table=table_of(("", "p"), rows)))
     if evidence := verdict["evidence"]:
-        headers = ("statistic", "test", "place", "log10 p", "p")
-        rows = [
-            [row["statistic"], row["test"], row["place"], log10_cell(row["log10_p"]), p_cell(row["log10_p"])]
-            for row in evidence
-        ]
+        headers = ("statistic", "test", "place", "p")
+        rows = [[row["statistic"], row["test"], row["place"], p_cell(row["log10_p"])] for row in evidence]
         text = ["Places of smallest p-value, not corrected for the number of places."]
         more = [Block(f"{len(rows) - _SHOWN} more", table_of(headers, rows[_SHOWN:]))] if len(rows) > _SHOWN else []
         found.append(Section("Strongest evidence", text, table=table_of(headers, rows[:_SHOWN]), blocks=more))
@@ -181,8 +186,8 @@ def _evidence(result: Mapping[str, Any]) -> list[str]:
         for premise in result.get("premises") or ()
     ]
     if result.get("reservation"):
-        left = log10_cell(result.get("firm_log10_p"))
-        lines.append(f"Reserved: {result['reservation']}; log10 p without reservation {left}")
+        left = p_cell(result.get("firm_log10_p"))
+        lines.append(f"Reserved: {result['reservation']}; p without reservation {left}")
     return lines
 
 
@@ -192,7 +197,7 @@ def _numbers(result: Mapping[str, Any]) -> dict[str, Any]:
         words: curve.get(key) for key, words in _CURVE.items() if key != "midpoint" or curve.get(key) != headline
     }
     if log10_p is not None:
-        numbers = {"log10 p": log10_cell(log10_p), "p": p_cell(log10_p)} | numbers
+        numbers = {"p": p_cell(log10_p)} | numbers
     known = {words: number for words, number in numbers.items() if number is not None}
     return {result.get("label") or "value": headline} | known
 

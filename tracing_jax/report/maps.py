@@ -1,0 +1,105 @@
+"""Maps of where two models agree: by test and layer, and layer by layer; the numbers of a cell are its tooltip."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tracing_jax.report.formatting import p_cell
+
+SHADES = (0.05, 0.25, 0.5, 0.75, 0.95)
+"""Share of units that agree, from which on a cell has the next darker shade."""
+
+_LAYER = re.compile(r"layer (\d+)")
+_LAYERS = re.compile(r"base (\d+) : ft (\d+)")
+_MOST_CELLS = 4096  # of a page; beyond, the tables of places remain
+
+
+@dataclass(frozen=True)
+class MapCell:
+    """A cell: its shade, 0 to the number of `SHADES`, -1 where nothing was measured, and what it says in words."""
+
+    shade: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Map:
+    """Rows of cells with a label each, under a title; `alt` says in words what is seen."""
+
+    title: str
+    alt: str
+    rows: Sequence[tuple[str, Sequence[MapCell]]]
+
+
+def maps(record: Mapping[str, Any]) -> list[Map]:
+    """Returns the maps of a record: of the tests of units or heads by layer, and of every test of all pairs of layers.
+
+    Of each statistic and form the test of agreement that may decide is shown; after an alignment there is none.
+    """
+    results = {name: sides["non_aligned"] for name, sides in record["statistics"].items() if sides.get("non_aligned")}
+    tests = [(name, test) for name, result in results.items() for test in result.get("tests") or () if _counts(test)]
+    found = [_by_layer(tests), *(_layer_by_layer(name, test, results[name]) for name, test in tests)]
+    return [drawn for drawn in found if drawn is not None and sum(len(row) for _, row in drawn.rows) <= _MOST_CELLS]
+
+
+def _counts(test: Mapping[str, Any]) -> bool:
+    """Returns whether a test counts agreeing units and is one of the verdict's."""
+    return (
+        bool(test["decides"]) and "agreement" in test["name"] and {"units", "agreeing"} <= (test["values"] or {}).keys()
+    )
+
+
+def _by_layer(tests: Sequence[tuple[str, Mapping[str, Any]]]) -> Map | None:
+    rows: list[tuple[str, dict[int, MapCell]]] = []
+    said = []
+    for name, test in tests:
+        layers = [_LAYER.fullmatch(place) for place in test["places"]]
+        if not all(layers):
+            continue
+        form = test["name"].partition(", agreement")[0].removeprefix("agreement")
+        label = f"{name}, {form}" if form else name
+        cells = {int(found[1]): _cell(test, i, f"layer {found[1]}") for i, found in enumerate(layers) if found}
+        rows.append((label, cells))
+        said.append(f"{label} {_share(test, range(len(layers))):.0%}")
+    depth = max((layer + 1 for _, cells in rows for layer in cells), default=0)
+    if depth < 2:
+        return None
+    missing = MapCell(-1, "not tested")
+    drawn = [(label, [cells.get(i, missing) for i in range(depth)]) for label, cells in rows]
+    alt = f"Share of units or heads that agree, over all {depth} layers: {'; '.join(said)}."
+    return Map("By test and layer: first layer at the left", alt, drawn)
+
+
+def _layer_by_layer(name: str, test: Mapping[str, Any], result: Mapping[str, Any]) -> Map | None:
+    places = [_LAYERS.fullmatch(place) for place in test["places"]]
+    if not places or not all(places):
+        return None
+    cells = {
+        (int(found[1]), int(found[2])): _cell(test, i, f"base {found[1]}, ft {found[2]}")
+        for i, found in enumerate(places)
+        if found
+    }
+    base, ft = (max(key[side] for key in cells) + 1 for side in (0, 1))
+    missing = MapCell(-1, "not tested")
+    rows = [(f"base {i}", [cells.get((i, j), missing) for j in range(ft)]) for i in range(base)]
+    form = test["name"].partition(", agreement")[0].removeprefix("agreement")
+    title = f"{name}{f', {form}' if form else ''}: layers of base by layers of ft, first at the top left"
+    sentence = (result.get("layer_map") or {}).get("sentence") or ""
+    return Map(title, f"Share of units that agree in each pair of {base} and {ft} layers. {sentence}".strip(), rows)
+
+
+def _cell(test: Mapping[str, Any], index: int, place: str) -> MapCell:
+    units, agreeing = test["values"]["units"][index], test["values"]["agreeing"][index]
+    if not units:
+        return MapCell(-1, f"{place}: no units that carry evidence")
+    text = f"{place}: {agreeing:,} of {units:,} agree ({agreeing / units:.0%})"
+    log10_ps = test.get("log10_ps")
+    if log10_ps is not None and log10_ps[index] is not None:
+        text += f", p {p_cell(log10_ps[index])}"
+    return MapCell(sum(agreeing / units >= shade for shade in SHADES), text)
+
+
+def _share(test: Mapping[str, Any], indices: Sequence[int]) -> float:
+    units = sum(test["values"]["units"][i] or 0 for i in indices)
+    return sum(test["values"]["agreeing"][i] or 0 for i in indices) / max(1, units)
