@@ -1,5 +1,6 @@
 """Zoos: lists of models, names and pairs, who may work on a pair, and what a stop or a change does to what is done."""
 
+import itertools
 import json
 import os
 import socket
@@ -11,14 +12,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tracing_jax.checkpoint import open_checkpoint, save_checkpoint
 from tracing_jax.cli import zoo as cli_zoo
 from tracing_jax.cli.zoo import ZooOptions
 from tracing_jax.options import RunOptions
+from tracing_jax.sources import InMemory, in_memory
 from tracing_jax.zoo import (
     ModelList,
     ZooFolder,
@@ -392,6 +397,17 @@ def test_signatures_propose_the_pairs_of_relatives_and_what_they_found_is_kept(f
     for name in ("signature_of", "scan"):
         monkeypatch.setattr(proposing, name, lambda *_: pytest.fail("read again"))
     assert proposed(plan, tmp_path / "zoo") == found
+
+
+@pytest.mark.slow
+def test_signatures_propose_both_parents_of_an_equal_merge(family, tmp_path):
+    base, other = (in_memory(open_checkpoint(str(family.member(name)))) for name in ("base", "independent"))
+    mean = jax.tree.map(lambda a, b: (np.asarray(a) + np.asarray(b)) / 2, base.params, other.params)
+    save_checkpoint(tmp_path / "merge", InMemory(base.arch, mean), family.member("base"))
+    models = (str(family.member("base")), str(family.member("independent")), str(tmp_path / "merge"))
+    plan = make_plan(ModelList(models, tuple(itertools.combinations(models, 2))), RunOptions(stat=("csu",)))
+    found = proposed(plan, tmp_path / "zoo")
+    assert [pair.name for pair in found.pairs] == ["base--merge", "independent--merge"]
 
 
 def test_pairs_are_proposed_where_the_list_has_many_for_each_model(tmp_path, monkeypatch):

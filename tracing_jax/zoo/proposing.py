@@ -13,11 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from scipy import stats
+
 from tracing_jax.checkpoint import Checkpoint, open_checkpoint
 from tracing_jax.experiment.metadata import file_stamps
 from tracing_jax.experiment.models import resolve_model_id
 from tracing_jax.experiment.signing import signature_of, suspect_of
-from tracing_jax.library import Signature, scan
+from tracing_jax.library import Match, Signature, Suspect, scan
+from tracing_jax.library.comparison import MOMENTS, RESPONSES
 from tracing_jax.library.signature_file import SUFFIX, read_signature, write_signature
 from tracing_jax.options import RunOptions
 from tracing_jax.progress import tqdm
@@ -29,9 +32,10 @@ LEFT_OUT = "left_out.csv"
 """The pairs that are not compared, in the folder of a zoo."""
 
 PROPOSED_BELOW = 0.5
-"""A pair is compared in full if a signature gives a p-value below this, before any adjustment over pairs.
+"""A pair is compared in full if one of two p-values of a signature is below this, before any adjustment over pairs.
 
-It proposes and decides nothing. Of 1,854 pairs of independent models none had a p-value below 0.9 (docs/scan.md).
+One is that of `scan`, which allows for units that independent models share; the other allows for none: how often so
+many units agree in matchings at random, in any layer. It proposes more pairs, merges among them, and decides nothing.
 """
 
 _Found = Mapping[str, float | None]
@@ -119,10 +123,23 @@ def _traces(model: str, name: str, signatures: Mapping[str, Signature], library:
     others = {other: signature for other, signature in signatures.items() if other != name}
     found: dict[str, float | None] = {}
     if others:
-        for candidate in scan(suspect_of(opened, others.values()), others, RunOptions.level).candidates:
-            found[candidate.name] = 0.0 if candidate.match is None else candidate.match.log10_p
+        suspect = suspect_of(opened, others.values())
+        for candidate in scan(suspect, others, RunOptions.level).candidates:
+            found[candidate.name] = 0.0 if candidate.match is None else _log10_p(candidate.match, suspect)
     atomic_write(file, json.dumps({**state, "log10_p": plain(found)}).encode())
     return found
+
+
+def _log10_p(match: Match, suspect: Suspect) -> float | None:
+    """Returns the smaller of the two p-values; None where no test applies."""
+    if match.log10_p is None:
+        return None
+    columns = {RESPONSES: len(suspect.layers), MOMENTS: len(suspect.moments)}
+    cells = sum(len(evidence.units) * columns[name] for name, evidence in match.tests.items())
+    most = max(max(evidence.agreeing) for evidence in match.tests.values())
+    # The number of fixed points of a random permutation is close to Poisson(1), whatever its size.
+    by_chance = (float(stats.poisson.logsf(most - 1, 1.0)) + math.log(cells)) / math.log(10)
+    return min(match.log10_p, by_chance, 0.0)
 
 
 def _opened(model: str) -> Checkpoint:
