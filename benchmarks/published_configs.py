@@ -188,12 +188,14 @@ def tiny_model(folder: Path, seed: int) -> Any:
         del config.quantization_config
     whole = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     maker = AutoModelForImageTextToText if whole else AutoModelForCausalLM
+    # With plain attention, transformers 5.24 adds the slopes of Falcon's ALiBi twice, with its default once.
+    how = {"attn_implementation": "sdpa" if getattr(config, "alibi", False) else "eager"}
     with torch.device("meta"):
-        empty = maker.from_config(copy.deepcopy(config), attn_implementation="eager")
+        empty = maker.from_config(copy.deepcopy(config), **how)
     if (size := sum(p.numel() for p in empty.parameters())) > 20_000_000:
         raise ValueError(f"{size:,} weights: it does not get small")
     torch.manual_seed(seed)
-    model = maker.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    model = maker.from_config(config, **how, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weights in model.named_parameters():
@@ -255,10 +257,11 @@ def _open_model(row: Row, folder: Path, small: Mapping[str, Any], model: Any) ->
     if level != row.level:
         row.remark = f"the tiny model is read at another level: {level} {found.notes[:1]}"
     elif level == "forward":
-        row.error = _difference(found, model)
+        row.error = difference(found, model)
 
 
-def _difference(found: Any, model: Any) -> float:
+def difference(found: Any, model: Any) -> float:
+    """Returns how far logits of a checkpoint are from those of transformers' model, relative to the largest."""
     import jax
     import torch
 

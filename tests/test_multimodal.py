@@ -159,6 +159,26 @@ def test_text_is_computed_as_transformers_computes_it(model_type, tmp_path):
     assert np.abs(again - expected).max() <= TOLERANCE * max(1.0, np.abs(expected).max())
 
 
+def test_an_adapter_on_the_language_model_inside_is_merged(tmp_path):
+    case = CASES["mistral-gqa-untied-default"]
+    tensors = {name: case.weight(name, s) for name, s in tensor_shapes(leaf_layouts(case.arch()).values()).items()}
+    base, adapter, rng = tmp_path / "base", tmp_path / "adapter", np.random.default_rng(0)
+    base.mkdir()
+    adapter.mkdir()
+    inside = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in tensors.items()}
+    save_file(inside, base / "model.safetensors")
+    wrapper = {"model_type": "mistral3", "text_config": case.config, "tie_word_embeddings": False}
+    (base / "config.json").write_text(json.dumps(wrapper))
+    a, b = rng.normal(size=(2, 24)).astype(np.float32), rng.normal(size=(40, 2)).astype(np.float32)
+    at = "base_model.model.model.language_model.layers.1.mlp.up_proj.lora_"
+    save_file({f"{at}A.weight": a, f"{at}B.weight": b}, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "base_model_name_or_path": str(base)}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    found = open_checkpoint(str(adapter)).layer(1)["mlp"]["up_proj"]["kernel"]
+    expected = tensors["model.layers.1.mlp.up_proj.weight"] + 3 * (b @ a)
+    np.testing.assert_allclose(found, expected.T, rtol=0, atol=1e-5)
+
+
 def _as_published(file: Path) -> None:
     """Renames the layers of Kimi K2.5, which transformers 5.24 writes as blocks, as its vision tower's are called."""
     tensors = load_file(file)
