@@ -40,7 +40,7 @@ def _as_llama_cpp(name: str, architecture: str, arch: Arch, weight: np.ndarray) 
         by_head = weight.reshape(arch.num_kv_heads, arch.q_group + 2, arch.head_dim, *weight.shape[1:])
         parts = by_head[:, :-2], by_head[:, -2:-1], by_head[:, -1:]
         return np.concatenate([part.reshape(-1, *weight.shape[1:]) for part in parts])
-    if architecture in ("llama", "granite", "olmo", "smollm3"):
+    if architecture in ("llama", "granite", "granitemoe", "olmo", "smollm3"):
         heads = {".q_proj.": arch.num_kv_heads * arch.q_group, ".k_proj.": arch.num_kv_heads}
         weight = next((_in_pairs(weight, count) for part, count in heads.items() if part in name), weight)
     if architecture.startswith("gemma") and name.endswith("norm.weight"):
@@ -87,6 +87,9 @@ def _written(
 
 def _apart(name: str, arch: Arch, weight: np.ndarray) -> list[tuple[str, np.ndarray]]:
     """Returns the tensors that llama.cpp makes of one: of experts of gpt-oss gate and up apart, units before inputs."""
+    if name.endswith(".block_sparse_moe.input_linear.weight"):
+        halves, before = np.split(weight, 2, axis=1), name.partition(".block_sparse_moe")[0]
+        return [(f"{before}.mlp.experts.{part}_proj.weight", half) for part, half in zip(("gate", "up"), halves)]
     if name.endswith(".kv_b_proj.weight"):
         assert arch.latent is not None
         by_head = weight.reshape(arch.num_kv_heads * arch.q_group, -1, weight.shape[1])
@@ -273,6 +276,10 @@ _MORE_FACTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss-yarn": ("gpt-oss", {}),
     "minimax_m2-default": ("minimax-m2", _SIGMOID),
     "glm4_moe-default": ("glm4moe", _SIGMOID),
+    "granitemoe-default": (
+        "granitemoe",
+        {"attention.scale": 0.21, "embedding_scale": 3.3, "residual_scale": 0.43, "logit_scale": 1.7},
+    ),
     "deepseek_v2-default": ("deepseek2", {}),
     "deepseek_v2-mscale": ("deepseek2", {"rope.scaling.yarn_log_multiplier": 0.075}),
     "deepseek_v3-groups": ("deepseek2", _SIGMOID),
@@ -293,7 +300,10 @@ def test_facts_and_weights_of_further_families_are_those_that_llama_cpp_was_give
 
 
 def _assert_same_facts(found: Arch, expected: Arch) -> None:
-    floats = ("norm_eps", "rope_frequencies", "rope_amplitudes", "logit_scale", "clip_qkv", "attention_scale")
+    floats = (
+        "norm_eps", "rope_frequencies", "rope_amplitudes", "logit_scale", "clip_qkv", "attention_scale", "embed_scale",
+        "residual_scale",
+    )  # fmt: skip
     for fact in floats:
         ours, theirs = getattr(found, fact), getattr(expected, fact)
         assert (ours is None) == (theirs is None), fact

@@ -215,6 +215,23 @@ def test_awq(tmp_path):
     expect(opened(tmp_path, named, quant_method="awq", bits=4, group_size=group, version="gemm"), expected)
 
 
+@pytest.mark.parametrize("group", [16, 32, -1])
+def test_awq_of_the_gemv_kernel(group, tmp_path):
+    inputs, out = 64, 48
+    size = inputs if group == -1 else group
+    count, padded = inputs // size, 16  # zero points and scales are padded, here to two words of eight
+    q, zeros = RNG.integers(0, 16, size=(out, inputs)), np.zeros((out, padded), np.int64)
+    scales = np.zeros((out, padded), np.float16)
+    zeros[:, :count], scales[:, :count] = RNG.integers(0, 16, size=(out, count)), RNG.random((out, count))
+    parts = {"qweight": packed_int32(q, 4, 1), "qzeros": packed_int32(zeros, 4, 1), "scales": scales}
+    groups = np.arange(inputs) // size
+    expected = scales[:, groups].astype(np.float32) * (q - zeros[:, groups])
+    named = {f"{STEM}{part}": value for part, value in parts.items()}
+    expect(opened(tmp_path, named, quant_method="awq", bits=4, group_size=group, version="gemv"), expected)
+    with pytest.raises(CheckpointError, match="group_size None does not divide the 64 inputs"):
+        opened(tmp_path, named, quant_method="awq", bits=4, version="gemv")
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -290,7 +307,7 @@ def test_four_bit_equals_bitsandbytes(kind, nested, tmp_path):
         ({f"{STEM}qweight": (8, 8)}, {}, "qweight by the method ''"),
         ({f"{STEM}qweight": (8, 8)}, {"quant_method": "gptq", "bits": 5}, "GPTQ with 5 bits"),
         ({f"{STEM}qweight": (8, 8)}, {"quant_method": "gptq", "bits": 4}, r"missing .*qzeros, .*scales"),
-        ({f"{STEM}qweight": (8, 8)}, {"quant_method": "awq", "version": "gemv"}, "AWQ of version gemv"),
+        ({f"{STEM}qweight": (8, 8)}, {"quant_method": "awq", "version": "gemv_fast"}, "AWQ of version gemv_fast"),
         (
             {f"{STEM}codes": (8, 8), f"{STEM}codebooks": (2, 2)},
             {"quant_method": "aqlm"},

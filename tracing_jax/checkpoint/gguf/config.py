@@ -130,6 +130,7 @@ def _of_tensors(header: GgufHeader) -> Config:
         "_o_bias": "blk.0.attn_output.bias" in tensors,
         "_fused_bias": "blk.0.attn_qkv.bias" in tensors,
         "_qk_norm": "blk.0.attn_q_norm.weight" in tensors,
+        "_shared_experts": "blk.0.ffn_gate_shexp.weight" in tensors,
         "_second_norm": "blk.0.attn_norm_2.weight" in tensors,
     }
 

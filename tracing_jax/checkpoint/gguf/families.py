@@ -153,6 +153,13 @@ def _gpt_oss(config: Config) -> Config:
     return {"intermediate_size": config["_units"], "_scaling": {"truncate": False}, "rope_scaling": rope}
 
 
+def _granitemoe(config: Config) -> Config:
+    """Raises UnsupportedMetadataError for a model with an MLP beside the experts, which is another family."""
+    if config["_shared_experts"]:
+        raise UnsupportedMetadataError("a Granite with an MLP beside its experts")
+    return {}
+
+
 def _deepseek2(config: Config) -> Config:
     """DeepSeek-V2, whose router has a softmax, or V3; widths of heads are under other keys where keys are absorbed.
 
@@ -215,6 +222,10 @@ _MPT = {
     "block_count": "n_layers", "embedding_length": "d_model", "attention.head_count": "n_heads",
     "attention.layer_norm_epsilon": "layer_norm_epsilon", "context_length": "max_seq_len",
     "attention.clamp_kqv": "_clip", "attention.max_alibi_bias": "_slope",
+}  # fmt: skip
+_GRANITE = {
+    "attention.scale": "attention_multiplier", "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier", "logit_scale": "logits_scaling",
 }  # fmt: skip
 _LATENT = {
     "attention.q_lora_rank": "q_lora_rank", "attention.kv_lora_rank": "kv_lora_rank",
@@ -297,11 +308,8 @@ GGUF_FAMILIES = {
     "starcoder": GgufFamily(
         "gpt_bigcode", {"attention.head_count_kv": "_kv_heads"}, _GPT2, _starcoder,
     ),
-    "granite": GgufFamily(
-        "granite",
-        {"attention.scale": "attention_multiplier", "embedding_scale": "embedding_multiplier",
-         "residual_scale": "residual_multiplier", "logit_scale": "logits_scaling"},
-    ),
+    "granite": GgufFamily("granite", _GRANITE),
+    "granitemoe": GgufFamily("granitemoe", _GRANITE | _LOCAL, more=_granitemoe),
     "gpt2": GgufFamily("gpt2", common=_GPT2),
 }  # fmt: skip
 

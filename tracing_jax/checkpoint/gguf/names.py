@@ -25,7 +25,7 @@ from tracing_jax.checkpoint.tensors import TensorStore
 Rows = Callable[[np.ndarray], np.ndarray]
 """Rows of ours -> their places in a file."""
 
-_IN_PAIRS = ("llama", "granite", "olmo", "smollm3")
+_IN_PAIRS = ("llama", "granite", "granitemoe", "olmo", "smollm3")
 """Families whose queries and keys are stored in pairs."""
 
 _PLUS_ONE = ("gemma", "gemma2", "gemma3")
@@ -61,6 +61,11 @@ def with_hf_names(store: TensorStore, architecture: str, arch: Arch) -> TensorSt
             if known.issuperset((gate, up)):
                 derived[name] = _InTurn(store, gate, up, fused["bias"] is not None)
                 used |= {gate, up}
+            continue
+        gate_and_up = tuple(f"blk.{layer_of(name)}.ffn_{part}_exps.weight" for part in ("gate", "up"))
+        if name.endswith(".block_sparse_moe.input_linear.weight") and known.issuperset(gate_and_up):
+            derived[name] = _Joined(store, *gate_and_up)
+            used |= set(gate_and_up)
             continue
         halves = tuple(f"blk.{layer_of(name)}.attn_{part}_b.weight" for part in ("k", "v"))
         if name.endswith(".kv_b_proj.weight") and known.issuperset(halves):
@@ -237,3 +242,30 @@ class _KeysAndValues:
         both = np.concatenate([keys, values.astype(keys.dtype)], axis=1)
         start = rows.start - heads.start * width
         return both.reshape(both.shape[0] * width, both.shape[2])[start : start + rows.stop - rows.start]
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """Gate and up of all experts, one after the other, `[E, 2F, D]`, which a file has apart."""
+
+    store: TensorStore
+    gate: str
+    up: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        experts, units, ins = self.store.shape(self.gate)
+        return experts, 2 * units, ins
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.store.dtype(self.gate)
+
+    def read(self, index: Index = ()) -> np.ndarray:
+        experts, rows, columns = bounds_of(index, self.shape)
+        units = self.shape[1] // 2
+        parts = []
+        for name, first in ((self.gate, 0), (self.up, units)):
+            span = slice(*(min(max(bound - first, 0), units) for bound in (rows.start, rows.stop)))
+            parts.append(self.store.read(name, (experts, span, columns)))
+        return np.concatenate(parts, axis=1)

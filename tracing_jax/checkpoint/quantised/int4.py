@@ -1,7 +1,8 @@
 """Weights of 2 to 8 bits with a scale and a zero point for each group of inputs: GPTQ, AWQ and compressed-tensors.
 
 Source: Frantar et al., GPTQ (arXiv 2210.17323), and the layout of AutoGPTQ; Lin et al., AWQ (arXiv 2306.00978), and the
-layout of its GEMM kernel; the `pack-quantized` layout of compressed-tensors. A weight is `scale * (q - zero)`.
+layouts of its GEMM and GEMV kernels in AutoAWQ; the `pack-quantized` layout of compressed-tensors. A weight is `scale *
+(q - zero)`.
 """
 
 from collections.abc import Mapping
@@ -95,6 +96,39 @@ class Awq:
         return np.ascontiguousarray((scales * (values - zeros).astype(np.float32)).T)
 
 
+@dataclass(frozen=True)
+class AwqGemv:
+    """A weight `[out, in]`, stored as words `[out, in / 8]` that hold inputs in their order.
+
+    Scales `[out, 8 Z]` and words of zero points `[out, Z]` are of groups of inputs, padded for the GPU.
+    """
+
+    store: TensorStore
+    stem: str
+    group_size: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        out, words = self.store.shape(f"{self.stem}qweight")
+        return out, words * 8
+
+    @property
+    def dtype(self) -> np.dtype:
+        return _FLOAT32
+
+    def read(self, index: Index = ()) -> np.ndarray:
+        rows, inputs = bounds_of(index, self.shape)
+        words, within = words_of(inputs, 8)
+        values = unpacked(self.store.read(f"{self.stem}qweight", (rows, words)), 4, 1)[:, within]
+        groups = scale_bounds((inputs,), (self.group_size,))[0]
+        zero_words, zeros_within = words_of(groups, 8)
+        zeros = unpacked(self.store.read(f"{self.stem}qzeros", (rows, zero_words)), 4, 1)[:, zeros_within]
+        scales = self.store.read(f"{self.stem}scales", (rows, groups)).astype(np.float32)
+        # The group of each input; `spread` takes one scale for the whole axis, which one of padded ones is not.
+        of_input = np.arange(inputs.start, inputs.stop) // self.group_size - groups.start
+        return scales[:, of_input] * (values - zeros[:, of_input]).astype(np.float32)
+
+
 def _in_order(words: np.ndarray) -> np.ndarray:
     values = unpacked(words, 4, -1)
     by_word = values.reshape(*values.shape[:-1], values.shape[-1] // 8, 8)
@@ -185,10 +219,13 @@ def _drop_empty_bias(store: TensorStore, bias: str, found: Found) -> None:
 def _find_awq(store: TensorStore, settings: Mapping[str, Any], stems: list[str]) -> Found:
     found, names = Found("AWQ"), set(store.names())
     version, bits = str(settings.get("version") or "gemm").lower(), settings.get("bits", 4)
-    if version != "gemm" or bits != 4:
-        raise QuantisedError(f"AWQ of version {version} with {bits} bits: gemm with 4 is read")
+    if version not in ("gemm", "gemv") or bits != 4:
+        raise QuantisedError(f"AWQ of version {version} with {bits} bits: gemm and gemv with 4 are read")
     for stem in stems:
         _require(names, stem, ("qzeros", "scales"))
+        if version == "gemv":
+            found.add(f"{stem}weight", _awq_gemv(store, settings, stem), *(stem + part for part in _AWQ_PARTS))
+            continue
         inputs, words = store.shape(f"{stem}qweight")
         groups = store.shape(f"{stem}scales")[0]
         if not groups or inputs % groups:
@@ -196,8 +233,25 @@ def _find_awq(store: TensorStore, settings: Mapping[str, Any], stems: list[str])
         _expect(store, f"{stem}scales", (groups, words * 8))
         _expect(store, f"{stem}qzeros", (groups, words))
         tensor = Awq(store, stem, inputs // groups)
-        found.add(f"{stem}weight", tensor, *(stem + part for part in ("qweight", "qzeros", "scales")))
+        found.add(f"{stem}weight", tensor, *(stem + part for part in _AWQ_PARTS))
     return found
+
+
+_AWQ_PARTS = ("qweight", "qzeros", "scales")
+
+
+def _awq_gemv(store: TensorStore, settings: Mapping[str, Any], stem: str) -> AwqGemv:
+    """Returns a weight in the layout of the GEMV kernel, whose scales do not tell the size of a group."""
+    (out, words), given = store.shape(f"{stem}qweight"), settings.get("group_size")
+    size = 8 * words if given == -1 else given
+    if not isinstance(size, int) or size < 1 or 8 * words % size:
+        raise QuantisedError(f"group_size {given!r} does not divide the {8 * words} inputs of {stem}qweight")
+    padded = store.shape(f"{stem}qzeros")[1]
+    if 8 * padded < 8 * words // size:
+        raise QuantisedError(f"{stem}qzeros holds {8 * padded} zero points of {8 * words // size} groups")
+    _expect(store, f"{stem}qzeros", (out, padded))
+    _expect(store, f"{stem}scales", (out, 8 * padded))
+    return AwqGemv(store, stem, size)
 
 
 def find_packed(store: TensorStore, settings: Mapping[str, Any]) -> Found:
