@@ -1,7 +1,9 @@
 """Test session set-up: eight simulated CPU devices, and shapes checked at run time in every annotated function."""
 
+import hashlib
 import os
 import sys
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -64,15 +66,21 @@ def _blank_figures(request, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def family(tmp_path_factory, worker_id):
-    """A family like the demo's, trained in seconds: base, finetune, disguised, independent."""
+def family(pytestconfig):
+    """A family like the demo's, trained in seconds: base, finetune, disguised, independent.
+
+    It is kept for the next run, until a line of the package changes.
+    """
     from tracing_jax import demo
 
     recipe = demo.Recipe(
         vocab_size=400, embed_dim=32, num_layers=2, mlp_dim=64, num_heads=4, num_kv_heads=2, block_size=64,
         batch_size=16, base_steps=200, finetune_steps=40, base_pieces=100, finetune_pieces=60,
     )  # fmt: skip
-    root = tmp_path_factory.getbasetemp()
-    root = root if worker_id == "master" else root.parent  # the workers' common folder
+    code = hashlib.sha256(jax.__version__.encode())
+    for file in sorted(Path(demo.__file__).parents[1].rglob("*.py")):
+        code.update(file.read_bytes())
+    root = pytestconfig.rootpath / ".pytest_cache" / "family" / code.hexdigest()[:16]
+    root.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(root / "family.lock"):  # one worker trains it, the others wait
-        return demo.family(str(root / "family"), recipe)
+        return demo.family(str(root), recipe)
