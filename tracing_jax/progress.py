@@ -76,6 +76,11 @@ def working(on: "tqdm | str") -> Iterator[None]:
         _remove(on)
 
 
+def innermost() -> str:
+    """Returns what is going on, without its counts: `csu (1 of 10)` of a statistic; empty if nothing was said."""
+    return next((on for on in reversed(list(_working)) if isinstance(on, str)), "")
+
+
 @contextlib.contextmanager
 def reporting(silence: float = SILENCE) -> Iterator[None]:
     """Writes a line to the log whenever nothing was written for so many seconds: what is going on, and how far it is.

@@ -9,6 +9,7 @@ from typing import Any
 
 from tracing_jax.cli.compilation_cache import keep_compiled_programs
 from tracing_jax.cli.errors import configure_logging, exit_on_user_error
+from tracing_jax.cli.profiling import profiled
 from tracing_jax.dataclass_options import checked, option, suggestion
 
 EXIT_STATUS = """exit status:
@@ -48,6 +49,7 @@ class ProgramOptions:
     no_compile_cache: bool = option(
         False, "Do not keep compiled programs for later runs in ~/.cache/tracing_jax/xla.", group="program"
     )
+    profile: str | None = option(None, "Folder for a table of where the time went, and a JAX trace.", group="program")
     coordinator: str | None = option(
         None, "host:port of process 0, of several that srun does not start.", group="program"
     )
@@ -79,7 +81,8 @@ def run_experiment(config: Any, program: ProgramOptions) -> list[dict[str, Any]]
 
         with initialized(program.coordinator, program.num_processes, program.process_id), exit_on_user_error():
             try:
-                records = experiment.run(config)
+                with profiled(program.profile):
+                    records = experiment.run(config)
             except experiment.NotSavedError as error:
                 _print(error.records, program, saved=False)
                 raise

@@ -11,7 +11,6 @@ from tracing_jax.cli.compilation_cache import keep_compiled_programs
 from tracing_jax.cli.errors import configure_logging, exit_on_user_error
 from tracing_jax.dataclass_options import REQUIRED, from_values, option
 from tracing_jax.options import RunOptions
-from tracing_jax.report.formatting import calibrated_p_text
 
 if TYPE_CHECKING:
     from tracing_jax.library import Candidate, Scan
@@ -99,6 +98,8 @@ def _candidate(candidate: "Candidate", names: Any) -> dict[str, Any]:
 
 def _lines(found: "Scan", names: Any, shown: int) -> list[str]:
     """Returns the sentence and a table of the first candidates."""
+    from tracing_jax.report.formatting import calibrated_p_text
+
     lines = [found.sentence(), ""]
     for candidate in found.candidates[:shown]:
         p = candidate.adjusted_log10_p

@@ -1,0 +1,56 @@
+"""Where the time of a run went: every second of the main thread is in one cell, under what it was spent on."""
+
+import threading
+import time
+
+import pytest
+
+from tracing_jax.cli.profiling import EVERY, OTHER, WAITING, Sampler, kind_of, profiled, table
+from tracing_jax.progress import working
+
+_OURS = ("/x/tracing_jax/statistics/csu.py", "compute")
+
+
+@pytest.mark.parametrize(
+    ("innermost", "kind"),
+    [
+        (("/y/jax/_src/compiler.py", "backend_compile"), "compile"),
+        (("/y/jax/_src/interpreters/mlir.py", "lower_jaxpr_to_fun"), "trace and lower"),
+        (("/y/jax/_src/array.py", "_value"), "device"),
+        (("/x/tracing_jax/matching/assignment.py", "assign"), "assignment"),
+        (("/x/tracing_jax/checkpoint/safetensors_file.py", "read"), "read"),
+        (("/x/tracing_jax/record.py", "_sha256"), "hash"),
+        (("/x/tracing_jax/record.py", "plain"), OTHER),
+        (("/usr/lib/python3.11/threading.py", "wait"), WAITING),
+        (("/y/numpy/linalg/_linalg.py", "svd"), OTHER),
+    ],
+)
+def test_the_innermost_frame_that_tells_says_what_a_thread_does(innermost, kind):
+    assert kind_of([innermost, _OURS]) == kind
+    assert kind_of([("/y/numpy/linalg/_linalg.py", "svd"), innermost, _OURS]) == kind
+
+
+def test_every_second_of_the_main_thread_is_in_one_cell():
+    start = time.perf_counter()
+    with Sampler() as sampler:
+        with working("csu (1 of 2)"):
+            time.sleep(10 * EVERY)
+        with working("match (2 of 2)"):
+            threading.Event().wait(10 * EVERY)
+    wall = time.perf_counter() - start
+    assert sum(sampler.main.values()) == pytest.approx(wall, abs=2 * EVERY + 0.1 * wall)
+    assert sampler.main["csu (1 of 2)", OTHER] > 0
+    assert sampler.main["match (2 of 2)", WAITING] > 0
+    lines = table(sampler).splitlines()
+    assert [line.split("  ")[0] for line in lines if "of 2" in line] == ["csu (1 of 2)", "match (2 of 2)"]
+
+
+def test_profile_is_written_with_a_trace(tmp_path, capsys):
+    with profiled(None):
+        pass
+    assert not list(tmp_path.iterdir())
+    with profiled(str(tmp_path / "found")), working("sleep"):
+        time.sleep(3 * EVERY)
+    assert "sleep" in (tmp_path / "found" / "profile.txt").read_text("utf-8")
+    assert list((tmp_path / "found").rglob("*.xplane.pb"))
+    assert str(tmp_path) in capsys.readouterr().err

@@ -1,0 +1,141 @@
+"""`--profile`: where the wall time of a run goes, by samples of the stacks of all threads, and a JAX trace."""
+
+import contextlib
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+from tracing_jax.progress import innermost
+
+EVERY = 0.02
+"""Seconds between two samples: a whole of them costs a run about one per cent."""
+
+OTHER, WAITING = "Python, NumPy, dispatch", "idle"
+_OUTSIDE = "start and end"
+
+KINDS = {
+    "compile": ("jax/_src/compiler.py", "jax/_src/compilation_cache.py"),
+    "trace and lower": ("jax/_src/interpreters/mlir.py", "jax/_src/interpreters/partial_eval.py", "jax/_src/pjit.py"),
+    "device": ("jax/_src/array.py",),
+    "transfer": ("jax/_src/api.py:device_put", "jax/_src/dispatch.py:_device_put", "multihost_utils.py"),
+    "assignment": ("tracing_jax/matching/",),
+    "hash": ("tracing_jax/record.py:_sha256", "hashlib.py"),
+    "read": ("tracing_jax/checkpoint/", "tracing_jax/sources/"),
+    "figures and pages": ("tracing_jax/report/", "matplotlib/"),
+    "import": ("importlib._bootstrap",),
+    WAITING: ("/threading.py", "concurrent/futures/", "/queue.py", "/selectors.py"),
+}
+"""What time is spent on -> the files, or functions of files, whose innermost frame tells it. `device` is waiting for a
+result: on a CPU the arithmetic, on a GPU with its copy to the host. `idle` is waiting for another thread. The rest is
+Python, NumPy's arithmetic, and compiled programs that a CPU runs where they are called."""
+
+Frame = tuple[str, str]
+"""File and function of a frame."""
+
+
+def kind_of(stack: Sequence[Frame]) -> str:
+    """Returns what a thread was doing, by its innermost frame that tells.
+
+    Args:
+      stack: its frames, the innermost first.
+    """
+    for file, function in stack:
+        for kind, places in KINDS.items():
+            for place in places:
+                part, _, name = place.partition(":")
+                if part in file and function.startswith(name):
+                    return kind
+    return OTHER
+
+
+class Sampler:
+    """Counts what the main thread, and all others together, were doing whenever it looked.
+
+    Attributes:
+      main: (step, kind) -> seconds of the main thread; together they are the wall time.
+      others: kind -> seconds of all other threads that were not idle; they may run at the same time.
+    """
+
+    def __init__(self) -> None:
+        self.main: defaultdict[tuple[str, str], float] = defaultdict(float)
+        self.others: defaultdict[str, float] = defaultdict(float)
+        self._stop = threading.Event()
+        self._main = threading.get_ident()
+        self._last = time.perf_counter()
+        self._thread = threading.Thread(target=self._run, name="profile", daemon=True)
+
+    def __enter__(self) -> "Sampler":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._look()
+
+    def _run(self) -> None:
+        while not self._stop.wait(EVERY):
+            self._look()
+
+    def _look(self) -> None:
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        own = threading.get_ident()
+        for thread, frame in sys._current_frames().items():
+            if thread == self._main:
+                self.main[innermost() or _OUTSIDE, kind_of(_stack(frame))] += seconds
+            elif thread not in (own, self._thread.ident) and (kind := kind_of(_stack(frame))) != WAITING:
+                self.others[kind] += seconds
+
+
+def _stack(frame: FrameType | None) -> list[Frame]:
+    found = []
+    while frame is not None:
+        found.append((frame.f_code.co_filename, frame.f_code.co_name))
+        frame = frame.f_back
+    return found
+
+
+def table(sampler: Sampler) -> str:
+    """Returns where the time went: a row for each step and statistic, a column for each kind, in seconds."""
+    from tracing_jax.report import text_table
+
+    kinds = [kind for kind in (*KINDS, OTHER) if any(kind == k for _, k in sampler.main) or sampler.others[kind]]
+    steps = list(dict.fromkeys(step for step, _ in sampler.main))
+    rows = {step: [sampler.main[step, kind] for kind in kinds] for step in steps}
+    rows["in all"] = [sum(column) for column in zip(*rows.values())]
+    rows["other threads"] = [sampler.others[kind] for kind in kinds]
+    shown = [
+        [name, *(f"{s:.2f}" if s else "" for s in seconds), f"{sum(seconds):.2f}"] for name, seconds in rows.items()
+    ]
+    return text_table(shown, ["seconds", *kinds, "sum"])
+
+
+@contextlib.contextmanager
+def profiled(folder: str | None) -> Iterator[None]:
+    """Writes `profile.txt` and a JAX trace of what happens inside into a folder; does nothing without one.
+
+    The trace opens in Perfetto, XProf or TensorBoard.
+
+    Raises:
+      OSError: the folder cannot be written; before anything else happens.
+    """
+    if folder is None:
+        yield
+        return
+    path = Path(folder).expanduser()
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "profile.txt").write_text("")
+    import jax
+
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # tracing every call of Python would slow the run, and the samples show Python
+    with jax.profiler.trace(str(path), profiler_options=options), Sampler() as sampler:
+        yield
+    text = table(sampler)
+    (path / "profile.txt").write_text(f"{text}\n", encoding="utf-8")
+    print(text, f"JAX trace and this table: {path}", sep="\n", file=sys.stderr)
