@@ -378,7 +378,7 @@ def _gguf_level(family: str) -> str:
         return "forward"  # the last four are under llama.cpp's names for others
     plain = {re.sub(r"[-_]|text$", "", name): name for name in MODEL_ARCH_NAMES.values()}
     found = plain.get(re.sub(r"[-_]|text$", "", family))
-    return "" if found is None else "weights"
+    return "" if found is None else "forward" if found in GGUF_FAMILIES else "weights"
 
 
 @contextlib.contextmanager
