@@ -12,7 +12,7 @@ import pytest
 import tiny
 from make_golden import hf_model
 from parity_cases import CASES, LIVE_CASES, leaf_of
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from scipy.special import expit, softmax
 
 from tracing_jax.alignment import align
@@ -236,6 +236,28 @@ def _written(folder, case, extra=None, **config):
     (folder / "config.json").write_text(json.dumps(case.config | config))
     save_file(tensors | (extra or {}), folder / "model.safetensors")
     return folder
+
+
+def test_stacked_experts_that_are_stored_transposed_are_read_as_transformers_turns_them(tmp_path):
+    plain = ALL["qwen3_moe-default"]
+    case = dataclasses.replace(plain, config=plain.config | {"moe_intermediate_size": 10})  # no square matrices
+    folder = _written(tmp_path, case)
+    tensors = load_file(folder / "model.safetensors")
+    of_experts = [name for name in tensors if ".experts." in name]
+    single = {name: tensors.pop(name) for name in of_experts}
+    for before in {name.partition(".experts.")[0] for name in of_experts}:
+        gate, up, down = (
+            np.stack([single[f"{before}.experts.{e}.{part}_proj.weight"] for e in range(case.config["num_experts"])])
+            for part in ("gate", "up", "down")
+        )
+        both = np.concatenate([gate, up], axis=1)
+        for part, stack in (("gate_up", both), ("down", down)):
+            tensors[f"{before}.experts.{part}_proj"] = np.ascontiguousarray(stack.swapaxes(1, 2))
+    save_file(tensors, folder / "model.safetensors")
+    opened = open_checkpoint(str(folder))
+    assert any("tensors are stored transposed" in note for note in opened.notes)
+    ours, theirs = (flatten(in_memory(source).params) for source in (opened, case.source()))
+    assert all(np.array_equal(ours[name], leaf) for name, leaf in theirs.items())
 
 
 def test_layers_that_predict_further_tokens_are_left_out_with_a_note(tmp_path):

@@ -95,12 +95,14 @@ def _turned(arch: Arch, store: TensorStore) -> tuple[TensorStore, list[str]]:
 
     Like transformers, this transposes a tensor whose shape fits only so.
     """
-    names = set(store.names()) if arch.num_experts else set()
+    names = set(store.names())
+    if not arch.num_experts or not any(len(store.shape(name)) == 3 for name in names):
+        return store, []  # one of 256 experts a layer has 70,000 tensors, whose layouts take seconds
     turned = {}
-    for name, shape in tensor_shapes(leaf_layouts(arch, names).values()).items() if names else ():
-        if len(shape) == 3 and name in names and shape[1] != shape[2]:
-            found = Transposed(store, name) if len(store.shape(name)) == 3 else None
-            if found is not None and found.shape == shape:
+    for name, shape in tensor_shapes(leaf_layouts(arch, names).values()).items():
+        if len(shape) == 3 and name in names and shape[1] != shape[2] and len(store.shape(name)) == 3:
+            found = Transposed(store, name)
+            if found.shape == shape:
                 turned[name] = found
     if not turned:
         return store, []
