@@ -280,6 +280,14 @@ _MORE_FACTS: dict[str, tuple[str, dict[str, Any]]] = {
         "granitemoe",
         {"attention.scale": 0.21, "embedding_scale": 3.3, "residual_scale": 0.43, "logit_scale": 1.7},
     ),
+    "ernie4_5_moe-default": (
+        "ernie4_5-moe",
+        {"interleave_moe_layer_step": 1, "leading_dense_block_count": 1, "expert_shared_count": 2},
+    ),
+    "ernie4_5_moe-interval": (
+        "ernie4_5-moe",
+        {"interleave_moe_layer_step": 2, "leading_dense_block_count": 1, "expert_shared_count": 2},
+    ),
     "deepseek_v2-default": ("deepseek2", {}),
     "deepseek_v2-mscale": ("deepseek2", {"rope.scaling.yarn_log_multiplier": 0.075}),
     "deepseek_v3-groups": ("deepseek2", _SIGMOID),

@@ -223,6 +223,11 @@ _MPT = {
     "attention.layer_norm_epsilon": "layer_norm_epsilon", "context_length": "max_seq_len",
     "attention.clamp_kqv": "_clip", "attention.max_alibi_bias": "_slope",
 }  # fmt: skip
+_ERNIE = {
+    "expert_count": "moe_num_experts", "expert_used_count": "moe_k", "interleave_moe_layer_step": "moe_layer_interval",
+    "leading_dense_block_count": "moe_layer_start_index", "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_count": "moe_num_shared_experts",
+}  # fmt: skip
 _GRANITE = {
     "attention.scale": "attention_multiplier", "embedding_scale": "embedding_multiplier",
     "residual_scale": "residual_multiplier", "logit_scale": "logits_scaling",
@@ -270,6 +275,7 @@ GGUF_FAMILIES = {
     "olmo2": GgufFamily("olmo2", _WINDOWS, more=_olmo2),
     "seed_oss": GgufFamily("seed_oss", more=_seed_oss),
     "ernie4_5": GgufFamily("ernie4_5", more=_biases("use_bias")),
+    "ernie4_5-moe": GgufFamily("ernie4_5_moe", _ERNIE, more=_biases("use_bias")),
     "smollm3": GgufFamily("smollm3"),
     "exaone4": GgufFamily("exaone4", _WINDOWS, more=_exaone4),
     "glm4": GgufFamily("glm4", _DIMS, more=_glm4),
