@@ -21,7 +21,7 @@ mean. Other benchmarks are programs of their own:
     python -m benchmarks.fuzz               # do damaged checkpoints end in one clear error?
     python -m benchmarks.distilled          # match_distilled on models without gates
 
-Each prints its own options with `--help`.
+Each prints its own options with `--help`. `benchmarks/gpu.sh` runs what only an accelerator can show.
 """
 
 import json

@@ -126,6 +126,8 @@ def test_command_can_be_parsed(words):
         case ["pip", "install", *packages]:
             extras = tomllib.loads(text_of("pyproject.toml"))["project"]["optional-dependencies"]
             assert set(re.findall(r"\[(\w+)\]", " ".join(packages))) <= set(extras)
+        case [script, *_] if script.endswith(".sh"):
+            assert os.access(ROOT / script, os.X_OK)
         case [tool, *_]:
             assert tool in _TOOLS
 
