@@ -257,24 +257,34 @@ def _open_model(row: Row, folder: Path, small: Mapping[str, Any], model: Any) ->
     if level != row.level:
         row.remark = f"the tiny model is read at another level: {level} {found.notes[:1]}"
     elif level == "forward":
-        row.error = difference(found, model)
+        row.error = difference(found, expected_logits(model))
 
 
-def difference(found: Any, model: Any) -> float:
-    """Returns how far logits of a checkpoint are from those of transformers' model, relative to the largest."""
-    import jax
+def tokens() -> np.ndarray:
+    """Returns the text, int32, on which logits are compared."""
+    return np.random.default_rng(0).integers(2, 200, (2, TOKENS)).astype(np.int32)
+
+
+def expected_logits(model: Any) -> np.ndarray:
+    """Returns the logits of transformers' model."""
     import torch
 
-    from tracing_jax.forward import logits
-    from tracing_jax.sources import in_memory
-
-    tokens = np.random.default_rng(0).integers(2, 200, (2, TOKENS))
     # That of Llama 4 asks for what only images give, in transformers 5.24.
     whole = model.language_model if model.config.model_type == "llama4" else model
     with torch.no_grad():
-        expected = whole(input_ids=torch.tensor(tokens), use_cache=False).logits.numpy()
+        return np.asarray(whole(input_ids=torch.tensor(tokens().astype(np.int64)), use_cache=False).logits)
+
+
+def difference(found: Any, expected: np.ndarray) -> float:
+    """Returns how far logits of a checkpoint are from those expected, relative to the largest."""
+    import jax
+
+    from tracing_jax.forward import logits
+    from tracing_jax.sources import InMemory, in_memory
+
+    source = InMemory(found.arch, jax.tree.map(jax.numpy.asarray, in_memory(found).params))
     with jax.disable_jit():  # compiling so many small models would take most of the time
-        ours = logits(in_memory(found), tokens.astype(np.int32))
+        ours = logits(source, tokens())
     return float(np.abs(ours - expected).max() / max(1.0, np.abs(expected).max()))
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from benchmarks import families
+from benchmarks import attributes, families, published_configs
+from tracing_jax.arch import rope
 
 _DOZEN = (
     "bloom ctrl deepseek_v3 falcon_mamba gpt_neox gpt_oss jamba minimax modernbert-decoder mpt nemotron_h qwen3_next"
@@ -27,3 +28,48 @@ def test_outcomes_of_rows():
     assert families.Row("x", "none").outcome == "refused"
     assert families.Row("x", "not tried").outcome == "not tried"
     assert "1 right" in families.page([tried], "5")
+
+
+_PUBLISHED = {
+    "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0, "tie_word_embeddings": False, "bos_token_id": 128000, "max_position_embeddings": 131072,
+    "rope_scaling": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}  # fmt: skip
+
+
+def test_a_shrunken_config_differs_in_sizes_alone():
+    small = published_configs.shrunken(_PUBLISHED)
+    assert small.keys() == _PUBLISHED.keys()
+    same = ("model_type", "rms_norm_eps", "rope_theta", "tie_word_embeddings", "rope_scaling")
+    assert all(small[name] == _PUBLISHED[name] for name in same)
+    assert 1 < small["num_key_value_heads"] < small["num_attention_heads"]
+    assert small["bos_token_id"] < small["vocab_size"] < 1000
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+def test_a_published_config_is_read_and_computed_and_a_wrong_reading_is_seen(monkeypatch):
+    pytest.importorskip("torch")
+    row = published_configs.tried({"source": "here", "config": _PUBLISHED})
+    assert (row.level, row.is_wrong) == ("forward", False)
+    assert row.error is not None
+    monkeypatch.setattr("tracing_jax.arch.config.ropes", lambda *_, **__: rope.NO_ROPE)
+    assert published_configs.tried({"source": "here", "config": _PUBLISHED}).is_wrong
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+def test_changed_attributes_are_refused_or_computed(tmp_path):
+    pytest.importorskip("torch")
+    changes = dict(attributes.changed_configs("llama"))
+    found = {}
+    for name in ("attention_bias True", "hidden_act relu", "head_dim 17", "pretraining_tp 2"):
+        folder = tmp_path / name.replace(" ", "_")
+        folder.mkdir()
+        found[name] = attributes.outcome(changes[name], folder)
+    assert set(found.values()) <= {"equal", "refused", "not built"}, found
+    assert found["attention_bias True"] == found["hidden_act relu"] == "equal"
