@@ -57,7 +57,8 @@ def _written(
     writer = gguf.GGUFWriter(path, architecture)
     _add_sizes(writer, case, arch)
     for key, value in metadata.items():
-        kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
+                 list: writer.add_array}  # fmt: skip
         add = kinds[type(value)]
         add(key.replace("__", "."), value)
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -276,6 +277,9 @@ _MORE_FACTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss-yarn": ("gpt-oss", {}),
     "minimax_m2-default": ("minimax-m2", _SIGMOID),
     "glm4_moe-default": ("glm4moe", _SIGMOID),
+    "qwen2-gqa-untied-default": ("qwen2vl", {"rope.dimension_sections": [1, 2, 1, 0]}),
+    "qwen3-gqa-untied-default": ("qwen3vl", {"rope.dimension_sections": [1, 2, 1, 0], "n_deepstack_layers": 3}),
+    "qwen3_moe-normalized": ("qwen3vlmoe", {"rope.dimension_sections": [1, 2, 1, 0]}),
     "granitemoe-default": (
         "granitemoe",
         {"attention.scale": 0.21, "embedding_scale": 3.3, "residual_scale": 0.43, "logit_scale": 1.7},

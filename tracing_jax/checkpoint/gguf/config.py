@@ -26,6 +26,7 @@ _ASKS = re.compile(
 """Keys that change what a model computes: one that a family does not read must ask for nothing."""
 
 _PATTERN = "attention.sliding_window_pattern"
+_LISTS = (_PATTERN, "rope.dimension_sections")
 _ASKS_NOTHING = {"expert_gating_func": 1, "expert_group_count": 1, "rope.scaling.attn_factor": 1, "attention.causal": 1}
 """Of such keys, values that ask for nothing; of any, 0 does."""
 
@@ -57,7 +58,7 @@ def config_of(header: GgufHeader, factors: Callable[[str], np.ndarray]) -> Confi
         raise UnsupportedMetadataError(
             f"{asked[0]} is {shortened(values[asked[0]])}, which is not read for models of the architecture {name}"
         )
-    config |= {ours: _number(key, values[key]) for key, ours in keys.items() if key in values and key != _PATTERN}
+    config |= {ours: _number(key, values[key]) for key, ours in keys.items() if key in values and key not in _LISTS}
     if missing := [key for key in ("block_count", "embedding_length", "attention.head_count") if key not in values]:
         raise CheckpointError(f"its metadata lacks {', '.join(f'{name}.{key}' for key in missing)}; convert it again")
     config |= {ours: int(values[f"tokenizer.ggml.{key}"]) for key, ours in _IDS.items() if _has_id(values, key)}

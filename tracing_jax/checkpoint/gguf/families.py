@@ -223,6 +223,7 @@ _MPT = {
     "attention.layer_norm_epsilon": "layer_norm_epsilon", "context_length": "max_seq_len",
     "attention.clamp_kqv": "_clip", "attention.max_alibi_bias": "_slope",
 }  # fmt: skip
+_SECTIONS = {"rope.dimension_sections": "_sections"}
 _ERNIE = {
     "expert_count": "moe_num_experts", "expert_used_count": "moe_k", "interleave_moe_layer_step": "moe_layer_interval",
     "leading_dense_block_count": "moe_layer_start_index", "expert_feed_forward_length": "moe_intermediate_size",
@@ -258,6 +259,12 @@ GGUF_FAMILIES = {
         "qwen2_moe", _EXPERTS | _SHARED | _NORM, defaults={"norm_topk_prob": False, "decoder_sparse_step": 1}
     ),
     "qwen3moe": GgufFamily("qwen3_moe", _EXPERTS | _NORM, defaults={"norm_topk_prob": True, "decoder_sparse_step": 1}),
+    # The language models inside of others; sections of a rope get equal positions in a text.
+    "qwen2vl": GgufFamily("qwen2", _SECTIONS),
+    "qwen3vl": GgufFamily("qwen3", _SECTIONS),
+    "qwen3vlmoe": GgufFamily(
+        "qwen3_moe", _EXPERTS | _NORM | _SECTIONS, defaults={"norm_topk_prob": True, "decoder_sparse_step": 1}
+    ),
     "olmoe": GgufFamily("olmoe", _EXPERTS | _NORM, defaults={"norm_topk_prob": False, "rope_theta": 10000.0}),
     "phi3": GgufFamily(
         "phi3", {"attention.sliding_window": "sliding_window", "rope.dimension_count": "rope_dims",
