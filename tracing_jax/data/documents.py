@@ -119,7 +119,8 @@ def read_documents(
         text_column, rows = _read_rows(tables, text_column, max_chars, len(separator))
     text = separator.join(rows)
     if not text.strip():
-        raise ValueError(f"{dataset}: no text in column {text_column!r} ({len(rows)} rows, {split=}): name another")
+        rows_and_split = f"{len(rows)} rows" + (f" of split {split}" if split else "")
+        raise ValueError(f"{dataset}: it is empty: no text in column {text_column!r} ({rows_and_split}); name another")
     origin = {"dataset": dataset, "config": subset, "split": split}
     return Documents(text, {**origin, "column": text_column, "separator": separator})
 
@@ -303,13 +304,16 @@ def _hub_errors(dataset: str, subset: str | None) -> Iterator[None]:
     except Exception as error:  # the Hub's, the network's and the files' errors have no common class
         # Requests, whose addresses may be signed, are not quoted.
         reason = type(error).__name__ if isinstance(error, HTTPError) else error
-        close = difflib.get_close_matches(dataset, list(NAMED_DATASETS), n=1)
-        hint = f"\nDid you mean {close[0]}?" if close else ""
+        if close := difflib.get_close_matches(dataset, list(NAMED_DATASETS), n=1):
+            raise ValueError(
+                f"there is no file and no named data set {dataset!r}. Did you mean {close[0]}? "
+                f"(Named are {', '.join(NAMED_DATASETS)}; from the Hub: {' '.join(str(reason).split())})"
+            ) from None
         raise ValueError(
             f"cannot read the Hub data set {dataset!r} ({subset=}): {reason}\nExpected a path, a Hub id or one of "
             f"{', '.join(NAMED_DATASETS)}. Without a network, give a local text file (--dataset FILE), take the "
             f"text of this package (--dataset {SAMPLE}), or copy the "
-            f"cache of datasets from a machine where datasets.load_dataset({dataset!r}, {subset!r}) has run{hint}"
+            f"cache of datasets from a machine where datasets.load_dataset({dataset!r}, {subset!r}) has run"
         ) from None
 
 
