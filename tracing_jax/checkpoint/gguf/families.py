@@ -164,8 +164,11 @@ def _deepseek2(config: Config) -> Config:
     """DeepSeek-V2, whose router has a softmax, or V3; widths of heads are under other keys where keys are absorbed.
 
     Raises:
-      UnsupportedMetadataError: an old file of a model that may have groups of experts, of which it says nothing.
+      UnsupportedMetadataError: an old file of a model that may have groups of experts, of which it says nothing; layers
+        that predict further tokens, which only other models under this name have in their files.
     """
+    if config.get("num_nextn_predict_layers"):
+        raise UnsupportedMetadataError("layers that predict further tokens, in a model under the name of DeepSeek-V2")
     rope, experts = config["qk_rope_head_dim"], config.get("n_routed_experts", 0)
     if "n_group" not in config and experts > _EXPERTS_WITHOUT_GROUPS:
         raise UnsupportedMetadataError(f"expert_group_count is missing, and {experts} experts may be in groups")
