@@ -111,7 +111,7 @@ def main() -> None:
         print(family, dict(counts), flush=True)
         total += counts
     total["total"] = total["refused"] + total["equal"] + total["wrong"]
-    shown = {name: total[name] or "none" for name in ("total", "refused", "equal", "wrong")}
+    shown = {name: f"{total[name]:,}" if total[name] else "none" for name in ("total", "refused", "equal", "wrong")}
     text = _SECTION.format(families=len(families), **shown)
     section = (
         f"{HEADING}\n\n{textwrap.fill(' '.join(text.split()), 120, break_long_words=False, break_on_hyphens=False)}\n"
