@@ -138,10 +138,12 @@ def test_no_module_is_called_utils():
 
 
 _IMPORT_ALL = """
-import importlib, pkgutil, tracing_jax
+import importlib, pkgutil, sys, tracing_jax
+import tracing_jax.experiment
+slow = {"matplotlib", "optax", "orbax", "scipy.optimize", "scipy.stats"} & set(sys.modules)
+assert not slow, f"every run would wait for the import of {slow}, which few need"
 for module in pkgutil.walk_packages(tracing_jax.__path__, "tracing_jax."):
     importlib.import_module(module.name)
-import sys
 from jax._src import xla_bridge
 assert not xla_bridge._backends, f"importing initialised {list(xla_bridge._backends)}"
 heavy = {"torch", "tensorflow", "transformers", "datasets"} & set(sys.modules)

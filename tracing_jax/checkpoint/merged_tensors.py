@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import scipy.linalg
 from jaxtyping import Float32, Float64
 
 from tracing_jax.checkpoint.errors import CheckpointError
@@ -47,6 +46,8 @@ def pissa(weight: Float64[np.ndarray, "O I"], rank: int, scaling: float) -> Fact
     """Returns factors of the part of a weight along its largest singular values, whatever the scaling."""
     del scaling
     is_wide = weight.shape[0] <= weight.shape[1]
+    import scipy.linalg  # slow to import, and few adapters need it
+
     short = weight if is_wide else weight.T
     n = len(short)
     vectors = scipy.linalg.eigh(short @ short.T, subset_by_index=(max(0, n - rank), n - 1))[1]

@@ -5,12 +5,11 @@ Letters: B batch, T position, V vocab.
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from tracing_jax.arch import Arch
@@ -20,6 +19,9 @@ from tracing_jax.models import init_params
 from tracing_jax.progress import tqdm
 from tracing_jax.sources import InMemory
 from tracing_jax.tree import Tree
+
+if TYPE_CHECKING:
+    import optax
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,15 @@ def train(arch: Arch, recipe: Recipe, params: Tree, training: Training) -> Tree:
 
 def learning_rates(peak: float, steps: int) -> Float[np.ndarray, " steps"]:
     """Returns the learning rate of each step: a warm-up over one step in twenty, then a cosine to zero."""
+    import optax  # slow to import, and only training needs it
+
     return np.asarray(optax.warmup_cosine_decay_schedule(0.0, peak, max(steps // 20, 1), steps)(np.arange(steps)))
 
 
-def optimizer(recipe: Recipe) -> optax.GradientTransformation:
+def optimizer(recipe: Recipe) -> "optax.GradientTransformation":
     """Returns AdamW, after clipping, at learning rate 1; norm gains, the only vectors, do not decay."""
+    import optax
+
     kernels = functools.partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
     adamw = optax.adamw(1.0, b2=0.95, weight_decay=recipe.weight_decay, mask=kernels)
     return optax.chain(optax.clip_by_global_norm(1.0), adamw)
@@ -76,6 +82,8 @@ def train_step(
     arch: Arch, recipe: Recipe, params: Tree, state: Any, rate: Float[Array, ""], tokens: Int[Array, "B T"]
 ) -> tuple[Tree, Any, Float[Array, ""]]:
     """Returns params and optimizer state after one step at this learning rate, and the loss before it, in nats."""
+    import optax
+
     # The learning rate comes in as data, so that all members share one compiled step.
     loss, gradients = jax.value_and_grad(functools.partial(mean_loss, arch))(params, tokens)
     updates, state = optimizer(recipe).update(gradients, state, params)
@@ -85,6 +93,8 @@ def train_step(
 @functools.partial(jax.jit, static_argnames="arch")
 def mean_loss(arch: Arch, params: Tree, tokens: Int[Array, "B T"]) -> Float[Array, ""]:
     """Returns the mean loss of the predicted tokens, in nats."""
+    import optax
+
     model = InMemory(arch, params)
     (hidden,) = final_hidden(model, [tokens], jnp.float32)
     logits = head_logits(arch, head_of(model), hidden)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from tracing_jax import report
 from tracing_jax.alignment import Alignment
 from tracing_jax.record import FORMAT, RunFiles, atomic_write, legacy_dict, write_json, write_pickle
-from tracing_jax.report import figure_of_pairs, html, images_of_run, pairs_html, save_png
 
 
 def save_run(
@@ -29,9 +29,9 @@ def save_run(
     for name, found in (arrays or {}).items():
         files.folder.mkdir(exist_ok=True)
         atomic_write(files.folder / f"{name}.npz", _npz(found))
-    images = images_of_run(record)
+    images = report.images_of_run(record)
     atomic_write(files.png, images.whole)
-    atomic_write(files.html, html(record, images).encode())
+    atomic_write(files.html, report.html(record, images).encode())
     write_json(files.json, record)
     logging.info("wrote %s and, beside it, json, png and html", files.pickle)
 
@@ -42,9 +42,9 @@ def save_pairs(records: Mapping[str, dict[str, Any]], files: RunFiles) -> None:
     atomic_write(
         files.pickle, pickle.dumps({name: legacy_dict(record) for name, record in records.items()}, protocol=4)
     )
-    save_png(figure_of_pairs(list(records.values())), files.png)
+    report.save_png(report.figure_of_pairs(list(records.values())), files.png)
     pages = [urllib.parse.quote(f"{files.folder.name}/{name}.html") for name in records]
-    atomic_write(files.html, pairs_html(list(records.values()), pages).encode())
+    atomic_write(files.html, report.pairs_html(list(records.values()), pages).encode())
     logging.info("wrote %s, json, png and html; each pair is in %s", files.pickle, files.folder)
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.optimize import linear_sum_assignment
 
 from tracing_jax.matching.augmenting_paths import Edges, SparseAssignment
 from tracing_jax.matching.row_reducers import HostRowReducer, RowReducer, RowStats, TopK
@@ -67,6 +66,8 @@ def assign(similarity: Float[np.ndarray, "n m"] | RowReducer) -> Int[np.ndarray,
     row_maxima = _row_maxima_assignment(_checked_stats(reducer))
     if row_maxima is not None:
         return row_maxima.columns
+    from scipy.optimize import linear_sum_assignment  # slow to import, and only small matrices need it
+
     return linear_sum_assignment(reducer.sample_rows(n), maximize=True)[1].astype(np.int32)
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from tracing_jax.options import MatchDistilled
@@ -141,6 +140,8 @@ def _trained(
     weights: Weights, key: PRNGKeyArray, x: Float[Array, "S D"], y: Float[Array, "S D"], recipe: Recipe
 ) -> Weights:
     """Returns the trained weights; the loop compiles once for all layers of one shape."""
+    import optax  # slow to import, and only training needs it
+
     adam = optax.scale_by_adam()
     cosine = optax.cosine_decay_schedule(1.0, recipe.steps)
 
