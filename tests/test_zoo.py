@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,7 +23,9 @@ from hypothesis import strategies as st
 from tracing_jax.checkpoint import open_checkpoint, save_checkpoint
 from tracing_jax.cli import zoo as cli_zoo
 from tracing_jax.cli.zoo import ZooOptions
-from tracing_jax.options import RunOptions
+from tracing_jax.experiment import check_config
+from tracing_jax.experiment.inputs import open_inputs
+from tracing_jax.options import ZOO, RunOptions
 from tracing_jax.sources import InMemory, in_memory
 from tracing_jax.zoo import (
     ModelList,
@@ -418,3 +421,14 @@ def test_pairs_are_proposed_where_the_list_has_many_for_each_model(tmp_path, mon
         zoo = ZooOptions(save=str(tmp_path), models=str(tmp_path / "models.yaml"), candidates=candidates)
         cli_zoo._plan(ZooFolder(tmp_path), zoo, RunOptions(stat=("csu",)))
     assert asked == [False, True, False, True]
+
+
+def test_where_a_tokenizer_cannot_be_read_the_tests_without_a_text_are_the_answer(family, tmp_path):
+    bare = shutil.copytree(family.member("finetune"), tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    pair = {"base_model_id": str(family.member("base")), "ft_model_id": str(bare), "save": None}
+    found = open_inputs(check_config(replace(ZOO, **pair)))
+    assert found.text is None
+    assert "no tokenizer of" in found.not_applicable["jsd"]
+    assert not {"match", "csu", "l2"} & found.not_applicable.keys()
+    with pytest.raises((ValueError, FileNotFoundError)):
+        open_inputs(check_config(replace(ZOO, **pair, stat=("jsd",))))
