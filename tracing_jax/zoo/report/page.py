@@ -9,22 +9,21 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
 from tracing_jax.record import atomic_write, write_json
-from tracing_jax.report.formatting import ABSENT, cell, p_cell
+from tracing_jax.report.formatting import ABSENT, p_cell
 from tracing_jax.report.html_elements import Block, Cell, Section, render, table_of
 from tracing_jax.zoo.folder import ZooFolder
 from tracing_jax.zoo.proposing import LEFT_OUT
 from tracing_jax.zoo.report.contents import Contents, contents_of, pair_dict
-from tracing_jax.zoo.report.direction import MEASURED, Direction
-from tracing_jax.zoo.report.families import EVIDENCE, UNITS, Edge, Lineage
+from tracing_jax.zoo.report.direction import MEASURED
 from tracing_jax.zoo.report.heatmap import LEGEND, arcs, heatmap, is_sparse, link
 from tracing_jax.zoo.report.rows import BINS, PairRow, Uniformity, in_words
+from tracing_jax.zoo.report.trees import counted, family_part, merged_from
 
 _OPEN_ROWS, _MOST_ROWS = 20, 500
 _NAMED_FAMILIES, _NAMES = 6, 90  # of the banner: so many families, and so many letters of each
@@ -44,11 +43,6 @@ _FAMILIES_TEXT = (
 )
 
 
-_BETWEEN = (
-    "Related to models of each family above, which show no relation to one another: merged from them or from relatives "
-    "of theirs, or both families descend from it and have moved too far apart to be told. tracing-jax merge finds "
-    "the shares."
-)
 MISSED = (
     "Of small models, signatures found the base of all 36 descendants of 13 kinds that were tried (docs/scan.md), and "
     "three of four parents of two equal merges of unrelated models; where less than a sixth of the "
@@ -86,13 +80,13 @@ def html(contents: Contents, title: str) -> str:
 
 def sentence(contents: Contents) -> str:
     """Returns the answer in one sentence: `12 models, 66 pairs: 3 families, 2 models in none`."""
-    parts = [_count(len(contents.families), "family", "families")]
+    parts = [counted(len(contents.families), "family", "families")]
     if contents.alone:
-        parts.append(f"{_count(len(contents.alone), 'model', 'models')} in none")
+        parts.append(f"{counted(len(contents.alone), 'model', 'models')} in none")
     undone = sum(count for state, count in contents.states.items() if state != "done")
     if undone:
-        parts.append(f"{_count(undone, 'pair', 'pairs')} not done")
-    models, pairs = _count(len(contents.ids), "model", "models"), _count(len(contents.rows), "pair", "pairs")
+        parts.append(f"{counted(undone, 'pair', 'pairs')} not done")
+    models, pairs = counted(len(contents.ids), "model", "models"), counted(len(contents.rows), "pair", "pairs")
     return f"{models}, {pairs}: {', '.join(parts)}"
 
 
@@ -112,7 +106,7 @@ def _banner(contents: Contents) -> dict[str, Any]:
         + ", after Holm over all",
     }
     for i, members in enumerate(contents.families[:_NAMED_FAMILIES], 1):
-        facts[f"family {i}"] = _named(members) + _merged_from(contents, members)
+        facts[f"family {i}"] = _named(members) + merged_from(contents, members)
     if (proposal := contents.proposal) is not None:
         facts["not compared"] = (
             f"{proposal.left_out:,} of {proposal.asked:,} pairs, in which signatures show no trace; see below"
@@ -120,7 +114,7 @@ def _banner(contents: Contents) -> dict[str, Any]:
     if contents.parents is not None:
         wrong = len(contents.disagreements)
         facts["known tree"] = (
-            f"{_count(wrong, 'disagreement', 'disagreements')}, listed below" if wrong else "no disagreement"
+            f"{counted(wrong, 'disagreement', 'disagreements')}, listed below" if wrong else "no disagreement"
         )
     return {"word": "related" if contents.families else "undecided", "sentence": sentence(contents), "facts": facts}
 
@@ -140,21 +134,6 @@ def _disagreements(contents: Contents) -> list[Section]:
     text += [f"Not drawn: {parent} → {child}" for parent, child in contents.missed]
     table = table_of(("", "pair", "found", "known"), rows) if rows else None
     return [Section("Disagreements with the known tree", text, table=table)]
-
-
-def _merged_from(contents: Contents, members: tuple[str, ...]) -> str:
-    """Returns `; merged from families 1 and 2` for merged models, else nothing."""
-    numbers = [str(number) for _, number in _origin_numbers(contents, members)]
-    return f"; merged from families {' and '.join(numbers)}" if numbers else ""
-
-
-def _origin_numbers(contents: Contents, members: tuple[str, ...]) -> list[tuple[Edge, int | None]]:
-    """Returns the closest pair with each family that merged models are related to, and the number of that family.
-
-    None is a parent that is in no other family.
-    """
-    edges = contents.origins_of.get(members, ())
-    return [(edge, contents.family_of(next(n for n in edge.row.models if n not in members))) for edge in edges]
 
 
 def _not_compared(contents: Contents) -> list[Section]:
@@ -256,84 +235,6 @@ def _named(members: Sequence[str]) -> str:
     """Returns the first names of a family, as many as fit, and how many more there are."""
     shown = next((i for i in range(1, len(members)) if len(", ".join(members[: i + 1])) > _NAMES), len(members))
     return ", ".join([*members[:shown], *([f"and {len(members) - shown} more"] if shown < len(members) else [])])
-
-
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number:,} {one if number == 1 else many}"
-
-
-_Joined = Mapping[str, list[tuple[str, Edge, Direction]]]
-
-
-@dataclass
-class Branch:
-    """A model below the one it hangs on, with the edge between them; the root has none."""
-
-    name: str
-    edge: Mapping[str, str] | None = None
-    children: list["Branch"] = field(default_factory=list)
-
-
-def family_part(i: int, contents: Contents) -> dict[str, Any]:
-    """Returns what the template needs of a family: its title, how close its edges are measured, and its tree."""
-    tree, estimates = contents.lineages[i], contents.directions[i]
-    joined: dict[str, list[tuple[str, Edge, Direction]]] = {name: [] for name in tree.models}
-    for edge, estimate in zip(tree.edges, estimates, strict=True):
-        joined[edge.row.base].append((edge.row.ft, edge, estimate))
-        joined[edge.row.ft].append((edge.row.base, edge, estimate))
-    estimated = sum(estimate.child is not None for estimate in estimates)
-    text = f"Direction estimated for {estimated} of {_count(len(estimates), 'edge', 'edges')}." if estimates else ""
-    origins = [_origin(edge, number, tree.models) for edge, number in _origin_numbers(contents, tree.models)]
-    title = f"Family {i + 1}: {_count(len(tree.models), 'model', 'models')}" + _merged_from(contents, tree.models)
-    if origins:
-        text = f"{_BETWEEN} {text}".strip()
-    return {"title": title, "text": text, "root": branches(root(tree, estimates), joined), "origins": origins}
-
-
-def _origin(edge: Edge, number: int | None, members: Sequence[str]) -> dict[str, str]:
-    parent, child = sorted(edge.row.models, key=lambda name: name in members)
-    family = f"family {number}" if number is not None else "in no other family"
-    return {"parent": parent, "child": child, "family": family, "value": _closeness(edge), "link": link(edge.row)}
-
-
-def root(tree: Lineage, estimates: Sequence[Direction]) -> str:
-    """Returns the model from which most estimates point away; of several, the one with most edges, then by name."""
-    below = {estimate.child for estimate in estimates if estimate.child is not None}
-    edges = {name: sum(name in edge.row.models for edge in tree.edges) for name in tree.models}
-    parents = {name: sum(estimate.parent == name for estimate in estimates) for name in tree.models}
-    return min(tree.models, key=lambda name: (name in below, parents[name] == 0, -edges[name], name))
-
-
-def branches(name: str, joined: _Joined, above: str | None = None) -> Branch:
-    """Returns the branch of a model with everything that hangs on it; the largest number of relatives first."""
-    found = Branch(name)
-    for other, edge, estimate in sorted(joined[name], key=lambda item: item[0]):
-        if other != above:
-            child = branches(other, joined, name)
-            child.edge = _edge(edge, estimate, other)
-            found.children.append(child)
-    return found
-
-
-def _edge(edge: Edge, estimate: Direction, lower: str) -> dict[str, str]:
-    grounds = "; ".join(estimate.grounds)
-    upper = edge.row.other(lower)
-    if estimate.child is None:
-        sign, kind, text = "–", "open", f"{upper} – {lower}, direction open: {grounds}"
-    else:
-        sign, kind = ("↳" if estimate.child == lower else "↰"), "estimate"
-        text = f"{estimate.parent} → {estimate.child}, an estimate: {grounds}"
-    return {"sign": sign, "kind": kind, "text": text, "value": _closeness(edge), "link": link(edge.row)}
-
-
-def _closeness(edge: Edge) -> str:
-    if edge.same_function:
-        return "same function"
-    if edge.measure is EVIDENCE:
-        return f"p after Holm {p_cell(edge.row.shown_log10_ps[1])}"
-    if edge.measure is UNITS:
-        return f"{edge.value:.0%} of MLP units agree"
-    return f"{edge.measure.name} {cell(float(f'{edge.value:.3g}'))}"
 
 
 PAGE, TABLE, DATA = "report.html", "report.csv", "report.json"
