@@ -508,6 +508,14 @@ def several():
     return [record(args={"ft_model_id": f"org/{name}"}, verdict=word, statistics=found) for name, word in pairs]
 
 
+def test_what_a_path_does_not_show_stands_once_under_the_losses_of_all_pairs():
+    records = several()
+    for found in records:
+        found["statistics"]["mode"]["non_aligned"]["notes"] = ["a low path is no evidence"]
+    assert summary(records).count("a low path is no evidence") == 1
+    assert "a low path is no evidence" in html(records[0])
+
+
 def test_summary_has_the_verdict_on_each_pair_and_tables_of_all():
     lines = summary(several()).splitlines()
     words = [line.strip().split("  ")[0] for line in lines if re.match(r"  (RELATED|UNDECIDED|NO EVIDENCE)", line)]

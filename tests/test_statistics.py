@@ -15,7 +15,7 @@ from tracing_jax.sources import InMemory
 from tracing_jax.statistics import Pair, Vocabularies
 from tracing_jax.statistics.comparison import overlapped
 from tracing_jax.statistics.cosine import Cos, Emb, best_cosines
-from tracing_jax.statistics.mode import Mode, curve_of
+from tracing_jax.statistics.mode import NO_DESCENT, Mode, curve_of
 
 ARCH = tiny.llama_mha()
 SAME = Vocabularies(True, np.arange(61, dtype=np.int32), np.arange(61, dtype=np.int32))
@@ -81,7 +81,9 @@ def test_emb_draws_rows_from_the_seed_when_there_are_too_many():
 @pytest.mark.slow
 def test_mode_on_a_model_and_itself_is_flat():
     model = tiny.model(ARCH)
-    curve = Mode(attn=True, emb=True).compute(pair_of(model, model)).curve
+    found = Mode(attn=True, emb=True).compute(pair_of(model, model))
+    assert NO_DESCENT in found.notes  # however flat the path is
+    curve = found.curve
     np.testing.assert_allclose(curve.loss, curve.loss[0], atol=1e-5)
     assert curve.barrier == pytest.approx(0, abs=1e-5)
     assert curve.end_loss_ft_own == pytest.approx(curve.loss[-1], abs=1e-5)

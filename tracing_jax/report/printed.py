@@ -41,7 +41,9 @@ def summary_parts(records: Sequence[Mapping[str, Any]], saved: bool = True) -> l
     parts = [part for record in records for part in findings(record, saved)]
     if rows := [row for record in records for row in path_rows(record)]:
         headers = ("base", "other model", "path", "base loss", "midpoint", "barrier", "end loss")
-        parts.append(Part("Losses along the path (nats per token)", _table(headers, rows)))
+        notes = dict.fromkeys(note for record in records for note in _path_notes(record))
+        table = [*_table(headers, rows), *(Row((note,)) for note in notes)]
+        parts.append(Part("Losses along the path (nats per token)", table))
     if len(records) > 1 and all(record.get("verdict") for record in records):
         table = _table(PAIR_HEADERS, pair_rows(records))
         parts.append(Part("Pairs", [*table, Row((adjustment_text(records),))]))
@@ -109,6 +111,12 @@ def path_rows(record: Mapping[str, Any]) -> list[list[Any]]:
         ends = [curve["loss"][0], curve["midpoint"], curve["barrier"], curve["loss"][-1]]
         rows.append([model_name(record, "base"), model_name(record, "ft"), side, *map(_three, ends)])
     return rows
+
+
+def _path_notes(record: Mapping[str, Any]) -> list[str]:
+    """What the losses along a path do not show."""
+    results = results_by_side(record["statistics"].get("mode", {})).values()
+    return [note for result in results for note in result.get("notes") or ()]
 
 
 def _three(value: float | str) -> float:

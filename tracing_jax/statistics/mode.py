@@ -19,6 +19,12 @@ from tracing_jax.statistics.statistic import Curve, Pair, Result, Vocabularies, 
 
 _LABEL = "midpoint loss (nats per token)"
 
+NO_DESCENT = (
+    "a low loss path is no evidence of descent: independent models are joined by one too where an alignment is good "
+    "enough, and a barrier does not exclude descent, since a rewrite that keeps the function makes one"
+)
+"""What the loss along a path does not show; in every result that has one."""
+
 
 class Mode(options.Mode):
     """Loss of the model at alpha between base and ft on base's tokens; head and embedding are base's unless `emb`.
@@ -75,7 +81,8 @@ class Mode(options.Mode):
         if permutations:
             generator = pair.generator("mode", "ties")
             log_p = permutation_test(curve.midpoint, permuted, generator=generator, larger_is_similar=False)
-        return replace(permutation_result(pair, _LABEL, curve.midpoint, permuted, log_p), curve=curve)
+        result = permutation_result(pair, _LABEL, curve.midpoint, permuted, log_p)
+        return replace(result, curve=curve, notes=[NO_DESCENT, *result.notes])
 
 
 def midpoint_losses(pair: Pair, permutations: Sequence[Permutations], groups: tuple[str, ...]) -> np.ndarray:
