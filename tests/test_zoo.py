@@ -403,6 +403,22 @@ def test_signatures_propose_the_pairs_of_relatives_and_what_they_found_is_kept(f
 
 
 @pytest.mark.slow
+def test_a_zoo_without_any_trace_is_an_answer(family, tmp_path, capsys):
+    """Nothing is compared, nothing fails, and the page says which pairs were left out."""
+    members = [str(family.member(name)) for name in ("base", "independent")]
+    (tmp_path / "models.yaml").write_text(yaml.safe_dump(members))
+    listed = str(tmp_path / "models.yaml")
+    zoo = ZooOptions(save=str(tmp_path / "zoo"), models=listed, executor="local", candidates="scan")
+    cli_zoo.launch(zoo, RunOptions(stat=("csu",), dataset=None))
+    printed = capsys.readouterr().out
+    assert "0 pairs" in printed
+    assert "left out: 1 of 1 pairs" in printed
+    page = (tmp_path / "zoo" / "report.html").read_text("utf-8")
+    assert "1 of 1 pairs were not compared" in page
+    assert "2 models in none" in page
+
+
+@pytest.mark.slow
 def test_signatures_propose_both_parents_of_an_equal_merge(family, tmp_path):
     base, other = (in_memory(open_checkpoint(str(family.member(name)))) for name in ("base", "independent"))
     mean = jax.tree.map(lambda a, b: (np.asarray(a) + np.asarray(b)) / 2, base.params, other.params)

@@ -52,7 +52,6 @@ def proposed(plan: ZooPlan, folder: Path) -> ZooPlan:
 
     Raises:
       CheckpointError, OSError: a model cannot be read.
-      ValueError: no pair is left.
     """
     (folder / MODELS).mkdir(parents=True, exist_ok=True)
     signatures, unsigned = _signatures(plan, folder)
@@ -69,8 +68,6 @@ def proposed(plan: ZooPlan, folder: Path) -> ZooPlan:
             left_out.append((pair, reason))
         else:
             kept.append(pair)
-    if not kept:
-        raise ValueError("signatures show no trace of a relation in any pair; --candidates=all compares them all")
     _write_left_out(folder / LEFT_OUT, left_out, plan)
     proposal = Proposal(
         len(plan.pairs),
