@@ -43,12 +43,12 @@ trace() {
 } | tee "$summary"
 
 text=$folder/text.txt
-stage pair 120 python -m benchmarks.write_pair --shape="$shape" --num_layers="$layers" --save="$folder/pair"
-stage text 30 python -c "import pathlib, sys; from benchmarks.pairs import write_text; write_text(pathlib.Path(sys.argv[1]))" "$text"
-stage steps 100 python -m benchmarks --size="$size" --parts=steps,assignment --out_dir="$folder" --pairs_dir="$folder/pairs"
+stage pair 90 python -m benchmarks.write_pair --shape="$shape" --num_layers="$layers" --save="$folder/pair"
+stage text 20 python -c "import pathlib, sys; from benchmarks.pairs import write_text; write_text(pathlib.Path(sys.argv[1]))" "$text"
+stage steps 90 python -m benchmarks --size="$size" --parts=steps,assignment --out_dir="$folder" --pairs_dir="$folder/pairs"
 grep '|' "$folder/steps.log" >>"$summary"
-trace auto-stream 90 --memory=stream
-trace auto-resident 90 --memory=resident
-trace mode-11-alphas 60 --stat=mode --dataset="$text" --num_tokens=16384 --dtype=bfloat16 --mode.attn --mode.emb
-trace align-weights 90 --stat=l2 --l2.num_perm=0 --align --memory=resident
+trace auto-stream 75 --memory=stream
+trace auto-resident 75 --memory=resident
+trace mode-11-alphas 50 --stat=mode --dataset="$text" --num_tokens=16384 --dtype=bfloat16 --mode.attn --mode.emb
+trace align-weights 70 --stat=l2 --l2.num_perm=0 --align --memory=resident
 echo "all: $SECONDS s; see $summary"

@@ -14,8 +14,8 @@ from benchmarks.speed.reading import drop
 from benchmarks.speed.timing import (
     best_seconds,
     block_flops_per_token,
-    gram_flops_per_token,
     head_flops_per_token,
+    match_flops_per_token,
     matmul,
     matmul_flops,
     row_gram_flops,
@@ -63,7 +63,7 @@ def plan(model: Checkpoint, tokens: int, block_size: int, num_alphas: int) -> It
     L, F, D = arch.num_layers, arch.mlp_dim, arch.embed_dim
     yield Step("csu", 2 * _matching(sizes, "up_proj"), L * row_gram_flops(arch), f"and {L} assignments of {F} units")
     embeddings = min(arch.vocab_size, Match().max_tokens)
-    flops = embeddings * (2 * 2 * len(TAPS) * D * F + gram_flops_per_token(arch, len(TAPS)))
+    flops = embeddings * match_flops_per_token(arch, len(TAPS))
     read = 2 * _matching(sizes, "gate_proj", "up_proj", "mlp_norm", "embed/")
     note = f"{embeddings:,} embeddings, and {len(TAPS) * L} assignments of {F} units"
     yield Step("match, weights", read, L * flops, note)

@@ -1,8 +1,9 @@
-"""Test session set-up: eight simulated CPU devices, and shapes checked at run time in every annotated function."""
+"""Test session set-up: eight simulated CPU devices, and shapes checked at run time in annotated functions."""
 
 import hashlib
 import os
 import sys
+from importlib import metadata
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -69,7 +70,7 @@ def _blank_figures(request, monkeypatch):
 def family(pytestconfig):
     """A family like the demo's, trained in seconds: base, finetune, disguised, independent.
 
-    It is kept for the next run, until a line of the package changes.
+    It is kept for the next run, until a line of the package or a version of what trains it changes.
     """
     from tracing_jax import demo
 
@@ -77,7 +78,8 @@ def family(pytestconfig):
         vocab_size=400, embed_dim=32, num_layers=2, mlp_dim=64, num_heads=4, num_kv_heads=2, block_size=64,
         batch_size=16, base_steps=200, finetune_steps=40, base_pieces=100, finetune_pieces=60,
     )  # fmt: skip
-    code = hashlib.sha256(jax.__version__.encode())
+    versions = [f"{name} {metadata.version(name)}" for name in ("jax", "jaxlib", "numpy", "optax", "transformers")]
+    code = hashlib.sha256("\n".join(versions).encode())
     for file in sorted(Path(demo.__file__).parents[1].rglob("*.py")):
         code.update(file.read_bytes())
     root = pytestconfig.rootpath / ".pytest_cache" / "family" / code.hexdigest()[:16]

@@ -436,13 +436,16 @@ def test_an_exact_test_decides_before_a_calibrated_one_that_is_shown_no_smaller(
         test = Test("t", log10_p, "Fisher", ["layer 0"], [log10_p], {"units": [3]}, calibrated=True)
         return Result(0.5, "x", log10_p, tests=[test])
 
-    def deciding(exact, assumed):
-        found = verdict({"match": calibrated(assumed), "csu": result_with(exact)}, 1e-3)
+    def deciding(exact, assumed, level=1e-3):
+        found = verdict({"match": calibrated(assumed), "csu": result_with(exact)}, level)
         return found.statistic, found.calibrated, found.parts["MLPs"]["statistic"]
 
     assert deciding(-40.0, -900.0) == ("csu", False, "csu")
     assert deciding(-5.0, -900.0) == ("match", True, "match")
     assert deciding(-5.0, -4.0) == ("csu", False, "csu")
+    assert deciding(-13.0, -900.0, level=1e-14) == ("match", True, "match")  # csu alone is not below this level
+    weak = {"match": calibrated(-1.40), "match_io": calibrated(-1.52)}  # equal after Holm
+    assert verdict(weak, 1e-3).statistic == "match_io"
 
 
 def test_no_evidence_takes_a_test_that_sees_through_every_rewrite():

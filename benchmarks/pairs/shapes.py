@@ -39,12 +39,15 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
     "llama2-7b": _LLAMA | _sizes(32000, 4096, 11008, 32, 32, 32),
     "llama2-13b": _LLAMA | _sizes(32000, 5120, 13824, 40, 40, 40),
     "llama2-70b": _LLAMA | _sizes(32000, 8192, 28672, 80, 64, 8),
+    "llama3.1-405b": _LLAMA3 | _sizes(128256, 16384, 53248, 126, 128, 8),
     "llama3-8b": _LLAMA3 | _sizes(128256, 4096, 14336, 32, 32, 8),
     "mistral-7b": _MISTRAL | _sizes(32000, 4096, 14336, 32, 32, 8),
 }
-"""Shape name -> config. `llama3.2-1b` has the plain rope of Llama 3, which changes no size and no cost.
+"""Shape name -> config. `llama3.2-1b` and `llama3.1-405b` have the plain rope of Llama 3, which changes no
+size and no cost.
 
-Source: the `config.json` of meta-llama/Llama-2-*-hf, Meta-Llama-3-8B, Llama-3.2-1B and mistralai/Mistral-7B-v0.1.
+Source: the `config.json` of meta-llama/Llama-2-*-hf, Meta-Llama-3-8B, Llama-3.1-405B, Llama-3.2-1B and
+mistralai/Mistral-7B-v0.1.
 """
 
 

@@ -67,6 +67,11 @@ def gram_flops_per_token(arch: Arch, taps: int) -> float:
     return 2.0 * taps * arch.mlp_dim**2
 
 
+def match_flops_per_token(arch: Arch, taps: int) -> float:
+    """Returns what one shared token adds to `match` on the weights of a layer: responses of both models, and Grams."""
+    return 2 * taps * 2.0 * arch.embed_dim * arch.mlp_dim + gram_flops_per_token(arch, taps)
+
+
 def row_gram_flops(arch: Arch) -> float:
     """Returns the operations of all inner products between the rows of an MLP matrix of base and of ft."""
     return 2.0 * arch.embed_dim * arch.mlp_dim**2

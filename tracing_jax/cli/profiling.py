@@ -17,6 +17,8 @@ EVERY = 0.02
 OTHER, WAITING = "Python, NumPy, dispatch", "idle"
 _OUTSIDE = "start and end"
 
+_WAITS = ("/threading.py", "concurrent/futures/", "/queue.py", "/selectors.py")
+
 KINDS = {
     "compile": ("jax/_src/compiler.py", "jax/_src/compilation_cache.py"),
     "trace and lower": ("jax/_src/interpreters/mlir.py", "jax/_src/interpreters/partial_eval.py", "jax/_src/pjit.py"),
@@ -27,11 +29,9 @@ KINDS = {
     "read": ("tracing_jax/checkpoint/", "tracing_jax/sources/"),
     "figures and pages": ("tracing_jax/report/", "matplotlib/"),
     "import": ("importlib._bootstrap",),
-    WAITING: ("/threading.py", "concurrent/futures/", "/queue.py", "/selectors.py"),
 }
 """What time is spent on -> the files, or functions of files, whose innermost frame tells it. `device` is waiting for a
-result: on a CPU the arithmetic, on a GPU with its copy to the host. `idle` is waiting for another thread. The rest is
-Python, NumPy's arithmetic, and compiled programs that a CPU runs where they are called."""
+result: on a CPU the arithmetic, on a GPU with its copy to the host."""
 
 Frame = tuple[str, str]
 """File and function of a frame."""
@@ -40,9 +40,14 @@ Frame = tuple[str, str]
 def kind_of(stack: Sequence[Frame]) -> str:
     """Returns what a thread was doing, by its innermost frame that tells.
 
+    It was idle if the innermost of all waits for another thread. Where none tells, it ran our own Python, NumPy's
+    arithmetic, or a compiled program that a CPU runs where it is called.
+
     Args:
       stack: its frames, the innermost first.
     """
+    if stack and any(part in stack[0][0] for part in _WAITS):
+        return WAITING
     for file, function in stack:
         for kind, places in KINDS.items():
             for place in places:
@@ -104,7 +109,9 @@ def table(sampler: Sampler) -> str:
     """Returns where the time went: a row for each step and statistic, a column for each kind, in seconds."""
     from tracing_jax.report import text_table
 
-    kinds = [kind for kind in (*KINDS, OTHER) if any(kind == k for _, k in sampler.main) or sampler.others[kind]]
+    kinds = [
+        kind for kind in (*KINDS, WAITING, OTHER) if any(kind == k for _, k in sampler.main) or sampler.others[kind]
+    ]
     steps = list(dict.fromkeys(step for step, _ in sampler.main))
     rows = {step: [sampler.main[step, kind] for kind in kinds] for step in steps}
     rows["in all"] = [sum(column) for column in zip(*rows.values())]
@@ -121,21 +128,31 @@ def profiled(folder: str | None) -> Iterator[None]:
 
     The trace opens in Perfetto, XProf or TensorBoard.
 
+    Of several processes the first is measured.
+
     Raises:
       OSError: the folder cannot be written; before anything else happens.
     """
     if folder is None:
         yield
         return
+    import jax
+
+    from tracing_jax.distributed import is_main_process
+
+    if not is_main_process():
+        yield
+        return
     path = Path(folder).expanduser()
     path.mkdir(parents=True, exist_ok=True)
     (path / "profile.txt").write_text("")
-    import jax
-
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # tracing every call of Python would slow the run, and the samples show Python
-    with jax.profiler.trace(str(path), profiler_options=options), Sampler() as sampler:
-        yield
-    text = table(sampler)
-    (path / "profile.txt").write_text(f"{text}\n", encoding="utf-8")
-    print(text, f"JAX trace and this table: {path}", sep="\n", file=sys.stderr)
+    sampler = Sampler()
+    try:
+        with jax.profiler.trace(str(path), profiler_options=options), sampler:
+            yield
+    finally:  # of a run that failed, where the time went until then
+        text = table(sampler)
+        (path / "profile.txt").write_text(f"{text}\n", encoding="utf-8")
+        print(text, f"JAX trace and this table: {path}", sep="\n", file=sys.stderr)

@@ -172,7 +172,13 @@ def verdict(results: Mapping[str, Result], level: float, identical: Identity | N
     word = "identical" if whole else word_of(min(adjusted.values()), min(firm.values()), level, sees_all)
     order = firm if word == "related" else adjusted
     least = math.log10(level)
-    statistic = min(order, key=lambda name: (_shown(found[name], order[name]), bool(blind.get(name)), order[name]))
+    floor = min(SMALLEST_CALIBRATED, least)
+    statistic = min(
+        order,
+        key=lambda name: (
+            _shown(found[name], order[name], floor), bool(blind.get(name)), order[name], found[name].log10_p
+        ),
+    )  # fmt: skip
     reserved = {
         name: result.reservation
         for name, result in found.items()
@@ -271,9 +277,9 @@ def _is_calibrated(result: Result) -> bool:
     return bool(deciding) and min(deciding, key=lambda test: test.log10_p or 0.0).calibrated
 
 
-def _shown(result: Result, log10_p: float) -> float:
+def _shown(result: Result, log10_p: float, floor: float) -> float:
     """Returns the p-value by which a result is chosen as the one that decides: as people are shown it."""
-    return max(log10_p, SMALLEST_CALIBRATED) if _is_calibrated(result) else log10_p
+    return max(log10_p, floor) if _is_calibrated(result) else log10_p
 
 
 def _meaning(
@@ -323,9 +329,10 @@ def _parts(
 ) -> dict[str, dict[str, Any]]:
     """Returns for each part of the models that a test compared the finding of the statistic of smallest p-value."""
     parts: dict[str, dict[str, Any]] = {}
+    floor = min(SMALLEST_CALIBRATED, math.log10(level))
     for part in dict.fromkeys(DECIDING[name] for name in found):
         names = [name for name in found if DECIDING[name] == part]
-        best = min(names, key=lambda name: (_shown(found[name], firm[name]), firm[name], adjusted[name]))
+        best = min(names, key=lambda name: (_shown(found[name], firm[name], floor), firm[name], adjusted[name]))
         sees_all = any(name in HIDING and found[name].blind_to == () for name in names)
         parts[part] = {
             "verdict": word_of(min(adjusted[n] for n in names), firm[best], level, sees_all),
