@@ -419,14 +419,15 @@ def test_a_zoo_without_any_trace_is_an_answer(family, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_signatures_propose_both_parents_of_an_equal_merge(family, tmp_path):
+def test_signatures_propose_both_parents_of_an_equal_merge_and_the_pair_that_tells_them_apart(family, tmp_path):
     base, other = (in_memory(open_checkpoint(str(family.member(name)))) for name in ("base", "independent"))
     mean = jax.tree.map(lambda a, b: (np.asarray(a) + np.asarray(b)) / 2, base.params, other.params)
     save_checkpoint(tmp_path / "merge", InMemory(base.arch, mean), family.member("base"))
     models = (str(family.member("base")), str(family.member("independent")), str(tmp_path / "merge"))
     plan = make_plan(ModelList(models, tuple(itertools.combinations(models, 2))), RunOptions(stat=("csu",)))
     found = proposed(plan, tmp_path / "zoo")
-    assert [pair.name for pair in found.pairs] == ["base--merge", "independent--merge"]
+    assert [pair.name for pair in found.pairs] == ["base--independent", "base--merge", "independent--merge"]
+    assert (found.proposal.left_out, found.proposal.closing) == (0, 1)
 
 
 def test_pairs_are_proposed_where_the_list_has_many_for_each_model(tmp_path, monkeypatch):

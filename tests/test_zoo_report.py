@@ -25,7 +25,8 @@ from tracing_jax.rewrites import permute, random_permutations
 from tracing_jax.sources import InMemory
 from tracing_jax.zoo import PairState, make_plan, weights
 from tracing_jax.zoo.__main__ import main
-from tracing_jax.zoo.plan import ModelList
+from tracing_jax.zoo.plan import ModelList, Proposal
+from tracing_jax.zoo.proposing import CLOSED_PER_MODEL, selected
 from tracing_jax.zoo.report import html as page_of
 from tracing_jax.zoo.report import make_contents, sentence, write_report
 from tracing_jax.zoo.report.direction import direction
@@ -179,6 +180,50 @@ def test_a_pair_across_that_is_not_done_or_undecided_keeps_one_family():
     plan, records = zoos.two_trees({("a", "b"): 1.4, ("a", "ab"): 0.7, ("ab", "b"): 0.7})
     records["a--b"] = zoos.record_of(-2.9)
     assert len(contents(plan, records).families) == 1
+
+
+def test_a_family_of_which_pairs_were_not_compared_is_said_to_be_one():
+    """Without the pairs across two unrelated trees, a merge of both is no different from a common relative."""
+    plan, records = zoos.two_trees({("a", "b"): 1.4, ("a", "ab"): 0.7, ("ab", "b"): 0.7})
+    inside = tuple(pair for pair in plan.pairs if not across(pair))
+    found = contents(replace(plan, pairs=inside, proposal=Proposal(10, 4, 0, 0)), records)
+    assert found.not_compared == [4]
+    assert found.as_dict()["families"][0]["not_compared"] == 4
+    assert sentence(found) == "5 models, 6 pairs: 1 family, 4 pairs inside families not compared"
+    page = page_of(found, "left out")
+    assert "4 of its 10 pairs were not compared (a and b, a and b1, a1 and b, and 1 more" in page
+    assert "may be unrelated to each other" in page
+    assert contents(plan, records).not_compared == [0, 0, 0]
+
+
+@pytest.mark.parametrize("trace", [-3.0, -0.5])
+def test_a_merge_is_told_from_a_relative_though_only_traces_are_compared(trace):
+    """Clear traces close the triangles over it, so that the report is that of all pairs; others close none."""
+    plan, records = zoos.two_trees({("a", "b"): 1.4, ("a", "ab"): 0.7, ("ab", "b"): 0.7})
+    traces = {name: dict.fromkeys(plan.names, 0.0) for name in plan.names}
+    for pair in plan.pairs:
+        if not across(pair):
+            traces[pair.base][pair.ft] = trace
+    kept, left_out, closing = selected(plan, traces)
+    assert (len(kept), len(left_out), closing) == ((10, 0, 4) if trace < -1 else (6, 4, 0))
+    found = contents(replace(plan, pairs=tuple(kept)), records)
+    assert (found.families == contents(plan, records).families) == (trace < -1)
+
+
+def test_closing_triangles_costs_a_bounded_number_of_pairs_for_each_model():
+    """All pairs of the relatives of one model would be as many as the list has."""
+    models = [f"m{i:03d}" for i in range(60)]
+    plan = zoos.plan_of(models)
+    traces = {name: {other: -9.0 if "m000" in (name, other) else 0.0 for other in models} for name in models}
+    kept, left_out, closing = selected(plan, traces)
+    assert closing == CLOSED_PER_MODEL * len(models)
+    assert len(kept) == len(models) - 1 + closing
+    assert {pair.name for pair in kept}.isdisjoint(pair.name for pair, _ in left_out)
+    assert len(kept) + len(left_out) == len(plan.pairs)
+
+
+def across(pair):
+    return {pair.base[0], pair.ft[0]} == {"a", "b"}
 
 
 @pytest.mark.slow

@@ -165,6 +165,7 @@ class Proposal:
       not_testable: of these, how many no signature can say anything of.
       known_related: of these, how many the list says are related.
       unsigned: models of which no signature can be made, so that all their pairs are compared -> why.
+      closing: pairs that are compared without a trace, since both models have one in a third.
     """
 
     asked: int
@@ -172,6 +173,7 @@ class Proposal:
     not_testable: int
     known_related: int
     unsigned: Mapping[str, str] = field(default_factory=dict)
+    closing: int = 0
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from scipy import stats
 
@@ -38,11 +38,17 @@ One is that of `scan`, which allows for units that independent models share; the
 many units agree in matchings at random, in any layer. It proposes more pairs, merges among them, and decides nothing.
 """
 
+CLOSED_PER_MODEL = 10
+"""Two models without a trace in each other, that both have a clear one in a third, are compared too: a model merged
+from two unrelated ones is told from a common relative by that pair alone. So many such pairs per model at most."""
+
 _Found = Mapping[str, float | None]
 
 
 def proposed(plan: ZooPlan, folder: Path) -> ZooPlan:
     """Returns the plan with the pairs in which a signature of one model shows a trace of a relation in the other.
+
+    Pairs that close a triangle of such pairs stay as well, see `CLOSED_PER_MODEL`.
 
     Writes the pairs left out into the folder. Models of which no signature can be made keep all their pairs.
 
@@ -61,13 +67,7 @@ def proposed(plan: ZooPlan, folder: Path) -> ZooPlan:
         model: _traces(model, plan.names[model], by_name, library, folder)
         for model in tqdm(signatures, desc="scan", unit="model", disable=None)
     }
-    kept, left_out = [], []
-    for pair in plan.pairs:
-        reason = "" if {pair.base, pair.ft} & unsigned.keys() else _reason(pair, plan, found)
-        if reason:
-            left_out.append((pair, reason))
-        else:
-            kept.append(pair)
+    kept, left_out, closing = selected(plan, found, unsigned)
     _write_left_out(folder / LEFT_OUT, left_out, plan)
     proposal = Proposal(
         len(plan.pairs),
@@ -75,6 +75,7 @@ def proposed(plan: ZooPlan, folder: Path) -> ZooPlan:
         sum(reason == _NOT_TESTABLE for _, reason in left_out),
         sum(bool(pair.related) for pair, _ in left_out),
         unsigned,
+        closing,
     )
     return replace(plan, pairs=tuple(kept), proposal=proposal)
 
@@ -82,12 +83,60 @@ def proposed(plan: ZooPlan, folder: Path) -> ZooPlan:
 _NO_TRACE, _NOT_TESTABLE = "no trace in signatures", "no test of signatures applies"
 
 
-def _reason(pair: PlannedPair, plan: ZooPlan, found: Mapping[str, _Found]) -> str:
-    """Returns why a pair is left out; empty if it is not."""
+class Selection(NamedTuple):
+    """The pairs to be compared, those left out, each with the reason, and how many of the former close a triangle."""
+
+    kept: list[PlannedPair]
+    left_out: list[tuple[PlannedPair, str]]
+    closing: int
+
+
+def selected(plan: ZooPlan, found: Mapping[str, _Found], unsigned: Collection[str] = ()) -> Selection:
+    """Returns which pairs of a plan are compared.
+
+    Args:
+      plan: with all pairs that are asked for.
+      found: model id -> for the name of each other model the log10 p of its signature; None where no test applies.
+      unsigned: ids of the models that keep all their pairs.
+    """
+    traces = {
+        pair: _trace(pair, plan, found) for pair in plan.pairs if not (pair.base in unsigned or pair.ft in unsigned)
+    }
+    reasons = {
+        pair: _NOT_TESTABLE if trace is None else _NO_TRACE
+        for pair, trace in traces.items()
+        if trace is None or trace >= math.log10(PROPOSED_BELOW)
+    }
+    closing = _closing(traces, reasons, len(plan.names))
+    kept = [pair for pair in plan.pairs if pair not in reasons or pair in closing]
+    return Selection(kept, [(pair, why) for pair, why in reasons.items() if pair not in closing], len(closing))
+
+
+def _trace(pair: PlannedPair, plan: ZooPlan, found: Mapping[str, _Found]) -> float | None:
+    """Returns the smaller log10 p of the signatures of a pair; None where no test applies to either."""
     values = [found[pair.base].get(plan.names[pair.ft]), found[pair.ft].get(plan.names[pair.base])]
-    if all(value is None for value in values):
-        return _NOT_TESTABLE
-    return "" if any(value is not None and value < math.log10(PROPOSED_BELOW) for value in values) else _NO_TRACE
+    return min((value for value in values if value is not None), default=None)
+
+
+def _closing(
+    traces: Mapping[PlannedPair, float | None], open_pairs: Collection[PlannedPair], models: int
+) -> set[PlannedPair]:
+    """Returns the pairs without a trace of models that both have one in a third, the clearest, as many as are allowed.
+
+    A trace counts if its p-value is so small that chance gives a model less than one in all others, so that chance
+    alone closes few triangles.
+    """
+    clear = math.log10(PROPOSED_BELOW / models)
+    kin: dict[str, dict[str, float]] = {}
+    for pair, trace in traces.items():
+        if trace is not None and trace < clear:
+            kin.setdefault(pair.base, {})[pair.ft] = kin.setdefault(pair.ft, {})[pair.base] = trace
+    found: dict[PlannedPair, float] = {}
+    for pair in open_pairs:
+        one, other = kin.get(pair.base, {}), kin.get(pair.ft, {})
+        if shared := one.keys() & other.keys():
+            found[pair] = min(max(one[third], other[third]) for third in shared)
+    return {*sorted(found, key=lambda pair: found[pair])[: CLOSED_PER_MODEL * models]}
 
 
 def _signatures(plan: ZooPlan, folder: Path) -> tuple[dict[str, Signature], dict[str, str]]:

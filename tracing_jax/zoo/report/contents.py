@@ -1,5 +1,6 @@
 """The contents of a zoo's report as plain values, from which the page, the CSV and the JSON are written."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -119,6 +120,14 @@ class Contents:
         return [members[0] for members in self.components if members not in self.families]
 
     @cached_property
+    def not_compared(self) -> list[int]:
+        """Of each family, how many pairs of its members were not asked for or were left out."""
+        at = {name: i for i, members in enumerate(self.families) for name in members}
+        asked = {frozenset(row.models) for row in self.rows if at.get(row.base, -1) == at.get(row.ft)}
+        counted = Counter(at[next(iter(pair))] for pair in asked)
+        return [math.comb(len(members), 2) - counted[i] for i, members in enumerate(self.families)]
+
+    @cached_property
     def states(self) -> dict[str, int]:
         """The number of pairs in each state."""
         counted = Counter(row.state for row in self.rows)
@@ -182,7 +191,8 @@ class Contents:
              "value": edge.value, "family": self.family_of(next(n for n in edge.row.models if n not in tree.models))}
             for edge in self.origins_of.get(tree.models, ())
         ]  # fmt: skip
-        return {"family": i + 1, "models": list(self.families[i]), "edges": edges, "merged_from": origins}
+        return {"family": i + 1, "models": list(self.families[i]), "edges": edges, "merged_from": origins,
+                "not_compared": self.not_compared[i]}  # fmt: skip
 
 
 def contents_of(folder: ZooFolder) -> Contents:

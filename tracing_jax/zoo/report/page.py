@@ -23,7 +23,7 @@ from tracing_jax.zoo.report.contents import Contents, contents_of, pair_dict
 from tracing_jax.zoo.report.direction import MEASURED
 from tracing_jax.zoo.report.heatmap import LEGEND, arcs, heatmap, is_sparse, link
 from tracing_jax.zoo.report.rows import BINS, PairRow, Uniformity, in_words
-from tracing_jax.zoo.report.trees import counted, family_part, merged_from
+from tracing_jax.zoo.report.trees import counted, family_part, merged_from, not_compared
 
 _OPEN_ROWS, _MOST_ROWS = 20, 500
 _NAMED_FAMILIES, _NAMES = 6, 90  # of the banner: so many families, and so many letters of each
@@ -83,6 +83,8 @@ def sentence(contents: Contents) -> str:
     parts = [counted(len(contents.families), "family", "families")]
     if contents.alone:
         parts.append(f"{counted(len(contents.alone), 'model', 'models')} in none")
+    if left := sum(contents.not_compared):
+        parts.append(f"{counted(left, 'pair', 'pairs')} inside families not compared")
     undone = sum(count for state, count in contents.states.items() if state != "done")
     if undone:
         parts.append(f"{counted(undone, 'pair', 'pairs')} not done")
@@ -106,7 +108,8 @@ def _banner(contents: Contents) -> dict[str, Any]:
         + ", after Holm over all",
     }
     for i, members in enumerate(contents.families[:_NAMED_FAMILIES], 1):
-        facts[f"family {i}"] = _named(members) + merged_from(contents, members)
+        left = not_compared(i - 1, contents)
+        facts[f"family {i}"] = _named(members) + merged_from(contents, members) + (f"; {left}" if left else "")
     if (proposal := contents.proposal) is not None:
         facts["not compared"] = (
             f"{proposal.left_out:,} of {proposal.asked:,} pairs, in which signatures show no trace; see below"
@@ -145,6 +148,11 @@ def _not_compared(contents: Contents) -> list[Section]:
         f"of a relation in them ({LEFT_OUT} lists them; --candidates=all compares all). That is less than no evidence. "
         f"{MISSED}"
     ]
+    if proposal.closing:
+        text.append(
+            f"{counted(proposal.closing, 'pair is', 'pairs are')} compared without a trace, since both models have one "
+            "in a third: so a model merged from two is told from a relative of both."
+        )
     if proposal.not_testable:
         text.append(f"Of {proposal.not_testable:,} of them signatures cannot say anything.")
     if proposal.known_related:

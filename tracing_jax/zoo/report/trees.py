@@ -1,5 +1,7 @@
 """The tree of a family on the page of a zoo: a branch for each model, with the edge it hangs on, and other parents."""
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +18,8 @@ _BETWEEN = (
     "the shares."
 )
 
+
+_NAMED_PAIRS = 3
 
 _Joined = Mapping[str, list[tuple[str, Edge, Direction]]]
 
@@ -42,7 +46,30 @@ def family_part(i: int, contents: Contents) -> dict[str, Any]:
     title = f"Family {i + 1}: {counted(len(tree.models), 'model', 'models')}" + merged_from(contents, tree.models)
     if origins:
         text = f"{_BETWEEN} {text}".strip()
+    if contents.not_compared[i]:
+        text = f"{_not_compared(i, contents)} {text}".strip()
     return {"title": title, "text": text, "root": branches(root(tree, estimates), joined), "origins": origins}
+
+
+def _not_compared(i: int, contents: Contents) -> str:
+    """Returns what is not known of a family of which some pairs were not compared."""
+    asked = {frozenset(row.models) for row in contents.rows}
+    left = (pair for pair in itertools.combinations(contents.families[i], 2) if frozenset(pair) not in asked)
+    named = ", ".join(f"{one} and {other}" for one, other in itertools.islice(left, _NAMED_PAIRS))
+    more = f", and {count:,} more" if (count := contents.not_compared[i] - _NAMED_PAIRS) > 0 else ""
+    remedy = "; --candidates=all compares all" if contents.proposal is not None else ""
+    return (
+        f"{not_compared(i, contents)} ({named}{more}{remedy}). Models that are related only through a third one may be "
+        "unrelated to each other: it may be merged from both."
+    )
+
+
+def not_compared(i: int, contents: Contents) -> str:
+    """Returns `4 of its 10 pairs were not compared`; nothing if all were asked for."""
+    pairs = math.comb(len(contents.families[i]), 2)
+    count = contents.not_compared[i]
+    verb = "was" if count == 1 else "were"
+    return f"{count:,} of its {counted(pairs, 'pair', 'pairs')} {verb} not compared" if count else ""
 
 
 def root(tree: Lineage, estimates: Sequence[Direction]) -> str:
