@@ -1,5 +1,6 @@
 """A GGUF file is read as llama.cpp wrote it: the same weights as the checkpoint that it was made from."""
 
+import contextlib
 import dataclasses
 import re
 import struct
@@ -14,7 +15,9 @@ from parity_cases import CASES, LIVE_CASES, Case
 from tracing_jax.arch import Arch, LatentAttention, UnsupportedModelError
 from tracing_jax.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from tracing_jax.checkpoint.gguf import GGUF_ARCHITECTURES
-from tracing_jax.checkpoint.gguf.header import GgufTensor, read_gguf_header
+from tracing_jax.checkpoint.gguf.config import config_of
+from tracing_jax.checkpoint.gguf.families import GGUF_FAMILIES
+from tracing_jax.checkpoint.gguf.header import GgufHeader, GgufTensor, read_gguf_header
 from tracing_jax.checkpoint.gguf.tensors import GgufFile
 from tracing_jax.checkpoint.hf_layouts import leaf_layouts
 from tracing_jax.checkpoint.tensor_layout import tensor_shapes
@@ -481,25 +484,68 @@ def test_metadata_that_change_what_is_computed_are_read_or_refused(key, asks, as
         opened(asks)
 
 
-def test_no_damage_surfaces_as_another_error(tmp_path):
-    path = _written(tmp_path / "model.gguf", _LLAMA, "llama", **_theta(_LLAMA, "llama"))
+def _of(architecture: str, path: Path) -> Path:
+    """Writes the first case of an architecture in `_MORE_FACTS`."""
+    name, metadata = next((name, more) for name, (found, more) in _MORE_FACTS.items() if found == architecture)
+    case = (CASES | LIVE_CASES)[name]
+    keys = {f"{architecture}__{key.replace('.', '__')}": value for key, value in metadata.items()}
+    return _written(path, case, architecture, **keys, **_theta(case, architecture))
+
+
+def _read_factors(name: str) -> np.ndarray:
+    raise CheckpointError(f"{name} is not read here")
+
+
+@pytest.mark.parametrize(("architecture", "times"), [("llama", 300), ("deepseek2", 150), ("gpt-oss", 150)])
+def test_no_damage_surfaces_as_another_error(architecture, times, tmp_path):
+    path = tmp_path / "model.gguf"
+    if architecture == "llama":
+        _written(path, _LLAMA, "llama", **_theta(_LLAMA, "llama"))
+    else:
+        _of(architecture, path)
     whole = path.read_bytes()
     header_bytes = min(tensor.start for tensor in read_gguf_header(path).tensors.values())
     rng, outcomes = np.random.default_rng(0), {"read": 0, "refused": 0}
-    for _ in range(300):
+    for _ in range(times):
         damaged = bytearray(whole[: rng.integers(len(whole))] if rng.integers(5) == 0 else whole)
         for place in rng.integers(min(header_bytes, max(1, len(damaged))), size=3):
             damaged[place : place + 1] = bytes([rng.integers(256)])
         path.write_bytes(damaged)
         try:
             header = read_gguf_header(path)
+            config_of(header, _read_factors)
             store = GgufFile(path, header)
             [store.read(name) for name in store.names()]
             outcomes["read"] += 1
         except CheckpointError as error:
             outcomes["refused"] += len(str(error)) < 4000
-    assert sum(outcomes.values()) == 300
+    assert sum(outcomes.values()) == times
     assert min(outcomes.values()) > 0
+
+
+@pytest.mark.parametrize("architecture", ["deepseek2", "gpt-oss"])
+def test_a_missing_key_is_named(architecture, tmp_path):
+    header = read_gguf_header(_of(architecture, tmp_path / "model.gguf"))
+    for keys in (*GGUF_FAMILIES[architecture].required, "block_count"):
+        lost = [f"{architecture}.{key}" for key in keys.split("|")]
+        rest = {key: value for key, value in header.metadata.items() if key not in lost}
+        with pytest.raises(CheckpointError, match=rf"^its metadata lacks {re.escape(lost[0])}; convert it again$"):
+            config_of(GgufHeader(rest, header.tensors), _read_factors)
+    for key in header.metadata:  # whatever else is missing is no other error
+        rest = {name: value for name, value in header.metadata.items() if name != key}
+        with contextlib.suppress(CheckpointError):
+            config_of(GgufHeader(rest, header.tensors), _read_factors)
+
+
+def test_experts_of_an_old_file_without_groups_are_in_none(tmp_path):
+    """As those of Moonlight are, which were converted before the metadata had keys for groups."""
+    case = (CASES | LIVE_CASES)["deepseek_v3-default"]
+    case = dataclasses.replace(case, config=case.config | {"routed_scaling_factor": 1.5})
+    assert case.config["n_group"] == case.config["topk_group"] == 1
+    old = {key: value for key, value in case.config.items() if key not in ("n_group", "topk_group")}
+    metadata = {"deepseek2__expert_gating_func": 2} | _theta(case, "deepseek2")
+    path = _written(tmp_path / "model.gguf", dataclasses.replace(case, config=old), "deepseek2", **metadata)
+    _assert_same_facts(open_checkpoint(str(path)).arch, case.arch())
 
 
 def test_the_page_names_every_architecture():

@@ -22,7 +22,7 @@ from tracing_jax.checkpoint.tensors import TensorStore, joined_stores
 
 __all__ = ["GGUF_ARCHITECTURES", "GgufModel"]
 
-_FORMAT = 2  # raise when the files that are made of metadata change
+_FORMAT = 3  # raise when the files that are made of metadata change
 
 
 class GgufModel:

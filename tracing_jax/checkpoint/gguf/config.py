@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tracing_jax.checkpoint.errors import CheckpointError, UnsupportedMetadataError
-from tracing_jax.checkpoint.gguf.families import GGUF_ARCHITECTURES, GGUF_FAMILIES, Config
+from tracing_jax.checkpoint.gguf.families import GGUF_ARCHITECTURES, GGUF_FAMILIES, Config, GgufFamily
 from tracing_jax.checkpoint.gguf.header import GgufHeader
 from tracing_jax.complaints import shortened
 
@@ -25,6 +25,8 @@ _ASKS = re.compile(
 )
 """Keys that change what a model computes: one that a family does not read must ask for nothing."""
 
+_GROUPS = ("expert_group_count", 1, "expert_group_used_count")
+_NEEDED = ("block_count", "embedding_length", "attention.head_count")
 _PATTERN = "attention.sliding_window_pattern"
 _LISTS = (_PATTERN, "rope.dimension_sections")
 _ASKS_NOTHING = {"expert_gating_func": 1, "expert_group_count": 1, "rope.scaling.attn_factor": 1, "attention.causal": 1}
@@ -59,7 +61,7 @@ def config_of(header: GgufHeader, factors: Callable[[str], np.ndarray]) -> Confi
             f"{asked[0]} is {shortened(values[asked[0]])}, which is not read for models of the architecture {name}"
         )
     config |= {ours: _number(key, values[key]) for key, ours in keys.items() if key in values and key not in _LISTS}
-    if missing := [key for key in ("block_count", "embedding_length", "attention.head_count") if key not in values]:
+    if missing := _missing(family, values):
         raise CheckpointError(f"its metadata lacks {', '.join(f'{name}.{key}' for key in missing)}; convert it again")
     config |= {ours: int(values[f"tokenizer.ggml.{key}"]) for key, ours in _IDS.items() if _has_id(values, key)}
     if _PATTERN in keys and _PATTERN in values:
@@ -75,6 +77,19 @@ def config_of(header: GgufHeader, factors: Callable[[str], np.ndarray]) -> Confi
 def _asks_nothing(key: str, values: Mapping[str, Any]) -> bool:
     value = values[key]
     return not np.any(value) or (key in _ASKS_NOTHING and value == _ASKS_NOTHING[key])
+
+
+def _missing(family: GgufFamily, values: Mapping[str, Any]) -> list[str]:
+    """Returns the keys that llama.cpp needs and a file lacks; of several that will do, the first."""
+    needed = [*_NEEDED, *family.required]
+    for count, more_than, used in (("expert_count", 0, "expert_used_count"), _GROUPS):
+        if count in family.keys and _is_above(values.get(count), more_than) and used not in needed:
+            needed.append(used)
+    return [keys.split("|")[0] for keys in needed if not any(key in values for key in keys.split("|"))]
+
+
+def _is_above(value: Any, least: int) -> bool:
+    return isinstance(value, int | float) and value > least
 
 
 def _layer_types(pattern: Any, layers: int) -> list[str]:

@@ -29,6 +29,7 @@ class GgufFamily(NamedTuple):
       common: the keys that are read under the names that nearly all families share.
       more: config -> further attributes, which follow from others.
       defaults: attributes that the metadata may lack.
+      required: keys without which llama.cpp opens no such model; of names with `|` between them, one.
     """
 
     model_type: str
@@ -36,6 +37,7 @@ class GgufFamily(NamedTuple):
     common: Mapping[str, str] = COMMON
     more: Callable[[Config], Config] = lambda config: {}
     defaults: Mapping[str, Any] = {}
+    required: tuple[str, ...] = ()
 
 
 def _mixtral(config: Config) -> Config:
@@ -172,8 +174,11 @@ def _deepseek2(config: Config) -> Config:
     rope, experts = config["qk_rope_head_dim"], config.get("n_routed_experts", 0)
     if "n_group" not in config and experts > _EXPERTS_WITHOUT_GROUPS:
         raise UnsupportedMetadataError(f"expert_group_count is missing, and {experts} experts may be in groups")
-    is_third = config.get("_scores") == _SIGMOID
-    grouped = config.get("n_group", 1) > config.get("topk_group", 1)
+    if (scores := config.get("_scores", 0)) not in (0, _SOFTMAX, _SIGMOID):
+        raise UnsupportedMetadataError(f"expert_gating_func is {scores}; of this family 1 and 2 are read")
+    is_third = scores == _SIGMOID
+    groups = {"n_group": config.get("n_group", 1), "topk_group": config.get("topk_group", 1)}
+    grouped = groups["n_group"] > groups["topk_group"]
     scale = {
         name: 10 * config["_log_multiplier"] for name in ("mscale", "mscale_all_dim") if "_log_multiplier" in config
     }
@@ -183,7 +188,7 @@ def _deepseek2(config: Config) -> Config:
         "qk_nope_head_dim": config.get("_key_mla", config.get("_key")) - rope,
         "v_head_dim": config.get("_value_mla", config.get("_value")),
         "_scaling": scale,
-    } | ({} if is_third else {"topk_method": "group_limited_greedy" if grouped else "greedy"})
+    } | (groups if is_third else {"topk_method": "group_limited_greedy" if grouped else "greedy"})
 
 
 def _glm4_moe(config: Config) -> Config:
@@ -201,7 +206,8 @@ _EXPERTS = {
 _LAYER_NORM = COMMON | {"attention.layer_norm_epsilon": "layer_norm_eps"}
 _OLD = {"rope_theta": 10000.0}  # of files whose ropes have no base in the metadata
 _EXPERTS_WITHOUT_GROUPS = 64  # of DeepSeek-V2-Lite and Moonlight; larger ones have groups or say that they have not
-_SIGMOID = 2  # of llama.cpp's functions of scores
+_SOFTMAX, _SIGMOID = 1, 2  # of llama.cpp's functions of scores
+_ROUTER = ("expert_count", "expert_used_count")
 _DIMS = {"rope.dimension_count": "_rope_dims"}
 _WINDOWS = {"attention.sliding_window": "sliding_window", "attention.sliding_window_pattern": "layer_types"}
 _LOCAL = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
@@ -250,6 +256,7 @@ _ROUTED = {
     "expert_weights_norm": "norm_topk_prob", "expert_gating_func": "_scores", "expert_group_count": "n_group",
     "expert_group_used_count": "topk_group", "nextn_predict_layers": "num_nextn_predict_layers",
 }  # fmt: skip
+_PLAIN_ROUTER = {"norm_topk_prob": False, "routed_scaling_factor": 1.0, "first_k_dense_replace": 0}
 GGUF_FAMILIES = {
     "llama": GgufFamily(
         "llama", {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}, more=_mixtral,
@@ -310,12 +317,20 @@ GGUF_FAMILIES = {
     "bloom": GgufFamily("bloom", common=_BLOOM),
     "mpt": GgufFamily("mpt", _MPT, {}, _mpt, {"_slope": 0}),
     "gpt-oss": GgufFamily(
-        "gpt_oss", _LOCAL | _WINDOWS | {"expert_feed_forward_length": "_units"}, more=_gpt_oss
+        "gpt_oss", _LOCAL | _WINDOWS | {"expert_feed_forward_length": "_units"}, more=_gpt_oss,
+        required=(*_ROUTER, "expert_feed_forward_length", "attention.sliding_window"),
     ),
     "deepseek2": GgufFamily(
-        "deepseek_v2", _LATENT | _ROUTED, more=_deepseek2, defaults={"q_lora_rank": None, "norm_topk_prob": False}
+        "deepseek_v2", _LATENT | _ROUTED, more=_deepseek2, defaults={"q_lora_rank": None} | _PLAIN_ROUTER, required=(
+            *_ROUTER, "expert_feed_forward_length", "expert_shared_count", "attention.kv_lora_rank",
+            "rope.dimension_count", "attention.key_length_mla|attention.key_length",
+            "attention.value_length_mla|attention.value_length",
+        ),
     ),
-    "glm4moe": GgufFamily("glm4_moe", _ROUTED | _DIMS, more=_glm4_moe),
+    "glm4moe": GgufFamily(
+        "glm4_moe", _ROUTED | _DIMS, more=_glm4_moe, defaults=_PLAIN_ROUTER,
+        required=(*_ROUTER, "expert_feed_forward_length", "expert_shared_count"),
+    ),
     "minimax-m2": GgufFamily(
         "minimax_m2", more=_sigmoid, keys=
         _LOCAL | {"expert_feed_forward_length": "intermediate_size", "rope.dimension_count": "rotary_dim",
