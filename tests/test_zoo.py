@@ -20,6 +20,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests import foreign_layouts as layouts
 from tracing_jax.checkpoint import open_checkpoint, save_checkpoint
 from tracing_jax.cli import zoo as cli_zoo
 from tracing_jax.cli.zoo import ZooOptions
@@ -428,6 +429,20 @@ def test_signatures_propose_both_parents_of_an_equal_merge_and_the_pair_that_tel
     found = proposed(plan, tmp_path / "zoo")
     assert [pair.name for pair in found.pairs] == ["base--independent", "base--merge", "independent--merge"]
     assert (found.proposal.left_out, found.proposal.closing) == (0, 1)
+
+
+@pytest.mark.slow
+def test_models_read_by_their_weights_alone_are_proposed_or_keep_all_their_pairs(tmp_path):
+    """One of a layout without MLPs that a signature can sample ends no launch."""
+    tensors = layouts.baichuan(0)
+    written = {"base": tensors, "child": layouts.noisy_copy(tensors), "other": layouts.baichuan(2)}
+    models = [str(layouts.write(tmp_path / name, layouts.baichuan, found)) for name, found in written.items()]
+    models.append(str(layouts.write(tmp_path / "mixer", layouts.mamba, layouts.mamba(0))))
+    plan = make_plan(ModelList(tuple(models), tuple(itertools.combinations(models, 2))), RunOptions(stat=("csu",)))
+    found = proposed(plan, tmp_path / "zoo")
+    assert [pair.name for pair in found.pairs] == ["base--child", "base--mixer", "child--mixer", "other--mixer"]
+    assert list(found.proposal.unsigned) == [models[-1]]
+    assert "no gate" in found.proposal.unsigned[models[-1]]
 
 
 def test_pairs_are_proposed_where_the_list_has_many_for_each_model(tmp_path, monkeypatch):

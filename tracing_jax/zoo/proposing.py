@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from scipy import stats
 
-from tracing_jax.checkpoint import Checkpoint, open_checkpoint
+from tracing_jax.checkpoint import Checkpoint, WeightsOnly, open_checkpoint
 from tracing_jax.experiment.metadata import file_stamps
 from tracing_jax.experiment.models import resolve_model_id
 from tracing_jax.experiment.signing import signature_of, suspect_of
@@ -57,7 +57,7 @@ def proposed(plan: ZooPlan, folder: Path) -> ZooPlan:
       folder: of the zoo, which is made if need be.
 
     Raises:
-      CheckpointError, OSError: a model cannot be read.
+      OSError: a model's files cannot be read.
     """
     (folder / MODELS).mkdir(parents=True, exist_ok=True)
     signatures, unsigned = _signatures(plan, folder)
@@ -144,18 +144,18 @@ def _signatures(plan: ZooPlan, folder: Path) -> tuple[dict[str, Signature], dict
     made: dict[str, Signature] = {}
     unsigned: dict[str, str] = {}
     for model, name in tqdm(plan.names.items(), desc="signatures", unit="model", disable=None):
-        file, stamps = folder / MODELS / f"{name}{SUFFIX}", _stamps(_opened(model))
-        state = _read(folder / MODELS / f"{name}.signed.json")
-        if state.get("stamps") == stamps and file.exists():
-            made[model] = read_signature(file)
-            continue
+        file, state = folder / MODELS / f"{name}{SUFFIX}", folder / MODELS / f"{name}.signed.json"
         try:
-            made[model] = signature_of(model)
+            stamps = _stamps(_opened(model))
+            if _read(state).get("stamps") == stamps and file.exists():
+                made[model] = read_signature(file)
+                continue
+            made[model] = signature_of(model, weights_only=WeightsOnly())
         except ValueError as error:
             unsigned[model] = str(error).splitlines()[0]
             continue
         write_signature(made[model], file)
-        atomic_write(folder / MODELS / f"{name}.signed.json", json.dumps({"stamps": stamps}).encode())
+        atomic_write(state, json.dumps({"stamps": stamps}).encode())
     return made, unsigned
 
 
@@ -189,7 +189,7 @@ def _log10_p(match: Match, suspect: Suspect) -> float | None:
 
 
 def _opened(model: str) -> Checkpoint:
-    return open_checkpoint(resolve_model_id(model))
+    return open_checkpoint(resolve_model_id(model), weights_only=WeightsOnly())
 
 
 def _stamps(model: Checkpoint) -> Any:
