@@ -40,7 +40,8 @@ from tracing_jax.zoo import (
     root_of,
 )
 from tracing_jax.zoo.launching import left_to_do, status, write_plan
-from tracing_jax.zoo.proposing import proposed
+from tracing_jax.zoo.plan import Proposal
+from tracing_jax.zoo.proposing import proposed, write_left_out
 from tracing_jax.zoo.report import write_report
 from tracing_jax.zoo.report.contents import contents_of
 from tracing_jax.zoo.slurm import batches, script
@@ -285,6 +286,31 @@ def test_plan_is_not_replaced_while_another_is_worked_on(folder, tmp_path):
         write_plan(folder, missing)
 
 
+def test_the_list_of_pairs_left_out_is_that_of_the_plan_in_the_folder(folder, monkeypatch):
+    """A launch that is refused reads no model and changes no file; a plan of all pairs has no such list."""
+    given, file = folder.plan, folder.path / "left_out.csv"
+
+    def keeps_the_first(plan, _):
+        proposal = Proposal(len(plan.pairs), len(plan.pairs) - 1, 0, 0)
+        return replace(plan, pairs=plan.pairs[:1], proposal=proposal), [(pair, "why") for pair in plan.pairs[1:]]
+
+    monkeypatch.setattr(launching, "proposed", keeps_the_first)
+    write_plan(folder, given, by_scan=True)
+    rows = file.read_text().splitlines()
+    assert len(rows) == len(given.pairs) > 1
+    other = make_plan(pairs_of("org/a", "org/y", "org/z"), RunOptions(stat=("csu",)))
+    with folder.claimed(given.pairs[0]):
+        write_plan(folder, given, by_scan=True)
+        monkeypatch.setattr(launching, "proposed", lambda *_: pytest.fail("models are read"))
+        for plan, by_scan in ((other, True), (given, False)):
+            with pytest.raises(ValueError, match="another list or config is being traced"):
+                write_plan(folder, plan, by_scan=by_scan)
+        assert file.read_text().splitlines() == rows
+    write_plan(folder, given)
+    assert not file.exists()
+    assert read_plan(folder.path) == given
+
+
 def test_models_that_cannot_be_read_are_left_out_on_request(folder, tmp_path):
     """Their pairs are gone, the report lists them, and what was made from one counts as made from its parent."""
     gone, only = (str(tmp_path / name) for name in ("gone", "only"))
@@ -389,9 +415,10 @@ def test_signatures_propose_the_pairs_of_relatives_and_what_they_found_is_kept(f
     members = [str(family.member(name)) for name in ("base", "finetune", "disguised", "independent")]
     (tmp_path / "models.yaml").write_text(yaml.safe_dump(members))
     plan = make_plan(read_models(tmp_path / "models.yaml"), RunOptions(stat=("csu",), dataset=None))
-    found = proposed(plan, tmp_path / "zoo")
+    found, left = proposed(plan, tmp_path / "zoo")
     assert [pair.name for pair in found.pairs] == ["base--finetune", "base--disguised", "finetune--disguised"]
     assert (found.proposal.asked, found.proposal.left_out, found.proposal.unsigned) == (6, 3, {})
+    write_left_out(tmp_path / "zoo", left, found)
     left_out = (tmp_path / "zoo" / "left_out.csv").read_text().splitlines()
     assert left_out[1:] == [f"{name},independent,no trace in signatures," for name in ("base", "finetune", "disguised")]
     found.write(tmp_path / "zoo")
@@ -400,7 +427,7 @@ def test_signatures_propose_the_pairs_of_relatives_and_what_they_found_is_kept(f
     assert "3 of 6 pairs were not compared" in page
     for name in ("signature_of", "scan"):
         monkeypatch.setattr(proposing, name, lambda *_: pytest.fail("read again"))
-    assert proposed(plan, tmp_path / "zoo") == found
+    assert proposed(plan, tmp_path / "zoo") == (found, left)
 
 
 @pytest.mark.slow
@@ -426,7 +453,7 @@ def test_signatures_propose_both_parents_of_an_equal_merge_and_the_pair_that_tel
     save_checkpoint(tmp_path / "merge", InMemory(base.arch, mean), family.member("base"))
     models = (str(family.member("base")), str(family.member("independent")), str(tmp_path / "merge"))
     plan = make_plan(ModelList(models, tuple(itertools.combinations(models, 2))), RunOptions(stat=("csu",)))
-    found = proposed(plan, tmp_path / "zoo")
+    found, _ = proposed(plan, tmp_path / "zoo")
     assert [pair.name for pair in found.pairs] == ["base--independent", "base--merge", "independent--merge"]
     assert (found.proposal.left_out, found.proposal.closing) == (0, 1)
 
@@ -439,7 +466,7 @@ def test_models_read_by_their_weights_alone_are_proposed_or_keep_all_their_pairs
     models = [str(layouts.write(tmp_path / name, layouts.baichuan, found)) for name, found in written.items()]
     models.append(str(layouts.write(tmp_path / "mixer", layouts.mamba, layouts.mamba(0))))
     plan = make_plan(ModelList(tuple(models), tuple(itertools.combinations(models, 2))), RunOptions(stat=("csu",)))
-    found = proposed(plan, tmp_path / "zoo")
+    found, _ = proposed(plan, tmp_path / "zoo")
     assert [pair.name for pair in found.pairs] == ["base--child", "base--mixer", "child--mixer", "other--mixer"]
     assert list(found.proposal.unsigned) == [models[-1]]
     assert "no gate" in found.proposal.unsigned[models[-1]]

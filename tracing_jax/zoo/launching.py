@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from absl import logging
 
@@ -12,8 +13,8 @@ from tracing_jax.experiment.models import is_local, resolve_model_id
 from tracing_jax.progress import tqdm
 from tracing_jax.report import text_table
 from tracing_jax.zoo.folder import STATES, ZooFolder
-from tracing_jax.zoo.plan import PLAN, ZooPlan, without_models
-from tracing_jax.zoo.proposing import proposed
+from tracing_jax.zoo.plan import PLAN, PlannedPair, ZooPlan, without_models
+from tracing_jax.zoo.proposing import proposed, write_left_out
 from tracing_jax.zoo.slurm import queued
 
 _POLL_SECONDS = 2.0
@@ -42,19 +43,41 @@ def write_plan(folder: ZooFolder, plan: ZooPlan, skip_unreadable: bool = False, 
             raise ValueError("\n  ".join(["these models cannot be read:", *lines]))
         logging.warning("%d models are left out, which cannot be read:\n  %s", len(lines), "\n  ".join(lines))
         plan = without_models(plan, unreadable)
+    if not _is_same_question(folder, plan, by_scan):
+        _check_idle(folder)  # before every model is read twice
+    left_out: Sequence[tuple[PlannedPair, str]] = ()
     if by_scan:
-        plan = proposed(plan, folder.path)
-    folder.path.mkdir(parents=True, exist_ok=True)
+        plan, left_out = proposed(plan, folder.path)
+        folder.reload_plan()
     if (folder.path / PLAN).exists():
         if folder.plan == plan:
             return
-        if busy := running_or_queued(folder):
-            raise ValueError(
-                f"{folder.path}: another list or config is being traced there: {len(busy)} pairs are queued or run, "
-                f"the first {busy[0]}; wait for it, end it, or choose another --save"
-            )
+        _check_idle(folder)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    write_left_out(folder.path, left_out, plan)
     plan.write(folder.path)
     folder.reload_plan()
+
+
+def _is_same_question(folder: ZooFolder, plan: ZooPlan, by_scan: bool) -> bool:
+    """Returns whether the folder has no plan, or one that may have been made of this one, with all pairs in it."""
+    if not (folder.path / PLAN).exists():
+        return True
+    written = folder.plan
+    if replace(written, pairs=(), proposal=None) != replace(plan, pairs=(), proposal=None):
+        return False
+    if not by_scan or written.proposal is None:
+        return not by_scan and written == plan
+    return written.proposal.asked == len(plan.pairs) and {*written.pairs} <= {*plan.pairs}
+
+
+def _check_idle(folder: ZooFolder) -> None:
+    """Raises ValueError if pairs of the plan in the folder are being worked on."""
+    if busy := running_or_queued(folder):
+        raise ValueError(
+            f"{folder.path}: another list or config is being traced there: {len(busy)} pairs are queued or run, "
+            f"the first {busy[0]}; wait for it, end it, or choose another --save"
+        )
 
 
 def _unreadable(plan: ZooPlan) -> dict[str, str]:

@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,12 +45,11 @@ from two unrelated ones is told from a common relative by that pair alone. So ma
 _Found = Mapping[str, float | None]
 
 
-def proposed(plan: ZooPlan, folder: Path) -> ZooPlan:
+def proposed(plan: ZooPlan, folder: Path) -> tuple[ZooPlan, list[tuple[PlannedPair, str]]]:
     """Returns the plan with the pairs in which a signature of one model shows a trace of a relation in the other.
 
-    Pairs that close a triangle of such pairs stay as well, see `CLOSED_PER_MODEL`.
-
-    Writes the pairs left out into the folder. Models of which no signature can be made keep all their pairs.
+    Pairs that close a triangle of such pairs stay as well, see `CLOSED_PER_MODEL`. Models of which no signature can be
+    made keep all their pairs. The pairs that are left out are returned beside it, each with the reason.
 
     Args:
       plan: with all pairs that are asked for.
@@ -68,7 +67,6 @@ def proposed(plan: ZooPlan, folder: Path) -> ZooPlan:
         for model in tqdm(signatures, desc="scan", unit="model", disable=None)
     }
     kept, left_out, closing = selected(plan, found, unsigned)
-    _write_left_out(folder / LEFT_OUT, left_out, plan)
     proposal = Proposal(
         len(plan.pairs),
         len(left_out),
@@ -77,7 +75,7 @@ def proposed(plan: ZooPlan, folder: Path) -> ZooPlan:
         unsigned,
         closing,
     )
-    return replace(plan, pairs=tuple(kept), proposal=proposal)
+    return replace(plan, pairs=tuple(kept), proposal=proposal), left_out
 
 
 _NO_TRACE, _NOT_TESTABLE = "no trace in signatures", "no test of signatures applies"
@@ -203,7 +201,12 @@ def _read(file: Path) -> dict[str, Any]:
         return {}
 
 
-def _write_left_out(file: Path, left_out: list[tuple[PlannedPair, str]], plan: ZooPlan) -> None:
+def write_left_out(folder: Path, left_out: Sequence[tuple[PlannedPair, str]], plan: ZooPlan) -> None:
+    """Writes the pairs that a plan leaves out into the folder of a zoo; without a proposal there is no such file."""
+    file = folder / LEFT_OUT
+    if plan.proposal is None:
+        file.unlink(missing_ok=True)
+        return
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("base", "ft", "reason", "known_related"))
