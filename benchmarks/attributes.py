@@ -96,6 +96,8 @@ def main() -> None:
     parser.add_argument("--families", help="names with commas; all with a forward pass by default")
     parser.add_argument("--write", action="store_true", help=f"write the counts into {TABLE.name}")
     options = parser.parse_args()
+    if options.families and options.write:
+        parser.error("--write with --families: the page holds the counts of all families; leave one of them out")
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     families = options.families.split(",") if options.families else SUPPORTED_FAMILIES

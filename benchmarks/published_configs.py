@@ -68,8 +68,9 @@ class Row:
     Attributes:
       source: where it was published.
       model_type: of the config.
-      level: `forward`, `weights` or `refused`.
+      level: `forward`; `weights` where it has no forward pass here; `refused` where its tiny model is not opened.
       cause: why it is not read with a forward pass.
+      opened: whether a tiny model of it was read.
       error: the largest difference of logits, relative to the largest; None where none were compared.
       remark: why no tiny model was tried.
     """
@@ -78,6 +79,7 @@ class Row:
     model_type: str
     level: str = ""
     cause: str = ""
+    opened: bool = False
     error: float | None = None
     remark: str = ""
 
@@ -253,6 +255,7 @@ def _open_model(row: Row, folder: Path, small: Mapping[str, Any], model: Any) ->
     except CheckpointError as error:
         row.level, row.cause = "refused", _short(error).replace(str(folder), "")
         return
+    row.opened = True
     level = "forward" if found.arch.reading is None else "weights"
     if level != row.level:
         row.remark = f"the tiny model is read at another level: {level} {found.notes[:1]}"
@@ -296,7 +299,8 @@ def _short(error: BaseException) -> str:
 _SECTION = """Of {total} configs of {types} model types, as they were published from 2023 to 2026, {forward} are read
 with a forward pass. {compared} of these were made into tiny random models by transformers, with every attribute but
 sizes as published: {right} give its logits to within 2e-4 of the largest (the worst: {worst:.0e}), {wrong} do not.
-{weights} are read by their weights alone, each with the cause in the notes of a run:
+{without} have no forward pass here, each for the cause in the table. Of {opened} of these a tiny model was made and
+read by its weights alone; {refused} were refused. Of {untried} no tiny model could be made, and nothing was opened:
 `python -m benchmarks.published_configs FILE --write`, where FILE is a list of such configs, which are not part of this
 repository."""
 
@@ -304,18 +308,23 @@ repository."""
 def section(rows: Sequence[Row]) -> str:
     """Returns the section of the docs."""
     errors = [row.error for row in rows if row.error is not None]
+    without = [row for row in rows if row.level != "forward"]
+    refused = sum(row.level == "refused" for row in without)
     text = _SECTION.format(
         total=len(rows),
         types=len({row.model_type for row in rows}),
         forward=sum(row.level == "forward" for row in rows),
-        weights=sum(row.level == "weights" for row in rows),
+        without=len(without),
+        opened=sum(row.opened for row in without),
+        refused=refused or "none",
+        untried=sum(not row.opened for row in without) - refused or "none",
         compared=len(errors),
         right=len(errors) - sum(row.is_wrong for row in rows),
         wrong=sum(row.is_wrong for row in rows) or "none",
         worst=max(errors, default=0.0),
     )
-    causes = collections.Counter(_cause(row) for row in rows if row.level != "forward")
-    lines = ["| why by weights alone | configs |", "|---|---|"]
+    causes = collections.Counter(_cause(row) for row in without)
+    lines = ["| why without a forward pass | configs |", "|---|---|"]
     lines += [f"| {cause} | {count} |" for cause, count in causes.most_common()]
     paragraph = textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
     return "\n\n".join([HEADING, paragraph, "\n".join(lines)]) + "\n"
@@ -337,6 +346,8 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
+    if options.only and options.write:
+        parser.error("--write with --only: the page holds the counts of all configs; leave one of them out")
     entries = json.loads(options.file.read_text(encoding="utf-8"))
     rows = []
     for entry in entries:

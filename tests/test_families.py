@@ -1,5 +1,7 @@
 """Pairs of tiny models of families of transformers: permuted copies are related, strangers never are."""
 
+from typing import Any
+
 import pytest
 
 from benchmarks import attributes, families, published_configs
@@ -48,6 +50,30 @@ def test_a_shrunken_config_differs_in_sizes_alone():
     assert all(small[name] == _PUBLISHED[name] for name in same)
     assert 1 < small["num_key_value_heads"] < small["num_attention_heads"]
     assert small["bos_token_id"] < small["vocab_size"] < 1000
+
+
+def test_configs_without_a_forward_pass_count_as_read_only_where_a_model_was_opened():
+    def row(**facts: Any) -> published_configs.Row:
+        return published_configs.Row("here", "flux", cause="no forward pass", **facts)
+
+    rows = [row(level="weights", opened=True), row(level="weights", remark="no tiny model"), row(level="refused")]
+    text = " ".join(published_configs.section(rows).split())
+    assert "3 have no forward pass here" in text
+    assert "Of 1 of these a tiny model was made and read by its weights alone; 1 were refused. Of 1 no tiny" in text
+
+
+@pytest.mark.parametrize("part", [
+    (attributes, "--families", "llama"), (published_configs, "--only", "llama", "FILE"),
+], ids=lambda part: part[1])  # fmt: skip
+def test_counts_of_a_part_do_not_replace_those_of_the_whole(part, monkeypatch, tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("the whole")
+    monkeypatch.setattr(part[0], "TABLE", page)
+    monkeypatch.setattr("sys.argv", ["benchmark", *part[1:], "--write"])
+    with pytest.raises(SystemExit):
+        part[0].main()
+    assert f"--write with {part[1]}: the page holds the counts of all" in capsys.readouterr().err
+    assert page.read_text() == "the whole"
 
 
 @pytest.mark.slow
