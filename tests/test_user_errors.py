@@ -46,6 +46,12 @@ def test_a_mistyped_data_set_is_named_with_the_one_that_may_be_meant():
         read_documents("wikitex")
 
 
+def test_an_id_of_the_hub_is_no_mistyped_name():
+    with pytest.raises(ValueError, match=r"cannot read the Hub data set 'me/wikitext'(?s:.)*--dataset FILE") as raised:
+        read_documents("me/wikitext")
+    assert "Did you mean" not in str(raised.value)
+
+
 def test_an_empty_text_is_named(models):
     Path("empty.txt").write_text("")
     with pytest.raises(SystemExit, match=r"empty\.txt"):

@@ -489,5 +489,7 @@ def test_where_a_tokenizer_cannot_be_read_the_tests_without_a_text_are_the_answe
     assert found.text is None
     assert "no tokenizer of" in found.not_applicable["jsd"]
     assert not {"match", "csu", "l2"} & found.not_applicable.keys()
+    beside = open_inputs(check_config(replace(ZOO, **pair, stat=("auto", "jsd"))))
+    assert "no tokenizer of" in beside.not_applicable["jsd"]
     with pytest.raises((ValueError, FileNotFoundError)):
         open_inputs(check_config(replace(ZOO, **pair, stat=("jsd",))))

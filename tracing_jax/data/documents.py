@@ -304,7 +304,8 @@ def _hub_errors(dataset: str, subset: str | None) -> Iterator[None]:
     except Exception as error:  # the Hub's, the network's and the files' errors have no common class
         # Requests, whose addresses may be signed, are not quoted.
         reason = type(error).__name__ if isinstance(error, HTTPError) else error
-        if close := difflib.get_close_matches(dataset, list(NAMED_DATASETS), n=1):
+        close = [] if "/" in dataset else difflib.get_close_matches(dataset, list(NAMED_DATASETS), n=1)
+        if close:  # an id of the Hub with its owner is no slip of a name
             raise ValueError(
                 f"there is no file and no named data set {dataset!r}. Did you mean {close[0]}? "
                 f"(Named are {', '.join(NAMED_DATASETS)}; from the Hub: {' '.join(str(reason).split())})"

@@ -136,7 +136,8 @@ def inapplicable(
 def _without_unreadable_text(options: RunOptions, base: Checkpoint, ft: Checkpoint) -> tuple[RunOptions, str]:
     """Returns the options without their text if `auto` runs on a model whose tokenizer cannot be read, and the reason.
 
-    The tests that need no text are then the answer. What was asked for by name and needs one raises an error.
+    The tests that need no text are then the answer, and statistics that need one do not apply, those beside `auto` too.
+    An error is raised where `auto` was not asked for, and by an evaluation or an alignment that needs the text.
     """
     if "auto" not in options.stat or not has_text(options) or options.eval or options.align_evidence == "activations":
         return options, ""
