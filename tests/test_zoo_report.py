@@ -563,6 +563,22 @@ def test_independent_pairs_are_held_against_the_uniform():
     assert "more small p-values" in page_of(low, "low")
 
 
+def test_p_values_of_pairs_that_were_selected_by_the_same_weights_are_not_held_against_the_uniform():
+    plan, records = zoos.planted([1] * 12, 2)
+    few = [zoos.record_of(-1.2) for _ in plan.pairs]
+    chosen = replace(plan, pairs=plan.pairs[:40], proposal=Proposal(66, 26, 0, 0))
+    found = contents(chosen, dict(zip(records, few)))
+    assert sum(found.uniformity.counts) == 40
+    assert (found.uniformity.ks_p, found.uniformity.too_small) == (None, None)
+    page = page_of(found, "chosen")
+    assert "are not tested for it" in page
+    assert "more small p-values" not in page
+    assert 'class="uniform"' not in page
+    every = contents(replace(plan, proposal=Proposal(66, 0, 0, 0)), records)
+    assert every.uniformity.ks_p is not None
+    assert 'class="uniform"' in page_of(every, "every")
+
+
 @pytest.mark.slow
 def test_the_command_writes_the_report_and_says_where(tmp_path, capsys):
     folder = zoos.write_zoo(tmp_path / "zoo", *zoos.planted([2, 1], 0))

@@ -220,7 +220,7 @@ def make_contents(plan: ZooPlan, rows: Sequence[PairRow], measures: ModelMeasure
         order=clustered(components, rows),
         lineages=lineages,
         directions=[directions(tree.edges, _within(tree, related), measures) for tree in lineages],
-        uniformity=uniformity(rows),
+        uniformity=uniformity(rows, plan.proposal is not None and plan.proposal.left_out > 0),
         measured=[name for name in names if measures.get(name) is not None],
         left_out=plan.left_out,
         merged=merged,

@@ -218,7 +218,7 @@ def _bars(found: Uniformity) -> dict[str, Any]:
          "title": f"p from {i / BINS:g} to {(i + 1) / BINS:g}: {count}"}
         for i, count in enumerate(found.counts)
     ]  # fmt: skip
-    uniform = 110 - 100 * sum(found.counts) / BINS / top
+    uniform = None if found.selected else 110 - 100 * sum(found.counts) / BINS / top
     return {"bars": bars, "uniform_y": uniform, "text": in_words(found), "any": any(found.counts)}
 
 

@@ -191,33 +191,42 @@ class Uniformity:
 
     Attributes:
       counts: pairs in each of the `BINS` bins of equal width.
-      ks_p: p-value of the Kolmogorov-Smirnov test against the uniform, two-sided; None for fewer than two pairs.
+      ks_p: p-value of the Kolmogorov-Smirnov test against the uniform, two-sided; None for fewer than two pairs, and
+        where the pairs were selected.
       ones: how many are exactly 1, as a calibrated test gives for every pair without a sign of descent.
-      too_small: p-value of the one-sided test that they are smaller than uniform; None for fewer than two pairs.
+      too_small: p-value of the one-sided test that they are smaller than uniform; None as above.
+      selected: whether the pairs were chosen by signatures of the same weights, so that p need not be uniform.
     """
 
     counts: tuple[int, ...]
     ks_p: float | None
     ones: int
     too_small: float | None
+    selected: bool = False
 
 
-def uniformity(rows: Sequence[PairRow]) -> Uniformity:
+def uniformity(rows: Sequence[PairRow], selected: bool = False) -> Uniformity:
     """Returns the histogram of the unadjusted p-values of all pairs without evidence of a relation."""
     p = np.array([10.0**row.log10_p for row in rows if row.verdict == "no_evidence" and row.log10_p is not None])
     counts = tuple(int(count) for count in np.histogram(p, BINS, (0.0, 1.0))[0])
-    enough = len(p) >= 2
+    enough = len(p) >= 2 and not selected
     return Uniformity(
         counts,
         float(kstest(p, "uniform").pvalue) if enough else None,
         int((p >= 1.0).sum()),
         float(kstest(p, "uniform", alternative="greater").pvalue) if enough else None,
+        selected,
     )
 
 
 def in_words(found: Uniformity) -> str:
     """Returns the histogram's meaning: conservative as it should be, or too many small p-values."""
     total = sum(found.counts)
+    if found.selected:
+        return (
+            f"{total} pair{'s' if total != 1 else ''}, chosen by a p-value of the same weights (that of signatures): "
+            "so these need not be uniform if the pairs are independent, and are not tested for it."
+        )
     if found.ks_p is None or found.too_small is None:
         return f"{total} pair{'s' if total != 1 else ''}: too few to say anything."
     if found.too_small < 0.01:
