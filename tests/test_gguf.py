@@ -18,6 +18,7 @@ from tracing_jax.checkpoint.gguf import GGUF_ARCHITECTURES
 from tracing_jax.checkpoint.gguf.config import config_of
 from tracing_jax.checkpoint.gguf.families import GGUF_FAMILIES
 from tracing_jax.checkpoint.gguf.header import GgufHeader, GgufTensor, read_gguf_header
+from tracing_jax.checkpoint.gguf.needed import needed_keys
 from tracing_jax.checkpoint.gguf.tensors import GgufFile
 from tracing_jax.checkpoint.hf_layouts import leaf_layouts
 from tracing_jax.checkpoint.tensor_layout import tensor_shapes
@@ -162,6 +163,10 @@ def _add_sizes(writer: gguf.GGUFWriter, case: Case, arch: Arch) -> None:
     if windows and case.config["model_type"] in ("olmo3", "exaone4", "cohere2", "gpt_oss"):
         writer.add_sliding_window(windows[0])
         writer.add_sliding_window_pattern([window is not None for window in arch.layer_windows])
+    if windows and case.config["model_type"] == "gemma3_text":
+        writer.add_sliding_window(windows[0])
+    if case.config["model_type"] == "granite":
+        writer.add_logit_scale(case.config["logits_scaling"])
 
 
 _ROUTED = {
@@ -396,10 +401,8 @@ def test_scaling_of_llama_3_is_recognised_by_its_factors(tmp_path):
     wavelength = 2 * np.pi / inverse
     smooth = (8192 / wavelength - 1) / 3
     factors = np.where(wavelength < 8192 / 4, 1.0, np.where(wavelength > 8192, 8.0, 1 / ((1 - smooth) / 8 + smooth)))
-    from tracing_jax.checkpoint.gguf.config import config_of
-    from tracing_jax.checkpoint.gguf.header import GgufHeader
-
-    sizes = {"block_count": 1, "embedding_length": 256, "attention.head_count": 2, "rope.freq_base": 500000.0}
+    sizes = {"block_count": 1, "embedding_length": 256, "attention.head_count": 2, "rope.freq_base": 500000.0,
+             "context_length": 131072, "attention.layer_norm_rms_epsilon": 1e-5}  # fmt: skip
     metadata = {"general.architecture": "llama", **{f"llama.{name}": value for name, value in sizes.items()}}
     tensor = GgufTensor((64,), _KINDS.F32, 0)
     header = GgufHeader(
@@ -523,18 +526,49 @@ def test_no_damage_surfaces_as_another_error(architecture, times, tmp_path):
     assert min(outcomes.values()) > 0
 
 
-@pytest.mark.parametrize("architecture", ["deepseek2", "gpt-oss"])
+@pytest.mark.parametrize("architecture", ["deepseek2", "gpt-oss", "cohere2", "granitemoe", "ernie4_5-moe"])
 def test_a_missing_key_is_named(architecture, tmp_path):
     header = read_gguf_header(_of(architecture, tmp_path / "model.gguf"))
-    for keys in (*GGUF_FAMILIES[architecture].required, "block_count"):
+    family = GGUF_FAMILIES[architecture]
+    for keys in needed_keys(architecture, {**family.common, **family.keys}.keys(), {}):
         lost = [f"{architecture}.{key}" for key in keys.split("|")]
-        rest = {key: value for key, value in header.metadata.items() if key not in lost}
         with pytest.raises(CheckpointError, match=rf"^its metadata lacks {re.escape(lost[0])}; convert it again$"):
-            config_of(GgufHeader(rest, header.tensors), _read_factors)
+            config_of(_without(header, *lost), _read_factors)
     for key in header.metadata:  # whatever else is missing is no other error
-        rest = {name: value for name, value in header.metadata.items() if name != key}
         with contextlib.suppress(CheckpointError):
-            config_of(GgufHeader(rest, header.tensors), _read_factors)
+            config_of(_without(header, key), _read_factors)
+
+
+def _without(header: GgufHeader, *keys: str) -> GgufHeader:
+    return GgufHeader({key: value for key, value in header.metadata.items() if key not in keys}, header.tensors)
+
+
+def test_a_key_that_may_be_missing_is_what_llama_cpp_takes_in_its_place(tmp_path):
+    """And not the default of the config class, which is that of one model of the family."""
+
+    def config(architecture: str, *keys: str, **more: Any) -> dict[str, Any]:
+        path = _of(architecture, tmp_path / f"{architecture}.gguf")
+        header = _without(read_gguf_header(path), *(f"{architecture}.{key}" for key in keys))
+        changed = header.metadata | {f"{architecture}.{key.replace('__', '.')}": more[key] for key in more}
+        return config_of(GgufHeader(changed, header.tensors), _read_factors)
+
+    granite = config("granitemoe", "attention.scale", "embedding_scale", "residual_scale")
+    assert granite["attention_multiplier"] == granite["head_dim"] ** -0.5
+    assert granite["embedding_multiplier"] == granite["residual_multiplier"] == 1.0
+    with pytest.raises(UnsupportedModelError, match="without ropes"):
+        config("granitemoe", rope__scaling__finetuned=False)
+    for architecture in ("deepseek2", "glm4moe"):
+        routed = config(architecture, "expert_weights_scale", "expert_weights_norm", "leading_dense_block_count")
+        found = [routed[name] for name in ("routed_scaling_factor", "norm_topk_prob", "first_k_dense_replace")]
+        assert found == [1.0, False, 0]
+    without = ("attention.sliding_window", "attention.sliding_window_pattern")
+    assert config("exaone4", *without, block_count=32)["sliding_window"] is None
+    exaone = config("exaone4", *without, block_count=64)
+    assert exaone["sliding_window"] == 4096
+    assert "layer_types" not in exaone  # every fourth is full, by the config class as by llama.cpp
+    for key in ("rope__scaling__factor", "rope__scale_linear"):
+        assert config("seed_oss", **{key: 4.0})["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+        assert "rope_scaling" not in config("seed_oss", **{key: 0.0})
 
 
 def test_experts_of_an_old_file_without_groups_are_in_none(tmp_path):

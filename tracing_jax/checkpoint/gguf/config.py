@@ -1,7 +1,8 @@
 """The metadata of a GGUF file as the config of a Hugging Face model.
 
-A key that is absent has the default of the config class; one that changes what a model computes, and that its family
-does not read, is refused.
+A key that is absent has the default of llama.cpp, which is that of the config class where no module says otherwise, and
+one that llama.cpp needs is asked for. A key that changes what a model computes, and that its family does not read, is
+refused.
 """
 
 import math
@@ -12,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from tracing_jax.checkpoint.errors import CheckpointError, UnsupportedMetadataError
-from tracing_jax.checkpoint.gguf.families import GGUF_ARCHITECTURES, GGUF_FAMILIES, Config, GgufFamily
+from tracing_jax.checkpoint.gguf.derived import Config
+from tracing_jax.checkpoint.gguf.families import GGUF_ARCHITECTURES, GGUF_FAMILIES
 from tracing_jax.checkpoint.gguf.header import GgufHeader
+from tracing_jax.checkpoint.gguf.needed import missing_keys
 from tracing_jax.complaints import shortened
 
 _IDS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
@@ -25,8 +28,6 @@ _ASKS = re.compile(
 )
 """Keys that change what a model computes: one that a family does not read must ask for nothing."""
 
-_GROUPS = ("expert_group_count", 1, "expert_group_used_count")
-_NEEDED = ("block_count", "embedding_length", "attention.head_count")
 _PATTERN = "attention.sliding_window_pattern"
 _LISTS = (_PATTERN, "rope.dimension_sections")
 _ASKS_NOTHING = {"expert_gating_func": 1, "expert_group_count": 1, "rope.scaling.attn_factor": 1, "attention.causal": 1}
@@ -61,7 +62,7 @@ def config_of(header: GgufHeader, factors: Callable[[str], np.ndarray]) -> Confi
             f"{asked[0]} is {shortened(values[asked[0]])}, which is not read for models of the architecture {name}"
         )
     config |= {ours: _number(key, values[key]) for key, ours in keys.items() if key in values and key not in _LISTS}
-    if missing := _missing(family, values):
+    if missing := missing_keys(name, keys.keys(), values):
         raise CheckpointError(f"its metadata lacks {', '.join(f'{name}.{key}' for key in missing)}; convert it again")
     config |= {ours: int(values[f"tokenizer.ggml.{key}"]) for key, ours in _IDS.items() if _has_id(values, key)}
     if _PATTERN in keys and _PATTERN in values:
@@ -77,19 +78,6 @@ def config_of(header: GgufHeader, factors: Callable[[str], np.ndarray]) -> Confi
 def _asks_nothing(key: str, values: Mapping[str, Any]) -> bool:
     value = values[key]
     return not np.any(value) or (key in _ASKS_NOTHING and value == _ASKS_NOTHING[key])
-
-
-def _missing(family: GgufFamily, values: Mapping[str, Any]) -> list[str]:
-    """Returns the keys that llama.cpp needs and a file lacks; of several that will do, the first."""
-    needed = [*_NEEDED, *family.required]
-    for count, more_than, used in (("expert_count", 0, "expert_used_count"), _GROUPS):
-        if count in family.keys and _is_above(values.get(count), more_than) and used not in needed:
-            needed.append(used)
-    return [keys.split("|")[0] for keys in needed if not any(key in values for key in keys.split("|"))]
-
-
-def _is_above(value: Any, least: int) -> bool:
-    return isinstance(value, int | float) and value > least
 
 
 def _layer_types(pattern: Any, layers: int) -> list[str]:
@@ -154,7 +142,8 @@ def _of_tensors(header: GgufHeader) -> Config:
 def _rope_scaling(
     header: GgufHeader, values: Mapping[str, Any], config: Config, factors: Callable[[str], np.ndarray]
 ) -> Config:
-    kind = values.get("rope.scaling.type", "none")
+    factor = values.get("rope.scaling.factor", values.get("rope.scale_linear"))
+    kind = values.get("rope.scaling.type", "none" if factor in (None, 0, 1) else "linear")  # as llama.cpp takes it
     if "rope_factors_short.weight" in header.tensors:
         kinds = ("short", "long")
         found = {f"{name}_factor": factors(f"rope_factors_{name}.weight").tolist() for name in kinds}
@@ -163,7 +152,7 @@ def _rope_scaling(
         return {"rope_scaling": _llama3(factors("rope_freqs.weight"), config)}
     if kind == "none":
         return {}
-    scaling = {"rope_type": kind, "factor": _number("rope.scaling.factor", values.get("rope.scaling.factor"))}
+    scaling = {"rope_type": kind, "factor": _number("rope.scaling.factor", factor)}
     if "rope.scaling.original_context_length" in values:
         scaling["original_max_position_embeddings"] = values["rope.scaling.original_context_length"]
     for key, name in _YARN.items():

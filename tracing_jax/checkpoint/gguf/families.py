@@ -3,9 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from tracing_jax.checkpoint.errors import UnsupportedMetadataError
-
-Config = dict[str, Any]
+from tracing_jax.checkpoint.gguf import derived
+from tracing_jax.checkpoint.gguf.derived import Config
 
 COMMON = {
     "block_count": "num_hidden_layers",
@@ -29,7 +28,6 @@ class GgufFamily(NamedTuple):
       common: the keys that are read under the names that nearly all families share.
       more: config -> further attributes, which follow from others.
       defaults: attributes that the metadata may lack.
-      required: keys without which llama.cpp opens no such model; of names with `|` between them, one.
     """
 
     model_type: str
@@ -37,165 +35,6 @@ class GgufFamily(NamedTuple):
     common: Mapping[str, str] = COMMON
     more: Callable[[Config], Config] = lambda config: {}
     defaults: Mapping[str, Any] = {}
-    required: tuple[str, ...] = ()
-
-
-def _mixtral(config: Config) -> Config:
-    return {"model_type": "mixtral", "sliding_window": None} if config.get("num_local_experts") else {}
-
-
-def _gemma2(config: Config) -> Config:
-    """Queries are scaled by the width of a head; in the largest Gemma 2 and 3 by that of the embedding per head."""
-    per_head = config["hidden_size"] // config["num_attention_heads"]
-    largest = config["num_hidden_layers"] in (46, 62)
-    return {"query_pre_attn_scalar": per_head if largest else config.get("head_dim", per_head)}
-
-
-def _phi3(config: Config) -> Config:
-    """A window of 0 is none; the ropes of a head may be on its first dims alone."""
-    head_dim = config["hidden_size"] // config["num_attention_heads"]
-    rope_dims = config.pop("rope_dims", head_dim)
-    return {"sliding_window": config.get("sliding_window") or None, "partial_rotary_factor": rope_dims / head_dim}
-
-
-def _head_dim(config: Config) -> int:
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-
-
-def _partial(config: Config) -> Config:
-    """The ropes of a head may be on its first dims alone."""
-    width = _head_dim(config)
-    return {"partial_rotary_factor": config.get("_rope_dims", width) / width}
-
-
-def _glm4(config: Config) -> Config:
-    return _partial(config) | {"head_dim": _head_dim(config)}
-
-
-def _biases(*names: str) -> Callable[[Config], Config]:
-    """Returns what sets attributes by whether queries, or a tensor of queries, keys and values, have a bias."""
-    return lambda config: dict.fromkeys(names, config["attention_bias"] or config["_fused_bias"])
-
-
-def _gpt_neox(config: Config) -> Config:
-    return {"rotary_pct": _partial(config)["partial_rotary_factor"]} | _biases("attention_bias")(config)
-
-
-def _stablelm(config: Config) -> Config:
-    return _partial(config) | _biases("use_qkv_bias")(config) | {"qk_layernorm": config["_qk_norm"]}
-
-
-def _olmo2(config: Config) -> Config:
-    """OLMo 3 is OLMo 2 with windows, and layers with one have a rope of their own, which is not scaled."""
-    return {"model_type": "olmo3", "_scaled": "full_attention"} if config.get("sliding_window") else {}
-
-
-def _exaone4(config: Config) -> Config:
-    """Without a window, all layers have a rope; with one, every fourth has neither where no pattern is given."""
-    window = config.get("sliding_window") or None
-    return {"sliding_window": window} | (
-        {} if window else {"layer_types": ["full_attention"] * config["num_hidden_layers"]}
-    )
-
-
-def _cohere(config: Config) -> Config:
-    return {"use_qk_norm": config["_qk_norm"]}
-
-
-def _seed_oss(config: Config) -> Config:
-    return {"attention_out_bias": config["_o_bias"]}
-
-
-def _falcon(config: Config) -> Config:
-    """Of the names of norms, the order of fused rows and the number of kv heads, one follows from another.
-
-    Raises:
-      UnsupportedMetadataError: a model with biases; those have ALiBi, of which the metadata say nothing.
-    """
-    if config["_fused_bias"]:
-        raise UnsupportedMetadataError("a Falcon with biases, whose positions are not in the metadata")
-    grouped = config["num_kv_heads"] > 1
-    found = {"new_decoder_architecture": grouped, "multi_query": not grouped, "parallel_attn": True, "bias": False}
-    return found | ({"num_ln_in_parallel_attn": 2 if config["_second_norm"] else 1} if grouped else {})
-
-
-def _mpt(config: Config) -> Config:
-    """Its positions are those of ALiBi, with slopes that go to 2^-8.
-
-    Raises:
-      UnsupportedMetadataError: they are not.
-    """
-    if config["_slope"] != 8:
-        raise UnsupportedMetadataError(f"max_alibi_bias is {config['_slope']}; only 8 is read")
-    attention = {"clip_qkv": config.get("_clip"), "alibi": True, "alibi_bias_max": 8, "qk_ln": config["_qk_norm"]}
-    return {"attn_config": attention, "no_bias": not config["_fused_bias"]}
-
-
-def _sigmoid(config: Config) -> Config:
-    """Routers of this family score experts by a sigmoid, whether the metadata say so or not.
-
-    Raises:
-      UnsupportedMetadataError: they say otherwise.
-    """
-    if (found := config.get("_scores", _SIGMOID)) != _SIGMOID:
-        raise UnsupportedMetadataError(f"expert_gating_func is {found}; of this family {_SIGMOID}, sigmoid, is read")
-    return {}
-
-
-def _starcoder(config: Config) -> Config:
-    """Raises UnsupportedMetadataError for more than one kv head, of which there is none in llama.cpp."""
-    if (found := config.get("_kv_heads", 1)) != 1:
-        raise UnsupportedMetadataError(f"attention.head_count_kv is {found}; of this family 1 is read")
-    return {"multi_query": True}
-
-
-def _gpt_oss(config: Config) -> Config:
-    """The ends of the blend of its yarn are not whole numbers, which is no metadata."""
-    rope = {"rope_type": "default"}  # where the file has no other
-    return {"intermediate_size": config["_units"], "_scaling": {"truncate": False}, "rope_scaling": rope}
-
-
-def _granitemoe(config: Config) -> Config:
-    """Raises UnsupportedMetadataError for a model with an MLP beside the experts, which is another family."""
-    if config["_shared_experts"]:
-        raise UnsupportedMetadataError("a Granite with an MLP beside its experts")
-    return {}
-
-
-def _deepseek2(config: Config) -> Config:
-    """DeepSeek-V2, whose router has a softmax, or V3; widths of heads are under other keys where keys are absorbed.
-
-    Raises:
-      UnsupportedMetadataError: an old file of a model that may have groups of experts, of which it says nothing; layers
-        that predict further tokens, which only other models under this name have in their files.
-    """
-    if config.get("num_nextn_predict_layers"):
-        raise UnsupportedMetadataError("layers that predict further tokens, in a model under the name of DeepSeek-V2")
-    rope, experts = config["qk_rope_head_dim"], config.get("n_routed_experts", 0)
-    if "n_group" not in config and experts > _EXPERTS_WITHOUT_GROUPS:
-        raise UnsupportedMetadataError(f"expert_group_count is missing, and {experts} experts may be in groups")
-    if (scores := config.get("_scores", 0)) not in (0, _SOFTMAX, _SIGMOID):
-        raise UnsupportedMetadataError(f"expert_gating_func is {scores}; of this family 1 and 2 are read")
-    is_third = scores == _SIGMOID
-    groups = {"n_group": config.get("n_group", 1), "topk_group": config.get("topk_group", 1)}
-    grouped = groups["n_group"] > groups["topk_group"]
-    scale = {
-        name: 10 * config["_log_multiplier"] for name in ("mscale", "mscale_all_dim") if "_log_multiplier" in config
-    }
-    return {
-        "model_type": "deepseek_v3" if is_third else "deepseek_v2",
-        "num_key_value_heads": config["num_attention_heads"],
-        "qk_nope_head_dim": config.get("_key_mla", config.get("_key")) - rope,
-        "v_head_dim": config.get("_value_mla", config.get("_value")),
-        "_scaling": scale,
-    } | (groups if is_third else {"topk_method": "group_limited_greedy" if grouped else "greedy"})
-
-
-def _glm4_moe(config: Config) -> Config:
-    """The layers that predict further tokens are counted among the others."""
-    later = config.get("num_nextn_predict_layers", 0)
-    layers = {"num_hidden_layers": config["num_hidden_layers"] - later}
-    return _sigmoid(config) | _glm4(config) | layers | {"use_qk_norm": config["_qk_norm"]}
 
 
 _EXPERTS = {
@@ -205,9 +44,6 @@ _EXPERTS = {
 }
 _LAYER_NORM = COMMON | {"attention.layer_norm_epsilon": "layer_norm_eps"}
 _OLD = {"rope_theta": 10000.0}  # of files whose ropes have no base in the metadata
-_EXPERTS_WITHOUT_GROUPS = 64  # of DeepSeek-V2-Lite and Moonlight; larger ones have groups or say that they have not
-_SOFTMAX, _SIGMOID = 1, 2  # of llama.cpp's functions of scores
-_ROUTER = ("expert_count", "expert_used_count")
 _DIMS = {"rope.dimension_count": "_rope_dims"}
 _WINDOWS = {"attention.sliding_window": "sliding_window", "attention.sliding_window_pattern": "layer_types"}
 _LOCAL = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
@@ -240,7 +76,7 @@ _ERNIE = {
 }  # fmt: skip
 _GRANITE = {
     "attention.scale": "attention_multiplier", "embedding_scale": "embedding_multiplier",
-    "residual_scale": "residual_multiplier", "logit_scale": "logits_scaling",
+    "residual_scale": "residual_multiplier", "logit_scale": "logits_scaling", "rope.scaling.finetuned": "_has_rope",
 }  # fmt: skip
 _LATENT = {
     "attention.q_lora_rank": "q_lora_rank", "attention.kv_lora_rank": "kv_lora_rank",
@@ -259,8 +95,8 @@ _ROUTED = {
 _PLAIN_ROUTER = {"norm_topk_prob": False, "routed_scaling_factor": 1.0, "first_k_dense_replace": 0}
 GGUF_FAMILIES = {
     "llama": GgufFamily(
-        "llama", {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}, more=_mixtral,
-        defaults={"rope_theta": 10000.0},
+        "llama", {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
+        more=derived.mixtral, defaults={"rope_theta": 10000.0},
     ),
     "qwen2": GgufFamily("qwen2"),
     "qwen3": GgufFamily("qwen3"),
@@ -279,68 +115,63 @@ GGUF_FAMILIES = {
     "phi3": GgufFamily(
         "phi3", {"attention.sliding_window": "sliding_window", "rope.dimension_count": "rope_dims",
                  "rope.scaling.original_context_length": "original_max_position_embeddings",
-                 "rope.scaling.attn_factor": "_amplitude"}, more=_phi3,
+                 "rope.scaling.attn_factor": "_amplitude"}, more=derived.phi3,
         defaults={"rope_theta": 10000.0},
     ),
     "gemma": GgufFamily("gemma", defaults={"rope_theta": 10000.0}),
-    "gemma2": GgufFamily("gemma2", _GEMMA, more=_gemma2, defaults={"rope_theta": 10000.0}),
+    "gemma2": GgufFamily("gemma2", _GEMMA, more=derived.gemma2, defaults={"rope_theta": 10000.0}),
     "gemma3": GgufFamily(
-        "gemma3_text", _GEMMA | {"rope.freq_base_swa": "rope_local_base_freq"}, more=_gemma2,
+        "gemma3_text", _GEMMA | {"rope.freq_base_swa": "rope_local_base_freq"}, more=derived.gemma2,
         defaults={"rope_theta": 1e6, "rope_local_base_freq": 10000.0},
     ),
-    "olmo": GgufFamily("olmo", {"attention.clamp_kqv": "clip_qkv"}, defaults={"rope_theta": 10000.0}),
-    "olmo2": GgufFamily("olmo2", _WINDOWS, more=_olmo2),
-    "seed_oss": GgufFamily("seed_oss", more=_seed_oss),
-    "ernie4_5": GgufFamily("ernie4_5", more=_biases("use_bias")),
-    "ernie4_5-moe": GgufFamily("ernie4_5_moe", _ERNIE, more=_biases("use_bias")),
-    "smollm3": GgufFamily("smollm3"),
-    "exaone4": GgufFamily("exaone4", _WINDOWS, more=_exaone4),
-    "glm4": GgufFamily("glm4", _DIMS, more=_glm4),
-    "command-r": GgufFamily("cohere", {"logit_scale": "logit_scale"}, _LAYER_NORM, _cohere),
-    "cohere2": GgufFamily("cohere2", {"logit_scale": "logit_scale"} | _WINDOWS, _LAYER_NORM),
-    "stablelm": GgufFamily(
-        "stablelm", _DIMS | {"use_parallel_residual": "use_parallel_residual"}, _LAYER_NORM, _stablelm, _OLD
-    ),
-    "starcoder2": GgufFamily(
-        "starcoder2", common=COMMON | {"attention.layer_norm_epsilon": "norm_epsilon"}, more=_biases("use_bias"),
+    "olmo": GgufFamily(
+        "olmo", {"attention.clamp_kqv": "clip_qkv", "attention.layer_norm_epsilon": "_eps"}, more=derived.olmo,
         defaults=_OLD,
     ),
-    "phi2": GgufFamily("phi", _DIMS, _LAYER_NORM, _partial, _OLD),
+    "olmo2": GgufFamily("olmo2", _WINDOWS, more=derived.olmo2),
+    "seed_oss": GgufFamily("seed_oss", more=derived.seed_oss),
+    "ernie4_5": GgufFamily("ernie4_5", more=derived.biases("use_bias")),
+    "ernie4_5-moe": GgufFamily("ernie4_5_moe", _ERNIE, more=derived.biases("use_bias")),
+    "smollm3": GgufFamily("smollm3"),
+    "exaone4": GgufFamily("exaone4", _WINDOWS, more=derived.exaone4),
+    "glm4": GgufFamily("glm4", _DIMS, more=derived.glm4),
+    "command-r": GgufFamily("cohere", {"logit_scale": "logit_scale"}, _LAYER_NORM, derived.cohere),
+    "cohere2": GgufFamily("cohere2", {"logit_scale": "logit_scale"} | _WINDOWS, _LAYER_NORM),
+    "stablelm": GgufFamily(
+        "stablelm", _DIMS | {"use_parallel_residual": "use_parallel_residual"}, _LAYER_NORM, derived.stablelm, _OLD
+    ),
+    "starcoder2": GgufFamily(
+        "starcoder2", common=COMMON | {"attention.layer_norm_epsilon": "norm_epsilon"}, more=derived.biases("use_bias"),
+        defaults=_OLD,
+    ),
+    "phi2": GgufFamily("phi", _DIMS, _LAYER_NORM, derived.partial, _OLD),
     "gptneox": GgufFamily(
         "gpt_neox", _DIMS | {"use_parallel_residual": "use_parallel_residual", "rope.freq_base": "rotary_emb_base"},
-        _LAYER_NORM, _gpt_neox, {"rotary_emb_base": 10000.0},
+        _LAYER_NORM, derived.gpt_neox, {"rotary_emb_base": 10000.0},
     ),
     "falcon": GgufFamily(
         "falcon", {"attention.head_count_kv": "num_kv_heads", "feed_forward_length": "ffn_hidden_size"},
-        COMMON | {"attention.layer_norm_epsilon": "layer_norm_epsilon"}, _falcon, _OLD | {"num_kv_heads": 1},
+        COMMON | {"attention.layer_norm_epsilon": "layer_norm_epsilon"}, derived.falcon, _OLD | {"num_kv_heads": 1},
     ),
     "bloom": GgufFamily("bloom", common=_BLOOM),
-    "mpt": GgufFamily("mpt", _MPT, {}, _mpt, {"_slope": 0}),
+    "mpt": GgufFamily("mpt", _MPT, {}, derived.mpt, {"_slope": 0}),
     "gpt-oss": GgufFamily(
-        "gpt_oss", _LOCAL | _WINDOWS | {"expert_feed_forward_length": "_units"}, more=_gpt_oss,
-        required=(*_ROUTER, "expert_feed_forward_length", "attention.sliding_window"),
+        "gpt_oss", _LOCAL | _WINDOWS | {"expert_feed_forward_length": "_units"}, more=derived.gpt_oss
     ),
     "deepseek2": GgufFamily(
-        "deepseek_v2", _LATENT | _ROUTED, more=_deepseek2, defaults={"q_lora_rank": None} | _PLAIN_ROUTER, required=(
-            *_ROUTER, "expert_feed_forward_length", "expert_shared_count", "attention.kv_lora_rank",
-            "rope.dimension_count", "attention.key_length_mla|attention.key_length",
-            "attention.value_length_mla|attention.value_length",
-        ),
+        "deepseek_v2", _LATENT | _ROUTED, more=derived.deepseek2, defaults={"q_lora_rank": None} | _PLAIN_ROUTER
     ),
-    "glm4moe": GgufFamily(
-        "glm4_moe", _ROUTED | _DIMS, more=_glm4_moe, defaults=_PLAIN_ROUTER,
-        required=(*_ROUTER, "expert_feed_forward_length", "expert_shared_count"),
-    ),
+    "glm4moe": GgufFamily("glm4_moe", _ROUTED | _DIMS, more=derived.glm4_moe, defaults=_PLAIN_ROUTER),
     "minimax-m2": GgufFamily(
-        "minimax_m2", more=_sigmoid, keys=
+        "minimax_m2", more=derived.sigmoid, keys=
         _LOCAL | {"expert_feed_forward_length": "intermediate_size", "rope.dimension_count": "rotary_dim",
                   "expert_gating_func": "_scores"},
     ),
     "starcoder": GgufFamily(
-        "gpt_bigcode", {"attention.head_count_kv": "_kv_heads"}, _GPT2, _starcoder,
+        "gpt_bigcode", {"attention.head_count_kv": "_kv_heads"}, _GPT2, derived.starcoder,
     ),
-    "granite": GgufFamily("granite", _GRANITE),
-    "granitemoe": GgufFamily("granitemoe", _GRANITE | _LOCAL, more=_granitemoe),
+    "granite": GgufFamily("granite", _GRANITE, more=derived.granite),
+    "granitemoe": GgufFamily("granitemoe", _GRANITE | _LOCAL, more=derived.granitemoe),
     "gpt2": GgufFamily("gpt2", common=_GPT2),
 }  # fmt: skip
 

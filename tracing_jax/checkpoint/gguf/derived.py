@@ -1,0 +1,209 @@
+"""Attributes that follow from others, family by family: from the metadata of llama.cpp to a Hugging Face config.
+
+A name that begins with `_` is of metadata or tensors, and no attribute.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from tracing_jax.checkpoint.errors import UnsupportedMetadataError
+
+Config = dict[str, Any]
+
+_EXPERTS_WITHOUT_GROUPS = 64  # of DeepSeek-V2-Lite and Moonlight; larger ones have groups or say that they have not
+_SOFTMAX, _SIGMOID = 1, 2  # of llama.cpp's functions of scores
+
+
+def mixtral(config: Config) -> Config:
+    """With experts, a Llama is a Mixtral without a window."""
+    return {"model_type": "mixtral", "sliding_window": None} if config.get("num_local_experts") else {}
+
+
+def gemma2(config: Config) -> Config:
+    """Queries are scaled by the width of a head; in the largest Gemma 2 and 3 by that of the embedding per head."""
+    per_head = config["hidden_size"] // config["num_attention_heads"]
+    largest = config["num_hidden_layers"] in (46, 62)
+    return {"query_pre_attn_scalar": per_head if largest else config.get("head_dim", per_head)}
+
+
+def phi3(config: Config) -> Config:
+    """A window of 0 is none; the ropes of a head may be on its first dims alone."""
+    head_dim = config["hidden_size"] // config["num_attention_heads"]
+    rope_dims = config.pop("rope_dims", head_dim)
+    length = config.get("original_max_position_embeddings", config["max_position_embeddings"])
+    lengths = {"sliding_window": config.get("sliding_window") or None, "original_max_position_embeddings": length}
+    return lengths | {"partial_rotary_factor": rope_dims / head_dim}
+
+
+def _head_dim(config: Config) -> int:
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def partial(config: Config) -> Config:
+    """The ropes of a head may be on its first dims alone."""
+    width = _head_dim(config)
+    return {"partial_rotary_factor": config.get("_rope_dims", width) / width}
+
+
+def glm4(config: Config) -> Config:
+    """The width of a head is that of the embedding per head where the metadata have none."""
+    return partial(config) | {"head_dim": _head_dim(config)}
+
+
+def biases(*names: str) -> Callable[[Config], Config]:
+    """Returns what sets attributes by whether queries, or a tensor of queries, keys and values, have a bias."""
+    return lambda config: dict.fromkeys(names, config["attention_bias"] or config["_fused_bias"])
+
+
+def gpt_neox(config: Config) -> Config:
+    """The ropes of a head may be on its first dims alone, and attention may have biases."""
+    return {"rotary_pct": partial(config)["partial_rotary_factor"]} | biases("attention_bias")(config)
+
+
+def stablelm(config: Config) -> Config:
+    """As in GPT-NeoX; queries and keys may have norms."""
+    return partial(config) | biases("use_qkv_bias")(config) | {"qk_layernorm": config["_qk_norm"]}
+
+
+def olmo(config: Config) -> Config:
+    """Clipping at 0 is none."""
+    return {"clip_qkv": config.get("clip_qkv") or None}
+
+
+def olmo2(config: Config) -> Config:
+    """OLMo 3 is OLMo 2 with windows, and layers with one have a rope of their own, which is not scaled."""
+    return {"model_type": "olmo3", "_scaled": "full_attention"} if config.get("sliding_window") else {}
+
+
+def exaone4(config: Config) -> Config:
+    """Without a window, all layers have a rope; with one, every fourth has neither where no pattern is given.
+
+    Of a model with 64 layers llama.cpp knows the window.
+    """
+    window = config.get("sliding_window", 4096 if config["num_hidden_layers"] == 64 else None) or None
+    return {"sliding_window": window} | (
+        {} if window else {"layer_types": ["full_attention"] * config["num_hidden_layers"]}
+    )
+
+
+def cohere(config: Config) -> Config:
+    """Queries and keys may have norms."""
+    return {"use_qk_norm": config["_qk_norm"]}
+
+
+def seed_oss(config: Config) -> Config:
+    """The outputs of attention may have a bias."""
+    return {"attention_out_bias": config["_o_bias"]}
+
+
+def falcon(config: Config) -> Config:
+    """Of the names of norms, the order of fused rows and the number of kv heads, one follows from another.
+
+    Raises:
+      UnsupportedMetadataError: a model with biases; those have ALiBi, of which the metadata say nothing.
+    """
+    if config["_fused_bias"]:
+        raise UnsupportedMetadataError("a Falcon with biases, whose positions are not in the metadata")
+    grouped = config["num_kv_heads"] > 1
+    found = {"new_decoder_architecture": grouped, "multi_query": not grouped, "parallel_attn": True, "bias": False}
+    return found | ({"num_ln_in_parallel_attn": 2 if config["_second_norm"] else 1} if grouped else {})
+
+
+def mpt(config: Config) -> Config:
+    """Its positions are those of ALiBi, with slopes that go to 2^-8.
+
+    Raises:
+      UnsupportedMetadataError: they are not.
+    """
+    if config["_slope"] != 8:
+        raise UnsupportedMetadataError(f"max_alibi_bias is {config['_slope']}; only 8 is read")
+    attention = {
+        "clip_qkv": config.get("_clip") or None,
+        "alibi": True,
+        "alibi_bias_max": 8,
+        "qk_ln": config["_qk_norm"],
+    }
+    return {"attn_config": attention, "no_bias": not config["_fused_bias"]}
+
+
+def sigmoid(config: Config) -> Config:
+    """Routers of this family score experts by a sigmoid, whether the metadata say so or not.
+
+    Raises:
+      UnsupportedMetadataError: they say otherwise.
+    """
+    if (found := config.get("_scores", _SIGMOID)) != _SIGMOID:
+        raise UnsupportedMetadataError(f"expert_gating_func is {found}; of this family {_SIGMOID}, sigmoid, is read")
+    return {}
+
+
+def starcoder(config: Config) -> Config:
+    """Raises UnsupportedMetadataError for more than one kv head, of which there is none in llama.cpp."""
+    if (found := config.get("_kv_heads", 1)) != 1:
+        raise UnsupportedMetadataError(f"attention.head_count_kv is {found}; of this family 1 is read")
+    return {"multi_query": True}
+
+
+def gpt_oss(config: Config) -> Config:
+    """The ends of the blend of its yarn are not whole numbers, which is no metadata."""
+    rope = {"rope_type": "default"}  # where the file has no other
+    return {"intermediate_size": config["_units"], "_scaling": {"truncate": False}, "rope_scaling": rope}
+
+
+def granite(config: Config) -> Config:
+    """A scale of 0 is none, as is a missing one; attention then has that of nearly all families.
+
+    Raises:
+      UnsupportedMetadataError: a model without ropes, which is another family.
+    """
+    if not config.get("_has_rope", True):
+        raise UnsupportedMetadataError("rope.scaling.finetuned is False: a Granite without ropes")
+    scales = {name: config.get(name) or 1.0 for name in ("embedding_multiplier", "residual_multiplier")}
+    return scales | {"attention_multiplier": config.get("attention_multiplier") or _head_dim(config) ** -0.5}
+
+
+def granitemoe(config: Config) -> Config:
+    """Raises UnsupportedMetadataError for a model with an MLP beside the experts, which is another family."""
+    if config["_shared_experts"]:
+        raise UnsupportedMetadataError("a Granite with an MLP beside its experts")
+    return granite(config)
+
+
+def deepseek2(config: Config) -> Config:
+    """DeepSeek-V2, whose router has a softmax, or V3; widths of heads are under other keys where keys are absorbed.
+
+    A factor of the weights of experts that is 0 is none.
+
+    Raises:
+      UnsupportedMetadataError: an old file of a model that may have groups of experts, of which it says nothing; layers
+        that predict further tokens, which only other models under this name have in their files.
+    """
+    if config.get("num_nextn_predict_layers"):
+        raise UnsupportedMetadataError("layers that predict further tokens, in a model under the name of DeepSeek-V2")
+    rope, experts = config["qk_rope_head_dim"], config.get("n_routed_experts", 0)
+    if "n_group" not in config and experts > _EXPERTS_WITHOUT_GROUPS:
+        raise UnsupportedMetadataError(f"expert_group_count is missing, and {experts} experts may be in groups")
+    if (scores := config.get("_scores", 0)) not in (0, _SOFTMAX, _SIGMOID):
+        raise UnsupportedMetadataError(f"expert_gating_func is {scores}; of this family 1 and 2 are read")
+    is_third = scores == _SIGMOID
+    groups = {name: config.get(name) or 1 for name in ("n_group", "topk_group")}
+    grouped = groups["n_group"] > groups["topk_group"]
+    scale = {
+        name: 10 * config["_log_multiplier"] for name in ("mscale", "mscale_all_dim") if "_log_multiplier" in config
+    }
+    return {
+        "model_type": "deepseek_v3" if is_third else "deepseek_v2",
+        "num_key_value_heads": config["num_attention_heads"],
+        "qk_nope_head_dim": config.get("_key_mla", config.get("_key")) - rope,
+        "v_head_dim": config.get("_value_mla", config.get("_value")),
+        "_scaling": scale,
+        "routed_scaling_factor": config["routed_scaling_factor"] or 1.0,
+    } | (groups if is_third else {"topk_method": "group_limited_greedy" if grouped else "greedy"})
+
+
+def glm4_moe(config: Config) -> Config:
+    """The layers that predict further tokens are counted among the others."""
+    later = config.get("num_nextn_predict_layers", 0)
+    layers = {"num_hidden_layers": config["num_hidden_layers"] - later}
+    layers |= {"routed_scaling_factor": config["routed_scaling_factor"] or 1.0}
+    return sigmoid(config) | glm4(config) | layers | {"use_qk_norm": config["_qk_norm"]}
