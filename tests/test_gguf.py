@@ -562,6 +562,8 @@ def test_a_key_that_may_be_missing_is_what_llama_cpp_takes_in_its_place(tmp_path
         found = [routed[name] for name in ("routed_scaling_factor", "norm_topk_prob", "first_k_dense_replace")]
         assert found == [1.0, False, 0]
     without = ("attention.sliding_window", "attention.sliding_window_pattern")
+    with pytest.raises(CheckpointError, match=r"lacks smollm3\.rope\.scaling\.original_context_length"):
+        config("smollm3", "rope.scaling.original_context_length", "context_length")
     assert config("exaone4", *without, block_count=32)["sliding_window"] is None
     exaone = config("exaone4", *without, block_count=64)
     assert exaone["sliding_window"] == 4096

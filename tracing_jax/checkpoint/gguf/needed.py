@@ -14,6 +14,7 @@ _OF_FAMILY: Mapping[str, tuple[str, ...]] = {
     "qwen3moe": _ROUTER,
     "qwen3vlmoe": _ROUTER,
     "olmoe": _ROUTER,
+    "phi3": ("context_length",),
     "gemma3": (_WINDOW,),
     "command-r": ("logit_scale",),
     "cohere2": ("logit_scale", _WINDOW),
@@ -46,7 +47,8 @@ def needed_keys(family: str, read: Collection[str], values: Mapping[str, Any]) -
     """
     with_others = [key for other, least, key in _WITH if other in read and _is_above(values.get(other), least)]
     epsilon = [key for key in _EPSILONS if key in read][:1]
-    length = [key for key in ("context_length",) if key in read]
+    is_yarn = values.get("rope.scaling.type") == "yarn"
+    length = ["rope.scaling.original_context_length|context_length"] if is_yarn else []
     return list(dict.fromkeys([*_EVERY, *length, *epsilon, *_OF_FAMILY.get(family, ()), *with_others]))
 
 
