@@ -561,6 +561,13 @@ def test_a_key_that_may_be_missing_is_what_llama_cpp_takes_in_its_place(tmp_path
         routed = config(architecture, "expert_weights_scale", "expert_weights_norm", "leading_dense_block_count")
         found = [routed[name] for name in ("routed_scaling_factor", "norm_topk_prob", "first_k_dense_replace")]
         assert found == [1.0, False, 0]
+    assert config("deepseek2", "expert_gating_func")["model_type"] == "deepseek_v2"
+    with pytest.raises(UnsupportedModelError, match="expert_gating_func is 3"):
+        config("deepseek2", expert_gating_func=3)
+    header = read_gguf_header(tmp_path / "deepseek2.gguf")  # GLM-4.7 Lite, which llama.cpp knows by its sizes
+    sizes = {"deepseek2.block_count": 47, "deepseek2.expert_gating_func": 0}
+    wide = header.tensors | {"token_embd.weight": GgufTensor((154880, 24), _KINDS.F32, 0)}
+    assert config_of(GgufHeader(header.metadata | sizes, wide), _read_factors)["model_type"] == "deepseek_v3"
     without = ("attention.sliding_window", "attention.sliding_window_pattern")
     with pytest.raises(CheckpointError, match=r"lacks smollm3\.rope\.scaling\.original_context_length"):
         config("smollm3", "rope.scaling.original_context_length", "context_length")

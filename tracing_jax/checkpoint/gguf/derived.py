@@ -183,7 +183,10 @@ def deepseek2(config: Config) -> Config:
     rope, experts = config["qk_rope_head_dim"], config.get("n_routed_experts", 0)
     if "n_group" not in config and experts > _EXPERTS_WITHOUT_GROUPS:
         raise UnsupportedMetadataError(f"expert_group_count is missing, and {experts} experts may be in groups")
-    if (scores := config.get("_scores", 0)) not in (0, _SOFTMAX, _SIGMOID):
+    # Of old files without the key, llama.cpp knows GLM-4.7 Lite by its sizes.
+    is_glm = config["num_hidden_layers"] in (47, 48) and config["vocab_size"] == 154880
+    scores = config.get("_scores") or (_SIGMOID if is_glm else _SOFTMAX)
+    if scores not in (_SOFTMAX, _SIGMOID):
         raise UnsupportedMetadataError(f"expert_gating_func is {scores}; of this family 1 and 2 are read")
     is_third = scores == _SIGMOID
     groups = {name: config.get(name) or 1 for name in ("n_group", "topk_group")}
