@@ -484,12 +484,18 @@ MOVED = {
 """Options by the names that they had in 0.1.0 -> the names that they have now."""
 
 
+@functools.cache
+def _names() -> tuple[list[str], list[str]]:
+    """Returns the names of all options and of all sections; a zoo checks the options of every pair."""
+    return [found.name for found in options_of(RunOptions)], [*sections_of(RunOptions)]
+
+
 def unknown_option(name: str) -> str | None:
     """Returns why there is no option or section of a dotted name, with the one that may be meant; None if there is.
 
     A name with `=` behind it is given a value: a section is no answer then.
     """
-    known, sections = [found.name for found in options_of(RunOptions)], sections_of(RunOptions)
+    known, sections = _names()
     is_set, name = name.endswith("="), name.removesuffix("=")
     if name in known or (name in sections and not is_set):
         return None
