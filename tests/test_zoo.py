@@ -306,6 +306,9 @@ def test_the_list_of_pairs_left_out_is_that_of_the_plan_in_the_folder(folder, mo
             with pytest.raises(ValueError, match="another list or config is being traced"):
                 write_plan(folder, plan, by_scan=by_scan)
         assert file.read_text().splitlines() == rows
+    part = make_plan(pairs_of("org/a", "org/b"), RunOptions(stat=("csu",), component="vision"))
+    with pytest.raises(ValueError, match="--candidates=all"):
+        write_plan(folder, part, by_scan=True)
     write_plan(folder, given)
     assert not file.exists()
     assert read_plan(folder.path) == given

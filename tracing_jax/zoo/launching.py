@@ -36,6 +36,11 @@ def write_plan(folder: ZooFolder, plan: ZooPlan, skip_unreadable: bool = False, 
       ValueError: the config cannot run, a local model cannot be read, or another plan is being worked on there.
     """
     check_config(plan.options_of(plan.pairs[0], folder.path))
+    if by_scan and (component := plan.config.get("component")):
+        raise ValueError(
+            f"component={component}: signatures are of language models, and say nothing of which {component} parts are "
+            "related; compare all pairs with --candidates=all, of a shorter list if need be"
+        )
     if unreadable := _unreadable(plan):
         lines = [f"{model}: {reason}" for model, reason in unreadable.items()]
         if not skip_unreadable:
