@@ -37,7 +37,7 @@ def cached_folder(name: str, recipe: Recipe, cache_dir: str | None, build: Calla
     root.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=root, prefix=f".{folder.name}."))
     try:
-        with jax.default_device(_device()):
+        with jax.default_device(training_device()):
             build(work)
         work.chmod(0o755)
         _publish(work, folder)
@@ -46,7 +46,7 @@ def cached_folder(name: str, recipe: Recipe, cache_dir: str | None, build: Calla
     return folder
 
 
-def _device() -> jax.Device:
+def training_device() -> jax.Device:
     """Returns the CPU: it gives the same bytes each time, while a GPU adds in scatters in any order."""
     try:
         return jax.local_devices(backend="cpu")[0]

@@ -2,17 +2,19 @@
 
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import numpy as np
 from absl import logging
+from jaxtyping import PRNGKeyArray
 
 from tracing_jax.arch import Arch, read_arch
 from tracing_jax.axes import PERMUTABLE, axis_table
 from tracing_jax.checkpoint import save_checkpoint
-from tracing_jax.demo.cache import cached_folder
+from tracing_jax.demo.cache import cached_folder, training_device
 from tracing_jax.demo.recipe import DEFAULT, Recipe, train_tokenizer, write_config_and_tokenizer
 from tracing_jax.demo.texts import base_text, finetune_text, split
 from tracing_jax.demo.training import Training, init, mean_loss, train, unigram_entropy
@@ -107,15 +109,22 @@ def _build(folder: Path, recipe: Recipe) -> None:
 def _members(arch: Arch, recipe: Recipe, data: TrainingData) -> Iterator[tuple[str, Tree]]:
     """Yields each member's name and params, in the order of `MEMBERS`."""
     init_key, other_init_key, disguise_key = jax.random.split(jax.random.key(recipe.seed), 3)
-    base_training = Training("base", data.base, recipe.base_steps, recipe.base_learning_rate)
-    base = train(arch, recipe, init(arch, init_key), base_training)
-    yield "base", base
-    finetuning = Training("finetune", data.finetune, recipe.finetune_steps, recipe.finetune_learning_rate)
-    finetune = train(arch, recipe, base, finetuning)
-    yield "finetune", finetune
-    table = axis_table(arch)
-    yield "disguised", permute(finetune, random_permutations(disguise_key, table, PERMUTABLE), table)
-    yield "independent", train(arch, recipe, init(arch, other_init_key), base_training)
+
+    def trained(name: str, key: PRNGKeyArray) -> Tree:
+        training = Training(name, data.base, recipe.base_steps, recipe.base_learning_rate)
+        with jax.default_device(training_device()):  # which is a thread's own
+            return train(arch, recipe, init(arch, key), training)
+
+    with ThreadPoolExecutor(1, "independent") as thread:  # models this small leave a core idle
+        independent = thread.submit(trained, "independent", other_init_key)
+        base = trained("base", init_key)
+        yield "base", base
+        finetuning = Training("finetune", data.finetune, recipe.finetune_steps, recipe.finetune_learning_rate)
+        finetune = train(arch, recipe, base, finetuning)
+        yield "finetune", finetune
+        table = axis_table(arch)
+        yield "disguised", permute(finetune, random_permutations(disguise_key, table, PERMUTABLE), table)
+        yield "independent", independent.result()
 
 
 def log_losses(name: str, model: InMemory, recipe: Recipe, data: TrainingData) -> None:
