@@ -24,7 +24,7 @@ from tests import foreign_layouts as layouts
 from tracing_jax.checkpoint import open_checkpoint, save_checkpoint
 from tracing_jax.cli import zoo as cli_zoo
 from tracing_jax.cli.zoo import ZooOptions
-from tracing_jax.experiment import check_config
+from tracing_jax.experiment import check_config, signing
 from tracing_jax.experiment.inputs import open_inputs
 from tracing_jax.options import ZOO, RunOptions
 from tracing_jax.sources import InMemory, in_memory
@@ -462,14 +462,19 @@ def test_signatures_propose_both_parents_of_an_equal_merge_and_the_pair_that_tel
 
 
 @pytest.mark.slow
-def test_models_read_by_their_weights_alone_are_proposed_or_keep_all_their_pairs(tmp_path):
-    """One of a layout without MLPs that a signature can sample ends no launch."""
+def test_models_read_by_their_weights_alone_are_proposed_or_keep_all_their_pairs(tmp_path, monkeypatch):
+    """One of a layout without MLPs that a signature can sample ends no launch; downloads go where runs have theirs."""
     tensors = layouts.baichuan(0)
     written = {"base": tensors, "child": layouts.noisy_copy(tensors), "other": layouts.baichuan(2)}
     models = [str(layouts.write(tmp_path / name, layouts.baichuan, found)) for name, found in written.items()]
     models.append(str(layouts.write(tmp_path / "mixer", layouts.mamba, layouts.mamba(0))))
-    plan = make_plan(ModelList(tuple(models), tuple(itertools.combinations(models, 2))), RunOptions(stat=("csu",)))
+    options = RunOptions(stat=("csu",), cache_dir=str(tmp_path / "cache"))
+    plan = make_plan(ModelList(tuple(models), tuple(itertools.combinations(models, 2))), options)
+    caches = []
+    for module in (proposing, signing):
+        monkeypatch.setattr(module, "open_checkpoint", lambda *a, **k: caches.append(a[1]) or open_checkpoint(*a, **k))
     found, _ = proposed(plan, tmp_path / "zoo")
+    assert {*caches} == {options.cache_dir}
     assert [pair.name for pair in found.pairs] == ["base--child", "base--mixer", "child--mixer", "other--mixer"]
     assert list(found.proposal.unsigned) == [models[-1]]
     assert "no gate" in found.proposal.unsigned[models[-1]]

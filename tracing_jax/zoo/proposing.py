@@ -63,7 +63,7 @@ def proposed(plan: ZooPlan, folder: Path) -> tuple[ZooPlan, list[tuple[PlannedPa
     by_name = {plan.names[model]: signature for model, signature in signatures.items()}
     library = hashlib.sha256(json.dumps([PROPOSED_BELOW, *(s.digest for s in by_name.values())]).encode()).hexdigest()
     found = {
-        model: _traces(model, plan.names[model], by_name, library, folder)
+        model: _traces(_opened(model, plan), plan.names[model], by_name, library, folder)
         for model in tqdm(signatures, desc="scan", unit="model", disable=None)
     }
     kept, left_out, closing = selected(plan, found, unsigned)
@@ -144,11 +144,11 @@ def _signatures(plan: ZooPlan, folder: Path) -> tuple[dict[str, Signature], dict
     for model, name in tqdm(plan.names.items(), desc="signatures", unit="model", disable=None):
         file, state = folder / MODELS / f"{name}{SUFFIX}", folder / MODELS / f"{name}.signed.json"
         try:
-            stamps = _stamps(_opened(model))
+            stamps = _stamps(_opened(model, plan))
             if _read(state).get("stamps") == stamps and file.exists():
                 made[model] = read_signature(file)
                 continue
-            made[model] = signature_of(model, weights_only=WeightsOnly())
+            made[model] = signature_of(model, plan.config["cache_dir"], weights_only=WeightsOnly())
         except ValueError as error:
             unsigned[model] = str(error).splitlines()[0]
             continue
@@ -157,17 +157,17 @@ def _signatures(plan: ZooPlan, folder: Path) -> tuple[dict[str, Signature], dict
     return made, unsigned
 
 
-def _traces(model: str, name: str, signatures: Mapping[str, Signature], library: str, folder: Path) -> _Found:
+def _traces(model: Checkpoint, name: str, signatures: Mapping[str, Signature], library: str, folder: Path) -> _Found:
     """Returns for every other model's signature its log10 p against this model; None where no test applies."""
-    file, opened = folder / MODELS / f"{name}.scan.json", _opened(model)
-    state = {"library": library, "stamps": _stamps(opened)}
+    file = folder / MODELS / f"{name}.scan.json"
+    state = {"library": library, "stamps": _stamps(model)}
     known = _read(file)
     if {key: known.get(key) for key in state} == state:
         return known["log10_p"]
     others = {other: signature for other, signature in signatures.items() if other != name}
     found: dict[str, float | None] = {}
     if others:
-        suspect = suspect_of(opened, others.values())
+        suspect = suspect_of(model, others.values())
         for candidate in scan(suspect, others, RunOptions.level).candidates:
             found[candidate.name] = 0.0 if candidate.match is None else _log10_p(candidate.match, suspect)
     atomic_write(file, json.dumps({**state, "log10_p": plain(found)}).encode())
@@ -186,8 +186,8 @@ def _log10_p(match: Match, suspect: Suspect) -> float | None:
     return min(match.log10_p, by_chance, 0.0)
 
 
-def _opened(model: str) -> Checkpoint:
-    return open_checkpoint(resolve_model_id(model), weights_only=WeightsOnly())
+def _opened(model: str, plan: ZooPlan) -> Checkpoint:
+    return open_checkpoint(resolve_model_id(model), plan.config["cache_dir"], weights_only=WeightsOnly())
 
 
 def _stamps(model: Checkpoint) -> Any:

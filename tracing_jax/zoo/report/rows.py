@@ -222,7 +222,7 @@ def uniformity(rows: Sequence[PairRow], selected: bool = False) -> Uniformity:
 def in_words(found: Uniformity) -> str:
     """Returns the histogram's meaning: conservative as it should be, or too many small p-values."""
     total = sum(found.counts)
-    if found.selected:
+    if found.selected and total:
         return (
             f"{total} pair{'s' if total != 1 else ''}, chosen by a p-value of the same weights (that of signatures): "
             "so these need not be uniform if the pairs are independent, and are not tested for it."
