@@ -172,13 +172,7 @@ def verdict(results: Mapping[str, Result], level: float, identical: Identity | N
     word = "identical" if whole else word_of(min(adjusted.values()), min(firm.values()), level, sees_all)
     order = firm if word == "related" else adjusted
     least = math.log10(level)
-    floor = min(SMALLEST_CALIBRATED, least)
-    statistic = min(
-        order,
-        key=lambda name: (
-            _shown(found[name], order[name], floor), bool(blind.get(name)), order[name], found[name].log10_p
-        ),
-    )  # fmt: skip
+    statistic = _that_decides(found, order, blind, level)
     reserved = {
         name: result.reservation
         for name, result in found.items()
@@ -275,6 +269,19 @@ def _firm(result: Result) -> float | None:
 def _is_calibrated(result: Result) -> bool:
     deciding = [test for test in result.tests if test.decides and test.log10_p is not None]
     return bool(deciding) and min(deciding, key=lambda test: test.log10_p or 0.0).calibrated
+
+
+def _that_decides(
+    found: Mapping[str, Result], log10_ps: Mapping[str, float], blind: Mapping[str, Sequence[str]], level: float
+) -> str:
+    """Returns the statistic of smallest p-value as shown; of equal ones one that sees more, then by its own p-value."""
+    floor = min(SMALLEST_CALIBRATED, math.log10(level))
+
+    def rank(name: str) -> tuple[Any, ...]:
+        p, result = log10_ps[name], found[name]
+        return _shown(result, p, floor), name in blind, p, result.log10_p
+
+    return min(log10_ps, key=rank)
 
 
 def _shown(result: Result, log10_p: float, floor: float) -> float:
