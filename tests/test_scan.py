@@ -14,7 +14,7 @@ from hub_server import Repo, serve
 from test_signature import GATED, VOCABULARY, base_of, disguised, finetuned, signature_of
 
 from tests import foreign_layouts as layouts
-from tracing_jax.checkpoint import WeightsOnly, open_checkpoint
+from tracing_jax import cli
 from tracing_jax.library import (
     MAX_BYTES,
     SUFFIX,
@@ -27,7 +27,6 @@ from tracing_jax.library import (
     read_suspect,
     scan,
     to_bytes,
-    vocabulary_of,
     write_signature,
 )
 from tracing_jax.library.comparison import RESPONSES
@@ -142,25 +141,34 @@ def _shuffled(signature, rng):
     return dataclasses.replace(signature, layers=tuple(layers))
 
 
-def test_models_read_by_their_weights_alone_are_scanned_by_their_responses(tmp_path):
-    """Where the MLPs and the embedding are found; what lacks them is refused, with what is missing."""
-    tensors = layouts.baichuan(0)
-    base, child, other = (
-        open_checkpoint(layouts.write(tmp_path / name, layouts.baichuan, found), weights_only=WeightsOnly())
-        for name, found in (("base", tensors), ("child", layouts.noisy_copy(tensors)), ("other", layouts.baichuan(1)))
-    )
-    vocabulary = vocabulary_of(None, base.arch.vocab_size)
-    signatures = {"base": signature_of(base, 0, vocabulary), "other": signature_of(other, 1, vocabulary)}
-    suspect = read_suspect(child, vocabulary, signatures["base"].tokens)
-    found = scan(suspect, signatures, LEVEL)
-    assert found.closest == ("base",)
-    assert [candidate.name for candidate in found.related] == ["base"]
-    assert set(found.candidates[0].match.tests) == {RESPONSES}
-    mixer = open_checkpoint(
-        layouts.write(tmp_path / "mixer", layouts.mamba, layouts.mamba(0)), weights_only=WeightsOnly()
-    )
-    with pytest.raises(ValueError, match="no gate"):
-        read_suspect(mixer, vocabulary, ["a"])
+def test_models_of_unknown_families_are_scanned_by_their_weights(tmp_path, capsys):
+    """Where the MLPs and the embedding are found, or a file says where; what lacks them is refused, with the reason."""
+    tensors = layouts.chatglm(0)
+    found = {"base": tensors, "child": layouts.noisy_copy(tensors), "other": layouts.chatglm(1)}
+    base, child, other = (layouts.write(tmp_path / name, layouts.chatglm, own) for name, own in found.items())
+    swapped = tmp_path / "swapped.yaml"  # gate and up the other way round: another reading of the same file
+    fused = "transformer.encoder.layers.{layer}.mlp.dense_h_to_4h.weight"
+    swapped.write_text(f"gate: {{tensor: '{fused}', half: second}}\nup: {{tensor: '{fused}', half: first}}\n")
+    library = str(tmp_path / "library")
+    for name, flags in (("base", []), ("other", []), ("swapped", ["--layout", str(swapped)])):
+        file = str(tmp_path / f"{name}{SUFFIX}")
+        cli.main(["signature", other if name == "other" else base, "-o", file, "--name", name, *flags])
+        cli.main(["library", "add", library, file])
+    capsys.readouterr()
+    cli.main(["scan", child, "--library", library, "--json"])
+    scanned = json.loads(capsys.readouterr().out)
+    verdicts = {candidate["name"]: candidate["verdict"] for candidate in scanned["candidates"]}
+    assert verdicts == {"base": "related", "other": "no_evidence", "swapped": "no_evidence"}
+    assert set(scanned["candidates"][0]["tests"]) == {RESPONSES}
+    cli.main(["scan", child, "--library", library, "--json", "--layout", str(swapped)])
+    assert json.loads(capsys.readouterr().out)["closest"] == ["swapped"]
+    cli.main(["library", "check", library, "--model", base, "--layout", str(swapped)])
+    assert "its signature is swapped" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=f"did you mean {base}"):
+        cli.main(["scan", f"{base}s", "--library", library])
+    mixer = layouts.write(tmp_path / "mixer", layouts.mamba, layouts.mamba(0))
+    with pytest.raises(SystemExit, match=r"the model cannot be scanned: .*no gate"):
+        cli.main(["scan", mixer, "--library", library])
 
 
 def test_an_empty_library_is_refused(tmp_path, models):
@@ -268,8 +276,6 @@ def test_a_signature_is_recognised_when_it_is_made_again(models, library):
 
 @pytest.mark.slow
 def test_the_verbs_on_the_family(tmp_path, family, capsys):
-    from tracing_jax import cli
-
     for name in ("base", "independent"):
         cli.main(["signature", str(family.member(name)), "-o", str(tmp_path / f"{name}{SUFFIX}"), "--name", name])
     cli.main(["library", "add", str(tmp_path / "library"), *map(str, sorted(tmp_path.glob(f"*{SUFFIX}")))])

@@ -9,6 +9,7 @@ from tracing_jax.options import COMPARE, RunOptions
 
 USAGE = "BASE FT [FT ...]"
 MODEL = "a folder, a Hub id org/name or org/name@revision, or demo:<member>"
+LAYOUT = "A file that says where the parts of the model are stored; it is then read by its weights alone."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 
 from tracing_jax.cli.arguments import add_options, given
-from tracing_jax.cli.compare import MODEL
+from tracing_jax.cli.compare import LAYOUT, MODEL
 from tracing_jax.cli.errors import exit_on_user_error
 from tracing_jax.dataclass_options import from_values, option
 
@@ -16,7 +16,7 @@ class InspectOptions:
     """What is looked at."""
 
     component: str | None = option(None, "A component of a multimodal model.", choices=("vision", "audio", "encoder"))
-    layout: str | None = option(None, "A layout file that says where parts are stored.")
+    layout: str | None = option(None, LAYOUT)
     cache_dir: str | None = option(None, "A folder to keep downloads in.")
 
 

@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from tracing_jax.cli.compare import LAYOUT
 from tracing_jax.cli.errors import configure_logging, exit_on_user_error
 
 USAGE = "add|list|check LIBRARY [FILE ...]"
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="check: make the signature of this model anew, and say which file of the library it is [not set]",
     )
+    parser.add_argument("--layout", metavar="FILE", help=f"check --model: {LAYOUT} [not set]")
 
 
 def run(parsed: argparse.Namespace) -> None:
@@ -33,6 +35,8 @@ def run(parsed: argparse.Namespace) -> None:
             raise ValueError("add takes signature files after the library, list and check take none")
         if parsed.model and parsed.action != "check":
             raise ValueError("--model belongs to check")
+        if parsed.layout and not parsed.model:
+            raise ValueError("--layout belongs to --model")
         from pathlib import Path
 
         from tracing_jax.library import add_to_library, library_folder, read_library
@@ -44,10 +48,10 @@ def run(parsed: argparse.Namespace) -> None:
             for name, signature in read_library(library_folder(parsed.library)).items():
                 print(f"{name}: {signature.model}, {signature.facts['family']}, {signature.digest[:12]}")
         else:
-            _check(parsed.library, parsed.model)
+            _check(parsed.library, parsed.model, parsed.layout)
 
 
-def _check(where: str, model: str | None) -> None:
+def _check(where: str, model: str | None, layout: str | None) -> None:
     from pathlib import Path
 
     from tracing_jax.library import indexed, library_folder, read_library
@@ -66,7 +70,7 @@ def _check(where: str, model: str | None) -> None:
         from tracing_jax.experiment.signing import signature_of
         from tracing_jax.library import is_same
 
-        made = signature_of(model)
+        made = signature_of(model, layout=layout)
         same = [name for name, found in read_library(folder).items() if is_same(made, found)]
         print(f"{model}: its signature is {', '.join(same) if same else 'not in the library'}")
         if not same:

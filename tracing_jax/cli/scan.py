@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tracing_jax.cli.arguments import add_options, given
-from tracing_jax.cli.compare import MODEL
+from tracing_jax.cli.compare import LAYOUT, MODEL
 from tracing_jax.cli.compilation_cache import keep_compiled_programs
 from tracing_jax.cli.errors import configure_logging, exit_on_user_error
 from tracing_jax.dataclass_options import REQUIRED, from_values, option
@@ -26,6 +26,7 @@ class ScanOptions:
     level: float = option(RunOptions.level, "Related below this level, after Holm.", above=0, at_most=0.05)
     shown: int = option(10, "Candidates that are printed.", at_least=1)
     json: bool = option(False, "Print everything as JSON.")
+    layout: str | None = option(None, LAYOUT)
     cache_dir: str | None = option(None, "A folder to keep downloads in.")
 
 
@@ -41,13 +42,12 @@ def run(parsed: argparse.Namespace) -> None:
     with exit_on_user_error():
         options = from_values(ScanOptions, given(parsed, ScanOptions))
         keep_compiled_programs()
-        from tracing_jax.checkpoint import open_checkpoint
-        from tracing_jax.experiment.models import resolve_model_id
+        from tracing_jax.experiment.models import open_model
         from tracing_jax.experiment.signing import suspect_of
         from tracing_jax.library import library_folder, read_library, scan
 
         signatures = read_library(library_folder(options.library, options.cache_dir))
-        model = open_checkpoint(resolve_model_id(parsed.suspect), options.cache_dir)
+        model = open_model(parsed.suspect, options.cache_dir, layout=options.layout)
         suspect = suspect_of(model, signatures.values())
         found = scan(suspect, signatures, options.level)
         if options.json:

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 
 from tracing_jax.cli.arguments import add_options, given
-from tracing_jax.cli.compare import MODEL
+from tracing_jax.cli.compare import LAYOUT, MODEL
 from tracing_jax.cli.compilation_cache import keep_compiled_programs
 from tracing_jax.cli.errors import configure_logging, exit_on_user_error
 from tracing_jax.dataclass_options import REQUIRED, from_values, option
@@ -18,6 +18,7 @@ class SignatureOptions:
 
     save: str = option(REQUIRED, "The file to write.")
     name: str | None = option(None, "What the model is called in it; by default as on the command line.")
+    layout: str | None = option(None, LAYOUT)
     cache_dir: str | None = option(None, "A folder to keep downloads in.")
 
 
@@ -43,7 +44,7 @@ def run(parsed: argparse.Namespace) -> None:
         from tracing_jax.record import check_writable
 
         check_writable(options.save)
-        signature = signature_of(parsed.model, options.cache_dir, options.name)
+        signature = signature_of(parsed.model, options.cache_dir, options.name, options.layout)
         path = Path(options.save).expanduser()
         write_signature(signature, path)
         sampled = ", ".join(map(str, signature.facts["layers"]))

@@ -126,13 +126,31 @@ def shared_vocabulary(base: Checkpoint, ft: Checkpoint, tokenizer_base: Any, tok
     return Vocabularies(same, ids_base[embedded], ids_ft[embedded], unseen=unseen)
 
 
-def _open(options: RunOptions, model_id: str, adapter_base: str | None = None, layout: str | None = None) -> Checkpoint:
+def open_model(
+    model_id: str,
+    cache_dir: str | None = None,
+    *,
+    layout: str | None = None,
+    component: str | None = None,
+    in_ranges: bool = False,
+    adapter_base: str | None = None,
+) -> Checkpoint:
+    """Returns a model by the id that a user gives; one of an unsupported family is read by its weights alone.
+
+    Args:
+      model_id: a folder, a Hub id or a member of the demo family.
+      cache_dir: where downloads are kept.
+      layout: see `WeightsOnly`.
+      component: see `WeightsOnly`.
+      in_ranges: see `open_checkpoint`.
+      adapter_base: see `open_checkpoint`.
+
+    Raises:
+      CheckpointError, UnsupportedModelError: it cannot be read; with the folder that may be meant.
+    """
     try:
-        checkpoint = open_checkpoint(
-            resolve_model_id(model_id),
-            in_ranges=reads_part_only(options),
-            adapter_base=adapter_base,
-            weights_only=WeightsOnly(layout, options.component),
+        return open_checkpoint(
+            resolve_model_id(model_id), cache_dir, in_ranges, adapter_base, WeightsOnly(layout, component)
         )
     except CheckpointError as error:
         if closest := _folder_that_may_be_meant(model_id):
@@ -140,6 +158,16 @@ def _open(options: RunOptions, model_id: str, adapter_base: str | None = None, l
             as_hub_id = f" As a model of the Hub: {'; '.join(of_the_hub)}" if of_the_hub else ""
             raise CheckpointError(f"{model_id!r} is no folder; did you mean {closest}?{as_hub_id}") from error
         raise
+
+
+def _open(options: RunOptions, model_id: str, adapter_base: str | None = None, layout: str | None = None) -> Checkpoint:
+    checkpoint = open_model(
+        model_id,
+        layout=layout,
+        component=options.component,
+        in_ranges=reads_part_only(options),
+        adapter_base=adapter_base,
+    )
     return checkpoint.first_layers(options.max_layers) if options.max_layers else checkpoint
 
 

@@ -2,15 +2,15 @@
 
 from collections.abc import Iterable
 
-from tracing_jax.checkpoint import Checkpoint, WeightsOnly, open_checkpoint
-from tracing_jax.experiment.models import resolve_model_id
+from tracing_jax.checkpoint import Checkpoint
+from tracing_jax.experiment.models import open_model
 from tracing_jax.library import Signature, Suspect, make_signature, read_suspect, vocabulary_of
 from tracing_jax.record import file_hashes
 from tracing_jax.sources import PrefetchingSource
 
 
 def signature_of(
-    model_id: str, cache_dir: str | None = None, name: str | None = None, weights_only: WeightsOnly | None = None
+    model_id: str, cache_dir: str | None = None, name: str | None = None, layout: str | None = None
 ) -> Signature:
     """Returns the signature of a folder, a Hub id or a member of the demo family; its files are hashed.
 
@@ -18,12 +18,12 @@ def signature_of(
       model_id: of the model.
       cache_dir: where downloads are kept.
       name: what the model is called in the signature; by default its id.
-      weights_only: see `open_checkpoint`.
+      layout: a file that says where the parts of a model are stored that is read by its weights alone.
 
     Raises:
       CheckpointError, UnsupportedModelError, OSError, ValueError: the model cannot be read, or has no units to sample.
     """
-    model = open_checkpoint(resolve_model_id(model_id), cache_dir, weights_only=weights_only)
+    model = open_model(model_id, cache_dir, layout=layout)
     return make_signature(
         model,
         vocabulary_of(model.tokenizer_folder, model.arch.vocab_size),

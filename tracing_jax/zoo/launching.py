@@ -7,9 +7,8 @@ from dataclasses import replace
 
 from absl import logging
 
-from tracing_jax.checkpoint import WeightsOnly, open_checkpoint
 from tracing_jax.experiment import check_config
-from tracing_jax.experiment.models import is_local, resolve_model_id
+from tracing_jax.experiment.models import is_local, open_model
 from tracing_jax.progress import tqdm
 from tracing_jax.report import text_table
 from tracing_jax.zoo.folder import STATES, ZooFolder
@@ -90,7 +89,7 @@ def _unreadable(plan: ZooPlan) -> dict[str, str]:
     found = {}
     for model in filter(is_local, plan.names):
         try:
-            open_checkpoint(resolve_model_id(model), weights_only=WeightsOnly())
+            open_model(model)
         except (ValueError, OSError) as error:
             found[model] = str(error)
     return found

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from scipy import stats
 
-from tracing_jax.checkpoint import Checkpoint, WeightsOnly, open_checkpoint
+from tracing_jax.checkpoint import Checkpoint
 from tracing_jax.experiment.metadata import file_stamps
-from tracing_jax.experiment.models import resolve_model_id
+from tracing_jax.experiment.models import open_model
 from tracing_jax.experiment.signing import signature_of, suspect_of
 from tracing_jax.library import Match, Signature, Suspect, scan
 from tracing_jax.library.comparison import MOMENTS, RESPONSES
@@ -148,7 +148,7 @@ def _signatures(plan: ZooPlan, folder: Path) -> tuple[dict[str, Signature], dict
             if _read(state).get("stamps") == stamps and file.exists():
                 made[model] = read_signature(file)
                 continue
-            made[model] = signature_of(model, plan.config["cache_dir"], weights_only=WeightsOnly())
+            made[model] = signature_of(model, plan.config["cache_dir"])
         except ValueError as error:
             unsigned[model] = str(error).splitlines()[0]
             continue
@@ -187,7 +187,7 @@ def _log10_p(match: Match, suspect: Suspect) -> float | None:
 
 
 def _opened(model: str, plan: ZooPlan) -> Checkpoint:
-    return open_checkpoint(resolve_model_id(model), plan.config["cache_dir"], weights_only=WeightsOnly())
+    return open_model(model, plan.config["cache_dir"])
 
 
 def _stamps(model: Checkpoint) -> Any:
