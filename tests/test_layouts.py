@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 from torch_zip_writer import write_arrays
 
 from tracing_jax.alignment.applicability import alignment_problems
-from tracing_jax.checkpoint import Checkpoint, CheckpointError, load, open_checkpoint, save_checkpoint
+from tracing_jax.arch import WEIGHTS_ONLY
+from tracing_jax.checkpoint import Checkpoint, CheckpointError, WeightsOnly, load, open_checkpoint, save_checkpoint
 from tracing_jax.checkpoint.hf_layouts import leaf_layouts
 from tracing_jax.checkpoint.tensor_layout import tensor_shapes
 from tracing_jax.forward import logits
@@ -318,6 +319,9 @@ def test_extra_tensors_that_no_language_model_reads_are_a_note(tmp_path):
         "model.layers.0.self_attn.rotary_emb.cos_cached": (1, 4),
         "model.layers.0.self_attn.rotary_emb.sin_cached": (1, 4),
         "vision_tower.encoder.layers.0.weight": (2, 2),
+        "medusa_head.0.weight": (24, 24),
+        "model.causal_mask": (4, 4),
+        "iteration": (1,),
     }
     tensors = _tensors(_UNTIED) | {name: np.ones(shape, np.float32) for name, shape in extra.items()}
     opened = _open(_write(tmp_path, _UNTIED, tensors))
@@ -392,6 +396,72 @@ def test_a_file_of_another_format_under_the_name_of_weights_is_named(start, what
     (tmp_path / "config.json").write_text(json.dumps(_UNTIED.config))
     (tmp_path / "model.safetensors").write_bytes(start + bytes(64))
     assert what in _said(tmp_path)
+
+
+# Tensors that are not those of the config
+
+
+def _by_weights(folder: Path) -> Checkpoint:
+    return open_checkpoint(str(folder), weights_only=WeightsOnly())
+
+
+def test_tensors_of_another_model_under_a_known_name_are_read_by_their_weights(tmp_path):
+    tensors = _tensors(_UNTIED)
+    extra = {f"model.layers.{i}.self_attn.x_norm.weight": np.ones(24, np.float32) for i in range(2)}
+    fused = {name: value for name, value in tensors.items() if "self_attn" not in name}
+    for i in range(2):
+        qkv = [tensors[f"model.layers.{i}.self_attn.{name}_proj.weight"] for name in ("q", "k", "v", "o")]
+        fused |= {f"model.layers.{i}.attention.W_pack.weight": np.concatenate([qkv[0], *qkv[1:3], qkv[3].T])}
+    one_layer = {name: value for name, value in tensors.items() if "layers.1." not in name}
+    vocab = {name: np.pad(value, ((0, 3), (0, 0))) if name in (_EMBEDDING, _HEAD) else value
+             for name, value in tensors.items()}  # fmt: skip
+    deeper = tensors | {
+        name.replace("layers.1.", "layers.2."): tensors[name] + 1 for name in tensors if "layers.1" in name
+    }
+    cases = {"extra": tensors | extra, "fused": fused, "vocab": vocab, "deeper": deeper}
+    for what, held in cases.items():
+        folder = _write(tmp_path / what, _UNTIED, held)
+        assert _said(folder)
+        found = _by_weights(folder)
+        assert found.notes[0].startswith(f"{WEIGHTS_ONLY}: "), what
+        assert len(found.notes[0]) < 500, what
+        up = found.layer(1)["mlp"]["up_proj"]["kernel"]
+        np.testing.assert_array_equal(up, held["model.layers.1.mlp.up_proj.weight"].T, err_msg=what)
+    assert "model.layers.2.* and all others of this layer" in found.notes[0]
+    lost = {name: value for name, value in tensors.items() if "layers.1.mlp.up_proj" not in name}
+    misshapen = tensors | {"model.norm.weight": np.ones(7, np.float32)}
+    for held in (one_layer, lost, lost | extra, misshapen, misshapen | extra, vocab | {_HEAD: tensors[_HEAD]}):
+        folder = _write(tmp_path / "lost", _UNTIED, held)
+        with pytest.raises(CheckpointError, match=r"download the files again; if they are complete, .*--base_layout"):
+            _by_weights(folder)
+    with pytest.raises(
+        CheckpointError, match=r"^\S*: missing tensor model.layers.1.\* and all others .* 2 layers; .*$"
+    ):
+        _by_weights(_write(tmp_path / "lost", _UNTIED, one_layer))
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (["model-00001-of-00002.safetensors"], r"is shard 1 of 2: model-00002-of-00002\.safetensors and the index"),
+        (["pytorch_model-00002-of-00003.bin"], r"is shard 2 of 3: pytorch_model-00001-of-00003\.bin, .* and the index"),
+        (["consolidated.safetensors"], r"consolidated\.safetensors is in its makers' original format, .*; download"),
+        ([f"model-0000{i}-of-00002.safetensors" for i in (1, 2)], r"several .* no model\.safetensors\.index\.json"),
+    ],
+)
+def test_weights_that_are_incomplete_are_named_for_what_they_are(files, said, tmp_path):
+    for file in files:
+        tensors = {"layers.0.attention.wq.weight": np.ones((24, 24), np.float32)}
+        folder = _write(tmp_path, _UNTIED, tensors, file)
+    for options in (None, WeightsOnly()):
+        with pytest.raises(CheckpointError, match=f"^[^\n]*{said}[^\n]*$"):
+            open_checkpoint(str(folder), weights_only=options)
+
+
+def test_the_only_shard_needs_no_index(tmp_path):
+    _assert_same(
+        _open(_write(tmp_path, _UNTIED, _tensors(_UNTIED), "pytorch_model-00001-of-00001.bin")), _UNTIED.source()
+    )
 
 
 def test_bfloat16_is_kept(tmp_path):

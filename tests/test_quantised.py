@@ -315,7 +315,7 @@ def test_four_bit_equals_bitsandbytes(kind, nested, tmp_path):
         ),
         ({f"{STEM}W_q": (8, 8)}, {"quant_method": "hqq"}, "the method is hqq"),
         ({W: (8, 8)}, {"quant_method": "eetq"}, "1 weights are quantised in a way that is not read.* eetq"),
-        ({W: (8, 8)}, {}, "unknown, for config.json does not say"),
+        ({W: (8, 8)}, {}, r"1 weights are integers \(int32\), .* unknown, for config.json does not say"),
     ],
 )
 def test_other_formats_are_refused_by_their_names(tensors, settings, message, tmp_path):

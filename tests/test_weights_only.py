@@ -126,6 +126,23 @@ def test_a_wrong_layout_file_is_one_clear_error(text, said, tmp_path):
         open_checkpoint(folder, weights_only=WeightsOnly(layout=str(tmp_path / "layout.yaml")))
 
 
+def test_weights_without_a_config_are_read(tmp_path):
+    folder = layouts.write(tmp_path, layouts.internlm2, layouts.internlm2(0))
+    known = open_checkpoint(folder, weights_only=WeightsOnly())
+    assert "is not supported" in known.notes[0]
+    assert "supported: " not in known.notes[0]
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        open_checkpoint(folder)
+    file = tmp_path / "layout.yaml"
+    file.write_text("norm: rms\n")
+    for layout in (None, str(file)):
+        model = open_checkpoint(folder, weights_only=WeightsOnly(layout))
+        assert any("no config.json" in note for note in model.notes)
+        assert model.leaf_layouts["layers/1/mlp/up_proj/kernel"] == known.leaf_layouts["layers/1/mlp/up_proj/kernel"]
+    assert model.arch.norm == "rms"
+
+
 def test_without_being_asked_a_family_that_is_not_supported_is_refused(tmp_path):
     with pytest.raises(UnsupportedModelError, match="baichuan"):
         open_checkpoint(layouts.write(tmp_path, layouts.baichuan, layouts.baichuan(0)))

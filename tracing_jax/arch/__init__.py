@@ -6,6 +6,7 @@ numbers unchanged, or an error: a setting that is skipped silently gives wrong n
 
 from tracing_jax.arch.architecture import (
     OF_LAYERS,
+    OTHERS,
     WEIGHTS_ONLY,
     Arch,
     LatentAttention,
@@ -29,6 +30,7 @@ from tracing_jax.arch.rope import SUPPORTED_ROPES, head_pairs
 
 __all__ = [
     "OF_LAYERS",
+    "OTHERS",
     "SUPPORTED_FAMILIES",
     "SUPPORTED_MULTIMODAL",
     "SUPPORTED_ROPES",

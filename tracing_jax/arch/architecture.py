@@ -256,6 +256,9 @@ OF_LAYERS = ("layer_ropes", "layer_windows", "layer_chunks", "layer_experts", "l
 """Fields of `Arch` with a fact of each layer."""
 
 
+OTHERS = "; supported: "
+"""In what is said of a family that is not supported: the long list of those that are follows."""
+
 WEIGHTS_ONLY = "it is read by its weights alone, without a forward pass"
 
 

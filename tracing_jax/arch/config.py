@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from tracing_jax.arch.architecture import Arch, UnsupportedModelError
+from tracing_jax.arch.architecture import OTHERS, Arch, UnsupportedModelError
 from tracing_jax.arch.attributes import as_built, attribute_notes, attribute_problems, without_undeclared
 from tracing_jax.arch.families import FAMILIES, SUPPORTED_FAMILIES
 from tracing_jax.arch.family import ArchFields, Family
@@ -87,6 +87,8 @@ def read_raw_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UnsupportedModelError(f"{folder} has no config.json") from error
     except (OSError, ValueError, RecursionError) as error:
         raise UnsupportedModelError(f"{file}: not a readable config ({error})") from error
     if not isinstance(raw, dict):
@@ -111,7 +113,7 @@ def _raw_problem(raw: dict[str, Any]) -> str | None:
 
 def _not_supported(model_type: Any) -> str:
     return (
-        f"architecture {shortened(repr(model_type))} is not supported; supported: {', '.join(SUPPORTED_FAMILIES)}; "
+        f"architecture {shortened(repr(model_type))} is not supported{OTHERS}{', '.join(SUPPORTED_FAMILIES)}; "
         f"and the language models of {', '.join(SUPPORTED_MULTIMODAL)}"
     )
 

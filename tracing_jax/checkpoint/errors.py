@@ -27,6 +27,19 @@ class CheckpointError(ValueError):
         return joined(self.problems)
 
 
+class MisfitError(CheckpointError):
+    """Tensors that are not those of the model that the config describes.
+
+    Attributes:
+      is_whole: whether nothing is lost all the same, so that the weights can be compared by what the files say: tensors
+        that the config does not ask for, others in place of those that it asks for, or another number of tokens.
+    """
+
+    def __init__(self, *problems: str, is_whole: bool):
+        super().__init__(*problems)
+        self.is_whole = is_whole
+
+
 class UnsupportedMetadataError(CheckpointError, UnsupportedModelError):
     """The metadata of a GGUF file describe a model that is not supported."""
 

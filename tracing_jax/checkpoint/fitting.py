@@ -1,14 +1,15 @@
 """How the tensors of a checkpoint fit the model that its config describes, and what is wrong where they do not."""
 
 import itertools
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from tracing_jax.arch import Arch
 from tracing_jax.checkpoint.derived_tensors import Alias, Cast, DerivedTensors, RenamedTensors, Transposed
-from tracing_jax.checkpoint.errors import CheckpointError
+from tracing_jax.checkpoint.errors import CheckpointError, MisfitError
 from tracing_jax.checkpoint.hf_layouts import LeafLayouts, leaf_layouts
 from tracing_jax.checkpoint.name_patterns import (
     ignored_notes,
@@ -27,6 +28,7 @@ _ROWS = 4096  # of the embedding, compared at a time
 _FEW_LAYERS = 200  # of as many the missing tensors can be listed
 _FEW_EXPERTS = 25_000  # of all layers together; no model has many more
 _MAX_EXTRA = 5000
+_WHOLE_LAYER = 4  # tensors: no layer has fewer
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -77,17 +79,15 @@ def fitted(arch: Arch, store: TensorStore, *, compare_rows: bool = True) -> Fitt
         otherwise when it is read.
 
     Raises:
-      CheckpointError: tensors are missing, unexpected or of the wrong shape or dtype, all at once.
+      CheckpointError: tensors are missing, unexpected or of the wrong shape or dtype, all at once; a `MisfitError` if
+        names or shapes are not those that the config asks for.
     """
     store, rounding = rounded(store)
     arch, store, tying = tied_as_stored(arch, store, compare_rows)
     if not arch.tied and (head := tied_names(arch, store.names())[1]) not in store.names():
         arch, tying = replace(arch, tied=True, has_head=False), [f"{head} is missing: the model predicts no tokens"]
     store, turning = _turned(arch, store)
-    problems, ignored = _problems(arch, store)
-    if problems:
-        raise CheckpointError(*problems)
-    return Fitted(arch, store, (*rounding, *tying, *turning, *ignored))
+    return Fitted(arch, store, (*rounding, *tying, *turning, *_checked(arch, store)))
 
 
 def _turned(arch: Arch, store: TensorStore) -> tuple[TensorStore, list[str]]:
@@ -157,46 +157,108 @@ def _are_equal(store: TensorStore, embedding: str, head: str) -> bool:
     return True
 
 
-def _problems(arch: Arch, store: TensorStore) -> tuple[list[str], list[str]]:
-    """Returns what is wrong with the tensors of a model, and notes on extra ones that are left out."""
+def _checked(arch: Arch, store: TensorStore) -> list[str]:
+    """Returns notes on extra tensors that are left out; raises if the tensors are not those of the model."""
     names = set(store.names())
     layouts = leaf_layouts(arch, names)
     wanted = tensor_shapes(layouts.values())
     if prefix := unknown_prefix(names, wanted):
         example = shortened(prefix + next(name for name in wanted if prefix + name in names))
-        return [f"the names of all tensors begin with {shortened(prefix)!r}, as in {example}: rename them"], []
-    lines = [f"missing tensor {name} {shape}" for name, shape in wanted.items() if name not in names]
-    lines += _wrong_tensors(store, {name: shape for name, shape in wanted.items() if name in names})
-    lines += _mixed_dtypes(layouts, store, names)
+        raise CheckpointError(
+            f"the names of all tensors begin with {shortened(prefix)!r}, as in {example}: rename them"
+        )
+    missing = {name: shape for name, shape in wanted.items() if name not in names}
+    found = {name: shape for name, shape in wanted.items() if name in names}
+    unread = [*_unread_dtypes(store, found), *_mixed_dtypes(layouts, store, names)]
     extra = sorted(name for name in names - wanted.keys() if not is_constant(name))
     if arch.tied:
         head = tied_names(arch, names)[1]  # compared when the embedding is read
         extra = [name for name in extra if name != head]
-    if len(extra) > _MAX_EXTRA:
-        lines.append(f"{len(extra)} unexpected tensors, {shortened(extra[0])} first")
-        return grouped(lines), []
-    ignored, notes = ignored_notes(extra)
+    ignored, notes = ignored_notes(extra if len(extra) <= _MAX_EXTRA else ())  # of a million names it takes seconds
     if later := [
         name for name in extra if arch.num_layers <= layer_of(name) < arch.num_layers + arch.prediction_layers
     ]:
         notes.append(f"{len(later)} tensors are left out, of layers that predict further tokens: {listed(later, 3)}")
         ignored |= set(later)
-    lines += [f"unexpected tensor {shortened(n, 200)} {store.shape(n)}" for n in extra if n not in ignored]
-    return grouped(lines), notes
+    unexpected = {name: store.shape(name) for name in extra if name not in ignored}
+    misshapen = {name: shape for name, shape in found.items() if store.shape(name) != shape}
+    lost, others = _lost(arch, missing, names), _unexpected(arch, unexpected)
+    lines = grouped([*lost, *_misshapen(store, misshapen), *unread, *others])
+    if missing or misshapen or unexpected:
+        is_whole = not unread and _are_replaced(missing, unexpected) and _of_other_vocab(arch, store, misshapen)
+        raise MisfitError(*lines, is_whole=is_whole)
+    if lines:
+        raise CheckpointError(*lines)
+    return notes
 
 
-def _wrong_tensors(store: TensorStore, wanted: dict[str, tuple[int, ...]]) -> list[str]:
+def _lost(arch: Arch, missing: Mapping[str, tuple[int, ...]], names: Iterable[str]) -> list[str]:
+    """Returns the tensors that are missing; of a layer of which there is none, the layer alone."""
+    there = {layer_of(name) for name in names} | {-1}
+    whole = {i: name for name in missing if (i := layer_of(name)) not in there}
     lines = [
-        f"wrong shape of {name}: {store.shape(name)}, config.json asks for {shape}"
-        for name, shape in wanted.items()
-        if store.shape(name) != shape
+        f"missing tensor {_of_layer(name, i)} and all others of this layer; config.json asks for "
+        f"{arch.num_layers} layers"
+        for i, name in whole.items()
     ]
-    lines += [
+    return lines + [f"missing tensor {name} {shape}" for name, shape in missing.items() if layer_of(name) not in whole]
+
+
+def _unexpected(arch: Arch, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    if len(shapes) > _MAX_EXTRA:
+        return [f"{len(shapes)} unexpected tensors, {shortened(next(iter(shapes)))} first"]
+    by_layer: dict[int, list[str]] = {}
+    for name in shapes:
+        by_layer.setdefault(layer_of(name), []).append(name)
+    behind = {i: names[0] for i, names in by_layer.items() if i >= arch.num_layers and len(names) >= _WHOLE_LAYER}
+    lines = [
+        f"unexpected tensor {_of_layer(name, i)} and all others of this layer; config.json asks for {arch.num_layers} "
+        "layers"
+        for i, name in behind.items()
+    ]
+    others = {name: shape for name, shape in shapes.items() if layer_of(name) not in behind}
+    return lines + [f"unexpected tensor {shortened(name, 200)} {shape}" for name, shape in others.items()]
+
+
+def _of_layer(name: str, layer: int) -> str:
+    return f"{shortened(name[: name.index(f'.{layer}.')])}.{layer}.*"
+
+
+def _are_replaced(missing: Mapping[str, tuple[int, ...]], unexpected: Mapping[str, tuple[int, ...]]) -> bool:
+    """Returns whether each layer has about as many weights under other names as it lacks; a lost part has none."""
+    lost, others = (_weights_by_layer(shapes) for shapes in (missing, unexpected))
+    return all(2 * others.get(layer, 0) >= weights for layer, weights in lost.items())
+
+
+def _weights_by_layer(shapes: Mapping[str, tuple[int, ...]]) -> dict[int, int]:
+    found: dict[int, int] = {}
+    for name, shape in shapes.items():
+        layer = layer_of(name)
+        found[layer] = found.get(layer, 0) + math.prod(shape)
+    return found
+
+
+def _of_other_vocab(arch: Arch, store: TensorStore, misshapen: Mapping[str, tuple[int, ...]]) -> bool:
+    """Returns whether tensors of the wrong shape are embedding and head, with as many tokens as each other."""
+    ends = [name for name in tied_names(arch, store.names()) if name in store.names()]
+    if not misshapen:
+        return True
+    others = all(name in ends and store.shape(name)[1:] == shape[1:] for name, shape in misshapen.items())
+    return others and len({store.shape(name)[:1] for name in ends}) == 1
+
+
+def _misshapen(store: TensorStore, wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
+    return [
+        f"wrong shape of {name}: {store.shape(name)}, config.json asks for {shape}" for name, shape in wanted.items()
+    ]
+
+
+def _unread_dtypes(store: TensorStore, wanted: Iterable[str]) -> list[str]:
+    return [
         f"dtype {store.dtype(name)} of {name} is not supported; convert to one of {', '.join(_DTYPES)}"
         for name in wanted
         if str(store.dtype(name)) not in _DTYPES
     ]
-    return lines
 
 
 def _mixed_dtypes(layouts: LeafLayouts, store: TensorStore, names: set[str]) -> list[str]:

@@ -17,6 +17,7 @@ _BY_NAME = {
     "*.nemo": ("a NeMo archive", "export it to Hugging Face format"),
     "ggml*.bin": ("a GGML file, the format before GGUF", "convert it to GGUF with llama.cpp"),
 }
+_ORIGINAL = "consolidated"
 _BY_START = {
     b"GGUF": "a GGUF file; name it *.gguf",
     b"ggjt": "a GGML file, the format before GGUF; convert it with llama.cpp",
@@ -36,6 +37,13 @@ def foreign_weights(folder: Path) -> str | None:
         if found := sorted(folder.glob(pattern)):
             return f"{found[0].name} is {kind}, which is not read here; {remedy}"
     return None
+
+
+def original_format(path: Path) -> str | None:
+    """Returns what a safetensors file is whose tensors have the names of Mistral's or Meta's own code, or None."""
+    if not path.name.startswith(_ORIGINAL):
+        return None
+    return f"{path.name} is in its makers' original format, with other names of tensors; download model*.safetensors"
 
 
 def content_of(path: Path) -> str | None:

@@ -60,7 +60,7 @@ class CheckpointFolder:
     gguf: tuple[Path, ...] = ()
 
 
-def resolve(model_id: str, cache_dir: str | None = None, weights: bool = True) -> CheckpointFolder:
+def resolve(model_id: str, cache_dir: str | None = None, weights: bool = True, config: bool = True) -> CheckpointFolder:
     """The folder that holds `model_id`, downloaded if it must be.
 
     Args:
@@ -70,6 +70,7 @@ def resolve(model_id: str, cache_dir: str | None = None, weights: bool = True) -
             HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE) are honoured.
         weights: Whether weights are downloaded too. Without, of a model on the Hub that has safetensors, only its texts
             are; what its folder lacks can be read with `on_hub`.
+        config: Whether a model without a config is refused.
 
     Raises:
         CheckpointError: No such folder or model, no access to it, or no config or weights in it.
@@ -91,7 +92,7 @@ def resolve(model_id: str, cache_dir: str | None = None, weights: bool = True) -
         found = _download(model_id, cache_dir)
     if paths := _only_gguf(found.folder):
         return replace(found, gguf=paths)
-    _check(found)
+    _check(found, config)
     return found
 
 
@@ -262,10 +263,10 @@ def _explain(error: Exception, model_id: str) -> str:
     return f"{model_id!r}: {constants.ENDPOINT} {reason}; try again, and if it asks for a sign-in (401), {sign_in}"
 
 
-def _check(found: CheckpointFolder) -> None:
+def _check(found: CheckpointFolder, config: bool) -> None:
     files = [path.name for path in found.folder.iterdir()]
     wanted = {
-        "config.json (or adapter_config.json)": "config.json" in files or "adapter_config.json" in files,
+        "config.json (or adapter_config.json)": "config.json" in files or "adapter_config.json" in files or not config,
         "weights (*.safetensors, pytorch_model*.bin or *.gguf)": any(any(found.folder.glob(w)) for w in _WEIGHT_FILES),
     }
     missing = [what for what, is_there in wanted.items() if not is_there]

@@ -27,6 +27,9 @@ _IGNORED = {
         r".*\.(([kvq]|kv|prob)_(scale|zero_point)|(input|output|activation)_(global_)?(scale|zero_point|scale_ub))"
     ),
     "of layers that predict further tokens": re.compile(r"model\.mtp_layers\..+"),
+    "heads that predict further tokens": re.compile(r"medusa_heads?\..+"),
+    "masks and positions, which follow from the config": re.compile(r"(.+\.)?(causal_mask|attn_mask|position_ids)"),
+    "counters of training": re.compile(r"(.+\.)?(iteration|global_step|num_updates|num_batches_tracked)"),
     "parts for other inputs than text": re.compile(
         r"(model\.)?(vision_tower|vision_model|visual|vit|multi_modal_projector|mm_projector|image_newline|audio_tower"
         r"|speech_encoder|embed_vision|embed_audio)(\..+)?"

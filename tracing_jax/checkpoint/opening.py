@@ -1,16 +1,18 @@
 """`open_checkpoint`: a local folder or a Hub id becomes a `Checkpoint`; no weight is read."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import logging
 
-from tracing_jax.arch import WEIGHTS_ONLY, Arch, UnsupportedModelError, read_arch_and_notes, read_raw_config
+from tracing_jax.arch import OTHERS, WEIGHTS_ONLY, Arch, UnsupportedModelError, read_arch_and_notes, read_raw_config
 from tracing_jax.checkpoint.adapter import base_id, is_adapter, merged, merged_by_weights
 from tracing_jax.checkpoint.checkpoint import Checkpoint
 from tracing_jax.checkpoint.derived_tensors import RenamedTensors
-from tracing_jax.checkpoint.errors import CheckpointError
+from tracing_jax.checkpoint.errors import CheckpointError, MisfitError
 from tracing_jax.checkpoint.fitting import fitted, rounded, tied_as_stored, tied_names, with_plain_names
+from tracing_jax.checkpoint.foreign_files import original_format
 from tracing_jax.checkpoint.gguf import GgufModel
 from tracing_jax.checkpoint.hub import CheckpointFolder, on_hub, resolve
 from tracing_jax.checkpoint.name_patterns import plain_names
@@ -71,14 +73,15 @@ def open_checkpoint(
       in_ranges: whether weights that are on the Hub, and not in its cache, stay there, and are read in ranges of bytes:
         for runs that look at a small part of them.
       adapter_base: the base to merge an adapter into, whatever its config names; of no effect on other models.
-      weights_only: how a model is read whose config is refused; by default it is refused. Weights are then looked at
-        where names and shapes leave a doubt.
+      weights_only: how a model is read whose config is refused or absent, or whose tensors are not those that it asks
+        for, though none is lost; by default it is refused. Weights are then looked at where names and shapes leave a
+        doubt.
 
     Raises:
       CheckpointError: not found, not readable, or tensors missing, unexpected or of the wrong shape, all at once.
       UnsupportedModelError: the config asks for something this package does not compute.
     """
-    found = resolve(model_id, cache_dir, weights=not in_ranges)
+    found = resolve(model_id, cache_dir, weights=not in_ranges, config=weights_only is None)
     if weights_only is not None and weights_only.is_forced:
         return _open_weights(found, cache_dir, in_ranges, weights_only, adapter_base=adapter_base)
     try:
@@ -86,7 +89,25 @@ def open_checkpoint(
     except UnsupportedModelError as error:
         if weights_only is None:
             raise
-        return _open_weights(found, cache_dir, in_ranges, weights_only, error, adapter_base)
+        return _open_weights(found, cache_dir, in_ranges, weights_only, _cause(error), adapter_base)
+    except MisfitError as error:
+        if weights_only is not None and error.is_whole:
+            return _open_weights(found, cache_dir, in_ranges, weights_only, "; ".join(error.problems), adapter_base)
+        problems = error.problems if weights_only is None else _with_remedy(error.problems, model_id)
+        raise CheckpointError(*(f"{model_id}: {problem}" for problem in problems)) from error
+
+
+def _cause(error: UnsupportedModelError) -> str:
+    """Returns why a config is not supported, without the list of families that are."""
+    return str(error).partition(OTHERS)[0]
+
+
+def _with_remedy(problems: Sequence[str], model_id: str) -> Sequence[str]:
+    remedy = (
+        f"download the files again; if they are complete, `tracing-jax inspect {shortened(model_id)}` shows what they "
+        "hold, to be read by its weights alone (--base_layout, --ft_layout)"
+    )
+    return (*problems, remedy) if len(problems) > 1 else (f"{problems[0]}; {remedy}",)
 
 
 def _open_supported(
@@ -98,6 +119,11 @@ def _open_supported(
         model = fitted(files.arch, files.tensors, compare_rows=not in_ranges)
         if not model.arch.has_head and (lost := [name for name in names_in_index(files.folder) if _is_head(name)]):
             raise CheckpointError(f"the index names {lost[0]}, which no file has; download the weights again")
+    except MisfitError as error:
+        kind = next((kind for file in files.tensors.files() if (kind := original_format(file))), None)
+        if kind and not error.is_whole:
+            raise CheckpointError(f"{found.id}: {kind}") from error
+        raise MisfitError(*([kind] if kind else error.problems), is_whole=error.is_whole) from error
     except CheckpointError as error:
         raise CheckpointError(*(f"{found.id}: {problem}" for problem in error.problems)) from error
     notes = (*files.notes, *model.notes)
@@ -126,7 +152,7 @@ def inspect_checkpoint(
     Raises:
       CheckpointError: not found, not readable, or not understood.
     """
-    found = resolve(model_id, cache_dir)
+    found = resolve(model_id, cache_dir, config=False)
     return _described(found, *_plain_tensors(found, cache_dir, False)[1:3], WeightsOnly(layout, component))
 
 
@@ -147,7 +173,7 @@ def _open_weights(
     cache_dir: str | None,
     in_ranges: bool,
     options: WeightsOnly,
-    refused: UnsupportedModelError | None = None,
+    refused: str | None = None,
     adapter_base: str | None = None,
 ) -> Checkpoint:
     """Opens a model by the names and shapes of its tensors, and by their numbers where these leave a doubt.
@@ -157,7 +183,7 @@ def _open_weights(
       cache_dir: see `open_checkpoint`.
       in_ranges: see `open_checkpoint`.
       options: a layout or a component, if given.
-      refused: why the config is not supported.
+      refused: why it is not read as a model of its family.
       adapter_base: see `open_checkpoint`.
     """
     folder, config, store, notes = _plain_tensors(found, cache_dir, in_ranges, adapter_base)
@@ -192,7 +218,7 @@ def _plain_tensors(
         model = GgufModel(found.gguf)
         folder, notes = model.description(of_any_family=True)
         return folder, read_raw_config(folder), model.stored, notes
-    config = read_raw_config(found.folder) if (found.folder / "config.json").is_file() else {}
+    config, unread = _config_as_data(found.folder)
     stored = open_tensors(found.folder, on_hub(found, cache_dir)) if in_ranges else open_tensors(found.folder)
     try:
         store: TensorStore = RenamedTensors(stored, plain_names(stored.names(), ()))
@@ -200,7 +226,15 @@ def _plain_tensors(
         store, rounding = rounded(store)
     except CheckpointError as error:
         raise CheckpointError(*(f"{found.id}: {problem}" for problem in error.problems)) from error
-    return found.folder, config, store, [*formats, *rounding]
+    return found.folder, config, store, [*unread, *formats, *rounding]
+
+
+def _config_as_data(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """Returns the config of a model that is read by its weights alone, and a note if it has none that can be read."""
+    try:
+        return read_raw_config(folder), []
+    except UnsupportedModelError:
+        return {}, ["there is no config.json that can be read, so that nothing is known but the tensors"]
 
 
 def _open_files(

@@ -10,11 +10,11 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from tracing_jax.checkpoint.errors import CheckpointError, damaged
-from tracing_jax.checkpoint.foreign_files import foreign_weights
+from tracing_jax.checkpoint.foreign_files import foreign_weights, original_format
 from tracing_jax.checkpoint.name_patterns import may_be_absent
 from tracing_jax.checkpoint.safetensors_file import Index, SafetensorsFile
 from tracing_jax.checkpoint.torch_zip import TorchZip
-from tracing_jax.complaints import grouped, shortened
+from tracing_jax.complaints import grouped, listed, shortened
 
 
 @runtime_checkable
@@ -46,6 +46,7 @@ class TensorStore(Protocol):
 # The bits of a dtype's exponent, all of which are set in NaN and in the infinities alone.
 _EXPONENT = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F80_0000, "float64": 0x7FF0_0000_0000_0000}
 _CHUNK = 1 << 16  # weights at a time: what is made of them stays in the cache of a core
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(safetensors|bin)")
 _PLAIN_NAME = re.compile(r"[\w-][\w.-]{0,200}\.(safetensors|bin)")
 
 
@@ -56,7 +57,7 @@ MissingFileOpener = Callable[[str], TensorStore | None]
 def open_tensors(folder: Path, open_missing: MissingFileOpener = lambda name: None) -> TensorStore:
     """The model weights in `folder`: the file that transformers would load, safetensors before PyTorch's `.bin`.
 
-    A lone safetensors file of any other name is read where there is nothing else.
+    A lone safetensors file of any other name is read where there is nothing else, and so is the only shard of a `.bin`.
 
     Args:
         folder: Of a checkpoint.
@@ -73,12 +74,29 @@ def open_tensors(folder: Path, open_missing: MissingFileOpener = lambda name: No
     loose = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_"))
     if not loose and (remote := open_missing("model.safetensors")):
         return remote
+    loose = loose or sorted(folder.glob("pytorch_model-*.bin"))
+    loose = [path for path in loose if original_format(path) is None] or loose
+    _refuse_lone_shards(loose)
     if len(loose) == 1:
         return open_file(loose[0])
     if loose:
-        raise CheckpointError(f"{folder}: several *.safetensors but no model.safetensors.index.json; download it too")
+        index = f"{'model.safetensors' if loose[0].suffix == '.safetensors' else 'pytorch_model.bin'}.index.json"
+        raise CheckpointError(f"{folder}: several *{loose[0].suffix} but no {index}; download it too")
     found = foreign_weights(folder) or f"found {listing(folder)}"
     raise CheckpointError(f"{folder}: no weights; expected *.safetensors or pytorch_model*.bin, {found}")
+
+
+def _refuse_lone_shards(paths: Sequence[Path]) -> None:
+    """Raises if a file without an index is one of several by its name, and others are missing."""
+    beside = {path.name for path in paths}
+    for path, match in ((path, match) for path in paths if (match := _SHARD.fullmatch(path.name))):
+        count = int(match["count"])
+        shards = (f"{match['stem']}-{i:05d}-of-{count:05d}{path.suffix}" for i in range(1, count + 1))
+        if missing := [name for name in shards if name not in beside]:
+            raise CheckpointError(
+                f"{path} is shard {int(match['number'])} of {count}: {listed(missing, 3)} and the index of the shards "
+                f"(*{path.suffix}.index.json) are missing; download them"
+            )
 
 
 def open_file(path: Path) -> TensorStore:

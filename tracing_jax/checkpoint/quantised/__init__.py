@@ -12,9 +12,9 @@ import numpy as np
 from tracing_jax.checkpoint.derived_tensors import Derived, DerivedTensors
 from tracing_jax.checkpoint.errors import CheckpointError
 from tracing_jax.checkpoint.quantised.bitsandbytes import find_four_bit
-from tracing_jax.checkpoint.quantised.found import Found
+from tracing_jax.checkpoint.quantised.found import Found, listed_and
 from tracing_jax.checkpoint.quantised.fp4 import find_mxfp4, find_nvfp4
-from tracing_jax.checkpoint.quantised.int4 import find_gptq_or_awq, find_packed
+from tracing_jax.checkpoint.quantised.int4 import AWQ_VERSIONS, GPTQ_BITS, PACKED_BITS, find_gptq_or_awq, find_packed
 from tracing_jax.checkpoint.quantised.scaled import find_float8, find_int8
 from tracing_jax.checkpoint.tensors import TensorStore
 from tracing_jax.complaints import listed, shortened
@@ -28,9 +28,11 @@ _FINDERS: tuple[Finder, ...] = (
 )  # fmt: skip
 
 FORMATS = (
-    "FP8 (per tensor, per row, in blocks)", "int8 (bitsandbytes, compressed-tensors)", "GPTQ (2, 4 and 8 bits)",
-    "AWQ (GEMM)", "bitsandbytes NF4 and FP4, nested or not", "compressed-tensors (4 and 8 bits)", "MXFP4 (gpt-oss)",
-    "NVFP4 (compressed-tensors, ModelOpt)",
+    "FP8 (per tensor, per row, in blocks)", "int8 (bitsandbytes, compressed-tensors)",
+    f"GPTQ ({listed_and(GPTQ_BITS)} bits)",
+    f"AWQ ({listed_and(AWQ_VERSIONS)})",
+    "bitsandbytes NF4 and FP4, nested or not",
+    f"compressed-tensors ({listed_and(PACKED_BITS)} bits)", "MXFP4 (gpt-oss)", "NVFP4 (compressed-tensors, ModelOpt)",
 )  # fmt: skip
 """What is dequantised, for people."""
 
@@ -93,8 +95,15 @@ def _refuse_left_over(store: TensorStore, settings: Mapping[str, Any], known: se
         for name in store.names()
         if name not in known and name.endswith(".weight") and np.issubdtype(store.dtype(name), np.integer)
     ]
+    method = settings.get("quant_method") or settings.get("quant_type")
+    if integers and not packed and not method:
+        kinds = listed(sorted({str(store.dtype(name)) for name in integers}))
+        raise CheckpointError(
+            f"{len(integers)} weights are integers ({kinds}), such as {listed(integers, 3)}: damaged, or quantised by "
+            "a method that is unknown, for config.json does not say; use the original checkpoint"
+        )
     if left := packed or integers:
-        method = settings.get("quant_method") or settings.get("quant_type") or "unknown, for config.json does not say"
+        method = method or "unknown, for config.json does not say"
         raise CheckpointError(
             f"{len(left)} weights are quantised in a way that is not read, such as {listed(left, 3)}; the method is "
             f"{shortened(method)}; read are {', '.join(FORMATS)}; use the original checkpoint"

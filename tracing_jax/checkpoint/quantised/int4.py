@@ -11,10 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from tracing_jax.checkpoint.quantised.found import Found, QuantisedError
+from tracing_jax.checkpoint.quantised.found import Found, QuantisedError, listed_and
 from tracing_jax.checkpoint.quantised.packing import block_sizes, period, scale_bounds, spread, unpacked, words_of
 from tracing_jax.checkpoint.safetensors_file import Index, bounds_of
 from tracing_jax.checkpoint.tensors import TensorStore
+
+GPTQ_BITS, AWQ_VERSIONS, PACKED_BITS = (2, 3, 4, 8), ("gemm", "gemv"), (4, 8)
+"""What is read of each format."""
 
 _FLOAT32 = np.dtype(np.float32)
 _AWQ_ORDER = np.array([0, 4, 1, 5, 2, 6, 3, 7])
@@ -187,8 +190,8 @@ def find_gptq_or_awq(store: TensorStore, settings: Mapping[str, Any]) -> Found:
 def _find_gptq(store: TensorStore, settings: Mapping[str, Any], stems: list[str]) -> Found:
     found, names = Found("GPTQ"), set(store.names())
     bits = settings.get("bits")
-    if bits not in (2, 3, 4, 8):
-        raise QuantisedError(f"GPTQ with {bits} bits: 2, 3, 4 and 8 are read; use the original checkpoint")
+    if bits not in GPTQ_BITS:
+        raise QuantisedError(f"GPTQ with {bits} bits: {listed_and(GPTQ_BITS)} are read; use the original checkpoint")
     offset = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
     for stem in stems:
         _require(names, stem, ("qzeros", "scales"))
@@ -219,8 +222,8 @@ def _drop_empty_bias(store: TensorStore, bias: str, found: Found) -> None:
 def _find_awq(store: TensorStore, settings: Mapping[str, Any], stems: list[str]) -> Found:
     found, names = Found("AWQ"), set(store.names())
     version, bits = str(settings.get("version") or "gemm").lower(), settings.get("bits", 4)
-    if version not in ("gemm", "gemv") or bits != 4:
-        raise QuantisedError(f"AWQ of version {version} with {bits} bits: gemm and gemv with 4 are read")
+    if version not in AWQ_VERSIONS or bits != 4:
+        raise QuantisedError(f"AWQ of version {version} with {bits} bits: {listed_and(AWQ_VERSIONS)} with 4 are read")
     for stem in stems:
         _require(names, stem, ("qzeros", "scales"))
         if version == "gemv":
@@ -270,11 +273,12 @@ def find_packed(store: TensorStore, settings: Mapping[str, Any]) -> Found:
             raise QuantisedError(f"{name} is packed with actorder (g_idx), which is not read")
         rows, columns = (int(size) for size in store.read(f"{name}_shape").ravel()[:2])
         words = store.shape(packed)[1]
-        bits = next((bits for bits in (4, 8) if -(-columns // (32 // bits)) == words), None)
+        bits = next((bits for bits in PACKED_BITS if -(-columns // (32 // bits)) == words), None)
         sizes = block_sizes((rows, columns), store.shape(f"{name}_scale"))
         if bits is None or sizes is None or store.shape(packed)[0] != rows:
             raise QuantisedError(
-                f"{packed} {store.shape(packed)} does not hold {(rows, columns)} integers of 4 or 8 bits"
+                f"{packed} {store.shape(packed)} does not hold {(rows, columns)} integers of "
+                f"{listed_and(PACKED_BITS)} bits"
             )
         parts = {name + part for part in ("_packed", "_scale", "_shape", "_zero_point")} & names
         tensor = Packed(store, name, (rows, columns), bits, sizes, f"{name}_zero_point" in names)
