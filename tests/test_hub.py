@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hub_server import Repo, commit, serve
-from safetensors.numpy import save
+from safetensors.numpy import load_file, save, save_file
 
 from tracing_jax.checkpoint import hub
 from tracing_jax.checkpoint.errors import CheckpointError
@@ -255,11 +257,43 @@ def test_first_look_reads_ranges_of_the_hub_and_finds_what_it_finds_in_a_folder(
         assert all(token is None for _, path, token in server.requests if "/cdn/" in path)
 
 
+@pytest.mark.slow
+def test_a_screen_of_a_suspect_on_the_hub_reads_ranges_and_downloads_no_weights(family, tmp_path):
+    deep = tmp_path / "suspect"  # the two layers of a fine-tune four times: three of eight are read
+    shutil.copytree(family.member("finetune"), deep)
+    tensors = load_file(deep / "model.safetensors")
+    for name in [name for name in tensors if ".layers." in name]:
+        for i in (2, 4, 6):
+            moved = re.sub(r"layers\.(\d+)", lambda at, i=i: f"layers.{int(at[1]) + i}", name)
+            tensors[moved] = tensors[name]
+    save_file(tensors, deep / "model.safetensors")
+    config = json.loads((deep / "config.json").read_text())
+    layers = {"num_hidden_layers": 8} | ({"layer_types": config["layer_types"] * 4} if "layer_types" in config else {})
+    (deep / "config.json").write_text(json.dumps(config | layers))
+    cli = [sys.executable, "-m", "tracing_jax"]
+    base = ["signature", str(deep), "-o", str(tmp_path / "library.signature.safetensors"), "--name", "base"]
+    scan = ["scan", "org/suspect", "--library", str(tmp_path), "--screen", "--json"]
+    repo = Repo({"main": {file.name: file.read_bytes() for file in deep.iterdir()}})
+    with serve({"org/suspect": repo}, TOKEN) as server:
+        env = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
+        done = [run([*cli, *flags], env | {"NO_PROXY": "*"}) for flags in (base, scan)]
+        found = json.loads(done[1].stdout)
+        assert found["read"] == "layers 1, 4, 6 of 8"
+        assert found["candidates"][0]["verdict"] == "related"
+        assert 0 < server.sent < 0.5 * (deep / "model.safetensors").stat().st_size
+        assert not list((tmp_path / "home").rglob("*.safetensors"))
+
+
 def screened(save: Path, base: str, ft: str, **env: str) -> dict:
     """The record of `main.py --stat=screen` in a process of its own."""
     flags = ["--stat=screen", "--config.screen.share=0.5", f"--base_model_id={base}", f"--ft_model_id={ft}"]
-    command = [sys.executable, "main.py", *flags, f"--save={save}"]
+    run([sys.executable, "main.py", *flags, f"--save={save}"], env)
+    return json.loads(save.with_suffix(".json").read_text())
+
+
+def run(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess:
+    """A program that succeeds, run in the repository."""
     root = Path(__file__).parents[1]
     done = subprocess.run(command, cwd=root, env=os.environ | env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return json.loads(save.with_suffix(".json").read_text())
+    return done

@@ -107,6 +107,37 @@ def test_a_stranger_has_no_relative(library):
     assert found.sentence().startswith("No relative")
 
 
+def test_a_screen_reads_the_layers_with_samples_alone_and_says_so():
+    """What it reads is as in the whole; a relative is named with its layers, and nobody is cleared by a part."""
+    deep = dataclasses.replace(GATED, num_layers=7, layer_ropes=(0,) * 7, layer_windows=(None,) * 7)
+    base, other = tiny.model(deep, 0), tiny.model(deep, 1)
+    found = {"base": signature_of(base, 0), "other": signature_of(other, 1)}
+    tuned = finetuned(base)
+    strings = sorted(VOCABULARY.ids)[:40]
+    part, whole = (read_suspect(tuned, VOCABULARY, strings, screen=screen) for screen in (True, False))
+    assert drawing.sampled_layers(7) == [1, 3, 5]
+    assert (part.part, whole.part) == ("layers 1, 3, 5 of 7", None)
+    assert part.names == ["layer 1", "layer 3", "layer 5"]
+    assert part.columns == whole.columns
+    for i, layer in zip((1, 3, 5), part.layers, strict=True):
+        for kind, responses in layer.items():
+            np.testing.assert_allclose(responses, whole.layers[i][kind], atol=1)
+    scanned = scan(part, found, LEVEL)
+    assert [candidate.verdict for candidate in scanned.candidates] == ["related", "undecided"]
+    assert [part.names[j] for _, j, _ in scanned.candidates[0].match.tests[RESPONSES].places] == part.names
+    alone = scan(part, {"other": found["other"]}, LEVEL)
+    assert alone.sentence().startswith("No relative among the 1 signatures that can be compared is seen in layers 1,")
+    assert scan(whole, {"other": found["other"]}, LEVEL).candidates[0].verdict == "no_evidence"
+
+
+def test_a_screen_of_a_model_with_experts_reads_all_experts_of_its_layers():
+    arch = dataclasses.replace(tiny.mixtral(), num_layers=7, layer_ropes=(0,) * 7, layer_windows=(None,) * 7)
+    model = tiny.model(arch)
+    found = read_suspect(model, VOCABULARY, sorted(VOCABULARY.ids)[:9], screen=True)
+    E = arch.num_experts
+    assert found.names == [f"layer {i} expert {e}" for i in (1, 3, 5) for e in range(E)]
+
+
 @pytest.mark.slow
 def test_more_signatures_make_p_larger(models, library):
     suspect = suspect_of(finetuned(models["base"]))

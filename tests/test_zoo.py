@@ -26,6 +26,7 @@ from tracing_jax.cli import zoo as cli_zoo
 from tracing_jax.cli.zoo import ZooOptions
 from tracing_jax.experiment import check_config, signing
 from tracing_jax.experiment.inputs import open_inputs
+from tracing_jax.experiment.models import open_model
 from tracing_jax.options import ZOO, RunOptions
 from tracing_jax.sources import InMemory, in_memory
 from tracing_jax.zoo import (
@@ -472,7 +473,7 @@ def test_models_read_by_their_weights_alone_are_proposed_or_keep_all_their_pairs
     plan = make_plan(ModelList(tuple(models), tuple(itertools.combinations(models, 2))), options)
     caches = []
     for module in (proposing, signing):
-        monkeypatch.setattr(module, "open_checkpoint", lambda *a, **k: caches.append(a[1]) or open_checkpoint(*a, **k))
+        monkeypatch.setattr(module, "open_model", lambda *a, **k: caches.append(a[1]) or open_model(*a, **k))
     found, _ = proposed(plan, tmp_path / "zoo")
     assert {*caches} == {options.cache_dir}
     assert [pair.name for pair in found.pairs] == ["base--child", "base--mixer", "child--mixer", "other--mixer"]

@@ -26,6 +26,11 @@ class ScanOptions:
     level: float = option(RunOptions.level, "Related below this level, after Holm.", above=0, at_most=0.05)
     shown: int = option(10, "Candidates that are printed.", at_least=1)
     json: bool = option(False, "Print everything as JSON.")
+    screen: bool = option(
+        False,
+        "Read only the layers that signatures sample, of a model on the Hub by ranges of bytes; what is not found is "
+        "then undecided.",
+    )
     layout: str | None = option(None, LAYOUT)
     cache_dir: str | None = option(None, "A folder to keep downloads in.")
 
@@ -47,8 +52,8 @@ def run(parsed: argparse.Namespace) -> None:
         from tracing_jax.library import library_folder, read_library, scan
 
         signatures = read_library(library_folder(options.library, options.cache_dir))
-        model = open_model(parsed.suspect, options.cache_dir, layout=options.layout)
-        suspect = suspect_of(model, signatures.values())
+        model = open_model(parsed.suspect, options.cache_dir, layout=options.layout, in_ranges=options.screen)
+        suspect = suspect_of(model, signatures.values(), screen=options.screen)
         found = scan(suspect, signatures, options.level)
         if options.json:
             about = {"suspect": parsed.suspect, "library": options.library, "level": options.level}
@@ -61,6 +66,7 @@ def as_dict(found: "Scan", names: Any) -> dict[str, Any]:
     """Returns a scan as plain data."""
     return {
         "sentence": found.sentence(),
+        "read": found.part or "all layers",
         "closest": list(found.closest),
         "margin_standard_errors": found.margin,
         "compared_in_full": found.compared,

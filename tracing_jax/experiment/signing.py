@@ -33,11 +33,12 @@ def signature_of(
     )
 
 
-def suspect_of(model: Checkpoint, signatures: Iterable[Signature]) -> Suspect:
-    """Returns a model read once, to be compared with these signatures.
+def suspect_of(model: Checkpoint, signatures: Iterable[Signature], *, screen: bool = False) -> Suspect:
+    """Returns a model read once, to be compared with these signatures; if `screen`, a part of it.
 
     Raises:
       ValueError: its units cannot be read.
     """
     strings = sorted({token for signature in signatures for token in signature.tokens})
-    return read_suspect(PrefetchingSource(model), vocabulary_of(model.tokenizer_folder, model.arch.vocab_size), strings)
+    vocabulary = vocabulary_of(model.tokenizer_folder, model.arch.vocab_size)
+    return read_suspect(model if screen else PrefetchingSource(model), vocabulary, strings, screen=screen)

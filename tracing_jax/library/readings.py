@@ -5,6 +5,7 @@ Both are invariant under every function-preserving rewrite: units in another ord
 Letters: F units, S tokens, M moments, D features.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from tracing_jax.arch import Arch, head_problem
 from tracing_jax.data import load_tokenizer
 from tracing_jax.sources import MlpsAsLayers, ParamSource
 from tracing_jax.statistics.distinct_units import distinct_units
-from tracing_jax.statistics.layer_moments import units_and_moments
+from tracing_jax.statistics.head_kernels import HEAD_LEAVES
+from tracing_jax.statistics.layer_moments import Moments, attention_moments, units_and_moments
 from tracing_jax.statistics.mlp_rows import mlp_row_leaves, mlp_rows, unit_length
 from tracing_jax.statistics.needs import needs_not_applicable
 from tracing_jax.statistics.shared_tokens import TokenRows, rows_of_tokens
@@ -121,19 +123,39 @@ def has_moments(model: ParamSource) -> bool:
 
     Where the model is read by its weights alone, what is attention is not known.
     """
-    return not isinstance(model, MlpsAsLayers) and not model.arch.num_experts and model.arch.reading is None
+    return not isinstance(model, MlpsAsLayers) and model.arch.reading is None
 
 
-def moment_readings(
-    model: ParamSource, layer: int
-) -> dict[str, tuple[Float[np.ndarray, "F M"], Bool[np.ndarray, " F"]]]:
-    """Returns for both kinds of rows of a layer its signatures, and which units are live.
+MomentReadings = dict[str, tuple[Float[np.ndarray, "F M"], Bool[np.ndarray, " F"]]]
+"""Kind of rows -> signatures of all units of an MLP, and which of them are live."""
+
+
+def moment_readings(model: ParamSource) -> Callable[[int], MomentReadings]:
+    """Returns a function of the layer, or MLP, that gives for both kinds of rows the signatures of its units.
 
     The signature of a row w are, for the seven moments A of `layer_moments`, the logarithms of `w^T A A w`, and the
     cosines between the vectors `A w`. No rotation of the features changes them, and neither embeddings nor head enter.
+    Of an expert the moments are those of its own rows and of the attention of its layer, so that a copy of a dense
+    model's MLP has the signatures that it has there.
     """
-    units, moments = units_and_moments(model.layer(layer), model.arch, distinct_units(model, layer))
-    return {name: (_signatures(units.rows[name], moments), units.live) for name in moment_names(model.arch.gated)}
+    attention = _attention_of(model)
+
+    def read(i: int) -> MomentReadings:
+        units, moments = units_and_moments(model.layer(i), model.arch, distinct_units(model, i), attention(i))
+        return {name: (_signatures(units.rows[name], moments), units.live) for name in moment_names(model.arch.gated)}
+
+    return read
+
+
+def _attention_of(model: ParamSource) -> Callable[[int], Moments]:
+    """Returns a function of the layer, or MLP, that gives the moments of its attention; those of the last are kept."""
+    source = model.source if isinstance(model, MlpsAsLayers) else model
+
+    @functools.lru_cache(maxsize=1)
+    def of_layer(layer: int) -> Moments:
+        return attention_moments(source.layer(layer, HEAD_LEAVES), source.arch)
+
+    return lambda i: of_layer(model.places[i][0] if isinstance(model, MlpsAsLayers) else i)
 
 
 def _signatures(rows: Float[Array, "F D"], moments: Sequence[Float[Array, "D D"]]) -> Float[np.ndarray, "F M"]:

@@ -7,7 +7,7 @@ looked for first, and only signatures with a trace of agreement are compared in 
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -49,7 +49,7 @@ class Candidate:
       name: of the signature in the library.
       model: the id in its header.
       verdict: `related`: a p-value below the level after Holm, of agreement beyond several times the allowance.
-        `undecided`: some p-value below 0.05. `not_testable`: no test applies.
+        `undecided`: some p-value below 0.05, or only a part of the suspect was read. `not_testable`: no test applies.
       adjusted_log10_p: after Holm over the library; None if no test applies.
       match: the evidence; None if a first look showed no trace.
       distances: of a relative, by each test that shows it, how far the agreeing units are.
@@ -79,12 +79,14 @@ class Scan:
         nobody is related.
       margin: standard errors between the first candidate and the first beyond these; None if there is none.
       compared: how many signatures were compared in full.
+      part: the layers of the suspect that were read; None if all were.
     """
 
     candidates: tuple[Candidate, ...]
     closest: tuple[str, ...]
     margin: float | None
     compared: int
+    part: str | None = None
 
     @property
     def related(self) -> tuple[Candidate, ...]:
@@ -99,6 +101,11 @@ class Scan:
             testable = sum(found.verdict != "not_testable" for found in self.candidates)
             if not testable:
                 return f"None of the {total} signatures can be compared with this model."
+            if self.part:
+                return (
+                    f"No relative among the {testable} signatures that can be compared is seen in {self.part}, all "
+                    "that was read: undecided. Without --screen every layer is read."
+                )
             doubt = f"; undecided: {', '.join(undecided)}" if undecided else ""
             return f"No relative among the {testable} signatures that can be compared{doubt}."
         first = related[0]
@@ -144,10 +151,12 @@ def scan(suspect: Suspect, signatures: Mapping[str, Signature], level: float) ->
         _candidate(name, signature, found.get(name), adjusted[i] if testable[i] else None, firm_adjusted[i], level)
         for i, (name, signature) in enumerate(signatures.items())
     ]
+    if suspect.part:
+        candidates = [replace(c, verdict="undecided") if c.verdict == "no_evidence" else c for c in candidates]
     test = _ranking_test(candidates)
     candidates.sort(key=lambda candidate: _order(candidate, test))
     closest, margin = _closest([found for found in candidates if found.verdict == "related"])
-    return Scan(tuple(candidates), closest, margin, len(names))
+    return Scan(tuple(candidates), closest, margin, len(names), suspect.part)
 
 
 def _adjusted(log10_ps: Sequence[float], testable: Sequence[bool]) -> Float[np.ndarray, " N"]:

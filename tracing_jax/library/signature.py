@@ -51,7 +51,7 @@ class SampledLayer:
       units: U indices of units.
       readings: each of the two readings -> responses to the tokens, each row up to a positive factor.
       moments: each of two kinds of rows -> signatures of moments, in standard deviations of the layer's units, over
-        `_MOMENT_STEP`; of the first of the same units and of more of them. Empty for models with experts.
+        `_MOMENT_STEP`; of the first of the same units and of more of them. Empty for models read by their weights.
       covariances: the same kinds of rows -> the correlations of the moments over the layer's units.
     """
 
@@ -155,7 +155,7 @@ def _sampled(
     moments, covariances = {}, {}
     if has_moments(model):
         more = drawing.sampled_units(kept, key, layer, drawing.MOMENT_UNITS)
-        for name, (found, live) in moment_readings(model, layer).items():
+        for name, (found, live) in moment_readings(model)(layer).items():
             standardised, covariance = standardised_moments(found, np.intersect1d(kept, np.flatnonzero(live)))
             steps = np.round(standardised[more] / _MOMENT_STEP)
             moments[name] = np.clip(steps, -127, 127).astype(np.int8)

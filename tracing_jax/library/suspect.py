@@ -1,7 +1,7 @@
 """`Suspect`: a model read once, so that any number of signatures can be compared with it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float, Int, Int8
@@ -9,6 +9,7 @@ from jaxtyping import Float, Int, Int8
 from tracing_jax.arch import Arch
 from tracing_jax.library.drawing import sampled_layers
 from tracing_jax.library.readings import (
+    MomentReadings,
     Vocabulary,
     has_moments,
     ids_of,
@@ -19,11 +20,12 @@ from tracing_jax.library.readings import (
 )
 from tracing_jax.library.signature import rounded, standardised_moments
 from tracing_jax.progress import trange
-from tracing_jax.sources import MlpsAsLayers, ParamSource
+from tracing_jax.sources import MlpsAsLayers, ParamSource, Submodel, mlp_places
 from tracing_jax.statistics.distinct_units import distinct_units
+from tracing_jax.tree import Tree, select
 
 FEW_LAYERS = 8
-"""Up to so many layers, moments are read of all; of deeper models, of those that a signature would sample."""
+"""Up to so many layers, moments are read of all; of deeper models, of those that signatures would sample."""
 
 Moments = Mapping[str, tuple[Float[np.ndarray, "_ M"], Float[np.ndarray, "M M"]]]
 """Kind of rows -> signatures of the kept units in standard deviations, and their covariance."""
@@ -38,8 +40,9 @@ class Suspect:
       kinds: the names of the two readings.
       columns: token string -> its column in the readings.
       layers: for each MLP both readings, in whole numbers: each row up to a positive factor.
-      moments: layer -> moments, of some layers; empty for models with experts.
+      moments: index of an MLP -> moments, of some layers; empty for models read by their weights alone.
       names: of each MLP, such as `layer 3`, or `layer 3 expert 1`.
+      part: what was read, such as `layers 5, 16, 26 of 32`; None if all layers were.
     """
 
     arch: Arch
@@ -48,6 +51,7 @@ class Suspect:
     layers: Sequence[Mapping[str, Int8[np.ndarray, "_ S"]]]
     moments: Mapping[int, Moments]
     names: Sequence[str]
+    part: str | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -55,40 +59,107 @@ class Suspect:
         return sum(found.nbytes for layer in self.layers for found in layer.values())
 
 
-def read_suspect(model: ParamSource, vocabulary: Vocabulary, strings: Sequence[str]) -> Suspect:
+def read_suspect(
+    model: ParamSource, vocabulary: Vocabulary, strings: Sequence[str], *, screen: bool = False
+) -> Suspect:
     """Returns what signatures with these token strings are compared with; every MLP is read once.
+
+    Args:
+      model: the suspect.
+      vocabulary: its token strings.
+      strings: the token strings of all signatures.
+      screen: whether only the layers are read that signatures of a model of this depth sample, and of the embeddings
+        only the rows of these strings.
 
     Raises:
       ValueError: the units of the model cannot be read in two ways.
     """
     if problems := not_readable(model.arch):
         raise ValueError(f"the model cannot be scanned: {'; '.join(problems)}")
-    mlps = MlpsAsLayers(model) if model.arch.num_experts else None
-    source: ParamSource = model if mlps is None else mlps
     ids = ids_of(strings, vocabulary, model.arch.vocab_size)
     columns = {string: i for i, string in enumerate(s for s, found in zip(strings, ids) if found >= 0)}
-    read = token_readings(source, ids[ids >= 0])
+    ids, depth = ids[ids >= 0], model.arch.num_layers
+    chosen = layers_with_samples(model.arch) if screen else list(range(depth))
+    if screen:
+        model, ids = _KeptLayer(Submodel(model, chosen, None, ids)), np.arange(len(ids))
+    mlps = MlpsAsLayers(model) if model.arch.num_experts else None
+    source: ParamSource = model if mlps is None else mlps
+    read = token_readings(source, ids)
     layers, moments = [], {}
     L = source.arch.num_layers
-    with_moments = set(range(L) if L <= FEW_LAYERS else sampled_layers(L)) if has_moments(source) else set[int]()
+    read_moments, with_moments = moment_readings(source), _with_moments(source)
     for i in trange(L, desc="reading the suspect", unit="layer", disable=None):
         kept = distinct_units(source, i).kept
         layers.append({name: rounded(np.asarray(found)[kept]) for name, found in read(i).items()})
         if i in with_moments and len(kept) > 1:
-            moments[i] = _moments(source, i, kept)
+            moments[i] = _moments(read_moments(i), kept)
     return Suspect(
         source.arch,
         reading_names(source.arch),
         columns,
         layers,
         moments,
-        [f"layer {i}" if mlps is None else mlps.name(i) for i in range(L)],
+        [_name(i, chosen, mlps) for i in range(L)],
+        None if len(chosen) == depth else f"layers {', '.join(map(str, chosen))} of {depth}",
     )
 
 
-def _moments(model: ParamSource, layer: int, kept: Int[np.ndarray, " K"]) -> Moments:
+@dataclass(frozen=True)
+class _KeptLayer:
+    """A source that keeps the last layer read, since what is read by ranges is downloaded each time."""
+
+    source: ParamSource
+    _kept: dict[int, Tree] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def arch(self) -> Arch:
+        return self.source.arch
+
+    def embed(self) -> Tree:
+        return self.source.embed()
+
+    def layer(self, index: int, only: Sequence[str] = ()) -> Tree:
+        if index not in self._kept:
+            self._kept.clear()
+            self._kept[index] = self.source.layer(index)
+        return select(self._kept[index], only)
+
+    def head(self) -> Tree:
+        return self.source.head()
+
+
+def _name(index: int, layers: Sequence[int], mlps: MlpsAsLayers | None) -> str:
+    """Returns what an MLP is called, by the number of its layer in the whole model."""
+    if mlps is None:
+        return f"layer {layers[index]}"
+    own = mlps.places[index][0]
+    return mlps.name(index).replace(f"layer {own}", f"layer {layers[own]}", 1)
+
+
+def layers_with_samples(arch: Arch) -> list[int]:
+    """Returns the layers in which signatures sample units, of dense models of this depth and of one of this shape.
+
+    Those of models with experts sample MLPs: at the same parts of the depth, unless some layers have fewer.
+    """
+    places = mlp_places(arch)
+    return sorted({*sampled_layers(arch.num_layers), *(places[i][0] for i in sampled_layers(len(places)))})
+
+
+def _with_moments(source: ParamSource) -> set[int]:
+    """Returns the layers, or MLPs, of which moments are read: all experts of a layer, for their order is free."""
+    if not has_moments(source):
+        return set()
+    of_layers = [place for place, _ in source.places] if isinstance(source, MlpsAsLayers) else None
+    arch = source.source.arch if isinstance(source, MlpsAsLayers) else source.arch
+    if arch.num_layers <= FEW_LAYERS:
+        return set(range(source.arch.num_layers))
+    sampled = layers_with_samples(arch)
+    return set(sampled) if of_layers is None else {i for i, layer in enumerate(of_layers) if layer in sampled}
+
+
+def _moments(readings: MomentReadings, kept: Int[np.ndarray, " K"]) -> Moments:
     found = {}
-    for name, (signatures, live) in moment_readings(model, layer).items():
+    for name, (signatures, live) in readings.items():
         own = np.intersect1d(kept, np.flatnonzero(live))
         standardised, covariance = standardised_moments(signatures, own)
         found[name] = standardised[kept], covariance

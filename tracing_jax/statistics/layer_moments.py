@@ -52,13 +52,16 @@ def layer_moments(layer: Tree, arch: Arch, distinct: DistinctUnits) -> Moments:
     return units_and_moments(layer, arch, distinct)[1]
 
 
-def units_and_moments(layer: Tree, arch: Arch, distinct: DistinctUnits) -> tuple[Units, Moments]:
-    """Returns the units of a layer and its seven moments."""
+def units_and_moments(
+    layer: Tree, arch: Arch, distinct: DistinctUnits, attention: Moments | None = None
+) -> tuple[Units, Moments]:
+    """Returns the units of a layer and its seven moments; those of its attention are computed where not given."""
     units = units_of(layer, arch, distinct)
-    return units, [*weighted_moments(units), *_attention_moments(layer, arch)]
+    return units, [*weighted_moments(units), *(attention_moments(layer, arch) if attention is None else attention)]
 
 
-def _attention_moments(layer: Tree, arch: Arch) -> Moments:
+def attention_moments(layer: Tree, arch: Arch) -> Moments:
+    """Returns the four moments of a layer's attention, each of trace one; zero where all weights behind one are."""
     before, after = gain_of(layer, "attn_norm", arch), gain_of(layer, "attn_post_norm", arch)
     kernels = head_kernels(layer, arch)
     q, k, v = (jnp.moveaxis(jnp.moveaxis(kernels[name], 0, -1) * before, -1, 0) for name in "qkv")
