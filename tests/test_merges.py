@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,17 +10,22 @@ import ml_dtypes
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save_file
 
 import tracing_jax.merges.models as merge_models
 from benchmarks import siblings as merging
 from tests import tiny
+from tests.parity_cases import CASES
+from tracing_jax.checkpoint import CheckpointError, open_checkpoint
+from tracing_jax.checkpoint.hf_layouts import leaf_layouts
+from tracing_jax.checkpoint.tensor_layout import tensor_shapes
 from tracing_jax.cli import main
-from tracing_jax.merges import MergeError, MergeModels, estimate, grouped, merge_report, read_sums
+from tracing_jax.merges import MergeError, MergeModels, estimate, grouped, merge_report, opened_models, read_sums
 from tracing_jax.merges.exchange import log_p_of_layer
 from tracing_jax.merges.normal_equations import TensorSums, rounding_variance
-from tracing_jax.merges.shares import Shares
+from tracing_jax.merges.products import products
 from tracing_jax.rewrites import draw_rewrites
-from tracing_jax.sources import InMemory, in_memory, rewritten
+from tracing_jax.sources import InMemory, MappedSource, in_memory, rewritten
 from tracing_jax.tree import flatten, unflatten
 
 ARCH = dataclasses.replace(tiny.llama_mha(), mlp_dim=48)
@@ -203,12 +209,51 @@ def test_vocabularies_are_paired_by_token(origin, parents):
     assert set(unpaired.record["left_out"]) == {"embed/embedding", "head/lm_head/kernel"}
 
 
-def test_slices_of_large_leaves_give_the_same_sums(origin, parents, monkeypatch):
-    models = models_of(merging.linear(parents, [1, 1, 1]), parents)
-    whole = estimate(models, read_sums(models).tensors)
-    monkeypatch.setattr(merge_models, "SLICE_BYTES", 1000)
-    sliced: Shares = estimate(models, read_sums(models).tensors)
-    np.testing.assert_allclose(sliced.values, whole.values, atol=1e-9)
+@pytest.mark.parametrize("arch", [ARCH, dataclasses.replace(tiny.mixtral(), mlp_dim=32)], ids=["dense", "experts"])
+def test_slices_of_large_leaves_give_the_same_sums(arch, monkeypatch):
+    """And the same units; of models that are read whole, too."""
+    values = leaves(0, arch)
+    first, *others = (model(sibling(values, seed), np.float32, arch) for seed in range(3))
+    unsliced = MappedSource(first, lambda tree, _: tree)
+    models = MergeModels(model(values, np.float32, arch), dict(zip("ABC", (unsliced, *others))))
+    whole = read_sums(models)
+    monkeypatch.setattr(merge_models, "SLICE_BYTES", 200)
+    sliced = read_sums(models)
+    assert [t.place for t in sliced.tensors] == [t.place for t in whole.tensors]
+    assert [len(t.grams) for t in sliced.tensors] == [len(t.grams) for t in whole.tensors]
+    for own, other in zip(sliced.tensors, whole.tensors):
+        np.testing.assert_allclose(own.gram, other.gram, rtol=1e-9, atol=1e-9)
+        assert own.counts.sum() == other.counts.sum()
+    jax.tree.map(np.testing.assert_array_equal, sliced.units, whole.units)
+
+
+def test_products_are_those_of_float64():
+    """Of every dtype, over a span that is no multiple of a chunk."""
+    rng = np.random.default_rng(0)
+    for dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
+        flat = [rng.normal(size=40_001).astype(dtype) for _ in range(4)]
+        child, reference, *others = (own[7:40_000].astype(np.float64) for own in flat)
+        columns = np.stack([child - reference, *(other - reference for other in others), reference])
+        # Differences are rounded to float32 once.
+        np.testing.assert_allclose(products(flat, 7, 40_000), columns @ columns.T, rtol=1e-7, atol=1e-4)
+
+
+def test_weights_that_are_no_numbers_are_refused(origin, parents, tmp_path):
+    name = "layers/1/mlp/up_proj/kernel"
+    broken = {**parents[0], name: np.full_like(parents[0][name], np.nan)}
+    with pytest.raises(MergeError, match="layers/1/mlp/up_proj/kernel: NaN or infinite weights"):
+        report_of(origin, [broken, parents[1]])
+    case = CASES["qwen3-gqa-untied-default"]
+    shapes = tensor_shapes(leaf_layouts(case.arch()).values())
+    for size in (1.0, 2.0, np.inf):
+        (folder := tmp_path / str(size)).mkdir()
+        (folder / "config.json").write_text(json.dumps(case.config))
+        tensors = {name: case.weight(name, shape) for name, shape in shapes.items()}
+        tensors["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], size)
+        save_file(tensors, folder / "model.safetensors")
+    child, base, parent = (open_checkpoint(str(tmp_path / str(size))) for size in (1.0, 2.0, np.inf))
+    with pytest.raises(CheckpointError, match=r"NaN or infinite weights in model\.norm\.weight"):
+        merge_report(opened_models(child, {"a": parent}, base))
 
 
 def test_rounding_variance_is_that_of_rounding():

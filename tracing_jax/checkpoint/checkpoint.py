@@ -46,6 +46,8 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     found_layouts: LeafLayouts | None = field(default=None, repr=False)
     """The layouts of a model that is read by its weights alone, where they follow from no family."""
+    refuses_nan: bool = field(default=True, repr=False)
+    """Whether weights are searched for NaN and infinities as they are read; false for callers that would see them."""
 
     @cached_property
     def leaf_layouts(self) -> LeafLayouts:
@@ -113,7 +115,8 @@ class Checkpoint:
         """Reads leaves, or slices of them, at once; tensors that hold NaN or infinities are added to `broken`."""
         requests = [(part.tensor, part.index) for layout in layouts for part in layout.slices]
         arrays = self.tensors.read_many(requests)
-        broken += [tensor for (tensor, _), array in zip(requests, arrays) if not all_finite(array)]
+        if self.refuses_nan:
+            broken += [tensor for (tensor, _), array in zip(requests, arrays) if not all_finite(array)]
         remaining = iter(arrays)
         return [layout.to_leaf(list(itertools.islice(remaining, len(layout.slices)))) for layout in layouts]
 

@@ -10,10 +10,12 @@ from dataclasses import replace
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from tracing_jax.alignment import AlignmentError, align, aligned
 from tracing_jax.merges.models import MergeModels
-from tracing_jax.sources import MappedSource, ParamSource, in_memory, leaf
+from tracing_jax.merges.normal_equations import Sums, read_sums
+from tracing_jax.sources import MappedSource, ParamSource, in_memory
 from tracing_jax.tree import Tree
 
 IN_PLACE = 0.3
@@ -21,23 +23,21 @@ IN_PLACE = 0.3
 _KERNELS = ("attn/q_proj", "attn/k_proj", "attn/v_proj", "attn/o_proj", "mlp/up_proj", "mlp/down_proj")
 
 
-def is_in_place(models: MergeModels) -> bool:
+def is_in_place(models: MergeModels, sums: Sums) -> bool:
     """Returns whether kernels of the child in its first, middle and last layer are like those of another model."""
-    compared = {place.name for place in models.places()}
     L = models.child.arch.num_layers
     names = [f"layers/{i}/{name}/kernel" for i in sorted({0, L // 2, L - 1}) for name in _KERNELS]
-    if not set(names) & compared:
-        return False
-    return all(max(_cosines(models, name)) > IN_PLACE for name in names if name in compared)
+    samples = [np.concatenate(own) for name in names if (own := sums.samples_of(name))]
+    return bool(samples) and all(max(_cosines(sample)) > IN_PLACE for sample in samples)
 
 
-def with_aligned_child(models: MergeModels, kinds: Sequence[str], seed: int) -> tuple[MergeModels, list[str]]:
-    """Returns the models with the child, and where needed the parents, aligned; and notes on what was done.
+def with_aligned_child(models: MergeModels, kinds: Sequence[str], seed: int) -> tuple[MergeModels, Sums, list[str]]:
+    """Returns the models with the child, and where needed the parents, aligned; their sums; and notes on what was done.
 
     Args:
       models: none of which is changed.
       kinds: of disguises, as for `tracing_jax.align`.
-      seed: of the alignment's proof.
+      seed: of the alignment's proof, and of the sums.
 
     Raises:
       AlignmentError: the child could not be aligned to any of the models.
@@ -56,8 +56,9 @@ def with_aligned_child(models: MergeModels, kinds: Sequence[str], seed: int) -> 
         if not found.reorders_only:
             moved, more = _in_one_gauge(moved, reference, kinds, seed)
             note += more
-        if is_in_place(moved):
-            return moved, [note]
+        sums = read_sums(moved, seed)
+        if is_in_place(moved, sums):
+            return moved, sums, [note]
         reasons.append(f"to {name}: aligned, its kernels are still unlike those of the others")
     raise AlignmentError("the child could not be aligned:\n  " + "\n  ".join(reasons))
 
@@ -90,7 +91,9 @@ def as_float32(source: ParamSource) -> ParamSource:
     return MappedSource(source, cast)
 
 
-def _cosines(models: MergeModels, name: str) -> list[float]:
-    child, *others = (np.asarray(leaf(model, name), np.float32).ravel() for model in models.read_together)
-    norm = float(np.linalg.norm(child))
-    return [float(child @ other) / max(norm * float(np.linalg.norm(other)), 1e-30) for other in others]
+def _cosines(sample: Float[np.ndarray, "S M"]) -> Float[np.ndarray, " M-1"]:
+    """Returns the cosines of the child's entries with those of every other model."""
+    wide = sample.astype(np.float64)
+    lengths = np.linalg.norm(wide, axis=0)
+    found: np.ndarray = wide[:, 0] @ wide[:, 1:] / np.maximum(lengths[0] * lengths[1:], 1e-30)
+    return found

@@ -34,15 +34,15 @@ def merge_report(
     """
     check_names(models)
     notes: list[str] = []
-    in_place, aligned = is_in_place(models), False
+    sums = read_sums(models, seed)
+    in_place, aligned = is_in_place(models, sums), False
     if align and not in_place:
         try:
-            models, notes = with_aligned_child(models, align, seed)
+            models, sums, notes = with_aligned_child(models, align, seed)
             aligned = True
         except AlignmentError as error:
             notes = [str(error)]
     check(models)
-    sums = read_sums(models, seed)
     whole, by_tensor, parts = compared(models, sums, seed, _blind(in_place, aligned))
     by_role = grouped(models, sums.tensors, lambda tensor: tensor.place.role)
     by_layer = grouped(models, sums.tensors, lambda tensor: tensor.place.layer)

@@ -1,20 +1,22 @@
 """The models of a possible merge, read leaf by leaf together: the child, its reference, and the other parents."""
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
-from tracing_jax.axes import AxisTable, LeafSpec, axis_table, kind_of
+from tracing_jax.axes import AxisTable, LeafSpec, axis_table
+from tracing_jax.checkpoint import Checkpoint
 from tracing_jax.sources import ParamSource, leaf
 from tracing_jax.sources.lazy_leaves import leaf_slice
 
-SLICE_BYTES = 2**28
-"""A leaf of more bytes is read in slices on its first axis that the files hold in one piece."""
+SLICE_BYTES = 2**25
+"""A leaf of more bytes in float32 is read in slices on the axis that is outermost in the files."""
 
 LayerMap = tuple[int, ...]
 """At i the layer of a model that layer i of the child is compared with."""
@@ -30,6 +32,20 @@ class Place(NamedTuple):
 
     def __str__(self) -> str:
         return self.name if self.expert is None else f"{self.name}[{self.expert}]"
+
+
+class Piece(NamedTuple):
+    """A leaf of all models, in the order of `read_together`, or a slice of it.
+
+    Attributes:
+      leaves: of all models.
+      axis: on which the leaf is sliced, into so many `slices`; `start` is the first unit of this one.
+    """
+
+    leaves: tuple[np.ndarray, ...]
+    axis: int = 0
+    start: int = 0
+    slices: int = 1
 
 
 class MergeError(ValueError):
@@ -114,23 +130,50 @@ class MergeModels:
             return "router" if "/router/" in name else "expert" if self.child.arch.num_experts else "mlp"
         return "attention"
 
-    def leaves(self, place: Place) -> Iterator[tuple[np.ndarray, ...]]:
-        """Yields a leaf of all models, in the order of `read_together`; of a large leaf slices, one after another."""
+    def shape(self, place: Place) -> tuple[int, ...]:
+        """Returns the shape of a leaf of the child."""
+        return tuple(self._table.sizes[axis or ""] for axis in self._table.leaves[place.name].axes)
+
+    def pieces(self, place: Place) -> Iterator[Piece]:
+        """Yields a leaf of all models; of a large leaf slices, one after another."""
         spec = self._table.leaves[place.name]
         names = (place.name, *map(str, self._names_in_others(place.name)))
-        axis = self._slice_axis(spec)
-        if axis is None or ("vocab" in spec.axes and self.tokens is not None):
-            yield tuple(self._paired(i, spec, leaf(m, n)) for i, (m, n) in enumerate(zip(self.read_together, names)))
+        read = list(zip(self._unchecked, names))
+        paired = "vocab" in spec.axes and self.tokens is not None
+        axis = self._outermost_axis(place.name)
+        units = self._table.sizes[spec.axes[axis] or ""] if spec.axes else 1
+        count = 1 if paired else min(units, 2 ** max(0, math.ceil(math.log2(self._bytes(spec) / SLICE_BYTES))))
+        if count == 1:
+            yield Piece(tuple(self._paired(i, spec, leaf(m, n)) for i, (m, n) in enumerate(read)))
             return
-        units = self._table.sizes[spec.axes[axis] or ""]
-        step = max(1, units * SLICE_BYTES // self._bytes(spec))
-        for start in range(0, units, step):
-            span = slice(start, min(start + step, units))
-            found = [leaf_slice(m, n, axis, span) for m, n in zip(self.read_together, names)]
-            yield tuple(
-                np.asarray(leaf(m, n))[(slice(None),) * axis + (span,)] if part is None else np.asarray(part)
-                for part, m, n in zip(found, self.read_together, names)
-            )
+        edges = np.linspace(0, units, count + 1).astype(int)
+        whole: dict[int, np.ndarray] = {}  # leaves of models that cannot be read in slices
+        for start, stop in itertools.pairwise(map(int, edges)):
+            span, found = slice(start, stop), []
+            for i, (model, name) in enumerate(read):
+                part = None if i in whole else leaf_slice(model, name, axis, span)
+                if part is None:
+                    whole.setdefault(i, np.asarray(leaf(model, name)))
+                    part = whole[i][(slice(None),) * axis + (span,)]
+                if name.startswith("embed/") and isinstance(model, Checkpoint):
+                    model.check_tied_copy(start, stop)
+                found.append(np.asarray(part))
+            yield Piece(tuple(found), axis, start, count)
+
+    def refuse_nan(self, place: Place) -> None:
+        """Raises for a leaf that holds NaN or infinities in one of the models.
+
+        Raises:
+          CheckpointError, MergeError: always.
+        """
+        for model, name in zip(self.read_together, (place.name, *map(str, self._names_in_others(place.name)))):
+            leaf(model, name)  # a checkpoint raises, and names the tensor
+        raise MergeError(f"{place}: NaN or infinite weights, of which no share means anything")
+
+    @functools.cached_property
+    def _unchecked(self) -> tuple[ParamSource, ...]:
+        """The models that are `read_together`, not searched for NaN as they are read: the sums show it."""
+        return tuple(replace(m, refuses_nan=False) if isinstance(m, Checkpoint) else m for m in self.read_together)
 
     @functools.cached_property
     def _table(self) -> AxisTable:
@@ -160,12 +203,11 @@ class MergeModels:
     def _bytes(self, spec: LeafSpec) -> int:
         return 4 * math.prod(self._table.sizes[axis or ""] for axis in spec.axes)
 
-    def _slice_axis(self, spec: LeafSpec) -> int | None:
-        """Returns the axis on which a large leaf is sliced: one that files hold in whole pieces."""
-        if self._bytes(spec) <= SLICE_BYTES:
-            return None
-        kinds = [kind_of(axis or "") for axis in spec.axes]
-        return next((kinds.index(kind) for kind in ("expert", "vocab", "mlp", "kv_heads") if kind in kinds), None)
+    def _outermost_axis(self, name: str) -> int:
+        """Returns the axis of a leaf of the child that is outermost in the files."""
+        if not isinstance(self.child, Checkpoint):
+            return 0
+        return self.child.leaf_layouts[name].order.index(0) if self._table.leaves[name].axes else 0
 
     def _paired(self, model: int, spec: LeafSpec, found: object) -> np.ndarray:
         array = np.asarray(found)

@@ -4,17 +4,19 @@ Letters: M models read together, C columns (the child's difference from the refe
 the reference itself), R row blocks, S sampled entries, U units, F features.
 """
 
+import itertools
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 from jaxtyping import Float
 
-from tracing_jax.merges.models import MergeModels, Place
+from tracing_jax.merges.models import MergeModels, Piece, Place
+from tracing_jax.merges.products import as_float32, products
 
 BLOCKS = 16
 """Row blocks of a tensor, which the jackknife leaves out one at a time."""
@@ -22,7 +24,6 @@ SAMPLED = 4096
 """Entries of a tensor that are kept, for the choice of a method; of the experts of a layer, all together."""
 UNITS, FEATURES = 160, 512
 """Units of each MLP, and of their inputs, that are kept for the test by exchanging units."""
-_CHUNK = 2**15  # entries; all columns of it fit a core's cache
 
 
 @dataclass(frozen=True)
@@ -59,17 +60,27 @@ class Sums:
     tensors: list[TensorSums] = field(default_factory=list)
     units: dict[int, list[Float[np.ndarray, "M U F"]]] = field(default_factory=dict)
 
+    def samples_of(self, leaf: str) -> list[Float[np.ndarray, "S M"]]:
+        """Returns the sampled entries of a leaf, of its experts one after another."""
+        return [tensor.sample for tensor in self.tensors if tensor.place.name == leaf]
+
 
 def read_sums(models: MergeModels, seed: int = 0) -> Sums:
     """Returns the sums of all leaves that the models have in common, in one pass over the files."""
-    found = Sums()
+    found, tensors = Sums(), dict[Place, list[TensorSums]]()
+    units: dict[int, dict[str, list[UnitRows]]] = {}
     with ThreadPoolExecutor(2, "sums") as pool, ThreadPoolExecutor(1, "read ahead") as reader:
-        for place, leaves in _ahead(models, reader):
-            found.tensors += _sums_of(place, leaves, pool, seed)
-            found.dtype = str(leaves[0].dtype)
+        for place, piece in _ahead(models, reader):
+            for own in _sums_of(place, piece, pool, seed):
+                if not np.isfinite(own.grams).all():
+                    models.refuse_nan(place)
+                tensors.setdefault(own.place, []).append(own)
+            found.dtype = str(piece.leaves[0].dtype)
             if place.layer is not None and _describes_units(place):
-                found.units.setdefault(place.layer, []).append(_unit_rows(leaves, place, seed))
-    found.tensors = _joined(found.tensors)
+                rows = _unit_rows(piece, models.shape(place), place, seed)
+                units.setdefault(place.layer, {}).setdefault(place.name, []).append(rows)
+    found.tensors = [_joined(pieces) for pieces in tensors.values()]
+    found.units = {layer: [_assembled(pieces) for pieces in named.values()] for layer, named in units.items()}
     return found
 
 
@@ -79,13 +90,6 @@ def columns_of(sample: Float[np.ndarray, "S M"]) -> Float[np.ndarray, "C S"]:
     return np.concatenate([values[:1] - values[1], values[2:] - values[1], values[1:2]])
 
 
-def as_float32(array: np.ndarray) -> np.ndarray:
-    """Returns an array in float32; bfloat16 by its bits, several times as fast as by a cast."""
-    if array.dtype == ml_dtypes.bfloat16:
-        return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return array.astype(np.float32)
-
-
 def rounding_variance(values: np.ndarray, dtype: np.dtype) -> float:
     """Returns the mean square of the rounding errors of values that were rounded to a dtype: spacing^2 / 12."""
     info = ml_dtypes.finfo(dtype)
@@ -93,91 +97,100 @@ def rounding_variance(values: np.ndarray, dtype: np.dtype) -> float:
     return float(np.square(spacing).mean() / 12)
 
 
-def _ahead(models: MergeModels, reader: ThreadPoolExecutor) -> Iterator[tuple[Place, tuple[np.ndarray, ...]]]:
-    """Yields (place, leaf of each model); the next one is read meanwhile, and at most two are in memory."""
-    parts = ((place, leaves) for place in models.places() for leaves in models.leaves(place))
+def _ahead(models: MergeModels, reader: ThreadPoolExecutor) -> Iterator[tuple[Place, Piece]]:
+    """Yields all pieces of all leaves; the next one is read meanwhile, and at most two are in memory."""
+    parts = ((place, piece) for place in models.places() for piece in models.pieces(place))
     pending = reader.submit(next, parts, None)
     while (found := pending.result()) is not None:
         pending = reader.submit(next, parts, None)
         yield found
 
 
-def _in_file_order(leaves: Sequence[Any]) -> tuple[list[np.ndarray], tuple[int, ...]]:
-    """Returns the leaves with their axes in the order that the child has them in memory, and that order."""
+def _in_file_order(leaves: Sequence[Any]) -> list[np.ndarray]:
+    """Returns the leaves with their axes in the order that the child has them in memory."""
     arrays = [np.asarray(leaf) for leaf in leaves]
     order = tuple(int(axis) for axis in np.argsort([-stride for stride in arrays[0].strides], kind="stable"))
-    return [np.ascontiguousarray(array.transpose(order)) for array in arrays], order
+    return [np.ascontiguousarray(array.transpose(order)) for array in arrays]
 
 
-def _sums_of(place: Place, leaves: Sequence[Any], pool: ThreadPoolExecutor, seed: int) -> list[TensorSums]:
-    arrays, _ = _in_file_order(leaves)
+def _sums_of(place: Place, piece: Piece, pool: ThreadPoolExecutor, seed: int) -> list[TensorSums]:
+    arrays = _in_file_order(piece.leaves)
+    generator = np.random.default_rng([seed, zlib.crc32(str(place).encode()), piece.start])
     if place.role != "expert":
-        return [_tensor_sums(place, arrays, SAMPLED, pool, seed)]
+        return [_tensor_sums(place, arrays, -(-BLOCKS // piece.slices), -(-SAMPLED // piece.slices), pool, generator)]
     E = len(arrays[0])  # experts are the outermost axis of files and of leaves
+    sampled = max(64, SAMPLED // (E * piece.slices))
     return [
-        _tensor_sums(place._replace(expert=e), [a[e] for a in arrays], max(64, SAMPLED // E), pool, seed)
+        _tensor_sums(place._replace(expert=piece.start + e), [a[e] for a in arrays], BLOCKS, sampled, pool, generator)
         for e in range(E)
     ]
 
 
 def _tensor_sums(
-    place: Place, arrays: Sequence[np.ndarray], sampled: int, pool: ThreadPoolExecutor, seed: int
+    place: Place,
+    arrays: Sequence[np.ndarray],
+    blocks: int,
+    sampled: int,
+    pool: ThreadPoolExecutor,
+    generator: np.random.Generator,
 ) -> TensorSums:
     width = arrays[0].shape[-1] if arrays[0].ndim > 1 else 1
     flat = [array.reshape(-1) for array in arrays]
     rows = len(flat[0]) // width
-    edges = [int(edge) * width for edge in np.linspace(0, rows, min(BLOCKS, rows) + 1)]
-    grams = np.stack(list(pool.map(lambda i: _gram(flat, edges[i], edges[i + 1]), range(len(edges) - 1))))
-    generator = np.random.default_rng([seed, zlib.crc32(str(place).encode())])
+    edges = [int(edge) * width for edge in np.linspace(0, rows, min(blocks, rows) + 1)]
+    # Every block in two halves, so that both cores have work where a slice is one block.
+    halves = [(start, start + (stop - start) // 2, stop) for start, stop in itertools.pairwise(edges)]
+    spans = [span for start, middle, stop in halves for span in ((start, middle), (middle, stop))]
+    grams = np.stack(list(pool.map(lambda span: products(flat, *span), spans)))
+    grams = grams.reshape(-1, 2, *grams.shape[1:]).sum(1)
     drawn = np.sort(generator.choice(len(flat[0]), min(sampled, len(flat[0])), replace=False, shuffle=False))
     sample = np.stack([as_float32(array[drawn]) for array in flat], axis=1)
+    rounding = rounding_variance(sample[:, 0], flat[0].dtype)
+    return TensorSums(place, grams, np.diff(edges).astype(float), sample, rounding)
+
+
+def _joined(pieces: Sequence[TensorSums]) -> TensorSums:
+    """Returns a tensor of its slices, in as many blocks as it would have in one piece."""
+    if len(pieces) == 1:
+        return pieces[0]
+    grams, counts = np.concatenate([own.grams for own in pieces]), np.concatenate([own.counts for own in pieces])
+    first = np.linspace(0, len(grams), min(BLOCKS, len(grams)) + 1).astype(int)[:-1]
+    entries = np.array([own.counts.sum() for own in pieces])
     return TensorSums(
-        place, grams, np.diff(edges).astype(float), sample, rounding_variance(sample[:, 0], flat[0].dtype)
+        pieces[0].place,
+        np.add.reduceat(grams, first),
+        np.add.reduceat(counts, first),
+        np.concatenate([own.sample for own in pieces]),
+        float(np.array([own.rounding for own in pieces]) @ entries / entries.sum()),
     )
-
-
-def _gram(flat: Sequence[np.ndarray], start: int, stop: int) -> np.ndarray:
-    M = len(flat)
-    total = np.zeros((M, M))
-    for at in range(start, stop, _CHUNK):
-        span = slice(at, min(at + _CHUNK, stop))
-        columns = np.empty((M, span.stop - at))
-        columns[-1] = as_float32(flat[1][span])
-        for column, array in zip(columns, (flat[0], *flat[2:])):
-            np.subtract(as_float32(array[span]), columns[-1], out=column)
-        total += columns @ columns.T
-    return total
-
-
-def _joined(tensors: list[TensorSums]) -> list[TensorSums]:
-    """Returns the tensors, slices of one joined to as many blocks as they have together."""
-    found: dict[Place, TensorSums] = {}
-    for own in tensors:
-        if other := found.get(own.place):
-            found[own.place] = TensorSums(
-                own.place,
-                np.concatenate([other.grams, own.grams]),
-                np.concatenate([other.counts, own.counts]),
-                np.concatenate([other.sample, own.sample]),
-                (other.rounding + own.rounding) / 2,
-            )
-        else:
-            found[own.place] = own
-    return list(found.values())
 
 
 def _describes_units(place: Place) -> bool:
     return place.role in ("mlp", "expert") and place.name.endswith(("up_proj/kernel", "gate_proj/kernel"))
 
 
-def _unit_rows(leaves: Sequence[Any], place: Place, seed: int) -> Float[np.ndarray, "M U F"]:
+class UnitRows(NamedTuple):
+    """What a piece has of the rows of the units that are kept, and the axis on which the leaf is sliced."""
+
+    values: Float[np.ndarray, "M U F"]
+    axis: int
+
+
+def _unit_rows(piece: Piece, shape: Sequence[int], place: Place, seed: int) -> UnitRows:
     """Returns what some units of the MLP, of a mixture those of one expert, have for some features."""
-    arrays = [np.asarray(leaf) for leaf in leaves]
+    *experts, D, F = shape
     generator = np.random.default_rng([seed, place.layer or 0])  # the same units of gate and up
-    if arrays[0].ndim == 3:
-        expert = int(generator.integers(len(arrays[0])))
-        arrays = [array[expert] for array in arrays]
-    D, F = arrays[0].shape
+    chosen = [np.array([int(generator.integers(E))]) for E in experts]
     units = np.sort(generator.permutation(F)[:UNITS])
-    features = np.sort(generator.permutation(D)[:FEATURES])
-    return np.stack([as_float32(array[np.ix_(features, units)]).T for array in arrays])
+    chosen += [np.sort(generator.permutation(D)[:FEATURES]), units]
+    here, size = chosen[piece.axis] - piece.start, piece.leaves[0].shape[piece.axis]
+    chosen[piece.axis] = here[(here >= 0) & (here < size)]
+    values = np.stack([as_float32(np.asarray(leaf)[np.ix_(*chosen)]) for leaf in piece.leaves])
+    if experts:
+        values = values.reshape(len(values), -1, values.shape[-1])  # none where another piece has the expert
+    return UnitRows(values.swapaxes(1, 2), 2 if piece.axis < len(shape) - 1 else 1)
+
+
+def _assembled(pieces: Iterable[UnitRows]) -> Float[np.ndarray, "M U F"]:
+    found = list(pieces)
+    return np.concatenate([rows.values for rows in found], axis=found[0].axis)
