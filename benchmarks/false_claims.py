@@ -1,14 +1,15 @@
 """Can an independent model be made to look related, without changing what it computes? False alarms under forgery.
 
     python -m benchmarks.false_claims --zoo_dir=zoo --pairs=20
+    python -m benchmarks.false_claims --zoo_dir=zoo --models=no_gate,experts --pairs=6
 
-Independently trained models of the zoo `tiny` are taken in pairs; every forgery of `forgeries.py` is made of each pair,
+Independently trained models of a zoo are taken in pairs; every forgery of `forgeries.py` is made of each pair,
 and every test and the verdict computed. None of the pairs is related: every alarm is false. Models that share a
 tokenizer, a text and an architecture are the hard case.
 """
 
 import collections
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,21 +21,24 @@ from benchmarks.descendants import texts
 from benchmarks.environment import OUT_DIR, ZOO_DIR, machine, use_all_cores
 from benchmarks.forgeries import forgeries, on_device, on_host
 from benchmarks.intervals import clopper_pearson
+from benchmarks.results import markdown_table
 from benchmarks.seeds import RECIPES, Zoo, zoo
 from tracing_jax import options
 from tracing_jax.data import paired_one_to_one
 from tracing_jax.options import RunOptions
 from tracing_jax.record import write_json
-from tracing_jax.report import text_table
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory
 from tracing_jax.statistics import (
     AUTO,
+    AUTO_BY_DEPTH,
+    AUTO_BY_EXPERTS,
     AUTO_WITH_TEXT,
     Pair,
     Statistic,
     Vocabularies,
     hidden_by,
+    inactive_layers,
     make_statistic,
     verdict,
 )
@@ -43,10 +47,11 @@ from tracing_jax.tree import Tree
 LEVEL = 1e-3
 STATISTICS: Mapping[str, Statistic] = {
     name: make_statistic(name, RunOptions(csh=options.Csh(blocks=8, block_size=64)))
-    for name in (*AUTO, *AUTO_WITH_TEXT)
+    for name in (*AUTO, *AUTO_WITH_TEXT, AUTO_BY_DEPTH, AUTO_BY_EXPERTS)
 }
 
 _PAIRS = flags.DEFINE_integer("pairs", 20, "pairs of models, no model in two of them")
+_MODELS = flags.DEFINE_list("models", ["tiny"], f"zoos that the pairs come from, of {', '.join(RECIPES)}")
 _ROWS = flags.DEFINE_multi_string("rows", [], "only forgeries with these words in their name; all by default")
 
 
@@ -57,46 +62,53 @@ def judge(base: InMemory, other: InMemory, blocks: np.ndarray, unused: np.ndarra
     pair = Pair(base, other, vocabularies, blocks, Compute(make_mesh(), 32), seed,
                 blocks=paired_one_to_one(blocks, blocks))  # fmt: skip
     found, results = {}, {}
+    may_be_moved = bool(inactive_layers(base) or inactive_layers(other))
+    needless = set() if may_be_moved or base.arch.num_layers != other.arch.num_layers else {AUTO_BY_DEPTH}
+    needless |= set() if base.arch.num_experts else {AUTO_BY_EXPERTS}
     for name, statistic in STATISTICS.items():
-        if statistic.not_applicable(base.arch, other.arch, vocabularies):
+        if name in needless or statistic.not_applicable(base.arch, other.arch, vocabularies):
             continue
         result = statistic.compute(pair)
-        result = replace(result, blind_to=hidden_by(name, base.arch, other.arch))
+        result = replace(result, blind_to=hidden_by(name, base.arch, other.arch, may_be_moved))
         results[name] = result
         firm = result.log10_p if result.firm_log10_p is None else result.firm_log10_p
         found[name] = 0.0 if firm is None else firm
     return found | {"verdict": verdict(results, LEVEL).verdict}
 
 
-def main(argv: list[str]) -> None:
-    """Measures, prints a table and writes it."""
-    del argv
-    use_all_cores()
-    models = zoo(RECIPES["tiny"], ZOO_DIR.value)
-    params, blocks = models.models(1.0), models.held_out
-    unused = _unused_tokens(models)
-    alarms: dict[str, collections.Counter[str]] = {}
-    least: dict[str, float] = {}
+def forged_pairs(models: Zoo) -> Iterator[tuple[str, list[dict[str, float | str]]]]:
+    """Yields for each forgery, and for none, its name and what `judge` finds on every pair of models of a zoo."""
+    params, blocks, unused = models.models(1.0), models.held_out, _unused_tokens(models)
     named = {"none": lambda base, other, generator: (base, other), **forgeries(models.arch, unused)}
     for name, forge in named.items():
         if _ROWS.value and not any(word in name for word in _ROWS.value):
             continue
-        counts = alarms.setdefault(name, collections.Counter())
+        found = []
         for i in range(_PAIRS.value):
             pair = [on_host(InMemory(models.arch, _member(params, 2 * i + side))) for side in (0, 1)]
             forged = [on_device(m) for m in forge(pair[0], pair[1], np.random.default_rng([7, i]))]
-            found = judge(forged[0], forged[1], blocks, unused, i)
-            counts[str(found["verdict"])] += 1
-            ps = {test: p for test, p in found.items() if not isinstance(p, str)}
-            counts.update(test for test, p in ps.items() if p < np.log10(LEVEL))
-            least[name] = min(least.get(name, 0.0), *ps.values())
-        print(name, dict(counts), flush=True)
-    columns = [*STATISTICS, "related"]
-    rows = [[name, *(counts[column] for column in columns), round(least[name], 1)] for name, counts in alarms.items()]
-    print(text_table(rows, ["forgery", *columns, "least log10 p"]))
-    made = len(alarms) * _PAIRS.value
-    related = sum(counts["related"] for counts in alarms.values())
-    print(f"{related} of {made} called related; {clopper_pearson(related, made)}; {machine()['summary']}")
+            found.append(judge(forged[0], forged[1], blocks, unused, i))
+        yield name, found
+
+
+def main(argv: list[str]) -> None:
+    """Measures, prints a table and writes it."""
+    del argv
+    use_all_cores()
+    rows = []
+    for models in _MODELS.value:
+        for name, found in forged_pairs(zoo(RECIPES[models], ZOO_DIR.value)):
+            ps = [p for pair in found for test, p in pair.items() if test != "verdict"]
+            alarms = sum(float(p) < np.log10(LEVEL) for p in ps)
+            verdicts = collections.Counter(str(pair["verdict"]).replace("_", " ") for pair in found)
+            words = ", ".join(f"{word}: {count}" for word, count in sorted(verdicts.items()))
+            rows.append([models, name, f"{alarms} of {len(ps)}", words, f"{min(map(float, ps)):.1f}"])
+            print(rows[-1], flush=True)
+    print(markdown_table(("models", "change", "alarms of all tests", "verdicts", "least log10 p"), rows))
+    made, related = len(rows) * _PAIRS.value, sum("related" in row[3] for row in rows)
+    print(
+        f"rows with a pair called related: {related}; {made} pairs; {clopper_pearson(0, made)}; {machine()['summary']}"
+    )
     out = Path(OUT_DIR.value)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "false_claims.json", {"machine": machine(), "pairs": _PAIRS.value, "rows": rows})

@@ -1,9 +1,9 @@
 """What makes independent models look related without changing what they compute: habits of tools, and intent.
 
-Each forgery takes two models and a random generator, and returns both after it; their functions are kept. Models have
-a gated MLP, no biases, and weights in float32.
+Each forgery takes two models and a random generator, and returns both after it; their functions are kept. Weights are
+in float32; `forgeries` says which there are for models of an architecture.
 
-Letters: F MLP units, D features, V tokens.
+Letters: F MLP units, D features, V tokens, E experts.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,6 +25,7 @@ Models = tuple[InMemory, InMemory]
 Forgery = Callable[[InMemory, InMemory, np.random.Generator], Models]
 
 _OUT = "down_proj"
+_OUT_OF_HEADS = "o_proj"
 
 
 def sorted_units(by: str) -> Forgery:
@@ -47,9 +48,9 @@ def widened(copies: int) -> Forgery:
 
     def widen(model: InMemory) -> InMemory:
         def leaf(name: str, weights: np.ndarray) -> np.ndarray:
-            if "/mlp/" not in name:
+            if "/mlp/" not in name or name.endswith(f"{_OUT}/bias"):
                 return weights
-            repeated = np.repeat(weights, copies, axis=0 if _OUT in name else 1)
+            repeated = np.repeat(weights, copies, axis=0 if _OUT in name else -1)
             return repeated / np.float32(copies) if _OUT in name else repeated
 
         return InMemory(replace(model.arch, mlp_dim=copies * model.arch.mlp_dim), map_named(leaf, model.params))
@@ -57,33 +58,84 @@ def widened(copies: int) -> Forgery:
     return lambda base, other, generator: (widen(base), widen(other))
 
 
-def planted(count: int, output: float = 0.0, paired: bool = False) -> Forgery:
+def planted(count: int, output: float = 0.0, paired: bool = False, closed: bool = False) -> Forgery:
     """Returns the forgery that adds units of base to the other model, at random places.
 
     Args:
-      count: units of each layer, of which gate and up rows are copied.
+      count: units of each layer, of which the rows that read are copied.
       output: the size of their down rows, as a share of the others'.
       paired: whether each is added twice, with opposite down rows as large as the others'.
+      closed: whether a bias of -1e4 keeps them closed, with down rows as large as the others'.
     """
 
     def forge(base: InMemory, other: InMemory, generator: np.random.Generator) -> Models:
+        if closed:
+            base, other = _with_mlp_biases(base), _with_mlp_biases(other)
         F, D = base.arch.mlp_dim, base.arch.embed_dim
         leaves, source = dict(flatten(other.params)), flatten(base.params)
+        times = 2 if paired else 1
         for i in range(base.arch.num_layers):
-            taken = generator.permutation(F)[:count]
+            taken, mlp = generator.permutation(F)[:count], f"layers/{i}/mlp"
             rows = generator.standard_normal((count, D)).astype(np.float32)
-            names = {name: f"layers/{i}/mlp/{name}_proj/kernel" for name in ("gate", "up", "down")}
-            rows *= np.linalg.norm(leaves[names["down"]], axis=1).mean() / np.sqrt(D) * (1.0 if paired else output)
-            order = generator.permutation(F + count * (2 if paired else 1))
-            for name in ("gate", "up"):
-                added = source[names[name]][:, taken]
-                columns = [leaves[names[name]], added, *([added] if paired else [])]
-                leaves[names[name]] = np.concatenate(columns, axis=1)[:, order]
-            leaves[names["down"]] = np.concatenate([leaves[names["down"]], rows, *([-rows] if paired else [])])[order]
-        width = F + count * (2 if paired else 1)
+            size = np.linalg.norm(leaves[f"{mlp}/{_OUT}/kernel"], axis=1).mean() / np.sqrt(D)
+            rows *= size * (1.0 if paired or closed else output)
+            order = generator.permutation(F + count * times)
+            for name in ("gate", "up") if base.arch.gated else ("up",):
+                for leaf in ("kernel", "bias"):
+                    if (own := f"{mlp}/{name}_proj/{leaf}") in leaves:
+                        added = [source[own][..., taken]] * times
+                        leaves[own] = np.concatenate([leaves[own], *added], axis=-1)[..., order]
+            if closed:
+                bias = leaves[f"{mlp}/{'gate' if base.arch.gated else 'up'}_proj/bias"]
+                bias[order >= F] = -1e4
+            added = [rows, -rows] if paired else [rows]
+            leaves[f"{mlp}/{_OUT}/kernel"] = np.concatenate([leaves[f"{mlp}/{_OUT}/kernel"], *added])[order]
+        width = F + count * times
         return base, InMemory(replace(other.arch, mlp_dim=width), unflatten(leaves))
 
     return forge
+
+
+def layers_added(base: InMemory, other: InMemory, generator: np.random.Generator) -> Models:
+    """Returns the models after base's layers were put behind the other's, where what they write is next to nothing."""
+
+    def leaf(name: str, weights: np.ndarray) -> np.ndarray:
+        writes = name.startswith((f"attn/{_OUT_OF_HEADS}/", f"mlp/{_OUT}/"))
+        return weights * np.float32(1e-7) if writes else weights
+
+    count = base.arch.num_layers
+    added = {str(count + i): map_named(leaf, base.layer(i)) for i in range(count)}
+    params = {**other.params, "layers": {**other.params["layers"], **added}}
+    return base, InMemory(other.arch.with_layers([*range(count), *range(count)]), params)
+
+
+def experts_added(base: InMemory, other: InMemory, generator: np.random.Generator) -> Models:
+    """Returns the models after base's experts were added to the other's layers, where no token is sent to them."""
+    arch = replace(other.arch, router=replace(other.arch.router, bias=True))
+    E, source = arch.num_experts or 0, flatten(base.params)
+
+    def leaf(name: str, weights: np.ndarray) -> np.ndarray:
+        if "/mlp/" not in name or "shared" in name:
+            return weights
+        return np.concatenate([weights, source[name]], axis=1 if "router" in name else 0)
+
+    leaves = {name: leaf(name, weights) for name, weights in flatten(other.params).items()}
+    bias = np.repeat(np.array([0, -1e4], np.float32), E)
+    leaves |= {f"layers/{i}/mlp/router/bias": bias for i in range(arch.num_layers)}
+    biased = replace(base.arch, router=arch.router)
+    zeros = {f"layers/{i}/mlp/router/bias": np.zeros(E, np.float32) for i in range(arch.num_layers)}
+    return InMemory(biased, unflatten({**source, **zeros})), InMemory(
+        replace(arch, num_experts=2 * E), unflatten(leaves)
+    )
+
+
+def _with_mlp_biases(model: InMemory) -> InMemory:
+    """Returns a model whose MLPs have biases, of zero where it had none; its leaves may be changed."""
+    leaves = {name: np.array(leaf) for name, leaf in flatten(model.params).items()}
+    for name, leaf in list(leaves.items()):
+        if "/mlp/" in name and name.endswith("kernel"):
+            leaves.setdefault(name.replace("kernel", "bias"), np.zeros(leaf.shape[-1], np.float32))
+    return InMemory(replace(model.arch, mlp_bias=True), unflatten(leaves))
 
 
 def ordered_like_base(read: str) -> Forgery:
@@ -161,22 +213,32 @@ def on_one_grid(bits: int) -> Forgery:
 
 
 def forgeries(arch: Arch, unused: Int[np.ndarray, " _"]) -> Mapping[str, Forgery]:
-    """Returns the forgeries by name; `unused` are tokens that no text has."""
+    """Returns the forgeries of models of this architecture by name; `unused` are tokens that no text has."""
+    of_any: Mapping[str, Forgery] = {
+        "features ordered like the other's": features_like_base,
+        "heads ordered like the other's": heads_like_base,
+        **({"basis turned to the other's": basis_like_base} if arch.norm == "rms" else {}),
+        **({} if GainSetting.unsupported(arch) else {"gains of the other": gains_like_base}),
+        "layers of the other that do nothing": layers_added,
+        f"{len(unused)} unused tokens of the other": tokens_copied(unused),
+        "both rounded to one grid of 4 bits": on_one_grid(4),
+    }
+    if arch.num_experts:
+        return {"experts of the other that no token reaches": experts_added, **of_any}
     few, some, many = (max(2, arch.mlp_dim // share) for share in (8, 4, 2))
+    reading = ("gate", "up") if arch.gated else ("up",)
     return {
-        **{f"units in order of {name}": sorted_units(f"{name}_proj") for name in ("gate", "up", "down")},
+        **{f"units in order of {name}": sorted_units(f"{name}_proj") for name in (*reading, "down")},
         **{f"units copied, {n} each": widened(n) for n in (2, 4, 8)},
         **{f"{n} dead units of the other": planted(n) for n in (few, some, many)},
         f"{some} units of the other that cancel": planted(some, paired=True),
         f"{some} nearly dead units of the other": planted(some, output=1e-3),
-        "units ordered like the other's, by up": ordered_like_base("up_proj"),
-        "units ordered like the other's, by gate": ordered_like_base("gate_proj"),
-        "features ordered like the other's": features_like_base,
-        "heads ordered like the other's": heads_like_base,
-        "basis turned to the other's": basis_like_base,
-        "gains of the other": gains_like_base,
-        f"{len(unused)} unused tokens of the other": tokens_copied(unused),
-        "both rounded to one grid of 4 bits": on_one_grid(4),
+        f"{some} units of the other, closed by a bias": planted(some, closed=True),
+        **{
+            f"units ordered like the other's, by {name}": ordered_like_base(f"{name}_proj")
+            for name in reversed(reading)
+        },
+        **of_any,
     }
 
 

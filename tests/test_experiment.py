@@ -421,15 +421,15 @@ def test_random_tokens_are_those_of_both_vocabularies(family, tmp_path):
 
 
 def test_auto_is_fixed_by_the_options_and_the_shapes():
-    """A text adds tests of activations, unequal depth the one that assigns layers, and width leaves the costly out."""
+    """A text adds tests of activations, experts the one that assigns MLPs, and width leaves the costly out."""
     without, with_text = (RunOptions(stat=("auto",), dataset=text) for text in (None, "demo"))
     assert set(statistic_names(with_text)) - set(statistic_names(without)) == {"csh"}
     arch = tiny.qwen3_gqa()
     deep, wide = dataclasses.replace(arch, num_layers=3), dataclasses.replace(arch, embed_dim=2048)
     every = make_statistics(without)
-    assert set(every) - set(without_needless(without, every, arch, arch)) == {"match_all", "match_mlps"}
+    assert set(every) - set(without_needless(without, every, arch, arch)) == {"match_mlps"}
     assert without_needless(without, every, tiny.mixtral(), deep) == every
-    costly = {"match_all", "match_mlps", "csu_procrustes", "match_crossfit"}
+    costly = {"match_mlps", "csu_procrustes", "match_crossfit"}
     assert set(every) - set(without_needless(without, every, wide, wide)) == costly
     asked = dataclasses.replace(without, stat=("auto", "match_all"))
     assert "match_all" in without_needless(asked, every, arch, arch)

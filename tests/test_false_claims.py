@@ -8,7 +8,17 @@ import pytest
 import tiny
 from cases import slow
 
-from benchmarks.forgeries import forgeries, on_device, on_host, ordered_like_base, planted, sorted_units, widened
+from benchmarks.forgeries import (
+    experts_added,
+    forgeries,
+    layers_added,
+    on_device,
+    on_host,
+    ordered_like_base,
+    planted,
+    sorted_units,
+    widened,
+)
 from tracing_jax.data import paired_one_to_one
 from tracing_jax.forward import logits
 from tracing_jax.models import init_params
@@ -21,6 +31,9 @@ from tracing_jax.statistics.csh import Csh
 from tracing_jax.statistics.csu import Csu
 from tracing_jax.statistics.distinct_units import distinct_units
 from tracing_jax.statistics.match import Match
+from tracing_jax.statistics.match_all import MatchAll
+from tracing_jax.statistics.match_io import MatchIo
+from tracing_jax.statistics.match_mlps import MatchMlps
 from tracing_jax.statistics.match_moments import MatchMoments
 
 F = 64
@@ -59,13 +72,19 @@ def firm_log10_p(statistic, base, other):
 
 
 FORGERIES = forgeries(ARCH, IDS[-6:])
+OTHERS = {"no gate": tiny.gpt2(mlp_dim=32), "experts": tiny.mixtral()}
+CASES = [
+    *(("gated", name) for name in FORGERIES),
+    *((kind, name) for kind, arch in OTHERS.items() for name in forgeries(arch, IDS[-6:])),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in FORGERIES if "rounded" not in name])
-def test_a_forgery_keeps_both_functions(name):
-    base, other = model(0), model(1)
-    for before, after in zip((base, other), FORGERIES[name](base, other, np.random.default_rng(0))):
+@pytest.mark.parametrize(("kind", "name"), [case for case in CASES if "rounded" not in case[1]])
+def test_a_forgery_keeps_both_functions(kind, name):
+    base, other = (model(i) if kind == "gated" else on_host(tiny.model(OTHERS[kind], i)) for i in (0, 1))
+    forge = forgeries(base.arch, IDS[-6:])[name]
+    for before, after in zip((base, other), forge(base, other, np.random.default_rng(0))):
         tokens = TOKENS if "token" not in name else np.minimum(TOKENS, 54)  # those that stay as they were
         moved = np.abs(predicted(after, tokens) - predicted(before, tokens))
         if "token" in name:
@@ -77,12 +96,39 @@ def test_a_forgery_keeps_both_functions(name):
 @pytest.mark.parametrize("statistic", TESTS, ids=lambda statistic: type(statistic).__name__)
 @pytest.mark.parametrize(
     "forge",
-    [planted(32), planted(16, paired=True), planted(32, output=1e-3), widened(4), ordered_like_base("up_proj")],
-    ids=["dead", "cancelling", "nearly dead", "copied", "ordered"],
+    [
+        planted(32),
+        planted(32, closed=True),
+        planted(16, paired=True),
+        planted(32, output=1e-3),
+        widened(4),
+        ordered_like_base("up_proj"),
+    ],
+    ids=["dead", "closed", "cancelling", "nearly dead", "copied", "ordered"],
 )
 def test_no_forgery_makes_independent_models_related(statistic, forge, seed):
     forged = forge(model(2 * seed), model(2 * seed + 1), np.random.default_rng(seed))
     assert firm_log10_p(statistic, *forged) > -3
+
+
+@pytest.mark.parametrize(
+    ("statistic", "forge", "arch"),
+    [
+        (Csu(), planted(32, closed=True), tiny.gpt2(mlp_dim=F)),
+        (MatchIo(), planted(32, closed=True), tiny.gpt2(mlp_dim=F)),
+        (MatchAll(forms=("weights",)), layers_added, ARCH),
+        (MatchMoments(), layers_added, ARCH),
+        (MatchMlps(), experts_added, tiny.mixtral(mlp_dim=F)),
+        (Csu(), experts_added, tiny.mixtral(mlp_dim=F)),
+    ],
+    ids=lambda value: getattr(value, "family", getattr(value, "__name__", type(value).__name__)),
+)
+def test_what_no_token_reaches_is_no_evidence(statistic, forge, arch):
+    """Units that a bias keeps closed, layers that write next to nothing, and experts behind all others."""
+    base, other = (on_host(tiny.model(arch, seed)) for seed in (0, 1))
+    base, forged = forge(base, other, np.random.default_rng(0))
+    assert firm_log10_p(statistic, base, forged) > -3
+    assert firm_log10_p(statistic, base, model(5, 0.1, base)) < -3  # the test sees a relation where there is one
 
 
 KEPT = {"copied": widened(4), "sorted": sorted_units("up_proj")}

@@ -18,13 +18,23 @@ from tracing_jax.experiment.inputs import RunInputs, inapplicable
 from tracing_jax.experiment.loading import check_disguise, load_pair, permute_ft
 from tracing_jax.experiment.memory import Placement
 from tracing_jax.experiment.metadata import alignment_facts, model_facts_in_background
-from tracing_jax.experiment.validation import asked_names
+from tracing_jax.experiment.validation import asked_names, is_asked_by_name
 from tracing_jax.forward import token_losses
 from tracing_jax.options import RunOptions
 from tracing_jax.progress import working
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sources import ParamSource
-from tracing_jax.statistics import Identity, Pair, Result, Statistic, hidden_by, scope_of, verdict
+from tracing_jax.statistics import (
+    AUTO_BY_DEPTH,
+    Identity,
+    Pair,
+    Result,
+    Statistic,
+    hidden_by,
+    inactive_layers,
+    scope_of,
+    verdict,
+)
 
 
 @dataclass
@@ -106,6 +116,7 @@ def run_steps(
             with timer.step("permute"):
                 pair, found.permutation = permute_ft(options, pair)
         with timer.step("statistic"):
+            inputs = _without_needless_layer_map(options, inputs, pair)
             found.before = _compute(inputs, pair, inputs.not_applicable)
         if options.claim:
             with timer.step("claim"):
@@ -138,6 +149,25 @@ def _judged(options: RunOptions, inputs: RunInputs, pair: Pair, found: Findings)
     return judge(options.claim, given)
 
 
+def _without_needless_layer_map(options: RunOptions, inputs: RunInputs, pair: Pair) -> RunInputs:
+    """Returns the inputs without the statistic that maps layers, if `auto` alone asks for it and they keep their index.
+
+    What decides is found in each model by itself: the tests stay fixed before the models are compared.
+    """
+    if (
+        AUTO_BY_DEPTH not in inputs.statistics
+        or is_asked_by_name(options, AUTO_BY_DEPTH)
+        or pair.base.arch.num_layers != pair.ft.arch.num_layers
+        or _layers_may_be_moved(pair)
+    ):
+        return inputs
+    return replace(inputs, statistics={n: s for n, s in inputs.statistics.items() if n != AUTO_BY_DEPTH})
+
+
+def _layers_may_be_moved(pair: Pair) -> bool:
+    return bool(inactive_layers(pair.base) or inactive_layers(pair.ft))
+
+
 def _compute(inputs: RunInputs, pair: Pair, not_applicable: Mapping[str, str]) -> dict[str, Result]:
     """Steps 3 and 5: every statistic that applies; of the others the reason."""
     results = {}
@@ -156,7 +186,8 @@ def _computed_or_restored(name: str, statistic: Statistic, pair: Pair) -> Result
     fields: dict[str, Any] | None = run_cache.load(dict, name)
     if fields is not None:
         return Result.restored(fields, run_cache.load_arrays(name) or {})
-    result = replace(statistic.compute(pair), blind_to=hidden_by(name, pair.base.arch, pair.ft.arch))
+    hidden = hidden_by(name, pair.base.arch, pair.ft.arch, _layers_may_be_moved(pair))
+    result = replace(statistic.compute(pair), blind_to=hidden)
     if result.arrays:
         run_cache.save_arrays(lambda: result.arrays, name)
     run_cache.save(result.as_dict(), name)

@@ -93,12 +93,19 @@ def with_sample_text(options: RunOptions) -> RunOptions:
 def without_needless(
     options: RunOptions, statistics: dict[str, Statistic], base: Arch, ft: Arch
 ) -> dict[str, Statistic]:
-    """Returns the statistics without those that `auto` runs on models of other shapes alone: depth, experts, width."""
-    needless = {AUTO_BY_DEPTH} if base.num_layers == ft.num_layers else set()
-    needless |= set() if base.num_experts or ft.num_experts else {AUTO_BY_EXPERTS}
+    """Returns the statistics without those that `auto` runs on models of other shapes alone: experts, width."""
+    needless = set() if base.num_experts or ft.num_experts else {AUTO_BY_EXPERTS}
     needless |= set(AUTO_SMALL) if max(base.embed_dim, ft.embed_dim) > SMALL_WIDTH else set()
-    asked = REGISTRY if "all" in options.stat else options.stat
-    return {name: statistic for name, statistic in statistics.items() if name in asked or name not in needless}
+    return {
+        name: statistic
+        for name, statistic in statistics.items()
+        if is_asked_by_name(options, name) or name not in needless
+    }
+
+
+def is_asked_by_name(options: RunOptions, name: str) -> bool:
+    """Returns whether a statistic is asked for by its name or by `all`, and not for the sake of a verdict alone."""
+    return name in (REGISTRY if "all" in options.stat else options.stat)
 
 
 def with_fitting_blocks(options: RunOptions, base: Arch, ft: Arch) -> tuple[RunOptions, list[str]]:

@@ -1,11 +1,12 @@
 """`ParamSource`: a model's params, subtree by subtree. Sources wrap one another lazily."""
 
 from tracing_jax.sources.lazy_leaves import leaf, params_of
-from tracing_jax.sources.mlps import MlpsAsLayers, mlp_places, one_mlp
+from tracing_jax.sources.mlps import MlpsAsLayers, mlp_places, one_mlp, origin
 from tracing_jax.sources.prefetch import PrefetchingSource
 from tracing_jax.sources.source import (
     InMemory,
     ParamSource,
+    has_embeddings,
     in_memory,
     is_resident,
     part,
@@ -22,11 +23,13 @@ __all__ = [
     "ParamSource",
     "PrefetchingSource",
     "Submodel",
+    "has_embeddings",
     "in_memory",
     "is_resident",
     "leaf",
     "mlp_places",
     "one_mlp",
+    "origin",
     "params_of",
     "part",
     "parts",

@@ -35,7 +35,29 @@ def mlp_places(arch: Arch) -> list[Place]:
     return places
 
 
-def one_mlp(source: ParamSource, layer: int, expert: int | None) -> InMemory:
+@dataclass(frozen=True)
+class OneMlp(InMemory):
+    """A model whose only layer is an MLP of another.
+
+    Attributes:
+      source: the other model.
+      place: of the MLP in it.
+    """
+
+    source: ParamSource
+    place: Place
+
+
+def origin(source: ParamSource, layer: int) -> tuple[ParamSource, Place]:
+    """Returns the model that the MLP of a layer belongs to, and its place there; the source itself if it is no view."""
+    if isinstance(source, OneMlp):
+        return source.source, source.place
+    if isinstance(source, MlpsAsLayers):
+        return source.source, source.places[layer]
+    return source, (layer, None)
+
+
+def one_mlp(source: ParamSource, layer: int, expert: int | None) -> OneMlp:
     """Returns a model whose only layer is one MLP of another, with the norms around it; it has no attention.
 
     Args:
@@ -54,7 +76,7 @@ def one_mlp(source: ParamSource, layer: int, expert: int | None) -> InMemory:
             leaves[own_name] = _of_expert(source, name, expert if own.startswith("mlp/") else None)
     width = arch.mlp_dim_of(layer)
     dense = replace(arch.with_layers([layer]), mlp_dim=width, layer_mlp_dims=(), **_DENSE)
-    return InMemory(dense, {"layers": {"0": unflatten(leaves)}})
+    return OneMlp(dense, {"layers": {"0": unflatten(leaves)}}, source, (layer, expert))
 
 
 def _of_expert(source: ParamSource, name: str, expert: int | None) -> Any:

@@ -104,6 +104,11 @@ def is_resident(source: ParamSource) -> bool:
     return isinstance(source, InMemory)
 
 
+def has_embeddings(source: ParamSource) -> bool:
+    """Returns whether embeddings can be read, which parts of models in memory may lack."""
+    return not isinstance(source, InMemory) or bool(source.params.get("embed"))
+
+
 def in_memory(source: ParamSource, description: str = "reading") -> InMemory:
     """Returns the source with all its subtrees read once and kept, under a progress bar."""
     if isinstance(source, InMemory):

@@ -25,6 +25,7 @@ from tracing_jax.statistics.needs import FORWARD, NEEDS, needs_not_applicable
 from tracing_jax.statistics.perm_mode_l2 import PermModeL2
 from tracing_jax.statistics.screen import Screen
 from tracing_jax.statistics.statistic import Curve, Pair, Result, Statistic, Test, Vocabularies
+from tracing_jax.statistics.unit_outputs import inactive_layers
 from tracing_jax.statistics.unseen_tokens import UnseenTokens
 from tracing_jax.statistics.verdict import Identity, Verdict, hidden_by, over_pairs, scope_of, verdict, word_of
 
@@ -58,7 +59,8 @@ AUTO_SMALL = ("csu_procrustes", "match_crossfit")
 SMALL_WIDTH = 1024
 
 AUTO_BY_DEPTH = "match_all"
-"""What `auto` runs besides where the models differ in depth, so that layers must be assigned first."""
+"""What `auto` runs besides where layers must be assigned first: the models differ in depth, or one has layers that do
+nothing."""
 
 AUTO_BY_EXPERTS = "match_mlps"
 """What `auto` runs besides where a model has experts."""
@@ -92,6 +94,7 @@ __all__ = [
     "Verdict",
     "Vocabularies",
     "hidden_by",
+    "inactive_layers",
     "make_statistic",
     "needs_not_applicable",
     "over_pairs",

@@ -24,6 +24,7 @@ from tracing_jax.statistics.distinct_units import DistinctUnits, all_units, dist
 from tracing_jax.statistics.in_place import constrained_result, in_place, layers_in_common, rows_not_applicable
 from tracing_jax.statistics.pvalues import bonferroni
 from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies, widths_not_applicable
+from tracing_jax.statistics.unit_outputs import reached_experts
 from tracing_jax.tree import Tree, to_host
 
 _ROWS = {"gate_proj": "mlp", "up_proj": "mlp", "down_proj": "embed", "o_proj": "embed",
@@ -169,7 +170,8 @@ def _rows_of_layer(pair: Pair, layer: int) -> Rows:
     if not pair.base.arch.has_experts(layer):
         return up_rows(pair.base, pair.ft, layer)
     experts = min(pair.base.arch.num_experts or 0, pair.ft.arch.num_experts or 0)
-    expert = int(pair.generator("csu", "expert", layer).integers(experts))
+    reached = reached_experts(pair.base, layer)[:experts] & reached_experts(pair.ft, layer)[:experts]
+    expert = int(pair.generator("csu", "expert", layer).choice(np.flatnonzero(reached) if reached.any() else experts))
     return up_rows(one_mlp(pair.base, layer, expert), one_mlp(pair.ft, layer, expert), 0)
 
 

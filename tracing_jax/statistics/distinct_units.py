@@ -28,6 +28,7 @@ from tracing_jax.arch import Arch
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.mlp_rows import gain_of, without_mean
 from tracing_jax.statistics.nulls import spearman_log_sf
+from tracing_jax.statistics.unit_outputs import constants_of, is_reached, least_output, opened
 from tracing_jax.tree import Tree, to_host
 
 COPY = 0.98
@@ -35,7 +36,8 @@ COPY = 0.98
 above that of any two units that training has told apart."""
 
 SILENT = 0.01
-"""Share of the median output of a layer's units below which a unit writes nothing that matters."""
+"""Share of the median output of a layer's units below which a unit writes nothing that matters; see `unit_outputs` for
+layers and experts of which no unit does."""
 
 _SKETCH = 64
 """Random features in which rows are compared: the error of a cosine near 1 is about (1 - cosine^2) / sqrt(64), and
@@ -112,6 +114,8 @@ class _Reading:
     norms: Float[np.ndarray, " F"]
     with_bias: Float[np.ndarray, "F S"] | None = None
     """Random features of rows and biases, where there are any: copies are equal with and without them."""
+    constants: Float[np.ndarray, " F"] | None = None
+    """What units read whatever the input: bias and shift of the norm."""
 
     def likeness(self, units: slice, before: slice) -> Float[np.ndarray, "f g"]:
         """Returns the absolute cosine of some units with some others, the smaller of that with and without bias."""
@@ -145,18 +149,23 @@ def _found(model: ParamSource, layer: int) -> DistinctUnits:
     if not names:
         return _by_output(model, layer)
     readings = [_reading(model.layer(layer, (f"mlp/{name}",))["mlp"][name], norm, model.arch) for name in names]
+    if readings[0].constants is not None:  # of the projection that the activation function follows
+        open_norms = opened(readings[0].norms, readings[0].constants, model.arch)
+    else:
+        open_norms = readings[0].norms
     group = _groups(readings)
     first = np.full(group.max(initial=-1) + 1, len(group))
     np.minimum.at(first, group, np.arange(len(group)))
     down = model.layer(layer, ("mlp/down_proj/kernel",))["mlp"]["down_proj"]["kernel"]
     if model.arch.clamped_glu is None:
         shared = _shared(group, first, readings[-1] if model.arch.gated else None)
-        scale = np.prod([reading.norms[first] for reading in readings], axis=0)
+        scale = np.prod([open_norms, *(reading.norms for reading in readings[1:])], axis=0)[first]
     else:  # where up is zero a unit still writes its gate
-        shared, scale = _shared(group, first, None), readings[0].norms[first]
+        shared, scale = _shared(group, first, None), open_norms[first]
     written = scale * to_host(_norms(jnp.asarray(down) if shared is None else shared.added(down)))[first]
     typical = np.median(written[written > 0]) if (written > 0).any() else np.inf
-    kept = np.sort(first[written > SILENT * typical])
+    least = max(SILENT * typical, least_output(model, layer)) if is_reached(model, layer) else np.inf
+    kept = np.sort(first[written > least])
     norms = [*(reading.norms for reading in readings), to_host(_norms(jnp.asarray(down)))]
     return DistinctUnits(
         kept,
@@ -186,13 +195,12 @@ def _reading(projection: Tree, norm: Tree, arch: Arch) -> _Reading:
     kernel = jnp.asarray(projection["kernel"], jnp.float32)
     rows = without_mean(kernel.T * gain_of(norm, arch.mlp_norm, arch), arch)
     sketch, norms = to_host(_sketch(rows, _projection(kernel.shape[0]))), to_host(_norms(rows))
-    constant: list[np.ndarray] = [np.asarray(projection["bias"], np.float32)] if "bias" in projection else []
-    if (shift := norm.get(arch.mlp_norm, {}).get("bias")) is not None:
-        constant.append(to_host(jnp.asarray(shift, jnp.float32) @ kernel))
-    if not constant:
+    constants = constants_of(projection, norm, arch.mlp_norm)
+    if not constants:
         return _Reading(_unit_length(sketch), norms)
     direction = np.random.default_rng(0).standard_normal(_SKETCH).astype(np.float32)  # a feature that all rows read
-    return _Reading(_unit_length(sketch), norms, _unit_length(sketch + np.sum(constant, axis=0)[:, None] * direction))
+    constant = np.sum(constants, axis=0)
+    return _Reading(_unit_length(sketch), norms, _unit_length(sketch + constant[:, None] * direction), constant)
 
 
 def _groups(readings: list[_Reading]) -> Int[np.ndarray, " F"]:

@@ -50,6 +50,11 @@ _REWRITES = {
     "rotate": "a rotated residual stream",
 }
 
+_MOVED_LAYERS = "layers that were moved"
+_OF_ANY_LAYERS = ("match_all", "match_mlps")
+"""Statistics that compare every layer with every other, and not those of equal index; so does `match_moments` where the
+models differ in depth."""
+
 Word = Literal["identical", "related", "no_evidence", "undecided", "not_testable", "not_asked"]
 
 UNDECIDED_BELOW = 0.05
@@ -211,17 +216,25 @@ def word_of(log10_p: float, firm_log10_p: float, level: float, sees_all_rewrites
     return "undecided"
 
 
-def hidden_by(statistic: str, base: Arch, ft: Arch) -> tuple[str, ...] | None:
-    """Returns the rewrites of either model that hide a relation from a statistic; None if that is not known of it."""
+def hidden_by(statistic: str, base: Arch, ft: Arch, layers_may_be_moved: bool = False) -> tuple[str, ...] | None:
+    """Returns the rewrites of either model that hide a relation from a statistic; None if that is not known of it.
+
+    Layers may be moved where a model has some that do nothing, so that its others need not have the index of those that
+    they correspond to. So it is where the models differ in depth.
+    """
     if statistic not in HIDING:
         return None
+    other_depth = base.num_layers != ft.num_layers
+    of_any = statistic in _OF_ANY_LAYERS or (other_depth and statistic == "match_moments")
+    moved = (_MOVED_LAYERS,) if (other_depth or layers_may_be_moved) and not of_any else ()
     if base.reading is not None or ft.reading is not None:  # which rewrites there are is not known: any may be
-        return tuple(_REWRITES[name] for name in HIDING[statistic])
-    return tuple(
+        return tuple(_REWRITES[name] for name in HIDING[statistic]) + moved
+    found = tuple(
         _REWRITES[name]
         for name in HIDING[statistic]
         if not all(DISGUISES[name].unsupported(arch) for arch in (base, ft))
     )
+    return found + moved
 
 
 def scope_of(base: Arch, ft: Arch, component: str | None = None) -> str:
