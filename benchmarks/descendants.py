@@ -200,7 +200,8 @@ def _distil(arch: Arch, mlp: Tree, x: Float[Array, "S D"], y: Float[Array, "S D"
 
 def treatments(unrelated: Tree, blocks: Int[np.ndarray, "N T"]) -> Mapping[str, Treatment]:
     """Returns what is done, by name, to a lightly fine-tuned model."""
-    names = ("permute", "rotate", "gains", "units", "values", "queries", "pad", "identity", "rename")
+    names = ("permute", "rotate", "gains", "units", "values", "queries", "pad", "identity", "rename",
+             "split", "cancel", "repeat")  # fmt: skip
     return {
         **{f"disguised: {name}": disguise(name) for name in names},
         "disguised: all at once": disguise("all"),

@@ -90,7 +90,9 @@ def measure(name: str, models: Zoo, file: Path) -> None:
             found = results(seeds[i], Descendant(seeds[j]), text, seed=i * SETS[name] + j, names=names)
             judged = verdict(found, LEVEL)
             tests = {n: [result.log10_p, firm_log10_p(result)] for n, result in found.items()}
-            print(json.dumps({"i": i, "j": j, "verdict": judged.verdict, "tests": tests}), file=out, flush=True)
+            effects = {n: result.effect for n, result in found.items() if result.effect}
+            line = {"i": i, "j": j, "verdict": judged.verdict, "tests": tests, "effects": effects}
+            print(json.dumps(line), file=out, flush=True)
 
 
 def lines(file: Path) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from cases import slow
 from safetensors.numpy import load_file, save_file
 from transformers import GPT2Config
 
+import tracing_jax as tj
 from tracing_jax import experiment
 from tracing_jax.arch import UnsupportedModelError, read_arch
 from tracing_jax.axes import PERMUTABLE, axis_table
@@ -27,6 +28,7 @@ from tracing_jax.record import HashingStoppedError
 from tracing_jax.rewrites import permute, random_permutations
 from tracing_jax.sources import InMemory
 from tracing_jax.statistics.calibration import DEFAULT_ALLOWANCE
+from tracing_jax.tree import map_named
 
 
 @pytest.fixture
@@ -433,6 +435,24 @@ def test_auto_is_fixed_by_the_options_and_the_shapes():
     assert set(every) - set(without_needless(without, every, wide, wide)) == costly
     asked = dataclasses.replace(without, stat=("auto", "match_all"))
     assert "match_all" in without_needless(asked, every, arch, arch)
+
+
+@pytest.mark.slow
+def test_layers_are_assigned_where_one_of_equally_many_does_nothing(config_of, family, tmp_path):
+    """A layer that does nothing in front and the last one dropped: all others have moved, and units are permuted."""
+    finetune = tj.load(str(family.member("finetune")))
+    layers, count = finetune.params["layers"], finetune.arch.num_layers
+    idle = map_named(lambda name, leaf: 0 * leaf if "down_proj" in name or "o_proj" in name else leaf, layers["0"])
+    moved = {"0": idle} | {str(i): layers[str(i - 1)] for i in range(1, count)}
+    moved = InMemory(finetune.arch, finetune.params | {"layers": moved})
+    tj.save(tmp_path / "moved", moved, companions=family.member("finetune"))
+    config = config_of(stat="auto", disguise="permute", dataset=None)
+    config.ft_model_id = str(tmp_path / "moved")
+    verdict = experiment.trace(config)["verdict"]
+    assert (verdict["verdict"], verdict["statistic"]) == ("related", "match_all")
+    assert "layers that were moved" in verdict["blind_to"]["match"]
+    config.ft_model_id, config.disguise = str(family.member("finetune")), ""
+    assert "match_all" not in experiment.trace(config)["verdict"]["family"]
 
 
 def test_a_pair_to_which_nothing_applies_is_an_answer(config_of):

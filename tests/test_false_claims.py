@@ -26,7 +26,7 @@ from tracing_jax.models.mlp import mlp
 from tracing_jax.rewrites import draw_rewrites
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory, in_memory, rewritten
-from tracing_jax.statistics import Pair, Vocabularies
+from tracing_jax.statistics import Pair, Vocabularies, inactive_layers
 from tracing_jax.statistics.csh import Csh
 from tracing_jax.statistics.csu import Csu
 from tracing_jax.statistics.distinct_units import distinct_units
@@ -129,6 +129,13 @@ def test_what_no_token_reaches_is_no_evidence(statistic, forge, arch):
     base, forged = forge(base, other, np.random.default_rng(0))
     assert firm_log10_p(statistic, base, forged) > -3
     assert firm_log10_p(statistic, base, model(5, 0.1, base)) < -3  # the test sees a relation where there is one
+
+
+def test_layers_that_do_nothing_are_those_that_were_added():
+    _, longer = layers_added(model(0), model(1), np.random.default_rng(0))
+    assert inactive_layers(longer) == [3, 4, 5]
+    for arch in (ARCH, tiny.gpt2(), tiny.olmo2_gqa(), tiny.gemma_mqa(), tiny.mixtral()):
+        assert inactive_layers(tiny.model(arch, 0)) == []
 
 
 KEPT = {"copied": widened(4), "sorted": sorted_units("up_proj")}

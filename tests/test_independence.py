@@ -28,6 +28,7 @@ from tracing_jax.statistics import (
     Result,
     Test,
     Vocabularies,
+    hidden_by,
     make_statistic,
     over_pairs,
     verdict,
@@ -473,6 +474,38 @@ def test_identical_tensors_are_the_verdict_whatever_the_tests_say():
     assert verdict({"csu": result_with(-0.5)}, 1e-3, same).verdict == "identical"
     assert verdict({}, 1e-3, same).verdict == "identical"
     assert verdict({"csu": result_with(-9.0)}, 1e-3, most).verdict == "related"
+
+
+def test_a_copied_part_is_said_whatever_the_tests_of_the_others_find():
+    """A copied embedding makes no body related, and no pair one of which nothing was found."""
+    copied = Identity(1, 9, {"embedding": (1, 1), "MLPs": (0, 8)})
+    sees = dataclasses.replace(result_with(-0.2), blind_to=())
+    found = verdict({"match": sees, "unseen_tokens": result_with(-0.1)}, 1e-3, copied)
+    assert found.verdict == "undecided"
+    assert found.meaning == "every tensor of the embedding is identical; no other sign of common weights was found"
+    assert {part: finding["verdict"] for part, finding in found.parts.items()} == {
+        "MLPs": "no_evidence", "embedding": "identical"
+    }  # fmt: skip
+    assert found.parts["embedding"]["effect"] == "1 of 1 tensors are identical"
+    related = verdict({"match": result_with(-9.0)}, 1e-3, copied)
+    assert related.verdict == related.parts["MLPs"]["verdict"] == "related"
+    assert verdict({"match": sees}, 1e-3, Identity(1, 9, {"embedding": (1, 2)})).verdict == "no_evidence"
+
+
+def test_experts_are_a_part_of_their_own():
+    of_experts = result_with(-9.0, ("base layer 0 expert 1 : ft layer 0", "x", "y"))
+    assert list(verdict({"match_mlps": of_experts}, 1e-3).parts) == ["experts"]
+    assert list(verdict({"match_mlps": result_with(-9.0)}, 1e-3).parts) == ["MLPs"]
+
+
+@pytest.mark.parametrize(("moved", "hidden"), [(False, ()), (True, ("layers that were moved",))])
+def test_layers_that_may_be_moved_hide_from_what_compares_those_of_equal_index(moved, hidden):
+    deep = dataclasses.replace(ARCH, num_layers=5, layer_ropes=(0,) * 5, layer_windows=(None,) * 5)
+    assert hidden_by("match", ARCH, ARCH, moved) == hidden
+    assert hidden_by("csu", ARCH, ARCH, moved)[2:] == hidden
+    assert hidden_by("match_all", ARCH, ARCH, moved) == hidden_by("match_mlps", ARCH, deep) == ()
+    assert hidden_by("match_moments", ARCH, deep, moved) == ()
+    assert hidden_by("csh", ARCH, deep)[1:] == ("layers that were moved",)
 
 
 def test_what_has_no_shape_in_common_is_said():

@@ -21,7 +21,13 @@ from tracing_jax.experiment.metadata import device_facts, file_stamps, token_fac
 from tracing_jax.experiment.models import resolve_model_id
 from tracing_jax.experiment.saving import save_pairs, save_run
 from tracing_jax.experiment.steps import StepTimer, run_steps
-from tracing_jax.experiment.validation import DEMO, check_options, with_sample_text
+from tracing_jax.experiment.validation import (
+    DEMO,
+    check_options,
+    controls_chosen,
+    tests_chosen,
+    with_sample_text,
+)
 from tracing_jax.options import RunOptions
 from tracing_jax.record import FORMAT, RunFiles, check_writable, commit, plain, with_digest
 from tracing_jax.run_cache import RUN_CACHE, RunCache
@@ -169,6 +175,7 @@ def compute(config: Config) -> Outcome:
             "versions": versions(),
             "device": device_facts(placement.mesh),
             "seed": options.seed,
+            "chosen": {"tests": tests_chosen(options), "controls": controls_chosen(options)},
             "tokens": token_facts(inputs),
             **found.as_dict(options.level),
             "seconds": timer.seconds,

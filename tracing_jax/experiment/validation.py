@@ -29,6 +29,7 @@ from tracing_jax.statistics import (
     Statistic,
     make_statistic,
 )
+from tracing_jax.statistics.calibration import DEFAULT_ALLOWANCE
 
 DEMO = "demo:"
 """Prefix of model ids that name a member of the demo family."""
@@ -76,6 +77,23 @@ def asked_names(options: RunOptions) -> list[str]:
         "auto": [name for name in REGISTRY if name in (*AUTO, *with_text, AUTO_BY_DEPTH, AUTO_BY_EXPERTS)],
     }
     return list(dict.fromkeys(n for name in options.stat for n in stands_for.get(name, [name])))
+
+
+def tests_chosen(options: RunOptions) -> str:
+    """Returns who chose the tests of a run, and when, as a clause: what is chosen by its result proves nothing."""
+    named = [name for name in options.stat if name not in ("auto", "all")]
+    fixed = "fixed before the models were compared"
+    if len(named) < len(options.stat) or options.verdict == "auto":
+        beside = f", and {', '.join(named)} by name" if named else ""
+        return f"{fixed}, by the options and by what each model is without the other{beside}"
+    return f"{fixed}: named by whoever ran this"
+
+
+def controls_chosen(options: RunOptions) -> str:
+    """Returns which control models there were and who chose them, as a clause."""
+    if not options.control_model_ids:
+        return f"none: calibrated tests allow for {DEFAULT_ALLOWANCE:.0%} of units that agree by convergence"
+    return f"chosen by whoever ran this: {', '.join(options.control_model_ids)}"
 
 
 def has_text(options: RunOptions) -> bool:

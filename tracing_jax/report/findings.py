@@ -111,6 +111,7 @@ def _compared(record: Mapping[str, Any]) -> list[Row]:
     if tokens := record.get("tokens"):
         text = f"{tokens.get('source') or tokens.get('dataset')}, {cell(tokens.get('num_tokens'))} tokens of base"
         rows.append(Row(("text", f"{tokens.get('dataset')}: {text}" if tokens.get("source") else text)))
+    rows += [Row((what, how)) for what, how in (record.get("chosen") or {}).items()]
     changed = [word for word in ("disguised", "permuted") if record.get(word)]
     return [*rows, *(Row(("ft", f"was {word} before it was compared")) for word in changed)]
 
@@ -156,7 +157,9 @@ def _effects(record: Mapping[str, Any], verdict: Mapping[str, Any]) -> list[Row]
     others = {name: sides for name, sides in record["statistics"].items() if results_by_side(sides)}
     for part, found in parts.items():
         rows.append(Row((f"{part}: {found['verdict'].replace('_', ' ')}",), found["verdict"]))
-        names = found.get("statistics") or [found["statistic"]]
+        if "statistic" not in found:
+            rows.append(Row(("  tensors", "", found["effect"])))
+        names = found.get("statistics") or [found.get("statistic")]
         rows += [_effect(name, others.pop(name), shown) for name in names if name in others]
     if others and parts:
         rows.append(Row(("not part of the verdict",)))

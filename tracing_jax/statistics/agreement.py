@@ -136,6 +136,7 @@ def agreement_tests(name: str, layers: Sequence[Comparison], null: Null, places:
 
 
 def agreement_result(
+    statistic: str,
     pair: Pair,
     compared: Compared,
     nulls: Mapping[str, Null],
@@ -145,7 +146,8 @@ def agreement_result(
 ) -> Result:
     """Returns the result of all agreements: each by Holm's minimum over layers, then Bonferroni over all.
 
-    The effect size is that of the agreement with the greatest share.
+    The effect size is that of the agreement with the greatest share, beside what the statistic of this name shows of
+    independent models.
     """
     layers = {name: compared.of(name)[0] for name in nulls}
     tests = [test for name, null in nulls.items() for test in agreement_tests(name, layers[name], null, places)]
@@ -158,7 +160,7 @@ def agreement_result(
         null={name: null.as_dict() for name, null in nulls.items()},
         per_layer=share_by_layer(best),
         notes=[*notes, *(f"{name}: {note}" for name, null in nulls.items() for note in null.notes)],
-        effect=agreement_effect(best),
+        effect=agreement_effect(best, statistic),
         **reserved(tests, BY_CONVERGENCE),
     ).for_pair(pair)
 

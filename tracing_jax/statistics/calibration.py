@@ -40,8 +40,15 @@ BY_CONVERGENCE = (
     "called related, however small its p-value"
 )
 
-SEEN = "at most 8 of 128 units of a layer in 2,016 pairs of independently trained models (docs/nulls.md)"
-"""The greatest agreement in both forms of `match`, by `python -m benchmarks.convergence`."""
+SEEN: Mapping[str, str] = {
+    "match": "at most 8 of 128 units of a layer in 2,016 pairs of independently trained models (docs/nulls.md)",
+    **{
+        name: f"at most {most} of 128 units of a layer in 146 pairs of independently trained models (docs/nulls.md)"
+        for name, most in (("match_moments", 6), ("match_io", 5), ("match_crossfit", 6))
+    },
+}
+"""Statistic -> the greatest agreement of independent models: in both forms of `match` by `benchmarks.convergence`, and
+in others by `benchmarks.independent_pairs`."""
 
 _FEW = 6  # control pairs, below which their mean and spread are unreliable
 _MOST = 64
@@ -191,13 +198,13 @@ def upper_share(agreeing: int, units: int, alpha: float) -> float:
     return float(special.betaincinv(agreeing + 1, units - agreeing, 1 - alpha))
 
 
-def agreement_effect(layers: Sequence[Comparison]) -> str:
-    """Returns the greatest agreement of a layer beside what independent models show, as a sentence."""
+def agreement_effect(layers: Sequence[Comparison], statistic: str = "match") -> str:
+    """Returns the greatest agreement of a layer beside what this statistic shows of independent models."""
     best = max(layers, key=lambda c: c.agreeing / max(1, c.units))
     total = sum(c.agreeing for c in layers), sum(c.units for c in layers)
     return (
         f"{total[0]:,} of {total[1]:,} units agree, {best.agreeing:,} of {best.units:,} in the layer where most do; "
-        f"independent models: {SEEN}"
+        f"independent models: {SEEN[statistic]}"
     )
 
 

@@ -95,7 +95,7 @@ class HeadsInPlace(options.HeadsInPlace):
             p_reason=_ORDERED if ordered else None,
             tests=(test,),
             notes=_notes(pair, places),
-            effect=f"{agreeing} of {heads} heads are in place; by chance about one in each matching is",
+            effect=f"{agreeing} of {heads} heads are in place; by chance about {len(places)} are",
             **reserved([test], BY_ORDER),
         ).for_pair(pair)
 

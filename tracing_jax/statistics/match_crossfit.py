@@ -90,7 +90,8 @@ class MatchCrossfit(options.MatchCrossfit):
         compared = self._compared(pair, "pair")
         label = "units of held-out layers on which their rows agree, share"
         places = [f"layer {i}" for i in range(len(compared.layers))]
-        return agreement_result(pair, compared, nulls_of(compared, pair, self._compared, self.level), label, places)
+        nulls = nulls_of(compared, pair, self._compared, self.level)
+        return agreement_result("match_crossfit", pair, compared, nulls, label, places)
 
     def _compared(self, pair: Pair, name: str) -> Compared:
         """Returns the agreements of every layer in both splits, held out, and those of controls of all folds."""

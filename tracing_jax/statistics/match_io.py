@@ -73,6 +73,7 @@ class MatchIo(options.MatchIo):
         """Returns the calibrated and the parametric tests; no forward pass."""
         compared = self._compared(pair, "pair")
         return agreement_result(
+            "match_io",
             pair,
             compared,
             nulls_of(compared, pair, self._compared, self.level),

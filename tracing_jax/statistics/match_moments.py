@@ -106,7 +106,7 @@ class MatchMoments(options.MatchMoments):
             null={_FORMS[form]: null.as_dict() for form, (_, null) in found.items()},
             per_layer=share_by_layer(best),
             notes=[note for _, null in found.values() for note in null.notes],
-            effect=agreement_effect(best),
+            effect=agreement_effect(best, "match_moments"),
             **reserved(tests, BY_CONVERGENCE),
         ).for_pair(pair)
 

@@ -141,7 +141,8 @@ def _procrustes(
 def _better_half(pairs: Sequence[UnitMatching], scores: Sequence[Array]) -> list[Bool[np.ndarray, " P"]]:
     """Returns for each layer which pairs of units have a score of at least the median of all layers' pairs."""
     own = [np.asarray(score)[found.base, found.ft] for score, found in zip(scores, pairs)]
-    least = np.median(np.concatenate(own))
+    every = np.concatenate(own)
+    least = np.median(every) if every.size else 0.0  # layers that do nothing have no units
     return [values >= least for values in own]
 
 

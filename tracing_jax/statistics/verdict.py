@@ -89,6 +89,12 @@ class Identity:
         """Whether all tensors are identical."""
         return self.equal == self.total > 0
 
+    @property
+    def whole_parts(self) -> tuple[str, ...]:
+        """The parts of which all tensors are identical: copied, though the other parts need not be."""
+        parts = ("embedding", "attention", "MLPs")
+        return tuple(part for part in parts if (counts := self.by_part.get(part)) and counts[0] == counts[1] > 0)
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -174,7 +180,8 @@ def verdict(results: Mapping[str, Result], level: float, identical: Identity | N
     firm = _holm({name: _firm(result) for name, result in found.items()})
     blind = {name: list(result.blind_to or ()) for name, result in found.items() if result.blind_to}
     sees_all = any(name in HIDING and result.blind_to == () for name, result in found.items())
-    word = "identical" if whole else word_of(min(adjusted.values()), min(firm.values()), level, sees_all)
+    copied = () if identical is None or whole else identical.whole_parts
+    word = "identical" if whole else word_of(min(adjusted.values()), min(firm.values()), level, sees_all and not copied)
     order = firm if word == "related" else adjusted
     least = math.log10(level)
     statistic = _that_decides(found, order, blind, level)
@@ -186,7 +193,7 @@ def verdict(results: Mapping[str, Result], level: float, identical: Identity | N
     hint = "" if "match" in deciding else ": run match, or auto"
     return Verdict(
         word,
-        _meaning(word, level, identical, reasons, min(adjusted.values()), blind, reserved, hint, scope),
+        _meaning(word, level, identical, reasons, min(adjusted.values()), blind, reserved, hint, scope, copied),
         level,
         EXPLANATIONS if word == "related" else (),
         statistic,
@@ -197,7 +204,7 @@ def verdict(results: Mapping[str, Result], level: float, identical: Identity | N
         {name: float(result.log10_p) for name, result in found.items() if result.log10_p is not None},
         _layers_below(found[statistic], level) if word == "related" else [],
         ranked_evidence(found)[:_EVIDENCE],
-        _parts(found, adjusted, firm, level),
+        _parts(found, adjusted, firm, level) | _identical_parts(identical, copied, found),
         blind,
         {name: LIMITS[name] for name in found if name in LIMITS},
         sees_all,
@@ -312,8 +319,14 @@ def _meaning(
     reserved: Mapping[str, str] | None = None,
     hint: str = "",
     scope: str = "",
+    copied: Sequence[str] = (),
 ) -> str:
     """Returns the verdict in a sentence; of `undecided`, why."""
+    if copied:
+        rest = "no other sign of common weights was found"
+        if word != "undecided" or log10_p < math.log10(UNDECIDED_BELOW):
+            rest = _meaning(word, level, identical, reasons, log10_p, blind, reserved, hint, scope)
+        return f"every tensor of the {' and the '.join(copied)} is identical; {rest}"
     if word == "identical":
         of = f"that were read are identical; {scope}" if scope else "of the two models are identical"
         return f"all {identical.total if identical else 0} tensors {of}"
@@ -350,8 +363,9 @@ def _parts(
     """Returns for each part of the models that a test compared the finding of the statistic of smallest p-value."""
     parts: dict[str, dict[str, Any]] = {}
     floor = min(SMALLEST_CALIBRATED, math.log10(level))
-    for part in dict.fromkeys(DECIDING[name] for name in found):
-        names = [name for name in found if DECIDING[name] == part]
+    compared = {name: _part_of(name, result) for name, result in found.items()}
+    for part in dict.fromkeys(compared.values()):
+        names = [name for name in found if compared[name] == part]
         best = min(names, key=lambda name: (_shown(found[name], firm[name], floor), firm[name], adjusted[name]))
         sees_all = any(name in HIDING and found[name].blind_to == () for name in names)
         parts[part] = {
@@ -360,6 +374,28 @@ def _parts(
             "statistics": names,
             "log10_p": adjusted[best],
             "effect": found[best].effect,
+        }
+    return parts
+
+
+def _part_of(name: str, result: Result) -> str:
+    """Returns the part of the models that a statistic compares: that of experts where it compared some."""
+    has_experts = any("expert" in place for test in result.tests for place in test.places)
+    return "experts" if name == "match_mlps" and has_experts else DECIDING[name]
+
+
+def _identical_parts(
+    identical: Identity | None, copied: Sequence[str], found: Mapping[str, Result]
+) -> dict[str, dict[str, Any]]:
+    """Returns the finding on each part of which all tensors are identical, which takes the place of a test's."""
+    parts: dict[str, dict[str, Any]] = {}
+    for part in copied:
+        assert identical is not None
+        count = identical.by_part[part][1]
+        parts[part] = {
+            "verdict": "identical",
+            "statistics": [name for name, result in found.items() if _part_of(name, result) == part],
+            "effect": f"{count} of {count} tensors are identical",
         }
     return parts
 
