@@ -92,7 +92,7 @@ def tests_chosen(options: RunOptions) -> str:
 def controls_chosen(options: RunOptions) -> str:
     """Returns which control models there were and who chose them, as a clause."""
     if not options.control_model_ids:
-        return f"none: calibrated tests allow for {DEFAULT_ALLOWANCE:.0%} of units that agree by convergence"
+        return f"none: calibrated tests allow for {100 * DEFAULT_ALLOWANCE:g} % of units that agree by convergence"
     return f"chosen by whoever ran this: {', '.join(options.control_model_ids)}"
 
 

@@ -148,7 +148,7 @@ def _added(model: ParamSource, layer: int) -> float:
         model, layer = one_mlp(model, layer, 0), 0
     units = slice(0, min(_SAMPLE, model.arch.mlp_dim_of(layer)))
     params = Submodel(model, (layer,), units, np.zeros(0, np.int32)).layer(0, ("mlp", arch.mlp_norm))
-    gain = np.float32(1)
+    gain: np.ndarray = np.ones(1, np.float32)
     if "scale" in params.get(arch.mlp_norm, {}):
         gain = _float32(params[arch.mlp_norm]["scale"])[:, None] + np.float32(gain_offset(arch))
     mlp = params["mlp"]
