@@ -692,7 +692,6 @@ def test_missing_rope_is_refused(name, changes, what, read):
 @pytest.mark.parametrize(
     "scaling",
     [
-        {"rope_type": "proportional", "factor": 2.0},
         {"rope_type": "no_such_rope", "factor": 4.0},
         {"type": "no_such_rope", "factor": 4.0},
     ],
@@ -723,9 +722,34 @@ def test_the_first_dims_of_a_head_are_paired_as_its_rope_rotates_them():
         {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
     ],
 )
-def test_partial_rotary_is_refused(rope, read):
+def test_a_share_of_rotated_dims_changes_nothing_in_a_family_that_does_not_read_it(rope, read, tmp_path):
+    arch = read(_LLAMA_2 | rope)
+    assert arch.rope_frequencies == read(_LLAMA_2 | {"rope_theta": 10000.0}).rope_frequencies
+    (tmp_path / "config.json").write_text(json.dumps(_LLAMA_2 | rope))
+    assert read_arch_and_notes(tmp_path)[1] == [
+        "llama rotates all dims of a head: partial_rotary_factor changes nothing"
+    ]
+    scaled = {
+        "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    }
     with pytest.raises(UnsupportedModelError, match="partial_rotary_factor"):
-        read(_LLAMA_2 | rope)
+        read(_LLAMA_2 | scaled)
+
+
+@pytest.mark.parametrize("share", [None, 0.25, 1.0])
+def test_a_proportional_rope_leaves_the_slow_dims_as_they_are(share, read):
+    rope = {"rope_type": "proportional", "rope_theta": 777.0, "factor": 2.0, "partial_rotary_factor": share}
+    (found,) = read(_LLAMA_2 | {"rope_parameters": rope}).rope_frequencies
+    rotated = int((share or 1.0) * 128 // 2)
+    expected = [777.0 ** (-2 * i / 128) / 2 if i < rotated else 0.0 for i in range(64)]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_windows_that_transformers_cannot_run_are_refused(read):
+    types = {"layer_types": ["sliding_attention"] * 32}
+    with pytest.raises(UnsupportedModelError, match="layer_types asks for sliding windows, sliding_window is not set"):
+        read(_LLAMA_2 | types)
+    assert read(_LLAMA_2 | types | {"sliding_window": 4}) == read(_LLAMA_2)
 
 
 def test_sliding_layers_without_a_window_are_refused(read):

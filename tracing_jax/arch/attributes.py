@@ -44,6 +44,11 @@ def attribute_problems(config: Any, family: Family) -> list[str]:
         for name, value in _READ_ANYWAY.items()
         if name in attributes and attributes[name] not in (None, value)
     ]
+    if not _is_declared(config, "layer_types") and _asks_for_windows(attributes):
+        lines.append(
+            "layer_types asks for sliding windows, sliding_window is not set, and transformers cannot run such a "
+            f"{config.model_type}; remove layer_types if all layers attend to all tokens"
+        )
     if unknown := _unknown(config, family, attributes):
         lines.append(
             f"config attributes {listed(unknown, 20)} of {config.model_type} are not at their defaults, and it is not "
@@ -51,6 +56,11 @@ def attribute_problems(config: Any, family: Family) -> list[str]:
             f"{', '.join(sorted(family.used))}; remove from config.json what does not matter"
         )
     return lines
+
+
+def _asks_for_windows(attributes: Mapping[str, Any]) -> bool:
+    types = attributes.get("layer_types")
+    return isinstance(types, list) and "sliding_attention" in types and attributes.get("sliding_window") is None
 
 
 def attribute_notes(config: Any, family: Family) -> list[str]:

@@ -17,7 +17,7 @@ from tracing_jax.arch.multimodal import (
     language_model,
     language_model_alone,
 )
-from tracing_jax.arch.rope import NO_ROPE, rope_is_absent, ropes, without_rope
+from tracing_jax.arch.rope import NO_ROPE, rope_is_absent, rope_notes, ropes, without_rope
 from tracing_jax.arch.sizes import size_problem
 from tracing_jax.complaints import shortened
 
@@ -61,7 +61,8 @@ def read_arch_and_notes(folder: Path) -> tuple[Arch, list[str]]:
         family = family_of(text.model_type)
         assert family is not None
         inside = [f"of this {config.model_type} model the language model is read"] if text is not config else []
-        return arch, inside + attribute_notes(text, family)
+        notes = attribute_notes(text, family) + rope_notes(text, family.partial_rotary)
+        return arch, inside + notes
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{file}: {error}") from error
     except Exception as error:  # transformers reports a bad field by whatever its validators raise

@@ -9,7 +9,7 @@ import numpy as np
 
 from tracing_jax.arch.architecture import Arch, UnsupportedModelError
 
-SUPPORTED_ROPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+SUPPORTED_ROPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 
 
 class Rope(NamedTuple):
@@ -72,7 +72,8 @@ def _rope(parameters: dict[str, Any], config: Any, head_dim: int, partial: bool)
     Source: RoFormer (arXiv 2104.09864) eq. 15; `linear` divides the frequencies by a factor (arXiv 2306.15595);
     `llama3` divides only the slow ones, with a linear blend between (The Llama 3 Herd of Models, and the code released
     with 3.1), and so does `yarn` (arXiv 2309.00071), which scales the scores as well; `longrope` divides each by a
-    factor of its own (arXiv 2402.13753). `dynamic` and `longrope` have others for texts longer than those trained on.
+    factor of its own (arXiv 2402.13753); `proportional` leaves the slowest of all dims unrotated. `dynamic` and
+    `longrope` have others for texts longer than those trained on.
     """
     kind, theta = parameters["rope_type"], parameters.get("rope_theta")
     if kind not in SUPPORTED_ROPES:
@@ -80,12 +81,30 @@ def _rope(parameters: dict[str, Any], config: Any, head_dim: int, partial: bool)
     if theta is None:
         raise UnsupportedModelError(f"rope_theta is not set in {parameters}")
     share = parameters.get("partial_rotary_factor")
-    if not partial and share not in (1, 1.0, None):
-        raise UnsupportedModelError(f"partial_rotary_factor {share} is not supported")
+    if kind == "proportional" and not partial:
+        return _proportional(float(theta), head_dim, 1.0 if share is None else float(share), parameters)
+    if not partial and kind == "default":
+        share = None  # not read: see `rope_notes`
+    if (share not in (1, 1.0, None) and not partial) or kind == "proportional":
+        raise UnsupportedModelError(f"partial_rotary_factor {share} with rope type {kind} is not supported")
     dim = int(head_dim * (1.0 if share is None else share))
     if dim % 2 or not 0 < dim <= head_dim:
         raise UnsupportedModelError(f"a rope on {dim} of {head_dim} dims of a head is not supported")
     return _scaled(_inverse(float(theta), dim), parameters, config)
+
+
+def rope_notes(config: Any, partial: bool) -> list[str]:
+    """Returns a note if a config gives a share of rotated dims that models of its family do not read.
+
+    With other ropes than the default one transformers reads it for every family.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    every = [parameters] if "rope_type" in parameters else list(parameters.values())
+    ropes_of = [one for one in every if isinstance(one, Mapping) and one.get("rope_type") == "default"]
+    shares = [one.get("partial_rotary_factor") for one in ropes_of]
+    if partial or all(share in (1, 1.0, None) for share in shares):
+        return []
+    return [f"{config.model_type} rotates all dims of a head: partial_rotary_factor changes nothing"]
 
 
 def frequencies(theta: float, dim: int) -> tuple[float, ...]:
@@ -95,6 +114,16 @@ def frequencies(theta: float, dim: int) -> tuple[float, ...]:
 
 def _inverse(theta: float, dim: int) -> np.ndarray:
     return np.float32(1.0) / np.float32(theta) ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
+
+
+def _proportional(theta: float, head_dim: int, share: float, parameters: Mapping[str, Any]) -> Rope:
+    """Returns a rope on all dims, of which the slow ones beyond a share have the frequency 0."""
+    rotated = int(share * head_dim // 2)
+    if not 0 <= rotated <= head_dim // 2:
+        raise UnsupportedModelError(f"partial_rotary_factor {share} is no share of {head_dim} dims")
+    inverse = _inverse(theta, head_dim) / np.float32(parameters.get("factor") or 1.0)
+    inverse[rotated:] = 0
+    return Rope(tuple(float(f) for f in inverse))
 
 
 def _scaled(inverse: np.ndarray, parameters: dict[str, Any], config: Any) -> Rope:

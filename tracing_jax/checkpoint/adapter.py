@@ -30,8 +30,11 @@ _HANDLED = {
 _NEUTRAL = {
     *("task_type", "auto_mapping", "peft_version", "inference_mode", "target_modules", "exclude_modules"),
     *("modules_to_save", "lora_dropout", "layers_to_transform", "layers_pattern", "megatron_core", "eva_config"),
-    *("qalora_group_size", "runtime_config", "ensure_weight_tying"),
+    *("qalora_group_size", "runtime_config", "ensure_weight_tying", "loftq_config"),
 }
+_BIASES = ("none", "all", "lora_only")
+"""Which biases of the base were trained; the adapter holds them whole, and those that it lacks are the base's."""
+
 _INITS_BESIDE_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 # These change the weights of the base as well, by a rule; LoftQ, CorDA, LoRA-GA and `pissa_niter_N` by data or chance.
 _INITS_OF_THE_BASE = {"pissa": pissa, "olora": olora}
@@ -144,10 +147,8 @@ def _config_problems(config: Mapping[str, Any]) -> list[str]:
         for key, value in config.items()
         if value and key not in _HANDLED | _NEUTRAL
     ]
-    if config.get("bias", "none") != "none":
-        problems.append(
-            f"bias = {config['bias']!r}: biases were trained too, only 'none' is merged; merge it with PEFT"
-        )
+    if config.get("bias", "none") not in _BIASES:
+        problems.append(f"bias = {config['bias']!r}, expected one of {', '.join(_BIASES)}; merge it with PEFT")
     init = _init(config)
     if init not in (*_INITS_BESIDE_THE_BASE, *_INITS_OF_THE_BASE):
         problems.append(
@@ -241,7 +242,11 @@ def _parts(base: TensorStore, adapter: TensorStore) -> tuple[dict[str, dict[str,
         kind, leaf = _part_of(match) if match else ("", "")
         target = _target(f"{match['path']}.{leaf}", known) if match else None
         if not match or not target:
-            why = "; the base has no bias there" if kind == "B_bias" else "; is it the right base?"
+            why = (
+                "; the base has no bias there, without which PEFT does not merge it"
+                if kind == "B_bias"
+                else "; is it the right base?"
+            )
             problems.append(f"{shortened(repr(name), 200)} belongs to no tensor of the base{why}")
         elif parts.setdefault(target, {}).setdefault(kind, name) != name:
             problems.append(f"{name!r} is the second of its kind for {target!r}")

@@ -67,6 +67,11 @@ class Checkpoint:
         names = self.tensors.names()
         return sizes_of_components({name: math.prod(self.tensors.shape(name)) for name in names})
 
+    def files(self) -> tuple[Path, ...]:
+        """Returns the files that the model was made of: config.json, if it has one, and those of its tensors."""
+        config = self.folder / "config.json"
+        return (*([config] if config.is_file() else []), *self.tensors.files())
+
     @property
     def num_bytes(self) -> int:
         """The size of all leaves, in the dtype they have on disk."""

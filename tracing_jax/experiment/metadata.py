@@ -44,7 +44,6 @@ def model_facts(checkpoint: Checkpoint, hashed: bool = True, stop: threading.Eve
       HashingStoppedError: `stop` was set meanwhile.
     """
     weights = checkpoint.tensors.files()
-    files = [checkpoint.folder / "config.json", *weights]
     return {
         "id": checkpoint.id,
         "revision": checkpoint.revision,
@@ -54,7 +53,7 @@ def model_facts(checkpoint: Checkpoint, hashed: bool = True, stop: threading.Eve
         "format": _format(checkpoint),
         "bytes": sum(file.stat().st_size for file in weights if file.is_file()),
         # Only process 0 writes the record.
-        "files": file_hashes(files, stop) if hashed and is_main_process() else {},
+        "files": file_hashes(checkpoint.files(), stop) if hashed and is_main_process() else {},
     }
 
 

@@ -117,7 +117,7 @@ def _files(record: Mapping[str, Any], base: str | None, ft: str | None) -> Itera
         if not recorded:
             yield Check(name, "missing", "the record has no hashes: the run read a part of the files only")
             continue
-        files = {path.name: path for path in (model.folder / "config.json", *model.tensors.files())}
+        files = {path.name: path for path in model.files()}
         if absent := sorted(recorded.keys() - files.keys()):
             yield Check(name, "missing", f"{', '.join(absent)} cannot be found in {model.folder}")
             continue
