@@ -38,6 +38,7 @@ REPOS = {
     "org/gguf": Repo({"main": {"a/model-Q4.gguf": b"g", "a/model-Q8.gguf": b"h", "README.md": b"#"}}),
     "org/lora": Repo({"main": {"adapter_config.json": b"{}", "adapter_model.safetensors": b"a"}}),
     "org/gated": Repo({"main": TEXTS | BOTH}, gated=True),
+    "org/texts": Repo({"main": TEXTS}),
     "org/empty": Repo({"main": {"config.json": b"{}", "model.gguf": b"g"}}),
 }
 ASK = """
@@ -59,11 +60,11 @@ def server():
         yield running
 
 
-def ask(url: str, home: Path, *model_ids: str, **env: str) -> list:
+def ask(url: str, home: Path, *model_ids: str, program: str = ASK, **env: str) -> list:
     """Answers of `resolve` in a fresh process: huggingface_hub reads its environment once, when it is imported."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     env = clean | {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"} | env
-    command = [sys.executable, "-c", ASK, *model_ids]
+    command = [sys.executable, "-c", program, *model_ids]
     result = subprocess.run(
         command, env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
     )
@@ -131,6 +132,24 @@ def test_errors_name_the_remedy(server, tmp_path):
     assert "no weights" in empty
     assert "config.json" in empty.partition("holds")[2]
     assert "neither a folder" in invalid
+
+
+@pytest.mark.slow
+def test_models_that_cannot_be_read_are_known_without_their_weights(server, tmp_path):
+    del server.requests[:]
+    ids = ("org/both", "org/gguf/a/model-Q4.gguf", "org/nothing", "org/both@v9", "org/gated", "org/texts", "a/b/c.gguf")
+    program = ASK.replace("import resolve", "import hub_problem as resolve").replace(
+        "[str(found.folder), found.id, found.revision]", "found"
+    )
+    good, file, missing, revision, gated, texts, nowhere = ask(server.url, tmp_path, *ids, program=program)
+    assert (good, file) == (None, None)
+    assert "neither a folder" in missing
+    assert "no revision 'v9'" in revision
+    assert "gated" in gated
+    assert "'org/texts' has no weights (*.safetensors" in texts
+    assert "neither a folder" in nowhere
+    assert not [path for path in server.downloads() if path.endswith((".safetensors", ".bin", ".gguf"))]
+    assert ask("http://127.0.0.1:9", tmp_path / "b", "org/both", program=program) == [None]
 
 
 @pytest.mark.slow

@@ -315,6 +315,16 @@ def test_the_list_of_pairs_left_out_is_that_of_the_plan_in_the_folder(folder, mo
     assert read_plan(folder.path) == given
 
 
+def test_models_of_the_hub_are_asked_for_before_a_zoo_is_written(folder, monkeypatch):
+    problems = {"org/a": None, "org/b": "'org/b' is gated", "org/c": None}
+    monkeypatch.setattr(launching, "hub_problem", problems.get)
+    plan = make_plan(pairs_of("org/a", "org/b", "org/c"), RunOptions(stat=("csu",)))
+    with pytest.raises(ValueError, match=r"(?s)cannot be read:.*org/b: 'org/b' is gated.*--skip_unreadable"):
+        write_plan(folder, plan)
+    write_plan(folder, plan, skip_unreadable=True)
+    assert list(folder.plan.by_name) == ["a--c"]
+
+
 def test_models_that_cannot_be_read_are_left_out_on_request(folder, tmp_path):
     """Their pairs are gone, the report lists them, and what was made from one counts as made from its parent."""
     gone, only = (str(tmp_path / name) for name in ("gone", "only"))

@@ -4,7 +4,7 @@ from tracing_jax.checkpoint.cache import load
 from tracing_jax.checkpoint.checkpoint import Checkpoint
 from tracing_jax.checkpoint.device_loading import ShardedCheckpoint
 from tracing_jax.checkpoint.errors import CheckpointError
-from tracing_jax.checkpoint.hub import tokenizer_folder
+from tracing_jax.checkpoint.hub import hub_problem, tokenizer_folder
 from tracing_jax.checkpoint.opening import WeightsOnly, inspect_checkpoint, open_checkpoint
 from tracing_jax.checkpoint.token_ids import permutable_token_ids
 from tracing_jax.checkpoint.writing import save_checkpoint
@@ -14,6 +14,7 @@ __all__ = [
     "CheckpointError",
     "ShardedCheckpoint",
     "WeightsOnly",
+    "hub_problem",
     "inspect_checkpoint",
     "load",
     "open_checkpoint",

@@ -1,6 +1,7 @@
 """From a model id to a folder on this machine: a local folder, or a download of the Hugging Face Hub."""
 
 import contextlib
+import fnmatch
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -8,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from absl import logging
-from huggingface_hub import constants, file_exists, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, constants, file_exists, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -144,6 +145,28 @@ def _download_gguf(model_id: str, cache_dir: str | None) -> CheckpointFolder:
     if not path.is_file():
         raise CheckpointError(f"{repo!r} has no file {file!r}; its files are at {constants.ENDPOINT}/{repo}/tree/main")
     return CheckpointFolder(path.parent, model_id, Path(found).name, _shards_of(path))
+
+
+def hub_problem(model_id: str, cache_dir: str | None = None) -> str | None:
+    """Why a model of the Hub cannot be read, by its list of files and its texts; None if nothing speaks against it.
+
+    Nothing does where the Hub cannot be asked. No weights are downloaded.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return None
+    name, _, revision = model_id.partition("@")
+    repo, file = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
+    wanted = (file,) if file else (*_WEIGHT_FILES, "*.gguf")
+    try:
+        names = HfApi().list_repo_files(repo, revision=revision or None)
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in wanted):
+            return f"{model_id!r} has no weights ({', '.join(wanted)}); its files are {listed(names)}"
+        _snapshot(repo, revision or None, cache_dir, _TEXTS)
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:  # the first: gated ones too
+        return _explain(error, model_id)
+    except (HTTPError, LocalEntryNotFoundError):
+        return None
+    return None
 
 
 def tokenizer_folder(model_id: str, cache_dir: str | None = None) -> Path:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from absl import logging
 
+from tracing_jax.checkpoint import hub_problem
 from tracing_jax.experiment import check_config
 from tracing_jax.experiment.models import is_local, open_model
 from tracing_jax.progress import tqdm
@@ -23,16 +24,16 @@ _SHOWN = 20
 
 
 def write_plan(folder: ZooFolder, plan: ZooPlan, skip_unreadable: bool = False, by_scan: bool = False) -> None:
-    """Checks a plan, as far as it can be checked without a network, and writes it into the zoo's folder.
+    """Checks a plan, as far as it can be checked without weights of the Hub, and writes it into the zoo's folder.
 
     Args:
       folder: of the zoo.
       plan: what is to be traced there.
-      skip_unreadable: whether local models that cannot be read are left out of the plan, with a warning.
+      skip_unreadable: whether models that cannot be read are left out of the plan, with a warning.
       by_scan: whether only pairs are traced in which signatures show a trace of a relation.
 
     Raises:
-      ValueError: the config cannot run, a local model cannot be read, or another plan is being worked on there.
+      ValueError: the config cannot run, a model cannot be read, or another plan is being worked on there.
     """
     check_config(plan.options_of(plan.pairs[0], folder.path))
     if by_scan and (component := plan.config.get("component")):
@@ -85,14 +86,20 @@ def _check_idle(folder: ZooFolder) -> None:
 
 
 def _unreadable(plan: ZooPlan) -> dict[str, str]:
-    """Returns the local models that cannot be opened, each with the reason; no weight is read."""
-    found = {}
-    for model in filter(is_local, plan.names):
-        try:
-            open_model(model)
-        except (ValueError, OSError) as error:
-            found[model] = str(error)
-    return found
+    """Returns the models that cannot be opened, each with the reason; no weight is read or downloaded."""
+    found = {model: _problem(model) for model in plan.names}
+    return {model: problem for model, problem in found.items() if problem}
+
+
+def _problem(model: str) -> str | None:
+    """Returns why a model cannot be opened; of one of the Hub what can be seen without its weights."""
+    if not is_local(model):
+        return hub_problem(model)
+    try:
+        open_model(model)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
 
 
 def running_or_queued(folder: ZooFolder) -> list[str]:
