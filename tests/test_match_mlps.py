@@ -13,7 +13,7 @@ from tracing_jax.options import RunOptions
 from tracing_jax.rewrites import draw_rewrites
 from tracing_jax.sources import InMemory, MlpsAsLayers, in_memory, rewritten
 from tracing_jax.statistics import make_statistic
-from tracing_jax.statistics.match_mlps import MatchMlps
+from tracing_jax.statistics.match_mlps import MatchMlps, chosen_places
 
 MIXTURE = tiny.mixtral(mlp_dim=48)
 DENSE = dataclasses.replace(MIXTURE, num_experts=None, experts_per_token=None)
@@ -39,6 +39,14 @@ def upcycled(dense, noise=0.1):
 def after(model, names):
     hidden = in_memory(rewritten(model, draw_rewrites(names, jax.random.key(3), model.arch)))
     return InMemory(hidden.arch, jax.tree.map(jnp.asarray, hidden.params))
+
+
+def noisy(model, noise=0.1):
+    rng = np.random.default_rng(0)
+    return InMemory(
+        model.arch,
+        jax.tree.map(lambda w: w + noise * w.std() * rng.standard_normal(w.shape).astype(np.float32), model.params),
+    )
 
 
 def pairs_in(result):
@@ -97,8 +105,33 @@ def test_strangers_have_no_mlp_in_common_and_alignment_silences(other):
     assert aligned.layer_map is None
 
 
+def test_of_large_mixtures_some_mlps_are_looked_for_among_those_of_their_layers():
+    base = tiny.model(MIXTURE, 0)
+    hidden = after(noisy(base), "permute")
+    result = MatchMlps(max_pairs=12).compute(pair_of(base, hidden))
+    assert "2 of base's 6 MLPs were drawn, and looked for among the 6 of ft's layers 0, 1" in result.notes[0]
+    assert (result.headline, len(pairs_in(result))) == (1.0, 2)
+    assert result.log10_p < -3
+    strangers = MatchMlps(max_pairs=12).compute(pair_of(base, tiny.model(MIXTURE, 1)))
+    assert strangers.headline == 0
+    assert strangers.log10_p > -2
+
+
+@pytest.mark.parametrize(("experts", "layers", "drawn"), [(128, 4, 2), (256, 4, 1), (64, 4, 4), (4096, 1, 1)])
+def test_no_more_pairs_are_compared_than_are_allowed(experts, layers, drawn):
+    large = dataclasses.replace(
+        MIXTURE, num_experts=experts, num_layers=48, layer_ropes=(0,) * 48, layer_windows=(None,) * 48
+    )
+    ours, theirs = chosen_places(large, large, 4096, np.random.default_rng(0))
+    assert len(ours) * len(theirs) <= 4096
+    assert (len(ours), len(theirs)) == (layers * drawn, layers * experts)
+    assert {layer for layer, _ in ours} == {layer for layer, _ in theirs}
+
+
 def test_what_does_not_apply_says_why():
     assert "no gate; see match_io" in MatchMlps().not_applicable(tiny.gpt2(), DENSE, SAME)[0]
-    assert "36 pairs of MLPs" in MatchMlps(max_pairs=35).not_applicable(MIXTURE, MIXTURE, SAME)[0]
+    deep = dataclasses.replace(MIXTURE, num_layers=3, layer_ropes=(0,) * 3, layer_windows=(None,) * 3)
+    assert "54 pairs of MLPs" in MatchMlps(max_pairs=53).not_applicable(MIXTURE, deep, SAME)[0]
+    assert MatchMlps(max_pairs=12).not_applicable(MIXTURE, MIXTURE, SAME) == []
     assert MatchMlps().not_applicable(MIXTURE, DENSE, SAME) == []
     assert make_statistic("match_mlps", RunOptions(level=0.01)).level == 0.01

@@ -129,7 +129,9 @@ class MatchMlps:
 
     positions: int = option(1024, "The most shared tokens whose embeddings are used.", at_least=1)
     units: int = option(256, "The most units of each of base's MLPs that are looked for in ft's.", at_least=1)
-    max_pairs: int = option(4096, "The most pairs of MLPs that are compared.", at_least=1)
+    max_pairs: int = option(
+        4096, "The most pairs of MLPs that are compared; of larger mixtures some are drawn.", at_least=1
+    )
 
 
 @dataclass(frozen=True)

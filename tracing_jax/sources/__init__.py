@@ -1,7 +1,7 @@
 """`ParamSource`: a model's params, subtree by subtree. Sources wrap one another lazily."""
 
 from tracing_jax.sources.lazy_leaves import leaf, params_of
-from tracing_jax.sources.mlps import MlpsAsLayers, mlp_places, one_mlp, origin
+from tracing_jax.sources.mlps import MlpsAsLayers, Place, mlp_places, one_mlp, origin
 from tracing_jax.sources.prefetch import PrefetchingSource
 from tracing_jax.sources.source import (
     InMemory,
@@ -21,6 +21,7 @@ __all__ = [
     "MappedSource",
     "MlpsAsLayers",
     "ParamSource",
+    "Place",
     "PrefetchingSource",
     "Submodel",
     "has_embeddings",

@@ -91,9 +91,14 @@ class MlpsAsLayers:
     """A source with a layer for each MLP of another, in the order of layers and experts; it has no attention.
 
     Of a layer with experts all are read when one of them is asked for, and the last layer read is kept.
+
+    Attributes:
+      source: the other model.
+      chosen: where the MLPs are, if not all.
     """
 
     source: ParamSource
+    chosen: tuple[Place, ...] | None = None
     _kept: dict[int, Tree] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -103,7 +108,7 @@ class MlpsAsLayers:
     @cached_property
     def places(self) -> list[Place]:
         """Where each MLP is in the model."""
-        return mlp_places(self.source.arch)
+        return mlp_places(self.source.arch) if self.chosen is None else list(self.chosen)
 
     @cached_property
     def arch(self) -> Arch:

@@ -1,5 +1,6 @@
 """`match_mlps`: which MLP of ft comes from which MLP of base, in whatever layer, dense or expert?"""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -10,7 +11,7 @@ import numpy as np
 from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.progress import tqdm
-from tracing_jax.sources import MlpsAsLayers, mlp_places
+from tracing_jax.sources import MlpsAsLayers, Place, mlp_places
 from tracing_jax.statistics.comparison import Comparison, bonferroni_log10, reserved, unit_notes
 from tracing_jax.statistics.cosine import similarities
 from tracing_jax.statistics.csu import unit_rows
@@ -20,6 +21,7 @@ from tracing_jax.statistics.match_all import MatchAll
 from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies
 
 _UP = "mlp/up_proj/kernel"
+_MOST_LAYERS = 4  # of large mixtures, from which MLPs are drawn
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class MatchMlps(options.MatchMlps):
 
     Then the up-projections of each MLP of ft and its closest one of base are compared as by `csu`. The closest is found
     by matchings that the order of the units does not change, so that the p-values of units in place stay exact.
+
+    Of mixtures with more than `max_pairs` pairs of MLPs some of base's are drawn; see `chosen_places`.
 
     Attributes:
       level: significance level, after Bonferroni over all pairs, below which two MLPs are assigned to each other.
@@ -50,14 +54,19 @@ class MatchMlps(options.MatchMlps):
         lines = [f"{side} has no gate; see match_io" for side, a in (("base", base), ("ft", ft)) if not a.gated]
         if len(vocabularies.ids_base) < 2:
             lines.append("the vocabularies share no tokens whose embeddings could be compared")
-        pairs = len(mlp_places(base)) * len(mlp_places(ft))
-        if pairs > self.max_pairs:
-            lines.append(f"{pairs:,} pairs of MLPs are more than match_mlps.max_pairs = {self.max_pairs:,}")
+        if chosen_places(base, ft, self.max_pairs, np.random.default_rng(0)) is None:
+            pairs = len(mlp_places(base)) * len(mlp_places(ft))
+            lines.append(
+                f"{pairs:,} pairs of MLPs are more than match_mlps.max_pairs = {self.max_pairs:,}; only of models of "
+                "equal depth can some be drawn"
+            )
         return lines
 
     def compute(self, pair: Pair) -> Result:
         """Returns the map of the MLPs with its p-values; no forward pass."""
-        base, ft = MlpsAsLayers(pair.base), MlpsAsLayers(pair.ft)
+        chosen = chosen_places(pair.base.arch, pair.ft.arch, self.max_pairs, pair.generator("match_mlps", "places"))
+        assert chosen is not None
+        base, ft = (MlpsAsLayers(model, places) for model, places in zip((pair.base, pair.ft), chosen, strict=True))
         cache = pair.run_cache.scope("match_mlps")
         mlps = replace(pair, base=base, ft=ft, controls=(), run_cache=cache, aligned=False)
         matched = MatchAll(forms=("weights",), positions=self.positions, units=self.units, level=self.level).compute(
@@ -66,15 +75,20 @@ class MatchMlps(options.MatchMlps):
         assert matched.layer_map is not None
         tests: list[Test] = [replace(test, places=_names(base, ft)) for test in matched.tests]
         compared = dict(self._in_place(mlps, np.array(matched.layer_map["log10_p"])))
-        notes = list(matched.notes)
+        notes = [*_drawn(pair, base, ft), *matched.notes]
         if compared:
             placed = in_place_tests(list(compared.values()), list(compared))
             tests += [replace(test, name=f"units in place, {test.name}") for test in placed]
             notes += unit_notes(list(compared.values()))
         found = matched.layer_map["pairs"] + matched.layer_map["copies"]
+        is_part = len(base.places) < len(mlp_places(pair.base.arch))
         return Result(
-            headline=len(found) / ft.arch.num_layers,
-            label="MLPs of ft that correspond to an MLP of base, share",
+            headline=len({row["base"] for row in found}) / base.arch.num_layers
+            if is_part
+            else len(found) / ft.arch.num_layers,
+            label="MLPs of base that were drawn and correspond to an MLP of ft, share"
+            if is_part
+            else "MLPs of ft that correspond to an MLP of base, share",
             log10_p=bonferroni_log10(tests),
             tests=tests,
             null=matched.null,
@@ -103,6 +117,41 @@ class MatchMlps(options.MatchMlps):
                 return in_place(similarities(*rows), units, mlps.generator("match_mlps", "in place", j))
 
             yield f"base {base.name(i)} : ft {ft.name(j)}", mlps.run_cache.cached(Comparison, ("in place", j), compare)
+
+
+def chosen_places(
+    base: Arch, ft: Arch, most: int, generator: np.random.Generator
+) -> tuple[tuple[Place, ...], tuple[Place, ...]] | None:
+    """Returns which MLPs of base are compared with which of ft, at most so many pairs; None if that cannot be.
+
+    Of large mixtures of equal depth some MLPs of base are drawn, in a few layers, and looked for among all that ft has
+    in these layers: experts can be permuted in their layer, and each of the pairs is paid for.
+    """
+    places = mlp_places(base), mlp_places(ft)
+    if len(places[0]) * len(places[1]) <= most:
+        return tuple(places[0]), tuple(places[1])
+    widest = max(sum(layer == i for layer, _ in places[1]) for i in range(ft.num_layers))
+    count = min(_MOST_LAYERS, math.isqrt(most // widest), base.num_layers)
+    if base.num_layers != ft.num_layers or count < 1:
+        return None
+    layers = sorted(int(i) for i in generator.choice(base.num_layers, count, replace=False))
+    drawn: list[Place] = []
+    for layer in layers:
+        own = [place for place in places[0] if place[0] == layer]
+        few = generator.choice(len(own), min(len(own), most // (count * count * widest)), replace=False)
+        drawn += [own[at] for at in sorted(few)]
+    return tuple(drawn), tuple(place for place in places[1] if place[0] in layers)
+
+
+def _drawn(pair: Pair, base: MlpsAsLayers, ft: MlpsAsLayers) -> list[str]:
+    every = len(mlp_places(pair.base.arch))
+    if len(base.places) == every:
+        return []
+    layers = ", ".join(map(str, dict.fromkeys(layer for layer, _ in base.places)))
+    return [
+        f"match_mlps: {len(base.places)} of base's {every:,} MLPs were drawn, and looked for among the "
+        f"{len(ft.places):,} of ft's layers {layers}; match_mlps.max_pairs sets how many"
+    ]
 
 
 def _names(base: MlpsAsLayers, ft: MlpsAsLayers) -> list[str]:
