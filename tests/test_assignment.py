@@ -97,6 +97,27 @@ def test_assignment_is_scipys_optimum_and_proved(kind, n, spare, seed):
     check_proof(matrix, optimal_assignment(HostRowReducer(matrix)), rounding_of(kind))
 
 
+@pytest.mark.parametrize("view", [lambda matrix: matrix, HostRowReducer, on_device], ids=["numpy", "host", "device"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_small_matrices_are_assigned_as_scipy_assigns_them(kind, view, monkeypatch):
+    """In float64, over dozens of decades as well; the matrix stays as it is."""
+    monkeypatch.setattr("tracing_jax.matching.assignment._SMALL", 2**24)
+    for seed, shape in enumerate([(1, 1), (1, 7), (40, 40), (33, 61), (61, 61)]):
+        matrix = kind(np.random.default_rng(seed), *shape)
+        kept = matrix.copy()
+        columns, rows = assign(view(matrix)), np.arange(len(matrix))
+        assert columns.dtype == np.int32
+        assert len(set(columns.tolist())) == len(matrix)
+        best = matrix[linear_sum_assignment(matrix, maximize=True)].sum(dtype=float)
+        lost = 1e-13 * float(np.abs(matrix).max()) * len(matrix)
+        assert matrix[rows, columns].sum(dtype=float) == pytest.approx(best, rel=1e-13, abs=lost)
+        np.testing.assert_array_equal(matrix, kept)
+    with pytest.raises(ValueError, match="1 of 9 similarities are NaN"):
+        assign(view(np.array([[0, 1, 2], [3, np.nan, 1], [1, 1, 1]], F)))
+    with pytest.raises(ValueError, match="cannot assign 3 rows to 2 columns"):
+        assign(view(np.zeros((3, 2), F)))
+
+
 @pytest.mark.parametrize("reach", [1, 4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_paths_that_are_given_up_are_found_together(kind, reach, monkeypatch):

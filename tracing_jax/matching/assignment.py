@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from laprust import lapjv
 
 from tracing_jax.matching.augmenting_paths import Edges, SparseAssignment
 from tracing_jax.matching.row_reducers import HostRowReducer, RowReducer, RowStats, TopK
 from tracing_jax.matching.sinkhorn import approximate_dual_prices
 
-_SMALL = 2**21
-"""Entries of a matrix that scipy assigns faster than candidates are found, unless the row maxima are an assignment; see
-`benchmarks/assignment.py`."""
+_SMALL = 2**24
+"""Entries of a matrix that a dense solver assigns faster than candidates are found; see `benchmarks/assignment.py`."""
 _CANDIDATES = 24
 """Per row at first. At 11,008 independent units 25 hold all but a few of the optimum's entries."""
 _MORE = 8
@@ -53,22 +53,22 @@ def assign(similarity: Float[np.ndarray, "n m"] | RowReducer) -> Int[np.ndarray,
     """Returns for each row a column of its own, `int32 [n]`, such that the sum of the similarities is greatest.
 
     Among equal optima the order of rows and columns decides. For the proof see `optimal_assignment`, which solves all
-    but small matrices; on small ones scipy's solver is faster.
+    but small matrices; on small ones a dense solver is faster.
 
     Raises:
       ValueError: more rows than columns, or similarities that are not finite.
-    Source: scipy's `linear_sum_assignment` (Crouse 2016) for small matrices.
+    Source: Jonker & Volgenant 1987, as laprust has it, for small matrices.
     """
     reducer = HostRowReducer(similarity) if isinstance(similarity, np.ndarray) else similarity
     n, m = reducer.shape
-    if n * m > _SMALL:
+    if n * m > _SMALL or n > m:
         return optimal_assignment(reducer).columns
-    row_maxima = _row_maxima_assignment(_checked_stats(reducer))
-    if row_maxima is not None:
-        return row_maxima.columns
-    from scipy.optimize import linear_sum_assignment  # slow to import, and only small matrices need it
-
-    return linear_sum_assignment(reducer.sample_rows(n), maximize=True)[1].astype(np.int32)
+    costs = -similarity if isinstance(similarity, np.ndarray) else -reducer.sample_rows(n)
+    if not np.isfinite(costs).all():
+        raise ValueError(_not_finite(int((~np.isfinite(costs)).sum()), n * m))
+    # Square matrices are solved in float64 in any case.
+    precision = "native" if n == m else "float64"
+    return lapjv(costs, extend_cost=True, return_cost=False, precision=precision)[1].astype(np.int32)
 
 
 def optimal_assignment(reducer: RowReducer) -> Assignment:
@@ -94,11 +94,15 @@ def _checked_stats(reducer: RowReducer) -> RowStats:
         raise ValueError(f"cannot assign {n} rows to {m} columns one to one; transpose, or leave rows out first")
     stats = reducer.stats()
     if stats.non_finite:
-        raise ValueError(
-            f"{stats.non_finite} of {n * m} similarities are NaN or infinite; look for such values in the weights or "
-            "activations they come from"
-        )
+        raise ValueError(_not_finite(stats.non_finite, n * m))
     return stats
+
+
+def _not_finite(count: int, total: int) -> str:
+    return (
+        f"{count} of {total} similarities are NaN or infinite; look for such values in the weights or activations they "
+        "come from"
+    )
 
 
 def _row_maxima_assignment(stats: RowStats) -> Assignment | None:
