@@ -121,6 +121,32 @@ def test_intervals_cover(origin, parents):
     assert 0.925 < np.mean(inside) < 0.975
 
 
+def test_intervals_cover_where_few_blocks_carry_most(origin, parents):
+    """Differences that fade from row to row, and noise in proportion: few blocks count, and fewer by their noise."""
+    models, place = models_of(origin, parents[:2], origin), None
+    place = next(models.places())
+    rng, inside, by_weight = np.random.default_rng(0), [], []
+    for _ in range(300):
+        tensors, weights = [], []
+        for rows, size in (
+            (128, 3 * np.exp(-3 * np.arange(128) / 128)),
+            (32, np.full(32, 0.3)),
+            (32, np.full(32, 0.3)),
+        ):
+            x = rng.normal(size=(2, rows, 16)) * size[:, None]
+            noise = rng.normal(size=(rows, 16)) * size[:, None] / 3
+            z = np.stack([0.6 * x[0] + 0.3 * x[1] + noise, *x, rng.normal(size=(rows, 16))]).reshape(4, 16, -1)
+            grams = np.einsum("crn,drn->rcd", z, z)
+            weights += [*np.trace(grams[:, 1:3, 1:3], axis1=1, axis2=2)]
+            tensors.append(TensorSums(place, grams, np.full(16, float(rows)), np.zeros((1, 4), np.float32), 0.0))
+        found = estimate(models, tensors)
+        low, high = found.interval()
+        inside.append((low < [0.6, 0.3]) & (high > [0.6, 0.3]))
+        by_weight.append(found.degrees <= np.sum(weights) ** 2 / np.square(weights).sum() - 1 + 1e-9)
+    assert 0.93 < np.mean(inside) < 0.98
+    assert all(by_weight)
+
+
 def test_uninvolved_parents_have_uniform_p_values(origin, parents):
     """Of independent parents, and of siblings where what is left of the child is rounding."""
     rng, log_ps = np.random.default_rng(1), []

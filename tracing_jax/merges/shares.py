@@ -128,14 +128,15 @@ def estimate(models: MergeModels, tensors: Sequence[TensorSums]) -> Shares:
     if condition > COLLINEAR:
         return _without(fit, "the parents differ from the reference in the same way here", condition)
     weights = np.trace(grams[:, terms, terms], axis1=1, axis2=2)
-    blocks = float(weights.sum() ** 2 / np.square(weights).sum())  # as many of equal weight
-    if blocks < 2:
+    if _equal_blocks(weights) < 2:
         return _without(fit, "what tells the parents apart lies in one block of rows", condition)
     found = np.linalg.solve(xx, xy)
     others = total - grams  # each without one block
     moved = models.shares_of(_solved(others[:, terms, terms], others[:, terms, 0], found)) - models.shares_of(found)
+    blocks = int((weights > 0).sum())
     covariance = (blocks - 1) / blocks * moved.T @ moved
-    return Shares(models.shares_of(found), covariance, blocks - 1, fit, condition)
+    degrees = _degrees(weights, moved, [len(tensor.grams) for tensor in tensors])
+    return Shares(models.shares_of(found), covariance, degrees, fit, condition)
 
 
 def grouped(
@@ -147,6 +148,32 @@ def grouped(
         if (own := key(tensor)) is not None:
             groups.setdefault(own, []).append(tensor)
     return {own: estimate(models, members) for own, members in groups.items()}
+
+
+def _equal_blocks(weights: Float[np.ndarray, " R"]) -> float:
+    """Returns how many blocks of equal weight say as much."""
+    return float(weights.sum() ** 2 / np.square(weights).sum())
+
+
+def _degrees(weights: Float[np.ndarray, " R"], moved: Float[np.ndarray, "R K"], blocks: Sequence[int]) -> float:
+    """Returns the degrees of freedom of the jackknife, by Satterthwaite's formula.
+
+    What a block adds to the variance goes with its weight and with the noise of its tensor, which is often larger where
+    the differences are: the blocks that count are fewer than weights alone say. The lower of the two counts is taken,
+    for the noise of a tensor is an estimate too.
+
+    Args:
+      weights: squares of the parents' differences in each block.
+      moved: of the shares without each block.
+      blocks: of each tensor.
+    """
+    size = np.square(moved).sum(0)
+    own = (np.square(moved) / np.where(size > 0, size, 1.0)).sum(1)
+    first = np.cumsum([0, *blocks[:-1]])
+    in_tensor = np.add.reduceat(weights, first)
+    noise = np.add.reduceat(own, first) / np.where(in_tensor > 0, in_tensor, 1.0)
+    added = np.repeat(noise, blocks) * weights
+    return min(_equal_blocks(weights), _equal_blocks(added) if added.any() else np.inf) - 1
 
 
 def _solved(xx: np.ndarray, xy: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
