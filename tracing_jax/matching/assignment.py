@@ -9,6 +9,7 @@ the rest); here approximate dual prices choose the core, and `augmenting_paths` 
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -67,7 +68,7 @@ def assign(similarity: Float[np.ndarray, "n m"] | RowReducer) -> Int[np.ndarray,
     if not np.isfinite(costs).all():
         raise ValueError(_not_finite(int((~np.isfinite(costs)).sum()), n * m))
     # Square matrices are solved in float64 in any case.
-    precision = "native" if n == m else "float64"
+    precision: Literal["native", "float64"] = "native" if n == m else "float64"
     return lapjv(costs, extend_cost=True, return_cost=False, precision=precision)[1].astype(np.int32)
 
 
