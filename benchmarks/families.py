@@ -63,12 +63,24 @@ _MAY_BE_NONE = ("head_dim", "num_key_value_heads", "attention_head_dim", "kv_cha
 """Attributes that are set in a tiny model even where the class leaves them open."""
 
 _MAMBA = {"mamba_d_head": 32, "mamba_n_heads": 4, "mamba_d_ssm": 128, "mamba_expand": 2}
+_QWEN4 = {
+    "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 32,
+    "indexer_compress_ratio": 4, "output_gate_type": "sigmoid",
+}  # fmt: skip
 _OWN_SIZES: Mapping[str, Mapping[str, Any]] = {
     "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2}, "deepseek_v3": {"num_key_value_heads": 4},
     "bamba": _MAMBA, "falcon_h1": _MAMBA, "granitemoehybrid": _MAMBA, "mamba2": {"head_dim": 32},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [8, 16]},
-    "dots3_note": {"num_key_value_heads": 4}, "dots3_note_text": {"num_key_value_heads": 4},
+    "dots3_note": {"num_key_value_heads": 4}, "dots3_note_text": {"num_key_value_heads": 4, "head_dim": 32},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "qwen4_exp_text": _QWEN4, "qwen4_exp": {"text_config": _QWEN4},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2}, "ffn_config": {"ffn_hidden_size": 96}},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "mamba_dt_rank": 4},
+    "blt": {"encoder_hash_byte_group_vocab": 500},
+    "longcat_flash": {"expert_ffn_hidden_size": 96, "zero_expert_num": 2, "qk_head_dim": 32, "head_dim": 16},
     "zaya": {"num_experts_per_tok": 1}, "xlnet": {"d_head": 16},
     "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1},
 }  # fmt: skip
@@ -117,7 +129,12 @@ def tiny_config(family: str) -> Any:
     config = CONFIG_MAPPING[family]()
     _shrink(config)
     for name, value in _OWN_SIZES.get(family, {}).items():
-        setattr(config, name, value)
+        inner = vars(config).get(name)
+        if hasattr(inner, "to_dict"):
+            for part, size in value.items():
+                setattr(inner, part, size)
+        else:
+            setattr(config, name, value)
     return config
 
 

@@ -199,7 +199,9 @@ def test_slices_read_only_the_factors_they_need(tmp_path, base, monkeypatch):
         ({"use_qalora": True}, "use_qalora = True is not merged"),
         ({"bias": "some"}, "bias = 'some', expected one of none, all, lora_only"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
-        ({"target_parameters": ["experts.w"]}, "target_parameters"),
+        ({"target_parameters": "experts.w"}, "target_parameters = experts.w, expected names"),
+        ({"target_parameters": ["a.w"], "alpha_pattern": {"w": 2}}, "target_parameters with rank_pattern or alpha"),
+        ({"target_parameters": ["q_proj.w"]}, "fits none, or several, of model.layers.7.q_proj.w"),
         ({"some_later_setting": 1}, "some_later_setting"),
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base too"),
         ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "changes the base too"),
@@ -218,8 +220,43 @@ def test_slices_read_only_the_factors_they_need(tmp_path, base, monkeypatch):
 def test_what_is_not_plain_lora_is_refused(tmp_path, base, config, message):
     a, b = factors(6, 4)
     tensors = {"model.layers.0.q_proj.lora_A.weight": a, "model.layers.0.q_proj.lora_B.weight": b}
+    if "target_parameters" in config:
+        tensors = {name.replace("layers.0", "layers.7"): value for name, value in tensors.items()}
     with pytest.raises(CheckpointError, match=message):
         merged(base, adapter(tmp_path / "l", tensors, **config))
+
+
+def test_factors_of_experts_change_each_by_its_own_part(tmp_path):
+    E, r, F, D = 3, 2, 5, 4
+    at = "model.layers.0.mlp.experts"
+    gate_up, down = RNG.normal(size=(E, 2 * F, D)).astype(np.float32), RNG.normal(size=(E, D, F)).astype(np.float32)
+    single = {f"{at}.{e}.{name}.weight": np.ascontiguousarray(part) for e in range(E) for name, part in
+              (("gate_proj", gate_up[e, :F]), ("up_proj", gate_up[e, F:]), ("down_proj", down[e]))}  # fmt: skip
+    turned = {f"{at}.gate_up_proj": gate_up.swapaxes(1, 2).copy(), f"{at}.down_proj": down.swapaxes(1, 2).copy()}
+    (a1, b1), (a2, b2) = factors(2 * F, D, E * r), factors(D, F, E * r)
+    tensors = {f"{at}.base_layer.lora_A.weight": a1, f"{at}.base_layer.lora_B.weight": b1,
+               f"{at}.lora_A.weight": a2, f"{at}.lora_B.weight": b2}  # fmt: skip
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    lora = adapter(tmp_path / "lora", tensors, target_parameters=names, target_modules=[])
+    wanted = [w + 1.5 * np.einsum("ore,eri->eoi", b.reshape(len(b), r, E), a.reshape(E, r, -1))
+              for w, a, b in ((gate_up, a1, b1), (down, a2, b2))]  # fmt: skip
+    found = {}
+    for what, held in {"single": single, "turned": turned}.items():
+        (tmp_path / what).mkdir()
+        save_file(held, tmp_path / what / "model.safetensors")
+        found[what] = merged(open_tensors(tmp_path / what), lora)
+    for name, whole in zip(("gate_up_proj", "down_proj"), wanted):
+        index = (slice(1, 3), slice(1, 4), slice(2, 4))
+        read = found["turned"].read(f"{at}.{name}", index)
+        np.testing.assert_allclose(read, whole.swapaxes(1, 2)[index], rtol=1e-5, atol=1e-5)
+    for e in range(E):
+        for name, whole in (
+            ("gate_proj", wanted[0][e, :F]),
+            ("up_proj", wanted[0][e, F:]),
+            ("down_proj", wanted[1][e]),
+        ):
+            read = found["single"].read(f"{at}.{e}.{name}.weight", (slice(1, 4), slice(1, 3)))
+            np.testing.assert_allclose(read, whole[1:4, 1:3], rtol=1e-5, atol=1e-5)
 
 
 def test_all_misfits_are_said_at_once(tmp_path, base):
@@ -342,3 +379,33 @@ def test_agrees_with_peft(tmp_path, case):
     assert any(np.any(store.read(name) != base.read(name)) for name in store.names())
     for name in store.names():
         np.testing.assert_allclose(store.read(name), wanted[name].numpy(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["Qwen3Moe", "Mixtral", "GptOss"])
+def test_adapted_experts_agree_with_peft(tmp_path, family):
+    torch, transformers, peft = map(pytest.importorskip, ("torch", "transformers", "peft"))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 8, "vocab_size": 11, "head_dim": 8}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False}
+    config = getattr(transformers, f"{family}Config")(**sizes, **heads, num_experts=4, num_local_experts=4)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    model.save_pretrained(tmp_path / "base")
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    tuned = peft.get_peft_model(
+        model, peft.LoraConfig(r=3, lora_alpha=4, target_modules=["q_proj"], target_parameters=names)
+    )
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    tuned.save_pretrained(tmp_path / "lora")
+    tuned.merge_and_unload().save_pretrained(tmp_path / "merged")
+    base, wanted = open_tensors(tmp_path / "base"), open_tensors(tmp_path / "merged")
+    store = merged(base, tmp_path / "lora")
+    changed = [name for name in store.names() if np.any(store.read(name) != base.read(name))]
+    assert any(".experts." in name for name in changed)
+    for name in store.names():
+        np.testing.assert_allclose(store.read(name), wanted.read(name), rtol=1e-5, atol=1e-5, err_msg=name)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from tracing_jax.checkpoint.adapted_experts import with_adapted_experts
 from tracing_jax.checkpoint.derived_tensors import Alias, DerivedTensors
 from tracing_jax.checkpoint.errors import CheckpointError
 from tracing_jax.checkpoint.merged_tensors import LowRank, MergedTensors, Updates, olora, pissa
@@ -25,6 +26,7 @@ _CONFIG = "adapter_config.json"
 _HANDLED = {
     *("peft_type", "r", "lora_alpha", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "bias"),
     *("init_lora_weights", "base_model_name_or_path", "revision", "use_dora", "lora_bias", "trainable_token_indices"),
+    "target_parameters",
 }
 # They steer training, or choose modules, which the adapter's tensors name themselves.
 _NEUTRAL = {
@@ -93,6 +95,7 @@ def merged(base: TensorStore, folder: Path, tied: tuple[str, str] | None = None,
     if tied and shared and any(_trains(name, tied) for name in adapter.names()):
         base = _with_both(base, *tied)
     try:
+        base, adapter = with_adapted_experts(base, adapter, config)
         return MergedTensors(base, adapter, _planned_updates(base, adapter, config, tied, shared), [folder / _CONFIG])
     except CheckpointError as error:
         raise CheckpointError(*(f"{adapter.files()[0]}: {problem}" for problem in error.problems)) from error
@@ -242,12 +245,8 @@ def _parts(base: TensorStore, adapter: TensorStore) -> tuple[dict[str, dict[str,
         kind, leaf = _part_of(match) if match else ("", "")
         target = _target(f"{match['path']}.{leaf}", known) if match else None
         if not match or not target:
-            why = (
-                "; the base has no bias there, without which PEFT does not merge it"
-                if kind == "B_bias"
-                else "; is it the right base?"
-            )
-            problems.append(f"{shortened(repr(name), 200)} belongs to no tensor of the base{why}")
+            why = "the base has no bias there, as PEFT needs" if kind == "B_bias" else "is it the right base?"
+            problems.append(f"{shortened(repr(name), 200)} belongs to no tensor of the base; {why}")
         elif parts.setdefault(target, {}).setdefault(kind, name) != name:
             problems.append(f"{name!r} is the second of its kind for {target!r}")
     return parts, problems
