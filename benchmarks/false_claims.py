@@ -95,20 +95,19 @@ def main(argv: list[str]) -> None:
     """Measures, prints a table and writes it."""
     del argv
     use_all_cores()
-    rows = []
+    rows, related = [], 0
     for models in _MODELS.value:
         for name, found in forged_pairs(zoo(RECIPES[models], ZOO_DIR.value)):
             ps = [p for pair in found for test, p in pair.items() if test != "verdict"]
             alarms = sum(float(p) < np.log10(LEVEL) for p in ps)
+            related += sum(pair["verdict"] == "related" for pair in found)
             verdicts = collections.Counter(str(pair["verdict"]).replace("_", " ") for pair in found)
             words = ", ".join(f"{word}: {count}" for word, count in sorted(verdicts.items()))
             rows.append([models, name, f"{alarms} of {len(ps)}", words, f"{min(map(float, ps)):.1f}"])
             print(rows[-1], flush=True)
     print(markdown_table(("models", "change", "alarms of all tests", "verdicts", "least log10 p"), rows))
-    made, related = len(rows) * _PAIRS.value, sum("related" in row[3] for row in rows)
-    print(
-        f"rows with a pair called related: {related}; {made} pairs; {clopper_pearson(0, made)}; {machine()['summary']}"
-    )
+    made = len(rows) * _PAIRS.value
+    print(f"{related} of {made} pairs called related; {clopper_pearson(related, made)}; {machine()['summary']}")
     out = Path(OUT_DIR.value)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "false_claims.json", {"machine": machine(), "pairs": _PAIRS.value, "rows": rows})

@@ -1,5 +1,6 @@
 """`match_heads`: query heads by their QK and OV products on shared tokens; and the null of their agreement."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -65,6 +66,16 @@ def test_biases_of_queries_keys_and_values_do_not_matter():
             layer["attn"][name]["bias"] = 3 * layer["attn"][name]["bias"] + 1
     changed = InMemory(UNGATED, params)
     assert MatchHeads().compute(pair_of(base, changed)) == MatchHeads().compute(pair_of(base, ft))
+
+
+def test_heads_behind_a_sink_write_nothing():
+    """A sink above all scores takes all attention: such heads of base, in another model, are no evidence."""
+    arch = dataclasses.replace(GROUPED, sinks=True)
+    base, closed = tiny.model(arch, 0), jax.tree.map(jnp.asarray, related(tiny.model(arch, 0), 0.1).params)
+    assert MatchHeads().compute(pair_of(base, InMemory(arch, closed))).headline > 0.8
+    for layer in closed["layers"].values():
+        layer["attn"]["sinks"] = jnp.full_like(layer["attn"]["sinks"], 1e9)
+    assert MatchHeads().compute(pair_of(base, InMemory(arch, closed))).headline == 0
 
 
 def forms_of(model, layer):

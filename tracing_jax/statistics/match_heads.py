@@ -31,7 +31,7 @@ from tracing_jax.statistics.head_null import heads_log_sf
 from tracing_jax.statistics.mlp_rows import gain_of, unit_length
 from tracing_jax.statistics.shared_tokens import TokenRows, token_rows, tokens_not_applicable
 from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies, depths_not_applicable
-from tracing_jax.tree import Tree
+from tracing_jax.tree import Tree, to_host
 
 Forms = Mapping[str, Float[np.ndarray, "heads S2"]]
 """`attention`, `output` -> the form of each query head over pairs of tokens, centred both ways, of length one."""
@@ -40,6 +40,7 @@ _PAIRS = [("attention", "output")]
 _NAME = "attention and output"
 _SUM = "agreement summed over layers"
 _MOST_CONTROLS = 256
+_MOST_SCORE = 100.0  # scores of attention come to some tens: a sink above this takes all of it
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,8 @@ def head_forms(model: ParamSource, layer: int, tokens: TokenRows) -> Forms:
     outputs = jnp.einsum("sd,kghd->skgh", effect, kernels["o"], precision="highest")
     attention, output = _form(queries, keys), _form(outputs, values)
     written = np.linalg.norm(output, axis=1)
+    if arch.sinks:  # a head whose sink is far above any score writes nothing either
+        written = written * (np.asarray(to_host(params["attn"]["sinks"]), np.float64).ravel() < _MOST_SCORE)
     silent = written <= SILENT * np.median(written)
     output[silent] = 0.0
     return {"attention": np.asarray(unit_length(attention)), "output": np.asarray(unit_length(output))}
