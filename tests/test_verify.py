@@ -62,13 +62,15 @@ def test_the_records_of_all_statistics_fit_the_schema(family, tmp_path):
     asked = COMPARE.as_dict() | {
         "base_model_id": str(family.member("base")), "stat": tuple(n for n in STATISTICS if n != "match_distilled"),
         "dataset": str(family.text), "num_tokens": 2048, "block_size": 64, "align": True, "eval": True,
-        "ft_model_ids": (str(family.member("disguised")), str(family.member("independent"))), "permute": True,
+        "ft_model_id": str(family.member("disguised")), "permute": True,
         "save": str(tmp_path / "run.p"), "align_axes": ("embed", "mlp"), "mesh": {"data": 1, "model": 1},
     }  # fmt: skip
-    for record in experiment.run(asked):
+    both = {"ft_model_id": "", "ft_model_ids": (str(family.member("disguised")), str(family.member("independent")))}
+    few = {"stat": ("csu",), "align": False, "eval": False, "save": str(tmp_path / "pairs.p")}
+    for record in [*experiment.run(asked), *experiment.run(asked | both | few)]:
         jsonschema.validate(record, SCHEMA)
         assert outcomes(record)["record"] == "holds"
-    assert len(read_records(tmp_path / "run.json")) == 2
+    assert [len(read_records(tmp_path / name)) for name in ("run.json", "pairs.json")] == [1, 2]
 
 
 def test_a_true_record_holds_and_its_file_is_what_was_returned(written):
