@@ -23,6 +23,7 @@ from tracing_jax.cli import main
 from tracing_jax.merges import MergeError, MergeModels, estimate, grouped, merge_report, opened_models, read_sums
 from tracing_jax.merges.exchange import log_p_of_layer
 from tracing_jax.merges.normal_equations import TensorSums, rounding_variance
+from tracing_jax.merges.parts import _of_distinct_layers
 from tracing_jax.merges.products import products
 from tracing_jax.rewrites import draw_rewrites
 from tracing_jax.sources import InMemory, MappedSource, in_memory, rewritten
@@ -363,6 +364,35 @@ def test_method_is_named_and_its_recipe_makes_the_child_again(origin, parents, n
         rest += np.square(made_again(found.record["recipe"], leaf, origin, parents) - values).sum()
         total += np.square(values - origin[leaf]).sum()
     assert rest / total < (2e-3 if name == "ties" else 1e-5)
+
+
+def test_layers_that_were_repeated_and_left_out_are_found(origin, parents):
+    """A passthrough merge of layers 0, 1, 1, 0 of two parents: mapped, owned, and its recipe says where from."""
+    of, owner = (0, 1, 1, 0), (0, 0, 1, 1)
+    child = {name: leaf for name, leaf in parents[0].items() if not name.startswith("layers/")}
+    for i, (j, k) in enumerate(zip(of, owner)):
+        child |= {name.replace(f"layers/{j}/", f"layers/{i}/"): leaf
+                  for name, leaf in parents[k].items() if name.startswith(f"layers/{j}/")}  # fmt: skip
+    named = {name: model(parent) for name, parent in zip("AB", parents)}
+    deeper = model(child, arch=dataclasses.replace(ARCH, num_layers=4))
+    found = merge_report(MergeModels(deeper, named, model(origin)))
+    assert found.record["layers"] == list(of)
+    for i, k in enumerate(owner):
+        shares = found.record["by_layer"][str(i)]["shares"]
+        assert [shares[name]["share"] for name in "AB"] == pytest.approx(np.eye(2)[k], abs=1e-4)
+    assert found.record["method"]["name"] == "stitched"
+    sources = [own["sources"][0] for own in yaml.safe_load(found.record["recipe"])["slices"]]
+    assert [(own["model"], *own["layer_range"]) for own in sources] == [("A", 0, 2), ("B", 1, 2), ("B", 0, 1)]
+    assert "0-1 from 0-1, 2 from 1, 3 from 0" in repr(found)
+    in_place = merge_report(MergeModels(model(parents[0]), named, model(origin)))
+    assert in_place.record["layers"] is None
+
+
+def test_repeated_layers_count_once_in_the_p_value(origin, parents):
+    """The order of a parent's units is the same in all copies of a layer: their p-values are not independent."""
+    models = dataclasses.replace(models_of(origin, parents[:2], origin), layers=((0, 1, 1, 1),) * 3)
+    units = {i: [np.full((1, 1, 1), float(i))] for i in range(4)}
+    assert sorted(_of_distinct_layers(models, units)) == [0, 1]
 
 
 def test_child_that_no_method_explains_has_no_recipe(origin, parents):

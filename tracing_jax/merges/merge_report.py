@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from tracing_jax.alignment import AlignmentError
 from tracing_jax.merges.aligning import is_in_place, with_aligned_child
 from tracing_jax.merges.choice import choose
+from tracing_jax.merges.depth import with_layers_mapped
 from tracing_jax.merges.models import MergeError, MergeModels, Place
 from tracing_jax.merges.normal_equations import Sums, read_sums
 from tracing_jax.merges.parts import Part, parts_of, sentence
@@ -33,6 +34,7 @@ def merge_report(
       MergeError: the models have nothing in common that shares could be estimated from.
     """
     check_names(models)
+    models, moved = with_layers_mapped(models)
     notes: list[str] = []
     sums = read_sums(models, seed)
     in_place, aligned = is_in_place(models, sums), False
@@ -69,7 +71,8 @@ def merge_report(
         "by_role_and_layer": nested,
         "by_tensor": _as_dicts(by_tensor, models),
         "left_out": models.left_out,
-        "notes": [*notes, *_notes(models, by_tensor)],
+        "layers": None if models.layers is None else list(models.layers[0]),
+        "notes": [*notes, *([moved] if moved else []), *_notes(models, by_tensor)],
         "aligned": aligned,
         "seed": seed,
     }

@@ -1,7 +1,7 @@
 """Which parents had a part: a p-value each, Holm over parents, and the words that the evidence allows."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import reduce
 from operator import add
@@ -74,7 +74,8 @@ def parts_of(
       blind: why units cannot be exchanged, as after an alignment; None if they can.
     """
     fit = reduce(add, (shares.fit for shares in by_tensor))
-    log_ps = [None if blind else log_p_of_parent(models, sums.units, k, seed) for k in range(len(models.names))]
+    units = _of_distinct_layers(models, sums.units)
+    log_ps = [None if blind else log_p_of_parent(models, units, k, seed) for k in range(len(models.names))]
     tested = [log_p for log_p in log_ps if log_p is not None]
     adjusted = iter(holm(tested) / math.log(10)) if tested else iter(())
     found = []
@@ -86,6 +87,14 @@ def parts_of(
         alone = float(fit.alone[k])
         found.append(Part(models.names[k], word, share, se, low, high, alone, log10_p, after, reason))
     return found
+
+
+def _of_distinct_layers(models: MergeModels, units: Mapping[int, list[np.ndarray]]) -> dict[int, list[np.ndarray]]:
+    """Returns the units of one layer of the child for each of the parents': those of a repeated layer count once."""
+    first: dict[int, int] = {}
+    for layer in sorted(units):
+        first.setdefault(layer if models.layers is None else models.layers[0][layer], layer)
+    return {layer: units[layer] for layer in first.values()}
 
 
 def is_rounding(fit: Fit) -> bool:

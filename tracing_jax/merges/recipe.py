@@ -46,6 +46,11 @@ def recipe(
     given: dict[str, dict[str, Any]] = {}
     top: dict[str, Any] = {"merge_method": method.name}
     parameters = method.parameters
+    if models.layers is not None and method.name not in ("copy", "stitched"):
+        return None  # slices of several models with weights of their own: no recipe is written for these
+    if method.name == "copy" and models.layers is not None:
+        owner = names[parameters["of"]]
+        return _stitched({f"layers/{i}": owner for i in range(len(models.layers[0]))}, models, dtype)
     if method.name == "copy":
         top = {"merge_method": "linear"}
         given = {str(names[parameters["of"]]): {"weight": 1.0}}
@@ -108,12 +113,13 @@ def _by_role(values: Mapping[tuple[str, int | None], float], num_layers: int) ->
 def _stitched(owners: Mapping[str, str | None], models: MergeModels, dtype: str) -> str:
     L = models.child.arch.num_layers
     by_layer = [owners.get(f"layers/{i}") for i in range(L)]
+    of = range(L) if models.layers is None else models.layers[0]
     slices: list[dict[str, Any]] = []
     for i, owner in enumerate(by_layer):
-        if i and owner == by_layer[i - 1]:
-            slices[-1]["sources"][0]["layer_range"][1] = i + 1
+        if i and owner == by_layer[i - 1] and of[i] == of[i - 1] + 1:
+            slices[-1]["sources"][0]["layer_range"][1] = of[i] + 1
         else:
-            slices.append({"sources": [{"model": owner, "layer_range": [i, i + 1]}]})
+            slices.append({"sources": [{"model": owner, "layer_range": [of[i], of[i] + 1]}]})
     text = yaml.safe_dump({"slices": slices, "merge_method": "passthrough", "dtype": dtype}, sort_keys=False)
     others = [f"# {place} is that of {owner}\n" for place, owner in owners.items() if not place.startswith("layers/")]
     return "".join(others) + text
