@@ -23,7 +23,8 @@ import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
-from benchmarks.descendants import LIGHT_STEPS, member
+from benchmarks import mixtures
+from benchmarks.descendants import LIGHT_STEPS, Treatment, disguise, member, texts, trained
 from benchmarks.environment import OUT_DIR, ZOO_DIR
 from benchmarks.lineages import Lineages, Pairs
 from benchmarks.seeds import RECIPES, Zoo, zoo
@@ -45,13 +46,14 @@ from tracing_jax.models import init_params
 from tracing_jax.options import RunOptions
 from tracing_jax.report import text_table
 from tracing_jax.sources import InMemory, ParamSource
+from tracing_jax.tree import Tree
 
-_PARTS = flags.DEFINE_list("parts", ["strangers", "descendants", "large"], "what is measured")
+_PARTS = flags.DEFINE_list("parts", ["strangers", "descendants", "experts", "large"], "what is measured")
 _BASES = flags.DEFINE_integer("bases", 3, "base models of which there are descendants")
 _LARGE_LAYERS = flags.DEFINE_integer("large_layers", 32, "layers of the model of 7B width")
 _SIGNATURES = flags.DEFINE_integer("signatures", 1000, "signatures that it is compared with")
 
-SETS: Mapping[str, tuple[int, int]] = {"tiny": (24, 0), "narrow": (8, 1), "no_gate": (8, 2), "experts": (6, 3)}
+SETS: Mapping[str, tuple[int, int]] = {"tiny": (24, 0), "narrow": (8, 1), "no_gate": (8, 2), "experts": (10, 3)}
 """Zoo -> its models, and the seed of their initialisations and windows of text.
 
 Each zoo has a seed of its own. With one seed, model i of two zoos begins with the same embeddings and attention, and
@@ -135,19 +137,15 @@ def line_of(found: Scan) -> dict[str, Any]:
     raw = [candidate.match.log10_p for candidate in testable if candidate.match is not None]
     first = found.candidates[0]
     return {
-        "verdicts": dict(words),
-        "first": first.name,
-        "share": first.share,
-        "first_log10_p": first.adjusted_log10_p,
-        "closest": list(found.closest),
-        "margin": found.margin,
+        "verdicts": dict(words), "first": first.name, "share": first.share, "first_log10_p": first.adjusted_log10_p,
+        "closest": list(found.closest), "margin": found.margin,
         "related": [candidate.name for candidate in found.related],
         "tests": {
             name: [evidence.agreeing, evidence.log10_p]
             for name, evidence in (first.match.tests.items() if first.match else ())
         },
         "raw_log10_ps": raw,
-    }
+    }  # fmt: skip
 
 
 def measured(file: Path, rows: Iterable[tuple[str, Callable[[], dict[str, Any]]]]) -> None:
@@ -187,6 +185,50 @@ def descendants(library: Mapping[str, Signature]) -> Iterator[tuple[str, Callabl
 
         for i in range(_BASES.value):
             yield f"{name}: tiny {i}", partial(one, i)
+
+
+def with_experts(library: Mapping[str, Signature]) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Yields the scan of models with experts, or made of one, that have another model's embeddings: moments alone tell.
+
+    Each was trained for an eighth of a training after the embeddings were replaced, and permuted.
+    """
+    found = _FewSeeds(ZOO_DIR.value, _BASES.value)
+    steps, (own, other) = found.steps // 8, texts(found.zoo)
+    dense, arch = found.zoo, mixtures.upcycled_arch(found.zoo.arch, found.experts.arch)
+
+    def swapped(models: Tree, others: Tree) -> Tree:
+        return models | {part: others[part] for part in ("embed", "head")}
+
+    @cache
+    def upcycled() -> Tree:
+        models = mixtures.upcycled(swapped(found.finetuned[LIGHT_STEPS], found.unrelated), arch, seed=0)
+        return dict(trained(replace(dense, arch=arch), models, own, steps, 2e-3))[steps]
+
+    @cache
+    def mixture() -> Tree:
+        both = found.experts.models(1.0)
+        bases, others = (jax.tree.map(partial(_part, i), both) for i in range(2))
+        tuned = dict(trained(found.experts, bases, other, steps, 2e-3))[steps]
+        return dict(trained(found.experts, swapped(tuned, others), own, steps, 2e-3))[steps]
+
+    def one(arch: Arch, made: Callable[[], Tree], treat: Treatment, i: int) -> dict[str, Any]:
+        descendant = treat(member(arch, made(), i), 100 + i)
+        return _line(descendant.model, library, descendant.new_ids)
+
+    experts = partial(one, found.experts.arch, mixture)
+    rows: dict[tuple[str, str], Callable[[int], dict[str, Any]]] = {
+        ("upcycled, embeddings replaced", "tiny"): partial(one, arch, upcycled, disguise("permute")),
+        ("experts, embeddings replaced", "experts"): partial(experts, mixtures.experts_permuted),
+        ("one expert as the MLP, embeddings replaced", "experts"): partial(experts, mixtures.expert_as_mlp),
+    }
+    for (name, base), measure in rows.items():
+        for i in range(_BASES.value):
+            yield f"{name}: {base} {i}", partial(measure, i)
+
+
+def _part(index: int, leaf: np.ndarray) -> np.ndarray:
+    """Returns the first, or second, of as many stacked models as there are bases."""
+    return leaf[index * _BASES.value : (index + 1) * _BASES.value]
 
 
 def summary(strange: list[dict[str, Any]], related: list[dict[str, Any]]) -> str:
@@ -289,14 +331,16 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
     folder = Path(OUT_DIR.value)
     folder.mkdir(parents=True, exist_ok=True)
-    files = {name: folder / f"scan-{name}.jsonl" for name in ("strangers", "descendants")}
-    if {"strangers", "descendants"} & set(_PARTS.value):
+    files = {name: folder / f"scan-{name}.jsonl" for name in ("strangers", "descendants", "experts")}
+    if files.keys() & set(_PARTS.value):
         library = {name: signature(name, model) for name, model in tqdm(models(), desc="signatures", disable=None)}
         if "strangers" in _PARTS.value:
             measured(files["strangers"], strangers(library))
         if "descendants" in _PARTS.value:
             measured(files["descendants"], descendants(library))
-        print(summary(lines(files["strangers"]), lines(files["descendants"])))
+        if "experts" in _PARTS.value:
+            measured(files["experts"], with_experts(library))
+        print(summary(lines(files["strangers"]), lines(files["descendants"]) + lines(files["experts"])))
     if "large" in _PARTS.value:
         print(large())
 

@@ -136,6 +136,7 @@ def test_a_screen_of_a_model_with_experts_reads_all_experts_of_its_layers():
     found = read_suspect(model, VOCABULARY, sorted(VOCABULARY.ids)[:9], screen=True)
     E = arch.num_experts
     assert found.names == [f"layer {i} expert {e}" for i in (1, 3, 5) for e in range(E)]
+    assert set(found.moments) == set(range(3 * E))
 
 
 @pytest.mark.slow
@@ -161,6 +162,12 @@ def test_a_first_look_at_many_signatures_keeps_the_relatives(models, library):
     assert found.candidates[0].name == "base"
     assert found.compared == len(chosen)
     assert len(found.related) == 3
+    other = models["stranger 12"].params
+    swapped = tiny.InMemory(GATED, tuned.params | {part: other[part] for part in ("embed", "head")})
+    renewed = suspect_of(swapped)  # the strings are shared, and what embeds them is not: moments are looked at too
+    assert max(first_look(many, renewed)[name] for name in ("base", "child 1", "child 2")) < 8
+    assert {"base", "child 1", "child 2"} <= set(shortlist(many, renewed))
+    assert {found.name for found in scan(renewed, many, LEVEL).related} == {"base", "child 1", "child 2"}
 
 
 def _shuffled(signature, rng):

@@ -12,6 +12,8 @@ import tiny
 
 from benchmarks.descendants import pruned_in_depth, rounded
 from benchmarks.forgeries import on_device, on_host, planted, sorted_units, widened
+from benchmarks.mixtures import upcycled as make_upcycled
+from benchmarks.mixtures import upcycled_arch
 from tracing_jax.library import (
     MAX_BYTES,
     Vocabulary,
@@ -23,9 +25,10 @@ from tracing_jax.library import (
     to_bytes,
 )
 from tracing_jax.library.comparison import MOMENTS, RESPONSES
+from tracing_jax.library.readings import moment_readings
 from tracing_jax.library.signature import SampledLayer, Signature
 from tracing_jax.rewrites import Renaming, draw_rewrites
-from tracing_jax.sources import InMemory, in_memory, rewritten
+from tracing_jax.sources import InMemory, MlpsAsLayers, in_memory, rewritten
 from tracing_jax.statistics.mlp_rows import mlp_rows
 from tracing_jax.tree import map_named
 
@@ -128,6 +131,42 @@ def test_layers_of_a_spliced_model_are_found_where_they_are(signatures):
     found = match_of(signatures[True], InMemory(GATED, base.params | {"layers": layers})).tests[RESPONSES]
     assert [place[:2] for place in found.places] == [(0, 0)]
     assert found.agreeing[0] > 50 > 10 > max(found.agreeing[1:])
+
+
+@pytest.fixture(scope="module")
+def upcycled():
+    """A fine-tuned copy of the base whose MLPs are now three experts, and nothing else of that shape is."""
+    arch = upcycled_arch(GATED, tiny.mixtral())
+    stacked = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], finetuned(base_of(GATED)).params)
+    return InMemory(arch, jax.tree.map(lambda leaf: leaf[0], make_upcycled(stacked, arch, seed=3)))
+
+
+def test_every_expert_of_an_upcycled_model_has_the_moments_of_the_mlp_that_it_was(upcycled):
+    tuned = finetuned(base_of(GATED))
+    dense, mlps = moment_readings(tuned), MlpsAsLayers(upcycled)
+    read = moment_readings(mlps)
+    for i in (0, 4, len(mlps.places) - 1):
+        for kind, (rows, live) in read(i).items():
+            expected = dense(mlps.places[i][0])[kind]
+            np.testing.assert_allclose(rows, expected[0], atol=1e-4)
+            np.testing.assert_array_equal(live, expected[1])
+
+
+@pytest.mark.slow
+def test_models_with_experts_are_found_by_moments(signatures, upcycled):
+    """An upcycled model by the dense signature and the reverse, with other embeddings in another order; no stranger."""
+    hidden, _ = disguised(upcycled, "permute")
+    other = tiny.model(GATED, 1)
+    swapped = InMemory(upcycled.arch, hidden.params | {part: other.params[part] for part in ("embed", "head")})
+    found = match_of(signatures[True], swapped)
+    assert found.tests[RESPONSES].log10_p > -3
+    assert found.tests[MOMENTS].firm_log10_p < -10
+    of_experts = signature_of(upcycled)
+    assert all(layer.moments for layer in of_experts.layers)
+    assert match_of(of_experts, finetuned(base_of(GATED), 0.15)).tests[MOMENTS].firm_log10_p < -10
+    for seed in (4, 5):
+        for arch in (GATED, upcycled.arch):
+            assert match_of(of_experts, tiny.model(arch, seed)).log10_p > -3
 
 
 @_ARCHS

@@ -114,7 +114,7 @@ def compare(signature: Signature, suspect: Suspect) -> Match:
     else:
         tests[RESPONSES] = _by_responses(signature, suspect, shared)
     if not suspect.moments or not all(layer.moments for layer in signature.layers):
-        not_tested[MOMENTS] = "a model with experts, or read by its weights alone, has no moments of a layer"
+        not_tested[MOMENTS] = "one of both was read by its weights alone, or is a signature made by an earlier version"
     else:
         tests[MOMENTS] = _by_moments(signature, suspect)
     return Match(tests, not_tested)

@@ -119,11 +119,11 @@ def moment_numbers(gated: bool) -> int:
 
 
 def has_moments(model: ParamSource) -> bool:
-    """Returns whether a layer of the model has one MLP and attention, whose moments describe its units.
+    """Returns whether attention is known, whose moments beside those of an MLP describe its units.
 
-    Where the model is read by its weights alone, what is attention is not known.
+    Where the model is read by its weights alone, it is not.
     """
-    return not isinstance(model, MlpsAsLayers) and model.arch.reading is None
+    return model.arch.reading is None
 
 
 MomentReadings = dict[str, tuple[Float[np.ndarray, "F M"], Bool[np.ndarray, " F"]]]

@@ -6,7 +6,7 @@ looked for first, and only signatures with a trace of agreement are compared in 
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -14,11 +14,12 @@ import numpy as np
 from jaxtyping import Float
 
 from tracing_jax.library.comparison import FEW_TOKENS, MOMENTS, RESPONSES, Match, compare, normalised, shared_columns
-from tracing_jax.library.signature import Signature
+from tracing_jax.library.signature import SampledLayer, Signature, moments_of
 from tracing_jax.library.suspect import Suspect
 from tracing_jax.progress import tqdm
 from tracing_jax.statistics.comparison import LN10
 from tracing_jax.statistics.pvalues import holm
+from tracing_jax.statistics.unit_signatures import whitened_cosines
 
 Word = Literal["related", "undecided", "no_evidence", "not_testable"]
 
@@ -227,14 +228,17 @@ def shortlist(signatures: Mapping[str, Signature], suspect: Suspect) -> list[str
     """Returns the names of the signatures that are compared in full.
 
     All, if they are few. Of many, those of which two of 16 units of a layer have the same closest unit of the suspect
-    by both readings, in some layer; those that have no such look, since they share too few tokens or have moments
-    alone; and the best of the others, up to `FILLED_UP_TO`.
+    by both responses, or by the moments of both kinds of rows, in some layer; those that have neither look; and the
+    best of the others, up to `FILLED_UP_TO`.
     """
     if len(signatures) <= COMPARED_AT_ONCE:
         return list(signatures)
-    scores = first_look(signatures, suspect)
+    looks = first_look(signatures, suspect), first_look_at_moments(signatures, suspect)
+    scores = {
+        name: max(look.get(name, 0) for look in looks) for name in signatures if any(name in look for look in looks)
+    }
     chosen = {name for name in signatures if scores.get(name, _FIRST_AGREEING) >= _FIRST_AGREEING}
-    for name in sorted(scores, key=lambda name: -scores[name]):
+    for name in sorted(scores, key=lambda name: (-scores[name], name)):
         if len(chosen) >= FILLED_UP_TO:
             break
         chosen.add(name)
@@ -254,24 +258,55 @@ def first_look(signatures: Mapping[str, Signature], suspect: Suspect) -> dict[st
             groups.setdefault(key, []).append(name)
     scores: dict[str, int] = {}
     for (own_columns, their_columns), names in groups.items():
-        sampled = {
-            kind: [
-                layer.readings[kind][:_FIRST_UNITS, own_columns] for name in names for layer in signatures[name].layers
-            ]
+        layers = [(name, layer) for name in names for layer in signatures[name].layers]
+        rows = {
+            kind: normalised(np.concatenate([layer.readings[kind][:_FIRST_UNITS, own_columns] for _, layer in layers]))
             for kind in suspect.kinds
         }
-        rows = {kind: normalised(np.concatenate(found)) for kind, found in sampled.items()}
-        owners = [(name, layer.layer) for name in names for layer in signatures[name].layers]
-        sizes = [len(found) for found in sampled[suspect.kinds[0]]]
-        best = np.zeros(len(owners), int)
-        for layer in tqdm(suspect.layers, desc="first look", unit="layer", disable=None):
-            if not len(layer[suspect.kinds[0]]):  # an inserted layer that does nothing
-                continue
-            closest = [_closest_units(rows[kind], layer[kind][:, their_columns], kind) for kind in suspect.kinds]
-            same = np.add.reduceat(closest[0] == closest[1], np.cumsum([0, *sizes[:-1]]))
-            best = np.maximum(best, same)
-        for (name, _), found in zip(owners, best.tolist()):
-            scores[name] = max(scores.get(name, 0), found)
+        closest = (
+            [_closest_units(rows[kind], layer[kind][:, their_columns], kind) for kind in suspect.kinds]
+            for layer in tqdm(suspect.layers, desc="first look", unit="layer", disable=None)
+            if len(layer[suspect.kinds[0]])  # not an inserted layer that does nothing
+        )
+        scores |= _most_agreeing(layers, closest)
+    return scores
+
+
+def first_look_at_moments(signatures: Mapping[str, Signature], suspect: Suspect) -> dict[str, int]:
+    """Returns for each signature with moments the most units of a layer with one closest unit by those of both rows.
+
+    The suspect's covariances alone whiten the moments of all signatures together; those of a relative are alike.
+    """
+    layers = [
+        (name, layer)
+        for name, signature in signatures.items()
+        if signature.kinds == suspect.kinds
+        for layer in signature.layers
+        if layer.moments
+    ]
+    if not layers or not suspect.moments:
+        return {}
+    kinds = layers[0][1].moments
+    rows = {kind: np.concatenate([moments_of(layer, kind)[:_FIRST_UNITS] for _, layer in layers]) for kind in kinds}
+    closest = (
+        [_closest_by_moments(rows[kind], *theirs[kind]) for kind in kinds]
+        for theirs in suspect.moments.values()
+        if len(theirs[next(iter(kinds))][0])
+    )
+    return _most_agreeing(layers, closest)
+
+
+def _most_agreeing(
+    layers: Sequence[tuple[str, SampledLayer]], closest: Iterable[Sequence[np.ndarray]]
+) -> dict[str, int]:
+    """Returns the most units of a sampled layer of each signature whose two closest units are one, over some layers."""
+    starts = np.cumsum([0, *(min(_FIRST_UNITS, len(layer.units)) for _, layer in layers[:-1])])
+    best = np.zeros(len(layers), int)
+    for one, other in closest:
+        best = np.maximum(best, np.add.reduceat(one == other, starts))
+    scores: dict[str, int] = {}
+    for (name, _), found in zip(layers, best.tolist(), strict=True):
+        scores[name] = max(scores.get(name, 0), found)
     return scores
 
 
@@ -284,3 +319,10 @@ def _closest_units(rows: Float[np.ndarray, "N S"], layer: np.ndarray, kind: str)
     absolute: Callable[[np.ndarray], Any] = (lambda found: found) if kind == "gate" else _in_place
     parts = [rows[start : start + _MOST_ROWS] for start in range(0, len(rows), _MOST_ROWS)]
     return np.concatenate([absolute(part @ theirs).argmax(axis=1) for part in parts])
+
+
+def _closest_by_moments(
+    rows: Float[np.ndarray, "N M"], theirs: Float[np.ndarray, "K M"], covariance: Float[np.ndarray, "M M"]
+) -> np.ndarray:
+    parts = [rows[start : start + _MOST_ROWS] for start in range(0, len(rows), _MOST_ROWS)]
+    return np.concatenate([whitened_cosines(part, theirs, covariance).argmax(axis=1) for part in parts])
