@@ -53,6 +53,8 @@ def with_aligned_child(models: MergeModels, kinds: Sequence[str], seed: int) -> 
             continue
         moved = replace(models, child=in_memory(aligned(original, found), "aligning"))
         note = f"the child was aligned to {name}: {', '.join(rewrite.name for rewrite in found.rewrites) or 'nothing'}"
+        if {"pad", "remove"} & {rewrite.name for rewrite in found.rewrites}:
+            note += "; units were removed or added, after which shares were off by .05 where that was measured"
         if not found.reorders_only:
             moved, more = _in_one_gauge(moved, reference, kinds, seed)
             note += more
