@@ -11,7 +11,7 @@ from absl import app
 
 from tracing_jax.cli.absl_flags import define_flags, given_flags, run_program
 from tracing_jax.cli.arguments import Parser, add_options
-from tracing_jax.cli.errors import exit_on_user_error
+from tracing_jax.cli.errors import exit_on_usage_error
 from tracing_jax.cli.generate import GenerateOptions, write_texts
 from tracing_jax.dataclass_options import from_values
 
@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> None:
     """Writes the texts."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    with exit_on_user_error():
+    with exit_on_usage_error():
         options = from_values(GenerateOptions, given_flags(GenerateOptions))
     write_texts(options)
 

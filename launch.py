@@ -15,7 +15,7 @@ from ml_collections import config_flags
 
 from tracing_jax.cli.absl_flags import define_flags, given_flags, run_program
 from tracing_jax.cli.arguments import Parser, add_options
-from tracing_jax.cli.errors import exit_on_user_error
+from tracing_jax.cli.errors import exit_on_usage_error
 from tracing_jax.cli.zoo import ZooOptions, launch
 from tracing_jax.dataclass_options import from_values
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
     """Plans, sends off what is left to do, waits, and reports."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    with exit_on_user_error():
+    with exit_on_usage_error():
         zoo = from_values(ZooOptions, given_flags(ZooOptions))
     launch(zoo, _CONFIG.value)
 

@@ -14,7 +14,7 @@ from ml_collections import config_flags
 
 from tracing_jax.cli.absl_flags import define_flags, given_flags, run_program
 from tracing_jax.cli.arguments import Parser, add_options
-from tracing_jax.cli.errors import configure_logging, exit_on_user_error
+from tracing_jax.cli.errors import configure_logging, exit_on_usage_error
 from tracing_jax.cli.program import EXIT_STATUS, ProgramOptions, run_experiment
 from tracing_jax.cli.without_torch import import_transformers_without_torch
 from tracing_jax.dataclass_options import from_values, replaced
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
     """Runs the experiment of the config and prints its summary."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    with exit_on_user_error():
+    with exit_on_usage_error():
         program = from_values(ProgramOptions, given_flags(ProgramOptions))
         options = run_options()
     configure_logging(0 if flags.FLAGS["verbosity"].using_default_value and not program.quiet else None)

@@ -15,6 +15,7 @@ shape=${SHAPE:-llama2-7b}
 layers=${LAYERS:-8} # of 32: their pair is written in a minute, and a layer costs what it costs
 mkdir -p "$folder"
 summary=$folder/tables.txt
+pair=$folder/pair
 
 # Runs one stage for so many seconds at most, and notes how it ended.
 stage() {
@@ -30,7 +31,7 @@ stage() {
 trace() {
   local name=$1 most=$2
   shift 2
-  stage "$name" "$most" python -m tracing_jax compare "$folder/pair/base" "$folder/pair/ft" --quiet \
+  stage "$name" "$most" python -m tracing_jax compare "$pair/base" "$pair/ft" --quiet \
     --save="$folder/$name.p" --profile="$folder/profile-$name" "$@"
   [ -s "$folder/profile-$name/profile.txt" ] && cat "$folder/profile-$name/profile.txt" >>"$summary"
 }
@@ -43,12 +44,16 @@ trace() {
 } | tee "$summary"
 
 text=$folder/text.txt
-stage pair 90 python -m benchmarks.write_pair --shape="$shape" --num_layers="$layers" --save="$folder/pair"
-stage text 20 python -c "import pathlib, sys; from benchmarks.pairs import write_text; write_text(pathlib.Path(sys.argv[1]))" "$text"
-stage steps 90 python -m benchmarks --size="$size" --parts=steps,assignment --out_dir="$folder" --pairs_dir="$folder/pairs"
+stage pair 80 python -m benchmarks.write_pair --shape="$shape" --num_layers="$layers" --save="$folder/pair"
+stage text 10 python -c "import pathlib, sys; from benchmarks.pairs import write_text; write_text(pathlib.Path(sys.argv[1]))" "$text"
+stage steps 85 python -m benchmarks --size="$size" --parts=steps,assignment --out_dir="$folder" --pairs_dir="$folder/pairs"
 grep '|' "$folder/steps.log" >>"$summary"
-trace auto-stream 75 --memory=stream
-trace auto-resident 75 --memory=resident
-trace mode-11-alphas 50 --stat=mode --dataset="$text" --num_tokens=16384 --dtype=bfloat16 --mode.attn --mode.emb
-trace align-weights 70 --stat=l2 --l2.num_perm=0 --align --memory=resident
+trace auto-stream 70 --memory=stream
+trace auto-resident 70 --memory=resident
+trace mode-11-alphas 45 --stat=mode --dataset="$text" --num_tokens=16384 --dtype=bfloat16 --mode.attn --mode.emb
+trace align-weights 65 --stat=l2 --l2.num_perm=0 --align --memory=resident
+stage small-pair 15 python -m benchmarks.write_pair --shape=tiny --save="$folder/small-pair"
+pair=$folder/small-pair
+trace align-activations 40 --stat=l2 --l2.num_perm=0 --align --align_axes=embed,mlp --align_evidence=activations \
+  --dataset="$text" --num_tokens=8192 --memory=resident
 echo "all: $SECONDS s; see $summary"

@@ -5,15 +5,18 @@ import json
 import pickle
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import yaml
 
 import tracing_jax as tj
 from tracing_jax.report import summary
 
+ROOT = Path(__file__).parents[1]
 _HEAVY = ("jax", "numpy", "flax", "scipy", "transformers", "datasets", "matplotlib", "ml_collections")
 
 
@@ -29,6 +32,13 @@ def test_importing_the_package_imports_nothing_heavy():
 
 def test_version_and_options_need_no_jax():
     assert "jax" not in _loaded_after("import tracing_jax; tracing_jax.__version__; tracing_jax.RunOptions")
+
+
+def test_the_version_is_the_same_everywhere():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    newest = next(line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## "))
+    assert newest.split()[-1] == version
 
 
 def test_every_public_name_exists():
@@ -113,6 +123,38 @@ def test_trace_takes_options_by_name(family):
 def test_trace_refuses_an_option_that_does_not_exist(family):
     with pytest.raises(ValueError, match="max_tokens"):
         tj.trace(family.member("base"), family.member("finetune"), match={"max_tokenz": 1})
+
+
+@pytest.mark.parametrize("name", ["stat", "save", "base_model_id", "ft_model_id", "ft_model_ids"])
+def test_trace_refuses_a_change_that_is_given_elsewhere(name):
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        tj.trace("nope", "nope", **{name: "csu"})
+
+
+def test_trace_takes_open_checkpoints_that_are_whole(family):
+    base, ft = (tj.open(family.member(name)) for name in ("base", "finetune"))
+    found = tj.trace(base, ft, options=tj.RunOptions(stat=("cos",), dataset=None))
+    assert (found.record["args"]["base_model_id"], found.statistics) == (base.id, ("cos",))
+    with pytest.raises(TypeError, match="open in part"):
+        tj.trace(base, ft.first_layers(1))
+
+
+def _unchecked(function):
+    """Returns a function without the checks of types that tests add, as a user calls it."""
+    return function.__wrapped__
+
+
+def test_what_is_no_model_or_no_tokens_is_named(family):
+    model, blocks = tj.load(family.member("base")), np.zeros((1, 4), np.int32)
+    for function, others in ((tj.load, ()), (tj.logits, (blocks,))):
+        with pytest.raises(TypeError, match="InMemory"):
+            _unchecked(function)(model.params, *others)
+    for function in (tj.token_losses, tj.logits):
+        for tokens in (blocks[0], blocks.astype(np.float32), [1, 2]):
+            with pytest.raises(ValueError, match=r"expected whole numbers .* \[blocks, tokens"):
+                _unchecked(function)(model, tokens)
+    with pytest.raises(TypeError, match=r"tj\.save"):
+        _unchecked(tj.trace)(model, model)
 
 
 def test_a_model_in_memory_has_no_tokenizer(family):

@@ -82,6 +82,11 @@ def test_the_help_of_compare_shows_its_own_defaults():
     (["compare", "A", "B", "--match.max_token", "3"], "there is no such option; did you mean --match.max_tokens?"),
     (["compare", "A", "B", "--batch_size", "many"], "--batch_size: expected a whole number, found 'many'"),
     (["disguise", "A", "--save", "x"], "required: --disguise"),
+    (["compare", "A", "B", "--match.max_tokens=-4"], "match.max_tokens=-4: at least 1"),
+    (["compare", "A", "B", "--stat", "csuu"], "did you mean csu?"),
+    (["zoo", "--save", "x"], "--models and a config are needed"),
+    (["library", "add", "x"], "add takes signature files"),
+    (["merge", "A", "--parents", "B", "--seed=-1"], "seed=-1: at least 0"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_and_status_2(argv, message):
     done = light(*argv)
@@ -119,7 +124,7 @@ def test_compare_prints_the_record_or_the_verdict_alone_and_its_status_says_rela
         )
     assert ended.value.code == 3
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["RELATED", "UNDECIDED"]  # csu alone is blind to a permutation
+    assert [line.split()[0] for line in lines] == ["RELATED", "UNDECIDED"]  # csu alone does not detect a permuted copy
 
 
 @pytest.mark.slow

@@ -1,10 +1,10 @@
 """The commands and snippets of README and docs work as printed.
 
-Every block runs in a folder of its own that has what the pages name: the programs of the repository, the models `base`
-and `theirs`, and the text `pages.txt`. For snippets and for blocks of `tracing-jax` alone, which run in this process,
-these are of the tests' family; for scripts and printed output they are of the demo. A block after
-`<!-- not run: REASON -->` needs a cluster, the Hub or minutes; its commands are parsed all the same, so their flags and
-config fields exist.
+Every block runs in a folder of its own that has what the pages name: the programs of the repository, the models `base`,
+`theirs` and a few more, a list of two of them, and the text `pages.txt`. For snippets and for blocks of `tracing-jax`
+alone, which run in this process, these are of the tests' family; for scripts and printed output they are of the demo. A
+block after `<!-- not run: REASON -->` needs a cluster, the Hub or minutes; its commands are parsed all the same, so
+their flags and config fields exist.
 """
 
 import importlib
@@ -38,6 +38,11 @@ PAGES = [
 _BLOCK = re.compile(
     r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S
 )
+_NAMED = {
+    "base": "base", "theirs": "disguised", "pages.txt": "text.txt", "origin": "base", "a": "finetune",
+    "b": "independent", "child": "finetune", "ours": "base", "suspect": "disguised",
+}  # fmt: skip
+"""What the pages name -> the member of the family, or its text, that it is here."""
 _TOOLS = {"pip", "pytest", "ruff", "mypy", "mkdocs", "pre-commit", ".ci/run"}
 _NUMBER = re.compile(r"\b[0-9a-f]{16}\b|(10\^)?-?\d[\d.,]*")
 
@@ -158,8 +163,9 @@ def fill(folder: Path, models: Path) -> Path:
     """Puts the programs of the repository, and models and text of a demo family, into a folder, which is returned."""
     for name in ("main.py", "launch.py", "generate.py", "configs"):
         (folder / name).symlink_to(ROOT / name)
-    for name, source in {"base": "base", "theirs": "disguised", "pages.txt": "text.txt"}.items():
+    for name, source in _NAMED.items():
         (folder / name).symlink_to(models / source)
+    (folder / "models.yaml").write_text("- ./base\n- ./theirs\n")
     return folder
 
 

@@ -22,9 +22,11 @@ from tracing_jax.axes import PERMUTABLE, axis_table
 from tracing_jax.checkpoint import CheckpointError, save_checkpoint
 from tracing_jax.experiment import ConfigError, metadata, steps
 from tracing_jax.experiment.inputs import open_inputs
+from tracing_jax.experiment.steps import IDENTICAL
 from tracing_jax.experiment.validation import make_statistics, statistic_names, with_fitting_blocks, without_needless
 from tracing_jax.options import RunOptions
 from tracing_jax.record import HashingStoppedError
+from tracing_jax.report import summary
 from tracing_jax.rewrites import permute, random_permutations
 from tracing_jax.sources import InMemory
 from tracing_jax.statistics.calibration import DEFAULT_ALLOWANCE
@@ -467,6 +469,12 @@ def test_a_pair_to_which_nothing_applies_is_an_answer(config_of):
 def test_identical_models_are_said_to_be_before_anything_else(config_of, family):
     same = experiment.trace(config_of("base", stat="csu"))
     assert (same["verdict"]["verdict"], same["identical"]["equal"]) == ("identical", same["identical"]["total"])
+    assert same["statistics"]["csu"]["non_aligned"]["log10_p"] is not None  # it was asked for by name
+    auto = experiment.trace(config_of("base", stat="auto"))
+    assert auto["verdict"]["verdict"] == "identical"
+    assert not auto["verdict"]["family"]
+    assert "the tensors themselves" in summary([auto])
+    assert {sides["non_aligned"]["not_applicable"] for sides in auto["statistics"].values()} == {IDENTICAL}
     other = experiment.trace(config_of("independent", stat="csu"))
     assert 0 <= other["identical"]["equal"] < other["identical"]["total"]
     permuted = experiment.trace(config_of("base", stat="csu", permute=True))

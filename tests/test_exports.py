@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 
 from tracing_jax import cli
 from tracing_jax.cli.program import EXPORTS, export_files
@@ -39,9 +41,7 @@ def test_formats_of_the_program_are_those_of_the_report():
     [record("undecided", "same-as", "not_testable")],
 ])  # fmt: skip
 def test_a_bill_of_materials_fits_the_schema_of_cyclonedx(records):
-    validation = pytest.importorskip("cyclonedx.validation.json")
-    schema = pytest.importorskip("cyclonedx.schema")
-    problem = validation.JsonStrictValidator(schema.SchemaVersion.V1_6).validate_str(exported("cyclonedx", records))
+    problem = JsonStrictValidator(SchemaVersion.V1_6).validate_str(exported("cyclonedx", records))
     assert problem is None, problem
 
 
@@ -80,12 +80,19 @@ def test_an_in_toto_statement_is_about_the_files_of_one_model():
         exported("in-toto", [record(files=False)])
 
 
-def test_an_export_that_cannot_be_made_is_refused_before_anything_is_read():
+def test_an_export_that_cannot_be_made_is_refused_before_anything_is_read(tmp_path):
     assert export_files(["sarif:a/b.sarif"]) == {"sarif": Path("a/b.sarif")}
     with pytest.raises(ValueError, match="did you mean sarif"):
         export_files(["sarf:x"])
-    with pytest.raises(SystemExit, match="expected FORMAT:FILE"):
-        cli.main(["compare", "no/model", "no/other", "--export", "cyclonedx"])
+    (tmp_path / "file").touch()
+    for argv, message in (
+        (["no/ft", "--export", "cyclonedx"], "expected FORMAT:FILE"),
+        (["no/ft", "--export", f"sarif:{tmp_path}/file/x"], "file is a file, expected a folder"),
+        (["no/ft", "no/other", "--export", "in-toto:x"], "one model"),
+    ):
+        with pytest.raises(SystemExit, match=message) as ended:
+            cli.main(["compare", "no/model", *argv])
+        assert ended.value.code == 2
 
 
 @pytest.mark.slow
@@ -101,7 +108,10 @@ def test_the_action_and_the_hook_call_what_there_is():
     action = yaml.safe_load((ROOT / "action.yml").read_text())
     for claim in CLAIMS:
         assert claim in action["inputs"]["claim"]["description"]
-    script = action["runs"]["steps"][-1]["run"]
-    assert "${{" not in script
+    install, script = (step["run"] for step in action["runs"]["steps"][1:])
+    assert "${{" not in install + script
+    assert action["runs"]["steps"][1]["env"]["ACTION"] == "${{ github.action_path }}"
+    assert install.endswith('"${VERSION:-$ACTION}"')
+    assert not action["inputs"]["version"]["default"]
     (hook,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())
     assert shlex.split(hook["entry"])[:2] == ["tracing-jax", "compare"]

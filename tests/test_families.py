@@ -1,4 +1,4 @@
-"""Pairs of tiny models of families of transformers: permuted copies are related, strangers never are."""
+"""Pairs of tiny models of families of transformers: permuted copies are related, independent models never are."""
 
 from typing import Any
 

@@ -84,7 +84,7 @@ def test_parts_stand_in_their_order_and_say_what_was_compared():
 
 
 def test_what_would_hide_a_relation_is_said_where_none_was_found():
-    hidden = "csu would not see permuted units, another width"
+    hidden = "csu does not detect permuted units, another width"
     assert hidden in " ".join(summary([full("no_evidence")]).split())
     assert hidden not in " ".join(summary([full()]).split())
 
@@ -147,4 +147,6 @@ def test_numbers_that_are_printed_are_in_the_record():
 
 
 def test_sizes():
-    assert [size_text(n) for n in (None, 0, 1536, 3 * 2**20, 7 * 2**30)] == ["", "", "1.5 KiB", "3 MiB", "7 GiB"]
+    assert [size_text(n) for n in (None, 0, 1536, 2**20 - 4096, 3 * 2**20, 7 * 2**30, 1500 * 2**30)] == [
+        *("", "", "1.5 KiB", "1,020 KiB", "3 MiB", "7 GiB", "1,500 GiB")
+    ]

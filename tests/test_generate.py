@@ -13,6 +13,7 @@ import pytest
 from make_golden import hf_model
 from parity_cases import CASES
 
+import tracing_jax as tj
 from tracing_jax.checkpoint import open_checkpoint
 from tracing_jax.forward import logits
 from tracing_jax.generation import Sampler, SamplingParams, filtered, generate, prompt_tokens, read_prompts, sample
@@ -235,8 +236,21 @@ def test_prompts_are_read_or_refused(tmp_path, name, content, prompts):
         assert read_prompts(tmp_path / name) == prompts
 
 
-def test_choice_out_of_range_is_named():
-    assert len(SamplingParams(-1.0, -1, 0.0).problems()) == 3
+@pytest.mark.parametrize(
+    ("prompts", "settings", "named"),
+    [
+        (["a"], {"temperature": -1, "top_k": -1, "top_p": 0.0, "max_new_tokens": 0, "seed": -1},
+         ["temperature=-1", "top_k=-1", "top_p=0.0", "max_new_tokens=0", "seed=-1"]),
+        (["a"], {"temperature": float("nan")}, ["temperature=nan"]),
+        ("a text", {}, ["'a text'", "a list of texts"]),
+        (["a", ""], {}, ["none of them empty"]),
+        ([], {}, ["at least one"]),
+    ],
+)  # fmt: skip
+def test_generation_refuses_what_it_cannot_do(family, prompts, settings, named):
+    with pytest.raises(ValueError, match=named[0]) as error:
+        tj.generate(family.member("base"), prompts, **settings)
+    assert all(part in str(error.value) for part in named)
 
 
 def test_token_without_an_embedding_is_refused(family):

@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hub_server import Repo, commit, serve
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.numpy import load_file, save, save_file
 
 from tracing_jax.checkpoint import hub
 from tracing_jax.checkpoint.errors import CheckpointError
+from tracing_jax.experiment.models import open_model
 
 TEXTS = {"config.json": b"{}", "tokenizer.json": b"{}", "merges.txt": b""}
 BOTH = {"model.safetensors": b"s" * 99, "pytorch_model.bin": b"b" * 99}
@@ -158,6 +160,21 @@ def test_unreachable_or_forbidden_network_is_told_apart(tmp_path):
     (forbidden,) = ask("http://127.0.0.1:9", tmp_path, "org/both", HF_HUB_OFFLINE="1")
     assert "ConnectError" in unreachable
     assert "HF_HUB_OFFLINE" in forbidden
+
+
+def test_a_bare_name_is_a_folder_that_is_not_here_first(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise LocalEntryNotFoundError("nothing")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    with pytest.raises(CheckpointError, match=rf"^no folder 'nope' here \({tmp_path}\)\. As a model of the Hub: "):
+        hub.resolve("nope")
+    with pytest.raises(CheckpointError, match=r"^'org/nope' is not"):
+        hub.resolve("org/nope")
+    (tmp_path / "nopes").mkdir()
+    with pytest.raises(CheckpointError, match=r"^no folder 'nope' here; did you mean nopes\? As a model of the Hub: '"):
+        open_model("nope")
 
 
 @pytest.mark.parametrize(

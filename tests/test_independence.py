@@ -452,7 +452,7 @@ def test_an_exact_test_decides_before_a_calibrated_one_that_is_shown_no_smaller(
 def test_no_evidence_takes_a_test_that_sees_through_every_rewrite():
     blind, sees = (dataclasses.replace(result_with(-0.5), blind_to=hidden) for hidden in (("permuted units",), ()))
     assert verdict({"csu": blind}, 1e-3).verdict == "undecided"
-    assert "csu is blind to permuted units: run match, or auto" in verdict({"csu": blind}, 1e-3).meaning
+    assert "csu does not detect permuted units: run match, or auto" in verdict({"csu": blind}, 1e-3).meaning
     assert verdict({"csu": blind, "match": sees}, 1e-3).verdict == "no_evidence"
     assert verdict({"match_distilled": sees}, 1e-3).verdict == "undecided"  # its power has not been measured
     assert verdict({"match": result_with(-0.5)}, 1e-3).verdict == "undecided"  # nobody said what hides from it

@@ -1,4 +1,4 @@
-"""`match` sees through every rewrite that keeps the function; and its numbers are those of numpy."""
+"""`match` is invariant under every rewrite that keeps the function; and its numbers are those of numpy."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""`match_moments`: signatures that no rewrite changes, and the descendants that `match` cannot see."""
+"""`match_moments`: signatures that no rewrite changes, and the descendants that `match` does not detect."""
 
 import dataclasses
 

@@ -307,6 +307,38 @@ def test_check_writable_refuses_folders_and_files_in_the_way(tmp_path):
             check_writable(path)
 
 
+def test_a_link_stays_and_what_is_no_file_is_written_to(tmp_path):
+    (tmp_path / "there").write_bytes(b"old")
+    for name in ("there", "new"):
+        link = tmp_path / f"link-{name}"
+        link.symlink_to(tmp_path / name)
+        check_writable(link)
+        atomic_write(link, b"now")
+        assert link.is_symlink()
+        assert (tmp_path / name).read_bytes() == b"now"
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        check_writable(pipe)
+        atomic_write(pipe, b"now")
+        assert os.read(reader, 9) == b"now"
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no such folder on this system")
+def test_a_file_that_is_open_is_written_behind_what_it_has(tmp_path):
+    with open(tmp_path / "out", "wb") as file:
+        file.write(b"before ")
+        file.flush()
+        check_writable(f"/proc/self/fd/{file.fileno()}")
+        atomic_write(f"/proc/self/fd/{file.fileno()}", b"after")
+    assert (tmp_path / "out").read_bytes() == b"before after"
+
+
 def test_check_writable_refuses_a_folder_without_permission(tmp_path, monkeypatch):
     def deny(**_):
         raise PermissionError(13, "Permission denied")

@@ -216,6 +216,10 @@ def test_an_empty_library_is_refused(tmp_path, models):
         read_library(tmp_path)
     with pytest.raises(ValueError, match="expected a folder"):
         library_folder(str(tmp_path / "missing"))
+    with pytest.raises(ValueError, match="no folder 'nope' here"):
+        library_folder("nope")
+    with pytest.raises(ValueError, match=r"https://evil\.example is not the Hub"):
+        library_folder("https://evil.example/datasets/org/name")
 
 
 def test_a_library_grows_by_adding_and_by_dropping_in(tmp_path, library):

@@ -1,4 +1,4 @@
-"""`unseen_tokens`: which tokens no text gives, and whether their rows are base's; exact, and blind to the body."""
+"""`unseen_tokens`: which tokens no text gives, and whether their rows are base's; exact, whatever the body."""
 
 import dataclasses
 import math

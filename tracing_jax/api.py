@@ -1,4 +1,4 @@
-"""The public functions that take models as a user names them: a folder, a Hub id, an open checkpoint or params."""
+"""The public functions that take models as a user names them: a folder, a Hub id, an open checkpoint or a source."""
 
 import html as html_lib
 import os
@@ -14,12 +14,22 @@ from jaxtyping import Float, Int
 from tracing_jax import alignment, checkpoint, experiment, forward, generation, merges, report
 from tracing_jax.alignment import Alignment, Evidence
 from tracing_jax.data import Documents, load_tokenizer, read_documents, token_blocks
+from tracing_jax.dataclass_options import ConfigError
 from tracing_jax.options import COMPARE, RunOptions
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory, ParamSource, in_memory, is_resident, placed
 
 Model = str | os.PathLike[str] | ParamSource
 """A folder, a Hub id, `org/name@revision` or `demo:<member>`; or a model that is open or loaded already."""
+
+_NO_CHANGES = {
+    "base_model_id": "it is the first argument, `base`",
+    "ft_model_id": "it is the second argument, `ft`",
+    "ft_model_ids": "a report is on one pair; call `trace` for each model",
+    "stat": "it is the third argument, `statistics`",
+    "save": "call `save` of the report",
+}
+"""Options that are no `changes` of `trace` -> where they are given."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +100,9 @@ class Report:
 
 
 def trace(
-    base: str | os.PathLike[str],
-    ft: str | os.PathLike[str],
-    statistics: str | Sequence[str] = COMPARE.stat,
+    base: str | os.PathLike[str] | checkpoint.Checkpoint,
+    ft: str | os.PathLike[str] | checkpoint.Checkpoint,
+    statistics: str | Sequence[str] | None = None,
     *,
     options: RunOptions = COMPARE,
     **changes: Any,
@@ -100,28 +110,32 @@ def trace(
     """Returns the report on a pair: was one of the two models made from the other, or both from a common ancestor?
 
     Args:
-      base: a folder, a Hub id, `org/name@revision` or `demo:<member>`.
+      base: a folder, a Hub id, `org/name@revision` or `demo:<member>`; or what `open` returned for one.
       ft: the model that may descend from it, named likewise.
-      statistics: names of statistics; the default needs no text.
-      options: the options of the run, by default those of `tracing-jax compare`.
+      statistics: names of statistics; by default those of `options`, which need no text.
+      options: the options of the run, by default those of `tracing-jax compare`; their models and `save` are not used.
       changes: options by name that differ from these: `dataset="text.txt"`, `align=True`, `seed=1`. Options of a
         statistic are a mapping or its section: `match={"max_tokens": 4096}`.
 
     Raises:
       ConfigError: options that do not exist or do not fit, all at once, before anything is read.
       FileNotFoundError, CheckpointError, UnsupportedModelError: a model that cannot be read.
+      TypeError: a model without files, which a report names.
 
     Example:
       >>> tj.trace("demo:base", "demo:independent").verdict
       'no_evidence'
-      >>> tj.trace("demo:base", "demo:independent", "csu").verdict  # it would not see a permuted copy
+      >>> tj.trace("demo:base", "demo:independent", "csu").verdict  # it does not detect a permuted copy
       'undecided'
       >>> tj.trace("demo:base", "demo:disguised", "match", match={"forms": "weights"}).verdict
       'related'
     """
+    if lines := [f"{name}: {where}" for name, where in _NO_CHANGES.items() if name in changes]:
+        raise ConfigError.of("these options are given elsewhere:", lines)
+    statistics = options.stat if statistics is None else statistics
     names = (statistics,) if isinstance(statistics, str) else tuple(statistics)
-    pair = {"base_model_id": os.fspath(base), "ft_model_id": os.fspath(ft), "stat": names}
-    asked = options.as_dict() | changes | pair | {"save": None}
+    asked = options.as_dict() | changes | {"stat": names, "save": None, "ft_model_ids": ()}
+    asked |= {"base_model_id": _name_of(base), "ft_model_id": _name_of(ft)}
     outcome = experiment.compute(asked)
     return Report(outcome.record, outcome)
 
@@ -157,6 +171,7 @@ def load(model: Model, mesh: Mesh | None = None, *, cache_dir: str | None = None
 
     Raises:
       CheckpointError: weights are missing, damaged or not finite.
+      TypeError: params alone, which do not say how they are run.
 
     Example:
       >>> model = tj.load("demo:base")
@@ -168,6 +183,7 @@ def load(model: Model, mesh: Mesh | None = None, *, cache_dir: str | None = None
         model = open(model)
     if isinstance(model, checkpoint.Checkpoint):
         return checkpoint.load(model, mesh, cache_dir)
+    model = _source(model)
     return in_memory(model if is_resident(model) else placed(model, mesh))
 
 
@@ -299,7 +315,7 @@ def path_losses(
       compute: devices, batch size and dtype; by default one device, float32.
 
     Raises:
-      ValueError: models of other shapes, or token ids outside base's vocabulary.
+      ValueError: models of other shapes, token ids outside base's vocabulary, or no blocks of ids.
 
     Example:
       >>> tokens = tj.tokenize("demo:base", "def f(x):\n    return x\n" * 60, block_size=64)
@@ -307,7 +323,7 @@ def path_losses(
       >>> curve.shape, bool(curve[2] < max(curve[0], curve[-1]) + 0.1)  # no barrier: the models are related
       ((5,), True)
     """
-    compute = compute or Compute(make_mesh())
+    compute, tokens = compute or Compute(make_mesh()), _blocks(tokens)
     return forward.path_losses(load(base, compute.mesh), load(ft, compute.mesh), tokens, alphas, groups, compute)
 
 
@@ -317,13 +333,13 @@ def token_losses(
     r"""Returns the loss of every predicted token of one model, in nats; T1 = T - 1.
 
     Raises:
-      ValueError: token ids outside the vocabulary, or blocks longer than the model can read.
+      ValueError: token ids outside the vocabulary, blocks longer than the model can read, or no blocks of ids.
 
     Example:
       >>> tokens = tj.tokenize("demo:base", "def f(x):\n    return x\n" * 60, block_size=64)
       >>> perplexity = float(np.exp(tj.token_losses("demo:base", tokens).mean()))
     """
-    compute = compute or Compute(make_mesh())
+    compute, tokens = compute or Compute(make_mesh()), _blocks(tokens)
     return forward.token_losses(load(model, compute.mesh), tokens, compute)
 
 
@@ -331,14 +347,15 @@ def logits(model: Model, tokens: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "B
     """Returns the logits of a model on a few blocks of tokens, in float32, on the host.
 
     Raises:
-      ValueError: token ids outside the vocabulary, or blocks longer than the model can read.
+      ValueError: token ids outside the vocabulary, blocks longer than the model can read, or no blocks of ids.
 
     Example:
       >>> found = tj.logits("demo:base", np.array([[1, 2, 3]], np.int32))
       >>> found.shape[:2]
       (1, 3)
     """
-    return forward.logits(model if isinstance(model, ParamSource) else open(model), tokens)
+    tokens = _blocks(tokens)
+    return forward.logits(open(model) if isinstance(model, str | os.PathLike) else _source(model), tokens)
 
 
 def generate(
@@ -358,7 +375,7 @@ def generate(
 
     Args:
       model: what `open` takes, or an open checkpoint.
-      prompts: none of them empty.
+      prompts: a list of texts, none of them empty.
       max_new_tokens: the most tokens that follow a prompt.
       temperature: logits are divided by it; 0 takes the most likely token.
       top_k: only so many of the most likely tokens are drawn; 0 for all.
@@ -368,7 +385,8 @@ def generate(
 
     Raises:
       FileNotFoundError: the model has no tokenizer.
-      ValueError: an empty prompt, settings out of range, or more text than the model can read.
+      ValueError: no prompts, or a text in place of the list; an empty prompt; settings out of range, all at once; or
+        more text than the model can read.
 
     Example:
       >>> (text,) = tj.generate("demo:base", ["The for statement"], max_new_tokens=8, temperature=0)
@@ -378,6 +396,39 @@ def generate(
         _opened(model), prompts, compute or Compute(make_mesh()), choice, max_new_tokens, seed
     )
     return [row["text"] for row in rows]
+
+
+def _name_of(model: Any) -> str:
+    """Returns the id by which a run opens a model."""
+    if isinstance(model, str | os.PathLike):
+        return os.fspath(model)
+    if not isinstance(model, checkpoint.Checkpoint):
+        raise TypeError(
+            f"a model in memory ({type(model).__name__}) has no files for a report to name; write it with tj.save, and "
+            "name the folder"
+        )
+    name = model.id if model.revision is None or "@" in model.id else f"{model.id}@{model.revision}"
+    if open(name).arch != model.arch:
+        raise TypeError(f"{name}: this checkpoint is open in part; name the model, and give `max_layers` and the like")
+    return name
+
+
+def _source(model: Any) -> ParamSource:
+    if not isinstance(model, ParamSource):
+        raise TypeError(
+            f"{type(model).__name__}: params alone do not say how they are run; give tj.InMemory(arch, params), with "
+            "the `arch` of the model that they are of, or name a folder"
+        )
+    return model
+
+
+def _blocks(tokens: Any) -> Int[np.ndarray, "N T"]:
+    if np.ndim(tokens) != 2 or not np.issubdtype(np.asarray(tokens).dtype, np.integer):
+        raise ValueError(
+            f"tokens: {np.asarray(tokens).dtype} of shape {np.shape(tokens)}; expected whole numbers of the shape "
+            "[blocks, tokens of a block], such as tj.tokenize returns"
+        )
+    return np.asarray(tokens)
 
 
 def _opened(model: Model) -> checkpoint.Checkpoint:

@@ -37,6 +37,7 @@ _HF_TOKEN = re.compile(r"(?:hf|api_org)_[A-Za-z0-9]{30,}")
 _SECRET_KEY = re.compile(r"(?i)token|(?:.*_)?(?:(?:auth|access|api|hf|hub|secret)_(?:token|key)|password|secret)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HASHED_AT_ONCE = 2**20  # bytes
+_OPEN_FILE = re.compile(r"/dev/(std(out|err)|fd/\d+)|/proc/(self|\d+)/fd/\d+")
 _PICKLE_SUFFIXES = (".p", ".pkl", ".pickle")
 
 
@@ -67,14 +68,18 @@ class RunFiles:
 
 
 def check_writable(path: str | PurePath) -> None:
-    """Creates the folder of `path` and makes sure that a file can be created there.
+    """Creates the folder of `path` and makes sure that `atomic_write` can write there.
 
     Raises:
         IsADirectoryError: `path` is itself a folder.
         NotADirectoryError: one of its parents is a file.
         OSError: the folder cannot be created or written (`PermissionError`, full disk, read-only file system).
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path)) if os.path.islink(path) and not _is_stream(path) else Path(path)
+    if _is_stream(path):
+        if not os.access(path, os.W_OK):
+            raise PermissionError(f"cannot save to {path}: it cannot be written to; choose another path")
+        return
     if path.is_dir():
         raise IsADirectoryError(f"cannot save to {path}: it is a folder, expected a file; try {path / 'results.p'}")
     if files := [parent for parent in path.parents if parent.exists() and not parent.is_dir()]:
@@ -88,9 +93,23 @@ def check_writable(path: str | PurePath) -> None:
         raise OSError(error.errno, f"cannot save to {path}: {problem}; choose another path") from error
 
 
+def _is_stream(path: str | PurePath) -> bool:
+    """Whether something other than a file or a folder is there, such as a pipe, a terminal or a device."""
+    if _OPEN_FILE.fullmatch(str(path)):  # standard output may be a file, in which more than this is written
+        return Path(path).exists()
+    return Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir())
+
+
 def atomic_write(path: str | PurePath, content: bytes) -> None:
-    """Puts `content` at `path` whole: whoever reads it, even after a kill, finds the old file or the new one."""
-    path = Path(path)
+    """Puts `content` at `path` whole: whoever reads it, even after a kill, finds the old file or the new one.
+
+    A link stays, and what it leads to is replaced. What is no file, such as a pipe, is written to.
+    """
+    if _is_stream(path):
+        with open(path, "ab") as stream:
+            stream.write(content)
+        return
+    path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         # Not tempfile: its files are private to the user, and results are to be read as the umask allows.

@@ -40,6 +40,8 @@ _TEXTS = (
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
 _MAX_ID = 1000
+AS_HUB_ID = "As a model of the Hub"
+"""What stands before a problem of the Hub, where a name may be meant otherwise."""
 _GGUF_SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
 _IGNORED = ("*/*", "consolidated*", "optimizer*")
 
@@ -260,6 +262,13 @@ def _explained(model_id: str) -> Iterator[None]:
 
 
 def _explain(error: Exception, model_id: str) -> str:
+    """What went wrong on the Hub and what to do; of a bare name, as a mistyped folder is, first that none is here."""
+    if "/" in model_id:
+        return _explain_hub(error, model_id)
+    return f"no folder {model_id!r} here ({Path.cwd()}). {AS_HUB_ID}: {_explain_hub(error, model_id)}"
+
+
+def _explain_hub(error: Exception, model_id: str) -> str:
     """What went wrong on the Hub and what to do; never quotes a request, which may carry a secret."""
     repo, _, revision = model_id.partition("@")
     page = f"{constants.ENDPOINT}/{repo}"

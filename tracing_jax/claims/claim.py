@@ -34,7 +34,7 @@ NOT_SAID: Mapping[str, str] = {
     "pruned-of": "how what is gone was chosen",
     "merge-of": "whether there are further parents, and which",
     "from-scratch": (
-        "that it is so: independence is never proved. Data, distillation and changes that the tests do not see are "
+        "that it is so: independence is never proved. Data, distillation and changes that the tests do not detect are "
         "outside of it"
     ),
 }

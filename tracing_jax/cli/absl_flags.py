@@ -62,11 +62,17 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
             _check(argument)
         return flags.FLAGS(list(argv))
     except flags.Error as error:
-        message = str(error)
+        message = _without_traceback(str(error))
     except Exception as error:  # whatever a config file raises
         message = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
     print(f"error: {message}\n({argv[0]} --help lists every option)", file=sys.stderr)
     sys.exit(2)
+
+
+def _without_traceback(message: str) -> str:
+    """Returns a message of ml_collections with the last line alone of the traceback of a config file."""
+    said, found, trace = message.partition("\n\nTraceback (most recent call last):\n")
+    return f"{said} {trace.strip().splitlines()[-1]}" if found else message
 
 
 def _check(argument: str) -> None:

@@ -2,10 +2,11 @@
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
 
 from tracing_jax.cli.arguments import add_options, given
 from tracing_jax.cli.compare import MODEL
-from tracing_jax.cli.errors import exit_on_user_error
+from tracing_jax.cli.errors import exit_on_usage_error, exit_on_user_error
 from tracing_jax.dataclass_options import REQUIRED, from_values, option
 from tracing_jax.options import REWRITES
 
@@ -28,10 +29,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, DisguiseOptions)
 
 
+def check_new_folder(save: str) -> None:
+    """Makes sure that a folder is not there yet and can be made.
+
+    Raises:
+      OSError: it is, or cannot.
+    """
+    from tracing_jax.record import check_writable
+
+    folder = Path(save).expanduser()
+    if folder.exists():
+        raise FileExistsError(f"--save={save}: it is there already; remove it or choose another place to write to")
+    check_writable(folder)
+
+
 def run(parsed: argparse.Namespace) -> None:
     """Runs the verb."""
-    with exit_on_user_error():
+    with exit_on_usage_error():
         options = from_values(DisguiseOptions, given(parsed, DisguiseOptions))
+        check_new_folder(options.save)
+    with exit_on_user_error():
         from tracing_jax.experiment.models import resolve_model_id
         from tracing_jax.rewrites.__main__ import disguise
 

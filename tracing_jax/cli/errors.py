@@ -45,6 +45,18 @@ def exit_on_user_error() -> Iterator[None]:
         sys.exit(f"error: {error}{memory}\n(--verbosity=1 shows where it happened)")
 
 
+@contextlib.contextmanager
+def exit_on_usage_error() -> Iterator[None]:
+    """Ends the program with one clear message and status 2 for a mistake in its command line."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        ending = SystemExit(f"error: {error}")
+        print(f"{ending}\n(--help lists every option)", file=sys.stderr)
+        ending.code = 2  # the interpreter would print a text, and end with status 1
+        raise ending from None
+
+
 def end_interrupted() -> NoReturn:
     """Ends the program after Ctrl-C: one line, and the status that shells give to a program stopped by it."""
     print("interrupted; a run that is saved continues where it was when it is started again", file=sys.stderr)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tracing_jax.cli.arguments import add_options, given
 from tracing_jax.cli.compilation_cache import keep_compiled_programs
-from tracing_jax.cli.errors import configure_logging, exit_on_user_error
+from tracing_jax.cli.errors import configure_logging, exit_on_usage_error, exit_on_user_error
 from tracing_jax.dataclass_options import REQUIRED, from_values, option
 
 USAGE = "--models A,B,..."
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> None:
     """Runs the verb."""
-    with exit_on_user_error():
+    with exit_on_usage_error():
         options = from_values(GenerateOptions, given(parsed, GenerateOptions))
     write_texts(options)
 
@@ -46,9 +46,10 @@ def run(parsed: argparse.Namespace) -> None:
 def write_texts(options: GenerateOptions) -> None:
     """Checks everything that was asked for, then writes model after model."""
     configure_logging()
-    with exit_on_user_error():
+    with exit_on_usage_error():
         if (options.prompts is None) == (options.num_samples is None):
             raise ValueError("give --prompts=FILE, or --num_samples=N for texts without a prompt")
+    with exit_on_user_error():
         keep_compiled_programs()
         from tracing_jax.distributed import initialized
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from tracing_jax.cli.arguments import add_options, given
 from tracing_jax.cli.compare import LAYOUT, MODEL
-from tracing_jax.cli.errors import exit_on_user_error
+from tracing_jax.cli.errors import exit_on_usage_error, exit_on_user_error
 from tracing_jax.dataclass_options import from_values, option
 
 USAGE = "MODEL"
@@ -28,8 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> None:
     """Runs the verb."""
-    with exit_on_user_error():
+    with exit_on_usage_error():
         options = from_values(InspectOptions, given(parsed, InspectOptions))
+    with exit_on_user_error():
         from tracing_jax.checkpoint import inspect_checkpoint
         from tracing_jax.experiment.models import resolve_model_id
 

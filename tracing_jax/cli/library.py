@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from tracing_jax.cli.compare import LAYOUT
-from tracing_jax.cli.errors import configure_logging, exit_on_user_error
+from tracing_jax.cli.errors import configure_logging, exit_on_usage_error, exit_on_user_error
 
 USAGE = "add|list|check LIBRARY [FILE ...]"
 
@@ -30,13 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> None:
     """Runs the verb."""
     configure_logging()
-    with exit_on_user_error():
+    with exit_on_usage_error():
         if (parsed.action == "add") != bool(parsed.files):
             raise ValueError("add takes signature files after the library, list and check take none")
         if parsed.model and parsed.action != "check":
             raise ValueError("--model belongs to check")
         if parsed.layout and not parsed.model:
             raise ValueError("--layout belongs to --model")
+    with exit_on_user_error():
         from pathlib import Path
 
         from tracing_jax.library import add_to_library, library_folder, read_library

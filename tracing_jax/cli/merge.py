@@ -3,10 +3,11 @@
 import argparse
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from tracing_jax.cli.arguments import add_options, given
 from tracing_jax.cli.compare import MODEL
-from tracing_jax.cli.errors import configure_logging, exit_on_user_error
+from tracing_jax.cli.errors import configure_logging, exit_on_usage_error, exit_on_user_error
 from tracing_jax.dataclass_options import from_values, option
 
 USAGE = "CHILD --parents A B ... [--base O]"
@@ -33,11 +34,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, MergeOptions)
 
 
+def check_save(save: str) -> None:
+    """Makes sure that the record and the figure can be written.
+
+    Raises:
+      ValueError, OSError: the path does not end in .json, or cannot be written.
+    """
+    from tracing_jax.record import check_writable
+
+    path = Path(save)
+    if path.suffix != ".json":
+        raise ValueError(f"--save={save}: expected a file that ends in .json; the figure is written beside it")
+    for suffix in (".json", ".png", ".yaml"):
+        check_writable(path.with_suffix(suffix))
+
+
 def run(parsed: argparse.Namespace) -> None:
     """Runs the verb."""
     configure_logging()
-    with exit_on_user_error():
+    with exit_on_usage_error():
         options = from_values(MergeOptions, given(parsed, MergeOptions))
+        if options.save:
+            check_save(options.save)
+    with exit_on_user_error():
         from tracing_jax.experiment.merging import report_on_merge
 
         kinds = () if options.align == ("none",) else options.align

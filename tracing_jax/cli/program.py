@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from tracing_jax.cli.compilation_cache import keep_compiled_programs
-from tracing_jax.cli.errors import configure_logging, exit_on_user_error
+from tracing_jax.cli.errors import configure_logging, exit_on_usage_error, exit_on_user_error
 from tracing_jax.cli.profiling import profiled
 from tracing_jax.dataclass_options import checked, option, suggestion
+from tracing_jax.options import RunOptions
 
 EXIT_STATUS = """exit status:
   0    done; a claim, if there is one, holds
@@ -71,18 +72,23 @@ def run_experiment(config: Any, program: ProgramOptions) -> list[dict[str, Any]]
       program: how to run it.
     """
     configure_logging()
-    with exit_on_user_error():
+    with exit_on_usage_error():
         checked(program)
+        options = checked(RunOptions.from_config(config).with_save_path())
         exports = export_files(program.export)
+        check_outputs(options, program, exports)
+    with exit_on_user_error():
         if not program.no_compile_cache:
             keep_compiled_programs()
         from tracing_jax import experiment
         from tracing_jax.distributed import initialized, is_main_process
 
         with initialized(program.coordinator, program.num_processes, program.process_id), exit_on_user_error():
+            with exit_on_usage_error():
+                options = experiment.check_config(options)
             try:
                 with profiled(program.profile):
-                    records = experiment.run(config)
+                    records = experiment.run(options)
             except experiment.NotSavedError as error:
                 _print(error.records, program, saved=False)
                 raise
@@ -110,13 +116,35 @@ def export_files(asked: Sequence[str]) -> dict[str, Path]:
     return found
 
 
+def check_outputs(options: RunOptions, program: ProgramOptions, exports: Mapping[str, Path]) -> None:
+    """Makes sure that everything a run is to write can be written, before anything heavy is imported.
+
+    Raises:
+      ValueError, OSError: a path that is no place for such a file, or that cannot be written.
+    """
+    from tracing_jax.record import RunFiles, check_writable
+
+    if options.save is not None:
+        RunFiles.from_save(options.save)  # that they can be written is checked with the other options, all at once
+    folders = {"save_aligned": options.save_aligned, "profile": program.profile}
+    for name, folder in folders.items():
+        if folder is not None and (path := Path(folder).expanduser()).exists() and not path.is_dir():
+            raise NotADirectoryError(f"{name}={folder}: it is a file, expected a folder; choose another path")
+    if "in-toto" in exports and options.ft_model_ids:
+        raise ValueError("export=in-toto: a statement is on the files of one model; compare one at a time")
+    for file in exports.values():
+        check_writable(file)
+    if options.save_aligned is not None and not Path(options.save_aligned).expanduser().exists():
+        check_writable(Path(options.save_aligned).expanduser())
+
+
 def _write_exports(records: Sequence[Mapping[str, Any]], files: Mapping[str, Path], fail_on: Sequence[str]) -> None:
-    from tracing_jax.record import atomic_write, check_writable
+    from tracing_jax.record import atomic_write
     from tracing_jax.report.exports import exported
 
+    sys.stdout.flush()  # an export may go where the summary went
     failing = [exit_status([record], fail_on) == 3 for record in records]
     for form, file in files.items():
-        check_writable(file)
         atomic_write(file, exported(form, records, failing).encode())
 
 

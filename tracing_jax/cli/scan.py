@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tracing_jax.cli.arguments import add_options, given
 from tracing_jax.cli.compare import LAYOUT, MODEL
 from tracing_jax.cli.compilation_cache import keep_compiled_programs
-from tracing_jax.cli.errors import configure_logging, exit_on_user_error
+from tracing_jax.cli.errors import configure_logging, exit_on_usage_error, exit_on_user_error
 from tracing_jax.dataclass_options import REQUIRED, from_values, option
 from tracing_jax.options import RunOptions
 
@@ -44,8 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> None:
     """Runs the verb."""
     configure_logging()
-    with exit_on_user_error():
+    with exit_on_usage_error():
         options = from_values(ScanOptions, given(parsed, ScanOptions))
+    with exit_on_user_error():
         keep_compiled_programs()
         from tracing_jax.experiment.models import open_model
         from tracing_jax.experiment.signing import suspect_of

@@ -2,11 +2,12 @@
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
 
 from tracing_jax.cli.arguments import add_options, given
 from tracing_jax.cli.compare import LAYOUT, MODEL
 from tracing_jax.cli.compilation_cache import keep_compiled_programs
-from tracing_jax.cli.errors import configure_logging, exit_on_user_error
+from tracing_jax.cli.errors import configure_logging, exit_on_usage_error, exit_on_user_error
 from tracing_jax.dataclass_options import REQUIRED, from_values, option
 
 USAGE = "MODEL -o FILE"
@@ -34,18 +35,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> None:
     """Runs the verb."""
     configure_logging()
-    with exit_on_user_error():
+    with exit_on_usage_error():
         options = from_values(SignatureOptions, given(parsed, SignatureOptions))
-        keep_compiled_programs()
-        from pathlib import Path
-
-        from tracing_jax.experiment.signing import signature_of
-        from tracing_jax.library import write_signature
         from tracing_jax.record import check_writable
 
-        check_writable(options.save)
+        check_writable(Path(options.save).expanduser())
+    with exit_on_user_error():
+        keep_compiled_programs()
+        from tracing_jax.experiment.signing import signature_of
+        from tracing_jax.library import to_bytes, write_signature
+
         signature = signature_of(parsed.model, options.cache_dir, options.name, options.layout)
         path = Path(options.save).expanduser()
         write_signature(signature, path)
         sampled = ", ".join(map(str, signature.facts["layers"]))
-        print(f"{path}: {path.stat().st_size:,} bytes; layers {sampled}, {len(signature.tokens)} token strings")
+        print(f"{path}: {len(to_bytes(signature)):,} bytes; layers {sampled}, {len(signature.tokens)} token strings")

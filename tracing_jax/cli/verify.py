@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tracing_jax.cli.compilation_cache import keep_compiled_programs
-from tracing_jax.cli.errors import configure_logging, exit_on_user_error
+from tracing_jax.cli.errors import configure_logging, exit_on_usage_error, exit_on_user_error
 
 USAGE = "RECORD [--base MODEL] [--ft MODEL]"
 _STATUS = {"holds": 0, "changed": 3, "missing": 4}
@@ -49,9 +49,10 @@ def run(parsed: argparse.Namespace) -> None:
 
         records, status = read_records(parsed.record), 0
         if len(records) > 1 and parsed.ft:
-            raise ValueError(
-                f"--ft={parsed.ft}: {parsed.record} has {len(records)} pairs; verify the records of its .run"
-            )
+            with exit_on_usage_error():
+                raise ValueError(
+                    f"--ft={parsed.ft}: {parsed.record} has {len(records)} pairs; verify the records of its .run"
+                )
         for record in records:
             print(_content(record), flush=True)
             for check in verify(record, parsed.base, parsed.ft):

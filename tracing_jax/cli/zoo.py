@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tracing_jax.cli.arguments import add_options, given
-from tracing_jax.cli.errors import configure_logging, exit_on_user_error
-from tracing_jax.dataclass_options import REQUIRED, from_values, option, replaced
+from tracing_jax.cli.errors import configure_logging, exit_on_usage_error, exit_on_user_error
+from tracing_jax.dataclass_options import REQUIRED, checked, from_values, option, replaced
 from tracing_jax.options import ZOO, RunOptions
 
 USAGE = "--save FOLDER --models FILE"
@@ -85,9 +85,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> None:
     """Runs the verb."""
     shared = {name: value for name, value in given(parsed, RunOptions).items() if name not in _LEFT_OUT}
-    with exit_on_user_error():
+    with exit_on_usage_error():
         zoo = from_values(ZooOptions, given(parsed, ZooOptions))
-    launch(zoo, None if zoo.models is None else replaced(ZOO, shared))
+        config = None if zoo.models is None else checked(replaced(ZOO, shared))
+    launch(zoo, config)
 
 
 def launch(zoo: ZooOptions, config: Any) -> None:
@@ -99,6 +100,9 @@ def launch(zoo: ZooOptions, config: Any) -> None:
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # this process computes nothing
     configure_logging()
+    with exit_on_usage_error():
+        if not (zoo.status or zoo.retry) and (config is None or zoo.models is None):
+            raise ValueError("--models and a config are needed; --status and --retry take those in --save")
     with exit_on_user_error():
         from tracing_jax.zoo import ZooFolder
         from tracing_jax.zoo.launching import status
@@ -124,8 +128,7 @@ def _plan(folder: Any, zoo: ZooOptions, config: Any) -> None:
     from tracing_jax.zoo import make_plan, read_models
     from tracing_jax.zoo.launching import write_plan
 
-    if config is None or zoo.models is None:
-        raise ValueError("--models and a config are needed; --status and --retry take those in --save")
+    assert zoo.models is not None, "checked before"
     plan = make_plan(read_models(zoo.models, zoo.flat), config)
     by_scan = zoo.candidates == "scan" or (zoo.candidates == "auto" and len(plan.pairs) > _MOST_PAIRS * len(plan.names))
     if zoo.executor == "print":

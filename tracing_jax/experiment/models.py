@@ -8,6 +8,7 @@ import numpy as np
 
 from tracing_jax import demo
 from tracing_jax.checkpoint import Checkpoint, CheckpointError, WeightsOnly, open_checkpoint, tokenizer_folder
+from tracing_jax.checkpoint.hub import AS_HUB_ID
 from tracing_jax.complaints import shortened
 from tracing_jax.data import load_tokenizer, same_tokenizer, shared_tokens, unseen_tokens
 from tracing_jax.dataclass_options import ConfigError
@@ -155,8 +156,9 @@ def open_model(
     except CheckpointError as error:
         if closest := _folder_that_may_be_meant(model_id):
             of_the_hub = [problem for problem in error.problems if "is no folder" not in problem]
-            as_hub_id = f" As a model of the Hub: {'; '.join(of_the_hub)}" if of_the_hub else ""
-            raise CheckpointError(f"{model_id!r} is no folder; did you mean {closest}?{as_hub_id}") from error
+            said = "; ".join(problem.rpartition(f"{AS_HUB_ID}: ")[2] for problem in of_the_hub)
+            as_hub_id = f" {AS_HUB_ID}: {said}" if said else ""
+            raise CheckpointError(f"no folder {model_id!r} here; did you mean {closest}?{as_hub_id}") from error
         raise
 
 

@@ -53,6 +53,10 @@ class StepTimer:
         self.seconds[name] = round(time.perf_counter() - start, 3)
 
 
+IDENTICAL = "all tensors are identical, which is the answer before any statistic"
+"""Why a statistic that was not asked for by name is not computed of identical models."""
+
+
 @dataclass
 class Findings:
     """What the steps of a run found; None / empty if the step was not requested.
@@ -115,9 +119,10 @@ def run_steps(
         if options.permute:
             with timer.step("permute"):
                 pair, found.permutation = permute_ft(options, pair)
+        needless = _needless(options, inputs, found.identical)
         with timer.step("statistic"):
             inputs = _without_needless_layer_map(options, inputs, pair)
-            found.before = _compute(inputs, pair, inputs.not_applicable)
+            found.before = _compute(inputs, pair, needless | inputs.not_applicable)
         if options.claim:
             with timer.step("claim"):
                 found.claim = _judged(options, inputs, pair, found)
@@ -129,7 +134,7 @@ def run_steps(
                 # What is aligned has no p-value: tests that are there for the verdict alone are not computed again.
                 asked = {n: s for n, s in inputs.statistics.items() if n in asked_names(options)}
                 reasons = inapplicable(asked, pair.base.arch, pair.ft.arch, inputs.vocabularies)
-                found.after = _compute(replace(inputs, statistics=asked), pair, reasons)
+                found.after = _compute(replace(inputs, statistics=asked), pair, needless | reasons)
         if options.eval:
             with timer.step("perplexity"):
                 found.perplexity = _perplexities(inputs, pair)
@@ -139,6 +144,13 @@ def run_steps(
         with timer.step("hashes"):
             found.models = model_facts()
     return found
+
+
+def _needless(options: RunOptions, inputs: RunInputs, identical: Identity | None) -> dict[str, str]:
+    """Returns why statistics that were not asked for by name are not computed of identical models."""
+    if identical is None or not identical.is_whole:
+        return {}
+    return {name: IDENTICAL for name in inputs.statistics if not is_asked_by_name(options, name)}
 
 
 def _judged(options: RunOptions, inputs: RunInputs, pair: Pair, found: Findings) -> ClaimResult:

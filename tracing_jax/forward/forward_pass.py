@@ -1,7 +1,8 @@
 """The forward pass: batches of tokens through the layers of one model, or of all models along a path.
 
-`forward` is the only loop over layers. It takes a `ParamSource`, resident or streamed, or an `InterpolatedModel`, whose
-hidden states have an axis A of points in front. Its jitted unit is the block step, which compiles once per shape,
+`forward` is the loop over layers; `forward_mlps` is the one over layers of which the MLPs alone are computed. `forward`
+takes a `ParamSource`, resident or streamed, or an `InterpolatedModel`, whose hidden states have an axis A of points in
+front. Its jitted unit is the block step, which compiles once per shape,
 whatever the depth: what differs between layers comes in as data. All batches given pass a layer together, so a caller
 with resident weights passes one batch at a time, and one with streamed weights as many as memory allows.
 

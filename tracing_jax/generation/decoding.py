@@ -118,8 +118,7 @@ class Sampler:
         """Returns the empty cache of a layer: texts split over `data`, kv heads over `model` where that is even."""
         mesh, heads = self.compute.mesh, self.model.arch.num_kv_heads
         spec = P("data", None, "model" if heads % mesh.shape["model"] == 0 else None, None)
-        empty = jax.jit(empty_cache, static_argnums=(0, 1, 2, 3), out_shardings=NamedSharding(mesh, spec))
-        return empty(self.model.arch, batch, length, jnp.dtype(self.compute.dtype))
+        return empty_cache(self.model.arch, batch, length, self.compute.dtype, NamedSharding(mesh, spec))
 
     @property
     def _settings(self) -> "_Settings":

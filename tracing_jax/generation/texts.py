@@ -32,9 +32,13 @@ def prompt_tokens(
 
     Raises:
       FileNotFoundError: the model has no tokenizer.
-      ValueError: a prompt has no token, or one without an embedding, or is with what is to follow longer than the
-        model can read.
+      ValueError: no prompts, or a text in place of the list; a prompt is empty, has no token, or one without an
+        embedding, or is with what is to follow longer than the model can read.
     """
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts: one text, {prompts[:40]!r}; expected a list of texts, such as [text]")
+    if not prompts or (not isinstance(prompts, int) and not all(prompts)):
+        raise ValueError("prompts: at least one, none of them empty; or the number of texts without a prompt")
     tokenizer = load_tokenizer(model.tokenizer_folder)
     if isinstance(prompts, int):
         found = first_tokens(tokenizer, model.arch.vocab_size, seed, prompts)
@@ -66,8 +70,14 @@ def continuations(
     The recorded prompt of an unprompted text is its first token, decoded without special tokens.
 
     Raises:
-      ValueError, FileNotFoundError: see `prompt_tokens`.
+      ValueError: settings out of range, all at once; and see `prompt_tokens`.
+      FileNotFoundError: see `prompt_tokens`.
     """
+    lines = params.problems()
+    lines += [] if max_new_tokens >= 1 else [f"max_new_tokens={max_new_tokens}: at least 1"]
+    lines += [] if 0 <= seed < 2**32 else [f"seed={seed}: at least 0 and below 2**32"]
+    if lines:
+        raise ValueError("; ".join(lines))
     tokenizer, rows = prompt_tokens(model, prompts, max_new_tokens, seed)
     sampler = Sampler(load(model, compute.mesh), compute, params, end_tokens(model.folder), seed)
     texts: dict[int, list[int]] = {}
@@ -94,7 +104,7 @@ def generate(
     """Writes the `continuations` of prompts into a file, and returns its path.
 
     Raises:
-      ValueError, FileNotFoundError: see `prompt_tokens`.
+      ValueError, FileNotFoundError: see `continuations`.
     """
     content = continuations(model, prompts, compute, params, max_new_tokens, seed)
     if is_main_process():

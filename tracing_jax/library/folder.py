@@ -22,7 +22,7 @@ from tracing_jax.record import atomic_write
 
 INDEX = "index.json"
 _LARGEST_INDEX = 2**26  # bytes: of a hundred thousand signatures
-_ON_HUB = re.compile(r"(?:https?://[^/]+/datasets/|hf://datasets/)?([\w.-]+/[\w.-]+?)/?(?:@([\w./-]+))?")
+_ON_HUB = re.compile(r"(?:(https?://[^/]+)/datasets/|hf://datasets/)?([\w.-]+/[\w.-]+?)/?(?:@([\w./-]+))?")
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,23 @@ def library_folder(where: str, cache_dir: str | None = None) -> Path:
         return local
     found = _ON_HUB.fullmatch(where)
     if local.exists() or where.startswith((".", "/", "~")) or found is None:
-        raise ValueError(f"library {where}: expected a folder of *{SUFFIX} files, or org/name of a data set on the Hub")
+        here = "" if local.exists() else f"no folder {where!r} here; "
+        raise ValueError(
+            f"library {where}: {here}expected a folder of *{SUFFIX} files, or org/name of a data set on the Hub"
+        )
+    host, repo, revision = found.groups()
+    if host and host != constants.ENDPOINT:
+        raise ValueError(
+            f"library {where}: {host} is not the Hub, which is {constants.ENDPOINT}; set HF_ENDPOINT to another, or "
+            f"name {repo} of this one"
+        )
     try:
-        _check_sizes(found[1], found[2])
+        _check_sizes(repo, revision)
         return Path(
             snapshot_download(
-                found[1],
+                repo,
                 repo_type="dataset",
-                revision=found[2],
+                revision=revision,
                 cache_dir=cache_dir,
                 allow_patterns=[f"*{SUFFIX}", INDEX],
                 ignore_patterns=["*/*"],

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -49,10 +50,10 @@ def layer_inputs(arch: Arch, layer: int) -> LayerInputs:
     )
 
 
-def empty_cache(arch: Arch, batch: int, length: int, dtype: DTypeLike) -> Cache:
+def empty_cache(arch: Arch, batch: int, length: int, dtype: DTypeLike, sharding: Sharding | None = None) -> Cache:
     """Returns the cache of a layer for texts of up to `length` tokens, before it has read any: zeros `[B S K H]`."""
-    keys, values = (jnp.zeros((batch, length, arch.num_kv_heads, n), dtype) for n in (arch.head_dim, arch.v_dim))
-    return Cache(keys, values)
+    shapes = ((batch, length, arch.num_kv_heads, n) for n in (arch.head_dim, arch.v_dim))
+    return Cache(*(jnp.zeros(shape, dtype, device=sharding) for shape in shapes))
 
 
 def apply_embed(

@@ -23,7 +23,7 @@ _DESCENT = ("finetune-of", "adapter-of", "quantised-of", "pruned-of")
 _RULES = {
     "related": "The weights of two models are not independent.",
     "identical": "All tensors of two models are identical.",
-    "no_evidence": "No sign of common weights was found by tests that see through every rewrite.",
+    "no_evidence": "No sign of common weights was found by tests that are invariant under every rewrite.",
     "undecided": "The tests that ran decide nothing.",
     "not_testable": "No test that was asked for applies.",
     "not_asked": "No test was asked for.",

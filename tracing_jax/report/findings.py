@@ -129,7 +129,8 @@ def size_text(num_bytes: int | None) -> str:
     if not num_bytes:
         return ""
     unit, name = next(((u, n) for u, n in ((_GIB, "GiB"), (_MIB, "MiB")) if num_bytes >= u), (_KIB, "KiB"))
-    return f"{num_bytes / unit:.3g} {name}"
+    number = num_bytes / unit
+    return f"{number:,.0f} {name}" if number >= 100 else f"{number:.3g} {name}"
 
 
 def _identical(record: Mapping[str, Any]) -> list[Row]:
@@ -144,7 +145,8 @@ def _verdict(record: Mapping[str, Any], verdict: Mapping[str, Any]) -> list[Row]
     rows = [Row((claim_text(claim),), f"claim_{claim['outcome']}")] if claim else []
     rows.append(Row((f"{verdict_word(word)}  {pair_name(record)}",), word))
     rows.append(Row((SENTENCES[word],)))
-    facts = {"in detail": verdict["meaning"], "rests on": decided_by(verdict) if verdict["statistic"] else ""}
+    decided = verdict["statistic"] or word == "identical"
+    facts = {"in detail": verdict["meaning"], "rests on": decided_by(verdict) if decided else ""}
     facts |= caveats(verdict)
     return [*rows, *(Row((name, text)) for name, text in facts.items() if text)]
 
@@ -202,10 +204,10 @@ def _not_tested(record: Mapping[str, Any], verdict: Mapping[str, Any]) -> list[R
         rows += [
             Row((part, "no test that ran compares it")) for part in PARTS if part not in (verdict.get("parts") or {})
         ]
-    if verdict and not record.get("tokens"):
+    if verdict and verdict["verdict"] != "identical" and not record.get("tokens"):
         rows.append(Row(("a text", "none was read: what the models predict and compute on one was not compared")))
     if verdict.get("verdict") not in ("related", "identical"):
-        rows += [Row((name, f"would not see {', '.join(hidden)}")) for name, hidden in _hidden(verdict).items()]
+        rows += [Row((name, f"does not detect {', '.join(hidden)}")) for name, hidden in _hidden(verdict).items()]
     return rows
 
 

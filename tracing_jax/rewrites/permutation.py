@@ -23,6 +23,9 @@ from tracing_jax.tree import Tree, map_named
 
 Permutations = Mapping[str, Int[np.ndarray, "*_ _"]]
 
+_Units = tuple[tuple[str, tuple[int, ...], int | None], ...]
+"""Axes with their shapes, a nested one behind its parent's, and with the groups that stay together."""
+
 Dims = tuple[tuple[int, int | None], ...]
 """Dimensions to permute, each with the dimension of its parent axis if it is nested."""
 
@@ -42,7 +45,7 @@ def random_permutations(key: PRNGKeyArray, table: AxisTable, kinds: Iterable[str
       >>> sorted(p["units"].tolist())
       [0, 1, 2, 3, 4]
     """
-    permutations = {axis: np.asarray(p) for axis, p in _drawn(key, table, _shapes_of(table, kinds)).items()}
+    permutations = {axis: np.asarray(p) for axis, p in _drawn(key, _units_of(table, kinds)).items()}
     check_permutations(permutations, table)
     return permutations
 
@@ -51,26 +54,26 @@ def several_random_permutations(
     key: PRNGKeyArray, count: int, table: AxisTable, kinds: Iterable[str]
 ) -> list[dict[str, np.ndarray]]:
     """Returns what `random_permutations` gives for `fold_in(key, i)` of each i below `count`, in one compiled step."""
-    shapes = _shapes_of(table, kinds)
-
-    def copy(i: jax.Array) -> dict[str, jax.Array]:
-        return _drawn(jax.random.fold_in(key, i), table, shapes)
-
-    stacked = jax.device_get(jax.jit(jax.vmap(copy))(jnp.arange(count)))
+    stacked = jax.device_get(_several_drawn(key, count, _units_of(table, kinds)))
     return [{axis: p[i] for axis, p in stacked.items()} for i in range(count)]
 
 
-def _shapes_of(table: AxisTable, kinds: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    return {axis: _shape(table, axis) for axis in table.axes_of_kind(kinds)}
+def _units_of(table: AxisTable, kinds: Iterable[str]) -> _Units:
+    return tuple((axis, _shape(table, axis), table.groups.get(axis)) for axis in table.axes_of_kind(kinds))
 
 
-def _drawn(key: PRNGKeyArray, table: AxisTable, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Int[Array, "*_ _"]]:
+@functools.partial(jax.jit, static_argnames=("count", "units_of"))
+def _several_drawn(key: PRNGKeyArray, count: int, units_of: _Units) -> dict[str, Int[Array, "N *_ _"]]:
+    return jax.vmap(lambda i: _drawn(jax.random.fold_in(key, i), units_of))(jnp.arange(count))
+
+
+def _drawn(key: PRNGKeyArray, units_of: _Units) -> dict[str, Int[Array, "*_ _"]]:
     """Returns uniformly random permutations of the last axis of each shape; each name has its own key."""
     found = {}
-    for axis, shape in shapes.items():
+    for axis, shape, groups in units_of:
         axis_key = jax.random.fold_in(key, zlib.crc32(axis.encode()))
-        if axis in table.groups:
-            found[axis] = _drawn_in_groups(axis_key, table.groups[axis], shape[-1])
+        if groups is not None:
+            found[axis] = _drawn_in_groups(axis_key, groups, shape[-1])
             continue
         units = jnp.broadcast_to(jnp.arange(shape[-1], dtype=jnp.int32), shape)
         found[axis] = jax.random.permutation(axis_key, units, axis=-1, independent=True)

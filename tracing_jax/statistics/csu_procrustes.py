@@ -27,7 +27,7 @@ _UP = "mlp/up_proj/kernel"
 
 
 class CsuProcrustes(options.CsuProcrustes):
-    """Constrained test on the up-projection, like `csu`, which a rotation of the residual stream does not blind.
+    """Constrained test on the up-projection, like `csu`, which is invariant under a rotation of the residual stream.
 
     The orthogonal map of the features that takes ft's embedding (and untied head) nearest to base's is found from the
     tokens that both have, and ft's up-projection rows, with the gain of the norm before them, are turned by it. Then

@@ -31,7 +31,7 @@ _MATRICES = frozenset(
     " down_proj other".split()
 )
 """Matrices drawn at random; `other` are those of a model that is read by its weights alone. Norms, biases, routers and
-positions may start from rules that strangers share."""
+positions may start from rules that independent models share."""
 
 
 class FeaturesInPlace(options.FeaturesInPlace):

@@ -1,4 +1,4 @@
-"""`heads_in_place`: are the attention heads in place? Matched by signatures, which see through rotations."""
+"""`heads_in_place`: are the attention heads in place? Matched by signatures, which are invariant under rotations."""
 
 import functools
 import math

@@ -2,7 +2,7 @@
 
 What `csu` and `csh` are made of, and what must hold for their p-values to be exact: an order of the units that depends
 on no weights in one of the two models, and units in place that are more alike than an order chosen afterwards makes
-the units of strangers.
+the units of independent models.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ definition, matched units that are the best of all and not of all others (3 %), 
 
 BY_ORDER = (
     "units of independent models can be put in the same order by whoever has both: order alone is no evidence, only "
-    "units in place that are more similar than those of strangers are"
+    "units in place that are more similar than those of independent models are"
 )
 
 
@@ -79,8 +79,8 @@ def placed_beyond_order(
     """Returns how many pairs of matched units were looked at, and how many stand out at equal places.
 
     Whoever has both models can reorder the units of an independent one until the matching is the identity. Its matched
-    units are then as similar as the best of strangers, and not more: a pair stands out if it is more similar than 99 %
-    of the units are to their best partner but the matched one.
+    units are then as similar as the best of other models, and not more: a pair stands out if it is more similar than
+    99 % of the units are to their best partner but the matched one.
     """
     drawn = np.sort(generator.permutation(len(matching.base))[:_LOOKED_AT])
     if not len(drawn) or len(columns) < 2:

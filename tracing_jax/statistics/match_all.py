@@ -249,7 +249,8 @@ def _calibrated(
     """Returns the null, measured on pairs of layers that do not correspond, and the log p-values `[L, L2]` under it.
 
     Layers correspond if they are assigned to each other with a p-value that no number of pairs explains. Were the best
-    assignment of strangers left out as well, the pairs that agree most by chance would be missing from their own null.
+    assignment of independent models left out as well, the pairs that agree most by chance would be missing from their
+    own null.
     """
     num_base, num_ft = len(table), len(table[0])
     parametric = np.array([[c.log_p_agreement for c in row] for row in table])

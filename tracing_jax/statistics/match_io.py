@@ -49,7 +49,7 @@ class MatchIo(options.MatchIo):
     Agreement is counted in layers of equal index, against the null of `calibration.py`.
 
     Embeddings, gains and head turn together, so every rewrite that keeps the vocabulary leaves the products unchanged.
-    Biases of the MLP are constants over the tokens, to which correlations are blind.
+    Biases of the MLP are constants over the tokens, which correlations leave out.
 
     At most `units` of base's units are looked for among all of ft's, by at most `max_tokens` tokens. For a pair of 7B
     models about 60 TFLOP in all, some minutes on two cores, besides reading the MLPs once; memory 1 GiB.

@@ -69,7 +69,7 @@ class MatchMoments(options.MatchMoments):
     """Unconstrained test like `match`, with signatures of second moments in place of activations.
 
     Gate rows are matched by their signatures, up rows by theirs, and the two matchings compared. It finds a model whose
-    embeddings and head were replaced, to which `match` is blind, whatever the order or basis of the other weights.
+    embeddings and head were replaced, which `match` does not detect, whatever the order or basis of the other weights.
 
     The form `model` takes the moments of gate, up and down rows of all layers, up to `moments_of`. The form `layer`
     (`layer_moments`) takes those of a unit's own layer, of its attention too, and their means over the layers: it needs

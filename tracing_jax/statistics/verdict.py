@@ -1,4 +1,4 @@
-"""The verdict on a pair: what was found, what else can explain it, and what the tests that ran cannot see."""
+"""The verdict on a pair: what was found, what else can explain it, and what the tests that ran do not detect."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -102,8 +102,9 @@ class Verdict:
 
     Attributes:
       verdict: `identical`: all tensors are. `related`: a test that no reservation applies to is below the level.
-        `no_evidence`: a test ran that sees through every rewrite of these models, and none is below 0.05. `undecided`:
-        neither. `not_testable`: no test that was asked for applies. `not_asked`: none of the statistics is a test.
+        `no_evidence`: a test ran that is invariant under every rewrite of these models, and none is below 0.05.
+        `undecided`: neither. `not_testable`: no test that was asked for applies. `not_asked`: none of the statistics
+        is a test.
       meaning: the verdict in a sentence.
       explanations: of `related`, what it can mean.
       level: the significance level.
@@ -338,21 +339,21 @@ def _meaning(
         return "no test applies to this pair: " + "; ".join(f"{name}: {why}" for name, why in (reasons or {}).items())
     if word == "no_evidence" and scope:
         return (
-            "no sign of common weights was found in the parts that were read, by tests that see through permuted units "
-            f"and rotated features; {scope}: other parts, and other rewrites that its forward pass may allow, were not "
-            "looked at; independence is never proved"
+            "no sign of common weights was found in the parts that were read, by tests that are invariant under "
+            f"permuted units and rotated features; {scope}: other parts, and other rewrites that its forward pass may "
+            "allow, were not looked at; independence is never proved"
         )
     if word == "no_evidence":
         return (
-            "no sign of common weights was found, by tests that see through every rewrite of these models that keeps "
-            "its function; independence is never proved"
+            "no sign of common weights was found, by tests that are invariant under every rewrite of these models that "
+            "keeps their function; independence is never proved"
         )
     if reserved and log10_p < math.log10(level):
         return "the evidence can have another cause: " + "; ".join(f"{name}: {why}" for name, why in reserved.items())
     if log10_p < math.log10(UNDECIDED_BELOW):
         return "evidence too weak to call at this level, and too strong to dismiss"
     if blind:
-        cannot = "; ".join(f"{name} is blind to {' and '.join(rewrites)}" for name, rewrites in blind.items())
+        cannot = "; ".join(f"{name} does not detect {' or '.join(rewrites)}" for name, rewrites in blind.items())
         return f"nothing was found, and {cannot}{hint}"
     return f"nothing was found, by tests whose power on such pairs has not been measured{hint}"
 

@@ -132,6 +132,7 @@ def row_of(pair: PlannedPair, names: Mapping[str, str], state: PairState, record
     judged, models = record["verdict"], record["models"]
     shapes = (models["base"].get("shape") or {}, models["ft"].get("shape") or {})
     layer_map = _field(record, "match_all", "layer_map")
+    units = _share_of_units(layer_map, shapes) if layer_map else number(_field(record, "match", "headline"))
     in_place = [p for name in IN_PLACE if (p := number(_field(record, name, "log10_p"))) is not None]
     return replace(
         row,
@@ -144,7 +145,7 @@ def row_of(pair: PlannedPair, names: Mapping[str, str], state: PairState, record
         level=judged["level"],
         jsd=number(_field(record, "jsd", "headline")),
         l2=number(_field(record, "l2", "headline")),
-        units=_share_of_units(layer_map, shapes) if layer_map else number(_field(record, "match", "headline")),
+        units=1.0 if judged["verdict"] == "identical" else units,  # without a test that would find all of them
         in_place_log10_p=min(in_place, default=None),
         shapes=shapes,
         layer_map=layer_map,
