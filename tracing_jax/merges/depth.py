@@ -60,8 +60,8 @@ def _kernel_shape(model: ParamSource) -> tuple[int, ...] | None:
 
 def _kernels(model: ParamSource) -> Float[np.ndarray, "L N"]:
     """Returns entries of a kernel of every layer, of length one: the first units, or those of the first expert."""
-    *experts, D, _ = _kernel_shape(model) or (0, 0)
-    axis, span = (0, slice(0, 1)) if experts else (1, slice(0, max(1, _ENTRIES // D)))
+    *experts, D, F = _kernel_shape(model) or (0, 0)
+    axis, span = (0, slice(0, 1)) if experts else (1, slice(0, min(F, max(1, _ENTRIES // D))))
     rows = []
     for i in range(model.arch.num_layers):
         name = f"layers/{i}/{_KERNEL}"
