@@ -413,3 +413,10 @@ def test_damaged_model_is_not_cached(tmp_path):
         with pytest.raises(CheckpointError, match=r"lm_head\.weight"):
             load(opened, make_mesh(), str(tmp_path / "cache"))
     assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").iterdir())
+
+
+def test_a_slice_that_ends_behind_a_leaf_ends_with_it(family):
+    model = open_checkpoint(str(family.member("base")))
+    leaf = np.asarray(model.layer(0)["mlp"]["up_proj"]["kernel"])
+    for span in (slice(0, 8192), slice(3, 8192), slice(3, 9)):
+        np.testing.assert_array_equal(model.leaf_slice("layers/0/mlp/up_proj/kernel", 1, span), leaf[:, span])

@@ -99,7 +99,8 @@ class Checkpoint:
 
         None if they are not slices of the tensors in the files.
         """
-        layouts = [self.leaf_layouts[name].narrow(axis, span.start, span.stop) for span in spans]
+        whole = self.leaf_layouts[name]  # a span may end behind the leaf, as that of an array may
+        layouts = [whole.narrow(axis, *span.indices(whole.shape[axis])[:2]) for span in spans]
         found = [layout for layout in layouts if layout is not None]
         if len(found) < len(layouts):
             return None
