@@ -291,7 +291,7 @@ def test_the_list_of_pairs_left_out_is_that_of_the_plan_in_the_folder(folder, mo
     """A launch that is refused reads no model and changes no file; a plan of all pairs has no such list."""
     given, file = folder.plan, folder.path / "left_out.csv"
 
-    def keeps_the_first(plan, _):
+    def keeps_the_first(plan, *_):
         proposal = Proposal(len(plan.pairs), len(plan.pairs) - 1, 0, 0)
         return replace(plan, pairs=plan.pairs[:1], proposal=proposal), [(pair, "why") for pair in plan.pairs[1:]]
 
@@ -432,6 +432,9 @@ def test_signatures_propose_the_pairs_of_relatives_and_what_they_found_is_kept(f
     found, left = proposed(plan, tmp_path / "zoo")
     assert [pair.name for pair in found.pairs] == ["base--finetune", "base--disguised", "finetune--disguised"]
     assert (found.proposal.asked, found.proposal.left_out, found.proposal.unsigned) == (6, 3, {})
+    with monkeypatch.context() as patched:
+        patched.setattr(proposing, "FEWEST_DIVIDED", 2)
+        assert proposed(plan, tmp_path / "parallel", workers=2) == (found, left)
     write_left_out(tmp_path / "zoo", left, found)
     left_out = (tmp_path / "zoo" / "left_out.csv").read_text().splitlines()
     assert left_out[1:] == [f"{name},independent,no trace in signatures," for name in ("base", "finetune", "disguised")]
@@ -493,7 +496,7 @@ def test_models_read_by_their_weights_alone_are_proposed_or_keep_all_their_pairs
 
 def test_pairs_are_proposed_where_the_list_has_many_for_each_model(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(launching, "write_plan", lambda *given: asked.append(given[-1]))
+    monkeypatch.setattr(launching, "write_plan", lambda *given: asked.append(given[3]))
     for count, candidates in ((41, "auto"), (42, "auto"), (42, "all"), (3, "scan")):
         (tmp_path / "models.yaml").write_text(yaml.safe_dump([f"m{i}" for i in range(count)]))
         zoo = ZooOptions(save=str(tmp_path), models=str(tmp_path / "models.yaml"), candidates=candidates)

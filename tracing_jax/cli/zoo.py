@@ -65,7 +65,12 @@ class ZooOptions:
         choices=("slurm", "local", "print"),
         group="zoo",
     )
-    workers: int = option(1, "local: processes that trace pairs side by side.", at_least=1, group="zoo")
+    workers: int = option(
+        1,
+        "Processes side by side here: that read models where signatures propose pairs, and, local, trace pairs.",
+        at_least=1,
+        group="zoo",
+    )
     pairs_per_job: int = option(1, "slurm: pairs of one element, one after another.", at_least=1, group="zoo")
     wait: bool = option(True, "slurm: wait for the end and write the report.", group="zoo")
     status: bool = option(False, "Print the state of the pairs, and do nothing.", group="zoo")
@@ -137,7 +142,7 @@ def _plan(folder: Any, zoo: ZooOptions, config: Any) -> None:
             print("of these pairs, those are traced in which signatures show a trace of a relation (--candidates)")
         folder.plan = plan  # shown, and not written: the folder may hold the records of another
     else:
-        write_plan(folder, plan, zoo.skip_unreadable, by_scan)
+        write_plan(folder, plan, zoo.skip_unreadable, by_scan, zoo.workers)
 
 
 def _start(folder: Any, zoo: ZooOptions) -> None:

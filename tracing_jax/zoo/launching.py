@@ -23,7 +23,9 @@ _IDLE_SECONDS = 15.0
 _SHOWN = 20
 
 
-def write_plan(folder: ZooFolder, plan: ZooPlan, skip_unreadable: bool = False, by_scan: bool = False) -> None:
+def write_plan(
+    folder: ZooFolder, plan: ZooPlan, skip_unreadable: bool = False, by_scan: bool = False, workers: int = 1
+) -> None:
     """Checks a plan, as far as it can be checked without weights of the Hub, and writes it into the zoo's folder.
 
     Args:
@@ -31,6 +33,7 @@ def write_plan(folder: ZooFolder, plan: ZooPlan, skip_unreadable: bool = False, 
       plan: what is to be traced there.
       skip_unreadable: whether models that cannot be read are left out of the plan, with a warning.
       by_scan: whether only pairs are traced in which signatures show a trace of a relation.
+      workers: processes that read the models for that.
 
     Raises:
       ValueError: the config cannot run, a model cannot be read, or another plan is being worked on there.
@@ -52,7 +55,7 @@ def write_plan(folder: ZooFolder, plan: ZooPlan, skip_unreadable: bool = False, 
         _check_idle(folder)  # before every model is read twice
     left_out: Sequence[tuple[PlannedPair, str]] = ()
     if by_scan:
-        plan, left_out = proposed(plan, folder.path)
+        plan, left_out = proposed(plan, folder.path, workers)
         folder.reload_plan()
     if (folder.path / PLAN).exists():
         if folder.plan == plan:

@@ -3,15 +3,21 @@
 What was found of a model is kept in `models/NAME.scan.json`, so that a launch that is started again goes on.
 """
 
+import contextlib
 import csv
+import functools
 import hashlib
 import io
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from scipy import stats
 
@@ -38,14 +44,20 @@ One is that of `scan`, which allows for units that independent models share; the
 many units agree in matchings at random, in any layer. It proposes more pairs, merges among them, and decides nothing.
 """
 
+FEWEST_DIVIDED = 32
+"""Models that are divided among processes: to start these takes as long as to scan dozens of small models."""
+
 CLOSED_PER_MODEL = 10
 """Two models without a trace in each other, that both have a clear one in a third, are compared too: a model merged
 from two unrelated ones is told from a common relative by that pair alone. So many such pairs per model at most."""
 
+_BLAS_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 _Found = Mapping[str, float | None]
+_Library = tuple[tuple[str, int], ...]  # names of models, and when their signatures were written
+_Result = TypeVar("_Result")
 
 
-def proposed(plan: ZooPlan, folder: Path) -> tuple[ZooPlan, list[tuple[PlannedPair, str]]]:
+def proposed(plan: ZooPlan, folder: Path, workers: int = 1) -> tuple[ZooPlan, list[tuple[PlannedPair, str]]]:
     """Returns the plan with the pairs in which a signature of one model shows a trace of a relation in the other.
 
     Pairs that close a triangle of such pairs stay as well, see `CLOSED_PER_MODEL`. Models of which no signature can be
@@ -54,18 +66,19 @@ def proposed(plan: ZooPlan, folder: Path) -> tuple[ZooPlan, list[tuple[PlannedPa
     Args:
       plan: with all pairs that are asked for.
       folder: of the zoo, which is made if need be.
+      workers: processes among which the models are divided; this one alone if 1.
 
     Raises:
       OSError: a model's files cannot be read.
+      ValueError: a process was ended from outside.
     """
-    (folder / MODELS).mkdir(parents=True, exist_ok=True)
-    signatures, unsigned = _signatures(plan, folder)
-    by_name = {plan.names[model]: signature for model, signature in signatures.items()}
-    library = hashlib.sha256(json.dumps([PROPOSED_BELOW, *(s.digest for s in by_name.values())]).encode()).hexdigest()
-    found = {
-        model: _traces(_opened(model, plan), plan.names[model], by_name, library, folder)
-        for model in tqdm(signatures, desc="scan", unit="model", disable=None)
-    }
+    place = _Models(folder / MODELS, plan.config["cache_dir"])
+    place.folder.mkdir(parents=True, exist_ok=True)
+    reasons = _for_each(functools.partial(_sign, place), plan.names, workers, "signatures")
+    unsigned = {model: reason for model, reason in reasons.items() if reason is not None}
+    signed = {model: name for model, name in plan.names.items() if model not in unsigned}
+    library = tuple((name, place.signature(name).stat().st_mtime_ns) for name in signed.values())
+    found = _for_each(functools.partial(_traces, place, library), signed, workers, "scan")
     kept, left_out, closing = selected(plan, found, unsigned)
     proposal = Proposal(
         len(plan.pairs),
@@ -137,37 +150,88 @@ def _closing(
     return {*sorted(found, key=lambda pair: found[pair])[: CLOSED_PER_MODEL * models]}
 
 
-def _signatures(plan: ZooPlan, folder: Path) -> tuple[dict[str, Signature], dict[str, str]]:
-    """Returns model id -> signature, made now or before of the same files, and the models that have none, with why."""
-    made: dict[str, Signature] = {}
-    unsigned: dict[str, str] = {}
-    for model, name in tqdm(plan.names.items(), desc="signatures", unit="model", disable=None):
-        file, state = folder / MODELS / f"{name}{SUFFIX}", folder / MODELS / f"{name}.signed.json"
+class _Models(NamedTuple):
+    """Where what was found of each model is kept, and its downloads."""
+
+    folder: Path
+    cache_dir: str | None
+
+    def signature(self, name: str) -> Path:
+        """Returns the file of the signature of a model of this name."""
+        return self.folder / f"{name}{SUFFIX}"
+
+
+def _for_each(
+    function: Callable[[str, str], _Result], models: Mapping[str, str], workers: int, description: str
+) -> dict[str, _Result]:
+    """Returns model id -> what a function of id and name gives, computed here or by so many other processes."""
+    bar = functools.partial(tqdm, total=len(models), desc=description, unit="model", disable=None)
+    if workers < 2 or len(models) < FEWEST_DIVIDED:
+        return dict(zip(models, bar(map(function, models, models.values())), strict=True))
+    # Forked processes would share the locks of JAX's threads.
+    with (
+        _few_threads(workers),
+        ProcessPoolExecutor(min(workers, len(models)), get_context("spawn")) as pool,
+    ):
         try:
-            stamps = _stamps(_opened(model, plan))
-            if _read(state).get("stamps") == stamps and file.exists():
-                made[model] = read_signature(file)
-                continue
-            made[model] = signature_of(model, plan.config["cache_dir"])
-        except ValueError as error:
-            unsigned[model] = str(error).splitlines()[0]
-            continue
-        write_signature(made[model], file)
-        atomic_write(state, json.dumps({"stamps": stamps}).encode())
-    return made, unsigned
+            return dict(zip(models, bar(pool.map(function, models, models.values())), strict=True))
+        except BrokenProcessPool:
+            raise ValueError(
+                f"{description}: a process that read a model was ended from outside, as where memory runs out; the "
+                "same launch, with fewer --workers, goes on with what is done"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _traces(model: Checkpoint, name: str, signatures: Mapping[str, Signature], library: str, folder: Path) -> _Found:
+@contextlib.contextmanager
+def _few_threads(processes: int) -> Iterator[None]:
+    """Lets processes that start meanwhile share the cores: more threads of BLAS than cores wait in loops."""
+    names = [name for name in _BLAS_THREADS if name not in os.environ]
+    os.environ.update(dict.fromkeys(names, str(max(1, (os.cpu_count() or 1) // processes))))
+    try:
+        yield
+    finally:
+        for name in names:
+            del os.environ[name]
+
+
+def _sign(place: _Models, model: str, name: str) -> str | None:
+    """Makes the signature of a model, if there is none of the same files, and returns why it has none."""
+    file, state = place.signature(name), place.folder / f"{name}.signed.json"
+    try:
+        stamps = _stamps(open_model(model, place.cache_dir))
+        if _read(state).get("stamps") == stamps and file.exists():
+            read_signature(file)
+            return None
+        signature = signature_of(model, place.cache_dir)
+    except ValueError as error:
+        return str(error).splitlines()[0]
+    write_signature(signature, file)
+    atomic_write(state, json.dumps({"stamps": stamps}).encode())
+    return None
+
+
+@functools.lru_cache(maxsize=1)
+def _library(place: _Models, files: _Library) -> tuple[dict[str, Signature], str]:
+    """Returns name -> signature, and a hash that stands for what a scan with these finds."""
+    found = {name: read_signature(place.signature(name)) for name, _ in files}
+    asked = [PROPOSED_BELOW, *(signature.digest for signature in found.values())]
+    return found, hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+
+def _traces(place: _Models, files: _Library, model: str, name: str) -> _Found:
     """Returns for every other model's signature its log10 p against this model; None where no test applies."""
-    file = folder / MODELS / f"{name}.scan.json"
-    state = {"library": library, "stamps": _stamps(model)}
+    signatures, library = _library(place, files)
+    file, opened = place.folder / f"{name}.scan.json", open_model(model, place.cache_dir)
+    state = {"library": library, "stamps": _stamps(opened)}
     known = _read(file)
     if {key: known.get(key) for key in state} == state:
         return known["log10_p"]
     others = {other: signature for other, signature in signatures.items() if other != name}
     found: dict[str, float | None] = {}
     if others:
-        suspect = suspect_of(model, others.values())
+        suspect = suspect_of(opened, others.values())
         for candidate in scan(suspect, others, RunOptions.level).candidates:
             found[candidate.name] = 0.0 if candidate.match is None else _log10_p(candidate.match, suspect)
     atomic_write(file, json.dumps({**state, "log10_p": plain(found)}).encode())
@@ -184,10 +248,6 @@ def _log10_p(match: Match, suspect: Suspect) -> float | None:
     # The number of fixed points of a random permutation is close to Poisson(1), whatever its size.
     by_chance = (float(stats.poisson.logsf(most - 1, 1.0)) + math.log(cells)) / math.log(10)
     return min(match.log10_p, by_chance, 0.0)
-
-
-def _opened(model: str, plan: ZooPlan) -> Checkpoint:
-    return open_model(model, plan.config["cache_dir"])
 
 
 def _stamps(model: Checkpoint) -> Any:
