@@ -96,16 +96,20 @@ def planted(count: int, output: float = 0.0, paired: bool = False, closed: bool 
     return forge
 
 
-def layers_added(base: InMemory, other: InMemory, generator: np.random.Generator) -> Models:
-    """Returns the models after base's layers were put behind the other's, where what they write is next to nothing."""
+def layers_added(base: InMemory, other: InMemory, generator: np.random.Generator, in_front: bool = False) -> Models:
+    """Returns the models after base's layers were added to the other's; what they write is next to nothing.
+
+    They go behind the others, or in front, where they have the index that they have in base.
+    """
 
     def leaf(name: str, weights: np.ndarray) -> np.ndarray:
         writes = name.startswith((f"attn/{_OUT_OF_HEADS}/", f"mlp/{_OUT}/"))
         return weights * np.float32(1e-7) if writes else weights
 
     count = base.arch.num_layers
-    added = {str(count + i): map_named(leaf, base.layer(i)) for i in range(count)}
-    params = {**other.params, "layers": {**other.params["layers"], **added}}
+    added, own = [map_named(leaf, base.layer(i)) for i in range(count)], [other.layer(i) for i in range(count)]
+    layers = [*added, *own] if in_front else [*own, *added]
+    params = {**other.params, "layers": {str(i): layer for i, layer in enumerate(layers)}}
     return base, InMemory(other.arch.with_layers([*range(count), *range(count)]), params)
 
 
@@ -219,7 +223,8 @@ def forgeries(arch: Arch, unused: Int[np.ndarray, " _"]) -> Mapping[str, Forgery
         "heads ordered like the other's": heads_like_base,
         **({"basis turned to the other's": basis_like_base} if arch.norm == "rms" else {}),
         **({} if GainSetting.unsupported(arch) else {"gains of the other": gains_like_base}),
-        "layers of the other that do nothing": layers_added,
+        "layers of the other that do nothing, behind": layers_added,
+        "layers of the other that do nothing, in front": partial(layers_added, in_front=True),
         f"{len(unused)} unused tokens of the other": tokens_copied(unused),
         "both rounded to one grid of 4 bits": on_one_grid(4),
     }

@@ -1,6 +1,7 @@
 """What keeps a model's function cannot make it a relative of another: units that do nothing, copies, and orders."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -26,15 +27,17 @@ from tracing_jax.models.mlp import mlp
 from tracing_jax.rewrites import draw_rewrites
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory, in_memory, rewritten
-from tracing_jax.statistics import Pair, Vocabularies, inactive_layers
+from tracing_jax.statistics import Pair, Vocabularies, features_in_place, heads_in_place, inactive_layers
+from tracing_jax.statistics import distinct_units as distinct_units_module
 from tracing_jax.statistics.csh import Csh
 from tracing_jax.statistics.csu import Csu
 from tracing_jax.statistics.distinct_units import distinct_units
+from tracing_jax.statistics.features_in_place import FeaturesInPlace
+from tracing_jax.statistics.heads_in_place import HeadsInPlace
 from tracing_jax.statistics.match import Match
-from tracing_jax.statistics.match_all import MatchAll
-from tracing_jax.statistics.match_io import MatchIo
 from tracing_jax.statistics.match_mlps import MatchMlps
 from tracing_jax.statistics.match_moments import MatchMoments
+from tracing_jax.statistics.unit_outputs import reached_experts
 
 F = 64
 ARCH = tiny.qwen3_gqa(num_layers=3, layer_ropes=(0,) * 3, layer_windows=(None,) * 3, mlp_dim=F)
@@ -68,7 +71,8 @@ def firm_log10_p(statistic, base, other):
     base, other = on_device(base), on_device(other)
     pair = Pair(base, other, Vocabularies(True, IDS, IDS), TOKENS, Compute(make_mesh(), 8), 0, blocks=BLOCKS)
     found = statistic.compute(pair)
-    return found.log10_p if found.firm_log10_p is None else found.firm_log10_p
+    firm = found.log10_p if found.firm_log10_p is None else found.firm_log10_p
+    return 0.0 if firm is None else firm
 
 
 FORGERIES = forgeries(ARCH, IDS[-6:])
@@ -111,24 +115,72 @@ def test_no_forgery_makes_independent_models_related(statistic, forge, seed):
     assert firm_log10_p(statistic, *forged) > -3
 
 
+def with_active_units(patch):
+    """Takes every unit, layer and expert for one that acts, as before what keeps them from it was read."""
+    patch.setattr(distinct_units_module, "_least_output", lambda model, layer: 0.0)
+    patch.setattr(distinct_units_module, "is_reached", lambda model, layer: True)
+    patch.setattr(distinct_units_module, "opened", lambda norms, constants, arch: norms)
+    patch.setattr(features_in_place, "inactive_layers", lambda model: [])
+    for module in (features_in_place, heads_in_place):
+        patch.setattr(module, "inactive_attention", lambda model: [])
+
+
+MANY_HEADS = tiny.llama_mha(num_kv_heads=12, head_dim=8, mlp_dim=F)
+
+
+class InPlace:
+    """In place of a random generator: units are added in front, in the order that they have in base."""
+
+    standard_normal = np.random.default_rng(0).standard_normal
+
+    def permutation(self, count):
+        return np.concatenate([np.arange(F, count), np.arange(F)])
+
+
 @pytest.mark.parametrize(
     ("statistic", "forge", "arch"),
     [
+        (Csu(), planted(32, closed=True), ARCH),
         (Csu(), planted(32, closed=True), tiny.gpt2(mlp_dim=F)),
-        (MatchIo(), planted(32, closed=True), tiny.gpt2(mlp_dim=F)),
-        (MatchAll(forms=("weights",)), layers_added, ARCH),
         (MatchMoments(), layers_added, ARCH),
         (MatchMlps(), experts_added, tiny.mixtral(mlp_dim=F)),
-        (Csu(), experts_added, tiny.mixtral(mlp_dim=F)),
+        (FeaturesInPlace(), functools.partial(layers_added, in_front=True), ARCH),
+        (HeadsInPlace(), functools.partial(layers_added, in_front=True), MANY_HEADS),
     ],
     ids=lambda value: getattr(value, "family", getattr(value, "__name__", type(value).__name__)),
 )
-def test_what_no_token_reaches_is_no_evidence(statistic, forge, arch):
+def test_what_does_nothing_is_no_evidence(statistic, forge, arch, monkeypatch):
     """Units that a bias keeps closed, layers that write next to nothing, and experts behind all others."""
     base, other = (on_host(tiny.model(arch, seed)) for seed in (0, 1))
-    base, forged = forge(base, other, np.random.default_rng(0))
+    base, forged = forge(base, other, InPlace())
     assert firm_log10_p(statistic, base, forged) > -3
     assert firm_log10_p(statistic, base, model(5, 0.1, base)) < -3  # the test sees a relation where there is one
+    with_active_units(monkeypatch)
+    assert firm_log10_p(statistic, base, forged) < -3  # and without a look at what acts it is deceived
+
+
+def test_rows_of_some_tokens_do_not_change_which_layers_do_nothing():
+    """Not zeros at the first ids, nor one token's embedding of any size."""
+    _, longer = layers_added(model(0), model(1), np.random.default_rng(0))
+    for changed, factor in ((slice(0, 20), 0.0), (slice(7, 8), 1e9)):
+        embedding = np.array(longer.embed()["embedding"])
+        embedding[changed] *= factor
+        other = InMemory(longer.arch, {**longer.params, "embed": {"embedding": embedding}})
+        assert inactive_layers(other) == [3, 4, 5]
+        assert len(distinct_units(other, 1).kept) == F
+
+
+@pytest.mark.parametrize("gain", [1.0, 100.0])
+def test_experts_are_reached_whatever_the_norm_before_the_router(gain):
+    arch = tiny.mixtral(router=dataclasses.replace(tiny.mixtral().router, bias=True))
+    params = jax.tree.map(np.array, tiny.model(arch, 0).params)
+    layer = params["layers"]["0"]
+    layer["mlp_norm"]["scale"] *= gain
+    layer["mlp"]["router"]["kernel"] /= gain
+    layer["mlp"]["router"]["bias"][:] = [0.0, 0.1, -0.1]
+    assert reached_experts(InMemory(arch, params), 0).all()
+    layer["mlp"]["router"]["bias"][1] = -1e4
+    assert reached_experts(InMemory(arch, params), 0).tolist() == [True, False, True]
 
 
 def test_layers_that_do_nothing_are_those_that_were_added():

@@ -459,6 +459,18 @@ def test_no_evidence_takes_a_test_that_sees_through_every_rewrite():
     assert verdict({"csu": blind, "match": dataclasses.replace(sees, log10_p=-2.0)}, 1e-3).verdict == "undecided"
 
 
+def test_a_test_without_units_clears_nobody():
+    def looked_at(*units):
+        test = Test(
+            "t", -0.1, "Fisher", [f"layer {i}" for i in range(len(units))], [-0.1] * len(units), {"units": units}
+        )
+        return Result(0.0, "x", -0.1, tests=[test], blind_to=())
+
+    assert verdict({"match": looked_at(0, 0, 0, 0)}, 1e-3).verdict == "undecided"
+    assert verdict({"match": looked_at(9, 0, 0, 0)}, 1e-3).verdict == "undecided"
+    assert verdict({"match": looked_at(9, 9, 0, 0)}, 1e-3).verdict == "no_evidence"
+
+
 def test_reserved_evidence_calls_no_pair_related():
     reserved = dataclasses.replace(result_with(-30.0), reservation="it can be planted", firm_log10_p=-0.2)
     found = verdict({"csu": reserved, "match": dataclasses.replace(result_with(-0.5), blind_to=())}, 1e-3)

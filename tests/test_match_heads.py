@@ -13,6 +13,7 @@ from cases import slow
 from rewritten_pairs import IDS, agreeing, pair_of, pair_with_rewritten, related
 from scipy.optimize import linear_sum_assignment
 
+from tracing_jax.forward import logits
 from tracing_jax.sources import InMemory
 from tracing_jax.statistics import Vocabularies, verdict
 from tracing_jax.statistics.head_null import grouped_agreement, heads_log_sf
@@ -73,9 +74,15 @@ def test_heads_behind_a_sink_write_nothing():
     arch = dataclasses.replace(GROUPED, sinks=True)
     base, closed = tiny.model(arch, 0), jax.tree.map(jnp.asarray, related(tiny.model(arch, 0), 0.1).params)
     assert MatchHeads().compute(pair_of(base, InMemory(arch, closed))).headline > 0.8
+    ids = np.arange(40, dtype=np.int32)[None]
     for layer in closed["layers"].values():
         layer["attn"]["sinks"] = jnp.full_like(layer["attn"]["sinks"], 1e9)
-    assert MatchHeads().compute(pair_of(base, InMemory(arch, closed))).headline == 0
+    shut = logits(InMemory(arch, closed), ids)
+    for sink in (1e9, 60.0):
+        for layer in closed["layers"].values():
+            layer["attn"]["sinks"] = jnp.full_like(layer["attn"]["sinks"], sink)
+        np.testing.assert_allclose(logits(InMemory(arch, closed), ids), shut, atol=1e-5)
+        assert MatchHeads().compute(pair_of(base, InMemory(arch, closed))).headline == 0
 
 
 def forms_of(model, layer):

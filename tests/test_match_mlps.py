@@ -111,6 +111,8 @@ def test_of_large_mixtures_some_mlps_are_looked_for_among_those_of_their_layers(
     result = MatchMlps(max_pairs=12).compute(pair_of(base, hidden))
     assert "2 of base's 6 MLPs were drawn, and looked for among the 6 of ft's layers 0, 1" in result.notes[0]
     assert (result.headline, len(pairs_in(result))) == (1.0, 2)
+    assert result.blind_to == ("MLPs that were not drawn",)
+    assert MatchMlps().compute(pair_of(base, hidden)).blind_to is None
     assert result.log10_p < -3
     strangers = MatchMlps(max_pairs=12).compute(pair_of(base, tiny.model(MIXTURE, 1)))
     assert strangers.headline == 0

@@ -230,11 +230,14 @@ def _plain_tensors(
 
 
 def _config_as_data(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """Returns the config of a model that is read by its weights alone, and a note if it has none that can be read."""
-    try:
-        return read_raw_config(folder), []
-    except UnsupportedModelError:
-        return {}, ["there is no config.json that can be read, so that nothing is known but the tensors"]
+    """Returns the config of a model that is read by its weights alone, and a note if it has none.
+
+    Raises:
+      UnsupportedModelError: there is one that cannot be read: what is damaged may lack tensors as well.
+    """
+    if not (folder / "config.json").exists():
+        return {}, ["there is no config.json, so that nothing is known but the tensors"]
+    return read_raw_config(folder), []
 
 
 def _open_files(

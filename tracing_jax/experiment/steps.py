@@ -199,7 +199,9 @@ def _computed_or_restored(name: str, statistic: Statistic, pair: Pair) -> Result
     if fields is not None:
         return Result.restored(fields, run_cache.load_arrays(name) or {})
     hidden = hidden_by(name, pair.base.arch, pair.ft.arch, _layers_may_be_moved(pair))
-    result = replace(statistic.compute(pair), blind_to=hidden)
+    result = statistic.compute(pair)
+    if hidden is not None:
+        result = replace(result, blind_to=(*hidden, *(result.blind_to or ())))
     if result.arrays:
         run_cache.save_arrays(lambda: result.arrays, name)
     run_cache.save(result.as_dict(), name)

@@ -109,15 +109,25 @@ def compare(signature: Signature, suspect: Suspect) -> Match:
         kinds = [" and ".join(kinds) for kinds in (signature.kinds, suspect.kinds)]
         reason = f"the signature has responses of {kinds[0]}, the suspect of {kinds[1]}"
         return Match({}, {RESPONSES: reason, MOMENTS: reason})
+    if 2 * sum(_is_empty(layer) for layer in suspect.layers) > len(suspect.layers):
+        reason = "in most layers of the suspect no unit does anything"
+        return Match({}, {RESPONSES: reason, MOMENTS: reason})
     if len(shared[0]) < FEW_TOKENS:
         not_tested[RESPONSES] = f"{len(shared[0])} of the {len(signature.tokens)} token strings are the suspect's too"
     else:
         tests[RESPONSES] = _by_responses(signature, suspect, shared)
     if not suspect.moments or not all(layer.moments for layer in signature.layers):
-        not_tested[MOMENTS] = "one of both was read by its weights alone, or is a signature made by an earlier version"
+        not_tested[MOMENTS] = (
+            "one of both has no moments: it was read by its weights alone, its units do nothing, or its signature was "
+            "made by an earlier version"
+        )
     else:
         tests[MOMENTS] = _by_moments(signature, suspect)
     return Match(tests, not_tested)
+
+
+def _is_empty(layer: Mapping[str, Int8[np.ndarray, "U S"]]) -> bool:
+    return all(len(rows) == 0 for rows in layer.values())
 
 
 def shared_columns(signature: Signature, suspect: Suspect) -> tuple[list[int], list[int]]:

@@ -78,7 +78,7 @@ class Submodel:
         """Returns the chosen tokens of a leaf; consecutive ones are read together."""
         ids, at = np.unique(self.tokens, return_inverse=True)
         runs = np.split(ids, np.flatnonzero(np.diff(ids) > 1) + 1)
-        spans = [slice(int(run[0]), int(run[-1]) + 1) for run in runs]
+        spans = [slice(int(run[0]), int(run[-1]) + 1) for run in runs] if len(ids) else [slice(0, 1)]
         return np.take(np.asarray(self._slice(name, axis, *spans)), at, axis=axis)
 
     def _slice(self, name: str, axis: int, *spans: slice) -> Any:

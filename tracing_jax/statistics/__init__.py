@@ -8,6 +8,7 @@ from tracing_jax.statistics.cosine import Cos, Emb
 from tracing_jax.statistics.csh import Csh
 from tracing_jax.statistics.csu import Csu, CsuAll
 from tracing_jax.statistics.csu_procrustes import CsuProcrustes
+from tracing_jax.statistics.distinct_units import inactive_layers
 from tracing_jax.statistics.features_in_place import FeaturesInPlace
 from tracing_jax.statistics.heads_in_place import HeadsInPlace
 from tracing_jax.statistics.jsd import Jsd
@@ -25,7 +26,6 @@ from tracing_jax.statistics.needs import FORWARD, NEEDS, needs_not_applicable
 from tracing_jax.statistics.perm_mode_l2 import PermModeL2
 from tracing_jax.statistics.screen import Screen
 from tracing_jax.statistics.statistic import Curve, Pair, Result, Statistic, Test, Vocabularies
-from tracing_jax.statistics.unit_outputs import inactive_layers
 from tracing_jax.statistics.unseen_tokens import UnseenTokens
 from tracing_jax.statistics.verdict import Identity, Verdict, hidden_by, over_pairs, scope_of, verdict, word_of
 

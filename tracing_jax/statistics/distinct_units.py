@@ -1,4 +1,4 @@
-"""The MLP units of a layer that carry evidence: copies merged, and units that write nothing left out.
+"""The MLP units of a layer that carry evidence: copies merged, and units that add nothing to the stream left out.
 
 Two things can be done to a model without changing its function, and make tests of matched units call it a relative of
 another. Units may be copied, their outputs shared among the copies: equal rows of one model are then matched to equal
@@ -7,7 +7,11 @@ do. And rows of another model may be added with outputs that are zero, or that c
 and do nothing. So of each group of copies one unit is kept, if the group writes anything at all, and it counts as
 writing what the group writes together: what each of the copies writes by itself is anybody's choice.
 
-Both follow from the units themselves, whatever their order: a test on the units kept is as exact as one on all.
+Layers and experts can be added that do nothing as well; so a unit must also write something beside the residual stream
+that its layer adds to.
+
+All this follows from the weights of one model, whatever the order of its units: a test on the units kept is as exact as
+one on all.
 
 Letters: F units, D features.
 """
@@ -16,6 +20,7 @@ import functools
 import math
 import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +30,10 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from tracing_jax.arch import Arch
-from tracing_jax.sources import ParamSource
+from tracing_jax.sources import ParamSource, Submodel, has_embeddings, is_resident, one_mlp, origin
 from tracing_jax.statistics.mlp_rows import gain_of, without_mean
 from tracing_jax.statistics.nulls import spearman_log_sf
-from tracing_jax.statistics.unit_outputs import constants_of, is_reached, least_output, opened
+from tracing_jax.statistics.unit_outputs import constants_of, is_reached, opened
 from tracing_jax.tree import Tree, to_host
 
 COPY = 0.98
@@ -36,8 +41,13 @@ COPY = 0.98
 above that of any two units that training has told apart."""
 
 SILENT = 0.01
-"""Share of the median output of a layer's units below which a unit writes nothing that matters; see `unit_outputs` for
-layers and experts of which no unit does."""
+"""Share of the median output of a layer's units below which a unit writes nothing that matters."""
+
+NEGLIGIBLE = 1e-3
+"""Share of the residual stream that a layer adds if it does next to nothing. In trained models the MLP of a layer adds
+some hundredths and more."""
+
+_TOKENS = 256  # whose embeddings are looked at
 
 _SKETCH = 64
 """Random features in which rows are compared: the error of a cosine near 1 is about (1 - cosine^2) / sqrt(64), and
@@ -57,6 +67,8 @@ class DistinctUnits:
       order_p: two-sided p-values of the rank correlation of a kept unit's index with the norms of its rows; small where
         units were put in an order that depends on their weights.
       shared: the outputs that are added to those of kept units.
+      added: what all units together add to the stream, root mean square over the features, for inputs in random
+        directions; nan if that is not known.
     """
 
     kept: Int[np.ndarray, " K"]
@@ -65,6 +77,7 @@ class DistinctUnits:
     silent: int
     order_p: tuple[float, ...]
     shared: "SharedOutputs | None" = None
+    added: float = math.nan
 
     @property
     def is_all(self) -> bool:
@@ -123,8 +136,16 @@ class _Reading:
         return np.minimum.reduce([np.abs(side[units] @ side[before].T) for side in sides])
 
 
-_KEPT: dict[int, dict[int, DistinctUnits]] = {}
-"""Id of a model -> layer -> its distinct units, for as long as the model exists."""
+_KEPT: dict[int, dict[Any, Any]] = {}
+"""Id of a model -> layer -> its distinct units, `embed` -> the size of its embeddings, for as long as it exists."""
+
+
+def kept_of(model: ParamSource) -> dict[Any, Any]:
+    """Returns what is kept of a model as long as it exists, to which callers may add."""
+    if id(model) not in _KEPT:
+        _KEPT[id(model)] = {}
+        weakref.finalize(model, _KEPT.pop, id(model), None)  # models hold arrays and cannot be hashed
+    return _KEPT[id(model)]
 
 
 def distinct_units(model: ParamSource, layer: int) -> DistinctUnits:
@@ -134,13 +155,11 @@ def distinct_units(model: ParamSource, layer: int) -> DistinctUnits:
     of a run need the same. Two units are copies if their rows of gate are equal up to a factor, and of up up to a
     factor of either sign; the output of a group is the sum of its units' outputs, each times its factor.
     """
-    if id(model) not in _KEPT:
-        _KEPT[id(model)] = {}
-        weakref.finalize(model, _KEPT.pop, id(model), None)  # models hold arrays and cannot be hashed
-    kept = _KEPT[id(model)]
+    kept = kept_of(model)
     if layer not in kept:
         kept[layer] = _found(model, layer)
-    return kept[layer]
+    found: DistinctUnits = kept[layer]
+    return found
 
 
 def _found(model: ParamSource, layer: int) -> DistinctUnits:
@@ -164,7 +183,7 @@ def _found(model: ParamSource, layer: int) -> DistinctUnits:
         shared, scale = _shared(group, first, None), open_norms[first]
     written = scale * to_host(_norms(jnp.asarray(down) if shared is None else shared.added(down)))[first]
     typical = np.median(written[written > 0]) if (written > 0).any() else np.inf
-    least = max(SILENT * typical, least_output(model, layer)) if is_reached(model, layer) else np.inf
+    least = max(SILENT * typical, _least_output(model, layer)) if is_reached(model, layer) else np.inf
     kept = np.sort(first[written > least])
     norms = [*(reading.norms for reading in readings), to_host(_norms(jnp.asarray(down)))]
     return DistinctUnits(
@@ -174,7 +193,76 @@ def _found(model: ParamSource, layer: int) -> DistinctUnits:
         silent=len(first) - len(kept),
         order_p=tuple(_order_p(column[kept]) for column in norms),
         shared=shared,
+        # Half of the inputs of a unit leave its activation function open.
+        added=float(np.sqrt(np.square(written, dtype=np.float64).sum() / down.shape[1])) / 2,
     )
+
+
+def inactive_layers(model: ParamSource) -> list[int]:
+    """Returns the layers whose MLP adds next to nothing to the stream; none where that cannot be known.
+
+    Such a layer can be added anywhere, so that in models with one the layers need not correspond by their index.
+    """
+    if not has_stream(model):
+        return []
+    return [i for i in range(model.arch.num_layers) if _added(model, i) < NEGLIGIBLE * stream_size(model, i)]
+
+
+def _least_output(model: ParamSource, layer: int) -> float:
+    """Returns how much a unit must write: were all like it, they would add `NEGLIGIBLE` of the stream before them.
+
+    0 where the stream is not known; infinite if a norm after the MLP makes all that the layer writes negligible.
+    """
+    model, (layer, _) = origin(model, layer)
+    if not has_stream(model):
+        return 0.0
+    arch, least = model.arch, NEGLIGIBLE * stream_size(model, layer)
+    if arch.post_norms:
+        return np.inf if _added(model, layer) < least else 0.0
+    return float(2 * least * np.sqrt(arch.embed_dim / arch.mlp_dim_of(layer)))
+
+
+def has_stream(model: ParamSource) -> bool:
+    """Returns whether the size of the residual stream can be estimated: embeddings and all rows of units are known."""
+    return model.arch.has("mlp/up_proj") and model.arch.has("embed/embedding") and has_embeddings(model)
+
+
+def stream_size(model: ParamSource, layer: int) -> float:
+    """Returns the size of the residual stream before a layer, from the embeddings and what MLPs add to them."""
+    return math.sqrt(_embedding_size(model) ** 2 + sum(_added(model, i) ** 2 for i in range(layer)))
+
+
+def _added(model: ParamSource, layer: int) -> float:
+    """Returns what the MLP of a layer, or its first expert, adds per feature; where a norm follows it, by its gain."""
+    arch = model.arch
+    if arch.post_norms:
+        gain = gain_of(model.layer(layer, ("mlp_post_norm",)), "mlp_post_norm", arch)
+        return float(np.sqrt(np.square(to_host(jnp.asarray(gain))).mean()))
+    known = kept_of(model)
+    if arch.has_experts(layer):
+        if (layer, "expert") not in known:
+            known[layer, "expert"] = distinct_units(one_mlp(model, layer, 0), 0)
+        return known[layer, "expert"].added
+    return distinct_units(model, layer).added
+
+
+def _embedding_size(model: ParamSource) -> float:
+    """Returns the size of embeddings as the first layer reads them: the median of the rows of tokens of all ids."""
+    arch, known = model.arch, kept_of(model)
+    if arch.embed_norm:
+        gain = gain_of(model.embed(), "norm", arch)
+        return float(np.sqrt(np.square(to_host(jnp.asarray(gain))).mean()))
+    if "embed" not in known:
+        ids = np.unique(np.linspace(0, arch.vocab_size - 1, _TOKENS).astype(np.int32))
+        embed = (
+            model.embed()["embedding"][ids]
+            if is_resident(model)
+            else Submodel(model, (), None, ids).embed()["embedding"]
+        )
+        rows = to_host(jnp.asarray(embed, jnp.float32))
+        sizes = np.sqrt(np.square(rows, dtype=np.float64).mean(axis=1))
+        known["embed"] = float(arch.embed_scale * np.median(sizes[sizes > 0])) if (sizes > 0).any() else 0.0
+    return known["embed"]
 
 
 def _by_output(model: ParamSource, layer: int) -> DistinctUnits:

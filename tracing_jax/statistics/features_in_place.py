@@ -21,7 +21,8 @@ from tracing_jax.progress import tqdm
 from tracing_jax.rewrites import gain_offset
 from tracing_jax.sources import part
 from tracing_jax.statistics.comparison import bonferroni_log10, reserved, share_agreeing
-from tracing_jax.statistics.distinct_units import all_units
+from tracing_jax.statistics.distinct_units import all_units, inactive_layers
+from tracing_jax.statistics.head_kernels import inactive_attention
 from tracing_jax.statistics.in_place import BY_ORDER, in_place, in_place_tests, layers_in_common
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies, widths_not_applicable
 from tracing_jax.tree import flatten, readable, to_host
@@ -119,12 +120,21 @@ class _Matrix:
 
 
 def _matrices(pair: Pair) -> dict[str, list[_Matrix]]:
-    """Returns the matrices by part of the model, of the layers that both have."""
+    """Returns the matrices by part of the model, of the layers that both have and that do something in both.
+
+    Whoever has both models can put base's layers into ft such that they do nothing.
+    """
     base, ft = (axis_table(model.arch) for model in (pair.base, pair.ft))
+    inactive = tuple(
+        f"layers/{i}/{part}/"
+        for part, of_model in (("mlp", inactive_layers), ("attn", inactive_attention))
+        for model in (pair.base, pair.ft)
+        for i in of_model(model)
+    )
     prefixes = ["embed/", *(f"layers/{i}/" for i in range(layers_in_common(pair))), "head/"]
     found: dict[str, list[_Matrix]] = {prefix: [] for prefix in prefixes}
     for prefix in prefixes:
-        for name in (name for name in _names(base) if name.startswith(prefix)):
+        for name in (name for name in _names(base) if name.startswith(prefix) and not name.startswith(inactive)):
             specs = [table.leaves.get(name) for table in (base, ft)]
             if specs[0] is None or specs[1] is None:
                 continue

@@ -1,10 +1,15 @@
 """What the query heads of a layer read and write on the residual stream, whatever the form of its attention."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tracing_jax.arch import Arch
+from tracing_jax.sources import ParamSource
+from tracing_jax.statistics.distinct_units import NEGLIGIBLE, has_stream, kept_of, stream_size
+from tracing_jax.statistics.mlp_rows import gain_of
 from tracing_jax.tree import Tree
 
 HEAD_LEAVES = ("attn", "attn_norm", "attn_post_norm")
@@ -47,3 +52,36 @@ def _through_latents(attn: Tree, heads: int) -> dict[str, Float[Array, "..."]]:
 @jax.jit
 def _product(first: Float[Array, "D C"], second: Float[Array, "C K *G H"]) -> Float[Array, "D K *G H"]:
     return jnp.tensordot(first, second, 1, precision="highest")
+
+
+def inactive_attention(model: ParamSource) -> list[int]:
+    """Returns the layers whose attention adds next to nothing to the stream; none where that cannot be known.
+
+    Whoever has another model can put its heads there, and the function stays as it is.
+    """
+    if model.arch.reading is not None or not has_stream(model):
+        return []
+    known = kept_of(model)
+    if "inactive attention" not in known:
+        layers = range(model.arch.num_layers)
+        known["inactive attention"] = [i for i in layers if _added(model, i) < NEGLIGIBLE * stream_size(model, i)]
+    found: list[int] = known["inactive attention"]
+    return found
+
+
+def _added(model: ParamSource, layer: int) -> float:
+    """Returns what all heads add per feature where each attends to one input in a random direction."""
+    arch = model.arch
+    params = model.layer(layer, HEAD_LEAVES)
+    if arch.post_norms:
+        return math.sqrt(float(jnp.square(jnp.asarray(gain_of(params, "attn_post_norm", arch))).mean()))
+    kernels, gain = head_kernels(params, arch), jnp.asarray(gain_of(params, "attn_norm", arch))
+    return math.sqrt(float(_energy(kernels["v"] * gain.reshape(-1, 1, 1), kernels["o"])) / arch.embed_dim)
+
+
+@jax.jit
+def _energy(values: Float[Array, "D K U"], outputs: Float[Array, "K G U D2"]) -> Float[Array, ""]:
+    """Returns the sum over heads of the squared entries of the product of what it reads and writes."""
+    read = jnp.einsum("dku,dkw->kuw", values, values, precision="highest")
+    written = jnp.einsum("kgud,kgwd->kuw", outputs, outputs, precision="highest")
+    return jnp.maximum((read * written).sum(), 0)

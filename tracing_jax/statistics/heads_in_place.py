@@ -16,6 +16,7 @@ from tracing_jax.progress import tqdm
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.comparison import LN10, bonferroni_log10, reserved
+from tracing_jax.statistics.head_kernels import inactive_attention
 from tracing_jax.statistics.head_signatures import log_p_of_order, moments_of, signature_cosines, signatures
 from tracing_jax.statistics.in_place import BY_ORDER, OUTSTANDING, layers_in_common
 from tracing_jax.statistics.match_moments import spread_layers
@@ -29,6 +30,9 @@ _ORDERED = (
     "in both models the order of the heads follows their weights, as if a tool had sorted them, so that heads of "
     "independent models could be in place as well"
 )
+
+
+_LABEL = "attention heads that stay in place (kv heads, and queries inside them), share"
 
 
 @dataclass(frozen=True)
@@ -80,9 +84,12 @@ class HeadsInPlace(options.HeadsInPlace):
 
     def compute(self, pair: Pair) -> Result:
         """Returns the p-value of the number of heads in place; no forward pass."""
+        if not _layers(pair):
+            return Result(None, _LABEL, p_reason="in no layer of equal index do the heads of both models do something")
         run_cache = pair.run_cache.scope("heads_in_place")
         base, ft = (self._signatures(pair, side, run_cache) for side in ("base", "ft"))
-        places = [place for i, cosines in enumerate(signature_cosines(base, ft)) for place in _places(cosines, i, pair)]
+        cosines = zip(_layers(pair), signature_cosines(base, ft))
+        places = [place for i, found in cosines for place in _places(found, i, pair)]
         ordered = max(log_p_of_order(base), log_p_of_order(ft)) < math.log(_ORDERED_BELOW)
         test = replace(_test(places), decides=not ordered)
         assert test.log10_p is not None
@@ -90,7 +97,7 @@ class HeadsInPlace(options.HeadsInPlace):
         agreeing, heads = (sum(test.values[name]) for name in ("agreeing", "units"))
         return Result(
             headline=agreeing / heads,
-            label="attention heads that stay in place (kv heads, and queries inside them), share",
+            label=_LABEL,
             log10_p=bonferroni_log10([test]),
             p_reason=_ORDERED if ordered else None,
             tests=(test,),
@@ -102,20 +109,28 @@ class HeadsInPlace(options.HeadsInPlace):
     def _signatures(self, pair: Pair, side: str, run_cache: RunCache) -> list[Float[np.ndarray, "K G F"]]:
         """Returns the signatures of the layers that both models have; what an interrupted run finished is kept."""
         model = pair.base if side == "base" else pair.ft
-        layers = layers_in_common(pair)
+        layers = _layers(pair)
         count = min(_SINGULAR_VALUES, pair.base.arch.head_dim, pair.ft.arch.head_dim)
         moments = functools.cache(lambda: self._moments(pair, model, layers))
 
         def make(i: int) -> dict[str, np.ndarray]:
             return {"signatures": signatures(model.layer(i, _LEAVES), model.arch, moments(), count)}
 
-        bar = tqdm(range(layers), desc=f"heads_in_place, {side}", unit="layer", disable=None)
+        bar = tqdm(layers, desc=f"heads_in_place, {side}", unit="layer", disable=None)
         return [run_cache.cached_arrays((side, i), functools.partial(make, i))["signatures"] for i in bar]
 
-    def _moments(self, pair: Pair, model: ParamSource, layers: int) -> list[Float[Array, "_ D"]]:
+    def _moments(self, pair: Pair, model: ParamSource, layers: Sequence[int]) -> list[Float[Array, "_ D"]]:
         shared = pair.vocabularies.ids_base if model is pair.base else pair.vocabularies.ids_ft
         drawn = np.sort(pair.generator("heads_in_place", "tokens").permutation(len(shared))[: self.moment_rows])
-        return moments_of(model, spread_layers(layers, self.moments_of), shared[drawn], self.moment_rows)
+        return moments_of(
+            model, [layers[i] for i in spread_layers(len(layers), self.moments_of)], shared[drawn], self.moment_rows
+        )
+
+
+def _layers(pair: Pair) -> list[int]:
+    """Returns the layers that both models have and in which the heads of both do something."""
+    inactive = {*inactive_attention(pair.base), *inactive_attention(pair.ft)}
+    return [i for i in range(layers_in_common(pair)) if i not in inactive]
 
 
 def _places(cosines: Float[np.ndarray, "K G K G"], layer: int, pair: Pair) -> Iterator[_Place]:

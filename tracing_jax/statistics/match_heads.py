@@ -26,7 +26,7 @@ from tracing_jax.statistics.comparison import (
     share_by_layer,
 )
 from tracing_jax.statistics.distinct_units import SILENT
-from tracing_jax.statistics.head_kernels import HEAD_LEAVES, head_kernels
+from tracing_jax.statistics.head_kernels import HEAD_LEAVES, head_kernels, inactive_attention
 from tracing_jax.statistics.head_null import heads_log_sf
 from tracing_jax.statistics.mlp_rows import gain_of, unit_length
 from tracing_jax.statistics.shared_tokens import TokenRows, token_rows, tokens_not_applicable
@@ -40,7 +40,8 @@ _PAIRS = [("attention", "output")]
 _NAME = "attention and output"
 _SUM = "agreement summed over layers"
 _MOST_CONTROLS = 256
-_MOST_SCORE = 100.0  # scores of attention come to some tens: a sink above this takes all of it
+_DEVIATIONS = 8.0  # standard deviations that the score of a head may come to
+_LOG_POSITIONS = 16.0  # of nine million positions, whose scores are summed against a sink
 
 
 @dataclass(frozen=True)
@@ -155,11 +156,27 @@ def head_forms(model: ParamSource, layer: int, tokens: TokenRows) -> Forms:
     outputs = jnp.einsum("sd,kghd->skgh", effect, kernels["o"], precision="highest")
     attention, output = _form(queries, keys), _form(outputs, values)
     written = np.linalg.norm(output, axis=1)
-    if arch.sinks:  # a head whose sink is far above any score writes nothing either
-        written = written * (np.asarray(to_host(params["attn"]["sinks"]), np.float64).ravel() < _MOST_SCORE)
+    if layer in inactive_attention(model):
+        written = np.zeros_like(written)
+    if arch.sinks:  # a head whose sink is above its scores writes nothing either
+        sinks = np.asarray(to_host(params["attn"]["sinks"]), np.float64)
+        written = written * (sinks < _largest_scores(kernels, before, arch)).ravel()
     silent = written <= SILENT * np.median(written)
     output[silent] = 0.0
     return {"attention": np.asarray(unit_length(attention)), "output": np.asarray(unit_length(output))}
+
+
+def _largest_scores(
+    kernels: Mapping[str, Array], gain: Float[Array, " D"] | float, arch: Arch
+) -> Float[np.ndarray, "K G"]:
+    """Returns what a sink must exceed to take all attention of a head, for inputs in random directions."""
+    scaled = {
+        name: kernels[name] * jnp.reshape(jnp.asarray(gain), (-1,) + (1,) * (kernels[name].ndim - 1)) for name in "qk"
+    }
+    queries = jnp.einsum("dkgh,dkgi->kghi", scaled["q"], scaled["q"], precision="highest")
+    keys = jnp.einsum("dkh,dki->khi", scaled["k"], scaled["k"], precision="highest")
+    variance = np.maximum(to_host(jnp.einsum("kghi,khi->kg", queries, keys, precision="highest")), 0)
+    return np.asarray(_DEVIATIONS * arch.attention_scale * np.sqrt(variance) + _LOG_POSITIONS, np.float64)
 
 
 def _directions(tokens: TokenRows) -> TokenRows:

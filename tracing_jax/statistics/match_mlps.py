@@ -94,6 +94,7 @@ class MatchMlps(options.MatchMlps):
             null=matched.null,
             layer_map=dict(matched.layer_map) | {"sentence": _sentence(found, base, ft)},
             notes=notes,
+            blind_to=("MLPs that were not drawn",) if is_part else None,
             effect=matched.effect,
             premises=order_premises(ordered_models(list(compared.values()))) if compared else (),
             **reserved(tests, f"{matched.reservation}; {BY_ORDER}" if matched.reservation else BY_ORDER),

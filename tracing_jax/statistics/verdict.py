@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
 from tracing_jax.arch import Arch
 from tracing_jax.record import SMALLEST_CALIBRATED
 from tracing_jax.rewrites import DISGUISES
@@ -180,7 +182,7 @@ def verdict(results: Mapping[str, Result], level: float, identical: Identity | N
     adjusted = _holm({name: result.log10_p for name, result in found.items()})
     firm = _holm({name: _firm(result) for name, result in found.items()})
     blind = {name: list(result.blind_to or ()) for name, result in found.items() if result.blind_to}
-    sees_all = any(name in HIDING and result.blind_to == () for name, result in found.items())
+    sees_all = any(_sees_all(name, result) for name, result in found.items())
     copied = () if identical is None or whole else identical.whole_parts
     word = "identical" if whole else word_of(min(adjusted.values()), min(firm.values()), level, sees_all and not copied)
     order = firm if word == "related" else adjusted
@@ -213,6 +215,13 @@ def verdict(results: Mapping[str, Result], level: float, identical: Identity | N
         reasons,
         identical,
     )
+
+
+def _sees_all(name: str, result: Result) -> bool:
+    """Returns whether a statistic is invariant under every rewrite, and had units to look at in half of its places."""
+    counts = [np.ravel(test.values["units"]) for test in result.tests if "units" in test.values]
+    has_units = not counts or bool(np.mean(np.concatenate(counts) > 0) >= 0.5)
+    return name in HIDING and result.blind_to == () and has_units
 
 
 def word_of(log10_p: float, firm_log10_p: float, level: float, sees_all_rewrites: bool) -> Word:
@@ -368,7 +377,7 @@ def _parts(
     for part in dict.fromkeys(compared.values()):
         names = [name for name in found if compared[name] == part]
         best = min(names, key=lambda name: (_shown(found[name], firm[name], floor), firm[name], adjusted[name]))
-        sees_all = any(name in HIDING and found[name].blind_to == () for name in names)
+        sees_all = any(_sees_all(name, found[name]) for name in names)
         parts[part] = {
             "verdict": word_of(min(adjusted[n] for n in names), firm[best], level, sees_all),
             "statistic": best,

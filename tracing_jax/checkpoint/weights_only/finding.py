@@ -40,6 +40,7 @@ from tracing_jax.complaints import listed
 Shapes = Mapping[str, tuple[int, ...]]
 
 _WIDTH_KEYS = ("hidden_size", "n_embd", "d_model", "n_embed", "embedding_length", "dim", "hidden_dim", "embed_dim")
+_DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "block_count")
 _HEAD = re.compile(r"lm_head|(^|[._])head|^output|embed_out|output_layer|logits|unembed|output_projection")
 _EMBEDDING = re.compile(r"emb|wte|tok|shared|word")
 _POSITION = re.compile(r"(^|[._])(pos|wpe|token_type|segment|rel)")
@@ -101,6 +102,7 @@ class _Finder:
 
     def description(self) -> Description:
         """Returns everything that was found."""
+        self._note_missing_layers()
         mlps = self._add_mlps()
         self._add_ends()
         norm = self._add_norms(mlps)
@@ -111,6 +113,14 @@ class _Finder:
             self.width, layers, self.parts, norm=norm, tied=self._is_tied(), in_out=in_out, unknown=self.unknown
         )
         return replace(found, matrices=tuple(self._matrices(found)), notes=tuple(self.notes))
+
+    def _note_missing_layers(self) -> None:
+        """Notes where layers seem to be missing: the config has more, or their numbers have gaps."""
+        said = next((n for key in _DEPTH_KEYS if isinstance(n := self.config.get(key), int)), None)
+        if self.component is None and said is not None and len(self.layers) < said:
+            self.notes.append(f"the config has {said} layers, and tensors of {len(self.layers)} were found")
+        if absent := sorted(set(range(min(self.layers), max(self.layers))) - set(self.layers)):
+            self.notes.append(f"there are no tensors of the layers {listed(map(str, absent), 10)}, which are left out")
 
     def _width(self) -> int:
         """Returns D: the size that most tensors of the layers have on an axis."""
