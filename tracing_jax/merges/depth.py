@@ -46,7 +46,7 @@ def _layer_map(models: MergeModels) -> LayerMap | None:
     own = _kernels(child)
     cosines = np.max([own @ _kernels(model).T for model in same], axis=0)
     best = cosines.max(axis=1)
-    if (best < LIKE).any():
+    if not np.isfinite(best).all() or (best < LIKE).any():  # what is not finite is refused where it is summed
         return None
     stays = [i < cosines.shape[1] and cosines[i, i] >= best[i] - _AS_GOOD for i in range(len(own))]
     return tuple(i if stay else int(j) for i, (stay, j) in enumerate(zip(stays, cosines.argmax(axis=1))))
