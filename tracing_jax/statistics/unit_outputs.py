@@ -13,13 +13,12 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from tracing_jax.arch import Arch
-from tracing_jax.models.layers import ACTIVATIONS
+from tracing_jax.forward import activation_spread
 from tracing_jax.sources import ParamSource, origin
 from tracing_jax.statistics.mlp_rows import gain_of
 from tracing_jax.tree import Tree, to_host
 
 _RANGE = 8.0  # standard deviations that the score of an expert may come to
-_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(32)
 
 
 def opened(norms: Float[np.ndarray, " F"], constants: Float[np.ndarray, " F"], arch: Arch) -> Float[np.ndarray, " F"]:
@@ -30,16 +29,7 @@ def opened(norms: Float[np.ndarray, " F"], constants: Float[np.ndarray, " F"], a
       constants: what is added to that, by a bias and by the shift of the norm before.
       arch: of the model; `clamped_glu` goes before its activation.
     """
-    both = np.stack([np.zeros_like(constants), constants]).astype(np.float32)
-    inputs = both[..., None] + norms[:, None] * _NODES.astype(np.float32)
-    if arch.clamped_glu is None:
-        found = np.asarray(ACTIVATIONS[arch.activation](inputs), np.float64)
-    else:
-        limit, slope = arch.clamped_glu
-        clamped = np.minimum(inputs, limit)
-        found = clamped / (1 + np.exp(np.clip(-slope * clamped, -80, 80)))
-    weights = _WEIGHTS / _WEIGHTS.sum()
-    spread = np.sqrt(np.square(found - (found @ weights)[..., None]) @ weights)
+    spread = [activation_spread(arch, means, norms) for means in (np.zeros_like(constants), constants)]
     share = np.divide(spread[1], spread[0], out=np.ones(len(norms)), where=spread[0] > 0)
     return (norms * np.minimum(share, 1)).astype(np.float32)
 
