@@ -1,5 +1,6 @@
 """How much the values of an MLP's activation function vary over inputs in random directions."""
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -21,7 +22,7 @@ def activation_spread(
     """
     inputs = (means[:, None] + deviations[:, None] * _NODES).astype(np.float32)
     if arch.clamped_glu is None:
-        found = np.asarray(ACTIVATIONS[arch.activation](inputs), np.float64)
+        found = np.asarray(ACTIVATIONS[arch.activation](jnp.asarray(inputs)), np.float64)
     else:
         limit, slope = arch.clamped_glu
         clamped = np.minimum(inputs, limit).astype(np.float64)
