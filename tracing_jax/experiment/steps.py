@@ -198,9 +198,9 @@ def _computed_or_restored(name: str, statistic: Statistic, pair: Pair) -> Result
     fields: dict[str, Any] | None = run_cache.load(dict, name)
     if fields is not None:
         return Result.restored(fields, run_cache.load_arrays(name) or {})
-    hidden = hidden_by(name, pair.base.arch, pair.ft.arch, _layers_may_be_moved(pair))
     result = statistic.compute(pair)
-    if hidden is not None:
+    if hidden_by(name, pair.base.arch, pair.ft.arch) is not None:  # of others nothing more is read
+        hidden = hidden_by(name, pair.base.arch, pair.ft.arch, _layers_may_be_moved(pair)) or ()
         result = replace(result, blind_to=(*hidden, *(result.blind_to or ())))
     if result.arrays:
         run_cache.save_arrays(lambda: result.arrays, name)
