@@ -107,7 +107,7 @@ PROGRAMS: Mapping[str, Program] = {
     "compare": _own(),
     "csu": _own("--stat", "csu"),
     "modelDNA": Program("modeldna", _modeldna, _modeldna_verdict),
-    "torch loop": Program("torch", _loop, lambda output, folder: f"mean cosine {output.strip()}"),
+    "torch loop": Program("torch", _loop, lambda output, folder: f"mean cosine {output.split()[-1]}"),
 }
 """Name of a program -> how it is run."""
 
