@@ -150,7 +150,7 @@ def _download_gguf(model_id: str, cache_dir: str | None) -> CheckpointFolder:
 
 
 def hub_problem(model_id: str, cache_dir: str | None = None) -> str | None:
-    """Why a model of the Hub cannot be read, by its list of files and its texts; None if nothing speaks against it.
+    """Why a model of the Hub cannot be read, by its list of files and its texts; None if nothing is found against it.
 
     Nothing does where the Hub cannot be asked. No weights are downloaded.
     """
