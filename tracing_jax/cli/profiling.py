@@ -62,7 +62,8 @@ class Sampler:
 
     Attributes:
       main: (step, kind) -> seconds of the main thread; together they are the wall time.
-      others: kind -> seconds of all other threads that were not idle; they may run at the same time.
+      others: kind -> seconds of the threads started since that were not idle; they may run at the same time. A thread
+        that was there before is the caller's (of a test runner, a notebook), and may wait in C, which no frame tells.
     """
 
     def __init__(self) -> None:
@@ -71,6 +72,7 @@ class Sampler:
         self._stop = threading.Event()
         self._main = threading.get_ident()
         self._last = time.perf_counter()
+        self._before = set(sys._current_frames())
         self._thread = threading.Thread(target=self._run, name="profile", daemon=True)
 
     def __enter__(self) -> "Sampler":
@@ -89,11 +91,14 @@ class Sampler:
     def _look(self) -> None:
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
-        own = threading.get_ident()
-        for thread, frame in sys._current_frames().items():
+        frames = sys._current_frames()
+        self._before &= set(frames)  # the number of a thread that ended may be given to a new one
+        for thread, frame in frames.items():
             if thread == self._main:
                 self.main[innermost() or _OUTSIDE, kind_of(_stack(frame))] += seconds
-            elif thread not in (own, self._thread.ident) and (kind := kind_of(_stack(frame))) != WAITING:
+            elif thread in self._before or thread == self._thread.ident:
+                continue
+            elif (kind := kind_of(_stack(frame))) != WAITING:
                 self.others[kind] += seconds
 
 
