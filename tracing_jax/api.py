@@ -265,9 +265,11 @@ def align(
 
 def merge_shares(
     child: str | os.PathLike[str],
-    parents: Sequence[str | os.PathLike[str]],
+    parents: Sequence[str | os.PathLike[str]] = (),
     base: str | os.PathLike[str] | None = None,
     *,
+    library: str | os.PathLike[str] | None = None,
+    candidates: int = 8,
     align: Sequence[str] = ("auto",),
     seed: int = 0,
     cache_dir: str | None = None,
@@ -278,12 +280,14 @@ def merge_shares(
       child: the model that may be a merge, named as in `open`.
       parents: the models that may have a part, named likewise.
       base: the model that the parents were made from; without it shares are taken to sum to one over the parents.
+      library: of signatures: the child's relatives in it may be parents too; those that explain nothing are left out.
+      candidates: so many relatives of a library are read at most, the closest first.
       align: what is undone first where the child is in none of the others' places, as in `align`; empty for nothing.
       seed: every random draw follows from it.
       cache_dir: where downloads are kept.
 
     Raises:
-      MergeError: a model given twice, or nothing to compare.
+      MergeError: a model given twice, no parents given or found, or nothing to compare.
       FileNotFoundError, CheckpointError, UnsupportedModelError: a model that cannot be read.
 
     Example:
@@ -291,7 +295,16 @@ def merge_shares(
       >>> found.parts
       {'demo:finetune': 'part', 'demo:independent': 'none'}
     """
-    return experiment.report_on_merge(child, parents, base, align=align, seed=seed, cache_dir=cache_dir)
+    return experiment.report_on_merge(
+        child,
+        parents,
+        base,
+        library=library,
+        candidates=candidates,
+        align=align,
+        seed=seed,
+        cache_dir=cache_dir,
+    )
 
 
 def path_losses(

@@ -10,13 +10,19 @@ from tracing_jax.cli.compare import MODEL
 from tracing_jax.cli.errors import configure_logging, exit_on_usage_error, exit_on_user_error
 from tracing_jax.dataclass_options import from_values, option
 
-USAGE = "CHILD --parents A B ... [--base O]"
+USAGE = "CHILD --parents A B ... [--base O] [--library LIBRARY]"
 
 
 @dataclass(frozen=True)
 class MergeOptions:
     """What is estimated, and what is written."""
 
+    library: str | None = option(
+        None,
+        "A folder of signatures, or a data set of them on the Hub: the child's relatives in it may be parents too; "
+        "those that explain nothing are left out.",
+    )
+    candidates: int = option(8, "So many relatives of a library are read at most, the closest first.", at_least=1)
     align: tuple[str, ...] = option(
         ("auto",), "Undone first where the child is in none of the others' places: kinds of alignment, all, auto, none."
     )
@@ -29,7 +35,7 @@ class MergeOptions:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
     parser.add_argument("child", metavar="CHILD", help=f"the model that may be a merge: {MODEL}")
-    parser.add_argument("--parents", metavar="PARENT", nargs="+", required=True, help="models that may have a part")
+    parser.add_argument("--parents", metavar="PARENT", nargs="+", help="models that may have a part")
     parser.add_argument("--base", metavar="ORIGIN", help="the model that the parents were made from, if it is known")
     add_options(parser, MergeOptions)
 
@@ -54,6 +60,8 @@ def run(parsed: argparse.Namespace) -> None:
     configure_logging()
     with exit_on_usage_error():
         options = from_values(MergeOptions, given(parsed, MergeOptions))
+        if not (parsed.parents or options.library):
+            raise ValueError("no parents are named: give --parents A B ..., or --library, whose models may be parents")
         if options.save:
             check_save(options.save)
     with exit_on_user_error():
@@ -61,7 +69,14 @@ def run(parsed: argparse.Namespace) -> None:
 
         kinds = () if options.align == ("none",) else options.align
         found = report_on_merge(
-            parsed.child, parsed.parents, parsed.base, align=kinds, seed=options.seed, cache_dir=options.cache_dir
+            parsed.child,
+            parsed.parents or (),
+            parsed.base,
+            library=options.library,
+            candidates=options.candidates,
+            align=kinds,
+            seed=options.seed,
+            cache_dir=options.cache_dir,
         )
         if options.save:
             found.save(options.save)

@@ -6,7 +6,7 @@ The child is compared with all its possible parents at once, leaf by leaf, in on
 from tracing_jax.merges.merge_report import merge_report
 from tracing_jax.merges.models import MergeError, MergeModels
 from tracing_jax.merges.normal_equations import Sums, TensorSums, read_sums
-from tracing_jax.merges.opening import opened_models
+from tracing_jax.merges.opening import not_comparable, opened_models, same_files
 from tracing_jax.merges.parts import Part
 from tracing_jax.merges.report import MergeReport
 from tracing_jax.merges.shares import Shares, estimate, grouped
@@ -22,6 +22,8 @@ __all__ = [
     "estimate",
     "grouped",
     "merge_report",
+    "not_comparable",
     "opened_models",
     "read_sums",
+    "same_files",
 ]

@@ -14,12 +14,19 @@ from tracing_jax.merges.normal_equations import Sums, read_sums
 from tracing_jax.merges.parts import Part, parts_of, sentence
 from tracing_jax.merges.recipe import recipe
 from tracing_jax.merges.report import MergeReport
+from tracing_jax.merges.selection import Selection, restricted, select
 from tracing_jax.merges.shares import Shares, estimate, grouped
 from tracing_jax.record import plain
 
 
 def merge_report(
-    models: MergeModels, *, align: Sequence[str] = (), seed: int = 0, asked: Mapping[str, Any] | None = None
+    models: MergeModels,
+    *,
+    align: Sequence[str] = (),
+    seed: int = 0,
+    asked: Mapping[str, Any] | None = None,
+    search: bool = False,
+    more_notes: Sequence[str] = (),
 ) -> MergeReport:
     """Returns the report on the parents of a model.
 
@@ -29,6 +36,9 @@ def merge_report(
         `tracing_jax.align`.
       seed: of the entries and units that are drawn.
       asked: goes into the record.
+      search: whether the parents are candidates, of which those without a part are left out of the shares; p-values
+        count all of them.
+      more_notes: go into the record before those of the comparison.
 
     Raises:
       MergeError: the models have nothing in common that shares could be estimated from.
@@ -45,7 +55,13 @@ def merge_report(
         except AlignmentError as error:
             notes = [str(error)]
     check(models)
-    whole, by_tensor, parts = compared(models, sums, seed, _blind(in_place, aligned))
+    candidates, selection = models.names, None
+    if search:
+        selection = select(models, sums)
+        models, sums = restricted(models, sums, selection.chosen)
+        notes = [*notes, *_notes_on(selection, candidates)]
+    blind = _blind(in_place, aligned)
+    whole, by_tensor, parts = compared(models, sums, seed, blind, len(candidates))
     by_role = grouped(models, sums.tensors, lambda tensor: tensor.place.role)
     by_layer = grouped(models, sums.tensors, lambda tensor: tensor.place.layer)
     both = grouped(models, sums.tensors, lambda tensor: (tensor.place.role, tensor.place.layer))
@@ -61,6 +77,7 @@ def merge_report(
         "reference": "origin" if models.origin is not None else models.names[0],
         "sentence": sentence(models, parts, fit, aligned),
         "parts": [part.as_dict() for part in parts],
+        "search": None if selection is None else selection.as_dict(candidates),
         "method": choice.as_dict(),
         "recipe": recipe(models, choice, both, origin, sums.dtype),
         "unexplained": fit.unexplained,
@@ -72,7 +89,7 @@ def merge_report(
         "by_tensor": _as_dicts(by_tensor, models),
         "left_out": models.left_out,
         "layers": None if models.layers is None else list(models.layers[0]),
-        "notes": [*notes, *([moved] if moved else []), *_notes(models, by_tensor)],
+        "notes": [*more_notes, *notes, *([moved] if moved else []), *_notes(models, by_tensor)],
         "aligned": aligned,
         "seed": seed,
     }
@@ -94,11 +111,19 @@ class Compared(NamedTuple):
     parts: Sequence[Part]
 
 
-def compared(models: MergeModels, sums: Sums, seed: int, blind: str | None) -> Compared:
-    """Returns the shares of what one pass has read, and the part of each parent; see `merge_report`."""
+def compared(models: MergeModels, sums: Sums, seed: int, blind: str | None, candidates: int | None = None) -> Compared:
+    """Returns the shares of what one pass has read, and the part of each parent; see `merge_report`.
+
+    Args:
+      models: all of them.
+      sums: of one pass.
+      seed: of the order in which ties are broken.
+      blind: see `parts_of`.
+      candidates: the number of models that the parents were chosen from; by default that of the parents.
+    """
     whole = estimate(models, sums.tensors)
     by_tensor = grouped(models, sums.tensors, lambda tensor: tensor.place)
-    parts = parts_of(models, sums, whole, list(by_tensor.values()), seed, blind)
+    parts = parts_of(models, sums, whole, list(by_tensor.values()), seed, blind, candidates or len(models.names))
     return Compared(whole, by_tensor, parts)
 
 
@@ -123,6 +148,15 @@ def check(models: MergeModels) -> None:
     if not any(True for _ in models.places()):
         reasons = "; ".join(dict.fromkeys(models.left_out.values()))
         raise MergeError(f"the models have no weight in common that could be compared: {reasons}")
+
+
+def _notes_on(selection: Selection, names: Sequence[str]) -> list[str]:
+    left_out = [name for k, name in enumerate(names) if k not in selection.chosen]
+    notes = [f"candidates that explain no more than noise, given the others: {', '.join(left_out)}"] if left_out else []
+    return notes + [
+        f"{', '.join(names[j] for j in others)} would do in the place of {names[k]}: which of them is not told apart"
+        for k, others in selection.instead.items()
+    ]
 
 
 def _as_dicts(groups: Mapping[Any, Shares], models: MergeModels) -> dict[str, Any]:

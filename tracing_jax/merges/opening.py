@@ -28,6 +28,20 @@ def opened_models(child: Checkpoint, parents: dict[str, Checkpoint], origin: Che
     return MergeModels(child, parents, origin, shared_rows(models))
 
 
+def same_files(one: Checkpoint, other: Checkpoint) -> bool:
+    """Returns whether two models are read from the same files."""
+    return (one.folder.resolve(), one.revision) == (other.folder.resolve(), other.revision)
+
+
+def not_comparable(child: Checkpoint, model: Checkpoint) -> str | None:
+    """Returns why no layer of a model can be compared with those of the child; None if one can."""
+    pair = MergeModels(child, {"model": model})
+    if any(place.layer is not None for place in pair.places()):
+        return None
+    reasons = [reason for name, reason in pair.left_out.items() if name.startswith("layers/")]
+    return max(dict.fromkeys(reasons), key=reasons.count, default="it has no layers")
+
+
 def shared_rows(models: Sequence[Checkpoint]) -> tuple[Int[np.ndarray, " S"], ...] | None:
     """Returns the ids of the tokens that all models have, by string, in the order of the models.
 

@@ -61,7 +61,13 @@ class Part:
 
 
 def parts_of(
-    models: MergeModels, sums: Sums, whole: Shares, by_tensor: Sequence[Shares], seed: int, blind: str | None
+    models: MergeModels,
+    sums: Sums,
+    whole: Shares,
+    by_tensor: Sequence[Shares],
+    seed: int,
+    blind: str | None,
+    candidates: int,
 ) -> list[Part]:
     """Returns what is known of the part of each parent.
 
@@ -72,12 +78,14 @@ def parts_of(
       by_tensor: the shares of each tensor, among which the shares may differ.
       seed: of the order in which ties are broken.
       blind: why units cannot be exchanged, as after an alignment; None if they can.
+      candidates: the number of models that these parents were chosen from, for Holm's correction.
     """
     fit = reduce(add, (shares.fit for shares in by_tensor))
     units = _of_distinct_layers(models, sums.units)
     log_ps = [None if blind else log_p_of_parent(models, units, k, seed) for k in range(len(models.names))]
     tested = [log_p for log_p in log_ps if log_p is not None]
-    adjusted = iter(holm(tested) / math.log(10)) if tested else iter(())
+    others = [0.0] * (candidates - len(models.names))
+    adjusted = iter(holm([*tested, *others]) / math.log(10)) if tested else iter(())
     found = []
     for k, log_p in enumerate(log_ps):
         after = None if log_p is None else float(next(adjusted))
