@@ -7,7 +7,7 @@ block after `<!-- not run: REASON -->` needs a cluster, the Hub or minutes; its 
 their flags and config fields exist.
 """
 
-import importlib
+import functools
 import os
 import re
 import shlex
@@ -25,7 +25,7 @@ import pytest
 import tracing_jax as tj
 from tracing_jax import cli
 from tracing_jax.alignment import KINDS, WHOLE
-from tracing_jax.cli.arguments import Parser
+from tracing_jax.options import unknown_option
 from tracing_jax.rewrites import DISGUISES
 
 ROOT = Path(__file__).parent.parent
@@ -114,9 +114,7 @@ def test_command_can_be_parsed(words):
         words = words[[word.startswith("-") for word in words].index(False, 1) :]
     match words:
         case ["tracing-jax", verb, *arguments]:
-            parser = Parser(verb)
-            importlib.import_module(f"tracing_jax.cli.{verb}").add_arguments(parser)
-            parser.parse_args(arguments)
+            cli.parser_of(verb).parse_args(arguments)
         case ["python", "main.py" | "launch.py" | "generate.py" as program, *arguments]:
             parse_flags(program, arguments)
         case ["python", "-m", module, *arguments] if module.split(".")[0] == "benchmarks":
@@ -135,6 +133,34 @@ def test_command_can_be_parsed(words):
             assert os.access(ROOT / script, os.X_OK)
         case [tool, *_]:
             assert tool in _TOOLS
+
+
+@functools.cache
+def option_names() -> set[str]:
+    """Returns the names of the options of every verb, of the programs at the root, and of the benchmarks."""
+    names = {"config", "attn", "emb"}  # those that main.py adds
+    for verb in cli.VERBS:
+        parser = cli.parser_of(verb)
+        names |= {flag.removeprefix("--") for flag in parser.option_strings()}
+    names |= {f"no{name.removeprefix('no-')}" for name in names if name.startswith("no-")}  # as absl has them
+    benchmarks = "".join(file.read_text("utf-8") for file in (ROOT / "benchmarks").rglob("*.py"))
+    return names | set(re.findall(r'(?:flags\.DEFINE_\w+\(\s*"|add_argument\(\s*"--)(\w+)"', benchmarks))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_options_named_in_text_exist(page):
+    prose = re.sub(r"^```.*?^```$", "", text_of(page), flags=re.M | re.S)
+    for name in re.findall(r"(?<![\w-])--([\w.-]+)", " ".join(re.findall(r"`([^`]+)`", prose))):
+        if name.endswith(".") or re.search(r"\b[A-Z]+$", name):  # a section, or a placeholder such as --config.NAME
+            continue
+        if name.startswith("config."):
+            assert unknown_option(f"{name.removeprefix('config.')}=") is None, name
+        else:
+            assert name in option_names(), name
+
+
+def test_readme_is_short():
+    assert len(text_of("README.md").splitlines()) <= 150
 
 
 _PARSE = """

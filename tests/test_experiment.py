@@ -107,7 +107,7 @@ def test_a_disguise_changes_fts_own_weights_and_not_its_function(config_of):
 def test_a_disguise_that_cannot_be_is_refused_before_weights_are_read(config_of):
     for disguise, reason in (
         ("spin", "disguise=spin: spin is none of rename"),
-        ("rename,rotate", "python -m tracing_jax.rewrites --disguise=rename,rotate"),
+        ("rename,rotate", "tracing-jax disguise MODEL --disguise=rename,rotate"),
     ):
         with pytest.raises(ConfigError, match=reason):
             experiment.trace(config_of(disguise=disguise))

@@ -17,9 +17,9 @@ from tracing_jax.arch import WEIGHTS_ONLY
 from tracing_jax.checkpoint import Checkpoint, CheckpointError, WeightsOnly, load, open_checkpoint, save_checkpoint
 from tracing_jax.checkpoint.hf_layouts import leaf_layouts
 from tracing_jax.checkpoint.tensor_layout import tensor_shapes
+from tracing_jax.experiment.disguising import write_disguised
 from tracing_jax.forward import logits
 from tracing_jax.rewrites import draw_rewrites
-from tracing_jax.rewrites.__main__ import disguise
 from tracing_jax.sharding import make_mesh
 from tracing_jax.sources import in_memory
 from tracing_jax.statistics import Vocabularies
@@ -135,7 +135,7 @@ def test_what_needs_a_head_says_so_at_once_where_there_is_none(tmp_path):
         assert "has no head" in statistic.not_applicable(opened.arch, opened.arch, tokens)[0]
     assert "has no head" in alignment_problems(_UNTIED.arch(), opened.arch, ("mlp",))[0]
     with pytest.raises(ValueError, match="has no head"):
-        disguise(str(tmp_path / "model"), "permute", 0, str(tmp_path / "disguised"))
+        write_disguised(str(tmp_path / "model"), "permute", 0, str(tmp_path / "disguised"))
     drawn = draw_rewrites("all", jax.random.key(0), opened.arch)
     assert drawn
     assert not any(rewrite.unties(opened.arch) for rewrite in drawn)

@@ -95,6 +95,7 @@ def test_an_error_is_one_message_without_a_traceback(tmp_path):
     (["--config.batch_size=many"], "batch_size"),
     (["--mode.alphas=0,half"], "--mode.alphas=0,half"),
     (["--stat=csx"], "did you mean csu?"),
+    (["--no_compile_cache"], "--no_compile_cache: that option is --nocompile_cache now"),
     (["--config=configs/mode.py:nope"], "config file: ValueError: a config takes the argument demo"),
 ])  # fmt: skip
 def test_a_mistake_on_the_command_line_is_one_message(argv, message):

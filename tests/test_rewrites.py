@@ -374,7 +374,7 @@ def test_unknown_names_are_refused_with_the_list():
         ValueError, match="unknown rewrites spin, twist; there are rename, identity, split, cancel, pad"
     ):
         draw_rewrites("rotate,spin,twist", jax.random.key(0), arch)
-    with pytest.raises(ValueError, match="all stands alone"):
+    with pytest.raises(ValueError, match="all cannot be combined with other names"):
         draw_rewrites("all,rotate", jax.random.key(0), arch)
     assert draw_rewrites("", jax.random.key(0), arch) == ()
     olmo = draw_rewrites("all", jax.random.key(0), CASES["olmo-gqa-untied-default"].arch(), without=["rename"])

@@ -18,6 +18,7 @@ from tracing_jax.alignment.procrustes import AdjacentWeights, mixing_matrices, s
 from tracing_jax.arch import Arch
 from tracing_jax.axes import PERMUTABLE
 from tracing_jax.checkpoint import open_checkpoint, save_checkpoint
+from tracing_jax.experiment.disguising import write_disguised
 from tracing_jax.options import RunOptions
 from tracing_jax.record import plain
 from tracing_jax.rewrites import (
@@ -29,7 +30,6 @@ from tracing_jax.rewrites import (
     UnitScaling,
     draw_rewrites,
 )
-from tracing_jax.rewrites.__main__ import disguise
 from tracing_jax.sources import InMemory, in_memory, rewritten
 from tracing_jax.tree import flatten, map_named
 
@@ -382,7 +382,7 @@ def test_a_run_sees_through_every_disguise_at_once(config_of, family, tmp_path):
     assert flat["barrier"] < original["non_aligned"]["curve"]["barrier"] + 0.01
     folder = tmp_path / "hidden"
     names = ",".join(existing(open_checkpoint(str(family.member("finetune"))).arch))
-    disguise(str(family.member("finetune")), names, 1, str(folder))
+    write_disguised(str(family.member("finetune")), names, 1, str(folder))
     record = experiment.trace(config_of(ft_model_id=str(folder)))
     sides = record["statistics"]["mode"]
     assert "different depth" in sides["non_aligned"]["not_applicable"]

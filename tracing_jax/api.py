@@ -140,12 +140,12 @@ def trace(
     return Report(outcome.record, outcome)
 
 
-def open(model: str | os.PathLike[str], *, cache_dir: str | None = None) -> checkpoint.Checkpoint:
+def open(model: str | os.PathLike[str], *, download_dir: str | None = None) -> checkpoint.Checkpoint:
     """Returns an open checkpoint, whose config is read and whose weights are not.
 
     Args:
       model: a local folder, a Hub id, `org/name@revision`, or `demo:<member>` (trained on first use).
-      cache_dir: where downloads are kept; by default where huggingface_hub keeps them.
+      download_dir: where downloads are kept; by default where huggingface_hub keeps them.
 
     Raises:
       FileNotFoundError: there is no such model.
@@ -156,7 +156,7 @@ def open(model: str | os.PathLike[str], *, cache_dir: str | None = None) -> chec
       >>> model.arch.family, model.arch.tied
       ('llama', False)
     """
-    return checkpoint.open_checkpoint(experiment.resolve_model_id(os.fspath(model)), cache_dir)
+    return checkpoint.open_checkpoint(experiment.resolve_model_id(os.fspath(model)), download_dir)
 
 
 def load(model: Model, mesh: Mesh | None = None, *, cache_dir: str | None = None) -> InMemory:
@@ -244,7 +244,8 @@ def align(
       base: the model that stays.
       ft: the model that moves; it is not changed, see `aligned`.
       kinds: what to undo: `embed`, `mlp`, `kv_heads`, `q_group`, `expert`, `q_latent`, `kv_latent`
-        (permutations), `rotation`, `gains`, `scaling`, `values`, `queries`, `padding`, `identity`; or `all`, or `auto`.
+        (permutations), `rotation`, `gains`, `scaling`, `values`, `queries`, `copies`, `padding`, `identity`; or `all`,
+        or `auto`.
       evidence: what tells units apart: `weights`, or `activations` on `tokens` (permutations only).
       how: further arguments of `tracing_jax.alignment.align`: `tokens`, `compute`, `shared`, `seed`.
 
@@ -272,7 +273,7 @@ def merge_shares(
     candidates: int = 8,
     align: Sequence[str] = ("auto",),
     seed: int = 0,
-    cache_dir: str | None = None,
+    download_dir: str | None = None,
 ) -> merges.MergeReport:
     """Returns which of these parents a model was merged of, in what shares, with standard errors, layer by layer.
 
@@ -284,7 +285,7 @@ def merge_shares(
       candidates: so many relatives of a library are read at most, the closest first.
       align: what is undone first where the child is in none of the others' places, as in `align`; empty for nothing.
       seed: every random draw follows from it.
-      cache_dir: where downloads are kept.
+      download_dir: where downloads are kept.
 
     Raises:
       MergeError: a model given twice, no parents given or found, or nothing to compare.
@@ -303,7 +304,7 @@ def merge_shares(
         candidates=candidates,
         align=align,
         seed=seed,
-        cache_dir=cache_dir,
+        download_dir=download_dir,
     )
 
 

@@ -63,14 +63,16 @@ class CheckpointFolder:
     gguf: tuple[Path, ...] = ()
 
 
-def resolve(model_id: str, cache_dir: str | None = None, weights: bool = True, config: bool = True) -> CheckpointFolder:
+def resolve(
+    model_id: str, download_dir: str | None = None, weights: bool = True, config: bool = True
+) -> CheckpointFolder:
     """The folder that holds `model_id`, downloaded if it must be.
 
     Args:
         model_id: A local folder or GGUF file, or `org/name` or `org/name@revision` on the Hub, or
             `org/name/file.gguf`. What begins with `/`, `.` or `~`, or exists here, is never looked up on the Hub.
-        cache_dir: Where downloads are kept; by default huggingface_hub's cache, whose environment variables (HF_HOME,
-            HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE) are honoured.
+        download_dir: Where downloads are kept; by default huggingface_hub's cache, whose environment variables
+            (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE) are honoured.
         weights: Whether weights are downloaded too. Without, of a model on the Hub that has safetensors, only its texts
             are; what its folder lacks can be read with `on_hub`.
         config: Whether a model without a config is refused.
@@ -88,11 +90,11 @@ def resolve(model_id: str, cache_dir: str | None = None, weights: bool = True, c
             raise CheckpointError(f"{model_id!r} is {'a file' if local.exists() else 'no folder'}; expected a folder")
         found = CheckpointFolder(local, model_id, None)
     elif model_id.partition("@")[0].endswith(".gguf"):
-        return _download_gguf(model_id, cache_dir)
-    elif not weights and (texts := _texts(model_id, cache_dir)):
+        return _download_gguf(model_id, download_dir)
+    elif not weights and (texts := _texts(model_id, download_dir)):
         return texts
     else:
-        found = _download(model_id, cache_dir)
+        found = _download(model_id, download_dir)
     if paths := _only_gguf(found.folder):
         return replace(found, gguf=paths)
     _check(found, config)
@@ -133,7 +135,7 @@ def _shards_of(path: Path) -> tuple[Path, ...]:
     return tuple(paths)
 
 
-def _download_gguf(model_id: str, cache_dir: str | None) -> CheckpointFolder:
+def _download_gguf(model_id: str, download_dir: str | None) -> CheckpointFolder:
     """The GGUF file `org/name/path.gguf` of the Hub, with the other shards of its name."""
     name, _, revision = model_id.partition("@")
     repo, file = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
@@ -142,14 +144,14 @@ def _download_gguf(model_id: str, cache_dir: str | None) -> CheckpointFolder:
     match = _GGUF_SHARD.fullmatch(file)
     pattern = f"{match['stem']}-*-of-{match['count']}.gguf" if match else file
     with _explained(model_id):
-        found = snapshot_download(repo, revision=revision or None, cache_dir=cache_dir, allow_patterns=[pattern])
+        found = snapshot_download(repo, revision=revision or None, cache_dir=download_dir, allow_patterns=[pattern])
     path = Path(found) / file
     if not path.is_file():
         raise CheckpointError(f"{repo!r} has no file {file!r}; its files are at {constants.ENDPOINT}/{repo}/tree/main")
     return CheckpointFolder(path.parent, model_id, Path(found).name, _shards_of(path))
 
 
-def hub_problem(model_id: str, cache_dir: str | None = None) -> str | None:
+def hub_problem(model_id: str, download_dir: str | None = None) -> str | None:
     """Why a model of the Hub cannot be read, by its list of files and its texts; None if nothing is found against it.
 
     Nothing does where the Hub cannot be asked. No weights are downloaded.
@@ -163,7 +165,7 @@ def hub_problem(model_id: str, cache_dir: str | None = None) -> str | None:
         names = HfApi().list_repo_files(repo, revision=revision or None)
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in wanted):
             return f"{model_id!r} has no weights ({', '.join(wanted)}); its files are {listed(names)}"
-        _snapshot(repo, revision or None, cache_dir, _TEXTS)
+        _snapshot(repo, revision or None, download_dir, _TEXTS)
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:  # the first: gated ones too
         return _explain(error, model_id)
     except (HTTPError, LocalEntryNotFoundError):
@@ -171,7 +173,7 @@ def hub_problem(model_id: str, cache_dir: str | None = None) -> str | None:
     return None
 
 
-def tokenizer_folder(model_id: str, cache_dir: str | None = None) -> Path:
+def tokenizer_folder(model_id: str, download_dir: str | None = None) -> Path:
     """The folder that holds the tokenizer of a local folder or Hub id; no weights are downloaded.
 
     Raises:
@@ -182,10 +184,10 @@ def tokenizer_folder(model_id: str, cache_dir: str | None = None) -> Path:
         return local
     repo, _, revision = model_id.partition("@")
     with _explained(model_id):
-        return _snapshot(repo, revision or None, cache_dir, _TEXTS)
+        return _snapshot(repo, revision or None, download_dir, _TEXTS)
 
 
-def on_hub(found: CheckpointFolder, cache_dir: str | None = None) -> MissingFileOpener:
+def on_hub(found: CheckpointFolder, download_dir: str | None = None) -> MissingFileOpener:
     """Opens the safetensors files of a model that are on the Hub and not in its folder, to be read in ranges.
 
     A file of which the server gives no ranges is downloaded.
@@ -200,16 +202,16 @@ def on_hub(found: CheckpointFolder, cache_dir: str | None = None) -> MissingFile
         except RangesIgnoredError as error:
             logging.warning("%s; it is downloaded now", error)
         with _explained(found.id):
-            return open_file(Path(hf_hub_download(repo, name, revision=found.revision, cache_dir=cache_dir)))
+            return open_file(Path(hf_hub_download(repo, name, revision=found.revision, cache_dir=download_dir)))
 
     return open_missing
 
 
-def _texts(model_id: str, cache_dir: str | None) -> CheckpointFolder | None:
+def _texts(model_id: str, download_dir: str | None) -> CheckpointFolder | None:
     """The folder with all of a model but its weights; None if these are not safetensors, or belong to an adapter."""
     repo, _, revision = model_id.partition("@")
     with _explained(model_id):
-        folder = _snapshot(repo, revision or None, cache_dir, (*_TEXTS, "*.safetensors.index.json"))
+        folder = _snapshot(repo, revision or None, download_dir, (*_TEXTS, "*.safetensors.index.json"))
         if not (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
             return None
         for name in ("model.safetensors.index.json", "model.safetensors"):
@@ -219,13 +221,13 @@ def _texts(model_id: str, cache_dir: str | None) -> CheckpointFolder | None:
     return None
 
 
-def _download(model_id: str, cache_dir: str | None) -> CheckpointFolder:
+def _download(model_id: str, download_dir: str | None) -> CheckpointFolder:
     """The folder with a model's texts and with its weights in the format that is preferred; other files stay away."""
     repo, _, revision = model_id.partition("@")
     with _explained(model_id):
-        folder = _snapshot(repo, revision or None, cache_dir, (*_TEXTS, *_INDICES))
+        folder = _snapshot(repo, revision or None, download_dir, (*_TEXTS, *_INDICES))
         for patterns in _formats(folder):
-            _snapshot(repo, folder.name, cache_dir, patterns)
+            _snapshot(repo, folder.name, download_dir, patterns)
             if any(any(folder.glob(pattern)) for pattern in patterns):
                 break
     return CheckpointFolder(folder, model_id, folder.name)
@@ -243,10 +245,10 @@ def _formats(folder: Path) -> Iterator[tuple[str, ...]]:
     yield ("*.safetensors",)
 
 
-def _snapshot(repo: str, revision: str | None, cache_dir: str | None, patterns: Iterable[str]) -> Path:
+def _snapshot(repo: str, revision: str | None, download_dir: str | None, patterns: Iterable[str]) -> Path:
     """The folder of a commit in the Hub's cache, named by the commit, with the files that match a pattern."""
     found = snapshot_download(
-        repo, revision=revision, cache_dir=cache_dir, allow_patterns=list(patterns), ignore_patterns=list(_IGNORED)
+        repo, revision=revision, cache_dir=download_dir, allow_patterns=list(patterns), ignore_patterns=list(_IGNORED)
     )
     return Path(found)
 

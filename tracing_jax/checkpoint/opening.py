@@ -56,7 +56,7 @@ class WeightsOnly(NamedTuple):
 
 def open_checkpoint(
     model_id: str,
-    cache_dir: str | None = None,
+    download_dir: str | None = None,
     in_ranges: bool = False,
     adapter_base: str | None = None,
     weights_only: WeightsOnly | None = None,
@@ -69,7 +69,7 @@ def open_checkpoint(
 
     Args:
       model_id: of the model.
-      cache_dir: where downloads are kept, see `resolve`.
+      download_dir: where downloads are kept, see `resolve`.
       in_ranges: whether weights that are on the Hub, and not in its cache, stay there, and are read in ranges of bytes:
         for runs that look at a small part of them.
       adapter_base: the base to merge an adapter into, whatever its config names; of no effect on other models.
@@ -81,18 +81,18 @@ def open_checkpoint(
       CheckpointError: not found, not readable, or tensors missing, unexpected or of the wrong shape, all at once.
       UnsupportedModelError: the config asks for something this package does not compute.
     """
-    found = resolve(model_id, cache_dir, weights=not in_ranges, config=weights_only is None)
+    found = resolve(model_id, download_dir, weights=not in_ranges, config=weights_only is None)
     if weights_only is not None and weights_only.is_forced:
-        return _open_weights(found, cache_dir, in_ranges, weights_only, adapter_base=adapter_base)
+        return _open_weights(found, download_dir, in_ranges, weights_only, adapter_base=adapter_base)
     try:
-        return _open_supported(found, cache_dir, in_ranges, adapter_base)
+        return _open_supported(found, download_dir, in_ranges, adapter_base)
     except UnsupportedModelError as error:
         if weights_only is None:
             raise
-        return _open_weights(found, cache_dir, in_ranges, weights_only, _cause(error), adapter_base)
+        return _open_weights(found, download_dir, in_ranges, weights_only, _cause(error), adapter_base)
     except MisfitError as error:
         if weights_only is not None and error.is_whole:
-            return _open_weights(found, cache_dir, in_ranges, weights_only, "; ".join(error.problems), adapter_base)
+            return _open_weights(found, download_dir, in_ranges, weights_only, "; ".join(error.problems), adapter_base)
         problems = error.problems if weights_only is None else _with_remedy(error.problems, model_id)
         raise CheckpointError(*(f"{model_id}: {problem}" for problem in problems)) from error
 
@@ -111,10 +111,10 @@ def _with_remedy(problems: Sequence[str], model_id: str) -> Sequence[str]:
 
 
 def _open_supported(
-    found: CheckpointFolder, cache_dir: str | None, in_ranges: bool, adapter_base: str | None
+    found: CheckpointFolder, download_dir: str | None, in_ranges: bool, adapter_base: str | None
 ) -> Checkpoint:
     """Opens a model of a supported family."""
-    files = _open_files(found, cache_dir, in_ranges, adapter_base, ())
+    files = _open_files(found, download_dir, in_ranges, adapter_base, ())
     try:
         model = fitted(files.arch, files.tensors, compare_rows=not in_ranges)
         if not model.arch.has_head and (lost := [name for name in names_in_index(files.folder) if _is_head(name)]):
@@ -139,7 +139,7 @@ def _is_head(name: str) -> bool:
 
 
 def inspect_checkpoint(
-    model_id: str, component: str | None = None, layout: str | None = None, cache_dir: str | None = None
+    model_id: str, component: str | None = None, layout: str | None = None, download_dir: str | None = None
 ) -> Description:
     """Returns what is found of a model by the names, shapes and numbers of its tensors, whatever its family.
 
@@ -147,13 +147,13 @@ def inspect_checkpoint(
       model_id: as that of `open_checkpoint`; no adapter.
       component: a component such as `vision`, in place of the language model.
       layout: a file that says otherwise.
-      cache_dir: where downloads are kept.
+      download_dir: where downloads are kept.
 
     Raises:
       CheckpointError: not found, not readable, or not understood.
     """
-    found = resolve(model_id, cache_dir, config=False)
-    return _described(found, *_plain_tensors(found, cache_dir, False)[1:3], WeightsOnly(layout, component))
+    found = resolve(model_id, download_dir, config=False)
+    return _described(found, *_plain_tensors(found, download_dir, False)[1:3], WeightsOnly(layout, component))
 
 
 def _described(
@@ -170,7 +170,7 @@ def _described(
 
 def _open_weights(
     found: CheckpointFolder,
-    cache_dir: str | None,
+    download_dir: str | None,
     in_ranges: bool,
     options: WeightsOnly,
     refused: str | None = None,
@@ -180,13 +180,13 @@ def _open_weights(
 
     Args:
       found: the folder.
-      cache_dir: see `open_checkpoint`.
+      download_dir: see `open_checkpoint`.
       in_ranges: see `open_checkpoint`.
       options: a layout or a component, if given.
       refused: why it is not read as a model of its family.
       adapter_base: see `open_checkpoint`.
     """
-    folder, config, store, notes = _plain_tensors(found, cache_dir, in_ranges, adapter_base)
+    folder, config, store, notes = _plain_tensors(found, download_dir, in_ranges, adapter_base)
     try:
         description = _described(found, config, store, options)
         built = build(description, store, str(config.get("model_type") or "unknown"))
@@ -203,7 +203,7 @@ def _open_weights(
 
 def _plain_tensors(
     found: CheckpointFolder,
-    cache_dir: str | None,
+    download_dir: str | None,
     in_ranges: bool,
     adapter_base: str | None = None,
     above: tuple[Path, ...] = (),
@@ -211,15 +211,15 @@ def _plain_tensors(
     """Returns the folder of config and tokenizer, the config as plain data, and the tensors under plain names."""
     if is_adapter(found.folder):
         chain = (*above, found.folder.resolve())
-        base = _base_below(found, cache_dir, adapter_base, chain)
-        folder, config, below, notes = _plain_tensors(base, cache_dir, False, above=chain)
+        base = _base_below(found, download_dir, adapter_base, chain)
+        folder, config, below, notes = _plain_tensors(base, download_dir, False, above=chain)
         return folder, config, merged_by_weights(below, found.folder, config), notes
     if found.gguf:
         model = GgufModel(found.gguf)
         folder, notes = model.description(of_any_family=True)
         return folder, read_raw_config(folder), model.stored, notes
     config, unread = _config_as_data(found.folder)
-    stored = open_tensors(found.folder, on_hub(found, cache_dir)) if in_ranges else open_tensors(found.folder)
+    stored = open_tensors(found.folder, on_hub(found, download_dir)) if in_ranges else open_tensors(found.folder)
     try:
         store: TensorStore = RenamedTensors(stored, plain_names(stored.names(), ()))
         store, formats = dequantised(store, config)
@@ -241,23 +241,27 @@ def _config_as_data(folder: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def _open_files(
-    found: CheckpointFolder, cache_dir: str | None, in_ranges: bool, adapter_base: str | None, above: tuple[Path, ...]
+    found: CheckpointFolder,
+    download_dir: str | None,
+    in_ranges: bool,
+    adapter_base: str | None,
+    above: tuple[Path, ...],
 ) -> _Files:
     """Returns the tensors of a folder under plain names; those of an adapter merged into its base's.
 
     Args:
       found: the folder.
-      cache_dir: see `open_checkpoint`.
+      download_dir: see `open_checkpoint`.
       in_ranges: see `open_checkpoint`.
       adapter_base: see `open_checkpoint`.
       above: the folders of the adapters whose base this is.
     """
     if is_adapter(found.folder):
-        return _open_adapter(found, cache_dir, adapter_base, (*above, found.folder.resolve()))
+        return _open_adapter(found, download_dir, adapter_base, (*above, found.folder.resolve()))
     if found.gguf:
         return _open_gguf(found.gguf)
     arch, notes = read_arch_and_notes(found.folder)
-    stored = open_tensors(found.folder, on_hub(found, cache_dir)) if in_ranges else open_tensors(found.folder)
+    stored = open_tensors(found.folder, on_hub(found, download_dir)) if in_ranges else open_tensors(found.folder)
     try:
         tensors, renaming = with_plain_names(arch, stored)
         tensors, formats = dequantised(tensors, read_raw_config(found.folder))
@@ -274,10 +278,10 @@ def _open_gguf(paths: tuple[Path, ...]) -> _Files:
 
 
 def _open_adapter(
-    found: CheckpointFolder, cache_dir: str | None, adapter_base: str | None, chain: tuple[Path, ...]
+    found: CheckpointFolder, download_dir: str | None, adapter_base: str | None, chain: tuple[Path, ...]
 ) -> _Files:
-    base = _base_below(found, cache_dir, adapter_base, chain)
-    files = _open_files(base, cache_dir, False, None, chain)
+    base = _base_below(found, download_dir, adapter_base, chain)
+    files = _open_files(base, download_dir, False, None, chain)
     # What the base ties decides what the adapter changes, so the base is settled before anything is merged into it.
     arch, tensors, notes = tied_as_stored(files.arch, files.tensors)
     tied = tied_names(files.arch, tensors.names()) if files.arch.tied else None
@@ -289,20 +293,20 @@ def _open_adapter(
 
 
 def _base_below(
-    found: CheckpointFolder, cache_dir: str | None, adapter_base: str | None, chain: tuple[Path, ...]
+    found: CheckpointFolder, download_dir: str | None, adapter_base: str | None, chain: tuple[Path, ...]
 ) -> CheckpointFolder:
     """Returns the folder of an adapter's base, which is none of the adapters above it."""
-    base = _resolve_base(found, cache_dir, adapter_base)
+    base = _resolve_base(found, download_dir, adapter_base)
     if base.folder.resolve() in chain or len(chain) > _MOST_ADAPTERS:
         raise CheckpointError(f"{found.id}: its base is an adapter that has it as its base: {listed(chain)}")
     return base
 
 
-def _resolve_base(adapter: CheckpointFolder, cache_dir: str | None, given: str | None) -> CheckpointFolder:
+def _resolve_base(adapter: CheckpointFolder, download_dir: str | None, given: str | None) -> CheckpointFolder:
     """Returns the folder of an adapter's base, and logs which model that is and where it is read from."""
     model_id, source = (given, "as given") if given else (base_id(adapter.folder), "named by its adapter_config.json")
     try:
-        base = resolve(model_id, cache_dir)
+        base = resolve(model_id, download_dir)
     except CheckpointError as error:
         reasons = (f"{adapter.id}: its base model {model_id}, {source}: {problem}" for problem in error.problems)
         raise CheckpointError(*reasons) from error

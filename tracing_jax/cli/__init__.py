@@ -28,7 +28,7 @@ VERBS = {
 }
 """Name of a verb, which is that of its module -> what it does."""
 
-_VERBOSITY = "What the log says: -1 warnings, 0 progress too, 1 also where an error happened. [0, and -1 with --quiet]"
+_VERBOSITY = "What is logged: -1 warnings, 0 progress too, 1 also where an error happened."
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -52,13 +52,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.parse_args(argv[:1])
 
 
-def _run_verb(name: str, argv: Sequence[str], is_program: bool) -> None:
+def parser_of(name: str) -> Parser:
+    """Returns the parser of a verb's command line."""
     verb, meaning = importlib.import_module(f"tracing_jax.cli.{name}"), VERBS[name]
     usage = f"tracing-jax {name} {verb.USAGE} [--NAME VALUE ...]"
     parser = Parser(f"tracing-jax {name}", usage=usage, description=f"{meaning[0].upper()}{meaning[1:]}.")
     verb.add_arguments(parser)
-    parser.add_argument("--verbosity", metavar="N", type=int, default=argparse.SUPPRESS, help=_VERBOSITY)
-    parsed = parser.parse_args(argv)
+    default = "[0, and -1 with --quiet]" if "--quiet" in parser.option_strings() else "[0]"
+    parser.add_argument("--verbosity", metavar="N", type=int, default=argparse.SUPPRESS, help=f"{_VERBOSITY} {default}")
+    return parser
+
+
+def _run_verb(name: str, argv: Sequence[str], is_program: bool) -> None:
+    verb = importlib.import_module(f"tracing_jax.cli.{name}")
+    parsed = parser_of(name).parse_args(argv)
     if not is_program:
         verb.run(parsed)
         return

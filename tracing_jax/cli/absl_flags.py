@@ -80,6 +80,8 @@ def _check(argument: str) -> None:
     if found := re.match(r"--?(?:no)?config\.([^=]+)(=?)", argument):
         if line := unknown_option(found[1] + found[2]):
             raise ValueError(f"--config.{line}")
+    elif re.match(r"--?no_compile_cache\b", argument):
+        raise ValueError("--no_compile_cache: that option is --nocompile_cache now")
     elif found := re.match(r"--?config=([^:]*)", argument):
         file = Path(found[1])
         if not file.is_file():

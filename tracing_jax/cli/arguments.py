@@ -10,6 +10,13 @@ from typing import Any, NoReturn
 
 from tracing_jax.dataclass_options import EXPECTED, Option, options_of, parse, sections_of, suggestion
 
+_RENAMED = {
+    "--cache_dir": "--download_dir",
+    "--no_compile_cache": "--no-compile_cache",
+    "--no-no_compile_cache": "--compile_cache",
+}
+"""Options by their former names -> by the names that they have now, in the verbs that have such an option."""
+
 
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are one line, with the option that may be meant."""
@@ -25,11 +32,18 @@ class Parser(argparse.ArgumentParser):
         self.epilog = epilog
         return f"{text}\n{epilog}\n" if epilog else text
 
+    def option_strings(self) -> tuple[str, ...]:
+        """Returns the names of all options, with their dashes."""
+        return tuple(self._option_string_actions)
+
     def error(self, message: str) -> NoReturn:
         """Ends the program with the message and exit status 2."""
         if found := re.match(r"unrecognized arguments: (--\S+)", message):
             name = found[1].split("=")[0]
-            message = f"{name}: there is no such option{suggestion(name, self._option_string_actions)}"
+            if (new := _RENAMED.get(name)) in self.option_strings():
+                message = f"{name}: that option is {new} now"
+            else:
+                message = f"{name}: there is no such option{suggestion(name, self.option_strings())}"
         elif found := re.match(r"argument VERB: invalid choice: '([^']*)' \(choose from (.*)\)$", message):
             verbs = re.findall(r"[\w-]+", found[2])
             message = f"{found[1]}: there is no such verb{suggestion(found[1], verbs)}"

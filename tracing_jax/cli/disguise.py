@@ -20,7 +20,7 @@ class DisguiseOptions:
     disguise: tuple[str, ...] = option(REQUIRED, "Rewrites, applied in order, or all.", choices=REWRITES)
     save: str = option(REQUIRED, "The folder to write.")
     seed: int = option(0, "Every random draw follows from it.", at_least=0, at_most=2**32 - 1)
-    cache_dir: str | None = option(None, "A folder to keep downloads in.")
+    download_dir: str | None = option(None, "A folder to keep downloads in.")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,9 +49,9 @@ def run(parsed: argparse.Namespace) -> None:
         options = from_values(DisguiseOptions, given(parsed, DisguiseOptions))
         check_new_folder(options.save)
     with exit_on_user_error():
+        from tracing_jax.experiment.disguising import write_disguised
         from tracing_jax.experiment.models import resolve_model_id
-        from tracing_jax.rewrites.__main__ import disguise
 
         model = resolve_model_id(parsed.model)
-        for line in disguise(model, ",".join(options.disguise), options.seed, options.save, options.cache_dir):
+        for line in write_disguised(model, options.disguise, options.seed, options.save, options.download_dir):
             print(line)

@@ -17,7 +17,7 @@ class InspectOptions:
 
     component: str | None = option(None, "A component of a multimodal model.", choices=("vision", "audio", "encoder"))
     layout: str | None = option(None, LAYOUT)
-    cache_dir: str | None = option(None, "A folder to keep downloads in.")
+    download_dir: str | None = option(None, "A folder to keep downloads in.")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +35,6 @@ def run(parsed: argparse.Namespace) -> None:
         from tracing_jax.experiment.models import resolve_model_id
 
         model = resolve_model_id(parsed.model)
-        found = inspect_checkpoint(model, options.component, options.layout, options.cache_dir)
+        found = inspect_checkpoint(model, options.component, options.layout, options.download_dir)
         print("\n".join(f"# {line}" for line in found.lines()[1:]))
         print(found.as_yaml(), end="")

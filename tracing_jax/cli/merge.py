@@ -29,7 +29,7 @@ class MergeOptions:
     seed: int = option(0, "Every random draw follows from it.", at_least=0, at_most=2**32 - 1)
     save: str | None = option(None, "A .json file for the record; the figure is written beside it.")
     json: bool = option(False, "Print the record as JSON, and nothing else, on standard output.")
-    cache_dir: str | None = option(None, "A folder to keep downloads in.")
+    download_dir: str | None = option(None, "A folder to keep downloads in.")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +76,7 @@ def run(parsed: argparse.Namespace) -> None:
             candidates=options.candidates,
             align=kinds,
             seed=options.seed,
-            cache_dir=options.cache_dir,
+            download_dir=options.download_dir,
         )
         if options.save:
             found.save(options.save)

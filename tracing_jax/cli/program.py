@@ -47,8 +47,8 @@ class ProgramOptions:
         "unsigned statement).",
         group="program",
     )
-    no_compile_cache: bool = option(
-        False, "Do not keep compiled programs for later runs in ~/.cache/tracing_jax/xla.", group="program"
+    compile_cache: bool = option(
+        True, "Keep compiled programs for later runs in ~/.cache/tracing_jax/xla.", group="program"
     )
     profile: str | None = option(None, "Folder for a table of where the time went, and a JAX trace.", group="program")
     coordinator: str | None = option(
@@ -78,7 +78,7 @@ def run_experiment(config: Any, program: ProgramOptions) -> list[dict[str, Any]]
         exports = export_files(program.export)
         check_outputs(options, program, exports)
     with exit_on_user_error():
-        if not program.no_compile_cache:
+        if program.compile_cache:
             keep_compiled_programs()
         from tracing_jax import experiment
         from tracing_jax.distributed import initialized, is_main_process

@@ -32,7 +32,7 @@ class ScanOptions:
         "then undecided.",
     )
     layout: str | None = option(None, LAYOUT)
-    cache_dir: str | None = option(None, "A folder to keep downloads in.")
+    download_dir: str | None = option(None, "A folder to keep downloads in.")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,8 +52,8 @@ def run(parsed: argparse.Namespace) -> None:
         from tracing_jax.experiment.signing import suspect_of
         from tracing_jax.library import library_folder, read_library, scan
 
-        signatures = read_library(library_folder(options.library, options.cache_dir))
-        model = open_model(parsed.suspect, options.cache_dir, layout=options.layout, in_ranges=options.screen)
+        signatures = read_library(library_folder(options.library, options.download_dir))
+        model = open_model(parsed.suspect, options.download_dir, layout=options.layout, in_ranges=options.screen)
         suspect = suspect_of(model, signatures.values(), screen=options.screen)
         found = scan(suspect, signatures, options.level)
         if options.json:

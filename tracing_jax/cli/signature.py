@@ -20,7 +20,7 @@ class SignatureOptions:
     save: str = option(REQUIRED, "The file to write.")
     name: str | None = option(None, "What the model is called in it; by default as on the command line.")
     layout: str | None = option(None, LAYOUT)
-    cache_dir: str | None = option(None, "A folder to keep downloads in.")
+    download_dir: str | None = option(None, "A folder to keep downloads in.")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +45,7 @@ def run(parsed: argparse.Namespace) -> None:
         from tracing_jax.experiment.signing import signature_of
         from tracing_jax.library import to_bytes, write_signature
 
-        signature = signature_of(parsed.model, options.cache_dir, options.name, options.layout)
+        signature = signature_of(parsed.model, options.download_dir, options.name, options.layout)
         path = Path(options.save).expanduser()
         write_signature(signature, path)
         sampled = ", ".join(map(str, signature.facts["layers"]))

@@ -153,11 +153,11 @@ def _same_files(base: Checkpoint, ft: Checkpoint) -> bool:
 
 def _draw_disguise(options: RunOptions, ft: Checkpoint) -> tuple[Rewrite, ...]:
     key = jax.random.fold_in(jax.random.key(options.seed), zlib.crc32(b"disguise"))
-    listed = ",".join(options.disguise)
     try:
-        return draw_rewrites(listed, key, ft.arch, without=(RENAMING,))
+        return draw_rewrites(options.disguise, key, ft.arch, without=(RENAMING,))
     except ValueError as error:
-        raise ConfigError(f"disguise={listed}, {ft.id}: {error}") from error
+        shown = ",".join(options.disguise)
+        raise ConfigError(f"disguise={shown}, {ft.id}: {error}") from error
 
 
 def _weights_only_problems(options: RunOptions, base: Checkpoint, ft: Checkpoint) -> list[str]:

@@ -27,12 +27,12 @@ def report_on_merge(
     candidates: int = MOST_CANDIDATES,
     align: Sequence[str],
     seed: int,
-    cache_dir: str | None,
+    download_dir: str | None,
 ) -> MergeReport:
     """Returns the report; see `tracing_jax.merge_shares`."""
 
     def opened(model: ModelId) -> Checkpoint:
-        return open_checkpoint(resolve_model_id(os.fspath(model)), cache_dir)
+        return open_checkpoint(resolve_model_id(os.fspath(model)), download_dir)
 
     origin = None if base is None else opened(base)
     own = opened(child)
@@ -46,7 +46,7 @@ def report_on_merge(
     notes: list[str] = []
     if library is not None:
         known = {"the child": own, **({} if origin is None else {"the base": origin}), **named}
-        found = proposed_parents(own, os.fspath(library), known, candidates, cache_dir)
+        found = proposed_parents(own, os.fspath(library), known, candidates, download_dir)
         named |= found.models
         notes = found.notes
         if not named:
@@ -74,7 +74,7 @@ class Proposed:
 
 
 def proposed_parents(
-    child: Checkpoint, library: str, known: dict[str, Checkpoint], most: int, cache_dir: str | None
+    child: Checkpoint, library: str, known: dict[str, Checkpoint], most: int, download_dir: str | None
 ) -> Proposed:
     """Returns the relatives of a child in a library that can be read beside it, the closest first.
 
@@ -83,12 +83,12 @@ def proposed_parents(
       library: a folder of signatures, or a data set on the Hub.
       known: models that are given already, among them the child; they are not proposed again.
       most: so many at most.
-      cache_dir: where downloads are kept.
+      download_dir: where downloads are kept.
 
     Raises:
       ValueError: the library cannot be read, or the child has no units to look at.
     """
-    signatures = read_library(library_folder(library, cache_dir))
+    signatures = read_library(library_folder(library, download_dir))
     scanned = scan(suspect_of(child, signatures.values()), signatures, RunOptions().level)
     found = Proposed(notes=[f"scan of {len(signatures)} signatures: {scanned.sentence()}"])
     relatives = [c for c in scanned.candidates if c.verdict in ("related", "undecided")]
@@ -98,7 +98,7 @@ def proposed_parents(
             left = [other.name for other in relatives[at:]]
             found.notes.append(f"relatives beyond the first {most} were not read as candidates: {listed(left)}")
             break
-        model, problem = _opened_candidate(candidate, child, [*known.values(), *found.models.values()], cache_dir)
+        model, problem = _opened_candidate(candidate, child, [*known.values(), *found.models.values()], download_dir)
         if model is None:
             found.notes.append(f"{candidate.name} is a relative and no candidate: {problem}")
         elif depth is not None and model.arch.num_layers != depth:
@@ -111,11 +111,11 @@ def proposed_parents(
 
 
 def _opened_candidate(
-    candidate: Candidate, child: Checkpoint, known: Sequence[Checkpoint], cache_dir: str | None
+    candidate: Candidate, child: Checkpoint, known: Sequence[Checkpoint], download_dir: str | None
 ) -> tuple[Checkpoint | None, str]:
     """Returns the model that a signature names, or why it is no candidate."""
     try:
-        model = open_model(candidate.model, cache_dir)
+        model = open_model(candidate.model, download_dir)
     except (CheckpointError, OSError, ValueError) as error:
         return None, f"{shortened(candidate.model)} cannot be opened: {shortened(error)}"
     if any(same_files(model, other) for other in known):

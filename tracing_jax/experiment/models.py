@@ -129,7 +129,7 @@ def shared_vocabulary(base: Checkpoint, ft: Checkpoint, tokenizer_base: Any, tok
 
 def open_model(
     model_id: str,
-    cache_dir: str | None = None,
+    download_dir: str | None = None,
     *,
     layout: str | None = None,
     component: str | None = None,
@@ -140,7 +140,7 @@ def open_model(
 
     Args:
       model_id: a folder, a Hub id or a member of the demo family.
-      cache_dir: where downloads are kept.
+      download_dir: where downloads are kept.
       layout: see `WeightsOnly`.
       component: see `WeightsOnly`.
       in_ranges: see `open_checkpoint`.
@@ -151,7 +151,7 @@ def open_model(
     """
     try:
         return open_checkpoint(
-            resolve_model_id(model_id), cache_dir, in_ranges, adapter_base, WeightsOnly(layout, component)
+            resolve_model_id(model_id), download_dir, in_ranges, adapter_base, WeightsOnly(layout, component)
         )
     except CheckpointError as error:
         if closest := _folder_that_may_be_meant(model_id):

@@ -10,20 +10,20 @@ from tracing_jax.sources import PrefetchingSource
 
 
 def signature_of(
-    model_id: str, cache_dir: str | None = None, name: str | None = None, layout: str | None = None
+    model_id: str, download_dir: str | None = None, name: str | None = None, layout: str | None = None
 ) -> Signature:
     """Returns the signature of a folder, a Hub id or a member of the demo family; its files are hashed.
 
     Args:
       model_id: of the model.
-      cache_dir: where downloads are kept.
+      download_dir: where downloads are kept.
       name: what the model is called in the signature; by default its id.
       layout: a file that says where the parts of a model are stored that is read by its weights alone.
 
     Raises:
       CheckpointError, UnsupportedModelError, OSError, ValueError: the model cannot be read, or has no units to sample.
     """
-    model = open_model(model_id, cache_dir, layout=layout)
+    model = open_model(model_id, download_dir, layout=layout)
     return make_signature(
         model,
         vocabulary_of(model.tokenizer_folder, model.arch.vocab_size),

@@ -236,7 +236,7 @@ def _disguise_problems(options: RunOptions) -> list[str]:
     if RENAMING in names:
         lines.append(
             f"disguise={shown}: {RENAMING} changes the tokenizer's files too; write a checkpoint with "
-            f"`python -m tracing_jax.rewrites --disguise={shown} ...` and trace that"
+            f"`tracing-jax disguise MODEL --disguise={shown} ...` and trace that"
         )
     return lines
 

@@ -42,12 +42,12 @@ class Checked:
     same: tuple[tuple[str, ...], ...]
 
 
-def library_folder(where: str, cache_dir: str | None = None) -> Path:
+def library_folder(where: str, download_dir: str | None = None) -> Path:
     """Returns the folder of a library; one on the Hub is downloaded, its signature files alone.
 
     Args:
       where: a folder, `org/name` or `org/name@revision` of a data set repository, or its address.
-      cache_dir: of downloads; by default that of huggingface_hub.
+      download_dir: of downloads; by default that of huggingface_hub.
 
     Raises:
       ValueError: there is no such folder or repository.
@@ -74,7 +74,7 @@ def library_folder(where: str, cache_dir: str | None = None) -> Path:
                 repo,
                 repo_type="dataset",
                 revision=revision,
-                cache_dir=cache_dir,
+                cache_dir=download_dir,
                 allow_patterns=[f"*{SUFFIX}", INDEX],
                 ignore_patterns=["*/*"],
             )

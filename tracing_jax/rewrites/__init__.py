@@ -12,7 +12,7 @@ from tracing_jax.rewrites.copies import (
     UnitGrouping,
     UnitSplitting,
 )
-from tracing_jax.rewrites.disguises import DISGUISES, draw_rewrites, rewrite_names
+from tracing_jax.rewrites.disguises import DISGUISES, draw_rewrites, rewrite_names, takes_all
 from tracing_jax.rewrites.expansion import IdentityLayer, LayerRemoval, Padding
 from tracing_jax.rewrites.linear_maps import QueryKeyMaps, Rotation, UnitScaling, ValueMixing
 from tracing_jax.rewrites.norm_gains import GainScaling, GainSetting, foldable_norms, gain_offset, gains_in
@@ -89,5 +89,6 @@ __all__ = [
     "share_moved",
     "steps",
     "take_units",
+    "takes_all",
     "unit_moves",
 ]

@@ -25,22 +25,31 @@ DISGUISES: dict[str, type[Rewrite]] = {
 """Name -> what can be drawn, in the order of `all`: what adds units, heads and layers comes before what hides them."""
 
 
-def rewrite_names(listed: str) -> list[str]:
-    """Returns the names in a list with commas; `all` stands for every one.
+def takes_all(names: str | Sequence[str]) -> bool:
+    """Says whether these names of rewrites, or this text with commas between them, are `all` alone."""
+    return _listed(names) == ("all",)
+
+
+def rewrite_names(names: str | Sequence[str]) -> list[str]:
+    """Returns the names of rewrites, given as such or as text with commas between; `all` means every one.
 
     Raises:
       ValueError: a name that is not one of `DISGUISES`.
     """
-    names = list(comma_list(listed))
-    if unknown := [name for name in names if name not in DISGUISES and name != "all"]:
+    listed = _listed(names)
+    if unknown := [name for name in listed if name not in DISGUISES and name != "all"]:
         raise ValueError(f"unknown rewrites {', '.join(unknown)}; there are {', '.join(DISGUISES)}, or all")
-    if "all" in names and len(names) > 1:
-        raise ValueError("all stands alone: it has every rewrite that exists for the model")
-    return list(DISGUISES) if names == ["all"] else names
+    if "all" in listed and len(listed) > 1:
+        raise ValueError("all cannot be combined with other names: it has every rewrite that exists for the model")
+    return list(DISGUISES) if takes_all(listed) else list(listed)
+
+
+def _listed(names: str | Sequence[str]) -> tuple[str, ...]:
+    return comma_list(names) if isinstance(names, str) else tuple(names)
 
 
 def draw_rewrites(
-    listed: str,
+    names: str | Sequence[str],
     key: PRNGKeyArray,
     arch: Arch,
     *,
@@ -50,7 +59,7 @@ def draw_rewrites(
     """Returns a random rewrite for each name of a list, from left to right; `all` takes those that exist for the model.
 
     Args:
-      listed: names with commas between, or `all`.
+      names: of rewrites, in a sequence or as text with commas between; or `all`.
       key: every draw follows from it and from the place in the list.
       arch: the facts of the model.
       token_ids: the ids that a renaming may give to other tokens; by default all.
@@ -67,12 +76,12 @@ def draw_rewrites(
     """
     lines: list[str] = []
     rewrites: list[Rewrite] = []
-    for place, name in enumerate(rewrite_names(listed)):
+    for place, name in enumerate(rewrite_names(names)):
         kind, own_key = DISGUISES[name], jax.random.fold_in(key, place)
         if problems := kind.unsupported(arch):
             lines += [f"{name}: {line}" for line in problems]
             continue
-        if listed.strip() == "all" and name in without:
+        if takes_all(names) and name in without:
             continue
         rewrite: Rewrite
         if kind is Renaming and token_ids is not None:
@@ -84,6 +93,6 @@ def draw_rewrites(
             continue
         rewrites.append(rewrite)
         arch = rewrite.arch_after(arch)
-    if lines and listed.strip() != "all":
+    if lines and not takes_all(names):
         raise ValueError("\n  ".join([f"no such rewrite of this {arch.family} model:", *lines]))
     return tuple(rewrites)

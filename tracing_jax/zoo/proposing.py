@@ -72,7 +72,7 @@ def proposed(plan: ZooPlan, folder: Path, workers: int = 1) -> tuple[ZooPlan, li
       OSError: a model's files cannot be read.
       ValueError: a process was ended from outside.
     """
-    place = _Models(folder / MODELS, plan.config["cache_dir"])
+    place = _Models(folder / MODELS)
     place.folder.mkdir(parents=True, exist_ok=True)
     reasons = _for_each(functools.partial(_sign, place), plan.names, workers, "signatures")
     unsigned = {model: reason for model, reason in reasons.items() if reason is not None}
@@ -151,10 +151,9 @@ def _closing(
 
 
 class _Models(NamedTuple):
-    """Where what was found of each model is kept, and its downloads."""
+    """Where what was found of each model is kept."""
 
     folder: Path
-    cache_dir: str | None
 
     def signature(self, name: str) -> Path:
         """Returns the file of the signature of a model of this name."""
@@ -200,11 +199,11 @@ def _sign(place: _Models, model: str, name: str) -> str | None:
     """Makes the signature of a model, if there is none of the same files, and returns why it has none."""
     file, state = place.signature(name), place.folder / f"{name}.signed.json"
     try:
-        stamps = _stamps(open_model(model, place.cache_dir))
+        stamps = _stamps(open_model(model))
         if _read(state).get("stamps") == stamps and file.exists():
             read_signature(file)
             return None
-        signature = signature_of(model, place.cache_dir)
+        signature = signature_of(model)
     except ValueError as error:
         return str(error).splitlines()[0]
     write_signature(signature, file)
@@ -223,7 +222,7 @@ def _library(place: _Models, files: _Library) -> tuple[dict[str, Signature], str
 def _traces(place: _Models, files: _Library, model: str, name: str) -> _Found:
     """Returns for every other model's signature its log10 p against this model; None where no test applies."""
     signatures, library = _library(place, files)
-    file, opened = place.folder / f"{name}.scan.json", open_model(model, place.cache_dir)
+    file, opened = place.folder / f"{name}.scan.json", open_model(model)
     state = {"library": library, "stamps": _stamps(opened)}
     known = _read(file)
     if {key: known.get(key) for key in state} == state:
