@@ -25,7 +25,8 @@ import pytest
 import tracing_jax as tj
 from tracing_jax import cli
 from tracing_jax.alignment import KINDS, WHOLE
-from tracing_jax.options import unknown_option
+from tracing_jax.dataclass_options import options_of
+from tracing_jax.options import RunOptions, unknown_option
 from tracing_jax.rewrites import DISGUISES
 
 ROOT = Path(__file__).parent.parent
@@ -138,7 +139,7 @@ def test_command_can_be_parsed(words):
 @functools.cache
 def option_names() -> set[str]:
     """Returns the names of the options of every verb, of the programs at the root, and of the benchmarks."""
-    names = {"config", "attn", "emb"}  # those that main.py adds
+    names = {"config", "attn", "emb", *(found.name for found in options_of(RunOptions))}  # those of main.py
     for verb in cli.VERBS:
         parser = cli.parser_of(verb)
         names |= {flag.removeprefix("--") for flag in parser.option_strings()}
