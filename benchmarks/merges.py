@@ -10,7 +10,7 @@ learnt from the same text as `a`. Merges are made in numpy as mergekit makes the
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from benchmarks import siblings
 from benchmarks.environment import OUT_DIR, ZOO_DIR, use_all_cores
 from benchmarks.siblings import Leaves
 from tracing_jax.arch import Arch
-from tracing_jax.merges import MergeModels, estimate, grouped, merge_report, read_sums
+from tracing_jax.merges import MergeModels, Sums, TensorSums, estimate, merge_report, read_sums
 from tracing_jax.merges.merge_report import compared
 from tracing_jax.record import atomic_write
 from tracing_jax.report import text_table
@@ -88,8 +88,9 @@ def shares(family: Family, draws: int) -> Iterator[dict[str, Any]]:
             for draw in range(draws):
                 rng = np.random.default_rng([draw, NOISES.index(noise), len(dtype)])
                 K = int(rng.integers(2, 4))
-                names = [*rng.permutation(["a", "b", "c"])[:K], "like_a"]
-                truth = {name: float(w) for name, w in zip(names, rng.dirichlet(np.full(K, 2.0)))} | {"like_a": 0.0}
+                order = [*rng.permutation(["a", "b", "c"])]
+                names = [*order[:K], *order[K:], "like_a"]
+                truth = dict.fromkeys(names, 0.0) | dict(zip(order, map(float, rng.dirichlet(np.full(K, 2.0)))))
                 child = siblings.task_arithmetic(origin, [parents[n] for n in names], list(truth.values()))
                 models = family.models(noisy(child, origin, noise, rng), names, dtype, bool(draw % 2))
                 yield _row(models, truth, {"dtype": dtype, "noise": noise, "origin": bool(draw % 2)})
@@ -99,18 +100,32 @@ def _row(models: MergeModels, truth: Mapping[str, float], facts: Mapping[str, An
     sums = read_sums(models)
     found = compared(models, sums, seed=0, blind=None)
     wanted = np.array([truth[name] for name in models.names])
-    by_tensor = grouped(models, sums.tensors, lambda tensor: tensor.place)
-    low, high = found.whole.interval()
-    inside = [((s.interval()[0] <= wanted) & (wanted <= s.interval()[1])).tolist() for s in by_tensor.values()]
+    groups: dict[str, Callable[[TensorSums], Hashable]] = {
+        "inside": lambda tensor: None,
+        "inside_by_role": lambda tensor: tensor.place.role,
+        "inside_by_layer": lambda tensor: tensor.place.layer,
+        "inside_by_tensor": lambda tensor: tensor.place,
+    }
+    inside = {name: _covered(models, sums, key, wanted) for name, key in groups.items()}
     return {
         **facts,
         "error": np.abs(found.whole.values - wanted).tolist(),
         "se": found.whole.errors.tolist(),
-        "inside": ((low <= wanted) & (wanted <= high)).tolist(),
-        "inside_by_tensor": inside,
+        **inside,
         "truth": wanted.tolist(),
         "words": [part.word for part in found.parts],
     }
+
+
+def _covered(
+    models: MergeModels, sums: Sums, key: Callable[[TensorSums], Hashable], wanted: np.ndarray
+) -> list[list[bool]]:
+    """Returns for each group of tensors whether the interval of each share has the true one."""
+    groups: dict[Hashable, list[TensorSums]] = {}
+    for tensor in sums.tensors:
+        groups.setdefault(key(tensor), []).append(tensor)
+    intervals = [estimate(models, own).interval() for own in groups.values()]
+    return [((low <= wanted) & (wanted <= high)).tolist() for low, high in intervals if np.isfinite(low).all()]
 
 
 def further(family: Family) -> Iterator[dict[str, Any]]:
@@ -200,16 +215,18 @@ def tables(found: Mapping[str, list[dict[str, Any]]]) -> str:
         for dtype in _DTYPES:
             for noise in NOISES:
                 own = [row for row in rows if (row["dtype"], row["noise"]) == (dtype, noise)]
+                if not own:
+                    continue
                 words = [(t, w) for row in own for t, w in zip(row["truth"], row["words"])]
                 involved, others = [w for t, w in words if t > 0], [w for t, w in words if t == 0]
                 lines.append([
                     dtype, noise, len(own), max(max(row["error"]) for row in own), max(max(row["se"]) for row in own),
-                    float(np.mean(np.concatenate([row["inside"] for row in own]))),
-                    float(np.mean(np.concatenate([np.ravel(row["inside_by_tensor"]) for row in own]))),
+                    *(float(np.mean(np.concatenate([np.ravel(row[f"inside{by}"]) for row in own])))
+                      for by in ("", "_by_role", "_by_layer", "_by_tensor")),
                     f"{involved.count('part')} of {len(involved)}", f"{others.count('part')} of {len(others)}",
                 ])  # fmt: skip
         parts.append(text_table(lines, ["dtype", "noise", "merges", "largest error", "largest s.e.", "95 % covers",
-                                        "by tensor", "parts found", "false parts"]))  # fmt: skip
+                                        "by role", "by layer", "by tensor", "parts found", "false parts"]))  # fmt: skip
     if rows := found.get("further"):
         lines = [[row["child"], ", ".join(f"{t:g}" for t in row["truth"]), ", ".join(row["words"]),
                   max(row["error"])] for row in rows]  # fmt: skip

@@ -33,7 +33,16 @@ def full(word="related", **changes):
         "identical": {"equal": 3, "total": 40, "by_part": {}},
     }  # fmt: skip
     claim = {"claim": "same-as", "asserts": "a", "outcome": "contradicted", "because": "they differ", "not_said": "b"}
-    base = record(statistics=found, verdict=verdict, identical=verdict["identical"], claim=claim, tokens=None)
+    shares = {"model": {"share": 0.625, "se": 0.011}, "other": {"share": 0.375, "se": 0.012}}
+    parts = [{"name": name, "word": "part", "adjusted_log10_p": -20.0, "reason": None, **share}
+             for name, share in shares.items()]  # fmt: skip
+    merge = {"sentence": "merged of model and other", "parts": parts, "notes": ["a note on shares"]}
+    by_part = {"head": {"parents": shares, "tested": False, "undefined": None},
+               "norms": {"parents": shares, "tested": False, "undefined": "other equals model here"}}  # fmt: skip
+    verdict["merged_of"] = {"sentence": merge["sentence"], "parents": shares, "by_part": by_part}
+    base = record(
+        statistics=found, merge=merge, verdict=verdict, identical=verdict["identical"], claim=claim, tokens=None
+    )
     base["models"] = copy.deepcopy(base["models"])
     base["models"]["base"] |= {"format": "bfloat16 in safetensors", "bytes": 3 * 2**29}
     base["args"] = {"save": "runs/compare.p"}
@@ -76,6 +85,9 @@ def test_parts_stand_in_their_order_and_say_what_was_compared():
     assert f"match p = 10^-9.0 3 of 64 agree; {_INDEPENDENT}" in shown
     assert "match_io p = 10^-8.0 2 of 64 agree; independent models: as for match; a number: 0.75 aligned" in shown
     assert "not part of the verdict mode a number: 7.25 non-aligned" in shown
+    assert "Shares merged of model and other model p < 10^-12 part, share 0.625 ± 0.011 other p" in shown
+    assert "head model 0.625 ± 0.011, other 0.375 ± 0.012 (estimated; its units were not tested)" in shown
+    assert "norms other equals model here note a note on shares" in shown
     assert "perplexity base 7.389, ft 8.5" in shown
     assert "glu the MLP has no gate" in shown
     assert all(f"{part} no test that ran compares it" in shown for part in PARTS if part != "MLPs")

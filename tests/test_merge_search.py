@@ -1,19 +1,28 @@
 """Parents that are searched for: chosen by held-out entries, and proposed by a scan of a library."""
 
 import json
+from dataclasses import replace
 
+import jsonschema
 import numpy as np
 import pytest
 
 from benchmarks import siblings as merging
 from tests.test_merges import leaves, model, sibling
+from tests.test_verify import SCHEMA
 from tracing_jax import cli
 from tracing_jax.api import open as open_model
 from tracing_jax.api import save
+from tracing_jax.dataclass_options import ConfigError
+from tracing_jax.experiment import check_config
+from tracing_jax.experiment.merge_step import with_merge
+from tracing_jax.experiment.validation import statistic_names
+from tracing_jax.experiment.validation import tests_chosen as chosen_tests
 from tracing_jax.library.signature_file import SUFFIX
 from tracing_jax.merges import MergeModels, estimate, merge_report, read_sums
 from tracing_jax.merges.merge_report import compared
 from tracing_jax.merges.selection import restricted, select
+from tracing_jax.options import COMPARE, Merge
 from tracing_jax.sources import InMemory, in_memory
 from tracing_jax.tree import flatten, unflatten
 
@@ -91,14 +100,20 @@ def library(family, tmp_path_factory):
     return str(folder)
 
 
-@pytest.mark.slow
-def test_parents_are_proposed_by_a_library(family, library, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def child(family, tmp_path_factory):
+    """A checkpoint: .3 of the demo's base and .7 of its fine-tune."""
     base, finetune = (in_memory(open_model(str(family.member(name)))) for name in ("base", "finetune"))
     mixed = {n: 0.3 * np.asarray(leaf) + 0.7 * np.asarray(flatten(finetune.params)[n])
              for n, leaf in flatten(base.params).items()}  # fmt: skip
-    child = save(tmp_path / "child", InMemory(base.arch, unflatten(mixed)), family.member("base"))
+    folder = tmp_path_factory.mktemp("merged") / "child"
+    return str(save(folder, InMemory(base.arch, unflatten(mixed)), family.member("base")))
+
+
+@pytest.mark.slow
+def test_parents_are_proposed_by_a_library(family, library, child, capsys):
     capsys.readouterr()
-    cli.main(["merge", str(child), "--library", library, "--json"])
+    cli.main(["merge", child, "--library", library, "--json"])
     record = json.loads(capsys.readouterr().out)
     shares = {part["name"].rsplit("/", 1)[-1]: part["share"] for part in record["parts"]}
     assert shares == {"base": pytest.approx(0.3, abs=1e-4), "finetune": pytest.approx(0.7, abs=1e-4)}
@@ -108,3 +123,83 @@ def test_parents_are_proposed_by_a_library(family, library, tmp_path, capsys):
     with pytest.raises(SystemExit, match="no parent is proposed by the library") as error:
         cli.main(["merge", str(family.member("independent")), "--library", library])
     assert "name parents with --parents" in str(error.value)
+
+
+PART = {"name": "a", "word": "part", "share": 0.6, "se": 0.01, "low": 0.58, "high": 0.62}
+
+
+def merge_of(*words):
+    parts = [PART | {"name": name, "word": word} for name, word in zip("abc", words)]
+    shares = {"shares": {part["name"]: PART for part in parts}, "unexplained": 0.0, "undefined": None}
+    return {"sentence": "merged of", "parts": parts, "by_role": {"mlp": shares, "head": shares}}
+
+
+@pytest.mark.parametrize(
+    ("word", "words", "claimed"),
+    [
+        ("related", ("part", "part", "none"), ["a", "b"]),
+        ("related", ("part", "none"), None),
+        ("related", ("part", "reserved"), None),
+        ("related", ("one_of", "one_of"), None),
+        ("related", ("not_testable", "not_testable"), None),
+        ("undecided", ("part", "part"), None),
+        ("identical", ("part", "part"), None),
+    ],
+)
+def test_a_merge_is_claimed_of_two_parents_with_a_part_in_a_related_model(word, words, claimed):
+    verdict = {"verdict": word, "meaning": "as it was"}
+    found = with_merge(verdict, merge_of(*words))
+    if claimed is None:
+        assert found == verdict | {"merged_of": None}
+        return
+    assert found["meaning"] == "as it was; merged of"
+    assert list(found["merged_of"]["parents"]) == claimed
+    tested = {name: part["tested"] for name, part in found["merged_of"]["by_part"].items()}
+    assert tested == {"MLPs": True, "head": False}
+    assert with_merge(verdict, None) == verdict
+
+
+@pytest.mark.slow
+def test_a_verdict_says_what_a_model_was_merged_of(family, child, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base, finetune, other = (str(family.member(name)) for name in ("base", "finetune", "independent"))
+    asked = ["compare", base, child, "--stat", "csu,merge", "--save", "runs/one.p"]
+    cli.main([*asked, "--merge.parents", f"{finetune},{other}"])
+    shown, record = capsys.readouterr().out, json.loads((tmp_path / "runs/one.json").read_text())
+    jsonschema.validate(record, SCHEMA)
+    assert {"base", "ft", "parent 1", "parent 2"} <= set(record["models"])
+    merged = record["verdict"]["merged_of"]
+    assert {name: share["share"] for name, share in merged["parents"].items()} == {
+        base: pytest.approx(0.3, abs=1e-4), finetune: pytest.approx(0.7, abs=1e-4),
+    }  # fmt: skip
+    assert {"MLPs", "attention", "embedding", "head", "norms"} == set(merged["by_part"])
+    assert merged["sentence"] in record["verdict"]["meaning"]
+    assert "MLPs" in shown.split("Shares")[1]
+    assert merged["sentence"] in (tmp_path / "runs/one.html").read_text()
+    cli.main(
+        ["compare", base, finetune, "--stat", "csu,merge", "--merge.base", base, "--merge.parents", other, "--json"]
+    )
+    record = json.loads(capsys.readouterr().out)
+    jsonschema.validate(record, SCHEMA)
+    assert record["verdict"]["merged_of"] is None
+    assert [part["name"] for part in record["merge"]["parts"]] == [other]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"stat": ("merge",)}, "name other models with merge.parents"),
+        ({"stat": ("csu",), "merge": {"parents": ("x",)}}, "add merge to stat"),
+        ({"stat": ("merge",), "merge": {"parents": ("x",)}, "permute": True}, "leave permute out"),
+    ],
+)
+def test_shares_that_cannot_be_estimated_are_refused_at_once(more, message):
+    with pytest.raises(ConfigError, match=message):
+        check_config(COMPARE.as_dict() | {"base_model_id": "a", "ft_model_id": "b", "save": None} | more)
+
+
+def test_merge_alone_runs_the_tests_of_auto():
+    alone = replace(COMPARE, stat=("merge",), merge=Merge(parents=("x",)))
+    assert statistic_names(alone) == statistic_names(COMPARE)
+    assert "fixed before the models were compared, by the options" in chosen_tests(alone)
+    assert statistic_names(replace(alone, stat=("csu", "merge"))) == ["csu"]

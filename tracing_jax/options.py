@@ -244,6 +244,14 @@ class PermModeL2:
     emb: bool = option(False, "Move embeddings, head and final norm along the path too.")
 
 
+@dataclass(frozen=True)
+class Merge:
+    """Shares of base and of further models in the fine-tuned one, with standard errors (`tracing-jax merge`)."""
+
+    parents: tuple[str, ...] = option((), "Further models that may have a part in the fine-tuned model.")
+    base: str | None = option(None, "The model that the parents were made from, if it is known; it may be base.")
+
+
 STATISTICS: Mapping[str, type] = {
     "mode": Mode, "cos": Cos, "emb": Emb, "jsd": Jsd, "csu": Csu, "csu_all": CsuAll, "csh": Csh, "match": Match,
     "match_all": MatchAll, "match_mlps": MatchMlps, "match_moments": MatchMoments, "match_io": MatchIo,
@@ -297,8 +305,8 @@ class RunOptions:
     stat: tuple[str, ...] = _statistics(
         ("mode",),
         "Statistics. auto: the tests whose cost is bounded, those of activations where a text is named. all: every one "
-        "but match_distilled and screen.",
-        choices=(*STATISTICS, "auto", "all"),
+        "but match_distilled and screen. merge: of which models the fine-tuned one was merged; alone, with auto.",
+        choices=(*STATISTICS, "merge", "auto", "all"),
     )
     level: float = _statistics(
         1e-3,
@@ -389,6 +397,7 @@ class RunOptions:
     heads_in_place: HeadsInPlace = HeadsInPlace()
     l2: L2 = L2()
     perm_mode_l2: PermModeL2 = PermModeL2()
+    merge: Merge = Merge()
 
     @classmethod
     def from_config(cls, config: Any) -> "RunOptions":

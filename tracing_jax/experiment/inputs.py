@@ -12,6 +12,7 @@ from tracing_jax.axes import axis_table
 from tracing_jax.checkpoint import Checkpoint
 from tracing_jax.data import SAMPLE
 from tracing_jax.dataclass_options import ConfigError
+from tracing_jax.experiment.merge_step import MergeInputs, open_merge
 from tracing_jax.experiment.models import (
     open_controls,
     open_models,
@@ -52,6 +53,7 @@ class RunInputs:
       needs_resident: whether what is to be undone is found with both models in memory only.
       reads_part_only: whether the statistics look at a small part of the weights.
       notes: for the record; steps add to them.
+      merge: ft with the models that it may be a merge of; None if that was not asked.
     """
 
     base: Checkpoint
@@ -66,11 +68,16 @@ class RunInputs:
     needs_resident: bool
     reads_part_only: bool
     notes: list[str]
+    merge: MergeInputs | None = None
 
     def models(self) -> dict[str, Checkpoint]:
-        """Returns every model of the run by its part in it: base, ft, control 0, ..."""
+        """Returns every model of the run by its part in it: base, ft, control 0, parent 1, origin ..."""
         controls = {f"control {i}": control for i, control in enumerate(self.controls)}
-        return {"base": self.base, "ft": self.ft, **controls}
+        merge = {} if self.merge is None else {f"parent {i}": m for i, m in enumerate(self.merge.parents.values())}
+        if self.merge is not None and self.merge.origin is not None:
+            merge["origin"] = self.merge.origin
+        more = {name: model for name, model in merge.items() if model is not self.base}
+        return {"base": self.base, "ft": self.ft, **controls, **more}
 
 
 def open_inputs(options: RunOptions) -> RunInputs:
@@ -119,6 +126,7 @@ def open_inputs(options: RunOptions) -> RunInputs:
             *_unread_components(options, base, ft),
             *_option_notes(options, base.arch, ft.arch, statistics, not_alignable),
         ],
+        merge=open_merge(options, base, ft) if "merge" in options.stat else None,
     )
 
 

@@ -37,6 +37,8 @@ def reads_part_only(options: RunOptions) -> bool:
     """Returns whether a small part of the weights is all that is asked for, so that the rest is better left unread."""
     if set(statistic_names(options)) - LIGHT:
         return False
+    if "merge" in options.stat:
+        return False
     return not (options.align or options.eval or options.disguise or options.permute or options.claim)
 
 

@@ -17,6 +17,7 @@ from tracing_jax.experiment.identity import identical_tensors
 from tracing_jax.experiment.inputs import RunInputs, inapplicable
 from tracing_jax.experiment.loading import check_disguise, load_pair, permute_ft
 from tracing_jax.experiment.memory import Placement
+from tracing_jax.experiment.merge_step import shares_in_ft, with_merge
 from tracing_jax.experiment.metadata import alignment_facts, model_facts_in_background
 from tracing_jax.experiment.validation import asked_names, is_asked_by_name
 from tracing_jax.forward import token_losses
@@ -67,6 +68,7 @@ class Findings:
       scope: what was read of the models, where that is less than all.
       before, after: the results of the statistics, before and after the alignment.
       claim: what became of the claim.
+      merge: the shares of other models in ft.
     """
 
     models: Mapping[str, Any] = field(default_factory=dict)
@@ -75,6 +77,7 @@ class Findings:
     before: Mapping[str, Result] = field(default_factory=dict)
     after: Mapping[str, Result] = field(default_factory=dict)
     claim: ClaimResult | None = None
+    merge: Mapping[str, Any] | None = None
     disguise: Mapping[str, Any] | None = None
     permutation: Mapping[str, Any] | None = None
     alignment: Alignment | None = None
@@ -95,8 +98,9 @@ class Findings:
                 for name, result in self.before.items()
             },
             "identical": None if self.identical is None else asdict(self.identical),
-            "verdict": verdict(self.before, level, self.identical, self.scope).as_dict(),
+            "verdict": with_merge(verdict(self.before, level, self.identical, self.scope).as_dict(), self.merge),
             "claim": None if self.claim is None else self.claim.as_dict(),
+            "merge": self.merge,
             "perplexity": self.perplexity,
         }
 
@@ -126,6 +130,9 @@ def run_steps(
         if options.claim:
             with timer.step("claim"):
                 found.claim = _judged(options, inputs, pair, found)
+        if inputs.merge is not None:
+            with timer.step("merge"):
+                found.merge = shares_in_ft(inputs.merge, options.seed)
         if options.align and not inputs.not_alignable:
             with timer.step("align"):
                 pair, found.alignment = align_ft(options, inputs, pair)

@@ -53,6 +53,7 @@ def check_options(options: RunOptions) -> None:
         *_alignment_problems(options),
         *_disguise_problems(options),
         *_claim_problems(options),
+        *_merge_problems(options),
         *_save_problems(options),
     ]
     if lines:
@@ -61,8 +62,13 @@ def check_options(options: RunOptions) -> None:
 
 def statistic_names(options: RunOptions) -> list[str]:
     """Returns the names of the statistics of a run, each once: those asked for, and those beside them for a verdict."""
-    beside = asked_names(replace(options, stat=("auto",))) if options.verdict == "auto" else []
+    beside = asked_names(replace(options, stat=("auto",))) if has_auto_beside(options) else []
     return list(dict.fromkeys([*asked_names(options), *beside]))
+
+
+def has_auto_beside(options: RunOptions) -> bool:
+    """Returns whether the tests of `auto` decide beside the statistics that are asked for."""
+    return options.verdict == "auto" or options.stat == ("merge",)
 
 
 def asked_names(options: RunOptions) -> list[str]:
@@ -72,7 +78,8 @@ def asked_names(options: RunOptions) -> list[str]:
     nothing that is found in the models but their depths: the family of tests is fixed before anything is looked at.
     """
     with_text: tuple[str, ...] = AUTO_WITH_TEXT if has_text(options) else ()
-    stands_for = {
+    stands_for: dict[str, list[str]] = {
+        "merge": [],  # a step of its own: it reads more models than the pair
         "all": [name for name in REGISTRY if name not in COSTLY | LIGHT],
         "auto": [name for name in REGISTRY if name in (*AUTO, *with_text, AUTO_BY_DEPTH, AUTO_BY_EXPERTS)],
     }
@@ -81,9 +88,9 @@ def asked_names(options: RunOptions) -> list[str]:
 
 def tests_chosen(options: RunOptions) -> str:
     """Returns who chose the tests of a run, and when, as a clause: what is chosen by its result proves nothing."""
-    named = [name for name in options.stat if name not in ("auto", "all")]
+    named = [name for name in options.stat if name not in ("auto", "all", "merge")]
     fixed = "fixed before the models were compared"
-    if len(named) < len(options.stat) or options.verdict == "auto":
+    if {"auto", "all"} & set(options.stat) or has_auto_beside(options):
         beside = f", and {', '.join(named)} by name" if named else ""
         return f"{fixed}, by the options and by what each model is without the other{beside}"
     return f"{fixed}: named by whoever ran this"
@@ -250,6 +257,18 @@ def _claim_problems(options: RunOptions) -> list[str]:
         for name, value in asked.items()
         if value
     ]
+
+
+def _merge_problems(options: RunOptions) -> list[str]:
+    given = options.merge.parents or options.merge.base
+    if "merge" not in options.stat:
+        return ["merge.parents and merge.base are read by stat=merge; add merge to stat"] if given else []
+    if not given:
+        return ["stat=merge: base alone has no share to estimate; name other models with merge.parents, or merge.base"]
+    asked = {"permute": options.permute, "disguise": options.disguise, "max_layers": options.max_layers,
+             "component": options.component}  # fmt: skip
+    return [f"stat=merge: it reads models as they are in their files; leave {name} out" for name, value in asked.items()
+            if value]  # fmt: skip
 
 
 def _save_problems(options: RunOptions) -> list[str]:

@@ -22,7 +22,7 @@ from tracing_jax.report.formatting import (
     verdict_word,
 )
 
-TITLES = ("Compared", "Identical tensors", "Verdict", "Effect sizes", "Not tested", "Notes", "Files")
+TITLES = ("Compared", "Identical tensors", "Verdict", "Effect sizes", "Shares", "Not tested", "Notes", "Files")
 """The titles of the parts, in their order."""
 
 SENTENCES: Mapping[str, str] = {
@@ -85,6 +85,7 @@ def findings(record: Mapping[str, Any], saved: bool = True) -> list[Part]:
         "Identical tensors": _identical(record),
         "Verdict": _verdict(record, verdict) if verdict else [],
         "Effect sizes": _effects(record, verdict or {}),
+        "Shares": _shares(record, verdict or {}),
         "Not tested": _not_tested(record, verdict or {}),
         "Notes": [Row((note,)) for note in record["notes"] if not note.startswith(_FOR_THE_LOG)],
         "Files": _files(record) if saved else [],
@@ -169,6 +170,29 @@ def _effects(record: Mapping[str, Any], verdict: Mapping[str, Any]) -> list[Row]
     if perplexity := record.get("perplexity"):
         rows.append(Row(("perplexity", "", ", ".join(_perplexity(*side) for side in perplexity.items()))))
     return rows
+
+
+def _shares(record: Mapping[str, Any], verdict: Mapping[str, Any]) -> list[Row]:
+    """Of which models ft was merged: each possible parent, then part by part where a merge is claimed."""
+    merge = record.get("merge")
+    if not merge:
+        return []
+    rows = [Row((merge["sentence"],))]
+    for part in merge["parts"]:
+        p = part["adjusted_log10_p"]
+        shown = "" if p is None else calibrated_p_text(float(p))
+        why = f"; {part['reason']}" if part.get("reason") else ""
+        rows.append(Row((part["name"], shown, f"{part['word'].replace('_', ' ')}, share {share_text(part)}{why}")))
+    for name, found in ((verdict.get("merged_of") or {}).get("by_part") or {}).items():
+        shares = ", ".join(f"{parent} {share_text(share)}" for parent, share in found["parents"].items())
+        tested = "" if found["tested"] else " (estimated; its units were not tested)"
+        rows.append(Row((f"  {name}", "", found["undefined"] or f"{shares}{tested}")))
+    return rows + [Row(("note", "", note)) for note in merge["notes"]]
+
+
+def share_text(found: Mapping[str, Any]) -> str:
+    """A share with its standard error: `0.565 ± 0.005`."""
+    return "not defined" if found["share"] is None else f"{found['share']:.3f} ± {found['se']:.3f}"
 
 
 def _effect(name: str, sides: Mapping[str, Any], shown: dict[str, str]) -> Row:

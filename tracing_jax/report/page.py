@@ -32,7 +32,7 @@ from tracing_jax.report.html_elements import (
 )
 from tracing_jax.report.maps import maps
 
-_AS_PRINTED = ("Compared", "Identical tensors", "Effect sizes", "Not tested")
+_AS_PRINTED = ("Compared", "Identical tensors", "Effect sizes", "Shares", "Not tested")
 """Parts that the page shows as they are printed; the others have sections of their own."""
 
 _SHOWN = 8  # rows of the evidence that are not folded
