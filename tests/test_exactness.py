@@ -13,6 +13,8 @@ from scipy.optimize import linear_sum_assignment
 from benchmarks import exact_nulls
 from benchmarks.intervals import clopper_pearson, mean_over_pairs, rounds, upper_bound
 from tracing_jax.models import init_params
+from tracing_jax.statistics.distinct_units import all_units
+from tracing_jax.statistics.in_place import in_place
 from tracing_jax.statistics.nulls import spearman
 from tracing_jax.statistics.pvalues import holm
 
@@ -60,6 +62,19 @@ def test_the_check_sees_a_solver_that_knows_the_order_of_units():
         matched = linear_sum_assignment(np.abs(base @ ft.T), maximize=True)[1]
         log_ps.append(spearman(np.arange(40), matched).log_p)
     assert scipy.stats.kstest(np.exp(log_ps), "uniform").pvalue < 1e-6
+
+
+def test_drawn_units_are_exact_whatever_the_other_order_makes_of_them():
+    """Whoever knows which units are drawn can put at their places those of ft that all of base's units prefer."""
+    rng, drawn, log_ps = np.random.default_rng(0), np.arange(0, 60, 5), []
+    preferred = np.where(np.isin(np.arange(60), drawn), 1.0, 0.0)
+    for _ in range(400):
+        similarity = (preferred + 0.1 * rng.random((12, 60))).astype(np.float32)
+        found = in_place(similarity, (all_units(60), all_units(60)), rng, drawn)
+        log_ps.append((found.log_p_agreement, found.log_p_rank))
+    ps = np.exp(np.array(log_ps))
+    for level in (0.02, 0.1, 0.3):
+        assert ((ps <= level).mean(axis=0) <= level + 3 * np.sqrt(level / 400)).all()
 
 
 def test_broken_units_are_what_they_are_called():

@@ -16,14 +16,20 @@ from safetensors.numpy import load_file, save_file
 from transformers import GPT2Config
 
 import tracing_jax as tj
-from tracing_jax import experiment
+from tracing_jax import experiment, options
 from tracing_jax.arch import UnsupportedModelError, read_arch
 from tracing_jax.axes import PERMUTABLE, axis_table
 from tracing_jax.checkpoint import CheckpointError, save_checkpoint
 from tracing_jax.experiment import ConfigError, metadata, steps
 from tracing_jax.experiment.inputs import open_inputs
 from tracing_jax.experiment.steps import IDENTICAL
-from tracing_jax.experiment.validation import make_statistics, statistic_names, with_fitting_blocks, without_needless
+from tracing_jax.experiment.validation import (
+    fitted_to_shapes,
+    make_statistics,
+    statistic_names,
+    too_costly,
+    with_fitting_blocks,
+)
 from tracing_jax.options import RunOptions
 from tracing_jax.record import HashingStoppedError
 from tracing_jax.report import summary
@@ -426,18 +432,22 @@ def test_random_tokens_are_those_of_both_vocabularies(family, tmp_path):
 
 
 def test_auto_is_fixed_by_the_options_and_the_shapes():
-    """A text adds tests of activations, experts the one that assigns MLPs, and width leaves the costly out."""
+    """A text adds tests of activations, experts the one that assigns MLPs; width bounds costs and leaves tests out."""
     without, with_text = (RunOptions(stat=("auto",), dataset=text) for text in (None, "demo"))
     assert set(statistic_names(with_text)) - set(statistic_names(without)) == {"csh"}
     arch = tiny.qwen3_gqa()
     deep, wide = dataclasses.replace(arch, num_layers=3), dataclasses.replace(arch, embed_dim=2048)
     every = make_statistics(without)
-    assert set(every) - set(without_needless(without, every, arch, arch)) == {"match_mlps"}
-    assert without_needless(without, every, tiny.mixtral(), deep) == every
-    costly = {"match_mlps", "csu_procrustes", "match_crossfit"}
-    assert set(every) - set(without_needless(without, every, wide, wide)) == costly
-    asked = dataclasses.replace(without, stat=("auto", "match_all"))
-    assert "match_all" in without_needless(asked, every, arch, arch)
+    assert set(every) - set(fitted_to_shapes(without, every, arch, arch)) == {"match_mlps"}
+    assert fitted_to_shapes(without, every, tiny.mixtral(), deep) == every
+    assert not too_costly(without, every, arch, arch)
+    assert set(too_costly(without, every, wide, arch)) == {"csu_procrustes", "match_crossfit", "match_moments"}
+    assert (every["csu"].units, fitted_to_shapes(without, every, wide, wide)["csu"].units) == (0, 1024)
+    asked = dataclasses.replace(without, stat=("auto", "match_all", "csu"), csu=options.Csu(units=7))
+    assert "match_all" in fitted_to_shapes(asked, every, arch, arch)
+    assert fitted_to_shapes(asked, make_statistics(asked), wide, wide)["csu"].units == 7
+    chosen = dataclasses.replace(without, match=options.Match(units=7))
+    assert fitted_to_shapes(chosen, make_statistics(chosen), wide, wide)["match"].units == 7
 
 
 @pytest.mark.slow

@@ -33,6 +33,15 @@ def pair_of(ft, new_ids=None):
     return Pair(BASE, ft, vocabularies, TOKENS, Compute(make_mesh(1, 1), 8), seed=0, blocks=blocks)
 
 
+@pytest.mark.parametrize("test", [Csu(units=16), Match(forms=("weights",), units=16)])
+def test_some_units_of_base_are_looked_for_among_all_of_fts(test):
+    related, independent = (test.compute(pair_of(ft)) for ft in (RELATED, tiny.model(ARCH, 1)))
+    assert related.tests[0].values["units"] == independent.tests[0].values["units"] == [16] * 3
+    assert min(related.per_layer["values"]) > 0.9
+    assert related.log10_p < -6
+    assert independent.log10_p > -2
+
+
 @pytest.fixture(scope="module")
 def given():
     """The agreeing units of the pair as given, by form and layer."""

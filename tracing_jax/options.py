@@ -80,6 +80,10 @@ class Jsd:
 class Csu:
     """Up-projection rows matched, and the matching compared with the identity; exact."""
 
+    units: int = option(
+        0, "The most units of each of base's layers that are looked for in ft's; 0 takes all.", at_least=0
+    )
+
 
 @dataclass(frozen=True)
 class CsuAll:
@@ -105,6 +109,11 @@ class Match:
         FORMS, "Activations on the text (forward), on shared embeddings (weights), or both.", choices=FORMS
     )
     max_tokens: int = option(16384, "The most shared tokens whose embeddings the weights form uses.", at_least=1)
+    units: int = option(
+        0,
+        "The most units of each of base's layers that the weights form looks for in ft's; 0 takes all.",
+        at_least=0,
+    )
     control_positions: int = option(
         1024, "Positions of each pair of layers that does not correspond, for the null.", at_least=1
     )

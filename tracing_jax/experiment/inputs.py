@@ -24,13 +24,14 @@ from tracing_jax.experiment.models import (
 from tracing_jax.experiment.text import RunText, read_text
 from tracing_jax.experiment.validation import (
     RENAMING,
+    fitted_to_shapes,
     has_text,
     knows_forward_pass,
     make_statistics,
     statistic_names,
     text_readers,
+    too_costly,
     with_fitting_blocks,
-    without_needless,
 )
 from tracing_jax.options import RunOptions
 from tracing_jax.rewrites import Rewrite, arch_after, draw_rewrites
@@ -94,7 +95,7 @@ def open_inputs(options: RunOptions) -> RunInputs:
     options, fitting_notes = with_fitting_blocks(options, base.arch, ft.arch)
     options, unread = _without_unreadable_text(options, base, ft)
     ft_arch = arch_after(disguise, ft.arch)
-    statistics = without_needless(
+    statistics = fitted_to_shapes(
         options, make_statistics(options, knows_forward_pass(base.arch, ft.arch)), base.arch, ft_arch
     )
     needs_text = bool(text_readers(options, statistics)) and not unread
@@ -103,7 +104,8 @@ def open_inputs(options: RunOptions) -> RunInputs:
     tokenizer_base, tokenizer_ft, tokenizer_notes = open_tokenizers(options, base, ft, needs_text)
     vocabularies = shared_vocabulary(base, ft, tokenizer_base, tokenizer_ft)
     without_text = {name: unread for name, statistic in statistics.items() if unread and statistic.needs_tokens}
-    not_applicable = inapplicable(statistics, base.arch, ft_arch, vocabularies) | without_text
+    costly = too_costly(options, statistics, base.arch, ft_arch)
+    not_applicable = inapplicable(statistics, base.arch, ft_arch, vocabularies) | costly | without_text
     not_alignable = "; ".join(_alignment_problems(options, base.arch, ft_arch, vocabularies)) if options.align else None
     return RunInputs(
         base,

@@ -18,6 +18,7 @@ from tracing_jax.record import RunFiles, check_writable
 from tracing_jax.rewrites import Renaming
 from tracing_jax.statistics import (
     AUTO,
+    AUTO_BOUNDS,
     AUTO_BY_DEPTH,
     AUTO_BY_EXPERTS,
     AUTO_SMALL,
@@ -115,17 +116,47 @@ def with_sample_text(options: RunOptions) -> RunOptions:
     return replace(options, dataset=SAMPLE)
 
 
-def without_needless(
+def fitted_to_shapes(
     options: RunOptions, statistics: dict[str, Statistic], base: Arch, ft: Arch
 ) -> dict[str, Statistic]:
-    """Returns the statistics without those that `auto` runs on models of other shapes alone: experts, width."""
+    """Returns the statistics as `auto` runs them on models of these shapes; what is asked for by name stays as it is.
+
+    Without experts there is no need for the statistic that compares every MLP; on wide models the cost of some is
+    bounded by `AUTO_BOUNDS`.
+    """
     needless = set() if base.num_experts or ft.num_experts else {AUTO_BY_EXPERTS}
-    needless |= set(AUTO_SMALL) if max(base.embed_dim, ft.embed_dim) > SMALL_WIDTH else set()
+    wide = _are_wide(base, ft)
     return {
-        name: statistic
+        name: statistic if is_asked_by_name(options, name) or not wide else _bounded(name, statistic)
         for name, statistic in statistics.items()
         if is_asked_by_name(options, name) or name not in needless
     }
+
+
+def too_costly(options: RunOptions, statistics: Mapping[str, Statistic], base: Arch, ft: Arch) -> dict[str, str]:
+    """Returns why `auto` does not run some of the statistics on models of these shapes."""
+    if not _are_wide(base, ft):
+        return {}
+    reason = (
+        f"auto leaves it out for models of more than {SMALL_WIDTH:,} features, since its cost grows with their cube; "
+        "name it to run it"
+    )
+    return {name: reason for name in AUTO_SMALL if name in statistics and not is_asked_by_name(options, name)}
+
+
+def _are_wide(base: Arch, ft: Arch) -> bool:
+    return max(base.embed_dim, ft.embed_dim) > SMALL_WIDTH
+
+
+def _bounded(name: str, statistic: Statistic) -> Statistic:
+    """Returns a statistic with the bounds of `auto`, but for options that have another value than their default."""
+    default = REGISTRY[name]()
+    bounds = {
+        option: bound
+        for option, bound in AUTO_BOUNDS.get(name, {}).items()
+        if getattr(statistic, option) == getattr(default, option)
+    }
+    return replace(statistic, **bounds) if bounds else statistic  # type: ignore[type-var]
 
 
 def is_asked_by_name(options: RunOptions, name: str) -> bool:

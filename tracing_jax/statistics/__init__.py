@@ -53,8 +53,16 @@ AUTO = ("csu", "csu_procrustes", "features_in_place", "heads_in_place", "unseen_
 AUTO_WITH_TEXT = ("csh",)
 """Tests of activations, which `auto` runs beside those where a text is named; `match` then reads the text too."""
 
-AUTO_SMALL = ("csu_procrustes", "match_crossfit")
+AUTO_SMALL = ("csu_procrustes", "match_crossfit", "match_moments")
 """Those of these tests that `auto` runs on models of at most `SMALL_WIDTH` features: their cost grows with its cube."""
+
+AUTO_BOUNDS: Mapping[str, Mapping[str, int]] = {
+    "csu": {"units": 1024},
+    "match": {"units": 1024, "max_tokens": 1024},
+    "match_all": {"units": 256, "positions": 1024},
+    "match_io": {"max_tokens": 1024},
+}
+"""Options that bound the cost of tests where `auto` runs them on wider models, unless they are set otherwise."""
 
 SMALL_WIDTH = 1024
 
@@ -75,6 +83,7 @@ def make_statistic(name: str, options: RunOptions) -> Statistic:
 
 __all__ = [
     "AUTO",
+    "AUTO_BOUNDS",
     "AUTO_BY_DEPTH",
     "AUTO_BY_EXPERTS",
     "AUTO_SMALL",

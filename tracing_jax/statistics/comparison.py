@@ -62,21 +62,39 @@ class Comparison:
 
 
 def live_among(
-    base: DistinctUnits, ft: DistinctUnits, *similarities: Float[Array | np.ndarray, "n m"] | FactoredSimilarity
+    base: DistinctUnits,
+    ft: DistinctUnits,
+    *similarities: Float[Array | np.ndarray, "n m"] | FactoredSimilarity,
+    drawn: Int[np.ndarray, " n"] | None = None,
 ) -> tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"]]:
-    """Returns the distinct units of base and of ft that have a nonzero entry in every one of these matrices."""
+    """Returns the distinct units of base and of ft that have a nonzero entry in every one of these matrices.
+
+    Args:
+      base: the units of base's layer.
+      ft: those of ft's.
+      similarities: of units of base with all of ft's.
+      drawn: the units of base that are the rows; all if None. What is returned are then positions among them.
+    """
     rows, columns = live_units(*similarities)
-    return np.intersect1d(rows, base.kept), np.intersect1d(columns, ft.kept)
+    kept = base.kept if drawn is None else base.among(drawn)
+    return np.intersect1d(rows, kept), np.intersect1d(columns, ft.kept)
 
 
-def against_identity(matching: UnitMatching, num_base: int, num_ft: int, has_copies: bool = False) -> Comparison:
+def against_identity(
+    matching: UnitMatching, num_base: int, num_ft: int, has_copies: bool = False, drawn: bool = False
+) -> Comparison:
     """Returns the comparison of a matching with the identity.
 
     Layers of equal width are compared index by index. Otherwise indices are replaced by their ranks among the matched
     units, since pruning and copying keep the order of the remaining units. Where copies were merged, the places of the
     units left may follow one rule in both models: the null is then that of no more places than units.
+
+    Where only some units of base were drawn, ft's order can depend on which: all that they are matched to may lie at
+    their places. The null is then that of as many places as units.
     """
     p1, p2 = matching.base, matching.ft
+    if num_base == num_ft and drawn:
+        return _compare(p1, p2, len(p1))
     if num_base == num_ft:
         return _compare(p1, p2, max(matching.live_base, matching.live_ft) if has_copies else num_ft)
     return _compare(np.argsort(np.argsort(p1)), np.argsort(np.argsort(p2)), len(p1))

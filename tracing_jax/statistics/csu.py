@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from tracing_jax import options
 from tracing_jax.arch import Arch
@@ -18,6 +18,7 @@ from tracing_jax.axes import AxisTable, axis_table, kind_of
 from tracing_jax.matching import FactoredSimilarity
 from tracing_jax.progress import tqdm, trange
 from tracing_jax.sources import ParamSource, leaf, one_mlp
+from tracing_jax.statistics.agreement import some_units
 from tracing_jax.statistics.comparison import Comparison, bonferroni_log10, one_test, overlapped
 from tracing_jax.statistics.cosine import similarities
 from tracing_jax.statistics.distinct_units import DistinctUnits, all_units, distinct_units
@@ -42,15 +43,22 @@ _Place = tuple[str, bool, Callable[[], "Rows"]]
 
 @dataclass(frozen=True)
 class Rows:
-    """The cosines of all rows of a matrix of base with all of one of ft, and those rows that are compared."""
+    """The cosines of rows of a matrix of base with all of one of ft, and those rows that are compared.
+
+    Attributes:
+      similarity: of all rows of base's matrix, or of those drawn.
+      base, ft: the units that the rows of both matrices are.
+      drawn: the rows of base's matrix that are compared; all if None.
+    """
 
     similarity: Array | np.ndarray | FactoredSimilarity
     base: DistinctUnits
     ft: DistinctUnits
+    drawn: Int[np.ndarray, " n"] | None = None
 
     def compared(self, generator: np.random.Generator) -> Comparison:
         """Returns the comparison of the matching by absolute cosine with the identity."""
-        return in_place(self.similarity, (self.base, self.ft), generator)
+        return in_place(self.similarity, (self.base, self.ft), generator, self.drawn)
 
 
 class Csu(options.Csu):
@@ -60,6 +68,9 @@ class Csu(options.Csu):
     equal index are compared; each has a permutation of its own under the null, so p-values are combined by Fisher. Of a
     layer with experts in both models one expert, drawn from the seed of the run, is compared with that of equal number:
     units are exchangeable inside their expert.
+
+    With `units`, so many of base's units in a layer, drawn from the seed, are looked for among all of ft's. What they
+    are matched to is in random order under the null as before, so that the p-values stay exact.
 
     Source: Zhu et al. 2025 (arXiv 2502.12292), which matches on the signed cosine, in index order.
     """
@@ -83,7 +94,7 @@ class Csu(options.Csu):
 
         def by_layer() -> Iterator[tuple[int, Rows]]:
             for i in trange(kept, layers, desc="csu", unit="layer", initial=kept, total=layers, disable=None):
-                yield i, _rows_of_layer(pair, i)
+                yield i, _rows_of_layer(pair, i, self.units)
 
         def compare(item: tuple[int, Rows]) -> Comparison:
             i, rows = item
@@ -92,11 +103,15 @@ class Csu(options.Csu):
         comparisons = [comparison for i in range(kept) if (comparison := run_cache.load(Comparison, i))]
         comparisons += overlapped(by_layer(), compare)
         found = constrained_result(pair, comparisons, "units whose up-projection stays in place, share")
-        if not any(map(pair.base.arch.has_experts, range(layers))):
-            return found
-        return replace(
-            found, notes=[*found.notes, "of each layer with experts one expert was compared, drawn at random"]
-        )
+        notes = [*found.notes]
+        if any(map(pair.base.arch.has_experts, range(layers))):
+            notes.append("of each layer with experts one expert was compared, drawn at random")
+        if any(map(self._is_drawn, (pair.base.arch.mlp_dim_of(i) for i in range(layers)))):
+            notes.append(f"of each layer {self.units:,} units of base, drawn at random, were looked for in ft")
+        return replace(found, notes=notes)
+
+    def _is_drawn(self, units: int) -> bool:
+        return 0 < self.units < units
 
 
 class CsuAll(options.CsuAll):
@@ -150,10 +165,16 @@ class CsuAll(options.CsuAll):
                 yield place, exact, functools.partial(_rows_of_both, pair, (name, other), tables)
 
 
-def up_rows(base: ParamSource, ft: ParamSource, layer: int) -> Rows:
+def up_rows(base: ParamSource, ft: ParamSource, layer: int, drawn: Int[np.ndarray, " n"] | None = None) -> Rows:
     """Returns the up-projections of a layer of both models, a row per unit, to be compared by their distinct units.
 
     Where the up-projection of either is not known, as in a model that is read by its weights alone, what units write.
+
+    Args:
+      base: the one model.
+      ft: the other.
+      layer: which.
+      drawn: the units of base that are compared; all if None.
     """
     models = (base, ft)
     units = [distinct_units(model, layer) for model in models]
@@ -162,17 +183,26 @@ def up_rows(base: ParamSource, ft: ParamSource, layer: int) -> Rows:
     else:
         down = [model.layer(layer, ("mlp/down_proj/kernel",))["mlp"]["down_proj"]["kernel"] for model in models]
         rows = [found.outputs(side) for found, side in zip(units, down, strict=True)]
-    return Rows(similarities(*rows), *units)
+    ours = rows[0] if drawn is None else rows[0][drawn]
+    return Rows(similarities(ours, rows[1]), *units, drawn)
 
 
-def _rows_of_layer(pair: Pair, layer: int) -> Rows:
-    """Returns the rows of a layer or, if it has experts, of one of them that both models have."""
+def _rows_of_layer(pair: Pair, layer: int, most: int) -> Rows:
+    """Returns the rows of a layer or, if it has experts, of one of them that both models have.
+
+    Args:
+      pair: both models.
+      layer: which.
+      most: the most units of base that are compared; 0 for all.
+    """
+    F = pair.base.arch.mlp_dim_of(layer)
+    drawn = some_units(F, most, pair, "csu", layer) if 0 < most < F else None
     if not pair.base.arch.has_experts(layer):
-        return up_rows(pair.base, pair.ft, layer)
+        return up_rows(pair.base, pair.ft, layer, drawn)
     experts = min(pair.base.arch.num_experts or 0, pair.ft.arch.num_experts or 0)
     reached = reached_experts(pair.base, layer)[:experts] & reached_experts(pair.ft, layer)[:experts]
     expert = int(pair.generator("csu", "expert", layer).choice(np.flatnonzero(reached) if reached.any() else experts))
-    return up_rows(one_mlp(pair.base, layer, expert), one_mlp(pair.ft, layer, expert), 0)
+    return up_rows(one_mlp(pair.base, layer, expert), one_mlp(pair.ft, layer, expert), 0, drawn)
 
 
 def _rows_of_both(pair: Pair, names: tuple[str, str], tables: Sequence[AxisTable]) -> Rows:

@@ -89,6 +89,10 @@ class DistinctUnits:
         """For each unit whether it is kept."""
         return np.isin(np.arange(self.total), self.kept)
 
+    def among(self, drawn: Int[np.ndarray, " n"]) -> Int[np.ndarray, " _"]:
+        """Returns which of the units drawn, as positions among them, are kept."""
+        return np.flatnonzero(self.is_kept[drawn])
+
     def outputs(self, down: Float[Array | np.ndarray, "F D"]) -> Float[Array | np.ndarray, "F D"]:
         """Returns what units write, a row for each: that of a kept unit and its copies together."""
         return down if self.shared is None else self.shared.added(down)

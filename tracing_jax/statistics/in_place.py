@@ -54,18 +54,24 @@ def in_place(
     similarity: Float[Array | np.ndarray, "n m"] | FactoredSimilarity,
     units: tuple[DistinctUnits, DistinctUnits],
     generator: np.random.Generator,
+    drawn: Int[np.ndarray, " n"] | None = None,
 ) -> Comparison:
     """Returns the comparison of the matching of distinct units, by absolute similarity, with the identity.
 
     Args:
-      similarity: of all units of base's layer with all of ft's.
+      similarity: of all units of base's layer, or of those drawn, with all of ft's.
       units: of base and of ft, those that are matched.
       generator: for the matching, and for the units looked at by `placed_beyond_order`.
+      drawn: the units of base that are compared, in increasing order; all if None.
     """
     base, ft = units
-    matching = match_units(similarity, generator, live_among(base, ft, similarity), absolute=True)
-    found = against_identity(matching, base.total, ft.total, has_copies=bool(base.copies or ft.copies))
-    sampled, outstanding = placed_beyond_order(similarity, matching, ft.kept, base.total == ft.total, generator)
+    rows = match_units(similarity, generator, live_among(base, ft, similarity, drawn=drawn), absolute=True)
+    matching = rows if drawn is None else replace(rows, base=drawn[rows.base])
+    has_copies = bool(base.copies or ft.copies)
+    found = against_identity(matching, base.total, ft.total, has_copies, drawn=drawn is not None)
+    sampled, outstanding = placed_beyond_order(
+        similarity, rows, ft.kept, base.total == ft.total, generator, places=matching.base
+    )
     return replace(found, sampled=sampled, outstanding=outstanding).of_units(base, ft)
 
 
@@ -75,22 +81,31 @@ def placed_beyond_order(
     columns: Int[np.ndarray, " _"],
     by_index: bool,
     generator: np.random.Generator,
+    places: Int[np.ndarray, " M"] | None = None,
 ) -> tuple[int, int]:
     """Returns how many pairs of matched units were looked at, and how many stand out at equal places.
 
     Whoever has both models can reorder the units of an independent one until the matching is the identity. Its matched
     units are then as similar as the best of other models, and not more: a pair stands out if it is more similar than
     99 % of the units are to their best partner but the matched one.
+
+    Args:
+      similarity: of units of base with all of ft's.
+      matching: of its rows with its columns.
+      columns: that take part.
+      by_index: whether units are at equal places if their indices are equal; else if their ranks are.
+      generator: draws the pairs that are looked at.
+      places: the units of base that the matched rows are; the rows themselves if None.
     """
     drawn = np.sort(generator.permutation(len(matching.base))[:_LOOKED_AT])
     if not len(drawn) or len(columns) < 2:
         return 0, 0
-    base, ft = matching.base[drawn], matching.ft[drawn]
+    places, ft = matching.base if places is None else places, matching.ft[drawn]
     if by_index:
-        same = base == ft
+        same = places[drawn] == ft
     else:
-        same = np.argsort(np.argsort(matching.base))[drawn] == np.argsort(np.argsort(matching.ft))[drawn]
-    rows = np.abs(_rows_of(similarity, base))
+        same = np.argsort(np.argsort(places))[drawn] == np.argsort(np.argsort(matching.ft))[drawn]
+    rows = np.abs(_rows_of(similarity, matching.base[drawn]))
     own = rows[np.arange(len(drawn)), ft].copy()
     rows[np.arange(len(drawn)), ft] = 0.0
     best_other = rows[:, columns].max(axis=1)

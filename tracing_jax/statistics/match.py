@@ -11,7 +11,7 @@ from tracing_jax.arch import Arch
 from tracing_jax.forward import LayerCorrelations, Sample, correlate, correlations, embedding_correlations
 from tracing_jax.matching import UnitMatching, live_units
 from tracing_jax.run_cache import RunCache
-from tracing_jax.sources import ParamSource
+from tracing_jax.sources import ParamSource, Submodel
 from tracing_jax.statistics.agreement import agreement_tests, matchings
 from tracing_jax.statistics.calibration import (
     BY_CONVERGENCE,
@@ -58,6 +58,9 @@ class Match(options.Match):
     Parametric p-values, of a uniformly random matching, and calibrated ones are reported; the calibrated ones enter the
     verdict, by the smallest over layers, forms and tests after Bonferroni.
 
+    With `units`, the weights form looks for a run of so many units of each of base's layers among all of ft's, at an
+    offset drawn from the seed.
+
     Attributes:
       level: of the verdict; the allowance that control models give is a bound for it.
 
@@ -92,6 +95,8 @@ class Match(options.Match):
             found[form], nulls[form] = layers, null
             tests += form_tests(form, layers, null)
             notes += [f"{form}: {note}" for note in (*null.notes, *unit_notes(layers))]
+            if form == "weights" and self._run_of_units(pair.base.arch, pair) is not None:
+                notes.append(f"weights: of each layer {self.units:,} units of base were looked for in ft")
         if "forward" in found and pair.blocks is not None:
             notes.append(f"forward: positions paired by {pair.blocks.how}")
         best = max(found.values(), key=share_agreeing)
@@ -112,12 +117,13 @@ class Match(options.Match):
     ) -> tuple[list[Comparison], list[Comparison]]:
         """Returns the comparisons of the layers, and of control pairs of layers."""
         samples: dict[int, Samples] = {}
+        run = self._run_of_units(base.arch, pair) if form == "weights" else None
 
         def compare(layer: LayerCorrelations) -> Comparison:
             samples[layer.layer] = layer.samples
             _save_samples(run_cache, layer)
             units = distinct_units(base, layer.layer), distinct_units(ft, layer.layer)
-            return compare_taps(layer.by_tap, pair, ("match", form, layer.layer), units)
+            return compare_taps(layer.by_tap, pair, ("match", form, layer.layer), units, run)
 
         layers = compare_layers(self._correlations(form, base, ft, pair, run_cache), compare, run_cache)
         samples |= {i: _load_samples(run_cache, i) for i in range(len(layers)) if i not in samples}
@@ -134,7 +140,18 @@ class Match(options.Match):
         ids_base, ids_ft = pair.vocabularies.ids_base, pair.vocabularies.ids_ft
         drawn = np.sort(pair.generator("match", "tokens").permutation(len(ids_base))[: self.max_tokens])
         shared, finished = (ids_base[drawn], ids_ft[drawn]), run_cache.count(Comparison)
+        if (run := self._run_of_units(base.arch, pair)) is not None:
+            base = Submodel(base, range(base.arch.num_layers), run, shared[0])
+            shared = np.arange(len(drawn), dtype=shared[0].dtype), shared[1]
         return embedding_correlations(base, ft, shared, TAPS, pair.compute, sample, first=finished)
+
+    def _run_of_units(self, base: Arch, pair: Pair) -> slice | None:
+        """Returns which consecutive units of each of base's layers the weights form takes; None for all."""
+        F = min(base.mlp_dim_of(i) for i in range(base.num_layers))
+        if not 0 < self.units < F:
+            return None
+        start = int(pair.generator("match", "units").integers(F - self.units + 1))
+        return slice(start, start + self.units)
 
     def allowance(self, form: str, pair: Pair) -> tuple[list[float], str]:
         """Returns for each of base's layers the share of units that may agree by convergence, and its source.
@@ -170,13 +187,19 @@ def match_taps(
     pair: Pair,
     names: Sequence[str | int],
     units: tuple[DistinctUnits, DistinctUnits] | None = None,
+    run: slice | None = None,
 ) -> tuple[UnitMatching, UnitMatching]:
     """Returns the matchings by gate and by up correlations, over the live units, and of those `units` if given.
 
-    The generators of both matchings follow from the seed of the run and the names.
+    The generators of both matchings follow from the seed of the run and the names. With `run`, the correlations are
+    those of this range of base's units.
     """
     similarities = {tap: by_tap[tap] for tap in TAPS}
-    live = live_units(*similarities.values()) if units is None else live_among(*units, *similarities.values())
+    if units is None:
+        live = live_units(*similarities.values())
+    else:
+        drawn = None if run is None else np.arange(run.start, run.stop)
+        live = live_among(*units, *similarities.values(), drawn=drawn)
     found = matchings(similarities, pair, names, live, absolute=("up",))
     return found["gate"], found["up"]
 
@@ -186,9 +209,10 @@ def compare_taps(
     pair: Pair,
     names: Sequence[str | int],
     units: tuple[DistinctUnits, DistinctUnits] | None = None,
+    run: slice | None = None,
 ) -> Comparison:
     """Returns the comparison of the matchings by gate and by up correlations; see `match_taps`."""
-    found = against_each_other(*match_taps(by_tap, pair, names, units))
+    found = against_each_other(*match_taps(by_tap, pair, names, units, run))
     return found if units is None else found.of_units(*units)
 
 

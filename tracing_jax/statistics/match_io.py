@@ -11,7 +11,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from tracing_jax import options
 from tracing_jax.arch import Arch
@@ -90,8 +90,9 @@ class MatchIo(options.MatchIo):
         samples: list[tuple[Responses, Responses]] = []
         for i in trange(base.arch.num_layers, desc="match_io", unit="layer", disable=None):
             if (kept := _load(run_cache, i, gated)) is None:
-                sides = [responses(model, i, rows, gated) for model, rows in zip((base, ft), tokens)]
-                kept = self._layer(pair, sides[0], sides[1], ("match_io", name, i))
+                drawn = some_units(base.arch.mlp_dim_of(i), self.units, pair, "match_io", "base")
+                sides = responses(base, i, tokens[0], gated, drawn), responses(ft, i, tokens[1], gated)
+                kept = self._layer(pair, *sides, ("match_io", name, i))
                 _save(run_cache, i, *kept)
             layers.append(kept[0])
             samples.append(kept[1])
@@ -107,7 +108,6 @@ class MatchIo(options.MatchIo):
         self, pair: Pair, ours: Responses, theirs: Responses, names: Sequence[str | int]
     ) -> tuple[Agreements, tuple[Responses, Responses]]:
         """Returns the agreements of a layer, and of both models what the controls need."""
-        ours = _some(ours, self.units, pair, "base")
         found = agreements(similarities(ours, theirs), compared_pairs("gate" in ours), pair, names)
         few = [_first_tokens(side, self.control_tokens) for side in (ours, _some(theirs, self.units, pair, "ft"))]
         return found, (few[0], few[1])
@@ -118,13 +118,17 @@ def compared_pairs(gated: bool) -> list[tuple[str, str]]:
     return [("up", "effect"), ("gate", "effect")] if gated else [("up", "effect")]
 
 
-def responses(model: ParamSource, layer: int, tokens: TokenRows, gated: bool) -> Responses:
-    """Returns what each unit of a layer gives for each token, centred over the tokens."""
-    rows = mlp_rows(model.layer(layer, mlp_row_leaves(model.arch)), model.arch)
-    found = {name: _products(tokens.read, rows[name]) for name in (("gate", "up") if gated else ("up",))}
+def responses(
+    model: ParamSource, layer: int, tokens: TokenRows, gated: bool, drawn: Int[np.ndarray, " n"] | None = None
+) -> Responses:
+    """Returns what each unit of a layer, or each of those drawn, gives for each token, centred over the tokens."""
     units = distinct_units(model, layer)
-    found["effect"] = _products(tokens.effect, units.outputs(rows["down"]))
-    return {name: np.where(units.is_kept, side, 0.0) for name, side in found.items()}  # others are constant: no part
+    rows = mlp_rows(model.layer(layer, mlp_row_leaves(model.arch)), model.arch)
+    rows["down"] = units.outputs(rows["down"])
+    some = slice(None) if drawn is None else drawn
+    found = {name: _products(tokens.read, rows[name][some]) for name in (("gate", "up") if gated else ("up",))}
+    found["effect"] = _products(tokens.effect, rows["down"][some])
+    return {name: np.where(units.is_kept[some], side, 0.0) for name, side in found.items()}  # others: no part
 
 
 def similarities(ours: Responses, theirs: Responses) -> dict[str, Float[np.ndarray, "U U2"]]:
