@@ -184,7 +184,7 @@ def up_rows(base: ParamSource, ft: ParamSource, layer: int, drawn: Int[np.ndarra
         down = [model.layer(layer, ("mlp/down_proj/kernel",))["mlp"]["down_proj"]["kernel"] for model in models]
         rows = [found.outputs(side) for found, side in zip(units, down, strict=True)]
     ours = rows[0] if drawn is None else rows[0][drawn]
-    return Rows(similarities(ours, rows[1]), *units, drawn)
+    return Rows(similarities(ours, rows[1]), units[0], units[1], drawn)
 
 
 def _rows_of_layer(pair: Pair, layer: int, most: int) -> Rows:
@@ -212,7 +212,7 @@ def _rows_of_both(pair: Pair, names: tuple[str, str], tables: Sequence[AxisTable
         distinct_units(model, int(name.split("/")[1])) if _are_units(name, model.arch) else all_units(len(found))
         for model, name, found in zip(models, names, rows, strict=True)
     ]
-    return Rows(similarities(*rows), *units)
+    return Rows(similarities(*rows), units[0], units[1])
 
 
 def unit_rows(layer: Tree, projection: str) -> Float[Array | np.ndarray, "F D"]:

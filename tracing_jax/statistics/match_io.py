@@ -124,7 +124,7 @@ def responses(
     """Returns what each unit of a layer, or each of those drawn, gives for each token, centred over the tokens."""
     units = distinct_units(model, layer)
     rows = mlp_rows(model.layer(layer, mlp_row_leaves(model.arch)), model.arch)
-    rows["down"] = units.outputs(rows["down"])
+    rows["down"] = jnp.asarray(units.outputs(rows["down"]))
     some = slice(None) if drawn is None else drawn
     found = {name: _products(tokens.read, rows[name][some]) for name in (("gate", "up") if gated else ("up",))}
     found["effect"] = _products(tokens.effect, rows["down"][some])
