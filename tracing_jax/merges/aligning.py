@@ -24,11 +24,15 @@ _KERNELS = ("attn/q_proj", "attn/k_proj", "attn/v_proj", "attn/o_proj", "mlp/up_
 
 
 def is_in_place(models: MergeModels, sums: Sums) -> bool:
-    """Returns whether kernels of the child in its first, middle and last layer are like those of another model."""
+    """Returns whether kernels of the child in its first, middle and last layer are like those of another model.
+
+    Experts need not all be like those of the same one: half of them are to be like those of some.
+    """
     L = models.child.arch.num_layers
     names = [f"layers/{i}/{name}/kernel" for i in sorted({0, L // 2, L - 1}) for name in _KERNELS]
-    samples = [np.concatenate(own) for name in names if (own := sums.samples_of(name))]
-    return bool(samples) and all(max(_cosines(sample)) > IN_PLACE for sample in samples)
+    samples = [own for name in names if (own := sums.samples_of(name))]
+    alike = [np.median([max(_cosines(sample)) for sample in experts]) for experts in samples]
+    return bool(samples) and float(min(alike)) > IN_PLACE
 
 
 def with_aligned_child(models: MergeModels, kinds: Sequence[str], seed: int) -> tuple[MergeModels, Sums, list[str]]:

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 from tracing_jax.alignment import AlignmentError
 from tracing_jax.merges.aligning import is_in_place, with_aligned_child
-from tracing_jax.merges.choice import choose
+from tracing_jax.merges.choice import Choice, choose
 from tracing_jax.merges.depth import with_layers_mapped
 from tracing_jax.merges.models import MergeError, MergeModels, Place
 from tracing_jax.merges.normal_equations import Sums, read_sums
 from tracing_jax.merges.parts import Part, parts_of, sentence
-from tracing_jax.merges.recipe import recipe
+from tracing_jax.merges.recipe import moe_recipe, recipe
 from tracing_jax.merges.report import MergeReport
 from tracing_jax.merges.selection import Selection, restricted, select
 from tracing_jax.merges.shares import Shares, estimate, grouped
@@ -65,6 +65,7 @@ def merge_report(
     by_role = grouped(models, sums.tensors, lambda tensor: tensor.place.role)
     by_layer = grouped(models, sums.tensors, lambda tensor: tensor.place.layer)
     both = grouped(models, sums.tensors, lambda tensor: (tensor.place.role, tensor.place.layer))
+    by_expert = _by_expert(models, sums)
     fit = reduce(add, (shares.fit for shares in by_tensor.values()))
     nested: dict[str, dict[str, Any]] = {}
     for (role, layer), shares in both.items():
@@ -79,13 +80,14 @@ def merge_report(
         "parts": [part.as_dict() for part in parts],
         "search": None if selection is None else selection.as_dict(candidates),
         "method": choice.as_dict(),
-        "recipe": recipe(models, choice, both, origin, sums.dtype),
+        "recipe": _recipe(models, sums, choice, both, by_expert, origin),
         "unexplained": fit.unexplained,
         "rounded": fit.rounded,
         "whole": whole.as_dict(models.names),
         "by_role": _as_dicts(by_role, models),
         "by_layer": _as_dicts(by_layer, models),
         "by_role_and_layer": nested,
+        "by_expert": _as_dicts(by_expert, models),
         "by_tensor": _as_dicts(by_tensor, models),
         "left_out": models.left_out,
         "layers": None if models.layers is None else list(models.layers[0]),
@@ -94,6 +96,25 @@ def merge_report(
         "seed": seed,
     }
     return MergeReport(plain(record))
+
+
+def _by_expert(models: MergeModels, sums: Sums) -> Mapping[int, Shares]:
+    """Returns the shares of each expert over all layers, where experts were made of MLPs of dense models."""
+    return grouped(models, sums.tensors, lambda tensor: tensor.place.expert) if models.from_dense else {}
+
+
+def _recipe(
+    models: MergeModels,
+    sums: Sums,
+    choice: Choice,
+    by_place: Mapping[tuple[str, int | None], Shares],
+    by_expert: Mapping[int, Shares],
+    origin: str | None,
+) -> str | None:
+    if not by_expert:
+        return recipe(models, choice, by_place, origin, sums.dtype)
+    others = estimate(models, [tensor for tensor in sums.tensors if tensor.place.expert is None])
+    return moe_recipe(models, by_expert, others, origin, sums.dtype)
 
 
 def _blind(in_place: bool, aligned: bool) -> str | None:
@@ -176,6 +197,8 @@ def _notes(models: MergeModels, by_tensor: Mapping[Any, Shares]) -> list[str]:
         f"shares are undefined in {len(places)} of {len(by_tensor)} tensors, such as {places[0]}: {reason}"
         for reason, places in undefined.items()
     ]
+    if models.from_dense:
+        notes.append("experts of the child are compared, each by itself, with the one MLP that another model has")
     if models.origin is None:
         notes.append("without the base, shares are taken to sum to one over the parents")
     return notes

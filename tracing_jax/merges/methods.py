@@ -115,7 +115,10 @@ def copy(entries: Sequence[Entries], unit: Sequence[np.ndarray]) -> Method:
 
 
 def stitched(entries: Sequence[Entries], unit: Sequence[np.ndarray]) -> Method:
-    """Returns the method by which each layer, the embedding and the head are those of one of the models."""
+    """Returns the method by which each layer, the embedding and the head are those of one of the models.
+
+    Each expert of a layer may be that of another one.
+    """
     groups: dict[str, list[Entries]] = {}
     for own in entries:
         groups.setdefault(_group(own.place), []).append(own)
@@ -200,7 +203,9 @@ def _one(value: np.ndarray) -> tuple[Values, np.ndarray]:
 
 
 def _group(place: Place) -> str:
-    return place.name.split("/")[0] if place.layer is None else f"layers/{place.layer}"
+    if place.layer is None:
+        return place.name.split("/")[0]
+    return f"layers/{place.layer}" + ("" if place.expert is None else f"/experts/{place.expert}")
 
 
 def _absolute(e: Entries, coefficients: np.ndarray) -> float:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from tracing_jax.axes import AxisTable, LeafSpec, axis_table
+from tracing_jax.axes import AxisTable, LeafSpec, axis_table, kind_of
 from tracing_jax.checkpoint import Checkpoint
 from tracing_jax.sources import ParamSource, leaf
 from tracing_jax.sources.lazy_leaves import leaf_slice
@@ -107,10 +107,23 @@ class MergeModels:
                 if theirs is None or theirs not in table.leaves:
                     found[name] = "not every model has it"
                 elif (shape := self._shape(table, table.leaves[theirs])) != wanted:
-                    found[name] = f"shapes {wanted} and {shape}"
+                    if not (self._is_of_experts(spec) and shape == wanted[1:]):
+                        found[name] = f"shapes {wanted} and {shape}"
                 elif "vocab" in spec.axes and self.tokens is None and table.sizes["vocab"] != self._vocab:
                     found[name] = "vocabularies of different sizes, and not all tokenizers could be read"
         return found
+
+    @functools.cached_property
+    def from_dense(self) -> bool:
+        """Whether the child has experts where another model has one MLP, with which each expert is compared."""
+        for place in self.places():
+            spec = self._table.leaves[place.name]
+            if self._is_of_experts(spec):
+                theirs = [
+                    axis_table(m.arch).leaves[str(n)] for m, n in zip(self._others, self._names_in_others(place.name))
+                ]
+                return any(len(other.axes) < len(spec.axes) for other in theirs)
+        return False
 
     def places(self) -> Iterator[Place]:
         """Yields where each leaf stands that is compared."""
@@ -143,14 +156,21 @@ class MergeModels:
         axis = self._outermost_axis(place.name)
         units = self._table.sizes[spec.axes[axis] or ""] if spec.axes else 1
         count = 1 if paired else min(units, 2 ** max(0, math.ceil(math.log2(self._bytes(spec) / SLICE_BYTES))))
+        dense = [self._is_of_experts(spec) and self._is_dense(i, name) for i, (_, name) in enumerate(read)]
         if count == 1:
-            yield Piece(tuple(self._paired(i, spec, leaf(m, n)) for i, (m, n) in enumerate(read)))
+            leaves = [self._paired(i, spec, leaf(m, n)) for i, (m, n) in enumerate(read)]
+            yield Piece(tuple(_of_each(own, len(leaves[0])) if one else own for own, one in zip(leaves, dense)))
             return
         edges = np.linspace(0, units, count + 1).astype(int)
         whole: dict[int, np.ndarray] = {}  # leaves of models that cannot be read in slices
         for start, stop in itertools.pairwise(map(int, edges)):
             span, found = slice(start, stop), []
             for i, (model, name) in enumerate(read):
+                if dense[i]:
+                    if i not in whole:
+                        whole[i] = np.asarray(leaf(model, name))
+                    found.append(_of_each(whole[i], self.shape(place)[0])[(slice(None),) * axis + (span,)])
+                    continue
                 part = None if i in whole else leaf_slice(model, name, axis, span)
                 if part is None:
                     whole.setdefault(i, np.asarray(leaf(model, name)))
@@ -200,6 +220,14 @@ class MergeModels:
         """Returns the shape of a leaf; the vocabulary counts as one token, for tokens are paired."""
         return tuple(1 if axis == "vocab" else table.sizes[axis or ""] for axis in spec.axes)
 
+    def _is_of_experts(self, spec: LeafSpec) -> bool:
+        return bool(spec.axes) and kind_of(spec.axes[0] or "") == "expert"
+
+    def _is_dense(self, model: int, name: str) -> bool:
+        """Returns whether a model has one MLP for the experts of the child; `name` is that of its leaf."""
+        axes = axis_table(self.read_together[model].arch).leaves[name].axes
+        return not (axes and kind_of(axes[0] or "") == "expert")
+
     def _bytes(self, spec: LeafSpec) -> int:
         return 4 * math.prod(self._table.sizes[axis or ""] for axis in spec.axes)
 
@@ -214,3 +242,8 @@ class MergeModels:
         if "vocab" not in spec.axes or self.tokens is None:
             return array
         return array.take(self.tokens[model], axis=spec.axes.index("vocab"))
+
+
+def _of_each(mlp: np.ndarray, experts: int) -> np.ndarray:
+    """Returns the weights of one MLP as those of each of so many experts; nothing is copied."""
+    return np.broadcast_to(mlp, (experts, *mlp.shape))

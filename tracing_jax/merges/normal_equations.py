@@ -180,7 +180,7 @@ def _unit_rows(piece: Piece, shape: Sequence[int], place: Place, seed: int) -> U
     """Returns what some units of the MLP, of a mixture those of one expert, have for some features."""
     *experts, D, F = shape
     generator = np.random.default_rng([seed, place.layer or 0])  # the same units of gate and up
-    chosen = [np.array([int(generator.integers(E))]) for E in experts]
+    chosen = [np.array([(seed + (place.layer or 0)) % E]) for E in experts]  # in turn, so that none is left out
     units = np.sort(generator.permutation(F)[:UNITS])
     chosen += [np.sort(generator.permutation(D)[:FEATURES]), units]
     here, size = chosen[piece.axis] - piece.start, piece.leaves[0].shape[piece.axis]

@@ -20,6 +20,7 @@ _FILTERS = {"norm": "norm", "attention": "self_attn", "mlp": "mlp", "expert": "e
 """Role -> part of the names of its tensors in checkpoints like Llama's; the first that fits a name counts."""
 _SAME = 2e-3  # numbers that differ by less are written as one
 _DIGITS = 4
+_OWNED = 0.05  # shares that are so near to those of one model are those of that model
 
 RoleShares = Mapping[tuple[str, int | None], Shares]
 
@@ -55,7 +56,8 @@ def recipe(
         top = {"merge_method": "linear"}
         given = {str(names[parameters["of"]]): {"weight": 1.0}}
     elif method.name == "stitched":
-        return _stitched({place: names[of] for place, of in parameters["of"].items()}, models, dtype)
+        owners = _of_whole_layers({place: names[of] for place, of in parameters["of"].items()})
+        return None if owners is None else _stitched(owners, models, dtype)
     elif method.name.startswith("linear"):
         top = {"merge_method": "linear"} if origin_name is None else {"merge_method": "task_arithmetic"}
         given = {name: {"weight": weight} for name, weight in zip(models.names, _weights(models, choice, by_place))}
@@ -79,6 +81,44 @@ def recipe(
         top["base_model"] = origin_name
     listed = [{"model": name, **({"parameters": own} if own else {})} for name, own in given.items()]
     return yaml.safe_dump({"models": listed, **top, "dtype": dtype}, sort_keys=False)
+
+
+def moe_recipe(
+    models: MergeModels, by_expert: Mapping[int, Shares], others: Shares, origin_name: str | None, dtype: str
+) -> str | None:
+    """Returns mergekit-moe's configuration of a child whose experts are MLPs of dense models; None if they are not.
+
+    Args:
+      models: those that were compared.
+      by_expert: the shares of each expert, over all layers.
+      others: the shares of what is neither expert nor router.
+      origin_name: of the origin, as the user gave it.
+      dtype: of the child.
+    """
+    owners = [_owner(models, shares, origin_name) for _, shares in sorted(by_expert.items())]
+    base = _owner(models, others, origin_name)
+    if base is None or None in owners:
+        return None
+    given = {
+        "base_model": base,
+        "gate_mode": "random",
+        "dtype": dtype,
+        "experts": [{"source_model": owner} for owner in owners],
+    }
+    return "# for mergekit-moe; the router of the child is made of none of these\n" + yaml.safe_dump(
+        given, sort_keys=False
+    )
+
+
+def _owner(models: MergeModels, shares: Shares, origin_name: str | None) -> str | None:
+    """Returns the model whose weights these are; None if they are of several, or of none."""
+    if shares.undefined or shares.errors.max() > _OWNED:
+        return None
+    units = np.eye(len(models.names))
+    near = [name for name, unit in zip(models.names, units) if np.abs(shares.values - unit).max() < _OWNED]
+    if not near and origin_name is not None and np.abs(shares.values).max() < _OWNED:
+        return origin_name
+    return near[0] if near else None
 
 
 def _weights(models: MergeModels, choice: Choice, by_place: RoleShares) -> list[Any]:
@@ -123,6 +163,16 @@ def _stitched(owners: Mapping[str, str | None], models: MergeModels, dtype: str)
     text = yaml.safe_dump({"slices": slices, "merge_method": "passthrough", "dtype": dtype}, sort_keys=False)
     others = [f"# {place} is that of {owner}\n" for place, owner in owners.items() if not place.startswith("layers/")]
     return "".join(others) + text
+
+
+def _of_whole_layers(owners: Mapping[str, str | None]) -> dict[str, str | None] | None:
+    """Returns the owners of layers as wholes; None where experts of a layer have others: no slices are made of it."""
+    found: dict[str, str | None] = {}
+    for place, owner in owners.items():
+        whole = place.split("/experts/")[0]
+        if found.setdefault(whole, owner) != owner:
+            return None
+    return found
 
 
 def _key(models: MergeModels, place: str) -> tuple[str, int | None]:

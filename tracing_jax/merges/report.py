@@ -13,6 +13,8 @@ from tracing_jax.report.formatting import p_cell
 
 ROLES = ("embedding", "attention", "mlp", "expert", "router", "norm", "head")
 
+_EXPERTS = 16
+"""At most so many experts are shown; the record has all."""
 _NESTED = {"copy", "stitched", "linear", "linear, by tensor"}
 """Methods of which each one contains those before it."""
 
@@ -84,9 +86,12 @@ def text_of(record: Mapping[str, Any]) -> str:
     headers = ["tensors", *names, "unexplained", "condition"]
     rows = [["all", *_cells(record["whole"], names)]]
     rows += [[role, *_cells(record["by_role"][role], names)] for role in ROLES if role in record["by_role"]]
+    rows += [[f"expert {e}", *_cells(shares, names)] for e, shares in list(record["by_expert"].items())[:_EXPERTS]]
     rows += [[f"layer {layer}", *_cells(shares, names)] for layer, shares in record["by_layer"].items()]
     lines += [text_table(rows, headers)]
     lines += _method_lines(record)
+    if len(record["by_expert"]) > _EXPERTS:
+        lines += [f"* of {len(record['by_expert'])} experts the first {_EXPERTS} are shown; the record has all"]
     lines += [f"* {part['name']}: {part['reason']}" for part in record["parts"] if part["reason"]]
     lines += [f"* {note}" for note in record["notes"]]
     return "\n".join(lines)
