@@ -30,7 +30,7 @@ _MODULES = {
         "tokenize",
         "trace",
     ),
-    "alignment": ("Alignment", "AlignmentError", "aligned"),
+    "alignment": ("Alignment", "AlignmentError", "Learning", "aligned", "aligned_base"),
     "axes": ("AxisTable", "axis_table", "table_from_axes"),
     "checkpoint": ("Checkpoint", "CheckpointError"),
     "interpolation": ("interpolate",),

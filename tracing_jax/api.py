@@ -246,8 +246,9 @@ def align(
       kinds: what to undo: `embed`, `mlp`, `kv_heads`, `q_group`, `expert`, `q_latent`, `kv_latent`
         (permutations), `rotation`, `gains`, `scaling`, `values`, `queries`, `copies`, `padding`, `identity`; or `all`,
         or `auto`.
-      evidence: what tells units apart: `weights`, or `activations` on `tokens` (permutations only).
-      how: further arguments of `tracing_jax.alignment.align`: `tokens`, `compute`, `shared`, `seed`.
+      evidence: what tells units apart: `weights`, or `activations` on `tokens` (permutations only). `learned` trains
+        the maps on `tokens`, from the alignment by weights.
+      how: further arguments of `tracing_jax.alignment.align`: `tokens`, `compute`, `shared`, `seed`, `learning`.
 
     Raises:
       ValueError: the models cannot be aligned, or the aligned model would compute another function.

@@ -261,6 +261,22 @@ class Merge:
     base: str | None = option(None, "The model that the parents were made from, if it is known; it may be base.")
 
 
+@dataclass(frozen=True)
+class Learned:
+    """`align_evidence=learned`: the maps of an alignment by weights, trained on the loss between the models."""
+
+    dataset: str | None = option(
+        None,
+        "The text to learn from, named as dataset is, or demo-training; by default the run's own text, behind what the "
+        "statistics read.",
+    )
+    num_tokens: int = option(524288, "The most tokens to learn from; a part is held out for early stopping.", above=0)
+    steps: int = option(600, "Steps of Adam, at most.", at_least=1)
+    batch: int = option(16, "Blocks of a step.", at_least=1)
+    rate: float = option(0.01, "Learning rate; it falls to zero along a cosine.", above=0)
+    ends: str = option("ft", "Which models are mapped: ft, or both.", choices=("ft", "both"))
+
+
 STATISTICS: Mapping[str, type] = {
     "mode": Mode, "cos": Cos, "emb": Emb, "jsd": Jsd, "csu": Csu, "csu_all": CsuAll, "csh": Csh, "match": Match,
     "match_all": MatchAll, "match_mlps": MatchMlps, "match_moments": MatchMoments, "match_io": MatchIo,
@@ -279,7 +295,7 @@ _models, _statistics, _text, _rewrites, _computing, _output = (
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The options of a run: the general ones, and a section for the mesh and for each statistic.
+    """The options of a run: the general ones, and a section for the mesh, learned alignments and each statistic.
 
     Example:
       >>> options = tj.RunOptions.from_config({"stat": "csu, match", "match": {"max_tokens": 4096}})
@@ -362,8 +378,15 @@ class RunOptions:
         "the weights, else all).",
         choices=ALIGNABLE,
     )
-    align_evidence: str = _rewrites("weights", "What the alignment is found from.", choices=("weights", "activations"))
-    save_aligned: str | None = _rewrites(None, "A folder to write the aligned model to, as a checkpoint.")
+    align_evidence: str = _rewrites(
+        "weights",
+        "What the alignment is found from. learned: gradient descent on the loss between the models, from an alignment "
+        "by weights (section learned).",
+        choices=("weights", "activations", "learned"),
+    )
+    save_aligned: str | None = _rewrites(
+        None, "A folder to write the aligned model to, as a checkpoint; base, if it is mapped too, to FOLDER-base."
+    )
 
     batch_size: int = _computing(8, "Blocks in flight.", at_least=1)
     memory: str = _computing(
@@ -384,6 +407,7 @@ class RunOptions:
     )
 
     mesh: Mesh = Mesh()
+    learned: Learned = Learned()
     mode: Mode = Mode()
     cos: Cos = Cos()
     emb: Emb = Emb()
@@ -458,6 +482,7 @@ class RunOptions:
             block_size=128,
             batch_size=16,
             save="runs/{stat}-demo.p",
+            learned=replace(self.learned, dataset="demo-training"),
             mode=replace(self.mode, attn=True, emb=True),
             perm_mode_l2=replace(self.perm_mode_l2, attn=True, emb=True),
         )

@@ -2,27 +2,27 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 import numpy as np
 from absl import logging
 from jaxtyping import Int
 
 from tracing_jax.alignment.activation_matching import match_activations
-from tracing_jax.alignment.applicability import alignment_problems, beyond_permutations, supported
+from tracing_jax.alignment.applicability import MAPS, alignment_problems, beyond_permutations, supported
 from tracing_jax.alignment.expansions import remove_expansions
 from tracing_jax.alignment.float64_leaves import cosines
+from tracing_jax.alignment.learning import LEAST_BLOCKS, Learned, Learning, learn
 from tracing_jax.alignment.result import Alignment, Evidence, cosines_by_kind, undone_by
 from tracing_jax.alignment.rewrite_estimation import estimate_rewrites, gains_of
-from tracing_jax.arch import Arch
 from tracing_jax.axes import PERMUTABLE, axis_table
 from tracing_jax.forward import check_function
 from tracing_jax.matching import Shared, match_weights
 from tracing_jax.rewrites import Permutation, Rewrite, reorders_only
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sharding import Compute, make_mesh
-from tracing_jax.sources import ParamSource, in_memory, params_of, rewritten
+from tracing_jax.sources import ParamSource, in_memory, is_resident, params_of, rewritten
 
 LOGITS_TOLERANCE = 1e-3
 """The most that a permutation may move ft's logits, relative to the largest. It only reorders sums, which moves float32
@@ -45,6 +45,7 @@ def align(
     shared: Shared | None = None,
     seed: int = 0,
     run_cache: RunCache | None = None,
+    learning: Learning | None = None,
 ) -> Alignment:
     """Returns the rewrites of these kinds that align ft to base, proven to keep ft's function.
 
@@ -53,20 +54,31 @@ def align(
       ft: the model to align; it is not changed (see `aligned`).
       kinds: of `KINDS`; or `all` or `auto` alone. Every kind named is estimated, needed or not, and left out where
         base's family does not support it. `rotation` includes `gains`.
-      evidence: what units are compared by: the weights, or the activations on `tokens` (permutations only).
-      tokens: the blocks both models read; activations only.
+      evidence: what units are compared by: the weights, or the activations on `tokens` (permutations only). `learned`
+        starts from the weights and lowers the loss between the models on `tokens` by gradient descent on the maps
+        among `kinds`; both models must be in memory.
+      tokens: the blocks both models read; activations and learned only. A loss along the path that is to mean
+        something is taken on other text.
       compute: where and how the activations are computed. By default float32 on one device.
       shared: pairs of ids of tokens that mean the same, if the vocabularies differ; weights only.
       seed: draws the tokens of the proof.
       run_cache: where the permutations found by weights are kept, for a second start.
+      learning: steps, rate and ends of `learned`.
 
     Raises:
       ValueError: models that cannot be aligned, arguments that do not fit (all at once), or an aligned model whose
         logits are not ft's own.
       AlignmentError: surplus units or layers of ft are not inactive, or the models share no token.
     """
-    _check(base.arch, ft.arch, kinds, evidence, tokens)
-    if beyond_permutations(kinds):
+    _check(base, ft, kinds, evidence, tokens)
+    if evidence == "learned":
+        assert tokens is not None
+        start = _rewritten_by_weights(base, ft, kinds, shared, seed)
+        settings, compute = learning or Learning(), compute or Compute(make_mesh())
+        maps = supported(kinds, base.arch)[0] & MAPS.keys()
+        learned = learn(base, in_memory(rewritten(ft, start.rewrites)), maps, tokens, settings, compute, seed)
+        found = _with_learned(base, ft, start, learned, shared, seed)
+    elif beyond_permutations(kinds):
         found = _rewritten_by_weights(base, ft, kinds, shared, seed)
     elif evidence == "weights":
         found = _matched_by_weights(base, ft, kinds, shared, seed, run_cache)
@@ -98,6 +110,29 @@ def _matched_by_weights(
     rewrites = (Permutation(matching.permutations),)
     moved = _prove(ft, rewrites, seed)
     return Alignment(rewrites, "weights", matching.objective, moved, matching.left_out, matching.converged)
+
+
+def _with_learned(
+    base: ParamSource, ft: ParamSource, start: Alignment, learned: Learned, shared: Shared | None, seed: int
+) -> Alignment:
+    """Returns the alignment that continues `start` by what was learnt, proven at both ends."""
+    rewrites = start.rewrites + learned.rewrites
+    moved = [_prove(ft, rewrites, seed)]
+    if learned.base_rewrites:
+        moved.append(_prove(base, learned.base_rewrites, seed))
+    new_base, new_ft = rewritten(base, learned.base_rewrites), rewritten(ft, rewrites)
+    barriers = learned.barriers
+    report = {"ends": "both" if learned.base_rewrites else "ft", "steps": learned.steps, "best_step": learned.best_step}
+    return replace(
+        start,
+        rewrites=rewrites,
+        evidence="learned",
+        objective=barriers,
+        logits_moved=max(moved),
+        undone={**start.undone, "learned": report},
+        likeness=cosines_by_kind(cosines(base, ft, shared), cosines(new_base, new_ft, shared)),
+        base_rewrites=learned.base_rewrites,
+    )
 
 
 @dataclass(frozen=True)
@@ -165,13 +200,30 @@ def _prove(ft: ParamSource, rewrites: Sequence[Rewrite], seed: int) -> float:
     return check_function(ft, rewritten(ft, rewrites), seed=seed, tolerance=tolerance)
 
 
-def _check(base: Arch, ft: Arch, kinds: Sequence[str], evidence: str, tokens: np.ndarray | None) -> None:
-    lines = []
-    if evidence not in ("weights", "activations"):
-        lines.append(f"evidence {evidence!r} is not one of weights, activations")
-    if evidence == "activations" and tokens is None:
-        lines.append("evidence by activations needs tokens for both models to read")
-    if evidence == "activations" and (beyond := beyond_permutations(kinds)):
+def _check(base: ParamSource, ft: ParamSource, kinds: Sequence[str], evidence: str, tokens: np.ndarray | None) -> None:
+    lines, beyond = [], beyond_permutations(kinds)
+    if evidence not in get_args(Evidence):
+        lines.append(f"evidence {evidence!r} is not one of {', '.join(get_args(Evidence))}")
+    if evidence in ("activations", "learned") and tokens is None:
+        lines.append(f"evidence by {evidence} needs tokens for both models to read")
+    if evidence == "activations" and beyond:
         lines.append(f"{', '.join(beyond)}: estimated from weights alone; activations tell permutations")
-    if lines := lines + alignment_problems(base, ft, kinds):
+    if evidence == "learned":
+        lines += _not_learnable(base, ft, kinds, tokens)
+    if lines := lines + alignment_problems(base.arch, ft.arch, kinds):
         raise ValueError("cannot align these models:\n  " + "\n  ".join(lines))
+
+
+def _not_learnable(base: ParamSource, ft: ParamSource, kinds: Sequence[str], tokens: np.ndarray | None) -> list[str]:
+    """Returns why an alignment between these models cannot be learnt; empty if it can."""
+    lines = []
+    if not supported(kinds, base.arch)[0] & MAPS.keys():
+        lines.append(f"{', '.join(kinds)}: nothing that can be learnt; choose all, or some of {', '.join(MAPS)}")
+    if streamed := [side for side, source in (("base", base), ("ft", ft)) if not is_resident(source)]:
+        lines.append(
+            f"evidence learned: {' and '.join(streamed)} would be streamed, and the gradient of a loss between the "
+            "models needs all layers of both in memory; load them whole"
+        )
+    if tokens is not None and len(tokens) < LEAST_BLOCKS:
+        lines.append(f"{len(tokens)} blocks of text to learn an alignment from, expected at least {LEAST_BLOCKS}")
+    return lines

@@ -24,7 +24,7 @@ from tracing_jax.rewrites import (
 )
 from tracing_jax.sources import ParamSource, rewritten
 
-Evidence = Literal["weights", "activations"]
+Evidence = Literal["weights", "activations", "learned"]
 
 Gains = Mapping[str, np.ndarray]
 """Norm -> its gain."""
@@ -38,11 +38,13 @@ class Alignment:
       rewrites: from left to right; `aligned` applies them to ft.
       evidence: what the units were compared by.
       objective: similarity of the paired units: first as given, then after each step. For weights, the sum over leaves
-        of their cosine; for activations, the mean correlation of paired units (one sweep).
+        of their cosine; for activations, the mean correlation of paired units (one sweep). For learned, the barrier
+        between the models on text held out from the learning, nats per token: at its start, then at each check.
       logits_moved: greatest change of any logit of ft, relative to max(1, its greatest logit).
       left_out: what the comparison of weights went without, or was not aligned -> why.
       converged: no single axis could be improved; False if the descent was stopped before.
       undone: name -> numbers about each disguise that the rewrites undo, plain data.
+      base_rewrites: of base, where both ends were mapped; see `aligned_base`.
       likeness: kind of leaf, such as `mlp/up_proj/kernel` -> mean over layers of its cosine with base before (None if
         their shapes differ) and after; empty where permutations alone were asked for.
 
@@ -62,6 +64,7 @@ class Alignment:
     converged: bool = True
     undone: Mapping[str, Any] = field(default_factory=dict)
     likeness: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    base_rewrites: tuple[Rewrite, ...] = ()
 
     @property
     def permutations(self) -> Permutations:
@@ -72,7 +75,7 @@ class Alignment:
     @property
     def reorders_only(self) -> bool:
         """Whether the rewrites change nothing but the order of units."""
-        return reorders_only(self.rewrites)
+        return reorders_only(self.rewrites + self.base_rewrites)
 
     @property
     def share_moved(self) -> dict[str, float]:
@@ -83,7 +86,9 @@ class Alignment:
     def arrays(self) -> dict[str, np.ndarray]:
         """The permutations by axis, and the data of all other rewrites by their name and place."""
         others = [rewrite for rewrite in self.rewrites if rewrite is not self._permutation]
-        return {axis: np.asarray(p) for axis, p in self.permutations.items()} | rewrite_arrays(others)
+        of_base = {f"base/{name}": array for name, array in rewrite_arrays(self.base_rewrites).items()}
+        permutations = {axis: np.asarray(p) for axis, p in self.permutations.items()}
+        return permutations | rewrite_arrays(others) | of_base
 
     @property
     def _permutation(self) -> Permutation | None:
@@ -110,6 +115,14 @@ def aligned(ft: ParamSource, alignment: Alignment) -> ParamSource:
       True
     """
     return rewritten(ft, alignment.rewrites)
+
+
+def aligned_base(base: ParamSource, alignment: Alignment) -> ParamSource:
+    """Returns base after the rewrites of an alignment by which both ends were mapped; else base itself.
+
+    A base with a tied head must be untied where ft's head was (see `rewrites.Untying`).
+    """
+    return rewritten(base, alignment.base_rewrites) if alignment.base_rewrites else base
 
 
 def rewrite_arrays(rewrites: Sequence[Rewrite]) -> dict[str, np.ndarray]:

@@ -35,7 +35,7 @@ def estimate_rewrites(
     """
     aligns_features, rotates = bool({"embed", "rotation"} & set(kinds)), "rotation" in kinds
     folds = "gains" in kinds
-    base_view, ft_view = (in_float64(source, _folding(source) if folds else ()) for source in (base, ft))
+    base_view, ft_view = (in_float64(source, folding(source) if folds else ()) for source in (base, ft))
     R, maps = None, BlockMaps()
     for last in [False] * (_REFINEMENTS if aligns_features else 0) + [True]:
         if aligns_features and R is None:
@@ -50,7 +50,7 @@ def estimate_rewrites(
     rewrites += [Permutation(permutations)] if permutations else []
     rewrites += [rewrite for rewrite in maps.rewrites if not isinstance(rewrite, Permutation)]
     if folds:
-        rewrites.append(setting(in_float64(ft, rewrites), _without_zeros(gains_of(base))))
+        rewrites.append(setting(in_float64(ft, rewrites), without_zeros(gains_of(base))))
     return tuple(rewrites), maps.left_out
 
 
@@ -86,12 +86,12 @@ def setting(source: ParamSource, gains: Mapping[str, np.ndarray]) -> GainSetting
     return GainScaling({norm: np.where(found[norm] == 0, 1.0, new / found[norm]) for norm, new in gains.items()})
 
 
-def _folding(source: ParamSource) -> list[Rewrite]:
+def folding(source: ParamSource) -> list[Rewrite]:
     """Returns the rewrite that folds all gains into the leaves behind their norms."""
     return [setting(source, {norm: np.ones(source.arch.embed_dim) for norm in foldable_norms(source.arch)})]
 
 
-def _without_zeros(gains: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def without_zeros(gains: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns the gains with ones in place of zeros, which no leaf behind the norm could make up for."""
     return {norm: np.where(gain == 0, 1.0, gain) for norm, gain in gains.items()}
 

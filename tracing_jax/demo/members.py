@@ -17,7 +17,8 @@ from tracing_jax.checkpoint import save_checkpoint
 from tracing_jax.demo.cache import cached_folder, training_device
 from tracing_jax.demo.recipe import DEFAULT, Recipe, train_tokenizer, write_config_and_tokenizer
 from tracing_jax.demo.texts import base_text, finetune_text, split
-from tracing_jax.demo.training import Training, init, mean_loss, train, unigram_entropy
+from tracing_jax.demo.training import Training, init, train, unigram_entropy
+from tracing_jax.forward import mean_loss
 from tracing_jax.rewrites import permute, random_permutations
 from tracing_jax.sources import InMemory
 from tracing_jax.tree import Tree
@@ -89,6 +90,15 @@ def held_out_text(cache_dir: str | None = None, recipe: Recipe = DEFAULT) -> Pat
         (folder / "text.txt").write_bytes(_alternating(*parts).encode())
 
     return cached_folder("demo-text", recipe, cache_dir, build) / "text.txt"
+
+
+def training_text(cache_dir: str | None = None, recipe: Recipe = DEFAULT) -> Path:
+    """Returns a file with the text that base and the independent model of a recipe are trained on."""
+
+    def build(folder: Path) -> None:
+        (folder / "text.txt").write_bytes("".join(split(base_text(), recipe.base_pieces)[0]).encode())
+
+    return cached_folder("demo-training-text", recipe, cache_dir, build) / "text.txt"
 
 
 def _alternating(pieces: list[str], others: list[str]) -> str:

@@ -14,10 +14,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from tracing_jax.arch import Arch
 from tracing_jax.demo.recipe import Recipe
-from tracing_jax.forward import final_hidden, head_logits, head_of
+from tracing_jax.forward import mean_loss
 from tracing_jax.models import init_params
 from tracing_jax.progress import tqdm
-from tracing_jax.sources import InMemory
 from tracing_jax.tree import Tree
 
 if TYPE_CHECKING:
@@ -88,17 +87,6 @@ def train_step(
     loss, gradients = jax.value_and_grad(functools.partial(mean_loss, arch))(params, tokens)
     updates, state = optimizer(recipe).update(gradients, state, params)
     return optax.apply_updates(params, jax.tree.map(lambda update: rate * update, updates)), state, loss
-
-
-@functools.partial(jax.jit, static_argnames="arch")
-def mean_loss(arch: Arch, params: Tree, tokens: Int[Array, "B T"]) -> Float[Array, ""]:
-    """Returns the mean loss of the predicted tokens, in nats."""
-    import optax
-
-    model = InMemory(arch, params)
-    (hidden,) = final_hidden(model, [tokens], jnp.float32)
-    logits = head_logits(arch, head_of(model), hidden)
-    return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()
 
 
 def unigram_entropy(tokens: Int[np.ndarray, "N T"]) -> float:

@@ -1,16 +1,17 @@
 """Step 4: the fine-tuned model aligned to base; and step 7, the aligned model as a checkpoint."""
 
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from tracing_jax.alignment import Alignment, AlignmentError, align, aligned
+from tracing_jax.alignment import Alignment, AlignmentError, Ends, Evidence, Learning, align, aligned, aligned_base
 from tracing_jax.checkpoint import save_checkpoint
 from tracing_jax.experiment.inputs import RunInputs
 from tracing_jax.experiment.loading import reordered
+from tracing_jax.experiment.validation import base_folder
 from tracing_jax.options import RunOptions
 from tracing_jax.rewrites import Permutation, Untying
 from tracing_jax.run_cache import RunCache
@@ -31,12 +32,13 @@ def align_ft(options: RunOptions, inputs: RunInputs, pair: Pair) -> tuple[Pair, 
             pair.base,
             pair.ft,
             options.align_axes,
-            evidence="activations" if options.align_evidence == "activations" else "weights",
-            tokens=pair.tokens,
+            evidence=cast(Evidence, options.align_evidence),
+            tokens=pair.tokens if inputs.learning_tokens is None else inputs.learning_tokens,
             compute=pair.compute,
             shared=shared,
             seed=options.seed,
             run_cache=pair.run_cache.scope("align"),
+            learning=_learning(options),
         )
     except AlignmentError as error:
         inputs.notes.append(f"not aligned: {error}")
@@ -45,11 +47,20 @@ def align_ft(options: RunOptions, inputs: RunInputs, pair: Pair) -> tuple[Pair, 
     return _aligned_pair(inputs, replace(pair, run_cache=pair.run_cache.scope("aligned")), alignment), alignment
 
 
-def write_aligned(options: RunOptions, inputs: RunInputs, pair: Pair) -> None:
-    """Step 7: the aligned model as a checkpoint. Last: an interrupted run may not find its folder there already."""
+def _learning(options: RunOptions) -> Learning:
+    asked = options.learned
+    return Learning(asked.steps, asked.batch, asked.rate, ends=cast(Ends, asked.ends))
+
+
+def write_aligned(options: RunOptions, inputs: RunInputs, pair: Pair, alignment: Alignment) -> None:
+    """Step 7: the aligned model, and base if it was mapped too. Last: a second start finds no folder there."""
     assert options.save_aligned is not None
     save_checkpoint(options.save_aligned, pair.ft, companions=inputs.ft.folder)
     inputs.notes.append(f"the aligned model is in {options.save_aligned}")
+    if alignment.base_rewrites:
+        folder = base_folder(options.save_aligned)
+        save_checkpoint(folder, pair.base, companions=inputs.base.folder)
+        inputs.notes.append(f"base was mapped too; it is in {folder}")
 
 
 def _save_alignment(run_cache: RunCache, alignment: Alignment) -> None:
@@ -74,6 +85,9 @@ def _aligned_pair(inputs: RunInputs, pair: Pair, alignment: Alignment) -> Pair:
         return replace(pair, ft=reordered(pair.ft, alignment.rewrites), aligned=True)
     ft = in_memory(placed(aligned(pair.ft, alignment), pair.compute.mesh), "aligning")
     base = pair.base
+    if alignment.base_rewrites:
+        base = in_memory(placed(aligned_base(base, alignment), pair.compute.mesh), "mapping base")
+        inputs.notes.append("aligned, base was mapped as well; its function is unchanged")
     if base.arch.tied and not ft.arch.tied:
         base = _untied(in_memory(base), pair.compute.mesh)  # both models are resident already
         inputs.notes.append(

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 import jax
+import numpy as np
 
 from tracing_jax.alignment import alignment_problems, beyond_permutations
 from tracing_jax.arch import Arch, head_problem, length_problem
@@ -21,7 +22,7 @@ from tracing_jax.experiment.models import (
     shared_vocabulary,
     tokenizer_can_be_read,
 )
-from tracing_jax.experiment.text import RunText, read_text
+from tracing_jax.experiment.text import RunText, read_learning_text, read_text
 from tracing_jax.experiment.validation import (
     RENAMING,
     fitted_to_shapes,
@@ -50,6 +51,7 @@ class RunInputs:
       not_alignable: why ft cannot be aligned to base; None if it can, or is not to be.
       vocabularies: how the tokens correspond.
       text: None if nothing reads text.
+      learning_tokens: the blocks that an alignment is learnt from; None if none is learnt.
       controls: models that are known to be independent of both.
       needs_resident: whether what is to be undone is found with both models in memory only.
       reads_part_only: whether the statistics look at a small part of the weights.
@@ -65,6 +67,7 @@ class RunInputs:
     not_alignable: str | None
     vocabularies: Vocabularies
     text: RunText | None
+    learning_tokens: np.ndarray | None
     controls: tuple[Checkpoint, ...]
     needs_resident: bool
     reads_part_only: bool
@@ -99,9 +102,10 @@ def open_inputs(options: RunOptions) -> RunInputs:
         options, make_statistics(options, knows_forward_pass(base.arch, ft.arch)), base.arch, ft_arch
     )
     needs_text = bool(text_readers(options, statistics)) and not unread
-    if lines := _option_problems(options, base, ft, needs_text):
+    learns = options.align and options.align_evidence == "learned"
+    if lines := _option_problems(options, base, ft, needs_text or learns):
         raise ConfigError("\n  ".join(["the config does not fit the models:", *lines]))
-    tokenizer_base, tokenizer_ft, tokenizer_notes = open_tokenizers(options, base, ft, needs_text)
+    tokenizer_base, tokenizer_ft, tokenizer_notes = open_tokenizers(options, base, ft, needs_text or learns)
     vocabularies = shared_vocabulary(base, ft, tokenizer_base, tokenizer_ft)
     without_text = {name: unread for name, statistic in statistics.items() if unread and statistic.needs_tokens}
     costly = too_costly(options, statistics, base.arch, ft_arch)
@@ -116,6 +120,7 @@ def open_inputs(options: RunOptions) -> RunInputs:
         not_alignable,
         vocabularies,
         text=read_text(options, tokenizer_base, tokenizer_ft, vocabularies) if needs_text else None,
+        learning_tokens=read_learning_text(options, tokenizer_base) if learns and not not_alignable else None,
         controls=open_controls(options, base, tokenizer_base),
         needs_resident=options.align and bool(beyond_permutations(options.align_axes)),
         reads_part_only=reads_part_only(options),
@@ -149,12 +154,16 @@ def _without_unreadable_text(options: RunOptions, base: Checkpoint, ft: Checkpoi
     The tests that need no text are then the answer, and statistics that need one do not apply, those beside `auto` too.
     An error is raised where `auto` was not asked for, and by an evaluation or an alignment that needs the text.
     """
-    if "auto" not in options.stat or not has_text(options) or options.eval or options.align_evidence == "activations":
+    if "auto" not in options.stat or not has_text(options) or options.eval or _alignment_reads_text(options):
         return options, ""
     unread = [model.id for model in (base, ft) if not tokenizer_can_be_read(options, model)]
     if not unread:
         return options, ""
     return replace(options, dataset=None, dataset_id=None), f"no tokenizer of {' and '.join(unread)} can be read"
+
+
+def _alignment_reads_text(options: RunOptions) -> bool:
+    return options.align_evidence in ("activations", "learned")
 
 
 def _same_files(base: Checkpoint, ft: Checkpoint) -> bool:
@@ -204,8 +213,11 @@ def _alignment_problems(options: RunOptions, base: Arch, ft: Arch, vocabularies:
     lines = alignment_problems(base, ft, options.align_axes)
     if vocabularies.known and len(vocabularies.ids_base) == 0:
         lines.append("the vocabularies share no token, so that no row of the embeddings has a counterpart")
-    if options.align_evidence == "activations" and not vocabularies.same:
-        lines.append("different tokenizers: activations need both models to read the same ids; use weights")
+    if _alignment_reads_text(options) and not vocabularies.same:
+        lines.append(
+            f"different tokenizers: align_evidence={options.align_evidence} needs both models to read the same ids; "
+            "use weights"
+        )
     return lines
 
 

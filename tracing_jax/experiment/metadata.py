@@ -118,10 +118,12 @@ def token_facts(inputs: RunInputs) -> dict[str, Any] | None:
 
 def alignment_facts(alignment: Alignment) -> dict[str, Any]:
     """Returns everything about an alignment but its arrays."""
-    names = [field.name for field in fields(alignment) if field.name != "rewrites"]
+    names = [field.name for field in fields(alignment) if not field.name.endswith("rewrites")]
     # Where units were only permuted, `share_moved` has them by axis kind.
     rewrites = [] if alignment.reorders_only else [rewrite.name for rewrite in alignment.rewrites]
     facts = {"axes": sorted(alignment.share_moved), "rewrites": rewrites, "share_moved": alignment.share_moved}
+    if alignment.base_rewrites:
+        facts["base_rewrites"] = [rewrite.name for rewrite in alignment.base_rewrites]
     return facts | {name: getattr(alignment, name) for name in names}
 
 

@@ -147,7 +147,7 @@ def run_steps(
                 found.perplexity = _perplexities(inputs, pair)
         if options.save_aligned and found.alignment is not None:
             with timer.step("write aligned"):
-                write_aligned(options, inputs, pair)
+                write_aligned(options, inputs, pair, found.alignment)
         with timer.step("hashes"):
             found.models = model_facts()
     return found

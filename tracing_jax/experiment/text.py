@@ -1,12 +1,14 @@
 """The text of a run as both models read it: blocks of each one's tokens, and positions that correspond."""
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from tracing_jax import demo
+from tracing_jax.alignment import LEAST_BLOCKS
 from tracing_jax.data import (
     RANDOM,
     SAMPLE,
@@ -23,6 +25,9 @@ from tracing_jax.data import (
 from tracing_jax.dataclass_options import ConfigError
 from tracing_jax.options import RunOptions
 from tracing_jax.statistics import Vocabularies
+
+DEMO_TRAINING = "demo-training"
+"""The text that the demo's base and independent models were trained on."""
 
 # No tokenizer averages more over a text; reading stops there, however large the data set is.
 _MAX_CHARS_PER_TOKEN = 32
@@ -61,6 +66,33 @@ def read_text(options: RunOptions, tokenizer_base: Any, tokenizer_ft: Any, vocab
     return RunText(base, ft, paired_on_bytes(documents, tokenizer_base, tokenizer_ft, **sizes))
 
 
+def read_learning_text(options: RunOptions, tokenizer: Any) -> Int[np.ndarray, "N T"]:
+    """Returns the blocks that an alignment is learnt from: other text than that of the statistics.
+
+    Raises:
+      ConfigError: there is not enough of it.
+      ValueError, OSError: the text cannot be read.
+    """
+    wanted, size = options.learned, options.block_size
+    first = 0 if wanted.dataset else options.num_tokens // size
+    total = first * size + wanted.num_tokens
+    reading = replace(options, num_tokens=total)
+    if wanted.dataset:
+        reading = replace(
+            reading, dataset=wanted.dataset, dataset_id=None, dataset_subset=None, dataset_split=None, text_column=None
+        )
+    blocks = token_blocks(_documents(reading), tokenizer, block_size=size, num_tokens=max(total, size)).tokens[first:]
+    if len(blocks) < LEAST_BLOCKS:
+        where = (
+            f"learned.dataset={wanted.dataset}" if wanted.dataset else "the run's text, behind what statistics read,"
+        )
+        raise ConfigError(
+            f"{where} has {len(blocks)} blocks of {size} tokens to learn an alignment from, expected at least "
+            f"{LEAST_BLOCKS}; set learned.dataset to a longer text, or a smaller block_size"
+        )
+    return blocks
+
+
 def _random_tokens(options: RunOptions, tokenizer_base: Any, tokenizer_ft: Any, vocabularies: Vocabularies) -> RunText:
     """Returns tokens drawn uniformly from those that both models have, by string."""
     ids = (vocabularies.ids_base, vocabularies.ids_ft)
@@ -79,6 +111,8 @@ def _random_tokens(options: RunOptions, tokenizer_base: Any, tokenizer_ft: Any, 
 def _documents(options: RunOptions) -> Documents:
     if options.dataset == "demo" and not options.dataset_id:
         return read_documents(str(demo.held_out_text()))
+    if options.dataset == DEMO_TRAINING and not options.dataset_id:
+        return read_documents(str(demo.training_text()))
     if options.dataset == SAMPLE and not options.dataset_id:
         return sample_documents()
     name = options.dataset_id or options.dataset

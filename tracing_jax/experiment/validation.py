@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from tracing_jax import demo
-from tracing_jax.alignment import beyond_permutations, kind_problems
+from tracing_jax.alignment import MAPS, beyond_permutations, expanded, kind_problems
 from tracing_jax.arch import Arch
 from tracing_jax.axes import PERMUTABLE
-from tracing_jax.data import SAMPLE
+from tracing_jax.data import RANDOM, SAMPLE
 from tracing_jax.dataclass_options import ConfigError, problems
 from tracing_jax.options import RunOptions
 from tracing_jax.record import RunFiles, check_writable
@@ -208,8 +208,10 @@ def make_statistics(options: RunOptions, with_forward_pass: bool = True) -> dict
 
 def text_readers(options: RunOptions, statistics: Mapping[str, Statistic]) -> list[str]:
     """Returns what of a run reads text, by the name of its option."""
-    activations = options.align and options.align_evidence == "activations"
-    other = {"eval": options.eval, "align_evidence=activations": activations}
+    other = {"eval": options.eval}
+    if options.align:
+        other["align_evidence=activations"] = options.align_evidence == "activations"
+        other["align_evidence=learned"] = options.align_evidence == "learned" and not options.learned.dataset
     return [name for name, statistic in statistics.items() if statistic.needs_tokens] + [n for n in other if other[n]]
 
 
@@ -247,18 +249,50 @@ def _alignment_problems(options: RunOptions) -> list[str]:
         lines.append(
             f"align_axes={shown}: {', '.join(beyond)} are estimated from weights alone; set align_evidence=weights"
         )
-    if options.memory == "stream" and options.align and beyond:
+    if options.align and options.align_evidence == "learned":
+        lines += _learned_problems(options)
+    elif options.memory == "stream" and options.align and beyond:
         lines.append(
             f"align_axes={shown}: {', '.join(beyond)} need both models in memory; set memory=resident, or choose from "
             f"{', '.join(PERMUTABLE)}"
         )
-    folder = options.save_aligned
+    return lines + _saving_problems(options)
+
+
+def _learned_problems(options: RunOptions) -> list[str]:
+    lines, wanted, text = [], set(expanded(options.align_axes)) & MAPS.keys(), options.learned.dataset
+    if options.memory == "stream":
+        lines.append(
+            "align_evidence=learned: the gradient of a loss between the models needs all layers of both in memory, so "
+            "that models are not streamed; set memory=resident, or align_evidence=weights"
+        )
+    if not wanted:
+        lines.append(
+            f"align_axes={','.join(options.align_axes)}: nothing of it can be learned; set align_axes=all, or name "
+            f"some of {', '.join(MAPS)}"
+        )
+    if RANDOM in (text, text or options.dataset):
+        lines.append(f"align_evidence=learned: {RANDOM} tokens teach nothing; set learned.dataset to a text")
+    return lines
+
+
+def base_folder(folder: str) -> str:
+    """Returns where base is written, if it is mapped as well as the model that is written to this folder."""
+    return f"{folder.rstrip('/')}-base"
+
+
+def _saving_problems(options: RunOptions) -> list[str]:
+    lines, folder = [], options.save_aligned
     if folder and not options.align:
         lines.append(f"save_aligned={folder}: nothing is aligned; set align")
     if folder and jax.process_count() > 1:
         lines.append(f"save_aligned={folder}: one process alone can write a checkpoint; start only one")
-    if folder and Path(folder).expanduser().exists():
-        lines.append(f"save_aligned={folder}: it is there already; remove it or choose another folder")
+    written = [folder] if folder else []
+    if folder and options.align_evidence == "learned" and options.learned.ends == "both":
+        written.append(base_folder(folder))
+    for path in written:
+        if Path(path).expanduser().exists():
+            lines.append(f"save_aligned={folder}: {path} is there already; remove it or choose another folder")
     return lines
 
 

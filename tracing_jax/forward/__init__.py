@@ -16,7 +16,7 @@ from tracing_jax.forward.activations import activations, embedding_activations
 from tracing_jax.forward.forward_pass import LayerOutput, final_hidden, forward, head_logits, head_of
 from tracing_jax.forward.function_equality import FUNCTION_TOLERANCE, check_function, logits
 from tracing_jax.forward.interpolated_model import InterpolatedModel
-from tracing_jax.forward.losses import divergences, path_losses, token_losses
+from tracing_jax.forward.losses import divergences, mean_loss, path_losses, token_losses
 from tracing_jax.forward.paired import LayerCorrelations, correlate, correlations, embedding_correlations
 from tracing_jax.forward.unit_samples import Sample, sampled_units
 
@@ -39,6 +39,7 @@ __all__ = [
     "head_logits",
     "head_of",
     "logits",
+    "mean_loss",
     "path_losses",
     "sampled_units",
     "token_losses",

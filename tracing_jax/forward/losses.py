@@ -29,7 +29,7 @@ from tracing_jax.progress import tqdm
 from tracing_jax.rewrites import Permutations
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sharding import Compute
-from tracing_jax.sources import ParamSource
+from tracing_jax.sources import InMemory, ParamSource
 from tracing_jax.tree import Tree
 
 
@@ -85,6 +85,17 @@ def token_losses(
       ValueError: no tokens, blocks longer than the model can read, or ids outside its vocabulary.
     """
     return _losses(source, tokens, compute, description, run_cache or RunCache())
+
+
+@functools.partial(jax.jit, static_argnames="arch")
+def mean_loss(arch: Arch, params: Tree, tokens: Int[Array, "B T"]) -> Float[Array, ""]:
+    """Returns the mean loss of the predicted tokens, in nats, through which gradients pass; all logits are held."""
+    import optax  # slow to import, and only training needs it
+
+    model = InMemory(arch, params)
+    (hidden,) = final_hidden(model, [tokens], jnp.float32)
+    logits = head_logits(arch, head_of(model), hidden)
+    return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()
 
 
 def _losses(

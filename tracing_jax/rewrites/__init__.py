@@ -14,7 +14,15 @@ from tracing_jax.rewrites.copies import (
 )
 from tracing_jax.rewrites.disguises import DISGUISES, draw_rewrites, rewrite_names, takes_all
 from tracing_jax.rewrites.expansion import IdentityLayer, LayerRemoval, Padding
-from tracing_jax.rewrites.linear_maps import QueryKeyMaps, Rotation, UnitScaling, ValueMixing
+from tracing_jax.rewrites.linear_maps import (
+    QueryKeyMaps,
+    Rotation,
+    UnitScaling,
+    ValueMixing,
+    map_along,
+    pair_blocks,
+    parent_of,
+)
 from tracing_jax.rewrites.norm_gains import GainScaling, GainSetting, foldable_norms, gain_offset, gains_in
 from tracing_jax.rewrites.permutation import (
     Dims,
@@ -79,6 +87,9 @@ __all__ = [
     "identity",
     "inverses",
     "invert",
+    "map_along",
+    "pair_blocks",
+    "parent_of",
     "permute",
     "permute_leaf",
     "random_permutations",

@@ -44,23 +44,27 @@ def apply_maps(weights: Weights, table: AxisTable, maps: Maps) -> Weights:
         for dim, (axis, role) in enumerate(zip(spec.axes, spec.roles, strict=True)):
             if axis is not None and axis in maps and role is not None:
                 matrix = maps[axis][0 if role == "writes" else 1]
-                result[name] = weight = weight.with_values(_along(weight.float64, dim, spec, axis, matrix, table))
+                result[name] = weight = weight.with_values(map_along(weight.float64, dim, spec, axis, matrix, table))
     return result
 
 
-def _along(x: np.ndarray, dim: int, spec: LeafSpec, axis: str, matrix: np.ndarray, table: AxisTable) -> np.ndarray:
-    """Returns x with one dimension mapped: by a diagonal, by one matrix, or by one for each unit of the parent."""
+def map_along(x: Any, dim: int, spec: LeafSpec, axis: str, matrix: Any, table: AxisTable) -> Any:
+    """Returns x with one dimension mapped: by a diagonal, by one matrix, or by one for each unit of the parent.
+
+    Both are numpy arrays, or both JAX arrays, through which gradients pass.
+    """
+    xp = x.__array_namespace__()
     if kind_of(axis) not in MAP_PARENT:
         return x * _spread(matrix, x.ndim, dim, spec, table.parent_axis.get(axis))
     parent = parent_of(axis)
     if parent is None:
-        return np.moveaxis(np.tensordot(matrix, x, (1, dim)), 0, dim)
-    front = np.moveaxis(x, (spec.axes.index(parent), dim), (0, 1))
+        return xp.moveaxis(xp.tensordot(matrix, x, (1, dim)), 0, dim)
+    front = xp.moveaxis(x, (spec.axes.index(parent), dim), (0, 1))
     new = (matrix @ front.reshape(*front.shape[:2], -1)).reshape(front.shape)
-    return np.moveaxis(new, (0, 1), (spec.axes.index(parent), dim))
+    return xp.moveaxis(new, (0, 1), (spec.axes.index(parent), dim))
 
 
-def _spread(factors: np.ndarray, ndim: int, dim: int, spec: LeafSpec, parent: str | None) -> np.ndarray:
+def _spread(factors: Any, ndim: int, dim: int, spec: LeafSpec, parent: str | None) -> Any:
     """Returns the factors of units in a shape that multiplies a leaf along the dimension of the units."""
     shape = [1] * ndim
     shape[dim] = factors.shape[-1]
@@ -280,7 +284,7 @@ class QueryKeyMaps(Rewrite):
 
     def apply(self, prefix: str, read: Read, arch: Arch) -> Weights:
         mine, table = {axis: z for axis, z in self.factors.items() if axis.startswith(prefix)}, subtable(prefix, arch)
-        maps = {axis: (_blocks(z, table), _blocks(1 / z.conj(), table)) for axis, z in mine.items()}
+        maps = {axis: (pair_blocks(z, table), pair_blocks(1 / z.conj(), table)) for axis, z in mine.items()}
         return apply_maps(read(prefix), table, maps)
 
     def inverse(self, arch: Arch) -> "QueryKeyMaps":
@@ -305,13 +309,18 @@ def _random_invertible(rng: np.random.Generator, K: int, H: int) -> np.ndarray:
     return np.stack([random_rotation(rng, H) * size @ random_rotation(rng, H) for size in sizes])
 
 
-def _blocks(z: Complex[np.ndarray, "K H2"], table: AxisTable) -> Float[np.ndarray, "K H H"]:
-    """Returns the matrices that multiply the pairs of a head's dims, seen as complex numbers, by z."""
+def pair_blocks(z: Any, table: AxisTable) -> Any:
+    """Returns the matrices `[K H H]` that multiply the pairs of a head's dims, seen as complex numbers, by z `[K H2]`.
+
+    z is a numpy or a JAX array; gradients pass through it.
+    """
     first, second = (np.asarray(dims, np.int64) for dims in table.pairs)
-    found = np.zeros((len(z), 2 * z.shape[1], 2 * z.shape[1]))
-    found[:, first, first] = found[:, second, second] = z.real
-    found[:, second, first], found[:, first, second] = z.imag, -z.imag
-    return found
+    P = len(first)
+    real, imaginary = np.zeros((2, P, 2 * P, 2 * P), z.real.dtype)
+    real[range(P), first, first] = real[range(P), second, second] = 1
+    imaginary[range(P), second, first], imaginary[range(P), first, second] = 1, -1
+    xp = z.__array_namespace__()
+    return xp.tensordot(z.real, xp.asarray(real), 1) + xp.tensordot(z.imag, xp.asarray(imaginary), 1)
 
 
 def _axes(table: AxisTable, kind: str) -> list[str]:
