@@ -16,7 +16,7 @@ from tracing_jax.cli.absl_flags import define_flags, given_flags, run_program
 from tracing_jax.cli.arguments import Parser, add_options
 from tracing_jax.cli.errors import configure_logging, exit_on_usage_error
 from tracing_jax.cli.program import EXIT_STATUS, ProgramOptions, run_experiment
-from tracing_jax.cli.without_torch import import_transformers_without_torch
+from tracing_jax.cli.startup import import_transformers_without_torch
 from tracing_jax.dataclass_options import from_values, replaced
 from tracing_jax.options import RunOptions
 from tracing_jax.progress import reporting

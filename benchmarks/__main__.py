@@ -44,6 +44,7 @@ from benchmarks.speed.scaling import figure, scaling
 from benchmarks.speed.sizes import SIZES
 from benchmarks.speed.steps import steps
 from benchmarks.speed.whole_runs import whole_runs
+from tracing_jax.dataclass_options import comma_list
 from tracing_jax.record import atomic_write
 from tracing_jax.report import save_png
 
@@ -91,7 +92,7 @@ def measured(name: str, parts: Iterable[str]) -> dict[str, Any]:
 def main(argv: list[str]) -> None:
     """Measures, prints the tables and writes them."""
     del argv
-    names = list(SIZES) if _SIZE.value == "all" else _SIZE.value.split(",")
+    names = list(SIZES) if _SIZE.value == "all" else comma_list(_SIZE.value)
     unknown = [name for name in names if name not in SIZES] + [part for part in _PARTS.value if part not in PARTS]
     if unknown:
         raise app.UsageError(f"unknown {', '.join(unknown)}: sizes are {', '.join(SIZES)}, parts {', '.join(PARTS)}")

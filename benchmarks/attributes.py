@@ -22,6 +22,7 @@ from typing import Any
 from benchmarks.families import TABLE, tiny_config
 from benchmarks.published_configs import HEADING as NEXT_HEADING
 from benchmarks.published_configs import TOLERANCE, difference, expected_logits, tiny_model
+from tracing_jax.dataclass_options import comma_list
 
 HEADING = "## Config attributes"
 
@@ -100,7 +101,7 @@ def main() -> None:
         parser.error("--write with --families: the page holds the counts of all families; leave one of them out")
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    families = options.families.split(",") if options.families else SUPPORTED_FAMILIES
+    families = comma_list(options.families) if options.families else SUPPORTED_FAMILIES
     total = collections.Counter[str]()
     for family in families:
         counts = collections.Counter[str]()

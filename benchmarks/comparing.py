@@ -113,7 +113,7 @@ def compare(base: InMemory, ft: Descendant, text: Text, seed: int, names: Sequen
     Where a reservation applies to a part of the evidence, the p-value is that of the rest: what makes a pair related.
     """
     found = results(base, ft, text, seed, names)
-    ps: Outcome = {name: firm_log10_p(found[name]) if name in found else None for name in names}
+    ps: Outcome = {name: found[name].deciding_log10_p if name in found else None for name in names}
     for form in FORMS if "match" in names else ():
         ps[f"match, {form}"] = _form_log10_p(found["match"], form) if "match" in found else None
     deciding = auto(base.arch, ft.model.arch)
@@ -121,11 +121,6 @@ def compare(base: InMemory, ft: Descendant, text: Text, seed: int, names: Sequen
         judged = verdict({name: found[name] for name in deciding if name in found}, LEVEL)
         ps["verdict"] = float(judged.verdict == "related")
     return ps
-
-
-def firm_log10_p(result: Result) -> float | None:
-    """Returns the p-value that can make a pair related."""
-    return result.log10_p if result.firm_log10_p is None else result.firm_log10_p
 
 
 def _form_log10_p(result: Result, form: str) -> float:

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import numpy as np
 from absl import app, flags
 
@@ -22,7 +21,7 @@ from benchmarks.environment import OUT_DIR, ZOO_DIR, machine, use_all_cores
 from benchmarks.forgeries import forgeries, on_device, on_host
 from benchmarks.intervals import clopper_pearson
 from benchmarks.results import markdown_table
-from benchmarks.seeds import RECIPES, Zoo, zoo
+from benchmarks.seeds import RECIPES, Zoo, model, zoo
 from tracing_jax import options
 from tracing_jax.data import paired_one_to_one
 from tracing_jax.options import RunOptions
@@ -42,7 +41,6 @@ from tracing_jax.statistics import (
     make_statistic,
     verdict,
 )
-from tracing_jax.tree import Tree
 
 LEVEL = 1e-3
 STATISTICS: Mapping[str, Statistic] = {
@@ -85,7 +83,7 @@ def forged_pairs(models: Zoo) -> Iterator[tuple[str, list[dict[str, float | str]
             continue
         found = []
         for i in range(_PAIRS.value):
-            pair = [on_host(InMemory(models.arch, _member(params, 2 * i + side))) for side in (0, 1)]
+            pair = [on_host(InMemory(models.arch, model(params, 2 * i + side))) for side in (0, 1)]
             forged = [on_device(m) for m in forge(pair[0], pair[1], np.random.default_rng([7, i]))]
             found.append(judge(forged[0], forged[1], blocks, unused, i))
         yield name, found
@@ -111,10 +109,6 @@ def main(argv: list[str]) -> None:
     out = Path(OUT_DIR.value)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "false_claims.json", {"machine": machine(), "pairs": _PAIRS.value, "rows": rows})
-
-
-def _member(params: Tree, index: int) -> Tree:
-    return jax.tree.map(lambda leaf: leaf[index], params)
 
 
 def _unused_tokens(models: Zoo) -> np.ndarray:

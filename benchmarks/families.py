@@ -24,6 +24,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tracing_jax.dataclass_options import comma_list
+
 NOISE = 0.02
 """Of a fine-tuned copy, in standard deviations of each tensor."""
 
@@ -425,7 +427,7 @@ def main() -> None:
     if options.rows and options.rows.exists():
         done = {row["family"]: Row(**row) for row in map(json.loads, options.rows.read_text("utf-8").splitlines())}
     rows = []
-    asked = options.families.split(",") if options.families else families()
+    asked = comma_list(options.families) if options.families else families()
     for family in [family for family in asked if family in done or not options.finished]:
         if family not in done:
             try:

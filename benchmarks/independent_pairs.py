@@ -19,7 +19,7 @@ import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
-from benchmarks.comparing import LEVEL, Text, auto, firm_log10_p, results
+from benchmarks.comparing import LEVEL, Text, auto, results
 from benchmarks.descendants import Descendant, member
 from benchmarks.environment import OUT_DIR, PUBLISH, ZOO_DIR
 from benchmarks.intervals import clopper_pearson, rounds, upper_bound
@@ -89,7 +89,7 @@ def measure(name: str, models: Zoo, file: Path) -> None:
             names = auto(models.arch, models.arch)
             found = results(seeds[i], Descendant(seeds[j]), text, seed=i * SETS[name] + j, names=names)
             judged = verdict(found, LEVEL)
-            tests = {n: [result.log10_p, firm_log10_p(result)] for n, result in found.items()}
+            tests = {n: [result.log10_p, result.deciding_log10_p] for n, result in found.items()}
             effects = {n: result.effect for n, result in found.items() if result.effect}
             line = {"i": i, "j": j, "verdict": judged.verdict, "tests": tests, "effects": effects}
             print(json.dumps(line), file=out, flush=True)

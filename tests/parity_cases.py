@@ -487,6 +487,11 @@ class Case:
         numbers = _raw(f"{self.name}/tokens", BLOCKS * LENGTH) % VOCAB
         return numbers.astype(np.int32).reshape(BLOCKS, LENGTH)
 
+    def tensors(self, dtype: Any = np.float32) -> dict[str, np.ndarray]:
+        """Returns all tensors of the files of the model."""
+        shapes = tensor_shapes(leaf_layouts(self.arch()).values())
+        return {name: self.weight(name, shape).astype(dtype) for name, shape in shapes.items()}
+
     def weight(self, tensor: str, shape: tuple[int, ...]) -> np.ndarray:
         """Returns the float32 tensor of this name: uniform with standard deviation WEIGHT_STD, about one for gains."""
         size = int(np.prod(shape))

@@ -17,8 +17,6 @@ from safetensors.numpy import load_file, save_file
 
 from tracing_jax.axes import axis_table
 from tracing_jax.checkpoint import Checkpoint, CheckpointError, cache, load, open_checkpoint, save_checkpoint
-from tracing_jax.checkpoint.hf_layouts import leaf_layouts
-from tracing_jax.checkpoint.tensor_layout import tensor_shapes
 from tracing_jax.forward import logits
 from tracing_jax.sharding import leaf_spec, make_mesh
 from tracing_jax.sources import InMemory, ParamSource, in_memory
@@ -30,11 +28,6 @@ _WITHOUT_GAINS = CASES["olmo-gqa-tied-linear"]  # a tied model without gains has
 _GPT2, _MIXTRAL = CASES["gpt2-tied"], CASES["mixtral-no_window"]
 
 
-def _tensors(case: Case, dtype: Any = np.float32) -> dict[str, np.ndarray]:
-    shapes = tensor_shapes(leaf_layouts(case.arch()).values())
-    return {name: case.weight(name, shape).astype(dtype) for name, shape in shapes.items()}
-
-
 def _write(folder: Path, case: Case, tensors: dict[str, np.ndarray]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(case.config))
@@ -43,7 +36,7 @@ def _write(folder: Path, case: Case, tensors: dict[str, np.ndarray]) -> Path:
 
 
 def _hf_folder(folder: Path, case: Case, dtype: Any = np.float32) -> Path:
-    return _write(folder, case, _tensors(case, dtype))
+    return _write(folder, case, case.tensors(dtype))
 
 
 def _all_files(folder: Path) -> dict[str, np.ndarray]:
@@ -97,7 +90,7 @@ def test_saved_model_is_read_again_bit_for_bit(case, dtype, tmp_path):
     opened = open_checkpoint(str(_hf_folder(tmp_path / "hf", case, dtype)))
     assert {leaf.dtype for leaf in _leaves(opened).values()} == {np.dtype(dtype)}
     save_checkpoint(tmp_path / "ours", opened, companions=tmp_path / "hf")
-    _assert_same_bits(load_file(tmp_path / "ours" / "model.safetensors"), _tensors(case, dtype))
+    _assert_same_bits(load_file(tmp_path / "ours" / "model.safetensors"), case.tensors(dtype))
     _assert_same_bits(_leaves(open_checkpoint(str(tmp_path / "ours"))), _leaves(opened))
 
 
@@ -105,7 +98,7 @@ def test_model_on_devices_is_saved_with_the_same_bits(tmp_path):
     opened = open_checkpoint(str(_hf_folder(tmp_path / "hf", _UNTIED, _BF16)))
     model = load(opened, make_mesh(data=4, model=2))
     save_checkpoint(tmp_path / "ours", model, companions=tmp_path / "hf")
-    _assert_same_bits(load_file(tmp_path / "ours" / "model.safetensors"), _tensors(_UNTIED, _BF16))
+    _assert_same_bits(load_file(tmp_path / "ours" / "model.safetensors"), _UNTIED.tensors(_BF16))
 
 
 def test_small_shards_hold_the_same_bits(tmp_path):
@@ -116,7 +109,7 @@ def test_small_shards_hold_the_same_bits(tmp_path):
     assert len(files) > 3
     assert all(sum(t.nbytes for t in load_file(tmp_path / "ours" / file).values()) <= 12_000 for file in files)
     index = json.loads((tmp_path / "ours" / "model.safetensors.index.json").read_text())
-    expected = _tensors(_UNTIED)
+    expected = _UNTIED.tensors()
     assert index["weight_map"].keys() == expected.keys()
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in expected.values())
     _assert_same_bits(_all_files(tmp_path / "ours"), expected)
@@ -163,7 +156,7 @@ def test_what_transformers_saves_is_read(case, tmp_path):
 
 
 def test_bare_gpt2_with_its_mask_buffers_is_read(tmp_path):
-    tensors = {name.removeprefix("transformer."): tensor for name, tensor in _tensors(_GPT2).items()}
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in _GPT2.tensors().items()}
     masks = {f"h.{i}.attn.bias": np.tril(np.ones((1, 1, 16, 16), np.float32)) for i in range(2)}
     masks |= {f"h.{i}.attn.masked_bias": np.asarray(-1e4, np.float32) for i in range(2)}
     opened = open_checkpoint(str(_write(tmp_path / "hf", _GPT2, tensors | masks)))
@@ -171,7 +164,7 @@ def test_bare_gpt2_with_its_mask_buffers_is_read(tmp_path):
 
 
 def test_experts_in_one_tensor_are_read_like_experts_in_their_own(tmp_path):
-    tensors = _tensors(_MIXTRAL)
+    tensors = _MIXTRAL.tensors()
     for i in range(2):
         at = f"model.layers.{i}.block_sparse_moe."
         w1, w2, w3 = ([tensors.pop(f"{at}experts.{e}.{w}.weight") for e in range(3)] for w in ("w1", "w2", "w3"))
@@ -184,7 +177,7 @@ def test_experts_in_one_tensor_are_read_like_experts_in_their_own(tmp_path):
 
 
 def test_what_is_wrong_with_experts_is_said_by_tensor(tmp_path):
-    tensors = _tensors(_MIXTRAL)
+    tensors = _MIXTRAL.tensors()
     at = "model.layers.1.block_sparse_moe.experts."
     half = tensors[at + "2.w2.weight"].astype(np.float16)
     with pytest.raises(CheckpointError, match=r"layers/1/mlp/down_proj/kernel .* float16 and float32; convert"):
@@ -214,11 +207,11 @@ def test_opening_reads_no_weights_and_a_part_reads_only_its_own(tmp_path):
 def test_every_tensor_is_read_once(tmp_path):
     checkpoint, reads = _counted(open_checkpoint(str(_hf_folder(tmp_path / "hf", _UNTIED))))
     load(checkpoint, make_mesh())
-    assert reads == dict.fromkeys(_tensors(_UNTIED), 1)
+    assert reads == dict.fromkeys(_UNTIED.tensors(), 1)
 
 
 def test_missing_unexpected_and_misshaped_tensors_are_named_together(tmp_path):
-    tensors = _tensors(_UNTIED)
+    tensors = _UNTIED.tensors()
     del tensors["model.layers.0.mlp.up_proj.weight"], tensors["model.norm.weight"]
     tensors["model.layers.0.mlp.router.weight"] = np.zeros((3, 24), np.float32)
     tensors["model.layers.1.self_attn.k_proj.weight"] = np.zeros((32, 24), np.float32)
@@ -237,7 +230,7 @@ def test_missing_unexpected_and_misshaped_tensors_are_named_together(tmp_path):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, _BF16])
 def test_weights_that_are_not_finite_are_refused_by_name(bad, dtype, tmp_path):
-    tensors = _tensors(_UNTIED, dtype)
+    tensors = _UNTIED.tensors(dtype)
     for name in ("model.layers.1.mlp.down_proj.weight", "model.layers.1.self_attn.q_norm.weight"):
         tensors[name].flat[3] = bad
     checkpoint = open_checkpoint(str(_write(tmp_path / "hf", _UNTIED, tensors)))
@@ -248,7 +241,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(bad, dtype, tmp_path):
 
 
 def test_tied_model_may_carry_an_equal_copy_of_its_embedding(tmp_path):
-    tensors = _tensors(_TIED)
+    tensors = _TIED.tensors()
     embedding = tensors["model.embed_tokens.weight"]
     same = open_checkpoint(str(_write(tmp_path / "same", _TIED, tensors | {"lm_head.weight": embedding.copy()})))
     _assert_same_bits(_leaves(same), _leaves(_TIED.source()))
@@ -256,7 +249,7 @@ def test_tied_model_may_carry_an_equal_copy_of_its_embedding(tmp_path):
 
 
 def test_bare_backbone_without_model_prefix_is_read(tmp_path):
-    tensors = {name.removeprefix("model."): tensor for name, tensor in _tensors(_TIED).items()}
+    tensors = {name.removeprefix("model."): tensor for name, tensor in _TIED.tensors().items()}
     opened = open_checkpoint(str(_write(tmp_path / "hf", _TIED, tensors)))
     _assert_same_bits(_leaves(opened), _leaves(_TIED.source()))
 
@@ -273,7 +266,7 @@ def _adapter(folder: Path, base: str) -> Path:
 
 def test_base_of_an_adapter_is_logged_and_can_be_overridden(tmp_path, caplog):
     named, given = (_hf_folder(tmp_path / name, _UNTIED) for name in ("named", "given"))
-    tensors = _tensors(_UNTIED)
+    tensors = _UNTIED.tensors()
     up = "model.layers.0.mlp.up_proj.weight"
     _write(given, _UNTIED, tensors | {up: tensors[up] + 7})
     adapter = str(_adapter(tmp_path / "lora", str(named)))
@@ -290,7 +283,7 @@ def test_base_of_an_adapter_is_logged_and_can_be_overridden(tmp_path, caplog):
 
 def test_old_rotary_constants_are_ignored(tmp_path):
     old = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32) for i in range(2)}
-    opened = open_checkpoint(str(_write(tmp_path / "hf", _UNTIED, _tensors(_UNTIED) | old)))
+    opened = open_checkpoint(str(_write(tmp_path / "hf", _UNTIED, _UNTIED.tensors() | old)))
     _assert_same_bits(_leaves(opened), _leaves(_UNTIED.source()))
 
 
@@ -303,7 +296,7 @@ def test_cache_restores_the_same_bits_without_reading_the_checkpoint(case, tmp_p
     made = load(first, mesh, str(tmp_path / "cache"))
     again, reads = _counted(opened)
     restored = load(again, mesh, str(tmp_path / "cache"))
-    assert first_reads.keys() == _tensors(case).keys()
+    assert first_reads.keys() == case.tensors().keys()
     assert not reads
     assert restored.arch == made.arch
     _assert_same_bits(flatten(restored.params), flatten(made.params))
@@ -329,7 +322,7 @@ def test_changed_file_makes_a_new_cache_entry(tmp_path):
     folder, cache = tmp_path / "hf", tmp_path / "cache"
     _hf_folder(folder, _UNTIED)
     load(open_checkpoint(str(folder)), make_mesh(), str(cache))
-    tensors = _tensors(_UNTIED)
+    tensors = _UNTIED.tensors()
     tensors["lm_head.weight"][0, 0] += 1
     _write(folder, _UNTIED, tensors)
     changed = load(open_checkpoint(str(folder)), make_mesh(), str(cache))
@@ -353,7 +346,7 @@ def _of_repository(checkpoint: Checkpoint, name: str) -> Checkpoint:
 
 
 def test_models_of_one_name_and_shape_have_cache_entries_of_their_own(tmp_path):
-    tensors = _tensors(_UNTIED)
+    tensors = _UNTIED.tensors()
     others = {name: tensor + np.float32(1) for name, tensor in tensors.items()}
     first, second = (
         _of_repository(open_checkpoint(str(_write(tmp_path / name, _UNTIED, weights))), name)
@@ -406,7 +399,7 @@ def test_damaged_cache_entry_is_ignored_and_written_again(damage, tmp_path):
 
 
 def test_damaged_model_is_not_cached(tmp_path):
-    tensors = _tensors(_UNTIED)
+    tensors = _UNTIED.tensors()
     tensors["lm_head.weight"][0, 0] = np.nan
     opened = open_checkpoint(str(_write(tmp_path / "hf", _UNTIED, tensors)))
     for _ in range(2):

@@ -205,7 +205,7 @@ def test_a_flag_of_a_config_is_checked_before_anything_is_parsed(capsys):
 
 _KEPT = """
 import sys
-from tracing_jax.cli.compilation_cache import keep_compiled_programs
+from tracing_jax.cli.startup import keep_compiled_programs
 if sys.argv[1] == "late":
     import jax
 keep_compiled_programs()

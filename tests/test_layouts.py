@@ -15,8 +15,6 @@ from torch_zip_writer import write_arrays
 from tracing_jax.alignment.applicability import alignment_problems
 from tracing_jax.arch import WEIGHTS_ONLY
 from tracing_jax.checkpoint import Checkpoint, CheckpointError, WeightsOnly, load, open_checkpoint, save_checkpoint
-from tracing_jax.checkpoint.hf_layouts import leaf_layouts
-from tracing_jax.checkpoint.tensor_layout import tensor_shapes
 from tracing_jax.experiment.disguising import write_disguised
 from tracing_jax.forward import logits
 from tracing_jax.rewrites import draw_rewrites
@@ -33,11 +31,6 @@ _UNTIED, _TIED = CASES["qwen3-gqa-untied-default"], CASES["gemma2-mha-tied-defau
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 NO_TOKENS = Vocabularies(False, np.zeros(0, np.int32), np.zeros(0, np.int32), known=False)
 _Q = "model.layers.0.self_attn.q_proj"
-
-
-def _tensors(case: Case, dtype: Any = np.float32) -> dict[str, np.ndarray]:
-    shapes = tensor_shapes(leaf_layouts(case.arch()).values())
-    return {name: case.weight(name, shape).astype(dtype) for name, shape in shapes.items()}
 
 
 def _write(folder: Path, case: Case, tensors: dict[str, np.ndarray], file: str = "model.safetensors") -> Path:
@@ -69,7 +62,7 @@ def _said(folder: Path) -> str:
 
 
 def test_head_that_differs_from_a_tied_embedding_is_the_models_own(tmp_path):
-    tensors = _tensors(_TIED)
+    tensors = _TIED.tensors()
     head = tensors[_EMBEDDING] + 1
     opened = _open(_write(tmp_path, _TIED, tensors | {_HEAD: head}))
     assert not opened.arch.tied
@@ -81,14 +74,14 @@ def test_head_that_differs_from_a_tied_embedding_is_the_models_own(tmp_path):
 
 
 def test_a_difference_in_the_last_row_alone_unties(tmp_path):
-    tensors = _tensors(_TIED)
+    tensors = _TIED.tensors()
     head = tensors[_EMBEDDING].copy()
     head[-1, -1] += 1
     assert not _open(_write(tmp_path, _TIED, tensors | {_HEAD: head})).arch.tied
 
 
 def test_tied_model_of_which_only_the_head_is_stored(tmp_path):
-    tensors = _tensors(_TIED)
+    tensors = _TIED.tensors()
     stored = tensors | {_HEAD: tensors[_EMBEDDING]}
     del stored[_EMBEDDING]
     opened = _open(_write(tmp_path, _TIED, stored))
@@ -97,15 +90,15 @@ def test_tied_model_of_which_only_the_head_is_stored(tmp_path):
 
 
 def test_index_may_promise_what_follows_from_other_tensors(tmp_path):
-    folder = _write(tmp_path, _TIED, _tensors(_TIED), "part.safetensors")
-    names = [*_tensors(_TIED), _HEAD, "model.layers.0.self_attn.rotary_emb.inv_freq"]
+    folder = _write(tmp_path, _TIED, _TIED.tensors(), "part.safetensors")
+    names = [*_TIED.tensors(), _HEAD, "model.layers.0.self_attn.rotary_emb.inv_freq"]
     index = {"weight_map": dict.fromkeys(names, "part.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     _assert_same(_open(folder), _TIED.source())
 
 
 def test_untied_model_without_a_head_is_read_and_predicts_nothing(tmp_path):
-    tensors = _tensors(_UNTIED) | {"score.weight": np.ones((2, 24), np.float32)}
+    tensors = _UNTIED.tensors() | {"score.weight": np.ones((2, 24), np.float32)}
     del tensors[_HEAD]
     opened = _open(_write(tmp_path, _UNTIED, tensors))
     assert not opened.arch.has_head
@@ -118,7 +111,7 @@ def test_untied_model_without_a_head_is_read_and_predicts_nothing(tmp_path):
 
 
 def test_head_that_the_index_names_and_no_file_has_is_a_damaged_download(tmp_path):
-    tensors = _tensors(_UNTIED)
+    tensors = _UNTIED.tensors()
     index = {"weight_map": dict.fromkeys(tensors, "part.safetensors")}
     del tensors[_HEAD]
     folder = _write(tmp_path, _UNTIED, tensors, "part.safetensors")
@@ -127,7 +120,7 @@ def test_head_that_the_index_names_and_no_file_has_is_a_damaged_download(tmp_pat
 
 
 def test_what_needs_a_head_says_so_at_once_where_there_is_none(tmp_path):
-    tensors = _tensors(_UNTIED)
+    tensors = _UNTIED.tensors()
     del tensors[_HEAD]
     opened = _open(_write(tmp_path / "model", _UNTIED, tensors))
     tokens = Vocabularies(True, np.arange(64, dtype=np.int32), np.arange(64, dtype=np.int32))
@@ -144,7 +137,7 @@ def test_what_needs_a_head_says_so_at_once_where_there_is_none(tmp_path):
 
 
 def test_model_without_a_head_is_written_as_it_was_read(tmp_path):
-    tensors = {name: tensor for name, tensor in _tensors(_UNTIED).items() if name != _HEAD}
+    tensors = {name: tensor for name, tensor in _UNTIED.tensors().items() if name != _HEAD}
     opened = _open(_write(tmp_path / "model", _UNTIED, tensors))
     save_checkpoint(tmp_path / "written", opened, tmp_path / "model")
     assert (tmp_path / "written/config.json").read_text() == (tmp_path / "model/config.json").read_text()
@@ -166,7 +159,7 @@ def _adapter(folder: Path, base: Path, tensors: dict[str, np.ndarray], **config:
 
 
 def test_head_of_a_tied_base_stays_when_an_adapter_saves_the_embedding(tmp_path):
-    tensors = _tensors(_TIED)
+    tensors = _TIED.tensors()
     base = _write(tmp_path / "base", _TIED, tensors)
     opened = _open(_adapter(tmp_path / "lora", base, {_EMBEDDING: tensors[_EMBEDDING] + 1}))
     assert not opened.arch.tied
@@ -175,7 +168,7 @@ def test_head_of_a_tied_base_stays_when_an_adapter_saves_the_embedding(tmp_path)
 
 
 def test_adapter_that_saves_both_alike_keeps_them_tied(tmp_path):
-    tensors = _tensors(_TIED)
+    tensors = _TIED.tensors()
     base, new = _write(tmp_path / "base", _TIED, tensors), tensors[_EMBEDDING] + 1
     opened = _open(_adapter(tmp_path / "lora", base, {_EMBEDDING: new, _HEAD: new}, ensure_weight_tying=True))
     assert opened.arch.tied
@@ -183,15 +176,15 @@ def test_adapter_that_saves_both_alike_keeps_them_tied(tmp_path):
 
 
 def test_adapter_of_other_layers_leaves_a_tied_model_tied(tmp_path):
-    base = _write(tmp_path / "base", _TIED, _tensors(_TIED))
-    rows, columns = _tensors(_TIED)[f"{_Q}.weight"].shape
+    base = _write(tmp_path / "base", _TIED, _TIED.tensors())
+    rows, columns = _TIED.tensors()[f"{_Q}.weight"].shape
     factors = {f"{_Q}.lora_A.weight": np.ones((2, columns)), f"{_Q}.lora_B.weight": np.ones((rows, 2))}
     assert _open(_adapter(tmp_path / "lora", base, factors)).arch.tied
 
 
 def test_head_for_another_task_in_an_adapter_is_left_out(tmp_path):
-    base = _write(tmp_path / "base", _UNTIED, _tensors(_UNTIED))
-    rows, columns = _tensors(_UNTIED)[f"{_Q}.weight"].shape
+    base = _write(tmp_path / "base", _UNTIED, _UNTIED.tensors())
+    rows, columns = _UNTIED.tensors()[f"{_Q}.weight"].shape
     factors = {f"{_Q}.lora_A.weight": np.ones((2, columns)), f"{_Q}.lora_B.weight": np.ones((rows, 2))}
     heads = {"score.modules_to_save.weight": np.ones((2, 24)), "v_head.summary.weight": np.ones((1, 24))}
     opened = _open(_adapter(tmp_path / "lora", base, factors | heads))
@@ -205,7 +198,7 @@ def test_adapters_that_are_each_others_base_are_refused(tmp_path):
 
 
 def test_adapter_on_an_adapter_is_merged_into_both(tmp_path):
-    tensors = _tensors(_UNTIED)
+    tensors = _UNTIED.tensors()
     base = _write(tmp_path / "base", _UNTIED, tensors)
     rows, columns = tensors[f"{_Q}.weight"].shape
     factors = {f"{_Q}.lora_A.weight": np.ones((2, columns)), f"{_Q}.lora_B.weight": np.ones((rows, 2))}
@@ -281,27 +274,27 @@ def test_logits_of_an_adapter_are_those_of_peft_whatever_its_base_ties(tmp_path,
     ],
 )
 def test_what_tools_put_in_front_of_names_is_left_out(stored, what, tmp_path):
-    named = {stored(name): tensor for name, tensor in _tensors(_UNTIED).items()}
+    named = {stored(name): tensor for name, tensor in _UNTIED.tensors().items()}
     opened = _open(_write(tmp_path, _UNTIED, named))
     _assert_same(opened, _UNTIED.source())
     assert "tensors were renamed" in opened.notes[0], what
 
 
 def test_two_names_for_one_tensor_are_refused(tmp_path):
-    tensors = _tensors(_UNTIED)
+    tensors = _UNTIED.tensors()
     said = _said(_write(tmp_path, _UNTIED, tensors | {f"_orig_mod.{_HEAD}": tensors[_HEAD] + 1}))
     assert "would all be lm_head.weight" in said
 
 
 def test_unknown_prefix_of_all_names_is_named_once(tmp_path):
-    named = {f"policy.actor.{name}": tensor for name, tensor in _tensors(_UNTIED).items()}
+    named = {f"policy.actor.{name}": tensor for name, tensor in _UNTIED.tensors().items()}
     said = _said(_write(tmp_path, _UNTIED, named))
     assert "names of all tensors begin with 'policy.actor.', as in policy.actor.model." in said
     assert len(said) < 400
 
 
 def test_complaints_of_all_layers_are_one(tmp_path):
-    tensors = {name: value for name, value in _tensors(_UNTIED).items() if ".up_proj." not in name}
+    tensors = {name: value for name, value in _UNTIED.tensors().items() if ".up_proj." not in name}
     extra = {f"model.layers.{i}.mlp.router.weight": np.zeros((3, 24), np.float32) for i in range(2)}
     said = _said(_write(tmp_path, _UNTIED, tensors | extra | {"x" * 5000: np.zeros(1, np.float32)}))
     assert "missing tensor model.layers.{0..1}.mlp.up_proj.weight (40, 24) (2 of them)" in said
@@ -323,7 +316,7 @@ def test_extra_tensors_that_no_language_model_reads_are_a_note(tmp_path):
         "model.causal_mask": (4, 4),
         "iteration": (1,),
     }
-    tensors = _tensors(_UNTIED) | {name: np.ones(shape, np.float32) for name, shape in extra.items()}
+    tensors = _UNTIED.tensors() | {name: np.ones(shape, np.float32) for name, shape in extra.items()}
     opened = _open(_write(tmp_path, _UNTIED, tensors))
     _assert_same(opened, _UNTIED.source())
     notes = "\n".join(opened.notes)
@@ -337,7 +330,7 @@ def test_float64_weights_are_rounded_once(partly, tmp_path):
     rng = np.random.default_rng(0)
     tensors: dict[str, np.ndarray] = {
         name: rng.normal(size=tensor.shape).astype(np.float32 if partly and "proj" in name else np.float64)
-        for name, tensor in _tensors(_UNTIED).items()
+        for name, tensor in _UNTIED.tensors().items()
     }
     opened = _open(_write(tmp_path, _UNTIED, tensors))
     kernel = opened.layer(0)["attn_norm"]["scale"]
@@ -350,14 +343,14 @@ def test_float64_weights_are_rounded_once(partly, tmp_path):
 
 
 def test_bin_is_read_beside_a_stray_safetensors(tmp_path):
-    folder = _write(tmp_path, _UNTIED, _tensors(_UNTIED), "pytorch_model.bin")
+    folder = _write(tmp_path, _UNTIED, _UNTIED.tensors(), "pytorch_model.bin")
     save_file({"stray": np.ones(3, np.float32)}, folder / "training_state.safetensors")
     _assert_same(_open(folder), _UNTIED.source())
 
 
 def test_shards_that_the_index_does_not_name_are_not_opened(tmp_path):
-    folder = _write(tmp_path, _UNTIED, _tensors(_UNTIED), "model-00001-of-00001.safetensors")
-    index = {"weight_map": dict.fromkeys(_tensors(_UNTIED), "model-00001-of-00001.safetensors")}
+    folder = _write(tmp_path, _UNTIED, _UNTIED.tensors(), "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(_UNTIED.tensors(), "model-00001-of-00001.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "model-00001-of-00003.safetensors").write_bytes(b"stale")
     _assert_same(_open(folder), _UNTIED.source())
@@ -406,7 +399,7 @@ def _by_weights(folder: Path) -> Checkpoint:
 
 
 def test_tensors_of_another_model_under_a_known_name_are_read_by_their_weights(tmp_path):
-    tensors = _tensors(_UNTIED)
+    tensors = _UNTIED.tensors()
     extra = {f"model.layers.{i}.self_attn.x_norm.weight": np.ones(24, np.float32) for i in range(2)}
     fused = {name: value for name, value in tensors.items() if "self_attn" not in name}
     for i in range(2):
@@ -460,10 +453,10 @@ def test_weights_that_are_incomplete_are_named_for_what_they_are(files, said, tm
 
 def test_the_only_shard_needs_no_index(tmp_path):
     _assert_same(
-        _open(_write(tmp_path, _UNTIED, _tensors(_UNTIED), "pytorch_model-00001-of-00001.bin")), _UNTIED.source()
+        _open(_write(tmp_path, _UNTIED, _UNTIED.tensors(), "pytorch_model-00001-of-00001.bin")), _UNTIED.source()
     )
 
 
 def test_bfloat16_is_kept(tmp_path):
-    opened = _open(_write(tmp_path, _UNTIED, _tensors(_UNTIED, ml_dtypes.bfloat16)))
+    opened = _open(_write(tmp_path, _UNTIED, _UNTIED.tensors(ml_dtypes.bfloat16)))
     assert opened.layer(0)["attn_norm"]["scale"].dtype == ml_dtypes.bfloat16

@@ -16,7 +16,7 @@ from scipy.optimize import linear_sum_assignment
 from tracing_jax.forward import logits
 from tracing_jax.sources import InMemory
 from tracing_jax.statistics import Vocabularies, verdict
-from tracing_jax.statistics.head_null import grouped_agreement, heads_log_sf
+from tracing_jax.statistics.head_null import heads_log_sf, log_grouped_agreement
 from tracing_jax.statistics.match_heads import MatchHeads
 
 DEEP = {"num_layers": 4, "layer_windows": (None,) * 4}
@@ -124,9 +124,9 @@ def test_agreement_of_groups_is_that_of_all_permutations_that_keep_them():
     for outer in itertools.permutations(range(3)):
         for inner in itertools.product(itertools.permutations(range(2)), repeat=3):
             counts[sum(outer[g] == g and inner[g][q] == q for g in range(3) for q in range(2))] += 1
-    np.testing.assert_allclose(grouped_agreement(3, 2), counts / counts.sum(), atol=1e-12)
+    np.testing.assert_allclose(np.exp(log_grouped_agreement(3, 2)), counts / counts.sum(), atol=1e-12)
     for groups, queries in ((8, 1), (1, 8), (4, 7)):
-        probabilities = grouped_agreement(groups, queries)
+        probabilities = np.exp(log_grouped_agreement(groups, queries))
         k = np.arange(len(probabilities))
         assert probabilities.sum() == pytest.approx(1)
         assert (probabilities * k).sum() == pytest.approx(1)
@@ -136,7 +136,7 @@ def test_agreement_of_groups_is_that_of_all_permutations_that_keep_them():
 def test_the_null_is_the_sum_of_its_three_parts():
     rng, draws, found = np.random.default_rng(0), 200_000, np.zeros(200_000, int)
     for u in (0.05, 0.2):
-        found += rng.choice(7, size=draws, p=grouped_agreement(3, 2)) + rng.poisson(0.5, draws)
+        found += rng.choice(7, size=draws, p=np.exp(log_grouped_agreement(3, 2))) + rng.poisson(0.5, draws)
         found += rng.binomial(6, u, draws)
     for k in (1, 3, 6, 9):
         low, high = scipy.stats.binomtest(int((found >= k).sum()), draws).proportion_ci(0.9999)

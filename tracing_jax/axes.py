@@ -115,6 +115,11 @@ class AxisTable:
         """Returns the specs of the leaves that have `axis`."""
         return {name: leaf for name, leaf in self.leaves.items() if axis in leaf.axes}
 
+    def unit_shape(self, axis: str) -> tuple[int, ...]:
+        """Returns the shape of an array with a value for each unit; a nested axis has a dimension for its parent."""
+        parent = self.parent_axis.get(axis)
+        return (self.sizes[axis],) if parent is None else (self.sizes[parent], self.sizes[axis])
+
     def axes_of_kind(self, kinds: Iterable[str]) -> list[str]:
         """Returns the axis names whose kind is among `kinds` and not fixed, in the order of the table.
 

@@ -26,6 +26,12 @@ def listed(items: Iterable[object], most: int = _MAX_LISTED) -> str:
     return ", ".join(shortened(item) for item in found[:most]) + more
 
 
+def listed_and(items: Iterable[object]) -> str:
+    """Returns a few items for a sentence: `2, 3 and 4`."""
+    *first, last = map(str, items)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def joined(lines: Sequence[str]) -> str:
     """Returns the lines as a list of at most `MAX_CHARS` characters; what is left out is counted."""
     bullet = "- " if len(lines) > 1 else ""

@@ -36,6 +36,12 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return root
 
 
+def parsed_prefix(prefix: str) -> tuple[str, str]:
+    """Returns name and index of the subtree with this prefix: `layers` and `3` of `layers/3/`; `embed` has no index."""
+    name, _, index = prefix.strip("/").partition("/")
+    return name, index
+
+
 def select(tree: Tree, names: Collection[str]) -> Tree:
     """Returns the tree with only the leaves at or under these names, such as `mlp` or `mlp/up_proj`; all if none is."""
     if not names:

@@ -15,7 +15,6 @@ from tracing_jax.alignment.applicability import (
     alignment_problems,
     beyond_permutations,
     expanded,
-    expected_shape,
     kind_problems,
 )
 from tracing_jax.alignment.learning import LEAST_BLOCKS, Ends, Learning
@@ -39,6 +38,5 @@ __all__ = [
     "alignment_problems",
     "beyond_permutations",
     "expanded",
-    "expected_shape",
     "kind_problems",
 ]

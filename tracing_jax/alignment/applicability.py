@@ -1,9 +1,8 @@
 """The kinds of rewrites that alignment estimates, by name, and between which models it can."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-from tracing_jax.arch import OF_LAYERS, Arch, head_problem
+from tracing_jax.arch import Arch, head_problem
 from tracing_jax.axes import PERMUTABLE, axis_table, kind_of
 from tracing_jax.rewrites import GainScaling, QueryKeyMaps, Rewrite, Rotation, UnitScaling, ValueMixing
 
@@ -111,29 +110,6 @@ def _repeated(base: Arch, ft: Arch) -> bool:
     """Returns whether ft can have every kv head several times, each for some of the queries that it has in base."""
     times = base.q_group // ft.q_group
     return times > 1 and base.q_group == times * ft.q_group
-
-
-def expected_shape(base: Arch, ft: Arch, kinds: Sequence[str]) -> Arch:
-    """Returns the facts of the aligned ft, provided that all it has more than base is inactive.
-
-    Its head counts as tied like base's: where alignment unties one of them, the other can be untied.
-    """
-    asked = set(expanded(kinds))
-    found = replace(ft, tied=base.tied) if beyond_permutations(kinds) else ft
-    if "identity" in asked:
-        layers = {name: getattr(base, name) for name in ("num_layers", *OF_LAYERS)}
-        found = replace(found, **layers)
-    if "copies" in asked and _repeated(base, found):
-        times = base.q_group // found.q_group
-        found = replace(found, num_kv_heads=found.num_kv_heads // times, q_group=base.q_group)
-    if "copies" in asked:
-        found = replace(
-            found, mlp_dim=base.mlp_dim, layer_mlp_dims=base.layer_mlp_dims, shared_mlp_dim=base.shared_mlp_dim
-        )
-    if "padding" in asked:
-        widths = {name: getattr(base, name) for name in (*WIDTHS, "norm_eps")}
-        found = replace(found, **widths)
-    return found
 
 
 def unit_kinds(arch: Arch) -> set[str]:

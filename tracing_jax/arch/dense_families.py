@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tracing_jax.arch.architecture import UnsupportedModelError
-from tracing_jax.arch.family import COMMON, GPT_NAMES, NAMES, ArchFields, Family, windows_by_type
+from tracing_jax.arch.family import COMMON, GPT_NAMES, NAMES, ArchFields, Family, one_window, windows_by_type
 from tracing_jax.arch.rope import NO_ROPE, Rope, alibi_slopes, fields_of, frequencies, mpt_slopes
 
 _LAYER_NORM_NAMES = NAMES | {"norm_eps": "layer_norm_eps"}
@@ -21,10 +21,6 @@ def _fixed_head_dim(config: Any) -> None:
     width = config.hidden_size // config.num_attention_heads
     if (found := getattr(config, "head_dim", None)) not in (None, width):
         raise UnsupportedModelError(f"head_dim {found} is not hidden_size / num_attention_heads ({width})")
-
-
-def _phi3(config: Any) -> ArchFields:
-    return {"layer_windows": (config.sliding_window,) * config.num_hidden_layers}
 
 
 def _glm(config: Any) -> ArchFields:
@@ -275,7 +271,7 @@ _DROPOUTS = "resid_pdrop embd_pdrop attn_pdrop"
 
 DENSE_FAMILIES: dict[str, Family] = {
     "phi3": Family(
-        _phi3,
+        one_window,
         "rms_norm_eps sliding_window original_max_position_embeddings",
         neutral=_DROPOUTS,
         names=_without(NAMES, "head_dim"),

@@ -5,7 +5,7 @@ from typing import Any
 
 from tracing_jax.arch.architecture import UnsupportedModelError
 from tracing_jax.arch.dense_families import DENSE_FAMILIES
-from tracing_jax.arch.family import GPT_NAMES, ArchFields, Family, windows_by_type
+from tracing_jax.arch.family import GPT_NAMES, ArchFields, Family, one_window, windows_by_type
 from tracing_jax.arch.mixtures import MIXTURES
 
 _GEMMA_USES = "rms_norm_eps attention_bias hidden_activation use_bidirectional_attention"
@@ -16,10 +16,6 @@ _GEMMA2_USES = (
 
 def _llama(config: Any) -> ArchFields:
     return {"qkv_bias": config.attention_bias, "o_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
-
-
-def _mistral(config: Any) -> ArchFields:
-    return {"layer_windows": (config.sliding_window,) * config.num_hidden_layers}
 
 
 def _qwen2(config: Any) -> ArchFields:
@@ -85,7 +81,7 @@ def _mixtral(config: Any) -> ArchFields:
     experts, per_token = config.num_local_experts, config.num_experts_per_tok
     if not 1 <= per_token <= experts:
         raise UnsupportedModelError(f"num_experts_per_tok {per_token} is not in 1..num_local_experts ({experts})")
-    return _mistral(config) | {"num_experts": experts, "experts_per_token": per_token}
+    return one_window(config) | {"num_experts": experts, "experts_per_token": per_token}
 
 
 def _gpt2(config: Any) -> ArchFields:
@@ -106,7 +102,7 @@ def _gpt2(config: Any) -> ArchFields:
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(_llama, "rms_norm_eps attention_bias mlp_bias"),
-    "mistral": Family(_mistral, "rms_norm_eps sliding_window"),
+    "mistral": Family(one_window, "rms_norm_eps sliding_window"),
     "qwen2": Family(_qwen2, "rms_norm_eps sliding_window layer_types"),
     "qwen3": Family(_qwen3, "rms_norm_eps attention_bias sliding_window layer_types"),
     "gemma": Family(_gemma, _GEMMA_USES),

@@ -84,6 +84,11 @@ class Family:
         return self.common | set(self.uses.split())
 
 
+def one_window(config: Any) -> ArchFields:
+    """Returns the field for layers that all have the window of the config."""
+    return {"layer_windows": (config.sliding_window,) * config.num_hidden_layers}
+
+
 def windows_by_type(config: Any) -> tuple[int | None, ...]:
     """Returns the window of each layer, by its type.
 

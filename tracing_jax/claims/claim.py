@@ -112,8 +112,8 @@ def identical_result(claim: str, inputs: ClaimInputs) -> ClaimResult:
     return result(claim, "contradicted", f"{inputs.tensors}: ft is base as it is, which is the claim same-as")
 
 
-def listed(names: Sequence[str]) -> str:
-    """Returns names of sizes as text."""
+def size_names(names: Sequence[str]) -> str:
+    """Returns names of sizes of a model as text."""
     return ", ".join(name.removeprefix("num_").replace("_", " ") for name in names)
 
 

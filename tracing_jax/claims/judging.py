@@ -3,7 +3,15 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from tracing_jax.claims.claim import SIZES, ClaimInputs, ClaimResult, identical_result, listed, result, verdict_sentence
+from tracing_jax.claims.claim import (
+    SIZES,
+    ClaimInputs,
+    ClaimResult,
+    identical_result,
+    result,
+    size_names,
+    verdict_sentence,
+)
 from tracing_jax.claims.kept_units import pruned_of
 from tracing_jax.claims.low_rank import adapter_of
 from tracing_jax.claims.quantised_of import quantised_of
@@ -35,7 +43,7 @@ def _finetune_of(inputs: ClaimInputs) -> ClaimResult:
         why = "no sign of common weights was found, by tests that find fine-tunes whatever was rewritten in them"
         return result("finetune-of", "contradicted", why, verdict=found.verdict)
     if found.verdict == "related" and differing:
-        why = f"the models are related, but not of one shape: they differ in {listed(differing)}"
+        why = f"the models are related, but not of one shape: they differ in {size_names(differing)}"
         return result("finetune-of", "contradicted", why, verdict=found.verdict, differing=differing)
     if found.verdict == "related":
         why = f"the weights are not independent, and the shapes are the same; {inputs.tensors}; direction is not tested"

@@ -11,7 +11,15 @@ from jaxtyping import Shaped
 
 from tracing_jax.axes import axis_table
 from tracing_jax.checkpoint import Checkpoint
-from tracing_jax.claims.claim import SIZES, ClaimInputs, ClaimResult, identical_result, listed, result, verdict_sentence
+from tracing_jax.claims.claim import (
+    SIZES,
+    ClaimInputs,
+    ClaimResult,
+    identical_result,
+    result,
+    size_names,
+    verdict_sentence,
+)
 from tracing_jax.claims.tensor_pairs import TensorPair, tensor_pairs
 from tracing_jax.tree import flatten
 
@@ -125,13 +133,13 @@ def pruned_of(inputs: ClaimInputs) -> ClaimResult:
     larger = [size for size in SIZES if (getattr(ft, size) or 0) > (getattr(base, size) or 0)]
     smaller = [size for size in SIZES if (getattr(ft, size) or 0) < (getattr(base, size) or 0)]
     if larger:
-        return result(name, "contradicted", f"ft is larger than base in {listed(larger)}", larger=larger)
+        return result(name, "contradicted", f"ft is larger than base in {size_names(larger)}", larger=larger)
     if not smaller:
         return _zeroed(inputs)
     kept = kept_layers(inputs.base, inputs.ft) if base.embed_dim == ft.embed_dim else []
     facts: dict[str, Any] = {"smaller": smaller, "layers": [asdict(layer) for layer in kept]}
     if kept and all(layer.is_whole for layer in kept) and _ascending([layer.base for layer in kept]):
-        return result(name, "holds", f"ft is smaller in {listed(smaller)}; {_kept_words(kept)}", **facts)
+        return result(name, "holds", f"ft is smaller in {size_names(smaller)}; {_kept_words(kept)}", **facts)
     found = inputs.verdict
     if found.verdict == "no_evidence":
         why = "no sign of common weights was found, by tests that find pruned models whatever was rewritten in them"
@@ -143,7 +151,7 @@ def pruned_of(inputs: ClaimInputs) -> ClaimResult:
 
 def _by_layer_map(inputs: ClaimInputs, smaller: Sequence[str], facts: dict[str, Any]) -> ClaimResult:
     """Returns the outcome of a smaller model whose units are base's no longer bit for bit."""
-    name, sizes = "pruned-of", listed(smaller)
+    name, sizes = "pruned-of", size_names(smaller)
     if inputs.base.arch.num_layers == inputs.ft.arch.num_layers:
         why = f"ft is smaller in {sizes}, of the same depth, and its weights are not independent of base's"
         return result(name, "holds", f"{why}; what is left was changed since", **facts)

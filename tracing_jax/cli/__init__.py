@@ -11,7 +11,7 @@ from importlib import metadata
 
 from tracing_jax.cli.arguments import Parser
 from tracing_jax.cli.errors import configure_logging
-from tracing_jax.cli.without_torch import import_transformers_without_torch
+from tracing_jax.cli.startup import import_transformers_without_torch
 
 VERBS = {
     "compare": "trace one or more models to a base: the verdict, and the layers behind it",

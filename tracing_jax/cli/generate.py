@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tracing_jax.cli.arguments import add_options, given
-from tracing_jax.cli.compilation_cache import keep_compiled_programs
 from tracing_jax.cli.errors import configure_logging, exit_on_usage_error, exit_on_user_error
+from tracing_jax.cli.startup import keep_compiled_programs
 from tracing_jax.dataclass_options import REQUIRED, from_values, option
 
 USAGE = "--models A,B,..."

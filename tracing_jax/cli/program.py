@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tracing_jax.cli.compilation_cache import keep_compiled_programs
 from tracing_jax.cli.errors import configure_logging, exit_on_usage_error, exit_on_user_error
 from tracing_jax.cli.profiling import profiled
+from tracing_jax.cli.startup import keep_compiled_programs
 from tracing_jax.dataclass_options import checked, option, suggestion
 from tracing_jax.options import RunOptions
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tracing_jax.cli.compilation_cache import keep_compiled_programs
 from tracing_jax.cli.errors import configure_logging, exit_on_usage_error, exit_on_user_error
+from tracing_jax.cli.startup import keep_compiled_programs
 
 USAGE = "RECORD [--base MODEL] [--ft MODEL]"
 _STATUS = {"holds": 0, "changed": 3, "missing": 4}

@@ -20,6 +20,7 @@ from tracing_jax.progress import tqdm
 from tracing_jax.statistics.comparison import LN10
 from tracing_jax.statistics.pvalues import holm
 from tracing_jax.statistics.unit_signatures import whitened_cosines
+from tracing_jax.statistics.verdict import UNDECIDED_BELOW
 
 Word = Literal["related", "undecided", "no_evidence", "not_testable"]
 
@@ -30,7 +31,6 @@ _FIRST_UNITS, _FIRST_TOKENS, _FIRST_AGREEING = 16, 128, 2
 """Of each layer, so many units are looked for at so many tokens; so many of them must agree in some layer."""
 _MOST_ROWS = 4096  # rows of signatures whose correlations with a layer are in memory at once
 
-UNDECIDED_BELOW = 0.05
 STANDARD_ERRORS = 3.0
 """The closest of several relatives is named alone if the next one is so many standard errors farther away."""
 

@@ -164,11 +164,11 @@ class UnitScaling(Rewrite):
     def random(cls, key: PRNGKeyArray, arch: Arch) -> "UnitScaling":
         table = axis_table(arch)
         axes = _axes(table, "mlp")
-        return cls({axis: random_factors(generator(key, axis), _shape(table, axis)) for axis in axes})
+        return cls({axis: random_factors(generator(key, axis), table.unit_shape(axis)) for axis in axes})
 
     def data_problems(self, arch: Arch) -> list[str]:
         table = axis_table(arch)
-        known = {axis: _shape(table, axis) for axis in _axes(table, "mlp")}
+        known = {axis: table.unit_shape(axis) for axis in _axes(table, "mlp")}
         return array_problems(self.factors, known, "one factor per unit") + zero_problems(self.factors)
 
     def apply(self, prefix: str, read: Read, arch: Arch) -> Weights:
@@ -325,11 +325,6 @@ def pair_blocks(z: Any, table: AxisTable) -> Any:
 
 def _axes(table: AxisTable, kind: str) -> list[str]:
     return [axis for axis in table.sizes if kind_of(axis) == kind]
-
-
-def _shape(table: AxisTable, axis: str) -> tuple[int, ...]:
-    parent = table.parent_axis.get(axis)
-    return (table.sizes[axis],) if parent is None else (table.sizes[parent], table.sizes[axis])
 
 
 def _head_sizes(table: AxisTable, axis: str) -> tuple[int, int]:

@@ -59,7 +59,7 @@ def several_random_permutations(
 
 
 def _units_of(table: AxisTable, kinds: Iterable[str]) -> _Units:
-    return tuple((axis, _shape(table, axis), table.groups.get(axis)) for axis in table.axes_of_kind(kinds))
+    return tuple((axis, table.unit_shape(axis), table.groups.get(axis)) for axis in table.axes_of_kind(kinds))
 
 
 @functools.partial(jax.jit, static_argnames=("count", "units_of"))
@@ -89,7 +89,7 @@ def _drawn_in_groups(key: PRNGKeyArray, groups: int, units: int) -> Int[Array, "
 
 def identity(table: AxisTable, axes: Iterable[str]) -> dict[str, np.ndarray]:
     """Returns the identity permutations of the named axes."""
-    shapes = {axis: _shape(table, axis) for axis in axes}
+    shapes = {axis: table.unit_shape(axis) for axis in axes}
     return {axis: np.broadcast_to(np.arange(s[-1], dtype=np.int32), s).copy() for axis, s in shapes.items()}
 
 
@@ -223,7 +223,7 @@ def check_permutations(permutations: Permutations, table: AxisTable) -> None:
             continue
         if _restricts(axis) or kind_of(axis) in table.fixed:
             lines.append(f"{axis}: its units may not be permuted; free are {', '.join(PERMUTABLE)}")
-        shape = _shape(table, axis)
+        shape = table.unit_shape(axis)
         if p.shape != shape or not np.issubdtype(p.dtype, np.integer):
             lines.append(f"{axis}: expected integers of shape {shape}, found {p.dtype} of {p.shape}")
         elif (np.sort(p, axis=-1) != np.arange(shape[-1])).any():
@@ -349,11 +349,6 @@ def _keeps_groups(p: Int[np.ndarray, " _"], groups: int) -> bool:
 def _restricts(axis: str) -> bool:
     # Axes that a caller named for a tree of their own have no entry in SYMMETRY and are free.
     return kind_of(axis) in SYMMETRY and kind_of(axis) not in PERMUTABLE
-
-
-def _shape(table: AxisTable, axis: str) -> tuple[int, ...]:
-    parent = table.parent_axis.get(axis)
-    return (table.sizes[axis],) if parent is None else (table.sizes[parent], table.sizes[axis])
 
 
 @functools.partial(jax.jit, static_argnames=("dims", "sharding"))

@@ -17,7 +17,7 @@ from jaxtyping import Float, PRNGKeyArray
 
 from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisTable, axis_table
-from tracing_jax.tree import Tree, flatten, to_host, unflatten
+from tracing_jax.tree import Tree, flatten, parsed_prefix, to_host, unflatten
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def apply(params: Tree, rewrites: Sequence[Rewrite], arch: Arch) -> Tree:
     check_rewrites(rewrites, arch)
 
     def read(prefix: str) -> Tree:
-        name, _, index = prefix.strip("/").partition("/")
+        name, index = parsed_prefix(prefix)
         return params[name][index] if index else params[name]
 
     layers = range(arch_after(rewrites, arch).num_layers)

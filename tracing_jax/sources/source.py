@@ -8,7 +8,7 @@ import numpy as np
 
 from tracing_jax.arch import Arch
 from tracing_jax.progress import tqdm
-from tracing_jax.tree import Tree, flatten, select
+from tracing_jax.tree import Tree, flatten, parsed_prefix, select
 
 
 @runtime_checkable
@@ -87,7 +87,7 @@ def prefixes(arch: Arch) -> list[str]:
 
 def part(source: ParamSource, prefix: str) -> Tree:
     """Returns the subtree under one of the `prefixes`."""
-    name, _, index = prefix.strip("/").partition("/")
+    name, index = parsed_prefix(prefix)
     if name == "layers":
         return source.layer(int(index))
     return source.embed() if name == "embed" else source.head()
@@ -120,7 +120,7 @@ def assembled(named_subtrees: Iterator[tuple[str, Tree]]) -> Tree:
     """Returns the whole tree of params from (prefix, subtree) pairs."""
     params: Tree = {"layers": {}}
     for prefix, subtree in named_subtrees:
-        name, _, index = prefix.strip("/").partition("/")
+        name, index = parsed_prefix(prefix)
         parent, key = (params["layers"], index) if name == "layers" else (params, name)
         parent[key] = subtree
     return params

@@ -80,11 +80,6 @@ class DistinctUnits:
     added: float = math.nan
 
     @property
-    def is_all(self) -> bool:
-        """Whether every unit is kept."""
-        return len(self.kept) == self.total
-
-    @property
     def is_kept(self) -> Bool[np.ndarray, " F"]:
         """For each unit whether it is kept."""
         return np.isin(np.arange(self.total), self.kept)

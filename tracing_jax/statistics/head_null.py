@@ -12,7 +12,7 @@ def heads_log_sf(agreeing: Sequence[int], groups: int, queries: int, u: Sequence
     """Returns the log probability that so many heads or more agree in all layers together.
 
     In each layer the number of agreeing heads is the sum of three independent ones: of random matchings
-    (`grouped_agreement`), Poisson(lam - 1), and Binomial(groups * queries, u).
+    (`log_grouped_agreement`), Poisson(lam - 1), and Binomial(groups * queries, u).
 
     Args:
       agreeing: the agreeing heads of each layer; only their sum counts.
@@ -30,7 +30,7 @@ def heads_log_sf(agreeing: Sequence[int], groups: int, queries: int, u: Sequence
         if lam > 1:
             more = np.append(_log_poisson(np.arange(k), lam - 1), np.log(special.pdtrc(k - 1, lam - 1)))
             chance = _log_convolved(chance, more, k)
-        total = _log_convolved(total, _log_convolved(chance, _log_grouped(groups, queries), k), k)
+        total = _log_convolved(total, _log_convolved(chance, log_grouped_agreement(groups, queries), k), k)
     return float(min(0.0, total[k])) if len(total) > k else -np.inf
 
 
@@ -46,18 +46,14 @@ def _log_poisson(k: Float[np.ndarray, " k"] | np.ndarray, mean: float) -> Float[
     return special.xlogy(k, mean) - mean - special.gammaln(k + 1)
 
 
-def grouped_agreement(groups: int, queries: int) -> Float[np.ndarray, " k"]:
-    """Returns the probabilities that 0, 1, ... heads agree, if the queries of each kv head stay together.
+@functools.cache
+def log_grouped_agreement(groups: int, queries: int) -> Float[np.ndarray, " k"]:
+    """Returns the log probabilities that 0, 1, ... heads agree, if the queries of each kv head stay together.
 
     Two independent uniform permutations of the groups agree on N of them; in each of these, two independent uniform
     permutations of its queries agree on some. The mean is 1, as for free permutations of all heads, the variance
     larger; with one query per group, or one group, both are the same.
     """
-    return np.exp(_log_grouped(groups, queries))
-
-
-@functools.cache
-def _log_grouped(groups: int, queries: int) -> Float[np.ndarray, " k"]:
     inner, outer = _log_rencontres(queries), _log_rencontres(groups)
     total, power = np.full(groups * queries + 1, -np.inf), np.zeros(1)
     for log_p in outer:

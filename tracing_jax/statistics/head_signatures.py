@@ -23,6 +23,7 @@ from tracing_jax.axes import axis_table
 from tracing_jax.rewrites import gain_offset
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.head_kernels import head_kernels
+from tracing_jax.statistics.mlp_rows import unit_length
 from tracing_jax.statistics.pvalues import bonferroni
 from tracing_jax.tree import Tree, flatten, taken, to_host
 
@@ -51,7 +52,7 @@ def moments_of(
     found = []
     if len(ids) >= 2:
         rows = jnp.asarray(taken(model.embed()["embedding"], ids), jnp.float32)
-        found.append(_unit_length(rows - rows.mean(axis=0)))
+        found.append(unit_length(rows - rows.mean(axis=0)))
     by_name: dict[str, list[Array]] = {}
     for i in layers:
         for name, rows in _largest_units(model, i, -(-rows_of_each // len(layers))):
@@ -195,13 +196,7 @@ def _largest_units(model: ParamSource, index: int, count: int) -> Iterator[tuple
     norms = sum(jnp.log(jnp.linalg.norm(rows, axis=1)) for rows in found.values())
     largest = jnp.argsort(-norms)[:count]
     for name, rows in found.items():
-        yield name, _unit_length(rows[largest])
-
-
-@jax.jit
-def _unit_length(rows: Float[Array, "m D"]) -> Float[Array, "m D"]:
-    length = jnp.linalg.norm(rows, axis=1, keepdims=True)
-    return jnp.where(length > 0, rows / jnp.where(length > 0, length, 1.0), 0.0)
+        yield name, unit_length(rows[largest])
 
 
 def _standardised(layer: Float[np.ndarray, "K G F"]) -> Float[np.ndarray, "K G F"]:

@@ -159,6 +159,11 @@ class Result:
     blind_to: tuple[str, ...] | None = None
     premises: Sequence[Mapping[str, Any]] = ()
 
+    @property
+    def deciding_log10_p(self) -> float | None:
+        """The p-value that can make a pair related: that of the evidence to which no reservation applies."""
+        return self.log10_p if self.firm_log10_p is None else self.firm_log10_p
+
     def for_pair(self, pair: Pair) -> "Result":
         """Returns the result as it is; of an aligned pair without p-values and what is derived from them."""
         if not pair.aligned:

@@ -180,7 +180,7 @@ def verdict(results: Mapping[str, Result], level: float, identical: Identity | N
         meaning = _meaning(word, level, identical=identical, reasons=reasons, scope=scope)
         return Verdict(word, meaning, level, not_applicable=reasons, identical=identical)
     adjusted = _holm({name: result.log10_p for name, result in found.items()})
-    firm = _holm({name: _firm(result) for name, result in found.items()})
+    firm = _holm({name: result.deciding_log10_p for name, result in found.items()})
     blind = {name: list(result.blind_to or ()) for name, result in found.items() if result.blind_to}
     sees_all = any(_sees_all(name, result) for name, result in found.items())
     copied = () if identical is None or whole else identical.whole_parts
@@ -290,10 +290,6 @@ def ranked_evidence(results: Mapping[str, Result]) -> list[dict[str, Any]]:
 
 def _holm(log10_ps: Mapping[str, float | None]) -> dict[str, float]:
     return dict(zip(log10_ps, map(float, (p for p in over_pairs(list(log10_ps.values())) if p is not None))))
-
-
-def _firm(result: Result) -> float | None:
-    return result.log10_p if result.firm_log10_p is None else result.firm_log10_p
 
 
 def _is_calibrated(result: Result) -> bool:

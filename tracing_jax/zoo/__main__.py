@@ -5,8 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tracing_jax.cli.compilation_cache import keep_compiled_programs
 from tracing_jax.cli.errors import configure_logging, exit_on_user_error
+from tracing_jax.cli.startup import keep_compiled_programs
 from tracing_jax.dataclass_options import comma_list
 from tracing_jax.zoo.folder import ZooFolder
 from tracing_jax.zoo.report import write_report

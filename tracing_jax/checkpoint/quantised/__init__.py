@@ -12,12 +12,12 @@ import numpy as np
 from tracing_jax.checkpoint.derived_tensors import Derived, DerivedTensors
 from tracing_jax.checkpoint.errors import CheckpointError
 from tracing_jax.checkpoint.quantised.bitsandbytes import find_four_bit
-from tracing_jax.checkpoint.quantised.found import Found, listed_and
+from tracing_jax.checkpoint.quantised.found import Found
 from tracing_jax.checkpoint.quantised.fp4 import find_mxfp4, find_nvfp4
 from tracing_jax.checkpoint.quantised.int4 import AWQ_VERSIONS, GPTQ_BITS, PACKED_BITS, find_gptq_or_awq, find_packed
 from tracing_jax.checkpoint.quantised.scaled import find_float8, find_int8
 from tracing_jax.checkpoint.tensors import TensorStore
-from tracing_jax.complaints import listed, shortened
+from tracing_jax.complaints import listed, listed_and, shortened
 
 __all__ = ["FORMATS", "dequantised"]
 

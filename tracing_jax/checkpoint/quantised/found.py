@@ -1,16 +1,9 @@
 """What a module of a format finds in a checkpoint: tensors that it dequantises, and those that are used up for it."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from tracing_jax.checkpoint.derived_tensors import Derived
 from tracing_jax.checkpoint.errors import CheckpointError
-
-
-def listed_and(choices: Iterable[object]) -> str:
-    """Returns a few choices for a sentence: `2, 3 and 4`."""
-    *first, last = map(str, choices)
-    return f"{', '.join(first)} and {last}" if first else last
 
 
 class QuantisedError(CheckpointError):

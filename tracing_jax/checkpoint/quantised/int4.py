@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from tracing_jax.checkpoint.quantised.found import Found, QuantisedError, listed_and
+from tracing_jax.checkpoint.quantised.found import Found, QuantisedError
 from tracing_jax.checkpoint.quantised.packing import block_sizes, period, scale_bounds, spread, unpacked, words_of
 from tracing_jax.checkpoint.safetensors_file import Index, bounds_of
 from tracing_jax.checkpoint.tensors import TensorStore
+from tracing_jax.complaints import listed_and
 
 GPTQ_BITS, AWQ_VERSIONS, PACKED_BITS = (2, 3, 4, 8), ("gemm", "gemv"), (4, 8)
 """What is read of each format."""

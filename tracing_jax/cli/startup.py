@@ -1,4 +1,4 @@
-"""Compiled programs kept for later runs: half the time of a run on small models is compilation."""
+"""What a program does before it runs: compiled programs are kept for later runs, and PyTorch is not imported."""
 
 import hashlib
 import os
@@ -11,6 +11,8 @@ _CPU_FACTS = Path("/proc/cpuinfo")
 
 def keep_compiled_programs() -> None:
     """Makes JAX keep every compiled program of this process, and of those that it starts, in a folder of the user.
+
+    Half the time of a run on small models is compilation.
 
     What the user has set by JAX's own variables (`JAX_COMPILATION_CACHE_DIR`, `JAX_ENABLE_COMPILATION_CACHE` and
     others) holds.
@@ -40,3 +42,21 @@ def cache_folder() -> Path:
         instructions = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     kind = hashlib.sha256(instructions.encode()).hexdigest()[:8]
     return root / "tracing_jax" / "xla" / f"{platform.machine()}-{kind}"
+
+
+def import_transformers_without_torch() -> None:
+    """Imports transformers such that it takes PyTorch for absent, in this whole process.
+
+    transformers imports PyTorch along with a config, which takes seconds, and nothing in this package needs it. Where
+    it, or transformers, is imported already, nothing is changed. A program may call this, a library may not: others in
+    the process may need models of transformers.
+    """
+    if {"torch", "transformers"} & set(sys.modules):
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]  # an import of it fails, and a search finds nothing
+    try:
+        from transformers.utils.import_utils import is_torch_available
+
+        is_torch_available()  # it remembers the answer
+    finally:
+        del sys.modules["torch"]
