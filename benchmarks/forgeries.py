@@ -18,7 +18,7 @@ from scipy.optimize import linear_sum_assignment
 
 from tracing_jax.arch import Arch
 from tracing_jax.rewrites import GainSetting, Permutation, Rewrite, Rotation, gains_in
-from tracing_jax.sources import InMemory, in_memory, part, rewritten
+from tracing_jax.sources import InMemory, in_memory, rewritten, subtree
 from tracing_jax.tree import Tree, flatten, map_named, unflatten
 
 Models = tuple[InMemory, InMemory]
@@ -179,7 +179,7 @@ def basis_like_base(base: InMemory, other: InMemory, generator: np.random.Genera
 
 def gains_like_base(base: InMemory, other: InMemory, generator: np.random.Generator) -> Models:
     """Returns the models after the other's norm gains were set to base's, which its matrices make up for."""
-    gains = gains_in(lambda prefix: flatten(part(base, prefix)), base.arch)
+    gains = gains_in(lambda prefix: flatten(subtree(base, prefix)), base.arch)
     return base, _after(other, [GainSetting({name: np.where(gain == 0, 1.0, gain) for name, gain in gains.items()})])
 
 

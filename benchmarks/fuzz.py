@@ -34,7 +34,7 @@ from tracing_jax.checkpoint import CheckpointError, open_checkpoint
 from tracing_jax.data import load_tokenizer
 from tracing_jax.record import write_json
 from tracing_jax.report import text_table
-from tracing_jax.sources import parts
+from tracing_jax.sources import subtrees
 
 _COUNT = flags.DEFINE_integer("count", 2000, "mutations", lower_bound=1)
 _SEED = flags.DEFINE_integer("draw_seed", 0, "of the draws")
@@ -47,7 +47,7 @@ def outcome_of(folder: Path) -> tuple[str, str]:
     """Returns what comes out of opening and reading a checkpoint, and the message if any."""
     try:
         checkpoint = open_checkpoint(str(folder))
-        for _ in parts(checkpoint):
+        for _ in subtrees(checkpoint):
             pass
         load_tokenizer(checkpoint.tokenizer_folder)
     except MemoryError:

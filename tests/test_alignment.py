@@ -18,7 +18,7 @@ from tracing_jax.forward import correlations, forward_pass, paired
 from tracing_jax.models import apply_block, apply_embed, layer_inputs
 from tracing_jax.rewrites import invert, permute, random_permutations
 from tracing_jax.sharding import Compute, make_mesh
-from tracing_jax.sources import InMemory, in_memory, placed
+from tracing_jax.sources import InMemory, in_memory, sharded
 from tracing_jax.tree import flatten
 
 TAPS = ("residual", "heads", "units")
@@ -54,7 +54,7 @@ def test_correlations_are_those_of_numpy_however_batched_and_sliced(data, batch_
     # A unit far from zero, and one that never varies.
     base.params["embed"]["embedding"] = base.params["embed"]["embedding"].at[:, 0].add(300.0).at[:, 1].set(0.7)
     mesh = make_mesh(data=data)
-    sources = [placed(source, mesh) for source in (base, ft)]
+    sources = [sharded(source, mesh) for source in (base, ft)]
     found = list(correlations(*sources, BLOCKS, TAPS, Compute(mesh, batch_size)))
     assert [layer.layer for layer in found] == [0, 1]
     assert found[1].by_tap["units"].shape == (20, 12)

@@ -22,7 +22,7 @@ from tracing_jax.checkpoint.hf_layouts import leaf_layouts
 from tracing_jax.checkpoint.tensor_layout import tensor_shapes
 from tracing_jax.checkpoint.tensors import all_finite, open_tensors
 from tracing_jax.sharding import MESH_AXIS, make_mesh
-from tracing_jax.sources import in_memory, parts, placed
+from tracing_jax.sources import in_memory, sharded, subtrees
 from tracing_jax.tree import flatten
 
 MESHES = [(1, 1), (2, 4), (1, 8)]
@@ -87,7 +87,7 @@ def _assert_same(found, expected):
 def test_reading_onto_a_mesh_is_reading_and_placing(family, mesh, tmp_path):
     checkpoint, mesh = _checkpoint(tmp_path, _FAMILIES[family], ml_dtypes.bfloat16), make_mesh(*mesh)
     # All parts are kept until the end: a buffer that was filled again too early would show in the first.
-    _assert_same(in_memory(ShardedCheckpoint(checkpoint, mesh)).params, in_memory(placed(checkpoint, mesh)).params)
+    _assert_same(in_memory(ShardedCheckpoint(checkpoint, mesh)).params, in_memory(sharded(checkpoint, mesh)).params)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -95,12 +95,12 @@ def test_every_layout_is_read_onto_a_mesh(family, tmp_path):
     for case in [case for case in CASES.values() if case.family == family and "linear" not in case.name][:6]:
         (tmp_path / case.name).mkdir()
         checkpoint, mesh = _checkpoint(tmp_path / case.name, case.arch()), make_mesh(1, 2)
-        _assert_same(in_memory(ShardedCheckpoint(checkpoint, mesh)).params, in_memory(placed(checkpoint, mesh)).params)
+        _assert_same(in_memory(ShardedCheckpoint(checkpoint, mesh)).params, in_memory(sharded(checkpoint, mesh)).params)
 
 
 def test_torch_files_are_read_onto_a_mesh(tmp_path):
     checkpoint, mesh = _checkpoint(tmp_path, _FAMILIES["llama"], suffix="bin"), make_mesh(1, 8)
-    _assert_same(in_memory(ShardedCheckpoint(checkpoint, mesh)).params, in_memory(placed(checkpoint, mesh)).params)
+    _assert_same(in_memory(ShardedCheckpoint(checkpoint, mesh)).params, in_memory(sharded(checkpoint, mesh)).params)
 
 
 def test_only_the_leaves_asked_for_are_read(tmp_path):
@@ -113,7 +113,7 @@ def test_only_the_leaves_asked_for_are_read(tmp_path):
 @pytest.mark.parametrize(("family", "mesh"), diagonal(["llama", "gpt2", "mixtral"], MESHES))
 def test_every_byte_is_read_once_however_many_devices_hold_it(family, mesh, tmp_path):
     checkpoint, read = _spied(_checkpoint(tmp_path, _FAMILIES[family]))
-    for _ in parts(ShardedCheckpoint(checkpoint, make_mesh(*mesh))):
+    for _ in subtrees(ShardedCheckpoint(checkpoint, make_mesh(*mesh))):
         pass
     store = checkpoint.tensors
     assert read == {name: 4 * int(np.prod(store.shape(name))) for name in store.names()}
@@ -138,7 +138,7 @@ def _held_by(monkeypatch, devices):
 def test_a_process_reads_only_what_its_devices_hold(family, held, tmp_path, monkeypatch):
     checkpoint, read = _spied(_checkpoint(tmp_path, _FAMILIES[family]))
     mesh = make_mesh(1, 8)
-    expected = in_memory(placed(checkpoint, mesh)).layer(1)
+    expected = in_memory(sharded(checkpoint, mesh)).layer(1)
     devices = set(mesh.devices.flat[held])
     read.clear()
     made = _held_by(monkeypatch, devices)
@@ -161,7 +161,7 @@ def test_meshes_in_any_order_of_devices_are_read(tmp_path):
     devices = np.asarray(jax.devices())[[3, 0, 6, 1]].reshape(1, 4)
     mesh = Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
     checkpoint = _checkpoint(tmp_path, _FAMILIES["llama"])
-    _assert_same(in_memory(ShardedCheckpoint(checkpoint, mesh)).params, in_memory(placed(checkpoint, mesh)).params)
+    _assert_same(in_memory(ShardedCheckpoint(checkpoint, mesh)).params, in_memory(sharded(checkpoint, mesh)).params)
 
 
 def test_weights_that_are_not_finite_are_refused_by_name(tmp_path):

@@ -21,7 +21,7 @@ from tracing_jax.matching.coordinate import coordinates
 from tracing_jax.matching.similarity import weight_pairs, weight_similarity
 from tracing_jax.rewrites import identity
 from tracing_jax.sharding import Compute, make_mesh
-from tracing_jax.sources import InMemory, in_memory, placed
+from tracing_jax.sources import InMemory, in_memory, sharded
 from tracing_jax.statistics.cosine import cosines
 from tracing_jax.tree import flatten, select
 
@@ -44,7 +44,7 @@ GROUPS = path_groups(attn=True, emb=True)
 
 
 def _pair(arch, mesh):
-    return [in_memory(placed(tiny.model(arch, seed), mesh)) for seed in (0, 1)]
+    return [in_memory(sharded(tiny.model(arch, seed), mesh)) for seed in (0, 1)]
 
 
 def _losses(arch, mesh):
@@ -134,7 +134,7 @@ def _moved_sizes(program):
 
 def _split_sizes(arch, mesh):
     """Returns the sizes of the matrices that a mesh splits, and of each expert's alone."""
-    params = in_memory(placed(tiny.model(arch), mesh)).params
+    params = in_memory(sharded(tiny.model(arch), mesh)).params
     matrices = [leaf for name, leaf in flatten(params).items() if name.endswith(("kernel", "embedding"))]
     sizes = {leaf.size for leaf in matrices if not leaf.is_fully_replicated}
     experts = flatten(select(params["layers"]["0"], ("mlp/gate_proj",))) if arch.num_experts else {}
@@ -156,7 +156,7 @@ def test_no_weight_is_gathered_whole(name, mesh, programs):
 
 def test_a_weight_that_is_gathered_whole_would_be_seen():
     mesh = make_mesh(1, 8)
-    up = in_memory(placed(tiny.model(GQA), mesh)).params["layers"]["0"]["mlp"]["up_proj"]["kernel"]
+    up = in_memory(sharded(tiny.model(GQA), mesh)).params["layers"]["0"]["mlp"]["up_proj"]["kernel"]
     gather = jax.jit(lambda x: x + 1, out_shardings=NamedSharding(mesh, P()))
     program = gather.lower(up).compile().runtime_executable()
     assert _moved_sizes(program) & _split_sizes(GQA, mesh) == {up.size}

@@ -17,7 +17,7 @@ from tracing_jax.forward import correlations, forward_pass, logits, losses, path
 from tracing_jax.interpolation import interpolate, interpolated_leaves, path_groups
 from tracing_jax.run_cache import RunCache, WriteBudget
 from tracing_jax.sharding import Compute, leaf_spec, make_mesh
-from tracing_jax.sources import InMemory, in_memory, placed
+from tracing_jax.sources import InMemory, in_memory, sharded
 
 ALL = path_groups(attn=True, emb=True)
 
@@ -79,19 +79,19 @@ def test_sharded_equals_unsharded(family, mesh, one_device):
     base, ft, tokens = tiny.model(arch, 0), tiny.model(arch, 1), blocks(arch)
     expected = path_losses(base, ft, tokens, (0.0, 0.5, 1.0), ALL, one_device)
     compute = Compute(make_mesh(*mesh), batch_size=4)
-    on_mesh = [in_memory(placed(model, compute.mesh)) for model in (base, ft)]
+    on_mesh = [in_memory(sharded(model, compute.mesh)) for model in (base, ft)]
     np.testing.assert_allclose(path_losses(*on_mesh, tokens, (0.0, 0.5, 1.0), ALL, compute), expected, atol=2e-5)
 
 
 def test_weights_are_split_where_the_table_says():
     arch = dataclasses.replace(tiny.qwen3_gqa(), num_kv_heads=4, mlp_dim=32)
     mesh, table = make_mesh(2, 4), axis_table(arch)
-    params = in_memory(placed(tiny.model(arch), mesh)).params
+    params = in_memory(sharded(tiny.model(arch), mesh)).params
     up = params["layers"]["0"]["mlp"]["up_proj"]["kernel"]
     assert up.sharding.shard_shape(up.shape) == (24, 8)
     k = params["layers"]["1"]["attn"]["k_proj"]["kernel"]
     assert k.sharding.shard_shape(k.shape) == (24, 1, 4)
-    experts = in_memory(placed(tiny.model(tiny.mixtral(mlp_dim=32, num_experts=4)), mesh)).layer(0)["mlp"]
+    experts = in_memory(sharded(tiny.model(tiny.mixtral(mlp_dim=32, num_experts=4)), mesh)).layer(0)["mlp"]
     assert experts["down_proj"]["kernel"].sharding.spec == jax.sharding.PartitionSpec(None, "model", None)
     assert experts["router"]["kernel"].sharding.is_fully_replicated
     # 61 tokens do not divide by 4 devices: kept whole rather than refused.

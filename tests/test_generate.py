@@ -19,7 +19,7 @@ from tracing_jax.forward import logits
 from tracing_jax.generation import Sampler, SamplingParams, filtered, generate, prompt_tokens, read_prompts, sample
 from tracing_jax.generation.texts import _following
 from tracing_jax.sharding import Compute, make_mesh
-from tracing_jax.sources import in_memory, placed
+from tracing_jax.sources import in_memory, sharded
 
 PROMPTS = [[5, 6, 7], [9, 10, 11, 12, 13, 14, 15, 16], [3]]
 LENGTH = 20
@@ -55,7 +55,7 @@ COVER = list(cover())
 
 def sampler(name, choice, batch_size=4, mesh=None, **fields):
     mesh = mesh or make_mesh()
-    return Sampler(in_memory(placed(CASES[name].source(), mesh)), Compute(mesh, batch_size), choice, **fields)
+    return Sampler(in_memory(sharded(CASES[name].source(), mesh)), Compute(mesh, batch_size), choice, **fields)
 
 
 def written(*args, prompts=PROMPTS, length=LENGTH, **fields):

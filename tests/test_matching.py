@@ -26,7 +26,7 @@ from tracing_jax.matching import (
 )
 from tracing_jax.matching.coordinate import coordinates
 from tracing_jax.rewrites import identity, invert, permute, random_permutations
-from tracing_jax.sharding import make_mesh, place
+from tracing_jax.sharding import make_mesh, shard
 from tracing_jax.tree import flatten, map_named
 
 RNG = np.random.default_rng(0)
@@ -167,7 +167,7 @@ def test_sharded_weights_are_matched_like_whole_ones():
     disguise = random_permutations(jax.random.key(0), table, ["embed", "mlp"])
     ft = permute(base, disguise, table)
     whole, spread = (
-        match_weights(f(base), f(ft), table, list(disguise)) for f in (dict, lambda t: place(t, table, mesh))
+        match_weights(f(base), f(ft), table, list(disguise)) for f in (dict, lambda t: shard(t, table, mesh))
     )
     assert_same(spread.permutations, invert(disguise, table))
     assert_same(spread.permutations, whole.permutations)

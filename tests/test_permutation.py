@@ -19,8 +19,8 @@ from tracing_jax.rewrites import (
     random_permutations,
     share_moved,
 )
-from tracing_jax.sharding import make_mesh, place
-from tracing_jax.sources import InMemory, in_memory, placed, rewritten, rewritten_donating
+from tracing_jax.sharding import make_mesh, shard
+from tracing_jax.sources import InMemory, in_memory, rewritten, rewritten_donating, sharded
 from tracing_jax.tree import flatten
 
 ARCHS = [tiny.llama_mha, tiny.qwen3_gqa, tiny.olmo2_gqa, tiny.gemma_mqa, tiny.gpt2, tiny.mixtral]
@@ -98,7 +98,7 @@ def test_lazily_permuted_source_equals_the_permuted_tree():
 def test_a_resident_model_is_permuted_into_its_own_memory(dtype):
     arch = tiny.qwen3_gqa(num_kv_heads=2, num_layers=4, layer_ropes=(0,) * 4, layer_windows=(None,) * 4)
     table, mesh = axis_table(arch), make_mesh(data=2, model=2)
-    model = in_memory(placed(tiny.model(arch, dtype=dtype), mesh))
+    model = in_memory(sharded(tiny.model(arch, dtype=dtype), mesh))
     given, kept = dict(model.params), on_host(model.params)
     permutations = random_permutations(jax.random.key(3), table, ["mlp", "kv_heads"])
     live: list[int] = []
@@ -136,7 +136,7 @@ def test_sharded_leaves_keep_their_sharding():
     arch = tiny.qwen3_gqa(num_kv_heads=2)
     table, mesh = axis_table(arch), make_mesh(data=2, model=2)
     params = tiny.params_of(arch)
-    spread = place(params, table, mesh)
+    spread = shard(params, table, mesh)
     permutations = random_permutations(jax.random.key(8), table, PERMUTABLE)
     moved = permute(spread, permutations, table)
     assert equal(moved, permute(params, permutations, table))

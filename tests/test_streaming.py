@@ -18,7 +18,7 @@ from tracing_jax.data import paired_one_to_one
 from tracing_jax.experiment import ConfigError, memory
 from tracing_jax.rewrites import Permutation, random_permutations
 from tracing_jax.sharding import Compute, make_mesh
-from tracing_jax.sources import InMemory, PrefetchingSource, placed, rewritten
+from tracing_jax.sources import InMemory, PrefetchingSource, rewritten, sharded
 from tracing_jax.statistics import REGISTRY, Pair, Vocabularies, make_statistic
 from tracing_jax.statistics.match_distilled import MatchDistilled
 from tracing_jax.tree import flatten
@@ -56,7 +56,7 @@ def pair_of(base, ft):
 
 
 def streamed(model):
-    return PrefetchingSource(placed(OnDisk(model), make_mesh(1, 1)))
+    return PrefetchingSource(sharded(OnDisk(model), make_mesh(1, 1)))
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_alignment_finds_the_same_permutations_of_streamed_models():
     base = tiny.model(ARCH)
     planted = random_permutations(jax.random.key(3), axis_table(ARCH), ("embed", "mlp", "kv_heads"))
     ft = OnDisk(InMemory(ARCH, tiny.noisy(base.params, 0.1)))
-    moved = PrefetchingSource(placed(rewritten(ft, [Permutation(planted)]), make_mesh(1, 1)))
+    moved = PrefetchingSource(sharded(rewritten(ft, [Permutation(planted)]), make_mesh(1, 1)))
     found = align(streamed(base), moved, ("embed", "mlp", "kv_heads"), evidence="weights")
     for axis, p in found.permutations.items():
         assert np.array_equal(planted[axis][p], np.arange(len(p)))

@@ -17,7 +17,7 @@ from tracing_jax.data import Documents, load_tokenizer, read_documents, token_bl
 from tracing_jax.dataclass_options import ConfigError
 from tracing_jax.options import COMPARE, RunOptions
 from tracing_jax.sharding import Compute, make_mesh
-from tracing_jax.sources import InMemory, ParamSource, in_memory, is_resident, placed
+from tracing_jax.sources import InMemory, ParamSource, in_memory, is_resident, sharded
 
 Model = str | os.PathLike[str] | ParamSource
 """A folder, a Hub id, `org/name@revision` or `demo:<member>`; or a model that is open or loaded already."""
@@ -184,7 +184,7 @@ def load(model: Model, mesh: Mesh | None = None, *, cache_dir: str | None = None
     if isinstance(model, checkpoint.Checkpoint):
         return checkpoint.load(model, mesh, cache_dir)
     model = _source(model)
-    return in_memory(model if is_resident(model) else placed(model, mesh))
+    return in_memory(model if is_resident(model) else sharded(model, mesh))
 
 
 def save(folder: str | os.PathLike[str], model: ParamSource, companions: str | os.PathLike[str]) -> Path:

@@ -103,7 +103,7 @@ def leaf_spec(row: LeafSpec, table: AxisTable, mesh: Mesh) -> P:
     return P(*spec)
 
 
-def place(tree: Tree, table: AxisTable, mesh: Mesh) -> Tree:
+def shard(tree: Tree, table: AxisTable, mesh: Mesh) -> Tree:
     """Returns the tree on the devices of the mesh, each leaf split as its axes say."""
     return map_named(
         lambda name, leaf: _put(leaf, NamedSharding(mesh, leaf_spec(table.leaves[name], table, mesh))), tree

@@ -10,7 +10,7 @@ from benchmarks.results import Row
 from benchmarks.speed.timing import seconds
 from tracing_jax.checkpoint import Checkpoint, open_checkpoint
 from tracing_jax.sharding import make_mesh
-from tracing_jax.sources import PrefetchingSource, parts, placed
+from tracing_jax.sources import PrefetchingSource, sharded, subtrees
 
 _BUFFER_BYTES = 16 * 2**20
 
@@ -54,8 +54,8 @@ def plain_reading(files: tuple[Path, ...]) -> int:
 
 
 def _layers(checkpoint: Checkpoint) -> None:
-    for _, part in parts(PrefetchingSource(placed(checkpoint, make_mesh()))):
-        jax.block_until_ready(part)
+    for _, subtree in subtrees(PrefetchingSource(sharded(checkpoint, make_mesh()))):
+        jax.block_until_ready(subtree)
 
 
 def drop(files: tuple[Path, ...]) -> None:

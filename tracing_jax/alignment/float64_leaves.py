@@ -12,7 +12,7 @@ from tracing_jax.axes import AxisRole, AxisTable, LeafSpec
 from tracing_jax.matching import Shared
 from tracing_jax.rewrites import Rewrite
 from tracing_jax.rewrites.rewrite import Weight, subtable
-from tracing_jax.sources import MappedSource, ParamSource, part, prefixes, rewritten
+from tracing_jax.sources import MappedSource, ParamSource, prefixes, rewritten, subtree
 from tracing_jax.tree import Tree, flatten, to_host
 
 Leaves = dict[str, np.ndarray]
@@ -30,7 +30,7 @@ def in_float64(source: ParamSource, rewrites: Sequence[Rewrite] = ()) -> ParamSo
 
 def leaves(source: ParamSource, prefix: str) -> Leaves:
     """Returns the leaves under `embed/`, `layers/<i>/` or `head/`, on the host."""
-    return {name: to_host(leaf) for name, leaf in flatten(part(source, prefix)).items()}
+    return {name: to_host(leaf) for name, leaf in flatten(subtree(source, prefix)).items()}
 
 
 def own_table(arch: Arch, prefix: str) -> AxisTable:

@@ -112,7 +112,7 @@ class Checkpoint:
     def _read(self, prefix: str, only: Sequence[str] = ()) -> Tree:
         broken: list[str] = []
         leaves = {
-            name: self._arrays([layout], broken)[0] for name, layout in self.layouts_of_part(prefix, only).items()
+            name: self._arrays([layout], broken)[0] for name, layout in self.layouts_of_subtree(prefix, only).items()
         }
         self.refuse(broken)
         return unflatten(leaves)
@@ -126,7 +126,7 @@ class Checkpoint:
         remaining = iter(arrays)
         return [layout.to_leaf(list(itertools.islice(remaining, len(layout.slices)))) for layout in layouts]
 
-    def layouts_of_part(self, prefix: str, only: Sequence[str] = ()) -> dict[str, LeafLayout]:
+    def layouts_of_subtree(self, prefix: str, only: Sequence[str] = ()) -> dict[str, LeafLayout]:
         """Returns the layouts under `embed/`, `layers/<i>/` or `head/`, without the prefix: those in `only`, if any."""
         layouts = {n.removeprefix(prefix): layout for n, layout in self.leaf_layouts.items() if n.startswith(prefix)}
         return flatten(select(unflatten(layouts), only))

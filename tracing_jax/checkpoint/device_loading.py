@@ -63,7 +63,7 @@ class ShardedCheckpoint:
     def _part(self, prefix: str, only: Sequence[str] = ()) -> Tree:
         broken: list[str] = []
         leaves = {}
-        for name, layout in self.checkpoint.layouts_of_part(prefix, only).items():
+        for name, layout in self.checkpoint.layouts_of_subtree(prefix, only).items():
             spec = leaf_spec(self._table.leaves[prefix + name], self._table, self.mesh)
             leaves[name] = self._leaf(layout, NamedSharding(self.mesh, spec), broken)
         self.checkpoint.refuse(broken)

@@ -14,7 +14,7 @@ from tracing_jax.arch import change_config
 from tracing_jax.checkpoint.hf_layouts import leaf_layouts
 from tracing_jax.checkpoint.tensor_layout import to_tensors
 from tracing_jax.checkpoint.token_ids import permute_token_ids
-from tracing_jax.sources import ParamSource, parts
+from tracing_jax.sources import ParamSource, subtrees
 from tracing_jax.tree import flatten
 
 _COMPANIONS = (
@@ -118,6 +118,6 @@ def _shards(source: ParamSource, max_bytes: int) -> Iterator[dict[str, np.ndarra
 
 def _tensors(source: ParamSource) -> Iterator[tuple[str, np.ndarray]]:
     layouts = leaf_layouts(source.arch)
-    for prefix, part in parts(source):
-        leaves = {prefix + name: np.asarray(leaf) for name, leaf in flatten(part).items()}
+    for prefix, subtree in subtrees(source):
+        leaves = {prefix + name: np.asarray(leaf) for name, leaf in flatten(subtree).items()}
         yield from to_tensors(layouts, leaves).items()

@@ -16,7 +16,7 @@ from tracing_jax.alignment import Alignment
 from tracing_jax.dataclass_options import ConfigError
 from tracing_jax.distributed import is_main_process
 from tracing_jax.experiment.inputs import RunInputs, open_inputs
-from tracing_jax.experiment.memory import Placement, place
+from tracing_jax.experiment.memory import Placement, choose_placement
 from tracing_jax.experiment.metadata import device_facts, file_stamps, token_facts, versions
 from tracing_jax.experiment.models import resolve_model_id
 from tracing_jax.experiment.saving import save_pairs, save_run
@@ -163,7 +163,7 @@ def compute(config: Config) -> Outcome:
     timer = StepTimer()
     with timer.step("open"):
         inputs = open_inputs(options)
-        placement = place(options, inputs)
+        placement = choose_placement(options, inputs)
     run_cache, note = _run_cache(options, inputs, placement)
     inputs.notes.extend([note] if note else [])
     found = run_steps(options, inputs, placement, run_cache, timer)

@@ -15,7 +15,7 @@ from tracing_jax.experiment.validation import base_folder
 from tracing_jax.options import RunOptions
 from tracing_jax.rewrites import Permutation, Untying
 from tracing_jax.run_cache import RunCache
-from tracing_jax.sources import InMemory, in_memory, placed, rewritten
+from tracing_jax.sources import InMemory, in_memory, rewritten, sharded
 from tracing_jax.statistics import Pair
 
 
@@ -83,7 +83,7 @@ def _aligned_pair(inputs: RunInputs, pair: Pair, alignment: Alignment) -> Pair:
     """Returns the pair with ft after the alignment, and base with a head of its own where ft's got one."""
     if alignment.reorders_only:
         return replace(pair, ft=reordered(pair.ft, alignment.rewrites), aligned=True)
-    ft = in_memory(placed(aligned(pair.ft, alignment), pair.compute.mesh), "aligning")
+    ft = in_memory(sharded(aligned(pair.ft, alignment), pair.compute.mesh), "aligning")
     base = pair.base
     if alignment.base_rewrites:
         base = in_memory(placed(aligned_base(base, alignment), pair.compute.mesh), "mapping base")
@@ -98,5 +98,5 @@ def _aligned_pair(inputs: RunInputs, pair: Pair, alignment: Alignment) -> Pair:
 
 def _untied(model: InMemory, mesh: Mesh) -> InMemory:
     """Returns the model with a head of its own, equal to its embedding; the other weights are shared with it."""
-    untied = placed(rewritten(model, [Untying()]), mesh)
+    untied = sharded(rewritten(model, [Untying()]), mesh)
     return InMemory(untied.arch, {**model.params, "head": jax.tree.map(jnp.asarray, untied.head())})

@@ -22,9 +22,9 @@ from tracing_jax.sources import (
     PrefetchingSource,
     in_memory,
     is_resident,
-    placed,
     rewritten,
     rewritten_donating,
+    sharded,
 )
 from tracing_jax.statistics import Pair
 
@@ -51,7 +51,7 @@ def _load(options: RunOptions, checkpoint: Checkpoint, placement: Placement) -> 
 
 
 def _load_disguised(inputs: RunInputs, placement: Placement) -> ParamSource:
-    model = placed(rewritten(inputs.ft, inputs.disguise), placement.mesh)
+    model = sharded(rewritten(inputs.ft, inputs.disguise), placement.mesh)
     return (
         in_memory(model, f"disguising {inputs.ft.id}") if placement.memory == "resident" else PrefetchingSource(model)
     )

@@ -28,7 +28,7 @@ class Placement(NamedTuple):
     memory: str
 
 
-def place(options: RunOptions, inputs: RunInputs) -> Placement:
+def choose_placement(options: RunOptions, inputs: RunInputs) -> Placement:
     """Returns where the models of a run will be, and notes why."""
     mesh = make_mesh(options.mesh.data, options.mesh.model)
     asked = options.memory

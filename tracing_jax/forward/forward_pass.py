@@ -20,7 +20,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from tracing_jax.arch import Arch, length_problem
-from tracing_jax.forward.interpolated_model import InterpolatedModel, InterpolatedPart, map_points
+from tracing_jax.forward.interpolated_model import (
+    InterpolatedModel,
+    InterpolatedSubtree,
+    is_resident_model,
+    map_points,
+    num_points,
+    with_embedding,
+)
 from tracing_jax.models import (
     BlockOutput,
     Cache,
@@ -34,11 +41,11 @@ from tracing_jax.models import (
 )
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sharding import put_like
-from tracing_jax.sources import ParamSource, is_resident
+from tracing_jax.sources import ParamSource
 from tracing_jax.tree import Tree, to_host
 
-Model = ParamSource | InterpolatedModel
-Part = Tree | InterpolatedPart
+PathOrModel = ParamSource | InterpolatedModel
+Subtree = Tree | InterpolatedSubtree
 
 _HIDDEN_BYTES = 2**30
 """The most that the hidden states of streamed models may take: further batches pass in a second reading."""
@@ -59,7 +66,7 @@ class LayerOutput(NamedTuple):
 
 
 def forward(
-    model: Model,
+    model: PathOrModel,
     tokens: Sequence[Int[Array, "B T"]],
     dtype: DTypeLike,
     *,
@@ -84,13 +91,13 @@ def forward(
       caches: for each batch the key/value caches of the layers, continued with these tokens.
       start: the first layer to run, and the hidden states that it receives; None starts from the tokens.
     """
-    arch, resident = model.arch, _is_resident(model)
+    arch, resident = model.arch, is_resident_model(model)
     each_at = [None] * len(tokens) if at is None else at
     each_positions = [None] * len(tokens) if positions is None else positions
     first, given = start or (0, _embedded(model, tokens, dtype, each_positions))
     hidden = list(given)
     for i in range(first, arch.num_layers):
-        layer: Part | None = model.layer(i)
+        layer: Subtree | None = model.layer(i)
         inputs = layer_inputs(arch, i)
         for b, x in enumerate(hidden):
             cache = None if caches is None else caches[b][i]
@@ -123,7 +130,7 @@ def forward_mlps(
 
 
 def final_hidden(
-    model: Model,
+    model: PathOrModel,
     tokens: Sequence[Int[Array, "B T"]],
     dtype: DTypeLike,
     run_cache: RunCache | None = None,
@@ -190,24 +197,19 @@ def _bits(array: np.ndarray) -> np.ndarray:
     return array.view(f"u{array.dtype.itemsize}")
 
 
-def _is_resident(model: Model) -> bool:
-    return model.is_resident if isinstance(model, InterpolatedModel) else is_resident(model)
-
-
 def _embedded(
-    model: Model, tokens: Sequence[jax.Array], dtype: DTypeLike, positions: Sequence[jax.Array | None]
+    model: PathOrModel, tokens: Sequence[jax.Array], dtype: DTypeLike, positions: Sequence[jax.Array | None]
 ) -> list[Float[Array, "*A B T D"]]:
     embed = model.embed()
     return [embed_step(model.arch, dtype, embed, batch, at) for batch, at in zip(tokens, positions, strict=True)]
 
 
-def head_of(model: Model) -> Part:
+def head_of(model: PathOrModel) -> Subtree:
     """Returns the head, with the embedding of a tied model as the subtree `embed`."""
     head = model.head()
     if not model.arch.tied:
         return head
-    embed = model.embed()
-    return head.with_embedding(embed) if isinstance(head, InterpolatedPart) else {**head, "embed": embed}
+    return with_embedding(head, model.embed())
 
 
 def head_logits(arch: Arch, head: Tree, x: Float[Array, "*A B T D"]) -> Float[Array, "*A B T V"]:
@@ -215,18 +217,17 @@ def head_logits(arch: Arch, head: Tree, x: Float[Array, "*A B T D"]) -> Float[Ar
     return apply_head(arch, head, x, head["embed"]["embedding"] if arch.tied else None)
 
 
-def batches_at_once(model: Model, batch: Int[np.ndarray, "B T"], dtype: DTypeLike) -> int:
+def batches_at_once(model: PathOrModel, batch: Int[np.ndarray, "B T"], dtype: DTypeLike) -> int:
     """Returns how many batches pass a layer together: one if resident, as many as fit if each layer must be read."""
-    if _is_resident(model):
+    if is_resident_model(model):
         return 1
-    points = len(model.alphas) if isinstance(model, InterpolatedModel) else 1
-    state_bytes = points * batch.size * model.arch.embed_dim * jnp.dtype(dtype).itemsize
+    state_bytes = num_points(model) * batch.size * model.arch.embed_dim * jnp.dtype(dtype).itemsize
     return max(1, _HIDDEN_BYTES // state_bytes)
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "dtype"))
 def embed_step(
-    arch: Arch, dtype: DTypeLike, embed: Part, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None = None
+    arch: Arch, dtype: DTypeLike, embed: Subtree, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None = None
 ) -> Float[Array, "*A B T D"]:
     """Returns the hidden states before the first layer."""
     return map_points(embed, lambda params: apply_embed(arch, params, tokens, dtype, positions))
@@ -236,7 +237,7 @@ def embed_step(
 def block_step(
     arch: Arch,
     taps: tuple[str, ...],
-    layer: Part,
+    layer: Subtree,
     x: Float[Array, "*A B T D"],
     inputs: LayerInputs,
     positions: Int[Array, "B T"] | None = None,

@@ -1,4 +1,4 @@
-"""All models along the path between two: in parts, with the leaves of both ends and what the points are made from."""
+"""All models along the path between two: their subtrees, with the leaves of both ends and how points are made."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from tracing_jax.arch import Arch
 from tracing_jax.axes import axis_table
 from tracing_jax.interpolation import interpolate
 from tracing_jax.rewrites import Dims, Permutations, take_units, unit_moves
-from tracing_jax.sources import ParamSource, is_resident, part
+from tracing_jax.sources import ParamSource, is_resident, subtree
 from tracing_jax.tree import Tree, flatten, unflatten
 
 T = TypeVar("T")
@@ -26,12 +26,12 @@ T = TypeVar("T")
     meta_fields=["interpolated", "dims"],
 )
 @dataclass(frozen=True)
-class InterpolatedPart:
-    """One part, such as a layer, of all models along the path.
+class InterpolatedSubtree:
+    """One subtree, such as a layer, of all models along the path.
 
     Attributes:
-      base: the part of base.
-      ft: name -> the leaf of the same part of ft, of the interpolated leaves.
+      base: the subtree of base.
+      ft: name -> the leaf of the same subtree of ft, of the interpolated leaves.
       alphas: the points `[A]`.
       indices: name -> how the units of ft's leaf are permuted at each point, `[A, ...]` for each permuted dimension.
       interpolated: names of the interpolated leaves.
@@ -57,9 +57,9 @@ class InterpolatedPart:
 
         return jax.lax.map(at_point, (self.alphas, self.indices, *rest))
 
-    def with_embedding(self, embed: "InterpolatedPart") -> "InterpolatedPart":
+    def with_embedding(self, embed: "InterpolatedSubtree") -> "InterpolatedSubtree":
         """Returns this head with the embedding that a tied model shares with it, as the subtree `embed`."""
-        return InterpolatedPart(
+        return InterpolatedSubtree(
             self.base | {"embed": embed.base},
             self.ft | {f"embed/{name}": leaf for name, leaf in embed.ft.items()},
             self.alphas,
@@ -71,11 +71,11 @@ class InterpolatedPart:
 
 @dataclass(frozen=True)
 class InterpolatedModel:
-    """The models at all points of the path from base (0) to ft (1), read part by part like a `ParamSource`.
+    """The models at all points of the path from base (0) to ft (1), read subtree by subtree like a `ParamSource`.
 
     Attributes:
       base: the end at 0, whose facts (rope, norms, scales) all points have.
-      ft: the end at 1; its parts are read only where leaves are interpolated. None if none are.
+      ft: the end at 1; its subtrees are read only where leaves are interpolated. None if none are.
       interpolated: names of the leaves that are interpolated; the others are base's.
       alphas: the points.
       copies: one for each point, permutations of the same axes, applied to ft; none leaves ft as it is. No permuted
@@ -87,7 +87,7 @@ class InterpolatedModel:
     interpolated: frozenset[str]
     alphas: Float[Array, " A"]
     copies: Sequence[Permutations] = ()
-    _parts: dict[str, InterpolatedPart] = field(default_factory=dict, repr=False)
+    _subtrees: dict[str, InterpolatedSubtree] = field(default_factory=dict, repr=False)
 
     @property
     def arch(self) -> Arch:
@@ -96,37 +96,37 @@ class InterpolatedModel:
 
     @functools.cached_property
     def is_resident(self) -> bool:
-        """Whether all weights are in memory, so that reading a part again costs nothing."""
+        """Whether all weights are in memory, so that reading a subtree again costs nothing."""
         return is_resident(self.base) and (self.ft is None or not self.interpolated or is_resident(self.ft))
 
-    def embed(self) -> InterpolatedPart:
-        """Returns the part `embed`."""
-        return self._part("embed/")
+    def embed(self) -> InterpolatedSubtree:
+        """Returns the subtree `embed`."""
+        return self._subtree("embed/")
 
-    def layer(self, index: int) -> InterpolatedPart:
-        """Returns the part `layers/<index>`."""
-        return self._part(f"layers/{index}/")
+    def layer(self, index: int) -> InterpolatedSubtree:
+        """Returns the subtree `layers/<index>`."""
+        return self._subtree(f"layers/{index}/")
 
-    def head(self) -> InterpolatedPart:
-        """Returns the part `head`, without the embedding that a tied head shares."""
-        return self._part("head/")
+    def head(self) -> InterpolatedSubtree:
+        """Returns the subtree `head`, without the embedding that a tied head shares."""
+        return self._subtree("head/")
 
-    def _part(self, prefix: str) -> InterpolatedPart:
+    def _subtree(self, prefix: str) -> InterpolatedSubtree:
         if not self.is_resident:
             return self._read(prefix)
-        if prefix not in self._parts:
-            self._parts[prefix] = self._read(prefix)
-        return self._parts[prefix]
+        if prefix not in self._subtrees:
+            self._subtrees[prefix] = self._read(prefix)
+        return self._subtrees[prefix]
 
-    def _read(self, prefix: str) -> InterpolatedPart:
+    def _read(self, prefix: str) -> InterpolatedSubtree:
         names = frozenset(name.removeprefix(prefix) for name in self.interpolated if name.startswith(prefix))
-        leaves = flatten(part(self.ft, prefix)) if self.ft is not None and names else {}
+        leaves = flatten(subtree(self.ft, prefix)) if self.ft is not None and names else {}
         own = {name: leaves[name] for name in sorted(names)} if leaves else {}
         table = axis_table(self.arch)
         moves = {name: unit_moves(table.leaves[prefix + name], self._stacked, table.parent_axis) for name in own}
         moves = {name: (dims, indices) for name, (dims, indices) in moves.items() if dims}
-        return InterpolatedPart(
-            part(self.base, prefix),
+        return InterpolatedSubtree(
+            subtree(self.base, prefix),
             own,
             self.alphas,
             {name: [jnp.asarray(index) for index in indices] for name, (_, indices) in moves.items()},
@@ -140,6 +140,21 @@ class InterpolatedModel:
         return {axis: np.stack([copy[axis] for copy in self.copies]) for axis in self.copies[0]} if self.copies else {}
 
 
-def map_points(part: Tree | InterpolatedPart, function: Callable[..., Any], *rest: Any) -> Any:
+def is_resident_model(model: ParamSource | InterpolatedModel) -> bool:
+    """Returns whether all weights are in memory, so that reading a layer again costs nothing."""
+    return model.is_resident if isinstance(model, InterpolatedModel) else is_resident(model)
+
+
+def num_points(model: ParamSource | InterpolatedModel) -> int:
+    """Returns the number of models that are evaluated together: the points of a path, or one."""
+    return len(model.alphas) if isinstance(model, InterpolatedModel) else 1
+
+
+def with_embedding(head: Tree | InterpolatedSubtree, embed: Tree | InterpolatedSubtree) -> Tree | InterpolatedSubtree:
+    """Returns a head with the embedding that a tied model shares with it, as the subtree `embed`."""
+    return head.with_embedding(embed) if isinstance(head, InterpolatedSubtree) else {**head, "embed": embed}
+
+
+def map_points(part: Tree | InterpolatedSubtree, function: Callable[..., Any], *rest: Any) -> Any:
     """Returns `function(params, *rest)`, for each point of a path with its slices of rest, along a leading axis A."""
-    return part.map(function, *rest) if isinstance(part, InterpolatedPart) else function(part, *rest)
+    return part.map(function, *rest) if isinstance(part, InterpolatedSubtree) else function(part, *rest)

@@ -13,9 +13,9 @@ from tracing_jax.arch import Arch
 from tracing_jax.axes import axis_table
 from tracing_jax.data import PairedBlocks
 from tracing_jax.forward.forward_pass import (
-    Model,
-    Part,
+    PathOrModel,
     SavedStates,
+    Subtree,
     batches_at_once,
     check_tokens,
     final_hidden,
@@ -99,7 +99,7 @@ def mean_loss(arch: Arch, params: Tree, tokens: Int[Array, "B T"]) -> Float[Arra
 
 
 def _losses(
-    model: Model, tokens: Int[np.ndarray, "N T"], compute: Compute, description: str, run_cache: RunCache
+    model: PathOrModel, tokens: Int[np.ndarray, "N T"], compute: Compute, description: str, run_cache: RunCache
 ) -> Float[np.ndarray, "*A N T1"]:
     check_tokens(tokens, model.arch)
     batched = compute.batches(tokens)
@@ -124,7 +124,7 @@ def _losses(
 
 @functools.partial(jax.jit, static_argnames="arch")
 def _loss_step(
-    arch: Arch, head: Part, x: Float[Array, "*A B T D"], tokens: Int[Array, "B T"]
+    arch: Arch, head: Subtree, x: Float[Array, "*A B T D"], tokens: Int[Array, "B T"]
 ) -> Float[Array, "*A B T1"]:
     """Returns the losses of a batch; logits exist for a slice of the positions and one alpha at a time."""
     targets = jnp.roll(tokens, -1, axis=1)

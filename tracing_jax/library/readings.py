@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tracing_jax.arch import Arch, head_problem
 from tracing_jax.data import load_tokenizer
-from tracing_jax.sources import MlpsAsLayers, ParamSource
+from tracing_jax.sources import ParamSource, layer_of, whole_model
 from tracing_jax.statistics.distinct_units import distinct_units
 from tracing_jax.statistics.head_kernels import HEAD_LEAVES
 from tracing_jax.statistics.layer_moments import Moments, attention_moments, units_and_moments
@@ -149,13 +149,13 @@ def moment_readings(model: ParamSource) -> Callable[[int], MomentReadings]:
 
 def _attention_of(model: ParamSource) -> Callable[[int], Moments]:
     """Returns a function of the layer, or MLP, that gives the moments of its attention; those of the last are kept."""
-    source = model.source if isinstance(model, MlpsAsLayers) else model
+    source = whole_model(model)
 
     @functools.lru_cache(maxsize=1)
     def of_layer(layer: int) -> Moments:
         return attention_moments(source.layer(layer, HEAD_LEAVES), source.arch)
 
-    return lambda i: of_layer(model.places[i][0] if isinstance(model, MlpsAsLayers) else i)
+    return lambda i: of_layer(layer_of(model, i))
 
 
 def _signatures(rows: Float[Array, "F D"], moments: Sequence[Float[Array, "D D"]]) -> Float[np.ndarray, "F M"]:

@@ -20,7 +20,7 @@ from tracing_jax.library.readings import (
 )
 from tracing_jax.library.signature import rounded, standardised_moments
 from tracing_jax.progress import trange
-from tracing_jax.sources import MlpsAsLayers, ParamSource, Submodel, mlp_places
+from tracing_jax.sources import MlpsAsLayers, ParamSource, Submodel, layer_of, mlp_places, whole_model
 from tracing_jax.statistics.distinct_units import distinct_units
 from tracing_jax.tree import Tree, select
 
@@ -149,12 +149,11 @@ def _with_moments(source: ParamSource) -> set[int]:
     """Returns the layers, or MLPs, of which moments are read: all experts of a layer, for their order is free."""
     if not has_moments(source):
         return set()
-    of_layers = [place for place, _ in source.places] if isinstance(source, MlpsAsLayers) else None
-    arch = source.source.arch if isinstance(source, MlpsAsLayers) else source.arch
+    arch = whole_model(source).arch
     if arch.num_layers <= FEW_LAYERS:
         return set(range(source.arch.num_layers))
     sampled = layers_with_samples(arch)
-    return set(sampled) if of_layers is None else {i for i, layer in enumerate(of_layers) if layer in sampled}
+    return {i for i in range(source.arch.num_layers) if layer_of(source, i) in sampled}
 
 
 def _moments(readings: MomentReadings, kept: Int[np.ndarray, " K"]) -> Moments:

@@ -49,7 +49,7 @@ from tracing_jax.rewrites.rewrite import (
     check_rewrites,
     inverses,
     reorders_only,
-    rewrite_part,
+    rewrite_subtree,
     steps,
 )
 
@@ -95,7 +95,7 @@ __all__ = [
     "random_permutations",
     "reorders_only",
     "rewrite_names",
-    "rewrite_part",
+    "rewrite_subtree",
     "several_random_permutations",
     "share_moved",
     "steps",

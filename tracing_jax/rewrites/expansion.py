@@ -11,7 +11,6 @@ from jaxtyping import PRNGKeyArray
 
 from tracing_jax.arch import Arch, has_field
 from tracing_jax.axes import LeafSpec, kind_of
-from tracing_jax.rewrites.copies import NEGLIGIBLE
 from tracing_jax.rewrites.norm_gains import gain_offset
 from tracing_jax.rewrites.rewrite import Read, Rewrite, Weight, Weights, generator, subtable
 
@@ -20,6 +19,9 @@ _ZEROED_ON = {"mlp": "mlp", "embed": "embed", "kv_heads": "v_dim"}
 
 # Matrix products of experts want rows that are multiples of 16 bytes: 8 numbers of two bytes.
 ALIGNED = 8
+
+# The largest value that rounding may leave in a unit that is removed, relative to the leaf's root mean square.
+_NEGLIGIBLE = 1e-2
 
 
 @jax.tree_util.register_dataclass
@@ -223,7 +225,7 @@ def _check_negligible(x: np.ndarray, kept: int, dim: int, where: str) -> None:
     """Checks that the units of a leaf that are removed are zero up to rounding."""
     rest = np.abs(np.take(x, range(kept, x.shape[dim]), axis=dim).astype(np.float64)).max()
     size = math.sqrt(np.square(x.astype(np.float64)).mean())
-    if rest > NEGLIGIBLE * size:
+    if rest > _NEGLIGIBLE * size:
         raise ValueError(
             f"cannot remove units of {where} from number {kept} on: they hold up to {rest:.2g}, at a root mean "
             f"square of {size:.2g}; expected zeros, so that the unit is inactive"

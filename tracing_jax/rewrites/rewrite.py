@@ -188,7 +188,7 @@ def inverses(rewrites: Sequence[Rewrite], arch: Arch) -> tuple[Rewrite, ...]:
     return tuple(inverse for _, inverse in reversed(found) if inverse is not None)
 
 
-def rewrite_part(prefix: str, read: Callable[[str], Tree], rewrites: Sequence[Rewrite], arch: Arch) -> Tree:
+def rewrite_subtree(prefix: str, read: Callable[[str], Tree], rewrites: Sequence[Rewrite], arch: Arch) -> Tree:
     """Returns one subtree of the model after the rewrites; `read` gives the subtrees of the model before.
 
     The leaves are numpy arrays, unless the rewrites only reorder units: then each is where and what it was.
@@ -218,8 +218,8 @@ def apply(params: Tree, rewrites: Sequence[Rewrite], arch: Arch) -> Tree:
         return params[name][index] if index else params[name]
 
     layers = range(arch_after(rewrites, arch).num_layers)
-    tree = {name: rewrite_part(f"{name}/", read, rewrites, arch) for name in ("embed", "head")}
-    return tree | {"layers": {str(i): rewrite_part(f"layers/{i}/", read, rewrites, arch) for i in layers}}
+    tree = {name: rewrite_subtree(f"{name}/", read, rewrites, arch) for name in ("embed", "head")}
+    return tree | {"layers": {str(i): rewrite_subtree(f"layers/{i}/", read, rewrites, arch) for i in layers}}
 
 
 def subtable(prefix: str, arch: Arch) -> AxisTable:

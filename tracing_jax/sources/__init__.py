@@ -1,7 +1,7 @@
 """`ParamSource`: a model's params, subtree by subtree. Sources wrap one another lazily."""
 
 from tracing_jax.sources.lazy_leaves import leaf, params_of
-from tracing_jax.sources.mlps import MlpsAsLayers, Place, mlp_places, one_mlp, origin
+from tracing_jax.sources.mlps import MlpsAsLayers, Place, layer_of, mlp_places, one_mlp, origin, whole_model
 from tracing_jax.sources.prefetch import PrefetchingSource
 from tracing_jax.sources.source import (
     InMemory,
@@ -9,12 +9,12 @@ from tracing_jax.sources.source import (
     has_embeddings,
     in_memory,
     is_resident,
-    part,
-    parts,
     prefixes,
+    subtree,
+    subtrees,
 )
 from tracing_jax.sources.submodel import Submodel
-from tracing_jax.sources.transforms import MappedSource, placed, rewritten, rewritten_donating
+from tracing_jax.sources.transforms import MappedSource, rewritten, rewritten_donating, sharded
 
 __all__ = [
     "InMemory",
@@ -27,15 +27,17 @@ __all__ = [
     "has_embeddings",
     "in_memory",
     "is_resident",
+    "layer_of",
     "leaf",
     "mlp_places",
     "one_mlp",
     "origin",
     "params_of",
-    "part",
-    "parts",
-    "placed",
     "prefixes",
     "rewritten",
     "rewritten_donating",
+    "sharded",
+    "subtree",
+    "subtrees",
+    "whole_model",
 ]

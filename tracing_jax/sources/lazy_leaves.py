@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from tracing_jax.axes import axis_table
-from tracing_jax.sources.prefetch import PrefetchingSource
-from tracing_jax.sources.source import InMemory, ParamSource, SliceReader, part
+from tracing_jax.sources.prefetch import layer_alone, without_prefetching
+from tracing_jax.sources.source import ParamSource, SliceReader, resident_params, subtree
 from tracing_jax.tree import Tree, flatten, unflatten
 
 
@@ -42,22 +42,21 @@ def leaf(source: ParamSource, name: str) -> Any:
     """Returns one leaf, such as `layers/3/mlp/up_proj/kernel`; nothing else is read, and nothing ahead."""
     kind, _, rest = name.partition("/")
     if kind != "layers":
-        return flatten(part(source, f"{kind}/"))[rest]
+        return flatten(subtree(source, f"{kind}/"))[rest]
     index, _, rest = rest.partition("/")
-    read = source.layer_without_prefetch if isinstance(source, PrefetchingSource) else source.layer
-    return flatten(read(int(index), (rest,)))[rest]
+    return flatten(layer_alone(source, int(index), (rest,)))[rest]
 
 
 def leaf_slice(source: ParamSource, name: str, axis: int, *spans: slice) -> Any:
     """Returns slices of a leaf on one of its axes, joined and read alone; None if the source must read it whole."""
-    inner = source.source if isinstance(source, PrefetchingSource) else source
+    inner = without_prefetching(source)
     return inner.leaf_slice(name, axis, *spans) if isinstance(inner, SliceReader) else None
 
 
 def params_of(source: ParamSource) -> Tree:
     """Returns the tree of a model in memory, or one of lazy leaves, each read by itself."""
-    if isinstance(source, InMemory):
-        return source.params
+    if (params := resident_params(source)) is not None:
+        return params
     table = axis_table(source.arch)
     shapes = {name: tuple(table.sizes[axis or ""] for axis in row.axes) for name, row in table.leaves.items()}
     return unflatten({name: LazyLeaf(shape, functools.partial(leaf, source, name)) for name, shape in shapes.items()})

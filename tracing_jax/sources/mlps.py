@@ -57,6 +57,16 @@ def origin(source: ParamSource, layer: int) -> tuple[ParamSource, Place]:
     return source, (layer, None)
 
 
+def whole_model(source: ParamSource) -> ParamSource:
+    """Returns the model of whose MLPs the source is a view; the source itself if it is none."""
+    return source.source if isinstance(source, OneMlp | MlpsAsLayers) else source
+
+
+def layer_of(source: ParamSource, index: int) -> int:
+    """Returns the layer, in the `whole_model`, of the MLP of a layer of this source."""
+    return origin(source, index)[1][0]
+
+
 def one_mlp(source: ParamSource, layer: int, expert: int | None) -> OneMlp:
     """Returns a model whose only layer is one MLP of another, with the norms around it; it has no attention.
 

@@ -68,4 +68,21 @@ class PrefetchingSource:
 
     @cached_property
     def _thread(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
+        return ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+
+
+def read_through(source: ParamSource, over: Callable[[ParamSource], ParamSource]) -> ParamSource:
+    """Returns `over(source)`; of a prefetching source one that prefetches what `over` makes of the source below it."""
+    return PrefetchingSource(over(source.source)) if isinstance(source, PrefetchingSource) else over(source)
+
+
+def without_prefetching(source: ParamSource) -> ParamSource:
+    """Returns the source below a prefetching one; any other as it is."""
+    return source.source if isinstance(source, PrefetchingSource) else source
+
+
+def layer_alone(source: ParamSource, index: int, only: Sequence[str]) -> Tree:
+    """Returns what `layer` does without prefetching: for a caller that does not go from layer to layer."""
+    if isinstance(source, PrefetchingSource):
+        return source.layer_without_prefetch(index, only)
+    return source.layer(index, only)

@@ -85,7 +85,7 @@ def prefixes(arch: Arch) -> list[str]:
     return ["embed/", *(f"layers/{i}/" for i in range(arch.num_layers)), "head/"]
 
 
-def part(source: ParamSource, prefix: str) -> Tree:
+def subtree(source: ParamSource, prefix: str) -> Tree:
     """Returns the subtree under one of the `prefixes`."""
     name, index = parsed_prefix(prefix)
     if name == "layers":
@@ -93,10 +93,15 @@ def part(source: ParamSource, prefix: str) -> Tree:
     return source.embed() if name == "embed" else source.head()
 
 
-def parts(source: ParamSource) -> Iterator[tuple[str, Tree]]:
+def subtrees(source: ParamSource) -> Iterator[tuple[str, Tree]]:
     """Yields (prefix, subtree) for each of the `prefixes`."""
     for prefix in prefixes(source.arch):
-        yield prefix, part(source, prefix)
+        yield prefix, subtree(source, prefix)
+
+
+def resident_params(source: ParamSource) -> Tree | None:
+    """Returns the tree of params if it is in memory."""
+    return source.params if isinstance(source, InMemory) else None
 
 
 def is_resident(source: ParamSource) -> bool:
@@ -127,5 +132,7 @@ def assembled(named_subtrees: Iterator[tuple[str, Tree]]) -> Tree:
 
 
 def with_bar(source: ParamSource, description: str) -> Iterator[tuple[str, Tree]]:
-    """Yields the subtrees as `parts` does, under a progress bar."""
-    return iter(tqdm(parts(source), total=source.arch.num_layers + 2, desc=description, unit="part", disable=None))
+    """Yields the subtrees as `subtrees` does, under a progress bar."""
+    return iter(
+        tqdm(subtrees(source), total=source.arch.num_layers + 2, desc=description, unit="subtree", disable=None)
+    )

@@ -9,10 +9,10 @@ from jax.sharding import Mesh
 
 from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisTable, axis_table
-from tracing_jax.rewrites import Rewrite, arch_after, check_rewrites, reorders_only, rewrite_part
-from tracing_jax.sharding import place
-from tracing_jax.sources.prefetch import PrefetchingSource
-from tracing_jax.sources.source import InMemory, ParamSource, assembled, part, with_bar
+from tracing_jax.rewrites import Rewrite, arch_after, check_rewrites, reorders_only, rewrite_subtree
+from tracing_jax.sharding import shard
+from tracing_jax.sources.prefetch import read_through
+from tracing_jax.sources.source import InMemory, ParamSource, assembled, subtree, with_bar
 from tracing_jax.tree import Tree, select
 
 
@@ -48,9 +48,9 @@ class MappedSource:
         return self.function(self.source.head(), self._table.restricted("head/"))
 
 
-def placed(source: ParamSource, mesh: Mesh) -> MappedSource:
+def sharded(source: ParamSource, mesh: Mesh) -> MappedSource:
     """Returns the source with its leaves on the devices of a mesh, split by the axis table."""
-    return MappedSource(source, lambda subtree, table: place(subtree, table, mesh))
+    return MappedSource(source, lambda subtree, table: shard(subtree, table, mesh))
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class RewrittenSource:
         """
         prefix = f"layers/{index}/"
         if reorders_only(self.rewrites):
-            return rewrite_part(prefix, lambda _: self.source.layer(index, only), self.rewrites, self.source.arch)
+            return rewrite_subtree(prefix, lambda _: self.source.layer(index, only), self.rewrites, self.source.arch)
         return select(self._part(prefix), only)
 
     def head(self) -> Tree:
@@ -84,15 +84,15 @@ class RewrittenSource:
         return self._part("head/")
 
     def _part(self, prefix: str) -> Tree:
-        return rewrite_part(prefix, lambda name: part(self.source, name), self.rewrites, self.source.arch)
+        return rewrite_subtree(prefix, lambda name: subtree(self.source, name), self.rewrites, self.source.arch)
 
 
 def rewritten(source: ParamSource, rewrites: Sequence[Rewrite]) -> ParamSource:
     """Returns the source after the rewrites, from left to right, subtree by subtree as they are asked for.
 
     Where all rewrites only reorder units, each leaf keeps its type, dtype and sharding, and every value its bits. Else
-    values are computed in float64 on the host and rounded once to the dtype of their leaf. A source that reads ahead
-    stays one: what it reads is rewritten on its thread.
+    values are computed in float64 on the host and rounded once to the dtype of their leaf. A prefetching source
+    remains one: what it reads is rewritten on its thread.
 
     Raises:
       ValueError: the model does not support a rewrite, with the reasons.
@@ -105,9 +105,7 @@ def rewritten(source: ParamSource, rewrites: Sequence[Rewrite]) -> ParamSource:
       True
     """
     check_rewrites(rewrites, source.arch)
-    if isinstance(source, PrefetchingSource):
-        return PrefetchingSource(RewrittenSource(source.source, tuple(rewrites)))
-    return RewrittenSource(source, tuple(rewrites))
+    return read_through(source, lambda inner: RewrittenSource(inner, tuple(rewrites)))
 
 
 def rewritten_donating(model: ParamSource, rewrites: Sequence[Rewrite], description: str) -> InMemory:
@@ -126,7 +124,7 @@ def rewritten_donating(model: ParamSource, rewrites: Sequence[Rewrite], descript
     def subtrees() -> Iterator[tuple[str, Tree]]:
         for prefix, new in with_bar(after, description):
             kept = {id(leaf) for leaf in jax.tree.leaves(jax.block_until_ready(new))}
-            for old in jax.tree.leaves(part(model, prefix)):
+            for old in jax.tree.leaves(subtree(model, prefix)):
                 if isinstance(old, jax.Array) and id(old) not in kept:
                     old.delete()
             yield prefix, new

@@ -19,7 +19,7 @@ from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisTable, LeafSpec, axis_table
 from tracing_jax.progress import tqdm
 from tracing_jax.rewrites import gain_offset
-from tracing_jax.sources import part
+from tracing_jax.sources import subtree
 from tracing_jax.statistics.comparison import bonferroni_log10, reserved, share_agreeing
 from tracing_jax.statistics.distinct_units import all_units, inactive_layers
 from tracing_jax.statistics.head_kernels import inactive_attention
@@ -79,7 +79,9 @@ class FeaturesInPlace(options.FeaturesInPlace):
         run_cache = pair.run_cache.scope("features_in_place")
         D, kept = pair.base.arch.embed_dim, run_cache.load_arrays("summed")
         total, done = (jnp.zeros((D, D)), 0) if kept is None else (jnp.asarray(kept["total"]), int(kept["parts"]))
-        bar = tqdm(list(matrices)[done:], desc="features", unit="part", initial=done, total=len(matrices), disable=None)
+        bar = tqdm(
+            list(matrices)[done:], desc="features", unit="subtree", initial=done, total=len(matrices), disable=None
+        )
         for number, prefix in enumerate(bar, done + 1):
             for sides in self._rows(pair, prefix, matrices[prefix]):
                 total = _with_correlations(total, *sides)
@@ -94,7 +96,7 @@ class FeaturesInPlace(options.FeaturesInPlace):
         """Yields for each matrix of a part the rows of base's features and of ft's, at the same sampled columns."""
         if not matrices:
             return
-        base, ft = (flatten(part(model, prefix)) for model in (pair.base, pair.ft))
+        base, ft = (flatten(subtree(model, prefix)) for model in (pair.base, pair.ft))
         vocabularies = pair.vocabularies
         for matrix in matrices:
             drawn = pair.generator("features_in_place", matrix.name).permutation(matrix.columns)

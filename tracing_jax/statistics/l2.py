@@ -15,7 +15,7 @@ from tracing_jax.arch import Arch
 from tracing_jax.axes import axis_table
 from tracing_jax.progress import tqdm
 from tracing_jax.rewrites import Dims, Permutations, take_units, unit_moves
-from tracing_jax.sources import part, prefixes
+from tracing_jax.sources import prefixes, subtree
 from tracing_jax.statistics.permuted_copies import draw_permutations, permutation_result, shapes_not_applicable
 from tracing_jax.statistics.pvalues import permutation_test
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies
@@ -59,7 +59,7 @@ def distances(pair: Pair, permutations: Sequence[Permutations]) -> tuple[float, 
     table = axis_table(pair.ft.arch)
     stacked = {axis: np.stack([p[axis] for p in permutations]) for axis in permutations[0]} if permutations else {}
 
-    def of_part(prefix: str) -> _Sums:
+    def of_subtree(prefix: str) -> _Sums:
         observed, permuted, count = 0.0, np.zeros(len(permutations)), 0
         for name, base, ft in _leaf_pairs(pair, prefix):
             count += 1
@@ -71,11 +71,11 @@ def distances(pair: Pair, permutations: Sequence[Permutations]) -> tuple[float, 
         return _Sums(observed, permuted.tolist(), count)
 
     sums = [
-        pair.run_cache.cached(_Sums, ("l2", len(permutations), prefix), functools.partial(of_part, prefix))
-        for prefix in tqdm(prefixes(pair.base.arch), desc="l2", unit="part", disable=None)
+        pair.run_cache.cached(_Sums, ("l2", len(permutations), prefix), functools.partial(of_subtree, prefix))
+        for prefix in tqdm(prefixes(pair.base.arch), desc="l2", unit="subtree", disable=None)
     ]
-    count = sum(part.leaves for part in sums)
-    return sum(part.observed for part in sums) / count, np.sum([part.permuted for part in sums], axis=0) / count
+    count = sum(found.leaves for found in sums)
+    return sum(found.observed for found in sums) / count, np.sum([found.permuted for found in sums], axis=0) / count
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class _Sums:
 def _leaf_pairs(pair: Pair, prefix: str) -> Iterator[tuple[str, jax.Array, jax.Array]]:
     """Yields the leaves of one part that both models have with equal shapes."""
     rows = axis_table(pair.base.arch).leaves
-    ours, theirs = (flatten(part(model, prefix)) for model in (pair.base, pair.ft))
+    ours, theirs = (flatten(subtree(model, prefix)) for model in (pair.base, pair.ft))
     for name, leaf in ours.items():
         is_tokens = "vocab" in rows[prefix + name].axes
         if name in theirs and leaf.shape == theirs[name].shape and (pair.vocabularies.same or not is_tokens):

@@ -74,7 +74,7 @@ class MatchMlps(options.MatchMlps):
         )
         assert matched.layer_map is not None
         tests: list[Test] = [replace(test, places=_names(base, ft)) for test in matched.tests]
-        compared = dict(self._in_place(mlps, np.array(matched.layer_map["log10_p"])))
+        compared = dict(self._in_place(mlps, base, ft, np.array(matched.layer_map["log10_p"])))
         notes = [*_drawn(pair, base, ft), *matched.notes]
         if compared:
             placed = in_place_tests(list(compared.values()), list(compared))
@@ -100,11 +100,10 @@ class MatchMlps(options.MatchMlps):
             **reserved(tests, f"{matched.reservation}; {BY_ORDER}" if matched.reservation else BY_ORDER),
         ).for_pair(pair)
 
-    def _in_place(self, mlps: Pair, log10_p: np.ndarray) -> Iterator[tuple[str, Comparison]]:
+    def _in_place(
+        self, mlps: Pair, base: MlpsAsLayers, ft: MlpsAsLayers, log10_p: np.ndarray
+    ) -> Iterator[tuple[str, Comparison]]:
         """Yields for each MLP of ft the comparison of its units with those, in their order, of base's closest MLP."""
-        base, ft = mlps.base, mlps.ft
-        assert isinstance(base, MlpsAsLayers)
-        assert isinstance(ft, MlpsAsLayers)
         if base.arch.embed_dim != ft.arch.embed_dim:
             return
         for j in tqdm(range(ft.arch.num_layers), desc="match_mlps, in place", unit="MLP", disable=None):

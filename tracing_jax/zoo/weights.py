@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisTable, axis_table, kind_of
 from tracing_jax.record import atomic_write, plain
-from tracing_jax.sources import ParamSource, parts
+from tracing_jax.sources import ParamSource, subtrees
 from tracing_jax.tree import flatten, to_host
 
 MODELS = "models"
@@ -93,7 +93,7 @@ def read_model_measures(folder: Path, model_name: str) -> dict[str, Any] | None:
 
 def _leaves(source: ParamSource) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the leaves in float32; the head as it acts, with the gain of the final norm in it."""
-    for prefix, subtree in parts(source):
+    for prefix, subtree in subtrees(source):
         leaves = {name: np.asarray(leaf, np.float32) for name, leaf in flatten(to_host(subtree)).items()}
         if prefix == "head/" and leaves.keys() >= {"lm_head/kernel", "norm/scale"}:
             leaves["lm_head/kernel"] = _gain(leaves["norm/scale"], source.arch)[:, None] * leaves["lm_head/kernel"]
