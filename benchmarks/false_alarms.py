@@ -99,7 +99,7 @@ def _alarms(zoo: str, source: str, forms: Forms, u: Allowance) -> Iterator[Alarm
     for test, log10_ps in _log10_ps(forms, u).items():
         parametric = "parametric" in test
         if parametric and source != "none":
-            continue  # it knows no allowance and has been counted
+            continue  # it has no allowance and has been counted
         for level in LEVELS:
             yield _count(log10_ps < np.log10(level), zoo, test, "-" if parametric else source, level)
 

@@ -1,12 +1,12 @@
-"""What could be gained by a made-up signature: rows of nobody, or rows chosen by how models of others respond to them.
+"""What could be gained by a made-up signature: random rows, or rows chosen by how models of others respond to them.
 
     python -m benchmarks.made_up      # half a minute on two cores, once the zoo is trained
 
-The liar knows the rule, the token strings and many public models of the kind of the suspect, but neither the suspect
-nor a relative of it. A unit of a made-up signature gains if the suspect's unit that responds most like its gate row is
-also the one that responds most like its up row. Rows of several kinds are ranked by how often that happens in the
-public models; the 64 best that differ from one another make the signature, and it is compared with models that the
-liar has not seen.
+The adversary knows the rule, the token strings and many public models of the kind of the suspect, but neither the
+suspect nor a relative of it. A unit of a made-up signature gains if the suspect's unit that responds most like its gate
+row is also the one that responds most like its up row. Rows of several kinds are ranked by how often that happens in
+the public models; the 64 best that differ from one another make the signature, and it is compared with models that the
+adversary has not seen.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from tracing_jax.library.comparison import RESPONSES, normalised
 from tracing_jax.library.signature import rounded
 from tracing_jax.report import text_table
 
-_VICTIMS = flags.DEFINE_integer("victims", 6, "models that the liar has not seen")
+_TARGETS = flags.DEFINE_integer("targets", 6, "models that the adversary has not seen")
 
 _ALIKE = 0.6  # correlation of two rows, of which the second is not taken
 _RANDOM = 4000
@@ -43,19 +43,19 @@ class Rows:
 
 
 def candidates(public: Sequence[Suspect], num_tokens: int) -> Mapping[str, Rows]:
-    """Returns kinds of rows that a liar could take, of length one."""
+    """Returns kinds of rows that an adversary could take, of length one."""
     layers = [(i, layer) for i, model in enumerate(public) for layer in model.layers]
     gate, up = (np.concatenate([normalised(layer[kind]) for _, layer in layers]) for kind in ("gate", "up"))
     source = np.concatenate([np.full(len(layer["gate"]), i) for i, layer in layers])
     drawn = normalised(np.random.default_rng(0).normal(size=(_RANDOM, num_tokens)))
     single = normalised(np.eye(num_tokens, dtype=np.float32))
-    nobody = np.full(_RANDOM, -1)
+    unassigned = np.full(_RANDOM, -1)
     return {
         "units of public models": Rows(gate, up, source),
         "gate rows of these, as both": Rows(gate, gate, source),
         "up rows of these, as both": Rows(up, up, source),
-        "random rows, as both": Rows(drawn, drawn, nobody),
-        "responses to one token, as both": Rows(single, single, nobody[:num_tokens]),
+        "random rows, as both": Rows(drawn, drawn, unassigned),
+        "responses to one token, as both": Rows(single, single, unassigned[:num_tokens]),
     }
 
 
@@ -88,9 +88,9 @@ def made_up(like: Signature, rows: Rows) -> Signature:
     return replace(like, layers=tuple(layers))
 
 
-def gained(found: Signature, victims: Sequence[Suspect]) -> list[Evidence]:
+def gained(found: Signature, targets: Sequence[Suspect]) -> list[Evidence]:
     """Returns what the signature shows against each of the models."""
-    return [compare(found, victim).tests[RESPONSES] for victim in victims]
+    return [compare(found, target).tests[RESPONSES] for target in targets]
 
 
 def main(argv: list[str]) -> None:
@@ -99,21 +99,21 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
     zoo = small_zoo("tiny")
     params, count = zoo.models(1.0), zoo.recipe.num_seeds
-    own = signature("liar", member(zoo.arch, params, count - 1))
+    own = signature("adversary", member(zoo.arch, params, count - 1))
     words = vocabulary(zoo.arch.vocab_size)
     models = [read_suspect(member(zoo.arch, params, i), words, own.tokens) for i in range(count - 1)]
-    victims, public = models[: _VICTIMS.value], models[_VICTIMS.value :]
+    targets, public = models[: _TARGETS.value], models[_TARGETS.value :]
     kinds = candidates(public, len(own.tokens))
     best = {name: chosen(rows, votes(rows, public)) for name, rows in kinds.items()}
     both = [np.concatenate([getattr(rows, side) for rows in best.values()]) for side in ("gate", "up", "source")]
     best["the best of all these"] = chosen(Rows(*both), votes(Rows(*both), public))
     table = []
     for name, rows in best.items():
-        found = gained(made_up(own, rows), victims)
+        found = gained(made_up(own, rows), targets)
         most = max(max(evidence.agreeing) for evidence in found)
         least = min(evidence.log10_p for evidence in found)
         table.append([name, len(rows.source), f"{votes(rows, public).mean():.3f}", most, f"{least:.1f}"])
-    print(f"{len(victims)} suspects, {len(public)} public models")
+    print(f"{len(targets)} suspects, {len(public)} public models")
     print(text_table(table, ["rows", "units", "agree in public models", "most that agree in a suspect", "log10 p"]))
 
 

@@ -6,7 +6,7 @@
     python -m benchmarks.memory_limits --pair=pairs/70b --limits=llama2-70b --plan
 
 Every run has a process of its own and streams both models. Peaks are of anonymous memory: pages of the files that are
-read do not count. Most runs look at the first layers alone; the seconds of the whole model are those of the steps that
+read do not count. Most runs use only the first layers; the seconds of the whole model are those of the steps that
 go layer by layer, times its depth over theirs, and those of the other steps. A limit that is broken makes the exit
 status 1. `--plan` adds what the whole model would take, from its shapes and the rates of this machine.
 """
@@ -40,7 +40,7 @@ class Limit:
     """A run, and the most that it may take.
 
     Attributes:
-      layers: the first layers that it looks at; 0 for all.
+      layers: the first layers that it uses; 0 for all.
       gib: of anonymous memory at the peak.
       fields: of the config, beside these.
     """
@@ -83,7 +83,7 @@ PLAN_HEADERS = ("step", "GB read", "TFLOP", "hours at these rates", "note")
 _PAIR = flags.DEFINE_string("pair", None, "folder that holds base and ft", required=True)
 _LIMITS = flags.DEFINE_enum("limits", "llama2-7b", list(LIMITS), "whose limits")
 _ONLY = flags.DEFINE_list("only", [], "statistics to run; all by default")
-_LAYERS = flags.DEFINE_integer("layers", None, "look at so many layers in every run, for a trial", lower_bound=1)
+_LAYERS = flags.DEFINE_integer("layers", None, "use only so many layers in every run, for a trial", lower_bound=1)
 _PLAN = flags.DEFINE_bool("plan", False, "print what the whole model would take")
 
 

@@ -23,7 +23,7 @@ class Row:
       ours: our figure, in `unit`; for the record, since it belongs to one machine at one time.
       theirs: the reference's figure in the same unit, measured in the same run.
       of: what the reference is.
-      note: what a reader must know of the two.
+      note: a remark on the two for the reader.
     """
 
     part: str
@@ -68,7 +68,7 @@ def publish(found: Mapping[str, Any], figure: Path) -> None:
 
 
 def replace_between(mark: str, text: str, page: Path = PAGE) -> None:
-    """Replaces what stands between `<!-- mark -->` and `<!-- end of mark -->` in a page.
+    """Replaces what is between `<!-- mark -->` and `<!-- end of mark -->` in a page.
 
     Raises:
       ValueError: the page does not have both marks.

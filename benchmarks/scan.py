@@ -48,7 +48,7 @@ from tracing_jax.report import text_table
 from tracing_jax.sources import InMemory, ParamSource
 from tracing_jax.tree import Tree
 
-_PARTS = flags.DEFINE_list("parts", ["strangers", "descendants", "experts", "large"], "what is measured")
+_PARTS = flags.DEFINE_list("parts", ["unrelated", "descendants", "experts", "large"], "what is measured")
 _BASES = flags.DEFINE_integer("bases", 3, "base models of which there are descendants")
 _LARGE_LAYERS = flags.DEFINE_integer("large_layers", 32, "layers of the model of 7B width")
 _SIGNATURES = flags.DEFINE_integer("signatures", 1000, "signatures that it is compared with")
@@ -162,11 +162,11 @@ def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
 
 
-def strangers(library: Mapping[str, Signature]) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+def unrelated(library: Mapping[str, Signature]) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Yields the scan of every independent model against the signatures of all others."""
     for name, model in models():
         others = {other: found for other, found in library.items() if other != name}
-        yield f"stranger: {name}", partial(_line, model, others)
+        yield f"unrelated: {name}", partial(_line, model, others)
 
 
 def _line(model: ParamSource, library: Mapping[str, Signature], new_ids: np.ndarray | None = None) -> dict[str, Any]:
@@ -331,16 +331,16 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
     folder = Path(OUT_DIR.value)
     folder.mkdir(parents=True, exist_ok=True)
-    files = {name: folder / f"scan-{name}.jsonl" for name in ("strangers", "descendants", "experts")}
+    files = {name: folder / f"scan-{name}.jsonl" for name in ("unrelated", "descendants", "experts")}
     if files.keys() & set(_PARTS.value):
         library = {name: signature(name, model) for name, model in tqdm(models(), desc="signatures", disable=None)}
-        if "strangers" in _PARTS.value:
-            measured(files["strangers"], strangers(library))
+        if "unrelated" in _PARTS.value:
+            measured(files["unrelated"], unrelated(library))
         if "descendants" in _PARTS.value:
             measured(files["descendants"], descendants(library))
         if "experts" in _PARTS.value:
             measured(files["experts"], with_experts(library))
-        print(summary(lines(files["strangers"]), lines(files["descendants"]) + lines(files["experts"])))
+        print(summary(lines(files["unrelated"]), lines(files["descendants"]) + lines(files["experts"])))
     if "large" in _PARTS.value:
         print(large())
 

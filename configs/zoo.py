@@ -1,4 +1,4 @@
-"""Many pairs: what tells which models are related, and who is closest to whom.
+"""Many pairs: what shows which models are related, and who is closest to whom.
 
     python launch.py --config=configs/zoo.py:demo --models=configs/models/demo.yaml --save=runs/zoo --executor=local
 

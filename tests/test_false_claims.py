@@ -154,9 +154,9 @@ def test_what_does_nothing_is_no_evidence(statistic, forge, arch, monkeypatch):
     base, other = (on_host(tiny.model(arch, seed)) for seed in (0, 1))
     base, forged = forge(base, other, InPlace())
     assert firm_log10_p(statistic, base, forged) > -3
-    assert firm_log10_p(statistic, base, model(5, 0.1, base)) < -3  # the test sees a relation where there is one
+    assert firm_log10_p(statistic, base, model(5, 0.1, base)) < -3  # the test detects a relation where there is one
     with_active_units(monkeypatch)
-    assert firm_log10_p(statistic, base, forged) < -3  # and without a look at what acts it is deceived
+    assert firm_log10_p(statistic, base, forged) < -3  # and without the check of what acts it gives a false alarm
 
 
 def test_rows_of_some_tokens_do_not_change_which_layers_do_nothing():

@@ -56,7 +56,7 @@ def test_match_does_not_change_under_a_rewrite(name, given):
     hidden = InMemory(after.arch, jax.tree.map(jnp.asarray, after.params))
     result = Match().compute(pair_of(hidden, Renaming.composed(rewrites)))
     for test in result.tests:
-        # Rounding may turn an assignment that hangs by a thread.
+        # Rounding may turn an assignment that is nearly tied.
         assert np.abs(np.array(test.values["agreeing"]) - given[test.name]).max() <= 2, test.name
     assert verdict({"match": result}, 1e-3).verdict == "related"
 

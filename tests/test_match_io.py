@@ -42,7 +42,7 @@ def test_no_rewrite_that_keeps_the_vocabulary_changes_it(name, rewrite):
     base, ft = BASES[name], related(BASES[name], 0.3)
     given, hidden = (MatchIo().compute(pair) for pair in (pair_of(base, ft), pair_with_rewritten(base, ft, rewrite)))
     for test, counts in agreeing(given).items():
-        # Rounding may turn an assignment that hangs by a thread.
+        # Rounding may turn an assignment that is nearly tied.
         assert np.abs(np.array(agreeing(hidden)[test]) - counts).max() <= 1, test
     assert given.headline > 0.5
 

@@ -95,8 +95,8 @@ def test_permuted_experts_and_units_are_found_again():
 
 @pytest.mark.parametrize("other", [DENSE, MIXTURE], ids=["dense", "mixture"])
 def test_strangers_have_no_mlp_in_common_and_alignment_silences(other):
-    base, stranger = tiny.model(MIXTURE, 0), tiny.model(other, 1)
-    result = MatchMlps().compute(pair_of(base, stranger))
+    base, unrelated = tiny.model(MIXTURE, 0), tiny.model(other, 1)
+    result = MatchMlps().compute(pair_of(base, unrelated))
     assert not pairs_in(result)
     assert result.log10_p > -2
     assert "None of ft's" in result.layer_map["sentence"]
@@ -114,9 +114,9 @@ def test_of_large_mixtures_some_mlps_are_looked_for_among_those_of_their_layers(
     assert result.blind_to == ("MLPs that were not drawn",)
     assert MatchMlps().compute(pair_of(base, hidden)).blind_to is None
     assert result.log10_p < -3
-    strangers = MatchMlps(max_pairs=12).compute(pair_of(base, tiny.model(MIXTURE, 1)))
-    assert strangers.headline == 0
-    assert strangers.log10_p > -2
+    unrelated = MatchMlps(max_pairs=12).compute(pair_of(base, tiny.model(MIXTURE, 1)))
+    assert unrelated.headline == 0
+    assert unrelated.log10_p > -2
 
 
 @pytest.mark.parametrize(("experts", "layers", "drawn"), [(128, 4, 2), (256, 4, 1), (64, 4, 4), (4096, 1, 1)])

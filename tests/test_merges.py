@@ -200,9 +200,9 @@ def test_shares_where_parents_are_identical_are_undefined(origin, parents):
 
 def test_norms_alike_are_no_evidence_of_a_part(origin, parents):
     """All gains are near one, whoever trained them: shares are those of differences."""
-    stranger = leaves(5)
+    unrelated = leaves(5)
     child = merging.linear(parents[:2], [1, 1])
-    found = report_of(child, [*parents[:2], stranger])
+    found = report_of(child, [*parents[:2], unrelated])
     assert found.parts["C"] == "none"
     assert abs(found.record["by_role"]["norm"]["shares"]["C"]["share"]) < 1e-4
 
@@ -400,7 +400,7 @@ def test_child_that_no_method_explains_has_no_recipe(origin, parents):
     assert found.record["recipe"] is None
     assert set(found.parts.values()) == {"not_testable"}
     assert (
-        found.sentence == "not testable: the child is in none of the others' places, where alone the test sees a part"
+        found.sentence == "not testable: the child's units are in no other model's order, where the test has no power"
     )
 
 

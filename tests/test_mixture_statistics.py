@@ -23,7 +23,7 @@ from tracing_jax.tree import flatten, unflatten
 from tracing_jax.zoo.weights import weight_measures
 
 ARCH = tiny.deepseek()
-BASE, STRANGER = tiny.model(ARCH, 0), tiny.model(ARCH, 1)
+BASE, UNRELATED = tiny.model(ARCH, 0), tiny.model(ARCH, 1)
 RELATED = InMemory(ARCH, tiny.noisy(BASE.params, 0.02))
 
 
@@ -36,7 +36,7 @@ def permuted(model, *kinds):
 def test_units_in_place_are_found_in_relatives_and_not_in_strangers(statistic):
     assert not statistic.not_applicable(ARCH, ARCH, SAME)
     assert statistic.compute(pair_of(BASE, RELATED)).log10_p < -4
-    assert statistic.compute(pair_of(BASE, STRANGER)).log10_p > -2
+    assert statistic.compute(pair_of(BASE, UNRELATED)).log10_p > -2
 
 
 @pytest.mark.parametrize(
@@ -51,8 +51,8 @@ def test_heads_are_matched_through_latents_whatever_their_order():
     found = MatchHeads().compute(pair_of(BASE, moved))
     test = next(test for test in found.tests if test.name.endswith("parametric"))
     assert sum(test.values["agreeing"]) == sum(test.values["units"]) == 3 * 6
-    strangers = MatchHeads().compute(pair_of(BASE, STRANGER))
-    test = next(test for test in strangers.tests if test.name.endswith("parametric"))
+    unrelated = MatchHeads().compute(pair_of(BASE, UNRELATED))
+    test = next(test for test in unrelated.tests if test.name.endswith("parametric"))
     assert sum(test.values["agreeing"]) < 9
 
 

@@ -46,10 +46,10 @@ LEVEL = 1e-3
 
 @pytest.fixture(scope="module")
 def models():
-    """A base, two children of it, and three strangers."""
+    """A base, two children of it, and three unrelated models."""
     base = base_of(GATED)
     children = {f"child {i}": tiny.InMemory(GATED, tiny.noisy(base.params, 0.2, seed=i)) for i in (1, 2)}
-    return {"base": base, **children, **{f"stranger {i}": tiny.model(GATED, i) for i in (11, 12, 13)}}
+    return {"base": base, **children, **{f"unrelated {i}": tiny.model(GATED, i) for i in (11, 12, 13)}}
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_more_signatures_make_p_larger(models, library):
 @pytest.mark.slow
 def test_a_first_look_at_many_signatures_keeps_the_relatives(models, library):
     rng = np.random.default_rng(0)
-    many = library | {f"random {i}": _shuffled(library["stranger 11"], rng) for i in range(COMPARED_AT_ONCE + 4)}
+    many = library | {f"random {i}": _shuffled(library["unrelated 11"], rng) for i in range(COMPARED_AT_ONCE + 4)}
     tuned = tiny.InMemory(GATED, tiny.noisy(models["base"].params, 0.1, seed=6))
     suspect = suspect_of(*disguised(tuned, "permute"))
     scores = first_look(many, suspect)
@@ -162,7 +162,7 @@ def test_a_first_look_at_many_signatures_keeps_the_relatives(models, library):
     assert found.candidates[0].name == "base"
     assert found.compared == len(chosen)
     assert len(found.related) == 3
-    other = models["stranger 12"].params
+    other = models["unrelated 12"].params
     swapped = tiny.InMemory(GATED, tuned.params | {part: other[part] for part in ("embed", "head")})
     renewed = suspect_of(swapped)  # the strings are shared, and what embeds them is not: moments are looked at too
     assert max(first_look(many, renewed)[name] for name in ("base", "child 1", "child 2")) < 8
@@ -232,7 +232,7 @@ def test_a_library_grows_by_adding_and_by_dropping_in(tmp_path, library):
     assert indexed(folder).new == ("child",)
     assert not indexed(folder).new
     assert json.loads((folder / "index.json").read_text())["base"]["digest"] == library["base"].digest
-    write_signature(library["stranger 11"], folder / f"child{SUFFIX}")  # replaced behind the index's back
+    write_signature(library["unrelated 11"], folder / f"child{SUFFIX}")  # replaced behind the index's back
     for _ in range(2):
         assert "changed" in indexed(folder).problems[0]
     (folder / f"base{SUFFIX}").unlink()
@@ -253,7 +253,7 @@ def test_names_of_files_and_a_strange_index_do_no_harm(tmp_path, library):
     write_signature(library["base"], tmp_path / f"\x1b[2J{SUFFIX}")
     assert set(read_library(tmp_path)) == {"\\x1b[2J"}
     (tmp_path / "index.json").write_text(json.dumps({"\x1b[31m": {}}))
-    assert indexed(tmp_path, write=False).problems == ("\\x1b[31m: listed in index.json, and gone",)
+    assert indexed(tmp_path, write=False).problems == ("\\x1b[31m: listed in index.json, and missing",)
     for content in ("[" * 100_000, "[]", '{"a": 1}', "{"):
         (tmp_path / "index.json").write_text(content)
         with pytest.raises(ValueError, match="remove it, and it is made again"):

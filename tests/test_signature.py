@@ -154,7 +154,7 @@ def test_every_expert_of_an_upcycled_model_has_the_moments_of_the_mlp_that_it_wa
 
 @pytest.mark.slow
 def test_models_with_experts_are_found_by_moments(signatures, upcycled):
-    """An upcycled model by the dense signature and the reverse, with other embeddings in another order; no stranger."""
+    """An upcycled model by the dense signature and the reverse, with other embeddings in another order."""
     hidden, _ = disguised(upcycled, "permute")
     other = tiny.model(GATED, 1)
     swapped = InMemory(upcycled.arch, hidden.params | {part: other.params[part] for part in ("embed", "head")})
@@ -177,11 +177,11 @@ def test_strangers_are_not_found(arch, signatures):
 
 @pytest.mark.slow
 def test_units_that_are_planted_copied_or_ordered_make_no_alarm():
-    """What could be done to a stranger that keeps its function, to look like the model of a signature."""
+    """What could be done to an unrelated model that keeps its function, to look like the model of a signature."""
     for forge in (planted(20), planted(20, paired=True), sorted_units("gate_proj"), widened(4)):
         pair = on_host(tiny.model(UNBIASED, 0)), on_host(tiny.model(UNBIASED, 1))
-        victim, forged = (on_device(model) for model in forge(*pair, np.random.default_rng(0)))
-        assert match_of(signature_of(victim), forged).log10_p > -3
+        target, forged = (on_device(model) for model in forge(*pair, np.random.default_rng(0)))
+        assert match_of(signature_of(target), forged).log10_p > -3
 
 
 def test_gated_and_gateless_models_are_not_compared(signatures):

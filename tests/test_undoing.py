@@ -308,7 +308,7 @@ def test_words_that_do_not_fit_are_refused():
     assert not any(alignment_problems(arch, arch, [kind]) for kind in (*set(KINDS) - latents, "all", "auto"))
     assert alignment_problems(arch, arch, ["q_latent"]) == ["neither model has units of kind q_latent"]
     assert not any(alignment_problems(tiny.deepseek(), tiny.deepseek(), [kind]) for kind in latents)
-    assert "stands alone" in alignment_problems(arch, arch, ["all", "mlp"])[0]
+    assert "cannot be combined" in alignment_problems(arch, arch, ["all", "mlp"])[0]
     assert "kinds spin cannot be aligned" in alignment_problems(arch, arch, ["spin"])[0]
     assert alignment_problems(arch, tiny.mixtral(head_dim=8), ["values"])
     base = in_float64(arch)

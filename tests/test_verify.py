@@ -1,4 +1,4 @@
-"""A record that travels: it fits its schema, and `verify` tells a true one from one that was changed."""
+"""A record on another machine: it fits its schema, and `verify` tells a true one from one that was changed."""
 
 import copy
 import json

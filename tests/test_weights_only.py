@@ -211,8 +211,8 @@ def test_of_a_stitched_model_the_copied_tower_is_related_and_the_language_model_
     found = _record(base, ft, component="vision")["verdict"]
     assert found["verdict"] == "related"
     assert "only their component vision was compared" in found["meaning"]
-    stranger = layouts.write(tmp_path / "stranger", layouts.stitched, layouts.stitched(1, vision_seed=7))
-    assert _record(base, stranger, component="vision")["verdict"]["verdict"] in ("no_evidence", "undecided")
+    unrelated = layouts.write(tmp_path / "unrelated", layouts.stitched, layouts.stitched(1, vision_seed=7))
+    assert _record(base, unrelated, component="vision")["verdict"]["verdict"] in ("no_evidence", "undecided")
 
 
 def test_what_every_statistic_needs_is_known():
@@ -251,11 +251,11 @@ _UNITS = {
 def test_a_permuted_copy_is_related_and_a_stranger_is_not(layout, tmp_path):
     base = layouts.write(tmp_path / "base", layout, layout(0))
     copy = layouts.write(tmp_path / "copy", layout, noisy_permuted(layout))
-    stranger = layouts.write(tmp_path / "stranger", layout, layout(1))
+    unrelated = layouts.write(tmp_path / "unrelated", layout, layout(1))
     record = _record(base, copy)
     assert record["verdict"]["verdict"] == "related"
     assert "by their weights alone" in record["verdict"]["meaning"]
-    record = _record(base, stranger)
+    record = _record(base, unrelated)
     assert record["verdict"]["verdict"] in ("no_evidence", "undecided")
     assert "parts that were read" in record["verdict"]["meaning"] or record["verdict"]["verdict"] == "undecided"
 

@@ -22,7 +22,7 @@ def _run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def bin_folder(tmp_path_factory) -> Path:
-    """The scripts of an environment that holds the wheel, and sees of this one only the installed packages."""
+    """The scripts of an environment that holds the wheel, and has of this one only the installed packages."""
     folder = tmp_path_factory.mktemp("wheel")
     pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
     _run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, _CLONE, cwd=folder)

@@ -214,7 +214,7 @@ def test_pairs_are_traced_once_and_what_fails_stops_no_other(folder, monkeypatch
     assert traced == ["org/b", "org/c", "org/d", "org/c"]
 
 
-def test_pair_in_the_hands_of_a_living_worker_is_left_to_it(folder):
+def test_pair_of_a_running_worker_is_left_to_it(folder):
     pair = folder.plan.pairs[0]
     other = ZooFolder(folder.path)
     with folder.claimed(pair) as mine:
@@ -257,7 +257,7 @@ with folder.claimed(folder.plan.pairs[0]):
         assert mine
 
 
-def test_worker_elsewhere_counts_as_gone_when_it_falls_silent(folder):
+def test_worker_elsewhere_counts_as_ended_when_its_heartbeat_stops(folder):
     pair = folder.plan.pairs[0]
     claim = folder.path / "pairs" / f"{pair.name}.claim.json"
     _write_claim(claim)

@@ -325,7 +325,7 @@ def test_a_disguised_copy_hangs_on_the_model_whose_units_stand_in_place():
 def test_between_copies_the_direction_is_open_where_nothing_tells():
     found = copy_of(relatives=False)
     assert not arrows_of(found)
-    assert any("nothing tells original from copy" in way.grounds[0] for ways in found.directions for way in ways)
+    assert any("copy cannot be distinguished" in way.grounds[0] for ways in found.directions for way in ways)
 
 
 # Direction.

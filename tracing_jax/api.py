@@ -171,7 +171,7 @@ def load(model: Model, mesh: Mesh | None = None, *, cache_dir: str | None = None
 
     Raises:
       CheckpointError: weights are missing, damaged or not finite.
-      TypeError: params alone, which do not say how they are run.
+      TypeError: params without the arch that is needed to run them.
 
     Example:
       >>> model = tj.load("demo:base")
@@ -246,13 +246,13 @@ def align(
       kinds: what to undo: `embed`, `mlp`, `kv_heads`, `q_group`, `expert`, `q_latent`, `kv_latent`
         (permutations), `rotation`, `gains`, `scaling`, `values`, `queries`, `copies`, `padding`, `identity`; or `all`,
         or `auto`.
-      evidence: what tells units apart: `weights`, or `activations` on `tokens` (permutations only). `learned` trains
+      evidence: what units are matched by: `weights`, or `activations` on `tokens` (permutations only). `learned` trains
         the maps on `tokens`, from the alignment by weights.
       how: further arguments of `tracing_jax.alignment.align`: `tokens`, `compute`, `shared`, `seed`, `learning`.
 
     Raises:
       ValueError: the models cannot be aligned, or the aligned model would compute another function.
-      AlignmentError: surplus units or layers of ft are not silent.
+      AlignmentError: surplus units or layers of ft are not inactive.
 
     Example:
       >>> base, ft = tj.load("demo:base"), tj.load("demo:disguised")
@@ -431,7 +431,7 @@ def _name_of(model: Any) -> str:
 def _source(model: Any) -> ParamSource:
     if not isinstance(model, ParamSource):
         raise TypeError(
-            f"{type(model).__name__}: params alone do not say how they are run; give tj.InMemory(arch, params), with "
+            f"{type(model).__name__}: params without an arch; give tj.InMemory(arch, params), with "
             "the `arch` of the model that they are of, or name a folder"
         )
     return model

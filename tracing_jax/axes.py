@@ -3,7 +3,7 @@
 An axis name says how far the axis reaches: `embed` is shared by the whole model, `layers/3/mlp` belongs to one layer.
 Leaves with the same axis name must be permuted together. The last part of an axis name is
 its kind, and two small tables say what a kind allows: which symmetry it has (below) and which mesh axis splits it
-(`sharding.py`). Nothing here knows an architecture but `axis_table`.
+(`sharding.py`). Only `axis_table` depends on the architecture.
 """
 
 import functools

@@ -128,7 +128,7 @@ class MatchAll:
         FORMS, "Activations on the text (forward), on shared embeddings (weights), or both.", choices=FORMS
     )
     positions: int = option(2048, "Sampled positions of the text, and shared tokens.", at_least=1)
-    units: int = option(1024, "The most units of each of base's layers that are looked for in ft's.", at_least=1)
+    units: int = option(1024, "The most units of each of base's layers that are matched to ft's.", at_least=1)
     max_gib: float = option(4.0, "The most memory that the kept activations take, in GiB.", above=0)
 
 
@@ -137,7 +137,7 @@ class MatchMlps:
     """`match` and `csu` of every MLP of one model with every MLP of the other, experts too; calibrated, and exact."""
 
     positions: int = option(1024, "The most shared tokens whose embeddings are used.", at_least=1)
-    units: int = option(256, "The most units of each of base's MLPs that are looked for in ft's.", at_least=1)
+    units: int = option(256, "The most units of each of base's MLPs that are matched to ft's.", at_least=1)
     max_pairs: int = option(
         4096, "The most pairs of MLPs that are compared; of larger mixtures some are drawn.", at_least=1
     )
@@ -152,7 +152,7 @@ class MatchMoments:
     )
     moments_of: int = option(8, "The most layers, evenly spread, that give their moments.", at_least=1)
     control_units: int = option(2048, "Units of each pair of layers that does not correspond.", at_least=1)
-    map_units: int = option(512, "Units of base's layers that are looked for at unequal depth.", at_least=1)
+    map_units: int = option(512, "Units of base's layers that are matched at unequal depth.", at_least=1)
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class MatchIo:
     """MLP units matched by what they read from shared tokens, and apart by what they write; no text; calibrated."""
 
     max_tokens: int = option(2048, "The most shared tokens that units are matched by.", at_least=32)
-    units: int = option(1024, "The most units of each of base's layers that are looked for in ft's.", at_least=1)
+    units: int = option(1024, "The most units of each of base's layers that are matched to ft's.", at_least=1)
     control_tokens: int = option(
         1024, "Tokens for each pair of layers that does not correspond, for the null.", at_least=32
     )
@@ -171,7 +171,7 @@ class MatchCrossfit:
     """A rotation learnt from the MLPs of half of the layers; do rows of the other half agree? No text; calibrated."""
 
     train_layers: int = option(4, "The most layers, evenly spread, that a rotation is learnt from.", at_least=1)
-    units: int = option(2048, "The most units of each of base's layers that are looked for in ft's.", at_least=1)
+    units: int = option(2048, "The most units of each of base's layers that are matched to ft's.", at_least=1)
     control_units: int = option(512, "Units of each pair of layers that does not correspond, for the null.", at_least=1)
 
 
@@ -234,7 +234,7 @@ class MatchDistilled:
 class Screen:
     """A first look at part of the weights: `csu` on sampled units, `match` on three layers; not in `all`."""
 
-    share: float = option(0.1, "The most of the weights that is looked at.", above=0, at_most=1)
+    share: float = option(0.1, "The most of the weights that is read.", above=0, at_most=1)
 
 
 @dataclass(frozen=True)
@@ -397,7 +397,7 @@ class RunOptions:
     dtype: str = _computing(
         "float32", "Of hidden states and matmuls; losses are float32 always.", choices=("float32", "bfloat16")
     )
-    max_layers: int = _computing(0, "Look at the first layers alone, to see what a run takes; 0 for all.", at_least=0)
+    max_layers: int = _computing(0, "Use only the first layers, to see what a run takes; 0 for all.", at_least=0)
     cache_dir: str | None = _computing(None, "A folder to keep converted weights in, in Orbax format.")
     seed: int = _computing(0, "Every random draw of the run follows from it.", at_least=0, at_most=2**32 - 1)
 
@@ -538,7 +538,7 @@ def _names() -> tuple[list[str], list[str]]:
 def unknown_option(name: str) -> str | None:
     """Returns why there is no option or section of a dotted name, with the one that may be meant; None if there is.
 
-    A name with `=` behind it is given a value: a section is no answer then.
+    A name with `=` behind it is given a value: a section is then an error.
     """
     known, sections = _names()
     is_set, name = name.endswith("="), name.removesuffix("=")

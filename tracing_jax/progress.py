@@ -1,4 +1,4 @@
-"""Progress of long loops: bars on a terminal, and elsewhere a line in the log where nothing was said for a while."""
+"""Progress of long loops: bars on a terminal, and elsewhere a line in the log where none was written for a while."""
 
 import contextlib
 import logging as stdlib_logging
@@ -18,7 +18,7 @@ _working: list["tqdm | str"] = []
 
 
 class tqdm(bars.tqdm):  # noqa: N801  # a bar of tqdm, by its name
-    """A bar of `tqdm`; where it is not drawn, since there is no terminal, `reporting` tells how far it is."""
+    """A bar of `tqdm`; where it is not drawn, since there is no terminal, `reporting` logs its progress."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -77,7 +77,7 @@ def working(on: "tqdm | str") -> Iterator[None]:
 
 
 def innermost() -> str:
-    """Returns what is going on, without its counts: `csu (1 of 10)` of a statistic; empty if nothing was said."""
+    """Returns what is going on, without its counts: `csu (1 of 10)` of a statistic; empty without a description."""
     return next((on for on in reversed(list(_working)) if isinstance(on, str)), "")
 
 
@@ -101,7 +101,7 @@ def reporting(silence: float = SILENCE) -> Iterator[None]:
 
 
 class _LastLine(stdlib_logging.Handler):
-    """Knows when the last line was written."""
+    """Remembers the time of the last line."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -101,7 +101,7 @@ def _is_stream(path: str | PurePath) -> bool:
 
 
 def atomic_write(path: str | PurePath, content: bytes) -> None:
-    """Puts `content` at `path` whole: whoever reads it, even after a kill, finds the old file or the new one.
+    """Writes `content` to `path` atomically: a reader, even after a kill, finds the old file or the new one.
 
     A link stays, and what it leads to is replaced. What is no file, such as a pipe, is written to.
     """
@@ -288,7 +288,7 @@ def _git(folder: str | PurePath, *arguments: str) -> str:
 
 
 class HashingStoppedError(Exception):
-    """Hashing was told to stop before its end."""
+    """Hashing was stopped before its end."""
 
 
 def file_hashes(paths: Iterable[str | PurePath], stop: threading.Event | None = None) -> dict[str, str]:

@@ -51,7 +51,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class _Model:
-    """What every group of tensors needs to know."""
+    """What every group of tensors needs."""
 
     arch: Arch
     leaf_layouts: LeafLayouts
@@ -152,7 +152,7 @@ def _fill(model: _Model, leaves: Mapping[str, np.ndarray], ranges: Mapping[str, 
 
 
 def _permuted(model: _Model, name: str, unfolded: np.ndarray) -> np.ndarray:
-    """Returns the leaf with its units permuted, moved as they lie in the file: transposing first would be slow."""
+    """Returns the leaf with its units permuted, moved as stored: transposing first would be slow."""
     order = model.leaf_layouts[name].order
     dims, indices = unit_moves(model.table.leaves[name], model.permutations, model.table.parent_axis)
     dims = tuple((order[dim], None if holder is None else order[holder]) for dim, holder in dims)

@@ -90,7 +90,7 @@ def align(
         rewrites = (Permutation(permutations),)
         found = Alignment(rewrites, evidence, objective, _prove(ft, rewrites, seed), left_out)
     for name, reason in found.left_out.items():
-        logging.warning("alignment goes without %s: %s", name, reason)
+        logging.warning("not used for the alignment: %s: %s", name, reason)
     if not found.converged:
         logging.warning("the descent of the alignment was stopped before it converged")
     return found

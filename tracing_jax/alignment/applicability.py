@@ -9,7 +9,7 @@ from tracing_jax.rewrites import GainScaling, QueryKeyMaps, Rewrite, Rotation, U
 MAPS: dict[str, type[Rewrite]] = {
     "rotation": Rotation, "gains": GainScaling, "scaling": UnitScaling, "values": ValueMixing, "queries": QueryKeyMaps
 }  # fmt: skip
-"""Name -> the continuous maps that it stands for: a rotation of the residual stream, gains set to those of base, signed
+"""Name -> the continuous maps that it means: a rotation of the residual stream, gains set to those of base, signed
 scaling of MLP units, mixing of values, maps of queries and keys."""
 
 EXPANSIONS = ("copies", "padding", "identity")
@@ -49,12 +49,12 @@ def kind_problems(kinds: Sequence[str]) -> list[str]:
     if unknown := sorted(set(kinds) - set(KINDS) - set(WHOLE)):
         return [f"kinds {', '.join(unknown)} cannot be aligned; choose from {', '.join(KINDS + WHOLE)}"]
     if len(kinds) > 1 and (whole := sorted(set(kinds) & set(WHOLE))):
-        return [f"{whole[0]} stands alone: it includes every kind"]
+        return [f"{whole[0]} cannot be combined with other names: it includes every kind"]
     return []
 
 
 def expanded(kinds: Sequence[str]) -> tuple[str, ...]:
-    """Returns every kind that the names stand for."""
+    """Returns every kind that the names mean."""
     return KINDS if set(kinds) & set(WHOLE) else tuple(kinds)
 
 

@@ -99,7 +99,7 @@ class Arch:
       rope_frequencies: one tuple of inverse frequencies (radians per position) per rope, of equal lengths: H/2, or
         fewer where only the first dims of a head are rotated; zeros for layers without positions; none: no rope at all.
       layer_ropes: for each layer the index into `rope_frequencies`; empty without a rope.
-      layer_windows: for each layer how many positions back, itself included, a token sees; None sees all.
+      layer_windows: for each layer how many positions back, itself included, a token attends to; None for all.
       rope_amplitudes: for each rope a factor of rotated queries and keys; empty: 1.
       rope_interleaved: pairs are (2i, 2i + 1) and not (i, i + R/2), of R rotated dims.
       rope_positions: the longest text for which the frequencies hold, where they depend on its length; None: any.
@@ -117,7 +117,7 @@ class Arch:
       alibi_slopes: the slope of each query head, times which a score falls with distance (BLOOM); none: no ALiBi.
       alibi_bfloat16: its slopes, and their products with the positions of keys, are rounded to bfloat16 and, like the
         scores, multiplied by the attention scale (Falcon).
-      position_offset: how many rows of the table of positions stand before that of the first position (OPT).
+      position_offset: how many rows of the table of positions precede that of the first position (OPT).
       gated: the MLP is down(act(gate(x)) * up(x)); otherwise it has no gate and is down(act(up(x))).
       num_experts: MLPs per layer, of F units each, among which a router chooses; None: one MLP that every token passes.
       experts_per_token: how many of them a token passes.
@@ -257,7 +257,7 @@ OF_LAYERS = ("layer_ropes", "layer_windows", "layer_chunks", "layer_experts", "l
 
 
 OTHERS = "; supported: "
-"""In what is said of a family that is not supported: the long list of those that are follows."""
+"""Separator in messages about families that are not supported: the long list of those that are follows."""
 
 WEIGHTS_ONLY = "it is read by its weights alone, without a forward pass"
 

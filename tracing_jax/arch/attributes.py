@@ -32,7 +32,7 @@ _READ_ANYWAY = {"is_causal": True, "text_config": None, "decoder": None, "genera
 
 _TRAINED_LENGTH = "original_max_position_embeddings"  # read from a config of any class: see `as_built`
 
-# How weights are stored says nothing of what the model computes; the reader of the weights looks at it.
+# How weights are stored does not change what the model computes; the reader of the weights handles it.
 _OF_THE_WEIGHTS = frozenset({"quantization_config", "compression_config"})
 
 

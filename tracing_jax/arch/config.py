@@ -98,7 +98,7 @@ def read_raw_config(folder: Path) -> dict[str, Any]:
 
 
 def _raw_problem(raw: dict[str, Any]) -> str | None:
-    """Returns what can be said against a config before transformers builds anything from it."""
+    """Returns the problems of a config before transformers builds anything from it."""
     model_type = _RENAMED.get(str(raw.get("model_type")), raw.get("model_type"))
     if not isinstance(model_type, str) or not (model_type in FAMILIES or is_multimodal(model_type)):
         return _not_supported(model_type)

@@ -397,7 +397,7 @@ DENSE_FAMILIES: dict[str, Family] = {
         thetas={},
         common=frozenset({"vocab_size", "tie_word_embeddings"}),
         activation="",
-        # Heads have slopes, whatever is said of learned positions; the type of norm is that of its computation.
+        # Heads have slopes, regardless of learned positions; the type of norm is that of its computation.
         neutral="max_seq_len learned_pos_emb emb_pdrop init_device embedding_fraction norm_type",
         names=_without(NAMES, "mlp_dim", "num_kv_heads", "head_dim")
         | {"embed_dim": "d_model", "num_layers": "n_layers", "num_heads": "n_heads", "norm_eps": "layer_norm_epsilon"},

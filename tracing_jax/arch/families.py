@@ -47,7 +47,7 @@ def _gemma2(config: Any) -> ArchFields:
 
 
 def _gemma3(config: Any) -> ArchFields:
-    # transformers carries attn_logit_softcapping in Gemma 3's config and never applies it; a set value is ambiguous.
+    # transformers has attn_logit_softcapping in Gemma 3's config and never applies it; a set value is ambiguous.
     if config.attn_logit_softcapping is not None:
         raise UnsupportedModelError("attn_logit_softcapping is set, but Gemma 3 has no attention soft-capping")
     return _gemma2(config) | {"qk_norm": "head"}

@@ -28,7 +28,7 @@ class Checkpoint:
 
     Attributes:
       id: what the user asked for; `revision` is the resolved commit of a Hub repository.
-      folder: where config.json lies; `tokenizer_folder` differs for an adapter without a tokenizer of its own.
+      folder: that contains config.json; `tokenizer_folder` differs for an adapter without a tokenizer of its own.
       notes: what was done so that the files could be read, and what of them is left out.
 
     Example:

@@ -22,7 +22,7 @@ _FUSED = (
     ("attn/kv_a_proj", "attn/k_rope_proj"),
     ("mlp/gate_proj", "mlp/up_proj"),
 )
-"""Modules of ours that may share a tensor, in the order in which they stand there."""
+"""Modules of ours that may share a tensor, in their order there."""
 
 Sizes = tuple[int, ...]
 
@@ -139,6 +139,6 @@ def _sharing(leaf: str, table: AxisTable, names: TensorNames) -> list[str]:
 
 
 def _rows_before(leaf: str, table: AxisTable, names: TensorNames) -> int:
-    """Returns how many rows of a leaf's tensor belong to leaves that stand before it there."""
+    """Returns how many rows of a leaf's tensor belong to leaves that come before it there."""
     before = itertools.takewhile(lambda other: other != leaf, _sharing(leaf, table, names))
     return sum(math.prod(_sizes(other, table)[2]) for other in before)

@@ -20,8 +20,8 @@ class TensorNames:
       modules: module of ours -> that of the files, with `{e}` for the number of an expert or `{h}` of a head where each
         has a tensor of its own. The names of a layer's modules follow its own. A leaf that is here itself, such as
         `attn/sinks`, is the tensor of that name.
-      prefix: what stands in front of all but the head.
-      layers: what stands in front of the number of a layer.
+      prefix: of all names but the head's.
+      layers: the prefix of the number of a layer.
       head: the module that predicts tokens.
       experts: as `modules`, for those that each expert has.
       suffixes: leaf -> what follows the name of its module; of modules in `experts` those in `expert_suffixes`.

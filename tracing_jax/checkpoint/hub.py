@@ -41,7 +41,7 @@ _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
 _MAX_ID = 1000
 AS_HUB_ID = "As a model of the Hub"
-"""What stands before a problem of the Hub, where a name may be meant otherwise."""
+"""The prefix of a problem of the Hub, where a name may be meant otherwise."""
 _GGUF_SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
 _IGNORED = ("*/*", "consolidated*", "optimizer*")
 
@@ -128,7 +128,7 @@ def _shards_of(path: Path) -> tuple[Path, ...]:
         return (path,)
     count = int(match["count"])
     if not 1 <= count <= 1000:
-        raise CheckpointError(f"{path}: its name promises {count} shards")
+        raise CheckpointError(f"{path}: its name says {count} shards")
     paths = [path.with_name(f"{match['stem']}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)]
     if missing := [shard.name for shard in paths if not shard.is_file()]:
         raise CheckpointError(f"{path}: of its {count} shards {listed(missing)} are missing; download them too")
@@ -222,7 +222,7 @@ def _texts(model_id: str, download_dir: str | None) -> CheckpointFolder | None:
 
 
 def _download(model_id: str, download_dir: str | None) -> CheckpointFolder:
-    """The folder with a model's texts and with its weights in the format that is preferred; other files stay away."""
+    """The folder with a model's texts and with its weights in the preferred format; other files are not downloaded."""
     repo, _, revision = model_id.partition("@")
     with _explained(model_id):
         folder = _snapshot(repo, revision or None, download_dir, (*_TEXTS, *_INDICES))
@@ -255,7 +255,7 @@ def _snapshot(repo: str, revision: str | None, download_dir: str | None, pattern
 
 @contextlib.contextmanager
 def _explained(model_id: str) -> Iterator[None]:
-    """Turns what goes wrong on the Hub into a CheckpointError."""
+    """Turns errors of the Hub into a CheckpointError."""
     try:
         yield
     except (HTTPError, LocalEntryNotFoundError, HFValidationError) as error:
@@ -264,14 +264,14 @@ def _explained(model_id: str) -> Iterator[None]:
 
 
 def _explain(error: Exception, model_id: str) -> str:
-    """What went wrong on the Hub and what to do; of a bare name, as a mistyped folder is, first that none is here."""
+    """The error of the Hub and its remedy; of a bare name, as a mistyped folder is, first that none is here."""
     if "/" in model_id:
         return _explain_hub(error, model_id)
     return f"no folder {model_id!r} here ({Path.cwd()}). {AS_HUB_ID}: {_explain_hub(error, model_id)}"
 
 
 def _explain_hub(error: Exception, model_id: str) -> str:
-    """What went wrong on the Hub and what to do; never quotes a request, which may carry a secret."""
+    """The error of the Hub and its remedy; never quotes a request, which may carry a secret."""
     repo, _, revision = model_id.partition("@")
     page = f"{constants.ENDPOINT}/{repo}"
     sign_in = "set HF_TOKEN or run `hf auth login`"

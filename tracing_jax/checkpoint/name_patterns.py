@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from tracing_jax.checkpoint.errors import CheckpointError
 from tracing_jax.complaints import listed, shortened
 
-# torch.compile, FSDP and activation checkpointing wrap a module, and their component stands in the names of what is
+# torch.compile, FSDP and activation checkpointing wrap a module, and their component is in the names of what is
 # inside, at whatever depth. No module of a model is called so.
 _WRAPPER = re.compile(r"(?:(?<=\.)|^)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
 _ANY_OF_THEM = re.compile(r"_orig_mod|_wrapped_module|_forward_module|language_model")
@@ -43,7 +43,7 @@ def is_constant(name: str) -> bool:
 
 
 def may_be_absent(name: str) -> bool:
-    """Returns whether an index may promise a tensor that no shard holds: one that may follow from others."""
+    """Returns whether an index may list a tensor that no shard holds: one that may follow from others."""
     return is_constant(name) or name.endswith(("lm_head.weight", "embed_tokens.weight", "wte.weight"))
 
 
@@ -116,7 +116,7 @@ def num_layers_in(names: Iterable[str]) -> int:
 
 
 def unknown_prefix(names: Collection[str], wanted: Collection[str]) -> str | None:
-    """Returns what stands in front of the names of all tensors that were expected without it; None if nothing does."""
+    """Returns the prefix of the names of all tensors that were expected without it; None if there is none."""
     some = [name for name in wanted if name not in names][:1]
     for expected in some:
         ends = [name.removesuffix(expected) for name in names if name.endswith(f".{expected}")]

@@ -27,7 +27,7 @@ _MOST_ADAPTERS = 8
 
 
 class _Files(NamedTuple):
-    """What lies in the folder of a model, or of its base if it is an adapter."""
+    """The files of a model, or of its base if it is an adapter."""
 
     folder: Path
     tokenizer_folder: Path
@@ -74,7 +74,7 @@ def open_checkpoint(
         for runs that look at a small part of them.
       adapter_base: the base to merge an adapter into, whatever its config names; of no effect on other models.
       weights_only: how a model is read whose config is refused or absent, or whose tensors are not those that it asks
-        for, though none is lost; by default it is refused. Weights are then looked at where names and shapes leave a
+        for, though none is lost; by default it is refused. Weights are then read where names and shapes leave a
         doubt.
 
     Raises:

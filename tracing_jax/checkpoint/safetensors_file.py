@@ -106,7 +106,7 @@ class SafetensorsFile:
                 while memory:
                     count = file.readinto(memory)  # at most 2 GiB at a time
                     if not count:
-                        raise CheckpointError(damaged(self._path, "what its header promises, as it did at first"))
+                        raise CheckpointError(damaged(self._path, "what its header declares, as it did at first"))
                     memory = memory[count:]
 
 

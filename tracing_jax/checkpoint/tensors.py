@@ -181,11 +181,11 @@ class _Sharded:
 
 
 def _open_sharded(index_path: Path, open_missing: MissingFileOpener = lambda name: None) -> TensorStore:
-    """All shards that an index names, with exactly the tensors it promises where it promises them."""
-    promised = weight_map(index_path)
+    """All shards that an index names, with exactly the tensors it lists, where it lists them."""
+    listed_in = weight_map(index_path)
     shards: list[TensorStore] = []
     problems = []
-    for file_name in sorted(set(promised.values())):
+    for file_name in sorted(set(listed_in.values())):
         path = index_path.parent / file_name
         try:
             shard = open_file(path) if path.is_file() else open_missing(file_name)
@@ -196,9 +196,9 @@ def _open_sharded(index_path: Path, open_missing: MissingFileOpener = lambda nam
         except CheckpointError as error:
             problems.extend(error.problems)
             continue
-        absent = sorted({name for name, owner in promised.items() if owner == file_name} - set(shards[-1].names()))
+        absent = sorted({name for name, owner in listed_in.items() if owner == file_name} - set(shards[-1].names()))
         problems.extend(
-            f"{path}: lacks {name!r}, which {index_path.name} promises; download both"
+            f"{path}: lacks {name!r}, which {index_path.name} lists; download both"
             for name in absent
             if not may_be_absent(name)  # what cannot be derived after all is missed when the model is put together
         )

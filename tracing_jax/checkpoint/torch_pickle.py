@@ -1,6 +1,6 @@
 """The tensors that a `torch.save` pickle describes, read without unpickling it.
 
-A pickle is a program for a stack machine, and `pickle.Unpickler` can call whatever it names. The machine here knows
+A pickle is a program for a stack machine, and `pickle.Unpickler` can call whatever it names. This interpreter supports
 only the opcodes that a flat state dict needs and calls nothing: names resolve to inert `_Global` markers, and the four
 constructors of a state dict are patterns over plain data. What is not listed is refused.
 """
@@ -256,6 +256,6 @@ def _tensor(storage: Storage, offset: int, shape: tuple, strides: tuple) -> Save
 
 
 def _check_attributes(target: object, attributes: object) -> None:
-    """Attributes are dropped: PyTorch hangs version numbers (`_metadata`) on the state dict, and no weight."""
+    """Attributes are dropped: PyTorch attaches version numbers (`_metadata`) to the state dict, and no weight."""
     if not isinstance(target, dict) or not isinstance(attributes, dict):
         raise CheckpointError("its pickle sets attributes on something that is no state dict; do not trust it")

@@ -15,15 +15,15 @@ Outcome = Literal["holds", "contradicted", "not_testable"]
 ASSERTS: Mapping[str, str] = {
     "same-as": "both models hold the same numbers, or compute the same function by other weights",
     "finetune-of": "ft has the shape of base, and weights that are not independent of base's",
-    "adapter-of": "as they lie in the files, every matrix of ft is base's plus one of low rank, and all else is base's",
-    "quantised-of": "as they lie in the files, every weight of ft is base's, rounded to the values of a format",
-    "pruned-of": "layers, units, heads or weights of ft are those of base, of which others are gone",
+    "adapter-of": "as stored, every matrix of ft is base's plus one of low rank, and all else is base's",
+    "quantised-of": "as stored, every weight of ft is base's, rounded to the values of a format",
+    "pruned-of": "layers, units, heads or weights of ft are those of base, of which others were removed",
     "merge-of": "ft is an average or another mixture of base and further models",
     "from-scratch": "no weight of ft comes from base",
 }
 """Claim of ft and base -> what it says. What is tested of it, and what of that makes it hold, is `judging`'s."""
 
-NOT_SAID: Mapping[str, str] = {
+UNTESTED: Mapping[str, str] = {
     "same-as": "which of the two was there first",
     "finetune-of": (
         "which of the two was there first; whether one descends from the other, or both from a third model or from one "
@@ -38,7 +38,7 @@ NOT_SAID: Mapping[str, str] = {
         "outside of it"
     ),
 }
-"""Claim -> what is not said about the pair where it holds."""
+"""Claim -> what is not tested of the pair where it holds."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class ClaimResult:
 
 def result(claim: str, outcome: Outcome, because: str, **evidence: Any) -> ClaimResult:
     """Returns the result of a claim with what it asserts and what it leaves open."""
-    return ClaimResult(claim, outcome, because, ASSERTS[claim], NOT_SAID[claim], evidence)
+    return ClaimResult(claim, outcome, because, ASSERTS[claim], UNTESTED[claim], evidence)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Claims judged: those of descent by the verdict of the tests, all others by the two checkpoints."""
+"""Tests of claims: those of descent by the verdict of the tests, all others by the two checkpoints."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace

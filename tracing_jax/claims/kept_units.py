@@ -24,7 +24,7 @@ from tracing_jax.claims.tensor_pairs import TensorPair, tensor_pairs
 from tracing_jax.tree import flatten
 
 _KINDS = ("mlp", "kv_heads")
-"""Axis kinds whose units are looked for."""
+"""Axis kinds whose units are matched."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def zeroed_shares(pairs: list[TensorPair]) -> tuple[float, float]:
 
 
 def pruned_of(inputs: ClaimInputs) -> ClaimResult:
-    """Judges the claim that ft is what is left of base."""
+    """Tests the claim that ft is what is left of base."""
     base, ft, name = inputs.base.arch, inputs.ft.arch, "pruned-of"
     if inputs.is_identical:
         return identical_result(name, inputs)

@@ -11,11 +11,11 @@ from tracing_jax.claims.claim import ClaimInputs, ClaimResult, identical_result,
 from tracing_jax.claims.tensor_pairs import STEP_BITS, TensorPair, is_equal, step_of, tensor_pairs
 
 SAMPLE = 1024
-"""Rows and columns of a matrix that are looked at. A submatrix has no greater rank than the matrix."""
+"""Rows and columns of a matrix that are sampled. A submatrix has no greater rank than the matrix."""
 
 LOW, FULL = 4, 2
 """A rank is low if it is at most the smaller side divided by the first, and not low if above it divided by the second.
-Between them neither is said."""
+Between them the result is not_testable."""
 
 _ALLOWANCE = 1.5
 """The most, times the rounding, that is left of a difference beyond its rank: a merge may round more than once."""
@@ -32,7 +32,7 @@ class LowRankDifference:
 
     Attributes:
       leaf: of the params.
-      side: the smaller side of the matrix that was looked at.
+      side: the smaller side of the matrix that was sampled.
       rank: how many singular values hold all of the difference that rounding does not explain.
       change: root mean square of the difference, relative to that of base.
       over_rounding: root mean square of the difference, relative to that of the rounding.
@@ -56,7 +56,7 @@ class LowRankDifference:
 
     @property
     def is_full(self) -> bool:
-        """Whether the rank is not low, whatever rounding hides."""
+        """Whether the rank is not low, even if rounding masks it."""
         return self.rank * FULL > self.side
 
 
@@ -109,7 +109,7 @@ def effective_rank(matrix: Float[np.ndarray, "m n"], rms: float) -> int:
 
 
 def adapter_of(inputs: ClaimInputs) -> ClaimResult:
-    """Judges the claim that ft is base with a low-rank adapter merged into its matrices."""
+    """Tests the claim that ft is base with a low-rank adapter merged into its matrices."""
     if inputs.is_identical:
         return identical_result("adapter-of", inputs)
     pairs, others = tensor_pairs(inputs.base, inputs.ft)
@@ -154,5 +154,5 @@ def _by_rank(found: Sequence[LowRankDifference], total: int) -> ClaimResult:
         )
         return result(name, "not_testable", why, **facts)
     why = f"{len(found)} matrices differ by a matrix of rank {rank} or less, and the other tensors are identical"
-    why += f"; in {hidden} of them rounding hides the rank" if hidden else ""
+    why += f"; in {hidden} of them rounding masks the rank" if hidden else ""
     return result(name, "holds", why, **facts, rank=rank)

@@ -20,7 +20,7 @@ _UNRELATED = 0.5
 
 
 def quantised_of(inputs: ClaimInputs) -> ClaimResult:
-    """Judges the claim that every weight of ft is base's, rounded to the values of a format."""
+    """Tests the claim that every weight of ft is base's, rounded to the values of a format."""
     stored = _is_quantised(inputs.ft)
     if inputs.is_identical and not stored:
         return identical_result("quantised-of", inputs)
@@ -58,7 +58,7 @@ def _by_error(
         return result(name, "not_testable", f"{why}: {size}", **facts)
     if worst.error > _UNRELATED:
         return result(name, "contradicted", f"{len(left)} of {len(copies)} tensors are no copy: {size}", **facts)
-    # Whoever writes such a format rounds to the nearest value: other values come from other weights.
+    # Writers of such a format round to the nearest value: other values come from other weights.
     exact = [copy for copy in left if copy.is_on_grid and copy.nearest in ONLY_NEAREST]
     if exact:
         one = min(exact, key=lambda copy: copy.share)

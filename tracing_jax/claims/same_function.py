@@ -26,7 +26,7 @@ SAME, OTHER = 4.0, 20.0
 in float32 and bfloat16, and a ten-thousandth of the way to the demo's fine-tune by 29 times, in float32."""
 
 IN_PLACE = 0.1
-"""The relative change of matrices below which they correspond as they lie in the files."""
+"""The relative change of matrices below which they correspond as stored."""
 
 _FORWARD = 1e-6
 """How far two orders of summation move logits in float32, relative to their size, in a model of a few layers."""
@@ -63,7 +63,7 @@ class FunctionChange:
 def function_change(
     base: ParamSource, ft: ParamSource, vocabularies: Vocabularies, dtypes: tuple[np.dtype, np.dtype], seed: int
 ) -> FunctionChange | str:
-    """Returns how far the logits are apart, or why that cannot be said.
+    """Returns how far the logits are apart, or why that is unknown.
 
     Args:
       base: one model.
@@ -127,7 +127,7 @@ def change_in_place(base: ParamSource, ft: ParamSource) -> float | None:
 
 
 def same_as(inputs: ClaimInputs) -> ClaimResult:
-    """Judges the claim that both are one model: by their numbers, and where these differ by their functions."""
+    """Tests the claim that both are one model: by their numbers, and where these differ by their functions."""
     if inputs.is_identical:
         return result("same-as", "holds", inputs.tensors, how="numbers")
     pairs, others = tensor_pairs(inputs.base, inputs.ft)
@@ -155,7 +155,7 @@ def same_as(inputs: ClaimInputs) -> ClaimResult:
             "same-as", "not_testable", f"{moved}: too much for a rewrite, too little to exclude one", **numbers
         )
     if in_place is not None and in_place < IN_PLACE:
-        why = f"the weights differ as they lie, by {in_place:.2g} of their size, and {moved}: so does little training"
+        why = f"the weights differ as stored, by {in_place:.2g} of their size, and {moved}: so does little training"
         return result("same-as", "not_testable", why, **numbers, change_in_place=in_place)
     return result("same-as", "holds", f"the weights differ, but {moved}: one is a rewrite of the other", how="function",
                   **numbers)  # fmt: skip

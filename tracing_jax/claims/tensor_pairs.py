@@ -1,4 +1,4 @@
-"""The tensors of two checkpoints side by side, as they lie in the files, whole or by a sample of rows."""
+"""The tensors of two checkpoints side by side, as stored, whole or by a sample of rows."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

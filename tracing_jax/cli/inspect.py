@@ -13,7 +13,7 @@ USAGE = "MODEL"
 
 @dataclass(frozen=True)
 class InspectOptions:
-    """What is looked at."""
+    """What is inspected."""
 
     component: str | None = option(None, "A component of a multimodal model.", choices=("vision", "audio", "encoder"))
     layout: str | None = option(None, LAYOUT)

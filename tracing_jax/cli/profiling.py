@@ -30,17 +30,17 @@ KINDS = {
     "figures and pages": ("tracing_jax/report/", "matplotlib/"),
     "import": ("importlib._bootstrap",),
 }
-"""What time is spent on -> the files, or functions of files, whose innermost frame tells it. `device` is waiting for a
-result: on a CPU the arithmetic, on a GPU with its copy to the host."""
+"""Activity -> the files, or functions of files, that identify it as the innermost frame. `device` waits for a result:
+on a CPU the arithmetic, on a GPU with its copy to the host."""
 
 Frame = tuple[str, str]
 """File and function of a frame."""
 
 
 def kind_of(stack: Sequence[Frame]) -> str:
-    """Returns what a thread was doing, by its innermost frame that tells.
+    """Returns what a thread was doing, by its innermost frame that is recognised.
 
-    It was idle if the innermost of all waits for another thread. Where none tells, it ran our own Python, NumPy's
+    It was idle if the innermost of all waits for another thread. If none is recognised, it ran our own Python, NumPy's
     arithmetic, or a compiled program that a CPU runs where it is called.
 
     Args:
@@ -58,12 +58,12 @@ def kind_of(stack: Sequence[Frame]) -> str:
 
 
 class Sampler:
-    """Counts what the main thread, and all others together, were doing whenever it looked.
+    """Counts what the main thread, and all others together, were doing at each sample.
 
     Attributes:
       main: (step, kind) -> seconds of the main thread; together they are the wall time.
       others: kind -> seconds of the threads started since that were not idle; they may run at the same time. A thread
-        that was there before is the caller's (of a test runner, a notebook), and may wait in C, which no frame tells.
+        that was there before is the caller's (of a test runner, a notebook), and may wait in C, which no frame shows.
     """
 
     def __init__(self) -> None:

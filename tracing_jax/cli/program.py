@@ -20,7 +20,7 @@ EXIT_STATUS = """exit status:
   3    the claim is contradicted, or a verdict is one of --fail_on
   4    the claim cannot be tested on this pair
   130  interrupted"""
-"""What the exit status of a program says, for `--help`."""
+"""What the exit status of a program means, for `--help`."""
 
 EXPORTS = ("cyclonedx", "sarif", "in-toto")
 """Formats of `--export`; the names of `report.exports.FORMATS`."""

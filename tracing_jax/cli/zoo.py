@@ -29,7 +29,7 @@ class Slurm:
     qos: str | None = option(None, "Quality of service.")
     constraint: str | None = option(None, "Features that a node must have.")
     exclude: str | None = option(None, "Nodes that are not used.")
-    time: int = option(240, "Minutes; at the limit the element is requeued and goes on.", at_least=1)
+    time: int = option(240, "Minutes; at the limit the element is requeued and continues.", at_least=1)
     signal_delay_s: int = option(90, "Seconds of warning before that.", at_least=1)
     nodes: int = option(1, "Nodes of an element.", at_least=1)
     tasks_per_node: int = option(1, "Processes that trace a pair together, as with srun main.py.", at_least=1)
@@ -54,7 +54,7 @@ class ZooOptions:
     )
     candidates: str = option(
         "auto",
-        "Pairs that are compared in full: all of the list; those in which signatures show a trace of a relation "
+        "Pairs that are compared in full: all of the list; those in which signatures show a sign of a relation "
         "(scan); auto: scan where a model has more than 20 pairs.",
         choices=("auto", "all", "scan"),
         group="zoo",

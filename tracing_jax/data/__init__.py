@@ -1,7 +1,7 @@
 """Text as blocks of token ids, with the number of UTF-8 bytes of the predicted tokens of each block.
 
 Two models are compared on the same text. If they share a tokenizer they share the blocks; if not, the base's blocks
-tell which prefix of the text they cover, and the other tokenizer encodes exactly that prefix:
+give the prefix of the text that they cover, and the other tokenizer encodes exactly that prefix:
 
     documents = read_documents("wikitext")
     base_blocks = token_blocks(documents, base_tokenizer, block_size=512, num_tokens=100_000)

@@ -62,7 +62,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
     Raises:
         FileNotFoundError: The folder holds no tokenizer.
-        ValueError: transformers cannot load it, or only as a slow tokenizer, which knows no character offsets.
+        ValueError: transformers cannot load it, or only as a slow tokenizer, without character offsets.
     """
     folder = Path(folder).expanduser()
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
@@ -159,7 +159,7 @@ def same_tokenizer(a: Tokenizer, b: Tokenizer) -> bool:
 
 
 def shared_tokens(a: Tokenizer, b: Tokenizer) -> tuple[Int32[np.ndarray, " M"], Int32[np.ndarray, " M"]]:
-    """Returns the ids in a and in b of the tokens both know, paired by token string and sorted by it.
+    """Returns the ids in a and in b of the tokens both have, paired by token string and sorted by it.
 
     The strings are those of the vocabularies, so tokenizers that spell a space differently share few tokens.
     """

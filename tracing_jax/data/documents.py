@@ -35,9 +35,9 @@ class Named:
 
     Attributes:
         hub_id: Of the Hub.
-        subset: Its configuration; None if the name goes on with it, as in `aya:english`.
+        subset: Its configuration; None if it is the suffix of the name, as in `aya:english`.
         column: That holds the text, if it is not plain which.
-        part: What the name goes on with.
+        part: The suffix of the name.
     """
 
     hub_id: str

@@ -2,8 +2,8 @@
 
 `base` is trained on the language reference (`pydoc_data.topics`) and the docstrings of the standard library. `finetune`
 is base fine-tuned on numpy's docstrings. `disguised` is the fine-tune with all its units permuted, written as a
-checkpoint. `independent` starts from another seed and sees base's text in base's order. All four are Hugging Face
-folders, opened like any other checkpoint; so are the twelve of the zoo (`zoo_models.py`).
+checkpoint. `independent` starts from another seed and is trained on base's text in base's order. All four are Hugging
+Face folders, opened like any other checkpoint; so are the twelve of the zoo (`zoo_models.py`).
 
     base = open_checkpoint(str(family().member("base")))
     pruned = open_checkpoint(str(member("ash-pruned@7")))  # of the zoo with seed 7

@@ -86,7 +86,7 @@ def _aligned_pair(inputs: RunInputs, pair: Pair, alignment: Alignment) -> Pair:
     ft = in_memory(sharded(aligned(pair.ft, alignment), pair.compute.mesh), "aligning")
     base = pair.base
     if alignment.base_rewrites:
-        base = in_memory(placed(aligned_base(base, alignment), pair.compute.mesh), "mapping base")
+        base = in_memory(sharded(aligned_base(base, alignment), pair.compute.mesh), "mapping base")
         inputs.notes.append("aligned, base was mapped as well; its function is unchanged")
     if base.arch.tied and not ft.arch.tied:
         base = _untied(in_memory(base), pair.compute.mesh)  # both models are resident already

@@ -14,7 +14,7 @@ _PARTS = {"embed": "embedding", "head": "head", "attn": "attention", "mlp": "MLP
 
 
 def identical_tensors(base: Checkpoint, ft: Checkpoint) -> Identity:
-    """Returns how many tensors of the two checkpoints hold equal numbers, as they lie in the files.
+    """Returns how many tensors of the two checkpoints hold equal numbers, as stored.
 
     Tensors are those of the params, by name; one that only one model has, or has in another shape, counts as different.
     Most tensors of different models differ in their first numbers, and no more than these is read.

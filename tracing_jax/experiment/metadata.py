@@ -76,7 +76,7 @@ def _shapes(checkpoint: Checkpoint) -> Iterator[tuple[int, ...]]:
 def model_facts_in_background(
     models: Mapping[str, Checkpoint], hashed: bool
 ) -> Iterator[Callable[[], dict[str, dict[str, Any]]]]:
-    """Reads the facts of every model on a thread while the work inside goes on, and yields a function to wait for them.
+    """Reads the facts of every model on a thread beside the work inside, and yields a function to wait for them.
 
     Hashing reads the files whole, and holds no lock that the work needs. It ends at once where the work fails.
     """

@@ -107,7 +107,7 @@ def forward(
                 layer = None  # freed before the next one is read, and before the caller goes on with this one's results
             yield LayerOutput(i, b, *outputs.pop())  # no reference is left here: the caller alone holds activations
         if not resident:
-            jax.block_until_ready(hidden)  # or the host runs ahead, and layers pile up
+            jax.block_until_ready(hidden)  # dispatch is asynchronous, and layers would accumulate
 
 
 def forward_mlps(
@@ -173,7 +173,7 @@ class SavedStates:
         leaves = jax.tree.leaves(states)
 
         def arrays() -> dict[str, np.ndarray]:
-            # npz files do not know bfloat16: the bits are stored.
+            # npz has no bfloat16: the bits are stored.
             bits = {f"state {n}": _bits(to_host(leaf)) for n, leaf in enumerate(leaves)}
             return {"layer": np.asarray(layer), **bits}
 

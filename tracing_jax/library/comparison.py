@@ -3,7 +3,7 @@
 Each sampled layer is compared with every layer of the suspect. Its units are matched to the suspect's by one reading,
 and apart from that by the other; under every disguise both matchings change alike. The null is that of
 `statistics.calibration`: layers that do not correspond show how often matchings of these two models agree by chance,
-and an allowance of 5 % stands for units that independent models share by convergence. So p-values are calibrated, not
+and an allowance of 5 % accounts for units that independent models share by convergence. So p-values are calibrated, not
 exact.
 """
 

@@ -1,10 +1,10 @@
 """What a signature samples: layers, units and token strings, by a rule that the owner of the model cannot choose.
 
-The rule has no secret and no option, so that anybody who has the files of a model can draw the same sample:
+The rule has no secret and no option, so that everyone with the files of a model can draw the same sample:
 
 * Layers: the middles of three equal parts of the depth.
 * Units: those that carry evidence (`distinct_units`), in an order drawn from a key that is stretched from the SHA-256
-  hashes of the weight files. Whoever changes a byte gets another draw, and each draw costs a twentieth of a second and
+  hashes of the weight files. A change of one byte gives another draw, and each draw costs a twentieth of a second and
   16 MiB, so that trying a billion of them costs years of computing.
 * Tokens: of all strings of the vocabulary of at most 24 bytes those whose SHA-256 is smallest. Models of one
   vocabulary have the same, and of two vocabularies that overlap, the samples do so too.
@@ -39,7 +39,7 @@ def sampled_layers(num_layers: int) -> list[int]:
 
 
 def digest_of(files: Mapping[str, str]) -> str:
-    """Returns the hash that stands for a model: of the sorted SHA-256 hashes of its weight files, whatever their names.
+    """Returns the hash that identifies a model: of the sorted SHA-256 hashes of its weight files, whatever their names.
 
     Raises:
       ValueError: there are no files.
@@ -72,6 +72,6 @@ def sampled_tokens(vocabulary: Mapping[str, int], most: int) -> list[str]:
 def most_tokens(embed_dim: int) -> int:
     """Returns how many strings a model of this width is sampled at.
 
-    Fewer than half of its features, so that a sampled row of weights cannot be solved for, whoever has the embeddings.
+    Fewer than half of its features, so that a sampled row of weights cannot be solved for even with the embeddings.
     """
     return max(1, min(TOKENS, embed_dim // 2))

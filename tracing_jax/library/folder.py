@@ -31,7 +31,7 @@ class Checked:
 
     Attributes:
       names: the files that can be read.
-      problems: files that cannot be read, that changed since they were listed, or that are gone.
+      problems: files that cannot be read, that changed since they were listed, or that are missing.
       new: files that the index did not list.
       same: groups of files of one model: of the same weight files, or the same units.
     """
@@ -85,7 +85,7 @@ def library_folder(where: str, download_dir: str | None = None) -> Path:
 
 
 def _check_sizes(repo: str, revision: str | None) -> None:
-    """Looks at the sizes of a repository's files, so that nobody fills the disk with a large file of the right name.
+    """Checks the sizes of a repository's files, so that a large file of the right name cannot fill the disk.
 
     Without a network nothing is asked: what is in the cache counts.
 
@@ -187,7 +187,7 @@ def indexed(folder: Path, *, write: bool = True) -> Checked:
         by_digest.setdefault(signature.digest, []).append(name)
         rows = b"".join(found.tobytes() for layer in signature.layers for found in layer.readings.values())
         by_units.setdefault(hashlib.sha256(rows).hexdigest(), []).append(name)
-    problems += [f"{_escaped(name)}: listed in {INDEX}, and gone" for name in sorted(index.keys() - fresh.keys())
+    problems += [f"{_escaped(name)}: listed in {INDEX}, and missing" for name in sorted(index.keys() - fresh.keys())
                  if not (folder / f"{name}{SUFFIX}").exists()]  # fmt: skip
     if write and fresh != index:
         atomic_write(folder / INDEX, (json.dumps(fresh, indent=1, sort_keys=True) + "\n").encode())

@@ -1,7 +1,7 @@
 """The scan of a suspect for relatives in a library: candidates in order, and the closest of them.
 
 p-values are adjusted by Holm over all signatures of the library. In a large library a part of the sampled units is
-looked for first, and only signatures with a trace of agreement are compared in full; the others count as p = 1.
+looked for first, and only signatures with a sign of agreement are compared in full; the others count as p = 1.
 """
 
 import math
@@ -52,7 +52,7 @@ class Candidate:
       verdict: `related`: a p-value below the level after Holm, of agreement beyond several times the allowance.
         `undecided`: some p-value below 0.05, or only a part of the suspect was read. `not_testable`: no test applies.
       adjusted_log10_p: after Holm over the library; None if no test applies.
-      match: the evidence; None if a first look showed no trace.
+      match: the evidence; None if a first comparison showed no sign of it.
       distances: of a relative, by each test that shows it, how far the agreeing units are.
     """
 
@@ -77,7 +77,7 @@ class Scan:
     Attributes:
       candidates: all signatures, the closest relatives first.
       closest: names of the closest relative and of those that are not farther away by more than chance; empty if
-        nobody is related.
+        no model is related.
       margin: standard errors between the first candidate and the first beyond these; None if there is none.
       compared: how many signatures were compared in full.
       part: the layers of the suspect that were read; None if all were.
@@ -112,7 +112,7 @@ class Scan:
         first = related[0]
         others = len(related) - 1
         if len(self.closest) > 1:
-            text = f"One of these family members: {', '.join(self.closest)}; they are not told apart"
+            text = f"One of these family members: {', '.join(self.closest)}; they cannot be distinguished"
         else:
             text = f"Closest: {first.name}"
             if self.margin is not None:
@@ -123,7 +123,8 @@ class Scan:
             else ""
         )
         return (
-            f"{text}.{more} Whether the suspect descends from it, or both from a third model, the weights do not say."
+            f"{text}.{more} Whether the suspect descends from it, or both from a third model, cannot be decided from "
+            "the weights."
         )
 
 

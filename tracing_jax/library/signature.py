@@ -83,7 +83,7 @@ class Signature:
 
     @property
     def digest(self) -> str:
-        """The hash that stands for the weight files."""
+        """The hash that identifies the weight files."""
         return str(self.facts["digest"])
 
     @property
@@ -106,7 +106,7 @@ def make_signature(
       revision: the commit, of a model on the Hub.
 
     Raises:
-      ValueError: the units cannot be read, or none of a sampled layer carries evidence.
+      ValueError: the units cannot be read, or none of a sampled layer counts as evidence.
     """
     if problems := not_readable(model.arch):
         raise ValueError(f"{model_id}: no signature can be made: {'; '.join(problems)}")
@@ -120,7 +120,7 @@ def make_signature(
     for i in tqdm(sampled, desc="signature", unit="layer", disable=None):
         kept = distinct_units(mlps, i).kept
         if len(kept) < 2:
-            raise ValueError(f"{model_id}: layer {i} has {len(kept)} units that carry evidence, 2 are needed")
+            raise ValueError(f"{model_id}: layer {i} has {len(kept)} units that count as evidence, 2 are needed")
         layers.append(_sampled(mlps, i, kept, key, read(i)))
     facts = {
         "format": FORMAT,

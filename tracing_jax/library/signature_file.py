@@ -1,6 +1,6 @@
 """The file of a signature: safetensors with one JSON header, at most 256 KiB.
 
-Whoever makes such a file may write anything into it. It is never executed, and all of it is checked before any of it is
+Such a file may hold anything. It is never executed, and all of it is checked before any of it is
 used: versions, names, types, shapes and ranges, so that what is read back is as `make_signature` could have made it.
 """
 
@@ -59,7 +59,7 @@ def write_signature(signature: Signature, path: Path) -> None:
 
 
 def read_signature(path: Path) -> Signature:
-    """Returns the signature in a file; whatever the file holds, it is only looked at.
+    """Returns the signature in a file; whatever the file holds, it is only parsed.
 
     Raises:
       ValueError: it is no signature, is damaged, or is of another version; with the reason.

@@ -33,7 +33,7 @@ Moments = Mapping[str, tuple[Float[np.ndarray, "_ M"], Float[np.ndarray, "M M"]]
 
 @dataclass(frozen=True)
 class Suspect:
-    """What signatures are compared with: of every MLP the units that carry evidence.
+    """What signatures are compared with: of every MLP the units that count as evidence.
 
     Attributes:
       arch: of the model; with experts, `num_layers` counts MLPs.

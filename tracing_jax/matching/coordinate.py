@@ -52,7 +52,7 @@ def coordinates(table: AxisTable, axes: Sequence[str]) -> list[Coordinate]:
     for axis in axes:
         parent = table.parent_axis.get(axis)
         if parent in nested:
-            raise ValueError(f"{nested[parent]} and {axis} both lie within {parent}; match one of them at a time")
+            raise ValueError(f"{nested[parent]} and {axis} are both nested in {parent}; match one of them at a time")
         if parent is not None:
             nested[parent] = axis
     found = []

@@ -116,7 +116,7 @@ def weight_similarity(
                 nested.append(_NestedDimension(name, dim, equation, moves))
             else:
                 units = _with_contraction(units, equation, dim, *pairs.pair(name), *moves)
-                jax.block_until_ready(units)  # else the host reads ahead, and leaves accumulate in memory
+                jax.block_until_ready(units)  # dispatch is asynchronous, and leaves would accumulate
     if coordinate.nested is None:
         return Similarity(to_host(units))
     return Similarity(to_host(units), _blocks(pairs, nested, n, pairs.table.sizes[coordinate.nested]))

@@ -52,13 +52,13 @@ def match_units(
 
     Args:
       similarity: of each unit of base with each of ft. It is not copied, and stays on its accelerator.
-      generator: draws the order in which the solver gets them; give every matching a stream of its own.
+      generator: draws the order in which the solver gets them; give every matching a generator of its own.
       live: rows and columns that take part. By default those of `live_units`.
       absolute: whether the similarities' absolute values count.
 
     Raises:
       ValueError: a similarity that is not finite.
-    Source: Zhu et al. 2025 (arXiv 2502.12292), MATCH, whose solver sees the units in their own order.
+    Source: Zhu et al. 2025 (arXiv 2502.12292), MATCH, whose solver gets the units in their own order.
 
     Example:
       >>> similarity = np.array([[0.1, 0.9], [0.8, 0.2]], np.float32)

@@ -1,4 +1,4 @@
-"""Children whose layers stand elsewhere: repeated, moved or left out (passthrough merges, depth upscaling).
+"""Children whose layers are at another depth: repeated, moved or left out (passthrough merges, depth upscaling).
 
 Each layer of the child belongs to the layer of the other models whose weights are most like its own. A kernel that was
 copied, fine-tuned or merged has a cosine near one with where it comes from, and near zero with all other layers.
@@ -78,7 +78,7 @@ def _note(layers: Sequence[int]) -> str:
     starts = [i for i in range(len(layers)) if i == 0 or layers[i] != layers[i - 1] + 1]
     ranges = list(itertools.pairwise([*starts, len(layers)]))
     parts = [f"{_range(a, b)} from {_range(layers[a], layers[a] + b - a)}" for a, b in ranges]
-    return f"layers of the child stand elsewhere in the others: {', '.join(parts)}"
+    return f"layers of the child are at another depth in the others: {', '.join(parts)}"
 
 
 def _range(start: int, stop: int) -> str:

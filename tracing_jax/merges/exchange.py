@@ -1,4 +1,4 @@
-"""The null of a parent that had no part: its units could stand in any order.
+"""The null of a parent that had no part: its units are in arbitrary order.
 
 What is left of the child after the other parents is compared, unit by unit, with what the parent has of its own. If the
 parent had no part, the order of its units has nothing to do with the child: the number of units that the best
@@ -39,7 +39,7 @@ def log_p_of_parent(
 
 
 def log_p_of_layer(models: MergeModels, rows: Sequence[UnitRows], parent: int, seed: int = 0) -> float | None:
-    """Returns the log p-value of a parent's part in one layer; None if fewer than eight units can be told apart.
+    """Returns the log p-value of a parent's part in one layer; None if fewer than eight units can be distinguished.
 
     It is 0 where the other parents explain the layer to the last bit: nothing is left for this one.
     """

@@ -118,10 +118,10 @@ def _recipe(
 
 
 def _blind(in_place: bool, aligned: bool) -> str | None:
-    """Returns why the test by exchanging units sees nothing, or has no null; None if it has and does."""
+    """Returns why the test by exchanging units has no power, or no null; None if it has both."""
     if aligned:
         return "the child was aligned: its units are in the others' order by construction"
-    return None if in_place else "the child is in none of the others' places, where alone the test sees a part"
+    return None if in_place else "the child's units are in no other model's order, where the test has no power"
 
 
 class Compared(NamedTuple):

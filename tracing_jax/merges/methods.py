@@ -2,7 +2,7 @@
 
 Every method says what an entry of the child's difference from the reference should be, as one value or as several with
 probabilities (DARE drops entries at random). What it leaves is noise of one family for all methods, Student's t of
-three degrees with a scale of its own in every tensor, so that no method wins by a better model of outliers.
+three degrees with a scale of its own in every tensor, so that no method is preferred for a better model of outliers.
 
 Letters: T terms (differences with a coefficient), S entries, Q values that an entry may have.
 """

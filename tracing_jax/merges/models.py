@@ -23,7 +23,7 @@ LayerMap = tuple[int, ...]
 
 
 class Place(NamedTuple):
-    """Where a tensor stands: its leaf, the layer of the child (None outside layers), the role, the expert if any."""
+    """The key of a tensor: its leaf, the layer of the child (None outside layers), the role, the expert if any."""
 
     name: str
     layer: int | None
@@ -126,7 +126,7 @@ class MergeModels:
         return False
 
     def places(self) -> Iterator[Place]:
-        """Yields where each leaf stands that is compared."""
+        """Yields the key of each leaf that is compared."""
         for name in self._table.leaves:
             if name not in self.left_out:
                 yield Place(name, int(name.split("/")[1]) if name.startswith("layers/") else None, self.role(name))

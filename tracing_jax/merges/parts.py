@@ -16,7 +16,7 @@ from tracing_jax.merges.shares import ONE_OF_THESE, Fit, Shares
 from tracing_jax.statistics.pvalues import holm
 
 LEVEL = 1e-3
-"""A parent is said to have a part if its p-value, after Holm, is below."""
+"""A parent has a part if its p-value, after Holm, is below."""
 SMALLEST_SHARE = 0.01
 """A part of less than a hundredth is not called one: that much is in doubt for reasons that no test covers."""
 BEYOND_TRAINING = 0.7
@@ -111,7 +111,7 @@ def is_rounding(fit: Fit) -> bool:
 
 
 def sentence(models: MergeModels, parts: Sequence[Part], fit: Fit, aligned: bool) -> str:
-    """Returns what was found, in no more words than the tests carry."""
+    """Returns what was found, claiming no more than the tests support."""
     of = {word: [part for part in parts if part.word == word] for word in ("part", "one_of", "reserved", "none")}
     rest = "the rest is rounding" if is_rounding(fit) else f"no parent explains {_percent(fit.unexplained)} of that"
     if of["one_of"]:

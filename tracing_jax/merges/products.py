@@ -35,7 +35,7 @@ def products(flat: Sequence[Shaped[np.ndarray, " N"]], start: int, stop: int) ->
     # A B^T of a few long rows is five times as fast as A A^T, which BLAS treats as symmetric: a row of zeros does it.
     columns = np.zeros((M + 1, _CHUNK))
     total = np.zeros((M, M + 1))
-    with np.errstate(invalid="ignore", over="ignore"):  # infinities make sums that are no numbers: the caller looks
+    with np.errstate(invalid="ignore", over="ignore"):  # infinities make sums that are no numbers: the caller checks
         for at in range(start, stop, _CHUNK):
             n = min(_CHUNK, stop - at)
             for target, own in zip(targets, sources):

@@ -98,7 +98,7 @@ def text_of(record: Mapping[str, Any]) -> str:
 
 
 def _method_lines(record: Mapping[str, Any]) -> list[str]:
-    """Returns the method with what the best other one loses, and the recipe."""
+    """Returns the method with the error of the second best, and the recipe."""
     method = record["method"]
     if method["name"] is None:
         return []

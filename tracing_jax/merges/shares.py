@@ -18,7 +18,7 @@ from tracing_jax.merges.models import MergeModels
 from tracing_jax.merges.normal_equations import TensorSums
 
 COLLINEAR = 1e8
-"""Condition number of the correlations of the differences from which their shares are not told apart at all."""
+"""Condition number of the correlations of the differences from which their shares cannot be distinguished at all."""
 ONE_OF_THESE = 400.0
 """Condition number from which parents are named together: their differences have cosines above .995."""
 
@@ -129,7 +129,7 @@ def estimate(models: MergeModels, tensors: Sequence[TensorSums]) -> Shares:
         return _without(fit, "the parents differ from the reference in the same way here", condition)
     weights = np.trace(grams[:, terms, terms], axis1=1, axis2=2)
     if _equal_blocks(weights) < 2:
-        return _without(fit, "what tells the parents apart lies in one block of rows", condition)
+        return _without(fit, "what distinguishes the parents lies in one block of rows", condition)
     found = np.linalg.solve(xx, xy)
     others = total - grams  # each without one block
     moved = models.shares_of(_solved(others[:, terms, terms], others[:, terms, 0], found)) - models.shares_of(found)
@@ -177,7 +177,7 @@ def _degrees(weights: Float[np.ndarray, " R"], moved: Float[np.ndarray, "R K"], 
 
 
 def _solved(xx: np.ndarray, xy: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
-    """Returns the coefficients without each block; those of all where a block holds all that tells parents apart."""
+    """Returns the coefficients without each block; those of all where a block holds all that distinguishes parents."""
     size = np.trace(xx, axis1=1, axis2=2)
     singular = np.linalg.det(xx / np.where(size > 0, size, 1.0)[:, None, None]) <= 1e-30
     safe = np.where(singular[:, None, None], np.eye(xx.shape[1]), xx)

@@ -108,8 +108,8 @@ def attention(
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B T K G H"], Cache | None]:
     """Returns the output of causal attention with grouped queries, the heads before the output projection, the cache.
 
-    A token sees itself and the `window - 1` positions before it. With a cache the tokens write their keys and values at
-    their positions and see all that is there, so a text can be read in pieces.
+    A token attends to itself and the `window - 1` positions before it. With a cache the tokens write their keys and
+    values at their positions and attend to all that is there, so a text can be read in pieces.
     """
     q = linear(params["q_proj"], x, "btd,dkgh->btkgh")
     k = linear(params["k_proj"], x, "btd,dkh->btkh")
@@ -195,7 +195,7 @@ def attend(
     inputs: LayerInputs,
     positions: Int[Array, "#B T"],
 ) -> Float[Array, "B T K G U"]:
-    """Returns the values that each token sees, weighted by a softmax over the scores of its queries and the keys."""
+    """Returns the values that each token attends to, weighted by a softmax over the scores of queries and keys."""
     scores = einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * inputs.attention_scale
     if (cap := arch.attention_softcap) is not None:
         scores = cap * jnp.tanh(scores / cap)

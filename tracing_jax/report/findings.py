@@ -1,4 +1,4 @@
-"""What a record says of its pair, in the order in which people are told: everything that shows a record uses this."""
+"""The findings of a record, in the order in which they are shown: everything that shows a record uses this."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,9 +31,9 @@ SENTENCES: Mapping[str, str] = {
     "no_evidence": "No sign was found that the models have a common origin. This does not prove that they have none.",
     "undecided": "The tests do not decide whether the two models have a common origin.",
     "not_testable": "Whether the two models have a common origin cannot be tested on what is there.",
-    "not_asked": "No test was asked for, so that nothing is said on whether the two models have a common origin.",
+    "not_asked": "No test was asked for, so nothing is known about whether the two models have a common origin.",
 }
-"""Verdict -> what it says, for readers who know no statistics."""
+"""Verdict -> its meaning, for readers who know no statistics."""
 
 PARTS = ("MLPs", "attention", "embedding")
 """Parts of a model that each have tests of their own."""
@@ -138,7 +138,7 @@ def _identical(record: Mapping[str, Any]) -> list[Row]:
     identical = record.get("identical")
     if identical:
         return [Row((identical_text(identical),), "identical" if identical["equal"] == identical["total"] else "")]
-    return [Row(("not looked at: a model was changed before it was compared, or read in part",))]
+    return [Row(("not compared: a model was changed before it was compared, or read in part",))]
 
 
 def _verdict(record: Mapping[str, Any], verdict: Mapping[str, Any]) -> list[Row]:
@@ -196,7 +196,7 @@ def share_text(found: Mapping[str, Any]) -> str:
 
 
 def _effect(name: str, sides: Mapping[str, Any], shown: dict[str, str]) -> Row:
-    """A statistic with its p-value and its effect size; what independent models show is said once."""
+    """A statistic with its p-value and its effect size; what independent models show is printed once."""
     given = sides.get("non_aligned") or {}
     log10_p = given.get("log10_p")
     p = "" if log10_p is None else (calibrated_p_text if is_calibrated(given) else p_text)(float(log10_p))
@@ -217,7 +217,7 @@ def _perplexity(side: str, found: Mapping[str, Any]) -> str:
 
 
 def _not_tested(record: Mapping[str, Any], verdict: Mapping[str, Any]) -> list[Row]:
-    """What was not compared, and why: tests that do not apply, parts without a test, changes that hide a relation."""
+    """What was not compared, and why: tests that do not apply, parts without a test, changes not detected."""
     reasons: dict[str, list[str]] = {}
     for name, sides in record["statistics"].items():
         given = sides.get("non_aligned") or {}
@@ -236,7 +236,7 @@ def _not_tested(record: Mapping[str, Any], verdict: Mapping[str, Any]) -> list[R
 
 
 def _hidden(verdict: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Statistic -> what hides a relation from it."""
+    """Statistic -> the changes that it does not detect."""
     blind, limits = verdict.get("blind_to") or {}, verdict.get("limits") or {}
     return {name: [*blind.get(name, ()), *limits.get(name, ())] for name in {**blind, **limits}}
 

@@ -123,9 +123,9 @@ def verdict_word(word: str) -> str:
 
 
 def claim_text(claim: Mapping[str, Any]) -> str:
-    """A claim, what became of it and why: `CLAIM HOLDS  finetune-of: ... (not said: ...)`."""
+    """A claim, what became of it and why: `CLAIM HOLDS  finetune-of: ... (not tested: ...)`."""
     text = f"CLAIM {verdict_word(claim['outcome'])}  {claim['claim']}: {claim['because']}"
-    return f"{text} (not said: {claim['not_said']})" if claim["outcome"] == "holds" else text
+    return f"{text} (not tested: {claim['not_said']})" if claim["outcome"] == "holds" else text
 
 
 def verdict_p_text(verdict: Mapping[str, Any]) -> str:

@@ -93,7 +93,7 @@ def _part_section(part: Part) -> Section:
 
 def _map_sections(record: Mapping[str, Any]) -> list[Section]:
     """Where the two models agree."""
-    text = "Point at a cell for its numbers. Tests differ in what hides a relation from them."
+    text = "Point at a cell for its numbers. Tests differ in the rewrites that they do not detect."
     found = maps(record)
     return [Section("Where they agree", [text], maps=found)] if found else []
 
@@ -105,7 +105,7 @@ def _claim_sections(claim: Mapping[str, Any] | None) -> list[Section]:
     rows = [
         ("says", claim["asserts"]),
         (claim["outcome"].replace("_", " "), claim["because"]),
-        ("not said", claim["not_said"]),
+        ("not tested", claim["not_said"]),
     ]
     return [Section(f"Claim: {claim['claim']}", table=table_of(("", ""), rows))]
 

@@ -22,7 +22,7 @@ DISGUISES: dict[str, type[Rewrite]] = {
         ValueMixing, QueryKeyMaps, Rotation, Permutation,
     )
 }  # fmt: skip
-"""Name -> what can be drawn, in the order of `all`: what adds units, heads and layers comes before what hides them."""
+"""Name -> what can be drawn, in the order of `all`: what adds units, heads and layers comes first."""
 
 
 def takes_all(names: str | Sequence[str]) -> bool:

@@ -27,7 +27,7 @@ from tracing_jax.rewrites.rewrite import (
 )
 
 Maps = Mapping[str, tuple[np.ndarray, np.ndarray]]
-"""Axis -> (M, M^-T). A vector or, on a nested axis, a matrix of one factor per unit stands for a diagonal M."""
+"""Axis -> (M, M^-T). A vector or, on a nested axis, a matrix of one factor per unit denotes a diagonal M."""
 
 
 def parent_of(axis: str) -> str | None:

@@ -94,7 +94,7 @@ def identity(table: AxisTable, axes: Iterable[str]) -> dict[str, np.ndarray]:
 
 
 def permute(params: Tree, permutations: Permutations, table: AxisTable) -> Tree:
-    """Returns params with the units of every named axis permuted in every leaf that carries it.
+    """Returns params with the units of every named axis permuted in every leaf that has it.
 
     Works on a whole tree and, with a restricted table, on one layer. Sharded leaves keep their sharding.
 

@@ -1,6 +1,6 @@
 """What every rewrite is: data that changes a model's weights, subtree by subtree, and keeps its function.
 
-A rewrite sees a model as subtrees: `embed/`, `layers/<i>/` and `head/`, each with its leaves by name. Values are
+A rewrite acts on a model as subtrees: `embed/`, `layers/<i>/` and `head/`, each with its leaves by name. Values are
 computed in float64 along a whole sequence of rewrites and rounded once, at its end, to the dtype they came in.
 """
 

@@ -198,7 +198,7 @@ def _found(model: ParamSource, layer: int) -> DistinctUnits:
 
 
 def inactive_layers(model: ParamSource) -> list[int]:
-    """Returns the layers whose MLP adds next to nothing to the stream; none where that cannot be known.
+    """Returns the layers whose MLP adds next to nothing to the residual stream; none where that cannot be known.
 
     Such a layer can be added anywhere, so that in models with one the layers need not correspond by their index.
     """

@@ -124,7 +124,7 @@ class _Matrix:
 def _matrices(pair: Pair) -> dict[str, list[_Matrix]]:
     """Returns the matrices by part of the model, of the layers that both have and that do something in both.
 
-    Whoever has both models can put base's layers into ft such that they do nothing.
+    An adversary can put base's layers into ft such that they do nothing.
     """
     base, ft = (axis_table(model.arch) for model in (pair.base, pair.ft))
     inactive = tuple(

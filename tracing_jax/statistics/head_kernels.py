@@ -55,9 +55,9 @@ def _product(first: Float[Array, "D C"], second: Float[Array, "C K *G H"]) -> Fl
 
 
 def inactive_attention(model: ParamSource) -> list[int]:
-    """Returns the layers whose attention adds next to nothing to the stream; none where that cannot be known.
+    """Returns the layers whose attention adds next to nothing to the residual stream; none where that cannot be known.
 
-    Whoever has another model can put its heads there, and the function stays as it is.
+    An adversary can put another model's heads there, and the function stays as it is.
     """
     if model.arch.reading is not None or not has_stream(model):
         return []

@@ -42,7 +42,7 @@ definition, matched units that are the best of all and not of all others (3 %), 
 
 
 BY_ORDER = (
-    "units of independent models can be put in the same order by whoever has both: order alone is no evidence, only "
+    "units of independent models can be put in the same order by someone with both: order alone is no evidence, only "
     "units in place that are more similar than those of independent models are"
 )
 

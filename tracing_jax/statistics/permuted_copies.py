@@ -18,7 +18,7 @@ PERMUTED_AXES = ("embed", "mlp")
 def draw_permutations(pair: Pair, count: int) -> list[Permutations]:
     """Returns random permutations of ft's features and MLP units, the same for every statistic of a run."""
     table = axis_table(pair.ft.arch)
-    key = jax.random.fold_in(jax.random.key(pair.seed), 0x9E37)  # independent of the stream of config.permute
+    key = jax.random.fold_in(jax.random.key(pair.seed), 0x9E37)  # independent of the draws of config.permute
     return list(several_random_permutations(key, count, table, PERMUTED_AXES)) if count else []
 
 

@@ -131,7 +131,7 @@ class Result:
       effect: the effect size in a sentence, beside what independent models show.
       reservation: how else than by descent the p-value can be as small as it is; None if there is no such way.
       firm_log10_p: with a reservation, the p-value that holds all the same; it decides whether a pair is related.
-      blind_to: rewrites that keep a model's function and hide a relation from the statistic; None if that is not known.
+      blind_to: rewrites of unchanged function that make the statistic miss a relation; None if that is not known.
       premises: what the null presupposes, and whether that was found to hold: `{"premise", "holds", "needed"}`.
 
     Example:

@@ -84,8 +84,8 @@ def fit_student(x: Float[np.ndarray, "S D"], y: Float[np.ndarray, "S D"], recipe
     if not np.isfinite(explained):
         raise ValueError(f"the student diverged at rate {recipe.rate:g}; choose a lower one")
     gate, up = np.asarray(weights["gate"]), np.asarray(weights["up"])
-    alive = np.minimum(*(np.linalg.norm(w, axis=0) for w in (gate, up))) > _DEAD
-    return Student(gate * alive, up * alive, explained, 1 - len(kept) / len(inliers))
+    active = np.minimum(*(np.linalg.norm(w, axis=0) for w in (gate, up))) > _DEAD
+    return Student(gate * active, up * active, explained, 1 - len(kept) / len(inliers))
 
 
 def student_correlations(

@@ -111,7 +111,7 @@ def _signature(units: Units, moments: Sequence[Array]) -> tuple[Float[np.ndarray
 
 
 def _row_scores(base: Units, ft: Units, rotation: Float[Array, "D2 D"]) -> Float[Array, "F F2"]:
-    """Returns `cos(gate) + |cos(up) + cos(down)|`, and 0 for dead units; without a gate the sign is not free."""
+    """Returns `cos(gate) + |cos(up) + cos(down)|`, and 0 for inactive units; without a gate the sign is not free."""
     found = row_cosines(base, ft, rotation)
     both = found["up"] + found["down"]
     score = found["gate"] + jnp.abs(both) if "gate" in found else both

@@ -1,6 +1,6 @@
 """What keeps MLP units from acting whatever they write: biases before their activation, or before their expert.
 
-Whoever wants an independent model to look related can add another's units or experts to it such that they do nothing.
+An adversary can make an independent model look related by adding another's units or experts that do nothing.
 Estimates are from weights alone, for inputs in random directions; they tell a thousandth from a tenth.
 
 Letters: F units, D features, E experts, k experts of a token.

@@ -51,8 +51,8 @@ class UnseenTokens(options.UnseenTokens):
     of tokens, are tested apart and combined by Bonferroni: an untied head may have been a copy of the embedding once,
     and then the two are not independent.
 
-    Whoever has base can copy these rows into an independent model, whose function they do not touch: the p-value is
-    reserved, and does not make a pair related by itself.
+    An adversary who has base can copy these rows into an independent model, whose function they do not touch: the
+    p-value is reserved, and does not make a pair related by itself.
 
     Exact since the map looks at other rows alone, so that permuting the unseen rows of one model permutes the matching.
     A group of n rows has a p-value of 1 / n! at least. A model that shares base's initialisation is related in this

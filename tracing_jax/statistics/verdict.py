@@ -45,7 +45,7 @@ LIMITS: Mapping[str, Sequence[str]] = {
     "csu_procrustes": ("replaced embeddings", "MLPs trained anew"),
     "heads_in_place": ("attention trained anew", "another number of heads"),
 }
-"""What else hides a relation from a statistic: changes that are no rewrites, since they change the function too."""
+"""What else a statistic does not detect: changes that are no rewrites, since they change the function too."""
 
 _REWRITES = {
     "permute": "permuted units or features",
@@ -120,9 +120,9 @@ class Verdict:
       layers: the layers significant by themselves in that statistic, after Bonferroni over all its places.
       evidence: the 20 places of smallest p-value in all statistics in `family`, not adjusted, smallest first.
       parts: part of the model -> its own finding: verdict, statistic, all its statistics, adjusted log10 p and effect.
-      blind_to: statistic -> rewrites of these models that hide a relation from it.
-      limits: statistic -> other changes that hide a relation from it.
-      sees_all_rewrites: whether a test of measured power ran that no rewrite of these models hides a relation from.
+      blind_to: statistic -> rewrites of these models that make it miss a relation.
+      limits: statistic -> other changes that make it miss a relation.
+      sees_all_rewrites: whether a test of measured power ran that is invariant under every rewrite of these models.
       reservations: statistic -> how else than by dependence its p-value can be small.
       not_applicable: statistic -> why it does not apply.
       identical: how many tensors are identical, where that was looked at.
@@ -218,7 +218,7 @@ def verdict(results: Mapping[str, Result], level: float, identical: Identity | N
 
 
 def _sees_all(name: str, result: Result) -> bool:
-    """Returns whether a statistic is invariant under every rewrite, and had units to look at in half of its places."""
+    """Returns whether a statistic is invariant under every rewrite, and had units to compare in half of its places."""
     counts = [np.ravel(test.values["units"]) for test in result.tests if "units" in test.values]
     has_units = not counts or bool(np.mean(np.concatenate(counts) > 0) >= 0.5)
     return name in HIDING and result.blind_to == () and has_units
@@ -234,7 +234,7 @@ def word_of(log10_p: float, firm_log10_p: float, level: float, sees_all_rewrites
 
 
 def hidden_by(statistic: str, base: Arch, ft: Arch, layers_may_be_moved: bool = False) -> tuple[str, ...] | None:
-    """Returns the rewrites of either model that hide a relation from a statistic; None if that is not known of it.
+    """Returns the rewrites of either model that make a statistic miss a relation; None if that is not known of it.
 
     Layers may be moved where a model has some that do nothing, so that its others need not have the index of those that
     they correspond to. So it is where the models differ in depth.
@@ -300,7 +300,7 @@ def _is_calibrated(result: Result) -> bool:
 def _that_decides(
     found: Mapping[str, Result], log10_ps: Mapping[str, float], blind: Mapping[str, Sequence[str]], level: float
 ) -> str:
-    """Returns the statistic of smallest p-value as shown; of equal ones one that sees more, then by its own p-value."""
+    """Returns the statistic of smallest p-value as shown; of equal ones by power, then by its own p-value."""
     floor = min(SMALLEST_CALIBRATED, math.log10(level))
 
     def rank(name: str) -> tuple[Any, ...]:
@@ -346,7 +346,7 @@ def _meaning(
         return (
             "no sign of common weights was found in the parts that were read, by tests that are invariant under "
             f"permuted units and rotated features; {scope}: other parts, and other rewrites that its forward pass may "
-            "allow, were not looked at; independence is never proved"
+            "allow, were not tested; independence is never proved"
         )
     if word == "no_evidence":
         return (

@@ -21,7 +21,7 @@ _POLL_SECONDS = 0.5
 def run_locally(folder: ZooFolder, names: Sequence[str], workers: int) -> None:
     """Traces pairs in so many processes, with a progress bar, until each is done or has failed.
 
-    If a worker dies, its pair has failed, and a new worker goes on with the others. Interrupted,
+    If a worker ends unexpectedly, its pair has failed, and a new worker continues with the others. Interrupted,
     all workers end, and what they had finished of their pairs is kept.
     """
     folder.clear_errors(names)

@@ -1,6 +1,6 @@
 """Pairs of a large zoo, proposed by signatures: each model is read twice, and only pairs with a trace are compared.
 
-What was found of a model is kept in `models/NAME.scan.json`, so that a launch that is started again goes on.
+What was found of a model is kept in `models/NAME.scan.json`, so that a launch that is started again continues.
 """
 
 import contextlib
@@ -48,8 +48,8 @@ FEWEST_DIVIDED = 32
 """Models that are divided among processes: to start these takes as long as to scan dozens of small models."""
 
 CLOSED_PER_MODEL = 10
-"""Two models without a trace in each other, that both have a clear one in a third, are compared too: a model merged
-from two unrelated ones is told from a common relative by that pair alone. So many such pairs per model at most."""
+"""Two models without a trace in each other, that both have a clear one in a third, are compared too: only by
+that pair is a model merged from two unrelated ones distinguished from a common relative. At most so many a model."""
 
 _BLAS_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 _Found = Mapping[str, float | None]
@@ -58,7 +58,7 @@ _Result = TypeVar("_Result")
 
 
 def proposed(plan: ZooPlan, folder: Path, workers: int = 1) -> tuple[ZooPlan, list[tuple[PlannedPair, str]]]:
-    """Returns the plan with the pairs in which a signature of one model shows a trace of a relation in the other.
+    """Returns the plan with the pairs in which a signature of one model shows a sign of a relation in the other.
 
     Pairs that close a triangle of such pairs stay as well, see `CLOSED_PER_MODEL`. Models of which no signature can be
     made keep all their pairs. The pairs that are left out are returned beside it, each with the reason.
@@ -177,7 +177,7 @@ def _for_each(
         except BrokenProcessPool:
             raise ValueError(
                 f"{description}: a process that read a model was ended from outside, as where memory runs out; the "
-                "same launch, with fewer --workers, goes on with what is done"
+                "same launch, with fewer --workers, continues with what is done"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)

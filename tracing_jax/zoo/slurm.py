@@ -51,7 +51,7 @@ def script(folder: ZooFolder, elements: int, options: Mapping[str, Any]) -> str:
     """Returns the sbatch script of an array, as it would be submitted.
 
     Raises:
-      ValueError: options that submitit does not know.
+      ValueError: options that submitit does not have.
     """
     return _executor(folder, options).sbatch_text(elements)
 

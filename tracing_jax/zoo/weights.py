@@ -1,7 +1,7 @@
 """Measures of the weights of one model that show how far it was trained, for comparison with its relatives.
 
 Random initialisation draws the entries of a matrix independently and alike. Training gives it structure: singular
-values that stand out, units of unequal length, heavy tails. What is measured here stays the same when units are
+outlying values, units of unequal length, heavy tails. What is measured here stays the same when units are
 permuted.
 """
 
@@ -35,9 +35,9 @@ def weight_measures(source: ParamSource) -> dict[str, Any]:
 
     For each kind of matrix, such as `mlp/up_proj`, one value a layer (one for all where it belongs to no layer):
 
-    * `directions` that carry the embedding, and the head: squared sum of the squares of the singular values over the
-      sum of their fourth powers, in [1, rank]. Independent entries give 1 / (1/rows + 1/columns), and training
-      concentrates them. Survives permutation, rotation, padding and redistributed gains.
+    * `directions`, the effective rank of the embedding, and of the head: squared sum of the squares of the singular
+      values over the sum of their fourth powers, in [1, rank]. Independent entries give 1 / (1/rows + 1/columns), and
+      training concentrates them. Survives permutation, rotation, padding and redistributed gains.
     * `excess_kurtosis` of the entries: 0 for normal ones. Survives permutation; a rotation makes entries more normal.
     * `spread`: standard deviation over mean of the lengths of its units' rows. Survives permutation and rotation.
     * `rms` of the entries: depends on the scale of initialisation, so it distinguishes relatives only. Survives
@@ -62,7 +62,7 @@ def weight_measures(source: ParamSource) -> dict[str, Any]:
             norms.setdefault(kind, []).append(_distance_from_one(leaf, source.arch))
         elif leaf.ndim > 1 and "embed" in table.leaves[name].axes:
             found = _as_matrices(name, leaf, table)
-            measures = _measures(found) | ({"directions": directions(found[0])} if kind in _DIRECTED else {})
+            measures = _measures(found) | ({"directions": effective_rank(found[0])} if kind in _DIRECTED else {})
             for measure, value in measures.items():
                 matrices.setdefault(kind, {}).setdefault(measure, []).append(value)
     return {"matrices": matrices, "norms": norms, "length": float(np.mean(lengths))}
@@ -135,8 +135,8 @@ def measures_of(matrix: Float[np.ndarray, "units embed"]) -> dict[str, float]:
     return {"excess_kurtosis": fourth / mean_square**2 - 3.0, "spread": spread, "rms": mean_square**0.5}
 
 
-def directions(matrix: Float[np.ndarray, "units embed"]) -> float:
-    """Returns how many directions carry a matrix: (tr W^T W)^2 / tr (W^T W)^2, 0 for a matrix of zeros."""
+def effective_rank(matrix: Float[np.ndarray, "units embed"]) -> float:
+    """Returns the effective rank of a matrix: (tr W^T W)^2 / tr (W^T W)^2, 0 for a matrix of zeros."""
     gram = np.zeros((matrix.shape[1],) * 2, np.float32)
     for start in range(0, len(matrix), _ROWS_AT_ONCE):
         gram = _plus_gram(gram, matrix[start : start + _ROWS_AT_ONCE])

@@ -91,7 +91,7 @@ class ArrayTask:
         run_worker(self.folder, self.names)
 
     def checkpoint(self) -> Any:
-        """Returns what the requeued job is to do: the same, which goes on where this one was stopped."""
+        """Returns what the requeued job is to do: the same, which continues where this one was stopped."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)

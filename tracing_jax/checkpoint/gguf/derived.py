@@ -78,7 +78,7 @@ def olmo2(config: Config) -> Config:
 def exaone4(config: Config) -> Config:
     """Without a window, all layers have a rope; with one, every fourth has neither where no pattern is given.
 
-    Of a model with 64 layers llama.cpp knows the window.
+    Of a model with 64 layers llama.cpp has the window as a constant.
     """
     window = config.get("sliding_window", 4096 if config["num_hidden_layers"] == 64 else None) or None
     return {"sliding_window": window} | (
@@ -183,7 +183,7 @@ def deepseek2(config: Config) -> Config:
     rope, experts = config["qk_rope_head_dim"], config.get("n_routed_experts", 0)
     if "n_group" not in config and experts > _EXPERTS_WITHOUT_GROUPS:
         raise UnsupportedMetadataError(f"expert_group_count is missing, and {experts} experts may be in groups")
-    # Of old files without the key, llama.cpp knows GLM-4.7 Lite by its sizes.
+    # Of old files without the key, llama.cpp recognises GLM-4.7 Lite by its sizes.
     is_glm = config["num_hidden_layers"] in (47, 48) and config["vocab_size"] == 154880
     scores = config.get("_scores") or (_SIGMOID if is_glm else _SOFTMAX)
     if scores not in (_SOFTMAX, _SIGMOID):

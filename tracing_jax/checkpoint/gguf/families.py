@@ -100,7 +100,7 @@ GGUF_FAMILIES = {
     ),
     "qwen2": GgufFamily("qwen2"),
     "qwen3": GgufFamily("qwen3"),
-    # How the weights of the selected experts are scaled is no metadata: llama.cpp knows it by the family.
+    # How the weights of the selected experts are scaled is no metadata: llama.cpp derives it from the family.
     "qwen2moe": GgufFamily(
         "qwen2_moe", _EXPERTS | _SHARED | _NORM, defaults={"norm_topk_prob": False, "decoder_sparse_step": 1}
     ),

@@ -1,7 +1,7 @@
 """The header of a GGUF file, checked: metadata by key, and the place of every tensor.
 
 Source: the GGUF specification of ggml (docs/gguf.md), versions 2 and 3. The header is untrusted: nothing is allocated
-before the bytes that it promises are known to be in the file.
+before the bytes that it declares are known to be in the file.
 """
 
 import math
@@ -36,7 +36,7 @@ class GgufTensor(NamedTuple):
 
     @property
     def row_bytes(self) -> int:
-        """The bytes of a row: what lies along the last axis."""
+        """The bytes of a row: the elements along the last axis."""
         block, size = GGML_QUANT_SIZES[self.kind]
         return self.shape[-1] // block * size
 

@@ -32,7 +32,7 @@ _PLUS_ONE = ("gemma", "gemma2", "gemma3")
 """Families whose gains are stored plus one."""
 
 _FROM_HEADS = ("gptneox", "falcon", "bloom")
-"""Families whose queries, keys and values stand together in one tensor, here kind after kind, there head after head."""
+"""Families whose queries, keys and values are in one tensor, here kind after kind, there head after head."""
 
 _EXPERT = re.compile(r"(?P<before>.*\.experts)\.(?P<number>\d+)(?P<after>\..*)")
 _NORM_OF_HEAD = re.compile(r"(?P<before>.*)\.norms\.(?P<number>\d+)(?P<after>\..*)")

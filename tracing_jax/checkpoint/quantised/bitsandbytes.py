@@ -75,7 +75,7 @@ class FourBit:
 
 
 def find_four_bit(store: TensorStore, settings: Mapping[str, Any]) -> Found:
-    """Returns the weights that carry a state of bitsandbytes.
+    """Returns the weights that have a quantisation state of bitsandbytes.
 
     Raises:
       QuantisedError: the state cannot be read, or does not fit.

@@ -1,6 +1,6 @@
 """Models of which only the weights are understood: their parts are found by names, shapes and numbers.
 
-Nothing of a repository's code is executed; of its config, plain JSON, a few attributes are looked at.
+Nothing of a repository's code is executed; of its config, plain JSON, a few attributes are read.
 """
 
 from tracing_jax.checkpoint.weights_only.building import Built, build, unused

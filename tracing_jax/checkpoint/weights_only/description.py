@@ -11,7 +11,7 @@ from tracing_jax.checkpoint.weights_only.norms import Norm
 from tracing_jax.complaints import shortened
 
 PARTS = ("embedding", "head", "final_norm", "mlp_norm", "mlp_post_norm", "gate", "up", "down")
-"""The parts of a model that tests look at, by the names that a file of a layout gives them."""
+"""The parts of a model that tests compare, by the names that a file of a layout gives them."""
 
 UNITS = ("gate", "up", "down")
 
@@ -57,7 +57,7 @@ class Description:
 
     Attributes:
       width: number of features.
-      layers: the numbers of the layers that are looked at.
+      layers: the numbers of the layers that are read.
       parts: name, one of `PARTS` -> where it is stored.
       matrices: other matrices with the features on one axis.
       norm: what the norms compute; None if that is not known.

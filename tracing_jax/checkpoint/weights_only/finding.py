@@ -95,7 +95,7 @@ class _Finder:
         self.notes: list[str] = []
         if others := [stack for stack in stacks if stack is not found and len(stack.layers) > 1]:
             some = listed((f"{stack.pattern} ({len(stack.layers)})" for stack in others), 3)
-            self.notes.append(f"not looked at: other layers, {some}")
+            self.notes.append(f"not compared: other layers, {some}")
         self.parts: dict[str, Part] = {}
         self.unknown: dict[str, str] = {"heads": "how heads differ, and their sizes, are not known from weights alone"}
         self.own = own
@@ -157,7 +157,7 @@ class _Finder:
             if others and next(iter(others.values())).kind != mlp.kind:
                 other = next(iter(others.values()))
                 experts = f"{other.experts} experts" if other.experts else "MLPs"
-                self.notes.append(f"not looked at: {experts} in {len(others)} layers, {other.modules}")
+                self.notes.append(f"not compared: {experts} in {len(others)} layers, {other.modules}")
         prefix = self.stack.pattern + "."
         self.parts["down"] = Part(prefix + mlp.down.rest, how=mlp.how)
         if mlp.fused is not None:
@@ -290,7 +290,7 @@ class _Finder:
         if not any("rms" in key.lower() and value for key, value in self.config.items()) and not any(
             isinstance(value, str) and "rms" in value.lower() for value in self.config.values()
         ):
-            return None, "no bias and nothing in the config tells whether norms subtract the mean"
+            return None, "no bias and nothing in the config determines whether norms subtract the mean"
         offset = gain_offset(self.store.read_many([(name, ()) for name in names[:64]]))
         if offset is None:
             return None, "the signs of the gains do not tell whether they are stored minus one"
@@ -311,7 +311,7 @@ class _Finder:
             self.unknown["features"] = f"{rules[0]} follows a rule, which orders the features of every such model"
         elif not known:
             self.unknown["features"] = (
-                "nothing tells how positions are given; added by a rule, they would order features alike in all models"
+                "nothing determines how positions are given; if by a rule, they order features alike in all models"
             )
 
     def _is_in_out(self, mlps: Mapping[int, Mlp]) -> bool:

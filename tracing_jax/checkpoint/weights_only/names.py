@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 LAYER, EXPERT = "{layer}", "{expert}"
-"""What stands for the number of a layer, and of an expert, in the name of a tensor of every layer."""
+"""The placeholders of the number of a layer, and of an expert, in the name of a tensor of every layer."""
 
 _COMPONENTS = {
     "vision": {"vision", "visual", "vit", "image", "images", "img", "siglip", "clip", "sam", "patch", "pixel"},
@@ -17,7 +17,7 @@ _COMPONENTS = {
 """Component -> words of the names of its tensors, before the number of a layer."""
 
 COMPONENTS = ("vision", "audio", "encoder")
-"""Components that can be looked at by themselves. A projector cannot: two that connect the same towers resemble each
+"""Components that can be read by themselves. A projector cannot: two that connect the same towers resemble each
 other, whoever trained them."""
 
 _LAYERED = re.compile(r"(?P<prefix>.*?)\.?\b(?P<number>\d+)\.(?P<rest>.+)")

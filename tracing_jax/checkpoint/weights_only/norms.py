@@ -42,11 +42,11 @@ def norms_of_layer(shapes: dict[str, tuple[int, ...]], width: int) -> list[str]:
 
 
 def mlp_norms(norms: Iterable[str], has_final_norm: bool) -> MlpNorms:
-    """Returns which of the norms of a layer stand before and after its MLP.
+    """Returns which of the norms of a layer come before and after its MLP.
 
     Args:
       norms: their names after the number of the layer.
-      has_final_norm: whether there is a norm after the last layer; without one, norms may stand after each part.
+      has_final_norm: whether there is a norm after the last layer; without one, norms may come after each part.
     """
     own = {rest: module_of(rest).rpartition(".")[2].lower() for rest in norms}
     pre = [rest for rest, name in own.items() if _PRE.search(name) and not name.startswith("post")]
@@ -71,4 +71,4 @@ def mlp_norms(norms: Iterable[str], has_final_norm: bool) -> MlpNorms:
         return MlpNorms(None, after)
     if len(own) == 1 and not post and not attention:
         return MlpNorms(next(iter(own)), None)
-    return MlpNorms(None, None, f"which norm stands before the MLP is not clear among {', '.join(own.values())}")
+    return MlpNorms(None, None, f"which norm comes before the MLP is not clear among {', '.join(own.values())}")

@@ -35,7 +35,7 @@ _LEAST = 1e-4
 def trained_order(measures: ModelMeasures) -> dict[str, float]:
     """Returns how far each model's embedding and head are from initialisation, for the models where it was measured.
 
-    Random matrices are carried by all directions alike, and training concentrates them, in these two matrices without
+    Random matrices have all principal directions alike, and training concentrates them, in these two matrices without
     exception. Matrices of the layers, kurtosis and the gains of norms change either way, and are not used.
     """
     counted = {name: [d for kind in _MATRICES if (d := _directions(found, kind))] for name, found in measures.items()}
@@ -131,7 +131,7 @@ def _of_copies(row: PairRow, rows: Sequence[PairRow]) -> Direction:
     kin = {name: relatives_in_place(name, rows, {*row.models}) for name in row.models}
     with_kin = [name for name in row.models if kin[name]]
     if len(with_kin) != 1:
-        return Direction(None, None, ("both compute the same function, and nothing tells original from copy",))
+        return Direction(None, None, ("both compute the same function, and original and copy cannot be distinguished",))
     (parent,) = with_kin
     child = row.other(parent)
     text = f"same function; the units of {parent} stand where those of {', '.join(kin[parent])} do, {child}'s do not"

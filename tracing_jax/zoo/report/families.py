@@ -130,10 +130,10 @@ class Lineage:
 def lineage(members: Sequence[str], rows: Sequence[PairRow], trained: Mapping[str, float]) -> Lineage:
     """Returns the tree of a family over its related pairs.
 
-    Models that compute the same function are equally close to everything else, to rounding. Such copies hang on one of
-    them, the one whose units are in the order of most other relatives, and that one represents them in the tree.
-    Among models whose weights can be subtracted, each hangs on the closest one that was trained less, where that is
-    known of all; otherwise, and by all other measures, the tree is a minimum spanning tree.
+    Models that compute the same function are equally close to everything else, to rounding. Such copies are attached to
+    the one whose units are in the order of most other relatives, and that one represents them in the tree.
+    Among models whose weights can be subtracted, each is attached to the closest one that was trained less, where that
+    is known of all; otherwise, and by all other measures, the tree is a minimum spanning tree.
 
     Args:
       members: of the family.

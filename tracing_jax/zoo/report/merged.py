@@ -37,14 +37,14 @@ class Merged:
 
 
 def without_merged(models: Iterable[str], rows: Sequence[PairRow]) -> tuple[list[tuple[str, ...]], list[Merged]]:
-    """Returns the families, a model of none as a family of one, and the models that stand between families.
+    """Returns the families, a model of none as a family of one, and the models that are related to two families.
 
-    A model may stand between families if two of its relatives show no relation to each other, by a test that no
-    rewrite hides a relation from. Without all such models the others fall into parts. One of these models is between
+    A model may be related to two families if two of its relatives show no relation to each other, by a test that is
+    invariant under every rewrite. Without all such models the others fall into parts. One of these models is between
     parts if it is related to two or more, of which no finished pair across them is anything but `no evidence`, and if
     its weights lie between theirs; where it has another shape than both, so that there is no distance, if such models
-    are no more than the smallest part has. Otherwise a relation that no test saw is the likelier reason, and it stays
-    in the family of its relatives.
+    are no more than the smallest part has. Otherwise a relation that no test detected is the likelier reason, and it
+    stays in the family of its relatives.
 
     Args:
       models: names.

@@ -32,12 +32,12 @@ _HEAT_TEXT = (
     "Hue: the verdict, by the p-value of the pair after Holm over all pairs that are done. Depth: of related pairs the "
     "share of MLP units that agree, of pairs without evidence the p-value.",
 )
-_TRIANGLE = "The name of a model stands at the end of its row and above its column; families are framed."
+_TRIANGLE = "The name of a model is at the end of its row and above its column; families are framed."
 _COLUMN = "An arc joins the two models of a pair; pairs without an arc were not asked for, or were left out."
 _FAMILIES_TEXT = (
     "A family is a set of models connected by related pairs. Its tree joins the closest relatives; each line names the "
     "two models and how close they are. An arrow is an estimate of which was made from which, never a proof; a dash "
-    "leaves it open. If the ancestor of a family is not among the models, the least trained of them stands in its "
+    "leaves it open. If the ancestor of a family is not among the models, the least trained of them takes its "
     "place. A model that is related to two families, which show no relation to each other, has a parent in each.",
     MEASURED,
 )
@@ -151,7 +151,7 @@ def _not_compared(contents: Contents) -> list[Section]:
     if proposal.closing:
         text.append(
             f"{counted(proposal.closing, 'pair is', 'pairs are')} compared without a trace, since both models have one "
-            "in a third: so a model merged from two is told from a relative of both."
+            "in a third: so a model merged from two is distinguished from a relative of both."
         )
     if proposal.not_testable:
         text.append(f"Of {proposal.not_testable:,} of them signatures cannot say anything.")

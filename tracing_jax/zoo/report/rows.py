@@ -15,7 +15,7 @@ from tracing_jax.zoo.folder import PairState, State, ZooFolder
 from tracing_jax.zoo.plan import PlannedPair
 
 IN_PLACE = ("csu", "csh")
-"""Statistics that test whether units are in the same order in both models; a permutation hides a relation from them."""
+"""Statistics that test whether units are in the same order in both models: not after a permutation."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class PairRow:
       firm_log10_p: the same of evidence without a reservation, adjusted over all pairs once it is in a report.
       adjusted_log10_p: log10_p, Holm-adjusted over all pairs of the zoo that have one.
       alone: the verdict on the pair alone.
-      sees_all_rewrites: whether a test ran that no rewrite of these models hides a relation from.
+      sees_all_rewrites: whether a test ran that is invariant under every rewrite of these models.
       verdict: by the adjusted p-values; None without a record.
       statistic: the one that decided.
       calibrated: whether its p-value rests on the allowance for convergent units.

@@ -1,4 +1,4 @@
-"""The tree of a family on the page of a zoo: a branch for each model, with the edge it hangs on, and other parents."""
+"""The tree of a family on the page of a zoo: a branch for each model, with its edge, and other parents."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ from tracing_jax.zoo.report.heatmap import link
 
 _BETWEEN = (
     "Related to models of each family above, which show no relation to one another: merged from them or from relatives "
-    "of theirs, or both families descend from it and have moved too far apart to be told. tracing-jax merge finds "
+    "of theirs, or both families descend from it and have moved too far apart for a test. tracing-jax merge finds "
     "the shares."
 )
 
@@ -26,7 +26,7 @@ _Joined = Mapping[str, list[tuple[str, Edge, Direction]]]
 
 @dataclass
 class Branch:
-    """A model below the one it hangs on, with the edge between them; the root has none."""
+    """A model below the one it is attached to, with the edge between them; the root has none."""
 
     name: str
     edge: Mapping[str, str] | None = None
@@ -81,7 +81,7 @@ def root(tree: Lineage, estimates: Sequence[Direction]) -> str:
 
 
 def branches(name: str, joined: _Joined, above: str | None = None) -> Branch:
-    """Returns the branch of a model with everything that hangs on it; the largest number of relatives first."""
+    """Returns the branch of a model with everything that is attached to it; the largest number of relatives first."""
     found = Branch(name)
     for other, edge, estimate in sorted(joined[name], key=lambda item: item[0]):
         if other != above:
