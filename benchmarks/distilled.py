@@ -35,7 +35,7 @@ from tracing_jax.sources import InMemory
 from tracing_jax.statistics import Pair, Vocabularies
 from tracing_jax.statistics.comparison import against_each_other
 from tracing_jax.statistics.match_distilled import MatchDistilled
-from tracing_jax.statistics.students import Recipe, Student, fit_student, student_correlations
+from tracing_jax.statistics.students import Student, StudentTraining, fit_student, student_correlations
 from tracing_jax.tree import Tree, flatten, unflatten
 
 RECIPE = demo.Recipe(vocab_size=512, embed_dim=64, mlp_dim=192, block_size=64, base_steps=1200)
@@ -190,7 +190,7 @@ def student_agreement(models: ModelFolder, count: int) -> Iterator[list[object]]
         for seed in range(count):
             model = models.seed(kind, seed)
             ffns = _ffns(model, models.text.held_out)
-            recipe = Recipe(model.arch.mlp_dim)
+            recipe = StudentTraining(model.arch.mlp_dim)
             by_model.append([(x, fit_student(x, y, recipe, 100 * seed + i)) for i, (x, y) in enumerate(ffns)])
         L = len(by_model[0])
         pairs = [(a, b) for i, a in enumerate(by_model) for b in by_model[:i]]
@@ -228,7 +228,7 @@ def study() -> Iterator[list[object]]:
     ffns = _demo_ffns()
     for changes in STUDY:
         start = time.monotonic()
-        recipe = replace(Recipe(units=256), **changes)  # type: ignore[arg-type]
+        recipe = replace(StudentTraining(units=256), **changes)  # type: ignore[arg-type]
         fitted = {
             name: (ffns[teacher][0], fit_student(*ffns[teacher], recipe, seed))
             for seed, (name, teacher) in enumerate(STUDENTS.items())

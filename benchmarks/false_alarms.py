@@ -19,7 +19,7 @@ LEVELS = (1e-2, 1e-3)
 CONFIDENCE = 0.99  # of the bounds on the share of units that convergence adds
 _CONTROLS = 2  # models given as outside controls to each pair
 
-Forms = Mapping[str, Agreements]
+SharesByForm = Mapping[str, Agreements]
 """The comparisons of one zoo by form."""
 
 
@@ -54,7 +54,7 @@ Allowance = Callable[[str, int, int], Sequence[float]]
 """Form and pair -> for each layer the share of units that may agree by convergence."""
 
 
-def false_alarms(zoos: Mapping[str, Forms]) -> list[Alarms]:
+def false_alarms(zoos: Mapping[str, SharesByForm]) -> list[Alarms]:
     """Returns the false alarms of every test on every zoo, at each level."""
     found: list[Alarms] = []
     for name, forms in zoos.items():
@@ -67,11 +67,11 @@ def false_alarms(zoos: Mapping[str, Forms]) -> list[Alarms]:
     return found + list(_alarms(largest, "measured on other seeds", others, lambda form, i, j: bounds[form]))
 
 
-def _constant(forms: Forms, u: float) -> Allowance:
+def _constant(forms: SharesByForm, u: float) -> Allowance:
     return lambda form, i, j: [u] * forms[form].agreeing.shape[-1]
 
 
-def _from_controls(forms: Forms) -> Allowance:
+def _from_controls(forms: SharesByForm) -> Allowance:
     """Returns the allowance that other models of the zoo give, each against both models of the pair."""
 
     def allowance(form: str, i: int, j: int) -> Sequence[float]:
@@ -95,7 +95,7 @@ def measured_bounds(measured: Agreements) -> list[float]:
     return [max(0.0, upper_bound(layer, CONFIDENCE)) for layer in np.moveaxis(excess, -1, 0)]
 
 
-def _alarms(zoo: str, source: str, forms: Forms, u: Allowance) -> Iterator[Alarms]:
+def _alarms(zoo: str, source: str, forms: SharesByForm, u: Allowance) -> Iterator[Alarms]:
     for test, log10_ps in _log10_ps(forms, u).items():
         parametric = "parametric" in test
         if parametric and source != "none":
@@ -104,7 +104,7 @@ def _alarms(zoo: str, source: str, forms: Forms, u: Allowance) -> Iterator[Alarm
             yield _count(log10_ps < np.log10(level), zoo, test, "-" if parametric else source, level)
 
 
-def _log10_ps(forms: Forms, u: Allowance) -> dict[str, Float[np.ndarray, "S S"]]:
+def _log10_ps(forms: SharesByForm, u: Allowance) -> dict[str, Float[np.ndarray, "S S"]]:
     """Returns by test the decimal log p-values of all pairs, symmetric."""
     S = len(next(iter(forms.values())).layers)
     tables: dict[str, np.ndarray] = {}
@@ -115,7 +115,7 @@ def _log10_ps(forms: Forms, u: Allowance) -> dict[str, Float[np.ndarray, "S S"]]
     return tables
 
 
-def _tests(forms: Forms, u: Allowance, i: int, j: int) -> Iterator[tuple[str, float]]:
+def _tests(forms: SharesByForm, u: Allowance, i: int, j: int) -> Iterator[tuple[str, float]]:
     tests: list[Test] = []
     for form, measured in forms.items():
         layers, controls = measured.pair(i, j)

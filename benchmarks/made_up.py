@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 
 from benchmarks.descendants import member
 from benchmarks.scan import signature, small_zoo, vocabulary
-from tracing_jax.library import Evidence, Signature, Suspect, compare, drawing, read_suspect
+from tracing_jax.library import Signature, SignatureTest, Suspect, compare, drawing, read_suspect
 from tracing_jax.library.comparison import RESPONSES, normalised
 from tracing_jax.library.signature import rounded
 from tracing_jax.report import text_table
@@ -88,7 +88,7 @@ def made_up(like: Signature, rows: Rows) -> Signature:
     return replace(like, layers=tuple(layers))
 
 
-def gained(found: Signature, targets: Sequence[Suspect]) -> list[Evidence]:
+def gained(found: Signature, targets: Sequence[Suspect]) -> list[SignatureTest]:
     """Returns what the signature shows against each of the models."""
     return [compare(found, target).tests[RESPONSES] for target in targets]
 

@@ -40,7 +40,7 @@ _PARTS = flags.DEFINE_list("parts", ["shares", "methods", "further", "disguises"
 _DRAWS = flags.DEFINE_integer("draws", 12, "merges of each kind of noise and dtype", lower_bound=1)
 
 
-class Family:
+class MergeModelsOfZoo:
     """The base and its fine-tunes, and models as they would be read from a checkpoint of a dtype."""
 
     def __init__(self, folder: Path) -> None:
@@ -79,7 +79,7 @@ def noisy(child: Leaves, origin: Leaves, kind: str, rng: np.random.Generator) ->
     return {name: leaf + noise(leaf - origin[name]) for name, leaf in child.items()}
 
 
-def shares(family: Family, draws: int) -> Iterator[dict[str, Any]]:
+def shares(family: MergeModelsOfZoo, draws: int) -> Iterator[dict[str, Any]]:
     """Yields merges with drawn shares: their errors, whether intervals cover, and the words for every parent."""
     for dtype in _DTYPES:
         origin = family.stored(family.origin, dtype)
@@ -128,7 +128,7 @@ def _covered(
     return [((low <= wanted) & (wanted <= high)).tolist() for low, high in intervals if np.isfinite(low).all()]
 
 
-def further(family: Family) -> Iterator[dict[str, Any]]:
+def further(family: MergeModelsOfZoo) -> Iterator[dict[str, Any]]:
     """Yields children that were trained further, after a merge or instead of one."""
     o, p = family.origin, family.parents
     merged = siblings.task_arithmetic(o, [p["a"], p["b"]], [0.6, 0.4])
@@ -146,7 +146,7 @@ def further(family: Family) -> Iterator[dict[str, Any]]:
         yield _row(models, dict.fromkeys(others, 0.0), {"child": f"{name}, which is no merge"})
 
 
-def methods(family: Family, draws: int) -> Iterator[dict[str, Any]]:
+def methods(family: MergeModelsOfZoo, draws: int) -> Iterator[dict[str, Any]]:
     """Yields the method that was made and the one that was named."""
     for dtype in _DTYPES:
         o, p = family.stored(family.origin, dtype), [family.stored(family.parents[n], dtype) for n in ("a", "b")]
@@ -176,7 +176,7 @@ def _made(o: Leaves, p: Sequence[Leaves], draw: int) -> Iterator[tuple[str, Leav
     yield "dare_ties", siblings.dare(o, p, w, d, True, draw)
 
 
-def disguises(family: Family) -> Iterator[dict[str, Any]]:
+def disguises(family: MergeModelsOfZoo) -> Iterator[dict[str, Any]]:
     """Yields the shares of a merge in disguise beside those of the same merge without one."""
     o, p = family.origin, family.parents
     truth = np.array([0.6, 0.4])
@@ -250,7 +250,7 @@ def main(argv: list[str]) -> None:
     """Measures the parts asked for and prints tables."""
     del argv
     use_all_cores()
-    family, start = Family(Path(ZOO_DIR.value) / "siblings"), time.monotonic()
+    family, start = MergeModelsOfZoo(Path(ZOO_DIR.value) / "siblings"), time.monotonic()
     run: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
         "shares": lambda: shares(family, _DRAWS.value),
         "further": lambda: further(family),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from benchmarks.pairs import SHAPES, Recipe, config_of, write_pair
+from benchmarks.pairs import SHAPES, PairSpec, config_of, write_pair
 
 _SHAPE = flags.DEFINE_string("shape", "tiny", f"path of a config.json, or one of {', '.join(SHAPES)}")
 _SAVE = flags.DEFINE_string("save", None, "folder to write; it gets the folders base and ft", required=True)
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     del argv
     start = time.monotonic()
     random_layers = _RANDOM_LAYERS.value if _SPARSE.value else None
-    recipe = Recipe(_NOISE.value, tuple(filter(None, _PERMUTE.value)), random_layers, seed=_SEED.value)
+    recipe = PairSpec(_NOISE.value, tuple(filter(None, _PERMUTE.value)), random_layers, seed=_SEED.value)
     folder = Path(_SAVE.value)
     write_pair(folder, config_of(_SHAPE.value, _NUM_LAYERS.value), recipe)
     stats = [file.stat() for file in folder.rglob("*.safetensors")]

@@ -146,10 +146,10 @@ def test_a_limit_holds_at_its_peak_and_breaks_above_or_without_an_end(tmp_path):
 
 @pytest.mark.slow
 def test_the_plan_reads_what_the_steps_need(tmp_path):
-    from benchmarks.pairs import Recipe, config_of, write_pair
+    from benchmarks.pairs import PairSpec, config_of, write_pair
     from tracing_jax.checkpoint import open_checkpoint
 
-    write_pair(tmp_path / "pair", config_of("tiny"), Recipe())
+    write_pair(tmp_path / "pair", config_of("tiny"), PairSpec())
     model = open_checkpoint(str(tmp_path / "pair" / "base"))
     steps = {step.name: step for step in plan(model, 1024, 128, 3)}
     assert steps["csu"].read_bytes == 2 * 4 * 64 * 160 * 2
@@ -173,10 +173,10 @@ def test_costs_on_paper_are_bounded_by_arithmetic_or_by_reading():
 
 @pytest.mark.slow
 def test_a_run_of_main_says_what_it_cost(tmp_path):
-    from benchmarks.pairs import Recipe, config_of, write_pair
+    from benchmarks.pairs import PairSpec, config_of, write_pair
     from benchmarks.run_cost import FailedRunError, measured_run
 
-    write_pair(tmp_path / "pair", config_of("tiny", 1), Recipe())
+    write_pair(tmp_path / "pair", config_of("tiny", 1), PairSpec())
     base, ft = tmp_path / "pair" / "base", tmp_path / "pair" / "ft"
     cost = measured_run(base, ft, "cos", {})
     assert {"open", "statistic"} <= cost.seconds_by_step.keys()

@@ -16,10 +16,10 @@ from tracing_jax.sources import InMemory
 from tracing_jax.statistics import COSTLY, REGISTRY, Pair, Vocabularies
 from tracing_jax.statistics.comparison import against_each_other
 from tracing_jax.statistics.match_distilled import MatchDistilled, student_seeds
-from tracing_jax.statistics.students import Recipe, fit_student, student_correlations
+from tracing_jax.statistics.students import StudentTraining, fit_student, student_correlations
 
 D, F, S = 16, 48, 4096
-RECIPE = Recipe(F, steps=600, batch=256)
+RECIPE = StudentTraining(F, steps=600, batch=256)
 
 
 def teacher(seed, gated=True):
@@ -56,7 +56,7 @@ def test_a_student_explains_its_teacher(gated):
 
 def test_a_student_follows_from_its_seed_and_no_other():
     x = inputs()
-    y, short = teacher(0)(x), Recipe(F, steps=20, batch=64)
+    y, short = teacher(0)(x), StudentTraining(F, steps=20, batch=64)
     once, again, other = (fit_student(x, y, short, seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(once.gate, again.gate)
     assert np.abs(np.corrcoef(once.gate.ravel(), other.gate.ravel())[0, 1]) < 0.2
@@ -64,7 +64,7 @@ def test_a_student_follows_from_its_seed_and_no_other():
 
 def test_the_scale_and_the_mean_of_the_output_and_a_few_outliers_change_nothing():
     x = inputs()
-    y, short = teacher(0)(x), Recipe(F, steps=20, batch=64)
+    y, short = teacher(0)(x), StudentTraining(F, steps=20, batch=64)
     plain = fit_student(x, y, short, seed=0)
     moved = fit_student(4 * x, 8 * y + 32, short, seed=0)
     np.testing.assert_allclose(moved.gate, plain.gate, atol=1e-3)
@@ -87,7 +87,7 @@ def test_students_of_one_teacher_find_the_same_units_whatever_its_disguise_and_o
 
 @pytest.mark.slow
 def test_correlations_are_those_of_the_pre_activations():
-    short = Recipe(8, steps=3, batch=32)
+    short = StudentTraining(8, steps=3, batch=32)
     sides = [(x, fit_student(x, teacher(seed)(x), short, seed)) for seed, x in ((0, inputs(0)), (1, inputs(0) + 3))]
     found = student_correlations(*sides)
     for tap in ("gate", "up"):

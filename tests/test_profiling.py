@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tracing_jax.cli.profiling import EVERY, OTHER, WAITING, Sampler, kind_of, profiled, table
+from tracing_jax.cli.profiling import EVERY, OTHER, WAITING, StackSampler, kind_of, profiled, table
 from tracing_jax.progress import working
 
 _OURS = ("/x/tracing_jax/statistics/csu.py", "compute")
@@ -35,7 +35,7 @@ def test_the_innermost_frame_that_tells_says_what_a_thread_does(innermost, kind)
 
 def test_every_second_of_the_main_thread_is_in_one_cell():
     start = time.perf_counter()
-    with Sampler() as sampler:
+    with StackSampler() as sampler:
         with working("csu (1 of 2)"):
             time.sleep(10 * EVERY)
         with working("match (2 of 2)"):
@@ -61,7 +61,7 @@ def test_a_busy_thread_counts_and_an_idle_one_does_not():
     with ThreadPoolExecutor(1) as outside, os.fdopen(ours), os.fdopen(theirs, "w"):
         outside.submit(foreign)
         start = time.perf_counter()
-        with Sampler() as sampler, ThreadPoolExecutor(2) as pool:
+        with StackSampler() as sampler, ThreadPoolExecutor(2) as pool:
             pool.submit(int).result()  # its thread waits from now on
             pool.submit(work).result()
         elapsed = time.perf_counter() - start  # however long the machine took: two threads would count it twice

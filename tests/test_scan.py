@@ -303,7 +303,7 @@ def test_a_library_on_the_hub_is_downloaded_if_its_files_can_be_signatures(tmp_p
 
 def test_a_copied_signature_is_reported(tmp_path, library):
     files = {"b.safetensors": "0" * 64}
-    other = {"model": "mine", "digest": drawing.digest_of(files), "files": files}
+    other = {"model": "mine", "digest": drawing.model_digest(files), "files": files}
     taken = dataclasses.replace(library["base"], facts=dict(library["base"].facts) | other)
     write_signature(library["base"], tmp_path / f"base{SUFFIX}")
     write_signature(taken, tmp_path / f"mine{SUFFIX}")

@@ -222,13 +222,13 @@ def test_the_largest_signature_fits():
 
 
 def test_what_is_drawn_follows_from_the_files_alone():
-    keys = [drawing.drawing_key(drawing.digest_of({"a": f"{i:064x}"})) for i in range(2)]
-    assert drawing.digest_of({"a": "1", "b": "2"}) == drawing.digest_of({"x": "2", "y": "1"})
+    keys = [drawing.drawing_key(drawing.model_digest({"a": f"{i:064x}"})) for i in range(2)]
+    assert drawing.model_digest({"a": "1", "b": "2"}) == drawing.model_digest({"x": "2", "y": "1"})
     kept = np.arange(100, 1100)
-    drawn = [drawing.sampled_units(kept, key, 3, 64) for key in keys]
+    drawn = [drawing.drawn_units(kept, key, 3, 64) for key in keys]
     assert len(set(drawn[0].tolist())) == 64
     assert set(drawn[0].tolist()) != set(drawn[1].tolist())
-    np.testing.assert_array_equal(drawing.sampled_units(kept, keys[0], 3, 128)[:64], drawn[0])
+    np.testing.assert_array_equal(drawing.drawn_units(kept, keys[0], 3, 128)[:64], drawn[0])
     assert [drawing.sampled_layers(n) for n in (1, 2, 4, 32)] == [[0], [0, 1], [0, 2, 3], [5, 16, 26]]
 
 

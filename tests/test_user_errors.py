@@ -63,7 +63,7 @@ def test_what_was_found_is_printed_where_it_cannot_be_written(models, monkeypatc
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(experiment.Outcome, "save", full)
+    monkeypatch.setattr(experiment.ComputedRun, "save", full)
     with pytest.raises(SystemExit, match=r"the results could not be written.*No space left"):
         cli.main(["compare", *models, "--stat", "csu"])
     shown = capsys.readouterr().out

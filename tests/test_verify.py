@@ -13,7 +13,7 @@ from derived_models import derived
 from tracing_jax import cli, experiment
 from tracing_jax.experiment.verifying import read_records, verify
 from tracing_jax.options import COMPARE, STATISTICS
-from tracing_jax.record import digest_of, with_digest
+from tracing_jax.record import record_digest, with_digest
 from tracing_jax.report import record_text
 
 SCHEMA = json.loads(resources.files("tracing_jax").joinpath("record-1.schema.json").read_text())
@@ -94,7 +94,7 @@ def test_a_changed_record_is_told_from_changed_files_and_from_missing_ones(writt
     forged["verdict"]["family"] = {"csu": -99.0}
     found = outcomes(with_digest(forged))
     assert (found["record"], found["verdict"], found["test csu"]) == ("holds", "holds", "changed")
-    assert digest_of(forged) != digest_of(record)
+    assert record_digest(forged) != record_digest(record)
     other = derived(family.member("finetune"), tmp_path / "other", lambda t: make.adapted(t, 1, 0.1))
     found = outcomes(record, ft=str(other))
     assert (found["files of base"], found["files of ft"]) == ("holds", "changed")

@@ -232,9 +232,9 @@ def test_rows_with_a_direction_in_common_are_told_from_rows_of_either_sign():
 
 def test_gains_that_are_stored_minus_one_are_known_by_their_signs():
     rng = np.random.default_rng(0)
-    assert numbers.gain_offset([1 + 0.1 * rng.normal(size=500)]) == 0.0
-    assert numbers.gain_offset([0.1 * rng.normal(size=500)]) == 1.0
-    assert numbers.gain_offset([0.25 + 0.1 * rng.normal(size=5000)]) is None
+    assert numbers.guess_gain_offset([1 + 0.1 * rng.normal(size=500)]) == 0.0
+    assert numbers.guess_gain_offset([0.1 * rng.normal(size=500)]) == 1.0
+    assert numbers.guess_gain_offset([0.25 + 0.1 * rng.normal(size=5000)]) is None
 
 
 _UNITS = {

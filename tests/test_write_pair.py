@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import transformers
 
-from benchmarks.pairs import SHAPES, Recipe, config_of, planted_permutations, write_pair
+from benchmarks.pairs import SHAPES, PairSpec, config_of, planted_permutations, write_pair
 from tracing_jax.arch import arch_from_config
 from tracing_jax.axes import axis_table
 from tracing_jax.checkpoint import open_checkpoint
@@ -30,7 +30,7 @@ def _weights(source):
 
 @pytest.mark.parametrize("family", _CONFIGS)
 def test_ft_is_base_permuted_plus_noise(tmp_path, family):
-    recipe = Recipe(noise=0.1, permute=("embed", "mlp", "kv_heads", "q_group", "expert"), seed=3)
+    recipe = PairSpec(noise=0.1, permute=("embed", "mlp", "kv_heads", "q_group", "expert"), seed=3)
     write_pair(tmp_path / "pair", _CONFIGS[family], recipe)
     base, ft = (open_checkpoint(str(tmp_path / "pair" / member)) for member in ("base", "ft"))
     undone = invert(planted_permutations(base.arch, recipe), axis_table(base.arch))
@@ -46,7 +46,7 @@ def test_ft_is_base_permuted_plus_noise(tmp_path, family):
 
 
 def test_gains_are_near_their_neutral_value(tmp_path):
-    write_pair(tmp_path / "pair", _CONFIGS["llama"], Recipe())
+    write_pair(tmp_path / "pair", _CONFIGS["llama"], PairSpec())
     gains = _weights(open_checkpoint(str(tmp_path / "pair" / "ft")))["head/norm/scale"]
     assert gains == pytest.approx(1.0, abs=0.5)
 
@@ -55,7 +55,7 @@ def test_no_row_is_drawn_twice(tmp_path):
     """Rows of other units, layers and seeds are as unlike as independent ones."""
     rows = []
     for seed in (0, 1):
-        write_pair(tmp_path / str(seed), _CONFIGS["llama"], Recipe(permute=(), seed=seed))
+        write_pair(tmp_path / str(seed), _CONFIGS["llama"], PairSpec(permute=(), seed=seed))
         weights = _weights(open_checkpoint(str(tmp_path / str(seed) / "base")))
         rows += [weights[f"layers/{i}/mlp/{name}_proj/kernel"].T for i in range(3) for name in ("gate", "up")]
     together = np.concatenate(rows)
@@ -65,7 +65,7 @@ def test_no_row_is_drawn_twice(tmp_path):
 
 def test_sparse_layers_are_holes_that_read_as_zeros(tmp_path):
     config = transformers.LlamaConfig(**_SIZES | _LLAMA | {"intermediate_size": 50_000}, dtype="bfloat16")
-    write_pair(tmp_path / "pair", config, Recipe(random_layers=1))
+    write_pair(tmp_path / "pair", config, PairSpec(random_layers=1))
     for member in ("base", "ft"):
         folder = tmp_path / "pair" / member
         (file,) = folder.glob("*.safetensors")
@@ -79,7 +79,7 @@ def test_sparse_layers_are_holes_that_read_as_zeros(tmp_path):
 
 
 def test_tokenizer_has_the_vocabulary_and_reads_any_text(tmp_path):
-    write_pair(tmp_path / "pair", _CONFIGS["llama"], Recipe())
+    write_pair(tmp_path / "pair", _CONFIGS["llama"], PairSpec())
     tokenizer = load_tokenizer(tmp_path / "pair" / "base")
     assert len(tokenizer) == 300
     ids = tokenizer("naïve 漢字", add_special_tokens=False)["input_ids"]
@@ -91,9 +91,9 @@ def test_shards_hold_what_the_index_says(tmp_path, monkeypatch):
     from benchmarks.pairs import sparse_shards, writing
 
     monkeypatch.setattr(writing, "allocate", lambda folder, shapes: sparse_shards.allocate(folder, shapes, 20_000))
-    write_pair(tmp_path / "sharded", _CONFIGS["llama"], Recipe())
+    write_pair(tmp_path / "sharded", _CONFIGS["llama"], PairSpec())
     monkeypatch.undo()
-    write_pair(tmp_path / "whole", _CONFIGS["llama"], Recipe())
+    write_pair(tmp_path / "whole", _CONFIGS["llama"], PairSpec())
     assert len(list((tmp_path / "sharded" / "ft").glob("*.safetensors"))) > 2
     sharded, whole = (_weights(open_checkpoint(str(tmp_path / name / "ft"))) for name in ("sharded", "whole"))
     assert all(np.array_equal(sharded[name], leaf) for name, leaf in whole.items())
@@ -110,8 +110,8 @@ def test_what_is_wrong_is_said(tmp_path):
         config_of("llama9")
     small = transformers.LlamaConfig(**_SIZES | _LLAMA | {"vocab_size": 61})
     with pytest.raises(ValueError, match="vocab_size 61"):
-        write_pair(tmp_path / "pair", small, Recipe())
+        write_pair(tmp_path / "pair", small, PairSpec())
     assert not list(tmp_path.iterdir())
     (tmp_path / "there").mkdir()
     with pytest.raises(FileExistsError, match="is there already"):
-        write_pair(tmp_path / "there", small, Recipe())
+        write_pair(tmp_path / "there", small, PairSpec())

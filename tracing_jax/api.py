@@ -50,7 +50,7 @@ class Report:
     """
 
     record: Mapping[str, Any]
-    _outcome: "experiment.Outcome" = field(repr=False)
+    _outcome: "experiment.ComputedRun" = field(repr=False)
 
     @property
     def verdict(self) -> str:

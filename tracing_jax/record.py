@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-FORMAT = 1
+RECORD_FORMAT = 1
 REDACTED = "[redacted]"
 NOT_A_CHECKOUT = "not a git checkout"
 
@@ -191,7 +191,7 @@ def _not_plain(value: Any, where: str) -> TypeError:
     return TypeError(f"{where} is of type {kind}, expected a number, string, list, mapping, array, path or None")
 
 
-def digest_of(record: Mapping[str, Any]) -> str:
+def record_digest(record: Mapping[str, Any]) -> str:
     """SHA-256 of a record without its field `digest`, as compact JSON with sorted keys."""
     content = {key: value for key, value in plain(record).items() if key != "digest"}
     text = json.dumps(content, allow_nan=False, ensure_ascii=True, sort_keys=True, separators=(",", ":"))
@@ -200,7 +200,7 @@ def digest_of(record: Mapping[str, Any]) -> str:
 
 def with_digest(record: Mapping[str, Any]) -> dict[str, Any]:
     """The record with its digest, by which a later change of it shows; it is no signature."""
-    return {**record, "digest": digest_of(record)}
+    return {**record, "digest": record_digest(record)}
 
 
 def write_json(path: str | PurePath, record: Mapping[str, Any]) -> None:

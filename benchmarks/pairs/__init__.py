@@ -2,6 +2,6 @@
 
 from benchmarks.pairs.shapes import SHAPES, config_of
 from benchmarks.pairs.tokenizer import write_text
-from benchmarks.pairs.writing import Recipe, planted_permutations, write_pair
+from benchmarks.pairs.writing import PairSpec, planted_permutations, write_pair
 
-__all__ = ["SHAPES", "Recipe", "config_of", "planted_permutations", "write_pair", "write_text"]
+__all__ = ["SHAPES", "PairSpec", "config_of", "planted_permutations", "write_pair", "write_text"]

@@ -32,7 +32,7 @@ _GAIN_STD = 0.1
 
 
 @dataclass(frozen=True)
-class Recipe:
+class PairSpec:
     """What a pair is made of besides its shape.
 
     Attributes:
@@ -57,15 +57,15 @@ class _Model:
     leaf_layouts: LeafLayouts
     table: AxisTable
     permutations: Permutations
-    recipe: Recipe
+    recipe: PairSpec
 
 
-def planted_permutations(arch: Arch, recipe: Recipe) -> dict[str, np.ndarray]:
+def planted_permutations(arch: Arch, recipe: PairSpec) -> dict[str, np.ndarray]:
     """Returns the permutations between base and ft; a pair is related unit by unit once they are undone."""
     return random_permutations(jax.random.key(recipe.seed), axis_table(arch), recipe.permute) if recipe.permute else {}
 
 
-def write_pair(folder: Path, config: "transformers.PretrainedConfig", recipe: Recipe) -> None:
+def write_pair(folder: Path, config: "transformers.PretrainedConfig", recipe: PairSpec) -> None:
     """Writes `folder/base` and `folder/ft`, which appear whole, and the recipe beside them as `pair.json`.
 
     Memory stays below the largest few tensors.
@@ -91,7 +91,7 @@ def write_pair(folder: Path, config: "transformers.PretrainedConfig", recipe: Re
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _write_weights(folder: Path, recipe: Recipe) -> None:
+def _write_weights(folder: Path, recipe: PairSpec) -> None:
     arch = read_arch(folder / "base")
     model = _Model(arch, leaf_layouts(arch), axis_table(arch), planted_permutations(arch, recipe), recipe)
     shapes = tensor_shapes(model.leaf_layouts.values())
@@ -113,7 +113,7 @@ def _groups(model: _Model) -> Iterator[tuple[str, ...]]:
     yield from map(tuple, groups.values())
 
 
-def _is_hole(name: str, recipe: Recipe) -> bool:
+def _is_hole(name: str, recipe: PairSpec) -> bool:
     part, *rest = name.split("/")
     return recipe.random_layers is not None and part == "layers" and int(rest[0]) >= recipe.random_layers
 

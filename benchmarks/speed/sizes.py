@@ -13,7 +13,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from benchmarks.pairs import Recipe, config_of, write_pair
+from benchmarks.pairs import PairSpec, config_of, write_pair
 from benchmarks.pairs.random_weights import Distribution, draw
 from tracing_jax.arch import Arch, arch_from_config
 from tracing_jax.models import init_params
@@ -76,7 +76,7 @@ class Size:
         """Returns the checkpoints base and ft, written now if `folder` does not have them."""
         kept = folder / f"{self.shape}-{self.layers}"
         if not kept.exists():
-            write_pair(kept, self.config(), Recipe())
+            write_pair(kept, self.config(), PairSpec())
         return kept / "base", kept / "ft"
 
 

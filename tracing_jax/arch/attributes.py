@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from tracing_jax.arch.family import Family
+from tracing_jax.arch.family import ConfigFamily
 from tracing_jax.complaints import listed, shortened
 
 # Attributes that leave a forward pass without dropout and cache unchanged; Gemma 2's sliding_window_size only repeats
@@ -36,7 +36,7 @@ _TRAINED_LENGTH = "original_max_position_embeddings"  # read from a config of an
 _OF_THE_WEIGHTS = frozenset({"quantization_config", "compression_config"})
 
 
-def attribute_problems(config: Any, family: Family) -> list[str]:
+def attribute_problems(config: Any, family: ConfigFamily) -> list[str]:
     """Returns why a config is refused: attributes that ask, or may ask, for what is not computed here."""
     attributes = config.to_dict()
     lines = [
@@ -63,7 +63,7 @@ def _asks_for_windows(attributes: Mapping[str, Any]) -> bool:
     return isinstance(types, list) and "sliding_attention" in types and attributes.get("sliding_window") is None
 
 
-def attribute_notes(config: Any, family: Family) -> list[str]:
+def attribute_notes(config: Any, family: ConfigFamily) -> list[str]:
     """Returns a note on attributes that the config class of the family does not have, so that they change nothing."""
     attributes = config.to_dict()
     known = _known(family) | set(_READ_ANYWAY) | set(_NEUTRAL_AT) | _OF_THE_WEIGHTS | {_TRAINED_LENGTH}
@@ -90,7 +90,7 @@ def as_built(config: Any) -> Any:
     return found
 
 
-def without_undeclared(config: Any, family: Family) -> Any:
+def without_undeclared(config: Any, family: ConfigFamily) -> Any:
     """Returns the config without attributes that its class does not have, so that none is taken for a fact."""
     found = copy.copy(config)
     for name in [name for name in vars(found) if not (name in family.used or _is_declared(found, name))]:
@@ -98,11 +98,11 @@ def without_undeclared(config: Any, family: Family) -> Any:
     return found
 
 
-def _known(family: Family) -> set[str]:
+def _known(family: ConfigFamily) -> set[str]:
     return {*_NEUTRAL, *family.used, *family.neutral.split()}
 
 
-def _unknown(config: Any, family: Family, attributes: Mapping[str, Any]) -> list[str]:
+def _unknown(config: Any, family: ConfigFamily, attributes: Mapping[str, Any]) -> list[str]:
     """Returns the attributes that the config's class declares, that are not known here and not at their defaults."""
     known = _known(family)
     found = [

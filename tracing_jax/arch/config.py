@@ -9,7 +9,7 @@ from typing import Any
 from tracing_jax.arch.architecture import OTHERS, Arch, UnsupportedModelError
 from tracing_jax.arch.attributes import as_built, attribute_notes, attribute_problems, without_undeclared
 from tracing_jax.arch.families import FAMILIES, SUPPORTED_FAMILIES
-from tracing_jax.arch.family import ArchFields, Family
+from tracing_jax.arch.family import ArchFields, ConfigFamily
 from tracing_jax.arch.multimodal import (
     SUPPORTED_MULTIMODAL,
     family_of,
@@ -162,7 +162,7 @@ def arch_from_config(config: Any) -> Arch:
     return arch
 
 
-def _problems(config: Any, family: Family) -> list[str]:
+def _problems(config: Any, family: ConfigFamily) -> list[str]:
     lines = []
     heads, own_name = config.num_attention_heads, family.names.get("num_kv_heads", "")
     kv_heads = getattr(config, own_name, None)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tracing_jax.arch.architecture import UnsupportedModelError
-from tracing_jax.arch.family import COMMON, GPT_NAMES, NAMES, ArchFields, Family, one_window, windows_by_type
+from tracing_jax.arch.family import COMMON, GPT_NAMES, NAMES, ArchFields, ConfigFamily, one_window, windows_by_type
 from tracing_jax.arch.rope import NO_ROPE, Rope, alibi_slopes, fields_of, frequencies, mpt_slopes
 
 _LAYER_NORM_NAMES = NAMES | {"norm_eps": "layer_norm_eps"}
@@ -269,36 +269,36 @@ def _gpt_neo(config: Any) -> ArchFields:
 
 _DROPOUTS = "resid_pdrop embd_pdrop attn_pdrop"
 
-DENSE_FAMILIES: dict[str, Family] = {
-    "phi3": Family(
+DENSE_FAMILIES: dict[str, ConfigFamily] = {
+    "phi3": ConfigFamily(
         one_window,
         "rms_norm_eps sliding_window original_max_position_embeddings",
         neutral=_DROPOUTS,
         names=_without(NAMES, "head_dim"),
         partial_rotary=True,
     ),
-    "glm": Family(_glm, "rms_norm_eps attention_bias", partial_rotary=True),
-    "glm4": Family(_glm4, "rms_norm_eps attention_bias", partial_rotary=True),
-    "smollm3": Family(
+    "glm": ConfigFamily(_glm, "rms_norm_eps attention_bias", partial_rotary=True),
+    "glm4": ConfigFamily(_glm4, "rms_norm_eps attention_bias", partial_rotary=True),
+    "smollm3": ConfigFamily(
         _smollm3,
         "rms_norm_eps attention_bias mlp_bias use_sliding_window sliding_window layer_types no_rope_layers",
         neutral="no_rope_layer_interval",
         rope_layers=_smollm3_ropes,
         per_layer=("layer_types", "no_rope_layers"),
     ),
-    "exaone4": Family(
+    "exaone4": ConfigFamily(
         _exaone4, "rms_norm_eps sliding_window layer_types", neutral="sliding_window_pattern", rope_layers=_sliding
     ),
-    "cohere": Family(
+    "cohere": ConfigFamily(
         _cohere, "layer_norm_eps attention_bias logit_scale use_qk_norm", names=_LAYER_NORM_NAMES
     ),
-    "cohere2": Family(
+    "cohere2": ConfigFamily(
         _cohere2,
         "layer_norm_eps attention_bias logit_scale sliding_window layer_types",
         names=_LAYER_NORM_NAMES,
         rope_layers=_sliding,
     ),
-    "gpt_neox": Family(
+    "gpt_neox": ConfigFamily(
         _gpt_neox,
         "layer_norm_eps attention_bias use_parallel_residual",
         {None: "rotary_emb_base"},
@@ -307,26 +307,26 @@ DENSE_FAMILIES: dict[str, Family] = {
         names=_without(_LAYER_NORM_NAMES, "num_kv_heads", "head_dim"),
         partial_rotary=True,
     ),
-    "stablelm": Family(
+    "stablelm": ConfigFamily(
         _stablelm,
         "layer_norm_eps use_qkv_bias qk_layernorm use_parallel_residual",
         names=_without(_LAYER_NORM_NAMES, "head_dim"),
         partial_rotary=True,
     ),
-    "starcoder2": Family(
+    "starcoder2": ConfigFamily(
         _starcoder2,
         "norm_epsilon use_bias sliding_window",
         neutral="residual_dropout embedding_dropout",
         names=NAMES | {"norm_eps": "norm_epsilon"},
     ),
-    "phi": Family(
+    "phi": ConfigFamily(
         _phi,
         "layer_norm_eps qk_layernorm",
         neutral=_DROPOUTS,
         names=_without(_LAYER_NORM_NAMES, "head_dim"),
         partial_rotary=True,
     ),
-    "gptj": Family(
+    "gptj": ConfigFamily(
         _gptj,
         "n_embd n_layer n_head n_inner n_positions rotary_dim layer_norm_epsilon activation_function",
         thetas={},
@@ -336,7 +336,7 @@ DENSE_FAMILIES: dict[str, Family] = {
         " summary_proj_to_labels summary_type summary_use_proj task_specific_params",
         names=GPT_NAMES,
     ),
-    "opt": Family(
+    "opt": ConfigFamily(
         _opt,
         "ffn_dim activation_function max_position_embeddings do_layer_norm_before _remove_final_layer_norm"
         " word_embed_proj_dim enable_bias",
@@ -346,7 +346,7 @@ DENSE_FAMILIES: dict[str, Family] = {
         neutral="dropout layerdrop init_std",
         names=_without(NAMES, "num_kv_heads", "head_dim", "norm_eps") | {"mlp_dim": "ffn_dim"},
     ),
-    "falcon": Family(
+    "falcon": ConfigFamily(
         _falcon,
         "layer_norm_epsilon num_kv_heads new_decoder_architecture multi_query parallel_attn bias alibi ffn_hidden_size"
         " num_ln_in_parallel_attn activation",
@@ -357,17 +357,17 @@ DENSE_FAMILIES: dict[str, Family] = {
         | {"mlp_dim": "ffn_hidden_size", "norm_eps": "layer_norm_epsilon"},
         optional_theta=True,
     ),
-    "olmo3": Family(
+    "olmo3": ConfigFamily(
         _olmo3,
         "rms_norm_eps attention_bias sliding_window layer_types",
         {"full_attention": "rope_theta", "sliding_attention": "rope_theta"},
     ),
-    "seed_oss": Family(
+    "seed_oss": ConfigFamily(
         _seed_oss, "rms_norm_eps attention_bias attention_out_bias mlp_bias", neutral="residual_dropout"
     ),
-    "ernie4_5": Family(_ernie4_5, "rms_norm_eps use_bias"),
-    "ministral3": Family(_ministral3, "rms_norm_eps sliding_window"),
-    "gpt_bigcode": Family(
+    "ernie4_5": ConfigFamily(_ernie4_5, "rms_norm_eps use_bias"),
+    "ministral3": ConfigFamily(_ministral3, "rms_norm_eps sliding_window"),
+    "gpt_bigcode": ConfigFamily(
         _gpt_bigcode,
         "n_embd n_layer n_head n_inner n_positions layer_norm_epsilon activation_function scale_attn_weights"
         " multi_query num_key_value_heads",
@@ -379,7 +379,7 @@ DENSE_FAMILIES: dict[str, Family] = {
         " summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj",
         names=GPT_NAMES,
     ),
-    "gpt_neo": Family(
+    "gpt_neo": ConfigFamily(
         _gpt_neo,
         "hidden_size num_layers num_heads intermediate_size max_position_embeddings window_size attention_types"
         " attention_layers layer_norm_epsilon activation_function",
@@ -391,7 +391,7 @@ DENSE_FAMILIES: dict[str, Family] = {
         names=_without(NAMES, "num_kv_heads", "head_dim")
         | {"num_layers": "num_layers", "num_heads": "num_heads", "norm_eps": "layer_norm_epsilon"},
     ),
-    "mpt": Family(
+    "mpt": ConfigFamily(
         _mpt,
         "d_model n_layers n_heads layer_norm_epsilon attn_config no_bias",
         thetas={},
@@ -402,7 +402,7 @@ DENSE_FAMILIES: dict[str, Family] = {
         names=_without(NAMES, "mlp_dim", "num_kv_heads", "head_dim")
         | {"embed_dim": "d_model", "num_layers": "n_layers", "num_heads": "n_heads", "norm_eps": "layer_norm_epsilon"},
     ),
-    "bloom": Family(
+    "bloom": ConfigFamily(
         _bloom,
         "hidden_size n_layer n_head layer_norm_epsilon apply_residual_connection_post_layernorm",
         thetas={},

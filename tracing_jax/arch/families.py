@@ -5,7 +5,7 @@ from typing import Any
 
 from tracing_jax.arch.architecture import UnsupportedModelError
 from tracing_jax.arch.dense_families import DENSE_FAMILIES
-from tracing_jax.arch.family import GPT_NAMES, ArchFields, Family, one_window, windows_by_type
+from tracing_jax.arch.family import GPT_NAMES, ArchFields, ConfigFamily, one_window, windows_by_type
 from tracing_jax.arch.mixtures import MIXTURES
 
 _GEMMA_USES = "rms_norm_eps attention_bias hidden_activation use_bidirectional_attention"
@@ -100,32 +100,32 @@ def _gpt2(config: Any) -> ArchFields:
     } | ({} if config.scale_attn_weights else {"attention_scale": 1.0})
 
 
-FAMILIES: dict[str, Family] = {
-    "llama": Family(_llama, "rms_norm_eps attention_bias mlp_bias"),
-    "mistral": Family(one_window, "rms_norm_eps sliding_window"),
-    "qwen2": Family(_qwen2, "rms_norm_eps sliding_window layer_types"),
-    "qwen3": Family(_qwen3, "rms_norm_eps attention_bias sliding_window layer_types"),
-    "gemma": Family(_gemma, _GEMMA_USES),
-    "gemma2": Family(_gemma2, _GEMMA2_USES, activation="hidden_activation"),
-    "gemma3_text": Family(
+FAMILIES: dict[str, ConfigFamily] = {
+    "llama": ConfigFamily(_llama, "rms_norm_eps attention_bias mlp_bias"),
+    "mistral": ConfigFamily(one_window, "rms_norm_eps sliding_window"),
+    "qwen2": ConfigFamily(_qwen2, "rms_norm_eps sliding_window layer_types"),
+    "qwen3": ConfigFamily(_qwen3, "rms_norm_eps attention_bias sliding_window layer_types"),
+    "gemma": ConfigFamily(_gemma, _GEMMA_USES),
+    "gemma2": ConfigFamily(_gemma2, _GEMMA2_USES, activation="hidden_activation"),
+    "gemma3_text": ConfigFamily(
         _gemma3,
         _GEMMA2_USES + " sliding_window_pattern _sliding_window_pattern",
         {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"},
         activation="hidden_activation",
     ),
-    "olmo": Family(_olmo, "attention_bias clip_qkv"),
-    "olmo2": Family(_olmo2, "rms_norm_eps attention_bias"),
-    "granite": Family(
+    "olmo": ConfigFamily(_olmo, "attention_bias clip_qkv"),
+    "olmo2": ConfigFamily(_olmo2, "rms_norm_eps attention_bias"),
+    "granite": ConfigFamily(
         _granite,
         "rms_norm_eps attention_bias mlp_bias attention_multiplier embedding_multiplier residual_multiplier"
         " logits_scaling",
     ),
-    "mixtral": Family(
+    "mixtral": ConfigFamily(
         _mixtral,
         "rms_norm_eps sliding_window num_local_experts num_experts_per_tok",
         neutral="output_router_logits router_aux_loss_coef router_jitter_noise",
     ),
-    "gpt2": Family(
+    "gpt2": ConfigFamily(
         _gpt2,
         "n_embd n_layer n_head n_inner n_positions layer_norm_epsilon activation_function scale_attn_weights"
         " scale_attn_by_inverse_layer_idx",

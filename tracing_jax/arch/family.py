@@ -41,7 +41,7 @@ GPT_NAMES = {
 
 
 @dataclass(frozen=True)
-class Family:
+class ConfigFamily:
     """How the configs of a family are read.
 
     Attributes:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from tracing_jax.arch.architecture import Arch, LatentAttention, Router, UnsupportedModelError
-from tracing_jax.arch.family import NAMES, ArchFields, Family, windows_by_type
+from tracing_jax.arch.family import NAMES, ArchFields, ConfigFamily, windows_by_type
 
 _NORMALIZED = Router(normalized=True)
 
@@ -288,28 +288,28 @@ _DEEPSEEK_NEUTRAL = (
     " topk_method pretraining_tp num_local_experts num_experts max_window_layers"
 )
 
-MIXTURES: dict[str, Family] = {
-    "qwen2_moe": Family(
+MIXTURES: dict[str, ConfigFamily] = {
+    "qwen2_moe": ConfigFamily(
         _qwen2_moe,
         QWEN_EXPERTS + " norm_topk_prob qkv_bias shared_expert_intermediate_size sliding_window layer_types",
         names=_SPARSE | {"shared_mlp_dim": "shared_expert_intermediate_size"},
         neutral=_LOSSES,
         layer_fields=_qwen_layers,
     ),
-    "qwen3_moe": Family(
+    "qwen3_moe": ConfigFamily(
         _qwen3_moe,
         QWEN_EXPERTS + " norm_topk_prob attention_bias sliding_window",
         names=_SPARSE,
         neutral=_LOSSES,
         layer_fields=_qwen_layers,
     ),
-    "olmoe": Family(
+    "olmoe": ConfigFamily(
         _olmoe,
         "rms_norm_eps attention_bias clip_qkv num_experts num_experts_per_tok norm_topk_prob",
         names=_ALL_SPARSE,
         neutral=_LOSSES,
     ),
-    "gpt_oss": Family(
+    "gpt_oss": ConfigFamily(
         _gpt_oss,
         "rms_norm_eps attention_bias num_local_experts num_experts_per_tok swiglu_alpha swiglu_limit sliding_window"
         " layer_types",
@@ -317,13 +317,13 @@ MIXTURES: dict[str, Family] = {
         activation="",
         neutral=_LOSSES + " hidden_act initial_context_length experts_per_token",
     ),
-    "deepseek_v2": Family(
+    "deepseek_v2": ConfigFamily(
         _deepseek_v2, _MLA + " topk_method", names=_LATENT, neutral=_DEEPSEEK_NEUTRAL, layer_fields=_leading_dense
     ),
-    "deepseek_v3": Family(
+    "deepseek_v3": ConfigFamily(
         _deepseek_v3, _MLA + " rope_interleave", names=_LATENT, neutral=_DEEPSEEK_NEUTRAL, layer_fields=_leading_dense
     ),
-    "glm4_moe": Family(
+    "glm4_moe": ConfigFamily(
         _glm4_moe,
         _ROUTED + " first_k_dense_replace use_qk_norm",
         names=_SPARSE,
@@ -331,31 +331,31 @@ MIXTURES: dict[str, Family] = {
         partial_rotary=True,
         layer_fields=_leading_dense,
     ),
-    "solar_open": Family(
+    "solar_open": ConfigFamily(
         _solar_open, _ROUTED, names=_NAMES | {"mlp_dim": "moe_intermediate_size"}, neutral=_DEEPSEEK_NEUTRAL
     ),
-    "minimax_m2": Family(
+    "minimax_m2": ConfigFamily(
         _minimax_m2,
         "rms_norm_eps num_local_experts num_experts_per_tok rotary_dim",
         names=_ALL_SPARSE,
         neutral=_LOSSES,
         partial_rotary=True,
     ),
-    "phimoe": Family(
+    "phimoe": ConfigFamily(
         _phimoe,
         "rms_norm_eps attention_bias lm_head_bias sliding_window num_local_experts num_experts_per_tok"
         " router_jitter_noise",
         names=_ALL_SPARSE,
         neutral="output_router_logits router_aux_loss_coef input_jitter_noise",
     ),
-    "granitemoe": Family(
+    "granitemoe": ConfigFamily(
         _granitemoe,
         "rms_norm_eps attention_bias num_local_experts num_experts_per_tok attention_multiplier embedding_multiplier"
         " residual_multiplier logits_scaling",
         names=_ALL_SPARSE,
         neutral=_LOSSES,
     ),
-    "llama4_text": Family(
+    "llama4_text": ConfigFamily(
         _llama4,
         "rms_norm_eps attention_bias intermediate_size_mlp num_experts_per_tok num_local_experts moe_layers"
         " interleave_moe_layer_step use_qk_norm no_rope_layers no_rope_layer_interval attention_chunk_size layer_types"
@@ -366,7 +366,7 @@ MIXTURES: dict[str, Family] = {
         per_layer=(),
         layer_fields=_llama4_layers,
     ),
-    "ernie4_5_moe": Family(
+    "ernie4_5_moe": ConfigFamily(
         _ernie4_5_moe,
         "rms_norm_eps moe_intermediate_size moe_k num_experts_per_tok moe_num_experts moe_num_shared_experts"
         " moe_layer_start_index moe_layer_end_index moe_layer_interval moe_norm_min",

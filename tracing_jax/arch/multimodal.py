@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from tracing_jax.arch.families import FAMILIES
-from tracing_jax.arch.family import ArchFields, Family
+from tracing_jax.arch.family import ArchFields, ConfigFamily
 from tracing_jax.arch.mixtures import QWEN_EXPERTS, qwen3_vl_moe
 
 SUPPORTED_MULTIMODAL = (
@@ -20,7 +20,7 @@ def _qwen3_vl(config: Any) -> ArchFields:
     return {"qkv_bias": bias, "o_bias": bias, "qk_norm": "head"}
 
 
-_INSIDE: dict[str, Family] = {
+_INSIDE: dict[str, ConfigFamily] = {
     # The sections of their ropes get equal positions in a text, and are one rope then.
     "qwen2_vl_text": replace(FAMILIES["qwen2"], same_as="qwen2"),
     "qwen2_5_vl_text": replace(FAMILIES["qwen2"], same_as="qwen2"),
@@ -50,7 +50,7 @@ def language_model(config: Any) -> Any:
     return found
 
 
-def family_of(model_type: str) -> Family | None:
+def family_of(model_type: str) -> ConfigFamily | None:
     """Returns the family of a language model; None if it is not supported."""
     return FAMILIES.get(model_type) or _INSIDE.get(model_type)
 

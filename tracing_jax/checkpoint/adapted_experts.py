@@ -28,7 +28,7 @@ _PARTS = {
 }
 """Parameter of transformers -> the tensors of an expert that are its rows, in their order, by either names."""
 
-_Place = tuple[str, int | None, int]
+_ExpertTensor = tuple[str, int | None, int]
 """A tensor of the base, its expert (None: it holds all), and the first of its rows in the parameter."""
 
 
@@ -148,7 +148,7 @@ def _fitting(
     return [AdaptedExperts(base, n, adapter, a, b, experts, e, i, in_out, scaling) for n, e, i in places if fits]
 
 
-def _places(base: TensorStore, path: str, part: str) -> Iterator[_Place]:
+def _places(base: TensorStore, path: str, part: str) -> Iterator[_ExpertTensor]:
     """Yields the tensors of a parameter: one, or those of each expert, under the names that their families have."""
     known = set(base.names())
     if f"{path}.{part}" in known:

@@ -10,7 +10,7 @@ from tracing_jax.statistics import Pair, Result, Verdict
 SIZES = ("num_layers", "embed_dim", "mlp_dim", "num_kv_heads", "q_group", "head_dim", "num_experts")
 """What of an `Arch` makes the shape of a model; the vocabulary is apart."""
 
-Outcome = Literal["holds", "contradicted", "not_testable"]
+ClaimOutcome = Literal["holds", "contradicted", "not_testable"]
 
 ASSERTS: Mapping[str, str] = {
     "same-as": "both models hold the same numbers, or compute the same function by other weights",
@@ -56,7 +56,7 @@ class ClaimResult:
     """
 
     claim: str
-    outcome: Outcome
+    outcome: ClaimOutcome
     because: str
     asserts: str = ""
     not_said: str = ""
@@ -67,7 +67,7 @@ class ClaimResult:
         return asdict(self)
 
 
-def result(claim: str, outcome: Outcome, because: str, **evidence: Any) -> ClaimResult:
+def result(claim: str, outcome: ClaimOutcome, because: str, **evidence: Any) -> ClaimResult:
     """Returns the result of a claim with what it asserts and what it leaves open."""
     return ClaimResult(claim, outcome, because, ASSERTS[claim], UNTESTED[claim], evidence)
 

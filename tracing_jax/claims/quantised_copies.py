@@ -36,8 +36,8 @@ _TABLES = {
     "FP4": tuple(sorted({s * m / 12 for s in (-1, 1) for m in (0, 0.0625, 2, 3, 4, 6, 8, 12)})),
 }  # fmt: skip
 
-Blocks = Float32[np.ndarray, "n b"]
-Requantiser = Callable[[Blocks, Blocks, bool], Blocks]
+ScaleBlocks = Float32[np.ndarray, "n b"]
+Requantiser = Callable[[ScaleBlocks, ScaleBlocks, bool], ScaleBlocks]
 """From blocks of the original and of the copy, whose scales are taken, to what the format makes of the original. The
 last argument says whether codes are made with the scales of the original, which those of the copy are roundings of."""
 
@@ -124,13 +124,13 @@ def _shares(pair: TensorPair, ours: np.ndarray, theirs: np.ndarray) -> Iterator[
         yield name, max(shares), float(np.mean(_equal(requantise(copied, copied, False), copied))) >= NEAREST
 
 
-def _blocks(rows: np.ndarray, block: int) -> Blocks:
+def _blocks(rows: np.ndarray, block: int) -> ScaleBlocks:
     """Returns rows as blocks; blocks that do not divide a row run over its end, as those of bitsandbytes do."""
     flat = rows.reshape(-1)
     return flat[: flat.size // block * block].reshape(-1, block)
 
 
-def _equal(found: Blocks, copied: Blocks) -> np.ndarray:
+def _equal(found: ScaleBlocks, copied: ScaleBlocks) -> np.ndarray:
     """Returns where values are equal: the scales of the copy are known up to their rounding alone."""
     scale = np.abs(copied).max(axis=1, keepdims=True)
     return np.abs(found - copied) <= 1e-4 * scale
@@ -162,12 +162,12 @@ ONLY_NEAREST = ("Q8_0", "int8 per row", "NF4", "FP4", "FP8 per row", "FP8 per te
 """Formats whose quantisers all round to the nearest value; Q4_0 and its like may be made with an importance matrix."""
 
 
-def _symmetric(original: Blocks, copied: Blocks, is_own: bool, steps: int) -> Blocks:
+def _symmetric(original: ScaleBlocks, copied: ScaleBlocks, is_own: bool, steps: int) -> ScaleBlocks:
     own, scale = (np.abs(rows).max(axis=1, keepdims=True) / steps for rows in (original, copied))
     return np.clip(_half_away(original / _coding(own, scale, is_own)), -steps, steps) * scale
 
 
-def _signed(original: Blocks, copied: Blocks, is_own: bool, half: int) -> Blocks:
+def _signed(original: ScaleBlocks, copied: ScaleBlocks, is_own: bool, half: int) -> ScaleBlocks:
     """The weight of largest magnitude, with its sign, is the lowest code, which is `half` below zero."""
     own, scale = (
         np.take_along_axis(rows, np.abs(rows).argmax(axis=1)[:, None], 1) / -half for rows in (original, copied)
@@ -176,7 +176,7 @@ def _signed(original: Blocks, copied: Blocks, is_own: bool, half: int) -> Blocks
     return (codes - half) * scale
 
 
-def _affine(original: Blocks, copied: Blocks, is_own: bool, steps: int) -> Blocks:
+def _affine(original: ScaleBlocks, copied: ScaleBlocks, is_own: bool, steps: int) -> ScaleBlocks:
     (own_least, own), (least, scale) = (
         (rows.min(axis=1, keepdims=True), np.ptp(rows, axis=1, keepdims=True) / steps) for rows in (original, copied)
     )
@@ -185,13 +185,13 @@ def _affine(original: Blocks, copied: Blocks, is_own: bool, steps: int) -> Block
     return np.clip(np.trunc((original - start) / coding + 0.5), 0, steps) * scale + least
 
 
-def _table(original: Blocks, copied: Blocks, is_own: bool, name: str) -> Blocks:
+def _table(original: ScaleBlocks, copied: ScaleBlocks, is_own: bool, name: str) -> ScaleBlocks:
     table = np.array(_TABLES[name], np.float32)
     own, scale = (np.abs(rows).max(axis=1, keepdims=True) for rows in (original, copied))
     return table[np.searchsorted((table[1:] + table[:-1]) / 2, original / _coding(own, scale, is_own))] * scale
 
 
-def _float8(original: Blocks, scale: np.ndarray) -> Blocks:
+def _float8(original: ScaleBlocks, scale: np.ndarray) -> ScaleBlocks:
     scale = np.where(scale == 0, np.float32(1), scale.astype(np.float32))
     clipped = np.clip(original / scale, -448, 448)
     return clipped.astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale

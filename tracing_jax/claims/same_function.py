@@ -25,7 +25,7 @@ SAME, OTHER = 4.0, 20.0
 `OTHER` times and more. Measured: rewrites of every kind, alone and together, move the logits by at most 0.9 times that
 in float32 and bfloat16, and a ten-thousandth of the way to the demo's fine-tune by 29 times, in float32."""
 
-IN_PLACE = 0.1
+_MAX_RELATIVE_CHANGE = 0.1
 """The relative change of matrices below which they correspond as stored."""
 
 _FORWARD = 1e-6
@@ -154,7 +154,7 @@ def same_as(inputs: ClaimInputs) -> ClaimResult:
         return result(
             "same-as", "not_testable", f"{moved}: too much for a rewrite, too little to exclude one", **numbers
         )
-    if in_place is not None and in_place < IN_PLACE:
+    if in_place is not None and in_place < _MAX_RELATIVE_CHANGE:
         why = f"the weights differ as stored, by {in_place:.2g} of their size, and {moved}: so does little training"
         return result("same-as", "not_testable", why, **numbers, change_in_place=in_place)
     return result("same-as", "holds", f"the weights differ, but {moved}: one is a rewrite of the other", how="function",

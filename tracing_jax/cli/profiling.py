@@ -19,7 +19,7 @@ _OUTSIDE = "start and end"
 
 _WAITS = ("/threading.py", "concurrent/futures/", "/queue.py", "/selectors.py")
 
-KINDS = {
+ACTIVITIES = {
     "compile": ("jax/_src/compiler.py", "jax/_src/compilation_cache.py"),
     "trace and lower": ("jax/_src/interpreters/mlir.py", "jax/_src/interpreters/partial_eval.py", "jax/_src/pjit.py"),
     "device": ("jax/_src/array.py",),
@@ -49,7 +49,7 @@ def kind_of(stack: Sequence[Frame]) -> str:
     if stack and any(part in stack[0][0] for part in _WAITS):
         return WAITING
     for file, function in stack:
-        for kind, places in KINDS.items():
+        for kind, places in ACTIVITIES.items():
             for place in places:
                 part, _, name = place.partition(":")
                 if part in file and function.startswith(name):
@@ -57,7 +57,7 @@ def kind_of(stack: Sequence[Frame]) -> str:
     return OTHER
 
 
-class Sampler:
+class StackSampler:
     """Counts what the main thread, and all others together, were doing at each sample.
 
     Attributes:
@@ -75,7 +75,7 @@ class Sampler:
         self._before = set(sys._current_frames())
         self._thread = threading.Thread(target=self._run, name="profile", daemon=True)
 
-    def __enter__(self) -> "Sampler":
+    def __enter__(self) -> "StackSampler":
         self._thread.start()
         return self
 
@@ -110,12 +110,14 @@ def _stack(frame: FrameType | None) -> list[Frame]:
     return found
 
 
-def table(sampler: Sampler) -> str:
+def table(sampler: StackSampler) -> str:
     """Returns where the time went: a row for each step and statistic, a column for each kind, in seconds."""
     from tracing_jax.report import text_table
 
     kinds = [
-        kind for kind in (*KINDS, WAITING, OTHER) if any(kind == k for _, k in sampler.main) or sampler.others[kind]
+        kind
+        for kind in (*ACTIVITIES, WAITING, OTHER)
+        if any(kind == k for _, k in sampler.main) or sampler.others[kind]
     ]
     steps = list(dict.fromkeys(step for step, _ in sampler.main))
     rows = {step: [sampler.main[step, kind] for kind in kinds] for step in steps}
@@ -153,7 +155,7 @@ def profiled(folder: str | None) -> Iterator[None]:
     (path / "profile.txt").write_text("")
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # tracing every call of Python would slow the run, and the samples show Python
-    sampler = Sampler()
+    sampler = StackSampler()
     try:
         with jax.profiler.trace(str(path), profiler_options=options), sampler:
             yield

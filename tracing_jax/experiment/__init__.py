@@ -29,7 +29,7 @@ from tracing_jax.experiment.validation import (
     with_sample_text,
 )
 from tracing_jax.options import RunOptions
-from tracing_jax.record import FORMAT, RunFiles, check_writable, commit, plain, with_digest
+from tracing_jax.record import RECORD_FORMAT, RunFiles, check_writable, commit, plain, with_digest
 from tracing_jax.run_cache import RUN_CACHE, RunCache
 from tracing_jax.statistics import over_pairs
 
@@ -44,9 +44,9 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "ComputedRun",
     "ConfigError",
     "NotSavedError",
-    "Outcome",
     "check_config",
     "compute",
     "report_on_merge",
@@ -126,7 +126,7 @@ def trace(config: Config, finished: list[RunCache] | None = None) -> dict[str, A
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ComputedRun:
     """What came out of a run on one pair, before anything is written.
 
     Attributes:
@@ -153,7 +153,7 @@ class Outcome:
         return files.pickle
 
 
-def compute(config: Config) -> Outcome:
+def compute(config: Config) -> ComputedRun:
     """Runs all steps on one pair and returns what came out; files are written only for an interrupted run to resume.
 
     Raises:
@@ -169,7 +169,7 @@ def compute(config: Config) -> Outcome:
     found = run_steps(options, inputs, placement, run_cache, timer)
     record = plain(
         {
-            "format": FORMAT,
+            "format": RECORD_FORMAT,
             "args": options.as_dict(),
             "commit": commit(),
             "versions": versions(),
@@ -183,7 +183,7 @@ def compute(config: Config) -> Outcome:
         }
     )
     arrays = {name: result.arrays for name, result in found.before.items() if result.arrays}
-    return Outcome(with_digest(record), found.alignment, arrays, run_cache)
+    return ComputedRun(with_digest(record), found.alignment, arrays, run_cache)
 
 
 def check_config(config: Config) -> RunOptions:

@@ -11,7 +11,7 @@ from absl import logging
 
 from tracing_jax import report
 from tracing_jax.alignment import Alignment
-from tracing_jax.record import FORMAT, RunFiles, atomic_write, legacy_dict, write_json, write_pickle
+from tracing_jax.record import RECORD_FORMAT, RunFiles, atomic_write, legacy_dict, write_json, write_pickle
 
 
 def save_run(
@@ -38,7 +38,7 @@ def save_run(
 
 def save_pairs(records: Mapping[str, dict[str, Any]], files: RunFiles) -> None:
     """Writes the files of several pairs together; those of each pair are in the folder of the run already."""
-    write_json(files.json, {"format": FORMAT, "records": list(records.values())})
+    write_json(files.json, {"format": RECORD_FORMAT, "records": list(records.values())})
     atomic_write(
         files.pickle, pickle.dumps({name: legacy_dict(record) for name, record in records.items()}, protocol=4)
     )

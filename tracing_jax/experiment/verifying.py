@@ -11,10 +11,10 @@ from tracing_jax.dataclass_options import ConfigError
 from tracing_jax.experiment import compute
 from tracing_jax.experiment.models import open_models
 from tracing_jax.options import RunOptions
-from tracing_jax.record import FORMAT, digest_of, file_hashes
+from tracing_jax.record import RECORD_FORMAT, file_hashes, record_digest
 from tracing_jax.statistics import Identity, Result, verdict
 
-Outcome = Literal["holds", "changed", "missing"]
+CheckOutcome = Literal["holds", "changed", "missing"]
 
 _RELATIVE, _ABSOLUTE = 0.02, 0.1
 """How far log10 p may be from that of the record: other processors add in other orders, and a unit may change place."""
@@ -31,7 +31,7 @@ class Check:
     """
 
     name: str
-    outcome: Outcome
+    outcome: CheckOutcome
     text: str
 
 
@@ -49,8 +49,10 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     for record in found:
         if not isinstance(record, dict) or not {"args", "models", "statistics", "verdict"} <= record.keys():
             raise ValueError(f"{path}: no record of a run; expected the .json that tracing-jax compare writes")
-        if record.get("format") != FORMAT:
-            raise ValueError(f"{path}: a record of format {record.get('format')}, this version reads format {FORMAT}")
+        if record.get("format") != RECORD_FORMAT:
+            raise ValueError(
+                f"{path}: a record of format {record.get('format')}, this version reads format {RECORD_FORMAT}"
+            )
     return found
 
 
@@ -76,7 +78,7 @@ def verify(record: Mapping[str, Any], base: str | None = None, ft: str | None = 
 def _digest(record: Mapping[str, Any]) -> Check:
     if not record.get("digest"):
         return Check("record", "missing", "it has no digest, by which a change would show")
-    if record["digest"] != digest_of(record):
+    if record["digest"] != record_digest(record):
         return Check("record", "changed", "its content is not that of its digest: it was changed after it was written")
     return Check("record", "holds", f"its content is that of its digest, {record['digest'][:16]}...")
 

@@ -4,7 +4,7 @@ A signature is a small file of responses of sampled MLP units. One is made with 
 that was read once (`read_suspect`) by `compare`.
 """
 
-from tracing_jax.library.comparison import Evidence, Match, compare
+from tracing_jax.library.comparison import SignatureMatch, SignatureTest, compare
 from tracing_jax.library.folder import Checked, add_to_library, indexed, library_folder, read_library
 from tracing_jax.library.readings import Vocabulary, vocabulary_of
 from tracing_jax.library.scan import Candidate, Scan, scan
@@ -17,10 +17,10 @@ __all__ = [
     "SUFFIX",
     "Candidate",
     "Checked",
-    "Evidence",
-    "Match",
     "Scan",
     "Signature",
+    "SignatureMatch",
+    "SignatureTest",
     "Suspect",
     "Vocabulary",
     "add_to_library",

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int8
 
 from tracing_jax.library.signature import SampledLayer, Signature, moments_of
-from tracing_jax.library.suspect import Moments, Suspect
+from tracing_jax.library.suspect import MomentSignatures, Suspect
 from tracing_jax.matching import UnitMatching, live_units, match_units
 from tracing_jax.options import RunOptions
 from tracing_jax.statistics.calibration import DEFAULT_ALLOWANCE, DEFAULT_SOURCE, Null, null_of
@@ -32,7 +32,7 @@ RESPONSES, MOMENTS = "responses to tokens", "moments of weights"
 
 
 @dataclass(frozen=True)
-class Cell:
+class LayerPairResult:
     """A sampled layer against a layer of the suspect.
 
     Attributes:
@@ -45,7 +45,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Evidence:
+class SignatureTest:
     """One test of a signature against a suspect.
 
     Attributes:
@@ -70,7 +70,7 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class Match:
+class SignatureMatch:
     """What a signature and a suspect have in common.
 
     Attributes:
@@ -78,7 +78,7 @@ class Match:
       not_tested: name -> the reason why a test does not apply.
     """
 
-    tests: Mapping[str, Evidence]
+    tests: Mapping[str, SignatureTest]
     not_tested: Mapping[str, str]
 
     @property
@@ -92,7 +92,7 @@ class Match:
         return _smallest([evidence.firm_log10_p for evidence in self.tests.values()])
 
     @property
-    def best(self) -> Evidence | None:
+    def best(self) -> SignatureTest | None:
         """The test with the smallest p-value."""
         return min(self.tests.values(), key=lambda evidence: evidence.log10_p, default=None)
 
@@ -101,17 +101,17 @@ def _smallest(log10_ps: Sequence[float]) -> float | None:
     return min(0.0, min(log10_ps) + math.log10(len(log10_ps))) if log10_ps else None
 
 
-def compare(signature: Signature, suspect: Suspect) -> Match:
+def compare(signature: Signature, suspect: Suspect) -> SignatureMatch:
     """Returns what a signature and a suspect have in common, in every layer of the suspect."""
     tests, not_tested = {}, {}
     shared = shared_columns(signature, suspect)
     if signature.kinds != suspect.kinds:
         kinds = [" and ".join(kinds) for kinds in (signature.kinds, suspect.kinds)]
         reason = f"the signature has responses of {kinds[0]}, the suspect of {kinds[1]}"
-        return Match({}, {RESPONSES: reason, MOMENTS: reason})
+        return SignatureMatch({}, {RESPONSES: reason, MOMENTS: reason})
     if 2 * sum(_is_empty(layer) for layer in suspect.layers) > len(suspect.layers):
         reason = "in most layers of the suspect no unit does anything"
-        return Match({}, {RESPONSES: reason, MOMENTS: reason})
+        return SignatureMatch({}, {RESPONSES: reason, MOMENTS: reason})
     if len(shared[0]) < FEW_TOKENS:
         not_tested[RESPONSES] = f"{len(shared[0])} of the {len(signature.tokens)} token strings are the suspect's too"
     else:
@@ -123,7 +123,7 @@ def compare(signature: Signature, suspect: Suspect) -> Match:
         )
     else:
         tests[MOMENTS] = _by_moments(signature, suspect)
-    return Match(tests, not_tested)
+    return SignatureMatch(tests, not_tested)
 
 
 def _is_empty(layer: Mapping[str, Int8[np.ndarray, "U S"]]) -> bool:
@@ -145,11 +145,11 @@ def normalised(rows: Int8[np.ndarray, "U S"] | Float[np.ndarray, "U S"]) -> Floa
     return found
 
 
-def _by_responses(signature: Signature, suspect: Suspect, shared: tuple[list[int], list[int]]) -> Evidence:
+def _by_responses(signature: Signature, suspect: Suspect, shared: tuple[list[int], list[int]]) -> SignatureTest:
     ours = [
         {name: normalised(layer.readings[name][:, shared[0]]) for name in signature.kinds} for layer in signature.layers
     ]
-    table: list[list[Cell]] = [[] for _ in ours]
+    table: list[list[LayerPairResult]] = [[] for _ in ours]
     for j, layer in enumerate(suspect.layers):
         theirs = {name: normalised(layer[name][:, shared[1]]) for name in suspect.kinds}
         for i, sampled in enumerate(ours):
@@ -159,15 +159,15 @@ def _by_responses(signature: Signature, suspect: Suspect, shared: tuple[list[int
     return _evidence(table, list(range(len(suspect.layers))), signature)
 
 
-def _by_moments(signature: Signature, suspect: Suspect) -> Evidence:
-    table: list[list[Cell]] = []
+def _by_moments(signature: Signature, suspect: Suspect) -> SignatureTest:
+    table: list[list[LayerPairResult]] = []
     for i, sampled in enumerate(signature.layers):
         names = (signature.digest, "moments", i)
         table.append([_moment_cell(sampled, theirs, (*names, j)) for j, theirs in suspect.moments.items()])
     return _evidence(table, list(suspect.moments), signature)
 
 
-def _moment_cell(sampled: SampledLayer, theirs: Moments, names: Sequence[str | int]) -> Cell:
+def _moment_cell(sampled: SampledLayer, theirs: MomentSignatures, names: Sequence[str | int]) -> LayerPairResult:
     found = {}
     for name, (standardised, covariance) in theirs.items():
         mean = (sampled.covariances[name].astype(np.float64) + covariance) / 2
@@ -175,11 +175,11 @@ def _moment_cell(sampled: SampledLayer, theirs: Moments, names: Sequence[str | i
     return _cell(found, names)
 
 
-def _cell(similarities: Mapping[str, Float[np.ndarray, "U K"]], names: Sequence[str | int]) -> Cell:
+def _cell(similarities: Mapping[str, Float[np.ndarray, "U K"]], names: Sequence[str | int]) -> LayerPairResult:
     """Returns the agreement of the matchings by two similarities."""
     live = live_units(*similarities.values())
     one, other = (match_units(found, _generator(*names, kind), live) for kind, found in similarities.items())
-    return Cell(against_each_other(one, other), _distances(one, other, similarities))
+    return LayerPairResult(against_each_other(one, other), _distances(one, other, similarities))
 
 
 def _distances(
@@ -190,7 +190,9 @@ def _distances(
     return 1.0 - np.mean([found[pairs] for found in similarities.values()], axis=0)
 
 
-def _evidence(table: Sequence[Sequence[Cell]], columns: Sequence[int], signature: Signature) -> Evidence:
+def _evidence(
+    table: Sequence[Sequence[LayerPairResult]], columns: Sequence[int], signature: Signature
+) -> SignatureTest:
     """Returns the evidence of all cells; controls are those that no number of cells explains."""
     cells = [cell.found for row in table for cell in row]
     width, least = len(columns), math.log(CORRESPOND / len(cells))
@@ -202,7 +204,7 @@ def _evidence(table: Sequence[Sequence[Cell]], columns: Sequence[int], signature
     closest = [row[int(square[i].argmin())].found for i, row in enumerate(table)]
     places = sorted({*found.pairs, *found.copies})
     distances = [table[i][j].distances for i, j in places]
-    return Evidence(
+    return SignatureTest(
         bonferroni(log_p) / LN10,
         bonferroni(firm) / LN10,
         tuple(cell.agreeing for cell in closest),

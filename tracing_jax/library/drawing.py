@@ -38,7 +38,7 @@ def sampled_layers(num_layers: int) -> list[int]:
     return sorted({(2 * i + 1) * num_layers // (2 * LAYERS) for i in range(LAYERS)})
 
 
-def digest_of(files: Mapping[str, str]) -> str:
+def model_digest(files: Mapping[str, str]) -> str:
     """Returns the hash that identifies a model: of the sorted SHA-256 hashes of its weight files, whatever their names.
 
     Raises:
@@ -54,7 +54,7 @@ def drawing_key(digest: str) -> bytes:
     return hashlib.scrypt(digest.encode(), salt=RULE.encode(), n=_COST, r=8, p=1, dklen=32)
 
 
-def sampled_units(kept: Int[np.ndarray, " K"], key: bytes, layer: int, most: int) -> Int[np.ndarray, " U"]:
+def drawn_units(kept: Int[np.ndarray, " K"], key: bytes, layer: int, most: int) -> Int[np.ndarray, " U"]:
     """Returns at most so many of the units of a layer, in the order drawn; a smaller sample begins a larger one."""
     seed = hashlib.sha256(key + layer.to_bytes(4, "big")).digest()
     order = np.random.Generator(np.random.PCG64(int.from_bytes(seed, "big"))).permutation(len(kept))

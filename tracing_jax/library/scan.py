@@ -13,7 +13,15 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from tracing_jax.library.comparison import FEW_TOKENS, MOMENTS, RESPONSES, Match, compare, normalised, shared_columns
+from tracing_jax.library.comparison import (
+    FEW_TOKENS,
+    MOMENTS,
+    RESPONSES,
+    SignatureMatch,
+    compare,
+    normalised,
+    shared_columns,
+)
 from tracing_jax.library.signature import SampledLayer, Signature, moments_of
 from tracing_jax.library.suspect import Suspect
 from tracing_jax.progress import tqdm
@@ -22,7 +30,7 @@ from tracing_jax.statistics.pvalues import holm
 from tracing_jax.statistics.unit_signatures import whitened_cosines
 from tracing_jax.statistics.verdict import UNDECIDED_BELOW
 
-Word = Literal["related", "undecided", "no_evidence", "not_testable"]
+ScanVerdict = Literal["related", "undecided", "no_evidence", "not_testable"]
 
 COMPARED_AT_ONCE, FILLED_UP_TO = 48, 24
 """Of libraries up to the first size all signatures are compared in full; of larger ones, at least the second number."""
@@ -58,9 +66,9 @@ class Candidate:
 
     name: str
     model: str
-    verdict: Word
+    verdict: ScanVerdict
     adjusted_log10_p: float | None
-    match: Match | None
+    match: SignatureMatch | None
     distances: Mapping[str, Distance] = field(default_factory=dict)
 
     @property
@@ -171,9 +179,9 @@ def _adjusted(log10_ps: Sequence[float], testable: Sequence[bool]) -> Float[np.n
 
 
 def _candidate(
-    name: str, signature: Signature, match: Match | None, adjusted: float | None, firm: float, level: float
+    name: str, signature: Signature, match: SignatureMatch | None, adjusted: float | None, firm: float, level: float
 ) -> Candidate:
-    word: Word = "no_evidence"
+    word: ScanVerdict = "no_evidence"
     if adjusted is None:
         word = "not_testable"
     elif firm < math.log10(level):

@@ -28,7 +28,7 @@ from tracing_jax.progress import tqdm
 from tracing_jax.sources import MlpsAsLayers, ParamSource
 from tracing_jax.statistics.distinct_units import distinct_units
 
-FORMAT = 1
+SIGNATURE_FORMAT = 1
 """Version of the file format."""
 
 MOST_LISTED_FILES = 16
@@ -110,7 +110,7 @@ def make_signature(
     """
     if problems := not_readable(model.arch):
         raise ValueError(f"{model_id}: no signature can be made: {'; '.join(problems)}")
-    digest = drawing.digest_of(files)
+    digest = drawing.model_digest(files)
     key, arch = drawing.drawing_key(digest), model.arch
     mlps: ParamSource = MlpsAsLayers(model) if arch.num_experts else model
     tokens = drawing.sampled_tokens(vocabulary.ids, drawing.most_tokens(arch.embed_dim))
@@ -123,7 +123,7 @@ def make_signature(
             raise ValueError(f"{model_id}: layer {i} has {len(kept)} units that count as evidence, 2 are needed")
         layers.append(_sampled(mlps, i, kept, key, read(i)))
     facts = {
-        "format": FORMAT,
+        "format": SIGNATURE_FORMAT,
         "model": _shown(model_id),
         "revision": revision,
         "family": arch.family,
@@ -151,10 +151,10 @@ def _sampled(
     key: bytes,
     readings: Mapping[str, Any],
 ) -> SampledLayer:
-    units = drawing.sampled_units(kept, key, layer, drawing.UNITS)
+    units = drawing.drawn_units(kept, key, layer, drawing.UNITS)
     moments, covariances = {}, {}
     if has_moments(model):
-        more = drawing.sampled_units(kept, key, layer, drawing.MOMENT_UNITS)
+        more = drawing.drawn_units(kept, key, layer, drawing.MOMENT_UNITS)
         for name, (found, live) in moment_readings(model)(layer).items():
             standardised, covariance = standardised_moments(found, np.intersect1d(kept, np.flatnonzero(live)))
             steps = np.round(standardised[more] / _MOMENT_STEP)

@@ -17,7 +17,14 @@ from safetensors import SafetensorError
 from tracing_jax.complaints import listed, shortened
 from tracing_jax.library import drawing
 from tracing_jax.library.readings import GATED, GATELESS, moment_names, moment_numbers
-from tracing_jax.library.signature import FORMAT, MOST_CHARACTERS, MOST_LISTED_FILES, SHAPE, SampledLayer, Signature
+from tracing_jax.library.signature import (
+    MOST_CHARACTERS,
+    MOST_LISTED_FILES,
+    SHAPE,
+    SIGNATURE_FORMAT,
+    SampledLayer,
+    Signature,
+)
 from tracing_jax.record import atomic_write
 
 MAX_BYTES = 256 * 1024
@@ -101,10 +108,11 @@ def _facts_of(content: bytes) -> dict[str, Any]:
         raise ValueError(f"it has no header {_HEADER}") from None
     if not isinstance(facts, dict) or "format" not in facts or "rule" not in facts:
         raise ValueError("its header has no format and rule")
-    if facts["format"] != FORMAT or facts["rule"] != drawing.RULE:
+    if facts["format"] != SIGNATURE_FORMAT or facts["rule"] != drawing.RULE:
         found = f"{shortened(facts['format'], 20)} and {shortened(facts['rule'], 40)}"
         raise ValueError(
-            f"expected format {FORMAT} and rule {drawing.RULE}, found {found}; make it again with this version"
+            f"expected format {SIGNATURE_FORMAT} and rule {drawing.RULE}, found {found}; make it again with this "
+            "version"
         )
     return facts
 
@@ -143,7 +151,7 @@ def _check_files(facts: Mapping[str, Any]) -> None:
         raise ValueError(f"header: expected the hashes of at most {MOST_LISTED_FILES} weight files, and their number")
     if not all(map(_is_name, files)) or not all(map(_is_hash, files.values())):
         raise ValueError("header: the hashes of the weight files are damaged")
-    if count <= MOST_LISTED_FILES and (len(files) != count or drawing.digest_of(files) != facts["digest"]):
+    if count <= MOST_LISTED_FILES and (len(files) != count or drawing.model_digest(files) != facts["digest"]):
         raise ValueError("header: the digest is not that of the weight files in the header")
 
 

@@ -20,14 +20,14 @@ from tracing_jax.library.readings import (
 )
 from tracing_jax.library.signature import rounded, standardised_moments
 from tracing_jax.progress import trange
-from tracing_jax.sources import MlpsAsLayers, ParamSource, Submodel, layer_of, mlp_places, whole_model
+from tracing_jax.sources import MlpsAsLayers, ParamSource, Submodel, layer_of, mlp_indices, whole_model
 from tracing_jax.statistics.distinct_units import distinct_units
 from tracing_jax.tree import Tree, select
 
 FEW_LAYERS = 8
 """Up to so many layers, moments are read of all; of deeper models, of those that signatures would sample."""
 
-Moments = Mapping[str, tuple[Float[np.ndarray, "_ M"], Float[np.ndarray, "M M"]]]
+MomentSignatures = Mapping[str, tuple[Float[np.ndarray, "_ M"], Float[np.ndarray, "M M"]]]
 """Kind of rows -> signatures of the kept units in standard deviations, and their covariance."""
 
 
@@ -49,7 +49,7 @@ class Suspect:
     kinds: tuple[str, str]
     columns: Mapping[str, int]
     layers: Sequence[Mapping[str, Int8[np.ndarray, "_ S"]]]
-    moments: Mapping[int, Moments]
+    moments: Mapping[int, MomentSignatures]
     names: Sequence[str]
     part: str | None = None
 
@@ -141,7 +141,7 @@ def layers_with_samples(arch: Arch) -> list[int]:
 
     Those of models with experts sample MLPs: at the same parts of the depth, unless some layers have fewer.
     """
-    places = mlp_places(arch)
+    places = mlp_indices(arch)
     return sorted({*sampled_layers(arch.num_layers), *(places[i][0] for i in sampled_layers(len(places)))})
 
 
@@ -156,7 +156,7 @@ def _with_moments(source: ParamSource) -> set[int]:
     return {i for i in range(source.arch.num_layers) if layer_of(source, i) in sampled}
 
 
-def _moments(readings: MomentReadings, kept: Int[np.ndarray, " K"]) -> Moments:
+def _moments(readings: MomentReadings, kept: Int[np.ndarray, " K"]) -> MomentSignatures:
     found = {}
     for name, (signatures, live) in readings.items():
         own = np.intersect1d(kept, np.flatnonzero(live))

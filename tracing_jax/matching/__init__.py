@@ -2,8 +2,8 @@
 
 from tracing_jax.matching.assignment import Assignment, assign, optimal_assignment
 from tracing_jax.matching.coordinate import (
-    Blocks,
     Coordinate,
+    InnerSimilarity,
     Similarity,
     assign_in_groups,
     assign_nested,
@@ -19,11 +19,11 @@ from tracing_jax.matching.weights import WeightMatching, match_weights
 
 __all__ = [
     "Assignment",
-    "Blocks",
     "Coordinate",
     "DeviceRowReducer",
     "FactoredSimilarity",
     "HostRowReducer",
+    "InnerSimilarity",
     "RowReducer",
     "Shared",
     "Similarity",

@@ -10,7 +10,7 @@ from tracing_jax.axes import AxisTable
 from tracing_jax.matching.assignment import assign
 from tracing_jax.rewrites import Permutations
 
-Blocks = Callable[[int, int], Float[np.ndarray, "G G2"]]
+InnerSimilarity = Callable[[int, int], Float[np.ndarray, "G G2"]]
 """(unit i of base, unit j of ft) -> similarity of the units inside the two, at [g, h]."""
 
 
@@ -39,7 +39,7 @@ class Similarity:
     """
 
     units: Float[np.ndarray, "n n"]
-    nested: Blocks | None = None
+    nested: InnerSimilarity | None = None
 
 
 def coordinates(table: AxisTable, axes: Sequence[str]) -> list[Coordinate]:
@@ -82,7 +82,7 @@ def assign_in_groups(similarity: Float[np.ndarray, "n n"], groups: int) -> Int[n
 
 
 def assign_nested(
-    inner: Blocks, outer: Float[np.ndarray, "K K2"], groups: int = 1
+    inner: InnerSimilarity, outer: Float[np.ndarray, "K K2"], groups: int = 1
 ) -> tuple[Int[np.ndarray, " K"], Int[np.ndarray, "K G"]]:
     """Returns p and r of greatest `sum_k outer[k, p[k]] + sum_kg inner(k, p[k])[g, r[k, g]]`, exactly.
 

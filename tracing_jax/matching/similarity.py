@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from tracing_jax.axes import AxisTable
 from tracing_jax.blocked_matmul import accumulate_matmul
-from tracing_jax.matching.coordinate import Blocks, Coordinate, Similarity
+from tracing_jax.matching.coordinate import Coordinate, InnerSimilarity, Similarity
 from tracing_jax.rewrites import Dims, Permutations, take_units, unit_moves
 from tracing_jax.tree import Tree, flatten, to_host
 
@@ -131,7 +131,7 @@ class _NestedDimension(NamedTuple):
     moves: tuple[Dims, list[np.ndarray]]
 
 
-def _blocks(pairs: WeightPairs, dimensions: Sequence[_NestedDimension], n: int, size: int) -> Blocks:
+def _blocks(pairs: WeightPairs, dimensions: Sequence[_NestedDimension], n: int, size: int) -> InnerSimilarity:
     """Returns the similarity of the units inside any two units: computed at once, or block by block if large."""
     if 4 * (n * size) ** 2 <= _NESTED_BYTES:
         whole = jnp.zeros((n, size, n, size))

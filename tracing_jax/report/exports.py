@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tracing_jax.record import digest_of
+from tracing_jax.record import record_digest
 from tracing_jax.report.formatting import claim_text, requested_model, verdict_word
 
 Record = Mapping[str, Any]
@@ -169,7 +169,7 @@ def in_toto(records: Sequence[Record], failing: Sequence[bool]) -> dict[str, Any
 
 
 def _digest(record: Record) -> str:
-    return str(record.get("digest") or digest_of(record))
+    return str(record.get("digest") or record_digest(record))
 
 
 FORMATS: Mapping[str, Callable[[Sequence[Record], Sequence[bool]], dict[str, Any]]] = {

@@ -1,7 +1,7 @@
 """`ParamSource`: a model's params, subtree by subtree. Sources wrap one another lazily."""
 
 from tracing_jax.sources.lazy_leaves import leaf, params_of
-from tracing_jax.sources.mlps import MlpsAsLayers, Place, layer_of, mlp_places, one_mlp, origin, whole_model
+from tracing_jax.sources.mlps import MlpIndex, MlpsAsLayers, layer_of, mlp_indices, one_mlp, origin, whole_model
 from tracing_jax.sources.prefetch import PrefetchingSource
 from tracing_jax.sources.source import (
     InMemory,
@@ -19,9 +19,9 @@ from tracing_jax.sources.transforms import MappedSource, rewritten, rewritten_do
 __all__ = [
     "InMemory",
     "MappedSource",
+    "MlpIndex",
     "MlpsAsLayers",
     "ParamSource",
-    "Place",
     "PrefetchingSource",
     "Submodel",
     "has_embeddings",
@@ -29,7 +29,7 @@ __all__ = [
     "is_resident",
     "layer_of",
     "leaf",
-    "mlp_places",
+    "mlp_indices",
     "one_mlp",
     "origin",
     "params_of",

@@ -19,13 +19,13 @@ _DENSE: dict[str, Any] = {
     "num_experts": None, "experts_per_token": None, "layer_experts": (), "shared_mlp_dim": None, "shared_gate": False
 }  # fmt: skip
 
-Place = tuple[int, int | None]
+MlpIndex = tuple[int, int | None]
 """Layer and expert; -1 is the MLP beside the experts, None that of a layer without experts."""
 
 
-def mlp_places(arch: Arch) -> list[Place]:
+def mlp_indices(arch: Arch) -> list[MlpIndex]:
     """Returns where the MLPs of a model are, layer by layer; in each the experts come first."""
-    places: list[Place] = []
+    places: list[MlpIndex] = []
     for layer in range(arch.num_layers):
         if not arch.has_experts(layer):
             places.append((layer, None))
@@ -45,10 +45,10 @@ class OneMlp(InMemory):
     """
 
     source: ParamSource
-    place: Place
+    place: MlpIndex
 
 
-def origin(source: ParamSource, layer: int) -> tuple[ParamSource, Place]:
+def origin(source: ParamSource, layer: int) -> tuple[ParamSource, MlpIndex]:
     """Returns the model that the MLP of a layer belongs to, and its place there; the source itself if it is no view."""
     if isinstance(source, OneMlp):
         return source.source, source.place
@@ -108,7 +108,7 @@ class MlpsAsLayers:
     """
 
     source: ParamSource
-    chosen: tuple[Place, ...] | None = None
+    chosen: tuple[MlpIndex, ...] | None = None
     _kept: dict[int, Tree] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -116,9 +116,9 @@ class MlpsAsLayers:
         return ("mlp", self.source.arch.mlp_norm, "mlp_post_norm")
 
     @cached_property
-    def places(self) -> list[Place]:
+    def places(self) -> list[MlpIndex]:
         """Where each MLP is in the model."""
-        return mlp_places(self.source.arch) if self.chosen is None else list(self.chosen)
+        return mlp_indices(self.source.arch) if self.chosen is None else list(self.chosen)
 
     @cached_property
     def arch(self) -> Arch:

@@ -46,7 +46,7 @@ _HOLM = "Holm's minimum over layers"
 
 
 @dataclass(frozen=True)
-class Compared:
+class PairAgreements:
     """All agreements of two models.
 
     Attributes:
@@ -98,7 +98,9 @@ def matchings(
         return dict(zip(similarities, threads.map(matched, similarities)))
 
 
-def nulls_of(compared: Compared, pair: Pair, compare: Callable[[Pair, str], Compared], level: float) -> dict[str, Null]:
+def nulls_of(
+    compared: PairAgreements, pair: Pair, compare: Callable[[Pair, str], PairAgreements], level: float
+) -> dict[str, Null]:
     """Returns the null of every agreement, with an allowance from control models where the pair has them.
 
     Args:
@@ -138,7 +140,7 @@ def agreement_tests(name: str, layers: Sequence[Comparison], null: Null, places:
 def agreement_result(
     statistic: str,
     pair: Pair,
-    compared: Compared,
+    compared: PairAgreements,
     nulls: Mapping[str, Null],
     label: str,
     places: Sequence[str],

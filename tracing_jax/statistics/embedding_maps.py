@@ -13,18 +13,18 @@ from tracing_jax.rewrites import gain_offset
 from tracing_jax.sources import ParamSource
 from tracing_jax.tree import taken, to_host
 
-Part = Literal["embedding", "head"]
+TokenMatrix = Literal["embedding", "head"]
 
 _RIDGE = 1e-6
 """Of the mean variance of a feature: keeps least squares defined where tokens are fewer than features."""
 
 
-def token_parts(base: Arch, ft: Arch) -> tuple[Part, ...]:
+def token_parts(base: Arch, ft: Arch) -> tuple[TokenMatrix, ...]:
     """Returns the parts with a row for each token that both models have of their own: a tied head has none."""
     return ("embedding",) if base.tied or ft.tied else ("embedding", "head")
 
 
-def token_rows(model: ParamSource, part: Part, ids: Int[np.ndarray, " S"]) -> Float[np.ndarray, "S D"]:
+def token_rows(model: ParamSource, part: TokenMatrix, ids: Int[np.ndarray, " S"]) -> Float[np.ndarray, "S D"]:
     """Returns the rows of these tokens in the embedding, or in an untied head times the gain of the final norm.
 
     A rotation of the residual stream turns both by the same matrix; a change of that gain leaves both as they are.

@@ -27,7 +27,7 @@ from tracing_jax.statistics.mlp_rows import unit_length
 from tracing_jax.statistics.pvalues import bonferroni
 from tracing_jax.tree import Tree, flatten, taken, to_host
 
-Moments = Sequence[Float[Array, "_ D"]]
+FactoredMoments = Sequence[Float[Array, "_ D"]]
 """For each second moment `M = P^T P` the rows P, scaled to length one."""
 
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -60,7 +60,9 @@ def moments_of(
     return found + [jnp.concatenate(some) for some in by_name.values()]
 
 
-def signatures(layer: Tree, arch: Arch, moments: Moments, num_singular_values: int) -> Float[np.ndarray, "K G F"]:
+def signatures(
+    layer: Tree, arch: Arch, moments: FactoredMoments, num_singular_values: int
+) -> Float[np.ndarray, "K G F"]:
     """Returns the signature of each query head of a layer."""
     query, key, value, output = (np.asarray(w, np.float32) for w in _head_weights(layer, arch))
     parts = []

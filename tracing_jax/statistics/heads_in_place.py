@@ -36,7 +36,7 @@ _LABEL = "attention heads that stay in place (kv heads, and queries inside them)
 
 
 @dataclass(frozen=True)
-class _Place:
+class _LayerPair:
     """Matchings at one place: of a layer's kv heads, or of the queries inside each kv head.
 
     Attributes:
@@ -133,16 +133,16 @@ def _layers(pair: Pair) -> list[int]:
     return [i for i in range(layers_in_common(pair)) if i not in inactive]
 
 
-def _places(cosines: Float[np.ndarray, "K G K G"], layer: int, pair: Pair) -> Iterator[_Place]:
+def _places(cosines: Float[np.ndarray, "K G K G"], layer: int, pair: Pair) -> Iterator[_LayerPair]:
     """Yields how many kv heads of a layer are matched to themselves, and how many queries inside them."""
     K, G = cosines.shape[:2]
     if K > 1:
         values = np.array([[_best(cosines[k, :, j]) for j in range(K)] for k in range(K)])
         matched = _matched(values, pair, layer, "kv heads")
-        yield _Place(f"layer {layer}, kv heads", int(matched[:, 2].sum()), [K], matched)
+        yield _LayerPair(f"layer {layer}, kv heads", int(matched[:, 2].sum()), [K], matched)
     if G > 1:
         matched = np.concatenate([_matched(cosines[k, :, k], pair, layer, k) for k in range(K)])
-        yield _Place(f"layer {layer}, queries", int(matched[:, 2].sum()), [G] * K, matched)
+        yield _LayerPair(f"layer {layer}, queries", int(matched[:, 2].sum()), [G] * K, matched)
 
 
 def _best(similarity: Float[np.ndarray, "G G"]) -> float:
@@ -160,7 +160,7 @@ def _matched(similarity: Float[np.ndarray, "n n"], pair: Pair, *names: str | int
     return np.stack([own, others.max(axis=1), base == ft], axis=1)
 
 
-def _outstanding_log10_p(places: Sequence[_Place]) -> float:
+def _outstanding_log10_p(places: Sequence[_LayerPair]) -> float:
     """Returns the p-value of the heads in place that are more similar than an order chosen afterwards makes them.
 
     As `placed_beyond_order`, for kv heads and queries apart: their similarities have different scales.
@@ -175,7 +175,7 @@ def _outstanding_log10_p(places: Sequence[_Place]) -> float:
     return composite_agreement_log_sf(outstanding, sampled, OUTSTANDING, 1.0) / LN10
 
 
-def _test(places: Sequence[_Place]) -> Test:
+def _test(places: Sequence[_LayerPair]) -> Test:
     sizes = [size for place in places for size in place.sizes]
     log_p = total_agreement_log_sf(sum(place.agreeing for place in places), sizes)
     return Test(
@@ -188,7 +188,7 @@ def _test(places: Sequence[_Place]) -> Test:
     )
 
 
-def _notes(pair: Pair, places: Sequence[_Place]) -> list[str]:
+def _notes(pair: Pair, places: Sequence[_LayerPair]) -> list[str]:
     sizes = [size for place in places for size in place.sizes]
     least = -sum(math.lgamma(size + 1) for size in sizes) / LN10
     notes = [f"p is at least 10^{least:.1f}: that of {sum(sizes)} heads in place in {len(sizes)} matchings"]

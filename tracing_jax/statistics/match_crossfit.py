@@ -14,7 +14,7 @@ from tracing_jax.progress import tqdm
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.agreement import (
     Agreements,
-    Compared,
+    PairAgreements,
     agreement_result,
     agreements,
     dense_not_applicable,
@@ -93,7 +93,7 @@ class MatchCrossfit(options.MatchCrossfit):
         nulls = nulls_of(compared, pair, self._compared, self.level)
         return agreement_result("match_crossfit", pair, compared, nulls, label, places)
 
-    def _compared(self, pair: Pair, name: str) -> Compared:
+    def _compared(self, pair: Pair, name: str) -> PairAgreements:
         """Returns the agreements of every layer in both splits, held out, and those of controls of all folds."""
         all_folds = folds(pair.base.arch.num_layers)
         places = control_places(all_folds, pair.generator("match_crossfit", "controls"))
@@ -110,7 +110,7 @@ class MatchCrossfit(options.MatchCrossfit):
                 names = ("match_crossfit", name, fold.name, "control", i, j)
                 found = compare_rows(samples[i][0], samples[j][1], rotation, pair, names)
                 controls.append(_named(found, SPLITS))  # few layers give few controls: both splits share them
-        return Compared(layers, controls)
+        return PairAgreements(layers, controls)
 
     def _rotation(self, pair: Pair, fold: Fold, name: str) -> Float[Array, "D2 D"]:
         """Returns the rotation learnt from the training layers of a fold."""

@@ -35,7 +35,14 @@ from tracing_jax.statistics.match import compare_taps
 from tracing_jax.statistics.nulls import composite_agreement_log_sf
 from tracing_jax.statistics.pvalues import bonferroni
 from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies, depths_not_applicable
-from tracing_jax.statistics.students import TAPS, Recipe, Student, fit_student, residual_up, student_correlations
+from tracing_jax.statistics.students import (
+    TAPS,
+    Student,
+    StudentTraining,
+    fit_student,
+    residual_up,
+    student_correlations,
+)
 
 _FFN_TAPS = ("mlp_input", "mlp_output")
 _WEAK = 0.5  # explained variance, below which a student is too unlike its teacher to be evidence
@@ -104,9 +111,11 @@ class MatchDistilled(options.MatchDistilled):
             effect=agreement_effect(found.layers["whole"]),
         ).for_pair(pair)
 
-    def recipe(self, base: Arch, ft: Arch) -> Recipe:
+    def recipe(self, base: Arch, ft: Arch) -> StudentTraining:
         """Returns the hyperparameters of both models' students, which have one width."""
-        return Recipe(self.units or min(base.mlp_dim, ft.mlp_dim), self.steps, self.batch, self.rate, self.decay)
+        return StudentTraining(
+            self.units or min(base.mlp_dim, ft.mlp_dim), self.steps, self.batch, self.rate, self.decay
+        )
 
     def _compared(self, base: ParamSource, ft: ParamSource, pair: Pair, name: str) -> "_Compared":
         assert pair.blocks is not None
@@ -129,7 +138,7 @@ class MatchDistilled(options.MatchDistilled):
         )
 
     def _layer(
-        self, i: int, sides: Sequence[tuple[np.ndarray, np.ndarray]], recipe: Recipe, pair: Pair, name: str
+        self, i: int, sides: Sequence[tuple[np.ndarray, np.ndarray]], recipe: StudentTraining, pair: Pair, name: str
     ) -> "_Layer":
         """Returns the comparisons of the students of one layer, given both FFNs' inputs and outputs."""
         seeds = student_seeds(pair, name, i)

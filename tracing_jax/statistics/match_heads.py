@@ -15,7 +15,7 @@ from tracing_jax.arch import Arch
 from tracing_jax.progress import tqdm
 from tracing_jax.rewrites import gain_offset
 from tracing_jax.sources import ParamSource
-from tracing_jax.statistics.agreement import Compared, agreements, nulls_of
+from tracing_jax.statistics.agreement import PairAgreements, agreements, nulls_of
 from tracing_jax.statistics.calibration import BY_CONVERGENCE, MARGIN, Null
 from tracing_jax.statistics.comparison import (
     Comparison,
@@ -29,11 +29,11 @@ from tracing_jax.statistics.distinct_units import SILENT
 from tracing_jax.statistics.head_kernels import HEAD_LEAVES, head_kernels, inactive_attention
 from tracing_jax.statistics.head_null import heads_log_sf
 from tracing_jax.statistics.mlp_rows import gain_of, unit_length
-from tracing_jax.statistics.shared_tokens import TokenRows, token_rows, tokens_not_applicable
+from tracing_jax.statistics.shared_tokens import TokenRows, shared_token_rows, tokens_not_applicable
 from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies, depths_not_applicable
 from tracing_jax.tree import Tree, to_host
 
-Forms = Mapping[str, Float[np.ndarray, "heads S2"]]
+HeadMatrices = Mapping[str, Float[np.ndarray, "heads S2"]]
 """`attention`, `output` -> the form of each query head over pairs of tokens, centred both ways, of length one."""
 
 _PAIRS = [("attention", "output")]
@@ -105,10 +105,10 @@ class MatchHeads(options.MatchHeads):
             **reserved(tests, BY_CONVERGENCE),
         ).for_pair(pair)
 
-    def _compared(self, pair: Pair, name: str) -> Compared:
+    def _compared(self, pair: Pair, name: str) -> PairAgreements:
         """Returns the agreement of the heads of each layer, and of control pairs of layers."""
         tokens = [
-            _directions(side) for side in token_rows(pair, self.max_tokens, "match_heads")
+            _directions(side) for side in shared_token_rows(pair, self.max_tokens, "match_heads")
         ]  # fmt: skip
         bar = tqdm(range(pair.base.arch.num_layers), desc="match_heads", unit="layer", disable=None)
         forms = [tuple(head_forms(model, i, own) for model, own in zip((pair.base, pair.ft), tokens)) for i in bar]
@@ -119,7 +119,7 @@ class MatchHeads(options.MatchHeads):
             return agreements(found, _PAIRS, pair, ("match_heads", name, i, j))
 
         places = control_places(len(forms), pair.generator("match_heads", "controls"))
-        return Compared([compare(i, i) for i in range(len(forms))], [compare(i, j) for i, j in places])
+        return PairAgreements([compare(i, i) for i in range(len(forms))], [compare(i, j) for i, j in places])
 
 
 def _effect(layers: Sequence[Comparison]) -> str:
@@ -141,7 +141,7 @@ def groups_of(base: Arch, ft: Arch) -> tuple[int, int]:
     return K, -(-heads // K)
 
 
-def head_forms(model: ParamSource, layer: int, tokens: TokenRows) -> Forms:
+def head_forms(model: ParamSource, layer: int, tokens: TokenRows) -> HeadMatrices:
     """Returns the two forms of every query head of a layer, heads in the order of kv heads and queries.
 
     A head that writes next to nothing could be another model's, planted: its output is zero, so that it takes no part.

@@ -21,7 +21,7 @@ from tracing_jax.run_cache import RunCache
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.agreement import (
     Agreements,
-    Compared,
+    PairAgreements,
     agreement_result,
     agreements,
     dense_not_applicable,
@@ -32,7 +32,7 @@ from tracing_jax.statistics.calibration import control_pairs
 from tracing_jax.statistics.comparison import Comparison
 from tracing_jax.statistics.distinct_units import distinct_units
 from tracing_jax.statistics.mlp_rows import mlp_row_leaves, mlp_rows
-from tracing_jax.statistics.shared_tokens import TokenRows, token_rows, tokens_not_applicable
+from tracing_jax.statistics.shared_tokens import TokenRows, shared_token_rows, tokens_not_applicable
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies, depths_not_applicable
 
 Responses = Mapping[str, Float[np.ndarray, "_ _"]]
@@ -81,10 +81,10 @@ class MatchIo(options.MatchIo):
             [f"layer {i}" for i in range(len(compared.layers))],
         )
 
-    def _compared(self, pair: Pair, name: str) -> Compared:
+    def _compared(self, pair: Pair, name: str) -> PairAgreements:
         """Returns the agreements of the layers of a pair, and those of control pairs of layers."""
         base, ft, run_cache = pair.base, pair.ft, pair.run_cache.scope("match_io", name)
-        tokens = token_rows(pair, self.max_tokens, "match_io")
+        tokens = shared_token_rows(pair, self.max_tokens, "match_io")
         gated = base.arch.gated and ft.arch.gated
         layers: list[Agreements] = []
         samples: list[tuple[Responses, Responses]] = []
@@ -102,7 +102,7 @@ class MatchIo(options.MatchIo):
             found = similarities(samples[i][0], samples[j][1])
             return agreements(found, compared_pairs(gated), pair, ("match_io", name, "control", i, j))
 
-        return Compared(layers, [control(i, j) for i, j in places])
+        return PairAgreements(layers, [control(i, j) for i, j in places])
 
     def _layer(
         self, pair: Pair, ours: Responses, theirs: Responses, names: Sequence[str | int]

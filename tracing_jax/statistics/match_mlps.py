@@ -11,7 +11,7 @@ import numpy as np
 from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.progress import tqdm
-from tracing_jax.sources import MlpsAsLayers, Place, mlp_places
+from tracing_jax.sources import MlpIndex, MlpsAsLayers, mlp_indices
 from tracing_jax.statistics.comparison import Comparison, bonferroni_log10, reserved, unit_notes
 from tracing_jax.statistics.cosine import similarities
 from tracing_jax.statistics.csu import unit_rows
@@ -55,7 +55,7 @@ class MatchMlps(options.MatchMlps):
         if len(vocabularies.ids_base) < 2:
             lines.append("the vocabularies share no tokens whose embeddings could be compared")
         if chosen_places(base, ft, self.max_pairs, np.random.default_rng(0)) is None:
-            pairs = len(mlp_places(base)) * len(mlp_places(ft))
+            pairs = len(mlp_indices(base)) * len(mlp_indices(ft))
             lines.append(
                 f"{pairs:,} pairs of MLPs are more than match_mlps.max_pairs = {self.max_pairs:,}; only of models of "
                 "equal depth can some be drawn"
@@ -81,7 +81,7 @@ class MatchMlps(options.MatchMlps):
             tests += [replace(test, name=f"units in place, {test.name}") for test in placed]
             notes += unit_notes(list(compared.values()))
         found = matched.layer_map["pairs"] + matched.layer_map["copies"]
-        is_part = len(base.places) < len(mlp_places(pair.base.arch))
+        is_part = len(base.places) < len(mlp_indices(pair.base.arch))
         return Result(
             headline=len({row["base"] for row in found}) / base.arch.num_layers
             if is_part
@@ -121,13 +121,13 @@ class MatchMlps(options.MatchMlps):
 
 def chosen_places(
     base: Arch, ft: Arch, most: int, generator: np.random.Generator
-) -> tuple[tuple[Place, ...], tuple[Place, ...]] | None:
+) -> tuple[tuple[MlpIndex, ...], tuple[MlpIndex, ...]] | None:
     """Returns which MLPs of base are compared with which of ft, at most so many pairs; None if that cannot be.
 
     Of large mixtures of equal depth some MLPs of base are drawn, in a few layers, and looked for among all that ft has
     in these layers: experts can be permuted in their layer, and each of the pairs is paid for.
     """
-    places = mlp_places(base), mlp_places(ft)
+    places = mlp_indices(base), mlp_indices(ft)
     if len(places[0]) * len(places[1]) <= most:
         return tuple(places[0]), tuple(places[1])
     widest = max(sum(layer == i for layer, _ in places[1]) for i in range(ft.num_layers))
@@ -135,7 +135,7 @@ def chosen_places(
     if base.num_layers != ft.num_layers or count < 1:
         return None
     layers = sorted(int(i) for i in generator.choice(base.num_layers, count, replace=False))
-    drawn: list[Place] = []
+    drawn: list[MlpIndex] = []
     for layer in layers:
         own = [place for place in places[0] if place[0] == layer]
         few = generator.choice(len(own), min(len(own), most // (count * count * widest)), replace=False)
@@ -144,7 +144,7 @@ def chosen_places(
 
 
 def _drawn(pair: Pair, base: MlpsAsLayers, ft: MlpsAsLayers) -> list[str]:
-    every = len(mlp_places(pair.base.arch))
+    every = len(mlp_indices(pair.base.arch))
     if len(base.places) == every:
         return []
     layers = ", ".join(map(str, dict.fromkeys(layer for layer, _ in base.places)))

@@ -10,7 +10,7 @@ from tracing_jax.arch import Arch
 from tracing_jax.rewrites import gain_offset
 from tracing_jax.tree import Tree
 
-Rows = dict[str, Float[Array, "F D"]]
+MlpRows = dict[str, Float[Array, "F D"]]
 """`gate` (if the MLP has one), `up`, `down` -> a row for each unit."""
 
 
@@ -20,7 +20,7 @@ def mlp_row_leaves(arch: Arch) -> tuple[str, ...]:
     return (*kernels, arch.mlp_norm, "mlp_post_norm")
 
 
-def mlp_rows(layer: Tree, arch: Arch) -> Rows:
+def mlp_rows(layer: Tree, arch: Arch) -> MlpRows:
     """Returns what each unit reads (gate and up rows) and writes (down rows), float32.
 
     Rows that read have the gain of the norm before the MLP, rows that write that of the norm after it, if there are

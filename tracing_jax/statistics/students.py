@@ -15,7 +15,7 @@ from tracing_jax.options import MatchDistilled
 
 TAPS = ("gate", "up", "rest")
 
-Weights = dict[str, Float[Array, "_ _"]]
+StudentWeights = dict[str, Float[Array, "_ _"]]
 
 _HELD_OUT = 16  # one of so many samples is held out
 _OUTLIER = 10.0  # times the median norm of the outputs
@@ -23,7 +23,7 @@ _DEAD = 1e-6  # norm below which weight decay has removed a unit, and its respon
 
 
 @dataclass(frozen=True)
-class Recipe:
+class StudentTraining:
     """Hyperparameters of a student's training.
 
     Attributes:
@@ -57,7 +57,9 @@ class Student:
     left_out: float
 
 
-def fit_student(x: Float[np.ndarray, "S D"], y: Float[np.ndarray, "S D"], recipe: Recipe, seed: int) -> Student:
+def fit_student(
+    x: Float[np.ndarray, "S D"], y: Float[np.ndarray, "S D"], recipe: StudentTraining, seed: int
+) -> Student:
     """Returns a student of the FFN that maps x to y; initial weights and minibatches follow from the seed.
 
     Inputs are divided by one number, outputs too after their mean is subtracted, and initial weights are Gaussian, so
@@ -122,7 +124,7 @@ def _check(x: np.ndarray, y: np.ndarray) -> None:
         raise ValueError("no student can be fitted to this FFN: " + "; ".join(lines))
 
 
-def _initial(key: PRNGKeyArray, D: int, F: int) -> Weights:
+def _initial(key: PRNGKeyArray, D: int, F: int) -> StudentWeights:
     """Returns Gaussian weights under which every unit's pre-activations have variance 1 on standardised inputs."""
     shapes = {"gate": (D, F), "up": (D, F), "down": (F, D)}
     keys = jax.random.split(key, len(shapes))
@@ -130,25 +132,27 @@ def _initial(key: PRNGKeyArray, D: int, F: int) -> Weights:
 
 
 @jax.jit
-def _output(weights: Weights, x: Float[Array, "S D"]) -> Float[Array, "S D"]:
+def _output(weights: StudentWeights, x: Float[Array, "S D"]) -> Float[Array, "S D"]:
     gate, up = (jnp.matmul(x, weights[name], precision="highest") for name in ("gate", "up"))
     return jnp.matmul(jax.nn.silu(gate) * up, weights["down"], precision="highest")
 
 
 @functools.partial(jax.jit, static_argnames="recipe")
 def _trained(
-    weights: Weights, key: PRNGKeyArray, x: Float[Array, "S D"], y: Float[Array, "S D"], recipe: Recipe
-) -> Weights:
+    weights: StudentWeights, key: PRNGKeyArray, x: Float[Array, "S D"], y: Float[Array, "S D"], recipe: StudentTraining
+) -> StudentWeights:
     """Returns the trained weights; the loop compiles once for all layers of one shape."""
     import optax  # slow to import, and only training needs it
 
     adam = optax.scale_by_adam()
     cosine = optax.cosine_decay_schedule(1.0, recipe.steps)
 
-    def loss(weights: Weights, rows: Int[Array, " B"]) -> Float[Array, ""]:
+    def loss(weights: StudentWeights, rows: Int[Array, " B"]) -> Float[Array, ""]:
         return jnp.square(_output(weights, x[rows]) - y[rows]).mean()
 
-    def step(carry: tuple[Weights, optax.OptState], t: Int[Array, ""]) -> tuple[tuple[Weights, optax.OptState], None]:
+    def step(
+        carry: tuple[StudentWeights, optax.OptState], t: Int[Array, ""]
+    ) -> tuple[tuple[StudentWeights, optax.OptState], None]:
         weights, state = carry
         rows = jax.random.randint(jax.random.fold_in(key, t), (recipe.batch,), 0, len(x))
         directions, state = adam.update(jax.grad(loss)(weights, rows), state)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tracing_jax.arch import Arch
 from tracing_jax.matching import UnitMatching, match_units
 from tracing_jax.statistics.distinct_units import DistinctUnits
-from tracing_jax.statistics.mlp_rows import Rows, mlp_rows, unit_length
+from tracing_jax.statistics.mlp_rows import MlpRows, mlp_rows, unit_length
 from tracing_jax.statistics.unit_signatures import log_quadratic_forms, signature_correlations
 from tracing_jax.tree import Tree, taken
 
@@ -35,7 +35,7 @@ class Units:
         grows with it, and no scaling of its rows that keeps the function changes it.
     """
 
-    rows: Rows
+    rows: MlpRows
     live: Bool[np.ndarray, " F"]
     weight: Float[np.ndarray, " F"]
 

@@ -25,7 +25,7 @@ from tracing_jax.statistics.comparison import (
     reserved,
     share_agreeing,
 )
-from tracing_jax.statistics.embedding_maps import Part, feature_map, token_parts, token_rows
+from tracing_jax.statistics.embedding_maps import TokenMatrix, feature_map, token_parts, token_rows
 from tracing_jax.statistics.pvalues import bonferroni
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies
 
@@ -101,7 +101,7 @@ class UnseenTokens(options.UnseenTokens):
                 if comparison.units >= 2:
                     yield f"{part}, {group}", comparison
 
-    def _mapping(self, pair: Pair, part: Part) -> "_Mapping":
+    def _mapping(self, pair: Pair, part: TokenMatrix) -> "_Mapping":
         """Returns the function that gives the rows of both models in the same features; the map is learnt at need."""
         ordinary = _ordinary(pair.vocabularies)
         drawn = np.sort(pair.generator("unseen_tokens", "tokens").permutation(len(ordinary[0]))[: self.max_tokens])
@@ -125,7 +125,7 @@ _Mapping = Callable[
 ]
 
 
-def _compare(mapped: _Mapping, part: Part, group: str, pair: Pair) -> Comparison:
+def _compare(mapped: _Mapping, part: TokenMatrix, group: str, pair: Pair) -> Comparison:
     """Returns the comparison with the identity of the matching of one group's rows, of those that count in both models.
 
     Exact if the rows that count in one model are exchangeable among themselves: which these are decides, in both models

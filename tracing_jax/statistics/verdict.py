@@ -57,7 +57,7 @@ _OF_ANY_LAYERS = ("match_all", "match_mlps")
 """Statistics that compare every layer with every other, and not those of equal index; so does `match_moments` where the
 models differ in depth."""
 
-Word = Literal["identical", "related", "no_evidence", "undecided", "not_testable", "not_asked"]
+VerdictName = Literal["identical", "related", "no_evidence", "undecided", "not_testable", "not_asked"]
 
 UNDECIDED_BELOW = 0.05
 _EVIDENCE = 20
@@ -128,7 +128,7 @@ class Verdict:
       identical: how many tensors are identical, where that was looked at.
     """
 
-    verdict: Word
+    verdict: VerdictName
     meaning: str
     level: float
     explanations: Sequence[str] = ()
@@ -176,7 +176,7 @@ def verdict(results: Mapping[str, Result], level: float, identical: Identity | N
     reasons = {name: result.not_applicable for name, result in deciding.items() if result.not_applicable}
     whole = identical is not None and identical.is_whole
     if not found:
-        word: Word = "identical" if whole else "not_testable" if deciding else "not_asked"
+        word: VerdictName = "identical" if whole else "not_testable" if deciding else "not_asked"
         meaning = _meaning(word, level, identical=identical, reasons=reasons, scope=scope)
         return Verdict(word, meaning, level, not_applicable=reasons, identical=identical)
     adjusted = _holm({name: result.log10_p for name, result in found.items()})
@@ -224,7 +224,7 @@ def _sees_all(name: str, result: Result) -> bool:
     return name in HIDING and result.blind_to == () and has_units
 
 
-def word_of(log10_p: float, firm_log10_p: float, level: float, sees_all_rewrites: bool) -> Word:
+def word_of(log10_p: float, firm_log10_p: float, level: float, sees_all_rewrites: bool) -> VerdictName:
     """Returns the verdict by the smallest adjusted p-values of a pair, with and without reservations."""
     if firm_log10_p < math.log10(level):
         return "related"
@@ -316,7 +316,7 @@ def _shown(result: Result, log10_p: float, floor: float) -> float:
 
 
 def _meaning(
-    word: Word,
+    word: VerdictName,
     level: float,
     identical: Identity | None = None,
     reasons: Mapping[str, str] | None = None,

@@ -25,7 +25,7 @@ from tracing_jax.checkpoint import Checkpoint
 from tracing_jax.experiment.metadata import file_stamps
 from tracing_jax.experiment.models import open_model
 from tracing_jax.experiment.signing import signature_of, suspect_of
-from tracing_jax.library import Match, Signature, Suspect, scan
+from tracing_jax.library import Signature, SignatureMatch, Suspect, scan
 from tracing_jax.library.comparison import MOMENTS, RESPONSES
 from tracing_jax.library.signature_file import SUFFIX, read_signature, write_signature
 from tracing_jax.options import RunOptions
@@ -237,7 +237,7 @@ def _traces(place: _Models, files: _Library, model: str, name: str) -> _Found:
     return found
 
 
-def _log10_p(match: Match, suspect: Suspect) -> float | None:
+def _log10_p(match: SignatureMatch, suspect: Suspect) -> float | None:
     """Returns the smaller of the two p-values; None where no test applies."""
     if match.log10_p is None:
         return None

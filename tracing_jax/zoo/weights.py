@@ -22,7 +22,7 @@ from tracing_jax.sources import ParamSource, subtrees
 from tracing_jax.tree import flatten, to_host
 
 MODELS = "models"
-FORMAT = 2  # raise when what is measured changes: older files are measured again
+MEASURES_FORMAT = 2  # raise when what is measured changes: older files are measured again
 
 _DIRECTED = ("embed/embedding", "head/lm_head")
 """The matrices whose directions are counted: the two that always lose some in training."""
@@ -77,7 +77,12 @@ def write_model_measures(folder: Path, model_name: str, model_id: str, source: P
     """Measures a model and writes the result atomically into the folder of a zoo; returns the file."""
     file = model_measures_file(folder, model_name)
     file.parent.mkdir(parents=True, exist_ok=True)
-    content = {"format": FORMAT, "id": model_id, "num_layers": source.arch.num_layers, **weight_measures(source)}
+    content = {
+        "format": MEASURES_FORMAT,
+        "id": model_id,
+        "num_layers": source.arch.num_layers,
+        **weight_measures(source),
+    }
     atomic_write(file, json.dumps(plain(content), indent=1).encode())
     return file
 
@@ -88,7 +93,7 @@ def read_model_measures(folder: Path, model_name: str) -> dict[str, Any] | None:
         content = json.loads(model_measures_file(folder, model_name).read_bytes())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    return content if content.get("format") == FORMAT else None
+    return content if content.get("format") == MEASURES_FORMAT else None
 
 
 def _leaves(source: ParamSource) -> Iterator[tuple[str, np.ndarray]]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tracing_jax.checkpoint.errors import CheckpointError, UnsupportedMetadataError
-from tracing_jax.checkpoint.gguf.derived import Config
+from tracing_jax.checkpoint.gguf.derived import HfConfig
 from tracing_jax.checkpoint.gguf.families import GGUF_ARCHITECTURES, GGUF_FAMILIES
 from tracing_jax.checkpoint.gguf.header import GgufHeader
 from tracing_jax.checkpoint.gguf.needed import missing_keys
@@ -39,7 +39,7 @@ _YARN = {
 }  # fmt: skip
 
 
-def config_of(header: GgufHeader, factors: Callable[[str], np.ndarray]) -> Config:
+def config_of(header: GgufHeader, factors: Callable[[str], np.ndarray]) -> HfConfig:
     """Returns the content of the `config.json` of a model in a GGUF file.
 
     Args:
@@ -56,7 +56,7 @@ def config_of(header: GgufHeader, factors: Callable[[str], np.ndarray]) -> Confi
     family = GGUF_FAMILIES[name]
     values = {key.removeprefix(f"{name}."): value for key, value in header.metadata.items()}
     keys = {**family.common, **family.keys}
-    config: Config = {"model_type": family.model_type, **family.defaults}
+    config: HfConfig = {"model_type": family.model_type, **family.defaults}
     if asked := [key for key in values if key not in keys and _ASKS.fullmatch(key) and not _asks_nothing(key, values)]:
         raise UnsupportedMetadataError(
             f"{asked[0]} is {shortened(values[asked[0]])}, which is not read for models of the architecture {name}"
@@ -91,7 +91,7 @@ def _layer_types(pattern: Any, layers: int) -> list[str]:
     return ["sliding_attention" if has else "full_attention" for has in windows]
 
 
-def plain_config(metadata: Mapping[str, Any]) -> Config:
+def plain_config(metadata: Mapping[str, Any]) -> HfConfig:
     """Returns the metadata of a family that is not supported as a config, without what is no number or text."""
     name = str(metadata.get("general.architecture"))
     values = {
@@ -121,7 +121,7 @@ def _number(key: str, value: Any) -> Any:
     return value if isinstance(value, int) else float(np.float32(value))
 
 
-def _of_tensors(header: GgufHeader) -> Config:
+def _of_tensors(header: GgufHeader) -> HfConfig:
     """Returns what the tensors say: the size of the vocabulary, a head of its own, biases and norms."""
     tensors = header.tensors
     if "token_embd.weight" not in tensors:
@@ -140,8 +140,8 @@ def _of_tensors(header: GgufHeader) -> Config:
 
 
 def _rope_scaling(
-    header: GgufHeader, values: Mapping[str, Any], config: Config, factors: Callable[[str], np.ndarray]
-) -> Config:
+    header: GgufHeader, values: Mapping[str, Any], config: HfConfig, factors: Callable[[str], np.ndarray]
+) -> HfConfig:
     factor = values.get("rope.scaling.factor", values.get("rope.scale_linear"))
     kind = values.get("rope.scaling.type", "none" if factor in (None, 0, 1) else "linear")  # as llama.cpp takes it
     if "rope_factors_short.weight" in header.tensors:
@@ -162,14 +162,14 @@ def _rope_scaling(
     return {"rope_scaling": scaling}
 
 
-def _ropes_by_type(config: Config, scaling: Config) -> Config:
+def _ropes_by_type(config: HfConfig, scaling: HfConfig) -> HfConfig:
     """Returns the ropes of layers with a window and of those without, of which one kind has the scaling."""
     plain = {"rope_type": "default", "rope_theta": config.get("rope_theta")}
     kinds = dict.fromkeys(("full_attention", "sliding_attention"), plain)
     return {"rope_parameters": kinds | {config["_scaled"]: plain | scaling.get("rope_scaling", {})}}
 
 
-def _llama3(factors: np.ndarray, config: Config) -> Config:
+def _llama3(factors: np.ndarray, config: HfConfig) -> HfConfig:
     """Returns the scaling of Llama 3.1 of which a file holds only what it divides each frequency by.
 
     Raises:

@@ -8,25 +8,25 @@ from typing import Any
 
 from tracing_jax.checkpoint.errors import UnsupportedMetadataError
 
-Config = dict[str, Any]
+HfConfig = dict[str, Any]
 
 _EXPERTS_WITHOUT_GROUPS = 64  # of DeepSeek-V2-Lite and Moonlight; larger ones have groups or say that they have not
 _SOFTMAX, _SIGMOID = 1, 2  # of llama.cpp's functions of scores
 
 
-def mixtral(config: Config) -> Config:
+def mixtral(config: HfConfig) -> HfConfig:
     """With experts, a Llama is a Mixtral without a window."""
     return {"model_type": "mixtral", "sliding_window": None} if config.get("num_local_experts") else {}
 
 
-def gemma2(config: Config) -> Config:
+def gemma2(config: HfConfig) -> HfConfig:
     """Queries are scaled by the width of a head; in the largest Gemma 2 and 3 by that of the embedding per head."""
     per_head = config["hidden_size"] // config["num_attention_heads"]
     largest = config["num_hidden_layers"] in (46, 62)
     return {"query_pre_attn_scalar": per_head if largest else config.get("head_dim", per_head)}
 
 
-def phi3(config: Config) -> Config:
+def phi3(config: HfConfig) -> HfConfig:
     """A window of 0 is none; the ropes of a head may be on its first dims alone."""
     head_dim = config["hidden_size"] // config["num_attention_heads"]
     rope_dims = config.pop("rope_dims", head_dim)
@@ -35,47 +35,47 @@ def phi3(config: Config) -> Config:
     return lengths | {"partial_rotary_factor": rope_dims / head_dim}
 
 
-def _head_dim(config: Config) -> int:
+def _head_dim(config: HfConfig) -> int:
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
-def partial(config: Config) -> Config:
+def partial(config: HfConfig) -> HfConfig:
     """The ropes of a head may be on its first dims alone."""
     width = _head_dim(config)
     return {"partial_rotary_factor": config.get("_rope_dims", width) / width}
 
 
-def glm4(config: Config) -> Config:
+def glm4(config: HfConfig) -> HfConfig:
     """The width of a head is that of the embedding per head where the metadata have none."""
     return partial(config) | {"head_dim": _head_dim(config)}
 
 
-def biases(*names: str) -> Callable[[Config], Config]:
+def biases(*names: str) -> Callable[[HfConfig], HfConfig]:
     """Returns what sets attributes by whether queries, or a tensor of queries, keys and values, have a bias."""
     return lambda config: dict.fromkeys(names, config["attention_bias"] or config["_fused_bias"])
 
 
-def gpt_neox(config: Config) -> Config:
+def gpt_neox(config: HfConfig) -> HfConfig:
     """The ropes of a head may be on its first dims alone, and attention may have biases."""
     return {"rotary_pct": partial(config)["partial_rotary_factor"]} | biases("attention_bias")(config)
 
 
-def stablelm(config: Config) -> Config:
+def stablelm(config: HfConfig) -> HfConfig:
     """As in GPT-NeoX; queries and keys may have norms."""
     return partial(config) | biases("use_qkv_bias")(config) | {"qk_layernorm": config["_qk_norm"]}
 
 
-def olmo(config: Config) -> Config:
+def olmo(config: HfConfig) -> HfConfig:
     """Clipping at 0 is none."""
     return {"clip_qkv": config.get("clip_qkv") or None}
 
 
-def olmo2(config: Config) -> Config:
+def olmo2(config: HfConfig) -> HfConfig:
     """OLMo 3 is OLMo 2 with windows, and layers with one have a rope of their own, which is not scaled."""
     return {"model_type": "olmo3", "_scaled": "full_attention"} if config.get("sliding_window") else {}
 
 
-def exaone4(config: Config) -> Config:
+def exaone4(config: HfConfig) -> HfConfig:
     """Without a window, all layers have a rope; with one, every fourth has neither where no pattern is given.
 
     Of a model with 64 layers llama.cpp has the window as a constant.
@@ -86,17 +86,17 @@ def exaone4(config: Config) -> Config:
     )
 
 
-def cohere(config: Config) -> Config:
+def cohere(config: HfConfig) -> HfConfig:
     """Queries and keys may have norms."""
     return {"use_qk_norm": config["_qk_norm"]}
 
 
-def seed_oss(config: Config) -> Config:
+def seed_oss(config: HfConfig) -> HfConfig:
     """The outputs of attention may have a bias."""
     return {"attention_out_bias": config["_o_bias"]}
 
 
-def falcon(config: Config) -> Config:
+def falcon(config: HfConfig) -> HfConfig:
     """Of the names of norms, the order of fused rows and the number of kv heads, one follows from another.
 
     Raises:
@@ -109,7 +109,7 @@ def falcon(config: Config) -> Config:
     return found | ({"num_ln_in_parallel_attn": 2 if config["_second_norm"] else 1} if grouped else {})
 
 
-def mpt(config: Config) -> Config:
+def mpt(config: HfConfig) -> HfConfig:
     """Its positions are those of ALiBi, with slopes that go to 2^-8.
 
     Raises:
@@ -126,7 +126,7 @@ def mpt(config: Config) -> Config:
     return {"attn_config": attention, "no_bias": not config["_fused_bias"]}
 
 
-def sigmoid(config: Config) -> Config:
+def sigmoid(config: HfConfig) -> HfConfig:
     """Routers of this family score experts by a sigmoid, whether the metadata say so or not.
 
     Raises:
@@ -137,20 +137,20 @@ def sigmoid(config: Config) -> Config:
     return {}
 
 
-def starcoder(config: Config) -> Config:
+def starcoder(config: HfConfig) -> HfConfig:
     """Raises UnsupportedMetadataError for more than one kv head, of which there is none in llama.cpp."""
     if (found := config.get("_kv_heads", 1)) != 1:
         raise UnsupportedMetadataError(f"attention.head_count_kv is {found}; of this family 1 is read")
     return {"multi_query": True}
 
 
-def gpt_oss(config: Config) -> Config:
+def gpt_oss(config: HfConfig) -> HfConfig:
     """The ends of the blend of its yarn are not whole numbers, which is no metadata."""
     rope = {"rope_type": "default"}  # where the file has no other
     return {"intermediate_size": config["_units"], "_scaling": {"truncate": False}, "rope_scaling": rope}
 
 
-def granite(config: Config) -> Config:
+def granite(config: HfConfig) -> HfConfig:
     """A scale of 0 is none, as is a missing one; attention then has that of nearly all families.
 
     Raises:
@@ -162,14 +162,14 @@ def granite(config: Config) -> Config:
     return scales | {"attention_multiplier": config.get("attention_multiplier") or _head_dim(config) ** -0.5}
 
 
-def granitemoe(config: Config) -> Config:
+def granitemoe(config: HfConfig) -> HfConfig:
     """Raises UnsupportedMetadataError for a model with an MLP beside the experts, which is another family."""
     if config["_shared_experts"]:
         raise UnsupportedMetadataError("a Granite with an MLP beside its experts")
     return granite(config)
 
 
-def deepseek2(config: Config) -> Config:
+def deepseek2(config: HfConfig) -> HfConfig:
     """DeepSeek-V2, whose router has a softmax, or V3; widths of heads are under other keys where keys are absorbed.
 
     A factor of the weights of experts that is 0 is none.
@@ -204,7 +204,7 @@ def deepseek2(config: Config) -> Config:
     } | (groups if is_third else {"topk_method": "group_limited_greedy" if grouped else "greedy"})
 
 
-def glm4_moe(config: Config) -> Config:
+def glm4_moe(config: HfConfig) -> HfConfig:
     """The layers that predict further tokens are counted among the others."""
     later = config.get("num_nextn_predict_layers", 0)
     layers = {"num_hidden_layers": config["num_hidden_layers"] - later}

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from tracing_jax.checkpoint.gguf import derived
-from tracing_jax.checkpoint.gguf.derived import Config
+from tracing_jax.checkpoint.gguf.derived import HfConfig
 
 COMMON = {
     "block_count": "num_hidden_layers",
@@ -33,7 +33,7 @@ class GgufFamily(NamedTuple):
     model_type: str
     keys: Mapping[str, str] = {}
     common: Mapping[str, str] = COMMON
-    more: Callable[[Config], Config] = lambda config: {}
+    more: Callable[[HfConfig], HfConfig] = lambda config: {}
     defaults: Mapping[str, Any] = {}
 
 

@@ -22,7 +22,7 @@ from tracing_jax.checkpoint.safetensors_file import Index, bounds_of
 from tracing_jax.checkpoint.tensor_layout import tensor_shapes
 from tracing_jax.checkpoint.tensors import TensorStore
 
-Rows = Callable[[np.ndarray], np.ndarray]
+RowOrder = Callable[[np.ndarray], np.ndarray]
 """Rows of ours -> their places in a file."""
 
 _IN_PAIRS = ("llama", "granite", "granitemoe", "olmo", "smollm3")
@@ -95,9 +95,9 @@ def _suffix(bias: str | None) -> str:
     return "bias" if bias else "weight"
 
 
-def _conversion(name: str, architecture: str, arch: Arch) -> tuple[Rows | None, bool, bool]:
+def _conversion(name: str, architecture: str, arch: Arch) -> tuple[RowOrder | None, bool, bool]:
     """Returns the fields of `_Converted` from `rows` to `transposed` for a tensor of transformers."""
-    rows: Rows | None = None
+    rows: RowOrder | None = None
     if architecture in _IN_PAIRS:
         queries, keys = arch.num_kv_heads * arch.q_group, arch.num_kv_heads
         heads = next((count for part, count in ((".q_proj.", queries), (".k_proj.", keys)) if part in name), None)
@@ -143,7 +143,7 @@ class _Converted:
     store: TensorStore
     name: str
     number: int | None = None
-    rows: Rows | None = None
+    rows: RowOrder | None = None
     minus_one: bool = False
     transposed: bool = False
     is_row: bool = False
@@ -175,7 +175,7 @@ class _Converted:
         found = self.store.read(self.name, bounds)
         return (found.astype(np.float32) - 1).astype(self.dtype) if self.minus_one else found
 
-    def _in_our_order(self, order: Rows, bounds: Index) -> np.ndarray:
+    def _in_our_order(self, order: RowOrder, bounds: Index) -> np.ndarray:
         """Returns rows of the tensor in our order, read from a file that has them in another."""
         rows = np.arange(bounds[0].start, bounds[0].stop)
         if not len(rows):

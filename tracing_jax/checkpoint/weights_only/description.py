@@ -10,14 +10,14 @@ from tracing_jax.checkpoint.weights_only.mlps import Half
 from tracing_jax.checkpoint.weights_only.norms import Norm
 from tracing_jax.complaints import shortened
 
-PARTS = ("embedding", "head", "final_norm", "mlp_norm", "mlp_post_norm", "gate", "up", "down")
+LAYOUT_KEYS = ("embedding", "head", "final_norm", "mlp_norm", "mlp_post_norm", "gate", "up", "down")
 """The parts of a model that tests compare, by the names that a file of a layout gives them."""
 
 UNITS = ("gate", "up", "down")
 
 
 @dataclass(frozen=True)
-class Part:
+class PartLocation:
     """Where a part is stored.
 
     Attributes:
@@ -58,7 +58,7 @@ class Description:
     Attributes:
       width: number of features.
       layers: the numbers of the layers that are read.
-      parts: name, one of `PARTS` -> where it is stored.
+      parts: name, one of `LAYOUT_KEYS` -> where it is stored.
       matrices: other matrices with the features on one axis.
       norm: what the norms compute; None if that is not known.
       tied: whether the head is the embedding.
@@ -69,7 +69,7 @@ class Description:
 
     width: int
     layers: Sequence[int]
-    parts: Mapping[str, Part]
+    parts: Mapping[str, PartLocation]
     matrices: Sequence[Matrix] = ()
     norm: Norm | None = None
     tied: bool = False
@@ -91,7 +91,7 @@ class Description:
     def as_yaml(self) -> str:
         """Returns the parts in the form of a layout file."""
         lines = []
-        for name in PARTS:
+        for name in LAYOUT_KEYS:
             part = self.parts.get(name)
             if part is None:
                 lines.append(f"# {name}: not found")
@@ -117,11 +117,11 @@ def with_layout(found: Description, path: Path) -> Description:
         raise CheckpointError(f"{path}: no readable layout ({shortened(error)})") from error
     if not isinstance(said, dict):
         raise CheckpointError(f"{path}: expected names of parts with their tensors, found a {type(said).__name__}")
-    known = (*PARTS, "norm", "tied")
+    known = (*LAYOUT_KEYS, "norm", "tied")
     if unknown := sorted(str(name) for name in said if name not in known):
         raise CheckpointError(f"{path}: {', '.join(unknown)}: no such parts; there are {', '.join(known)}")
     parts, facts = dict(found.parts), dict(found.unknown)
-    for name in (name for name in PARTS if name in said):
+    for name in (name for name in LAYOUT_KEYS if name in said):
         parts.pop(name, None)
         if said[name] not in (None, "none"):
             parts[name] = _part(said[name], name, path)
@@ -137,14 +137,14 @@ def with_layout(found: Description, path: Path) -> Description:
     return replace(found, parts=parts, norm=norm, tied=bool(said.get("tied", found.tied)), unknown=facts)
 
 
-def _part(value: Any, name: str, path: Path) -> Part:
+def _part(value: Any, name: str, path: Path) -> PartLocation:
     how = f"as {path.name} says"
     if isinstance(value, str):
-        return Part(value, how=how)
+        return PartLocation(value, how=how)
     if isinstance(value, dict) and isinstance(value.get("tensor"), str) and set(value) <= {"tensor", "half"}:
         half = value.get("half")
         if half in (None, *get_args(Half)):
-            return Part(value["tensor"], half, how)
+            return PartLocation(value["tensor"], half, how)
     raise CheckpointError(
         f"{path}: {name}: expected the name of a tensor, or tensor and half ({', '.join(get_args(Half))}), found "
         f"{shortened(value)}"

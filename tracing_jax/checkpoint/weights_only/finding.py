@@ -15,7 +15,7 @@ import numpy as np
 
 from tracing_jax.checkpoint.errors import CheckpointError
 from tracing_jax.checkpoint.tensors import TensorStore
-from tracing_jax.checkpoint.weights_only.description import Description, Matrix, Part
+from tracing_jax.checkpoint.weights_only.description import Description, Matrix, PartLocation
 from tracing_jax.checkpoint.weights_only.mlps import Mlp, find_mlps
 from tracing_jax.checkpoint.weights_only.names import (
     Stack,
@@ -30,7 +30,7 @@ from tracing_jax.checkpoint.weights_only.names import (
 from tracing_jax.checkpoint.weights_only.norms import Norm, mlp_norms, norms_of_layer
 from tracing_jax.checkpoint.weights_only.numbers import (
     common_direction,
-    gain_offset,
+    guess_gain_offset,
     is_near_identity,
     is_rule,
     which_is_gate,
@@ -96,7 +96,7 @@ class _Finder:
         if others := [stack for stack in stacks if stack is not found and len(stack.layers) > 1]:
             some = listed((f"{stack.pattern} ({len(stack.layers)})" for stack in others), 3)
             self.notes.append(f"not compared: other layers, {some}")
-        self.parts: dict[str, Part] = {}
+        self.parts: dict[str, PartLocation] = {}
         self.unknown: dict[str, str] = {"heads": "how heads differ, and their sizes, are not known from weights alone"}
         self.own = own
 
@@ -159,14 +159,14 @@ class _Finder:
                 experts = f"{other.experts} experts" if other.experts else "MLPs"
                 self.notes.append(f"not compared: {experts} in {len(others)} layers, {other.modules}")
         prefix = self.stack.pattern + "."
-        self.parts["down"] = Part(prefix + mlp.down.rest, how=mlp.how)
+        self.parts["down"] = PartLocation(prefix + mlp.down.rest, how=mlp.how)
         if mlp.fused is not None:
             self._add_fused(mlp, prefix, sorted(chosen))
         else:
             assert mlp.up is not None
-            self.parts["up"] = Part(prefix + mlp.up.rest, how=mlp.how)
+            self.parts["up"] = PartLocation(prefix + mlp.up.rest, how=mlp.how)
             if mlp.gate is not None:
-                self.parts["gate"] = Part(prefix + mlp.gate.rest, how=mlp.how)
+                self.parts["gate"] = PartLocation(prefix + mlp.gate.rest, how=mlp.how)
                 if not mlp.order_known:
                     self._order_by_numbers(sorted(chosen))
         return chosen
@@ -198,8 +198,8 @@ class _Finder:
                 found.append((halves[gate], halves[1 - gate]))
         if len(found) == 1:
             how = "by numbers: its rows have a direction in common, those of the other half have none"
-            self.parts["gate"] = Part(tensor, found[0][0], how)  # type: ignore[arg-type]
-            self.parts["up"] = Part(tensor, found[0][1], how)  # type: ignore[arg-type]
+            self.parts["gate"] = PartLocation(tensor, found[0][0], how)  # type: ignore[arg-type]
+            self.parts["up"] = PartLocation(tensor, found[0][1], how)  # type: ignore[arg-type]
             return
         self.unknown["units"] = (
             f"doubtful: {mlp.fused} holds gate and up, and their numbers do not tell how, in halves or by turns; units "
@@ -245,11 +245,11 @@ class _Finder:
             if found:
                 best = max(found, key=lambda n: (found[n] == vocab, found[n]))
                 if name == "embedding" or "embedding" not in self.parts or found[best] == embeddings_size(self):
-                    self.parts[name] = Part(best)
+                    self.parts[name] = PartLocation(best)
         norms = [n for n, s in self.outside.items() if s == (self.width,) and _FINAL_NORM.search(n.lower())]
         norms = [n for n in norms if not n.endswith("bias") and not re.search(r"emb", n.lower())]
         if norms:
-            self.parts["final_norm"] = Part(min(norms, key=lambda n: (n.count("."), len(n))))
+            self.parts["final_norm"] = PartLocation(min(norms, key=lambda n: (n.count("."), len(n))))
         if self.component is None and "embedding" not in self.parts:
             self.unknown["embedding"] = f"no table of tokens with {self.width} features was found"
 
@@ -273,7 +273,7 @@ class _Finder:
         prefix = self.stack.pattern + "."
         for name, rest in (("mlp_norm", found.before), ("mlp_post_norm", found.after)):
             if rest is not None:
-                self.parts[name] = Part(prefix + rest, how="by name")
+                self.parts[name] = PartLocation(prefix + rest, how="by name")
         kind, why = self._kind_of_norm(norms)
         if problem := found.problem or why:
             self.unknown["norm"] = problem
@@ -291,7 +291,7 @@ class _Finder:
             isinstance(value, str) and "rms" in value.lower() for value in self.config.values()
         ):
             return None, "no bias and nothing in the config determines whether norms subtract the mean"
-        offset = gain_offset(self.store.read_many([(name, ()) for name in names[:64]]))
+        offset = guess_gain_offset(self.store.read_many([(name, ()) for name in names[:64]]))
         if offset is None:
             return None, "the signs of the gains do not tell whether they are stored minus one"
         return ("rms_unit_offset" if offset else "rms"), None

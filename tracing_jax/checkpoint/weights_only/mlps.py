@@ -29,7 +29,7 @@ _GATE_FIRST = (("w1", "w3"), ("wi_0", "wi_1"), ("w1", "v1"), ("c_fc_0", "c_fc_1"
 
 
 @dataclass(frozen=True)
-class Matrix:
+class MatrixLocation:
     """A matrix of an MLP in every layer that has it.
 
     Attributes:
@@ -56,9 +56,9 @@ class Mlp:
       order_known: whether it is certain which of two readers is the gate.
     """
 
-    down: Matrix
-    up: Matrix | None
-    gate: Matrix | None
+    down: MatrixLocation
+    up: MatrixLocation | None
+    gate: MatrixLocation | None
     fused: str | None
     units: int
     experts: int | None
@@ -154,7 +154,7 @@ def _in_group(group: Sequence[_Candidate], width: int, others: Mapping[str, Shap
             found = _ungated(members, width, units)
         elif len(members) == 1 and len(fused) == 1 and not _are_touched(2 * units, fused, others):
             down, how = members[0], f"{fused[0].rest} has twice as many units as {members[0].rest}"
-            found = Mlp(Matrix(down.rest), None, None, fused[0].rest, units, down.experts, down.stacked, how)
+            found = Mlp(MatrixLocation(down.rest), None, None, fused[0].rest, units, down.experts, down.stacked, how)
         else:
             continue
         if found is not None:
@@ -193,7 +193,15 @@ def _gated(members: Sequence[_Candidate], width: int, units: int) -> Mlp | None:
         how = f"by convention, {pair[0]} is the gate" if pair else "doubtful; which of the two is the gate is not known"
     up = other if gate is one else one
     return Mlp(
-        Matrix(down.rest), Matrix(up.rest), Matrix(gate.rest), None, units, down.experts, down.stacked, how, known
+        MatrixLocation(down.rest),
+        MatrixLocation(up.rest),
+        MatrixLocation(gate.rest),
+        None,
+        units,
+        down.experts,
+        down.stacked,
+        how,
+        known,
     )
 
 
@@ -211,7 +219,7 @@ def _ungated(members: Sequence[_Candidate], width: int, units: int) -> Mlp | Non
     else:
         return None
     up = other if down is one else one
-    return Mlp(Matrix(down.rest), Matrix(up.rest), None, None, units, down.experts, down.stacked, how)
+    return Mlp(MatrixLocation(down.rest), MatrixLocation(up.rest), None, None, units, down.experts, down.stacked, how)
 
 
 def _name(candidate: _Candidate) -> str:

@@ -39,7 +39,7 @@ def which_is_gate(first: Sequence[float], second: Sequence[float]) -> int | None
     return None
 
 
-def gain_offset(gains: Sequence[np.ndarray]) -> float | None:
+def guess_gain_offset(gains: Sequence[np.ndarray]) -> float | None:
     """Returns what is added to stored gains before they multiply, 0 or 1; None if their signs do not tell."""
     values = np.concatenate([np.ravel(gain).astype(np.float64) for gain in gains])
     negative = float((values < 0).mean())

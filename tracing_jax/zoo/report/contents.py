@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
-from tracing_jax.statistics.verdict import Word
+from tracing_jax.statistics.verdict import VerdictName
 from tracing_jax.zoo.folder import STATES, ZooFolder
 from tracing_jax.zoo.plan import Proposal, ZooPlan
 from tracing_jax.zoo.report.direction import Direction, ModelMeasures, directions, trained_order
@@ -16,8 +16,8 @@ from tracing_jax.zoo.report.merged import Merged, without_merged
 from tracing_jax.zoo.report.rows import PairRow, Uniformity, read_rows, uniformity
 from tracing_jax.zoo.weights import read_model_measures
 
-FORMAT = 1
-VERDICTS: tuple[Word, ...] = ("identical", "related", "undecided", "no_evidence", "not_testable", "not_asked")
+REPORT_FORMAT = 1
+VERDICTS: tuple[VerdictName, ...] = ("identical", "related", "undecided", "no_evidence", "not_testable", "not_asked")
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Contents:
     def as_dict(self) -> dict[str, Any]:
         """Returns the report as plain data."""
         return {
-            "format": FORMAT,
+            "format": REPORT_FORMAT,
             "models": [{"name": name, "id": self.ids[name], "family": self.family_of(name)} for name in self.order],
             "states": self.states,
             "verdicts": self.verdicts,

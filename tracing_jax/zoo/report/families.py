@@ -92,13 +92,13 @@ class Measure:
     sign: int = 1
 
 
-COPY = Measure("divergence of predictions", lambda row: row.jsd if (row.jsd or 0.0) < SAME_FUNCTION else None)
+BY_COPY = Measure("divergence of predictions", lambda row: row.jsd if (row.jsd or 0.0) < SAME_FUNCTION else None)
 WEIGHTS = Measure("distance of weights", lambda row: row.l2 if row.in_place else None)
 PREDICTIONS = Measure("divergence of predictions, nats per token", lambda row: row.jsd)
 UNITS = Measure("share of MLP units that agree", lambda row: row.units, -1)
 EVIDENCE = Measure("log10 p after Holm", lambda row: row.adjusted_log10_p)
 
-MEASURES = (COPY, WEIGHTS, PREDICTIONS, UNITS, EVIDENCE)
+MEASURES = (BY_COPY, WEIGHTS, PREDICTIONS, UNITS, EVIDENCE)
 """From the one that distinguishes relatives best to the one that every related pair has. A tree is joined by the first
 as far as it goes; what that leaves apart, by the next. Weights can be subtracted while units are in the same order; the
 predictions of disguised and pruned members still show which is closest, and shared units only roughly.
@@ -116,7 +116,7 @@ class Edge:
     @property
     def same_function(self) -> bool:
         """Whether one is the other's copy, disguised or not."""
-        return self.measure is COPY
+        return self.measure is BY_COPY
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def lineage(members: Sequence[str], rows: Sequence[PairRow], trained: Mapping[st
         key=lambda row: sorted(row.models),
     )
     representative = representatives(members, inside)
-    copies = _edges(COPY, inside)
+    copies = _edges(BY_COPY, inside)
     stars = [
         edge
         for edge in copies
@@ -167,7 +167,7 @@ def closest(rows: Sequence[PairRow]) -> Edge | None:
 def representatives(members: Sequence[str], rows: Sequence[PairRow]) -> Mapping[str, str]:
     """Returns for each model the representative of it and all its copies; itself if it has none."""
     group = {name: {name} for name in members}
-    for edge in _edges(COPY, rows):
+    for edge in _edges(BY_COPY, rows):
         merged = group[edge.row.base] | group[edge.row.ft]
         group |= dict.fromkeys(merged, merged)
     return {

@@ -10,11 +10,11 @@ from scipy.stats import kstest
 
 from tracing_jax.report.bounded_p_values import bounded
 from tracing_jax.statistics import over_pairs, word_of
-from tracing_jax.statistics.verdict import Word
+from tracing_jax.statistics.verdict import VerdictName
 from tracing_jax.zoo.folder import PairState, State, ZooFolder
 from tracing_jax.zoo.plan import PlannedPair
 
-IN_PLACE = ("csu", "csh")
+ORDER_TESTS = ("csu", "csh")
 """Statistics that test whether units are in the same order in both models: not after a permutation."""
 
 
@@ -39,7 +39,7 @@ class PairRow:
       jsd: Jensen-Shannon divergence of the predictions, nats per token, in [0, ln 2].
       l2: mean Frobenius distance of the weights over tensors, without alignment.
       units: share of the narrower models' MLP units that agree with units of the other, in [0, 1].
-      in_place_log10_p: the smallest p-value of the statistics `IN_PLACE` on the pair.
+      in_place_log10_p: the smallest p-value of the statistics `ORDER_TESTS` on the pair.
       shapes: of base and of ft: layers, MLP units, tokens and so on.
       layer_map: which layer comes from which, if `match_all` ran.
     """
@@ -53,9 +53,9 @@ class PairRow:
     log10_p: float | None = None
     firm_log10_p: float | None = None
     adjusted_log10_p: float | None = None
-    alone: Word | None = None
+    alone: VerdictName | None = None
     sees_all_rewrites: bool = False
-    verdict: Word | None = None
+    verdict: VerdictName | None = None
     statistic: str | None = None
     calibrated: bool = False
     level: float | None = None
@@ -133,7 +133,7 @@ def row_of(pair: PlannedPair, names: Mapping[str, str], state: PairState, record
     shapes = (models["base"].get("shape") or {}, models["ft"].get("shape") or {})
     layer_map = _field(record, "match_all", "layer_map")
     units = _share_of_units(layer_map, shapes) if layer_map else number(_field(record, "match", "headline"))
-    in_place = [p for name in IN_PLACE if (p := number(_field(record, name, "log10_p"))) is not None]
+    in_place = [p for name in ORDER_TESTS if (p := number(_field(record, name, "log10_p"))) is not None]
     return replace(
         row,
         log10_p=number(judged["adjusted_log10_p"]),
@@ -174,7 +174,7 @@ def _share_of_units(layer_map: Mapping[str, Any], shapes: tuple[Mapping[str, Any
     return min(1.0, agreeing / min(sizes)) if sizes and min(sizes) else None
 
 
-def _verdict(row: PairRow) -> Word:
+def _verdict(row: PairRow) -> VerdictName:
     """Returns the verdict of a pair beside all others: one that no p-value decides stays as it is."""
     if row.alone in ("identical", "not_testable", "not_asked"):
         return row.alone
