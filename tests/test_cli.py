@@ -20,7 +20,7 @@ from tracing_jax.cli.zoo import Slurm, ZooOptions
 from tracing_jax.data import GENERATED_FOLDER
 from tracing_jax.dataclass_options import options_of, problems
 from tracing_jax.options import COMPARE, RunOptions
-from tracing_jax.zoo import PAIRINGS, make_plan, read_models
+from tracing_jax.zoo import make_plan, read_models
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = {"compare": (RunOptions,), "verify": (), "inspect": (InspectOptions,), "align": (), "disguise": (),
@@ -88,6 +88,7 @@ def test_the_help_of_compare_shows_its_own_defaults():
     (["library", "add", "x"], "add takes signature files"),
     (["merge", "A", "--parents", "B", "--seed=-1"], "seed=-1: at least 0"),
     (["scan", "A", "--cache_dir=x"], "--cache_dir: that option is --download_dir now"),
+    (["generate", "--models=A", "--mesh_data=2"], "--mesh_data: that option is --mesh.data now"),
     (["compare", "A", "B", "--no_compile_cache"], "--no_compile_cache: that option is --no-compile_cache now"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_and_status_2(argv, message):
@@ -191,7 +192,6 @@ def test_print_shows_a_plan_and_leaves_a_finished_folder_as_it_is(family, tmp_pa
 
 
 def test_options_of_the_other_programs_fit_the_package():
-    assert next(found for found in options_of(ZooOptions) if found.name == "flat").choices == tuple(PAIRINGS)
     assert next(found for found in options_of(GenerateOptions) if found.name == "save").default == GENERATED_FOLDER
     assert problems(ZooOptions(save="x")) == problems(Slurm()) == problems(GenerateOptions(models=("a",))) == []
 

@@ -34,7 +34,26 @@ FORMS = ("forward", "weights")
 """Forms of `match` and `match_all`: activations on a text, or on the shared embeddings without a forward pass."""
 
 MOMENTS = ("model", "layer")
-"""Forms of `match_moments`: moments of the weights of all layers, or of a unit's own layer."""
+"""Kinds of moments of `match_moments`: of the weights of all layers, or of a unit's own layer."""
+
+COMPONENTS = ("vision", "audio", "encoder")
+"""Components of multimodal models that can be compared by their weights alone."""
+
+DTYPE_NAMES = ("float32", "bfloat16")
+"""Types that a forward pass computes in; the names of `experiment.DTYPES`."""
+
+PAIRINGS = ("all", "split", "specified", "tree")
+"""Ways to make pairs of a list: every two models; bases x fine-tunes; two lists in step; every two, descent known."""
+
+
+def seed_option(meaning: str = "Every random draw follows from it.") -> Any:
+    """Declares the option `seed` of a command."""
+    return option(0, meaning, at_least=0, at_most=2**32 - 1)
+
+
+def download_option() -> Any:
+    """Declares the option `download_dir` of a command."""
+    return option(None, "A folder to keep downloads in.")
 
 
 @dataclass(frozen=True)
@@ -321,7 +340,7 @@ class RunOptions:
     component: str | None = _models(
         None,
         "A component of multimodal models, compared by its weights alone.",
-        choices=("vision", "audio", "encoder"),
+        choices=COMPONENTS,
     )
     control_model_ids: tuple[str, ...] = _models(
         (), "match*: models of base's shape and tokenizer that are known to be independent of both."
@@ -394,9 +413,7 @@ class RunOptions:
         "resident holds both models whole, stream takes them layer by layer, auto decides by what is free.",
         choices=("auto", "resident", "stream"),
     )
-    dtype: str = _computing(
-        "float32", "Of hidden states and matmuls; losses are float32 always.", choices=("float32", "bfloat16")
-    )
+    dtype: str = _computing("float32", "Of hidden states and matmuls; losses are float32 always.", choices=DTYPE_NAMES)
     max_layers: int = _computing(0, "Use only the first layers, to see what a run takes; 0 for all.", at_least=0)
     cache_dir: str | None = _computing(None, "A folder to keep converted weights in, in Orbax format.")
     seed: int = _computing(0, "Every random draw of the run follows from it.", at_least=0, at_most=2**32 - 1)

@@ -8,6 +8,7 @@ from typing import Any
 
 from absl import app, flags
 
+from tracing_jax.cli.arguments import RENAMED
 from tracing_jax.cli.errors import end_interrupted
 from tracing_jax.dataclass_options import Option, options_of, parse, suggestion
 from tracing_jax.options import STATISTICS, unknown_option
@@ -80,12 +81,19 @@ def _check(argument: str) -> None:
     if found := re.match(r"--?(?:no)?config\.([^=]+)(=?)", argument):
         if line := unknown_option(found[1] + found[2]):
             raise ValueError(f"--config.{line}")
-    elif re.match(r"--?no_compile_cache\b", argument):
-        raise ValueError("--no_compile_cache: that option is --nocompile_cache now")
+    elif new := _new_name(f"--{argument.lstrip('-').split('=')[0]}"):
+        raise ValueError(f"{argument.split('=')[0]}: that option is {new} now")
     elif found := re.match(r"--?config=([^:]*)", argument):
         file = Path(found[1])
         if not file.is_file():
             raise ValueError(f"--config={file}: {_no_file(file)}")
+
+
+def _new_name(name: str) -> str | None:
+    """Returns the name that an option of a former name has now; None if the program has none of either name."""
+    new = RENAMED.get(name, "").replace("--no-", "--no")  # as absl names a switch that is off
+    known = new.removeprefix("--").removeprefix("no") in flags.FLAGS or new.removeprefix("--") in flags.FLAGS
+    return new if new and known and name.removeprefix("--") not in flags.FLAGS else None
 
 
 def _no_file(file: Path) -> str:

@@ -10,8 +10,10 @@ from typing import Any, NoReturn
 
 from tracing_jax.dataclass_options import EXPECTED, Option, options_of, parse, sections_of, suggestion
 
-_RENAMED = {
+RENAMED = {
     "--cache_dir": "--download_dir",
+    "--mesh_data": "--mesh.data",
+    "--mesh_model": "--mesh.model",
     "--no_compile_cache": "--no-compile_cache",
     "--no-no_compile_cache": "--compile_cache",
 }
@@ -40,7 +42,7 @@ class Parser(argparse.ArgumentParser):
         """Ends the program with the message and exit status 2."""
         if found := re.match(r"unrecognized arguments: (--\S+)", message):
             name = found[1].split("=")[0]
-            if (new := _RENAMED.get(name)) in self.option_strings():
+            if (new := RENAMED.get(name)) in self.option_strings():
                 message = f"{name}: that option is {new} now"
             else:
                 message = f"{name}: there is no such option{suggestion(name, self.option_strings())}"

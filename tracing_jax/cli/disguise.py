@@ -8,7 +8,7 @@ from tracing_jax.cli.arguments import add_options, given
 from tracing_jax.cli.compare import MODEL
 from tracing_jax.cli.errors import exit_on_usage_error, exit_on_user_error
 from tracing_jax.dataclass_options import REQUIRED, from_values, option
-from tracing_jax.options import REWRITES
+from tracing_jax.options import REWRITES, download_option, seed_option
 
 USAGE = "MODEL --disguise A,B,... --save FOLDER"
 
@@ -19,8 +19,8 @@ class DisguiseOptions:
 
     disguise: tuple[str, ...] = option(REQUIRED, "Rewrites, applied in order, or all.", choices=REWRITES)
     save: str = option(REQUIRED, "The folder to write.")
-    seed: int = option(0, "Every random draw follows from it.", at_least=0, at_most=2**32 - 1)
-    download_dir: str | None = option(None, "A folder to keep downloads in.")
+    seed: int = seed_option()
+    download_dir: str | None = download_option()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

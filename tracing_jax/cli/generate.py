@@ -8,6 +8,7 @@ from tracing_jax.cli.arguments import add_options, given
 from tracing_jax.cli.errors import configure_logging, exit_on_usage_error, exit_on_user_error
 from tracing_jax.cli.startup import keep_compiled_programs
 from tracing_jax.dataclass_options import REQUIRED, from_values, option
+from tracing_jax.options import DTYPE_NAMES, Mesh, seed_option
 
 USAGE = "--models A,B,..."
 
@@ -23,12 +24,11 @@ class GenerateOptions:
     temperature: float = option(1.0, "Logits are divided by it; 0 takes the most likely token.", at_least=0)
     top_k: int = option(0, "Draw from so many of the most likely tokens; 0 for all.", at_least=0)
     top_p: float = option(1.0, "Draw from the fewest tokens that have at least this probability.", above=0, at_most=1)
-    seed: int = option(0, "Every draw follows from it and the number of the prompt.", at_least=0, at_most=2**32 - 1)
+    seed: int = seed_option("Every draw follows from it and the number of the prompt.")
     save: str = option("runs/generated", "The folder of the files.")
     batch_size: int = option(16, "Texts in flight.", at_least=1)
-    dtype: str = option("float32", "Of hidden states, matmuls and the cache.", choices=("float32", "bfloat16"))
-    mesh_data: int = option(-1, "Devices that texts are split over; -1 takes what is left.", at_least=-1)
-    mesh_model: int = option(1, "Devices that heads and MLP units are split over.", at_least=-1)
+    dtype: str = option("float32", "Of hidden states, matmuls and the cache.", choices=DTYPE_NAMES)
+    mesh: Mesh = Mesh()  # noqa: RUF009 (it is frozen)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +77,7 @@ def _write(options: GenerateOptions) -> None:
         check_writable(files[model_id])
         prompt_tokens(model, prompts, options.max_new_tokens, options.seed)
     sampling = SamplingParams(options.temperature, options.top_k, options.top_p)
-    compute = Compute(make_mesh(options.mesh_data, options.mesh_model), options.batch_size, DTYPES[options.dtype])
+    compute = Compute(make_mesh(options.mesh.data, options.mesh.model), options.batch_size, DTYPES[options.dtype])
     for model_id, model in models.items():
         file = generate(model, prompts, files[model_id], compute, sampling, options.max_new_tokens, options.seed)
         if is_main_process():

@@ -7,6 +7,7 @@ from tracing_jax.cli.arguments import add_options, given
 from tracing_jax.cli.compare import LAYOUT, MODEL
 from tracing_jax.cli.errors import exit_on_usage_error, exit_on_user_error
 from tracing_jax.dataclass_options import from_values, option
+from tracing_jax.options import COMPONENTS, download_option
 
 USAGE = "MODEL"
 
@@ -15,9 +16,9 @@ USAGE = "MODEL"
 class InspectOptions:
     """What is inspected."""
 
-    component: str | None = option(None, "A component of a multimodal model.", choices=("vision", "audio", "encoder"))
+    component: str | None = option(None, "A component of a multimodal model.", choices=COMPONENTS)
     layout: str | None = option(None, LAYOUT)
-    download_dir: str | None = option(None, "A folder to keep downloads in.")
+    download_dir: str | None = download_option()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ from tracing_jax.cli.arguments import add_options, given
 from tracing_jax.cli.compare import MODEL
 from tracing_jax.cli.errors import configure_logging, exit_on_usage_error, exit_on_user_error
 from tracing_jax.dataclass_options import from_values, option
+from tracing_jax.options import download_option, seed_option
 
 USAGE = "CHILD --parents A B ... [--base O] [--library LIBRARY]"
 
@@ -26,10 +27,10 @@ class MergeOptions:
     align: tuple[str, ...] = option(
         ("auto",), "Undone first where the child is in none of the others' places: kinds of alignment, all, auto, none."
     )
-    seed: int = option(0, "Every random draw follows from it.", at_least=0, at_most=2**32 - 1)
+    seed: int = seed_option()
     save: str | None = option(None, "A .json file for the record; the figure is written beside it.")
     json: bool = option(False, "Print the record as JSON, and nothing else, on standard output.")
-    download_dir: str | None = option(None, "A folder to keep downloads in.")
+    download_dir: str | None = download_option()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from tracing_jax.cli.compare import LAYOUT, MODEL
 from tracing_jax.cli.errors import configure_logging, exit_on_usage_error, exit_on_user_error
 from tracing_jax.cli.startup import keep_compiled_programs
 from tracing_jax.dataclass_options import REQUIRED, from_values, option
-from tracing_jax.options import RunOptions
+from tracing_jax.options import RunOptions, download_option
 
 if TYPE_CHECKING:
     from tracing_jax.library import Candidate, Scan
@@ -32,7 +32,7 @@ class ScanOptions:
         "then undecided.",
     )
     layout: str | None = option(None, LAYOUT)
-    download_dir: str | None = option(None, "A folder to keep downloads in.")
+    download_dir: str | None = download_option()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ from tracing_jax.cli.compare import LAYOUT, MODEL
 from tracing_jax.cli.errors import configure_logging, exit_on_usage_error, exit_on_user_error
 from tracing_jax.cli.startup import keep_compiled_programs
 from tracing_jax.dataclass_options import REQUIRED, from_values, option
+from tracing_jax.options import download_option
 
 USAGE = "MODEL -o FILE"
 
@@ -20,7 +21,7 @@ class SignatureOptions:
     save: str = option(REQUIRED, "The file to write.")
     name: str | None = option(None, "What the model is called in it; by default as on the command line.")
     layout: str | None = option(None, LAYOUT)
-    download_dir: str | None = option(None, "A folder to keep downloads in.")
+    download_dir: str | None = download_option()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

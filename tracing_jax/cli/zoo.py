@@ -9,7 +9,7 @@ from typing import Any
 from tracing_jax.cli.arguments import add_options, given
 from tracing_jax.cli.errors import configure_logging, exit_on_usage_error, exit_on_user_error
 from tracing_jax.dataclass_options import REQUIRED, checked, from_values, option, replaced
-from tracing_jax.options import ZOO, RunOptions
+from tracing_jax.options import PAIRINGS, ZOO, RunOptions
 
 USAGE = "--save FOLDER --models FILE"
 _LEFT_OUT = ("base_model_id", "ft_model_id", "ft_model_ids", "save")
@@ -49,7 +49,7 @@ class ZooOptions:
     flat: str | None = option(
         None,
         "How pairs are made of the list; by its keys if not set.",
-        choices=("all", "split", "specified", "tree"),
+        choices=PAIRINGS,
         group="zoo",
     )
     candidates: str = option(

@@ -2,7 +2,6 @@
 
 from tracing_jax.zoo.folder import STATES, PairState, ZooFolder
 from tracing_jax.zoo.plan import (
-    PAIRINGS,
     ModelList,
     PlannedPair,
     Proposal,
@@ -14,7 +13,6 @@ from tracing_jax.zoo.plan import (
 )
 
 __all__ = [
-    "PAIRINGS",
     "STATES",
     "ModelList",
     "PairState",

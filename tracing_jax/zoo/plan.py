@@ -16,9 +16,6 @@ from ml_collections import ConfigDict
 from tracing_jax.options import RunOptions
 from tracing_jax.record import atomic_write, plain
 
-PAIRINGS = ("all", "split", "specified", "tree")
-"""Ways to make pairs of a list: every two models; bases x fine-tunes; two lists in step; every two, descent known."""
-
 _KEYS = {
     "all": {"models"},
     "split": {"base_models", "ft_models"},
@@ -51,7 +48,8 @@ def read_models(file: str | Path, form: str | None = None) -> ModelList:
 
     Args:
       file: a list (`all`), or a mapping with the keys of a form; `tree` maps each model to what was made from it.
-      form: of `PAIRINGS`. None: the one that the file's keys say. `all` takes any file, and pairs all its models.
+      form: of `options.PAIRINGS`. None: the one that the file's keys say. `all` takes any file, and pairs all its
+        models.
 
     Raises:
       FileNotFoundError: there is no such file.
