@@ -1,6 +1,6 @@
 """Pages of the documentation site that are made from other files: a hook of mkdocs.
 
-`benchmarks/RESULTS.md`, `CONTRIBUTING.md` and `CHANGELOG.md` stand where their readers look for them and are shown on
+`benchmarks/RESULTS.md`, `CONTRIBUTING.md` and `CHANGELOG.md` are where their readers expect them and are shown on
 the site too. Links between files of the repository are written so that they work there; here they become links between
 pages, or links to the repository where a file is no page. `options.md` is made from `tracing_jax/options.py`.
 """

@@ -16,7 +16,7 @@ from test_gguf import _LLAMA, _theta, _written
 
 from tracing_jax import cli
 from tracing_jax.checkpoint import open_checkpoint
-from tracing_jax.claims import ASSERTS, UNTESTED, ClaimInputs, ClaimResult, judge
+from tracing_jax.claims import ASSERTS, UNTESTED, ClaimInputs, ClaimResult, check_claim
 from tracing_jax.claims.low_rank import effective_rank
 from tracing_jax.claims.quantised_copies import _TABLES
 from tracing_jax.cli.program import exit_status
@@ -36,7 +36,7 @@ def judged(claim: str, base: Path, ft: Path, word: str = "related", **changes: o
     ids = np.arange(one.arch.vocab_size, dtype=np.int32)
     pair = Pair(one, other, Vocabularies(True, ids, ids), None, Compute(make_mesh(1, 1)), 0)
     said = Verdict(word, "as the test has it", 1e-3, identical=identical_tensors(one, other))
-    return judge(claim, replace(ClaimInputs(one, other, pair, said, {}, 0), **changes))
+    return check_claim(claim, replace(ClaimInputs(one, other, pair, said, {}, 0), **changes))
 
 
 @pytest.fixture(scope="module")

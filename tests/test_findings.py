@@ -8,7 +8,7 @@ import re
 import pytest
 from test_report import curve, judged, one_test, record, result, with_tests
 
-from tracing_jax.report.findings import PARTS, SENTENCES, TITLES, findings, size_text
+from tracing_jax.report.findings import MODEL_PARTS, SENTENCES, TITLES, findings, size_text
 from tracing_jax.report.printed import print_summary, summary, summary_parts
 from tracing_jax.report.terminal import WIDTH, plain_text, print_in_colour
 
@@ -90,7 +90,7 @@ def test_parts_stand_in_their_order_and_say_what_was_compared():
     assert "norms other equals model here note a note on shares" in shown
     assert "perplexity base 7.389, ft 8.5" in shown
     assert "glu the MLP has no gate" in shown
-    assert all(f"{part} no test that ran compares it" in shown for part in PARTS if part != "MLPs")
+    assert all(f"{part} no test that ran compares it" in shown for part in MODEL_PARTS if part != "MLPs")
     assert "Notes one note Files report runs/compare.html record runs/compare.json" in shown
     assert "memory: " not in text
 

@@ -21,7 +21,7 @@ ASSERTS: Mapping[str, str] = {
     "merge-of": "ft is an average or another mixture of base and further models",
     "from-scratch": "no weight of ft comes from base",
 }
-"""Claim of ft and base -> what it says. What is tested of it, and what of that makes it hold, is `judging`'s."""
+"""Claim of ft and base -> what it says. What is tested of it, and what of that makes it hold, is `checking`'s."""
 
 UNTESTED: Mapping[str, str] = {
     "same-as": "which of the two was there first",
@@ -74,7 +74,7 @@ def result(claim: str, outcome: ClaimOutcome, because: str, **evidence: Any) -> 
 
 @dataclass(frozen=True)
 class ClaimInputs:
-    """What claims are judged by.
+    """What claims are tested by.
 
     Attributes:
       base, ft: the two checkpoints.

@@ -32,14 +32,14 @@ class LowRankDifference:
 
     Attributes:
       leaf: of the params.
-      side: the smaller side of the matrix that was sampled.
+      min_dim: the smaller dimension of the matrix that was sampled.
       rank: how many singular values hold all of the difference that rounding does not explain.
       change: root mean square of the difference, relative to that of base.
       over_rounding: root mean square of the difference, relative to that of the rounding.
     """
 
     leaf: str
-    side: int
+    min_dim: int
     rank: int
     change: float
     over_rounding: float
@@ -52,12 +52,12 @@ class LowRankDifference:
     @property
     def is_low(self) -> bool:
         """Whether the rank is low for the size of the matrix."""
-        return self.rank * LOW <= self.side
+        return self.rank * LOW <= self.min_dim
 
     @property
     def is_full(self) -> bool:
         """Whether the rank is not low, even if rounding masks it."""
-        return self.rank * FULL > self.side
+        return self.rank * FULL > self.min_dim
 
 
 def low_rank_differences(pair: TensorPair, rng: np.random.Generator) -> list[LowRankDifference]:
@@ -93,9 +93,9 @@ def _by_rounding(leaf: str, ours: np.ndarray, theirs: np.ndarray, dtype: np.dtyp
     rounding = np.sqrt(np.mean(step_of(theirs, dtype) ** 2 / 12 + (unit * difference) ** 2))
     rms = float(np.sqrt(np.mean(difference**2)))
     scale = float(np.sqrt(np.mean(ours**2))) or 1.0
-    side = min(difference.shape)
+    min_dim = min(difference.shape)
     rank = effective_rank(difference, _ALLOWANCE * rounding) if rms else 0
-    return LowRankDifference(leaf, side, rank, rms / scale, rms / float(rounding or 1.0))
+    return LowRankDifference(leaf, min_dim, rank, rms / scale, rms / float(rounding or 1.0))
 
 
 def effective_rank(matrix: Float[np.ndarray, "m n"], rms: float) -> int:
@@ -138,14 +138,16 @@ def _by_rank(found: Sequence[LowRankDifference], total: int) -> ClaimResult:
     rank = max((difference.rank for difference in clear if difference.is_low), default=0)
     full = [difference for difference in found if difference.is_full and difference.rank > rank]
     if full:
-        worst = max(full, key=lambda difference: difference.rank / difference.side)
+        worst = max(full, key=lambda difference: difference.rank / difference.min_dim)
         why = f"the difference of {len(full)} of {len(found)} changed matrices is not of low rank"
-        why += f": {worst.rank} of {worst.side} in {worst.leaf}"
+        why += f": {worst.rank} of {worst.min_dim} in {worst.leaf}"
         return result(name, "contradicted", why, **facts, rank=worst.rank)
     between = [difference for difference in clear if not difference.is_low and difference.rank > rank]
     if between:
         one = between[0]
-        why = f"a rank of {one.rank} of {one.side}, in {one.leaf} and {len(between) - 1} more, is neither low nor full"
+        why = (
+            f"a rank of {one.rank} of {one.min_dim}, in {one.leaf} and {len(between) - 1} more, is neither low nor full"
+        )
         return result(name, "not_testable", why, **facts)
     hidden = len(found) - len(clear)
     if hidden > len(clear):

@@ -72,8 +72,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 def _without_traceback(message: str) -> str:
     """Returns a message of ml_collections with the last line alone of the traceback of a config file."""
-    said, found, trace = message.partition("\n\nTraceback (most recent call last):\n")
-    return f"{said} {trace.strip().splitlines()[-1]}" if found else message
+    text, found, trace = message.partition("\n\nTraceback (most recent call last):\n")
+    return f"{text} {trace.strip().splitlines()[-1]}" if found else message
 
 
 def _check(argument: str) -> None:

@@ -11,7 +11,7 @@ from tracing_jax.cli.startup import keep_compiled_programs
 
 USAGE = "RECORD [--base MODEL] [--ft MODEL]"
 _STATUS = {"holds": 0, "changed": 3, "missing": 4}
-_SAYS = {0: "the record holds", 3: "the record does not hold", 4: "what could be checked holds; not all could be"}
+_SUMMARY = {0: "the record holds", 3: "the record does not hold", 4: "what could be checked holds; not all could be"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +58,6 @@ def run(parsed: argparse.Namespace) -> None:
             for check in verify(record, parsed.base, parsed.ft):
                 print(f"  {check.outcome.upper():8} {check.name}: {check.text}", flush=True)
                 status = max(status, _STATUS[check.outcome], key=(0, 4, 3).index)
-        print(f"\n{_SAYS[status]}")
+        print(f"\n{_SUMMARY[status]}")
     if status:
         sys.exit(status)

@@ -158,8 +158,8 @@ def open_model(
     except CheckpointError as error:
         if closest := _folder_that_may_be_meant(model_id):
             of_the_hub = [problem for problem in error.problems if "is no folder" not in problem]
-            said = "; ".join(problem.rpartition(f"{AS_HUB_ID}: ")[2] for problem in of_the_hub)
-            as_hub_id = f" {AS_HUB_ID}: {said}" if said else ""
+            reasons = "; ".join(problem.rpartition(f"{AS_HUB_ID}: ")[2] for problem in of_the_hub)
+            as_hub_id = f" {AS_HUB_ID}: {reasons}" if reasons else ""
             raise CheckpointError(f"no folder {model_id!r} here; did you mean {closest}?{as_hub_id}") from error
         raise
 

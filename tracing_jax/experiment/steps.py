@@ -10,7 +10,7 @@ import numpy as np
 from absl import logging
 
 from tracing_jax.alignment import Alignment
-from tracing_jax.claims import ClaimInputs, ClaimResult, judge
+from tracing_jax.claims import ClaimInputs, ClaimResult, check_claim
 from tracing_jax.data import TokenBlocks
 from tracing_jax.experiment.aligning import align_ft, write_aligned
 from tracing_jax.experiment.identity import identical_tensors
@@ -165,7 +165,7 @@ def _judged(options: RunOptions, inputs: RunInputs, pair: Pair, found: Findings)
     said = verdict(found.before, options.level, found.identical, found.scope)
     is_default = bool({"auto", "all"} & set(options.stat)) or options.verdict == "auto"
     given = ClaimInputs(inputs.base, inputs.ft, pair, said, found.before, options.seed, found.scope, is_default)
-    return judge(options.claim, given)
+    return check_claim(options.claim, given)
 
 
 def _without_needless_layer_map(options: RunOptions, inputs: RunInputs, pair: Pair) -> RunInputs:

@@ -85,18 +85,22 @@ def _digest(record: Mapping[str, Any]) -> Check:
 
 def _verdict(record: Mapping[str, Any]) -> Check:
     """Checks that the verdict follows from the p-values of the tests."""
-    said = record["verdict"]
+    recorded = record["verdict"]
     try:
         results = {
             name: Result.restored(_numbers(sides["non_aligned"]), {}) for name, sides in record["statistics"].items()
         }
         identical = None if record.get("identical") is None else Identity(**record["identical"])
-        found = verdict(results, said["level"], identical)
+        found = verdict(results, recorded["level"], identical)
     except (KeyError, TypeError, ValueError) as error:
         return Check("verdict", "changed", f"the results are not those of a run: {type(error).__name__}: {error}")
-    if found.verdict != said["verdict"] or not _near(found.adjusted_log10_p, said["adjusted_log10_p"], 1e-9, 1e-9):
-        return Check("verdict", "changed", f"by the results of its tests it is {found.verdict}, not {said['verdict']}")
-    return Check("verdict", "holds", f"{said['verdict']}, which follows from the results of its tests")
+    if found.verdict != recorded["verdict"] or not _near(
+        found.adjusted_log10_p, recorded["adjusted_log10_p"], 1e-9, 1e-9
+    ):
+        return Check(
+            "verdict", "changed", f"by the results of its tests it is {found.verdict}, not {recorded['verdict']}"
+        )
+    return Check("verdict", "holds", f"{recorded['verdict']}, which follows from the results of its tests")
 
 
 def _numbers(value: Any) -> Any:
@@ -147,14 +151,14 @@ def _where(record: Mapping[str, Any], side: str) -> str:
 
 def _tests(record: Mapping[str, Any], base: str | None, ft: str | None) -> Iterator[Check]:
     """Computes again what the verdict rests on: the test that found something, or all where nothing was found."""
-    said = record["verdict"]
-    names = [said["statistic"]] if said["verdict"] == "related" else list(said["family"])
-    if said["verdict"] == "identical":
+    recorded = record["verdict"]
+    names = [recorded["statistic"]] if recorded["verdict"] == "related" else list(recorded["family"])
+    if recorded["verdict"] == "identical":
         names = []
-    if not names and not record.get("claim") and said["verdict"] != "identical":
+    if not names and not record.get("claim") and recorded["verdict"] != "identical":
         return
     args = _options(record, base, ft).as_dict()
-    if said["verdict"] in ("related", "identical"):
+    if recorded["verdict"] in ("related", "identical"):
         args |= {"stat": tuple(names) or ("l2",), "l2": {"num_perm": 0}, "verdict": "asked"}
     try:
         found = compute(args).record
@@ -171,20 +175,20 @@ def _tests(record: Mapping[str, Any], base: str | None, ft: str | None) -> Itera
     for name in names:
         yield _test(name, record["statistics"][name]["non_aligned"], found["statistics"][name]["non_aligned"])
     if record.get("claim"):
-        yield _claim(record, found, bool(names) and len(names) < len(said["family"]))
+        yield _claim(record, found, bool(names) and len(names) < len(recorded["family"]))
 
 
-def _test(name: str, said: Mapping[str, Any], found: Mapping[str, Any]) -> Check:
-    theirs, ours = (_numbers(result["log10_p"]) for result in (said, found))
+def _test(name: str, recorded: Mapping[str, Any], found: Mapping[str, Any]) -> Check:
+    theirs, ours = (_numbers(result["log10_p"]) for result in (recorded, found))
     text = f"log10 p {_shown(ours)}, in the record {_shown(theirs)}"
     holds = _near(ours, theirs, _RELATIVE, _ABSOLUTE)
     return Check(f"test {name}", "holds" if holds else "changed", text)
 
 
 def _claim(record: Mapping[str, Any], found: Mapping[str, Any], is_part: bool) -> Check:
-    said, ours = record["claim"], found["claim"]
-    text = f"{ours['claim']} {ours['outcome']}, in the record {said['outcome']}"
-    if ours["outcome"] == said["outcome"]:
+    recorded, ours = record["claim"], found["claim"]
+    text = f"{ours['claim']} {ours['outcome']}, in the record {recorded['outcome']}"
+    if ours["outcome"] == recorded["outcome"]:
         return Check("claim", "holds", text)
     # Fewer tests than those of the record can decide less.
     return Check("claim", "missing" if is_part and ours["outcome"] == "not_testable" else "changed", text)

@@ -35,7 +35,7 @@ SENTENCES: Mapping[str, str] = {
 }
 """Verdict -> its meaning, for readers who know no statistics."""
 
-PARTS = ("MLPs", "attention", "embedding")
+MODEL_PARTS = ("MLPs", "attention", "embedding")
 """Parts of a model that each have tests of their own."""
 
 _FOR_THE_LOG = "memory: "
@@ -47,7 +47,7 @@ _HASHED_FILES = 2  # named for each model; the record has all
 
 
 @dataclass(frozen=True)
-class Row:
+class Line:
     """A row of a part: cells of a table, or one text; `tone` is a verdict by which it can be coloured."""
 
     cells: tuple[str, ...]
@@ -55,11 +55,11 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Part:
+class FindingGroup:
     """A titled part: rows of one cell are lines of text, others are rows of a table whose last column is text."""
 
     title: str
-    rows: Sequence[Row]
+    rows: Sequence[Line]
 
 
 def model_name(record: Mapping[str, Any], side: str) -> str:
@@ -72,7 +72,7 @@ def pair_name(record: Mapping[str, Any]) -> str:
     return f"{model_name(record, 'base')} and {model_name(record, 'ft')}"
 
 
-def findings(record: Mapping[str, Any], saved: bool = True) -> list[Part]:
+def findings(record: Mapping[str, Any], saved: bool = True) -> list[FindingGroup]:
     """What a record says of its pair, part by part under `TITLES`; parts that have nothing to say are left out.
 
     Args:
@@ -87,34 +87,34 @@ def findings(record: Mapping[str, Any], saved: bool = True) -> list[Part]:
         "Effect sizes": _effects(record, verdict or {}),
         "Shares": _shares(record, verdict or {}),
         "Not tested": _not_tested(record, verdict or {}),
-        "Notes": [Row((note,)) for note in record["notes"] if not note.startswith(_FOR_THE_LOG)],
+        "Notes": [Line((note,)) for note in record["notes"] if not note.startswith(_FOR_THE_LOG)],
         "Files": _files(record) if saved else [],
     }
-    return [Part(title, found[title]) for title in TITLES if found[title]]
+    return [FindingGroup(title, found[title]) for title in TITLES if found[title]]
 
 
 def verdict_lines(record: Mapping[str, Any]) -> list[str]:
     """What became of the claim on a pair, if there is one, and the verdict, each on one line however long it is."""
     verdict, claim = record["verdict"], record.get("claim")
-    said = [claim_text(claim)] if claim else []
-    return [*said, f"{verdict_word(verdict['verdict'])}  {pair_name(record)}: {verdict['meaning']}"]
+    lines = [claim_text(claim)] if claim else []
+    return [*lines, f"{verdict_word(verdict['verdict'])}  {pair_name(record)}: {verdict['meaning']}"]
 
 
-def _compared(record: Mapping[str, Any]) -> list[Row]:
+def _compared(record: Mapping[str, Any]) -> list[Line]:
     rows = []
     for side, model in record["models"].items():
         asked = str(record["args"].get(f"{side}_model_id") or model["id"])
         commit = f", commit {model['revision']}" if model.get("revision") else ""
         stored = ", ".join(filter(None, (model.get("format"), size_text(model.get("bytes")))))
         facts = f"{asked}{commit}: {model['family']}, {cell(model['parameters'])} parameters"
-        rows.append(Row((side, f"{facts}, {stored}" if stored else facts)))
-        rows += [Row(("", text)) for text in _hashes(model.get("files") or {})]
+        rows.append(Line((side, f"{facts}, {stored}" if stored else facts)))
+        rows += [Line(("", text)) for text in _hashes(model.get("files") or {})]
     if tokens := record.get("tokens"):
         text = f"{tokens.get('source') or tokens.get('dataset')}, {cell(tokens.get('num_tokens'))} tokens of base"
-        rows.append(Row(("text", f"{tokens.get('dataset')}: {text}" if tokens.get("source") else text)))
-    rows += [Row((what, how)) for what, how in (record.get("chosen") or {}).items()]
+        rows.append(Line(("text", f"{tokens.get('dataset')}: {text}" if tokens.get("source") else text)))
+    rows += [Line((what, how)) for what, how in (record.get("chosen") or {}).items()]
     changed = [word for word in ("disguised", "permuted") if record.get(word)]
-    return [*rows, *(Row(("ft", f"was {word} before it was compared")) for word in changed)]
+    return [*rows, *(Line(("ft", f"was {word} before it was compared")) for word in changed)]
 
 
 def _hashes(files: Mapping[str, str]) -> Iterator[str]:
@@ -134,60 +134,60 @@ def size_text(num_bytes: int | None) -> str:
     return f"{number:,.0f} {name}" if number >= 100 else f"{number:.3g} {name}"
 
 
-def _identical(record: Mapping[str, Any]) -> list[Row]:
+def _identical(record: Mapping[str, Any]) -> list[Line]:
     identical = record.get("identical")
     if identical:
-        return [Row((identical_text(identical),), "identical" if identical["equal"] == identical["total"] else "")]
-    return [Row(("not compared: a model was changed before it was compared, or read in part",))]
+        return [Line((identical_text(identical),), "identical" if identical["equal"] == identical["total"] else "")]
+    return [Line(("not compared: a model was changed before it was compared, or read in part",))]
 
 
-def _verdict(record: Mapping[str, Any], verdict: Mapping[str, Any]) -> list[Row]:
+def _verdict(record: Mapping[str, Any], verdict: Mapping[str, Any]) -> list[Line]:
     word, claim = verdict["verdict"], record.get("claim")
-    rows = [Row((claim_text(claim),), f"claim_{claim['outcome']}")] if claim else []
-    rows.append(Row((f"{verdict_word(word)}  {pair_name(record)}",), word))
-    rows.append(Row((SENTENCES[word],)))
+    rows = [Line((claim_text(claim),), f"claim_{claim['outcome']}")] if claim else []
+    rows.append(Line((f"{verdict_word(word)}  {pair_name(record)}",), word))
+    rows.append(Line((SENTENCES[word],)))
     decided = verdict["statistic"] or word == "identical"
     facts = {"in detail": verdict["meaning"], "rests on": decided_by(verdict) if decided else ""}
     facts |= caveats(verdict)
-    return [*rows, *(Row((name, text)) for name, text in facts.items() if text)]
+    return [*rows, *(Line((name, text)) for name, text in facts.items() if text)]
 
 
-def _effects(record: Mapping[str, Any], verdict: Mapping[str, Any]) -> list[Row]:
+def _effects(record: Mapping[str, Any], verdict: Mapping[str, Any]) -> list[Line]:
     """The finding on each part of the models, with the effect sizes of its tests beside those of independent models."""
     parts = verdict.get("parts") or {}
-    rows: list[Row] = []
+    rows: list[Line] = []
     shown: dict[str, str] = {}
     others = {name: sides for name, sides in record["statistics"].items() if results_by_side(sides)}
     for part, found in parts.items():
-        rows.append(Row((f"{part}: {found['verdict'].replace('_', ' ')}",), found["verdict"]))
+        rows.append(Line((f"{part}: {found['verdict'].replace('_', ' ')}",), found["verdict"]))
         if "statistic" not in found:
-            rows.append(Row(("  tensors", "", found["effect"])))
+            rows.append(Line(("  tensors", "", found["effect"])))
         names = found.get("statistics") or [found.get("statistic")]
         rows += [_effect(name, others.pop(name), shown) for name in names if name in others]
     if others and parts:
-        rows.append(Row(("not part of the verdict",)))
+        rows.append(Line(("not part of the verdict",)))
     rows += [_effect(name, sides, shown) for name, sides in others.items()]
     if perplexity := record.get("perplexity"):
-        rows.append(Row(("perplexity", "", ", ".join(_perplexity(*side) for side in perplexity.items()))))
+        rows.append(Line(("perplexity", "", ", ".join(_perplexity(*side) for side in perplexity.items()))))
     return rows
 
 
-def _shares(record: Mapping[str, Any], verdict: Mapping[str, Any]) -> list[Row]:
+def _shares(record: Mapping[str, Any], verdict: Mapping[str, Any]) -> list[Line]:
     """Of which models ft was merged: each possible parent, then part by part where a merge is claimed."""
     merge = record.get("merge")
     if not merge:
         return []
-    rows = [Row((merge["sentence"],))]
+    rows = [Line((merge["sentence"],))]
     for part in merge["parts"]:
         p = part["adjusted_log10_p"]
         shown = "" if p is None else calibrated_p_text(float(p))
         why = f"; {part['reason']}" if part.get("reason") else ""
-        rows.append(Row((part["name"], shown, f"{part['word'].replace('_', ' ')}, share {share_text(part)}{why}")))
+        rows.append(Line((part["name"], shown, f"{part['word'].replace('_', ' ')}, share {share_text(part)}{why}")))
     for name, found in ((verdict.get("merged_of") or {}).get("by_part") or {}).items():
         shares = ", ".join(f"{parent} {share_text(share)}" for parent, share in found["parents"].items())
         tested = "" if found["tested"] else " (estimated; its units were not tested)"
-        rows.append(Row((f"  {name}", "", found["undefined"] or f"{shares}{tested}")))
-    return rows + [Row(("note", "", note)) for note in merge["notes"]]
+        rows.append(Line((f"  {name}", "", found["undefined"] or f"{shares}{tested}")))
+    return rows + [Line(("note", "", note)) for note in merge["notes"]]
 
 
 def share_text(found: Mapping[str, Any]) -> str:
@@ -195,19 +195,19 @@ def share_text(found: Mapping[str, Any]) -> str:
     return "not defined" if found["share"] is None else f"{found['share']:.3f} ± {found['se']:.3f}"
 
 
-def _effect(name: str, sides: Mapping[str, Any], shown: dict[str, str]) -> Row:
+def _effect(name: str, sides: Mapping[str, Any], shown: dict[str, str]) -> Line:
     """A statistic with its p-value and its effect size; what independent models show is printed once."""
     given = sides.get("non_aligned") or {}
     log10_p = given.get("log10_p")
     p = "" if log10_p is None else (calibrated_p_text if is_calibrated(given) else p_text)(float(log10_p))
     if not given.get("effect"):
-        return Row((f"  {name}", p, f"{label(sides)}: {outcome(sides, with_p=False)}"))
+        return Line((f"  {name}", p, f"{label(sides)}: {outcome(sides, with_p=False)}"))
     found, _, independent = given["effect"].partition("; ")
     first = shown.setdefault(independent, name)
     text = given["effect"] if first == name else f"{found}; independent models: as for {first}"
     if aligned := (sides.get("aligned") or {}).get("headline"):
         text += f"; {label(sides)}: {cell(aligned)} aligned"
-    return Row((f"  {name}", p, text))
+    return Line((f"  {name}", p, text))
 
 
 def _perplexity(side: str, found: Mapping[str, Any]) -> str:
@@ -216,22 +216,24 @@ def _perplexity(side: str, found: Mapping[str, Any]) -> str:
     return text if per_byte is None else f"{text} ({cell(per_byte)} per byte)"
 
 
-def _not_tested(record: Mapping[str, Any], verdict: Mapping[str, Any]) -> list[Row]:
+def _not_tested(record: Mapping[str, Any], verdict: Mapping[str, Any]) -> list[Line]:
     """What was not compared, and why: tests that do not apply, parts without a test, changes not detected."""
     reasons: dict[str, list[str]] = {}
     for name, sides in record["statistics"].items():
         given = sides.get("non_aligned") or {}
         if not results_by_side(sides):
             reasons.setdefault(given.get("not_applicable") or "not run", []).append(name)
-    rows = [Row((", ".join(names), why)) for why, names in reasons.items()]
+    rows = [Line((", ".join(names), why)) for why, names in reasons.items()]
     if verdict.get("family"):
         rows += [
-            Row((part, "no test that ran compares it")) for part in PARTS if part not in (verdict.get("parts") or {})
+            Line((part, "no test that ran compares it"))
+            for part in MODEL_PARTS
+            if part not in (verdict.get("parts") or {})
         ]
     if verdict and verdict["verdict"] != "identical" and not record.get("tokens"):
-        rows.append(Row(("a text", "none was read: what the models predict and compute on one was not compared")))
+        rows.append(Line(("a text", "none was read: what the models predict and compute on one was not compared")))
     if verdict.get("verdict") not in ("related", "identical"):
-        rows += [Row((name, f"does not detect {', '.join(hidden)}")) for name, hidden in _hidden(verdict).items()]
+        rows += [Line((name, f"does not detect {', '.join(hidden)}")) for name, hidden in _hidden(verdict).items()]
     return rows
 
 
@@ -241,10 +243,10 @@ def _hidden(verdict: Mapping[str, Any]) -> dict[str, list[str]]:
     return {name: [*blind.get(name, ()), *limits.get(name, ())] for name in {**blind, **limits}}
 
 
-def _files(record: Mapping[str, Any]) -> list[Row]:
+def _files(record: Mapping[str, Any]) -> list[Line]:
     save = record["args"].get("save")
     if not save:
         return []
     files = RunFiles.from_save(save)
     named = {"report": files.html, "record": files.json, "figure": files.png, "pickle": files.pickle}
-    return [Row((name, str(PurePath(file)))) for name, file in named.items()]
+    return [Line((name, str(PurePath(file)))) for name, file in named.items()]

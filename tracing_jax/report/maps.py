@@ -52,7 +52,7 @@ def _counts(test: Mapping[str, Any]) -> bool:
 
 def _by_layer(tests: Sequence[tuple[str, Mapping[str, Any]]]) -> Map | None:
     rows: list[tuple[str, dict[int, MapCell]]] = []
-    said = []
+    labels = []
     for name, test in tests:
         layers = [_LAYER.fullmatch(place) for place in test["places"]]
         if not all(layers):
@@ -61,13 +61,13 @@ def _by_layer(tests: Sequence[tuple[str, Mapping[str, Any]]]) -> Map | None:
         label = f"{name}, {form}" if form else name
         cells = {int(found[1]): _cell(test, i, f"layer {found[1]}") for i, found in enumerate(layers) if found}
         rows.append((label, cells))
-        said.append(f"{label} {_share(test, range(len(layers))):.0%}")
+        labels.append(f"{label} {_share(test, range(len(layers))):.0%}")
     depth = max((layer + 1 for _, cells in rows for layer in cells), default=0)
     if depth < 2:
         return None
     missing = MapCell(-1, "not tested")
     drawn = [(label, [cells.get(i, missing) for i in range(depth)]) for label, cells in rows]
-    alt = f"Share of units or heads that agree, over all {depth} layers: {'; '.join(said)}."
+    alt = f"Share of units or heads that agree, over all {depth} layers: {'; '.join(labels)}."
     return Map("By test and layer: first layer at the left", alt, drawn)
 
 

@@ -9,7 +9,7 @@ from tracing_jax.record import plain, total_seconds
 from tracing_jax.report.bounded_p_values import with_bounded_p_values
 from tracing_jax.report.evidence_tables import map_blocks, null_blocks, place_blocks, tests_blocks
 from tracing_jax.report.figures import RunImages, images_of_run
-from tracing_jax.report.findings import SENTENCES, Part, findings
+from tracing_jax.report.findings import SENTENCES, FindingGroup, findings
 from tracing_jax.report.formatting import (
     outcome,
     p_cell,
@@ -84,7 +84,7 @@ def verdict_banner(verdict: Mapping[str, Any], pair: str = "") -> Banner:
     return Banner(verdict["verdict"], SENTENCES[verdict["verdict"]], verdict_facts(verdict), pair)
 
 
-def _part_section(part: Part) -> Section:
+def _part_section(part: FindingGroup) -> Section:
     """A part of what is printed of a record, as a table; rows of one cell are as wide as it is."""
     rows = [[Cell(text.strip(), verdict=row.tone if len(row.cells) == 1 else "") for text in row.cells]
             for row in part.rows]  # fmt: skip

@@ -5,7 +5,7 @@ from pathlib import PurePath
 from typing import Any
 
 from tracing_jax.report.bounded_p_values import bounded
-from tracing_jax.report.findings import Part, Row, findings, model_name
+from tracing_jax.report.findings import FindingGroup, Line, findings, model_name
 from tracing_jax.report.formatting import ABSENT, cell, p_cell, places_text, results_by_side
 from tracing_jax.report.terminal import plain_text, print_in_colour
 
@@ -36,32 +36,32 @@ def print_summary(records: Sequence[Mapping[str, Any]], file: Any, saved: bool =
         file.write(f"{plain_text(parts)}\n")
 
 
-def summary_parts(records: Sequence[Mapping[str, Any]], saved: bool = True) -> list[Part]:
+def summary_parts(records: Sequence[Mapping[str, Any]], saved: bool = True) -> list[FindingGroup]:
     """The parts of `summary`."""
     parts = [part for record in records for part in findings(record, saved)]
     if rows := [row for record in records for row in path_rows(record)]:
         headers = ("base", "other model", "path", "base loss", "midpoint", "barrier", "end loss")
         notes = dict.fromkeys(note for record in records for note in _path_notes(record))
-        table = [*_table(headers, rows), *(Row((note,)) for note in notes)]
-        parts.append(Part("Losses along the path (nats per token)", table))
+        table = [*_table(headers, rows), *(Line((note,)) for note in notes)]
+        parts.append(FindingGroup("Losses along the path (nats per token)", table))
     if len(records) > 1 and all(record.get("verdict") for record in records):
         table = _table(PAIR_HEADERS, pair_rows(records))
-        parts.append(Part("Pairs", [*table, Row((adjustment_text(records),))]))
-        parts += [Part("Files of all pairs", files)] if saved and (files := _files_of_pairs(records)) else []
+        parts.append(FindingGroup("Pairs", [*table, Line((adjustment_text(records),))]))
+        parts += [FindingGroup("Files of all pairs", files)] if saved and (files := _files_of_pairs(records)) else []
     return parts
 
 
-def _table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[Row]:
-    return [Row(tuple(headers)), *(Row(tuple(cell(value) for value in row)) for row in rows)]
+def _table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[Line]:
+    return [Line(tuple(headers)), *(Line(tuple(cell(value) for value in row)) for row in rows)]
 
 
-def _files_of_pairs(records: Sequence[Mapping[str, Any]]) -> list[Row]:
+def _files_of_pairs(records: Sequence[Mapping[str, Any]]) -> list[Line]:
     """The files of a run on several pairs, whose own are in its folder."""
     folders = {PurePath(record["args"]["save"]).parent for record in records if record["args"].get("save")}
     folder = folders.pop() if len(folders) == 1 else PurePath()
     if folder.suffix != ".run":
         return []
-    return [Row((name, str(folder.with_suffix(f".{name}")))) for name in ("html", "json", "png", "p")]
+    return [Line((name, str(folder.with_suffix(f".{name}")))) for name in ("html", "json", "png", "p")]
 
 
 def pair_rows(records: Sequence[Mapping[str, Any]]) -> list[list[Any]]:

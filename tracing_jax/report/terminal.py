@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tracing_jax.report.findings import Part, Row
+from tracing_jax.report.findings import FindingGroup, Line
 
 WIDTH = 80
 """Columns of plain text."""
@@ -18,7 +18,7 @@ _STYLES = {
 }  # fmt: skip
 
 
-def plain_text(parts: Sequence[Part]) -> str:
+def plain_text(parts: Sequence[FindingGroup]) -> str:
     """Findings as plain text of at most 80 columns, but for words that are longer."""
     blocks = ["\n".join([part.title, *_plain_rows(part.rows)]) for part in parts]
     return "\n\n".join(blocks)
@@ -36,7 +36,7 @@ def wrapped(text: str, indent: int = 0, hanging: int = 0) -> list[str]:
     )
 
 
-def _plain_rows(rows: Sequence[Row]) -> Iterator[str]:
+def _plain_rows(rows: Sequence[Line]) -> Iterator[str]:
     for row in rows:
         *names, text = row.cells
         widths = _widths(rows, len(row.cells))
@@ -50,17 +50,17 @@ def _plain_rows(rows: Sequence[Row]) -> Iterator[str]:
             yield from more
 
 
-def _widths(rows: Sequence[Row], cells: int) -> list[int]:
+def _widths(rows: Sequence[Line], cells: int) -> list[int]:
     """The widths of all columns but the last, which rows of as many cells share."""
     return [max(len(row.cells[i]) for row in rows if len(row.cells) == cells) for i in range(cells - 1)]
 
 
-def _room(rows: Sequence[Row], cells: int) -> int:
+def _room(rows: Sequence[Line], cells: int) -> int:
     """The columns that the texts of a table need beside its other cells."""
     return min(_LEAST, max(len(row.cells[-1]) for row in rows if len(row.cells) == cells))
 
 
-def print_in_colour(parts: Sequence[Part], file: Any, width: int | None = None) -> None:
+def print_in_colour(parts: Sequence[FindingGroup], file: Any, width: int | None = None) -> None:
     """Prints findings on a terminal: bold titles, verdicts in colour, tables as wide as the terminal, at most 120.
 
     `NO_COLOR` and `TERM=dumb` are respected, by `rich`.

@@ -138,13 +138,13 @@ def _closing(
     alone closes few triangles.
     """
     clear = math.log10(PROPOSED_BELOW / models)
-    kin: dict[str, dict[str, float]] = {}
+    traces_of: dict[str, dict[str, float]] = {}
     for pair, trace in traces.items():
         if trace is not None and trace < clear:
-            kin.setdefault(pair.base, {})[pair.ft] = kin.setdefault(pair.ft, {})[pair.base] = trace
+            traces_of.setdefault(pair.base, {})[pair.ft] = traces_of.setdefault(pair.ft, {})[pair.base] = trace
     found: dict[PlannedPair, float] = {}
     for pair in open_pairs:
-        one, other = kin.get(pair.base, {}), kin.get(pair.ft, {})
+        one, other = traces_of.get(pair.base, {}), traces_of.get(pair.ft, {})
         if shared := one.keys() & other.keys():
             found[pair] = min(max(one[third], other[third]) for third in shared)
     return {*sorted(found, key=lambda pair: found[pair])[: CLOSED_PER_MODEL * models]}

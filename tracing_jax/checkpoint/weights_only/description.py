@@ -112,29 +112,29 @@ def with_layout(found: Description, path: Path) -> Description:
     import yaml
 
     try:
-        said = yaml.safe_load(path.read_text("utf-8"))
+        layout = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise CheckpointError(f"{path}: no readable layout ({shortened(error)})") from error
-    if not isinstance(said, dict):
-        raise CheckpointError(f"{path}: expected names of parts with their tensors, found a {type(said).__name__}")
+    if not isinstance(layout, dict):
+        raise CheckpointError(f"{path}: expected names of parts with their tensors, found a {type(layout).__name__}")
     known = (*LAYOUT_KEYS, "norm", "tied")
-    if unknown := sorted(str(name) for name in said if name not in known):
+    if unknown := sorted(str(name) for name in layout if name not in known):
         raise CheckpointError(f"{path}: {', '.join(unknown)}: no such parts; there are {', '.join(known)}")
     parts, facts = dict(found.parts), dict(found.unknown)
-    for name in (name for name in LAYOUT_KEYS if name in said):
+    for name in (name for name in LAYOUT_KEYS if name in layout):
         parts.pop(name, None)
-        if said[name] not in (None, "none"):
-            parts[name] = _part(said[name], name, path)
-    if set(UNITS) & set(said):
+        if layout[name] not in (None, "none"):
+            parts[name] = _part(layout[name], name, path)
+    if set(UNITS) & set(layout):
         facts.pop("units", None)
-    norm = said.get("norm", found.norm)
+    norm = layout.get("norm", found.norm)
     if norm not in (None, "unknown", *get_args(Norm)):
         raise CheckpointError(f"{path}: norm: expected unknown, {', '.join(get_args(Norm))}, found {shortened(norm)}")
-    if "norm" in said:
+    if "norm" in layout:
         facts.pop("norm", None)
         if norm in (None, "unknown"):
             facts["norm"], norm = f"{path.name} says so", None
-    return replace(found, parts=parts, norm=norm, tied=bool(said.get("tied", found.tied)), unknown=facts)
+    return replace(found, parts=parts, norm=norm, tied=bool(layout.get("tied", found.tied)), unknown=facts)
 
 
 def _part(value: Any, name: str, path: Path) -> PartLocation:

@@ -55,7 +55,7 @@ _ROPE_TENSORS = re.compile(
     r"rotary|inv_freq|relative_attention_bias|a_log|conv1d|time_decay|ssm_|rel_pos|time_maa|slopes"
 )
 _ROWS = 64
-_LOOKED_AT = 4  # layers whose numbers settle a doubt
+_SAMPLED = 4  # layers whose numbers settle a doubt
 
 
 def describe(store: TensorStore, config: Mapping[str, Any], component: str | None = None) -> Description:
@@ -116,9 +116,9 @@ class _Finder:
 
     def _note_missing_layers(self) -> None:
         """Notes where layers seem to be missing: the config has more, or their numbers have gaps."""
-        said = next((n for key in _DEPTH_KEYS if isinstance(n := self.config.get(key), int)), None)
-        if self.component is None and said is not None and len(self.layers) < said:
-            self.notes.append(f"the config has {said} layers, and tensors of {len(self.layers)} were found")
+        stated = next((n for key in _DEPTH_KEYS if isinstance(n := self.config.get(key), int)), None)
+        if self.component is None and stated is not None and len(self.layers) < stated:
+            self.notes.append(f"the config has {stated} layers, and tensors of {len(self.layers)} were found")
         if absent := sorted(set(range(min(self.layers), max(self.layers))) - set(self.layers)):
             self.notes.append(f"there are no tensors of the layers {listed(map(str, absent), 10)}, which are left out")
 
@@ -132,10 +132,12 @@ class _Finder:
         if not counts:
             raise CheckpointError(f"{self.stack.pattern}: the layers have no matrices")
         most = counts.most_common(1)[0][1]
-        said = [value for key in _WIDTH_KEYS if isinstance(value := self.config.get(key), int)]
+        stated = [value for key in _WIDTH_KEYS if isinstance(value := self.config.get(key), int)]
         if self.component is None:
-            said += [size for name, shape in self.outside.items() if _EMBEDDING.search(name.lower()) for size in shape]
-        close = [size for size in said if counts.get(size, 0) > most // 2]
+            stated += [
+                size for name, shape in self.outside.items() if _EMBEDDING.search(name.lower()) for size in shape
+            ]
+        close = [size for size in stated if counts.get(size, 0) > most // 2]
         return close[0] if close else counts.most_common(1)[0][0]
 
     def _add_mlps(self) -> dict[int, Mlp]:
@@ -352,7 +354,7 @@ def embeddings_size(finder: _Finder) -> int:
 
 
 def _spread(layers: Sequence[int]) -> list[int]:
-    places = np.linspace(0, len(layers) - 1, min(_LOOKED_AT, len(layers)))
+    places = np.linspace(0, len(layers) - 1, min(_SAMPLED, len(layers)))
     return [layers[int(place)] for place in places]
 
 

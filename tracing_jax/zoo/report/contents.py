@@ -207,10 +207,10 @@ def make_contents(plan: ZooPlan, rows: Sequence[PairRow], measures: ModelMeasure
     names = sorted(plan.names.values())
     rows = sorted(rows, key=_evidence)
     trees, merged = without_merged(names, rows)
-    kin = [*(members for members in trees if len(members) > 1), *(found.members for found in merged)]
-    components = [*kin, *(members for members in trees if len(members) == 1)]
+    families = [*(members for members in trees if len(members) > 1), *(found.members for found in merged)]
+    components = [*families, *(members for members in trees if len(members) == 1)]
     trained = trained_order(measures)
-    lineages = [lineage(members, rows, trained) for members in kin]
+    lineages = [lineage(members, rows, trained) for members in families]
     related = [row for row in rows if row.is_related]
     return Contents(
         ids={name: model for model, name in plan.names.items()},

@@ -128,13 +128,13 @@ def direction(edge: Edge, rows: Sequence[PairRow], measures: ModelMeasures) -> D
 
 def _of_copies(row: PairRow, rows: Sequence[PairRow]) -> Direction:
     """The copy is the one whose units are not in the order that the relatives of both have."""
-    kin = {name: relatives_in_place(name, rows, {*row.models}) for name in row.models}
-    with_kin = [name for name in row.models if kin[name]]
-    if len(with_kin) != 1:
+    related = {name: relatives_in_place(name, rows, {*row.models}) for name in row.models}
+    with_related = [name for name in row.models if related[name]]
+    if len(with_related) != 1:
         return Direction(None, None, ("both compute the same function, and original and copy cannot be distinguished",))
-    (parent,) = with_kin
+    (parent,) = with_related
     child = row.other(parent)
-    text = f"same function; the units of {parent} stand where those of {', '.join(kin[parent])} do, {child}'s do not"
+    text = f"same function; {parent} has its units in the order of {', '.join(related[parent])}, {child} has not"
     return Direction(parent, child, (text,))
 
 

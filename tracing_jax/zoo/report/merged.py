@@ -112,8 +112,8 @@ def _is_between(
     ]
     if detours:
         return min(detours) <= BETWEEN
-    kin = [[rows.get(frozenset((name, other))) for other in relatives[name] & {*part}] for part in parts]
-    if not all(any(map(_differ, found)) for found in kin):
+    related = [[rows.get(frozenset((name, other))) for other in relatives[name] & {*part}] for part in parts]
+    if not all(any(map(_differ, found)) for found in related):
         return False
     return sum(found == parts for found in all_between.values()) <= min(map(len, parts))
 

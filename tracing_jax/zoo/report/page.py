@@ -95,8 +95,8 @@ def sentence(contents: Contents) -> str:
 def _alt(contents: Contents) -> str:
     """Returns what the figure of all pairs shows, for those who do not see it."""
     counts = ", ".join(f"{count:,} {word.replace('_', ' ')}" for word, count in contents.verdicts.items() if count)
-    kin = "; ".join(f"family {i}: {_named(members)}" for i, members in enumerate(contents.families, 1))
-    return f"The verdict of every pair: {counts or 'none done'}. {kin or 'No two models are related'}."
+    related = "; ".join(f"family {i}: {_named(members)}" for i, members in enumerate(contents.families, 1))
+    return f"The verdict of every pair: {counts or 'none done'}. {related or 'No two models are related'}."
 
 
 def _banner(contents: Contents) -> dict[str, Any]:

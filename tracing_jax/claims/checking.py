@@ -18,7 +18,7 @@ from tracing_jax.claims.quantised_of import quantised_of
 from tracing_jax.claims.same_function import same_as
 
 
-def judge(claim: str, inputs: ClaimInputs) -> ClaimResult:
+def check_claim(claim: str, inputs: ClaimInputs) -> ClaimResult:
     """Returns what became of a claim on a pair.
 
     Raises:
