@@ -87,7 +87,7 @@ def test_the_help_of_compare_shows_its_own_defaults():
     (["zoo", "--save", "x"], "--models and a config are needed"),
     (["library", "add", "x"], "add takes signature files"),
     (["merge", "A", "--parents", "B", "--seed=-1"], "seed=-1: at least 0"),
-    (["scan", "A", "--cache_dir=x"], "--cache_dir: that option is --download_dir now"),
+    (["inspect", "A", "--cache_dir=x"], "--cache_dir: that option is --download_dir now"),
     (["generate", "--models=A", "--mesh_data=2"], "--mesh_data: that option is --mesh.data now"),
     (["compare", "A", "B", "--no_compile_cache"], "--no_compile_cache: that option is --no-compile_cache now"),
 ])  # fmt: skip
