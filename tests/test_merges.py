@@ -20,9 +20,18 @@ from tracing_jax.checkpoint import CheckpointError, open_checkpoint
 from tracing_jax.checkpoint.hf_layouts import leaf_layouts
 from tracing_jax.checkpoint.tensor_layout import tensor_shapes
 from tracing_jax.cli import main
-from tracing_jax.merges import MergeError, MergeModels, estimate, grouped, merge_report, opened_models, read_sums
+from tracing_jax.merges import (
+    MergeError,
+    MergeModels,
+    estimate,
+    grouped,
+    merge_report,
+    opened_models,
+    read_sums,
+    shares,
+)
 from tracing_jax.merges.exchange import log_p_of_layer
-from tracing_jax.merges.normal_equations import TensorSums, rounding_variance
+from tracing_jax.merges.normal_equations import TensorSums, rounded, rounding_variance
 from tracing_jax.merges.parts import _of_distinct_layers
 from tracing_jax.merges.products import products
 from tracing_jax.rewrites import draw_rewrites
@@ -288,6 +297,30 @@ def test_rounding_variance_is_that_of_rounding():
     for dtype in (ml_dtypes.bfloat16, np.float16):
         errors = values.astype(dtype).astype(np.float64) - values
         assert rounding_variance(values, np.dtype(dtype)) == pytest.approx(np.square(errors).mean(), rel=0.05)
+
+
+def test_intervals_count_what_rounding_to_a_coarse_grid_biases(origin, parents, monkeypatch):
+    """Differences of up to three steps of bfloat16, the hardest case: the jackknife covers a quarter of the shares."""
+    models = models_of(origin, parents[:2], origin)
+    place, step, rng = next(models.places()), 2.0**-7, np.random.default_rng(0)
+    inside = {True: [], False: []}
+    for _ in range(100):
+        truth = rng.dirichlet([2, 2])
+        ref = 1 + step * rng.integers(0, 100, size=(16, 128))
+        x = step * rng.integers(-3, 4, size=(2, 16, 128))
+        child = rounded(ref + np.tensordot(truth, x, 1), "bfloat16")
+        z = np.stack([child - ref, *x, ref])
+        sample = np.stack([child, ref, *(ref + x)]).reshape(4, -1).T.astype(np.float32)
+        grams, counts = np.einsum("crn,drn->rcd", z, z), np.full(16, 128.0)
+        tensor = TensorSums(place, grams, counts, sample, step**2 / 12, "bfloat16")
+        for counted in inside:
+            with monkeypatch.context() as patch:
+                if not counted:
+                    patch.setattr(shares, "_COARSE", ())
+                low, high = estimate(models, [tensor]).interval()
+            inside[counted].append((low <= truth) & (truth <= high))
+    assert np.mean(inside[False]) < 0.5
+    assert np.mean(inside[True]) > 0.85
 
 
 def by_layer(name):

@@ -36,6 +36,7 @@ class TensorSums:
       counts: entries of each row block.
       sample: the models' values of entries drawn at random.
       rounding: mean square of the error that rounding to its dtype leaves in an entry of the child, from the sample.
+      dtype: of the child.
     """
 
     place: Place
@@ -43,6 +44,7 @@ class TensorSums:
     counts: Float[np.ndarray, " R"]
     sample: Float[np.ndarray, "S M"]
     rounding: float
+    dtype: str = "float32"
 
     @property
     def gram(self) -> Float[np.ndarray, "C C"]:
@@ -97,6 +99,12 @@ def rounding_variance(values: np.ndarray, dtype: np.dtype) -> float:
     return float(np.square(spacing).mean() / 12)
 
 
+def rounded(values: Float[np.ndarray, "..."], dtype: str) -> Float[np.ndarray, "..."]:
+    """Returns values as a checkpoint of this dtype has them, in float64."""
+    wide = np.asarray(values, np.float32) if dtype == "bfloat16" else values  # as merging tools compute
+    return wide.astype(np.dtype(dtype)).astype(np.float64)
+
+
 def _ahead(models: MergeModels, reader: ThreadPoolExecutor) -> Iterator[tuple[Place, Piece]]:
     """Yields all pieces of all leaves; the next one is read meanwhile, and at most two are in memory."""
     parts = ((place, piece) for place in models.places() for piece in models.pieces(place))
@@ -146,7 +154,7 @@ def _tensor_sums(
     drawn = np.sort(generator.choice(len(flat[0]), min(sampled, len(flat[0])), replace=False, shuffle=False))
     sample = np.stack([as_float32(array[drawn]) for array in flat], axis=1)
     rounding = rounding_variance(sample[:, 0], flat[0].dtype)
-    return TensorSums(place, grams, np.diff(edges).astype(float), sample, rounding)
+    return TensorSums(place, grams, np.diff(edges).astype(float), sample, rounding, str(flat[0].dtype))
 
 
 def _joined(pieces: Sequence[TensorSums]) -> TensorSums:
@@ -162,6 +170,7 @@ def _joined(pieces: Sequence[TensorSums]) -> TensorSums:
         np.add.reduceat(counts, first),
         np.concatenate([own.sample for own in pieces]),
         float(np.array([own.rounding for own in pieces]) @ entries / entries.sum()),
+        pieces[0].dtype,
     )
 
 

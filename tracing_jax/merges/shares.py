@@ -15,13 +15,19 @@ from jaxtyping import Float
 from scipy import stats
 
 from tracing_jax.merges.models import MergeModels
-from tracing_jax.merges.normal_equations import TensorSums
+from tracing_jax.merges.normal_equations import TensorSums, columns_of, rounded
 
 COLLINEAR = 1e8
 """Condition number of the correlations of the differences from which their shares cannot be distinguished at all."""
 ONE_OF_THESE = 400.0
 """Condition number from which parents are named together: their differences have cosines above .995."""
 
+_COARSE = ("bfloat16", "float16")
+_DITHERED = 8.0
+"""Where more is left than so many times the square of rounding, that noise leaves no bias of rounding."""
+_EXACT = 1e-3
+"""Where less is left, nothing was rounded: the child is a copy."""
+_TRIED, _AROUND = 8, 0.25
 _NOTHING = 1e-13
 
 Key = TypeVar("Key", bound=Hashable)
@@ -70,7 +76,7 @@ class Shares:
 
     Attributes:
       values: NaN where they are undefined.
-      covariance: by the jackknife.
+      covariance: by the jackknife, and of what rounding to a coarse dtype can bias.
       degrees: of freedom of the jackknife; intervals use Student's t.
       fit: sums of squares.
       condition: condition number of the correlations of the parents' differences from the reference.
@@ -135,8 +141,35 @@ def estimate(models: MergeModels, tensors: Sequence[TensorSums]) -> Shares:
     moved = models.shares_of(_solved(others[:, terms, terms], others[:, terms, 0], found)) - models.shares_of(found)
     blocks = int((weights > 0).sum())
     covariance = (blocks - 1) / blocks * moved.T @ moved
+    covariance = covariance + np.diag(rounding_bias(models, tensors, found, xx, fit))
     degrees = _degrees(weights, moved, [len(tensor.grams) for tensor in tensors])
     return Shares(models.shares_of(found), covariance, degrees, fit, condition)
+
+
+def rounding_bias(
+    models: MergeModels, tensors: Sequence[TensorSums], found: Float[np.ndarray, " T"], xx: np.ndarray, fit: Fit
+) -> Float[np.ndarray, " K"]:
+    """Returns the squares of what rounding of the child biases its shares by, where rounding is all that is left of it.
+
+    Differences of a few steps of a coarse grid are rounded to steps, and the error goes with the difference. The
+    sampled entries are merged and rounded, and shares are found of the result: how far these are from those of the
+    merge is the bias: at the shares that were found, or, where that is more, the root mean square around them, for
+    other shares may round to the same child. Noise of more than a step leaves none: it makes errors independent.
+    """
+    none = np.zeros(len(models.names))
+    coarse = [tensor for tensor in tensors if tensor.dtype in _COARSE and len(tensor.sample)]
+    if not coarse or not _EXACT * fit.rounding < fit.rest <= _DITHERED * fit.rounding:
+        return none
+    shifts = np.random.default_rng(0).uniform(-_AROUND, _AROUND, size=(_TRIED, len(found)))
+    near = found + np.concatenate([np.zeros((1, len(found))), shifts])
+    pulls = np.zeros(near.shape)
+    for tensor in coarse:
+        columns = columns_of(tensor.sample)
+        merged = columns[-1] + near @ columns[1:-1]
+        errors = rounded(merged, tensor.dtype) - merged
+        pulls += tensor.counts.sum() / len(tensor.sample) * errors @ columns[1:-1].T
+    bias = models.shares_of(np.linalg.solve(xx, pulls.T).T) - models.shares_of(0 * found)
+    return np.maximum(np.square(bias[0]), np.square(bias[1:]).mean(0))
 
 
 def grouped(
