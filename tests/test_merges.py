@@ -438,9 +438,11 @@ def test_child_that_no_method_explains_has_no_recipe(origin, parents):
 
 
 @pytest.mark.slow
-def test_permuted_child_has_the_shares_of_the_child(origin, parents):
+@pytest.mark.parametrize("names", ["permute", "pad,identity", "split"])
+def test_reordered_and_padded_children_have_the_shares_of_the_child(origin, parents, names):
+    """Where nothing but the order and the number of units changed, the other models stay as they are."""
     child = model(merging.task_arithmetic(origin, parents[:2], [0.6, 0.4]))
-    hidden = in_memory(rewritten(child, draw_rewrites("permute", jax.random.key(0), ARCH)))
+    hidden = in_memory(rewritten(child, draw_rewrites(names, jax.random.key(0), ARCH)))
     models = MergeModels(hidden, {"A": model(parents[0]), "B": model(parents[1])}, model(origin))
     found = merge_report(models, align=("auto",))
     assert found.record["aligned"]

@@ -20,16 +20,21 @@ from tracing_jax.tree import Tree
 
 IN_PLACE = 0.3
 """A kernel of the child is in place if its cosine with that of another model is above; independent ones are near 0."""
+_NO_MAPS = frozenset({"permute", "pad", "remove", "group", "ungroup"})
+"""Rewrites after which what is left of a model has its own numbers: no other model is to be moved likewise."""
 _KERNELS = ("attn/q_proj", "attn/k_proj", "attn/v_proj", "attn/o_proj", "mlp/up_proj", "mlp/down_proj")
 
 
 def is_in_place(models: MergeModels, sums: Sums) -> bool:
     """Returns whether kernels of the child in its first, middle and last layer are like those of another model.
 
-    Experts need not all be like those of the same one: half of them are to be like those of some.
+    Experts need not all be like those of the same one: half of them are to be like those of some. Kernels of another
+    shape are in nobody's place.
     """
     L = models.child.arch.num_layers
     names = [f"layers/{i}/{name}/kernel" for i in sorted({0, L // 2, L - 1}) for name in _KERNELS]
+    if any("shapes" in models.left_out.get(name, "") for name in names):
+        return False
     samples = [own for name in names if (own := sums.samples_of(name))]
     alike = [np.median([max(_cosines(sample)) for sample in experts]) for experts in samples]
     return bool(samples) and float(min(alike)) > IN_PLACE
@@ -56,10 +61,9 @@ def with_aligned_child(models: MergeModels, kinds: Sequence[str], seed: int) -> 
             reasons.append(f"to {name}: {error}")
             continue
         moved = replace(models, child=in_memory(aligned(original, found), "aligning"))
-        note = f"the child was aligned to {name}: {', '.join(rewrite.name for rewrite in found.rewrites) or 'nothing'}"
-        if {"pad", "remove"} & {rewrite.name for rewrite in found.rewrites}:
-            note += "; units were removed or added, after which shares were off by .05 where that was measured"
-        if not found.reorders_only:
+        undone = [rewrite.name for rewrite in found.rewrites]
+        note = f"the child was aligned to {name}: {', '.join(undone) or 'nothing'}"
+        if not found.reorders_only and not _NO_MAPS.issuperset(undone):
             moved, more = _in_one_gauge(moved, reference, kinds, seed)
             note += more
         sums = read_sums(moved, seed)
