@@ -37,7 +37,7 @@ for _name, _help in _ALONG_PATH.items():
 def with_default_config(argv: Sequence[str]) -> list[str]:
     """Returns argv with `--config=configs/mode.py` put in front if no config is named.
 
-    Where no statistic is named either, the default verdict stands beside the loss along the path: `--verdict=auto`.
+    Where no statistic is named either, the default verdict is printed beside the loss along the path: `--verdict=auto`.
     """
     names = {argument.lstrip("-").split("=")[0] for argument in argv[1:]}
     if "config" in names:

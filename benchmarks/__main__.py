@@ -12,7 +12,7 @@ mean. Other benchmarks are programs of their own:
     python -m benchmarks.assignment         # the linear assignment against other solvers
     python -m benchmarks.write_pair         # large checkpoints with random weights
     python -m benchmarks.memory_limits      # peak memory of runs on them, against limits
-    python -m benchmarks.on_paper           # what pairs of very large models cost, from their shapes
+    python -m benchmarks.estimates           # what pairs of very large models cost, from their shapes
     python -m benchmarks.zoos               # whole zoos, killed and started again
     python -m benchmarks.seeds              # trains the models that the following compare
     python -m benchmarks.exact_nulls        # are the exact p-values of independent models uniform?

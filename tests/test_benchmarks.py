@@ -9,7 +9,7 @@ import pytest
 import tiny
 from scipy.optimize import linear_sum_assignment
 
-from benchmarks import on_paper, results
+from benchmarks import estimates, results
 from benchmarks.assignment import INPUTS
 from benchmarks.memory_limits import GIB, LIMITS, Limit, Outcome
 from benchmarks.plan import Rates, Step, plan
@@ -158,17 +158,17 @@ def test_the_plan_reads_what_the_steps_need(tmp_path):
     assert Rates(2.0, 4.0).seconds(Step("", 10, 12)) == 5
 
 
-def test_costs_on_paper_are_bounded_by_arithmetic_or_by_reading():
+def test_estimated_costs_are_bounded_by_arithmetic_or_by_reading():
     arch = SIZES["tiny"].arch
-    found = {step.name: (step, peak) for step, peak in on_paper.steps(arch)}
+    found = {step.name: (step, peak) for step, peak in estimates.steps(arch)}
     csu, peak = found["csu"]
     rows = np.ones((arch.mlp_dim, arch.embed_dim), np.float32)
     product = jax.jit(lambda a, b: a @ b.T).lower(rows, rows).cost_analysis()
     assert csu.flops == arch.num_layers * product["flops"]
-    eight, sixteen = (on_paper.rates(n, peak) for n in (8, 16))
+    eight, sixteen = (estimates.rates(n, peak) for n in (8, 16))
     assert 2 * sixteen.seconds(csu) == pytest.approx(eight.seconds(csu))
     assert Rates(1.0, 1e30).seconds(csu) == csu.read_bytes
-    assert "| llama3.1-405b | 1,623 GB | csu | 1.2e+16 |" in on_paper.table()
+    assert "| llama3.1-405b | 1,623 GB | csu | 1.2e+16 |" in estimates.table()
 
 
 @pytest.mark.slow

@@ -16,7 +16,15 @@ from parity_cases import CASES
 import tracing_jax as tj
 from tracing_jax.checkpoint import open_checkpoint
 from tracing_jax.forward import logits
-from tracing_jax.generation import Sampler, SamplingParams, filtered, generate, prompt_tokens, read_prompts, sample
+from tracing_jax.generation import (
+    Sampler,
+    SamplingParams,
+    filtered,
+    generate_texts,
+    prompt_tokens,
+    read_prompts,
+    sample,
+)
 from tracing_jax.generation.texts import _following
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import in_memory, sharded
@@ -165,7 +173,7 @@ def test_program_writes_prompts_texts_tokens_and_seed(family, tmp_path):
 @pytest.mark.slow
 def test_texts_without_prompts_begin_with_tokens_of_their_own_where_there_is_no_bos(family, tmp_path):
     model, compute = open_checkpoint(str(family.member("base"))), Compute(make_mesh(), 4)
-    file = generate(model, 3, tmp_path / "texts.json", compute, SamplingParams(0.9), max_new_tokens=8)
+    file = generate_texts(model, 3, tmp_path / "texts.json", compute, SamplingParams(0.9), max_new_tokens=8)
     assert len({row["prompt"] for row in json.loads(file.read_text("utf-8"))}) > 1
 
 

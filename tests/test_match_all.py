@@ -12,7 +12,7 @@ from tracing_jax.data import paired_one_to_one
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory
 from tracing_jax.statistics import Pair, Vocabularies, verdict
-from tracing_jax.statistics.match_all import LayerMap, MatchAll, assign_layers, ranges, sentence
+from tracing_jax.statistics.match_all import LayerMap, MatchAll, assign_layers, layer_map_sentence, ranges
 from tracing_jax.tree import map_named
 
 ARCH = tiny.qwen3_gqa(num_layers=5, layer_ropes=(0,) * 5, layer_windows=(None,) * 5, mlp_dim=40)
@@ -94,7 +94,7 @@ def test_layers_are_assigned_by_evidence_and_may_stay_alone():
 
 def test_the_map_in_words():
     found = LayerMap(((0, 0), (1, 1), (4, 2)), ((4, 3),), (2, 3), (4,))
-    words = sentence(found, 5, 5, [(9, 10), (10, 10), (10, 10)])
+    words = layer_map_sentence(found, 5, 5, [(9, 10), (10, 10), (10, 10)])
     assert words == (
         "3 of ft's 5 layers correspond to base's 5, in order (base 0-1 → ft 0-1, base 4 → ft 2); "
         "ft's layer 3 repeats base's 4; base's layers 2-3 left no trace; nothing of base resembles ft's layer 4; "

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from tracing_jax import experiment
 from tracing_jax.alignment import KINDS, Alignment, AlignmentError, align, aligned, alignment_problems
 from tracing_jax.alignment import align_models as module
-from tracing_jax.alignment.float64_leaves import cosines
+from tracing_jax.alignment.float64_leaves import leaf_cosines
 from tracing_jax.alignment.procrustes import AdjacentWeights, mixing_matrices, scale_factors
 from tracing_jax.arch import Arch
 from tracing_jax.axes import PERMUTABLE
@@ -353,8 +353,8 @@ def test_the_noise_of_ft_hardly_moves_what_is_aligned():
     """Base plus noise is aligned already: continuous maps must not carry it far from where it stands."""
     base = in_float64(tiny.mixtral())
     ft = finetuned(base, 0.05)
-    before = cosines(base, ft, None)
-    after = cosines(base, aligned_to(base, ft, "all")[0], None)
+    before = leaf_cosines(base, ft, None)
+    after = leaf_cosines(base, aligned_to(base, ft, "all")[0], None)
     assert min(after[name] - before[name] for name in before) > -2e-3
 
 

@@ -28,7 +28,7 @@ from tracing_jax.zoo.__main__ import main
 from tracing_jax.zoo.plan import ModelList, Proposal
 from tracing_jax.zoo.proposing import CLOSED_PER_MODEL, selected
 from tracing_jax.zoo.report import html as page_of
-from tracing_jax.zoo.report import make_contents, sentence, write_report
+from tracing_jax.zoo.report import make_contents, write_report, zoo_sentence
 from tracing_jax.zoo.report.direction import direction
 from tracing_jax.zoo.report.families import WEIGHTS, Edge, clustered, families, lineage
 from tracing_jax.zoo.report.rows import PairRow, with_verdicts
@@ -189,7 +189,7 @@ def test_a_family_of_which_pairs_were_not_compared_is_said_to_be_one():
     found = contents(replace(plan, pairs=inside, proposal=Proposal(10, 4, 0, 0)), records)
     assert found.not_compared == [4]
     assert found.as_dict()["families"][0]["not_compared"] == 4
-    assert sentence(found) == "5 models, 6 pairs: 1 family, 4 pairs inside families not compared"
+    assert zoo_sentence(found) == "5 models, 6 pairs: 1 family, 4 pairs inside families not compared"
     page = page_of(found, "left out")
     assert "4 of its 10 pairs were not compared (a and b, a and b1, a1 and b, and 1 more" in page
     assert "may be unrelated to each other" in page
@@ -547,8 +547,8 @@ def test_p_values_are_written_as_everywhere_else(broken):
 
 def test_the_answer_in_one_sentence():
     plan, records = zoos.planted([3, 2, 1], 0)
-    assert sentence(contents(plan, records)) == "6 models, 15 pairs: 2 families, 1 model in none"
-    assert sentence(contents(plan, {})) == "6 models, 15 pairs: 0 families, 6 models in none, 15 pairs not done"
+    assert zoo_sentence(contents(plan, records)) == "6 models, 15 pairs: 2 families, 1 model in none"
+    assert zoo_sentence(contents(plan, {})) == "6 models, 15 pairs: 0 families, 6 models in none, 15 pairs not done"
 
 
 def test_independent_pairs_are_held_against_the_uniform():

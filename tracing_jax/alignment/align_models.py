@@ -12,7 +12,7 @@ from jaxtyping import Int
 from tracing_jax.alignment.activation_matching import match_activations
 from tracing_jax.alignment.applicability import MAPS, alignment_problems, beyond_permutations, supported
 from tracing_jax.alignment.expansions import remove_expansions
-from tracing_jax.alignment.float64_leaves import cosines
+from tracing_jax.alignment.float64_leaves import leaf_cosines
 from tracing_jax.alignment.learning import LEAST_BLOCKS, Learned, Learning, learn
 from tracing_jax.alignment.result import Alignment, Evidence, cosines_by_kind, undone_by
 from tracing_jax.alignment.rewrite_estimation import estimate_rewrites, gains_of
@@ -130,7 +130,7 @@ def _with_learned(
         objective=barriers,
         logits_moved=max(moved),
         undone={**start.undone, "learned": report},
-        likeness=cosines_by_kind(cosines(base, ft, shared), cosines(new_base, new_ft, shared)),
+        likeness=cosines_by_kind(leaf_cosines(base, ft, shared), leaf_cosines(new_base, new_ft, shared)),
         base_rewrites=learned.base_rewrites,
     )
 
@@ -157,7 +157,7 @@ def _rewritten_by_weights(
     if found is None or not _explains(found.cosines, dict.fromkeys(found.cosines, 1.0)):
         mapped = _by_maps(base, reduced, wanted, unsupported, shared)
         found = found if found is not None and _explains(found.cosines, mapped.cosines) else mapped
-    before = cosines(base, ft, shared)
+    before = leaf_cosines(base, ft, shared)
     rewrites = removals + found.rewrites
     return Alignment(
         rewrites,
@@ -178,14 +178,14 @@ def _by_maps(
     undone = undone_by(rewrites, gains_of(base), gains_of(ft))
     if ft.arch.tied and not after.arch.tied:
         undone["untied"] = True
-    return _Candidate(rewrites, {**unsupported, **left_out}, cosines(base, after, shared), undone)
+    return _Candidate(rewrites, {**unsupported, **left_out}, leaf_cosines(base, after, shared), undone)
 
 
 def _by_permutations(base: ParamSource, ft: ParamSource, shared: Shared | None) -> _Candidate:
     table = axis_table(base.arch)
     matching = match_weights(params_of(base), params_of(ft), table, table.axes_of_kind(PERMUTABLE), shared=shared)
     rewrites = (Permutation(matching.permutations),)
-    return _Candidate(rewrites, matching.left_out, cosines(base, rewritten(ft, rewrites), shared), {})
+    return _Candidate(rewrites, matching.left_out, leaf_cosines(base, rewritten(ft, rewrites), shared), {})
 
 
 def _explains(permuted: Mapping[str, float], mapped: Mapping[str, float]) -> bool:

@@ -58,7 +58,7 @@ def shared_units(
     return (base, ft) if base.shape == ft.shape else None
 
 
-def cosines(base: ParamSource, ft: ParamSource, shared: Shared | None) -> dict[str, float]:
+def leaf_cosines(base: ParamSource, ft: ParamSource, shared: Shared | None) -> dict[str, float]:
     """Returns the cosine of each leaf that both models have in one shape; one that is zero in either counts 0."""
     found = {}
     common = [prefix for prefix in prefixes(base.arch) if prefix in prefixes(ft.arch)]

@@ -19,7 +19,7 @@ from tracing_jax.checkpoint.tensors import TensorStore, all_finite
 from tracing_jax.checkpoint.weights_only.names import sizes_of_components
 from tracing_jax.tree import Tree, flatten, select, unflatten
 
-_ROWS = 4096  # of the embedding, compared at a time
+_ROWS_PER_READ = 4096  # of the embedding, compared at a time
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,8 @@ class Checkpoint:
         if head not in names:
             return
         stop = self.arch.vocab_size if stop is None else stop
-        for row in range(start, stop, _ROWS):
-            rows = (slice(row, min(row + _ROWS, stop)),)
+        for row in range(start, stop, _ROWS_PER_READ):
+            rows = (slice(row, min(row + _ROWS_PER_READ, stop)),)
             if not np.array_equal(self.tensors.read(head, rows), self.tensors.read(embedding, rows)):
                 raise CheckpointError(
                     f"{self.id}: {head} differs from the embedding, but config.json says tie_word_embeddings: "

@@ -24,7 +24,7 @@ from tracing_jax.checkpoint.tensor_layout import tensor_shapes
 from tracing_jax.checkpoint.tensors import TensorStore
 from tracing_jax.complaints import grouped, listed, shortened
 
-_ROWS = 4096  # of the embedding, compared at a time
+_ROWS_PER_READ = 4096  # of the embedding, compared at a time
 _FEW_LAYERS = 200  # of as many the missing tensors can be listed
 _FEW_EXPERTS = 25_000  # of all layers together; no model has many more
 _MAX_EXTRA = 5000
@@ -149,7 +149,12 @@ def _are_equal(store: TensorStore, embedding: str, head: str) -> bool:
     if store.shape(embedding) != store.shape(head):
         return False
     rows = store.shape(embedding)[0] if store.shape(embedding) else 0
-    bounds = [0, min(16, rows), *range(_ROWS, rows, _ROWS), rows]  # most that differ do so in the first rows
+    bounds = [
+        0,
+        min(16, rows),
+        *range(_ROWS_PER_READ, rows, _ROWS_PER_READ),
+        rows,
+    ]  # most that differ do so in the first rows
     for start, stop in itertools.pairwise(bounds):
         ours, theirs = store.read_many([(name, (slice(start, stop),)) for name in (embedding, head)])
         if not np.array_equal(ours, theirs):

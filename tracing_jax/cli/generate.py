@@ -62,7 +62,7 @@ def _write(options: GenerateOptions) -> None:
     from tracing_jax.distributed import is_main_process
     from tracing_jax.experiment.models import resolve_model_id
     from tracing_jax.experiment.validation import DTYPES
-    from tracing_jax.generation import SamplingParams, file_of, generate, prompt_tokens, read_prompts
+    from tracing_jax.generation import SamplingParams, file_of, generate_texts, prompt_tokens, read_prompts
     from tracing_jax.record import check_writable
     from tracing_jax.sharding import Compute, make_mesh
 
@@ -79,6 +79,6 @@ def _write(options: GenerateOptions) -> None:
     sampling = SamplingParams(options.temperature, options.top_k, options.top_p)
     compute = Compute(make_mesh(options.mesh.data, options.mesh.model), options.batch_size, DTYPES[options.dtype])
     for model_id, model in models.items():
-        file = generate(model, prompts, files[model_id], compute, sampling, options.max_new_tokens, options.seed)
+        file = generate_texts(model, prompts, files[model_id], compute, sampling, options.max_new_tokens, options.seed)
         if is_main_process():
             print(file)

@@ -92,7 +92,7 @@ def continuations(
     ]
 
 
-def generate(
+def generate_texts(
     model: Checkpoint,
     prompts: Sequence[str] | int,
     file: Path,

@@ -50,7 +50,7 @@ from tracing_jax.rewrites.rewrite import (
     inverses,
     reorders_only,
     rewrite_subtree,
-    steps,
+    with_archs,
 )
 
 __all__ = [
@@ -98,8 +98,8 @@ __all__ = [
     "rewrite_subtree",
     "several_random_permutations",
     "share_moved",
-    "steps",
     "take_units",
     "takes_all",
     "unit_moves",
+    "with_archs",
 ]

@@ -129,7 +129,7 @@ class Untying(Rewrite):
         return weights | {"lm_head/kernel": embedding.with_values(embedding.values.T)}
 
 
-def steps(rewrites: Iterable[Rewrite], arch: Arch) -> list[tuple[Rewrite, Arch]]:
+def with_archs(rewrites: Iterable[Rewrite], arch: Arch) -> list[tuple[Rewrite, Arch]]:
     """Returns the rewrites, each with the facts of the model it is applied to; `Untying` is inserted where needed."""
     found: list[tuple[Rewrite, Arch]] = []
     for rewrite in rewrites:
@@ -159,7 +159,7 @@ def check_rewrites(rewrites: Sequence[Rewrite], arch: Arch) -> None:
     Raises:
       ValueError: every rewrite that cannot, with the reasons.
     """
-    lines = [f"{step.name}: {problem}" for step, met in steps(rewrites, arch) for problem in step.problems(met)]
+    lines = [f"{step.name}: {problem}" for step, met in with_archs(rewrites, arch) for problem in step.problems(met)]
     if lines:
         raise ValueError("\n  ".join([f"no such rewrite of this {arch.family} model:", *lines]))
 
@@ -200,7 +200,7 @@ def rewrite_subtree(prefix: str, read: Callable[[str], Tree], rewrites: Sequence
         return {name: Weight(leaf, leaf.dtype) for name, leaf in leaves.items()}
 
     reader: Read = weights
-    for rewrite, met in steps(rewrites, arch):
+    for rewrite, met in with_archs(rewrites, arch):
         reader = functools.partial(rewrite.apply, read=reader, arch=met)
     return unflatten({name: weight.rounded for name, weight in reader(prefix).items()})
 

@@ -60,7 +60,7 @@ def moments_of(
     return found + [jnp.concatenate(some) for some in by_name.values()]
 
 
-def signatures(
+def head_signatures(
     layer: Tree, arch: Arch, moments: FactoredMoments, num_singular_values: int
 ) -> Float[np.ndarray, "K G F"]:
     """Returns the signature of each query head of a layer."""

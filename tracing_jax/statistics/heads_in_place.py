@@ -17,7 +17,7 @@ from tracing_jax.run_cache import RunCache
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.comparison import LN10, bonferroni_log10, reserved
 from tracing_jax.statistics.head_kernels import inactive_attention
-from tracing_jax.statistics.head_signatures import log_p_of_order, moments_of, signature_cosines, signatures
+from tracing_jax.statistics.head_signatures import head_signatures, log_p_of_order, moments_of, signature_cosines
 from tracing_jax.statistics.in_place import BY_ORDER, OUTSTANDING, layers_in_common
 from tracing_jax.statistics.match_moments import spread_layers
 from tracing_jax.statistics.nulls import composite_agreement_log_sf, total_agreement_log_sf
@@ -114,7 +114,7 @@ class HeadsInPlace(options.HeadsInPlace):
         moments = functools.cache(lambda: self._moments(pair, model, layers))
 
         def make(i: int) -> dict[str, np.ndarray]:
-            return {"signatures": signatures(model.layer(i, _LEAVES), model.arch, moments(), count)}
+            return {"signatures": head_signatures(model.layer(i, _LEAVES), model.arch, moments(), count)}
 
         bar = tqdm(layers, desc=f"heads_in_place, {side}", unit="layer", disable=None)
         return [run_cache.cached_arrays((side, i), functools.partial(make, i))["signatures"] for i in bar]

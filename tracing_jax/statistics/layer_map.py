@@ -15,7 +15,7 @@ from tracing_jax.statistics.calibration import (
     null_of,
 )
 from tracing_jax.statistics.comparison import LN10, Comparison, one_test, reserved, share_agreeing
-from tracing_jax.statistics.match_all import CORRESPOND, assign_layers, sentence
+from tracing_jax.statistics.match_all import CORRESPOND, assign_layers, layer_map_sentence
 from tracing_jax.statistics.pvalues import bonferroni
 from tracing_jax.statistics.statistic import Result
 
@@ -62,7 +62,7 @@ def mapped_result(table: Sequence[Sequence[Comparison]], name: str, label: str) 
             "copies": shown[len(found.pairs) :],
             "unmatched_base": list(found.unmatched_base),
             "unmatched_ft": list(found.unmatched_ft),
-            "sentence": sentence(found, num_base, num_ft, [(cell.agreeing, cell.units) for cell in kept]),
+            "sentence": layer_map_sentence(found, num_base, num_ft, [(cell.agreeing, cell.units) for cell in kept]),
         },
         notes=list(null.notes),
         effect=agreement_effect(cells),

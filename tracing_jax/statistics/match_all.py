@@ -187,7 +187,7 @@ class MatchAll(options.MatchAll):
             "copies": [{"base": i, "ft": j, "log10_p": float(combined[i, j] / LN10)} for i, j in found.copies],
             "unmatched_base": list(found.unmatched_base),
             "unmatched_ft": list(found.unmatched_ft),
-            "sentence": sentence(found, num_base, num_ft, kept),
+            "sentence": layer_map_sentence(found, num_base, num_ft, kept),
         }  # fmt: skip
         notes = [f"{form}: {note}" for form, null in nulls.items() for note in null.notes]
         return Result(
@@ -303,7 +303,7 @@ def assign_layers(log_p: Float[np.ndarray, "L L2"], log_level: float) -> LayerMa
     )
 
 
-def sentence(found: LayerMap, num_base: int, num_ft: int, kept: Sequence[tuple[int, int]]) -> str:
+def layer_map_sentence(found: LayerMap, num_base: int, num_ft: int, kept: Sequence[tuple[int, int]]) -> str:
     """Returns the map as a sentence; `kept` has for each pair the numbers of matched units and of all of ft's units."""
     if not found.pairs:
         return f"None of ft's {num_ft} layers corresponds to a layer of base beyond what independent models share."

@@ -54,7 +54,7 @@ _ROPE_KEYS = re.compile(r"rope|rotary|alibi|rel(ative)?_?(pos|att)|freq_base", r
 _ROPE_TENSORS = re.compile(
     r"rotary|inv_freq|relative_attention_bias|a_log|conv1d|time_decay|ssm_|rel_pos|time_maa|slopes"
 )
-_ROWS = 64
+_SAMPLED_ROWS = 64
 _SAMPLED = 4  # layers whose numbers settle a doubt
 
 
@@ -341,7 +341,9 @@ class _Finder:
                     if bool(_WRITES.search(module)) == bool(_READS.search(module)):
                         continue
                     axis = int(bool(_READS.search(module)) != found.in_out)
-                    first = self.store.read(self.stack.tensor(layer, rest), (slice(0, _ROWS),)).astype(np.float32)
+                    first = self.store.read(self.stack.tensor(layer, rest), (slice(0, _SAMPLED_ROWS),)).astype(
+                        np.float32
+                    )
                     if is_near_identity(first):
                         continue
                 yield Matrix(self.stack.tensor(layer, rest), position, axis)

@@ -54,7 +54,7 @@ def heatmap(order: Sequence[str], families: Sequence[Sequence[str]], rows: Seque
         if grouped and row.verdict == "no_evidence":
             paths.setdefault(tint, []).append(f"M{left} {top}h1v1h-1z")
         else:
-            cells.append((left * cell, top * cell, tint, in_words(row), link(row)))
+            cells.append((left * cell, top * cell, tint, pair_sentence(row), link(row)))
     longest = max((len(name) for name in order), default=0)
     return Heatmap(
         cell, n * cell + longest * _LETTER * font + 8, n * cell, font, cells,
@@ -76,7 +76,7 @@ def tint_of(row: PairRow) -> str:
     return f"{row.verdict}-{depth}"
 
 
-def in_words(row: PairRow) -> str:
+def pair_sentence(row: PairRow) -> str:
     """Returns the tooltip of a pair's cell."""
     models = f"{row.base} and {row.ft}"
     if row.verdict is None:
@@ -130,7 +130,7 @@ def arcs(order: Sequence[str], rows: Sequence[PairRow]) -> Arcs:
         top, bottom = sorted((at[row.base], at[row.ft]))
         height = (bottom - top) * _ROW / 2
         path = f"M{left:.1f} {(top + 0.5) * _ROW:g}a{_reach(height):.1f} {height:.1f} 0 0 1 0 {2 * height:g}"
-        drawn.append((path, tint_of(row), in_words(row), link(row)))
+        drawn.append((path, tint_of(row), pair_sentence(row), link(row)))
     spans = [abs(at[row.base] - at[row.ft]) * _ROW / 2 for row in rows]
     width = left + max(map(_reach, spans), default=0.0) + 4
     labels = [((i + 0.5) * _ROW, name) for name, i in at.items()]

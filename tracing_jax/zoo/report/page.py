@@ -22,7 +22,7 @@ from tracing_jax.zoo.proposing import LEFT_OUT
 from tracing_jax.zoo.report.contents import Contents, contents_of, pair_dict
 from tracing_jax.zoo.report.direction import MEASURED
 from tracing_jax.zoo.report.heatmap import LEGEND, arcs, heatmap, is_sparse, link
-from tracing_jax.zoo.report.rows import BINS, PairRow, Uniformity, in_words
+from tracing_jax.zoo.report.rows import BINS, PairRow, Uniformity, uniformity_sentence
 from tracing_jax.zoo.report.trees import counted, family_part, merged_from, not_compared
 
 _OPEN_ROWS, _MOST_ROWS = 20, 500
@@ -78,7 +78,7 @@ def html(contents: Contents, title: str) -> str:
     )
 
 
-def sentence(contents: Contents) -> str:
+def zoo_sentence(contents: Contents) -> str:
     """Returns the answer in one sentence: `12 models, 66 pairs: 3 families, 2 models in none`."""
     parts = [counted(len(contents.families), "family", "families")]
     if contents.alone:
@@ -119,7 +119,11 @@ def _banner(contents: Contents) -> dict[str, Any]:
         facts["known tree"] = (
             f"{counted(wrong, 'disagreement', 'disagreements')}, listed below" if wrong else "no disagreement"
         )
-    return {"word": "related" if contents.families else "undecided", "sentence": sentence(contents), "facts": facts}
+    return {
+        "word": "related" if contents.families else "undecided",
+        "sentence": zoo_sentence(contents),
+        "facts": facts,
+    }
 
 
 def _disagreements(contents: Contents) -> list[Section]:
@@ -219,7 +223,7 @@ def _bars(found: Uniformity) -> dict[str, Any]:
         for i, count in enumerate(found.counts)
     ]  # fmt: skip
     uniform = None if found.selected else 110 - 100 * sum(found.counts) / BINS / top
-    return {"bars": bars, "uniform_y": uniform, "text": in_words(found), "any": any(found.counts)}
+    return {"bars": bars, "uniform_y": uniform, "text": uniformity_sentence(found), "any": any(found.counts)}
 
 
 def _grouped(contents: Contents) -> Mapping[str, Any]:

@@ -220,7 +220,7 @@ def uniformity(rows: Sequence[PairRow], selected: bool = False) -> Uniformity:
     )
 
 
-def in_words(found: Uniformity) -> str:
+def uniformity_sentence(found: Uniformity) -> str:
     """Returns the histogram's meaning: conservative as it should be, or too many small p-values."""
     total = sum(found.counts)
     if found.selected and total:

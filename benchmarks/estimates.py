@@ -1,7 +1,7 @@
 """What a pair of very large models costs, from the shapes alone: bytes, operations, and seconds on so many GPUs.
 
-    python -m benchmarks.on_paper             # prints the table
-    python -m benchmarks.on_paper --publish   # and puts it into docs/large_models.md
+    python -m benchmarks.estimates             # prints the table
+    python -m benchmarks.estimates --publish   # and puts it into docs/large_models.md
 
 Nothing is run. Operations are those of the matrix products, of which the steps have by far the most; the seconds are
 theirs at half the peak of the GPUs, or those of reading all bytes of the pair, whichever is longer. Letters: L layers,
@@ -40,7 +40,7 @@ READING = 25e9
 """Bytes per second at which a node of eight GPUs reads its share of the files: four fast local disks."""
 
 PATH_TOKENS = 131_072
-_BEGIN, _END = "<!-- on paper -->\n", "<!-- end of on paper -->\n"
+_BEGIN, _END = "<!-- estimate -->\n", "<!-- end of estimate -->\n"
 
 
 def pair_size(arch: Arch) -> float:
