@@ -109,7 +109,7 @@ def test_of_large_mixtures_some_mlps_are_looked_for_among_those_of_their_layers(
     base = tiny.model(MIXTURE, 0)
     hidden = after(noisy(base), "permute")
     result = MatchMlps(max_pairs=12).compute(pair_of(base, hidden))
-    assert "2 of base's 6 MLPs were drawn, and looked for among the 6 of ft's layers 0, 1" in result.notes[0]
+    assert "2 of base's 6 MLPs were drawn, and matched to the 6 of ft's layers 0, 1" in result.notes[0]
     assert (result.headline, len(pairs_in(result))) == (1.0, 2)
     assert result.blind_to == ("MLPs that were not drawn",)
     assert MatchMlps().compute(pair_of(base, hidden)).blind_to is None

@@ -168,9 +168,9 @@ def test_table_says_of_every_leaf_what_it_does_on_the_residual_stream(name):
 @pytest.mark.parametrize(
     ("name", "kind", "reason"),
     [
-        ("gemma2-gqa-untied-default", Rotation, "attn_post_norm, mlp_post_norm stand between"),
-        ("gemma3_text-gqa-untied-default", Rotation, "attn_post_norm, mlp_post_norm stand between"),
-        ("olmo2-gqa-untied-default", Rotation, "attn_post_norm, mlp_post_norm stand between"),
+        ("gemma2-gqa-untied-default", Rotation, "attn_post_norm, mlp_post_norm are between"),
+        ("gemma3_text-gqa-untied-default", Rotation, "attn_post_norm, mlp_post_norm are between"),
+        ("olmo2-gqa-untied-default", Rotation, "attn_post_norm, mlp_post_norm are between"),
         ("olmo-gqa-untied-default", Rotation, "subtracts the mean"),
         ("olmo-gqa-untied-default", GainScaling, "none of its norms has a gain"),
         ("olmo-gqa-untied-default", ValueMixing, "clip_qkv"),

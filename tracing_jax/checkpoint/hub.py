@@ -282,7 +282,7 @@ def _explain_hub(error: Exception, model_id: str) -> str:
             return f"{repo!r} has no revision {revision!r}; its branches, tags and commits are at {page}/tree/main"
         case RepositoryNotFoundError() | HFValidationError():
             return (
-                f"{model_id!r} is neither a folder (looked in {Path.cwd()}) nor a model on the Hub (looked at {page}); "
+                f"{model_id!r} is neither a folder (looked in {Path.cwd()}) nor a model on the Hub (tried at {page}); "
                 f"check the spelling of the path or of org/name, and if the model is private, {sign_in}"
             )
         case LocalEntryNotFoundError() if constants.HF_HUB_OFFLINE:

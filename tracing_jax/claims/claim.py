@@ -31,7 +31,7 @@ UNTESTED: Mapping[str, str] = {
     ),
     "adapter-of": "which of the two was there first, and that an adapter was trained, not another change of low rank",
     "quantised-of": "which of the two was there first",
-    "pruned-of": "how what is gone was chosen",
+    "pruned-of": "how the removed parts were chosen",
     "merge-of": "whether there are further parents, and which",
     "from-scratch": (
         "that it is so: independence is never proved. Data, distillation and changes that the tests do not detect are "

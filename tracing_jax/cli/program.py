@@ -36,8 +36,8 @@ class ProgramOptions:
     json: bool = option(False, "Print the record as JSON, and nothing else, on standard output.", group="program")
     fail_on: tuple[str, ...] = option(
         (),
-        "Exit with status 3 if the verdict on any pair is one of these; related stands for identical too, and "
-        "independent for no_evidence.",
+        "Exit with status 3 if the verdict on any pair is one of these; related includes identical, and "
+        "independent is no_evidence.",
         choices=("identical", "related", "no_evidence", "undecided", "not_testable", "independent"),
         group="program",
     )

@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  130  interrupted"
     )
     parser.add_argument("record", metavar="RECORD", type=Path, help="the .json that compare wrote")
-    parser.add_argument("--base", metavar="MODEL", help="where the base model is now [where the record says]")
-    parser.add_argument("--ft", metavar="MODEL", help="where the other model is now [where the record says]")
+    parser.add_argument("--base", metavar="MODEL", help="where the base model is now [its place in the record]")
+    parser.add_argument("--ft", metavar="MODEL", help="where the other model is now [its place in the record]")
 
 
 def _content(record: Mapping[str, Any]) -> str:

@@ -139,7 +139,7 @@ def _plan(folder: Any, zoo: ZooOptions, config: Any) -> None:
     if zoo.executor == "print":
         check_config(plan.options_of(plan.pairs[0], folder.path))
         if by_scan:
-            print("of these pairs, those are traced in which signatures show a trace of a relation (--candidates)")
+            print("of these pairs, those are traced in which signatures show a sign of a relation (--candidates)")
         folder.plan = plan  # shown, and not written: the folder may hold the records of another
     else:
         write_plan(folder, plan, zoo.skip_unreadable, by_scan, zoo.workers)

@@ -175,7 +175,7 @@ def _notes_on(selection: Selection, names: Sequence[str]) -> list[str]:
     left_out = [name for k, name in enumerate(names) if k not in selection.chosen]
     notes = [f"candidates that explain no more than noise, given the others: {', '.join(left_out)}"] if left_out else []
     return notes + [
-        f"{', '.join(names[j] for j in others)} would do in the place of {names[k]}: which of them is not told apart"
+        f"{', '.join(names[j] for j in others)} would do in the place of {names[k]}: they cannot be distinguished"
         for k, others in selection.instead.items()
     ]
 

@@ -92,7 +92,7 @@ def _layer_by_layer(name: str, test: Mapping[str, Any], result: Mapping[str, Any
 def _cell(test: Mapping[str, Any], index: int, place: str) -> MapCell:
     units, agreeing = test["values"]["units"][index], test["values"]["agreeing"][index]
     if not units:
-        return MapCell(-1, f"{place}: no units that carry evidence")
+        return MapCell(-1, f"{place}: no units that count as evidence")
     text = f"{place}: {agreeing:,} of {units:,} agree ({agreeing / units:.0%})"
     log10_ps = test.get("log10_ps")
     if log10_ps is not None and log10_ps[index] is not None:

@@ -108,7 +108,7 @@ class Rotation(Rewrite):
         if not after:
             return []
         return [
-            f"the gains of {', '.join(after)} stand between a block's output and the residual stream, where they "
+            f"the gains of {', '.join(after)} are between a block's output and the residual stream, where they "
             "cannot be folded into another leaf, and a rotation does not commute with them"
         ]
 

@@ -223,7 +223,7 @@ def unit_notes(comparisons: Sequence[Comparison]) -> list[str]:
         if copies := sum(c.copies[side] for c in comparisons):
             notes.append(f"{name}: {copies} units repeat another; of each group of copies one was compared")
         if silent := sum(c.silent[side] for c in comparisons):
-            notes.append(f"{name}: {silent} units write nothing to the residual stream; they carry no evidence")
+            notes.append(f"{name}: {silent} units write nothing to the residual stream; they are no evidence")
     return notes
 
 

@@ -107,7 +107,7 @@ class Csu(options.Csu):
         if any(map(pair.base.arch.has_experts, range(layers))):
             notes.append("of each layer with experts one expert was compared, drawn at random")
         if any(map(self._is_drawn, (pair.base.arch.mlp_dim_of(i) for i in range(layers)))):
-            notes.append(f"of each layer {self.units:,} units of base, drawn at random, were looked for in ft")
+            notes.append(f"of each layer {self.units:,} units of base, drawn at random, were matched to ft's")
         return replace(found, notes=notes)
 
     def _is_drawn(self, units: int) -> bool:

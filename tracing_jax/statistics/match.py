@@ -96,7 +96,7 @@ class Match(options.Match):
             tests += form_tests(form, layers, null)
             notes += [f"{form}: {note}" for note in (*null.notes, *unit_notes(layers))]
             if form == "weights" and self._run_of_units(pair.base.arch, pair) is not None:
-                notes.append(f"weights: of each layer {self.units:,} units of base were looked for in ft")
+                notes.append(f"weights: of each layer {self.units:,} units of base were matched to ft's")
         if "forward" in found and pair.blocks is not None:
             notes.append(f"forward: positions paired by {pair.blocks.how}")
         best = max(found.values(), key=share_agreeing)

@@ -149,7 +149,7 @@ def _drawn(pair: Pair, base: MlpsAsLayers, ft: MlpsAsLayers) -> list[str]:
         return []
     layers = ", ".join(map(str, dict.fromkeys(layer for layer, _ in base.places)))
     return [
-        f"match_mlps: {len(base.places)} of base's {every:,} MLPs were drawn, and looked for among the "
+        f"match_mlps: {len(base.places)} of base's {every:,} MLPs were drawn, and matched to the "
         f"{len(ft.places):,} of ft's layers {layers}; match_mlps.max_pairs sets how many"
     ]
 

@@ -84,7 +84,7 @@ class UnseenTokens(options.UnseenTokens):
             headline=share_agreeing(comparisons) if found else None,
             label="embedding ancestry: rows of unseen tokens that stay in place, share",
             log10_p=bonferroni_log10(tests),
-            p_reason=None if found else "no group of unseen tokens has two rows that can be told apart",
+            p_reason=None if found else "no group of unseen tokens has two rows that can be distinguished",
             tests=tests,
             notes=[*_notes(pair, found), _MEANING],
             effect=_effect(comparisons),
@@ -175,5 +175,5 @@ def _notes(pair: Pair, found: dict[str, Comparison]) -> Iterator[str]:
         group = place.split(", ")[1]
         num = len(pair.vocabularies.unseen[group][0])
         least = -math.lgamma(comparison.units + 1) / math.log(10)
-        left_out = f" of {num}, the others repeat or stand out" if comparison.units < num else ""
+        left_out = f" of {num}, the others repeat or are outliers" if comparison.units < num else ""
         yield f"{place}: {comparison.units} rows{left_out}; p is at least 10^{least:.1f}"
