@@ -236,7 +236,7 @@ def test_a_library_grows_by_adding_and_by_dropping_in(tmp_path, library):
     for _ in range(2):
         assert "changed" in indexed(folder).problems[0]
     (folder / f"base{SUFFIX}").unlink()
-    assert any("gone" in line for line in indexed(folder).problems)
+    assert any("missing" in line for line in indexed(folder).problems)
     (folder / f"broken{SUFFIX}").write_bytes(b"no signature")
     assert any("broken" in line for line in indexed(folder).problems)
     with pytest.raises(ValueError, match="broken"):

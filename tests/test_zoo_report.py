@@ -609,7 +609,7 @@ def test_initialisation_measures_as_nothing_whatever_its_scale():
     for scale in (0.02, 3.0):
         matrix = scale * np.random.default_rng(0).normal(size=(600, 400)).astype(np.float32)
         found = weights.measures_of(matrix)
-        assert weights.directions(matrix) == pytest.approx(1 / (1 / 600 + 1 / 400), rel=0.01)
+        assert weights.effective_rank(matrix) == pytest.approx(1 / (1 / 600 + 1 / 400), rel=0.01)
         assert found["excess_kurtosis"] == pytest.approx(0.0, abs=0.05)
         assert found["spread"] == pytest.approx((2 * 400) ** -0.5, rel=0.1)
         assert found["rms"] == pytest.approx(scale, rel=0.01)
@@ -624,8 +624,8 @@ def test_heavy_tails_have_a_positive_excess_kurtosis():
 def test_a_matrix_of_rank_one_has_one_direction_and_zeros_have_none():
     random = np.random.default_rng(0)
     matrix = np.outer(random.normal(size=30), random.normal(size=20)).astype(np.float32)
-    assert weights.directions(matrix) == pytest.approx(1.0, rel=1e-4)
-    assert weights.directions(0 * matrix) == 0.0
+    assert weights.effective_rank(matrix) == pytest.approx(1.0, rel=1e-4)
+    assert weights.effective_rank(0 * matrix) == 0.0
 
 
 def test_directions_do_not_see_padding_and_rotation(monkeypatch):
@@ -634,7 +634,7 @@ def test_directions_do_not_see_padding_and_rotation(monkeypatch):
     padded = np.pad(matrix, ((0, 0), (0, 12)))
     turned = (0.8 * padded @ np.linalg.qr(random.normal(size=(52, 52)))[0]).astype(np.float32)
     monkeypatch.setattr(weights, "_ROWS_AT_ONCE", 25)
-    assert weights.directions(turned) == pytest.approx(weights.directions(matrix), rel=1e-4)
+    assert weights.effective_rank(turned) == pytest.approx(weights.effective_rank(matrix), rel=1e-4)
 
 
 def test_measures_are_written_into_the_zoo_and_read_again(tmp_path):

@@ -99,9 +99,7 @@ class Jsd:
 class Csu:
     """Up-projection rows matched, and the matching compared with the identity; exact."""
 
-    units: int = option(
-        0, "The most units of each of base's layers that are matched to ft's; 0 takes all.", at_least=0
-    )
+    units: int = option(0, "The most units of each of base's layers that are matched to ft's; 0 takes all.", at_least=0)
 
 
 @dataclass(frozen=True)
