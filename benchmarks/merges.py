@@ -23,7 +23,7 @@ from benchmarks import siblings
 from benchmarks.environment import OUT_DIR, ZOO_DIR, use_all_cores
 from benchmarks.siblings import Leaves
 from tracing_jax.arch import Arch
-from tracing_jax.merges import MergeModels, Sums, TensorSums, estimate, merge_report, read_sums
+from tracing_jax.merges import MergeModels, NormalEquations, TensorSums, estimate, merge_report, read_sums
 from tracing_jax.merges.merge_report import compared
 from tracing_jax.record import atomic_write
 from tracing_jax.report import text_table
@@ -98,7 +98,7 @@ def shares(family: MergeModelsOfZoo, draws: int) -> Iterator[dict[str, Any]]:
 
 def _row(models: MergeModels, truth: Mapping[str, float], facts: Mapping[str, Any]) -> dict[str, Any]:
     sums = read_sums(models)
-    found = compared(models, sums, seed=0, blind=None)
+    found = compared(models, sums, seed=0, no_exchange_reason=None)
     wanted = np.array([truth[name] for name in models.names])
     groups: dict[str, Callable[[TensorSums], Hashable]] = {
         "inside": lambda tensor: None,
@@ -118,7 +118,7 @@ def _row(models: MergeModels, truth: Mapping[str, float], facts: Mapping[str, An
 
 
 def _covered(
-    models: MergeModels, sums: Sums, key: Callable[[TensorSums], Hashable], wanted: np.ndarray
+    models: MergeModels, sums: NormalEquations, key: Callable[[TensorSums], Hashable], wanted: np.ndarray
 ) -> list[list[bool]]:
     """Returns for each group of tensors whether the interval of each share has the true one."""
     groups: dict[Hashable, list[TensorSums]] = {}

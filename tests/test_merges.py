@@ -24,7 +24,7 @@ from tracing_jax.merges import (
     MergeError,
     MergeModels,
     estimate,
-    grouped,
+    grouped_shares,
     merge_report,
     opened_models,
     read_sums,
@@ -32,7 +32,7 @@ from tracing_jax.merges import (
 )
 from tracing_jax.merges.exchange import log_p_of_layer
 from tracing_jax.merges.normal_equations import TensorSums, rounded, rounding_variance
-from tracing_jax.merges.parts import _of_distinct_layers
+from tracing_jax.merges.parent_shares import _of_distinct_layers
 from tracing_jax.merges.products import products
 from tracing_jax.rewrites import draw_rewrites
 from tracing_jax.sources import InMemory, MappedSource, in_memory, rewritten
@@ -225,7 +225,7 @@ def test_experts_have_shares_of_their_own():
     child[name][2] = a[name][2]
     models = MergeModels(model(child, arch=arch), {"A": model(a, arch=arch), "B": model(b, arch=arch)},
                          model(base, arch=arch))  # fmt: skip
-    by_expert = grouped(models, read_sums(models).tensors, lambda tensor: str(tensor.place))
+    by_expert = grouped_shares(models, read_sums(models).tensors, lambda tensor: str(tensor.place))
     assert by_expert[f"{name}[2]"].values == pytest.approx([1, 0], abs=1e-4)
     assert by_expert[f"{name}[1]"].values == pytest.approx([0.5, 0.5], abs=1e-4)
 

@@ -14,18 +14,18 @@ from jaxtyping import Float
 
 from tracing_jax.alignment import AlignmentError, align, aligned
 from tracing_jax.merges.models import MergeModels
-from tracing_jax.merges.normal_equations import Sums, read_sums
+from tracing_jax.merges.normal_equations import NormalEquations, read_sums
 from tracing_jax.sources import MappedSource, ParamSource, in_memory
 from tracing_jax.tree import Tree
 
-IN_PLACE = 0.3
+_MIN_COSINE = 0.3
 """A kernel of the child is in place if its cosine with that of another model is above; independent ones are near 0."""
 _NO_MAPS = frozenset({"permute", "pad", "remove", "group", "ungroup"})
 """Rewrites after which what is left of a model has its own numbers: no other model is to be moved likewise."""
 _KERNELS = ("attn/q_proj", "attn/k_proj", "attn/v_proj", "attn/o_proj", "mlp/up_proj", "mlp/down_proj")
 
 
-def is_in_place(models: MergeModels, sums: Sums) -> bool:
+def is_in_place(models: MergeModels, sums: NormalEquations) -> bool:
     """Returns whether kernels of the child in its first, middle and last layer are like those of another model.
 
     Experts need not all be like those of the same one: half of them are to be like those of some. Kernels of another
@@ -37,10 +37,12 @@ def is_in_place(models: MergeModels, sums: Sums) -> bool:
         return False
     samples = [own for name in names if (own := sums.samples_of(name))]
     alike = [np.median([max(_cosines(sample)) for sample in experts]) for experts in samples]
-    return bool(samples) and float(min(alike)) > IN_PLACE
+    return bool(samples) and float(min(alike)) > _MIN_COSINE
 
 
-def with_aligned_child(models: MergeModels, kinds: Sequence[str], seed: int) -> tuple[MergeModels, Sums, list[str]]:
+def with_aligned_child(
+    models: MergeModels, kinds: Sequence[str], seed: int
+) -> tuple[MergeModels, NormalEquations, list[str]]:
     """Returns the models with the child, and where needed the parents, aligned; their sums; and notes on what was done.
 
     Args:
@@ -52,7 +54,7 @@ def with_aligned_child(models: MergeModels, kinds: Sequence[str], seed: int) -> 
       AlignmentError: the child could not be aligned to any of the models.
     """
     reasons: list[str] = []
-    original = as_float32(models.child)  # to round it again would add to the noise
+    original = float32_source(models.child)  # to round it again would add to the noise
     for at, name in enumerate(["the base"] * (models.origin is not None) + list(models.names), start=1):
         reference = models.read_together[at]
         try:
@@ -80,7 +82,7 @@ def _in_one_gauge(
     whole = ("all",) if "auto" in kinds else tuple(kinds)
 
     def in_gauge(model: ParamSource) -> ParamSource:
-        wide = as_float32(model)
+        wide = float32_source(model)
         return in_memory(aligned(wide, align(reference, wide, whole, evidence="weights", seed=seed)), "aligning")
 
     origin = None if models.origin is None else in_gauge(models.origin)
@@ -92,7 +94,7 @@ def _shared(models: MergeModels, at: int) -> dict[str, tuple[np.ndarray, np.ndar
     return None if models.tokens is None else {"vocab": (models.tokens[at], models.tokens[0])}
 
 
-def as_float32(source: ParamSource) -> ParamSource:
+def float32_source(source: ParamSource) -> ParamSource:
     """Returns the model with float32 leaves, as they are read."""
 
     def cast(tree: Tree, _: object) -> Tree:

@@ -14,8 +14,8 @@ import numpy as np
 from tracing_jax.merges import methods
 from tracing_jax.merges.methods import Entries, Method, entries_of, log_likelihood
 from tracing_jax.merges.models import MergeModels
-from tracing_jax.merges.normal_equations import Sums
-from tracing_jax.merges.parts import ROUNDING_TIMES
+from tracing_jax.merges.normal_equations import NormalEquations
+from tracing_jax.merges.parent_shares import ROUNDING_TIMES
 
 _TENSORS = 64
 """At most so many tensors are looked at, spread over the model."""
@@ -53,7 +53,7 @@ class Choice:
         }
 
 
-def choose(models: MergeModels, sums: Sums, seed: int = 0) -> Choice:
+def choose(models: MergeModels, sums: NormalEquations, seed: int = 0) -> Choice:
     """Returns the method that best predicts held-out entries; see the module."""
     entries = _entries(models, sums, seed)
     if not entries:
@@ -94,7 +94,7 @@ def name_of_unit(models: MergeModels, unit: int) -> str | None:
     return names[unit]
 
 
-def _entries(models: MergeModels, sums: Sums, seed: int) -> list[Entries]:
+def _entries(models: MergeModels, sums: NormalEquations, seed: int) -> list[Entries]:
     usable = [t for t in sums.tensors if len(t.sample) >= _FEWEST]
     step = max(1, math.ceil(len(usable) / _TENSORS))
     found = (entries_of(tensor, models.terms, seed) for tensor in usable[::step])

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from tracing_jax.axes import axis_table
-from tracing_jax.merges.models import LayerMap, MergeModels
+from tracing_jax.merges.models import LayerSources, MergeModels
 from tracing_jax.merges.products import as_float32
 from tracing_jax.sources import ParamSource, leaf
 from tracing_jax.sources.lazy_leaves import leaf_slice
@@ -38,7 +38,7 @@ def with_layers_mapped(models: MergeModels) -> tuple[MergeModels, str | None]:
     return replace(models, layers=(found,) * (len(models.read_together) - 1)), _note(found)
 
 
-def _layer_map(models: MergeModels) -> LayerMap | None:
+def _layer_map(models: MergeModels) -> LayerSources | None:
     child, *others = models.read_together
     same = [model for model in others if _kernel_shape(model) == _kernel_shape(child) is not None]
     if len(same) < len(others) or len({model.arch.num_layers for model in others}) > 1:

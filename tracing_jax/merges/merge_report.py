@@ -9,13 +9,13 @@ from tracing_jax.alignment import AlignmentError
 from tracing_jax.merges.aligning import is_in_place, with_aligned_child
 from tracing_jax.merges.choice import Choice, choose
 from tracing_jax.merges.depth import with_layers_mapped
-from tracing_jax.merges.models import MergeError, MergeModels, Place
-from tracing_jax.merges.normal_equations import Sums, read_sums
-from tracing_jax.merges.parts import Part, parts_of, sentence
+from tracing_jax.merges.models import MergeError, MergeModels, TensorKey
+from tracing_jax.merges.normal_equations import NormalEquations, read_sums
+from tracing_jax.merges.parent_shares import ParentShare, merge_sentence, parent_shares
 from tracing_jax.merges.recipe import moe_recipe, recipe
 from tracing_jax.merges.report import MergeReport
 from tracing_jax.merges.selection import Selection, restricted, select
-from tracing_jax.merges.shares import Shares, estimate, grouped
+from tracing_jax.merges.shares import Shares, estimate, grouped_shares
 from tracing_jax.record import plain
 
 
@@ -60,11 +60,11 @@ def merge_report(
         selection = select(models, sums)
         models, sums = restricted(models, sums, selection.chosen)
         notes = [*notes, *_notes_on(selection, candidates)]
-    blind = _blind(in_place, aligned)
-    whole, by_tensor, parts = compared(models, sums, seed, blind, len(candidates))
-    by_role = grouped(models, sums.tensors, lambda tensor: tensor.place.role)
-    by_layer = grouped(models, sums.tensors, lambda tensor: tensor.place.layer)
-    both = grouped(models, sums.tensors, lambda tensor: (tensor.place.role, tensor.place.layer))
+    no_exchange_reason = _blind(in_place, aligned)
+    whole, by_tensor, parts = compared(models, sums, seed, no_exchange_reason, len(candidates))
+    by_role = grouped_shares(models, sums.tensors, lambda tensor: tensor.place.role)
+    by_layer = grouped_shares(models, sums.tensors, lambda tensor: tensor.place.layer)
+    both = grouped_shares(models, sums.tensors, lambda tensor: (tensor.place.role, tensor.place.layer))
     by_expert = _by_expert(models, sums)
     fit = reduce(add, (shares.fit for shares in by_tensor.values()))
     nested: dict[str, dict[str, Any]] = {}
@@ -76,7 +76,7 @@ def merge_report(
     record = {
         **(asked or {}),
         "reference": "origin" if models.origin is not None else models.names[0],
-        "sentence": sentence(models, parts, fit, aligned),
+        "sentence": merge_sentence(models, parts, fit, aligned),
         "parts": [part.as_dict() for part in parts],
         "search": None if selection is None else selection.as_dict(candidates),
         "method": choice.as_dict(),
@@ -98,14 +98,14 @@ def merge_report(
     return MergeReport(plain(record))
 
 
-def _by_expert(models: MergeModels, sums: Sums) -> Mapping[int, Shares]:
+def _by_expert(models: MergeModels, sums: NormalEquations) -> Mapping[int, Shares]:
     """Returns the shares of each expert over all layers, where experts were made of MLPs of dense models."""
-    return grouped(models, sums.tensors, lambda tensor: tensor.place.expert) if models.from_dense else {}
+    return grouped_shares(models, sums.tensors, lambda tensor: tensor.place.expert) if models.from_dense else {}
 
 
 def _recipe(
     models: MergeModels,
-    sums: Sums,
+    sums: NormalEquations,
     choice: Choice,
     by_place: Mapping[tuple[str, int | None], Shares],
     by_expert: Mapping[int, Shares],
@@ -124,28 +124,32 @@ def _blind(in_place: bool, aligned: bool) -> str | None:
     return None if in_place else "the child's units are in no other model's order, where the test has no power"
 
 
-class Compared(NamedTuple):
+class MergeFit(NamedTuple):
     """Shares over the model and by tensor, and what is known of each parent."""
 
     whole: Shares
-    by_tensor: Mapping[Place, Shares]
-    parts: Sequence[Part]
+    by_tensor: Mapping[TensorKey, Shares]
+    parts: Sequence[ParentShare]
 
 
-def compared(models: MergeModels, sums: Sums, seed: int, blind: str | None, candidates: int | None = None) -> Compared:
+def compared(
+    models: MergeModels, sums: NormalEquations, seed: int, no_exchange_reason: str | None, candidates: int | None = None
+) -> MergeFit:
     """Returns the shares of what one pass has read, and the part of each parent; see `merge_report`.
 
     Args:
       models: all of them.
       sums: of one pass.
       seed: of the order in which ties are broken.
-      blind: see `parts_of`.
+      no_exchange_reason: see `parent_shares`.
       candidates: the number of models that the parents were chosen from; by default that of the parents.
     """
     whole = estimate(models, sums.tensors)
-    by_tensor = grouped(models, sums.tensors, lambda tensor: tensor.place)
-    parts = parts_of(models, sums, whole, list(by_tensor.values()), seed, blind, candidates or len(models.names))
-    return Compared(whole, by_tensor, parts)
+    by_tensor = grouped_shares(models, sums.tensors, lambda tensor: tensor.place)
+    parts = parent_shares(
+        models, sums, whole, list(by_tensor.values()), seed, no_exchange_reason, candidates or len(models.names)
+    )
+    return MergeFit(whole, by_tensor, parts)
 
 
 def check_names(models: MergeModels) -> None:

@@ -17,12 +17,13 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy import special
 
-from tracing_jax.merges.normal_equations import Place, TensorSums, columns_of
+from tracing_jax.merges.models import TensorKey
+from tracing_jax.merges.normal_equations import TensorSums, columns_of
 
 _DEGREES = 3.0
 _LOG_CONSTANT = special.gammaln(2.0) - special.gammaln(1.5) - 0.5 * math.log(_DEGREES * math.pi)
 _EM_STEPS = 8
-_LOOKED_AT = 1024
+_SAMPLED = 1024
 """Entries of a tensor at most that methods are compared on, half of them to fit the methods to."""
 MOST_DROPPED = 4
 """DARE of more parents has more than 16 values an entry may have; it is not tried."""
@@ -43,7 +44,7 @@ class Entries:
       rounding: mean square of the rounding of an entry of the child.
     """
 
-    place: Place
+    place: TensorKey
     size: float
     y: Float[np.ndarray, " S"]
     x: Float[np.ndarray, "T S"]
@@ -83,7 +84,7 @@ class Method:
 def entries_of(tensor: TensorSums, terms: int, seed: int) -> Entries:
     """Returns the sampled entries of a tensor, half of them to fit methods to."""
     columns = columns_of(tensor.sample)
-    drawn = np.random.default_rng([seed, columns.shape[1]]).permutation(columns.shape[1])[:_LOOKED_AT]
+    drawn = np.random.default_rng([seed, columns.shape[1]]).permutation(columns.shape[1])[:_SAMPLED]
     sizes = np.abs(columns[1 : 1 + terms])
     rank = np.argsort(np.argsort(-sizes, axis=1), axis=1) / sizes.shape[1]
     return Entries(
@@ -202,7 +203,7 @@ def _one(value: np.ndarray) -> tuple[Values, np.ndarray]:
     return value[None], np.zeros(1)
 
 
-def _group(place: Place) -> str:
+def _group(place: TensorKey) -> str:
     if place.layer is None:
         return place.name.split("/")[0]
     return f"layers/{place.layer}" + ("" if place.expert is None else f"/experts/{place.expert}")

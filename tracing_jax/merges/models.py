@@ -18,11 +18,11 @@ from tracing_jax.sources.lazy_leaves import leaf_slice
 SLICE_BYTES = 2**25
 """A leaf of more bytes in float32 is read in slices on the axis that is outermost in the files."""
 
-LayerMap = tuple[int, ...]
+LayerSources = tuple[int, ...]
 """At i the layer of a model that layer i of the child is compared with."""
 
 
-class Place(NamedTuple):
+class TensorKey(NamedTuple):
     """The key of a tensor: its leaf, the layer of the child (None outside layers), the role, the expert if any."""
 
     name: str
@@ -72,7 +72,7 @@ class MergeModels:
     parents: Mapping[str, ParamSource]
     origin: ParamSource | None = None
     tokens: tuple[Int[np.ndarray, " S"], ...] | None = None
-    layers: tuple[LayerMap, ...] | None = None
+    layers: tuple[LayerSources, ...] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -125,11 +125,11 @@ class MergeModels:
                 return any(len(other.axes) < len(spec.axes) for other in theirs)
         return False
 
-    def places(self) -> Iterator[Place]:
+    def places(self) -> Iterator[TensorKey]:
         """Yields the key of each leaf that is compared."""
         for name in self._table.leaves:
             if name not in self.left_out:
-                yield Place(name, int(name.split("/")[1]) if name.startswith("layers/") else None, self.role(name))
+                yield TensorKey(name, int(name.split("/")[1]) if name.startswith("layers/") else None, self.role(name))
 
     def role(self, name: str) -> str:
         """Returns the role of a leaf: embedding, attention, mlp, expert, router, norm or head."""
@@ -143,11 +143,11 @@ class MergeModels:
             return "router" if "/router/" in name else "expert" if self.child.arch.num_experts else "mlp"
         return "attention"
 
-    def shape(self, place: Place) -> tuple[int, ...]:
+    def shape(self, place: TensorKey) -> tuple[int, ...]:
         """Returns the shape of a leaf of the child."""
         return tuple(self._table.sizes[axis or ""] for axis in self._table.leaves[place.name].axes)
 
-    def pieces(self, place: Place) -> Iterator[Piece]:
+    def pieces(self, place: TensorKey) -> Iterator[Piece]:
         """Yields a leaf of all models; of a large leaf slices, one after another."""
         spec = self._table.leaves[place.name]
         names = (place.name, *map(str, self._names_in_others(place.name)))
@@ -180,7 +180,7 @@ class MergeModels:
                 found.append(np.asarray(part))
             yield Piece(tuple(found), axis, start, count)
 
-    def refuse_nan(self, place: Place) -> None:
+    def refuse_nan(self, place: TensorKey) -> None:
         """Raises for a leaf that holds NaN or infinities in one of the models.
 
         Raises:

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float
 
-from tracing_jax.merges.models import MergeModels, Piece, Place
+from tracing_jax.merges.models import MergeModels, Piece, TensorKey
 from tracing_jax.merges.products import as_float32, products
 
 BLOCKS = 16
@@ -39,7 +39,7 @@ class TensorSums:
       dtype: of the child.
     """
 
-    place: Place
+    place: TensorKey
     grams: Float[np.ndarray, "R C C"]
     counts: Float[np.ndarray, " R"]
     sample: Float[np.ndarray, "S M"]
@@ -54,7 +54,7 @@ class TensorSums:
 
 
 @dataclass
-class Sums:
+class NormalEquations:
     """All tensors; and, by layer, rows of the same units of an MLP in all models, `[M, U, F]` of each matrix."""
 
     dtype: str = "float32"
@@ -67,10 +67,10 @@ class Sums:
         return [tensor.sample for tensor in self.tensors if tensor.place.name == leaf]
 
 
-def read_sums(models: MergeModels, seed: int = 0) -> Sums:
+def read_sums(models: MergeModels, seed: int = 0) -> NormalEquations:
     """Returns the sums of all leaves that the models have in common, in one pass over the files."""
-    found, tensors = Sums(), dict[Place, list[TensorSums]]()
-    units: dict[int, dict[str, list[UnitRows]]] = {}
+    found, tensors = NormalEquations(), dict[TensorKey, list[TensorSums]]()
+    units: dict[int, dict[str, list[UnitSample]]] = {}
     with ThreadPoolExecutor(2, "sums") as pool, ThreadPoolExecutor(1, "read ahead") as reader:
         for place, piece in _ahead(models, reader):
             for own in _sums_of(place, piece, pool, seed):
@@ -105,7 +105,7 @@ def rounded(values: Float[np.ndarray, "..."], dtype: str) -> Float[np.ndarray, "
     return wide.astype(np.dtype(dtype)).astype(np.float64)
 
 
-def _ahead(models: MergeModels, reader: ThreadPoolExecutor) -> Iterator[tuple[Place, Piece]]:
+def _ahead(models: MergeModels, reader: ThreadPoolExecutor) -> Iterator[tuple[TensorKey, Piece]]:
     """Yields all pieces of all leaves; the next one is read meanwhile, and at most two are in memory."""
     parts = ((place, piece) for place in models.places() for piece in models.pieces(place))
     pending = reader.submit(next, parts, None)
@@ -121,7 +121,7 @@ def _in_file_order(leaves: Sequence[Any]) -> list[np.ndarray]:
     return [np.ascontiguousarray(array.transpose(order)) for array in arrays]
 
 
-def _sums_of(place: Place, piece: Piece, pool: ThreadPoolExecutor, seed: int) -> list[TensorSums]:
+def _sums_of(place: TensorKey, piece: Piece, pool: ThreadPoolExecutor, seed: int) -> list[TensorSums]:
     arrays = _in_file_order(piece.leaves)
     generator = np.random.default_rng([seed, zlib.crc32(str(place).encode()), piece.start])
     if place.role != "expert":
@@ -135,7 +135,7 @@ def _sums_of(place: Place, piece: Piece, pool: ThreadPoolExecutor, seed: int) ->
 
 
 def _tensor_sums(
-    place: Place,
+    place: TensorKey,
     arrays: Sequence[np.ndarray],
     blocks: int,
     sampled: int,
@@ -174,18 +174,18 @@ def _joined(pieces: Sequence[TensorSums]) -> TensorSums:
     )
 
 
-def _describes_units(place: Place) -> bool:
+def _describes_units(place: TensorKey) -> bool:
     return place.role in ("mlp", "expert") and place.name.endswith(("up_proj/kernel", "gate_proj/kernel"))
 
 
-class UnitRows(NamedTuple):
+class UnitSample(NamedTuple):
     """What a piece has of the rows of the units that are kept, and the axis on which the leaf is sliced."""
 
     values: Float[np.ndarray, "M U F"]
     axis: int
 
 
-def _unit_rows(piece: Piece, shape: Sequence[int], place: Place, seed: int) -> UnitRows:
+def _unit_rows(piece: Piece, shape: Sequence[int], place: TensorKey, seed: int) -> UnitSample:
     """Returns what some units of the MLP, of a mixture those of one expert, have for some features."""
     *experts, D, F = shape
     generator = np.random.default_rng([seed, place.layer or 0])  # the same units of gate and up
@@ -197,9 +197,9 @@ def _unit_rows(piece: Piece, shape: Sequence[int], place: Place, seed: int) -> U
     values = np.stack([as_float32(np.asarray(leaf)[np.ix_(*chosen)]) for leaf in piece.leaves])
     if experts:
         values = values.reshape(len(values), -1, values.shape[-1])  # none where another piece has the expert
-    return UnitRows(values.swapaxes(1, 2), 2 if piece.axis < len(shape) - 1 else 1)
+    return UnitSample(values.swapaxes(1, 2), 2 if piece.axis < len(shape) - 1 else 1)
 
 
-def _assembled(pieces: Iterable[UnitRows]) -> Float[np.ndarray, "M U F"]:
+def _assembled(pieces: Iterable[UnitSample]) -> Float[np.ndarray, "M U F"]:
     found = list(pieces)
     return np.concatenate([rows.values for rows in found], axis=found[0].axis)

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from tracing_jax.merges.models import MergeModels
-from tracing_jax.merges.normal_equations import Sums, TensorSums
+from tracing_jax.merges.normal_equations import NormalEquations, TensorSums
 
 _STANDARD_ERRORS = 3.0
 _LEAST_GAIN = 1e-3
@@ -52,7 +52,7 @@ class Selection:
         }
 
 
-def select(models: MergeModels, sums: Sums) -> Selection:
+def select(models: MergeModels, sums: NormalEquations) -> Selection:
     """Returns the candidates, given as parents, without which the child is predicted worse.
 
     At least one is chosen with an origin, and two without, so that there are shares to speak of.
@@ -78,7 +78,9 @@ def select(models: MergeModels, sums: Sums) -> Selection:
     return Selection(chosen, {k: gains[k] for k in chosen}, _instead(chosen, count, score, weights))
 
 
-def restricted(models: MergeModels, sums: Sums, chosen: Sequence[int]) -> tuple[MergeModels, Sums]:
+def restricted(
+    models: MergeModels, sums: NormalEquations, chosen: Sequence[int]
+) -> tuple[MergeModels, NormalEquations]:
     """Returns the models with these parents alone, and what one pass would have read of them."""
     names = [models.names[k] for k in chosen]
     first = 1 if models.origin is None else 2

@@ -172,7 +172,7 @@ def rounding_bias(
     return np.maximum(np.square(bias[0]), np.square(bias[1:]).mean(0))
 
 
-def grouped(
+def grouped_shares(
     models: MergeModels, tensors: Sequence[TensorSums], key: Callable[[TensorSums], Key | None]
 ) -> dict[Key, Shares]:
     """Returns the shares of tensors with the same key; those whose key is None are left out."""

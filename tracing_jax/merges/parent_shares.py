@@ -11,7 +11,7 @@ import numpy as np
 
 from tracing_jax.merges.exchange import log_p_of_parent
 from tracing_jax.merges.models import MergeModels
-from tracing_jax.merges.normal_equations import Sums
+from tracing_jax.merges.normal_equations import NormalEquations
 from tracing_jax.merges.shares import ONE_OF_THESE, Fit, Shares
 from tracing_jax.statistics.pvalues import holm
 
@@ -32,7 +32,7 @@ IN_COMMON = (
 
 
 @dataclass(frozen=True)
-class Part:
+class ParentShare:
     """What is known of the part of one parent.
 
     Attributes:
@@ -60,15 +60,15 @@ class Part:
         return asdict(self)
 
 
-def parts_of(
+def parent_shares(
     models: MergeModels,
-    sums: Sums,
+    sums: NormalEquations,
     whole: Shares,
     by_tensor: Sequence[Shares],
     seed: int,
-    blind: str | None,
+    no_exchange_reason: str | None,
     candidates: int,
-) -> list[Part]:
+) -> list[ParentShare]:
     """Returns what is known of the part of each parent.
 
     Args:
@@ -77,23 +77,23 @@ def parts_of(
       whole: the shares over all tensors.
       by_tensor: the shares of each tensor, among which the shares may differ.
       seed: of the order in which ties are broken.
-      blind: why units cannot be exchanged, as after an alignment; None if they can.
+      no_exchange_reason: why units cannot be exchanged, as after an alignment; None if they can.
       candidates: the number of models that these parents were chosen from, for Holm's correction.
     """
     fit = reduce(add, (shares.fit for shares in by_tensor))
     units = _of_distinct_layers(models, sums.units)
-    log_ps = [None if blind else log_p_of_parent(models, units, k, seed) for k in range(len(models.names))]
+    log_ps = [None if no_exchange_reason else log_p_of_parent(models, units, k, seed) for k in range(len(models.names))]
     tested = [log_p for log_p in log_ps if log_p is not None]
     others = [0.0] * (candidates - len(models.names))
     adjusted = iter(holm([*tested, *others]) / math.log(10)) if tested else iter(())
     found = []
     for k, log_p in enumerate(log_ps):
         after = None if log_p is None else float(next(adjusted))
-        word, reason = _word(k, fit, whole, after, blind or NO_UNITS)
+        word, reason = _word(k, fit, whole, after, no_exchange_reason or NO_UNITS)
         share, se, low, high = (_number(row[k]) for row in (whole.values, whole.errors, *whole.interval()))
         log10_p = None if log_p is None else log_p / math.log(10)
         alone = float(fit.alone[k])
-        found.append(Part(models.names[k], word, share, se, low, high, alone, log10_p, after, reason))
+        found.append(ParentShare(models.names[k], word, share, se, low, high, alone, log10_p, after, reason))
     return found
 
 
@@ -110,7 +110,7 @@ def is_rounding(fit: Fit) -> bool:
     return fit.rest <= ROUNDING_TIMES * fit.rounding
 
 
-def sentence(models: MergeModels, parts: Sequence[Part], fit: Fit, aligned: bool) -> str:
+def merge_sentence(models: MergeModels, parts: Sequence[ParentShare], fit: Fit, aligned: bool) -> str:
     """Returns what was found, claiming no more than the tests support."""
     of = {word: [part for part in parts if part.word == word] for word in ("part", "one_of", "reserved", "none")}
     rest = "the rest is rounding" if is_rounding(fit) else f"no parent explains {_percent(fit.unexplained)} of that"
@@ -137,13 +137,15 @@ def sentence(models: MergeModels, parts: Sequence[Part], fit: Fit, aligned: bool
     return f"not testable: {parts[0].reason}"
 
 
-def _word(k: int, fit: Fit, whole: Shares, adjusted_log10_p: float | None, blind: str) -> tuple[str, str | None]:
+def _word(
+    k: int, fit: Fit, whole: Shares, adjusted_log10_p: float | None, no_exchange_reason: str
+) -> tuple[str, str | None]:
     if whole.undefined:
         return "not_testable", whole.undefined
     if whole.condition > ONE_OF_THESE and len(whole.values) > 1:
         return "one_of", f"the parents' differences are nearly collinear (condition number {whole.condition:.0f})"
     if adjusted_log10_p is None:
-        return "not_testable", blind
+        return "not_testable", no_exchange_reason
     if adjusted_log10_p >= math.log10(LEVEL) or (
         abs(whole.values[k]) < SMALLEST_SHARE and fit.alone[k] < BEYOND_TRAINING
     ):
