@@ -71,7 +71,7 @@ def planted(count: int, output: float = 0.0, paired: bool = False, closed: bool 
     def forge(base: InMemory, other: InMemory, generator: np.random.Generator) -> Models:
         if closed:
             base, other = _with_mlp_biases(base), _with_mlp_biases(other)
-        F, D = base.arch.mlp_dim, base.arch.embed_dim
+        F, own_units, D = base.arch.mlp_dim, other.arch.mlp_dim, base.arch.embed_dim
         leaves, source = dict(flatten(other.params)), flatten(base.params)
         times = 2 if paired else 1
         for i in range(base.arch.num_layers):
@@ -79,7 +79,7 @@ def planted(count: int, output: float = 0.0, paired: bool = False, closed: bool 
             rows = generator.standard_normal((count, D)).astype(np.float32)
             size = np.linalg.norm(leaves[f"{mlp}/{_OUT}/kernel"], axis=1).mean() / np.sqrt(D)
             rows *= size * (1.0 if paired or closed else output)
-            order = generator.permutation(F + count * times)
+            order = generator.permutation(own_units + count * times)
             for name in ("gate", "up") if base.arch.gated else ("up",):
                 for leaf in ("kernel", "bias"):
                     if (own := f"{mlp}/{name}_proj/{leaf}") in leaves:
@@ -87,13 +87,67 @@ def planted(count: int, output: float = 0.0, paired: bool = False, closed: bool 
                         leaves[own] = np.concatenate([leaves[own], *added], axis=-1)[..., order]
             if closed:
                 bias = leaves[f"{mlp}/{'gate' if base.arch.gated else 'up'}_proj/bias"]
-                bias[order >= F] = -1e4
+                bias[order >= own_units] = -1e4
             added = [rows, -rows] if paired else [rows]
             leaves[f"{mlp}/{_OUT}/kernel"] = np.concatenate([leaves[f"{mlp}/{_OUT}/kernel"], *added])[order]
-        width = F + count * times
+        width = own_units + count * times
         return base, InMemory(replace(other.arch, mlp_dim=width), unflatten(leaves))
 
     return forge
+
+
+def mostly_dead(base: InMemory, other: InMemory, generator: np.random.Generator) -> Models:
+    """Returns the models after all units of base, and some of a third kind, were added such that they do nothing."""
+    shuffled = InMemory(base.arch, map_named(lambda name, leaf: generator.permutation(leaf.ravel()).reshape(leaf.shape),
+                                             base.params))  # fmt: skip
+    _, other = planted(max(1, base.arch.mlp_dim // 8), output=1e-7)(shuffled, other, generator)
+    return planted(base.arch.mlp_dim, output=1e-7)(base, other, generator)
+
+
+def split_by_gate(base: InMemory, other: InMemory, generator: np.random.Generator) -> Models:
+    """Returns the models after each unit of the other was split in two of its gate, one with the up row of base.
+
+    A unit is linear in its up row, so that the second has what is left of it.
+    """
+
+    def leaf(name: str, weights: np.ndarray) -> np.ndarray:
+        if "/mlp/" not in name or name.endswith(f"{_OUT}/bias"):
+            return weights
+        if "up_proj" in name:
+            theirs = source[name]
+            return np.concatenate([theirs, weights - theirs], axis=-1)
+        return np.concatenate([weights, weights], axis=0 if _OUT in name else -1)
+
+    source = flatten(base.params)
+    return base, InMemory(replace(other.arch, mlp_dim=2 * other.arch.mlp_dim), map_named(leaf, other.params))
+
+
+def cancelled(base: InMemory, other: InMemory, generator: np.random.Generator) -> Models:
+    """Returns the models after base's units were added to the other, with units that cancel them and are no copies.
+
+    With a gate, two units of the same gate: their up rows add up to base's, and their outputs are opposite. Without
+    one, units and their opposites, a(z) - a(-z) = z: of base's rows, and of two that add up to them.
+    """
+    leaves, source = dict(flatten(other.params)), flatten(base.params)
+    reading = ("gate_proj", "up_proj") if base.arch.gated else ("up_proj",)
+    for i in range(base.arch.num_layers):
+        mlp = f"layers/{i}/mlp"
+        up, down = (source[f"{mlp}/{name}/kernel"] for name in ("up_proj", _OUT))
+        one = up / 2 + up.std() * generator.standard_normal(up.shape).astype(np.float32)
+        if base.arch.gated:
+            gate = source[f"{mlp}/gate_proj/kernel"]
+            added = {"gate_proj": [gate] * 3, "up_proj": [up, one, up - one], _OUT: [down, -down, -down]}
+        else:
+            added = {"up_proj": [up, -up, one, -one, up - one, one - up], _OUT: [down, -down, -down, down, -down, down]}
+        for name, kernels in added.items():
+            kernel = f"{mlp}/{name}/kernel"
+            leaves[kernel] = np.concatenate([*kernels, leaves[kernel]], axis=0 if name == _OUT else -1)
+        for bias in (f"{mlp}/{name}/bias" for name in reading):
+            if bias in leaves:
+                count = leaves[f"{mlp}/up_proj/kernel"].shape[-1] - len(leaves[bias])
+                leaves[bias] = np.concatenate([np.zeros(count, np.float32), leaves[bias]])
+    width = leaves["layers/0/mlp/up_proj/kernel"].shape[-1]
+    return base, InMemory(replace(other.arch, mlp_dim=width), unflatten(leaves))
 
 
 def layers_added(base: InMemory, other: InMemory, generator: np.random.Generator, in_front: bool = False) -> Models:
@@ -237,6 +291,9 @@ def forgeries(arch: Arch, unused: Int[np.ndarray, " _"]) -> Mapping[str, Forgery
         **{f"units copied, {n} each": widened(n) for n in (2, 4, 8)},
         **{f"{n} dead units of the other": planted(n) for n in (few, some, many)},
         f"{some} units of the other that cancel": planted(some, paired=True),
+        "all units of the other, cancelled by others": cancelled,
+        **({"units split, with up rows of the other": split_by_gate} if arch.gated else {}),
+        "more units of the other than own ones, nearly dead": mostly_dead,
         f"{some} nearly dead units of the other": planted(some, output=1e-3),
         f"{some} units of the other, closed by a bias": planted(some, closed=True),
         **{

@@ -1,11 +1,13 @@
 """Claims on a pair: each holds where it was made true, is contradicted where it was made false, and says no more."""
 
 import json
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import derived_models as make
 import gguf
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -69,14 +71,29 @@ def test_same_as_tells_equal_numbers_rounded_ones_and_rewrites_apart(base, finet
     assert judged("same-as", base, family.member("independent")).outcome == "contradicted"
 
 
+def test_same_as_looks_at_embeddings_of_tokens_that_were_not_read(finetune, tmp_path):
+    one = open_checkpoint(str(finetune))
+    ids = np.arange(one.arch.vocab_size, dtype=np.int32)
+    read = np.random.default_rng([0, zlib.crc32(b"same function")]).integers(len(ids), size=(4, 32))
+
+    def changed(tensors):
+        rows = np.array(tensors["model.embed_tokens.weight"])
+        rows[np.setdiff1d(ids, read)[:3]] *= 1.5
+        return tensors | {"model.embed_tokens.weight": rows}
+
+    other = open_checkpoint(str(derived(finetune, tmp_path / "changed", changed)))
+    hidden = in_memory(rewritten(other, draw_rewrites("permute,rotate", jax.random.key(3), one.arch)))
+    pair = Pair(one, hidden, Vocabularies(True, ids, ids), None, Compute(make_mesh(1, 1)), 0)
+    found = judged("same-as", finetune, other.folder, pair=pair)
+    assert (found.outcome, found.evidence["other_rows"]) == ("contradicted", 3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize(
     "names", ["permute", "rotate", "gains", "units", "values", "queries", "pad", "identity", "all"]
 )
 def test_every_rewrite_is_the_same_model_and_a_little_training_is_not_called_so(names, dtype, base, finetune, tmp_path):
-    import jax
-
     one = open_checkpoint(str(derived(base, tmp_path / "one", lambda t: make.rounded(t, dtype))))
     listed = "identity,pad,gains,units,values,queries,rotate,permute" if names == "all" else names
     other = in_memory(rewritten(one, draw_rewrites(listed, jax.random.key(3), one.arch)))
@@ -273,6 +290,8 @@ def test_weights_set_to_zero_are_counted(base, finetune, tmp_path):
     def sparse(tensors):
         return {n: np.where(np.abs(w) < 0.5 * w.std(), 0, w) if make.is_linear(n) else w for n, w in tensors.items()}
 
+    nothing = derived(base, tmp_path / "nothing", lambda tensors: {name: 0 * w for name, w in tensors.items()})
+    assert judged("pruned-of", base, nothing).outcome == "not_testable"
     found = judged("pruned-of", base, derived(base, tmp_path / "sparse", sparse))
     assert found.outcome == "holds"
     assert found.evidence["zeros"] > 0.1

@@ -108,21 +108,29 @@ def _hash(row: np.ndarray) -> bytes:
     return hashlib.blake2b(row.tobytes(), digest_size=16).digest()
 
 
-def zeroed_shares(pairs: list[TensorPair]) -> tuple[float, float]:
-    """Returns of the weights of all matrices the share that ft has as base has it or as zero, and the share of zeros.
+_FEWEST_LEFT = 0.01
+"""Share of ft's weights that must not be zero for the claim that it is base, pruned."""
 
-    Zeros that base has too do not count.
+
+def zeroed_shares(pairs: list[TensorPair]) -> tuple[float, float, float]:
+    """Returns what became of the weights of all matrices of base.
+
+    Returns:
+      kept: of ft's weights that are not zero, the share that is base's; 0 if all are zero.
+      zeros: the share of all weights that ft has set to zero; those that base has too do not count.
+      left: the share of all weights of ft that are not zero.
     """
-    kept = zeros = count = 0
+    kept = zeros = left = count = 0
     for pair in pairs:
         if not pair.is_matrix:
             continue
         for ours, theirs in pair.chunks():
             gone = (theirs == 0) & (ours != 0)
-            kept += int(np.count_nonzero(gone | (theirs == ours)))
+            kept += int(np.count_nonzero((theirs != 0) & (theirs == ours)))
+            left += int(np.count_nonzero(theirs))
             zeros += int(np.count_nonzero(gone))
             count += theirs.size
-    return kept / max(count, 1), zeros / max(count, 1)
+    return kept / max(left, 1), zeros / max(count, 1), left / max(count, 1)
 
 
 def pruned_of(inputs: ClaimInputs) -> ClaimResult:
@@ -174,10 +182,13 @@ def _by_layer_map(inputs: ClaimInputs, smaller: Sequence[str], facts: dict[str, 
 def _zeroed(inputs: ClaimInputs) -> ClaimResult:
     name = "pruned-of"
     pairs, others = tensor_pairs(inputs.base, inputs.ft)
-    kept, zeros = zeroed_shares(pairs)
-    facts = {"kept": kept, "zeros": zeros}
+    kept, zeros, left = zeroed_shares(pairs)
+    facts = {"kept": kept, "zeros": zeros, "left": left}
     if others:
         return result(name, "not_testable", f"{len(others)} tensors have no counterpart of the same shape", **facts)
+    if left < _FEWEST_LEFT:
+        why = f"{1 - left:.2%} of ft's weights are zero: too few are left to tell whose they were"
+        return result(name, "not_testable", why, **facts)
     if zeros < 0.01:
         why = f"ft is smaller than base nowhere, and {zeros:.2%} of its weights were set to zero"
         return result(name, "contradicted", why, **facts)
@@ -185,7 +196,7 @@ def _zeroed(inputs: ClaimInputs) -> ClaimResult:
         return result(name, "holds", f"{zeros:.1%} of the weights were set to zero, all others are base's", **facts)
     if inputs.verdict.verdict == "no_evidence":
         return result(name, "contradicted", "no sign of common weights was found", **facts, verdict="no_evidence")
-    why = f"{zeros:.1%} of the weights were set to zero, and {1 - kept:.1%} were changed"
+    why = f"{zeros:.1%} of the weights were set to zero, and {1 - kept:.1%} of the others were changed"
     return result(name, "not_testable", f"{why}: whether these were base's is a matter of finetune-of", **facts)
 
 

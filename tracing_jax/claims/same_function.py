@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
 from tracing_jax.axes import AxisTable
 from tracing_jax.claims.claim import ClaimInputs, ClaimResult, result
@@ -34,6 +35,12 @@ _FORWARD = 1e-6
 _FORWARD_STEPS = 30.0
 """The same in units of what rounding the weights to float32 does, for deep models."""
 
+_CORRESPONDING, _LEAST_OTHER = 0.01, 1e-5
+"""Relative differences of products of embeddings: those of tokens read are at most the first for the products to be
+comparable, and a row is another above the second at least."""
+
+_ROWS_AT_ONCE = 16384
+
 _PROBE_BITS = 10
 """Weights are moved within steps of so many bits, and the effect is scaled to those of their dtype: it is linear, and
 steps of float32 would be lost in the forward pass."""
@@ -48,11 +55,18 @@ class FunctionChange:
       rounding: what rounding every weight of base anew, to its dtype, does to them; at least the error of the forward
         pass.
       tokens: how many shared tokens there are.
+      read: how many of them were read.
+      positions: at how many positions.
+      other_rows: how many shared tokens and positions have embeddings that do not correspond, whether they were read or
+        not; None if that is unknown.
     """
 
     change: float
     rounding: float
     tokens: int
+    read: int
+    positions: int
+    other_rows: int | None
 
     @property
     def over_rounding(self) -> float:
@@ -89,7 +103,38 @@ def function_change(
     moved = logits(_moved(base, seed), ids_base[drawn].astype(np.int32))[..., ids_base]
     effect = _distance(ours, moved) * 2.0**_PROBE_BITS
     rounding = max(effect * 2.0 ** -STEP_BITS[coarse.name], effect * _FORWARD_STEPS * 2.0**-23, _FORWARD)
-    return FunctionChange(_distance(ours, theirs), rounding, len(ids_base))
+    read = np.unique(drawn)
+    other_rows = _other_rows(base.embed(), ft.embed(), (ids_base, ids_ft), read)
+    return FunctionChange(_distance(ours, theirs), rounding, len(ids_base), len(read), length, other_rows)
+
+
+def _other_rows(
+    base: Tree, ft: Tree, ids: tuple[Int[np.ndarray, " V"], Int[np.ndarray, " V"]], read: Int[np.ndarray, " R"]
+) -> int | None:
+    """Returns how many rows of the embeddings of tokens and positions of both models do not correspond.
+
+    Products with the rows of tokens that were read stay as they are when features are permuted, rotated or padded.
+    None if not even those of the tokens read, of which the functions are alike, are alike.
+    """
+    embeddings = [np.asarray(side["embedding"]) for side in (base, ft)]
+    refs = [rows[own[read]].astype(np.float64) for rows, own in zip(embeddings, ids)]
+    scale = np.sqrt(np.square(refs[0] @ refs[0].T).sum() / max(np.square(refs[1] @ refs[1].T).sum(), 1e-300))
+
+    def differences(ours: np.ndarray, theirs: np.ndarray) -> Float[np.ndarray, " n"]:
+        a, b = ours.astype(np.float64) @ refs[0].T, scale * (theirs.astype(np.float64) @ refs[1].T)
+        return np.linalg.norm(a - b, axis=1) / np.maximum(np.linalg.norm(a, axis=1), 1e-300 + 1e-9 * np.abs(a).max())
+
+    typical = float(np.median(differences(*refs)))
+    if typical > _CORRESPONDING:
+        return None
+    most, count = max(OTHER * typical, _LEAST_OTHER), 0
+    for start in range(0, len(ids[0]), _ROWS_AT_ONCE):
+        rows = (side[own[start : start + _ROWS_AT_ONCE]] for side, own in zip(embeddings, ids))
+        count += int((differences(*rows) > most).sum())
+    if "positions" in base and "positions" in ft:
+        shared = min(len(base["positions"]), len(ft["positions"]))
+        count += int((differences(*(np.asarray(side["positions"])[:shared] for side in (base, ft))) > most).sum())
+    return count
 
 
 def _distance(ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -142,11 +187,14 @@ def same_as(inputs: ClaimInputs) -> ClaimResult:
         return result("same-as", "not_testable", f"{inputs.tensors}, and the functions cannot be compared: {found}")
     numbers = {**asdict(found), "over_rounding": found.over_rounding}
     moved = (
-        f"the logits on random tokens differ by {found.change:.2g} of their size, {found.over_rounding:.2g} times what "
-        "rounding the weights does"
+        f"the logits on {found.read} random tokens, at the first {found.positions} positions, differ by "
+        f"{found.change:.2g} of their size, {found.over_rounding:.2g} times what rounding the weights does"
     )
     if found.over_rounding >= OTHER:
         return result("same-as", "contradicted", f"{inputs.tensors}, and {moved}", **numbers)
+    if found.over_rounding <= SAME and found.other_rows:
+        why = f"{moved}, but {found.other_rows} shared tokens or positions have embeddings that do not correspond"
+        return result("same-as", "contradicted", why, **numbers)
     in_place = (
         change_in_place(inputs.base, inputs.ft) if inputs.base.arch.num_layers == inputs.ft.arch.num_layers else None
     )
@@ -157,5 +205,8 @@ def same_as(inputs: ClaimInputs) -> ClaimResult:
     if in_place is not None and in_place < _MAX_RELATIVE_CHANGE:
         why = f"the weights differ as stored, by {in_place:.2g} of their size, and {moved}: so does little training"
         return result("same-as", "not_testable", why, **numbers, change_in_place=in_place)
-    return result("same-as", "holds", f"the weights differ, but {moved}: one is a rewrite of the other", how="function",
-                  **numbers)  # fmt: skip
+    if found.other_rows is None:
+        why = f"the weights differ, and {moved}; whether other tokens have embeddings that correspond is not known"
+        return result("same-as", "not_testable", why, **numbers)
+    why = f"the weights differ, but {moved}, and the embeddings of all shared tokens correspond: one is a rewrite"
+    return result("same-as", "holds", f"{why} of the other", how="function", **numbers)

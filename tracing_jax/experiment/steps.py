@@ -27,12 +27,14 @@ from tracing_jax.run_cache import RunCache
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics import (
     AUTO_BY_DEPTH,
+    HIDING,
     Identity,
     Pair,
     Result,
     Statistic,
     hidden_by,
     inactive_layers,
+    obscured_layers,
     scope_of,
     verdict,
 )
@@ -187,6 +189,10 @@ def _layers_may_be_moved(pair: Pair) -> bool:
     return bool(inactive_layers(pair.base) or inactive_layers(pair.ft))
 
 
+def _units_are_obscured(pair: Pair) -> bool:
+    return any(2 * len(obscured_layers(model)) > model.arch.num_layers for model in (pair.base, pair.ft))
+
+
 def _compute(inputs: RunInputs, pair: Pair, not_applicable: Mapping[str, str]) -> dict[str, Result]:
     """Steps 3 and 5: every statistic that applies; of the others the reason."""
     results = {}
@@ -206,8 +212,9 @@ def _computed_or_restored(name: str, statistic: Statistic, pair: Pair) -> Result
     if fields is not None:
         return Result.restored(fields, run_cache.load_arrays(name) or {})
     result = statistic.compute(pair)
-    if hidden_by(name, pair.base.arch, pair.ft.arch) is not None:  # of others nothing more is read
-        hidden = hidden_by(name, pair.base.arch, pair.ft.arch, _layers_may_be_moved(pair)) or ()
+    if name in HIDING:  # of others nothing more is read
+        facts = _layers_may_be_moved(pair), _units_are_obscured(pair)
+        hidden = hidden_by(name, pair.base.arch, pair.ft.arch, *facts) or ()
         result = replace(result, blind_to=(*hidden, *(result.blind_to or ())))
     if result.arrays:
         run_cache.save_arrays(lambda: result.arrays, name)

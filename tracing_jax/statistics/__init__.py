@@ -8,7 +8,7 @@ from tracing_jax.statistics.cosine import Cos, Emb
 from tracing_jax.statistics.csh import Csh
 from tracing_jax.statistics.csu import Csu, CsuAll
 from tracing_jax.statistics.csu_procrustes import CsuProcrustes
-from tracing_jax.statistics.distinct_units import inactive_layers
+from tracing_jax.statistics.distinct_units import inactive_layers, obscured_layers
 from tracing_jax.statistics.features_in_place import FeaturesInPlace
 from tracing_jax.statistics.heads_in_place import HeadsInPlace
 from tracing_jax.statistics.jsd import Jsd
@@ -27,7 +27,7 @@ from tracing_jax.statistics.perm_mode_l2 import PermModeL2
 from tracing_jax.statistics.screen import Screen
 from tracing_jax.statistics.statistic import Curve, Pair, Result, Statistic, Test, Vocabularies
 from tracing_jax.statistics.unseen_tokens import UnseenTokens
-from tracing_jax.statistics.verdict import Identity, Verdict, hidden_by, over_pairs, scope_of, verdict, word_of
+from tracing_jax.statistics.verdict import HIDING, Identity, Verdict, hidden_by, over_pairs, scope_of, verdict, word_of
 
 REGISTRY: Mapping[str, Callable[..., Statistic]] = {
     "mode": Mode, "cos": Cos, "emb": Emb, "jsd": Jsd, "csu": Csu, "csu_all": CsuAll, "csh": Csh, "match": Match,
@@ -90,6 +90,7 @@ __all__ = [
     "AUTO_WITH_TEXT",
     "COSTLY",
     "FORWARD",
+    "HIDING",
     "LIGHT",
     "NEEDS",
     "REGISTRY",
@@ -106,6 +107,7 @@ __all__ = [
     "inactive_layers",
     "make_statistic",
     "needs_not_applicable",
+    "obscured_layers",
     "over_pairs",
     "scope_of",
     "verdict",

@@ -39,7 +39,8 @@ class Comparison:
       log_p_rank, log_p_agreement: natural logarithms, one-sided. The second is conservative, as k is discrete.
       sampled, outstanding: of so many matched units, those that are in place and more similar to their partner than an
         order chosen afterwards makes units of independent models; see `placed_beyond_order`.
-      copies, silent: of base and of ft, units that repeat another, and units that write nothing; all left out.
+      copies, silent, mixed: of base and of ft, units that repeat another, units that write nothing, and units that
+        share a gate and not the other rows; all left out.
       order_p: of base and of ft, the p-value of units in no particular order; see `DistinctUnits`.
     """
 
@@ -54,11 +55,18 @@ class Comparison:
     copies: Sequence[int] = (0, 0)
     silent: Sequence[int] = (0, 0)
     order_p: Sequence[float] = (1.0, 1.0)
+    mixed: Sequence[int] = (0, 0)
 
     def of_units(self, base: DistinctUnits, ft: DistinctUnits) -> "Comparison":
         """Returns the comparison with what is known of the units of both layers."""
         order_p = tuple(min(1.0, len(side.order_p) * min(side.order_p, default=1.0)) for side in (base, ft))
-        return replace(self, copies=(base.copies, ft.copies), silent=(base.silent, ft.silent), order_p=order_p)
+        return replace(
+            self,
+            copies=(base.copies, ft.copies),
+            silent=(base.silent, ft.silent),
+            order_p=order_p,
+            mixed=(base.mixed, ft.mixed),
+        )
 
 
 def live_among(
@@ -224,6 +232,11 @@ def unit_notes(comparisons: Sequence[Comparison]) -> list[str]:
             notes.append(f"{name}: {copies} units repeat another; of each group of copies one was compared")
         if silent := sum(c.silent[side] for c in comparisons):
             notes.append(f"{name}: {silent} units write nothing to the residual stream; they are no evidence")
+        if mixed := sum(c.mixed[side] for c in comparisons):
+            notes.append(
+                f"{name}: {mixed} units share a gate with others; their other rows can be any that have the same sum, "
+                "so that they are no evidence"
+            )
     return notes
 
 

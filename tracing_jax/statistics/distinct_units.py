@@ -7,6 +7,11 @@ do. And rows of another model may be added with outputs that are zero, or that c
 and do nothing. So of each group of copies one unit is kept, if the group writes anything at all, and it counts as
 writing what the group writes together: what each of the copies writes by itself is anybody's choice.
 
+Copies are found by the row that the activation function follows, the gate. Units of one gate compute `a(g x) M x` with
+the sum M of their products of down and up rows, and any other rows with the sum M do the same: (g, u, d) is
+(g, v, d) and (g, u - v, d) together, for any v. So where the up rows of such units differ, none of them is kept; nor
+are units whose gates point in opposite directions, as a(z) - a(-z) is z for most activation functions.
+
 Layers and experts can be added that do nothing as well; so a unit must also write something beside the residual stream
 that its layer adds to.
 
@@ -26,8 +31,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from tracing_jax.arch import Arch
 from tracing_jax.sources import ParamSource, Submodel, has_embeddings, is_resident, one_mlp, origin
@@ -41,7 +44,10 @@ COPY = 0.98
 above that of any two units that training has told apart."""
 
 SILENT = 0.01
-"""Share of the median output of a layer's units below which a unit writes nothing that matters."""
+"""Share of a layer's output that the units which write least may make together, for them to write nothing that matters.
+
+Not a share of the median unit's output: most units of a layer may have been added.
+"""
 
 NEGLIGIBLE = 1e-3
 """Share of the residual stream that a layer adds if it does next to nothing. In trained models the MLP of a layer adds
@@ -64,6 +70,7 @@ class DistinctUnits:
       total: F, the number of all units.
       copies: how many units repeat another.
       silent: how many distinct units write nothing, and are not kept.
+      mixed: how many units share the gate of another and not its up row, and are not kept.
       order_p: two-sided p-values of the rank correlation of a kept unit's index with the norms of its rows; small where
         units were put in an order that depends on their weights.
       shared: the outputs that are added to those of kept units.
@@ -78,6 +85,7 @@ class DistinctUnits:
     order_p: tuple[float, ...]
     shared: "SharedOutputs | None" = None
     added: float = math.nan
+    mixed: int = 0
 
     @property
     def is_kept(self) -> Bool[np.ndarray, " F"]:
@@ -129,10 +137,20 @@ class _Reading:
     constants: Float[np.ndarray, " F"] | None = None
     """What units read whatever the input: bias and shift of the norm."""
 
-    def likeness(self, units: slice, before: slice) -> Float[np.ndarray, "f g"]:
+    @property
+    def sides(self) -> list[Float[np.ndarray, "F S"]]:
+        """The random features without biases, and with them where there are any."""
+        return [self.sketch, *([] if self.with_bias is None else [self.with_bias])]
+
+    def likeness(
+        self, units: Int[np.ndarray, " f"] | slice, others: Int[np.ndarray, " g"] | slice
+    ) -> Float[np.ndarray, "f g"]:
         """Returns the absolute cosine of some units with some others, the smaller of that with and without bias."""
-        sides = [self.sketch, *([] if self.with_bias is None else [self.with_bias])]
-        return np.minimum.reduce([np.abs(side[units] @ side[before].T) for side in sides])
+        return np.minimum.reduce([np.abs(side[units] @ side[others].T) for side in self.sides])
+
+    def cosine(self, units: Int[np.ndarray, " f"], others: Int[np.ndarray, " f"]) -> Float[np.ndarray, " f"]:
+        """Returns the cosine of each unit with another, without biases."""
+        return np.einsum("fs,fs->f", self.sketch[units], self.sketch[others])
 
 
 _KEPT: dict[int, dict[Any, Any]] = {}
@@ -151,8 +169,9 @@ def distinct_units(model: ParamSource, layer: int) -> DistinctUnits:
     """Returns the distinct units of a layer that write something.
 
     Its gate, up and down projections are read, one after another, when the layer is first asked for: several statistics
-    of a run need the same. Two units are copies if their rows of gate are equal up to a factor, and of up up to a
-    factor of either sign; the output of a group is the sum of its units' outputs, each times its factor.
+    of a run need the same. Two units are copies if their rows of gate are equal up to a positive factor, and those of
+    up up to a factor of either sign; the output of a group is the sum of its units' outputs, each times its factor.
+    Without a gate up takes its place.
     """
     kept = kept_of(model)
     if layer not in kept:
@@ -171,29 +190,33 @@ def _found(model: ParamSource, layer: int) -> DistinctUnits:
         open_norms = opened(readings[0].norms, readings[0].constants, model.arch)
     else:
         open_norms = readings[0].norms
-    group = _groups(readings)
-    first = np.full(group.max(initial=-1) + 1, len(group))
-    np.minimum.at(first, group, np.arange(len(group)))
+    leader = _leaders(readings[0])
+    pure = _are_pure(readings, leader)
+    first = np.unique(leader)
     down = model.layer(layer, ("mlp/down_proj/kernel",))["mlp"]["down_proj"]["kernel"]
     if model.arch.clamped_glu is None:
-        shared = _shared(group, first, readings[-1] if model.arch.gated else None)
+        shared = _shared(leader, readings[-1] if model.arch.gated else None)
         scale = np.prod([open_norms, *(reading.norms for reading in readings[1:])], axis=0)[first]
     else:  # where up is zero a unit still writes its gate
-        shared, scale = _shared(group, first, None), open_norms[first]
+        shared, scale = _shared(leader, None), open_norms[first]
     written = scale * to_host(_norms(jnp.asarray(down) if shared is None else shared.added(down)))[first]
-    typical = np.median(written[written > 0]) if (written > 0).any() else np.inf
-    least = max(SILENT * typical, _least_output(model, layer)) if is_reached(model, layer) else np.inf
-    kept = np.sort(first[written > least])
+    if not pure.all():  # what such a group may write at most: what it writes decides nothing but whether others matter
+        most = np.prod([open_norms, *(reading.norms for reading in readings[1:])], axis=0) * to_host(_norms(down))
+        sums = np.bincount(leader, most, len(leader))[first]
+        written = np.where(pure[first], written, sums)
+    least = max(silent_below(written), _least_output(model, layer))
+    kept = first[pure[first] & (written > least)] if is_reached(model, layer) else first[:0]
     norms = [*(reading.norms for reading in readings), to_host(_norms(jnp.asarray(down)))]
     return DistinctUnits(
         kept,
-        total=len(group),
-        copies=len(group) - len(first),
-        silent=len(first) - len(kept),
+        total=len(leader),
+        copies=int((pure & (leader != np.arange(len(leader)))).sum()),
+        silent=int(pure[first].sum()) - len(kept),
         order_p=tuple(_order_p(column[kept]) for column in norms),
         shared=shared,
         # Half of the inputs of a unit leave its activation function open.
         added=float(np.sqrt(np.square(written, dtype=np.float64).sum() / down.shape[1])) / 2,
+        mixed=int((~pure).sum()),
     )
 
 
@@ -205,6 +228,30 @@ def inactive_layers(model: ParamSource) -> list[int]:
     if not has_stream(model):
         return []
     return [i for i in range(model.arch.num_layers) if _added(model, i) < NEGLIGIBLE * stream_size(model, i)]
+
+
+def obscured_layers(model: ParamSource) -> list[int]:
+    """Returns the layers of whose MLP, or first expert, so few units carry evidence that little can be found there.
+
+    Those are layers where most units that write something share a gate with others, or where three quarters of all
+    units, copies counted once, carry none.
+    """
+
+    def is_obscured(units: DistinctUnits) -> bool:
+        return len(units.kept) < max(units.mixed, (units.total - units.copies) / 4)
+
+    return [i for i in range(model.arch.num_layers) if is_obscured(_first_mlp(model, i))]
+
+
+def _first_mlp(model: ParamSource, layer: int) -> DistinctUnits:
+    """Returns the distinct units of the MLP of a layer, or of its first expert."""
+    if not model.arch.has_experts(layer):
+        return distinct_units(model, layer)
+    known = kept_of(model)
+    if (layer, "expert") not in known:
+        known[layer, "expert"] = distinct_units(one_mlp(model, layer, 0), 0)
+    found: DistinctUnits = known[layer, "expert"]
+    return found
 
 
 def _least_output(model: ParamSource, layer: int) -> float:
@@ -237,12 +284,7 @@ def _added(model: ParamSource, layer: int) -> float:
     if arch.post_norms:
         gain = gain_of(model.layer(layer, ("mlp_post_norm",)), "mlp_post_norm", arch)
         return float(np.sqrt(np.square(to_host(jnp.asarray(gain))).mean()))
-    known = kept_of(model)
-    if arch.has_experts(layer):
-        if (layer, "expert") not in known:
-            known[layer, "expert"] = distinct_units(one_mlp(model, layer, 0), 0)
-        return known[layer, "expert"].added
-    return distinct_units(model, layer).added
+    return _first_mlp(model, layer).added
 
 
 def _embedding_size(model: ParamSource) -> float:
@@ -268,13 +310,11 @@ def _by_output(model: ParamSource, layer: int) -> DistinctUnits:
     """Returns the distinct units of a layer of which only what they write is known: copies write in one direction."""
     down = jnp.asarray(model.layer(layer, ("mlp/down_proj/kernel",))["mlp"]["down_proj"]["kernel"], jnp.float32)
     norms = to_host(_norms(down))
-    group = _groups([_Reading(_unit_length(to_host(_sketch(down, _projection(down.shape[1])))), norms)])
-    first = np.full(group.max(initial=-1) + 1, len(group))
-    np.minimum.at(first, group, np.arange(len(group)))
-    typical = np.median(norms[norms > 0]) if (norms > 0).any() else np.inf
-    kept = np.sort(first[norms[first] > SILENT * typical])
-    copies = len(group) - len(first)
-    return DistinctUnits(kept, len(group), copies, len(first) - len(kept), (_order_p(norms[kept]),))
+    leader = _leaders(_Reading(_unit_length(to_host(_sketch(down, _projection(down.shape[1])))), norms))
+    first = np.unique(leader)
+    kept = first[norms[first] > silent_below(norms[first])]
+    copies = len(leader) - len(first)
+    return DistinctUnits(kept, len(leader), copies, len(first) - len(kept), (_order_p(norms[kept]),))
 
 
 def _reading(projection: Tree, norm: Tree, arch: Arch) -> _Reading:
@@ -290,41 +330,63 @@ def _reading(projection: Tree, norm: Tree, arch: Arch) -> _Reading:
     return _Reading(_unit_length(sketch), norms, _unit_length(sketch + constant[:, None] * direction), constant)
 
 
-def _groups(readings: list[_Reading]) -> Int[np.ndarray, " F"]:
-    """Returns for each unit the number of its group of copies, numbered from 0.
+def _leaders(reading: _Reading) -> Int[np.ndarray, " F"]:
+    """Returns for each unit the first unit that it is alike, itself if there is none before it.
 
-    Each is compared with the most similar one before it. The order is immaterial: copies resemble all of their group.
+    Units are alike that first unit, and not only one another: else units that do nothing could link any two.
     """
-    F = len(readings[0].norms)
-    nearest, similar = np.zeros(F, np.int64), np.zeros(F)
+    F = len(reading.norms)
+    leader, found = np.arange(F), np.zeros(0, np.int64)
     for start in range(0, F, _BLOCK):
-        stop = min(start + _BLOCK, F)
-        alike = np.minimum.reduce([r.likeness(slice(start, stop), slice(0, stop)) for r in readings])
-        alike[np.arange(start, stop)[:, None] <= np.arange(stop)] = 0.0  # only those before it
-        nearest[start:stop], similar[start:stop] = alike.argmax(axis=1), alike.max(axis=1)
-    copies = np.flatnonzero(similar >= COPY)
-    links = coo_array((np.ones(len(copies)), (copies, nearest[copies])), shape=(F, F))
-    return connected_components(links, directed=False)[1]
+        units = np.arange(start, min(start + _BLOCK, F))
+        if len(found):
+            alike = reading.likeness(units, found) >= COPY
+            leader[units] = np.where(alike.any(axis=1), found[alike.argmax(axis=1)], units)
+        left = units[leader[units] == units]
+        alike = reading.likeness(left, left) >= COPY
+        for i in np.flatnonzero(np.triu(alike, 1).any(axis=1)):
+            if leader[left[i]] == left[i]:
+                later = left[i + 1 :][alike[i, i + 1 :]]
+                leader[later[leader[later] == later]] = left[i]
+        found = np.concatenate([found, left[leader[left] == left]])
+    return leader
 
 
-def _shared(group: Int[np.ndarray, " F"], first: Int[np.ndarray, " G"], up: _Reading | None) -> SharedOutputs | None:
+def _are_pure(readings: list[_Reading], leader: Int[np.ndarray, " F"]) -> Bool[np.ndarray, " F"]:
+    """Returns for each unit whether all of its group are copies of the first: alike in every row, gates of one sign."""
+    units = np.arange(len(leader))
+    alike = readings[0].cosine(units, leader) >= 0
+    for reading in readings:
+        for side in reading.sides:
+            alike &= np.abs(np.einsum("fs,fs->f", side, side[leader])) >= COPY
+    others = np.zeros(len(leader), np.int64)
+    np.add.at(others, leader, ~alike & (leader != units))
+    return others[leader] == 0
+
+
+def silent_below(written: Float[np.ndarray, " G"]) -> float:
+    """Returns what units write at most that together change the output of the layer by `SILENT` of it."""
+    ordered = np.sort(written.astype(np.float64))
+    energy = np.cumsum(np.square(ordered))
+    count = int((energy <= SILENT**2 * energy[-1]).sum()) if len(energy) else 0
+    return float(ordered[count - 1]) if count else 0.0
+
+
+def _shared(leader: Int[np.ndarray, " F"], up: _Reading | None) -> SharedOutputs | None:
     """Returns the outputs of copies; None if there are none.
 
     Args:
-      group: of each unit.
-      first: unit of each group.
+      leader: of each unit, the first of its group.
       up: of the projection beside the gate, if the output of a unit grows in proportion to its row, which may then be
         any multiple of the first's.
     """
-    is_copy = np.ones(len(group), bool)
-    is_copy[first] = False
-    if not is_copy.any():
+    copies = np.flatnonzero(leader != np.arange(len(leader)))
+    if not len(copies):
         return None
-    copies = np.flatnonzero(is_copy)
-    of = first[group[copies]]
+    of = leader[copies]
     if up is None:
         return SharedOutputs(copies, of, np.ones(len(copies)))
-    sign = np.sign(np.einsum("fs,fs->f", up.sketch[copies], up.sketch[of]))
+    sign = np.sign(up.cosine(copies, of))
     return SharedOutputs(copies, of, sign * up.norms[copies] / np.where(up.norms[of] == 0, 1, up.norms[of]))
 
 

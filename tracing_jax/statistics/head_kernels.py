@@ -4,13 +4,14 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float
 
 from tracing_jax.arch import Arch
 from tracing_jax.sources import ParamSource
-from tracing_jax.statistics.distinct_units import NEGLIGIBLE, has_stream, kept_of, stream_size
+from tracing_jax.statistics.distinct_units import NEGLIGIBLE, has_stream, kept_of, silent_below, stream_size
 from tracing_jax.statistics.mlp_rows import gain_of
-from tracing_jax.tree import Tree
+from tracing_jax.tree import Tree, to_host
 
 HEAD_LEAVES = ("attn", "attn_norm", "attn_post_norm")
 """The leaves of a layer that are needed, with the norms around them."""
@@ -69,19 +70,29 @@ def inactive_attention(model: ParamSource) -> list[int]:
     return found
 
 
+def silent_heads(model: ParamSource, layer: int) -> Bool[np.ndarray, "K G"]:
+    """Returns the query heads of a layer that write next to nothing beside the others; they may be another model's."""
+    written = np.sqrt(to_host(_head_energies(model.layer(layer, HEAD_LEAVES), model.arch)))
+    return written <= silent_below(written.ravel())
+
+
+def _head_energies(params: Tree, arch: Arch) -> Float[Array, "K G"]:
+    kernels, gain = head_kernels(params, arch), jnp.asarray(gain_of(params, "attn_norm", arch))
+    return _energy(kernels["v"] * gain.reshape(-1, 1, 1), kernels["o"])
+
+
 def _added(model: ParamSource, layer: int) -> float:
     """Returns what all heads add per feature where each attends to one input in a random direction."""
     arch = model.arch
     params = model.layer(layer, HEAD_LEAVES)
     if arch.post_norms:
         return math.sqrt(float(jnp.square(jnp.asarray(gain_of(params, "attn_post_norm", arch))).mean()))
-    kernels, gain = head_kernels(params, arch), jnp.asarray(gain_of(params, "attn_norm", arch))
-    return math.sqrt(float(_energy(kernels["v"] * gain.reshape(-1, 1, 1), kernels["o"])) / arch.embed_dim)
+    return math.sqrt(float(_head_energies(params, arch).sum()) / arch.embed_dim)
 
 
 @jax.jit
-def _energy(values: Float[Array, "D K U"], outputs: Float[Array, "K G U D2"]) -> Float[Array, ""]:
-    """Returns the sum over heads of the squared entries of the product of what it reads and writes."""
+def _energy(values: Float[Array, "D K U"], outputs: Float[Array, "K G U D2"]) -> Float[Array, "K G"]:
+    """Returns for each head the sum of the squared entries of the product of what it reads and writes."""
     read = jnp.einsum("dku,dkw->kuw", values, values, precision="highest")
-    written = jnp.einsum("kgud,kgwd->kuw", outputs, outputs, precision="highest")
-    return jnp.maximum((read * written).sum(), 0)
+    written = jnp.einsum("kgud,kgwd->kguw", outputs, outputs, precision="highest")
+    return jnp.maximum((read[:, None] * written).sum((-2, -1)), 0)

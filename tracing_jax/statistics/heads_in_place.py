@@ -16,7 +16,7 @@ from tracing_jax.progress import tqdm
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.comparison import LN10, bonferroni_log10, reserved
-from tracing_jax.statistics.head_kernels import inactive_attention
+from tracing_jax.statistics.head_kernels import inactive_attention, silent_heads
 from tracing_jax.statistics.head_signatures import head_signatures, log_p_of_order, moments_of, signature_cosines
 from tracing_jax.statistics.in_place import BY_ORDER, OUTSTANDING, layers_in_common
 from tracing_jax.statistics.match_moments import spread_layers
@@ -84,11 +84,12 @@ class HeadsInPlace(options.HeadsInPlace):
 
     def compute(self, pair: Pair) -> Result:
         """Returns the p-value of the number of heads in place; no forward pass."""
-        if not _layers(pair):
-            return Result(None, _LABEL, p_reason="in no layer of equal index do the heads of both models do something")
+        layers = _layers(pair)
+        if not layers:
+            return Result(None, _LABEL, p_reason="in no layer of equal index do all heads of both models do something")
         run_cache = pair.run_cache.scope("heads_in_place")
-        base, ft = (self._signatures(pair, side, run_cache) for side in ("base", "ft"))
-        cosines = zip(_layers(pair), signature_cosines(base, ft))
+        base, ft = (self._signatures(pair, side, layers, run_cache) for side in ("base", "ft"))
+        cosines = zip(layers, signature_cosines(base, ft))
         places = [place for i, found in cosines for place in _places(found, i, pair)]
         ordered = max(log_p_of_order(base), log_p_of_order(ft)) < math.log(_ORDERED_BELOW)
         test = replace(_test(places), decides=not ordered)
@@ -106,10 +107,11 @@ class HeadsInPlace(options.HeadsInPlace):
             **reserved([test], BY_ORDER),
         ).for_pair(pair)
 
-    def _signatures(self, pair: Pair, side: str, run_cache: RunCache) -> list[Float[np.ndarray, "K G F"]]:
-        """Returns the signatures of the layers that both models have; what an interrupted run finished is kept."""
+    def _signatures(
+        self, pair: Pair, side: str, layers: Sequence[int], run_cache: RunCache
+    ) -> list[Float[np.ndarray, "K G F"]]:
+        """Returns the signatures of these layers; what an interrupted run finished is kept."""
         model = pair.base if side == "base" else pair.ft
-        layers = _layers(pair)
         count = min(_SINGULAR_VALUES, pair.base.arch.head_dim, pair.ft.arch.head_dim)
         moments = functools.cache(lambda: self._moments(pair, model, layers))
 
@@ -128,9 +130,13 @@ class HeadsInPlace(options.HeadsInPlace):
 
 
 def _layers(pair: Pair) -> list[int]:
-    """Returns the layers that both models have and in which the heads of both do something."""
+    """Returns the layers that both models have and in which every head of both does something."""
     inactive = {*inactive_attention(pair.base), *inactive_attention(pair.ft)}
-    return [i for i in range(layers_in_common(pair)) if i not in inactive]
+    return [
+        i
+        for i in range(layers_in_common(pair))
+        if i not in inactive and not any(silent_heads(model, i).any() for model in (pair.base, pair.ft))
+    ]
 
 
 def _places(cosines: Float[np.ndarray, "K G K G"], layer: int, pair: Pair) -> Iterator[_LayerPair]:

@@ -53,6 +53,9 @@ _REWRITES = {
 }
 
 _MOVED_LAYERS = "layers that were moved"
+_OBSCURED = "units that share a gate with others"
+"""What is said where most units of most layers carry no evidence, so that no test of units can find much."""
+
 _OF_ANY_LAYERS = ("match_all", "match_mlps")
 """Statistics that compare every layer with every other, and not those of equal index; so does `match_moments` where the
 models differ in depth."""
@@ -233,17 +236,21 @@ def word_of(log10_p: float, firm_log10_p: float, level: float, sees_all_rewrites
     return "undecided"
 
 
-def hidden_by(statistic: str, base: Arch, ft: Arch, layers_may_be_moved: bool = False) -> tuple[str, ...] | None:
+def hidden_by(
+    statistic: str, base: Arch, ft: Arch, layers_may_be_moved: bool = False, units_are_obscured: bool = False
+) -> tuple[str, ...] | None:
     """Returns the rewrites of either model that make a statistic miss a relation; None if that is not known of it.
 
     Layers may be moved where a model has some that do nothing, so that its others need not have the index of those that
-    they correspond to. So it is where the models differ in depth.
+    they correspond to. So it is where the models differ in depth. Units are obscured where most of a model share a gate
+    with others and carry no evidence; see `obscured_layers`.
     """
     if statistic not in HIDING:
         return None
     other_depth = base.num_layers != ft.num_layers
     of_any = statistic in _OF_ANY_LAYERS or (other_depth and statistic == "match_moments")
-    moved = (_MOVED_LAYERS,) if (other_depth or layers_may_be_moved) and not of_any else ()
+    moved: tuple[str, ...] = (_MOVED_LAYERS,) if (other_depth or layers_may_be_moved) and not of_any else ()
+    moved += (_OBSCURED,) if units_are_obscured else ()
     if base.reading is not None or ft.reading is not None:  # which rewrites there are is not known: any may be
         return tuple(_REWRITES[name] for name in HIDING[statistic]) + moved
     found = tuple(
@@ -351,7 +358,7 @@ def _meaning(
     if word == "no_evidence":
         return (
             "no sign of common weights was found, by tests that are invariant under every rewrite of these models that "
-            "keeps their function; independence is never proved"
+            "this program knows; independence is never proved"
         )
     if reserved and log10_p < math.log10(level):
         return "the evidence can have another cause: " + "; ".join(f"{name}: {why}" for name, why in reserved.items())
