@@ -38,7 +38,7 @@ from tracing_jax.statistics.match_distilled import MatchDistilled
 from tracing_jax.statistics.students import Student, StudentTraining, fit_student, student_correlations
 from tracing_jax.tree import Tree, flatten, unflatten
 
-RECIPE = demo.Recipe(vocab_size=512, embed_dim=64, mlp_dim=192, block_size=64, base_steps=1200)
+RECIPE = demo.DemoSizes(vocab_size=512, embed_dim=64, mlp_dim=192, block_size=64, base_steps=1200)
 EXPERTS = 4
 
 STUDY: list[Mapping[str, float]] = [

@@ -56,7 +56,7 @@ class ZooRecipe:
       family: of the models: `llama`; `gpt2`, which has no gate; or `mixtral`, with experts.
     """
 
-    models: demo.Recipe
+    models: demo.DemoSizes
     num_seeds: int
     same_order: bool = False
     family: Literal["llama", "gpt2", "mixtral"] = "llama"
@@ -67,7 +67,7 @@ class ZooRecipe:
         return arch_from_config(_CONFIGS[self.family](self.models))
 
 
-def _gpt2_config(sizes: demo.Recipe) -> "transformers.GPT2Config":
+def _gpt2_config(sizes: demo.DemoSizes) -> "transformers.GPT2Config":
     from transformers import GPT2Config
 
     return GPT2Config(vocab_size=sizes.vocab_size, n_embd=sizes.embed_dim, n_layer=sizes.num_layers,
@@ -75,7 +75,7 @@ def _gpt2_config(sizes: demo.Recipe) -> "transformers.GPT2Config":
                       bos_token_id=None, eos_token_id=None)  # fmt: skip
 
 
-def _mixtral_config(sizes: demo.Recipe) -> "transformers.MixtralConfig":
+def _mixtral_config(sizes: demo.DemoSizes) -> "transformers.MixtralConfig":
     from transformers import MixtralConfig
 
     return MixtralConfig(
@@ -90,7 +90,7 @@ def _mixtral_config(sizes: demo.Recipe) -> "transformers.MixtralConfig":
     )
 
 
-_CONFIGS: Mapping[str, Callable[[demo.Recipe], Any]] = {
+_CONFIGS: Mapping[str, Callable[[demo.DemoSizes], Any]] = {
     "llama": demo.config, "gpt2": _gpt2_config, "mixtral": _mixtral_config
 }  # fmt: skip
 
@@ -98,7 +98,7 @@ EXPERTS = 4
 """Experts of each layer of the models that have any."""
 
 
-_TINY = demo.Recipe(vocab_size=512, embed_dim=64, mlp_dim=128, block_size=64, base_steps=768)
+_TINY = demo.DemoSizes(vocab_size=512, embed_dim=64, mlp_dim=128, block_size=64, base_steps=768)
 
 RECIPES: Mapping[str, ZooRecipe] = {
     "tiny": ZooRecipe(_TINY, 64),

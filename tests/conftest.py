@@ -74,7 +74,7 @@ def family(pytestconfig):
     """
     from tracing_jax import demo
 
-    recipe = demo.Recipe(
+    recipe = demo.DemoSizes(
         vocab_size=400, embed_dim=32, num_layers=2, mlp_dim=64, num_heads=4, num_kv_heads=2, block_size=64,
         batch_size=16, base_steps=200, finetune_steps=40, base_pieces=100, finetune_pieces=60,
     )  # fmt: skip

@@ -16,24 +16,24 @@ from tracing_jax.sources import InMemory
 from tracing_jax.tree import flatten
 
 _GROUPS = ("mlp", "norm", "attn", "emb")
-_TINIEST = demo.Recipe(
+_TINIEST = demo.DemoSizes(
     vocab_size=300, embed_dim=16, num_layers=1, mlp_dim=16, block_size=16, base_steps=4, finetune_steps=2,
     base_pieces=32, finetune_pieces=32,
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def tiniest(tmp_path_factory: pytest.TempPathFactory) -> demo.Family:
+def tiniest(tmp_path_factory: pytest.TempPathFactory) -> demo.DemoModels:
     return demo.family(str(tmp_path_factory.mktemp("cache")), _TINIEST)
 
 
 @pytest.fixture(scope="module")
-def members(family: demo.Family) -> dict[str, InMemory]:
+def members(family: demo.DemoModels) -> dict[str, InMemory]:
     return {name: load(open_checkpoint(str(family.member(name))), make_mesh()) for name in demo.MEMBERS}
 
 
 @pytest.fixture(scope="module")
-def tokens(family: demo.Family) -> np.ndarray:
+def tokens(family: demo.DemoModels) -> np.ndarray:
     tokenizer = load_tokenizer(family.member("base"))
     return token_blocks(read_documents(str(family.text)), tokenizer, block_size=64).tokens[:64]
 
@@ -126,7 +126,7 @@ def test_no_paragraph_is_both_seen_and_held_out():
 
 
 def test_killed_run_leaves_nothing(tmp_path, monkeypatch):
-    def killed(work: Path, recipe: demo.Recipe) -> None:
+    def killed(work: Path, recipe: demo.DemoSizes) -> None:
         (work / "base").mkdir()
         raise KeyboardInterrupt
 
@@ -137,7 +137,7 @@ def test_killed_run_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_of_two_runs_at_once_the_first_to_finish_provides_the_family(tiniest, tmp_path, monkeypatch):
-    def overtaken(work: Path, recipe: demo.Recipe) -> None:
+    def overtaken(work: Path, recipe: demo.DemoSizes) -> None:
         (work / "text.txt").write_text("ours")
         (tmp_path / tiniest.folder.name).mkdir()
         (tmp_path / tiniest.folder.name / "text.txt").write_text("theirs")

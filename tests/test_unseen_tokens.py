@@ -49,7 +49,7 @@ RELATED = tuned(BASE, IDS[40:])
 
 
 def test_tokens_that_no_text_gives_are_those_of_bytes_and_of_rows_without_a_string():
-    bpe = demo.train_tokenizer(demo.Recipe(vocab_size=300), ["some text, and some more of some such text"])
+    bpe = demo.train_tokenizer(demo.DemoSizes(vocab_size=300), ["some text, and some more of some such text"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe)
     rows = len(tokenizer)
     ((name, (base, ft)),) = unseen_tokens(tokenizer, tokenizer, rows, rows).items()

@@ -33,7 +33,7 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
 @functools.cache
 def _learnt(vocab_size: int) -> str:
     seen, _ = demo.split(demo.base_text(), _PIECES)
-    return demo.train_tokenizer(demo.Recipe(vocab_size=vocab_size), seen).to_str()
+    return demo.train_tokenizer(demo.DemoSizes(vocab_size=vocab_size), seen).to_str()
 
 
 def write_text(file: Path) -> Path:

@@ -11,15 +11,15 @@ Face folders, opened like any other checkpoint; so are the twelve of the zoo (`z
 
 from pathlib import Path
 
-from tracing_jax.demo.members import MEMBERS, Family, family, held_out_text, training_text
-from tracing_jax.demo.recipe import Recipe, config, train_tokenizer
+from tracing_jax.demo.members import MEMBERS, DemoModels, family, held_out_text, training_text
+from tracing_jax.demo.recipe import DemoSizes, config, train_tokenizer
 from tracing_jax.demo.texts import base_text, finetune_text, split
 from tracing_jax.demo.training import init, learning_rates, optimizer, train_step, unigram_entropy
 from tracing_jax.demo.zoo_models import ROOTS, TREE, tree_member
 from tracing_jax.forward import mean_loss
 
 __all__ = [
-    "MEMBERS", "ROOTS", "TREE", "Family", "Recipe", "base_text", "config", "family", "finetune_text",
+    "MEMBERS", "ROOTS", "TREE", "DemoModels", "DemoSizes", "base_text", "config", "family", "finetune_text",
     "held_out_text", "init", "is_member", "learning_rates", "mean_loss", "member", "optimizer", "split", "train_step",
     "train_tokenizer", "training_text", "tree_member", "unigram_entropy",
 ]  # fmt: skip

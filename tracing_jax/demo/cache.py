@@ -14,13 +14,13 @@ import jax
 import numpy as np
 from absl import logging
 
-from tracing_jax.demo.recipe import Recipe
+from tracing_jax.demo.recipe import DemoSizes
 from tracing_jax.demo.texts import topics
 
 _FORMAT = 1  # raise when the same recipe no longer gives the same family
 
 
-def cached_folder(name: str, recipe: Recipe, cache_dir: str | None, build: Callable[[Path], None]) -> Path:
+def cached_folder(name: str, recipe: DemoSizes, cache_dir: str | None, build: Callable[[Path], None]) -> Path:
     """Returns a folder of the cache; `build` fills it, on the CPU, if it is not there yet.
 
     The cache is `cache_dir`, by default `~/.cache/tracing_jax` (or under `XDG_CACHE_HOME`). A killed run leaves no
@@ -63,7 +63,7 @@ def _publish(work: Path, folder: Path) -> None:
         logging.info("%s was finished by another run in the meantime", folder)
 
 
-def _key(recipe: Recipe) -> str:
+def _key(recipe: DemoSizes) -> str:
     """Returns a key that changes with the recipe and with the texts that are learned."""
     texts = hashlib.sha256("".join(topics()).encode()).hexdigest()
     facts = [_FORMAT, asdict(recipe), platform.python_version(), np.__version__, texts]

@@ -15,7 +15,7 @@ from tracing_jax.arch import Arch, read_arch
 from tracing_jax.axes import PERMUTABLE, axis_table
 from tracing_jax.checkpoint import save_checkpoint
 from tracing_jax.demo.cache import cached_folder, training_device
-from tracing_jax.demo.recipe import DEFAULT, Recipe, train_tokenizer, write_config_and_tokenizer
+from tracing_jax.demo.recipe import DEFAULT, DemoSizes, train_tokenizer, write_config_and_tokenizer
 from tracing_jax.demo.texts import base_text, finetune_text, split
 from tracing_jax.demo.training import Training, init, train, unigram_entropy
 from tracing_jax.forward import mean_loss
@@ -27,7 +27,7 @@ MEMBERS = ("base", "finetune", "disguised", "independent")
 
 
 @dataclass(frozen=True)
-class Family:
+class DemoModels:
     """A trained family: a checkpoint folder for each member, and text that none of them was trained on."""
 
     folder: Path
@@ -65,12 +65,12 @@ class TrainingData:
     held_out_text: str
 
 
-def family(cache_dir: str | None = None, recipe: Recipe = DEFAULT) -> Family:
+def family(cache_dir: str | None = None, recipe: DemoSizes = DEFAULT) -> DemoModels:
     """Returns the family of a recipe, trained now if it is not in the cache (see `cached_folder`)."""
-    return Family(cached_folder("demo", recipe, cache_dir, lambda folder: _build(folder, recipe)))
+    return DemoModels(cached_folder("demo", recipe, cache_dir, lambda folder: _build(folder, recipe)))
 
 
-def training_data(recipe: Recipe, shared_files: Path) -> TrainingData:
+def training_data(recipe: DemoSizes, shared_files: Path) -> TrainingData:
     """Returns the text of a recipe, and writes config and tokenizer of its models into `shared_files`."""
     seen, held_out = split(base_text(), recipe.base_pieces)
     ft_seen, ft_held_out = split(finetune_text(), recipe.finetune_pieces)
@@ -82,7 +82,7 @@ def training_data(recipe: Recipe, shared_files: Path) -> TrainingData:
     return TrainingData(base, finetune, (unseen[0], unseen[1]), _alternating(held_out, ft_held_out))
 
 
-def held_out_text(cache_dir: str | None = None, recipe: Recipe = DEFAULT) -> Path:
+def held_out_text(cache_dir: str | None = None, recipe: DemoSizes = DEFAULT) -> Path:
     """Returns a file with the held-out text of a recipe; nothing is trained for it."""
 
     def build(folder: Path) -> None:
@@ -92,7 +92,7 @@ def held_out_text(cache_dir: str | None = None, recipe: Recipe = DEFAULT) -> Pat
     return cached_folder("demo-text", recipe, cache_dir, build) / "text.txt"
 
 
-def training_text(cache_dir: str | None = None, recipe: Recipe = DEFAULT) -> Path:
+def training_text(cache_dir: str | None = None, recipe: DemoSizes = DEFAULT) -> Path:
     """Returns a file with the text that base and the independent model of a recipe are trained on."""
 
     def build(folder: Path) -> None:
@@ -105,7 +105,7 @@ def _alternating(pieces: list[str], others: list[str]) -> str:
     return "".join(piece for pair in zip(pieces, others) for piece in pair)
 
 
-def _build(folder: Path, recipe: Recipe) -> None:
+def _build(folder: Path, recipe: DemoSizes) -> None:
     """Writes the members and the text into `folder`."""
     with tempfile.TemporaryDirectory(dir=folder) as shared_files:
         data = training_data(recipe, Path(shared_files))
@@ -116,7 +116,7 @@ def _build(folder: Path, recipe: Recipe) -> None:
     (folder / "text.txt").write_bytes(data.held_out_text.encode())
 
 
-def _members(arch: Arch, recipe: Recipe, data: TrainingData) -> Iterator[tuple[str, Tree]]:
+def _members(arch: Arch, recipe: DemoSizes, data: TrainingData) -> Iterator[tuple[str, Tree]]:
     """Yields each member's name and params, in the order of `MEMBERS`."""
     init_key, other_init_key, disguise_key = jax.random.split(jax.random.key(recipe.seed), 3)
 
@@ -137,7 +137,7 @@ def _members(arch: Arch, recipe: Recipe, data: TrainingData) -> Iterator[tuple[s
         yield "independent", independent.result()
 
 
-def log_losses(name: str, model: InMemory, recipe: Recipe, data: TrainingData) -> None:
+def log_losses(name: str, model: InMemory, recipe: DemoSizes, data: TrainingData) -> None:
     """Logs the losses of a model on held-out text, beside the unigram entropy of that text."""
     for text, tokens in zip(("base's text", "the fine-tune's text"), data.held_out):
         blocks = tokens[: len(tokens) // recipe.block_size * recipe.block_size].reshape(-1, recipe.block_size)[:64]

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class DemoSizes:
     """The sizes of the models of a family, of their texts (in pieces), and of their training.
 
     The defaults give models of 600,000 parameters that train in about two minutes on two cores.
@@ -35,10 +35,10 @@ class Recipe:
     seed: int = 0
 
 
-DEFAULT = Recipe()
+DEFAULT = DemoSizes()
 
 
-def train_tokenizer(recipe: Recipe, texts: Iterable[str]) -> "tokenizers.Tokenizer":
+def train_tokenizer(recipe: DemoSizes, texts: Iterable[str]) -> "tokenizers.Tokenizer":
     """Returns a byte-level BPE tokenizer of the texts: encoding any string and decoding it gives it back unchanged."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -51,7 +51,7 @@ def train_tokenizer(recipe: Recipe, texts: Iterable[str]) -> "tokenizers.Tokeniz
     return tokenizer
 
 
-def write_config_and_tokenizer(folder: Path, recipe: Recipe, tokenizer: "tokenizers.Tokenizer") -> None:
+def write_config_and_tokenizer(folder: Path, recipe: DemoSizes, tokenizer: "tokenizers.Tokenizer") -> None:
     """Writes the config and the tokenizer of a recipe's models as transformers does."""
     from transformers import PreTrainedTokenizerFast
 
@@ -59,7 +59,7 @@ def write_config_and_tokenizer(folder: Path, recipe: Recipe, tokenizer: "tokeniz
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False).save_pretrained(folder)
 
 
-def config(recipe: Recipe) -> "transformers.LlamaConfig":
+def config(recipe: DemoSizes) -> "transformers.LlamaConfig":
     """Returns the transformers config of the recipe's models."""
     from transformers import LlamaConfig
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from tracing_jax.arch import Arch
-from tracing_jax.demo.recipe import Recipe
+from tracing_jax.demo.recipe import DemoSizes
 from tracing_jax.forward import mean_loss
 from tracing_jax.models import init_params
 from tracing_jax.progress import tqdm
@@ -45,7 +45,7 @@ def init(arch: Arch, key: PRNGKeyArray) -> Tree:
     return jax.tree.map(scaled, init_params(arch, key))
 
 
-def train(arch: Arch, recipe: Recipe, params: Tree, training: Training) -> Tree:
+def train(arch: Arch, recipe: DemoSizes, params: Tree, training: Training) -> Tree:
     """Returns the params, as numpy, after AdamW on random windows of the text: a warm-up, then a cosine to zero."""
     tokens, steps, T = training.tokens, training.steps, recipe.block_size
     # Every run draws the same windows: base and independent see them in the same order.
@@ -67,7 +67,7 @@ def learning_rates(peak: float, steps: int) -> Float[np.ndarray, " steps"]:
     return np.asarray(optax.warmup_cosine_decay_schedule(0.0, peak, max(steps // 20, 1), steps)(np.arange(steps)))
 
 
-def optimizer(recipe: Recipe) -> "optax.GradientTransformation":
+def optimizer(recipe: DemoSizes) -> "optax.GradientTransformation":
     """Returns AdamW, after clipping, at learning rate 1; norm gains, the only vectors, do not decay."""
     import optax
 
@@ -78,7 +78,7 @@ def optimizer(recipe: Recipe) -> "optax.GradientTransformation":
 
 @functools.partial(jax.jit, static_argnames=("arch", "recipe"))
 def train_step(
-    arch: Arch, recipe: Recipe, params: Tree, state: Any, rate: Float[Array, ""], tokens: Int[Array, "B T"]
+    arch: Arch, recipe: DemoSizes, params: Tree, state: Any, rate: Float[Array, ""], tokens: Int[Array, "B T"]
 ) -> tuple[Tree, Any, Float[Array, ""]]:
     """Returns params and optimizer state after one step at this learning rate, and the loss before it, in nats."""
     import optax

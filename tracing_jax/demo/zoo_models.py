@@ -18,7 +18,7 @@ from tracing_jax.arch import Arch, read_arch
 from tracing_jax.checkpoint import save_checkpoint
 from tracing_jax.demo.cache import cached_folder
 from tracing_jax.demo.members import TrainingData, log_losses, training_data
-from tracing_jax.demo.recipe import DEFAULT, Recipe
+from tracing_jax.demo.recipe import DEFAULT, DemoSizes
 from tracing_jax.demo.training import Training, init, train
 from tracing_jax.rewrites import Renaming, draw_rewrites
 from tracing_jax.sources import InMemory, in_memory, rewritten
@@ -40,7 +40,7 @@ _SEEDS = 1000  # distance between the seeds of two trees
 _PRUNED_STEPS = 120
 
 
-def tree_member(name: str, seed: int = 0, cache_dir: str | None = None, recipe: Recipe = DEFAULT) -> Path:
+def tree_member(name: str, seed: int = 0, cache_dir: str | None = None, recipe: DemoSizes = DEFAULT) -> Path:
     """Returns the checkpoint folder of a member of the zoo with this seed; its tree is trained if it is not cached.
 
     Raises:
@@ -53,7 +53,7 @@ def tree_member(name: str, seed: int = 0, cache_dir: str | None = None, recipe: 
     return cached_folder(f"demo-{root}", own, cache_dir, lambda folder: _build(folder, root, own)) / name
 
 
-def _build(folder: Path, root: str, recipe: Recipe) -> None:
+def _build(folder: Path, root: str, recipe: DemoSizes) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as shared_files:
         data = training_data(recipe, Path(shared_files))
         for name, model in _members(read_arch(Path(shared_files)), root, recipe, data):
@@ -61,7 +61,7 @@ def _build(folder: Path, root: str, recipe: Recipe) -> None:
             save_checkpoint(folder / name, model, Path(shared_files))
 
 
-def _members(arch: Arch, root: str, recipe: Recipe, data: TrainingData) -> Iterator[tuple[str, InMemory]]:
+def _members(arch: Arch, root: str, recipe: DemoSizes, data: TrainingData) -> Iterator[tuple[str, InMemory]]:
     """Yields each member of a tree by name, parents first."""
     init_key, disguise_key = jax.random.split(jax.random.key(recipe.seed))
     first = Training(root, data.base, recipe.base_steps, recipe.base_learning_rate)

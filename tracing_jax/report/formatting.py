@@ -113,7 +113,7 @@ def _value(result: Mapping[str, Any], with_p: bool) -> str:
     return f"{value} ({(calibrated_p_text if is_calibrated(result) else p_text)(float(log10_p))})"
 
 
-IDENTICAL = "the tensors themselves, which are compared before any statistic"
+BY_TENSORS = "the tensors themselves, which are compared before any statistic"
 """What decides that two models are identical."""
 
 
@@ -144,7 +144,7 @@ def calibrated_p_text(log10_p: float) -> str:
 def decided_by(verdict: Mapping[str, Any]) -> str:
     """The test behind a verdict: `csu, p = 10^-41.3 after Holm over csu and match; level 0.001; layer 3`."""
     if verdict["verdict"] == "identical":
-        return IDENTICAL
+        return BY_TENSORS
     if verdict["statistic"] is None:
         return f"level {verdict['level']:g}"
     parts = [f"{verdict['statistic']}, {verdict_p_text(verdict)} {after_holm(verdict)}", f"level {verdict['level']:g}"]
@@ -164,7 +164,7 @@ def after_holm(verdict: Mapping[str, Any]) -> str:
 def verdict_facts(verdict: Mapping[str, Any]) -> dict[str, str]:
     """The test behind a verdict as named facts, for the page."""
     if verdict["verdict"] == "identical":
-        return {"in detail": verdict["meaning"], "decided by": IDENTICAL}
+        return {"in detail": verdict["meaning"], "decided by": BY_TENSORS}
     found = {"level": f"{verdict['level']:g}"}
     if verdict["statistic"] is None:
         return {"in detail": verdict["meaning"]} | found

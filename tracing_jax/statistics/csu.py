@@ -37,12 +37,12 @@ _EXACT = ("gate_proj", "up_proj", "down_proj", "o_proj")
 rows inside a head, and rows of embedding and head are tokens: their p-values have no exact null."""
 
 
-_Place = tuple[str, bool, Callable[[], "Rows"]]
+_MatrixPair = tuple[str, bool, Callable[[], "RowPair"]]
 """The name of two matrices, whether their null is exact, and the function that reads and compares their rows."""
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowPair:
     """The cosines of rows of a matrix of base with all of one of ft, and those rows that are compared.
 
     Attributes:
@@ -92,11 +92,11 @@ class Csu(options.Csu):
         run_cache = pair.run_cache.scope("csu")
         layers, kept = layers_in_common(pair), run_cache.count(Comparison)
 
-        def by_layer() -> Iterator[tuple[int, Rows]]:
+        def by_layer() -> Iterator[tuple[int, RowPair]]:
             for i in trange(kept, layers, desc="csu", unit="layer", initial=kept, total=layers, disable=None):
                 yield i, _rows_of_layer(pair, i, self.units)
 
-        def compare(item: tuple[int, Rows]) -> Comparison:
+        def compare(item: tuple[int, RowPair]) -> Comparison:
             i, rows = item
             return run_cache.cached(Comparison, (i,), lambda: rows.compared(pair.generator("csu", i)))
 
@@ -148,12 +148,12 @@ class CsuAll(options.CsuAll):
             notes=["q, k, v, embedding and head have no exact null: their p-values do not enter the verdict"],
         ).for_pair(pair)
 
-    def _similarities(self, pair: Pair, places: Sequence[_Place]) -> Iterator[tuple[str, Rows | Comparison]]:
+    def _similarities(self, pair: Pair, places: Sequence[_MatrixPair]) -> Iterator[tuple[str, RowPair | Comparison]]:
         """Yields for each place its similarities, or its comparison if an interrupted run has cached it."""
         for place, _, rows in tqdm(places, desc="csu_all", unit="matrix", disable=None):
             yield place, pair.run_cache.load(Comparison, "csu_all", place) or rows()
 
-    def _pairs(self, pair: Pair) -> Iterator[_Place]:
+    def _pairs(self, pair: Pair) -> Iterator[_MatrixPair]:
         """Yields the name of two matrices, whether their null is exact, and the function that reads them."""
         tables = [axis_table(model.arch) for model in (pair.base, pair.ft)]
         shapes, shapes_ft = (_shapes(table) for table in tables)
@@ -165,7 +165,7 @@ class CsuAll(options.CsuAll):
                 yield place, exact, functools.partial(_rows_of_both, pair, (name, other), tables)
 
 
-def up_rows(base: ParamSource, ft: ParamSource, layer: int, drawn: Int[np.ndarray, " n"] | None = None) -> Rows:
+def up_rows(base: ParamSource, ft: ParamSource, layer: int, drawn: Int[np.ndarray, " n"] | None = None) -> RowPair:
     """Returns the up-projections of a layer of both models, a row per unit, to be compared by their distinct units.
 
     Where the up-projection of either is not known, as in a model that is read by its weights alone, what units write.
@@ -184,10 +184,10 @@ def up_rows(base: ParamSource, ft: ParamSource, layer: int, drawn: Int[np.ndarra
         down = [model.layer(layer, ("mlp/down_proj/kernel",))["mlp"]["down_proj"]["kernel"] for model in models]
         rows = [found.outputs(side) for found, side in zip(units, down, strict=True)]
     ours = rows[0] if drawn is None else rows[0][drawn]
-    return Rows(similarities(ours, rows[1]), units[0], units[1], drawn)
+    return RowPair(similarities(ours, rows[1]), units[0], units[1], drawn)
 
 
-def _rows_of_layer(pair: Pair, layer: int, most: int) -> Rows:
+def _rows_of_layer(pair: Pair, layer: int, most: int) -> RowPair:
     """Returns the rows of a layer or, if it has experts, of one of them that both models have.
 
     Args:
@@ -205,14 +205,14 @@ def _rows_of_layer(pair: Pair, layer: int, most: int) -> Rows:
     return up_rows(one_mlp(pair.base, layer, expert), one_mlp(pair.ft, layer, expert), 0, drawn)
 
 
-def _rows_of_both(pair: Pair, names: tuple[str, str], tables: Sequence[AxisTable]) -> Rows:
+def _rows_of_both(pair: Pair, names: tuple[str, str], tables: Sequence[AxisTable]) -> RowPair:
     models = (pair.base, pair.ft)
     rows = [_rows(model, name, table) for model, name, table in zip(models, names, tables, strict=True)]
     units = [
         distinct_units(model, int(name.split("/")[1])) if _are_units(name, model.arch) else all_units(len(found))
         for model, name, found in zip(models, names, rows, strict=True)
     ]
-    return Rows(similarities(*rows), units[0], units[1])
+    return RowPair(similarities(*rows), units[0], units[1])
 
 
 def unit_rows(layer: Tree, projection: str) -> Float[Array | np.ndarray, "F D"]:
@@ -220,7 +220,7 @@ def unit_rows(layer: Tree, projection: str) -> Float[Array | np.ndarray, "F D"]:
     return layer["mlp"][projection]["kernel"].T
 
 
-def _compare(pair: Pair, item: tuple[str, Rows | Comparison]) -> Comparison:
+def _compare(pair: Pair, item: tuple[str, RowPair | Comparison]) -> Comparison:
     place, found = item
     if isinstance(found, Comparison):
         return found

@@ -17,7 +17,7 @@ from tracing_jax.rewrites import gain_offset
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.comparison import Comparison, overlapped
 from tracing_jax.statistics.cosine import similarities
-from tracing_jax.statistics.csu import Rows, unit_rows
+from tracing_jax.statistics.csu import RowPair, unit_rows
 from tracing_jax.statistics.distinct_units import distinct_units
 from tracing_jax.statistics.embedding_maps import feature_map, token_parts, token_rows
 from tracing_jax.statistics.in_place import constrained_result, layers_in_common, rows_not_applicable
@@ -54,7 +54,7 @@ class CsuProcrustes(options.CsuProcrustes):
         run_cache = pair.run_cache.scope("csu_procrustes")
         layers, kept = layers_in_common(pair), run_cache.count(Comparison)
 
-        def by_layer() -> Iterator[tuple[int, Rows]]:
+        def by_layer() -> Iterator[tuple[int, RowPair]]:
             if kept == layers:
                 return
             found = run_cache.cached_arrays(("rotation",), lambda: {"rotation": self._rotation(pair)})
@@ -63,9 +63,9 @@ class CsuProcrustes(options.CsuProcrustes):
             for i in bar:
                 ft = jnp.einsum("fd,de->fe", _up_rows(pair.ft, i), rotation, precision="highest")
                 similarity = similarities(_up_rows(pair.base, i), ft)
-                yield i, Rows(similarity, distinct_units(pair.base, i), distinct_units(pair.ft, i))
+                yield i, RowPair(similarity, distinct_units(pair.base, i), distinct_units(pair.ft, i))
 
-        def compare(item: tuple[int, Rows]) -> Comparison:
+        def compare(item: tuple[int, RowPair]) -> Comparison:
             i, rows = item
             generator = pair.generator("csu_procrustes", i)
             return run_cache.cached(Comparison, (i,), lambda: rows.compared(generator))

@@ -99,7 +99,7 @@ class MatchIo(options.MatchIo):
         places = control_pairs(len(layers), len(layers), pair.generator("match_io", "controls"))
 
         def control(i: int, j: int) -> Agreements:
-            found = similarities(samples[i][0], samples[j][1])
+            found = io_similarities(samples[i][0], samples[j][1])
             return agreements(found, compared_pairs(gated), pair, ("match_io", name, "control", i, j))
 
         return PairAgreements(layers, [control(i, j) for i, j in places])
@@ -108,7 +108,7 @@ class MatchIo(options.MatchIo):
         self, pair: Pair, ours: Responses, theirs: Responses, names: Sequence[str | int]
     ) -> tuple[Agreements, tuple[Responses, Responses]]:
         """Returns the agreements of a layer, and of both models what the controls need."""
-        found = agreements(similarities(ours, theirs), compared_pairs("gate" in ours), pair, names)
+        found = agreements(io_similarities(ours, theirs), compared_pairs("gate" in ours), pair, names)
         few = [_first_tokens(side, self.control_tokens) for side in (ours, _some(theirs, self.units, pair, "ft"))]
         return found, (few[0], few[1])
 
@@ -131,7 +131,7 @@ def responses(
     return {name: np.where(units.is_kept[some], side, 0.0) for name, side in found.items()}  # others: no part
 
 
-def similarities(ours: Responses, theirs: Responses) -> dict[str, Float[np.ndarray, "U U2"]]:
+def io_similarities(ours: Responses, theirs: Responses) -> dict[str, Float[np.ndarray, "U U2"]]:
     """Returns the correlations over the tokens of the units of two layers, absolute but for the gate's.
 
     The gate of a unit cannot be negated without changing the function.
