@@ -265,7 +265,7 @@ def _norm_specs(arch: Arch, name: str, group: str) -> dict[str, LeafSpec]:
 def _table_of_reading(arch: Arch, reading: Reading) -> AxisTable:
     """Returns the table of the leaves that were found in a model that is read by its weights alone."""
 
-    def is_kept(name: str) -> bool:  # a part of the model may be looked at: its first layers
+    def is_kept(name: str) -> bool:  # only the first layers may be used
         return not name.startswith("layers/") or int(name.split("/")[1]) < arch.num_layers
 
     leaves = {

@@ -249,7 +249,7 @@ class MatchDistilled:
 
 @dataclass(frozen=True)
 class Screen:
-    """A first look at part of the weights: `csu` on sampled units, `match` on three layers; not in `all`."""
+    """A first test of part of the weights: `csu` on sampled units, `match` on three layers; not in `all`."""
 
     share: float = option(0.1, "The most of the weights that is read.", above=0, at_most=1)
 

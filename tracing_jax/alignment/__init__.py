@@ -2,7 +2,7 @@
 
 Permutations of units are estimated from weights or activations; other rewrites (a rotation of the residual stream,
 scaling of units, mixing of values ...) from the weights: `align(base, ft, ("all",), evidence="weights")`. With
-`evidence="learned"` gradient descent on the loss between the models goes on from there.
+`evidence="learned"` gradient descent on the loss between the models continues from there.
 """
 
 from tracing_jax.alignment.activation_matching import TAP

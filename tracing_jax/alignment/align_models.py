@@ -207,7 +207,7 @@ def _check(base: ParamSource, ft: ParamSource, kinds: Sequence[str], evidence: s
     if evidence in ("activations", "learned") and tokens is None:
         lines.append(f"evidence by {evidence} needs tokens for both models to read")
     if evidence == "activations" and beyond:
-        lines.append(f"{', '.join(beyond)}: estimated from weights alone; activations tell permutations")
+        lines.append(f"{', '.join(beyond)}: estimated from weights alone; activations determine permutations only")
     if evidence == "learned":
         lines += _not_learnable(base, ft, kinds, tokens)
     if lines := lines + alignment_problems(base.arch, ft.arch, kinds):

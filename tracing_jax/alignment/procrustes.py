@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, Num
 
 _LEAST_EIGENVALUE = 1e-12
-"""Relative to the greatest: below, float64 does not tell a Gram matrix from a singular one."""
+"""Relative to the greatest: below, float64 does not distinguish a Gram matrix from a singular one."""
 
 
 @dataclass(frozen=True)

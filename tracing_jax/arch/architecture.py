@@ -205,7 +205,7 @@ class Arch:
     def has(self, part: str) -> bool:
         """Returns whether the model has a leaf of this name or under it, such as `head/lm_head` or `mlp/up_proj`.
 
-        A name that begins in a layer stands for this part of every layer: all have the same parts.
+        A name that begins in a layer means this part of every layer: all have the same parts.
         """
         if self.reading is None:
             return {"mlp/gate_proj": self.gated, "head/lm_head": not self.tied}.get(part, True)

@@ -170,7 +170,7 @@ def _places(base: TensorStore, path: str, part: str) -> Iterator[_ExpertTensor]:
 def _is_in_out(base: TensorStore, path: str, part: str) -> bool | None:
     """Returns whether a parameter of all experts is [E, in, out]; None if that is not known.
 
-    Gate and up have twice as many outputs as down has inputs, so that the two tell it even where one is square.
+    Gate and up have twice as many outputs as down has inputs, so that the two determine it even where one is square.
     """
     both, down = f"{path}.gate_up_proj", f"{path}.down_proj"
     if f"{path}.{part}" not in base.names():

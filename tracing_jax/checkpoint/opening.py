@@ -71,7 +71,7 @@ def open_checkpoint(
       model_id: of the model.
       download_dir: where downloads are kept, see `resolve`.
       in_ranges: whether weights that are on the Hub, and not in its cache, stay there, and are read in ranges of bytes:
-        for runs that look at a small part of them.
+        for runs that use a small part of them.
       adapter_base: the base to merge an adapter into, whatever its config names; of no effect on other models.
       weights_only: how a model is read whose config is refused or absent, or whose tensors are not those that it asks
         for, though none is lost; by default it is refused. Weights are then read where names and shapes leave a

@@ -29,7 +29,7 @@ def check_claim(claim: str, inputs: ClaimInputs) -> ClaimResult:
     if rests_on_nothing_found and not inputs.is_default:
         why = "nothing was found, by tests of which only the default ones together have a measured power: run auto"
         return result(claim, "not_testable", why, **found.evidence)
-    if rests_on_nothing_found and inputs.scope:  # other parts may tell
+    if rests_on_nothing_found and inputs.scope:  # other parts may decide
         return result(claim, "not_testable", verdict_sentence(inputs.verdict), **found.evidence)
     return replace(found, because=f"{found.because}; {inputs.scope}") if inputs.scope else found
 

@@ -1,7 +1,7 @@
 """Whether the weights of one model are those of another, quantised: quantised again and compared, or bounded by steps.
 
 Formats that round to the nearest value can be computed again from the original weights and the scales of the copy,
-which follow from the copy itself: its largest weight of a block stands at a known place of the format. Formats that
+which follow from the copy itself: its largest weight of a block is at a known place of the format. Formats that
 choose values to make up for one another's errors (GPTQ, AWQ, the K types of GGUF, importance matrices) cannot; there
 the distance of the copy from the original is measured in steps of its own grid.
 """
@@ -103,7 +103,7 @@ def copy_of(pair: TensorPair, is_identical: bool) -> Copy:
 
 
 def _shares(pair: TensorPair, ours: np.ndarray, theirs: np.ndarray) -> Iterator[tuple[str, float, bool]]:
-    """Yields for each format the share of the weights that it reproduces, and whether the copy lies on its grid.
+    """Yields for each format the share of the weights that it reproduces, and whether the copy is on its grid.
 
     The original is taken as it is, and rounded to 16 bits first. A copy in a format is what that format makes of it.
     """

@@ -22,7 +22,7 @@ class TensorPair:
     Attributes:
       leaf: the leaf of the params that it belongs to.
       base, ft: the two checkpoints.
-      slice_base, slice_ft: where it lies in each; both of one shape.
+      slice_base, slice_ft: where it is in each; both of one shape.
     """
 
     leaf: str

@@ -61,7 +61,7 @@ Config: TypeAlias = RunOptions | ConfigDict | Mapping[str, Any]
 
 
 class NotSavedError(OSError):
-    """The files of a run could not be written, when all was computed: a full disk, or a folder that is gone.
+    """The files of a run could not be written, when all was computed: a full disk, or a folder that is missing.
 
     Attributes:
       records: what was found.

@@ -7,7 +7,7 @@ import numpy as np
 from tracing_jax.checkpoint import Checkpoint
 from tracing_jax.statistics import Identity
 
-_CHUNK = 1 << 22  # weights read at a time, after a first look at a few
+_CHUNK = 1 << 22  # weights read at a time, after a few have been compared
 _FIRST = 1 << 14
 
 _PARTS = {"embed": "embedding", "head": "head", "attn": "attention", "mlp": "MLPs"}

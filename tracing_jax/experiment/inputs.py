@@ -54,7 +54,7 @@ class RunInputs:
       learning_tokens: the blocks that an alignment is learnt from; None if none is learnt.
       controls: models that are known to be independent of both.
       needs_resident: whether what is to be undone is found with both models in memory only.
-      reads_part_only: whether the statistics look at a small part of the weights.
+      reads_part_only: whether the statistics use a small part of the weights.
       notes: for the record; steps add to them.
       merge: ft with the models that it may be a merge of; None if that was not asked.
     """
@@ -232,7 +232,7 @@ def _unread_components(options: RunOptions, base: Checkpoint, ft: Checkpoint) ->
 
 
 def _pair_notes(base: Arch, ft: Arch, vocabularies: Vocabularies, on_path: bool) -> list[str]:
-    """Returns what a reader should know of these two models."""
+    """Returns remarks on these two models for the reader."""
     notes = []
     if not vocabularies.known:
         unknown = "nothing is known of how the two vocabularies correspond"

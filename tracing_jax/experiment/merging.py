@@ -86,7 +86,7 @@ def proposed_parents(
       download_dir: where downloads are kept.
 
     Raises:
-      ValueError: the library cannot be read, or the child has no units to look at.
+      ValueError: the library cannot be read, or the child has no units to compare.
     """
     signatures = read_library(library_folder(library, download_dir))
     scanned = scan(suspect_of(child, signatures.values()), signatures, RunOptions().level)

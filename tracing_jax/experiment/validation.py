@@ -76,7 +76,7 @@ def asked_names(options: RunOptions) -> list[str]:
     """Returns the names of the statistics that are asked for, each once.
 
     `all` stands for all statistics but the costly and the light ones. `auto` depends on whether a text is named, and on
-    nothing that is found in the models but their depths: the family of tests is fixed before anything is looked at.
+    nothing that is found in the models but their depths: the family of tests is fixed before any weight is read.
     """
     with_text: tuple[str, ...] = AUTO_WITH_TEXT if has_text(options) else ()
     stands_for: dict[str, list[str]] = {
@@ -94,14 +94,14 @@ def tests_chosen(options: RunOptions) -> str:
     if {"auto", "all"} & set(options.stat) or has_auto_beside(options):
         beside = f", and {', '.join(named)} by name" if named else ""
         return f"{fixed}, by the options and by what each model is without the other{beside}"
-    return f"{fixed}: named by whoever ran this"
+    return f"{fixed}: named by the user"
 
 
 def controls_chosen(options: RunOptions) -> str:
     """Returns which control models there were and who chose them, as a clause."""
     if not options.control_model_ids:
         return f"none: calibrated tests allow for {100 * DEFAULT_ALLOWANCE:g} % of units that agree by convergence"
-    return f"chosen by whoever ran this: {', '.join(options.control_model_ids)}"
+    return f"chosen by the user: {', '.join(options.control_model_ids)}"
 
 
 def has_text(options: RunOptions) -> bool:
@@ -302,7 +302,7 @@ def _disguise_problems(options: RunOptions) -> list[str]:
     if options.permute and not options.permute_axes:
         lines.append(f"permute is set and permute_axes is empty; choose from {', '.join(PERMUTABLE)}")
     if options.max_layers and names:
-        lines.append("max_layers looks at the first layers as they are; leave disguise out, or trace the whole model")
+        lines.append("max_layers compares the first layers as they are; leave disguise out, or trace the whole model")
     if "all" in names and len(names) > 1:
         lines.append(f"disguise={shown}: all cannot be combined with other names")
     if RENAMING in names:

@@ -104,7 +104,7 @@ def forward(
             outputs = [block_step(arch, taps, layer, x, inputs, each_positions[b], cache, each_at[b])]
             hidden[b] = outputs[0].hidden
             if b == len(hidden) - 1:
-                layer = None  # freed before the next one is read, and before the caller goes on with this one's results
+                layer = None  # freed before the next one is read, and before the caller uses this one's results
             yield LayerOutput(i, b, *outputs.pop())  # no reference is left here: the caller alone holds activations
         if not resident:
             jax.block_until_ready(hidden)  # dispatch is asynchronous, and layers would accumulate

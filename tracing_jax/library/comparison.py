@@ -26,7 +26,7 @@ from tracing_jax.statistics.pvalues import bonferroni
 from tracing_jax.statistics.unit_signatures import whitened_cosines
 
 FEW_TOKENS = 8
-"""Fewer shared token strings than this tell units apart too badly."""
+"""Fewer shared token strings than this distinguish units too badly."""
 
 RESPONSES, MOMENTS = "responses to tokens", "moments of weights"
 

@@ -27,7 +27,7 @@ _ON_HUB = re.compile(r"(?:(https?://[^/]+)/datasets/|hf://datasets/)?([\w.-]+/[\
 
 @dataclass(frozen=True)
 class Checked:
-    """What a look at every file of a library found.
+    """The files of a library, as they were found.
 
     Attributes:
       names: the files that can be read.

@@ -36,7 +36,7 @@ COMPARED_AT_ONCE, FILLED_UP_TO = 48, 24
 """Of libraries up to the first size all signatures are compared in full; of larger ones, at least the second number."""
 
 _FIRST_UNITS, _FIRST_TOKENS, _FIRST_AGREEING = 16, 128, 2
-"""Of each layer, so many units are looked for at so many tokens; so many of them must agree in some layer."""
+"""Of each layer, so many units are matched at so many tokens; so many of them must agree in some layer."""
 _MOST_ROWS = 4096  # rows of signatures whose correlations with a layer are in memory at once
 
 STANDARD_ERRORS = 3.0
@@ -257,7 +257,7 @@ def shortlist(signatures: Mapping[str, Signature], suspect: Suspect) -> list[str
 def first_look(signatures: Mapping[str, Signature], suspect: Suspect) -> dict[str, int]:
     """Returns for each signature that shares tokens the most units of a layer with one closest unit by both readings.
 
-    Signatures with the same shared tokens are looked at together, layer by layer of the suspect.
+    Signatures with the same shared tokens are compared together, layer by layer of the suspect.
     """
     groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
     for name, signature in signatures.items():

@@ -29,7 +29,7 @@ def is_in_place(models: MergeModels, sums: NormalEquations) -> bool:
     """Returns whether kernels of the child in its first, middle and last layer are like those of another model.
 
     Experts need not all be like those of the same one: half of them are to be like those of some. Kernels of another
-    shape are in nobody's place.
+    shape are in no model's unit order.
     """
     L = models.child.arch.num_layers
     names = [f"layers/{i}/{name}/kernel" for i in sorted({0, L // 2, L - 1}) for name in _KERNELS]

@@ -31,7 +31,7 @@ class TensorSums:
     """What one pass keeps of a tensor.
 
     Attributes:
-      place: where it stands.
+      place: its key.
       grams: products of all columns, summed over the entries of each row block.
       counts: entries of each row block.
       sample: the models' values of entries drawn at random.

@@ -55,7 +55,7 @@ class Selection:
 def select(models: MergeModels, sums: NormalEquations) -> Selection:
     """Returns the candidates, given as parents, without which the child is predicted worse.
 
-    At least one is chosen with an origin, and two without, so that there are shares to speak of.
+    At least one is chosen with an origin, and two without, so that there are shares.
     """
     score = _scorer(models, sums.tensors)
     weights = _weights(sums.tensors)
@@ -120,7 +120,7 @@ def _scorer(models: MergeModels, tensors: Sequence[TensorSums]) -> Callable[[tup
         rows = _rows(models, chosen)
         grams = rows @ halves @ rows.T
         rest = np.stack([_left(grams[:, 1 - half], grams[:, half]) for half in (0, 1)], axis=1)
-        # What float64 cannot tell from nothing is nothing.
+        # What float64 cannot distinguish from nothing is nothing.
         floor = np.maximum(floors, 1e-12 * halves[:, :, 0, 0]) + 1e-300
         found: Nats = (-0.5 * entries * np.log(np.maximum(rest, floor))).sum(1) / np.maximum(entries.sum(1), 1.0)
         return found
@@ -181,7 +181,7 @@ def _instead(
     for k in chosen:
         rest = tuple(j for j in chosen if j != k)
         if rest and not _is_more_than_noise(weights * (score(chosen) - score(rest)), weights):
-            continue  # it stands there for lack of a second parent
+            continue  # it is there for lack of a second parent
         others = [
             j
             for j in range(count)

@@ -59,7 +59,7 @@ def empty_cache(arch: Arch, batch: int, length: int, dtype: DTypeLike, sharding:
 def apply_embed(
     arch: Arch, params: Tree, tokens: Int[Array, "B T"], dtype: DTypeLike, positions: Int[Array, "#B T"] | None = None
 ) -> Float[Array, "B T D"]:
-    """Returns the first hidden state from the subtree `embed`, scaled as the family asks, in the computing dtype.
+    """Returns the first hidden state from the subtree `embed`, scaled as the family requires, in the computing dtype.
 
     Args:
       arch: the facts of the model.

@@ -1,7 +1,7 @@
 """A record in the formats of other tools: a CycloneDX ML-BOM, SARIF for annotations in CI, an in-toto statement.
 
 They are plain JSON, and nothing is signed: sign the in-toto statement with `model_signing` or cosign. None of them says
-more than the record: a model stands as an *ancestor* only where a claim that says so was tested and holds, and as a
+more than the record: a model is an *ancestor* only where a claim that says so was tested and holds, and as a
 *variant* where the models are related and nothing is known of who came first.
 """
 

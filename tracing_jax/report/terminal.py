@@ -11,7 +11,7 @@ WIDTH = 80
 """Columns of plain text."""
 
 _INDENT = 2
-_LEAST = 32  # columns of text, below which it stands under its name
+_LEAST = 32  # columns of text, below which it is put under its name
 _STYLES = {
     "identical": "bold red", "related": "bold red", "undecided": "bold yellow", "no_evidence": "bold green",
     "claim_contradicted": "bold red", "claim_holds": "bold green", "claim_not_testable": "bold yellow",

@@ -1,4 +1,4 @@
-"""A model whose layers are the MLPs of another, each expert one of its own: for what looks at MLPs one by one."""
+"""A model whose layers are the MLPs of another, each expert one of its own: for comparisons of MLPs one by one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace

@@ -48,7 +48,7 @@ LIGHT = frozenset({"screen"})
 
 AUTO = ("csu", "csu_procrustes", "features_in_place", "heads_in_place", "unseen_tokens", "match", "match_moments",
         "match_io", "match_crossfit", "match_heads")  # fmt: skip
-"""Tests that `auto` stands for: of bounded cost, and without a text."""
+"""The tests of `auto`: of bounded cost, and without a text."""
 
 AUTO_WITH_TEXT = ("csh",)
 """Tests of activations, which `auto` runs beside those where a text is named; `match` then reads the text too."""

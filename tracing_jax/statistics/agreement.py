@@ -86,7 +86,7 @@ def matchings(
     Args:
       similarities: what units are matched by.
       pair: the pair, for the seed of the run.
-      names: what tells the generators of these matchings from others.
+      names: what distinguishes the generators of these matchings from others.
       units: of base and of ft, those that are matched.
       absolute: the similarities of which the sign does not count.
     """

@@ -120,7 +120,7 @@ def compare_layers(
 ) -> list[Comparison]:
     """Returns the comparison of every layer; those that an interrupted run finished come from its cache.
 
-    A layer is compared before the forward pass goes on: its assignment takes a few per cent of the time of a 7B layer
+    A layer is compared before the forward pass continues: its assignment takes a few per cent of the time of a 7B layer
     at most (measured on two cores), and keeping its correlations meanwhile would exceed the memory for a 70B pair.
     """
     found: dict[int, Comparison] = {}
@@ -242,7 +242,7 @@ def unit_notes(comparisons: Sequence[Comparison]) -> list[str]:
 
 def _compare(p1: np.ndarray, p2: np.ndarray, choices: int) -> Comparison:
     h = len(p1)
-    if h < 2:  # one unit carries no evidence
+    if h < 2:  # one unit is no evidence
         return Comparison(h, choices, 0.0, 0, 0.0, 0.0)
     rank, k = spearman(p1, p2), agreement(p1, p2)
     return Comparison(h, choices, rank.r, k, rank.log_p, agreement_log_sf(k, h, choices))

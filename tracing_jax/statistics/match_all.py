@@ -214,7 +214,7 @@ def _with_firm(test: Test, null: Null) -> Test:
 
 
 def _kept(model: ParamSource) -> list[np.ndarray]:
-    """Returns for each layer the units that carry evidence."""
+    """Returns for each layer the units that count as evidence."""
     return [distinct_units(model, i).kept for i in range(model.arch.num_layers)]
 
 

@@ -62,7 +62,7 @@ class MatchCrossfit(options.MatchCrossfit):
 
     Neither text nor embeddings, head or attention enter, so that the test finds relatives with another vocabulary.
 
-    At most `units` of base's units are looked for among all of ft's, and a rotation is learnt from at most
+    At most `units` of base's units are matched to all of ft's, and a rotation is learnt from at most
     `train_layers` layers. For a pair of 7B models that is about 200 TFLOP and some thirty singular value decompositions
     of 4,096 features: an hour on two cores, 8 GiB; minutes on an accelerator.
 

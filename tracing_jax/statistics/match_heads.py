@@ -130,7 +130,7 @@ def _effect(layers: Sequence[Comparison]) -> str:
 
 
 def control_places(num_layers: int, generator: np.random.Generator) -> list[tuple[int, int]]:
-    """Returns up to 256 pairs of different layers: a layer has few heads, so that few layers tell little of chance."""
+    """Returns up to 256 pairs of different layers: with their few heads, few layers say little about chance."""
     every = [(i, j) for i in range(num_layers) for j in range(num_layers) if i != j]
     return [every[at] for at in generator.permutation(len(every))[:_MOST_CONTROLS]]
 

@@ -51,7 +51,7 @@ class MatchIo(options.MatchIo):
     Embeddings, gains and head turn together, so every rewrite that keeps the vocabulary leaves the products unchanged.
     Biases of the MLP are constants over the tokens, which correlations leave out.
 
-    At most `units` of base's units are looked for among all of ft's, by at most `max_tokens` tokens. For a pair of 7B
+    At most `units` of base's units are matched to all of ft's, by at most `max_tokens` tokens. For a pair of 7B
     models about 60 TFLOP in all, some minutes on two cores, besides reading the MLPs once; memory 1 GiB.
 
     Attributes:

@@ -124,7 +124,7 @@ def chosen_places(
 ) -> tuple[tuple[MlpIndex, ...], tuple[MlpIndex, ...]] | None:
     """Returns which MLPs of base are compared with which of ft, at most so many pairs; None if that cannot be.
 
-    Of large mixtures of equal depth some MLPs of base are drawn, in a few layers, and looked for among all that ft has
+    Of large mixtures of equal depth some MLPs of base are drawn, in a few layers, and matched to all that ft has
     in these layers: experts can be permuted in their layer, and each of the pairs is paid for.
     """
     places = mlp_indices(base), mlp_indices(ft)

@@ -36,7 +36,7 @@ _CALLED = {
 def needs_not_applicable(statistic: str, base: Arch, ft: Arch) -> list[str]:
     """Returns what a statistic needs of these models and what was not found in them; empty if nothing is missing.
 
-    Models of supported families have everything; what else they lack, such as a gate, the statistic asks itself.
+    Models of supported families have everything; what else they lack, such as a gate, the statistic checks itself.
     """
     sides: dict[str, list[str]] = {}
     for side, arch in (("base", base), ("ft", ft)):

@@ -50,7 +50,7 @@ from tracing_jax.tree import Tree
 _UP = "mlp/up_proj/kernel"
 _IN_PLACE = 0.25
 """Share of the weights to be read that goes to the units in place; the rest goes to the sampled layers."""
-_PROJECTIONS = 3  # gate and down, beside up, tell which units are copies or write nothing
+_PROJECTIONS = 3  # gate and down, beside up, determine which units are copies or write nothing
 _FEWEST_UNITS, _MOST_UNITS = 8, 512
 _MATCH_UNITS, _LAYERS, _TOKENS = 512, 3, 2048
 """Maximum numbers of base's units in a layer, of layers (three give six control pairs), and of shared tokens."""

@@ -13,7 +13,7 @@ from tracing_jax.statistics.statistic import Pair, Vocabularies, heads_not_appli
 from tracing_jax.tree import taken
 
 FEW_TOKENS = 32
-"""Fewer shared tokens than this tell units apart too badly."""
+"""Fewer shared tokens than this distinguish units too badly."""
 
 
 class TokenRows(NamedTuple):

@@ -30,7 +30,7 @@ class Units:
 
     Attributes:
       rows: `gate` (if there is one), `up`, `down` -> a row of length one for each unit.
-      live: units that carry evidence, and none of whose rows is zero.
+      live: units that count as evidence, and none of whose rows is zero.
       weight: the product of the lengths of a unit's rows, over its mean: what a unit adds to the output of the layer
         grows with it, and no scaling of its rows that keeps the function changes it.
     """
@@ -46,7 +46,7 @@ class Units:
 
 
 def units_of(layer: Tree, arch: Arch, distinct: DistinctUnits) -> Units:
-    """Returns the units of a layer; those that carry no evidence have no weight, and copies write together."""
+    """Returns the units of a layer; those that are no evidence have no weight, and copies write together."""
     rows = mlp_rows(layer, arch)
     rows["down"] = jnp.asarray(distinct.outputs(rows["down"]))
     lengths = np.prod([np.linalg.norm(np.asarray(side, np.float64), axis=1) for side in rows.values()], axis=0)

@@ -1,7 +1,7 @@
 """What keeps MLP units from acting whatever they write: biases before their activation, or before their expert.
 
 An adversary can make an independent model look related by adding another's units or experts that do nothing.
-Estimates are from weights alone, for inputs in random directions; they tell a thousandth from a tenth.
+Estimates are from weights alone, for inputs in random directions; they distinguish a thousandth from a tenth.
 
 Letters: F units, D features, E experts, k experts of a token.
 """

@@ -48,10 +48,10 @@ def log_quadratic_forms(rows: Float[Array, "F D"], moments: Sequence[Float[Array
 
 
 def _standardised(signatures: Float[np.ndarray, "F M"], live: np.ndarray) -> Float[np.ndarray, "F M"]:
-    alive = signatures[live]
-    if not len(alive):
+    active = signatures[live]
+    if not len(active):
         return np.zeros_like(signatures)
-    centred = (signatures - alive.mean(axis=0)) / np.maximum(alive.std(axis=0), 1e-9)
+    centred = (signatures - active.mean(axis=0)) / np.maximum(active.std(axis=0), 1e-9)
     return np.where(live[:, None], centred, 0.0)
 
 

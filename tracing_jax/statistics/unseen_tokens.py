@@ -46,17 +46,17 @@ class UnseenTokens(options.UnseenTokens):
 
     A map of the features (orthogonal, or least squares where widths differ) is learnt from the rows of ordinary shared
     tokens. Unseen rows, centred in each group of them, are mapped, matched by cosine, and the matching is compared with
-    the identity. Rows that repeat, or whose length stands out, are left out. Permutations and rotations of the residual
-    stream change nothing, nor does anything that is done to the body of a model. Embedding and untied head, and groups
+    the identity. Rows that repeat, or whose length is an outlier, are left out. Permutations and rotations of the
+    residual stream change nothing, nor does anything that is done to the body of a model. Embedding and untied head, and groups
     of tokens, are tested apart and combined by Bonferroni: an untied head may have been a copy of the embedding once,
     and then the two are not independent.
 
     An adversary who has base can copy these rows into an independent model, whose function they do not touch: the
     p-value is reserved, and does not make a pair related by itself.
 
-    Exact since the map looks at other rows alone, so that permuting the unseen rows of one model permutes the matching.
+    Exact since the map uses other rows alone, so that permuting the unseen rows of one model permutes the matching.
     A group of n rows has a p-value of 1 / n! at least. A model that shares base's initialisation is related in this
-    sense, whatever text it saw; a shuffled copy of base's own seed is no exception.
+    sense, whatever text it was trained on; a shuffled copy of base's own seed is no exception.
 
     Source: ours. Which tokens of public models are never trained: Land and Bartolo 2024 (arXiv 2405.05417).
     """
@@ -129,7 +129,7 @@ def _compare(mapped: _Mapping, part: TokenMatrix, group: str, pair: Pair) -> Com
     """Returns the comparison with the identity of the matching of one group's rows, of those that count in both models.
 
     Exact if the rows that count in one model are exchangeable among themselves: which these are decides, in both models
-    alike, where their matching is looked at, and not how it comes out.
+    alike, where their matching is compared, and not how it comes out.
     """
     sides = zip((pair.base, pair.ft), pair.vocabularies.unseen[group])
     base, ft = (token_rows(model, part, ids) for model, ids in sides)

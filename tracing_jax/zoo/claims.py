@@ -25,7 +25,7 @@ from tracing_jax.record import atomic_write
 
 _HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 120.0
-"""A worker that has not renewed its claim for so long is gone. File systems may show a change up to a minute late."""
+"""A worker that has not renewed its claim for so long has ended. File systems may show a change up to a minute late."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class Claim:
         return self.holder.get("worker", "a worker")
 
     def is_held(self, now: float | None = None) -> bool:
-        """Returns whether its worker is at work, as far as this process can tell."""
+        """Returns whether its worker is running, as far as this process can tell."""
         age = (time.time() if now is None else now) - self.heartbeat
         return age < STALE_SECONDS and not self._has_ended()
 
     def _has_ended(self) -> bool:
-        """Returns whether the worker is known to have ended: it is gone from this host, or its job was requeued."""
+        """Returns whether the worker is known to have ended: it is not on this host, or its job was requeued."""
         if self.holder.get("worker") == worker_id() and self.holder.get("restarts") != _restarts():
             return True
         if self.holder.get("host") != socket.gethostname() or "pid" not in self.holder:

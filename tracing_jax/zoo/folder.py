@@ -80,7 +80,7 @@ class ZooFolder:
         return PairState("missing", stale or "")
 
     def is_pending(self, pair: PlannedPair) -> bool:
-        """Returns whether a worker may try a pair: it is not done, and no worker of this launch saw it fail."""
+        """Returns whether a worker may try a pair: it is not done, and it failed in no worker of this launch."""
         return self._stale(pair) != "" and not self._file(pair, "error.json").exists()
 
     def clear_errors(self, names: Iterable[str]) -> None:

@@ -213,7 +213,7 @@ def _sign(place: _Models, model: str, name: str) -> str | None:
 
 @functools.lru_cache(maxsize=1)
 def _library(place: _Models, files: _Library) -> tuple[dict[str, Signature], str]:
-    """Returns name -> signature, and a hash that stands for what a scan with these finds."""
+    """Returns name -> signature, and a hash that identifies what a scan with these finds."""
     found = {name: read_signature(place.signature(name)) for name, _ in files}
     asked = [PROPOSED_BELOW, *(signature.digest for signature in found.values())]
     return found, hashlib.sha256(json.dumps(asked).encode()).hexdigest()

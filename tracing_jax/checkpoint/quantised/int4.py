@@ -245,7 +245,7 @@ _AWQ_PARTS = ("qweight", "qzeros", "scales")
 
 
 def _awq_gemv(store: TensorStore, settings: Mapping[str, Any], stem: str) -> AwqGemv:
-    """Returns a weight in the layout of the GEMV kernel, whose scales do not tell the size of a group."""
+    """Returns a weight in the layout of the GEMV kernel, whose scales do not determine the size of a group."""
     (out, words), given = store.shape(f"{stem}qweight"), settings.get("group_size")
     size = 8 * words if given == -1 else given
     if not isinstance(size, int) or size < 1 or 8 * words % size:

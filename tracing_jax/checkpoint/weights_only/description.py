@@ -64,7 +64,7 @@ class Description:
       tied: whether the head is the embedding.
       in_out: whether square matrices are stored `[in, out]`.
       unknown: what could not be found out -> why.
-      notes: what a reader should know.
+      notes: remarks for the reader.
     """
 
     width: int

@@ -189,7 +189,7 @@ class _Finder:
         return kept
 
     def _add_fused(self, mlp: Mlp, prefix: str, layers: Sequence[int]) -> None:
-        """Adds the two halves of a matrix of gate and up if numbers tell them apart; otherwise neither."""
+        """Adds the two halves of a matrix of gate and up if numbers distinguish them; otherwise neither."""
         assert mlp.fused is not None
         tensor = prefix + mlp.fused
         found = []
@@ -204,8 +204,8 @@ class _Finder:
             self.parts["up"] = PartLocation(tensor, found[0][1], how)  # type: ignore[arg-type]
             return
         self.unknown["units"] = (
-            f"doubtful: {mlp.fused} holds gate and up, and their numbers do not tell how, in halves or by turns; units "
-            "are compared by what they write alone"
+            f"doubtful: {mlp.fused} holds gate and up, and their numbers do not determine how, in halves or by turns; "
+            "units are compared by what they write alone"
         )
 
     def _directions(self, tensor: str, halves: Sequence[str], layer: int) -> Iterator[float]:
@@ -295,7 +295,7 @@ class _Finder:
             return None, "no bias and nothing in the config determines whether norms subtract the mean"
         offset = guess_gain_offset(self.store.read_many([(name, ()) for name in names[:64]]))
         if offset is None:
-            return None, "the signs of the gains do not tell whether they are stored minus one"
+            return None, "the signs of the gains do not determine whether they are stored minus one"
         return ("rms_unit_offset" if offset else "rms"), None
 
     def _check_features(self) -> None:

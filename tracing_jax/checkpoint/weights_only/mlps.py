@@ -52,7 +52,7 @@ class Mlp:
       units: F.
       experts: E; None for an MLP that every token passes.
       stacked: whether the experts of a layer are stacked in one tensor.
-      how: how gate and up, or in and out, were told apart.
+      how: how gate and up, or in and out, were distinguished.
       order_known: whether it is certain which of two readers is the gate.
     """
 
@@ -176,7 +176,7 @@ def _gated(members: Sequence[_Candidate], width: int, units: int) -> Mlp | None:
     else:
         rows_are_features = [c.shape[0] == width for c in members]
         outs = [c for c, rows in zip(members, rows_are_features) if rows_are_features.count(rows) == 1]
-        if not outs:  # all of one shape: names tell
+        if not outs:  # all of one shape: names decide
             outs = [c for c in members if _OUT.search(_name(c))]
     if len(outs) != 1:
         return None

@@ -18,7 +18,7 @@ _COMPONENTS = {
 
 COMPONENTS = ("vision", "audio", "encoder")
 """Components that can be read by themselves. A projector cannot: two that connect the same towers resemble each
-other, whoever trained them."""
+other, even if trained apart."""
 
 _LAYERED = re.compile(r"(?P<prefix>.*?)\.?\b(?P<number>\d+)\.(?P<rest>.+)")
 _HAS_EXPERTS = re.compile(r"expert|ffn_(gate|up|down)$")

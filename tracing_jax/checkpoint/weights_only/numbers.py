@@ -40,7 +40,7 @@ def which_is_gate(first: Sequence[float], second: Sequence[float]) -> int | None
 
 
 def guess_gain_offset(gains: Sequence[np.ndarray]) -> float | None:
-    """Returns what is added to stored gains before they multiply, 0 or 1; None if their signs do not tell."""
+    """Returns what is added to stored gains before they multiply, 0 or 1; None if their signs do not determine it."""
     values = np.concatenate([np.ravel(gain).astype(np.float64) for gain in gains])
     negative = float((values < 0).mean())
     if negative < _PLAIN:
@@ -55,6 +55,6 @@ def is_rule(table: Float[np.ndarray, "P D"]) -> bool:
 
 
 def is_near_identity(rows: Float[np.ndarray, "n D"], first: int = 0) -> bool:
-    """Returns whether rows of a square matrix, from the row `first` on, stand out on the diagonal."""
+    """Returns whether rows of a square matrix, from the row `first` on, have outliers on the diagonal."""
     diagonal = np.abs(rows[np.arange(len(rows)), first + np.arange(len(rows))]).mean()
     return bool(diagonal > 3 * np.sqrt(np.square(np.asarray(rows, np.float64)).mean()))

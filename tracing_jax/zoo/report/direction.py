@@ -9,8 +9,8 @@ from tracing_jax.zoo.report.families import WEIGHTS, Edge, relatives_in_place
 from tracing_jax.zoo.report.rows import PairRow
 
 FARTHEST = 0.4
-"""Distance of two models' weights, in units of their own length, beyond which training tells no direction: fine-tunes
-that were trained as long and as hard as their base lie beyond, and arrows between such models were wrong at times."""
+"""Distance of two models' weights, in units of their own length, beyond which training determines no direction:
+fine-tunes that were trained as long and as hard as their base are beyond, and arrows between such models were wrong at times."""
 
 MEASURED = (
     "By training, 24 of 24 arrows were right (error at most 14 %, 95 %) between small models and their light and long "
@@ -119,7 +119,7 @@ def direction(edge: Edge, rows: Sequence[PairRow], measures: ModelMeasures) -> D
         if children:
             return Direction(None, None, ("the grounds contradict each other", *texts))
     if far:
-        return Direction(None, None, ("so far apart that their training does not tell the direction",))
+        return Direction(None, None, ("so far apart that their training does not determine the direction",))
     missing = [name for name in row.models if measures.get(name) is None]
     if missing:
         return Direction(None, None, (f"the weights of {' and '.join(missing)} were not measured",))

@@ -72,7 +72,7 @@ Float32 arithmetic alone gives some 1e-8 between a model and its disguised copy;
 NEARLY_AS_CLOSE = 1.25
 """Of several models from which one may have been made, those within this factor of the closest count as equally close.
 
-Models that learn from similar text move in similar directions, so that a fine-tune lies a little nearer to its trained
+Models that learn from similar text move in similar directions, so that a fine-tune is a little nearer to its trained
 siblings than to their common parent. See docs/zoo.md for its effect.
 """
 

@@ -11,7 +11,7 @@ from tracing_jax.zoo.report.families import families
 from tracing_jax.zoo.report.rows import PairRow
 
 BETWEEN = 1.2
-"""A merge in weights lies between its parents: its distances to them add up to theirs, times at most this.
+"""A merge in weights is between its parents: its distances to them add up to theirs, times at most this.
 
 They add up to it exactly if nothing was trained afterwards. The distances of an ancestor to two descendants that moved
 apart independently add up to 1.4 times theirs.

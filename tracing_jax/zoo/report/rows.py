@@ -110,7 +110,7 @@ def with_verdicts(rows: Sequence[PairRow], left_out: int = 0) -> list[PairRow]:
 
     Args:
       rows: of a zoo.
-      left_out: pairs that were looked at by signatures alone. They count as p = 1, since the others were chosen from
+      left_out: pairs that were compared by signatures alone. They count as p = 1, since the others were chosen from
         them by the same weights.
     """
     none = [0.0] * left_out
