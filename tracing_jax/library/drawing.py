@@ -4,8 +4,8 @@ The rule has no secret and no option, so that everyone with the files of a model
 
 * Layers: the middles of three equal parts of the depth.
 * Units: those that count as evidence (`distinct_units`), in an order drawn from a key that is stretched from the
-  SHA-256 hashes of the weight files. A change of one byte gives another draw, and each draw costs a twentieth of a second and
-  16 MiB, so that trying a billion of them costs years of computing.
+  SHA-256 hashes of the weight files. A change of one byte gives another draw, and each draw costs a twentieth of a
+  second and 16 MiB, so that trying a billion of them costs years of computing.
 * Tokens: of all strings of the vocabulary of at most 24 bytes those whose SHA-256 is smallest. Models of one
   vocabulary have the same, and of two vocabularies that overlap, the samples do so too.
 """

@@ -47,9 +47,9 @@ class UnseenTokens(options.UnseenTokens):
     A map of the features (orthogonal, or least squares where widths differ) is learnt from the rows of ordinary shared
     tokens. Unseen rows, centred in each group of them, are mapped, matched by cosine, and the matching is compared with
     the identity. Rows that repeat, or whose length is an outlier, are left out. Permutations and rotations of the
-    residual stream change nothing, nor does anything that is done to the body of a model. Embedding and untied head, and groups
-    of tokens, are tested apart and combined by Bonferroni: an untied head may have been a copy of the embedding once,
-    and then the two are not independent.
+    residual stream change nothing, nor does anything that is done to the body of a model. Embedding and untied head,
+    and groups of tokens, are tested apart and combined by Bonferroni: an untied head may have been a copy of the
+    embedding once, and then the two are not independent.
 
     An adversary who has base can copy these rows into an independent model, whose function they do not touch: the
     p-value is reserved, and does not make a pair related by itself.

@@ -10,7 +10,7 @@ from tracing_jax.zoo.report.rows import PairRow
 
 FARTHEST = 0.4
 """Distance of two models' weights, in units of their own length, beyond which training determines no direction:
-fine-tunes that were trained as long and as hard as their base are beyond, and arrows between such models were wrong at times."""
+fine-tunes that were trained as long and as hard as their base are beyond, and arrows between such models were wrong."""
 
 MEASURED = (
     "By training, 24 of 24 arrows were right (error at most 14 %, 95 %) between small models and their light and long "
