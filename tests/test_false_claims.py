@@ -290,7 +290,7 @@ def test_distinct_units_are_those_of_float64():
     order = np.argsort(written)
     least = order[np.cumsum(written[order]) <= 1e-4 * written.sum()]  # together a hundredth of what the layer writes
     assert set(least) > {5, 7, 9, 20, 30}
-    assert (found.copies, found.silent, found.total) == (2, len(least) - 2, F)
+    assert (found.copies, found.inactive, found.total) == (2, len(least) - 2, F)
     assert sorted(set(range(F)) - set(found.kept)) == sorted(least)
 
 
@@ -343,5 +343,5 @@ def test_a_gpt2_with_dead_units_of_another_is_not_its_relative():
     mlp["down_proj"]["kernel"][:24] = 0
     layers = {**other.params["layers"], "0": {**other.params["layers"]["0"], "mlp": mlp}}
     forged = InMemory(arch, {**other.params, "layers": layers})
-    assert distinct_units(forged, 0).silent == 24
+    assert distinct_units(forged, 0).inactive == 24
     assert firm_log10_p(Csu(), base, forged) > -3

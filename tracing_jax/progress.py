@@ -10,7 +10,7 @@ from typing import Any
 import tqdm as bars
 from absl import logging
 
-SILENCE = 15.0
+LOG_INTERVAL = 15.0
 """Seconds without a line in the log, after which one says what is going on."""
 
 _working: list["tqdm | str"] = []
@@ -82,7 +82,7 @@ def innermost() -> str:
 
 
 @contextlib.contextmanager
-def reporting(silence: float = SILENCE) -> Iterator[None]:
+def reporting(silence: float = LOG_INTERVAL) -> Iterator[None]:
     """Writes a line to the log whenever nothing was written for so many seconds: what is going on, and how far it is.
 
     A run that is shorter than that has no line more.

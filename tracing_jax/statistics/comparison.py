@@ -39,7 +39,7 @@ class Comparison:
       log_p_rank, log_p_agreement: natural logarithms, one-sided. The second is conservative, as k is discrete.
       sampled, outstanding: of so many matched units, those that are in place and more similar to their partner than an
         order chosen afterwards makes units of independent models; see `placed_beyond_order`.
-      copies, silent, mixed: of base and of ft, units that repeat another, units that write nothing, and units that
+      copies, inactive, mixed: of base and of ft, units that repeat another, units that write nothing, and units that
         share a gate and not the other rows; all left out.
       order_p: of base and of ft, the p-value of units in no particular order; see `DistinctUnits`.
     """
@@ -53,7 +53,7 @@ class Comparison:
     sampled: int = 0
     outstanding: int = 0
     copies: Sequence[int] = (0, 0)
-    silent: Sequence[int] = (0, 0)
+    inactive: Sequence[int] = (0, 0)
     order_p: Sequence[float] = (1.0, 1.0)
     mixed: Sequence[int] = (0, 0)
 
@@ -63,7 +63,7 @@ class Comparison:
         return replace(
             self,
             copies=(base.copies, ft.copies),
-            silent=(base.silent, ft.silent),
+            inactive=(base.inactive, ft.inactive),
             order_p=order_p,
             mixed=(base.mixed, ft.mixed),
         )
@@ -230,8 +230,8 @@ def unit_notes(comparisons: Sequence[Comparison]) -> list[str]:
     for side, name in enumerate(("base", "ft")):
         if copies := sum(c.copies[side] for c in comparisons):
             notes.append(f"{name}: {copies} units repeat another; of each group of copies one was compared")
-        if silent := sum(c.silent[side] for c in comparisons):
-            notes.append(f"{name}: {silent} units write nothing to the residual stream; they are no evidence")
+        if inactive := sum(c.inactive[side] for c in comparisons):
+            notes.append(f"{name}: {inactive} units write nothing to the residual stream; they are no evidence")
         if mixed := sum(c.mixed[side] for c in comparisons):
             notes.append(
                 f"{name}: {mixed} units share a gate with others; their other rows can be any that have the same sum, "

@@ -69,7 +69,7 @@ class Csu(options.Csu):
     layer with experts in both models one expert, drawn from the seed of the run, is compared with that of equal number:
     units are exchangeable inside their expert.
 
-    With `units`, so many of base's units in a layer, drawn from the seed, are looked for among all of ft's. What they
+    With `units`, so many of base's units in a layer, drawn from the seed, are matched to all of ft's. What they
     are matched to is in random order under the null as before, so that the p-values stay exact.
 
     Source: Zhu et al. 2025 (arXiv 2502.12292), which matches on the signed cosine, in index order.

@@ -1,11 +1,11 @@
-"""The MLP units of a layer that carry evidence: copies merged, and units that add nothing to the stream left out.
+"""The MLP units of a layer that count as evidence: copies merged, units that add nothing to the stream left out.
 
 Two things can be done to a model without changing its function, and make tests of matched units call it a relative of
 another. Units may be copied, their outputs shared among the copies: equal rows of one model are then matched to equal
 rows of the other in clumps, and clumps agree with the identity, or with another matching, more often than single units
 do. And rows of another model may be added with outputs that are zero, or that cancel among copies: they agree perfectly
 and do nothing. So of each group of copies one unit is kept, if the group writes anything at all, and it counts as
-writing what the group writes together: what each of the copies writes by itself is anybody's choice.
+writing what the group writes together: what each of the copies writes by itself is arbitrary.
 
 Copies are found by the row that the activation function follows, the gate. Units of one gate compute `a(g x) M x` with
 the sum M of their products of down and up rows, and any other rows with the sum M do the same: (g, u, d) is
@@ -41,9 +41,9 @@ from tracing_jax.tree import Tree, to_host
 
 COPY = 0.98
 """|cosine| of the rows of two units from which on they are copies: below that of rounding to 4 bits (about .995), and
-above that of any two units that training has told apart."""
+above that of any two units that training has separated."""
 
-SILENT = 0.01
+INACTIVE = 0.01
 """Share of a layer's output that the units which write least may make together, for them to write nothing that matters.
 
 Not a share of the median unit's output: most units of a layer may have been added.
@@ -53,7 +53,7 @@ NEGLIGIBLE = 1e-3
 """Share of the residual stream that a layer adds if it does next to nothing. In trained models the MLP of a layer adds
 some hundredths and more."""
 
-_TOKENS = 256  # whose embeddings are looked at
+_TOKENS = 256  # whose embeddings are read
 
 _SKETCH = 64
 """Random features in which rows are compared: the error of a cosine near 1 is about (1 - cosine^2) / sqrt(64), and
@@ -66,10 +66,10 @@ class DistinctUnits:
     """The units of one layer of one model.
 
     Attributes:
-      kept: the units that carry evidence, in increasing order.
+      kept: the units that count as evidence, in increasing order.
       total: F, the number of all units.
       copies: how many units repeat another.
-      silent: how many distinct units write nothing, and are not kept.
+      inactive: how many distinct units write nothing, and are not kept.
       mixed: how many units share the gate of another and not its up row, and are not kept.
       order_p: two-sided p-values of the rank correlation of a kept unit's index with the norms of its rows; small where
         units were put in an order that depends on their weights.
@@ -81,7 +81,7 @@ class DistinctUnits:
     kept: Int[np.ndarray, " K"]
     total: int
     copies: int
-    silent: int
+    inactive: int
     order_p: tuple[float, ...]
     shared: "SharedOutputs | None" = None
     added: float = math.nan
@@ -211,7 +211,7 @@ def _found(model: ParamSource, layer: int) -> DistinctUnits:
         kept,
         total=len(leader),
         copies=int((pure & (leader != np.arange(len(leader)))).sum()),
-        silent=int(pure[first].sum()) - len(kept),
+        inactive=int(pure[first].sum()) - len(kept),
         order_p=tuple(_order_p(column[kept]) for column in norms),
         shared=shared,
         # Half of the inputs of a unit leave its activation function open.
@@ -365,10 +365,10 @@ def _are_pure(readings: list[_Reading], leader: Int[np.ndarray, " F"]) -> Bool[n
 
 
 def silent_below(written: Float[np.ndarray, " G"]) -> float:
-    """Returns what units write at most that together change the output of the layer by `SILENT` of it."""
+    """Returns what units write at most that together change the output of the layer by `INACTIVE` of it."""
     ordered = np.sort(written.astype(np.float64))
     energy = np.cumsum(np.square(ordered))
-    count = int((energy <= SILENT**2 * energy[-1]).sum()) if len(energy) else 0
+    count = int((energy <= INACTIVE**2 * energy[-1]).sum()) if len(energy) else 0
     return float(ordered[count - 1]) if count else 0.0
 
 

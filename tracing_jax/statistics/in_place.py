@@ -37,7 +37,7 @@ ORDERED_BELOW = 0.01
 
 
 OUTSTANDING = 0.1
-"""Share of the units of independent models that may stand out where their order was chosen afterwards: the 1 % of the
+"""Share of the units of independent models that may be outliers where their order was chosen afterwards: the 1 % of the
 definition, matched units that are the best of all and not of all others (3 %), and units alike by convergence (5 %)."""
 
 
@@ -47,7 +47,7 @@ BY_ORDER = (
 )
 
 
-_LOOKED_AT = 1024  # matched units of a layer at most, whose similarities to all others are looked at
+_SAMPLED = 1024  # matched units of a layer at most, whose similarities to all others are compared
 
 
 def in_place(
@@ -61,7 +61,7 @@ def in_place(
     Args:
       similarity: of all units of base's layer, or of those drawn, with all of ft's.
       units: of base and of ft, those that are matched.
-      generator: for the matching, and for the units looked at by `placed_beyond_order`.
+      generator: for the matching, and for the units sampled by `placed_beyond_order`.
       drawn: the units of base that are compared, in increasing order; all if None.
     """
     base, ft = units
@@ -83,10 +83,10 @@ def placed_beyond_order(
     generator: np.random.Generator,
     places: Int[np.ndarray, " M"] | None = None,
 ) -> tuple[int, int]:
-    """Returns how many pairs of matched units were looked at, and how many stand out at equal places.
+    """Returns how many pairs of matched units were sampled, and how many are outliers at equal places.
 
     Whoever has both models can reorder the units of an independent one until the matching is the identity. Its matched
-    units are then as similar as the best of other models, and not more: a pair stands out if it is more similar than
+    units are then as similar as the best of other models, and not more: a pair is an outlier if it is more similar than
     99 % of the units are to their best partner but the matched one.
 
     Args:
@@ -94,10 +94,10 @@ def placed_beyond_order(
       matching: of its rows with its columns.
       columns: that take part.
       by_index: whether units are at equal places if their indices are equal; else if their ranks are.
-      generator: draws the pairs that are looked at.
+      generator: draws the pairs that are sampled.
       places: the units of base that the matched rows are; the rows themselves if None.
     """
-    drawn = np.sort(generator.permutation(len(matching.base))[:_LOOKED_AT])
+    drawn = np.sort(generator.permutation(len(matching.base))[:_SAMPLED])
     if not len(drawn) or len(columns) < 2:
         return 0, 0
     places, ft = matching.base if places is None else places, matching.ft[drawn]
@@ -163,7 +163,7 @@ def constrained_result(pair: Pair, comparisons: Sequence[Comparison], label: str
 
 
 def in_place_tests(comparisons: Sequence[Comparison], places: Sequence[str]) -> tuple[Test, Test, Test]:
-    """Returns the tests of units in place: by rank correlation, by agreement, and of units that stand out.
+    """Returns the tests of units in place: by rank correlation, by agreement, and of outlying units.
 
     The first is left out of the verdict where the units of both models were put in an order. The third enters it
     through the reservation that the first two have without it.
@@ -230,14 +230,14 @@ def _depth_notes(pair: Pair) -> list[str]:
 
 
 def _outstanding_test(comparisons: Sequence[Comparison], places: Sequence[str]) -> Test:
-    """Returns the test that more units stand out in place than an order chosen afterwards can make stand out."""
+    """Returns the test that more units are outliers in place than an order chosen afterwards can make so."""
     log_ps = [
         composite_agreement_log_sf(c.outstanding, c.sampled, OUTSTANDING, 1.0) if c.sampled else 0.0
         for c in comparisons
     ]
     values: dict[str, Sequence[float | int]] = {
-        "looked at": [c.sampled for c in comparisons],
-        "in place and more similar than strangers": [c.outstanding for c in comparisons],
+        "sampled": [c.sampled for c in comparisons],
+        "in place and more similar than to other units": [c.outstanding for c in comparisons],
     }
     log10_ps = [log_p / LN10 for log_p in log_ps]
     log10_p = bonferroni(log_ps) / LN10 if log_ps else 0.0

@@ -128,7 +128,7 @@ class Verdict:
       sees_all_rewrites: whether a test of measured power ran that is invariant under every rewrite of these models.
       reservations: statistic -> how else than by dependence its p-value can be small.
       not_applicable: statistic -> why it does not apply.
-      identical: how many tensors are identical, where that was looked at.
+      identical: how many tensors are identical, where they were compared.
     """
 
     verdict: VerdictName
@@ -162,7 +162,7 @@ def verdict(results: Mapping[str, Result], level: float, identical: Identity | N
     Args:
       results: statistic -> its result.
       level: significance level.
-      identical: how many tensors of the pair are identical, if that was looked at.
+      identical: how many tensors of the pair are identical, if they were compared.
       scope: what was read of the models, where that is less than all: a clause, see `scope_of`.
 
     Raises:
