@@ -187,6 +187,26 @@ def experts_added(base: InMemory, other: InMemory, generator: np.random.Generato
     )
 
 
+def experts_between_others(base: InMemory, other: InMemory, generator: np.random.Generator) -> Models:
+    """Returns the models after base's experts were added, whose rows in the router lie between those of the other's.
+
+    The mean of several rows is never the first, so that where a token has one expert none is sent to them.
+    """
+    E, source = other.arch.num_experts or 0, flatten(base.params)
+    shares = generator.dirichlet(np.ones(E), size=base.arch.num_experts).astype(np.float32)
+    shares = 0.9 / E + 0.1 * shares  # well inside, or rounding decides
+
+    def leaf(name: str, weights: np.ndarray) -> np.ndarray:
+        if "/mlp/" not in name or "shared" in name:
+            return weights
+        if "router" not in name:
+            return np.concatenate([weights, source[name]])
+        return np.concatenate([weights, weights @ shares.T], axis=1)
+
+    leaves = {name: leaf(name, weights) for name, weights in flatten(other.params).items()}
+    return base, InMemory(replace(other.arch, num_experts=E + len(shares)), unflatten(leaves))
+
+
 def _with_mlp_biases(model: InMemory) -> InMemory:
     """Returns a model whose MLPs have biases, of zero where it had none; its leaves may be changed."""
     leaves = {name: np.array(leaf) for name, leaf in flatten(model.params).items()}
@@ -283,7 +303,13 @@ def forgeries(arch: Arch, unused: Int[np.ndarray, " _"]) -> Mapping[str, Forgery
         "both rounded to one grid of 4 bits": on_one_grid(4),
     }
     if arch.num_experts:
-        return {"experts of the other that no token reaches": experts_added, **of_any}
+        return {
+            "experts of the other that no token reaches": experts_added,
+            **(
+                {"experts of the other between own ones": experts_between_others} if arch.experts_per_token == 1 else {}
+            ),
+            **of_any,
+        }
     few, some, many = (max(2, arch.mlp_dim // share) for share in (8, 4, 2))
     reading = ("gate", "up") if arch.gated else ("up",)
     return {

@@ -12,6 +12,7 @@ from cases import slow
 from benchmarks.forgeries import (
     cancelled,
     experts_added,
+    experts_between_others,
     forgeries,
     layers_added,
     mostly_dead,
@@ -88,7 +89,7 @@ def firm_log10_p(statistic, base, other):
 
 
 FORGERIES = forgeries(ARCH, IDS[-6:])
-OTHERS = {"no gate": tiny.gpt2(mlp_dim=32), "experts": tiny.mixtral()}
+OTHERS = {"no gate": tiny.gpt2(mlp_dim=32), "experts": tiny.mixtral(), "one expert": tiny.mixtral(experts_per_token=1)}
 CASES = [
     *(("gated", name) for name in FORGERIES),
     *((kind, name) for kind, arch in OTHERS.items() for name in forgeries(arch, IDS[-6:])),
@@ -147,6 +148,7 @@ class InPlace:
     """In place of a random generator: units are added in front, in the order that they have in base."""
 
     standard_normal = np.random.default_rng(0).standard_normal
+    dirichlet = np.random.default_rng(0).dirichlet
 
     def permutation(self, count):
         return np.concatenate([np.arange(F, count), np.arange(F)])
@@ -159,6 +161,7 @@ class InPlace:
         (Csu(), planted(32, closed=True), tiny.gpt2(mlp_dim=F)),
         (MatchMoments(), layers_added, ARCH),
         (MatchMlps(), experts_added, tiny.mixtral(mlp_dim=F)),
+        (MatchMlps(), experts_between_others, tiny.mixtral(mlp_dim=F, experts_per_token=1)),
         (HeadsInPlace(), functools.partial(layers_added, in_front=True), MANY_HEADS),
     ],
     ids=lambda value: getattr(value, "family", getattr(value, "__name__", type(value).__name__)),

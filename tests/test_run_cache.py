@@ -69,7 +69,7 @@ def test_a_run_stopped_again_and_again_comes_to_the_record_of_one_that_was_not(
     stops = 0
     while True:
         with monkeypatch.context() as patch:
-            dying_after(patch, 17)
+            dying_after(patch, 20)
             try:
                 record = experiment.trace(config_of(memory=memory))
                 break

@@ -23,9 +23,7 @@ Letters: F units, D features.
 
 import functools
 import math
-import weakref
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +32,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tracing_jax.arch import Arch
 from tracing_jax.sources import ParamSource, Submodel, has_embeddings, is_resident, one_mlp, origin
+from tracing_jax.statistics.kept_facts import kept_of
 from tracing_jax.statistics.mlp_rows import gain_of, without_mean
 from tracing_jax.statistics.nulls import spearman_log_sf
 from tracing_jax.statistics.unit_outputs import constants_of, is_reached, opened
@@ -151,18 +150,6 @@ class _Reading:
     def cosine(self, units: Int[np.ndarray, " f"], others: Int[np.ndarray, " f"]) -> Float[np.ndarray, " f"]:
         """Returns the cosine of each unit with another, without biases."""
         return np.einsum("fs,fs->f", self.sketch[units], self.sketch[others])
-
-
-_KEPT: dict[int, dict[Any, Any]] = {}
-"""Id of a model -> layer -> its distinct units, `embed` -> the size of its embeddings, for as long as it exists."""
-
-
-def kept_of(model: ParamSource) -> dict[Any, Any]:
-    """Returns what is kept of a model as long as it exists, to which callers may add."""
-    if id(model) not in _KEPT:
-        _KEPT[id(model)] = {}
-        weakref.finalize(model, _KEPT.pop, id(model), None)  # models hold arrays and cannot be hashed
-    return _KEPT[id(model)]
 
 
 def distinct_units(model: ParamSource, layer: int) -> DistinctUnits:

@@ -9,7 +9,8 @@ from jaxtyping import Array, Bool, Float
 
 from tracing_jax.arch import Arch
 from tracing_jax.sources import ParamSource
-from tracing_jax.statistics.distinct_units import NEGLIGIBLE, has_stream, kept_of, silent_below, stream_size
+from tracing_jax.statistics.distinct_units import NEGLIGIBLE, has_stream, silent_below, stream_size
+from tracing_jax.statistics.kept_facts import kept_of
 from tracing_jax.statistics.mlp_rows import gain_of
 from tracing_jax.tree import Tree, to_host
 

@@ -11,14 +11,19 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
+from scipy.special import expit
 
 from tracing_jax.arch import Arch
 from tracing_jax.forward import activation_spread
 from tracing_jax.sources import ParamSource, origin
+from tracing_jax.statistics.kept_facts import kept_of
 from tracing_jax.statistics.mlp_rows import gain_of
 from tracing_jax.tree import Tree, to_host
 
 _RANGE = 8.0  # standard deviations that the score of an expert may come to
+
+_INPUTS = 4096  # in random directions, for which experts are chosen
+_RARELY = 0.01  # of the share of inputs that all experts would have if they were chosen alike
 
 
 def opened(norms: Float[np.ndarray, " F"], constants: Float[np.ndarray, " F"], arch: Arch) -> Float[np.ndarray, " F"]:
@@ -50,21 +55,46 @@ def is_reached(model: ParamSource, layer: int) -> bool:
 
 
 def reached_experts(model: ParamSource, layer: int) -> Bool[np.ndarray, " E"]:
-    """Returns which experts of a layer a token can reach: biases may put others before one, whatever it reads."""
+    """Returns which experts of a layer a token can reach.
+
+    Biases may put others before one, whatever it reads; and an expert whose row in the router lies between those of
+    others is never among the first. So it must also be chosen for some inputs in random directions.
+    """
+    known = kept_of(model)
+    if ("reached", layer) not in known:
+        known["reached", layer] = _reached_experts(model, layer)
+    found: np.ndarray = known["reached", layer]
+    return found
+
+
+def _reached_experts(model: ParamSource, layer: int) -> Bool[np.ndarray, " E"]:
     arch = model.arch
-    if not (arch.router.bias or arch.router.selects_with_bias):
-        return np.ones(arch.num_experts or 0, bool)
     params = model.layer(layer, ("mlp/router", arch.mlp_norm))
     leaves = params["mlp"]["router"]
     gain = _float32(jnp.asarray(gain_of(params, arch.mlp_norm, arch)))
     kernel = _float32(leaves["kernel"]) * (gain[:, None] if gain.ndim else gain)
+    chosen = _chosen_experts(kernel, leaves, arch)
+    if not (arch.router.bias or arch.router.selects_with_bias):
+        return chosen
     bias = _float32(leaves["bias"]) if "bias" in leaves else np.zeros(kernel.shape[1], np.float32)
     reach = _RANGE * np.linalg.norm(kernel, axis=0)
     if arch.router.selects_with_bias:  # it is added to scores between 0 and 1
         bias, reach = _float32(leaves["correction_bias"]), np.full(len(bias), 0.5, np.float32)
     assert arch.experts_per_token is not None
     always_before = np.sort(bias - reach)[-arch.experts_per_token]
-    return bias + reach >= always_before
+    return chosen & (bias + reach >= always_before)
+
+
+def _chosen_experts(kernel: Float[np.ndarray, "D E"], leaves: Tree, arch: Arch) -> Bool[np.ndarray, " E"]:
+    """Returns which experts are chosen for inputs in random directions, and not next to never; groups are left out."""
+    k, E = arch.experts_per_token, kernel.shape[1]
+    assert k is not None
+    inputs = np.random.default_rng(E).standard_normal((_INPUTS, len(kernel))).astype(np.float32)
+    scores = inputs @ kernel + (_float32(leaves["bias"]) if "bias" in leaves else 0.0)
+    if arch.router.selects_with_bias:
+        scores = expit(scores) + _float32(leaves["correction_bias"])
+    first = np.argpartition(-scores, k - 1, axis=1)[:, :k] if k < E else np.broadcast_to(np.arange(E), (_INPUTS, E))
+    return np.bincount(first.ravel(), minlength=E) > _RARELY * _INPUTS * k / E
 
 
 def _float32(leaf: Any) -> np.ndarray:
