@@ -15,7 +15,7 @@ from tracing_jax.sources import InMemory
 from tracing_jax.statistics import Pair, Vocabularies
 from tracing_jax.statistics.comparison import overlapped
 from tracing_jax.statistics.cosine import Cos, Emb, best_cosines
-from tracing_jax.statistics.mode import NO_DESCENT, Mode, curve_of
+from tracing_jax.statistics.mode import NO_DESCENT, Mode, control_note, curve_of
 
 ARCH = tiny.llama_mha()
 SAME = Vocabularies(True, np.arange(61, dtype=np.int32), np.arange(61, dtype=np.int32))
@@ -83,6 +83,7 @@ def test_mode_on_a_model_and_itself_is_flat():
     model = tiny.model(ARCH)
     found = Mode(attn=True, emb=True).compute(pair_of(model, model))
     assert NO_DESCENT in found.notes  # however flat the path is
+    assert control_note("none") in found.notes
     curve = found.curve
     np.testing.assert_allclose(curve.loss, curve.loss[0], atol=1e-5)
     assert curve.barrier == pytest.approx(0, abs=1e-5)
@@ -95,6 +96,18 @@ def test_mode_ends_at_fts_own_loss_only_if_everything_moves():
     assert everything.loss[-1] == pytest.approx(everything.end_loss_ft_own, abs=1e-5)
     assert abs(mlps.loss[-1] - mlps.end_loss_ft_own) > 0.01
     assert everything.loss[0] == pytest.approx(mlps.loss[0], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_mode_by_layer_finds_the_layer_that_carries_the_barrier():
+    base, other = tiny.model(ARCH, 0), tiny.model(ARCH, 1)
+    layers = base.params["layers"] | {"1": other.params["layers"]["1"]}
+    found = Mode(attn=True, by_layer=True).compute(pair_of(base, InMemory(ARCH, base.params | {"layers": layers})))
+    first, second = found.per_layer["values"]
+    assert first == pytest.approx(0, abs=1e-5)
+    ends = (found.curve.loss[0] + found.curve.loss[-1]) / 2
+    assert second == pytest.approx(found.curve.midpoint - ends, abs=1e-5)
+    assert abs(second) > 1e-3
 
 
 def test_mode_always_has_both_ends_and_the_middle():

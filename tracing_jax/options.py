@@ -73,6 +73,7 @@ class Mode:
     )
     attn: bool = option(False, "Move attention along the path too.")
     emb: bool = option(False, "Move embeddings, head and final norm along the path too.")
+    by_layer: bool = option(False, "Also the barrier of each layer by itself: it alone moves from base to ft.")
     num_perm: int = option(
         0, "Permuted copies among which the midpoint loss is ranked; 0 gives no p-value.", at_least=0
     )

@@ -29,6 +29,9 @@ LOGITS_TOLERANCE = 1e-3
 logits by about 1e-5; the proof computes in float32 whatever the weights' dtype, so one bound serves all. The bounds of
 other rewrites are in `forward.FUNCTION_TOLERANCE`."""
 
+_PAIRED_BY = 64
+"""Blocks of text on whose activations units are paired anew."""
+
 _ABOUT_AS_ALIKE = (1.3, 0.05)
 """Permutations explain a leaf if its distance from base, 1 - cosine, is at most so many times that after all maps, plus
 so much: with more freedom every leaf comes a little closer, and noise is fitted too."""
@@ -75,8 +78,7 @@ def align(
         assert tokens is not None
         start = _rewritten_by_weights(base, ft, kinds, shared, seed)
         settings, compute = learning or Learning(), compute or Compute(make_mesh())
-        maps = supported(kinds, base.arch)[0] & MAPS.keys()
-        learned = learn(base, in_memory(rewritten(ft, start.rewrites)), maps, tokens, settings, compute, seed)
+        learned = _learned(base, in_memory(rewritten(ft, start.rewrites)), kinds, tokens, settings, compute, seed)
         found = _with_learned(base, ft, start, learned, shared, seed)
     elif beyond_permutations(kinds):
         found = _rewritten_by_weights(base, ft, kinds, shared, seed)
@@ -110,6 +112,39 @@ def _matched_by_weights(
     rewrites = (Permutation(matching.permutations),)
     moved = _prove(ft, rewrites, seed)
     return Alignment(rewrites, "weights", matching.objective, moved, matching.left_out, matching.converged)
+
+
+def _learned(
+    base: ParamSource,
+    ft: ParamSource,
+    kinds: Sequence[str],
+    tokens: Int[np.ndarray, "N T"],
+    settings: Learning,
+    compute: Compute,
+    seed: int,
+) -> Learned:
+    """Returns what is learnt in two stages, between which MLP units are paired anew by their activations.
+
+    Units of models that are not aligned yet are paired badly. Once the loss has brought the residual streams together,
+    their activations tell which belong together.
+    """
+    wanted = supported(kinds, base.arch)[0]
+    maps = wanted & MAPS.keys()
+    first = max(1, round(settings.steps * settings.before_pairing))
+    if "mlp" not in wanted or settings.before_pairing <= 0 or first >= settings.steps:
+        return learn(base, ft, maps, tokens, settings, compute, seed)
+    before = learn(base, ft, maps, tokens, replace(settings, steps=first, ends="ft"), compute, seed)
+    moved = in_memory(rewritten(ft, before.rewrites))
+    permutations, _, _ = match_activations(base, moved, ("mlp",), tokens[:_PAIRED_BY], compute)
+    again = Permutation(permutations)
+    paired = in_memory(rewritten(moved, [again]))
+    after = learn(base, paired, maps, tokens, replace(settings, steps=settings.steps - first), compute, seed)
+    barriers = before.barriers + after.barriers
+    steps = before.steps + after.steps
+    if min(before.barriers) <= min(after.barriers) and settings.ends == "ft":
+        return replace(before, barriers=barriers, steps=steps)
+    best_step = before.steps + after.best_step
+    return Learned((*before.rewrites, again, *after.rewrites), after.base_rewrites, barriers, steps, best_step)
 
 
 def _with_learned(

@@ -1,10 +1,9 @@
 """Alignment learnt by gradient descent on the loss between the models, from an alignment by weights.
 
 The parameters are those of maps that keep the function (`learned_maps.py`), so that the loss at both ends stays as it
-is and only that of the points between them falls. Gains that differ between the ends matter most of all: where base
-has a gain g and ft r g, and their readers are the same, the midpoint has `(2 + r + 1 / r) / 4` times the product. So
-the maps make up for the smaller norm of a mean of weights that do not agree, which is what a barrier at the midpoint of
-an otherwise good alignment is made of.
+is and only that of the points between them falls. Gains may differ between the ends: where base has a gain g and ft
+r g, and their readers are the same, the midpoint has `(2 + r + 1 / r) / 4` times the product, a scale that no map with
+equal gains has. Factors of units, values and queries act likewise.
 
 Source: Theus et al. 2025, Generalized Linear Mode Connectivity for Transformers (arXiv 2506.22712), for learning an
 alignment by the loss near the midpoint. We differ in the gains, in starting values, and in early stopping.
@@ -64,6 +63,8 @@ class Learning:
       rate: learning rate; it rises over a few steps and falls to zero along a cosine.
       spread: the point of each step is drawn between 0.5 - spread and 0.5 + spread.
       ends: which models are mapped: ft, or both.
+      before_pairing: the share of the steps after which MLP units are paired anew, by activations; 0 keeps the pairs
+        that the weights gave.
     """
 
     steps: int = 600
@@ -71,6 +72,7 @@ class Learning:
     rate: float = 0.01
     spread: float = 0.15
     ends: Ends = "ft"
+    before_pairing: float = 0.2
 
 
 @dataclass(frozen=True)

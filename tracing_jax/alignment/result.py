@@ -69,13 +69,26 @@ class Alignment:
     @property
     def permutations(self) -> Permutations:
         """Axis -> p: unit `p[i]` of ft, without its padding and identity layers, is paired with unit i of base."""
-        found = self._permutation
-        return {} if found is None else found.permutations
+        found: dict[str, np.ndarray] = {}
+        for rewrite in self._reordering:
+            # A second one pairs units anew and leaves the parents of nested units where they are.
+            second = rewrite.permutations
+            found |= {
+                axis: np.take_along_axis(found[axis], p, -1) if axis in found else p for axis, p in second.items()
+            }
+        return found
 
     @property
     def reorders_only(self) -> bool:
         """Whether the rewrites change nothing but the order of units."""
         return reorders_only(self.rewrites + self.base_rewrites)
+
+    @property
+    def how(self) -> Literal["permutations", "maps", "learned"]:
+        """What was used of: permutations alone, other maps as well, or maps that were learned."""
+        if self.evidence == "learned":
+            return "learned"
+        return "permutations" if self.reorders_only else "maps"
 
     @property
     def share_moved(self) -> dict[str, float]:
@@ -85,20 +98,21 @@ class Alignment:
     @property
     def arrays(self) -> dict[str, np.ndarray]:
         """The permutations by axis, and the data of all other rewrites by their name and place."""
-        others = [rewrite for rewrite in self.rewrites if rewrite is not self._permutation]
+        reordering = self._reordering
+        others = [rewrite for rewrite in self.rewrites if not any(rewrite is found for found in reordering)]
         of_base = {f"base/{name}": array for name, array in rewrite_arrays(self.base_rewrites).items()}
         permutations = {axis: np.asarray(p) for axis, p in self.permutations.items()}
         return permutations | rewrite_arrays(others) | of_base
 
     @property
-    def _permutation(self) -> Permutation | None:
-        """The permutation, of which there is at most one, after the last change of shape."""
-        found = None
+    def _reordering(self) -> list[Permutation]:
+        """The permutations after the last change of shape: one, and another where units were assigned anew."""
+        found: list[Permutation] = []
         for rewrite in self.rewrites:
             if isinstance(rewrite, Padding | IdentityLayer | LayerRemoval):
-                found = None
+                found = []
             if isinstance(rewrite, Permutation):
-                found = rewrite
+                found.append(rewrite)
         return found
 
 

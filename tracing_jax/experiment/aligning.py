@@ -81,8 +81,9 @@ def _restored_alignment(run_cache: RunCache) -> Alignment | None:
 
 def _aligned_pair(inputs: RunInputs, pair: Pair, alignment: Alignment) -> Pair:
     """Returns the pair with ft after the alignment, and base with a head of its own where ft's got one."""
+    pair = replace(pair, aligned=True, alignment=alignment.how)
     if alignment.reorders_only:
-        return replace(pair, ft=reordered(pair.ft, alignment.rewrites), aligned=True)
+        return replace(pair, ft=reordered(pair.ft, alignment.rewrites))
     ft = in_memory(sharded(aligned(pair.ft, alignment), pair.compute.mesh), "aligning")
     base = pair.base
     if alignment.base_rewrites:
@@ -93,7 +94,7 @@ def _aligned_pair(inputs: RunInputs, pair: Pair, alignment: Alignment) -> Pair:
         inputs.notes.append(
             "aligned, ft has a head of its own; base's was untied from its embedding for that, unchanged"
         )
-    return replace(pair, base=base, ft=ft, aligned=True)
+    return replace(pair, base=base, ft=ft)
 
 
 def _untied(model: InMemory, mesh: Mesh) -> InMemory:

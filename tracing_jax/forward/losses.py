@@ -43,6 +43,7 @@ def path_losses(
     description: str = "losses along the path",
     copies: Sequence[Permutations] = (),
     run_cache: RunCache | None = None,
+    layer: int | None = None,
 ) -> Float[np.ndarray, "A N T1"]:
     """Returns the loss of every predicted token, in nats, at every alpha of the path from base (0) to ft (1).
 
@@ -60,6 +61,7 @@ def path_losses(
       description: the label of the progress bar.
       copies: one for each alpha, permutations of the same axes by which ft is permuted there; see `InterpolatedModel`.
       run_cache: where finished losses are saved, and now and then the hidden states of an unfinished pass.
+      layer: the one layer whose leaves are interpolated, of those in `groups`; None for every part of the model.
 
     Raises:
       ValueError: no tokens, blocks longer than base can read, ids outside its vocabulary, or not as many copies as
@@ -68,6 +70,8 @@ def path_losses(
     if copies and len(copies) != len(alphas):
         raise ValueError(f"{len(copies)} permuted copies at {len(alphas)} alphas; give one for each, or none")
     interpolated = interpolated_leaves(axis_table(base.arch), groups)
+    if layer is not None:
+        interpolated = frozenset(name for name in interpolated if name.startswith(f"layers/{layer}/"))
     model = InterpolatedModel(base, ft, interpolated, jnp.asarray(alphas, jnp.float32), copies)
     return _losses(model, tokens, compute, description, run_cache or RunCache())
 

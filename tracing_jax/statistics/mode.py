@@ -1,9 +1,9 @@
 """`mode`: linear mode connectivity: loss at the midpoint of the straight path between the models, barrier, curve."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -24,6 +24,31 @@ NO_DESCENT = (
     "enough, and a barrier does not exclude descent, since a rewrite that keeps the function makes one"
 )
 """What the loss along a path does not show; in every result that has one."""
+
+
+CONTROLS: Mapping[str, tuple[int, float, float]] = {
+    "none": (3, 1.48, 1.73), "permutations": (3, 1.15, 1.37), "maps": (3, 0.85, 1.04), "learned": (1, 0.31, 0.32)
+}  # fmt: skip
+"""How a pair is aligned -> number of control pairs, and their least and greatest barrier in nats per token.
+
+Llama-type models of one recipe from different seeds, so known to be independent; by `benchmarks.paths`.
+"""
+
+_ALIGNED_BY = {
+    "none": "as given", "permutations": "after permutations from weights", "maps": "after all maps from weights",
+    "learned": "after a learned alignment of 200 steps, and less after more steps",
+}  # fmt: skip
+
+
+def control_note(alignment: str) -> str:
+    """Returns the barriers of independent models that were aligned in the same way, as a sentence."""
+    pairs, least, greatest = CONTROLS[alignment]
+    measured = f"{pairs} pairs have barriers" if pairs > 1 else "one pair has a barrier"
+    return (
+        f"control, models of one recipe from different seeds (4 layers of 64 features), known to be independent: "
+        f"{measured} of {least:.2f} to {greatest:.2f} nats {_ALIGNED_BY[alignment]}, where every weight is on the path "
+        "(docs/disguises.md); larger models were not measured"
+    )
 
 
 class Mode(options.Mode):
@@ -82,7 +107,22 @@ class Mode(options.Mode):
             generator = pair.generator("mode", "ties")
             log_p = permutation_test(curve.midpoint, permuted, generator=generator, larger_is_similar=False)
         result = permutation_result(pair, _LABEL, curve.midpoint, permuted, log_p)
-        return replace(result, curve=curve, notes=[NO_DESCENT, *result.notes])
+        if self.by_layer:
+            result = replace(result, per_layer=self._by_layer(pair, curve.loss[0]))
+        return replace(result, curve=curve, notes=[NO_DESCENT, control_note(pair.alignment), *result.notes])
+
+    def _by_layer(self, pair: Pair, loss_base: float) -> dict[str, Any]:
+        """Returns for each layer its barrier: excess at the midpoint if it alone moves from base to ft."""
+        assert pair.tokens is not None
+        values = []
+        for layer in range(pair.base.arch.num_layers):
+            run_cache = pair.run_cache.scope("path of a layer", layer, "-".join(self.groups))
+            losses = path_losses(
+                pair.base, pair.ft, pair.tokens, [0.5, 1.0], self.groups, pair.compute, f"path of layer {layer}",
+                run_cache=run_cache, layer=layer,
+            ).mean(axis=(1, 2), dtype=np.float64)  # fmt: skip
+            values.append(float(losses[0] - (loss_base + losses[1]) / 2))
+        return {"label": "barrier at the midpoint if one layer alone moves (nats per token)", "values": values}
 
 
 def midpoint_losses(pair: Pair, permutations: Sequence[Permutations], groups: tuple[str, ...]) -> np.ndarray:

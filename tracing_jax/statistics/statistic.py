@@ -3,7 +3,7 @@
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
@@ -51,6 +51,8 @@ class Pair:
     compute: Compute
     seed: int
     aligned: bool = False
+    alignment: Literal["none", "permutations", "maps", "learned"] = "none"
+    """How ft was aligned to base, if it was: what control pairs must be aligned by as well."""
     blocks: PairedBlocks | None = None
     """The text in both models' tokens, with the positions at which both have read the same bytes."""
     controls: Sequence[ParamSource] = ()
