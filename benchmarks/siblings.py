@@ -1,5 +1,7 @@
 """Fine-tunes of one base, trained in a minute or two each, and merges of them made in numpy as mergekit makes them.
 
+They are written apart from `tracing_jax/merges`, so that the benchmark is an independent check of it.
+
 Source of the merges: arcee-ai/mergekit, merge_methods/{linear,slerp,generalized_task_arithmetic}.py and sparsify.py.
 """
 
