@@ -21,6 +21,7 @@ _TENSORS = 64
 """At most so many tensors are looked at, spread over the model."""
 _FEWEST = 48
 """Tensors of fewer sampled entries say too little."""
+_EQUALS = ("dare_linear", "dare_ties")
 _BETTER_BY = 0.02
 """Nats per held-out entry by which a method must beat a simpler one, besides three standard errors."""
 
@@ -75,6 +76,8 @@ def choose(models: MergeModels, sums: NormalEquations, seed: int = 0) -> Choice:
     best = int(np.argmax(nats.sum(1)))
     alike = [i for i in range(len(found)) if _as_good(nats[i], nats[best], held_out)]
     named = alike[0]
+    if found[named].name in _EQUALS:  # of methods with equally many numbers the better one
+        named = max((i for i in alike if found[i].name in _EQUALS), key=lambda i: float(nats[i].sum()))
     per_entry: dict[str, float] = {}
     for i, method in enumerate(found):
         value = float((nats[i] - nats[best]).sum() / held_out.sum())

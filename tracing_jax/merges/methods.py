@@ -23,6 +23,7 @@ from tracing_jax.merges.normal_equations import TensorSums, columns_of
 _DEGREES = 3.0
 _LOG_CONSTANT = special.gammaln(2.0) - special.gammaln(1.5) - 0.5 * math.log(_DEGREES * math.pi)
 _EM_STEPS = 8
+_DARE_STEPS, _SHRINKING = 16, 0.5
 _SAMPLED = 1024
 """Entries of a tensor at most that methods are compared on, half of them to fit the methods to."""
 MOST_DROPPED = 4
@@ -186,7 +187,7 @@ def dare(entries: Sequence[Entries], elect: bool) -> Method:
         for d in (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9)
     ]
     d = max(tried)[1]
-    fits = {e.place: _dare_em(e.part(e.train), start / d, np.full(T, d), subsets, elect, _EM_STEPS) for e in entries}
+    fits = {e.place: _dare_em(e.part(e.train), start / d, np.full(T, d), subsets, elect, _DARE_STEPS) for e in entries}
     sizes = np.array([len(e.y) for e in entries], float)
     kept = np.average([fits[e.place][2] for e in entries], axis=0, weights=sizes)
     weights = np.average([fits[e.place][1] * kept for e in entries], axis=0, weights=sizes)
@@ -319,12 +320,18 @@ def _dare_values(e: Entries, scaled: np.ndarray, subsets: np.ndarray, elect: boo
 def _dare_em(
     e: Entries, scaled: np.ndarray, kept: np.ndarray, subsets: np.ndarray, elect: bool, steps: int
 ) -> tuple[float, np.ndarray, np.ndarray]:
-    """Returns (log likelihood, rescaled weights, shares kept) of one tensor."""
-    total = -np.inf
-    for _ in range(steps):
+    """Returns (log likelihood, rescaled weights, shares kept) of one tensor.
+
+    The scale of the noise shrinks from that of the entries no faster than by half a step: entries that are dropped are
+    right from the start, and a scale as small as theirs would leave no weight for those that weights are found from.
+    """
+    total, least = -np.inf, float(np.sqrt(np.square(e.y).mean()))
+    for step in range(steps):
+        least *= _SHRINKING
         values, parts = _dare_values(e, scaled, subsets, elect)
         errors, log_weights = np.abs(e.y - values), _log_subsets(kept, subsets)
-        scale = _scale(errors, log_weights, e.floor)
+        found = _scale(errors, log_weights, e.floor)
+        scale = found if step == steps - 1 else max(found, least)
         logs = log_weights[:, None] + _log_t(errors, scale)
         total = float(special.logsumexp(logs, axis=0).sum())
         belongs = special.softmax(logs, axis=0)
