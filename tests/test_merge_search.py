@@ -70,7 +70,7 @@ def test_p_values_count_all_candidates_and_a_twin_is_named():
     """Of two models that differ from the origin alike, either would do."""
     models = candidates_of({"B": 0.6, "D": 0.3}, 0.03, ORIGIN)
     kept, sums = restricted(models, read_sums(models), (1, 3))
-    for part in compared(kept, sums, 0, None, 5).parts:
+    for part in compared(kept, sums, 0, {}, 5).parts:
         assert part.log10_p < -10
         assert np.log10(4) - 1e-9 <= part.adjusted_log10_p - part.log10_p <= np.log10(5) + 1e-9
     twin = candidates_of({"B": 0.6, "D": 0.3}, 0.03, ORIGIN, F=sibling(CANDIDATES["B"], 9, 0.001))

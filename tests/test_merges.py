@@ -170,6 +170,18 @@ def test_uninvolved_parents_have_uniform_p_values(origin, parents):
         assert share <= level + 3 * np.sqrt(level / 300)
 
 
+def test_a_model_of_its_own_training_has_no_part_in_a_child_whose_units_were_scaled(origin, parents):
+    """What is left of each unit is the origin's: a parent less the origin would have that in the same place."""
+    rng, log_ps = np.random.default_rng(1), []
+    models = models_of(origin, parents[:2], origin)
+    for seed in range(200):
+        base, a, own = rng.normal(size=(3, 24, 16))
+        child = (base + 0.5 * 0.3 * a) * (1 + 0.1 * rng.normal(size=(24, 1)))
+        log_ps.append(log_p_of_layer(models, [np.stack([child, base, base + 0.3 * a, own])], 1, seed))
+    for level in (0.3, 0.1, 0.02):
+        assert np.mean(np.exp(log_ps) <= level) <= level + 3 * np.sqrt(level / 200)
+
+
 def test_parent_without_a_part_is_told_from_one_with_a_small_part(origin, parents):
     found = report_of(merging.task_arithmetic(origin, parents, [0.6, 0.03, 0.0]), parents, origin)
     assert found.parts == {"A": "part", "B": "part", "C": "none"}
@@ -447,8 +459,12 @@ def test_reordered_and_padded_children_have_the_shares_of_the_child(origin, pare
     found = merge_report(models, align=("auto",))
     assert found.record["aligned"]
     assert list(found.shares.values()) == pytest.approx([0.6, 0.4], abs=1e-5)
-    assert set(found.parts.values()) == {"not_testable"}  # an alignment leaves no null
-    assert found.sentence.startswith("after alignment the shares are A 0.6")
+    assert set(found.parts.values()) == {"part"}  # their order is not the base's, to which the child was aligned
+    assert found.sentence.startswith("merged of A (0.600")
+    if names == "split":
+        alone = merge_report(dataclasses.replace(models, origin=None), align=("auto",))
+        assert alone.parts == {"A": "not_testable", "B": "part"}
+        assert "B had a part" in alone.sentence
 
 
 @pytest.mark.parametrize(

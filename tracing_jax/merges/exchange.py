@@ -23,6 +23,8 @@ from tracing_jax.statistics.nulls import agreement_log_sf
 from tracing_jax.statistics.pvalues import fisher
 
 FEWEST_UNITS = 8
+_CORRESPONDING = 0.3
+"""Rows of two models correspond if their cosine, over all units, is above; that of independent ones is near 0."""
 _NOTHING = 1e-11
 """Of the largest weight: what is left of a child that is a copy is the error of float64."""
 
@@ -59,7 +61,11 @@ def log_p_of_layer(models: MergeModels, rows: Sequence[UnitRows], parent: int, s
 def _compared(
     models: MergeModels, values: Float[np.ndarray, "M U F"], parent: int
 ) -> tuple[Float[np.ndarray, "U F"], Float[np.ndarray, "U F"]]:
-    """Returns what the other parents leave of the child, and the parent's difference from one of them."""
+    """Returns what the other parents leave of the child, and what the parent has of its own.
+
+    That is its difference from another model where their units correspond, as those of fine-tunes of one origin do.
+    Units of a model trained by itself have no place in the others: to subtract theirs would put these in place.
+    """
     at = parent + (1 if models.origin is None else 2)
     others = [i for i in range(1, len(values)) if i != at]
     ref = values[others[0]]
@@ -68,7 +74,12 @@ def _compared(
     x = np.stack([ref.ravel(), *((values[i] - ref).ravel() for i in others[1:])], axis=1)
     rest = y - x @ np.linalg.lstsq(x, y, rcond=None)[0]
     rest[np.abs(rest) < _NOTHING * np.abs(values[0]).max()] = 0.0
-    return rest.reshape(values[0].shape), values[at] - ref
+    corresponds = _cosine(values[at], ref) > _CORRESPONDING
+    return rest.reshape(values[0].shape), values[at] - ref if corresponds else values[at]
+
+
+def _cosine(one: np.ndarray, other: np.ndarray) -> float:
+    return float((one * other).sum() / max(np.linalg.norm(one) * np.linalg.norm(other), 1e-300))
 
 
 def _unit_length(rows: Float[np.ndarray, "U F"]) -> Float[np.ndarray, "U F"]:

@@ -18,6 +18,8 @@ from tracing_jax.merges.selection import Selection, restricted, select
 from tracing_jax.merges.shares import Shares, estimate, grouped_shares
 from tracing_jax.record import plain
 
+_OUT_OF_PLACE = "the child's units are in no other model's order, where the test has no power"
+
 
 def merge_report(
     models: MergeModels,
@@ -47,11 +49,14 @@ def merge_report(
     models, moved = with_layers_mapped(models)
     notes: list[str] = []
     sums = read_sums(models, seed)
-    in_place, aligned = is_in_place(models, sums), False
-    if align and not in_place:
+    aligned, untested = False, dict[str, str]()
+    if not is_in_place(models, sums):
+        untested = dict.fromkeys(models.names, _OUT_OF_PLACE)
         try:
-            models, sums, notes = with_aligned_child(models, align, seed)
-            aligned = True
+            if align:
+                models, sums, note, found_untested = with_aligned_child(models, align, seed)
+                untested = dict(found_untested)
+                aligned, notes = True, [note]
         except AlignmentError as error:
             notes = [str(error)]
     check(models)
@@ -60,8 +65,7 @@ def merge_report(
         selection = select(models, sums)
         models, sums = restricted(models, sums, selection.chosen)
         notes = [*notes, *_notes_on(selection, candidates)]
-    no_exchange_reason = _blind(in_place, aligned)
-    whole, by_tensor, parts = compared(models, sums, seed, no_exchange_reason, len(candidates))
+    whole, by_tensor, parts = compared(models, sums, seed, untested, len(candidates))
     by_role = grouped_shares(models, sums.tensors, lambda tensor: tensor.place.role)
     by_layer = grouped_shares(models, sums.tensors, lambda tensor: tensor.place.layer)
     both = grouped_shares(models, sums.tensors, lambda tensor: (tensor.place.role, tensor.place.layer))
@@ -117,13 +121,6 @@ def _recipe(
     return moe_recipe(models, by_expert, others, origin, sums.dtype)
 
 
-def _blind(in_place: bool, aligned: bool) -> str | None:
-    """Returns why the test by exchanging units has no power, or no null; None if it has both."""
-    if aligned:
-        return "the child was aligned: its units are in the others' order by construction"
-    return None if in_place else "the child's units are in no other model's order, where the test has no power"
-
-
 class MergeFit(NamedTuple):
     """Shares over the model and by tensor, and what is known of each parent."""
 
@@ -133,7 +130,7 @@ class MergeFit(NamedTuple):
 
 
 def compared(
-    models: MergeModels, sums: NormalEquations, seed: int, no_exchange_reason: str | None, candidates: int | None = None
+    models: MergeModels, sums: NormalEquations, seed: int, untested: Mapping[str, str], candidates: int | None = None
 ) -> MergeFit:
     """Returns the shares of what one pass has read, and the part of each parent; see `merge_report`.
 
@@ -141,13 +138,13 @@ def compared(
       models: all of them.
       sums: of one pass.
       seed: of the order in which ties are broken.
-      no_exchange_reason: see `parent_shares`.
+      untested: see `parent_shares`.
       candidates: the number of models that the parents were chosen from; by default that of the parents.
     """
     whole = estimate(models, sums.tensors)
     by_tensor = grouped_shares(models, sums.tensors, lambda tensor: tensor.place)
     parts = parent_shares(
-        models, sums, whole, list(by_tensor.values()), seed, no_exchange_reason, candidates or len(models.names)
+        models, sums, whole, list(by_tensor.values()), seed, untested, candidates or len(models.names)
     )
     return MergeFit(whole, by_tensor, parts)
 

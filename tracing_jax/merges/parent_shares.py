@@ -66,7 +66,7 @@ def parent_shares(
     whole: Shares,
     by_tensor: Sequence[Shares],
     seed: int,
-    no_exchange_reason: str | None,
+    untested: Mapping[str, str],
     candidates: int,
 ) -> list[ParentShare]:
     """Returns what is known of the part of each parent.
@@ -77,19 +77,21 @@ def parent_shares(
       whole: the shares over all tensors.
       by_tensor: the shares of each tensor, among which the shares may differ.
       seed: of the order in which ties are broken.
-      no_exchange_reason: why units cannot be exchanged, as after an alignment; None if they can.
+      untested: name of a parent -> why its units cannot be exchanged, as after an alignment.
       candidates: the number of models that these parents were chosen from, for Holm's correction.
     """
     fit = reduce(add, (shares.fit for shares in by_tensor))
     units = _of_distinct_layers(models, sums.units)
-    log_ps = [None if no_exchange_reason else log_p_of_parent(models, units, k, seed) for k in range(len(models.names))]
+    log_ps = [
+        None if name in untested else log_p_of_parent(models, units, k, seed) for k, name in enumerate(models.names)
+    ]
     tested = [log_p for log_p in log_ps if log_p is not None]
     others = [0.0] * (candidates - len(models.names))
     adjusted = iter(holm([*tested, *others]) / math.log(10)) if tested else iter(())
     found = []
     for k, log_p in enumerate(log_ps):
         after = None if log_p is None else float(next(adjusted))
-        word, reason = _word(k, fit, whole, after, no_exchange_reason or NO_UNITS)
+        word, reason = _word(k, fit, whole, after, untested.get(models.names[k], NO_UNITS))
         share, se, low, high = (_number(row[k]) for row in (whole.values, whole.errors, *whole.interval()))
         log10_p = None if log_p is None else log_p / math.log(10)
         alone = float(fit.alone[k])
@@ -117,9 +119,12 @@ def merge_sentence(models: MergeModels, parts: Sequence[ParentShare], fit: Fit, 
     if of["one_of"]:
         names = ", ".join(part.name for part in of["one_of"])
         return f"one of these, or several: {names}; they are too alike for shares of each"
-    if aligned and all(part.share is not None for part in parts):
+    untested = [part.name for part in parts if part.word == "not_testable"]
+    if aligned and untested and all(part.share is not None for part in parts):
         shares = ", ".join(f"{part.name} {part.share:.3f} ± {part.se:.3f}" for part in parts)
-        return f"after alignment the shares are {shares}; {rest}; to test a parent, compare it with the child"
+        had_part = f"; {_listed([part.name for part in of['part']])} had a part" if of["part"] else ""
+        whom = "a parent" if len(untested) == len(parts) else _listed(untested)
+        return f"after alignment the shares are {shares}{had_part}; {rest}; to test {whom}, compare it with the child"
     named = [f"{part.name} ({part.share:.3f} ± {part.se:.3f})" for part in of["part"]]
     if len(named) > 1:
         return f"merged of {_listed(named)}; of what differs from {_reference(models)}, {rest}"
@@ -164,7 +169,7 @@ def _percent(share: float) -> str:
 
 
 def _listed(items: Sequence[str]) -> str:
-    return " and ".join([", ".join(items[:-1]), items[-1]])
+    return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
 
 
 def _number(value: float) -> float | None:
