@@ -53,7 +53,7 @@ AUTO = ("csu", "csu_procrustes", "features_in_place", "heads_in_place", "unseen_
 AUTO_WITH_TEXT = ("csh",)
 """Tests of activations, which `auto` runs beside those where a text is named; `match` then reads the text too."""
 
-AUTO_SMALL = ("csu_procrustes", "match_crossfit", "match_moments")
+AUTO_SMALL = ("csu_procrustes", "features_in_place", "match_crossfit", "match_moments", "unseen_tokens")
 """Those of these tests that `auto` runs on models of at most `SMALL_WIDTH` features: their cost grows with its cube."""
 
 AUTO_BOUNDS: Mapping[str, Mapping[str, int]] = {

@@ -73,22 +73,28 @@ def inactive_attention(model: ParamSource) -> list[int]:
 
 def silent_heads(model: ParamSource, layer: int) -> Bool[np.ndarray, "K G"]:
     """Returns the query heads of a layer that write next to nothing beside the others; they may be another model's."""
-    written = np.sqrt(to_host(_head_energies(model.layer(layer, HEAD_LEAVES), model.arch)))
+    written = np.sqrt(_head_energies(model, layer))
     return written <= silent_below(written.ravel())
 
 
-def _head_energies(params: Tree, arch: Arch) -> Float[Array, "K G"]:
-    kernels, gain = head_kernels(params, arch), jnp.asarray(gain_of(params, "attn_norm", arch))
-    return _energy(kernels["v"] * gain.reshape(-1, 1, 1), kernels["o"])
+def _head_energies(model: ParamSource, layer: int) -> Float[np.ndarray, "K G"]:
+    """Returns the squared size of what each head of a layer writes of normalised inputs, summed over the features."""
+    known = kept_of(model)
+    if ("head energies", layer) not in known:
+        params = model.layer(layer, HEAD_LEAVES)
+        kernels, gain = head_kernels(params, model.arch), jnp.asarray(gain_of(params, "attn_norm", model.arch))
+        known["head energies", layer] = to_host(_energy(kernels["v"] * gain.reshape(-1, 1, 1), kernels["o"]))
+    found: np.ndarray = known["head energies", layer]
+    return found
 
 
 def _added(model: ParamSource, layer: int) -> float:
     """Returns what all heads add per feature where each attends to one input in a random direction."""
     arch = model.arch
-    params = model.layer(layer, HEAD_LEAVES)
     if arch.post_norms:
+        params = model.layer(layer, ("attn_post_norm",))
         return math.sqrt(float(jnp.square(jnp.asarray(gain_of(params, "attn_post_norm", arch))).mean()))
-    return math.sqrt(float(_head_energies(params, arch).sum()) / arch.embed_dim)
+    return math.sqrt(float(_head_energies(model, layer).sum()) / arch.embed_dim)
 
 
 @jax.jit
