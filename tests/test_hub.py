@@ -285,7 +285,7 @@ def test_first_look_reads_ranges_of_the_hub_and_finds_what_it_finds_in_a_folder(
         env = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
         remote = screened(tmp_path / "remote.p", "org/base", "org/finetune", NO_PROXY="*", **env)
         assert remote["statistics"] == local["statistics"]
-        assert remote["verdict"]["verdict"] == "related"
+        assert remote["verdict"]["verdict"] == "undecided"  # it has read a part
         read = sum(side["bytes"] for side in local["statistics"]["screen"]["non_aligned"]["read"].values())
         sizes = [(folder / "model.safetensors").stat().st_size for folder in members.values()]
         assert read < server.sent < read + 2**16 < sum(sizes)  # beside the weights, two headers

@@ -56,7 +56,8 @@ def test_a_finetune_is_found_in_place_and_in_sampled_layers():
     assert log10_p(result, "units in place") < -20
     assert log10_p(result, "sampled layers") < -20
     found = verdict({"screen": result}, 1e-3)
-    assert (found.verdict, found.statistic) == ("related", "screen")
+    assert (found.verdict, found.statistic) == ("undecided", "screen")  # units that were not read may cancel those
+    assert "units that were not can cancel them" in found.meaning
     assert set(found.layers) <= {f"layer {i}" for i in range(6)}
 
 
@@ -65,7 +66,6 @@ def test_a_permuted_finetune_is_found_in_sampled_layers_alone():
     result = Screen(0.7).compute(pair_of(BASE, moved(RELATED)))
     assert log10_p(result, "units in place") > -4
     assert log10_p(result, "sampled layers") < -20
-    assert verdict({"screen": result}, 1e-3).verdict == "related"
 
 
 def test_independent_models_are_not_called_related_and_alignment_silences():
@@ -174,8 +174,9 @@ def test_a_run_streams_hashes_nothing_and_says_what_it_read(folders, tmp_path):
     config.base_model_id, config.ft_model_id = map(str, folders)
     config.screen.share, config.save = 0.5, str(tmp_path / "screen.p")
     record = experiment.trace(config)
-    assert record["verdict"]["verdict"] == "related"
+    assert record["verdict"]["verdict"] == "undecided"
     assert record["verdict"]["statistic"] == "screen"
+    assert record["statistics"]["screen"]["non_aligned"]["log10_p"] < -20
     assert not record["models"]["ft"]["files"]
     assert any(note.startswith("memory: stream") for note in record["notes"])
     assert 0 < record["statistics"]["screen"]["non_aligned"]["read"]["ft"]["share"] <= 0.5
