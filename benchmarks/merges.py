@@ -35,7 +35,8 @@ _DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 NOISES = ("none", "white", "rows", "low rank")
 """Added to the child: nothing, or noise of a third of the size of the merged difference: of equal size everywhere, of
 another size in each row, of rank two."""
-DISGUISES = ("permute", "rotate", "units,values,queries,gains", "rotate,permute,units,values,queries", "pad,identity")
+DISGUISES = ("permute", "rotate", "units,values,queries,gains", "rotate,permute,units,values,queries", "pad,identity",
+             "split,permute")  # fmt: skip
 _PARTS = flags.DEFINE_list("parts", ["shares", "methods", "further", "disguises"], "what to measure")
 _DRAWS = flags.DEFINE_integer("draws", 12, "merges of each kind of noise and dtype", lower_bound=1)
 

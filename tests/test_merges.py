@@ -182,6 +182,19 @@ def test_a_model_of_its_own_training_has_no_part_in_a_child_whose_units_were_sca
         assert np.mean(np.exp(log_ps) <= level) <= level + 3 * np.sqrt(level / 200)
 
 
+def test_a_parent_in_another_order_is_not_cleared(origin, parents):
+    """Half of each, one of them permuted to fit: it has a part that no test in place sees. What is explained is not."""
+    other = leaves(77)
+    moved = in_memory(rewritten(model(other), draw_rewrites("permute", jax.random.key(3), ARCH))).params
+    child = merging.linear([parents[0], {n: np.asarray(leaf) for n, leaf in flatten(moved).items()}], [1, 1])
+    found = report_of(child, [parents[0], other])
+    assert found.parts == {"A": "part", "B": "not_testable"}
+    assert "in no other model's order" in repr(found)
+    assert found.sentence.startswith("A had a part, B cannot be tested")
+    explained = report_of(parents[0], [parents[0], other])
+    assert explained.parts == {"A": "part", "B": "none"}
+
+
 def test_parent_without_a_part_is_told_from_one_with_a_small_part(origin, parents):
     found = report_of(merging.task_arithmetic(origin, parents, [0.6, 0.03, 0.0]), parents, origin)
     assert found.parts == {"A": "part", "B": "part", "C": "none"}

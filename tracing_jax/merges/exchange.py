@@ -58,6 +58,16 @@ def log_p_of_layer(models: MergeModels, rows: Sequence[UnitRows], parent: int, s
     return agreement_log_sf(agreeing, len(live))
 
 
+def is_in_order(models: MergeModels, units: Mapping[int, Sequence[UnitRows]], parent: int) -> bool:
+    """Returns whether a parent's units correspond to those of the child or of another model, in most layers."""
+    at = parent + (1 if models.origin is None else 2)
+    found = []
+    for matrices in units.values():
+        rows = np.concatenate([np.asarray(part, np.float64).reshape(len(part), -1) for part in matrices], axis=1)
+        found.append(max(_cosine(rows[at], other) for i, other in enumerate(rows) if i != at))
+    return not found or bool(np.median(found) > _CORRESPONDING)
+
+
 def _compared(
     models: MergeModels, values: Float[np.ndarray, "M U F"], parent: int
 ) -> tuple[Float[np.ndarray, "U F"], Float[np.ndarray, "U F"]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tracing_jax.merges.exchange import log_p_of_parent
+from tracing_jax.merges.exchange import is_in_order, log_p_of_parent
 from tracing_jax.merges.models import MergeModels
 from tracing_jax.merges.normal_equations import NormalEquations
 from tracing_jax.merges.shares import ONE_OF_THESE, Fit, Shares
@@ -26,6 +26,10 @@ ROUNDING_TIMES = 8.0
 """What is left of the child is rounding if its square is at most so many times that of one rounding of its weights."""
 
 NO_UNITS = "no MLP units are left of the child that could be exchanged"
+OTHER_ORDER = (
+    "its units are in no other model's order: a part that was put in another order, as to fit another parent, is not "
+    "seen, and shares are wrong if there is one; compare it with the child"
+)
 IN_COMMON = (
     "its part is smaller than what no parent explains; fine-tunes of one model on similar text also have this in common"
 )
@@ -92,6 +96,8 @@ def parent_shares(
     for k, log_p in enumerate(log_ps):
         after = None if log_p is None else float(next(adjusted))
         word, reason = _word(k, fit, whole, after, untested.get(models.names[k], NO_UNITS))
+        if word == "none" and not is_rounding(fit) and not is_in_order(models, units, k):
+            word, reason = "not_testable", OTHER_ORDER
         share, se, low, high = (_number(row[k]) for row in (whole.values, whole.errors, *whole.interval()))
         log10_p = None if log_p is None else log_p / math.log(10)
         alone = float(fit.alone[k])
@@ -129,6 +135,8 @@ def merge_sentence(models: MergeModels, parts: Sequence[ParentShare], fit: Fit, 
     if len(named) > 1:
         return f"merged of {_listed(named)}; of what differs from {_reference(models)}, {rest}"
     if len(named) == 1:
+        if untested:
+            return f"{of['part'][0].name} had a part, {_listed(untested)} cannot be tested; of what differs, {rest}"
         part = of["part"][0]
         assert part.share is not None
         if abs(part.share - 1) < SMALLEST_SHARE or models.origin is None:
@@ -137,9 +145,10 @@ def merge_sentence(models: MergeModels, parts: Sequence[ParentShare], fit: Fit, 
     if of["reserved"]:
         names = ", ".join(part.name for part in of["reserved"])
         return f"no merge is claimed: {names} and the child have something in common, which training also explains"
-    if of["none"]:
+    if of["none"] and not untested:
         return "no parent had a part that this test can see"
-    return f"not testable: {parts[0].reason}"
+    reason = next(part.reason for part in parts if part.word == "not_testable")
+    return f"not testable: {reason}"
 
 
 def _word(
