@@ -1,4 +1,4 @@
-r"""`screen`: a first look at a tenth of the weights at most: `csu` on sampled units, `match` on three layers.
+r"""`screen`: a first test of a tenth of the weights at most: `csu` on sampled units, `match` on three layers.
 
     python main.py --config=configs/screen.py:demo
     python main.py --config=configs/screen.py --config.base_model_id=meta-llama/Llama-2-7b-hf \

@@ -16,11 +16,13 @@ from derived_models import derived
 from scipy.stats import norm
 from test_gguf import _LLAMA, _theta, _written
 
+import tracing_jax as tj
 from tracing_jax import cli
 from tracing_jax.checkpoint import open_checkpoint
 from tracing_jax.claims import ASSERTS, UNTESTED, ClaimInputs, ClaimResult, check_claim
 from tracing_jax.claims.low_rank import effective_rank
 from tracing_jax.claims.quantised_copies import _TABLES
+from tracing_jax.claims.same_function import coarsest_dtype
 from tracing_jax.cli.program import exit_status
 from tracing_jax.dataclass_options import ConfigError, problems
 from tracing_jax.experiment import check_config
@@ -28,8 +30,9 @@ from tracing_jax.experiment.identity import identical_tensors
 from tracing_jax.options import CLAIMS, RunOptions
 from tracing_jax.rewrites import draw_rewrites
 from tracing_jax.sharding import Compute, make_mesh
-from tracing_jax.sources import in_memory, rewritten
+from tracing_jax.sources import InMemory, in_memory, rewritten
 from tracing_jax.statistics import Pair, Verdict, Vocabularies
+from tracing_jax.tree import map_named
 
 
 def judged(claim: str, base: Path, ft: Path, word: str = "related", **changes: object) -> ClaimResult:
@@ -69,6 +72,15 @@ def test_same_as_tells_equal_numbers_rounded_ones_and_rewrites_apart(base, finet
     assert (hidden.outcome, hidden.evidence["how"]) == ("holds", "function")
     assert judged("same-as", base, finetune).outcome == "contradicted"
     assert judged("same-as", base, family.member("independent")).outcome == "contradicted"
+
+
+def test_same_as_takes_the_coarsest_dtype_where_no_tensor_has_a_counterpart(base, tmp_path):
+    one = open_checkpoint(str(derived(base, tmp_path / "one", lambda t: make.rounded(t, ml_dtypes.bfloat16))))
+    assert coarsest_dtype(one).name == "bfloat16"
+    other = in_memory(rewritten(one, draw_rewrites("pad", jax.random.key(3), one.arch)))
+    coarse = map_named(lambda name, leaf: np.asarray(leaf).astype(ml_dtypes.bfloat16), other.params)
+    tj.save(tmp_path / "padded", InMemory(other.arch, coarse), companions=one.folder)
+    assert judged("same-as", one.folder, tmp_path / "padded").outcome == "holds"
 
 
 def test_same_as_looks_at_embeddings_of_tokens_that_were_not_read(finetune, tmp_path):

@@ -1,6 +1,7 @@
 """The exact tests are exact: p-values of independent models are uniform, broken units or not. Longer: benchmarks/."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -75,6 +76,15 @@ def test_drawn_units_are_exact_whatever_the_other_order_makes_of_them():
     ps = np.exp(np.array(log_ps))
     for level in (0.02, 0.1, 0.3):
         assert ((ps <= level).mean(axis=0) <= level + 3 * np.sqrt(level / 400)).all()
+
+
+def test_units_left_out_at_the_same_places_of_both_models_raise_no_agreement():
+    rng, kept, log_ps = np.random.default_rng(0), np.arange(0, 60, 5), []
+    units = replace(all_units(60), kept=kept)
+    for _ in range(400):
+        log_ps.append(in_place(rng.random((60, 60), np.float32), (units, units), rng).log_p_agreement)
+    for level in (0.02, 0.1, 0.3):
+        assert (np.exp(log_ps) <= level).mean() <= level + 3 * np.sqrt(level / 400)
 
 
 def test_broken_units_are_what_they_are_called():

@@ -452,6 +452,21 @@ def test_auto_is_fixed_by_the_options_and_the_shapes():
 
 
 @pytest.mark.slow
+def test_the_first_layers_alone_clear_nobody(config_of, family, tmp_path):
+    """All layers but the first are base's: a comparison of the first says that it is one of the first."""
+    base, other = (tj.load(str(family.member(name))) for name in ("base", "independent"))
+    mixed = InMemory(other.arch, other.params | {"layers": base.params["layers"] | {"0": other.params["layers"]["0"]}})
+    tj.save(tmp_path / "mixed", mixed, companions=family.member("independent"))
+    config = config_of(stat="csu,match_io", dataset=None, max_layers=1)
+    config.ft_model_id = str(tmp_path / "mixed")
+    found = experiment.trace(config)["verdict"]
+    assert found["verdict"] == "undecided"
+    assert found["blind_to"]["match_io"] == ["what is in layers after the first"]
+    config.max_layers = 0
+    assert experiment.trace(config)["verdict"]["verdict"] == "related"
+
+
+@pytest.mark.slow
 def test_layers_are_assigned_where_one_of_equally_many_does_nothing(config_of, family, tmp_path):
     """A layer that does nothing in front and the last one dropped: all others have moved, and units are permuted."""
     finetune = tj.load(str(family.member("finetune")))

@@ -196,7 +196,7 @@ def test_units_of_one_gate_are_no_evidence_unless_all_their_rows_are_alike(arch)
         assert obscured_layers(hidden) == [*range(arch.num_layers)]
     assert obscured_layers(base) == []
     given, hidden_too = (hidden_by("match", arch, arch, False, obscured) for obscured in (False, True))
-    assert (given, hidden_too) == ((), ("units that share a gate with others",))
+    assert (given, hidden_too) == ((), ("layers most of whose MLP units are no evidence",))
 
 
 def test_copies_are_alike_the_first_of_their_group_and_units_that_do_nothing_link_no_two():

@@ -65,6 +65,10 @@ class Learning:
       ends: which models are mapped: ft, or both.
       before_pairing: the share of the steps after which MLP units are paired anew, by activations; 0 keeps the pairs
         that the weights gave.
+
+    Example:
+      >>> tj.Learning(steps=200, ends="both").ends
+      'both'
     """
 
     steps: int = 600

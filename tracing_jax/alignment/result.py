@@ -135,6 +135,11 @@ def aligned_base(base: ParamSource, alignment: Alignment) -> ParamSource:
     """Returns base after the rewrites of an alignment by which both ends were mapped; else base itself.
 
     A base with a tied head must be untied where ft's head was (see `rewrites.Untying`).
+
+    Example:
+      >>> base, ft = tj.load("demo:base"), tj.load("demo:disguised")
+      >>> tj.aligned_base(base, tj.align(base, ft)) is base  # only ft was mapped
+      True
     """
     return rewritten(base, alignment.base_rewrites) if alignment.base_rewrites else base
 

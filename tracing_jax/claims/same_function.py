@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from tracing_jax.axes import AxisTable
+from tracing_jax.checkpoint import Checkpoint
 from tracing_jax.claims.claim import ClaimInputs, ClaimResult, result
 from tracing_jax.claims.tensor_pairs import STEP_BITS, is_rounded, tensor_pairs
 from tracing_jax.forward import logits
@@ -159,6 +160,12 @@ def _moved(source: ParamSource, seed: int) -> ParamSource:
     return MappedSource(source, moved)
 
 
+def coarsest_dtype(model: Checkpoint) -> np.dtype:
+    """Returns the dtype with the fewest bits that weights of a checkpoint are stored in."""
+    dtypes = (model.tensors.dtype(layout.slices[0].tensor) for layout in model.leaf_layouts.values())
+    return min(dtypes, key=lambda dtype: STEP_BITS.get(dtype.name, 24), default=np.dtype(np.float32))
+
+
 def change_in_place(base: ParamSource, ft: ParamSource) -> float | None:
     """Returns how far the first layer's matrices are apart, relative to their size; None if their shapes differ."""
     ours, theirs = (
@@ -180,9 +187,8 @@ def same_as(inputs: ClaimInputs) -> ClaimResult:
         dtype = min((pair.dtypes for pair in pairs), key=lambda dtypes: dtypes[0].itemsize + dtypes[1].itemsize)
         names = " and ".join(sorted({one.name for one in dtype}))
         return result("same-as", "holds", f"all tensors are equal once they are rounded ({names})", how="rounded")
-    dtypes = inputs.base.tensors.dtype(pairs[0].slice_base.tensor) if pairs else np.dtype(np.float32)
-    theirs = pairs[0].dtypes[1] if pairs else dtypes
-    found = function_change(inputs.pair.base, inputs.pair.ft, inputs.pair.vocabularies, (dtypes, theirs), inputs.seed)
+    dtypes = coarsest_dtype(inputs.base), coarsest_dtype(inputs.ft)
+    found = function_change(inputs.pair.base, inputs.pair.ft, inputs.pair.vocabularies, dtypes, inputs.seed)
     if isinstance(found, str):
         return result("same-as", "not_testable", f"{inputs.tensors}, and the functions cannot be compared: {found}")
     numbers = {**asdict(found), "over_rounding": found.over_rounding}

@@ -51,10 +51,10 @@ def open_merge(options: RunOptions, base: Checkpoint, ft: Checkpoint) -> MergeIn
     from tracing_jax.merges.merge_report import check, check_names
 
     name = os.fspath(options.base_model_id or base.id)
-    origin = None if options.merge.base is None else open_model(options.merge.base, options.cache_dir)
+    origin = None if options.merge.base is None else open_model(options.merge.base)
     is_base = origin is not None and same_files(origin, base)
     parents = {} if is_base else {name: base}
-    parents |= {parent: open_model(parent, options.cache_dir) for parent in options.merge.parents}
+    parents |= {parent: open_model(parent) for parent in options.merge.parents}
     asked = {"child": options.ft_model_id, "parents": list(parents), "base": options.merge.base}
     try:
         models = opened_models(ft, parents, origin)

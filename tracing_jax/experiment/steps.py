@@ -19,7 +19,7 @@ from tracing_jax.experiment.loading import check_disguise, load_pair, permute_ft
 from tracing_jax.experiment.memory import Placement
 from tracing_jax.experiment.merge_step import shares_in_ft, with_merge
 from tracing_jax.experiment.metadata import alignment_facts, model_facts_in_background
-from tracing_jax.experiment.validation import asked_names, is_asked_by_name
+from tracing_jax.experiment.validation import asked_names, has_auto_beside, is_asked_by_name
 from tracing_jax.forward import token_losses
 from tracing_jax.options import RunOptions
 from tracing_jax.progress import working
@@ -111,7 +111,7 @@ def run_steps(
     options: RunOptions, inputs: RunInputs, placement: Placement, run_cache: RunCache, timer: StepTimer
 ) -> Findings:
     """Runs all requested steps but saving. Replaced models are freed."""
-    found = Findings(scope=scope_of(inputs.base.arch, inputs.ft.arch, options.component))
+    found = Findings(scope=_scope(options, inputs))
     if options.claim or not (inputs.disguise or options.permute or inputs.reads_part_only):
         with timer.step("identical tensors"):
             found.identical = identical_tensors(inputs.base, inputs.ft)
@@ -129,6 +129,8 @@ def run_steps(
         with timer.step("statistic"):
             inputs = _without_needless_layer_map(options, inputs, pair)
             found.before = _compute(inputs, pair, needless | inputs.not_applicable)
+            if beyond := _layers_left_out(options, inputs):
+                found.before = {name: _without_layers(name, result, beyond) for name, result in found.before.items()}
         if options.claim:
             with timer.step("claim"):
                 found.claim = _judged(options, inputs, pair, found)
@@ -155,6 +157,28 @@ def run_steps(
     return found
 
 
+def _layers_left_out(options: RunOptions, inputs: RunInputs) -> str:
+    """Returns which layers `max_layers` leaves out, as a noun; empty if it is not set, or no model has more."""
+    most = options.max_layers
+    if not most or max(model.arch.num_layers for model in (inputs.base, inputs.ft)) < most:
+        return ""
+    return f"what is in layers after the first {most}" if most > 1 else "what is in layers after the first"
+
+
+def _scope(options: RunOptions, inputs: RunInputs) -> str:
+    """Returns what is compared of the models, as a clause, where that is less than all; empty if all is."""
+    clauses = [scope_of(inputs.base.arch, inputs.ft.arch, options.component)]
+    if left_out := _layers_left_out(options, inputs):
+        clauses.append(f"{left_out} was not compared (max_layers={options.max_layers})")
+    return "; ".join(filter(None, clauses))
+
+
+def _without_layers(name: str, result: Result, left_out: str) -> Result:
+    if name not in HIDING or result.not_applicable:
+        return result
+    return replace(result, blind_to=(*(result.blind_to or ()), left_out))
+
+
 def _needless(options: RunOptions, inputs: RunInputs, identical: Identity | None) -> dict[str, str]:
     """Returns why statistics that were not asked for by name are not computed of identical models."""
     if identical is None or not identical.is_whole:
@@ -165,7 +189,7 @@ def _needless(options: RunOptions, inputs: RunInputs, identical: Identity | None
 def _judged(options: RunOptions, inputs: RunInputs, pair: Pair, found: Findings) -> ClaimResult:
     assert options.claim is not None
     said = verdict(found.before, options.level, found.identical, found.scope)
-    is_default = bool({"auto", "all"} & set(options.stat)) or options.verdict == "auto"
+    is_default = bool({"auto", "all"} & set(options.stat)) or has_auto_beside(options)
     given = ClaimInputs(inputs.base, inputs.ft, pair, said, found.before, options.seed, found.scope, is_default)
     return check_claim(options.claim, given)
 

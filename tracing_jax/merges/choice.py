@@ -18,7 +18,7 @@ from tracing_jax.merges.normal_equations import NormalEquations
 from tracing_jax.merges.parent_shares import ROUNDING_TIMES
 
 _TENSORS = 64
-"""At most so many tensors are looked at, spread over the model."""
+"""At most so many tensors are sampled, spread over the model."""
 _FEWEST = 48
 """Tensors of fewer sampled entries say too little."""
 _EQUALS = ("dare_linear", "dare_ties")

@@ -60,7 +60,7 @@ def merge_report(
         except AlignmentError as error:
             notes = [str(error)]
     check(models)
-    candidates, selection = models.names, None
+    candidates, selection, left_out = models.names, None, models.left_out
     if search:
         selection = select(models, sums)
         models, sums = restricted(models, sums, selection.chosen)
@@ -93,9 +93,9 @@ def merge_report(
         "by_role_and_layer": nested,
         "by_expert": _as_dicts(by_expert, models),
         "by_tensor": _as_dicts(by_tensor, models),
-        "left_out": models.left_out,
+        "left_out": left_out,
         "layers": None if models.layers is None else list(models.layers[0]),
-        "notes": [*more_notes, *notes, *([moved] if moved else []), *_notes(models, by_tensor)],
+        "notes": [*more_notes, *notes, *([moved] if moved else []), *_notes(models, left_out, by_tensor)],
         "aligned": aligned,
         "seed": seed,
     }
@@ -185,11 +185,11 @@ def _as_dicts(groups: Mapping[Any, Shares], models: MergeModels) -> dict[str, An
     return {str(key): shares.as_dict(models.names) for key, shares in groups.items()}
 
 
-def _notes(models: MergeModels, by_tensor: Mapping[Any, Shares]) -> list[str]:
+def _notes(models: MergeModels, left_out: Mapping[str, str], by_tensor: Mapping[Any, Shares]) -> list[str]:
     notes = []
-    if models.left_out:
-        reasons = dict.fromkeys(models.left_out.values())
-        notes.append(f"{len(models.left_out)} tensors are not compared: {'; '.join(reasons)}")
+    if left_out:
+        reasons = dict.fromkeys(left_out.values())
+        notes.append(f"{len(left_out)} tensors are not compared: {'; '.join(reasons)}")
     undefined: dict[str, list[str]] = {}
     for place, shares in by_tensor.items():
         if shares.undefined:

@@ -88,14 +88,12 @@ def live_among(
     return np.intersect1d(rows, kept), np.intersect1d(columns, ft.kept)
 
 
-def against_identity(
-    matching: UnitMatching, num_base: int, num_ft: int, has_copies: bool = False, drawn: bool = False
-) -> Comparison:
+def against_identity(matching: UnitMatching, num_base: int, num_ft: int, drawn: bool = False) -> Comparison:
     """Returns the comparison of a matching with the identity.
 
     Layers of equal width are compared index by index. Otherwise indices are replaced by their ranks among the matched
-    units, since pruning and copying keep the order of the remaining units. Where copies were merged, the places of the
-    units left may follow one rule in both models: the null is then that of no more places than units.
+    units, since pruning and copying keep the order of the remaining units. Where units were left out, the places of
+    those that remain may follow one rule in both models: the null is that of no more places than such units.
 
     Where only some units of base were drawn, ft's order can depend on which: all that they are matched to may lie at
     their places. The null is then that of as many places as units.
@@ -104,7 +102,7 @@ def against_identity(
     if num_base == num_ft and drawn:
         return _compare(p1, p2, len(p1))
     if num_base == num_ft:
-        return _compare(p1, p2, max(matching.live_base, matching.live_ft) if has_copies else num_ft)
+        return _compare(p1, p2, max(matching.live_base, matching.live_ft))
     return _compare(np.argsort(np.argsort(p1)), np.argsort(np.argsort(p2)), len(p1))
 
 
@@ -231,7 +229,10 @@ def unit_notes(comparisons: Sequence[Comparison]) -> list[str]:
         if copies := sum(c.copies[side] for c in comparisons):
             notes.append(f"{name}: {copies} units repeat another; of each group of copies one was compared")
         if inactive := sum(c.inactive[side] for c in comparisons):
-            notes.append(f"{name}: {inactive} units write nothing to the residual stream; they are no evidence")
+            notes.append(
+                f"{name}: {inactive} units write nothing to the residual stream, or are in an expert that no input "
+                "reaches"
+            )
         if mixed := sum(c.mixed[side] for c in comparisons):
             notes.append(
                 f"{name}: {mixed} units share a gate with others; their other rows can be any that have the same sum, "

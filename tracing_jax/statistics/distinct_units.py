@@ -35,7 +35,7 @@ from tracing_jax.sources import ParamSource, Submodel, has_embeddings, is_reside
 from tracing_jax.statistics.kept_facts import kept_of
 from tracing_jax.statistics.mlp_rows import gain_of, without_mean
 from tracing_jax.statistics.nulls import spearman_log_sf
-from tracing_jax.statistics.unit_outputs import constants_of, is_reached, opened
+from tracing_jax.statistics.unit_outputs import constants_of, is_reached, opened, reached_experts
 from tracing_jax.tree import Tree, to_host
 
 COPY = 0.98
@@ -223,6 +223,8 @@ def obscured_layers(model: ParamSource) -> list[int]:
     Those are layers where most units that write something share a gate with others, or where three quarters of all
     units, copies counted once, carry none.
     """
+    if not model.arch.has("mlp/down_proj"):
+        return []
 
     def is_obscured(units: DistinctUnits) -> bool:
         return len(units.kept) < max(units.mixed, (units.total - units.copies) / 4)
@@ -231,12 +233,13 @@ def obscured_layers(model: ParamSource) -> list[int]:
 
 
 def _first_mlp(model: ParamSource, layer: int) -> DistinctUnits:
-    """Returns the distinct units of the MLP of a layer, or of its first expert."""
+    """Returns the distinct units of the MLP of a layer, or of its first expert that inputs reach."""
     if not model.arch.has_experts(layer):
         return distinct_units(model, layer)
     known = kept_of(model)
     if (layer, "expert") not in known:
-        known[layer, "expert"] = distinct_units(one_mlp(model, layer, 0), 0)
+        first = int(np.argmax(reached_experts(model, layer)))
+        known[layer, "expert"] = distinct_units(one_mlp(model, layer, first), 0)
     found: DistinctUnits = known[layer, "expert"]
     return found
 
@@ -257,7 +260,8 @@ def _least_output(model: ParamSource, layer: int) -> float:
 
 def has_stream(model: ParamSource) -> bool:
     """Returns whether the size of the residual stream can be estimated: embeddings and all rows of units are known."""
-    return model.arch.has("mlp/up_proj") and model.arch.has("embed/embedding") and has_embeddings(model)
+    known = ("mlp/up_proj", "mlp/down_proj", "embed/embedding")
+    return all(map(model.arch.has, known)) and has_embeddings(model)
 
 
 def stream_size(model: ParamSource, layer: int) -> float:

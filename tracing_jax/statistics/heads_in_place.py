@@ -157,7 +157,7 @@ def _best(similarity: Float[np.ndarray, "G G"]) -> float:
 
 
 def _matched(similarity: Float[np.ndarray, "n n"], pair: Pair, *names: str | int) -> Float[np.ndarray, "n 3"]:
-    """Returns the pairs of matched heads, as `_Place.matched`; all take part, those without a signature by lot."""
+    """Returns the pairs of matched heads, as `_LayerPair.matched`; all take part, those without a signature by lot."""
     everyone = np.arange(len(similarity))
     matching = match_units(similarity, pair.generator("heads_in_place", *names), (everyone, everyone))
     base, ft = matching.base, matching.ft

@@ -67,8 +67,7 @@ def in_place(
     base, ft = units
     rows = match_units(similarity, generator, live_among(base, ft, similarity, drawn=drawn), absolute=True)
     matching = rows if drawn is None else replace(rows, base=drawn[rows.base])
-    has_copies = bool(base.copies or ft.copies)
-    found = against_identity(matching, base.total, ft.total, has_copies, drawn=drawn is not None)
+    found = against_identity(matching, base.total, ft.total, drawn=drawn is not None)
     sampled, outstanding = placed_beyond_order(
         similarity, rows, ft.kept, base.total == ft.total, generator, places=matching.base
     )

@@ -35,8 +35,8 @@ Llama-type models of one recipe from different seeds, so known to be independent
 """
 
 _ALIGNED_BY = {
-    "none": "as given", "permutations": "after permutations from weights", "maps": "after all maps from weights",
-    "learned": "after a learned alignment of 200 steps, and less after more steps",
+    "none": "as given", "permutations": "after permutations", "maps": "after all maps from weights",
+    "learned": "after a learned alignment of one end or both, of 200 steps; less after more",
 }  # fmt: skip
 
 

@@ -89,6 +89,8 @@ def _chosen_experts(kernel: Float[np.ndarray, "D E"], leaves: Tree, arch: Arch) 
     """Returns which experts are chosen for inputs in random directions, and not next to never; groups are left out."""
     k, E = arch.experts_per_token, kernel.shape[1]
     assert k is not None
+    if not kernel.any():  # before it is trained
+        return np.ones(E, bool)
     inputs = np.random.default_rng(E).standard_normal((_INPUTS, len(kernel))).astype(np.float32)
     scores = inputs @ kernel + (_float32(leaves["bias"]) if "bias" in leaves else 0.0)
     if arch.router.selects_with_bias:

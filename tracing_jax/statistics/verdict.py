@@ -53,8 +53,8 @@ _REWRITES = {
 }
 
 _MOVED_LAYERS = "layers that were moved"
-_OBSCURED = "units that share a gate with others"
-"""What is said where most units of most layers carry no evidence, so that no test of units can find much."""
+_OBSCURED = "layers most of whose MLP units are no evidence"
+"""Given as a reason where that is so in most layers, so that no test of units can find much."""
 
 _OF_ANY_LAYERS = ("match_all", "match_mlps")
 """Statistics that compare every layer with every other, and not those of equal index; so does `match_moments` where the
@@ -250,7 +250,7 @@ def hidden_by(
     other_depth = base.num_layers != ft.num_layers
     of_any = statistic in _OF_ANY_LAYERS or (other_depth and statistic == "match_moments")
     moved: tuple[str, ...] = (_MOVED_LAYERS,) if (other_depth or layers_may_be_moved) and not of_any else ()
-    moved += (_OBSCURED,) if units_are_obscured else ()
+    moved += (_OBSCURED,) if units_are_obscured and DECIDING[statistic] == "MLPs" else ()
     if base.reading is not None or ft.reading is not None:  # which rewrites there are is not known: any may be
         return tuple(_REWRITES[name] for name in HIDING[statistic]) + moved
     found = tuple(
