@@ -244,6 +244,8 @@ _UNITS = {
     layouts.mamba: {},
     layouts.experts: {},
 }
+_FEATURES_ALONE = (layouts.mpt, layouts.mamba)
+"""Of a permuted copy of these, only `features_in_place` finds anything: it has no gate, or no MLP."""
 
 
 @pytest.mark.slow
@@ -253,8 +255,12 @@ def test_a_permuted_copy_is_related_and_a_stranger_is_not(layout, tmp_path):
     copy = layouts.write(tmp_path / "copy", layout, noisy_permuted(layout))
     unrelated = layouts.write(tmp_path / "unrelated", layout, layout(1))
     record = _record(base, copy)
-    assert record["verdict"]["verdict"] == "related"
-    assert "by their weights alone" in record["verdict"]["meaning"]
+    if layout in _FEATURES_ALONE:  # reserved: what features are compared on can be chosen
+        assert record["verdict"]["verdict"] == "undecided"
+        assert record["statistics"]["features_in_place"]["non_aligned"]["log10_p"] < -8
+    else:
+        assert record["verdict"]["verdict"] == "related"
+        assert "by their weights alone" in record["verdict"]["meaning"]
     record = _record(base, unrelated)
     assert record["verdict"]["verdict"] in ("no_evidence", "undecided")
     assert "parts that were read" in record["verdict"]["meaning"] or record["verdict"]["verdict"] == "undecided"

@@ -65,7 +65,7 @@ def write_aligned(options: RunOptions, inputs: RunInputs, pair: Pair, alignment:
 
 def _save_alignment(run_cache: RunCache, alignment: Alignment) -> None:
     """Keeps an alignment by permutations for an interrupted run; other rewrites are found again."""
-    if alignment.reorders_only:
+    if alignment.reorders_only and not alignment.base_rewrites:
         run_cache.save_arrays(lambda: dict(alignment.permutations), "alignment")
         run_cache.save(asdict(replace(alignment, rewrites=())), "alignment")
 
@@ -75,7 +75,11 @@ def _restored_alignment(run_cache: RunCache) -> Alignment | None:
     permutations = run_cache.load_arrays("alignment")
     if fields is None or permutations is None:
         return None
-    tuples = {"objective": tuple(fields["objective"]), "rewrites": (Permutation(permutations),)}
+    tuples = {
+        "objective": tuple(fields["objective"]),
+        "rewrites": (Permutation(permutations),),
+        "base_rewrites": (),  # what reorders only ft maps no base
+    }
     return Alignment(**{**fields, **tuples})
 
 
