@@ -120,9 +120,9 @@ def test_a_forgery_keeps_both_functions(kind, name):
         planted(32, output=1e-3),
         widened(4),
         ordered_like_base("up_proj"),
-        mostly_dead,
-        split_by_gate,
-        cancelled,
+        slow(mostly_dead),
+        slow(split_by_gate),
+        slow(cancelled),
     ],
     ids=["dead", "closed", "cancelling", "nearly dead", "copied", "ordered", "mostly dead", "split", "cancelled"],
 )

@@ -75,7 +75,8 @@ def learned(ends):
     return base, ft, found
 
 
-@pytest.mark.parametrize("ends", ["ft", pytest.param("both", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ends", ["ft", "both"])
 def test_a_learned_alignment_keeps_both_functions_and_lowers_the_midpoint(ends):
     base, ft, found = learned(ends)
     new_base, new_ft = aligned_base(base, found), aligned(ft, found)
