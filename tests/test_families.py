@@ -18,7 +18,8 @@ _DOZEN = (
 def test_a_permuted_copy_is_related_and_a_stranger_is_not(family):
     pytest.importorskip("torch")
     row = families.sweep(family)
-    assert row.outcome == "right", row
+    # Where only features can be compared, what is found is reserved.
+    assert row.outcome == ("undecided" if family in ("falcon_mamba", "nemotron_h") else "right"), row
 
 
 def test_outcomes_of_rows():

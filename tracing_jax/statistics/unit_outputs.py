@@ -69,6 +69,8 @@ def reached_experts(model: ParamSource, layer: int) -> Bool[np.ndarray, " E"]:
 
 def _reached_experts(model: ParamSource, layer: int) -> Bool[np.ndarray, " E"]:
     arch = model.arch
+    if not arch.has("mlp/router"):  # not known of a model that is read by its weights alone
+        return np.ones(arch.num_experts or 0, bool)
     params = model.layer(layer, ("mlp/router", arch.mlp_norm))
     leaves = params["mlp"]["router"]
     gain = _float32(jnp.asarray(gain_of(params, arch.mlp_norm, arch)))
