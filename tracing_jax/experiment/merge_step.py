@@ -20,7 +20,7 @@ _EXCHANGED = ("MLPs", "experts")
 """Parts whose units the test of a parent exchanges; of the others shares are estimated and not tested."""
 _ALIGN = ("auto",)
 _LEFT_OUT = ("by_tensor", "by_role_and_layer", "left_out")
-"""What the record of a run has no room for; `tracing-jax merge` writes it."""
+"""What the record of a run leaves out; `tracing-jax merge` writes it."""
 
 
 @dataclass(frozen=True)

@@ -141,9 +141,7 @@ class _Reading:
         """The random features without biases, and with them where there are any."""
         return [self.sketch, *([] if self.with_bias is None else [self.with_bias])]
 
-    def likeness(
-        self, units: Int[np.ndarray, " f"] | slice, others: Int[np.ndarray, " g"] | slice
-    ) -> Float[np.ndarray, "f g"]:
+    def likeness(self, units: Int[np.ndarray, " f"], others: Int[np.ndarray, " g"]) -> Float[np.ndarray, "f g"]:
         """Returns the absolute cosine of some units with some others, the smaller of that with and without bias."""
         return np.minimum.reduce([np.abs(side[units] @ side[others].T) for side in self.sides])
 
