@@ -481,7 +481,9 @@ def test_layers_are_assigned_where_one_of_equally_many_does_nothing(config_of, f
     assert (verdict["verdict"], verdict["statistic"]) == ("related", "match_all")
     assert "layers that were moved" in verdict["blind_to"]["match"]
     config.ft_model_id, config.disguise = str(family.member("finetune")), ""
-    assert "match_all" not in experiment.trace(config)["verdict"]["family"]
+    record = experiment.trace(config)
+    assert "match_all" not in record["verdict"]["family"]
+    assert not [note for note in record["notes"] if "match_all" in note]
 
 
 def test_a_pair_to_which_nothing_applies_is_an_answer(config_of):

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tracing_jax.cli.profiling import EVERY, OTHER, WAITING, StackSampler, kind_of, profiled, table
+from tracing_jax.cli.profiling import EVERY, OTHER, WAITING, StackSampler, _stack, kind_of, profiled, table
 from tracing_jax.progress import working
 
 _OURS = ("/x/tracing_jax/statistics/csu.py", "compute")
@@ -31,6 +31,10 @@ def test_the_innermost_frame_that_tells_says_what_a_thread_does(innermost, kind)
     assert kind_of([innermost, _OURS]) == kind
     inside = ("/y/numpy/linalg/_linalg.py", "svd")
     assert kind_of([inside, innermost, _OURS]) == (kind if kind != WAITING else OTHER)
+
+
+def test_a_chain_of_frames_that_ends_in_something_else_is_as_long_as_its_frames():
+    assert _stack(True) == []
 
 
 def test_every_second_of_the_main_thread_is_in_one_cell():

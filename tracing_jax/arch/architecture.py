@@ -217,6 +217,11 @@ class Arch:
         return None if self.reading is None else dict(self.reading.unknown).get(fact)
 
     @property
+    def norm_subtracts_mean(self) -> bool:
+        """Whether its norms subtract the mean over the features, as a LayerNorm does."""
+        return self.norm.startswith("layer_norm")
+
+    @property
     def mlp_norm(self) -> str:
         """The norm in a layer whose output the MLP reads, where blocks have pre-norms."""
         return "attn_norm" if self.shared_norm else "mlp_norm"

@@ -102,9 +102,9 @@ class StackSampler:
                 self.others[kind] += seconds
 
 
-def _stack(frame: FrameType | None) -> list[Frame]:
+def _stack(frame: object) -> list[Frame]:
     found = []
-    while frame is not None:
+    while isinstance(frame, FrameType):  # the chain of a thread that runs on can end in another object (CPython 3.11)
         found.append((frame.f_code.co_filename, frame.f_code.co_name))
         frame = frame.f_back
     return found

@@ -206,6 +206,8 @@ def _without_needless_layer_map(options: RunOptions, inputs: RunInputs, pair: Pa
         or _layers_may_be_moved(pair)
     ):
         return inputs
+    # In place: the record holds this list.
+    inputs.notes[:] = [note for note in inputs.notes if not note.startswith(f"{AUTO_BY_DEPTH}: ")]
     return replace(inputs, statistics={n: s for n, s in inputs.statistics.items() if n != AUTO_BY_DEPTH})
 
 

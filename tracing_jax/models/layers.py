@@ -67,7 +67,7 @@ def norm(
     """
     axes = tuple(range(x.ndim - num_axes, x.ndim))
     x32 = x.astype(jnp.float32)
-    if arch.norm.startswith("layer_norm"):
+    if arch.norm_subtracts_mean:
         x32 = x32 - x32.mean(axes, keepdims=True)
     y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(axes, keepdims=True) + (arch.norm_eps if eps is None else eps))
     if arch.norm == "rms_unit_offset":

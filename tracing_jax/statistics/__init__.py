@@ -60,7 +60,7 @@ AUTO_BOUNDS: Mapping[str, Mapping[str, int]] = {
     "csu": {"units": 1024},
     "match": {"units": 1024, "max_tokens": 1024},
     "match_all": {"units": 256, "positions": 1024},
-    "match_io": {"max_tokens": 1024},
+    "match_io": {"max_tokens": 512},
 }
 """Options that bound the cost of tests where `auto` runs them on wider models, unless they are set otherwise."""
 

@@ -31,9 +31,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from tracing_jax.arch import Arch
+from tracing_jax.progress import tqdm
 from tracing_jax.sources import ParamSource, Submodel, has_embeddings, is_resident, one_mlp, origin
 from tracing_jax.statistics.kept_facts import kept_of
-from tracing_jax.statistics.mlp_rows import gain_of, without_mean
+from tracing_jax.statistics.mlp_rows import gain_of
 from tracing_jax.statistics.nulls import spearman_log_sf
 from tracing_jax.statistics.unit_outputs import constants_of, is_reached, opened, reached_experts
 from tracing_jax.tree import Tree, to_host
@@ -141,9 +142,18 @@ class _Reading:
         """The random features without biases, and with them where there are any."""
         return [self.sketch, *([] if self.with_bias is None else [self.with_bias])]
 
-    def likeness(self, units: Int[np.ndarray, " f"], others: Int[np.ndarray, " g"]) -> Float[np.ndarray, "f g"]:
-        """Returns the absolute cosine of some units with some others, the smaller of that with and without bias."""
-        return np.minimum.reduce([np.abs(side[units] @ side[others].T) for side in self.sides])
+    def are_alike(self, units: Int[np.ndarray, " f"], others: Int[np.ndarray, " g"]) -> Bool[np.ndarray, "f g"]:
+        """Returns which of some units have |cosine| >= COPY with which of some others, with and without bias."""
+        cosines = self.sketch[units] @ self.sketch[others].T
+        alike = np.zeros(cosines.shape, bool)
+        if not cosines.size:
+            return alike
+        # Few units have copies: whole rows are asked first, which makes no array of their size.
+        some = np.flatnonzero(np.maximum(cosines.max(axis=1), -cosines.min(axis=1)) >= COPY)
+        alike[some] = np.abs(cosines[some]) >= COPY
+        for side in self.sides[1:]:
+            alike[some] &= np.abs(side[units[some]] @ side[others].T) >= COPY
+        return alike
 
     def cosine(self, units: Int[np.ndarray, " f"], others: Int[np.ndarray, " f"]) -> Float[np.ndarray, " f"]:
         """Returns the cosine of each unit with another, without biases."""
@@ -212,7 +222,8 @@ def inactive_layers(model: ParamSource) -> list[int]:
     """
     if not has_stream(model):
         return []
-    return [i for i in range(model.arch.num_layers) if _added(model, i) < NEGLIGIBLE * stream_size(model, i)]
+    layers = tqdm(range(model.arch.num_layers), desc="units that count as evidence", unit="layer", disable=None)
+    return [i for i in layers if _added(model, i) < NEGLIGIBLE * stream_size(model, i)]
 
 
 def obscured_layers(model: ParamSource) -> list[int]:
@@ -308,9 +319,10 @@ def _by_output(model: ParamSource, layer: int) -> DistinctUnits:
 
 def _reading(projection: Tree, norm: Tree, arch: Arch) -> _Reading:
     """Returns how units read by one projection, behind the norm before it."""
-    kernel = jnp.asarray(projection["kernel"], jnp.float32)
-    rows = without_mean(kernel.T * gain_of(norm, arch.mlp_norm, arch), arch)
-    sketch, norms = to_host(_sketch(rows, _projection(kernel.shape[0]))), to_host(_norms(rows))
+    kernel = jnp.asarray(projection["kernel"])
+    gain = jnp.broadcast_to(jnp.asarray(gain_of(norm, arch.mlp_norm, arch), jnp.float32), kernel.shape[:1])
+    found = _sketch_and_norms(kernel, gain, _projection(kernel.shape[0]), arch.norm_subtracts_mean)
+    sketch, norms = map(to_host, found)
     constants = constants_of(projection, norm, arch.mlp_norm)
     if not constants:
         return _Reading(_unit_length(sketch), norms)
@@ -329,10 +341,10 @@ def _leaders(reading: _Reading) -> Int[np.ndarray, " F"]:
     for start in range(0, F, _BLOCK):
         units = np.arange(start, min(start + _BLOCK, F))
         if len(found):
-            alike = reading.likeness(units, found) >= COPY
+            alike = reading.are_alike(units, found)
             leader[units] = np.where(alike.any(axis=1), found[alike.argmax(axis=1)], units)
         left = units[leader[units] == units]
-        alike = reading.likeness(left, left) >= COPY
+        alike = reading.are_alike(left, left)
         for i in np.flatnonzero(np.triu(alike, 1).any(axis=1)):
             if leader[left[i]] == left[i]:
                 later = left[i + 1 :][alike[i, i + 1 :]]
@@ -392,6 +404,17 @@ def _projection(width: int) -> Float[np.ndarray, "D S"]:
 @jax.jit
 def _sketch(rows: Float[Array, "F D"], projection: Float[np.ndarray | Array, "D S"]) -> Float[Array, "F S"]:
     return jnp.einsum("fd,ds->fs", rows, projection, precision="highest")
+
+
+@functools.partial(jax.jit, static_argnames="centred")
+def _sketch_and_norms(
+    kernel: Float[Array, "D F"], gain: Float[Array, " D"], projection: Float[np.ndarray | Array, "D S"], centred: bool
+) -> tuple[Float[Array, "F S"], Float[Array, " F"]]:
+    """Returns the sketch and the norms of what units read: columns times the gain, less their mean if `centred`."""
+    rows = kernel.astype(jnp.float32) * gain[:, None]
+    if centred:
+        rows = rows - rows.mean(axis=0)
+    return jnp.einsum("df,ds->fs", rows, projection, precision="highest"), jnp.sqrt(jnp.square(rows).sum(axis=0))
 
 
 @jax.jit

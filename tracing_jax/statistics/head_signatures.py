@@ -10,7 +10,7 @@ Letters: D features, K kv heads, G queries per kv head, H head dim, m rows of a 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -64,11 +64,9 @@ def head_signatures(
     layer: Tree, arch: Arch, moments: FactoredMoments, num_singular_values: int
 ) -> Float[np.ndarray, "K G F"]:
     """Returns the signature of each query head of a layer."""
-    query, key, value, output = (np.asarray(w, np.float32) for w in _head_weights(layer, arch))
     parts = []
-    for one, other in ((query, key), (value, output)):
-        found = _gram_matrices(one, other, tuple(moments))
-        through_one, through_other, cross = (np.asarray(grams, np.float64) for grams in found)
+    for found in to_host(_gram_matrices(head_kernels(layer, arch), _gains(layer, arch), tuple(moments))):
+        through_one, through_other, cross = (grams.astype(np.float64) for grams in found)
         parts.append(_invariants(through_one, through_other, cross, num_singular_values))
     return np.concatenate(parts, axis=-1)
 
@@ -111,19 +109,15 @@ def log_p_of_order(layers: Sequence[Float[np.ndarray, "K G F"]]) -> float:
     return bonferroni(np.minimum(np.concatenate(log_ps), 0.0))
 
 
-def _head_weights(layer: Tree, arch: Arch) -> Iterator[Float[np.ndarray, "D K G H"]]:
-    """Yields the weights of query, key, value and output of a layer, with the gains that multiply them."""
-    attn, offset, kernels = layer["attn"], np.float32(gain_offset(arch)), head_kernels(layer, arch)
-    scale = layer.get("attn_norm", {}).get("scale")
-    gain = np.ones(1, np.float32) if scale is None else np.asarray(to_host(scale), np.float32) + offset
-    for name in ("q", "k", "v"):
-        kernel = to_host(kernels[name])
-        inner = attn.get(f"{name}_norm", {}).get("scale")
-        if inner is not None:
-            kernel = kernel * (np.asarray(to_host(inner), np.float32) + offset)
-        kernel = kernel * gain.reshape(-1, *[1] * (kernel.ndim - 1))
-        yield kernel if name == "q" else kernel[:, :, None]
-    yield np.moveaxis(to_host(kernels["o"]), -1, 0)
+def _gains(layer: Tree, arch: Arch) -> dict[str, Float[Array, "..."]]:
+    """Returns what multiplies the kernels of a layer: the gain of the norm before, and of those after its projections.
+
+    `input` broadcasts over features; `q`, `k` and `v` over the axes of their kernel but the first.
+    """
+    offset = gain_offset(arch)
+    scales = {"input": layer.get("attn_norm", {}).get("scale")}
+    scales |= {name: layer["attn"].get(f"{name}_norm", {}).get("scale") for name in "qkv"}
+    return {name: jnp.asarray(scale, jnp.float32) + offset for name, scale in scales.items() if scale is not None}
 
 
 def _invariants(
@@ -163,18 +157,34 @@ def _singular_values(
     return np.sqrt(np.maximum(np.linalg.eigvalsh(product), 0))[..., ::-1]
 
 
+_Grams = tuple[Float[Array, "N K _ H H"], Float[Array, "N K _ H H"], Float[Array, "K _ H H"]]
+
+
 @jax.jit
 def _gram_matrices(
-    one: Float[Array | np.ndarray, "D K G H"],
-    other: Float[Array | np.ndarray, "D K G2 H"],
+    kernels: Mapping[str, Float[Array, "..."]],
+    gains: Mapping[str, Float[Array, "..."]],
     moments: tuple[Float[Array, "_ D"], ...],
-) -> tuple[Float[Array, "N K G H H"], Float[Array, "N K G2 H H"], Float[Array, "K G3 H H"]]:
-    """Returns `X^T M X` for M the identity and each moment, the same for Y, and `X^T Y`, for each head."""
-    found = []
-    for side in (one, other):
-        through = [side, *(jnp.einsum("md,dkgh->mkgh", rows, side, precision="highest") for rows in moments)]
-        found.append(jnp.stack([_products(rows, rows) for rows in through]))
-    return found[0], found[1], _products(one, other)
+) -> tuple[_Grams, ...]:
+    """Returns those of the heads' queries X and keys Y, and of their values X and outputs Y, with the gains applied.
+
+    For each head: `X^T M X` for M the identity and each moment, the same for Y, and `X^T Y`.
+    """
+
+    def scaled(name: str) -> Float[Array, "D K *G H"]:
+        kernel = kernels[name] * gains.get(name, 1.0)
+        gain = gains.get("input", jnp.ones(1))
+        return kernel * gain.reshape(-1, *[1] * (kernel.ndim - 1))
+
+    def grams(one: Float[Array, "D K G H"], other: Float[Array, "D K G2 H"]) -> _Grams:
+        found = []
+        for side in (one, other):
+            through = [side, *(jnp.einsum("md,dkgh->mkgh", rows, side, precision="highest") for rows in moments)]
+            found.append(jnp.stack([_products(rows, rows) for rows in through]))
+        return found[0], found[1], _products(one, other)
+
+    key, value, output = scaled("k")[:, :, None], scaled("v")[:, :, None], jnp.moveaxis(kernels["o"], -1, 0)
+    return grams(scaled("q"), key), grams(value, output)
 
 
 def _products(

@@ -40,7 +40,7 @@ def gain_of(tree: Tree, norm: str, arch: Arch) -> Float[Array, " D"] | float:
 
 def without_mean(rows: Float[Array, "... D"], arch: Arch) -> Float[Array, "... D"]:
     """Returns the rows without their mean over the features if the norms of the model subtract it, else as they are."""
-    return rows - rows.mean(axis=-1, keepdims=True) if arch.norm.startswith("layer_norm") else rows
+    return rows - rows.mean(axis=-1, keepdims=True) if arch.norm_subtracts_mean else rows
 
 
 @jax.jit
