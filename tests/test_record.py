@@ -393,13 +393,17 @@ def test_file_hashes(tmp_path):
     }
 
 
-def test_file_hashes_take_the_name_of_a_hub_blob_and_no_other(tmp_path):
-    for folder, name in (("blobs", "0" * 64), ("blobs", "1" * 40), ("elsewhere", "2" * 64)):
-        (tmp_path / folder).mkdir(exist_ok=True)
-        (tmp_path / folder / name).write_bytes(b"content")
-        (tmp_path / name[0]).symlink_to(Path(folder) / name)
-    true_hash = hashlib.sha256(b"content").hexdigest()
-    assert file_hashes([tmp_path / name for name in "012"]) == {"0": "0" * 64, "1": true_hash, "2": true_hash}
+def test_file_hashes_are_those_of_the_content_whatever_a_blob_is_called(tmp_path):
+    """A link into a folder `blobs` is no evidence of what the file holds, nor is a place in the Hub's cache."""
+    blob = tmp_path / "models--org--name" / "blobs" / ("a" * 64)
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "main"
+    blob.parent.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.safetensors").symlink_to(blob)
+    for content in (b"content", b"changed"):
+        blob.write_bytes(content)
+        expected = {"model.safetensors": hashlib.sha256(content).hexdigest()}
+        assert file_hashes([snapshot / "model.safetensors"]) == expected
 
 
 def test_file_hashes_of_large_files_and_those_that_are_stopped(tmp_path):

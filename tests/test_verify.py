@@ -99,6 +99,12 @@ def test_a_changed_record_is_told_from_changed_files_and_from_missing_ones(writt
     found = outcomes(record, ft=str(other))
     assert (found["files of base"], found["files of ft"]) == ("holds", "changed")
     assert "test csu" not in found
+    # Nor does a link to a blob that bears the hash of what was compared, as in the Hub's cache, pass for it.
+    weights, blob = other / "model.safetensors", tmp_path / "blobs" / record["models"]["ft"]["files"]["model.safetensors"]
+    blob.parent.mkdir()
+    weights.rename(blob)
+    weights.symlink_to(blob)
+    assert outcomes(record, ft=str(other))["files of ft"] == "changed"
     found = outcomes(changed(record, "args", "ft_model_id", value=str(tmp_path / "gone")))
     assert found["models"] == "missing"
     assert outcomes({**record, "digest": None})["record"] == "missing"
