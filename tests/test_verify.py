@@ -100,7 +100,8 @@ def test_a_changed_record_is_told_from_changed_files_and_from_missing_ones(writt
     assert (found["files of base"], found["files of ft"]) == ("holds", "changed")
     assert "test csu" not in found
     # Nor does a link to a blob that bears the hash of what was compared, as in the Hub's cache, pass for it.
-    weights, blob = other / "model.safetensors", tmp_path / "blobs" / record["models"]["ft"]["files"]["model.safetensors"]
+    weights, recorded = other / "model.safetensors", record["models"]["ft"]["files"]["model.safetensors"]
+    blob = tmp_path / "blobs" / recorded
     blob.parent.mkdir()
     weights.rename(blob)
     weights.symlink_to(blob)
