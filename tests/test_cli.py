@@ -11,6 +11,7 @@ from cases import slow
 
 from tracing_jax import cli
 from tracing_jax.cli.absl_flags import parse_flags
+from tracing_jax.cli.arguments import given
 from tracing_jax.cli.generate import GenerateOptions
 from tracing_jax.cli.inspect import InspectOptions
 from tracing_jax.cli.merge import MergeOptions
@@ -189,6 +190,11 @@ def test_print_shows_a_plan_and_leaves_a_finished_folder_as_it_is(family, tmp_pa
     assert "0: base--finetune" in done.stdout
     assert "#SBATCH" in done.stdout
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+
+
+def test_a_list_that_is_given_in_two_places_is_the_whole_of_both():
+    parsed = cli.parser_of("compare").parse_args(["A", "B", "--stat", "csu,match", "--seed=1", "--stat=l2", "--seed=2"])
+    assert given(parsed, RunOptions) == {"stat": ("csu", "match", "l2"), "seed": 2}
 
 
 def test_options_of_the_other_programs_fit_the_package():

@@ -1,8 +1,10 @@
 """Records in the formats of other tools: they fit the schemas of these, and say no more than the record."""
 
 import json
+import re
 import shlex
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
@@ -69,6 +71,18 @@ def test_sarif_has_an_error_where_the_program_fails_and_rules_for_all_results():
     assert run["results"][0]["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] == "ft/config.json"
 
 
+@pytest.mark.parametrize("folder", ["./my base", "/abs/a#b?c", "../50%/é", "org/name@main", "demo:member", 'a&b"<c>/'])
+def test_the_place_of_a_result_is_a_uri_that_leads_back_to_the_file(folder):
+    asked = record()
+    asked["args"]["ft_model_id"] = folder
+    (result,) = of("sarif", asked)["runs"][0]["results"]
+    uri = result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"]
+    assert re.fullmatch(r"[A-Za-z0-9._~%/:-]+", uri)  # nothing that would start a query or a fragment
+    parts = urlsplit(uri)
+    assert parts.scheme == ("file" if folder.startswith("/") else "")
+    assert Path(unquote(parts.path)) == Path(folder, "config.json")
+
+
 def test_an_in_toto_statement_is_about_the_files_of_one_model():
     statement = of("in-toto", record(claim="finetune-of"))
     assert statement["_type"] == "https://in-toto.io/Statement/v1"
@@ -81,7 +95,11 @@ def test_an_in_toto_statement_is_about_the_files_of_one_model():
 
 
 def test_an_export_that_cannot_be_made_is_refused_before_anything_is_read(tmp_path):
-    assert export_files(["sarif:a/b.sarif"]) == {"sarif": Path("a/b.sarif")}
+    assert export_files(["sarif:a", "sarif:b", "cyclonedx:c:d"]) == {
+        Path("a"): "sarif", Path("b"): "sarif", Path("c:d"): "cyclonedx",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="sarif goes to that file already"):
+        export_files(["sarif:a", "cyclonedx:./a"])
     with pytest.raises(ValueError, match="did you mean sarif"):
         export_files(["sarf:x"])
     (tmp_path / "file").touch()
@@ -99,7 +117,8 @@ def test_an_export_that_cannot_be_made_is_refused_before_anything_is_read(tmp_pa
 def test_compare_writes_exports(family, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     cli.main(["compare", str(family.member("base")), str(family.member("finetune")), "--stat", "csu", "--claim",
-              "finetune-of", "--export", "sarif:out/x.sarif,cyclonedx:x.json"])  # fmt: skip
+              "finetune-of", "--export", "sarif:out/x.sarif,sarif:y.sarif", "--export", "cyclonedx:x.json"])  # fmt: skip
+    assert Path("out/x.sarif").read_bytes() == Path("y.sarif").read_bytes()
     assert json.loads(Path("out/x.sarif").read_text())["runs"][0]["results"][0]["level"] == "none"
     assert "ancestors" in json.loads(Path("x.json").read_text())["components"][0]["pedigree"]
 

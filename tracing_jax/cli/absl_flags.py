@@ -25,12 +25,14 @@ def define_flags(options: type) -> None:
             flags.DEFINE_integer(found.name, None, found.meaning)
         elif found.kind is float:
             flags.DEFINE_float(found.name, None, found.meaning)
+        elif found.is_list:
+            flags.DEFINE_multi_string(found.name, None, found.meaning)
         else:
             flags.DEFINE_string(found.name, None, found.meaning)
 
 
 def given_flags(options: type) -> dict[str, Any]:
-    """Returns dotted name -> value of the options of a dataclass that were given as flags.
+    """Returns dotted name -> value of the options of a dataclass that were given as flags; lists in full.
 
     Raises:
       ValueError: a list whose elements are no numbers.
@@ -106,7 +108,10 @@ def _no_file(file: Path) -> str:
 def _typed(found: Option, value: Any) -> Any:
     if not found.is_list:
         return value
-    try:
-        return parse(found.kind, value)
-    except ValueError as error:
-        raise ValueError(f"--{found.name}={value}: {error}") from None
+    elements: list[Any] = []
+    for text in value:
+        try:
+            elements += parse(found.kind, text)
+        except ValueError as error:
+            raise ValueError(f"--{found.name}={text}: {error}") from None
+    return tuple(elements)

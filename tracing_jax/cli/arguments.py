@@ -81,7 +81,8 @@ def add_options(
 
 def given(parsed: argparse.Namespace, options: type) -> dict[str, Any]:
     """Returns dotted name -> value of the options that were given."""
-    return {found.name: vars(parsed)[found.name] for found in options_of(options) if found.name in vars(parsed)}
+    values = {found.name: vars(parsed)[found.name] for found in options_of(options) if found.name in vars(parsed)}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def described(found: Option, default: Any) -> str:
@@ -97,6 +98,7 @@ def _add(group: Any, found: Option, default: Any, negation: str) -> None:
     if found.kind is bool:
         group.add_argument(flag, f"{negation}{found.name}", action=_Switch, **common)
     else:
+        common |= {"action": "extend"} if found.is_list else {}  # a list given in two places is the whole of both
         group.add_argument(flag, type=_converter(found), metavar=_metavar(found), required=found.required, **common)
 
 

@@ -100,23 +100,26 @@ def run_experiment(config: Any, program: ProgramOptions) -> list[dict[str, Any]]
     return records
 
 
-def export_files(asked: Sequence[str]) -> dict[str, Path]:
-    """Returns format -> file of the exports that were asked for.
+def export_files(asked: Sequence[str]) -> dict[Path, str]:
+    """Returns file -> format of the exports that were asked for.
 
     Raises:
-      ValueError: another form than FORMAT:FILE, or no such format.
+      ValueError: another form than FORMAT:FILE, no such format, or two exports to one file.
     """
-    found = {}
+    found: dict[Path, str] = {}
     for text in asked:
         form, _, file = text.partition(":")
         if form not in EXPORTS or not file:
             hint = suggestion(form, EXPORTS)
             raise ValueError(f"export={text}: expected FORMAT:FILE with a format of {', '.join(EXPORTS)}{hint}")
-        found[form] = Path(file).expanduser()
+        path = Path(file).expanduser()
+        if path in found:
+            raise ValueError(f"export={text}: {found[path]} goes to that file already; name another")
+        found[path] = form
     return found
 
 
-def check_outputs(options: RunOptions, program: ProgramOptions, exports: Mapping[str, Path]) -> None:
+def check_outputs(options: RunOptions, program: ProgramOptions, exports: Mapping[Path, str]) -> None:
     """Makes sure that everything a run is to write can be written, before anything heavy is imported.
 
     Raises:
@@ -130,21 +133,21 @@ def check_outputs(options: RunOptions, program: ProgramOptions, exports: Mapping
     for name, folder in folders.items():
         if folder is not None and (path := Path(folder).expanduser()).exists() and not path.is_dir():
             raise NotADirectoryError(f"{name}={folder}: it is a file, expected a folder; choose another path")
-    if "in-toto" in exports and options.ft_model_ids:
+    if "in-toto" in exports.values() and options.ft_model_ids:
         raise ValueError("export=in-toto: a statement is on the files of one model; compare one at a time")
-    for file in exports.values():
+    for file in exports:
         check_writable(file)
     if options.save_aligned is not None and not Path(options.save_aligned).expanduser().exists():
         check_writable(Path(options.save_aligned).expanduser())
 
 
-def _write_exports(records: Sequence[Mapping[str, Any]], files: Mapping[str, Path], fail_on: Sequence[str]) -> None:
+def _write_exports(records: Sequence[Mapping[str, Any]], files: Mapping[Path, str], fail_on: Sequence[str]) -> None:
     from tracing_jax.record import atomic_write
     from tracing_jax.report.exports import exported
 
     sys.stdout.flush()  # an export may go where the summary went
     failing = [exit_status([record], fail_on) == 3 for record in records]
-    for form, file in files.items():
+    for file, form in files.items():
         atomic_write(file, exported(form, records, failing).encode())
 
 

@@ -8,7 +8,9 @@ more than the record: a model is an *ancestor* only where a claim that says so w
 import json
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
+from urllib.parse import quote
 
 from tracing_jax.record import record_digest
 from tracing_jax.report.formatting import claim_text, requested_model, verdict_word
@@ -143,8 +145,9 @@ def _sarif_result(record: Record, fails: bool, rules: Sequence[str]) -> dict[str
 
 
 def _uri(record: Record, file: str) -> str:
-    folder = str(record["args"].get("ft_model_id") or "").rstrip("/").removeprefix("./")
-    return f"{folder}/{file}".replace(" ", "%20").replace(":", "%3A")
+    """Returns where a file is, as a URI (RFC 3986): relative to the working folder, where the model was named so."""
+    path = PurePath(str(record["args"].get("ft_model_id") or "").removeprefix("./"), file)
+    return path.as_uri() if path.is_absolute() else quote(path.as_posix(), safe="/")
 
 
 def in_toto(records: Sequence[Record], failing: Sequence[bool]) -> dict[str, Any]:
