@@ -117,7 +117,7 @@ def test_an_export_that_cannot_be_made_is_refused_before_anything_is_read(tmp_pa
 def test_compare_writes_exports(family, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     cli.main(["compare", str(family.member("base")), str(family.member("finetune")), "--stat", "csu", "--claim",
-              "finetune-of", "--export", "sarif:out/x.sarif,sarif:y.sarif", "--export", "cyclonedx:x.json"])  # fmt: skip
+              "finetune-of", "--export", "sarif:out/x.sarif,sarif:y.sarif", "--export=cyclonedx:x.json"])  # fmt: skip
     assert Path("out/x.sarif").read_bytes() == Path("y.sarif").read_bytes()
     assert json.loads(Path("out/x.sarif").read_text())["runs"][0]["results"][0]["level"] == "none"
     assert "ancestors" in json.loads(Path("x.json").read_text())["components"][0]["pedigree"]
