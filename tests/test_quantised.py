@@ -23,7 +23,7 @@ STEM = W.removesuffix("weight")
 FP8 = ml_dtypes.float8_e4m3fn
 _NAMES = {
     "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32", "int64": "I64", "int8": "I8", "uint8": "U8",
-    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0", "uint32": "U32",
 }  # fmt: skip
 
 
@@ -84,6 +84,45 @@ def test_fp8_per_tensor_and_per_row(shape, dtype, tmp_path):
     expect(opened(tmp_path, {W: weight, f"{W}_scale": scales}, quant_method="compressed-tensors"), expected)
 
 
+@pytest.mark.parametrize("scales_name", ["weight_scale_inv", "weight_scale", "scale", "qscale_weight"])
+@pytest.mark.parametrize("dtype", [np.uint8, ml_dtypes.float8_e8m0fnu])
+def test_fp8_with_scales_that_are_powers_of_two(scales_name, dtype, tmp_path):
+    weight, exponents = floats8(40, 64), RNG.integers(100, 140, size=(40, 2)).astype(np.uint8)
+    expected = weight.astype(np.float32) * np.repeat(2.0 ** (exponents.astype(np.float32) - 127), 32, axis=1)
+    parts = {W: weight, f"{STEM}{scales_name}": exponents.view(dtype), f"{STEM}qscale_act": np.ones((), np.float32)}
+    store = opened(tmp_path, parts, quant_method="mxfp8", weight_block_size=[1, 32], scale_fmt="ue8m0")
+    assert set(store.names()) == {W, f"{STEM}qscale_act"}
+    np.testing.assert_array_equal(store.read(W), expected)
+    np.testing.assert_array_equal(store.read(W, (slice(3, 9), slice(30, 37))), expected[3:9, 30:37])
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(("kind", "block"), [(FP8, (16, 16)), (FP8, (1, 32)), (np.int8, (1, 32))])
+def test_fp8_and_fp4_with_exponents_equal_transformers(kind, block, tmp_path):
+    import torch
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    bytes_ = RNG.integers(0, 120, size=(64, 96)).astype(np.uint8)
+    width = 96 * (2 if kind == np.int8 else 1)
+    scales = RNG.integers(110, 134, size=(64 // block[0], width // block[1])).astype(np.uint8)
+    weight = torch.tensor(bytes_).view(torch.int8 if kind == np.int8 else torch.float8_e4m3fn)
+    theirs = Fp8Dequantize(None).convert(
+        {"weight": [weight], "weight_scale_inv": [torch.tensor(scales)]}, full_layer_name="w"
+    )["w"]
+    store = opened(tmp_path, {W: bytes_.view(kind), f"{STEM}scale": scales}, quant_method="fp8")
+    np.testing.assert_array_equal(
+        store.read(W).astype(ml_dtypes.bfloat16), theirs.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    )
+
+
+def test_exponents_are_all_read(tmp_path):
+    """Every byte is a power of two, down to the smallest, but the last, which is no number."""
+    parts = {W: np.ones((256, 1), FP8), f"{W}_scale": np.arange(256, dtype=np.uint8)[:, None]}
+    found = opened(tmp_path, parts).read(W)[:, 0].astype(np.float64)
+    np.testing.assert_array_equal(found[:-1], 2.0 ** np.arange(-127, 128))
+    assert np.isnan(found[-1])
+
+
 def test_fp8_without_scales_is_what_its_values_say(tmp_path):
     weight = RNG.normal(size=(40, 24)).astype(ml_dtypes.float8_e5m2)
     expect(opened(tmp_path, {W: weight}), weight.astype(np.float32))
@@ -127,6 +166,18 @@ def test_mxfp4_blocks_and_scales(tmp_path):
     name = "model.layers.0.mlp.experts.gate_up_proj"
     store = opened(tmp_path, {f"{name}_blocks": blocks, f"{name}_scales": scales}, quant_method="mxfp4")
     expect(store, expected, name)
+
+
+@pytest.mark.parametrize(("kind", "scales_name"), [(np.uint8, "weight_scale"), (np.int8, "scale")])
+def test_mxfp4_in_rows(kind, scales_name, tmp_path):
+    """The layouts of compressed-tensors and of DeepSeek-V4's experts."""
+    packed = RNG.integers(0, 256, size=(40, 32)).astype(np.uint8)
+    scales = RNG.integers(120, 134, size=(40, 2)).astype(np.uint8)
+    codes = np.stack([packed & 15, packed >> 4], -1).reshape(40, 64)
+    expected = np.vectorize(e2m1)(codes) * np.repeat(2.0 ** (scales.astype(np.float64) - 127), 32, 1)
+    stored = W if kind == np.int8 else f"{W}_packed"
+    parts = {stored: packed.view(kind), f"{STEM}{scales_name}": scales.view(ml_dtypes.float8_e8m0fnu)}
+    expect(opened(tmp_path, parts, quant_method="fp8"), expected)
 
 
 @pytest.mark.torch
@@ -342,6 +393,23 @@ def test_parts_that_do_not_fit_are_refused(changed, tmp_path):
 def test_a_scale_that_fits_no_blocks_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="are no scales of blocks of"):
         opened(tmp_path, {W: floats8(40, 24), f"{W}_scale_inv": np.ones((7, 5), np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("beside", "dtype", "message"),
+    [
+        (f"{STEM}weight_scale", np.int32, r"weight_scale is int32: scales are floats, or bytes"),
+        (
+            f"{STEM}scale_of_weight",
+            np.float32,
+            r"is float8_e4m3fn, and beside it is .*scale_of_weight, which is no known",
+        ),
+        (f"{W}.amax", np.float32, r"beside it is .*weight.amax"),
+    ],
+)
+def test_fp8_whose_scales_are_not_understood_is_refused(beside, dtype, message, tmp_path):
+    with pytest.raises(CheckpointError, match=message):
+        opened(tmp_path, {W: floats8(40, 24), beside: np.ones((40, 1), dtype)})
 
 
 def test_settings_left_over_on_floats_are_a_note(tmp_path):

@@ -21,11 +21,13 @@ _CONSTANT = re.compile(
     r".*rotary_(pos_)?emb\.(inv_freq|cos_cached|sin_cached)|.*\.(attn|attention)\.(masked_)?bias"
     r"|(transformer\.)?h\.\d+\.attn\.(masked_)?bias"
 )
+_OF_ACTIVATIONS = re.compile(
+    r".*\.(([kvq]|kv|prob)_(scale|zero_point)|qscale_act"
+    r"|(input|output|(input_|output_)?activation)_(global_)?(scale|zero_point|scale_ub))"
+)
 _IGNORED = {
     "heads for other tasks": re.compile(r"(v_head|value_head|score|classifier|reward_head|regression_head)\..+"),
-    "scales of cached keys and values, or of activations": re.compile(
-        r".*\.(([kvq]|kv|prob)_(scale|zero_point)|(input|output|activation)_(global_)?(scale|zero_point|scale_ub))"
-    ),
+    "scales of cached keys and values, or of activations": _OF_ACTIVATIONS,
     "of layers that predict further tokens": re.compile(r"model\.mtp_layers\..+"),
     "heads that predict further tokens": re.compile(r"medusa_heads?\..+"),
     "masks and positions, which follow from the config": re.compile(r"(.+\.)?(causal_mask|attn_mask|position_ids)"),
@@ -40,6 +42,11 @@ _IGNORED = {
 def is_constant(name: str) -> bool:
     """Returns whether a tensor follows from the config: rotary frequencies and causal masks of old checkpoints."""
     return _CONSTANT.fullmatch(name) is not None
+
+
+def is_of_activations(name: str) -> bool:
+    """Returns whether a tensor quantises activations, or cached keys and values, and no weight."""
+    return _OF_ACTIVATIONS.fullmatch(name) is not None
 
 
 def may_be_absent(name: str) -> bool:

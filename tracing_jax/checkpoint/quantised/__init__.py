@@ -15,7 +15,8 @@ from tracing_jax.checkpoint.quantised.bitsandbytes import find_four_bit
 from tracing_jax.checkpoint.quantised.found import Found
 from tracing_jax.checkpoint.quantised.fp4 import find_mxfp4, find_nvfp4
 from tracing_jax.checkpoint.quantised.int4 import AWQ_VERSIONS, GPTQ_BITS, PACKED_BITS, find_gptq_or_awq, find_packed
-from tracing_jax.checkpoint.quantised.scaled import find_float8, find_int8
+from tracing_jax.checkpoint.quantised.scale_names import refuse_unknown_scales
+from tracing_jax.checkpoint.quantised.scaled import find_float8, find_int8, is_float8
 from tracing_jax.checkpoint.tensors import TensorStore
 from tracing_jax.complaints import listed, listed_and, shortened
 
@@ -28,11 +29,12 @@ _FINDERS: tuple[Finder, ...] = (
 )  # fmt: skip
 
 FORMATS = (
-    "FP8 (per tensor, per row, in blocks)", "int8 (bitsandbytes, compressed-tensors)",
+    "FP8 and MXFP8 (per tensor, per row, in blocks)", "int8 (bitsandbytes, compressed-tensors)",
     f"GPTQ ({listed_and(GPTQ_BITS)} bits)",
     f"AWQ ({listed_and(AWQ_VERSIONS)})",
     "bitsandbytes NF4 and FP4, nested or not",
-    f"compressed-tensors ({listed_and(PACKED_BITS)} bits)", "MXFP4 (gpt-oss)", "NVFP4 (compressed-tensors, ModelOpt)",
+    f"compressed-tensors ({listed_and(PACKED_BITS)} bits)", "MXFP4 (gpt-oss, DeepSeek-V4, compressed-tensors)",
+    "NVFP4 (compressed-tensors, ModelOpt)",
 )  # fmt: skip
 """What is dequantised, for people."""
 
@@ -59,7 +61,7 @@ def dequantised(store: TensorStore, config: Mapping[str, Any]) -> tuple[TensorSt
     settings = _settings(config)
     derived: dict[str, Derived] = {}
     used: set[str] = set()
-    notes = []
+    stored, notes = set(store.names()), []
     for find in _FINDERS:
         found = find(store, settings)
         new = found.derived.keys() - derived.keys() - used  # the scales of one format are tensors of another
@@ -69,6 +71,7 @@ def dequantised(store: TensorStore, config: Mapping[str, Any]) -> tuple[TensorSt
         used |= found.used
     used -= derived.keys()
     _refuse_left_over(store, settings, derived.keys() | used)
+    refuse_unknown_scales(store, {name for name in stored & derived.keys() if is_float8(store.dtype(name))}, used)
     method = settings.get("quant_method")
     if not derived and method in _QUANTISE_AS_THEY_RUN:
         raise CheckpointError(

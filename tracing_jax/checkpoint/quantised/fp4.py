@@ -1,10 +1,13 @@
 """Weights of 4-bit floats (E2M1) with a scale for each block of a row: MXFP4 and NVFP4.
 
 Source: OCP Microscaling Formats 1.0 (MXFP4: 32 values share a power of two); gpt-oss model card (arXiv 2508.10925) for
-its tensors `blocks` and `scales`; NVIDIA's description of NVFP4 (16 values share an E4M3 scale, and all a float32). Of
-the two layouts of NVFP4 the one of compressed-tensors stores the global scale as its reciprocal.
+its tensors `blocks` and `scales`; for weights whose rows are packed as they are, `mxfp4-pack-quantized` of
+compressed-tensors, and the experts of DeepSeek-V4, whose bytes are stored as int8; NVIDIA's description of NVFP4 (16
+values share an E4M3 scale, and all a float32). Of the two layouts of NVFP4 the one of compressed-tensors stores the
+global scale as its reciprocal.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +17,7 @@ import numpy as np
 
 from tracing_jax.checkpoint.quantised.found import Found, QuantisedError
 from tracing_jax.checkpoint.quantised.packing import FP4, unpacked, words_of
+from tracing_jax.checkpoint.quantised.scale_names import are_powers, scale_values, scales_of
 from tracing_jax.checkpoint.safetensors_file import Index, bounds_of
 from tracing_jax.checkpoint.tensors import TensorStore
 
@@ -42,10 +46,36 @@ class Mxfp4:
         *lead, inner, rows = bounds_of(index, self.shape)
         groups, within = words_of(inner, 32)
         blocks = self.store.read(self.blocks, (*lead, rows, groups))
-        exponents = self.store.read(self.scales, (*lead, rows, groups)).astype(np.int32) - 127
-        values = np.ldexp(FP4[unpacked(blocks, 4, -1)], exponents[..., None])
+        scales = scale_values(self.store.read(self.scales, (*lead, rows, groups)))
+        values = FP4[unpacked(blocks, 4, -1)] * scales[..., None]
         flat = values.reshape(*values.shape[:-2], values.shape[-2] * 32)[..., within]
         return np.ascontiguousarray(flat.swapaxes(-1, -2)).astype(self.dtype)
+
+
+@dataclass(frozen=True)
+class Mxfp4Rows:
+    """A weight `[..., out, in]`, stored as bytes `[..., out, in / 2]` and scales `[..., out, in / 32]`."""
+
+    store: TensorStore
+    packed: str
+    scales: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *lead, half = self.store.shape(self.packed)
+        return (*lead, half * 2)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(ml_dtypes.bfloat16)
+
+    def read(self, index: Index = ()) -> np.ndarray:
+        *lead, columns = bounds_of(index, self.shape)
+        groups, within = words_of(columns, 32)
+        packed = self.store.read(self.packed, (*lead, slice(groups.start * 16, groups.stop * 16))).view(np.uint8)
+        scales = scale_values(self.store.read(self.scales, (*lead, groups)))
+        values = FP4[unpacked(packed, 4, -1)] * np.repeat(scales, 32, -1)
+        return np.ascontiguousarray(values[..., within]).astype(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -87,22 +117,42 @@ class Nvfp4:
 
 
 def find_mxfp4(store: TensorStore, settings: Mapping[str, Any]) -> Found:
-    """Returns the tensors that are stored as `NAME_blocks` and `NAME_scales`.
+    """Returns the tensors that are stored as `NAME_blocks` and `NAME_scales`, or as packed rows with exponents.
 
     Raises:
-      QuantisedError: the two do not fit.
+      QuantisedError: blocks and scales do not fit.
     """
     names, found = set(store.names()), Found("MXFP4")
     for blocks in [name for name in names if name.endswith("_blocks")]:
         name = blocks.removesuffix("_blocks")
-        scales = f"{name}_scales"
-        if scales not in names:
+        if (scales := f"{name}_scales") not in names:
             continue
         shape = store.shape(blocks)
         if len(shape) < 3 or shape[-1] != 16 or store.shape(scales) != shape[:-1]:
             raise QuantisedError(f"{blocks} {shape} and {scales} {store.shape(scales)} are no MXFP4 tensor")
+        if store.dtype(blocks) != np.uint8 or not are_powers(store.dtype(scales)):
+            raise QuantisedError(f"{blocks} or {scales} are not stored as bytes, as MXFP4 is")
         found.add(name, Mxfp4(store, blocks, scales), blocks, scales)
+    _add_rows(store, names, found)
     return found
+
+
+def _add_rows(store: TensorStore, names: set[str], found: Found) -> None:
+    for packed in [name for name in names if name.endswith((".weight", ".weight_packed"))]:
+        if store.dtype(packed) not in (np.uint8, np.int8):
+            continue
+        name = packed.removesuffix("_packed")
+        scales = scales_of(name, names)
+        if scales is None or f"{name}_global_scale" in names or not are_powers(store.dtype(scales)):
+            continue
+        if store.shape(scales) == _scales_shape(store, packed, 32):
+            found.add(name, Mxfp4Rows(store, packed, scales), packed, scales)
+
+
+def _scales_shape(store: TensorStore, packed: str, block: int) -> tuple[int, ...] | None:
+    """Returns the shape of the scales of blocks of values of which a byte holds two; None if they are no rows."""
+    shape = store.shape(packed)
+    return (*shape[:-1], shape[-1] * 2 // block) if len(shape) > 1 and shape[-1] * 2 % block == 0 else None
 
 
 def find_nvfp4(store: TensorStore, settings: Mapping[str, Any]) -> Found:
@@ -120,9 +170,13 @@ def find_nvfp4(store: TensorStore, settings: Mapping[str, Any]) -> Found:
         ):
             if not {packed, overall} <= names or store.dtype(packed) != np.uint8:
                 continue
-            *lead, half = store.shape(packed)
-            if store.shape(scales) != (*lead, half // 8) or half % 8:
-                raise QuantisedError(f"{scales} {store.shape(scales)} are no scales of {packed} {(*lead, half)}")
+            if store.shape(scales) != _scales_shape(store, packed, 16):
+                raise QuantisedError(
+                    f"{scales} {store.shape(scales)} are no scales of {packed} {store.shape(packed)} in NVFP4"
+                )
+            for part in (scales, overall):
+                if store.dtype(part).kind in "iub" or not math.prod(store.shape(part)):
+                    raise QuantisedError(f"{part} is {store.dtype(part)} {store.shape(part)}, no scales of NVFP4")
             tensor = Nvfp4(store, packed, scales, overall, is_reciprocal)
             found.add(name, tensor, *{packed, scales, overall} - {name})
     return found

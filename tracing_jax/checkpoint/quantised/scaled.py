@@ -1,8 +1,9 @@
 """Weights of 8 bits with a scale for the tensor, for each row, or for each block: FP8 and int8.
 
 Source: DeepSeek-V3 Technical Report (arXiv 2412.19437), section 3.3.2, whose `weight_scale_inv` is what a weight is
-multiplied by; compressed-tensors (`weight_scale`); bitsandbytes' LLM.int8 (arXiv 2208.07339), whose `SCB` is the
-largest magnitude of each row, 127 steps.
+multiplied by; OCP Microscaling Formats 1.0 (MXFP8: 32 values share a power of two); compressed-tensors
+(`weight_scale`); bitsandbytes' LLM.int8 (arXiv 2208.07339), whose `SCB` is the largest magnitude of each row, 127
+steps.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,10 +16,10 @@ import numpy as np
 from tracing_jax.checkpoint.derived_tensors import Cast
 from tracing_jax.checkpoint.quantised.found import Found, QuantisedError
 from tracing_jax.checkpoint.quantised.packing import block_sizes, scale_bounds, spread
+from tracing_jax.checkpoint.quantised.scale_names import are_powers, check_scales, scale_values, scales_of
 from tracing_jax.checkpoint.safetensors_file import Index, bounds_of
 from tracing_jax.checkpoint.tensors import TensorStore
 
-_SCALES = ("_scale_inv", "_scale")
 _FLOAT32 = np.dtype(np.float32)
 _FLOAT8 = {
     np.dtype(kind)
@@ -69,7 +70,7 @@ class Scaled:
             own = self.store.read(self.scales).reshape((1,) * missing + shape)
         else:
             own = self.store.read(self.scales, scale_bounds(bounds, self.sizes))
-        return own.astype(np.float32) * np.float32(self.factor)
+        return scale_values(own) * np.float32(self.factor)
 
 
 def is_float8(dtype: np.dtype) -> bool:
@@ -81,15 +82,15 @@ def find_float8(store: TensorStore, settings: Mapping[str, Any]) -> Found:
     """Returns the tensors of 8-bit floats with their scales; one without scales is what its values say.
 
     Raises:
-      QuantisedError: scales that do not fit their tensor.
+      QuantisedError: scales that do not fit their tensor, or are of a dtype that scales do not have.
     """
     names = set(store.names())
     found = Found("FP8")
     for name in [name for name in store.names() if is_float8(store.dtype(name))]:
-        scales = next((name + ending for ending in _SCALES if name + ending in names), None)
-        if scales is None:
+        if (scales := scales_of(name, names)) is None:
             found.derived[name] = Cast(store, name, _FLOAT32)
             continue
+        check_scales(store, scales)
         block = settings.get("weight_block_size") or ()
         found.add(name, Scaled(store, name, scales, _sizes(store, name, scales, block)), scales)
     return found
@@ -106,7 +107,8 @@ def find_int8(store: TensorStore, settings: Mapping[str, Any]) -> Found:
     for name in [name for name in store.names() if store.dtype(name) == np.int8 and name.endswith(".weight")]:
         stem = name.removesuffix("weight")
         for scales, factor in ((f"{stem}SCB", 1 / 127), (f"{name}_scale", 1.0)):
-            if scales in names:
+            if scales in names and not are_powers(store.dtype(scales)):
+                check_scales(store, scales)
                 tensor = Scaled(store, name, scales, _sizes(store, name, scales, ()), factor)
                 found.add(name, tensor, scales, *({f"{name}_format", f"{stem}weight_format"} & names))
     return found
