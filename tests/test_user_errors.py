@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +100,50 @@ def test_control_c_ends_the_programs_of_the_repository_too():
     assert done.returncode == 130
     assert done.stderr.startswith("interrupted")
     assert "Traceback" not in done.stderr
+
+
+_PROCESS = """
+import os, signal, sys, time
+from tracing_jax.cli import process
+process._PATIENCE = 0.1
+process.prepare_process()
+def interrupt(): os.kill(os.getpid(), signal.SIGINT)
+class Freed:
+    def __del__(self): interrupt()
+"""
+_MOMENTS = {
+    "in an import": "import interrupting",
+    "as something is freed": "found = Freed()\ndel found\ntime.sleep(30)",
+    "where it is swallowed": "try: interrupt()\nexcept BaseException: pass\ntime.sleep(30)",
+    "while it works": "try:\n    interrupt()\nexcept KeyboardInterrupt: process.end_interrupted()",
+}
+
+
+@pytest.mark.parametrize("moment", _MOMENTS)
+def test_control_c_ends_a_program_with_one_line_at_every_moment(moment, tmp_path):
+    (tmp_path / "interrupting.py").write_text("from __main__ import interrupt\ninterrupt()\n")
+    code = f"sys.path.append({str(tmp_path)!r})\n{_MOMENTS[moment]}"
+    done = subprocess.run([sys.executable, "-c", _PROCESS + code], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stderr.count("\n"), done.stderr[:11]) == (130, 1, "interrupted")
+
+
+def test_control_c_shows_no_traceback_while_a_program_starts():
+    code = "import os, signal, tracing_jax.__main__; os.kill(os.getpid(), signal.SIGINT)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
+def test_a_reader_that_goes_away_changes_nothing_but_what_is_read():
+    """As with `| head`: whatever the program still does is done, and its exit status is its own."""
+    code = "print('x' * 10**6)\nprint('more', flush=True)\nprint('log', file=sys.stderr)\nsys.exit(3)"
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as pipe:
+        for stderr in (subprocess.PIPE, pipe):
+            done = subprocess.run(
+                [sys.executable, "-c", _PROCESS + code], cwd=ROOT, stdout=pipe, stderr=stderr, text=True, check=False
+            )
+            assert (done.returncode, done.stderr or "log\n") == (3, "log\n")
 
 
 @pytest.mark.slow

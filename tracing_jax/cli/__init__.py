@@ -11,6 +11,7 @@ from importlib import metadata
 
 from tracing_jax.cli.arguments import Parser
 from tracing_jax.cli.errors import configure_logging
+from tracing_jax.cli.process import end_interrupted, prepare_process
 from tracing_jax.cli.startup import import_transformers_without_torch
 
 VERBS = {
@@ -34,13 +35,13 @@ _VERBOSITY = "What is logged: -1 warnings, 0 progress too, 1 also where an error
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line of this process, or the one given."""
     is_program = argv is None
+    if is_program:
+        prepare_process()
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] and argv[0] in VERBS:
         try:
             _run_verb(argv[0], argv[1:], is_program)
         except KeyboardInterrupt:
-            from tracing_jax.cli.errors import end_interrupted
-
             end_interrupted()
         return
     parser = Parser("tracing-jax", description="Were two language models trained independently, or does one descend "

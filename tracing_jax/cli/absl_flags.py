@@ -9,7 +9,7 @@ from typing import Any
 from absl import app, flags
 
 from tracing_jax.cli.arguments import RENAMED
-from tracing_jax.cli.errors import end_interrupted
+from tracing_jax.cli.process import end_interrupted, prepare_process
 from tracing_jax.dataclass_options import Option, options_of, parse, suggestion
 from tracing_jax.options import STATISTICS, unknown_option
 
@@ -49,6 +49,7 @@ def run_program(main: Callable[[Sequence[str]], None], argv: Sequence[str], prin
       argv: the command line, program first.
       print_help: prints what `--help` shows.
     """
+    prepare_process()
     if any(argument.startswith("-") and argument.lstrip("-").split("=")[0] in _HELP for argument in argv[1:]):
         print_help()
         return

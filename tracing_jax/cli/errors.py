@@ -5,9 +5,10 @@ import logging as stdlib_logging
 import os
 import sys
 from collections.abc import Iterator
-from typing import NoReturn
 
 from absl import flags, logging
+
+from tracing_jax.cli.process import end_interrupted
 
 
 def configure_logging(verbosity: int | None = None) -> None:
@@ -55,9 +56,3 @@ def exit_on_usage_error() -> Iterator[None]:
         print(f"{ending}\n(--help lists every option)", file=sys.stderr)
         ending.code = 2  # the interpreter would print a text, and end with status 1
         raise ending from None
-
-
-def end_interrupted() -> NoReturn:
-    """Ends the program after Ctrl-C: one line, and the status that shells give to a program stopped by it."""
-    print("interrupted; a run that is saved continues where it was when it is started again", file=sys.stderr)
-    sys.exit(130)
