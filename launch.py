@@ -9,6 +9,7 @@ Started again it goes on: a pair with a record of this config and these model fi
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import app
 from ml_collections import config_flags
@@ -19,9 +20,16 @@ from tracing_jax.cli.errors import exit_on_usage_error
 from tracing_jax.cli.zoo import ZooOptions, launch
 from tracing_jax.dataclass_options import from_values
 
+_DEFAULT = Path(__file__).parent / "configs" / "zoo.py"
 _CONFIG_HELP = "A file of configs/; its options hold for every pair, and --config.NAME sets one."
 _CONFIG = config_flags.DEFINE_config_file("config", help_string=_CONFIG_HELP)
 define_flags(ZooOptions)
+
+
+def with_default_config(argv: Sequence[str]) -> list[str]:
+    """Returns argv with `--config=configs/zoo.py` put in front if no config is named."""
+    named = any(argument.lstrip("-").split("=")[0] == "config" for argument in argv[1:])
+    return list(argv) if named else [argv[0], f"--config={_DEFAULT}", *argv[1:]]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -36,10 +44,10 @@ def main(argv: Sequence[str]) -> None:
 def _print_help() -> None:
     usage, meaning = "launch.py [--NAME=VALUE ...]", __doc__.split("\n")[0]
     parser = Parser("launch.py", usage=usage, description=meaning, add_help=False)
-    parser.add_argument("--config", metavar="FILE[:demo]", help=_CONFIG_HELP)
+    parser.add_argument("--config", metavar="FILE[:demo]", help=f"{_CONFIG_HELP} [configs/zoo.py]")
     add_options(parser, ZooOptions, negation="--no")
     parser.print_help()
 
 
 if __name__ == "__main__":
-    run_program(main, sys.argv, _print_help)
+    run_program(main, with_default_config(sys.argv), _print_help)

@@ -64,11 +64,11 @@ The options of a run, as `tracing_jax/options.py` declares them. `tracing-jax co
 |---|---|
 | `tracing-jax compare`, `align` | `--level 1e-4`, `--match.max_tokens 8192`; a switch as `--align` or `--no-align` |
 | `main.py` | the same flags, `--noalign`; or `--config.level=1e-4` with `--config=configs/NAME.py` |
-| `launch.py` | `--config.level=1e-4` with `--config=configs/NAME.py` |
+| `launch.py` | `--config.level=1e-4`, also with `--config=configs/NAME.py` |
 | a config file | `RunOptions(level=1e-4, match=Match(max_tokens=8192))` |
 | Python | `tj.trace(base, ft, level=1e-4, match={"max_tokens": 8192})` |
 
-A list of names is written with commas between them.
+A list of names is written with commas between them, or in parts: `--stat csu --stat match`.
 """
 
 

@@ -85,7 +85,7 @@ def test_the_help_of_compare_shows_its_own_defaults():
     (["disguise", "A", "--save", "x"], "required: --disguise"),
     (["compare", "A", "B", "--match.max_tokens=-4"], "match.max_tokens=-4: at least 1"),
     (["compare", "A", "B", "--stat", "csuu"], "did you mean csu?"),
-    (["zoo", "--save", "x"], "--models and a config are needed"),
+    (["zoo", "--save", "x"], "--models is needed"),
     (["library", "add", "x"], "add takes signature files"),
     (["merge", "A", "--parents", "B", "--seed=-1"], "seed=-1: at least 0"),
     (["inspect", "A", "--cache_dir=x"], "--cache_dir: that option is --download_dir now"),
@@ -182,7 +182,7 @@ def test_print_shows_a_plan_and_leaves_a_finished_folder_as_it_is(family, tmp_pa
     folder.mkdir()
     make_plan(read_models(listed, None), RunOptions(stat=("csu",))).write(folder)
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    flags = [f"--save={folder}", f"--models={listed}", "--executor=print", "--config=configs/cos.py"]
+    flags = [f"--save={folder}", f"--models={listed}", "--executor=print"]
     done = subprocess.run(
         [sys.executable, "launch.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
     )

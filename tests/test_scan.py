@@ -100,6 +100,22 @@ def test_relatives_are_ordered_by_one_test_and_told_apart_by_tests_that_show_bot
     assert _closest([far, cousin])[0] == ("far", "cousin")  # no test shows both
 
 
+def test_the_signed_files_themselves_are_said_to_be_these(models, library):
+    """By hash and units both: neither a copy in other files nor a header with the right hash passes for them."""
+    suspect, digest = suspect_of(models["child 1"]), library["child 1"].digest
+    found = scan(suspect, library, LEVEL, lambda: digest)
+    assert found.same_files == ("child 1",)
+    assert found.sentence().startswith("Same files: child 1.")
+    assert "2 of the other 5 signatures are related too" in found.sentence()
+    assert not scan(suspect, library, LEVEL, lambda: "0" * 64).same_files
+    assert not scan(suspect_of(models["child 2"]), library, LEVEL, lambda: digest).same_files
+
+    def read_whole():
+        pytest.fail("the files of a model that is no copy are not read for their hash")
+
+    scan(suspect_of(finetuned(models["base"])), library, LEVEL, read_whole)
+
+
 def test_a_stranger_has_no_relative(library):
     found = scan(suspect_of(tiny.model(GATED, 99)), library, LEVEL)
     assert not found.related
@@ -328,6 +344,8 @@ def test_the_verbs_on_the_family(tmp_path, family, capsys):
     assert "base: base, llama" in capsys.readouterr().out
     cli.main(["scan", str(family.member("disguised")), "--library", str(tmp_path / "library")])
     assert capsys.readouterr().out.startswith("Closest: base.")
+    cli.main(["scan", str(family.member("base")), "--library", str(tmp_path / "library")])
+    assert capsys.readouterr().out.startswith("Same files: base.")
     cli.main(["scan", str(family.member("disguised")), "--library", str(tmp_path / "library"), "--json"])
     found = json.loads(capsys.readouterr().out)
     assert [candidate["verdict"] for candidate in found["candidates"]] == ["related", "no_evidence"]

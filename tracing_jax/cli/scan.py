@@ -1,6 +1,7 @@
 """`tracing-jax scan`: whose child is this model? Its relatives in a library of signatures."""
 
 import argparse
+import functools
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -49,13 +50,14 @@ def run(parsed: argparse.Namespace) -> None:
     with exit_on_user_error():
         keep_compiled_programs()
         from tracing_jax.experiment.models import open_model
-        from tracing_jax.experiment.signing import suspect_of
+        from tracing_jax.experiment.signing import digest_of, suspect_of
         from tracing_jax.library import library_folder, read_library, scan
 
         signatures = read_library(library_folder(options.library, options.download_dir))
         model = open_model(parsed.suspect, options.download_dir, layout=options.layout, in_ranges=options.screen)
         suspect = suspect_of(model, signatures.values(), screen=options.screen)
-        found = scan(suspect, signatures, options.level)
+        whole = None if options.screen else functools.partial(digest_of, model)  # a screen has a part of the files
+        found = scan(suspect, signatures, options.level, whole)
         if options.json:
             about = {"suspect": parsed.suspect, "library": options.library, "level": options.level}
             print(json.dumps(about | as_dict(found, suspect.names), indent=1))
@@ -68,6 +70,7 @@ def as_dict(found: "Scan", names: Any) -> dict[str, Any]:
     return {
         "sentence": found.sentence(),
         "read": found.part or "all layers",
+        "same_files": list(found.same_files),
         "closest": list(found.closest),
         "margin_standard_errors": found.margin,
         "compared_in_full": found.compared,
@@ -110,7 +113,7 @@ def _lines(found: "Scan", names: Any, shown: int) -> list[str]:
     lines = [found.sentence(), ""]
     for candidate in found.candidates[:shown]:
         p = candidate.adjusted_log10_p
-        word = candidate.verdict.replace("_", " ")
+        word = "same files, " * (candidate.name in found.same_files) + candidate.verdict.replace("_", " ")
         lines.append(f"{candidate.name} ({candidate.model}): {word}{'' if p is None else f', {calibrated_p_text(p)}'}")
         match = candidate.match
         for name, evidence in match.tests.items() if match else ():

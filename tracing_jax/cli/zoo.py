@@ -107,7 +107,7 @@ def launch(zoo: ZooOptions, config: Any) -> None:
     configure_logging()
     with exit_on_usage_error():
         if not (zoo.status or zoo.retry) and (config is None or zoo.models is None):
-            raise ValueError("--models and a config are needed; --status and --retry take those in --save")
+            raise ValueError("--models is needed; --status and --retry take the list and the options in --save")
     with exit_on_user_error():
         from tracing_jax.zoo import ZooFolder
         from tracing_jax.zoo.launching import status

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from tracing_jax.checkpoint import Checkpoint
 from tracing_jax.experiment.models import open_model
-from tracing_jax.library import Signature, Suspect, make_signature, read_suspect, vocabulary_of
+from tracing_jax.library import Signature, Suspect, make_signature, model_digest, read_suspect, vocabulary_of
 from tracing_jax.record import file_hashes
 from tracing_jax.sources import PrefetchingSource
 
@@ -31,6 +31,15 @@ def signature_of(
         files=file_hashes(model.tensors.files()),
         revision=model.revision,
     )
+
+
+def digest_of(model: Checkpoint) -> str:
+    """Returns the hash that identifies the weight files of a model, as signatures have it; they are read whole.
+
+    Raises:
+      OSError: a file cannot be read.
+    """
+    return model_digest(file_hashes(model.tensors.files()))
 
 
 def suspect_of(model: Checkpoint, signatures: Iterable[Signature], *, screen: bool = False) -> Suspect:

@@ -5,6 +5,7 @@ that was read once (`read_suspect`) by `compare`.
 """
 
 from tracing_jax.library.comparison import SignatureMatch, SignatureTest, compare
+from tracing_jax.library.drawing import model_digest
 from tracing_jax.library.folder import Checked, add_to_library, indexed, library_folder, read_library
 from tracing_jax.library.readings import Vocabulary, vocabulary_of
 from tracing_jax.library.scan import Candidate, Scan, scan
@@ -29,6 +30,7 @@ __all__ = [
     "is_same",
     "library_folder",
     "make_signature",
+    "model_digest",
     "read_library",
     "read_signature",
     "read_suspect",

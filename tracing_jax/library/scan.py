@@ -39,6 +39,9 @@ _FIRST_UNITS, _FIRST_TOKENS, _FIRST_AGREEING = 16, 128, 2
 """Of each layer, so many units are matched at so many tokens; so many of them must agree in some layer."""
 _MOST_ROWS = 4096  # rows of signatures whose correlations with a layer are in memory at once
 
+_COPIED = 0.01
+"""Distance below which a model may be the very files of a signature, so that their hashes are worth comparing."""
+
 STANDARD_ERRORS = 3.0
 """The closest of several relatives is named alone if the next one is so many standard errors farther away."""
 
@@ -89,6 +92,7 @@ class Scan:
       margin: standard errors between the first candidate and the first beyond these; None if there is none.
       compared: how many signatures were compared in full.
       part: the layers of the suspect that were read; None if all were.
+      same_files: names of the relatives whose signatures name the hashes of the suspect's own weight files.
     """
 
     candidates: tuple[Candidate, ...]
@@ -96,6 +100,7 @@ class Scan:
     margin: float | None
     compared: int
     part: str | None = None
+    same_files: tuple[str, ...] = ()
 
     @property
     def related(self) -> tuple[Candidate, ...]:
@@ -118,31 +123,37 @@ class Scan:
             doubt = f"; undecided: {', '.join(undecided)}" if undecided else ""
             return f"No relative among the {testable} signatures that can be compared{doubt}."
         first = related[0]
-        others = len(related) - 1
+        others = len(related) - max(1, len(self.same_files))
         if len(self.closest) > 1:
             text = f"One of these family members: {', '.join(self.closest)}; they cannot be distinguished"
         else:
             text = f"Closest: {first.name}"
             if self.margin is not None:
                 text += f", by {self.margin:.0f} standard errors"
-        more = (
-            f" {others} of the other {total - 1} signatures {'is' if others == 1 else 'are'} related too."
-            if others
-            else ""
-        )
+        rest = total - max(1, len(self.same_files))
+        more = f" {others} of the other {rest} signatures {'is' if others == 1 else 'are'} related too." * bool(others)
+        if self.same_files:
+            return (
+                f"Same files: {', '.join(self.same_files)}. The suspect's weight files have the SHA-256 that the "
+                f"signature names, and its units.{more}"
+            )
         return (
             f"{text}.{more} Whether the suspect descends from it, or both from a third model, cannot be decided from "
             "the weights."
         )
 
 
-def scan(suspect: Suspect, signatures: Mapping[str, Signature], level: float) -> Scan:
+def scan(
+    suspect: Suspect, signatures: Mapping[str, Signature], level: float, digest: Callable[[], str] | None = None
+) -> Scan:
     """Returns the relatives of a suspect among named signatures.
 
     Args:
       suspect: the model, read once.
       signatures: name -> signature.
       level: after Holm over all signatures, below which one is called related.
+      digest: returns the hash that identifies the suspect's weight files (`drawing.model_digest`); it is asked where a
+        relative may be these files, since they are read whole for it.
 
     Raises:
       ValueError: there are no signatures.
@@ -166,7 +177,10 @@ def scan(suspect: Suspect, signatures: Mapping[str, Signature], level: float) ->
     test = _ranking_test(candidates)
     candidates.sort(key=lambda candidate: _order(candidate, test))
     closest, margin = _closest([found for found in candidates if found.verdict == "related"])
-    return Scan(tuple(candidates), closest, margin, len(names), suspect.part)
+    copied = [c.name for c in candidates if c.distances and all(d.mean < _COPIED for d in c.distances.values())]
+    own = digest() if copied and digest is not None else None
+    same = tuple(name for name in copied if signatures[name].digest == own)
+    return Scan(tuple(candidates), closest, margin, len(names), suspect.part, same)
 
 
 def _adjusted(log10_ps: Sequence[float], testable: Sequence[bool]) -> Float[np.ndarray, " N"]:
