@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import jsonschema
 import pytest
 import yaml
 from cyclonedx.schema import SchemaVersion
@@ -45,6 +46,59 @@ def test_formats_of_the_program_are_those_of_the_report():
 def test_a_bill_of_materials_fits_the_schema_of_cyclonedx(records):
     problem = JsonStrictValidator(SchemaVersion.V1_6).validate_str(exported("cyclonedx", records))
     assert problem is None, problem
+
+
+def test_a_bill_of_materials_refers_to_the_record_as_evidence():
+    saved = record()
+    saved["args"]["save"] = "my runs/x.p"
+    (component,) = of("cyclonedx", saved)["components"]
+    (reference,) = component["externalReferences"]
+    assert (reference["type"], reference["url"]) == ("evidence", "my%20runs/x.json")
+    assert "externalReferences" not in of("cyclonedx", record())["components"][0]
+
+
+# What SARIF 2.1.0 (OASIS, 3.13 to 3.49) and in-toto's Statement version 1 require of the objects that are written, and
+# no more. The official schema of SARIF is not part of this repository; logs of every kind below were validated with it.
+_TEXT = {"type": "string", "minLength": 1}
+_URI = {"type": "string", "format": "uri-reference"}
+
+
+def _object(**fields):
+    return {"type": "object", "required": list(fields), "properties": fields, "additionalProperties": False}
+
+
+def _list(items, least=1):
+    return {"type": "array", "items": items, "minItems": least, "uniqueItems": True}
+
+
+_MESSAGE = _object(text=_TEXT)
+_SARIF_RESULT = _object(
+    ruleId=_TEXT, ruleIndex={"type": "integer", "minimum": 0}, message=_MESSAGE, fingerprints={"type": "object"},
+    kind={"enum": ["pass", "open", "informational", "notApplicable", "review", "fail"]},
+    level={"enum": ["none", "note", "warning", "error"]},
+    locations=_list(_object(physicalLocation=_object(artifactLocation=_object(uri=_URI)))),
+)  # fmt: skip
+_RULE = _object(id=_TEXT, shortDescription=_MESSAGE)
+_DRIVER = _object(name=_TEXT, informationUri=_URI, semanticVersion=_TEXT, rules=_list(_RULE))
+_REQUIRED = {
+    "sarif": _object(**{
+        "$schema": _URI, "version": {"const": "2.1.0"},
+        "runs": _list(_object(tool=_object(driver=_DRIVER), results=_list(_SARIF_RESULT))),
+    }),
+    "in-toto": _object(
+        _type={"const": "https://in-toto.io/Statement/v1"}, predicateType=_URI, predicate={"type": "object"},
+        subject=_list(_object(name=_TEXT, digest=_object(sha256={"type": "string", "pattern": "^[0-9a-f]{64}$"}))),
+    ),
+}  # fmt: skip
+
+
+def test_sarif_and_in_toto_have_the_fields_that_their_specifications_require():
+    cases = [[record()], [record("no_evidence", "from-scratch")], [record("undecided", "same-as", "not_testable")],
+             [record(), record(claim="merge-of", outcome="contradicted"), record(files=False)]]  # fmt: skip
+    for records in cases:
+        jsonschema.validate(of("sarif", *records), _REQUIRED["sarif"])
+        if len(records) == 1:
+            jsonschema.validate(of("in-toto", *records), _REQUIRED["in-toto"])
 
 
 def test_a_base_is_an_ancestor_only_where_a_claim_of_descent_holds():

@@ -12,7 +12,7 @@ from pathlib import PurePath
 from typing import Any
 from urllib.parse import quote
 
-from tracing_jax.record import record_digest
+from tracing_jax.record import RunFiles, record_digest
 from tracing_jax.report.formatting import claim_text, requested_model, verdict_word
 
 Record = Mapping[str, Any]
@@ -73,9 +73,15 @@ def _compared(record: Record, number: int) -> dict[str, Any]:
         "level": verdict["level"], "effect": verdict["effect"], "record.sha256": _digest(record),
         "claim": claim and claim["claim"], "claim.outcome": claim and claim["outcome"],
     }  # fmt: skip
+    saved = record["args"].get("save")
+    evidence = {
+        "type": "evidence",
+        "comment": "Record of the comparison, for `tracing-jax verify`; tracing_jax:record.sha256 is its digest.",
+    }
     return {
         **_model(record, "ft", f"{number}/ft"),
         "pedigree": pedigree,
+        **({"externalReferences": [evidence | {"url": _uri(RunFiles.from_save(saved).json)}]} if saved else {}),
         "properties": [{"name": f"tracing_jax:{k}", "value": str(v)} for k, v in facts.items() if v is not None],
     }
 
@@ -138,15 +144,18 @@ def _sarif_result(record: Record, fails: bool, rules: Sequence[str]) -> dict[str
         "level": level,
         "message": {"text": f"{pair}: {text}"},
         "locations": [
-            {"physicalLocation": {"artifactLocation": {"uri": _uri(record, name)}}} for name in list(files)[:1]
+            {"physicalLocation": {"artifactLocation": {"uri": _place(record, name)}}} for name in list(files)[:1]
         ],
         "fingerprints": {"record/v1": _digest(record)},
     }
 
 
-def _uri(record: Record, file: str) -> str:
-    """Returns where a file is, as a URI (RFC 3986): relative to the working folder, where the model was named so."""
-    path = PurePath(str(record["args"].get("ft_model_id") or "").removeprefix("./"), file)
+def _place(record: Record, file: str) -> str:
+    return _uri(PurePath(str(record["args"].get("ft_model_id") or "").removeprefix("./"), file))
+
+
+def _uri(path: PurePath) -> str:
+    """Returns a path as a URI (RFC 3986), relative to the working folder where the path is."""
     return path.as_uri() if path.is_absolute() else quote(path.as_posix(), safe="/")
 
 
