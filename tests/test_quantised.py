@@ -365,14 +365,43 @@ def test_four_bit_equals_bitsandbytes(kind, nested, tmp_path):
             r"the method is aqlm; read are FP8",
         ),
         ({f"{STEM}W_q": (8, 8)}, {"quant_method": "hqq"}, "the method is hqq"),
-        ({W: (8, 8)}, {"quant_method": "eetq"}, "1 weights are quantised in a way that is not read.* eetq"),
-        ({W: (8, 8)}, {}, r"1 weights are integers \(int32\), .* unknown, for config.json does not say"),
+        ({W: (8, 8)}, {"quant_method": "eetq"}, r"1 tensor is of weights .* \(int32\); the method is eetq;"),
+        ({W: (8, 8)}, {}, r"1 tensor is of weights .* unknown, for config.json does not say, or the file is damaged"),
+        ({f"{STEM}q_weight": (8, 8), f"{STEM}q_perm": (8,)}, {}, "method is EXL2, by their names"),
+        ({f"{STEM}q_weight": (8, 8), f"{STEM}q_perm": (8,)}, {"quant_method": "exl2"}, "method is exl2;"),
+        ({f"{STEM}B": (8, 8)}, {"quant_method": "gptq", "checkpoint_format": "marlin"}, r"method is gptq \(marlin\)"),
+        ({f"{W}.bitmask": (8, 8)}, {"quant_method": "compressed-tensors", "format": "sparse-24-bitmask"}, "sparse-24"),
+        ({f"{STEM}indices": (1, 8, 8)}, {"quant_method": "vptq"}, "method is vptq"),
+        ({f"{STEM}weight_qdata": (8, 8)}, {}, "torchao"),
+        ({f"{W}._data": (8, 8), f"{W}._shift": (8, 8)}, {}, "method is quanto, by their names"),
+        ({f"{STEM}matrix": (8, 8)}, {}, r"such as .*matrix \(int32\)"),
     ],
 )
 def test_other_formats_are_refused_by_their_names(tensors, settings, message, tmp_path):
     stored = {name: np.zeros(shape, np.int32) for name, shape in tensors.items()}
     with pytest.raises(CheckpointError, match=message):
         opened(tmp_path, stored, **settings)
+
+
+def test_integers_that_are_no_weights_are_no_hindrance(tmp_path):
+    tables = {
+        "transformer.h.0.attn.bias": np.zeros((1, 1, 8, 8), np.uint8), "model.position_ids": np.zeros((4, 8), np.int32),
+        "model.layers.0.mlp.gate.tid2eid": np.zeros((64, 6), np.int32), "model.order": np.zeros((4, 4), np.int64),
+        "model.num_batches_tracked": np.zeros((), np.int32),
+    }  # fmt: skip
+    stored = SafetensorsFile(save(tmp_path / "model.safetensors", tables))
+    assert dequantised(stored, {}) == (stored, [])
+
+
+def test_settings_of_a_text_config_and_of_mlx_count(tmp_path):
+    stored = SafetensorsFile(save(tmp_path / "model.safetensors", {W: np.zeros((8, 8), np.uint32)}))
+    for settings, message in (
+        ({"text_config": {"quantization_config": {"quant_method": "eetq"}}}, "the method is eetq"),
+        ({"thinker_config": {"text_config": {"quantization_config": {"quant_method": "eetq"}}}}, "the method is eetq"),
+        ({"quantization": {"group_size": 64, "bits": 4, "mode": "mxfp4"}}, r"the method is MLX \(mxfp4\)"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            dequantised(stored, settings)
 
 
 @pytest.mark.parametrize(
@@ -443,3 +472,18 @@ def test_a_quantised_model_is_opened_as_any_other(tmp_path):
     expected = tensors[name].astype(np.float32) * 2
     np.testing.assert_array_equal(found.layer(1)["mlp"]["up_proj"]["kernel"], expected.T)
     assert any("dequantised as they are read: FP8" in note for note in found.notes)
+
+
+def test_a_method_is_named_first_where_tensors_do_not_fit(tmp_path):
+    """As those of a format whose parts are all floats would not."""
+    case = CASES["qwen3-gqa-untied-default"]
+    shapes = tensor_shapes(leaf_layouts(case.arch()).values())
+    tensors = {
+        name.replace("up_proj.weight", "up_proj.factor"): np.ones(shape, np.float32) for name, shape in shapes.items()
+    }
+    (tmp_path / "config.json").write_text(json.dumps(case.config | {"quantization_config": {"quant_method": "new"}}))
+    save(tmp_path / "model.safetensors", tensors)
+    with pytest.raises(CheckpointError) as raised:
+        open_checkpoint(str(tmp_path))
+    assert "quantization_config (new), but no weight is quantised" in raised.value.problems[0]
+    assert "missing tensor model.layers" in raised.value.problems[1]

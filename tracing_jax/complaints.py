@@ -26,6 +26,11 @@ def listed(items: Iterable[object], most: int = _MAX_LISTED) -> str:
     return ", ".join(shortened(item) for item in found[:most]) + more
 
 
+def counted(number: int, one: str, many: str) -> str:
+    """Returns a number with its noun, and a verb if they have one: `1 tensor is`, `3 tensors are`."""
+    return f"{number} {one if number == 1 else many}"
+
+
 def listed_and(items: Iterable[object]) -> str:
     """Returns a few items for a sentence: `2, 3 and 4`."""
     *first, last = map(str, items)

@@ -21,6 +21,9 @@ _CONSTANT = re.compile(
     r".*rotary_(pos_)?emb\.(inv_freq|cos_cached|sin_cached)|.*\.(attn|attention)\.(masked_)?bias"
     r"|(transformer\.)?h\.\d+\.attn\.(masked_)?bias"
 )
+_TABLES = re.compile(r"(.+\.)?((\w+_)?mask|(\w+_)?position_ids|relative_position_index|tid2eid)")
+"""Tensors of integers that are no weights: masks, positions, the experts of each token in DeepSeek-V4."""
+
 _OF_ACTIVATIONS = re.compile(
     r".*\.(([kvq]|kv|prob)_(scale|zero_point)|qscale_act"
     r"|(input|output|(input_|output_)?activation)_(global_)?(scale|zero_point|scale_ub))"
@@ -47,6 +50,11 @@ def is_constant(name: str) -> bool:
 def is_of_activations(name: str) -> bool:
     """Returns whether a tensor quantises activations, or cached keys and values, and no weight."""
     return _OF_ACTIVATIONS.fullmatch(name) is not None
+
+
+def is_table(name: str) -> bool:
+    """Returns whether a tensor may hold integers by its name: positions, masks or indices, which are no weights."""
+    return is_constant(name) or _TABLES.fullmatch(name) is not None
 
 
 def may_be_absent(name: str) -> bool:

@@ -16,7 +16,7 @@ from tracing_jax.checkpoint.foreign_files import original_format
 from tracing_jax.checkpoint.gguf import GgufModel
 from tracing_jax.checkpoint.hub import CheckpointFolder, on_hub, resolve
 from tracing_jax.checkpoint.name_patterns import plain_names
-from tracing_jax.checkpoint.quantised import dequantised
+from tracing_jax.checkpoint.quantised import IGNORED, dequantised
 from tracing_jax.checkpoint.tensors import TensorStore, names_in_index, open_tensors
 from tracing_jax.checkpoint.weights_only import Description, build, describe, with_layout
 from tracing_jax.complaints import listed, shortened
@@ -123,7 +123,9 @@ def _open_supported(
         kind = next((kind for file in files.tensors.files() if (kind := original_format(file))), None)
         if kind and not error.is_whole:
             raise CheckpointError(f"{found.id}: {kind}") from error
-        raise MisfitError(*([kind] if kind else error.problems), is_whole=error.is_whole) from error
+        # A format whose tensors are not recognised is why they do not fit.
+        ignored = [note for note in files.notes if note.startswith(IGNORED)]
+        raise MisfitError(*([kind] if kind else [*ignored, *error.problems]), is_whole=error.is_whole) from error
     except CheckpointError as error:
         raise CheckpointError(*(f"{found.id}: {problem}" for problem in error.problems)) from error
     notes = (*files.notes, *model.notes)

@@ -7,20 +7,19 @@ by its name: read as something else its numbers would be wrong without a sign of
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
 from tracing_jax.checkpoint.derived_tensors import Derived, DerivedTensors
 from tracing_jax.checkpoint.errors import CheckpointError
 from tracing_jax.checkpoint.quantised.bitsandbytes import find_four_bit
 from tracing_jax.checkpoint.quantised.found import Found
 from tracing_jax.checkpoint.quantised.fp4 import find_mxfp4, find_nvfp4
 from tracing_jax.checkpoint.quantised.int4 import AWQ_VERSIONS, GPTQ_BITS, PACKED_BITS, find_gptq_or_awq, find_packed
+from tracing_jax.checkpoint.quantised.left_over import method_of, refuse_left_over, settings_of
 from tracing_jax.checkpoint.quantised.scale_names import refuse_unknown_scales
 from tracing_jax.checkpoint.quantised.scaled import find_float8, find_int8, is_float8
 from tracing_jax.checkpoint.tensors import TensorStore
-from tracing_jax.complaints import listed, listed_and, shortened
+from tracing_jax.complaints import counted, listed_and, shortened
 
-__all__ = ["FORMATS", "dequantised"]
+__all__ = ["FORMATS", "IGNORED", "dequantised"]
 
 Finder = Callable[[TensorStore, Mapping[str, Any]], Found]
 
@@ -38,11 +37,8 @@ FORMATS = (
 )  # fmt: skip
 """What is dequantised, for people."""
 
-# How quantisers name what they store beside or instead of a weight.
-_LEFT_OVER = (
-    ".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".absmax", ".quant_map", ".SCB",
-    ".codes", ".codebooks", ".Qidxs", ".W_q", ".weight_scale_2", "_blocks", ".trellis", ".weight_zero_point",
-)  # fmt: skip
+IGNORED = "config.json has a quantization_config"
+"""How the note begins on one of which nothing was found in the files."""
 
 _QUANTISE_AS_THEY_RUN = ("bitnet",)
 """Methods under which plain weights are not those that the model computes with."""
@@ -58,7 +54,7 @@ def dequantised(store: TensorStore, config: Mapping[str, Any]) -> tuple[TensorSt
     Raises:
       CheckpointError: a format that is not read, by its name, or parts of one that do not fit.
     """
-    settings = _settings(config)
+    settings = settings_of(config)
     derived: dict[str, Derived] = {}
     used: set[str] = set()
     stored, notes = set(store.names()), []
@@ -66,11 +62,12 @@ def dequantised(store: TensorStore, config: Mapping[str, Any]) -> tuple[TensorSt
         found = find(store, settings)
         new = found.derived.keys() - derived.keys() - used  # the scales of one format are tensors of another
         if new:
-            notes.append(f"{len(new)} weights are dequantised as they are read: {found.format}")
+            how = counted(len(new), "weight is dequantised as it is", "weights are dequantised as they are")
+            notes.append(f"{how} read: {found.format}")
         derived |= {name: found.derived[name] for name in new}
         used |= found.used
     used -= derived.keys()
-    _refuse_left_over(store, settings, derived.keys() | used)
+    refuse_left_over(store, settings, derived.keys() | used, FORMATS)
     refuse_unknown_scales(store, {name for name in stored & derived.keys() if is_float8(store.dtype(name))}, used)
     method = settings.get("quant_method")
     if not derived and method in _QUANTISE_AS_THEY_RUN:
@@ -79,35 +76,5 @@ def dequantised(store: TensorStore, config: Mapping[str, Any]) -> tuple[TensorSt
             "which is not computed here; use a checkpoint without quantization_config if there is one"
         )
     if not derived:
-        ignored = f"config.json has a quantization_config ({shortened(method)}), but no weight is quantised"
-        return store, [ignored] if settings else []
+        return store, [f"{IGNORED} ({method_of(settings)}), but no weight is quantised"] if settings else []
     return DerivedTensors(store, derived, used), notes
-
-
-def _settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    for name in ("quantization_config", "compression_config"):
-        if isinstance(found := config.get(name), Mapping):
-            return found
-    return {}
-
-
-def _refuse_left_over(store: TensorStore, settings: Mapping[str, Any], known: set[str]) -> None:
-    packed = [name for name in store.names() if name not in known and name.endswith(_LEFT_OVER)]
-    integers = [
-        name
-        for name in store.names()
-        if name not in known and name.endswith(".weight") and np.issubdtype(store.dtype(name), np.integer)
-    ]
-    method = settings.get("quant_method") or settings.get("quant_type")
-    if integers and not packed and not method:
-        kinds = listed(sorted({str(store.dtype(name)) for name in integers}))
-        raise CheckpointError(
-            f"{len(integers)} weights are integers ({kinds}), such as {listed(integers, 3)}: damaged, or quantised by "
-            "a method that is unknown, for config.json does not say; use the original checkpoint"
-        )
-    if left := packed or integers:
-        method = method or "unknown, for config.json does not say"
-        raise CheckpointError(
-            f"{len(left)} weights are quantised in a way that is not read, such as {listed(left, 3)}; the method is "
-            f"{shortened(method)}; read are {', '.join(FORMATS)}; use the original checkpoint"
-        )
