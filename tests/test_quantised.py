@@ -143,6 +143,9 @@ def test_int8_of_bitsandbytes_and_of_compressed_tensors(tmp_path):
     expect(opened(tmp_path, parts, load_in_8bit=True), weight * (largest * factor)[:, None])
     scales = RNG.random((40, 1)).astype(np.float32)
     expect(opened(tmp_path, {W: weight, f"{W}_scale": scales}), weight * scales)
+    zeros = RNG.integers(-128, 128, size=(40, 1)).astype(np.int8)
+    expected = (weight.astype(np.int32) - zeros) * scales
+    expect(opened(tmp_path, {W: weight, f"{W}_scale": scales, f"{W}_zero_point": zeros}), expected.astype(np.float32))
 
 
 # 4-bit floats
@@ -300,6 +303,122 @@ def test_compressed_tensors_packed(bits, groups, symmetric, tmp_path):
     wide = (np.repeat(a, columns // groups, 1) for a in (scales.astype(np.float32), zeros))
     scale, zero = wide
     expect(opened(tmp_path, parts, quant_method="compressed-tensors"), scale * (q - zero).astype(np.float32))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_compressed_tensors_packed_with_sorted_inputs(symmetric, tmp_path):
+    q, groups = RNG.integers(-8, 8, size=(40, 64)), RNG.permutation(np.arange(64) // 16)
+    zeros, scales = RNG.integers(-8, 8, size=(40, 4)) * (not symmetric), RNG.random((40, 4)).astype(np.float32)
+    parts = {
+        f"{W}_packed": packed_int32(q + 8, 4, 1), f"{W}_scale": scales, f"{W}_g_idx": groups.astype(np.int32),
+        f"{W}_shape": np.array([40, 64], np.int64),
+    }  # fmt: skip
+    parts |= {} if symmetric else {f"{W}_zero_point": packed_int32(zeros + 8, 4, 0)}
+    expected = scales[:, groups] * (q - zeros[:, groups]).astype(np.float32)
+    expect(opened(tmp_path, parts, quant_method="compressed-tensors"), expected)
+    unset = parts | {f"{W}_g_idx": np.full(64, -1, np.int32)}
+    in_order = np.repeat(scales, 16, 1) * (q - np.repeat(zeros, 16, 1)).astype(np.float32)
+    expect(opened(tmp_path, unset, quant_method="compressed-tensors"), in_order)
+    broken = parts | {f"{W}_g_idx": np.arange(64, dtype=np.int32)}
+    with pytest.raises(CheckpointError, match="holds groups 0 to 63, expected 0 to 3"):
+        opened(tmp_path, broken, quant_method="compressed-tensors").read(W)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("biases", ["biases", "qbiases"])
+def test_mlx(bits, biases, tmp_path):
+    q = RNG.integers(0, 1 << bits, size=(40, 64))
+    scales, offsets = (RNG.normal(size=(40, 2)).astype(ml_dtypes.bfloat16) for _ in range(2))
+    # The whole row is one number, whose lowest bits are the first integer.
+    rows = [sum(int(value) << bits * i for i, value in enumerate(row)) for row in q]
+    words = [[row >> 32 * i & 0xFFFFFFFF for i in range(2 * bits)] for row in rows]
+    parts = {W: np.array(words, np.uint32), f"{STEM}scales": scales, f"{STEM}{biases}": offsets}
+    scale, offset = (np.repeat(a.astype(np.float32), 32, 1) for a in (scales, offsets))
+    expected = scale * q.astype(np.float32) + offset
+    expect(opened(tmp_path, parts, group_size=32, bits=bits), expected)
+    own = {"group_size": 64, "bits": 4, STEM.removeprefix("model.").removesuffix("."): {"group_size": 32, "bits": bits}}
+    store, _ = dequantised(SafetensorsFile(tmp_path / "model.safetensors"), {"quantization": own})
+    np.testing.assert_array_equal(store.read(W), expected)
+    with pytest.raises(CheckpointError, match="says bits None and group_size None of it"):
+        opened(tmp_path, parts)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_mlx_equals_mlx(bits, tmp_path):
+    mx = pytest.importorskip("mlx.core")
+    packed, scales, biases = mx.quantize(mx.random.normal((64, 128)), group_size=64, bits=bits)
+    theirs = np.array(mx.dequantize(packed, scales, biases, group_size=64, bits=bits))
+    parts = {W: np.array(packed), f"{STEM}scales": np.array(scales), f"{STEM}biases": np.array(biases)}
+    np.testing.assert_allclose(opened(tmp_path, parts, group_size=64, bits=bits).read(W), theirs, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", [np.int8, FP8])
+def test_quanto(kind, tmp_path):
+    data = RNG.integers(-127, 128, size=(40, 24)).astype(np.int8) if kind == np.int8 else floats8(40, 24)
+    scales = RNG.random((40, 1)).astype(np.float32)
+    parts = {f"{W}._data": data, f"{W}._scale": scales}
+    expect(opened(tmp_path, parts, quant_method="quanto"), data.astype(np.float32) * scales)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("kind", ["qint8", "qfloat8"])
+def test_quanto_equals_quanto(kind, tmp_path):
+    torch, quanto = pytest.importorskip("torch"), pytest.importorskip("optimum.quanto")
+    model = torch.nn.Sequential(torch.nn.Linear(96, 64, bias=False))
+    quanto.quantize(model, weights=getattr(quanto, kind))
+    quanto.freeze(model)
+    state = {f"model.layers.{name}": value for name, value in model.state_dict().items() if "weight" in name}
+    assert len(state) == 2
+    found = opened(tmp_path, {name: _numpy(value) for name, value in state.items()}, quant_method="quanto").read(
+        "model.layers.0.weight"
+    )
+    np.testing.assert_array_equal(found, model[0].weight.dequantize().detach().numpy())
+
+
+_SCHEMES = {
+    "pack-quantized 4 bits": {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 16},
+    "pack-quantized 8 bits": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
+    "int-quantized": {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "channel"},
+    "float-quantized": {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [16, 32]},
+    "nvfp4-pack-quantized": {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
+    "mxfp4-pack-quantized": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32},
+    "mxfp8-quantized": {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32},
+}
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", _SCHEMES)
+def test_formats_of_compressed_tensors_equal_its_own(name, tmp_path):
+    torch = pytest.importorskip("torch")
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    kind, settings = name.split()[0], _SCHEMES[name]
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**settings))
+    rows, columns = 48, 96
+    blocks = settings.get("block_structure", [1, settings.get("group_size", columns)])
+    torch.manual_seed(0)
+    scales = 2.0 ** torch.randint(-4, 3, (rows // blocks[0], columns // blocks[1])).float()
+    state = {"weight": 3 * torch.randn(rows, columns), "weight_scale": scales}
+    if not settings.get("symmetric", True):
+        state["weight_zero_point"] = torch.randint(-8, 8, scales.shape, dtype=torch.int8)
+    if kind.startswith("nvfp4"):
+        state["weight_global_scale"] = torch.tensor([37.5])
+    compressor = compressors.BaseCompressor.get_value_from_registry(kind)
+    stored = compressor.compress(state, scheme)
+    theirs = compressor.decompress(stored, scheme)["weight"].float().numpy()
+    found = opened(tmp_path, {STEM + part: _numpy(a) for part, a in stored.items()}, quant_method="compressed-tensors")
+    assert found.names() == (W,)
+    assert np.corrcoef(theirs.ravel(), state["weight"].numpy().ravel())[0, 1] > 0.5
+    np.testing.assert_allclose(found.read(W).astype(np.float32), theirs, rtol=1e-6)
+
+
+def _numpy(tensor: Any) -> np.ndarray:
+    import torch
+
+    bits = {torch.bfloat16: ml_dtypes.bfloat16, torch.float8_e4m3fn: FP8}.get(tensor.dtype)
+    return tensor.numpy() if bits is None else tensor.view(torch.uint8).numpy().view(bits)
 
 
 # bitsandbytes

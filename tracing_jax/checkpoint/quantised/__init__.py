@@ -14,8 +14,9 @@ from tracing_jax.checkpoint.quantised.found import Found
 from tracing_jax.checkpoint.quantised.fp4 import find_mxfp4, find_nvfp4
 from tracing_jax.checkpoint.quantised.int4 import AWQ_VERSIONS, GPTQ_BITS, PACKED_BITS, find_gptq_or_awq, find_packed
 from tracing_jax.checkpoint.quantised.left_over import method_of, refuse_left_over, settings_of
+from tracing_jax.checkpoint.quantised.mlx import find_mlx
 from tracing_jax.checkpoint.quantised.scale_names import refuse_unknown_scales
-from tracing_jax.checkpoint.quantised.scaled import find_float8, find_int8, is_float8
+from tracing_jax.checkpoint.quantised.scaled import find_float8, find_int8, find_quanto, is_float8
 from tracing_jax.checkpoint.tensors import TensorStore
 from tracing_jax.complaints import counted, listed_and, shortened
 
@@ -24,16 +25,17 @@ __all__ = ["FORMATS", "IGNORED", "dequantised"]
 Finder = Callable[[TensorStore, Mapping[str, Any]], Found]
 
 _FINDERS: tuple[Finder, ...] = (
-    find_gptq_or_awq, find_four_bit, find_mxfp4, find_nvfp4, find_packed, find_float8, find_int8
+    find_gptq_or_awq, find_four_bit, find_mxfp4, find_nvfp4, find_packed, find_mlx, find_quanto, find_float8, find_int8
 )  # fmt: skip
 
 FORMATS = (
     "FP8 and MXFP8 (per tensor, per row, in blocks)", "int8 (bitsandbytes, compressed-tensors)",
+    "quanto (8 bits)",
     f"GPTQ ({listed_and(GPTQ_BITS)} bits)",
     f"AWQ ({listed_and(AWQ_VERSIONS)})",
     "bitsandbytes NF4 and FP4, nested or not",
     f"compressed-tensors ({listed_and(PACKED_BITS)} bits)", "MXFP4 (gpt-oss, DeepSeek-V4, compressed-tensors)",
-    "NVFP4 (compressed-tensors, ModelOpt)",
+    "NVFP4 (compressed-tensors, ModelOpt)", "MLX (affine)",
 )  # fmt: skip
 """What is dequantised, for people."""
 

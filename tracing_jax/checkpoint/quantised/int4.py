@@ -68,8 +68,20 @@ class Gptq:
     def _groups(self, inputs: slice) -> np.ndarray:
         """Returns the group of each input, which `g_idx` gives where inputs were sorted by importance."""
         if self.has_groups:
-            return self.store.read(f"{self.stem}g_idx", (inputs,)).astype(np.int64)
+            return _groups_of(self.store, f"{self.stem}g_idx", inputs, self.store.shape(f"{self.stem}scales")[0])
         return np.arange(inputs.start, inputs.stop) // self.group_size
+
+
+def _groups_of(store: TensorStore, name: str, inputs: slice, count: int) -> np.ndarray:
+    """Returns the stored group of each input, of so many groups.
+
+    Raises:
+      QuantisedError: there are no such groups.
+    """
+    found = store.read(name, (inputs,)).astype(np.int64)
+    if found.size and not 0 <= found.min() <= found.max() < count:
+        raise QuantisedError(f"{name} holds groups {found.min()} to {found.max()}, expected 0 to {count - 1}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -141,7 +153,17 @@ def _in_order(words: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Packed:
-    """A weight `[out, in]` of compressed-tensors, stored as words `[out, in * bits / 32]`, offset by half the range."""
+    """A weight `[out, in]` of compressed-tensors, stored as words `[out, in * bits / 32]`, offset by half the range.
+
+    Attributes:
+      store: the tensors of the file.
+      name: of the weight, with which those of its parts begin.
+      shape: of the weight.
+      bits: of a weight.
+      sizes: how many units share a scale on each axis, where there is no `g_idx`.
+      has_zeros: whether there are zero points.
+      has_groups: whether `g_idx` gives the group of each input.
+    """
 
     store: TensorStore
     name: str
@@ -149,6 +171,7 @@ class Packed:
     bits: int
     sizes: tuple[int, ...]
     has_zeros: bool
+    has_groups: bool = False
 
     @property
     def dtype(self) -> np.dtype:
@@ -158,12 +181,16 @@ class Packed:
         bounds = rows, columns = bounds_of(index, self.shape)
         words, within = words_of(columns, 32 // self.bits)
         values = unpacked(self.store.read(f"{self.name}_packed", (rows, words)), self.bits, 1)[:, within]
-        groups = scale_bounds(bounds, self.sizes)
-        scales = self.store.read(f"{self.name}_scale", groups).astype(np.float32)
+        groups = (rows, slice(None)) if self.has_groups else scale_bounds(bounds, self.sizes)
+        scales = self._of_inputs(self.store.read(f"{self.name}_scale", groups).astype(np.float32), bounds)
         # Stored zero points are offset as the weights are; without them the zero is the middle of the range.
-        zeros = self._zeros(groups) if self.has_zeros else 1 << (self.bits - 1)
-        zeros = spread(zeros, bounds, self.sizes) if isinstance(zeros, np.ndarray) else zeros
-        return spread(scales, bounds, self.sizes) * (values - zeros).astype(np.float32)
+        zeros = self._of_inputs(self._zeros(groups), bounds) if self.has_zeros else 1 << (self.bits - 1)
+        return scales * (values - zeros).astype(np.float32)
+
+    def _of_inputs(self, of_groups: np.ndarray, bounds: Index) -> np.ndarray:
+        if self.has_groups:
+            return of_groups[:, _groups_of(self.store, f"{self.name}_g_idx", bounds[1], of_groups.shape[1])]
+        return spread(of_groups, bounds, self.sizes)
 
     def _zeros(self, groups: Index) -> np.ndarray:
         name = f"{self.name}_zero_point"
@@ -270,8 +297,6 @@ def find_packed(store: TensorStore, settings: Mapping[str, Any]) -> Found:
             continue
         name = packed.removesuffix("_packed")
         _require(names, name, ("_scale", "_shape"))
-        if f"{name}_g_idx" in names:
-            raise QuantisedError(f"{name} is packed with actorder (g_idx), which is not read")
         rows, columns = (int(size) for size in store.read(f"{name}_shape").ravel()[:2])
         words = store.shape(packed)[1]
         bits = next((bits for bits in PACKED_BITS if -(-columns // (32 // bits)) == words), None)
@@ -281,10 +306,17 @@ def find_packed(store: TensorStore, settings: Mapping[str, Any]) -> Found:
                 f"{packed} {store.shape(packed)} does not hold {(rows, columns)} integers of "
                 f"{listed_and(PACKED_BITS)} bits"
             )
-        parts = {name + part for part in ("_packed", "_scale", "_shape", "_zero_point")} & names
-        tensor = Packed(store, name, (rows, columns), bits, sizes, f"{name}_zero_point" in names)
+        parts = {name + part for part in ("_packed", "_scale", "_shape", "_zero_point", "_g_idx")} & names
+        has_groups = f"{name}_g_idx" in names and _is_set(store, f"{name}_g_idx", columns)
+        tensor = Packed(store, name, (rows, columns), bits, sizes, f"{name}_zero_point" in names, has_groups)
         found.add(name, tensor, *parts)
     return found
+
+
+def _is_set(store: TensorStore, name: str, columns: int) -> bool:
+    """Returns whether `g_idx` gives groups: all are -1 where inputs are in their order."""
+    _expect(store, name, (columns,))
+    return columns > 0 and bool((store.read(name, (slice(0, 1),)) != -1).all())
 
 
 def _require(names: set[str], stem: str, parts: tuple[str, ...]) -> None:

@@ -39,6 +39,7 @@ class Scaled:
       scales: of the tensor of its scales.
       sizes: how many units of the tensor share a scale on each axis.
       factor: multiplies all.
+      zeros: of the tensor of what is subtracted first, in the shape of the scales; None if nothing is.
     """
 
     store: TensorStore
@@ -46,6 +47,7 @@ class Scaled:
     scales: str
     sizes: tuple[int, ...]
     factor: float = 1.0
+    zeros: str | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -58,19 +60,21 @@ class Scaled:
     def read(self, index: Index = ()) -> np.ndarray:
         bounds = bounds_of(index, self.shape)
         values = self.store.read(self.name, bounds).astype(np.float32)
-        return values * spread(self._scales(bounds), bounds, self.sizes)
+        if self.zeros is not None:
+            values = values - spread(self._of_blocks(self.zeros, bounds).astype(np.float32), bounds, self.sizes)
+        scales = scale_values(self._of_blocks(self.scales, bounds)) * np.float32(self.factor)
+        return values * spread(scales, bounds, self.sizes)
 
-    def _scales(self, bounds: Index) -> np.ndarray:
-        shape = self.store.shape(self.scales)
+    def _of_blocks(self, name: str, bounds: Index) -> np.ndarray:
+        """Returns the scales, or zeros, of the blocks of a slice, with an axis for each of the tensor."""
+        shape = self.store.shape(name)
         # Scales of a row may lack the axis of the columns; those of a tensor may lack all.
         missing = len(self.shape) - len(shape)
         if shape and shape[0] == self.shape[0] and len(shape) == 1 and missing:
-            own = self.store.read(self.scales, bounds[:1]).reshape(-1, *(1,) * missing)
-        elif missing:
-            own = self.store.read(self.scales).reshape((1,) * missing + shape)
-        else:
-            own = self.store.read(self.scales, scale_bounds(bounds, self.sizes))
-        return scale_values(own) * np.float32(self.factor)
+            return self.store.read(name, bounds[:1]).reshape(-1, *(1,) * missing)
+        if missing:
+            return self.store.read(name).reshape((1,) * missing + shape)
+        return self.store.read(name, scale_bounds(bounds, self.sizes))
 
 
 def is_float8(dtype: np.dtype) -> bool:
@@ -109,8 +113,28 @@ def find_int8(store: TensorStore, settings: Mapping[str, Any]) -> Found:
         for scales, factor in ((f"{stem}SCB", 1 / 127), (f"{name}_scale", 1.0)):
             if scales in names and not are_powers(store.dtype(scales)):
                 check_scales(store, scales)
-                tensor = Scaled(store, name, scales, _sizes(store, name, scales, ()), factor)
-                found.add(name, tensor, scales, *({f"{name}_format", f"{stem}weight_format"} & names))
+                zeros = f"{name}_zero_point" if f"{name}_zero_point" in names else None
+                if zeros and (store.shape(zeros) != store.shape(scales) or store.dtype(zeros) != np.int8):
+                    raise QuantisedError(f"{zeros} {store.shape(zeros)} are no int8 of the shape of {scales}")
+                tensor = Scaled(store, name, scales, _sizes(store, name, scales, ()), factor, zeros)
+                found.add(name, tensor, *({scales, f"{name}_format", f"{stem}weight_format", zeros or scales} & names))
+    return found
+
+
+def find_quanto(store: TensorStore, settings: Mapping[str, Any]) -> Found:
+    """Returns the weights of 8 bits that quanto stores as `weight._data` and `weight._scale`.
+
+    Raises:
+      QuantisedError: scales that do not fit their tensor.
+    """
+    names, found = set(store.names()), Found("quanto")
+    for data in [name for name in store.names() if name.endswith("._data")]:
+        name = data.removesuffix("._data")
+        scales = f"{name}._scale"
+        is_known = store.dtype(data) == np.int8 or is_float8(store.dtype(data))
+        if is_known and scales in names and f"{name}._shift" not in names:
+            check_scales(store, scales)
+            found.add(name, Scaled(store, data, scales, _sizes(store, data, scales, ())), data, scales)
     return found
 
 
