@@ -646,6 +646,23 @@ def with_counted_tests():
     return record(statistics={**found, "l2": {"non_aligned": result(0.5), "aligned": None}}, verdict=judged())
 
 
+def test_maps_of_deep_models_show_of_neighbouring_layers_the_most_that_agree():
+    """Nothing is dropped, the map stays small, and what agrees anywhere is seen."""
+    L, M = 130, 70
+    agreeing = np.zeros((L, M), int)
+    agreeing[129, 69] = agreeing[1, 3] = 63
+    places = [f"base {i} : ft {j}" for i in range(L) for j in range(M)]
+    test = counted(places, agreeing.ravel().tolist(), log10_ps=None)
+    found = record(statistics={"match_all": {"non_aligned": result(0.5, tests=[test]), "aligned": None}})
+    (drawn,) = maps(found)
+    assert (len(drawn.rows), len(drawn.rows[0][1])) == (44, 35)
+    dark = {(i, j) for i, (_, cells) in enumerate(drawn.rows) for j, cell in enumerate(cells) if cell.shade > 0}
+    assert dark == {(0, 1), (43, 34)}
+    assert drawn.rows[0][0] == "base 0-2"
+    assert drawn.rows[43][0] == "base 129"
+    assert drawn.rows[0][1][1].text == "base 1, ft 3: 63 of 64 agree (98%), the most of the layers in this cell"
+
+
 def test_maps_show_what_agrees_by_layer_and_layer_by_layer():
     found = with_counted_tests()
     by_layer, pairs = maps(found)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tracing_jax.report.formatting import p_cell
@@ -12,15 +12,20 @@ SHADES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 _LAYER = re.compile(r"layer (\d+)")
 _LAYERS = re.compile(r"base (\d+) : ft (\d+)")
-_MOST_CELLS = 4096  # of a page; beyond, the tables of places remain
+_MOST_LAYERS = 64
+"""Of rows and of columns of a map; of deeper models neighbouring layers share a cell, so that the page stays small."""
 
 
 @dataclass(frozen=True)
 class MapCell:
-    """A cell: its shade, 0 to the number of `SHADES`, -1 where nothing was measured, and what it says in words."""
+    """A cell: its shade, 0 to the number of `SHADES`, -1 where nothing was measured, and what it says in words.
+
+    The share of units that agree decides which of several layers stands for all of a cell.
+    """
 
     shade: int
     text: str
+    share: float = -1.0
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ def maps(record: Mapping[str, Any]) -> list[Map]:
     results = {name: sides["non_aligned"] for name, sides in record["statistics"].items() if sides.get("non_aligned")}
     tests = [(name, test) for name, result in results.items() for test in result.get("tests") or () if _counts(test)]
     found = [_by_layer(tests), *(_layer_by_layer(name, test, results[name]) for name, test in tests)]
-    return [drawn for drawn in found if drawn is not None and sum(len(row) for _, row in drawn.rows) <= _MOST_CELLS]
+    return [drawn for drawn in found if drawn is not None]
 
 
 def _counts(test: Mapping[str, Any]) -> bool:
@@ -66,7 +71,7 @@ def _by_layer(tests: Sequence[tuple[str, Mapping[str, Any]]]) -> Map | None:
     if depth < 2:
         return None
     missing = MapCell(-1, "not tested")
-    drawn = [(label, [cells.get(i, missing) for i in range(depth)]) for label, cells in rows]
+    drawn = [(label, _binned([cells.get(i, missing) for i in range(depth)])) for label, cells in rows]
     alt = f"Share of units or heads that agree, over all {depth} layers: {'; '.join(labels)}."
     return Map("By test and layer: first layer at the left", alt, drawn)
 
@@ -82,7 +87,9 @@ def _layer_by_layer(name: str, test: Mapping[str, Any], result: Mapping[str, Any
     }
     base, ft = (max(key[side] for key in cells) + 1 for side in (0, 1))
     missing = MapCell(-1, "not tested")
-    rows = [(f"base {i}", [cells.get((i, j), missing) for j in range(ft)]) for i in range(base)]
+    across = [_binned([cells.get((i, j), missing) for j in range(ft)]) for i in range(base)]
+    columns = [_binned(column) for column in zip(*across)]  # each from the first layer of base to the last
+    rows = list(zip(_labels(base), map(list, zip(*columns))))
     form = test["name"].partition(", agreement")[0].removeprefix("agreement")
     title = f"{name}{f', {form}' if form else ''}: layers of base by layers of ft, first at the top left"
     sentence = (result.get("layer_map") or {}).get("sentence") or ""
@@ -97,7 +104,29 @@ def _cell(test: Mapping[str, Any], index: int, place: str) -> MapCell:
     log10_ps = test.get("log10_ps")
     if log10_ps is not None and log10_ps[index] is not None:
         text += f", p {p_cell(log10_ps[index])}"
-    return MapCell(sum(agreeing / units >= shade for shade in SHADES), text)
+    return MapCell(sum(agreeing / units >= shade for shade in SHADES), text, agreeing / units)
+
+
+def _binned(cells: Sequence[MapCell]) -> list[MapCell]:
+    """Returns at most `_MOST_LAYERS` cells: of neighbours the one in which most units agree, which says so."""
+    width = -(-len(cells) // _MOST_LAYERS)
+    if width < 2:
+        return list(cells)
+    groups = [cells[start : start + width] for start in range(0, len(cells), width)]
+    return [_most(group) for group in groups]
+
+
+def _most(cells: Sequence[MapCell]) -> MapCell:
+    best = max(cells, key=lambda cell: cell.share)
+    mark = ", the most of the layers in this cell"
+    return best if best.shade < 0 or best.text.endswith(mark) else replace(best, text=f"{best.text}{mark}")
+
+
+def _labels(depth: int) -> list[str]:
+    """Returns the names of the rows of base's layers, several of which may share one."""
+    width = -(-depth // _MOST_LAYERS)
+    ends = [(start, min(start + width, depth) - 1) for start in range(0, depth, width)]
+    return [f"base {start}" if start == end else f"base {start}-{end}" for start, end in ends]
 
 
 def _share(test: Mapping[str, Any], indices: Sequence[int]) -> float:

@@ -145,12 +145,10 @@ def _sections(record: Mapping[str, Any], images: RunImages) -> list[Section]:
     found.append(_models(record["models"]))
     if record.get("tokens"):
         found.append(Section("Tokens", table=facts_table(record["tokens"])))
-    found.append(_times(record["seconds"]))
     if record.get("notes"):
         found.append(Section("Notes", text=record["notes"]))
-    ran = {key: record.get(key) for key in ("commit", "seed", "versions", "device")}
     code = json.dumps(record["args"], indent=2, ensure_ascii=False)
-    return [*found, Section("What ran", table=facts_table(ran)), Section("Configuration", code=code)]
+    return [*found, _circumstances(record), Section("Configuration", code=code)]
 
 
 def _statistic(name: str, sides: Mapping[str, Any], images: RunImages) -> Section:
@@ -222,6 +220,17 @@ def _models(models: Mapping[str, Any]) -> Section:
     return Section("Models", table=columns_table(facts), blocks=blocks)
 
 
-def _times(seconds: Mapping[str, Any]) -> Section:
-    steps = {key: value for key, value in seconds.items() if key != "total"}
-    return Section("Time (seconds)", table=facts_table(steps | {"total": total_seconds(seconds)}))
+def _circumstances(record: Mapping[str, Any]) -> Section:
+    """By which program, on what, from which seed, in what time, and who chose the tests."""
+    seconds = record["seconds"]
+    facts = {
+        "program": f"tracing_jax {record['versions'].get('tracing_jax', '')}".strip(),
+        "commit": record.get("commit"),
+        "seed": record.get("seed"),
+        "device": record.get("device"),
+        "seconds": total_seconds(seconds),
+        **{f"{what} were chosen": who for what, who in (record.get("chosen") or {}).items()},
+    }
+    steps = {key: value for key, value in seconds.items() if key != "total"} | {"total": total_seconds(seconds)}
+    blocks = [Block("Seconds of each step", facts_table(steps)), Block("Versions", facts_table(record["versions"]))]
+    return Section("Circumstances", table=facts_table(facts), blocks=blocks)
