@@ -30,16 +30,8 @@ from tracing_jax.library import (
     write_signature,
 )
 from tracing_jax.library.comparison import RESPONSES
-from tracing_jax.library.scan import (
-    COMPARED_AT_ONCE,
-    Candidate,
-    Distance,
-    _closest,
-    _order,
-    _ranking_test,
-    first_look,
-    shortlist,
-)
+from tracing_jax.library.scan import Candidate, Distance, _closest, _order, _ranking_test
+from tracing_jax.library.shortlist import COMPARED_AT_ONCE, _agreeing, first_look, shortlist
 
 LEVEL = 1e-3
 
@@ -186,6 +178,19 @@ def test_a_first_look_at_many_signatures_keeps_the_relatives(models, library):
     assert {found.name for found in scan(renewed, many, LEVEL).related} == {"base", "child 1", "child 2"}
 
 
+def test_a_unit_that_is_closest_by_both_readings_agrees_and_of_others_one_in_a_thousand():
+    rng = np.random.default_rng(0)
+    rows, layer = ([part / np.linalg.norm(part, axis=1, keepdims=True) for part in
+                    rng.standard_normal((2, n, 24)).astype(np.float32)] for n in (3000, 5000))  # fmt: skip
+    rows[0][:40], rows[1][:40] = layer[0][100:140], -layer[1][100:140]
+    found = _agreeing(tuple(rows), tuple(layer), True)
+    assert found[:40].all()
+    assert found[40:].sum() < 20  # 3 are expected
+    assert not _agreeing(tuple(rows), tuple(layer), True, True)[:40].any()
+    one, other = (np.abs(a @ b.T) if i else a @ b.T for i, (a, b) in enumerate(zip(rows, layer)))
+    assert found[(one.argmax(1) == other.argmax(1))].all()
+
+
 def _shuffled(signature, rng):
     """Returns a signature of the same numbers, each row in an order of its own."""
     layers = [
@@ -236,6 +241,10 @@ def test_an_empty_library_is_refused(tmp_path, models):
         library_folder("nope")
     with pytest.raises(ValueError, match=r"https://evil\.example is not the Hub"):
         library_folder("https://evil.example/datasets/org/name")
+    for address in ("https://huggingface.co/org/name", "s3://bucket/name", "https://other.example/x.tar"):
+        with pytest.raises(ValueError, match="not the address of a data set") as refused:
+            library_folder(address)
+        assert "\n" not in str(refused.value)
 
 
 def test_a_library_grows_by_adding_and_by_dropping_in(tmp_path, library):

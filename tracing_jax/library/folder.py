@@ -22,7 +22,7 @@ from tracing_jax.record import atomic_write
 
 INDEX = "index.json"
 _LARGEST_INDEX = 2**26  # bytes: of a hundred thousand signatures
-_ON_HUB = re.compile(r"(?:(https?://[^/]+)/datasets/|hf://datasets/)?([\w.-]+/[\w.-]+?)/?(?:@([\w./-]+))?")
+_ON_HUB = re.compile(r"(?:(https?://[^/]+)/datasets/|hf://datasets/)?([\w.-]+/[\w.-]+?)/?(?:(?:@|/tree/)([\w./-]+))?")
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,11 @@ def library_folder(where: str, download_dir: str | None = None) -> Path:
         return local
     found = _ON_HUB.fullmatch(where)
     if local.exists() or where.startswith((".", "/", "~")) or found is None:
+        if "://" in where:
+            raise ValueError(
+                f"library {where}: not the address of a data set, {constants.ENDPOINT}/datasets/org/name; "
+                "download the files of another place into a folder, and name that"
+            )
         here = "" if local.exists() else f"no folder {where!r} here; "
         raise ValueError(
             f"library {where}: {here}expected a folder of *{SUFFIX} files, or org/name of a data set on the Hub"

@@ -6,38 +6,23 @@ looked for first, and only signatures with a sign of agreement are compared in f
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from tracing_jax.library.comparison import (
-    FEW_TOKENS,
-    MOMENTS,
-    RESPONSES,
-    SignatureMatch,
-    compare,
-    normalised,
-    shared_columns,
-)
-from tracing_jax.library.signature import SampledLayer, Signature, moments_of
+from tracing_jax.library.comparison import MOMENTS, RESPONSES, SignatureMatch, compare
+from tracing_jax.library.shortlist import shortlist
+from tracing_jax.library.signature import Signature
 from tracing_jax.library.suspect import Suspect
 from tracing_jax.progress import tqdm
 from tracing_jax.statistics.comparison import LN10
 from tracing_jax.statistics.pvalues import holm
-from tracing_jax.statistics.unit_signatures import whitened_cosines
 from tracing_jax.statistics.verdict import UNDECIDED_BELOW
 
 ScanVerdict = Literal["related", "undecided", "no_evidence", "not_testable"]
-
-COMPARED_AT_ONCE, FILLED_UP_TO = 48, 24
-"""Of libraries up to the first size all signatures are compared in full; of larger ones, at least the second number."""
-
-_FIRST_UNITS, _FIRST_TOKENS, _FIRST_AGREEING = 16, 128, 2
-"""Of each layer, so many units are matched at so many tokens; so many of them must agree in some layer."""
-_MOST_ROWS = 4096  # rows of signatures whose correlations with a layer are in memory at once
 
 _COPIED = 0.01
 """Distance below which a model may be the very files of a signature, so that their hashes are worth comparing."""
@@ -245,107 +230,3 @@ def _gap(one: Candidate, other: Candidate) -> float:
             spread = math.hypot(near.error, far.error)
             return (far.mean - near.mean) / spread if spread > 0 else 0.0
     return 0.0
-
-
-def shortlist(signatures: Mapping[str, Signature], suspect: Suspect) -> list[str]:
-    """Returns the names of the signatures that are compared in full.
-
-    All, if they are few. Of many, those of which two of 16 units of a layer have the same closest unit of the suspect
-    by both responses, or by the moments of both kinds of rows, in some layer; those that have neither look; and the
-    best of the others, up to `FILLED_UP_TO`.
-    """
-    if len(signatures) <= COMPARED_AT_ONCE:
-        return list(signatures)
-    looks = first_look(signatures, suspect), first_look_at_moments(signatures, suspect)
-    scores = {
-        name: max(look.get(name, 0) for look in looks) for name in signatures if any(name in look for look in looks)
-    }
-    chosen = {name for name in signatures if scores.get(name, _FIRST_AGREEING) >= _FIRST_AGREEING}
-    for name in sorted(scores, key=lambda name: (-scores[name], name)):
-        if len(chosen) >= FILLED_UP_TO:
-            break
-        chosen.add(name)
-    return [name for name in signatures if name in chosen]
-
-
-def first_look(signatures: Mapping[str, Signature], suspect: Suspect) -> dict[str, int]:
-    """Returns for each signature that shares tokens the most units of a layer with one closest unit by both readings.
-
-    Signatures with the same shared tokens are compared together, layer by layer of the suspect.
-    """
-    groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
-    for name, signature in signatures.items():
-        ours, theirs = shared_columns(signature, suspect)
-        if signature.kinds == suspect.kinds and len(ours) >= FEW_TOKENS:
-            key = tuple(ours[:_FIRST_TOKENS]), tuple(theirs[:_FIRST_TOKENS])
-            groups.setdefault(key, []).append(name)
-    scores: dict[str, int] = {}
-    for (own_columns, their_columns), names in groups.items():
-        layers = [(name, layer) for name in names for layer in signatures[name].layers]
-        rows = {
-            kind: normalised(np.concatenate([layer.readings[kind][:_FIRST_UNITS, own_columns] for _, layer in layers]))
-            for kind in suspect.kinds
-        }
-        closest = (
-            [_closest_units(rows[kind], layer[kind][:, their_columns], kind) for kind in suspect.kinds]
-            for layer in tqdm(suspect.layers, desc="first look", unit="layer", disable=None)
-            if len(layer[suspect.kinds[0]])  # not an inserted layer that does nothing
-        )
-        scores |= _most_agreeing(layers, closest)
-    return scores
-
-
-def first_look_at_moments(signatures: Mapping[str, Signature], suspect: Suspect) -> dict[str, int]:
-    """Returns for each signature with moments the most units of a layer with one closest unit by those of both rows.
-
-    The suspect's covariances alone whiten the moments of all signatures together; those of a relative are alike.
-    """
-    layers = [
-        (name, layer)
-        for name, signature in signatures.items()
-        if signature.kinds == suspect.kinds
-        for layer in signature.layers
-        if layer.moments
-    ]
-    if not layers or not suspect.moments:
-        return {}
-    kinds = layers[0][1].moments
-    rows = {kind: np.concatenate([moments_of(layer, kind)[:_FIRST_UNITS] for _, layer in layers]) for kind in kinds}
-    closest = (
-        [_closest_by_moments(rows[kind], *theirs[kind]) for kind in kinds]
-        for theirs in suspect.moments.values()
-        if len(theirs[next(iter(kinds))][0])
-    )
-    return _most_agreeing(layers, closest)
-
-
-def _most_agreeing(
-    layers: Sequence[tuple[str, SampledLayer]], closest: Iterable[Sequence[np.ndarray]]
-) -> dict[str, int]:
-    """Returns the most units of a sampled layer of each signature whose two closest units are one, over some layers."""
-    starts = np.cumsum([0, *(min(_FIRST_UNITS, len(layer.units)) for _, layer in layers[:-1])])
-    best = np.zeros(len(layers), int)
-    for one, other in closest:
-        best = np.maximum(best, np.add.reduceat(one == other, starts))
-    scores: dict[str, int] = {}
-    for (name, _), found in zip(layers, best.tolist(), strict=True):
-        scores[name] = max(scores.get(name, 0), found)
-    return scores
-
-
-def _in_place(found: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "N K"]:
-    return np.abs(found, out=found)
-
-
-def _closest_units(rows: Float[np.ndarray, "N S"], layer: np.ndarray, kind: str) -> np.ndarray:
-    theirs = normalised(layer).T
-    absolute: Callable[[np.ndarray], Any] = (lambda found: found) if kind == "gate" else _in_place
-    parts = [rows[start : start + _MOST_ROWS] for start in range(0, len(rows), _MOST_ROWS)]
-    return np.concatenate([absolute(part @ theirs).argmax(axis=1) for part in parts])
-
-
-def _closest_by_moments(
-    rows: Float[np.ndarray, "N M"], theirs: Float[np.ndarray, "K M"], covariance: Float[np.ndarray, "M M"]
-) -> np.ndarray:
-    parts = [rows[start : start + _MOST_ROWS] for start in range(0, len(rows), _MOST_ROWS)]
-    return np.concatenate([whitened_cosines(part, theirs, covariance).argmax(axis=1) for part in parts])

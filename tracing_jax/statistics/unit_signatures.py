@@ -36,9 +36,13 @@ def whitened_cosines(
     base: Float[np.ndarray, "F M"], ft: Float[np.ndarray, "F2 M"], covariance: Float[np.ndarray, "M M"]
 ) -> Float[np.ndarray, "F F2"]:
     """Returns the cosines between standardised signatures, whitened with the mean covariance of both models."""
+    return whitened(base, covariance) @ whitened(ft, covariance).T
+
+
+def whitened(rows: Float[np.ndarray, "F M"], covariance: Float[np.ndarray, "M M"]) -> Float[np.ndarray, "F M"]:
+    """Returns standardised signatures whitened with a covariance, each of length 1."""
     values, vectors = np.linalg.eigh(covariance + _RIDGE * np.eye(len(covariance)))
-    ours, theirs = (_unit_length(side @ (vectors / np.sqrt(values))) for side in (base, ft))
-    return ours @ theirs.T
+    return _unit_length(rows @ (vectors / np.sqrt(values)))
 
 
 def log_quadratic_forms(rows: Float[Array, "F D"], moments: Sequence[Float[Array, "D D"]]) -> Float[np.ndarray, "F M"]:

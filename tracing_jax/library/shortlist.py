@@ -1,0 +1,144 @@
+"""A first look at many signatures: which of them show any sign of agreement with a suspect, by a part of their units.
+
+Units are looked for by the first of two readings among all units of a layer. By the second reading only the unit that
+was found is looked up: whether it is closer than all of a thousand others. Chance passes one unit in a thousand so.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from tracing_jax.library.comparison import FEW_TOKENS, normalised, shared_columns
+from tracing_jax.library.signature import SampledLayer, Signature, moments_of
+from tracing_jax.library.suspect import Suspect
+from tracing_jax.progress import tqdm
+from tracing_jax.statistics.unit_signatures import whitened
+
+COMPARED_AT_ONCE, FILLED_UP_TO = 48, 24
+"""Of libraries up to the first size all signatures are compared in full; of larger ones, at least the second number."""
+
+_FIRST_UNITS, _FIRST_TOKENS, _FIRST_AGREEING = 16, 128, 2
+"""Of each layer, so many units are matched at so many tokens; so many of them must agree in some layer."""
+_OTHERS = 1024  # units that the one found is compared with by the second reading
+_MOST_ROWS = 1024  # rows of signatures whose correlations with a layer are in memory at once
+_ROUNDING = 1e-5  # of one correlation computed in two ways
+
+Rows = tuple[Float[np.ndarray, "_ S"], ...]
+"""Both readings of as many units, each row of length 1."""
+
+
+def shortlist(signatures: Mapping[str, Signature], suspect: Suspect) -> list[str]:
+    """Returns the names of the signatures that are compared in full.
+
+    All, if they are few. Of many, those of which two of 16 units of a layer agree with some layer, by responses or by
+    moments; those that have neither look; and the best of the others, up to `FILLED_UP_TO`.
+    """
+    if len(signatures) <= COMPARED_AT_ONCE:
+        return list(signatures)
+    looks = first_look(signatures, suspect), first_look_at_moments(signatures, suspect)
+    scores = {
+        name: max(look.get(name, 0) for look in looks) for name in signatures if any(name in look for look in looks)
+    }
+    chosen = {name for name in signatures if scores.get(name, _FIRST_AGREEING) >= _FIRST_AGREEING}
+    for name in sorted(scores, key=lambda name: (-scores[name], name)):
+        if len(chosen) >= FILLED_UP_TO:
+            break
+        chosen.add(name)
+    return [name for name in signatures if name in chosen]
+
+
+def first_look(signatures: Mapping[str, Signature], suspect: Suspect) -> dict[str, int]:
+    """Returns for each signature that shares tokens the most units of a layer that agree by both readings.
+
+    Signatures with the same shared tokens are compared together, layer by layer of the suspect.
+    """
+    groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
+    for name, signature in signatures.items():
+        ours, theirs = shared_columns(signature, suspect)
+        if signature.kinds == suspect.kinds and len(ours) >= FEW_TOKENS:
+            key = tuple(ours[:_FIRST_TOKENS]), tuple(theirs[:_FIRST_TOKENS])
+            groups.setdefault(key, []).append(name)
+    one, other = suspect.kinds
+    scores: dict[str, int] = {}
+    for (own_columns, their_columns), names in groups.items():
+        layers = [(name, layer) for name in names for layer in signatures[name].layers]
+        parts = ([layer.readings[kind][:_FIRST_UNITS, own_columns] for _, layer in layers] for kind in (one, other))
+        rows = tuple(normalised(np.concatenate(part)) for part in parts)
+        agreeing = (
+            _agreeing(rows, tuple(normalised(layer[kind][:, their_columns]) for kind in (one, other)), one == "gate")
+            for layer in tqdm(suspect.layers, desc="first look", unit="layer", disable=None)
+            if len(layer[one])  # not an inserted layer that does nothing
+        )
+        scores |= _most_agreeing(layers, agreeing)
+    return scores
+
+
+def first_look_at_moments(signatures: Mapping[str, Signature], suspect: Suspect) -> dict[str, int]:
+    """Returns for each signature with moments the most units of a layer that agree by those of both kinds of rows.
+
+    The suspect's covariances alone whiten the moments of all signatures together; those of a relative are alike.
+    """
+    layers = [
+        (name, layer)
+        for name, signature in signatures.items()
+        if signature.kinds == suspect.kinds
+        for layer in signature.layers
+        if layer.moments
+    ]
+    if not layers or not suspect.moments:
+        return {}
+    kinds = tuple(layers[0][1].moments)
+    rows = {kind: np.concatenate([moments_of(layer, kind)[:_FIRST_UNITS] for _, layer in layers]) for kind in kinds}
+    agreeing = (
+        _agreeing(
+            tuple(_whitened(rows[kind], theirs[kind][1]) for kind in kinds),
+            tuple(_whitened(*theirs[kind]) for kind in kinds),
+            True,
+            True,
+        )
+        for theirs in suspect.moments.values()
+        if len(theirs[kinds[0]][0])
+    )
+    return _most_agreeing(layers, agreeing)
+
+
+def _whitened(rows: Float[np.ndarray, "N M"], covariance: Float[np.ndarray, "M M"]) -> Float[np.ndarray, "N M"]:
+    return whitened(rows, covariance).astype(np.float32)
+
+
+def _agreeing(rows: Rows, layer: Rows, signed: bool, second_signed: bool = False) -> Bool[np.ndarray, " N"]:
+    """Returns for each unit whether the layer's closest one by the first reading is close by the second too.
+
+    Args:
+      rows: of the units.
+      layer: of all units of a layer.
+      signed: whether units correspond by correlations in the first reading, else by their absolute values.
+      second_signed: the same of the second.
+    """
+    found = []
+    others = layer[1][:: max(1, -(-len(layer[1]) // _OTHERS))]
+    for start in range(0, len(rows[0]), _MOST_ROWS):
+        one, other = (part[start : start + _MOST_ROWS] for part in rows)
+        closest = _size(one @ layer[0].T, signed).argmax(axis=1)
+        own = _size(np.einsum("ns,ns->n", other, layer[1][closest]), second_signed)
+        found.append(own >= _size(other @ others.T, second_signed).max(axis=1) - _ROUNDING)
+    return np.concatenate(found)
+
+
+def _size(found: np.ndarray, signed: bool) -> np.ndarray:
+    return found if signed else np.abs(found, out=found)
+
+
+def _most_agreeing(
+    layers: Sequence[tuple[str, SampledLayer]], agreeing: Iterable[Bool[np.ndarray, " N"]]
+) -> dict[str, int]:
+    """Returns the most units of a sampled layer of each signature that agree, over the layers of the suspect."""
+    starts = np.cumsum([0, *(min(_FIRST_UNITS, len(layer.units)) for _, layer in layers[:-1])])
+    best = np.zeros(len(layers), int)
+    for found in agreeing:
+        best = np.maximum(best, np.add.reduceat(found.astype(int), starts))
+    scores: dict[str, int] = {}
+    for (name, _), most in zip(layers, best.tolist(), strict=True):
+        scores[name] = max(scores.get(name, 0), most)
+    return scores
