@@ -39,6 +39,7 @@ from tracing_jax.statistics import (
     hidden_by,
     inactive_layers,
     make_statistic,
+    obscured_layers,
     verdict,
 )
 
@@ -61,13 +62,14 @@ def judge(base: InMemory, other: InMemory, blocks: np.ndarray, unused: np.ndarra
                 blocks=paired_one_to_one(blocks, blocks))  # fmt: skip
     found, results = {}, {}
     may_be_moved = bool(inactive_layers(base) or inactive_layers(other))
+    are_obscured = any(2 * len(obscured_layers(model)) > model.arch.num_layers for model in (base, other))
     needless = set() if may_be_moved or base.arch.num_layers != other.arch.num_layers else {AUTO_BY_DEPTH}
     needless |= set() if base.arch.num_experts else {AUTO_BY_EXPERTS}
     for name, statistic in STATISTICS.items():
         if name in needless or statistic.not_applicable(base.arch, other.arch, vocabularies):
             continue
         result = statistic.compute(pair)
-        result = replace(result, blind_to=hidden_by(name, base.arch, other.arch, may_be_moved))
+        result = replace(result, blind_to=hidden_by(name, base.arch, other.arch, may_be_moved, are_obscured))
         results[name] = result
         firm = result.log10_p if result.firm_log10_p is None else result.firm_log10_p
         found[name] = 0.0 if firm is None else firm

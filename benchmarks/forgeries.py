@@ -122,32 +122,61 @@ def split_by_gate(base: InMemory, other: InMemory, generator: np.random.Generato
     return base, InMemory(replace(other.arch, mlp_dim=2 * other.arch.mlp_dim), map_named(leaf, other.params))
 
 
+Kernels = Mapping[str, list[Float[np.ndarray, "_ _"]]]
+"""Kernels of units to be added, by the projection."""
+
+
 def cancelled(base: InMemory, other: InMemory, generator: np.random.Generator) -> Models:
     """Returns the models after base's units were added to the other, with units that cancel them and are no copies.
 
     With a gate, two units of the same gate: their up rows add up to base's, and their outputs are opposite. Without
     one, units and their opposites, a(z) - a(-z) = z: of base's rows, and of two that add up to them.
     """
+
+    def added(gate: np.ndarray | None, up: np.ndarray, down: np.ndarray) -> Kernels:
+        one = up / 2 + up.std() * generator.standard_normal(up.shape).astype(np.float32)
+        if gate is not None:
+            return {"gate_proj": [gate] * 3, "up_proj": [up, one, up - one], _OUT: [down, -down, -down]}
+        rows = [up, -up, one, -one, up - one, one - up]
+        return {"up_proj": rows, _OUT: [down, -down, -down, down, -down, down]}
+
+    return base, _with_units(base, other, added)
+
+
+def cancelled_near_zero(base: InMemory, other: InMemory, generator: np.random.Generator, size: float = 1e-5) -> Models:
+    """Returns the models after base's units were added to the other, with units of other gates that cancel them.
+
+    Near 0 an activation function is a line: with gates of this size (g, u, d) writes what (u, g, d) does, and units
+    without a gate write what others do whose rows add up to theirs.
+    """
+
+    def added(gate: np.ndarray | None, up: np.ndarray, down: np.ndarray) -> Kernels:
+        down = down / np.float32(size)
+        if gate is not None:
+            return {"gate_proj": [size * gate, size * up], "up_proj": [up, gate], _OUT: [down, -down]}
+        one = up / 2 + up.std() * generator.standard_normal(up.shape).astype(np.float32)
+        return {"up_proj": [size * up, size * one, size * (up - one)], _OUT: [down, -down, -down]}
+
+    return base, _with_units(base, other, added)
+
+
+def _with_units(
+    base: InMemory, other: InMemory, added: Callable[[np.ndarray | None, np.ndarray, np.ndarray], Kernels]
+) -> InMemory:
+    """Returns the other model with units before its own in every layer, made of base's gate, up and down kernels."""
     leaves, source = dict(flatten(other.params)), flatten(base.params)
-    reading = ("gate_proj", "up_proj") if base.arch.gated else ("up_proj",)
     for i in range(base.arch.num_layers):
         mlp = f"layers/{i}/mlp"
         up, down = (source[f"{mlp}/{name}/kernel"] for name in ("up_proj", _OUT))
-        one = up / 2 + up.std() * generator.standard_normal(up.shape).astype(np.float32)
-        if base.arch.gated:
-            gate = source[f"{mlp}/gate_proj/kernel"]
-            added = {"gate_proj": [gate] * 3, "up_proj": [up, one, up - one], _OUT: [down, -down, -down]}
-        else:
-            added = {"up_proj": [up, -up, one, -one, up - one, one - up], _OUT: [down, -down, -down, down, -down, down]}
-        for name, kernels in added.items():
+        for name, kernels in added(source.get(f"{mlp}/gate_proj/kernel"), up, down).items():
             kernel = f"{mlp}/{name}/kernel"
             leaves[kernel] = np.concatenate([*kernels, leaves[kernel]], axis=0 if name == _OUT else -1)
-        for bias in (f"{mlp}/{name}/bias" for name in reading):
+        for bias in (f"{mlp}/{name}/bias" for name in ("gate_proj", "up_proj")):
             if bias in leaves:
                 count = leaves[f"{mlp}/up_proj/kernel"].shape[-1] - len(leaves[bias])
                 leaves[bias] = np.concatenate([np.zeros(count, np.float32), leaves[bias]])
     width = leaves["layers/0/mlp/up_proj/kernel"].shape[-1]
-    return base, InMemory(replace(other.arch, mlp_dim=width), unflatten(leaves))
+    return InMemory(replace(other.arch, mlp_dim=width), unflatten(leaves))
 
 
 def layers_added(base: InMemory, other: InMemory, generator: np.random.Generator, in_front: bool = False) -> Models:
@@ -318,6 +347,7 @@ def forgeries(arch: Arch, unused: Int[np.ndarray, " _"]) -> Mapping[str, Forgery
         **{f"{n} dead units of the other": planted(n) for n in (few, some, many)},
         f"{some} units of the other that cancel": planted(some, paired=True),
         "all units of the other, cancelled by others": cancelled,
+        "all units of the other with short gates, cancelled by others": cancelled_near_zero,
         **({"units split, with up rows of the other": split_by_gate} if arch.gated else {}),
         "more units of the other than own ones, nearly dead": mostly_dead,
         f"{some} nearly dead units of the other": planted(some, output=1e-3),

@@ -11,6 +11,7 @@ from cases import slow
 
 from benchmarks.forgeries import (
     cancelled,
+    cancelled_near_zero,
     experts_added,
     experts_between_others,
     forgeries,
@@ -135,7 +136,7 @@ def with_active_units(patch):
     """Takes every unit, layer and expert for one that acts, as before what keeps them from it was read."""
     patch.setattr(distinct_units_module, "_least_output", lambda model, layer: 0.0)
     patch.setattr(distinct_units_module, "is_reached", lambda model, layer: True)
-    patch.setattr(distinct_units_module, "opened", lambda norms, constants, arch: norms)
+    patch.setattr(distinct_units_module, "curved_outputs", lambda norms, constants, arch, degree: norms)
     patch.setattr(features_in_place, "inactive_layers", lambda model: [])
     for module in (features_in_place, heads_in_place):
         patch.setattr(module, "inactive_attention", lambda model: [])
@@ -157,6 +158,8 @@ class InPlace:
 @pytest.mark.parametrize(
     ("statistic", "forge", "arch"),
     [
+        (Csu(), cancelled_near_zero, ARCH),
+        (Csu(), cancelled_near_zero, tiny.gpt2(mlp_dim=F)),
         (Csu(), planted(32, closed=True), ARCH),
         (Csu(), planted(32, closed=True), tiny.gpt2(mlp_dim=F)),
         (MatchMoments(), layers_added, ARCH),
@@ -190,7 +193,10 @@ def test_units_of_one_gate_are_no_evidence_unless_all_their_rows_are_alike(arch)
     for i in range(arch.num_layers):
         found = distinct_units(forged, i)
         assert found.mixed == forged.arch.mlp_dim - arch.mlp_dim
-        assert found.kept.tolist() == [*range(found.mixed, found.total)]
+        assert (
+            found.kept.min() >= found.mixed
+        )  # its own units; one or two of them may write too little beside the others
+        assert len(found.kept) >= arch.mlp_dim - 2
     if arch.gated:
         _, hidden = split_by_gate(other, base, np.random.default_rng(0))
         assert obscured_layers(hidden) == [*range(arch.num_layers)]
@@ -273,6 +279,18 @@ def test_a_relative_is_found_all_the_same(statistic, forge):
     assert firm_log10_p(statistic, widened_too, related) < -3
 
 
+def beyond_polynomial(deviations, degree):
+    """By sums over a fine grid, the root mean square of what SiLU gives beyond the polynomial that fits best."""
+    grid = np.linspace(-9, 9, 3001)
+    density = np.exp(-(grid**2) / 2) / np.exp(-(grid**2) / 2).sum()
+    rest = []
+    for z in deviations[:, None] * grid:
+        silu = z / (1 + np.exp(-z))
+        fit = np.polynomial.Polynomial.fit(z, silu, degree, w=np.sqrt(density))
+        rest.append(np.sqrt(np.square(silu - fit(z)) @ density))
+    return np.array(rest)
+
+
 def test_distinct_units_are_those_of_float64():
     """Copies, scaled ones too, are merged; what writes nothing, alone or in sum, is left out."""
     base = model(3)
@@ -287,14 +305,30 @@ def test_distinct_units_are_those_of_float64():
     found = distinct_units(InMemory(ARCH, params), 1)
     down = mlp["down_proj"].astype(np.float64)
     down[2] -= 3 * down[5]
-    sizes = np.prod([np.linalg.norm(mlp[name].T, axis=1) for name in ("gate_proj", "up_proj")], axis=0)
-    written = np.square(sizes * np.linalg.norm(down, axis=1))
-    written[[5, 7, 9, 20, 30]] = 0
-    order = np.argsort(written)
-    least = order[np.cumsum(written[order]) <= 1e-4 * written.sum()]  # together a hundredth of what the layer writes
-    assert set(least) > {5, 7, 9, 20, 30}
+    gates, ups = (np.linalg.norm(mlp[name].T.astype(np.float64), axis=1) for name in ("gate_proj", "up_proj"))
+    least = set()
+    for degree in (1, 2):
+        written = np.square(beyond_polynomial(gates, degree) * ups * np.linalg.norm(down, axis=1))
+        written[[5, 7, 9, 20, 30]] = 0
+        order = np.argsort(written)
+        # Together a hundredth of what the layer writes beyond a line, or a parabola, of its gates.
+        least |= set(order[np.cumsum(written[order]) <= 1e-4 * written.sum()])
+    assert least > {5, 7, 9, 20, 30}
     assert (found.copies, found.inactive, found.total) == (2, len(least) - 2, F)
     assert sorted(set(range(F)) - set(found.kept)) == sorted(least)
+
+
+def test_units_whose_activation_stays_near_a_parabola_are_no_evidence():
+    """They write more than the others, but sums of units of other gates can cancel what they write."""
+    params = on_host(tiny.model(ARCH, 0)).params
+    mlp = params["layers"]["1"]["mlp"]
+    size, few = np.float32(1e-2), slice(0, 16)
+    columns = np.r_[[size] * 16, [1] * (F - 16)].astype(np.float32)
+    mlp["gate_proj"] = {"kernel": mlp["gate_proj"]["kernel"] * columns}
+    mlp["down_proj"] = {"kernel": mlp["down_proj"]["kernel"] / columns[:, None] ** 2}
+    assert np.array_equal(distinct_units(InMemory(ARCH, params), 1).kept, np.arange(F)[16:])
+    mlp["gate_proj"] = {"kernel": mlp["gate_proj"]["kernel"] / columns}
+    assert len(distinct_units(InMemory(ARCH, params), 1).kept[few]) == 16
 
 
 @pytest.mark.parametrize("arch", [ARCH, tiny.gpt2(mlp_dim=48)], ids=["gated", "gateless"])

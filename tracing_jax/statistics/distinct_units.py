@@ -36,7 +36,7 @@ from tracing_jax.sources import ParamSource, Submodel, has_embeddings, is_reside
 from tracing_jax.statistics.kept_facts import kept_of
 from tracing_jax.statistics.mlp_rows import gain_of
 from tracing_jax.statistics.nulls import spearman_log_sf
-from tracing_jax.statistics.unit_outputs import constants_of, is_reached, opened, reached_experts
+from tracing_jax.statistics.unit_outputs import constants_of, curved_outputs, is_reached, reached_experts
 from tracing_jax.tree import Tree, to_host
 
 COPY = 0.98
@@ -75,7 +75,7 @@ class DistinctUnits:
         units were put in an order that depends on their weights.
       shared: the outputs that are added to those of kept units.
       added: what all units together add to the stream, root mean square over the features, for inputs in random
-        directions; nan if that is not known.
+        directions, by what their activation gives beyond a line; nan if that is not known.
     """
 
     kept: Int[np.ndarray, " K"]
@@ -181,27 +181,31 @@ def _found(model: ParamSource, layer: int) -> DistinctUnits:
     if not names:
         return _by_output(model, layer)
     readings = [_reading(model.layer(layer, (f"mlp/{name}",))["mlp"][name], norm, model.arch) for name in names]
-    if readings[0].constants is not None:  # of the projection that the activation function follows
-        open_norms = opened(readings[0].norms, readings[0].constants, model.arch)
-    else:
-        open_norms = readings[0].norms
     leader = _leaders(readings[0])
     pure = _are_pure(readings, leader)
     first = np.unique(leader)
     down = model.layer(layer, ("mlp/down_proj/kernel",))["mlp"]["down_proj"]["kernel"]
-    if model.arch.clamped_glu is None:
-        shared = _shared(leader, readings[-1] if model.arch.gated else None)
-        scale = np.prod([open_norms, *(reading.norms for reading in readings[1:])], axis=0)[first]
-    else:  # where up is zero a unit still writes its gate
-        shared, scale = _shared(leader, None), open_norms[first]
-    written = scale * to_host(_norms(jnp.asarray(down) if shared is None else shared.added(down)))[first]
-    if not pure.all():  # what such a group may write at most: what it writes decides nothing but whether others matter
-        most = np.prod([open_norms, *(reading.norms for reading in readings[1:])], axis=0) * to_host(_norms(down))
-        sums = np.bincount(leader, most, len(leader))[first]
-        written = np.where(pure[first], written, sums)
-    least = max(silent_below(written), _least_output(model, layer))
-    kept = first[pure[first] & (written > least)] if is_reached(model, layer) else first[:0]
-    norms = [*(reading.norms for reading in readings), to_host(_norms(jnp.asarray(down)))]
+    # With a clamped GLU a unit still writes its gate where up is zero.
+    proportional = model.arch.clamped_glu is None
+    shared = _shared(leader, readings[-1] if model.arch.gated and proportional else None)
+    own = to_host(_norms(jnp.asarray(down)))
+    summed = own if shared is None else to_host(_norms(shared.added(down)))
+    size = _input_size(model, layer)
+
+    def written(degree: int) -> Float[np.ndarray, " G"]:
+        curved = curved_outputs(size * readings[0].norms, readings[0].constants, model.arch, degree)
+        ups = np.prod([reading.norms for reading in readings[1:]], axis=0) * np.ones_like(curved)
+        found = (curved * (ups if proportional else 1) * summed)[first]
+        if pure.all():
+            return found
+        # What such a group may write at most: what it writes decides nothing but whether others matter.
+        return np.where(pure[first], found, np.bincount(leader, curved * ups * own, len(leader))[first])
+
+    beyond_line, beyond_parabola = written(1), written(2)
+    least = max(silent_below(beyond_line), _least_output(model, layer))
+    does_something = (beyond_line > least) & (beyond_parabola > silent_below(beyond_parabola))
+    kept = first[pure[first] & does_something] if is_reached(model, layer) else first[:0]
+    norms = [*(reading.norms for reading in readings), own]
     return DistinctUnits(
         kept,
         total=len(leader),
@@ -209,8 +213,7 @@ def _found(model: ParamSource, layer: int) -> DistinctUnits:
         inactive=int(pure[first].sum()) - len(kept),
         order_p=tuple(_order_p(column[kept]) for column in norms),
         shared=shared,
-        # Half of the inputs of a unit leave its activation function open.
-        added=float(np.sqrt(np.square(written, dtype=np.float64).sum() / down.shape[1])) / 2,
+        added=float(np.sqrt(np.square(beyond_line, dtype=np.float64).sum() / down.shape[1])),
         mixed=int((~pure).sum()),
     )
 
@@ -264,7 +267,13 @@ def _least_output(model: ParamSource, layer: int) -> float:
     arch, least = model.arch, NEGLIGIBLE * stream_size(model, layer)
     if arch.post_norms:
         return np.inf if _added(model, layer) < least else 0.0
-    return float(2 * least * np.sqrt(arch.embed_dim / arch.mlp_dim_of(layer)))
+    return float(least * np.sqrt(arch.embed_dim / arch.mlp_dim_of(layer)))
+
+
+def _input_size(model: ParamSource, layer: int) -> float:
+    """Returns the root mean square of what the MLP of a layer reads: 1 behind a norm, else that of the stream."""
+    model, (layer, _) = origin(model, layer)
+    return 1.0 if model.arch.pre_norms or not has_stream(model) else stream_size(model, layer)
 
 
 def has_stream(model: ParamSource) -> bool:

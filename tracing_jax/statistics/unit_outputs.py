@@ -26,17 +26,24 @@ _INPUTS = 4096  # in random directions, for which experts are chosen
 _RARELY = 0.01  # of the share of inputs that all experts would have if they were chosen alike
 
 
-def opened(norms: Float[np.ndarray, " F"], constants: Float[np.ndarray, " F"], arch: Arch) -> Float[np.ndarray, " F"]:
-    """Returns the norms of the rows that an activation function follows, less where constants keep it closed.
+def curved_outputs(
+    norms: Float[np.ndarray, " F"], constants: Float[np.ndarray, " F"] | None, arch: Arch, degree: int
+) -> Float[np.ndarray, " F"]:
+    """Returns how much activation functions give beyond the polynomial of this degree that fits best, float32.
+
+    Units that give no more can be cancelled by others of other gates. Where the gate is so short that `silu(z)` is
+    z / 2, (g, u, d) writes (g x)(u x) d / 2, as do (u, g, d) and many sums of units; sums of ridge functions in
+    different directions vanish only if each is a polynomial (Buhmann and Pinkus 1999, Identifying linear combinations
+    of ridge functions), so that what is beyond them stays.
 
     Args:
       norms: of the rows, which are the standard deviations of what units read of normalised inputs.
-      constants: what is added to that, by a bias and by the shift of the norm before.
+      constants: what is added to that, by a bias and by the shift of the norm before; None for nothing.
       arch: of the model; `clamped_glu` goes before its activation.
+      degree: of the polynomial.
     """
-    spread = [activation_spread(arch, means, norms) for means in (np.zeros_like(constants), constants)]
-    share = np.divide(spread[1], spread[0], out=np.ones(len(norms)), where=spread[0] > 0)
-    return (norms * np.minimum(share, 1)).astype(np.float32)
+    means = np.zeros_like(norms) if constants is None else constants
+    return activation_spread(arch, means, norms, degree).astype(np.float32)
 
 
 def constants_of(projection: Tree, norm: Tree, name: str) -> list[Float[np.ndarray, " F"]]:

@@ -56,6 +56,14 @@ _MOVED_LAYERS = "layers that were moved"
 _OBSCURED = "layers most of whose MLP units are no evidence"
 """Given as a reason where that is so in most layers, so that no test of units can find much."""
 
+_WITHOUT_EMBEDDINGS = ("match_crossfit", "match_moments")
+"""Statistics that detect a relation where embeddings were replaced and the model was trained on."""
+
+_BY_EMBEDDINGS = (
+    " (all of them are blind to embeddings that were replaced before further training, which "
+    f"{' and '.join(_WITHOUT_EMBEDDINGS)} detect)"
+)
+
 _OF_ANY_LAYERS = ("match_all", "match_mlps")
 """Statistics that compare every layer with every other, and not those of equal index; so does `match_moments` where the
 models differ in depth."""
@@ -197,6 +205,8 @@ def verdict(results: Mapping[str, Result], level: float, identical: Identity | N
         if result.reservation and adjusted[name] < least <= firm[name]
     }
     hint = "" if "match" in deciding else ": run match, or auto"
+    if word == "no_evidence":
+        hint = "" if found.keys() & set(_WITHOUT_EMBEDDINGS) else _BY_EMBEDDINGS
     return Verdict(
         word,
         _meaning(word, level, identical, reasons, min(adjusted.values()), blind, reserved, hint, scope, copied),
@@ -353,12 +363,12 @@ def _meaning(
         return (
             "no sign of common weights was found in the parts that were read, by tests that are invariant under "
             f"permuted units and rotated features; {scope}: other parts, and other rewrites that its forward pass may "
-            "allow, were not tested; independence is never proved"
+            f"allow, were not tested{hint}; independence is never proved"
         )
     if word == "no_evidence":
         return (
             "no sign of common weights was found, by tests that are invariant under every rewrite of these models that "
-            "this program knows; independence is never proved"
+            f"this program knows{hint}; independence is never proved"
         )
     if reserved and log10_p < math.log10(level):
         return "the evidence can have another cause: " + "; ".join(f"{name}: {why}" for name, why in reserved.items())
