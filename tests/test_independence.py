@@ -40,7 +40,12 @@ from tracing_jax.statistics.calibration import (
     null_of,
     upper_share,
 )
-from tracing_jax.statistics.comparison import Comparison, against_each_other, against_identity
+from tracing_jax.statistics.comparison import (
+    Comparison,
+    against_each_other,
+    against_identity,
+    sampled_partners,
+)
 from tracing_jax.statistics.csh import Csh
 from tracing_jax.statistics.csu import Csu, CsuAll
 from tracing_jax.statistics.jsd import Jsd
@@ -410,6 +415,21 @@ def test_against_each_other_counts_the_units_that_both_send_to_the_same():
     wide = against_each_other(one, other)
     assert (wide.units, wide.choices, wide.agreeing) == (9, 14, int((one.ft == other.ft).sum()))
     assert (tall.units, tall.choices, tall.agreeing) == (9, 14, wide.agreeing)
+
+
+def test_partners_are_those_of_both_matchings_in_either_shape():
+    rng = np.random.default_rng(0)
+    for shape in ((9, 14), (14, 9), (400, 400)):
+        scores = rng.normal(size=shape)
+        one, other = (match_units(s, np.random.default_rng(i)) for i, s in enumerate((scores, -scores)))
+        found = np.array(sampled_partners(one, other, first=5))
+        by = [dict(zip(matching.base.tolist(), matching.ft.tolist())) for matching in (one, other)]
+        both = sorted(by[0].keys() & by[1].keys())
+        assert len(found) == min(len(both), 128)
+        assert {0, len(both) - 1} <= {both.index(unit - 5) for unit in found[:, 0]}
+        assert [[by[0][unit - 5], by[1][unit - 5]] for unit in found[:, 0]] == found[:, 1:].tolist()
+    none = match_units(np.zeros((3, 4)), np.random.default_rng(0))
+    assert sampled_partners(none, none) == []
 
 
 def result_with(log10_p, places=("layer 0", "layer 1", "layer 2")):

@@ -16,7 +16,7 @@ from pathlib import Path
 import planted_zoo as zoos
 import pytest
 from test_findings import full
-from test_report import with_counted_tests, with_tests
+from test_report import with_counted_tests, with_partners, with_tests
 
 from tracing_jax.report.page import html
 from tracing_jax.report.pairs import pairs_html
@@ -83,6 +83,7 @@ def pages():
     merged = zoos.two_trees({("a", "b"): 1.4, ("a", "ab"): 0.7, ("ab", "b"): 0.7})
     return {
         "map": html(with_counted_tests()),
+        "units": html(with_partners() | {"verdict": with_tests()["verdict"]}),
         "zoo": zoo_html(make_contents(plan, zoos.rows_of(plan, records), {}), "zoo"),
         "graph": zoo_html(make_contents(few, zoos.rows_of(few, records), {}), "graph"),
         "merged": zoo_html(make_contents(merged[0], zoos.rows_of(*merged), {}), "merged"),

@@ -23,6 +23,7 @@ from tracing_jax.report.page import html
 from tracing_jax.report.pairs import figure_of_pairs, pairs_html
 from tracing_jax.report.panels import _stack
 from tracing_jax.report.printed import pair_names, summary
+from tracing_jax.report.unit_maps import unit_maps
 
 pytestmark = pytest.mark.usefixtures("drawn")
 ROOT = Path(__file__).parents[1]
@@ -622,6 +623,25 @@ def test_what_a_figure_shows_is_said_to_those_who_do_not_see_it():
 
 
 # Maps.
+
+
+def with_partners():
+    """A record of a statistic that kept partners of four units of one layer."""
+    kept = {"layer": 2, "units": [1000, 2000], "readings": ["gate", "up"],
+            "partners": [[0, 0, 0], [250, 1999, 1999], [500, 10, 1200], [999, 1500, 1500]]}  # fmt: skip
+    return record(statistics={"match": {"non_aligned": result(0.5) | {"unit_map": kept}, "aligned": None}})
+
+
+def test_the_map_of_units_shows_where_their_partners_are():
+    (drawn,) = unit_maps(with_partners())
+    assert [(p.x, p.y, p.firm) for p in drawn.points] == [
+        (0.05, 0.03, True), (25.05, 99.97, True), (50.05, 0.53, False), (99.95, 75.03, True),
+    ]  # fmt: skip
+    assert drawn.points[2].text == "unit 500 of base: 10 by gate, 1,200 by up"
+    assert "Of 4 units of layer 2 of base, 3 have one partner in ft by gate and by up; 1 of these are in" in drawn.alt
+    page = Page(html(with_partners()))
+    assert [name for tag, name, value in page.attributes if tag == "circle" and value == "firm"] == ["class"] * 3
+    assert drawn.alt in page.text
 
 
 def counted(places, agreeing, units=64, name="weights, agreement, calibrated", **changes):

@@ -10,6 +10,7 @@ import jinja2
 
 from tracing_jax.report.formatting import cell
 from tracing_jax.report.maps import Map
+from tracing_jax.report.unit_maps import UnitMap
 
 _SHARED = Path(__file__).parent
 """The folder of the templates that all pages share: `head.html`, `parts.html` and `style.css`."""
@@ -54,6 +55,7 @@ class Section:
     figure: str = ""
     alt: str = ""
     maps: Sequence[Map] = ()
+    unit_maps: Sequence[UnitMap] = ()
     banners: Sequence["Banner"] = ()
     table: Table | None = None
     blocks: Sequence[Block] = ()

@@ -31,6 +31,7 @@ from tracing_jax.report.html_elements import (
     table_of,
 )
 from tracing_jax.report.maps import maps
+from tracing_jax.report.unit_maps import unit_maps
 
 _AS_PRINTED = ("Compared", "Identical tensors", "Effect sizes", "Shares", "Not tested")
 """Parts that the page shows as they are printed; the others have sections of their own."""
@@ -94,8 +95,8 @@ def _part_section(part: FindingGroup) -> Section:
 def _map_sections(record: Mapping[str, Any]) -> list[Section]:
     """Where the two models agree."""
     text = "Point at a cell for its numbers. Tests differ in the rewrites that they do not detect."
-    found = maps(record)
-    return [Section("Where they agree", [text], maps=found)] if found else []
+    found, units = maps(record), unit_maps(record)
+    return [Section("Where they agree", [text], maps=found, unit_maps=units)] if found or units else []
 
 
 def _claim_sections(claim: Mapping[str, Any] | None) -> list[Section]:

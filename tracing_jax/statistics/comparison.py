@@ -22,6 +22,7 @@ from tracing_jax.statistics.pvalues import LogPs
 from tracing_jax.statistics.statistic import Test
 
 LN10 = math.log(10)
+_PARTNERS = 128
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -56,6 +57,8 @@ class Comparison:
     inactive: Sequence[int] = (0, 0)
     order_p: Sequence[float] = (1.0, 1.0)
     mixed: Sequence[int] = (0, 0)
+    partners: Sequence[Sequence[int]] = ()
+    """Of some units of base, spread evenly: the unit, and its partner in ft by either matching."""
 
     def of_units(self, base: DistinctUnits, ft: DistinctUnits) -> "Comparison":
         """Returns the comparison with what is known of the units of both layers."""
@@ -111,6 +114,19 @@ def against_each_other(one: UnitMatching, other: UnitMatching) -> Comparison:
     if one.live_base <= one.live_ft:
         return _compare(one.ft, other.ft, one.live_ft)
     return _compare(one.base, other.base, one.live_base)
+
+
+def sampled_partners(one: UnitMatching, other: UnitMatching, first: int = 0) -> list[list[int]]:
+    """Returns of up to `_PARTNERS` units of base, spread evenly over those in both matchings, the partners in ft.
+
+    Args:
+      one: a matching.
+      other: another of the same units.
+      first: index of the first unit of base that was matched, where these are a run of them.
+    """
+    both, in_one, in_other = np.intersect1d(one.base, other.base, return_indices=True)
+    kept = np.unique(np.linspace(0, len(both) - 1, min(_PARTNERS, len(both))).round().astype(int))
+    return np.stack([both + first, one.ft[in_one], other.ft[in_other]], axis=1)[kept].tolist()
 
 
 def compare_layers(

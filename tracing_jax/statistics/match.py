@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Array
@@ -32,6 +33,7 @@ from tracing_jax.statistics.comparison import (
     compare_layers,
     live_among,
     reserved,
+    sampled_partners,
     share_agreeing,
     share_by_layer,
     tests_of,
@@ -109,6 +111,7 @@ class Match(options.Match):
             per_layer=share_by_layer(best),
             notes=notes,
             effect=agreement_effect(best),
+            unit_map=_unit_map(best, pair),
             **reserved(tests, BY_CONVERGENCE),
         ).for_pair(pair)
 
@@ -123,7 +126,9 @@ class Match(options.Match):
             samples[layer.layer] = layer.samples
             _save_samples(run_cache, layer)
             units = distinct_units(base, layer.layer), distinct_units(ft, layer.layer)
-            return compare_taps(layer.by_tap, pair, ("match", form, layer.layer), units, run)
+            one, other = match_taps(layer.by_tap, pair, ("match", form, layer.layer), units, run)
+            partners = sampled_partners(one, other, 0 if run is None else run.start)
+            return replace(against_each_other(one, other).of_units(*units), partners=partners)
 
         layers = compare_layers(self._correlations(form, base, ft, pair, run_cache), compare, run_cache)
         samples |= {i: _load_samples(run_cache, i) for i in range(len(layers)) if i not in samples}
@@ -169,6 +174,18 @@ class Match(options.Match):
             for side, other in others
         ]
         return measured_allowance(measured, self.level), control_source(len(pair.controls), len(others))
+
+
+def _unit_map(layers: Sequence[Comparison], pair: Pair) -> dict[str, Any]:
+    """Returns for the record the partners of units of one layer, that in which most agree."""
+    i = max(range(len(layers)), key=lambda i: share_agreeing([layers[i]]))
+    units = [model.arch.mlp_dim_of(i) for model in (pair.base, pair.ft)]
+    return {
+        "layer": i,
+        "units": units,
+        "readings": list(TAPS),
+        "partners": [list(found) for found in layers[i].partners],
+    }
 
 
 def gates_not_applicable(base: Arch, ft: Arch) -> list[str]:

@@ -135,6 +135,8 @@ class Result:
       firm_log10_p: with a reservation, the p-value that holds all the same; it decides whether a pair is related.
       blind_to: rewrites of unchanged function that make the statistic miss a relation; None if that is not known.
       premises: what the null presupposes, and whether that was found to hold: `{"premise", "holds", "needed"}`.
+      unit_map: of some units of one layer of base the partners in ft by both readings: `{"layer", "units": widths of
+        base and ft, "readings", "partners": [[unit of base, of ft by one, of ft by the other], ...]}`.
 
     Example:
       >>> tj.trace("demo:base", "demo:finetune", "cos")["cos"]["label"]
@@ -160,6 +162,7 @@ class Result:
     firm_log10_p: float | None = None
     blind_to: tuple[str, ...] | None = None
     premises: Sequence[Mapping[str, Any]] = ()
+    unit_map: Mapping[str, Any] | None = None
 
     @property
     def deciding_log10_p(self) -> float | None:
