@@ -337,6 +337,7 @@ PEFT_CASES = {
     ),
     "llama embedding": (llama, {"target_modules": ["embed_tokens", "q_proj"], "modules_to_save": ["lm_head", "norm"]}),
     "llama DoRA": (llama, {"target_modules": ["q_proj", "down_proj"], "use_dora": True}),
+    "llama DoRA of the embedding": (llama, {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True}),
     "llama bias of the factors": (llama_with_biases, {"target_modules": ["q_proj", "down_proj"], "lora_bias": True}),
     "llama all biases": (llama_with_biases, {"target_modules": ["q_proj"], "bias": "all"}),
     "llama bias without biases": (llama, {"target_modules": ["q_proj"], "bias": "lora_only", "loftq_config": {"a": 4}}),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from parity_cases import CASES, Case
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, models
 from torch_zip_writer import write_arrays
 
 from tracing_jax.alignment.applicability import alignment_problems
@@ -253,6 +254,65 @@ def test_logits_of_an_adapter_are_those_of_peft_whatever_its_base_ties(tmp_path,
     np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
 
 
+_ADDED = {
+    "saved both": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    "beside the adapter": {"target_modules": ["q_proj"]},
+    "factors of the embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "saved embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "saved, tied": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+}
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("case", _ADDED)
+def test_logits_of_an_adapter_with_added_tokens_are_those_of_peft(tmp_path, case, tied):
+    torch, transformers, peft = map(pytest.importorskip, ("torch", "transformers", "peft"))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "vocab_size": 11, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=tied)
+    base = transformers.LlamaForCausalLM(config)
+    base.save_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(14)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, lora_alpha=3, task_type="CAUSAL_LM", **_ADDED[case]))
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    model.save_pretrained(tmp_path / "lora")
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(14)}, unk_token="t0"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0").save_pretrained(tmp_path / "lora")
+    if case == "factors of the embedding" and not tied:  # PEFT saves no head: its new rows are drawn when it is loaded
+        assert "lm_head.weight is not in the adapter with as many" in _said(tmp_path / "lora")
+        return
+    tokens = np.arange(14).reshape(2, 7)
+    with torch.no_grad():
+        again = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora").eval()
+        expected = again(torch.tensor(tokens)).logits.numpy()
+    opened = _open(tmp_path / "lora")
+    assert opened.arch.vocab_size == 14
+    assert any("the adapter has 14 tokens, the base 11" in note for note in opened.notes)
+    found = logits(load(opened, make_mesh()), tokens.astype(np.int32))
+    np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+
+
+def test_new_tokens_that_only_one_end_has_are_refused(tmp_path):
+    tensors = _UNTIED.tensors()
+    base = _write(tmp_path / "base", _UNTIED, tensors)
+    more = np.concatenate([tensors[_EMBEDDING], tensors[_EMBEDDING][:3]])
+    count = len(more)
+    opened = _open(_adapter(tmp_path / "both", base, {_EMBEDDING: more, _HEAD: more + 1}))
+    assert opened.arch.vocab_size == count
+    np.testing.assert_array_equal(opened.head()["lm_head"]["kernel"], more.T + 1)
+    said = _said(_adapter(tmp_path / "one", base, {_EMBEDDING: more}))
+    assert f"has {count} tokens, the base {count - 3}, and lm_head.weight is not in the adapter with as many" in said
+    wide = np.concatenate([more, more], axis=1)
+    assert "expected" in _said(_adapter(tmp_path / "wide", base, {_EMBEDDING: wide, _HEAD: wide}))
+    assert "expected" in _said(_adapter(tmp_path / "less", base, {_EMBEDDING: more[:2], _HEAD: more[:2]}))
+
+
 # Names
 
 
@@ -322,7 +382,7 @@ def test_extra_tensors_that_no_language_model_reads_are_a_note(tmp_path):
     notes = "\n".join(opened.notes)
     assert "3 tensors are left out, heads for other tasks" in notes
     assert "2 tensors are left out, scales of cached keys" in notes
-    assert "1 tensors are left out, parts for other inputs" in notes
+    assert "1 tensor is left out, parts for other inputs" in notes
 
 
 @pytest.mark.parametrize("partly", [False, True])

@@ -15,6 +15,7 @@ import numpy as np
 from absl import logging
 
 from tracing_jax.checkpoint.adapted_experts import with_adapted_experts
+from tracing_jax.checkpoint.added_tokens import Ends, check_added_tokens, saved_again, shapes_with_tokens
 from tracing_jax.checkpoint.derived_tensors import Alias, DerivedTensors
 from tracing_jax.checkpoint.errors import CheckpointError
 from tracing_jax.checkpoint.merged_tensors import LowRank, MergedTensors, Updates, olora, pissa
@@ -72,7 +73,9 @@ def base_id(folder: Path) -> str:
     return f"{name}@{revision}" if revision else name
 
 
-def merged(base: TensorStore, folder: Path, tied: tuple[str, str] | None = None, *, shared: bool = True) -> TensorStore:
+def merged(
+    base: TensorStore, folder: Path, ends: Ends | None = None, *, tied: bool = False, shared: bool = True
+) -> TensorStore:
     """`base` with the adapter in `folder` merged as it is read, in float32, then cast back to the base's dtype.
 
     Where the base ties its head to its embedding and the adapter trained one of them, both are in the result: PEFT
@@ -81,7 +84,8 @@ def merged(base: TensorStore, folder: Path, tied: tuple[str, str] | None = None,
     Args:
         base: The tensors of the base.
         folder: Of the adapter.
-        tied: Names of the embedding and of the head, if the config of the base ties them.
+        ends: Names of the embedding and of the head, where they are known; they may have more rows in the adapter.
+        tied: Whether the config of the base ties them.
         shared: Whether they are one tensor then; some checkpoints store a head of their own all the same.
 
     Raises:
@@ -92,11 +96,12 @@ def merged(base: TensorStore, folder: Path, tied: tuple[str, str] | None = None,
     if problems:
         raise CheckpointError(*(f"{folder / _CONFIG}: {problem}" for problem in problems))
     adapter = _open_adapter(folder)
-    if tied and shared and any(_trains(name, tied) for name in adapter.names()):
-        base = _with_both(base, *tied)
+    if ends and tied and shared and any(_trains(name, ends) for name in adapter.names()):
+        base = _with_both(base, *ends)
     try:
         base, adapter = with_adapted_experts(base, adapter, config)
-        return MergedTensors(base, adapter, _planned_updates(base, adapter, config, tied, shared), [folder / _CONFIG])
+        updates = _planned_updates(base, adapter, config, ends, tied, shared)
+        return MergedTensors(base, adapter, updates, [folder / _CONFIG])
     except CheckpointError as error:
         raise CheckpointError(*(f"{adapter.files()[0]}: {problem}" for problem in error.problems)) from error
 
@@ -121,10 +126,10 @@ def merged_by_weights(base: TensorStore, folder: Path, config: Mapping[str, Any]
     return merged(base, folder)
 
 
-def _trains(name: str, tied: tuple[str, str]) -> bool:
+def _trains(name: str, ends: Ends) -> bool:
     """Returns whether a tensor of an adapter belongs to the embedding or the head."""
     match = _NAME.fullmatch(name)
-    return match is not None and any(one.endswith(f"{match['path'].rpartition('.')[2]}.weight") for one in tied)
+    return match is not None and any(one.endswith(f"{match['path'].rpartition('.')[2]}.weight") for one in ends)
 
 
 def _with_both(base: TensorStore, embedding: str, head: str) -> TensorStore:
@@ -196,7 +201,7 @@ def _patterns_problems(key: str, patterns: object) -> list[str]:
 
 
 def _planned_updates(
-    base: TensorStore, adapter: TensorStore, config: Mapping[str, Any], tied: tuple[str, str] | None, shared: bool
+    base: TensorStore, adapter: TensorStore, config: Mapping[str, Any], ends: Ends | None, tied: bool, shared: bool
 ) -> Updates:
     """Returns what the tensors of an adapter do to those of its base.
 
@@ -204,29 +209,31 @@ def _planned_updates(
         CheckpointError: They do not fit; every reason at once.
     """
     parts, problems = _parts(base, adapter)
+    shapes = shapes_with_tokens(base, adapter, parts, ends)
     updates = Updates()
     for target, names in parts.items():
         try:
             if "whole" in names:
                 updates.replaced[target] = names.pop("whole")
-                _expect_shape(adapter, updates.replaced[target], base.shape(target))
+                _expect_shape(adapter, updates.replaced[target], shapes[target])
             if "tokens" in names:
-                updates.rows[target] = _token_rows(adapter, names.pop("tokens"), base.shape(target), config)
+                updates.rows[target] = _token_rows(adapter, names.pop("tokens"), shapes[target], config)
             if "B_bias" in names:
-                updates.added[target] = _added(adapter, names.pop("B_bias"), base.shape(target), config)
+                updates.added[target] = _added(adapter, names.pop("B_bias"), shapes[target], config)
             if names:
-                updates.low_rank[target] = _low_rank(adapter, names, base.shape(target), config)
+                updates.low_rank[target] = _low_rank(adapter, names, shapes[target], config)
         except CheckpointError as error:
             problems.extend(error.problems)
     if problems:
         raise CheckpointError(*grouped(problems))
     # The weight below the factors of one of two tied modules is that of both, and trained tokens are those of both, for
     # which PEFT asks the config alone; a module that was saved whole is no longer tied.
-    for one, other in (tied, tied[::-1]) if tied else ():
+    for one, other in (ends, ends[::-1]) if ends and tied else ():
         if shared and ".base_layer." in updates.replaced.get(one, "") and other not in updates.replaced:
             updates.replaced[other] = updates.replaced[one]
         if one in updates.rows and not {other} & {*updates.rows, *updates.replaced}:
             updates.rows[other] = updates.rows[one]
+    check_added_tokens(base, adapter, updates.replaced, ends)
     return updates
 
 
@@ -238,14 +245,15 @@ def _parts(base: TensorStore, adapter: TensorStore) -> tuple[dict[str, dict[str,
     left_out, notes = ignored_notes(map(_inside_the_model, adapter.names()))
     for note in notes:
         logging.info("%s: %s", adapter.files()[0], note)
+    twice = saved_again(adapter.names())
     for name in adapter.names():
-        if _inside_the_model(name) in left_out:
+        if _inside_the_model(name) in left_out or name in twice:
             continue
         match = _NAME.fullmatch(name)
         kind, leaf = _part_of(match) if match else ("", "")
         target = _target(f"{match['path']}.{leaf}", known) if match else None
         if not match or not target:
-            why = "the base has no bias there, as PEFT needs" if kind == "B_bias" else "is it the right base?"
+            why = "a bias of lora_B can be merged only into a bias" if kind == "B_bias" else "is it the right base?"
             problems.append(f"{shortened(repr(name), 200)} belongs to no tensor of the base; {why}")
         elif parts.setdefault(target, {}).setdefault(kind, name) != name:
             problems.append(f"{name!r} is the second of its kind for {target!r}")
@@ -284,8 +292,8 @@ def _low_rank(
     if len(shape) != 2:
         raise CheckpointError(f"{first!r} updates a tensor of shape {shape}, only matrices are merged")
     is_embedding = "embedding_A" in names
-    if bool(config.get("use_dora")) != (magnitude is not None) or (magnitude and is_embedding):
-        raise CheckpointError(f"{first!r}: a magnitude vector belongs to DoRA, and is merged into linear layers alone")
+    if bool(config.get("use_dora")) != (magnitude is not None):
+        raise CheckpointError(f"{first!r}: a magnitude vector belongs to DoRA, and DoRA has one (use_dora)")
     transposed = is_embedding or bool(config.get("fan_in_fan_out"))
     (path,) = paths
     rank = _by_pattern(config.get("rank_pattern"), path, config["r"])

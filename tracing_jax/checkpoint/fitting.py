@@ -22,7 +22,7 @@ from tracing_jax.checkpoint.name_patterns import (
 )
 from tracing_jax.checkpoint.tensor_layout import tensor_shapes
 from tracing_jax.checkpoint.tensors import TensorStore
-from tracing_jax.complaints import grouped, listed, shortened
+from tracing_jax.complaints import counted, grouped, listed, shortened
 
 _ROWS_PER_READ = 4096  # of the embedding, compared at a time
 _FEW_LAYERS = 200  # of as many the missing tensors can be listed
@@ -106,7 +106,8 @@ def _turned(arch: Arch, store: TensorStore) -> tuple[TensorStore, list[str]]:
                 turned[name] = found
     if not turned:
         return store, []
-    return DerivedTensors(store, turned), [f"{len(turned)} tensors are stored transposed: {listed(turned, 3)}"]
+    many = counted(len(turned), "tensor is", "tensors are")
+    return DerivedTensors(store, turned), [f"{many} stored transposed: {listed(turned, 3)}"]
 
 
 def rounded(store: TensorStore) -> tuple[TensorStore, list[str]]:
@@ -114,7 +115,8 @@ def rounded(store: TensorStore) -> tuple[TensorStore, list[str]]:
     wide = {name: Cast(store, name, np.dtype(np.float32)) for name in store.names() if store.dtype(name) == np.float64}
     if not wide:
         return store, []
-    return DerivedTensors(store, wide), [f"{len(wide)} tensors are float64 and were rounded to float32"]
+    many = counted(len(wide), "tensor is float64 and was", "tensors are float64 and were")
+    return DerivedTensors(store, wide), [f"{many} rounded to float32"]
 
 
 def tied_as_stored(arch: Arch, store: TensorStore, compare_rows: bool = True) -> tuple[Arch, TensorStore, list[str]]:
@@ -183,7 +185,8 @@ def _checked(arch: Arch, store: TensorStore) -> list[str]:
     if later := [
         name for name in extra if arch.num_layers <= layer_of(name) < arch.num_layers + arch.prediction_layers
     ]:
-        notes.append(f"{len(later)} tensors are left out, of layers that predict further tokens: {listed(later, 3)}")
+        many = counted(len(later), "tensor is", "tensors are")
+        notes.append(f"{many} left out, of layers that predict further tokens: {listed(later, 3)}")
         ignored |= set(later)
     unexpected = {name: store.shape(name) for name in extra if name not in ignored}
     misshapen = {name: shape for name, shape in found.items() if store.shape(name) != shape}

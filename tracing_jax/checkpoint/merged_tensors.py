@@ -101,7 +101,9 @@ class MergedTensors:
         return self._base.names()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._base.shape(name)
+        # One in the place of an embedding or a head may have more rows: those of added tokens.
+        replaced = self._updates.replaced.get(name)
+        return self._base.shape(name) if replaced is None else self._adapter.shape(replaced)
 
     def dtype(self, name: str) -> np.dtype:
         return self._base.dtype(name)

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from tracing_jax.checkpoint.errors import CheckpointError
-from tracing_jax.complaints import listed, shortened
+from tracing_jax.complaints import counted, listed, shortened
 
 # torch.compile, FSDP and activation checkpointing wrap a module, and their component is in the names of what is
 # inside, at whatever depth. No module of a model is called so.
@@ -69,7 +69,10 @@ def ignored_notes(names: Iterable[str]) -> tuple[set[str], list[str]]:
         for kind, pattern in _IGNORED.items():
             if pattern.fullmatch(name):
                 found.setdefault(kind, []).append(name)
-    notes = [f"{len(members)} tensors are left out, {kind}: {listed(members, 3)}" for kind, members in found.items()]
+    notes = [
+        f"{counted(len(members), 'tensor is', 'tensors are')} left out, {kind}: {listed(members, 3)}"
+        for kind, members in found.items()
+    ]
     return {name for members in found.values() for name in members}, notes
 
 

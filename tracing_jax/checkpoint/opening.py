@@ -1,6 +1,7 @@
 """`open_checkpoint`: a local folder or a Hub id becomes a `Checkpoint`; no weight is read."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -286,8 +287,12 @@ def _open_adapter(
     files = _open_files(base, download_dir, False, None, chain)
     # What the base ties decides what the adapter changes, so the base is settled before anything is merged into it.
     arch, tensors, notes = tied_as_stored(files.arch, files.tensors)
-    tied = tied_names(files.arch, tensors.names()) if files.arch.tied else None
-    changed = merged(tensors, found.folder, tied, shared=arch.tied)
+    ends = tied_names(files.arch, tensors.names())
+    changed = merged(tensors, found.folder, ends, tied=files.arch.tied, shared=arch.tied)
+    rows = changed.shape(ends[0])[0] if ends[0] in changed.names() else files.arch.vocab_size
+    if rows > (before := tensors.shape(ends[0])[0] if ends[0] in tensors.names() else rows):
+        files = files._replace(arch=replace(files.arch, vocab_size=rows))
+        notes = [*notes, f"the adapter has {rows} tokens, the base {before}: embedding and head are the adapter's"]
     tokenizer = found.folder if any((found.folder / name).exists() for name in _TOKENIZERS) else files.tokenizer_folder
     return files._replace(
         tensors=changed, tokenizer_folder=tokenizer, notes=tuple(dict.fromkeys((*files.notes, *notes)))

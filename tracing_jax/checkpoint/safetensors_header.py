@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from tracing_jax.complaints import listed, shortened
+from tracing_jax.complaints import counted, listed, shortened
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format
 
@@ -76,9 +76,8 @@ def read_header(text: bytes) -> dict[str, StoredTensor]:
     unknown = {name: tensor.dtype for name, tensor in header.items() if tensor.dtype not in _DTYPES}
     if unknown:
         kinds, first = listed(sorted(set(unknown.values()))), shortened(repr(next(iter(unknown))))
-        raise HeaderError(
-            f"{len(unknown)} tensors of dtype {kinds}, {first} first: not read; use the original checkpoint", True
-        )
+        many = counted(len(unknown), "tensor", "tensors")
+        raise HeaderError(f"{many} of dtype {kinds}, {first} first: not read; use the original checkpoint", True)
     tensors = {name: _stored(name, tensor) for name, tensor in header.items()}
     _check_side_by_side(tensors)
     return tensors

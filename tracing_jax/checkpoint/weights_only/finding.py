@@ -35,7 +35,7 @@ from tracing_jax.checkpoint.weights_only.numbers import (
     is_rule,
     which_is_gate,
 )
-from tracing_jax.complaints import listed
+from tracing_jax.complaints import counted, listed
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -185,7 +185,12 @@ class _Finder:
                 kept[layer] = mlp
             seen.add(first)
         if len(kept) < len(mlps):
-            self.notes.append(f"{len(mlps) - len(kept)} layers repeat the MLP of another and are left out")
+            many = counted(
+                len(mlps) - len(kept),
+                "layer repeats the MLP of another and is",
+                "layers repeat the MLP of another and are",
+            )
+            self.notes.append(f"{many} left out")
         return kept
 
     def _add_fused(self, mlp: Mlp, prefix: str, layers: Sequence[int]) -> None:
