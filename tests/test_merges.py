@@ -33,7 +33,7 @@ from tracing_jax.merges import (
 from tracing_jax.merges.exchange import log_p_of_layer
 from tracing_jax.merges.normal_equations import TensorSums, rounded, rounding_variance
 from tracing_jax.merges.parent_shares import _of_distinct_layers
-from tracing_jax.merges.products import products
+from tracing_jax.merges.products import change_of_columns, products
 from tracing_jax.rewrites import draw_rewrites
 from tracing_jax.sources import InMemory, MappedSource, in_memory, rewritten
 from tracing_jax.tree import flatten, unflatten
@@ -288,6 +288,27 @@ def test_slices_of_large_leaves_give_the_same_sums(arch, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, sliced.units, whole.units)
 
 
+def test_slices_of_checkpoints_are_read_into_the_same_memory(tmp_path, monkeypatch):
+    """And give the sums of whole leaves: what is summed is not overwritten by what is read ahead."""
+    case, rng = CASES["qwen3-gqa-untied-default"], np.random.default_rng(0)
+    shapes = tensor_shapes(leaf_layouts(case.arch()).values())
+    models = []
+    for name in "cab":
+        (folder := tmp_path / name).mkdir()
+        (folder / "config.json").write_text(json.dumps(case.config))
+        save_file({n: rng.normal(size=shape).astype(ml_dtypes.bfloat16) for n, shape in shapes.items()},
+                  folder / "model.safetensors")  # fmt: skip
+        models.append(open_checkpoint(str(folder)))
+    models = MergeModels(models[0], dict(zip("AB", models[1:])))
+    whole = read_sums(models)
+    monkeypatch.setattr(merge_models, "SLICE_BYTES", 300)
+    sliced = read_sums(models)
+    assert max(piece.slices for place in models.places() for piece in models.pieces(place)) > 4
+    for own, other in zip(sliced.tensors, whole.tensors, strict=True):
+        np.testing.assert_allclose(own.gram, other.gram, rtol=1e-5, atol=1e-4 * other.counts.sum())
+    jax.tree.map(np.testing.assert_array_equal, sliced.units, whole.units)
+
+
 def test_products_are_those_of_float64():
     """Of every dtype, over a span that is no multiple of a chunk."""
     rng = np.random.default_rng(0)
@@ -297,6 +318,29 @@ def test_products_are_those_of_float64():
         columns = np.stack([child - reference, *(other - reference for other in others), reference])
         # Differences are rounded to float32 once.
         np.testing.assert_allclose(products(flat, 7, 40_000), columns @ columns.T, rtol=1e-7, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [0.1, 1.0])
+def test_what_is_left_of_bfloat16_is_exact_to_float32(size):
+    """And of parents that are nearly the same: columns are changed before they are summed in float32."""
+    rng = np.random.default_rng(0)
+    base, a = (rng.normal(size=200_001) for _ in range(2))
+    stored = [own.astype(ml_dtypes.bfloat16) for own in (base, base + size * a, base + 1.02 * size * a)]
+    ref, one, other = (own.astype(np.float64) for own in stored)
+    child = (ref + 0.6 * (one - ref) + 0.3 * (other - ref)).astype(ml_dtypes.bfloat16)
+    columns = np.stack([child.astype(np.float64) - ref, one - ref, other - ref, ref])
+    change = change_of_columns(columns[:, rng.integers(200_001, size=4096)])
+    found = products([child, *stored], 1, 200_000, change)
+    exact = columns[:, 1:200_000] @ columns[:, 1:200_000].T
+    shares, rests = zip(
+        *((np.linalg.solve(g[1:3, 1:3], g[1:3, 0]), np.linalg.inv(g[:3, :3])[0, 0]) for g in (found, exact))
+    )
+    np.testing.assert_allclose(shares[0], shares[1], atol=1e-5)
+    assert rests[0] == pytest.approx(rests[1], rel=1e-5)
+    sizes = np.sqrt(np.diag(exact))
+    np.testing.assert_allclose(found / np.outer(sizes, sizes), exact / np.outer(sizes, sizes), atol=1e-5)
+    with_copy = products([stored[1], *stored], 0, 200_001, change_of_columns(np.stack([one - ref, *columns[1:]])))
+    assert with_copy[0, 0] == pytest.approx(with_copy[0, 1], rel=1e-12)
 
 
 def test_weights_that_are_no_numbers_are_refused(origin, parents, tmp_path):
@@ -416,12 +460,21 @@ def test_method_is_named_and_its_recipe_makes_the_child_again(origin, parents, n
             assert model_["parameters"] == {
                 "weight": pytest.approx(weight, abs=0.05), "density": pytest.approx(0.5, abs=0.05)
             }  # fmt: skip
+        follows = np.array(found.record["method"]["parameters"]["follows"])
+        # Half are kept; of two of opposite signs, an eighth of all, the larger after weighting is elected.
+        beaten = 2 / np.pi * np.arctan([0.4 / 0.6, 0.6 / 0.4])
+        np.testing.assert_allclose(follows, 0.5 if name == "dare_linear" else 0.5 - 0.125 * beaten, atol=0.03)
+        assert "entries that follow each parent: A" in repr(found)
         return
     rest = total = 0.0
     for leaf, values in child.items():
         rest += np.square(made_again(found.record["recipe"], leaf, origin, parents) - values).sum()
         total += np.square(values - origin[leaf]).sum()
     assert rest / total < (2e-3 if name == "ties" else 1e-5)
+    if name == "ties":
+        deltas = [[w * merging._largest(p[n] - origin[n], 0.4) for w, p in zip((1.0, 0.5), parents)] for n in origin]
+        wanted = [np.concatenate([merging._agreeing(own)[k].ravel() for own in deltas]).mean() for k in (0, 1)]
+        assert found.record["method"]["parameters"]["follows"] == pytest.approx(wanted, abs=0.02)
 
 
 def test_layers_that_were_repeated_and_left_out_are_found(origin, parents):

@@ -7,7 +7,6 @@ file's `[out, in]` to our `[in, out]` as it copies. Peak memory of reading a par
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from threading import Lock
 
 import jax
 import numpy as np
@@ -16,13 +15,10 @@ from jax.sharding import Mesh, NamedSharding
 from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisTable, axis_table
 from tracing_jax.checkpoint.checkpoint import Checkpoint
+from tracing_jax.checkpoint.read_buffer import ReadBuffer, UnitRange
 from tracing_jax.checkpoint.tensor_layout import LeafLayout
-from tracing_jax.checkpoint.tensors import TensorStore, all_finite
 from tracing_jax.sharding import leaf_spec
 from tracing_jax.tree import Tree, unflatten
-
-UnitRange = tuple[int, int]
-"""The first unit and the one after the last, on one axis of a leaf."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +30,7 @@ class ShardedCheckpoint:
 
     checkpoint: Checkpoint
     mesh: Mesh
-    _buffer: "_Buffer" = field(default_factory=lambda: _Buffer(), repr=False, compare=False)
+    _buffer: ReadBuffer = field(default_factory=ReadBuffer, repr=False, compare=False)
 
     @property
     def arch(self) -> Arch:
@@ -87,47 +83,6 @@ class ShardedCheckpoint:
     @cached_property
     def _table(self) -> AxisTable:
         return axis_table(self.arch)
-
-
-class _Buffer:
-    """Host memory in which one leaf at a time is read."""
-
-    def __init__(self) -> None:
-        self.lock = Lock()
-        self._bytes = np.empty(0, np.uint8)
-
-    def read(
-        self, tensors: TensorStore, layout: LeafLayout, axis: int, run: UnitRange, broken: list[str]
-    ) -> tuple[int, np.ndarray]:
-        """Returns the units of `run`, or more where they cannot be read alone, as a view that the next call overwrites.
-
-        Args:
-          tensors: where they are read from.
-          layout: of the leaf.
-          axis: of the leaf.
-          run: the units on that axis.
-          broken: gets the names of tensors that hold NaN or infinities.
-
-        Returns:
-          the first unit of the view, and the view.
-        """
-        narrowed = layout.narrow(axis, *run)
-        start, layout = (run[0], narrowed) if narrowed else (0, layout)
-        dtype = tensors.dtype(layout.slices[0].tensor)
-        views = self._view((len(layout.slices), *layout.slices[0].read_shape), dtype)
-        for view, part in zip(views, layout.slices, strict=True):
-            tensors.read_into(view, part.tensor, part.index)
-            if not all_finite(view):
-                broken.append(part.tensor)
-        own = layout.slices[0].of_read(views, axis_offset=1)
-        return start, own.reshape(layout.unfolded).transpose(layout.order)
-
-    def _view(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        needed = int(np.prod(shape)) * dtype.itemsize
-        if needed > self._bytes.size:
-            self._bytes = np.empty(0, np.uint8)  # the old one is gone before the new one is made
-            self._bytes = np.empty(needed, np.uint8)
-        return self._bytes[:needed].view(dtype).reshape(shape)
 
 
 def _held(sharding: NamedSharding, shape: tuple[int, ...], axis: int) -> dict[jax.Device, UnitRange]:

@@ -48,7 +48,7 @@ def open_merge(options: RunOptions, base: Checkpoint, ft: Checkpoint) -> MergeIn
       CheckpointError, UnsupportedModelError, OSError, ValueError: a model cannot be read.
     """
     from tracing_jax.merges import MergeError, opened_models, same_files
-    from tracing_jax.merges.merge_report import check, check_names
+    from tracing_jax.merges.merge_report import check_models
 
     name = os.fspath(options.base_model_id or base.id)
     origin = None if options.merge.base is None else open_model(options.merge.base)
@@ -58,8 +58,7 @@ def open_merge(options: RunOptions, base: Checkpoint, ft: Checkpoint) -> MergeIn
     asked = {"child": options.ft_model_id, "parents": list(parents), "base": options.merge.base}
     try:
         models = opened_models(ft, parents, origin)
-        check_names(models)
-        check(models)
+        check_models(models)
     except MergeError as error:
         raise ConfigError(f"stat=merge: {error}") from error
     return MergeInputs(ft, parents, origin, asked)

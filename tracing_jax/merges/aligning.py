@@ -7,16 +7,21 @@ way, so that this changes child and parents alike, and to first order no share.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
 from tracing_jax.alignment import AlignmentError, align, aligned
+from tracing_jax.merges.depth import with_layers_mapped
+from tracing_jax.merges.exchange import ExchangedUnits
 from tracing_jax.merges.models import MergeModels
-from tracing_jax.merges.normal_equations import NormalEquations, read_sums
-from tracing_jax.sources import MappedSource, ParamSource, in_memory
+from tracing_jax.merges.noise import merged_noise
+from tracing_jax.merges.normal_equations import NormalEquations, read_sums, read_units
+from tracing_jax.merges.shares import estimate
+from tracing_jax.rewrites import DISGUISES, draw_rewrites
+from tracing_jax.sources import MappedSource, ParamSource, in_memory, rewritten
 from tracing_jax.tree import Tree
 
 _MIN_COSINE = 0.3
@@ -24,6 +29,7 @@ _MIN_COSINE = 0.3
 _NO_MAPS = frozenset({"permute", "pad", "remove", "group", "ungroup"})
 """Rewrites after which what is left of a model has its own numbers: no other model is to be moved likewise."""
 _SURE = 0.6
+_OUT_OF_PLACE = "the child's units are in no other model's order, where the test has no power"
 _KERNELS = ("attn/q_proj", "attn/k_proj", "attn/v_proj", "attn/o_proj", "mlp/up_proj", "mlp/down_proj")
 
 
@@ -39,23 +45,52 @@ def is_in_place(models: MergeModels, sums: NormalEquations) -> bool:
     return bool(alike) and float(min(alike)) > _MIN_COSINE
 
 
-class AlignedModels(NamedTuple):
-    """The models of a merge after the child was aligned to one of them.
+class ModelsInOrder(NamedTuple):
+    """The models of a merge, their units in one order as far as that can be, and the sums of one pass.
 
     Attributes:
-      models: the child aligned, and where needed the others.
+      models: the child aligned where it was in disguise, and where needed the others.
       sums: of these.
-      note: what was done.
-      untested: name of a parent -> why its units cannot be exchanged any more.
+      exchanged: the units that parents are tested by.
+      untested: name of a parent -> why its units cannot be exchanged.
+      aligned: whether the child was aligned.
+      notes: what was done, or why it could not be.
+      bias: what the alignment does to shares; None where it estimated no maps.
     """
 
     models: MergeModels
     sums: NormalEquations
-    note: str
+    exchanged: ExchangedUnits
     untested: Mapping[str, str]
+    aligned: bool = False
+    notes: Sequence[str] = ()
+    bias: Mapping[str, Any] | None = None
 
 
-def with_aligned_child(models: MergeModels, kinds: Sequence[str], seed: int) -> AlignedModels:
+def read_in_one_order(models: MergeModels, kinds: Sequence[str], seed: int) -> ModelsInOrder:
+    """Returns the models with their sums: layers in their places, and a child in disguise aligned.
+
+    Args:
+      models: none of which is changed.
+      kinds: of disguises that are undone where the child is in none of the others' places; none if empty.
+      seed: of the alignment's proof, and of the sums.
+    """
+    models, moved = with_layers_mapped(models)
+    notes = [moved] if moved else []
+    sums = read_sums(models, seed)
+    as_read = ExchangedUnits(sums.units)
+    if is_in_place(models, sums):
+        return ModelsInOrder(models, sums, as_read, {}, notes=notes)
+    try:
+        if kinds:
+            found = with_aligned_child(models, kinds, seed)
+            return found._replace(notes=[*found.notes, *notes])
+    except AlignmentError as error:
+        notes = [str(error), *notes]
+    return ModelsInOrder(models, sums, as_read, dict.fromkeys(models.names, _OUT_OF_PLACE), notes=notes)
+
+
+def with_aligned_child(models: MergeModels, kinds: Sequence[str], seed: int) -> ModelsInOrder:
     """Returns the models with the child, and where needed the parents, aligned; their sums; and what was done.
 
     Args:
@@ -67,38 +102,90 @@ def with_aligned_child(models: MergeModels, kinds: Sequence[str], seed: int) -> 
       AlignmentError: the child could not be aligned to any of the models.
     """
     reasons: list[str] = []
-    original = float32_source(models.child)  # to round it again would add to the noise
+    original = replace(models, child=float32_source(models.child))  # to round it again would add to the noise
     for at, name in enumerate(["the base"] * (models.origin is not None) + list(models.names), start=1):
-        reference = models.read_together[at]
         try:
-            found = align(reference, original, kinds, evidence="weights", shared=_shared(models, at), seed=seed)
+            gauge = _aligned_to(original, at, kinds, seed)
         except (AlignmentError, ValueError) as error:
             reasons.append(f"to {name}: {error}")
             continue
-        moved = replace(models, child=in_memory(aligned(original, found), "aligning"))
-        undone = [rewrite.name for rewrite in found.rewrites]
-        note = f"the child was aligned to {name}: {', '.join(undone) or 'nothing'}"
-        stay = found.reorders_only or _NO_MAPS.issuperset(undone)
-        if not stay:
-            moved, more = _in_one_gauge(moved, reference, kinds, seed)
-            note += more
-        sums = read_sums(moved, seed)
-        if is_in_place(moved, sums):
-            return AlignedModels(moved, sums, note, _untested(moved, sums, at, stay))
+        sums = read_sums(gauge.models, seed)
+        if is_in_place(gauge.models, sums):
+            undone = ", ".join(gauge.undone) or "nothing"
+            likewise = "; the other models likewise, for the same gauge" if gauge.mapped else ""
+            units = read_units(gauge.child_alone, seed) if gauge.mapped else sums.units
+            return ModelsInOrder(
+                gauge.models,
+                sums,
+                ExchangedUnits(units, gauge.mapped),
+                _untested(gauge.models, sums, at),
+                True,
+                [f"the child was aligned to {name}: {undone}{likewise}"],
+                _bias(gauge, at, kinds, sums, seed) if gauge.mapped else None,
+            )
         reasons.append(f"to {name}: aligned, its kernels are still unlike those of the others")
     raise AlignmentError("the child could not be aligned:\n  " + "\n  ".join(reasons))
 
 
-def _untested(models: MergeModels, sums: NormalEquations, at: int, stay: bool) -> dict[str, str]:
+class _Gauge(NamedTuple):
+    """The models after an alignment.
+
+    Attributes:
+      models: the child aligned, and the others too if maps were estimated.
+      child_alone: the child aligned, all others as they were.
+      undone: names of the rewrites.
+      mapped: whether maps were estimated.
+    """
+
+    models: MergeModels
+    child_alone: MergeModels
+    undone: Sequence[str]
+    mapped: bool
+
+
+def _aligned_to(models: MergeModels, at: int, kinds: Sequence[str], seed: int) -> _Gauge:
+    """Returns the models after the child was aligned to the one at this place of those that are read together.
+
+    Raises:
+      AlignmentError, ValueError: the child cannot be aligned to it.
+    """
+    reference = models.read_together[at]
+    found = align(reference, models.child, kinds, evidence="weights", shared=_shared(models, at), seed=seed)
+    alone = replace(models, child=in_memory(aligned(models.child, found), "aligning"))
+    undone = [rewrite.name for rewrite in found.rewrites]
+    if found.reorders_only or _NO_MAPS.issuperset(undone):
+        return _Gauge(alone, alone, undone, False)
+    return _Gauge(_in_one_gauge(alone, reference, kinds, seed), alone, undone, True)
+
+
+def _bias(gauge: _Gauge, at: int, kinds: Sequence[str], sums: NormalEquations, seed: int) -> Mapping[str, Any] | None:
+    """Returns what such an alignment does to the shares of a merge of independent noise of the same sizes.
+
+    It is disguised by rewrites of the names that were undone, aligned, and its shares are estimated, as those of the
+    child were; see `merged_noise`. None if that fails, or shares are undefined.
+    """
+    found = estimate(gauge.models, sums.tensors)
+    names = [name for name in gauge.undone if name in DISGUISES]
+    if found.undefined or not names:
+        return None
+    made = merged_noise(gauge.models, sums, found.values, found.fit.unexplained, seed)
+    hidden = rewritten(made.child, draw_rewrites(names, jax.random.key(seed), made.child.arch))
+    try:
+        back = _aligned_to(replace(made, child=in_memory(hidden, "measuring the alignment")), at, kinds, seed).models
+    except (AlignmentError, ValueError):
+        return None
+    moved = estimate(back, read_sums(back, seed).tensors).values - estimate(made, read_sums(made, seed).tensors).values
+    return {"largest": float(np.abs(moved).max()), "shares": dict(zip(made.names, moved.tolist()))}
+
+
+def _untested(models: MergeModels, sums: NormalEquations, at: int) -> dict[str, str]:
     """Returns the parents whose units have no null after an alignment to the model of this index, each with the reason.
 
-    Where the other models stay as they are, the order of the child's units comes from the child and that model alone:
-    in what order those of a third one stand is as open as before. That needs an order that is right, and not the best
-    of many chance agreements, which reach a cosine of .42 among 256 units of 64 features.
+    The order of the child's units comes from the child and that model alone: in what order those of a third one stand
+    is as open as before. That needs an order that is right, and not the best of many chance agreements, which reach a
+    cosine of .42 among 256 units of 64 features.
     """
     reference = None if models.origin is not None and at == 1 else models.names[at - 1 - (models.origin is not None)]
-    if not stay:
-        return dict.fromkeys(models.names, "all models were aligned: units are in the others' order by construction")
     alike = [np.median([_cosines(sample)[at - 1] for sample in experts]) for experts in _samples(models, sums)]
     if float(min(alike)) < _SURE:
         return dict.fromkeys(models.names, "the child was aligned to weights that are not like its own enough")
@@ -117,10 +204,8 @@ def _samples(models: MergeModels, sums: NormalEquations) -> list[list[Float[np.n
     return [own for name in _kernels_of(models) if (own := sums.samples_of(name))]
 
 
-def _in_one_gauge(
-    models: MergeModels, reference: ParamSource, kinds: Sequence[str], seed: int
-) -> tuple[MergeModels, str]:
-    """Returns the models with every parent but the reference aligned to it as the child was; and what to note."""
+def _in_one_gauge(models: MergeModels, reference: ParamSource, kinds: Sequence[str], seed: int) -> MergeModels:
+    """Returns the models with every parent but the reference aligned to it as the child was."""
     whole = ("all",) if "auto" in kinds else tuple(kinds)
 
     def in_gauge(model: ParamSource) -> ParamSource:
@@ -129,7 +214,7 @@ def _in_one_gauge(
 
     origin = None if models.origin is None else in_gauge(models.origin)
     parents = {name: in_gauge(parent) for name, parent in models.parents.items()}
-    return replace(models, parents=parents, origin=origin), "; the other models likewise, for the same gauge"
+    return replace(models, parents=parents, origin=origin)
 
 
 def _shared(models: MergeModels, at: int) -> dict[str, tuple[np.ndarray, np.ndarray]] | None:

@@ -7,12 +7,17 @@ assignment leaves in their place has the known distribution of fixed points of a
 Premise: given the child and the other models, every order of the parent's units is equally likely. It holds for a
 parent trained from its own initialisation whatever was done to the child, and for fine-tunes of one origin if the rest
 of the child is rounding. Where the child was trained further, training on similar text also moves the same units: see
-`recipe`'s words on parts that are reserved.
+`parent_shares` on parts that are reserved.
+
+A child that was aligned by estimated maps is compared with the other models as they were given: the maps are a function
+of the child and the model it was aligned to, and say nothing of the order of a third one. What the maps leave of a unit
+has a component along the unit itself, as what training did to a parent's unit has: it is taken out of both.
 
 Letters: M models, U units, F features.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
@@ -31,21 +36,49 @@ _NOTHING = 1e-11
 UnitRows = Float[np.ndarray, "M U F"]
 
 
-def log_p_of_parent(
-    models: MergeModels, units: Mapping[int, Sequence[UnitRows]], parent: int, seed: int = 0
-) -> float | None:
+@dataclass(frozen=True)
+class ExchangedUnits:
+    """The units by which parents are tested.
+
+    Attributes:
+      by_layer: layer -> rows of the same units in all models that are read together, for each matrix of an MLP.
+      mapped: whether the child's were moved by maps that were estimated.
+    """
+
+    by_layer: Mapping[int, Sequence[UnitRows]]
+    mapped: bool = False
+
+    def of(self, read: Sequence[int]) -> "ExchangedUnits":
+        """Returns those of some of the models, by their places among those that are read together."""
+        kept = {layer: [rows[list(read)] for rows in matrices] for layer, matrices in self.by_layer.items()}
+        return replace(self, by_layer=kept)
+
+
+def log_p_of_parent(models: MergeModels, units: ExchangedUnits, parent: int, seed: int = 0) -> float | None:
     """Returns the log p-value of a parent's part, Fisher over layers; None if no layer has units to exchange."""
-    found = [log_p_of_layer(models, rows, parent, seed + layer) for layer, rows in units.items()]
+    found = [
+        log_p_of_layer(models, rows, parent, seed + layer, mapped=units.mapped)
+        for layer, rows in units.by_layer.items()
+    ]
     tested = [log_p for log_p in found if log_p is not None]
     return fisher(tested) if tested else None
 
 
-def log_p_of_layer(models: MergeModels, rows: Sequence[UnitRows], parent: int, seed: int = 0) -> float | None:
+def log_p_of_layer(
+    models: MergeModels, rows: Sequence[UnitRows], parent: int, seed: int = 0, *, mapped: bool = False
+) -> float | None:
     """Returns the log p-value of a parent's part in one layer; None if fewer than eight units can be distinguished.
 
     It is 0 where the other parents explain the layer to the last bit: nothing is left for this one.
+
+    Args:
+      models: all of them.
+      rows: of each matrix of the layer.
+      parent: its index.
+      seed: of the order in which ties are broken.
+      mapped: see `ExchangedUnits`.
     """
-    compared = [_compared(models, np.asarray(part, np.float64), parent) for part in rows]
+    compared = [_compared(models, np.asarray(part, np.float64), parent, mapped) for part in rows]
     rest, own = (np.concatenate(parts, axis=1) for parts in zip(*compared))
     if not rest.any():
         return 0.0
@@ -58,18 +91,18 @@ def log_p_of_layer(models: MergeModels, rows: Sequence[UnitRows], parent: int, s
     return agreement_log_sf(agreeing, len(live))
 
 
-def is_in_order(models: MergeModels, units: Mapping[int, Sequence[UnitRows]], parent: int) -> bool:
+def is_in_order(models: MergeModels, units: ExchangedUnits, parent: int) -> bool:
     """Returns whether a parent's units correspond to those of the child or of another model, in most layers."""
     at = parent + (1 if models.origin is None else 2)
     found = []
-    for matrices in units.values():
+    for matrices in units.by_layer.values():
         rows = np.concatenate([np.asarray(part, np.float64).reshape(len(part), -1) for part in matrices], axis=1)
         found.append(max(_cosine(rows[at], other) for i, other in enumerate(rows) if i != at))
     return not found or bool(np.median(found) > _CORRESPONDING)
 
 
 def _compared(
-    models: MergeModels, values: Float[np.ndarray, "M U F"], parent: int
+    models: MergeModels, values: Float[np.ndarray, "M U F"], parent: int, mapped: bool
 ) -> tuple[Float[np.ndarray, "U F"], Float[np.ndarray, "U F"]]:
     """Returns what the other parents leave of the child, and what the parent has of its own.
 
@@ -84,8 +117,18 @@ def _compared(
     x = np.stack([ref.ravel(), *((values[i] - ref).ravel() for i in others[1:])], axis=1)
     rest = y - x @ np.linalg.lstsq(x, y, rcond=None)[0]
     rest[np.abs(rest) < _NOTHING * np.abs(values[0]).max()] = 0.0
-    corresponds = _cosine(values[at], ref) > _CORRESPONDING
-    return rest.reshape(values[0].shape), values[at] - ref if corresponds else values[at]
+    rest = rest.reshape(values[0].shape)
+    if _cosine(values[at], ref) <= _CORRESPONDING:
+        return rest, values[at]
+    own = values[at] - ref
+    return (_across(rest, ref), _across(own, ref)) if mapped else (rest, own)
+
+
+def _across(rows: Float[np.ndarray, "U F"], units: Float[np.ndarray, "U F"]) -> Float[np.ndarray, "U F"]:
+    """Returns rows without their components along these units, row by row."""
+    squares = np.square(units).sum(1, keepdims=True)
+    along = (rows * units).sum(1, keepdims=True) / np.where(squares > 0, squares, 1.0)
+    return rows - along * units
 
 
 def _cosine(one: np.ndarray, other: np.ndarray) -> float:

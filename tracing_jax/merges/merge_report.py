@@ -5,20 +5,38 @@ from functools import reduce
 from operator import add
 from typing import Any, NamedTuple
 
-from tracing_jax.alignment import AlignmentError
-from tracing_jax.merges.aligning import is_in_place, with_aligned_child
+from tracing_jax.merges.aligning import ModelsInOrder, read_in_one_order
 from tracing_jax.merges.choice import Choice, choose
-from tracing_jax.merges.depth import with_layers_mapped
+from tracing_jax.merges.exchange import ExchangedUnits
 from tracing_jax.merges.models import MergeError, MergeModels, TensorKey
-from tracing_jax.merges.normal_equations import NormalEquations, read_sums
-from tracing_jax.merges.parent_shares import ParentShare, merge_sentence, parent_shares
+from tracing_jax.merges.normal_equations import NormalEquations
+from tracing_jax.merges.other_shapes import OtherShape, compared_by_units, set_apart
+from tracing_jax.merges.parent_shares import (
+    ParentShare,
+    merge_sentence,
+    parent_shares,
+    part_of_other_shape,
+    without_share,
+)
 from tracing_jax.merges.recipe import moe_recipe, recipe
+from tracing_jax.merges.regions import joint_regions
 from tracing_jax.merges.report import MergeReport
-from tracing_jax.merges.selection import Selection, restricted, select
-from tracing_jax.merges.shares import Shares, estimate, grouped_shares
+from tracing_jax.merges.selection import Selection, read_of, restricted, select
+from tracing_jax.merges.shares import Fit, Shares, estimate, grouped_shares
 from tracing_jax.record import plain
 
-_OUT_OF_PLACE = "the child's units are in no other model's order, where the test has no power"
+
+class MergeFit(NamedTuple):
+    """Shares over the model and by tensor, and what is known of each parent."""
+
+    whole: Shares
+    by_tensor: Mapping[TensorKey, Shares]
+    parts: Sequence[ParentShare]
+
+    @property
+    def in_tensors(self) -> Fit:
+        """The sums of squares where every tensor has shares of its own."""
+        return reduce(add, (shares.fit for shares in self.by_tensor.values()))
 
 
 def merge_report(
@@ -43,63 +61,132 @@ def merge_report(
       more_notes: go into the record before those of the comparison.
 
     Raises:
-      MergeError: the models have nothing in common that shares could be estimated from.
+      MergeError: too few models.
     """
-    check_names(models)
-    models, moved = with_layers_mapped(models)
-    notes: list[str] = []
-    sums = read_sums(models, seed)
-    aligned, untested = False, dict[str, str]()
-    if not is_in_place(models, sums):
-        untested = dict.fromkeys(models.names, _OUT_OF_PLACE)
-        try:
-            if align:
-                models, sums, note, found_untested = with_aligned_child(models, align, seed)
-                untested = dict(found_untested)
-                aligned, notes = True, [note]
-        except AlignmentError as error:
-            notes = [str(error)]
-    check(models)
-    candidates, selection, left_out = models.names, None, models.left_out
-    if search:
-        selection = select(models, sums)
-        models, sums = restricted(models, sums, selection.chosen)
-        notes = [*notes, *_notes_on(selection, candidates)]
-    whole, by_tensor, parts = compared(models, sums, seed, untested, len(candidates))
-    by_role = grouped_shares(models, sums.tensors, lambda tensor: tensor.place.role)
-    by_layer = grouped_shares(models, sums.tensors, lambda tensor: tensor.place.layer)
-    both = grouped_shares(models, sums.tensors, lambda tensor: (tensor.place.role, tensor.place.layer))
-    by_expert = _by_expert(models, sums)
-    fit = reduce(add, (shares.fit for shares in by_tensor.values()))
-    nested: dict[str, dict[str, Any]] = {}
-    for (role, layer), shares in both.items():
-        if layer is not None:
-            nested.setdefault(role, {})[str(layer)] = shares.as_dict(models.names)
-    choice = choose(models, sums, seed)
-    origin = None if models.origin is None else str((asked or {}).get("base") or "origin")
+    kept, apart = set_apart(models)
+    if apart and kept.terms < 1:
+        found = compared_by_units(models, kept, apart, seed)
+        return MergeReport(plain({**(asked or {}), **_without_shares(kept, found, more_notes), "seed": seed}))
+    check_names(kept)
+    read = read_in_one_order(kept, align, seed)
+    if not _comparable(read.models):
+        nobody = MergeModels(models.child, {})
+        found = compared_by_units(models, nobody, models.names, seed)
+        notes = [*more_notes, *read.notes]
+        return MergeReport(plain({**(asked or {}), **_without_shares(nobody, found, notes), "seed": seed}))
+    others = compared_by_units(models, read.models, apart, seed)
+    chosen = _chosen(read, search)
+    models, sums = chosen.models, chosen.sums
+    names = read.models.names
+    fit = compared(models, sums, seed, read.untested, len(names), chosen.exchanged)
+    left_out = read.models.left_out
     record = {
         **(asked or {}),
         "reference": "origin" if models.origin is not None else models.names[0],
-        "sentence": merge_sentence(models, parts, fit, aligned),
-        "parts": [part.as_dict() for part in parts],
-        "search": None if selection is None else selection.as_dict(candidates),
-        "method": choice.as_dict(),
-        "recipe": _recipe(models, sums, choice, both, by_expert, origin),
-        "unexplained": fit.unexplained,
-        "rounded": fit.rounded,
-        "whole": whole.as_dict(models.names),
-        "by_role": _as_dicts(by_role, models),
-        "by_layer": _as_dicts(by_layer, models),
-        "by_role_and_layer": nested,
-        "by_expert": _as_dicts(by_expert, models),
-        "by_tensor": _as_dicts(by_tensor, models),
+        **_findings(models, fit, read.aligned, others),
+        "search": None if chosen.selection is None else chosen.selection.as_dict(names),
+        **_method_and_recipe(models, sums, asked or {}, seed),
+        **_tables(models, sums, fit),
         "left_out": left_out,
         "layers": None if models.layers is None else list(models.layers[0]),
-        "notes": [*more_notes, *notes, *([moved] if moved else []), *_notes(models, left_out, by_tensor)],
-        "aligned": aligned,
+        "notes": [*more_notes, *read.notes, *chosen.notes, *_notes(models, left_out, fit.by_tensor)],
+        "aligned": read.aligned,
+        "alignment_bias": read.bias,
         "seed": seed,
     }
     return MergeReport(plain(record))
+
+
+class _Chosen(NamedTuple):
+    """The parents of which shares are estimated: all, or those that a search chose."""
+
+    models: MergeModels
+    sums: NormalEquations
+    exchanged: ExchangedUnits
+    selection: Selection | None
+    notes: Sequence[str]
+
+
+def _chosen(read: ModelsInOrder, search: bool) -> _Chosen:
+    if not search:
+        return _Chosen(read.models, read.sums, read.exchanged, None, ())
+    selection = select(read.models, read.sums)
+    models, sums = restricted(read.models, read.sums, selection.chosen)
+    exchanged = read.exchanged.of(read_of(read.models, selection.chosen))
+    return _Chosen(models, sums, exchanged, selection, _notes_on(selection, read.models.names))
+
+
+def _findings(models: MergeModels, fit: MergeFit, aligned: bool, others: Sequence[OtherShape]) -> dict[str, Any]:
+    """Returns the sentence, what is known of each parent, and the shares of the whole."""
+    sentence = merge_sentence(models, fit.parts, fit.in_tensors, aligned, fit.whole)
+    return {
+        "sentence": "; ".join([sentence, *(other.sentence for other in others)]),
+        "parts": [part.as_dict() for part in (*fit.parts, *map(part_of_other_shape, others))],
+        "other_shapes": {other.name: other.as_dict() for other in others},
+        "unexplained": fit.in_tensors.unexplained,
+        "rounded": fit.in_tensors.rounded,
+        "whole": fit.whole.as_dict(models.names),
+        "joint": [region.as_dict(models.names) for region in joint_regions(fit.whole)],
+    }
+
+
+def _without_shares(models: MergeModels, others: Sequence[OtherShape], more_notes: Sequence[str]) -> dict[str, Any]:
+    """Returns the record where no share can be estimated, for all parents but one, or all, have other shapes."""
+    alone = [without_share(name, "alone it has no share to estimate; give the base") for name in models.names]
+    return {
+        "reference": None,
+        "sentence": "; ".join(["no shares can be estimated", *(other.sentence for other in others)]),
+        "parts": [part.as_dict() for part in (*alone, *map(part_of_other_shape, others))],
+        "other_shapes": {other.name: other.as_dict() for other in others},
+        "unexplained": None,
+        "rounded": None,
+        "whole": None,
+        "joint": [],
+        "search": None,
+        "method": Choice(None).as_dict(),
+        "recipe": None,
+        **{f"by_{key}": {} for key in ("role", "layer", "role_and_layer", "expert", "tensor")},
+        "left_out": {},
+        "layers": None,
+        "notes": list(more_notes),
+        "aligned": False,
+        "alignment_bias": None,
+    }
+
+
+def _tables(models: MergeModels, sums: NormalEquations, fit: MergeFit) -> dict[str, Any]:
+    """Returns the shares by role, layer, both, expert and tensor."""
+    by_role = grouped_shares(models, sums.tensors, lambda tensor: tensor.place.role)
+    by_layer = grouped_shares(models, sums.tensors, lambda tensor: tensor.place.layer)
+    nested: dict[str, dict[str, Any]] = {}
+    for (role, layer), shares in _by_role_and_layer(models, sums).items():
+        if layer is not None:
+            nested.setdefault(role, {})[str(layer)] = shares.as_dict(models.names)
+    return {
+        "by_role": _as_dicts(by_role, models),
+        "by_layer": _as_dicts(by_layer, models),
+        "by_role_and_layer": nested,
+        "by_expert": _as_dicts(_by_expert(models, sums), models),
+        "by_tensor": _as_dicts(fit.by_tensor, models),
+    }
+
+
+def _by_role_and_layer(models: MergeModels, sums: NormalEquations) -> dict[tuple[str, int | None], Shares]:
+    return grouped_shares(models, sums.tensors, lambda tensor: (tensor.place.role, tensor.place.layer))
+
+
+def _method_and_recipe(
+    models: MergeModels, sums: NormalEquations, asked: Mapping[str, Any], seed: int
+) -> dict[str, Any]:
+    """Returns the method that was chosen, and the configuration that makes the child again."""
+    choice = choose(models, sums, seed)
+    origin = None if models.origin is None else str(asked.get("base") or "origin")
+    if not (by_expert := _by_expert(models, sums)):
+        text = recipe(models, choice, _by_role_and_layer(models, sums), origin, sums.dtype)
+    else:
+        others = estimate(models, [tensor for tensor in sums.tensors if tensor.place.expert is None])
+        text = moe_recipe(models, by_expert, others, origin, sums.dtype)
+    return {"method": choice.as_dict(), "recipe": text}
 
 
 def _by_expert(models: MergeModels, sums: NormalEquations) -> Mapping[int, Shares]:
@@ -107,30 +194,13 @@ def _by_expert(models: MergeModels, sums: NormalEquations) -> Mapping[int, Share
     return grouped_shares(models, sums.tensors, lambda tensor: tensor.place.expert) if models.from_dense else {}
 
 
-def _recipe(
+def compared(
     models: MergeModels,
     sums: NormalEquations,
-    choice: Choice,
-    by_place: Mapping[tuple[str, int | None], Shares],
-    by_expert: Mapping[int, Shares],
-    origin: str | None,
-) -> str | None:
-    if not by_expert:
-        return recipe(models, choice, by_place, origin, sums.dtype)
-    others = estimate(models, [tensor for tensor in sums.tensors if tensor.place.expert is None])
-    return moe_recipe(models, by_expert, others, origin, sums.dtype)
-
-
-class MergeFit(NamedTuple):
-    """Shares over the model and by tensor, and what is known of each parent."""
-
-    whole: Shares
-    by_tensor: Mapping[TensorKey, Shares]
-    parts: Sequence[ParentShare]
-
-
-def compared(
-    models: MergeModels, sums: NormalEquations, seed: int, untested: Mapping[str, str], candidates: int | None = None
+    seed: int,
+    untested: Mapping[str, str],
+    candidates: int | None = None,
+    exchanged: ExchangedUnits | None = None,
 ) -> MergeFit:
     """Returns the shares of what one pass has read, and the part of each parent; see `merge_report`.
 
@@ -140,13 +210,30 @@ def compared(
       seed: of the order in which ties are broken.
       untested: see `parent_shares`.
       candidates: the number of models that the parents were chosen from; by default that of the parents.
+      exchanged: the units that parents are tested by; by default those of the sums.
     """
     whole = estimate(models, sums.tensors)
     by_tensor = grouped_shares(models, sums.tensors, lambda tensor: tensor.place)
+    units = exchanged or ExchangedUnits(sums.units)
     parts = parent_shares(
-        models, sums, whole, list(by_tensor.values()), seed, untested, candidates or len(models.names)
+        models, units, whole, list(by_tensor.values()), seed, untested, candidates or len(models.names)
     )
     return MergeFit(whole, by_tensor, parts)
+
+
+def check_models(models: MergeModels) -> None:
+    """Checks that shares can be estimated.
+
+    Raises:
+      MergeError: there are not enough models, or they have no weight in common.
+    """
+    kept, apart = set_apart(models)
+    if apart and kept.terms < 1:
+        raise MergeError(f"shares cannot be estimated: the MLPs of {', '.join(apart)} have other shapes")
+    check_names(kept)
+    if not _comparable(kept):
+        reasons = "; ".join(dict.fromkeys(kept.left_out.values()))
+        raise MergeError(f"the models have no weight in common that could be compared: {reasons}")
 
 
 def check_names(models: MergeModels) -> None:
@@ -161,15 +248,9 @@ def check_names(models: MergeModels) -> None:
         raise MergeError(f"{models.names[0]} alone has no share to estimate; give the base, or another parent")
 
 
-def check(models: MergeModels) -> None:
-    """Checks that there is something to compare.
-
-    Raises:
-      MergeError: the models have no weight in common.
-    """
-    if not any(True for _ in models.places()):
-        reasons = "; ".join(dict.fromkeys(models.left_out.values()))
-        raise MergeError(f"the models have no weight in common that could be compared: {reasons}")
+def _comparable(models: MergeModels) -> bool:
+    """Returns whether the models have a weight in common."""
+    return any(True for _ in models.places())
 
 
 def _notes_on(selection: Selection, names: Sequence[str]) -> list[str]:

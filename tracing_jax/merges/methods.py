@@ -169,7 +169,9 @@ def ties(entries: Sequence[Entries], normalize: bool) -> Method:
             ratios = [np.where(np.arange(T) == k, best[2] * factor, best[2]) for factor in factors]
             best = max([best, *(_ties_fit(few, best[1], r, normalize) for r in ratios)], key=lambda fit: fit[0])
     _, density, weights, scale = best
-    parameters = {"density": density.tolist(), "weight": weights.tolist(), "scale": scale, "normalize": normalize}
+    follows = _over_entries(entries, lambda e: _ties_parts(e, density, weights)[1])
+    parameters = {"density": density.tolist(), "weight": weights.tolist(), "scale": scale, "normalize": normalize,
+                  "follows": follows}  # fmt: skip
     return Method("ties", parameters, lambda e: _one(scale * _ties_value(e, density, weights, normalize)))
 
 
@@ -196,8 +198,24 @@ def dare(entries: Sequence[Entries], elect: bool) -> Method:
         _, scaled, own = fits[e.place]
         return _dare_values(e, scaled, subsets, elect)[0], _log_subsets(own, subsets)
 
+    def followed(e: Entries) -> np.ndarray:
+        _, scaled, own = fits[e.place]
+        found, parts = _dare_values(e, scaled, subsets, elect)
+        errors, log_weights = np.abs(e.y - found), _log_subsets(own, subsets)
+        logs = log_weights[:, None] + _log_t(errors, _scale(errors, log_weights, e.floor))
+        chances: np.ndarray = np.einsum("qs,qks->ks", special.softmax(logs, axis=0), (parts != 0).astype(float))
+        return chances
+
     name = "dare_ties" if elect else "dare_linear"
-    return Method(name, {"density": kept.tolist(), "weight": weights.tolist()}, values)
+    parameters = {"density": kept.tolist(), "weight": weights.tolist(), "follows": _over_entries(entries, followed)}
+    return Method(name, parameters, values)
+
+
+def _over_entries(entries: Sequence[Entries], share: Callable[[Entries], Float[np.ndarray, "T S"]]) -> list[float]:
+    """Returns the share of all entries, tensors by their size, that follow each parent."""
+    sizes = np.array([e.size for e in entries])
+    found: list[float] = np.average([share(e).mean(1) for e in entries], axis=0, weights=sizes).tolist()
+    return found
 
 
 def _one(value: np.ndarray) -> tuple[Values, np.ndarray]:
@@ -291,14 +309,21 @@ def _ties_fit(
 
 
 def _ties_value(e: Entries, density: np.ndarray, weights: np.ndarray, normalize: bool) -> np.ndarray:
-    weighted = weights[:, None] * e.x * (e.rank < density[:, None])
-    mask = np.sign(weighted) == np.where(weighted.sum(0) >= 0, 1, -1)
+    weighted, mask = _ties_parts(e, density, weights)
     total: np.ndarray = (weighted * mask).sum(0)
     if not normalize:
         return total
     divisor = (weights[:, None] * mask).sum(0)
     found: np.ndarray = total / np.where(divisor == 0, 1.0, divisor)
     return found
+
+
+def _ties_parts(
+    e: Entries, density: np.ndarray, weights: np.ndarray
+) -> tuple[Float[np.ndarray, "T S"], Bool[np.ndarray, "T S"]]:
+    """Returns the trimmed and weighted differences, and which of them have the elected sign."""
+    weighted = weights[:, None] * e.x * (e.rank < density[:, None])
+    return weighted, np.sign(weighted) == np.where(weighted.sum(0) >= 0, 1, -1)
 
 
 def _log_subsets(kept: np.ndarray, subsets: np.ndarray) -> np.ndarray:

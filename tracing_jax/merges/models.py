@@ -12,6 +12,7 @@ from jaxtyping import Int
 
 from tracing_jax.axes import AxisTable, LeafSpec, axis_table, kind_of
 from tracing_jax.checkpoint import Checkpoint
+from tracing_jax.merges.piece_buffers import PieceBuffers
 from tracing_jax.sources import ParamSource, leaf
 from tracing_jax.sources.lazy_leaves import leaf_slice
 
@@ -147,8 +148,13 @@ class MergeModels:
         """Returns the shape of a leaf of the child."""
         return tuple(self._table.sizes[axis or ""] for axis in self._table.leaves[place.name].axes)
 
-    def pieces(self, place: TensorKey) -> Iterator[Piece]:
-        """Yields a leaf of all models; of a large leaf slices, one after another."""
+    def pieces(self, place: TensorKey, buffers: PieceBuffers | None = None) -> Iterator[Piece]:
+        """Yields a leaf of all models; of a large leaf slices, one after another.
+
+        Args:
+          place: of the leaf.
+          buffers: where slices are read; each is then overwritten by the second one after it.
+        """
         spec = self._table.leaves[place.name]
         names = (place.name, *map(str, self._names_in_others(place.name)))
         read = list(zip(self._unchecked, names))
@@ -165,13 +171,19 @@ class MergeModels:
         whole: dict[int, np.ndarray] = {}  # leaves of models that cannot be read in slices
         for start, stop in itertools.pairwise(map(int, edges)):
             span, found = slice(start, stop), []
+            if buffers is not None:
+                buffers.next_piece()
             for i, (model, name) in enumerate(read):
                 if dense[i]:
                     if i not in whole:
                         whole[i] = np.asarray(leaf(model, name))
                     found.append(_of_each(whole[i], self.shape(place)[0])[(slice(None),) * axis + (span,)])
                     continue
-                part = None if i in whole else leaf_slice(model, name, axis, span)
+                part = None
+                if buffers is not None and isinstance(model, Checkpoint):
+                    part = buffers.read(i, model, name, axis, start, stop)
+                if part is None and i not in whole:
+                    part = leaf_slice(model, name, axis, span)
                 if part is None:
                     whole.setdefault(i, np.asarray(leaf(model, name)))
                     part = whole[i][(slice(None),) * axis + (span,)]

@@ -1,4 +1,4 @@
-"""Streamed normal equations: one pass over the files of all models together, in float64 sums of bounded memory.
+"""Streamed normal equations: one pass over the files of all models together, in sums of bounded memory.
 
 Letters: M models read together, C columns (the child's difference from the reference, those of the other parents, and
 the reference itself), R row blocks, S sampled entries, U units, F features.
@@ -16,12 +16,15 @@ import numpy as np
 from jaxtyping import Float
 
 from tracing_jax.merges.models import MergeModels, Piece, TensorKey
-from tracing_jax.merges.products import as_float32, products
+from tracing_jax.merges.piece_buffers import PieceBuffers
+from tracing_jax.merges.products import as_float32, change_of_columns, products
 
 BLOCKS = 16
 """Row blocks of a tensor, which the jackknife leaves out one at a time."""
 SAMPLED = 4096
 """Entries of a tensor that are kept, for the choice of a method; of the experts of a layer, all together."""
+_SHARED_WORK = 2**18
+"""Tensors of fewer entries are summed before another thread has begun."""
 UNITS, FEATURES = 160, 512
 """Units of each MLP, and of their inputs, that are kept for the test by exchanging units."""
 
@@ -86,6 +89,16 @@ def read_sums(models: MergeModels, seed: int = 0) -> NormalEquations:
     return found
 
 
+def read_units(models: MergeModels, seed: int = 0) -> dict[int, list[Float[np.ndarray, "M U F"]]]:
+    """Returns the units that `read_sums` keeps, and reads nothing else."""
+    units: dict[int, dict[str, list[UnitSample]]] = {}
+    for place in models.places():
+        if place.layer is not None and _describes_units(place):
+            pieces = units.setdefault(place.layer, {}).setdefault(place.name, [])
+            pieces += [_unit_rows(piece, models.shape(place), place, seed) for piece in models.pieces(place)]
+    return {layer: [_assembled(pieces) for pieces in named.values()] for layer, named in units.items()}
+
+
 def columns_of(sample: Float[np.ndarray, "S M"]) -> Float[np.ndarray, "C S"]:
     """Returns the columns of entries given by model: child, reference, other parents."""
     values = np.asarray(sample, np.float64).T
@@ -107,7 +120,8 @@ def rounded(values: Float[np.ndarray, "..."], dtype: str) -> Float[np.ndarray, "
 
 def _ahead(models: MergeModels, reader: ThreadPoolExecutor) -> Iterator[tuple[TensorKey, Piece]]:
     """Yields all pieces of all leaves; the next one is read meanwhile, and at most two are in memory."""
-    parts = ((place, piece) for place in models.places() for piece in models.pieces(place))
+    buffers = PieceBuffers()
+    parts = ((place, piece) for place in models.places() for piece in models.pieces(place, buffers))
     pending = reader.submit(next, parts, None)
     while (found := pending.result()) is not None:
         pending = reader.submit(next, parts, None)
@@ -149,10 +163,12 @@ def _tensor_sums(
     # Every block in two halves, so that both cores have work where a slice is one block.
     halves = [(start, start + (stop - start) // 2, stop) for start, stop in itertools.pairwise(edges)]
     spans = [span for start, middle, stop in halves for span in ((start, middle), (middle, stop))]
-    grams = np.stack(list(pool.map(lambda span: products(flat, *span), spans)))
-    grams = grams.reshape(-1, 2, *grams.shape[1:]).sum(1)
     drawn = np.sort(generator.choice(len(flat[0]), min(sampled, len(flat[0])), replace=False, shuffle=False))
     sample = np.stack([as_float32(array[drawn]) for array in flat], axis=1)
+    change = change_of_columns(columns_of(sample)) if np.isfinite(sample).all() else None
+    work = pool.map if len(flat[0]) >= _SHARED_WORK else map
+    grams = np.stack(list(work(lambda span: products(flat, *span, change=change), spans)))
+    grams = grams.reshape(-1, 2, *grams.shape[1:]).sum(1)
     rounding = rounding_variance(sample[:, 0], flat[0].dtype)
     return TensorSums(place, grams, np.diff(edges).astype(float), sample, rounding, str(flat[0].dtype))
 

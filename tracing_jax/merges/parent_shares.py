@@ -2,16 +2,16 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from operator import add
 from typing import Any
 
 import numpy as np
 
-from tracing_jax.merges.exchange import is_in_order, log_p_of_parent
+from tracing_jax.merges.exchange import ExchangedUnits, is_in_order, log_p_of_parent
 from tracing_jax.merges.models import MergeModels
-from tracing_jax.merges.normal_equations import NormalEquations
+from tracing_jax.merges.other_shapes import OtherShape
 from tracing_jax.merges.shares import ONE_OF_THESE, Fit, Shares
 from tracing_jax.statistics.pvalues import holm
 
@@ -41,7 +41,7 @@ class ParentShare:
 
     Attributes:
       name: of the parent.
-      word: `part`, `none`, `reserved`, `one_of` or `not_testable`.
+      word: `part`, `none`, `reserved`, `one_of`, `not_testable`, or `agrees` of a parent of other shapes.
       share: pooled over the model, None if undefined; with its standard error, and interval.
       alone: squared partial correlation with the child, given the other parents, tensor by tensor.
       log10_p: of units in any order; `adjusted_log10_p` after Holm.
@@ -54,7 +54,7 @@ class ParentShare:
     se: float | None
     low: float | None
     high: float | None
-    alone: float
+    alone: float | None
     log10_p: float | None
     adjusted_log10_p: float | None
     reason: str | None = None
@@ -66,7 +66,7 @@ class ParentShare:
 
 def parent_shares(
     models: MergeModels,
-    sums: NormalEquations,
+    exchanged: ExchangedUnits,
     whole: Shares,
     by_tensor: Sequence[Shares],
     seed: int,
@@ -77,7 +77,7 @@ def parent_shares(
 
     Args:
       models: all of them.
-      sums: of all tensors, and the units that are exchanged.
+      exchanged: the units that parents are tested by.
       whole: the shares over all tensors.
       by_tensor: the shares of each tensor, among which the shares may differ.
       seed: of the order in which ties are broken.
@@ -85,7 +85,7 @@ def parent_shares(
       candidates: the number of models that these parents were chosen from, for Holm's correction.
     """
     fit = reduce(add, (shares.fit for shares in by_tensor))
-    units = _of_distinct_layers(models, sums.units)
+    units = replace(exchanged, by_layer=_of_distinct_layers(models, exchanged.by_layer))
     log_ps = [
         None if name in untested else log_p_of_parent(models, units, k, seed) for k, name in enumerate(models.names)
     ]
@@ -105,7 +105,25 @@ def parent_shares(
     return found
 
 
-def _of_distinct_layers(models: MergeModels, units: Mapping[int, list[np.ndarray]]) -> dict[int, list[np.ndarray]]:
+def without_share(name: str, reason: str) -> ParentShare:
+    """Returns a parent of whose part nothing is known."""
+    return ParentShare(name, "not_testable", None, None, None, None, None, None, None, reason)
+
+
+def part_of_other_shape(other: OtherShape) -> ParentShare:
+    """Returns what is known of a parent of other shapes: no share, and whether its units agree."""
+    found = without_share(other.name, other.reason)
+    return replace(
+        found,
+        word="agrees" if other.agrees else found.word,
+        log10_p=other.log10_p,
+        adjusted_log10_p=other.log10_p,
+    )
+
+
+def _of_distinct_layers(
+    models: MergeModels, units: Mapping[int, Sequence[np.ndarray]]
+) -> dict[int, Sequence[np.ndarray]]:
     """Returns the units of one layer of the child for each of the parents': those of a repeated layer count once."""
     first: dict[int, int] = {}
     for layer in sorted(units):
@@ -118,13 +136,14 @@ def is_rounding(fit: Fit) -> bool:
     return fit.rest <= ROUNDING_TIMES * fit.rounding
 
 
-def merge_sentence(models: MergeModels, parts: Sequence[ParentShare], fit: Fit, aligned: bool) -> str:
+def merge_sentence(models: MergeModels, parts: Sequence[ParentShare], fit: Fit, aligned: bool, whole: Shares) -> str:
     """Returns what was found, claiming no more than the tests support."""
     of = {word: [part for part in parts if part.word == word] for word in ("part", "one_of", "reserved", "none")}
     rest = "the rest is rounding" if is_rounding(fit) else f"no parent explains {_percent(fit.unexplained)} of that"
     if of["one_of"]:
         names = ", ".join(part.name for part in of["one_of"])
-        return f"one of these, or several: {names}; they are too alike for shares of each"
+        had_part = f"{_listed([part.name for part in of['part']])} had a part, and " if of["part"] else ""
+        return f"{had_part}one of these, or several: {names}; {_alike(models, parts, whole)}"
     untested = [part.name for part in parts if part.word == "not_testable"]
     if aligned and untested and all(part.share is not None for part in parts):
         shares = ", ".join(f"{part.name} {part.share:.3f} ± {part.se:.3f}" for part in parts)
@@ -151,13 +170,23 @@ def merge_sentence(models: MergeModels, parts: Sequence[ParentShare], fit: Fit, 
     return f"not testable: {reason}"
 
 
+def _alike(models: MergeModels, parts: Sequence[ParentShare], whole: Shares) -> str:
+    """Returns what is known of the shares of parents that are too alike."""
+    text = "they are too alike for shares of each"
+    alike = np.array([part.word == "one_of" for part in parts], float)
+    if models.origin is None and alike.all():
+        return text
+    error = math.sqrt(max(float(alike @ whole.covariance @ alike), 0.0))
+    return f"{text}, together {float(alike @ whole.values):.3f} ± {error:.3f}"
+
+
 def _word(
     k: int, fit: Fit, whole: Shares, adjusted_log10_p: float | None, no_exchange_reason: str
 ) -> tuple[str, str | None]:
     if whole.undefined:
         return "not_testable", whole.undefined
-    if whole.condition > ONE_OF_THESE and len(whole.values) > 1:
-        return "one_of", f"the parents' differences are nearly collinear (condition number {whole.condition:.0f})"
+    if whole.inflation[k] > ONE_OF_THESE and len(whole.values) > 1:
+        return "one_of", f"parents' differences are nearly collinear (condition number {whole.condition:.0f})"
     if adjusted_log10_p is None:
         return "not_testable", no_exchange_reason
     if adjusted_log10_p >= math.log10(LEVEL) or (

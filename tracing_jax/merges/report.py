@@ -15,6 +15,8 @@ ROLES = ("embedding", "attention", "mlp", "expert", "router", "norm", "head")
 
 _EXPERTS = 16
 """At most so many experts are shown; the record has all."""
+_CORRELATED = -0.8
+"""Parents whose shares have errors of a correlation below are named with the sum of the two."""
 _NESTED = {"copy", "stitched", "linear", "linear, by tensor"}
 """Methods of which each one contains those before it."""
 
@@ -43,7 +45,7 @@ class MergeReport:
 
     @property
     def parts(self) -> dict[str, str]:
-        """Parent -> `part`, `none`, `reserved`, `one_of` or `not_testable`."""
+        """Parent -> `part`, `none`, `reserved`, `one_of`, `not_testable` or `agrees`."""
         return {part["name"]: part["word"] for part in self.record["parts"]}
 
     @property
@@ -64,7 +66,8 @@ class MergeReport:
 
         check_writable(path)
         write_json(path, self.record)
-        atomic_write(path.with_suffix(".png"), png(figure_of_shares(self.record)))
+        if self.record["whole"] is not None:
+            atomic_write(path.with_suffix(".png"), png(figure_of_shares(self.record)))
         if self.record["recipe"]:
             atomic_write(path.with_suffix(".yaml"), self.record["recipe"].encode())
         return path
@@ -75,7 +78,6 @@ class MergeReport:
 
 def text_of(record: Mapping[str, Any]) -> str:
     """Returns the report for the terminal."""
-    names = [part["name"] for part in record["parts"]]
     lines = [record["sentence"], ""]
     rows = [
         [part["name"], part["word"], part["share"], part["se"], p_cell(bounded(part["adjusted_log10_p"])),
@@ -83,18 +85,43 @@ def text_of(record: Mapping[str, Any]) -> str:
         for part in record["parts"]
     ]  # fmt: skip
     lines += [text_table(rows, ["parent", "part", "share", "s.e.", "p (Holm)", "partial r²"]), ""]
-    headers = ["tensors", *names, "unexplained", "condition"]
+    if record["whole"] is not None:
+        lines += [_table_of_shares(record), *_method_lines(record)]
+    if len(record["by_expert"]) > _EXPERTS:
+        lines += [f"* of {len(record['by_expert'])} experts the first {_EXPERTS} are shown; the record has all"]
+    lines += [f"* {part['name']}: {part['reason']}" for part in record["parts"] if part["reason"]]
+    lines += [f"* {line}" for line in (*_together(record), *_bias(record), *record["notes"])]
+    return "\n".join(lines)
+
+
+def _table_of_shares(record: Mapping[str, Any]) -> str:
+    names = list(record["whole"]["shares"])
     rows = [["all", *_cells(record["whole"], names)]]
     rows += [[role, *_cells(record["by_role"][role], names)] for role in ROLES if role in record["by_role"]]
     rows += [[f"expert {e}", *_cells(shares, names)] for e, shares in list(record["by_expert"].items())[:_EXPERTS]]
     rows += [[f"layer {layer}", *_cells(shares, names)] for layer, shares in record["by_layer"].items()]
-    lines += [text_table(rows, headers)]
-    lines += _method_lines(record)
-    if len(record["by_expert"]) > _EXPERTS:
-        lines += [f"* of {len(record['by_expert'])} experts the first {_EXPERTS} are shown; the record has all"]
-    lines += [f"* {part['name']}: {part['reason']}" for part in record["parts"] if part["reason"]]
-    lines += [f"* {note}" for note in record["notes"]]
-    return "\n".join(lines)
+    return text_table(rows, ["tensors", *names, "unexplained", "condition"])
+
+
+def _together(record: Mapping[str, Any]) -> list[str]:
+    """Returns the sums of shares that are known better than each of the two."""
+    return [
+        f"{' and '.join(region['parents'])} together: {region['together']['share']:.4f} ± "
+        f"{region['together']['se']:.4f} (the errors of the two correlate by {region['correlation']:.2f})"
+        for region in record["joint"]
+        if region["correlation"] < _CORRELATED
+    ]
+
+
+def _bias(record: Mapping[str, Any]) -> list[str]:
+    """Returns what the alignment does to shares."""
+    bias = record["alignment_bias"]
+    if bias is None:
+        return []
+    return [
+        f"the alignment by itself moves shares by up to {bias['largest']:.4f}: measured on a merge of independent "
+        "noise of the same sizes and shares, disguised and aligned likewise"
+    ]
 
 
 def _method_lines(record: Mapping[str, Any]) -> list[str]:
@@ -108,6 +135,10 @@ def _method_lines(record: Mapping[str, Any]) -> list[str]:
     margin = "" if beaten is None else f", by {own - rivals[beaten]:.2f} nats per held-out entry over {beaten}"
     left = f"it leaves {100 * method['residual']:.3f} % of what differs"
     lines = ["", f"method: {method['name']}{margin}; {left}"]
+    if follows := method["parameters"].get("follows"):
+        parents = list(record["whole"]["shares"])  # TIES and DARE have a base: every parent has a difference from it
+        shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in zip(parents, follows))
+        lines += [f"entries that follow each parent: {shares}"]
     if record["recipe"]:
         lines += ["recipe for mergekit:", *(f"  {line}" for line in record["recipe"].splitlines()), ""]
     return lines

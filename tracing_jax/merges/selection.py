@@ -83,8 +83,7 @@ def restricted(
 ) -> tuple[MergeModels, NormalEquations]:
     """Returns the models with these parents alone, and what one pass would have read of them."""
     names = [models.names[k] for k in chosen]
-    first = 1 if models.origin is None else 2
-    read = [0, *([1] if models.origin is not None else []), *(first + k for k in chosen)]
+    read = read_of(models, chosen)
     rows = _rows(models, chosen)
     last = np.zeros((1, rows.shape[1]))
     last[0, -1] = 1.0
@@ -103,6 +102,12 @@ def restricted(
     ]
     units = {layer: [values[read] for values in matrices] for layer, matrices in sums.units.items()}
     return kept, replace(sums, tensors=tensors, units=units)
+
+
+def read_of(models: MergeModels, chosen: Sequence[int]) -> list[int]:
+    """Returns the places, among the models that are read together, of the child, the origin and these parents."""
+    first = 1 if models.origin is None else 2
+    return [0, *([1] if models.origin is not None else []), *(first + k for k in chosen)]
 
 
 def _joined(chosen: Sequence[int], more: int) -> tuple[int, ...]:

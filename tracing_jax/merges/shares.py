@@ -19,8 +19,8 @@ from tracing_jax.merges.normal_equations import TensorSums, columns_of, rounded
 
 COLLINEAR = 1e8
 """Condition number of the correlations of the differences from which their shares cannot be distinguished at all."""
-ONE_OF_THESE = 400.0
-"""Condition number from which parents are named together: their differences have cosines above .995."""
+ONE_OF_THESE = 100.0
+"""Variance inflation from which parents are named together: of two, their differences have a cosine above .995."""
 
 _COARSE = ("bfloat16", "float16")
 _DITHERED = 8.0
@@ -80,6 +80,7 @@ class Shares:
       degrees: of freedom of the jackknife; intervals use Student's t.
       fit: sums of squares.
       condition: condition number of the correlations of the parents' differences from the reference.
+      inflation: by what factor the other parents increase the variance of each share (variance inflation factor).
       undefined: why there are no shares; None if there are.
     """
 
@@ -88,6 +89,7 @@ class Shares:
     degrees: float
     fit: Fit
     condition: float
+    inflation: Float[np.ndarray, " K"]
     undefined: str | None = None
 
     @property
@@ -116,6 +118,7 @@ class Shares:
             "unexplained": self.fit.unexplained,
             "rounded": self.fit.rounded,
             "condition": _number(self.condition),
+            "inflation": {name: _number(self.inflation[k]) for k, name in enumerate(names)},
             "undefined": self.undefined,
         }
 
@@ -130,7 +133,8 @@ def estimate(models: MergeModels, tensors: Sequence[TensorSums]) -> Shares:
     scale = np.sqrt(np.diag(xx))
     if reason := _undefined(scale, models):
         return _without(fit, reason, np.inf)
-    condition = float(np.linalg.cond(xx / np.outer(scale, scale)))
+    correlations = xx / np.outer(scale, scale)
+    condition = float(np.linalg.cond(correlations))
     if condition > COLLINEAR:
         return _without(fit, "the parents differ from the reference in the same way here", condition)
     weights = np.trace(grams[:, terms, terms], axis1=1, axis2=2)
@@ -143,7 +147,10 @@ def estimate(models: MergeModels, tensors: Sequence[TensorSums]) -> Shares:
     covariance = (blocks - 1) / blocks * moved.T @ moved
     covariance = covariance + np.diag(rounding_bias(models, tensors, found, xx, fit))
     degrees = _degrees(weights, moved, [len(tensor.grams) for tensor in tensors])
-    return Shares(models.shares_of(found), covariance, degrees, fit, condition)
+    inflation = np.diag(np.linalg.inv(correlations))
+    if models.origin is None:  # the reference is among them
+        inflation = np.concatenate([[inflation.max()], inflation])
+    return Shares(models.shares_of(found), covariance, degrees, fit, condition, inflation)
 
 
 def rounding_bias(
@@ -225,7 +232,8 @@ def _undefined(scale: np.ndarray, models: MergeModels) -> str | None:
 
 def _without(fit: Fit, reason: str, condition: float) -> Shares:
     K = len(fit.without)
-    return Shares(np.full(K, np.nan), np.full((K, K), np.nan), 0.0, fit, condition, reason)
+    nothing = np.full(K, np.nan)
+    return Shares(nothing, np.full((K, K), np.nan), 0.0, fit, condition, nothing, reason)
 
 
 def _fit(models: MergeModels, total: np.ndarray, rounding: float) -> Fit:

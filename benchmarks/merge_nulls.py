@@ -1,0 +1,211 @@
+"""Parents without a part, by the thousand: how often is one called a part of a merge?
+
+    python -m benchmarks.merge_nulls                       # 1,000 merges, 5,000 parents; ten minutes on two cores
+    python -m benchmarks.merge_nulls --disguised=100       # 100 merges in each disguise
+
+A base of 0.1 million weights is trained, and 192 short fine-tunes of it, many at a time; groups of four share their
+text. Merges by every method are made of two or three of them. Four others that had no part, one of which learnt from
+the text of a parent that had, and a model that was trained from its own initialisation, are given as parents beside.
+"""
+
+import dataclasses
+import functools
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from scipy import stats
+
+from benchmarks import siblings
+from benchmarks.environment import OUT_DIR, ZOO_DIR, use_all_cores
+from benchmarks.merges import noisy, source
+from benchmarks.siblings import Leaves
+from tracing_jax.arch import Arch, arch_from_config
+from tracing_jax.demo.members import training_data
+from tracing_jax.demo.recipe import DemoSizes, config
+from tracing_jax.demo.training import Training, init, learning_rates, optimizer, train, train_step
+from tracing_jax.merges import MergeModels
+from tracing_jax.merges.aligning import read_in_one_order
+from tracing_jax.merges.merge_report import compared
+from tracing_jax.record import atomic_write
+from tracing_jax.report import text_table
+from tracing_jax.rewrites import draw_rewrites
+from tracing_jax.sources import in_memory, rewritten
+from tracing_jax.tree import flatten
+
+_MERGES = flags.DEFINE_integer("merges", 1000, "merges without a disguise", lower_bound=0)
+_DISGUISED = flags.DEFINE_integer("disguised", 50, "merges in each disguise", lower_bound=0)
+
+RECIPE = DemoSizes(embed_dim=32, num_layers=2, mlp_dim=64, num_heads=2, num_kv_heads=2, block_size=64, base_steps=400)
+_GROUPS, _OF_A_TEXT, _STEPS, _RATE = 48, 4, 40, 2e-3
+_FOREIGN = 4
+_OTHERS = 4
+METHODS = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "slerp", "stitched", "copy")
+DISGUISES = ("permute", "rotate", "units,values,queries,gains", "rotate,permute,units,values,queries")
+
+
+class Zoo:
+    """The base, its fine-tunes in groups of the same text, and models of their own initialisation."""
+
+    def __init__(self, folder: Path) -> None:
+        file = folder / "merge_nulls.npz"
+        self.arch: Arch = arch_from_config(config(RECIPE))
+        if not file.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            np.savez(file, **_trained(self.arch))  # type: ignore[arg-type]
+        with np.load(file) as found:
+            stacks = {name: found[name] for name in found.files}
+        self.base = _own(stacks, "base", 0)
+        self.tuned = [_own(stacks, "tuned", i) for i in range(_GROUPS * _OF_A_TEXT)]
+        self.foreign = [_own(stacks, "foreign", i) for i in range(_FOREIGN)]
+
+    def of_another_order(self, at: int, key: jax.Array) -> Leaves:
+        """Returns a model of its own initialisation, its units and features in a random order."""
+        model = source(self.arch, self.foreign[at], "float32")
+        moved = in_memory(rewritten(model, draw_rewrites("permute", key, self.arch)))
+        return {name: np.asarray(leaf) for name, leaf in flatten(moved.params).items()}
+
+
+def _own(stacks: Mapping[str, np.ndarray], kind: str, at: int) -> Leaves:
+    return {name.removeprefix(f"{kind}/"): rows[at] for name, rows in stacks.items() if name.startswith(f"{kind}/")}
+
+
+def _trained(arch: Arch) -> dict[str, np.ndarray]:
+    """Returns all models, stacked by kind."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = training_data(RECIPE, Path(folder))
+
+    def trained(seed: int) -> Any:
+        own = dataclasses.replace(RECIPE, seed=seed)
+        params = init(arch, jax.random.key(seed))
+        return train(arch, own, params, Training(f"seed {seed}", data.base, RECIPE.base_steps, 6e-3))
+
+    base = trained(0)
+    models = {"base": [base], "foreign": [trained(1 + i) for i in range(_FOREIGN)]}
+    texts = np.array_split(np.concatenate([data.finetune, data.base]), _GROUPS)
+    members = [text for text in texts for _ in range(_OF_A_TEXT)]
+    models["tuned"] = [own for i in range(0, len(members), 32) for own in _tuned(arch, base, members[i : i + 32], i)]
+    stacked = {
+        f"{kind}/{name}": np.stack([np.asarray(flatten(own)[name], np.float32) for own in trees])
+        for kind, trees in models.items()
+        for name in flatten(trees[0])
+    }
+    return stacked
+
+
+def _tuned(arch: Arch, base: Any, texts: Sequence[np.ndarray], seed: int) -> list[Any]:
+    """Returns a fine-tune on each of these texts, all trained at once."""
+    count, T = len(texts), RECIPE.block_size
+    params = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), base)
+    state = jax.vmap(optimizer(RECIPE).init)(params)
+    step = jax.jit(jax.vmap(functools.partial(train_step, arch, RECIPE), in_axes=(0, 0, None, 0)))
+    rng = np.random.default_rng(seed)
+    for rate in learning_rates(_RATE, _STEPS):
+        starts = [rng.integers(0, len(text) - T, size=(RECIPE.batch_size, 1)) for text in texts]
+        tokens = np.stack([text[start + np.arange(T)] for text, start in zip(texts, starts)])
+        params, state, _ = step(params, state, rate, tokens)
+    params = jax.device_get(params)
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], params) for i in range(count)]
+
+
+def merged(zoo: Zoo, method: str, draw: int) -> tuple[Leaves, list[int], bool]:
+    """Returns a child, the fine-tunes it was made of, and whether the method needs the base."""
+    rng = np.random.default_rng([draw, METHODS.index(method)])
+    count = 2 if method in ("slerp", "stitched") else 1 if method == "copy" else int(rng.integers(2, 4))
+    groups = rng.choice(_GROUPS, count, replace=False)
+    at = [int(g) * _OF_A_TEXT + int(rng.integers(_OF_A_TEXT)) for g in groups]
+    p, o = [zoo.tuned[i] for i in at], zoo.base
+    w, density = rng.dirichlet(np.full(count, 3.0)).tolist(), float(rng.uniform(0.3, 0.8))
+    owners = rng.permutation(count).tolist()
+    made: Leaves = {
+        "copy": lambda: p[0],
+        "linear": lambda: siblings.linear(p, w),
+        "task_arithmetic": lambda: siblings.task_arithmetic(o, p, [1.2 * own for own in w]),
+        "ties": lambda: siblings.ties(o, p, w, density),
+        "dare_linear": lambda: siblings.dare(o, p, w, density, False, draw),
+        "dare_ties": lambda: siblings.dare(o, p, w, density, True, draw),
+        "slerp": lambda: siblings.slerp(p[0], p[1], w[0]),
+        "stitched": lambda: siblings.stitched(p, lambda name: owners[_layer(name) % count]),
+    }[method]()  # fmt: skip
+    return made, at, method in ("task_arithmetic", "ties", "dare_linear", "dare_ties")
+
+
+def _layer(name: str) -> int:
+    return int(name.split("/")[1]) if name.startswith("layers/") else 0
+
+
+def rows(zoo: Zoo, merges: int, disguise: str | None) -> Iterator[dict[str, Any]]:
+    """Yields for each merge what is said of the parents that had a part, and of those that had none."""
+    for draw in range(merges):
+        method = METHODS[draw % len(METHODS)]
+        child, at, needs_origin = merged(zoo, method, draw)
+        rng = np.random.default_rng([draw, 1])
+        noise, dtype = str(rng.choice(["none", "white", "rows"])), str(rng.choice(["float32", "bfloat16"]))
+        child = noisy(child, zoo.base, noise, rng)
+        like = next(i for i in range(at[0] // _OF_A_TEXT * _OF_A_TEXT, len(zoo.tuned)) if i not in at)
+        free = [i for i in range(len(zoo.tuned)) if i not in at and i != like]
+        others = [like, *map(int, rng.choice(free, _OTHERS - 1, replace=False))]
+        key = jax.random.fold_in(jax.random.key(0), draw)
+        given = {f"part {i}": zoo.tuned[i] for i in at} | {f"none {i}": zoo.tuned[i] for i in others}
+        given["foreign"] = zoo.of_another_order(draw % _FOREIGN, key)
+        parents = {name: source(zoo.arch, leaves, dtype) for name, leaves in given.items()}
+        origin = source(zoo.arch, zoo.base, dtype) if needs_origin or draw % 3 else None
+        model = source(zoo.arch, child, dtype)
+        if disguise is not None:
+            model = in_memory(rewritten(model, draw_rewrites(disguise, key, zoo.arch)))
+        read = read_in_one_order(MergeModels(model, parents, origin), ("auto",), draw)
+        found = compared(read.models, read.sums, draw, read.untested, None, read.exchanged)
+        yield {
+            "method": method, "noise": noise, "dtype": dtype, "disguise": disguise, "aligned": read.aligned,
+            "bias": None if read.bias is None else read.bias["largest"],
+            "parts": [[part.name.split()[0], part.word, part.log10_p] for part in found.parts],
+        }  # fmt: skip
+
+
+def table(found: Sequence[Mapping[str, Any]]) -> str:
+    """Returns how often parents were called a part, with the bounds of Clopper and Pearson."""
+    lines = []
+    for disguise in dict.fromkeys(row["disguise"] for row in found):
+        own = [row for row in found if row["disguise"] == disguise]
+        for kind, shown in {"none": "fine-tunes", "foreign": "of their own", "part": "with a part"}.items():
+            parts = [part for row in own for part in row["parts"] if part[0] == kind]
+            words = [word for _, word, _ in parts]
+            ps = [p for _, _, p in parts if p is not None]
+            lines.append([
+                disguise or "-", len(own), shown, len(parts), len(ps),
+                words.count("part"), upper(words.count("part"), len(parts)), words.count("reserved"),
+                *(sum(p <= level for p in ps) for level in (-1, -2, -3)),
+            ])  # fmt: skip
+    headers = ["disguise", "merges", "parents", "number", "tested", "part", "rate below (97.5 %)", "reserved",
+               "p <= .1", "p <= .01", "p <= .001"]  # fmt: skip
+    return text_table(lines, headers)
+
+
+def upper(count: int, number: int) -> float:
+    """Returns the upper end of the 95 % interval of Clopper and Pearson."""
+    return 1.0 if count >= number else float(stats.beta.ppf(0.975, count + 1, number - count))
+
+
+def main(argv: list[str]) -> None:
+    """Measures and prints tables."""
+    del argv
+    use_all_cores()
+    zoo, start = Zoo(Path(ZOO_DIR.value)), time.monotonic()
+    file = Path(OUT_DIR.value) / "merge_nulls.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    found: list[dict[str, Any]] = []
+    for disguise in (None, *DISGUISES):
+        found += rows(zoo, _MERGES.value if disguise is None else _DISGUISED.value, disguise)
+        atomic_write(file, json.dumps(found).encode())
+        print(table(found), f"\n{time.monotonic() - start:.0f} s\n", flush=True)
+
+
+if __name__ == "__main__":
+    app.run(main)
