@@ -167,7 +167,7 @@ def _tensor_sums(
     sample = np.stack([as_float32(array[drawn]) for array in flat], axis=1)
     change = change_of_columns(columns_of(sample)) if np.isfinite(sample).all() else None
     work = pool.map if len(flat[0]) >= _SHARED_WORK else map
-    grams = np.stack(list(work(lambda span: products(flat, *span, change=change), spans)))
+    grams = np.stack(list(work(lambda span: products(flat, span[0], span[1], change), spans)))
     grams = grams.reshape(-1, 2, *grams.shape[1:]).sum(1)
     rounding = rounding_variance(sample[:, 0], flat[0].dtype)
     return TensorSums(place, grams, np.diff(edges).astype(float), sample, rounding, str(flat[0].dtype))
