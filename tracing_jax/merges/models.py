@@ -170,27 +170,43 @@ class MergeModels:
         edges = np.linspace(0, units, count + 1).astype(int)
         whole: dict[int, np.ndarray] = {}  # leaves of models that cannot be read in slices
         for start, stop in itertools.pairwise(map(int, edges)):
-            span, found = slice(start, stop), []
             if buffers is not None:
                 buffers.next_piece()
-            for i, (model, name) in enumerate(read):
-                if dense[i]:
-                    if i not in whole:
-                        whole[i] = np.asarray(leaf(model, name))
-                    found.append(_of_each(whole[i], self.shape(place)[0])[(slice(None),) * axis + (span,)])
-                    continue
-                part = None
-                if buffers is not None and isinstance(model, Checkpoint):
-                    part = buffers.read(i, model, name, axis, start, stop)
-                if part is None and i not in whole:
-                    part = leaf_slice(model, name, axis, span)
-                if part is None:
-                    whole.setdefault(i, np.asarray(leaf(model, name)))
-                    part = whole[i][(slice(None),) * axis + (span,)]
-                if name.startswith("embed/") and isinstance(model, Checkpoint):
-                    model.check_tied_copy(start, stop)
-                found.append(np.asarray(part))
+
+            def units_of(i: int, start: int = start, stop: int = stop) -> np.ndarray:
+                return self._units(place, i, *read[i], dense[i], slice(start, stop), axis, whole, buffers)
+
+            found = map(units_of, range(len(read))) if buffers is None else buffers.each(units_of, len(read))
             yield Piece(tuple(found), axis, start, count)
+
+    def _units(
+        self,
+        place: TensorKey,
+        at: int,
+        model: ParamSource,
+        name: str,
+        dense: bool,
+        span: slice,
+        axis: int,
+        whole: dict[int, np.ndarray],
+        buffers: PieceBuffers | None,
+    ) -> np.ndarray:
+        """Returns units of a leaf of one model; `whole` keeps leaves that cannot be read in slices."""
+        if dense:
+            if at not in whole:
+                whole[at] = np.asarray(leaf(model, name))
+            return _of_each(whole[at], self.shape(place)[0])[(slice(None),) * axis + (span,)]
+        part = None
+        if buffers is not None and isinstance(model, Checkpoint):
+            part = buffers.read(at, model, name, axis, span)
+        if part is None and at not in whole:
+            part = leaf_slice(model, name, axis, span)
+        if part is None:
+            whole.setdefault(at, np.asarray(leaf(model, name)))
+            part = whole[at][(slice(None),) * axis + (span,)]
+        if name.startswith("embed/") and isinstance(model, Checkpoint):
+            model.check_tied_copy(span.start, span.stop)
+        return np.asarray(part)
 
     def refuse_nan(self, place: TensorKey) -> None:
         """Raises for a leaf that holds NaN or infinities in one of the models.

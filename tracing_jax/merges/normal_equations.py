@@ -74,8 +74,12 @@ def read_sums(models: MergeModels, seed: int = 0) -> NormalEquations:
     """Returns the sums of all leaves that the models have in common, in one pass over the files."""
     found, tensors = NormalEquations(), dict[TensorKey, list[TensorSums]]()
     units: dict[int, dict[str, list[UnitSample]]] = {}
-    with ThreadPoolExecutor(2, "sums") as pool, ThreadPoolExecutor(1, "read ahead") as reader:
-        for place, piece in _ahead(models, reader):
+    with (
+        ThreadPoolExecutor(2, "sums") as pool,
+        PieceBuffers(len(models.read_together)) as buffers,
+        ThreadPoolExecutor(1, "read ahead") as reader,
+    ):
+        for place, piece in _ahead(models, reader, buffers):
             for own in _sums_of(place, piece, pool, seed):
                 if not np.isfinite(own.grams).all():
                     models.refuse_nan(place)
@@ -118,9 +122,8 @@ def rounded(values: Float[np.ndarray, "..."], dtype: str) -> Float[np.ndarray, "
     return wide.astype(np.dtype(dtype)).astype(np.float64)
 
 
-def _ahead(models: MergeModels, reader: ThreadPoolExecutor) -> Iterator[tuple[TensorKey, Piece]]:
+def _ahead(models: MergeModels, reader: ThreadPoolExecutor, buffers: PieceBuffers) -> Iterator[tuple[TensorKey, Piece]]:
     """Yields all pieces of all leaves; the next one is read meanwhile, and at most two are in memory."""
-    buffers = PieceBuffers()
     parts = ((place, piece) for place in models.places() for piece in models.pieces(place, buffers))
     pending = reader.submit(next, parts, None)
     while (found := pending.result()) is not None:
