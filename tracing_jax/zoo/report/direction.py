@@ -1,4 +1,4 @@
-"""Which of two relatives came first: an estimate from copies, shapes and how far each was trained, or none."""
+"""Which of two relatives came first: an estimate from copies and how far each was trained, or none."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,8 @@ fine-tunes that were trained as long and as hard as their base are beyond, and a
 
 MEASURED = (
     "By training, 24 of 24 arrows were right (error at most 14 %, 95 %) between small models and their light and long "
-    "fine-tunes; farther from the base than those, no arrow is drawn. Models whose ancestor is missing can be taken "
-    "for parent and child."
+    "fine-tunes; farther from the base than those, or at a distance that is not known, no arrow is drawn, nor by the "
+    "shapes of models. Models whose ancestor is missing can be taken for parent and child."
 )
 """How good the arrows are; `python -m benchmarks.directions`."""
 
@@ -64,10 +64,10 @@ def look_like_siblings(edge: Edge, measures: ModelMeasures) -> bool:
     return abs(moved[edge.row.base] - moved[edge.row.ft]) < _LEAST_PER_DISTANCE * distance
 
 
-def is_beyond_measured(edge: Edge, measures: ModelMeasures) -> bool:
-    """Returns whether two models are farther apart than pairs on which directions by training were measured."""
+def is_within_measured(edge: Edge, measures: ModelMeasures) -> bool:
+    """Returns whether two models, by the distance of their weights, are as close as pairs on which this was measured."""
     lengths = [float(found["length"]) for name in edge.row.models if (found := measures.get(name))]
-    return edge.measure is WEIGHTS and bool(lengths) and edge.value > FARTHEST * sum(lengths) / len(lengths)
+    return bool(lengths) and edge.value <= FARTHEST * sum(lengths) / len(lengths)
 
 
 def _directions(measures: Mapping[str, Any] | None, kind: str) -> float | None:
@@ -101,28 +101,30 @@ def directions(edges: Sequence[Edge], rows: Sequence[PairRow], measures: ModelMe
 
 
 def direction(edge: Edge, rows: Sequence[PairRow], measures: ModelMeasures) -> Direction:
-    """Returns the direction of one edge, by the strongest grounds: copies, shapes, then weights.
+    """Returns the direction of one edge, by copies of one function, else by training where that was measured.
 
-    Where grounds of one rank contradict each other, the direction is open.
+    Shapes give none: a model with fewer layers, units or tokens may be pruned, or the other grown. They are said.
     """
     row = edge.row
     if edge.same_function:
         return _of_copies(row, rows)
-    training = [] if look_like_siblings(edge, measures) else further_trained(edge, measures)
-    far = is_beyond_measured(edge, measures)
-    for grounds in (_from_shapes(row), [] if far else training):
-        children = {child for child, _ in grounds}
-        texts = tuple(text for _, text in grounds)
-        if len(children) == 1:
-            (child,) = children
-            return Direction(row.other(child), child, texts)
-        if children:
-            return Direction(None, None, ("the grounds contradict each other", *texts))
-    if far:
-        return Direction(None, None, ("so far apart that their training does not determine the direction",))
+    shapes = _shapes(row)
+    if shapes:
+        return Direction(None, None, shapes)
     missing = [name for name in row.models if measures.get(name) is None]
     if missing:
         return Direction(None, None, (f"the weights of {' and '.join(missing)} were not measured",))
+    if edge.measure is not WEIGHTS:
+        return Direction(None, None, ("the distance of their weights is not known; without it training gives none",))
+    if not is_within_measured(edge, measures):
+        return Direction(None, None, ("so far apart that their training does not determine the direction",))
+    grounds = [] if look_like_siblings(edge, measures) else further_trained(edge, measures)
+    children, texts = {child for child, _ in grounds}, tuple(text for _, text in grounds)
+    if len(children) == 1:
+        (child,) = children
+        return Direction(row.other(child), child, texts)
+    if children:
+        return Direction(None, None, ("the grounds contradict each other", *texts))
     return Direction(None, None, ("equally far from initialisation, for how far they are apart; they may be siblings",))
 
 
@@ -138,35 +140,36 @@ def _of_copies(row: PairRow, rows: Sequence[PairRow]) -> Direction:
     return Direction(parent, child, (text,))
 
 
-def _from_shapes(row: PairRow) -> list[tuple[str, str]]:
-    """Returns (child, ground) for each sign in the shapes: pruned or copied layers, pruned units, added tokens."""
+def _shapes(row: PairRow) -> tuple[str, ...]:
+    """Returns how the shapes of two models differ: in layers, else MLP units, and tokens."""
     base, ft = row.shapes
     if not base or not ft:
-        return []
+        return ()
     found = []
     if base["num_layers"] != ft["num_layers"]:
-        found += _from_depths(row)
+        found.append(_depths(row))
     elif base["mlp_dim"] != ft["mlp_dim"]:
-        small, large = sorted(zip((base["mlp_dim"], ft["mlp_dim"]), row.models, strict=True))
-        found.append((small[1], f"{small[1]} has {small[0]:,} of {large[1]}'s {large[0]:,} MLP units: pruned"))
-    if not found and base["vocab_size"] != ft["vocab_size"]:
-        small, large = sorted(zip((base["vocab_size"], ft["vocab_size"]), row.models, strict=True))
-        found.append((large[1], f"{large[1]} has {large[0] - small[0]:,} tokens more: added"))
-    return found
+        found.append(_fewer(row, "mlp_dim", "MLP units", "pruned, or the other widened"))
+    if base["vocab_size"] != ft["vocab_size"]:
+        found.append(_fewer(row, "vocab_size", "tokens", "trimmed, or tokens were added to the other"))
+    return tuple(found)
 
 
-def _from_depths(row: PairRow) -> list[tuple[str, str]]:
+def _fewer(row: PairRow, size: str, what: str, meaning: str) -> str:
+    few, many = sorted(zip((shape[size] for shape in row.shapes), row.models, strict=True))
+    return f"{few[1]} has {few[0]:,} of {many[1]}'s {many[0]:,} {what}: {meaning}"
+
+
+def _depths(row: PairRow) -> str:
+    shallow, deep = sorted(zip((shape["num_layers"] for shape in row.shapes), row.models, strict=True))
     layer_map = row.layer_map
-    if layer_map is None:
-        return []
-    depths = [shape["num_layers"] for shape in row.shapes]
-    shallow, deep = sorted(zip(depths, row.models, strict=True))
-    if len(layer_map["pairs"]) < shallow[0]:
-        return []
-    if layer_map.get("copies"):
-        return [(deep[1], f"{deep[1]} has layers of {shallow[1]} more than once")]
-    text = f"all {shallow[0]} layers of {shallow[1]} are among the {deep[0]} of {deep[1]}: pruned"
-    return [(shallow[1], text)]
+    if layer_map and layer_map.get("copies"):
+        return f"{deep[1]} has layers of {shallow[1]} more than once"
+    if layer_map and len(layer_map["pairs"]) == shallow[0]:
+        return (
+            f"all {shallow[0]} layers of {shallow[1]} are among the {deep[0]} of {deep[1]}: pruned, or the other grown"
+        )
+    return f"{shallow[1]} has {shallow[0]} layers, {deep[1]} has {deep[0]}"
 
 
 def _one_parent_each(edges: Sequence[Edge], found: Sequence[Direction]) -> list[Direction]:
