@@ -18,6 +18,7 @@ from scipy.sparse.csgraph import connected_components
 from tracing_jax.alignment.float64_leaves import Leaves, in_float64, leaves, own_table, units_first
 from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisTable, kind_of
+from tracing_jax.matching import normalised_rows
 from tracing_jax.rewrites import KvGrouping, QueryKeyMaps, Rewrite, UnitGrouping, ValueMixing
 from tracing_jax.rewrites.copies import NEGLIGIBLE
 from tracing_jax.sources import ParamSource
@@ -115,7 +116,7 @@ def _first_copies(same: Float[np.ndarray, "F n"], parallel: Float[np.ndarray, "F
     limit = 1 - NEGLIGIBLE**2 / 2
     lengths = np.linalg.norm(same, axis=1)
     pairs: list[np.ndarray] = []
-    units_same, units_parallel = (_unit_rows(rows).astype(np.float32) for rows in (same, parallel))
+    units_same, units_parallel = (normalised_rows(rows).astype(np.float32) for rows in (same, parallel))
     for start in range(0, len(same), _BLOCK):
         block = slice(start, start + _BLOCK)
         near = units_same[block] @ units_same.T >= limit
@@ -130,11 +131,6 @@ def _first_copies(same: Float[np.ndarray, "F n"], parallel: Float[np.ndarray, "F
     component = connected_components(graph, directed=False)[1]
     _, first = np.unique(component, return_index=True)
     return first[component]
-
-
-def _unit_rows(rows: np.ndarray) -> np.ndarray:
-    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.where(lengths > 0, lengths, 1.0)
 
 
 def _kv_grouping(heads: int, ft: ParamSource) -> list[Rewrite]:

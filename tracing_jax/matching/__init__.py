@@ -13,7 +13,14 @@ from tracing_jax.matching.coordinate import (
 )
 from tracing_jax.matching.device_row_reducers import DeviceRowReducer, FactoredSimilarity, row_reducer
 from tracing_jax.matching.row_reducers import HostRowReducer, RowReducer
-from tracing_jax.matching.similarity import Shared, WeightPairs, scores, weight_pairs, weight_similarity
+from tracing_jax.matching.similarity import (
+    Shared,
+    WeightPairs,
+    normalised_rows,
+    scores,
+    weight_pairs,
+    weight_similarity,
+)
 from tracing_jax.matching.units import UnitMatching, live_units, match_units
 from tracing_jax.matching.weights import WeightMatching, match_weights
 
@@ -37,6 +44,7 @@ __all__ = [
     "live_units",
     "match_units",
     "match_weights",
+    "normalised_rows",
     "optimal_assignment",
     "row_reducer",
     "scores",

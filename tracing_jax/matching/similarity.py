@@ -29,6 +29,12 @@ Shared = Mapping[str, tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"]]]
 """Axis -> (indices in base, indices in ft) of corresponding units, e.g. tokens that both vocabularies have."""
 
 
+def normalised_rows(rows: Float[np.ndarray, "... D"]) -> Float[np.ndarray, "... D"]:
+    """Returns the rows scaled to length one; zero rows stay zero."""
+    lengths = np.linalg.norm(rows, axis=-1, keepdims=True)
+    return rows / np.where(lengths > 0, lengths, 1)
+
+
 @dataclass(frozen=True)
 class WeightPairs:
     """The weights of base and ft that can be compared, by leaf name.

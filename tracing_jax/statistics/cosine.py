@@ -16,6 +16,7 @@ from tracing_jax.axes import axis_table
 from tracing_jax.matching import FactoredSimilarity
 from tracing_jax.progress import tqdm, trange
 from tracing_jax.sources import ParamSource
+from tracing_jax.statistics.mlp_rows import unit_length
 from tracing_jax.statistics.statistic import (
     QUANTILE_LEVELS,
     Pair,
@@ -151,8 +152,5 @@ def _best(rows: jax.Array, others: jax.Array) -> jax.Array:
     return jnp.einsum("nd,md->nm", _normalised(rows), others, precision="highest").max(axis=1)
 
 
-@jax.jit
-def _normalised(rows: jax.Array | np.ndarray) -> jax.Array:
-    rows = jnp.asarray(rows, jnp.float32)
-    norms = jnp.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / jnp.where(norms == 0, 1, norms)
+def _normalised(rows: Float[Array | np.ndarray, "n d"]) -> Float[Array, "n d"]:
+    return unit_length(jnp.asarray(rows, jnp.float32))

@@ -31,6 +31,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from tracing_jax.arch import Arch
+from tracing_jax.matching import normalised_rows
 from tracing_jax.progress import tqdm
 from tracing_jax.sources import ParamSource, Submodel, has_embeddings, is_resident, one_mlp, origin
 from tracing_jax.statistics.kept_facts import kept_of
@@ -319,7 +320,7 @@ def _by_output(model: ParamSource, layer: int) -> DistinctUnits:
     """Returns the distinct units of a layer of which only what they write is known: copies write in one direction."""
     down = jnp.asarray(model.layer(layer, ("mlp/down_proj/kernel",))["mlp"]["down_proj"]["kernel"], jnp.float32)
     norms = to_host(_norms(down))
-    leader = _leaders(_Reading(_unit_length(to_host(_sketch(down, _projection(down.shape[1])))), norms))
+    leader = _leaders(_Reading(normalised_rows(to_host(_sketch(down, _projection(down.shape[1])))), norms))
     first = np.unique(leader)
     kept = first[norms[first] > silent_below(norms[first])]
     copies = len(leader) - len(first)
@@ -334,10 +335,10 @@ def _reading(projection: Tree, norm: Tree, arch: Arch) -> _Reading:
     sketch, norms = map(to_host, found)
     constants = constants_of(projection, norm, arch.mlp_norm)
     if not constants:
-        return _Reading(_unit_length(sketch), norms)
+        return _Reading(normalised_rows(sketch), norms)
     direction = np.random.default_rng(0).standard_normal(_SKETCH).astype(np.float32)  # a feature that all rows read
     constant = np.sum(constants, axis=0)
-    return _Reading(_unit_length(sketch), norms, _unit_length(sketch + constant[:, None] * direction), constant)
+    return _Reading(normalised_rows(sketch), norms, normalised_rows(sketch + constant[:, None] * direction), constant)
 
 
 def _leaders(reading: _Reading) -> Int[np.ndarray, " F"]:
@@ -398,11 +399,6 @@ def _shared(leader: Int[np.ndarray, " F"], up: _Reading | None) -> SharedOutputs
         return SharedOutputs(copies, of, np.ones(len(copies)))
     sign = np.sign(up.cosine(copies, of))
     return SharedOutputs(copies, of, sign * up.norms[copies] / np.where(up.norms[of] == 0, 1, up.norms[of]))
-
-
-def _unit_length(rows: Float[np.ndarray, "F S"]) -> Float[np.ndarray, "F S"]:
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.where(length == 0, 1, length)
 
 
 @functools.cache

@@ -7,6 +7,8 @@ import numpy as np
 from jaxtyping import Float
 from scipy import special
 
+from tracing_jax.statistics.nulls import log_binomial, log_fixed_points
+
 
 def heads_log_sf(agreeing: Sequence[int], groups: int, queries: int, u: Sequence[float], lam: float) -> float:
     """Returns the log probability that so many heads or more agree in all layers together.
@@ -26,19 +28,12 @@ def heads_log_sf(agreeing: Sequence[int], groups: int, queries: int, u: Sequence
         return 0.0
     total = np.zeros(1)
     for share in u:
-        chance = _log_binomial(heads, share)
+        chance = log_binomial(heads, share)
         if lam > 1:
             more = np.append(_log_poisson(np.arange(k), lam - 1), np.log(special.pdtrc(k - 1, lam - 1)))
             chance = _log_convolved(chance, more, k)
         total = _log_convolved(total, _log_convolved(chance, log_grouped_agreement(groups, queries), k), k)
     return float(min(0.0, total[k])) if len(total) > k else -np.inf
-
-
-def _log_binomial(n: int, share: float) -> Float[np.ndarray, " k"]:
-    """Returns the log probabilities of 0, ..., n."""
-    k = np.arange(n + 1)
-    chosen = special.gammaln(n + 1) - special.gammaln(k + 1) - special.gammaln(n - k + 1)
-    return chosen + special.xlogy(k, share) + special.xlog1py(n - k, -share)
 
 
 def _log_poisson(k: Float[np.ndarray, " k"] | np.ndarray, mean: float) -> Float[np.ndarray, " k"]:
@@ -54,20 +49,12 @@ def log_grouped_agreement(groups: int, queries: int) -> Float[np.ndarray, " k"]:
     permutations of its queries agree on some. The mean is 1, as for free permutations of all heads, the variance
     larger; with one query per group, or one group, both are the same.
     """
-    inner, outer = _log_rencontres(queries), _log_rencontres(groups)
+    inner, outer = log_fixed_points(queries), log_fixed_points(groups)
     total, power = np.full(groups * queries + 1, -np.inf), np.zeros(1)
     for log_p in outer:
         total[: len(power)] = np.logaddexp(total[: len(power)], log_p + power)
         power = _log_convolved(power, inner)
     return total
-
-
-def _log_rencontres(n: int) -> Float[np.ndarray, " k"]:
-    """Returns the log probabilities that a uniform permutation of n has 0, ..., n fixed points."""
-    fixed = np.arange(n + 1)
-    signs = np.cumsum((-1.0) ** fixed / special.factorial(fixed))[::-1]  # the share of derangements of the others
-    with np.errstate(divide="ignore"):
-        return np.log(np.maximum(signs, 0.0)) - special.gammaln(fixed + 1)
 
 
 def _log_convolved(

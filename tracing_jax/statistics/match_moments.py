@@ -50,6 +50,7 @@ from tracing_jax.statistics.distinct_units import distinct_units
 from tracing_jax.statistics.layer_map import mapped_result
 from tracing_jax.statistics.layer_moments import layer_signatures
 from tracing_jax.statistics.match import form_tests, gates_not_applicable
+from tracing_jax.statistics.mlp_rows import unit_length
 from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies, depths_not_applicable
 from tracing_jax.statistics.unit_signatures import (
     Signatures,
@@ -222,13 +223,7 @@ def _unit_rows(model: ParamSource, index: int) -> dict[str, Float[Array, "F D"]]
         "up": jnp.asarray(mlp["up_proj"]["kernel"], jnp.float32).T * gain,
         "down": jnp.asarray(units.outputs(mlp["down_proj"]["kernel"]), jnp.float32),
     }
-    return {name: _normalised(jnp.where(units.is_kept[:, None], side, 0.0)) for name, side in rows.items()}
-
-
-@jax.jit
-def _normalised(rows: Float[Array, "F D"]) -> Float[Array, "F D"]:
-    length = jnp.linalg.norm(rows, axis=1, keepdims=True)
-    return jnp.where(length > 0, rows / jnp.where(length > 0, length, 1.0), 0.0)
+    return {name: unit_length(jnp.where(units.is_kept[:, None], side, 0.0)) for name, side in rows.items()}
 
 
 @jax.jit

@@ -160,7 +160,7 @@ def total_agreement_log_sf(k: int, sizes: Sequence[int]) -> float:
         )
     total = np.zeros(1)
     for size in sizes:
-        one = _log_fixed_points(size)
+        one = log_fixed_points(size)
         longer = np.full(len(total) + size, -np.inf)
         for j in np.flatnonzero(np.isfinite(one)):
             longer[j : j + len(total)] = np.logaddexp(longer[j : j + len(total)], one[j] + total)
@@ -169,7 +169,7 @@ def total_agreement_log_sf(k: int, sizes: Sequence[int]) -> float:
 
 
 @functools.cache
-def _log_fixed_points(n: int) -> np.ndarray:
+def log_fixed_points(n: int) -> np.ndarray:
     """Returns the log probabilities that a uniform permutation of n has 0, ..., n fixed points."""
     derangements = [1, 0]
     while len(derangements) <= n:
@@ -201,7 +201,7 @@ def composite_agreement_log_sf(k: int, h: int, u: float, lam: float) -> float:
         )
     if k == 0:
         return 0.0
-    by_convergence, by_chance = _log_binomial(h, u), _log_poisson(lam, k)
+    by_convergence, by_chance = log_binomial(h, u), _log_poisson(lam, k)
     log_at_least = np.logaddexp.accumulate(by_chance[::-1])[::-1]
     needed = np.maximum(k - np.arange(h + 1), 0)
     log_sf = float(special.logsumexp(by_convergence + log_at_least[needed]))
@@ -294,7 +294,7 @@ def _check(p1: np.ndarray, p2: np.ndarray) -> None:
             )
 
 
-def _log_binomial(h: int, u: float) -> np.ndarray:
+def log_binomial(h: int, u: float) -> np.ndarray:
     """Returns the log probabilities of 0, ..., h."""
     b = np.arange(h)
     return _log_probabilities(np.log((h - b) / (b + 1)) + special.logit(u), int((h + 1) * u))

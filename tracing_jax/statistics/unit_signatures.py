@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from tracing_jax.matching import normalised_rows
+
 Signatures = dict[str, tuple[Float[np.ndarray, "_ _"], Bool[np.ndarray, " _"]]]
 """`gate`, `up` -> signatures `[F, M]` of a layer's units, and which units are live `[F]`."""
 
@@ -42,7 +44,7 @@ def whitened_cosines(
 def whitened(rows: Float[np.ndarray, "F M"], covariance: Float[np.ndarray, "M M"]) -> Float[np.ndarray, "F M"]:
     """Returns standardised signatures whitened with a covariance, each of length 1."""
     values, vectors = np.linalg.eigh(covariance + _RIDGE * np.eye(len(covariance)))
-    return _unit_length(rows @ (vectors / np.sqrt(values)))
+    return normalised_rows(rows @ (vectors / np.sqrt(values)))
 
 
 def log_quadratic_forms(rows: Float[Array, "F D"], moments: Sequence[Float[Array, "D D"]]) -> Float[np.ndarray, "F M"]:
@@ -57,10 +59,6 @@ def _standardised(signatures: Float[np.ndarray, "F M"], live: np.ndarray) -> Flo
         return np.zeros_like(signatures)
     centred = (signatures - active.mean(axis=0)) / np.maximum(active.std(axis=0), 1e-9)
     return np.where(live[:, None], centred, 0.0)
-
-
-def _unit_length(rows: Float[np.ndarray, "F M"]) -> Float[np.ndarray, "F M"]:
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), _TINY)
 
 
 @jax.jit

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 
 from tracing_jax import options
 from tracing_jax.arch import Arch
-from tracing_jax.matching import match_units
+from tracing_jax.matching import match_units, normalised_rows
 from tracing_jax.statistics.comparison import (
     Comparison,
     against_identity,
@@ -136,7 +136,7 @@ def _compare(mapped: _Mapping, part: TokenMatrix, group: str, pair: Pair) -> Com
     counted = _counted(base) & _counted(ft)
     if counted.sum() < 2:
         return Comparison(int(counted.sum()), len(counted), 0.0, 0, 0.0, 0.0)
-    base, ft = (_unit_length(x) for x in mapped(*(x[counted] - x[counted].mean(axis=0) for x in (base, ft))))
+    base, ft = (normalised_rows(x) for x in mapped(*(x[counted] - x[counted].mean(axis=0) for x in (base, ft))))
     matching = match_units(base @ ft.T, pair.generator("unseen_tokens", part, group))
     return against_identity(matching, len(base), len(ft))
 
@@ -155,11 +155,6 @@ def _counted(rows: Float[np.ndarray, "n D"]) -> Bool[np.ndarray, " n"]:
     length = np.linalg.norm(rows - np.median(rows[single], axis=0), axis=1)
     typical = np.median(length[single])
     return single & (length <= _TYPICAL * typical) & (length >= typical / _TYPICAL)
-
-
-def _unit_length(rows: Float[np.ndarray, "n D"]) -> Float[np.ndarray, "n D"]:
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.divide(rows, length, out=np.zeros_like(rows), where=length > 0)
 
 
 def _ordinary(vocabularies: Vocabularies) -> tuple[Int[np.ndarray, " S"], Int[np.ndarray, " S"]]:

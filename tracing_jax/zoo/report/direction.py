@@ -65,7 +65,7 @@ def look_like_siblings(edge: Edge, measures: ModelMeasures) -> bool:
 
 
 def is_within_measured(edge: Edge, measures: ModelMeasures) -> bool:
-    """Returns whether two models, by the distance of their weights, are as close as pairs on which this was measured."""
+    """Returns whether two models are as close, by their weights, as pairs on which directions were measured."""
     lengths = [float(found["length"]) for name in edge.row.models if (found := measures.get(name))]
     return bool(lengths) and edge.value <= FARTHEST * sum(lengths) / len(lengths)
 
