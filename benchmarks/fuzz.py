@@ -6,10 +6,14 @@
 Each mutation of `mutations.py` is made to a copy of a small checkpoint, which is opened and read to its end, with its
 tokenizer, in a process of its own. A line for each kind of mutation counts what came out:
 
-* read: every weight was read.
+* read: every weight was read, and equals what is in the files by another reader (`damaged_weights.py`).
+* unchecked: every weight was read, of files that the other reader cannot read, or under names that it does not know.
 * refused: one error of the kinds that mean a bad checkpoint, not empty, of less than 4,000 characters.
+* wrong: weights differ from what is in the files.
 * flood, traceback, late, memory, died: a longer message, an error of another kind, more than 10 seconds, more than
-  1 GiB, and the end of the process. Wanted: none. The first of each kind are printed.
+  1 GiB, and the end of the process. Wanted: none of these, and nothing wrong. The first of each kind are printed.
+
+Checkpoints are opened as `compare` opens them: by their weights alone where the config does not fit.
 """
 
 import collections
@@ -21,16 +25,18 @@ import signal
 import tempfile
 import traceback
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 import transformers
 from absl import app, flags, logging
 
+from benchmarks.damaged_weights import weights_in
 from benchmarks.environment import OUT_DIR, machine
 from benchmarks.mutations import MUTATIONS, write_checkpoints
 from tracing_jax.arch import UnsupportedModelError
-from tracing_jax.checkpoint import CheckpointError, open_checkpoint
+from tracing_jax.checkpoint import Checkpoint, CheckpointError, WeightsOnly, open_checkpoint
 from tracing_jax.data import load_tokenizer
 from tracing_jax.record import write_json
 from tracing_jax.report import text_table
@@ -39,14 +45,14 @@ from tracing_jax.sources import subtrees
 _COUNT = flags.DEFINE_integer("count", 2000, "mutations", lower_bound=1)
 _SEED = flags.DEFINE_integer("draw_seed", 0, "of the draws")
 
-OUTCOMES = ("read", "refused", "flood", "traceback", "late", "memory", "died")
+OUTCOMES = ("read", "unchecked", "refused", "wrong", "flood", "traceback", "late", "memory", "died")
 MAX_CHARS, MAX_SECONDS, MAX_BYTES = 4000, 10, 1 << 30
 
 
 def outcome_of(folder: Path) -> tuple[str, str]:
     """Returns what comes out of opening and reading a checkpoint, and the message if any."""
     try:
-        checkpoint = open_checkpoint(str(folder))
+        checkpoint = open_checkpoint(str(folder), weights_only=WeightsOnly())
         for _ in subtrees(checkpoint):
             pass
         load_tokenizer(checkpoint.tokenizer_folder)
@@ -61,7 +67,26 @@ def outcome_of(folder: Path) -> tuple[str, str]:
         return ("flood" if len(text) >= MAX_CHARS else "refused"), text
     except Exception:
         return "traceback", traceback.format_exc()
-    return "read", ""
+    return _checked(checkpoint, folder)
+
+
+def _checked(checkpoint: Checkpoint, folder: Path) -> tuple[str, str]:
+    """Returns whether the tensors of a checkpoint are what another reader finds in its files."""
+    names = checkpoint.tensors.names()
+    stored = {name: weight for name, weight in weights_in(folder).items() if weight.size}
+    pairs = [(n, stored[e]) for n in names for e in [_under(n, stored)] if e]
+    for name, expected in pairs:
+        found = checkpoint.tensors.read(name).astype(np.float64)
+        size = np.abs(expected).max()
+        if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-5, atol=1e-6 * size):
+            return "wrong", f"{name} {found.shape} is not what is stored {expected.shape}"
+    return ("read" if pairs else "unchecked"), ""
+
+
+def _under(name: str, stored: Collection[str]) -> str | None:
+    """Returns the stored name of a tensor, which may have more in front."""
+    ends = [other for other in stored if other == name or other.endswith(f".{name}")]
+    return min(ends, key=len, default=None)
 
 
 def in_child(folder: Path) -> tuple[str, str]:
@@ -115,7 +140,7 @@ def main(argv: list[str]) -> None:
             mutate(rng, copy)
             outcome, message = in_child(copy)
             counts[name][outcome] += 1
-            if outcome not in ("read", "refused") and len(examples[outcome]) < 5:
+            if outcome not in ("read", "unchecked", "refused") and len(examples[outcome]) < 5:
                 examples[outcome].append(f"{name}, seed {_SEED.value}, number {i}:\n{message}")
             shutil.rmtree(Path(temporary) / "mutated")
     _show(counts, examples)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -30,9 +31,12 @@ _VALUES: tuple[Any, ...] = (
 )  # fmt: skip
 
 
+LAYOUTS = ("whole", "sharded", "bin", "adapter", "gguf", "quantised")
+
+
 def write_checkpoints(folder: Path) -> dict[str, Path]:
-    """Writes one model in each layout and returns layout -> folder: `whole`, `sharded`, `bin`, `adapter` and `gguf`."""
-    folders = {name: folder / name for name in ("whole", "sharded", "bin", "adapter", "gguf")}
+    """Writes one model in each layout, by `LAYOUTS`, and returns layout -> folder."""
+    folders = {name: folder / name for name in LAYOUTS}
     tensors = _tensors()
     for name, path in folders.items():
         path.mkdir(parents=True)
@@ -44,6 +48,9 @@ def write_checkpoints(folder: Path) -> dict[str, Path]:
     _write_bin(folders["bin"] / "pytorch_model.bin", tensors)
     _write_adapter(folders["adapter"], folders["whole"])
     _write_gguf(folders["gguf"] / "model.gguf", tensors)
+    _write(folders["quantised"] / "model.safetensors", _quantised(tensors))
+    settings = {"quantization_config": {"quant_method": "compressed-tensors"}}
+    (folders["quantised"] / "config.json").write_text(json.dumps(CONFIG | settings))
     return folders
 
 
@@ -57,6 +64,37 @@ def _tensors() -> dict[str, np.ndarray]:
         shapes |= {f"{at}mlp.down_proj.weight": (D, F), f"{at}input_layernorm.weight": (D,)}
         shapes |= {f"{at}post_attention_layernorm.weight": (D,)}
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def _quantised(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns MLPs as int8 with a scale for each row, attention as FP8 with an exponent for each 8 values."""
+    found = {}
+    for name, weight in tensors.items():
+        if ".mlp." in name:
+            scales = np.abs(weight).max(axis=1, keepdims=True) / 127
+            found |= {name: np.round(weight / scales).astype(np.int8), f"{name}_scale": scales}
+        elif ".self_attn." in name:
+            blocks = weight.reshape(len(weight), -1, 8)
+            exponents = np.ceil(np.log2(np.abs(blocks).max(axis=2, keepdims=True) / 448))
+            scaled = (blocks / 2.0**exponents).astype(ml_dtypes.float8_e4m3fn)
+            found |= {name: scaled.reshape(weight.shape), f"{name}_scale": (exponents[..., 0] + 127).astype(np.uint8)}
+        else:
+            found[name] = weight
+    return found
+
+
+_KINDS = {"float32": "F32", "int8": "I8", "uint8": "U8", "float8_e4m3fn": "F8_E4M3"}
+
+
+def _write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a safetensors file; the package's own writer knows no floats of eight bits of numpy."""
+    header, data = {}, b""
+    for name, tensor in tensors.items():
+        offsets = [len(data), len(data) + tensor.nbytes]
+        header[name] = {"dtype": _KINDS[tensor.dtype.name], "shape": list(tensor.shape), "data_offsets": offsets}
+        data += tensor.tobytes()
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
 def _write_tokenizer(folder: Path) -> None:
@@ -236,6 +274,47 @@ def _not_finite(rng: np.random.Generator, folder: Path) -> None:
     path.write_bytes(data)
 
 
+def _same_size(rng: np.random.Generator, folder: Path) -> None:
+    """Gives a tensor another dtype of as many bytes."""
+    kinds = {"F32": ["I32", "U32"], "I8": ["U8", "F8_E4M3", "BOOL"], "U8": ["I8", "F8_E8M0", "F8_E5M2"]}
+
+    def change(tensor: dict[str, Any]) -> None:
+        others = kinds.get(tensor["dtype"], ["I8", "U8", "F8_E5M2", "F8_E4M3FNUZ"])
+        tensor["dtype"] = others[rng.integers(len(others))]
+
+    _with_tensor(rng, folder, change)
+
+
+def _scale_names(rng: np.random.Generator, folder: Path) -> None:
+    """Renames the scales of one weight, or of all."""
+    ends = ["_scale_inv", "_scale_2", "_amax", "_zero_point", "._scale", "_factor", "_SCALE"]
+    end, part = ends[rng.integers(len(ends))], str(rng.choice(["", "mlp", "layers.0.self_attn.q_proj"]))
+    _with_header(
+        rng,
+        folder,
+        lambda header: {
+            name.removesuffix("_scale") + end if name.endswith("_scale") and part in name else name: tensor
+            for name, tensor in header.items()
+        },
+    )
+
+
+def _without_tensor(rng: np.random.Generator, folder: Path) -> None:
+    """Leaves out a tensor and its bytes; scales mostly."""
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header, body, kept = json.loads(data[8 : 8 + size]), data[8 + size :], b""
+    gone = str(rng.choice([name for name in sorted(header) if name.endswith("_scale") or not rng.integers(8)]))
+    for entry in (header[name] for name in header if name != gone):
+        own = body[slice(*entry["data_offsets"])]
+        entry["data_offsets"] = [len(kept), len(kept) + len(own)]
+        kept += own
+    del header[gone]
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + kept)
+
+
 def _config_value(rng: np.random.Generator, folder: Path) -> None:
     name = str(rng.choice([*CONFIG, "head_dim", "layer_types", "rope_parameters", "quantization_config", "is_causal"]))
     value = _VALUES[rng.integers(len(_VALUES))]
@@ -372,6 +451,13 @@ MUTATIONS: dict[str, tuple[str, Mutation, float]] = {
     "gguf: header": ("gguf", _on("model.gguf", lambda rng, path: _flip(rng, path, 0, 2500)), 3),
     "gguf: bytes": ("gguf", _on("model.gguf", _flip), 1),
     "gguf: truncated": ("gguf", _on("model.gguf", _truncate), 1),
+    "quantised: header": ("quantised", _header_bytes, 1),
+    "quantised: bytes": ("quantised", _on("model.safetensors", _flip), 0.5),
+    "quantised: dtype": ("quantised", _same_size, 1),
+    "quantised: shape": ("quantised", _shape, 0.5),
+    "quantised: names of scales": ("quantised", _scale_names, 1),
+    "quantised: a tensor is gone": ("quantised", _without_tensor, 1),
+    "quantised: config": ("quantised", _config_value, 1),
     "tokenizer": ("whole", _on("tokenizer.json", _flip), 1),
     "tokenizer: config": ("whole", _on("tokenizer_config.json", _flip), 0.5),
 }

@@ -14,6 +14,7 @@ from parity_cases import CASES, LIVE_CASES, Case
 
 from tracing_jax.arch import Arch, LatentAttention, UnsupportedModelError
 from tracing_jax.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from tracing_jax.checkpoint.errors import UnsupportedMetadataError
 from tracing_jax.checkpoint.gguf import GGUF_ARCHITECTURES
 from tracing_jax.checkpoint.gguf.config import config_of
 from tracing_jax.checkpoint.gguf.families import GGUF_FAMILIES
@@ -410,7 +411,7 @@ def test_scaling_of_llama_3_is_recognised_by_its_factors(tmp_path):
     )
     scaling = config_of(header, lambda name: factors.astype(np.float32))["rope_scaling"]
     assert (scaling["rope_type"], scaling["factor"]) == ("llama3", 8.0)
-    with pytest.raises(CheckpointError, match="only one that is read from factors"):
+    with pytest.raises(UnsupportedMetadataError, match="only one that is read from factors"):
         config_of(header, lambda name: np.full(64, 2, np.float32))
 
 

@@ -560,6 +560,12 @@ def test_fp8_whose_scales_are_not_understood_is_refused(beside, dtype, message, 
         opened(tmp_path, {W: floats8(40, 24), beside: np.ones((40, 1), dtype)})
 
 
+def test_fp8_that_lost_its_scales_is_refused(tmp_path):
+    other = W.replace("up_proj", "down_proj")
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight: FP8 without scales, which 1 other has"):
+        opened(tmp_path, {W: floats8(40, 24), other: floats8(40, 24), f"{other}_scale": np.ones((), np.float32)})
+
+
 def test_settings_left_over_on_floats_are_a_note(tmp_path):
     stored = SafetensorsFile(save(tmp_path / "model.safetensors", {W: np.ones((4, 4), np.float16)}))
     store, notes = dequantised(stored, {"quantization_config": {"quant_method": "gptq", "bits": 4}})

@@ -25,6 +25,7 @@ from tracing_jax.checkpoint.tensors import TensorStore
 from tracing_jax.complaints import counted, grouped, listed, shortened
 
 _ROWS_PER_READ = 4096  # of the embedding, compared at a time
+_FEW_ROWS = 16  # in which most that differ do
 _FEW_LAYERS = 200  # of as many the missing tensors can be listed
 _FEW_EXPERTS = 25_000  # of all layers together; no model has many more
 _MAX_EXTRA = 5000
@@ -75,8 +76,8 @@ def fitted(arch: Arch, store: TensorStore, *, compare_rows: bool = True) -> Fitt
     Args:
       arch: the facts of the model by its config.
       store: its tensors, under plain names.
-      compare_rows: whether a head that is stored beside the embedding of a tied model is compared with it now;
-        otherwise when it is read.
+      compare_rows: whether a head that is stored beside the embedding of a tied model is compared with it whole now;
+        otherwise a few rows are, and the others as they are read.
 
     Raises:
       CheckpointError: tensors are missing, unexpected or of the wrong shape or dtype, all at once; a `MisfitError` if
@@ -139,26 +140,21 @@ def tied_as_stored(arch: Arch, store: TensorStore, compare_rows: bool = True) ->
     if embedding not in names:
         note = f"{shortened(embedding)} is not in the files; the embedding is {shortened(head)}, to which it is tied"
         return arch, DerivedTensors(store, {embedding: Alias(store, head)}, {head}), [note]
-    if not compare_rows:
-        return arch, store, []
-    if _are_equal(store, embedding, head):
-        return arch, DerivedTensors(store, {}, {head}), []
+    if _are_equal(store, embedding, head, compare_rows):
+        return arch, DerivedTensors(store, {}, {head}) if compare_rows else store, []
     note = f"{head} differs from the embedding, so the two are not tied, although config.json says tie_word_embeddings"
     return replace(arch, tied=False), store, [note]
 
 
-def _are_equal(store: TensorStore, embedding: str, head: str) -> bool:
+def _are_equal(store: TensorStore, embedding: str, head: str, whole: bool) -> bool:
+    """Returns whether two tensors are equal; unless `whole`, in a few rows of the beginning, middle and end."""
     if store.shape(embedding) != store.shape(head):
         return False
     rows = store.shape(embedding)[0] if store.shape(embedding) else 0
-    bounds = [
-        0,
-        min(16, rows),
-        *range(_ROWS_PER_READ, rows, _ROWS_PER_READ),
-        rows,
-    ]  # most that differ do so in the first rows
-    for start, stop in itertools.pairwise(bounds):
-        ours, theirs = store.read_many([(name, (slice(start, stop),)) for name in (embedding, head)])
+    few = [slice(start, min(start + _FEW_ROWS, rows)) for start in (0, rows // 2, max(0, rows - _FEW_ROWS))]
+    bounds = [*range(_FEW_ROWS, rows, _ROWS_PER_READ), rows]
+    for span in few + [slice(*pair) for pair in itertools.pairwise(bounds)] if whole else few:
+        ours, theirs = store.read_many([(name, (span,)) for name in (embedding, head)])
         if not np.array_equal(ours, theirs):
             return False
     return True

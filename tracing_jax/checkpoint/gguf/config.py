@@ -173,7 +173,7 @@ def _llama3(factors: np.ndarray, config: HfConfig) -> HfConfig:
     """Returns the scaling of Llama 3.1 of which a file holds only what it divides each frequency by.
 
     Raises:
-      CheckpointError: it is another scaling.
+      UnsupportedMetadataError: it is another scaling.
     """
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     scaling = {
@@ -184,5 +184,7 @@ def _llama3(factors: np.ndarray, config: HfConfig) -> HfConfig:
     blend = np.clip((8192 * inverse / (2 * math.pi) - 1.0) / 3.0, 0, 1)
     expected = 1 / ((1 - blend) / scaling["factor"] + blend)
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
-        raise CheckpointError("rope_freqs.weight is not Llama 3.1's scaling, the only one that is read from factors")
+        raise UnsupportedMetadataError(
+            "rope_freqs.weight is not Llama 3.1's scaling, the only one that is read from factors"
+        )
     return scaling

@@ -16,7 +16,7 @@ from tracing_jax.checkpoint.quantised.int4 import AWQ_VERSIONS, GPTQ_BITS, PACKE
 from tracing_jax.checkpoint.quantised.left_over import method_of, refuse_left_over, settings_of
 from tracing_jax.checkpoint.quantised.mlx import find_mlx
 from tracing_jax.checkpoint.quantised.scale_names import refuse_unknown_scales
-from tracing_jax.checkpoint.quantised.scaled import find_float8, find_int8, find_quanto, is_float8
+from tracing_jax.checkpoint.quantised.scaled import find_float8, find_int8, find_quanto, is_float8, refuse_lost_scales
 from tracing_jax.checkpoint.tensors import TensorStore
 from tracing_jax.complaints import counted, listed_and, shortened
 
@@ -70,7 +70,9 @@ def dequantised(store: TensorStore, config: Mapping[str, Any]) -> tuple[TensorSt
         used |= found.used
     used -= derived.keys()
     refuse_left_over(store, settings, derived.keys() | used, FORMATS)
-    refuse_unknown_scales(store, {name for name in stored & derived.keys() if is_float8(store.dtype(name))}, used)
+    float8 = {name for name in stored & derived.keys() if is_float8(store.dtype(name))}
+    refuse_unknown_scales(store, float8, used)
+    refuse_lost_scales(store, float8, used)
     method = settings.get("quant_method")
     if not derived and method in _QUANTISE_AS_THEY_RUN:
         raise CheckpointError(

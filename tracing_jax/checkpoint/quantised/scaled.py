@@ -6,7 +6,7 @@ multiplied by; OCP Microscaling Formats 1.0 (MXFP8: 32 values share a power of t
 steps.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from tracing_jax.checkpoint.quantised.packing import block_sizes, scale_bounds, 
 from tracing_jax.checkpoint.quantised.scale_names import are_powers, check_scales, scale_values, scales_of
 from tracing_jax.checkpoint.safetensors_file import Index, bounds_of
 from tracing_jax.checkpoint.tensors import TensorStore
+from tracing_jax.complaints import counted, listed
 
 _FLOAT32 = np.dtype(np.float32)
 _FLOAT8 = {
@@ -98,6 +99,15 @@ def find_float8(store: TensorStore, settings: Mapping[str, Any]) -> Found:
         block = settings.get("weight_block_size") or ()
         found.add(name, Scaled(store, name, scales, _sizes(store, name, scales, block)), scales)
     return found
+
+
+def refuse_lost_scales(store: TensorStore, weights: Collection[str], used: Collection[str]) -> None:
+    """Raises a `QuantisedError` if some matrices of 8-bit floats have scales and others have none: these are lost."""
+    matrices = [name for name in sorted(weights) if name.endswith(".weight") and len(store.shape(name)) > 1]
+    lost = [name for name in matrices if scales_of(name, used) is None]
+    if lost and len(lost) < len(matrices):
+        others = counted(len(matrices) - len(lost), "other has", "others have")
+        raise QuantisedError(f"{listed(lost, 3)}: FP8 without scales, which {others}; download it again")
 
 
 def find_int8(store: TensorStore, settings: Mapping[str, Any]) -> Found:
