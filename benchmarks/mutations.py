@@ -68,7 +68,7 @@ def _tensors() -> dict[str, np.ndarray]:
 
 def _quantised(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns MLPs as int8 with a scale for each row, attention as FP8 with an exponent for each 8 values."""
-    found = {}
+    found: dict[str, np.ndarray] = {}
     for name, weight in tensors.items():
         if ".mlp." in name:
             scales = np.abs(weight).max(axis=1, keepdims=True) / 127
@@ -88,7 +88,8 @@ _KINDS = {"float32": "F32", "int8": "I8", "uint8": "U8", "float8_e4m3fn": "F8_E4
 
 def _write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes a safetensors file; the package's own writer knows no floats of eight bits of numpy."""
-    header, data = {}, b""
+    header: dict[str, Any] = {}
+    data = b""
     for name, tensor in tensors.items():
         offsets = [len(data), len(data) + tensor.nbytes]
         header[name] = {"dtype": _KINDS[tensor.dtype.name], "shape": list(tensor.shape), "data_offsets": offsets}
