@@ -135,6 +135,10 @@ def test_the_place_of_a_result_is_a_uri_that_leads_back_to_the_file(folder):
     parts = urlsplit(uri)
     assert parts.scheme == ("file" if folder.startswith("/") else "")
     assert Path(unquote(parts.path)) == Path(folder, "config.json")
+    asked["args"]["ft_model_id"] = f"{folder}/model.gguf"
+    asked["models"]["ft"]["files"] = {"model.gguf": DIGEST}
+    (result,) = of("sarif", asked)["runs"][0]["results"]
+    assert unquote(result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"]).count("model.gguf") == 1
 
 
 def test_an_in_toto_statement_is_about_the_files_of_one_model():

@@ -358,5 +358,8 @@ def test_the_verbs_on_the_family(tmp_path, family, capsys):
     cli.main(["scan", str(family.member("disguised")), "--library", str(tmp_path / "library"), "--json"])
     found = json.loads(capsys.readouterr().out)
     assert [candidate["verdict"] for candidate in found["candidates"]] == ["related", "no_evidence"]
+    assert found["candidates"][0]["parts"] == {
+        "MLPs": "related", "attention": "not_tested", "embeddings": "not_tested",
+    }  # fmt: skip
     with pytest.raises(SystemExit, match="error: library"):
         cli.main(["scan", str(family.member("base")), "--library", str(tmp_path / "missing")])

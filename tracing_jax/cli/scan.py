@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 USAGE = "SUSPECT --library LIBRARY"
 
+_NOT_TESTED = ("attention", "embeddings")
+"""Parts of a model of which signatures hold nothing, or nothing by itself."""
+
 
 @dataclass(frozen=True)
 class ScanOptions:
@@ -87,6 +90,7 @@ def _candidate(candidate: "Candidate", names: Any) -> dict[str, Any]:
         "verdict": candidate.verdict,
         "adjusted_log10_p": candidate.adjusted_log10_p,
         "share": candidate.share,
+        "parts": {"MLPs": candidate.verdict, **dict.fromkeys(_NOT_TESTED, "not_tested")},
         "tests": {
             name: {
                 "log10_p": evidence.log10_p,
@@ -127,5 +131,6 @@ def _lines(found: "Scan", names: Any, shown: int) -> list[str]:
     lines += [
         "",
         "p: after Holm over the library; calibrated, not exact (docs/scan.md). `compare` tests a pair in full.",
+        f"Not tested: {', '.join(_NOT_TESTED)}. A model that has these of another, and no MLP, is not found.",
     ]
     return lines

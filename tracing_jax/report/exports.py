@@ -151,7 +151,8 @@ def _sarif_result(record: Record, fails: bool, rules: Sequence[str]) -> dict[str
 
 
 def _place(record: Record, file: str) -> str:
-    return _uri(PurePath(str(record["args"].get("ft_model_id") or "").removeprefix("./"), file))
+    model = PurePath(str(record["args"].get("ft_model_id") or "").removeprefix("./"))
+    return _uri(model if model.name == file else model / file)  # a GGUF file is a model by itself
 
 
 def _uri(path: PurePath) -> str:
