@@ -56,6 +56,26 @@ def test_only_parents_that_are_alike_are_named_together():
 
 
 @pytest.mark.slow
+def test_parents_that_hide_each_other_are_not_cleared():
+    """Given each other neither has a part; where one of them has it alone, the other one has none."""
+    alike, third = close_to(ONE, OTHER, 0.15), sibling(ORIGIN, 2)
+    rng = np.random.default_rng(7)
+    for shares, size, words in (
+        ((0.3, 0.2, 0.4), 0.02, ["one_of", "one_of"]),
+        ((0.5, 0.0, 0.4), 0.001, ["part", "none"]),
+    ):
+        child = merging.task_arithmetic(ORIGIN, [ONE, alike, third], shares)
+        noisy = {name: leaf + size * rng.normal(size=leaf.shape) for name, leaf in child.items()}
+        found = report_of(noisy, [ONE, alike, third], ORIGIN)
+        assert found.parts == dict(zip("ABC", [*words, "part"]))
+        if words[0] == "one_of":
+            assert (
+                "one of these, or several: A, B; they are too alike for shares of each, together 0.50" in found.sentence
+            )
+            assert "without it this one has" in repr(found)
+
+
+@pytest.mark.slow
 def test_figure_shows_regions_of_parents_that_are_alike(drawn):
     child = merging.task_arithmetic(ORIGIN, [ONE, OTHER], [0.3, 0.2])
     apart = figure_of_shares(report_of(child, [ONE, OTHER], ORIGIN).record)

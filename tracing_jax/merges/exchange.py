@@ -54,8 +54,24 @@ class ExchangedUnits:
         return replace(self, by_layer=kept)
 
 
-def log_p_of_parent(models: MergeModels, units: ExchangedUnits, parent: int, seed: int = 0) -> float | None:
-    """Returns the log p-value of a parent's part, Fisher over layers; None if no layer has units to exchange."""
+def log_p_of_parent(
+    models: MergeModels, units: ExchangedUnits, parent: int, seed: int = 0, *, without: Sequence[int] = ()
+) -> float | None:
+    """Returns the log p-value of a parent's part, Fisher over layers; None if no layer has units to exchange.
+
+    Args:
+      models: all of them.
+      units: the units that are exchanged.
+      parent: its index.
+      seed: of the order in which ties are broken.
+      without: indices of other parents that are taken as not given.
+    """
+    if without:
+        names = [name for k, name in enumerate(models.names) if k not in without]
+        first = 1 if models.origin is None else 2
+        units = units.of([*range(first), *(first + models.names.index(name) for name in names)])
+        parent = names.index(models.names[parent])
+        models = replace(models, parents={name: models.parents[name] for name in names}, tokens=None, layers=None)
     found = [
         log_p_of_layer(models, rows, parent, seed + layer, mapped=units.mapped)
         for layer, rows in units.by_layer.items()

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from tracing_jax.merges.report import ROLES
 
@@ -32,6 +33,7 @@ def figure_of_shares(record: Mapping[str, Any]) -> Figure:
         layers = sorted(map(int, by_place[role]))
         _draw(ax, layers, [by_place[role][str(layer)] for layer in layers], names)
         ax.set(title=role, xlabel="layer")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     whole = axes[len(in_layers)]
     _draw(whole, range(len(others)), [record["by_role"][role] for role in others], names, line="")
     whole.set_xticks(range(len(others)), others, rotation=40, ha="right")

@@ -19,6 +19,8 @@ LEVEL = 1e-3
 """A parent has a part if its p-value, after Holm, is below."""
 SMALLEST_SHARE = 0.01
 """A part of less than a hundredth is not called one: that much is in doubt for reasons that no test covers."""
+ALIKE = 0.7
+"""Parents whose differences have a cosine above may hide each other's part."""
 BEYOND_TRAINING = 0.7
 """Squared partial correlation from which a part is more than training on similar text leaves. Two fine-tunes of
 one base on the very same text, in another order, reached .47 (`benchmarks/merges.py`)."""
@@ -92,7 +94,7 @@ def parent_shares(
     tested = [log_p for log_p in log_ps if log_p is not None]
     others = [0.0] * (candidates - len(models.names))
     adjusted = iter(holm([*tested, *others]) / math.log(10)) if tested else iter(())
-    found = []
+    found: list[ParentShare] = []
     for k, log_p in enumerate(log_ps):
         after = None if log_p is None else float(next(adjusted))
         word, reason = _word(k, fit, whole, after, untested.get(models.names[k], NO_UNITS))
@@ -102,7 +104,35 @@ def parent_shares(
         log10_p = None if log_p is None else log_p / math.log(10)
         alone = float(fit.alone[k])
         found.append(ParentShare(models.names[k], word, share, se, low, high, alone, log10_p, after, reason))
-    return found
+    return _alike_together(found, models, units, whole, seed, candidates)
+
+
+def _alike_together(
+    found: Sequence[ParentShare],
+    models: MergeModels,
+    units: ExchangedUnits,
+    whole: Shares,
+    seed: int,
+    candidates: int,
+) -> list[ParentShare]:
+    """Returns the parents; of those that none of the tests sees given each other, those that one sees without.
+
+    Of two that are alike each explains what the other one does: neither has a part that the other leaves, and to clear
+    both would be wrong. Where one of them has a part by itself, that explains the other's likeness.
+    """
+    given = list(found)
+    for k, part in enumerate(found):
+        alike = [j for j in np.flatnonzero(whole.cosines[k] > ALIKE).tolist() if j != k]
+        if part.word != "none" or not alike or any(found[j].word != "none" for j in alike):
+            continue
+        log_p = log_p_of_parent(models, units, k, seed, without=alike)
+        if log_p is not None and log_p + math.log(candidates) < math.log(LEVEL):
+            names = _listed([models.names[j] for j in alike])
+            reason = (
+                f"its difference is like that of {names}: given each other neither has a part, without it this one has"
+            )
+            given[k] = replace(part, word="one_of", reason=reason)
+    return given
 
 
 def without_share(name: str, reason: str) -> ParentShare:

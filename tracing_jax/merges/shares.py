@@ -81,6 +81,7 @@ class Shares:
       fit: sums of squares.
       condition: condition number of the correlations of the parents' differences from the reference.
       inflation: by what factor the other parents increase the variance of each share (variance inflation factor).
+      cosines: of the parents' differences from the reference; NaN of the reference itself where it is a parent.
       undefined: why there are no shares; None if there are.
     """
 
@@ -90,6 +91,7 @@ class Shares:
     fit: Fit
     condition: float
     inflation: Float[np.ndarray, " K"]
+    cosines: Float[np.ndarray, "K K"]
     undefined: str | None = None
 
     @property
@@ -150,7 +152,8 @@ def estimate(models: MergeModels, tensors: Sequence[TensorSums]) -> Shares:
     inflation = np.diag(np.linalg.inv(correlations))
     if models.origin is None:  # the reference is among them
         inflation = np.concatenate([[inflation.max()], inflation])
-    return Shares(models.shares_of(found), covariance, degrees, fit, condition, inflation)
+        correlations = np.pad(correlations, ((1, 0), (1, 0)), constant_values=np.nan)
+    return Shares(models.shares_of(found), covariance, degrees, fit, condition, inflation, correlations)
 
 
 def rounding_bias(
@@ -232,8 +235,8 @@ def _undefined(scale: np.ndarray, models: MergeModels) -> str | None:
 
 def _without(fit: Fit, reason: str, condition: float) -> Shares:
     K = len(fit.without)
-    nothing = np.full(K, np.nan)
-    return Shares(nothing, np.full((K, K), np.nan), 0.0, fit, condition, nothing, reason)
+    nothing, nothings = np.full(K, np.nan), np.full((K, K), np.nan)
+    return Shares(nothing, nothings, 0.0, fit, condition, nothing, nothings, reason)
 
 
 def _fit(models: MergeModels, total: np.ndarray, rounding: float) -> Fit:
