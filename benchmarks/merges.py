@@ -193,7 +193,8 @@ def disguises(family: MergeModelsOfZoo) -> Iterator[dict[str, Any]]:
             found = [part["share"] for part in record["parts"]]
             yield {"disguise": names, "noise": noise, "error": float(np.abs(np.array(found) - truth).max()),
                    "undisguised": float(np.abs(plain - truth).max()), "unexplained": record["unexplained"],
-                   "se": max(part["se"] for part in record["parts"]), "words": [part["word"] for part in record["parts"]],
+                   "se": max(part["se"] for part in record["parts"]),
+                   "words": [part["word"] for part in record["parts"]],
                    "bias": (record["alignment_bias"] or {"largest": 0.0})["largest"], "aligned": record["aligned"],
                    "seconds": time.monotonic() - start}  # fmt: skip
 
@@ -243,8 +244,8 @@ def tables(found: Mapping[str, list[dict[str, Any]]]) -> str:
         parts.append(text_table(lines, ["made", "named right", "wrong names", "left of the difference"]))
     if rows := found.get("disguises"):
         keys = ("disguise", "noise", "aligned", "error", "se", "undisguised", "bias", "unexplained", "seconds")
-        headers = ["disguise", "noise", "aligned", "largest error", "s.e.", "undisguised", "bias by noise", "unexplained",
-                   "seconds", "words"]  # fmt: skip
+        headers = ["disguise", "noise", "aligned", "largest error", "s.e.", "undisguised", "bias by noise",
+                   "unexplained", "seconds", "words"]  # fmt: skip
         parts.append(text_table([[*(row[key] for key in keys), ", ".join(row["words"])] for row in rows], headers))
     return "\n\n".join(parts)
 
