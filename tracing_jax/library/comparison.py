@@ -146,16 +146,21 @@ def normalised(rows: Int8[np.ndarray, "U S"] | Float[np.ndarray, "U S"]) -> Floa
 
 
 def _by_responses(signature: Signature, suspect: Suspect, shared: tuple[list[int], list[int]]) -> SignatureTest:
-    ours = [
-        {name: normalised(layer.readings[name][:, shared[0]]) for name in signature.kinds} for layer in signature.layers
-    ]
-    table: list[list[LayerPairResult]] = [[] for _ in ours]
+    # All sampled layers in one product: what it costs is mostly to read the suspect's.
+    ours = {
+        name: normalised(np.concatenate([layer.readings[name][:, shared[0]] for layer in signature.layers]))
+        for name in signature.kinds
+    }
+    ends = np.cumsum([len(layer.units) for layer in signature.layers])
+    table: list[list[LayerPairResult]] = [[] for _ in ends]
     for j, layer in enumerate(suspect.layers):
-        theirs = {name: normalised(layer[name][:, shared[1]]) for name in suspect.kinds}
-        for i, sampled in enumerate(ours):
-            found = {name: sampled[name] @ theirs[name].T for name in suspect.kinds}
+        found = {name: rows @ normalised(layer[name][:, shared[1]]).T for name, rows in ours.items()}
+        for name in found.keys() - {"gate"}:
+            np.abs(found[name], out=found[name])
+        for i, (end, sampled) in enumerate(zip(ends, signature.layers)):
+            rows = slice(end - len(sampled.units), end)
             names = (signature.digest, "responses", i, j)
-            table[i].append(_cell({k: v if k == "gate" else np.abs(v) for k, v in found.items()}, names))
+            table[i].append(_cell({name: values[rows] for name, values in found.items()}, names))
     return _evidence(table, list(range(len(suspect.layers))), signature)
 
 
