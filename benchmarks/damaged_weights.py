@@ -109,9 +109,19 @@ def _llama_names() -> list[str]:
 class _Unpickler(pickle.Unpickler):
     """Of the pickle that `mutations` writes: what it names beside tensors is nothing."""
 
-    def __init__(self, archive: zipfile.ZipFile):
-        super().__init__(io.BytesIO(archive.read("archive/data.pkl")))
-        self.archive = archive
+    def __init__(self, data: bytes):
+        self.data, self.archive = data, zipfile.ZipFile(io.BytesIO(data))
+        super().__init__(io.BytesIO(self._record("archive/data.pkl")))
+
+    def _record(self, name: str) -> bytes:
+        """Returns a record, whatever its checksum: neither PyTorch's mapping of a file nor this package looks at it."""
+        info = self.archive.getinfo(name)
+        if info.compress_type != zipfile.ZIP_STORED:
+            return self.archive.read(name)
+        at = info.header_offset
+        lengths = (int.from_bytes(self.data[at + i : at + i + 2], "little") for i in (26, 28))
+        start = at + 30 + sum(lengths)
+        return self.data[start : start + info.file_size]
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -119,7 +129,7 @@ class _Unpickler(pickle.Unpickler):
         return {"FloatStorage": np.float32, "HalfStorage": np.float16, "OrderedDict": dict}[name]
 
     def persistent_load(self, pid: Any) -> np.ndarray:
-        return np.frombuffer(self.archive.read(f"archive/data/{pid[2]}"), pid[1])
+        return np.frombuffer(self._record(f"archive/data/{pid[2]}"), pid[1])
 
 
 def _rebuilt(storage: np.ndarray, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any) -> np.ndarray:
@@ -131,5 +141,4 @@ def _rebuilt(storage: np.ndarray, offset: int, shape: tuple[int, ...], strides: 
 
 
 def _of_bin(path: Path) -> Tensors:
-    with zipfile.ZipFile(path) as archive:
-        return dict(_Unpickler(archive).load())
+    return dict(_Unpickler(path.read_bytes()).load())

@@ -2,7 +2,8 @@
 
 `benchmarks/RESULTS.md`, `CONTRIBUTING.md` and `CHANGELOG.md` are where their readers expect them and are shown on
 the site too. Links between files of the repository are written so that they work there; here they become links between
-pages, or links to the repository where a file is no page. `options.md` is made from `tracing_jax/options.py`.
+pages, or links to the repository where a file is no page. `options.md` is made from `tracing_jax/options.py`,
+`formats.md` from the tables that the reader of checkpoints works with.
 """
 
 import dataclasses
@@ -16,6 +17,9 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from tracing_jax.arch import SUPPORTED_FAMILIES, SUPPORTED_MULTIMODAL
+from tracing_jax.checkpoint.gguf.families import GGUF_FAMILIES
+from tracing_jax.checkpoint.quantised import FORMATS
 from tracing_jax.dataclass_options import Option, options_of, sections_of
 from tracing_jax.options import RunOptions
 
@@ -31,6 +35,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for source, page in PAGES.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
     files.append(File.generated(config, "options.md", content=options_page()))
+    files.append(File.generated(config, "formats.md", content=formats_page()))
     for figure in sorted((ROOT / "benchmarks").glob("*.png")):
         files.append(File.generated(config, figure.name, abs_src_path=str(figure)))
     return files
@@ -109,3 +114,31 @@ def _meaning(option: Option) -> str:
     if option.is_list:
         choices = choices.replace(" One of", " Of")
     return html.escape(option.meaning, quote=False).replace("|", "\\|") + choices
+
+
+_FORMATS_HEAD = """# Families and formats
+
+What is read of each family in each format, as the code has it. `forward`: with a forward pass, so that everything
+works; `weights`: [by its weights alone](checkpoints.md#models-read-by-their-weights-alone), so that all tests run which
+need no forward pass. How well the latter was told apart, family by family, is [measured](families.md).
+
+Quantised are safetensors and `.bin` files in these formats, whatever the family; any other is refused by its name:
+"""
+
+
+def formats_page() -> str:
+    """Returns the page of families, levels of support and formats."""
+    of_gguf: dict[str, list[str]] = {}
+    for architecture, family in GGUF_FAMILIES.items():
+        for model_type in (family.model_type, *family.also):
+            of_gguf.setdefault(model_type, []).append(f"`{architecture}`")
+    names = {name: name for name in SUPPORTED_FAMILIES}
+    names |= {name: f"{name} (language model)" for name in SUPPORTED_MULTIMODAL}
+    rows = [["family", "safetensors, `.bin`", "quantised", "LoRA adapter", "GGUF"], ["---"] * 5]
+    for name, shown in sorted(names.items()):
+        architectures = ", ".join(of_gguf.get(name, ()))
+        otherwise = "as its language model" if name in SUPPORTED_MULTIMODAL else "weights"
+        rows.append([shown, *["forward"] * 3, f"forward: {architectures}" if architectures else otherwise])
+    rows.append(["any other", "weights", "weights", "weights, but for tied embeddings", "weights"])
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([_FORMATS_HEAD, *(f"* {form}" for form in FORMATS), "", table, ""])

@@ -331,7 +331,7 @@ def test_api_page_has_all_public_names():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_linked_files_exist(page):
-    generated = {"options.md"}
+    generated = {"options.md", "formats.md"}
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text_of(page)):
         assert target in generated or ((ROOT / page).parent / target).exists() or Path(target).name in generated, target
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from parity_cases import CASES, LIVE_CASES, Case
 
-from tracing_jax.arch import Arch, LatentAttention, UnsupportedModelError
+from tracing_jax.arch import SUPPORTED_FAMILIES, SUPPORTED_MULTIMODAL, Arch, LatentAttention, UnsupportedModelError
 from tracing_jax.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from tracing_jax.checkpoint.errors import UnsupportedMetadataError
 from tracing_jax.checkpoint.gguf import GGUF_ARCHITECTURES
@@ -352,6 +352,11 @@ def test_facts_and_weights_are_those_that_llama_cpp_was_given(name, squeezed, tm
     opened, expected = open_checkpoint(str(path)), case.arch()
     _assert_same_facts(opened.arch, expected)
     _assert_same(opened, case)
+
+
+def test_families_of_llama_cpp_are_of_model_types_that_are_read():
+    known = {*SUPPORTED_FAMILIES, *SUPPORTED_MULTIMODAL}
+    assert {name for family in GGUF_FAMILIES.values() for name in (family.model_type, *family.also)} <= known
 
 
 _LLAMA = next(case for case in CASES.values() if case.config["model_type"] == "llama" and not case.arch().tied)

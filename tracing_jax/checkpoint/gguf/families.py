@@ -28,6 +28,7 @@ class GgufFamily(NamedTuple):
       common: the keys that are read under the names that nearly all families share.
       more: config -> further attributes, which follow from others.
       defaults: attributes that the metadata may lack.
+      also: other model types of which files have this architecture, by what `more` gives or because they compute alike.
     """
 
     model_type: str
@@ -35,6 +36,7 @@ class GgufFamily(NamedTuple):
     common: Mapping[str, str] = COMMON
     more: Callable[[HfConfig], HfConfig] = lambda config: {}
     defaults: Mapping[str, Any] = {}
+    also: tuple[str, ...] = ()
 
 
 _EXPERTS = {
@@ -97,6 +99,7 @@ GGUF_FAMILIES = {
     "llama": GgufFamily(
         "llama", {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
         more=derived.mixtral, defaults={"rope_theta": 10000.0},
+        also=("mixtral", "mistral"),
     ),
     "qwen2": GgufFamily("qwen2"),
     "qwen3": GgufFamily("qwen3"),
@@ -106,10 +109,11 @@ GGUF_FAMILIES = {
     ),
     "qwen3moe": GgufFamily("qwen3_moe", _EXPERTS | _NORM, defaults={"norm_topk_prob": True, "decoder_sparse_step": 1}),
     # The language models inside of others; sections of a rope get equal positions in a text.
-    "qwen2vl": GgufFamily("qwen2", _SECTIONS),
-    "qwen3vl": GgufFamily("qwen3", _SECTIONS),
+    "qwen2vl": GgufFamily("qwen2", _SECTIONS, also=("qwen2_vl", "qwen2_5_vl")),
+    "qwen3vl": GgufFamily("qwen3", _SECTIONS, also=("qwen3_vl",)),
     "qwen3vlmoe": GgufFamily(
-        "qwen3_moe", _EXPERTS | _NORM | _SECTIONS, defaults={"norm_topk_prob": True, "decoder_sparse_step": 1}
+        "qwen3_moe", _EXPERTS | _NORM | _SECTIONS, defaults={"norm_topk_prob": True, "decoder_sparse_step": 1},
+        also=("qwen3_vl_moe",),
     ),
     "olmoe": GgufFamily("olmoe", _EXPERTS | _NORM, defaults={"norm_topk_prob": False, "rope_theta": 10000.0}),
     "phi3": GgufFamily(
@@ -122,13 +126,13 @@ GGUF_FAMILIES = {
     "gemma2": GgufFamily("gemma2", _GEMMA, more=derived.gemma2, defaults={"rope_theta": 10000.0}),
     "gemma3": GgufFamily(
         "gemma3_text", _GEMMA | {"rope.freq_base_swa": "rope_local_base_freq"}, more=derived.gemma2,
-        defaults={"rope_theta": 1e6, "rope_local_base_freq": 10000.0},
+        defaults={"rope_theta": 1e6, "rope_local_base_freq": 10000.0}, also=("gemma3",),
     ),
     "olmo": GgufFamily(
         "olmo", {"attention.clamp_kqv": "clip_qkv", "attention.layer_norm_epsilon": "_eps"}, more=derived.olmo,
         defaults=_OLD,
     ),
-    "olmo2": GgufFamily("olmo2", _WINDOWS, more=derived.olmo2),
+    "olmo2": GgufFamily("olmo2", _WINDOWS, more=derived.olmo2, also=("olmo3",)),
     "seed_oss": GgufFamily("seed_oss", more=derived.seed_oss),
     "ernie4_5": GgufFamily("ernie4_5", more=derived.biases("use_bias")),
     "ernie4_5-moe": GgufFamily("ernie4_5_moe", _ERNIE, more=derived.biases("use_bias")),
@@ -159,7 +163,8 @@ GGUF_FAMILIES = {
         "gpt_oss", _LOCAL | _WINDOWS | {"expert_feed_forward_length": "_units"}, more=derived.gpt_oss
     ),
     "deepseek2": GgufFamily(
-        "deepseek_v2", _LATENT | _ROUTED, more=derived.deepseek2, defaults={"q_lora_rank": None} | _PLAIN_ROUTER
+        "deepseek_v2", _LATENT | _ROUTED, more=derived.deepseek2, defaults={"q_lora_rank": None} | _PLAIN_ROUTER,
+        also=("deepseek_v3", "kimi_k25"),
     ),
     "glm4moe": GgufFamily("glm4_moe", _ROUTED | _DIMS, more=derived.glm4_moe, defaults=_PLAIN_ROUTER),
     "minimax-m2": GgufFamily(
