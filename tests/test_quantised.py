@@ -257,6 +257,23 @@ def test_gptq(bits, sorted_inputs, version, tmp_path):
     expect(opened(tmp_path, named, **settings), expected)
 
 
+def test_auto_round_is_read_in_the_layout_that_it_was_packed_in(tmp_path):
+    parts = {
+        "qweight": packed_int32(RNG.integers(0, 16, size=(64, 48)), 4, 0),
+        "qzeros": packed_int32(np.full((4, 48), 7), 4, 1),
+        "scales": RNG.random((4, 48)).astype(np.float16),
+    }
+    named = {f"{STEM}{part}": value for part, value in parts.items()}
+    settings = {"bits": 4, "group_size": 16}
+    expected = opened(tmp_path, named, quant_method="gptq", **settings).read(W)
+    settings |= {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
+    np.testing.assert_array_equal(opened(tmp_path, named, **settings).read(W), expected)
+    with pytest.raises(CheckpointError, match=r"'auto-round \(auto_round\)'"):
+        opened(tmp_path, named, **settings | {"packing_format": "auto_round"})
+    with pytest.raises(CheckpointError, match="scales has shape"):  # another layout
+        opened(tmp_path, named, **settings | {"packing_format": "auto_round:auto_awq"})
+
+
 def test_awq(tmp_path):
     inputs, out, group = 64, 48, 16
     q, zeros = RNG.integers(0, 16, size=(inputs, out)), RNG.integers(0, 16, size=(inputs // group, out))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from tracing_jax.checkpoint.quantised.found import Found, QuantisedError
+from tracing_jax.checkpoint.quantised.left_over import method_of
 from tracing_jax.checkpoint.quantised.packing import block_sizes, period, scale_bounds, spread, unpacked, words_of
 from tracing_jax.checkpoint.safetensors_file import Index, bounds_of
 from tracing_jax.checkpoint.tensors import TensorStore
@@ -19,6 +20,12 @@ from tracing_jax.complaints import listed_and
 
 GPTQ_BITS, AWQ_VERSIONS, PACKED_BITS = (2, 3, 4, 8), ("gemm", "gemv"), (4, 8)
 """What is read of each format."""
+
+_AUTO_ROUND = {
+    "auto_round:auto_gptq": "gptq", "auto_round:gptq": "gptq", "auto_round:gptqmodel": "gptq",
+    "auto_round:auto_awq": "awq", "auto_round:awq": "awq",
+}  # fmt: skip
+"""Packing of AutoRound -> the method whose layout it is; of GPTQ the first version, with one less than a zero point."""
 
 _FLOAT32 = np.dtype(np.float32)
 _AWQ_ORDER = np.array([0, 4, 1, 5, 2, 6, 3, 7])
@@ -210,6 +217,8 @@ def find_gptq_or_awq(store: TensorStore, settings: Mapping[str, Any]) -> Found:
     if not stems:
         return Found("GPTQ")
     method = str(settings.get("quant_method") or "").lower()
+    if method == "auto-round":
+        method = _AUTO_ROUND.get(str(settings.get("packing_format")), method_of(settings) or method)
     if method not in ("gptq", "awq"):
         raise QuantisedError(f"qweight by the method {method!r}: GPTQ and AWQ are read; use the original checkpoint")
     return _find_awq(store, settings, stems) if method == "awq" else _find_gptq(store, settings, stems)

@@ -47,7 +47,8 @@ def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def method_of(settings: Mapping[str, Any]) -> str | None:
     """Returns the name of the method that a config gives, with its format if that has one; None if it gives none."""
     method = settings.get("quant_method") or settings.get("quant_type")
-    kind = next((settings[name] for name in ("format", "checkpoint_format", "mode") if settings.get(name)), None)
+    kinds = ("format", "checkpoint_format", "packing_format", "mode")
+    kind = next((settings[name] for name in kinds if settings.get(name)), None)
     return shortened(f"{method} ({kind})" if method and kind else method) if method or kind else None
 
 
