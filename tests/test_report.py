@@ -625,6 +625,20 @@ def test_what_a_figure_shows_is_said_to_those_who_do_not_see_it():
 # Maps.
 
 
+def test_a_test_of_layers_of_equal_index_is_shown_among_the_controls_of_other_layers():
+    test = counted([f"layer {i}" for i in range(3)], [64, 60, 0])
+    null = {"weights": {"lambda": 1.0, "controls": {"pairs": 2, "places": [[0, 2, 32, 1], [2, 0, 32, 16]]}}}
+    found = record(statistics={"match": {"non_aligned": result(0.5, tests=[test], null=null), "aligned": None}})
+    _, square = maps(found)
+    assert [[cell.shade for cell in cells] for _, cells in square.rows] == [[5, -1, 0], [-1, 4, -1], [3, -1, 0]]
+    assert square.rows[2][1][0].text == "base 2, ft 0: 16 of 32 agree (50%)"
+    assert (
+        "2 pairs of other layers were compared, on a part of their units, to measure what agrees by chance: 26.6%"
+        in (square.alt)
+    )
+    assert "controls: places" not in Page(html(found)).text
+
+
 def with_partners():
     """A record of a statistic that kept partners of four units of one layer."""
     kept = {"layer": 2, "units": [1000, 2000], "readings": ["gate", "up"],

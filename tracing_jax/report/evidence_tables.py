@@ -113,7 +113,7 @@ def _quantities(null: Mapping[str, Any]) -> dict[str, Any]:
         if key == "controls" and isinstance(value, Mapping):
             levels = value.get("levels")
             for inner, item in value.items():
-                if inner != "levels":
+                if inner not in ("levels", "places"):  # places are a map
                     name = _NULL_WORDS.get(inner, f"controls: {inner}")
                     found[name] = _quantiles(levels, item) if levels and isinstance(item, list) else item
         elif isinstance(value, Mapping) and value and all(_is_number(level) for level in value):

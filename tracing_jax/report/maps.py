@@ -62,8 +62,7 @@ def _by_layer(tests: Sequence[tuple[str, Mapping[str, Any]]]) -> Map | None:
         layers = [_LAYER.fullmatch(place) for place in test["places"]]
         if not all(layers):
             continue
-        form = test["name"].partition(", agreement")[0].removeprefix("agreement")
-        label = f"{name}, {form}" if form else name
+        label = f"{name}{_form(test)}"
         cells = {int(found[1]): _cell(test, i, f"layer {found[1]}") for i, found in enumerate(layers) if found}
         rows.append((label, cells))
         labels.append(f"{label} {_share(test, range(len(layers))):.0%}")
@@ -79,31 +78,63 @@ def _by_layer(tests: Sequence[tuple[str, Mapping[str, Any]]]) -> Map | None:
 def _layer_by_layer(name: str, test: Mapping[str, Any], result: Mapping[str, Any]) -> Map | None:
     places = [_LAYERS.fullmatch(place) for place in test["places"]]
     if not places or not all(places):
-        return None
+        return _with_controls(name, test, result)
     cells = {
         (int(found[1]), int(found[2])): _cell(test, i, f"base {found[1]}, ft {found[2]}")
         for i, found in enumerate(places)
         if found
     }
+    sentence = (result.get("layer_map") or {}).get("sentence") or ""
+    return _square(f"{name}{_form(test)}", cells, "each pair", sentence)
+
+
+def _with_controls(name: str, test: Mapping[str, Any], result: Mapping[str, Any]) -> Map | None:
+    """The map of a test of layers of equal index, with the pairs of other layers that were compared as controls."""
+    null = (result.get("null") or {}).get(_form(test).removeprefix(", "))
+    controls = (null.get("controls") or {}).get("places") if isinstance(null, Mapping) else None
+    layers = [_LAYER.fullmatch(place) for place in test["places"]]
+    if not controls or not all(layers):
+        return None
+    cells = {(i, i): _cell(test, at, f"base {i}, ft {i}") for at, found in enumerate(layers) if found
+             for i in [int(found[1])]}  # fmt: skip
+    for i, j, units, agreeing in controls:
+        cells[i, j] = _counted(f"base {i}, ft {j}", units, agreeing)
+    share = sum(agreeing for *_, agreeing in controls) / max(1, sum(units for _, _, units, _ in controls))
+    remark = (
+        f"Beside the layers of equal index, {len(controls)} pairs of other layers were compared, on a part of their "
+        f"units, to measure what agrees by chance: {share:.1%}."
+    )
+    return _square(f"{name}{_form(test)}", cells, "pairs", remark)
+
+
+def _form(test: Mapping[str, Any]) -> str:
+    """The form of a test, after a comma; empty if it has one only."""
+    form = test["name"].partition(", agreement")[0].removeprefix("agreement")
+    return f", {form}" if form else ""
+
+
+def _square(name: str, cells: Mapping[tuple[int, int], MapCell], of: str, remark: str) -> Map:
     base, ft = (max(key[side] for key in cells) + 1 for side in (0, 1))
     missing = MapCell(-1, "not tested")
     across = [_binned([cells.get((i, j), missing) for j in range(ft)]) for i in range(base)]
     columns = [_binned(column) for column in zip(*across)]  # each from the first layer of base to the last
     rows = list(zip(_labels(base), map(list, zip(*columns))))
-    form = test["name"].partition(", agreement")[0].removeprefix("agreement")
-    title = f"{name}{f', {form}' if form else ''}: layers of base by layers of ft, first at the top left"
-    sentence = (result.get("layer_map") or {}).get("sentence") or ""
-    return Map(title, f"Share of units that agree in each pair of {base} and {ft} layers. {sentence}".strip(), rows)
+    title = f"{name}: layers of base by layers of ft, first at the top left"
+    return Map(title, f"Share of units that agree in {of} of {base} and {ft} layers. {remark}".strip(), rows)
 
 
 def _cell(test: Mapping[str, Any], index: int, place: str) -> MapCell:
     units, agreeing = test["values"]["units"][index], test["values"]["agreeing"][index]
+    found, log10_ps = _counted(place, units, agreeing), test.get("log10_ps")
+    if units and log10_ps is not None and log10_ps[index] is not None:
+        return replace(found, text=f"{found.text}, p {p_cell(log10_ps[index])}")
+    return found
+
+
+def _counted(place: str, units: int, agreeing: int) -> MapCell:
     if not units:
         return MapCell(-1, f"{place}: no units that count as evidence")
     text = f"{place}: {agreeing:,} of {units:,} agree ({agreeing / units:.0%})"
-    log10_ps = test.get("log10_ps")
-    if log10_ps is not None and log10_ps[index] is not None:
-        text += f", p {p_cell(log10_ps[index])}"
     return MapCell(sum(agreeing / units >= shade for shade in SHADES), text, agreeing / units)
 
 

@@ -93,7 +93,8 @@ class Match(options.Match):
                 notes.append("weights-only form: the vocabularies share no tokens")
                 continue
             layers, controls = self._layers(form, pair.base, pair.ft, pair, pair.run_cache.scope("match", form))
-            null = null_of(controls, *self.allowance(form, pair))
+            null = null_of(list(controls.values()), *self.allowance(form, pair))
+            null = replace(null, controls={**null.controls, "places": _places(controls)})
             found[form], nulls[form] = layers, null
             tests += form_tests(form, layers, null)
             notes += [f"{form}: {note}" for note in (*null.notes, *unit_notes(layers))]
@@ -117,8 +118,8 @@ class Match(options.Match):
 
     def _layers(
         self, form: str, base: ParamSource, ft: ParamSource, pair: Pair, run_cache: RunCache
-    ) -> tuple[list[Comparison], list[Comparison]]:
-        """Returns the comparisons of the layers, and of control pairs of layers."""
+    ) -> tuple[list[Comparison], dict[tuple[int, int], Comparison]]:
+        """Returns the comparisons of the layers, and of control pairs of layers: (of base, of ft)."""
         samples: dict[int, Samples] = {}
         run = self._run_of_units(base.arch, pair) if form == "weights" else None
 
@@ -133,7 +134,7 @@ class Match(options.Match):
         layers = compare_layers(self._correlations(form, base, ft, pair, run_cache), compare, run_cache)
         samples |= {i: _load_samples(run_cache, i) for i in range(len(layers)) if i not in samples}
         pairs = control_pairs(len(layers), len(layers), pair.generator("match", form, "controls"))
-        return layers, list(_control_comparisons(samples, pairs, pair, form))
+        return layers, dict(zip(pairs, _control_comparisons(samples, pairs, pair, form), strict=True))
 
     def _correlations(
         self, form: str, base: ParamSource, ft: ParamSource, pair: Pair, run_cache: RunCache
@@ -174,6 +175,11 @@ class Match(options.Match):
             for side, other in others
         ]
         return measured_allowance(measured, self.level), control_source(len(pair.controls), len(others))
+
+
+def _places(controls: Mapping[tuple[int, int], Comparison]) -> list[list[int]]:
+    """Returns for the record (layer of base, of ft, units, agreeing units) of each control pair."""
+    return [[i, j, found.units, found.agreeing] for (i, j), found in sorted(controls.items(), key=lambda item: item[0])]
 
 
 def _unit_map(layers: Sequence[Comparison], pair: Pair) -> dict[str, Any]:
