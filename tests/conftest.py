@@ -38,6 +38,7 @@ def pytest_configure(config):
     """
     fast = config.option.markexpr in ("not slow", "slow and not torch")
     jax.config.update("jax_disable_most_optimizations", fast)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(fast)
     for name, value in {
         "jax_compilation_cache_dir": str(config.rootpath / ".pytest_cache" / "xla"),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
