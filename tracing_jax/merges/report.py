@@ -119,8 +119,8 @@ def _bias(record: Mapping[str, Any]) -> list[str]:
     if bias is None:
         return []
     return [
-        f"the alignment by itself moves shares by up to {bias['largest']:.4f}: measured on a merge of independent "
-        "noise of the same sizes and shares, disguised and aligned likewise"
+        f"the alignment by itself moves shares by {bias['largest']:.4f} or more: measured on a merge of independent "
+        "noise of the same sizes and shares, disguised and aligned likewise; what training changed moves more"
     ]
 
 
