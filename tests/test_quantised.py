@@ -303,23 +303,36 @@ def test_awq_of_the_gemv_kernel(group, tmp_path):
         opened(tmp_path, named, quant_method="awq", bits=4, version="gemv")
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+def in_a_stream(values: np.ndarray, bits: int) -> np.ndarray:
+    """Words of which each row is one number, whose lowest bits are the first integer."""
+    rows = [sum(int(value) << bits * i for i, value in enumerate(row)) for row in values]
+    return np.array(
+        [[row >> 32 * i & 0xFFFFFFFF for i in range(values.shape[1] * bits // 32)] for row in rows], np.uint32
+    )
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_compressed_tensors_packed(bits, groups, symmetric, tmp_path):
-    rows, columns, half = 40, 64, 1 << (bits - 1)
+    rows, columns, half = 64 if 32 % bits else 40, 64, 1 << (bits - 1)
     q = RNG.integers(-half, half, size=(rows, columns))
     zeros = RNG.integers(-half, half, size=(rows, groups)) * (not symmetric)
     scales = RNG.random((rows, groups)).astype(ml_dtypes.bfloat16)
     parts = {
-        f"{W}_packed": packed_int32(q + half, bits, 1), f"{W}_scale": scales,
+        f"{W}_packed": in_a_stream(q + half, bits).view(np.int32), f"{W}_scale": scales,
         f"{W}_shape": np.array([rows, columns], np.int64),
     }  # fmt: skip
     if not symmetric:
-        parts[f"{W}_zero_point"] = packed_int32(zeros + half, bits, 0)
+        padded = np.pad(zeros + half, ((0, -rows % 32), (0, 0)))[: -(-rows * bits // 32) * 32 // bits]
+        parts[f"{W}_zero_point"] = np.ascontiguousarray(in_a_stream(padded.T, bits).view(np.int32).T)
     wide = (np.repeat(a, columns // groups, 1) for a in (scales.astype(np.float32), zeros))
     scale, zero = wide
-    expect(opened(tmp_path, parts, quant_method="compressed-tensors"), scale * (q - zero).astype(np.float32))
+    settings = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": bits}}}}
+    expect(opened(tmp_path, parts, **settings), scale * (q - zero).astype(np.float32))
+    settings["config_groups"]["group_0"]["weights"]["num_bits"] = 7  # which old versions packed four to a word
+    with pytest.raises(CheckpointError, match="integers of 7 bits"):
+        opened(tmp_path, parts, **settings)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -346,10 +359,7 @@ def test_compressed_tensors_packed_with_sorted_inputs(symmetric, tmp_path):
 def test_mlx(bits, biases, tmp_path):
     q = RNG.integers(0, 1 << bits, size=(40, 64))
     scales, offsets = (RNG.normal(size=(40, 2)).astype(ml_dtypes.bfloat16) for _ in range(2))
-    # The whole row is one number, whose lowest bits are the first integer.
-    rows = [sum(int(value) << bits * i for i, value in enumerate(row)) for row in q]
-    words = [[row >> 32 * i & 0xFFFFFFFF for i in range(2 * bits)] for row in rows]
-    parts = {W: np.array(words, np.uint32), f"{STEM}scales": scales, f"{STEM}{biases}": offsets}
+    parts = {W: in_a_stream(q, bits), f"{STEM}scales": scales, f"{STEM}{biases}": offsets}
     scale, offset = (np.repeat(a.astype(np.float32), 32, 1) for a in (scales, offsets))
     expected = scale * q.astype(np.float32) + offset
     expect(opened(tmp_path, parts, group_size=32, bits=bits), expected)
@@ -395,6 +405,7 @@ def test_quanto_equals_quanto(kind, tmp_path):
 
 _SCHEMES = {
     "pack-quantized 4 bits": {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 16},
+    "pack-quantized 3 bits": {"num_bits": 3, "type": "int", "symmetric": False, "strategy": "group", "group_size": 32},
     "pack-quantized 8 bits": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
     "int-quantized": {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "channel"},
     "float-quantized": {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [16, 32]},
@@ -413,13 +424,14 @@ def test_formats_of_compressed_tensors_equal_its_own(name, tmp_path):
 
     kind, settings = name.split()[0], _SCHEMES[name]
     scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**settings))
-    rows, columns = 48, 96
+    rows, columns = 64, 96
     blocks = settings.get("block_structure", [1, settings.get("group_size", columns)])
     torch.manual_seed(0)
     scales = 2.0 ** torch.randint(-4, 3, (rows // blocks[0], columns // blocks[1])).float()
     state = {"weight": 3 * torch.randn(rows, columns), "weight_scale": scales}
     if not settings.get("symmetric", True):
-        state["weight_zero_point"] = torch.randint(-8, 8, scales.shape, dtype=torch.int8)
+        half = 1 << min(settings["num_bits"], 4) - 1
+        state["weight_zero_point"] = torch.randint(-half, half, scales.shape, dtype=torch.int8)
     if kind.startswith("nvfp4"):
         state["weight_global_scale"] = torch.tensor([64.0])  # it computes in bfloat16
     compressor = compressors.BaseCompressor.get_value_from_registry(kind)

@@ -18,7 +18,7 @@ from tracing_jax.checkpoint.safetensors_file import Index, bounds_of
 from tracing_jax.checkpoint.tensors import TensorStore
 from tracing_jax.complaints import listed_and
 
-GPTQ_BITS, AWQ_VERSIONS, PACKED_BITS = (2, 3, 4, 8), ("gemm", "gemv"), (4, 8)
+GPTQ_BITS, AWQ_VERSIONS, PACKED_BITS = (2, 3, 4, 8), ("gemm", "gemv"), (2, 3, 4, 5, 6, 7, 8)
 """What is read of each format."""
 
 _AUTO_ROUND = {
@@ -186,7 +186,7 @@ class Packed:
 
     def read(self, index: Index = ()) -> np.ndarray:
         bounds = rows, columns = bounds_of(index, self.shape)
-        words, within = words_of(columns, 32 // self.bits)
+        words, within = words_of(columns, *period(self.bits))
         values = unpacked(self.store.read(f"{self.name}_packed", (rows, words)), self.bits, 1)[:, within]
         groups = (rows, slice(None)) if self.has_groups else scale_bounds(bounds, self.sizes)
         scales = self._of_inputs(self.store.read(f"{self.name}_scale", groups).astype(np.float32), bounds)
@@ -203,7 +203,7 @@ class Packed:
         name = f"{self.name}_zero_point"
         if self.store.dtype(name) != np.int32:
             return self.store.read(name, groups).astype(np.int32) + (1 << (self.bits - 1))
-        words, within = words_of(groups[0], 32 // self.bits)
+        words, within = words_of(groups[0], *period(self.bits))
         return unpacked(self.store.read(name, (words, groups[1])), self.bits, 0)[within]
 
 
@@ -300,7 +300,7 @@ def find_packed(store: TensorStore, settings: Mapping[str, Any]) -> Found:
     Raises:
       QuantisedError: parts that are missing or do not fit.
     """
-    found, names = Found("compressed-tensors"), set(store.names())
+    found, names, stated = Found("compressed-tensors"), set(store.names()), _stated_bits(settings)
     for packed in [name for name in store.names() if name.endswith(".weight_packed")]:
         if store.dtype(packed) != np.int32:
             continue
@@ -308,18 +308,34 @@ def find_packed(store: TensorStore, settings: Mapping[str, Any]) -> Found:
         _require(names, name, ("_scale", "_shape"))
         rows, columns = (int(size) for size in store.read(f"{name}_shape").ravel()[:2])
         words = store.shape(packed)[1]
-        bits = next((bits for bits in PACKED_BITS if -(-columns // (32 // bits)) == words), None)
+        bits = next((b for b in PACKED_BITS if _words(columns, b) == words and (not stated or b in stated)), None)
         sizes = block_sizes((rows, columns), store.shape(f"{name}_scale"))
         if bits is None or sizes is None or store.shape(packed)[0] != rows:
             raise QuantisedError(
                 f"{packed} {store.shape(packed)} does not hold {(rows, columns)} integers of "
-                f"{listed_and(PACKED_BITS)} bits"
+                f"{listed_and(stated or PACKED_BITS)} bits"
             )
+        zeros = f"{name}_zero_point"
+        if zeros in names and store.dtype(zeros) == np.int32:
+            _expect(store, zeros, (_words(rows, bits) or 0, store.shape(f"{name}_scale")[1]))
         parts = {name + part for part in ("_packed", "_scale", "_shape", "_zero_point", "_g_idx")} & names
         has_groups = f"{name}_g_idx" in names and _is_set(store, f"{name}_g_idx", columns)
-        tensor = Packed(store, name, (rows, columns), bits, sizes, f"{name}_zero_point" in names, has_groups)
+        tensor = Packed(store, name, (rows, columns), bits, sizes, zeros in names, has_groups)
         found.add(name, tensor, *parts)
     return found
+
+
+def _stated_bits(settings: Mapping[str, Any]) -> list[Any]:
+    """Returns the bits that the config gives to weights: old versions packed some numbers of bits with gaps."""
+    groups = settings.get("config_groups")
+    weights = [g.get("weights") for g in groups.values() if isinstance(g, dict)] if isinstance(groups, dict) else []
+    return [found.get("num_bits") for found in weights if isinstance(found, dict)]
+
+
+def _words(count: int, bits: int) -> int | None:
+    """Returns how many words hold so many integers; None where they end within the words that go together."""
+    per_period, words = period(bits)
+    return -(-count // per_period) * words if words == 1 or count % per_period == 0 else None
 
 
 def _is_set(store: TensorStore, name: str, columns: int) -> bool:
