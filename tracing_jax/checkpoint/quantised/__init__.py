@@ -12,9 +12,10 @@ from tracing_jax.checkpoint.errors import CheckpointError
 from tracing_jax.checkpoint.quantised.bitsandbytes import find_four_bit
 from tracing_jax.checkpoint.quantised.found import Found
 from tracing_jax.checkpoint.quantised.fp4 import find_mxfp4, find_nvfp4
-from tracing_jax.checkpoint.quantised.int4 import AWQ_VERSIONS, GPTQ_BITS, PACKED_BITS, find_gptq_or_awq, find_packed
+from tracing_jax.checkpoint.quantised.int4 import AWQ_VERSIONS, GPTQ_BITS, find_gptq_or_awq
 from tracing_jax.checkpoint.quantised.left_over import method_of, refuse_left_over, settings_of
 from tracing_jax.checkpoint.quantised.mlx import find_mlx
+from tracing_jax.checkpoint.quantised.pack_quantized import PACKED_BITS, find_packed
 from tracing_jax.checkpoint.quantised.scale_names import refuse_unknown_scales
 from tracing_jax.checkpoint.quantised.scaled import find_float8, find_int8, find_quanto, is_float8, refuse_lost_scales
 from tracing_jax.checkpoint.tensors import TensorStore

@@ -1,8 +1,7 @@
-"""Weights of 2 to 8 bits with a scale and a zero point for each group of inputs: GPTQ, AWQ and compressed-tensors.
+"""Weights of 2 to 8 bits with a scale and a zero point for each group of inputs: GPTQ and AWQ.
 
 Source: Frantar et al., GPTQ (arXiv 2210.17323), and the layout of AutoGPTQ; Lin et al., AWQ (arXiv 2306.00978), and the
-layouts of its GEMM and GEMV kernels in AutoAWQ; the `pack-quantized` layout of compressed-tensors. A weight is `scale *
-(q - zero)`.
+layouts of its GEMM and GEMV kernels in AutoAWQ. A weight is `scale * (q - zero)`.
 """
 
 from collections.abc import Mapping
@@ -13,12 +12,12 @@ import numpy as np
 
 from tracing_jax.checkpoint.quantised.found import Found, QuantisedError
 from tracing_jax.checkpoint.quantised.left_over import method_of
-from tracing_jax.checkpoint.quantised.packing import block_sizes, period, scale_bounds, spread, unpacked, words_of
+from tracing_jax.checkpoint.quantised.packing import period, scale_bounds, spread, unpacked, words_of
 from tracing_jax.checkpoint.safetensors_file import Index, bounds_of
 from tracing_jax.checkpoint.tensors import TensorStore
 from tracing_jax.complaints import listed_and
 
-GPTQ_BITS, AWQ_VERSIONS, PACKED_BITS = (2, 3, 4, 8), ("gemm", "gemv"), (2, 3, 4, 5, 6, 7, 8)
+GPTQ_BITS, AWQ_VERSIONS = (2, 3, 4, 8), ("gemm", "gemv")
 """What is read of each format."""
 
 _AUTO_ROUND = {
@@ -75,11 +74,11 @@ class Gptq:
     def _groups(self, inputs: slice) -> np.ndarray:
         """Returns the group of each input, which `g_idx` gives where inputs were sorted by importance."""
         if self.has_groups:
-            return _groups_of(self.store, f"{self.stem}g_idx", inputs, self.store.shape(f"{self.stem}scales")[0])
+            return groups_of(self.store, f"{self.stem}g_idx", inputs, self.store.shape(f"{self.stem}scales")[0])
         return np.arange(inputs.start, inputs.stop) // self.group_size
 
 
-def _groups_of(store: TensorStore, name: str, inputs: slice, count: int) -> np.ndarray:
+def groups_of(store: TensorStore, name: str, inputs: slice, count: int) -> np.ndarray:
     """Returns the stored group of each input, of so many groups.
 
     Raises:
@@ -158,55 +157,6 @@ def _in_order(words: np.ndarray) -> np.ndarray:
     return by_word[..., _AWQ_ORDER].reshape(values.shape)
 
 
-@dataclass(frozen=True)
-class Packed:
-    """A weight `[out, in]` of compressed-tensors, stored as words `[out, in * bits / 32]`, offset by half the range.
-
-    Attributes:
-      store: the tensors of the file.
-      name: of the weight, with which those of its parts begin.
-      shape: of the weight.
-      bits: of a weight.
-      sizes: how many units share a scale on each axis, where there is no `g_idx`.
-      has_zeros: whether there are zero points.
-      has_groups: whether `g_idx` gives the group of each input.
-    """
-
-    store: TensorStore
-    name: str
-    shape: tuple[int, int]
-    bits: int
-    sizes: tuple[int, ...]
-    has_zeros: bool
-    has_groups: bool = False
-
-    @property
-    def dtype(self) -> np.dtype:
-        return _FLOAT32
-
-    def read(self, index: Index = ()) -> np.ndarray:
-        bounds = rows, columns = bounds_of(index, self.shape)
-        words, within = words_of(columns, *period(self.bits))
-        values = unpacked(self.store.read(f"{self.name}_packed", (rows, words)), self.bits, 1)[:, within]
-        groups = (rows, slice(None)) if self.has_groups else scale_bounds(bounds, self.sizes)
-        scales = self._of_inputs(self.store.read(f"{self.name}_scale", groups).astype(np.float32), bounds)
-        # Stored zero points are offset as the weights are; without them the zero is the middle of the range.
-        zeros = self._of_inputs(self._zeros(groups), bounds) if self.has_zeros else 1 << (self.bits - 1)
-        return scales * (values - zeros).astype(np.float32)
-
-    def _of_inputs(self, of_groups: np.ndarray, bounds: Index) -> np.ndarray:
-        if self.has_groups:
-            return of_groups[:, _groups_of(self.store, f"{self.name}_g_idx", bounds[1], of_groups.shape[1])]
-        return spread(of_groups, bounds, self.sizes)
-
-    def _zeros(self, groups: Index) -> np.ndarray:
-        name = f"{self.name}_zero_point"
-        if self.store.dtype(name) != np.int32:
-            return self.store.read(name, groups).astype(np.int32) + (1 << (self.bits - 1))
-        words, within = words_of(groups[0], *period(self.bits))
-        return unpacked(self.store.read(name, (words, groups[1])), self.bits, 0)[within]
-
-
 def find_gptq_or_awq(store: TensorStore, settings: Mapping[str, Any]) -> Found:
     """Returns the weights that are stored as `qweight`, `qzeros` and `scales`.
 
@@ -231,16 +181,16 @@ def _find_gptq(store: TensorStore, settings: Mapping[str, Any], stems: list[str]
         raise QuantisedError(f"GPTQ with {bits} bits: {listed_and(GPTQ_BITS)} are read; use the original checkpoint")
     offset = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
     for stem in stems:
-        _require(names, stem, ("qzeros", "scales"))
+        require(names, stem, ("qzeros", "scales"))
         words, out = store.shape(f"{stem}qweight")
         if words % period(bits)[1]:
             raise QuantisedError(f"{stem}qweight has {words} rows of words, expected a multiple of {period(bits)[1]}")
         inputs, groups = words * 32 // bits, store.shape(f"{stem}scales")[0]
         tensor = Gptq(store, stem, bits, -(-inputs // max(groups, 1)), offset, f"{stem}g_idx" in names)
-        _expect(store, f"{stem}scales", (groups, out))
-        _expect(store, f"{stem}qzeros", (groups, out * bits // 32))
+        expect_shape(store, f"{stem}scales", (groups, out))
+        expect_shape(store, f"{stem}qzeros", (groups, out * bits // 32))
         if f"{stem}g_idx" in names:
-            _expect(store, f"{stem}g_idx", (inputs,))
+            expect_shape(store, f"{stem}g_idx", (inputs,))
         found.add(f"{stem}weight", tensor, *({stem + part for part in _GPTQ_PARTS} & names))
         if f"{stem}bias" in names:
             _drop_empty_bias(store, f"{stem}bias", found)
@@ -262,7 +212,7 @@ def _find_awq(store: TensorStore, settings: Mapping[str, Any], stems: list[str])
     if version not in AWQ_VERSIONS or bits != 4:
         raise QuantisedError(f"AWQ of version {version} with {bits} bits: {listed_and(AWQ_VERSIONS)} with 4 are read")
     for stem in stems:
-        _require(names, stem, ("qzeros", "scales"))
+        require(names, stem, ("qzeros", "scales"))
         if version == "gemv":
             found.add(f"{stem}weight", _awq_gemv(store, settings, stem), *(stem + part for part in _AWQ_PARTS))
             continue
@@ -270,8 +220,8 @@ def _find_awq(store: TensorStore, settings: Mapping[str, Any], stems: list[str])
         groups = store.shape(f"{stem}scales")[0]
         if not groups or inputs % groups:
             raise QuantisedError(f"{stem}scales has {groups} groups of {inputs} inputs")
-        _expect(store, f"{stem}scales", (groups, words * 8))
-        _expect(store, f"{stem}qzeros", (groups, words))
+        expect_shape(store, f"{stem}scales", (groups, words * 8))
+        expect_shape(store, f"{stem}qzeros", (groups, words))
         tensor = Awq(store, stem, inputs // groups)
         found.add(f"{stem}weight", tensor, *(stem + part for part in _AWQ_PARTS))
     return found
@@ -289,66 +239,18 @@ def _awq_gemv(store: TensorStore, settings: Mapping[str, Any], stem: str) -> Awq
     padded = store.shape(f"{stem}qzeros")[1]
     if 8 * padded < 8 * words // size:
         raise QuantisedError(f"{stem}qzeros holds {8 * padded} zero points of {8 * words // size} groups")
-    _expect(store, f"{stem}qzeros", (out, padded))
-    _expect(store, f"{stem}scales", (out, 8 * padded))
+    expect_shape(store, f"{stem}qzeros", (out, padded))
+    expect_shape(store, f"{stem}scales", (out, 8 * padded))
     return AwqGemv(store, stem, size)
 
 
-def find_packed(store: TensorStore, settings: Mapping[str, Any]) -> Found:
-    """Returns the weights that compressed-tensors stores as `weight_packed` words of int32.
-
-    Raises:
-      QuantisedError: parts that are missing or do not fit.
-    """
-    found, names, stated = Found("compressed-tensors"), set(store.names()), _stated_bits(settings)
-    for packed in [name for name in store.names() if name.endswith(".weight_packed")]:
-        if store.dtype(packed) != np.int32:
-            continue
-        name = packed.removesuffix("_packed")
-        _require(names, name, ("_scale", "_shape"))
-        rows, columns = (int(size) for size in store.read(f"{name}_shape").ravel()[:2])
-        words = store.shape(packed)[1]
-        bits = next((b for b in PACKED_BITS if _words(columns, b) == words and (not stated or b in stated)), None)
-        sizes = block_sizes((rows, columns), store.shape(f"{name}_scale"))
-        if bits is None or sizes is None or store.shape(packed)[0] != rows:
-            raise QuantisedError(
-                f"{packed} {store.shape(packed)} does not hold {(rows, columns)} integers of "
-                f"{listed_and(stated or PACKED_BITS)} bits"
-            )
-        zeros = f"{name}_zero_point"
-        if zeros in names and store.dtype(zeros) == np.int32:
-            _expect(store, zeros, (_words(rows, bits) or 0, store.shape(f"{name}_scale")[1]))
-        parts = {name + part for part in ("_packed", "_scale", "_shape", "_zero_point", "_g_idx")} & names
-        has_groups = f"{name}_g_idx" in names and _is_set(store, f"{name}_g_idx", columns)
-        tensor = Packed(store, name, (rows, columns), bits, sizes, zeros in names, has_groups)
-        found.add(name, tensor, *parts)
-    return found
-
-
-def _stated_bits(settings: Mapping[str, Any]) -> list[Any]:
-    """Returns the bits that the config gives to weights: old versions packed some numbers of bits with gaps."""
-    groups = settings.get("config_groups")
-    weights = [g.get("weights") for g in groups.values() if isinstance(g, dict)] if isinstance(groups, dict) else []
-    return [found.get("num_bits") for found in weights if isinstance(found, dict)]
-
-
-def _words(count: int, bits: int) -> int | None:
-    """Returns how many words hold so many integers; None where they end within the words that go together."""
-    per_period, words = period(bits)
-    return -(-count // per_period) * words if words == 1 or count % per_period == 0 else None
-
-
-def _is_set(store: TensorStore, name: str, columns: int) -> bool:
-    """Returns whether `g_idx` gives groups: all are -1 where inputs are in their order."""
-    _expect(store, name, (columns,))
-    return columns > 0 and bool((store.read(name, (slice(0, 1),)) != -1).all())
-
-
-def _require(names: set[str], stem: str, parts: tuple[str, ...]) -> None:
+def require(names: set[str], stem: str, parts: tuple[str, ...]) -> None:
+    """Raises a `QuantisedError` if parts of a weight are missing."""
     if missing := [stem + part for part in parts if stem + part not in names]:
         raise QuantisedError(f"missing {', '.join(missing)}, without which {stem} cannot be dequantised")
 
 
-def _expect(store: TensorStore, name: str, shape: tuple[int, ...]) -> None:
+def expect_shape(store: TensorStore, name: str, shape: tuple[int, ...]) -> None:
+    """Raises a `QuantisedError` if a part of a weight has another shape."""
     if store.shape(name) != shape:
         raise QuantisedError(f"{name} has shape {store.shape(name)}, expected {shape}")
