@@ -105,6 +105,7 @@ def test_control_c_ends_the_programs_of_the_repository_too():
 _PROCESS = """
 import os, signal, sys, time
 from tracing_jax.cli import process
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and passes that on
 process._PATIENCE = 0.1
 process.prepare_process()
 def interrupt(): os.kill(os.getpid(), signal.SIGINT)
@@ -128,7 +129,8 @@ def test_control_c_ends_a_program_with_one_line_at_every_moment(moment, tmp_path
 
 
 def test_control_c_shows_no_traceback_while_a_program_starts():
-    code = "import os, signal, tracing_jax.__main__; os.kill(os.getpid(), signal.SIGINT)"
+    heard = "import os, signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{heard}; import tracing_jax.__main__; os.kill(os.getpid(), signal.SIGINT)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
