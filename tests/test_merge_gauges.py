@@ -39,7 +39,7 @@ def test_parents_of_a_rotated_child_are_tested_and_the_bias_is_stated():
     found = merge_report(MergeModels(hidden, named, model(origin)), align=("auto",))
     assert found.parts == {"A": "part", "B": "part", "C": "none"}
     bias = found.record["alignment_bias"]
-    assert set(bias["shares"]) == set("ABC")
+    assert set(bias["noise"]) == set(bias["parents"]) == set("ABC")
     off = max(abs(found.shares[name] - truth) for name, truth in zip("ABC", (0.6, 0.4, 0.0)))
     assert off < max(0.01, 3 * bias["largest"])
     assert "the alignment by itself moves shares by" in repr(found)

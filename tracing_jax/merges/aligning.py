@@ -17,7 +17,7 @@ from tracing_jax.alignment import AlignmentError, align, aligned
 from tracing_jax.merges.depth import with_layers_mapped
 from tracing_jax.merges.exchange import ExchangedUnits
 from tracing_jax.merges.models import MergeModels
-from tracing_jax.merges.noise import merged_noise
+from tracing_jax.merges.noise import merged_again, merged_noise
 from tracing_jax.merges.normal_equations import NormalEquations, read_sums, read_units
 from tracing_jax.merges.shares import estimate
 from tracing_jax.rewrites import DISGUISES, draw_rewrites
@@ -159,23 +159,39 @@ def _aligned_to(models: MergeModels, at: int, kinds: Sequence[str], seed: int) -
 
 
 def _bias(gauge: _Gauge, at: int, kinds: Sequence[str], sums: NormalEquations, seed: int) -> Mapping[str, Any] | None:
-    """Returns what such an alignment does to the shares of a merge of independent noise of the same sizes.
+    """Returns what such an alignment does to the shares of merges with the shares that were found.
 
-    It is disguised by rewrites of the names that were undone, aligned, and its shares are estimated, as those of the
-    child were; see `merged_noise`. None if that fails, or shares are undefined.
+    One is of independent noise of the same sizes; see `merged_noise`. The other is of the parents themselves, whose
+    differences have the structure that training gives, which maps fit better than noise. None if shares are undefined.
     """
     found = estimate(gauge.models, sums.tensors)
     names = [name for name in gauge.undone if name in DISGUISES]
     if found.undefined or not names:
         return None
-    made = merged_noise(gauge.models, sums, found.values, found.fit.unexplained, seed)
+    noise = merged_noise(gauge.models, sums, found.values, found.fit.unexplained, seed)
+    again = merged_again(gauge.child_alone, found.values) if gauge.models.tokens is None else None
+    moved = {
+        "noise": _moved(noise, at, kinds, names, seed),
+        "parents": None if again is None else _moved(again, at, kinds, names, seed),
+    }
+    shares = {of: dict(zip(gauge.models.names, own.tolist())) for of, own in moved.items() if own is not None}
+    if not shares:
+        return None
+    return {"largest": max(abs(share) for own in shares.values() for share in own.values()), **shares}
+
+
+def _moved(
+    made: MergeModels, at: int, kinds: Sequence[str], names: Sequence[str], seed: int
+) -> Float[np.ndarray, " K"] | None:
+    """Returns how much shares move if a child is disguised by rewrites of these names and aligned; None if it fails."""
     hidden = rewritten(made.child, draw_rewrites(names, jax.random.key(seed), made.child.arch))
     try:
         back = _aligned_to(replace(made, child=in_memory(hidden, "measuring the alignment")), at, kinds, seed).models
     except (AlignmentError, ValueError):
         return None
-    moved = estimate(back, read_sums(back, seed).tensors).values - estimate(made, read_sums(made, seed).tensors).values
-    return {"largest": float(np.abs(moved).max()), "shares": dict(zip(made.names, moved.tolist()))}
+    moved: np.ndarray = estimate(back, read_sums(back, seed).tensors).values
+    moved = moved - estimate(made, read_sums(made, seed).tensors).values
+    return moved
 
 
 def _untested(models: MergeModels, sums: NormalEquations, at: int) -> dict[str, str]:

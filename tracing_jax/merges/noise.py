@@ -1,7 +1,8 @@
-"""Merges of independent noise: what an alignment does to shares, measured where the shares are known."""
+"""Merges with known shares, of independent noise and of the parents: what an alignment does to shares."""
 
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Float
@@ -45,6 +46,18 @@ def merged_noise(
     moved = {name: model({n: ref[n] + noise[n] for n in ref}) for name, noise in zip(models.names[first:], noises)}
     parents = moved if first == 0 else {models.names[0]: model(ref), **moved}
     return MergeModels(model(child), parents, model(ref) if first == 0 else None)
+
+
+def merged_again(models: MergeModels, shares: Float[np.ndarray, " K"]) -> MergeModels:
+    """Returns the models with a child that is merged of them with these shares, and of nothing else."""
+    first = 0 if models.origin is not None else 1
+    ref, *others = ({n: np.asarray(leaf, np.float32) for n, leaf in flatten(in_memory(model).params).items()}
+                    for model in models.read_together[1:])  # fmt: skip
+    child = {
+        n: leaf + sum(a * (other[n] - leaf) for a, other in zip(shares[first:], others)) for n, leaf in ref.items()
+    }
+    leaves = unflatten({name: np.asarray(leaf, np.float32) for name, leaf in child.items()})
+    return replace(models, child=InMemory(models.read_together[1].arch, leaves))
 
 
 def _sizes(models: MergeModels, sums: NormalEquations) -> dict[str, Float[np.ndarray, " C"]]:

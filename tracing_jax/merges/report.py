@@ -118,9 +118,12 @@ def _bias(record: Mapping[str, Any]) -> list[str]:
     bias = record["alignment_bias"]
     if bias is None:
         return []
+    largest = {of: max(map(abs, bias[of].values())) for of in ("noise", "parents") if of in bias}
+    merges = {"noise": "of independent noise of the same sizes", "parents": "of the parents themselves"}
+    found = " and ".join(f"{size:.4f} (a merge {merges[of]})" for of, size in largest.items())
     return [
-        f"the alignment by itself moves shares by {bias['largest']:.4f} or more: measured on a merge of independent "
-        "noise of the same sizes and shares, disguised and aligned likewise; what training changed moves more"
+        f"the alignment by itself moves shares by up to {found}: measured on merges with the shares that were found, "
+        "disguised and aligned likewise; standard errors do not have this"
     ]
 
 
