@@ -42,4 +42,8 @@ def test_parents_of_a_rotated_child_are_tested_and_the_bias_is_stated():
     assert set(bias["noise"]) == set(bias["parents"]) == set("ABC")
     off = max(abs(found.shares[name] - truth) for name, truth in zip("ABC", (0.6, 0.4, 0.0)))
     assert off < max(0.01, 3 * bias["largest"])
+    for name, truth in zip("AB", (0.6, 0.4)):  # errors contain the bias
+        own = found.record["whole"]["shares"][name]
+        assert own["low"] <= truth <= own["high"]
+        assert own["se"] >= max(abs(bias[of][name]) for of in ("noise", "parents"))
     assert "the alignment by itself moves shares by" in repr(found)

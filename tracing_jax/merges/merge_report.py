@@ -5,6 +5,8 @@ from functools import reduce
 from operator import add
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from tracing_jax.merges.aligning import ModelsInOrder, read_in_one_order
 from tracing_jax.merges.choice import Choice, choose
 from tracing_jax.merges.exchange import ExchangedUnits
@@ -78,7 +80,7 @@ def merge_report(
     chosen = _chosen(read, search)
     models, sums = chosen.models, chosen.sums
     names = read.models.names
-    fit = compared(models, sums, seed, read.untested, len(names), chosen.exchanged)
+    fit = compared(models, sums, seed, read.untested, len(names), chosen.exchanged, read.bias)
     left_out = read.models.left_out
     record = {
         **(asked or {}),
@@ -201,6 +203,7 @@ def compared(
     untested: Mapping[str, str],
     candidates: int | None = None,
     exchanged: ExchangedUnits | None = None,
+    bias: Mapping[str, Any] | None = None,
 ) -> MergeFit:
     """Returns the shares of what one pass has read, and the part of each parent; see `merge_report`.
 
@@ -211,8 +214,12 @@ def compared(
       untested: see `parent_shares`.
       candidates: the number of models that the parents were chosen from; by default that of the parents.
       exchanged: the units that parents are tested by; by default those of the sums.
+      bias: what an alignment does to the shares, by the merge it was measured on and by parent; errors contain it.
     """
     whole = estimate(models, sums.tensors)
+    if bias is not None:
+        moved = [own for of, own in bias.items() if of in ("noise", "parents")]
+        whole = whole.with_bias(np.array([max(abs(own[name]) for own in moved) for name in models.names]))
     by_tensor = grouped_shares(models, sums.tensors, lambda tensor: tensor.place)
     units = exchanged or ExchangedUnits(sums.units)
     parts = parent_shares(

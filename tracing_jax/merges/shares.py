@@ -7,7 +7,7 @@ Letters: K parents, T terms (differences with a coefficient), C columns, R row b
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -76,7 +76,7 @@ class Shares:
 
     Attributes:
       values: NaN where they are undefined.
-      covariance: by the jackknife, and of what rounding to a coarse dtype can bias.
+      covariance: by the jackknife, and of what rounding to a coarse dtype, or an alignment, can bias.
       degrees: of freedom of the jackknife; intervals use Student's t.
       fit: sums of squares.
       condition: condition number of the correlations of the parents' differences from the reference.
@@ -98,6 +98,10 @@ class Shares:
     def errors(self) -> Float[np.ndarray, " K"]:
         """The standard errors."""
         return np.sqrt(np.maximum(np.diag(self.covariance), 0.0))
+
+    def with_bias(self, bias: Float[np.ndarray, " K"]) -> "Shares":
+        """Returns the shares with errors that contain a bias of this size in each, whose sign is not known."""
+        return replace(self, covariance=self.covariance + np.diag(np.square(bias)))
 
     def interval(self, level: float = 0.95) -> Float[np.ndarray, "2 K"]:
         """Returns the confidence interval of each share by itself."""
