@@ -57,6 +57,7 @@ def test_a_model_pruned_in_depth_and_width_gives_back_its_layers_and_units():
         assert right >= 0.95 * 30
     assert "3 of ft's 3 layers correspond to base's 5, in order" in result.layer_map["sentence"]
     assert "base's layers 1, 3 left no trace" in result.layer_map["sentence"]
+    assert " units agree in the one of 15 pairs of layers where most do; " in result.effect
     assert verdict({"match_all": result}, 1e-3).verdict == "related"
 
 

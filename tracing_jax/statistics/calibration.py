@@ -198,14 +198,22 @@ def upper_share(agreeing: int, units: int, alpha: float) -> float:
     return float(special.betaincinv(agreeing + 1, units - agreeing, 1 - alpha))
 
 
-def agreement_effect(layers: Sequence[Comparison], statistic: str = "match") -> str:
-    """Returns the greatest agreement of a layer beside what this statistic shows of independent models."""
+def agreement_effect(layers: Sequence[Comparison], statistic: str = "match", of_pairs: bool = False) -> str:
+    """Returns how many units agree, beside what this statistic shows of independent models.
+
+    Args:
+      layers: the comparisons of layers of equal index, or of all pairs of layers.
+      statistic: a key of `SEEN`.
+      of_pairs: whether they are of all pairs, in most of which no unit should agree.
+    """
     best = max(layers, key=lambda c: c.agreeing / max(1, c.units))
-    total = sum(c.agreeing for c in layers), sum(c.units for c in layers)
-    return (
-        f"{total[0]:,} of {total[1]:,} units agree, {best.agreeing:,} of {best.units:,} in the layer where most do; "
-        f"independent models: {SEEN[statistic]}"
-    )
+    most = f"{best.agreeing:,} of {best.units:,}"
+    if of_pairs:
+        found = f"{most} units agree in the one of {len(layers):,} pairs of layers where most do"
+    else:
+        total = sum(c.agreeing for c in layers), sum(c.units for c in layers)
+        found = f"{total[0]:,} of {total[1]:,} units agree, {most} in the layer where most do"
+    return f"{found}; independent models: {SEEN[statistic]}"
 
 
 def control_source(controls: int, sides: int) -> str:

@@ -65,6 +65,6 @@ def mapped_result(table: Sequence[Sequence[Comparison]], name: str, label: str) 
             "sentence": layer_map_sentence(found, num_base, num_ft, [(cell.agreeing, cell.units) for cell in kept]),
         },
         notes=list(null.notes),
-        effect=agreement_effect(cells),
+        effect=agreement_effect(cells, "match_moments", of_pairs=True),
         **reserved([calibrated], BY_CONVERGENCE),
     )

@@ -199,9 +199,16 @@ class MatchAll(options.MatchAll):
             layer_map=shown,
             notes=notes,
             arrays={f"units of base {i} and ft {j}": found_units for (i, j), found_units in units.items()},
-            effect=agreement_effect([c for table in compared.values() for row in table for c in row]),
+            effect=_effect(compared),
             **reserved(tests, BY_CONVERGENCE),
         )
+
+
+def _effect(compared: Mapping[str, Sequence[Sequence[Comparison]]]) -> str:
+    """Returns the effect by the form in which most units agree in a pair of layers."""
+    cells = [[cell for row in table for cell in row] for table in compared.values()]
+    most = max(cells, key=lambda form: max(cell.agreeing / max(1, cell.units) for cell in form))
+    return agreement_effect(most, of_pairs=True)
 
 
 def _with_firm(test: Test, null: Null) -> Test:

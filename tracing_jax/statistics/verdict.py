@@ -418,7 +418,7 @@ def _identical_parts(
         parts[part] = {
             "verdict": "identical",
             "statistics": [name for name, result in found.items() if _part_of(name, result) == part],
-            "effect": f"{count} of {count} tensors are identical",
+            "effect": f"{count} of {count} tensors are identical" if count > 1 else "its one tensor is identical",
         }
     return parts
 
