@@ -46,7 +46,7 @@ from tracing_jax.statistics.csh import Csh
 from tracing_jax.statistics.csu import Csu
 from tracing_jax.statistics.distinct_units import distinct_units
 from tracing_jax.statistics.features_in_place import FeaturesInPlace
-from tracing_jax.statistics.head_kernels import silent_heads
+from tracing_jax.statistics.head_kernels import inactive_heads
 from tracing_jax.statistics.heads_in_place import HeadsInPlace
 from tracing_jax.statistics.match import Match
 from tracing_jax.statistics.match_mlps import MatchMlps
@@ -225,7 +225,7 @@ def test_heads_that_write_nothing_are_another_models_perhaps():
     params = on_host(tiny.model(MANY_HEADS, 0)).params
     params["layers"]["0"]["attn"]["o_proj"]["kernel"] = np.array(params["layers"]["0"]["attn"]["o_proj"]["kernel"])
     params["layers"]["0"]["attn"]["o_proj"]["kernel"][3] *= 1e-7
-    found = [silent_heads(InMemory(MANY_HEADS, params), i) for i in range(MANY_HEADS.num_layers)]
+    found = [inactive_heads(InMemory(MANY_HEADS, params), i) for i in range(MANY_HEADS.num_layers)]
     assert [np.argwhere(heads).tolist() for heads in found] == [[[3, 0]], *[[]] * (MANY_HEADS.num_layers - 1)]
 
 

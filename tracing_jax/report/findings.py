@@ -113,6 +113,7 @@ def _compared(record: Mapping[str, Any]) -> list[Line]:
         text = f"{tokens.get('source') or tokens.get('dataset')}, {cell(tokens.get('num_tokens'))} tokens of base"
         rows.append(Line(("text", f"{tokens.get('dataset')}: {text}" if tokens.get("source") else text)))
     rows += [Line((what, how)) for what, how in (record.get("chosen") or {}).items()]
+    rows += [Line(("seed", str(record["seed"])))] if record.get("seed") is not None else []
     changed = [word for word in ("disguised", "permuted") if record.get(word)]
     return [*rows, *(Line(("ft", f"was {word} before it was compared")) for word in changed)]
 
@@ -232,7 +233,7 @@ def _not_tested(record: Mapping[str, Any], verdict: Mapping[str, Any]) -> list[L
         ]
     if verdict and verdict["verdict"] != "identical" and not record.get("tokens"):
         rows.append(Line(("a text", "none was read: what the models predict and compute on one was not compared")))
-    if verdict.get("verdict") not in ("related", "identical"):
+    if verdict.get("verdict") != "identical":
         rows += [Line((name, f"does not detect {', '.join(hidden)}")) for name, hidden in _hidden(verdict).items()]
     return rows
 

@@ -203,8 +203,8 @@ def _found(model: ParamSource, layer: int) -> DistinctUnits:
         return np.where(pure[first], found, np.bincount(leader, curved * ups * own, len(leader))[first])
 
     beyond_line, beyond_parabola = written(1), written(2)
-    least = max(silent_below(beyond_line), _least_output(model, layer))
-    does_something = (beyond_line > least) & (beyond_parabola > silent_below(beyond_parabola))
+    least = max(inactive_below(beyond_line), _least_output(model, layer))
+    does_something = (beyond_line > least) & (beyond_parabola > inactive_below(beyond_parabola))
     kept = first[pure[first] & does_something] if is_reached(model, layer) else first[:0]
     norms = [*(reading.norms for reading in readings), own]
     return DistinctUnits(
@@ -322,7 +322,7 @@ def _by_output(model: ParamSource, layer: int) -> DistinctUnits:
     norms = to_host(_norms(down))
     leader = _leaders(_Reading(normalised_rows(to_host(_sketch(down, _projection(down.shape[1])))), norms))
     first = np.unique(leader)
-    kept = first[norms[first] > silent_below(norms[first])]
+    kept = first[norms[first] > inactive_below(norms[first])]
     copies = len(leader) - len(first)
     return DistinctUnits(kept, len(leader), copies, len(first) - len(kept), (_order_p(norms[kept]),))
 
@@ -375,7 +375,7 @@ def _are_pure(readings: list[_Reading], leader: Int[np.ndarray, " F"]) -> Bool[n
     return others[leader] == 0
 
 
-def silent_below(written: Float[np.ndarray, " G"]) -> float:
+def inactive_below(written: Float[np.ndarray, " G"]) -> float:
     """Returns what units write at most that together change the output of the layer by `INACTIVE` of it."""
     ordered = np.sort(written.astype(np.float64))
     energy = np.cumsum(np.square(ordered))

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from tracing_jax.arch import Arch
 from tracing_jax.sources import ParamSource
-from tracing_jax.statistics.distinct_units import NEGLIGIBLE, has_stream, silent_below, stream_size
+from tracing_jax.statistics.distinct_units import NEGLIGIBLE, has_stream, inactive_below, stream_size
 from tracing_jax.statistics.kept_facts import kept_of
 from tracing_jax.statistics.mlp_rows import gain_of
 from tracing_jax.tree import Tree, to_host
@@ -71,10 +71,10 @@ def inactive_attention(model: ParamSource) -> list[int]:
     return found
 
 
-def silent_heads(model: ParamSource, layer: int) -> Bool[np.ndarray, "K G"]:
+def inactive_heads(model: ParamSource, layer: int) -> Bool[np.ndarray, "K G"]:
     """Returns the query heads of a layer that write next to nothing beside the others; they may be another model's."""
     written = np.sqrt(_head_energies(model, layer))
-    return written <= silent_below(written.ravel())
+    return written <= inactive_below(written.ravel())
 
 
 def _head_energies(model: ParamSource, layer: int) -> Float[np.ndarray, "K G"]:

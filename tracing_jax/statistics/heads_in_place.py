@@ -16,9 +16,9 @@ from tracing_jax.progress import tqdm
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.comparison import LN10, bonferroni_log10, reserved
-from tracing_jax.statistics.head_kernels import inactive_attention, silent_heads
+from tracing_jax.statistics.head_kernels import inactive_attention, inactive_heads
 from tracing_jax.statistics.head_signatures import head_signatures, log_p_of_order, moments_of, signature_cosines
-from tracing_jax.statistics.in_place import BY_ORDER, OUTSTANDING, layers_in_common
+from tracing_jax.statistics.in_place import BY_ORDER, OUTSTANDING, layers_in_common, order_premises
 from tracing_jax.statistics.match_moments import spread_layers
 from tracing_jax.statistics.nulls import composite_agreement_log_sf, total_agreement_log_sf
 from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies
@@ -91,7 +91,8 @@ class HeadsInPlace(options.HeadsInPlace):
         base, ft = (self._signatures(pair, side, layers, run_cache) for side in ("base", "ft"))
         cosines = zip(layers, signature_cosines(base, ft))
         places = [place for i, found in cosines for place in _places(found, i, pair)]
-        ordered = max(log_p_of_order(base), log_p_of_order(ft)) < math.log(_ORDERED_BELOW)
+        in_order = [log_p_of_order(side) < math.log(_ORDERED_BELOW) for side in (base, ft)]
+        ordered = all(in_order)
         test = replace(_test(places), decides=not ordered)
         assert test.log10_p is not None
         test = replace(test, firm_log10_p=max(test.log10_p, _outstanding_log10_p(places)))
@@ -103,6 +104,7 @@ class HeadsInPlace(options.HeadsInPlace):
             p_reason=_ORDERED if ordered else None,
             tests=(test,),
             notes=_notes(pair, places),
+            premises=order_premises(in_order, "heads", "the entries of their signatures"),
             effect=f"{agreeing} of {heads} heads are in place; by chance about {len(places)} are",
             **reserved([test], BY_ORDER),
         ).for_pair(pair)
@@ -135,7 +137,7 @@ def _layers(pair: Pair) -> list[int]:
     return [
         i
         for i in range(layers_in_common(pair))
-        if i not in inactive and not any(silent_heads(model, i).any() for model in (pair.base, pair.ft))
+        if i not in inactive and not any(inactive_heads(model, i).any() for model in (pair.base, pair.ft))
     ]
 
 

@@ -199,11 +199,19 @@ def ordered_models(comparisons: Sequence[Comparison]) -> tuple[bool, bool]:
     return base, ft
 
 
-def order_premises(ordered: Sequence[bool]) -> list[dict[str, Any]]:
-    """Returns for the record the premise of the exact tests, that one model's units are in no particular order."""
+def order_premises(
+    ordered: Sequence[bool], units: str = "units", by: str = "norms of gate, up and down rows"
+) -> list[dict[str, Any]]:
+    """Returns for the record the premise of the exact tests, that one model's units are in no particular order.
+
+    Args:
+      ordered: of base and of ft, whether the units are in an order that depends on their weights.
+      units: what is in order or not.
+      by: what their index was compared with.
+    """
     return [
         {
-            "premise": f"units of {side} in no particular order (index against norms of gate, up and down rows)",
+            "premise": f"{units} of {side} in no particular order (index against {by})",
             "holds": not found,
             "needed": "of one of the two models",
         }

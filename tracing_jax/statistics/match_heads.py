@@ -25,7 +25,7 @@ from tracing_jax.statistics.comparison import (
     share_agreeing,
     share_by_layer,
 )
-from tracing_jax.statistics.distinct_units import silent_below
+from tracing_jax.statistics.distinct_units import inactive_below
 from tracing_jax.statistics.head_kernels import HEAD_LEAVES, head_kernels, inactive_attention
 from tracing_jax.statistics.head_null import heads_log_sf
 from tracing_jax.statistics.mlp_rows import gain_of, unit_length
@@ -161,7 +161,7 @@ def head_forms(model: ParamSource, layer: int, tokens: TokenRows) -> HeadMatrice
     if arch.sinks:  # a head whose sink is above its scores writes nothing either
         sinks = np.asarray(to_host(params["attn"]["sinks"]), np.float64)
         written = written * (sinks < _largest_scores(kernels, before, arch)).ravel()
-    output[written <= silent_below(written)] = 0.0
+    output[written <= inactive_below(written)] = 0.0
     return {"attention": np.asarray(unit_length(attention)), "output": np.asarray(unit_length(output))}
 
 
