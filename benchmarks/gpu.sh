@@ -21,7 +21,7 @@ pair=$folder/pair
 stage() {
   local name=$1 most=$2 start=$SECONDS status
   shift 2
-  timeout "$most" "$@" >"$folder/$name.log" 2>&1
+  timeout -s INT -k 15 "$most" "$@" >"$folder/$name.log" 2>&1 # interrupted, a run still writes its profile
   status=$?
   printf '%-28s %5d s  %s\n' "$name" $((SECONDS - start)) \
     "$([ $status = 0 ] && echo done || echo "status $status: $(tail -n 1 "$folder/$name.log")")" | tee -a "$summary"
@@ -55,5 +55,7 @@ trace align-weights 65 --stat=l2 --l2.num_perm=0 --align --memory=resident
 stage small-pair 15 python -m benchmarks.write_pair --shape=tiny --save="$folder/small-pair"
 pair=$folder/small-pair
 trace align-activations 40 --stat=l2 --l2.num_perm=0 --align --align_axes=embed,mlp --align_evidence=activations \
+  --dataset="$text" --num_tokens=8192 --memory=resident
+trace align-learned 60 --stat=l2 --l2.num_perm=0 --align --align_evidence=learned --learned.steps=100 \
   --dataset="$text" --num_tokens=8192 --memory=resident
 echo "all: $SECONDS s; see $summary"

@@ -61,10 +61,13 @@ def plan(model: Checkpoint, tokens: int, block_size: int, num_alphas: int) -> It
     """Yields the steps of `csu`, `match` on weights, `mode` and alignment of `embed` and `mlp` for two such models."""
     arch, sizes = model.arch, _leaf_bytes(model)
     L, F, D = arch.num_layers, arch.mlp_dim, arch.embed_dim
-    yield Step("csu", 2 * _matching(sizes, "up_proj"), L * row_gram_flops(arch), f"and {L} assignments of {F} units")
+    # Which units are evidence is read from gate, up and down rows, before the rows that a statistic compares.
+    units = 2 * _matching(sizes, "gate_proj", "up_proj", "down_proj", "mlp_norm")
+    read = units + 2 * _matching(sizes, "up_proj")
+    yield Step("csu", read, L * row_gram_flops(arch), f"and {L} assignments of {F} units")
     embeddings = min(arch.vocab_size, Match().max_tokens)
     flops = embeddings * match_flops_per_token(arch, len(TAPS))
-    read = 2 * _matching(sizes, "gate_proj", "up_proj", "mlp_norm", "embed/")
+    read = units + 2 * _matching(sizes, "gate_proj", "up_proj", "mlp_norm", "embed/")
     note = f"{embeddings:,} embeddings, and {len(TAPS) * L} assignments of {F} units"
     yield Step("match, weights", read, L * flops, note)
     # Both models pass once for the path, and ft once more for its own loss.
