@@ -118,9 +118,10 @@ def _meaning(option: Option) -> str:
 
 _FORMATS_HEAD = """# Families and formats
 
-What is read of each family in each format, as the code has it. `forward`: with a forward pass, so that everything
-works; `weights`: [by its weights alone](checkpoints.md#models-read-by-their-weights-alone), so that all tests run which
-need no forward pass. How well the latter was told apart, family by family, is [measured](families.md).
+Levels of support and GGUF architectures are those of the code; quantised files and adapters are made into the family's
+own tensors before they are read, so that their level is that of the family. `forward`: with a forward pass, so that
+everything works; `weights`: [by its weights alone](checkpoints.md#models-read-by-their-weights-alone), so that all
+tests run which need no forward pass. How well the latter was told apart, family by family, is [measured](families.md).
 
 Quantised are safetensors and `.bin` files in these formats, whatever the family; any other is refused by its name:
 """

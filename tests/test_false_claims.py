@@ -26,8 +26,10 @@ from benchmarks.forgeries import (
     widened,
 )
 from tracing_jax.data import paired_one_to_one
-from tracing_jax.forward import logits
+from tracing_jax.forward import activation_spread, logits
+from tracing_jax.forward.activation_spread import FLOAT64_ACTIVATIONS
 from tracing_jax.models import init_params
+from tracing_jax.models.layers import ACTIVATIONS
 from tracing_jax.models.mlp import mlp
 from tracing_jax.rewrites import draw_rewrites
 from tracing_jax.sharding import Compute, make_mesh
@@ -316,6 +318,15 @@ def test_distinct_units_are_those_of_float64():
     assert least > {5, 7, 9, 20, 30}
     assert (found.copies, found.inactive, found.total) == (2, len(least) - 2, F)
     assert sorted(set(range(F)) - set(found.kept)) == sorted(least)
+
+
+def test_what_is_beyond_a_polynomial_is_computed_in_float64():
+    z = np.linspace(-9, 9, 101)
+    assert FLOAT64_ACTIVATIONS.keys() == ACTIVATIONS.keys()
+    for name, activation in FLOAT64_ACTIVATIONS.items():
+        np.testing.assert_allclose(activation(z), ACTIVATIONS[name](z.astype(np.float32)), atol=2e-6)
+    far, short = np.float32([5.0]), np.float32([1e-3])  # a biased unit: the third derivative there, times 1e-9
+    assert 0 < activation_spread(ARCH, far, short, 2)[0] < 1e-10
 
 
 def test_units_whose_activation_stays_near_a_parabola_are_no_evidence():

@@ -76,6 +76,25 @@ def test_parents_that_hide_each_other_are_not_cleared():
 
 
 @pytest.mark.slow
+def test_a_parent_that_was_subtracted_is_found():
+    child = merging.task_arithmetic(ORIGIN, [ONE, OTHER], [0.6, -0.4])
+    found = report_of(child, [ONE, OTHER], ORIGIN)
+    assert set(found.parts.values()) == {"part"}
+    assert found.record["sentence"].startswith("merged of A (0.600 ± 0.000) and B (-0.400 ± 0.000)")
+    alone = report_of(merging.task_arithmetic(ORIGIN, [OTHER], [-0.5]), [OTHER], ORIGIN)
+    assert alone.parts == {"A": "part"}
+
+
+@pytest.mark.slow
+def test_parents_of_opposite_differences_are_not_cleared():
+    opposite = {name: 2 * ORIGIN[name] - leaf for name, leaf in close_to(ONE, OTHER, 0.15).items()}
+    child = merging.task_arithmetic(ORIGIN, [ONE, opposite], [0.25, -0.25])
+    rng = np.random.default_rng(7)
+    noisy = {name: leaf + 0.02 * rng.normal(size=leaf.shape) for name, leaf in child.items()}
+    assert "none" not in report_of(noisy, [ONE, opposite], ORIGIN).parts.values()
+
+
+@pytest.mark.slow
 def test_figure_shows_regions_of_parents_that_are_alike(drawn):
     child = merging.task_arithmetic(ORIGIN, [ONE, OTHER], [0.3, 0.2])
     apart = figure_of_shares(report_of(child, [ONE, OTHER], ORIGIN).record)

@@ -589,10 +589,11 @@ def test_fp8_whose_scales_are_not_understood_is_refused(beside, dtype, message, 
         opened(tmp_path, {W: floats8(40, 24), beside: np.ones((40, 1), dtype)})
 
 
-def test_fp8_that_lost_its_scales_is_refused(tmp_path):
-    other = W.replace("up_proj", "down_proj")
-    with pytest.raises(CheckpointError, match=r"up_proj\.weight: FP8 without scales, which 1 other has"):
-        opened(tmp_path, {W: floats8(40, 24), other: floats8(40, 24), f"{other}_scale": np.ones((), np.float32)})
+@pytest.mark.parametrize("lost", [W, W.removesuffix(".weight")], ids=["matrix", "experts"])
+def test_fp8_that_lost_its_scales_is_refused(lost, tmp_path):
+    other = lost.replace("up_proj", "down_proj")
+    with pytest.raises(CheckpointError, match=f"{lost}: FP8 without scales, which 1 other has"):
+        opened(tmp_path, {lost: floats8(40, 24), other: floats8(40, 24), f"{other}_scale": np.ones((), np.float32)})
 
 
 def test_settings_left_over_on_floats_are_a_note(tmp_path):

@@ -29,7 +29,7 @@ from tracing_jax.zoo.plan import ModelList, Proposal
 from tracing_jax.zoo.proposing import CLOSED_PER_MODEL, selected
 from tracing_jax.zoo.report import html as page_of
 from tracing_jax.zoo.report import make_contents, write_report, zoo_sentence
-from tracing_jax.zoo.report.direction import direction
+from tracing_jax.zoo.report.direction import direction, directions
 from tracing_jax.zoo.report.families import WEIGHTS, Edge, clustered, families, lineage
 from tracing_jax.zoo.report.rows import PairRow, with_verdicts
 from tracing_jax.zoo.weights import model_measures_file, read_model_measures, weight_measures, write_model_measures
@@ -401,13 +401,18 @@ def test_shapes_are_said_and_draw_no_arrow(small, layer_map, said):
 
 
 def test_a_model_has_one_parent_at_most():
-    plan = zoos.plan_of(["a", "b", "child"])
-    records = {
-        name: zoos.record_of(-500, 0.1, csu=-500, l2=distance)
-        for name, distance in {"a--child": 1.5, "b--child": 1.6, "a--b": 3.9}.items()
-    }
-    found = contents(plan, records, {"a": measured(1.0, 10.0), "b": measured(1.01, 10.1), "child": measured(2.0, 30.0)})
-    assert arrows_of(found) == {("a", "child")}
+    rows = [
+        PairRow(
+            f"{name}--child", name, "child", None, "done", level=1e-3, l2=distance, jsd=distance, in_place_log10_p=-99
+        )
+        for name, distance in (("b", 1.6), ("a", 1.5))
+    ]
+    measures = {"a": measured(1.0, 10.0), "b": measured(1.0, 10.0), "child": measured(2.0, 30.0)}
+    edges = [Edge(row, WEIGHTS, row.l2) for row in rows]
+    assert [direction(edge, rows, measures).child for edge in edges] == ["child", "child"]
+    far, near = directions(edges, rows, measures)
+    assert (near.parent, near.child) == ("a", "child")
+    assert (far.child, far.grounds[-1]) == (None, "but child has a closer parent, a")
 
 
 # Disagreements.

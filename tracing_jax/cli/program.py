@@ -113,8 +113,8 @@ def export_files(asked: Sequence[str]) -> dict[Path, str]:
             hint = suggestion(form, EXPORTS)
             raise ValueError(f"export={text}: expected FORMAT:FILE with a format of {', '.join(EXPORTS)}{hint}")
         path = Path(file).expanduser()
-        if path in found:
-            raise ValueError(f"export={text}: {found[path]} goes to that file already; name another")
+        if (same := next((other for other in found if other.resolve() == path.resolve()), None)) is not None:
+            raise ValueError(f"export={text}: {found[same]} goes to that file already; name another")
         found[path] = form
     return found
 

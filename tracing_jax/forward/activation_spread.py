@@ -1,11 +1,21 @@
 """How much the values of an MLP's activation function vary over inputs in random directions."""
 
-import jax.numpy as jnp
+import math
+from collections.abc import Callable, Mapping
+
 import numpy as np
 from jaxtyping import Float
+from scipy import special
 
 from tracing_jax.arch import Arch
-from tracing_jax.models.layers import ACTIVATIONS
+
+FLOAT64_ACTIVATIONS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
+    "silu": lambda z: z * special.expit(z),
+    "gelu_tanh": lambda z: z * special.expit(2 * math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)),
+    "gelu": lambda z: z * special.ndtr(z),
+    "relu": lambda z: np.maximum(z, 0),
+}
+"""The activations of the models in float64: what is beyond a parabola can be less than the error of float32."""
 
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(32)
 
@@ -21,13 +31,13 @@ def activation_spread(
       deviations: standard deviations of these inputs.
       degree: of the polynomial of the input that fits best, which is subtracted: 0 for the mean.
     """
-    inputs = (means[:, None] + deviations[:, None] * _NODES).astype(np.float32)
+    inputs = means.astype(np.float64)[:, None] + deviations.astype(np.float64)[:, None] * _NODES
     if arch.clamped_glu is None:
-        found = np.asarray(ACTIVATIONS[arch.activation](jnp.asarray(inputs)), np.float64)
+        found = FLOAT64_ACTIVATIONS[arch.activation](inputs)
     else:
         limit, slope = arch.clamped_glu
-        clamped = np.minimum(inputs, limit).astype(np.float64)
-        found = clamped / (1 + np.exp(np.clip(-slope * clamped, -80, 80)))
+        clamped = np.minimum(inputs, limit)
+        found = clamped * special.expit(slope * clamped)
     roots = np.sqrt(_WEIGHTS / _WEIGHTS.sum())
     polynomials, _ = np.linalg.qr(roots[:, None] * np.polynomial.hermite_e.hermevander(_NODES, degree))
     rest = found * roots

@@ -161,8 +161,9 @@ def scan(
         candidates = [replace(c, verdict="undecided") if c.verdict == "no_evidence" else c for c in candidates]
     test = _ranking_test(candidates)
     candidates.sort(key=lambda candidate: _order(candidate, test))
-    closest, margin = _closest([found for found in candidates if found.verdict == "related"])
-    copied = [c.name for c in candidates if c.distances and all(d.mean < _COPIED for d in c.distances.values())]
+    related = [c for c in candidates if c.verdict == "related"]
+    closest, margin = _closest(related)
+    copied = [c.name for c in related if c.distances and all(d.mean < _COPIED for d in c.distances.values())]
     own = digest() if copied and digest is not None else None
     same = tuple(name for name in copied if signatures[name].digest == own)
     return Scan(tuple(candidates), closest, margin, len(names), suspect.part, same)

@@ -16,13 +16,15 @@ has a component along the unit itself, as what training did to a parent's unit h
 Letters: M models, U units, F features.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
 
-from tracing_jax.matching import assign
+from tracing_jax.matching import assign, normalised_rows
 from tracing_jax.merges.models import MergeModels
 from tracing_jax.statistics.nulls import agreement_log_sf
 from tracing_jax.statistics.pvalues import fisher
@@ -59,6 +61,9 @@ def log_p_of_parent(
 ) -> float | None:
     """Returns the log p-value of a parent's part, Fisher over layers; None if no layer has units to exchange.
 
+    Shares may be negative, as where a task is taken out: both signs are tested, each in all layers, and the smaller
+    p-value counts twice.
+
     Args:
       models: all of them.
       units: the units that are exchanged.
@@ -72,16 +77,24 @@ def log_p_of_parent(
         units = units.of([*range(first), *(first + models.names.index(name) for name in names)])
         parent = names.index(models.names[parent])
         models = replace(models, parents={name: models.parents[name] for name in names}, tokens=None, layers=None)
-    found = [
-        log_p_of_layer(models, rows, parent, seed + layer, mapped=units.mapped)
-        for layer, rows in units.by_layer.items()
-    ]
-    tested = [log_p for log_p in found if log_p is not None]
-    return fisher(tested) if tested else None
+    by_sign = []
+    for sign in (1, -1):
+        found = [
+            log_p_of_layer(models, rows, parent, seed + layer, mapped=units.mapped, sign=sign)
+            for layer, rows in units.by_layer.items()
+        ]
+        by_sign.append([log_p for log_p in found if log_p is not None])
+    return min(0.0, min(map(fisher, by_sign)) + math.log(2)) if by_sign[0] else None
 
 
 def log_p_of_layer(
-    models: MergeModels, rows: Sequence[UnitRows], parent: int, seed: int = 0, *, mapped: bool = False
+    models: MergeModels,
+    rows: Sequence[UnitRows],
+    parent: int,
+    seed: int = 0,
+    *,
+    mapped: bool = False,
+    sign: Literal[1, -1] = 1,
 ) -> float | None:
     """Returns the log p-value of a parent's part in one layer; None if fewer than eight units can be distinguished.
 
@@ -93,6 +106,7 @@ def log_p_of_layer(
       parent: its index.
       seed: of the order in which ties are broken.
       mapped: see `ExchangedUnits`.
+      sign: of the share that is tested.
     """
     compared = [_compared(models, np.asarray(part, np.float64), parent, mapped) for part in rows]
     rest, own = (np.concatenate(parts, axis=1) for parts in zip(*compared))
@@ -102,7 +116,7 @@ def log_p_of_layer(
     if len(live) < FEWEST_UNITS:
         return None
     order = np.random.default_rng(seed).permutation(len(live))  # so that ties are not broken in favour of the place
-    similarity = _unit_length(rest[live]) @ _unit_length(own[live][order]).T
+    similarity = sign * _directions(rest[live]) @ _directions(own[live][order]).T
     agreeing = int((order[assign(similarity)] == np.arange(len(live))).sum())
     return agreement_log_sf(agreeing, len(live))
 
@@ -151,7 +165,5 @@ def _cosine(one: np.ndarray, other: np.ndarray) -> float:
     return float((one * other).sum() / max(np.linalg.norm(one) * np.linalg.norm(other), 1e-300))
 
 
-def _unit_length(rows: Float[np.ndarray, "U F"]) -> Float[np.ndarray, "U F"]:
-    rows = rows - rows.mean(0)
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.where(norms > 0, norms, 1.0)
+def _directions(rows: Float[np.ndarray, "U F"]) -> Float[np.ndarray, "U F"]:
+    return normalised_rows(rows - rows.mean(0))

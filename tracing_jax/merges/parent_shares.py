@@ -122,15 +122,13 @@ def _alike_together(
     """
     given = list(found)
     for k, part in enumerate(found):
-        alike = [j for j in np.flatnonzero(whole.cosines[k] > ALIKE).tolist() if j != k]
-        if part.word != "none" or not alike or any(found[j].word != "none" for j in alike):
+        alike = [j for j in np.flatnonzero(np.abs(whole.cosines[k]) > ALIKE).tolist() if j != k]
+        if part.word != "none" or not alike or any(found[j].word in ("part", "reserved", "one_of") for j in alike):
             continue
         log_p = log_p_of_parent(models, units, k, seed, without=alike)
         if log_p is not None and log_p + math.log(candidates) < math.log(LEVEL):
             names = _listed([models.names[j] for j in alike])
-            reason = (
-                f"its difference is like that of {names}: given each other neither has a part, without it this one has"
-            )
+            reason = f"its difference is like that of {names}, or its opposite: given each other neither has a part, without it this one has"
             given[k] = replace(part, word="one_of", reason=reason)
     return given
 

@@ -51,8 +51,8 @@ Not a share of the median unit's output: most units of a layer may have been add
 """
 
 NEGLIGIBLE = 1e-3
-"""Share of the residual stream that a layer adds if it does next to nothing. In trained models the MLP of a layer adds
-some hundredths and more."""
+"""Share of the residual stream that a layer adds if it does next to nothing. In four small published models the MLP of
+a layer adds, beyond a line of what its gates read, three thousandths and more."""
 
 _TOKENS = 256  # whose embeddings are read
 

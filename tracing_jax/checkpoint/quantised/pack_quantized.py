@@ -105,7 +105,7 @@ def _stated_bits(settings: Mapping[str, Any]) -> list[Any]:
     """Returns the bits that the config gives to weights: old versions packed some numbers of bits with gaps."""
     groups = settings.get("config_groups")
     weights = [g.get("weights") for g in groups.values() if isinstance(g, dict)] if isinstance(groups, dict) else []
-    return [found.get("num_bits") for found in weights if isinstance(found, dict)]
+    return [found["num_bits"] for found in weights if isinstance(found, dict) and found.get("num_bits") is not None]
 
 
 def _words(count: int, bits: int) -> int | None:

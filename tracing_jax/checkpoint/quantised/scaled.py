@@ -103,7 +103,8 @@ def find_float8(store: TensorStore, settings: Mapping[str, Any]) -> Found:
 
 def refuse_lost_scales(store: TensorStore, weights: Collection[str], used: Collection[str]) -> None:
     """Raises a `QuantisedError` if some matrices of 8-bit floats have scales and others have none: these are lost."""
-    matrices = [name for name in sorted(weights) if name.endswith(".weight") and len(store.shape(name)) > 1]
+    # Of experts in one tensor the name has no suffix. Scales of other formats can be 8-bit floats as well.
+    matrices = [n for n in sorted(weights) if len(store.shape(n)) > 1 and "scale" not in n.rpartition(".")[2]]
     lost = [name for name in matrices if scales_of(name, used) is None]
     if lost and len(lost) < len(matrices):
         others = counted(len(matrices) - len(lost), "other has", "others have")
