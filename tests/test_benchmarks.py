@@ -153,8 +153,8 @@ def test_the_plan_reads_what_the_steps_need(tmp_path):
     write_pair(tmp_path / "pair", config_of("tiny"), PairSpec())
     model = open_checkpoint(str(tmp_path / "pair" / "base"))
     steps = {step.name: step for step in plan(model, 1024, 128, 3)}
-    layers, rows = model.arch.num_layers, 4 * 64 * 160
-    assert steps["csu"].read_bytes == 2 * layers * (4 * rows + 4 * 64)  # gate, up, down and a norm, then up again
+    layers, rows = model.arch.num_layers, 64 * 160  # in two bytes each
+    assert steps["csu"].read_bytes == 2 * layers * 2 * (4 * rows + 64)  # gate, up, down and a norm, then up again
     assert steps["mode"].read_bytes == 3 * model.num_bytes
     assert all(step.flops > 0 for step in steps.values())
     assert Rates(2.0, 4.0).seconds(Step("", 10, 12)) == 5

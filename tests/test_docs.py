@@ -1,10 +1,10 @@
 """The commands and snippets of README and docs work as printed.
 
 Every block runs in a folder of its own that has what the pages name: the programs of the repository, the models `base`,
-`theirs` and a few more, a list of two of them, and the text `pages.txt`. For snippets and for blocks of `tracing-jax`
-alone, which run in this process, these are of the tests' family; for scripts and printed output they are of the demo. A
-block after `<!-- not run: REASON -->` needs a cluster, the Hub or minutes; its commands are parsed all the same, so
-their flags and config fields exist.
+`theirs` and a few more, a list of two of them, and the text `pages.txt`. These are of the tests' family, for printed
+output of the demo; blocks of `tracing-jax` alone and snippets run in this process. A block after
+`<!-- not run: REASON -->` needs a cluster, the Hub or minutes; its commands are parsed all the same, so their flags and
+config fields exist.
 """
 
 import functools
@@ -234,8 +234,8 @@ def is_script(block: Block) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("block", [block for block in blocks_to_run() if is_script(block)], ids=str)
-def test_script_runs(block, demo_models, tmp_path):
-    run(block.text, fill(tmp_path, demo_models))
+def test_script_runs(block, family, tmp_path):
+    run(block.text, fill(tmp_path, family.folder))
 
 
 @pytest.mark.slow

@@ -521,7 +521,7 @@ def test_a_copied_part_is_said_whatever_the_tests_of_the_others_find():
     assert {part: finding["verdict"] for part, finding in found.parts.items()} == {
         "MLPs": "no_evidence", "embedding": "identical"
     }  # fmt: skip
-    assert found.parts["embedding"]["effect"] == "1 of 1 tensors are identical"
+    assert found.parts["embedding"]["effect"] == "its one tensor is identical"
     related = verdict({"match": result_with(-9.0)}, 1e-3, copied)
     assert related.verdict == related.parts["MLPs"]["verdict"] == "related"
     assert verdict({"match": sees}, 1e-3, Identity(1, 9, {"embedding": (1, 2)})).verdict == "no_evidence"

@@ -403,7 +403,7 @@ def test_shapes_are_said_and_draw_no_arrow(small, layer_map, said):
 def test_a_model_has_one_parent_at_most():
     rows = [
         PairRow(
-            f"{name}--child", name, "child", None, "done", level=1e-3, l2=distance, jsd=distance, in_place_log10_p=-99
+            f"{name}--child", name, "child", None, "done", level=1e-3, l2=distance, jsd=distance, in_place_log10_p=-99.0
         )
         for name, distance in (("b", 1.6), ("a", 1.5))
     ]

@@ -128,7 +128,10 @@ def _alike_together(
         log_p = log_p_of_parent(models, units, k, seed, without=alike)
         if log_p is not None and log_p + math.log(candidates) < math.log(LEVEL):
             names = _listed([models.names[j] for j in alike])
-            reason = f"its difference is like that of {names}, or its opposite: given each other neither has a part, without it this one has"
+            reason = (
+                f"its difference is like that of {names}, or its opposite: given each other neither has a part, "
+                "without it this one has"
+            )
             given[k] = replace(part, word="one_of", reason=reason)
     return given
 
