@@ -95,10 +95,11 @@ def test_parts_stand_in_their_order_and_say_what_was_compared():
     assert "memory: " not in text
 
 
-def test_what_would_hide_a_relation_is_said_where_none_was_found():
+def test_what_would_hide_a_relation_is_said_unless_all_tensors_are_identical():
     hidden = "csu does not detect permuted units, another width"
-    assert hidden in " ".join(summary([full("no_evidence")]).split())
-    assert hidden not in " ".join(summary([full()]).split())
+    for word in ("no_evidence", "related"):
+        assert hidden in " ".join(summary([full(word)]).split())
+    assert hidden not in " ".join(summary([full("identical")]).split())
 
 
 def test_files_are_named_only_where_they_were_written():
