@@ -191,7 +191,7 @@ def _moved(
         return None
     moved: np.ndarray = estimate(back, read_sums(back, seed).tensors).values
     moved = moved - estimate(made, read_sums(made, seed).tensors).values
-    return moved
+    return moved if np.isfinite(moved).all() else None  # of either, shares may be undefined
 
 
 def _untested(models: MergeModels, sums: NormalEquations, at: int) -> dict[str, str]:

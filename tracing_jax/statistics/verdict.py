@@ -1,7 +1,7 @@
 """The verdict on a pair: what was found, what else can explain it, and what the tests that ran do not detect."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -204,9 +204,7 @@ def verdict(results: Mapping[str, Result], level: float, identical: Identity | N
         for name, result in found.items()
         if result.reservation and adjusted[name] < least <= firm[name]
     }
-    hint = "" if "match" in deciding else ": run match, or auto"
-    if word == "no_evidence":
-        hint = "" if found.keys() & set(_WITHOUT_EMBEDDINGS) else _BY_EMBEDDINGS
+    hint = _hint(word, deciding, found)
     return Verdict(
         word,
         _meaning(word, level, identical, reasons, min(adjusted.values()), blind, reserved, hint, scope, copied),
@@ -228,6 +226,13 @@ def verdict(results: Mapping[str, Result], level: float, identical: Identity | N
         reasons,
         identical,
     )
+
+
+def _hint(word: VerdictName, deciding: Iterable[str], found: Iterable[str]) -> str:
+    """Returns what the sentence adds: of no evidence what all tests that ran miss, of others which test to run."""
+    if word == "no_evidence":
+        return "" if set(found) & set(_WITHOUT_EMBEDDINGS) else _BY_EMBEDDINGS
+    return "" if "match" in deciding else ": run match, or auto"
 
 
 def _sees_all(name: str, result: Result) -> bool:
