@@ -10,8 +10,10 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
+import hybrid_cases
 import jax.numpy as jnp
 import mixture_cases
 import numpy as np
@@ -539,9 +541,9 @@ def _dense_cases() -> Iterator[Case]:
                 yield Case(f"{family}-{option}", {key: value for key, value in config.items() if value is not _ABSENT})
 
 
-def _mixture_cases() -> Iterator[Case]:
+def _listed_cases(rows: ModuleType) -> Iterator[Case]:
     shared = _COMMON | _HEADS["gqa"] | {"rope_parameters": _ROPES["default"], "tie_word_embeddings": False}
-    yield from itertools.starmap(Case, mixture_cases.configs(shared))
+    yield from itertools.starmap(Case, rows.configs(shared))
 
 
 def _length_cases() -> Iterator[Case]:
@@ -555,7 +557,8 @@ def _length_cases() -> Iterator[Case]:
 GOLDEN = {
     "parity": tuple(_cases()),
     "parity_dense": tuple(case for case in _dense_cases() if case.name in _WITH_GOLDEN),
-    "parity_mixtures": tuple(case for case in _mixture_cases() if case.name in mixture_cases.WITH_GOLDEN),
+    "parity_mixtures": tuple(case for case in _listed_cases(mixture_cases) if case.name in mixture_cases.WITH_GOLDEN),
+    "parity_hybrids": tuple(case for case in _listed_cases(hybrid_cases) if case.name in hybrid_cases.WITH_GOLDEN),
 }
 """Golden file -> the cases of which it holds the numbers."""
 
@@ -563,7 +566,9 @@ CASES = {case.name: case for cases in GOLDEN.values() for case in cases}
 """The cases of which golden files hold the numbers."""
 
 LIVE_CASES = {
-    case.name: case for case in (*_dense_cases(), *_mixture_cases(), *_length_cases()) if case.name not in CASES
+    case.name: case
+    for case in (*_dense_cases(), *_listed_cases(mixture_cases), *_listed_cases(hybrid_cases), *_length_cases())
+    if case.name not in CASES
 }
 """Further ones, which are compared where torch is installed."""
 

@@ -44,6 +44,7 @@ def facts_of_a_cache(arch):
         "experts": arch.num_experts is not None, "shared expert": arch.shared_mlp_dim is not None,
         "parallel": arch.parallel, "norms of queries": arch.qk_norm is not None, "soft cap": arch.attention_softcap,
         "rope of a length": arch.rope_positions is not None, "embedding norm": arch.embed_norm, "clip": arch.clip_qkv,
+        "delta net": arch.delta_net is not None, "gated heads": arch.head_gate,
     }  # fmt: skip
 
 

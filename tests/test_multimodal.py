@@ -39,6 +39,12 @@ def _text(model_type: str, **changes: Any) -> dict[str, Any]:
     return {"model_type": model_type} | _TEXT | {"rope_parameters": _ROPE, "rms_norm_eps": 3e-3} | changes
 
 
+_DELTA = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 777.0, "partial_rotary_factor": 0.5,
+                        "mrope_section": [1, 1, 1]},
+    "linear_conv_kernel_dim": 3, "linear_key_head_dim": 4, "linear_value_head_dim": 6, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
 _CONFIGS: dict[str, dict[str, Any]] = {
     "gemma3": {
         "text_config": _text(
@@ -101,6 +107,19 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         ),
         "vision_config": _QWEN_VISION
         | {"intermediate_size": 16, "num_position_embeddings": 4, "deepstack_visual_indexes": [0]},
+        "image_token_id": 39, "video_token_id": 38, "vision_start_token_id": 37, "vision_end_token_id": 36,
+    },
+    "qwen3_5": {
+        "text_config": _text("qwen3_5_text", **_SECTIONS | _DELTA),
+        "vision_config": _QWEN_VISION | {"intermediate_size": 16, "num_position_embeddings": 4},
+        "image_token_id": 39, "video_token_id": 38, "vision_start_token_id": 37, "vision_end_token_id": 36,
+    },
+    "qwen3_5_moe": {
+        "text_config": _text(
+            "qwen3_5_moe_text", **_SECTIONS | _DELTA, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+            shared_expert_intermediate_size=12,
+        ),
+        "vision_config": _QWEN_VISION | {"intermediate_size": 16, "num_position_embeddings": 4},
         "image_token_id": 39, "video_token_id": 38, "vision_start_token_id": 37, "vision_end_token_id": 36,
     },
     "qwen3_vl": {

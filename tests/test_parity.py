@@ -33,7 +33,7 @@ _LOGITS, _LOSSES, _TENSORS = (
 
 # Of the combinations of head layout, tied or untied, and rope each family has one, by turns, so that each value occurs.
 # All options; of the mixtures those that between them have every kind of router, and latents.
-_SLOW = {case.name for case in GOLDEN["parity_mixtures"]} - {
+_SLOW = {case.name for file in ("parity_mixtures", "parity_hybrids") for case in GOLDEN[file]} - {
     "qwen2_moe-every_other", "gpt_oss-default", "deepseek_v3-groups", "phimoe-biases", "llama4_text-default",
 }  # fmt: skip
 _PRODUCT = re.compile(r"-(mha|gqa|mqa)-(tied|untied)-(default|linear|llama3)$")

@@ -243,9 +243,9 @@ def align(
     Args:
       base: the model that stays.
       ft: the model that moves; it is not changed, see `aligned`.
-      kinds: what to undo: `embed`, `mlp`, `kv_heads`, `q_group`, `expert`, `q_latent`, `kv_latent`
-        (permutations), `rotation`, `gains`, `scaling`, `values`, `queries`, `copies`, `padding`, `identity`; or `all`,
-        or `auto`.
+      kinds: what to undo: `embed`, `mlp`, `kv_heads`, `q_group`, `expert`, `q_latent`, `kv_latent`,
+        `state_groups`, `state_heads` (permutations), `rotation`, `gains`, `scaling`, `values`, `queries`, `copies`,
+        `padding`, `identity`; or `all`, or `auto`.
       evidence: what units are matched by: `weights`, or `activations` on `tokens` (permutations only). `learned` trains
         the maps on `tokens`, from the alignment by weights.
       how: further arguments of `tracing_jax.alignment.align`: `tokens`, `compute`, `shared`, `seed`, `learning`.

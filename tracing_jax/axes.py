@@ -26,12 +26,19 @@ SYMMETRY = {
     "kv_latent": "permutation, each layer its own; any rotation once the gain of its norm is folded into its readers",
     "qk_nope": "any invertible map per head: these dims have no positions",
     "qk_rope": "rotations that commute with RoPE, one for all heads, which share these dims of the keys",
+    "state_groups": "permutation, each layer its own",
+    "state_heads": "permutation, each layer and each group its own",
+    "state_keys": "permutation, each group its own; convolution and activation act on each",
+    "state_values": "permutation, alike in heads that share the gain of a norm; convolution and activation act on each",
+    "tap": "none: each is a distance in tokens",
     "position": "none: every position means itself",
     "vocab": "renaming, the tokenizer with it",
 }
 """Axis kind -> the group that keeps the function of the model."""
 
-PERMUTABLE = ("embed", "mlp", "kv_heads", "q_group", "expert", "q_latent", "kv_latent")
+PERMUTABLE = (
+    "embed", "mlp", "kv_heads", "q_group", "expert", "q_latent", "kv_latent", "state_groups", "state_heads"
+)  # fmt: skip
 """Axis kinds whose units may be permuted freely, in the models that have them."""
 
 GROUPS = ("mlp", "norm", "attn", "emb")
@@ -41,26 +48,24 @@ GROUPS = ("mlp", "norm", "attn", "emb")
 MAP_PARENT = {"embed": None, "v_dim": "kv_heads", "qk_dim": "kv_heads"}
 """Axis kinds on which a linear map may act -> the kind whose units have a map each; None: one for the whole model."""
 
+_HEADS_IN = {"q_group": "kv_heads", "state_heads": "state_groups"}
+"""Axis kind -> the kind whose units hold its units."""
+
 AxisRole = Literal["writes", "reads"]
 """Whether a leaf computes the activations on an axis or is multiplied by them. Where the activations a become M a, the
 leaves that write them are multiplied by M along the axis and those that read them by M^-T."""
 
 _WRITERS = {
-    "embed": "embed o_proj down_proj", "mlp": "up_proj", "v_dim": "v_proj", "qk_dim": "q_proj", "q_latent": "q_a_proj",
-    "kv_latent": "kv_a_proj", "qk_nope": "q_proj", "qk_rope": "q_rope_proj",
+    "embed": "embed o_proj down_proj out_proj", "mlp": "up_proj", "v_dim": "v_proj", "qk_dim": "q_proj",
+    "q_latent": "q_a_proj", "kv_latent": "kv_a_proj", "qk_nope": "q_proj", "qk_rope": "q_rope_proj",
 }  # fmt: skip
 _READERS = {
-    "embed": "q_proj q_rope_proj k_proj v_proj q_a_proj kv_a_proj k_rope_proj gate_proj up_proj router output_gate"
-    " lm_head",
+    "embed": "q_proj q_rope_proj k_proj v_proj q_a_proj kv_a_proj k_rope_proj head_gate gate_proj up_proj router"
+    " output_gate lm_head query_proj key_proj value_proj z_proj beta_proj decay_proj",
     "mlp": "down_proj", "v_dim": "o_proj", "qk_dim": "k_proj", "q_latent": "q_proj q_rope_proj",
     "kv_latent": "k_proj v_proj", "qk_nope": "k_proj", "qk_rope": "k_rope_proj",
 }  # fmt: skip
 _ROLES: tuple[tuple[AxisRole, Mapping[str, str]], ...] = (("writes", _WRITERS), ("reads", _READERS))
-_INPUT_NORM = {
-    **dict.fromkeys("q_proj q_rope_proj k_proj v_proj q_a_proj kv_a_proj k_rope_proj".split(), "attn_norm"),
-    **dict.fromkeys("gate_proj up_proj router output_gate".split(), "mlp_norm"),
-    "lm_head": "norm",
-}
 
 
 @dataclass(frozen=True)
@@ -230,9 +235,13 @@ def _axis_table(arch: Arch) -> AxisTable:
     for i in range(arch.num_layers):
         layer = f"layers/{i}/"
         leaves |= {layer + name: spec for name, spec in _block_specs(arch, i).items()}
-        sizes |= {layer + kind: size for kind, size in _attention_sizes(arch).items()}
+        for mixer in arch.mixers_of(i):
+            state = arch.state_mixer(mixer)
+            at = layer if state is None else f"{layer}{mixer}/"
+            kinds = _attention_sizes(arch) if state is None else state.sizes
+            sizes |= {at + kind: size for kind, size in kinds.items()}
+            parent_axis |= {at + kind: at + parent for kind, parent in _HEADS_IN.items() if kind in kinds}
         sizes[layer + "mlp"] = arch.mlp_dim_of(i)
-        parent_axis[layer + "q_group"] = layer + "kv_heads"
         if arch.has_experts(i):
             assert arch.num_experts is not None
             sizes[layer + "expert"] = arch.num_experts
@@ -305,9 +314,9 @@ def _with_roles(arch: Arch, name: str, spec: LeafSpec, leaves: Mapping[str, Leaf
 
     roles = tuple(map(role, spec.axes))
     # The norms of a block are siblings of its attn and mlp, the final norm is one of the head's kernel.
-    before = _INPUT_NORM.get(module, "")
-    before = arch.mlp_norm if before == "mlp_norm" else before
-    norm = "/".join([*part.split("/")[: 2 if part.startswith("layers/") else 1], before])
+    *above, own = [*part.split("/")[: 3 if part.startswith("layers/") else 1]]
+    before = arch.mlp_norm if own == "mlp" else f"{own}_norm"
+    norm = "head/norm" if own == "head" else "/".join([*above, before])
     reads = "embed" in spec.axes and roles[spec.axes.index("embed")] == "reads"
     return replace(spec, roles=roles, input_norm=norm if reads and f"{norm}/scale" in leaves else None)
 
@@ -315,14 +324,28 @@ def _with_roles(arch: Arch, name: str, spec: LeafSpec, leaves: Mapping[str, Leaf
 def _block_specs(arch: Arch, index: int) -> dict[str, LeafSpec]:
     """Returns the specs of one block; the axes that belong to it alone have its prefix."""
     layer = f"layers/{index}/"
-    specs = _attention_specs(arch, layer) if arch.latent is None else _latent_attention_specs(arch, layer)
-    for name, present in _norms(arch).items():
+    specs: dict[str, LeafSpec] = {}
+    for mixer in arch.mixers_of(index):
+        specs |= _mixer_specs(arch, layer, mixer)
+    for name, present in _norms(arch, index).items():
         specs |= _norm_specs(arch, name, "norm") if present else {}
     if arch.has_experts(index):
         specs |= _mixture_specs(arch, layer)
     else:
         specs |= _mlp_specs(arch, "mlp/", layer + "mlp")
     return specs
+
+
+def _mixer_specs(arch: Arch, layer: str, mixer: str) -> dict[str, LeafSpec]:
+    """Returns the specs of what mixes the tokens of a layer."""
+    if (state := arch.state_mixer(mixer)) is None:
+        return _attention_specs(arch, layer) if arch.latent is None else _latent_attention_specs(arch, layer)
+    return {
+        f"{mixer}/{name}": LeafSpec(
+            tuple(kind if kind == "embed" else f"{layer}{mixer}/{kind}" for kind in kinds), "attn"
+        )
+        for name, kinds in state.leaves.items()
+    }
 
 
 def _attention_specs(arch: Arch, layer: str) -> dict[str, LeafSpec]:
@@ -337,6 +360,10 @@ def _attention_specs(arch: Arch, layer: str) -> dict[str, LeafSpec]:
         specs["attn/q_proj/bias"] = LeafSpec((kv, group, qk), "attn")
         specs["attn/k_proj/bias"] = LeafSpec((kv, qk), "attn")
         specs["attn/v_proj/bias"] = LeafSpec((kv, v), "attn")
+    if arch.head_gate:
+        specs["attn/head_gate/kernel"] = LeafSpec(("embed", kv, group, v), "attn")
+        if arch.qkv_bias:
+            specs["attn/head_gate/bias"] = LeafSpec((kv, group, v), "attn")
     if arch.o_bias:
         specs["attn/o_proj/bias"] = LeafSpec(("embed",), "attn")
     for leaf in ("scale", "bias")[: 0 if arch.qk_norm is None else 1 + arch.qk_norm_bias]:
@@ -411,9 +438,8 @@ def _mixture_specs(arch: Arch, layer: str) -> dict[str, LeafSpec]:
     return specs
 
 
-def _norms(arch: Arch) -> dict[str, bool]:
-    return {
-        "attn_norm": arch.pre_norms,
+def _norms(arch: Arch, index: int) -> dict[str, bool]:
+    return dict.fromkeys((f"{mixer}_norm" for mixer in arch.mixers_of(index)), arch.pre_norms) | {
         "attn_post_norm": arch.post_norms,
         "mlp_norm": arch.pre_norms and not arch.shared_norm,
         "mlp_post_norm": arch.post_norms,

@@ -13,7 +13,9 @@ from typing import Any
 
 from tracing_jax.dataclass_options import from_mapping, option, options_of, sections_of, suggestion
 
-PERMUTABLE = ("embed", "mlp", "kv_heads", "q_group", "expert", "q_latent", "kv_latent")
+PERMUTABLE = (
+    "embed", "mlp", "kv_heads", "q_group", "expert", "q_latent", "kv_latent", "state_groups", "state_heads"
+)  # fmt: skip
 """Axis kinds that can be permuted; `axes.PERMUTABLE`."""
 
 ALIGNABLE = (

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Complex, Float, Num
 
-from tracing_jax.alignment.float64_leaves import Leaves, after, own_table, stacked
+from tracing_jax.alignment.float64_leaves import Leaves, after, own_table, stacked, units_first
 from tracing_jax.alignment.procrustes import AdjacentWeights, mixing_matrices, scale_factors
 from tracing_jax.arch import Arch
 from tracing_jax.axes import MAP_PARENT, AxisRole, AxisTable, kind_of
@@ -159,9 +159,35 @@ def _head_similarity(base: Leaves, ft: Leaves, table: AxisTable, axis: str, scal
     return Similarity(np.zeros((K, K)), lambda i, j: np.asarray(total)[i, :, j])
 
 
+def _state_similarity(base: Leaves, ft: Leaves, table: AxisTable, axis: str, scaled: bool) -> Similarity:
+    """Returns the similarity of the groups of a recurrence and of their heads: cosines of their weights.
+
+    Only those that have an axis of features are compared: others may be initialised by a rule, alike in all models.
+    """
+    heads = next(nested for nested, parent in table.parent_axis.items() if parent == axis)
+    of_heads, of_groups = (
+        [_state_rows(layer, table, axis, heads, has) for layer in (base, ft)] for has in (True, False)
+    )
+    return Similarity(of_groups[0] @ of_groups[1].T, lambda i, j: of_heads[0][i] @ of_heads[1][j].T)
+
+
+def _state_rows(
+    layer: Leaves, table: AxisTable, groups: str, heads: str, of_heads: bool
+) -> Float[np.ndarray, "n *_ m"]:
+    """Returns the directions of the weights of each group that its heads have or share, for each head or group."""
+    lead = (groups, heads) if of_heads else (groups,)
+    names = [
+        name
+        for name, spec in table.leaves.items()
+        if {"embed", *lead} <= set(spec.axes) and (heads in spec.axes) == of_heads
+    ]
+    return np.concatenate([_directions(units_first(layer[name], table.leaves[name], lead)) for name in names], axis=-1)
+
+
 _LATENTS = ("q_latent", "kv_latent")
 _SIMILARITY = {
-    "mlp": _unit_similarity, "expert": _expert_similarity, "kv_heads": _head_similarity, "q_group": _head_similarity
+    "mlp": _unit_similarity, "expert": _expert_similarity, "kv_heads": _head_similarity, "q_group": _head_similarity,
+    "state_groups": _state_similarity, "state_heads": _state_similarity,
 }  # fmt: skip
 
 

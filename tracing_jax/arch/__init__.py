@@ -25,6 +25,7 @@ from tracing_jax.arch.config import (
     read_raw_config,
 )
 from tracing_jax.arch.families import SUPPORTED_FAMILIES
+from tracing_jax.arch.mixers import DeltaNet, StateMixer, mixer_kind
 from tracing_jax.arch.multimodal import SUPPORTED_MULTIMODAL
 from tracing_jax.arch.rope import SUPPORTED_ROPES, head_pairs
 
@@ -36,9 +37,11 @@ __all__ = [
     "SUPPORTED_ROPES",
     "WEIGHTS_ONLY",
     "Arch",
+    "DeltaNet",
     "LatentAttention",
     "Reading",
     "Router",
+    "StateMixer",
     "UnsupportedModelError",
     "arch_from_config",
     "change_config",
@@ -46,6 +49,7 @@ __all__ = [
     "head_pairs",
     "head_problem",
     "length_problem",
+    "mixer_kind",
     "read_arch",
     "read_arch_and_notes",
     "read_raw_config",

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from tracing_jax.arch.mixers import DeltaNet, StateMixer, mixer_kind
 from tracing_jax.complaints import joined
 
 
@@ -136,6 +137,11 @@ class Arch:
       temperature: (length, slope): in layers without positions, queries at position p are multiplied by
         1 + slope log(1 + floor((p + 1) / length)).
       latent: how keys and values are computed from a latent; None: from the hidden state.
+      head_gate: what a head returns is multiplied, dim by dim, by the sigmoid of a learned projection of what attention
+        reads (Qwen3-Next).
+      layer_mixers: for each layer the names of what mixes its tokens, in order, each with a norm before it; empty: all
+        have `attn` alone. A name such as `delta_net` is that of the subtree of a layer that holds its weights.
+      delta_net: the sizes of gated delta nets, if there are any.
       prediction_layers: how many layers behind the last a checkpoint may have that predict further tokens; they are not
         read.
       has_head: whether the model predicts tokens; a backbone, or a model for another task, does not. It counts as tied.
@@ -198,6 +204,9 @@ class Arch:
     rotated_norm: bool = False
     temperature: tuple[float, float] | None = None
     latent: LatentAttention | None = None
+    head_gate: bool = False
+    layer_mixers: tuple[tuple[str, ...], ...] = ()
+    delta_net: DeltaNet | None = None
     prediction_layers: int = 0
     has_head: bool = True
     reading: Reading | None = None
@@ -240,6 +249,18 @@ class Arch:
         """Returns whether the MLP of a layer is a mixture of experts."""
         return self.layer_experts[layer] if self.layer_experts else self.num_experts is not None
 
+    def mixers_of(self, layer: int) -> tuple[str, ...]:
+        """Returns the names of what mixes the tokens of a layer, in order."""
+        return self.layer_mixers[layer] if self.layer_mixers else ("attn",)
+
+    def has_attention(self, layer: int) -> bool:
+        """Returns whether a layer has attention, maybe beside others that mix its tokens."""
+        return "attn" in self.mixers_of(layer)
+
+    def state_mixer(self, name: str) -> StateMixer | None:
+        """Returns the sizes of a mixer of a layer, such as `delta_net`; None for attention."""
+        return None if name == "attn" else getattr(self, mixer_kind(name))
+
     def mlp_dim_of(self, layer: int) -> int:
         """Returns the units of the MLP of a layer, or of each of its experts."""
         return self.layer_mlp_dims[layer] if self.layer_mlp_dims else self.mlp_dim
@@ -257,7 +278,7 @@ class Arch:
         return self.head_dim if self.latent is None else self.latent.v_dim
 
 
-OF_LAYERS = ("layer_ropes", "layer_windows", "layer_chunks", "layer_experts", "layer_mlp_dims")
+OF_LAYERS = ("layer_ropes", "layer_windows", "layer_chunks", "layer_mixers", "layer_experts", "layer_mlp_dims")
 """Fields of `Arch` with a fact of each layer."""
 
 

@@ -198,8 +198,7 @@ def change_config(folder: Path, arch: Arch) -> None:
     if changes.keys() & {names["embed_dim"], names["num_heads"]}:
         # A width of heads, and a number of kv heads, that are not in the file follow from what changes.
         changes |= {names[field]: wanted[names[field]] for field in ("head_dim", "num_kv_heads") if field in names}
-    kinds_before = (before.layer_windows, before.layer_ropes)
-    if (arch.layer_windows, arch.layer_ropes) != kinds_before:
+    if _layer_kinds(arch) != _layer_kinds(before):
         changes |= _per_layer(folder, before, arch)
     layer_fields = FAMILIES[arch.family].layer_fields
     if layer_fields and (arch.num_layers, arch.layer_experts) != (before.num_layers, before.layer_experts):
@@ -237,16 +236,21 @@ def _fields(arch: Arch) -> dict[str, Any]:
     return {name: values[field] for field, name in FAMILIES[arch.family].names.items()}
 
 
+def _layer_kinds(arch: Arch) -> list[tuple[Any, ...]]:
+    """Returns for each layer its window, its rope and what mixes its tokens."""
+    return list(itertools.zip_longest(arch.layer_windows, arch.layer_ropes, arch.layer_mixers))
+
+
 def _per_layer(folder: Path, before: Arch, after: Arch) -> dict[str, list[Any]]:
-    """Returns attributes such as the types of layers after, by the windows and ropes that such layers had before."""
+    """Returns attributes such as the types of layers after, by the windows, ropes and mixers of such layers before."""
     family, config = FAMILIES[after.family], _hf_config(folder)
-    kinds_before, kinds = (
-        list(itertools.zip_longest(arch.layer_windows, arch.layer_ropes)) for arch in (before, after)
-    )
+    kinds_before, kinds = map(_layer_kinds, (before, after))
     changes = {}
     for name in (name for name in family.per_layer if name in family.uses.split()):
         by_kind = dict(zip(kinds_before, getattr(config, name)))
         if unknown := set(kinds) - by_kind.keys():
-            raise UnsupportedModelError(f"{folder}: no {name} of this config has the windows and ropes {unknown}")
+            raise UnsupportedModelError(
+                f"{folder}: no {name} of this config has the windows, ropes and mixers {unknown}"
+            )
         changes[name] = [by_kind[kind] for kind in kinds]
     return changes

@@ -6,6 +6,7 @@ from typing import Any
 from tracing_jax.arch.architecture import UnsupportedModelError
 from tracing_jax.arch.dense_families import DENSE_FAMILIES
 from tracing_jax.arch.family import GPT_NAMES, ArchFields, ConfigFamily, one_window, windows_by_type
+from tracing_jax.arch.hybrids import HYBRIDS
 from tracing_jax.arch.mixtures import MIXTURES
 
 _GEMMA_USES = "rms_norm_eps attention_bias hidden_activation use_bidirectional_attention"
@@ -140,6 +141,6 @@ FAMILIES: dict[str, ConfigFamily] = {
     ),
 }
 
-FAMILIES |= DENSE_FAMILIES | MIXTURES
+FAMILIES |= DENSE_FAMILIES | MIXTURES | HYBRIDS
 
 SUPPORTED_FAMILIES = tuple(sorted(FAMILIES))

@@ -11,7 +11,7 @@ from tracing_jax.arch.family import NAMES, ArchFields, ConfigFamily, windows_by_
 _NORMALIZED = Router(normalized=True)
 
 
-def _experts(
+def expert_fields(
     config: Any, router: Router, *, count: int, units: int, dense: int | None = None, layers: Sequence[bool] = ()
 ) -> ArchFields:
     """Returns the fields of a mixture of experts.
@@ -51,7 +51,7 @@ def _is_sparse(config: Any) -> list[bool]:
 
 def _qwen2_moe(config: Any) -> ArchFields:
     shared: ArchFields = {"shared_mlp_dim": config.shared_expert_intermediate_size, "shared_gate": True}
-    experts = _experts(
+    experts = expert_fields(
         config, Router(normalized=config.norm_topk_prob), count=config.num_experts,
         units=config.moe_intermediate_size, dense=config.intermediate_size, layers=_is_sparse(config),
     )  # fmt: skip
@@ -61,30 +61,32 @@ def _qwen2_moe(config: Any) -> ArchFields:
 
 def _qwen3_moe(config: Any) -> ArchFields:
     windows = {"layer_windows": (config.sliding_window,) * config.num_hidden_layers}
-    return _qwen3_experts(config, config.norm_topk_prob) | windows
+    return qwen3_experts(config, config.norm_topk_prob) | windows
 
 
 def qwen3_vl_moe(config: Any) -> ArchFields:
     """Returns the fields of the language model of Qwen3-VL, whose router always normalises its weights."""
-    return _qwen3_experts(config, True)
+    return qwen3_experts(config, True)
 
 
-def _qwen3_experts(config: Any, normalized: bool) -> ArchFields:
+def qwen3_experts(config: Any, normalized: bool) -> ArchFields:
+    """Returns the fields of attention and experts as Qwen3 has them."""
     bias = config.attention_bias
-    return {"qkv_bias": bias, "o_bias": bias, "qk_norm": "head"} | _experts(
+    return {"qkv_bias": bias, "o_bias": bias, "qk_norm": "head"} | expert_fields(
         config, Router(normalized=normalized), count=config.num_experts,
         units=config.moe_intermediate_size, dense=config.intermediate_size, layers=_is_sparse(config),
     )  # fmt: skip
 
 
-def _qwen_layers(arch: Arch) -> dict[str, Any]:
+def qwen_layers(arch: Arch) -> dict[str, Any]:
+    """Returns the attributes that say which layers of a Qwen mixture have experts."""
     dense = [i for i in range(arch.num_layers) if not arch.has_experts(i)]
     return {"mlp_only_layers": dense, "decoder_sparse_step": 1}
 
 
 def _olmoe(config: Any) -> ArchFields:
     bias = config.attention_bias
-    return {"qk_norm": "all", "clip_qkv": config.clip_qkv, "qkv_bias": bias, "o_bias": bias} | _experts(
+    return {"qk_norm": "all", "clip_qkv": config.clip_qkv, "qkv_bias": bias, "o_bias": bias} | expert_fields(
         config, Router(normalized=config.norm_topk_prob), count=config.num_experts, units=config.intermediate_size
     )
 
@@ -95,7 +97,7 @@ def _gpt_oss(config: Any) -> ArchFields:
         "qkv_bias": bias, "o_bias": bias, "mlp_bias": True, "sinks": True,
         "clamped_glu": (float(config.swiglu_limit), float(config.swiglu_alpha)),
         "layer_windows": windows_by_type(config),
-    } | _experts(
+    } | expert_fields(
         config, Router(bias=True), count=config.num_local_experts, units=config.intermediate_size
     )  # fmt: skip
 
@@ -124,7 +126,7 @@ def _deepseek_layers(config: Any) -> list[bool]:
 def _routed(config: Any, router: Router, layers: Sequence[bool] = (), dense: int | None = None) -> ArchFields:
     """Returns the fields of a mixture of experts as DeepSeek has it, with an MLP beside the experts."""
     units, shared = config.moe_intermediate_size, config.n_shared_experts
-    found = _experts(config, router, count=config.n_routed_experts, units=units, dense=dense, layers=layers)
+    found = expert_fields(config, router, count=config.n_routed_experts, units=units, dense=dense, layers=layers)
     found["prediction_layers"] = getattr(config, "num_nextn_predict_layers", None) or 0
     return found | ({"shared_mlp_dim": units * shared} if "num_experts" in found and shared else {})
 
@@ -185,7 +187,9 @@ def _solar_open(config: Any) -> ArchFields:
 
 def _minimax_m2(config: Any) -> ArchFields:
     router = Router("sigmoid", selects_with_bias=True)
-    return {"qk_norm": "all"} | _experts(config, router, count=config.num_local_experts, units=config.intermediate_size)
+    return {"qk_norm": "all"} | expert_fields(
+        config, router, count=config.num_local_experts, units=config.intermediate_size
+    )
 
 
 def _phimoe(config: Any) -> ArchFields:
@@ -195,7 +199,7 @@ def _phimoe(config: Any) -> ArchFields:
     return {
         "norm": "layer_norm", "qkv_bias": bias, "o_bias": bias, "head_bias": config.lm_head_bias,
         "layer_windows": (config.sliding_window,) * config.num_hidden_layers,
-    } | _experts(
+    } | expert_fields(
         config, Router("sparsemixer", tolerance=config.router_jitter_noise), count=config.num_local_experts,
         units=config.intermediate_size,
     )  # fmt: skip
@@ -210,13 +214,13 @@ def _granitemoe(config: Any) -> ArchFields:
         "embed_scale": config.embedding_multiplier,
         "residual_scale": config.residual_multiplier,
         "logit_scale": 1.0 / config.logits_scaling,
-    } | _experts(config, _NORMALIZED, count=config.num_local_experts, units=config.intermediate_size)
+    } | expert_fields(config, _NORMALIZED, count=config.num_local_experts, units=config.intermediate_size)
 
 
 def _ernie4_5_moe(config: Any) -> ArchFields:
     first, last, interval = config.moe_layer_start_index, config.moe_layer_end_index, config.moe_layer_interval
     layers = [(i + 1) % interval == 0 and first <= i <= last for i in range(config.num_hidden_layers)]
-    found = _experts(
+    found = expert_fields(
         config, Router(floor=config.moe_norm_min, selects_with_bias=True), count=config.moe_num_experts,
         units=config.moe_intermediate_size, dense=config.intermediate_size, layers=layers,
     )  # fmt: skip
@@ -242,7 +246,7 @@ def _llama4(config: Any) -> ArchFields:
     tuned = (float(config.floor_scale), float(config.attn_scale)) if config.attn_temperature_tuning else None
     bias, chunks = config.attention_bias, tuple(kinds[kind] for kind in config.layer_types)
     layers = [i in config.moe_layers for i in range(config.num_hidden_layers)]
-    found = _experts(
+    found = expert_fields(
         config, Router("sigmoid", normalized=False, weights_input=True), count=config.num_local_experts,
         units=config.intermediate_size, dense=config.intermediate_size_mlp, layers=layers,
     )  # fmt: skip
@@ -270,12 +274,12 @@ def _llama4_layers(arch: Arch) -> dict[str, Any]:
 
 
 _NAMES = {name: attribute for name, attribute in NAMES.items() if name != "mlp_dim"}
-_SPARSE = _NAMES | {"mlp_dim": "moe_intermediate_size", "dense_mlp_dim": "intermediate_size"}
+SPARSE = _NAMES | {"mlp_dim": "moe_intermediate_size", "dense_mlp_dim": "intermediate_size"}
 _ALL_SPARSE = _NAMES | {"mlp_dim": "intermediate_size"}
 # The width of a head of attention by latents follows from that of its parts.
-_LATENT = {name: attribute for name, attribute in _SPARSE.items() if name != "head_dim"}
+_LATENT = {name: attribute for name, attribute in SPARSE.items() if name != "head_dim"}
 
-_LOSSES = "output_router_logits router_aux_loss_coef router_jitter_noise num_experts num_local_experts"
+LOSSES = "output_router_logits router_aux_loss_coef router_jitter_noise num_experts num_local_experts"
 _ROUTED = (
     "rms_norm_eps attention_bias moe_intermediate_size num_experts_per_tok n_shared_experts n_routed_experts"
     " routed_scaling_factor n_group topk_group norm_topk_prob"
@@ -292,22 +296,22 @@ MIXTURES: dict[str, ConfigFamily] = {
     "qwen2_moe": ConfigFamily(
         _qwen2_moe,
         QWEN_EXPERTS + " norm_topk_prob qkv_bias shared_expert_intermediate_size sliding_window layer_types",
-        names=_SPARSE | {"shared_mlp_dim": "shared_expert_intermediate_size"},
-        neutral=_LOSSES,
-        layer_fields=_qwen_layers,
+        names=SPARSE | {"shared_mlp_dim": "shared_expert_intermediate_size"},
+        neutral=LOSSES,
+        layer_fields=qwen_layers,
     ),
     "qwen3_moe": ConfigFamily(
         _qwen3_moe,
         QWEN_EXPERTS + " norm_topk_prob attention_bias sliding_window",
-        names=_SPARSE,
-        neutral=_LOSSES,
-        layer_fields=_qwen_layers,
+        names=SPARSE,
+        neutral=LOSSES,
+        layer_fields=qwen_layers,
     ),
     "olmoe": ConfigFamily(
         _olmoe,
         "rms_norm_eps attention_bias clip_qkv num_experts num_experts_per_tok norm_topk_prob",
         names=_ALL_SPARSE,
-        neutral=_LOSSES,
+        neutral=LOSSES,
     ),
     "gpt_oss": ConfigFamily(
         _gpt_oss,
@@ -315,7 +319,7 @@ MIXTURES: dict[str, ConfigFamily] = {
         " layer_types",
         names=_ALL_SPARSE,
         activation="",
-        neutral=_LOSSES + " hidden_act initial_context_length experts_per_token",
+        neutral=LOSSES + " hidden_act initial_context_length experts_per_token",
     ),
     "deepseek_v2": ConfigFamily(
         _deepseek_v2, _MLA + " topk_method", names=_LATENT, neutral=_DEEPSEEK_NEUTRAL, layer_fields=_leading_dense
@@ -326,7 +330,7 @@ MIXTURES: dict[str, ConfigFamily] = {
     "glm4_moe": ConfigFamily(
         _glm4_moe,
         _ROUTED + " first_k_dense_replace use_qk_norm",
-        names=_SPARSE,
+        names=SPARSE,
         neutral=_DEEPSEEK_NEUTRAL,
         partial_rotary=True,
         layer_fields=_leading_dense,
@@ -338,7 +342,7 @@ MIXTURES: dict[str, ConfigFamily] = {
         _minimax_m2,
         "rms_norm_eps num_local_experts num_experts_per_tok rotary_dim",
         names=_ALL_SPARSE,
-        neutral=_LOSSES,
+        neutral=LOSSES,
         partial_rotary=True,
     ),
     "phimoe": ConfigFamily(
@@ -353,7 +357,7 @@ MIXTURES: dict[str, ConfigFamily] = {
         "rms_norm_eps attention_bias num_local_experts num_experts_per_tok attention_multiplier embedding_multiplier"
         " residual_multiplier logits_scaling",
         names=_ALL_SPARSE,
-        neutral=_LOSSES,
+        neutral=LOSSES,
     ),
     "llama4_text": ConfigFamily(
         _llama4,
@@ -370,8 +374,8 @@ MIXTURES: dict[str, ConfigFamily] = {
         _ernie4_5_moe,
         "rms_norm_eps moe_intermediate_size moe_k num_experts_per_tok moe_num_experts moe_num_shared_experts"
         " moe_layer_start_index moe_layer_end_index moe_layer_interval moe_norm_min",
-        names=_SPARSE,
-        neutral=_LOSSES + " num_experts",
+        names=SPARSE,
+        neutral=LOSSES + " num_experts",
         layer_fields=_ernie_layers,
     ),
 }

@@ -10,7 +10,7 @@ from tracing_jax.arch.mixtures import QWEN_EXPERTS, qwen3_vl_moe
 
 SUPPORTED_MULTIMODAL = (
     "gemma3", "internvl", "kimi_k25", "llama4", "llava", "llava_next", "llava_onevision", "mistral3", "qwen2_5_vl",
-    "qwen2_vl", "qwen3_vl", "qwen3_vl_moe",
+    "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe",
 )  # fmt: skip
 """Model types of which the language model is read."""
 

@@ -18,9 +18,12 @@ LeafLayouts = Mapping[str, LeafLayout]
 """Leaf name -> its layout in the tensors of a checkpoint."""
 
 _FUSED = (
-    ("attn/q_proj", "attn/q_rope_proj", "attn/k_proj", "attn/v_proj"),
+    ("attn/q_proj", "attn/head_gate", "attn/q_rope_proj", "attn/k_proj", "attn/v_proj"),
     ("attn/kv_a_proj", "attn/k_rope_proj"),
     ("mlp/gate_proj", "mlp/up_proj"),
+    tuple(f"delta_net/{name}_proj" for name in ("query", "key", "value", "z")),
+    ("delta_net/beta_proj", "delta_net/decay_proj"),
+    tuple(f"delta_net/{name}_conv" for name in ("query", "key", "value")),
 )
 """Modules of ours that may share a tensor, in their order there."""
 
@@ -103,6 +106,11 @@ def _slices(leaf: str, table: AxisTable, names: TensorNames) -> Iterator[TensorS
     in_out = names.is_in_out(leaf, bool(experts))
     columns = (math.prod(ins),) if ins else ()
     shape = (*columns, sum(rows)) if in_out else (sum(rows), *columns)
+    if leaf.endswith("/taps"):  # a convolution of each channel by itself has an axis of size one before its taps
+        taps = outs[-1]
+        bounds = (before // taps, (before + math.prod(outs)) // taps) if len(rows) > 1 else (0, None)
+        yield TensorSlice(tensor, (sum(rows) // taps, 1, taps), 0, *bounds)
+        return
     if names.has_row_axis(leaf):
         yield TensorSlice(tensor, (1, *experts, *shape))
         return
@@ -110,8 +118,7 @@ def _slices(leaf: str, table: AxisTable, names: TensorNames) -> Iterator[TensorS
     if experts and len(rows) > 1 and names.gate_up_order == "in turn":
         yield TensorSlice(tensor, (*experts, *shape), at + 1, before // rows[0], None, len(rows))
         return
-    in_heads = names.qkv_order == "by head" and len(rows) > 1 and len(outs) > 1
-    heads, own = outs[0] if in_heads else 1, math.prod(outs)
+    heads, own = _heads_in_turn(leaf, table, names), math.prod(outs)
     for head in range(heads):
         start = (head * sum(rows) + before) // heads
         bounds = (start, start + own // heads) if len(rows) > 1 else (0, None)
@@ -121,6 +128,21 @@ def _slices(leaf: str, table: AxisTable, names: TensorNames) -> Iterator[TensorS
             yield TensorSlice(tensor, (*experts, *shape), at + 1 if len(rows) > 1 else 0, *bounds)
         else:
             yield from (TensorSlice(tensor.format(e=e), shape, at, *bounds) for e in range(experts[0]))
+
+
+def _heads_in_turn(leaf: str, table: AxisTable, names: TensorNames) -> int:
+    """Returns how many heads follow one another in a leaf's tensor, each with the rows of all leaves that share it.
+
+    They are the units of the axes that all of these leaves have in front; one, where leaves follow one another.
+    """
+    sharing = _sharing(leaf, table, names)
+    if names.qkv_order != "by head" or len(sharing) == 1 or leaf.split("/", 2)[-1].rpartition("/")[0] in names.in_order:
+        return 1
+    outputs = [
+        table.leaves[other].axes[len(table.leaves[other].axes) - len(_sizes(other, table)[2]) : -1] for other in sharing
+    ]
+    heads = itertools.takewhile(lambda axes: len(set(axes)) == 1, zip(*outputs))
+    return math.prod(table.sizes[axes[0] or ""] for axes in heads)
 
 
 def _sharing(leaf: str, table: AxisTable, names: TensorNames) -> list[str]:

@@ -6,7 +6,10 @@ from typing import Literal
 
 from tracing_jax.arch import Arch
 
-_SUFFIXES = {"kernel": ".weight", "scale": ".weight", "bias": ".bias", "embedding": ".weight", "positions": ".weight"}
+_SUFFIXES = {
+    "kernel": ".weight", "scale": ".weight", "gain": ".weight", "taps": ".weight", "bias": ".bias",
+    "embedding": ".weight", "positions": ".weight",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,9 @@ class TensorNames:
       head: the module that predicts tokens.
       experts: as `modules`, for those that each expert has.
       suffixes: leaf -> what follows the name of its module; of modules in `experts` those in `expert_suffixes`.
-      qkv_order: how queries, keys and values share a tensor: one after the other, or within each kv head.
+      qkv_order: how queries, keys and values share a tensor: one after the other, or within each kv head, or whatever
+        holds the heads of all.
+      in_order: modules that share a tensor one after the other, whatever the order of others.
       two_axes: modules whose gains are stored `[heads, head_dim]`, where others are flat.
       in_out: whether kernels, that of the head excepted, are stored `[in, out]`, as ours are.
       experts_in_out: whether those of experts are.
@@ -41,6 +46,7 @@ class TensorNames:
     suffixes: Mapping[str, str] = field(default_factory=lambda: _SUFFIXES)
     expert_suffixes: Mapping[str, str] = field(default_factory=lambda: _SUFFIXES)
     qkv_order: Literal["concatenated", "by head"] = "concatenated"
+    in_order: frozenset[str] = frozenset()
     in_out: bool = False
     two_axes: tuple[str, ...] = ()
     experts_in_out: bool = False
@@ -154,6 +160,34 @@ _LLAMA4 = _LLAMA.but(
     expert_suffixes={"kernel": ""},
     experts_in_out=True,
 )
+_CONVOLUTIONS = {f"delta_net/{name}_conv": "linear_attn.conv1d" for name in ("query", "key", "value")}
+_QWEN_HYBRID = _QWEN_MOE.but(
+    {
+        "attn/head_gate": "self_attn.q_proj",
+        "delta_net_norm": "input_layernorm",
+        "delta_net/A_log": "linear_attn.A_log",
+        "delta_net/dt_bias": "linear_attn.dt_bias",
+        "delta_net/norm": "linear_attn.norm",
+        "delta_net/out_proj": "linear_attn.out_proj",
+    }
+    | _CONVOLUTIONS,
+    qkv_order="by head",
+    in_order=frozenset(_CONVOLUTIONS),
+)
+_QWEN3_NEXT = _QWEN_HYBRID.but(
+    {f"delta_net/{name}_proj": "linear_attn.in_proj_qkvz" for name in ("query", "key", "value", "z")}
+    | {f"delta_net/{name}_proj": "linear_attn.in_proj_ba" for name in ("beta", "decay")}
+)
+_DELTA_QKV = {f"delta_net/{name}_proj": "linear_attn.in_proj_qkv" for name in ("query", "key", "value")}
+_QWEN3_5 = _QWEN_HYBRID.but(
+    _DELTA_QKV
+    | {
+        "delta_net/z_proj": "linear_attn.in_proj_z",
+        "delta_net/beta_proj": "linear_attn.in_proj_b",
+        "delta_net/decay_proj": "linear_attn.in_proj_a",
+    },
+    in_order=frozenset({**_CONVOLUTIONS, **_DELTA_QKV}),
+)
 _GPT2 = TensorNames(
     dict.fromkeys(_QKV, "attn.c_attn")
     | {
@@ -243,6 +277,9 @@ TENSOR_NAMES: Mapping[str, TensorNames] = {
     "qwen3_moe": _QWEN_MOE,
     "olmoe": _QWEN_MOE,
     "gpt_oss": _GPT_OSS,
+    "qwen3_next": _QWEN3_NEXT,
+    "qwen3_5_text": _QWEN3_5,
+    "qwen3_5_moe_text": _QWEN3_5,
     "llama4_text": _LLAMA4,
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,

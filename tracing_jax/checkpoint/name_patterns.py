@@ -31,7 +31,7 @@ _OF_ACTIVATIONS = re.compile(
 _IGNORED = {
     "heads for other tasks": re.compile(r"(v_head|value_head|score|classifier|reward_head|regression_head)\..+"),
     "scales of cached keys and values, or of activations": _OF_ACTIVATIONS,
-    "of layers that predict further tokens": re.compile(r"model\.mtp_layers\..+"),
+    "of layers that predict further tokens": re.compile(r"(model\.mtp_layers|mtp)\..+"),
     "heads that predict further tokens": re.compile(r"medusa_heads?\..+"),
     "masks and positions, which follow from the config": re.compile(r"(.+\.)?(causal_mask|attn_mask|position_ids)"),
     "counters of training": re.compile(r"(.+\.)?(iteration|global_step|num_updates|num_batches_tracked)"),

@@ -96,8 +96,9 @@ class LeafLayout:
         if (start, stop) == (0, self.unfolded[unfolded_axis]):
             return self
         sizes = tuple(stop - start if at == unfolded_axis else size for at, size in enumerate(self.unfolded))
-        if unfolded_axis == 0 and 1 < len(self.slices) == self.unfolded[0]:  # a slice is a unit
-            return LeafLayout(self.slices[start:stop], sizes, self.order) if start < stop else None
+        if unfolded_axis == 0 and len(self.slices) > 1 and len(self.slices) % self.unfolded[0] == 0:
+            each = len(self.slices) // self.unfolded[0]  # slices are units, or parts of one
+            return LeafLayout(self.slices[start * each : stop * each], sizes, self.order) if start < stop else None
         found = self._tensor_axis(unfolded_axis)
         if found is None:
             return None

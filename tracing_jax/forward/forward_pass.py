@@ -30,7 +30,7 @@ from tracing_jax.forward.interpolated_model import (
 )
 from tracing_jax.models import (
     BlockOutput,
-    Cache,
+    LayerCache,
     LayerInputs,
     apply_block,
     apply_embed,
@@ -62,7 +62,7 @@ class LayerOutput(NamedTuple):
     hidden: Float[Array, "*A B T D"]
     """Valid until the next layer takes this batch in: its memory is then reused."""
     taps: dict[str, Float[Array, "*A B P U"]]
-    cache: Cache | None
+    cache: LayerCache | None
 
 
 def forward(
@@ -73,7 +73,7 @@ def forward(
     taps: tuple[str, ...] = (),
     at: Sequence[Int[Array, "B P"]] | None = None,
     positions: Sequence[Int[Array, "B T"]] | None = None,
-    caches: Sequence[Sequence[Cache]] | None = None,
+    caches: Sequence[Sequence[LayerCache]] | None = None,
     start: tuple[int, Sequence[Float[Array, "*A B T D"]]] | None = None,
 ) -> Iterator[LayerOutput]:
     """Returns an iterator over the layers and in each layer over the batches, with what the layer gives for the batch.
@@ -241,12 +241,12 @@ def block_step(
     x: Float[Array, "*A B T D"],
     inputs: LayerInputs,
     positions: Int[Array, "B T"] | None = None,
-    cache: Cache | None = None,
+    cache: LayerCache | None = None,
     at: Int[Array, "B P"] | None = None,
 ) -> BlockOutput:
     """Returns what a layer gives; its taps as `gather_positions` returns them."""
 
-    def at_point(params: Tree, x: jax.Array, cache: Cache | None) -> BlockOutput:
+    def at_point(params: Tree, x: jax.Array, cache: LayerCache | None) -> BlockOutput:
         output = apply_block(arch, params, x, inputs, positions=positions, cache=cache, taps=taps)
         return output._replace(taps={tap: gather_positions(output.taps[tap], at) for tap in taps})
 

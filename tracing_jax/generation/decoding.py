@@ -1,7 +1,7 @@
 """Batched decoding: prompts are prefilled at once, then tokens follow one by one, from a cache of keys and values.
 
-The prompts of a batch are padded on the right to one length. Padding is never attended to: a row's own tokens overwrite
-its positions in the cache, one by one, before any token attends to them.
+The prompts of a batch are padded on the right to one length. Padding has position -1, which recurrences take no notice
+of, and at which the cache keeps its keys in the last place: a row's own token overwrites them before any attends there.
 
 Letters: B batch, T positions of the prompts, S positions of the cache, D embed, V vocab.
 """
@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt
 from tracing_jax.arch import Arch
 from tracing_jax.forward import forward, head_logits, head_of
 from tracing_jax.generation.sampling import SamplingParams, sample
-from tracing_jax.models import Cache, empty_cache
+from tracing_jax.models import LayerCache, empty_cache
 from tracing_jax.sharding import Compute
 from tracing_jax.sources import InMemory
 from tracing_jax.tree import Tree
@@ -35,7 +35,7 @@ _PROMPT_MULTIPLE = 64
 class _State(NamedTuple):
     """A batch of unfinished texts."""
 
-    caches: list[Cache]
+    caches: list[LayerCache]
     keys: Key[Array, " B"]
     """Random keys, one for each text."""
     tokens: Int[Array, " B"]
@@ -100,7 +100,8 @@ class Sampler:
             padded[row, : len(prompt)], lengths[row] = prompt, len(prompt)
         of_rows = np.full(shape[0], -1, np.int32)  # rows without a prompt
         of_rows[: len(numbers)] = numbers
-        caches = [self._empty_cache(shape[0], shape[1] + max_new_tokens) for _ in range(self.model.arch.num_layers)]
+        arch, dtype, size = self.model.arch, self.compute.dtype, (shape[0], shape[1] + max_new_tokens)
+        caches = [empty_cache(arch, layer, *size, dtype, self._place) for layer in range(arch.num_layers)]
         batch = map(self.compute.put, (padded, lengths, of_rows))
         model, seed = (self.model.arch, self._settings), np.uint32(self.seed)
         state = _prefill(*model, seed, self.model.params, caches, *batch)
@@ -114,11 +115,12 @@ class Sampler:
             on_tokens(steps * len(prompts))
         return [self._up_to_end(row) for row in np.concatenate(new_tokens, axis=1)[: len(prompts)].tolist()]
 
-    def _empty_cache(self, batch: int, length: int) -> Cache:
-        """Returns the empty cache of a layer: texts split over `data`, kv heads over `model` where that is even."""
-        mesh, heads = self.compute.mesh, self.model.arch.num_kv_heads
-        spec = P("data", None, "model" if heads % mesh.shape["model"] == 0 else None, None)
-        return empty_cache(self.model.arch, batch, length, self.compute.dtype, NamedSharding(mesh, spec))
+    def _place(self, kv_heads: int) -> NamedSharding:
+        """Returns where a cache is: texts split over `data`, kv heads over `model` where that is even."""
+        mesh = self.compute.mesh
+        if not kv_heads:
+            return NamedSharding(mesh, P("data"))
+        return NamedSharding(mesh, P("data", None, "model" if kv_heads % mesh.shape["model"] == 0 else None, None))
 
     @property
     def _settings(self) -> "_Settings":
@@ -144,10 +146,10 @@ def _logits(model: InMemory, x: Float[Array, "B D"]) -> Float[Array, "B V"]:
 def _hidden_and_caches(
     model: InMemory,
     settings: _Settings,
-    caches: list[Cache],
+    caches: list[LayerCache],
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
-) -> tuple[Float[Array, "B T D"], list[Cache]]:
+) -> tuple[Float[Array, "B T D"], list[LayerCache]]:
     outputs = list(forward(model, [tokens], settings.dtype, positions=[positions], caches=[caches]))
     return outputs[-1].hidden, [output.cache for output in outputs if output.cache is not None]
 
@@ -166,7 +168,7 @@ def _prefill(
     settings: _Settings,
     seed: UInt[Array, ""] | np.uint32,
     params: Tree,
-    caches: list[Cache],
+    caches: list[LayerCache],
     prompts: Int[Array, "B T"],
     lengths: Int[Array, " B"],
     numbers: Int[Array, " B"],
@@ -174,7 +176,8 @@ def _prefill(
     """Reads the prompts, and returns the texts with the first token after each; rows of number -1 have ended."""
     model = InMemory(arch, params)
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(numbers)
-    positions = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
+    positions = jnp.arange(prompts.shape[1])[None]
+    positions = jnp.where(positions < lengths[:, None], positions, -1)
     x, caches = _hidden_and_caches(model, settings, caches, prompts, positions)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
     tokens, ended = _next_tokens(settings, _logits(model, last), keys, lengths)

@@ -17,12 +17,12 @@ from tracing_jax.models.decoder import (
     layer_inputs,
 )
 from tracing_jax.models.initialization import init_params
-from tracing_jax.models.layers import Cache, LayerInputs
+from tracing_jax.models.layers import LayerCache, LayerInputs
 from tracing_jax.models.taps import mlp_leaves, tap_axes, taps_of, taps_problem
 
 __all__ = [
     "BlockOutput",
-    "Cache",
+    "LayerCache",
     "LayerInputs",
     "apply_block",
     "apply_embed",

@@ -3,8 +3,8 @@
 Letters: B batch, T position, S positions of a cache, D embed, V vocab.
 """
 
-from collections.abc import Collection
-from typing import NamedTuple
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,26 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from tracing_jax.arch import Arch, head_problem, length_problem
+from tracing_jax.arch import Arch, head_problem, length_problem, mixer_kind
+from tracing_jax.models.delta_net import delta_net, empty_state
 from tracing_jax.models.latent_attention import latent_attention
-from tracing_jax.models.layers import Cache, LayerInputs, attention, einsum, linear, norm, scaled
+from tracing_jax.models.layers import (
+    Cache,
+    LayerCache,
+    LayerInputs,
+    StateCache,
+    attention,
+    einsum,
+    linear,
+    norm,
+    scaled,
+)
 from tracing_jax.models.mlp import mlp, mlp_inner
 from tracing_jax.models.taps import taps_problem
 from tracing_jax.tree import Tree
+
+_STATE_MIXERS = {"delta_net": delta_net}
+"""Kind of recurrence -> its function."""
 
 _NO_WINDOW = jnp.iinfo(jnp.int32).max
 
@@ -30,14 +44,14 @@ class BlockOutput(NamedTuple):
     """The hidden state after it, which the next block receives."""
     taps: dict[str, Float[Array, "..."]]
     """The inner activations that were asked for, by tap name, `[B T *units]`."""
-    cache: Cache | None
+    cache: LayerCache | None
     """The cache with the keys and values of these tokens; None without one."""
 
 
 def layer_inputs(arch: Arch, layer: int) -> LayerInputs:
-    """Returns rope frequencies, window, chunk and attention scale of a layer.
+    """Returns rope frequencies, window, chunk, attention scale and mixers of a layer.
 
-    They are data, not static arguments: all layers of a model then share one compiled program.
+    All but the mixers are data, not static arguments: layers with the same mixers share one compiled program.
     """
     window, chunk = arch.layer_windows[layer], arch.layer_chunks[layer] if arch.layer_chunks else None
     rope = arch.layer_ropes[layer] if arch.rope_frequencies else None
@@ -47,13 +61,31 @@ def layer_inputs(arch: Arch, layer: int) -> LayerInputs:
         jnp.asarray(_NO_WINDOW if window is None else window, jnp.int32),
         jnp.asarray(_NO_WINDOW if chunk is None else chunk, jnp.int32),
         jnp.asarray(arch.attention_scale / (layer + 1 if arch.inverse_layer_scale else 1), jnp.float32),
+        arch.mixers_of(layer),
     )
 
 
-def empty_cache(arch: Arch, batch: int, length: int, dtype: DTypeLike, sharding: Sharding | None = None) -> Cache:
-    """Returns the cache of a layer for texts of up to `length` tokens, before it has read any: zeros `[B S K H]`."""
-    shapes = ((batch, length, arch.num_kv_heads, n) for n in (arch.head_dim, arch.v_dim))
-    return Cache(*(jnp.zeros(shape, dtype, device=sharding) for shape in shapes))
+def empty_cache(
+    arch: Arch, layer: int, batch: int, length: int, dtype: DTypeLike, place: Callable[[int], Sharding] | None = None
+) -> LayerCache:
+    """Returns the cache of a layer for texts of up to `length` tokens, before it has read any: zeros.
+
+    Args:
+      arch: the facts of the model.
+      layer: its index.
+      batch: the number of texts.
+      length: of the longest, in tokens.
+      dtype: of keys, values and inputs of convolutions.
+      place: the kv heads of an array (0 for one without) -> the devices that it is on.
+    """
+    found: dict[str, Cache | StateCache] = {}
+    for name in arch.mixers_of(layer):
+        if (state := arch.state_mixer(name)) is not None:
+            found[name] = empty_state(state, batch, dtype, place and place(0))
+            continue
+        on, heads = place and place(arch.num_kv_heads), (batch, length, arch.num_kv_heads)
+        found[name] = Cache(*(jnp.zeros((*heads, n), dtype, device=on) for n in (arch.head_dim, arch.v_dim)))
+    return found
 
 
 def apply_embed(
@@ -90,7 +122,7 @@ def apply_block(
     inputs: LayerInputs,
     *,
     positions: Int[Array, "#B T"] | None = None,
-    cache: Cache | None = None,
+    cache: LayerCache | None = None,
     taps: Collection[str] = (),
 ) -> BlockOutput:
     """Returns the hidden state after one layer, the inner activations asked for, and its cache.
@@ -101,7 +133,8 @@ def apply_block(
       x: the hidden state that the layer receives.
       inputs: its rope, window and scale; see `layer_inputs`.
       positions: of the tokens; None counts from 0.
-      cache: keys and values of earlier tokens; the new ones are added at `positions`, which must then be given.
+      cache: keys and values of earlier tokens, or states; the new ones are added at `positions`, which must then be
+        given. Tokens at negative positions are padding behind a text.
       taps: names of inner activations; see `tap_axes`.
 
     Raises:
@@ -111,20 +144,28 @@ def apply_block(
         raise ValueError(problem)
     if positions is None:
         positions = jnp.arange(x.shape[1])[None]
-    found = {"residual": x}
-    y = _optional_norm(arch, params, "attn_norm", arch.pre_norms, x)
-    attend = attention if arch.latent is None else latent_attention
-    y, found["heads"], cache = attend(arch, params["attn"], y, inputs, positions, cache)
-    y = scaled(_optional_norm(arch, params, "attn_post_norm", arch.post_norms, y), arch.residual_scale)
-    if not arch.parallel:
-        x = x + y
+    found, after = {"residual": x}, {}
+    for name in inputs.mixers:
+        y = _optional_norm(arch, params, f"{name}_norm", arch.pre_norms, x)
+        own = None if cache is None else cache[name]
+        y, found["heads"], after[name] = _mixer(arch, name)(arch, params[name], y, inputs, positions, own)
+        y = scaled(_optional_norm(arch, params, "attn_post_norm", arch.post_norms, y), arch.residual_scale)
+        if not arch.parallel:
+            x = x + y
     found["mlp_input"] = mlp_input(arch, params, x)
     found["mlp_output"], inner = mlp(arch, params["mlp"], found["mlp_input"], taps)
     found |= inner
     if arch.parallel:
         x = x + y
     y = _optional_norm(arch, params, "mlp_post_norm", arch.post_norms, found["mlp_output"])
-    return BlockOutput(x + scaled(y, arch.residual_scale), {tap: found[tap] for tap in taps}, cache)
+    return BlockOutput(x + scaled(y, arch.residual_scale), {tap: found[tap] for tap in taps}, cache and after)
+
+
+def _mixer(arch: Arch, name: str) -> Callable[..., tuple[Any, ...]]:
+    """Returns what mixes tokens under this name."""
+    if name == "attn":
+        return attention if arch.latent is None else latent_attention
+    return _STATE_MIXERS[mixer_kind(name)]
 
 
 def mlp_input(arch: Arch, params: Tree, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

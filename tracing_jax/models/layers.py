@@ -7,7 +7,8 @@ scores and softmax are computed in float32.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
@@ -28,7 +29,9 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-class LayerInputs(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerInputs:
     """What a block takes beside the hidden state, and in which the layers of a model may differ."""
 
     frequencies: Float[Array, " R2"]  # of the rope; none without one
@@ -36,6 +39,7 @@ class LayerInputs(NamedTuple):
     window: Int[Array, ""]
     chunk: Int[Array, ""]
     attention_scale: Float[Array, ""]
+    mixers: tuple[str, ...] = field(default=("attn",), metadata={"static": True})  # in their order
 
 
 class Cache(NamedTuple):
@@ -43,6 +47,18 @@ class Cache(NamedTuple):
 
     keys: Float[Array, "B S K H"]
     values: Float[Array, "B S K U"]
+
+
+class StateCache(NamedTuple):
+    """What a recurrence remembers of a text."""
+
+    past: Mapping[str, Float[Array, "B C1 *units"]]
+    """The last inputs of its convolutions, one fewer than they have taps, by name."""
+    state: Float[Array, "B K G N U"]
+
+
+LayerCache = Mapping[str, Cache | StateCache]
+"""What each mixer of a layer remembers of a text."""
 
 
 def linear(params: Tree, x: Float[Array, "..."], equation: str) -> Float[Array, "..."]:
@@ -126,6 +142,8 @@ def attention(
         q, k = _by_positions(arch, q, k, inputs, positions)
     k, v, cache = with_cache(cache, k, v, positions)
     heads = attend(arch, params, q, k, v, inputs, positions)
+    if arch.head_gate:
+        heads = heads * jax.nn.sigmoid(linear(params["head_gate"], x, "btd,dkgh->btkgh"))
     return linear(params["o_proj"], heads, "btkgh,kghd->btd"), heads, cache
 
 
@@ -142,7 +160,7 @@ def _by_positions(
     """
     has_positions = (inputs.frequencies != 0).any()
     if arch.rotated_norm:
-        q, k = (jnp.where(has_positions, _unit_rms(x, arch.norm_eps), x) for x in (q, k))
+        q, k = (jnp.where(has_positions, unit_rms(x, arch.norm_eps), x) for x in (q, k))
     if arch.temperature is not None:
         length, slope = arch.temperature
         scale = 1 + slope * jnp.log1p(jnp.floor((positions.astype(jnp.float32) + 1) / length))
@@ -151,7 +169,8 @@ def _by_positions(
     return q, k
 
 
-def _unit_rms(x: Float[Array, "..."], eps: float) -> Float[Array, "..."]:
+def unit_rms(x: Float[Array, "..."], eps: float) -> Float[Array, "..."]:
+    """Returns x divided by its root mean square over the last axis, computed in float32."""
     x32 = x.astype(jnp.float32)
     return (x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + eps)).astype(x.dtype)
 

@@ -9,16 +9,17 @@ def tap_axes(arch: Arch, layer: int = 0) -> Mapping[str, tuple[str, ...]]:
     """Returns tap name -> the kinds of the axes of its units in a layer, which follow B and T.
 
     * `residual`: the hidden state that a block receives.
-    * `heads`: the outputs of the attention heads, before the output projection.
+    * `heads`: the outputs of the heads of the last that mixes tokens, before its output projection.
     * `mlp_input`: what the MLP reads, which is the hidden state, normalised where blocks have pre-norms.
     * `gate`, `up`: the pre-activations of the MLP, of every expert for every token.
     * `units`: its hidden units, likewise. An MLP beside the experts has no tap.
     * `mlp_output`: what it returns, before a post norm.
     """
     units = ("expert", "mlp") if arch.has_experts(layer) else ("mlp",)
+    is_attention = arch.mixers_of(layer)[-1] == "attn"
     axes = {
         "residual": ("embed",),
-        "heads": ("kv_heads", "q_group", "v_dim"),
+        "heads": ("kv_heads", "q_group", "v_dim") if is_attention else ("state_groups", "state_heads", "state_values"),
         "mlp_input": ("embed",),
         "gate": units,
         "up": units,

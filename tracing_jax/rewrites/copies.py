@@ -292,8 +292,7 @@ class KvRepetition(Rewrite):
 
     def inverse(self, arch: Arch) -> "KvGrouping":
         groups = np.repeat(np.arange(arch.num_kv_heads), self.times)
-        layers = range(arch.num_layers)
-        return KvGrouping({f"layers/{i}/kv_heads": groups for i in layers}, arch.num_kv_heads)
+        return KvGrouping(dict.fromkeys(_kv_axes(arch), groups), arch.num_kv_heads)
 
 
 @jax.tree_util.register_dataclass
@@ -323,7 +322,7 @@ class KvGrouping(Rewrite):
         raise ValueError("no grouping can be drawn at random: which kv heads are the same depends on the weights")
 
     def data_problems(self, arch: Arch) -> list[str]:
-        expected = {f"layers/{i}/kv_heads" for i in range(arch.num_layers)}
+        expected = _kv_axes(arch)
         lines = [f"{axis}: expected a group for each kv head" for axis in expected ^ self.groups.keys()]
         if self.heads < 1 or arch.num_kv_heads % self.heads:
             return [*lines, f"{arch.num_kv_heads} kv heads are no multiple of {self.heads}"]
@@ -460,3 +459,8 @@ def _spread(factors: np.ndarray, like: np.ndarray) -> np.ndarray:
     if factors.ndim == 1:
         return factors
     return factors.reshape(factors.shape[0], *(1,) * (like.ndim - 2), factors.shape[1])
+
+
+def _kv_axes(arch: Arch) -> set[str]:
+    """Returns the axes of the kv heads of a model; layers without attention have none."""
+    return {axis for axis in axis_table(arch).sizes if kind_of(axis) == "kv_heads"}

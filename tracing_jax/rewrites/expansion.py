@@ -264,6 +264,8 @@ def _feature_problems(arch: Arch) -> list[str]:
         )
     if arch.qk_norm is not None or arch.rotated_norm:
         lines.append("features cannot be added: eps would have to change, and the norms of queries and keys share it")
+    if any(arch.state_mixer(name) for mixers in arch.layer_mixers for name in mixers):
+        lines.append("features cannot be added: eps would have to change, and the norms of its recurrences share it")
     if math.isclose(arch.embed_scale, math.sqrt(arch.embed_dim), rel_tol=1e-6):
         lines.append("features cannot be added: the scale of its embedding is the root of their number")
     return lines

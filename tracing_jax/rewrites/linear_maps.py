@@ -200,7 +200,8 @@ class ValueMixing(Rewrite):
 
     @classmethod
     def unsupported(cls, arch: Arch) -> list[str]:
-        return _clipped(arch, "values")
+        gated = ["its heads are gated dim by dim, and a map does not commute with that"] if arch.head_gate else []
+        return _clipped(arch, "values") + gated
 
     @classmethod
     def random(cls, key: PRNGKeyArray, arch: Arch) -> "ValueMixing":

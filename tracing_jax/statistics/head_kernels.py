@@ -18,6 +18,19 @@ HEAD_LEAVES = ("attn", "attn_norm", "attn_post_norm")
 """The leaves of a layer that are needed, with the norms around them."""
 
 
+def gates_not_applicable(base: Arch, ft: Arch) -> list[str]:
+    """Returns why heads cannot be compared whose gates may be closed; empty if none may.
+
+    A gate with a bias can be closed for every token, so that the head could be another model's, planted.
+    """
+    sides = {"base": base, "ft": ft}
+    return [
+        f"{side}: the gates of its heads have biases, which can close a head"
+        for side, arch in sides.items()
+        if arch.head_gate and arch.qkv_bias
+    ]
+
+
 def head_kernels(layer: Tree, arch: Arch) -> dict[str, Float[Array, "..."]]:
     """Returns `q` `[D, K, G, H]`, `k` `[D, K, H]`, `v` `[D, K, U]` and `o` `[K, G, U, D]`, float32.
 
@@ -65,7 +78,7 @@ def inactive_attention(model: ParamSource) -> list[int]:
         return []
     known = kept_of(model)
     if "inactive attention" not in known:
-        layers = range(model.arch.num_layers)
+        layers = filter(model.arch.has_attention, range(model.arch.num_layers))
         known["inactive attention"] = [i for i in layers if _added(model, i) < NEGLIGIBLE * stream_size(model, i)]
     found: list[int] = known["inactive attention"]
     return found

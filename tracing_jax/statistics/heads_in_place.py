@@ -16,7 +16,7 @@ from tracing_jax.progress import tqdm
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.comparison import LN10, bonferroni_log10, reserved
-from tracing_jax.statistics.head_kernels import inactive_attention, inactive_heads
+from tracing_jax.statistics.head_kernels import gates_not_applicable, inactive_attention, inactive_heads
 from tracing_jax.statistics.head_signatures import head_signatures, log_p_of_order, moments_of, signature_cosines
 from tracing_jax.statistics.in_place import BY_ORDER, OUTSTANDING, layers_in_common, order_premises
 from tracing_jax.statistics.match_moments import spread_layers
@@ -80,7 +80,8 @@ class HeadsInPlace(options.HeadsInPlace):
                 f"different heads ({kv[0]} and {kv[1]} kv heads, {queries[0]} and {queries[1]} queries for each): they "
                 "have no counterparts"
             ]
-        return ["a single head in each layer is always in place"] if shapes[0] == (1, 1) else []
+        lines = ["a single head in each layer is always in place"] if shapes[0] == (1, 1) else []
+        return lines + gates_not_applicable(base, ft)
 
     def compute(self, pair: Pair) -> Result:
         """Returns the p-value of the number of heads in place; no forward pass."""
@@ -134,10 +135,13 @@ class HeadsInPlace(options.HeadsInPlace):
 def _layers(pair: Pair) -> list[int]:
     """Returns the layers that both models have and in which every head of both does something."""
     inactive = {*inactive_attention(pair.base), *inactive_attention(pair.ft)}
+    archs = (pair.base.arch, pair.ft.arch)
     return [
         i
         for i in range(layers_in_common(pair))
-        if i not in inactive and not any(inactive_heads(model, i).any() for model in (pair.base, pair.ft))
+        if i not in inactive
+        and all(arch.has_attention(i) for arch in archs)
+        and not any(inactive_heads(model, i).any() for model in (pair.base, pair.ft))
     ]
 
 

@@ -61,7 +61,12 @@ def units_and_moments(
 
 
 def attention_moments(layer: Tree, arch: Arch) -> Moments:
-    """Returns the four moments of a layer's attention, each of trace one; zero where all weights behind one are."""
+    """Returns the four moments of a layer's attention, each of trace one; zero where all weights behind one are.
+
+    All are zero in a layer without attention.
+    """
+    if "attn" not in layer:
+        return [jnp.zeros((arch.embed_dim, arch.embed_dim), jnp.float32)] * 4
     before, after = gain_of(layer, "attn_norm", arch), gain_of(layer, "attn_post_norm", arch)
     kernels = head_kernels(layer, arch)
     q, k, v = (jnp.moveaxis(jnp.moveaxis(kernels[name], 0, -1) * before, -1, 0) for name in "qkv")

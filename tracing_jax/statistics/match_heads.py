@@ -26,7 +26,7 @@ from tracing_jax.statistics.comparison import (
     share_by_layer,
 )
 from tracing_jax.statistics.distinct_units import inactive_below
-from tracing_jax.statistics.head_kernels import HEAD_LEAVES, head_kernels, inactive_attention
+from tracing_jax.statistics.head_kernels import HEAD_LEAVES, gates_not_applicable, head_kernels, inactive_attention
 from tracing_jax.statistics.head_null import heads_log_sf
 from tracing_jax.statistics.mlp_rows import gain_of, unit_length
 from tracing_jax.statistics.shared_tokens import TokenRows, shared_token_rows, tokens_not_applicable
@@ -78,6 +78,9 @@ class MatchHeads(options.MatchHeads):
         for side, arch in (("base", base), ("ft", ft)):
             if arch.num_kv_heads * arch.q_group < 2:
                 lines.append(f"{side} has one head per layer: there is nothing to match")
+        lines += gates_not_applicable(base, ft)
+        if not lines and len(_layers(base, ft)) < 2:
+            lines.append("fewer than two layers have attention in both models")
         return lines
 
     def compute(self, pair: Pair) -> Result:
@@ -85,12 +88,15 @@ class MatchHeads(options.MatchHeads):
         compared = self._compared(pair, "pair")
         null = nulls_of(compared, pair, self._compared, self.level)[_NAME]
         layers = compared.of(_NAME)[0]
-        tests = _tests(layers, null, groups_of(pair.base.arch, pair.ft.arch))
+        places = [f"layer {i}" for i in _layers(pair.base.arch, pair.ft.arch)]
+        tests = _tests(layers, null, groups_of(pair.base.arch, pair.ft.arch), places)
         notes = [*null.notes]
         if pair.base.arch.qk_norm or pair.ft.arch.qk_norm:
             notes.append(
                 "queries and keys are normalised in each head: their product is approximate on centred embeddings"
             )
+        if pair.base.arch.head_gate or pair.ft.arch.head_gate:
+            notes.append("what heads write is gated, token by token: the gates are left out")
         if pair.base.arch.latent or pair.ft.arch.latent:
             notes.append("heads read latents: the norms of these, a number for each token, are left out")
         return Result(
@@ -110,7 +116,7 @@ class MatchHeads(options.MatchHeads):
         tokens = [
             _directions(side) for side in shared_token_rows(pair, self.max_tokens, "match_heads")
         ]  # fmt: skip
-        bar = tqdm(range(pair.base.arch.num_layers), desc="match_heads", unit="layer", disable=None)
+        bar = tqdm(_layers(pair.base.arch, pair.ft.arch), desc="match_heads", unit="layer", disable=None)
         forms = [tuple(head_forms(model, i, own) for model, own in zip((pair.base, pair.ft), tokens)) for i in bar]
 
         def compare(i: int, j: int) -> dict[str, Comparison]:
@@ -205,9 +211,13 @@ def _centred_products(ours: Float[Array, "S K G H"], theirs: Float[Array, "T K H
     return products.reshape(*products.shape[:2], -1)
 
 
-def _tests(layers: Sequence[Comparison], null: Null, groups: tuple[int, int]) -> list[Test]:
+def _layers(base: Arch, ft: Arch) -> list[int]:
+    """Returns the layers in which both models have attention."""
+    return [i for i in range(base.num_layers) if base.has_attention(i) and ft.has_attention(i)]
+
+
+def _tests(layers: Sequence[Comparison], null: Null, groups: tuple[int, int], places: Sequence[str]) -> list[Test]:
     """Returns the calibrated test, which enters the verdict, and one without allowance and controls."""
-    places = [f"layer {i}" for i in range(len(layers))]
     tests = []
     for name, u, lam in (("calibrated", null.u, null.lam), ("parametric", [0.0] * len(layers), 1.0)):
         single = [heads_log_sf([found.agreeing], *groups, [share], lam) for found, share in zip(layers, u)]

@@ -82,7 +82,8 @@ class Mode(options.Mode):
             lines.append("one model ties its head to its embedding and the other does not; leave emb off")
         functions = (
             "activation", "norm", "pre_norms", "post_norms", "qk_norm", "parallel", "shared_norm", "rope_interleaved",
-            "layer_experts", "experts_per_token", "router", "clamped_glu", "sinks", "latent",
+            "layer_experts", "experts_per_token", "router", "clamped_glu", "sinks", "latent", "layer_mixers",
+            "head_gate",
         )  # fmt: skip
         different = [f"{name} {getattr(base, name)} / {getattr(ft, name)}" for name in functions
                      if getattr(base, name) != getattr(ft, name)]  # fmt: skip

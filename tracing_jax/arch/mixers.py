@@ -1,0 +1,72 @@
+"""What mixes the tokens of a layer instead of attention: linear recurrences, their sizes and the axes of their weights.
+
+A recurrence has groups, which share what plays the part of queries and keys, and heads in each group, each with values
+and a state of its own.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+Axes = tuple[str, ...]
+"""Kinds of the axes of a weight; all but `embed` belong to one mixer of one layer."""
+
+_HEADS: Axes = ("state_groups", "state_heads")
+_KEYS: Axes = ("state_groups", "state_keys")
+_VALUES: Axes = (*_HEADS, "state_values")
+
+
+def mixer_kind(name: str) -> str:
+    """Returns the kind of a mixer: `mamba` for `mamba_2`, the second of a layer."""
+    return re.sub(r"_\d+$", "", name)
+
+
+@dataclass(frozen=True)
+class DeltaNet:
+    """A gated delta net: a linear recurrence per head whose state, a matrix from keys to values, forgets and corrects.
+
+    Attributes:
+      groups: the number of heads of queries and keys.
+      heads: how many heads of values share each of them; each has a state.
+      key_dim, value_dim: the widths of a head's keys and of its values.
+      taps: how many tokens, its own included, the convolution before the recurrence reads.
+
+    Source: Yang et al. 2024, Gated Delta Networks (arXiv 2412.06464).
+    """
+
+    groups: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Kind of axis -> its size."""
+        return {
+            "state_groups": self.groups, "state_heads": self.heads, "state_keys": self.key_dim,
+            "state_values": self.value_dim, "tap": self.taps,
+        }  # fmt: skip
+
+    @property
+    def leaves(self) -> Mapping[str, Axes]:
+        """Weight -> its axes. All heads share the gain of the norm behind the recurrence."""
+        return {
+            "query_proj/kernel": ("embed", *_KEYS),
+            "key_proj/kernel": ("embed", *_KEYS),
+            "value_proj/kernel": ("embed", *_VALUES),
+            "z_proj/kernel": ("embed", *_VALUES),
+            "beta_proj/kernel": ("embed", *_HEADS),
+            "decay_proj/kernel": ("embed", *_HEADS),
+            "query_conv/taps": (*_KEYS, "tap"),
+            "key_conv/taps": (*_KEYS, "tap"),
+            "value_conv/taps": (*_VALUES, "tap"),
+            "A_log": _HEADS,
+            "dt_bias": _HEADS,
+            "norm/gain": ("state_values",),
+            "out_proj/kernel": (*_VALUES, "embed"),
+        }
+
+
+StateMixer = DeltaNet
+"""The sizes of one kind of recurrence."""
