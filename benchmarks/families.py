@@ -73,6 +73,7 @@ _OWN_SIZES: Mapping[str, Mapping[str, Any]] = {
     "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2}, "deepseek_v3": {"num_key_value_heads": 4},
     "bamba": _MAMBA, "falcon_h1": _MAMBA, "granitemoehybrid": _MAMBA, "mamba2": {"head_dim": 32},
     "gemma3n_text": {"num_kv_shared_layers": 0},
+    "nemotron_h": {"n_groups": 2, "layer_types": ["linear_attention", "mlp", "full_attention", "moe"]},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [8, 16]},
     "dots3_note": {"num_key_value_heads": 4}, "dots3_note_text": {"num_key_value_heads": 4},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},

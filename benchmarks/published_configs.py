@@ -159,6 +159,7 @@ def _shrink_rope(found: dict[str, Any]) -> None:
     """Cuts factors of single frequencies, and sections of a rope, to the number of frequencies."""
     heads = found.get("num_attention_heads") or 4
     width = found.get("head_dim") or (found.get("hidden_size") or _WIDTH) // heads
+    width = found.get("qk_rope_head_dim") or width
     for name in ("rope_scaling", "rope_parameters"):
         rope = found.get(name)
         if not isinstance(rope, dict):
@@ -327,7 +328,26 @@ def section(rows: Sequence[Row]) -> str:
     lines = ["| why without a forward pass | configs |", "|---|---|"]
     lines += [f"| {cause} | {count} |" for cause, count in causes.most_common()]
     paragraph = textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
-    return "\n\n".join([HEADING, paragraph, "\n".join(lines)]) + "\n"
+    untried = collections.Counter(_why_untried(row) for row in without if not row.opened and row.level != "refused")
+    others = ["| why no tiny model was made | configs |", "|---|---|"]
+    others += [f"| {why} | {count} |" for why, count in untried.most_common()]
+    return "\n\n".join([HEADING, paragraph, "\n".join(lines), *(["\n".join(others)] if untried else [])]) + "\n"
+
+
+_UNTRIED = {
+    "contains custom code": "code of its own, which is not run",
+    "does not recognize this architecture": "no model type of transformers",
+    "Unrecognized configuration class": "no model of text alone in transformers",
+    "does not get small": "a class of transformers that does not read the sizes of this config",
+}
+"""Part of a remark -> why no tiny model was made, in short."""
+
+
+def _why_untried(row: Row) -> str:
+    for part, why in _UNTRIED.items():
+        if part in row.remark:
+            return f"{why}: {row.model_type}"
+    return f"{row.model_type}: {row.remark.removeprefix('no tiny model: ').split('. ')[0][:160]}"
 
 
 def _cause(row: Row) -> str:

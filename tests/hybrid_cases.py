@@ -32,6 +32,24 @@ _DELTA_OPTIONS: dict[str, dict[str, Any]] = {
     "relu": {"hidden_act": "relu"},
 }
 
+_NEMOTRON: dict[str, Any] = {
+    "layer_norm_epsilon": 3e-3,
+    "layers_block_type": ["linear_attention", "moe", "linear_attention", "full_attention", "mlp"],
+    "num_hidden_layers": _ABSENT,
+    "rope_parameters": _ABSENT,
+    "ssm_state_size": 6,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 5,
+    "n_groups": 2,
+    "conv_kernel": 3,
+    "time_step_min": 0.3,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 12,
+    "moe_shared_expert_intermediate_size": 18,
+    "routed_scaling_factor": 1.7,
+}
+
 _HYBRIDS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     "qwen3_next": (
         _DELTA | _EXPERTS,
@@ -39,12 +57,26 @@ _HYBRIDS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     ),
     "qwen3_5_text": (_DELTA, _DELTA_OPTIONS),
     "qwen3_5_moe_text": (_DELTA | _EXPERTS | {"intermediate_size": _ABSENT}, {"bias": {"attention_bias": True}}),
+    "nemotron_h": (
+        _NEMOTRON,
+        {
+            "two_in_a_row": {"layers_block_type": ["linear_attention"] * 2 + ["mlp", "full_attention", "moe"]},
+            "biases": {
+                "use_bias": True,
+                "mlp_bias": True,
+                "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"],
+            },
+            "no_biases": {"use_conv_bias": False, "norm_topk_prob": False},
+            "expert_groups": {"n_group": 4, "topk_group": 2},
+            "dense": {"layers_block_type": ["linear_attention", "mlp"] * 2 + ["full_attention", "mlp"]},
+        },
+    ),
 }
 """Family -> its config, and what each of its options changes there."""
 
 WITH_GOLDEN = {
     "qwen3_next-default", "qwen3_next-dense_first", "qwen3_5_text-one_group", "qwen3_5_text-interval",
-    "qwen3_5_moe_text-bias",
+    "qwen3_5_moe_text-bias", "nemotron_h-default", "nemotron_h-two_in_a_row",
 }  # fmt: skip
 """The cases of which a golden file holds the numbers."""
 

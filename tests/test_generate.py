@@ -44,7 +44,7 @@ def facts_of_a_cache(arch):
         "experts": arch.num_experts is not None, "shared expert": arch.shared_mlp_dim is not None,
         "parallel": arch.parallel, "norms of queries": arch.qk_norm is not None, "soft cap": arch.attention_softcap,
         "rope of a length": arch.rope_positions is not None, "embedding norm": arch.embed_norm, "clip": arch.clip_qkv,
-        "delta net": arch.delta_net is not None, "gated heads": arch.head_gate,
+        "delta net": arch.delta_net is not None, "mamba": arch.mamba is not None, "gated heads": arch.head_gate,
     }  # fmt: skip
 
 
@@ -95,6 +95,8 @@ def test_greedy_tokens_are_those_of_transformers(name):
     import torch
 
     model = hf_model(CASES[name])
+    # Token by token, transformers 5.24 leaves out the least step of Mamba-2, which it has for a text.
+    model.generation_config.use_cache = CASES[name].arch().mamba is None
     for prompt, tokens in zip(PROMPTS, greedy(name), strict=True):
         theirs = model.generate(
             torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),

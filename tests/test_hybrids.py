@@ -16,7 +16,7 @@ from tracing_jax.rewrites import Permutation, ValueMixing, draw_rewrites, random
 from tracing_jax.sources import in_memory, rewritten
 from tracing_jax.tree import flatten
 
-NAMES = ("qwen3_next-default", "qwen3_5_text-one_group")
+NAMES = ("qwen3_next-default", "qwen3_5_text-one_group", "nemotron_h-two_in_a_row")
 
 
 def _delta_rule64(q, k, v, decay, beta, state):
@@ -44,7 +44,7 @@ def test_chunks_of_a_delta_net_give_what_its_recurrence_gives(length):
     np.testing.assert_allclose(found[1][0, :text, 0], outputs, atol=3e-5)
 
 
-@pytest.mark.parametrize("name", [slow(NAMES[0]), NAMES[1]])
+@pytest.mark.parametrize("name", [slow(NAMES[0]), *NAMES[1:]])
 def test_a_text_read_in_pieces_has_the_states_of_the_whole(name):
     model, tokens = CASES[name].source(), jnp.asarray(CASES[name].tokens())
     whole = [output.hidden for output in forward(model, [tokens], jnp.float32)][-1]
@@ -65,7 +65,7 @@ def test_a_text_read_in_pieces_has_the_states_of_the_whole(name):
 def test_every_rewrite_keeps_the_function(name):
     model, tokens = CASES[name].source(), CASES[name].tokens()
     rewrites = draw_rewrites("all", jax.random.key(3), model.arch, without=("rename",))
-    assert "values" not in {rewrite.name for rewrite in rewrites}
+    assert model.arch.head_gate == ("values" not in {rewrite.name for rewrite in rewrites})
     assert {"permute", "rotate", "gains", "identity"} <= {rewrite.name for rewrite in rewrites}
     expected, found = logits(model, tokens), logits(in_memory(rewritten(model, rewrites)), tokens)
     assert np.abs(found - expected).max() < 2e-4 * np.abs(expected).max()
@@ -88,8 +88,9 @@ def test_heads_of_a_recurrence_move_with_their_group():
 
 
 @pytest.mark.slow
-def test_alignment_finds_the_heads_of_recurrences():
-    model = CASES["qwen3_next-default"].source()
+@pytest.mark.parametrize("name", [NAMES[0], NAMES[2]])
+def test_alignment_finds_the_heads_of_recurrences(name):
+    model = CASES[name].source()
     planted = draw_rewrites("permute", jax.random.key(7), model.arch)
     ft = in_memory(rewritten(model, planted))
     kinds = sorted({axis.rsplit("/", 1)[-1] for axis in planted[0].permutations})

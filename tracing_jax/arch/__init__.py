@@ -25,7 +25,7 @@ from tracing_jax.arch.config import (
     read_raw_config,
 )
 from tracing_jax.arch.families import SUPPORTED_FAMILIES
-from tracing_jax.arch.mixers import DeltaNet, StateMixer, mixer_kind
+from tracing_jax.arch.mixers import DeltaNet, Mamba, StateMixer, mixer_kind
 from tracing_jax.arch.multimodal import SUPPORTED_MULTIMODAL
 from tracing_jax.arch.rope import SUPPORTED_ROPES, head_pairs
 
@@ -39,6 +39,7 @@ __all__ = [
     "Arch",
     "DeltaNet",
     "LatentAttention",
+    "Mamba",
     "Reading",
     "Router",
     "StateMixer",

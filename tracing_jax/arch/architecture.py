@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from tracing_jax.arch.mixers import DeltaNet, StateMixer, mixer_kind
+from tracing_jax.arch.mixers import DeltaNet, Mamba, StateMixer, mixer_kind
 from tracing_jax.complaints import joined
 
 
@@ -141,7 +141,7 @@ class Arch:
         reads (Qwen3-Next).
       layer_mixers: for each layer the names of what mixes its tokens, in order, each with a norm before it; empty: all
         have `attn` alone. A name such as `delta_net` is that of the subtree of a layer that holds its weights.
-      delta_net: the sizes of gated delta nets, if there are any.
+      delta_net, mamba: the sizes of gated delta nets and of Mamba-2 layers, if there are any.
       prediction_layers: how many layers behind the last a checkpoint may have that predict further tokens; they are not
         read.
       has_head: whether the model predicts tokens; a backbone, or a model for another task, does not. It counts as tied.
@@ -165,7 +165,7 @@ class Arch:
     rope_amplitudes: tuple[float, ...] = ()
     rope_interleaved: bool = False
     rope_positions: int | None = None
-    activation: Literal["silu", "gelu_tanh", "gelu", "relu"] = "silu"
+    activation: Literal["silu", "gelu_tanh", "gelu", "relu", "relu2"] = "silu"
     norm: Literal["rms", "rms_unit_offset", "layer_norm", "layer_norm_gain", "layer_norm_plain"] = "rms"
     pre_norms: bool = True
     post_norms: bool = False
@@ -207,6 +207,7 @@ class Arch:
     head_gate: bool = False
     layer_mixers: tuple[tuple[str, ...], ...] = ()
     delta_net: DeltaNet | None = None
+    mamba: Mamba | None = None
     prediction_layers: int = 0
     has_head: bool = True
     reading: Reading | None = None

@@ -29,6 +29,7 @@ _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "relu": "relu",
+    "relu2": "relu2",
 }
 
 
@@ -141,6 +142,7 @@ def arch_from_config(config: Any) -> Arch:
         "mlp_dim": getattr(config, "intermediate_size", None),
         "norm_eps": getattr(config, "rms_norm_eps", None),
         "attention_scale": head_dim**-0.5,
+        "num_layers": layers,
         "layer_windows": (None,) * layers,
         "head_dim": head_dim,
         "num_kv_heads": kv_heads,
@@ -152,7 +154,6 @@ def arch_from_config(config: Any) -> Arch:
         family=family.same_as or config.model_type,
         vocab_size=config.vocab_size,
         embed_dim=config.hidden_size,
-        num_layers=layers,
         tied=bool(config.tie_word_embeddings),
         **(found | family.read(config)),
     )

@@ -68,5 +68,54 @@ class DeltaNet:
         }
 
 
-StateMixer = DeltaNet
+@dataclass(frozen=True)
+class Mamba:
+    """Mamba-2: a linear recurrence per head whose state forgets at a rate that each token sets.
+
+    Attributes:
+      groups: how many times there are what plays the parts of keys and queries ("B" and "C").
+      heads: how many heads share each of them.
+      key_dim, value_dim: the dims of a state and of a head.
+      taps: how many tokens, its own included, the convolution before the recurrence reads.
+      least_step: the smallest step that a token makes; transformers 5.24 leaves it out when it generates.
+      conv_bias, bias: whether convolutions have biases, and whether projections have.
+
+    Source: Dao and Gu 2024 (arXiv 2405.21060).
+    """
+
+    groups: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
+    least_step: float = 0.0
+    conv_bias: bool = True
+    bias: bool = False
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Kind of axis -> its size."""
+        return {
+            "state_groups": self.groups, "state_heads": self.heads, "state_keys": self.key_dim,
+            "state_values": self.value_dim, "tap": self.taps,
+        }  # fmt: skip
+
+    @property
+    def leaves(self) -> Mapping[str, Axes]:
+        """Weight -> its axes."""
+        units = {"z": _VALUES, "value": _VALUES, "key": _KEYS, "query": _KEYS, "decay": _HEADS}
+        convolved = {name: units[name] for name in ("value", "key", "query")}
+        found: dict[str, Axes] = {f"{name}_proj/kernel": ("embed", *axes) for name, axes in units.items()}
+        found |= {f"{name}_conv/taps": (*axes, "tap") for name, axes in convolved.items()}
+        if self.conv_bias:
+            found |= {f"{name}_conv/bias": axes for name, axes in convolved.items()}
+        if self.bias:
+            found |= {f"{name}_proj/bias": axes for name, axes in units.items()} | {"out_proj/bias": ("embed",)}
+        return found | {
+            "A_log": _HEADS, "dt_bias": _HEADS, "skip": _HEADS, "norm/gain": _VALUES,
+            "out_proj/kernel": (*_VALUES, "embed"),
+        }  # fmt: skip
+
+
+StateMixer = DeltaNet | Mamba
 """The sizes of one kind of recurrence."""

@@ -153,7 +153,7 @@ def _with_groups(router: Router, config: Any) -> Router:
     return replace(router, groups=config.n_group, groups_per_token=config.topk_group)
 
 
-def _noaux_router(config: Any) -> Router:
+def noaux_router(config: Any) -> Router:
     """Returns the router of DeepSeek-V3, whose selection is balanced by a learned bias."""
     router = Router(
         "sigmoid", config.norm_topk_prob, 1e-20, config.routed_scaling_factor, selects_with_bias=True,
@@ -166,7 +166,7 @@ def _deepseek_v3(config: Any) -> ArchFields:
     return (
         _latent(config)
         | {"rope_interleaved": bool(config.rope_interleave)}
-        | _routed(config, _noaux_router(config), _deepseek_layers(config), config.intermediate_size)
+        | _routed(config, noaux_router(config), _deepseek_layers(config), config.intermediate_size)
     )
 
 
@@ -177,12 +177,12 @@ def _leading_dense(arch: Arch) -> dict[str, Any]:
 
 def _glm4_moe(config: Any) -> ArchFields:
     return {"qkv_bias": config.attention_bias, "qk_norm": "head" if config.use_qk_norm else None} | _routed(
-        config, _noaux_router(config), _deepseek_layers(config), config.intermediate_size
+        config, noaux_router(config), _deepseek_layers(config), config.intermediate_size
     )
 
 
 def _solar_open(config: Any) -> ArchFields:
-    return {"qkv_bias": config.attention_bias} | _routed(config, _noaux_router(config))
+    return {"qkv_bias": config.attention_bias} | _routed(config, noaux_router(config))
 
 
 def _minimax_m2(config: Any) -> ArchFields:

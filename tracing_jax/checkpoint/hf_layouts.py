@@ -24,6 +24,8 @@ _FUSED = (
     tuple(f"delta_net/{name}_proj" for name in ("query", "key", "value", "z")),
     ("delta_net/beta_proj", "delta_net/decay_proj"),
     tuple(f"delta_net/{name}_conv" for name in ("query", "key", "value")),
+    tuple(f"/{name}_proj" for name in ("z", "value", "key", "query", "decay")),  # of Mamba-2
+    tuple(f"/{name}_conv" for name in ("value", "key", "query")),
 )
 """Modules of ours that may share a tensor, in their order there."""
 

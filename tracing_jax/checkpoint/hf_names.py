@@ -1,5 +1,6 @@
 """What the tensors of each family are called in the files that transformers writes: one row of names per family."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -35,6 +36,8 @@ class TensorNames:
       in_out: whether kernels, that of the head excepted, are stored `[in, out]`, as ours are.
       experts_in_out: whether those of experts are.
       gate_up_order: how gate and up of experts share a tensor: one after the other, or in turn.
+      part_layers: part of a layer of ours, such as `3/mlp`, -> the number of the layer that it is in the files; empty:
+        layers are those of the files.
       with_row_axis: leaves of a layer whose tensors have an axis of size one in front.
     """
 
@@ -51,6 +54,7 @@ class TensorNames:
     two_axes: tuple[str, ...] = ()
     experts_in_out: bool = False
     gate_up_order: Literal["concatenated", "in turn"] = "concatenated"
+    part_layers: Mapping[str, int] = field(default_factory=dict)
     with_row_axis: frozenset[str] = frozenset({"mlp/output_gate/kernel"})
 
     def tensor(self, leaf: str, of_expert: bool) -> str:
@@ -62,7 +66,9 @@ class TensorNames:
         layer, module = "", own
         if own.startswith("layers/"):
             _, number, module = own.split("/", 2)
-            layer = f"{self.layers}{number}."
+            part_of_layer = f"{number}/{module.split('/')[0].removesuffix('_norm')}"
+            layer = f"{self.layers}{self.part_layers.get(part_of_layer, number)}."
+            module = re.sub(r"_\d+(?=/|_norm$|$)", "", module)  # a second mixer of a layer is called as the first
             if (whole := f"{module}/{part}") in self.modules:
                 return self.prefix + layer + self.modules[whole]
         if of_expert:
@@ -188,6 +194,27 @@ _QWEN3_5 = _QWEN_HYBRID.but(
     },
     in_order=frozenset({**_CONVOLUTIONS, **_DELTA_QKV}),
 )
+_NEMOTRON_H = _LLAMA.but(
+    {f"attn/{name}": f"mixer.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    | {f"mlp/{name}": f"mixer.{name}" for name in ("up_proj", "down_proj")}
+    | {f"mamba/{name}_proj": "mixer.in_proj" for name in ("z", "value", "key", "query", "decay")}
+    | {f"mamba/{name}_conv": "mixer.conv1d" for name in ("value", "key", "query")}
+    | dict.fromkeys(("attn_norm", "mamba_norm", "mlp_norm"), "norm")
+    | _shared("mixer.shared_experts")
+    | {
+        "embed/embedding": "embeddings",
+        "head/norm": "norm_f",
+        "mamba/A_log": "mixer.A_log",
+        "mamba/dt_bias": "mixer.dt_bias",
+        "mamba/skip": "mixer.D",
+        "mamba/norm": "mixer.norm",
+        "mamba/out_proj": "mixer.out_proj",
+        "mlp/router": "mixer.gate",
+        "mlp/router/correction_bias": "mixer.gate.e_score_correction_bias",
+    },
+    prefix="backbone.",
+    experts={f"mlp/{name}": f"mixer.experts.{{e}}.{name}" for name in ("up_proj", "down_proj")},
+)
 _GPT2 = TensorNames(
     dict.fromkeys(_QKV, "attn.c_attn")
     | {
@@ -277,6 +304,7 @@ TENSOR_NAMES: Mapping[str, TensorNames] = {
     "qwen3_moe": _QWEN_MOE,
     "olmoe": _QWEN_MOE,
     "gpt_oss": _GPT_OSS,
+    "nemotron_h": _NEMOTRON_H,
     "qwen3_next": _QWEN3_NEXT,
     "qwen3_5_text": _QWEN3_5,
     "qwen3_5_moe_text": _QWEN3_5,
@@ -343,6 +371,10 @@ _TWO_NORMS = {"falcon": {"attn_norm": "ln_attn", "mlp_norm": "ln_mlp"}}
 """Family -> names in a parallel block with two norms, where other blocks have others."""
 
 
+_ONE_PART_A_LAYER = ("nemotron_h",)
+"""Families whose layers are attention, a recurrence or an MLP; a layer of ours is all up to the next MLP."""
+
+
 def _in_memory(names: TensorNames, mlp: str = "mlp", router: str = "gate") -> TensorNames:
     """Returns the names of experts in two tensors, as transformers 5 holds them in memory."""
     both = f"{mlp}.experts.gate_up_proj"
@@ -355,6 +387,12 @@ def _in_memory(names: TensorNames, mlp: str = "mlp", router: str = "gate") -> Te
 
 IN_MEMORY: Mapping[str, TensorNames] = {
     **{family: _in_memory(names) for family, names in TENSOR_NAMES.items() if "{e}" in "".join(names.experts.values())},
+    "nemotron_h": _NEMOTRON_H.but(
+        {},
+        prefix="model.",
+        experts={f"mlp/{name}": f"mixer.experts.{name}" for name in ("up_proj", "down_proj")},
+        expert_suffixes={"kernel": ""},
+    ),
     "minimax_m2": _in_memory(_LLAMA.but({"mlp/router/correction_bias": "mlp.e_score_correction_bias"})),
     "phimoe": _in_memory(_LLAMA, router="router"),
     "granitemoe": _in_memory(_LLAMA, "block_sparse_moe", "router"),
@@ -371,6 +409,9 @@ IN_MEMORY: Mapping[str, TensorNames] = {
 def names_of(arch: Arch) -> TensorNames:
     """Returns the names that transformers writes for a model."""
     names = TENSOR_NAMES.get(arch.family, _LLAMA)
+    if arch.family in _ONE_PART_A_LAYER:
+        parts = [f"{i}/{part}" for i in range(arch.num_layers) for part in (*arch.mixers_of(i), "mlp")]
+        names = replace(names, part_layers={part: number for number, part in enumerate(parts)})
     both = arch.parallel and not arch.shared_norm
     return names.but(_TWO_NORMS[arch.family]) if both and arch.family in _TWO_NORMS else names
 
@@ -382,8 +423,10 @@ def names_found(arch: Arch) -> list[TensorNames]:
     calls every head `lm_head`.
     """
     written = names_of(arch)
-    forms = [written, *([IN_MEMORY[arch.family]] if arch.family in IN_MEMORY else [])]
+    forms = [written]
+    if arch.family in IN_MEMORY:
+        forms.append(replace(IN_MEMORY[arch.family], part_layers=written.part_layers))
     if arch.latent is not None and arch.latent.q_rank is None:
         forms = [names.but(dict.fromkeys(("attn/q_proj", "attn/q_rope_proj"), "self_attn.q_proj")) for names in forms]
-    prefixes, heads = dict.fromkeys((written.prefix, "")), dict.fromkeys((written.head, "lm_head"))
+    prefixes, heads = dict.fromkeys((*(form.prefix for form in forms), "")), dict.fromkeys((written.head, "lm_head"))
     return [replace(f, prefix=prefix, head=head) for prefix in prefixes for head in heads for f in forms]

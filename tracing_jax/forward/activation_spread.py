@@ -14,6 +14,7 @@ FLOAT64_ACTIVATIONS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
     "gelu_tanh": lambda z: z * special.expit(2 * math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)),
     "gelu": lambda z: z * special.ndtr(z),
     "relu": lambda z: np.maximum(z, 0),
+    "relu2": lambda z: np.square(np.maximum(z, 0)),
 }
 """The activations of the models in float64: what is beyond a parabola can be less than the error of float32."""
 

@@ -3,7 +3,7 @@
 Letters: B batch, T position, S positions of a cache, D embed, V vocab.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -27,12 +27,16 @@ from tracing_jax.models.layers import (
     norm,
     scaled,
 )
+from tracing_jax.models.mamba import empty_mamba, mamba
 from tracing_jax.models.mlp import mlp, mlp_inner
 from tracing_jax.models.taps import taps_problem
 from tracing_jax.tree import Tree
 
-_STATE_MIXERS = {"delta_net": delta_net}
-"""Kind of recurrence -> its function."""
+_STATE_MIXERS: Mapping[str, tuple[Callable[..., tuple[Any, ...]], Callable[..., StateCache]]] = {
+    "delta_net": (delta_net, empty_state),
+    "mamba": (mamba, empty_mamba),
+}
+"""Kind of recurrence -> its function, and what it remembers before it has read any text."""
 
 _NO_WINDOW = jnp.iinfo(jnp.int32).max
 
@@ -81,7 +85,7 @@ def empty_cache(
     found: dict[str, Cache | StateCache] = {}
     for name in arch.mixers_of(layer):
         if (state := arch.state_mixer(name)) is not None:
-            found[name] = empty_state(state, batch, dtype, place and place(0))
+            found[name] = _STATE_MIXERS[mixer_kind(name)][1](state, batch, dtype, place and place(0))
             continue
         on, heads = place and place(arch.num_kv_heads), (batch, length, arch.num_kv_heads)
         found[name] = Cache(*(jnp.zeros((*heads, n), dtype, device=on) for n in (arch.head_dim, arch.v_dim)))
@@ -144,7 +148,7 @@ def apply_block(
         raise ValueError(problem)
     if positions is None:
         positions = jnp.arange(x.shape[1])[None]
-    found, after = {"residual": x}, {}
+    found, after = {"residual": x, "heads": x[..., :0]}, {}
     for name in inputs.mixers:
         y = _optional_norm(arch, params, f"{name}_norm", arch.pre_norms, x)
         own = None if cache is None else cache[name]
@@ -165,7 +169,7 @@ def _mixer(arch: Arch, name: str) -> Callable[..., tuple[Any, ...]]:
     """Returns what mixes tokens under this name."""
     if name == "attn":
         return attention if arch.latent is None else latent_attention
-    return _STATE_MIXERS[mixer_kind(name)]
+    return _STATE_MIXERS[mixer_kind(name)][0]
 
 
 def mlp_input(arch: Arch, params: Tree, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

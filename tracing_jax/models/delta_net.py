@@ -1,7 +1,7 @@
 """A gated delta net: a recurrence whose state forgets, and corrects what it would return for a key, token by token.
 
 Letters: B batch, T position, D embed, K groups of heads, G heads of a group, N dims of a key, U dims of a value, C taps
-of the convolution, L tokens of a chunk.
+of the convolution.
 """
 
 import jax
@@ -12,11 +12,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tracing_jax.arch import Arch, DeltaNet
 from tracing_jax.models.layers import ACTIVATIONS, LayerInputs, StateCache, einsum, linear, unit_rms
+from tracing_jax.models.linear_recurrence import (
+    State,
+    Values,
+    in_chunks,
+    read_and_write,
+    similarity,
+    since_start,
+)
 from tracing_jax.models.short_convolution import causal_convolution, last_tokens
 from tracing_jax.tree import Tree
 
-_CHUNK = 64
-"""Tokens that are computed together; each chunk solves a triangular system of this size for each head."""
 _LENGTH_EPS = 1e-6
 """Added to the squared length of queries and keys, a constant of the reference implementation."""
 
@@ -94,42 +100,20 @@ def gated_delta_rule(
 
     Source: arXiv 2412.06464, section 3.2 and eq. 10; chunks as in Yang et al. 2024 (arXiv 2406.06484).
     """
-    T, N = q.shape[1], q.shape[-1]
-    length = min(_CHUNK, T)
     here = is_text[:, :, None, None]
     decay, beta = jnp.where(here, decay, 0.0), jnp.where(here, beta, 0.0)
-
-    def chunks(x: Array) -> Array:
-        x = x.astype(jnp.float32)
-        padded = jnp.pad(x, [(0, 0), (0, -T % length)] + [(0, 0)] * (x.ndim - 2))
-        return padded.reshape(x.shape[0], -1, length, *x.shape[2:]).swapaxes(0, 1)
-
-    state, heads = jax.lax.scan(_chunk, state, tuple(map(chunks, (q * N**-0.5, k, v, decay, beta))))
-    return state, heads.swapaxes(0, 1).reshape(heads.shape[1], -1, *heads.shape[3:])[:, :T]
+    return in_chunks(_chunk, state, (q * q.shape[-1] ** -0.5, k, v, decay, beta))
 
 
-def _chunk(
-    state: Float[Array, "B K G N U"], tokens: tuple[Array, ...]
-) -> tuple[Float[Array, "B K G N U"], Float[Array, "B L K G U"]]:
+def _chunk(state: State, tokens: tuple[Array, ...]) -> tuple[State, Values]:
     """Returns the state after a chunk, and what its queries read."""
     q, k, v, decay, beta = tokens
-    since = jnp.moveaxis(jnp.cumsum(decay, axis=1), 1, -1)  # B K G L: the log of what is left of the state before
-    beta = jnp.moveaxis(beta, 1, -1)
-    L = q.shape[1]
-    is_past = jnp.tril(jnp.ones((L, L), bool))
-    # Only differences of past tokens are taken: others would overflow.
-    left = jnp.exp(jnp.where(is_past, since[..., :, None] - since[..., None, :], -jnp.inf))
-    alike = einsum("btkn,bskn->bkts", k, k)[:, :, None] * left
-    system = jnp.eye(L) + jnp.tril(beta[..., None] * alike, -1)
+    since, beta = since_start(decay), jnp.moveaxis(beta, 1, -1)
+    system = jnp.eye(q.shape[1]) + jnp.tril(beta[..., None] * similarity(k, k, since), -1)
     known = einsum("btkn,bkgnu->bkgtu", k, state) * jnp.exp(since)[..., None]
     wanted = beta[..., None] * (jnp.moveaxis(v, 1, -2) - known)
     corrections = jax.scipy.linalg.solve_triangular(system, wanted, lower=True, unit_diagonal=True)
-    seen = einsum("btkn,bskn->bkts", q, k)[:, :, None] * left
-    heads = einsum("bkgts,bkgsu->btkgu", seen, corrections)
-    heads += einsum("btkn,bkgnu,bkgt->btkgu", q, state, jnp.exp(since))
-    kept = jnp.exp(since[..., -1:] - since)
-    state = state * jnp.exp(since[..., -1])[..., None, None] + einsum("bskn,bkgsu,bkgs->bkgnu", k, corrections, kept)
-    return state, heads
+    return read_and_write(state, q, k, corrections, since)
 
 
 def _unit_length(x: Float[Array, "B T K N"]) -> Float[Array, "B T K N"]:

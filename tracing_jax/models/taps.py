@@ -16,7 +16,7 @@ def tap_axes(arch: Arch, layer: int = 0) -> Mapping[str, tuple[str, ...]]:
     * `mlp_output`: what it returns, before a post norm.
     """
     units = ("expert", "mlp") if arch.has_experts(layer) else ("mlp",)
-    is_attention = arch.mixers_of(layer)[-1] == "attn"
+    is_attention = arch.mixers_of(layer)[-1:] == ("attn",)
     axes = {
         "residual": ("embed",),
         "heads": ("kv_heads", "q_group", "v_dim") if is_attention else ("state_groups", "state_heads", "state_values"),
