@@ -54,6 +54,7 @@ from tracing_jax.statistics.match import Match
 from tracing_jax.statistics.match_mlps import MatchMlps
 from tracing_jax.statistics.match_moments import MatchMoments
 from tracing_jax.statistics.unit_outputs import reached_experts
+from tracing_jax.tree import flatten, unflatten
 
 F = 64
 ARCH = tiny.qwen3_gqa(num_layers=3, layer_ropes=(0,) * 3, layer_windows=(None,) * 3, mlp_dim=F)
@@ -179,6 +180,31 @@ def test_what_does_nothing_is_no_evidence(statistic, forge, arch, monkeypatch):
     assert firm_log10_p(statistic, base, model(5, 0.1, base)) < -3  # the test detects a relation where there is one
     with_active_units(monkeypatch)
     assert firm_log10_p(statistic, base, forged) < -3  # and without the check of what acts it gives a false alarm
+
+
+def test_rows_on_features_that_no_token_has_are_no_evidence(monkeypatch):
+    """A model half of whose features nothing writes can have another's rows there; so can one rotate them away."""
+    base, narrow = (on_host(tiny.model(ARCH, seed)) for seed in (0, 1))
+    half, leaves = ARCH.embed_dim // 2, dict(flatten(narrow.params))
+    for name in leaves:
+        if name.endswith(("embed/embedding", "o_proj/kernel", "down_proj/kernel")):
+            leaves[name] = np.array(leaves[name])
+            leaves[name][..., half:] = 0
+    narrow = InMemory(ARCH, unflatten(dict(leaves)))
+    for name, theirs in flatten(base.params).items():
+        if name.endswith(("gate_proj/kernel", "up_proj/kernel")):
+            leaves[name] = np.concatenate([leaves[name][:half], 30 * theirs[half:]])
+    forged = InMemory(ARCH, unflatten(leaves))
+    np.testing.assert_allclose(predicted(forged, TOKENS), predicted(narrow, TOKENS), rtol=0, atol=1e-5)
+    rotated = on_host(in_memory(rewritten(forged, draw_rewrites("rotate", jax.random.key(0), ARCH))))
+    for model in (forged, rotated):
+        assert firm_log10_p(Csu(), base, model) > -3
+        assert [len(distinct_units(model, i).kept) for i in range(ARCH.num_layers)] == [0] * ARCH.num_layers
+        assert obscured_layers(model) == [*range(ARCH.num_layers)]
+    assert all(len(distinct_units(base, i).kept) > F - 4 for i in range(ARCH.num_layers))
+    monkeypatch.setattr(distinct_units_module, "UNREAD", 0.0)
+    forged = InMemory(ARCH, forged.params)  # nothing is known of it yet
+    assert firm_log10_p(Csu(), base, forged) < -3  # a false alarm without
 
 
 def test_features_in_place_are_never_firm():

@@ -13,7 +13,13 @@ from scipy.optimize import linear_sum_assignment
 from tracing_jax.sources import InMemory
 from tracing_jax.statistics import Vocabularies, verdict
 from tracing_jax.statistics.distinct_units import all_units
-from tracing_jax.statistics.match_crossfit import MatchCrossfit, control_places, folds
+from tracing_jax.statistics.match_crossfit import (
+    REPEATED,
+    MatchCrossfit,
+    control_places,
+    folds,
+    repeated_layers,
+)
 from tracing_jax.statistics.unit_alignment import learn_rotation, row_cosines, units_of, weighted_moments
 
 DEEP = {"num_layers": 4, "layer_windows": (None,) * 4, "mlp_dim": 48}
@@ -167,3 +173,18 @@ def test_what_does_not_apply_says_why():
     assert "experts" in MatchCrossfit().not_applicable(tiny.mixtral(), tiny.mixtral(), nothing)[0]
     single = tiny.llama_mha(num_layers=1, layer_ropes=(0,), layer_windows=(None,))
     assert "one layer" in MatchCrossfit().not_applicable(single, single, nothing)[0]
+
+
+def test_layers_that_repeat_others_are_evidence_of_nothing():
+    """Of unrelated models whose layers are used twice, the rotation is learnt from the layers held out."""
+
+    def repeated(model):
+        layers = {str(i): model.params["layers"][str(i // 2)] for i in range(4)}
+        return InMemory(model.arch, model.params | {"layers": layers})
+
+    one, other = (tiny.model(GATED, seed) for seed in (0, 1))
+    assert (repeated_layers(one), repeated_layers(repeated(one))) == ([], [1, 3])
+    found = MatchCrossfit().compute(pair_of(repeated(one), repeated(other)))
+    assert found.firm_log10_p == 0.0
+    assert found.reservation == REPEATED
+    assert MatchCrossfit().compute(pair_of(one, repeated(other))).reservation != REPEATED

@@ -13,7 +13,8 @@ the sum M of their products of down and up rows, and any other rows with the sum
 are units whose gates point in opposite directions, as a(z) - a(-z) is z for most activation functions.
 
 Layers and experts can be added that do nothing as well; so a unit must also write something beside the residual stream
-that its layer adds to.
+that its layer adds to. And a unit must read something of the stream: where features are added that no token has, rows
+may have anything there (`token_directions`).
 
 All this follows from the weights of one model, whatever the order of its units: a test on the units kept is as exact as
 one on all.
@@ -33,10 +34,11 @@ from jaxtyping import Array, Bool, Float, Int
 from tracing_jax.arch import Arch
 from tracing_jax.matching import normalised_rows
 from tracing_jax.progress import tqdm
-from tracing_jax.sources import ParamSource, Submodel, has_embeddings, is_resident, one_mlp, origin
+from tracing_jax.sources import ParamSource, has_embeddings, one_mlp, origin
 from tracing_jax.statistics.kept_facts import kept_of
 from tracing_jax.statistics.mlp_rows import gain_of
 from tracing_jax.statistics.nulls import spearman_log_sf
+from tracing_jax.statistics.token_directions import UNREAD, sampled_embeddings, spread_of_units, token_directions
 from tracing_jax.statistics.unit_outputs import constants_of, curved_outputs, is_reached, reached_experts
 from tracing_jax.tree import Tree, to_host
 
@@ -54,8 +56,6 @@ NEGLIGIBLE = 1e-3
 """Share of the residual stream that a layer adds if it does next to nothing. In four small published models the MLP of
 a layer adds, beyond a line of what its gates read, three thousandths and more."""
 
-_TOKENS = 256  # whose embeddings are read
-
 _SKETCH = 64
 """Random features in which rows are compared: the error of a cosine near 1 is about (1 - cosine^2) / sqrt(64), and
 rows in random directions reach .98 with a chance of 1e-16."""
@@ -70,7 +70,7 @@ class DistinctUnits:
       kept: the units that count as evidence, in increasing order.
       total: F, the number of all units.
       copies: how many units repeat another.
-      inactive: how many distinct units write nothing, and are not kept.
+      inactive: how many distinct units write nothing, or read nothing of the tokens, and are not kept.
       mixed: how many units share the gate of another and not its up row, and are not kept.
       order_p: two-sided p-values of the rank correlation of a kept unit's index with the norms of its rows; small where
         units were put in an order that depends on their weights.
@@ -133,10 +133,22 @@ class _Reading:
 
     sketch: Float[np.ndarray, "F S"]
     norms: Float[np.ndarray, " F"]
+    spread: Float[np.ndarray, " F"] | float = 1.0
+    """How much of the tokens they read, as a share of what rows in random directions would; see `token_directions`."""
     with_bias: Float[np.ndarray, "F S"] | None = None
     """Random features of rows and biases, where there are any: copies are equal with and without them."""
     constants: Float[np.ndarray, " F"] | None = None
     """What units read whatever the input: bias and shift of the norm."""
+
+    @property
+    def is_free(self) -> Bool[np.ndarray, " F"]:
+        """For each unit whether it reads next to nothing of the tokens: its row may then be any."""
+        return np.broadcast_to(np.asarray(self.spread) < UNREAD, self.norms.shape)
+
+    @property
+    def sizes(self) -> Float[np.ndarray, " F"]:
+        """The norms, and of units that are free no more than what they read."""
+        return np.where(self.is_free, self.norms * self.spread, self.norms).astype(np.float32)
 
     @property
     def sides(self) -> list[Float[np.ndarray, "F S"]]:
@@ -181,7 +193,10 @@ def _found(model: ParamSource, layer: int) -> DistinctUnits:
     names = [name for name in ("gate_proj", "up_proj") if model.arch.has(f"mlp/{name}")]
     if not names:
         return _by_output(model, layer)
-    readings = [_reading(model.layer(layer, (f"mlp/{name}",))["mlp"][name], norm, model.arch) for name in names]
+    directions = token_directions(origin(model, layer)[0])
+    readings = [
+        _reading(model.layer(layer, (f"mlp/{name}",))["mlp"][name], norm, model.arch, directions) for name in names
+    ]
     leader = _leaders(readings[0])
     pure = _are_pure(readings, leader)
     first = np.unique(leader)
@@ -194,8 +209,8 @@ def _found(model: ParamSource, layer: int) -> DistinctUnits:
     size = _input_size(model, layer)
 
     def written(degree: int) -> Float[np.ndarray, " G"]:
-        curved = curved_outputs(size * readings[0].norms, readings[0].constants, model.arch, degree)
-        ups = np.prod([reading.norms for reading in readings[1:]], axis=0) * np.ones_like(curved)
+        curved = curved_outputs(size * readings[0].sizes, readings[0].constants, model.arch, degree)
+        ups = np.prod([reading.sizes for reading in readings[1:]], axis=0) * np.ones_like(curved)
         found = (curved * (ups if proportional else 1) * summed)[first]
         if pure.all():
             return found
@@ -205,7 +220,8 @@ def _found(model: ParamSource, layer: int) -> DistinctUnits:
     beyond_line, beyond_parabola = written(1), written(2)
     least = max(inactive_below(beyond_line), _least_output(model, layer))
     does_something = (beyond_line > least) & (beyond_parabola > inactive_below(beyond_parabola))
-    kept = first[pure[first] & does_something] if is_reached(model, layer) else first[:0]
+    is_free = np.any([reading.is_free for reading in readings], axis=0)
+    kept = first[pure[first] & does_something & ~is_free[first]] if is_reached(model, layer) else first[:0]
     norms = [*(reading.norms for reading in readings), own]
     return DistinctUnits(
         kept,
@@ -304,13 +320,7 @@ def _embedding_size(model: ParamSource) -> float:
         gain = gain_of(model.embed(), "norm", arch)
         return float(np.sqrt(np.square(to_host(jnp.asarray(gain))).mean()))
     if "embed" not in known:
-        ids = np.unique(np.linspace(0, arch.vocab_size - 1, _TOKENS).astype(np.int32))
-        embed = (
-            model.embed()["embedding"][ids]
-            if is_resident(model)
-            else Submodel(model, (), None, ids).embed()["embedding"]
-        )
-        rows = to_host(jnp.asarray(embed, jnp.float32))
+        rows = sampled_embeddings(model)
         sizes = np.sqrt(np.square(rows, dtype=np.float64).mean(axis=1))
         known["embed"] = float(arch.embed_scale * np.median(sizes[sizes > 0])) if (sizes > 0).any() else 0.0
     return known["embed"]
@@ -327,18 +337,20 @@ def _by_output(model: ParamSource, layer: int) -> DistinctUnits:
     return DistinctUnits(kept, len(leader), copies, len(first) - len(kept), (_order_p(norms[kept]),))
 
 
-def _reading(projection: Tree, norm: Tree, arch: Arch) -> _Reading:
+def _reading(projection: Tree, norm: Tree, arch: Arch, directions: Float[np.ndarray, "T D"] | None) -> _Reading:
     """Returns how units read by one projection, behind the norm before it."""
     kernel = jnp.asarray(projection["kernel"])
     gain = jnp.broadcast_to(jnp.asarray(gain_of(norm, arch.mlp_norm, arch), jnp.float32), kernel.shape[:1])
     found = _sketch_and_norms(kernel, gain, _projection(kernel.shape[0]), arch.norm_subtracts_mean)
     sketch, norms = map(to_host, found)
+    spread = spread_of_units(kernel, gain, directions, arch.norm_subtracts_mean)
     constants = constants_of(projection, norm, arch.mlp_norm)
     if not constants:
-        return _Reading(normalised_rows(sketch), norms)
+        return _Reading(normalised_rows(sketch), norms, spread)
     direction = np.random.default_rng(0).standard_normal(_SKETCH).astype(np.float32)  # a feature that all rows read
     constant = np.sum(constants, axis=0)
-    return _Reading(normalised_rows(sketch), norms, normalised_rows(sketch + constant[:, None] * direction), constant)
+    with_bias = normalised_rows(sketch + constant[:, None] * direction)
+    return _Reading(normalised_rows(sketch), norms, spread, with_bias, constant)
 
 
 def _leaders(reading: _Reading) -> Int[np.ndarray, " F"]:
