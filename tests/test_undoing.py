@@ -304,7 +304,8 @@ def test_what_ft_has_more_must_do_nothing(change, line):
 
 def test_words_that_do_not_fit_are_refused():
     arch = tiny.mixtral()
-    others = {"q_latent", "kv_latent", "state_groups", "state_heads"}  # of attention with latents, and of recurrences
+    latents, states = {"q_latent", "kv_latent"}, {"state_groups", "state_heads"}
+    others = latents | states  # of other attention, and of recurrences
     assert not any(alignment_problems(arch, arch, [kind]) for kind in (*set(KINDS) - others, "all", "auto"))
     assert alignment_problems(arch, arch, ["q_latent"]) == ["neither model has units of kind q_latent"]
     assert not any(alignment_problems(tiny.deepseek(), tiny.deepseek(), [kind]) for kind in latents)

@@ -40,7 +40,8 @@ def _finetune_of(inputs: ClaimInputs) -> ClaimResult:
     found = inputs.verdict
     differing = [size for size in SIZES if getattr(inputs.base.arch, size) != getattr(inputs.ft.arch, size)]
     if found.verdict == "no_evidence":
-        why = "no sign of common weights was found, by tests that find fine-tunes after every rewrite that this program knows"
+        tests = "tests that find fine-tunes after every rewrite that this program knows"
+        why = f"no sign of common weights was found, by {tests}"
         return result("finetune-of", "contradicted", why, verdict=found.verdict)
     if found.verdict == "related" and differing:
         why = f"the models are related, but not of one shape: they differ in {size_names(differing)}"
