@@ -152,7 +152,7 @@ def repeated_layers(model: ParamSource) -> list[int]:
     signatures: list[np.ndarray] = []
     for i in range(model.arch.num_layers):
         kernel = model.layer(i, ("mlp/up_proj/kernel",))["mlp"]["up_proj"]["kernel"][:_FEATURES]
-        correlations = np.corrcoef(np.asarray(jnp.asarray(kernel, jnp.float32), np.float64))
+        correlations = np.atleast_2d(np.corrcoef(np.asarray(jnp.asarray(kernel, jnp.float32), np.float64)))
         above = np.nan_to_num(correlations[np.triu_indices(len(correlations), 1)])
         signatures.append(above / (np.linalg.norm(above) or 1.0))
     return [i for i, own in enumerate(signatures) if any(own @ other >= _SAME for other in signatures[:i])]
