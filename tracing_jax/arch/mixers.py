@@ -22,17 +22,8 @@ def mixer_kind(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class DeltaNet:
-    """A gated delta net: a linear recurrence per head whose state, a matrix from keys to values, forgets and corrects.
-
-    Attributes:
-      groups: the number of heads of queries and keys.
-      heads: how many heads of values share each of them; each has a state.
-      key_dim, value_dim: the widths of a head's keys and of its values.
-      taps: how many tokens, its own included, the convolution before the recurrence reads.
-
-    Source: Yang et al. 2024, Gated Delta Networks (arXiv 2412.06464).
-    """
+class _Recurrence:
+    """The sizes that every recurrence has; what they count is said at each kind."""
 
     groups: int
     heads: int
@@ -47,6 +38,20 @@ class DeltaNet:
             "state_groups": self.groups, "state_heads": self.heads, "state_keys": self.key_dim,
             "state_values": self.value_dim, "tap": self.taps,
         }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DeltaNet(_Recurrence):
+    """A gated delta net: a linear recurrence per head whose state, a matrix from keys to values, forgets and corrects.
+
+    Attributes:
+      groups: the number of heads of queries and keys.
+      heads: how many heads of values share each of them; each has a state.
+      key_dim, value_dim: the widths of a head's keys and of its values.
+      taps: how many tokens, its own included, the convolution before the recurrence reads.
+
+    Source: Yang et al. 2024, Gated Delta Networks (arXiv 2412.06464).
+    """
 
     @property
     def leaves(self) -> Mapping[str, Axes]:
@@ -69,7 +74,7 @@ class DeltaNet:
 
 
 @dataclass(frozen=True)
-class Mamba:
+class Mamba(_Recurrence):
     """Mamba-2: a linear recurrence per head whose state forgets at a rate that each token sets.
 
     Attributes:
@@ -83,22 +88,9 @@ class Mamba:
     Source: Dao and Gu 2024 (arXiv 2405.21060).
     """
 
-    groups: int
-    heads: int
-    key_dim: int
-    value_dim: int
-    taps: int
     least_step: float = 0.0
     conv_bias: bool = True
     bias: bool = False
-
-    @property
-    def sizes(self) -> Mapping[str, int]:
-        """Kind of axis -> its size."""
-        return {
-            "state_groups": self.groups, "state_heads": self.heads, "state_keys": self.key_dim,
-            "state_values": self.value_dim, "tap": self.taps,
-        }  # fmt: skip
 
     @property
     def leaves(self) -> Mapping[str, Axes]:

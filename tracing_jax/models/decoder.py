@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from tracing_jax.arch import Arch, head_problem, length_problem, mixer_kind
-from tracing_jax.models.delta_net import delta_net, empty_state
+from tracing_jax.models.delta_net import delta_net
 from tracing_jax.models.latent_attention import latent_attention
 from tracing_jax.models.layers import (
     Cache,
@@ -27,16 +27,14 @@ from tracing_jax.models.layers import (
     norm,
     scaled,
 )
-from tracing_jax.models.mamba import empty_mamba, mamba
+from tracing_jax.models.linear_recurrence import empty_state
+from tracing_jax.models.mamba import mamba
 from tracing_jax.models.mlp import mlp, mlp_inner
 from tracing_jax.models.taps import taps_problem
 from tracing_jax.tree import Tree
 
-_STATE_MIXERS: Mapping[str, tuple[Callable[..., tuple[Any, ...]], Callable[..., StateCache]]] = {
-    "delta_net": (delta_net, empty_state),
-    "mamba": (mamba, empty_mamba),
-}
-"""Kind of recurrence -> its function, and what it remembers before it has read any text."""
+_STATE_MIXERS: Mapping[str, Callable[..., tuple[Any, ...]]] = {"delta_net": delta_net, "mamba": mamba}
+"""Kind of recurrence -> its function."""
 
 _NO_WINDOW = jnp.iinfo(jnp.int32).max
 
@@ -85,7 +83,7 @@ def empty_cache(
     found: dict[str, Cache | StateCache] = {}
     for name in arch.mixers_of(layer):
         if (state := arch.state_mixer(name)) is not None:
-            found[name] = _STATE_MIXERS[mixer_kind(name)][1](state, batch, dtype, place and place(0))
+            found[name] = empty_state(state, batch, dtype, place and place(0))
             continue
         on, heads = place and place(arch.num_kv_heads), (batch, length, arch.num_kv_heads)
         found[name] = Cache(*(jnp.zeros((*heads, n), dtype, device=on) for n in (arch.head_dim, arch.v_dim)))
@@ -169,7 +167,7 @@ def _mixer(arch: Arch, name: str) -> Callable[..., tuple[Any, ...]]:
     """Returns what mixes tokens under this name."""
     if name == "attn":
         return attention if arch.latent is None else latent_attention
-    return _STATE_MIXERS[mixer_kind(name)][0]
+    return _STATE_MIXERS[mixer_kind(name)]
 
 
 def mlp_input(arch: Arch, params: Tree, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

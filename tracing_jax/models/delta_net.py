@@ -6,15 +6,14 @@ of the convolution.
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Sharding
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from tracing_jax.arch import Arch, DeltaNet
+from tracing_jax.arch import Arch
 from tracing_jax.models.layers import ACTIVATIONS, LayerInputs, StateCache, einsum, linear, unit_rms
 from tracing_jax.models.linear_recurrence import (
     State,
     Values,
+    empty_state,
     in_chunks,
     read_and_write,
     similarity,
@@ -62,17 +61,6 @@ def delta_net(
     if cache is not None:
         after = StateCache({name: last_tokens(own[name], cache.past[name], is_text) for name in _PARTS}, state)
     return linear(params["out_proj"], heads, "btkgu,kgud->btd"), heads, after
-
-
-def empty_state(net: DeltaNet, batch: int, dtype: DTypeLike, sharding: Sharding | None = None) -> StateCache:
-    """Returns what a gated delta net remembers before it has read any text: zeros."""
-    keys, values = (net.groups, net.key_dim), (net.groups, net.heads, net.value_dim)
-    past = {
-        name: jnp.zeros((batch, net.taps - 1, *units), dtype, device=sharding)
-        for name, units in zip(_PARTS, (keys, keys, values), strict=True)
-    }
-    state = jnp.zeros((batch, net.groups, net.heads, net.key_dim, net.value_dim), jnp.float32, device=sharding)
-    return StateCache(past, state)
 
 
 def gated_delta_rule(

@@ -8,15 +8,29 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from tracing_jax.models.layers import einsum
+from tracing_jax.arch import StateMixer
+from tracing_jax.models.layers import StateCache, einsum
 
 CHUNK = 64
 """Tokens that are computed together."""
 
 State = Float[Array, "B K G N U"]
 Values = Float[Array, "B L K G U"]
+
+
+def empty_state(mixer: StateMixer, batch: int, dtype: DTypeLike, sharding: Sharding | None = None) -> StateCache:
+    """Returns what a recurrence remembers before it has read any text: zeros."""
+    keys, values = (mixer.groups, mixer.key_dim), (mixer.groups, mixer.heads, mixer.value_dim)
+    past = {
+        name: jnp.zeros((batch, mixer.taps - 1, *units), dtype, device=sharding)
+        for name, units in {"query": keys, "key": keys, "value": values}.items()
+    }
+    shape = (batch, mixer.groups, mixer.heads, mixer.key_dim, mixer.value_dim)
+    return StateCache(past, jnp.zeros(shape, jnp.float32, device=sharding))
 
 
 def in_chunks(

@@ -5,13 +5,11 @@ Letters: B batch, T position, D embed, K groups, G heads of a group, N dims of a
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Sharding
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from tracing_jax.arch import Arch, Mamba
+from tracing_jax.arch import Arch
 from tracing_jax.models.layers import LayerInputs, StateCache, linear
-from tracing_jax.models.linear_recurrence import State, Values, in_chunks, read_and_write, since_start
+from tracing_jax.models.linear_recurrence import State, Values, empty_state, in_chunks, read_and_write, since_start
 from tracing_jax.models.short_convolution import causal_convolution, last_tokens
 from tracing_jax.tree import Tree
 
@@ -38,7 +36,7 @@ def mamba(
     facts = arch.mamba
     assert facts is not None
     is_text = jnp.broadcast_to(positions >= 0, x.shape[:2])
-    before = empty_mamba(facts, x.shape[0], x.dtype) if cache is None else cache
+    before = empty_state(facts, x.shape[0], x.dtype) if cache is None else cache
     own = {name: linear(params[f"{name}_proj"], x, shape) for name, shape in _SHAPES.items()}
     v, k, q = (
         jax.nn.silu(causal_convolution(params[f"{name}_conv"], own[name], before.past[name])) for name in _SHAPES
@@ -59,17 +57,6 @@ def mamba(
     if cache is not None:
         after = StateCache({name: last_tokens(own[name], cache.past[name], is_text) for name in _SHAPES}, state)
     return linear(params["out_proj"], heads, "btkgu,kgud->btd"), heads, after
-
-
-def empty_mamba(facts: Mamba, batch: int, dtype: DTypeLike, sharding: Sharding | None = None) -> StateCache:
-    """Returns what a Mamba-2 layer remembers before it has read any text: zeros."""
-    keys, values = (facts.groups, facts.key_dim), (facts.groups, facts.heads, facts.value_dim)
-    past = {
-        name: jnp.zeros((batch, facts.taps - 1, *units), dtype, device=sharding)
-        for name, units in zip(_SHAPES, (values, keys, keys), strict=True)
-    }
-    shape = (batch, facts.groups, facts.heads, facts.key_dim, facts.value_dim)
-    return StateCache(past, jnp.zeros(shape, jnp.float32, device=sharding))
 
 
 def _chunk(state: State, tokens: tuple[Array, ...]) -> tuple[State, Values]:
