@@ -84,7 +84,8 @@ def spread_of_units(
     """Returns how much each unit reads of the tokens, as a share of what a row in a random direction reads of noise.
 
     The spread is the distance of the quartiles over the tokens, so that a few of them do not decide: it is 1 for
-    directions that are normal and equal in all features. It is 1 too where nothing is known of the tokens.
+    directions that are normal and equal in all features. It is 1 too where nothing is known of the tokens, and for rows
+    of zeros, in which nothing can be hidden.
 
     Args:
       kernel: columns are what units read.
@@ -96,7 +97,7 @@ def spread_of_units(
         return np.ones(kernel.shape[1], np.float32)
     read, norms = map(to_host, _read(kernel, gain, jnp.asarray(directions), centred))
     low, high = np.quantile(read, [0.25, 0.75], axis=0)  # by partition: XLA sorts, which takes ten times as long
-    return np.divide(high - low, _QUARTILES * norms, out=np.zeros_like(norms), where=norms > 0)
+    return np.divide(high - low, _QUARTILES * norms, out=np.ones_like(norms), where=norms > 0)
 
 
 _QUARTILES = 1.349  # their distance in a standard normal distribution
