@@ -45,7 +45,7 @@ from tracing_jax.statistics import (
 )
 from tracing_jax.statistics import distinct_units as distinct_units_module
 from tracing_jax.statistics.csh import Csh
-from tracing_jax.statistics.csu import Csu
+from tracing_jax.statistics.csu import Csu, CsuAll
 from tracing_jax.statistics.distinct_units import distinct_units
 from tracing_jax.statistics.features_in_place import FeaturesInPlace
 from tracing_jax.statistics.head_kernels import inactive_heads
@@ -403,6 +403,35 @@ def test_the_order_of_units_is_noticed_and_a_random_one_is_not(by):
     assert [test.decides for test in one.tests] == [True, True, False]
     assert [premise["holds"] for premise in both.premises] == [False, False]
     assert "rank correlation" in both.notes[-1]
+
+
+def test_rows_that_begin_at_the_identity_in_both_models_are_reserved_and_in_one_are_not():
+    """Strangers with such rows are in place; a copy of a model that was drawn at random cannot be by chance."""
+
+    def from_identity(source):
+        kernels = {}
+        for i in range(ARCH.num_layers):
+            kernel = np.array(source.params["layers"][str(i)]["mlp"]["up_proj"]["kernel"], np.float32)
+            units = np.arange(kernel.shape[1])
+            kernel[units % len(kernel), units] += 3 * np.linalg.norm(kernel, axis=0)
+            kernels[f"layers/{i}/mlp/up_proj/kernel"] = kernel
+        return dataclasses.replace(source, params=unflatten(flatten(source.params) | kernels))
+
+    base, other = (on_host(model(seed)) for seed in (0, 1))
+    strangers = from_identity(base), from_identity(other)
+    vocabularies = Vocabularies(True, IDS, IDS)
+    compute = Compute(make_mesh(), 8)
+    found = Csu().compute(Pair(*strangers, vocabularies, TOKENS, compute, 0))
+    assert found.log10_p < -6
+    assert found.firm_log10_p == 0.0
+    assert "identity" in found.reservation
+    matrices = {test.name: test for test in CsuAll().compute(Pair(*strangers, vocabularies, TOKENS, compute, 0)).tests}
+    exact = matrices["agreement, exact null"]
+    assert exact.log10_p > -3
+    assert not any("up_proj" in place for place in exact.places)
+    copies = Csu().compute(Pair(base, base, vocabularies, TOKENS, compute, 0))
+    assert copies.deciding_log10_p < -20
+    assert distinct_units(strangers[0], 0).identity_p < 1e-6 < 1e-3 < distinct_units(base, 0).identity_p
 
 
 @pytest.mark.slow

@@ -43,6 +43,7 @@ class Comparison:
       copies, inactive, mixed: of base and of ft, units that repeat another, units that write nothing, and units that
         share a gate and not the other rows; all left out.
       order_p: of base and of ft, the p-value of units in no particular order; see `DistinctUnits`.
+      identity_p: of base and of ft, that of rows that do not begin at the identity.
     """
 
     units: int
@@ -56,6 +57,7 @@ class Comparison:
     copies: Sequence[int] = (0, 0)
     inactive: Sequence[int] = (0, 0)
     order_p: Sequence[float] = (1.0, 1.0)
+    identity_p: Sequence[float] = (1.0, 1.0)
     mixed: Sequence[int] = (0, 0)
     partners: Sequence[Sequence[int]] = ()
     """Of some units of base, spread evenly: the unit, and its partner in ft by either matching."""
@@ -68,6 +70,7 @@ class Comparison:
             copies=(base.copies, ft.copies),
             inactive=(base.inactive, ft.inactive),
             order_p=order_p,
+            identity_p=(base.identity_p, ft.identity_p),
             mixed=(base.mixed, ft.mixed),
         )
 

@@ -22,7 +22,14 @@ from tracing_jax.statistics.agreement import some_units
 from tracing_jax.statistics.comparison import Comparison, bonferroni_log10, one_test, overlapped
 from tracing_jax.statistics.cosine import similarities
 from tracing_jax.statistics.distinct_units import DistinctUnits, all_units, distinct_units
-from tracing_jax.statistics.in_place import constrained_result, in_place, layers_in_common, rows_not_applicable
+from tracing_jax.statistics.identity_starts import diagonal_ranks, identity_p
+from tracing_jax.statistics.in_place import (
+    begin_at_identity,
+    constrained_result,
+    in_place,
+    layers_in_common,
+    rows_not_applicable,
+)
 from tracing_jax.statistics.pvalues import bonferroni
 from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies, widths_not_applicable
 from tracing_jax.statistics.unit_outputs import reached_experts
@@ -133,7 +140,7 @@ class CsuAll(options.CsuAll):
         places = list(self._pairs(pair))
         comparisons = overlapped(self._similarities(pair, places), functools.partial(_compare, pair))
         for (place, exact, _), comparison in zip(places, comparisons, strict=True):
-            found[exact][place] = comparison
+            found[exact and not begin_at_identity([comparison])][place] = comparison
         tests = [
             *_tests("exact null", found[True], decides=True),
             *_tests("no exact null", found[False], decides=False),
@@ -145,7 +152,10 @@ class CsuAll(options.CsuAll):
             log10_p=bonferroni_log10(tests),
             p_reason=None if kept else "no two matrices with an exact null have equal shapes",
             tests=tests,
-            notes=["q, k, v, embedding and head have no exact null: their p-values do not enter the verdict"],
+            notes=[
+                "q, k, v, embedding and head have no exact null, nor have matrices whose rows begin at the identity in "
+                "both models: their p-values do not enter the verdict"
+            ],
         ).for_pair(pair)
 
     def _similarities(self, pair: Pair, places: Sequence[_MatrixPair]) -> Iterator[tuple[str, RowPair | Comparison]]:
@@ -209,7 +219,9 @@ def _rows_of_both(pair: Pair, names: tuple[str, str], tables: Sequence[AxisTable
     models = (pair.base, pair.ft)
     rows = [_rows(model, name, table) for model, name, table in zip(models, names, tables, strict=True)]
     units = [
-        distinct_units(model, int(name.split("/")[1])) if _are_units(name, model.arch) else all_units(len(found))
+        distinct_units(model, int(name.split("/")[1]))
+        if _are_units(name, model.arch)
+        else all_units(len(found), identity_p(to_host(diagonal_ranks(found))))
         for model, name, found in zip(models, names, rows, strict=True)
     ]
     return RowPair(similarities(*rows), units[0], units[1])

@@ -35,6 +35,7 @@ from tracing_jax.arch import Arch
 from tracing_jax.matching import normalised_rows
 from tracing_jax.progress import tqdm
 from tracing_jax.sources import ParamSource, has_embeddings, one_mlp, origin
+from tracing_jax.statistics.identity_starts import diagonal_ranks, identity_p
 from tracing_jax.statistics.kept_facts import kept_of
 from tracing_jax.statistics.mlp_rows import gain_of
 from tracing_jax.statistics.nulls import spearman_log_sf
@@ -74,6 +75,7 @@ class DistinctUnits:
       mixed: how many units share the gate of another and not its up row, and are not kept.
       order_p: two-sided p-values of the rank correlation of a kept unit's index with the norms of its rows; small where
         units were put in an order that depends on their weights.
+      identity_p: the p-value of kept units whose rows do not begin at the identity; see `identity_starts`.
       shared: the outputs that are added to those of kept units.
       added: what all units together add to the stream, root mean square over the features, for inputs in random
         directions, by what their activation gives beyond a line; nan if that is not known.
@@ -84,6 +86,7 @@ class DistinctUnits:
     copies: int
     inactive: int
     order_p: tuple[float, ...]
+    identity_p: float = 1.0
     shared: "SharedOutputs | None" = None
     added: float = math.nan
     mixed: int = 0
@@ -122,9 +125,9 @@ class SharedOutputs:
         return rows.at[self.first].add(self.factors[:, None].astype(np.float32) * rows[self.copies])
 
 
-def all_units(count: int) -> DistinctUnits:
+def all_units(count: int, identity_p: float = 1.0) -> DistinctUnits:
     """Returns so many units, or rows of any kind, none of which is left out."""
-    return DistinctUnits(np.arange(count), count, 0, 0, ())
+    return DistinctUnits(np.arange(count), count, 0, 0, (), identity_p)
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,8 @@ class _Reading:
 
     sketch: Float[np.ndarray, "F S"]
     norms: Float[np.ndarray, " F"]
+    diagonal: Float[np.ndarray, " F"]
+    """See `identity_starts.diagonal_ranks`."""
     spread: Float[np.ndarray, " F"] | float = 1.0
     """How much of the tokens they read, as a share of what rows in random directions would; see `token_directions`."""
     with_bias: Float[np.ndarray, "F S"] | None = None
@@ -229,6 +234,7 @@ def _found(model: ParamSource, layer: int) -> DistinctUnits:
         copies=int((pure & (leader != np.arange(len(leader)))).sum()),
         inactive=int(pure[first].sum()) - len(kept),
         order_p=tuple(_order_p(column[kept]) for column in norms),
+        identity_p=min(1.0, len(readings) * min(identity_p(reading.diagonal[kept]) for reading in readings)),
         shared=shared,
         added=float(np.sqrt(np.square(beyond_line, dtype=np.float64).sum() / down.shape[1])),
         mixed=int((~pure).sum()),
@@ -329,12 +335,13 @@ def _embedding_size(model: ParamSource) -> float:
 def _by_output(model: ParamSource, layer: int) -> DistinctUnits:
     """Returns the distinct units of a layer of which only what they write is known: copies write in one direction."""
     down = jnp.asarray(model.layer(layer, ("mlp/down_proj/kernel",))["mlp"]["down_proj"]["kernel"], jnp.float32)
-    norms = to_host(_norms(down))
-    leader = _leaders(_Reading(normalised_rows(to_host(_sketch(down, _projection(down.shape[1])))), norms))
+    norms, diagonal = to_host(_norms(down)), to_host(diagonal_ranks(down))
+    leader = _leaders(_Reading(normalised_rows(to_host(_sketch(down, _projection(down.shape[1])))), norms, diagonal))
     first = np.unique(leader)
     kept = first[norms[first] > inactive_below(norms[first])]
     copies = len(leader) - len(first)
-    return DistinctUnits(kept, len(leader), copies, len(first) - len(kept), (_order_p(norms[kept]),))
+    in_order = (_order_p(norms[kept]),)
+    return DistinctUnits(kept, len(leader), copies, len(first) - len(kept), in_order, identity_p(diagonal[kept]))
 
 
 def _reading(projection: Tree, norm: Tree, arch: Arch, directions: Float[np.ndarray, "T D"] | None) -> _Reading:
@@ -343,14 +350,15 @@ def _reading(projection: Tree, norm: Tree, arch: Arch, directions: Float[np.ndar
     gain = jnp.broadcast_to(jnp.asarray(gain_of(norm, arch.mlp_norm, arch), jnp.float32), kernel.shape[:1])
     found = _sketch_and_norms(kernel, gain, _projection(kernel.shape[0]), arch.norm_subtracts_mean)
     sketch, norms = map(to_host, found)
+    diagonal = to_host(diagonal_ranks(kernel.T))
     spread = spread_of_units(kernel, gain, directions, arch.norm_subtracts_mean)
     constants = constants_of(projection, norm, arch.mlp_norm)
     if not constants:
-        return _Reading(normalised_rows(sketch), norms, spread)
+        return _Reading(normalised_rows(sketch), norms, diagonal, spread)
     direction = np.random.default_rng(0).standard_normal(_SKETCH).astype(np.float32)  # a feature that all rows read
     constant = np.sum(constants, axis=0)
     with_bias = normalised_rows(sketch + constant[:, None] * direction)
-    return _Reading(normalised_rows(sketch), norms, spread, with_bias, constant)
+    return _Reading(normalised_rows(sketch), norms, diagonal, spread, with_bias, constant)
 
 
 def _leaders(reading: _Reading) -> Int[np.ndarray, " F"]:

@@ -46,6 +46,11 @@ BY_ORDER = (
     "units in place that are more similar than those of independent models are"
 )
 
+FROM_IDENTITY = (
+    "rows of both models begin at the identity, as after an initialisation to it: they are in place in independent "
+    "models as well"
+)
+
 
 _SAMPLED = 1024  # matched units of a layer at most, whose similarities to all others are compared
 
@@ -157,18 +162,26 @@ def constrained_result(pair: Pair, comparisons: Sequence[Comparison], label: str
         notes=[*_depth_notes(pair), *unit_notes(comparisons), *order_notes(ordered)],
         premises=order_premises(ordered),
         effect=in_place_effect(comparisons),
-        **reserved(tests, BY_ORDER),
+        **reserved(tests, place_reservation(comparisons)),
     ).for_pair(pair)
+
+
+def place_reservation(comparisons: Sequence[Comparison]) -> str:
+    """Returns how else than by descent units of both models can be in place."""
+    return FROM_IDENTITY if begin_at_identity(comparisons) else BY_ORDER
 
 
 def in_place_tests(comparisons: Sequence[Comparison], places: Sequence[str]) -> tuple[Test, Test, Test]:
     """Returns the tests of units in place: by rank correlation, by agreement, and of outlying units.
 
     The first is left out of the verdict where the units of both models were put in an order. The third enters it
-    through the reservation that the first two have without it.
+    through the reservation that the first two have without it. Nothing is firm where rows of both models begin at the
+    identity.
     """
     rank, agreement = tests_of(comparisons, places, fisher, "Fisher over layers")
     outstanding = _outstanding_test(comparisons, places)
+    if begin_at_identity(comparisons):
+        outstanding = replace(outstanding, log10_p=0.0)
 
     def firm(test: Test) -> float | None:
         return None if test.log10_p is None or outstanding.log10_p is None else max(test.log10_p, outstanding.log10_p)
@@ -197,6 +210,14 @@ def ordered_models(comparisons: Sequence[Comparison]) -> tuple[bool, bool]:
         for side in (0, 1)
     )
     return base, ft
+
+
+def begin_at_identity(comparisons: Sequence[Comparison]) -> bool:
+    """Returns whether rows of both models begin at the identity, in some layer of each."""
+    return all(
+        min((c.identity_p[side] for c in comparisons), default=1.0) * max(1, len(comparisons)) < ORDERED_BELOW
+        for side in (0, 1)
+    )
 
 
 def order_premises(

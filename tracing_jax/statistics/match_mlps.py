@@ -16,7 +16,13 @@ from tracing_jax.statistics.comparison import Comparison, bonferroni_log10, rese
 from tracing_jax.statistics.cosine import similarities
 from tracing_jax.statistics.csu import unit_rows
 from tracing_jax.statistics.distinct_units import distinct_units
-from tracing_jax.statistics.in_place import BY_ORDER, in_place, in_place_tests, order_premises, ordered_models
+from tracing_jax.statistics.in_place import (
+    in_place,
+    in_place_tests,
+    order_premises,
+    ordered_models,
+    place_reservation,
+)
 from tracing_jax.statistics.match_all import MatchAll
 from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies
 
@@ -80,6 +86,7 @@ class MatchMlps(options.MatchMlps):
             placed = in_place_tests(list(compared.values()), list(compared))
             tests += [replace(test, name=f"units in place, {test.name}") for test in placed]
             notes += unit_notes(list(compared.values()))
+        reservations = [text for text in (matched.reservation, place_reservation(list(compared.values()))) if text]
         found = matched.layer_map["pairs"] + matched.layer_map["copies"]
         is_part = len(base.places) < len(mlp_indices(pair.base.arch))
         return Result(
@@ -97,7 +104,7 @@ class MatchMlps(options.MatchMlps):
             blind_to=("MLPs that were not drawn",) if is_part else None,
             effect=matched.effect,
             premises=order_premises(ordered_models(list(compared.values()))) if compared else (),
-            **reserved(tests, f"{matched.reservation}; {BY_ORDER}" if matched.reservation else BY_ORDER),
+            **reserved(tests, "; ".join(reservations)),
         ).for_pair(pair)
 
     def _in_place(

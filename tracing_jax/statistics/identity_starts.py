@@ -1,0 +1,32 @@
+"""Rows that were initialised to the identity: unit i reads feature i most.
+
+Such rows agree between strangers until training has changed them, at equal places: they are no evidence.
+
+Letters: n units, D features.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+@jax.jit
+def diagonal_ranks(rows: Float[Array | np.ndarray, "n D"]) -> Float[Array, " n"]:
+    """Returns of each row i the share of its entries that are smaller than the entry i modulo D, by absolute value.
+
+    Entries that are equal count half. Of rows in random directions the ranks are uniform.
+    """
+    sizes = jnp.abs(rows.astype(jnp.float32))
+    own = sizes[jnp.arange(len(sizes)), jnp.arange(len(sizes)) % sizes.shape[1]][:, None]
+    return (sizes < own).mean(axis=1) + (sizes == own).mean(axis=1) / 2
+
+
+def identity_p(ranks: Float[np.ndarray, " K"]) -> float:
+    """Returns the p-value of ranks that are uniform on [0, 1] against larger ones, by the normal distribution."""
+    if not len(ranks):
+        return 1.0
+    z = (float(np.mean(ranks, dtype=np.float64)) - 0.5) * math.sqrt(12 * len(ranks))
+    return 0.5 * math.erfc(z / math.sqrt(2))
