@@ -9,6 +9,7 @@ function, and the first closures of a nested one, are checked: what tests call a
 """
 
 import collections
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -34,6 +35,10 @@ def _checked(fn: Any = None, *, typechecker: Any) -> Any:
     """Decorates like `jaxtyping.jaxtyped`."""
     if fn is None:
         return functools.partial(_checked, typechecker=typechecker)
+    if inspect.isclass(fn):
+        if dataclasses.is_dataclass(fn) and "__init__" in vars(fn):
+            fn.__init__ = _checked(fn.__init__, typechecker=typechecker)
+        return fn
     if not inspect.isfunction(fn):
         return _jaxtyped(fn, typechecker=typechecker)
     annotations = fn.__annotations__.values()
