@@ -1,6 +1,7 @@
 """Test session set-up: eight simulated CPU devices, and shapes checked at run time in annotated functions."""
 
 import hashlib
+import mmap
 import os
 import sys
 from importlib import metadata
@@ -16,6 +17,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 import filelock
 import hypothesis
 import jax
+import jaxlib
 import pytest
 import type_checks
 from PIL import Image
@@ -30,15 +32,23 @@ hypothesis.settings.load_profile("untimed")
 type_checks.install("tracing_jax")
 
 
+_QUICK_TO_COMPILE = {"xla_cpu_use_fusion_emitters": "false", "xla_cpu_parallel_codegen_split_count": "1"}
+"""Settings of XLA with which tiny programs compile in half of the CPU time (jaxlib 0.10)."""
+
+
 def pytest_configure(config):
     """Compiles without most optimizations where torch plays no part: half of the time is compilation of tiny programs.
 
-    Runs of tests with torch, or of all tests, compile as users do, and so do programs that tests start. Programs once
-    compiled are kept for the workers, for programs that tests start, and for the next run.
+    Runs of tests with torch, or of all tests, compile as users do. Programs once compiled are kept for the workers, for
+    programs that tests start, and for the next run.
     """
     fast = config.option.markexpr in ("not slow", "slow and not torch")
     jax.config.update("jax_disable_most_optimizations", fast)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(fast)
+    if fast:  # read when the first array is made; programs that tests start inherit them
+        given = os.environ.get("XLA_FLAGS", "")  # in a worker these are there already
+        flags = [f"--{name}={value}" for name, value in _QUICK_TO_COMPILE.items() if name not in given]
+        os.environ["XLA_FLAGS"] = " ".join([given, *filter(_xla_knows, flags)]).strip()
     for name, value in {
         "jax_compilation_cache_dir": str(config.rootpath / ".pytest_cache" / "xla"),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -46,6 +56,15 @@ def pytest_configure(config):
     }.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)
+
+
+def _xla_knows(flag):
+    """Returns whether the installed XLA has this flag: one that it does not know ends the process."""
+    name = flag.removeprefix("--").partition("=")[0].encode()
+    for library in Path(jaxlib.__file__).parent.glob("libjax_common*"):
+        with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return content.find(name) >= 0
+    return False
 
 
 def pytest_runtest_setup(item):
