@@ -3,6 +3,7 @@
 from tracing_jax.checkpoint.cache import load
 from tracing_jax.checkpoint.checkpoint import Checkpoint
 from tracing_jax.checkpoint.device_loading import ShardedCheckpoint
+from tracing_jax.checkpoint.direct_reading import fits_page_cache
 from tracing_jax.checkpoint.errors import CheckpointError
 from tracing_jax.checkpoint.hub import hub_problem, tokenizer_folder
 from tracing_jax.checkpoint.opening import WeightsOnly, inspect_checkpoint, open_checkpoint
@@ -16,6 +17,7 @@ __all__ = [
     "ReadBuffer",
     "ShardedCheckpoint",
     "WeightsOnly",
+    "fits_page_cache",
     "hub_problem",
     "inspect_checkpoint",
     "load",

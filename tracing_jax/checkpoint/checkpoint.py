@@ -15,7 +15,7 @@ from tracing_jax.checkpoint.errors import CheckpointError
 from tracing_jax.checkpoint.fitting import tied_names
 from tracing_jax.checkpoint.hf_layouts import LeafLayouts, leaf_layouts
 from tracing_jax.checkpoint.tensor_layout import LeafLayout
-from tracing_jax.checkpoint.tensors import TensorStore, all_finite
+from tracing_jax.checkpoint.tensors import PastCache, TensorStore, all_finite
 from tracing_jax.checkpoint.weights_only.names import sizes_of_components
 from tracing_jax.tree import Tree, flatten, select, unflatten
 
@@ -66,6 +66,10 @@ class Checkpoint:
         """Returns the components that the files hold besides the language model, such as `vision`: their weights."""
         names = self.tensors.names()
         return sizes_of_components({name: math.prod(self.tensors.shape(name)) for name in names})
+
+    def past_cache(self) -> "Checkpoint":
+        """Returns the model, its files read past the page cache where they can be."""
+        return replace(self, tensors=self.tensors.past_cache()) if isinstance(self.tensors, PastCache) else self
 
     def files(self) -> tuple[Path, ...]:
         """Returns the files that the model was made of: config.json, if it has one, and those of its tensors."""

@@ -5,6 +5,7 @@ header is untrusted: `safetensors_header` checks it. The bytes are read rather t
 never count as memory of the process.
 """
 
+import copy
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tracing_jax.checkpoint.direct_reading import read_past_cache
 from tracing_jax.checkpoint.errors import CheckpointError, damaged
 from tracing_jax.checkpoint.foreign_files import content_of
 from tracing_jax.checkpoint.safetensors_header import MAX_HEADER_BYTES, HeaderError, StoredTensor, read_header
@@ -24,6 +26,8 @@ Target = tuple[int, memoryview]
 
 class SafetensorsFile:
     """A lazy `TensorStore` over one safetensors file, its header read once."""
+
+    _is_past_cache = False
 
     def __init__(self, path: Path):
         """Opens the file.
@@ -86,6 +90,12 @@ class SafetensorsFile:
         """Writes what `read` returns into `out`, a contiguous array of its shape and dtype."""
         self._fill(self._targets(out, name, index))
 
+    def past_cache(self) -> "SafetensorsFile":
+        """Returns the file, its tensors read past the page cache where the file system can; see `direct_reading`."""
+        found = copy.copy(self)
+        found._is_past_cache = True
+        return found
+
     def _targets(self, out: np.ndarray, name: str, index: Index) -> list[Target]:
         """Returns the contiguous ranges of the file that make up a slice, with the parts of `out` that they fill."""
         if not out.size:
@@ -100,6 +110,8 @@ class SafetensorsFile:
 
     def _fill(self, targets: Sequence[Target]) -> None:
         """Reads the bytes at each position of the file into the memory beside it."""
+        if self._is_past_cache:
+            targets = read_past_cache(self._path, targets)
         with self._path.open("rb", buffering=0) as file:
             for start, memory in targets:
                 file.seek(start)

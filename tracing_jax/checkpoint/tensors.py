@@ -43,6 +43,14 @@ class TensorStore(Protocol):
         """The files that hold the tensors, sorted."""
 
 
+@runtime_checkable
+class PastCache(Protocol):
+    """A `TensorStore` that can be read past the page cache."""
+
+    def past_cache(self) -> TensorStore:
+        """The same tensors, read past the page cache where that can be."""
+
+
 # The bits of a dtype's exponent, all of which are set in NaN and in the infinities alone.
 _EXPONENT = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F80_0000, "float64": 0x7FF0_0000_0000_0000}
 _CHUNK = 1 << 16  # weights at a time: what is made of them stays in the cache of a core
@@ -178,6 +186,10 @@ class _Sharded:
 
     def read_into(self, out: np.ndarray, name: str, index: Index = ()) -> None:
         self._owner[name].read_into(out, name, index)
+
+    def past_cache(self) -> TensorStore:
+        shards = {id(shard): shard for shard in self._owner.values()}.values()
+        return _Sharded([shard.past_cache() if isinstance(shard, PastCache) else shard for shard in shards])
 
 
 def _open_sharded(index_path: Path, open_missing: MissingFileOpener = lambda name: None) -> TensorStore:

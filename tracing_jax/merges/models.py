@@ -5,13 +5,14 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
 from tracing_jax.axes import AxisTable, LeafSpec, axis_table, kind_of
-from tracing_jax.checkpoint import Checkpoint
+from tracing_jax.checkpoint import Checkpoint, fits_page_cache
 from tracing_jax.merges.piece_buffers import PieceBuffers
 from tracing_jax.sources import ParamSource, leaf
 from tracing_jax.sources.lazy_leaves import leaf_slice
@@ -33,6 +34,23 @@ class TensorKey(NamedTuple):
 
     def __str__(self) -> str:
         return self.name if self.expert is None else f"{self.name}[{self.expert}]"
+
+
+class PiecePlan(NamedTuple):
+    """A leaf of all models, or a slice of it, that is not read yet.
+
+    Attributes:
+      place: of the leaf.
+      axis: on which the leaf is sliced, into so many `slices`, of which this one is from `start` to `stop`.
+      whole: the leaf of models that cannot be read in slices, by their places, for all its slices.
+    """
+
+    place: TensorKey
+    axis: int
+    start: int
+    stop: int
+    slices: int
+    whole: dict[int, np.ndarray]
 
 
 class Piece(NamedTuple):
@@ -148,65 +166,71 @@ class MergeModels:
         """Returns the shape of a leaf of the child."""
         return tuple(self._table.sizes[axis or ""] for axis in self._table.leaves[place.name].axes)
 
-    def pieces(self, place: TensorKey, buffers: PieceBuffers | None = None) -> Iterator[Piece]:
-        """Yields a leaf of all models; of a large leaf slices, one after another.
+    def pieces(self, place: TensorKey) -> Iterator[Piece]:
+        """Yields a leaf of all models; of a large leaf slices, one after another."""
+        yield from map(self.piece, self.plans(place))
 
-        Args:
-          place: of the leaf.
-          buffers: where slices are read; each is then overwritten by the second one after it.
-        """
+    def plans(self, place: TensorKey) -> Iterator[PiecePlan]:
+        """Yields the pieces that a leaf is read in."""
         spec = self._table.leaves[place.name]
-        names = (place.name, *map(str, self._names_in_others(place.name)))
-        read = list(zip(self._unchecked, names))
         paired = "vocab" in spec.axes and self.tokens is not None
         axis = self._outermost_axis(place.name)
         units = self._table.sizes[spec.axes[axis] or ""] if spec.axes else 1
         count = 1 if paired else min(units, 2 ** max(0, math.ceil(math.log2(self._bytes(spec) / SLICE_BYTES))))
-        dense = [self._is_of_experts(spec) and self._is_dense(i, name) for i, (_, name) in enumerate(read)]
-        if count == 1:
-            leaves = [self._paired(i, spec, leaf(m, n)) for i, (m, n) in enumerate(read)]
-            yield Piece(tuple(_of_each(own, len(leaves[0])) if one else own for own, one in zip(leaves, dense)))
-            return
-        edges = np.linspace(0, units, count + 1).astype(int)
-        whole: dict[int, np.ndarray] = {}  # leaves of models that cannot be read in slices
-        for start, stop in itertools.pairwise(map(int, edges)):
-            if buffers is not None:
-                buffers.next_piece()
+        whole: dict[int, np.ndarray] = {}
+        for start, stop in itertools.pairwise(map(int, np.linspace(0, units, count + 1).astype(int))):
+            yield PiecePlan(place, axis, start, stop, count, whole)
 
-            def units_of(i: int, start: int = start, stop: int = stop) -> np.ndarray:
-                return self._units(place, i, *read[i], dense[i], slice(start, stop), axis, whole, buffers)
+    def piece(self, plan: PiecePlan, buffers: PieceBuffers | None = None) -> Piece:
+        """Reads a piece.
 
-            found = map(units_of, range(len(read))) if buffers is None else buffers.each(units_of, len(read))
-            yield Piece(tuple(found), axis, start, count)
+        Args:
+          plan: of the piece.
+          buffers: where slices are read; the next piece that is read there overwrites this one.
+        """
+        read, spec = self._read(plan.place), self._table.leaves[plan.place.name]
+        if plan.slices > 1:
+            parts = (self._units(plan, i, *one, buffers) for i, one in enumerate(read))
+            return Piece(tuple(parts), plan.axis, plan.start, plan.slices)
+        with self._reading:
+            leaves = [self._paired(i, spec, leaf(m, n)) for i, (m, n, _) in enumerate(read)]
+        return Piece(tuple(_of_each(own, len(leaves[0])) if dense else own for own, (_, _, dense) in zip(leaves, read)))
+
+    def _read(self, place: TensorKey) -> list[tuple[ParamSource, str, bool]]:
+        """Returns each model with its name of a leaf, and whether it has one MLP for the experts of the child."""
+        is_of_experts = self._is_of_experts(self._table.leaves[place.name])
+        names = (place.name, *map(str, self._names_in_others(place.name)))
+        return [
+            (model, name, is_of_experts and self._is_dense(i, name))
+            for i, (model, name) in enumerate(zip(self._unchecked, names))
+        ]
 
     def _units(
-        self,
-        place: TensorKey,
-        at: int,
-        model: ParamSource,
-        name: str,
-        dense: bool,
-        span: slice,
-        axis: int,
-        whole: dict[int, np.ndarray],
-        buffers: PieceBuffers | None,
+        self, plan: PiecePlan, at: int, model: ParamSource, name: str, dense: bool, buffers: PieceBuffers | None
     ) -> np.ndarray:
-        """Returns units of a leaf of one model; `whole` keeps leaves that cannot be read in slices."""
-        if dense:
-            if at not in whole:
-                whole[at] = np.asarray(leaf(model, name))
-            return _of_each(whole[at], self.shape(place)[0])[(slice(None),) * axis + (span,)]
+        """Returns units of a leaf of one model."""
+        span = slice(plan.start, plan.stop)
         part = None
-        if buffers is not None and isinstance(model, Checkpoint):
-            part = buffers.read(at, model, name, axis, span)
-        if part is None and at not in whole:
-            part = leaf_slice(model, name, axis, span)
+        if buffers is not None and not dense and isinstance(model, Checkpoint):
+            part = buffers.read(at, model, name, plan.axis, span)
         if part is None:
-            whole.setdefault(at, np.asarray(leaf(model, name)))
-            part = whole[at][(slice(None),) * axis + (span,)]
+            with self._reading:
+                part = self._slice_of(plan, at, model, name, dense)
         if name.startswith("embed/") and isinstance(model, Checkpoint):
             model.check_tied_copy(span.start, span.stop)
-        return np.asarray(part)
+        return part
+
+    def _slice_of(self, plan: PiecePlan, at: int, model: ParamSource, name: str, dense: bool) -> np.ndarray:
+        """Returns units of a leaf that may have to be read whole."""
+        kept, span = plan.whole, slice(plan.start, plan.stop)
+        if at not in kept:
+            part = None if dense else leaf_slice(model, name, plan.axis, span)
+            if part is not None:
+                return np.asarray(part)
+            kept[at] = np.asarray(leaf(model, name))
+        whole = _of_each(kept[at], self.shape(plan.place)[0]) if dense else kept[at]
+        found: np.ndarray = whole[(slice(None),) * plan.axis + (span,)]
+        return found
 
     def refuse_nan(self, place: TensorKey) -> None:
         """Raises for a leaf that holds NaN or infinities in one of the models.
@@ -220,8 +244,25 @@ class MergeModels:
 
     @functools.cached_property
     def _unchecked(self) -> tuple[ParamSource, ...]:
-        """The models that are `read_together`, not searched for NaN as they are read: the sums show it."""
-        return tuple(replace(m, refuses_nan=False) if isinstance(m, Checkpoint) else m for m in self.read_together)
+        """The models that are `read_together`, not searched for NaN as they are read: the sums show it.
+
+        Where their files are larger than the memory, they are read past the page cache: in one pass nothing is found
+        there.
+        """
+        fit = fits_page_cache(file for model in self.read_together if isinstance(model, Checkpoint)
+                              for file in model.files())  # fmt: skip
+
+        def unchecked(model: ParamSource) -> ParamSource:
+            if not isinstance(model, Checkpoint):
+                return model
+            return replace(model if fit else model.past_cache(), refuses_nan=False)
+
+        return tuple(map(unchecked, self.read_together))
+
+    @functools.cached_property
+    def _reading(self) -> Lock:
+        """Held to read what is no slice of a file: sources need not be fit for several threads."""
+        return Lock()
 
     @functools.cached_property
     def _table(self) -> AxisTable:

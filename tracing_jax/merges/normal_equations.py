@@ -6,8 +6,9 @@ the reference itself), R row blocks, S sampled entries, U units, F features.
 
 import itertools
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float
 
-from tracing_jax.merges.models import MergeModels, Piece, TensorKey
+from tracing_jax.merges.models import MergeModels, Piece, PiecePlan, TensorKey
 from tracing_jax.merges.piece_buffers import PieceBuffers
 from tracing_jax.merges.products import as_float32, change_of_columns, products
 
@@ -23,8 +24,8 @@ BLOCKS = 16
 """Row blocks of a tensor, which the jackknife leaves out one at a time."""
 SAMPLED = 4096
 """Entries of a tensor that are kept, for the choice of a method; of the experts of a layer, all together."""
-_SHARED_WORK = 2**18
-"""Tensors of fewer entries are summed before another thread has begun."""
+_AT_ONCE = 4
+"""Pieces in memory: one that is summed, and those after it, which are read, so that the disk never waits."""
 UNITS, FEATURES = 160, 512
 """Units of each MLP, and of their inputs, that are kept for the test by exchanging units."""
 
@@ -74,20 +75,16 @@ def read_sums(models: MergeModels, seed: int = 0) -> NormalEquations:
     """Returns the sums of all leaves that the models have in common, in one pass over the files."""
     found, tensors = NormalEquations(), dict[TensorKey, list[TensorSums]]()
     units: dict[int, dict[str, list[UnitSample]]] = {}
-    with (
-        ThreadPoolExecutor(2, "sums") as pool,
-        PieceBuffers(len(models.read_together)) as buffers,
-        ThreadPoolExecutor(1, "read ahead") as reader,
-    ):
-        for place, piece in _ahead(models, reader, buffers):
-            for own in _sums_of(place, piece, pool, seed):
-                if not np.isfinite(own.grams).all():
-                    models.refuse_nan(place)
-                tensors.setdefault(own.place, []).append(own)
-            found.dtype = str(piece.leaves[0].dtype)
-            if place.layer is not None and _describes_units(place):
-                rows = _unit_rows(piece, models.shape(place), place, seed)
-                units.setdefault(place.layer, {}).setdefault(place.name, []).append(rows)
+    for plan, piece in _pieces_in_order(models):
+        place = plan.place
+        for own in _sums_of(place, piece, seed):
+            if not np.isfinite(own.grams).all():
+                models.refuse_nan(place)
+            tensors.setdefault(own.place, []).append(own)
+        found.dtype = str(piece.leaves[0].dtype)
+        if place.layer is not None and _describes_units(place):
+            rows = _unit_rows(piece, models.shape(place), place, seed)
+            units.setdefault(place.layer, {}).setdefault(place.name, []).append(rows)
     found.tensors = [_joined(pieces) for pieces in tensors.values()]
     found.units = {layer: [_assembled(pieces) for pieces in named.values()] for layer, named in units.items()}
     return found
@@ -122,13 +119,23 @@ def rounded(values: Float[np.ndarray, "..."], dtype: str) -> Float[np.ndarray, "
     return wide.astype(np.dtype(dtype)).astype(np.float64)
 
 
-def _ahead(models: MergeModels, reader: ThreadPoolExecutor, buffers: PieceBuffers) -> Iterator[tuple[TensorKey, Piece]]:
-    """Yields all pieces of all leaves; the next one is read meanwhile, and at most two are in memory."""
-    parts = ((place, piece) for place in models.places() for piece in models.pieces(place, buffers))
-    pending = reader.submit(next, parts, None)
-    while (found := pending.result()) is not None:
-        pending = reader.submit(next, parts, None)
-        yield found
+def _pieces_in_order(models: MergeModels) -> Iterator[tuple[PiecePlan, Piece]]:
+    """Yields all pieces of all leaves, each until the next one; those after it are read meanwhile.
+
+    Sums are made by the thread that asks, and by no other: numpy's calls on a chunk are so short that threads would
+    spend as long on waiting for Python's lock as they win.
+    """
+    plans = (plan for place in models.places() for plan in models.plans(place))
+    slots = [PieceBuffers() for _ in range(_AT_ONCE)]
+    pending: deque[tuple[PiecePlan, Future[Piece]]] = deque()
+    with ThreadPoolExecutor(_AT_ONCE - 1, "read ahead") as readers:
+        for plan, buffers in zip(plans, itertools.cycle(slots)):
+            pending.append((plan, readers.submit(models.piece, plan, buffers)))
+            if len(pending) == _AT_ONCE:  # one in each slot: the oldest is summed
+                first, future = pending.popleft()
+                yield first, future.result()
+        for first, future in pending:
+            yield first, future.result()
 
 
 def _in_file_order(leaves: Sequence[Any]) -> list[np.ndarray]:
@@ -138,15 +145,15 @@ def _in_file_order(leaves: Sequence[Any]) -> list[np.ndarray]:
     return [np.ascontiguousarray(array.transpose(order)) for array in arrays]
 
 
-def _sums_of(place: TensorKey, piece: Piece, pool: ThreadPoolExecutor, seed: int) -> list[TensorSums]:
+def _sums_of(place: TensorKey, piece: Piece, seed: int) -> list[TensorSums]:
     arrays = _in_file_order(piece.leaves)
     generator = np.random.default_rng([seed, zlib.crc32(str(place).encode()), piece.start])
     if place.role != "expert":
-        return [_tensor_sums(place, arrays, -(-BLOCKS // piece.slices), -(-SAMPLED // piece.slices), pool, generator)]
+        return [_tensor_sums(place, arrays, -(-BLOCKS // piece.slices), -(-SAMPLED // piece.slices), generator)]
     E = len(arrays[0])  # experts are the outermost axis of files and of leaves
     sampled = max(64, SAMPLED // (E * piece.slices))
     return [
-        _tensor_sums(place._replace(expert=piece.start + e), [a[e] for a in arrays], BLOCKS, sampled, pool, generator)
+        _tensor_sums(place._replace(expert=piece.start + e), [a[e] for a in arrays], BLOCKS, sampled, generator)
         for e in range(E)
     ]
 
@@ -156,22 +163,16 @@ def _tensor_sums(
     arrays: Sequence[np.ndarray],
     blocks: int,
     sampled: int,
-    pool: ThreadPoolExecutor,
     generator: np.random.Generator,
 ) -> TensorSums:
     width = arrays[0].shape[-1] if arrays[0].ndim > 1 else 1
     flat = [array.reshape(-1) for array in arrays]
     rows = len(flat[0]) // width
     edges = [int(edge) * width for edge in np.linspace(0, rows, min(blocks, rows) + 1)]
-    # Every block in two halves, so that both cores have work where a slice is one block.
-    halves = [(start, start + (stop - start) // 2, stop) for start, stop in itertools.pairwise(edges)]
-    spans = [span for start, middle, stop in halves for span in ((start, middle), (middle, stop))]
     drawn = np.sort(generator.choice(len(flat[0]), min(sampled, len(flat[0])), replace=False, shuffle=False))
     sample = np.stack([as_float32(array[drawn]) for array in flat], axis=1)
     change = change_of_columns(columns_of(sample)) if np.isfinite(sample).all() else None
-    work = pool.map if len(flat[0]) >= _SHARED_WORK else map
-    grams = np.stack(list(work(lambda span: products(flat, span[0], span[1], change), spans)))
-    grams = grams.reshape(-1, 2, *grams.shape[1:]).sum(1)
+    grams = np.stack([products(flat, start, stop, change) for start, stop in itertools.pairwise(edges)])
     rounding = rounding_variance(sample[:, 0], flat[0].dtype)
     return TensorSums(place, grams, np.diff(edges).astype(float), sample, rounding, str(flat[0].dtype))
 

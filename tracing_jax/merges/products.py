@@ -10,6 +10,7 @@ and the reference itself), N entries, S sampled entries.
 """
 
 import sys
+import threading
 from collections.abc import Sequence
 
 import ml_dtypes
@@ -17,10 +18,28 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 _CHUNK = 2**14  # entries; all columns of it fit a core's cache, and BLAS starts no threads of its own
-_SHORT_CHUNK = 2**15  # of float32
+_SHORT_CHUNK = 2**15  # of float32, of which columns of three models fit the cache
+_WORK_OF_A_CHUNK = 2**20  # multiplications from which BLAS starts threads
 _UPPER_HALF = 1 if sys.byteorder == "little" else 0
 _ALIKE = 0.5
 """A parent's difference is replaced by what the parents before it leave, where that is a smaller part of it."""
+
+
+class _Scratch(threading.local):
+    """Arrays of each thread that are used again: pages that are new to a process cost as much as the sums."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, np.ndarray] = {}
+
+    def get(self, name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+        """Returns an array whose entries are those of the last use."""
+        found = self._arrays.get(name)
+        if found is None or found.shape != shape:
+            found = self._arrays[name] = np.zeros(shape, dtype)
+        return found
+
+
+_SCRATCH = _Scratch()
 
 
 def products(
@@ -67,12 +86,13 @@ def _in_float32(
     of_models[:, 1] = change[:, M - 1] - change[:, : M - 1].sum(1)
     mixing = of_models.astype(np.float32)
     even = start + (stop - start) // 2 * 2
-    chunk = max(2, min(_SHORT_CHUNK, even - start))
+    chunk = max(2, min(_SHORT_CHUNK, _WORK_OF_A_CHUNK // (M * (M + 1)), even - start)) // 2 * 2
     half = chunk // 2
-    bits = np.zeros((M, chunk), np.uint32)
+    bits = _SCRATCH.get("bits", (M, chunk), np.uint32)
     values = bits.view(np.float32)
     # A B^T of a few long rows is many times as fast as A A^T, which BLAS treats as symmetric: a row of zeros does it.
-    columns = np.zeros((M + 1, chunk), np.float32)
+    columns = _SCRATCH.get("columns", (M + 1, chunk), np.float32)
+    columns[M] = 0
     total = np.zeros((M, M + 1))
     pairs = [own[start:even].view(np.uint32) if _is_aligned(own, start) else None for own in flat]
     with np.errstate(invalid="ignore", over="ignore"):  # infinities make sums that are no numbers: the caller checks
