@@ -164,7 +164,7 @@ def rows(zoo: Zoo, merges: int, disguise: str | None) -> Iterator[dict[str, Any]
         found = compared(read.models, read.sums, draw, read.untested, None, read.exchanged)
         yield {
             "method": method, "noise": noise, "dtype": dtype, "disguise": disguise, "aligned": read.aligned,
-            "bias": None if read.bias is None else read.bias["largest"],
+            "bias": None if read.bias is None else read.bias.largest,
             "parts": [[part.name.split()[0], part.word, part.log10_p] for part in found.parts],
         }  # fmt: skip
 

@@ -6,7 +6,8 @@ import pytest
 
 from benchmarks import siblings as merging
 from tests.test_merges import ARCH, leaves, model, models_of, sibling
-from tracing_jax.merges import MergeModels, merge_report
+from tracing_jax.merges import MergeModels, merge_report, read_sums
+from tracing_jax.merges.alignment_bias import AlignmentBias, moved_shares, shares_by
 from tracing_jax.merges.exchange import log_p_of_layer
 from tracing_jax.rewrites import draw_rewrites
 from tracing_jax.sources import in_memory, rewritten
@@ -29,6 +30,23 @@ def test_what_maps_leave_of_a_unit_is_no_evidence_of_another_parent():
         assert np.mean(np.exp(log_ps[True]) <= level) <= level + 3 * np.sqrt(level / 200)
 
 
+def test_errors_of_each_part_contain_what_the_alignment_does_there():
+    """Measured on a merge whose share moves by .1 in the second layer: there alone errors grow, by its square."""
+    origin = leaves(0)
+    parents = [sibling(origin, seed) for seed in range(2)]
+    child = merging.task_arithmetic(origin, parents, [0.6, 0.4])
+    moved = merging.task_arithmetic(origin, parents, [0.7, 0.4])
+    made = models_of(child, parents, origin)
+    back = models_of(child | {name: leaf for name, leaf in moved.items() if "/1/" in name}, parents, origin)
+    sums = read_sums(made)
+    bias = AlignmentBias(made.names, {"noise": moved_shares(made, sums, back, read_sums(back))})
+    without, found = (shares_by("layer", made, sums, own) for own in (None, bias))
+    np.testing.assert_allclose(found[0].errors, without[0].errors, atol=1e-6)
+    np.testing.assert_allclose(found[1].errors, np.hypot(without[1].errors, [0.1, 0.0]), atol=1e-5)
+    assert bias.as_dict()["largest"] == pytest.approx(bias.of("whole", None, made.names)[0])
+    assert 0 < bias.largest < 0.1
+
+
 @pytest.mark.slow
 def test_parents_of_a_rotated_child_are_tested_and_the_bias_is_stated():
     origin = leaves(0)
@@ -46,4 +64,11 @@ def test_parents_of_a_rotated_child_are_tested_and_the_bias_is_stated():
         own = found.record["whole"]["shares"][name]
         assert own["low"] <= truth <= own["high"]
         assert own["se"] >= max(abs(bias[of][name]) for of in ("noise", "parents"))
+    shown = [shares for by in ("role", "layer", "tensor") for shares in found.record[f"by_{by}"].values()]
+    shown += [shares for own in found.record["by_role_and_layer"].values() for shares in own.values()]
+    parts = [(truth, share) for part in shown if not part["undefined"]
+             for truth, share in zip((0.6, 0.4, 0.0), part["shares"].values())]  # fmt: skip
+    assert all(share["se"] >= share["bias"] for _, share in parts)  # each part its own
+    assert len({share["bias"] for _, share in parts}) > len(parts) / 2
+    assert np.mean([share["low"] <= truth <= share["high"] for truth, share in parts]) > 0.9
     assert "the alignment by itself moves shares by" in repr(found)

@@ -7,13 +7,14 @@ way, so that this changes child and parents alike, and to first order no share.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
 from tracing_jax.alignment import AlignmentError, align, aligned
+from tracing_jax.merges.alignment_bias import AlignmentBias, Moved, moved_shares
 from tracing_jax.merges.depth import with_layers_mapped
 from tracing_jax.merges.exchange import ExchangedUnits
 from tracing_jax.merges.models import MergeModels
@@ -64,7 +65,7 @@ class ModelsInOrder(NamedTuple):
     untested: Mapping[str, str]
     aligned: bool = False
     notes: Sequence[str] = ()
-    bias: Mapping[str, Any] | None = None
+    bias: AlignmentBias | None = None
 
 
 def read_in_one_order(models: MergeModels, kinds: Sequence[str], seed: int) -> ModelsInOrder:
@@ -158,7 +159,7 @@ def _aligned_to(models: MergeModels, at: int, kinds: Sequence[str], seed: int) -
     return _Gauge(_in_one_gauge(alone, reference, kinds, seed), alone, undone, True)
 
 
-def _bias(gauge: _Gauge, at: int, kinds: Sequence[str], sums: NormalEquations, seed: int) -> Mapping[str, Any] | None:
+def _bias(gauge: _Gauge, at: int, kinds: Sequence[str], sums: NormalEquations, seed: int) -> AlignmentBias | None:
     """Returns what such an alignment does to the shares of merges with the shares that were found.
 
     One is of independent noise of the same sizes; see `merged_noise`. The other is of the parents themselves, whose
@@ -174,24 +175,19 @@ def _bias(gauge: _Gauge, at: int, kinds: Sequence[str], sums: NormalEquations, s
         "noise": _moved(noise, at, kinds, names, seed),
         "parents": None if again is None else _moved(again, at, kinds, names, seed),
     }
-    shares = {of: dict(zip(gauge.models.names, own.tolist())) for of, own in moved.items() if own is not None}
-    if not shares:
-        return None
-    return {"largest": max(abs(share) for own in shares.values() for share in own.values()), **shares}
+    known = {of: own for of, own in moved.items() if own is not None}
+    return AlignmentBias(gauge.models.names, known) if known else None
 
 
-def _moved(
-    made: MergeModels, at: int, kinds: Sequence[str], names: Sequence[str], seed: int
-) -> Float[np.ndarray, " K"] | None:
+def _moved(made: MergeModels, at: int, kinds: Sequence[str], names: Sequence[str], seed: int) -> Moved | None:
     """Returns how much shares move if a child is disguised by rewrites of these names and aligned; None if it fails."""
     hidden = rewritten(made.child, draw_rewrites(names, jax.random.key(seed), made.child.arch))
     try:
         back = _aligned_to(replace(made, child=in_memory(hidden, "measuring the alignment")), at, kinds, seed).models
     except (AlignmentError, ValueError):
         return None
-    moved: np.ndarray = estimate(back, read_sums(back, seed).tensors).values
-    moved = moved - estimate(made, read_sums(made, seed).tensors).values
-    return moved if np.isfinite(moved).all() else None  # of either, shares may be undefined
+    moved = moved_shares(made, read_sums(made, seed), back, read_sums(back, seed))
+    return moved if np.isfinite(moved["whole"][None]).all() else None  # of either, shares may be undefined
 
 
 def _untested(models: MergeModels, sums: NormalEquations, at: int) -> dict[str, str]:

@@ -5,9 +5,8 @@ from functools import reduce
 from operator import add
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from tracing_jax.merges.aligning import ModelsInOrder, read_in_one_order
+from tracing_jax.merges.alignment_bias import AlignmentBias, shares_by
 from tracing_jax.merges.choice import Choice, choose
 from tracing_jax.merges.exchange import ExchangedUnits
 from tracing_jax.merges.models import MergeError, MergeModels, TensorKey
@@ -88,12 +87,12 @@ def merge_report(
         **_findings(models, fit, read.aligned, others),
         "search": None if chosen.selection is None else chosen.selection.as_dict(names),
         **_method_and_recipe(models, sums, asked or {}, seed),
-        **_tables(models, sums, fit),
+        **_tables(models, sums, fit, read.bias),
         "left_out": left_out,
         "layers": None if models.layers is None else list(models.layers[0]),
         "notes": [*more_notes, *read.notes, *chosen.notes, *_notes(models, left_out, fit.by_tensor)],
         "aligned": read.aligned,
-        "alignment_bias": read.bias,
+        "alignment_bias": None if read.bias is None else read.bias.as_dict(),
         "seed": seed,
     }
     return MergeReport(plain(record))
@@ -156,19 +155,16 @@ def _without_shares(models: MergeModels, others: Sequence[OtherShape], more_note
     }
 
 
-def _tables(models: MergeModels, sums: NormalEquations, fit: MergeFit) -> dict[str, Any]:
+def _tables(models: MergeModels, sums: NormalEquations, fit: MergeFit, bias: AlignmentBias | None) -> dict[str, Any]:
     """Returns the shares by role, layer, both, expert and tensor."""
-    by_role = grouped_shares(models, sums.tensors, lambda tensor: tensor.place.role)
-    by_layer = grouped_shares(models, sums.tensors, lambda tensor: tensor.place.layer)
     nested: dict[str, dict[str, Any]] = {}
-    for (role, layer), shares in _by_role_and_layer(models, sums).items():
-        if layer is not None:
-            nested.setdefault(role, {})[str(layer)] = shares.as_dict(models.names)
+    for (role, layer), shares in shares_by("role_and_layer", models, sums, bias).items():
+        nested.setdefault(role, {})[str(layer)] = shares.as_dict(models.names)
     return {
-        "by_role": _as_dicts(by_role, models),
-        "by_layer": _as_dicts(by_layer, models),
+        "by_role": _as_dicts(shares_by("role", models, sums, bias), models),
+        "by_layer": _as_dicts(shares_by("layer", models, sums, bias), models),
         "by_role_and_layer": nested,
-        "by_expert": _as_dicts(_by_expert(models, sums), models),
+        "by_expert": _as_dicts(_by_expert(models, sums, bias), models),
         "by_tensor": _as_dicts(fit.by_tensor, models),
     }
 
@@ -191,9 +187,9 @@ def _method_and_recipe(
     return {"method": choice.as_dict(), "recipe": text}
 
 
-def _by_expert(models: MergeModels, sums: NormalEquations) -> Mapping[int, Shares]:
+def _by_expert(models: MergeModels, sums: NormalEquations, bias: AlignmentBias | None = None) -> Mapping[int, Shares]:
     """Returns the shares of each expert over all layers, where experts were made of MLPs of dense models."""
-    return grouped_shares(models, sums.tensors, lambda tensor: tensor.place.expert) if models.from_dense else {}
+    return shares_by("expert", models, sums, bias) if models.from_dense else {}
 
 
 def compared(
@@ -203,7 +199,7 @@ def compared(
     untested: Mapping[str, str],
     candidates: int | None = None,
     exchanged: ExchangedUnits | None = None,
-    bias: Mapping[str, Any] | None = None,
+    bias: AlignmentBias | None = None,
 ) -> MergeFit:
     """Returns the shares of what one pass has read, and the part of each parent; see `merge_report`.
 
@@ -214,13 +210,12 @@ def compared(
       untested: see `parent_shares`.
       candidates: the number of models that the parents were chosen from; by default that of the parents.
       exchanged: the units that parents are tested by; by default those of the sums.
-      bias: what an alignment does to the shares, by the merge it was measured on and by parent; errors contain it.
+      bias: what an alignment does to the shares; errors contain it.
     """
     whole = estimate(models, sums.tensors)
     if bias is not None:
-        moved = [own for of, own in bias.items() if of in ("noise", "parents")]
-        whole = whole.with_bias(np.array([max(abs(own[name]) for own in moved) for name in models.names]))
-    by_tensor = grouped_shares(models, sums.tensors, lambda tensor: tensor.place)
+        whole = whole.with_bias(bias.of("whole", None, models.names))
+    by_tensor = shares_by("tensor", models, sums, bias)
     units = exchanged or ExchangedUnits(sums.units)
     parts = parent_shares(
         models, units, whole, list(by_tensor.values()), seed, untested, candidates or len(models.names)

@@ -123,8 +123,7 @@ def _bias(record: Mapping[str, Any]) -> list[str]:
     found = " and ".join(f"{size:.4f} (a merge {merges[of]})" for of, size in largest.items())
     return [
         f"the alignment by itself moves shares by up to {found}: measured on merges with the shares that were found, "
-        "disguised and aligned likewise; the errors of the shares of the whole model contain it, those of its parts "
-        "do not"
+        "disguised and aligned likewise; standard errors contain it, those of each part its own"
     ]
 
 

@@ -83,6 +83,7 @@ class Shares:
       inflation: by what factor the other parents increase the variance of each share (variance inflation factor).
       cosines: of the parents' differences from the reference; NaN of the reference itself where it is a parent.
       undefined: why there are no shares; None if there are.
+      bias: what an alignment does to each share, which the covariance contains as a variance; None without one.
     """
 
     values: Float[np.ndarray, " K"]
@@ -93,6 +94,7 @@ class Shares:
     inflation: Float[np.ndarray, " K"]
     cosines: Float[np.ndarray, "K K"]
     undefined: str | None = None
+    bias: Float[np.ndarray, " K"] | None = None
 
     @property
     def errors(self) -> Float[np.ndarray, " K"]:
@@ -101,7 +103,7 @@ class Shares:
 
     def with_bias(self, bias: Float[np.ndarray, " K"]) -> "Shares":
         """Returns the shares with errors that contain a bias of this size in each, whose sign is not known."""
-        return replace(self, covariance=self.covariance + np.diag(np.square(bias)))
+        return replace(self, covariance=self.covariance + np.diag(np.square(bias)), bias=bias)
 
     def interval(self, level: float = 0.95) -> Float[np.ndarray, "2 K"]:
         """Returns the confidence interval of each share by itself."""
@@ -116,6 +118,8 @@ class Shares:
                    "high": _number(high[k]), "alone": float(self.fit.alone[k])}
             for k, name in enumerate(names)
         }  # fmt: skip
+        if self.bias is not None:
+            shares = {name: {**own, "bias": float(self.bias[k])} for k, (name, own) in enumerate(shares.items())}
         covariance = [[_number(value) for value in row] for row in self.covariance]
         return {
             "shares": shares,
