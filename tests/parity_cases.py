@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import gemma4_cases
 import hybrid_cases
 import jax.numpy as jnp
 import mixture_cases
@@ -26,7 +27,7 @@ from tracing_jax.tree import unflatten
 
 BLOCKS, LENGTH, VOCAB = 2, 12, 31
 WEIGHT_STD = 0.3
-_GAIN = re.compile(r"(norm|ln_1|ln_2|ln_f|ln_attn|ln_mlp|layer_norm|norms\.\d+)\.weight$")
+_GAIN = re.compile(r"(norm|layernorm_\d|ln_1|ln_2|ln_f|ln_attn|ln_mlp|layer_norm|norms\.\d+)\.weight$")
 
 _HEADS = {
     "mha": {"num_attention_heads": 4, "num_key_value_heads": 4},
@@ -454,6 +455,9 @@ _WITH_GOLDEN = {
 }  # fmt: skip
 
 
+_GAINS_MINUS_ONE = {"gemma", "gemma2", "gemma3_text"}
+
+
 @dataclass(frozen=True)
 class Case:
     """One tiny model: a name such as `gemma2-gqa-tied-linear`, and the content of its config.json."""
@@ -499,7 +503,7 @@ class Case:
         size = int(np.prod(shape))
         unit = (_raw(f"{self.name}/{tensor}", size) >> np.uint64(40)).astype(np.float64) / 2**24
         is_gain = bool(_GAIN.search(tensor))
-        centre = 1.0 if is_gain and not self.family.startswith("gemma") else 0.0
+        centre = 1.0 if is_gain and self.family not in _GAINS_MINUS_ONE else 0.0
         return (centre + WEIGHT_STD * np.sqrt(12) * (unit - 0.5)).astype(np.float32).reshape(shape)
 
 
@@ -558,6 +562,7 @@ GOLDEN = {
     "parity": tuple(_cases()),
     "parity_dense": tuple(case for case in _dense_cases() if case.name in _WITH_GOLDEN),
     "parity_mixtures": tuple(case for case in _listed_cases(mixture_cases) if case.name in mixture_cases.WITH_GOLDEN),
+    "parity_gemma4": tuple(case for case in _listed_cases(gemma4_cases) if case.name in gemma4_cases.WITH_GOLDEN),
     "parity_hybrids": tuple(case for case in _listed_cases(hybrid_cases) if case.name in hybrid_cases.WITH_GOLDEN),
 }
 """Golden file -> the cases of which it holds the numbers."""
@@ -567,7 +572,13 @@ CASES = {case.name: case for cases in GOLDEN.values() for case in cases}
 
 LIVE_CASES = {
     case.name: case
-    for case in (*_dense_cases(), *_listed_cases(mixture_cases), *_listed_cases(hybrid_cases), *_length_cases())
+    for case in (
+        *_dense_cases(),
+        *_listed_cases(mixture_cases),
+        *_listed_cases(gemma4_cases),
+        *_listed_cases(hybrid_cases),
+        *_length_cases(),
+    )
     if case.name not in CASES
 }
 """Further ones, which are compared where torch is installed."""

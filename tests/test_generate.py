@@ -45,6 +45,8 @@ def facts_of_a_cache(arch):
         "parallel": arch.parallel, "norms of queries": arch.qk_norm is not None, "soft cap": arch.attention_softcap,
         "rope of a length": arch.rope_positions is not None, "embedding norm": arch.embed_norm, "clip": arch.clip_qkv,
         "delta net": arch.delta_net is not None, "mamba": arch.mamba is not None, "gated heads": arch.head_gate,
+        "shared keys": arch.shares_keys, "two widths": arch.global_attn is not None,
+        "per-layer embeddings": arch.per_layer_dim is not None,
     }  # fmt: skip
 
 

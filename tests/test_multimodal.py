@@ -39,6 +39,16 @@ def _text(model_type: str, **changes: Any) -> dict[str, Any]:
     return {"model_type": model_type} | _TEXT | {"rope_parameters": _ROPE, "rms_norm_eps": 3e-3} | changes
 
 
+def _gemma4(model_type: str, **changes: Any) -> dict[str, Any]:
+    sliding, full = "sliding_attention", "full_attention"
+    return _text(
+        model_type, sliding_window=5, layer_types=[sliding, full, full], num_hidden_layers=3, head_dim=8,
+        rope_parameters={full: _ROPE, sliding: _ROPE | {"rope_theta": 43.2}}, global_head_dim=12,
+        final_logit_softcapping=2.5, **{"pad_token_id": 0} | changes,
+    )  # fmt: skip
+
+
+_GEMMA4_VISION = {"model_type": "gemma4_vision"} | _VISION | {"head_dim": 8, "num_key_value_heads": 2}
 _DELTA = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 777.0, "partial_rotary_factor": 0.5,
                         "mrope_section": [1, 1, 1]},
@@ -54,6 +64,18 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "vision_config": _SIGLIP,
         "mm_tokens_per_image": 4,
         "image_token_index": 39,
+    },
+    "gemma4": {
+        "text_config": _gemma4(
+            "gemma4_text", hidden_size_per_layer_input=6, vocab_size_per_layer_input=40, num_kv_shared_layers=1,
+        ),
+        "vision_config": _GEMMA4_VISION, "audio_config": None, "image_token_id": 39,
+    },
+    "gemma4_unified": {
+        "text_config": _gemma4("gemma4_unified_text", attention_k_eq_v=True),
+        "vision_config": {"patch_size": 2, "pooling_kernel_size": 1, "mm_embed_dim": 24, "mm_posemb_size": 4,
+                          "output_proj_dims": 24},
+        "audio_config": None, "image_token_id": 39,
     },
     "llava": {"text_config": _text("llama"), "vision_config": _CLIP, "image_token_index": 39},
     "llava_next": {

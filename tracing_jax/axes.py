@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from tracing_jax.arch import Arch, Reading, head_pairs
+from tracing_jax.arch import Arch, Reading, head_pairs, keys_of
 from tracing_jax.tree import Tree, flatten
 
 SYMMETRY = {
@@ -31,6 +31,9 @@ SYMMETRY = {
     "state_keys": "permutation, each group its own; convolution and activation act on each",
     "state_values": "permutation, alike in heads that share the gain of a norm; convolution and activation act on each",
     "tap": "none: each is a distance in tokens",
+    "per_layer": "none: each belongs to the per-layer embedding of one layer",
+    "per_layer_dim": "permutation, one for all layers, which share the gain of a norm; it is not offered",
+    "scalar": "none",
     "position": "none: every position means itself",
     "vocab": "renaming, the tokenizer with it",
 }
@@ -61,10 +64,11 @@ _WRITERS = {
 }  # fmt: skip
 _READERS = {
     "embed": "q_proj q_rope_proj k_proj v_proj q_a_proj kv_a_proj k_rope_proj head_gate gate_proj up_proj router"
-    " output_gate lm_head query_proj key_proj value_proj z_proj beta_proj decay_proj",
+    " output_gate lm_head query_proj key_proj value_proj z_proj beta_proj decay_proj per_layer_proj",
     "mlp": "down_proj", "v_dim": "o_proj", "qk_dim": "k_proj", "q_latent": "q_proj q_rope_proj",
     "kv_latent": "k_proj v_proj", "qk_nope": "k_proj", "qk_rope": "k_rope_proj",
 }  # fmt: skip
+_BRANCH_NORMS = ("router_norm", "shared_mlp_norm", "shared_mlp_post_norm", "expert_post_norm")
 _ROLES: tuple[tuple[AxisRole, Mapping[str, str]], ...] = (("writes", _WRITERS), ("reads", _READERS))
 
 
@@ -86,6 +90,13 @@ class LeafSpec:
     input_norm: str | None = None
 
 
+_PER_LAYER_TABLE = {
+    "embed/per_layer/embedding": LeafSpec(("vocab", "per_layer"), "emb"),
+    "embed/per_layer_proj/kernel": LeafSpec(("embed", "per_layer"), "emb"),
+    "embed/per_layer_norm/gain": LeafSpec(("per_layer_dim",), "emb"),
+}
+
+
 @dataclass(frozen=True)
 class AxisTable:
     """Which axes every leaf of a pytree has.
@@ -97,7 +108,7 @@ class AxisTable:
         unit of `layers/0/kv_heads`, so its permutation is a matrix `[kv_heads, q_group]`.
       fixed: kinds of axes whose units are not alike in this model, so that they may not be permuted.
       pairs: the first and the second units of the pairs on `qk_dim` that rotary positions turn together, or that have
-        no position.
+        no position; see `pairs_of` for heads of another width.
       groups: axis -> into how many groups of one size its units fall, in their order, where they do: a permutation
         keeps the units of a group together.
 
@@ -140,6 +151,12 @@ class AxisTable:
             fixed = f"; those of {', '.join(self.fixed)} are not alike" if self.fixed else ""
             raise ValueError(f"no axis of kind {listed} in this model; it has {', '.join(sorted(known))}{fixed}")
         return [axis for axis in self.sizes if kind_of(axis) in kinds & known]
+
+    def pairs_of(self, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Returns `pairs` of heads of this width; those of another width than most are paired by halves."""
+        if width == 2 * len(self.pairs[0]):
+            return self.pairs
+        return tuple(range(width // 2)), tuple(range(width // 2, 2 * (width // 2)))
 
     def restricted(self, prefix: str) -> "AxisTable":
         """Returns the table of the subtree under `prefix`: leaf names lose the prefix, axis names keep theirs."""
@@ -228,6 +245,11 @@ def _axis_table(arch: Arch) -> AxisTable:
     if arch.num_positions is not None:
         leaves["embed/positions"] = LeafSpec(("position", "embed"), "emb")
         sizes["position"] = arch.num_positions + arch.position_offset
+    if arch.per_layer_dim is not None:
+        leaves |= _PER_LAYER_TABLE
+        sizes |= {"per_layer": arch.per_layer_count * arch.per_layer_dim, "per_layer_dim": arch.per_layer_dim}
+    if arch.layer_scale:
+        sizes["scalar"] = 1
     if arch.embed_norm:
         leaves |= _norm_specs(arch, "embed/norm", "emb")
     parent_axis: dict[str, str] = {}
@@ -238,9 +260,13 @@ def _axis_table(arch: Arch) -> AxisTable:
         for mixer in arch.mixers_of(i):
             state = arch.state_mixer(mixer)
             at = layer if state is None else f"{layer}{mixer}/"
-            kinds = _attention_sizes(arch) if state is None else state.sizes
+            kinds = _attention_sizes(arch, mixer) if state is None else state.sizes
+            source = arch.keys_from(i, mixer)
+            if source != i:  # the axes of keys and values are those of an earlier layer
+                kinds = {"q_group": kinds["q_group"]}
             sizes |= {at + kind: size for kind, size in kinds.items()}
-            parent_axis |= {at + kind: at + parent for kind, parent in _HEADS_IN.items() if kind in kinds}
+            above = at if source == i else f"layers/{source}/"
+            parent_axis |= {at + kind: above + parent for kind, parent in _HEADS_IN.items() if kind in kinds}
         sizes[layer + "mlp"] = arch.mlp_dim_of(i)
         if arch.has_experts(i):
             assert arch.num_experts is not None
@@ -256,8 +282,9 @@ def _axis_table(arch: Arch) -> AxisTable:
     if arch.head_bias:
         leaves["head/lm_head/bias"] = LeafSpec(("vocab",), "emb")
     leaves = {name: _with_roles(arch, name, spec, leaves) for name, spec in leaves.items()}
-    # With ALiBi each head has a slope of its own, which is no weight and does not move with it.
-    fixed = ("kv_heads", "q_group") if arch.alibi_slopes else ()
+    # With ALiBi each head has a slope of its own, which is no weight and does not move with it. Heads of layers that share
+    # keys move together, and what looks for permutations takes one layer after another.
+    fixed = ("kv_heads", "q_group") if arch.alibi_slopes or arch.shares_keys else ()
     return AxisTable(leaves, sizes, parent_axis, head_pairs(arch), groups, fixed)
 
 
@@ -289,11 +316,14 @@ def _table_of_reading(arch: Arch, reading: Reading) -> AxisTable:
     return AxisTable(leaves, sizes, parent_axis)
 
 
-def _attention_sizes(arch: Arch) -> dict[str, int]:
-    """Returns kind of axis -> its size, for the axes of the attention of a layer."""
-    sizes = {"kv_heads": arch.num_kv_heads, "q_group": arch.q_group, "v_dim": arch.v_dim}
+def _attention_sizes(arch: Arch, mixer: str) -> dict[str, int]:
+    """Returns kind of axis -> its size, for the axes of attention."""
+    heads = arch.heads_of(mixer)
+    sizes = {"kv_heads": heads.kv_heads, "q_group": heads.q_group}
     if (latent := arch.latent) is None:
-        return sizes | {"qk_dim": arch.head_dim}
+        values = {} if heads.values_are_keys else {"v_dim": heads.head_dim}
+        return sizes | values | {"qk_dim": heads.head_dim}
+    sizes["v_dim"] = arch.v_dim
     if latent.q_rank is not None:
         sizes["q_latent"] = latent.q_rank
     return sizes | {"kv_latent": latent.kv_rank, "qk_nope": latent.nope_dim, "qk_rope": latent.rope_dim}
@@ -316,6 +346,10 @@ def _with_roles(arch: Arch, name: str, spec: LeafSpec, leaves: Mapping[str, Leaf
     # The norms of a block are siblings of its attn and mlp, the final norm is one of the head's kernel.
     *above, own = [*part.split("/")[: 3 if part.startswith("layers/") else 1]]
     before = arch.mlp_norm if own == "mlp" else f"{own}_norm"
+    if own == "mlp" and arch.branch_norms and module == "router":
+        before = arch.router_norm
+    if own == "mlp" and arch.branch_norms and part.endswith("/shared"):
+        before = "shared_mlp_norm"
     norm = "head/norm" if own == "head" else "/".join([*above, before])
     reads = "embed" in spec.axes and roles[spec.axes.index("embed")] == "reads"
     return replace(spec, roles=roles, input_norm=norm if reads and f"{norm}/scale" in leaves else None)
@@ -326,9 +360,14 @@ def _block_specs(arch: Arch, index: int) -> dict[str, LeafSpec]:
     layer = f"layers/{index}/"
     specs: dict[str, LeafSpec] = {}
     for mixer in arch.mixers_of(index):
-        specs |= _mixer_specs(arch, layer, mixer)
+        specs |= _mixer_specs(arch, index, mixer)
     for name, present in _norms(arch, index).items():
         specs |= _norm_specs(arch, name, "norm") if present else {}
+    if arch.per_layer_dim is not None:
+        specs["per_layer/gate_proj/kernel"] = LeafSpec(("embed", "per_layer_dim"))
+        specs["per_layer/out_proj/kernel"] = LeafSpec(("per_layer_dim", "embed"))
+    if arch.layer_scale:
+        specs["output/multiplier"] = LeafSpec(("scalar",), "norm")
     if arch.has_experts(index):
         specs |= _mixture_specs(arch, layer)
     else:
@@ -336,10 +375,13 @@ def _block_specs(arch: Arch, index: int) -> dict[str, LeafSpec]:
     return specs
 
 
-def _mixer_specs(arch: Arch, layer: str, mixer: str) -> dict[str, LeafSpec]:
+def _mixer_specs(arch: Arch, index: int, mixer: str) -> dict[str, LeafSpec]:
     """Returns the specs of what mixes the tokens of a layer."""
+    layer = f"layers/{index}/"
     if (state := arch.state_mixer(mixer)) is None:
-        return _attention_specs(arch, layer) if arch.latent is None else _latent_attention_specs(arch, layer)
+        if arch.latent is not None:
+            return _latent_attention_specs(arch, layer)
+        return _attention_specs(arch, index, mixer)
     return {
         f"{mixer}/{name}": LeafSpec(
             tuple(kind if kind == "embed" else f"{layer}{mixer}/{kind}" for kind in kinds), "attn"
@@ -348,30 +390,34 @@ def _mixer_specs(arch: Arch, layer: str, mixer: str) -> dict[str, LeafSpec]:
     }
 
 
-def _attention_specs(arch: Arch, layer: str) -> dict[str, LeafSpec]:
-    kv, group, qk, v = (layer + kind for kind in ("kv_heads", "q_group", "qk_dim", "v_dim"))
-    specs = {
-        "attn/q_proj/kernel": LeafSpec(("embed", kv, group, qk), "attn"),
-        "attn/k_proj/kernel": LeafSpec(("embed", kv, qk), "attn"),
-        "attn/v_proj/kernel": LeafSpec(("embed", kv, v), "attn"),
-        "attn/o_proj/kernel": LeafSpec((kv, group, v, "embed"), "attn"),
-    }
+def _attention_specs(arch: Arch, index: int, mixer: str) -> dict[str, LeafSpec]:
+    """Returns the specs of attention; where it reads the keys of an earlier layer, it has no keys and values."""
+    above = f"layers/{arch.keys_from(index, mixer)}/"
+    kv, qk, group = above + "kv_heads", above + "qk_dim", f"layers/{index}/q_group"
+    v = qk if arch.heads_of(mixer).values_are_keys else above + "v_dim"
+    axes = {"q": (kv, group, qk), "k": (kv, qk), "v": (kv, v)}
+    if keys_of(mixer) is not None:
+        axes = {"q": axes["q"]}
+    elif v == qk:
+        del axes["v"]
+    specs = {f"{mixer}/{name}_proj/kernel": LeafSpec(("embed", *own), "attn") for name, own in axes.items()}
+    specs[f"{mixer}/o_proj/kernel"] = LeafSpec((kv, group, v, "embed"), "attn")
     if arch.qkv_bias:
-        specs["attn/q_proj/bias"] = LeafSpec((kv, group, qk), "attn")
-        specs["attn/k_proj/bias"] = LeafSpec((kv, qk), "attn")
-        specs["attn/v_proj/bias"] = LeafSpec((kv, v), "attn")
+        specs |= {f"{mixer}/{name}_proj/bias": LeafSpec(own, "attn") for name, own in axes.items()}
     if arch.head_gate:
-        specs["attn/head_gate/kernel"] = LeafSpec(("embed", kv, group, v), "attn")
+        specs[f"{mixer}/head_gate/kernel"] = LeafSpec(("embed", kv, group, v), "attn")
         if arch.qkv_bias:
-            specs["attn/head_gate/bias"] = LeafSpec((kv, group, v), "attn")
+            specs[f"{mixer}/head_gate/bias"] = LeafSpec((kv, group, v), "attn")
     if arch.o_bias:
-        specs["attn/o_proj/bias"] = LeafSpec(("embed",), "attn")
+        specs[f"{mixer}/o_proj/bias"] = LeafSpec(("embed",), "attn")
     for leaf in ("scale", "bias")[: 0 if arch.qk_norm is None else 1 + arch.qk_norm_bias]:
-        shared = arch.qk_norm == "head"
-        specs[f"attn/q_norm/{leaf}"] = LeafSpec((qk,) if shared else (kv, group, qk), "attn")
-        specs[f"attn/k_norm/{leaf}"] = LeafSpec((qk,) if shared else (kv, qk), "attn")
+        specs |= {
+            f"{mixer}/{name}_norm/{leaf}": LeafSpec((qk,) if arch.qk_norm == "head" else own, "attn")
+            for name, own in axes.items()
+            if name != "v"
+        }
     if arch.sinks:
-        specs["attn/sinks"] = LeafSpec((kv, group), "attn")
+        specs[f"{mixer}/sinks"] = LeafSpec((kv, group), "attn")
     return specs
 
 
@@ -435,12 +481,19 @@ def _mixture_specs(arch: Arch, layer: str) -> dict[str, LeafSpec]:
         specs |= _mlp_specs(arch, "mlp/shared/", layer + "shared/mlp")
     if arch.shared_gate:
         specs["mlp/output_gate/kernel"] = LeafSpec(("embed",))
+    if arch.router.expert_scale:
+        specs["mlp/router/expert_scale"] = LeafSpec((expert,))
     return specs
 
 
 def _norms(arch: Arch, index: int) -> dict[str, bool]:
-    return dict.fromkeys((f"{mixer}_norm" for mixer in arch.mixers_of(index)), arch.pre_norms) | {
-        "attn_post_norm": arch.post_norms,
-        "mlp_norm": arch.pre_norms and not arch.shared_norm,
-        "mlp_post_norm": arch.post_norms,
-    }
+    return (
+        dict.fromkeys((f"{mixer}_norm" for mixer in arch.mixers_of(index)), arch.pre_norms)
+        | {
+            "attn_post_norm": arch.post_norms,
+            "mlp_norm": arch.pre_norms and not arch.shared_norm,
+            "mlp_post_norm": arch.post_norms,
+            "per_layer_post_norm": arch.per_layer_dim is not None,
+        }
+        | dict.fromkeys(_BRANCH_NORMS, arch.branch_norms and arch.has_experts(index))
+    )

@@ -265,7 +265,7 @@ def _adjacent(layer: Leaves, table: AxisTable, axis: str, lead: Sequence[str] = 
 
 def _complex(x: Float[np.ndarray, "*K H n"], table: AxisTable) -> Complex[np.ndarray, "*K H2 n"]:
     """Returns the pairs of a head's dimensions as complex numbers."""
-    first, second = (np.take(x, dims, axis=-2) for dims in table.pairs)
+    first, second = (np.take(x, dims, axis=-2) for dims in table.pairs_of(x.shape[-2]))
     return first + 1j * second
 
 

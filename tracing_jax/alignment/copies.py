@@ -46,7 +46,8 @@ def group_copies(
             found.append(grouping)
             report["units"] = arch.mlp_dim - grouping.units
     times = base.q_group // arch.q_group
-    if times > 1 and base.q_group == times * arch.q_group and arch.num_kv_heads % times == 0:
+    is_multiple = base.q_group == times * arch.q_group and arch.num_kv_heads % times == 0
+    if times > 1 and is_multiple and not KvGrouping.unsupported(arch):
         heads = _kv_grouping(arch.num_kv_heads // times, source)
         found += heads
         report |= {"kv_heads": arch.num_kv_heads - arch.num_kv_heads // times} if heads else {}

@@ -25,7 +25,7 @@ from tracing_jax.arch.config import (
     read_raw_config,
 )
 from tracing_jax.arch.families import SUPPORTED_FAMILIES
-from tracing_jax.arch.mixers import DeltaNet, Mamba, StateMixer, mixer_kind
+from tracing_jax.arch.mixers import DeltaNet, Heads, Mamba, StateMixer, is_attention, keys_of, mixer_kind
 from tracing_jax.arch.multimodal import SUPPORTED_MULTIMODAL
 from tracing_jax.arch.rope import SUPPORTED_ROPES, head_pairs
 
@@ -38,6 +38,7 @@ __all__ = [
     "WEIGHTS_ONLY",
     "Arch",
     "DeltaNet",
+    "Heads",
     "LatentAttention",
     "Mamba",
     "Reading",
@@ -49,6 +50,8 @@ __all__ = [
     "has_field",
     "head_pairs",
     "head_problem",
+    "is_attention",
+    "keys_of",
     "length_problem",
     "mixer_kind",
     "read_arch",

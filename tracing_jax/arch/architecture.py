@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from tracing_jax.arch.mixers import DeltaNet, Mamba, StateMixer, mixer_kind
+from tracing_jax.arch.mixers import DeltaNet, Heads, Mamba, StateMixer, is_attention, keys_of, mixer_kind
 from tracing_jax.complaints import joined
 
 
@@ -52,6 +52,7 @@ class Router:
       group_score: a group counts as much as its best expert, or as the sum of its best two.
       weights_input: the weight multiplies what an expert reads instead of what it returns (Llama 4).
       tolerance: of `sparsemixer`: scores that differ by more, in proportion, are not close.
+      expert_scale: at the end an expert's weight is multiplied by a learned number of its own (Gemma 4).
     """
 
     scores: Literal["softmax", "sigmoid", "sparsemixer"] = "softmax"
@@ -65,6 +66,7 @@ class Router:
     group_score: Literal["max", "top2"] = "max"
     weights_input: bool = False
     tolerance: float = 0.0
+    expert_scale: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,9 @@ class Arch:
     Letters: D embed, K kv heads, G queries per kv head, H head dim, F mlp, V vocab, L layers, P positions, E experts.
 
     Attributes:
-      rope_frequencies: one tuple of inverse frequencies (radians per position) per rope, of equal lengths: H/2, or
-        fewer where only the first dims of a head are rotated; zeros for layers without positions; none: no rope at all.
+      rope_frequencies: one tuple of inverse frequencies (radians per position) per rope, the first that of a layer with
+        `attn`: H/2, or fewer where only the first dims of a head are rotated; zeros for layers without positions; none:
+        no rope at all.
       layer_ropes: for each layer the index into `rope_frequencies`; empty without a rope.
       layer_windows: for each layer how many positions back, itself included, a token attends to; None for all.
       rope_amplitudes: for each rope a factor of rotated queries and keys; empty: 1.
@@ -139,9 +142,19 @@ class Arch:
       latent: how keys and values are computed from a latent; None: from the hidden state.
       head_gate: what a head returns is multiplied, dim by dim, by the sigmoid of a learned projection of what attention
         reads (Qwen3-Next).
+      value_norm: values are divided by their root mean square over a head, without a gain (Gemma 4).
       layer_mixers: for each layer the names of what mixes its tokens, in order, each with a norm before it; empty: all
-        have `attn` alone. A name such as `delta_net` is that of the subtree of a layer that holds its weights.
+        have `attn` alone. A name such as `delta_net` is that of the subtree of a layer that holds its weights; see
+        `is_attention` for the kinds of attention.
+      global_attn: the sizes of the heads of `global_attn`, if there is any.
       delta_net, mamba: the sizes of gated delta nets and of Mamba-2 layers, if there are any.
+      branch_norms: the experts and the MLP beside them have norms of their own before and after them, and so has the
+        router before it, whose input is divided by sqrt(D) as well (Gemma 4).
+      layer_scale: the hidden state is multiplied by a learned number at the end of each layer (Gemma 4).
+      per_layer_dim: the width of the per-layer embeddings: what each layer receives of a token beside the hidden state,
+        its row in a table plus a normalised projection of its embedding, which multiplies a gate. None: there are none.
+      per_layer_count: how many of them the table holds.
+      per_layer_index: for each layer the number of the one that it receives; empty without them.
       prediction_layers: how many layers behind the last a checkpoint may have that predict further tokens; they are not
         read.
       has_head: whether the model predicts tokens; a backbone, or a model for another task, does not. It counts as tied.
@@ -205,9 +218,16 @@ class Arch:
     temperature: tuple[float, float] | None = None
     latent: LatentAttention | None = None
     head_gate: bool = False
+    value_norm: bool = False
     layer_mixers: tuple[tuple[str, ...], ...] = ()
+    global_attn: Heads | None = None
     delta_net: DeltaNet | None = None
     mamba: Mamba | None = None
+    branch_norms: bool = False
+    layer_scale: bool = False
+    per_layer_dim: int | None = None
+    per_layer_count: int = 0
+    per_layer_index: tuple[int, ...] = ()
     prediction_layers: int = 0
     has_head: bool = True
     reading: Reading | None = None
@@ -237,6 +257,16 @@ class Arch:
         return "attn_norm" if self.shared_norm else "mlp_norm"
 
     @property
+    def router_norm(self) -> str:
+        """The norm in a layer whose output its router reads."""
+        return "router_norm" if self.branch_norms else self.mlp_norm
+
+    @property
+    def shares_keys(self) -> bool:
+        """Whether there are layers whose queries read keys and values of earlier ones."""
+        return any(keys_of(mixer) for mixers in self.layer_mixers for mixer in mixers)
+
+    @property
     def rotary_dim(self) -> int:
         """How many dims of a head are rotated."""
         return 2 * len(self.rope_frequencies[0]) if self.rope_frequencies else 0
@@ -255,12 +285,31 @@ class Arch:
         return self.layer_mixers[layer] if self.layer_mixers else ("attn",)
 
     def has_attention(self, layer: int) -> bool:
-        """Returns whether a layer has attention, maybe beside others that mix its tokens."""
+        """Returns whether a layer has attention with keys and values of its own, as most models have it.
+
+        Others may mix its tokens beside it. Layers with heads of another size, or keys of other layers, have none.
+        """
         return "attn" in self.mixers_of(layer)
 
     def state_mixer(self, name: str) -> StateMixer | None:
         """Returns the sizes of a mixer of a layer, such as `delta_net`; None for attention."""
-        return None if name == "attn" else getattr(self, mixer_kind(name))
+        return None if is_attention(name) else getattr(self, mixer_kind(name))
+
+    def heads_of(self, mixer: str) -> Heads:
+        """Returns the sizes of the heads of attention of this name."""
+        if (keys_of(mixer) or mixer) == "attn":
+            return Heads(self.num_kv_heads, self.q_group, self.head_dim)
+        assert self.global_attn is not None
+        return self.global_attn
+
+    def keys_from(self, layer: int, mixer: str) -> int:
+        """Returns the layer whose keys and values attention of a layer reads: its own, or the last one that has such.
+
+        Where there is none before it, as in a model of some layers of another, it is its own.
+        """
+        if (wanted := keys_of(mixer)) is None:
+            return layer
+        return next((i for i in range(layer - 1, -1, -1) if wanted in self.mixers_of(i)), layer)
 
     def mlp_dim_of(self, layer: int) -> int:
         """Returns the units of the MLP of a layer, or of each of its experts."""
@@ -279,7 +328,10 @@ class Arch:
         return self.head_dim if self.latent is None else self.latent.v_dim
 
 
-OF_LAYERS = ("layer_ropes", "layer_windows", "layer_chunks", "layer_mixers", "layer_experts", "layer_mlp_dims")
+OF_LAYERS = (
+    "layer_ropes", "layer_windows", "layer_chunks", "layer_mixers", "layer_experts", "layer_mlp_dims",
+    "per_layer_index",
+)  # fmt: skip
 """Fields of `Arch` with a fact of each layer."""
 
 

@@ -42,7 +42,7 @@ def attribute_problems(config: Any, family: ConfigFamily) -> list[str]:
     lines = [
         f"{name} is {shortened(attributes[name])}; only models without it, or with {name} {value}, are supported"
         for name, value in _READ_ANYWAY.items()
-        if name in attributes and attributes[name] not in (None, value)
+        if name in attributes and attributes[name] not in (None, value) and name not in family.used
     ]
     if not _is_declared(config, "layer_types") and _asks_for_windows(attributes):
         lines.append(
@@ -90,10 +90,22 @@ def as_built(config: Any) -> Any:
     return found
 
 
+def with_layer_overrides(config: Any) -> Any:
+    """Returns the config with what it says of single layers in `layer_overrides`: layer -> attribute -> value.
+
+    transformers raises an error where such an attribute is read of the whole config.
+    """
+    found = copy.copy(config)
+    per_layer = vars(found).pop("_heterogeneity_spec", None)
+    found.layer_overrides = {} if per_layer is None else per_layer.per_layer_overrides
+    return found
+
+
 def without_undeclared(config: Any, family: ConfigFamily) -> Any:
     """Returns the config without attributes that its class does not have, so that none is taken for a fact."""
     found = copy.copy(config)
-    for name in [name for name in vars(found) if not (name in family.used or _is_declared(found, name))]:
+    kept = {*family.used, "layer_overrides"}
+    for name in [name for name in vars(found) if not (name in kept or _is_declared(found, name))]:
         delattr(found, name)
     return found
 

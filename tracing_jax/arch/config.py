@@ -7,10 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from tracing_jax.arch.architecture import OTHERS, Arch, UnsupportedModelError
-from tracing_jax.arch.attributes import as_built, attribute_notes, attribute_problems, without_undeclared
+from tracing_jax.arch.attributes import (
+    as_built,
+    attribute_notes,
+    attribute_problems,
+    with_layer_overrides,
+    without_undeclared,
+)
 from tracing_jax.arch.families import FAMILIES, SUPPORTED_FAMILIES
 from tracing_jax.arch.family import ArchFields, ConfigFamily
 from tracing_jax.arch.multimodal import (
+    CAPPED,
     SUPPORTED_MULTIMODAL,
     family_of,
     is_multimodal,
@@ -131,7 +138,9 @@ def arch_from_config(config: Any) -> Arch:
     family = family_of(config.model_type)
     if family is None:
         raise UnsupportedModelError(_not_supported(config.model_type))
-    if problems := attribute_problems(config, family) + _problems(config, family):
+    problems = attribute_problems(config, family)
+    config = with_layer_overrides(config)
+    if problems := problems + _problems(config, family):
         raise UnsupportedModelError("; ".join(problems))
     config = without_undeclared(as_built(config), family)
     heads, layers = config.num_attention_heads, config.num_hidden_layers
@@ -157,8 +166,8 @@ def arch_from_config(config: Any) -> Arch:
         tied=bool(config.tie_word_embeddings),
         **(found | family.read(config)),
     )
-    if is_inside and (arch.logit_scale, arch.logit_softcap) != (1.0, None):
-        # Their classes in transformers have a head without these, other programs may not.
+    if is_inside and (arch.logit_scale, arch.logit_softcap) != (1.0, None) and whole.model_type not in CAPPED:
+        # Other classes in transformers have a head without these, other programs may not.
         raise UnsupportedModelError(f"logits that are scaled or capped in a {whole.model_type} model are not supported")
     return arch
 
@@ -233,7 +242,7 @@ def _fields(arch: Arch) -> dict[str, Any]:
     values = {field.name: getattr(arch, field.name) for field in fields(arch)}
     values["num_heads"] = arch.num_kv_heads * arch.q_group
     dense = [arch.mlp_dim_of(i) for i in range(arch.num_layers) if not arch.has_experts(i)]
-    values["dense_mlp_dim"] = dense[0] if dense else None
+    values["dense_mlp_dim"] = dense[0] if dense else arch.shared_mlp_dim if arch.branch_norms else None
     return {name: values[field] for field, name in FAMILIES[arch.family].names.items()}
 
 

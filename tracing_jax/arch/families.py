@@ -6,6 +6,7 @@ from typing import Any
 from tracing_jax.arch.architecture import UnsupportedModelError
 from tracing_jax.arch.dense_families import DENSE_FAMILIES
 from tracing_jax.arch.family import GPT_NAMES, ArchFields, ConfigFamily, one_window, windows_by_type
+from tracing_jax.arch.gemma4 import GEMMA4
 from tracing_jax.arch.hybrids import HYBRIDS
 from tracing_jax.arch.mixtures import MIXTURES
 
@@ -141,6 +142,6 @@ FAMILIES: dict[str, ConfigFamily] = {
     ),
 }
 
-FAMILIES |= DENSE_FAMILIES | MIXTURES | HYBRIDS
+FAMILIES |= DENSE_FAMILIES | MIXTURES | HYBRIDS | GEMMA4
 
 SUPPORTED_FAMILIES = tuple(sorted(FAMILIES))

@@ -1,4 +1,4 @@
-"""What mixes the tokens of a layer instead of attention: linear recurrences, their sizes and the axes of their weights.
+"""What mixes the tokens of a layer: kinds of attention and linear recurrences, their sizes, the axes of recurrences.
 
 A recurrence has groups, which share what plays the part of queries and keys, and heads in each group, each with values
 and a state of its own.
@@ -19,6 +19,37 @@ _VALUES: Axes = (*_HEADS, "state_values")
 def mixer_kind(name: str) -> str:
     """Returns the kind of a mixer: `mamba` for `mamba_2`, the second of a layer."""
     return re.sub(r"_\d+$", "", name)
+
+
+def is_attention(name: str) -> bool:
+    """Returns whether a mixer is attention.
+
+    `attn` is that of most models, `global_attn` one with heads of another size, which sees the whole text, and
+    `shared_attn` and `shared_global_attn` are such whose queries read keys and values of an earlier layer.
+    """
+    return name.endswith("attn")
+
+
+def keys_of(name: str) -> str | None:
+    """Returns the mixer whose keys and values a mixer reads instead of its own; None if it has its own."""
+    return name.removeprefix("shared_") if name.startswith("shared_") else None
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The sizes of the heads of attention.
+
+    Attributes:
+      kv_heads: K.
+      q_group: G, the queries of a kv head.
+      head_dim: H.
+      values_are_keys: values are what the projection of keys gives, before it is normalised and rotated.
+    """
+
+    kv_heads: int
+    q_group: int
+    head_dim: int
+    values_are_keys: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,14 @@ _NORMALIZED = Router(normalized=True)
 
 
 def expert_fields(
-    config: Any, router: Router, *, count: int, units: int, dense: int | None = None, layers: Sequence[bool] = ()
+    config: Any,
+    router: Router,
+    *,
+    count: int,
+    units: int,
+    dense: int | None = None,
+    layers: Sequence[bool] = (),
+    per_token: str = "num_experts_per_tok",
 ) -> ArchFields:
     """Returns the fields of a mixture of experts.
 
@@ -23,19 +30,20 @@ def expert_fields(
       units: of each of them.
       dense: the units of layers without experts.
       layers: for each layer whether it has experts; empty: all have.
+      per_token: the attribute that says how many experts a token has.
     """
-    per_token = config.num_experts_per_tok
-    if per_token is None:
-        raise UnsupportedModelError("num_experts_per_tok is not set")
-    if not 1 <= per_token <= count:
-        raise UnsupportedModelError(f"{per_token} experts for each token, of {count}")
+    chosen = getattr(config, per_token)
+    if chosen is None:
+        raise UnsupportedModelError(f"{per_token} is not set")
+    if not 1 <= chosen <= count:
+        raise UnsupportedModelError(f"{chosen} experts for each token, of {count}")
     if not 1 <= router.groups_per_token <= router.groups or count % router.groups:
         raise UnsupportedModelError(f"{router.groups_per_token} of {router.groups} groups of {count} experts")
-    if router.groups > 1 and per_token > router.groups_per_token * count // router.groups:
-        raise UnsupportedModelError(f"{per_token} experts for each token, of {router.groups_per_token} groups")
+    if router.groups > 1 and chosen > router.groups_per_token * count // router.groups:
+        raise UnsupportedModelError(f"{chosen} experts for each token, of {router.groups_per_token} groups")
     if layers and not any(layers):
         return {"mlp_dim": dense}
-    found: ArchFields = {"num_experts": count, "experts_per_token": per_token, "router": router, "mlp_dim": units}
+    found: ArchFields = {"num_experts": count, "experts_per_token": chosen, "router": router, "mlp_dim": units}
     if layers and not all(layers):
         assert dense is not None
         found["layer_experts"] = tuple(layers)

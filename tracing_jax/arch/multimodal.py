@@ -9,10 +9,13 @@ from tracing_jax.arch.family import ArchFields, ConfigFamily
 from tracing_jax.arch.mixtures import QWEN_EXPERTS, qwen3_vl_moe
 
 SUPPORTED_MULTIMODAL = (
-    "gemma3", "internvl", "kimi_k25", "llama4", "llava", "llava_next", "llava_onevision", "mistral3", "qwen2_5_vl",
-    "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe",
+    "gemma3", "gemma4", "gemma4_unified", "internvl", "kimi_k25", "llama4", "llava", "llava_next", "llava_onevision",
+    "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe",
 )  # fmt: skip
 """Model types of which the language model is read."""
+
+CAPPED = ("gemma4", "gemma4_unified")
+"""Those whose heads cap their logits as the language model in them does."""
 
 
 def _qwen3_vl(config: Any) -> ArchFields:

@@ -39,8 +39,13 @@ def ropes(config: Any, head_dim: int, *, partial: bool = False) -> dict[str, Any
     kinds = sorted(set(config.layer_types))
     if missing := [kind for kind in kinds if not parameters.get(kind)]:
         raise UnsupportedModelError(f"rope_parameters lack an entry for {', '.join(missing)}: found {parameters}")
-    found = [_rope(parameters[kind], config, head_dim, partial) for kind in kinds]
+    found = [rope_of(config, kind, head_dim, partial=partial) for kind in kinds]
     return fields_of(found, tuple(kinds.index(kind) for kind in config.layer_types))
+
+
+def rope_of(config: Any, kind: str, head_dim: int, *, partial: bool = False) -> Rope:
+    """Returns the rope of layers of one type; the arguments are those of `ropes`."""
+    return _rope(config.rope_parameters[kind], config, head_dim, partial)
 
 
 def fields_of(found: Sequence[Rope], layers: tuple[int, ...]) -> dict[str, Any]:

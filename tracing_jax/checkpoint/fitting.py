@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tracing_jax.arch import Arch
+from tracing_jax.arch import Arch, keys_of
 from tracing_jax.checkpoint.derived_tensors import Alias, Cast, DerivedTensors, RenamedTensors, Transposed
 from tracing_jax.checkpoint.errors import CheckpointError, MisfitError
 from tracing_jax.checkpoint.hf_layouts import LeafLayouts, leaf_layouts
@@ -184,6 +184,10 @@ def _checked(arch: Arch, store: TensorStore) -> list[str]:
         many = counted(len(later), "tensor is", "tensors are")
         notes.append(f"{many} left out, of layers that predict further tokens: {listed(later, 3)}")
         ignored |= set(later)
+    if unread_keys := _of_shared_keys(arch, extra):
+        many = counted(len(unread_keys), "tensor is", "tensors are")
+        notes.append(f"{many} left out, of layers that read the keys of earlier ones: {listed(unread_keys, 3)}")
+        ignored |= set(unread_keys)
     unexpected = {name: store.shape(name) for name in extra if name not in ignored}
     misshapen = {name: shape for name, shape in found.items() if store.shape(name) != shape}
     lost, others = _lost(arch, missing, names), _unexpected(arch, unexpected)
@@ -194,6 +198,13 @@ def _checked(arch: Arch, store: TensorStore) -> list[str]:
     if lines:
         raise CheckpointError(*lines)
     return notes
+
+
+def _of_shared_keys(arch: Arch, extra: Iterable[str]) -> list[str]:
+    """Returns the projections and norms of keys and values of layers that have none."""
+    shared = {i for i in range(arch.num_layers) if any(map(keys_of, arch.mixers_of(i)))}
+    modules = ("k_proj.weight", "v_proj.weight", "k_norm.weight", "v_norm.weight", "k_proj.bias", "v_proj.bias")
+    return [name for name in extra if layer_of(name) in shared and name.endswith(modules)]
 
 
 def _lost(arch: Arch, missing: Mapping[str, tuple[int, ...]], names: Iterable[str]) -> list[str]:

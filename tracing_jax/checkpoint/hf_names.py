@@ -215,6 +215,30 @@ _NEMOTRON_H = _LLAMA.but(
     prefix="backbone.",
     experts={f"mlp/{name}": f"mixer.experts.{{e}}.{name}" for name in ("up_proj", "down_proj")},
 )
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+_KINDS = ("global_attn", "shared_attn", "shared_global_attn")
+_GEMMA4 = _FOUR_NORMS.but(
+    {f"{kind}/{name}": f"self_attn.{name}" for kind in _KINDS for name in _PROJECTIONS}
+    | {f"{kind}_norm": "input_layernorm" for kind in _KINDS}
+    | {
+        "embed/per_layer/embedding": "embed_tokens_per_layer",
+        "embed/per_layer_proj": "per_layer_model_projection",
+        "embed/per_layer_norm": "per_layer_projection_norm",
+        "per_layer/gate_proj": "per_layer_input_gate",
+        "per_layer/out_proj": "per_layer_projection",
+        "per_layer_post_norm": "post_per_layer_input_norm",
+        "output/multiplier": "layer_scalar",
+    }
+)
+_GEMMA4_MOE = {
+    "mlp/router": "router.proj",
+    "mlp/router/expert_scale": "router.per_expert_scale",
+    "router_norm/scale": "router.scale",
+    "mlp_norm": "pre_feedforward_layernorm_2",
+    "shared_mlp_norm": "pre_feedforward_layernorm",
+    "shared_mlp_post_norm": "post_feedforward_layernorm_1",
+    "expert_post_norm": "post_feedforward_layernorm_2",
+} | _shared("mlp")
 _GPT2 = TensorNames(
     dict.fromkeys(_QKV, "attn.c_attn")
     | {
@@ -296,6 +320,15 @@ _FALCON = _LLAMA.but(
 TENSOR_NAMES: Mapping[str, TensorNames] = {
     "gemma2": _FOUR_NORMS,
     "gemma3_text": _FOUR_NORMS,
+    "gemma4_text": replace(
+        _GEMMA4,
+        experts={
+            "mlp/gate_proj": "experts.gate_up_proj",
+            "mlp/up_proj": "experts.gate_up_proj",
+            "mlp/down_proj": "experts.down_proj",
+        },
+        expert_suffixes={"kernel": ""},
+    ),
     "olmo2": _LLAMA.but(_POST_NORMS),
     "mixtral": _MIXTRAL,
     "minimax_m2": _MIXTRAL.but({"mlp/router/correction_bias": "block_sparse_moe.e_score_correction_bias"}),
@@ -412,6 +445,8 @@ def names_of(arch: Arch) -> TensorNames:
     if arch.family in _ONE_PART_A_LAYER:
         parts = [f"{i}/{part}" for i in range(arch.num_layers) for part in (*arch.mixers_of(i), "mlp")]
         names = replace(names, part_layers={part: number for number, part in enumerate(parts)})
+    if arch.branch_norms:
+        names = names.but(_GEMMA4_MOE)
     both = arch.parallel and not arch.shared_norm
     return names.but(_TWO_NORMS[arch.family]) if both and arch.family in _TWO_NORMS else names
 

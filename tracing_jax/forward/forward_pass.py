@@ -30,12 +30,14 @@ from tracing_jax.forward.interpolated_model import (
 )
 from tracing_jax.models import (
     BlockOutput,
+    Carried,
     LayerCache,
     LayerInputs,
     apply_block,
     apply_embed,
     apply_head,
     apply_mlp,
+    apply_per_layer,
     layer_inputs,
     mlp_leaves,
 )
@@ -89,23 +91,26 @@ def forward(
       at: for each batch the positions at which taps are returned; None for all.
       positions: for each batch those of its tokens; None counts from 0.
       caches: for each batch the key/value caches of the layers, continued with these tokens.
-      start: the first layer to run, and the hidden states that it receives; None starts from the tokens.
+      start: the first layer to run, and the hidden states that it receives; None starts from the tokens. Not for models
+        that carry more than the hidden state through their layers (see `carries_more`).
     """
     arch, resident = model.arch, is_resident_model(model)
+    assert start is None or not carries_more(arch)
     each_at = [None] * len(tokens) if at is None else at
     each_positions = [None] * len(tokens) if positions is None else positions
     first, given = start or (0, _embedded(model, tokens, dtype, each_positions))
     hidden = list(given)
+    carried = _carried(model, tokens, hidden)
     for i in range(first, arch.num_layers):
         layer: Subtree | None = model.layer(i)
         inputs = layer_inputs(arch, i)
         for b, x in enumerate(hidden):
             cache = None if caches is None else caches[b][i]
-            outputs = [block_step(arch, taps, layer, x, inputs, each_positions[b], cache, each_at[b])]
-            hidden[b] = outputs[0].hidden
+            outputs = [block_step(arch, taps, layer, x, inputs, each_positions[b], cache, each_at[b], carried[b])]
+            hidden[b], carried[b] = outputs[0].hidden, outputs[0].carried
             if b == len(hidden) - 1:
                 layer = None  # freed before the next one is read, and before the caller uses this one's results
-            yield LayerOutput(i, b, *outputs.pop())  # no reference is left here: the caller alone holds activations
+            yield LayerOutput(i, b, *outputs.pop()[:3])  # no reference is left here: the caller alone holds activations
         if not resident:
             jax.block_until_ready(hidden)  # dispatch is asynchronous, and layers would accumulate
 
@@ -145,7 +150,7 @@ def final_hidden(
       run_cache: where hidden states of an unfinished pass are saved now and then; an interrupted one continues there.
       on_layer: is called after every layer.
     """
-    states = SavedStates(run_cache or RunCache())
+    states = SavedStates(run_cache or RunCache(), model.arch)
     start = states.load(tokens, dtype)
     hidden: dict[int, jax.Array] = {}
     for _ in range(start[0] if start else 0):
@@ -162,11 +167,12 @@ def final_hidden(
 class SavedStates:
     """The hidden states of an unfinished forward pass, from which a second start continues.
 
-    There is one file, which is replaced when the write budget of the run cache allows it: not after every layer.
+    There is one file, which is replaced when the write budget of the run cache allows it: not after every layer. Nothing
+    is saved of models that carry more than that through their layers (see `carries_more`).
     """
 
-    def __init__(self, run_cache: RunCache) -> None:
-        self.run_cache = run_cache
+    def __init__(self, run_cache: RunCache, *archs: Arch) -> None:
+        self.run_cache = RunCache() if any(map(carries_more, archs)) else run_cache
 
     def save_if_due(self, layer: int, states: Tree) -> None:
         """Saves a pytree of hidden states that this layer receives, if the write budget allows it."""
@@ -204,6 +210,20 @@ def _embedded(
     return [embed_step(model.arch, dtype, embed, batch, at) for batch, at in zip(tokens, positions, strict=True)]
 
 
+def carries_more(arch: Arch) -> bool:
+    """Returns whether more than the hidden state passes through the layers of a model; see `models.Carried`."""
+    return arch.per_layer_dim is not None or arch.shares_keys
+
+
+def _carried(
+    model: PathOrModel, tokens: Sequence[jax.Array], hidden: Sequence[Float[Array, "*A B T D"]]
+) -> list[Carried]:
+    if model.arch.per_layer_dim is None:
+        return [Carried(None, {}) for _ in tokens]
+    embed = model.embed()
+    return [Carried(per_layer_step(model.arch, embed, *batch), {}) for batch in zip(tokens, hidden, strict=True)]
+
+
 def head_of(model: PathOrModel) -> Subtree:
     """Returns the head, with the embedding of a tied model as the subtree `embed`."""
     head = model.head()
@@ -221,7 +241,9 @@ def batches_at_once(model: PathOrModel, batch: Int[np.ndarray, "B T"], dtype: DT
     """Returns how many batches pass a layer together: one if resident, as many as fit if each layer must be read."""
     if is_resident_model(model):
         return 1
-    state_bytes = num_points(model) * batch.size * model.arch.embed_dim * jnp.dtype(dtype).itemsize
+    arch = model.arch
+    width = arch.embed_dim + (arch.per_layer_dim or 0) * arch.per_layer_count
+    state_bytes = num_points(model) * batch.size * width * jnp.dtype(dtype).itemsize
     return max(1, _HIDDEN_BYTES // state_bytes)
 
 
@@ -231,6 +253,14 @@ def embed_step(
 ) -> Float[Array, "*A B T D"]:
     """Returns the hidden states before the first layer."""
     return map_points(embed, lambda params: apply_embed(arch, params, tokens, dtype, positions))
+
+
+@functools.partial(jax.jit, static_argnames=("arch",))
+def per_layer_step(
+    arch: Arch, embed: Subtree, tokens: Int[Array, "B T"], x: Float[Array, "*A B T D"]
+) -> Float[Array, "*A B T L P"]:
+    """Returns the per-layer embeddings of tokens whose hidden states before the first layer are x."""
+    return map_points(embed, lambda params, x: apply_per_layer(arch, params, tokens, x), x)
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "taps"), donate_argnames=("x", "cache"))
@@ -243,14 +273,15 @@ def block_step(
     positions: Int[Array, "B T"] | None = None,
     cache: LayerCache | None = None,
     at: Int[Array, "B P"] | None = None,
+    carried: Carried | None = None,
 ) -> BlockOutput:
     """Returns what a layer gives; its taps as `gather_positions` returns them."""
 
-    def at_point(params: Tree, x: jax.Array, cache: LayerCache | None) -> BlockOutput:
-        output = apply_block(arch, params, x, inputs, positions=positions, cache=cache, taps=taps)
+    def at_point(params: Tree, x: jax.Array, cache: LayerCache | None, carried: Carried | None) -> BlockOutput:
+        output = apply_block(arch, params, x, inputs, positions=positions, cache=cache, carried=carried, taps=taps)
         return output._replace(taps={tap: gather_positions(output.taps[tap], at) for tap in taps})
 
-    return map_points(layer, at_point, x, cache)
+    return map_points(layer, at_point, x, cache, carried)
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "taps"))

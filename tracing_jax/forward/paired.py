@@ -80,7 +80,7 @@ def correlations(
     """
     _check(base.arch, ft.arch, blocks, taps)
     batches = _batches(blocks, compute)
-    states = SavedStates(run_cache or RunCache())
+    states = SavedStates(run_cache or RunCache(), base.arch, ft.arch)
     first, hidden = states.load(batches, compute.dtype) or (0, None)
     passes = tuple(
         forward(model, ids, compute.dtype, taps=tuple(taps), start=None if hidden is None else (first, hidden[m]))

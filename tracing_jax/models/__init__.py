@@ -13,21 +13,24 @@ from tracing_jax.models.decoder import (
     apply_embed,
     apply_head,
     apply_mlp,
+    apply_per_layer,
     empty_cache,
     layer_inputs,
 )
 from tracing_jax.models.initialization import init_params
-from tracing_jax.models.layers import LayerCache, LayerInputs
+from tracing_jax.models.layers import Carried, LayerCache, LayerInputs
 from tracing_jax.models.taps import mlp_leaves, tap_axes, taps_of, taps_problem
 
 __all__ = [
     "BlockOutput",
+    "Carried",
     "LayerCache",
     "LayerInputs",
     "apply_block",
     "apply_embed",
     "apply_head",
     "apply_mlp",
+    "apply_per_layer",
     "empty_cache",
     "init_params",
     "layer_inputs",

@@ -13,11 +13,13 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from tracing_jax.arch import Arch, head_problem, length_problem, mixer_kind
+from tracing_jax.arch import Arch, head_problem, is_attention, keys_of, length_problem, mixer_kind
 from tracing_jax.models.delta_net import delta_net
 from tracing_jax.models.latent_attention import latent_attention
 from tracing_jax.models.layers import (
+    ACTIVATIONS,
     Cache,
+    Carried,
     LayerCache,
     LayerInputs,
     StateCache,
@@ -26,10 +28,12 @@ from tracing_jax.models.layers import (
     linear,
     norm,
     scaled,
+    shared_attention,
+    unit_rms,
 )
 from tracing_jax.models.linear_recurrence import empty_state
 from tracing_jax.models.mamba import mamba
-from tracing_jax.models.mlp import mlp, mlp_inner
+from tracing_jax.models.mlp import mlp, mlp_and_experts, mlp_inner
 from tracing_jax.models.taps import taps_problem
 from tracing_jax.tree import Tree
 
@@ -48,10 +52,12 @@ class BlockOutput(NamedTuple):
     """The inner activations that were asked for, by tap name, `[B T *units]`."""
     cache: LayerCache | None
     """The cache with the keys and values of these tokens; None without one."""
+    carried: Carried
+    """What the next block receives beside the hidden state."""
 
 
 def layer_inputs(arch: Arch, layer: int) -> LayerInputs:
-    """Returns rope frequencies, window, chunk, attention scale and mixers of a layer.
+    """Returns what a layer takes beside the hidden state: rope frequencies, window, chunk, attention scale, mixers.
 
     All but the mixers are data, not static arguments: layers with the same mixers share one compiled program.
     """
@@ -63,6 +69,7 @@ def layer_inputs(arch: Arch, layer: int) -> LayerInputs:
         jnp.asarray(_NO_WINDOW if window is None else window, jnp.int32),
         jnp.asarray(_NO_WINDOW if chunk is None else chunk, jnp.int32),
         jnp.asarray(arch.attention_scale / (layer + 1 if arch.inverse_layer_scale else 1), jnp.float32),
+        jnp.asarray(arch.per_layer_index[layer] if arch.per_layer_index else 0, jnp.int32),
         arch.mixers_of(layer),
     )
 
@@ -71,6 +78,8 @@ def empty_cache(
     arch: Arch, layer: int, batch: int, length: int, dtype: DTypeLike, place: Callable[[int], Sharding] | None = None
 ) -> LayerCache:
     """Returns the cache of a layer for texts of up to `length` tokens, before it has read any: zeros.
+
+    Attention that reads the keys of an earlier layer has none.
 
     Args:
       arch: the facts of the model.
@@ -85,8 +94,12 @@ def empty_cache(
         if (state := arch.state_mixer(name)) is not None:
             found[name] = empty_state(state, batch, dtype, place and place(0))
             continue
-        on, heads = place and place(arch.num_kv_heads), (batch, length, arch.num_kv_heads)
-        found[name] = Cache(*(jnp.zeros((*heads, n), dtype, device=on) for n in (arch.head_dim, arch.v_dim)))
+        if keys_of(name) is not None:
+            continue
+        sizes = arch.heads_of(name)
+        on, heads = place and place(sizes.kv_heads), (batch, length, sizes.kv_heads)
+        widths = (sizes.head_dim, sizes.head_dim if arch.latent is None else arch.v_dim)
+        found[name] = Cache(*(jnp.zeros((*heads, width), dtype, device=on) for width in widths))
     return found
 
 
@@ -117,6 +130,24 @@ def apply_embed(
     return x + (learned[: tokens.shape[1]] if positions is None else learned[positions]).astype(dtype)
 
 
+def apply_per_layer(
+    arch: Arch, params: Tree, tokens: Int[Array, "B T"], x: Float[Array, "B T D"]
+) -> Float[Array, "B T L P"] | None:
+    """Returns the per-layer embeddings of these tokens, of which x is the first hidden state; None if there are none.
+
+    Source: Gemma 3n and Gemma 4, as transformers has them.
+    """
+    if arch.per_layer_dim is None:
+        return None
+    shape = (*tokens.shape, arch.per_layer_count, arch.per_layer_dim)
+    own = params["per_layer"]["embedding"][tokens].astype(x.dtype).reshape(shape)
+    own = scaled(own, float(np.asarray(arch.per_layer_dim**0.5, x.dtype)))
+    projected = scaled(linear(params["per_layer_proj"], x, "btd,de->bte"), arch.embed_dim**-0.5).reshape(shape)
+    gain = params["per_layer_norm"]["gain"].astype(jnp.float32)
+    projected = (unit_rms(projected.astype(jnp.float32), arch.norm_eps) * gain).astype(x.dtype)
+    return scaled(projected + own, 2**-0.5)
+
+
 def apply_block(
     arch: Arch,
     params: Tree,
@@ -125,9 +156,10 @@ def apply_block(
     *,
     positions: Int[Array, "#B T"] | None = None,
     cache: LayerCache | None = None,
+    carried: Carried | None = None,
     taps: Collection[str] = (),
 ) -> BlockOutput:
-    """Returns the hidden state after one layer, the inner activations asked for, and its cache.
+    """Returns the hidden state after one layer, the inner activations asked for, its cache, and what is carried on.
 
     Args:
       arch: the facts of the model.
@@ -137,35 +169,64 @@ def apply_block(
       positions: of the tokens; None counts from 0.
       cache: keys and values of earlier tokens, or states; the new ones are added at `positions`, which must then be
         given. Tokens at negative positions are padding behind a text.
+      carried: what passes through the layers beside the hidden state; see `apply_per_layer`.
       taps: names of inner activations; see `tap_axes`.
 
     Raises:
-      ValueError: taps that this model does not have.
+      ValueError: taps that this model does not have, or a layer that lacks what earlier ones carry to it.
     """
     if problem := taps_problem(arch, taps):
         raise ValueError(problem)
     if positions is None:
         positions = jnp.arange(x.shape[1])[None]
-    found, after = {"residual": x, "heads": x[..., :0]}, {}
+    carried = carried or Carried(None, {})
+    found, after, keys = {"residual": x, "heads": x[..., :0]}, {}, dict(carried.keys)
     for name in inputs.mixers:
         y = _optional_norm(arch, params, f"{name}_norm", arch.pre_norms, x)
-        own = None if cache is None else cache[name]
-        y, found["heads"], after[name] = _mixer(arch, name)(arch, params[name], y, inputs, positions, own)
+        if (shared := keys_of(name)) is not None:
+            if shared not in keys:
+                raise ValueError("the layer whose keys and values this one reads is not among those before it")
+            y, found["heads"] = shared_attention(arch, params[name], y, inputs, positions, keys[shared])
+        else:
+            own = None if cache is None else cache[name]
+            y, found["heads"], after[name] = _mixer(arch, name)(arch, params[name], y, inputs, positions, own)
+            if arch.shares_keys:
+                keys[name] = after[name]
         y = scaled(_optional_norm(arch, params, "attn_post_norm", arch.post_norms, y), arch.residual_scale)
         if not arch.parallel:
             x = x + y
     found["mlp_input"] = mlp_input(arch, params, x)
-    found["mlp_output"], inner = mlp(arch, params["mlp"], found["mlp_input"], taps)
+    if arch.branch_norms:
+        found["mlp_output"], inner = mlp_and_experts(arch, params, x, found["mlp_input"], taps)
+    else:
+        found["mlp_output"], inner = mlp(arch, params["mlp"], found["mlp_input"], taps)
     found |= inner
     if arch.parallel:
         x = x + y
     y = _optional_norm(arch, params, "mlp_post_norm", arch.post_norms, found["mlp_output"])
-    return BlockOutput(x + scaled(y, arch.residual_scale), {tap: found[tap] for tap in taps}, cache and after)
+    x = x + scaled(y, arch.residual_scale)
+    if arch.per_layer_dim is not None:
+        x = x + _per_layer(arch, params, x, inputs, carried)
+    if arch.layer_scale:
+        x = x * params["output"]["multiplier"].astype(x.dtype)
+    after_all = None if cache is None else after
+    return BlockOutput(x, {tap: found[tap] for tap in taps}, after_all, Carried(carried.per_layer, keys))
+
+
+def _per_layer(
+    arch: Arch, params: Tree, x: Float[Array, "B T D"], inputs: LayerInputs, carried: Carried
+) -> Float[Array, "B T D"]:
+    """Returns what the per-layer embedding of a layer adds to the hidden state."""
+    if carried.per_layer is None:
+        raise ValueError("a layer with a per-layer embedding was given none")
+    gate = ACTIVATIONS[arch.activation](linear(params["per_layer"]["gate_proj"], x, "btd,dp->btp"))
+    own = jnp.take(carried.per_layer, inputs.per_layer_index, axis=-2)
+    return norm(arch, params["per_layer_post_norm"], linear(params["per_layer"]["out_proj"], gate * own, "btp,pd->btd"))
 
 
 def _mixer(arch: Arch, name: str) -> Callable[..., tuple[Any, ...]]:
     """Returns what mixes tokens under this name."""
-    if name == "attn":
+    if is_attention(name):
         return attention if arch.latent is None else latent_attention
     return _STATE_MIXERS[mixer_kind(name)]
 

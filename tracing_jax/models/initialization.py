@@ -40,6 +40,8 @@ def _part_of(name: str) -> tuple[int, str]:
 def _initial(arch: Arch, key: PRNGKeyArray, name: str, shape: tuple[int, ...]) -> Float[Array, "..."]:
     if name.endswith("bias"):
         return jnp.zeros(shape)
+    if name.endswith("multiplier"):
+        return jnp.ones(shape)
     if name.endswith("scale"):
         return jnp.zeros(shape) if arch.norm == "rms_unit_offset" else jnp.ones(shape)
     return jax.nn.initializers.normal(_STD)(_leaf_key(key, name), shape, jnp.float32)

@@ -19,7 +19,7 @@ def latent_attention(
     inputs: LayerInputs,
     positions: Int[Array, "#B T"],
     cache: Cache | None = None,
-) -> tuple[Float[Array, "B T D"], Float[Array, "B T K G U"], Cache | None]:
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T K G U"], Cache]:
     """Returns what `layers.attention` does. The cache holds the keys and values of every head, not the latents.
 
     A head's query and key are the concatenation of a part without positions, from the latents, and a rotated part,

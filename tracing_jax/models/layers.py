@@ -40,6 +40,7 @@ class LayerInputs:
     window: Int[Array, ""]
     chunk: Int[Array, ""]
     attention_scale: Float[Array, ""]
+    per_layer_index: Int[Array, ""]  # of its per-layer embedding
     mixers: tuple[str, ...] = field(default=("attn",), metadata={"static": True})  # in their order
 
 
@@ -60,6 +61,15 @@ class StateCache(NamedTuple):
 
 LayerCache = Mapping[str, Cache | StateCache]
 """What each mixer of a layer remembers of a text."""
+
+
+class Carried(NamedTuple):
+    """What passes through the layers beside the hidden state, in the models that have it."""
+
+    per_layer: Float[Array, "*A B T L P"] | None
+    """The per-layer embeddings of all layers."""
+    keys: Mapping[str, Cache]
+    """Mixer -> its newest keys and values, if later layers read any."""
 
 
 def linear(params: Tree, x: Float[Array, "..."], equation: str) -> Float[Array, "..."]:
@@ -122,15 +132,18 @@ def attention(
     inputs: LayerInputs,
     positions: Int[Array, "#B T"],
     cache: Cache | None = None,
-) -> tuple[Float[Array, "B T D"], Float[Array, "B T K G H"], Cache | None]:
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T K G H"], Cache]:
     """Returns the output of causal attention with grouped queries, the heads before the output projection, the cache.
 
     A token attends to itself and the `window - 1` positions before it. With a cache the tokens write their keys and
-    values at their positions and attend to all that is there, so a text can be read in pieces.
+    values at their positions and attend to all that is there, so a text can be read in pieces. A layer without a
+    projection of values takes what that of keys gives.
     """
     q = linear(params["q_proj"], x, "btd,dkgh->btkgh")
     k = linear(params["k_proj"], x, "btd,dkh->btkh")
-    v = linear(params["v_proj"], x, "btd,dkh->btkh")
+    v = linear(params["v_proj"], x, "btd,dkh->btkh") if "v_proj" in params else k
+    if arch.value_norm:
+        v = unit_rms(v, arch.norm_eps)
     if arch.qk_norm is not None:
         together = arch.qk_norm == "all"
         q = norm(arch, params["q_norm"], q, 3 if together else 1)
@@ -146,6 +159,24 @@ def attention(
     if arch.head_gate:
         heads = heads * jax.nn.sigmoid(linear(params["head_gate"], x, "btd,dkgh->btkgh"))
     return linear(params["o_proj"], heads, "btkgh,kghd->btd"), heads, cache
+
+
+def shared_attention(
+    arch: Arch,
+    params: Tree,
+    x: Float[Array, "B T D"],
+    inputs: LayerInputs,
+    positions: Int[Array, "#B T"],
+    keys: Cache,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T K G H"]]:
+    """Returns what `attention` does of queries that read the keys and values of an earlier layer, without a cache.
+
+    Source: Brandon et al. 2024, cross-layer attention (arXiv 2405.12981); norms as in Gemma 4.
+    """
+    q = norm(arch, params["q_norm"], linear(params["q_proj"], x, "btd,dkgh->btkgh"))
+    q = rotate(arch, q, inputs, positions)
+    heads = attend(arch, params, q, keys.keys.astype(x.dtype), keys.values.astype(x.dtype), inputs, positions)
+    return linear(params["o_proj"], heads, "btkgh,kghd->btd"), heads
 
 
 def _by_positions(
@@ -178,10 +209,13 @@ def unit_rms(x: Float[Array, "..."], eps: float) -> Float[Array, "..."]:
 
 def with_cache(
     cache: Cache | None, k: Float[Array, "B T K H"], v: Float[Array, "B T K U"], positions: Int[Array, "#B T"]
-) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K U"], Cache | None]:
-    """Returns the keys and values that tokens see, and the cache with the new ones at their positions."""
+) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K U"], Cache]:
+    """Returns the keys and values that tokens see, and the cache with the new ones at their positions.
+
+    Without a cache it is made of the new ones.
+    """
     if cache is None:
-        return k, v, None
+        return k, v, Cache(k, v)
     cache = Cache(_written(cache.keys, k, positions), _written(cache.values, v, positions))
     return cache.keys.astype(k.dtype), cache.values.astype(v.dtype), cache
 

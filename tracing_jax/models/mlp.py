@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from tracing_jax.arch import Arch
-from tracing_jax.models.layers import ACTIVATIONS, einsum, linear
+from tracing_jax.models.layers import ACTIVATIONS, einsum, linear, norm, scaled
 from tracing_jax.tree import Tree
 
 _KERNELS = ("gate_proj", "up_proj", "down_proj")
@@ -85,7 +85,38 @@ def _mixture(
     Source: Jiang et al. 2024, Mixtral of Experts (arXiv 2401.04088), section 2.1; the MLP that every token passes is
     that of DeepSeekMoE (arXiv 2401.06066).
     """
-    weights = expert_weights(arch, params["router"], x)
+    total, found = _experts(arch, params, x, expert_weights(arch, params["router"], x), taps)
+    if "shared" in params:
+        total = total + _shared(arch, params, x)
+    return total.astype(x.dtype), found
+
+
+def mlp_and_experts(
+    arch: Arch, layer: Tree, stream: Float[Array, "B T D"], x: Float[Array, "B T D"], taps: Collection[str]
+) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "B T E F"]]]:
+    """Returns what `mlp` does where the experts, the MLP beside them and the router have norms of their own.
+
+    Args:
+      arch: the facts of the model.
+      layer: the subtree of a layer.
+      stream: the hidden state.
+      x: what the experts read of it.
+      taps: inner activations of the experts.
+
+    Source: Gemma 4, as transformers has it.
+    """
+    params = layer["mlp"]
+    routed = scaled(norm(arch, layer["router_norm"], stream), arch.embed_dim**-0.5)
+    experts, found = _experts(arch, params, x, expert_weights(arch, params["router"], routed), taps)
+    beside = _shared(arch, params, norm(arch, layer["shared_mlp_norm"], stream)).astype(x.dtype)
+    y = norm(arch, layer["shared_mlp_post_norm"], beside)
+    return y + norm(arch, layer["expert_post_norm"], experts.astype(x.dtype)), found
+
+
+def _experts(
+    arch: Arch, params: Tree, x: Float[Array, "B T D"], weights: Float[Array, "B T E"], taps: Collection[str]
+) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "B T E F"]]]:
+    """Returns the sum of what experts return times their weights, in float32, and inner activations of them all."""
 
     def add_expert(
         total: jax.Array, expert: tuple[jax.Array, Tree]
@@ -101,9 +132,7 @@ def _mixture(
     start = jnp.zeros(x.shape, jnp.float32)
     kernels = {name: params[name] for name in _KERNELS if name in params}
     total, found = jax.lax.scan(add_expert, start, (jnp.moveaxis(weights, -1, 0), kernels))
-    if "shared" in params:
-        total = total + _shared(arch, params, x)
-    return total.astype(x.dtype), _experts_last(found)
+    return total, _experts_last(found)
 
 
 def _shared(arch: Arch, params: Tree, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -139,7 +168,8 @@ def expert_weights(arch: Arch, params: Tree, x: Float[Array, "B T D"]) -> Float[
     chosen = jnp.take_along_axis(scores, selected, axis=-1)
     if router.normalized:
         chosen = chosen / jnp.maximum(chosen.sum(axis=-1, keepdims=True), router.floor)
-    return _spread(chosen * router.scale, selected, logits.shape[-1])
+    weights = _spread(chosen * router.scale, selected, logits.shape[-1])
+    return weights * params["expert_scale"].astype(jnp.float32) if router.expert_scale else weights
 
 
 def _spread(weights: Float[Array, "B T k"], selected: Int[Array, "B T k"], count: int) -> Float[Array, "B T E"]:

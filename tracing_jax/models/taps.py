@@ -2,24 +2,24 @@
 
 from collections.abc import Iterable, Mapping
 
-from tracing_jax.arch import Arch
+from tracing_jax.arch import Arch, is_attention
 
 
 def tap_axes(arch: Arch, layer: int = 0) -> Mapping[str, tuple[str, ...]]:
     """Returns tap name -> the kinds of the axes of its units in a layer, which follow B and T.
 
     * `residual`: the hidden state that a block receives.
-    * `heads`: the outputs of the heads of the last that mixes tokens, before its output projection.
+    * `heads`: the outputs of the heads of the last that mixes tokens, before its output projection. Of attention that
+      reads the keys of an earlier layer they are those of that layer's kv heads.
     * `mlp_input`: what the MLP reads, which is the hidden state, normalised where blocks have pre-norms.
     * `gate`, `up`: the pre-activations of the MLP, of every expert for every token.
     * `units`: its hidden units, likewise. An MLP beside the experts has no tap.
     * `mlp_output`: what it returns, before a post norm.
     """
     units = ("expert", "mlp") if arch.has_experts(layer) else ("mlp",)
-    is_attention = arch.mixers_of(layer)[-1:] == ("attn",)
-    axes = {
+    axes: dict[str, tuple[str, ...]] = {
         "residual": ("embed",),
-        "heads": ("kv_heads", "q_group", "v_dim") if is_attention else ("state_groups", "state_heads", "state_values"),
+        "heads": _head_axes(arch, layer),
         "mlp_input": ("embed",),
         "gate": units,
         "up": units,
@@ -27,6 +27,13 @@ def tap_axes(arch: Arch, layer: int = 0) -> Mapping[str, tuple[str, ...]]:
         "mlp_output": ("embed",),
     }
     return {tap: kinds for tap, kinds in axes.items() if arch.gated or tap != "gate"}
+
+
+def _head_axes(arch: Arch, layer: int) -> tuple[str, ...]:
+    last = next(iter(arch.mixers_of(layer)[-1:]), "")
+    if not is_attention(last):
+        return ("state_groups", "state_heads", "state_values")
+    return ("kv_heads", "q_group", "qk_dim" if arch.heads_of(last).values_are_keys else "v_dim")
 
 
 def taps_of(arch: Arch) -> tuple[str, ...]:

@@ -262,6 +262,8 @@ class KvRepetition(Rewrite):
     def unsupported(cls, arch: Arch) -> list[str]:
         if not has_field(arch, "num_kv_heads"):
             return ["its config has no field for the number of kv heads"]
+        if lines := KvGrouping.unsupported(arch):
+            return lines
         return [] if arch.q_group > 1 else ["each kv head has one query head, so that it cannot be shared out"]
 
     @classmethod
@@ -314,7 +316,7 @@ class KvGrouping(Rewrite):
 
     @classmethod
     def unsupported(cls, arch: Arch) -> list[str]:
-        return []
+        return [] if arch.global_attn is None else ["its layers have heads of two sizes"]
 
     @classmethod
     def random(cls, key: PRNGKeyArray, arch: Arch) -> "KvGrouping":

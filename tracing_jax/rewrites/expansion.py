@@ -50,7 +50,10 @@ class Padding(Rewrite):
 
     @classmethod
     def unsupported(cls, arch: Arch) -> list[str]:
-        return [] if has_field(arch, "mlp_dim") else ["its config has no field for the number of MLP units"]
+        if not has_field(arch, "mlp_dim"):
+            return ["its config has no field for the number of MLP units"]
+        doubled = arch.shares_keys and arch.layer_mlp_dims
+        return ["the MLPs of its layers that share keys are twice as wide as others"] if doubled else []
 
     @classmethod
     def random(cls, key: PRNGKeyArray, arch: Arch) -> "Padding":
@@ -150,8 +153,13 @@ class IdentityLayer(Rewrite):
             return read(f"layers/{index - 1}/")
         prefix = f"layers/{self._like(arch)}/"
         specs, weights = subtable(prefix, arch).leaves, read(prefix)
-        zeroed = {name for name in weights if _writes_residual_stream(specs[name])}
-        return {name: w.with_values(np.zeros_like(w.values)) if name in zeroed else w for name, w in weights.items()}
+        idle = {
+            name: np.zeros_like(weight.values)
+            for name, weight in weights.items()
+            if _writes_residual_stream(specs[name])
+        }
+        idle |= {name: np.ones_like(w.values) for name, w in weights.items() if name.endswith("/multiplier")}
+        return {name: w.with_values(idle[name]) if name in idle else w for name, w in weights.items()}
 
     def inverse(self, arch: Arch) -> "LayerRemoval":
         return LayerRemoval(self.at)
@@ -201,11 +209,13 @@ class LayerRemoval(Rewrite):
         nonzero = [
             name
             for name, weight in read(prefix).items()
-            if _writes_residual_stream(specs[name]) and weight.values.any()
+            if (_writes_residual_stream(specs[name]) and weight.values.any())
+            or (name.endswith("/multiplier") and (np.asarray(weight.values) != 1).any())
         ]
         if nonzero:
             raise ValueError(
-                f"cannot remove layer {self.at}: {', '.join(nonzero)} are not zero, so it writes to the residual stream"
+                f"cannot remove layer {self.at}: {', '.join(nonzero)} are not zero (or one, if they multiply it), so it "
+                "writes to the residual stream"
             )
 
 
@@ -274,6 +284,8 @@ def _feature_problems(arch: Arch) -> list[str]:
 def _head_problems(arch: Arch) -> list[str]:
     if arch.alibi_slopes:
         return ["kv heads cannot be added: the slopes of its heads follow from their number (ALiBi)"]
+    if arch.global_attn is not None:
+        return ["kv heads cannot be added: its layers have heads of two sizes"]
     if arch.qk_norm == "all":
         return ["kv heads cannot be added: queries and keys are normalised over all heads together"]
     if not has_field(arch, "head_dim"):
@@ -290,4 +302,7 @@ def _writes_residual_stream(spec: LeafSpec) -> bool:
 
 
 def _scale_problems(arch: Arch) -> list[str]:
-    return ["its layers scale their attention by their number"] if arch.inverse_layer_scale else []
+    lines = ["its layers scale their attention by their number"] if arch.inverse_layer_scale else []
+    if arch.per_layer_dim is not None:
+        lines.append("each of its layers has a part of a table of embeddings")
+    return lines + (["its last layers read the keys of earlier ones"] if arch.shares_keys else [])

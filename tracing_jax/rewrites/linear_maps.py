@@ -201,7 +201,8 @@ class ValueMixing(Rewrite):
     @classmethod
     def unsupported(cls, arch: Arch) -> list[str]:
         gated = ["its heads are gated dim by dim, and a map does not commute with that"] if arch.head_gate else []
-        return _clipped(arch, "values") + gated
+        normalised = ["its values are normalised, and a map does not commute with that"] if arch.value_norm else []
+        return _clipped(arch, "values") + gated + normalised
 
     @classmethod
     def random(cls, key: PRNGKeyArray, arch: Arch) -> "ValueMixing":

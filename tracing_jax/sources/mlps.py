@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import jax.numpy as jnp
+
 from tracing_jax.arch import Arch
 from tracing_jax.axes import axis_table
 from tracing_jax.sources.lazy_leaves import leaf, leaf_slice
@@ -16,8 +18,11 @@ _OF_MIXTURE = ("mlp/router", "mlp/output_gate")
 
 # The facts of a model of which each layer is one MLP.
 _DENSE: dict[str, Any] = {
-    "num_experts": None, "experts_per_token": None, "layer_experts": (), "shared_mlp_dim": None, "shared_gate": False
+    "num_experts": None, "experts_per_token": None, "layer_experts": (), "shared_mlp_dim": None, "shared_gate": False,
+    "branch_norms": False,
 }  # fmt: skip
+
+_BRANCH_NORMS = ("shared_mlp_norm", "shared_mlp_post_norm", "expert_post_norm")
 
 MlpIndex = tuple[int, int | None]
 """Layer and expert; -1 is the MLP beside the experts, None that of a layer without experts."""
@@ -77,13 +82,15 @@ def one_mlp(source: ParamSource, layer: int, expert: int | None) -> OneMlp:
     """
     prefix = f"layers/{layer}/"
     arch = source.arch
-    read = ("mlp/", f"{arch.mlp_norm}/", "mlp_post_norm/")
+    read = tuple(f"{name}/" for name in _leaves_of(arch))
     leaves = {}
     for name in (name for name in axis_table(arch).leaves if name.startswith(prefix)):
         own = name.removeprefix(prefix)
         own_name = _own_name(own, 0 if expert is None else expert) if own.startswith(read) else None
         if own_name is not None:
             leaves[own_name] = _of_expert(source, name, expert if own.startswith("mlp/") else None)
+    if arch.branch_norms and expert is not None:
+        leaves = _with_own_norms(leaves, expert)
     width = arch.mlp_dim_of(layer)
     dense = replace(arch.with_layers([layer]), mlp_dim=width, layer_mlp_dims=(), **_DENSE)
     return OneMlp(dense, {"layers": {"0": unflatten(leaves)}}, source, (layer, expert))
@@ -110,10 +117,6 @@ class MlpsAsLayers:
     source: ParamSource
     chosen: tuple[MlpIndex, ...] | None = None
     _kept: dict[int, Tree] = field(default_factory=dict, repr=False, compare=False)
-
-    @property
-    def _leaves(self) -> tuple[str, ...]:
-        return ("mlp", self.source.arch.mlp_norm, "mlp_post_norm")
 
     @cached_property
     def places(self) -> list[MlpIndex]:
@@ -149,20 +152,38 @@ class MlpsAsLayers:
         """Returns the MLP at an index with the norms around it, or its leaves under the names in `only`."""
         layer, expert = self.places[index]
         if expert is None:
-            return select(self.source.layer(layer, only or self._leaves), only)
+            return select(self.source.layer(layer, only or _leaves_of(self.source.arch)), only)
         if layer not in self._kept:
             self._kept.clear()
-            self._kept[layer] = self.source.layer(layer, self._leaves)
+            self._kept[layer] = self.source.layer(layer, _leaves_of(self.source.arch))
         leaves = {
             own: leaf if expert < 0 or not name.startswith("mlp/") else leaf[expert]
             for name, leaf in flatten(self._kept[layer]).items()
             if (own := _own_name(name, expert)) is not None
         }
+        if self.source.arch.branch_norms:
+            leaves = _with_own_norms(leaves, expert)
         return select(unflatten(leaves), only)
 
     def head(self) -> Tree:
         """Returns the subtree `head`."""
         return self.source.head()
+
+
+def _leaves_of(arch: Arch) -> tuple[str, ...]:
+    """Returns the names of the MLPs of a layer and of the norms around them."""
+    return ("mlp", arch.mlp_norm, "mlp_post_norm", *(_BRANCH_NORMS if arch.branch_norms else ()))
+
+
+def _with_own_norms(leaves: dict[str, Any], expert: int) -> dict[str, Any]:
+    """Returns the leaves of an MLP with the norms of its own in place of those of its layer.
+
+    What a norm after it, and then one after the sum of all MLPs, multiply is the product of their gains.
+    """
+    before, after = ("shared_mlp_norm", "shared_mlp_post_norm") if expert < 0 else ("mlp_norm", "expert_post_norm")
+    gains = [jnp.asarray(leaves[f"{name}/scale"], jnp.float32) for name in (after, "mlp_post_norm")]
+    own = {name: leaf for name, leaf in leaves.items() if not name.startswith(_BRANCH_NORMS)}
+    return own | {"mlp_norm/scale": leaves[f"{before}/scale"], "mlp_post_norm/scale": gains[0] * gains[1]}
 
 
 def _own_name(name: str, expert: int) -> str | None:

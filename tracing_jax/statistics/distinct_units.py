@@ -284,12 +284,12 @@ def _least_output(model: ParamSource, layer: int) -> float:
 
     0 where the stream is not known; infinite if a norm after the MLP makes all that the layer writes negligible.
     """
-    model, (layer, _) = origin(model, layer)
+    model, (layer, expert) = origin(model, layer)
     if not has_stream(model):
         return 0.0
     arch, least = model.arch, NEGLIGIBLE * stream_size(model, layer)
     if arch.post_norms:
-        return np.inf if _added(model, layer) < least else 0.0
+        return np.inf if _added(model, layer) * _share(model, layer, expert) < least else 0.0
     return float(least * np.sqrt(arch.embed_dim / arch.mlp_dim_of(layer)))
 
 
@@ -306,16 +306,43 @@ def has_stream(model: ParamSource) -> bool:
 
 
 def stream_size(model: ParamSource, layer: int) -> float:
-    """Returns the size of the residual stream before a layer, from the embeddings and what MLPs add to them."""
-    return math.sqrt(_embedding_size(model) ** 2 + sum(_added(model, i) ** 2 for i in range(layer)))
+    """Returns the size of the residual stream before a layer, from the embeddings and what MLPs add to them.
+
+    What per-layer embeddings add is counted too, and each layer may multiply the stream.
+    """
+    size = _embedding_size(model)
+    for i in range(layer):
+        size = math.hypot(size, _added(model, i))
+        if model.arch.per_layer_dim is not None:
+            size = math.hypot(size, _size_of_gain(model, i, "per_layer_post_norm"))
+        if model.arch.layer_scale:
+            size *= abs(float(to_host(model.layer(i, ("output",))["output"]["multiplier"])[0]))
+    return size
+
+
+def _share(model: ParamSource, layer: int, expert: int | None) -> float:
+    """Returns how much of what the experts and the MLP beside them give comes from one side, by the gains behind each.
+
+    1 where they have no norms of their own.
+    """
+    if expert is None or not model.arch.branch_norms:
+        return 1.0
+    sides = ("shared_mlp_post_norm", "expert_post_norm")
+    sizes = [_size_of_gain(model, layer, name) for name in sides]
+    return sizes[0 if expert < 0 else 1] / max(math.hypot(*sizes), np.finfo(np.float32).tiny)
+
+
+def _size_of_gain(model: ParamSource, layer: int, norm: str) -> float:
+    """Returns the root mean square of the gain of a norm, which is the size of what it returns."""
+    gain = gain_of(model.layer(layer, (norm,)), norm, model.arch)
+    return float(np.sqrt(np.square(to_host(jnp.asarray(gain))).mean()))
 
 
 def _added(model: ParamSource, layer: int) -> float:
     """Returns what the MLP of a layer, or its first expert, adds per feature; where a norm follows it, by its gain."""
     arch = model.arch
     if arch.post_norms:
-        gain = gain_of(model.layer(layer, ("mlp_post_norm",)), "mlp_post_norm", arch)
-        return float(np.sqrt(np.square(to_host(jnp.asarray(gain))).mean()))
+        return _size_of_gain(model, layer, "mlp_post_norm")
     return _first_mlp(model, layer).added
 
 

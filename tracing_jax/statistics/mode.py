@@ -83,7 +83,7 @@ class Mode(options.Mode):
         functions = (
             "activation", "norm", "pre_norms", "post_norms", "qk_norm", "parallel", "shared_norm", "rope_interleaved",
             "layer_experts", "experts_per_token", "router", "clamped_glu", "sinks", "latent", "layer_mixers",
-            "head_gate",
+            "head_gate", "value_norm", "global_attn", "branch_norms", "layer_scale", "per_layer_index",
         )  # fmt: skip
         different = [f"{name} {getattr(base, name)} / {getattr(ft, name)}" for name in functions
                      if getattr(base, name) != getattr(ft, name)]  # fmt: skip

@@ -78,11 +78,14 @@ def _reached_experts(model: ParamSource, layer: int) -> Bool[np.ndarray, " E"]:
     arch = model.arch
     if not arch.has("mlp/router"):  # not known of a model that is read by its weights alone
         return np.ones(arch.num_experts or 0, bool)
-    params = model.layer(layer, ("mlp/router", arch.mlp_norm))
+    params = model.layer(layer, ("mlp/router", arch.router_norm))
     leaves = params["mlp"]["router"]
-    gain = _float32(jnp.asarray(gain_of(params, arch.mlp_norm, arch)))
+    gain = _float32(jnp.asarray(gain_of(params, arch.router_norm, arch)))
     kernel = _float32(leaves["kernel"]) * (gain[:, None] if gain.ndim else gain)
     chosen = _chosen_experts(kernel, leaves, arch)
+    if arch.router.expert_scale:  # what is chosen and multiplied by next to nothing is not reached either
+        scales = np.abs(_float32(leaves["expert_scale"]))
+        chosen &= scales > _RARELY * scales.max()
     if not (arch.router.bias or arch.router.selects_with_bias):
         return chosen
     bias = _float32(leaves["bias"]) if "bias" in leaves else np.zeros(kernel.shape[1], np.float32)
