@@ -48,7 +48,7 @@ def forward_units(arch: Arch, models: Tree, tokens: Int[Array, "N T"], at: Int[A
     def one(model: Tree) -> Units:
         x, layers = apply_embed(arch, model["embed"], tokens, jnp.float32), []
         for i in range(arch.num_layers):
-            x, found, _ = apply_block(arch, model["layers"][str(i)], x, layer_inputs(arch, i), taps=TAPS)
+            x, found, *_ = apply_block(arch, model["layers"][str(i)], x, layer_inputs(arch, i), taps=TAPS)
             layers.append(found)
         return _units(layers, at)
 

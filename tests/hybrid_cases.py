@@ -68,6 +68,7 @@ _HYBRIDS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
             },
             "no_biases": {"use_conv_bias": False, "norm_topk_prob": False},
             "expert_groups": {"n_group": 4, "topk_group": 2},
+            "latent": {"moe_latent_size": 8},
             "dense": {"layers_block_type": ["linear_attention", "mlp"] * 2 + ["full_attention", "mlp"]},
         },
     ),
@@ -77,6 +78,7 @@ _HYBRIDS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
 WITH_GOLDEN = {
     "qwen3_next-default", "qwen3_next-dense_first", "qwen3_5_text-one_group", "qwen3_5_text-interval",
     "qwen3_5_moe_text-bias", "nemotron_h-default", "nemotron_h-two_in_a_row",
+    "nemotron_h-latent",
 }  # fmt: skip
 """The cases of which a golden file holds the numbers."""
 

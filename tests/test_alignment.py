@@ -40,7 +40,7 @@ def activations(model, tokens):
     block = jax.jit(apply_block, static_argnames=("arch", "taps"))
     x = apply_embed(model.arch, model.embed(), jnp.asarray(tokens), jnp.float32)
     for i in range(model.arch.num_layers):
-        x, found, _ = block(model.arch, model.layer(i), x, layer_inputs(model.arch, i), taps=TAPS)
+        x, found, *_ = block(model.arch, model.layer(i), x, layer_inputs(model.arch, i), taps=TAPS)
         yield {tap: np.asarray(units, np.float64).reshape(tokens.size, -1) for tap, units in found.items()}
 
 

@@ -47,7 +47,8 @@ def _tiny() -> tuple[Tree, AxisTable]:
 def test_every_axis_has_a_symmetry_and_every_leaf_a_group(name, own):
     table = axis_table(CASES[name].arch())
     special = {"position", "expert", "q_latent", "kv_latent", "qk_nope", "qk_rope"}
-    special |= {kind for kind in SYMMETRY if kind.startswith("state_")} | {"tap"}
+    special |= {kind for kind in SYMMETRY if kind.startswith(("state_", "per_layer"))}
+    special |= {"tap", "scalar", "expert_latent"}
     assert {kind_of(axis) for axis in table.sizes} == set(SYMMETRY) - (special - own)
     assert set(PERMUTABLE) < set(SYMMETRY)
     assert {row.group for row in table.leaves.values()} == set(GROUPS)

@@ -23,7 +23,7 @@ def tapped(arch):
     """Returns a block's weights and taps in float64, and what it receives and returns."""
     model = tiny.model(arch)
     x = apply_embed(arch, model.embed(), jnp.asarray(TOKENS), jnp.float32)
-    y, taps, cache = apply_block(arch, model.layer(0), x, layer_inputs(arch, 0), taps=taps_of(arch))
+    y, taps, cache, _ = apply_block(arch, model.layer(0), x, layer_inputs(arch, 0), taps=taps_of(arch))
     assert cache is None
     without = apply_block(arch, model.layer(0), x, layer_inputs(arch, 0))
     assert without.taps == {}

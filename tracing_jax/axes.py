@@ -31,6 +31,7 @@ SYMMETRY = {
     "state_keys": "permutation, each group its own; convolution and activation act on each",
     "state_values": "permutation, alike in heads that share the gain of a norm; convolution and activation act on each",
     "tap": "none: each is a distance in tokens",
+    "expert_latent": "any invertible map, each layer its own; it is not offered",
     "per_layer": "none: each belongs to the per-layer embedding of one layer",
     "per_layer_dim": "permutation, one for all layers, which share the gain of a norm; it is not offered",
     "scalar": "none",
@@ -59,12 +60,13 @@ AxisRole = Literal["writes", "reads"]
 leaves that write them are multiplied by M along the axis and those that read them by M^-T."""
 
 _WRITERS = {
-    "embed": "embed o_proj down_proj out_proj", "mlp": "up_proj", "v_dim": "v_proj", "qk_dim": "q_proj",
+    "embed": "embed o_proj down_proj out_proj latent_out", "mlp": "up_proj", "v_dim": "v_proj", "qk_dim": "q_proj",
     "q_latent": "q_a_proj", "kv_latent": "kv_a_proj", "qk_nope": "q_proj", "qk_rope": "q_rope_proj",
 }  # fmt: skip
 _READERS = {
     "embed": "q_proj q_rope_proj k_proj v_proj q_a_proj kv_a_proj k_rope_proj head_gate gate_proj up_proj router"
-    " output_gate lm_head query_proj key_proj value_proj z_proj beta_proj decay_proj per_layer_proj",
+    " output_gate lm_head query_proj key_proj value_proj z_proj beta_proj decay_proj per_layer_proj"
+    " latent_in",
     "mlp": "down_proj", "v_dim": "o_proj", "qk_dim": "k_proj", "q_latent": "q_proj q_rope_proj",
     "kv_latent": "k_proj v_proj", "qk_nope": "k_proj", "qk_rope": "k_rope_proj",
 }  # fmt: skip
@@ -271,6 +273,8 @@ def _axis_table(arch: Arch) -> AxisTable:
         if arch.has_experts(i):
             assert arch.num_experts is not None
             sizes[layer + "expert"] = arch.num_experts
+            if arch.expert_latent_dim is not None:
+                sizes[layer + "expert_latent"] = arch.expert_latent_dim
             parent_axis[layer + "mlp"] = layer + "expert"
             if arch.router.groups > 1:
                 groups[layer + "expert"] = arch.router.groups
@@ -282,8 +286,8 @@ def _axis_table(arch: Arch) -> AxisTable:
     if arch.head_bias:
         leaves["head/lm_head/bias"] = LeafSpec(("vocab",), "emb")
     leaves = {name: _with_roles(arch, name, spec, leaves) for name, spec in leaves.items()}
-    # With ALiBi each head has a slope of its own, which is no weight and does not move with it. Heads of layers that share
-    # keys move together, and what looks for permutations takes one layer after another.
+    # With ALiBi each head has a slope of its own, which is no weight and does not move with it. Heads of layers that
+    # share keys move together, but permutations are looked for in one layer after another.
     fixed = ("kv_heads", "q_group") if arch.alibi_slopes or arch.shares_keys else ()
     return AxisTable(leaves, sizes, parent_axis, head_pairs(arch), groups, fixed)
 
@@ -455,16 +459,18 @@ def _latent_attention_specs(arch: Arch, layer: str) -> dict[str, LeafSpec]:
     return specs
 
 
-def _mlp_specs(arch: Arch, at: str, mlp: str, expert: tuple[str, ...] = ()) -> dict[str, LeafSpec]:
+def _mlp_specs(
+    arch: Arch, at: str, mlp: str, expert: tuple[str, ...] = (), stream: str = "embed"
+) -> dict[str, LeafSpec]:
     """Returns the specs of an MLP whose leaves begin with `at`; those of several experts are stacked."""
     specs = {
-        f"{at}gate_proj/kernel": LeafSpec((*expert, "embed", mlp)),
-        f"{at}up_proj/kernel": LeafSpec((*expert, "embed", mlp)),
-        f"{at}down_proj/kernel": LeafSpec((*expert, mlp, "embed")),
+        f"{at}gate_proj/kernel": LeafSpec((*expert, stream, mlp)),
+        f"{at}up_proj/kernel": LeafSpec((*expert, stream, mlp)),
+        f"{at}down_proj/kernel": LeafSpec((*expert, mlp, stream)),
     }
     if arch.mlp_bias:
         specs[f"{at}gate_proj/bias"] = specs[f"{at}up_proj/bias"] = LeafSpec((*expert, mlp))
-        specs[f"{at}down_proj/bias"] = LeafSpec((*expert, "embed"))
+        specs[f"{at}down_proj/bias"] = LeafSpec((*expert, stream))
     return {name: spec for name, spec in specs.items() if arch.gated or not name.startswith(f"{at}gate_proj/")}
 
 
@@ -476,7 +482,15 @@ def _mixture_specs(arch: Arch, layer: str) -> dict[str, LeafSpec]:
         specs["mlp/router/bias"] = LeafSpec((expert,))
     if arch.router.selects_with_bias:
         specs["mlp/router/correction_bias"] = LeafSpec((expert,))
-    specs |= _mlp_specs(arch, "mlp/", layer + "mlp", (expert,))
+    if arch.expert_latent_dim is None:
+        specs |= _mlp_specs(arch, "mlp/", layer + "mlp", (expert,))
+    else:
+        latent = layer + "expert_latent"
+        specs |= _mlp_specs(arch, "mlp/", layer + "mlp", (expert,), latent)
+        specs |= {
+            "mlp/latent_in/kernel": LeafSpec(("embed", latent)),
+            "mlp/latent_out/kernel": LeafSpec((latent, "embed")),
+        }
     if arch.shared_mlp_dim is not None:
         specs |= _mlp_specs(arch, "mlp/shared/", layer + "shared/mlp")
     if arch.shared_gate:

@@ -129,6 +129,8 @@ class Arch:
       layer_experts: for each layer whether its MLP is a mixture; empty: all are if `num_experts` is set, else none.
       layer_mlp_dims: for each layer the units of its MLP, or of each of its experts; empty: `mlp_dim` in all.
       shared_mlp_dim: the units of an MLP beside the experts that every token passes; None: there is none.
+      expert_latent_dim: experts read a projection of the features, so wide, and another one takes what they return
+        together to the features (Nemotron 3). None: they read and return features.
       shared_gate: its output is multiplied by the sigmoid of a learned projection of what it reads (Qwen2-MoE).
       clamped_glu: (limit, slope): units are clip(up, -limit, limit) + 1 times g sigmoid(slope g), where g is the gate,
         at most `limit` (gpt-oss); the activation is not used.
@@ -211,6 +213,7 @@ class Arch:
     layer_mlp_dims: tuple[int, ...] = ()
     shared_mlp_dim: int | None = None  # F of the shared expert
     shared_gate: bool = False
+    expert_latent_dim: int | None = None
     clamped_glu: tuple[float, float] | None = None
     sinks: bool = False
     layer_chunks: tuple[int | None, ...] = ()

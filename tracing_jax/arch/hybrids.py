@@ -81,8 +81,6 @@ def _nemotron_layers(config: Any) -> list[tuple[tuple[str, ...], str]]:
 
 
 def _nemotron_h(config: Any) -> ArchFields:
-    if config.moe_latent_size is not None and "moe" in config.layer_types:
-        raise UnsupportedModelError("moe_latent_size is set: experts that read a projection are not supported")
     if config.mlp_bias and "moe" in config.layer_types:
         raise UnsupportedModelError("mlp_bias is set in a model with experts, which have none beside an MLP that has")
     if config.tie_word_embeddings:
@@ -107,7 +105,9 @@ def _nemotron_h(config: Any) -> ArchFields:
         fields |= expert_fields(
             config, noaux_router(config), count=config.n_routed_experts, units=config.moe_intermediate_size,
             dense=config.intermediate_size, layers=sparse,
-        ) | {"shared_mlp_dim": config.moe_shared_expert_intermediate_size}  # fmt: skip
+        ) | {
+            "shared_mlp_dim": config.moe_shared_expert_intermediate_size, "expert_latent_dim": config.moe_latent_size
+        }  # fmt: skip
     return fields
 
 

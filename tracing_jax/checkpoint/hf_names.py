@@ -209,6 +209,8 @@ _NEMOTRON_H = _LLAMA.but(
         "mamba/skip": "mixer.D",
         "mamba/norm": "mixer.norm",
         "mamba/out_proj": "mixer.out_proj",
+        "mlp/latent_in": "mixer.fc1_latent_proj",
+        "mlp/latent_out": "mixer.fc2_latent_proj",
         "mlp/router": "mixer.gate",
         "mlp/router/correction_bias": "mixer.gate.e_score_correction_bias",
     },

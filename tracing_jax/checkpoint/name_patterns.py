@@ -37,7 +37,7 @@ _IGNORED = {
     "counters of training": re.compile(r"(.+\.)?(iteration|global_step|num_updates|num_batches_tracked)"),
     "parts for other inputs than text": re.compile(
         r"(model\.)?(vision_tower|vision_model|visual|vit|multi_modal_projector|mm_projector|image_newline|audio_tower"
-        r"|speech_encoder|embed_vision|embed_audio)(\..+)?"
+        r"|speech_encoder|embed_vision|embed_audio|vision_embedder)(\..+)?"
     ),
 }
 

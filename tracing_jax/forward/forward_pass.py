@@ -167,8 +167,8 @@ def final_hidden(
 class SavedStates:
     """The hidden states of an unfinished forward pass, from which a second start continues.
 
-    There is one file, which is replaced when the write budget of the run cache allows it: not after every layer. Nothing
-    is saved of models that carry more than that through their layers (see `carries_more`).
+    There is one file, which is replaced when the write budget of the run cache allows it: not after every layer. There
+    is none of models that carry more than that through their layers (see `carries_more`).
     """
 
     def __init__(self, run_cache: RunCache, *archs: Arch) -> None:

@@ -41,6 +41,8 @@ def mlp_inner(
         found = _inner(arch, own, x)
         return {tap: found[tap] for tap in taps}
 
+    x = _to_latent(params, x)
+
     def of_expert(own: Tree) -> dict[str, jax.Array]:
         found = _inner(arch, own, x)
         return {tap: found[tap] for tap in taps}
@@ -129,10 +131,18 @@ def _experts(
         y = linear(own["down_proj"], found["units"], "btf,fd->btd").astype(jnp.float32)
         return total + weight[..., None] * y, {tap: found[tap] for tap in taps if tap in found}
 
+    x = _to_latent(params, x)
     start = jnp.zeros(x.shape, jnp.float32)
     kernels = {name: params[name] for name in _KERNELS if name in params}
     total, found = jax.lax.scan(add_expert, start, (jnp.moveaxis(weights, -1, 0), kernels))
+    if "latent_out" in params:
+        total = linear(params["latent_out"], total.astype(x.dtype), "btc,cd->btd").astype(jnp.float32)
     return total, _experts_last(found)
+
+
+def _to_latent(params: Tree, x: Float[Array, "B T D"]) -> Float[Array, "B T C"]:
+    """Returns what experts read: a projection of what their layer reads, or that itself."""
+    return linear(params["latent_in"], x, "btd,dc->btc") if "latent_in" in params else x
 
 
 def _shared(arch: Arch, params: Tree, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

@@ -53,4 +53,4 @@ _MLP_LEAVES = {"gate": ("mlp/gate_proj",), "up": ("mlp/up_proj",), "units": ("ml
 def mlp_leaves(arch: Arch, taps: Iterable[str]) -> tuple[str, ...]:
     """Returns the names in a layer of the subtrees that `gate`, `up` or `units` are computed from."""
     needed = {leaf for tap in taps for leaf in _MLP_LEAVES[tap]}
-    return (arch.mlp_norm, *sorted(needed))
+    return (arch.mlp_norm, *sorted(needed), *(() if arch.expert_latent_dim is None else ("mlp/latent_in",)))

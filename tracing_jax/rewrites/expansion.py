@@ -214,8 +214,8 @@ class LayerRemoval(Rewrite):
         ]
         if nonzero:
             raise ValueError(
-                f"cannot remove layer {self.at}: {', '.join(nonzero)} are not zero (or one, if they multiply it), so it "
-                "writes to the residual stream"
+                f"cannot remove layer {self.at}: {', '.join(nonzero)} are not zero (or one, where they multiply), so "
+                "it changes the residual stream"
             )
 
 

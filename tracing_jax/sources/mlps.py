@@ -5,7 +5,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from tracing_jax.arch import Arch
 from tracing_jax.axes import axis_table
@@ -15,11 +17,12 @@ from tracing_jax.tree import Tree, flatten, select, unflatten
 
 _SHARED = "mlp/shared/"
 _OF_MIXTURE = ("mlp/router", "mlp/output_gate")
+_LATENT = ("mlp/latent_in/kernel", "mlp/latent_out/kernel")
 
 # The facts of a model of which each layer is one MLP.
 _DENSE: dict[str, Any] = {
     "num_experts": None, "experts_per_token": None, "layer_experts": (), "shared_mlp_dim": None, "shared_gate": False,
-    "branch_norms": False,
+    "branch_norms": False, "expert_latent_dim": None,
 }  # fmt: skip
 
 _BRANCH_NORMS = ("shared_mlp_norm", "shared_mlp_post_norm", "expert_post_norm")
@@ -88,9 +91,12 @@ def one_mlp(source: ParamSource, layer: int, expert: int | None) -> OneMlp:
         own = name.removeprefix(prefix)
         own_name = _own_name(own, 0 if expert is None else expert) if own.startswith(read) else None
         if own_name is not None:
-            leaves[own_name] = _of_expert(source, name, expert if own.startswith("mlp/") else None)
+            is_stacked = own.startswith("mlp/") and own not in _LATENT
+            leaves[own_name] = _of_expert(source, name, expert if is_stacked else None)
     if arch.branch_norms and expert is not None:
         leaves = _with_own_norms(leaves, expert)
+    if arch.expert_latent_dim is not None:
+        leaves = _without_latent(leaves, expert)
     width = arch.mlp_dim_of(layer)
     dense = replace(arch.with_layers([layer]), mlp_dim=width, layer_mlp_dims=(), **_DENSE)
     return OneMlp(dense, {"layers": {"0": unflatten(leaves)}}, source, (layer, expert))
@@ -157,12 +163,14 @@ class MlpsAsLayers:
             self._kept.clear()
             self._kept[layer] = self.source.layer(layer, _leaves_of(self.source.arch))
         leaves = {
-            own: leaf if expert < 0 or not name.startswith("mlp/") else leaf[expert]
+            own: leaf if expert < 0 or not name.startswith("mlp/") or name in _LATENT else leaf[expert]
             for name, leaf in flatten(self._kept[layer]).items()
             if (own := _own_name(name, expert)) is not None
         }
         if self.source.arch.branch_norms:
             leaves = _with_own_norms(leaves, expert)
+        if self.source.arch.expert_latent_dim is not None:
+            leaves = _without_latent(leaves, expert)
         return select(unflatten(leaves), only)
 
     def head(self) -> Tree:
@@ -184,6 +192,26 @@ def _with_own_norms(leaves: dict[str, Any], expert: int) -> dict[str, Any]:
     gains = [jnp.asarray(leaves[f"{name}/scale"], jnp.float32) for name in (after, "mlp_post_norm")]
     own = {name: leaf for name, leaf in leaves.items() if not name.startswith(_BRANCH_NORMS)}
     return own | {"mlp_norm/scale": leaves[f"{before}/scale"], "mlp_post_norm/scale": gains[0] * gains[1]}
+
+
+def _without_latent(leaves: dict[str, Any], expert: int | None) -> dict[str, Any]:
+    """Returns the leaves of an expert with the projections around the experts in its kernels: it reads features."""
+    own = {name: value for name, value in leaves.items() if name not in _LATENT}
+    if expert is None or expert < 0:
+        return own
+    before, after = (leaves[name] for name in _LATENT)
+    for name, kernel in own.items():
+        if name.endswith(("gate_proj/kernel", "up_proj/kernel")):
+            own[name] = _product(before, kernel)
+        if name.endswith("down_proj/kernel"):
+            own[name] = _product(kernel, after)
+    return own
+
+
+@jax.jit
+def _product(first: Float[Array, "N C"], second: Float[Array, "C M"]) -> Float[Array, "N M"]:
+    first, second = (jnp.asarray(kernel, jnp.float32) for kernel in (first, second))
+    return jnp.matmul(first, second, precision="highest")
 
 
 def _own_name(name: str, expert: int) -> str | None:

@@ -329,7 +329,7 @@ def _share(model: ParamSource, layer: int, expert: int | None) -> float:
         return 1.0
     sides = ("shared_mlp_post_norm", "expert_post_norm")
     sizes = [_size_of_gain(model, layer, name) for name in sides]
-    return sizes[0 if expert < 0 else 1] / max(math.hypot(*sizes), np.finfo(np.float32).tiny)
+    return sizes[0 if expert < 0 else 1] / (math.hypot(*sizes) or 1.0)
 
 
 def _size_of_gain(model: ParamSource, layer: int, norm: str) -> float:
