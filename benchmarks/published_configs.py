@@ -119,7 +119,9 @@ def _shrunken(name: str, value: Any, vision: bool) -> Any:
     if vision:
         return min(value, _VISION[name]) if name in _VISION and isinstance(value, int) else value
     if isinstance(value, list) and re.search(r"layer|pattern|_freq", name) and len(value) > _LAYERS:
-        return _of_every_kind(value)
+        found = _of_every_kind(value)
+        # Nemotron-H has an MLP behind all others.
+        return [*found[:-2], found[-1], value[-1]] if name == "layers_block_type" and found[-1] != value[-1] else found
     if isinstance(value, str) and name == "hybrid_override_pattern":
         return "M*-E"[: _LAYERS - 2] if "E" in value else "M*-"
     if not isinstance(value, int) or isinstance(value, bool):
@@ -338,6 +340,7 @@ _UNTRIED = {
     "contains custom code": "code of its own, which is not run",
     "does not recognize this architecture": "no model type of transformers",
     "Unrecognized configuration class": "no model of text alone in transformers",
+    "no attribute 'to_dict'": "a model of text alone with the config of another inside, which transformers cannot build",
     "does not get small": "a class of transformers that does not read the sizes of this config",
 }
 """Part of a remark -> why no tiny model was made, in short."""

@@ -15,7 +15,8 @@ from tracing_jax.axes import axis_table
 from tracing_jax.forward import forward, logits
 from tracing_jax.models import empty_cache
 from tracing_jax.rewrites import KvRepetition, ValueMixing, draw_rewrites
-from tracing_jax.sources import in_memory, rewritten
+from tracing_jax.sources import InMemory, MlpsAsLayers, in_memory, rewritten
+from tracing_jax.statistics.unit_outputs import reached_experts
 from tracing_jax.tree import flatten
 
 ONE_KEY, SHARED, EXPERTS = (f"gemma4_text-{name}" for name in ("values_are_keys", "shared_keys", "experts"))
@@ -71,6 +72,28 @@ def test_queries_of_shared_keys_have_the_axes_of_the_layer_that_has_them():
     assert table.parent_axis["layers/4/q_group"] == "layers/1/kv_heads"
     assert "layers/4/kv_heads" not in table.sizes
     assert "layers/1/v_dim" not in axis_table(CASES[ONE_KEY].arch()).sizes  # its values are its keys
+
+
+def test_an_mlp_alone_has_the_norms_of_its_own():
+    model = CASES[EXPERTS].source()
+    views, layer = MlpsAsLayers(model), model.layer(1)
+    for expert, before, after in ((3, "mlp_norm", "expert_post_norm"), (-1, "shared_mlp_norm", "shared_mlp_post_norm")):
+        alone = views.layer(views.places.index((1, expert)))
+        np.testing.assert_array_equal(alone["mlp_norm"]["scale"], layer[before]["scale"])
+        expected = np.asarray(layer[after]["scale"]) * np.asarray(layer["mlp_post_norm"]["scale"])
+        np.testing.assert_allclose(alone["mlp_post_norm"]["scale"], expected)
+        assert alone.keys() == {"mlp", "mlp_norm", "mlp_post_norm"}
+
+
+def test_experts_that_are_multiplied_by_nothing_are_not_reached():
+    model = CASES[EXPERTS].source()
+    layer = model.layer(0)
+    router = layer["mlp"]["router"] | {"expert_scale": layer["mlp"]["router"]["expert_scale"].at[2].set(0)}
+    layers = model.params["layers"] | {"0": layer | {"mlp": layer["mlp"] | {"router": router}}}
+    changed = InMemory(model.arch, model.params | {"layers": layers})
+    reached = [reached_experts(source, 0) for source in (model, changed)]
+    assert reached[0][2]
+    assert not reached[1][2]
 
 
 def test_what_its_heads_do_not_allow_is_refused():

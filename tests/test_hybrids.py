@@ -12,11 +12,12 @@ from tracing_jax.axes import axis_table
 from tracing_jax.forward import forward, logits
 from tracing_jax.models import empty_cache
 from tracing_jax.models.delta_net import gated_delta_rule
+from tracing_jax.models.mlp import mlp
 from tracing_jax.rewrites import Permutation, ValueMixing, draw_rewrites, random_permutations
-from tracing_jax.sources import in_memory, rewritten
+from tracing_jax.sources import MlpsAsLayers, in_memory, one_mlp, rewritten
 from tracing_jax.tree import flatten
 
-NAMES = ("qwen3_next-default", "qwen3_5_text-one_group", "nemotron_h-two_in_a_row")
+NAMES = ("qwen3_next-default", "qwen3_5_text-one_group", "nemotron_h-two_in_a_row", "nemotron_h-latent")
 
 
 def _delta_rule64(q, k, v, decay, beta, state):
@@ -98,3 +99,22 @@ def test_alignment_finds_the_heads_of_recurrences(name):
     found = align(model, ft, kinds, evidence="weights")
     leaves, expected = (flatten(in_memory(source).params) for source in (rewritten(ft, found.rewrites), model))
     assert all(np.array_equal(leaves[leaf], expected[leaf]) for leaf in expected)
+
+
+def test_an_expert_alone_has_the_projections_around_experts_in_its_weights():
+    model = CASES["nemotron_h-latent"].source()
+    views = MlpsAsLayers(model)
+    at = views.places.index((0, 2))
+    whole, alone = model.layer(0)["mlp"], views.layer(at)["mlp"]
+    assert alone.keys() == one_mlp(model, 0, 2).layer(0)["mlp"].keys() == {"up_proj", "down_proj"}
+    x = np.random.default_rng(0).normal(size=(3, model.arch.embed_dim))
+    read, up, down, back = (
+        np.asarray(kernel, np.float64)
+        for kernel in (
+            whole["latent_in"]["kernel"], whole["up_proj"]["kernel"][2], whole["down_proj"]["kernel"][2],
+            whole["latent_out"]["kernel"],
+        )
+    )  # fmt: skip
+    expected = np.maximum(x @ read @ up, 0) ** 2 @ down @ back
+    found = mlp(views.arch, alone, jnp.asarray(x[None], jnp.float32))[0][0]
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())

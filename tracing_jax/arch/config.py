@@ -114,6 +114,11 @@ def _raw_problem(raw: dict[str, Any]) -> str | None:
         return problem
     if is_multimodal(model_type):
         return None  # configs inside of others lack what is at its default
+    if isinstance(raw.get("text_config"), dict):
+        return (
+            f"text_config holds the config of another model, and transformers reads none of it in a {model_type}; the "
+            "model_type must be that of the whole, such as mistral3 for a ministral3 with a vision tower"
+        )
     if raw.get("configuration_files"):
         return "configuration_files has transformers read another file; remove it, or make that file config.json"
     family = FAMILIES[model_type]
