@@ -340,7 +340,7 @@ _UNTRIED = {
     "contains custom code": "code of its own, which is not run",
     "does not recognize this architecture": "no model type of transformers",
     "Unrecognized configuration class": "no model of text alone in transformers",
-    "no attribute 'to_dict'": "a model of text alone with the config of another inside, which transformers cannot build",
+    "no attribute 'to_dict'": "a text model with the config of another inside, which transformers cannot build",
     "does not get small": "a class of transformers that does not read the sizes of this config",
 }
 """Part of a remark -> why no tiny model was made, in short."""

@@ -48,10 +48,38 @@ def _as_llama_cpp(name: str, architecture: str, arch: Arch, weight: np.ndarray) 
     if architecture in ("llama", "granite", "granitemoe", "olmo", "smollm3"):
         heads = {".q_proj.": arch.num_kv_heads * arch.q_group, ".k_proj.": arch.num_kv_heads}
         weight = next((_in_pairs(weight, count) for part, count in heads.items() if part in name), weight)
+    if architecture.startswith("qwen3") and arch.delta_net is not None:
+        return _of_delta_net(name, architecture, arch, weight)
     if architecture.startswith("gemma") and name.endswith("norm.weight"):
         weight = weight + 1
     is_linear = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
     return weight.T if architecture == "gpt2" and is_linear else weight
+
+
+def _of_delta_net(name: str, architecture: str, arch: Arch, weight: np.ndarray) -> np.ndarray:
+    """What llama.cpp does to a Qwen with gated delta nets: heads of values by their number in a group, in Qwen3.5."""
+    net = arch.delta_net
+    assert net is not None
+    if name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight"):
+        return weight + 1
+    weight = weight.squeeze() if name.endswith("conv1d.weight") else weight
+    before = 2 * net.groups * net.key_dim if name.endswith(("in_proj_qkv.weight", "conv1d.weight")) else 0
+    ends = (
+        "in_proj_qkv.weight",
+        "conv1d.weight",
+        "in_proj_z.weight",
+        "in_proj_a.weight",
+        "in_proj_b.weight",
+        "A_log",
+        "dt_bias",
+    )
+    if architecture != "qwen3next" and name.endswith((*ends, "linear_attn.out_proj.weight")):
+        turned = weight if name.endswith(ends) else weight.T
+        groups = turned[before:].reshape(net.groups, net.heads, -1, *turned.shape[1:])
+        tiled = np.concatenate([groups[k, g] for g in range(net.heads) for k in range(net.groups)])
+        weight = np.concatenate([turned[:before], tiled])
+        weight = weight if name.endswith(ends) else weight.T
+    return -np.exp(weight) if name.endswith("A_log") else weight
 
 
 def _written(
@@ -101,6 +129,16 @@ def _apart(name: str, arch: Arch, weight: np.ndarray) -> list[tuple[str, np.ndar
         by_head = weight.reshape(arch.num_kv_heads * arch.q_group, -1, weight.shape[1])
         keys, values = np.split(by_head, [arch.latent.nope_dim], axis=1)
         return [(name.replace("kv_b", "k_b"), keys.swapaxes(1, 2)), (name.replace("kv_b", "v_b"), values)]
+    if name.endswith(".in_proj_qkvz.weight"):
+        net, before = arch.delta_net, name.partition("in_proj")[0]
+        assert net is not None
+        values = net.heads * net.value_dim
+        by_group = weight.reshape(net.groups, -1, weight.shape[1])
+        q, k, v, z = np.split(by_group, np.cumsum([net.key_dim, net.key_dim, values]), axis=1)
+        qkv = np.concatenate([part.reshape(-1, weight.shape[1]) for part in (q, k, v)])
+        return [(f"{before}in_proj_qkv.weight", qkv), (f"{before}in_proj_z.weight", z.reshape(-1, weight.shape[1]))]
+    if name.endswith(".linear_attn.dt_bias"):
+        return [(name.replace("dt_bias", "dt_proj.bias"), weight)]
     if name.endswith(".sinks"):
         return [(f"{name}.weight", weight)]
     if "gate_up_proj" in name and ".experts." in name:
@@ -208,7 +246,8 @@ def _assert_same(found: Checkpoint, case: Case) -> None:
     ours, theirs = (flatten(in_memory(source).params) for source in (found, case.source()))
     assert ours.keys() == theirs.keys()
     for name, leaf in theirs.items():
-        np.testing.assert_allclose(ours[name], leaf, rtol=0, atol=2e-7 if "norm" in name else 0, err_msg=name)
+        rounded = "norm" in name or name.endswith("A_log")
+        np.testing.assert_allclose(ours[name], leaf, rtol=0, atol=2e-7 if rounded else 0, err_msg=name)
 
 
 def _theta(case: Case, architecture: str) -> dict[str, float]:
@@ -243,10 +282,15 @@ def test_weights_are_those_that_llama_cpp_was_given(model_type, tmp_path):
 
 
 _SIGMOID = {"expert_gating_func": 2}
+_STATES = {
+    "ssm.conv_kernel": 3, "ssm.state_size": 6, "ssm.group_count": 2, "ssm.time_step_rank": 4, "ssm.inner_size": 20,
+    "full_attention_interval": 4,
+}  # fmt: skip
 _CHANGES: dict[str, dict[str, Any]] = {
     "cohere-qk_norm": {"tie_word_embeddings": True},  # as all heads of this family are in llama.cpp
     "gpt_oss-default": {"swiglu_limit": 7.0, "swiglu_alpha": 1.702},  # constants in llama.cpp
     "gpt_oss-yarn": {"swiglu_limit": 7.0, "swiglu_alpha": 1.702},
+    "qwen3_5_moe_text-default": {"layer_types": ["linear_attention", "linear_attention", "full_attention"]},
     "glm4_moe-default": {"routed_scaling_factor": 1.75},  # which float32 holds
 }
 _CHANGES |= {
@@ -289,6 +333,9 @@ _MORE_FACTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-gqa-untied-default": ("qwen2vl", {"rope.dimension_sections": [1, 2, 1, 0]}),
     "qwen3-gqa-untied-default": ("qwen3vl", {"rope.dimension_sections": [1, 2, 1, 0], "n_deepstack_layers": 3}),
     "qwen3_moe-normalized": ("qwen3vlmoe", {"rope.dimension_sections": [1, 2, 1, 0]}),
+    "qwen3_next-interval": ("qwen3next", _STATES),
+    "qwen3_5_text-interval": ("qwen35", _STATES | {"rope.dimension_sections": [1, 1, 0, 0]}),
+    "qwen3_5_moe_text-default": ("qwen35moe", _STATES | {"full_attention_interval": 3}),
     "granitemoe-default": (
         "granitemoe",
         {"attention.scale": 0.21, "embedding_scale": 3.3, "residual_scale": 0.43, "logit_scale": 1.7},

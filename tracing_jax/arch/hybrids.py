@@ -25,7 +25,8 @@ def _qwen_hybrid(config: Any) -> ArchFields:
             f"layer_types must name linear_attention or full_attention for each of {config.num_hidden_layers} layers, "
             f"found {config.layer_types}"
         )
-    fields = {"norm": "rms_unit_offset", "head_gate": True}
+    further = getattr(config, "mtp_num_hidden_layers", None) or 0
+    fields = {"norm": "rms_unit_offset", "head_gate": True, "prediction_layers": further}
     if "linear_attention" not in config.layer_types:
         return fields
     keys, values = config.linear_num_key_heads, config.linear_num_value_heads
@@ -122,7 +123,7 @@ def _nemotron_types(arch: Arch) -> dict[str, Any]:
 
 _DELTA = (
     "rms_norm_eps attention_bias layer_types linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim"
-    " linear_num_key_heads linear_num_value_heads"
+    " linear_num_key_heads linear_num_value_heads mtp_num_hidden_layers"
 )
 _SHARED = {"shared_mlp_dim": "shared_expert_intermediate_size"}
 _EXPERTS = " moe_intermediate_size num_experts_per_tok num_experts shared_expert_intermediate_size"

@@ -45,6 +45,23 @@ def partial(config: HfConfig) -> HfConfig:
     return {"partial_rotary_factor": config.get("_rope_dims", width) / width}
 
 
+def qwen_hybrid(config: HfConfig) -> HfConfig:
+    """Every `_interval`-th layer has attention; layers that predict further tokens come behind the others."""
+    layers = config["num_hidden_layers"] - config.get("mtp_num_hidden_layers", 0)
+    interval = config.get("_interval", 4)
+    if not layers > 0 < interval:
+        raise UnsupportedMetadataError(f"full_attention_interval is {interval}, of {layers} layers")
+    heads = config["linear_num_value_heads"]
+    if not heads or config["_inner"] % heads:
+        raise UnsupportedMetadataError(
+            f"ssm.inner_size {config['_inner']} is no multiple of ssm.time_step_rank {heads}"
+        )
+    kinds = ["full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(layers)]
+    return partial(config) | {
+        "num_hidden_layers": layers, "layer_types": kinds, "linear_value_head_dim": config["_inner"] // heads,
+    }  # fmt: skip
+
+
 def glm4(config: HfConfig) -> HfConfig:
     """The width of a head is that of the embedding per head where the metadata have none."""
     return partial(config) | {"head_dim": _head_dim(config)}

@@ -94,6 +94,13 @@ _ROUTED = {
     "expert_weights_norm": "norm_topk_prob", "expert_gating_func": "_scores", "expert_group_count": "n_group",
     "expert_group_used_count": "topk_group", "nextn_predict_layers": "num_nextn_predict_layers",
 }  # fmt: skip
+_DELTA = _DIMS | {
+    "ssm.conv_kernel": "linear_conv_kernel_dim", "ssm.state_size": "linear_key_head_dim",
+    "ssm.group_count": "linear_num_key_heads", "ssm.time_step_rank": "linear_num_value_heads",
+    "ssm.inner_size": "_inner", "full_attention_interval": "_interval",
+    "nextn_predict_layers": "mtp_num_hidden_layers",
+}  # fmt: skip
+_SHARED_EXPERTS = _EXPERTS | _SHARED
 _PLAIN_ROUTER = {"norm_topk_prob": False, "routed_scaling_factor": 1.0, "first_k_dense_replace": 0}
 GGUF_FAMILIES = {
     "llama": GgufFamily(
@@ -114,6 +121,14 @@ GGUF_FAMILIES = {
     "qwen3vlmoe": GgufFamily(
         "qwen3_moe", _EXPERTS | _NORM | _SECTIONS, defaults={"norm_topk_prob": True, "decoder_sparse_step": 1},
         also=("qwen3_vl_moe",),
+    ),
+    "qwen3next": GgufFamily(
+        "qwen3_next", _SHARED_EXPERTS | _NORM | _DELTA, more=derived.qwen_hybrid,
+        defaults={"norm_topk_prob": True, "decoder_sparse_step": 1},
+    ),
+    "qwen35": GgufFamily("qwen3_5_text", _DELTA | _SECTIONS, more=derived.qwen_hybrid, also=("qwen3_5",)),
+    "qwen35moe": GgufFamily(
+        "qwen3_5_moe_text", _SHARED_EXPERTS | _DELTA | _SECTIONS, more=derived.qwen_hybrid, also=("qwen3_5_moe",)
     ),
     "olmoe": GgufFamily("olmoe", _EXPERTS | _NORM, defaults={"norm_topk_prob": False, "rope_theta": 10000.0}),
     "phi3": GgufFamily(

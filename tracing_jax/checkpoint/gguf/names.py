@@ -16,6 +16,7 @@ from gguf import MODEL_ARCH_NAMES, TensorNameMap, get_tensor_name_map
 
 from tracing_jax.arch import Arch
 from tracing_jax.checkpoint.derived_tensors import Derived, DerivedTensors
+from tracing_jax.checkpoint.gguf.recurrences import QWEN_HYBRIDS, of_delta_net
 from tracing_jax.checkpoint.hf_layouts import leaf_layouts
 from tracing_jax.checkpoint.name_patterns import layer_of
 from tracing_jax.checkpoint.safetensors_file import Index, bounds_of
@@ -28,8 +29,8 @@ RowOrder = Callable[[np.ndarray], np.ndarray]
 _IN_PAIRS = ("llama", "granite", "granitemoe", "olmo", "smollm3")
 """Families whose queries and keys are stored in pairs."""
 
-_PLUS_ONE = ("gemma", "gemma2", "gemma3")
-"""Families whose gains are stored plus one."""
+_PLUS_ONE = ("gemma", "gemma2", "gemma3", *QWEN_HYBRIDS)
+"""Families whose gains are stored plus one; those of the norms in recurrences are not."""
 
 _FROM_HEADS = ("gptneox", "falcon", "bloom")
 """Families whose queries, keys and values are in one tensor, here kind after kind, there head after head."""
@@ -71,6 +72,10 @@ def with_hf_names(store: TensorStore, architecture: str, arch: Arch) -> TensorSt
         if name.endswith(".kv_b_proj.weight") and known.issuperset(halves):
             derived[name] = _KeysAndValues(store, *halves)
             used |= set(halves)
+            continue
+        if (rebuilt := of_delta_net(name, shape, architecture, arch, store, known)) is not None:
+            derived[name] = rebuilt
+            used |= set(rebuilt.names)
             continue
         row = _EXPERT.fullmatch(name) or _NORM_OF_HEAD.fullmatch(name)
         theirs = _their_name(f"{row['before']}{row['after']}" if row else name, table)

@@ -8,12 +8,19 @@ _ROUTER = ("expert_count", "expert_used_count")
 _EXPERTS = (*_ROUTER, "expert_feed_forward_length")
 _EPSILONS = ("attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon")
 _WINDOW = "attention.sliding_window"
+_RECURRENCE = (
+    "ssm.conv_kernel", "ssm.state_size", "ssm.group_count", "ssm.time_step_rank", "ssm.inner_size",
+    "attention.key_length",
+)  # fmt: skip
 
 _OF_FAMILY: Mapping[str, tuple[str, ...]] = {
     "qwen2moe": _ROUTER,
     "qwen3moe": _ROUTER,
     "qwen3vlmoe": _ROUTER,
     "olmoe": _ROUTER,
+    "qwen3next": (*_EXPERTS, *_RECURRENCE),
+    "qwen35": _RECURRENCE,
+    "qwen35moe": (*_EXPERTS, *_RECURRENCE),
     "phi3": ("context_length",),
     "gemma3": (_WINDOW,),
     "command-r": ("logit_scale",),
