@@ -12,7 +12,7 @@ import tiny
 from parity_cases import CASES
 
 from tracing_jax.axes import axis_table
-from tracing_jax.models import apply_block, apply_embed, apply_head, init_params, layer_inputs
+from tracing_jax.models import Carried, apply_block, apply_embed, apply_head, apply_per_layer, init_params, layer_inputs
 from tracing_jax.tree import flatten, unflatten
 
 ARCHS = [tiny.llama_mha(), tiny.qwen3_gqa(), tiny.olmo2_gqa(), tiny.gemma_mqa(), tiny.gpt2(), tiny.mixtral()]
@@ -61,8 +61,10 @@ def test_forward_pass_reads_the_leaves_of_the_axis_table_and_no_others(name):
     def logits(leaves):
         params = {"head": {}} | unflatten(leaves)  # a leaf that the table lacks would be missing here
         x = apply_embed(arch, params["embed"], jnp.zeros((1, 3), jnp.int32), jnp.float32)
+        carried = Carried(apply_per_layer(arch, params["embed"], jnp.zeros((1, 3), jnp.int32), x), {})
         for i in range(arch.num_layers):
-            x = apply_block(arch, params["layers"][str(i)], x, layer_inputs(arch, i)).hidden
+            output = apply_block(arch, params["layers"][str(i)], x, layer_inputs(arch, i), carried=carried)
+            x, carried = output.hidden, output.carried
         return apply_head(arch, params["head"], x, params["embed"]["embedding"])
 
     program = jax.make_jaxpr(logits)({leaf: jax.ShapeDtypeStruct(shape, jnp.float32) for leaf, shape in shapes.items()})

@@ -138,10 +138,5 @@ _TEXT = ConfigFamily(
 
 GEMMA4: dict[str, ConfigFamily] = {
     "gemma4_text": _TEXT,
-    "gemma4_unified_text": replace(
-        _TEXT,
-        uses=_USES,
-        same_as="gemma4_text",
-        constants={"hidden_size_per_layer_input": 0, "enable_moe_block": False},
-    ),
+    "gemma4_unified_text": replace(_TEXT, uses=_USES),
 }

@@ -322,6 +322,7 @@ _FALCON = _LLAMA.but(
 TENSOR_NAMES: Mapping[str, TensorNames] = {
     "gemma2": _FOUR_NORMS,
     "gemma3_text": _FOUR_NORMS,
+    "gemma4_unified_text": _GEMMA4,
     "gemma4_text": replace(
         _GEMMA4,
         experts={
