@@ -20,6 +20,7 @@ from tracing_jax import experiment, options
 from tracing_jax.arch import UnsupportedModelError, read_arch
 from tracing_jax.axes import PERMUTABLE, axis_table
 from tracing_jax.checkpoint import CheckpointError, save_checkpoint
+from tracing_jax.data import load_tokenizer, sample_documents
 from tracing_jax.experiment import ConfigError, metadata, steps
 from tracing_jax.experiment.inputs import open_inputs
 from tracing_jax.experiment.steps import IDENTICAL
@@ -559,3 +560,10 @@ def test_default_blocks_are_fitted_to_learned_positions(config_of, pair_of):
     assert "csh.block_size: 32" in notes
     with pytest.raises(ConfigError, match=r"csh\.block_size=33: .*32 positions"):
         experiment.trace(config_of(stat="csh", csh={"block_size": 33}, **pair))
+
+
+def test_tokens_of_the_text_of_the_package_are_known_of_both_vocabularies(family):
+    base, ft = (str(family.member(name)) for name in ("base", "finetune"))
+    found = open_inputs(RunOptions(base_model_id=base, ft_model_id=ft, stat=("csu",))).vocabularies
+    expected = set(load_tokenizer(base)(sample_documents().text, add_special_tokens=False)["input_ids"])
+    assert set(found.ids_base[found.in_text].tolist()) == set(found.ids_ft[found.in_text].tolist()) == expected

@@ -51,6 +51,9 @@ from tracing_jax.statistics.features_in_place import FeaturesInPlace
 from tracing_jax.statistics.head_kernels import inactive_heads
 from tracing_jax.statistics.heads_in_place import HeadsInPlace
 from tracing_jax.statistics.match import Match
+from tracing_jax.statistics.match_all import MatchAll
+from tracing_jax.statistics.match_heads import MatchHeads
+from tracing_jax.statistics.match_io import MatchIo
 from tracing_jax.statistics.match_mlps import MatchMlps
 from tracing_jax.statistics.match_moments import MatchMoments
 from tracing_jax.statistics.unit_outputs import reached_experts
@@ -432,6 +435,24 @@ def test_rows_that_begin_at_the_identity_in_both_models_are_reserved_and_in_one_
     copies = Csu().compute(Pair(base, base, vocabularies, TOKENS, compute, 0))
     assert copies.deciding_log10_p < -20
     assert distinct_units(strangers[0], 0).identity_p < 1e-6 < 1e-3 < distinct_units(base, 0).identity_p
+
+
+def test_embeddings_of_tokens_that_no_text_has_decide_nothing():
+    """They can be any without a change of what a model does, and so the responses of its units to them."""
+    arch = dataclasses.replace(ARCH, vocab_size=2000)
+    base, other = (on_host(InMemory(arch, init_params(arch, jax.random.key(seed)))) for seed in (0, 1))
+    ids, in_text = np.arange(2000, dtype=np.int32), np.arange(2000) % 5 < 3
+    embedding = np.array(other.params["embed"]["embedding"])
+    embedding[~in_text] = np.asarray(base.params["embed"]["embedding"])[~in_text]
+    forged = dataclasses.replace(other, params=unflatten(flatten(other.params) | {"embed/embedding": embedding}))
+    vocabularies = Vocabularies(True, ids, ids, in_text=in_text)
+    for statistic in (Match(forms=("weights",)), MatchIo(), MatchHeads(), MatchAll(forms=("weights",))):
+        given, found = (
+            statistic.compute(Pair(base, ft, vocabularies, None, Compute(make_mesh(), 8), 0)) for ft in (other, forged)
+        )
+        assert [test.values for test in found.tests] == [test.values for test in given.tests], statistic
+    few = dataclasses.replace(vocabularies, in_text=ids < 100)
+    assert set(few.drawn(np.random.default_rng(0), 3000).tolist()) == set(ids.tolist())
 
 
 @pytest.mark.slow

@@ -169,6 +169,11 @@ def shared_tokens(a: Tokenizer, b: Tokenizer) -> tuple[Int32[np.ndarray, " M"], 
     return np.array(ids_a, np.int32), np.array(ids_b, np.int32)
 
 
+def ids_of_text(tokenizer: Tokenizer, text: str) -> Int32[np.ndarray, " n"]:
+    """Returns the ids that a tokenizer gives for a text, each once."""
+    return np.unique(np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32))
+
+
 def bos_id_of(tokenizer: Tokenizer, bos: Literal["auto"] | bool) -> int | None:
     """Returns the id that each block starts with, if any."""
     bos_id = tokenizer.bos_token_id

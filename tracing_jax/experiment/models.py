@@ -10,7 +10,14 @@ from tracing_jax import demo
 from tracing_jax.checkpoint import Checkpoint, CheckpointError, WeightsOnly, open_checkpoint, tokenizer_folder
 from tracing_jax.checkpoint.hub import AS_HUB_ID
 from tracing_jax.complaints import shortened
-from tracing_jax.data import load_tokenizer, same_tokenizer, shared_tokens, unseen_tokens
+from tracing_jax.data import (
+    ids_of_text,
+    load_tokenizer,
+    same_tokenizer,
+    sample_documents,
+    shared_tokens,
+    unseen_tokens,
+)
 from tracing_jax.dataclass_options import ConfigError
 from tracing_jax.experiment.validation import DEMO, statistic_names
 from tracing_jax.options import RunOptions
@@ -125,8 +132,10 @@ def shared_vocabulary(base: Checkpoint, ft: Checkpoint, tokenizer_base: Any, tok
     ids_base, ids_ft = shared_tokens(tokenizer_base, tokenizer_ft)
     embedded = (ids_base < base.arch.vocab_size) & (ids_ft < ft.arch.vocab_size)
     unseen = unseen_tokens(tokenizer_base, tokenizer_ft, base.arch.vocab_size, ft.arch.vocab_size)
-    same = same_tokenizer(tokenizer_base, tokenizer_ft)
-    return Vocabularies(same, ids_base[embedded], ids_ft[embedded], unseen=unseen)
+    ids_base, ids_ft, same = ids_base[embedded], ids_ft[embedded], same_tokenizer(tokenizer_base, tokenizer_ft)
+    text = sample_documents().text
+    in_text = np.isin(ids_base, ids_of_text(tokenizer_base, text)) & np.isin(ids_ft, ids_of_text(tokenizer_ft, text))
+    return Vocabularies(same, ids_base, ids_ft, unseen=unseen, in_text=in_text)
 
 
 def open_model(

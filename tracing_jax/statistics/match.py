@@ -144,7 +144,7 @@ class Match(options.Match):
             assert pair.blocks is not None
             return correlations(base, ft, pair.blocks, TAPS, pair.compute, "match", sample, run_cache)
         ids_base, ids_ft = pair.vocabularies.ids_base, pair.vocabularies.ids_ft
-        drawn = np.sort(pair.generator("match", "tokens").permutation(len(ids_base))[: self.max_tokens])
+        drawn = np.sort(pair.vocabularies.drawn(pair.generator("match", "tokens"), self.max_tokens))
         shared, finished = (ids_base[drawn], ids_ft[drawn]), run_cache.count(Comparison)
         if (run := self._run_of_units(base.arch, pair)) is not None:
             base = Submodel(base, range(base.arch.num_layers), run, shared[0])

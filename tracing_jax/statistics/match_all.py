@@ -119,7 +119,7 @@ class MatchAll(options.MatchAll):
                 [found for _, found in activations(model, ids, at, chosen.valid, TAPS, pair.compute, description)]
                 for model, ids, at, description in sides
             )  # type: ignore[return-value]
-        drawn = generator.permutation(len(pair.vocabularies.ids_base))[:count]
+        drawn = pair.vocabularies.drawn(generator, count)
         sources: tuple[tuple[ParamSource, np.ndarray], ...] = (
             (pair.base, pair.vocabularies.ids_base[drawn]), (pair.ft, pair.vocabularies.ids_ft[drawn])
         )  # fmt: skip

@@ -33,7 +33,7 @@ def tokens_not_applicable(base: Arch, ft: Arch, vocabularies: Vocabularies) -> l
 def shared_token_rows(pair: Pair, most: int, name: str) -> tuple[TokenRows, TokenRows]:
     """Returns the rows of base and of ft of the same shared tokens, at most so many, drawn from the seed of the run."""
     ids = pair.vocabularies.ids_base, pair.vocabularies.ids_ft
-    drawn = np.sort(pair.generator(name, "tokens").permutation(len(ids[0]))[:most])
+    drawn = np.sort(pair.vocabularies.drawn(pair.generator(name, "tokens"), most))
     return rows_of_tokens(pair.base, ids[0][drawn]), rows_of_tokens(pair.ft, ids[1][drawn])
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from tracing_jax.arch import Arch, head_problem
 from tracing_jax.data import IdPairs, PairedBlocks, paired_one_to_one
@@ -21,6 +21,10 @@ _AFTER_ALIGNMENT = (
 """Why no result on an aligned pair has a p-value. Source: simulations in the setting of Zhu et al.; docs/nulls.md."""
 
 
+_ENOUGH = 1024
+"""Tokens by which the units of wide models are told apart; a vocabulary of tens of thousands has more in our text."""
+
+
 @dataclass(frozen=True)
 class Vocabularies:
     """How the two models' tokens correspond.
@@ -30,6 +34,7 @@ class Vocabularies:
       ids_base, ids_ft: ids of the tokens that both vocabularies have, paired by string.
       known: both tokenizers could be read.
       unseen: group -> ids in base and in ft of tokens that neither tokenizer ever gives; see `data.unseen_tokens`.
+      in_text: which of the shared tokens both tokenizers give for the text of this package; None if that is not known.
     """
 
     same: bool
@@ -37,6 +42,19 @@ class Vocabularies:
     ids_ft: Int[np.ndarray, " S"]
     known: bool = True
     unseen: Mapping[str, IdPairs] = field(default_factory=dict)
+    in_text: Bool[np.ndarray, " S"] | None = None
+
+    def drawn(self, generator: np.random.Generator, most: int) -> Int[np.ndarray, " n"]:
+        """Returns the positions of at most so many shared tokens, in the order drawn.
+
+        Of a vocabulary that has at least `_ENOUGH` of them in the text of this package, those alone: a token that no
+        text has can be given any embedding without a change of what the model does, and so the responses of units to
+        it any value.
+        """
+        candidates = np.arange(len(self.ids_base))
+        if self.in_text is not None and self.in_text.sum() >= _ENOUGH:
+            candidates = np.flatnonzero(self.in_text)
+        return candidates[generator.permutation(len(candidates))[:most]]
 
 
 @dataclass(frozen=True)
