@@ -50,7 +50,7 @@ def _as_llama_cpp(name: str, architecture: str, arch: Arch, weight: np.ndarray) 
         weight = next((_in_pairs(weight, count) for part, count in heads.items() if part in name), weight)
     if architecture.startswith("qwen3") and arch.delta_net is not None:
         return _of_delta_net(name, architecture, arch, weight)
-    if architecture.startswith("gemma") and name.endswith("norm.weight"):
+    if architecture in ("gemma", "gemma2", "gemma3") and name.endswith("norm.weight"):
         weight = weight + 1
     is_linear = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
     return weight.T if architecture == "gpt2" and is_linear else weight
@@ -104,6 +104,8 @@ def _written(
             plain = plain.replace("e_score_correction_bias", "e_score_correction.bias")
             forms = (plain, plain.removeprefix("transformer."))
             theirs = next(filter(None, (table.get_name(form, try_suffixes=(".weight", ".bias")) for form in forms)), "")
+            for end, scale in ((".router.scale", "ffn_gate_inp"), (".router.per_expert_scale", "ffn_down_exps")):
+                theirs = f"blk.{plain.split('.')[2]}.{scale}.scale" if plain.endswith(end) else theirs
             assert theirs, name
             stacks.setdefault(theirs, []).append(piece)
     for theirs, weights in stacks.items():
@@ -139,7 +141,7 @@ def _apart(name: str, arch: Arch, weight: np.ndarray) -> list[tuple[str, np.ndar
         return [(f"{before}in_proj_qkv.weight", qkv), (f"{before}in_proj_z.weight", z.reshape(-1, weight.shape[1]))]
     if name.endswith(".linear_attn.dt_bias"):
         return [(name.replace("dt_bias", "dt_proj.bias"), weight)]
-    if name.endswith(".sinks"):
+    if name.endswith((".sinks", ".layer_scalar")) or (".experts." in name and arch.branch_norms):
         return [(f"{name}.weight", weight)]
     if "gate_up_proj" in name and ".experts." in name:
         end = "bias" if name.endswith("_bias") else "weight"
@@ -153,7 +155,42 @@ def _apart(name: str, arch: Arch, weight: np.ndarray) -> list[tuple[str, np.ndar
     return [(name, weight)]
 
 
+def _add_gemma4(writer: gguf.GGUFWriter, case: Case, arch: Arch) -> None:
+    """Adds what llama.cpp writes of a Gemma 4, whose layers without a window have heads of another size."""
+    full, config = arch.global_attn, case.config
+    assert full is not None
+    is_sliding = [window is not None for window in arch.layer_windows]
+    writer.add_block_count(arch.num_layers)
+    writer.add_embedding_length(arch.embed_dim)
+    units = [config["intermediate_size"] if arch.num_experts else arch.mlp_dim_of(i) for i in range(arch.num_layers)]
+    writer.add_feed_forward_length(units if len(set(units)) > 1 else units[0])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv([arch.num_kv_heads if sliding else full.kv_heads for sliding in is_sliding])
+    writer.add_layer_norm_rms_eps(arch.norm_eps)
+    writer.add_context_length(128)
+    writer.add_key_length(full.head_dim)
+    writer.add_key_length_swa(arch.head_dim)
+    writer.add_sliding_window(config["sliding_window"])
+    writer.add_sliding_window_pattern(is_sliding)
+    writer.add_shared_kv_layers(config.get("num_kv_shared_layers", 0))
+    writer.add_embedding_length_per_layer_input(arch.per_layer_dim or 0)
+    writer.add_final_logit_softcapping(arch.logit_softcap)
+    ropes = config["rope_parameters"]
+    writer.add_rope_freq_base(ropes["full_attention"]["rope_theta"])
+    writer.add_rope_freq_base_swa(ropes["sliding_attention"]["rope_theta"])
+    turned = int(full.head_dim * ropes["full_attention"]["partial_rotary_factor"] / 2)
+    factors = [1.0] * turned + [1e30] * (full.head_dim // 2 - turned)
+    writer.add_tensor("rope_freqs.weight", np.array(factors, np.float32))
+    if arch.num_experts is not None:
+        writer.add_expert_count(arch.num_experts)
+        writer.add_expert_used_count(arch.experts_per_token)
+        writer.add_expert_feed_forward_length(arch.mlp_dim)
+
+
 def _add_sizes(writer: gguf.GGUFWriter, case: Case, arch: Arch) -> None:
+    if writer.arch == "gemma4":
+        _add_gemma4(writer, case, arch)
+        return
     writer.add_block_count(arch.num_layers)
     writer.add_embedding_length(arch.embed_dim)
     dense = case.config.get("intermediate_size") or arch.mlp_dim
@@ -286,7 +323,15 @@ _STATES = {
     "ssm.conv_kernel": 3, "ssm.state_size": 6, "ssm.group_count": 2, "ssm.time_step_rank": 4, "ssm.inner_size": 20,
     "full_attention_interval": 4,
 }  # fmt: skip
+_GEMMA4_ROPES = {  # float32 holds these
+    "full_attention": {"rope_type": "proportional", "rope_theta": 777.0, "partial_rotary_factor": 1 / 3},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 43.25},
+}  # fmt: skip
 _CHANGES: dict[str, dict[str, Any]] = {
+    **{
+        f"gemma4_text-{name}": {"rope_parameters": _GEMMA4_ROPES}
+        for name in ("values_are_keys", "shared_keys", "experts")
+    },
     "cohere-qk_norm": {"tie_word_embeddings": True},  # as all heads of this family are in llama.cpp
     "gpt_oss-default": {"swiglu_limit": 7.0, "swiglu_alpha": 1.702},  # constants in llama.cpp
     "gpt_oss-yarn": {"swiglu_limit": 7.0, "swiglu_alpha": 1.702},
@@ -333,6 +378,9 @@ _MORE_FACTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-gqa-untied-default": ("qwen2vl", {"rope.dimension_sections": [1, 2, 1, 0]}),
     "qwen3-gqa-untied-default": ("qwen3vl", {"rope.dimension_sections": [1, 2, 1, 0], "n_deepstack_layers": 3}),
     "qwen3_moe-normalized": ("qwen3vlmoe", {"rope.dimension_sections": [1, 2, 1, 0]}),
+    "gemma4_text-values_are_keys": ("gemma4", {}),
+    "gemma4_text-shared_keys": ("gemma4", {}),
+    "gemma4_text-experts": ("gemma4", {}),
     "qwen3_next-interval": ("qwen3next", _STATES),
     "qwen3_5_text-interval": ("qwen35", _STATES | {"rope.dimension_sections": [1, 1, 0, 0]}),
     "qwen3_5_moe_text-default": ("qwen35moe", _STATES | {"full_attention_interval": 3}),
@@ -369,9 +417,12 @@ def test_facts_and_weights_of_further_families_are_those_that_llama_cpp_was_give
 
 def _assert_same_facts(found: Arch, expected: Arch) -> None:
     floats = (
-        "norm_eps", "rope_frequencies", "rope_amplitudes", "logit_scale", "clip_qkv", "attention_scale", "embed_scale",
+        "norm_eps", "rope_amplitudes", "logit_scale", "clip_qkv", "attention_scale", "embed_scale",
         "residual_scale",
     )  # fmt: skip
+    for ours, theirs in zip(found.rope_frequencies, expected.rope_frequencies, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    found = dataclasses.replace(found, rope_frequencies=expected.rope_frequencies)
     for fact in floats:
         ours, theirs = getattr(found, fact), getattr(expected, fact)
         assert (ours is None) == (theirs is None), fact

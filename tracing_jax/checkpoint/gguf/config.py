@@ -28,6 +28,8 @@ _ASKS = re.compile(
 )
 """Keys that change what a model computes: one that a family does not read must ask for nothing."""
 
+_MOST_LAYERS = 10_000  # no model has as many
+
 _PATTERN = "attention.sliding_window_pattern"
 _LISTS = (_PATTERN, "rope.dimension_sections")
 _ASKS_NOTHING = {"expert_gating_func": 1, "expert_group_count": 1, "rope.scaling.attn_factor": 1, "attention.causal": 1}
@@ -61,13 +63,17 @@ def config_of(header: GgufHeader, factors: Callable[[str], np.ndarray]) -> HfCon
         raise UnsupportedMetadataError(
             f"{asked[0]} is {shortened(values[asked[0]])}, which is not read for models of the architecture {name}"
         )
-    config |= {ours: _number(key, values[key]) for key, ours in keys.items() if key in values and key not in _LISTS}
+    for key, ours in keys.items():
+        if key in values and key not in _LISTS:
+            config[ours] = (_numbers if ours.startswith("_each_") else _number)(key, values[key])
+    if not 0 <= (layers := values.get("block_count", 0)) <= _MOST_LAYERS:
+        raise CheckpointError(f"block_count is {shortened(repr(layers))}, expected at most {_MOST_LAYERS}")
     if missing := missing_keys(name, keys.keys(), values):
         raise CheckpointError(f"its metadata lacks {', '.join(f'{name}.{key}' for key in missing)}; convert it again")
     config |= {ours: int(values[f"tokenizer.ggml.{key}"]) for key, ours in _IDS.items() if _has_id(values, key)}
     if _PATTERN in keys and _PATTERN in values:
         config["layer_types"] = _layer_types(values[_PATTERN], config["num_hidden_layers"])
-    config |= _of_tensors(header)
+    config |= _of_tensors(header, factors)
     config |= family.more(config)
     if "rope.freq_base" in family.common:
         scaling = _rope_scaling(header, values, config, factors)
@@ -121,8 +127,13 @@ def _number(key: str, value: Any) -> Any:
     return value if isinstance(value, int) else float(np.float32(value))
 
 
-def _of_tensors(header: GgufHeader) -> HfConfig:
-    """Returns what the tensors say: the size of the vocabulary, a head of its own, biases and norms."""
+def _numbers(key: str, value: Any) -> list[Any]:
+    """Returns the numbers of all layers, or one for all of them."""
+    return [_number(key, one) for one in (value.tolist() if isinstance(value, np.ndarray) else [value])]
+
+
+def _of_tensors(header: GgufHeader, factors: Callable[[str], np.ndarray]) -> HfConfig:
+    """Returns what the tensors say: the size of the vocabulary, a head of its own, biases, norms, factors of a rope."""
     tensors = header.tensors
     if "token_embd.weight" not in tensors:
         raise CheckpointError("no token_embd.weight in it; it holds no language model")
@@ -136,6 +147,8 @@ def _of_tensors(header: GgufHeader) -> HfConfig:
         "_qk_norm": "blk.0.attn_q_norm.weight" in tensors,
         "_shared_experts": "blk.0.ffn_gate_shexp.weight" in tensors,
         "_second_norm": "blk.0.attn_norm_2.weight" in tensors,
+        "_with_values": {name.split(".")[1] for name in tensors if name.endswith(".attn_v.weight")},
+        "_rope_factors": factors("rope_freqs.weight") if "rope_freqs.weight" in tensors else None,
     }
 
 

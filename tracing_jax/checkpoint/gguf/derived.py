@@ -26,6 +26,63 @@ def gemma2(config: HfConfig) -> HfConfig:
     return {"query_pre_attn_scalar": per_head if largest else config.get("head_dim", per_head)}
 
 
+def gemma4(config: HfConfig) -> HfConfig:
+    """Layers with a window and those without have heads of their own size; the last layers may share keys.
+
+    The factors of the rope of layers without a window are 1 where dims turn, and huge where they do not.
+    """
+    layers, types = config["num_hidden_layers"], config.get("layer_types")
+    if types is None or "full_attention" not in types:
+        raise UnsupportedMetadataError(
+            "attention.sliding_window_pattern is missing, or names no layer without a window"
+        )
+    if config.get("_factor") not in (None, 0, 1):
+        raise UnsupportedMetadataError(f"rope.scaling.factor is {config['_factor']}, which is not read for this family")
+    each = {name: _of_each(config, name, layers) for name in ("units", "kv_heads")}
+    full = [i for i, kind in enumerate(types) if kind == "full_attention"]
+    window = [i for i in range(layers) if i not in full] or full
+    own = layers - config.get("num_kv_shared_layers", 0)
+    doubled = each["units"][-1] == 2 * each["units"][0]
+    widths = [each["units"][0] * (2 if doubled and i >= own else 1) for i in range(layers)]
+    kv_heads = [each["kv_heads"][(full if i in full else window)[0]] for i in range(layers)]
+    for name, expected in (("units", widths), ("kv_heads", kv_heads)):
+        if each[name] != expected:
+            raise UnsupportedMetadataError(f"numbers of {name} that differ between layers of one type are not read")
+    factors = config["_rope_factors"]
+    turned = 1.0 if factors is None else float((factors < _STILL).mean())
+    if factors is not None and not ((factors == 1) | (factors > _STILL)).all():
+        raise UnsupportedMetadataError("rope_freqs.weight divides frequencies, which is not read for this family")
+    heads = {"head_dim": config["_width"], "num_key_value_heads": kv_heads[full[0]]}
+    return {
+        "intermediate_size": widths[0],
+        "use_double_wide_mlp": doubled,
+        "head_dim": config.get("_window_width", config["_width"]),
+        "num_key_value_heads": kv_heads[window[0]],
+        "per_layer_config": {str(i): heads for i in full},
+        "attention_k_eq_v": str(full[0]) not in config["_with_values"],
+        "hidden_size_per_layer_input": config.get("hidden_size_per_layer_input", 0),
+        "vocab_size_per_layer_input": config["vocab_size"],
+        "enable_moe_block": bool(config.get("num_experts")),
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "proportional", "rope_theta": config["_theta"], "partial_rotary_factor": turned,
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": config["_window_theta"]},
+        },
+    }  # fmt: skip
+
+
+_STILL = 1e20  # a frequency that is divided by more turns nothing
+
+
+def _of_each(config: HfConfig, name: str, layers: int) -> list[int]:
+    """Returns a number for each layer, of which there is one for each or one for all."""
+    found: list[int] = config[f"_each_{name}"]
+    if len(found) not in (1, layers):
+        raise UnsupportedMetadataError(f"{len(found)} numbers of {name} for {layers} layers")
+    return found * layers if len(found) == 1 else found
+
+
 def phi3(config: HfConfig) -> HfConfig:
     """A window of 0 is none; the ropes of a head may be on its first dims alone."""
     head_dim = config["hidden_size"] // config["num_attention_heads"]

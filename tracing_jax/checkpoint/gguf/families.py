@@ -24,7 +24,8 @@ class GgufFamily(NamedTuple):
 
     Attributes:
       model_type: in Hugging Face.
-      keys: metadata beyond the common ones -> attribute; one that begins with `_` is for `more`.
+      keys: metadata beyond the common ones -> attribute; one that begins with `_` is for `more`, one with `_each_` may
+        have a value for each layer.
       common: the keys that are read under the names that nearly all families share.
       more: config -> further attributes, which follow from others.
       defaults: attributes that the metadata may lack.
@@ -94,6 +95,21 @@ _ROUTED = {
     "expert_weights_norm": "norm_topk_prob", "expert_gating_func": "_scores", "expert_group_count": "n_group",
     "expert_group_used_count": "topk_group", "nextn_predict_layers": "num_nextn_predict_layers",
 }  # fmt: skip
+_GEMMA4 = {
+    "block_count": "num_hidden_layers", "embedding_length": "hidden_size",
+    "attention.head_count": "num_attention_heads", "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "context_length": "max_position_embeddings", "feed_forward_length": "_each_units",
+    "attention.head_count_kv": "_each_kv_heads",
+    "attention.key_length": "_width", "attention.key_length_swa": "_window_width",
+    "attention.shared_kv_layers": "num_kv_shared_layers",
+    "embedding_length_per_layer_input": "hidden_size_per_layer_input",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "expert_count": "num_experts", "expert_used_count": "top_k_experts",
+    "expert_feed_forward_length": "moe_intermediate_size",
+}  # fmt: skip
+_GEMMA4_ROPES = {
+    "rope.freq_base": "_theta", "rope.freq_base_swa": "_window_theta", "rope.scaling.factor": "_factor"
+}  # fmt: skip
 _DELTA = _DIMS | {
     "ssm.conv_kernel": "linear_conv_kernel_dim", "ssm.state_size": "linear_key_head_dim",
     "ssm.group_count": "linear_num_key_heads", "ssm.time_step_rank": "linear_num_value_heads",
@@ -142,6 +158,10 @@ GGUF_FAMILIES = {
     "gemma3": GgufFamily(
         "gemma3_text", _GEMMA | {"rope.freq_base_swa": "rope_local_base_freq"}, more=derived.gemma2,
         defaults={"rope_theta": 1e6, "rope_local_base_freq": 10000.0}, also=("gemma3",),
+    ),
+    "gemma4": GgufFamily(
+        "gemma4_text", _WINDOWS | _GEMMA4_ROPES, _GEMMA4, derived.gemma4, {"_theta": 1e6, "_window_theta": 10000.0},
+        also=("gemma4", "gemma4_unified", "gemma4_unified_text"),
     ),
     "olmo": GgufFamily(
         "olmo", {"attention.clamp_kqv": "clip_qkv", "attention.layer_norm_epsilon": "_eps"}, more=derived.olmo,

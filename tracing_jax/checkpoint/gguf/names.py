@@ -39,6 +39,7 @@ _EXPERT = re.compile(r"(?P<before>.*\.experts)\.(?P<number>\d+)(?P<after>\..*)")
 _NORM_OF_HEAD = re.compile(r"(?P<before>.*)\.norms\.(?P<number>\d+)(?P<after>\..*)")
 _FUSED = re.compile(r".*\.experts\.gate_up_proj(?P<bias>_bias)?")
 _GPT2_LINEAR = re.compile(r".*\.(c_attn|c_proj|c_fc)\.weight")
+_SCALES = re.compile(r".*\.layers\.(?P<layer>\d+)\.router\.(?P<part>scale|per_expert_scale)")  # of Gemma 4
 _USED_ELSEWHERE = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
 
 
@@ -60,9 +61,11 @@ def with_hf_names(store: TensorStore, architecture: str, arch: Arch) -> TensorSt
             end = _suffix(fused["bias"])
             gate, up = (f"blk.{layer_of(name)}.ffn_{part}_exps.{end}" for part in ("gate", "up"))
             if known.issuperset((gate, up)):
-                derived[name] = _InTurn(store, gate, up, fused["bias"] is not None)
+                in_turn = arch.clamped_glu is not None
+                is_bias = fused["bias"] is not None
+                derived[name] = _InTurn(store, gate, up, is_bias) if in_turn else _Joined(store, gate, up)
                 used |= {gate, up}
-            continue
+                continue
         gate_and_up = tuple(f"blk.{layer_of(name)}.ffn_{part}_exps.weight" for part in ("gate", "up"))
         if name.endswith(".block_sparse_moe.input_linear.weight") and known.issuperset(gate_and_up):
             derived[name] = _Joined(store, *gate_and_up)
@@ -91,7 +94,10 @@ def _their_name(name: str, table: TensorNameMap) -> str | None:
     """Returns the name that llama.cpp gives to a tensor; None if it has none for it."""
     name = re.sub(r"\.experts\.down_proj(_bias)?$", lambda m: f".experts.down_proj.{_suffix(m[1])}", name)
     name = name.replace("e_score_correction_bias", "e_score_correction.bias")
-    name = f"{name}.weight" if name.endswith(".sinks") else name
+    name = re.sub(r"\.experts\.gate_up_proj$", ".experts.gate_up_proj.weight", name)
+    name = f"{name}.weight" if name.endswith((".sinks", ".layer_scalar")) else name
+    if scale := _SCALES.fullmatch(name):
+        return f"blk.{scale['layer']}.{'ffn_gate_inp' if scale['part'] == 'scale' else 'ffn_down_exps'}.scale"
     forms = (name, name.removeprefix("transformer."))  # BLOOM's converter leaves the prefix out
     return next(filter(None, (table.get_name(form, try_suffixes=(".weight", ".bias")) for form in forms)), None)
 

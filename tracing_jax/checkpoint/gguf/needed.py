@@ -23,6 +23,10 @@ _OF_FAMILY: Mapping[str, tuple[str, ...]] = {
     "qwen35moe": (*_EXPERTS, *_RECURRENCE),
     "phi3": ("context_length",),
     "gemma3": (_WINDOW,),
+    "gemma4": (
+        _WINDOW, "attention.sliding_window_pattern", "attention.key_length", "feed_forward_length",
+        "attention.head_count_kv",
+    ),
     "command-r": ("logit_scale",),
     "cohere2": ("logit_scale", _WINDOW),
     "granite": ("logit_scale",),
