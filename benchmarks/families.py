@@ -158,6 +158,10 @@ def _shrink(config: Any) -> None:
                     kept[-1 - i] = next(v for v in value if str(v) == kind)
             with contextlib.suppress(Exception):
                 setattr(config, name, kept)
+    if "_heterogeneity_spec" in vars(config):  # sizes of single layers, by the number that they had
+        config.layer_types[-1] = "full_attention"  # as the class makes it when it is read again
+        full = [i for i, kind in enumerate(config.layer_types) if kind == "full_attention"]
+        config.per_layer_config = {i: {"head_dim": 2 * _SIZES["head_dim"]} for i in full}
 
 
 def random_model(config: Any, seed: int) -> Any:
