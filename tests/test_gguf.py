@@ -45,7 +45,11 @@ def _as_llama_cpp(name: str, architecture: str, arch: Arch, weight: np.ndarray) 
         by_head = weight.reshape(arch.num_kv_heads, arch.q_group + 2, arch.head_dim, *weight.shape[1:])
         parts = by_head[:, :-2], by_head[:, -2:-1], by_head[:, -1:]
         return np.concatenate([part.reshape(-1, *weight.shape[1:]) for part in parts])
-    if architecture in ("llama", "granite", "granitemoe", "olmo", "smollm3"):
+    if ".mixer." in name and "q_proj" not in name and "k_proj" not in name:
+        forms = {"A_log": (-1, 1), "D": (-1, 1), "mixer.norm.weight": (arch.mamba and arch.mamba.groups, -1)}
+        weight = -np.exp(weight) if name.endswith("A_log") else weight.squeeze() if "conv1d" in name else weight
+        return weight.reshape(next((form for end, form in forms.items() if name.endswith(end)), weight.shape))
+    if architecture in ("llama", "granite", "granitemoe", "nemotron_h", "nemotron_h_moe", "olmo", "smollm3"):
         heads = {".q_proj.": arch.num_kv_heads * arch.q_group, ".k_proj.": arch.num_kv_heads}
         weight = next((_in_pairs(weight, count) for part, count in heads.items() if part in name), weight)
     if architecture.startswith("qwen3") and arch.delta_net is not None:
@@ -95,7 +99,7 @@ def _written(
         add = kinds[type(value)]
         add(key.replace("__", "."), value)
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    table = gguf.get_tensor_name_map(numbers[architecture], arch.num_layers)
+    table = gguf.get_tensor_name_map(numbers[architecture], 2 * arch.num_layers + 2)
     stacks: dict[str, list[np.ndarray]] = {}
     for name, shape in tensor_shapes(leaf_layouts(arch).values()).items():
         weight = _as_llama_cpp(name, architecture, arch, case.weight(name, shape).astype(np.float32))
@@ -139,6 +143,10 @@ def _apart(name: str, arch: Arch, weight: np.ndarray) -> list[tuple[str, np.ndar
         q, k, v, z = np.split(by_group, np.cumsum([net.key_dim, net.key_dim, values]), axis=1)
         qkv = np.concatenate([part.reshape(-1, weight.shape[1]) for part in (q, k, v)])
         return [(f"{before}in_proj_qkv.weight", qkv), (f"{before}in_proj_z.weight", z.reshape(-1, weight.shape[1]))]
+    if ".mixer." in name:
+        name = name.replace("mixer.dt_bias", "mixer.dt.bias").replace("correction_bias", "correction.bias")
+        layer = name.split(".")[2]
+        return [(name.replace(f"backbone.layers.{layer}.mixer.experts", f"model.layers.{layer}.mlp.experts"), weight)]
     if name.endswith(".linear_attn.dt_bias"):
         return [(name.replace("dt_bias", "dt_proj.bias"), weight)]
     if name.endswith((".sinks", ".layer_scalar")) or (".experts." in name and arch.branch_norms):
@@ -187,7 +195,38 @@ def _add_gemma4(writer: gguf.GGUFWriter, case: Case, arch: Arch) -> None:
         writer.add_expert_feed_forward_length(arch.mlp_dim)
 
 
+def _add_nemotron_h(writer: gguf.GGUFWriter, case: Case, arch: Arch) -> None:
+    """Adds what llama.cpp writes of a Nemotron-H, of which each block has one part."""
+    config, kinds = case.config, case.config["layers_block_type"]
+    writer.add_block_count(len(kinds))
+    writer.add_embedding_length(arch.embed_dim)
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv([arch.num_kv_heads if kind == "full_attention" else 0 for kind in kinds])
+    units = config["moe_intermediate_size"] if "moe" in kinds else config["intermediate_size"]
+    writer.add_feed_forward_length([units if kind in ("mlp", "moe") else 0 for kind in kinds])
+    writer.add_key_length(arch.head_dim)
+    writer.add_layer_norm_rms_eps(arch.norm_eps)
+    writer.add_ssm_conv_kernel(config["conv_kernel"])
+    writer.add_ssm_state_size(config["ssm_state_size"])
+    writer.add_ssm_group_count(config["n_groups"])
+    writer.add_ssm_time_step_rank(config["mamba_num_heads"])
+    writer.add_ssm_inner_size(config["mamba_num_heads"] * config["mamba_head_dim"])
+    if arch.num_experts is not None:
+        writer.add_expert_count(arch.num_experts)
+        writer.add_expert_used_count(arch.experts_per_token)
+        writer.add_expert_feed_forward_length(arch.mlp_dim)
+        writer.add_expert_shared_feed_forward_length(arch.shared_mlp_dim)
+        writer.add_expert_weights_scale(config["routed_scaling_factor"])
+        writer.add_expert_weights_norm(True)
+        writer.add_expert_group_count(1)
+        if arch.expert_latent_dim is not None:
+            writer.add_moe_latent_size(arch.expert_latent_dim)
+
+
 def _add_sizes(writer: gguf.GGUFWriter, case: Case, arch: Arch) -> None:
+    if writer.arch.startswith("nemotron"):
+        _add_nemotron_h(writer, case, arch)
+        return
     if writer.arch == "gemma4":
         _add_gemma4(writer, case, arch)
         return
@@ -328,6 +367,12 @@ _GEMMA4_ROPES = {  # float32 holds these
     "sliding_attention": {"rope_type": "default", "rope_theta": 43.25},
 }  # fmt: skip
 _CHANGES: dict[str, dict[str, Any]] = {
+    "nemotron_h-dense": {"time_step_min": 0.0},  # llama.cpp has none
+    "nemotron_h-latent": {
+        "time_step_min": 0.0,
+        "routed_scaling_factor": 1.75,
+        "layers_block_type": ["linear_attention", "moe", "linear_attention", "full_attention", "moe"],
+    },
     **{
         f"gemma4_text-{name}": {"rope_parameters": _GEMMA4_ROPES}
         for name in ("values_are_keys", "shared_keys", "experts")
@@ -381,6 +426,8 @@ _MORE_FACTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma4_text-values_are_keys": ("gemma4", {}),
     "gemma4_text-shared_keys": ("gemma4", {}),
     "gemma4_text-experts": ("gemma4", {}),
+    "nemotron_h-dense": ("nemotron_h", {}),
+    "nemotron_h-latent": ("nemotron_h_moe", {}),
     "qwen3_next-interval": ("qwen3next", _STATES),
     "qwen3_5_text-interval": ("qwen35", _STATES | {"rope.dimension_sections": [1, 1, 0, 0]}),
     "qwen3_5_moe_text-default": ("qwen35moe", _STATES | {"full_attention_interval": 3}),

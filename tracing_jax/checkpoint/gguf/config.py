@@ -147,6 +147,7 @@ def _of_tensors(header: GgufHeader, factors: Callable[[str], np.ndarray]) -> HfC
         "_qk_norm": "blk.0.attn_q_norm.weight" in tensors,
         "_shared_experts": "blk.0.ffn_gate_shexp.weight" in tensors,
         "_second_norm": "blk.0.attn_norm_2.weight" in tensors,
+        "_ends": {name.split(".", 2)[2] for name in tensors if name.startswith("blk.") and name.count(".") > 1},
         "_with_values": {name.split(".")[1] for name in tensors if name.endswith(".attn_v.weight")},
         "_rope_factors": factors("rope_freqs.weight") if "rope_freqs.weight" in tensors else None,
     }

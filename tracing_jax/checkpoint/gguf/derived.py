@@ -119,6 +119,43 @@ def qwen_hybrid(config: HfConfig) -> HfConfig:
     }  # fmt: skip
 
 
+def nemotron_h(config: HfConfig) -> HfConfig:
+    """A layer has attention if it has kv heads, an MLP or experts if it has units, and else a recurrence.
+
+    The least step of the recurrence is no metadata, and llama.cpp has none.
+    """
+    blocks = config["_blocks"]
+    each = {name: _of_each(config, name, blocks) for name in ("units", "kv_heads")}
+    mlp = "moe" if config.get("n_routed_experts") else "mlp"
+    kinds = [
+        "full_attention" if kv_heads else mlp if units else "linear_attention"
+        for units, kv_heads in zip(each["units"], each["kv_heads"])
+    ]
+    for name, numbers in each.items():
+        if len(found := set(numbers) - {0}) > 1:
+            raise UnsupportedMetadataError(f"{name} are {sorted(found)} in layers of one type, which is not read")
+    heads = config["mamba_num_heads"]
+    if not heads or config["_inner"] % heads:
+        raise UnsupportedMetadataError(
+            f"ssm.inner_size {config['_inner']} is no multiple of ssm.time_step_rank {heads}"
+        )
+    if config.get("_scores", _SIGMOID) != _SIGMOID:
+        raise UnsupportedMetadataError(f"expert_gating_func is {config['_scores']}; of this family {_SIGMOID} is read")
+    ends = config["_ends"]
+    return {
+        "layers_block_type": kinds,
+        "num_key_value_heads": max(each["kv_heads"]) or config["num_attention_heads"],
+        "intermediate_size": max(each["units"]) or 1,
+        "mamba_head_dim": config["_inner"] // heads,
+        "time_step_min": 0.0,
+        "use_conv_bias": "ssm_conv1d.bias" in ends,
+        "use_bias": "ssm_in.bias" in ends,
+        "mlp_bias": "ffn_up.bias" in ends,
+        "n_group": 1,
+        "topk_group": 1,
+    }
+
+
 def glm4(config: HfConfig) -> HfConfig:
     """The width of a head is that of the embedding per head where the metadata have none."""
     return partial(config) | {"head_dim": _head_dim(config)}

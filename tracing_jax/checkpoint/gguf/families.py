@@ -110,6 +110,20 @@ _GEMMA4 = {
 _GEMMA4_ROPES = {
     "rope.freq_base": "_theta", "rope.freq_base_swa": "_window_theta", "rope.scaling.factor": "_factor"
 }  # fmt: skip
+_NEMOTRON_H = {
+    "block_count": "_blocks", "embedding_length": "hidden_size", "attention.head_count": "num_attention_heads",
+    "attention.layer_norm_rms_epsilon": "layer_norm_epsilon", "context_length": "max_position_embeddings",
+    "attention.key_length": "head_dim", "attention.head_count_kv": "_each_kv_heads",
+    "feed_forward_length": "_each_units", "ssm.conv_kernel": "conv_kernel", "ssm.state_size": "ssm_state_size",
+    "ssm.group_count": "n_groups", "ssm.time_step_rank": "mamba_num_heads", "ssm.inner_size": "_inner",
+}  # fmt: skip
+_NEMOTRON_EXPERTS = {
+    "expert_count": "n_routed_experts", "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size", "moe_latent_size": "moe_latent_size",
+    "expert_shared_feed_forward_length": "moe_shared_expert_intermediate_size",
+    "expert_weights_scale": "routed_scaling_factor", "expert_weights_norm": "norm_topk_prob",
+    "expert_gating_func": "_scores",
+}  # fmt: skip
 _DELTA = _DIMS | {
     "ssm.conv_kernel": "linear_conv_kernel_dim", "ssm.state_size": "linear_key_head_dim",
     "ssm.group_count": "linear_num_key_heads", "ssm.time_step_rank": "linear_num_value_heads",
@@ -207,6 +221,8 @@ GGUF_FAMILIES = {
         _LOCAL | {"expert_feed_forward_length": "intermediate_size", "rope.dimension_count": "rotary_dim",
                   "expert_gating_func": "_scores"},
     ),
+    "nemotron_h": GgufFamily("nemotron_h", {}, _NEMOTRON_H, derived.nemotron_h),
+    "nemotron_h_moe": GgufFamily("nemotron_h", _NEMOTRON_EXPERTS, _NEMOTRON_H, derived.nemotron_h),
     "starcoder": GgufFamily(
         "gpt_bigcode", {"attention.head_count_kv": "_kv_heads"}, _GPT2, derived.starcoder,
     ),

@@ -16,7 +16,7 @@ from gguf import MODEL_ARCH_NAMES, TensorNameMap, get_tensor_name_map
 
 from tracing_jax.arch import Arch
 from tracing_jax.checkpoint.derived_tensors import Derived, DerivedTensors
-from tracing_jax.checkpoint.gguf.recurrences import QWEN_HYBRIDS, of_delta_net
+from tracing_jax.checkpoint.gguf.recurrences import QWEN_HYBRIDS, of_delta_net, of_mamba
 from tracing_jax.checkpoint.hf_layouts import leaf_layouts
 from tracing_jax.checkpoint.name_patterns import layer_of
 from tracing_jax.checkpoint.safetensors_file import Index, bounds_of
@@ -26,7 +26,7 @@ from tracing_jax.checkpoint.tensors import TensorStore
 RowOrder = Callable[[np.ndarray], np.ndarray]
 """Rows of ours -> their places in a file."""
 
-_IN_PAIRS = ("llama", "granite", "granitemoe", "olmo", "smollm3")
+_IN_PAIRS = ("llama", "granite", "granitemoe", "nemotron_h", "nemotron_h_moe", "olmo", "smollm3")
 """Families whose queries and keys are stored in pairs."""
 
 _PLUS_ONE = ("gemma", "gemma2", "gemma3", *QWEN_HYBRIDS)
@@ -53,7 +53,8 @@ def with_hf_names(store: TensorStore, architecture: str, arch: Arch) -> TensorSt
     """
     known = set(store.names())
     numbers = {name: number for number, name in MODEL_ARCH_NAMES.items()}
-    table = get_tensor_name_map(numbers[architecture], arch.num_layers)
+    blocks = max((layer_of(name) + 1 for name in known), default=0)  # of Nemotron-H more than layers
+    table = get_tensor_name_map(numbers[architecture], max(arch.num_layers, blocks))
     derived: dict[str, Derived] = {}
     used = set(_USED_ELSEWHERE)
     for name, shape in tensor_shapes(leaf_layouts(arch).values()).items():
@@ -76,7 +77,10 @@ def with_hf_names(store: TensorStore, architecture: str, arch: Arch) -> TensorSt
             derived[name] = _KeysAndValues(store, *halves)
             used |= set(halves)
             continue
-        if (rebuilt := of_delta_net(name, shape, architecture, arch, store, known)) is not None:
+        rebuilt = of_delta_net(name, shape, architecture, arch, store, known) or of_mamba(
+            name, shape, arch, store, known
+        )
+        if rebuilt is not None:
             derived[name] = rebuilt
             used |= set(rebuilt.names)
             continue
@@ -93,6 +97,7 @@ def with_hf_names(store: TensorStore, architecture: str, arch: Arch) -> TensorSt
 def _their_name(name: str, table: TensorNameMap) -> str | None:
     """Returns the name that llama.cpp gives to a tensor; None if it has none for it."""
     name = re.sub(r"\.experts\.down_proj(_bias)?$", lambda m: f".experts.down_proj.{_suffix(m[1])}", name)
+    name = re.sub(r"^backbone\.(layers\.\d+)\.mixer\.experts\.", r"model.\1.mlp.experts.", name)
     name = name.replace("e_score_correction_bias", "e_score_correction.bias")
     name = re.sub(r"\.experts\.gate_up_proj$", ".experts.gate_up_proj.weight", name)
     name = f"{name}.weight" if name.endswith((".sinks", ".layer_scalar")) else name

@@ -17,6 +17,11 @@ _OF_FAMILY: Mapping[str, tuple[str, ...]] = {
     "qwen2moe": _ROUTER,
     "qwen3moe": _ROUTER,
     "qwen3vlmoe": _ROUTER,
+    "nemotron_h": (*_RECURRENCE, "feed_forward_length", "attention.head_count_kv"),
+    "nemotron_h_moe": (
+        *_RECURRENCE, *_EXPERTS, "feed_forward_length", "attention.head_count_kv", "expert_shared_feed_forward_length",
+        "expert_weights_scale", "expert_weights_norm",
+    ),
     "olmoe": _ROUTER,
     "qwen3next": (*_EXPERTS, *_RECURRENCE),
     "qwen35": _RECURRENCE,

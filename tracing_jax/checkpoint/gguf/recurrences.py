@@ -36,6 +36,13 @@ _THEIRS = {
 }
 """Tensor of a gated delta net in transformers -> what it is made of in a file."""
 
+_MAMBA = re.compile(r".*\.mixer\.(?P<part>A_log|D|dt_bias|norm\.weight|conv1d\.weight)")
+_OF_MAMBA = {
+    "A_log": "ssm_a", "D": "ssm_d", "dt_bias": "ssm_dt.bias", "norm.weight": "ssm_norm.weight",
+    "conv1d.weight": "ssm_conv1d.weight",
+}  # fmt: skip
+"""Tensor of Mamba-2 in transformers -> that of a file."""
+
 
 @dataclass(frozen=True)
 class Rebuilt:
@@ -82,6 +89,22 @@ def of_delta_net(
     if not all(tensor in known for tensor in theirs):
         return None
     return Rebuilt(store, theirs, _build(match["part"], net, architecture == "qwen3next"), shape)
+
+
+def of_mamba(
+    name: str, shape: tuple[int, ...], arch: Arch, store: TensorStore, known: Collection[str]
+) -> Rebuilt | None:
+    """Returns a tensor of Mamba-2 that transformers stores in another form; None if it is none, or not in the file.
+
+    The arguments are those of `of_delta_net`.
+    """
+    match = _MAMBA.fullmatch(name)
+    if arch.mamba is None or match is None:
+        return None
+    theirs = f"blk.{layer_of(name)}.{_OF_MAMBA[match['part']]}"
+    if theirs not in known:
+        return None
+    return Rebuilt(store, (theirs,), (lambda x: np.log(-x)) if match["part"] == "A_log" else (lambda x: x), shape)
 
 
 def _build(part: str, net: DeltaNet, is_grouped: bool) -> Callable[..., np.ndarray]:
