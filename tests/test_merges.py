@@ -481,6 +481,18 @@ def test_method_is_named_and_its_recipe_makes_the_child_again(origin, parents, n
         assert found.record["method"]["parameters"]["follows"] == pytest.approx(wanted, abs=0.02)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ties", "dare_ties"])
+def test_a_parent_without_a_part_hides_no_sparse_method(origin, parents, name):
+    """Given first: no entry follows it, and the recipe does without."""
+    child = MADE[name](origin, parents[:2])
+    found = report_of(child, [parents[2], *parents[:2]], origin)
+    method = found.record["method"]
+    assert method["name"] == name
+    assert method["parameters"]["follows"][0] == 0 < min(method["parameters"]["follows"][1:])
+    assert [own["model"] for own in yaml.safe_load(found.record["recipe"])["models"]] == ["B", "C"]
+
+
 def test_layers_that_were_repeated_and_left_out_are_found(origin, parents):
     """A passthrough merge of layers 0, 1, 1, 0 of two parents: mapped, owned, and its recipe says where from."""
     of, owner = (0, 1, 1, 0), (0, 0, 1, 1)

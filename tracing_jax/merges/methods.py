@@ -24,6 +24,10 @@ _DEGREES = 3.0
 _LOG_CONSTANT = special.gammaln(2.0) - special.gammaln(1.5) - 0.5 * math.log(_DEGREES * math.pi)
 _EM_STEPS = 8
 _DARE_STEPS, _SHRINKING = 16, 0.5
+_LEAST_WEIGHT = 0.1
+"""In TIES, beside the largest: a parent of a smaller share by least squares may have had no part."""
+_NO_WEIGHT = 0.02
+"""In DARE, beside the largest: no entry follows a parent of a smaller weight."""
 _SAMPLED = 1024
 """Entries of a tensor at most that methods are compared on, half of them to fit the methods to."""
 MOST_DROPPED = 4
@@ -157,14 +161,20 @@ def ties(entries: Sequence[Entries], normalize: bool) -> Method:
     """
     few = [e.part(e.train) for e in sorted(entries, key=lambda e: -len(e.y))[:16]]
     T = len(few[0].x)
-    starts = [_ties_fit(few, np.full(T, d), np.ones(T), normalize) for d in np.arange(0.05, 1.0, 0.05)]
-    best = max(starts, key=lambda fit: fit[0])
+    densities = np.arange(0.05, 1.0, 0.05)
+    of_all = [_ties_fit(few, np.full(T, d), np.ones(T), normalize) for d in densities]
+    # A parent that had no part elects no signs: its weight is nothing.
+    shares = np.maximum(_robust_fit(few, squares=True), 0.0)
+    weights = np.where(shares >= _LEAST_WEIGHT * shares.max(), shares / max(shares.max(), 1e-300), 0.0)
+    of_some = [_ties_fit(few, np.full(T, d), weights, normalize) for d in densities]
+    best = max([*of_all, *of_some], key=lambda fit: fit[0])
+    most, some = int(np.argmax(best[2])), np.flatnonzero(best[2] > 0).tolist()
     for step in (0.04, 0.015, 0.005):
-        for k in range(T):
+        for k in some:
             shifts = [d * step * np.eye(T)[k] for d in (-2, -1, 1, 2)]
             tried = [np.clip(best[1] + shift, 0.005, 1.0) for shift in shifts]
             best = max([best, *(_ties_fit(few, d, best[2], normalize) for d in tried)], key=lambda fit: fit[0])
-        for k in range(1, T):
+        for k in [k for k in some if k != most]:
             factors = np.exp(np.linspace(-1.5, 1.5, 10) * step / 0.04)
             ratios = [np.where(np.arange(T) == k, best[2] * factor, best[2]) for factor in factors]
             best = max([best, *(_ties_fit(few, best[1], r, normalize) for r in ratios)], key=lambda fit: fit[0])
@@ -194,6 +204,8 @@ def dare(entries: Sequence[Entries], elect: bool) -> Method:
     kept = np.average([fits[e.place][2] for e in entries], axis=0, weights=sizes)
     weights = np.average([fits[e.place][1] * kept for e in entries], axis=0, weights=sizes)
 
+    live = np.abs(weights) >= _NO_WEIGHT * np.abs(weights).max()  # whether the others were kept is of no consequence
+
     def values(e: Entries) -> tuple[Values, np.ndarray]:
         _, scaled, own = fits[e.place]
         return _dare_values(e, scaled, subsets, elect)[0], _log_subsets(own, subsets)
@@ -204,7 +216,7 @@ def dare(entries: Sequence[Entries], elect: bool) -> Method:
         errors, log_weights = np.abs(e.y - found), _log_subsets(own, subsets)
         logs = log_weights[:, None] + _log_t(errors, _scale(errors, log_weights, e.floor))
         chances: np.ndarray = np.einsum("qs,qks->ks", special.softmax(logs, axis=0), (parts != 0).astype(float))
-        return chances
+        return chances * live[:, None]
 
     name = "dare_ties" if elect else "dare_linear"
     parameters = {"density": kept.tolist(), "weight": weights.tolist(), "follows": _over_entries(entries, followed)}

@@ -72,7 +72,10 @@ def recipe(
     else:
         given = {
             name: {"weight": _rounded(w), "density": _rounded(d)}
-            for name, w, d in zip(models.names, parameters["weight"], parameters["density"])
+            for name, w, d, follows in zip(
+                models.names, parameters["weight"], parameters["density"], parameters["follows"]
+            )
+            if follows > 0
         }
         if method.name == "ties":
             scale = {"normalize": parameters["normalize"], "lambda": _rounded(parameters["scale"])}
