@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import slow
 from parity_cases import CASES
 
 from tracing_jax.alignment import align
@@ -22,7 +21,8 @@ from tracing_jax.tree import flatten
 ONE_KEY, SHARED, EXPERTS = (f"gemma4_text-{name}" for name in ("values_are_keys", "shared_keys", "experts"))
 
 
-@pytest.mark.parametrize("name", [slow(ONE_KEY), SHARED])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [ONE_KEY, SHARED])
 def test_a_text_read_in_pieces_has_the_states_of_the_whole(name):
     model, tokens = CASES[name].source(), jnp.asarray(CASES[name].tokens())
     whole = [output.hidden for output in forward(model, [tokens], jnp.float32)][-1]

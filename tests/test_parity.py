@@ -33,8 +33,11 @@ _LOGITS, _LOSSES, _TENSORS = (
 
 # Of the combinations of head layout, tied or untied, and rope each family has one, by turns, so that each value occurs.
 # All options; of the mixtures those that between them have every kind of router, and latents.
-_SLOW = {case.name for file in ("parity_mixtures", "parity_hybrids") for case in GOLDEN[file]} - {
+_SLOW = {
+    case.name for file in ("parity_mixtures", "parity_hybrids", "parity_gemma4") for case in GOLDEN[file]
+} - {
     "qwen2_moe-every_other", "gpt_oss-default", "deepseek_v3-groups", "phimoe-biases", "llama4_text-default",
+    "gemma4_text-shared_keys",
 }  # fmt: skip
 _PRODUCT = re.compile(r"-(mha|gqa|mqa)-(tied|untied)-(default|linear|llama3)$")
 _TURNS = (("mha", "tied", "llama3"), ("gqa", "untied", "default"), ("mqa", "tied", "linear"))
