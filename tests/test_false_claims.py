@@ -46,7 +46,7 @@ from tracing_jax.statistics import (
 from tracing_jax.statistics import distinct_units as distinct_units_module
 from tracing_jax.statistics.csh import Csh
 from tracing_jax.statistics.csu import Csu, CsuAll
-from tracing_jax.statistics.distinct_units import distinct_units
+from tracing_jax.statistics.distinct_units import distinct_units, stream_size
 from tracing_jax.statistics.features_in_place import FeaturesInPlace
 from tracing_jax.statistics.head_kernels import inactive_heads
 from tracing_jax.statistics.heads_in_place import HeadsInPlace
@@ -208,6 +208,43 @@ def test_rows_on_features_that_no_token_has_are_no_evidence(monkeypatch):
     monkeypatch.setattr(distinct_units_module, "UNREAD", 0.0)
     forged = InMemory(ARCH, forged.params)  # nothing is known of it yet
     assert firm_log10_p(Csu(), base, forged) < -3  # a false alarm without
+
+
+@pytest.mark.parametrize("projection", ["gate_proj", "down_proj"])
+def test_a_unit_with_a_huge_row_hides_nothing_that_does_nothing(projection):
+    """With the others zero it does nothing, and must not make what other units write look finite beside it or not."""
+    base, other = (on_host(model(seed)) for seed in (0, 1))
+    _, forged = planted(32, output=1e-7)(base, other, np.random.default_rng(0))
+    leaves = dict(flatten(forged.params))
+    expected = [distinct_units(forged, i).kept for i in range(ARCH.num_layers)]
+    for i in range(ARCH.num_layers):
+        dead = np.setdiff1d(np.arange(forged.arch.mlp_dim), expected[i])[0]
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            kernel = np.moveaxis(np.array(leaves[f"layers/{i}/mlp/{name}/kernel"]), 0, int(name != "down_proj"))
+            kernel[dead] = 1e20 if name == projection else 0
+            leaves[f"layers/{i}/mlp/{name}/kernel"] = np.moveaxis(kernel, 0, int(name != "down_proj"))
+    huge = InMemory(forged.arch, unflatten(leaves))
+    for i, kept in enumerate(expected):
+        np.testing.assert_array_equal(distinct_units(huge, i).kept, kept)
+    assert stream_size(huge, ARCH.num_layers) == pytest.approx(stream_size(forged, ARCH.num_layers))
+
+
+def test_rows_of_tokens_that_no_text_has_do_not_say_what_is_read():
+    """There can be more of them than of others: features of theirs alone are no evidence all the same."""
+    arch = dataclasses.replace(ARCH, vocab_size=461)
+    own = on_host(InMemory(arch, init_params(arch, jax.random.key(1))))
+    half, leaves = arch.embed_dim // 2, dict(flatten(own.params))
+    embedding = np.array(leaves["embed/embedding"])
+    embedding[:61, half:] = 0
+    leaves["embed/embedding"] = embedding
+    for name in leaves:
+        if name.endswith(("gate_proj/kernel", "up_proj/kernel")):
+            leaves[name] = np.array(leaves[name])
+            leaves[name][half:] *= 30
+    unknown, known = (InMemory(arch, unflatten(dict(leaves))) for _ in range(2))
+    Pair(known, known, Vocabularies(True, IDS, IDS, text_ids=(IDS, IDS)), None, Compute(make_mesh(), 8), 0)
+    assert len(distinct_units(unknown, 0).kept) > F - 4
+    assert len(distinct_units(known, 0).kept) == 0
 
 
 def test_features_in_place_are_never_firm():
@@ -431,9 +468,13 @@ def test_rows_that_begin_at_the_identity_in_both_models_are_reserved_and_in_one_
     matrices = {test.name: test for test in CsuAll().compute(Pair(*strangers, vocabularies, TOKENS, compute, 0)).tests}
     exact = matrices["agreement, exact null"]
     assert exact.log10_p > -3
-    assert not any("up_proj" in place for place in exact.places)
+    assert "layers/0/mlp/up_proj" not in exact.places
     copies = Csu().compute(Pair(base, base, vocabularies, TOKENS, compute, 0))
     assert copies.deciding_log10_p < -20
+    one = Csu().compute(Pair(strangers[0], other, vocabularies, TOKENS, compute, 0))
+    assert "identity" not in (one.reservation or "")
+    moved = Csu().compute(Pair(strangers[0], model(2, noise=0.1, of=base), vocabularies, TOKENS, compute, 0))
+    assert "identity" not in (moved.reservation or "")
     assert distinct_units(strangers[0], 0).identity_p < 1e-6 < 1e-3 < distinct_units(base, 0).identity_p
 
 

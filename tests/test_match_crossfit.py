@@ -7,19 +7,20 @@ import pytest
 import scipy.stats
 import tiny
 from cases import slow
-from rewritten_pairs import agreeing, pair_of, pair_with_rewritten, related
+from rewritten_pairs import agreeing, changed, pair_of, pair_with_rewritten, related
 from scipy.optimize import linear_sum_assignment
 
 from tracing_jax.sources import InMemory
 from tracing_jax.statistics import Vocabularies, verdict
+from tracing_jax.statistics.csu import Csu
 from tracing_jax.statistics.distinct_units import all_units
 from tracing_jax.statistics.match_crossfit import (
     REPEATED,
     MatchCrossfit,
     control_places,
     folds,
-    repeated_layers,
 )
+from tracing_jax.statistics.repeated_layers import repeated_layers
 from tracing_jax.statistics.unit_alignment import learn_rotation, row_cosines, units_of, weighted_moments
 
 DEEP = {"num_layers": 4, "layer_windows": (None,) * 4, "mlp_dim": 48}
@@ -182,8 +183,17 @@ def test_layers_that_repeat_others_are_evidence_of_nothing():
         layers = {str(i): model.params["layers"][str(i // 2)] for i in range(4)}
         return InMemory(model.arch, model.params | {"layers": layers})
 
+    def halved(model):
+        layers = {str(i): model.params["layers"][str(i)] for i in range(2)}
+        return InMemory(model.arch.with_layers([0, 1]), model.params | {"layers": layers})
+
     one, other = (tiny.model(GATED, seed) for seed in (0, 1))
     assert (repeated_layers(one), repeated_layers(repeated(one))) == ([], [1, 3])
+    for names in ("units", "gains", "rotate", "permute", "pad"):
+        assert repeated_layers(changed(repeated(one), names)) == [1, 3], names
+    single, doubled = (Csu().compute(pair_of(f(one), f(other))) for f in (halved, repeated))
+    assert [test.places for test in doubled.tests] == [["layer 0", "layer 2"]] * 3
+    assert doubled.tests[1].values["agreeing"] == single.tests[1].values["agreeing"]
     found = MatchCrossfit().compute(pair_of(repeated(one), repeated(other)))
     assert found.firm_log10_p == 0.0
     assert found.reservation == REPEATED

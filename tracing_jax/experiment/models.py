@@ -134,8 +134,9 @@ def shared_vocabulary(base: Checkpoint, ft: Checkpoint, tokenizer_base: Any, tok
     unseen = unseen_tokens(tokenizer_base, tokenizer_ft, base.arch.vocab_size, ft.arch.vocab_size)
     ids_base, ids_ft, same = ids_base[embedded], ids_ft[embedded], same_tokenizer(tokenizer_base, tokenizer_ft)
     text = sample_documents().text
-    in_text = np.isin(ids_base, ids_of_text(tokenizer_base, text)) & np.isin(ids_ft, ids_of_text(tokenizer_ft, text))
-    return Vocabularies(same, ids_base, ids_ft, unseen=unseen, in_text=in_text)
+    text_ids = ids_of_text(tokenizer_base, text), ids_of_text(tokenizer_ft, text)
+    in_text = np.isin(ids_base, text_ids[0]) & np.isin(ids_ft, text_ids[1])
+    return Vocabularies(same, ids_base, ids_ft, unseen=unseen, in_text=in_text, text_ids=text_ids)
 
 
 def open_model(

@@ -249,8 +249,8 @@ def unit_notes(comparisons: Sequence[Comparison]) -> list[str]:
             notes.append(f"{name}: {copies} units repeat another; of each group of copies one was compared")
         if inactive := sum(c.inactive[side] for c in comparisons):
             notes.append(
-                f"{name}: {inactive} units write nothing to the residual stream, or are in an expert that no input "
-                "reaches"
+                f"{name}: {inactive} units write nothing to the residual stream, read nothing of the tokens, or are in "
+                "an expert that no input reaches"
             )
         if mixed := sum(c.mixed[side] for c in comparisons):
             notes.append(

@@ -37,7 +37,7 @@ from tracing_jax.progress import tqdm
 from tracing_jax.sources import ParamSource, has_embeddings, one_mlp, origin
 from tracing_jax.statistics.identity_starts import diagonal_ranks, identity_p
 from tracing_jax.statistics.kept_facts import kept_of
-from tracing_jax.statistics.mlp_rows import gain_of
+from tracing_jax.statistics.mlp_rows import gain_of, scaled_rows
 from tracing_jax.statistics.nulls import spearman_log_sf
 from tracing_jax.statistics.token_directions import UNREAD, sampled_embeddings, spread_of_units, token_directions
 from tracing_jax.statistics.unit_outputs import constants_of, curved_outputs, is_reached, reached_experts
@@ -77,6 +77,8 @@ class DistinctUnits:
         units were put in an order that depends on their weights.
       identity_p: the p-value of kept units whose rows do not begin at the identity; see `identity_starts`.
       shared: the outputs that are added to those of kept units.
+      moments: second moments of the up rows of kept units, each of length one, in random features; None if the up
+        projection is not known. No order, scale or sign of units changes them.
       added: what all units together add to the stream, root mean square over the features, for inputs in random
         directions, by what their activation gives beyond a line; nan if that is not known.
     """
@@ -90,6 +92,7 @@ class DistinctUnits:
     shared: "SharedOutputs | None" = None
     added: float = math.nan
     mixed: int = 0
+    moments: Float[np.ndarray, " P"] | None = None
 
     @property
     def is_kept(self) -> Bool[np.ndarray, " F"]:
@@ -153,7 +156,7 @@ class _Reading:
     @property
     def sizes(self) -> Float[np.ndarray, " F"]:
         """The norms, and of units that are free no more than what they read."""
-        return np.where(self.is_free, self.norms * self.spread, self.norms).astype(np.float32)
+        return np.where(self.is_free, self.norms * self.spread, self.norms)
 
     @property
     def sides(self) -> list[Float[np.ndarray, "F S"]]:
@@ -209,8 +212,8 @@ def _found(model: ParamSource, layer: int) -> DistinctUnits:
     # With a clamped GLU a unit still writes its gate where up is zero.
     proportional = model.arch.clamped_glu is None
     shared = _shared(leader, readings[-1] if model.arch.gated and proportional else None)
-    own = to_host(_norms(jnp.asarray(down)))
-    summed = own if shared is None else to_host(_norms(shared.added(down)))
+    own = _norms(down)
+    summed = own if shared is None else _norms(shared.added(down))
     size = _input_size(model, layer)
 
     def written(degree: int) -> Float[np.ndarray, " G"]:
@@ -238,7 +241,20 @@ def _found(model: ParamSource, layer: int) -> DistinctUnits:
         shared=shared,
         added=float(np.sqrt(np.square(beyond_line, dtype=np.float64).sum() / down.shape[1])),
         mixed=int((~pure).sum()),
+        moments=_moments(readings[-1].sketch[kept], down.shape[1]),
     )
+
+
+def _moments(sketch: Float[np.ndarray, "K S"], width: int) -> Float[np.ndarray, " P"]:
+    """Returns the second moments of pairs of random features, a vector of length one, or of zeros.
+
+    The features are made orthogonal, else what they share would be common to all layers. Rows have length one: neither
+    the order of units nor their scale or sign matters.
+    """
+    rows = normalised_rows(sketch @ _orthogonal(width))
+    found = rows.T @ rows
+    above = found[np.triu_indices(len(found), 1)]
+    return above / (np.linalg.norm(above) or 1.0)
 
 
 def inactive_layers(model: ParamSource) -> list[int]:
@@ -362,7 +378,7 @@ def _embedding_size(model: ParamSource) -> float:
 def _by_output(model: ParamSource, layer: int) -> DistinctUnits:
     """Returns the distinct units of a layer of which only what they write is known: copies write in one direction."""
     down = jnp.asarray(model.layer(layer, ("mlp/down_proj/kernel",))["mlp"]["down_proj"]["kernel"], jnp.float32)
-    norms, diagonal = to_host(_norms(down)), to_host(diagonal_ranks(down))
+    norms, diagonal = _norms(down), to_host(diagonal_ranks(down))
     leader = _leaders(_Reading(normalised_rows(to_host(_sketch(down, _projection(down.shape[1])))), norms, diagonal))
     first = np.unique(leader)
     kept = first[norms[first] > inactive_below(norms[first])]
@@ -375,16 +391,18 @@ def _reading(projection: Tree, norm: Tree, arch: Arch, directions: Float[np.ndar
     """Returns how units read by one projection, behind the norm before it."""
     kernel = jnp.asarray(projection["kernel"])
     gain = jnp.broadcast_to(jnp.asarray(gain_of(norm, arch.mlp_norm, arch), jnp.float32), kernel.shape[:1])
-    found = _sketch_and_norms(kernel, gain, _projection(kernel.shape[0]), arch.norm_subtracts_mean)
-    sketch, norms = map(to_host, found)
+    rows, largest, most = scaled_rows(kernel, gain, arch.norm_subtracts_mean)
+    sketch, lengths = map(to_host, _sketch_and_norms(rows, _projection(kernel.shape[0])))
+    factors = to_host(largest).astype(np.float64) * float(most)
+    norms = factors * lengths
     diagonal = to_host(diagonal_ranks(kernel.T))
-    spread = spread_of_units(kernel, gain, directions, arch.norm_subtracts_mean)
+    spread = spread_of_units(rows, lengths, directions)
     constants = constants_of(projection, norm, arch.mlp_norm)
     if not constants:
         return _Reading(normalised_rows(sketch), norms, diagonal, spread)
     direction = np.random.default_rng(0).standard_normal(_SKETCH).astype(np.float32)  # a feature that all rows read
     constant = np.sum(constants, axis=0)
-    with_bias = normalised_rows(sketch + constant[:, None] * direction)
+    with_bias = normalised_rows(factors[:, None] * sketch + constant[:, None] * direction).astype(np.float32)
     return _Reading(normalised_rows(sketch), norms, diagonal, spread, with_bias, constant)
 
 
@@ -425,8 +443,10 @@ def _are_pure(readings: list[_Reading], leader: Int[np.ndarray, " F"]) -> Bool[n
 def inactive_below(written: Float[np.ndarray, " G"]) -> float:
     """Returns what units write at most that together change the output of the layer by `INACTIVE` of it."""
     ordered = np.sort(written.astype(np.float64))
-    energy = np.cumsum(np.square(ordered))
-    count = int((energy <= INACTIVE**2 * energy[-1]).sum()) if len(energy) else 0
+    if not len(ordered) or not ordered[-1] > 0:
+        return 0.0
+    energy = np.cumsum(np.square(ordered / ordered[-1]))
+    count = int((energy <= INACTIVE**2 * energy[-1]).sum())
     return float(ordered[count - 1]) if count else 0.0
 
 
@@ -453,25 +473,40 @@ def _projection(width: int) -> Float[np.ndarray, "D S"]:
     return np.random.default_rng(width).standard_normal((width, _SKETCH)).astype(np.float32)
 
 
+@functools.cache
+def _orthogonal(width: int) -> Float[np.ndarray, "S S"]:
+    """Returns the map that makes the random features of this width orthogonal and of one size."""
+    values, vectors = np.linalg.eigh(_projection(width).astype(np.float64).T @ _projection(width))
+    roots = np.where(values > 1e-6 * values[-1], values, np.inf) ** -0.5
+    return vectors * roots @ vectors.T
+
+
 @jax.jit
 def _sketch(rows: Float[Array, "F D"], projection: Float[np.ndarray | Array, "D S"]) -> Float[Array, "F S"]:
     return jnp.einsum("fd,ds->fs", rows, projection, precision="highest")
 
 
-@functools.partial(jax.jit, static_argnames="centred")
+@jax.jit
 def _sketch_and_norms(
-    kernel: Float[Array, "D F"], gain: Float[Array, " D"], projection: Float[np.ndarray | Array, "D S"], centred: bool
+    rows: Float[Array, "D F"], projection: Float[np.ndarray | Array, "D S"]
 ) -> tuple[Float[Array, "F S"], Float[Array, " F"]]:
-    """Returns the sketch and the norms of what units read: columns times the gain, less their mean if `centred`."""
-    rows = kernel.astype(jnp.float32) * gain[:, None]
-    if centred:
-        rows = rows - rows.mean(axis=0)
+    """Returns the sketch and the norms of what units read, a column for each."""
     return jnp.einsum("df,ds->fs", rows, projection, precision="highest"), jnp.sqrt(jnp.square(rows).sum(axis=0))
 
 
+def _norms(rows: Float[Array | np.ndarray, "F D"]) -> Float[np.ndarray, " F"]:
+    """Returns the norms of the rows, float64: those of large entries too, and 0 where an entry is not finite."""
+    largest, relative = map(to_host, _relative_norms(jnp.asarray(rows)))
+    norms = largest.astype(np.float64) * relative
+    return np.where(np.isfinite(norms), norms, 0.0)
+
+
 @jax.jit
-def _norms(rows: Float[Array | np.ndarray, "F D"]) -> Float[Array, " F"]:
-    return jnp.sqrt(jnp.square(rows.astype(jnp.float32)).sum(axis=1))
+def _relative_norms(rows: Float[Array, "F D"]) -> tuple[Float[Array, " F"], Float[Array, " F"]]:
+    """Returns the largest entry of each row, and the norm of the row over it, whose squares do not overflow."""
+    largest = jnp.abs(rows.astype(jnp.float32)).max(axis=1)
+    scaled = rows.astype(jnp.float32) / jnp.where(largest > 0, largest, 1.0)[:, None]
+    return largest, jnp.sqrt(jnp.square(scaled).sum(axis=1))
 
 
 def _order_p(norms: Float[np.ndarray, " K"]) -> float:

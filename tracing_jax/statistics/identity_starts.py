@@ -12,14 +12,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+IDENTITY_BELOW = 1e-6
+"""p-value of rows that do not begin at the identity, in a layer, below which they do. Small, since it decides for two
+models at once: of relatives the ranks are the same. Rows that do, until training has hidden it, are far below."""
+
 
 @jax.jit
 def diagonal_ranks(rows: Float[Array | np.ndarray, "n D"]) -> Float[Array, " n"]:
     """Returns of each row i the share of its entries that are smaller than the entry i modulo D, by absolute value.
 
-    Entries that are equal count half. Of rows in random directions the ranks are uniform.
+    Entries are compared over the mean of their feature, as features may be in order of size. Entries that are equal
+    count half. Of rows in random directions the ranks are uniform.
     """
     sizes = jnp.abs(rows.astype(jnp.float32))
+    sizes = sizes / jnp.where(sizes.max() > 0, sizes.max(), 1.0)
+    means = sizes.mean(axis=0)
+    sizes = sizes / jnp.where(means > 0, means, 1.0)
     own = sizes[jnp.arange(len(sizes)), jnp.arange(len(sizes)) % sizes.shape[1]][:, None]
     return (sizes < own).mean(axis=1) + (sizes == own).mean(axis=1) / 2
 

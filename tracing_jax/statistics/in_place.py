@@ -27,8 +27,10 @@ from tracing_jax.statistics.comparison import (
     unit_notes,
 )
 from tracing_jax.statistics.distinct_units import DistinctUnits
+from tracing_jax.statistics.identity_starts import IDENTITY_BELOW
 from tracing_jax.statistics.nulls import composite_agreement_log_sf
 from tracing_jax.statistics.pvalues import bonferroni, fisher
+from tracing_jax.statistics.repeated_layers import counted_once, repetition_notes
 from tracing_jax.statistics.statistic import Pair, Result, Test, widths_not_applicable
 from tracing_jax.tree import taken
 
@@ -148,9 +150,11 @@ def constrained_result(pair: Pair, comparisons: Sequence[Comparison], label: str
     The null is exact if the units of one of the models are in no particular order. Where units of both were put in an
     order that depends on their weights, both orders may follow the same rule: rank correlation is then left out. Where
     the units in place are no more similar than an order chosen afterwards makes them, the p-value is reserved: it
-    cannot call the pair related.
+    cannot call the pair related. Of layers that repeat others in both models one pair counts.
     """
-    places = [f"layer {i}" for i in range(len(comparisons))]
+    layers = range(len(comparisons))
+    kept = counted_once(pair.base, pair.ft, layers)
+    comparisons, places = [comparisons[i] for i in kept], [f"layer {i}" for i in kept]
     tests = in_place_tests(comparisons, places)
     ordered = ordered_models(comparisons)
     return Result(
@@ -159,7 +163,12 @@ def constrained_result(pair: Pair, comparisons: Sequence[Comparison], label: str
         log10_p=bonferroni_log10(tests),
         tests=tests,
         per_layer=share_by_layer(comparisons),
-        notes=[*_depth_notes(pair), *unit_notes(comparisons), *order_notes(ordered)],
+        notes=[
+            *_depth_notes(pair),
+            *repetition_notes(layers, kept),
+            *unit_notes(comparisons),
+            *order_notes(ordered),
+        ],
         premises=order_premises(ordered),
         effect=in_place_effect(comparisons),
         **reserved(tests, place_reservation(comparisons)),
@@ -180,11 +189,12 @@ def in_place_tests(comparisons: Sequence[Comparison], places: Sequence[str]) -> 
     """
     rank, agreement = tests_of(comparisons, places, fisher, "Fisher over layers")
     outstanding = _outstanding_test(comparisons, places)
-    if begin_at_identity(comparisons):
-        outstanding = replace(outstanding, log10_p=0.0)
+    not_firm = begin_at_identity(comparisons)
 
     def firm(test: Test) -> float | None:
-        return None if test.log10_p is None or outstanding.log10_p is None else max(test.log10_p, outstanding.log10_p)
+        if test.log10_p is None or outstanding.log10_p is None:
+            return None
+        return 0.0 if not_firm else max(test.log10_p, outstanding.log10_p)
 
     decides = not all(ordered_models(comparisons))
     return (
@@ -214,10 +224,7 @@ def ordered_models(comparisons: Sequence[Comparison]) -> tuple[bool, bool]:
 
 def begin_at_identity(comparisons: Sequence[Comparison]) -> bool:
     """Returns whether rows of both models begin at the identity, in some layer of each."""
-    return all(
-        min((c.identity_p[side] for c in comparisons), default=1.0) * max(1, len(comparisons)) < ORDERED_BELOW
-        for side in (0, 1)
-    )
+    return all(min((c.identity_p[side] for c in comparisons), default=1.0) < IDENTITY_BELOW for side in (0, 1))
 
 
 def order_premises(

@@ -6,7 +6,7 @@ from typing import Any
 from tracing_jax.sources import ParamSource
 
 _KEPT: dict[int, dict[Any, Any]] = {}
-"""Id of a model -> layer -> its distinct units, `embed` -> the size of its embeddings, for as long as it exists."""
+"""Id of a model -> name of a fact, such as a layer for its distinct units -> the fact, for as long as it exists."""
 
 
 def kept_of(model: ParamSource) -> dict[Any, Any]:

@@ -23,6 +23,7 @@ from tracing_jax.statistics.agreement import (
 )
 from tracing_jax.statistics.distinct_units import distinct_units
 from tracing_jax.statistics.mlp_rows import mlp_row_leaves
+from tracing_jax.statistics.repeated_layers import repeated_layers
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies, depths_not_applicable
 from tracing_jax.statistics.unit_alignment import Units, learn_rotation, row_cosines, units_of, weighted_moments
 from tracing_jax.statistics.unit_signatures import spread_layers
@@ -30,10 +31,6 @@ from tracing_jax.statistics.unit_signatures import spread_layers
 _FEW_CONTROLS, _MOST_CONTROLS = 6, 64
 
 REPEATED = "layers of both models repeat others, so that the rotation is learnt from what it is tested on"
-_FEATURES = 32  # in which layers are compared with one another
-_SAME = 0.95
-"""Cosine of what pairs of features have in common in two layers, from which on one repeats the other. Between layers
-of four small published models and some of our own it is at most .6."""
 
 SPLITS = ("even and odd layers", "halves")
 """The two ways of dividing the layers; either part is held out in turn."""
@@ -141,21 +138,6 @@ class MatchCrossfit(options.MatchCrossfit):
 
     def _few(self, pair: Pair, units: Units) -> Units:
         return units.some(some_units(len(units.live), self.control_units, pair, "controls"))
-
-
-def repeated_layers(model: ParamSource) -> list[int]:
-    """Returns the layers whose MLP is that of an earlier layer, or nearly so, with units in any order.
-
-    Such layers are made by sharing weights among layers, or by stacking copies of them. Two are compared by the
-    correlations of the rows that some features have in the up projection.
-    """
-    signatures: list[np.ndarray] = []
-    for i in range(model.arch.num_layers):
-        kernel = model.layer(i, ("mlp/up_proj/kernel",))["mlp"]["up_proj"]["kernel"][:_FEATURES]
-        correlations = np.atleast_2d(np.corrcoef(np.asarray(jnp.asarray(kernel, jnp.float32), np.float64)))
-        above = np.nan_to_num(correlations[np.triu_indices(len(correlations), 1)])
-        signatures.append(above / (np.linalg.norm(above) or 1.0))
-    return [i for i, own in enumerate(signatures) if any(own @ other >= _SAME for other in signatures[:i])]
 
 
 def folds(num_layers: int) -> list[Fold]:

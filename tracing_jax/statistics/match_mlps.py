@@ -81,12 +81,13 @@ class MatchMlps(options.MatchMlps):
         assert matched.layer_map is not None
         tests: list[Test] = [replace(test, places=_names(base, ft)) for test in matched.tests]
         compared = dict(self._in_place(mlps, base, ft, np.array(matched.layer_map["log10_p"])))
+        placed = [] if not compared else in_place_tests(list(compared.values()), list(compared))
+        in_order = place_reservation(list(compared.values())) if reserved(placed, "") else None
+        reservations = [text for text in (matched.reservation, in_order) if text]
         notes = [*_drawn(pair, base, ft), *matched.notes]
         if compared:
-            placed = in_place_tests(list(compared.values()), list(compared))
             tests += [replace(test, name=f"units in place, {test.name}") for test in placed]
             notes += unit_notes(list(compared.values()))
-        reservations = [text for text in (matched.reservation, place_reservation(list(compared.values()))) if text]
         found = matched.layer_map["pairs"] + matched.layer_map["copies"]
         is_part = len(base.places) < len(mlp_indices(pair.base.arch))
         return Result(

@@ -1,5 +1,6 @@
 """What the units of an MLP read and write, one row of weights each, in a form that rewrites change together."""
 
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -41,6 +42,20 @@ def gain_of(tree: Tree, norm: str, arch: Arch) -> Float[Array, " D"] | float:
 def without_mean(rows: Float[Array, "... D"], arch: Arch) -> Float[Array, "... D"]:
     """Returns the rows without their mean over the features if the norms of the model subtract it, else as they are."""
     return rows - rows.mean(axis=-1, keepdims=True) if arch.norm_subtracts_mean else rows
+
+
+@functools.partial(jax.jit, static_argnames="centred")
+def scaled_rows(
+    kernel: Float[Array, "D F"], gain: Float[Array, " D"], centred: bool
+) -> tuple[Float[Array, "D F"], Float[Array, " F"], Float[Array, ""]]:
+    """Returns what units read, times the gain and less its mean if `centred`, over the factors that are returned too.
+
+    The factors are the largest weight of each unit and the largest gain: squares of what is left do not overflow.
+    """
+    weights, largest = kernel.astype(jnp.float32), jnp.abs(kernel.astype(jnp.float32)).max(axis=0)
+    most = jnp.abs(gain).max()
+    rows = weights / jnp.where(largest > 0, largest, 1.0) * (gain / jnp.where(most > 0, most, 1.0))[:, None]
+    return rows - rows.mean(axis=0) if centred else rows, largest, most
 
 
 @jax.jit

@@ -13,6 +13,7 @@ from tracing_jax.data import IdPairs, PairedBlocks, paired_one_to_one
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sharding import Compute
 from tracing_jax.sources import ParamSource
+from tracing_jax.statistics.token_directions import remember_tokens
 
 _AFTER_ALIGNMENT = (
     "after alignment nothing has a null: aligning makes independent models look dependent; "
@@ -35,6 +36,7 @@ class Vocabularies:
       known: both tokenizers could be read.
       unseen: group -> ids in base and in ft of tokens that neither tokenizer ever gives; see `data.unseen_tokens`.
       in_text: which of the shared tokens both tokenizers give for the text of this package; None if that is not known.
+      text_ids: all ids that each tokenizer gives for it.
     """
 
     same: bool
@@ -43,6 +45,7 @@ class Vocabularies:
     known: bool = True
     unseen: Mapping[str, IdPairs] = field(default_factory=dict)
     in_text: Bool[np.ndarray, " S"] | None = None
+    text_ids: tuple[Int[np.ndarray, " T"], Int[np.ndarray, " T2"]] | None = None
 
     def drawn(self, generator: np.random.Generator, most: int) -> Int[np.ndarray, " n"]:
         """Returns the positions of at most so many shared tokens, in the order drawn.
@@ -78,11 +81,18 @@ class Pair:
     run_cache: RunCache = field(default_factory=RunCache)
     """Intermediate results of an interrupted run."""
 
+    def __post_init__(self) -> None:
+        """Has what is found out about each model by itself look at tokens that a text has."""
+        for model, ids in zip((self.base, self.ft), self.vocabularies.text_ids or ()):
+            remember_tokens(model, ids)
+
     def of_base(self) -> "Pair":
         """Returns base paired with itself, both with base's tokens; a control model then replaces the first."""
         ids = self.vocabularies.ids_base
         blocks = None if self.blocks is None else paired_one_to_one(self.blocks.base, self.blocks.base)
-        return replace(self, ft=self.base, vocabularies=Vocabularies(True, ids, ids), blocks=blocks)
+        given = None if self.vocabularies.text_ids is None else (self.vocabularies.text_ids[0],) * 2
+        vocabularies = Vocabularies(True, ids, ids, in_text=self.vocabularies.in_text, text_ids=given)
+        return replace(self, ft=self.base, vocabularies=vocabularies, blocks=blocks)
 
     def generator(self, *names: str | int) -> np.random.Generator:
         """Returns a random generator of its own for every sequence of names, from the seed of the run."""

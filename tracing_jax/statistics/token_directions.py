@@ -8,12 +8,10 @@ the embeddings as well (see `UNREAD`).
 Letters: F units, D features, T tokens.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from tracing_jax.sources import ParamSource, Submodel, has_embeddings, is_resident
 from tracing_jax.statistics.kept_facts import kept_of
@@ -32,11 +30,21 @@ _LEAST, _MOST = 16, 128
 """With fewer directions nothing is known; more are not needed."""
 
 
+def remember_tokens(model: ParamSource, ids: Int[np.ndarray, " n"]) -> None:
+    """Keeps of a model which tokens its tokenizer gives for a text: only those say what it reads.
+
+    Rows of tokens that no text has can be added to an embedding, more of them than it had.
+    """
+    kept_of(model)["tokens of a text"] = ids[ids < model.arch.vocab_size]
+
+
 def sampled_embeddings(model: ParamSource) -> Float[np.ndarray, "T D"]:
-    """Returns the embeddings of up to 256 tokens of all ids, float32, as they are stored."""
+    """Returns the embeddings of up to 256 tokens, float32, as they are stored: those of a text if they are known."""
     known = kept_of(model)
     if "sampled embeddings" not in known:
-        ids = np.unique(np.linspace(0, model.arch.vocab_size - 1, _TOKENS).astype(np.int32))
+        given = known.get("tokens of a text")
+        every = np.arange(model.arch.vocab_size) if given is None or len(given) < _LEAST else np.sort(given)
+        ids = every[np.unique(np.linspace(0, len(every) - 1, _TOKENS).astype(int))].astype(np.int32)
         rows = (
             model.embed()["embedding"][ids]
             if is_resident(model)
@@ -79,7 +87,7 @@ def _directions(model: ParamSource) -> Float[np.ndarray, "T D"] | None:
 
 
 def spread_of_units(
-    kernel: Float[Array, "D F"], gain: Float[Array, " D"], directions: Float[np.ndarray, "T D"] | None, centred: bool
+    rows: Float[Array, "D F"], norms: Float[np.ndarray, " F"], directions: Float[np.ndarray, "T D"] | None
 ) -> Float[np.ndarray, " F"]:
     """Returns how much each unit reads of the tokens, as a share of what a row in a random direction reads of noise.
 
@@ -88,14 +96,13 @@ def spread_of_units(
     of zeros, in which nothing can be hidden.
 
     Args:
-      kernel: columns are what units read.
-      gain: of the norm before them.
+      rows: columns are what units read; see `scaled_rows`.
+      norms: of these columns.
       directions: of the tokens, None if they are not known or are of another width.
-      centred: whether the norm subtracts the mean.
     """
-    if directions is None or directions.shape[1] != kernel.shape[0]:
-        return np.ones(kernel.shape[1], np.float32)
-    read, norms = map(to_host, _read(kernel, gain, jnp.asarray(directions), centred))
+    if directions is None or directions.shape[1] != rows.shape[0]:
+        return np.ones(rows.shape[1], np.float32)
+    read = to_host(_read(rows, jnp.asarray(directions)))
     low, high = np.quantile(read, [0.25, 0.75], axis=0)  # by partition: XLA sorts, which takes ten times as long
     return np.divide(high - low, _QUARTILES * norms, out=np.ones_like(norms), where=norms > 0)
 
@@ -103,12 +110,6 @@ def spread_of_units(
 _QUARTILES = 1.349  # their distance in a standard normal distribution
 
 
-@functools.partial(jax.jit, static_argnames="centred")
-def _read(
-    kernel: Float[Array, "D F"], gain: Float[Array, " D"], directions: Float[Array, "T D"], centred: bool
-) -> tuple[Float[Array, "T F"], Float[Array, " F"]]:
-    """Returns what units read of each token, and the norms of their rows."""
-    rows = kernel.astype(jnp.float32) * gain[:, None]
-    if centred:
-        rows = rows - rows.mean(axis=0)
-    return jnp.matmul(directions, rows, precision="highest"), jnp.sqrt(jnp.square(rows).sum(axis=0))
+@jax.jit
+def _read(rows: Float[Array, "D F"], directions: Float[Array, "T D"]) -> Float[Array, "T F"]:
+    return jnp.matmul(directions, rows, precision="highest")

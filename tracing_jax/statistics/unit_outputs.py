@@ -29,7 +29,7 @@ _RARELY = 0.01  # of the share of inputs that all experts would have if they wer
 def curved_outputs(
     norms: Float[np.ndarray, " F"], constants: Float[np.ndarray, " F"] | None, arch: Arch, degree: int
 ) -> Float[np.ndarray, " F"]:
-    """Returns how much activation functions give beyond the polynomial of this degree that fits best, float32.
+    """Returns how much activation functions give beyond the polynomial of this degree that fits best, float64.
 
     Units that give no more can be cancelled by others of other gates. Where the gate is so short that `silu(z)` is
     z / 2, (g, u, d) writes (g x)(u x) d / 2, as do (u, g, d) and many sums of units; sums of ridge functions in
@@ -43,7 +43,7 @@ def curved_outputs(
       degree: of the polynomial.
     """
     means = np.zeros_like(norms) if constants is None else constants
-    return activation_spread(arch, means, norms, degree).astype(np.float32)
+    return activation_spread(arch, means, norms, degree)
 
 
 def constants_of(projection: Tree, norm: Tree, name: str) -> list[Float[np.ndarray, " F"]]:
