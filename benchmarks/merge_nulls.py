@@ -1,7 +1,7 @@
 """Parents without a part, by the thousand: how often is one called a part of a merge?
 
     python -m benchmarks.merge_nulls                       # 1,000 merges, 5,000 parents; ten minutes on two cores
-    python -m benchmarks.merge_nulls --disguised=100       # 100 merges in each disguise
+    python -m benchmarks.merge_nulls --disguised=100       # 100 merges in each disguise; half a minute each
 
 A base of 0.1 million weights is trained, and 192 short fine-tunes of it, many at a time; groups of four share their
 text. Merges by every method are made of two or three of them. Four others that had no part, one of which learnt from
@@ -13,7 +13,7 @@ import functools
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from tracing_jax.sources import in_memory, rewritten
 from tracing_jax.tree import flatten
 
 _MERGES = flags.DEFINE_integer("merges", 1000, "merges without a disguise", lower_bound=0)
+_FIRST = flags.DEFINE_integer("first", 0, "number of the first merge, to add to an earlier run", lower_bound=0)
 _DISGUISED = flags.DEFINE_integer("disguised", 50, "merges in each disguise", lower_bound=0)
 
 RECIPE = DemoSizes(embed_dim=32, num_layers=2, mlp_dim=64, num_heads=2, num_kv_heads=2, block_size=64, base_steps=400)
@@ -141,9 +142,9 @@ def _layer(name: str) -> int:
     return int(name.split("/")[1]) if name.startswith("layers/") else 0
 
 
-def rows(zoo: Zoo, merges: int, disguise: str | None) -> Iterator[dict[str, Any]]:
+def rows(zoo: Zoo, draws: Iterable[int], disguise: str | None) -> Iterator[dict[str, Any]]:
     """Yields for each merge what is said of the parents that had a part, and of those that had none."""
-    for draw in range(merges):
+    for draw in draws:
         method = METHODS[draw % len(METHODS)]
         child, at, needs_origin = merged(zoo, method, draw)
         rng = np.random.default_rng([draw, 1])
@@ -202,7 +203,8 @@ def main(argv: list[str]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     found: list[dict[str, Any]] = []
     for disguise in (None, *DISGUISES):
-        found += rows(zoo, _MERGES.value if disguise is None else _DISGUISED.value, disguise)
+        count = _MERGES.value if disguise is None else _DISGUISED.value
+        found += rows(zoo, range(_FIRST.value, _FIRST.value + count), disguise)
         atomic_write(file, json.dumps(found).encode())
         print(table(found), f"\n{time.monotonic() - start:.0f} s\n", flush=True)
 
