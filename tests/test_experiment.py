@@ -23,6 +23,7 @@ from tracing_jax.checkpoint import CheckpointError, save_checkpoint
 from tracing_jax.data import load_tokenizer, sample_documents
 from tracing_jax.experiment import ConfigError, metadata, steps
 from tracing_jax.experiment.inputs import open_inputs
+from tracing_jax.experiment.memory import choose_placement
 from tracing_jax.experiment.steps import IDENTICAL
 from tracing_jax.experiment.validation import (
     fitted_to_shapes,
@@ -567,3 +568,19 @@ def test_tokens_of_the_text_of_the_package_are_known_of_both_vocabularies(family
     found = open_inputs(RunOptions(base_model_id=base, ft_model_id=ft, stat=("csu",))).vocabularies
     expected = set(load_tokenizer(base)(sample_documents().text, add_special_tokens=False)["input_ids"])
     assert set(found.ids_base[found.in_text].tolist()) == set(found.ids_ft[found.in_text].tolist()) == expected
+
+
+def test_what_is_left_of_a_run_is_that_of_the_same_commits(family, tmp_path):
+    """Weights that are read from the Hub in ranges have no files whose times of change could tell them apart."""
+    base, ft = (str(family.member(name)) for name in ("base", "finetune"))
+    options = RunOptions(base_model_id=base, ft_model_id=ft, stat=("csu",), save=str(tmp_path / "run.p"))
+    inputs = open_inputs(options)
+    placement = choose_placement(options, inputs)
+
+    def kept_of(revision):
+        at = dataclasses.replace(inputs, ft=dataclasses.replace(inputs.ft, revision=revision))
+        return experiment._run_cache(options, at, placement)[0]
+
+    kept_of("one").save_arrays(lambda: {"found": np.zeros(1)}, "found")
+    assert kept_of("one").load_arrays("found") is not None
+    assert kept_of("other").load_arrays("found") is None

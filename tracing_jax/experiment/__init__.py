@@ -220,6 +220,8 @@ def _adjusted_over_pairs(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _run_cache(options: RunOptions, inputs: RunInputs, placement: Placement) -> tuple[RunCache, str | None]:
     """Returns what is left of an interrupted run of these options on these files, and a note on it.
 
+    Weights that are read from the Hub in ranges have no files here: their commit tells them apart.
+
     Nothing is kept of a run that is not saved. Blocks of tokens go through the models by the batch, and how many these
     are depends on where the models are.
     """
@@ -230,6 +232,7 @@ def _run_cache(options: RunOptions, inputs: RunInputs, placement: Placement) -> 
         "versions": versions(),
         "commit": commit(),
         "files": {side: file_stamps(model.tensors.files()) for side, model in inputs.models().items()},
+        "revisions": {side: [model.id, model.revision] for side, model in inputs.models().items()},
         "tokens": None if inputs.text is None else inputs.text.base.sha256,
         "mesh": dict(placement.mesh.shape),
         "memory": placement.memory,
