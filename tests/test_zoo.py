@@ -32,8 +32,8 @@ from tracing_jax.sources import InMemory, in_memory
 from tracing_jax.zoo import (
     ModelList,
     ZooFolder,
-    claims,
     launching,
+    leases,
     make_plan,
     proposing,
     read_models,
@@ -217,23 +217,23 @@ def test_pairs_are_traced_once_and_what_fails_stops_no_other(folder, monkeypatch
 def test_pair_of_a_running_worker_is_left_to_it(folder):
     pair = folder.plan.pairs[0]
     other = ZooFolder(folder.path)
-    with folder.claimed(pair) as mine:
+    with folder.leased(pair) as mine:
         assert mine
-        held = json.loads((folder.path / "pairs" / f"{pair.name}.claim.json").read_text())
+        held = json.loads((folder.path / "pairs" / f"{pair.name}.lease.json").read_text())
         assert held["pid"] == os.getpid()
-        assert folder.claimed_by(os.getpid()) == [pair]
+        assert folder.leased_by(os.getpid()) == [pair]
         assert other.state(pair).state == "running"
         assert pair.name not in left_to_do(other)
-        assert _claims_in_another_process(other, pair.name) == "False"
+        assert _leases_in_another_process(other, pair.name) == "False"
     assert folder.state(pair).state == "missing"
-    assert _claims_in_another_process(other, pair.name) == "True"
+    assert _leases_in_another_process(other, pair.name) == "True"
 
 
-def _claims_in_another_process(folder, name):
+def _leases_in_another_process(folder, name):
     code = f"""
 from tracing_jax.zoo import ZooFolder
 folder = ZooFolder({str(folder.path)!r})
-with folder.claimed(folder.plan.by_name[{name!r}]) as mine:
+with folder.leased(folder.plan.by_name[{name!r}]) as mine:
     print(mine)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -246,35 +246,35 @@ def test_worker_that_was_killed_is_missed_and_its_pair_is_free(folder):
 import os, signal
 from tracing_jax.zoo import ZooFolder
 folder = ZooFolder({str(folder.path)!r})
-with folder.claimed(folder.plan.pairs[0]):
+with folder.leased(folder.plan.pairs[0]):
     os.kill(os.getpid(), signal.SIGKILL)
 """
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == -9
     found = folder.state(pair)
     assert found.state == "failed"
     assert "without an error message" in found.error
-    with folder.claimed(pair) as mine:
+    with folder.leased(pair) as mine:
         assert mine
 
 
 def test_worker_elsewhere_counts_as_ended_when_its_heartbeat_stops(folder):
     pair = folder.plan.pairs[0]
-    claim = folder.path / "pairs" / f"{pair.name}.claim.json"
-    _write_claim(claim)
+    lease = folder.path / "pairs" / f"{pair.name}.lease.json"
+    _write_lease(lease)
     assert folder.state(pair).state == "running"
     long_ago = time.time() - 1000
-    os.utime(claim, (long_ago, long_ago))
+    os.utime(lease, (long_ago, long_ago))
     assert folder.state(pair).state == "failed"
-    with folder.claimed(pair) as mine:
+    with folder.leased(pair) as mine:
         assert mine
-        assert time.time() - claim.stat().st_mtime < 60
+        assert time.time() - lease.stat().st_mtime < 60
 
 
 def test_plan_is_not_replaced_while_another_is_worked_on(folder, tmp_path):
     models = [tmp_path / name for name in ("x", "y")]
     other = make_plan(ModelList(("org/a", "org/z"), (("org/a", "org/z"),)), RunOptions(stat=("csu",)))
     with (
-        folder.claimed(folder.plan.pairs[0]),
+        folder.leased(folder.plan.pairs[0]),
         pytest.raises(ValueError, match="another list or config is being traced"),
     ):
         write_plan(folder, other)
@@ -300,7 +300,7 @@ def test_the_list_of_pairs_left_out_is_that_of_the_plan_in_the_folder(folder, mo
     rows = file.read_text().splitlines()
     assert len(rows) == len(given.pairs) > 1
     other = make_plan(pairs_of("org/a", "org/y", "org/z"), RunOptions(stat=("csu",)))
-    with folder.claimed(given.pairs[0]):
+    with folder.leased(given.pairs[0]):
         write_plan(folder, given, by_scan=True)
         monkeypatch.setattr(launching, "proposed", lambda *_: pytest.fail("models are read"))
         for plan, by_scan in ((other, True), (given, False)):
@@ -360,7 +360,7 @@ def test_script_asks_slurm_for_what_was_asked_for(folder):
         script(folder, 1, {"queue": "gpu"})
 
 
-def _write_claim(file, **holder):
+def _write_lease(file, **holder):
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps({"worker": "Slurm job 7_1", "host": "elsewhere", "pid": 1, "token": "old"} | holder))
     return file
@@ -374,51 +374,51 @@ def _of_workers_at_once(function, count=8):
 
 
 @pytest.mark.parametrize("stale", [False, True], ids=["free", "stale"])
-def test_of_workers_that_claim_a_pair_at_once_one_gets_it(stale, tmp_path, monkeypatch):
-    read = claims.read_claim
-    monkeypatch.setattr(claims, "read_claim", lambda file: (read(file), time.sleep(0.01))[0])  # all find it stale
+def test_of_workers_that_lease_a_pair_at_once_one_gets_it(stale, tmp_path, monkeypatch):
+    read = leases.read_lease
+    monkeypatch.setattr(leases, "read_lease", lambda file: (read(file), time.sleep(0.01))[0])  # all find it stale
     for i in range(20):
-        file = tmp_path / "pairs" / f"{i}.claim.json"
+        file = tmp_path / "pairs" / f"{i}.lease.json"
         file.parent.mkdir(exist_ok=True)
         if stale:
-            os.utime(_write_claim(file), (0, 0))
-        (token,) = filter(None, _of_workers_at_once(lambda file=file: claims.take_claim(file)))
+            os.utime(_write_lease(file), (0, 0))
+        (token,) = filter(None, _of_workers_at_once(lambda file=file: leases.take_lease(file)))
         assert read(file).holder["token"] == token
     assert len(list((tmp_path / "pairs").iterdir())) == 20
 
 
-def test_worker_that_could_not_renew_its_claim_leaves_that_of_its_successor_alone(tmp_path):
-    file = tmp_path / "pair.claim.json"
-    with claims.claimed(file) as mine:
+def test_worker_that_could_not_renew_its_lease_leaves_that_of_its_successor_alone(tmp_path):
+    file = tmp_path / "pair.lease.json"
+    with leases.leased(file) as mine:
         assert mine
-        assert claims.take_claim(file) is None
+        assert leases.take_lease(file) is None
         os.utime(file, (0, 0))  # suspended for long
-        successor = claims.take_claim(file)
+        successor = leases.take_lease(file)
         assert successor
-    assert claims.read_claim(file).holder["token"] == successor
+    assert leases.read_lease(file).holder["token"] == successor
     assert list(tmp_path.iterdir()) == [file]
 
 
 def test_takeover_that_was_killed_halfway_blocks_the_pair_for_a_while_only(tmp_path):
-    file = _write_claim(tmp_path / "pair.claim.json")
+    file = _write_lease(tmp_path / "pair.lease.json")
     right = tmp_path / f".{file.name}.old"
     right.touch()
     os.utime(file, (0, 0))
-    assert claims.take_claim(file) is None
+    assert leases.take_lease(file) is None
     os.utime(right, (0, 0))
-    assert claims.take_claim(file) is None
-    assert claims.take_claim(file)
+    assert leases.take_lease(file) is None
+    assert leases.take_lease(file)
 
 
-def test_claim_of_a_requeued_job_is_taken_over_at_once_and_of_its_other_processes_not(tmp_path, monkeypatch):
+def test_lease_of_a_requeued_job_is_taken_over_at_once_and_of_its_other_processes_not(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     holder = {"worker": "Slurm job 7", "host": socket.gethostname(), "pid": os.getppid(), "restarts": 0}
-    file = _write_claim(tmp_path / "pair.claim.json", **holder)
-    assert claims.take_claim(file) is None
-    _write_claim(file, **holder | {"host": "elsewhere"})
-    assert claims.take_claim(file) is None
+    file = _write_lease(tmp_path / "pair.lease.json", **holder)
+    assert leases.take_lease(file) is None
+    _write_lease(file, **holder | {"host": "elsewhere"})
+    assert leases.take_lease(file) is None
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert claims.take_claim(file)
+    assert leases.take_lease(file)
 
 
 # Pairs of a large zoo.

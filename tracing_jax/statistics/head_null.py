@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import special
 
-from tracing_jax.statistics.nulls import log_binomial, log_fixed_points
+from tracing_jax.statistics.nulls import log_binomial, log_fixed_points, log_poisson
 
 
 def heads_log_sf(agreeing: Sequence[int], groups: int, queries: int, u: Sequence[float], lam: float) -> float:
@@ -30,15 +30,10 @@ def heads_log_sf(agreeing: Sequence[int], groups: int, queries: int, u: Sequence
     for share in u:
         chance = log_binomial(heads, share)
         if lam > 1:
-            more = np.append(_log_poisson(np.arange(k), lam - 1), np.log(special.pdtrc(k - 1, lam - 1)))
+            more = np.append(log_poisson(lam - 1, k)[:k], np.log(special.pdtrc(k - 1, lam - 1)))
             chance = _log_convolved(chance, more, k)
         total = _log_convolved(total, _log_convolved(chance, log_grouped_agreement(groups, queries), k), k)
     return float(min(0.0, total[k])) if len(total) > k else -np.inf
-
-
-def _log_poisson(k: Float[np.ndarray, " k"] | np.ndarray, mean: float) -> Float[np.ndarray, " k"]:
-    """Returns the log probabilities of these numbers."""
-    return special.xlogy(k, mean) - mean - special.gammaln(k + 1)
 
 
 @functools.cache

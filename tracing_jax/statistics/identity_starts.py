@@ -1,6 +1,6 @@
 """Rows that were initialised to the identity: unit i reads feature i most.
 
-Such rows agree between strangers until training has changed them, at equal places: they are no evidence.
+Such rows agree between unrelated models until training has changed them, at equal places: they are no evidence.
 
 Letters: n units, D features.
 """

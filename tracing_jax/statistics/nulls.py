@@ -201,7 +201,7 @@ def composite_agreement_log_sf(k: int, h: int, u: float, lam: float) -> float:
         )
     if k == 0:
         return 0.0
-    by_convergence, by_chance = log_binomial(h, u), _log_poisson(lam, k)
+    by_convergence, by_chance = log_binomial(h, u), log_poisson(lam, k)
     log_at_least = np.logaddexp.accumulate(by_chance[::-1])[::-1]
     needed = np.maximum(k - np.arange(h + 1), 0)
     log_sf = float(special.logsumexp(by_convergence + log_at_least[needed]))
@@ -300,7 +300,7 @@ def log_binomial(h: int, u: float) -> np.ndarray:
     return _log_probabilities(np.log((h - b) / (b + 1)) + special.logit(u), int((h + 1) * u))
 
 
-def _log_poisson(lam: float, k: int) -> np.ndarray:
+def log_poisson(lam: float, k: int) -> np.ndarray:
     """Returns the log probabilities of 0, 1, ..., until the remainder is below 1e-19 of P(K >= k)."""
     last = max(k, math.ceil(lam)) + math.ceil(10 * math.sqrt(lam)) + 40
     return _log_probabilities(math.log(lam) - np.log(np.arange(1, last + 1)), int(lam))

@@ -1,9 +1,9 @@
 """The folder of a zoo: which pairs are done, running, failed or missing.
 
 The state of a pair follows from files, not from a scheduler: a pair is *done* when its record is there and was made
-with the plan's config from the model files as they are now; *running* while a worker holds a claim on it (see
-`claims`); *failed* when a worker wrote an error, or its claim is stale; else *missing*. Beside the record
-`pairs/NAME.json` are `NAME.error.json`, `NAME.claim.json`, and `NAME.files.json`, the sizes and times of the models'
+with the plan's config from the model files as they are now; *running* while a worker holds a lease on it (see
+`leases`); *failed* when a worker wrote an error, or its lease is stale; else *missing*. Beside the record
+`pairs/NAME.json` are `NAME.error.json`, `NAME.lease.json`, and `NAME.files.json`, the sizes and times of the models'
 files that the record was made from.
 """
 
@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from tracing_jax.options import RunOptions
 from tracing_jax.record import atomic_write, plain
-from tracing_jax.zoo.claims import claimed, read_claim, worker_id
+from tracing_jax.zoo.leases import leased, read_lease, worker_id
 from tracing_jax.zoo.plan import PAIRS, PlannedPair, ZooPlan, read_plan
 
 State = Literal["done", "running", "failed", "missing"]
@@ -67,16 +67,16 @@ class ZooFolder:
 
     def state(self, pair: PlannedPair) -> PairState:
         """Returns the state of a pair."""
-        claim = read_claim(self._file(pair, "claim.json"))
-        if claim is not None and claim.is_held():
-            return PairState("running", claim.worker)
+        lease = read_lease(self._file(pair, "lease.json"))
+        if lease is not None and lease.is_held():
+            return PairState("running", lease.worker)
         stale = self._stale(pair)
         if stale == "":
             return PairState("done")
         if (failure := _read(self._file(pair, "error.json"))) is not None:
             return PairState("failed", failure["error"].splitlines()[0])
-        if claim is not None:
-            return PairState("failed", f"{claim.worker} ended without an error message: killed or out of memory")
+        if lease is not None:
+            return PairState("failed", f"{lease.worker} ended without an error message: killed or out of memory")
         return PairState("missing", stale or "")
 
     def is_pending(self, pair: PlannedPair) -> bool:
@@ -104,15 +104,15 @@ class ZooFolder:
         }
         atomic_write(self._file(pair, "error.json"), json.dumps(plain(content), indent=1).encode())
 
-    def claimed_by(self, pid: int) -> list[PlannedPair]:
-        """Returns the pairs that a process of this host has claimed, whether it still runs or not."""
+    def leased_by(self, pid: int) -> list[PlannedPair]:
+        """Returns the pairs that a process of this host has leased, whether it still runs or not."""
         here = {"host": socket.gethostname(), "pid": pid}.items()
-        claims = {pair: read_claim(self._file(pair, "claim.json")) for pair in self.plan.pairs}
-        return [pair for pair, claim in claims.items() if claim is not None and here <= claim.holder.items()]
+        leases = {pair: read_lease(self._file(pair, "lease.json")) for pair in self.plan.pairs}
+        return [pair for pair, lease in leases.items() if lease is not None and here <= lease.holder.items()]
 
-    def claimed(self, pair: PlannedPair) -> contextlib.AbstractContextManager[bool]:
+    def leased(self, pair: PlannedPair) -> contextlib.AbstractContextManager[bool]:
         """Holds the exclusive right to work on a pair while inside; gives False if another worker has it."""
-        return claimed(self._file(pair, "claim.json"))
+        return leased(self._file(pair, "lease.json"))
 
     def _stale(self, pair: PlannedPair) -> str | None:
         """Returns "" if the record counts, why it does not, or None if there is none."""

@@ -106,7 +106,7 @@ def _problem(model: str) -> str | None:
 
 
 def running_or_queued(folder: ZooFolder) -> list[str]:
-    """Returns the pairs that a worker has claimed, or that wait in Slurm's queue."""
+    """Returns the pairs that a worker has leased, or that wait in Slurm's queue."""
     waiting = queued(folder)
     return [name for name, found in folder.states().items() if found.state == "running" or name in waiting]
 

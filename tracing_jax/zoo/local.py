@@ -45,7 +45,7 @@ def _runs_or_is_replaced(
         return status is None
     how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
     log = folder.path / LOGS / _log_name(index)
-    for pair in folder.claimed_by(processes[index].pid):
+    for pair in folder.leased_by(processes[index].pid):
         folder.failed(pair, f"the worker died ({how}); out of memory, perhaps: see {log}")
     logging.warning("a worker died (%s) and is replaced; see %s", how, log)
     processes[index] = _worker(folder, left, index)

@@ -1,4 +1,4 @@
-"""A worker of a zoo: claims one pair after another, traces it, and records errors."""
+"""A worker of a zoo: leases one pair after another, traces it, and records errors."""
 
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -23,9 +23,9 @@ Trace = Callable[[RunOptions], Any]
 
 
 def trace_pairs(folder: ZooFolder, names: Iterable[str], trace: Trace = experiment.trace) -> None:
-    """Traces those of the pairs that are not done, have not failed, and are not claimed by another worker.
+    """Traces those of the pairs that are not done, have not failed, and are not leased by another worker.
 
-    Several processes that are one program go through the pairs together; only process 0 claims and writes.
+    Several processes that are one program go through the pairs together; only process 0 leases and writes.
 
     Args:
       folder: the zoo.
@@ -35,15 +35,15 @@ def trace_pairs(folder: ZooFolder, names: Iterable[str], trace: Trace = experime
     for name in names:
         pair = folder.plan.by_name[name]
         if broadcast_one(folder.is_pending(pair)):
-            _trace_claimed(folder, pair, trace)
+            _trace_leased(folder, pair, trace)
 
 
-def _trace_claimed(folder: ZooFolder, pair: PlannedPair, trace: Trace) -> None:
+def _trace_leased(folder: ZooFolder, pair: PlannedPair, trace: Trace) -> None:
     if not is_main_process():
         if broadcast_one(False):
             _trace_pair(folder, pair, trace)
         return
-    with folder.claimed(pair) as mine:
+    with folder.leased(pair) as mine:
         if broadcast_one(mine and folder.is_pending(pair)):  # another may have finished it since
             _trace_pair(folder, pair, trace)
 

@@ -1,10 +1,10 @@
-"""Exclusive claims of workers on pairs, by atomic creation of a file: on a shared file system too, without locks.
+"""Exclusive leases of workers on pairs, by atomic creation of a file: on a shared file system too, without locks.
 
-A claim is a JSON file with the worker's id, host and process, and a token that no other claim has. Creating it succeeds
-for one worker only (O_EXCL). Its time of change is the heartbeat: a thread of the worker renews it, and a claim whose
-heartbeat is old is stale. Whoever takes a stale claim over first creates a file named after the token of that claim,
-which again succeeds for one worker only, and then replaces the claim by its own in one atomic rename. A worker gives
-its claim back under the same rule, so that it never removes the claim of another that took it over meanwhile.
+A lease is a JSON file with the worker's id, host and process, and a token that no other lease has. Creating it succeeds
+for one worker only (O_EXCL). Its time of change is the heartbeat: a thread of the worker renews it, and a lease whose
+heartbeat is old is stale. Whoever takes a stale lease over first creates a file named after the token of that lease,
+which again succeeds for one worker only, and then replaces the lease by its own in one atomic rename. A worker gives
+its lease back under the same rule, so that it never removes the lease of another that took it over meanwhile.
 """
 
 import contextlib
@@ -25,12 +25,12 @@ from tracing_jax.record import atomic_write
 
 _HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 120.0
-"""A worker that has not renewed its claim for so long has ended. File systems may show a change up to a minute late."""
+"""A worker that has not renewed its lease for so long has ended. File systems may show a change up to a minute late."""
 
 
 @dataclass(frozen=True)
-class Claim:
-    """A claim as it was read.
+class Lease:
+    """A lease as it was read.
 
     Attributes:
       holder: what its file says: `worker`, `restarts` of its Slurm job, `host`, `pid`, `token`; empty while the file is
@@ -67,7 +67,7 @@ class Claim:
 
 
 def worker_id() -> str:
-    """Returns the name of this worker in claims and errors: its Slurm job, else its host and process."""
+    """Returns the name of this worker in leases and errors: its Slurm job, else its host and process."""
     job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
     if job is None:
         return f"process {os.getpid()} on {socket.gethostname()}"
@@ -75,8 +75,8 @@ def worker_id() -> str:
     return f"Slurm job {job}" + (f"_{element}" if element else "")
 
 
-def read_claim(file: Path) -> Claim | None:
-    """Returns the claim in a file; None if there is none."""
+def read_lease(file: Path) -> Lease | None:
+    """Returns the lease in a file; None if there is none."""
     try:
         with open(file, "rb") as opened:
             heartbeat = os.fstat(opened.fileno()).st_mtime
@@ -84,16 +84,16 @@ def read_claim(file: Path) -> Claim | None:
     except FileNotFoundError:
         return None
     try:
-        return Claim(json.loads(content), heartbeat)
+        return Lease(json.loads(content), heartbeat)
     except ValueError:
-        return Claim({}, heartbeat)
+        return Lease({}, heartbeat)
 
 
 @contextlib.contextmanager
-def claimed(file: Path) -> Iterator[bool]:
-    """Holds a claim while inside; yields False if another worker has it."""
+def leased(file: Path) -> Iterator[bool]:
+    """Holds a lease while inside; yields False if another worker has it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    token = take_claim(file)
+    token = take_lease(file)
     if token is None:
         yield False
         return
@@ -108,26 +108,26 @@ def claimed(file: Path) -> Iterator[bool]:
         _give_back(file, token)
 
 
-def take_claim(file: Path) -> str | None:
-    """Creates a claim, or takes over one that is stale; returns its token, or None if another worker has it."""
+def take_lease(file: Path) -> str | None:
+    """Creates a lease, or takes over one that is stale; returns its token, or None if another worker has it."""
     token = secrets.token_hex(8)
     here = {"worker": worker_id(), "restarts": _restarts(), "host": socket.gethostname(), "pid": os.getpid()}
     mine = json.dumps({**here, "token": token}).encode()
     if _create(file, mine):
         return token
-    found = read_claim(file)
+    found = read_lease(file)
     if found is None or found.is_held():
         return None
     with _replacing(file, found) as moment:
         # The moment is by the clock of the file system, like the heartbeat: clocks of hosts may differ.
-        if moment is None or (now := read_claim(file)) is None or now.holder != found.holder or now.is_held(moment):
+        if moment is None or (now := read_lease(file)) is None or now.holder != found.holder or now.is_held(moment):
             return None
         atomic_write(file, mine)
         return token
 
 
 def _give_back(file: Path, token: str) -> None:
-    found = read_claim(file)
+    found = read_lease(file)
     if found is None or found.holder.get("token") != token:
         logging.warning("%s: taken over by another worker while this one could not renew it", file.stem)
         return
@@ -137,8 +137,8 @@ def _give_back(file: Path, token: str) -> None:
 
 
 @contextlib.contextmanager
-def _replacing(file: Path, found: Claim) -> Iterator[float | None]:
-    """Holds the right to replace or remove one claim; yields when it was gained, or None if another worker has it."""
+def _replacing(file: Path, found: Lease) -> Iterator[float | None]:
+    """Holds the right to replace or remove one lease; yields when it was gained, or None if another worker has it."""
     right = file.with_name(f".{file.name}.{found.holder.get('token', 'unreadable')}")
     if not _create(right):
         with contextlib.suppress(FileNotFoundError):
@@ -170,6 +170,6 @@ def _restarts() -> int:
 def _heartbeat(file: Path, token: str, ended: threading.Event) -> None:
     while not ended.wait(_HEARTBEAT_SECONDS):
         with contextlib.suppress(OSError):
-            found = read_claim(file)
+            found = read_lease(file)
             if found is not None and found.holder.get("token") == token:
                 os.utime(file)
