@@ -42,6 +42,7 @@ from tracing_jax.statistics import (
     hidden_by,
     inactive_layers,
     obscured_layers,
+    unit_copies,
 )
 from tracing_jax.statistics import distinct_units as distinct_units_module
 from tracing_jax.statistics.csh import Csh
@@ -205,7 +206,7 @@ def test_rows_on_features_that_no_token_has_are_no_evidence(monkeypatch):
         assert [len(distinct_units(model, i).kept) for i in range(ARCH.num_layers)] == [0] * ARCH.num_layers
         assert obscured_layers(model) == [*range(ARCH.num_layers)]
     assert all(len(distinct_units(base, i).kept) > F - 4 for i in range(ARCH.num_layers))
-    monkeypatch.setattr(distinct_units_module, "UNREAD", 0.0)
+    monkeypatch.setattr(unit_copies, "UNREAD", 0.0)
     forged = InMemory(ARCH, forged.params)  # nothing is known of it yet
     assert firm_log10_p(Csu(), base, forged) < -3  # a false alarm without
 

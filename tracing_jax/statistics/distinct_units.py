@@ -22,30 +22,33 @@ one on all.
 Letters: F units, D features.
 """
 
-import functools
 import math
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from tracing_jax.arch import Arch
 from tracing_jax.matching import normalised_rows
 from tracing_jax.progress import tqdm
 from tracing_jax.sources import ParamSource, has_embeddings, one_mlp, origin
-from tracing_jax.statistics.identity_starts import diagonal_ranks, identity_p
+from tracing_jax.statistics.identity_starts import identity_p
 from tracing_jax.statistics.kept_facts import kept_of
-from tracing_jax.statistics.mlp_rows import gain_of, scaled_rows
+from tracing_jax.statistics.mlp_rows import gain_of
 from tracing_jax.statistics.nulls import spearman_log_sf
-from tracing_jax.statistics.token_directions import UNREAD, sampled_embeddings, spread_of_units, token_directions
-from tracing_jax.statistics.unit_outputs import constants_of, curved_outputs, is_reached, reached_experts
-from tracing_jax.tree import Tree, to_host
-
-COPY = 0.98
-"""|cosine| of the rows of two units from which on they are copies: below that of rounding to 4 bits (about .995), and
-above that of any two units that training has separated."""
+from tracing_jax.statistics.token_directions import sampled_embeddings, token_directions
+from tracing_jax.statistics.unit_copies import (
+    SharedOutputs,
+    are_pure,
+    leaders,
+    norms_of,
+    orthogonal_features,
+    reading_of,
+    reading_of_outputs,
+    shared_outputs,
+)
+from tracing_jax.statistics.unit_outputs import curved_outputs, is_reached, reached_experts
+from tracing_jax.tree import to_host
 
 INACTIVE = 0.01
 """Share of a layer's output that the units which write least may make together, for them to write nothing that matters.
@@ -56,11 +59,6 @@ Not a share of the median unit's output: most units of a layer may have been add
 NEGLIGIBLE = 1e-3
 """Share of the residual stream that a layer adds if it does next to nothing. In four small published models the MLP of
 a layer adds, beyond a line of what its gates read, three thousandths and more."""
-
-_SKETCH = 64
-"""Random features in which rows are compared: the error of a cosine near 1 is about (1 - cosine^2) / sqrt(64), and
-rows in random directions reach .98 with a chance of 1e-16."""
-_BLOCK = 1024  # units compared at a time with all before them
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ class DistinctUnits:
     inactive: int
     order_p: tuple[float, ...]
     identity_p: float = 1.0
-    shared: "SharedOutputs | None" = None
+    shared: SharedOutputs | None = None
     added: float = math.nan
     mixed: int = 0
     moments: Float[np.ndarray, " P"] | None = None
@@ -108,77 +106,9 @@ class DistinctUnits:
         return down if self.shared is None else self.shared.added(down)
 
 
-@dataclass(frozen=True)
-class SharedOutputs:
-    """What copies of units write, as an addition to what the first of each group writes.
-
-    Attributes:
-      copies: units that repeat another.
-      first: the unit that each repeats.
-      factors: how many times the response of the first that of each copy is.
-    """
-
-    copies: Int[np.ndarray, " C"]
-    first: Int[np.ndarray, " C"]
-    factors: Float[np.ndarray, " C"]
-
-    def added(self, down: Float[Array | np.ndarray, "F D"]) -> Float[Array, "F D"]:
-        """Returns the rows with those of the copies added to the first of their group."""
-        rows = jnp.asarray(down, jnp.float32)
-        return rows.at[self.first].add(self.factors[:, None].astype(np.float32) * rows[self.copies])
-
-
 def all_units(count: int, identity_p: float = 1.0) -> DistinctUnits:
     """Returns so many units, or rows of any kind, none of which is left out."""
     return DistinctUnits(np.arange(count), count, 0, 0, (), identity_p)
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """How units read the residual stream by one projection: random features of their rows, of length one, and norms."""
-
-    sketch: Float[np.ndarray, "F S"]
-    norms: Float[np.ndarray, " F"]
-    diagonal: Float[np.ndarray, " F"]
-    """See `identity_starts.diagonal_ranks`."""
-    spread: Float[np.ndarray, " F"] | float = 1.0
-    """How much of the tokens they read, as a share of what rows in random directions would; see `token_directions`."""
-    with_bias: Float[np.ndarray, "F S"] | None = None
-    """Random features of rows and biases, where there are any: copies are equal with and without them."""
-    constants: Float[np.ndarray, " F"] | None = None
-    """What units read whatever the input: bias and shift of the norm."""
-
-    @property
-    def is_free(self) -> Bool[np.ndarray, " F"]:
-        """For each unit whether it reads next to nothing of the tokens: its row may then be any."""
-        return np.broadcast_to(np.asarray(self.spread) < UNREAD, self.norms.shape)
-
-    @property
-    def sizes(self) -> Float[np.ndarray, " F"]:
-        """The norms, and of units that are free no more than what they read."""
-        return np.where(self.is_free, self.norms * self.spread, self.norms)
-
-    @property
-    def sides(self) -> list[Float[np.ndarray, "F S"]]:
-        """The random features without biases, and with them where there are any."""
-        return [self.sketch, *([] if self.with_bias is None else [self.with_bias])]
-
-    def are_alike(self, units: Int[np.ndarray, " f"], others: Int[np.ndarray, " g"]) -> Bool[np.ndarray, "f g"]:
-        """Returns which of some units have |cosine| >= COPY with which of some others, with and without bias."""
-        cosines = self.sketch[units] @ self.sketch[others].T
-        alike = np.zeros(cosines.shape, bool)
-        if not cosines.size:
-            return alike
-        # Few units have copies: whole rows are asked first, which makes no array of their size.
-        some = np.flatnonzero(np.maximum(cosines.max(axis=1), -cosines.min(axis=1)) >= COPY)
-        alike[some] = np.abs(cosines[some]) >= COPY
-        for side in self.sides[1:]:
-            alike[some] &= np.abs(side[units[some]] @ side[others].T) >= COPY
-        return alike
-
-    def cosine(self, units: Int[np.ndarray, " f"], others: Int[np.ndarray, " f"]) -> Float[np.ndarray, " f"]:
-        """Returns the cosine of each unit with another, without biases."""
-        return np.einsum("fs,fs->f", self.sketch[units], self.sketch[others])
 
 
 def distinct_units(model: ParamSource, layer: int) -> DistinctUnits:
@@ -203,17 +133,17 @@ def _found(model: ParamSource, layer: int) -> DistinctUnits:
         return _by_output(model, layer)
     directions = token_directions(origin(model, layer)[0])
     readings = [
-        _reading(model.layer(layer, (f"mlp/{name}",))["mlp"][name], norm, model.arch, directions) for name in names
+        reading_of(model.layer(layer, (f"mlp/{name}",))["mlp"][name], norm, model.arch, directions) for name in names
     ]
-    leader = _leaders(readings[0])
-    pure = _are_pure(readings, leader)
+    leader = leaders(readings[0])
+    pure = are_pure(readings, leader)
     first = np.unique(leader)
     down = model.layer(layer, ("mlp/down_proj/kernel",))["mlp"]["down_proj"]["kernel"]
     # With a clamped GLU a unit still writes its gate where up is zero.
     proportional = model.arch.clamped_glu is None
-    shared = _shared(leader, readings[-1] if model.arch.gated and proportional else None)
-    own = _norms(down)
-    summed = own if shared is None else _norms(shared.added(down))
+    shared = shared_outputs(leader, readings[-1] if model.arch.gated and proportional else None)
+    own = norms_of(down)
+    summed = own if shared is None else norms_of(shared.added(down))
     size = _input_size(model, layer)
 
     def written(degree: int) -> Float[np.ndarray, " G"]:
@@ -251,7 +181,7 @@ def _moments(sketch: Float[np.ndarray, "K S"], width: int) -> Float[np.ndarray, 
     The features are made orthogonal, else what they share would be common to all layers. Rows have length one: neither
     the order of units nor their scale or sign matters.
     """
-    rows = normalised_rows(sketch @ _orthogonal(width))
+    rows = normalised_rows(sketch @ orthogonal_features(width))
     found = rows.T @ rows
     above = found[np.triu_indices(len(found), 1)]
     return above / (np.linalg.norm(above) or 1.0)
@@ -378,66 +308,13 @@ def _embedding_size(model: ParamSource) -> float:
 def _by_output(model: ParamSource, layer: int) -> DistinctUnits:
     """Returns the distinct units of a layer of which only what they write is known: copies write in one direction."""
     down = jnp.asarray(model.layer(layer, ("mlp/down_proj/kernel",))["mlp"]["down_proj"]["kernel"], jnp.float32)
-    norms, diagonal = _norms(down), to_host(diagonal_ranks(down))
-    leader = _leaders(_Reading(normalised_rows(to_host(_sketch(down, _projection(down.shape[1])))), norms, diagonal))
+    reading = reading_of_outputs(down)
+    leader, norms, diagonal = leaders(reading), reading.norms, reading.diagonal
     first = np.unique(leader)
     kept = first[norms[first] > inactive_below(norms[first])]
     copies = len(leader) - len(first)
     in_order = (_order_p(norms[kept]),)
     return DistinctUnits(kept, len(leader), copies, len(first) - len(kept), in_order, identity_p(diagonal[kept]))
-
-
-def _reading(projection: Tree, norm: Tree, arch: Arch, directions: Float[np.ndarray, "T D"] | None) -> _Reading:
-    """Returns how units read by one projection, behind the norm before it."""
-    kernel = jnp.asarray(projection["kernel"])
-    gain = jnp.broadcast_to(jnp.asarray(gain_of(norm, arch.mlp_norm, arch), jnp.float32), kernel.shape[:1])
-    rows, largest, most = scaled_rows(kernel, gain, arch.norm_subtracts_mean)
-    sketch, lengths = map(to_host, _sketch_and_norms(rows, _projection(kernel.shape[0])))
-    factors = to_host(largest).astype(np.float64) * float(most)
-    norms = factors * lengths
-    diagonal = to_host(diagonal_ranks(kernel.T))
-    spread = spread_of_units(rows, lengths, directions)
-    constants = constants_of(projection, norm, arch.mlp_norm)
-    if not constants:
-        return _Reading(normalised_rows(sketch), norms, diagonal, spread)
-    direction = np.random.default_rng(0).standard_normal(_SKETCH).astype(np.float32)  # a feature that all rows read
-    constant = np.sum(constants, axis=0)
-    with_bias = normalised_rows(factors[:, None] * sketch + constant[:, None] * direction).astype(np.float32)
-    return _Reading(normalised_rows(sketch), norms, diagonal, spread, with_bias, constant)
-
-
-def _leaders(reading: _Reading) -> Int[np.ndarray, " F"]:
-    """Returns for each unit the first unit that it is alike, itself if there is none before it.
-
-    Units are alike that first unit, and not only one another: else units that do nothing could link any two.
-    """
-    F = len(reading.norms)
-    leader, found = np.arange(F), np.zeros(0, np.int64)
-    for start in range(0, F, _BLOCK):
-        units = np.arange(start, min(start + _BLOCK, F))
-        if len(found):
-            alike = reading.are_alike(units, found)
-            leader[units] = np.where(alike.any(axis=1), found[alike.argmax(axis=1)], units)
-        left = units[leader[units] == units]
-        alike = reading.are_alike(left, left)
-        for i in np.flatnonzero(np.triu(alike, 1).any(axis=1)):
-            if leader[left[i]] == left[i]:
-                later = left[i + 1 :][alike[i, i + 1 :]]
-                leader[later[leader[later] == later]] = left[i]
-        found = np.concatenate([found, left[leader[left] == left]])
-    return leader
-
-
-def _are_pure(readings: list[_Reading], leader: Int[np.ndarray, " F"]) -> Bool[np.ndarray, " F"]:
-    """Returns for each unit whether all of its group are copies of the first: alike in every row, gates of one sign."""
-    units = np.arange(len(leader))
-    alike = readings[0].cosine(units, leader) >= 0
-    for reading in readings:
-        for side in reading.sides:
-            alike &= np.abs(np.einsum("fs,fs->f", side, side[leader])) >= COPY
-    others = np.zeros(len(leader), np.int64)
-    np.add.at(others, leader, ~alike & (leader != units))
-    return others[leader] == 0
 
 
 def inactive_below(written: Float[np.ndarray, " G"]) -> float:
@@ -448,65 +325,6 @@ def inactive_below(written: Float[np.ndarray, " G"]) -> float:
     energy = np.cumsum(np.square(ordered / ordered[-1]))
     count = int((energy <= INACTIVE**2 * energy[-1]).sum())
     return float(ordered[count - 1]) if count else 0.0
-
-
-def _shared(leader: Int[np.ndarray, " F"], up: _Reading | None) -> SharedOutputs | None:
-    """Returns the outputs of copies; None if there are none.
-
-    Args:
-      leader: of each unit, the first of its group.
-      up: of the projection beside the gate, if the output of a unit grows in proportion to its row, which may then be
-        any multiple of the first's.
-    """
-    copies = np.flatnonzero(leader != np.arange(len(leader)))
-    if not len(copies):
-        return None
-    of = leader[copies]
-    if up is None:
-        return SharedOutputs(copies, of, np.ones(len(copies)))
-    sign = np.sign(up.cosine(copies, of))
-    return SharedOutputs(copies, of, sign * up.norms[copies] / np.where(up.norms[of] == 0, 1, up.norms[of]))
-
-
-@functools.cache
-def _projection(width: int) -> Float[np.ndarray, "D S"]:
-    return np.random.default_rng(width).standard_normal((width, _SKETCH)).astype(np.float32)
-
-
-@functools.cache
-def _orthogonal(width: int) -> Float[np.ndarray, "S S"]:
-    """Returns the map that makes the random features of this width orthogonal and of one size."""
-    values, vectors = np.linalg.eigh(_projection(width).astype(np.float64).T @ _projection(width))
-    roots = np.where(values > 1e-6 * values[-1], values, np.inf) ** -0.5
-    return vectors * roots @ vectors.T
-
-
-@jax.jit
-def _sketch(rows: Float[Array, "F D"], projection: Float[np.ndarray | Array, "D S"]) -> Float[Array, "F S"]:
-    return jnp.einsum("fd,ds->fs", rows, projection, precision="highest")
-
-
-@jax.jit
-def _sketch_and_norms(
-    rows: Float[Array, "D F"], projection: Float[np.ndarray | Array, "D S"]
-) -> tuple[Float[Array, "F S"], Float[Array, " F"]]:
-    """Returns the sketch and the norms of what units read, a column for each."""
-    return jnp.einsum("df,ds->fs", rows, projection, precision="highest"), jnp.sqrt(jnp.square(rows).sum(axis=0))
-
-
-def _norms(rows: Float[Array | np.ndarray, "F D"]) -> Float[np.ndarray, " F"]:
-    """Returns the norms of the rows, float64: those of large entries too, and 0 where an entry is not finite."""
-    largest, relative = map(to_host, _relative_norms(jnp.asarray(rows)))
-    norms = largest.astype(np.float64) * relative
-    return np.where(np.isfinite(norms), norms, 0.0)
-
-
-@jax.jit
-def _relative_norms(rows: Float[Array, "F D"]) -> tuple[Float[Array, " F"], Float[Array, " F"]]:
-    """Returns the largest entry of each row, and the norm of the row over it, whose squares do not overflow."""
-    largest = jnp.abs(rows.astype(jnp.float32)).max(axis=1)
-    scaled = rows.astype(jnp.float32) / jnp.where(largest > 0, largest, 1.0)[:, None]
-    return largest, jnp.sqrt(jnp.square(scaled).sum(axis=1))
 
 
 def _order_p(norms: Float[np.ndarray, " K"]) -> float:
