@@ -20,7 +20,7 @@ import tracing_jax as tj
 from tracing_jax import cli
 from tracing_jax.checkpoint import open_checkpoint
 from tracing_jax.claims import ASSERTS, UNTESTED, ClaimInputs, ClaimResult, check_claim
-from tracing_jax.claims.low_rank import effective_rank
+from tracing_jax.claims.low_rank import numerical_rank
 from tracing_jax.claims.quantised_copies import _TABLES
 from tracing_jax.claims.same_function import coarsest_dtype
 from tracing_jax.cli.program import exit_status
@@ -163,12 +163,12 @@ def test_a_related_model_of_another_shape_is_no_finetune(base, tmp_path):
 # adapter-of
 
 
-def test_the_effective_rank_of_a_noisy_product_is_that_of_the_product():
+def test_the_numerical_rank_of_a_noisy_product_is_that_of_the_product():
     rng = np.random.default_rng(0)
     for rank in (0, 1, 5, 20):
         matrix = rng.normal(size=(80, rank)) @ rng.normal(size=(rank, 60)) + 1e-3 * rng.normal(size=(80, 60))
-        assert effective_rank(matrix, 1.1e-3) == rank
-    assert effective_rank(rng.normal(size=(80, 60)), 1e-3) == 60
+        assert numerical_rank(matrix, 1.1e-3) == rank
+    assert numerical_rank(rng.normal(size=(80, 60)), 1e-3) == 60
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(np.float32, 1e-3), (np.float32, 0.3), (ml_dtypes.bfloat16, 0.3)])

@@ -15,7 +15,7 @@ from tracing_jax.axes import axis_table
 from tracing_jax.rewrites import permute, random_permutations
 from tracing_jax.sources import InMemory
 from tracing_jax.statistics import verdict
-from tracing_jax.statistics.head_signatures import head_signatures, moments_of, signature_cosines
+from tracing_jax.statistics.head_signatures import head_signatures, moments_of_layers, signature_cosines
 from tracing_jax.statistics.heads_in_place import HeadsInPlace
 from tracing_jax.statistics.nulls import total_agreement_log_sf
 
@@ -57,7 +57,7 @@ def test_the_tail_goes_far_below_floats():
 
 
 def signatures_of(model, vocabularies=SAME):
-    moments = moments_of(model, range(4), vocabularies.ids_base, 40)
+    moments = moments_of_layers(model, range(4), vocabularies.ids_base, 40)
     return np.stack([head_signatures(model.layer(i), model.arch, moments, 4) for i in range(4)])
 
 

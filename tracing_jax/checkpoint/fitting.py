@@ -14,7 +14,7 @@ from tracing_jax.checkpoint.hf_layouts import LeafLayouts, leaf_layouts
 from tracing_jax.checkpoint.name_patterns import (
     ignored_notes,
     is_constant,
-    layer_of,
+    layer_number,
     num_experts_in,
     num_layers_in,
     plain_names,
@@ -179,7 +179,7 @@ def _checked(arch: Arch, store: TensorStore) -> list[str]:
         extra = [name for name in extra if name != head]
     ignored, notes = ignored_notes(extra if len(extra) <= _MAX_EXTRA else ())  # of a million names it takes seconds
     if later := [
-        name for name in extra if arch.num_layers <= layer_of(name) < arch.num_layers + arch.prediction_layers
+        name for name in extra if arch.num_layers <= layer_number(name) < arch.num_layers + arch.prediction_layers
     ]:
         many = counted(len(later), "tensor is", "tensors are")
         notes.append(f"{many} left out, of layers that predict further tokens: {listed(later, 3)}")
@@ -204,19 +204,21 @@ def _of_shared_keys(arch: Arch, extra: Iterable[str]) -> list[str]:
     """Returns the projections and norms of keys and values of layers that have none."""
     shared = {i for i in range(arch.num_layers) if any(map(keys_of, arch.mixers_of(i)))}
     modules = ("k_proj.weight", "v_proj.weight", "k_norm.weight", "v_norm.weight", "k_proj.bias", "v_proj.bias")
-    return [name for name in extra if layer_of(name) in shared and name.endswith(modules)]
+    return [name for name in extra if layer_number(name) in shared and name.endswith(modules)]
 
 
 def _lost(arch: Arch, missing: Mapping[str, tuple[int, ...]], names: Iterable[str]) -> list[str]:
     """Returns the tensors that are missing; of a layer of which there is none, the layer alone."""
-    there = {layer_of(name) for name in names} | {-1}
-    whole = {i: name for name in missing if (i := layer_of(name)) not in there}
+    there = {layer_number(name) for name in names} | {-1}
+    whole = {i: name for name in missing if (i := layer_number(name)) not in there}
     lines = [
         f"missing tensor {_of_layer(name, i)} and all others of this layer; config.json asks for "
         f"{arch.num_layers} layers"
         for i, name in whole.items()
     ]
-    return lines + [f"missing tensor {name} {shape}" for name, shape in missing.items() if layer_of(name) not in whole]
+    return lines + [
+        f"missing tensor {name} {shape}" for name, shape in missing.items() if layer_number(name) not in whole
+    ]
 
 
 def _unexpected(arch: Arch, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -224,14 +226,14 @@ def _unexpected(arch: Arch, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
         return [f"{len(shapes)} unexpected tensors, {shortened(next(iter(shapes)))} first"]
     by_layer: dict[int, list[str]] = {}
     for name in shapes:
-        by_layer.setdefault(layer_of(name), []).append(name)
+        by_layer.setdefault(layer_number(name), []).append(name)
     behind = {i: names[0] for i, names in by_layer.items() if i >= arch.num_layers and len(names) >= _WHOLE_LAYER}
     lines = [
         f"unexpected tensor {_of_layer(name, i)} and all others of this layer; config.json asks for {arch.num_layers} "
         "layers"
         for i, name in behind.items()
     ]
-    others = {name: shape for name, shape in shapes.items() if layer_of(name) not in behind}
+    others = {name: shape for name, shape in shapes.items() if layer_number(name) not in behind}
     return lines + [f"unexpected tensor {shortened(name, 200)} {shape}" for name, shape in others.items()]
 
 
@@ -248,7 +250,7 @@ def _are_replaced(missing: Mapping[str, tuple[int, ...]], unexpected: Mapping[st
 def _weights_by_layer(shapes: Mapping[str, tuple[int, ...]]) -> dict[int, int]:
     found: dict[int, int] = {}
     for name, shape in shapes.items():
-        layer = layer_of(name)
+        layer = layer_number(name)
         found[layer] = found.get(layer, 0) + math.prod(shape)
     return found
 

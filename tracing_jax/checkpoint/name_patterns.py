@@ -111,7 +111,7 @@ def _plain(name: str, parallel: bool = False, inside: bool = False) -> str:
     return f"model.{rest}" if of_backbone else rest
 
 
-def layer_of(name: str) -> int:
+def layer_number(name: str) -> int:
     """Returns the number of the layer that a tensor of this name belongs to; -1 if it belongs to none."""
     match = _LAYER.search(name)
     digits = (match[1] or match[2]) if match else ""

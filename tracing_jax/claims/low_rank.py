@@ -94,11 +94,11 @@ def _by_rounding(leaf: str, ours: np.ndarray, theirs: np.ndarray, dtype: np.dtyp
     rms = float(np.sqrt(np.mean(difference**2)))
     scale = float(np.sqrt(np.mean(ours**2))) or 1.0
     min_dim = min(difference.shape)
-    rank = effective_rank(difference, _ALLOWANCE * rounding) if rms else 0
+    rank = numerical_rank(difference, _ALLOWANCE * rounding) if rms else 0
     return LowRankDifference(leaf, min_dim, rank, rms / scale, rms / float(rounding or 1.0))
 
 
-def effective_rank(matrix: Float[np.ndarray, "m n"], rms: float) -> int:
+def numerical_rank(matrix: Float[np.ndarray, "m n"], rms: float) -> int:
     """Returns the least rank of a matrix that differs from this one by at most `rms` (root mean square) per entry.
 
     Source: Eckart and Young (1936): the best approximation keeps the largest singular values.

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float, Int8
 
-from tracing_jax.library.signature import SampledLayer, Signature, moments_of
+from tracing_jax.library.signature import SampledLayer, Signature, stored_moments
 from tracing_jax.library.suspect import MomentSignatures, Suspect
 from tracing_jax.matching import UnitMatching, live_units, match_units
 from tracing_jax.options import RunOptions
@@ -176,7 +176,7 @@ def _moment_cell(sampled: SampledLayer, theirs: MomentSignatures, names: Sequenc
     found = {}
     for name, (standardised, covariance) in theirs.items():
         mean = (sampled.covariances[name].astype(np.float64) + covariance) / 2
-        found[name] = whitened_cosines(moments_of(sampled, name), standardised, mean).astype(np.float32)
+        found[name] = whitened_cosines(stored_moments(sampled, name), standardised, mean).astype(np.float32)
     return _cell(found, names)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from tracing_jax.library.comparison import FEW_TOKENS, normalised, shared_columns
-from tracing_jax.library.signature import SampledLayer, Signature, moments_of
+from tracing_jax.library.signature import SampledLayer, Signature, stored_moments
 from tracing_jax.library.suspect import Suspect
 from tracing_jax.progress import tqdm
 from tracing_jax.statistics.unit_signatures import whitened
@@ -89,7 +89,7 @@ def first_look_at_moments(signatures: Mapping[str, Signature], suspect: Suspect)
     if not layers or not suspect.moments:
         return {}
     kinds = tuple(layers[0][1].moments)
-    rows = {kind: np.concatenate([moments_of(layer, kind)[:_FIRST_UNITS] for _, layer in layers]) for kind in kinds}
+    rows = {kind: np.concatenate([stored_moments(layer, kind)[:_FIRST_UNITS] for _, layer in layers]) for kind in kinds}
     agreeing = (
         _agreeing(
             tuple(_whitened(rows[kind], theirs[kind][1]) for kind in kinds),

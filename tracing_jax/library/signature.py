@@ -187,7 +187,7 @@ def standardised_moments(
     return scaled.astype(np.float32), (scaled[kept].T @ scaled[kept] / len(kept)).astype(np.float32)
 
 
-def moments_of(layer: SampledLayer, name: str) -> Float[np.ndarray, "V M"]:
+def stored_moments(layer: SampledLayer, name: str) -> Float[np.ndarray, "V M"]:
     """Returns the stored signatures of moments of a layer, in standard deviations."""
     return layer.moments[name].astype(np.float32) * np.float32(_MOMENT_STEP)
 

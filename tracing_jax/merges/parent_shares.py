@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from tracing_jax.complaints import listed_and
 from tracing_jax.merges.exchange import ExchangedUnits, is_in_order, log_p_of_parent
 from tracing_jax.merges.models import MergeModels
 from tracing_jax.merges.other_shapes import OtherShape
-from tracing_jax.merges.shares import ONE_OF_THESE, Fit, Shares
+from tracing_jax.merges.shares import ONE_OF_THESE, Fit, Shares, finite
 from tracing_jax.statistics.pvalues import holm
 
 LEVEL = 1e-3
@@ -100,7 +101,7 @@ def parent_shares(
         word, reason = _word(k, fit, whole, after, untested.get(models.names[k], NO_UNITS))
         if word == "none" and not is_rounding(fit) and not is_in_order(models, units, k):
             word, reason = "not_testable", OTHER_ORDER
-        share, se, low, high = (_number(row[k]) for row in (whole.values, whole.errors, *whole.interval()))
+        share, se, low, high = (finite(row[k]) for row in (whole.values, whole.errors, *whole.interval()))
         log10_p = None if log_p is None else log_p / math.log(10)
         alone = float(fit.alone[k])
         found.append(ParentShare(models.names[k], word, share, se, low, high, alone, log10_p, after, reason))
@@ -127,7 +128,7 @@ def _alike_together(
             continue
         log_p = log_p_of_parent(models, units, k, seed, without=alike)
         if log_p is not None and log_p + math.log(candidates) < math.log(LEVEL):
-            names = _listed([models.names[j] for j in alike])
+            names = listed_and([models.names[j] for j in alike])
             reason = (
                 f"its difference is like that of {names}, or its opposite: given each other neither has a part, "
                 "without it this one has"
@@ -173,20 +174,20 @@ def merge_sentence(models: MergeModels, parts: Sequence[ParentShare], fit: Fit, 
     rest = "the rest is rounding" if is_rounding(fit) else f"no parent explains {_percent(fit.unexplained)} of that"
     if of["one_of"]:
         names = ", ".join(part.name for part in of["one_of"])
-        had_part = f"{_listed([part.name for part in of['part']])} had a part, and " if of["part"] else ""
+        had_part = f"{listed_and([part.name for part in of['part']])} had a part, and " if of["part"] else ""
         return f"{had_part}one of these, or several: {names}; {_alike(models, parts, whole)}"
     untested = [part.name for part in parts if part.word == "not_testable"]
     if aligned and untested and all(part.share is not None for part in parts):
         shares = ", ".join(f"{part.name} {part.share:.3f} ± {part.se:.3f}" for part in parts)
-        had_part = f"; {_listed([part.name for part in of['part']])} had a part" if of["part"] else ""
-        whom = "a parent" if len(untested) == len(parts) else _listed(untested)
+        had_part = f"; {listed_and([part.name for part in of['part']])} had a part" if of["part"] else ""
+        whom = "a parent" if len(untested) == len(parts) else listed_and(untested)
         return f"after alignment the shares are {shares}{had_part}; {rest}; to test {whom}, compare it with the child"
     named = [f"{part.name} ({part.share:.3f} ± {part.se:.3f})" for part in of["part"]]
     if len(named) > 1:
-        return f"merged of {_listed(named)}; of what differs from {_reference(models)}, {rest}"
+        return f"merged of {listed_and(named)}; of what differs from {_reference(models)}, {rest}"
     if len(named) == 1:
         if untested:
-            return f"{of['part'][0].name} had a part, {_listed(untested)} cannot be tested; of what differs, {rest}"
+            return f"{of['part'][0].name} had a part, {listed_and(untested)} cannot be tested; of what differs, {rest}"
         part = of["part"][0]
         assert part.share is not None
         if abs(part.share - 1) < SMALLEST_SHARE or models.origin is None:
@@ -235,11 +236,3 @@ def _reference(models: MergeModels) -> str:
 
 def _percent(share: float) -> str:
     return "less than 0.01 %" if share < 1e-4 else f"{100 * share:.2f} %"
-
-
-def _listed(items: Sequence[str]) -> str:
-    return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
-
-
-def _number(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None

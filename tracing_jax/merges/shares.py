@@ -114,21 +114,21 @@ class Shares:
         """Returns plain data for the record."""
         low, high = self.interval()
         shares = {
-            name: {"share": _number(self.values[k]), "se": _number(self.errors[k]), "low": _number(low[k]),
-                   "high": _number(high[k]), "alone": float(self.fit.alone[k])}
+            name: {"share": finite(self.values[k]), "se": finite(self.errors[k]), "low": finite(low[k]),
+                   "high": finite(high[k]), "alone": float(self.fit.alone[k])}
             for k, name in enumerate(names)
         }  # fmt: skip
         if self.bias is not None:
             shares = {name: {**own, "bias": float(self.bias[k])} for k, (name, own) in enumerate(shares.items())}
-        covariance = [[_number(value) for value in row] for row in self.covariance]
+        covariance = [[finite(value) for value in row] for row in self.covariance]
         return {
             "shares": shares,
             "covariance": covariance,
             "degrees": self.degrees,
             "unexplained": self.fit.unexplained,
             "rounded": self.fit.rounded,
-            "condition": _number(self.condition),
-            "inflation": {name: _number(self.inflation[k]) for k, name in enumerate(names)},
+            "condition": finite(self.condition),
+            "inflation": {name: finite(self.inflation[k]) for k, name in enumerate(names)},
             "undefined": self.undefined,
         }
 
@@ -278,5 +278,6 @@ def _ratio(part: float, whole: float) -> float:
     return min(1.0, float(part / whole)) if whole > 0 else 0.0
 
 
-def _number(value: float) -> float | None:
+def finite(value: float) -> float | None:
+    """Returns a number for the record, which has none that is infinite or not a number."""
     return float(value) if np.isfinite(value) else None

@@ -36,7 +36,7 @@ _LEAST = 1e-6
 _RIDGE = 0.1  # of a standardised entry's variance, below which a direction of the signatures counts as noise
 
 
-def moments_of(
+def moments_of_layers(
     model: ParamSource, layers: Sequence[int], ids: Int[np.ndarray, " S"], rows_of_each: int
 ) -> list[Float[Array, "_ D"]]:
     """Returns the rows of the moments: embeddings of these tokens, and of gate, up and down the units of largest norm.

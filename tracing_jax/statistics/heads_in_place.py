@@ -17,7 +17,7 @@ from tracing_jax.run_cache import RunCache
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.comparison import LN10, bonferroni_log10, reserved
 from tracing_jax.statistics.head_kernels import gates_not_applicable, inactive_attention, inactive_heads
-from tracing_jax.statistics.head_signatures import head_signatures, log_p_of_order, moments_of, signature_cosines
+from tracing_jax.statistics.head_signatures import head_signatures, log_p_of_order, moments_of_layers, signature_cosines
 from tracing_jax.statistics.in_place import BY_ORDER, OUTSTANDING, layers_in_common, order_premises
 from tracing_jax.statistics.match_moments import spread_layers
 from tracing_jax.statistics.nulls import composite_agreement_log_sf, total_agreement_log_sf
@@ -129,7 +129,7 @@ class HeadsInPlace(options.HeadsInPlace):
     def _moments(self, pair: Pair, model: ParamSource, layers: Sequence[int]) -> list[Float[Array, "_ D"]]:
         shared = pair.vocabularies.ids_base if model is pair.base else pair.vocabularies.ids_ft
         drawn = np.sort(pair.generator("heads_in_place", "tokens").permutation(len(shared))[: self.moment_rows])
-        return moments_of(
+        return moments_of_layers(
             model, [layers[i] for i in spread_layers(len(layers), self.moments_of)], shared[drawn], self.moment_rows
         )
 

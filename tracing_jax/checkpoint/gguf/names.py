@@ -18,7 +18,7 @@ from tracing_jax.arch import Arch
 from tracing_jax.checkpoint.derived_tensors import Derived, DerivedTensors
 from tracing_jax.checkpoint.gguf.recurrences import QWEN_HYBRIDS, of_delta_net, of_mamba
 from tracing_jax.checkpoint.hf_layouts import leaf_layouts
-from tracing_jax.checkpoint.name_patterns import layer_of
+from tracing_jax.checkpoint.name_patterns import layer_number
 from tracing_jax.checkpoint.safetensors_file import Index, bounds_of
 from tracing_jax.checkpoint.tensor_layout import tensor_shapes
 from tracing_jax.checkpoint.tensors import TensorStore
@@ -53,26 +53,26 @@ def with_hf_names(store: TensorStore, architecture: str, arch: Arch) -> TensorSt
     """
     known = set(store.names())
     numbers = {name: number for number, name in MODEL_ARCH_NAMES.items()}
-    blocks = max((layer_of(name) + 1 for name in known), default=0)  # of Nemotron-H more than layers
+    blocks = max((layer_number(name) + 1 for name in known), default=0)  # of Nemotron-H more than layers
     table = get_tensor_name_map(numbers[architecture], max(arch.num_layers, blocks))
     derived: dict[str, Derived] = {}
     used = set(_USED_ELSEWHERE)
     for name, shape in tensor_shapes(leaf_layouts(arch).values()).items():
         if fused := _FUSED.fullmatch(name):
             end = _suffix(fused["bias"])
-            gate, up = (f"blk.{layer_of(name)}.ffn_{part}_exps.{end}" for part in ("gate", "up"))
+            gate, up = (f"blk.{layer_number(name)}.ffn_{part}_exps.{end}" for part in ("gate", "up"))
             if known.issuperset((gate, up)):
                 in_turn = arch.clamped_glu is not None
                 is_bias = fused["bias"] is not None
                 derived[name] = _InTurn(store, gate, up, is_bias) if in_turn else _Joined(store, gate, up)
                 used |= {gate, up}
                 continue
-        gate_and_up = tuple(f"blk.{layer_of(name)}.ffn_{part}_exps.weight" for part in ("gate", "up"))
+        gate_and_up = tuple(f"blk.{layer_number(name)}.ffn_{part}_exps.weight" for part in ("gate", "up"))
         if name.endswith(".block_sparse_moe.input_linear.weight") and known.issuperset(gate_and_up):
             derived[name] = _Joined(store, *gate_and_up)
             used |= set(gate_and_up)
             continue
-        halves = tuple(f"blk.{layer_of(name)}.attn_{part}_b.weight" for part in ("k", "v"))
+        halves = tuple(f"blk.{layer_number(name)}.attn_{part}_b.weight" for part in ("k", "v"))
         if name.endswith(".kv_b_proj.weight") and known.issuperset(halves):
             derived[name] = _KeysAndValues(store, *halves)
             used |= set(halves)

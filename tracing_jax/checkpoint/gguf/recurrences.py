@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tracing_jax.arch import Arch, DeltaNet
-from tracing_jax.checkpoint.name_patterns import layer_of
+from tracing_jax.checkpoint.name_patterns import layer_number
 from tracing_jax.checkpoint.safetensors_file import Index
 from tracing_jax.checkpoint.tensors import TensorStore
 
@@ -85,7 +85,7 @@ def of_delta_net(
     match, net = _TENSOR.fullmatch(name), arch.delta_net
     if architecture not in QWEN_HYBRIDS or match is None or net is None or match["part"] not in _THEIRS:
         return None
-    theirs = tuple(f"blk.{layer_of(name)}.{end}" for end in _THEIRS[match["part"]])
+    theirs = tuple(f"blk.{layer_number(name)}.{end}" for end in _THEIRS[match["part"]])
     if not all(tensor in known for tensor in theirs):
         return None
     return Rebuilt(store, theirs, _build(match["part"], net, architecture == "qwen3next"), shape)
@@ -101,7 +101,7 @@ def of_mamba(
     match = _MAMBA.fullmatch(name)
     if arch.mamba is None or match is None:
         return None
-    theirs = f"blk.{layer_of(name)}.{_OF_MAMBA[match['part']]}"
+    theirs = f"blk.{layer_number(name)}.{_OF_MAMBA[match['part']]}"
     if theirs not in known:
         return None
     return Rebuilt(store, (theirs,), (lambda x: np.log(-x)) if match["part"] == "A_log" else (lambda x: x), shape)
