@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,13 @@ def test_a_mistake_in_a_config_file_is_one_message(tmp_path, line, message):
     assert done.returncode not in (0, 3)
     assert message in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_the_version_is_that_of_the_package():
+    code = "import sys, runpy; sys.modules['jax'] = sys.modules['numpy'] = None; sys.argv = ['main.py', '--version']; "
+    done = subprocess.run([sys.executable, "-c", code + "runpy.run_path('main.py', run_name='__main__')"],
+                          cwd=ROOT, capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, f"tracing-jax {version('tracing_jax')}\n"), done.stderr
 
 
 def test_help_lists_every_option_and_imports_nothing_heavy():

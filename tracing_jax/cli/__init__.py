@@ -7,9 +7,8 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 
-from tracing_jax.cli.arguments import Parser
+from tracing_jax.cli.arguments import Parser, program_version
 from tracing_jax.cli.errors import configure_logging
 from tracing_jax.cli.process import end_interrupted, prepare_process
 from tracing_jax.cli.startup import import_transformers_without_torch
@@ -46,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     parser = Parser("tracing-jax", description="Were two language models trained independently, or does one descend "
                     "from the other?")  # fmt: skip
-    parser.add_argument("--version", action="version", version=f"tracing-jax {metadata.version('tracing_jax')}")
+    parser.add_argument("--version", action="version", version=program_version())
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     for name, meaning in VERBS.items():
         verbs.add_parser(name, help=meaning)

@@ -8,7 +8,7 @@ from typing import Any
 
 from absl import app, flags
 
-from tracing_jax.cli.arguments import RENAMED
+from tracing_jax.cli.arguments import RENAMED, program_version
 from tracing_jax.cli.process import end_interrupted, prepare_process
 from tracing_jax.dataclass_options import Option, options_of, parse, suggestion
 from tracing_jax.options import STATISTICS, unknown_option
@@ -42,7 +42,7 @@ def given_flags(options: type) -> dict[str, Any]:
 
 
 def run_program(main: Callable[[Sequence[str]], None], argv: Sequence[str], print_help: Callable[[], None]) -> None:
-    """Runs a program: `--help` prints and ends with status 0, and a mistake in a flag ends in one line.
+    """Runs a program: `--help` and `--version` print and end with status 0, a mistake in a flag ends in one line.
 
     Args:
       main: takes what is left of argv after its flags.
@@ -50,8 +50,12 @@ def run_program(main: Callable[[Sequence[str]], None], argv: Sequence[str], prin
       print_help: prints what `--help` shows.
     """
     prepare_process()
-    if any(argument.startswith("-") and argument.lstrip("-").split("=")[0] in _HELP for argument in argv[1:]):
+    given = {argument.lstrip("-").split("=")[0] for argument in argv[1:] if argument.startswith("-")}
+    if given & _HELP:
         print_help()
+        return
+    if "version" in given:
+        print(program_version())
         return
     try:
         app.run(main, argv=list(argv), flags_parser=parse_flags)

@@ -6,6 +6,7 @@ import operator
 import re
 from collections.abc import Iterable
 from dataclasses import MISSING
+from importlib import metadata
 from typing import Any, NoReturn
 
 from tracing_jax.dataclass_options import EXPECTED, Option, options_of, parse, sections_of, suggestion
@@ -18,6 +19,11 @@ RENAMED = {
     "--no-no_compile_cache": "--compile_cache",
 }
 """Options by their former names -> by the names that they have now, in the verbs that have such an option."""
+
+
+def program_version() -> str:
+    """Returns the name and the version of the package, as `--version` prints them."""
+    return f"tracing-jax {metadata.version('tracing_jax')}"
 
 
 class Parser(argparse.ArgumentParser):
