@@ -1,7 +1,7 @@
 """Reading straight onto devices: of each leaf, the slices that the devices of this process hold.
 
 Bytes go from the file into one host buffer, reused for every leaf, and from there to each device, which transposes the
-file's `[out, in]` to our `[in, out]` as it copies. Peak memory of reading a part is its own size and its largest leaf.
+file's `[out, in]` to our `[in, out]` as it copies. Peak memory of a subtree is its own size and its largest leaf.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,7 +23,7 @@ from tracing_jax.tree import Tree, unflatten
 
 @dataclass(frozen=True)
 class ShardedCheckpoint:
-    """A checkpoint as a source whose parts are read onto the devices of a mesh, split by the axis table.
+    """A checkpoint as a source whose subtrees are read onto the devices of a mesh, split by the axis table.
 
     A process reads only what its devices hold, and each byte of that once, however many of them hold it.
     """
@@ -39,24 +39,24 @@ class ShardedCheckpoint:
 
     def embed(self) -> Tree:
         """Returns the subtree `embed`, read now; a tied model's copy of it in the file must be the same."""
-        part = self._part("embed/")
-        for start, stop in _held_rows(part["embedding"]) if "embedding" in part else ():
+        found = self._subtree("embed/")
+        for start, stop in _held_rows(found["embedding"]) if "embedding" in found else ():
             self.checkpoint.check_tied_copy(start, stop)
-        return part
+        return found
 
     def layer(self, index: int, only: Sequence[str] = ()) -> Tree:
         """Returns the subtree `layers/<index>`, or its leaves under the names in `only`, read now."""
-        return self._part(f"layers/{index}/", only)
+        return self._subtree(f"layers/{index}/", only)
 
     def head(self) -> Tree:
         """Returns the subtree `head`, read now."""
-        return self._part("head/")
+        return self._subtree("head/")
 
     def leaf_slice(self, name: str, axis: int, *spans: slice) -> np.ndarray | None:
         """Returns slices of a leaf in host memory, as `Checkpoint.leaf_slice` does."""
         return self.checkpoint.leaf_slice(name, axis, *spans)
 
-    def _part(self, prefix: str, only: Sequence[str] = ()) -> Tree:
+    def _subtree(self, prefix: str, only: Sequence[str] = ()) -> Tree:
         broken: list[str] = []
         leaves = {}
         for name, layout in self.checkpoint.layouts_of_subtree(prefix, only).items():

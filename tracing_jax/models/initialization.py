@@ -29,10 +29,10 @@ def init_params(arch: Arch, key: PRNGKeyArray) -> Tree:
 
 
 def _part_of(name: str) -> tuple[int, str]:
-    """Returns which of the keys of embed, head and the layers is that of a leaf, and its name within the part."""
-    part, _, rest = name.partition("/")
-    if part != "layers":
-        return ("embed", "head").index(part), rest
+    """Returns which of the keys of embed, head and the layers is that of a leaf, and its name within the subtree."""
+    subtree, _, rest = name.partition("/")
+    if subtree != "layers":
+        return ("embed", "head").index(subtree), rest
     layer, _, rest = rest.partition("/")
     return 2 + int(layer), rest
 

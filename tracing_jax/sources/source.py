@@ -110,7 +110,7 @@ def is_resident(source: ParamSource) -> bool:
 
 
 def has_embeddings(source: ParamSource) -> bool:
-    """Returns whether embeddings can be read, which parts of models in memory may lack."""
+    """Returns whether embeddings can be read, which submodels in memory may lack."""
     return not isinstance(source, InMemory) or bool(source.params.get("embed"))
 
 

@@ -48,21 +48,21 @@ class Submodel:
 
     def embed(self) -> Tree:
         """Returns the subtree `embed`, with rows of the chosen tokens."""
-        return self._part("embed/")
+        return self._subtree("embed/")
 
     def layer(self, index: int, only: Sequence[str] = ()) -> Tree:
         """Returns the subtree of the chosen layer at this index, or its leaves under the names in `only`."""
-        return self._part(f"layers/{self.layers[index]}/", only)
+        return self._subtree(f"layers/{self.layers[index]}/", only)
 
     def head(self) -> Tree:
         """Returns the subtree `head`, with rows of the chosen tokens."""
-        return self._part("head/")
+        return self._subtree("head/")
 
     @cached_property
     def _table(self) -> AxisTable:
         return axis_table(self.source.arch)
 
-    def _part(self, prefix: str, only: Sequence[str] = ()) -> Tree:
+    def _subtree(self, prefix: str, only: Sequence[str] = ()) -> Tree:
         names = {name.removeprefix(prefix): name for name in self._table.leaves if name.startswith(prefix)}
         return unflatten({short: self._leaf(name) for short, name in flatten(select(unflatten(names), only)).items()})
 

@@ -67,7 +67,7 @@ class RewrittenSource:
 
     def embed(self) -> Tree:
         """Returns the rewritten subtree `embed`."""
-        return self._part("embed/")
+        return self._subtree("embed/")
 
     def layer(self, index: int, only: Sequence[str] = ()) -> Tree:
         """Returns the rewritten subtree `layers/<index>`, or its leaves under the names in `only`.
@@ -77,13 +77,13 @@ class RewrittenSource:
         prefix = f"layers/{index}/"
         if reorders_only(self.rewrites):
             return rewrite_subtree(prefix, lambda _: self.source.layer(index, only), self.rewrites, self.source.arch)
-        return select(self._part(prefix), only)
+        return select(self._subtree(prefix), only)
 
     def head(self) -> Tree:
         """Returns the rewritten subtree `head`."""
-        return self._part("head/")
+        return self._subtree("head/")
 
-    def _part(self, prefix: str) -> Tree:
+    def _subtree(self, prefix: str) -> Tree:
         return rewrite_subtree(prefix, lambda name: subtree(self.source, name), self.rewrites, self.source.arch)
 
 

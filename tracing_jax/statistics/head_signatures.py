@@ -44,7 +44,7 @@ def moments_of_layers(
     The norm of a unit is the product of those of its rows, which permuting, scaling and padding units leave as it is.
 
     Args:
-      model: read part by part.
+      model: read subtree by subtree.
       layers: the layers that the units come from.
       ids: tokens of the embedding's moment; none gives none.
       rows_of_each: how many units of all layers together.

@@ -80,7 +80,7 @@ def distances(pair: Pair, permutations: Sequence[Permutations]) -> tuple[float, 
 
 @dataclass(frozen=True)
 class _Sums:
-    """Over the leaves of one part: the distances as given, those of each permuted copy, and how many leaves."""
+    """Over the leaves of one subtree: the distances as given, those of each permuted copy, and how many leaves."""
 
     observed: float
     permuted: list[float]
@@ -88,7 +88,7 @@ class _Sums:
 
 
 def _leaf_pairs(pair: Pair, prefix: str) -> Iterator[tuple[str, jax.Array, jax.Array]]:
-    """Yields the leaves of one part that both models have with equal shapes."""
+    """Yields the leaves of one subtree that both models have with equal shapes."""
     rows = axis_table(pair.base.arch).leaves
     ours, theirs = (flatten(subtree(model, prefix)) for model in (pair.base, pair.ft))
     for name, leaf in ours.items():

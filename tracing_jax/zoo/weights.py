@@ -31,7 +31,7 @@ _ROWS_AT_ONCE = 8192
 
 
 def weight_measures(source: ParamSource) -> dict[str, Any]:
-    """Returns measures of every norm and of every matrix on the residual stream; reads one part at a time, and no text.
+    """Returns measures of every norm and of every matrix on the residual stream; reads subtree by subtree, and no text.
 
     For each kind of matrix, such as `mlp/up_proj`, one value a layer (one for all where it belongs to no layer):
 
