@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from cases import slow
 from make_golden import FOLDER, hf_model, hf_outputs, tensor_shapes
 from parity_cases import CASES, FAMILIES, GOLDEN, LIVE_CASES, Case, leaf_of
 from scipy.special import logsumexp
@@ -90,9 +91,7 @@ def test_golden_file_holds_every_case():
         assert [case.name for case in cases] == _FILES[name]["names"].tolist(), f"run tests/make_golden.py {name}"
 
 
-@pytest.mark.parametrize(
-    "cases", [QUICK[::2], QUICK[1::2], pytest.param(REST, marks=pytest.mark.slow)], ids=["quick", "quick2", "rest"]
-)
+@pytest.mark.parametrize("cases", [QUICK[::2], QUICK[1::2], *(slow(REST[i::4]) for i in range(4))])
 def test_logits_and_losses_equal_those_of_transformers(cases):
     # Many in one test, because cases share their single operations; compiling every model would take minutes.
     with jax.disable_jit():
