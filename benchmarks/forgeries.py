@@ -19,6 +19,7 @@ from scipy.optimize import linear_sum_assignment
 from tracing_jax.arch import Arch
 from tracing_jax.rewrites import GainSetting, Permutation, Rewrite, Rotation, gains_in
 from tracing_jax.sources import InMemory, in_memory, rewritten, subtree
+from tracing_jax.statistics.mlp_rows import gain_of
 from tracing_jax.tree import Tree, flatten, map_named, unflatten
 
 Models = tuple[InMemory, InMemory]
@@ -280,6 +281,35 @@ def basis_like_base(base: InMemory, other: InMemory, generator: np.random.Genera
     return base, _after(other, [Rotation(u @ v)])
 
 
+def turned_and_ordered_like_base(base: InMemory, other: InMemory, generator: np.random.Generator) -> Models:
+    """Returns the models after the other's residual stream was rotated, and its units ordered, to fit base's up rows.
+
+    Order and rotation are fitted in turns, to all layers together.
+    """
+    sides = [[_unit_rows(model, i) for i in range(base.arch.num_layers)] for model in (base, other)]
+    rotation = np.linalg.qr(generator.standard_normal((base.arch.embed_dim,) * 2))[0]
+    for _ in range(15):
+        orders = [linear_sum_assignment(np.abs(a @ (b @ rotation).T), maximize=True)[1] for a, b in zip(*sides)]
+        total = np.zeros_like(rotation)
+        for a, b, order in zip(*sides, orders):
+            sign = np.sign(np.einsum("fd,fd->f", a, b[order] @ rotation))
+            total += (b[order] * sign[:, None]).T @ a
+        u, _, v = np.linalg.svd(total)
+        rotation = u @ v
+    orders = [linear_sum_assignment(np.abs(a @ (b @ rotation).T), maximize=True)[1] for a, b in zip(*sides)]
+    turned = _after(other, [Rotation(rotation.T)])
+    return base, _reordered(turned, {f"layers/{i}/mlp": order for i, order in enumerate(orders)})
+
+
+def _unit_rows(model: InMemory, layer: int) -> Float[np.ndarray, "F D"]:
+    """Returns the up rows of a layer with the gain of its norm, each of length one, float64."""
+    params = model.layer(layer)
+    rows = np.asarray(params["mlp"]["up_proj"]["kernel"], np.float64).T * np.asarray(
+        gain_of(params, model.arch.mlp_norm, model.arch), np.float64
+    )
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
 def gains_like_base(base: InMemory, other: InMemory, generator: np.random.Generator) -> Models:
     """Returns the models after the other's norm gains were set to base's, which its matrices make up for."""
     gains = gains_in(lambda prefix: flatten(subtree(base, prefix)), base.arch)
@@ -325,6 +355,11 @@ def forgeries(arch: Arch, unused: Int[np.ndarray, " _"]) -> Mapping[str, Forgery
         "features ordered like the other's": features_like_base,
         "heads ordered like the other's": heads_like_base,
         **({"basis turned to the other's": basis_like_base} if arch.norm == "rms" else {}),
+        **(
+            {"basis and units turned and ordered like the other's": turned_and_ordered_like_base}
+            if arch.norm == "rms" and arch.gated and not arch.num_experts
+            else {}
+        ),
         **({} if GainSetting.unsupported(arch) else {"gains of the other": gains_like_base}),
         "layers of the other that do nothing, behind": layers_added,
         "layers of the other that do nothing, in front": partial(layers_added, in_front=True),

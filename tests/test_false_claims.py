@@ -23,6 +23,7 @@ from benchmarks.forgeries import (
     planted,
     sorted_units,
     split_by_gate,
+    turned_and_ordered_like_base,
     widened,
 )
 from tracing_jax.data import paired_one_to_one
@@ -88,10 +89,14 @@ def predicted(model, tokens):
     return logits(on_device(model), tokens)
 
 
-def firm_log10_p(statistic, base, other):
+def result(statistic, base, other):
     base, other = on_device(base), on_device(other)
     pair = Pair(base, other, Vocabularies(True, IDS, IDS), TOKENS, Compute(make_mesh(), 8), 0, blocks=BLOCKS)
-    found = statistic.compute(pair)
+    return statistic.compute(pair)
+
+
+def firm_log10_p(statistic, base, other):
+    found = result(statistic, base, other)
     firm = found.log10_p if found.firm_log10_p is None else found.firm_log10_p
     return 0.0 if firm is None else firm
 
@@ -183,7 +188,7 @@ def test_what_does_nothing_is_no_evidence(statistic, forge, arch, monkeypatch):
     assert firm_log10_p(statistic, base, forged) > -3
     assert firm_log10_p(statistic, base, model(5, 0.1, base)) < -3  # the test detects a relation where there is one
     with_active_units(monkeypatch)
-    assert firm_log10_p(statistic, base, forged) < -3  # and without the check of what acts it gives a false alarm
+    assert result(statistic, base, forged).log10_p < -3  # and without the check of what acts it finds evidence
 
 
 def test_rows_on_features_that_no_token_has_are_no_evidence(monkeypatch):
@@ -208,7 +213,7 @@ def test_rows_on_features_that_no_token_has_are_no_evidence(monkeypatch):
     assert all(len(distinct_units(base, i).kept) > F - 4 for i in range(ARCH.num_layers))
     monkeypatch.setattr(unit_copies, "UNREAD", 0.0)
     forged = InMemory(ARCH, forged.params)  # nothing is known of it yet
-    assert firm_log10_p(Csu(), base, forged) < -3  # a false alarm without
+    assert result(Csu(), base, forged).log10_p < -3  # evidence without
 
 
 @pytest.mark.parametrize("projection", ["gate_proj", "down_proj"])
@@ -246,6 +251,17 @@ def test_rows_of_tokens_that_no_text_has_do_not_say_what_is_read():
     Pair(known, known, Vocabularies(True, IDS, IDS, text_ids=(IDS, IDS)), None, Compute(make_mesh(), 8), 0)
     assert len(distinct_units(unknown, 0).kept) > F - 4
     assert len(distinct_units(known, 0).kept) == 0
+
+
+def test_rows_that_a_rotation_and_an_order_fit_are_no_evidence():
+    """Neither changes a model's function; fitted to both models they put all units in place, and alike."""
+    base, other = (on_host(tiny.model(ARCH, seed)) for seed in (0, 1))
+    _, forged = turned_and_ordered_like_base(base, other, np.random.default_rng(0))
+    np.testing.assert_allclose(predicted(forged, TOKENS), predicted(other, TOKENS), rtol=0, atol=1e-4)
+    found = Csu().compute(Pair(base, forged, Vocabularies(True, IDS, IDS), TOKENS, Compute(make_mesh(), 8), 0))
+    assert found.log10_p < -100
+    assert found.firm_log10_p == 0.0
+    assert firm_log10_p(Csu(), base, on_host(model(2, noise=0.3, of=base))) < -20
 
 
 def test_features_in_place_are_never_firm():
@@ -339,6 +355,8 @@ MOVED = {"dead": planted(32), "cancelling": planted(16, paired=True)}  # at rand
         pytest.param(statistic, forge, id=f"{name}-{type(statistic).__name__}")
         for name, forge in (KEPT | MOVED).items()
         for statistic in (TESTS if name in KEPT else TESTS[2:])
+        # Noise moves units that are sorted: of so few in place a rotation could be the cause.
+        if not (name == "sorted" and isinstance(statistic, Csu))
     ],
 )
 def test_a_relative_is_found_all_the_same(statistic, forge):

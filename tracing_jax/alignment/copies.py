@@ -140,7 +140,7 @@ def _kv_grouping(heads: int, ft: ParamSource) -> list[Rewrite]:
     groups: dict[str, np.ndarray] = {}
     values: dict[str, np.ndarray] = {}
     keys: dict[str, np.ndarray] = {}
-    for i in range(arch.num_layers):
+    for i in filter(arch.has_attention, range(arch.num_layers)):
         prefix = f"layers/{i}/"
         table, weights = own_table(arch, prefix), leaves(ft, prefix)
         k, v = (_per_head(weights, table, prefix, kind) for kind in ("k_proj", "v_proj"))

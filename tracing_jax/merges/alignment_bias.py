@@ -45,9 +45,14 @@ class AlignmentBias:
         return max(float(np.abs(moved["whole"][None]).max()) for moved in self.merges.values())
 
     def of(self, grouping: str, group: Hashable, names: Sequence[str]) -> Float[np.ndarray, " K"]:
-        """Returns the most that the shares of these parents moved in a group, by any merge; 0 where none says."""
+        """Returns the most that the shares of these parents moved in a group, by any merge.
+
+        Where none says, it is what those of the whole model moved.
+        """
         moved = [np.abs(own[grouping][group]) for own in self.merges.values() if group in own[grouping]]
-        largest = np.nan_to_num(np.max(moved, axis=0)) if moved else np.zeros(len(self.names))
+        whole = np.nan_to_num(np.fmax.reduce([np.abs(own["whole"][None]) for own in self.merges.values()]))
+        largest = np.fmax.reduce(moved) if moved else np.full(len(self.names), np.nan)
+        largest = np.where(np.isfinite(largest), largest, whole)
         return largest[[self.names.index(name) for name in names]]
 
     def as_dict(self) -> dict[str, Any]:

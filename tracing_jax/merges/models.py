@@ -58,10 +58,12 @@ class Piece(NamedTuple):
 
     Attributes:
       leaves: of all models.
+      of_experts: whether its outermost axis is that of the experts.
       axis: on which the leaf is sliced, into so many `slices`; `start` is the first unit of this one.
     """
 
     leaves: tuple[np.ndarray, ...]
+    of_experts: bool
     axis: int = 0
     start: int = 0
     slices: int = 1
@@ -191,10 +193,11 @@ class MergeModels:
         read, spec = self._read(plan.place), self._table.leaves[plan.place.name]
         if plan.slices > 1:
             parts = (self._units(plan, i, *one, buffers) for i, one in enumerate(read))
-            return Piece(tuple(parts), plan.axis, plan.start, plan.slices)
+            return Piece(tuple(parts), self._is_of_experts(spec), plan.axis, plan.start, plan.slices)
         with self._reading:
             leaves = [self._paired(i, spec, leaf(m, n)) for i, (m, n, _) in enumerate(read)]
-        return Piece(tuple(_of_each(own, len(leaves[0])) if dense else own for own, (_, _, dense) in zip(leaves, read)))
+        paired = (_of_each(own, len(leaves[0])) if dense else own for own, (_, _, dense) in zip(leaves, read))
+        return Piece(tuple(paired), self._is_of_experts(spec))
 
     def _read(self, place: TensorKey) -> list[tuple[ParamSource, str, bool]]:
         """Returns each model with its name of a leaf, and whether it has one MLP for the experts of the child."""

@@ -40,6 +40,8 @@ class Comparison:
       log_p_rank, log_p_agreement: natural logarithms, one-sided. The second is conservative, as k is discrete.
       sampled, outstanding: of so many matched units, those that are in place and more similar to their partner than an
         order chosen afterwards makes units of independent models; see `placed_beyond_order`.
+      similarity, nearest: the mean similarity of the sampled units to their partners, where these are in place and 0
+        elsewhere; and that to the closest other unit.
       copies, inactive, mixed: of base and of ft, units that repeat another, units that write nothing, and units that
         share a gate and not the other rows; all left out.
       order_p: of base and of ft, the p-value of units in no particular order; see `DistinctUnits`.
@@ -54,6 +56,8 @@ class Comparison:
     log_p_agreement: float
     sampled: int = 0
     outstanding: int = 0
+    similarity: float = 0.0
+    nearest: float = 0.0
     copies: Sequence[int] = (0, 0)
     inactive: Sequence[int] = (0, 0)
     order_p: Sequence[float] = (1.0, 1.0)

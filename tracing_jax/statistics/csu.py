@@ -109,7 +109,8 @@ class Csu(options.Csu):
 
         comparisons = [comparison for i in range(kept) if (comparison := run_cache.load(Comparison, i))]
         comparisons += overlapped(by_layer(), compare)
-        found = constrained_result(pair, comparisons, "units whose up-projection stays in place, share")
+        label = "units whose up-projection stays in place, share"
+        found = constrained_result(pair, comparisons, label, pair.base.arch.embed_dim)
         notes = [*found.notes]
         if any(map(pair.base.arch.has_experts, range(layers))):
             notes.append("of each layer with experts one expert was compared, drawn at random")

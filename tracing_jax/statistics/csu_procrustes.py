@@ -73,7 +73,7 @@ class CsuProcrustes(options.CsuProcrustes):
         comparisons = [comparison for i in range(kept) if (comparison := run_cache.load(Comparison, i))]
         comparisons += overlapped(by_layer(), compare)
         label = "units whose up-projection stays in place in a rotated residual stream, share"
-        return constrained_result(pair, comparisons, label)
+        return constrained_result(pair, comparisons, label, pair.base.arch.embed_dim)
 
     def _rotation(self, pair: Pair) -> Float[np.ndarray, "D D"]:
         """Returns the orthogonal matrix that takes ft's features to base's, from embedding and untied head together."""

@@ -54,6 +54,9 @@ FROM_IDENTITY = (
 )
 
 
+_BY_ROTATION = 1.25
+"""How many times what order and rotation explain the mean cosine of rows in place must be; see `beyond_rotation`."""
+
 _SAMPLED = 1024  # matched units of a layer at most, whose similarities to all others are compared
 
 
@@ -75,10 +78,8 @@ def in_place(
     rows = match_units(similarity, generator, live_among(base, ft, similarity, drawn=drawn), absolute=True)
     matching = rows if drawn is None else replace(rows, base=drawn[rows.base])
     found = against_identity(matching, base.total, ft.total, drawn=drawn is not None)
-    sampled, outstanding = placed_beyond_order(
-        similarity, rows, ft.kept, base.total == ft.total, generator, places=matching.base
-    )
-    return replace(found, sampled=sampled, outstanding=outstanding).of_units(base, ft)
+    beyond = placed_beyond_order(similarity, rows, ft.kept, base.total == ft.total, generator, places=matching.base)
+    return replace(found, **beyond).of_units(base, ft)
 
 
 def placed_beyond_order(
@@ -88,8 +89,8 @@ def placed_beyond_order(
     by_index: bool,
     generator: np.random.Generator,
     places: Int[np.ndarray, " M"] | None = None,
-) -> tuple[int, int]:
-    """Returns how many pairs of matched units were sampled, and how many are outliers at equal places.
+) -> dict[str, Any]:
+    """Returns `sampled`, `outstanding`, `similarity` and `nearest` of a `Comparison`, of some pairs of matched units.
 
     Whoever has both models can reorder the units of an independent one until the matching is the identity. Its matched
     units are then as similar as the best of other models, and not more: a pair is an outlier if it is more similar than
@@ -105,7 +106,7 @@ def placed_beyond_order(
     """
     drawn = np.sort(generator.permutation(len(matching.base))[:_SAMPLED])
     if not len(drawn) or len(columns) < 2:
-        return 0, 0
+        return {}
     places, ft = matching.base if places is None else places, matching.ft[drawn]
     if by_index:
         same = places[drawn] == ft
@@ -115,7 +116,13 @@ def placed_beyond_order(
     own = rows[np.arange(len(drawn)), ft].copy()
     rows[np.arange(len(drawn)), ft] = 0.0
     best_other = rows[:, columns].max(axis=1)
-    return len(drawn), int((same & (own > np.quantile(best_other, 0.99))).sum())
+    outliers = same & (own > np.quantile(best_other, 0.99))
+    return {
+        "sampled": len(drawn),
+        "outstanding": int(outliers.sum()),
+        "similarity": float(np.where(same, own, 0.0).mean()),
+        "nearest": float(best_other.mean()),
+    }
 
 
 def _rows_of(
@@ -144,7 +151,7 @@ def layers_in_common(pair: Pair) -> int:
     return min(pair.base.arch.num_layers, pair.ft.arch.num_layers)
 
 
-def constrained_result(pair: Pair, comparisons: Sequence[Comparison], label: str) -> Result:
+def constrained_result(pair: Pair, comparisons: Sequence[Comparison], label: str, width: int | None = None) -> Result:
     """Returns the result of a comparison per layer: two tests, each combined by Fisher, then Bonferroni over both.
 
     The null is exact if the units of one of the models are in no particular order. Where units of both were put in an
@@ -155,7 +162,7 @@ def constrained_result(pair: Pair, comparisons: Sequence[Comparison], label: str
     layers = range(len(comparisons))
     kept = counted_once(pair.base, pair.ft, layers)
     comparisons, places = [comparisons[i] for i in kept], [f"layer {i}" for i in kept]
-    tests = in_place_tests(comparisons, places)
+    tests = in_place_tests(comparisons, places, width)
     ordered = ordered_models(comparisons)
     return Result(
         headline=share_agreeing(comparisons),
@@ -180,7 +187,9 @@ def place_reservation(comparisons: Sequence[Comparison]) -> str:
     return FROM_IDENTITY if begin_at_identity(comparisons) else BY_ORDER
 
 
-def in_place_tests(comparisons: Sequence[Comparison], places: Sequence[str]) -> tuple[Test, Test, Test]:
+def in_place_tests(
+    comparisons: Sequence[Comparison], places: Sequence[str], width: int | None = None
+) -> tuple[Test, Test, Test]:
     """Returns the tests of units in place: by rank correlation, by agreement, and of outlying units.
 
     The first is left out of the verdict where the units of both models were put in an order. The third enters it
@@ -189,7 +198,7 @@ def in_place_tests(comparisons: Sequence[Comparison], places: Sequence[str]) -> 
     """
     rank, agreement = tests_of(comparisons, places, fisher, "Fisher over layers")
     outstanding = _outstanding_test(comparisons, places)
-    not_firm = begin_at_identity(comparisons)
+    not_firm = begin_at_identity(comparisons) or (width is not None and not beyond_rotation(comparisons, width))
 
     def firm(test: Test) -> float | None:
         if test.log10_p is None or outstanding.log10_p is None:
@@ -220,6 +229,27 @@ def ordered_models(comparisons: Sequence[Comparison]) -> tuple[bool, bool]:
         for side in (0, 1)
     )
     return base, ft
+
+
+def beyond_rotation(comparisons: Sequence[Comparison], width: int) -> bool:
+    """Returns whether rows in place are more similar than a rotation fitted to them makes rows of independent models.
+
+    That is asked of the layer with the most similar ones, of the two such, and so on: a rotation can be fitted to
+    some of the layers only, and then fits these no better than it says here.
+
+    Of N pairs of random rows of `width` features the rotation that fits them best gives a mean cosine of
+    0.85 sqrt(width / N), by the nuclear norm of a Gaussian matrix. An order chosen afterwards makes each as similar as
+    the closest other unit is. Of random rows, with order and rotation fitted in turns to one layer or all, the mean
+    cosine came to 0.8 to 1.1 times the root of the sum of both squares.
+    """
+    ranked = sorted(comparisons, key=lambda c: -c.similarity)
+    units = np.cumsum([c.units for c in ranked])
+    similarity, nearest = (
+        np.cumsum([value * c.units for value, c in zip(values, ranked, strict=True)]) / np.maximum(units, 1)
+        for values in ([c.similarity for c in ranked], [c.nearest for c in ranked])
+    )
+    explained = np.sqrt(nearest**2 + 0.85**2 * width / np.maximum(units, 1))
+    return bool((similarity > _BY_ROTATION * explained).any())
 
 
 def begin_at_identity(comparisons: Sequence[Comparison]) -> bool:

@@ -81,7 +81,7 @@ class MatchMlps(options.MatchMlps):
         assert matched.layer_map is not None
         tests: list[Test] = [replace(test, places=_names(base, ft)) for test in matched.tests]
         compared = dict(self._in_place(mlps, base, ft, np.array(matched.layer_map["log10_p"])))
-        placed = [] if not compared else in_place_tests(list(compared.values()), list(compared))
+        placed = [] if not compared else in_place_tests(list(compared.values()), list(compared), base.arch.embed_dim)
         in_order = place_reservation(list(compared.values())) if reserved(placed, "") else None
         reservations = [text for text in (matched.reservation, in_order) if text]
         notes = [*_drawn(pair, base, ft), *matched.notes]

@@ -66,8 +66,9 @@ def config_of(header: GgufHeader, factors: Callable[[str], np.ndarray]) -> HfCon
     for key, ours in keys.items():
         if key in values and key not in _LISTS:
             config[ours] = (_numbers if ours.startswith("_each_") else _number)(key, values[key])
-    if not 0 <= (layers := values.get("block_count", 0)) <= _MOST_LAYERS:
-        raise CheckpointError(f"block_count is {shortened(repr(layers))}, expected at most {_MOST_LAYERS}")
+    layers = _number("block_count", values.get("block_count", 1))
+    if not (isinstance(layers, int) and 1 <= layers <= _MOST_LAYERS):
+        raise CheckpointError(f"block_count is {shortened(repr(layers))}, expected from 1 to {_MOST_LAYERS}")
     if missing := missing_keys(name, keys.keys(), values):
         raise CheckpointError(f"its metadata lacks {', '.join(f'{name}.{key}' for key in missing)}; convert it again")
     config |= {ours: int(values[f"tokenizer.ggml.{key}"]) for key, ours in _IDS.items() if _has_id(values, key)}
