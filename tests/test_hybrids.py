@@ -101,6 +101,15 @@ def test_alignment_finds_the_heads_of_recurrences(name):
     assert all(np.array_equal(leaves[leaf], expected[leaf]) for leaf in expected)
 
 
+@pytest.mark.slow
+def test_repeated_kv_heads_are_found_where_only_some_layers_have_them():
+    model = CASES["qwen3_next-default"].source()
+    ft = in_memory(rewritten(model, draw_rewrites("repeat", jax.random.key(0), model.arch)))
+    assert ft.arch.num_kv_heads > model.arch.num_kv_heads
+    found = align(model, ft, ("copies",), evidence="weights")
+    assert rewritten(ft, found.rewrites).arch.num_kv_heads == model.arch.num_kv_heads
+
+
 def test_an_expert_alone_has_the_projections_around_experts_in_its_weights():
     model = CASES["nemotron_h-latent"].source()
     views = MlpsAsLayers(model)

@@ -1,5 +1,6 @@
 """Children with experts that were made from MLPs of dense models."""
 
+import collections
 import dataclasses
 import json
 
@@ -10,7 +11,9 @@ from safetensors.numpy import save_file
 
 import tracing_jax.merges.models as merge_models
 from tests import tiny
+from tests.parity_cases import CASES
 from tests.test_merges import model, sibling
+from tracing_jax.axes import axis_table, kind_of
 from tracing_jax.checkpoint import open_checkpoint
 from tracing_jax.checkpoint.hf_layouts import leaf_layouts
 from tracing_jax.checkpoint.tensor_layout import tensor_shapes
@@ -114,3 +117,16 @@ def test_files_of_a_mixture_beside_those_of_dense_models(tmp_path):
     found = merge_report(opened_models(written("child", mixture, child), opened, None))
     assert [own["source_model"] for own in yaml.safe_load(found.record["recipe"])["experts"]] == list("BAB")
     assert found.parts == {"A": "part", "B": "part"}
+
+
+@pytest.mark.parametrize("name", ["nemotron_h-latent", "gemma4_text-experts"])
+def test_only_leaves_of_experts_are_summed_by_expert(name):
+    """A shared expert, the projections around experts and the MLP of a dense layer are one tensor each."""
+    child = CASES[name].source()
+    models = MergeModels(child, {"A": child, "B": child})
+    sums = read_sums(models)
+    found = collections.Counter(tensor.place.name for tensor in sums.tensors)
+    axes = {leaf: spec.axes for leaf, spec in axis_table(child.arch).leaves.items() if leaf in found}
+    experts = [leaf for leaf, own in axes.items() if own and kind_of(own[0] or "") == "expert" and "router" not in leaf]
+    assert experts
+    assert found == {leaf: child.arch.num_experts if leaf in experts else 1 for leaf in axes}

@@ -148,7 +148,7 @@ def _in_file_order(leaves: Sequence[Any]) -> list[np.ndarray]:
 def _sums_of(place: TensorKey, piece: Piece, seed: int) -> list[TensorSums]:
     arrays = _in_file_order(piece.leaves)
     generator = np.random.default_rng([seed, zlib.crc32(str(place).encode()), piece.start])
-    if not piece.of_experts:
+    if not (piece.of_experts and place.role == "expert"):  # a router has an entry for each expert as well
         return [_tensor_sums(place, arrays, -(-BLOCKS // piece.slices), -(-SAMPLED // piece.slices), generator)]
     E = len(arrays[0])  # experts are the outermost axis of files and of leaves
     sampled = max(64, SAMPLED // (E * piece.slices))
