@@ -43,7 +43,8 @@ _LAYERS = {
     "claims": "arch axes checkpoint forward sources statistics tree",
     "library": "options progress record complaints arch data matching sources statistics tree",
     "report": "record",
-    "merges": "arch axes tree rewrites sharding sources checkpoint data matching alignment statistics record report",
+    "merges": "complaints arch axes tree rewrites sharding sources checkpoint data matching alignment statistics record"
+    " report",
     "generation": "progress record distributed arch data models forward sources checkpoint sharding tree",
     "demo": "progress models checkpoint forward rewrites sources arch axes data tree",
 }
