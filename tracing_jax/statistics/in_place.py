@@ -194,7 +194,7 @@ def in_place_tests(
 
     The first is left out of the verdict where the units of both models were put in an order. The third enters it
     through the reservation that the first two have without it. Nothing is firm where rows of both models begin at the
-    identity.
+    identity, or where a rotation explains how similar they are, if their `width` is given: see `beyond_rotation`.
     """
     rank, agreement = tests_of(comparisons, places, fisher, "Fisher over layers")
     outstanding = _outstanding_test(comparisons, places)
