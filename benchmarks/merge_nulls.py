@@ -1,11 +1,15 @@
 """Parents without a part, by the thousand: how often is one called a part of a merge?
 
     python -m benchmarks.merge_nulls                       # 1,000 merges, 5,000 parents; ten minutes on two cores
-    python -m benchmarks.merge_nulls --disguised=100       # 100 merges in each disguise; half a minute each
+    OPENBLAS_NUM_THREADS=1 python -m benchmarks.merge_nulls --merges=0 --disguised=500 --reports=2  # 5,000 in each
+
 
 A base of 0.1 million weights is trained, and 192 short fine-tunes of it, many at a time; groups of four share their
 text. Merges by every method are made of two or three of them. Four others that had no part, one of which learnt from
 the text of a parent that had, and a model that was trained from its own initialisation, are given as parents beside.
+In disguise there may be several reports on a child, each with other parents beside those that had a part. No word
+depends on what an alignment does to shares, which is not measured here; of models that are given again and again the
+alignment to the base is kept.
 """
 
 import dataclasses
@@ -32,22 +36,25 @@ from tracing_jax.demo.members import training_data
 from tracing_jax.demo.recipe import DemoSizes, config
 from tracing_jax.demo.training import Training, init, learning_rates, optimizer, train, train_step
 from tracing_jax.merges import MergeModels
-from tracing_jax.merges.aligning import read_in_one_order
+from tracing_jax.merges.aligning import AlignedModels, read_in_one_order
 from tracing_jax.merges.merge_report import compared
 from tracing_jax.record import atomic_write
 from tracing_jax.report import text_table
 from tracing_jax.rewrites import draw_rewrites
-from tracing_jax.sources import in_memory, rewritten
+from tracing_jax.sources import ParamSource, in_memory, rewritten
 from tracing_jax.tree import flatten
 
 _MERGES = flags.DEFINE_integer("merges", 1000, "merges without a disguise", lower_bound=0)
 _FIRST = flags.DEFINE_integer("first", 0, "number of the first merge, to add to an earlier run", lower_bound=0)
 _DISGUISED = flags.DEFINE_integer("disguised", 50, "merges in each disguise", lower_bound=0)
+_REPORTS = flags.DEFINE_integer("reports", 1, "reports on each of these, with other parents beside", lower_bound=1)
 
 RECIPE = DemoSizes(embed_dim=32, num_layers=2, mlp_dim=64, num_heads=2, num_kv_heads=2, block_size=64, base_steps=400)
 _GROUPS, _OF_A_TEXT, _STEPS, _RATE = 48, 4, 40, 2e-3
 _FOREIGN = 4
 _OTHERS = 4
+_ORDERS = 100
+_AT_ONCE = 50
 METHODS = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "slerp", "stitched", "copy")
 DISGUISES = ("permute", "rotate", "units,values,queries,gains", "rotate,permute,units,values,queries")
 
@@ -66,11 +73,22 @@ class Zoo:
         self.base = _own(stacks, "base", 0)
         self.tuned = [_own(stacks, "tuned", i) for i in range(_GROUPS * _OF_A_TEXT)]
         self.foreign = [_own(stacks, "foreign", i) for i in range(_FOREIGN)]
+        self._sources: dict[tuple[str, int, str], ParamSource] = {}
 
-    def of_another_order(self, at: int, key: jax.Array) -> Leaves:
-        """Returns a model of its own initialisation, its units and features in a random order."""
-        model = source(self.arch, self.foreign[at], "float32")
-        moved = in_memory(rewritten(model, draw_rewrites("permute", key, self.arch)))
+    def source(self, kind: str, at: int, dtype: str) -> ParamSource:
+        """Returns the base, a fine-tune, or a model of its own initialisation as a checkpoint of this dtype.
+
+        Models of their own initialisation have their units and features in a random order that the number decides.
+        """
+        key = (kind, at, dtype)
+        if key not in self._sources:
+            leaves = {"base": [self.base], "tuned": self.tuned}.get(kind, [])
+            self._sources[key] = source(self.arch, leaves[at] if leaves else self._of_another_order(at), dtype)
+        return self._sources[key]
+
+    def _of_another_order(self, at: int) -> Leaves:
+        model = source(self.arch, self.foreign[at % _FOREIGN], "float32")
+        moved = in_memory(rewritten(model, draw_rewrites("permute", jax.random.key(at), self.arch)))
         return {name: np.asarray(leaf) for name, leaf in flatten(moved.params).items()}
 
 
@@ -142,32 +160,44 @@ def _layer(name: str) -> int:
     return int(name.split("/")[1]) if name.startswith("layers/") else 0
 
 
-def rows(zoo: Zoo, draws: Iterable[int], disguise: str | None) -> Iterator[dict[str, Any]]:
-    """Yields for each merge what is said of the parents that had a part, and of those that had none."""
+def rows(
+    zoo: Zoo, draws: Iterable[int], disguise: str | None, reports: int, aligned: AlignedModels
+) -> Iterator[dict[str, Any]]:
+    """Yields for each report what is said of the parents that had a part, and of those that had none.
+
+    Args:
+      zoo: all models.
+      draws: numbers of merges.
+      disguise: names of rewrites of the child; None for none.
+      reports: on each child, with other parents that had no part.
+      aligned: models of the zoo that were aligned to its base before.
+    """
     for draw in draws:
         method = METHODS[draw % len(METHODS)]
         child, at, needs_origin = merged(zoo, method, draw)
         rng = np.random.default_rng([draw, 1])
         noise, dtype = str(rng.choice(["none", "white", "rows"])), str(rng.choice(["float32", "bfloat16"]))
         child = noisy(child, zoo.base, noise, rng)
-        like = next(i for i in range(at[0] // _OF_A_TEXT * _OF_A_TEXT, len(zoo.tuned)) if i not in at)
-        free = [i for i in range(len(zoo.tuned)) if i not in at and i != like]
-        others = [like, *map(int, rng.choice(free, _OTHERS - 1, replace=False))]
-        key = jax.random.fold_in(jax.random.key(0), draw)
-        given = {f"part {i}": zoo.tuned[i] for i in at} | {f"none {i}": zoo.tuned[i] for i in others}
-        given["foreign"] = zoo.of_another_order(draw % _FOREIGN, key)
-        parents = {name: source(zoo.arch, leaves, dtype) for name, leaves in given.items()}
-        origin = source(zoo.arch, zoo.base, dtype) if needs_origin or draw % 3 else None
+        like = [i for i in range(at[0] // _OF_A_TEXT * _OF_A_TEXT, len(zoo.tuned)) if i not in at]
+        origin = zoo.source("base", 0, dtype) if needs_origin or draw % 3 else None
         model = source(zoo.arch, child, dtype)
         if disguise is not None:
+            key = jax.random.fold_in(jax.random.key(0), draw)
             model = in_memory(rewritten(model, draw_rewrites(disguise, key, zoo.arch)))
-        read = read_in_one_order(MergeModels(model, parents, origin), ("auto",), draw)
-        found = compared(read.models, read.sums, draw, read.untested, None, read.exchanged)
-        yield {
-            "method": method, "noise": noise, "dtype": dtype, "disguise": disguise, "aligned": read.aligned,
-            "bias": None if read.bias is None else read.bias.largest,
-            "parts": [[part.name.split()[0], part.word, part.log10_p] for part in found.parts],
-        }  # fmt: skip
+        for report in range(reports):
+            free = [i for i in range(len(zoo.tuned)) if i not in (*at, *like[:reports])]
+            others = [like[report], *map(int, rng.choice(free, _OTHERS - 1, replace=False))]
+            parents = {f"part {i}": zoo.source("tuned", i, dtype) for i in at}
+            parents |= {f"none {i}": zoo.source("tuned", i, dtype) for i in others}
+            parents["foreign"] = zoo.source("foreign", (draw * reports + report) % _ORDERS, dtype)
+            models = MergeModels(model, parents, origin)
+            # Without the base the models are aligned to one of the parents, to another one in every merge.
+            kept = AlignedModels() if origin is None else aligned
+            read = read_in_one_order(models, ("auto",), 0, known=kept, measures_bias=False)
+            found = compared(read.models, read.sums, draw, read.untested, None, read.exchanged)
+            parts = [[part.name.split()[0], part.word, part.log10_p] for part in found.parts]
+            yield {"draw": draw, "method": method, "noise": noise, "dtype": dtype, "disguise": disguise,
+                   "aligned": read.aligned, "parts": parts}  # fmt: skip
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
@@ -202,9 +232,12 @@ def main(argv: list[str]) -> None:
     file = Path(OUT_DIR.value) / "merge_nulls.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     found: list[dict[str, Any]] = []
-    for disguise in (None, *DISGUISES):
-        count = _MERGES.value if disguise is None else _DISGUISED.value
-        found += rows(zoo, range(_FIRST.value, _FIRST.value + count), disguise)
+    aligned = AlignedModels()
+    for first in range(_FIRST.value, _FIRST.value + max(_MERGES.value, _DISGUISED.value), _AT_ONCE):
+        for disguise in (None, *DISGUISES):
+            count = _MERGES.value if disguise is None else _DISGUISED.value
+            draws = range(first, min(first + _AT_ONCE, _FIRST.value + count))
+            found += rows(zoo, draws, disguise, 1 if disguise is None else _REPORTS.value, aligned)
         atomic_write(file, json.dumps(found).encode())
         print(table(found), f"\n{time.monotonic() - start:.0f} s\n", flush=True)
 

@@ -15,7 +15,7 @@ from tracing_jax.checkpoint.errors import CheckpointError
 from tracing_jax.checkpoint.fitting import tied_names
 from tracing_jax.checkpoint.hf_layouts import LeafLayouts, leaf_layouts
 from tracing_jax.checkpoint.tensor_layout import LeafLayout
-from tracing_jax.checkpoint.tensors import PastCache, TensorStore, all_finite
+from tracing_jax.checkpoint.tensors import TensorStore, all_finite, past_cache_of
 from tracing_jax.checkpoint.weights_only.names import sizes_of_components
 from tracing_jax.tree import Tree, flatten, select, unflatten
 
@@ -69,7 +69,7 @@ class Checkpoint:
 
     def past_cache(self) -> "Checkpoint":
         """Returns the model, its files read past the page cache where they can be."""
-        return replace(self, tensors=self.tensors.past_cache()) if isinstance(self.tensors, PastCache) else self
+        return replace(self, tensors=past_cache_of(self.tensors))
 
     def files(self) -> tuple[Path, ...]:
         """Returns the files that the model was made of: config.json, if it has one, and those of its tensors."""

@@ -1,14 +1,14 @@
 """Tensors that are computed from the stored ones as they are read, slice by slice: renamed, rounded, dequantised."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from tracing_jax.checkpoint.safetensors_file import Index, bounds_of
-from tracing_jax.checkpoint.tensors import TensorStore
+from tracing_jax.checkpoint.tensors import TensorStore, past_cache_of
 
 
 @runtime_checkable
@@ -60,6 +60,18 @@ class DerivedTensors:
         else:
             self._store.read_into(out, name, index)
 
+    def past_cache(self) -> TensorStore:
+        derived = {name: _past_cache(own) for name, own in self._derived.items()}
+        hidden = set(self._store.names()) - set(self._names)
+        return DerivedTensors(past_cache_of(self._store), derived, hidden)
+
+
+def _past_cache(derived: Derived) -> Derived:
+    """Returns a tensor that is computed from those of one `store` with these read past the page cache."""
+    if not is_dataclass(derived) or "store" not in {field.name for field in fields(derived)}:
+        return derived
+    return replace(derived, store=past_cache_of(derived.store))  # type: ignore[attr-defined]
+
 
 class RenamedTensors:
     """A `TensorStore` whose tensors have other names than those of the store that holds them."""
@@ -87,6 +99,9 @@ class RenamedTensors:
 
     def read_into(self, out: np.ndarray, name: str, index: Index = ()) -> None:
         self._store.read_into(out, self._stored[name], index)
+
+    def past_cache(self) -> TensorStore:
+        return RenamedTensors(past_cache_of(self._store), self._stored)
 
 
 @dataclass(frozen=True)

@@ -11,22 +11,34 @@ from pathlib import Path
 
 import numpy as np
 
+from tracing_jax.host_memory import memory_limit
+
 _BLOCK = 4096
 _AT_ONCE = 2**22
 
 
 def fits_page_cache(files: Iterable[Path]) -> bool:
-    """Returns whether the memory of the machine is as large as these files; true where that is not known."""
-    if not {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= os.sysconf_names.keys():
-        return True
-    return sum(file.stat().st_size for file in set(files)) <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Returns whether the memory that this process may use is as large as these files; true where it is not known."""
+    memory = memory_limit()
+    return memory is None or sum(file.stat().st_size for file in set(files)) <= memory
 
 
 class _AlignedMemory(threading.local):
     """Memory of each thread that begins at a page."""
 
     def __init__(self) -> None:
-        self.view = memoryview(mmap.mmap(-1, _AT_ONCE))
+        self._process = -1
+
+    @property
+    def view(self) -> memoryview:
+        """The memory of this thread in this process.
+
+        The mapping is shared, for no other may be read into while the process forks (open(2)), and so a forked process
+        gets one of its own.
+        """
+        if self._process != os.getpid():
+            self._process, self._view = os.getpid(), memoryview(mmap.mmap(-1, _AT_ONCE))
+        return self._view
 
 
 _MEMORY = _AlignedMemory()
@@ -71,8 +83,9 @@ def _read(file: int, start: int, memory: memoryview) -> int:
     skipped = start % _BLOCK
     wanted = min(len(memory), _AT_ONCE - skipped)
     blocks = -(-(skipped + wanted) // _BLOCK)
-    found = min(os.preadv(file, [_MEMORY.view[: blocks * _BLOCK]], start - skipped) - skipped, wanted)
+    view = _MEMORY.view
+    found = min(os.preadv(file, [view[: blocks * _BLOCK]], start - skipped) - skipped, wanted)
     if found > 0:
-        own = np.frombuffer(_MEMORY.view, np.uint8)[skipped : skipped + found]
+        own = np.frombuffer(view, np.uint8)[skipped : skipped + found]
         np.copyto(np.frombuffer(memory[:found], np.uint8), own)  # other threads run meanwhile
     return found

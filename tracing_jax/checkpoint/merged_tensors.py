@@ -15,7 +15,7 @@ from jaxtyping import Float32, Float64
 
 from tracing_jax.checkpoint.errors import CheckpointError
 from tracing_jax.checkpoint.safetensors_file import Index, bounds_of
-from tracing_jax.checkpoint.tensors import TensorStore
+from tracing_jax.checkpoint.tensors import TensorStore, past_cache_of
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,9 @@ class MergedTensors:
             out[...] = self.read(name, index)
         else:
             self._base.read_into(out, name, index)
+
+    def past_cache(self) -> TensorStore:
+        return MergedTensors(past_cache_of(self._base), self._adapter, self._updates, self._own_files)
 
     def _unmerged(self, name: str, index: Index) -> np.ndarray:
         if name in self._updates.replaced:

@@ -51,6 +51,11 @@ class PastCache(Protocol):
         """The same tensors, read past the page cache where that can be."""
 
 
+def past_cache_of(store: TensorStore) -> TensorStore:
+    """Returns the same tensors, read past the page cache where that can be; the store itself where it never can."""
+    return store.past_cache() if isinstance(store, PastCache) else store
+
+
 # The bits of a dtype's exponent, all of which are set in NaN and in the infinities alone.
 _EXPONENT = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F80_0000, "float64": 0x7FF0_0000_0000_0000}
 _CHUNK = 1 << 16  # weights at a time: what is made of them stays in the cache of a core
@@ -189,7 +194,7 @@ class _Sharded:
 
     def past_cache(self) -> TensorStore:
         shards = {id(shard): shard for shard in self._owner.values()}.values()
-        return _Sharded([shard.past_cache() if isinstance(shard, PastCache) else shard for shard in shards])
+        return _Sharded([past_cache_of(shard) for shard in shards])
 
 
 def _open_sharded(index_path: Path, open_missing: MissingFileOpener = lambda name: None) -> TensorStore:

@@ -1,7 +1,6 @@
 """Whether a run keeps both models in memory or streams them layer by layer."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -12,6 +11,7 @@ from jax.sharding import Mesh
 
 from tracing_jax.checkpoint import Checkpoint
 from tracing_jax.experiment.inputs import RunInputs
+from tracing_jax.host_memory import free_memory
 from tracing_jax.options import RunOptions
 from tracing_jax.sharding import make_mesh
 
@@ -68,28 +68,8 @@ def free_bytes(mesh: Mesh) -> int | None:
 def _free_here(mesh: Mesh) -> int | None:
     devices = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
     if devices[0].platform == "cpu":
-        return _free_on_host()
+        return free_memory()
     stats = [device.memory_stats() for device in devices]
     if not all(found and "bytes_limit" in found for found in stats):
         return None
     return sum(found["bytes_limit"] - found.get("bytes_in_use", 0) for found in stats)
-
-
-def _free_on_host() -> int | None:
-    """Returns the smaller of what the machine has left and what the limit of this job's control group leaves."""
-    found = []
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text("ascii").splitlines())
-        found.append(1024 * int(lines["MemAvailable"].split()[0]))
-    except (OSError, LookupError, ValueError):
-        pass  # no Linux
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            found.append(int(Path("/sys/fs/cgroup", limit).read_text("ascii"))
-                         - int(Path("/sys/fs/cgroup", used).read_text("ascii")))  # fmt: skip
-        except (OSError, ValueError):
-            continue  # no such group, or no limit
-    return min(found) if found else None

@@ -68,13 +68,43 @@ class ModelsInOrder(NamedTuple):
     bias: AlignmentBias | None = None
 
 
-def read_in_one_order(models: MergeModels, kinds: Sequence[str], seed: int) -> ModelsInOrder:
+class AlignedModels:
+    """Models after their alignment to a reference, each aligned once, however many merges they are parents of."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[int, int, tuple[str, ...], int], tuple[ParamSource, ParamSource, ParamSource]] = {}
+
+    def get(self, model: ParamSource, reference: ParamSource, kinds: tuple[str, ...], seed: int) -> ParamSource:
+        """Returns a model aligned to the reference by all that these kinds of disguises allow.
+
+        Raises:
+          AlignmentError, ValueError: it cannot be aligned.
+        """
+        key = (id(model), id(reference), kinds, seed)
+        if key not in self._found:
+            wide = float32_source(model)
+            moved = aligned(wide, align(reference, wide, kinds, evidence="weights", seed=seed))
+            # With the two that the numbers belong to, so that these stay theirs.
+            self._found[key] = in_memory(moved, "aligning"), model, reference
+        return self._found[key][0]
+
+
+def read_in_one_order(
+    models: MergeModels,
+    kinds: Sequence[str],
+    seed: int,
+    *,
+    known: AlignedModels | None = None,
+    measures_bias: bool = True,
+) -> ModelsInOrder:
     """Returns the models with their sums: layers in their places, and a child in disguise aligned.
 
     Args:
       models: none of which is changed.
       kinds: of disguises that are undone where the child is in none of the others' places; none if empty.
       seed: of the alignment's proof, and of the sums.
+      known: other models that were aligned before, for merges of the same ones.
+      measures_bias: whether it is measured what an alignment does to shares, which no word depends on.
     """
     models, moved = with_layers_mapped(models)
     notes = [moved] if moved else []
@@ -84,20 +114,24 @@ def read_in_one_order(models: MergeModels, kinds: Sequence[str], seed: int) -> M
         return ModelsInOrder(models, sums, as_read, {}, notes=notes)
     try:
         if kinds:
-            found = with_aligned_child(models, kinds, seed)
+            found = with_aligned_child(models, kinds, seed, known or AlignedModels(), measures_bias)
             return found._replace(notes=[*found.notes, *notes])
     except AlignmentError as error:
         notes = [str(error), *notes]
     return ModelsInOrder(models, sums, as_read, dict.fromkeys(models.names, _OUT_OF_PLACE), notes=notes)
 
 
-def with_aligned_child(models: MergeModels, kinds: Sequence[str], seed: int) -> ModelsInOrder:
+def with_aligned_child(
+    models: MergeModels, kinds: Sequence[str], seed: int, known: AlignedModels, measures_bias: bool
+) -> ModelsInOrder:
     """Returns the models with the child, and where needed the parents, aligned; their sums; and what was done.
 
     Args:
       models: none of which is changed.
       kinds: of disguises, as for `tracing_jax.align`.
       seed: of the alignment's proof, and of the sums.
+      known: see `read_in_one_order`.
+      measures_bias: see `read_in_one_order`.
 
     Raises:
       AlignmentError: the child could not be aligned to any of the models.
@@ -106,7 +140,7 @@ def with_aligned_child(models: MergeModels, kinds: Sequence[str], seed: int) -> 
     original = replace(models, child=float32_source(models.child))  # to round it again would add to the noise
     for at, name in enumerate(["the base"] * (models.origin is not None) + list(models.names), start=1):
         try:
-            gauge = _aligned_to(original, at, kinds, seed)
+            gauge = _aligned_to(original, at, kinds, seed, known)
         except (AlignmentError, ValueError) as error:
             reasons.append(f"to {name}: {error}")
             continue
@@ -122,7 +156,7 @@ def with_aligned_child(models: MergeModels, kinds: Sequence[str], seed: int) -> 
                 _untested(gauge.models, sums, at),
                 True,
                 [f"the child was aligned to {name}: {undone}{likewise}"],
-                _bias(gauge, at, kinds, sums, seed) if gauge.mapped else None,
+                _bias(gauge, at, kinds, sums, seed, known) if gauge.mapped and measures_bias else None,
             )
         reasons.append(f"to {name}: aligned, its kernels are still unlike those of the others")
     raise AlignmentError("the child could not be aligned:\n  " + "\n  ".join(reasons))
@@ -144,7 +178,7 @@ class _Gauge(NamedTuple):
     mapped: bool
 
 
-def _aligned_to(models: MergeModels, at: int, kinds: Sequence[str], seed: int) -> _Gauge:
+def _aligned_to(models: MergeModels, at: int, kinds: Sequence[str], seed: int, known: AlignedModels) -> _Gauge:
     """Returns the models after the child was aligned to the one at this place of those that are read together.
 
     Raises:
@@ -156,10 +190,12 @@ def _aligned_to(models: MergeModels, at: int, kinds: Sequence[str], seed: int) -
     undone = [rewrite.name for rewrite in found.rewrites]
     if found.reorders_only or _NO_MAPS.issuperset(undone):
         return _Gauge(alone, alone, undone, False)
-    return _Gauge(_in_one_gauge(alone, reference, kinds, seed), alone, undone, True)
+    return _Gauge(_in_one_gauge(alone, reference, kinds, seed, known), alone, undone, True)
 
 
-def _bias(gauge: _Gauge, at: int, kinds: Sequence[str], sums: NormalEquations, seed: int) -> AlignmentBias | None:
+def _bias(
+    gauge: _Gauge, at: int, kinds: Sequence[str], sums: NormalEquations, seed: int, known: AlignedModels
+) -> AlignmentBias | None:
     """Returns what such an alignment does to the shares of merges with the shares that were found.
 
     One is of independent noise of the same sizes; see `merged_noise`. The other is of the parents themselves, whose
@@ -172,18 +208,22 @@ def _bias(gauge: _Gauge, at: int, kinds: Sequence[str], sums: NormalEquations, s
     noise = merged_noise(gauge.models, sums, found.values, found.fit.unexplained, seed)
     again = merged_again(gauge.child_alone, found.values) if gauge.models.tokens is None else None
     moved = {
-        "noise": _moved(noise, at, kinds, names, seed),
-        "parents": None if again is None else _moved(again, at, kinds, names, seed),
+        "noise": _moved(noise, at, kinds, names, seed, AlignedModels()),
+        "parents": None if again is None else _moved(again, at, kinds, names, seed, known),
     }
-    known = {of: own for of, own in moved.items() if own is not None}
-    return AlignmentBias(gauge.models.names, known) if known else None
+    measured = {of: own for of, own in moved.items() if own is not None}
+    return AlignmentBias(gauge.models.names, measured) if measured else None
 
 
-def _moved(made: MergeModels, at: int, kinds: Sequence[str], names: Sequence[str], seed: int) -> Moved | None:
+def _moved(
+    made: MergeModels, at: int, kinds: Sequence[str], names: Sequence[str], seed: int, known: AlignedModels
+) -> Moved | None:
     """Returns how much shares move if a child is disguised by rewrites of these names and aligned; None if it fails."""
     hidden = rewritten(made.child, draw_rewrites(names, jax.random.key(seed), made.child.arch))
     try:
-        back = _aligned_to(replace(made, child=in_memory(hidden, "measuring the alignment")), at, kinds, seed).models
+        back = _aligned_to(
+            replace(made, child=in_memory(hidden, "measuring the alignment")), at, kinds, seed, known
+        ).models
     except (AlignmentError, ValueError):
         return None
     moved = moved_shares(made, read_sums(made, seed), back, read_sums(back, seed))
@@ -216,16 +256,13 @@ def _samples(models: MergeModels, sums: NormalEquations) -> list[list[Float[np.n
     return [own for name in _kernels_of(models) if (own := sums.samples_of(name))]
 
 
-def _in_one_gauge(models: MergeModels, reference: ParamSource, kinds: Sequence[str], seed: int) -> MergeModels:
-    """Returns the models with every parent but the reference aligned to it as the child was."""
+def _in_one_gauge(
+    models: MergeModels, reference: ParamSource, kinds: Sequence[str], seed: int, known: AlignedModels
+) -> MergeModels:
+    """Returns the models, the reference and all others aligned to it as the child was."""
     whole = ("all",) if "auto" in kinds else tuple(kinds)
-
-    def in_gauge(model: ParamSource) -> ParamSource:
-        wide = float32_source(model)
-        return in_memory(aligned(wide, align(reference, wide, whole, evidence="weights", seed=seed)), "aligning")
-
-    origin = None if models.origin is None else in_gauge(models.origin)
-    parents = {name: in_gauge(parent) for name, parent in models.parents.items()}
+    origin = None if models.origin is None else known.get(models.origin, reference, whole, seed)
+    parents = {name: known.get(parent, reference, whole, seed) for name, parent in models.parents.items()}
     return replace(models, parents=parents, origin=origin)
 
 

@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import NamedTuple
 
@@ -41,11 +41,13 @@ class PiecePlan(NamedTuple):
 
     Attributes:
       place: of the leaf.
+      sources: each model with its name of the leaf, and whether it has one MLP for the experts of the child.
       axis: on which the leaf is sliced, into so many `slices`, of which this one is from `start` to `stop`.
       whole: the leaf of models that cannot be read in slices, by their places, for all its slices.
     """
 
     place: TensorKey
+    sources: tuple[tuple[ParamSource, str, bool], ...]
     axis: int
     start: int
     stop: int
@@ -94,6 +96,8 @@ class MergeModels:
     origin: ParamSource | None = None
     tokens: tuple[Int[np.ndarray, " S"], ...] | None = None
     layers: tuple[LayerSources, ...] | None = None
+    _reading: Lock = field(default_factory=Lock, init=False, repr=False, compare=False)
+    """Held to read what is no slice of a file: sources need not be fit for several threads."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -176,37 +180,37 @@ class MergeModels:
         """Yields the pieces that a leaf is read in."""
         spec = self._table.leaves[place.name]
         paired = "vocab" in spec.axes and self.tokens is not None
-        axis = self._outermost_axis(place.name)
+        axis, sources = self._outermost_axis(place.name), self._sources(place)
         units = self._table.sizes[spec.axes[axis] or ""] if spec.axes else 1
         count = 1 if paired else min(units, 2 ** max(0, math.ceil(math.log2(self._bytes(spec) / SLICE_BYTES))))
         whole: dict[int, np.ndarray] = {}
         for start, stop in itertools.pairwise(map(int, np.linspace(0, units, count + 1).astype(int))):
-            yield PiecePlan(place, axis, start, stop, count, whole)
+            yield PiecePlan(place, sources, axis, start, stop, count, whole)
 
     def piece(self, plan: PiecePlan, buffers: PieceBuffers | None = None) -> Piece:
-        """Reads a piece.
+        """Reads a piece; several threads may, each with buffers of its own.
 
         Args:
           plan: of the piece.
           buffers: where slices are read; the next piece that is read there overwrites this one.
         """
-        read, spec = self._read(plan.place), self._table.leaves[plan.place.name]
+        spec = self._table.leaves[plan.place.name]
         if plan.slices > 1:
-            parts = (self._units(plan, i, *one, buffers) for i, one in enumerate(read))
+            parts = (self._units(plan, i, *one, buffers) for i, one in enumerate(plan.sources))
             return Piece(tuple(parts), self._is_of_experts(spec), plan.axis, plan.start, plan.slices)
         with self._reading:
-            leaves = [self._paired(i, spec, leaf(m, n)) for i, (m, n, _) in enumerate(read)]
-        paired = (_of_each(own, len(leaves[0])) if dense else own for own, (_, _, dense) in zip(leaves, read))
+            leaves = [self._paired(i, spec, leaf(m, n)) for i, (m, n, _) in enumerate(plan.sources)]
+        paired = (_of_each(own, len(leaves[0])) if dense else own for own, (_, _, dense) in zip(leaves, plan.sources))
         return Piece(tuple(paired), self._is_of_experts(spec))
 
-    def _read(self, place: TensorKey) -> list[tuple[ParamSource, str, bool]]:
+    def _sources(self, place: TensorKey) -> tuple[tuple[ParamSource, str, bool], ...]:
         """Returns each model with its name of a leaf, and whether it has one MLP for the experts of the child."""
         is_of_experts = self._is_of_experts(self._table.leaves[place.name])
         names = (place.name, *map(str, self._names_in_others(place.name)))
-        return [
+        return tuple(
             (model, name, is_of_experts and self._is_dense(i, name))
             for i, (model, name) in enumerate(zip(self._unchecked, names))
-        ]
+        )
 
     def _units(
         self, plan: PiecePlan, at: int, model: ParamSource, name: str, dense: bool, buffers: PieceBuffers | None
@@ -261,11 +265,6 @@ class MergeModels:
             return replace(model if fit else model.past_cache(), refuses_nan=False)
 
         return tuple(map(unchecked, self.read_together))
-
-    @functools.cached_property
-    def _reading(self) -> Lock:
-        """Held to read what is no slice of a file: sources need not be fit for several threads."""
-        return Lock()
 
     @functools.cached_property
     def _table(self) -> AxisTable:
