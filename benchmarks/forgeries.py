@@ -301,10 +301,10 @@ def turned_and_ordered_like_base(base: InMemory, other: InMemory, generator: np.
     return base, _reordered(turned, {f"layers/{i}/mlp": order for i, order in enumerate(orders)})
 
 
-def _unit_rows(model: InMemory, layer: int) -> Float[np.ndarray, "F D"]:
-    """Returns the up rows of a layer with the gain of its norm, each of length one, float64."""
+def _unit_rows(model: InMemory, layer: int, name: str = "up_proj") -> Float[np.ndarray, "F D"]:
+    """Returns the up or gate rows of a layer with the gain of its norm, each of length one, float64."""
     params = model.layer(layer)
-    rows = np.asarray(params["mlp"]["up_proj"]["kernel"], np.float64).T * np.asarray(
+    rows = np.asarray(params["mlp"][name]["kernel"], np.float64).T * np.asarray(
         gain_of(params, model.arch.mlp_norm, model.arch), np.float64
     )
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
@@ -330,6 +330,30 @@ def tokens_copied(unused: Int[np.ndarray, " _"]) -> Forgery:
             u, _, v = np.linalg.svd(ours[used].T @ theirs[used])
             theirs[unused] = (ours[unused] @ u @ v).astype(np.float32)
             leaves[name] = rows(theirs)
+        return base, InMemory(other.arch, unflatten(leaves))
+
+    return forge
+
+
+def tokens_answered_alike(unused: Int[np.ndarray, " _"]) -> Forgery:
+    """Returns the forgery that has units of the other model answer unused tokens as base's of the same index do.
+
+    The embeddings of these tokens are chosen so for half as many units of the first layer as there are features for.
+    """
+
+    def forge(base: InMemory, other: InMemory, generator: np.random.Generator) -> Models:
+        names = ("gate_proj", "up_proj") if base.arch.gated else ("up_proj",)
+        count = min(base.arch.mlp_dim, base.arch.embed_dim // (2 * len(names)))  # well-conditioned
+        ours, theirs = (
+            np.concatenate([_unit_rows(model, 0, name)[:count] for name in names]) for model in (base, other)
+        )
+        leaves = dict(flatten(other.params))
+        embedding = leaves["embed/embedding"].copy()
+        wanted = flatten(base.params)["embed/embedding"][unused].astype(np.float64) @ ours.T
+        found = np.linalg.lstsq(theirs, wanted.T)[0].T
+        length = np.linalg.norm(np.delete(embedding, unused, axis=0), axis=1).mean()
+        embedding[unused] = found * length / np.linalg.norm(found, axis=1, keepdims=True)
+        leaves["embed/embedding"] = embedding
         return base, InMemory(other.arch, unflatten(leaves))
 
     return forge
@@ -364,6 +388,11 @@ def forgeries(arch: Arch, unused: Int[np.ndarray, " _"]) -> Mapping[str, Forgery
         "layers of the other that do nothing, behind": layers_added,
         "layers of the other that do nothing, in front": partial(layers_added, in_front=True),
         f"{len(unused)} unused tokens of the other": tokens_copied(unused),
+        **(
+            {f"{len(unused)} unused tokens answered as the other does": tokens_answered_alike(unused)}
+            if not arch.num_experts
+            else {}
+        ),
         "both rounded to one grid of 4 bits": on_one_grid(4),
     }
     if arch.num_experts:

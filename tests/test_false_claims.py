@@ -23,6 +23,7 @@ from benchmarks.forgeries import (
     planted,
     sorted_units,
     split_by_gate,
+    tokens_answered_alike,
     turned_and_ordered_like_base,
     widened,
 )
@@ -122,8 +123,12 @@ def test_a_forgery_keeps_both_functions(kind, name):
         assert moved.max() < (2e-2 if "nearly" in name else 2e-4)
 
 
+def name_of(statistic):
+    return type(statistic).__name__
+
+
 @pytest.mark.parametrize("seed", [0, slow(1), slow(2)])
-@pytest.mark.parametrize("statistic", TESTS, ids=lambda statistic: type(statistic).__name__)
+@pytest.mark.parametrize("statistic", TESTS, ids=name_of)
 @pytest.mark.parametrize(
     "forge",
     [
@@ -251,6 +256,39 @@ def test_rows_of_tokens_that_no_text_has_do_not_say_what_is_read():
     Pair(known, known, Vocabularies(True, IDS, IDS, text_ids=(IDS, IDS)), None, Compute(make_mesh(), 8), 0)
     assert len(distinct_units(unknown, 0).kept) > F - 4
     assert len(distinct_units(known, 0).kept) == 0
+
+
+@pytest.mark.parametrize(
+    "statistic",
+    [Match(("weights",)), *map(slow, (Csh(blocks=4, block_size=32), MatchIo(), MatchMlps()))],
+    ids=name_of,
+)
+def test_tokens_that_no_text_has_are_no_evidence_and_hide_none(statistic):
+    """Any embedding can be given to them: so that units of strangers answer alike, or those of relatives do not."""
+    arch = dataclasses.replace(ARCH, vocab_size=464, embed_dim=128)
+    ids, used, unused = np.arange(464, dtype=np.int32), np.arange(464) < 64, np.arange(64, 464)
+    base, other = (on_host(InMemory(arch, init_params(arch, jax.random.key(seed)))) for seed in (0, 1))
+    alike = tokens_answered_alike(unused)(base, other, np.random.default_rng(0))[1]
+    np.testing.assert_allclose(predicted(alike, TOKENS)[..., used], predicted(other, TOKENS)[..., used], atol=1e-4)
+    leaves = dict(flatten(base.params))
+    noise = 10 * np.random.default_rng(1).standard_normal((400, arch.embed_dim))
+    leaves["embed/embedding"] = np.concatenate([leaves["embed/embedding"][used], noise.astype(np.float32)])
+    hidden = InMemory(arch, unflatten(leaves))
+
+    def found(model, **known):
+        text_ids = (ids[used],) * 2
+        vocabularies = Vocabularies(True, ids, ids, text_ids=text_ids, **known)
+        pair = Pair(base, model, vocabularies, None, Compute(make_mesh(), 8), 0)
+        return statistic.compute(pair)
+
+    assert found(alike, in_text=used).log10_p > -1.3
+    assert found(hidden, in_text=used).deciding_log10_p < -6
+    unknown = found(alike, known=False)
+    assert unknown.deciding_log10_p == 0.0
+    assert unknown.blind_to
+    if isinstance(statistic, Match | MatchMlps):  # the others compare more than what units read of tokens
+        assert unknown.log10_p < -3
+        assert "without a tokenizer" in unknown.reservation
 
 
 def test_rows_that_a_rotation_and_an_order_fit_are_no_evidence():
@@ -511,7 +549,7 @@ def test_embeddings_of_tokens_that_no_text_has_decide_nothing():
             statistic.compute(Pair(base, ft, vocabularies, None, Compute(make_mesh(), 8), 0)) for ft in (other, forged)
         )
         assert [test.values for test in found.tests] == [test.values for test in given.tests], statistic
-    few = dataclasses.replace(vocabularies, in_text=ids < 100)
+    few = dataclasses.replace(vocabularies, in_text=ids < 60)
     assert set(few.drawn(np.random.default_rng(0), 3000).tolist()) == set(ids.tolist())
 
 

@@ -11,6 +11,7 @@ from tracing_jax.forward import LayerCorrelations, correlations
 from tracing_jax.statistics.comparison import Comparison, compare_layers
 from tracing_jax.statistics.distinct_units import distinct_units
 from tracing_jax.statistics.in_place import constrained_result, in_place, units_not_applicable
+from tracing_jax.statistics.shared_tokens import with_doubts
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies, depths_not_applicable
 
 _TAP = {"hidden": "units", "up": "up"}
@@ -19,8 +20,8 @@ _TAP = {"hidden": "units", "up": "up"}
 class Csh(options.Csh):
     """Constrained test on the hidden activations of the MLPs; the p-value is exact like that of `csu`.
 
-    Both models read the same random tokens, drawn uniformly from those that both vocabularies have. Units are matched
-    by the absolute correlation of their activations over the tokens.
+    Both models read the same random tokens, drawn uniformly from those that both vocabularies and a text have. Units
+    are matched by the absolute correlation of their activations over the tokens.
 
     Source: Zhu et al. 2025 (arXiv 2502.12292); its program matches the up activation under this name, and by cosine.
     """
@@ -46,11 +47,12 @@ class Csh(options.Csh):
 
         layers = correlations(pair.base, pair.ft, blocks, (tap,), pair.compute, "csh", run_cache=run_cache)
         comparisons = compare_layers(layers, compare, run_cache)
-        return constrained_result(pair, comparisons, f"units whose {self.activation} activation stays in place, share")
+        label = f"units whose {self.activation} activation stays in place, share"
+        return with_doubts(constrained_result(pair, comparisons, label), pair)
 
 
 def random_blocks(vocabularies: Vocabularies, shape: tuple[int, int], generator: np.random.Generator) -> PairedBlocks:
-    """Returns blocks of tokens drawn uniformly from those that both vocabularies have, by string."""
-    drawn = generator.integers(len(vocabularies.ids_base), size=shape)
+    """Returns blocks of tokens drawn uniformly from those that both vocabularies have, by string, and a text has."""
+    drawn = vocabularies.usable[generator.integers(len(vocabularies.usable), size=shape)]
     base, ft = (ids[drawn].astype(np.int32) for ids in (vocabularies.ids_base, vocabularies.ids_ft))
     return paired_one_to_one(base, ft, "random tokens of both vocabularies, paired by string")

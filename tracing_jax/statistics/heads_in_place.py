@@ -128,7 +128,7 @@ class HeadsInPlace(options.HeadsInPlace):
 
     def _moments(self, pair: Pair, model: ParamSource, layers: Sequence[int]) -> list[Float[Array, "_ D"]]:
         shared = pair.vocabularies.ids_base if model is pair.base else pair.vocabularies.ids_ft
-        drawn = np.sort(pair.generator("heads_in_place", "tokens").permutation(len(shared))[: self.moment_rows])
+        drawn = np.sort(pair.vocabularies.drawn(pair.generator("heads_in_place", "tokens"), self.moment_rows))
         return moments_of_layers(
             model, [layers[i] for i in spread_layers(len(layers), self.moments_of)], shared[drawn], self.moment_rows
         )

@@ -41,6 +41,7 @@ from tracing_jax.statistics.comparison import (
 )
 from tracing_jax.statistics.distinct_units import DistinctUnits, distinct_units
 from tracing_jax.statistics.pvalues import bonferroni
+from tracing_jax.statistics.shared_tokens import with_doubts
 from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies, depths_not_applicable
 
 TAPS = ("gate", "up")
@@ -103,7 +104,7 @@ class Match(options.Match):
         if "forward" in found and pair.blocks is not None:
             notes.append(f"forward: positions paired by {pair.blocks.how}")
         best = max(found.values(), key=share_agreeing)
-        return Result(
+        result = Result(
             headline=share_agreeing(best),
             label="units on which gate and up projection agree, share (the larger of the forms)",
             log10_p=bonferroni_log10(tests),
@@ -114,7 +115,8 @@ class Match(options.Match):
             effect=agreement_effect(best),
             unit_map=_unit_map(best, pair),
             **reserved(tests, BY_CONVERGENCE),
-        ).for_pair(pair)
+        )
+        return (with_doubts(result, pair) if "weights" in found else result).for_pair(pair)
 
     def _layers(
         self, form: str, base: ParamSource, ft: ParamSource, pair: Pair, run_cache: RunCache

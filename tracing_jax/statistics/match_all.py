@@ -26,6 +26,7 @@ from tracing_jax.statistics.comparison import LN10, Comparison, bonferroni_log10
 from tracing_jax.statistics.distinct_units import distinct_units
 from tracing_jax.statistics.match import TAPS, Match, compare_taps, gates_not_applicable
 from tracing_jax.statistics.pvalues import bonferroni
+from tracing_jax.statistics.shared_tokens import with_doubts
 from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies
 
 Activations = Mapping[str, np.ndarray]
@@ -100,7 +101,8 @@ class MatchAll(options.MatchAll):
         combined = np.minimum(0.0, np.min(list(log_p.values()), axis=0) + math.log(len(log_p)))
         found = assign_layers(combined, math.log(self.level / combined.size))
         units = _kept_units(found, by_form, log_p, pair)
-        return self._result(found, combined, compared, nulls, log_p, units, pair).for_pair(pair)
+        result = self._result(found, combined, compared, nulls, log_p, units, pair)
+        return (with_doubts(result, pair) if "weights" in by_form else result).for_pair(pair)
 
     def _positions(self, base: Arch, ft: Arch) -> int:
         units = sum(arch.mlp_dim_of(i) for arch in (base, ft) for i in range(arch.num_layers))

@@ -29,7 +29,7 @@ from tracing_jax.statistics.distinct_units import inactive_below
 from tracing_jax.statistics.head_kernels import HEAD_LEAVES, gates_not_applicable, head_kernels, inactive_attention
 from tracing_jax.statistics.head_null import heads_log_sf
 from tracing_jax.statistics.mlp_rows import gain_of, unit_length
-from tracing_jax.statistics.shared_tokens import TokenRows, shared_token_rows, tokens_not_applicable
+from tracing_jax.statistics.shared_tokens import TokenRows, shared_token_rows, tokens_not_applicable, with_doubts
 from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies, depths_not_applicable
 from tracing_jax.tree import Tree, to_host
 
@@ -99,7 +99,7 @@ class MatchHeads(options.MatchHeads):
             notes.append("what heads write is gated, token by token: the gates are left out")
         if pair.base.arch.latent or pair.ft.arch.latent:
             notes.append("heads read latents: the norms of these, a number for each token, are left out")
-        return Result(
+        result = Result(
             headline=share_agreeing(layers),
             label="heads on which attention and output agree, share",
             log10_p=bonferroni_log10(tests),
@@ -109,7 +109,8 @@ class MatchHeads(options.MatchHeads):
             notes=notes,
             effect=_effect(layers),
             **reserved(tests, BY_CONVERGENCE),
-        ).for_pair(pair)
+        )
+        return with_doubts(result, pair).for_pair(pair)
 
     def _compared(self, pair: Pair, name: str) -> PairAgreements:
         """Returns the agreement of the heads of each layer, and of control pairs of layers."""

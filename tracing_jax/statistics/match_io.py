@@ -32,7 +32,7 @@ from tracing_jax.statistics.calibration import control_pairs
 from tracing_jax.statistics.comparison import Comparison
 from tracing_jax.statistics.distinct_units import distinct_units
 from tracing_jax.statistics.mlp_rows import mlp_row_leaves, mlp_rows
-from tracing_jax.statistics.shared_tokens import TokenRows, shared_token_rows, tokens_not_applicable
+from tracing_jax.statistics.shared_tokens import TokenRows, shared_token_rows, tokens_not_applicable, with_doubts
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies, depths_not_applicable
 
 Responses = Mapping[str, Float[np.ndarray, "_ _"]]
@@ -72,7 +72,7 @@ class MatchIo(options.MatchIo):
     def compute(self, pair: Pair) -> Result:
         """Returns the calibrated and the parametric tests; no forward pass."""
         compared = self._compared(pair, "pair")
-        return agreement_result(
+        result = agreement_result(
             "match_io",
             pair,
             compared,
@@ -80,6 +80,7 @@ class MatchIo(options.MatchIo):
             "units on which what they read and what they write agree, share",
             [f"layer {i}" for i in range(len(compared.layers))],
         )
+        return with_doubts(result, pair)
 
     def _compared(self, pair: Pair, name: str) -> PairAgreements:
         """Returns the agreements of the layers of a pair, and those of control pairs of layers."""

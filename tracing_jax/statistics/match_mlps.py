@@ -102,7 +102,7 @@ class MatchMlps(options.MatchMlps):
             null=matched.null,
             layer_map=dict(matched.layer_map) | {"sentence": _sentence(found, base, ft)},
             notes=notes,
-            blind_to=("MLPs that were not drawn",) if is_part else None,
+            blind_to=(*(matched.blind_to or ()), *(["MLPs that were not drawn"] if is_part else [])) or None,
             effect=matched.effect,
             premises=order_premises(ordered_models(list(compared.values()))) if compared else (),
             **reserved(tests, "; ".join(reservations)),

@@ -1,5 +1,6 @@
 """What the shared tokens of two models read and write: their rows of the input embedding and of the head."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -8,12 +9,16 @@ from jaxtyping import Array, Float, Int
 
 from tracing_jax.arch import Arch
 from tracing_jax.sources import ParamSource
+from tracing_jax.statistics.comparison import bonferroni_log10
 from tracing_jax.statistics.mlp_rows import gain_of, without_mean
-from tracing_jax.statistics.statistic import Pair, Vocabularies, heads_not_applicable
+from tracing_jax.statistics.statistic import Pair, Result, Vocabularies, heads_not_applicable
 from tracing_jax.tree import taken
 
 FEW_TOKENS = 32
 """Fewer shared tokens than this distinguish units too badly."""
+
+_MEASURED_TOKENS = 512
+"""Power has been measured with so many tokens, or with more than half as many as there are features."""
 
 
 class TokenRows(NamedTuple):
@@ -28,6 +33,31 @@ def tokens_not_applicable(base: Arch, ft: Arch, vocabularies: Vocabularies) -> l
     found = len(vocabularies.ids_base)
     few = [] if found >= FEW_TOKENS else [f"the vocabularies share {found} tokens, {FEW_TOKENS} are needed"]
     return heads_not_applicable(base, ft) + few
+
+
+def with_doubts(result: Result, pair: Pair) -> Result:
+    """Returns the result of a statistic on embeddings of shared tokens, with what its tokens leave in doubt.
+
+    Where they are not known to be in a text, its evidence is reserved, but for that of tests on a text, and it does not
+    detect a relation that other embeddings hide. Nor does it where there are few of them.
+    """
+    doubt, usable = pair.vocabularies.doubt, len(pair.vocabularies.usable)
+    hidden = result.blind_to or ()
+    width = min(pair.base.arch.embed_dim, pair.ft.arch.embed_dim)
+    if doubt:
+        hidden += ("other embeddings of tokens that no text has",)
+    elif usable < min(_MEASURED_TOKENS, width // 2):
+        hidden += (f"differences by {usable} tokens, as few as a text and both vocabularies share",)
+    tests = tuple(
+        replace(test, firm_log10_p=0.0) if doubt and test.decides and not test.name.startswith("forward") else test
+        for test in result.tests
+    )
+    result = replace(result, tests=tests, blind_to=hidden or result.blind_to)
+    firm = bonferroni_log10(tests, firm=True)
+    if not doubt or result.log10_p is None or firm is None or firm <= result.log10_p:
+        return result
+    reservation = f"{doubt}, and embeddings of tokens that no text has can be made to agree"
+    return replace(result, firm_log10_p=firm, reservation="; ".join(filter(None, (result.reservation, reservation))))
 
 
 def shared_token_rows(pair: Pair, most: int, name: str) -> tuple[TokenRows, TokenRows]:

@@ -1,5 +1,6 @@
 """The interface of a statistic: the pair of models that it gets, the result that it returns, and its protocol."""
 
+import functools
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -22,8 +23,8 @@ _AFTER_ALIGNMENT = (
 """Why no result on an aligned pair has a p-value. Source: simulations in the setting of Zhu et al.; docs/nulls.md."""
 
 
-_ENOUGH = 1024
-"""Tokens by which the units of wide models are told apart; a vocabulary of tens of thousands has more in our text."""
+_FEWEST_OF_TEXT = 64
+"""By fewer tokens than this units are told apart too badly: where no more are known to be in a text, all are used."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,29 @@ class Vocabularies:
     in_text: Bool[np.ndarray, " S"] | None = None
     text_ids: tuple[Int[np.ndarray, " T"], Int[np.ndarray, " T2"]] | None = None
 
-    def drawn(self, generator: np.random.Generator, most: int) -> Int[np.ndarray, " n"]:
-        """Returns the positions of at most so many shared tokens, in the order drawn.
+    @functools.cached_property
+    def usable(self) -> Int[np.ndarray, " n"]:
+        """Positions of the shared tokens that tests compare: those of the text, if 64 of them are known to be in it.
 
-        Of a vocabulary that has at least `_ENOUGH` of them in the text of this package, those alone: a token that no
-        text has can be given any embedding without a change of what the model does, and so the responses of units to
-        it any value.
+        A token that no text has can be given any embedding without a change of what the model does, and so what units
+        make of it any value: it can be made to agree with another model's, or to hide that it does.
         """
-        candidates = np.arange(len(self.ids_base))
-        if self.in_text is not None and self.in_text.sum() >= _ENOUGH:
-            candidates = np.flatnonzero(self.in_text)
-        return candidates[generator.permutation(len(candidates))[:most]]
+        if self.in_text is None or self.in_text.sum() < _FEWEST_OF_TEXT:
+            return np.arange(len(self.ids_base))
+        return np.flatnonzero(self.in_text)
+
+    @property
+    def doubt(self) -> str:
+        """Why the usable tokens are not known to be in a text; empty if they are, or if the caller chose them."""
+        if not self.known:
+            return "without a tokenizer of both models it is not known which tokens a text has"
+        if self.in_text is not None and len(self.usable) > self.in_text.sum():
+            return f"only {self.in_text.sum()} of the shared tokens are in the text of this package"
+        return ""
+
+    def drawn(self, generator: np.random.Generator, most: int) -> Int[np.ndarray, " n"]:
+        """Returns the positions of at most so many of the usable shared tokens, in the order drawn."""
+        return self.usable[generator.permutation(len(self.usable))[:most]]
 
 
 @dataclass(frozen=True)
@@ -91,7 +104,7 @@ class Pair:
         ids = self.vocabularies.ids_base
         blocks = None if self.blocks is None else paired_one_to_one(self.blocks.base, self.blocks.base)
         given = None if self.vocabularies.text_ids is None else (self.vocabularies.text_ids[0],) * 2
-        vocabularies = Vocabularies(True, ids, ids, in_text=self.vocabularies.in_text, text_ids=given)
+        vocabularies = replace(self.vocabularies, same=True, ids_ft=ids, unseen={}, text_ids=given)
         return replace(self, ft=self.base, vocabularies=vocabularies, blocks=blocks)
 
     def generator(self, *names: str | int) -> np.random.Generator:
