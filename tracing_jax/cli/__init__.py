@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from tracing_jax.cli.arguments import Parser, program_version
 from tracing_jax.cli.errors import configure_logging
 from tracing_jax.cli.process import end_interrupted, prepare_process
-from tracing_jax.cli.startup import import_transformers_without_torch
+from tracing_jax.cli.startup import import_transformers_without_torch, let_idle_blas_threads_sleep
 
 VERBS = {
     "compare": "trace one or more models to a base: the verdict, and the layers behind it",
@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     is_program = argv is None
     if is_program:
         prepare_process()
+        let_idle_blas_threads_sleep()
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] and argv[0] in VERBS:
         try:
