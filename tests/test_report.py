@@ -1,6 +1,7 @@
 """Figures show the data they were given; the page is whole, closed to the network, and escapes what it shows."""
 
 import io
+import itertools
 import math
 import re
 import subprocess
@@ -615,6 +616,29 @@ def test_a_figure_of_many_statistics_is_no_higher_than_its_limit():
     assert max(h for _, h in sizes.values()) < height <= 1600
     assert width > 3 * 1024 - 1
     assert all(0.97 * 1024 <= w <= 1024 for w, _ in sizes.values())
+
+
+def test_nothing_in_a_figure_is_cut_or_overlaps():
+    names = [f"gate and {side}, even and odd layers, agreement, {kind}" for side in ("up", "down") for kind in "ab"]
+    tests = [one_test(name) for name in (*names, "short")]
+    long = result(0.5, log10_p=-9.0, tests=tests) | {"label": "units whose up-projection stays in place, " * 4}
+    statistics = {f"s{i}": {"non_aligned": long, "aligned": None} for i in range(4)} | with_tests()["statistics"]
+    figure = figure_of_run(record(statistics=statistics, verdict=judged()))
+    renderer = figure.canvas.get_renderer()
+    figure.draw(renderer)
+    parts = [axes.get_tightbbox(renderer) for axes in figure.axes]
+    width, height = figure.get_size_inches() * figure.dpi
+    assert all(part.x0 >= 0 and part.y0 >= 0 and part.x1 <= width and part.y1 <= height for part in parts)
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(parts, 2))
+    legends = [axes for axes in figure.axes if axes.get_legend()]
+    assert len(legends) > 4
+    for axes in legends:
+        words = [axes.xaxis.label, *axes.get_xticklabels()]
+        assert (
+            not axes.get_legend()
+            .get_window_extent(renderer)
+            .count_overlaps([word.get_window_extent(renderer) for word in words])
+        )
 
 
 def test_what_a_figure_shows_is_said_to_those_who_do_not_see_it():

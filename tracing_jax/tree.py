@@ -76,10 +76,18 @@ def readable(array: jax.Array) -> jax.Array | np.ndarray:
 
 
 def taken(leaf: jax.Array | np.ndarray, indices: Int[np.ndarray, " n"], axis: int = 0) -> jax.Array | np.ndarray:
-    """Returns the leaf at these indices of an axis, all within it, as one compiled program where it is on a device."""
-    if isinstance(leaf, np.ndarray):
-        return leaf.take(indices, axis=axis)
+    """Returns the leaf at these indices of an axis, all within it, as one compiled program where it is on a device.
+
+    Of a leaf in the memory of this process it is an array of numpy: each shape would be another program.
+    """
+    if isinstance(leaf, np.ndarray) or _is_on_one_cpu(leaf):
+        return np.asarray(leaf).take(indices, axis=axis)
     return _taken(leaf, indices, axis)
+
+
+def _is_on_one_cpu(array: jax.Array) -> bool:
+    devices = array.devices()
+    return len(devices) == 1 and next(iter(devices)).platform == "cpu" and array.is_fully_addressable
 
 
 @functools.partial(jax.jit, static_argnames="axis")

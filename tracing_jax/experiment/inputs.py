@@ -171,6 +171,8 @@ def _same_files(base: Checkpoint, ft: Checkpoint) -> bool:
 
 
 def _draw_disguise(options: RunOptions, ft: Checkpoint) -> tuple[Rewrite, ...]:
+    if not options.disguise:
+        return ()
     key = jax.random.fold_in(jax.random.key(options.seed), zlib.crc32(b"disguise"))
     try:
         return draw_rewrites(options.disguise, key, ft.arch, without=(RENAMING,))

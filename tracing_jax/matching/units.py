@@ -7,8 +7,9 @@ models with a fifth of their units zero then seem to agree. So the solver gets r
 
 from dataclasses import dataclass
 
+import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from tracing_jax.matching.assignment import assign
 from tracing_jax.matching.device_row_reducers import FactoredSimilarity, row_reducer
@@ -36,9 +37,14 @@ def live_units(
 
     A unit that is all zero, or never varies, has similarity 0 with every other and cannot be matched.
     """
-    rows = np.logical_and.reduce([np.asarray(s.any(axis=1)) for s in similarities])
-    columns = np.logical_and.reduce([np.asarray(s.any(axis=0)) for s in similarities])
+    found = [_has_any(s) if isinstance(s, jax.Array) else (s.any(axis=1), s.any(axis=0)) for s in similarities]
+    rows, columns = (np.logical_and.reduce([np.asarray(side) for side in sides]) for sides in zip(*found))
     return np.flatnonzero(rows), np.flatnonzero(columns)
+
+
+@jax.jit
+def _has_any(similarity: Float[Array, "n m"]) -> tuple[Bool[Array, " n"], Bool[Array, " m"]]:
+    return similarity.any(axis=1), similarity.any(axis=0)
 
 
 def match_units(

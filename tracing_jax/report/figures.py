@@ -13,18 +13,16 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
 from PIL import Image
 
 from tracing_jax.record import atomic_write
 from tracing_jax.report import p_value_panels, panels
 from tracing_jax.report.bounded_p_values import with_bounded_p_values
 from tracing_jax.report.formatting import outcome, results_by_side, subject
+from tracing_jax.report.layout import Area, Placed, arrange
 
-_WIDTH_INCHES = 6.4
 _DOTS_PER_INCH = 160
-_HIGHEST_INCHES = 10.0  # 1,600 pixels
-_LEAST_INCHES = 0.3
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class _Panel:
     title: str
     draw: Callable[[Axes, Mapping[str, Any]], None]
     data: Mapping[str, Any]
-    height_inches: float
+    plot_inches: float
 
 
 def path_figure(
@@ -70,10 +68,10 @@ def pairs_figure(
         found.append(_path_panel(f"Loss along the path from {base}", curves, groups))
     if families and level is not None:
         data = {"families": families, "level": level}
-        height_inches = 1.6 + 0.35 * len(families)
-        found.append(_Panel(f"p-values against {base}", p_value_panels.draw_pairs, data, height_inches))
+        plot_inches = 0.4 + 0.35 * len(families)
+        found.append(_Panel(f"p-values against {base}", p_value_panels.draw_pairs, data, plot_inches))
     nothing = {"text": "No pair has a path or a p-value that enters a verdict."}
-    return _figure([[panel] for panel in found or [_Panel("No figure", panels.draw_text, nothing, 1.0)]])
+    return _figure([[panel] for panel in found or [_Panel("No figure", panels.draw_text, nothing, 0.5)]])
 
 
 def figure_of_run(record: Mapping[str, Any]) -> Figure:
@@ -86,7 +84,7 @@ def figure_of_run(record: Mapping[str, Any]) -> Figure:
     if not found:
         statistics = record["statistics"]
         text = "\n".join(f"{subject(name, sides)}: {outcome(sides)}" for name, sides in statistics.items())
-        nothing = _Panel("No statistic of this run has a figure", panels.draw_text, {"text": text}, 1.5)
+        nothing = _Panel("No statistic of this run has a figure", panels.draw_text, {"text": text}, 1.0)
         return _figure([[nothing]])
     return _figure(list(found.values()))
 
@@ -102,13 +100,11 @@ class RunImages:
 def images_of_run(record: Mapping[str, Any]) -> RunImages:
     """The images of a run; all is laid out and drawn once, and the parts are cut from the whole."""
     groups = _groups_of_run(record)
-    figure, drawn = _figure_and_parts(list(groups.values())) if groups else (figure_of_run(record), [])
+    figure, areas = _figure_and_areas(list(groups.values())) if groups else (figure_of_run(record), [])
     whole, parts = _drawn(figure), {}
-    for name, part in zip(groups, drawn):
-        # matplotlib counts from the bottom
-        left, right = round(part.bbox.x0), round(part.bbox.x1)
-        top, bottom = (round(whole.height - edge) for edge in (part.bbox.y1, part.bbox.y0))
-        parts[name] = _encoded(whole.crop((left, top, right, bottom)))
+    for name, area in zip(groups, areas):
+        edges = (area.left, area.top, area.left + area.width, area.top + area.height)
+        parts[name] = _encoded(whole.crop(tuple(round(edge * _DOTS_PER_INCH) for edge in edges)))  # type: ignore[arg-type]
     return RunImages(_encoded(whole), parts)
 
 
@@ -119,7 +115,7 @@ def png(figure: Figure) -> bytes:
 
 def _drawn(figure: Figure) -> Image.Image:
     """The figure as pixels. `Figure.savefig` would draw all twice, the first time for the layout alone."""
-    figure.set_dpi(_DOTS_PER_INCH)
+    figure.set_dpi(_DOTS_PER_INCH)  # of figures made elsewhere
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
@@ -138,7 +134,7 @@ def save_png(figure: Figure, path: str | PurePath) -> None:
 
 def _path_panel(title: str, curves: Mapping[str, Mapping[str, Any]], groups: Sequence[str]) -> _Panel:
     curves = {name: {**curve, "groups": list(groups)} for name, curve in curves.items()}
-    return _Panel(title, panels.draw_path, curves, 3.5)
+    return _Panel(title, panels.draw_path, curves, 2.6)
 
 
 def _groups_of_run(record: Mapping[str, Any]) -> dict[str, list[_Panel]]:
@@ -158,20 +154,20 @@ def _panels(name: str, sides: Mapping[str, Any], level: float | None) -> list[_P
     found: list[_Panel] = []
     head = f"{subject(name, sides)}\n{outcome(sides)}"
     evidence = _evidence_panels(name, results, level)
-    for part, draw, height_inches in (
-        ("curve", panels.draw_path, 3.5),
-        ("distribution", panels.draw_distribution, 3.3),
-        ("per_layer", panels.draw_per_layer, 3.0),
+    for part, draw, plot_inches in (
+        ("curve", panels.draw_path, 2.6),
+        ("distribution", panels.draw_distribution, 2.2),
+        ("per_layer", panels.draw_per_layer, 2.0),
     ):
         data = {side: result[part] for side, result in results.items() if result.get(part)}
         if data and not (part == "per_layer" and evidence):
             title = f"{name}: each layer" if found else head
-            found.append(_Panel(title, draw, data, height_inches))
+            found.append(_Panel(title, draw, data, plot_inches))
     found += evidence
     if evidence and found[0] is evidence[0]:
         found[0] = replace(found[0], title=head)
     if not found and any(result.get("headline") is not None for result in results.values()):
-        found = [_Panel(head, panels.draw_headlines, results, 1.2 + 0.3 * len(results))]
+        found = [_Panel(head, panels.draw_headlines, results, 0.15 + 0.3 * len(results))]
     return found
 
 
@@ -182,46 +178,28 @@ def _evidence_panels(name: str, results: Mapping[str, Any], level: float | None)
     shown = next((side for side in tests if p_value_panels.has_layers(side)), None)
     if shown:
         data = {"tests": shown, "level": level}
-        height_inches = 3.0 + 0.2 * math.ceil((len(shown) + 2) / 2)
-        found.append(_Panel(f"{name}: p-values by layer", p_value_panels.draw_tests, data, height_inches))
+        found.append(_Panel(f"{name}: p-values by layer", p_value_panels.draw_tests, data, 1.8))
     if layer_map := next((result["layer_map"] for result in results.values() if result.get("layer_map")), None):
         data = {**layer_map, "level": level}
-        found.append(_Panel(f"{name}: {layer_map['sentence']}", p_value_panels.draw_layer_map, data, 5.2))
+        found.append(_Panel(f"{name}: {layer_map['sentence']}", p_value_panels.draw_layer_map, data, 4.2))
     return found
 
 
 def _figure(groups: Sequence[Sequence[_Panel]]) -> Figure:
-    return _figure_and_parts(groups)[0]
+    return _figure_and_areas(groups)[0]
 
 
-def _figure_and_parts(groups: Sequence[Sequence[_Panel]]) -> tuple[Figure, list[SubFigure]]:
-    """The panels of a group below one another in a part of its own, and these parts; in several columns if high.
-
-    A figure of one column is as wide as a page, and no column is higher than `_HIGHEST_INCHES` if no group is.
-    """
-    columns = _columns([sum(panel.height_inches for panel in group) for group in groups])
-    highest = max(sum(heights) for heights in columns)
-    figure = Figure(figsize=(_WIDTH_INCHES * len(columns), highest), facecolor="white")
-    figure.set_layout_engine("constrained", h_pad=0.1)
-    parts: list[SubFigure] = []
-    for column, heights in zip(figure.subfigures(1, len(columns), squeeze=False)[0], columns, strict=True):
-        rest = highest - sum(heights)  # below a column that is lower than the others
-        ratios = [*heights, rest] if rest > _LEAST_INCHES else heights
-        parts += list(column.subfigures(len(ratios), 1, squeeze=False, height_ratios=ratios)[: len(heights), 0])
-    for part, group in zip(parts, groups, strict=True):
-        within = {"height_ratios": [panel.height_inches for panel in group]}
-        for axes, panel in zip(part.subplots(len(group), squeeze=False, gridspec_kw=within)[:, 0], group, strict=True):
-            panels.style(axes)
-            panel.draw(axes, panel.data)
-            axes.set_title(panel.title, loc="left", pad=9, fontsize=10, color=panels.INK, wrap=True, parse_math=False)
-    return figure, parts
+def _figure_and_areas(groups: Sequence[Sequence[_Panel]]) -> tuple[Figure, list[Area]]:
+    """The panels of a group below one another in an area of its own, and these areas; in several columns if high."""
+    figure = Figure(facecolor="white", dpi=_DOTS_PER_INCH)
+    placed = [
+        [Placed(_drawn_panel(figure, panel), panel.title, panel.plot_inches) for panel in group] for group in groups
+    ]
+    return figure, arrange(figure, placed)
 
 
-def _columns(heights: Sequence[float]) -> list[list[float]]:
-    """Heights in their order, in columns of at most `_HIGHEST_INCHES` each, but for one that is higher by itself."""
-    columns: list[list[float]] = [[]]
-    for height in heights:
-        if columns[-1] and sum(columns[-1]) + height > _HIGHEST_INCHES:
-            columns.append([])
-        columns[-1].append(height)
-    return columns
+def _drawn_panel(figure: Figure, panel: _Panel) -> Axes:
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    panels.style(axes)
+    panel.draw(axes, panel.data)
+    return axes

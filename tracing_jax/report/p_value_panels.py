@@ -11,12 +11,12 @@ from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from tracing_jax.report.panels import DASHES, GREY, INK, PALETTE, label_axes, shortened
+from tracing_jax.report.panels import DASHES, GREY, INK, PALETTE, label_axes, legend_below, shortened
 
 _LAYER = re.compile(r"(?:layers?|base)[ /](\d+)")  # also of `base 3 : ft 4`
 _LINEAR_TO = -10.0  # log10 p; the axis is linear if all values are above
 _MANY = 24  # layers, above which markers would hide the line
-_LEGEND_LETTERS = 80  # characters of all columns of a legend, above which it would be wider than the axes
+_LEGEND_LETTERS = 72  # characters of all columns of a legend, above which it would be wider than the axes
 _ASSIGNED = "#00B4FF"
 _WRITTEN = 10  # layers, up to which numbers are written in the cells of the map
 
@@ -66,7 +66,7 @@ def draw_layer_map(axes: Axes, data: Mapping[str, Any]) -> None:
         axis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     dotted = "; dotted: a copy" if data.get("copies") else ""
     label_axes(axes, f"layer of ft (blue frame: assigned to the layer of base{dotted})", "layer of base")
-    bar = axes.figure.colorbar(image, ax=axes, shrink=0.85, pad=0.02)
+    bar = axes.figure.colorbar(image, cax=axes.figure.add_axes((0.0, 0.0, 1.0, 1.0)))
     bar.set_label("log10 p", fontsize=9.5, color=INK)
     bar.ax.tick_params(colors=GREY, labelsize=8.5, length=3)
     bar.ax.yaxis.set_major_locator(FixedLocator(_ticks(float(table.min()), data["level"])))
@@ -104,11 +104,11 @@ def _test_line(axes: Axes, i: int, test: Mapping[str, Any], x: np.ndarray, y: np
 
 def _legend_below(axes: Axes, columns: int) -> None:
     """A legend under the axes, in one column where the names are too long for more."""
-    handles, names = axes.get_legend_handles_labels()
+    names = axes.get_legend_handles_labels()[1]
     if max(map(len, names)) * columns > _LEGEND_LETTERS:
         columns = 1
-    look = {"fontsize": 8.5, "frameon": False, "labelcolor": GREY, "handlelength": 2.6, "columnspacing": 1.2}
-    axes.legend(handles, names, loc="upper center", bbox_to_anchor=(0.46, -0.2), ncols=columns, **look)
+    look = {"fontsize": 8.5, "labelcolor": GREY, "handlelength": 2.6, "columnspacing": 1.2}
+    legend_below(axes, columns, **look)
 
 
 def _by_layer(test: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:

@@ -7,10 +7,13 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import ScaledTranslation
 
 # Okabe & Ito, "Color Universal Design" (2008): distinguishable with any colour vision. Its yellow is too pale on white.
 PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 INK, GREY = "#222222", "#666666"
+LABEL_INCHES = 0.48
+"""Height of the tick labels and the label below axes."""
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 
 # The loss of unrelated models' midpoint is about ln(vocabulary), some five times the loss of a good model. A curve
@@ -112,9 +115,15 @@ def shortened(name: str) -> str:
     return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME // 2]}…{name[1 - _LONGEST_NAME // 2 :]}"
 
 
+def legend_below(axes: Axes, columns: int, **look: Any) -> None:
+    """Draws a legend under the label of the x axis, however high the axes are."""
+    below = axes.transAxes + ScaledTranslation(0, -LABEL_INCHES, axes.get_figure(root=True).dpi_scale_trans)  # type: ignore[union-attr]
+    look |= {"bbox_to_anchor": (0, 0), "bbox_transform": below, "borderaxespad": 0, "borderpad": 0, "frameon": False}
+    axes.legend(loc="upper left", ncols=columns, **look)
+
+
 def _legend(axes: Axes) -> None:
-    below = (-0.01, -0.17)  # under the label of the x axis, with space for two rows of names
-    axes.legend(loc="upper left", bbox_to_anchor=below, borderpad=0, ncols=3, frameon=False, fontsize=9)
+    legend_below(axes, 3, fontsize=9)
 
 
 def _limit_losses(axes: Axes) -> None:

@@ -9,6 +9,7 @@ matrices of the size of a head.
 Letters: D features, K kv heads, G queries per kv head, H head dim, m rows of a moment, F signature entries.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -23,7 +24,7 @@ from tracing_jax.axes import axis_table
 from tracing_jax.rewrites import gain_offset
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.head_kernels import head_kernels
-from tracing_jax.statistics.mlp_rows import unit_length
+from tracing_jax.statistics.mlp_rows import centred_directions, unit_length
 from tracing_jax.statistics.pvalues import bonferroni
 from tracing_jax.tree import Tree, flatten, taken, to_host
 
@@ -51,8 +52,7 @@ def moments_of_layers(
     """
     found = []
     if len(ids) >= 2:
-        rows = jnp.asarray(taken(model.embed()["embedding"], ids), jnp.float32)
-        found.append(unit_length(rows - rows.mean(axis=0)))
+        found.append(centred_directions(taken(model.embed()["embedding"], ids)))
     by_name: dict[str, list[Array]] = {}
     for i in layers:
         for name, rows in _largest_units(model, i, -(-rows_of_each // len(layers))):
@@ -197,18 +197,31 @@ def _largest_units(model: ParamSource, index: int, count: int) -> Iterator[tuple
     """Yields (projection, rows of the units of largest norm) of a layer, of all its experts if it has some."""
     layer = flatten(model.layer(index, ("mlp", model.arch.mlp_norm)))
     specs = axis_table(model.arch).restricted(f"layers/{index}/").leaves
-    scale = layer.get(f"{model.arch.mlp_norm}/scale")
-    gain = 1.0 if scale is None else jnp.asarray(scale, jnp.float32) + gain_offset(model.arch)
+    scale = layer.get(f"{model.arch.mlp_norm}/scale", 1.0 - gain_offset(model.arch))
+    leaves = {name: leaf for name in _MLP if (leaf := f"mlp/{name}/kernel") in layer}
+    kernels = {name: layer[leaf] for name, leaf in leaves.items()}
+    axes = tuple((name, specs[leaf].axes.index("embed")) for name, leaf in leaves.items())
+    found = _rows_of_largest(kernels, scale, axes, gain_offset(model.arch), count)
+    yield from ((name, found[name]) for name in leaves)
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "offset", "count"))
+def _rows_of_largest(
+    kernels: Mapping[str, Float[Array, "..."]],
+    scale: Float[Array, "..."],
+    axes: tuple[tuple[str, int], ...],
+    offset: float,
+    count: int,
+) -> dict[str, Float[Array, "m D"]]:
+    """Returns for each projection the rows of the units of largest norm; `axes` are those of the features."""
     found = {}
-    for name in (name for name in _MLP if f"mlp/{name}/kernel" in layer):
-        leaf = f"mlp/{name}/kernel"
-        rows = jnp.moveaxis(jnp.asarray(layer[leaf], jnp.float32), specs[leaf].axes.index("embed"), -1)
+    for name, axis in axes:
+        rows = jnp.moveaxis(kernels[name].astype(jnp.float32), axis, -1)
         rows = rows.reshape(-1, rows.shape[-1])
-        found[name] = rows if name == "down_proj" else rows * gain
+        found[name] = rows if name == "down_proj" else rows * (jnp.asarray(scale, jnp.float32) + offset)
     norms = sum(jnp.log(jnp.linalg.norm(rows, axis=1)) for rows in found.values())
     largest = jnp.argsort(-norms)[:count]
-    for name, rows in found.items():
-        yield name, unit_length(rows[largest])
+    return {name: unit_length(rows[largest]) for name, rows in found.items()}
 
 
 def _standardised(layer: Float[np.ndarray, "K G F"]) -> Float[np.ndarray, "K G F"]:

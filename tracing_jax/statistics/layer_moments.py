@@ -7,7 +7,8 @@ The signature of a row w are the numbers `w^T A w`, for these and for their mean
 Letters: D features, K kv heads, G queries of each, H head dim.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from tracing_jax.rewrites import gain_offset
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.distinct_units import DistinctUnits, distinct_units
 from tracing_jax.statistics.head_kernels import head_kernels
-from tracing_jax.statistics.mlp_rows import gain_of, without_mean
+from tracing_jax.statistics.mlp_rows import gain_of
 from tracing_jax.statistics.unit_alignment import Units, units_of, weighted_moments
 from tracing_jax.statistics.unit_signatures import Signatures, log_quadratic_forms
 from tracing_jax.tree import Tree
@@ -69,23 +70,39 @@ def attention_moments(layer: Tree, arch: Arch) -> Moments:
         return [jnp.zeros((arch.embed_dim, arch.embed_dim), jnp.float32)] * 4
     before, after = gain_of(layer, "attn_norm", arch), gain_of(layer, "attn_post_norm", arch)
     kernels = head_kernels(layer, arch)
-    q, k, v = (jnp.moveaxis(jnp.moveaxis(kernels[name], 0, -1) * before, -1, 0) for name in "qkv")
-    if arch.qk_norm is not None:
-        q, k = (
-            side * (jnp.asarray(layer["attn"][f"{name}_norm"]["scale"], jnp.float32) + gain_offset(arch))
-            for name, side in (("q", q), ("k", k))
-        )
-    q, k, v = (jnp.moveaxis(without_mean(jnp.moveaxis(side, 0, -1), arch), -1, 0) for side in (q, k, v))
-    return list(_product_moments(q, k, v, without_mean(kernels["o"] * after, arch)))
+    scales = {name: layer["attn"][f"{name}_norm"]["scale"] for name in "qk" if arch.qk_norm is not None}
+    return list(_product_moments(kernels, (before, after), scales, gain_offset(arch), arch.norm_subtracts_mean))
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames=("offset", "centred"))
 def _product_moments(
-    q: Float[Array, "D K G H"], k: Float[Array, "D K H"], v: Float[Array, "D K H"], o: Float[Array, "K G H D"]
+    kernels: Mapping[str, Float[Array, "..."]],
+    gains: tuple[Float[Array, "..."], Float[Array, "..."]],
+    scales: Mapping[str, Float[Array, "..."]],
+    offset: float,
+    centred: bool,
 ) -> tuple[Float[Array, "D D"], ...]:
+    """Returns the moments of a layer's kernels with the gains around them, less their mean over features if `centred`.
+
+    Args:
+      kernels: those of `head_kernels`.
+      gains: of the norms before and after the attention.
+      scales: of the norms of queries and keys, less `offset`.
+      offset: what is added to them.
+      centred: whether the norms of the model subtract the mean.
+    """
+
     def einsum(equation: str, *arrays: Array) -> Array:
         return jnp.einsum(equation, *arrays, precision="highest")
 
+    def read(name: str) -> Array:
+        side = jnp.moveaxis(jnp.moveaxis(kernels[name], 0, -1) * gains[0], -1, 0)
+        side = side * (scales[name].astype(jnp.float32) + offset) if name in scales else side
+        return side - side.mean(axis=0) if centred else side
+
+    q, k, v = map(read, "qkv")
+    o = kernels["o"] * gains[1]
+    o = o - o.mean(axis=-1, keepdims=True) if centred else o
     keys, values = (einsum("dkh,dki->khi", side, side) for side in (k, v))
     queries, outputs = einsum("dkgh,dkgi->khi", q, q), einsum("kghd,kgid->khi", o, o)
     found = (

@@ -28,10 +28,10 @@ from tracing_jax.statistics.comparison import (
 from tracing_jax.statistics.distinct_units import inactive_below
 from tracing_jax.statistics.head_kernels import HEAD_LEAVES, gates_not_applicable, head_kernels, inactive_attention
 from tracing_jax.statistics.head_null import heads_log_sf
-from tracing_jax.statistics.mlp_rows import gain_of, unit_length
+from tracing_jax.statistics.mlp_rows import centred_directions, gain_of, unit_length
 from tracing_jax.statistics.shared_tokens import TokenRows, shared_token_rows, tokens_not_applicable, with_doubts
 from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies, depths_not_applicable
-from tracing_jax.tree import Tree, to_host
+from tracing_jax.tree import to_host
 
 HeadMatrices = Mapping[str, Float[np.ndarray, "heads S2"]]
 """`attention`, `output` -> the form of each query head over pairs of tokens, centred both ways, of length one."""
@@ -156,20 +156,16 @@ def head_forms(model: ParamSource, layer: int, tokens: TokenRows) -> HeadMatrice
     params, arch = model.layer(layer, HEAD_LEAVES), model.arch
     before, after = gain_of(params, "attn_norm", arch), gain_of(params, "attn_post_norm", arch)
     kernels = head_kernels(params, arch)
-    read, effect = tokens.read * before, tokens.effect * after
-    queries, keys = (jnp.tensordot(read, kernels[name], 1, precision="highest") for name in "qk")
-    queries, keys = _normalised(queries, params["attn"], "q", arch), _normalised(keys, params["attn"], "k", arch)
-    values = jnp.tensordot(read, kernels["v"], 1, precision="highest")
-    outputs = jnp.einsum("sd,kghd->skgh", effect, kernels["o"], precision="highest")
-    attention, output = _form(queries, keys), _form(outputs, values)
-    written = np.linalg.norm(output, axis=1)
+    scales = {name: params["attn"][f"{name}_norm"]["scale"] for name in "qk" if arch.qk_norm is not None}
+    found = to_host(_forms(tokens, kernels, (before, after), scales, arch.qk_norm, gain_offset(arch)))
+    attention, output, written = found["attention"], np.array(found["output"]), found["written"]
     if layer in inactive_attention(model):
         written = np.zeros_like(written)
     if arch.sinks:  # a head whose sink is above its scores writes nothing either
         sinks = np.asarray(to_host(params["attn"]["sinks"]), np.float64)
         written = written * (sinks < _largest_scores(kernels, before, arch)).ravel()
     output[written <= inactive_below(written)] = 0.0
-    return {"attention": np.asarray(unit_length(attention)), "output": np.asarray(unit_length(output))}
+    return {"attention": attention, "output": output}
 
 
 def _largest_scores(
@@ -187,29 +183,44 @@ def _largest_scores(
 
 def _directions(tokens: TokenRows) -> TokenRows:
     """Returns the rows centred over the tokens and scaled to length one."""
-    return TokenRows(*(unit_length(side - side.mean(axis=0)) for side in tokens))
+    return TokenRows(*map(centred_directions, tokens))
 
 
-def _normalised(heads: Array, attn: Tree, name: str, arch: Arch) -> Array:
-    """Returns queries `[S, K, G, H]` or keys `[S, K, H]` after their norm, if the model has one."""
-    if arch.qk_norm is None:
-        return heads
-    axes = tuple(range(1, heads.ndim)) if arch.qk_norm == "all" else (-1,)
+@functools.partial(jax.jit, static_argnames=("qk_norm", "offset"))
+def _forms(
+    tokens: TokenRows,
+    kernels: Mapping[str, Float[Array, "..."]],
+    gains: tuple[Float[Array, "..."], Float[Array, "..."]],
+    scales: Mapping[str, Float[Array, "..."]],
+    qk_norm: str | None,
+    offset: float,
+) -> dict[str, Float[Array, "..."]]:
+    """Returns both forms of the heads, each of length one, and as `written` the length that the output had."""
+    read, effect = tokens.read * gains[0], tokens.effect * gains[1]
+    queries, keys = (jnp.tensordot(read, kernels[name], 1, precision="highest") for name in "qk")
+    if qk_norm is not None:
+        queries, keys = (
+            _normalised(side, scales[name], qk_norm, offset) for name, side in (("q", queries), ("k", keys))
+        )
+    values = jnp.tensordot(read, kernels["v"], 1, precision="highest")
+    outputs = jnp.einsum("sd,kghd->skgh", effect, kernels["o"], precision="highest")
+    attention, output = _centred_products(queries, keys), _centred_products(outputs, values)
+    written = jnp.linalg.norm(output, axis=1)
+    return {"attention": unit_length(attention), "output": unit_length(output), "written": written}
+
+
+def _normalised(heads: Array, scale: Array, qk_norm: str, offset: float) -> Array:
+    """Returns queries `[S, K, G, H]` or keys `[S, K, H]` after their norm."""
+    axes = tuple(range(1, heads.ndim)) if qk_norm == "all" else (-1,)
     length = jnp.sqrt(jnp.square(heads).mean(axes, keepdims=True))
-    gain = jnp.asarray(attn[f"{name}_norm"]["scale"], jnp.float32) + gain_offset(arch)
-    return jnp.where(length > 0, heads / jnp.where(length > 0, length, 1.0), 0.0) * gain
+    return jnp.where(length > 0, heads / jnp.where(length > 0, length, 1.0), 0.0) * (scale.astype(jnp.float32) + offset)
 
 
-def _form(ours: Float[Array, "S K G H"], theirs: Float[Array, "S K H"]) -> Float[np.ndarray, "heads S2"]:
-    K, G = ours.shape[1:3]
-    return np.array(_centred_products(ours, theirs)).reshape(K * G, -1)
-
-
-@jax.jit
-def _centred_products(ours: Float[Array, "S K G H"], theirs: Float[Array, "T K H"]) -> Float[Array, "K G S*T"]:
+def _centred_products(ours: Float[Array, "S K G H"], theirs: Float[Array, "T K H"]) -> Float[Array, "K*G S*T"]:
+    """Returns for each query head the products of two sides, each centred over the tokens."""
     ours, theirs = ours - ours.mean(axis=0), theirs - theirs.mean(axis=0)
     products = jnp.einsum("skgh,tkh->kgst", ours, theirs, precision="highest")
-    return products.reshape(*products.shape[:2], -1)
+    return products.reshape(products.shape[0] * products.shape[1], -1)
 
 
 def _layers(base: Arch, ft: Arch) -> list[int]:

@@ -10,14 +10,14 @@ Letters: F units of a layer, D features, M moments.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from tracing_jax import options
 from tracing_jax.arch import Arch
@@ -216,14 +216,24 @@ def _unit_rows(model: ParamSource, index: int) -> dict[str, Float[Array, "F D"]]
     """Returns a row of length one for each live unit, a zero row for others: gate and up read, down writes."""
     layer, arch, units = model.layer(index), model.arch, distinct_units(model, index)
     mlp = layer["mlp"]
-    scale = layer.get(arch.mlp_norm, {}).get("scale")
-    gain = 1.0 if scale is None else jnp.asarray(scale, jnp.float32) + gain_offset(arch)
-    rows = {
-        "gate": jnp.asarray(mlp["gate_proj"]["kernel"], jnp.float32).T * gain,
-        "up": jnp.asarray(mlp["up_proj"]["kernel"], jnp.float32).T * gain,
-        "down": jnp.asarray(units.outputs(mlp["down_proj"]["kernel"]), jnp.float32),
-    }
-    return {name: unit_length(jnp.where(units.is_kept[:, None], side, 0.0)) for name, side in rows.items()}
+    scale = layer.get(arch.mlp_norm, {}).get("scale", 1.0 - gain_offset(arch))
+    kernels = {name: mlp[f"{name}_proj"]["kernel"] for name in PROJECTIONS}
+    rows = _kept_rows(kernels, units.outputs(mlp["down_proj"]["kernel"]), scale, units.is_kept, gain_offset(arch))
+    return {name: rows[name] for name in (*PROJECTIONS, "down")}
+
+
+@functools.partial(jax.jit, static_argnames="offset")
+def _kept_rows(
+    kernels: Mapping[str, Float[Array, "D F"]],
+    down: Float[Array, "F D"],
+    scale: Float[Array, "..."],
+    is_kept: Bool[np.ndarray | Array, " F"],
+    offset: float,
+) -> dict[str, Float[Array, "F D"]]:
+    gain = jnp.asarray(scale, jnp.float32) + offset
+    rows = {name: kernel.astype(jnp.float32).T * gain for name, kernel in kernels.items()}
+    rows["down"] = down.astype(jnp.float32)
+    return {name: unit_length(jnp.where(is_kept[:, None], side, 0.0)) for name, side in rows.items()}
 
 
 @jax.jit

@@ -27,10 +27,28 @@ def mlp_rows(layer: Tree, arch: Arch) -> MlpRows:
     Rows that read have the gain of the norm before the MLP, rows that write that of the norm after it, if there are
     such norms. Where the norms subtract the mean over the features, nothing reads it: it is subtracted from all rows.
     """
-    mlp, before, after = layer["mlp"], gain_of(layer, arch.mlp_norm, arch), gain_of(layer, "mlp_post_norm", arch)
-    rows = {"gate": mlp["gate_proj"]["kernel"].T * before} if arch.gated else {}
-    rows |= {"up": mlp["up_proj"]["kernel"].T * before, "down": mlp["down_proj"]["kernel"] * after}
-    return {name: without_mean(jnp.asarray(side, jnp.float32), arch) for name, side in rows.items()}
+    mlp, names = layer["mlp"], (*(("gate",) if arch.gated else ()), "up", "down")
+    kernels = {name: mlp[f"{name}_proj"]["kernel"] for name in names}
+    scales = {
+        side: layer.get(norm, {}).get("scale") for side, norm in (("read", arch.mlp_norm), ("write", "mlp_post_norm"))
+    }
+    rows = _mlp_rows(kernels, scales, gain_offset(arch), arch.norm_subtracts_mean)
+    return {name: rows[name] for name in names}
+
+
+@functools.partial(jax.jit, static_argnames=("offset", "centred"))
+def _mlp_rows(
+    kernels: Mapping[str, Float[Array, "..."]],
+    scales: Mapping[str, Float[Array, " D"] | None],
+    offset: float,
+    centred: bool,
+) -> MlpRows:
+    found = {}
+    for name, kernel in kernels.items():
+        rows, scale = (kernel, scales["write"]) if name == "down" else (kernel.T, scales["read"])
+        rows = (rows if scale is None else rows * (scale.astype(jnp.float32) + offset)).astype(jnp.float32)
+        found[name] = rows - rows.mean(axis=-1, keepdims=True) if centred else rows
+    return found
 
 
 def gain_of(tree: Tree, norm: str, arch: Arch) -> Float[Array, " D"] | float:
@@ -63,3 +81,10 @@ def unit_length(rows: Float[Array, "... D"]) -> Float[Array, "... D"]:
     """Returns the rows scaled to length one; zero rows stay zero."""
     length = jnp.linalg.norm(rows, axis=-1, keepdims=True)
     return jnp.where(length > 0, rows / jnp.where(length > 0, length, 1.0), 0.0)
+
+
+@jax.jit
+def centred_directions(rows: Float[Array, "S D"]) -> Float[Array, "S D"]:
+    """Returns the rows, float32, centred over all of them and scaled to length one."""
+    rows = rows.astype(jnp.float32)
+    return unit_length(rows - rows.mean(axis=0))

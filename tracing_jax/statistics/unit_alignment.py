@@ -4,7 +4,8 @@ Units are paired by signatures that no rotation changes. The rotation that bring
 Procrustes problem) then gives better pairs, these a better rotation, and so on.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -17,7 +18,7 @@ from tracing_jax.matching import UnitMatching, match_units
 from tracing_jax.statistics.distinct_units import DistinctUnits
 from tracing_jax.statistics.mlp_rows import MlpRows, mlp_rows, unit_length
 from tracing_jax.statistics.unit_signatures import log_quadratic_forms, signature_correlations
-from tracing_jax.tree import Tree, taken
+from tracing_jax.tree import Tree
 
 _MOST_ROUNDS, _LEAST_ROUNDS = 9, 5
 _SETTLED = 1e-4
@@ -41,8 +42,15 @@ class Units:
 
     def some(self, which: Int[np.ndarray, " U"]) -> "Units":
         """Returns some of the units."""
-        rows = {name: jnp.asarray(taken(side, which)) for name, side in self.rows.items()}
-        return Units(rows, self.live[which], self.weight[which])
+        found = _some_rows(self.rows, which)
+        return Units({name: found[name] for name in self.rows}, self.live[which], self.weight[which])
+
+
+@jax.jit
+def _some_rows(
+    rows: Mapping[str, Float[Array, "F D"]], which: Int[Array | np.ndarray, " U"]
+) -> dict[str, Float[Array, "U D"]]:
+    return {name: jnp.take(side, which, axis=0, mode="clip") for name, side in rows.items()}
 
 
 def units_of(layer: Tree, arch: Arch, distinct: DistinctUnits) -> Units:
@@ -61,8 +69,9 @@ def weighted_moments(units: Units) -> list[Float[Array, "D D"]]:
 
     Without weights, units that add next to nothing to the output could be planted to move the moments.
     """
-    weight = jnp.asarray(units.weight / max(units.weight.sum(), np.finfo(np.float64).tiny), jnp.float32)
-    return [_moment(side, weight) for side in units.rows.values()]
+    weight = units.weight / max(units.weight.sum(), np.finfo(np.float64).tiny)
+    found = _moments(units.rows, weight.astype(np.float32))
+    return [found[name] for name in units.rows]
 
 
 def learn_rotation(
@@ -112,10 +121,21 @@ def _signature(units: Units, moments: Sequence[Array]) -> tuple[Float[np.ndarray
 
 def _row_scores(base: Units, ft: Units, rotation: Float[Array, "D2 D"]) -> Float[Array, "F F2"]:
     """Returns `cos(gate) + |cos(up) + cos(down)|`, and 0 for inactive units; without a gate the sign is not free."""
-    found = row_cosines(base, ft, rotation)
+    return _scores(base.rows, ft.rows, rotation, base.live, ft.live)
+
+
+@jax.jit
+def _scores(
+    base: Mapping[str, Float[Array, "F D"]],
+    ft: Mapping[str, Float[Array, "F2 D2"]],
+    rotation: Float[Array, "D2 D"],
+    live_base: Bool[Array | np.ndarray, " F"],
+    live_ft: Bool[Array | np.ndarray, " F2"],
+) -> Float[Array, "F F2"]:
+    found = {name: _cosines(base[name], ft[name], rotation) for name in base}
     both = found["up"] + found["down"]
     score = found["gate"] + jnp.abs(both) if "gate" in found else both
-    return jnp.where(base.live[:, None] & ft.live[None, :], score, 0.0)
+    return jnp.where(live_base[:, None] & live_ft[None, :], score, 0.0)
 
 
 def _procrustes(
@@ -126,16 +146,17 @@ def _procrustes(
     names: Sequence[str],
     rotation: Float[Array, "D2 D"] | None,
 ) -> Float[Array, "D2 D"]:
-    total = jnp.zeros(tuple([next(iter(side[0].rows.values())).shape[1] for side in (ft, base)]))
+    total = None
     for ours, theirs, found, better in zip(base, ft, pairs, _better_half(pairs, scores)):
         one, other = ours.some(found.base), theirs.some(found.ft)
         weight = better * np.sqrt(one.weight * other.weight)  # zeros, not fewer pairs: each number of pairs compiles
         sign = np.ones(len(weight)) if rotation is None else _signs(one, other, rotation)
-        for name in names:
-            factor = jnp.asarray(weight if name == "gate" else weight * sign, jnp.float32)
-            total = total + _cross(other.rows[name], one.rows[name], factor)
-    left, _, right = jnp.linalg.svd(total, full_matrices=False)
-    return jnp.einsum("de,ef->df", left, right, precision="highest")
+        factors = {name: weight if name == "gate" else weight * sign for name in names}
+        factors = {name: factor.astype(np.float32) for name, factor in factors.items()}
+        found = _crosses(other.rows, one.rows, factors)
+        total = found if total is None else total + found
+    assert total is not None, "a rotation is learnt from one layer at least"
+    return _orthogonal(total)
 
 
 def _better_half(pairs: Sequence[UnitMatching], scores: Sequence[Array]) -> list[Bool[np.ndarray, " P"]]:
@@ -150,18 +171,36 @@ def _signs(one: Units, other: Units, rotation: Float[Array, "D2 D"]) -> np.ndarr
     """Returns the common sign of up and down rows of each pair of units of a gated MLP; else 1."""
     if "gate" not in one.rows:
         return np.ones(len(one.live))
-    both = sum(_paired_cosines(one.rows[name], other.rows[name], rotation) for name in ("up", "down"))
-    return np.where(np.asarray(both) < 0, -1.0, 1.0)
+    return np.where(np.asarray(_sums_of_cosines(one.rows, other.rows, rotation)) < 0, -1.0, 1.0)
 
 
 @jax.jit
-def _moment(rows: Float[Array, "F D"], weight: Float[Array, " F"]) -> Float[Array, "D D"]:
-    return jnp.einsum("fd,fe->de", rows * weight[:, None], rows, precision="highest")
+def _moments(
+    rows: Mapping[str, Float[Array, "F D"]], weight: Float[Array | np.ndarray, " F"]
+) -> dict[str, Float[Array, "D D"]]:
+    return {
+        name: jnp.einsum("fd,fe->de", side * weight[:, None], side, precision="highest") for name, side in rows.items()
+    }
 
 
 @jax.jit
-def _cross(theirs: Float[Array, "P D2"], ours: Float[Array, "P D"], factor: Float[Array, " P"]) -> Float[Array, "D2 D"]:
-    return jnp.einsum("pd,pe->de", theirs * factor[:, None], ours, precision="highest")
+def _crosses(
+    theirs: Mapping[str, Float[Array, "P D2"]],
+    ours: Mapping[str, Float[Array, "P D"]],
+    factors: Mapping[str, Float[Array | np.ndarray, " P"]],
+) -> Float[Array, "D2 D"]:
+    """Returns the sum over kinds of rows, of those that have factors, of what the orthogonal map is made from."""
+    found = [
+        jnp.einsum("pd,pe->de", theirs[name] * factor[:, None], ours[name], precision="highest")
+        for name, factor in factors.items()
+    ]
+    return functools.reduce(jnp.add, found)
+
+
+@jax.jit
+def _orthogonal(cross: Float[Array, "D2 D"]) -> Float[Array, "D2 D"]:
+    left, _, right = jnp.linalg.svd(cross, full_matrices=False)
+    return jnp.einsum("de,ef->df", left, right, precision="highest")
 
 
 @jax.jit
@@ -170,5 +209,11 @@ def _cosines(ours: Float[Array, "F D"], theirs: Float[Array, "F2 D2"], rotation:
 
 
 @jax.jit
-def _paired_cosines(ours: Float[Array, "P D"], theirs: Float[Array, "P D2"], rotation: Float[Array, "D2 D"]) -> Array:
-    return (ours * jnp.dot(theirs, rotation, precision="highest")).sum(axis=1)
+def _sums_of_cosines(
+    ours: Mapping[str, Float[Array, "P D"]], theirs: Mapping[str, Float[Array, "P D2"]], rotation: Float[Array, "D2 D"]
+) -> Float[Array, " P"]:
+    """Returns for each pair of units the cosine of their up rows plus that of their down rows."""
+    up, down = (
+        (ours[name] * jnp.dot(theirs[name], rotation, precision="highest")).sum(axis=1) for name in ("up", "down")
+    )
+    return up + down
