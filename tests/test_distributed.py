@@ -32,7 +32,7 @@ def _arguments(family, save, ft=None):
 _SAVE_EVERY_LAYER = """
 import runpy
 from tracing_jax import run_cache
-run_cache.WRITE_SHARE, run_cache._LEAST_INTERVAL_SECONDS = 1e9, 0
+run_cache.WRITE_SHARE, run_cache._LEAST_INTERVAL_SECONDS, run_cache.HELD_SECONDS = 1e9, 0, 0
 runpy.run_path("main.py", run_name="__main__")
 """
 

@@ -18,7 +18,7 @@ from records import assert_same_numbers, without_circumstances
 from tracing_jax import experiment
 from tracing_jax.experiment import memory, steps
 from tracing_jax.matching import weights
-from tracing_jax.run_cache import RUN_CACHE, WRITE_SHARE, RunCache, WriteBudget
+from tracing_jax.run_cache import HELD_SECONDS, RUN_CACHE, WRITE_SHARE, HeldResults, RunCache, WriteBudget
 from tracing_jax.sharding import make_mesh
 from tracing_jax.statistics.csu import Csu
 
@@ -42,6 +42,11 @@ def config_of(family, tmp_path):
         return config
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def _written_at_once(monkeypatch):
+    monkeypatch.setattr("tracing_jax.run_cache.HELD_SECONDS", 0.0)
 
 
 def dying_after(monkeypatch, pieces):
@@ -106,6 +111,22 @@ def test_writing_unfinished_states_takes_two_per_cent_of_the_time_at_most(tmp_pa
     assert max(shares[slower_than_assumed:]) <= WRITE_SHARE
     assert min(np.diff(starts)) >= 30
     assert len(list(tmp_path.rglob("hidden.npz"))) == 1  # one copy that is replaced
+
+
+def test_results_are_written_once_a_run_is_some_seconds_old_and_known_before(tmp_path, monkeypatch):
+    monkeypatch.setattr("tracing_jax.run_cache.HELD_SECONDS", HELD_SECONDS)
+    seconds = 0.0
+    cache = RunCache(tmp_path, (tmp_path / "facts.json", b"{}"), held=HeldResults(lambda: seconds)).scope("statistic")
+    cache.save({"x": 1}, 0)
+    cache.save_arrays(lambda: {"y": np.arange(3)}, "arrays")
+    assert not list(tmp_path.iterdir())
+    assert cache.load(dict, 0) == {"x": 1}
+    np.testing.assert_array_equal(cache.load_arrays("arrays")["y"], np.arange(3))
+    cache.delete("arrays")
+    seconds = HELD_SECONDS
+    cache.save({"x": 2}, 1)
+    assert sorted(file.name for file in tmp_path.rglob("*.*")) == ["0.json", "1.json", "facts.json"]
+    assert RunCache(tmp_path).scope("statistic").load(dict, 0) == {"x": 1}
 
 
 def test_states_are_not_written_in_a_short_run(tmp_path):
@@ -321,7 +342,10 @@ def test_a_process_killed_at_a_random_moment_loses_nothing(config_of, tmp_path):
         "permute", "align", "eval")]  # fmt: skip
     arguments += ["--mode.alphas=0.0,0.5,1.0", "--config.mesh.data=1", "--attn", "--emb"]
     arguments += ["--l2.num_perm=5", "--perm_mode_l2.num_perm=5"]
-    command = [sys.executable, "main.py", "--config=configs/mode.py", *arguments]
+    program = "import runpy; from tracing_jax import run_cache; run_cache.HELD_SECONDS = 0; " + (
+        "runpy.run_path('main.py', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", program, "--config=configs/mode.py", *arguments]
     root = Path(__file__).parents[1]
     folder = Path(config.save).with_suffix(".run") / RUN_CACHE
     process = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

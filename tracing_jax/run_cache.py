@@ -41,6 +41,10 @@ _ASSUMED_BYTES_PER_SECOND = 100e6
 """The rate at which the first state is expected to be written: that of a slow shared disk."""
 
 
+HELD_SECONDS = 10.0
+"""The age of a run from which on its results are written: a restart repeats so much work without harm."""
+
+
 class WriteBudget:
     """When the state of unfinished work may be written, so that writing takes at most `WRITE_SHARE` of the time.
 
@@ -72,6 +76,25 @@ class WriteBudget:
         self._bytes_per_second = num_bytes / max(seconds, 1e-3)
 
 
+class HeldResults:
+    """Results of the first seconds of a run, which are written only if it goes on: dozens of files are a short run's.
+
+    Attributes:
+      content: what is to be written, by file, in the order in which it was finished.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.content: dict[Path, bytes] = {}
+        self._clock, self._start = clock, clock()
+
+    def released(self) -> dict[Path, bytes]:
+        """Returns what may be written now, and forgets it; empty while the run is young."""
+        if self._clock() - self._start < HELD_SECONDS:
+            return {}
+        due, self.content = self.content, {}
+        return due
+
+
 class RunCache:
     """Finished results of a run by name, each written whole or not at all; without a folder nothing is saved."""
 
@@ -81,11 +104,13 @@ class RunCache:
         facts: tuple[Path, bytes] | None = None,
         agreed_on: set[Path] | None = None,
         budget: WriteBudget | None = None,
+        held: HeldResults | None = None,
     ):
         self.folder = folder
         self._facts = facts  # a file and its content, written with the first result: a refused run leaves nothing
         self._agreed_on = agreed_on  # the files of several processes; None for one, which reads whatever is there
         self._budget = budget or WriteBudget()
+        self._held = held or HeldResults()
 
     @classmethod
     def open(cls, folder: Path, facts: Mapping[str, Any]) -> tuple["RunCache", str | None]:
@@ -108,12 +133,13 @@ class RunCache:
     def scope(self, *names: str | int) -> "RunCache":
         """Returns the cache of the results under this name."""
         folder = None if self.folder is None else self.folder.joinpath(*map(str, names))
-        return RunCache(folder, self._facts, self._agreed_on, self._budget)
+        return RunCache(folder, self._facts, self._agreed_on, self._budget, self._held)
 
     def load(self, kind: Callable[..., T], *names: str | int) -> T | None:
         """Returns the result of this name, made by `kind(**fields)`; None if it is not finished."""
         file = self._file(names, ".json")
-        return None if file is None or not self._is_finished(file) else kind(**json.loads(file.read_text("utf-8")))
+        content = None if file is None else self._read(file)
+        return None if content is None else kind(**json.loads(content))
 
     def cached(self, kind: Callable[..., T], names: tuple[str | int, ...], make: Callable[[], T]) -> T:
         """Returns the result of this name, a dataclass of plain fields; it is made and saved if it is not finished."""
@@ -126,8 +152,7 @@ class RunCache:
     def save(self, fields: Mapping[str, Any], *names: str | int) -> None:
         """Saves a result under this name, for `load`; numbers and arrays of numpy become plain ones."""
         if (file := self._file(names, ".json")) is not None and is_main_process():
-            self._write_facts()
-            self._write(file, json.dumps(fields, default=lambda value: value.tolist()).encode())
+            self._keep(file, json.dumps(fields, default=lambda value: value.tolist()).encode())
 
     def count(self, kind: Callable[..., Any]) -> int:
         """Returns how many results named 0, 1, 2 ... are finished, up to the first that is not."""
@@ -136,9 +161,10 @@ class RunCache:
     def load_arrays(self, *names: str | int) -> dict[str, np.ndarray] | None:
         """Returns the arrays of this name; None if they are not finished."""
         file = self._file(names, ".npz")
-        if file is None or not self._is_finished(file):
+        content = None if file is None else self._read(file)
+        if content is None:
             return None
-        with np.load(file, allow_pickle=False) as arrays:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             return dict(arrays)
 
     def save_arrays(self, arrays: Callable[[], Mapping[str, np.ndarray]], *names: str | int) -> None:
@@ -148,8 +174,7 @@ class RunCache:
             if is_main_process():
                 buffer = io.BytesIO()
                 np.savez(buffer, allow_pickle=False, **made)
-                self._write_facts()
-                self._write(file, buffer.getvalue())
+                self._keep(file, buffer.getvalue())
 
     def save_if_due(
         self, arrays: Callable[[], Mapping[str, np.ndarray]], num_bytes: int, *names: str | int
@@ -179,6 +204,7 @@ class RunCache:
             self._await_readers()
             if self._agreed_on is not None:
                 self._agreed_on.discard(file)
+            self._held.content.pop(file, None)
             if is_main_process():
                 file.unlink(missing_ok=True)
 
@@ -187,6 +213,7 @@ class RunCache:
         if self.folder is None:
             return
         self._await_readers()
+        self._held.content.clear()
         if is_main_process():
             shutil.rmtree(self.folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # it holds the run's other files
@@ -197,8 +224,12 @@ class RunCache:
         if self._agreed_on is not None:
             all_agree(True)
 
-    def _is_finished(self, file: Path) -> bool:
-        return file.exists() if self._agreed_on is None else file in self._agreed_on
+    def _read(self, file: Path) -> bytes | None:
+        """Returns the content of a result; None if it is not finished."""
+        if self._agreed_on is None and (held := self._held.content.get(file)) is not None:
+            return held
+        is_finished = file.exists() if self._agreed_on is None else file in self._agreed_on
+        return file.read_bytes() if is_finished else None
 
     def _file(self, names: tuple[str | int, ...], suffix: str) -> Path | None:
         if self.folder is None:
@@ -206,10 +237,13 @@ class RunCache:
         *parents, last = (str(name).replace("/", ".").replace(" ", "_") for name in names)
         return self.folder.joinpath(*parents, last + suffix)
 
-    def _write_facts(self) -> None:
-        """Writes the facts of the run, before its first result."""
+    def _keep(self, file: Path, content: bytes) -> None:
+        """Writes a result, after the facts of the run if it is the first, or holds it while the run is young."""
         if self._facts is not None and not self._facts[0].exists():
-            self._write(*self._facts)
+            self._held.content.setdefault(*self._facts)
+        self._held.content[file] = content
+        for path, due in self._held.released().items():
+            self._write(path, due)
 
     @staticmethod
     def _write(file: Path, content: bytes) -> None:

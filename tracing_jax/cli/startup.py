@@ -4,7 +4,9 @@ import hashlib
 import os
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 _CPU_FACTS = Path("/proc/cpuinfo")
 
@@ -73,3 +75,23 @@ def import_transformers_without_torch() -> None:
         is_torch_available()  # it remembers the answer
     finally:
         del sys.modules["torch"]
+    _let_transformers_list_its_models_once()
+
+
+def _let_transformers_list_its_models_once() -> None:
+    """Makes transformers use what it found in the source of its models when it was imported.
+
+    It reads all of it, some 3,000 files, once for the names of the package and again for those of its models: it keeps
+    what it finds in each folder, but of fewer folders than it has.
+    """
+    from transformers.utils import import_utils
+
+    scan: Callable[[Any], Any] | None = getattr(import_utils, "create_import_structure_from_path", None)
+    if scan is None:
+        return
+    models = Path(import_utils.__file__).parents[1] / "models"
+    found = scan(models)  # known: it is the last of what was found
+    same = {models, models / "__init__.py"}
+    setattr(  # noqa: B010  # a name that future versions may lack
+        import_utils, "create_import_structure_from_path", lambda path: found if Path(path) in same else scan(path)
+    )
