@@ -18,9 +18,9 @@ import filelock
 import hypothesis
 import jax
 import jaxlib
+import numpy as np
 import pytest
 import type_checks
-from PIL import Image
 
 # Where Python is told to keep no bytecode, as in many containers, every process would compile every module anew.
 sys.dont_write_bytecode = False
@@ -83,7 +83,9 @@ def _blank_figures(request, monkeypatch):
     """Leaves figures blank unless a test asks for `drawn`; what they show is computed all the same."""
     figures = sys.modules.get("tracing_jax.report.figures")
     if figures and "drawn" not in request.fixturenames:
-        monkeypatch.setattr(figures, "_drawn", lambda figure: Image.new("L", tuple(map(int, figure.bbox.size))))
+        monkeypatch.setattr(
+            figures, "_drawn", lambda figure: np.zeros((*map(int, figure.bbox.size[::-1]), 3), np.uint8)
+        )
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 They use `matplotlib.figure.Figure` without pyplot and its global state, so they can be made in any thread.
 """
 
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,16 +10,17 @@ from pathlib import PurePath
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
 
 from tracing_jax.record import atomic_write
 from tracing_jax.report import p_value_panels, panels
 from tracing_jax.report.bounded_p_values import with_bounded_p_values
 from tracing_jax.report.formatting import outcome, results_by_side, subject
 from tracing_jax.report.layout import Area, Placed, arrange
+from tracing_jax.report.png import encoded
 
 _DOTS_PER_INCH = 160
 
@@ -104,27 +104,22 @@ def images_of_run(record: Mapping[str, Any]) -> RunImages:
     whole, parts = _drawn(figure), {}
     for name, area in zip(groups, areas):
         edges = (area.left, area.top, area.left + area.width, area.top + area.height)
-        parts[name] = _encoded(whole.crop(tuple(round(edge * _DOTS_PER_INCH) for edge in edges)))  # type: ignore[arg-type]
-    return RunImages(_encoded(whole), parts)
+        left, top, right, bottom = (round(edge * _DOTS_PER_INCH) for edge in edges)
+        parts[name] = encoded(whole[top:bottom, left:right], _DOTS_PER_INCH)
+    return RunImages(encoded(whole, _DOTS_PER_INCH), parts)
 
 
 def png(figure: Figure) -> bytes:
     """The figure as the bytes of a PNG of 160 dots per inch."""
-    return _encoded(_drawn(figure))
+    return encoded(_drawn(figure), _DOTS_PER_INCH)
 
 
-def _drawn(figure: Figure) -> Image.Image:
+def _drawn(figure: Figure) -> UInt8[np.ndarray, "H W 3"]:
     """The figure as pixels. `Figure.savefig` would draw all twice, the first time for the layout alone."""
     figure.set_dpi(_DOTS_PER_INCH)  # of figures made elsewhere
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-
-
-def _encoded(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="png", compress_level=4, dpi=(_DOTS_PER_INCH, _DOTS_PER_INCH))
-    return buffer.getvalue()
+    return np.asarray(canvas.buffer_rgba())[..., :3]  # the background is not transparent
 
 
 def save_png(figure: Figure, path: str | PurePath) -> None:

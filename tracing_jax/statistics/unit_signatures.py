@@ -38,13 +38,18 @@ def whitened_cosines(
     base: Float[np.ndarray, "F M"], ft: Float[np.ndarray, "F2 M"], covariance: Float[np.ndarray, "M M"]
 ) -> Float[np.ndarray, "F F2"]:
     """Returns the cosines between standardised signatures, whitened with the mean covariance of both models."""
-    return whitened(base, covariance) @ whitened(ft, covariance).T
+    whitening = _whitening(covariance)
+    return normalised_rows(base @ whitening) @ normalised_rows(ft @ whitening).T
 
 
 def whitened(rows: Float[np.ndarray, "F M"], covariance: Float[np.ndarray, "M M"]) -> Float[np.ndarray, "F M"]:
     """Returns standardised signatures whitened with a covariance, each of length 1."""
+    return normalised_rows(rows @ _whitening(covariance))
+
+
+def _whitening(covariance: Float[np.ndarray, "M M"]) -> Float[np.ndarray, "M M"]:
     values, vectors = np.linalg.eigh(covariance + _RIDGE * np.eye(len(covariance)))
-    return normalised_rows(rows @ (vectors / np.sqrt(values)))
+    return vectors / np.sqrt(values)
 
 
 def log_quadratic_forms(rows: Float[Array, "F D"], moments: Sequence[Float[Array, "D D"]]) -> Float[np.ndarray, "F M"]:
