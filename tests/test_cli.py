@@ -10,6 +10,7 @@ import pytest
 from cases import slow
 
 from tracing_jax import cli
+from tracing_jax.cli import startup
 from tracing_jax.cli.absl_flags import parse_flags
 from tracing_jax.cli.arguments import given
 from tracing_jax.cli.generate import GenerateOptions
@@ -17,6 +18,7 @@ from tracing_jax.cli.inspect import InspectOptions
 from tracing_jax.cli.merge import MergeOptions
 from tracing_jax.cli.scan import ScanOptions
 from tracing_jax.cli.signature import SignatureOptions
+from tracing_jax.cli.startup import prepare_libraries
 from tracing_jax.cli.zoo import Slurm, ZooOptions
 from tracing_jax.data import GENERATED_FOLDER
 from tracing_jax.dataclass_options import options_of, problems
@@ -207,6 +209,21 @@ def test_a_flag_of_a_config_is_checked_before_anything_is_parsed(capsys):
         parse_flags(["main.py", "--noconfig.aling"])
     assert ended.value.code == 2
     assert "aling: there is no such option; did you mean align?" in capsys.readouterr().err
+
+
+def test_libraries_are_set_up_unless_the_user_did(monkeypatch):
+    monkeypatch.delenv("OPENBLAS_THREAD_TIMEOUT", raising=False)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x --xla_cpu_parallel_codegen_split_count=8")
+    monkeypatch.setattr(startup.metadata, "version", lambda name: "0.10.2")
+    prepare_libraries()
+    assert os.environ["OPENBLAS_THREAD_TIMEOUT"] == "4"
+    own = "--xla_dump_to=x --xla_cpu_parallel_codegen_split_count=8"
+    assert os.environ["XLA_FLAGS"] == f"{own} --xla_cpu_use_fusion_emitters=false"
+    monkeypatch.setenv("OPENBLAS_THREAD_TIMEOUT", "20")
+    monkeypatch.setattr(startup.metadata, "version", lambda name: "9.9")
+    monkeypatch.setenv("XLA_FLAGS", own)
+    prepare_libraries()
+    assert (os.environ["OPENBLAS_THREAD_TIMEOUT"], os.environ["XLA_FLAGS"]) == ("20", own)
 
 
 _KEPT = """

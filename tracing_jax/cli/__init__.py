@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from tracing_jax.cli.arguments import Parser, program_version
 from tracing_jax.cli.errors import configure_logging
 from tracing_jax.cli.process import end_interrupted, prepare_process
-from tracing_jax.cli.startup import import_transformers_without_torch, let_idle_blas_threads_sleep
+from tracing_jax.cli.startup import import_transformers_without_torch, prepare_libraries
 
 VERBS = {
     "compare": "trace one or more models to a base: the verdict, and the layers behind it",
@@ -36,7 +36,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     is_program = argv is None
     if is_program:
         prepare_process()
-        let_idle_blas_threads_sleep()
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] and argv[0] in VERBS:
         try:
@@ -70,6 +69,7 @@ def _run_verb(name: str, argv: Sequence[str], is_program: bool) -> None:
     if not is_program:
         verb.run(parsed)
         return
+    prepare_libraries()
     from tracing_jax.progress import reporting
 
     configure_logging(getattr(parsed, "verbosity", -1 if getattr(parsed, "quiet", False) else 0))

@@ -10,7 +10,7 @@ from absl import app, flags
 
 from tracing_jax.cli.arguments import RENAMED, program_version
 from tracing_jax.cli.process import end_interrupted, prepare_process
-from tracing_jax.cli.startup import let_idle_blas_threads_sleep
+from tracing_jax.cli.startup import prepare_libraries
 from tracing_jax.dataclass_options import Option, options_of, parse, suggestion
 from tracing_jax.options import STATISTICS, unknown_option
 
@@ -51,7 +51,6 @@ def run_program(main: Callable[[Sequence[str]], None], argv: Sequence[str], prin
       print_help: prints what `--help` shows.
     """
     prepare_process()
-    let_idle_blas_threads_sleep()
     given = {argument.lstrip("-").split("=")[0] for argument in argv[1:] if argument.startswith("-")}
     if given & _HELP:
         print_help()
@@ -59,6 +58,7 @@ def run_program(main: Callable[[Sequence[str]], None], argv: Sequence[str], prin
     if "version" in given:
         print(program_version())
         return
+    prepare_libraries()
     try:
         app.run(main, argv=list(argv), flags_parser=parse_flags)
     except KeyboardInterrupt:
