@@ -13,6 +13,7 @@ from matplotlib.backend_bases import RendererBase
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from matplotlib.transforms import ScaledTranslation
 
 from tracing_jax.report.panels import INK, LABEL_INCHES
 
@@ -88,6 +89,9 @@ class _Measured:
         self.axes.set_position((0.0, 0.0, 1.0, 1.0))
         box = self.axes.yaxis.get_tightbbox(renderer)  # None of axes that are off
         self.left = _GAP_INCHES + (0.0 if box is None else max(0.0, -box.x0 / figure.dpi))
+        if legend := self.axes.get_legend():  # from the edge of the panel, where there is most space for its columns
+            shift = ScaledTranslation(_GAP_INCHES - self.left, -LABEL_INCHES, figure.dpi_scale_trans)
+            legend.set_bbox_to_anchor((0, 0), self.axes.transAxes + shift)
         self.right = _BAR_INCHES if self.bar else _RIGHT_INCHES
         self.width = WIDTH_INCHES - self.left - self.right
         lines = [_wrapped(line, self.width * figure.dpi, renderer) for line in placed.title.split("\n")]

@@ -16,7 +16,7 @@ from tracing_jax.report.panels import DASHES, GREY, INK, PALETTE, label_axes, le
 _LAYER = re.compile(r"(?:layers?|base)[ /](\d+)")  # also of `base 3 : ft 4`
 _LINEAR_TO = -10.0  # log10 p; the axis is linear if all values are above
 _MANY = 24  # layers, above which markers would hide the line
-_LEGEND_LETTERS = 72  # characters of all columns of a legend, above which it would be wider than the axes
+_LEGEND_INCHES, _LETTER_INCHES, _HANDLE_INCHES = 6.1, 0.066, 0.54  # of a whole legend, and of a column of it
 _ASSIGNED = "#00B4FF"
 _WRITTEN = 10  # layers, up to which numbers are written in the cells of the map
 
@@ -103,12 +103,11 @@ def _test_line(axes: Axes, i: int, test: Mapping[str, Any], x: np.ndarray, y: np
 
 
 def _legend_below(axes: Axes, columns: int) -> None:
-    """A legend under the axes, in one column where the names are too long for more."""
+    """A legend under the axes, in fewer columns where the names are too long for so many."""
     names = axes.get_legend_handles_labels()[1]
-    if max(map(len, names)) * columns > _LEGEND_LETTERS:
-        columns = 1
+    fitting = int(_LEGEND_INCHES / (max(map(len, names)) * _LETTER_INCHES + _HANDLE_INCHES))
     look = {"fontsize": 8.5, "labelcolor": GREY, "handlelength": 2.6, "columnspacing": 1.2}
-    legend_below(axes, columns, **look)
+    legend_below(axes, max(1, min(columns, fitting)), **look)
 
 
 def _by_layer(test: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:

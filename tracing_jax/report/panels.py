@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
-from matplotlib.transforms import ScaledTranslation
 
 # Okabe & Ito, "Color Universal Design" (2008): distinguishable with any colour vision. Its yellow is too pale on white.
 PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -116,10 +115,8 @@ def shortened(name: str) -> str:
 
 
 def legend_below(axes: Axes, columns: int, **look: Any) -> None:
-    """Draws a legend under the label of the x axis, however high the axes are."""
-    below = axes.transAxes + ScaledTranslation(0, -LABEL_INCHES, axes.get_figure(root=True).dpi_scale_trans)  # type: ignore[union-attr]
-    look |= {"bbox_to_anchor": (0, 0), "bbox_transform": below, "borderaxespad": 0, "borderpad": 0, "frameon": False}
-    axes.legend(loc="upper left", ncols=columns, **look)
+    """Draws a legend that `layout` puts under the label of the x axis."""
+    axes.legend(loc="upper left", ncols=columns, borderaxespad=0, borderpad=0, frameon=False, **look)
 
 
 def _legend(axes: Axes) -> None:

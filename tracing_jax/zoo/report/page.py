@@ -100,12 +100,10 @@ def _alt(contents: Contents) -> str:
 
 
 def _banner(contents: Contents) -> dict[str, Any]:
+    verdicts = [f"{count:,} {word.replace('_', ' ')}" for word, count in contents.verdicts.items() if count]
     facts = {
         "pairs": ", ".join(f"{count:,} {state}" for state, count in contents.states.items() if count),
-        "verdicts": ", ".join(
-            f"{count:,} {word.replace('_', ' ')}" for word, count in contents.verdicts.items() if count
-        )
-        + ", after Holm over all",
+        "verdicts": f"{', '.join(verdicts)}, after Holm over all" if verdicts else "none yet",
     }
     for i, members in enumerate(contents.families[:_NAMED_FAMILIES], 1):
         left = not_compared(i - 1, contents)
