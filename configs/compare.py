@@ -11,7 +11,8 @@ Source: Zhu et al. 2025, Independence Tests for Language Models (arXiv 2502.1229
 
 from ml_collections import ConfigDict
 
-from tracing_jax.options import COMPARE, config_from
+from tracing_jax.cli.config_files import config_from
+from tracing_jax.options import COMPARE
 
 
 def get_config(arg: str = "") -> ConfigDict:

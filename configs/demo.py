@@ -3,15 +3,16 @@
     python main.py --config=configs/demo.py
 
 No network, no GPU, no downloads: the text comes from Python itself. The verdict on the fine-tune and on its disguised
-copy is related, the copy is aligned back until its path is flat again, and the verdict on the model from another seed
-is independent: its path has a barrier, aligned or not.
+copy is related, the copy is aligned back until its path is flat again, and there is no evidence on the model from
+another seed: its path has a barrier, aligned or not.
 
 Source: the four cases of Zhu et al. 2025, section 4 (arXiv 2502.12292), at a scale that fits a laptop.
 """
 
 from ml_collections import ConfigDict
 
-from tracing_jax.options import RunOptions, config_from
+from tracing_jax.cli.config_files import config_from
+from tracing_jax.options import RunOptions
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -9,7 +9,8 @@ Source: the reference program of Zhu et al. 2025 (arXiv 2502.12292). It has no p
 
 from ml_collections import ConfigDict
 
-from tracing_jax.options import RunOptions, config_from
+from tracing_jax.cli.config_files import config_from
+from tracing_jax.options import RunOptions
 
 
 def get_config(arg: str = "") -> ConfigDict:

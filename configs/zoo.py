@@ -9,7 +9,8 @@ enter a verdict; by them the report finds closest relatives (see docs/zoo.md). T
 
 from ml_collections import ConfigDict
 
-from tracing_jax.options import ZOO, config_from
+from tracing_jax.cli.config_files import config_from
+from tracing_jax.options import ZOO
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -2,7 +2,9 @@
 
 import doctest
 import json
+import operator
 import pickle
+import re
 import subprocess
 import sys
 import tomllib
@@ -58,9 +60,15 @@ def demo_is_the_test_family(family, monkeypatch):
     monkeypatch.setattr("tracing_jax.demo.member", family.member)
 
 
-@pytest.mark.parametrize("name", [name for name in tj.__all__ if name != "__version__"])
+_WITH_EXAMPLES = [
+    *(name for name in tj.__all__ if name not in ("__version__", "rewrites")),
+    *(f"rewrites.{name}" for name in re.findall(r"rewrites\.(\w+)$", (ROOT / "docs/api.md").read_text(), re.M)),
+]
+
+
+@pytest.mark.parametrize("name", dict.fromkeys(_WITH_EXAMPLES))
 def test_example_of_the_docstring_runs_as_printed(name, demo_is_the_test_family, tmp_path):
-    value = getattr(tj, name)
+    value = operator.attrgetter(name)(tj)
     assert value.__doc__, f"tj.{name} has no docstring"
     found = doctest.DocTestFinder(recurse=False).find(
         value, name, globs={"jax": jax, "np": np, "tj": tj, "tmp": tmp_path}

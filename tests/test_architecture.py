@@ -117,6 +117,11 @@ def test_library_is_imported_nowhere(library):
     assert not _importers_of(library)
 
 
+def test_configs_end_where_a_run_begins():
+    """What is below takes options."""
+    assert _importers_of("ml_collections") == {"cli", "experiment", "zoo"}
+
+
 def test_nothing_prints_or_evaluates():
     for module in _MODULES:
         calls = [node for node in _nodes(module) if isinstance(node, ast.Call)]

@@ -41,7 +41,7 @@ def test_peak_holds_what_lived_shortly_and_no_pages_of_files(tmp_path):
     assert 150 * MIB < held.peak_bytes - held.start_bytes < 250 * MIB
 
 
-def test_compilations_are_counted_once_for_each_shape_and_only_inside():
+def test_compilations_are_without_repeats_for_each_shape_and_only_inside():
     @jax.jit
     def squared(x):
         return x * x

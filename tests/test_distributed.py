@@ -14,6 +14,7 @@ import pytest
 from cases import slow
 
 from tracing_jax import experiment
+from tracing_jax.cli.config_files import to_config
 from tracing_jax.distributed import initialized
 from tracing_jax.options import RunOptions
 
@@ -66,7 +67,7 @@ def _ended(processes):
 @pytest.fixture(scope="module")
 def alone(family, tmp_path_factory):
     """The record of one process with as many devices."""
-    config = RunOptions(stat=("mode",)).to_config()
+    config = to_config(RunOptions(stat=("mode",)))
     config.base_model_id, config.ft_model_id = str(family.member("base")), str(family.member("finetune"))
     config.dataset, config.block_size, config.num_tokens = str(family.text), 64, 1024
     config.stat, config.mesh.data, config.mesh.model = STATISTICS, 2, 2

@@ -1,13 +1,16 @@
 """The commands and snippets of README and docs work as printed.
 
 Every block runs in a folder of its own that has what the pages name: the programs of the repository, the models `base`,
-`theirs` and a few more, a list of two of them, and the text `pages.txt`. These are of the tests' family, for printed
-output of the demo; blocks of `tracing-jax` alone and snippets run in this process. A block after
-`<!-- not run: REASON -->` needs a cluster, the Hub or minutes; its commands are parsed all the same, so their flags and
-config fields exist.
+`theirs` and a few more, a list of two of them, a finished zoo, and the text `pages.txt`. These are of the tests'
+family, for printed output of the demo; blocks of `tracing-jax` alone and snippets run in this process. Output is
+compared but for its numbers: that of a command in a `console` block, and that of a snippet in the `text` block behind
+it. A block after `<!-- not run: REASON -->` needs a cluster, the Hub or minutes; its commands are parsed all the same,
+so their flags and config fields exist.
 """
 
+import dataclasses
 import functools
+import itertools
 import os
 import re
 import shlex
@@ -18,16 +21,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import foreign_layouts
 import jax
 import numpy as np
 import pytest
+import yaml
+from planted_zoo import planted, write_zoo
 
 import tracing_jax as tj
 from tracing_jax import cli
 from tracing_jax.alignment import KINDS, WHOLE
+from tracing_jax.checkpoint import WeightsOnly, open_checkpoint
 from tracing_jax.dataclass_options import options_of
 from tracing_jax.options import RunOptions, unknown_option
 from tracing_jax.rewrites import DISGUISES
+from tracing_jax.tree import map_named
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -56,6 +64,10 @@ class Block:
     text: str
     reason: str | None
     """Why it is not run; None if it is."""
+    printed: str = ""
+    """The `text` block behind a snippet: what it prints."""
+    models: tuple[tuple[str, str], ...] = ()
+    """The names of folders for which this was printed, and the members of the demo family that they were."""
 
     def __str__(self) -> str:
         return f"{self.page}:{self.line}"
@@ -69,10 +81,15 @@ def blocks(language: str) -> list[Block]:
     found = []
     for page in PAGES:
         text = text_of(page)
-        for match in _BLOCK.finditer(text):
+        matches = [*_BLOCK.finditer(text)]
+        for match, after in itertools.zip_longest(matches, matches[1:]):
             if match["language"] == language:
                 line = text.count("\n", 0, match.start("text"))
-                found.append(Block(page, line, language, match["text"], match["reason"]))
+                printed, models = "", ()
+                if language == "python" and after is not None and after["language"] == "text":
+                    between = text[match.end() : after.start()]
+                    printed, models = after["text"], tuple(re.findall(r"`demo:(\w+)`\s+as\s+`(\w+)`", between))
+                found.append(Block(page, line, language, match["text"], match["reason"], printed, models))
     return found
 
 
@@ -193,6 +210,7 @@ def fill(folder: Path, models: Path) -> Path:
     for name, source in _NAMED.items():
         (folder / name).symlink_to(models / source)
     (folder / "models.yaml").write_text("- ./base\n- ./theirs\n")
+    write_zoo(folder / "runs" / "finished", *planted([2, 1]))
     return folder
 
 
@@ -254,13 +272,72 @@ def test_commands_run(block, family, tmp_path, monkeypatch):
 def test_output_is_as_printed_but_for_its_numbers(block, demo_models, tmp_path):
     command, _, printed = block.text.removeprefix("$ ").partition("\n")
     output = run(command, fill(tmp_path, demo_models))
-    found, *shown = (_NUMBER.sub("#", " ".join(text.split())) for text in (output, *printed.split("\n...\n")))
+    found, *shown = (without_numbers(text) for text in (output, *printed.split("\n...\n")))
     assert found.startswith(shown[0])
     assert found.endswith(shown[-1])
     places = [found.find(part) for part in shown]  # what is left out between them stands as `...`
     assert -1 not in places
     assert places == sorted(places)
     assert len(shown) > 1 or found == shown[0]
+
+
+def without_numbers(text: str) -> str:
+    """Returns a text with one space between words, and one sign for each number and each rule of a table."""
+    return re.sub(r"-{2,}", "-", _NUMBER.sub("#", " ".join(text.split())))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [block for block in blocks("python") if block.printed], ids=str)
+def test_snippet_prints_what_stands_behind_it(block, demo_models, tmp_path, monkeypatch, capsys):
+    for member, name in block.models:
+        (tmp_path / name).symlink_to(demo_models / member)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block.text, str(block), "exec"), {})
+    assert without_numbers(capsys.readouterr().out) == without_numbers(block.printed)
+
+
+@pytest.mark.slow
+def test_shares_of_a_merge_are_printed_as_on_their_page(family, tmp_path, monkeypatch, capsys):
+    """Two parents with weights that change from layer to layer, in bfloat16, and a third without a part."""
+    monkeypatch.chdir(tmp_path)
+    origin = tj.load(family.member("base"))
+    rng = np.random.default_rng(0)
+
+    def tuned(leaf):
+        return np.asarray(leaf + 0.03 * np.std(leaf) * rng.standard_normal(leaf.shape), np.float32)
+
+    def merged(name, leaf, *others):
+        at = int(name.split("/")[1]) if name.startswith("layers/") else 1
+        shares = 0.6 - 0.1 * at, 0.2 + 0.1 * at
+        return leaf + sum(share * (other - leaf) for share, other in zip(shares, others))
+
+    parents = {name: map_named(lambda _, leaf: tuned(leaf), origin.params) for name in ("a", "b", "c")}
+    child = map_named(merged, origin.params, parents["a"], parents["b"])
+    for name, params in {**parents, "child": jax.tree.map(lambda x: jax.numpy.asarray(x, "bfloat16"), child)}.items():
+        tj.save(name, dataclasses.replace(origin, params=params), family.member("base"))
+    cli.main(["merge", "child", "--parents", "a", "b", "c", "--base", str(family.member("base")), "--save", "m.json"])
+    (shown,) = [block.text for block in blocks("text") if block.page == "docs/merges.md"]
+    found = without_numbers(capsys.readouterr().out)
+    assert found.startswith(without_numbers(shown).partition(" layer #")[0])
+
+
+def test_all_printed_text_is_compared():
+    of_snippets = [block.printed for block in blocks("python") if block.printed]
+    others = {block.page for block in blocks("text") if block.text not in of_snippets}
+    assert others == {"docs/merges.md"}
+
+
+def test_yaml_is_what_reads_it(tmp_path):
+    layout, step, hook = (yaml.safe_load(block.text) for block in sorted(blocks("yaml"), key=str))
+    assert set(step[0]["with"]) <= set(yaml.safe_load(text_of("action.yml"))["inputs"])
+    assert hook[0]["hooks"][0]["id"] == yaml.safe_load(text_of(".pre-commit-hooks.yaml"))[0]["id"]
+    cli.parser_of("compare").parse_args(hook[0]["hooks"][0]["args"])
+    (tmp_path / "layout.yaml").write_text(yaml.safe_dump(layout))
+    model = foreign_layouts.write(tmp_path / "model", foreign_layouts.chatglm, foreign_layouts.chatglm(0))
+    given = open_checkpoint(model, weights_only=WeightsOnly(str(tmp_path / "layout.yaml")))
+    found = open_checkpoint(model, weights_only=WeightsOnly())
+    for a, b in zip(jax.tree.leaves(given.layer(0)), jax.tree.leaves(found.layer(0)), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("block", blocks("python"), ids=str)
@@ -324,9 +401,15 @@ def test_table_of_statistics_names_all():
     assert sorted(first_column("docs/statistics.md", "# Statistics and nulls")) == sorted(REGISTRY)
 
 
+def kinds_of_rewrites() -> set[str]:
+    """Returns the names of the rewrites that users make: all but those that undo others."""
+    undoing = {"GainSetting", "KvGrouping", "LayerRemoval", "UnitGrouping", "Untying"}
+    return {name for name in tj.rewrites.__all__ if isinstance(getattr(tj.rewrites, name), type)} - undoing
+
+
 def test_api_page_has_all_public_names():
     named = re.findall(r"^::: tracing_jax\.(?:\w+\.)*(\w+)$", text_of("docs/api.md"), re.MULTILINE)
-    assert sorted(named) == sorted(set(tj.__all__) - {"__version__"})
+    assert sorted(named) == sorted({*tj.__all__, *kinds_of_rewrites()} - {"__version__", "rewrites"})
 
 
 @pytest.mark.parametrize("page", PAGES)

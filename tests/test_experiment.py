@@ -20,6 +20,7 @@ from tracing_jax import experiment, options
 from tracing_jax.arch import UnsupportedModelError, read_arch
 from tracing_jax.axes import PERMUTABLE, axis_table
 from tracing_jax.checkpoint import CheckpointError, save_checkpoint
+from tracing_jax.cli.config_files import to_config
 from tracing_jax.data import load_tokenizer, sample_documents
 from tracing_jax.experiment import ConfigError, metadata, steps
 from tracing_jax.experiment.inputs import open_inputs
@@ -46,7 +47,7 @@ def config_of(family, tmp_path):
     """Returns a function that makes a config of the family: fast, and everything moving."""
 
     def make(ft="finetune", base="base", **fields):
-        config = RunOptions(stat=("mode",)).to_config()
+        config = to_config(RunOptions(stat=("mode",)))
         config.base_model_id, config.ft_model_id = str(family.member(base)), str(family.member(ft))
         config.dataset, config.block_size, config.num_tokens, config.batch_size = str(family.text), 64, 1024, 8
         config.mesh.data = 1
@@ -420,7 +421,7 @@ def test_models_with_other_tokenizers_are_compared_per_byte(config_of, spoilt, f
 
 @pytest.mark.slow
 def test_random_tokens_are_those_of_both_vocabularies(family, tmp_path):
-    config = RunOptions(stat=("mode",)).to_config()
+    config = to_config(RunOptions(stat=("mode",)))
     config.base_model_id, config.ft_model_id = (str(family.member(name)) for name in ("base", "finetune"))
     config.dataset, config.num_tokens, config.block_size, config.save = "random", 256, 32, str(tmp_path / "r.p")
     first, again = (open_inputs(RunOptions.from_config(config)) for _ in range(2))

@@ -475,7 +475,7 @@ def test_no_evidence_takes_a_test_that_sees_through_every_rewrite():
     assert "csu does not detect permuted units: run match, or auto" in verdict({"csu": blind}, 1e-3).meaning
     found = verdict({"csu": blind, "match": sees}, 1e-3)
     assert found.verdict == "no_evidence"
-    assert "those tests are blind to embeddings that were replaced before further training" in found.meaning
+    assert "those tests do not detect embeddings that were replaced before further training" in found.meaning
     assert "embeddings" not in verdict({"match": sees, "match_crossfit": sees}, 1e-3).meaning
     assert verdict({"match_distilled": sees}, 1e-3).verdict == "undecided"  # its power has not been measured
     assert verdict({"match": result_with(-0.5)}, 1e-3).verdict == "undecided"  # nobody said what hides from it

@@ -115,7 +115,8 @@ def test_a_mistake_on_the_command_line_is_one_message(argv, message):
 ])  # fmt: skip
 def test_a_mistake_in_a_config_file_is_one_message(tmp_path, line, message):
     file = tmp_path / "mine.py"
-    lines = ["from tracing_jax.options import RunOptions", "def get_config():", " config = RunOptions().to_config()"]
+    lines = ["from tracing_jax.cli.config_files import config_from", "from tracing_jax.options import RunOptions"]
+    lines += ["def get_config():", " config = config_from(RunOptions())"]
     file.write_text("\n".join([*lines, f" {line}", " return config"]))
     done = run(f"--config={file}")
     assert done.returncode not in (0, 3)

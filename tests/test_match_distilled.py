@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
+from tracing_jax.cli.config_files import to_config
 from tracing_jax.data import paired_one_to_one
 from tracing_jax.experiment import ConfigError, check_config
 from tracing_jax.experiment.validation import statistic_names
@@ -170,7 +171,7 @@ def test_all_means_what_trains_nothing_and_the_others_are_asked_for_by_name():
 
 
 def test_settings_that_cannot_train_are_refused(tmp_path):
-    config = RunOptions(stat=("match_distilled",)).on_demo().to_config()
+    config = to_config(RunOptions(stat=("match_distilled",)).on_demo())
     config.save = str(tmp_path / "x.p")
     config.match_distilled.update(tokens=8, steps=0, batch=0, units=-1, rate=0.0, decay=1.5)
     with pytest.raises(ConfigError) as error:

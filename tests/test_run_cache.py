@@ -27,10 +27,11 @@ STATISTICS = "csu,csh,match,mode,l2,jsd,cos,csu_all"
 
 @pytest.fixture
 def config_of(family, tmp_path):
+    from tracing_jax.cli.config_files import to_config
     from tracing_jax.options import RunOptions
 
     def make(name="run", **fields):
-        config = RunOptions(stat=("mode",)).to_config()
+        config = to_config(RunOptions(stat=("mode",)))
         config.base_model_id, config.ft_model_id = str(family.member("base")), str(family.member("finetune"))
         config.dataset, config.block_size, config.num_tokens, config.batch_size = str(family.text), 64, 1024, 8
         config.mesh.data, config.mode.alphas, config.stat = 1, (0.0, 0.5, 1.0), STATISTICS

@@ -61,9 +61,10 @@ def streamed(model):
 
 @pytest.fixture(scope="module")
 def options():
+    from tracing_jax.cli.config_files import to_config
     from tracing_jax.options import RunOptions
 
-    config = RunOptions(stat=("mode",)).to_config()
+    config = to_config(RunOptions(stat=("mode",)))
     config.l2.num_perm = config.perm_mode_l2.num_perm = 9
     config.mode.num_perm, config.csh.blocks, config.csh.block_size = 3, 4, 32
     config.mode.attn = config.mode.emb = config.perm_mode_l2.attn = config.perm_mode_l2.emb = True
@@ -101,10 +102,11 @@ def test_alignment_finds_the_same_permutations_of_streamed_models():
 
 @pytest.fixture
 def config_of(family, tmp_path):
+    from tracing_jax.cli.config_files import to_config
     from tracing_jax.options import RunOptions
 
     def make(name, **fields):
-        config = RunOptions(stat=("mode",)).to_config()
+        config = to_config(RunOptions(stat=("mode",)))
         config.base_model_id, config.ft_model_id = str(family.member("base")), str(family.member("finetune"))
         config.dataset, config.block_size, config.num_tokens, config.batch_size = str(family.text), 64, 1024, 8
         config.mesh.data, config.mode.alphas = 1, (0.0, 0.5, 1.0)

@@ -18,6 +18,7 @@ from tracing_jax.alignment.procrustes import AdjacentWeights, mixing_matrices, s
 from tracing_jax.arch import Arch
 from tracing_jax.axes import PERMUTABLE
 from tracing_jax.checkpoint import open_checkpoint, save_checkpoint
+from tracing_jax.cli.config_files import to_config
 from tracing_jax.experiment.disguising import write_disguised
 from tracing_jax.options import RunOptions
 from tracing_jax.record import plain
@@ -362,7 +363,7 @@ def test_the_noise_of_ft_hardly_moves_what_is_aligned():
 @pytest.fixture
 def config_of(family, tmp_path):
     def make(**fields):
-        config = RunOptions(stat=("mode",)).to_config()
+        config = to_config(RunOptions(stat=("mode",)))
         config.base_model_id, config.ft_model_id = str(family.member("base")), str(family.member("finetune"))
         config.dataset, config.block_size, config.num_tokens, config.batch_size = str(family.text), 64, 1024, 8
         config.mesh.data = 1

@@ -7,7 +7,8 @@
 
 Checkpoints are opened and loaded as Flax param pytrees (`open`, `load`, `save`); pairs are traced (`trace`), aligned
 (`align`) and interpolated (`path_losses`). The transforms (`permute`, the rewrites, `match_weights`, `interpolate`) are
-pure functions of any pytree and an `AxisTable`, which names the axes of each leaf.
+pure functions of any pytree and an `AxisTable`, which names the axes of each leaf. `rewrites` has a class for each kind
+of rewrite of a model.
 
 Every public name is imported when it is first used: `import tracing_jax` itself takes milliseconds.
 """
@@ -38,19 +39,8 @@ _MODULES = {
     "merges": ("MergeReport",),
     "options": ("RunOptions",),
     "rewrites": (
-        "CancellingUnits",
-        "GainScaling",
-        "IdentityLayer",
-        "KvRepetition",
-        "Padding",
         "Permutation",
-        "QueryKeyMaps",
-        "Renaming",
         "Rewrite",
-        "Rotation",
-        "UnitScaling",
-        "UnitSplitting",
-        "ValueMixing",
         "compose",
         "draw_rewrites",
         "inverses",
@@ -63,8 +53,10 @@ _MODULES = {
     "statistics": ("Result", "verdict"),
 }
 _EXPORTS = {name: module for module, names in _MODULES.items() for name in names}
+_SUBMODULES = ("rewrites",)
+"""Public as `tj.rewrites.Rotation`: the kinds of rewrites."""
 
-__all__ = [*sorted(_EXPORTS), "__version__"]
+__all__ = [*sorted((*_EXPORTS, *_SUBMODULES)), "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -73,6 +65,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("tracing_jax")
+    if name in _SUBMODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public are {', '.join(__all__)}")
     value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from tracing_jax import alignment, checkpoint, experiment, forward, generation, merges, report
 from tracing_jax.alignment import Alignment, Evidence
 from tracing_jax.data import Documents, load_tokenizer, read_documents, token_blocks
-from tracing_jax.dataclass_options import ConfigError
+from tracing_jax.dataclass_options import ConfigError, comma_list
 from tracing_jax.options import COMPARE, RunOptions
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory, ParamSource, in_memory, is_resident, sharded
@@ -133,7 +133,7 @@ def trace(
     if lines := [f"{name}: {where}" for name, where in _NO_CHANGES.items() if name in changes]:
         raise ConfigError.of("these options are given elsewhere:", lines)
     statistics = options.stat if statistics is None else statistics
-    names = (statistics,) if isinstance(statistics, str) else tuple(statistics)
+    names = comma_list(statistics) if isinstance(statistics, str) else tuple(statistics)
     asked = options.as_dict() | changes | {"stat": names, "save": None, "ft_model_ids": ()}
     asked |= {"base_model_id": _name_of(base), "ft_model_id": _name_of(ft)}
     outcome = experiment.compute(asked)

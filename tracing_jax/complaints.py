@@ -28,7 +28,7 @@ def listed(items: Iterable[object], most: int = _MAX_LISTED) -> str:
 
 def counted(number: int, one: str, many: str) -> str:
     """Returns a number with its noun, and a verb if they have one: `1 tensor is`, `3 tensors are`."""
-    return f"{number} {one if number == 1 else many}"
+    return f"{number:,} {one if number == 1 else many}"
 
 
 def listed_and(items: Iterable[object]) -> str:

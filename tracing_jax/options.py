@@ -6,7 +6,6 @@ record of a run and the statistics themselves are made from these dataclasses. N
 """
 
 import functools
-import operator
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -465,23 +464,6 @@ class RunOptions:
         """Returns the options with the names of the statistics filled in for `{stat}` in `save`."""
         return replace(self, save=self.save and self.save.replace("{stat}", "-".join(self.stat)))
 
-    def to_config(self) -> Any:
-        """Returns the options as a ConfigDict, for config files and `--config.NAME=...`; lists of names are text."""
-        from ml_collections import ConfigDict
-        from ml_collections.config_dict import placeholder
-
-        config = ConfigDict(type_safe=False)  # types are checked by `from_config`, which names the option
-        config.update({name: ConfigDict(type_safe=False) for name in sections_of(RunOptions)})
-        for found in options_of(RunOptions):
-            section, _, name = found.name.rpartition(".")
-            value = operator.attrgetter(found.name)(self)
-            if value is None:
-                value = placeholder(str)
-            elif found.kind == tuple[str, ...]:
-                value = ",".join(value)
-            (config[section] if section else config)[name] = value
-        return config
-
     def as_dict(self) -> dict[str, Any]:
         """Returns the options as nested plain data."""
         return asdict(self)
@@ -516,17 +498,6 @@ ALIGN = RunOptions(
 
 ZOO = RunOptions(stat=("auto", "jsd", "l2"), dataset="sample", num_tokens=8192, l2=L2(num_perm=0), save="runs/zoo.p")
 """All pairs of a list of models: the tests of `compare` for the verdicts, and distances for the tree."""
-
-
-def config_from(options: RunOptions, arg: str = "") -> Any:
-    """Returns the ConfigDict of a config file; its argument `demo` runs it on the demo family.
-
-    Raises:
-      ValueError: any other argument.
-    """
-    if arg not in ("", "demo"):
-        raise ValueError(f"a config takes the argument demo or none, found {arg!r}")
-    return (options.on_demo() if arg else options).to_config()
 
 
 MOVED = {

@@ -58,12 +58,24 @@ class WriteBudget:
         self._start = self._last_write = clock()
         self._seconds_writing = 0.0
         self._bytes_per_second = _ASSUMED_BYTES_PER_SECOND
+        self._written_bytes, self._written_seconds = 0, 0.0
 
     def allows(self, num_bytes: int) -> bool:
         """Returns whether so many bytes may be written now."""
         now = self.clock()
         expected = self._seconds_writing + num_bytes / self._bytes_per_second
         return now - self._last_write >= _LEAST_INTERVAL_SECONDS and expected <= WRITE_SHARE * (now - self._start)
+
+    def count(self, num_bytes: int, seconds: float) -> None:
+        """Counts a file that was written, of finished or unfinished work."""
+        self._written_bytes += num_bytes
+        self._written_seconds += seconds
+
+    @property
+    def spent(self) -> str:
+        """What was written so far, and the share of the time that it took, in words."""
+        share = self._written_seconds / max(self.clock() - self._start, 1e-9)
+        return f"{self._written_bytes / 2**20:.1f} MiB in {self._written_seconds:.2f} s, {share:.1%} of the time"
 
     @contextlib.contextmanager
     def measured(self, num_bytes: int) -> Iterator[None]:
@@ -214,6 +226,7 @@ class RunCache:
             return
         self._await_readers()
         self._held.content.clear()
+        logging.info("kept for a restart, and deleted now: %s", self._budget.spent)
         if is_main_process():
             shutil.rmtree(self.folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # it holds the run's other files
@@ -243,7 +256,9 @@ class RunCache:
             self._held.content.setdefault(*self._facts)
         self._held.content[file] = content
         for path, due in self._held.released().items():
+            start = time.monotonic()
             self._write(path, due)
+            self._budget.count(len(due), time.monotonic() - start)
 
     @staticmethod
     def _write(file: Path, content: bytes) -> None:

@@ -4,6 +4,7 @@ They use `matplotlib.figure.Figure` without pyplot and its global state, so they
 """
 
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePath
@@ -23,6 +24,7 @@ from tracing_jax.report.layout import Area, Placed, arrange
 from tracing_jax.report.png import encoded
 
 _DOTS_PER_INCH = 160
+_LETTERS = 80  # of a line of text that is as wide as a figure
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,11 @@ def figure_of_run(record: Mapping[str, Any]) -> Figure:
     found = _groups_of_run(record)
     if not found:
         statistics = record["statistics"]
-        text = "\n".join(f"{subject(name, sides)}: {outcome(sides)}" for name, sides in statistics.items())
-        nothing = _Panel("No statistic of this run has a figure", panels.draw_text, {"text": text}, 1.0)
+        reasons = [f"{subject(name, sides)}: {outcome(sides)}" for name, sides in statistics.items()]
+        lines = [line for reason in reasons for line in textwrap.wrap(reason, _LETTERS)]
+        plot_inches = 0.3 + 0.17 * len(lines)
+        text = {"text": "\n".join(lines)}
+        nothing = _Panel("No statistic of this run has a figure", panels.draw_text, text, plot_inches)
         return _figure([[nothing]])
     return _figure(list(found.values()))
 

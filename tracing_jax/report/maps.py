@@ -98,7 +98,7 @@ def _with_controls(name: str, test: Mapping[str, Any], result: Mapping[str, Any]
     cells = {(i, i): _cell(test, at, f"base {i}, ft {i}") for at, found in enumerate(layers) if found
              for i in [int(found[1])]}  # fmt: skip
     for i, j, units, agreeing in controls:
-        cells[i, j] = _counted(f"base {i}, ft {j}", units, agreeing)
+        cells[i, j] = _agreement_cell(f"base {i}, ft {j}", units, agreeing)
     share = sum(agreeing for *_, agreeing in controls) / max(1, sum(units for _, _, units, _ in controls))
     remark = (
         f"Beside the layers of equal index, {len(controls)} pairs of other layers were compared, on a part of their "
@@ -125,13 +125,13 @@ def _square(name: str, cells: Mapping[tuple[int, int], MapCell], of: str, remark
 
 def _cell(test: Mapping[str, Any], index: int, place: str) -> MapCell:
     units, agreeing = test["values"]["units"][index], test["values"]["agreeing"][index]
-    found, log10_ps = _counted(place, units, agreeing), test.get("log10_ps")
+    found, log10_ps = _agreement_cell(place, units, agreeing), test.get("log10_ps")
     if units and log10_ps is not None and log10_ps[index] is not None:
         return replace(found, text=f"{found.text}, p {p_cell(log10_ps[index])}")
     return found
 
 
-def _counted(place: str, units: int, agreeing: int) -> MapCell:
+def _agreement_cell(place: str, units: int, agreeing: int) -> MapCell:
     if not units:
         return MapCell(-1, f"{place}: no units that count as evidence")
     text = f"{place}: {agreeing:,} of {units:,} agree ({agreeing / units:.0%})"

@@ -11,7 +11,7 @@ from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from tracing_jax.report.panels import DASHES, GREY, INK, PALETTE, label_axes, legend_below, shortened
+from tracing_jax.report.panels import DASHES, GREY, INK, PALETTE, elided, label_axes, legend_below
 
 _LAYER = re.compile(r"(?:layers?|base)[ /](\d+)")  # also of `base 3 : ft 4`
 _LINEAR_TO = -10.0  # log10 p; the axis is linear if all values are above
@@ -83,7 +83,7 @@ def draw_pairs(axes: Axes, data: Mapping[str, Any]) -> None:
         shift = 0.22 * (i - (len(names) - 1) / 2) / max(1, len(names) - 1)
         x, y = zip(*[(log10_p, row + shift) for log10_p, row in found])
         axes.plot(x, y, "osD^v"[i % 5], color=PALETTE[i % len(PALETTE)], markersize=6, label=name)
-    axes.set_yticks(range(len(families)), list(map(shortened, families)), parse_math=False)
+    axes.set_yticks(range(len(families)), list(map(elided, families)), parse_math=False)
     axes.set_ylim(len(families) - 0.5, -0.5)
     axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
     axes.axvline(level, color=INK, linewidth=0.9, label=f"level {10**level:g}", zorder=1.5)

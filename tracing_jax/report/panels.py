@@ -37,7 +37,7 @@ def draw_path(axes: Axes, curves: Mapping[str, Any]) -> None:
     for i, (name, curve) in enumerate(curves.items()):
         loss = _floats(curve["loss"])
         missing = int(np.isnan(loss).sum())
-        label = f"{shortened(name)} ({missing} of {len(loss)} not finite)" if missing else shortened(name)
+        label = f"{elided(name)} ({missing} of {len(loss)} not finite)" if missing else elided(name)
         _line(axes, i, _floats(curve["alpha"]), loss, label)
     interpolated = sorted({group for curve in curves.values() for group in curve.get("groups") or ()})
     note = f"; interpolated: {', '.join(interpolated)}" if interpolated else ""
@@ -109,7 +109,7 @@ def label_axes(axes: Axes, x: str, y: str) -> None:
     axes.set_ylabel(y, fontsize=9.5, color=INK, parse_math=False)
 
 
-def shortened(name: str) -> str:
+def elided(name: str) -> str:
     """The name of a model with at most 30 letters, its beginning and its end, which leaves space for the data."""
     return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME // 2]}…{name[1 - _LONGEST_NAME // 2 :]}"
 

@@ -39,7 +39,7 @@ class UnitSplitting(Rewrite):
     Example:
       >>> import jax
       >>> arch = tj.open("demo:base").arch
-      >>> splitting = tj.UnitSplitting.random(jax.random.key(0), arch)
+      >>> splitting = tj.rewrites.UnitSplitting.random(jax.random.key(0), arch)
       >>> splitting.arch_after(arch).mlp_dim > arch.mlp_dim
       True
     """
@@ -107,7 +107,7 @@ class CancellingUnits(Rewrite):
     Example:
       >>> import jax
       >>> arch = tj.open("demo:base").arch
-      >>> pairs = tj.CancellingUnits.random(jax.random.key(0), arch)
+      >>> pairs = tj.rewrites.CancellingUnits.random(jax.random.key(0), arch)
       >>> (pairs.arch_after(arch).mlp_dim - arch.mlp_dim) % 2
       0
     """
@@ -250,7 +250,7 @@ class KvRepetition(Rewrite):
 
     Example:
       >>> arch = tj.open("demo:base").arch
-      >>> after = tj.KvRepetition(2).arch_after(arch)
+      >>> after = tj.rewrites.KvRepetition(2).arch_after(arch)
       >>> (after.num_kv_heads, after.q_group) == (2 * arch.num_kv_heads, arch.q_group // 2)
       True
     """

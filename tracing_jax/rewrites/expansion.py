@@ -39,7 +39,7 @@ class Padding(Rewrite):
 
     Example:
       >>> arch = tj.open("demo:base").arch
-      >>> tj.Padding(units=8).arch_after(arch).mlp_dim - arch.mlp_dim
+      >>> tj.rewrites.Padding(units=8).arch_after(arch).mlp_dim - arch.mlp_dim
       8
     """
 
@@ -122,7 +122,7 @@ class IdentityLayer(Rewrite):
 
     Example:
       >>> arch = tj.open("demo:base").arch
-      >>> tj.IdentityLayer(0).arch_after(arch).num_layers - arch.num_layers
+      >>> tj.rewrites.IdentityLayer(0).arch_after(arch).num_layers - arch.num_layers
       1
     """
 

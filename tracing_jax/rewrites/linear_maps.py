@@ -89,7 +89,7 @@ class Rotation(Rewrite):
     Example:
       >>> import jax
       >>> arch = tj.open("demo:base").arch
-      >>> rotation = tj.Rotation.random(jax.random.key(0), arch)
+      >>> rotation = tj.rewrites.Rotation.random(jax.random.key(0), arch)
       >>> bool(np.allclose(rotation.matrix @ rotation.inverse(arch).matrix, np.eye(arch.embed_dim)))
       True
     """
@@ -143,7 +143,7 @@ class UnitScaling(Rewrite):
 
     Example:
       >>> arch = tj.open("demo:base").arch
-      >>> scaling = tj.UnitScaling({"layers/0/mlp": np.full(arch.mlp_dim, -2.0)})
+      >>> scaling = tj.rewrites.UnitScaling({"layers/0/mlp": np.full(arch.mlp_dim, -2.0)})
       >>> float(scaling.inverse(arch).factors["layers/0/mlp"][0])
       -0.5
     """
@@ -190,7 +190,7 @@ class ValueMixing(Rewrite):
     Example:
       >>> import jax
       >>> arch = tj.open("demo:base").arch
-      >>> mixing = tj.ValueMixing.random(jax.random.key(0), arch)
+      >>> mixing = tj.rewrites.ValueMixing.random(jax.random.key(0), arch)
       >>> mixing.matrices["layers/0/v_dim"].shape == (arch.num_kv_heads, arch.head_dim, arch.head_dim)
       True
     """
@@ -247,7 +247,7 @@ class QueryKeyMaps(Rewrite):
     Example:
       >>> import jax
       >>> arch = tj.open("demo:base").arch
-      >>> maps = tj.QueryKeyMaps.random(jax.random.key(0), arch)
+      >>> maps = tj.rewrites.QueryKeyMaps.random(jax.random.key(0), arch)
       >>> maps.factors["layers/0/qk_dim"].shape == (arch.num_kv_heads, arch.head_dim // 2)
       True
     """

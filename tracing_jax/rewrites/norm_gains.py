@@ -62,7 +62,7 @@ class GainScaling(Rewrite):
 
     Example:
       >>> arch = tj.open("demo:base").arch
-      >>> scaling = tj.GainScaling({"layers/0/attn_norm": np.full(arch.embed_dim, 4.0)})
+      >>> scaling = tj.rewrites.GainScaling({"layers/0/attn_norm": np.full(arch.embed_dim, 4.0)})
       >>> float(scaling.inverse(arch).factors["layers/0/attn_norm"][0])
       0.25
     """

@@ -287,7 +287,7 @@ class Renaming(Rewrite):
       ids: `new[i] = old[ids[i]]`: the row of the embedding that is at i afterwards.
 
     Example:
-      >>> tj.Renaming(np.array([1, 2, 0])).new_ids.tolist()
+      >>> tj.rewrites.Renaming(np.array([1, 2, 0])).new_ids.tolist()
       [2, 0, 1]
     """
 

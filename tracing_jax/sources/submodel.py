@@ -72,7 +72,7 @@ class Submodel:
                 return self._rows(name, axis)
             if of is not None and kind_of(of) == "mlp" and self.units is not None:
                 return self._slice(name, axis, self.units)
-        return self._counted(leaf(self.source, name))
+        return self._tallied(leaf(self.source, name))
 
     def _rows(self, name: str, axis: int) -> np.ndarray:
         """Returns the chosen tokens of a leaf; consecutive ones are read together."""
@@ -84,12 +84,12 @@ class Submodel:
     def _slice(self, name: str, axis: int, *spans: slice) -> Any:
         found = leaf_slice(self.source, name, axis, *spans)
         if found is not None:
-            return self._counted(found)
-        whole = self._counted(leaf(self.source, name))
+            return self._tallied(found)
+        whole = self._tallied(leaf(self.source, name))
         parts = [whole[(slice(None),) * axis + (span,)] for span in spans]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)
 
-    def _counted(self, weights: Any) -> Any:
+    def _tallied(self, weights: Any) -> Any:
         self.read[0] += weights.size
         self.read[1] += weights.nbytes
         return weights

@@ -206,6 +206,8 @@ def agreement_effect(layers: Sequence[Comparison], statistic: str = "match", of_
       statistic: a key of `SEEN`.
       of_pairs: whether they are of all pairs, in most of which no unit should agree.
     """
+    if not any(c.units for c in layers):
+        return "no unit of both models is evidence, so that none could be compared"
     best = max(layers, key=lambda c: c.agreeing / max(1, c.units))
     most = f"{best.agreeing:,} of {best.units:,}"
     if of_pairs:

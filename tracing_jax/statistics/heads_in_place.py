@@ -21,7 +21,7 @@ from tracing_jax.statistics.head_signatures import head_signatures, log_p_of_ord
 from tracing_jax.statistics.in_place import BY_ORDER, OUTSTANDING, layers_in_common, order_premises
 from tracing_jax.statistics.match_moments import spread_layers
 from tracing_jax.statistics.nulls import composite_agreement_log_sf, total_agreement_log_sf
-from tracing_jax.statistics.repeated_layers import counted_once, repetition_notes
+from tracing_jax.statistics.repeated_layers import repetition_notes, without_repeats
 from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies
 
 _SINGULAR_VALUES = 16
@@ -87,7 +87,7 @@ class HeadsInPlace(options.HeadsInPlace):
     def compute(self, pair: Pair) -> Result:
         """Returns the p-value of the number of heads in place; no forward pass."""
         every = _layers(pair)
-        layers = counted_once(pair.base, pair.ft, every)
+        layers = without_repeats(pair.base, pair.ft, every)
         if not layers:
             return Result(None, _LABEL, p_reason="in no layer of equal index do all heads of both models do something")
         run_cache = pair.run_cache.scope("heads_in_place")

@@ -30,7 +30,7 @@ from tracing_jax.statistics.distinct_units import DistinctUnits
 from tracing_jax.statistics.identity_starts import IDENTITY_BELOW
 from tracing_jax.statistics.nulls import composite_agreement_log_sf
 from tracing_jax.statistics.pvalues import bonferroni, fisher
-from tracing_jax.statistics.repeated_layers import counted_once, repetition_notes
+from tracing_jax.statistics.repeated_layers import repetition_notes, without_repeats
 from tracing_jax.statistics.statistic import Pair, Result, Test, widths_not_applicable
 from tracing_jax.tree import taken
 
@@ -160,7 +160,7 @@ def constrained_result(pair: Pair, comparisons: Sequence[Comparison], label: str
     cannot call the pair related. Of layers that repeat others in both models one pair counts.
     """
     layers = range(len(comparisons))
-    kept = counted_once(pair.base, pair.ft, layers)
+    kept = without_repeats(pair.base, pair.ft, layers)
     comparisons, places = [comparisons[i] for i in kept], [f"layer {i}" for i in kept]
     tests = in_place_tests(comparisons, places, width)
     ordered = ordered_models(comparisons)

@@ -97,7 +97,7 @@ class MatchDistilled(options.MatchDistilled):
         """Returns the calibrated and the parametric tests; one forward pass per model."""
         found = self._compared(pair.base, pair.ft, pair, FORM)
         shares, source = self._allowances(pair)
-        nulls = {side: null_of(found.controls[side], shares[side], source) for side in TARGETS}
+        nulls = {target: null_of(found.controls[target], shares[target], source) for target in TARGETS}
         nulls["rest together"] = null_of(found.controls["rest"], shares["rest together"], source)
         tests = _tests(found, nulls)
         return Result(
@@ -105,7 +105,7 @@ class MatchDistilled(options.MatchDistilled):
             label="units on which the students' gate and up projection agree, share",
             log10_p=bonferroni_log10(tests),
             tests=tests,
-            null={side: null.as_dict() for side, null in nulls.items()} | {"explained": found.explained},
+            null={target: null.as_dict() for target, null in nulls.items()} | {"explained": found.explained},
             per_layer=share_by_layer(found.layers["whole"]),
             notes=[*nulls["whole"].notes, *_notes(found.explained, pair)],
             effect=agreement_effect(found.layers["whole"]),
@@ -125,14 +125,14 @@ class MatchDistilled(options.MatchDistilled):
             _cached_layer(run_cache, i, functools.partial(self._layer, i, sides, recipe, pair, name))
             for i, sides in enumerate(_ffns(base, ft, blocks, pair))
         ]
-        controls: dict[str, list[Comparison]] = {side: [] for side in TARGETS}
+        controls: dict[str, list[Comparison]] = {target: [] for target in TARGETS}
         for i, j in control_pairs(len(layers), len(layers), pair.generator("match_distilled", name, "controls")):
             ours, theirs = layers[i].samples, layers[j].samples
             correlated = {tap: correlate(ours[f"base {tap}"], theirs[f"ft {tap}"]) for tap in TAPS}
-            for side, comparison in _by_target(correlated, pair, (name, "control", i, j)).items():
-                controls[side].append(comparison)
+            for target, comparison in _by_target(correlated, pair, (name, "control", i, j)).items():
+                controls[target].append(comparison)
         return _Compared(
-            {side: [layer.comparisons[side] for layer in layers] for side in TARGETS},
+            {target: [layer.comparisons[target] for layer in layers] for target in TARGETS},
             controls,
             {model: [layer.explained[model] for layer in layers] for model in _MODELS},
         )
@@ -175,7 +175,8 @@ class MatchDistilled(options.MatchDistilled):
         source = control_source(len(pair.controls), 2)
         least = {"whole": DEFAULT_ALLOWANCE, "rest": REST_ALLOWANCE}
         shares = {
-            side: measured_allowance([layers[side] for layers in measured], self.level, least[side]) for side in TARGETS
+            target: measured_allowance([layers[target] for layers in measured], self.level, least[target])
+            for target in TARGETS
         }
         return shares | {"rest together": [float(np.mean(shares["rest"]))]}, source
 
@@ -193,11 +194,11 @@ def _cached_layer(run_cache: RunCache, i: int, make: Callable[[], _Layer]) -> _L
     """Returns the layer from the cache of an interrupted run, or computes it."""
     fields, samples = run_cache.load(dict[str, Any], i), run_cache.load_arrays(i)
     if fields is not None and samples is not None:
-        comparisons = {side: Comparison(**fields["comparisons"][side]) for side in TARGETS}
+        comparisons = {target: Comparison(**fields["comparisons"][target]) for target in TARGETS}
         return _Layer(comparisons, fields["explained"], samples)
     layer = make()
     run_cache.save_arrays(lambda: layer.samples, i)
-    run_cache.save({"comparisons": {side: asdict(c) for side, c in layer.comparisons.items()},
+    run_cache.save({"comparisons": {target: asdict(c) for target, c in layer.comparisons.items()},
                    "explained": layer.explained}, i)  # fmt: skip
     return layer
 
@@ -214,8 +215,10 @@ class _Compared:
 def _by_target(correlated: Mapping[str, np.ndarray], pair: Pair, names: Sequence[str | int]) -> dict[str, Comparison]:
     """Returns the comparison of the matching by gate with that by up, and with that by the residual of up."""
     return {
-        side: compare_taps({"gate": correlated["gate"], "up": correlated[tap]}, pair, ("match_distilled", side, *names))
-        for side, tap in zip(TARGETS, ("up", "rest"), strict=True)
+        target: compare_taps(
+            {"gate": correlated["gate"], "up": correlated[tap]}, pair, ("match_distilled", target, *names)
+        )
+        for target, tap in zip(TARGETS, ("up", "rest"), strict=True)
     }
 
 

@@ -129,7 +129,7 @@ def responses(
     some = slice(None) if drawn is None else drawn
     found = {name: _products(tokens.read, rows[name][some]) for name in (("gate", "up") if gated else ("up",))}
     found["effect"] = _products(tokens.effect, rows["down"][some])
-    return {name: np.where(units.is_kept[some], side, 0.0) for name, side in found.items()}  # others: no part
+    return {name: np.where(units.is_kept[some], values, 0.0) for name, values in found.items()}  # others: no part
 
 
 def io_similarities(ours: Responses, theirs: Responses) -> dict[str, Float[np.ndarray, "U U2"]]:
@@ -138,7 +138,7 @@ def io_similarities(ours: Responses, theirs: Responses) -> dict[str, Float[np.nd
     The gate of a unit cannot be negated without changing the function.
     """
     found = {name: correlate(ours[name], theirs[name]) for name in ours}
-    return {name: side if name == "gate" else np.abs(side) for name, side in found.items()}
+    return {name: values if name == "gate" else np.abs(values) for name, values in found.items()}
 
 
 @jax.jit

@@ -171,7 +171,7 @@ class MatchMoments(options.MatchMoments):
         """Returns a layer with some of its units, drawn from the seed of the run; by default those for controls."""
         F = len(layer["gate"][1])
         drawn = np.sort(pair.generator("match_moments", "units", F).permutation(F)[: most or self.control_units])
-        return {side: (found[drawn], live[drawn]) for side, (found, live) in layer.items()}
+        return {projection: (found[drawn], live[drawn]) for projection, (found, live) in layer.items()}
 
 
 def _sides(pair: Pair) -> tuple[tuple[ParamSource, str], tuple[ParamSource, str]]:
@@ -185,12 +185,14 @@ def _tests(form: str, layers: Sequence[Comparison], null: Null) -> list[Test]:
 
 
 def _as_arrays(layer: Signatures) -> dict[str, np.ndarray]:
-    return {f"{side}{part}": found for side, both in layer.items() for part, found in zip(("", " live"), both)}
+    return {
+        f"{projection}{part}": found for projection, both in layer.items() for part, found in zip(("", " live"), both)
+    }
 
 
 def _compare(base: Signatures, ft: Signatures, pair: Pair, names: Sequence[str | int]) -> Comparison:
     """Returns the comparison of the matchings by gate and by up signatures."""
-    gate, up = (signature_correlations(base[side], ft[side]) for side in PROJECTIONS)
+    gate, up = (signature_correlations(base[projection], ft[projection]) for projection in PROJECTIONS)
     live = live_units(gate, up)
     return against_each_other(
         match_units(gate, pair.generator("match_moments", *names, "gate"), live),
@@ -209,7 +211,7 @@ def signatures(model: ParamSource, layers: Sequence[int], first: int = 0) -> Ite
     moments = [_moment(rows) for i in layers for rows in _unit_rows(model, i).values()]
     for i in range(first, model.arch.num_layers):
         rows, live = _unit_rows(model, i), distinct_units(model, i).is_kept
-        yield {side: (log_quadratic_forms(rows[side], moments), live) for side in PROJECTIONS}
+        yield {projection: (log_quadratic_forms(rows[projection], moments), live) for projection in PROJECTIONS}
 
 
 def _unit_rows(model: ParamSource, index: int) -> dict[str, Float[Array, "F D"]]:
@@ -233,7 +235,7 @@ def _kept_rows(
     gain = jnp.asarray(scale, jnp.float32) + offset
     rows = {name: kernel.astype(jnp.float32).T * gain for name, kernel in kernels.items()}
     rows["down"] = down.astype(jnp.float32)
-    return {name: unit_length(jnp.where(is_kept[:, None], side, 0.0)) for name, side in rows.items()}
+    return {name: unit_length(jnp.where(is_kept[:, None], projection, 0.0)) for name, projection in rows.items()}
 
 
 @jax.jit

@@ -33,7 +33,7 @@ def repeated_layers(model: ParamSource) -> list[int]:
     return [i for i, first in enumerate(first_alike(model)) if first != i]
 
 
-def counted_once(base: ParamSource, ft: ParamSource, layers: Sequence[int]) -> list[int]:
+def without_repeats(base: ParamSource, ft: ParamSource, layers: Sequence[int]) -> list[int]:
     """Returns the layers without those of which both models have another pair: their p-values are no further evidence.
 
     Args:

@@ -133,10 +133,10 @@ def _compare(mapped: _Mapping, part: TokenMatrix, group: str, pair: Pair) -> Com
     """
     sides = zip((pair.base, pair.ft), pair.vocabularies.unseen[group])
     base, ft = (token_rows(model, part, ids) for model, ids in sides)
-    counted = _counted(base) & _counted(ft)
-    if counted.sum() < 2:
-        return Comparison(int(counted.sum()), len(counted), 0.0, 0, 0.0, 0.0)
-    base, ft = (normalised_rows(x) for x in mapped(*(x[counted] - x[counted].mean(axis=0) for x in (base, ft))))
+    compared = _as_initialised(base) & _as_initialised(ft)
+    if compared.sum() < 2:
+        return Comparison(int(compared.sum()), len(compared), 0.0, 0, 0.0, 0.0)
+    base, ft = (normalised_rows(x) for x in mapped(*(x[compared] - x[compared].mean(axis=0) for x in (base, ft))))
     matching = match_units(base @ ft.T, pair.generator("unseen_tokens", part, group))
     return against_identity(matching, len(base), len(ft))
 
@@ -146,7 +146,7 @@ def _effect(comparisons: Sequence[Comparison]) -> str:
     return f"{agreeing} of {units} rows of unseen tokens are in place; of independent models about one in each group is"
 
 
-def _counted(rows: Float[np.ndarray, "n D"]) -> Bool[np.ndarray, " n"]:
+def _as_initialised(rows: Float[np.ndarray, "n D"]) -> Bool[np.ndarray, " n"]:
     """Returns which rows are as an initialisation leaves them: unlike any other row, and of typical length."""
     _, where, times = np.unique(rows, axis=0, return_inverse=True, return_counts=True)
     single = times[where.ravel()] == 1

@@ -60,7 +60,7 @@ _WITHOUT_EMBEDDINGS = ("match_crossfit", "match_moments")
 """Statistics that detect a relation where embeddings were replaced and the model was trained on."""
 
 _BY_EMBEDDINGS = (
-    " (those tests are blind to embeddings that were replaced before further training, which "
+    " (those tests do not detect embeddings that were replaced before further training, which "
     f"{' and '.join(_WITHOUT_EMBEDDINGS)} detect)"
 )
 

@@ -11,7 +11,7 @@ Norm = Literal["rms", "rms_unit_offset", "layer_norm"]
 
 _PRE = re.compile(
     r"pre_?(feed_?forward|mlp|ffn?|moe)|^(ffn|mlp|ff|feed_?forward)_?(layer_?)?(norm|ln)|^(norm|ln)_?(ffn|mlp|ff|2)$"
-    r"|^ln_?2$|^norm_?2$|^layernorm_?2$"
+    r"|^ln_?2$|^norm_?2$|^layer_?norm_?2$"
 )
 _POST = re.compile(r"post_?(feed_?forward|mlp|ffw|ffn?|moe)")
 _NORM = re.compile(r"norm|(^|_)ln(_|$|\d)")

@@ -14,6 +14,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from tracing_jax.complaints import counted
 from tracing_jax.record import atomic_write, write_json
 from tracing_jax.report.formatting import ABSENT, p_cell
 from tracing_jax.report.html_elements import Block, Cell, Section, render, table_of
@@ -23,7 +24,7 @@ from tracing_jax.zoo.report.contents import Contents, contents_of, pair_dict
 from tracing_jax.zoo.report.direction import MEASURED
 from tracing_jax.zoo.report.heatmap import LEGEND, arcs, heatmap, is_sparse, link
 from tracing_jax.zoo.report.rows import BINS, PairRow, Uniformity, uniformity_sentence
-from tracing_jax.zoo.report.trees import counted, family_part, merged_from, not_compared
+from tracing_jax.zoo.report.trees import family_part, merged_from, not_compared
 
 _OPEN_ROWS, _MOST_ROWS = 20, 500
 _NAMED_FAMILIES, _NAMES = 6, 90  # of the banner: so many families, and so many letters of each

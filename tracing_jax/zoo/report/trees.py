@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tracing_jax.complaints import counted
 from tracing_jax.report.formatting import cell, p_cell
 from tracing_jax.zoo.report.contents import Contents
 from tracing_jax.zoo.report.direction import Direction
@@ -131,8 +132,3 @@ def _origins(contents: Contents, members: tuple[str, ...]) -> list[tuple[Edge, i
     """
     edges = contents.origins_of.get(members, ())
     return [(edge, contents.family_of(next(n for n in edge.row.models if n not in members))) for edge in edges]
-
-
-def counted(number: int, one: str, many: str) -> str:
-    """Returns a number with its noun: `1 family`, `3 families`."""
-    return f"{number:,} {one if number == 1 else many}"
