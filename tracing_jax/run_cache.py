@@ -92,14 +92,14 @@ class HeldResults:
     """Results of the first seconds of a run, which are written only if it goes on: dozens of files are a short run's.
 
     Attributes:
-      content: what is to be written, by file, in the order in which it was finished.
+      content: what makes the bytes that are to be written, by file, in the order in which the results were finished.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.content: dict[Path, bytes] = {}
+        self.content: dict[Path, Callable[[], bytes]] = {}
         self._clock, self._start = clock, clock()
 
-    def released(self) -> dict[Path, bytes]:
+    def released(self) -> dict[Path, Callable[[], bytes]]:
         """Returns what may be written now, and forgets it; empty while the run is young."""
         if self._clock() - self._start < HELD_SECONDS:
             return {}
@@ -164,7 +164,8 @@ class RunCache:
     def save(self, fields: Mapping[str, Any], *names: str | int) -> None:
         """Saves a result under this name, for `load`; numbers and arrays of numpy become plain ones."""
         if (file := self._file(names, ".json")) is not None and is_main_process():
-            self._keep(file, json.dumps(fields, default=lambda value: value.tolist()).encode())
+            content = json.dumps(fields, default=lambda value: value.tolist()).encode()
+            self._keep(file, lambda: content)
 
     def count(self, kind: Callable[..., Any]) -> int:
         """Returns how many results named 0, 1, 2 ... are finished, up to the first that is not."""
@@ -184,9 +185,7 @@ class RunCache:
         if (file := self._file(names, ".npz")) is not None:
             made = arrays()
             if is_main_process():
-                buffer = io.BytesIO()
-                np.savez(buffer, allow_pickle=False, **made)
-                self._keep(file, buffer.getvalue())
+                self._keep(file, functools.partial(_npz, made))
 
     def save_if_due(
         self, arrays: Callable[[], Mapping[str, np.ndarray]], num_bytes: int, *names: str | int
@@ -240,7 +239,7 @@ class RunCache:
     def _read(self, file: Path) -> bytes | None:
         """Returns the content of a result; None if it is not finished."""
         if self._agreed_on is None and (held := self._held.content.get(file)) is not None:
-            return held
+            return held()
         is_finished = file.exists() if self._agreed_on is None else file in self._agreed_on
         return file.read_bytes() if is_finished else None
 
@@ -250,20 +249,28 @@ class RunCache:
         *parents, last = (str(name).replace("/", ".").replace(" ", "_") for name in names)
         return self.folder.joinpath(*parents, last + suffix)
 
-    def _keep(self, file: Path, content: bytes) -> None:
+    def _keep(self, file: Path, content: Callable[[], bytes]) -> None:
         """Writes a result, after the facts of the run if it is the first, or holds it while the run is young."""
         if self._facts is not None and not self._facts[0].exists():
-            self._held.content.setdefault(*self._facts)
+            path, facts = self._facts
+            self._held.content.setdefault(path, lambda: facts)
         self._held.content[file] = content
         for path, due in self._held.released().items():
+            encoded = due()
             start = time.monotonic()
-            self._write(path, due)
-            self._budget.count(len(due), time.monotonic() - start)
+            self._write(path, encoded)
+            self._budget.count(len(encoded), time.monotonic() - start)
 
     @staticmethod
     def _write(file: Path, content: bytes) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(file, content)
+
+
+def _npz(arrays: Mapping[str, np.ndarray]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    return buffer.getvalue()
 
 
 def _left_in(folder: Path, wanted: Mapping[str, Any]) -> tuple[list[str], str | None]:

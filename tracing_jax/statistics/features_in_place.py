@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,8 +93,8 @@ class FeaturesInPlace(options.FeaturesInPlace):
             list(matrices)[done:], desc="features", unit="subtree", initial=done, total=len(matrices), disable=None
         )
         for number, prefix in enumerate(bar, done + 1):
-            for sides in self._rows(pair, prefix, matrices[prefix]):
-                total = _with_correlations(total, *sides)
+            for base, ft, axes in self._rows(pair, prefix, matrices[prefix]):
+                total = _with_correlations(total, base, ft, axes)
             state = functools.partial(_state, total, number)
             run_cache.save_if_due(state, total.nbytes, "summed")
         run_cache.delete("summed")
@@ -102,8 +102,8 @@ class FeaturesInPlace(options.FeaturesInPlace):
 
     def _rows(
         self, pair: Pair, prefix: str, matrices: list["_Matrix"]
-    ) -> Iterator[tuple[Float[Array, "D n"], Float[Array, "D n"]]]:
-        """Yields for each matrix of a part the rows of base's features and of ft's, at the same sampled columns."""
+    ) -> Iterator[tuple["_Columns", "_Columns", tuple[int, int]]]:
+        """Yields for each matrix of a part the same sampled columns of base and of ft, and the axes of the features."""
         if not matrices:
             return
         base, ft = (flatten(subtree(model, prefix)) for model in (pair.base, pair.ft))
@@ -115,8 +115,9 @@ class FeaturesInPlace(options.FeaturesInPlace):
             if matrix.of_tokens:
                 columns = (vocabularies.ids_base[drawn], vocabularies.ids_ft[drawn])
             yield (
-                _feature_rows(base, matrix.name, matrix.base, columns[0], pair.base.arch),
-                _feature_rows(ft, matrix.name, matrix.ft, columns[1], pair.ft.arch),
+                _columns_of(base, matrix.name, matrix.base, columns[0], pair.base.arch),
+                _columns_of(ft, matrix.name, matrix.ft, columns[1], pair.ft.arch),
+                (matrix.base.axes.index("embed"), matrix.ft.axes.index("embed")),
             )
 
 
@@ -172,30 +173,36 @@ def _columns(table: AxisTable, spec: LeafSpec) -> list[int]:
     return [table.sizes[axis or ""] for axis in spec.axes if axis != "embed"]
 
 
-def _feature_rows(
+class _Columns(NamedTuple):
+    """A matrix, the gain of the norm before it (of those that read the stream; else 1), and which columns count."""
+
+    leaf: Array | np.ndarray
+    gain: Float[Array | np.ndarray, " _"]
+    columns: Int[Array | np.ndarray, " n"]
+
+
+def _columns_of(
     leaves: Mapping[str, Any], name: str, spec: LeafSpec, columns: Int[np.ndarray, " n"], arch: Arch
-) -> Float[Array, "D n"]:
-    """Returns the weights of each feature in the given columns; those of a reader times the gain of its norm."""
+) -> _Columns:
     gain = np.ones(1, np.float32)
     if spec.input_norm is not None:
         scale = leaves["/".join([*spec.input_norm.split("/")[-1:], "scale"])]
         gain = np.asarray(to_host(scale), np.float32) + np.float32(gain_offset(arch))
-    return _taken(leaves[name], gain, columns, spec.axes.index("embed"))
+    return _Columns(leaves[name], gain, columns)
 
 
-@functools.partial(jax.jit, static_argnames="axis")
-def _taken(
-    leaf: Array | np.ndarray, gain: Float[Array | np.ndarray, " _"], columns: Int[Array | np.ndarray, " n"], axis: int
-) -> Float[Array, "D n"]:
-    rows = jnp.moveaxis(leaf, axis, 0)
-    return rows.reshape(rows.shape[0], -1)[:, columns].astype(jnp.float32) * gain[:, None]
+def _feature_rows(found: _Columns, axis: int) -> Float[Array, "D n"]:
+    """Returns the weights of each feature in some columns, with the gain; the axis is that of the features."""
+    rows = jnp.moveaxis(found.leaf, axis, 0)
+    return rows.reshape(rows.shape[0], -1)[:, found.columns].astype(jnp.float32) * found.gain[:, None]
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+@functools.partial(jax.jit, static_argnames="axes", donate_argnums=0)
 def _with_correlations(
-    total: Float[Array, "D D"], base: Float[Array, "D n"], ft: Float[Array, "D n"]
+    total: Float[Array, "D D"], base: _Columns, ft: _Columns, axes: tuple[int, int]
 ) -> Float[Array, "D D"]:
-    return total + jnp.einsum("an,bn->ab", _standardised(base), _standardised(ft), precision="highest")
+    sides = [_standardised(_feature_rows(found, axis)) for found, axis in zip((base, ft), axes)]
+    return total + jnp.einsum("an,bn->ab", *sides, precision="highest")
 
 
 def _standardised(rows: Float[Array, "D n"]) -> Float[Array, "D n"]:
