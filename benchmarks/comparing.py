@@ -99,7 +99,9 @@ def results(base: InMemory, ft: Descendant, text: Text, seed: int, names: Sequen
     ids = np.arange(base.arch.vocab_size, dtype=np.int32)
     new_ids = ids if ft.new_ids is None else ft.new_ids
     rows = {"unseen": (text.unseen, new_ids[text.unseen])}
-    vocabularies = Vocabularies(ft.new_ids is None, ids, new_ids, unseen=rows)
+    in_text = ~np.isin(ids, text.unseen)
+    text_ids = ids[in_text], new_ids[in_text]
+    vocabularies = Vocabularies(ft.new_ids is None, ids, new_ids, unseen=rows, in_text=in_text, text_ids=text_ids)
     paired = paired_one_to_one(text.blocks, new_ids[text.blocks])
     pair = Pair(base, ft.model, vocabularies, text.blocks, Compute(make_mesh(), 32), seed, blocks=paired)
     archs = base.arch, ft.model.arch

@@ -57,7 +57,9 @@ _ROWS = flags.DEFINE_multi_string("rows", [], "only forgeries with these words i
 def judge(base: InMemory, other: InMemory, blocks: np.ndarray, unused: np.ndarray, seed: int) -> dict[str, float | str]:
     """Returns statistic -> log10 p of what decides, and `verdict` -> its word."""
     ids = np.arange(base.arch.vocab_size, dtype=np.int32)
-    vocabularies = Vocabularies(True, ids, ids, unseen={"unused": (unused, unused)})
+    in_text = ~np.isin(ids, unused)
+    rows = {"unused": (unused, unused)}
+    vocabularies = Vocabularies(True, ids, ids, unseen=rows, in_text=in_text, text_ids=(ids[in_text],) * 2)
     pair = Pair(base, other, vocabularies, blocks, Compute(make_mesh(), 32), seed,
                 blocks=paired_one_to_one(blocks, blocks))  # fmt: skip
     found, results = {}, {}

@@ -5,6 +5,7 @@ import pytest
 from test_data import TEXT, byte_level, sentencepiece_like
 
 from tracing_jax.data import Documents, paired_on_bytes, paired_one_to_one, token_blocks
+from tracing_jax.statistics import Vocabularies
 
 
 def documents(text=TEXT):
@@ -64,3 +65,17 @@ def test_a_sample_is_part_of_the_pairs_and_as_large_as_asked():
     few = blocks.sampled(60, np.random.default_rng(0))
     assert few.num_pairs == 50
     assert not few.valid[2].any()
+
+
+def test_tokens_that_are_compared_tell_runs_apart():
+    """A tokenizer that changed since a run was interrupted must not continue it."""
+    ids = np.arange(200, dtype=np.int32)
+    every = Vocabularies(True, ids, ids, in_text=ids < 100)
+    others = [
+        Vocabularies(True, ids, ids),
+        Vocabularies(True, ids, ids[::-1], in_text=ids < 100),
+        Vocabularies(True, ids, ids, in_text=ids < 101),
+        Vocabularies(True, ids, ids, in_text=ids < 100, unseen={"bytes": (ids[150:], ids[150:])}),
+    ]
+    assert every.digest() == Vocabularies(True, ids.copy(), ids.copy(), in_text=ids < 100).digest()
+    assert len({every.digest(), *(other.digest() for other in others)}) == 5

@@ -234,6 +234,7 @@ def _run_cache(options: RunOptions, inputs: RunInputs, placement: Placement) -> 
         "files": {side: file_stamps(model.tensors.files()) for side, model in inputs.models().items()},
         "revisions": {side: [model.id, model.revision] for side, model in inputs.models().items()},
         "tokens": None if inputs.text is None else inputs.text.base.sha256,
+        "vocabularies": inputs.vocabularies.digest(),
         "mesh": dict(placement.mesh.shape),
         "memory": placement.memory,
     }

@@ -293,7 +293,7 @@ def _added(model: ParamSource, layer: int) -> float:
 
 
 def _embedding_size(model: ParamSource) -> float:
-    """Returns the size of embeddings as the first layer reads them: the median of the rows of tokens of all ids."""
+    """Returns the size of embeddings as the first layer reads them: the median of the rows of sampled tokens."""
     arch, known = model.arch, kept_of(model)
     if arch.embed_norm:
         gain = gain_of(model.embed(), "norm", arch)

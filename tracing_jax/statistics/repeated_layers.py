@@ -8,7 +8,7 @@ from jaxtyping import Float
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.distinct_units import distinct_units
 
-_SAME = 0.95
+_SAME = 0.8
 """Cosine of what pairs of features have in common in two layers, from which on one repeats the other. Between layers
 of four small published models and some of our own it is at most .6."""
 

@@ -1,6 +1,7 @@
 """The interface of a statistic: the pair of models that it gets, the result that it returns, and its protocol."""
 
 import functools
+import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -68,6 +69,11 @@ class Vocabularies:
             return f"only {self.in_text.sum()} of the shared tokens are in the text of this package"
         return ""
 
+    def digest(self) -> str:
+        """Returns a hash of which tokens correspond, and which of them are compared."""
+        found = (self.ids_base, self.ids_ft, self.usable, *(ids for pair in self.unseen.values() for ids in pair))
+        return hashlib.sha256(b"|".join(np.ascontiguousarray(ids, np.int64).tobytes() for ids in found)).hexdigest()
+
     def drawn(self, generator: np.random.Generator, most: int) -> Int[np.ndarray, " n"]:
         """Returns the positions of at most so many of the usable shared tokens, in the order drawn."""
         return self.usable[generator.permutation(len(self.usable))[:most]]
@@ -96,8 +102,11 @@ class Pair:
 
     def __post_init__(self) -> None:
         """Has what is found out about each model by itself look at tokens that a text has."""
-        for model, ids in zip((self.base, self.ft), self.vocabularies.text_ids or ()):
-            remember_tokens(model, ids)
+        if self.vocabularies.text_ids is not None:
+            of_base, of_ft = self.vocabularies.text_ids
+            remember_tokens(self.ft, of_ft)
+            for model in (self.base, *self.controls):
+                remember_tokens(model, of_base)
 
     def of_base(self) -> "Pair":
         """Returns base paired with itself, both with base's tokens; a control model then replaces the first."""
