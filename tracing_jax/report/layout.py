@@ -26,6 +26,7 @@ _TITLE_POINTS, _LINE_SPACING, _TITLE_PAD_INCHES = 10, 1.2, 0.125
 _POINTS_PER_INCH = 72
 _GAP_INCHES = 0.1
 _RIGHT_INCHES, _BAR_INCHES, _BAR_WIDTH_INCHES = 0.22, 0.85, 0.15
+_LONGEST_LABEL = 1.1  # of an axis, over its length
 _TICKS_INCHES = 0.3  # below the axes, where they have no label
 
 
@@ -87,6 +88,9 @@ class _Measured:
         assert figure is not None
         figure.set_size_inches(WIDTH_INCHES, self.plot)  # ticks depend on the size of the axes
         self.axes.set_position((0.0, 0.0, 1.0, 1.0))
+        label = self.axes.yaxis.label
+        longest = _LONGEST_LABEL * self.plot * figure.dpi
+        label.set_text(_wrapped(label.get_text(), longest, renderer, float(label.get_fontsize())))
         box = self.axes.yaxis.get_tightbbox(renderer)  # None of axes that are off
         self.left = _GAP_INCHES + (0.0 if box is None else max(0.0, -box.x0 / figure.dpi))
         if legend := self.axes.get_legend():  # from the edge of the panel, where there is most space for its columns
@@ -94,7 +98,7 @@ class _Measured:
             legend.set_bbox_to_anchor((0, 0), self.axes.transAxes + shift)
         self.right = _BAR_INCHES if self.bar else _RIGHT_INCHES
         self.width = WIDTH_INCHES - self.left - self.right
-        lines = [_wrapped(line, self.width * figure.dpi, renderer) for line in placed.title.split("\n")]
+        lines = [_wrapped(line, self.width * figure.dpi, renderer, _TITLE_POINTS) for line in placed.title.split("\n")]
         title = "\n".join(lines)
         self.axes.set_title(
             title, loc="left", pad=_TITLE_PAD_INCHES * _POINTS_PER_INCH, y=1.0, fontsize=_TITLE_POINTS, color=INK,
@@ -128,9 +132,9 @@ def _below(axes: Axes) -> float:
     return LABEL_INCHES + rows * row_points / _POINTS_PER_INCH
 
 
-def _wrapped(text: str, pixels: float, renderer: RendererBase) -> str:
+def _wrapped(text: str, pixels: float, renderer: RendererBase, points: float) -> str:
     """Returns a line as several, none wider than this where its words allow."""
-    font = FontProperties(size=_TITLE_POINTS)
+    font = FontProperties(size=points)
     words = text.split(" ")
     widths = [renderer.get_text_width_height_descent(word, font, False)[0] for word in words]
     apart, together = (renderer.get_text_width_height_descent(pair, font, False)[0] for pair in ("n n", "nn"))
