@@ -1,6 +1,7 @@
 """Parents without a part, by the thousand: how often is one called a part of a merge?
 
     python -m benchmarks.merge_nulls                       # 1,000 merges, 5,000 parents; ten minutes on two cores
+    python -m benchmarks.merge_nulls --merges=0 --disguised=0 --no_merges=96   # fine-tunes beside others on their text
     OPENBLAS_NUM_THREADS=1 python -m benchmarks.merge_nulls --merges=0 --disguised=500 --reports=2  # 5,000 in each
 
 
@@ -35,9 +36,13 @@ from tracing_jax.arch import Arch, arch_from_config
 from tracing_jax.demo.members import training_data
 from tracing_jax.demo.recipe import DemoSizes, config
 from tracing_jax.demo.training import Training, init, learning_rates, optimizer, train, train_step
-from tracing_jax.merges import MergeModels
+from tracing_jax.merges import MergeModels, read_sums
 from tracing_jax.merges.aligning import AlignedModels, read_in_one_order
+from tracing_jax.merges.choice import choose, sampled_entries
+from tracing_jax.merges.exact_entries import exact_entries
 from tracing_jax.merges.merge_report import compared
+from tracing_jax.merges.methods import dare, ties
+from tracing_jax.merges.parent_shares import with_exact_entries
 from tracing_jax.record import atomic_write
 from tracing_jax.report import text_table
 from tracing_jax.rewrites import draw_rewrites
@@ -47,6 +52,7 @@ from tracing_jax.tree import flatten
 _MERGES = flags.DEFINE_integer("merges", 1000, "merges without a disguise", lower_bound=0)
 _FIRST = flags.DEFINE_integer("first", 0, "number of the first merge, to add to an earlier run", lower_bound=0)
 _DISGUISED = flags.DEFINE_integer("disguised", 50, "merges in each disguise", lower_bound=0)
+_NO_MERGES = flags.DEFINE_integer("no_merges", 0, "fine-tunes beside others on the same text", lower_bound=0)
 _REPORTS = flags.DEFINE_integer("reports", 1, "reports on each of these, with other parents beside", lower_bound=1)
 
 RECIPE = DemoSizes(embed_dim=32, num_layers=2, mlp_dim=64, num_heads=2, num_kv_heads=2, block_size=64, base_steps=400)
@@ -195,9 +201,56 @@ def rows(
             kept = AlignedModels() if origin is None else aligned
             read = read_in_one_order(models, ("auto",), 0, known=kept, measures_bias=False)
             found = compared(read.models, read.sums, draw, read.untested, None, read.exchanged)
+            if any(part.word == "reserved" and not part.name.startswith("part") for part in found.parts):
+                choice = choose(read.models, read.sums)  # by which such a parent may yet have a part
+                found = found._replace(parts=with_exact_entries(found.parts, choice.exact))
             parts = [[part.name.split()[0], part.word, part.log10_p] for part in found.parts]
             yield {"draw": draw, "method": method, "noise": noise, "dtype": dtype, "disguise": disguise,
                    "aligned": read.aligned, "parts": parts}  # fmt: skip
+
+
+def no_merges(zoo: Zoo, draws: Iterable[int]) -> Iterator[dict[str, Any]]:
+    """Yields what is said of parents of a fine-tune that is no merge: those on its text, and one on another.
+
+    In one of three, differences from the base are a tenth of what they were, so that they are a few steps of bfloat16.
+    """
+    for draw in draws:
+        at, kind = draw % len(zoo.tuned), draw % 3
+        dtype, size = ("float32", "bfloat16", "bfloat16")[kind], (1.0, 1.0, 0.1)[kind]
+        first = at // _OF_A_TEXT * _OF_A_TEXT
+        others = {f"like {i}": i for i in range(first, first + _OF_A_TEXT) if i != at}
+        others["none"] = (first + _OF_A_TEXT + draw) % len(zoo.tuned)
+        near = {i: siblings.task_arithmetic(zoo.base, [zoo.tuned[i]], [size]) for i in (at, *others.values())}
+        parents = {name: source(zoo.arch, near[i], dtype) for name, i in others.items()}
+        models = MergeModels(source(zoo.arch, near[at], dtype), parents, zoo.source("base", 0, dtype))
+        sums = read_sums(models)
+        found = compared(models, sums, draw, {})
+        entries = sampled_entries(models, sums)
+        # As if they had been made by one of these, whichever method would be named.
+        fits = [exact_entries(method, entries, dtype) for method in (dare(entries, False), ties(entries, True))]
+        parts = max((with_exact_entries(found.parts, fit) for fit in fits), key=lambda own: str(own).count("'part'"))
+        yield {
+            "draw": draw, "disguise": f"no merge, {dtype}, {size:g}",
+            "parts": [[part.name.split()[0], part.word, part.log10_p] for part in parts],
+            "alone": max(part.alone or 0.0 for part in parts), "unexplained": found.in_tensors.unexplained,
+            "exact": [fit.as_dict() for fit in fits if fit is not None],
+            "shown": any(fit is not None and fit.shows(k) for fit in fits for k in range(len(parts))),
+        }  # fmt: skip
+
+
+def exact_table(found: Sequence[Mapping[str, Any]]) -> str:
+    """Returns how near fine-tunes that are no merges come to what is a part by exact entries."""
+    lines = []
+    for label in dict.fromkeys(row["disguise"] for row in found if "exact" in row):
+        rows = [row for row in found if row["disguise"] == label]
+        own = [fit for row in rows for fit in row["exact"]]
+        times = [n / max(c, 1 / e["count"]) for e in own for n, c in zip(e["needs"], e["by_chance"]) if n >= 0.05]
+        lines.append([
+            label, len(rows), max(row["alone"] for row in rows), min(row["unexplained"] for row in rows),
+            max((e["share"] for e in own), default=0.0), max(times, default=0.0), sum(row["shown"] for row in rows),
+        ])  # fmt: skip
+    headers = ["children", "number", "most partial r²", "least unexplained", "most exact", "most times chance", "shown"]
+    return text_table(lines, headers) if lines else ""
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
@@ -205,8 +258,12 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for disguise in dict.fromkeys(row["disguise"] for row in found):
         own = [row for row in found if row["disguise"] == disguise]
-        for kind, shown in {"none": "fine-tunes", "foreign": "of their own", "part": "with a part"}.items():
+        for kind, shown in {
+            "none": "fine-tunes", "like": "on its text", "foreign": "of their own", "part": "with a part"
+        }.items():  # fmt: skip
             parts = [part for row in own for part in row["parts"] if part[0] == kind]
+            if not parts:
+                continue
             words = [word for _, word, _ in parts]
             ps = [p for _, _, p in parts if p is not None]
             lines.append([
@@ -240,6 +297,9 @@ def main(argv: list[str]) -> None:
             found += rows(zoo, draws, disguise, 1 if disguise is None else _REPORTS.value, aligned)
         atomic_write(file, json.dumps(found).encode())
         print(table(found), f"\n{time.monotonic() - start:.0f} s\n", flush=True)
+    found += no_merges(zoo, range(_NO_MERGES.value))
+    atomic_write(file, json.dumps(found).encode())
+    print(table(found), exact_table(found), f"{time.monotonic() - start:.0f} s", sep="\n\n")
 
 
 if __name__ == "__main__":

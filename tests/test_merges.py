@@ -460,6 +460,7 @@ def test_method_is_named_and_its_recipe_makes_the_child_again(origin, parents, n
     assert found.record["method"]["name"] == name
     assert f"method: {name}" in repr(found)
     if name.startswith("dare"):
+        assert set(found.parts.values()) == {"part"}
         for model_, weight in zip(yaml.safe_load(found.record["recipe"])["models"], (0.6, 0.4)):
             assert model_["parameters"] == {
                 "weight": pytest.approx(weight, abs=0.05), "density": pytest.approx(0.5, abs=0.05)
@@ -488,6 +489,7 @@ def test_a_parent_without_a_part_hides_no_sparse_method(origin, parents, name):
     child = MADE[name](origin, parents[:2])
     found = report_of(child, [parents[2], *parents[:2]], origin)
     method = found.record["method"]
+    assert found.parts == {"A": "none", "B": "part", "C": "part"}
     assert method["name"] == name
     assert method["parameters"]["follows"][0] == 0 < min(method["parameters"]["follows"][1:])
     assert [own["model"] for own in yaml.safe_load(found.record["recipe"])["models"]] == ["B", "C"]

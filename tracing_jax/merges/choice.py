@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from tracing_jax.merges import methods
+from tracing_jax.merges.exact_entries import ExactEntries, exact_entries
 from tracing_jax.merges.methods import Entries, Method, entries_of, log_likelihood
 from tracing_jax.merges.models import MergeModels
 from tracing_jax.merges.normal_equations import NormalEquations
@@ -35,12 +36,14 @@ class Choice:
       nats: method -> log likelihood per held-out entry, less that of the best.
       alike: methods that predict as well as the one named.
       residual: what the method leaves of the child's difference from the reference, in squares, on held-out entries.
+      exact: of TIES and DARE, the held-out entries that are predicted to rounding.
     """
 
     method: Method | None
     nats: dict[str, float] = field(default_factory=dict)
     alike: tuple[str, ...] = ()
     residual: float | None = None
+    exact: ExactEntries | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Returns plain data for the record."""
@@ -51,12 +54,13 @@ class Choice:
             "nats_per_entry": self.nats,
             "alike": list(self.alike),
             "residual": self.residual,
+            "exact": None if self.exact is None else self.exact.as_dict(),
         }
 
 
 def choose(models: MergeModels, sums: NormalEquations, seed: int = 0) -> Choice:
     """Returns the method that best predicts held-out entries; see the module."""
-    entries = _entries(models, sums, seed)
+    entries = sampled_entries(models, sums, seed)
     if not entries:
         return Choice(None)
     # Simplest first.
@@ -83,7 +87,8 @@ def choose(models: MergeModels, sums: NormalEquations, seed: int = 0) -> Choice:
         value = float((nats[i] - nats[best]).sum() / held_out.sum())
         per_entry[method.name] = max(value, per_entry.get(method.name, -np.inf))
     others = dict.fromkeys(found[i].name for i in alike if found[i].name != found[named].name)
-    return Choice(found[named], per_entry, tuple(others), _residual(found[named], entries))
+    exact = exact_entries(found[named], entries, sums.dtype)
+    return Choice(found[named], per_entry, tuple(others), _residual(found[named], entries), exact)
 
 
 def units_of(models: MergeModels) -> list[np.ndarray]:
@@ -97,7 +102,8 @@ def name_of_unit(models: MergeModels, unit: int) -> str | None:
     return names[unit]
 
 
-def _entries(models: MergeModels, sums: NormalEquations, seed: int) -> list[Entries]:
+def sampled_entries(models: MergeModels, sums: NormalEquations, seed: int = 0) -> list[Entries]:
+    """Returns the entries that methods are compared on: of some tensors, spread over the model."""
     usable = [t for t in sums.tensors if len(t.sample) >= _FEWEST]
     step = max(1, math.ceil(len(usable) / _TENSORS))
     found = (entries_of(tensor, models.terms, seed) for tensor in usable[::step])

@@ -100,6 +100,10 @@ def log_p_of_layer(
 
     It is 0 where the other parents explain the layer to the last bit: nothing is left for this one.
 
+    Rows are matched by cosines, and by these over their standard errors; the fewer units that stay count. Where entries
+    of a unit are large in both, as the steps of a coarse dtype are where weights are, cosines are large in place by
+    chance, of either sign.
+
     Args:
       models: all of them.
       rows: of each matrix of the layer.
@@ -116,9 +120,13 @@ def log_p_of_layer(
     if len(live) < FEWEST_UNITS:
         return None
     order = np.random.default_rng(seed).permutation(len(live))  # so that ties are not broken in favour of the place
-    similarity = sign * _directions(rest[live]) @ _directions(own[live][order]).T
-    agreeing = int((order[assign(similarity)] == np.arange(len(live))).sum())
-    return agreement_log_sf(agreeing, len(live))
+    ours, theirs = _directions(rest[live]), _directions(own[live][order])
+    cosines = sign * ours @ theirs.T
+    agreeing = [
+        int((order[assign(similarity)] == np.arange(len(live))).sum())
+        for similarity in (cosines, cosines / _spread(ours, theirs))
+    ]
+    return agreement_log_sf(min(agreeing), len(live))
 
 
 def is_in_order(models: MergeModels, units: ExchangedUnits, parent: int) -> bool:
@@ -159,6 +167,12 @@ def _across(rows: Float[np.ndarray, "U F"], units: Float[np.ndarray, "U F"]) -> 
     squares = np.square(units).sum(1, keepdims=True)
     along = (rows * units).sum(1, keepdims=True) / np.where(squares > 0, squares, 1.0)
     return rows - along * units
+
+
+def _spread(ours: Float[np.ndarray, "U F"], theirs: Float[np.ndarray, "U F"]) -> Float[np.ndarray, "U U"]:
+    """Returns the standard error of each product of rows, were signs of entries random."""
+    found: np.ndarray = np.sqrt(np.square(ours) @ np.square(theirs).T)
+    return np.maximum(found, 1e-300)
 
 
 def _cosine(one: np.ndarray, other: np.ndarray) -> float:

@@ -17,6 +17,7 @@ from tracing_jax.merges.parent_shares import (
     merge_sentence,
     parent_shares,
     part_of_other_shape,
+    with_exact_entries,
     without_share,
 )
 from tracing_jax.merges.recipe import moe_recipe, recipe
@@ -79,14 +80,15 @@ def merge_report(
     chosen = _chosen(read, search)
     models, sums = chosen.models, chosen.sums
     names = read.models.names
-    fit = compared(models, sums, seed, read.untested, len(names), chosen.exchanged, read.bias)
+    choice = choose(models, sums, seed)
+    fit = compared(models, sums, seed, read.untested, len(names), chosen.exchanged, read.bias, choice)
     left_out = read.models.left_out
     record = {
         **(asked or {}),
         "reference": "origin" if models.origin is not None else models.names[0],
         **_findings(models, fit, read.aligned, others),
         "search": None if chosen.selection is None else chosen.selection.as_dict(names),
-        **_method_and_recipe(models, sums, asked or {}, seed),
+        **_method_and_recipe(models, sums, choice, asked or {}),
         **_tables(models, sums, fit, read.bias),
         "left_out": left_out,
         "layers": None if models.layers is None else list(models.layers[0]),
@@ -174,10 +176,9 @@ def _by_role_and_layer(models: MergeModels, sums: NormalEquations) -> dict[tuple
 
 
 def _method_and_recipe(
-    models: MergeModels, sums: NormalEquations, asked: Mapping[str, Any], seed: int
+    models: MergeModels, sums: NormalEquations, choice: Choice, asked: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Returns the method that was chosen, and the configuration that makes the child again."""
-    choice = choose(models, sums, seed)
     origin = None if models.origin is None else str(asked.get("base") or "origin")
     if not (by_expert := _by_expert(models, sums)):
         text = recipe(models, choice, _by_role_and_layer(models, sums), origin, sums.dtype)
@@ -200,6 +201,7 @@ def compared(
     candidates: int | None = None,
     exchanged: ExchangedUnits | None = None,
     bias: AlignmentBias | None = None,
+    choice: Choice | None = None,
 ) -> MergeFit:
     """Returns the shares of what one pass has read, and the part of each parent; see `merge_report`.
 
@@ -211,6 +213,7 @@ def compared(
       candidates: the number of models that the parents were chosen from; by default that of the parents.
       exchanged: the units that parents are tested by; by default those of the sums.
       bias: what an alignment does to the shares; errors contain it.
+      choice: of the method, by whose exact entries parents may have a part; without it none has by these.
     """
     whole = estimate(models, sums.tensors)
     if bias is not None:
@@ -220,7 +223,7 @@ def compared(
     parts = parent_shares(
         models, units, whole, list(by_tensor.values()), seed, untested, candidates or len(models.names)
     )
-    return MergeFit(whole, by_tensor, parts)
+    return MergeFit(whole, by_tensor, with_exact_entries(parts, None if choice is None else choice.exact))
 
 
 def check_models(models: MergeModels) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tracing_jax.complaints import listed_and
+from tracing_jax.merges.exact_entries import ExactEntries
 from tracing_jax.merges.exchange import ExchangedUnits, is_in_order, log_p_of_parent
 from tracing_jax.merges.models import MergeModels
 from tracing_jax.merges.other_shapes import OtherShape
@@ -27,6 +28,9 @@ BEYOND_TRAINING = 0.7
 one base on the very same text, in another order, reached .47 (`benchmarks/merges.py`)."""
 ROUNDING_TIMES = 8.0
 """What is left of the child is rounding if its square is at most so many times that of one rounding of its weights."""
+MOST_LEFT = 0.1
+"""And if it is at most so much of the child's difference: one of a step of the grid or less has the size of rounding
+itself, and may all be training. Three fine-tunes on the text of a fourth explained .70 of its difference."""
 
 NO_UNITS = "no MLP units are left of the child that could be exchanged"
 OTHER_ORDER = (
@@ -108,6 +112,16 @@ def parent_shares(
     return _alike_together(found, models, units, whole, seed, candidates)
 
 
+def with_exact_entries(parts: Sequence[ParentShare], exact: ExactEntries | None) -> list[ParentShare]:
+    """Returns the parents; those that are reserved have a part where the child has their entries to rounding."""
+    return [
+        replace(part, word="part", reason=None)
+        if part.word == "reserved" and exact is not None and exact.shows(k)
+        else part
+        for k, part in enumerate(parts)
+    ]
+
+
 def _alike_together(
     found: Sequence[ParentShare],
     models: MergeModels,
@@ -164,8 +178,8 @@ def _of_distinct_layers(
 
 
 def is_rounding(fit: Fit) -> bool:
-    """Returns whether what the parents leave of the child is no more than rounding."""
-    return fit.rest <= ROUNDING_TIMES * fit.rounding
+    """Returns whether what the parents leave of the child is no more than rounding, and little of its difference."""
+    return fit.rest <= ROUNDING_TIMES * fit.rounding and fit.unexplained <= MOST_LEFT
 
 
 def merge_sentence(models: MergeModels, parts: Sequence[ParentShare], fit: Fit, aligned: bool, whole: Shares) -> str:

@@ -136,12 +136,16 @@ def _method_lines(record: Mapping[str, Any]) -> list[str]:
     own = method["nats_per_entry"][method["name"]]
     beaten = max(rivals, key=lambda name: float(rivals[name])) if rivals else None
     margin = "" if beaten is None else f", by {own - rivals[beaten]:.2f} nats per held-out entry over {beaten}"
-    left = f"it leaves {100 * method['residual']:.3f} % of what differs"
+    left = f"of what differs it leaves {100 * method['residual']:.3f} % (held-out entries)"
     lines = ["", f"method: {method['name']}{margin}; {left}"]
     if follows := method["parameters"].get("follows"):
         parents = list(record["whole"]["shares"])  # TIES and DARE have a base: every parent has a difference from it
         shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in zip(parents, follows))
         lines += [f"entries that follow each parent: {shares}"]
+    if exact := method["exact"]:
+        lines += [
+            f"entries of the child that are predicted to rounding: {100 * exact['share']:.0f} % of {exact['count']}"
+        ]
     if record["recipe"]:
         lines += ["recipe for mergekit:", *(f"  {line}" for line in record["recipe"].splitlines()), ""]
     return lines
