@@ -2,8 +2,7 @@
 
     python -m benchmarks.merge_nulls                       # 1,000 merges, 5,000 parents; ten minutes on two cores
     python -m benchmarks.merge_nulls --merges=0 --disguised=0 --no_merges=96   # fine-tunes beside others on their text
-    OPENBLAS_NUM_THREADS=1 python -m benchmarks.merge_nulls --merges=0 --disguised=500 --reports=2  # 5,000 in each
-
+    OPENBLAS_NUM_THREADS=1 python -m benchmarks.merge_nulls --merges=0 --disguised=200 --reports=2  # 2,000 in each
 
 A base of 0.1 million weights is trained, and 192 short fine-tunes of it, many at a time; groups of four share their
 text. Merges by every method are made of two or three of them. Four others that had no part, one of which learnt from
