@@ -513,3 +513,32 @@ def test_tokenizer_made_by_code_of_the_repository_is_refused(tmp_path):
     (folder / "tokenization_own.py").write_text("raise SystemExit")
     with pytest.raises(ValueError, match="made by code in the repository, which is never run"):
         load_tokenizer(folder)
+
+
+_GROWTH = """
+import ctypes, gc, sys
+from tracing_jax.data import ids_of_text, load_tokenizer, sample_documents
+
+def resident_kib():
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
+
+def read():
+    return ids_of_text(load_tokenizer(sys.argv[1]), sample_documents().text)
+
+read(), read()
+before = resident_kib()
+for _ in range(12):
+    read()
+print(resident_kib() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_a_tokenizer_read_is_freed_with_it(family):
+    """Half a MiB for each tokenizer otherwise, which the worker of a zoo does not get back."""
+    command = [sys.executable, "-c", _GROWTH, str(family.member("base"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    assert int(done.stdout) < 2048

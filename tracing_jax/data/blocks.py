@@ -1,5 +1,6 @@
 """Tokenizers, and text or random tokens as blocks of token ids, with their number of bytes."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -28,6 +29,9 @@ _PIECE_CHARS = 1 << 21
 # The files that tokenizers of causal language models are stored in. Without any of them some transformers classes
 # (Qwen2, Gemma) silently build an empty tokenizer.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+_REMEMBERED_WORDS = 10_000
+"""The default of tokenizers."""
 
 _PROBE = "The 3 quick  foxes\tjumped,\n\n\tover 1,024 dogs' naïve Ωmega — 漢字かな, Привет, 🦊👩‍🚀!\r\n    x_1 == 0\n"
 
@@ -171,7 +175,27 @@ def shared_tokens(a: Tokenizer, b: Tokenizer) -> tuple[Int32[np.ndarray, " M"], 
 
 def ids_of_text(tokenizer: Tokenizer, text: str) -> Int32[np.ndarray, " n"]:
     """Returns the ids that a tokenizer gives for a text, each once."""
-    return np.unique(np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32))
+    with _without_word_cache(tokenizer):
+        return np.unique(np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32))
+
+
+@contextlib.contextmanager
+def _without_word_cache(tokenizer: Tokenizer) -> Iterator[None]:
+    """Keeps a tokenizer from remembering the words of a text inside.
+
+    What it remembers is not freed with it (tokenizers 0.23): of the package's text half a MiB for each tokenizer, which
+    adds up in the worker of a zoo.
+    """
+    model = getattr(tokenizer, "backend_tokenizer", None)
+    resize = getattr(getattr(model, "model", None), "_resize_cache", None)  # Unigram and BPE have it
+    if resize is None:
+        yield
+        return
+    resize(0)
+    try:
+        yield
+    finally:
+        resize(_REMEMBERED_WORDS)
 
 
 def bos_id_of(tokenizer: Tokenizer, bos: Literal["auto"] | bool) -> int | None:
