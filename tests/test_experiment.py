@@ -571,8 +571,9 @@ def test_tokens_of_the_text_of_the_package_are_known_of_both_vocabularies(family
     assert set(found.ids_base[found.in_text].tolist()) == set(found.ids_ft[found.in_text].tolist()) == expected
 
 
-def test_what_is_left_of_a_run_is_that_of_the_same_commits(family, tmp_path):
+def test_what_is_left_of_a_run_is_that_of_the_same_commits(family, tmp_path, monkeypatch):
     """Weights that are read from the Hub in ranges have no files whose times of change could tell them apart."""
+    monkeypatch.setattr("tracing_jax.run_cache.HELD_SECONDS", 0.0)
     base, ft = (str(family.member(name)) for name in ("base", "finetune"))
     options = RunOptions(base_model_id=base, ft_model_id=ft, stat=("csu",), save=str(tmp_path / "run.p"))
     inputs = open_inputs(options)
