@@ -21,9 +21,11 @@ from transformers import PreTrainedTokenizerFast
 
 from tracing_jax.data import (
     Documents,
+    ids_of_text,
     load_tokenizer,
     read_documents,
     same_tokenizer,
+    sampled_blocks,
     shared_tokens,
     token_blocks,
 )
@@ -542,3 +544,17 @@ def test_what_a_tokenizer_read_is_freed_with_it(family):
     command = [sys.executable, "-c", _GROWTH, str(family.member("base"))]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
     assert int(done.stdout) < 2048
+
+
+def test_tokens_of_a_text_are_those_of_short_pieces():
+    """A tokenizer can be made that reads long texts otherwise, so that its tokens seem to be in no text."""
+
+    def tokenizer(text, **_):
+        return {"input_ids": [7] * 100 if len(text) > 5000 else [1, 2, 3, len(text) % 5] * 10}
+
+    text = "\n\n".join(f"{'word ' * 30}{'x' * i}" for i in range(60))
+    assert set(ids_of_text(tokenizer, text)) <= {0, 1, 2, 3, 4}
+    blocks = sampled_blocks(tokenizer, text, 8, 24)
+    assert blocks.shape == (8, 24)
+    assert set(blocks.ravel()) <= {0, 1, 2, 3, 4}
+    assert sampled_blocks(tokenizer, "short", 8, 24).shape == (0, 24)

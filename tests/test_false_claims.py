@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import tiny
 from cases import slow
 
+import tracing_jax as tj
 from benchmarks.forgeries import (
     cancelled,
     cancelled_near_zero,
@@ -59,6 +61,7 @@ from tracing_jax.statistics.match_heads import MatchHeads
 from tracing_jax.statistics.match_io import MatchIo
 from tracing_jax.statistics.match_mlps import MatchMlps
 from tracing_jax.statistics.match_moments import MatchMoments
+from tracing_jax.statistics.repeated_layers import repeated_layers
 from tracing_jax.statistics.unit_outputs import reached_experts
 from tracing_jax.tree import flatten, unflatten
 
@@ -567,3 +570,57 @@ def test_a_gpt2_with_dead_units_of_another_is_not_its_relative():
     forged = InMemory(arch, {**other.params, "layers": layers})
     assert distinct_units(forged, 0).inactive == 24
     assert firm_log10_p(Csu(), base, forged) > -3
+
+
+def test_units_on_features_that_the_first_layer_removes_are_no_evidence():
+    """All tokens may have features that later layers never read: what units read is found by a forward pass."""
+    removed = slice(24, 36)
+    arch = dataclasses.replace(ARCH, embed_dim=36, layer_windows=(1, None, None))
+    leaves = dict(flatten(on_host(InMemory(arch, init_params(arch, jax.random.key(0)))).params))
+    rng = np.random.default_rng(0)
+    embedding = rng.standard_normal((61, 36)).astype(np.float32)
+    embedding[:, removed] *= 3
+    leaves["embed/embedding"] = embedding / np.linalg.norm(embedding, axis=1, keepdims=True)
+    value, output = (np.zeros_like(leaves[f"layers/0/attn/{name}/kernel"]) for name in ("v_proj", "o_proj"))
+    for k in range(3):  # of one query of each head, which attends to its own position alone
+        for v in range(4):
+            value[24 + 4 * k + v, k, v], output[k, 0, v, 24 + 4 * k + v] = 1, -1 / np.sqrt(36)
+    leaves |= {"layers/0/attn/v_proj/kernel": value, "layers/0/attn/o_proj/kernel": output}
+    for name in ("gate_proj", "up_proj"):
+        kernel = leaves[f"layers/1/mlp/{name}/kernel"] = 10 * leaves[f"layers/1/mlp/{name}/kernel"]
+        kernel[removed, :32], kernel[:24, :32], kernel[removed, 32:] = 1.5 * kernel[removed, :32], 0, 0
+    by_embeddings, by_text = (InMemory(arch, unflatten(dict(leaves))) for _ in range(2))
+    Pair(by_text, by_text, Vocabularies(True, IDS, IDS, text_blocks=(TOKENS,) * 2), None, Compute(make_mesh(), 8), 0)
+    assert len(distinct_units(by_embeddings, 1).kept) > F - 8
+    kept = distinct_units(by_text, 1).kept
+    assert len(kept) > 24
+    assert kept.min() >= 32
+
+
+def test_layers_repeat_others_if_gates_or_ups_do():
+    """The rows of either can read features besides that nothing writes, and that change nothing."""
+    base = on_host(tiny.model(ARCH, 0))
+    leaves, rng = dict(flatten(base.params)), np.random.default_rng(0)
+    for at, changed in ((1, "up_proj"), (2, "gate_proj")):
+        leaves |= {
+            name.replace("/0/", f"/{at}/"): leaf for name, leaf in leaves.items() if name.startswith("layers/0/")
+        }
+        kernel = leaves[f"layers/{at}/mlp/{changed}/kernel"]
+        leaves[f"layers/{at}/mlp/{changed}/kernel"] = rng.standard_normal(kernel.shape).astype(np.float32)
+    assert repeated_layers(InMemory(ARCH, unflatten(leaves))) == [1, 2]
+    assert repeated_layers(base) == []
+
+
+@pytest.mark.slow
+def test_units_of_models_without_a_tokenizer_are_no_firm_evidence(family, tmp_path):
+    """Which tokens a text has is not known then, nor what units read: nobody is accused or cleared."""
+    for name in ("base", "finetune", "independent"):
+        shutil.copytree(family.member(name), tmp_path / name, ignore=shutil.ignore_patterns("token*", "special*"))
+    found, cleared = (
+        tj.trace(tmp_path / "base", tmp_path / name, ("csu", "match_moments", "match_crossfit")).record["verdict"]
+        for name in ("finetune", "independent")
+    )
+    assert found["verdict"] == cleared["verdict"] == "undecided"
+    assert "without a tokenizer" in found["meaning"]
+    assert found["adjusted_log10_p"] < -6
+    assert "units that no text reaches" in cleared["meaning"]

@@ -18,6 +18,7 @@ from tracing_jax.data.blocks import (
     load_tokenizer,
     random_token_blocks,
     same_tokenizer,
+    sampled_blocks,
     shared_tokens,
     token_blocks,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "read_documents",
     "same_tokenizer",
     "sample_documents",
+    "sampled_blocks",
     "shared_tokens",
     "token_blocks",
     "unseen_tokens",

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -33,6 +33,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _REMEMBERED_WORDS = 10_000
 """The default of tokenizers."""
 
+_LETTERS_PER_TOKEN = 3  # of lines that are likely to be long enough for a block
 _PROBE = "The 3 quick  foxes\tjumped,\n\n\tover 1,024 dogs' naïve Ωmega — 漢字かな, Привет, 🦊👩‍🚀!\r\n    x_1 == 0\n"
 
 
@@ -174,9 +175,25 @@ def shared_tokens(a: Tokenizer, b: Tokenizer) -> tuple[Int32[np.ndarray, " M"], 
 
 
 def ids_of_text(tokenizer: Tokenizer, text: str) -> Int32[np.ndarray, " n"]:
-    """Returns the ids that a tokenizer gives for a text, each once."""
+    """Returns the ids that a tokenizer gives for a text, each once.
+
+    It gets paragraphs: a tokenizer can be made that reads long texts otherwise.
+    """
+    return np.unique(np.array([token for ids in _encoded(tokenizer, text.split("\n\n")) for token in ids], np.int32))
+
+
+def sampled_blocks(tokenizer: Tokenizer, text: str, count: int, length: int) -> Int32[np.ndarray, "N P"]:
+    """Returns the tokens at the beginning of evenly spread lines of a text, as many blocks as are long enough."""
+    lines = [line for line in text.splitlines() if len(line) >= _LETTERS_PER_TOKEN * length]
+    chosen = [lines[at] for at in np.unique(np.linspace(0, len(lines) - 1, 2 * count).astype(int))] if lines else []
+    found = [ids[:length] for ids in _encoded(tokenizer, chosen) if len(ids) >= length]
+    return np.array(found[:count], np.int32).reshape(-1, length)
+
+
+def _encoded(tokenizer: Tokenizer, pieces: Sequence[str]) -> list[list[int]]:
+    """Returns the tokens of each piece; one by one, as tokenizers use threads for several, which bars later forks."""
     with _without_word_cache(tokenizer):
-        return np.unique(np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32))
+        return [tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"] for piece in pieces]
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from tracing_jax.data import (
     load_tokenizer,
     same_tokenizer,
     sample_documents,
+    sampled_blocks,
     shared_tokens,
     unseen_tokens,
 )
@@ -22,6 +23,9 @@ from tracing_jax.dataclass_options import ConfigError
 from tracing_jax.experiment.validation import DEMO, statistic_names
 from tracing_jax.options import RunOptions
 from tracing_jax.statistics import LIGHT, Vocabularies
+
+_BLOCKS, _BLOCK_LENGTH = 8, 24
+"""Of the text of the package that both models read by themselves; see `token_directions`."""
 
 _SHAPE_OF_CONTROLS = ("num_layers", "embed_dim", "mlp_dim", "vocab_size")
 
@@ -136,7 +140,14 @@ def shared_vocabulary(base: Checkpoint, ft: Checkpoint, tokenizer_base: Any, tok
     text = sample_documents().text
     text_ids = ids_of_text(tokenizer_base, text), ids_of_text(tokenizer_ft, text)
     in_text = np.isin(ids_base, text_ids[0]) & np.isin(ids_ft, text_ids[1])
-    return Vocabularies(same, ids_base, ids_ft, unseen=unseen, in_text=in_text, text_ids=text_ids)
+    length = min(model.arch.longest or _BLOCK_LENGTH for model in (base, ft))
+    length = min(length, _BLOCK_LENGTH)
+    blocks = [sampled_blocks(tokenizer, text, _BLOCKS, length) for tokenizer in (tokenizer_base, tokenizer_ft)]
+    are_embedded = [len(ids) and ids.max() < model.arch.vocab_size for ids, model in zip(blocks, (base, ft))]
+    text_blocks = (blocks[0], blocks[1]) if all(are_embedded) else None
+    return Vocabularies(
+        same, ids_base, ids_ft, unseen=unseen, in_text=in_text, text_ids=text_ids, text_blocks=text_blocks
+    )
 
 
 def open_model(

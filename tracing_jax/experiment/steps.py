@@ -27,6 +27,7 @@ from tracing_jax.run_cache import RunCache
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics import (
     AUTO_BY_DEPTH,
+    DECIDING,
     HIDING,
     Identity,
     Pair,
@@ -37,6 +38,7 @@ from tracing_jax.statistics import (
     obscured_layers,
     scope_of,
     verdict,
+    with_unread_units,
 )
 
 
@@ -242,6 +244,8 @@ def _computed_or_restored(name: str, statistic: Statistic, pair: Pair) -> Result
         facts = _layers_may_be_moved(pair), _units_are_obscured(pair)
         hidden = hidden_by(name, pair.base.arch, pair.ft.arch, *facts) or ()
         result = replace(result, blind_to=(*hidden, *(result.blind_to or ())))
+    if name in DECIDING and not statistic.needs_tokens:
+        result = with_unread_units(result, pair)
     if result.arrays:
         run_cache.save_arrays(lambda: result.arrays, name)
     run_cache.save(result.as_dict(), name)

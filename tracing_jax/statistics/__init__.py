@@ -25,9 +25,20 @@ from tracing_jax.statistics.mode import Mode
 from tracing_jax.statistics.needs import FORWARD, NEEDS, needs_not_applicable
 from tracing_jax.statistics.perm_mode_l2 import PermModeL2
 from tracing_jax.statistics.screen import Screen
+from tracing_jax.statistics.shared_tokens import with_unread_units
 from tracing_jax.statistics.statistic import Curve, Pair, Result, Statistic, Test, Vocabularies
 from tracing_jax.statistics.unseen_tokens import UnseenTokens
-from tracing_jax.statistics.verdict import HIDING, Identity, Verdict, hidden_by, over_pairs, scope_of, verdict, word_of
+from tracing_jax.statistics.verdict import (
+    DECIDING,
+    HIDING,
+    Identity,
+    Verdict,
+    hidden_by,
+    over_pairs,
+    scope_of,
+    verdict,
+    word_of,
+)
 
 REGISTRY: Mapping[str, Callable[..., Statistic]] = {
     "mode": Mode, "cos": Cos, "emb": Emb, "jsd": Jsd, "csu": Csu, "csu_all": CsuAll, "csh": Csh, "match": Match,
@@ -89,6 +100,7 @@ __all__ = [
     "AUTO_SMALL",
     "AUTO_WITH_TEXT",
     "COSTLY",
+    "DECIDING",
     "FORWARD",
     "HIDING",
     "LIGHT",
@@ -111,5 +123,6 @@ __all__ = [
     "over_pairs",
     "scope_of",
     "verdict",
+    "with_unread_units",
     "word_of",
 ]

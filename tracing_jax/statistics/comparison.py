@@ -19,7 +19,7 @@ from tracing_jax.run_cache import RunCache
 from tracing_jax.statistics.distinct_units import DistinctUnits
 from tracing_jax.statistics.nulls import agreement, agreement_log_sf, spearman
 from tracing_jax.statistics.pvalues import LogPs
-from tracing_jax.statistics.statistic import Test
+from tracing_jax.statistics.statistic import Result, Test
 
 LN10 = math.log(10)
 _PARTNERS = 128
@@ -227,6 +227,25 @@ def reserved(tests: Sequence[Test], reservation: str) -> dict[str, Any]:
     if log10_p is None or firm is None or firm <= log10_p:
         return {}
     return {"reservation": reservation, "firm_log10_p": firm}
+
+
+def all_reserved(result: Result, reservation: str, but: str | None = None) -> Result:
+    """Returns a result none of whose evidence is firm.
+
+    Args:
+      result: of one statistic.
+      reservation: how else than by descent its p-value can be as small as it is.
+      but: how the names of tests begin that are left as they are.
+    """
+    tests = tuple(
+        test if but is not None and test.name.startswith(but) else replace(test, firm_log10_p=0.0)
+        for test in result.tests
+    )
+    firm = bonferroni_log10(tests, firm=True)
+    result = replace(result, tests=tests)
+    if result.log10_p is None or firm is None or firm <= result.log10_p:
+        return result
+    return replace(result, firm_log10_p=firm, reservation="; ".join(filter(None, (result.reservation, reservation))))
 
 
 def overlapped(items: Iterable[T], work: Callable[[T], R]) -> Iterator[R]:

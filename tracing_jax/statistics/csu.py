@@ -19,7 +19,7 @@ from tracing_jax.matching import FactoredSimilarity
 from tracing_jax.progress import tqdm, trange
 from tracing_jax.sources import ParamSource, leaf, one_mlp
 from tracing_jax.statistics.agreement import some_units
-from tracing_jax.statistics.comparison import Comparison, bonferroni_log10, one_test, overlapped
+from tracing_jax.statistics.comparison import Comparison, all_reserved, bonferroni_log10, one_test, overlapped
 from tracing_jax.statistics.cosine import similarities
 from tracing_jax.statistics.distinct_units import DistinctUnits, all_units, distinct_units
 from tracing_jax.statistics.identity_starts import diagonal_ranks, identity_p
@@ -68,6 +68,9 @@ class RowPair:
         return in_place(self.similarity, (self.base, self.ft), generator, self.drawn)
 
 
+_UNREAD = "what the units read is not known, and units that read nothing can write as another model's do"
+
+
 class Csu(options.Csu):
     """Constrained test on the up-projection; exact if either model was trained independently of the other.
 
@@ -111,6 +114,8 @@ class Csu(options.Csu):
         comparisons += overlapped(by_layer(), compare)
         label = "units whose up-projection stays in place, share"
         found = constrained_result(pair, comparisons, label, pair.base.arch.embed_dim)
+        if not all(model.arch.has("mlp/up_proj") for model in (pair.base, pair.ft)):
+            found = all_reserved(found, _UNREAD)
         notes = [*found.notes]
         if any(map(pair.base.arch.has_experts, range(layers))):
             notes.append("of each layer with experts one expert was compared, drawn at random")

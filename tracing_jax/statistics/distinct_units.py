@@ -36,7 +36,7 @@ from tracing_jax.statistics.identity_starts import identity_p
 from tracing_jax.statistics.kept_facts import kept_of
 from tracing_jax.statistics.mlp_rows import gain_of
 from tracing_jax.statistics.nulls import spearman_log_sf
-from tracing_jax.statistics.token_directions import sampled_embeddings, token_directions
+from tracing_jax.statistics.token_directions import read_directions, sampled_embeddings
 from tracing_jax.statistics.unit_copies import (
     SharedOutputs,
     are_pure,
@@ -75,8 +75,8 @@ class DistinctUnits:
         units were put in an order that depends on their weights.
       identity_p: the p-value of kept units whose rows do not begin at the identity; see `identity_starts`.
       shared: the outputs that are added to those of kept units.
-      moments: second moments of the up rows of kept units, each of length one, in random features; None if the up
-        projection is not known. No order, scale or sign of units changes them.
+      moments: second moments of the gate rows and of the up rows of kept units, each of length one, in random features;
+        none if these are not known. No order, scale or sign of units changes them.
       added: what all units together add to the stream, root mean square over the features, for inputs in random
         directions, by what their activation gives beyond a line; nan if that is not known.
     """
@@ -90,7 +90,7 @@ class DistinctUnits:
     shared: SharedOutputs | None = None
     added: float = math.nan
     mixed: int = 0
-    moments: Float[np.ndarray, " P"] | None = None
+    moments: tuple[Float[np.ndarray, " P"], ...] = ()
 
     @property
     def is_kept(self) -> Bool[np.ndarray, " F"]:
@@ -131,7 +131,8 @@ def _found(model: ParamSource, layer: int) -> DistinctUnits:
     names = [name for name in ("gate_proj", "up_proj") if model.arch.has(f"mlp/{name}")]
     if not names:
         return _by_output(model, layer)
-    directions = token_directions(origin(model, layer)[0])
+    whole, (own, _) = origin(model, layer)
+    directions = read_directions(whole, own)
     readings = [
         reading_of(model.layer(layer, (f"mlp/{name}",))["mlp"][name], norm, model.arch, directions) for name in names
     ]
@@ -171,7 +172,7 @@ def _found(model: ParamSource, layer: int) -> DistinctUnits:
         shared=shared,
         added=float(np.sqrt(np.square(beyond_line, dtype=np.float64).sum() / down.shape[1])),
         mixed=int((~pure).sum()),
-        moments=_moments(readings[-1].sketch[kept], down.shape[1]),
+        moments=tuple(_moments(reading.sketch[kept], down.shape[1]) for reading in readings),
     )
 
 

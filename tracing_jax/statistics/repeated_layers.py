@@ -16,13 +16,14 @@ of four small published models and some of our own it is at most .6."""
 def first_alike(model: ParamSource) -> list[int]:
     """Returns for each layer the first one whose MLP is the same or nearly so, with units in any order; or itself.
 
-    Layers with experts, and those of which only what units write is known, count as different.
+    Either of gate and up is enough: the rows of the other may read features besides that nothing writes. Layers with
+    experts, and those of which only what units write is known, count as different.
     """
-    found: list[Float[np.ndarray, " P"] | None] = []
+    found: list[tuple[Float[np.ndarray, " P"], ...]] = []
     first = []
     for i in range(model.arch.num_layers):
-        own = None if model.arch.has_experts(i) else distinct_units(model, i).moments
-        alike = [j for j, other in enumerate(found) if own is not None and other is not None and own @ other >= _SAME]
+        own = () if model.arch.has_experts(i) else distinct_units(model, i).moments
+        alike = [j for j, other in enumerate(found) if any(a @ b >= _SAME for a, b in zip(own, other))]
         first.append(alike[0] if alike else i)
         found.append(own)
     return first

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from tracing_jax.arch import Arch
 from tracing_jax.sources import ParamSource
-from tracing_jax.statistics.comparison import bonferroni_log10
+from tracing_jax.statistics.comparison import all_reserved
 from tracing_jax.statistics.mlp_rows import gain_of, without_mean
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies, heads_not_applicable
 from tracing_jax.tree import taken
@@ -48,16 +48,23 @@ def with_doubts(result: Result, pair: Pair) -> Result:
         hidden += ("other embeddings of tokens that no text has",)
     elif usable < min(_MEASURED_TOKENS, width // 2):
         hidden += (f"differences by {usable} tokens, as few as a text and both vocabularies share",)
-    tests = tuple(
-        replace(test, firm_log10_p=0.0) if doubt and test.decides and not test.name.startswith("forward") else test
-        for test in result.tests
-    )
-    result = replace(result, tests=tests, blind_to=hidden or result.blind_to)
-    firm = bonferroni_log10(tests, firm=True)
-    if not doubt or result.log10_p is None or firm is None or firm <= result.log10_p:
+    result = replace(result, blind_to=hidden or result.blind_to)
+    if not doubt:
         return result
-    reservation = f"{doubt}, and embeddings of tokens that no text has can be made to agree"
-    return replace(result, firm_log10_p=firm, reservation="; ".join(filter(None, (result.reservation, reservation))))
+    return all_reserved(result, f"{doubt}, and embeddings of tokens that no text has can be made to agree", "forward")
+
+
+def with_unread_units(result: Result, pair: Pair) -> Result:
+    """Returns the result of a test of weights, with what it leaves in doubt where no text is known to the models.
+
+    What units and heads read of a text is not known then: some that no text reaches can be another model's, or take the
+    place of those that do the work. Of models that are read by their weights alone the verdict says that they are.
+    """
+    doubt = pair.vocabularies.doubt
+    if not doubt or pair.aligned or any(model.arch.reading is not None for model in (pair.base, pair.ft)):
+        return result
+    result = replace(result, blind_to=(*(result.blind_to or ()), "units that no text reaches"))
+    return all_reserved(result, f"{doubt}, and units that no text reaches can be another model's")
 
 
 def shared_token_rows(pair: Pair, most: int, name: str) -> tuple[TokenRows, TokenRows]:

@@ -15,7 +15,7 @@ from tracing_jax.data import IdPairs, PairedBlocks, paired_one_to_one
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sharding import Compute
 from tracing_jax.sources import ParamSource
-from tracing_jax.statistics.token_directions import remember_tokens
+from tracing_jax.statistics.token_directions import remember_text, remember_tokens
 
 _AFTER_ALIGNMENT = (
     "after alignment nothing has a null: aligning makes independent models look dependent; "
@@ -39,6 +39,7 @@ class Vocabularies:
       unseen: group -> ids in base and in ft of tokens that neither tokenizer ever gives; see `data.unseen_tokens`.
       in_text: which of the shared tokens both tokenizers give for the text of this package; None if that is not known.
       text_ids: all ids that each tokenizer gives for it.
+      text_blocks: some of it as each tokenizer reads it; None if there is too little.
     """
 
     same: bool
@@ -48,6 +49,7 @@ class Vocabularies:
     unseen: Mapping[str, IdPairs] = field(default_factory=dict)
     in_text: Bool[np.ndarray, " S"] | None = None
     text_ids: tuple[Int[np.ndarray, " T"], Int[np.ndarray, " T2"]] | None = None
+    text_blocks: tuple[Int[np.ndarray, "N P"], Int[np.ndarray, "N2 P"]] | None = None
 
     @functools.cached_property
     def usable(self) -> Int[np.ndarray, " n"]:
@@ -101,19 +103,23 @@ class Pair:
     """Intermediate results of an interrupted run."""
 
     def __post_init__(self) -> None:
-        """Has what is found out about each model by itself look at tokens that a text has."""
-        if self.vocabularies.text_ids is not None:
-            of_base, of_ft = self.vocabularies.text_ids
-            remember_tokens(self.ft, of_ft)
-            for model in (self.base, *self.controls):
-                remember_tokens(model, of_base)
+        """Has what is found out about each model by itself look at what a text has."""
+        models = ((self.base, 0), (self.ft, 1), *((control, 0) for control in self.controls))
+        for model, side in models:
+            if self.vocabularies.text_ids is not None:
+                remember_tokens(model, self.vocabularies.text_ids[side])
+            if self.vocabularies.text_blocks is not None and not self.aligned:
+                remember_text(model, self.vocabularies.text_blocks[side], self.compute)
 
     def of_base(self) -> "Pair":
         """Returns base paired with itself, both with base's tokens; a control model then replaces the first."""
         ids = self.vocabularies.ids_base
         blocks = None if self.blocks is None else paired_one_to_one(self.blocks.base, self.blocks.base)
-        given = None if self.vocabularies.text_ids is None else (self.vocabularies.text_ids[0],) * 2
-        vocabularies = replace(self.vocabularies, same=True, ids_ft=ids, unseen={}, text_ids=given)
+        of_base = {
+            name: None if (both := getattr(self.vocabularies, name)) is None else (both[0],) * 2
+            for name in ("text_ids", "text_blocks")
+        }
+        vocabularies = replace(self.vocabularies, same=True, ids_ft=ids, unseen={}, **of_base)
         return replace(self, ft=self.base, vocabularies=vocabularies, blocks=blocks)
 
     def generator(self, *names: str | int) -> np.random.Generator:
