@@ -131,8 +131,8 @@ def _found(model: ParamSource, layer: int) -> DistinctUnits:
     names = [name for name in ("gate_proj", "up_proj") if model.arch.has(f"mlp/{name}")]
     if not names:
         return _by_output(model, layer)
-    whole, (own, _) = origin(model, layer)
-    directions = read_directions(whole, own)
+    whole, (index, _) = origin(model, layer)
+    directions = read_directions(whole, index)
     readings = [
         reading_of(model.layer(layer, (f"mlp/{name}",))["mlp"][name], norm, model.arch, directions) for name in names
     ]

@@ -115,11 +115,13 @@ class Pair:
         """Returns base paired with itself, both with base's tokens; a control model then replaces the first."""
         ids = self.vocabularies.ids_base
         blocks = None if self.blocks is None else paired_one_to_one(self.blocks.base, self.blocks.base)
-        of_base = {
-            name: None if (both := getattr(self.vocabularies, name)) is None else (both[0],) * 2
-            for name in ("text_ids", "text_blocks")
-        }
-        vocabularies = replace(self.vocabularies, same=True, ids_ft=ids, unseen={}, **of_base)
+        text_ids, text_blocks = (
+            None if both is None else (both[0], both[0])
+            for both in (self.vocabularies.text_ids, self.vocabularies.text_blocks)
+        )
+        vocabularies = replace(
+            self.vocabularies, same=True, ids_ft=ids, unseen={}, text_ids=text_ids, text_blocks=text_blocks
+        )
         return replace(self, ft=self.base, vocabularies=vocabularies, blocks=blocks)
 
     def generator(self, *names: str | int) -> np.random.Generator:
