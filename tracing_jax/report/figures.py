@@ -3,6 +3,7 @@
 They use `matplotlib.figure.Figure` without pyplot and its global state, so they can be made in any thread.
 """
 
+import io
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -15,13 +16,13 @@ from jaxtyping import UInt8
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from tracing_jax.record import atomic_write
 from tracing_jax.report import p_value_panels, panels
 from tracing_jax.report.bounded_p_values import with_bounded_p_values
 from tracing_jax.report.formatting import outcome, results_by_side, subject
 from tracing_jax.report.layout import Area, Placed, arrange
-from tracing_jax.report.png import encoded
 
 _DOTS_PER_INCH = 160
 _LETTERS = 80  # of a line of text that is as wide as a figure
@@ -110,13 +111,13 @@ def images_of_run(record: Mapping[str, Any]) -> RunImages:
     for name, area in zip(groups, areas):
         edges = (area.left, area.top, area.left + area.width, area.top + area.height)
         left, top, right, bottom = (round(edge * _DOTS_PER_INCH) for edge in edges)
-        parts[name] = encoded(whole[top:bottom, left:right], _DOTS_PER_INCH)
-    return RunImages(encoded(whole, _DOTS_PER_INCH), parts)
+        parts[name] = _encoded(whole[top:bottom, left:right])
+    return RunImages(_encoded(whole), parts)
 
 
 def png(figure: Figure) -> bytes:
     """The figure as the bytes of a PNG of 160 dots per inch."""
-    return encoded(_drawn(figure), _DOTS_PER_INCH)
+    return _encoded(_drawn(figure))
 
 
 def _drawn(figure: Figure) -> UInt8[np.ndarray, "H W 3"]:
@@ -125,6 +126,13 @@ def _drawn(figure: Figure) -> UInt8[np.ndarray, "H W 3"]:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3]  # the background is not transparent
+
+
+def _encoded(pixels: UInt8[np.ndarray, "H W 3"]) -> bytes:
+    buffer = io.BytesIO()
+    dots = (_DOTS_PER_INCH, _DOTS_PER_INCH)
+    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, format="png", compress_level=2, dpi=dots)
+    return buffer.getvalue()
 
 
 def save_png(figure: Figure, path: str | PurePath) -> None:
