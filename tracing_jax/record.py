@@ -3,7 +3,7 @@
 A record holds only dict (with str keys), list, str, int, float, bool and None: what was asked (`args`), what ran
 (`commit`, `versions`, `device`, `seed`, `models`, `tokens`), what came out (`disguised`, `permuted`, `alignment`,
 `statistics`, `perplexity`), how long each step took (`seconds`) and what could not be done (`notes`).
-`statistics[name]` has the sides `non_aligned` and `aligned`, each a result, or None where it was not run.
+`statistics[name]` has the stages `non_aligned` and `aligned`, each a result, or None where it was not run.
 """
 
 import functools
@@ -239,7 +239,7 @@ def _asked_for(record: Mapping[str, Any]) -> dict[str, Any]:
     statistics, args = dict(record["statistics"]), record["args"]
     if args.get("verdict") != "auto" or {"auto", "all"} & set(args["stat"]):
         return statistics
-    return {name: sides for name, sides in statistics.items() if name in args["stat"]}
+    return {name: stages for name, stages in statistics.items() if name in args["stat"]}
 
 
 def total_seconds(seconds: Mapping[str, Any]) -> float:
@@ -247,8 +247,8 @@ def total_seconds(seconds: Mapping[str, Any]) -> float:
     return float(seconds["total"]) if "total" in seconds else sum(map(float, seconds.values()), 0.0)
 
 
-def _test_stat(statistics: Mapping[str, Any], side: str) -> Any:
-    results = {name: sides.get(side) for name, sides in statistics.items()}
+def _test_stat(statistics: Mapping[str, Any], stage: str) -> Any:
+    results = {name: stages.get(stage) for name, stages in statistics.items()}
     if not any(results.values()):
         return None
     numbers = {name: _float(_number(result)) for name, result in results.items()}

@@ -25,11 +25,11 @@ def with_bounded_p_values(record: Mapping[str, Any]) -> dict[str, Any]:
     shown = copy.deepcopy(dict(record))
     calibrated: dict[str, bool] = {}
     by_test: dict[tuple[str, str], bool] = {}
-    for name, sides in shown["statistics"].items():
-        for side, result in sides.items():
+    for name, stages in shown["statistics"].items():
+        for stage, result in stages.items():
             if not isinstance(result, dict):
                 continue
-            if side == "non_aligned":
+            if stage == "non_aligned":
                 calibrated[name] = is_calibrated(result)
                 by_test |= {(name, test["name"]): test.get("calibrated", False) for test in result.get("tests") or ()}
             _bound_result(result)

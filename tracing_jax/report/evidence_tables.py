@@ -21,41 +21,41 @@ _EDGES = {0.0: "min", 0.5: "median", 1.0: "max"}
 
 
 def tests_blocks(results: Mapping[str, Any]) -> list[Block]:
-    """The tests of each side with their combined p-values; open for the first side that has any."""
+    """The tests of each stage with their combined p-values; open for the first stage that has any."""
     found: list[Block] = []
-    for side, result in results.items():
+    for stage, result in results.items():
         rows = [
             [test["name"], p_cell(test["log10_p"]), f"{test['combined']} ({len(test['places'])})", test["decides"]]
             for test in _tests(result) if test["log10_p"] is not None
         ]  # fmt: skip
         if rows:
             table = table_of(("", "p", "combined (places)", "decides"), rows)
-            found.append(Block(f"Tests, {side}" if found else "Tests", table, folded=bool(found)))
+            found.append(Block(f"Tests, {stage}" if found else "Tests", table, folded=bool(found)))
     return found
 
 
 def null_blocks(results: Mapping[str, Any]) -> list[Block]:
-    """The null of the p-values, with the calibrated and parametric p-values; once if equal on both sides."""
+    """The null of the p-values, with the calibrated and parametric p-values; once if equal at both stages."""
     found: list[tuple[list[str], Mapping[str, Any]]] = []
-    for side, result in results.items():
+    for stage, result in results.items():
         if null := result.get("null"):
             columns = _null_columns(null, _tests(result))
-            same = next((sides for sides, known in found if known == columns), None)
+            same = next((stages for stages, known in found if known == columns), None)
             if same is None:
-                found.append(([side], columns))
+                found.append(([stage], columns))
             else:
-                same.append(side)
+                same.append(stage)
     return [
-        Block("Null" if len(found) == 1 else f"Null, {' and '.join(sides)}", columns_table(columns), folded=i > 0)
-        for i, (sides, columns) in enumerate(found)
+        Block("Null" if len(found) == 1 else f"Null, {' and '.join(stages)}", columns_table(columns), folded=i > 0)
+        for i, (stages, columns) in enumerate(found)
     ]
 
 
 def place_blocks(results: Mapping[str, Any]) -> list[Block]:
     """A table for every set of tests of the same units: place, measured values, p of each test."""
     return [
-        Block(", ".join(filter(None, ("Each place", common, side))), *_places(tests, common))
-        for side, result in results.items()
+        Block(", ".join(filter(None, ("Each place", common, stage))), *_places(tests, common))
+        for stage, result in results.items()
         for common, tests in _groups(_tests(result), _forms(result.get("null") or {}))
     ]
 

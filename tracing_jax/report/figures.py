@@ -21,7 +21,7 @@ from PIL import Image
 from tracing_jax.record import atomic_write
 from tracing_jax.report import p_value_panels, panels
 from tracing_jax.report.bounded_p_values import with_bounded_p_values
-from tracing_jax.report.formatting import outcome, results_by_side, subject
+from tracing_jax.report.formatting import outcome, results_by_stage, subject
 from tracing_jax.report.layout import Area, Placed, arrange
 
 _DOTS_PER_INCH = 160
@@ -86,7 +86,7 @@ def figure_of_run(record: Mapping[str, Any]) -> Figure:
     found = _groups_of_run(record)
     if not found:
         statistics = record["statistics"]
-        reasons = [f"{subject(name, sides)}: {outcome(sides)}" for name, sides in statistics.items()]
+        reasons = [f"{subject(name, stages)}: {outcome(stages)}" for name, stages in statistics.items()]
         lines = [line for reason in reasons for line in textwrap.wrap(reason, _LETTERS)]
         plot_inches = 0.3 + 0.17 * len(lines)
         text = {"text": "\n".join(lines)}
@@ -148,7 +148,7 @@ def _path_panel(title: str, curves: Mapping[str, Mapping[str, Any]], groups: Seq
 def _groups_of_run(record: Mapping[str, Any]) -> dict[str, list[_Panel]]:
     """The panels of each statistic that has any."""
     statistics, level = with_bounded_p_values(record)["statistics"], _log10_level(record)
-    found = {name: _panels(name, sides, level) for name, sides in statistics.items()}
+    found = {name: _panels(name, stages, level) for name, stages in statistics.items()}
     return {name: group for name, group in found.items() if group}
 
 
@@ -157,17 +157,17 @@ def _log10_level(record: Mapping[str, Any]) -> float | None:
     return math.log10(verdict["level"]) if verdict else None
 
 
-def _panels(name: str, sides: Mapping[str, Any], level: float | None) -> list[_Panel]:
-    results = results_by_side(sides)
+def _panels(name: str, stages: Mapping[str, Any], level: float | None) -> list[_Panel]:
+    results = results_by_stage(stages)
     found: list[_Panel] = []
-    head = f"{subject(name, sides)}\n{outcome(sides)}"
+    head = f"{subject(name, stages)}\n{outcome(stages)}"
     evidence = _evidence_panels(name, results, level)
     for part, draw, plot_inches in (
         ("curve", panels.draw_path, 2.6),
         ("distribution", panels.draw_distribution, 2.2),
         ("per_layer", panels.draw_per_layer, 2.0),
     ):
-        data = {side: result[part] for side, result in results.items() if result.get(part)}
+        data = {stage: result[part] for stage, result in results.items() if result.get(part)}
         if data and not (part == "per_layer" and evidence):
             title = f"{name}: each layer" if found else head
             found.append(_Panel(title, draw, data, plot_inches))
@@ -180,10 +180,10 @@ def _panels(name: str, sides: Mapping[str, Any], level: float | None) -> list[_P
 
 
 def _evidence_panels(name: str, results: Mapping[str, Any], level: float | None) -> list[_Panel]:
-    """The p-values of the first side that has any, and the map of layers."""
+    """The p-values of the first stage that has any, and the map of layers."""
     found = []
     tests = [[test for test in result.get("tests") or () if test["log10_ps"]] for result in results.values()]
-    shown = next((side for side in tests if p_value_panels.has_layers(side)), None)
+    shown = next((stage for stage in tests if p_value_panels.has_layers(stage)), None)
     if shown:
         data = {"tests": shown, "level": level}
         found.append(_Panel(f"{name}: p-values by layer", p_value_panels.draw_tests, data, 1.8))

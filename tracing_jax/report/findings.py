@@ -18,7 +18,7 @@ from tracing_jax.report.formatting import (
     outcome,
     p_text,
     requested_model,
-    results_by_side,
+    results_by_stage,
     verdict_word,
 )
 
@@ -158,7 +158,7 @@ def _effects(record: Mapping[str, Any], verdict: Mapping[str, Any]) -> list[Line
     parts = verdict.get("parts") or {}
     rows: list[Line] = []
     shown: dict[str, str] = {}
-    others = {name: sides for name, sides in record["statistics"].items() if results_by_side(sides)}
+    others = {name: stages for name, stages in record["statistics"].items() if results_by_stage(stages)}
     for part, found in parts.items():
         rows.append(Line((f"{part}: {found['verdict'].replace('_', ' ')}",), found["verdict"]))
         if "statistic" not in found:
@@ -167,7 +167,7 @@ def _effects(record: Mapping[str, Any], verdict: Mapping[str, Any]) -> list[Line
         rows += [_effect(name, others.pop(name), shown) for name in names if name in others]
     if others and parts:
         rows.append(Line(("not part of the verdict",)))
-    rows += [_effect(name, sides, shown) for name, sides in others.items()]
+    rows += [_effect(name, stages, shown) for name, stages in others.items()]
     if perplexity := record.get("perplexity"):
         rows.append(Line(("perplexity", "", ", ".join(_perplexity(*side) for side in perplexity.items()))))
     return rows
@@ -196,18 +196,18 @@ def share_text(found: Mapping[str, Any]) -> str:
     return "not defined" if found["share"] is None else f"{found['share']:.3f} ± {found['se']:.3f}"
 
 
-def _effect(name: str, sides: Mapping[str, Any], shown: dict[str, str]) -> Line:
+def _effect(name: str, stages: Mapping[str, Any], shown: dict[str, str]) -> Line:
     """A statistic with its p-value and its effect size; what independent models show is printed once."""
-    given = sides.get("non_aligned") or {}
+    given = stages.get("non_aligned") or {}
     log10_p = given.get("log10_p")
     p = "" if log10_p is None else (calibrated_p_text if is_calibrated(given) else p_text)(float(log10_p))
     if not given.get("effect"):
-        return Line((f"  {name}", p, f"{label(sides)}: {outcome(sides, with_p=False)}"))
+        return Line((f"  {name}", p, f"{label(stages)}: {outcome(stages, with_p=False)}"))
     found, _, independent = given["effect"].partition("; ")
     first = shown.setdefault(independent, name)
     text = given["effect"] if first == name else f"{found}; independent models: as for {first}"
-    if aligned := (sides.get("aligned") or {}).get("headline"):
-        text += f"; {label(sides)}: {cell(aligned)} aligned"
+    if aligned := (stages.get("aligned") or {}).get("headline"):
+        text += f"; {label(stages)}: {cell(aligned)} aligned"
     return Line((f"  {name}", p, text))
 
 
@@ -220,9 +220,9 @@ def _perplexity(side: str, found: Mapping[str, Any]) -> str:
 def _not_tested(record: Mapping[str, Any], verdict: Mapping[str, Any]) -> list[Line]:
     """What was not compared, and why: tests that do not apply, parts without a test, changes not detected."""
     reasons: dict[str, list[str]] = {}
-    for name, sides in record["statistics"].items():
-        given = sides.get("non_aligned") or {}
-        if not results_by_side(sides):
+    for name, stages in record["statistics"].items():
+        given = stages.get("non_aligned") or {}
+        if not results_by_stage(stages):
             reasons.setdefault(given.get("not_applicable") or "not run", []).append(name)
     rows = [Line((", ".join(names), why)) for why, names in reasons.items()]
     if verdict.get("family"):

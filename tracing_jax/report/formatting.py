@@ -8,7 +8,7 @@ from typing import Any
 from tracing_jax.record import SMALLEST_CALIBRATED
 from tracing_jax.report.bounded_p_values import is_calibrated
 
-SIDES = {"non_aligned": "non-aligned", "aligned": "aligned"}
+STAGES = {"non_aligned": "non-aligned", "aligned": "aligned"}
 ABSENT = "–"
 
 _NUMBER = re.compile(r"\d+")
@@ -79,29 +79,29 @@ def requested_model(record: Mapping[str, Any], side: str) -> str:
     return name.split("/")[-1] if name.startswith(("/", "~", ".")) else name
 
 
-def results_by_side(sides: Mapping[str, Any]) -> dict[str, Any]:
+def results_by_stage(stages: Mapping[str, Any]) -> dict[str, Any]:
     """The results of a statistic that was applicable, keyed `non-aligned` and `aligned`."""
-    results = {word: sides.get(side) for side, word in SIDES.items()}
+    results = {word: stages.get(stage) for stage, word in STAGES.items()}
     return {word: result for word, result in results.items() if result and not result.get("not_applicable")}
 
 
-def subject(name: str, sides: Mapping[str, Any]) -> str:
+def subject(name: str, stages: Mapping[str, Any]) -> str:
     """A statistic and what it measures: `mode: midpoint loss (nats per token)`."""
-    measured = label(sides)
+    measured = label(stages)
     return f"{name}: {measured}" if measured else name
 
 
-def label(sides: Mapping[str, Any]) -> str:
+def label(stages: Mapping[str, Any]) -> str:
     """What a statistic measures; empty where it has no result."""
-    labels = (result.get("label") for result in results_by_side(sides).values())
+    labels = (result.get("label") for result in results_by_stage(stages).values())
     return next((label for label in labels if label), "")
 
 
-def outcome(sides: Mapping[str, Any], with_p: bool = True) -> str:
-    """The value of a statistic on each side, `9.13 non-aligned, 2.33 aligned`, or the reason why there is none."""
-    if results := results_by_side(sides):
+def outcome(stages: Mapping[str, Any], with_p: bool = True) -> str:
+    """The value of a statistic at each stage, `9.13 non-aligned, 2.33 aligned`, or the reason why there is none."""
+    if results := results_by_stage(stages):
         return ", ".join(f"{_value(result, with_p)} {word}" for word, result in results.items())
-    reasons = [(sides.get(side) or {}).get("not_applicable") for side in SIDES]
+    reasons = [(stages.get(stage) or {}).get("not_applicable") for stage in STAGES]
     return next((f"not applicable, {reason}" for reason in reasons if reason), "not run")
 
 

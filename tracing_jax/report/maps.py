@@ -42,7 +42,9 @@ def maps(record: Mapping[str, Any]) -> list[Map]:
 
     Of each statistic and form the test of agreement that may decide is shown; after an alignment there is none.
     """
-    results = {name: sides["non_aligned"] for name, sides in record["statistics"].items() if sides.get("non_aligned")}
+    results = {
+        name: stages["non_aligned"] for name, stages in record["statistics"].items() if stages.get("non_aligned")
+    }
     tests = [(name, test) for name, result in results.items() for test in result.get("tests") or () if _counts(test)]
     found = [_by_layer(tests), *(_layer_by_layer(name, test, results[name]) for name, test in tests)]
     return [drawn for drawn in found if drawn is not None]

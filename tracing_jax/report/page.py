@@ -14,7 +14,7 @@ from tracing_jax.report.formatting import (
     outcome,
     p_cell,
     requested_model,
-    results_by_side,
+    results_by_stage,
     subject,
     verdict_facts,
 )
@@ -65,7 +65,7 @@ def html(record: Mapping[str, Any], images: RunImages | None = None) -> str:
     images = images or images_of_run(record)
     record = with_bounded_p_values(record)
     verdict = record.get("verdict")
-    summary = [(subject(name, sides), outcome(sides)) for name, sides in record["statistics"].items()]
+    summary = [(subject(name, stages), outcome(stages)) for name, stages in record["statistics"].items()]
     return Page(
         title=(requested_model(record, "ft"), requested_model(record, "base")),
         summary=summary,
@@ -134,7 +134,7 @@ def _verdict_sections(verdict: Mapping[str, Any]) -> list[Section]:
 
 def _sections(record: Mapping[str, Any], images: RunImages) -> list[Section]:
     perplexity, alignment = record.get("perplexity"), record.get("alignment")
-    found = [_statistic(name, sides, images) for name, sides in record["statistics"].items()]
+    found = [_statistic(name, stages, images) for name, stages in record["statistics"].items()]
     if perplexity:
         found.append(Section("Perplexity", table=columns_table(perplexity, _PERPLEXITY)))
     if record.get("disguised"):
@@ -152,29 +152,29 @@ def _sections(record: Mapping[str, Any], images: RunImages) -> list[Section]:
     return [*found, _circumstances(record), Section("Configuration", code=code)]
 
 
-def _statistic(name: str, sides: Mapping[str, Any], images: RunImages) -> Section:
-    results = results_by_side(sides)
+def _statistic(name: str, stages: Mapping[str, Any], images: RunImages) -> Section:
+    results = results_by_stage(stages)
     if not results:
-        return Section(name, text=[outcome(sides)])
+        return Section(name, text=[outcome(stages)])
     figure = base64.b64encode(images.by_statistic.get(name, b"")).decode()
-    table = columns_table({side: _numbers(result) for side, result in results.items()})
+    table = columns_table({stage: _numbers(result) for stage, result in results.items()})
     blocks = [*tests_blocks(results), *null_blocks(results), *map_blocks(results), *place_blocks(results)]
-    layers = {side: result["per_layer"] for side, result in results.items() if result.get("per_layer")}
+    layers = {stage: result["per_layer"] for stage, result in results.items() if result.get("per_layer")}
     if layers and not any(result.get("tests") for result in results.values()):
         blocks.append(Block(f"Each layer: {next(iter(layers.values()))['label']}", _per_layer(layers)))
-    alt = f"{subject(name, sides)}: {outcome(sides)}"
+    alt = f"{subject(name, stages)}: {outcome(stages)}"
     return Section(name, _remarks(results), figure, alt, table=table, blocks=blocks)
 
 
 def _remarks(results: Mapping[str, Any]) -> list[str]:
-    """Reasons why there is no p-value, and notes; each once, with its sides unless it is of all."""
+    """Reasons why there is no p-value, and notes; each once, with its stages unless it is of all."""
     found: dict[str, list[str]] = {}
-    for side, result in results.items():
+    for stage, result in results.items():
         reasons = [f"No p-value: {result['p_reason']}"] if result.get("p_reason") else []
         for line in [*_evidence(result), *reasons, *(result.get("notes") or ())]:
-            found.setdefault(line, []).append(side)
+            found.setdefault(line, []).append(stage)
     everywhere = len(results)
-    return [line if len(sides) == everywhere else f"{', '.join(sides)}: {line}" for line, sides in found.items()]
+    return [line if len(stages) == everywhere else f"{', '.join(stages)}: {line}" for line, stages in found.items()]
 
 
 def _evidence(result: Mapping[str, Any]) -> list[str]:
@@ -203,7 +203,7 @@ def _numbers(result: Mapping[str, Any]) -> dict[str, Any]:
 
 def _per_layer(layers: Mapping[str, Any]) -> Table:
     return columns_table(
-        {side: {f"layer {i}": x for i, x in enumerate(data["values"])} for side, data in layers.items()}
+        {stage: {f"layer {i}": x for i, x in enumerate(data["values"])} for stage, data in layers.items()}
     )
 
 

@@ -16,7 +16,7 @@ from tracing_jax.report.formatting import (
     outcome,
     p_cell,
     requested_model,
-    results_by_side,
+    results_by_stage,
 )
 from tracing_jax.report.html_elements import Cell, Page, Section, Table, as_cell, table_of
 from tracing_jax.report.page import verdict_banner
@@ -35,8 +35,8 @@ def figure_of_pairs(records: Sequence[Mapping[str, Any]]) -> Figure:
     curves: dict[str, Mapping[str, Any]] = {}
     names = pair_names(records)
     for name, record in zip(names, records, strict=True):
-        sides = results_by_side(record["statistics"].get("mode", {}))
-        before, after = (sides.get(side, {}).get("curve") for side in ("non-aligned", "aligned"))
+        stages = results_by_stage(record["statistics"].get("mode", {}))
+        before, after = (stages.get(stage, {}).get("curve") for stage in ("non-aligned", "aligned"))
         if before:
             curves[name] = before
         if after and not (before and _same(before, after)):
@@ -103,9 +103,9 @@ def _statistics(records: Sequence[Mapping[str, Any]]) -> Section:
     shown = [with_bounded_p_values(record) for record in records]
     for name in names:
         for pair, record in zip(pair_names(records), shown, strict=True):
-            if sides := record["statistics"].get(name):
-                log10_p = (sides.get("non_aligned") or {}).get("log10_p")
-                rows.append([name, pair, outcome(sides), p_cell(log10_p)])
+            if stages := record["statistics"].get(name):
+                log10_p = (stages.get("non_aligned") or {}).get("log10_p")
+                rows.append([name, pair, outcome(stages), p_cell(log10_p)])
     return Section("Statistics", table=table_of(("", "other model", "found", "p, pair as given"), rows))
 
 

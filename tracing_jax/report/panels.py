@@ -49,11 +49,11 @@ def draw_path(axes: Axes, curves: Mapping[str, Any]) -> None:
 
 def draw_distribution(axes: Axes, distributions: Mapping[str, Any]) -> None:
     """Draws the quantiles of each layer: range thin, 5 to 95 % wider, interquartile range widest, median as a dot."""
-    rows = {side: len(data["quantiles"]["layers"]) for side, data in distributions.items()}
+    rows = {stage: len(data["quantiles"]["layers"]) for stage, data in distributions.items()}
     single = set(rows.values()) == {1}
-    for i, (side, data) in enumerate(distributions.items()):
+    for i, (stage, data) in enumerate(distributions.items()):
         shift = i if single else 0.4 * i - 0.2 * (len(rows) - 1)
-        _boxes(axes, i, np.arange(rows[side]) + shift, data["quantiles"], side)
+        _boxes(axes, i, np.arange(rows[stage]) + shift, data["quantiles"], stage)
     label_axes(axes, "" if single else "layer", next(iter(distributions.values()))["label"])
     if single:
         axes.set_xticks(range(len(rows)), list(rows))
@@ -64,21 +64,21 @@ def draw_distribution(axes: Axes, distributions: Mapping[str, Any]) -> None:
 
 
 def draw_per_layer(axes: Axes, values: Mapping[str, Any]) -> None:
-    """Draws one value per layer, one line per side."""
-    for i, (side, data) in enumerate(values.items()):
+    """Draws one value per layer, one line per stage."""
+    for i, (stage, data) in enumerate(values.items()):
         numbers = _floats(data["values"])
-        _line(axes, i, np.arange(len(numbers)), numbers, side)
+        _line(axes, i, np.arange(len(numbers)), numbers, stage)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     label_axes(axes, "layer", next(iter(values.values()))["label"])
     _legend(axes)
 
 
 def draw_headlines(axes: Axes, results: Mapping[str, Any]) -> None:
-    """Draws the headline number of each side as a bar."""
+    """Draws the headline number of each stage as a bar."""
     values = _floats([result.get("headline") for result in results.values()])
     axes.barh(range(len(values)), values, height=0.4, color=PALETTE[: len(values)])
-    for i, side in enumerate(results):
-        axes.text(0, i - 0.25, f" {side}", fontsize=9.5, color=PALETTE[i])
+    for i, stage in enumerate(results):
+        axes.text(0, i - 0.25, f" {stage}", fontsize=9.5, color=PALETTE[i])
     axes.set_yticks([])
     axes.set_ylim(len(values) - 0.6, -0.75)
     axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)

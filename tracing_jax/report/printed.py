@@ -6,7 +6,7 @@ from typing import Any
 
 from tracing_jax.report.bounded_p_values import bounded
 from tracing_jax.report.findings import FindingGroup, Line, findings, model_name
-from tracing_jax.report.formatting import ABSENT, cell, p_cell, places_text, results_by_side
+from tracing_jax.report.formatting import ABSENT, cell, p_cell, places_text, results_by_stage
 from tracing_jax.report.terminal import plain_text, print_in_colour
 
 PAIR_HEADERS = ("other model", "verdict", "statistic", "p (pair)", "p (all pairs)", "significant")
@@ -106,16 +106,16 @@ def pair_names(records: Sequence[Mapping[str, Any]]) -> list[str]:
 def path_rows(record: Mapping[str, Any]) -> list[list[Any]]:
     """Base, other model, path, and the losses at its base end, midpoint, barrier and other end; a row for each path."""
     rows = []
-    for side, result in results_by_side(record["statistics"].get("mode", {})).items():
+    for stage, result in results_by_stage(record["statistics"].get("mode", {})).items():
         curve = result["curve"]
         ends = [curve["loss"][0], curve["midpoint"], curve["barrier"], curve["loss"][-1]]
-        rows.append([model_name(record, "base"), model_name(record, "ft"), side, *map(_three, ends)])
+        rows.append([model_name(record, "base"), model_name(record, "ft"), stage, *map(_three, ends)])
     return rows
 
 
 def _path_notes(record: Mapping[str, Any]) -> list[str]:
     """What the losses along a path do not show."""
-    results = results_by_side(record["statistics"].get("mode", {})).values()
+    results = results_by_stage(record["statistics"].get("mode", {})).values()
     return [note for result in results for note in result.get("notes") or ()]
 
 

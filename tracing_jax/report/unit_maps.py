@@ -29,7 +29,7 @@ class UnitMap:
 
 def unit_maps(record: Mapping[str, Any]) -> list[UnitMap]:
     """Returns the map of each statistic of a record that has partners of units, on the pair as given."""
-    found = ((name, (sides.get("non_aligned") or {}).get("unit_map")) for name, sides in record["statistics"].items())
+    found = ((name, (stages.get("non_aligned") or {}).get("unit_map")) for name, stages in record["statistics"].items())
     return [_drawn(name, kept) for name, kept in found if kept and kept["partners"]]
 
 
