@@ -117,6 +117,8 @@ def test_memory_that_a_process_may_use(tmp_path, monkeypatch):
     (tmp_path / "memory" / "a" / "memory.limit_in_bytes").write_text("500")
     (tmp_path / "memory" / "a" / "memory.usage_in_bytes").write_text("100")
     assert (host_memory.memory_limit(), host_memory.free_memory()) == (500, 400)
+    (tmp_path / "memory" / "a" / "memory.stat").write_text("cache 90\ntotal_inactive_file 60\n")
+    assert host_memory.free_memory() == 460
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked on this system")

@@ -595,6 +595,14 @@ def test_units_on_features_that_the_first_layer_removes_are_no_evidence():
     kept = distinct_units(by_text, 1).kept
     assert len(kept) > 24
     assert kept.min() >= 32
+    # Neither does the gain of a feature that is always zero change that.
+    leaves["layers/1/mlp_norm/scale"] = np.where(np.arange(36) == 35, 2e6, 1).astype(np.float32)
+    for name in ("embed/embedding", "layers/0/attn/o_proj/kernel"):
+        leaves[name] = np.array(leaves[name])
+        leaves[name][..., 35] = 0
+    one_gain = InMemory(arch, unflatten(leaves))
+    Pair(one_gain, one_gain, Vocabularies(True, IDS, IDS, text_blocks=(TOKENS,) * 2), None, Compute(make_mesh(), 8), 0)
+    assert distinct_units(one_gain, 1).kept.min(initial=F) >= 32
 
 
 def test_layers_repeat_others_if_gates_or_ups_do():

@@ -78,4 +78,5 @@ def test_tokens_that_are_compared_tell_runs_apart():
         Vocabularies(True, ids, ids, in_text=ids < 100, unseen={"bytes": (ids[150:], ids[150:])}),
     ]
     assert every.digest() == Vocabularies(True, ids.copy(), ids.copy(), in_text=ids < 100).digest()
-    assert len({every.digest(), *(other.digest() for other in others)}) == 5
+    others.append(Vocabularies(True, ids, ids, in_text=ids < 100, text_blocks=(ids[None], ids[None])))
+    assert len({every.digest(), *(other.digest() for other in others)}) == 6

@@ -20,7 +20,10 @@ def memory_limit() -> int | None:
 
 
 def free_memory() -> int | None:
-    """Returns the bytes that are left: of the machine, or of what the groups of this process may have, if less."""
+    """Returns the bytes that are left: of the machine, or of what the groups of this process may have, if less.
+
+    Pages of files that were not used of late are given back at need, and count as left.
+    """
     found = [limit - used for limit, used in _groups()]
     try:
         lines = dict(line.split(":", 1) for line in _MACHINE.read_text("ascii").splitlines())
@@ -31,16 +34,26 @@ def free_memory() -> int | None:
 
 
 def _groups() -> Iterator[tuple[int, int]]:
-    """Yields limit and use, in bytes, of each control group that this process is in and that has a limit."""
+    """Yields limit and lasting use, in bytes, of each control group that this process is in and that has a limit."""
     for tree, (limit, used) in _FILES.items():
         root = _GROUPS / tree
         own = root / _path_in(tree)
         for group in dict.fromkeys((own, *own.parents, root)):  # in a container the path may be one of its host
             if group == root or root in group.parents:
                 try:
-                    yield int((group / limit).read_text("ascii")), int((group / used).read_text("ascii"))
+                    taken = int((group / used).read_text("ascii"))
+                    yield int((group / limit).read_text("ascii")), taken - _reclaimable(group)
                 except (OSError, ValueError):
                     continue  # no such group, or no limit
+
+
+def _reclaimable(group: Path) -> int:
+    """Returns the bytes of files that a group's use counts and that can be given back; 0 where that is not known."""
+    try:
+        facts = dict(line.split() for line in (group / "memory.stat").read_text("ascii").splitlines())
+    except (OSError, ValueError):
+        return 0
+    return int(facts.get("total_inactive_file", facts.get("inactive_file", 0)))
 
 
 def _path_in(tree: str) -> str:

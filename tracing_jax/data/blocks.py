@@ -33,7 +33,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _REMEMBERED_WORDS = 10_000
 """The default of tokenizers."""
 
-_LETTERS_PER_TOKEN = 3  # of lines that are likely to be long enough for a block
+_LETTERS_PER_TOKEN = 6  # of lines that are likely to be long enough for a block, in any tokens
 _PROBE = "The 3 quick  foxes\tjumped,\n\n\tover 1,024 dogs' naïve Ωmega — 漢字かな, Привет, 🦊👩‍🚀!\r\n    x_1 == 0\n"
 
 

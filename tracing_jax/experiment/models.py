@@ -22,7 +22,7 @@ from tracing_jax.data import (
 from tracing_jax.dataclass_options import ConfigError
 from tracing_jax.experiment.validation import DEMO, statistic_names
 from tracing_jax.options import RunOptions
-from tracing_jax.statistics import LIGHT, Vocabularies
+from tracing_jax.statistics import LIGHT, Vocabularies, is_enough
 
 _BLOCKS, _BLOCK_LENGTH = 8, 24
 """Of the text of the package that both models read by themselves; see `token_directions`."""
@@ -143,8 +143,8 @@ def shared_vocabulary(base: Checkpoint, ft: Checkpoint, tokenizer_base: Any, tok
     length = min(model.arch.longest or _BLOCK_LENGTH for model in (base, ft))
     length = min(length, _BLOCK_LENGTH)
     blocks = [sampled_blocks(tokenizer, text, _BLOCKS, length) for tokenizer in (tokenizer_base, tokenizer_ft)]
-    are_embedded = [len(ids) and ids.max() < model.arch.vocab_size for ids, model in zip(blocks, (base, ft))]
-    text_blocks = (blocks[0], blocks[1]) if all(are_embedded) else None
+    can_be_read = [is_enough(ids) and ids.max() < model.arch.vocab_size for ids, model in zip(blocks, (base, ft))]
+    text_blocks = (blocks[0], blocks[1]) if all(can_be_read) else None
     return Vocabularies(
         same, ids_base, ids_ft, unseen=unseen, in_text=in_text, text_ids=text_ids, text_blocks=text_blocks
     )

@@ -27,6 +27,7 @@ from tracing_jax.statistics.perm_mode_l2 import PermModeL2
 from tracing_jax.statistics.screen import Screen
 from tracing_jax.statistics.shared_tokens import with_unread_units
 from tracing_jax.statistics.statistic import Curve, Pair, Result, Statistic, Test, Vocabularies
+from tracing_jax.statistics.token_directions import is_enough
 from tracing_jax.statistics.unseen_tokens import UnseenTokens
 from tracing_jax.statistics.verdict import (
     DECIDING,
@@ -117,6 +118,7 @@ __all__ = [
     "Vocabularies",
     "hidden_by",
     "inactive_layers",
+    "is_enough",
     "make_statistic",
     "needs_not_applicable",
     "obscured_layers",

@@ -60,7 +60,7 @@ def with_unread_units(result: Result, pair: Pair) -> Result:
     What units and heads read of a text is not known then: some that no text reaches can be another model's, or take the
     place of those that do the work. Of models that are read by their weights alone the verdict says that they are.
     """
-    doubt = pair.vocabularies.doubt
+    doubt = pair.vocabularies.doubt or pair.vocabularies.unread
     if not doubt or pair.aligned or any(model.arch.reading is not None for model in (pair.base, pair.ft)):
         return result
     result = replace(result, blind_to=(*(result.blind_to or ()), "units that no text reaches"))

@@ -39,7 +39,7 @@ class Vocabularies:
       unseen: group -> ids in base and in ft of tokens that neither tokenizer ever gives; see `data.unseen_tokens`.
       in_text: which of the shared tokens both tokenizers give for the text of this package; None if that is not known.
       text_ids: all ids that each tokenizer gives for it.
-      text_blocks: some of it as each tokenizer reads it; None if there is too little.
+      text_blocks: some of it as each tokenizer reads it, which both models read; None if that is too little.
     """
 
     same: bool
@@ -71,10 +71,21 @@ class Vocabularies:
             return f"only {self.in_text.sum()} of the shared tokens are in the text of this package"
         return ""
 
+    @property
+    def unread(self) -> str:
+        """Why the models read no text, though it is known which tokens it has; empty if they do."""
+        if self.in_text is None or self.text_blocks is not None:
+            return ""
+        return "too little of the text of this package can be read by both models"
+
     def digest(self) -> str:
-        """Returns a hash of which tokens correspond, and which of them are compared."""
-        found = (self.ids_base, self.ids_ft, self.usable, *(ids for pair in self.unseen.values() for ids in pair))
-        return hashlib.sha256(b"|".join(np.ascontiguousarray(ids, np.int64).tobytes() for ids in found)).hexdigest()
+        """Returns a hash of which tokens correspond, and of which of them are compared and read."""
+        unseen = (ids for pair in self.unseen.values() for ids in pair)
+        found = (self.ids_base, self.ids_ft, self.usable, *unseen, *(self.text_ids or ()), *(self.text_blocks or ()))
+        hashed = hashlib.sha256(self.doubt.encode())
+        for ids in found:
+            hashed.update(b"|" + np.ascontiguousarray(ids, np.int64).tobytes())
+        return hashed.hexdigest()
 
     def drawn(self, generator: np.random.Generator, most: int) -> Int[np.ndarray, " n"]:
         """Returns the positions of at most so many of the usable shared tokens, in the order drawn."""

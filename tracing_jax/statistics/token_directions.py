@@ -10,6 +10,8 @@ read of it lies in the span of the embeddings as well).
 Letters: F units, D features, T tokens, N blocks, P tokens of a block.
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,6 +51,11 @@ def remember_text(model: ParamSource, blocks: Int[np.ndarray, "N P"], compute: C
     kept_of(model)["text"] = blocks, compute
 
 
+def is_enough(blocks: Int[np.ndarray, "N P"]) -> bool:
+    """Returns whether so much of a text says what units read."""
+    return blocks.shape[0] * (blocks.shape[1] - _SETTLED) >= _LEAST
+
+
 def read_directions(model: ParamSource, layer: int) -> Float[np.ndarray, "T D"] | None:
     """Returns what the MLP of a layer reads of a text, before its gain, as differences; None if nothing is known.
 
@@ -61,14 +68,15 @@ def read_directions(model: ParamSource, layer: int) -> Float[np.ndarray, "T D"] 
         return token_directions(model)
     if "read directions" not in known:
         known["read directions"] = _read_by_mlps(model, *known["text"])
-    found: Float[np.ndarray, "T D"] | None = known["read directions"][layer]
+    found: Float[np.ndarray, "T D"] = known["read directions"][layer]
     return found
 
 
 def _read_by_mlps(
     model: ParamSource, blocks: Int[np.ndarray, "N P"], compute: Compute
-) -> list[Float[np.ndarray, "T D"] | None]:
-    """Returns the directions of all layers, by one forward pass."""
+) -> list[Float[np.ndarray, "T D"]]:
+    """Returns the directions of all layers, by one forward pass in float32."""
+    compute = replace(compute, dtype=jnp.float32)
     at = np.broadcast_to(np.arange(blocks.shape[1]), blocks.shape)
     passes = activations(model, blocks, at, at >= _SETTLED, ("mlp_input",), compute, "what units read of a text")
     return [_as_differences(found["mlp_input"], _gain(model, i)) for i, found in passes]
@@ -79,15 +87,19 @@ def _gain(model: ParamSource, layer: int) -> Float[np.ndarray, "..."]:
     return to_host(jnp.asarray(gain_of(model.layer(layer, (norm,)), norm, model.arch), jnp.float32))
 
 
-def _as_differences(read: Float[np.ndarray, "T D"], gain: Float[np.ndarray, "..."]) -> Float[np.ndarray, "T D"] | None:
-    """Returns inputs without gain and median, over the size of a feature that varies; None if next to none does."""
+def _as_differences(read: Float[np.ndarray, "T D"], gain: Float[np.ndarray, "..."]) -> Float[np.ndarray, "T D"]:
+    """Returns inputs without gain and median, over the size of a feature that varies.
+
+    Zeros where no feature varies or an input is not finite: of what units read of zeros none is evidence.
+    """
     gain = np.broadcast_to(np.asarray(gain, np.float64), read.shape[1:])
-    is_read = np.abs(gain) > 1e-6 * np.abs(gain).max(initial=0.0)
-    inputs = np.divide(read, gain, out=np.zeros(read.shape), where=is_read)
+    inputs = np.divide(read, gain, out=np.zeros(read.shape), where=gain != 0)
     low, middle, high = np.quantile(inputs, [0.25, 0.5, 0.75], axis=0)
     sizes = np.sort((high - low) / _QUARTILES)
     size = np.sqrt(np.square(sizes[: len(sizes) - len(sizes) // 50]).mean())
-    return ((inputs - middle) / size).astype(np.float32) if size > 0 else None
+    if not (np.isfinite(size) and size > 0):
+        return np.zeros(read.shape, np.float32)
+    return ((inputs - middle) / size).astype(np.float32)
 
 
 def sampled_embeddings(model: ParamSource) -> Float[np.ndarray, "T D"]:
