@@ -24,16 +24,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pairs.tokenizer import write_tokenizer
 from tracing_jax.dataclass_options import comma_list
 
 NOISE = 0.02
 """Of a fine-tuned copy, in standard deviations of each tensor."""
 
 _SECONDS = 240
+_VOCABULARY = 320
 TABLE = Path(__file__).parent.parent / "docs" / "families.md"
 
 _SIZES: Mapping[str, Any] = {
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"), 320),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"), _VOCABULARY),
     **dict.fromkeys(("hidden_size_per_layer_input",), 16),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embed_dim", "dim", "n_embed", "lru_width"), 64),
     **dict.fromkeys(("embedding_size", "attention_hidden_size", "word_embed_proj_dim", "emb_dim"), 64),
@@ -293,6 +295,8 @@ def write_models(family: str, folder: Path) -> str | None:
     with_noise(model, 3)
     model.save_pretrained(folder / "copy")
     random_model(tiny_config(family), 5).save_pretrained(folder / "other")
+    for member in ("base", "copy", "other"):
+        write_tokenizer(folder / member, _VOCABULARY)
     return remark
 
 

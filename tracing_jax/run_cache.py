@@ -73,7 +73,9 @@ class WriteBudget:
 
     @property
     def spent(self) -> str:
-        """What was written so far, and the share of the time that it took, in words."""
+        """What was written so far, and the share of the time that it took, in words; empty if nothing was."""
+        if not self._written_bytes:
+            return ""
         share = self._written_seconds / max(self.clock() - self._start, 1e-9)
         return f"{self._written_bytes / 2**20:.1f} MiB in {self._written_seconds:.2f} s, {share:.1%} of the time"
 
@@ -225,7 +227,8 @@ class RunCache:
             return
         self._await_readers()
         self._held.content.clear()
-        logging.info("kept for a restart, and deleted now: %s", self._budget.spent)
+        if spent := self._budget.spent:
+            logging.info("kept for a restart, and deleted now: %s", spent)
         if is_main_process():
             shutil.rmtree(self.folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # it holds the run's other files

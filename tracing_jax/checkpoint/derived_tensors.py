@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from tracing_jax.checkpoint.safetensors_file import Index, bounds_of
-from tracing_jax.checkpoint.tensors import TensorStore, past_cache_of
+from tracing_jax.checkpoint.tensors import PastCache, TensorStore, past_cache_of
 
 
 @runtime_checkable
@@ -67,10 +67,12 @@ class DerivedTensors:
 
 
 def _past_cache(derived: Derived) -> Derived:
-    """Returns a tensor that is computed from those of one `store` with these read past the page cache."""
-    if not is_dataclass(derived) or "store" not in {field.name for field in fields(derived)}:
+    """Returns a tensor that is computed from those of stores with these read past the page cache."""
+    if not is_dataclass(derived):
         return derived
-    return replace(derived, store=past_cache_of(derived.store))  # type: ignore[attr-defined]
+    own = {field.name: getattr(derived, field.name) for field in fields(derived)}
+    stores = {name: store.past_cache() for name, store in own.items() if isinstance(store, PastCache)}
+    return replace(derived, **stores)
 
 
 class RenamedTensors:

@@ -88,6 +88,10 @@ class AlignedModels:
             self._found[key] = in_memory(moved, "aligning"), model, reference
         return self._found[key][0]
 
+    def forget(self, reference: ParamSource) -> None:
+        """Lets go of the models that were aligned to a reference to which the child could not be."""
+        self._found = {key: found for key, found in self._found.items() if found[2] is not reference}
+
 
 def read_in_one_order(
     models: MergeModels,
@@ -143,6 +147,7 @@ def with_aligned_child(
             gauge = _aligned_to(original, at, kinds, seed, known)
         except (AlignmentError, ValueError) as error:
             reasons.append(f"to {name}: {error}")
+            known.forget(original.read_together[at])
             continue
         sums = read_sums(gauge.models, seed)
         if is_in_place(gauge.models, sums):
@@ -159,6 +164,7 @@ def with_aligned_child(
                 _bias(gauge, at, kinds, sums, seed, known) if gauge.mapped and measures_bias else None,
             )
         reasons.append(f"to {name}: aligned, its kernels are still unlike those of the others")
+        known.forget(original.read_together[at])
     raise AlignmentError("the child could not be aligned:\n  " + "\n  ".join(reasons))
 
 
