@@ -18,8 +18,8 @@ _DOZEN = (
 def test_a_permuted_copy_is_related_and_a_stranger_is_not(family):
     pytest.importorskip("torch")
     row = families.sweep(family)
-    # Where only features can be compared, what is found is reserved.
-    assert row.outcome == ("undecided" if family == "falcon_mamba" else "right"), row
+    # Where only features, or what units write, can be compared, what is found is reserved.
+    assert row.outcome == ("undecided" if family in ("falcon_mamba", "modernbert-decoder") else "right"), row
 
 
 def test_outcomes_of_rows():
