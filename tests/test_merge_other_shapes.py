@@ -8,6 +8,7 @@ import pytest
 from tests import tiny
 from tests.test_merges import leaves, model, sibling
 from tracing_jax.merges import MergeError, MergeModels, merge_report
+from tracing_jax.statistics import Vocabularies
 
 ARCH = dataclasses.replace(tiny.llama_mha(), mlp_dim=64)
 OTHER = dataclasses.replace(ARCH, mlp_dim=48)
@@ -42,9 +43,14 @@ def mixed(own, other, share, softness, seed=0):
 OWN, THEIRS = leaves(0, ARCH), leaves(5, OTHER)
 
 
+IDS = np.arange(ARCH.vocab_size, dtype=np.int32)
+BLOCKS = np.random.default_rng(0).integers(ARCH.vocab_size, size=(2, 8, 24)).astype(np.int32)
+TEXT = Vocabularies(True, IDS, IDS, in_text=IDS >= 0, text_ids=(IDS, IDS), text_blocks=tuple(BLOCKS))
+
+
 def report_of(child, others, **more):
     named = {"own": model(OWN, arch=ARCH)} | {name: model(own, arch=OTHER) for name, own in others.items()}
-    return merge_report(MergeModels(model(child, arch=ARCH), named, **more))
+    return merge_report(MergeModels(model(child, arch=ARCH), named), **more)
 
 
 @pytest.mark.slow
@@ -79,3 +85,29 @@ def test_parents_of_the_childs_shapes_keep_their_shares_beside_one_of_others():
 def test_no_parents_at_all_are_refused_as_before():
     with pytest.raises(MergeError, match="no parents were given"):
         merge_report(MergeModels(model(OWN, arch=ARCH), {}))
+
+
+@pytest.mark.slow
+def test_units_that_agree_on_tokens_that_no_text_has_are_no_evidence():
+    """Such tokens can have any embedding, and so one by which another model's units agree: a stranger is not named."""
+    arch = dataclasses.replace(ARCH, vocab_size=600, embed_dim=96, num_layers=1)
+    other = dataclasses.replace(arch, mlp_dim=48)
+    stranger, child = leaves(0, arch), leaves(5, other)
+    units = [np.concatenate([own[f"layers/0/mlp/{name}/kernel"].T[:24] for name in ("gate_proj", "up_proj")])
+             for own in (stranger, child)]  # fmt: skip
+    ids = np.arange(600, dtype=np.int32)
+    in_text = ids < 120
+    answers = stranger["embed/embedding"][~in_text] @ units[0].T
+    child["embed/embedding"][~in_text] = np.linalg.lstsq(units[1], answers.T)[0].T
+    models = MergeModels(
+        model(child, arch=other), {"stranger": model(stranger, arch=arch)}, model(leaves(5, other), arch=other)
+    )
+    assert merge_report(models).parts["stranger"] == "agrees"  # as if all of them were read
+    blocks = np.random.default_rng(0).integers(120, size=(8, 24)).astype(np.int32)
+    text = Vocabularies(True, ids, ids, in_text=in_text, text_ids=(ids[:120],) * 2, text_blocks=(blocks,) * 2)
+    for vocabularies in (text, Vocabularies(True, ids, ids, known=False)):
+        found = merge_report(models, vocabularies_of=lambda name, own=vocabularies: own)
+        assert found.parts["stranger"] == "not_testable"
+    assert "which is no evidence: without a tokenizer of both models" in repr(found)
+    mixture = report_of(mixed(OWN, THEIRS, 0.3, 0.0), {"theirs": THEIRS}, vocabularies_of=lambda name: TEXT)
+    assert mixture.parts["theirs"] == "agrees"

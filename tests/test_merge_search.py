@@ -1,6 +1,7 @@
 """Parents that are searched for: chosen by held-out entries, and proposed by a scan of a library."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import jsonschema
@@ -15,7 +16,7 @@ from tracing_jax.api import open as open_model
 from tracing_jax.api import save
 from tracing_jax.dataclass_options import ConfigError
 from tracing_jax.experiment import check_config
-from tracing_jax.experiment.merge_step import with_merge
+from tracing_jax.experiment.merge_step import vocabularies_with, with_merge
 from tracing_jax.experiment.validation import statistic_names
 from tracing_jax.experiment.validation import tests_chosen as chosen_tests
 from tracing_jax.library.signature_file import SUFFIX
@@ -203,3 +204,15 @@ def test_merge_alone_runs_the_tests_of_auto():
     assert statistic_names(alone) == statistic_names(COMPARE)
     assert "fixed before the models were compared, by the options" in chosen_tests(alone)
     assert statistic_names(replace(alone, stat=("csu", "merge"))) == ["csu"]
+
+
+def test_tokens_of_a_text_are_known_of_parents_of_other_shapes(family, tmp_path):
+    """And that they are not, where a tokenizer is missing: what tokens are read decides whose units agree."""
+    child, parent = (open_model(str(family.member(name))) for name in ("base", "finetune"))
+    found = vocabularies_with(child, {"parent": parent})("parent")
+    assert found.in_text.any()
+    assert found.text_blocks is not None
+    folder = shutil.copytree(family.member("finetune"), tmp_path / "parent")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    assert vocabularies_with(child, {"parent": open_model(str(folder))})("parent").doubt

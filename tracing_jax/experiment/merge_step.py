@@ -4,14 +4,16 @@ What estimates shares is imported where it is used: with it come scipy.stats and
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tracing_jax.checkpoint import Checkpoint
+from tracing_jax.data import load_tokenizer
 from tracing_jax.dataclass_options import ConfigError
-from tracing_jax.experiment.models import open_model
+from tracing_jax.experiment.models import open_model, shared_vocabulary
 from tracing_jax.options import RunOptions
+from tracing_jax.statistics import Vocabularies
 
 _PARTS = {"embedding": "embedding", "attention": "attention", "mlp": "MLPs", "expert": "experts", "router": "router",
           "norm": "norms", "head": "head"}  # fmt: skip
@@ -69,8 +71,25 @@ def shares_in_ft(given: MergeInputs, seed: int) -> dict[str, Any]:
     from tracing_jax.merges import merge_report, opened_models
 
     models = opened_models(given.ft, dict(given.parents), given.origin)
-    record = merge_report(models, align=_ALIGN, seed=seed, asked=given.asked).record
+    tokens = vocabularies_with(given.ft, given.parents)
+    record = merge_report(models, align=_ALIGN, seed=seed, asked=given.asked, vocabularies_of=tokens).record
     return {name: value for name, value in record.items() if name not in _LEFT_OUT}
+
+
+def vocabularies_with(child: Checkpoint, parents: Mapping[str, Checkpoint]) -> Callable[[str], Vocabularies]:
+    """Returns a function from the name of a parent to how its tokens and the child's correspond."""
+
+    def of(name: str) -> Vocabularies:
+        return shared_vocabulary(parents[name], child, _tokenizer(parents[name]), _tokenizer(child))
+
+    return of
+
+
+def _tokenizer(model: Checkpoint) -> Any | None:
+    try:
+        return load_tokenizer(model.tokenizer_folder)
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def with_merge(verdict: dict[str, Any], merge: Mapping[str, Any] | None) -> dict[str, Any]:

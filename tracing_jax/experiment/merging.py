@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from tracing_jax.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from tracing_jax.complaints import listed, shortened
+from tracing_jax.experiment.merge_step import vocabularies_with
 from tracing_jax.experiment.models import open_model, resolve_model_id
 from tracing_jax.experiment.signing import suspect_of
 from tracing_jax.library import Candidate, library_folder, read_library, scan
@@ -56,7 +57,13 @@ def report_on_merge(
             )
     models = opened_models(own, named, origin)
     return merge_report(
-        models, align=tuple(align), seed=seed, asked=asked, search=library is not None, more_notes=notes
+        models,
+        align=tuple(align),
+        seed=seed,
+        asked=asked,
+        search=library is not None,
+        more_notes=notes,
+        vocabularies_of=vocabularies_with(own, named),
     )
 
 

@@ -11,7 +11,7 @@ from tracing_jax.merges.choice import Choice, choose
 from tracing_jax.merges.exchange import ExchangedUnits
 from tracing_jax.merges.models import MergeError, MergeModels, TensorKey
 from tracing_jax.merges.normal_equations import NormalEquations
-from tracing_jax.merges.other_shapes import OtherShape, compared_by_units, set_apart
+from tracing_jax.merges.other_shapes import OtherShape, VocabulariesOf, compared_by_units, set_apart
 from tracing_jax.merges.parent_shares import (
     ParentShare,
     merge_sentence,
@@ -49,6 +49,7 @@ def merge_report(
     asked: Mapping[str, Any] | None = None,
     search: bool = False,
     more_notes: Sequence[str] = (),
+    vocabularies_of: VocabulariesOf | None = None,
 ) -> MergeReport:
     """Returns the report on the parents of a model.
 
@@ -61,22 +62,24 @@ def merge_report(
       search: whether the parents are candidates, of which those without a part are left out of the shares; p-values
         count all of them.
       more_notes: go into the record before those of the comparison.
+      vocabularies_of: parents of other shapes, of which tokens are compared that a text has; None if the tokens of
+        these models are all read.
 
     Raises:
       MergeError: too few models.
     """
     kept, apart = set_apart(models)
     if apart and kept.terms < 1:
-        found = compared_by_units(models, kept, apart, seed)
+        found = compared_by_units(models, kept, apart, seed, vocabularies_of)
         return MergeReport(plain({**(asked or {}), **_without_shares(kept, found, more_notes), "seed": seed}))
     check_names(kept)
     read = read_in_one_order(kept, align, seed)
     if not _comparable(read.models):
         nobody = MergeModels(models.child, {})
-        found = compared_by_units(models, nobody, models.names, seed)
+        found = compared_by_units(models, nobody, models.names, seed, vocabularies_of)
         notes = [*more_notes, *read.notes]
         return MergeReport(plain({**(asked or {}), **_without_shares(nobody, found, notes), "seed": seed}))
-    others = compared_by_units(models, read.models, apart, seed)
+    others = compared_by_units(models, read.models, apart, seed, vocabularies_of)
     chosen = _chosen(read, search)
     models, sums = chosen.models, chosen.sums
     names = read.models.names

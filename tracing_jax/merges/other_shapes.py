@@ -3,12 +3,12 @@
 A child may be mixed with a model of another family by optimal transport: its units are then mixtures of that model's
 units, on features that are mixtures of that model's features. No entry of one belongs to an entry of the other. What is
 left of the child after the parents of its own shape is taken as a model, and its units are matched with those of the
-other one by what they read from shared tokens. The harder the mixture, the more of them agree.
+other one by what they read from shared tokens that a text has. The harder the mixture, the more of them agree.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,12 @@ from tracing_jax.merges.products import as_float32
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.match_mlps import MatchMlps
+from tracing_jax.statistics.shared_tokens import with_unread_units
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies
 from tracing_jax.tree import Tree, flatten, unflatten
+
+VocabulariesOf = Callable[[str], Vocabularies]
+"""Name of a parent -> how its tokens, first, and the child's correspond."""
 
 LEVEL = 1e-3
 _MIXED = ("embed/", "mlp/gate_proj", "mlp/up_proj")
@@ -38,6 +42,7 @@ class OtherShape:
       name: of the parent.
       log10_p: of the agreement of units, after Bonferroni over these parents; None where nothing could be matched.
       effect: how many units agree, beside what independent models show; or why nothing could be matched.
+      reservation: why the agreement is no evidence, and is not in the p-value; None where it is.
       of_rest: whether the rest of the child agrees more than the child itself.
     """
 
@@ -45,6 +50,7 @@ class OtherShape:
     log10_p: float | None
     effect: str
     of_rest: bool = False
+    reservation: str | None = None
 
     @property
     def agrees(self) -> bool:
@@ -61,6 +67,8 @@ class OtherShape:
         found = f"its units matched with those of {whose}: {self.effect}"
         if self.agrees:
             return f"{shapes}; {found}"
+        if self.reservation:
+            return f"{shapes}; {found}, which is no evidence: {self.reservation}"
         return f"{shapes}; {found}; units that are mixtures of many agree no more, which clears it of nothing"
 
     @property
@@ -72,7 +80,7 @@ class OtherShape:
 
     def as_dict(self) -> dict[str, Any]:
         """Returns plain data for the record."""
-        return {"log10_p": self.log10_p, "agrees": self.agrees, "effect": self.effect, "of_rest": self.of_rest}
+        return asdict(self) | {"agrees": self.agrees}
 
 
 def set_apart(models: MergeModels) -> tuple[MergeModels, tuple[str, ...]]:
@@ -92,7 +100,9 @@ def set_apart(models: MergeModels) -> tuple[MergeModels, tuple[str, ...]]:
     return replace(models, parents=parents, tokens=tokens), apart
 
 
-def compared_by_units(given: MergeModels, kept: MergeModels, apart: Sequence[str], seed: int) -> list[OtherShape]:
+def compared_by_units(
+    given: MergeModels, kept: MergeModels, apart: Sequence[str], seed: int, vocabularies_of: VocabulariesOf | None
+) -> list[OtherShape]:
     """Returns what is known of the parents that were set apart.
 
     Args:
@@ -100,10 +110,12 @@ def compared_by_units(given: MergeModels, kept: MergeModels, apart: Sequence[str
       kept: those of the child's shapes, the child aligned if it was.
       apart: names of the others.
       seed: of the tokens that are drawn.
+      vocabularies_of: these parents; None if every token of `given` is one that the models read.
     """
     others = kept.read_together[1:] if kept.layers is None else ()
     rest = RestOfChild(kept.child, others, kept.tokens) if others else None
-    return [_compared(given, name, rest, _TRIED * len(apart), seed) for name in apart]
+    vocabularies = {name: _vocabularies(given, name, vocabularies_of) for name in apart}
+    return [_compared(given, name, rest, vocabularies[name], _TRIED * len(apart), seed) for name in apart]
 
 
 @dataclass(frozen=True)
@@ -173,27 +185,41 @@ def _at_tokens(other: np.ndarray, ids: np.ndarray, own: np.ndarray, shape: Seque
     return found
 
 
-def _compared(given: MergeModels, name: str, rest: RestOfChild | None, tried: int, seed: int) -> OtherShape:
-    parent, at = given.parents[name], given.names.index(name) + (1 if given.origin is None else 2)
-    vocabularies = _vocabularies(given, at)
-    test = MatchMlps()
+def _compared(
+    given: MergeModels, name: str, rest: RestOfChild | None, vocabularies: Vocabularies, tried: int, seed: int
+) -> OtherShape:
+    parent, test = given.parents[name], MatchMlps()
     if problems := test.not_applicable(parent.arch, given.child.arch, vocabularies):
         return OtherShape(name, None, "; ".join(problems))
     found: list[tuple[float, Result, bool]] = []
     for of_rest, child in enumerate([given.child, *([rest] if rest is not None else [])]):
-        result = test.compute(Pair(parent, child, vocabularies, None, Compute(make_mesh()), seed))
+        pair = Pair(parent, child, vocabularies, None, Compute(make_mesh()), seed)
+        result = with_unread_units(test.compute(pair), pair)
         log10_p = result.log10_p if result.reservation is None else result.firm_log10_p
         found.append((0.0 if log10_p is None else log10_p, result, bool(of_rest)))
-    log10_p, result, of_rest = min(found, key=lambda one: one[0])
-    return OtherShape(name, min(0.0, log10_p + math.log10(tried)), str(result.effect), of_rest)
+    log10_p, result, of_rest = min(found, key=lambda one: (one[0], one[1].log10_p or 0.0))
+    after = min(0.0, log10_p + math.log10(tried))
+    return OtherShape(name, after, str(result.effect), of_rest, result.reservation)
 
 
-def _vocabularies(given: MergeModels, at: int) -> Vocabularies:
-    sizes = {given.child.arch.vocab_size, given.read_together[at].arch.vocab_size}
+def _vocabularies(given: MergeModels, name: str, vocabularies_of: VocabulariesOf | None) -> Vocabularies:
+    """Returns how the tokens of a parent and of the child correspond, of those that all models have."""
+    if vocabularies_of is not None:
+        found = vocabularies_of(name)
+        return found if given.tokens is None else _among(found, given.tokens[0])
+    at = given.names.index(name) + (1 if given.origin is None else 2)
     if given.tokens is not None:
         return Vocabularies(False, given.tokens[at], given.tokens[0])
+    sizes = {given.child.arch.vocab_size, given.read_together[at].arch.vocab_size}
     ids = np.arange(min(sizes) if len(sizes) == 1 else 0, dtype=np.int32)
     return Vocabularies(len(sizes) == 1, ids, ids)
+
+
+def _among(found: Vocabularies, ids_of_child: np.ndarray) -> Vocabularies:
+    """Returns the vocabularies with those of their shared tokens that are among these."""
+    kept = np.isin(found.ids_ft, ids_of_child)
+    in_text = None if found.in_text is None else found.in_text[kept]
+    return replace(found, ids_base=found.ids_base[kept], ids_ft=found.ids_ft[kept], in_text=in_text)
 
 
 def _has_layers_of(models: MergeModels, other: ParamSource) -> bool:
