@@ -14,8 +14,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,6 +30,7 @@ from tqdm import tqdm
 from benchmarks.environment import ZOO_DIR, use_all_cores
 from tracing_jax import demo
 from tracing_jax.arch import Arch, arch_from_config
+from tracing_jax.checkpoint.whole_folder import whole_folder
 from tracing_jax.report import text_table
 from tracing_jax.tree import Tree, flatten, unflatten
 
@@ -157,13 +156,8 @@ def zoo(recipe: ZooRecipe, zoo_dir: str | Path) -> Zoo:
     folder = Path(zoo_dir) / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     found = Zoo(recipe, recipe.arch, folder)
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        try:
+        with whole_folder(folder) as work:
             _build(dataclasses.replace(found, folder=work))
-            work.rename(folder)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
     return found
 
 

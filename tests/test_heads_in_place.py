@@ -56,8 +56,8 @@ def test_the_tail_goes_far_below_floats():
             total_agreement_log_sf(k, wrong)
 
 
-def signatures_of(model, vocabularies=SAME):
-    moments = moments_of_layers(model, range(4), vocabularies.ids_base, 40)
+def signatures_of(model, vocabularies=SAME, rows=128):
+    moments = moments_of_layers(model, range(4), vocabularies.ids_base, rows)
     return np.stack([head_signatures(model.layer(i), model.arch, moments, 4) for i in range(4)])
 
 
@@ -101,7 +101,7 @@ def test_signatures_are_those_of_numpy():
         for M in moments:
             forms = (X.T @ M @ X, X @ M @ X.T, X.T @ M @ X @ M)
             expected += [np.log(np.trace(form) / square) for form in forms]
-    np.testing.assert_allclose(signatures_of(BASE)[2][k, g], expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(signatures_of(BASE, rows=40)[2][k, g], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -171,7 +171,7 @@ def test_heads_of_a_stranger_that_were_put_in_order_afterwards_are_no_evidence()
         for i, layer in enumerate(cosines)
     }
     hidden = InMemory(arch, permute(other.params, matched, axis_table(arch)))
-    result = HeadsInPlace(moment_rows=40).compute(pair_of(base, hidden))
+    result = HeadsInPlace().compute(pair_of(base, hidden))
     assert result.log10_p < -4
     assert result.firm_log10_p > -2
     assert verdict({"heads_in_place": result}, 1e-3).verdict == "undecided"

@@ -145,7 +145,7 @@ def test_independent_models_agree_on_one_unit_as_random_matchings_do():
 
 def test_sampled_units_and_tokens_are_enough():
     base, ft = BASES["gated"], related(BASES["gated"], 0.1)
-    found = MatchIo(units=16, max_tokens=48, control_tokens=32).compute(pair_of(base, ft))
+    found = MatchIo(units=16, max_tokens=48).compute(pair_of(base, ft))
     assert found.tests[0].values["units"] == [16] * 3
     assert found.headline > 0.8
 

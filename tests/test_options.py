@@ -110,7 +110,6 @@ def test_an_option_of_the_last_release_is_answered_with_its_new_name():
     ({"mode.alphas": (0.0, 1.5)}, "mode.alphas=0.0,1.5: at least 0 and at most 1"),
     ({"csh.activation": "upp"}, "csh.activation=upp: upp is none of hidden, up; did you mean up?"),
     ({"stat": ("csu", "mtch")}, "did you mean match?"),
-    ({"match_distilled.decay": 1.0}, "match_distilled.decay=1.0: at least 0 and below 1"),
     ({"perm_mode_l2.num_perm": 0}, "perm_mode_l2.num_perm=0: at least 1"),
 ])  # fmt: skip
 def test_a_value_out_of_range_is_found(values, line):

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 _LIMITS: Mapping[str, Callable[[Any, Any], bool]] = {
-    "at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt
+    "at least": operator.ge, "above": operator.gt, "at most": operator.le
 }  # fmt: skip
 
 EXPECTED = {
@@ -81,7 +81,6 @@ def option(
     at_least: int | float | None = None,
     above: int | float | None = None,
     at_most: int | float | None = None,
-    below: int | float | None = None,
 ) -> Any:
     """Declares a dataclass field as an option: its default, its meaning in one line, and the values that it may have.
 
@@ -90,12 +89,11 @@ def option(
       meaning: shown by `--help`.
       group: the heading under which `--help` lists it.
       choices: the only values, of a list those of its elements.
-      at_least: bound of a number, of a list that of its elements; as are the next three.
+      at_least: bound of a number, of a list that of its elements; as are the next two.
       above: exclusive.
       at_most: inclusive.
-      below: exclusive.
     """
-    bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+    bounds = {"at least": at_least, "above": above, "at most": at_most}
     limits = {name: bound for name, bound in bounds.items() if bound is not None}
     return field(default=default, metadata={"meaning": meaning, "group": group, "choices": choices, "limits": limits})
 

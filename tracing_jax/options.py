@@ -133,10 +133,6 @@ class Match:
         "The most units of each of base's layers that the weights form looks for in ft's; 0 takes all.",
         at_least=0,
     )
-    control_positions: int = option(
-        1024, "Positions of each pair of layers that does not correspond, for the null.", at_least=1
-    )
-    control_units: int = option(2048, "Units of each pair of layers that does not correspond.", at_least=1)
 
 
 @dataclass(frozen=True)
@@ -155,8 +151,6 @@ class MatchAll:
 class MatchMlps:
     """`match` and `csu` of every MLP of one model with every MLP of the other, experts too; calibrated, and exact."""
 
-    positions: int = option(1024, "The most shared tokens whose embeddings are used.", at_least=1)
-    units: int = option(256, "The most units of each of base's MLPs that are matched to ft's.", at_least=1)
     max_pairs: int = option(
         4096, "The most pairs of MLPs that are compared; of larger mixtures some are drawn.", at_least=1
     )
@@ -169,9 +163,6 @@ class MatchMoments:
     forms: tuple[str, ...] = option(
         MOMENTS, "Moments of all layers (model), of a unit's own layer (layer), or both.", choices=MOMENTS
     )
-    moments_of: int = option(8, "The most layers, evenly spread, that give their moments.", at_least=1)
-    control_units: int = option(2048, "Units of each pair of layers that does not correspond.", at_least=1)
-    map_units: int = option(512, "Units of base's layers that are matched at unequal depth.", at_least=1)
 
 
 @dataclass(frozen=True)
@@ -180,57 +171,36 @@ class MatchIo:
 
     max_tokens: int = option(2048, "The most shared tokens that units are matched by.", at_least=32)
     units: int = option(1024, "The most units of each of base's layers that are matched to ft's.", at_least=1)
-    control_tokens: int = option(
-        1024, "Tokens for each pair of layers that does not correspond, for the null.", at_least=32
-    )
 
 
 @dataclass(frozen=True)
 class MatchCrossfit:
     """A rotation learnt from the MLPs of half of the layers; do rows of the other half agree? No text; calibrated."""
 
-    train_layers: int = option(4, "The most layers, evenly spread, that a rotation is learnt from.", at_least=1)
-    units: int = option(2048, "The most units of each of base's layers that are matched to ft's.", at_least=1)
-    control_units: int = option(512, "Units of each pair of layers that does not correspond, for the null.", at_least=1)
-
 
 @dataclass(frozen=True)
 class MatchHeads:
     """Query heads matched by how they attend to shared tokens, and apart by what they write; no text; calibrated."""
-
-    max_tokens: int = option(192, "The most shared tokens; time grows with their square.", at_least=32)
 
 
 @dataclass(frozen=True)
 class UnseenTokens:
     """Embedding rows of tokens that no text holds, matched and compared with the identity; exact, for embeddings."""
 
-    max_tokens: int = option(16384, "The most shared tokens that the map of the features is learnt from.", at_least=2)
-
 
 @dataclass(frozen=True)
 class FeaturesInPlace:
     """Features of the residual stream matched by all matrices, and the matching compared with the identity; exact."""
-
-    max_columns: int = option(
-        1024, "The most units (heads, MLP) of each matrix that features are compared on.", at_least=2
-    )
-    max_tokens: int = option(4096, "The most shared tokens of embedding and head.", at_least=2)
 
 
 @dataclass(frozen=True)
 class CsuProcrustes:
     """`csu` after the residual stream of ft is rotated to base's by the shared tokens' embeddings; exact."""
 
-    max_tokens: int = option(16384, "The most shared tokens that the rotation is learnt from.", at_least=2)
-
 
 @dataclass(frozen=True)
 class HeadsInPlace:
     """Attention heads matched by signatures, and the matching compared with the identity; exact."""
-
-    moments_of: int = option(4, "The most layers, evenly spread, whose MLPs the signatures refer to.", at_least=1)
-    moment_rows: int = option(128, "The most MLP units, and shared tokens, that they refer to.", at_least=2)
 
 
 @dataclass(frozen=True)
@@ -240,13 +210,6 @@ class MatchDistilled:
     tokens: int = option(32768, "The most paired positions of the text to learn from and to compare on.", at_least=32)
     steps: int = option(2000, "Training steps of a student.", at_least=1)
     batch: int = option(512, "Samples of a step.", at_least=1)
-    units: int = option(0, "Width of the students; 0 takes the narrower model's.", at_least=0)
-    rate: float = option(0.3, "Learning rate, relative to the initial weights; falls to zero along a cosine.", above=0)
-    decay: float = option(0.03, "Weight decay of a step; falls to zero along a cosine.", at_least=0, below=1)
-    control_positions: int = option(
-        1024, "Positions of each pair of layers that does not correspond, for the null.", at_least=1
-    )
-    control_units: int = option(2048, "Units of each pair of layers that does not correspond.", at_least=1)
 
 
 @dataclass(frozen=True)
@@ -291,8 +254,6 @@ class Learned:
     )
     num_tokens: int = option(524288, "The most tokens to learn from; a part is held out for early stopping.", above=0)
     steps: int = option(600, "Steps of Adam, at most.", at_least=1)
-    batch: int = option(16, "Blocks of a step.", at_least=1)
-    rate: float = option(0.01, "Learning rate; it falls to zero along a cosine.", above=0)
     ends: str = option("ft", "Which models are mapped: ft, or both.", choices=("ft", "both"))
 
 
@@ -514,7 +475,7 @@ MOVED = {
     "match_forms": "match.forms or match_all.forms",
     "match_all_gib": "match_all.max_gib",
     "screen_share": "screen.share",
-} | {f"distil_{name}": f"match_distilled.{name}" for name in ("tokens", "steps", "batch", "units", "rate", "decay")}
+} | {f"distil_{name}": f"match_distilled.{name}" for name in ("tokens", "steps", "batch")}
 """Options by the names that they had in 0.1.0 -> the names that they have now."""
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from tracing_jax.arch import Arch, read_arch
 from tracing_jax.axes import AxisTable, axis_table
 from tracing_jax.checkpoint.hf_layouts import LeafLayouts, leaf_layouts
 from tracing_jax.checkpoint.tensor_layout import LeafLayout, tensor_shapes, to_tensors
+from tracing_jax.checkpoint.whole_folder import whole_folder
 from tracing_jax.rewrites import Permutations, random_permutations
 from tracing_jax.rewrites.permutation import take_units, unit_moves
 
@@ -76,19 +76,13 @@ def write_pair(folder: Path, config: "transformers.PretrainedConfig", recipe: Pa
     """
     if folder.exists():
         raise FileExistsError(f"{folder} is there already; remove it or choose another place to write to")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
+    with whole_folder(folder) as work:
         for member in ("base", "ft"):
             (work / member).mkdir()
             config.save_pretrained(work / member)
             write_tokenizer(work / member, config.vocab_size)
         (work / "pair.json").write_text(json.dumps(asdict(recipe)), encoding="utf-8")
         _write_weights(work, recipe)
-        work.chmod(0o755)
-        work.rename(folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _write_weights(folder: Path, recipe: PairSpec) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Num
 
 from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisRole, AxisTable, LeafSpec
@@ -67,15 +67,15 @@ def leaf_cosines(base: ParamSource, ft: ParamSource, shared: Shared | None) -> d
         for name in [name for name in of_base if name in of_ft and of_ft[name].ndim == of_base[name].ndim]:
             pair = shared_units(of_base[name], of_ft[name], table.leaves[name], shared)
             if pair is not None:
-                found[prefix + name] = cosine(*pair)
+                found[prefix + name] = float(cosine(*(leaf.astype(np.float64).ravel() for leaf in pair)))
     return found
 
 
-def cosine(x: np.ndarray, y: np.ndarray) -> float:
-    """Returns the cosine of two arrays of one shape, 0 if one is zero."""
-    x, y = (np.asarray(a, np.float64).ravel() for a in (x, y))
-    norms = float(np.linalg.norm(x) * np.linalg.norm(y))
-    return float(x @ y) / norms if norms else 0.0
+def cosine(x: Num[np.ndarray, "*_ n"], y: Num[np.ndarray, "*_ n"]) -> Num[np.ndarray, "*_"]:
+    """Returns the cosine of each vector of one array with that of the other, real or complex; 0 if one is zero."""
+    norms = np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1)
+    products = (x * y.conj()).sum(-1)
+    return np.divide(products, norms, out=np.zeros_like(products), where=norms > 0)
 
 
 def units_first(x: np.ndarray, spec: LeafSpec, axes: Sequence[str]) -> Float[np.ndarray, "... n"]:

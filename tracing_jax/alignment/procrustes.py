@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Num
 
+from tracing_jax.alignment.float64_leaves import cosine
+
 _LEAST_EIGENVALUE = 1e-12
 """Relative to the greatest: below, float64 does not distinguish a Gram matrix from a singular one."""
 
@@ -43,7 +45,7 @@ def scale_factors(base: AdjacentWeights, ft: AdjacentWeights) -> Num[np.ndarray,
     grown = np.divide(w_b, w_f, out=np.ones_like(w_b), where=writes)
     shrunk = np.divide(r_f, r_b, out=np.ones_like(r_b), where=reads)
     size = np.where(writes & reads, np.sqrt(grown * shrunk), grown * shrunk)
-    return size * _phase(_cosine(base.writes, ft.writes) + _cosine(base.reads, ft.reads))
+    return size * _phase(cosine(base.writes, ft.writes) + cosine(base.reads, ft.reads))
 
 
 def mixing_matrices(base: AdjacentWeights, ft: AdjacentWeights) -> tuple[Float[np.ndarray, "K H H"], list[int]]:
@@ -93,12 +95,6 @@ def _balanced(
 
 def _is_singular(eigenvalues: np.ndarray) -> bool:
     return bool(eigenvalues[0] <= _LEAST_EIGENVALUE * eigenvalues[-1])
-
-
-def _cosine(x: Num[np.ndarray, "*_ n"], y: Num[np.ndarray, "*_ n"]) -> Num[np.ndarray, "*_"]:
-    norms = np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1)
-    products = (x * y.conj()).sum(-1)
-    return np.divide(products, norms, out=np.zeros_like(products), where=norms > 0)
 
 
 def _phase(x: Num[np.ndarray, "*_"]) -> Num[np.ndarray, "*_"]:

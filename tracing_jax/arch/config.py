@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,19 @@ from tracing_jax.arch.multimodal import (
     language_model_alone,
 )
 from tracing_jax.arch.rope import NO_ROPE, rope_is_absent, rope_notes, ropes, without_rope
-from tracing_jax.arch.sizes import size_problem
 from tracing_jax.complaints import shortened
+
+_MAX_COUNT = 10_000
+"""Layers and experts of a model: ten times as many as any has."""
+
+_MAX_SIZE = 1 << 24
+"""Units of an axis: the largest vocabularies have a million."""
+
+_MAX_LABELS = 100_000
+"""Classes of a classifier; transformers makes a name for each."""
+
+_COUNTS = re.compile(r"n_layers?|n_experts?|n_routed_experts|num_\w*(layers|experts)|\w+_layers")
+_SIZES = re.compile(r"n_(embd|head|heads|inner|ctx)|num_\w+heads|d_(model|ff|kv)|\w+_(size|dim|rank)")
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -110,7 +123,7 @@ def _raw_problem(raw: dict[str, Any]) -> str | None:
     model_type = _RENAMED.get(str(raw.get("model_type")), raw.get("model_type"))
     if not isinstance(model_type, str) or not (model_type in FAMILIES or is_multimodal(model_type)):
         return _not_supported(model_type)
-    if problem := size_problem(raw):
+    if problem := _size_problem(raw):
         return problem
     if is_multimodal(model_type):
         return None  # configs inside of others lack what is at its default
@@ -269,3 +282,22 @@ def _per_layer(folder: Path, before: Arch, after: Arch) -> dict[str, list[Any]]:
             )
         changes[name] = [by_kind[kind] for kind in kinds]
     return changes
+
+
+def _size_problem(raw: Mapping[str, Any]) -> str | None:
+    """Returns which size of a config, or of a config inside it, is out of all proportion; None if none is."""
+    for name, value in raw.items():
+        if isinstance(value, Mapping):
+            if problem := _size_problem({key: inner for key, inner in value.items() if not isinstance(inner, Mapping)}):
+                return f"{name}: {problem}"
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            most = _most_of(name)
+            if most is not None and not 0 <= value <= most:
+                return f"{name} is {value!r:.40}, expected at most {most}; no model has such a size"
+    return None
+
+
+def _most_of(name: str) -> int | None:
+    if name == "num_labels":
+        return _MAX_LABELS
+    return _MAX_COUNT if _COUNTS.fullmatch(name) else _MAX_SIZE if _SIZES.fullmatch(name) else None

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from tracing_jax.arch import change_config
 from tracing_jax.checkpoint.hf_layouts import leaf_layouts
 from tracing_jax.checkpoint.tensor_layout import to_tensors
 from tracing_jax.checkpoint.token_ids import permute_token_ids
+from tracing_jax.checkpoint.whole_folder import whole_folder
 from tracing_jax.sources import ParamSource, subtrees
 from tracing_jax.tree import flatten
 
@@ -63,9 +63,7 @@ def save_checkpoint(
     folder = Path(folder).expanduser()
     if folder.exists():
         raise FileExistsError(f"{folder} is there already; remove it or choose another place to write to")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
+    with whole_folder(folder) as work:
         _copy(_COMPANIONS, Path(companions), work)
         if tokenizer is not None:
             _copy(_TOKENIZER, Path(tokenizer), work)
@@ -73,10 +71,6 @@ def save_checkpoint(
         if new_ids is not None:
             permute_token_ids(work, new_ids)
         _write_shards(work, source, max_shard_bytes)
-        work.chmod(0o755)
-        work.rename(folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _copy(patterns: Iterable[str], folder: Path, to: Path) -> None:

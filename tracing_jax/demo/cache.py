@@ -4,8 +4,6 @@ import hashlib
 import json
 import os
 import platform
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +12,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from tracing_jax.checkpoint.whole_folder import whole_folder
 from tracing_jax.demo.recipe import DemoSizes
 from tracing_jax.demo.texts import topics
 
@@ -34,15 +33,8 @@ def cached_folder(name: str, recipe: DemoSizes, cache_dir: str | None, build: Ca
     if folder.exists():
         return folder
     logging.info("training a demo family, once, into %s", folder)
-    root.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=root, prefix=f".{folder.name}."))
-    try:
-        with jax.default_device(training_device()):
-            build(work)
-        work.chmod(0o755)
-        _publish(work, folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with whole_folder(folder, is_cache=True) as work, jax.default_device(training_device()):
+        build(work)
     return folder
 
 
@@ -52,15 +44,6 @@ def training_device() -> jax.Device:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX_PLATFORMS excludes the CPU
         return jax.local_devices()[0]
-
-
-def _publish(work: Path, folder: Path) -> None:
-    try:
-        work.rename(folder)
-    except OSError:
-        if not folder.exists():
-            raise
-        logging.info("%s was finished by another run in the meantime", folder)
 
 
 def _key(recipe: DemoSizes) -> str:

@@ -38,18 +38,13 @@ def align_ft(options: RunOptions, inputs: RunInputs, pair: Pair) -> tuple[Pair, 
             shared=shared,
             seed=options.seed,
             run_cache=pair.run_cache.scope("align"),
-            learning=_learning(options),
+            learning=Learning(options.learned.steps, ends=cast(Ends, options.learned.ends)),
         )
     except AlignmentError as error:
         inputs.notes.append(f"not aligned: {error}")
         return pair, None
     _save_alignment(pair.run_cache, alignment)
     return _aligned_pair(inputs, replace(pair, run_cache=pair.run_cache.scope("aligned")), alignment), alignment
-
-
-def _learning(options: RunOptions) -> Learning:
-    asked = options.learned
-    return Learning(asked.steps, asked.batch, asked.rate, ends=cast(Ends, asked.ends))
 
 
 def write_aligned(options: RunOptions, inputs: RunInputs, pair: Pair, alignment: Alignment) -> None:

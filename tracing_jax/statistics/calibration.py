@@ -50,6 +50,9 @@ SEEN: Mapping[str, str] = {
 """Statistic -> the greatest agreement of independent models: in both forms of `match` by `benchmarks.convergence`, and
 in others by `benchmarks.independent_pairs`."""
 
+CONTROL_POSITIONS, CONTROL_UNITS = 1024, 2048
+"""Positions and units of a control pair of layers, whose units are compared as those of corresponding layers."""
+
 _FEW = 6  # control pairs, below which their mean and spread are unreliable
 _MOST = 64
 _WIDE_LAMBDA, _WIDE_SCALE = 4.0, 2.0

@@ -24,6 +24,7 @@ from tracing_jax.statistics.in_place import constrained_result, layers_in_common
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies
 
 _UP = "mlp/up_proj/kernel"
+_TOKENS = 16384  # at most, that the rotation is learnt from
 
 
 class CsuProcrustes(options.CsuProcrustes):
@@ -77,7 +78,7 @@ class CsuProcrustes(options.CsuProcrustes):
 
     def _rotation(self, pair: Pair) -> Float[np.ndarray, "D D"]:
         """Returns the orthogonal matrix that takes ft's features to base's, from embedding and untied head together."""
-        drawn = np.sort(pair.vocabularies.drawn(pair.generator("csu_procrustes", "tokens"), self.max_tokens))
+        drawn = np.sort(pair.vocabularies.drawn(pair.generator("csu_procrustes", "tokens"), _TOKENS))
         sides = ((pair.base, pair.vocabularies.ids_base), (pair.ft, pair.vocabularies.ids_ft))
         parts = token_parts(pair.base.arch, pair.ft.arch)
         base, ft = (np.concatenate([_scaled(token_rows(m, p, ids[drawn])) for p in parts]) for m, ids in sides)

@@ -34,7 +34,8 @@ _MATRICES = frozenset(
 """Matrices drawn at random; `other` are those of a model that is read by its weights alone. Norms, biases, routers and
 positions may start from rules that independent models share."""
 
-
+_COLUMNS = 1024  # the most units (heads, MLP) of each matrix that features are compared on
+_TOKENS = 4096  # the most shared tokens of embedding and head
 _CHOSEN = (
     "whoever has both models can make the features of an independent one resemble those of the other: by the order and "
     "signs of MLP units, the mixing of values inside heads, tokens that no text holds, units and heads that do nothing"
@@ -110,7 +111,7 @@ class FeaturesInPlace(options.FeaturesInPlace):
         vocabularies = pair.vocabularies
         for matrix in matrices:
             drawn = pair.generator("features_in_place", matrix.name).permutation(matrix.columns)
-            drawn = np.sort(drawn[: self.max_tokens if matrix.of_tokens else self.max_columns])
+            drawn = np.sort(drawn[: _TOKENS if matrix.of_tokens else _COLUMNS])
             columns = (drawn, drawn)
             if matrix.of_tokens:
                 columns = (vocabularies.ids_base[drawn], vocabularies.ids_ft[drawn])

@@ -26,6 +26,8 @@ from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies
 
 _SINGULAR_VALUES = 16
 _LEAVES = ("attn", "attn_norm")
+_MOMENTS_OF = 4  # the most layers, evenly spread, whose MLPs the signatures refer to
+_MOMENT_ROWS = 128  # the most MLP units, and shared tokens, that they refer to
 _ORDERED_BELOW = 0.01
 _ORDERED = (
     "in both models the order of the heads follows their weights, as if a tool had sorted them, so that heads of "
@@ -128,9 +130,9 @@ class HeadsInPlace(options.HeadsInPlace):
 
     def _moments(self, pair: Pair, model: ParamSource, layers: Sequence[int]) -> list[Float[Array, "_ D"]]:
         shared = pair.vocabularies.ids_base if model is pair.base else pair.vocabularies.ids_ft
-        drawn = np.sort(pair.vocabularies.drawn(pair.generator("heads_in_place", "tokens"), self.moment_rows))
+        drawn = np.sort(pair.vocabularies.drawn(pair.generator("heads_in_place", "tokens"), _MOMENT_ROWS))
         return moments_of_layers(
-            model, [layers[i] for i in spread_layers(len(layers), self.moments_of)], shared[drawn], self.moment_rows
+            model, [layers[i] for i in spread_layers(len(layers), _MOMENTS_OF)], shared[drawn], _MOMENT_ROWS
         )
 
 

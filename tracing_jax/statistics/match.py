@@ -16,6 +16,8 @@ from tracing_jax.sources import ParamSource, Submodel
 from tracing_jax.statistics.agreement import agreement_tests, matchings
 from tracing_jax.statistics.calibration import (
     BY_CONVERGENCE,
+    CONTROL_POSITIONS,
+    CONTROL_UNITS,
     DEFAULT_ALLOWANCE,
     DEFAULT_SOURCE,
     Null,
@@ -141,7 +143,7 @@ class Match(options.Match):
     def _correlations(
         self, form: str, base: ParamSource, ft: ParamSource, pair: Pair, run_cache: RunCache
     ) -> Iterable[LayerCorrelations]:
-        sample = Sample(self.control_positions, self.control_units, pair.seed)
+        sample = Sample(CONTROL_POSITIONS, CONTROL_UNITS, pair.seed)
         if form == "forward":
             assert pair.blocks is not None
             return correlations(base, ft, pair.blocks, TAPS, pair.compute, "match", sample, run_cache)

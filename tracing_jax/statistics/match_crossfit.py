@@ -32,6 +32,15 @@ _FEW_CONTROLS, _MOST_CONTROLS = 6, 64
 
 REPEATED = "layers of both models repeat others, so that the rotation is learnt from what it is tested on"
 
+_TRAIN_LAYERS = 4
+"""The most layers, evenly spread, that a rotation is learnt from."""
+
+_UNITS = 2048
+"""The most units of each of base's layers that are matched to ft's."""
+
+_CONTROL_UNITS = 512
+"""Units of each pair of layers that does not correspond, for the null."""
+
 SPLITS = ("even and odd layers", "halves")
 """The two ways of dividing the layers; either part is held out in turn."""
 
@@ -65,8 +74,8 @@ class MatchCrossfit(options.MatchCrossfit):
 
     Neither text nor embeddings, head or attention enter, so that the test finds relatives with another vocabulary.
 
-    At most `units` of base's units are matched to all of ft's, and a rotation is learnt from at most
-    `train_layers` layers. For a pair of 7B models that is about 200 TFLOP and some thirty singular value decompositions
+    At most 2,048 of base's units are matched to all of ft's, and a rotation is learnt from at most
+    four layers. For a pair of 7B models that is about 200 TFLOP and some thirty singular value decompositions
     of 4,096 features: an hour on two cores, 8 GiB; minutes on an accelerator.
 
     Attributes:
@@ -122,10 +131,10 @@ class MatchCrossfit(options.MatchCrossfit):
         """Returns the rotation learnt from the training layers of a fold."""
 
         def learn() -> dict[str, np.ndarray]:
-            train = [fold.train[i] for i in spread_layers(len(fold.train), self.train_layers)]
+            train = [fold.train[i] for i in spread_layers(len(fold.train), _TRAIN_LAYERS)]
             ours, theirs = ([_units(model, i) for i in train] for model in (pair.base, pair.ft))
             moments = tuple([moment for layer in side for moment in weighted_moments(layer)] for side in (ours, theirs))
-            some = [layer.some(some_units(len(layer.live), self.units, pair, "base")) for layer in ours]
+            some = [layer.some(some_units(len(layer.live), _UNITS, pair, "base")) for layer in ours]
             generator = pair.generator("match_crossfit", name, fold.name)
             return {"rotation": np.asarray(learn_rotation(some, theirs, moments, generator))}  # type: ignore[arg-type]
 
@@ -134,10 +143,10 @@ class MatchCrossfit(options.MatchCrossfit):
 
     def _layer(self, pair: Pair, model: ParamSource, layer: int, side: str) -> Units:
         found = _units(model, layer)
-        return found.some(some_units(len(found.live), self.units, pair, side))
+        return found.some(some_units(len(found.live), _UNITS, pair, side))
 
     def _few(self, pair: Pair, units: Units) -> Units:
-        return units.some(some_units(len(units.live), self.control_units, pair, "controls"))
+        return units.some(some_units(len(units.live), _CONTROL_UNITS, pair, "controls"))
 
 
 def folds(num_layers: int) -> list[Fold]:

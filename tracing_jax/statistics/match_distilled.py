@@ -15,6 +15,8 @@ from tracing_jax.forward import activations, correlate
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.calibration import (
+    CONTROL_POSITIONS,
+    CONTROL_UNITS,
     DEFAULT_ALLOWANCE,
     Null,
     agreement_effect,
@@ -113,9 +115,7 @@ class MatchDistilled(options.MatchDistilled):
 
     def recipe(self, base: Arch, ft: Arch) -> StudentTraining:
         """Returns the hyperparameters of both models' students, which have one width."""
-        return StudentTraining(
-            self.units or min(base.mlp_dim, ft.mlp_dim), self.steps, self.batch, self.rate, self.decay
-        )
+        return StudentTraining(min(base.mlp_dim, ft.mlp_dim), self.steps, self.batch)
 
     def _compared(self, base: ParamSource, ft: ParamSource, pair: Pair, name: str) -> "_Compared":
         assert pair.blocks is not None
@@ -156,8 +156,8 @@ class MatchDistilled(options.MatchDistilled):
 
     def _sample(self, x: np.ndarray, student: Student, pair: Pair) -> dict[str, np.ndarray]:
         """Returns pre-activations of some units at some positions: the same positions for every layer and model."""
-        rows = pair.generator("match_distilled", "rows").permutation(len(x))[: self.control_positions]
-        units = pair.generator("match_distilled", "units").permutation(student.gate.shape[1])[: self.control_units]
+        rows = pair.generator("match_distilled", "rows").permutation(len(x))[:CONTROL_POSITIONS]
+        units = pair.generator("match_distilled", "units").permutation(student.gate.shape[1])[:CONTROL_UNITS]
         weights = (student.gate, student.up, residual_up(x, student))
         return {tap: x[rows] @ own[:, units] for tap, own in zip(TAPS, weights, strict=True)}
 

@@ -39,6 +39,7 @@ HeadMatrices = Mapping[str, Float[np.ndarray, "heads S2"]]
 _PAIRS = [("attention", "output")]
 _NAME = "attention and output"
 _SUM = "agreement summed over layers"
+_TOKENS = 192  # at most; time grows with their square
 _MOST_CONTROLS = 256
 _DEVIATIONS = 8.0  # standard deviations that the score of a head may come to
 _LOG_POSITIONS = 16.0  # of nine million positions, whose scores are summed against a sink
@@ -115,7 +116,7 @@ class MatchHeads(options.MatchHeads):
     def _compared(self, pair: Pair, name: str) -> PairAgreements:
         """Returns the agreement of the heads of each layer, and of control pairs of layers."""
         tokens = [
-            _directions(side) for side in shared_token_rows(pair, self.max_tokens, "match_heads")
+            _directions(side) for side in shared_token_rows(pair, _TOKENS, "match_heads")
         ]  # fmt: skip
         bar = tqdm(_layers(pair.base.arch, pair.ft.arch), desc="match_heads", unit="layer", disable=None)
         forms = [tuple(head_forms(model, i, own) for model, own in zip((pair.base, pair.ft), tokens)) for i in bar]

@@ -35,6 +35,8 @@ from tracing_jax.statistics.mlp_rows import mlp_row_leaves, mlp_rows
 from tracing_jax.statistics.shared_tokens import TokenRows, shared_token_rows, tokens_not_applicable, with_doubts
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies, depths_not_applicable
 
+_CONTROL_TOKENS = 1024  # of each pair of layers that does not correspond, for the null
+
 Responses = Mapping[str, Float[np.ndarray, "_ _"]]
 """`gate` (if the MLP has one), `up`, `effect` -> what each unit gives for each token, `[S, F]`."""
 
@@ -110,7 +112,7 @@ class MatchIo(options.MatchIo):
     ) -> tuple[Agreements, tuple[Responses, Responses]]:
         """Returns the agreements of a layer, and of both models what the controls need."""
         found = agreements(io_similarities(ours, theirs), compared_pairs("gate" in ours), pair, names)
-        few = [_first_tokens(side, self.control_tokens) for side in (ours, _some(theirs, self.units, pair, "ft"))]
+        few = [_first_tokens(side, _CONTROL_TOKENS) for side in (ours, _some(theirs, self.units, pair, "ft"))]
         return found, (few[0], few[1])
 
 

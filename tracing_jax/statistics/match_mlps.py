@@ -27,6 +27,8 @@ from tracing_jax.statistics.match_all import MatchAll
 from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies
 
 _UP = "mlp/up_proj/kernel"
+_TOKENS = 1024  # the most shared tokens whose embeddings are used
+_UNITS = 256  # the most units of each of base's MLPs that are matched to ft's
 _MOST_LAYERS = 4  # of large mixtures, from which MLPs are drawn
 
 
@@ -75,9 +77,7 @@ class MatchMlps(options.MatchMlps):
         base, ft = (MlpsAsLayers(model, places) for model, places in zip((pair.base, pair.ft), chosen, strict=True))
         cache = pair.run_cache.scope("match_mlps")
         mlps = replace(pair, base=base, ft=ft, controls=(), run_cache=cache, aligned=False)
-        matched = MatchAll(forms=("weights",), positions=self.positions, units=self.units, level=self.level).compute(
-            mlps
-        )
+        matched = MatchAll(forms=("weights",), positions=_TOKENS, units=_UNITS, level=self.level).compute(mlps)
         assert matched.layer_map is not None
         tests: list[Test] = [replace(test, places=_names(base, ft)) for test in matched.tests]
         compared = dict(self._in_place(mlps, base, ft, np.array(matched.layer_map["log10_p"])))

@@ -10,8 +10,9 @@ Letters: F units of a layer, D features, M moments.
 """
 
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import jax
@@ -29,6 +30,7 @@ from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.agreement import agreement_tests
 from tracing_jax.statistics.calibration import (
     BY_CONVERGENCE,
+    CONTROL_UNITS,
     DEFAULT_ALLOWANCE,
     DEFAULT_SOURCE,
     Null,
@@ -39,18 +41,21 @@ from tracing_jax.statistics.calibration import (
     null_of,
 )
 from tracing_jax.statistics.comparison import (
+    LN10,
     Comparison,
     against_each_other,
     bonferroni_log10,
+    one_test,
     reserved,
     share_agreeing,
     share_by_layer,
 )
 from tracing_jax.statistics.distinct_units import distinct_units
-from tracing_jax.statistics.layer_map import mapped_result
 from tracing_jax.statistics.layer_moments import layer_signatures
 from tracing_jax.statistics.match import form_tests, gates_not_applicable
+from tracing_jax.statistics.match_all import CORRESPOND, assign_layers, layer_map_sentence
 from tracing_jax.statistics.mlp_rows import unit_length
+from tracing_jax.statistics.pvalues import bonferroni
 from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies, depths_not_applicable
 from tracing_jax.statistics.unit_signatures import (
     Signatures,
@@ -60,6 +65,12 @@ from tracing_jax.statistics.unit_signatures import (
 )
 
 PROJECTIONS = ("gate", "up")
+
+_MOMENTS_OF = 8
+"""The most layers, evenly spread, that give their moments."""
+
+_MAP_UNITS = 512
+"""Units of base's layers that are matched at unequal depth."""
 
 _FORMS = {"model": "moments", "layer": "layer moments"}
 _LABEL = "units on which gate and up projection agree by their second moments, share"
@@ -72,9 +83,9 @@ class MatchMoments(options.MatchMoments):
     Gate rows are matched by their signatures, up rows by theirs, and the two matchings compared. It finds a model whose
     embeddings and head were replaced, which `match` does not detect, whatever the order or basis of the other weights.
 
-    The form `model` takes the moments of gate, up and down rows of all layers, up to `moments_of`. The form `layer`
+    The form `model` takes the moments of gate, up and down rows of all layers, up to eight. The form `layer`
     (`layer_moments`) takes those of a unit's own layer, of its attention too, and their means over the layers: it needs
-    no equal depth. Models of unequal depth are compared layer by layer with at most `map_units` of base's units, and
+    no equal depth. Models of unequal depth are compared layer by layer with at most 512 of base's units, and
     layers assigned as in `match_all`; its p-values are of agreement alone, after Bonferroni over all pairs of layers.
 
     Attributes:
@@ -131,7 +142,7 @@ class MatchMoments(options.MatchMoments):
         """Returns the tests of every layer of base with every layer of ft, by the form `layer`, and the layer map."""
         run_cache = pair.run_cache.scope("match_moments", "layer")
         base, ft = (self._signatures("layer", model, run_cache, side) for model, side in _sides(pair))
-        some = [self._some(layer, pair, self.map_units) for layer in base]
+        some = [self._some(layer, pair, _MAP_UNITS) for layer in base]
         table = [
             [
                 run_cache.cached(Comparison, (i, j), functools.partial(_compare, ours, theirs, pair, ("map", i, j)))
@@ -139,7 +150,7 @@ class MatchMoments(options.MatchMoments):
             ]
             for i, ours in enumerate(some)
         ]
-        return mapped_result(table, _FORMS["layer"], _LABEL).for_pair(pair)
+        return _mapped_result(table, _FORMS["layer"], _LABEL).for_pair(pair)
 
     def _signatures(self, form: str, model: ParamSource, run_cache: RunCache, side: str) -> list[Signatures]:
         """Returns the signatures of every layer: of an interrupted run's layers those that were kept."""
@@ -147,7 +158,7 @@ class MatchMoments(options.MatchMoments):
         while (arrays := run_cache.load_arrays(side, len(found))) is not None:
             found.append({name: (arrays[name], arrays[f"{name} live"]) for name in PROJECTIONS})
         make = signatures if form == "model" else layer_signatures
-        layers = make(model, spread_layers(L, self.moments_of), len(found))
+        layers = make(model, spread_layers(L, _MOMENTS_OF), len(found))
         desc = f"match_moments, {form}, {side}"
         for layer in tqdm(layers, desc=desc, unit="layer", initial=len(found), total=L, disable=None):
             run_cache.save_arrays(functools.partial(_as_arrays, layer), side, len(found))
@@ -170,8 +181,58 @@ class MatchMoments(options.MatchMoments):
     def _some(self, layer: Signatures, pair: Pair, most: int | None = None) -> Signatures:
         """Returns a layer with some of its units, drawn from the seed of the run; by default those for controls."""
         F = len(layer["gate"][1])
-        drawn = np.sort(pair.generator("match_moments", "units", F).permutation(F)[: most or self.control_units])
+        drawn = np.sort(pair.generator("match_moments", "units", F).permutation(F)[: most or CONTROL_UNITS])
         return {projection: (found[drawn], live[drawn]) for projection, (found, live) in layer.items()}
+
+
+def _mapped_result(table: Sequence[Sequence[Comparison]], name: str, label: str) -> Result:
+    """Returns the test of all pairs of layers by agreement, and the layer map.
+
+    Controls are all pairs but those that no number of pairs explains. The effect size is the share of agreeing units in
+    the assigned pairs of layers.
+
+    Args:
+      table: the comparison of layer i of base with layer j of ft, at [i][j].
+      name: of the test.
+      label: of the effect size.
+    """
+    num_base, num_ft = len(table), len(table[0])
+    cells = [cell for row in table for cell in row]
+    least = math.log(CORRESPOND / len(cells))
+    null = null_of([c for c in cells if c.log_p_agreement >= least], [DEFAULT_ALLOWANCE], DEFAULT_SOURCE)
+    log_p = [null.log_p_agreement(0, cell) for cell in cells]
+    places = [f"base {i} : ft {j}" for i in range(num_base) for j in range(num_ft)]
+    how = "Holm's minimum over layer pairs"
+    calibrated = one_test(f"{name}, agreement, calibrated", cells, log_p, places, bonferroni, how)
+    firm = bonferroni([p if null.is_firm(0, share_agreeing([cell])) else 0.0 for p, cell in zip(log_p, cells)])
+    calibrated = replace(calibrated, calibrated=True, firm_log10_p=firm / LN10)
+    free = [cell.log_p_agreement for cell in cells]
+    parametric = one_test(f"{name}, agreement, parametric", cells, free, places, bonferroni, how)
+    found = assign_layers(np.array(log_p).reshape(num_base, num_ft), math.log(options.RunOptions.level / len(cells)))
+    kept = [table[i][j] for i, j in found.pairs]
+    shown = [
+        {"base": i, "ft": j, "log10_p": float(log_p[i * num_ft + j] / LN10), "units": table[i][j].units,
+         "agreeing": table[i][j].agreeing}
+        for i, j in (*found.pairs, *found.copies)
+    ]  # fmt: skip
+    return Result(
+        headline=share_agreeing(kept),
+        label=label,
+        log10_p=calibrated.log10_p,
+        tests=[calibrated, replace(parametric, decides=False)],
+        null={name: null.as_dict()},
+        layer_map={
+            "log10_p": (np.array(log_p).reshape(num_base, num_ft) / LN10).tolist(),
+            "pairs": shown[: len(found.pairs)],
+            "copies": shown[len(found.pairs) :],
+            "unmatched_base": list(found.unmatched_base),
+            "unmatched_ft": list(found.unmatched_ft),
+            "sentence": layer_map_sentence(found, num_base, num_ft, [(cell.agreeing, cell.units) for cell in kept]),
+        },
+        notes=list(null.notes),
+        effect=agreement_effect(cells, "match_moments", of_pairs=True),
+        **reserved([calibrated], BY_CONVERGENCE),
+    )
 
 
 def _sides(pair: Pair) -> tuple[tuple[ParamSource, str], tuple[ParamSource, str]]:

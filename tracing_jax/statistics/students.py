@@ -37,8 +37,8 @@ class StudentTraining:
     units: int
     steps: int = MatchDistilled.steps
     batch: int = MatchDistilled.batch
-    rate: float = MatchDistilled.rate
-    decay: float = MatchDistilled.decay
+    rate: float = 0.3
+    decay: float = 0.03
 
 
 @dataclass(frozen=True)

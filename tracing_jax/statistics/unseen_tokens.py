@@ -29,6 +29,9 @@ from tracing_jax.statistics.embedding_maps import TokenMatrix, feature_map, toke
 from tracing_jax.statistics.pvalues import bonferroni
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies
 
+_TOKENS = 16384
+"""The most shared tokens that the map of the features is learnt from."""
+
 _TYPICAL = 2.0
 """Rows whose length is farther than this factor from the median of their group are left out: they may be trained."""
 
@@ -104,7 +107,7 @@ class UnseenTokens(options.UnseenTokens):
     def _mapping(self, pair: Pair, part: TokenMatrix) -> "_Mapping":
         """Returns the function that gives the rows of both models in the same features; the map is learnt at need."""
         ordinary = _ordinary(pair.vocabularies)
-        drawn = np.sort(pair.generator("unseen_tokens", "tokens").permutation(len(ordinary[0]))[: self.max_tokens])
+        drawn = np.sort(pair.generator("unseen_tokens", "tokens").permutation(len(ordinary[0]))[:_TOKENS])
         base_is_wide = pair.base.arch.embed_dim >= pair.ft.arch.embed_dim
 
         @functools.cache

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from tracing_jax.checkpoint.gguf.names import with_hf_names
 from tracing_jax.checkpoint.gguf.tensors import GgufFile
 from tracing_jax.checkpoint.gguf.tokenizer import write_tokenizer
 from tracing_jax.checkpoint.tensors import TensorStore, joined_stores
+from tracing_jax.checkpoint.whole_folder import whole_folder
 
 __all__ = ["GGUF_ARCHITECTURES", "GgufModel"]
 
@@ -60,7 +59,7 @@ class GgufModel:
         root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tracing_jax" / "gguf"
         folder = root / f"{self._paths[0].stem}-{key}"
         if not folder.exists():
-            self._write(root, folder, of_any_family)
+            self._write(folder, of_any_family)
         notes = [f"{self._paths[0].name}: config and tokenizer are made of its metadata, in {folder}"]
         why = folder / "no_tokenizer.txt"
         return folder, notes + ([why.read_text("utf-8")] if why.exists() else [])
@@ -69,21 +68,15 @@ class GgufModel:
         """Returns the tensors under the names and in the layout of transformers."""
         return with_hf_names(self._store, str(self._metadata["general.architecture"]), arch)
 
-    def _write(self, root: Path, folder: Path, of_any_family: bool) -> None:
+    def _write(self, folder: Path, of_any_family: bool) -> None:
         try:
             config = plain_config(self._metadata) if of_any_family else config_of(self._header, self._small_tensor)
         except CheckpointError as error:
             raise type(error)(*(f"{self._paths[0]}: {problem}" for problem in error.problems)) from None
-        root.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(dir=root, prefix=f".{folder.name}."))
-        try:
+        with whole_folder(folder, is_cache=True) as work:
             (work / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
             if why := write_tokenizer(work, self._metadata):
                 (work / "no_tokenizer.txt").write_text(why, encoding="utf-8")
-            if not folder.exists():  # another process may have written it meanwhile
-                work.rename(folder)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
 
     def _small_tensor(self, name: str) -> np.ndarray:
         if max(self._store.shape(name)) > 1 << 16:
