@@ -111,7 +111,7 @@ def pruned_in_width(model: InMemory, index: int) -> Descendant:
     return Descendant(InMemory(arch, map_named(cut, model.params)))
 
 
-def rounded(bits: int) -> Treatment:
+def quantised(bits: int) -> Treatment:
     """Returns the treatment that rounds every matrix to integers of so many bits, one scale for each output."""
 
     def nearest(_: str, leaf: jax.Array) -> jax.Array:
@@ -208,8 +208,8 @@ def treatments(unrelated: Tree, blocks: Int[np.ndarray, "N T"]) -> Mapping[str, 
         "pruned in depth": pruned_in_depth,
         "pruned in width": pruned_in_width,
         "one MLP retrained": redistilled(blocks),
-        "rounded to 8 bits": rounded(8),
-        "rounded to 4 bits": rounded(4),
+        "rounded to 8 bits": quantised(8),
+        "rounded to 4 bits": quantised(4),
         "merged with another": merged_with(unrelated),
         "merged with two others": merged_with(unrelated, 2),
         "matrices of half the rank": halved_rank,

@@ -21,7 +21,7 @@ from benchmarks.descendants import member
 from benchmarks.scan import signature, small_zoo, vocabulary
 from tracing_jax.library import Signature, SignatureTest, Suspect, compare, drawing, read_suspect
 from tracing_jax.library.comparison import RESPONSES, normalised
-from tracing_jax.library.signature import rounded
+from tracing_jax.library.signature import as_int8
 from tracing_jax.report import text_table
 
 _TARGETS = flags.DEFINE_integer("targets", 6, "models that the adversary has not seen")
@@ -83,7 +83,7 @@ def chosen(rows: Rows, by: Float[np.ndarray, " N"]) -> Rows:
 
 def made_up(like: Signature, rows: Rows) -> Signature:
     """Returns a signature that has these rows in every sampled layer."""
-    readings, units = {"gate": rounded(rows.gate), "up": rounded(rows.up)}, np.arange(len(rows.source), dtype=np.int32)
+    readings, units = {"gate": as_int8(rows.gate), "up": as_int8(rows.up)}, np.arange(len(rows.source), dtype=np.int32)
     layers = (replace(layer, units=units, readings=readings, moments={}, covariances={}) for layer in like.layers)
     return replace(like, layers=tuple(layers))
 

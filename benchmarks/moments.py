@@ -22,13 +22,13 @@ from tracing_jax.report import text_table
 from tracing_jax.sources import InMemory
 from tracing_jax.statistics.calibration import control_pairs
 from tracing_jax.statistics.comparison import Comparison
-from tracing_jax.statistics.match_moments import PROJECTIONS, signatures
-from tracing_jax.statistics.unit_signatures import signature_correlations, spread_layers
+from tracing_jax.statistics.match_moments import PROJECTIONS, descriptors
+from tracing_jax.statistics.unit_descriptors import descriptor_correlations, spread_layers
 
 _ZOOS = flags.DEFINE_list("zoos", list(RECIPES), f"of {', '.join(RECIPES)}")
 
 Signed = Mapping[str, tuple[np.ndarray, np.ndarray]]
-"""Gate and up: signatures of one layer's units, and which of them are ever active."""
+"""Gate and up: descriptors of one layer's units, and which of them are ever active."""
 
 
 def agreements_of(found: Zoo, *, seed: int = 0) -> Agreements:
@@ -36,7 +36,7 @@ def agreements_of(found: Zoo, *, seed: int = 0) -> Agreements:
     models, L = found.models(1.0), found.arch.num_layers
     layers = spread_layers(L, 8)
     signed: list[list[Signed]] = [
-        list(signatures(InMemory(found.arch, model(models, i)), layers)) for i in range(found.recipe.num_seeds)
+        list(descriptors(InMemory(found.arch, model(models, i)), layers)) for i in range(found.recipe.num_seeds)
     ]
     places = [(i, i) for i in range(L)] + sorted(control_pairs(L, L, np.random.default_rng(seed)))
 
@@ -49,7 +49,7 @@ def agreements_of(found: Zoo, *, seed: int = 0) -> Agreements:
 
 
 def _compare(base: Signed, ft: Signed, generator: np.random.Generator) -> Comparison:
-    gate, up = (signature_correlations(base[side], ft[side]) for side in PROJECTIONS)
+    gate, up = (descriptor_correlations(base[side], ft[side]) for side in PROJECTIONS)
     return compare_units(gate, up, generator)
 
 

@@ -48,7 +48,7 @@ def pytest_configure(config):
     if fast:  # read when the first array is made; programs that tests start inherit them
         given = os.environ.get("XLA_FLAGS", "")  # in a worker these are there already
         flags = [f"--{name}={value}" for name, value in _QUICK_TO_COMPILE.items() if name not in given]
-        os.environ["XLA_FLAGS"] = " ".join([given, *filter(_xla_knows, flags)]).strip()
+        os.environ["XLA_FLAGS"] = " ".join([given, *filter(_xla_accepts, flags)]).strip()
     for name, value in {
         "jax_compilation_cache_dir": str(config.rootpath / ".pytest_cache" / "xla"),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -58,7 +58,7 @@ def pytest_configure(config):
         os.environ[name.upper()] = str(value)
 
 
-def _xla_knows(flag):
+def _xla_accepts(flag):
     """Returns whether the installed XLA has this flag: one that it does not know ends the process."""
     name = flag.removeprefix("--").partition("=")[0].encode()
     for library in Path(jaxlib.__file__).parent.glob("libjax_common*"):

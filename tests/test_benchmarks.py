@@ -97,7 +97,7 @@ def test_kinds_of_assignment_are_as_hard_as_their_names_say():
     assert shares["activation-like"] < shares["independent"] < 0.7
 
 
-def test_a_line_knows_whether_it_is_straight():
+def test_whether_a_line_is_straight_is_measured():
     straight = Line("depth", "layers", "step", (1, 2, 4), (3.0, 5.0, 9.0))
     assert straight.fit == pytest.approx((2, 1))
     assert straight.bend == pytest.approx(0, abs=1e-12)

@@ -223,7 +223,7 @@ def test_missing_unexpected_and_misshaped_tensors_are_named_together(tmp_path):
     assert "missing tensor model.layers.0.mlp.up_proj.weight (40, 24)" in message
     assert "missing tensor model.norm.weight (24,)" in message
     assert "unexpected tensor model.layers.0.mlp.router.weight (3, 24)" in message
-    assert "wrong shape of model.layers.1.self_attn.k_proj.weight: (32, 24), config.json asks for (16, 24)" in message
+    assert "wrong shape of model.layers.1.self_attn.k_proj.weight: (32, 24), config.json specifies (16, 24)" in message
     assert "bool of model.embed_tokens.weight" in message
 
 

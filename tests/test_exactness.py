@@ -54,7 +54,7 @@ def test_the_check_sees_a_relative():
     assert max(values.combined.max() for values in measured.values()) < 1e-2
 
 
-def test_the_check_sees_a_solver_that_knows_the_order_of_units():
+def test_the_check_finds_a_solver_that_is_given_the_order_of_units():
     """Without dropping zero units and shuffling the others, independent matrices seem related."""
     log_ps = []
     for seed in range(PAIRS):

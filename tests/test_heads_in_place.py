@@ -1,4 +1,4 @@
-"""`heads_in_place`: signatures that no rotation changes, and an exact null over kv heads and their queries."""
+"""`heads_in_place`: descriptors that no rotation changes, and an exact null over kv heads and their queries."""
 
 import dataclasses
 import itertools
@@ -15,7 +15,7 @@ from tracing_jax.axes import axis_table
 from tracing_jax.rewrites import permute, random_permutations
 from tracing_jax.sources import InMemory
 from tracing_jax.statistics import verdict
-from tracing_jax.statistics.head_signatures import head_signatures, moments_of_layers, signature_cosines
+from tracing_jax.statistics.head_descriptors import descriptor_cosines, head_descriptors, moments_of_layers
 from tracing_jax.statistics.heads_in_place import HeadsInPlace
 from tracing_jax.statistics.nulls import total_agreement_log_sf
 
@@ -56,26 +56,26 @@ def test_the_tail_goes_far_below_floats():
             total_agreement_log_sf(k, wrong)
 
 
-def signatures_of(model, vocabularies=SAME, rows=128):
+def descriptors_of(model, vocabularies=SAME, rows=128):
     moments = moments_of_layers(model, range(4), vocabularies.ids_base, rows)
-    return np.stack([head_signatures(model.layer(i), model.arch, moments, 4) for i in range(4)])
+    return np.stack([head_descriptors(model.layer(i), model.arch, moments, 4) for i in range(4)])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["rotate", "gains", "units", "values", "queries"])
-def test_rewrites_that_keep_heads_in_place_do_not_change_their_signatures(name):
-    np.testing.assert_allclose(signatures_of(changed(BASE, name)), signatures_of(BASE), rtol=1e-3, atol=1e-3)
+def test_rewrites_that_keep_heads_in_place_do_not_change_their_descriptors(name):
+    np.testing.assert_allclose(descriptors_of(changed(BASE, name)), descriptors_of(BASE), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.slow
-def test_a_permutation_of_heads_permutes_their_signatures():
+def test_a_permutation_of_heads_permutes_their_descriptors():
     hidden, moved = permuted(BASE, ["embed", "mlp", "kv_heads", "q_group"])
-    for i, (given, found) in enumerate(zip(signatures_of(BASE), signatures_of(hidden), strict=True)):
+    for i, (given, found) in enumerate(zip(descriptors_of(BASE), descriptors_of(hidden), strict=True)):
         kv, queries = moved[f"layers/{i}/kv_heads"], moved[f"layers/{i}/q_group"]
         np.testing.assert_allclose(found, given[kv[:, None], queries], rtol=1e-3, atol=1e-3)
 
 
-def test_signatures_are_those_of_numpy():
+def test_descriptors_are_those_of_numpy():
     layer = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), BASE.layer(2))
     gain, attn = layer["attn_norm"]["scale"], layer["attn"]
     k, g = 1, 1
@@ -101,7 +101,7 @@ def test_signatures_are_those_of_numpy():
         for M in moments:
             forms = (X.T @ M @ X, X @ M @ X.T, X.T @ M @ X @ M)
             expected += [np.log(np.trace(form) / square) for form in forms]
-    np.testing.assert_allclose(signatures_of(BASE, rows=40)[2][k, g], expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(descriptors_of(BASE, rows=40)[2][k, g], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -145,7 +145,7 @@ def test_heads_stay_when_mlps_and_embeddings_are_others_and_permuted_heads_are_n
 
 def in_order_of_norm(model):
     """The model with the kv heads of each layer in order of the norm of their QK products."""
-    norms = signatures_of(model)[:, :, :, 0].mean(axis=2)
+    norms = descriptors_of(model)[:, :, :, 0].mean(axis=2)
     moved = {f"layers/{i}/kv_heads": np.argsort(norm) for i, norm in enumerate(norms)}
     return InMemory(model.arch, permute(model.params, moved, axis_table(model.arch)))
 
@@ -165,7 +165,7 @@ def test_heads_of_a_stranger_that_were_put_in_order_afterwards_are_no_evidence()
     """Whoever has both models can permute the heads of one until the matching is the identity."""
     arch = tiny.llama_mha(num_kv_heads=6, q_group=1, **DEPTH)
     base, other = (tiny.model(arch, seed) for seed in (0, 1))
-    cosines = signature_cosines(list(signatures_of(base)), list(signatures_of(other)))
+    cosines = descriptor_cosines(list(descriptors_of(base)), list(descriptors_of(other)))
     matched = {
         f"layers/{i}/kv_heads": linear_sum_assignment(layer[:, 0, :, 0], maximize=True)[1].astype(np.int32)
         for i, layer in enumerate(cosines)

@@ -173,8 +173,8 @@ def test_all_means_what_trains_nothing_and_the_others_are_asked_for_by_name():
 def test_settings_that_cannot_train_are_refused(tmp_path):
     config = to_config(RunOptions(stat=("match_distilled",)).on_demo())
     config.save = str(tmp_path / "x.p")
-    config.match_distilled.update(tokens=8, steps=0, batch=0, units=-1, rate=0.0, decay=1.5)
+    config.match_distilled.update(tokens=8, steps=0, batch=0)
     with pytest.raises(ConfigError) as error:
         check_config(config)
-    for field in ("tokens=8", "steps=0", "batch=0", "units=-1", "rate=0.0: above 0", "decay=1.5"):
+    for field in ("tokens=8: at least 32", "steps=0", "batch=0"):
         assert f"match_distilled.{field}" in str(error.value)

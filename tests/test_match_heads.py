@@ -86,7 +86,7 @@ def test_heads_behind_a_sink_write_nothing():
 
 
 def forms_of(model, layer):
-    """Returns the two forms of each of a GPT-2's heads, in float64."""
+    """Returns the two matrices of each of a GPT-2's heads, in float64."""
     params, head, embedding = jax.tree.map(
         lambda leaf: np.asarray(leaf, np.float64), (model.layer(layer), model.head(), model.embed()["embedding"])
     )

@@ -1,4 +1,4 @@
-"""`match_moments`: signatures that no rewrite changes, and the descendants that `match` does not detect."""
+"""`match_moments`: descriptors that no rewrite changes, and the descendants that `match` does not detect."""
 
 import dataclasses
 
@@ -15,13 +15,13 @@ from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory
 from tracing_jax.statistics import Pair, Vocabularies, verdict
 from tracing_jax.statistics.distinct_units import distinct_units
-from tracing_jax.statistics.layer_moments import layer_moments, layer_signatures
+from tracing_jax.statistics.layer_moments import layer_descriptors, layer_moments
 from tracing_jax.statistics.match_moments import (
     PROJECTIONS,
     MatchMoments,
-    signatures,
+    descriptors,
 )
-from tracing_jax.statistics.unit_signatures import signature_correlations, spread_layers
+from tracing_jax.statistics.unit_descriptors import descriptor_correlations, spread_layers
 
 ARCH = tiny.llama_mha(num_layers=4, layer_ropes=(0,) * 4, layer_windows=(None,) * 4, mlp_dim=40)
 BASE = tiny.model(ARCH, 0)
@@ -34,27 +34,27 @@ def pair_of(base, ft):
     return Pair(base, ft, vocabularies, None, Compute(make_mesh(1, 1), 4), seed=0)
 
 
-def signatures_of(model):
-    return [{side: found for side, (found, _) in layer.items()} for layer in signatures(model, LAYERS)]
+def descriptors_of(model):
+    return [{side: found for side, (found, _) in layer.items()} for layer in descriptors(model, LAYERS)]
 
 
 @pytest.mark.parametrize("name", ["rotate", "gains", "units", "values", "queries"])
-def test_rewrites_that_keep_units_in_place_do_not_change_their_signatures(name):
-    for given, hidden in zip(signatures_of(BASE), signatures_of(changed(BASE, name)), strict=True):
+def test_rewrites_that_keep_units_in_place_do_not_change_their_descriptors(name):
+    for given, hidden in zip(descriptors_of(BASE), descriptors_of(changed(BASE, name)), strict=True):
         for side in PROJECTIONS:
             np.testing.assert_allclose(hidden[side], given[side], rtol=0, atol=1e-4)
 
 
-def test_a_permutation_of_units_permutes_their_signatures():
+def test_a_permutation_of_units_permutes_their_descriptors():
     table = axis_table(ARCH)
     moved = random_permutations(jax.random.key(1), table, ["embed", "mlp"])
     hidden = InMemory(ARCH, permute(BASE.params, moved, table))
-    for i, (given, found) in enumerate(zip(signatures_of(BASE), signatures_of(hidden), strict=True)):
+    for i, (given, found) in enumerate(zip(descriptors_of(BASE), descriptors_of(hidden), strict=True)):
         for side in PROJECTIONS:
             np.testing.assert_allclose(found[side], given[side][moved[f"layers/{i}/mlp"]], rtol=0, atol=1e-4)
 
 
-def test_signatures_are_those_of_numpy():
+def test_descriptors_are_those_of_numpy():
     rows = []
     for i in range(4):
         layer = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), BASE.layer(i))
@@ -62,7 +62,7 @@ def test_signatures_are_those_of_numpy():
         sides = (mlp["gate_proj"]["kernel"].T * gain, mlp["up_proj"]["kernel"].T * gain, mlp["down_proj"]["kernel"])
         rows.append([side / np.linalg.norm(side, axis=1, keepdims=True) for side in sides])
     expected = [np.log([np.square(unit @ other.T).mean() for layer in rows for other in layer]) for unit in rows[2][1]]
-    np.testing.assert_allclose(signatures_of(BASE)[2]["up"], expected, atol=1e-4)
+    np.testing.assert_allclose(descriptors_of(BASE)[2]["up"], expected, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -91,9 +91,9 @@ def test_independent_models_are_not_called_related_even_with_dead_and_twin_units
 
 
 def test_dead_units_have_no_similarity():
-    (base, *_), (ft, *_) = (list(signatures(model, LAYERS)) for model in (BASE, tiny.model(ARCH, 1)))
+    (base, *_), (ft, *_) = (list(descriptors(model, LAYERS)) for model in (BASE, tiny.model(ARCH, 1)))
     live = np.arange(40) > 4
-    found = signature_correlations(base["gate"], (ft["gate"][0], live))
+    found = descriptor_correlations(base["gate"], (ft["gate"][0], live))
     assert not found[:, :5].any()
     assert found[:, 5:].any(axis=0).all()
 
@@ -118,13 +118,13 @@ def test_other_depth_is_refused_with_the_reason():
     assert "see match_all" in line
 
 
-def layer_signatures_of(model):
-    return [{side: found for side, (found, _) in layer.items()} for layer in layer_signatures(model, LAYERS)]
+def layer_descriptors_of(model):
+    return [{side: found for side, (found, _) in layer.items()} for layer in layer_descriptors(model, LAYERS)]
 
 
 @pytest.mark.parametrize("name", ["rotate", "gains", "units", "values", "queries"])
-def test_rewrites_do_not_change_signatures_by_a_layers_own_weights(name):
-    for given, hidden in zip(layer_signatures_of(BASE), layer_signatures_of(changed(BASE, name)), strict=True):
+def test_rewrites_do_not_change_descriptors_by_a_layers_own_weights(name):
+    for given, hidden in zip(layer_descriptors_of(BASE), layer_descriptors_of(changed(BASE, name)), strict=True):
         for side in PROJECTIONS:
             np.testing.assert_allclose(hidden[side], given[side], rtol=0, atol=2e-3)
 

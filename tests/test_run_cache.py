@@ -219,7 +219,7 @@ def test_several_processes_take_only_what_they_agreed_on(tmp_path, monkeypatch):
     ("stat", "work", "pieces"),
     [
         ("match_all", "correlate", 1 + 2),
-        ("match_moments", "signature_correlations", 1 + 2 * 2 + 1),
+        ("match_moments", "descriptor_correlations", 1 + 2 * 2 + 1),
         ("match_io", "responses", 1 + 3),
         ("match_crossfit", "learn_rotation", 1 + 2),
         ("match_distilled", "fit_student", 1 + 2),

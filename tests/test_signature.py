@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 import tiny
 
-from benchmarks.descendants import pruned_in_depth, rounded
+from benchmarks.descendants import pruned_in_depth, quantised
 from benchmarks.forgeries import on_device, on_host, planted, sorted_units, widened
 from benchmarks.mixtures import upcycled as make_upcycled
 from benchmarks.mixtures import upcycled_arch
@@ -107,7 +107,7 @@ def test_relatives_are_found(arch, signatures):
     tuned = finetuned(base_of(arch))
     for relative in (
         tuned,
-        rounded(4)(tuned, 0).model,
+        quantised(4)(tuned, 0).model,
         narrowed(tuned),
         pruned_in_depth(tuned, 0).model,
     ):

@@ -335,7 +335,8 @@ def measured(embedding, head, length=10.0):
     """Returns the measures of a model whose matrices are so many times further from initialisation than the least."""
     """Returns the measures of a model whose matrices are so many times further from initialisation than the least."""
     matrices = {
-        kind: {"directions": [100 / value]} for kind, value in (("embed/embedding", embedding), ("head/lm_head", head))
+        kind: {"effective_rank": [100 / value]}
+        for kind, value in (("embed/embedding", embedding), ("head/lm_head", head))
     }
     return {"matrices": matrices, "length": length}
 
@@ -619,7 +620,7 @@ def test_initialisation_measures_as_nothing_whatever_its_scale():
         found = weights.measures_of(matrix)
         assert weights.effective_rank(matrix) == pytest.approx(1 / (1 / 600 + 1 / 400), rel=0.01)
         assert found["excess_kurtosis"] == pytest.approx(0.0, abs=0.05)
-        assert found["spread"] == pytest.approx((2 * 400) ** -0.5, rel=0.1)
+        assert found["length_variation"] == pytest.approx((2 * 400) ** -0.5, rel=0.1)
         assert found["rms"] == pytest.approx(scale, rel=0.01)
 
 
@@ -636,7 +637,7 @@ def test_a_matrix_of_rank_one_has_one_direction_and_zeros_have_none():
     assert weights.effective_rank(0 * matrix) == 0.0
 
 
-def test_directions_do_not_see_padding_and_rotation(monkeypatch):
+def test_effective_ranks_do_not_see_padding_and_rotation(monkeypatch):
     random = np.random.default_rng(0)
     matrix = (random.normal(size=(60, 40)) * np.geomspace(1, 9, 40)).astype(np.float32)
     padded = np.pad(matrix, ((0, 0), (0, 12)))
@@ -660,8 +661,8 @@ def test_no_arrow_is_drawn_between_models_farther_apart_than_was_measured():
 
     def directed(distance):
         row = PairRow("a--b", "a", "b", None, "done", level=1e-3, l2=distance, in_place_log10_p=-99.0)
-        fewer = {"embed/embedding": {"directions": [20.0]}, "head/lm_head": {"directions": [20.0]}}
-        more = {"embed/embedding": {"directions": [40.0]}, "head/lm_head": {"directions": [40.0]}}
+        fewer = {"embed/embedding": {"effective_rank": [20.0]}, "head/lm_head": {"effective_rank": [20.0]}}
+        more = {"embed/embedding": {"effective_rank": [40.0]}, "head/lm_head": {"effective_rank": [40.0]}}
         measures = {"a": {"length": 1.0, "matrices": more}, "b": {"length": 1.0, "matrices": fewer}}
         return direction(Edge(row, WEIGHTS, distance), [row], measures)
 

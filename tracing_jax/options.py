@@ -200,7 +200,7 @@ class CsuProcrustes:
 
 @dataclass(frozen=True)
 class HeadsInPlace:
-    """Attention heads matched by signatures, and the matching compared with the identity; exact."""
+    """Attention heads matched by descriptors, and the matching compared with the identity; exact."""
 
 
 @dataclass(frozen=True)

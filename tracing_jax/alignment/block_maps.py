@@ -108,7 +108,7 @@ def _latent_similarity(base: Leaves, ft: Leaves, table: AxisTable, axis: str) ->
         writes, gain = stacked(layer, table, axis, "writes"), stacked(layer, table, axis, None)
         assert writes is not None
         assert gain is not None
-        found.append(_directions(writes) * np.sign(gain))
+        found.append(_unit_vectors(writes) * np.sign(gain))
     return found[0] @ found[1].T
 
 
@@ -122,7 +122,7 @@ def _expert_similarity(base: Leaves, ft: Leaves, table: AxisTable, axis: str, sc
     rows = [stacked(layer, table, axis, None) for layer in (base, ft)]
     inner = next(nested for nested, parent in table.parent_axis.items() if parent == axis)
     units = [_Units.of(layer, table, inner, (axis,)) for layer in (base, ft)]
-    routers = [_directions(x) for x in rows if x is not None]
+    routers = [_unit_vectors(x) for x in rows if x is not None]
     return Similarity(routers[0] @ routers[1].T, lambda i, j: _units_alike(units[0].at(i), units[1].at(j), scaled))
 
 
@@ -136,7 +136,7 @@ class _Units:
     def of(cls, layer: Leaves, table: AxisTable, axis: str, lead: Sequence[str] = ()) -> "_Units":
         roles: tuple[AxisRole | None, ...] = (None, "writes", "reads")
         found = {role: stacked(layer, table, axis, role, lead) for role in roles}
-        return cls({role: _directions(x).astype(np.float32) for role, x in found.items() if x is not None})
+        return cls({role: _unit_vectors(x).astype(np.float32) for role, x in found.items() if x is not None})
 
     def at(self, parent: int) -> "_Units":
         return _Units({role: x[parent] for role, x in self.by_role.items()})
@@ -181,7 +181,9 @@ def _state_rows(
         for name, spec in table.leaves.items()
         if {"embed", *lead} <= set(spec.axes) and (heads in spec.axes) == of_heads
     ]
-    return np.concatenate([_directions(units_first(layer[name], table.leaves[name], lead)) for name in names], axis=-1)
+    return np.concatenate(
+        [_unit_vectors(units_first(layer[name], table.leaves[name], lead)) for name in names], axis=-1
+    )
 
 
 _LATENTS = ("q_latent", "kv_latent")
@@ -251,7 +253,7 @@ def _transposed(x: np.ndarray) -> np.ndarray:
     return np.swapaxes(x, -1, -2).conj()
 
 
-def _directions(x: Float[np.ndarray, "*F n"]) -> Float[np.ndarray, "*F n"]:
+def _unit_vectors(x: Float[np.ndarray, "*F n"]) -> Float[np.ndarray, "*F n"]:
     norms = np.linalg.norm(x, axis=-1, keepdims=True)
     return np.divide(x, norms, out=np.zeros_like(x), where=norms > 0)
 

@@ -49,11 +49,13 @@ def with_plain_names(arch: Arch, store: TensorStore) -> tuple[TensorStore, list[
       CheckpointError: two tensors would have the same name, or the model has far more layers or experts than the files.
     """
     if arch.num_layers > _FEW_LAYERS and arch.num_layers > 2 * (found := num_layers_in(store.names())):
-        raise CheckpointError(f"config.json asks for {arch.num_layers} layers, the files have tensors of {found}")
+        raise CheckpointError(f"config.json specifies {arch.num_layers} layers, the files have tensors of {found}")
     if arch.num_layers * (arch.num_experts or 0) > _FEW_EXPERTS:
         found = num_experts_in({name: store.shape(name) for name in store.names()})
         if found < (arch.num_experts or 0):
-            raise CheckpointError(f"config.json asks for {arch.num_experts} experts, the files have tensors of {found}")
+            raise CheckpointError(
+                f"config.json specifies {arch.num_experts} experts, the files have tensors of {found}"
+            )
     stored_names = plain_names(store.names(), tensor_shapes(leaf_layouts(arch).values()))
     changed = [(name, stored) for name, stored in stored_names.items() if name != stored]
     if not changed:
@@ -83,7 +85,7 @@ def fitted(arch: Arch, store: TensorStore, *, compare_rows: bool = True) -> Fitt
       CheckpointError: tensors are missing, unexpected or of the wrong shape or dtype, all at once; a `MisfitError` if
         names or shapes are not those that the config asks for.
     """
-    store, rounding = rounded(store)
+    store, rounding = without_float64(store)
     arch, store, tying = tied_as_stored(arch, store, compare_rows)
     if not arch.tied and (head := tied_names(arch, store.names())[1]) not in store.names():
         arch, tying = replace(arch, tied=True, has_head=False), [f"{head} is missing: the model predicts no tokens"]
@@ -111,7 +113,7 @@ def _turned(arch: Arch, store: TensorStore) -> tuple[TensorStore, list[str]]:
     return DerivedTensors(store, turned), [f"{many} stored transposed: {listed(turned, 3)}"]
 
 
-def rounded(store: TensorStore) -> tuple[TensorStore, list[str]]:
+def without_float64(store: TensorStore) -> tuple[TensorStore, list[str]]:
     """Returns the tensors with float64 as float32, and a note where there are any."""
     wide = {name: Cast(store, name, np.dtype(np.float32)) for name in store.names() if store.dtype(name) == np.float64}
     if not wide:
@@ -212,7 +214,7 @@ def _lost(arch: Arch, missing: Mapping[str, tuple[int, ...]], names: Iterable[st
     there = {layer_number(name) for name in names} | {-1}
     whole = {i: name for name in missing if (i := layer_number(name)) not in there}
     lines = [
-        f"missing tensor {_of_layer(name, i)} and all others of this layer; config.json asks for "
+        f"missing tensor {_of_layer(name, i)} and all others of this layer; config.json specifies "
         f"{arch.num_layers} layers"
         for i, name in whole.items()
     ]
@@ -229,7 +231,7 @@ def _unexpected(arch: Arch, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
         by_layer.setdefault(layer_number(name), []).append(name)
     behind = {i: names[0] for i, names in by_layer.items() if i >= arch.num_layers and len(names) >= _WHOLE_LAYER}
     lines = [
-        f"unexpected tensor {_of_layer(name, i)} and all others of this layer; config.json asks for {arch.num_layers} "
+        f"unexpected tensor {_of_layer(name, i)} and all others of this layer; config.json specifies {arch.num_layers} "
         "layers"
         for i, name in behind.items()
     ]
@@ -266,7 +268,7 @@ def _of_other_vocab(arch: Arch, store: TensorStore, misshapen: Mapping[str, tupl
 
 def _misshapen(store: TensorStore, wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
     return [
-        f"wrong shape of {name}: {store.shape(name)}, config.json asks for {shape}" for name, shape in wanted.items()
+        f"wrong shape of {name}: {store.shape(name)}, config.json specifies {shape}" for name, shape in wanted.items()
     ]
 
 

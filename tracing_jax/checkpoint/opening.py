@@ -12,7 +12,7 @@ from tracing_jax.checkpoint.adapter import base_id, is_adapter, merged, merged_b
 from tracing_jax.checkpoint.checkpoint import Checkpoint
 from tracing_jax.checkpoint.derived_tensors import RenamedTensors
 from tracing_jax.checkpoint.errors import CheckpointError, MisfitError
-from tracing_jax.checkpoint.fitting import fitted, rounded, tied_as_stored, tied_names, with_plain_names
+from tracing_jax.checkpoint.fitting import fitted, tied_as_stored, tied_names, with_plain_names, without_float64
 from tracing_jax.checkpoint.foreign_files import original_format
 from tracing_jax.checkpoint.gguf import GgufModel
 from tracing_jax.checkpoint.hub import CheckpointFolder, on_hub, resolve
@@ -226,7 +226,7 @@ def _plain_tensors(
     try:
         store: TensorStore = RenamedTensors(stored, plain_names(stored.names(), ()))
         store, formats = dequantised(store, config)
-        store, rounding = rounded(store)
+        store, rounding = without_float64(store)
     except CheckpointError as error:
         raise CheckpointError(*(f"{found.id}: {problem}" for problem in error.problems)) from error
     return found.folder, config, store, [*unread, *formats, *rounding]

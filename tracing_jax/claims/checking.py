@@ -40,7 +40,7 @@ def _finetune_of(inputs: ClaimInputs) -> ClaimResult:
     found = inputs.verdict
     differing = [size for size in SIZES if getattr(inputs.base.arch, size) != getattr(inputs.ft.arch, size)]
     if found.verdict == "no_evidence":
-        tests = "tests that find fine-tunes after every rewrite that this program knows"
+        tests = "tests that find fine-tunes after every known rewrite"
         why = f"no sign of common weights was found, by {tests}"
         return result("finetune-of", "contradicted", why, verdict=found.verdict)
     if found.verdict == "related" and differing:

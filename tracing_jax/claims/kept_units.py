@@ -150,7 +150,7 @@ def pruned_of(inputs: ClaimInputs) -> ClaimResult:
         return result(name, "holds", f"ft is smaller in {size_names(smaller)}; {_kept_words(kept)}", **facts)
     found = inputs.verdict
     if found.verdict == "no_evidence":
-        tests = "tests that find pruned models after every rewrite that this program knows"
+        tests = "tests that find pruned models after every known rewrite"
         why = f"no sign of common weights was found, by {tests}"
         return result(name, "contradicted", why, **facts, verdict=found.verdict)
     if found.verdict != "related":

@@ -25,9 +25,9 @@ from tracing_jax.experiment.models import (
 from tracing_jax.experiment.text import RunText, read_learning_text, read_text
 from tracing_jax.experiment.validation import (
     RENAMING,
+    both_have_forward_pass,
     fitted_to_shapes,
     has_text,
-    knows_forward_pass,
     make_statistics,
     statistic_names,
     text_readers,
@@ -99,7 +99,7 @@ def open_inputs(options: RunOptions) -> RunInputs:
     options, unread = _without_unreadable_text(options, base, ft)
     ft_arch = arch_after(disguise, ft.arch)
     statistics = fitted_to_shapes(
-        options, make_statistics(options, knows_forward_pass(base.arch, ft.arch)), base.arch, ft_arch
+        options, make_statistics(options, both_have_forward_pass(base.arch, ft.arch)), base.arch, ft_arch
     )
     needs_text = bool(text_readers(options, statistics)) and not unread
     learns = options.align and options.align_evidence == "learned"

@@ -180,7 +180,7 @@ def with_fitting_blocks(options: RunOptions, base: Arch, ft: Arch) -> tuple[RunO
     return changed, notes
 
 
-def knows_forward_pass(base: Arch, ft: Arch) -> bool:
+def both_have_forward_pass(base: Arch, ft: Arch) -> bool:
     """Returns whether neither model is read by its weights alone."""
     return base.reading is None and ft.reading is None
 

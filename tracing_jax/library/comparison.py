@@ -23,7 +23,7 @@ from tracing_jax.statistics.calibration import DEFAULT_ALLOWANCE, DEFAULT_SOURCE
 from tracing_jax.statistics.comparison import LN10, Comparison, against_each_other
 from tracing_jax.statistics.match_all import CORRESPOND, assign_layers
 from tracing_jax.statistics.pvalues import bonferroni
-from tracing_jax.statistics.unit_signatures import whitened_cosines
+from tracing_jax.statistics.unit_descriptors import whitened_cosines
 
 FEW_TOKENS = 8
 """Fewer shared token strings than this distinguish units too badly."""

@@ -13,7 +13,7 @@ from tracing_jax.library.comparison import FEW_TOKENS, normalised, shared_column
 from tracing_jax.library.signature import SampledLayer, Signature, stored_moments
 from tracing_jax.library.suspect import Suspect
 from tracing_jax.progress import tqdm
-from tracing_jax.statistics.unit_signatures import whitened
+from tracing_jax.statistics.unit_descriptors import whitened
 
 COMPARED_AT_ONCE, FILLED_UP_TO = 48, 24
 """Of libraries up to the first size all signatures are compared in full; of larger ones, at least the second number."""

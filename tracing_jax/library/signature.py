@@ -163,13 +163,13 @@ def _sampled(
     return SampledLayer(
         layer,
         units.astype(np.int32),
-        {name: rounded(np.asarray(found)[units]) for name, found in readings.items()},
+        {name: as_int8(np.asarray(found)[units]) for name, found in readings.items()},
         moments,
         covariances,
     )
 
 
-def rounded(rows: Float[np.ndarray, "U S"]) -> Int8[np.ndarray, "U S"]:
+def as_int8(rows: Float[np.ndarray, "U S"]) -> Int8[np.ndarray, "U S"]:
     """Returns each row less its mean, times the factor that makes its largest number 127, in whole numbers."""
     if not rows.shape[1]:
         return np.zeros(rows.shape, np.int8)

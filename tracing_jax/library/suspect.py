@@ -18,7 +18,7 @@ from tracing_jax.library.readings import (
     reading_names,
     token_readings,
 )
-from tracing_jax.library.signature import rounded, standardised_moments
+from tracing_jax.library.signature import as_int8, standardised_moments
 from tracing_jax.progress import trange
 from tracing_jax.sources import MlpsAsLayers, ParamSource, Submodel, layer_of, mlp_indices, whole_model
 from tracing_jax.statistics.distinct_units import distinct_units
@@ -90,7 +90,7 @@ def read_suspect(
     read_moments, with_moments = moment_readings(source), _with_moments(source)
     for i in trange(L, desc="reading the suspect", unit="layer", disable=None):
         kept = distinct_units(source, i).kept
-        layers.append({name: rounded(np.asarray(found)[kept]) for name, found in read(i).items()})
+        layers.append({name: as_int8(np.asarray(found)[kept]) for name, found in read(i).items()})
         if i in with_moments and len(kept) > 1:
             moments[i] = _moments(read_moments(i), kept)
     return Suspect(

@@ -178,11 +178,11 @@ def expert_weights(arch: Arch, params: Tree, x: Float[Array, "B T D"]) -> Float[
     chosen = jnp.take_along_axis(scores, selected, axis=-1)
     if router.normalized:
         chosen = chosen / jnp.maximum(chosen.sum(axis=-1, keepdims=True), router.floor)
-    weights = _spread(chosen * router.scale, selected, logits.shape[-1])
+    weights = _over_experts(chosen * router.scale, selected, logits.shape[-1])
     return weights * params["expert_scale"].astype(jnp.float32) if router.expert_scale else weights
 
 
-def _spread(weights: Float[Array, "B T k"], selected: Int[Array, "B T k"], count: int) -> Float[Array, "B T E"]:
+def _over_experts(weights: Float[Array, "B T k"], selected: Int[Array, "B T k"], count: int) -> Float[Array, "B T E"]:
     return (jax.nn.one_hot(selected, count) * weights[..., None]).sum(-2)
 
 

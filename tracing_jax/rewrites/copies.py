@@ -85,7 +85,7 @@ class UnitSplitting(Rewrite):
             if _role(spec, axis) == "reads":
                 kept = np.ones(units.shape[: sources.ndim - 1] + units.shape[-1:])
                 _subtract_at(kept, sources, shares)
-                units, copies = units * _spread(kept, units), copies * _spread(shares, copies)
+                units, copies = units * _of_each_unit(kept, units), copies * _of_each_unit(shares, copies)
             return _units_back(np.concatenate([units, copies], axis=-1), spec, axis)
 
         return _on_units(read(prefix), table, changed)
@@ -456,7 +456,7 @@ def _subtract_at(kept: np.ndarray, sources: np.ndarray, shares: np.ndarray) -> N
             np.subtract.at(row, units, share)
 
 
-def _spread(factors: np.ndarray, like: np.ndarray) -> np.ndarray:
+def _of_each_unit(factors: np.ndarray, like: np.ndarray) -> np.ndarray:
     """Returns the factors of units in a shape that multiplies a leaf whose units are last."""
     if factors.ndim == 1:
         return factors

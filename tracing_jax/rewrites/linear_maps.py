@@ -55,7 +55,7 @@ def map_along(x: Any, dim: int, spec: LeafSpec, axis: str, matrix: Any, table: A
     """
     xp = x.__array_namespace__()
     if kind_of(axis) not in MAP_PARENT:
-        return x * _spread(matrix, x.ndim, dim, spec, table.parent_axis.get(axis))
+        return x * _of_each_unit(matrix, x.ndim, dim, spec, table.parent_axis.get(axis))
     parent = parent_of(axis)
     if parent is None:
         return xp.moveaxis(xp.tensordot(matrix, x, (1, dim)), 0, dim)
@@ -64,7 +64,7 @@ def map_along(x: Any, dim: int, spec: LeafSpec, axis: str, matrix: Any, table: A
     return xp.moveaxis(new, (0, 1), (spec.axes.index(parent), dim))
 
 
-def _spread(factors: Any, ndim: int, dim: int, spec: LeafSpec, parent: str | None) -> Any:
+def _of_each_unit(factors: Any, ndim: int, dim: int, spec: LeafSpec, parent: str | None) -> Any:
     """Returns the factors of units in a shape that multiplies a leaf along the dimension of the units."""
     shape = [1] * ndim
     shape[dim] = factors.shape[-1]

@@ -53,7 +53,7 @@ in others by `benchmarks.independent_pairs`."""
 CONTROL_POSITIONS, CONTROL_UNITS = 1024, 2048
 """Positions and units of a control pair of layers, whose units are compared as those of corresponding layers."""
 
-_FEW = 6  # control pairs, below which their mean and spread are unreliable
+_FEW = 6  # control pairs, below which their mean and deviation are unreliable
 _MOST = 64
 _WIDE_LAMBDA, _WIDE_SCALE = 4.0, 2.0
 """Without controls: a correlation of .6 between a unit's gate and up rows lifts the mean agreement to 3.65."""
@@ -153,11 +153,11 @@ def measured_allowance(
       least: what it is at least, if there are fewer than `FEWEST_CONTROLS` such pairs.
     """
     by_layer = [[c for c in layer if c.units] for layer in zip(*by_control)]
-    spread = _spread(by_layer)
-    return [_predicted_share(layer, level / 10, least, spread) for layer in by_layer]
+    deviation = _deviation(by_layer)
+    return [_predicted_share(layer, level / 10, least, deviation) for layer in by_layer]
 
 
-def _spread(by_layer: Sequence[Sequence[Comparison]]) -> tuple[float, int]:
+def _deviation(by_layer: Sequence[Sequence[Comparison]]) -> tuple[float, int]:
     """Returns the standard deviation of transformed shares around their layer's mean, and its degrees of freedom.
 
     It is at least that of counts with a common share.
@@ -175,15 +175,15 @@ def _roots(found: Sequence[Comparison]) -> np.ndarray:
     return np.array([math.asin(math.sqrt((c.agreeing + 0.375) / (c.units + 0.75))) for c in found])
 
 
-def _predicted_share(found: Sequence[Comparison], alpha: float, least: float, spread: tuple[float, int]) -> float:
+def _predicted_share(found: Sequence[Comparison], alpha: float, least: float, common: tuple[float, int]) -> float:
     """Returns the upper bound, at confidence 1 - alpha, on the share of agreeing units in one more pair of models.
 
     The greater of two: that of Clopper and Pearson on the greatest share seen, and the prediction bound for a new value
-    of the transformed shares, taken as normal, with a spread that all layers have in common. Of a single pair there is
-    no second one.
+    of the transformed shares, taken as normal, with a standard deviation that all layers have in common. Of a single
+    pair there is no second one.
     """
     bounds = [upper_share(c.agreeing, c.units, alpha) for c in found]
-    deviation, freedom = spread
+    deviation, freedom = common
     if found and freedom:
         known = freedom >= FEWEST_CONTROLS - 1  # of fewer, Student's quantile bounds nothing, but the default does
         quantile = float(special.stdtrit(freedom, 1 - alpha) if known else special.ndtri(1 - alpha))

@@ -1,4 +1,4 @@
-"""`heads_in_place`: are the attention heads in place? Matched by signatures, which are invariant under rotations."""
+"""`heads_in_place`: are the attention heads in place? Matched by descriptors, which are invariant under rotations."""
 
 import functools
 import math
@@ -16,8 +16,13 @@ from tracing_jax.progress import tqdm
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.comparison import LN10, bonferroni_log10, reserved
+from tracing_jax.statistics.head_descriptors import (
+    descriptor_cosines,
+    head_descriptors,
+    log_p_of_order,
+    moments_of_layers,
+)
 from tracing_jax.statistics.head_kernels import gates_not_applicable, inactive_attention, inactive_heads
-from tracing_jax.statistics.head_signatures import head_signatures, log_p_of_order, moments_of_layers, signature_cosines
 from tracing_jax.statistics.in_place import BY_ORDER, OUTSTANDING, layers_in_common, order_premises
 from tracing_jax.statistics.match_moments import spread_layers
 from tracing_jax.statistics.nulls import composite_agreement_log_sf, total_agreement_log_sf
@@ -26,7 +31,7 @@ from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies
 
 _SINGULAR_VALUES = 16
 _LEAVES = ("attn", "attn_norm")
-_MOMENTS_OF = 4  # the most layers, evenly spread, whose MLPs the signatures refer to
+_MOMENTS_OF = 4  # the most layers, evenly spread, whose MLPs the descriptors refer to
 _MOMENT_ROWS = 128  # the most MLP units, and shared tokens, that they refer to
 _ORDERED_BELOW = 0.01
 _ORDERED = (
@@ -59,8 +64,8 @@ class _LayerPair:
 class HeadsInPlace(options.HeadsInPlace):
     """Constrained test on the attention heads; exact if either model was trained independently of the other.
 
-    Query heads have signatures that rotations of the residual stream, maps inside a head, gains, and anything done to
-    the order of MLP units leave unchanged (`head_signatures.py`). In each layer kv heads are matched with their
+    Query heads have descriptors that rotations of the residual stream, maps inside a head, gains, and anything done to
+    the order of MLP units leave unchanged (`head_descriptors.py`). In each layer kv heads are matched with their
     queries, and the queries inside each kv head of equal index. Under the null all these matchings are independent and
     uniform, since in each layer by itself kv heads may be permuted, and the queries inside each. So the number of heads
     that stay in place has a known distribution, that of a sum over independent random permutations.
@@ -93,8 +98,8 @@ class HeadsInPlace(options.HeadsInPlace):
         if not layers:
             return Result(None, _LABEL, p_reason="in no layer of equal index do all heads of both models do something")
         run_cache = pair.run_cache.scope("heads_in_place")
-        base, ft = (self._signatures(pair, side, layers, run_cache) for side in ("base", "ft"))
-        cosines = zip(layers, signature_cosines(base, ft))
+        base, ft = (self._descriptors(pair, side, layers, run_cache) for side in ("base", "ft"))
+        cosines = zip(layers, descriptor_cosines(base, ft))
         places = [place for i, found in cosines for place in _places(found, i, pair)]
         in_order = [log_p_of_order(side) < math.log(_ORDERED_BELOW) for side in (base, ft)]
         ordered = all(in_order)
@@ -109,24 +114,24 @@ class HeadsInPlace(options.HeadsInPlace):
             p_reason=_ORDERED if ordered else None,
             tests=(test,),
             notes=[*_notes(pair, places), *repetition_notes(every, layers)],
-            premises=order_premises(in_order, "heads", "the entries of their signatures"),
+            premises=order_premises(in_order, "heads", "the entries of their descriptors"),
             effect=f"{agreeing} of {heads} heads are in place; by chance about {len(places)} are",
             **reserved([test], BY_ORDER),
         ).for_pair(pair)
 
-    def _signatures(
+    def _descriptors(
         self, pair: Pair, side: str, layers: Sequence[int], run_cache: RunCache
     ) -> list[Float[np.ndarray, "K G F"]]:
-        """Returns the signatures of these layers; what an interrupted run finished is kept."""
+        """Returns the descriptors of these layers; what an interrupted run finished is kept."""
         model = pair.base if side == "base" else pair.ft
         count = min(_SINGULAR_VALUES, pair.base.arch.head_dim, pair.ft.arch.head_dim)
         moments = functools.cache(lambda: self._moments(pair, model, layers))
 
         def make(i: int) -> dict[str, np.ndarray]:
-            return {"signatures": head_signatures(model.layer(i, _LEAVES), model.arch, moments(), count)}
+            return {"descriptors": head_descriptors(model.layer(i, _LEAVES), model.arch, moments(), count)}
 
         bar = tqdm(layers, desc=f"heads_in_place, {side}", unit="layer", disable=None)
-        return [run_cache.cached_arrays((side, i), functools.partial(make, i))["signatures"] for i in bar]
+        return [run_cache.cached_arrays((side, i), functools.partial(make, i))["descriptors"] for i in bar]
 
     def _moments(self, pair: Pair, model: ParamSource, layers: Sequence[int]) -> list[Float[Array, "_ D"]]:
         shared = pair.vocabularies.ids_base if model is pair.base else pair.vocabularies.ids_ft
@@ -167,7 +172,7 @@ def _best(similarity: Float[np.ndarray, "G G"]) -> float:
 
 
 def _matched(similarity: Float[np.ndarray, "n n"], pair: Pair, *names: str | int) -> Float[np.ndarray, "n 3"]:
-    """Returns the pairs of matched heads, as `_LayerPair.matched`; all take part, those without a signature by lot."""
+    """Returns the pairs of matched heads, as `_LayerPair.matched`; all take part, those without a descriptor by lot."""
     everyone = np.arange(len(similarity))
     matching = match_units(similarity, pair.generator("heads_in_place", *names), (everyone, everyone))
     base, ft = matching.base, matching.ft

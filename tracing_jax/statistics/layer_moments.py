@@ -1,8 +1,8 @@
-"""Signatures of the MLP units of a layer by the layer's own weights: at any depth, whatever became of other layers.
+"""Descriptors of the MLP units of a layer by the layer's own weights: at any depth, whatever became of other layers.
 
 Seven second moments describe what a layer reads and writes: those of its gate, up and down rows, and of its attention
 the sums over query heads of `M M^T` and `M^T M`, for the QK product `M = W_Q^T W_K` and the OV product `M = W_O W_V`.
-The signature of a row w are the numbers `w^T A w`, for these and for their means over the layers of the model.
+The descriptor of a row w are the numbers `w^T A w`, for these and for their means over the layers of the model.
 
 Letters: D features, K kv heads, G queries of each, H head dim.
 """
@@ -21,14 +21,14 @@ from tracing_jax.statistics.distinct_units import DistinctUnits, distinct_units
 from tracing_jax.statistics.head_kernels import head_kernels
 from tracing_jax.statistics.mlp_rows import gain_of
 from tracing_jax.statistics.unit_alignment import Units, units_of, weighted_moments
-from tracing_jax.statistics.unit_signatures import Signatures, log_quadratic_forms
+from tracing_jax.statistics.unit_descriptors import Descriptors, log_quadratic_forms
 from tracing_jax.tree import Tree
 
 Moments = list[Float[Array, "D D"]]
 
 
-def layer_signatures(model: ParamSource, means_of: Sequence[int], first: int = 0) -> Iterator[Signatures]:
-    """Yields for the layers from `first` on the signatures of gate and up rows, and which units are live.
+def layer_descriptors(model: ParamSource, means_of: Sequence[int], first: int = 0) -> Iterator[Descriptors]:
+    """Yields for the layers from `first` on the descriptors of gate and up rows, and which units are live.
 
     Args:
       model: a model whose MLPs have gates.

@@ -26,7 +26,7 @@ from tracing_jax.statistics.mlp_rows import mlp_row_leaves
 from tracing_jax.statistics.repeated_layers import repeated_layers
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies, depths_not_applicable
 from tracing_jax.statistics.unit_alignment import Units, learn_rotation, row_cosines, units_of, weighted_moments
-from tracing_jax.statistics.unit_signatures import spread_layers
+from tracing_jax.statistics.unit_descriptors import spread_layers
 
 _FEW_CONTROLS, _MOST_CONTROLS = 6, 64
 

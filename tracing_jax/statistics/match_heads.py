@@ -34,7 +34,7 @@ from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies, d
 from tracing_jax.tree import to_host
 
 HeadMatrices = Mapping[str, Float[np.ndarray, "heads S2"]]
-"""`attention`, `output` -> the form of each query head over pairs of tokens, centred both ways, of length one."""
+"""`attention`, `output` -> the matrix of each query head over pairs of tokens, centred both ways, of length one."""
 
 _PAIRS = [("attention", "output")]
 _NAME = "attention and output"
@@ -49,7 +49,7 @@ _LOG_POSITIONS = 16.0  # of nine million positions, whose scores are summed agai
 class MatchHeads(options.MatchHeads):
     """Unconstrained test on attention: do the matchings of heads by their QK and by their OV products agree?
 
-    A query head has two forms on shared tokens: `A = E W_Q^T W_K E^T`, how each token attends to each other at one
+    A query head has two matrices on shared tokens: `A = E W_Q^T W_K E^T`, how each token attends to each other at one
     position, and `B = W_U W_O W_V E^T`, what it then writes to the head of the model. E are the input embeddings, W_U
     the rows of the head with the gain of the final norm, both centred over the tokens and of length one; query, key and
     value have the gain of the norm before them. The heads of layers of equal index are matched by A and apart by B, and
@@ -115,19 +115,20 @@ class MatchHeads(options.MatchHeads):
 
     def _compared(self, pair: Pair, name: str) -> PairAgreements:
         """Returns the agreement of the heads of each layer, and of control pairs of layers."""
-        tokens = [
-            _directions(side) for side in shared_token_rows(pair, _TOKENS, "match_heads")
-        ]  # fmt: skip
+        rows = shared_token_rows(pair, _TOKENS, "match_heads")
+        tokens = [TokenRows(*map(centred_directions, side)) for side in rows]
         bar = tqdm(_layers(pair.base.arch, pair.ft.arch), desc="match_heads", unit="layer", disable=None)
-        forms = [tuple(head_forms(model, i, own) for model, own in zip((pair.base, pair.ft), tokens)) for i in bar]
+        matrices = [
+            tuple(head_matrices(model, i, own) for model, own in zip((pair.base, pair.ft), tokens)) for i in bar
+        ]
 
         def compare(i: int, j: int) -> dict[str, Comparison]:
-            ours, theirs = forms[i][0], forms[j][1]
+            ours, theirs = matrices[i][0], matrices[j][1]
             found = {side: ours[side] @ theirs[side].T for side in ours}
             return agreements(found, _PAIRS, pair, ("match_heads", name, i, j))
 
-        places = control_places(len(forms), pair.generator("match_heads", "controls"))
-        return PairAgreements([compare(i, i) for i in range(len(forms))], [compare(i, j) for i, j in places])
+        places = control_places(len(matrices), pair.generator("match_heads", "controls"))
+        return PairAgreements([compare(i, i) for i in range(len(matrices))], [compare(i, j) for i, j in places])
 
 
 def _effect(layers: Sequence[Comparison]) -> str:
@@ -149,8 +150,8 @@ def groups_of(base: Arch, ft: Arch) -> tuple[int, int]:
     return K, -(-heads // K)
 
 
-def head_forms(model: ParamSource, layer: int, tokens: TokenRows) -> HeadMatrices:
-    """Returns the two forms of every query head of a layer, heads in the order of kv heads and queries.
+def head_matrices(model: ParamSource, layer: int, tokens: TokenRows) -> HeadMatrices:
+    """Returns the two matrices of every query head of a layer, heads in the order of kv heads and queries.
 
     A head that writes next to nothing could be another model's, planted: its output is zero, so that it takes no part.
     """
@@ -158,7 +159,7 @@ def head_forms(model: ParamSource, layer: int, tokens: TokenRows) -> HeadMatrice
     before, after = gain_of(params, "attn_norm", arch), gain_of(params, "attn_post_norm", arch)
     kernels = head_kernels(params, arch)
     scales = {name: params["attn"][f"{name}_norm"]["scale"] for name in "qk" if arch.qk_norm is not None}
-    found = to_host(_forms(tokens, kernels, (before, after), scales, arch.qk_norm, gain_offset(arch)))
+    found = to_host(_head_matrices(tokens, kernels, (before, after), scales, arch.qk_norm, gain_offset(arch)))
     attention, output, written = found["attention"], np.array(found["output"]), found["written"]
     if layer in inactive_attention(model):
         written = np.zeros_like(written)
@@ -182,13 +183,8 @@ def _largest_scores(
     return np.asarray(_DEVIATIONS * arch.attention_scale * np.sqrt(variance) + _LOG_POSITIONS, np.float64)
 
 
-def _directions(tokens: TokenRows) -> TokenRows:
-    """Returns the rows centred over the tokens and scaled to length one."""
-    return TokenRows(*map(centred_directions, tokens))
-
-
 @functools.partial(jax.jit, static_argnames=("qk_norm", "offset"))
-def _forms(
+def _head_matrices(
     tokens: TokenRows,
     kernels: Mapping[str, Float[Array, "..."]],
     gains: tuple[Float[Array, "..."], Float[Array, "..."]],
@@ -196,7 +192,7 @@ def _forms(
     qk_norm: str | None,
     offset: float,
 ) -> dict[str, Float[Array, "..."]]:
-    """Returns both forms of the heads, each of length one, and as `written` the length that the output had."""
+    """Returns both matrices of the heads, each of length one, and as `written` the length that the output had."""
     read, effect = tokens.read * gains[0], tokens.effect * gains[1]
     queries, keys = (jnp.tensordot(read, kernels[name], 1, precision="highest") for name in "qk")
     if qk_norm is not None:

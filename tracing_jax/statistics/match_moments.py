@@ -1,9 +1,9 @@
 """`match_moments`: `match` by second moments of weights, without text or embeddings, and invariant to the basis.
 
 Gate and up projection read the residual stream and down writes to it. Over its units, each of them has a second moment
-`A = sum_f w_f w_f^T` of its rows, which are scaled to length one. The signature of a row w are the numbers `w^T A w`,
+`A = sum_f w_f w_f^T` of its rows, which are scaled to length one. The descriptor of a row w are the numbers `w^T A w`,
 one for each A. A rotation or permutation of the stream transforms w and every A together, and permuting or scaling the
-units, or padding them with zeros, leaves the sums unchanged, so signatures are invariant. Embeddings, head and
+units, or padding them with zeros, leaves the sums unchanged, so descriptors are invariant. Embeddings, head and
 attention do not enter.
 
 Letters: F units of a layer, D features, M moments.
@@ -51,16 +51,16 @@ from tracing_jax.statistics.comparison import (
     share_by_layer,
 )
 from tracing_jax.statistics.distinct_units import distinct_units
-from tracing_jax.statistics.layer_moments import layer_signatures
+from tracing_jax.statistics.layer_moments import layer_descriptors
 from tracing_jax.statistics.match import form_tests, gates_not_applicable
 from tracing_jax.statistics.match_all import CORRESPOND, assign_layers, layer_map_sentence
 from tracing_jax.statistics.mlp_rows import unit_length
 from tracing_jax.statistics.pvalues import bonferroni
 from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies, depths_not_applicable
-from tracing_jax.statistics.unit_signatures import (
-    Signatures,
+from tracing_jax.statistics.unit_descriptors import (
+    Descriptors,
+    descriptor_correlations,
     log_quadratic_forms,
-    signature_correlations,
     spread_layers,
 )
 
@@ -72,16 +72,19 @@ _MOMENTS_OF = 8
 _MAP_UNITS = 512
 """Units of base's layers that are matched at unequal depth."""
 
-_FORMS = {"model": "moments", "layer": "layer moments"}
+_TEST_NAMES = {"model": "moments", "layer": "layer moments"}
+"""Form -> the name of its test."""
+
 _LABEL = "units on which gate and up projection agree by their second moments, share"
 
 
 @dataclass(frozen=True)
 class MatchMoments(options.MatchMoments):
-    """Unconstrained test like `match`, with signatures of second moments in place of activations.
+    """Unconstrained test like `match`, with descriptors of second moments in place of activations.
 
-    Gate rows are matched by their signatures, up rows by theirs, and the two matchings compared. It finds a model whose
-    embeddings and head were replaced, which `match` does not detect, whatever the order or basis of the other weights.
+    Gate rows are matched by their descriptors, up rows by theirs, and the two matchings compared. It finds a model
+    whose embeddings and head were replaced, which `match` does not detect, whatever the order or basis of the other
+    weights.
 
     The form `model` takes the moments of gate, up and down rows of all layers, up to eight. The form `layer`
     (`layer_moments`) takes those of a unit's own layer, of its attention too, and their means over the layers: it needs
@@ -115,7 +118,7 @@ class MatchMoments(options.MatchMoments):
             label=_LABEL,
             log10_p=bonferroni_log10(tests),
             tests=tests,
-            null={_FORMS[form]: null.as_dict() for form, (_, null) in found.items()},
+            null={_TEST_NAMES[form]: null.as_dict() for form, (_, null) in found.items()},
             per_layer=share_by_layer(best),
             notes=[note for _, null in found.values() for note in null.notes],
             effect=agreement_effect(best, "match_moments"),
@@ -126,7 +129,7 @@ class MatchMoments(options.MatchMoments):
         """Returns the comparison of every layer in one form, and its null."""
         names = () if form == "model" else (form,)
         run_cache = pair.run_cache.scope("match_moments", *names)
-        base, ft = (self._signatures(form, model, run_cache, side) for model, side in _sides(pair))
+        base, ft = (self._descriptors(form, model, run_cache, side) for model, side in _sides(pair))
         layers = [
             run_cache.cached(Comparison, (i,), functools.partial(_compare, *both, pair, (*names, i)))
             for i, both in enumerate(zip(base, ft))
@@ -141,7 +144,7 @@ class MatchMoments(options.MatchMoments):
     def _mapped(self, pair: Pair) -> Result:
         """Returns the tests of every layer of base with every layer of ft, by the form `layer`, and the layer map."""
         run_cache = pair.run_cache.scope("match_moments", "layer")
-        base, ft = (self._signatures("layer", model, run_cache, side) for model, side in _sides(pair))
+        base, ft = (self._descriptors("layer", model, run_cache, side) for model, side in _sides(pair))
         some = [self._some(layer, pair, _MAP_UNITS) for layer in base]
         table = [
             [
@@ -150,14 +153,14 @@ class MatchMoments(options.MatchMoments):
             ]
             for i, ours in enumerate(some)
         ]
-        return _mapped_result(table, _FORMS["layer"], _LABEL).for_pair(pair)
+        return _mapped_result(table, _TEST_NAMES["layer"], _LABEL).for_pair(pair)
 
-    def _signatures(self, form: str, model: ParamSource, run_cache: RunCache, side: str) -> list[Signatures]:
-        """Returns the signatures of every layer: of an interrupted run's layers those that were kept."""
-        L, found = model.arch.num_layers, list[Signatures]()
+    def _descriptors(self, form: str, model: ParamSource, run_cache: RunCache, side: str) -> list[Descriptors]:
+        """Returns the descriptors of every layer: of an interrupted run's layers those that were kept."""
+        L, found = model.arch.num_layers, list[Descriptors]()
         while (arrays := run_cache.load_arrays(side, len(found))) is not None:
             found.append({name: (arrays[name], arrays[f"{name} live"]) for name in PROJECTIONS})
-        make = signatures if form == "model" else layer_signatures
+        make = descriptors if form == "model" else layer_descriptors
         layers = make(model, spread_layers(L, _MOMENTS_OF), len(found))
         desc = f"match_moments, {form}, {side}"
         for layer in tqdm(layers, desc=desc, unit="layer", initial=len(found), total=L, disable=None):
@@ -166,19 +169,19 @@ class MatchMoments(options.MatchMoments):
         return found
 
     def _allowance(
-        self, form: str, base: list[Signatures], ft: list[Signatures], pair: Pair
+        self, form: str, base: list[Descriptors], ft: list[Descriptors], pair: Pair
     ) -> tuple[list[float], str]:
         """Returns for each layer the share of units that may agree by convergence, and its source."""
         if not pair.controls:
             return [DEFAULT_ALLOWANCE] * len(base), DEFAULT_SOURCE
         measured, run_cache = [], pair.run_cache.scope("match_moments", form)
         for c, control in enumerate(pair.controls):
-            own = self._signatures(form, control, run_cache, f"control {c}")
+            own = self._descriptors(form, control, run_cache, f"control {c}")
             for side, other in (("base", base), ("ft", ft)):
                 measured.append([_compare(*both, pair, (c, side, i)) for i, both in enumerate(zip(own, other))])
         return measured_allowance(measured, self.level), control_source(len(pair.controls), 2)
 
-    def _some(self, layer: Signatures, pair: Pair, most: int | None = None) -> Signatures:
+    def _some(self, layer: Descriptors, pair: Pair, most: int | None = None) -> Descriptors:
         """Returns a layer with some of its units, drawn from the seed of the run; by default those for controls."""
         F = len(layer["gate"][1])
         drawn = np.sort(pair.generator("match_moments", "units", F).permutation(F)[: most or CONTROL_UNITS])
@@ -241,19 +244,19 @@ def _sides(pair: Pair) -> tuple[tuple[ParamSource, str], tuple[ParamSource, str]
 
 def _tests(form: str, layers: Sequence[Comparison], null: Null) -> list[Test]:
     if form == "model":
-        return form_tests(_FORMS[form], layers, null)
-    return agreement_tests(_FORMS[form], layers, null, [f"layer {i}" for i in range(len(layers))])
+        return form_tests(_TEST_NAMES[form], layers, null)
+    return agreement_tests(_TEST_NAMES[form], layers, null, [f"layer {i}" for i in range(len(layers))])
 
 
-def _as_arrays(layer: Signatures) -> dict[str, np.ndarray]:
+def _as_arrays(layer: Descriptors) -> dict[str, np.ndarray]:
     return {
         f"{projection}{part}": found for projection, both in layer.items() for part, found in zip(("", " live"), both)
     }
 
 
-def _compare(base: Signatures, ft: Signatures, pair: Pair, names: Sequence[str | int]) -> Comparison:
-    """Returns the comparison of the matchings by gate and by up signatures."""
-    gate, up = (signature_correlations(base[projection], ft[projection]) for projection in PROJECTIONS)
+def _compare(base: Descriptors, ft: Descriptors, pair: Pair, names: Sequence[str | int]) -> Comparison:
+    """Returns the comparison of the matchings by gate and by up descriptors."""
+    gate, up = (descriptor_correlations(base[projection], ft[projection]) for projection in PROJECTIONS)
     live = live_units(gate, up)
     return against_each_other(
         match_units(gate, pair.generator("match_moments", *names, "gate"), live),
@@ -261,8 +264,8 @@ def _compare(base: Signatures, ft: Signatures, pair: Pair, names: Sequence[str |
     )
 
 
-def signatures(model: ParamSource, layers: Sequence[int], first: int = 0) -> Iterator[Signatures]:
-    """Yields for the layers from `first` on, for `gate` and `up`, the signatures of the units and which are live.
+def descriptors(model: ParamSource, layers: Sequence[int], first: int = 0) -> Iterator[Descriptors]:
+    """Yields for the layers from `first` on, for `gate` and `up`, the descriptors of the units and which are live.
 
     The moments are those of gate, up and down in the given layers. Units are live that write something and repeat no
     other; see `distinct_units`.

@@ -1,6 +1,6 @@
 """The rotation of the residual stream between two models, learnt from the weights of their MLP units alone.
 
-Units are paired by signatures that no rotation changes. The rotation that brings the paired rows closest (orthogonal
+Units are paired by descriptors that no rotation changes. The rotation that brings the paired rows closest (orthogonal
 Procrustes problem) then gives better pairs, these a better rotation, and so on.
 """
 
@@ -17,7 +17,7 @@ from tracing_jax.arch import Arch
 from tracing_jax.matching import UnitMatching, match_units
 from tracing_jax.statistics.distinct_units import DistinctUnits
 from tracing_jax.statistics.mlp_rows import MlpRows, mlp_rows, unit_length
-from tracing_jax.statistics.unit_signatures import log_quadratic_forms, signature_correlations
+from tracing_jax.statistics.unit_descriptors import descriptor_correlations, log_quadratic_forms
 from tracing_jax.tree import Tree
 
 _MOST_ROUNDS, _LEAST_ROUNDS = 9, 5
@@ -84,17 +84,17 @@ def learn_rotation(
 
     Of models of unequal width R maps the narrower one's features into those of the other.
 
-    The first pairs are those of `signature_correlations`. Of the pairs of all layers the better half counts, each with
+    The first pairs are those of `descriptor_correlations`. Of the pairs of all layers the better half counts, each with
     its weight: at first their first kind of rows, whose sign is fixed, then all, up and down with a common sign.
 
     Args:
       base: layers of base.
       ft: the layers of ft that correspond.
-      moments: of base and of ft, for the signatures, in the same order.
+      moments: of base and of ft, for the descriptors, in the same order.
       generator: draws the orders in which units are matched.
     """
-    signed = [[_signature(layer, own) for layer in side] for side, own in zip((base, ft), moments)]
-    scores = [jnp.asarray(signature_correlations(*both)) for both in zip(*signed)]
+    signed = [[_descriptor(layer, own) for layer in side] for side, own in zip((base, ft), moments)]
+    scores = [jnp.asarray(descriptor_correlations(*both)) for both in zip(*signed)]
     pairs = [match_units(np.asarray(score), generator) for score in scores]
     first = "gate" if "gate" in base[0].rows else "up"
     rotation, objective = _procrustes(base, ft, pairs, scores, (first,), None), -np.inf
@@ -114,7 +114,7 @@ def row_cosines(base: Units, ft: Units, rotation: Float[Array, "D2 D"]) -> dict[
     return {name: _cosines(base.rows[name], ft.rows[name], rotation) for name in base.rows}
 
 
-def _signature(units: Units, moments: Sequence[Array]) -> tuple[Float[np.ndarray, "F M"], np.ndarray]:
+def _descriptor(units: Units, moments: Sequence[Array]) -> tuple[Float[np.ndarray, "F M"], np.ndarray]:
     found = [log_quadratic_forms(side, moments) for side in units.rows.values()]
     return np.concatenate(found, axis=1), units.live
 

@@ -372,8 +372,8 @@ def _meaning(
         )
     if word == "no_evidence":
         return (
-            "no sign of common weights was found, by tests that are invariant under every rewrite of these models that "
-            f"this program knows{hint}; independence is never proved"
+            "no sign of common weights was found, by tests that are invariant under every known rewrite of these models"
+            f"{hint}; independence is never proved"
         )
     if reserved and log10_p < math.log10(level):
         return "the evidence can have another cause: " + "; ".join(f"{name}: {why}" for name, why in reserved.items())

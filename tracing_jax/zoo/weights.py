@@ -24,8 +24,8 @@ from tracing_jax.tree import flatten, to_host
 MODELS = "models"
 MEASURES_FORMAT = 2  # raise when what is measured changes: older files are measured again
 
-_DIRECTED = ("embed/embedding", "head/lm_head")
-"""The matrices whose directions are counted: the two that always lose some in training."""
+_RANKED = ("embed/embedding", "head/lm_head")
+"""The matrices whose effective rank is measured: the two of which it always falls in training."""
 
 _ROWS_AT_ONCE = 8192
 
@@ -35,11 +35,12 @@ def weight_measures(source: ParamSource) -> dict[str, Any]:
 
     For each kind of matrix, such as `mlp/up_proj`, one value a layer (one for all where it belongs to no layer):
 
-    * `directions`, the effective rank of the embedding, and of the head: squared sum of the squares of the singular
+    * `effective_rank` of the embedding, and of the head: squared sum of the squares of the singular
       values over the sum of their fourth powers, in [1, rank]. Independent entries give 1 / (1/rows + 1/columns), and
       training concentrates them. Survives permutation, rotation, padding and redistributed gains.
     * `excess_kurtosis` of the entries: 0 for normal ones. Survives permutation; a rotation makes entries more normal.
-    * `spread`: standard deviation over mean of the lengths of its units' rows. Survives permutation and rotation.
+    * `length_variation`: standard deviation over mean of the lengths of its units' rows. Survives permutation and
+      rotation.
     * `rms` of the entries: depends on the scale of initialisation, so it distinguishes relatives only. Survives
       permutation.
 
@@ -62,7 +63,7 @@ def weight_measures(source: ParamSource) -> dict[str, Any]:
             norms.setdefault(kind, []).append(_distance_from_one(leaf, source.arch))
         elif leaf.ndim > 1 and "embed" in table.leaves[name].axes:
             found = _as_matrices(name, leaf, table)
-            measures = _measures(found) | ({"directions": effective_rank(found[0])} if kind in _DIRECTED else {})
+            measures = _measures(found) | ({"effective_rank": effective_rank(found[0])} if kind in _RANKED else {})
             for measure, value in measures.items():
                 matrices.setdefault(kind, {}).setdefault(measure, []).append(value)
     return {"matrices": matrices, "norms": norms, "length": float(np.mean(lengths))}
@@ -129,15 +130,15 @@ def _measures(found: list[Float[np.ndarray, "units embed"]]) -> dict[str, float]
 
 
 def measures_of(matrix: Float[np.ndarray, "units embed"]) -> dict[str, float]:
-    """Returns the excess kurtosis and root mean square of the entries, and the spread of the lengths of the rows."""
+    """Returns excess kurtosis and root mean square of the entries, and how much the lengths of the rows vary."""
     squares = _sums_of_squares(matrix)
     mean_square = float(squares.sum()) / matrix.size
     if mean_square == 0.0:
-        return {"excess_kurtosis": 0.0, "spread": 0.0, "rms": 0.0}
+        return {"excess_kurtosis": 0.0, "length_variation": 0.0, "rms": 0.0}
     fourth = float(_sums_of_squares(np.square(matrix)).sum()) / matrix.size
     lengths = np.sqrt(squares)
-    spread = float(lengths.std() / lengths.mean())
-    return {"excess_kurtosis": fourth / mean_square**2 - 3.0, "spread": spread, "rms": mean_square**0.5}
+    variation = float(lengths.std() / lengths.mean())
+    return {"excess_kurtosis": fourth / mean_square**2 - 3.0, "length_variation": variation, "rms": mean_square**0.5}
 
 
 def effective_rank(matrix: Float[np.ndarray, "units embed"]) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 
 from tracing_jax.checkpoint.quantised.found import Found, QuantisedError
 from tracing_jax.checkpoint.quantised.left_over import method_of
-from tracing_jax.checkpoint.quantised.packing import period, scale_bounds, spread, unpacked, words_of
+from tracing_jax.checkpoint.quantised.packing import period, scale_bounds, scale_of_each, unpacked, words_of
 from tracing_jax.checkpoint.safetensors_file import Index, bounds_of
 from tracing_jax.checkpoint.tensors import TensorStore
 from tracing_jax.complaints import listed_and
@@ -114,7 +114,7 @@ class Awq:
         groups = scale_bounds((inputs,), (self.group_size,))[0]
         zeros = _in_order(self.store.read(f"{self.stem}qzeros", (groups, words)))[:, within]
         scales = self.store.read(f"{self.stem}scales", (groups, rows)).astype(np.float32)
-        zeros, scales = (spread(a, (inputs, rows), (self.group_size, 1)) for a in (zeros, scales))
+        zeros, scales = (scale_of_each(a, (inputs, rows), (self.group_size, 1)) for a in (zeros, scales))
         return np.ascontiguousarray((scales * (values - zeros).astype(np.float32)).T)
 
 
@@ -146,7 +146,7 @@ class AwqGemv:
         zero_words, zeros_within = words_of(groups, 8)
         zeros = unpacked(self.store.read(f"{self.stem}qzeros", (rows, zero_words)), 4, 1)[:, zeros_within]
         scales = self.store.read(f"{self.stem}scales", (rows, groups)).astype(np.float32)
-        # The group of each input; `spread` takes one scale for the whole axis, which one of padded ones is not.
+        # The group of each input; `scale_of_each` takes one scale for the whole axis, which one of padded ones is not.
         of_input = np.arange(inputs.start, inputs.stop) // self.group_size - groups.start
         return scales[:, of_input] * (values - zeros[:, of_input]).astype(np.float32)
 

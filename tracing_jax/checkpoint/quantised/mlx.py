@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tracing_jax.checkpoint.quantised.found import Found, QuantisedError
-from tracing_jax.checkpoint.quantised.packing import period, scale_bounds, spread, unpacked, words_of
+from tracing_jax.checkpoint.quantised.packing import period, scale_bounds, scale_of_each, unpacked, words_of
 from tracing_jax.checkpoint.safetensors_file import Index, bounds_of
 from tracing_jax.checkpoint.tensors import TensorStore
 from tracing_jax.complaints import shortened
@@ -55,7 +55,7 @@ class MlxAffine:
         values = unpacked(self.store.read(self.name, (*lead, words)), self.bits, -1)[..., within]
         sizes = (*(1 for _ in lead), self.group_size)
         scales, biases = (
-            spread(self.store.read(name, scale_bounds(bounds, sizes)).astype(np.float32), bounds, sizes)
+            scale_of_each(self.store.read(name, scale_bounds(bounds, sizes)).astype(np.float32), bounds, sizes)
             for name in (self.scales, self.biases)
         )
         return values.astype(np.float32) * scales + biases

@@ -12,7 +12,14 @@ import numpy as np
 
 from tracing_jax.checkpoint.quantised.found import Found, QuantisedError
 from tracing_jax.checkpoint.quantised.int4 import expect_shape, groups_of, require
-from tracing_jax.checkpoint.quantised.packing import block_sizes, period, scale_bounds, spread, unpacked, words_of
+from tracing_jax.checkpoint.quantised.packing import (
+    block_sizes,
+    period,
+    scale_bounds,
+    scale_of_each,
+    unpacked,
+    words_of,
+)
 from tracing_jax.checkpoint.safetensors_file import Index, bounds_of
 from tracing_jax.checkpoint.tensors import TensorStore
 from tracing_jax.complaints import listed_and
@@ -60,7 +67,7 @@ class Packed:
     def _of_inputs(self, of_groups: np.ndarray, bounds: Index) -> np.ndarray:
         if self.has_groups:
             return of_groups[:, groups_of(self.store, f"{self.name}_g_idx", bounds[1], of_groups.shape[1])]
-        return spread(of_groups, bounds, self.sizes)
+        return scale_of_each(of_groups, bounds, self.sizes)
 
     def _zeros(self, groups: Index) -> np.ndarray:
         name = f"{self.name}_zero_point"

@@ -87,7 +87,7 @@ def scale_bounds(bounds: Index, sizes: Sequence[int]) -> Index:
     return tuple(slice(bound.start // size, -(-bound.stop // size)) for bound, size in zip(bounds, sizes))
 
 
-def spread(scales: np.ndarray, bounds: Index, sizes: Sequence[int]) -> np.ndarray:
+def scale_of_each(scales: np.ndarray, bounds: Index, sizes: Sequence[int]) -> np.ndarray:
     """Returns the scale of every unit of a slice, from those of `scale_bounds`; axes with one scale are left as one."""
     for axis, (bound, size) in enumerate(zip(bounds, sizes)):
         if scales.shape[axis] == 1 or size == 1:

@@ -15,7 +15,7 @@ import numpy as np
 
 from tracing_jax.checkpoint.derived_tensors import Cast
 from tracing_jax.checkpoint.quantised.found import Found, QuantisedError
-from tracing_jax.checkpoint.quantised.packing import block_sizes, scale_bounds, spread
+from tracing_jax.checkpoint.quantised.packing import block_sizes, scale_bounds, scale_of_each
 from tracing_jax.checkpoint.quantised.scale_names import are_powers, check_scales, scale_values, scales_of
 from tracing_jax.checkpoint.safetensors_file import Index, bounds_of
 from tracing_jax.checkpoint.tensors import TensorStore
@@ -62,9 +62,9 @@ class Scaled:
         bounds = bounds_of(index, self.shape)
         values = self.store.read(self.name, bounds).astype(np.float32)
         if self.zeros is not None:
-            values = values - spread(self._of_blocks(self.zeros, bounds).astype(np.float32), bounds, self.sizes)
+            values = values - scale_of_each(self._of_blocks(self.zeros, bounds).astype(np.float32), bounds, self.sizes)
         scales = scale_values(self._of_blocks(self.scales, bounds)) * np.float32(self.factor)
-        return values * spread(scales, bounds, self.sizes)
+        return values * scale_of_each(scales, bounds, self.sizes)
 
     def _of_blocks(self, name: str, bounds: Index) -> np.ndarray:
         """Returns the scales, or zeros, of the blocks of a slice, with an axis for each of the tensor."""

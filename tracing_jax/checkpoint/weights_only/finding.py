@@ -199,7 +199,7 @@ class _Finder:
         tensor = prefix + mlp.fused
         found = []
         for halves in (("first", "second"), ("even", "odd")):
-            sides = list(zip(*(self._directions(tensor, halves, layer) for layer in _spread(layers))))
+            sides = list(zip(*(self._common_directions(tensor, halves, layer) for layer in _sampled(layers))))
             gate = which_is_gate(*sides) if len(sides) == 2 else None
             if gate is not None:
                 found.append((halves[gate], halves[1 - gate]))
@@ -213,7 +213,7 @@ class _Finder:
             "units are compared by what they write alone"
         )
 
-    def _directions(self, tensor: str, halves: Sequence[str], layer: int) -> Iterator[float]:
+    def _common_directions(self, tensor: str, halves: Sequence[str], layer: int) -> Iterator[float]:
         name = tensor.replace("{layer}", str(layer)).replace("{expert}", "0")
         shape = self.shapes[name]
         index = (slice(0, 1),) if len(shape) == 3 else ()
@@ -228,7 +228,9 @@ class _Finder:
     def _order_by_numbers(self, layers: Sequence[int]) -> None:
         """Exchanges gate and up if their numbers say so; notes how the order was found."""
         gate, up = self.parts["gate"], self.parts["up"]
-        sides = [[next(self._directions(part.tensor, ("whole",), i)) for i in _spread(layers)] for part in (gate, up)]
+        sides = [
+            [next(self._common_directions(part.tensor, ("whole",), i)) for i in _sampled(layers)] for part in (gate, up)
+        ]
         found = which_is_gate(*sides)
         how = "by numbers: rows of the gate have a direction in common" if found is not None else gate.how
         one, other = (up, gate) if found == 1 else (gate, up)
@@ -360,7 +362,7 @@ def embeddings_size(finder: _Finder) -> int:
     return shape[0] if shape[1] == finder.width else shape[1]
 
 
-def _spread(layers: Sequence[int]) -> list[int]:
+def _sampled(layers: Sequence[int]) -> list[int]:
     places = np.linspace(0, len(layers) - 1, min(_SAMPLED, len(layers)))
     return [layers[int(place)] for place in places]
 

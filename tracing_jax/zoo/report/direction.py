@@ -38,18 +38,20 @@ def trained_order(measures: ModelMeasures) -> dict[str, float]:
     Random matrices have all principal directions alike, and training concentrates them, in these two matrices without
     exception. Matrices of the layers, kurtosis and the gains of norms change either way, and are not used.
     """
-    counted = {name: [d for kind in _MATRICES if (d := _directions(found, kind))] for name, found in measures.items()}
+    counted = {
+        name: [d for kind in _MATRICES if (d := _effective_rank(found, kind))] for name, found in measures.items()
+    }
     return {name: -sum(map(math.log, found)) / len(found) for name, found in counted.items() if found}
 
 
 def further_trained(edge: Edge, measures: ModelMeasures) -> list[tuple[str, str]]:
-    """Returns (model, ground) for the embedding and for the head: whose spans fewer directions."""
+    """Returns (model, ground) for the embedding and for the head: whose effective rank is lower."""
     found = []
     for kind, word in _MATRICES.items():
-        one, other = (_directions(measures.get(name), kind) for name in edge.row.models)
+        one, other = (_effective_rank(measures.get(name), kind) for name in edge.row.models)
         if one and other and abs(math.log(one / other)) > _LEAST:
             (fewer, model), more = min(zip((one, other), edge.row.models, strict=True)), max(one, other)
-            text = f"{word} of {model} is further from initialisation ({fewer:.4g} directions, not {more:.4g})"
+            text = f"{word} of {model} is further from initialisation (effective rank {fewer:.4g}, not {more:.4g})"
             found.append((model, text))
     return found
 
@@ -70,8 +72,8 @@ def is_within_measured(edge: Edge, measures: ModelMeasures) -> bool:
     return bool(lengths) and edge.value <= FARTHEST * sum(lengths) / len(lengths)
 
 
-def _directions(measures: Mapping[str, Any] | None, kind: str) -> float | None:
-    values = (measures or {}).get("matrices", {}).get(kind, {}).get("directions")
+def _effective_rank(measures: Mapping[str, Any] | None, kind: str) -> float | None:
+    values = (measures or {}).get("matrices", {}).get(kind, {}).get("effective_rank")
     return float(values[0]) if values else None
 
 

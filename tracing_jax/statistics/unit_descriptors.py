@@ -1,4 +1,4 @@
-"""Signatures of MLP units: numbers that no rotation of the residual stream changes; and matching by them."""
+"""Descriptors of MLP units: numbers that no rotation of the residual stream changes; and matching by them."""
 
 from collections.abc import Sequence
 
@@ -9,10 +9,10 @@ from jaxtyping import Array, Bool, Float
 
 from tracing_jax.matching import normalised_rows
 
-Signatures = dict[str, tuple[Float[np.ndarray, "_ _"], Bool[np.ndarray, " _"]]]
-"""`gate`, `up` -> signatures `[F, M]` of a layer's units, and which units are live `[F]`."""
+Descriptors = dict[str, tuple[Float[np.ndarray, "_ _"], Bool[np.ndarray, " _"]]]
+"""`gate`, `up` -> descriptors `[F, M]` of a layer's units, and which units are live `[F]`."""
 
-_RIDGE = 0.1  # of a standardised coordinate's variance, below which a direction of the signatures counts as noise
+_RIDGE = 0.1  # of a standardised coordinate's variance, below which a direction of the descriptors counts as noise
 _TINY = 1e-12
 
 
@@ -21,12 +21,12 @@ def spread_layers(num_layers: int, at_most: int) -> list[int]:
     return sorted({round(x) for x in np.linspace(0, num_layers - 1, min(num_layers, at_most))})
 
 
-def signature_correlations(
+def descriptor_correlations(
     base: tuple[Float[np.ndarray, "F M"], np.ndarray], ft: tuple[Float[np.ndarray, "F2 M"], np.ndarray]
 ) -> Float[np.ndarray, "F F2"]:
-    """Returns the cosines between standardised and whitened signatures of two layers; 0 for units that are not live.
+    """Returns the cosines between standardised and whitened descriptors of two layers; 0 for units that are not live.
 
-    Each model's signatures are standardised over its own live units, and both are whitened with their mean covariance,
+    Each model's descriptors are standardised over its own live units, and both are whitened with their mean covariance,
     so that coordinates which are shared by all units, or correlated, get little weight.
     """
     ours, theirs = _standardised(*base), _standardised(*ft)
@@ -37,13 +37,13 @@ def signature_correlations(
 def whitened_cosines(
     base: Float[np.ndarray, "F M"], ft: Float[np.ndarray, "F2 M"], covariance: Float[np.ndarray, "M M"]
 ) -> Float[np.ndarray, "F F2"]:
-    """Returns the cosines between standardised signatures, whitened with the mean covariance of both models."""
+    """Returns the cosines between standardised descriptors, whitened with the mean covariance of both models."""
     whitening = _whitening(covariance)
     return normalised_rows(base @ whitening) @ normalised_rows(ft @ whitening).T
 
 
 def whitened(rows: Float[np.ndarray, "F M"], covariance: Float[np.ndarray, "M M"]) -> Float[np.ndarray, "F M"]:
-    """Returns standardised signatures whitened with a covariance, each of length 1."""
+    """Returns standardised descriptors whitened with a covariance, each of length 1."""
     return normalised_rows(rows @ _whitening(covariance))
 
 
@@ -58,11 +58,11 @@ def log_quadratic_forms(rows: Float[Array, "F D"], moments: Sequence[Float[Array
     return np.log(np.maximum(np.stack(values, axis=1), _TINY))
 
 
-def _standardised(signatures: Float[np.ndarray, "F M"], live: np.ndarray) -> Float[np.ndarray, "F M"]:
-    active = signatures[live]
+def _standardised(descriptors: Float[np.ndarray, "F M"], live: np.ndarray) -> Float[np.ndarray, "F M"]:
+    active = descriptors[live]
     if not len(active):
-        return np.zeros_like(signatures)
-    centred = (signatures - active.mean(axis=0)) / np.maximum(active.std(axis=0), 1e-9)
+        return np.zeros_like(descriptors)
+    centred = (descriptors - active.mean(axis=0)) / np.maximum(active.std(axis=0), 1e-9)
     return np.where(live[:, None], centred, 0.0)
 
 

@@ -1,4 +1,4 @@
-"""Signatures of query heads that no rotation of the residual stream, and no map inside a head, changes.
+"""Descriptors of query heads that no rotation of the residual stream, and no map inside a head, changes.
 
 A query head acts by two matrices on the residual stream: `A = W_Q W_K^T`, which decides where it looks, and
 `B = W_V W_O`, which decides what it writes. Maps inside a head cancel in both. Of each: its norm, singular values,
@@ -6,7 +6,7 @@ traces of itself and its square, and how it acts on the second moments M of rows
 down projection): `tr(A^T M A)`, `tr(A M A^T)` and `tr(A^T M A M)`, relative to `tr(A^T A)`. All of these follow from
 matrices of the size of a head.
 
-Letters: D features, K kv heads, G queries per kv head, H head dim, m rows of a moment, F signature entries.
+Letters: D features, K kv heads, G queries per kv head, H head dim, m rows of a moment, F descriptor entries.
 """
 
 import functools
@@ -34,7 +34,7 @@ FactoredMoments = Sequence[Float[Array, "_ D"]]
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _LEAST = 1e-6
 """Of the norm of a matrix: smaller singular values and forms are taken for so much."""
-_RIDGE = 0.1  # of a standardised entry's variance, below which a direction of the signatures counts as noise
+_RIDGE = 0.1  # of a standardised entry's variance, below which a direction of the descriptors counts as noise
 
 
 def moments_of_layers(
@@ -60,10 +60,10 @@ def moments_of_layers(
     return found + [jnp.concatenate(some) for some in by_name.values()]
 
 
-def head_signatures(
+def head_descriptors(
     layer: Tree, arch: Arch, moments: FactoredMoments, num_singular_values: int
 ) -> Float[np.ndarray, "K G F"]:
-    """Returns the signature of each query head of a layer."""
+    """Returns the descriptor of each query head of a layer."""
     parts = []
     for found in to_host(_gram_matrices(head_kernels(layer, arch), _gains(layer, arch), tuple(moments))):
         through_one, through_other, cross = (grams.astype(np.float64) for grams in found)
@@ -71,10 +71,10 @@ def head_signatures(
     return np.concatenate(parts, axis=-1)
 
 
-def signature_cosines(
+def descriptor_cosines(
     base: Sequence[Float[np.ndarray, "K G F"]], ft: Sequence[Float[np.ndarray, "K G F"]]
 ) -> Iterator[Float[np.ndarray, "K G K G"]]:
-    """Yields for each layer the cosines of base's signatures with ft's.
+    """Yields for each layer the cosines of base's descriptors with ft's.
 
     Entries are standardised over the heads of a layer, and whitened by their covariance over all layers of both models:
     entries that vary together get little weight.
@@ -89,7 +89,7 @@ def signature_cosines(
 
 
 def log_p_of_order(layers: Sequence[Float[np.ndarray, "K G F"]]) -> float:
-    """Returns the log p-value of the heads of a model being in random order with regard to their signatures.
+    """Returns the log p-value of the heads of a model being in random order with regard to their descriptors.
 
     For each entry the rank correlation with the index is added up over layers, for kv heads (their mean over queries)
     and for the queries inside them. The smallest two-sided p-value of these sums, by their normal limit, after
@@ -126,7 +126,7 @@ def _invariants(
     cross: Float[np.ndarray, "K G3 H H"],
     num_singular: int,
 ) -> Float[np.ndarray, "K G3 F"]:
-    """Returns the signature entries of `X Y^T`, given the Gram matrices of X and Y, plain and through each moment."""
+    """Returns the descriptor entries of `X Y^T`, given the Gram matrices of X and Y, plain and through each moment."""
     square = _trace(one[0], other[0])  # tr(X Y^T Y X^T), the squared norm
     square = np.maximum(square, np.finfo(np.float64).tiny)
     singular = _singular_values(one[0], other[0]) / np.sqrt(square)[..., None]
