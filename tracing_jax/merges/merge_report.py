@@ -21,6 +21,7 @@ from tracing_jax.merges.parent_shares import (
     without_share,
 )
 from tracing_jax.merges.recipe import moe_recipe, recipe
+from tracing_jax.merges.recipe_residual import recipe_residual
 from tracing_jax.merges.regions import joint_regions
 from tracing_jax.merges.report import MergeReport
 from tracing_jax.merges.selection import Selection, read_of, restricted, select
@@ -151,6 +152,7 @@ def _without_shares(models: MergeModels, others: Sequence[OtherShape], more_note
         "search": None,
         "method": Choice(None).as_dict(),
         "recipe": None,
+        "recipe_residual": None,
         **{f"by_{key}": {} for key in ("role", "layer", "role_and_layer", "expert", "tensor")},
         "left_out": {},
         "layers": None,
@@ -181,14 +183,15 @@ def _by_role_and_layer(models: MergeModels, sums: NormalEquations) -> dict[tuple
 def _method_and_recipe(
     models: MergeModels, sums: NormalEquations, choice: Choice, asked: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns the method that was chosen, and the configuration that makes the child again."""
+    """Returns the method that was chosen, the configuration that makes the child again, and what it leaves."""
     origin = None if models.origin is None else str(asked.get("base") or "origin")
     if not (by_expert := _by_expert(models, sums)):
         text = recipe(models, choice, _by_role_and_layer(models, sums), origin, sums.dtype)
     else:
         others = estimate(models, [tensor for tensor in sums.tensors if tensor.place.expert is None])
         text = moe_recipe(models, by_expert, others, origin, sums.dtype)
-    return {"method": choice.as_dict(), "recipe": text}
+    left = None if text is None or by_expert else recipe_residual(text, models, sums, choice, origin)
+    return {"method": choice.as_dict(), "recipe": text, "recipe_residual": left}
 
 
 def _by_expert(models: MergeModels, sums: NormalEquations, bias: AlignmentBias | None = None) -> Mapping[int, Shares]:

@@ -127,12 +127,12 @@ def stitched(entries: Sequence[Entries], unit: Sequence[np.ndarray]) -> Method:
     """
     groups: dict[str, list[Entries]] = {}
     for own in entries:
-        groups.setdefault(_group(own.place), []).append(own)
+        groups.setdefault(group_of(own.place), []).append(own)
     owners = {
         name: int(np.argmin([sum(_absolute(e, coefficients) for e in members) for coefficients in unit]))
         for name, members in groups.items()
     }
-    return Method("stitched", {"of": owners}, lambda e: _one(unit[owners.get(_group(e.place), 0)] @ e.x))
+    return Method("stitched", {"of": owners}, lambda e: _one(unit[owners.get(group_of(e.place), 0)] @ e.x))
 
 
 def linear(entries: Sequence[Entries]) -> Method:
@@ -234,7 +234,8 @@ def _one(value: np.ndarray) -> tuple[Values, np.ndarray]:
     return value[None], np.zeros(1)
 
 
-def _group(place: TensorKey) -> str:
+def group_of(place: TensorKey) -> str:
+    """Returns what a stitched child has of one model: a layer, an expert of it, the embedding or the head."""
     if place.layer is None:
         return place.name.split("/")[0]
     return f"layers/{place.layer}" + ("" if place.expert is None else f"/experts/{place.expert}")
@@ -289,16 +290,20 @@ def _slerp_point(e: Entries, one: np.ndarray, other: np.ndarray) -> float:
 
 def _slerp_value(e: Entries, one: np.ndarray, other: np.ndarray, t: float) -> np.ndarray:
     """Returns the interpolated entries, less the reference; models are `ref + coefficients @ x`."""
-    inner = e.gram[1:, 1:]
+    s, u = slerp_weights(e.gram, one, other, t)
+    found: np.ndarray = s * (one @ e.x) + u * (other @ e.x) + (s + u - 1) * e.ref
+    return found
+
+
+def slerp_weights(gram: Float[np.ndarray, "C C"], one: np.ndarray, other: np.ndarray, t: float) -> tuple[float, float]:
+    """Returns the weights of two models at a point between them, from the products of all columns over a tensor."""
+    inner = gram[1:, 1:]
     a, b = np.append(one, 1.0), np.append(other, 1.0)
     cosine = a @ inner @ b / math.sqrt(max((a @ inner @ a) * (b @ inner @ b), 1e-300))
     if abs(cosine) > 0.9995:  # as mergekit does
-        s, u = 1 - t, t
-    else:
-        angle = math.acos(cosine)
-        s, u = math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
-    found: np.ndarray = s * (one @ e.x) + u * (other @ e.x) + (s + u - 1) * e.ref
-    return found
+        return 1 - t, t
+    angle = math.acos(cosine)
+    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
 
 
 def _ties_fit(

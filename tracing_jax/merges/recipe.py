@@ -15,7 +15,7 @@ from tracing_jax.merges.shares import Shares
 
 MOST_LEFT = 0.5
 """A recipe that leaves more of the child's difference, in squares, than this is none; DARE excepted, which draws."""
-_FILTERS = {"norm": "norm", "attention": "self_attn", "mlp": "mlp", "expert": "experts", "router": "gate",
+FILTERS = {"norm": "norm", "attention": "self_attn", "mlp": "mlp", "expert": "experts", "router": "gate",
             "embedding": "embed_tokens", "head": "lm_head"}  # fmt: skip
 """Role -> part of the names of its tensors in checkpoints like Llama's; the first that fits a name counts."""
 _SAME = 2e-3  # numbers that differ by less are written as one
@@ -142,7 +142,7 @@ def _by_role(values: Mapping[tuple[str, int | None], float], num_layers: int) ->
     if max(every) - min(every) < _SAME:
         return _rounded(float(np.median(every)))
     found: list[dict[str, Any]] = []
-    for role, name in _FILTERS.items():
+    for role, name in FILTERS.items():
         own = {layer: value for (at, layer), value in values.items() if at == role}
         in_layers = [own.get(i, float(np.median(every))) for i in range(num_layers)]
         if any(layer is not None for layer in own):

@@ -147,7 +147,9 @@ def _method_lines(record: Mapping[str, Any]) -> list[str]:
             f"entries of the child that are predicted to rounding: {100 * exact['share']:.0f} % of {exact['count']}"
         ]
     if record["recipe"]:
-        lines += ["recipe for mergekit:", *(f"  {line}" for line in record["recipe"].splitlines()), ""]
+        left = record["recipe_residual"]
+        leaves = "" if left is None else f", which leaves {100 * left:.3f} % of what differs (all entries)"
+        lines += [f"recipe for mergekit{leaves}:", *(f"  {line}" for line in record["recipe"].splitlines()), ""]
     return lines
 
 
