@@ -72,3 +72,15 @@ def test_parents_of_a_rotated_child_are_tested_and_the_bias_is_stated():
     assert len({share["bias"] for _, share in parts}) > len(parts) / 2
     assert np.mean([share["low"] <= truth <= share["high"] for truth, share in parts]) > 0.9
     assert "the alignment by itself moves shares by" in repr(found)
+
+
+@pytest.mark.slow
+def test_without_the_base_the_child_is_aligned_to_the_parent_of_the_largest_share():
+    """Whichever is named first; it alone is then not tested."""
+    parents = [sibling(leaves(0), seed) for seed in range(3)]
+    child = model(merging.linear(parents, [0.2, 0.8, 0.0]))
+    hidden = in_memory(rewritten(child, draw_rewrites("rotate", jax.random.key(1), ARCH)))
+    found = merge_report(MergeModels(hidden, dict(zip("ABC", map(model, parents)))), align=("auto",))
+    assert any(note.startswith("the child was aligned to B") for note in found.record["notes"])
+    assert found.parts == {"A": "part", "B": "not_testable", "C": "none"}
+    assert found.shares["A"] == pytest.approx(0.2, abs=max(0.01, 3 * found.record["alignment_bias"]["largest"]))

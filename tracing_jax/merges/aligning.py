@@ -142,30 +142,59 @@ def with_aligned_child(
     """
     reasons: list[str] = []
     original = replace(models, child=float32_source(models.child))  # to round it again would add to the noise
-    for at, name in enumerate(["the base"] * (models.origin is not None) + list(models.names), start=1):
-        try:
-            gauge = _aligned_to(original, at, kinds, seed, known)
-        except (AlignmentError, ValueError) as error:
-            reasons.append(f"to {name}: {error}")
-            known.forget(original.read_together[at])
+    for at in range(1, len(original.read_together)):
+        if (gauge := _gauge_of(original, at, kinds, seed, known, reasons)) is None:
             continue
-        sums = read_sums(gauge.models, seed)
-        if is_in_place(gauge.models, sums):
-            undone = ", ".join(gauge.undone) or "nothing"
-            likewise = "; the other models likewise, for the same gauge" if gauge.mapped else ""
-            units = read_units(gauge.child_alone, seed) if gauge.mapped else sums.units
-            return ModelsInOrder(
-                gauge.models,
-                sums,
-                ExchangedUnits(units, gauge.mapped),
-                _untested(gauge.models, sums, at),
-                True,
-                [f"the child was aligned to {name}: {undone}{likewise}"],
-                _bias(gauge, at, kinds, sums, seed, known) if gauge.mapped and measures_bias else None,
-            )
-        reasons.append(f"to {name}: aligned, its kernels are still unlike those of the others")
-        known.forget(original.read_together[at])
+        strongest = _strongest(gauge, at)
+        if strongest != at and (nearer := _gauge_of(original, strongest, kinds, seed, known, reasons)) is not None:
+            known.forget(original.read_together[at])
+            at, gauge = strongest, nearer
+        undone = ", ".join(gauge.undone) or "nothing"
+        likewise = "; the other models likewise, for the same gauge" if gauge.mapped else ""
+        units = read_units(gauge.child_alone, seed) if gauge.mapped else gauge.sums.units
+        return ModelsInOrder(
+            gauge.models,
+            gauge.sums,
+            ExchangedUnits(units, gauge.mapped),
+            _untested(gauge.models, gauge.sums, at),
+            True,
+            [f"the child was aligned to {_name(models, at)}: {undone}{likewise}"],
+            _bias(gauge, at, kinds, seed, known) if gauge.mapped and measures_bias else None,
+        )
     raise AlignmentError("the child could not be aligned:\n  " + "\n  ".join(reasons))
+
+
+def _gauge_of(
+    models: MergeModels, at: int, kinds: Sequence[str], seed: int, known: AlignedModels, reasons: list[str]
+) -> "_Gauge | None":
+    """Returns the models after the child was aligned to the one at this place; None, with a reason, if it was not."""
+    to = f"to {_name(models, at)}"
+    try:
+        gauge = _aligned_to(models, at, kinds, seed, known)
+    except (AlignmentError, ValueError) as error:
+        reasons.append(f"{to}: {error}")
+    else:
+        if is_in_place(gauge.models, gauge.sums):
+            return gauge
+        reasons.append(f"{to}: aligned, its kernels are still unlike those of the others")
+    known.forget(models.read_together[at])
+    return None
+
+
+def _strongest(gauge: "_Gauge", at: int) -> int:
+    """Returns the place of the model to which maps are estimated best: the origin, or the parent of the largest share.
+
+    The child is as near to no other one. Where nothing but an order was found, it is right whoever it came from.
+    """
+    if gauge.models.origin is not None or not gauge.mapped:
+        return at
+    shares = estimate(gauge.models, gauge.sums.tensors)
+    return at if shares.undefined else 1 + int(np.argmax(shares.values))
+
+
+def _name(models: MergeModels, at: int) -> str:
+    """Returns the name of the model at this place of those that are read together."""
+    return "the base" if models.origin is not None and at == 1 else models.names[at - 1 - (models.origin is not None)]
 
 
 class _Gauge(NamedTuple):
@@ -176,12 +205,14 @@ class _Gauge(NamedTuple):
       child_alone: the child aligned, all others as they were.
       undone: names of the rewrites.
       mapped: whether maps were estimated.
+      sums: of the models.
     """
 
     models: MergeModels
     child_alone: MergeModels
     undone: Sequence[str]
     mapped: bool
+    sums: NormalEquations
 
 
 def _aligned_to(models: MergeModels, at: int, kinds: Sequence[str], seed: int, known: AlignedModels) -> _Gauge:
@@ -195,23 +226,22 @@ def _aligned_to(models: MergeModels, at: int, kinds: Sequence[str], seed: int, k
     alone = replace(models, child=in_memory(aligned(models.child, found), "aligning"))
     undone = [rewrite.name for rewrite in found.rewrites]
     if found.reorders_only or _NO_MAPS.issuperset(undone):
-        return _Gauge(alone, alone, undone, False)
-    return _Gauge(_in_one_gauge(alone, reference, kinds, seed, known), alone, undone, True)
+        return _Gauge(alone, alone, undone, False, read_sums(alone, seed))
+    likewise = _in_one_gauge(alone, reference, kinds, seed, known)
+    return _Gauge(likewise, alone, undone, True, read_sums(likewise, seed))
 
 
-def _bias(
-    gauge: _Gauge, at: int, kinds: Sequence[str], sums: NormalEquations, seed: int, known: AlignedModels
-) -> AlignmentBias | None:
+def _bias(gauge: _Gauge, at: int, kinds: Sequence[str], seed: int, known: AlignedModels) -> AlignmentBias | None:
     """Returns what such an alignment does to the shares of merges with the shares that were found.
 
     One is of independent noise of the same sizes; see `merged_noise`. The other is of the parents themselves, whose
     differences have the structure that training gives, which maps fit better than noise. None if shares are undefined.
     """
-    found = estimate(gauge.models, sums.tensors)
+    found = estimate(gauge.models, gauge.sums.tensors)
     names = [name for name in gauge.undone if name in DISGUISES]
     if found.undefined or not names:
         return None
-    noise = merged_noise(gauge.models, sums, found.values, found.fit.unexplained, seed)
+    noise = merged_noise(gauge.models, gauge.sums, found.values, found.fit.unexplained, seed)
     again = merged_again(gauge.child_alone, found.values) if gauge.models.tokens is None else None
     moved = {
         "noise": _moved(noise, at, kinds, names, seed, AlignedModels()),
@@ -227,12 +257,10 @@ def _moved(
     """Returns how much shares move if a child is disguised by rewrites of these names and aligned; None if it fails."""
     hidden = rewritten(made.child, draw_rewrites(names, jax.random.key(seed), made.child.arch))
     try:
-        back = _aligned_to(
-            replace(made, child=in_memory(hidden, "measuring the alignment")), at, kinds, seed, known
-        ).models
+        back = _aligned_to(replace(made, child=in_memory(hidden, "measuring the alignment")), at, kinds, seed, known)
     except (AlignmentError, ValueError):
         return None
-    moved = moved_shares(made, read_sums(made, seed), back, read_sums(back, seed))
+    moved = moved_shares(made, read_sums(made, seed), back.models, back.sums)
     return moved if np.isfinite(moved["whole"][None]).all() else None  # of either, shares may be undefined
 
 
@@ -243,7 +271,7 @@ def _untested(models: MergeModels, sums: NormalEquations, at: int) -> dict[str, 
     is as open as before. That needs an order that is right, and not the best of many chance agreements, which reach a
     cosine of .42 among 256 units of 64 features.
     """
-    reference = None if models.origin is not None and at == 1 else models.names[at - 1 - (models.origin is not None)]
+    reference = None if models.origin is not None and at == 1 else _name(models, at)
     alike = [np.median([_cosines(sample)[at - 1] for sample in experts]) for experts in _samples(models, sums)]
     if float(min(alike)) < _SURE:
         return dict.fromkeys(models.names, "the child was aligned to weights that are not like its own enough")
