@@ -1,12 +1,13 @@
 """Merges that we make ourselves: are the shares right, do intervals cover, is a parent without a part left alone?
 
     python -m benchmarks.merges                  # every part, a quarter of an hour on two cores
-    python -m benchmarks.merges --parts=shares   # of shares, methods, further, disguises
+    python -m benchmarks.merges --parts=shares   # of shares, methods, noisy_methods, further, disguises
 
 Parents are fine-tunes of the demo's base (`siblings.py`), so that their differences from it are alike in part; `like_a`
 learnt from the same text as `a`. Merges are made in numpy as mergekit makes them, and rounded as checkpoints are.
 """
 
+import collections
 import dataclasses
 import json
 import time
@@ -37,7 +38,7 @@ NOISES = ("none", "white", "rows", "low rank")
 another size in each row, of rank two."""
 DISGUISES = ("permute", "rotate", "units,values,queries,gains", "rotate,permute,units,values,queries", "pad,identity",
              "split,permute")  # fmt: skip
-_PARTS = flags.DEFINE_list("parts", ["shares", "methods", "further", "disguises"], "what to measure")
+_PARTS = flags.DEFINE_list("parts", ["shares", "methods", "noisy_methods", "further", "disguises"], "what to measure")
 _DRAWS = flags.DEFINE_integer("draws", 12, "merges of each kind of noise and dtype", lower_bound=1)
 
 
@@ -147,17 +148,19 @@ def further(family: MergeModelsOfZoo) -> Iterator[dict[str, Any]]:
         yield _row(models, dict.fromkeys(others, 0.0), {"child": f"{name}, which is no merge"})
 
 
-def methods(family: MergeModelsOfZoo, draws: int) -> Iterator[dict[str, Any]]:
-    """Yields the method that was made and the one that was named."""
+def methods(family: MergeModelsOfZoo, draws: int, noise: str = "none") -> Iterator[dict[str, Any]]:
+    """Yields the method that was made and the one that was named, of children with noise of this kind."""
     for dtype in _DTYPES:
         o, p = family.stored(family.origin, dtype), [family.stored(family.parents[n], dtype) for n in ("a", "b")]
         for draw in range(draws):
             for name, child in _made(o, p, draw):
                 with_origin = bool(draw % 2) or name in _NEED_ORIGIN
+                child = noisy(child, o, noise, np.random.default_rng([draw, 3]))
                 record = merge_report(family.models(child, ["a", "b"], dtype, with_origin)).record
                 method = record["method"]
                 yield {"dtype": dtype, "made": name, "named": method["name"], "residual": method["residual"],
-                       "nats": method["nats_per_entry"]}  # fmt: skip
+                       "recipe_residual": record["recipe_residual"], "nats": method["nats_per_entry"],
+                       "words": [part["word"] for part in record["parts"]]}  # fmt: skip
 
 
 _NEED_ORIGIN = ("linear, by tensor", "ties", "dare_linear", "dare_ties")
@@ -234,20 +237,31 @@ def tables(found: Mapping[str, list[dict[str, Any]]]) -> str:
         lines = [[row["child"], ", ".join(f"{t:g}" for t in row["truth"]), ", ".join(row["words"]),
                   max(row["error"])] for row in rows]  # fmt: skip
         parts.append(text_table(lines, ["child", "shares of a, b, like_a (the others)", "words", "largest error"]))
-    if rows := found.get("methods"):
-        lines = []
-        for made in dict.fromkeys(row["made"] for row in rows):
-            own = [row for row in rows if row["made"] == made]
-            wrong = sorted({row["named"] for row in own} - {made})
-            right = f"{sum(row['named'] == made for row in own)} of {len(own)}"
-            lines.append([made, right, ", ".join(wrong), float(np.median([row["residual"] for row in own]))])
-        parts.append(text_table(lines, ["made", "named right", "wrong names", "left of the difference"]))
+    for part in ("methods", "noisy_methods"):
+        if rows := found.get(part):
+            parts.append(_method_table(rows))
     if rows := found.get("disguises"):
         keys = ("disguise", "noise", "aligned", "error", "se", "undisguised", "bias", "unexplained", "seconds")
         headers = ["disguise", "noise", "aligned", "largest error", "s.e.", "undisguised", "bias by noise",
                    "unexplained", "seconds", "words"]  # fmt: skip
         parts.append(text_table([[*(row[key] for key in keys), ", ".join(row["words"])] for row in rows], headers))
     return "\n\n".join(parts)
+
+
+def _method_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = []
+    for made in dict.fromkeys(row["made"] for row in rows):
+        own = [row for row in rows if row["made"] == made]
+        wrong = sorted({row["named"] for row in own} - {made})
+        right = f"{sum(row['named'] == made for row in own)} of {len(own)}"
+        words = collections.Counter(word for row in own for word in row["words"])
+        recipes = [row["recipe_residual"] for row in own if row["recipe_residual"] is not None]
+        lines.append([
+            made, right, ", ".join(wrong), float(np.median([row["residual"] for row in own])),
+            float(np.median(recipes)) if recipes else None, ", ".join(f"{n} {word}" for word, n in words.items()),
+        ])  # fmt: skip
+    headers = ["made", "named right", "wrong names", "left of the difference", "left by the recipe", "words"]
+    return text_table(lines, headers)
 
 
 def main(argv: list[str]) -> None:
@@ -259,6 +273,7 @@ def main(argv: list[str]) -> None:
         "shares": lambda: shares(family, _DRAWS.value),
         "further": lambda: further(family),
         "methods": lambda: methods(family, max(1, _DRAWS.value // 3)),
+        "noisy_methods": lambda: methods(family, max(1, _DRAWS.value // 6), "white"),
         "disguises": lambda: disguises(family),
     }
     file = Path(OUT_DIR.value) / "merges.json"
