@@ -46,7 +46,7 @@ from tracing_jax.statistics import (
     hidden_by,
     inactive_layers,
     obscured_layers,
-    unit_copies,
+    token_directions,
 )
 from tracing_jax.statistics import distinct_units as distinct_units_module
 from tracing_jax.statistics.csh import Csh
@@ -219,7 +219,7 @@ def test_rows_on_features_that_no_token_has_are_no_evidence(monkeypatch):
         assert [len(distinct_units(model, i).kept) for i in range(ARCH.num_layers)] == [0] * ARCH.num_layers
         assert obscured_layers(model) == [*range(ARCH.num_layers)]
     assert all(len(distinct_units(base, i).kept) > F - 4 for i in range(ARCH.num_layers))
-    monkeypatch.setattr(unit_copies, "UNREAD", 0.0)
+    monkeypatch.setattr(token_directions, "LEAST_OF_EMBEDDINGS", 0.0)
     forged = InMemory(ARCH, forged.params)  # nothing is known of it yet
     assert result(Csu(), base, forged).log10_p < -3  # evidence without
 
@@ -603,6 +603,59 @@ def test_units_on_features_that_the_first_layer_removes_are_no_evidence():
     one_gain = InMemory(arch, unflatten(leaves))
     Pair(one_gain, one_gain, Vocabularies(True, IDS, IDS, text_blocks=(TOKENS,) * 2), None, Compute(make_mesh(), 8), 0)
     assert distinct_units(one_gain, 1).kept.min(initial=F) >= 32
+
+
+def by_text_and_by_weights(arch, leaves):
+    """A model of these leaves twice: one that is to read a text, one of which only the weights are looked at."""
+    by_text, by_weights = (InMemory(arch, unflatten(dict(leaves))) for _ in range(2))
+    Pair(by_text, by_text, Vocabularies(True, IDS, IDS, text_blocks=(TOKENS,) * 2), None, Compute(make_mesh(), 8), 0)
+    return by_text, by_weights
+
+
+def test_what_units_and_heads_write_to_features_that_nothing_reads_is_no_evidence():
+    """The logits do not depend on it but by the norm of the stream, to second order."""
+    arch, unread = dataclasses.replace(ARCH, embed_dim=36), slice(24, 36)
+    leaves = dict(flatten(on_host(InMemory(arch, init_params(arch, jax.random.key(0)))).params))
+    for name in leaves:
+        if name.endswith(("q_proj/kernel", "k_proj/kernel", "v_proj/kernel", "gate_proj/kernel", "up_proj/kernel")):
+            leaves[name] = np.array(leaves[name])
+            leaves[name][unread] = 0
+    leaves["embed/embedding"] = np.array(leaves["embed/embedding"])
+    leaves["embed/embedding"][:, unread] = 0
+    for i in range(3):
+        down, output = (np.array(leaves[f"layers/{i}/{name}/kernel"]) for name in ("mlp/down_proj", "attn/o_proj"))
+        down[:32, :24], down[:32, unread], down[32:, unread] = 0, 3 * down[:32, unread], 0
+        output[0, 0, :, :24], output[0, 1:, :, unread], output[1:, :, :, unread] = 0, 0, 0
+        leaves |= {f"layers/{i}/mlp/down_proj/kernel": down, f"layers/{i}/attn/o_proj/kernel": output}
+    by_text, by_weights = by_text_and_by_weights(arch, leaves)
+    for i in range(3):
+        assert distinct_units(by_weights, i).kept.min() < 8
+        kept = distinct_units(by_text, i).kept
+        assert kept.min() >= 32
+        assert len(kept) > 28
+        assert not inactive_heads(by_weights, i).any()
+        assert np.argwhere(inactive_heads(by_text, i)).tolist() == [[0, 0]]
+
+
+def test_units_whose_gate_a_constant_feature_holds_where_it_is_a_line_are_no_evidence():
+    """Others can cancel them; that all tokens have the feature is found by reading a text."""
+    arch = dataclasses.replace(ARCH, embed_dim=36)
+    leaves = dict(flatten(on_host(InMemory(arch, init_params(arch, jax.random.key(0)))).params))
+    for name in leaves:
+        if name.endswith(("embed/embedding", "down_proj/kernel", "o_proj/kernel")):
+            leaves[name] = np.array(leaves[name])
+            leaves[name][..., 35] = 0
+    embedding = leaves["embed/embedding"]
+    embedding[:, 35] = 1.2 * np.sqrt(35) * embedding[:, :35].std()
+    for i in range(3):
+        gate = leaves[f"layers/{i}/mlp/gate_proj/kernel"] = np.array(leaves[f"layers/{i}/mlp/gate_proj/kernel"])
+        gate *= 3 / np.linalg.norm(gate, axis=0)
+        gate[35, 32:], gate[35, :32] = 0, 3.3
+    by_text, by_weights = by_text_and_by_weights(arch, leaves)
+    assert distinct_units(by_weights, 0).kept.min() < 8
+    kept = distinct_units(by_text, 0).kept
+    assert kept.min() >= 32
+    assert len(kept) > 28
 
 
 def test_layers_repeat_others_if_gates_or_ups_do():

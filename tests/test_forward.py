@@ -13,7 +13,16 @@ from cases import diagonal, slow
 
 from tracing_jax.axes import axis_table
 from tracing_jax.data import paired_one_to_one
-from tracing_jax.forward import correlations, forward_pass, logits, losses, path_losses, token_losses
+from tracing_jax.forward import (
+    activations,
+    correlations,
+    forward_pass,
+    logits,
+    losses,
+    path_losses,
+    stream_pass,
+    token_losses,
+)
 from tracing_jax.interpolation import interpolate, interpolated_leaves, path_groups
 from tracing_jax.run_cache import RunCache, WriteBudget
 from tracing_jax.sharding import Compute, leaf_spec, make_mesh
@@ -260,3 +269,28 @@ def test_meshes_that_do_not_fit_are_refused(mesh):
     with pytest.raises(ValueError, match="8 are there"):
         make_mesh(*mesh)
     assert make_mesh(-1, 2).shape == {"data": 4, "model": 2}
+
+
+@pytest.mark.parametrize("arch", [tiny.qwen3_gqa(), slow(tiny.gpt2()), slow(tiny.mixtral()), slow(tiny.olmo2_gqa())])
+def test_gradients_at_the_stream_are_those_of_the_rest_of_the_model(arch, one_device):
+    """Of the same random function of the predicted tokens, taken through all later layers at once."""
+    source, tokens = tiny.model(arch, 0), np.random.default_rng(0).integers(61, size=(3, 12), dtype=np.int32)
+    valid = np.broadcast_to(np.arange(12) >= 4, tokens.shape)
+    found = stream_pass(source, tokens, valid, one_device)
+    noise = np.random.default_rng(0).standard_normal((3, 12, arch.vocab_size), np.float32)
+    weights = jnp.exp(jax.nn.log_softmax(logits(source, tokens)) / 2) * noise
+
+    def of_predictions(x, layer):
+        for output in forward_pass.forward(source, [jnp.asarray(tokens)], jnp.float32, start=(layer, [x])):
+            x = output.hidden
+        return (weights * jax.nn.log_softmax(forward_pass.head_logits(arch, forward_pass.head_of(source), x))).sum()
+
+    gradient = jax.jit(jax.grad(of_predictions), static_argnums=1)
+    states = [jnp.copy(output.hidden) for output in forward_pass.forward(source, [jnp.asarray(tokens)], jnp.float32)]
+    for i in range(1, arch.num_layers + 1):
+        expected = gradient(states[i - 1], i)
+        np.testing.assert_allclose(found.gradients[i], expected[valid], rtol=1e-3, atol=1e-5)
+    assert found.gradients[0].shape == (24, arch.embed_dim)
+    at = np.broadcast_to(np.arange(12), tokens.shape)
+    for i, taps in activations(source, tokens, at, valid, ("mlp_input",), one_device):
+        np.testing.assert_allclose(found.mlp_inputs[i], taps["mlp_input"], atol=1e-6)

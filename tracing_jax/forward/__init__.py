@@ -15,6 +15,7 @@ from tracing_jax.forward.activation_spread import activation_spread
 from tracing_jax.forward.activations import activations, embedding_activations
 from tracing_jax.forward.forward_pass import LayerOutput, final_hidden, forward, head_logits, head_of
 from tracing_jax.forward.function_equality import FUNCTION_TOLERANCE, check_function, logits
+from tracing_jax.forward.gradients import StreamPass, stream_pass
 from tracing_jax.forward.interpolated_model import InterpolatedModel
 from tracing_jax.forward.losses import divergences, mean_loss, path_losses, token_losses
 from tracing_jax.forward.paired import LayerCorrelations, correlate, correlations, embedding_correlations
@@ -26,6 +27,7 @@ __all__ = [
     "LayerCorrelations",
     "LayerOutput",
     "Sample",
+    "StreamPass",
     "activation_spread",
     "activations",
     "check_function",
@@ -42,5 +44,6 @@ __all__ = [
     "mean_loss",
     "path_losses",
     "sampled_units",
+    "stream_pass",
     "token_losses",
 ]

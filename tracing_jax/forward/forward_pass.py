@@ -65,6 +65,8 @@ class LayerOutput(NamedTuple):
     """Valid until the next layer takes this batch in: its memory is then reused."""
     taps: dict[str, Float[Array, "*A B P U"]]
     cache: LayerCache | None
+    carried: Carried
+    """What passes to the next layer beside the hidden state."""
 
 
 def forward(
@@ -100,7 +102,7 @@ def forward(
     each_positions = [None] * len(tokens) if positions is None else positions
     first, given = start or (0, _embedded(model, tokens, dtype, each_positions))
     hidden = list(given)
-    carried = _carried(model, tokens, hidden)
+    carried = carried_before(model, tokens, hidden)
     for i in range(first, arch.num_layers):
         layer: Subtree | None = model.layer(i)
         inputs = layer_inputs(arch, i)
@@ -110,7 +112,7 @@ def forward(
             hidden[b], carried[b] = outputs[0].hidden, outputs[0].carried
             if b == len(hidden) - 1:
                 layer = None  # freed before the next one is read, and before the caller uses this one's results
-            yield LayerOutput(i, b, *outputs.pop()[:3])  # no reference is left here: the caller alone holds activations
+            yield LayerOutput(i, b, *outputs.pop())  # no reference is left here: the caller alone holds activations
         if not resident:
             jax.block_until_ready(hidden)  # dispatch is asynchronous, and layers would accumulate
 
@@ -131,7 +133,7 @@ def forward_mlps(
                 found = [mlp_step(source.arch, taps, layer, x)]
                 if b == len(hidden) - 1:
                     layer = None
-                yield LayerOutput(i, b, x, found.pop(), None)
+                yield LayerOutput(i, b, x, found.pop(), None, Carried(None, {}))
 
 
 def final_hidden(
@@ -215,9 +217,10 @@ def carries_more(arch: Arch) -> bool:
     return arch.per_layer_dim is not None or arch.shares_keys
 
 
-def _carried(
+def carried_before(
     model: PathOrModel, tokens: Sequence[jax.Array], hidden: Sequence[Float[Array, "*A B T D"]]
 ) -> list[Carried]:
+    """Returns for each batch what its first layer receives beside these hidden states."""
     if model.arch.per_layer_dim is None:
         return [Carried(None, {}) for _ in tokens]
     embed = model.embed()

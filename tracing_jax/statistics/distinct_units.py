@@ -13,8 +13,9 @@ the sum M of their products of down and up rows, and any other rows with the sum
 are units whose gates point in opposite directions, as a(z) - a(-z) is z for most activation functions.
 
 Layers and experts can be added that do nothing as well; so a unit must also write something beside the residual stream
-that its layer adds to. And a unit must read something of the stream: where features are added that no token has, rows
-may have anything there (`token_directions`).
+that its layer adds to. And a unit must read something of the stream, and the logits something of
+what it writes: where features are added that no token has, or that nothing reads, rows may have anything there
+(`token_directions`).
 
 All this follows from the weights of one model, whatever the order of its units: a test on the units kept is as exact as
 one on all.
@@ -36,7 +37,7 @@ from tracing_jax.statistics.identity_starts import identity_p
 from tracing_jax.statistics.kept_facts import kept_of
 from tracing_jax.statistics.mlp_rows import gain_of
 from tracing_jax.statistics.nulls import spearman_log_sf
-from tracing_jax.statistics.token_directions import read_directions, sampled_embeddings
+from tracing_jax.statistics.token_directions import are_read, read_directions, sampled_embeddings, written_directions
 from tracing_jax.statistics.unit_copies import (
     SharedOutputs,
     are_pure,
@@ -144,17 +145,19 @@ def _found(model: ParamSource, layer: int) -> DistinctUnits:
     proportional = model.arch.clamped_glu is None
     shared = shared_outputs(leader, readings[-1] if model.arch.gated and proportional else None)
     own = norms_of(down)
-    summed = own if shared is None else norms_of(shared.added(down))
-    size = _input_size(model, layer)
+    own_read = own * _are_read(model, layer, down)
+    summed = shared.added(down) if shared is not None else None
+    written_by_group = own_read if summed is None else norms_of(summed) * _are_read(model, layer, summed)
+    size = 1.0 if directions is not None and directions.size is not None else _input_size(model, layer)
 
     def written(degree: int) -> Float[np.ndarray, " G"]:
         curved = curved_outputs(size * readings[0].sizes, readings[0].constants, model.arch, degree)
         ups = np.prod([reading.sizes for reading in readings[1:]], axis=0) * np.ones_like(curved)
-        found = (curved * (ups if proportional else 1) * summed)[first]
+        found = (curved * (ups if proportional else 1) * written_by_group)[first]
         if pure.all():
             return found
         # What such a group may write at most: what it writes decides nothing but whether others matter.
-        return np.where(pure[first], found, np.bincount(leader, curved * ups * own, len(leader))[first])
+        return np.where(pure[first], found, np.bincount(leader, curved * ups * own_read, len(leader))[first])
 
     beyond_line, beyond_parabola = written(1), written(2)
     least = max(inactive_below(beyond_line), _least_output(model, layer))
@@ -174,6 +177,13 @@ def _found(model: ParamSource, layer: int) -> DistinctUnits:
         mixed=int((~pure).sum()),
         moments=tuple(_moments(reading.sketch[kept], down.shape[1]) for reading in readings),
     )
+
+
+def _are_read(model: ParamSource, layer: int, down: Float[Array | np.ndarray, "F D"]) -> Bool[np.ndarray, " F"]:
+    """Returns for each unit whether the logits depend on what it writes."""
+    norm, (whole, (index, _)) = "mlp_post_norm", origin(model, layer)
+    gain = gain_of(model.layer(layer, (norm,)), norm, model.arch)
+    return are_read(down, gain, model.arch.norm_subtracts_mean, written_directions(whole, index + 1))
 
 
 def _moments(sketch: Float[np.ndarray, "K S"], width: int) -> Float[np.ndarray, " P"]:
@@ -302,6 +312,7 @@ def _embedding_size(model: ParamSource) -> float:
     if "embed" not in known:
         rows = sampled_embeddings(model)
         sizes = np.sqrt(np.square(rows, dtype=np.float64).mean(axis=1))
+        sizes *= are_read(jnp.asarray(rows), 1.0, arch.norm_subtracts_mean, written_directions(model, 0))
         known["embed"] = float(arch.embed_scale * np.median(sizes[sizes > 0])) if (sizes > 0).any() else 0.0
     return known["embed"]
 

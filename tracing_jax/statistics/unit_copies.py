@@ -4,7 +4,7 @@ Letters: F units, D features, S random features.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from tracing_jax.arch import Arch
 from tracing_jax.matching import normalised_rows
 from tracing_jax.statistics.identity_starts import diagonal_ranks
 from tracing_jax.statistics.mlp_rows import gain_of, scaled_rows
-from tracing_jax.statistics.token_directions import UNREAD, spread_of_units
+from tracing_jax.statistics.token_directions import Directions, spread_of_units
 from tracing_jax.statistics.unit_outputs import constants_of
 from tracing_jax.tree import Tree, to_host
 
@@ -40,20 +40,24 @@ class UnitReading:
     """See `identity_starts.diagonal_ranks`."""
     spread: Float[np.ndarray, " F"] | float = 1.0
     """How much of the tokens they read, as a share of what rows in random directions would; see `token_directions`."""
+    least: float = 0.0
+    """The share below which it is next to nothing."""
     with_bias: Float[np.ndarray, "F S"] | None = None
     """Random features of rows and biases, where there are any: copies are equal with and without them."""
     constants: Float[np.ndarray, " F"] | None = None
-    """What units read whatever the input: bias and shift of the norm."""
+    """What units read whatever the input: bias and shift of the norm, and the median over a text where one was read."""
+    size: float = 1.0
+    """Of the inputs where they vary."""
 
     @property
     def is_free(self) -> Bool[np.ndarray, " F"]:
         """For each unit whether it reads next to nothing of the tokens: its row may then be any."""
-        return np.broadcast_to(np.asarray(self.spread) < UNREAD, self.norms.shape)
+        return np.broadcast_to(np.asarray(self.spread) < self.least, self.norms.shape)
 
     @property
     def sizes(self) -> Float[np.ndarray, " F"]:
-        """The norms, and of units that are free no more than what they read."""
-        return np.where(self.is_free, self.norms * self.spread, self.norms)
+        """The norms times the size of the inputs, and of units that are free no more than what they read."""
+        return self.size * np.where(self.is_free, self.norms * self.spread, self.norms)
 
     @property
     def sides(self) -> list[Float[np.ndarray, "F S"]]:
@@ -98,7 +102,7 @@ class SharedOutputs:
         return rows.at[self.first].add(self.factors[:, None].astype(np.float32) * rows[self.copies])
 
 
-def reading_of(projection: Tree, norm: Tree, arch: Arch, directions: Float[np.ndarray, "T D"] | None) -> UnitReading:
+def reading_of(projection: Tree, norm: Tree, arch: Arch, directions: Directions | None) -> UnitReading:
     """Returns how units read by one projection, behind the norm before it."""
     kernel = jnp.asarray(projection["kernel"])
     gain = jnp.broadcast_to(jnp.asarray(gain_of(norm, arch.mlp_norm, arch), jnp.float32), kernel.shape[:1])
@@ -107,14 +111,20 @@ def reading_of(projection: Tree, norm: Tree, arch: Arch, directions: Float[np.nd
     factors = to_host(largest).astype(np.float64) * float(most)
     norms = factors * lengths
     diagonal = to_host(diagonal_ranks(kernel.T))
-    spread = spread_of_units(rows, lengths, directions)
+    found = UnitReading(normalised_rows(sketch), norms, diagonal)
+    if directions is not None:
+        found = replace(found, spread=spread_of_units(rows, lengths, directions), least=directions.least)
     constants = constants_of(projection, norm, arch.mlp_norm)
-    if not constants:
-        return UnitReading(normalised_rows(sketch), norms, diagonal, spread)
-    direction = np.random.default_rng(0).standard_normal(_SKETCH).astype(np.float32)  # a feature that all rows read
-    constant = np.sum(constants, axis=0)
-    with_bias = normalised_rows(factors[:, None] * sketch + constant[:, None] * direction).astype(np.float32)
-    return UnitReading(normalised_rows(sketch), norms, diagonal, spread, with_bias, constant)
+    if constants:
+        direction = np.random.default_rng(0).standard_normal(_SKETCH).astype(np.float32)  # a feature that all rows read
+        constant = np.sum(constants, axis=0)
+        with_bias = normalised_rows(factors[:, None] * sketch + constant[:, None] * direction).astype(np.float32)
+        found = replace(found, with_bias=with_bias, constants=constant)
+    if directions is None or directions.size is None or directions.middle is None:
+        return found
+    median = to_host(_read_of(jnp.asarray(directions.middle), kernel))  # which has the shift of the norm in it
+    bias = to_host(projection["bias"]) if "bias" in projection else 0.0
+    return replace(found, size=directions.size, constants=median + bias)
 
 
 def reading_of_outputs(down: Float[Array, "F D"]) -> UnitReading:
@@ -193,6 +203,11 @@ def orthogonal_features(width: int) -> Float[np.ndarray, "S S"]:
     values, vectors = np.linalg.eigh(_random_features(width).astype(np.float64).T @ _random_features(width))
     roots = np.where(values > 1e-6 * values[-1], values, np.inf) ** -0.5
     return vectors * roots @ vectors.T
+
+
+@jax.jit
+def _read_of(inputs: Float[Array, " D"], kernel: Float[Array, "D F"]) -> Float[Array, " F"]:
+    return jnp.matmul(inputs, kernel.astype(jnp.float32), precision="highest")
 
 
 @jax.jit

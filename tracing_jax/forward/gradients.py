@@ -1,0 +1,120 @@
+"""What the logits of a model depend on: gradients at its residual stream, by one pass forward and one back.
+
+Letters: N blocks, T position, D embed, V vocab, S selected positions, L layers.
+"""
+
+import functools
+from dataclasses import replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from tracing_jax.arch import Arch
+from tracing_jax.forward.forward_pass import carried_before, embed_step, forward, head_logits, head_of
+from tracing_jax.models import Carried, LayerInputs, apply_block, layer_inputs
+from tracing_jax.progress import tqdm
+from tracing_jax.sharding import Compute, put_like
+from tracing_jax.sources import ParamSource
+from tracing_jax.tree import Tree, to_host
+
+
+class StreamPass(NamedTuple):
+    """What a model makes of a text at S positions, float32.
+
+    Attributes:
+      mlp_inputs: for each of L layers what its MLP reads.
+      gradients: for each of L layers the gradient at the stream before it, and last the one behind all of them.
+    """
+
+    mlp_inputs: list[Float[np.ndarray, "S D"]]
+    gradients: list[Float[np.ndarray, "S D"]]
+
+
+def stream_pass(
+    source: ParamSource,
+    tokens: Int[np.ndarray, "N T"],
+    valid: Bool[np.ndarray, "N T"],
+    compute: Compute,
+    description: str = "gradients",
+) -> StreamPass:
+    """Returns what the MLPs of a model read of a few blocks, and on which directions of its stream the logits depend.
+
+    The gradients are of log-probabilities times random numbers that have the covariance of a token's indicators: their
+    second moment is the Fisher information of the stream, to which what moves all logits alike adds nothing. All blocks
+    pass together. Each layer is read twice, and one is held at a time; the hidden states of all layers are held.
+
+    Args:
+      source: a model, resident or streamed, that has a forward pass.
+      tokens: the blocks.
+      valid: the positions at which inputs and gradients are returned.
+      compute: devices and dtype.
+      description: of the progress bar.
+    """
+    arch = source.arch
+    (blocks,) = replace(compute, batch_size=len(tokens)).batches(tokens)
+    batch = compute.put(blocks)
+    x = embed_step(arch, compute.dtype, source.embed(), batch)
+    (carried,) = carried_before(source, [batch], [x])
+    before, inputs = [(to_host(x), carried)], []
+    with tqdm(total=2 * arch.num_layers, desc=description, unit="layer", disable=None) as bar:
+        for output in forward(source, [batch], compute.dtype, taps=("mlp_input",)):
+            before.append((to_host(output.hidden), output.carried))
+            inputs.append(to_host(output.taps["mlp_input"])[: len(tokens)][valid])
+            bar.update()
+        x, carried = before.pop()
+        gradient = _head_gradients(arch, head_of(source), put_like(x, batch))
+        unread = jax.tree.map(jnp.zeros_like, carried)
+        found = [to_host(gradient)[: len(tokens)][valid]]
+        for i in reversed(range(arch.num_layers)):
+            x, carried = before.pop()
+            layer = source.layer(i)
+            gradient, unread = _pull_back(
+                arch, layer, layer_inputs(arch, i), put_like(x, batch), carried, gradient, unread
+            )
+            found.append(to_host(gradient)[: len(tokens)][valid])
+            del layer
+            bar.update()
+    return StreamPass(inputs, found[::-1])
+
+
+def _head_gradients(arch: Arch, head: Tree, x: Float[Array, "N T D"]) -> Float[Array, "N T D"]:
+    """Returns the gradients at the stream behind all layers, block by block: logits are large."""
+    generator = np.random.default_rng(0)
+    shape = (x.shape[1], arch.vocab_size)
+    return jnp.stack([_head_gradient(arch, head, each, generator.standard_normal(shape, np.float32)) for each in x])
+
+
+@functools.partial(jax.jit, static_argnames=("arch",))
+def _head_gradient(
+    arch: Arch, head: Tree, x: Float[Array, "T D"], noise: Float[np.ndarray | Array, "T V"]
+) -> Float[Array, "T D"]:
+    def log_probabilities(x: Float[Array, "T D"]) -> Float[Array, "T V"]:
+        return jax.nn.log_softmax(head_logits(arch, head, x[None])[0].astype(jnp.float32))
+
+    found, pull = jax.vjp(log_probabilities, x)
+    (gradient,) = pull(jnp.exp(found / 2) * noise)
+    return gradient
+
+
+@functools.partial(jax.jit, static_argnames=("arch",))
+def _pull_back(
+    arch: Arch,
+    layer: Tree,
+    inputs: LayerInputs,
+    x: Float[Array, "N T D"],
+    carried: Carried,
+    gradient: Float[Array, "N T D"],
+    of_carried: Carried,
+) -> tuple[Float[Array, "N T D"], Carried]:
+    """Returns the gradients at what a layer receives from those at what it gives."""
+
+    def block(x: Float[Array, "N T D"], carried: Carried) -> tuple[Float[Array, "N T D"], Carried]:
+        output = apply_block(arch, layer, x, inputs, carried=carried)
+        return output.hidden, output.carried
+
+    _, pull = jax.vjp(block, x, carried)
+    found: tuple[Float[Array, "N T D"], Carried] = pull((gradient, of_carried))
+    return found
