@@ -101,7 +101,16 @@ def results(base: InMemory, ft: Descendant, text: Text, seed: int, names: Sequen
     rows = {"unseen": (text.unseen, new_ids[text.unseen])}
     in_text = ~np.isin(ids, text.unseen)
     text_ids = ids[in_text], new_ids[in_text]
-    vocabularies = Vocabularies(ft.new_ids is None, ids, new_ids, unseen=rows, in_text=in_text, text_ids=text_ids)
+    read = text.blocks[:8, :24]  # as much of a text as runs read
+    vocabularies = Vocabularies(
+        ft.new_ids is None,
+        ids,
+        new_ids,
+        unseen=rows,
+        in_text=in_text,
+        text_ids=text_ids,
+        text_blocks=(read, new_ids[read]),
+    )
     paired = paired_one_to_one(text.blocks, new_ids[text.blocks])
     pair = Pair(base, ft.model, vocabularies, text.blocks, Compute(make_mesh(), 32), seed, blocks=paired)
     archs = base.arch, ft.model.arch

@@ -59,7 +59,10 @@ def judge(base: InMemory, other: InMemory, blocks: np.ndarray, unused: np.ndarra
     ids = np.arange(base.arch.vocab_size, dtype=np.int32)
     in_text = ~np.isin(ids, unused)
     rows = {"unused": (unused, unused)}
-    vocabularies = Vocabularies(True, ids, ids, unseen=rows, in_text=in_text, text_ids=(ids[in_text],) * 2)
+    read = blocks[:8, :24]  # as much of a text as runs read
+    vocabularies = Vocabularies(
+        True, ids, ids, unseen=rows, in_text=in_text, text_ids=(ids[in_text],) * 2, text_blocks=(read, read)
+    )
     pair = Pair(base, other, vocabularies, blocks, Compute(make_mesh(), 32), seed,
                 blocks=paired_one_to_one(blocks, blocks))  # fmt: skip
     found, results = {}, {}
