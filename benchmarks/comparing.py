@@ -101,7 +101,7 @@ def results(base: InMemory, ft: Descendant, text: Text, seed: int, names: Sequen
     rows = {"unseen": (text.unseen, new_ids[text.unseen])}
     in_text = ~np.isin(ids, text.unseen)
     text_ids = ids[in_text], new_ids[in_text]
-    read = text.blocks[:8, :24]  # as much of a text as runs read
+    read = text.blocks[:4, :24]  # as much of a text as runs read
     vocabularies = Vocabularies(
         ft.new_ids is None,
         ids,

@@ -59,7 +59,7 @@ def judge(base: InMemory, other: InMemory, blocks: np.ndarray, unused: np.ndarra
     ids = np.arange(base.arch.vocab_size, dtype=np.int32)
     in_text = ~np.isin(ids, unused)
     rows = {"unused": (unused, unused)}
-    read = blocks[:8, :24]  # as much of a text as runs read
+    read = blocks[:4, :24]  # as much of a text as runs read
     vocabularies = Vocabularies(
         True, ids, ids, unseen=rows, in_text=in_text, text_ids=(ids[in_text],) * 2, text_blocks=(read, read)
     )

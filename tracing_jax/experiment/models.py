@@ -24,7 +24,7 @@ from tracing_jax.experiment.validation import DEMO, statistic_names
 from tracing_jax.options import RunOptions
 from tracing_jax.statistics import LIGHT, Vocabularies, is_enough
 
-_BLOCKS, _BLOCK_LENGTH = 8, 24
+_BLOCKS, _BLOCK_LENGTH = 4, 24
 """Of the text of the package that both models read by themselves; see `token_directions`."""
 
 _SHAPE_OF_CONTROLS = ("num_layers", "embed_dim", "mlp_dim", "vocab_size")

@@ -44,7 +44,8 @@ def stream_pass(
 
     The gradients are of log-probabilities times random numbers that have the covariance of a token's indicators: their
     second moment is the Fisher information of the stream, to which what moves all logits alike adds nothing. All blocks
-    pass together. Each layer is read twice, and one is held at a time; the hidden states of all layers are held.
+    pass together. Each layer is read twice, and one is held at a time; held are the hidden states of all layers, and
+    for a while some logits of all tokens.
 
     Args:
       source: a model, resident or streamed, that has a forward pass.
@@ -65,7 +66,9 @@ def stream_pass(
             inputs.append(to_host(output.taps["mlp_input"])[: len(tokens)][valid])
             bar.update()
         x, carried = before.pop()
-        gradient = _head_gradients(arch, head_of(source), put_like(x, batch))
+        noise = np.random.default_rng(0).standard_normal((*blocks.shape, arch.vocab_size), np.float32)
+        gradient = _head_gradient(arch, head_of(source), put_like(x, batch), noise)
+        del noise
         unread = jax.tree.map(jnp.zeros_like, carried)
         found = [to_host(gradient)[: len(tokens)][valid]]
         for i in reversed(range(arch.num_layers)):
@@ -80,19 +83,14 @@ def stream_pass(
     return StreamPass(inputs, found[::-1])
 
 
-def _head_gradients(arch: Arch, head: Tree, x: Float[Array, "N T D"]) -> Float[Array, "N T D"]:
-    """Returns the gradients at the stream behind all layers, block by block: logits are large."""
-    generator = np.random.default_rng(0)
-    shape = (x.shape[1], arch.vocab_size)
-    return jnp.stack([_head_gradient(arch, head, each, generator.standard_normal(shape, np.float32)) for each in x])
-
-
 @functools.partial(jax.jit, static_argnames=("arch",))
 def _head_gradient(
-    arch: Arch, head: Tree, x: Float[Array, "T D"], noise: Float[np.ndarray | Array, "T V"]
-) -> Float[Array, "T D"]:
-    def log_probabilities(x: Float[Array, "T D"]) -> Float[Array, "T V"]:
-        return jax.nn.log_softmax(head_logits(arch, head, x[None])[0].astype(jnp.float32))
+    arch: Arch, head: Tree, x: Float[Array, "N T D"], noise: Float[np.ndarray | Array, "N T V"]
+) -> Float[Array, "N T D"]:
+    """Returns the gradient at the stream behind all layers."""
+
+    def log_probabilities(x: Float[Array, "N T D"]) -> Float[Array, "N T V"]:
+        return jax.nn.log_softmax(head_logits(arch, head, x).astype(jnp.float32))
 
     found, pull = jax.vjp(log_probabilities, x)
     (gradient,) = pull(jnp.exp(found / 2) * noise)
