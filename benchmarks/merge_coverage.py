@@ -1,6 +1,6 @@
 """Do intervals of shares cover where the child was in disguise? Errors and coverage at 95 %, by disguise and noise.
 
-    OPENBLAS_NUM_THREADS=1 python -m benchmarks.merge_coverage    # 54 children in each disguise; half an hour
+    OPENBLAS_NUM_THREADS=1 python -m benchmarks.merge_coverage    # 45 children in each disguise; ten minutes of a core
 
 Children are two of three short fine-tunes of one base (`merge_nulls.py`) added with drawn weights, in turn without
 noise, with noise of equal size everywhere and with noise of another size in each row; the third one has no part. Every
@@ -31,7 +31,7 @@ from tracing_jax.report import text_table
 from tracing_jax.rewrites import draw_rewrites
 from tracing_jax.sources import in_memory, rewritten
 
-_CHILDREN = flags.DEFINE_integer("children", 54, "merges in each disguise", lower_bound=1)
+_CHILDREN = flags.DEFINE_integer("children", 45, "merges in each disguise", lower_bound=1)
 _NOISES = ("none", "white", "rows")
 _GROUPINGS = ("whole", "role", "layer", "tensor")
 _PARENTS = 3  # the last of which has no part
