@@ -1,7 +1,18 @@
 """Comparing records and results: numbers to float tolerance, everything else exactly."""
 
+import json
 import math
+from importlib import resources
 from typing import Any
+
+from tracing_jax.experiment.verifying import verify
+
+SCHEMA = json.loads(resources.files("tracing_jax").joinpath("record-1.schema.json").read_text())
+
+
+def outcomes(record: dict[str, Any], **where: str) -> dict[str, str]:
+    """Returns what `verify` says of each thing that it checks."""
+    return {check.name: check.outcome for check in verify(record, **where)}
 
 
 def assert_same_numbers(one: Any, other: Any, where: str = "", tolerance: float = 2e-4) -> None:

@@ -8,10 +8,12 @@ import time
 from pathlib import Path
 
 import jax
+import jsonschema
 import numpy as np
 import pytest
 import tiny
 from cases import slow
+from records import SCHEMA, outcomes
 from safetensors.numpy import load_file, save_file
 from transformers import GPT2Config
 
@@ -33,7 +35,7 @@ from tracing_jax.experiment.validation import (
     too_costly,
     with_fitting_blocks,
 )
-from tracing_jax.options import RunOptions
+from tracing_jax.options import STATISTICS, RunOptions
 from tracing_jax.record import HashingStoppedError
 from tracing_jax.report import summary
 from tracing_jax.rewrites import permute, random_permutations
@@ -185,13 +187,17 @@ def test_a_run_without_alignment_leaves_none_of_an_earlier_one(config_of):
 
 
 @pytest.mark.slow
-def test_the_same_config_gives_the_same_numbers_on_any_mesh(config_of):
-    def numbers(stat="all", **fields):
-        return experiment.trace(config_of("disguised", stat=stat, **{"align": True, **fields}))["statistics"]
+def test_the_same_config_gives_the_same_numbers_on_any_mesh_and_a_record_that_fits_the_schema(config_of):
+    def record(stat=tuple(name for name in STATISTICS if name != "match_distilled"), **fields):
+        return experiment.trace(config_of("disguised", stat=stat, **{"align": True, **fields}))
 
-    once, other_mesh = numbers(), numbers(mesh={"data": 4, "model": 2})
+    records = record(permute=True, eval=True), record(permute=True, mesh={"data": 4, "model": 2})
+    for found in records:
+        jsonschema.validate(found, SCHEMA)
+        assert outcomes(found)["record"] == "holds"
+    once, other_mesh = (found["statistics"] for found in records)
     drawing = ("csh", "match", "l2", "csu_all")
-    again = numbers(drawing, align=False)
+    again = record(drawing, permute=True, align=False)["statistics"]
     assert {name: again[name]["non_aligned"] for name in drawing} == {n: once[n]["non_aligned"] for n in drawing}
     for name in once:
         for side in ("non_aligned", "aligned"):

@@ -3,7 +3,6 @@
 import json
 import re
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -93,18 +92,20 @@ def test_golden_file_holds_every_case():
 
 @pytest.mark.parametrize("cases", [QUICK[::2], QUICK[1::2], *(slow(REST[i::4]) for i in range(4))])
 def test_logits_and_losses_equal_those_of_transformers(cases):
-    # Many in one test, because cases share their single operations; compiling every model would take minutes.
-    with jax.disable_jit():
-        disagreements = [_disagreement(case, *_outputs(case)) for case in cases]
+    disagreements = [_disagreement(case, *_outputs(case)) for case in cases]
     assert not any(disagreements), "\n".join(filter(None, disagreements))
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 @pytest.mark.parametrize(
-    "name", ["llama-both_biases", "gemma2-gqa-tied-linear", "gemma3_text-logit_cap", "gpt2-inner", "mixtral-no_window"]
-)
-def test_compiled_steps_give_the_same_numbers(name):
-    assert _disagreement(CASES[name], *_engine_outputs(CASES[name])) is None
+    "name",
+    ["llama-gqa-tied-default", "gemma2-gqa-tied-linear", "gpt2-inner", "mixtral-no_window", "deepseek_v2-groups",
+     "qwen3_next-default"],
+)  # fmt: skip
+def test_programs_compiled_as_users_do_give_the_same_numbers(name):
+    found = logits(CASES[name].source(), CASES[name].tokens())
+    assert _disagreement(CASES[name], found, _LOSSES[name]) is None
 
 
 @pytest.mark.slow
@@ -128,9 +129,7 @@ def test_further_options_give_the_numbers_of_transformers(family):
         model = hf_model(case)
         assert tensor_shapes(model) == entry_shapes(leaf_layouts(case.arch()).values()), case.name
         check(case.source().params, axis_table(case.arch()))
-        with jax.disable_jit():
-            found = _outputs(case)
-        disagreements.append(_difference(case, *found, *hf_outputs(model, case.tokens())))
+        disagreements.append(_difference(case, *_outputs(case), *hf_outputs(model, case.tokens())))
     assert not any(disagreements), "\n".join(filter(None, disagreements))
 
 
