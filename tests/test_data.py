@@ -439,8 +439,8 @@ def test_named_data_sets_have_parts_and_local_copies(tmp_path, monkeypatch):
     monkeypatch.setattr(documents_module, "_hub_tables", lambda *hub: asked.append(hub) or ("test", iter_of("inputs")))
     assert read_documents("aya:english").text == "a row"
     assert asked == [("CohereForAI/aya_collection_language_split", "english", None)]
-    for wrong, complaint in (("aya", "name one, such as aya:english"), ("wikitext2:en", "has no parts")):
-        with pytest.raises(ValueError, match=complaint):
+    for wrong, expected_message in (("aya", "name one, such as aya:english"), ("wikitext2:en", "has no parts")):
+        with pytest.raises(ValueError, match=expected_message):
             read_documents(wrong)
     (tmp_path / "m2d2" / "cs_l1").mkdir(parents=True)
     (tmp_path / "m2d2" / "cs_l1" / "a.jsonl").write_text('{"text": "of a field"}\n')

@@ -103,7 +103,7 @@ def test_what_its_heads_do_not_allow_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("changes", "complaint"),
+    ("changes", "expected_message"),
     [
         ({"use_bidirectional_attention": "all"}, "is_causal is False"),
         ({"vocab_size_per_layer_input": 30}, "vocab_size_per_layer_input 30 is not vocab_size 31"),
@@ -113,8 +113,8 @@ def test_what_its_heads_do_not_allow_is_refused():
         ({"enable_moe_block": True}, "num_experts or moe_intermediate_size is not"),
     ],
 )
-def test_what_is_not_computed_is_refused_by_its_cause(changes, complaint, tmp_path):
+def test_what_is_not_computed_is_refused_by_its_cause(changes, expected_message, tmp_path):
     config = CASES[SHARED].config | {"use_double_wide_mlp": False} | changes
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedModelError, match=complaint):
+    with pytest.raises(UnsupportedModelError, match=expected_message):
         read_arch(tmp_path)

@@ -209,17 +209,17 @@ def test_texts_longer_than_the_model_can_read_are_refused(family, prompts):
 
 
 @pytest.mark.parametrize(
-    ("given", "complaint"),
+    ("given", "expected_message"),
     [
         (["--models=a/b", "--num_samples=1", "--seed=4294967296"], "seed"),
         (["--models=a/b"], "give --prompts=FILE, or --num_samples=N"),
     ],
 )
-def test_program_refuses_with_one_message(tmp_path, given, complaint):
+def test_program_refuses_with_one_message(tmp_path, given, expected_message):
     command = [sys.executable, "generate.py", *given, f"--save={tmp_path}"]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
     assert done.returncode != 0
-    assert complaint in done.stderr + done.stdout
+    assert expected_message in done.stderr + done.stdout
     assert "Traceback" not in done.stderr
 
 

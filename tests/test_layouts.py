@@ -354,7 +354,7 @@ def test_unknown_prefix_of_all_names_is_named_once(tmp_path):
     assert len(said) < 400
 
 
-def test_complaints_of_all_layers_are_one(tmp_path):
+def test_messages_of_all_layers_are_one(tmp_path):
     tensors = {name: value for name, value in _UNTIED.tensors().items() if ".up_proj." not in name}
     extra = {f"model.layers.{i}.mlp.router.weight": np.zeros((3, 24), np.float32) for i in range(2)}
     said = _said(_write(tmp_path, _UNTIED, tensors | extra | {"x" * 5000: np.zeros(1, np.float32)}))

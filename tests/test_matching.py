@@ -330,16 +330,16 @@ def test_axes_that_cannot_be_matched_are_all_named():
 
 
 @pytest.mark.parametrize(
-    ("ids", "complaint"),
+    ("ids", "expected_message"),
     [
         ((np.arange(3), np.asarray([0, 1, 61])), "vocab: indices run from 0 to 61 in ft, expected 0 to 60"),
         ((np.asarray([-1, 0]), np.arange(2)), "vocab: indices run from -1 to 0 in base"),
         ((np.arange(3), np.arange(2)), "vocab: expected two index vectors of one length"),
     ],
 )
-def test_shared_units_outside_the_models_are_refused(ids, complaint):
+def test_shared_units_outside_the_models_are_refused(ids, expected_message):
     base, ft, table, _ = planted(tiny.qwen3_gqa(), ["mlp"], 0.0)
-    with pytest.raises(ValueError, match=complaint):
+    with pytest.raises(ValueError, match=expected_message):
         match_weights(base, ft, table, ["embed"], shared={"vocab": ids})
 
 

@@ -159,7 +159,7 @@ def test_layers_of_one_shape_share_a_compiled_permutation():
 
 
 @pytest.mark.parametrize(
-    ("axis", "wrong", "complaint"),
+    ("axis", "wrong", "expected_message"),
     [
         ("layers/1/mlp", [0] * 20, "not a permutation"),
         ("layers/0/mlp", list(range(1, 21)), "not a permutation"),
@@ -170,10 +170,10 @@ def test_layers_of_one_shape_share_a_compiled_permutation():
         ("layers/0/expert", list(range(3)), "no such axis"),
     ],
 )
-def test_bad_permutations_are_refused_by_name(axis, wrong, complaint):
+def test_bad_permutations_are_refused_by_name(axis, wrong, expected_message):
     arch = tiny.qwen3_gqa()
     bad = {axis: np.asarray(wrong, np.int32), "layers/1/kv_heads": np.asarray([0, 0, 1], np.int32)}
-    with pytest.raises(ValueError, match=complaint) as refused:
+    with pytest.raises(ValueError, match=expected_message) as refused:
         permute(tiny.params_of(arch), bad, axis_table(arch))
     assert f"{axis}: " in str(refused.value)
     assert "layers/1/kv_heads: " in str(refused.value)

@@ -76,7 +76,7 @@ def test_each_form_makes_its_pairs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "form", "complaint"),
+    ("content", "form", "expected_message"),
     [
         ("a: [b", None, "not YAML"),
         ("", None, "expected a list of model ids"),
@@ -90,10 +90,10 @@ def test_each_form_makes_its_pairs(tmp_path):
         ([1, "a"], None, "expected a list of model ids"),
     ],
 )
-def test_what_is_no_list_is_refused_with_the_file(tmp_path, content, form, complaint):
+def test_what_is_no_list_is_refused_with_the_file(tmp_path, content, form, expected_message):
     with pytest.raises(ValueError, match=r"models\.yaml: .*") as caught:
         listed(tmp_path, content, form)
-    assert complaint in str(caught.value)
+    assert expected_message in str(caught.value)
 
 
 @pytest.mark.parametrize("file", LISTS, ids=lambda file: file.stem)

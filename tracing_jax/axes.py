@@ -1,9 +1,9 @@
-"""One table names every axis of every weight; loading, symmetry, matching, sharding and interpolation read it.
+"""One table names every axis of every weight; loading, rewrites, matching, sharding and interpolation read it.
 
 An axis name says how far the axis reaches: `embed` is shared by the whole model, `layers/3/mlp` belongs to one layer.
-Leaves with the same axis name must be permuted together. The last part of an axis name is
-its kind, and two small tables say what a kind allows: which symmetry it has (below) and which mesh axis splits it
-(`sharding.py`). Only `axis_table` depends on the architecture.
+Leaves with the same axis name must be permuted together. The last part of an axis name is its kind, and two small
+tables say which rewrites a kind allows (below) and which mesh axis splits it (`sharding.py`). Only `axis_table` depends
+on the architecture.
 """
 
 import functools

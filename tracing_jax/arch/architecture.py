@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tracing_jax.arch.mixers import DeltaNet, Heads, Mamba, StateMixer, is_attention, keys_of, mixer_kind
-from tracing_jax.complaints import joined
+from tracing_jax.error_messages import joined
 
 
 class UnsupportedModelError(ValueError):

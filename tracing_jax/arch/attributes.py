@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tracing_jax.arch.family import ConfigFamily
-from tracing_jax.complaints import listed, shortened
+from tracing_jax.error_messages import listed, shortened
 
 # Attributes that leave a forward pass without dropout and cache unchanged; Gemma 2's sliding_window_size only repeats
 # its sliding_window.

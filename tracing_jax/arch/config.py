@@ -27,7 +27,7 @@ from tracing_jax.arch.multimodal import (
     language_model_alone,
 )
 from tracing_jax.arch.rope import NO_ROPE, rope_is_absent, rope_notes, ropes, without_rope
-from tracing_jax.complaints import shortened
+from tracing_jax.error_messages import shortened
 
 _MAX_COUNT = 10_000
 """Layers and experts of a model: ten times as many as any has."""

@@ -17,7 +17,7 @@ from tracing_jax.checkpoint.derived_tensors import Derived, DerivedTensors
 from tracing_jax.checkpoint.errors import CheckpointError
 from tracing_jax.checkpoint.safetensors_file import Index, bounds_of
 from tracing_jax.checkpoint.tensors import TensorStore
-from tracing_jax.complaints import shortened
+from tracing_jax.error_messages import shortened
 
 _FACTOR = re.compile(
     r"base_model\.model\.(?P<path>.+?)(?P<nested>(\.base_layer)*)\.lora_(?P<side>[AB])(\.default)?\.weight"

@@ -21,7 +21,7 @@ from tracing_jax.checkpoint.errors import CheckpointError
 from tracing_jax.checkpoint.merged_tensors import LowRank, MergedTensors, Updates, olora, pissa
 from tracing_jax.checkpoint.name_patterns import ignored_notes, plain_names
 from tracing_jax.checkpoint.tensors import TensorStore, listing, open_file, read_json
-from tracing_jax.complaints import grouped, shortened
+from tracing_jax.error_messages import grouped, shortened
 
 _CONFIG = "adapter_config.json"
 _HANDLED = {

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 
 from tracing_jax.checkpoint.errors import CheckpointError
 from tracing_jax.checkpoint.tensors import TensorStore
-from tracing_jax.complaints import shortened
+from tracing_jax.error_messages import shortened
 
 Ends = tuple[str, str]
 """The names of the tensors of the embedding and of the head."""

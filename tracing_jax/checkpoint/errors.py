@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tracing_jax.arch import UnsupportedModelError
-from tracing_jax.complaints import joined
+from tracing_jax.error_messages import joined
 
 
 class CheckpointError(ValueError):

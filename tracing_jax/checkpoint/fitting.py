@@ -22,7 +22,7 @@ from tracing_jax.checkpoint.name_patterns import (
 )
 from tracing_jax.checkpoint.tensor_layout import tensor_shapes
 from tracing_jax.checkpoint.tensors import TensorStore
-from tracing_jax.complaints import counted, grouped, listed, shortened
+from tracing_jax.error_messages import counted, grouped, listed, shortened
 
 _ROWS_PER_READ = 4096  # of the embedding, compared at a time
 _FEW_ROWS = 16  # in which most that differ do

@@ -23,7 +23,7 @@ from tracing_jax.checkpoint.errors import CheckpointError
 from tracing_jax.checkpoint.foreign_files import foreign_weights
 from tracing_jax.checkpoint.hub_ranges import HubSafetensors, RangesIgnoredError
 from tracing_jax.checkpoint.tensors import MissingFileOpener, TensorStore, listing, open_file, weight_map
-from tracing_jax.complaints import listed, shortened
+from tracing_jax.error_messages import listed, shortened
 
 _TEXTS = (
     "config.json",

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from tracing_jax.checkpoint.errors import CheckpointError
-from tracing_jax.complaints import counted, listed, shortened
+from tracing_jax.error_messages import counted, listed, shortened
 
 # torch.compile, FSDP and activation checkpointing wrap a module, and their component is in the names of what is
 # inside, at whatever depth. No module of a model is called so.

@@ -20,7 +20,7 @@ from tracing_jax.checkpoint.name_patterns import plain_names
 from tracing_jax.checkpoint.quantised import IGNORED, dequantised
 from tracing_jax.checkpoint.tensors import TensorStore, names_in_index, open_tensors
 from tracing_jax.checkpoint.weights_only import Description, build, describe, with_layout
-from tracing_jax.complaints import listed, shortened
+from tracing_jax.error_messages import listed, shortened
 
 _TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 _MOST_ADAPTERS = 8

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from tracing_jax.complaints import counted, listed, shortened
+from tracing_jax.error_messages import counted, listed, shortened
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format
 

@@ -14,7 +14,7 @@ from tracing_jax.checkpoint.foreign_files import foreign_weights, original_forma
 from tracing_jax.checkpoint.name_patterns import may_be_absent
 from tracing_jax.checkpoint.safetensors_file import Index, SafetensorsFile
 from tracing_jax.checkpoint.torch_zip import TorchZip
-from tracing_jax.complaints import grouped, listed, shortened
+from tracing_jax.error_messages import grouped, listed, shortened
 
 
 @runtime_checkable

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 from jaxtyping import Int, Int32, Int64
 
-from tracing_jax.complaints import shortened
 from tracing_jax.data.documents import Documents, Source
+from tracing_jax.error_messages import shortened
 
 if TYPE_CHECKING:
     import transformers

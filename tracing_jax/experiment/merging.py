@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tracing_jax.checkpoint import Checkpoint, CheckpointError, open_checkpoint
-from tracing_jax.complaints import listed, shortened
+from tracing_jax.error_messages import listed, shortened
 from tracing_jax.experiment.merge_step import vocabularies_with
 from tracing_jax.experiment.models import open_model, resolve_model_id
 from tracing_jax.experiment.signing import suspect_of

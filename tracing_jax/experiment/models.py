@@ -9,7 +9,6 @@ import numpy as np
 from tracing_jax import demo
 from tracing_jax.checkpoint import Checkpoint, CheckpointError, WeightsOnly, open_checkpoint, tokenizer_folder
 from tracing_jax.checkpoint.hub import AS_HUB_ID
-from tracing_jax.complaints import shortened
 from tracing_jax.data import (
     ids_of_text,
     load_tokenizer,
@@ -20,6 +19,7 @@ from tracing_jax.data import (
     unseen_tokens,
 )
 from tracing_jax.dataclass_options import ConfigError
+from tracing_jax.error_messages import shortened
 from tracing_jax.experiment.validation import DEMO, statistic_names
 from tracing_jax.options import RunOptions
 from tracing_jax.statistics import LIGHT, Vocabularies, is_enough

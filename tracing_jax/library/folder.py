@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
 
-from tracing_jax.complaints import listed
+from tracing_jax.error_messages import listed
 from tracing_jax.library.signature import Signature
 from tracing_jax.library.signature_file import MAX_BYTES, SUFFIX, read_signature
 from tracing_jax.record import atomic_write

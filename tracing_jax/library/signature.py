@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float16, Int, Int8
 
-from tracing_jax.complaints import shortened
+from tracing_jax.error_messages import shortened
 from tracing_jax.library import drawing
 from tracing_jax.library.readings import (
     Vocabulary,

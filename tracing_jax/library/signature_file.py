@@ -14,7 +14,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from tracing_jax.complaints import listed, shortened
+from tracing_jax.error_messages import listed, shortened
 from tracing_jax.library import drawing
 from tracing_jax.library.readings import GATED, GATELESS, moment_names, moment_numbers
 from tracing_jax.library.signature import (

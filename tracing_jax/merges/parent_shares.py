@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tracing_jax.complaints import listed_and
+from tracing_jax.error_messages import listed_and
 from tracing_jax.merges.exact_entries import ExactEntries
 from tracing_jax.merges.exchange import ExchangedUnits, is_in_order, log_p_of_parent
 from tracing_jax.merges.models import MergeModels

@@ -17,7 +17,7 @@ from tracing_jax.checkpoint.gguf.derived import HfConfig
 from tracing_jax.checkpoint.gguf.families import GGUF_ARCHITECTURES, GGUF_FAMILIES
 from tracing_jax.checkpoint.gguf.header import GgufHeader
 from tracing_jax.checkpoint.gguf.needed import missing_keys
-from tracing_jax.complaints import shortened
+from tracing_jax.error_messages import shortened
 
 _IDS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
 _ASKS = re.compile(

@@ -16,7 +16,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from tracing_jax.checkpoint.errors import CheckpointError, damaged
-from tracing_jax.complaints import shortened
+from tracing_jax.error_messages import shortened
 
 _SCALARS = {
     0: ("<B", np.uint8), 1: ("<b", np.int8), 2: ("<H", np.uint16), 3: ("<h", np.int16), 4: ("<I", np.uint32),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tracing_jax.complaints import shortened
+from tracing_jax.error_messages import shortened
 
 _KEYS = {
     "tokenizer_type": "model", "pre_tokenizer_type": "pre", "tokens": "tokens", "scores": "scores", "merges": "merges",

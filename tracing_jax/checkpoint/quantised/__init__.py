@@ -19,7 +19,7 @@ from tracing_jax.checkpoint.quantised.pack_quantized import PACKED_BITS, find_pa
 from tracing_jax.checkpoint.quantised.scale_names import refuse_unknown_scales
 from tracing_jax.checkpoint.quantised.scaled import find_float8, find_int8, find_quanto, is_float8, refuse_lost_scales
 from tracing_jax.checkpoint.tensors import TensorStore
-from tracing_jax.complaints import counted, listed_and, shortened
+from tracing_jax.error_messages import counted, listed_and, shortened
 
 __all__ = ["FORMATS", "IGNORED", "dequantised"]
 

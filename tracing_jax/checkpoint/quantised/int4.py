@@ -15,7 +15,7 @@ from tracing_jax.checkpoint.quantised.left_over import method_of
 from tracing_jax.checkpoint.quantised.packing import period, scale_bounds, scale_of_each, unpacked, words_of
 from tracing_jax.checkpoint.safetensors_file import Index, bounds_of
 from tracing_jax.checkpoint.tensors import TensorStore
-from tracing_jax.complaints import listed_and
+from tracing_jax.error_messages import listed_and
 
 GPTQ_BITS, AWQ_VERSIONS = (2, 3, 4, 8), ("gemm", "gemv")
 """What is read of each format."""

@@ -11,7 +11,7 @@ from typing import Any
 from tracing_jax.checkpoint.name_patterns import is_table
 from tracing_jax.checkpoint.quantised.found import QuantisedError
 from tracing_jax.checkpoint.tensors import TensorStore
-from tracing_jax.complaints import counted, listed, shortened
+from tracing_jax.error_messages import counted, listed, shortened
 
 _SETTINGS = ("quantization_config", "compression_config", "quantization")
 _INSIDE = ("text_config", "llm_config", "language_config", "thinker_config")

@@ -14,7 +14,7 @@ from tracing_jax.checkpoint.quantised.found import Found, QuantisedError
 from tracing_jax.checkpoint.quantised.packing import period, scale_bounds, scale_of_each, unpacked, words_of
 from tracing_jax.checkpoint.safetensors_file import Index, bounds_of
 from tracing_jax.checkpoint.tensors import TensorStore
-from tracing_jax.complaints import shortened
+from tracing_jax.error_messages import shortened
 
 _BITS = (2, 3, 4, 5, 6, 8)
 

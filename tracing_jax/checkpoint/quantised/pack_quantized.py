@@ -22,7 +22,7 @@ from tracing_jax.checkpoint.quantised.packing import (
 )
 from tracing_jax.checkpoint.safetensors_file import Index, bounds_of
 from tracing_jax.checkpoint.tensors import TensorStore
-from tracing_jax.complaints import listed_and
+from tracing_jax.error_messages import listed_and
 
 PACKED_BITS = (2, 3, 4, 5, 6, 7, 8)
 """That are read."""

@@ -12,7 +12,7 @@ import numpy as np
 from tracing_jax.checkpoint.name_patterns import is_of_activations
 from tracing_jax.checkpoint.quantised.found import QuantisedError
 from tracing_jax.checkpoint.tensors import TensorStore
-from tracing_jax.complaints import listed
+from tracing_jax.error_messages import listed
 
 _E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
 _AFTER_NAME = ("_scale_inv", "_scale")

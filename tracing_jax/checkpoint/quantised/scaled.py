@@ -19,7 +19,7 @@ from tracing_jax.checkpoint.quantised.packing import block_sizes, scale_bounds, 
 from tracing_jax.checkpoint.quantised.scale_names import are_powers, check_scales, scale_values, scales_of
 from tracing_jax.checkpoint.safetensors_file import Index, bounds_of
 from tracing_jax.checkpoint.tensors import TensorStore
-from tracing_jax.complaints import counted, listed
+from tracing_jax.error_messages import counted, listed
 
 _FLOAT32 = np.dtype(np.float32)
 _FLOAT8 = {

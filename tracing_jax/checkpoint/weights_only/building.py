@@ -20,7 +20,7 @@ from tracing_jax.checkpoint.tensor_layout import LeafLayout, TensorSlice
 from tracing_jax.checkpoint.tensors import TensorStore
 from tracing_jax.checkpoint.weights_only.description import UNITS, Description, PartLocation
 from tracing_jax.checkpoint.weights_only.names import EXPERT, LAYER
-from tracing_jax.complaints import grouped
+from tracing_jax.error_messages import grouped
 
 Axes = tuple[str | None, ...]
 

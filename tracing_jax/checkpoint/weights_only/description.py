@@ -8,7 +8,7 @@ from typing import Any, get_args
 from tracing_jax.checkpoint.errors import CheckpointError
 from tracing_jax.checkpoint.weights_only.mlps import Half
 from tracing_jax.checkpoint.weights_only.norms import Norm
-from tracing_jax.complaints import shortened
+from tracing_jax.error_messages import shortened
 
 LAYOUT_KEYS = ("embedding", "head", "final_norm", "mlp_norm", "mlp_post_norm", "gate", "up", "down")
 """The parts of a model that tests compare, by the names that a file of a layout gives them."""

@@ -35,7 +35,7 @@ from tracing_jax.checkpoint.weights_only.numbers import (
     is_rule,
     which_is_gate,
 )
-from tracing_jax.complaints import counted, listed
+from tracing_jax.error_messages import counted, listed
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tracing_jax.complaints import counted
+from tracing_jax.error_messages import counted
 from tracing_jax.record import atomic_write, write_json
 from tracing_jax.report.formatting import ABSENT, p_cell
 from tracing_jax.report.html_elements import Block, Cell, Section, render, table_of

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tracing_jax.complaints import counted
+from tracing_jax.error_messages import counted
 from tracing_jax.report.formatting import cell, p_cell
 from tracing_jax.zoo.report.contents import Contents
 from tracing_jax.zoo.report.direction import Direction

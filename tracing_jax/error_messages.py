@@ -1,11 +1,11 @@
-"""Complaints about a checkpoint as text: alike ones in one line, and never longer than a person reads."""
+"""Error messages about a checkpoint: alike ones in one line, and never longer than a person reads."""
 
 import itertools
 import re
 from collections.abc import Iterable, Sequence
 
 MAX_CHARS = 3900
-"""The most characters of a whole complaint."""
+"""The most characters of a whole message."""
 
 _MAX_LINE = 600
 _MAX_LISTED = 8

@@ -1,10 +1,10 @@
-"""Complaints are grouped and bounded, and say how much they leave out."""
+"""Error messages are grouped and bounded, and say how much they leave out."""
 
 import pytest
 
 from tracing_jax.arch import UnsupportedModelError
 from tracing_jax.checkpoint import CheckpointError
-from tracing_jax.complaints import grouped, joined, listed, shortened
+from tracing_jax.error_messages import grouped, joined, listed, shortened
 
 
 def test_lines_that_differ_in_numbers_of_layers_are_one():
@@ -20,7 +20,7 @@ def test_lines_with_other_shapes_or_names_stay_apart():
     assert grouped(lines) == lines
 
 
-def test_a_long_complaint_says_what_it_leaves_out():
+def test_a_long_message_says_what_it_leaves_out():
     text = joined([f"problem {'x' * 90} {i}" for i in range(1000)])
     assert len(text) < 4000
     shown = text.count("problem")
