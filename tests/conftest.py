@@ -108,3 +108,22 @@ def family(pytestconfig):
     root.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(root / "family.lock"):  # one worker trains it, the others wait
         return demo.family(str(root), recipe)
+
+
+@pytest.fixture
+def quick_config(family, tmp_path):
+    """Returns a function that makes a config of a quick run on the family, with everything moved along the path."""
+    from tracing_jax.cli.config_files import to_config
+    from tracing_jax.options import RunOptions
+
+    def make(name="out", ft="finetune", base="base", **fields):
+        config = to_config(RunOptions(stat=("mode",)))
+        config.base_model_id, config.ft_model_id = str(family.member(base)), str(family.member(ft))
+        config.dataset, config.block_size, config.num_tokens, config.batch_size = str(family.text), 64, 1024, 8
+        config.mesh.data, config.mode.alphas = 1, (0.0, 0.5, 1.0)
+        config.mode.attn = config.mode.emb = config.perm_mode_l2.attn = config.perm_mode_l2.emb = True
+        config.save = str(tmp_path / name / "results.p")
+        config.update(fields)
+        return config
+
+    return make

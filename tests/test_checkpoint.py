@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from counting_store import CountingStore
 from make_golden import hf_model, hf_outputs
 from parity_cases import CASES, Case
 from safetensors.numpy import load_file, save_file
@@ -60,27 +61,8 @@ def _leaves(source: ParamSource) -> dict[str, Any]:
     return flatten(in_memory(source).params)
 
 
-class _Counting:
-    """A tensor store that counts how often each tensor is read."""
-
-    def __init__(self, store: Any) -> None:
-        self._store, self.reads = store, Counter[str]()
-        self.names, self.shape, self.dtype, self.files = store.names, store.shape, store.dtype, store.files
-
-    def read(self, name: str, *index: Any) -> np.ndarray:
-        self.reads[name] += 1
-        return self._store.read(name, *index)
-
-    def read_many(self, requests: Any) -> list[np.ndarray]:
-        return [self.read(name, index) for name, index in requests]
-
-    def read_into(self, out: np.ndarray, name: str, *index: Any) -> None:
-        self.reads[name] += 1
-        self._store.read_into(out, name, *index)
-
-
 def _counted(checkpoint: Checkpoint) -> tuple[Checkpoint, Counter[str]]:
-    counting = _Counting(checkpoint.tensors)
+    counting = CountingStore(checkpoint.tensors)
     return replace(checkpoint, tensors=counting), counting.reads
 
 

@@ -1,9 +1,7 @@
 """What is read straight onto devices is what was read and placed, bit for bit, and only bytes that a device holds."""
 
 import itertools
-from collections import Counter
 from dataclasses import replace
-from typing import Any
 
 import jax
 import ml_dtypes
@@ -12,6 +10,7 @@ import pytest
 import tiny
 import torch_zip_writer
 from cases import diagonal
+from counting_store import CountingStore
 from jax.sharding import AxisType, Mesh
 from parity_cases import CASES, FAMILIES, leaf_of
 from safetensors.numpy import save_file
@@ -37,26 +36,6 @@ _FAMILIES = {
 }
 
 
-class _Spy:
-    """A tensor store that counts the bytes of each tensor that are read."""
-
-    def __init__(self, store: Any) -> None:
-        self._store, self.bytes = store, Counter[str]()
-        self.names, self.shape, self.dtype, self.files = store.names, store.shape, store.dtype, store.files
-
-    def read(self, name: str, index: Any = ()) -> np.ndarray:
-        found = self._store.read(name, index)
-        self.bytes[name] += found.nbytes
-        return found
-
-    def read_many(self, requests: Any) -> list[np.ndarray]:
-        return [self.read(name, index) for name, index in requests]
-
-    def read_into(self, out: np.ndarray, name: str, index: Any = ()) -> None:
-        self.bytes[name] += out.nbytes
-        self._store.read_into(out, name, index)
-
-
 def _checkpoint(folder, arch, dtype=np.float32, suffix="safetensors", **changed):
     """Returns a checkpoint of random weights; `changed` are tensors put in place of its own."""
     rng = np.random.default_rng(0)
@@ -70,7 +49,7 @@ def _checkpoint(folder, arch, dtype=np.float32, suffix="safetensors", **changed)
 
 
 def _spied(checkpoint):
-    spy = _Spy(checkpoint.tensors)
+    spy = CountingStore(checkpoint.tensors)
     return replace(checkpoint, tensors=spy), spy.bytes
 
 

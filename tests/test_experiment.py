@@ -45,20 +45,12 @@ from tracing_jax.tree import map_named
 
 
 @pytest.fixture
-def config_of(family, tmp_path):
-    """Returns a function that makes a config of the family: fast, and everything moving."""
+def config_of(quick_config):
+    """Returns a function that makes a config of two members of the family."""
+    axes = "embed,mlp,kv_heads,q_group"
 
     def make(ft="finetune", base="base", **fields):
-        config = to_config(RunOptions(stat=("mode",)))
-        config.base_model_id, config.ft_model_id = str(family.member(base)), str(family.member(ft))
-        config.dataset, config.block_size, config.num_tokens, config.batch_size = str(family.text), 64, 1024, 8
-        config.mesh.data = 1
-        config.mode.alphas, config.mode.attn, config.mode.emb = (0.0, 0.5, 1.0), True, True
-        config.perm_mode_l2.attn = config.perm_mode_l2.emb = True
-        config.align_axes = config.permute_axes = "embed,mlp,kv_heads,q_group"
-        config.save = str(tmp_path / "out" / "results.p")
-        config.update(fields)
-        return config
+        return quick_config(ft=ft, base=base, **{"align_axes": axes, "permute_axes": axes} | fields)
 
     return make
 

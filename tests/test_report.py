@@ -6,11 +6,11 @@ import math
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from html_page import Page
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -196,35 +196,6 @@ def test_figures_need_no_pyplot():
     command = [sys.executable, "-c", code]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert shown.split() == ["False", "False"]
-
-
-class Page(HTMLParser):
-    """The elements, attributes and text of a page whose tags are balanced."""
-
-    VOID = ("meta", "img", "link", "br")
-
-    def __init__(self, source):
-        super().__init__()
-        self.open, self.tags, self.attributes, self.words = [], set(), [], []
-        self.feed(source)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-        self.attributes += [(tag, *attribute) for attribute in attrs]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words += data.split()
-
-    @property
-    def text(self):
-        return " ".join(self.words)
 
 
 @pytest.mark.slow

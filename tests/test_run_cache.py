@@ -26,23 +26,10 @@ STATISTICS = "csu,csh,match,mode,l2,jsd,cos,csu_all"
 
 
 @pytest.fixture
-def config_of(family, tmp_path):
-    from tracing_jax.cli.config_files import to_config
-    from tracing_jax.options import RunOptions
-
-    def make(name="run", **fields):
-        config = to_config(RunOptions(stat=("mode",)))
-        config.base_model_id, config.ft_model_id = str(family.member("base")), str(family.member("finetune"))
-        config.dataset, config.block_size, config.num_tokens, config.batch_size = str(family.text), 64, 1024, 8
-        config.mesh.data, config.mode.alphas, config.stat = 1, (0.0, 0.5, 1.0), STATISTICS
-        config.l2.num_perm = config.perm_mode_l2.num_perm = 5
-        config.permute = config.align = config.eval = config.mode.attn = config.mode.emb = True
-        config.perm_mode_l2.attn = config.perm_mode_l2.emb = True
-        config.save = str(tmp_path / name / "results.p")
-        config.update(fields)
-        return config
-
-    return make
+def config_of(quick_config):
+    steps = {"permute": True, "align": True, "eval": True}
+    few = {"l2": {"num_perm": 5}, "perm_mode_l2": {"num_perm": 5}}
+    return lambda name="run", **fields: quick_config(name, **{"stat": STATISTICS} | steps | few | fields)
 
 
 @pytest.fixture(autouse=True)

@@ -101,22 +101,9 @@ def test_alignment_finds_the_same_permutations_of_streamed_models():
 
 
 @pytest.fixture
-def config_of(family, tmp_path):
-    from tracing_jax.cli.config_files import to_config
-    from tracing_jax.options import RunOptions
-
-    def make(name, **fields):
-        config = to_config(RunOptions(stat=("mode",)))
-        config.base_model_id, config.ft_model_id = str(family.member("base")), str(family.member("finetune"))
-        config.dataset, config.block_size, config.num_tokens, config.batch_size = str(family.text), 64, 1024, 8
-        config.mesh.data, config.mode.alphas = 1, (0.0, 0.5, 1.0)
-        config.stat, config.mode.attn, config.mode.emb = "mode,csu,match,l2", True, True
-        config.l2.num_perm = 5
-        config.save = str(tmp_path / name / "results.p")
-        config.update(fields)
-        return config
-
-    return make
+def config_of(quick_config):
+    given = {"stat": "mode,csu,match,l2", "l2": {"num_perm": 5}}
+    return lambda name, **fields: quick_config(name, **given | fields)
 
 
 @pytest.mark.slow

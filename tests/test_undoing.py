@@ -18,9 +18,7 @@ from tracing_jax.alignment.procrustes import AdjacentWeights, mixing_matrices, s
 from tracing_jax.arch import Arch
 from tracing_jax.axes import PERMUTABLE
 from tracing_jax.checkpoint import open_checkpoint, save_checkpoint
-from tracing_jax.cli.config_files import to_config
 from tracing_jax.experiment.disguising import write_disguised
-from tracing_jax.options import RunOptions
 from tracing_jax.record import plain
 from tracing_jax.rewrites import (
     DISGUISES,
@@ -361,19 +359,8 @@ def test_the_noise_of_ft_hardly_moves_what_is_aligned():
 
 
 @pytest.fixture
-def config_of(family, tmp_path):
-    def make(**fields):
-        config = to_config(RunOptions(stat=("mode",)))
-        config.base_model_id, config.ft_model_id = str(family.member("base")), str(family.member("finetune"))
-        config.dataset, config.block_size, config.num_tokens, config.batch_size = str(family.text), 64, 1024, 8
-        config.mesh.data = 1
-        config.mode.alphas, config.mode.attn, config.mode.emb = (0.0, 0.5, 1.0), True, True
-        config.align, config.align_axes = True, "all"
-        config.save = str(tmp_path / "out" / "results.p")
-        config.update(fields)
-        return config
-
-    return make
+def config_of(quick_config):
+    return lambda **fields: quick_config(**{"align": True, "align_axes": "all"} | fields)
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 import base64
 import csv
 import hashlib
-import html.parser
 import itertools
 import json
 import math
@@ -15,6 +14,7 @@ import numpy as np
 import planted_zoo as zoos
 import pytest
 import tiny
+from html_page import Page
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
@@ -435,24 +435,6 @@ def test_every_disagreement_with_the_known_tree_is_listed():
 # The page and its data.
 
 
-class Page(html.parser.HTMLParser):
-    """What a test asks of a page: its tags, attributes and text."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.elements, self.text = [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-    def count(self, tag, of_class):
-        return sum(t == tag and a.get("class", "") == of_class for t, a in self.elements)
-
-
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory):
     """A zoo with two families in which two pairs failed and one is missing, and its written report."""
@@ -470,7 +452,7 @@ def test_missing_and_failed_pairs_are_shown_and_never_dropped(broken):
     page = Page(text)
     assert "3 pairs not done" in text
     assert [page.count("rect", word) for word in ("failed", "missing")] == [3, 2]  # with one each in the legend
-    words = " ".join(page.text)
+    words = page.text
     assert "ValueError: layer 3 <is> gone" in words
     assert "and more" not in words
     assert all(name in words for name in names[:3])
@@ -513,7 +495,7 @@ def test_names_and_errors_are_escaped():
     plan = replace(zoos.plan_of(["a", "b", "c"]), names=dict(zip("abc", evil)))
     records = {"a--b": zoos.record_of(-99, 0.1), "a--c": PairState("failed", "<img src=x>")}
     text = page_of(contents(plan, records), "<i>title</i>")
-    tags = {tag for tag, _ in Page(text).elements}
+    tags = Page(text).tags
     assert not tags & {"i", "img"}
     assert sum(tag == "script" for tag, _ in Page(text).elements) == 2
 
@@ -547,7 +529,7 @@ def test_a_sparse_list_is_a_graph_with_an_arc_for_every_pair():
     arcs = [a for tag, a in page.elements if tag == "path" and "0 0 1 0" in a.get("d", "")]
     assert len(arcs) == len(few)
     assert not [a for tag, a in page.elements if tag == "rect" and "x" in a and a["class"] != "bar"]
-    assert "An arc joins" in " ".join(page.text)
+    assert "An arc joins" in page.text
 
 
 def test_p_values_are_written_as_everywhere_else(broken):
