@@ -23,6 +23,9 @@ from tracing_jax.sharding import Compute, make_mesh
 
 LOGITS_TOLERANCE = 2e-4  # times the larger of 1 and the largest logit
 LOSSES_TOLERANCE = 1e-4  # nats
+# Of losses of 15 nats, from experts whose weights do not sum to one: compiled programs round by 1.1e-4 with all of
+# XLA's optimizations and 1.2e-4 without, single operations by 8e-5 and 1.2e-4; the logits differ by 1.2e-5.
+_LOSSES_TOLERANCE_OF = {"qwen3_next-not_normalized": 1.5e-4}
 
 _FILES = {name: np.load(FOLDER / f"{name}.npz") for name in GOLDEN}
 _LOGITS, _LOSSES, _TENSORS = (
@@ -66,7 +69,8 @@ def _difference(
 ) -> str | None:
     logits_error = np.abs(found_logits - wanted_logits).max() / max(1.0, np.abs(wanted_logits).max())
     losses_error = np.abs(found_losses - wanted_losses).max()
-    if logits_error <= LOGITS_TOLERANCE and losses_error <= LOSSES_TOLERANCE:
+    losses_tolerance = _LOSSES_TOLERANCE_OF.get(case.name, LOSSES_TOLERANCE)
+    if logits_error <= LOGITS_TOLERANCE and losses_error <= losses_tolerance:
         return None
     return f"{case.name}: logits off by {logits_error:.2g} (relative), losses by {losses_error:.2g} nats"
 
