@@ -7,7 +7,7 @@ themselves 8-bit values of a table, in blocks, around a mean).
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -38,10 +38,7 @@ class FourBit:
     block: int
     nested_block: int = 0
     nested_offset: float = 0.0
-
-    @property
-    def dtype(self) -> np.dtype:
-        return np.dtype(np.float32)
+    dtype: ClassVar[np.dtype] = np.dtype(np.float32)
 
     def read(self, index: Index = ()) -> np.ndarray:
         bounds = bounds_of(index, self.shape)

@@ -10,7 +10,7 @@ global scale as its reciprocal.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -32,15 +32,12 @@ class Mxfp4:
     store: TensorStore
     blocks: str
     scales: str
+    dtype: ClassVar[np.dtype] = np.dtype(ml_dtypes.bfloat16)
 
     @property
     def shape(self) -> tuple[int, ...]:
         *lead, rows, groups, _ = self.store.shape(self.blocks)
         return (*lead, groups * 32, rows)
-
-    @property
-    def dtype(self) -> np.dtype:
-        return np.dtype(ml_dtypes.bfloat16)
 
     def read(self, index: Index = ()) -> np.ndarray:
         *lead, inner, rows = bounds_of(index, self.shape)
@@ -59,15 +56,12 @@ class Mxfp4Rows:
     store: TensorStore
     packed: str
     scales: str
+    dtype: ClassVar[np.dtype] = np.dtype(ml_dtypes.bfloat16)
 
     @property
     def shape(self) -> tuple[int, ...]:
         *lead, half = self.store.shape(self.packed)
         return (*lead, half * 2)
-
-    @property
-    def dtype(self) -> np.dtype:
-        return np.dtype(ml_dtypes.bfloat16)
 
     def read(self, index: Index = ()) -> np.ndarray:
         *lead, columns = bounds_of(index, self.shape)
@@ -95,15 +89,12 @@ class Nvfp4:
     scales: str
     overall: str
     is_reciprocal: bool
+    dtype: ClassVar[np.dtype] = np.dtype(np.float32)
 
     @property
     def shape(self) -> tuple[int, ...]:
         *lead, half = self.store.shape(self.packed)
         return (*lead, half * 2)
-
-    @property
-    def dtype(self) -> np.dtype:
-        return np.dtype(np.float32)
 
     def read(self, index: Index = ()) -> np.ndarray:
         *lead, columns = bounds_of(index, self.shape)

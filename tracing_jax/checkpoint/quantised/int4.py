@@ -6,7 +6,7 @@ layouts of its GEMM and GEMV kernels in AutoAWQ. A weight is `scale * (q - zero)
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -50,15 +50,12 @@ class Gptq:
     group_size: int
     zero_offset: int
     has_groups: bool
+    dtype: ClassVar[np.dtype] = _FLOAT32
 
     @property
     def shape(self) -> tuple[int, ...]:
         words, out = self.store.shape(f"{self.stem}qweight")
         return out, words * 32 // self.bits
-
-    @property
-    def dtype(self) -> np.dtype:
-        return _FLOAT32
 
     def read(self, index: Index = ()) -> np.ndarray:
         rows, inputs = bounds_of(index, self.shape)
@@ -97,15 +94,12 @@ class Awq:
     store: TensorStore
     stem: str
     group_size: int
+    dtype: ClassVar[np.dtype] = _FLOAT32
 
     @property
     def shape(self) -> tuple[int, ...]:
         inputs, words = self.store.shape(f"{self.stem}qweight")
         return words * 8, inputs
-
-    @property
-    def dtype(self) -> np.dtype:
-        return _FLOAT32
 
     def read(self, index: Index = ()) -> np.ndarray:
         rows, inputs = bounds_of(index, self.shape)
@@ -128,15 +122,12 @@ class AwqGemv:
     store: TensorStore
     stem: str
     group_size: int
+    dtype: ClassVar[np.dtype] = _FLOAT32
 
     @property
     def shape(self) -> tuple[int, ...]:
         out, words = self.store.shape(f"{self.stem}qweight")
         return out, words * 8
-
-    @property
-    def dtype(self) -> np.dtype:
-        return _FLOAT32
 
     def read(self, index: Index = ()) -> np.ndarray:
         rows, inputs = bounds_of(index, self.shape)

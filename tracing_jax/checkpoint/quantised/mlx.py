@@ -6,7 +6,7 @@ bits of words of 32, lowest first. transformers calls the biases `qbiases`.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -38,15 +38,12 @@ class MlxAffine:
     biases: str
     bits: int
     group_size: int
+    dtype: ClassVar[np.dtype] = np.dtype(np.float32)
 
     @property
     def shape(self) -> tuple[int, ...]:
         *lead, words = self.store.shape(self.name)
         return (*lead, words * 32 // self.bits)
-
-    @property
-    def dtype(self) -> np.dtype:
-        return np.dtype(np.float32)
 
     def read(self, index: Index = ()) -> np.ndarray:
         bounds = bounds_of(index, self.shape)

@@ -6,7 +6,7 @@ Source: its `pack_to_int32`: integers follow one another in the bits of words, l
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -49,10 +49,7 @@ class Packed:
     sizes: tuple[int, ...]
     has_zeros: bool
     has_groups: bool = False
-
-    @property
-    def dtype(self) -> np.dtype:
-        return np.dtype(np.float32)
+    dtype: ClassVar[np.dtype] = np.dtype(np.float32)
 
     def read(self, index: Index = ()) -> np.ndarray:
         bounds = rows, columns = bounds_of(index, self.shape)

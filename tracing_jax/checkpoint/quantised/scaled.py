@@ -8,7 +8,7 @@ steps.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -49,14 +49,11 @@ class Scaled:
     sizes: tuple[int, ...]
     factor: float = 1.0
     zeros: str | None = None
+    dtype: ClassVar[np.dtype] = _FLOAT32
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.store.shape(self.name)
-
-    @property
-    def dtype(self) -> np.dtype:
-        return _FLOAT32
 
     def read(self, index: Index = ()) -> np.ndarray:
         bounds = bounds_of(index, self.shape)
