@@ -60,13 +60,15 @@ METHODS = (
     Method("activations", "permutations, from activations", PERMUTABLE, "activations"),
     Method("permutations", "permutations, from weights", PERMUTABLE),
     Method("maps", "all maps, from weights", ("all",)),
+    Method("states", "all maps, the features' from hidden states", ("all",), "activations"),
     Method("learned", "learned", ("all",), "learned"),
     Method("both", "learned, both ends", ("all",), "learned", "both"),
 )
 
 CONTROLS = {
     "none": ("as given",), "permutations": ("permutations, from weights", "permutations, from activations"),
-    "maps": ("all maps, from weights",), "learned": ("learned", "learned, both ends"),
+    "maps": ("all maps, from weights",), "states": ("all maps, the features' from hidden states",),
+    "learned": ("learned", "learned, both ends"),
 }  # fmt: skip
 """Key of `statistics.mode.CONTROLS` -> the methods that it stands for."""
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from cases import diagonal
+from cases import diagonal, slow
 from reference64 import logits64
 from safetensors.numpy import load_file, save_file
 
@@ -122,6 +122,20 @@ def test_aligning_a_model_disguised_in_every_way_is_aligning_the_model(name, bac
     found = check_law(base, finetuned(base), ",".join(names[::-1] if backwards else names))
     assert found.undone["identity"]["layers"]
     assert found.undone["padding"]["units"] > 0
+
+
+@pytest.mark.parametrize("name", ["gqa", slow("layer_norm_biases")])
+def test_by_hidden_states_too_aligning_a_disguised_model_is_aligning_the_model(name):
+    """They are computed in float32; what the disguise does to the features is found in them alone."""
+    arch = ARCHS[name]()
+    base, tokens = in_float64(arch), np.random.default_rng(0).integers(61, size=(16, 16), dtype=np.int32)
+    ft = finetuned(base)
+    hidden = in_memory(rewritten(ft, drawn("all", arch)))
+    plain, again = (align(base, model, ("all",), evidence="activations", tokens=tokens) for model in (ft, hidden))
+    one, other = (in_memory(aligned(model, found)) for model, found in ((ft, plain), (hidden, again)))
+    assert greatest_difference(one, other) < 1e-4
+    assert plain.how == again.how == "states"
+    assert np.median([*leaf_cosines(base, other, None).values()]) > 0.99
 
 
 @pytest.mark.slow
@@ -312,8 +326,8 @@ def test_words_that_do_not_fit_are_refused():
     assert "kinds spin cannot be aligned" in alignment_problems(arch, arch, ["spin"])[0]
     assert alignment_problems(arch, tiny.mixtral(head_dim=8), ["values"])
     base = in_float64(arch)
-    with pytest.raises(ValueError, match="rotation: estimated from weights alone"):
-        align(base, base, ["mlp", "rotation"], evidence="activations", tokens=np.zeros((1, 4), np.int32))
+    with pytest.raises(ValueError, match="scaling: estimated from weights alone; add rotation"):
+        align(base, base, ["mlp", "scaling"], evidence="activations", tokens=np.zeros((1, 4), np.int32))
 
 
 @pytest.mark.usefixtures("engine")

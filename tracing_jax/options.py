@@ -360,8 +360,8 @@ class RunOptions:
     )
     align_evidence: str = _rewrites(
         "weights",
-        "What the alignment is found from. learned: gradient descent on the loss between the models, from an alignment "
-        "by weights (section learned).",
+        "What the alignment is found from. activations: order of units, or with rotation the map of the features. "
+        "learned: gradient descent on the loss between the models, from an alignment by weights (section learned).",
         choices=("weights", "activations", "learned"),
     )
     save_aligned: str | None = _rewrites(

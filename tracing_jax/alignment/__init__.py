@@ -1,8 +1,8 @@
 """Alignment: the rewrites that transform a fine-tuned model to base's gauge and order, proven to keep its function.
 
-Permutations of units are estimated from weights or activations; other rewrites (a rotation of the residual stream,
-scaling of units, mixing of values ...) from the weights: `align(base, ft, ("all",), evidence="weights")`. With
-`evidence="learned"` gradient descent on the loss between the models continues from there.
+Permutations of units are estimated from weights or activations, a rotation of the residual stream from weights or
+hidden states, other rewrites (scaling of units, mixing of values ...) from the weights: `align(base, ft, ("all",),
+evidence="weights")`. With `evidence="learned"` gradient descent on the loss between the models continues from there.
 """
 
 from tracing_jax.alignment.activation_matching import TAP
@@ -12,6 +12,7 @@ from tracing_jax.alignment.applicability import (
     MAPS,
     WHOLE,
     AlignmentError,
+    activations_problem,
     alignment_problems,
     beyond_permutations,
     expanded,
@@ -32,6 +33,7 @@ __all__ = [
     "Ends",
     "Evidence",
     "Learning",
+    "activations_problem",
     "align",
     "aligned",
     "aligned_base",

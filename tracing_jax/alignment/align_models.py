@@ -7,13 +7,20 @@ from typing import Any, get_args
 
 import numpy as np
 from absl import logging
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from tracing_jax.alignment.activation_matching import match_activations
-from tracing_jax.alignment.applicability import MAPS, alignment_problems, beyond_permutations, supported
+from tracing_jax.alignment.applicability import (
+    MAPS,
+    activations_problem,
+    alignment_problems,
+    beyond_permutations,
+    supported,
+)
 from tracing_jax.alignment.expansions import remove_expansions
 from tracing_jax.alignment.float64_leaves import leaf_cosines
 from tracing_jax.alignment.learning import LEAST_BLOCKS, Learned, Learning, learn
+from tracing_jax.alignment.residual_products import residual_products
 from tracing_jax.alignment.result import Alignment, Evidence, cosines_by_kind, undone_by
 from tracing_jax.alignment.rewrite_estimation import estimate_rewrites, gains_of
 from tracing_jax.axes import PERMUTABLE, axis_table
@@ -31,6 +38,9 @@ other rewrites are in `forward.FUNCTION_TOLERANCE`."""
 
 _PAIRED_BY = 64
 """Blocks of text on whose activations units are paired anew."""
+
+_READ_BLOCKS = 128
+"""Blocks of text, at most, on whose hidden states the map of the features is estimated."""
 
 _ABOUT_AS_ALIKE = (1.3, 0.05)
 """Permutations explain a leaf if its distance from base, 1 - cosine, is at most so many times that after all maps, plus
@@ -57,9 +67,10 @@ def align(
       ft: the model to align; it is not changed (see `aligned`).
       kinds: of `KINDS`; or `all` or `auto` alone. Every kind named is estimated, needed or not, and left out where
         base's family does not support it. `rotation` includes `gains`.
-      evidence: what units are compared by: the weights, or the activations on `tokens` (permutations only). `learned`
-        starts from the weights and lowers the loss between the models on `tokens` by gradient descent on the maps
-        among `kinds`; both models must be in memory.
+      evidence: what units are compared by: the weights, or the activations on `tokens`. Where more than permutations
+        is asked for, activations are the hidden states, which determine the map of the features; units and heads are
+        then compared by weights. `learned` starts from the weights and lowers the loss between the models on `tokens`
+        by gradient descent on the maps among `kinds`; both models must be in memory.
       tokens: the blocks both models read; activations and learned only. A loss along the path that is to mean
         something is taken on other text.
       compute: where and how the activations are computed. By default float32 on one device.
@@ -74,21 +85,21 @@ def align(
       AlignmentError: surplus units or layers of ft are not inactive, or the models share no token.
     """
     _check(base, ft, kinds, evidence, tokens)
+    compute = compute or Compute(make_mesh())
+    text = tokens if evidence == "activations" else None
     if evidence == "learned":
         assert tokens is not None
-        start = _rewritten_by_weights(base, ft, kinds, shared, seed)
-        settings, compute = learning or Learning(), compute or Compute(make_mesh())
+        start = _by_rewrites(base, ft, kinds, shared, text, compute, seed)
+        settings = learning or Learning()
         learned = _learned(base, in_memory(rewritten(ft, start.rewrites)), kinds, tokens, settings, compute, seed)
         found = _with_learned(base, ft, start, learned, shared, seed)
     elif beyond_permutations(kinds):
-        found = _rewritten_by_weights(base, ft, kinds, shared, seed)
+        found = _by_rewrites(base, ft, kinds, shared, text, compute, seed)
     elif evidence == "weights":
         found = _matched_by_weights(base, ft, kinds, shared, seed, run_cache)
     else:
         assert tokens is not None
-        permutations, objective, left_out = match_activations(
-            base, ft, kinds, tokens, compute or Compute(make_mesh())
-        )  # fmt: skip
+        permutations, objective, left_out = match_activations(base, ft, kinds, tokens, compute)
         rewrites = (Permutation(permutations),)
         found = Alignment(rewrites, evidence, objective, _prove(ft, rewrites, seed), left_out)
     for name, reason in found.left_out.items():
@@ -180,23 +191,32 @@ class _Candidate:
     undone: Mapping[str, Any]
 
 
-def _rewritten_by_weights(
-    base: ParamSource, ft: ParamSource, kinds: Sequence[str], shared: Shared | None, seed: int
+def _by_rewrites(
+    base: ParamSource,
+    ft: ParamSource,
+    kinds: Sequence[str],
+    shared: Shared | None,
+    tokens: Int[np.ndarray, "N T"] | None,
+    compute: Compute,
+    seed: int,
 ) -> Alignment:
-    """Returns the alignment by more than permutations."""
+    """Returns the alignment by more than permutations, that of the features from hidden states if there is text."""
     wanted, unsupported = supported(kinds, base.arch)
     removals, report = remove_expansions(base, ft, wanted)
     reduced = in_memory(rewritten(ft, removals), "dropping padding") if removals else ft
     found = _by_permutations(base, reduced, shared) if "auto" in kinds else None
     # No map aligns a leaf better than to a cosine of one: maps are estimated only where they could decide something.
     if found is None or not _explains(found.cosines, dict.fromkeys(found.cosines, 1.0)):
-        mapped = _by_maps(base, reduced, wanted, unsupported, shared)
+        states = None
+        if tokens is not None and {"embed", "rotation"} & wanted:
+            states = residual_products(base, reduced, wanted, tokens[:_READ_BLOCKS], compute, seed)
+        mapped = _by_maps(base, reduced, wanted, unsupported, shared, states)
         found = found if found is not None and _explains(found.cosines, mapped.cosines) else mapped
     before = leaf_cosines(base, ft, shared)
     rewrites = removals + found.rewrites
     return Alignment(
         rewrites,
-        "weights",
+        "weights" if tokens is None else "activations",
         (math.fsum(before.values()), math.fsum(found.cosines.values())),
         _prove(ft, rewrites, seed),
         found.left_out,
@@ -206,9 +226,14 @@ def _rewritten_by_weights(
 
 
 def _by_maps(
-    base: ParamSource, ft: ParamSource, kinds: set[str], unsupported: Mapping[str, str], shared: Shared | None
+    base: ParamSource,
+    ft: ParamSource,
+    kinds: set[str],
+    unsupported: Mapping[str, str],
+    shared: Shared | None,
+    states: Float[np.ndarray, "D D"] | None,
 ) -> _Candidate:
-    rewrites, left_out = estimate_rewrites(base, ft, kinds, shared)
+    rewrites, left_out = estimate_rewrites(base, ft, kinds, shared, states)
     after = rewritten(ft, rewrites)
     undone = undone_by(rewrites, gains_of(base), gains_of(ft))
     if ft.arch.tied and not after.arch.tied:
@@ -236,13 +261,13 @@ def _prove(ft: ParamSource, rewrites: Sequence[Rewrite], seed: int) -> float:
 
 
 def _check(base: ParamSource, ft: ParamSource, kinds: Sequence[str], evidence: str, tokens: np.ndarray | None) -> None:
-    lines, beyond = [], beyond_permutations(kinds)
+    lines = []
     if evidence not in get_args(Evidence):
         lines.append(f"evidence {evidence!r} is not one of {', '.join(get_args(Evidence))}")
     if evidence in ("activations", "learned") and tokens is None:
         lines.append(f"evidence by {evidence} needs tokens for both models to read")
-    if evidence == "activations" and beyond:
-        lines.append(f"{', '.join(beyond)}: estimated from weights alone; activations determine permutations only")
+    if evidence == "activations" and (problem := activations_problem(kinds)):
+        lines.append(problem)
     if evidence == "learned":
         lines += _not_learnable(base, ft, kinds, tokens)
     if lines := lines + alignment_problems(base.arch, ft.arch, kinds):

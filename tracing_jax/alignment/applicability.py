@@ -63,6 +63,16 @@ def beyond_permutations(kinds: Sequence[str]) -> list[str]:
     return [kind for kind in kinds if kind not in PERMUTABLE]
 
 
+def activations_problem(kinds: Sequence[str]) -> str | None:
+    """Returns why activations tell nothing of these kinds; None if they do.
+
+    Of rewrites beyond permutations they determine the map of the features; the others follow by weights.
+    """
+    if (beyond := beyond_permutations(kinds)) and not {"embed", "rotation"} & set(expanded(kinds)):
+        return f"{', '.join(beyond)}: estimated from weights alone; add rotation, or choose weights as evidence"
+    return None
+
+
 def supported(kinds: Sequence[str], arch: Arch) -> tuple[set[str], dict[str, str]]:
     """Returns the kinds that a model supports, and the reason for each map that it does not.
 

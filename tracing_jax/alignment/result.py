@@ -84,11 +84,13 @@ class Alignment:
         return reorders_only(self.rewrites + self.base_rewrites)
 
     @property
-    def how(self) -> Literal["permutations", "maps", "learned"]:
-        """What was used of: permutations alone, other maps as well, or maps that were learned."""
+    def how(self) -> Literal["permutations", "maps", "states", "learned"]:
+        """What was used: permutations alone, maps from weights, the features' from hidden states, or learned maps."""
         if self.evidence == "learned":
             return "learned"
-        return "permutations" if self.reorders_only else "maps"
+        if self.reorders_only:
+            return "permutations"
+        return "states" if self.evidence == "activations" else "maps"
 
     @property
     def share_moved(self) -> dict[str, float]:

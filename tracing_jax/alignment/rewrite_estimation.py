@@ -24,11 +24,23 @@ _REFINEMENTS = 1
 
 
 def estimate_rewrites(
-    base: ParamSource, ft: ParamSource, kinds: Collection[str], shared: Shared | None
+    base: ParamSource,
+    ft: ParamSource,
+    kinds: Collection[str],
+    shared: Shared | None,
+    states: Float[np.ndarray, "D D"] | None = None,
 ) -> tuple[tuple[Rewrite, ...], dict[str, str]]:
     """Returns the rewrites that align ft, of base's shape, to base, and what was left out -> why.
 
     Each kind that is named is estimated, whether or not ft seems to need it. Both models support all `kinds`.
+
+    Args:
+      base: the model that stays as it is.
+      ft: the model to align.
+      kinds: of rewrites that may be used.
+      shared: pairs of ids of tokens that mean the same, if the vocabularies differ.
+      states: cross products of the hidden states, see `residual_products`, from which the map of the features is found;
+        by default from the rows of tokens.
 
     Raises:
       AlignmentError: the residual streams cannot be compared.
@@ -39,12 +51,13 @@ def estimate_rewrites(
     R, maps = None, BlockMaps()
     for last in [False] * (_REFINEMENTS if aligns_features else 0) + [True]:
         if aligns_features and R is None:
-            tokens = token_products(base_view, ft_view, shared)
-            R = nearest(tokens, rotates)
+            known = token_products(base_view, ft_view, shared) if states is None else states
+            R = nearest(known, rotates)
         turned = in_float64(ft_view, as_rewrites(R, rotates))
-        maps, products = _layers(base_view, turned, kinds, not last)
+        maps, products, count = _layers(base_view, turned, kinds, not last)
         if R is not None and not last:
-            R = nearest(tokens + products @ R, rotates)
+            # Hidden states count as much as the mean leaf, embedding and head as much as any other.
+            R = nearest(known + products @ R / (1 if states is None else count), rotates)
     permutations = ({} if R is None or rotates else {"embed": order_of(R)}) | maps.permutations
     rewrites: list[Rewrite] = as_rewrites(R, rotates) if rotates else []
     rewrites += [Permutation(permutations)] if permutations else []
@@ -56,9 +69,9 @@ def estimate_rewrites(
 
 def _layers(
     base: ParamSource, ft: ParamSource, kinds: Collection[str], multiply: bool
-) -> tuple[BlockMaps, Float[np.ndarray, "D D"]]:
-    """Returns the maps of all layers and, if asked for, the cross products of the features after these maps."""
-    maps = BlockMaps()
+) -> tuple[BlockMaps, Float[np.ndarray, "D D"], int]:
+    """Returns the maps of all layers and, if asked for, the cross products of features after them and their number."""
+    maps, count = BlockMaps(), 0
     D = base.arch.embed_dim
     products = np.zeros((D, D))
     for i in tqdm(range(base.arch.num_layers), desc="aligning", unit="layer", disable=None):
@@ -68,8 +81,10 @@ def _layers(
         maps.add(found)
         if multiply:
             mapped = after(of_ft, prefix, found.rewrites, base.arch)
-            products += cross_products(of_base, mapped, own_table(base.arch, prefix), None)
-    return maps, products
+            table = own_table(base.arch, prefix)
+            products += cross_products(of_base, mapped, table, None)
+            count += sum("embed" in spec.axes and len(spec.axes) > 1 for spec in table.leaves.values())
+    return maps, products, count
 
 
 def gains_of(source: ParamSource) -> dict[str, np.ndarray]:

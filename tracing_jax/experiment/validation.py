@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from tracing_jax import demo
-from tracing_jax.alignment import MAPS, beyond_permutations, expanded, kind_problems
+from tracing_jax.alignment import MAPS, activations_problem, beyond_permutations, expanded, kind_problems
 from tracing_jax.arch import Arch
 from tracing_jax.axes import PERMUTABLE
 from tracing_jax.data import RANDOM, SAMPLE
@@ -245,10 +245,8 @@ def _alignment_problems(options: RunOptions) -> list[str]:
     kinds, shown = options.align_axes, ",".join(options.align_axes)
     lines = [f"align_axes={shown}: {line}" for line in kind_problems(kinds) if kinds or options.align]
     beyond = beyond_permutations(kinds)
-    if options.align_evidence == "activations" and beyond:
-        lines.append(
-            f"align_axes={shown}: {', '.join(beyond)} are estimated from weights alone; set align_evidence=weights"
-        )
+    if options.align_evidence == "activations" and (problem := activations_problem(kinds)):
+        lines.append(f"align_axes={problem}")
     if options.align and options.align_evidence == "learned":
         lines += _learned_problems(options)
     elif options.memory == "stream" and options.align and beyond:

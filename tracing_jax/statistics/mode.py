@@ -27,7 +27,8 @@ NO_DESCENT = (
 
 
 CONTROLS: Mapping[str, tuple[int, float, float]] = {
-    "none": (3, 1.48, 1.73), "permutations": (3, 1.15, 1.37), "maps": (3, 0.85, 1.04), "learned": (3, 0.21, 0.32)
+    "none": (3, 1.48, 1.73), "permutations": (3, 1.15, 1.37), "maps": (3, 0.85, 1.04),
+    "states": (3, 0.74, 0.84), "learned": (3, 0.21, 0.32)
 }  # fmt: skip
 """How a pair is aligned -> number of control pairs, and their least and greatest barrier in nats per token.
 
@@ -36,6 +37,7 @@ Llama-type models of one recipe from different seeds, so known to be independent
 
 _ALIGNED_BY = {
     "none": "as given", "permutations": "after permutations", "maps": "after all maps from weights",
+    "states": "after all maps, the features' from hidden states",
     "learned": "after a learned alignment of one end or both, of 200 steps; less after more",
 }  # fmt: skip
 

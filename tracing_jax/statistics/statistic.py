@@ -104,7 +104,7 @@ class Pair:
     compute: Compute
     seed: int
     aligned: bool = False
-    alignment: Literal["none", "permutations", "maps", "learned"] = "none"
+    alignment: Literal["none", "permutations", "maps", "states", "learned"] = "none"
     """How ft was aligned to base, if it was: what control pairs must be aligned by as well."""
     blocks: PairedBlocks | None = None
     """The text in both models' tokens, with the positions at which both have read the same bytes."""
