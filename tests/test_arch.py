@@ -537,6 +537,12 @@ def test_every_attribute_of_the_installed_transformers_is_known(family):
     assert arch_from_config(config).family == family
 
 
+def test_negative_epsilon_of_norms_is_refused():
+    """It can take features out of a norm."""
+    with pytest.raises(UnsupportedModelError, match=r"epsilon of norms is -0\.4"):
+        arch_from_config(transformers.LlamaConfig(rms_norm_eps=-0.4))
+
+
 def test_number_of_experts_of_a_token_that_is_not_set_is_refused():
     with pytest.raises(UnsupportedModelError, match="num_experts_per_tok"):
         arch_from_config(transformers.AutoConfig.for_model("deepseek_v2"))

@@ -47,6 +47,7 @@ from tracing_jax.statistics import (
     inactive_layers,
     obscured_layers,
     token_directions,
+    unit_effects,
 )
 from tracing_jax.statistics import distinct_units as distinct_units_module
 from tracing_jax.statistics.csh import Csh
@@ -612,7 +613,7 @@ def by_text_and_by_weights(arch, leaves):
     return by_text, by_weights
 
 
-def test_what_units_and_heads_write_to_features_that_nothing_reads_is_no_evidence():
+def test_what_units_write_to_features_that_nothing_reads_is_no_evidence():
     """The logits do not depend on it but by the norm of the stream, to second order."""
     arch, unread = dataclasses.replace(ARCH, embed_dim=36), slice(24, 36)
     leaves = dict(flatten(on_host(InMemory(arch, init_params(arch, jax.random.key(0)))).params))
@@ -624,8 +625,8 @@ def test_what_units_and_heads_write_to_features_that_nothing_reads_is_no_evidenc
     leaves["embed/embedding"][:, unread] = 0
     for i in range(3):
         down, output = (np.array(leaves[f"layers/{i}/{name}/kernel"]) for name in ("mlp/down_proj", "attn/o_proj"))
-        down[:32, :24], down[:32, unread], down[32:, unread] = 0, 3 * down[:32, unread], 0
-        output[0, 0, :, :24], output[0, 1:, :, unread], output[1:, :, :, unread] = 0, 0, 0
+        down[:32, :24], down[:32, unread], down[32:, unread] = 0, 0.6 * down[:32, unread], 0
+        output[..., unread] = 0
         leaves |= {f"layers/{i}/mlp/down_proj/kernel": down, f"layers/{i}/attn/o_proj/kernel": output}
     by_text, by_weights = by_text_and_by_weights(arch, leaves)
     for i in range(3):
@@ -633,8 +634,43 @@ def test_what_units_and_heads_write_to_features_that_nothing_reads_is_no_evidenc
         kept = distinct_units(by_text, i).kept
         assert kept.min() >= 32
         assert len(kept) > 28
-        assert not inactive_heads(by_weights, i).any()
-        assert np.argwhere(inactive_heads(by_text, i)).tolist() == [[0, 0]]
+
+
+def test_features_that_nothing_writes_and_the_head_reads_loudly_hide_no_unit():
+    """Gradients are then large there, and what units write to other features is small beside them."""
+    arch, unwritten = dataclasses.replace(ARCH, embed_dim=36, tied=False), slice(24, 36)
+    leaves = dict(flatten(on_host(InMemory(arch, init_params(arch, jax.random.key(0)))).params))
+    for name in leaves:
+        if name.endswith(("embed/embedding", "down_proj/kernel", "o_proj/kernel")):
+            leaves[name] = np.array(leaves[name])
+            leaves[name][..., unwritten] = 0
+    head = np.array(leaves["head/lm_head/kernel"])
+    head[unwritten] = 0
+    quiet, _ = by_text_and_by_weights(arch, leaves | {"head/lm_head/kernel": head.copy()})
+    head[unwritten] = 100 * head.std() * np.random.default_rng(0).standard_normal((12, 61))
+    loud, _ = by_text_and_by_weights(arch, leaves | {"head/lm_head/kernel": head})
+    for i in range(3):
+        expected = distinct_units(quiet, i).kept
+        assert len(expected) > F - 12
+        np.testing.assert_array_equal(distinct_units(loud, i).kept, expected)
+
+
+def test_what_is_beyond_a_polynomial_on_a_text_is_what_numpy_leaves():
+    """Of units that a text does not reach nothing is left, nor of those whose input is not finite."""
+    gates = np.random.default_rng(0).normal(1, 2, (80, 5)).astype(np.float32)
+    gates[:, 3], gates[0, 4] = 2.5, np.inf
+    for degree in (1, 2):
+        found = unit_effects.beyond_polynomial(gates, ARCH, degree)
+        for f in range(3):
+            z = gates[:, f].astype(np.float64)
+            values = FLOAT64_ACTIVATIONS[ARCH.activation](z)
+            np.testing.assert_allclose(found[:, f], values - np.polyval(np.polyfit(z, values, degree), z), atol=1e-9)
+        assert not found[:, 3:].any()
+    outputs, gradients = np.abs(gates[:, :3]), np.ones((80, 3))
+    shares = unit_effects.shares_of_effect(outputs * [1, 2, 0], gradients)
+    assert np.square(shares).sum() == pytest.approx(1)
+    assert shares[1] > shares[0] > shares[2] == 0
+    assert not unit_effects.shares_of_effect(outputs, np.full((80, 3), np.nan)).any()
 
 
 def test_units_whose_gate_a_constant_feature_holds_where_it_is_a_line_are_no_evidence():

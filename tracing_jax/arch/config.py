@@ -184,6 +184,8 @@ def arch_from_config(config: Any) -> Arch:
         tied=bool(config.tie_word_embeddings),
         **(found | family.read(config)),
     )
+    if not arch.norm_eps >= 0:
+        raise UnsupportedModelError(f"the epsilon of norms is {arch.norm_eps}; expected 0 or more")
     if is_inside and (arch.logit_scale, arch.logit_softcap) != (1.0, None) and whole.model_type not in CAPPED:
         # Other classes in transformers have a head without these, other programs may not.
         raise UnsupportedModelError(f"logits that are scaled or capped in a {whole.model_type} model are not supported")

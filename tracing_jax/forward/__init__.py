@@ -11,7 +11,7 @@ no activation matrix whole. The models may read the text through different token
 `PairedBlocks` are compared.
 """
 
-from tracing_jax.forward.activation_spread import activation_spread
+from tracing_jax.forward.activation_spread import activation_spread, activation_values
 from tracing_jax.forward.activations import activations, embedding_activations
 from tracing_jax.forward.forward_pass import LayerOutput, final_hidden, forward, head_logits, head_of
 from tracing_jax.forward.function_equality import FUNCTION_TOLERANCE, check_function, logits
@@ -29,6 +29,7 @@ __all__ = [
     "Sample",
     "StreamPass",
     "activation_spread",
+    "activation_values",
     "activations",
     "check_function",
     "correlate",

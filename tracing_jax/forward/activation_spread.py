@@ -21,6 +21,15 @@ FLOAT64_ACTIVATIONS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(32)
 
 
+def activation_values(arch: Arch, inputs: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    """Returns what an MLP's activation function gives, float64; where a model has `clamped_glu`, the gate of that."""
+    if arch.clamped_glu is None:
+        return FLOAT64_ACTIVATIONS[arch.activation](inputs)
+    limit, slope = arch.clamped_glu
+    clamped = np.minimum(inputs, limit)
+    return clamped * special.expit(slope * clamped)
+
+
 def activation_spread(
     arch: Arch, means: Float[np.ndarray, " F"], deviations: Float[np.ndarray, " F"], degree: int = 0
 ) -> Float[np.ndarray, " F"]:
@@ -33,12 +42,7 @@ def activation_spread(
       degree: of the polynomial of the input that fits best, which is subtracted: 0 for the mean.
     """
     inputs = means.astype(np.float64)[:, None] + deviations.astype(np.float64)[:, None] * _NODES
-    if arch.clamped_glu is None:
-        found = FLOAT64_ACTIVATIONS[arch.activation](inputs)
-    else:
-        limit, slope = arch.clamped_glu
-        clamped = np.minimum(inputs, limit)
-        found = clamped * special.expit(slope * clamped)
+    found = activation_values(arch, inputs)
     roots = np.sqrt(_WEIGHTS / _WEIGHTS.sum())
     polynomials, _ = np.linalg.qr(roots[:, None] * np.polynomial.hermite_e.hermevander(_NODES, degree))
     rest = found * roots

@@ -12,7 +12,6 @@ from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.distinct_units import NEGLIGIBLE, has_stream, inactive_below, stream_size
 from tracing_jax.statistics.kept_facts import kept_of
 from tracing_jax.statistics.mlp_rows import gain_of
-from tracing_jax.statistics.token_directions import are_read, written_directions
 from tracing_jax.tree import Tree, to_host
 
 HEAD_LEAVES = ("attn", "attn_norm", "attn_post_norm")
@@ -97,21 +96,9 @@ def _head_energies(model: ParamSource, layer: int) -> Float[np.ndarray, "K G"]:
     if ("head energies", layer) not in known:
         params = model.layer(layer, HEAD_LEAVES)
         kernels, gain = head_kernels(params, model.arch), jnp.asarray(gain_of(params, "attn_norm", model.arch))
-        outputs = kernels["o"] * _are_read(model, layer, kernels["o"], params)
-        known["head energies", layer] = to_host(_energy(kernels["v"] * gain.reshape(-1, 1, 1), outputs))
+        known["head energies", layer] = to_host(_energy(kernels["v"] * gain.reshape(-1, 1, 1), kernels["o"]))
     found: np.ndarray = known["head energies", layer]
     return found
-
-
-def _are_read(
-    model: ParamSource, layer: int, outputs: Float[Array, "K G U D"], params: Tree
-) -> Bool[np.ndarray, "K G U 1"]:
-    """Returns for each dim of each head whether the logits depend on what it writes."""
-    arch = model.arch
-    gain = gain_of(params, "attn_post_norm", arch)
-    rows = outputs.reshape(-1, outputs.shape[-1])
-    found = are_read(rows, gain, arch.norm_subtracts_mean, written_directions(model, layer + 1))
-    return found.reshape(*outputs.shape[:-1], 1)
 
 
 def _added(model: ParamSource, layer: int) -> float:

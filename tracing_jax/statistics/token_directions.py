@@ -1,14 +1,13 @@
-"""Directions in the residual stream that a text has, or that its next tokens depend on, and what units do in them.
+"""Directions in the residual stream that a text has, and how much of them units read.
 
-In an RMS norm's stream of D features a part can be added that no token ever has, or that nothing reads: rows that read
-the first, and outputs that write to the second, are free, and an independent model can have another's there. So a unit
-counts by what it reads of a text, and not by the norm of its row: of what the MLP of its layer gets in a forward pass
-over some of the text of this package. And it counts by what it writes along gradients: of the logits at the stream
-behind its layer, from the pass back.
+In an RMS norm's stream of D features a part can be added that no token ever has: rows that read it are free, and an
+independent model can have another's there. So a unit counts by what it reads of a text, and not by the norm of its row:
+of what the MLP of its layer gets in a forward pass over some of the text of this package. What units do on that text is
+measured as well, by a pass back (`unit_effects`).
 
 The embeddings alone do not tell what is read: a first layer can remove features from them that all tokens have. They
-are what is looked at where a model is read by its weights alone, or no text is known; what later layers write, and what
-they read, is not looked at then (in trained models what units read of it lies in the span of the embeddings as well).
+are what is looked at where a model is read by its weights alone, or no text is known; what later layers write is not
+looked at then (in trained models what units read of it lies in the span of the embeddings as well).
 
 Letters: F units, D features, T tokens, N blocks, P tokens of a block.
 """
@@ -18,19 +17,19 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from tracing_jax.forward import stream_pass
+from tracing_jax.forward import StreamPass, stream_pass
 from tracing_jax.sharding import Compute
 from tracing_jax.sources import ParamSource, Submodel, has_embeddings, is_resident
 from tracing_jax.statistics.kept_facts import kept_of
-from tracing_jax.statistics.mlp_rows import gain_of, scaled_rows, without_mean
+from tracing_jax.statistics.mlp_rows import gain_of, without_mean
 from tracing_jax.tree import to_host
 
 LEAST_OF_TEXT = 0.2
-"""Share of what a row in a random direction has of a text or its gradients, below which a unit reads, or writes, next
-to nothing of it. In four small published models, some of whose tokens were hardly trained, 11 of 5,340 units read less
-and none writes less than .6; in models of our own none reads less than .7."""
+"""Share of what a row in a random direction reads of a text, below which a unit reads next to nothing of it. In four
+small published models, some of whose tokens were hardly trained, 11 of 5,340 units are below it; in models of our own
+none is below .6."""
 
 LEAST_OF_EMBEDDINGS = 0.4
 """The same of embeddings, which have more directions than a text has."""
@@ -51,23 +50,14 @@ class Directions:
     Attributes:
       rows: their mean square is 1.
       least: share of what a row in a random direction has of them.
-      size: of what was read, behind the norm and before its gain, where it varies; None where nothing was.
-      middle: of what was read, with the gain and the shift of the norm, the median.
+      size: of inputs behind the norm and before its gain, where they vary; None where no text was read.
+      inputs: what was read, with the gain and the shift of the norm; None where no text was read.
     """
 
     rows: Float[np.ndarray, "T D"]
     least: float
     size: float | None = None
-    middle: Float[np.ndarray, " D"] | None = None
-
-
-@dataclass(frozen=True)
-class _OfText:
-    """Of each layer the directions in which its MLP reads a text, and those that the logits read of the stream."""
-
-    read: list[Directions]
-    written: list[Directions]
-    """Before each layer, and behind all of them."""
+    inputs: Float[np.ndarray, "T D"] | None = None
 
 
 def remember_tokens(model: ParamSource, ids: Int[np.ndarray, " n"]) -> None:
@@ -95,41 +85,31 @@ def read_directions(model: ParamSource, layer: int) -> Directions | None:
     is 1 in the features that vary over it, the fiftieth part that varies most left out: in large models a few features
     are a thousand times larger than others.
     """
-    if (found := _of_text(model)) is not None:
-        return found.read[layer]
+    if (found := _stream_pass(model)) is not None:
+        return _as_differences(found.mlp_inputs[layer], _gain(model, layer))
     rows = token_directions(model)
     return None if rows is None else Directions(rows, LEAST_OF_EMBEDDINGS)
 
 
-def written_directions(model: ParamSource, layer: int) -> Directions | None:
-    """Returns gradients of the logits at the stream before a layer, or behind the last; None where they are not known.
-
-    Their mean square is 1 as that of `read_directions` is.
-    """
-    found = _of_text(model)
-    return None if found is None else found.written[layer]
+def output_gradients(model: ParamSource, layer: int) -> Float[np.ndarray, "T D"] | None:
+    """Returns gradients of the logits at the stream behind a layer, for the same text; None where there is none."""
+    found = _stream_pass(model)
+    return None if found is None else found.gradients[layer + 1]
 
 
-def _of_text(model: ParamSource) -> _OfText | None:
+def _stream_pass(model: ParamSource) -> StreamPass | None:
+    """Returns what a model makes of the text, by one pass forward and back in float32."""
     known = kept_of(model)
     if "text" not in known or model.arch.reading is not None:
         return None
-    if "of the text" not in known:
-        known["of the text"] = _read_and_written(model, *known["text"])
-    found: _OfText = known["of the text"]
+    if "stream pass" not in known:
+        blocks, compute = known["text"]
+        valid = np.broadcast_to(np.arange(blocks.shape[1]) >= _SETTLED, blocks.shape)
+        known["stream pass"] = stream_pass(
+            model, blocks, valid, replace(compute, dtype=jnp.float32), "what units do with a text"
+        )
+    found: StreamPass = known["stream pass"]
     return found
-
-
-def _read_and_written(model: ParamSource, blocks: Int[np.ndarray, "N P"], compute: Compute) -> _OfText:
-    """Returns the directions of all layers, by one pass forward and back in float32."""
-    valid = np.broadcast_to(np.arange(blocks.shape[1]) >= _SETTLED, blocks.shape)
-    found = stream_pass(
-        model, blocks, valid, replace(compute, dtype=jnp.float32), "what units read and write of a text"
-    )
-    return _OfText(
-        [_as_differences(rows, _gain(model, i)) for i, rows in enumerate(found.mlp_inputs)],
-        [_as_differences(rows, np.ones(())) for rows in found.gradients],
-    )
 
 
 def _gain(model: ParamSource, layer: int) -> Float[np.ndarray, "..."]:
@@ -138,7 +118,7 @@ def _gain(model: ParamSource, layer: int) -> Float[np.ndarray, "..."]:
 
 
 def _as_differences(read: Float[np.ndarray, "T D"], gain: Float[np.ndarray, "..."]) -> Directions:
-    """Returns inputs without gain and median, over the size of a feature that varies, in half precision.
+    """Returns inputs without gain and median, over the size of a feature that varies.
 
     Zeros where no feature varies or an input is not finite: of what units read of zeros none is evidence.
     """
@@ -148,10 +128,8 @@ def _as_differences(read: Float[np.ndarray, "T D"], gain: Float[np.ndarray, "...
     sizes = np.sort((high - low) / _QUARTILES)
     size = np.sqrt(np.square(sizes[: len(sizes) - len(sizes) // 50]).mean())
     if not (np.isfinite(size) and size > 0):
-        return Directions(np.zeros(read.shape, np.float16), LEAST_OF_TEXT)
-    largest = float(np.finfo(np.float16).max)
-    rows = np.clip((inputs - middle) / size, -largest, largest).astype(np.float16)
-    return Directions(rows, LEAST_OF_TEXT, float(size), np.median(read, axis=0))
+        return Directions(np.zeros(read.shape, np.float32), LEAST_OF_TEXT)
+    return Directions(((inputs - middle) / size).astype(np.float32), LEAST_OF_TEXT, float(size), read)
 
 
 def sampled_embeddings(model: ParamSource) -> Float[np.ndarray, "T D"]:
@@ -205,14 +183,14 @@ def _directions(model: ParamSource) -> Float[np.ndarray, "T D"] | None:
 def spread_of_units(
     rows: Float[Array, "D F"], norms: Float[np.ndarray, " F"], directions: Directions | None
 ) -> Float[np.ndarray, " F"]:
-    """Returns how much each unit has of the tokens, as a share of what a row in a random direction has of noise.
+    """Returns how much each unit reads of the tokens, as a share of what a row in a random direction reads of noise.
 
     The spread is the distance of the quartiles over the tokens, so that a few of them do not decide: it is 1 for
     directions that are normal and equal in all features. It is 1 too where nothing is known of the tokens, and for rows
     of zeros, in which nothing can be hidden.
 
     Args:
-      rows: columns are what units read, or write; see `scaled_rows`.
+      rows: columns are what units read; see `scaled_rows`.
       norms: of these columns.
       directions: of the tokens, None if they are not known or are of another width.
     """
@@ -223,29 +201,9 @@ def spread_of_units(
     return np.divide(high - low, _QUARTILES * norms, out=np.ones_like(norms), where=norms > 0)
 
 
-def are_read(
-    rows: Float[Array | np.ndarray, "F D"],
-    gain: Float[Array, " D"] | float,
-    centred: bool,
-    directions: Directions | None,
-) -> Bool[np.ndarray, " F"]:
-    """Returns for each unit whether the logits depend on what it writes; all do where that is not known.
-
-    Args:
-      rows: what units write.
-      gain: of a norm behind them.
-      centred: whether nothing reads their mean.
-      directions: see `written_directions`.
-    """
-    if directions is None or directions.rows.shape[1] != rows.shape[1]:
-        return np.ones(rows.shape[0], bool)
-    columns, _, _ = scaled_rows(rows.T, jnp.broadcast_to(jnp.asarray(gain, jnp.float32), rows.shape[1:]), centred)
-    return spread_of_units(columns, to_host(jnp.linalg.norm(columns, axis=0)), directions) >= directions.least
-
-
 _QUARTILES = 1.349  # their distance in a standard normal distribution
 
 
 @jax.jit
 def _read(rows: Float[Array, "D F"], directions: Float[Array, "T D"]) -> Float[Array, "T F"]:
-    return jnp.matmul(directions.astype(jnp.float32), rows, precision="highest")
+    return jnp.matmul(directions, rows, precision="highest")

@@ -48,6 +48,8 @@ class UnitReading:
     """What units read whatever the input: bias and shift of the norm, and the median over a text where one was read."""
     size: float = 1.0
     """Of the inputs where they vary."""
+    values: Float[np.ndarray, "T F"] | None = None
+    """What they read of each token of a text, with all constants, where one was read."""
 
     @property
     def is_free(self) -> Bool[np.ndarray, " F"]:
@@ -120,11 +122,18 @@ def reading_of(projection: Tree, norm: Tree, arch: Arch, directions: Directions 
         constant = np.sum(constants, axis=0)
         with_bias = normalised_rows(factors[:, None] * sketch + constant[:, None] * direction).astype(np.float32)
         found = replace(found, with_bias=with_bias, constants=constant)
-    if directions is None or directions.size is None or directions.middle is None:
+    if (
+        directions is None
+        or directions.size is None
+        or directions.inputs is None
+        or kernel.shape[0] != directions.inputs.shape[1]
+    ):
         return found
-    median = to_host(_read_of(jnp.asarray(directions.middle), kernel))  # which has the shift of the norm in it
-    bias = to_host(projection["bias"]) if "bias" in projection else 0.0
-    return replace(found, size=directions.size, constants=median + bias)
+    values = to_host(_read_by(jnp.asarray(directions.inputs), kernel))
+    values = values + to_host(projection["bias"]) if "bias" in projection else values
+    with np.errstate(invalid="ignore"):
+        median = np.median(values, axis=0)
+    return replace(found, size=directions.size, constants=np.nan_to_num(median), values=values)
 
 
 def reading_of_outputs(down: Float[Array, "F D"]) -> UnitReading:
@@ -206,7 +215,7 @@ def orthogonal_features(width: int) -> Float[np.ndarray, "S S"]:
 
 
 @jax.jit
-def _read_of(inputs: Float[Array, " D"], kernel: Float[Array, "D F"]) -> Float[Array, " F"]:
+def _read_by(inputs: Float[Array, "T D"], kernel: Float[Array, "D F"]) -> Float[Array, "T F"]:
     return jnp.matmul(inputs, kernel.astype(jnp.float32), precision="highest")
 
 
