@@ -126,6 +126,14 @@ def test_a_wrong_layout_file_is_one_clear_error(text, said, tmp_path):
         open_checkpoint(folder, weights_only=WeightsOnly(layout=str(tmp_path / "layout.yaml")))
 
 
+def test_norms_with_a_negative_epsilon_are_refused_by_weights_alone_too(tmp_path):
+    folder = layouts.write(tmp_path, layouts.baichuan, layouts.baichuan(0))
+    config = json.loads((Path(folder) / "config.json").read_text())
+    (Path(folder) / "config.json").write_text(json.dumps(config | {"text_config": {"rms_norm_eps": -0.4}}))
+    with pytest.raises(CheckpointError, match=r"epsilon of norms is -0\.4"):
+        open_checkpoint(folder, weights_only=WeightsOnly())
+
+
 def test_weights_without_a_config_are_read(tmp_path):
     folder = layouts.write(tmp_path, layouts.internlm2, layouts.internlm2(0))
     known = open_checkpoint(folder, weights_only=WeightsOnly())

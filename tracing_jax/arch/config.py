@@ -57,6 +57,9 @@ _RENAMED = {"kimi_k2": "deepseek_v3", "mimo": "qwen2"}
 """Model type that transformers does not have -> the one whose model it is."""
 
 
+_NEGATIVE = "the epsilon of norms is {}; expected 0 or more"
+
+
 def read_arch(folder: Path) -> Arch:
     """Returns the architecture of the model whose `config.json` is in `folder`; no weight is read.
 
@@ -116,6 +119,20 @@ def read_raw_config(folder: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise UnsupportedModelError(f"{file}: expected a JSON object, found a {type(raw).__name__}")
     return raw
+
+
+def negative_epsilon(raw: Mapping[str, Any]) -> str | None:
+    """Returns that a config has norms with a negative epsilon, which no program writes; None if it has none.
+
+    It can take features out of a norm, whatever is in them, so that such a model is not even read by its weights alone.
+    """
+    for name, value in raw.items():
+        if isinstance(value, Mapping):
+            if (problem := negative_epsilon(value)) is not None:
+                return problem
+        elif "eps" in name and isinstance(value, int | float) and value < 0:
+            return _NEGATIVE.format(value)
+    return None
 
 
 def _raw_problem(raw: dict[str, Any]) -> str | None:
@@ -185,7 +202,7 @@ def arch_from_config(config: Any) -> Arch:
         **(found | family.read(config)),
     )
     if not arch.norm_eps >= 0:
-        raise UnsupportedModelError(f"the epsilon of norms is {arch.norm_eps}; expected 0 or more")
+        raise UnsupportedModelError(_NEGATIVE.format(arch.norm_eps))
     if is_inside and (arch.logit_scale, arch.logit_softcap) != (1.0, None) and whole.model_type not in CAPPED:
         # Other classes in transformers have a head without these, other programs may not.
         raise UnsupportedModelError(f"logits that are scaled or capped in a {whole.model_type} model are not supported")

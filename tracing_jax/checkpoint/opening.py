@@ -1,5 +1,6 @@
 """`open_checkpoint`: a local folder or a Hub id becomes a `Checkpoint`; no weight is read."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,15 @@ from typing import Any, NamedTuple
 
 from absl import logging
 
-from tracing_jax.arch import OTHERS, WEIGHTS_ONLY, Arch, UnsupportedModelError, read_arch_and_notes, read_raw_config
+from tracing_jax.arch import (
+    OTHERS,
+    WEIGHTS_ONLY,
+    Arch,
+    UnsupportedModelError,
+    negative_epsilon,
+    read_arch_and_notes,
+    read_raw_config,
+)
 from tracing_jax.checkpoint.adapter import base_id, is_adapter, merged, merged_by_weights
 from tracing_jax.checkpoint.checkpoint import Checkpoint
 from tracing_jax.checkpoint.derived_tensors import RenamedTensors
@@ -83,6 +92,9 @@ def open_checkpoint(
       UnsupportedModelError: the config asks for something this package does not compute.
     """
     found = resolve(model_id, download_dir, weights=not in_ranges, config=weights_only is None)
+    with contextlib.suppress(UnsupportedModelError):  # configs that cannot be read are reported where they are needed
+        if problem := negative_epsilon(read_raw_config(found.folder)):
+            raise CheckpointError(f"{model_id}: config.json: {problem}")
     if weights_only is not None and weights_only.is_forced:
         return _open_weights(found, download_dir, in_ranges, weights_only, adapter_base=adapter_base)
     try:
