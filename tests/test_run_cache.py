@@ -62,13 +62,13 @@ def test_a_run_stopped_again_and_again_comes_to_the_record_of_one_that_was_not(
     stops = 0
     while True:
         with monkeypatch.context() as patch:
-            dying_after(patch, 40)
+            dying_after(patch, 20)
             try:
                 record = experiment.trace(config_of(memory=memory))
                 break
             except KeyboardInterrupt:
                 stops += 1
-    assert stops >= 3, stops
+    assert stops >= 3
     assert any("continues an interrupted run" in note for note in record["notes"])
     assert_same_numbers(without_circumstances(record), without_circumstances(expected), tolerance=1e-6)
     assert not (tmp_path / "run" / "results.run" / RUN_CACHE).exists()
