@@ -110,12 +110,14 @@ def test_heads_of_independent_models_are_in_place_as_often_as_by_chance():
     agreeing, log_ps = [], []
     for i in range(14):
         base, ft = (tiny.model(ARCH, 100 + 2 * i + side) for side in (0, 1))
-        (test,) = HeadsInPlace().compute(pair_of(base, ft, seed=i)).tests
+        result = HeadsInPlace().compute(pair_of(base, ft, seed=i))
+        (test,) = result.tests
         agreeing.append(test.values["agreeing"])
         log_ps.append(test.log10_p)
     kv, queries = np.array(agreeing)[:, ::2], np.array(agreeing)[:, 1::2]
     assert kv.mean() == pytest.approx(1, abs=4 / kv.size**0.5)  # each matching has mean and variance 1
     assert queries.mean() == pytest.approx(3, abs=4 * (3 / queries.size) ** 0.5)
+    assert f"by chance about {4 * kv.shape[1]} are" in result.effect
     p = 10.0 ** np.array(log_ps)
     for level in (0.05, 0.2, 0.5):
         assert (p <= level).mean() <= level + 3 * (level * (1 - level) / len(p)) ** 0.5

@@ -115,7 +115,7 @@ class HeadsInPlace(options.HeadsInPlace):
             tests=(test,),
             notes=[*_notes(pair, places), *repetition_notes(every, layers)],
             premises=order_premises(in_order, "heads", "the entries of their descriptors"),
-            effect=f"{agreeing} of {heads} heads are in place; by chance about {len(places)} are",
+            effect=f"{agreeing} of {heads} heads are in place; by chance about {_by_chance(places)} are",
             **reserved([test], BY_ORDER),
         ).for_pair(pair)
 
@@ -207,6 +207,11 @@ def _test(places: Sequence[_LayerPair]) -> Test:
         [total_agreement_log_sf(place.agreeing, place.sizes) / LN10 for place in places],
         {"units": [sum(place.sizes) for place in places], "agreeing": [place.agreeing for place in places]},
     )
+
+
+def _by_chance(places: Sequence[_LayerPair]) -> int:
+    """Returns how many heads are in place on average under the null: one in each matching, of any size."""
+    return sum(len(place.sizes) for place in places)
 
 
 def _notes(pair: Pair, places: Sequence[_LayerPair]) -> list[str]:
