@@ -6,7 +6,8 @@
 The models are those of `benchmarks.seeds` (four layers of 64 features), of which none has a common origin: what is
 measured is how low a path an alignment alone can give. A learned alignment reads the text that the models were trained
 on; losses are those of text that no model has seen. Finished pairs are kept in the output folder. `--publish` writes
-table and figure into the docs.
+table and figure into the docs. `--curves` measures further curves of pairs that are aligned without learning (Bezier
+curves with a trained middle point, and calibrated losses) in place of alignments.
 """
 
 import dataclasses
@@ -30,8 +31,16 @@ from benchmarks.seeds import RECIPES, Zoo, model, zoo
 from tracing_jax import demo
 from tracing_jax.alignment import Evidence, Learning, align, aligned, aligned_base
 from tracing_jax.axes import PERMUTABLE
-from tracing_jax.forward import path_losses
-from tracing_jax.interpolation import path_groups
+from tracing_jax.forward import (
+    INVERSE_TEMPERATURES,
+    BezierTraining,
+    calibrated,
+    combination_losses,
+    path_losses,
+    scaled_path_losses,
+    trained_midpoint,
+)
+from tracing_jax.interpolation import on_bezier, path_groups
 from tracing_jax.report.panels import INK
 from tracing_jax.rewrites import Untying
 from tracing_jax.sharding import Compute, make_mesh
@@ -72,6 +81,16 @@ CONTROLS = {
 }  # fmt: skip
 """Key of `statistics.mode.CONTROLS` -> the methods that it stands for."""
 
+_CHEAP = ("given", "activations", "permutations", "maps")
+"""The first methods, after which further curves are measured."""
+
+CURVE_KINDS = {
+    "straight": "straight path",
+    "calibrated": "straight path, calibrated",
+    "bezier": "Bézier curve, trained",
+}
+"""Name of a curve -> its title; but for the first, those of `statistics.mode.FURTHER_CONTROLS`."""
+
 ALPHAS = np.linspace(0, 1, 11)
 
 PAGE = Path(__file__).parents[1] / "docs" / "disguises.md"
@@ -81,7 +100,8 @@ _BATCH = 16  # blocks of a step
 _FAMILY_NAMES = flags.DEFINE_list("architectures", list(FAMILIES), "which architectures")
 _METHOD_NAMES = flags.DEFINE_list("alignments", [method.name for method in METHODS], "which alignments")
 _PAIRS = flags.DEFINE_integer("path_pairs", 3, "pairs of each; pair i is of the models 2 i and 2 i + 1")
-_STEPS = flags.DEFINE_integer("learned_steps", 200, "steps of a learned alignment")
+_STEPS = flags.DEFINE_integer("learned_steps", 200, "steps of a learned alignment, and of a Bezier curve")
+_CURVES = flags.DEFINE_bool("curves", False, "measure further curves in place of alignments")
 
 
 def main(argv: list[str]) -> None:
@@ -93,6 +113,9 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"--alignments={','.join(unknown)}: expected some of {_METHOD_NAMES.default}")
     folder = Path(OUT_DIR.value)
     folder.mkdir(parents=True, exist_ok=True)
+    if _CURVES.value:
+        _measure_curves()
+        return
     file = folder / f"paths-{_STEPS.value}.json"
     found: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
     for pair in range(_PAIRS.value):
@@ -110,6 +133,50 @@ def main(argv: list[str]) -> None:
     if PUBLISH.value:
         replace_between("paths", text, PAGE)
         drawn.savefig(FIGURE, dpi=130)
+
+
+def _measure_curves() -> None:
+    """Prints the barriers of further curves of pairs of the Llama type, and writes the table."""
+    llama, found = _zoo("llama"), {}
+    for method in (method for method in METHODS if method.name in _CHEAP):
+        pairs = [_barriers_of_curves(llama, pair, method) for pair in range(_PAIRS.value)]
+        found[method] = {kind: [barriers[kind] for barriers in pairs] for kind in CURVE_KINDS}
+        print(method.title, found[method], flush=True)
+    text = _table_of_curves(found)
+    print(text)
+    for kind in list(CURVE_KINDS)[1:]:
+        by_title = {method.title: barriers[kind] for method, barriers in found.items()}
+        controls = {how: _rounded([by_title[title] for title in titles]) for how, titles in CONTROLS.items()
+                    if set(titles) <= by_title.keys()}  # fmt: skip
+        print(f"mode.FURTHER_CONTROLS[{kind!r}]:", controls)
+    if PUBLISH.value:
+        replace_between("curves", text, PAGE)
+
+
+def _barriers_of_curves(llama: Zoo, pair: int, method: Method) -> dict[str, float]:
+    params, text, groups = _models(llama), _training_blocks(llama.recipe.models), path_groups(True, True)
+    base, ft = (InMemory(llama.arch, model(params, 2 * pair + i)) for i in range(2))
+    ends = _aligned(base, ft, method, text)
+    where = (groups, Compute(make_mesh(), len(llama.held_out)))
+    losses, scaled = scaled_path_losses(*ends, llama.held_out, ALPHAS, *where, INVERSE_TEMPERATURES)
+    middle = trained_midpoint(*ends, text, groups, BezierTraining(_STEPS.value, _BATCH), where[1]).parameters
+    curved = combination_losses([*ends, middle], on_bezier(ALPHAS), llama.held_out, *where)
+    curves = (losses.mean((1, 2)), calibrated(scaled).loss, curved.mean((1, 2)))
+    return {kind: curve_of(ALPHAS, np.asarray(loss, np.float64), None, groups).barrier
+            for kind, loss in zip(CURVE_KINDS, curves, strict=True)}  # fmt: skip
+
+
+def _table_of_curves(found: Mapping[Method, Mapping[str, Sequence[float]]]) -> str:
+    lines = ["| barrier by curve, nats per token | " + " | ".join(method.title for method in found) + " |"]
+    lines.append("|---" * (1 + len(found)) + "|")
+    lines += [f"| {title} | " + " | ".join(_cell(kinds[kind]) for kinds in found.values()) + " |"
+              for kind, title in CURVE_KINDS.items()]  # fmt: skip
+    note = (
+        f"`python -m benchmarks.paths --curves --learned_steps={_STEPS.value}`: pairs of the Llama type of the next "
+        "table, on the same held-out text. The curve reads the text that the models were trained on, in "
+        f"{_STEPS.value} steps of {_BATCH} blocks of 64 tokens."
+    )
+    return "\n".join([*lines, "", note]) + "\n"
 
 
 @functools.cache
@@ -181,8 +248,13 @@ def table(found: Mapping[str, Mapping[str, Any]], steps: int) -> str:
 def _control(found: Mapping[str, Mapping[str, Any]], titles: Sequence[str]) -> tuple[int, float, float]:
     """Returns number of pairs, least and greatest barrier of the Llama type, rounded outwards."""
     entries = [_of(found, "llama", method) for method in METHODS if method.title in titles]
-    barriers = [entry["barrier"] for of_method in entries for entry in of_method] or [float("nan")]
-    return max(map(len, entries)), float(np.floor(100 * min(barriers)) / 100), float(np.ceil(100 * max(barriers)) / 100)
+    return _rounded([[entry["barrier"] for entry in of_method] for of_method in entries])
+
+
+def _rounded(by_method: Sequence[Sequence[float]]) -> tuple[int, float, float]:
+    barriers = [barrier for of_method in by_method for barrier in of_method] or [float("nan")]
+    least, greatest = np.floor(100 * min(barriers)) / 100, np.ceil(100 * max(barriers)) / 100
+    return max(map(len, by_method)), float(least), float(greatest)
 
 
 def _of(found: Mapping[str, Mapping[str, Any]], family: str, method: Method) -> list[Mapping[str, Any]]:

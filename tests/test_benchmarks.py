@@ -191,7 +191,7 @@ def test_a_run_of_main_says_what_it_cost(tmp_path):
 
 
 def test_controls_of_mode_are_those_of_the_published_table():
-    from benchmarks.paths import CONTROLS, FAMILIES, PAGE
+    from benchmarks.paths import CONTROLS, CURVE_KINDS, FAMILIES, PAGE
     from tracing_jax.statistics import mode
 
     rows = [line.split("|") for line in PAGE.read_text("utf-8").splitlines() if line.startswith("| ")]
@@ -204,3 +204,12 @@ def test_controls_of_mode_are_those_of_the_published_table():
         _, least, greatest = mode.CONTROLS[how]
         assert least == pytest.approx(min(float(low) for low, _ in ranges), abs=0.011), how
         assert greatest == pytest.approx(max(float(high) for _, high in ranges), abs=0.011), how
+    titles = table["barrier by curve, nats per token"]
+    assert mode.FURTHER_CONTROLS.keys() == CURVE_KINDS.keys() - {"straight"}
+    for kind, controls in mode.FURTHER_CONTROLS.items():
+        assert controls.keys() == {"none", "permutations", "maps"}
+        for how, (_, least, greatest) in controls.items():
+            cells = [table[CURVE_KINDS[kind]][titles.index(f" {title} ")] for title in CONTROLS[how]]
+            ranges = [re.findall(r"-?[0-9.]+", cell)[1:3] for cell in cells]
+            assert least == pytest.approx(min(float(low) for low, _ in ranges), abs=0.011), (kind, how)
+            assert greatest == pytest.approx(max(float(high) for _, high in ranges), abs=0.011), (kind, how)

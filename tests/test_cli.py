@@ -16,6 +16,7 @@ from tracing_jax.cli.arguments import given
 from tracing_jax.cli.generate import GenerateOptions
 from tracing_jax.cli.inspect import InspectOptions
 from tracing_jax.cli.merge import MergeOptions
+from tracing_jax.cli.plane import PlaneOptions
 from tracing_jax.cli.scan import ScanOptions
 from tracing_jax.cli.signature import SignatureOptions
 from tracing_jax.cli.startup import prepare_libraries
@@ -27,8 +28,8 @@ from tracing_jax.zoo import make_plan, read_models
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = {"compare": (RunOptions,), "verify": (), "inspect": (InspectOptions,), "align": (), "disguise": (),
-           "generate": (GenerateOptions,), "library": (), "merge": (MergeOptions,), "scan": (ScanOptions,),
-           "signature": (SignatureOptions,), "zoo": (RunOptions, ZooOptions)}  # fmt: skip
+           "generate": (GenerateOptions,), "library": (), "merge": (MergeOptions,), "plane": (PlaneOptions,),
+           "scan": (ScanOptions,), "signature": (SignatureOptions,), "zoo": (RunOptions, ZooOptions)}  # fmt: skip
 LEFT_OUT = {"base_model_id", "ft_model_id", "ft_model_ids", "save"}
 
 _LIGHT = """

@@ -1,9 +1,11 @@
-"""The point at alpha on the straight path between two trees, over chosen groups of leaves."""
+"""Points between trees, over chosen groups of leaves: at alpha of the straight path, and any linear combination."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from tracing_jax.axes import GROUPS, AxisTable
@@ -42,11 +44,39 @@ def interpolate(base: Tree, ft: Tree, alpha: float | Float[Array, ""], interpola
       >>> point["w"].tolist(), point["b"].tolist()
       ([0.25, 0.25], [0.0, 0.0])
     """
-    other = flatten(ft)
+    return combine(base, [ft], (1 - alpha, alpha), interpolated)
+
+
+def on_line(alphas: Float[np.ndarray | Array, " A"]) -> Float[Array, "A 2"]:
+    """Returns the coefficients of both ends at points of the straight path."""
+    alphas = jnp.asarray(alphas, jnp.float32)
+    return jnp.stack([1 - alphas, alphas], axis=-1)
+
+
+def on_bezier(t: Float[np.ndarray | Array, " *A"]) -> Float[Array, "*A 3"]:
+    """Returns the coefficients of both ends and of the middle point, in this order, along a quadratic Bezier curve.
+
+    Source: Garipov et al. 2018 (arXiv 1802.10026), section 3.
+    """
+    t = jnp.asarray(t, jnp.float32)
+    return jnp.stack([(1 - t) ** 2, t**2, 2 * t * (1 - t)], axis=-1)
+
+
+def combine(
+    base: Tree, others: Sequence[Tree], coefficients: Sequence[Any] | Float[Array, " K"], combined: Collection[str]
+) -> Tree:
+    """Returns the linear combination of trees on the leaves in `combined`, in float32, and base's own leaf elsewhere.
+
+    `others` need hold only these leaves. Of K coefficients the first is base's.
+    """
+    rest = [flatten(other) for other in others]
 
     def point(name: str, leaf: jax.Array) -> jax.Array:
-        if name not in interpolated:
+        if name not in combined:
             return leaf
-        return (1 - alpha) * leaf.astype(jnp.float32) + alpha * other[name].astype(jnp.float32)
+        found = coefficients[0] * leaf.astype(jnp.float32)
+        for i, other in enumerate(rest):
+            found += coefficients[i + 1] * other[name].astype(jnp.float32)
+        return found
 
     return map_named(point, base)

@@ -67,13 +67,23 @@ class Mesh:
 
 @dataclass(frozen=True)
 class Mode:
-    """Loss along the straight path between the two models: its midpoint, its barrier and the curve."""
+    """Loss along the path between the two models: its midpoint, its barrier and the curve."""
 
     alphas: tuple[float, ...] = option(
         tuple(i / 10 for i in range(11)), "Points of the path; 0, 0.5 and 1 are always added.", at_least=0, at_most=1
     )
     attn: bool = option(False, "Move attention along the path too.")
     emb: bool = option(False, "Move embeddings, head and final norm along the path too.")
+    path: str = option(
+        "linear",
+        "linear: the straight path. bezier: beside it a quadratic Bezier curve whose middle point is trained on other "
+        "text so that the loss along it is low (section learned).",
+        choices=("linear", "bezier"),
+    )
+    calibrate: bool = option(
+        False,
+        "Also the loss at the best temperature of each point, fitted on one half of the text and taken on the other.",
+    )
     by_layer: bool = option(False, "Also the barrier of each layer by itself: it alone moves from base to ft.")
     num_perm: int = option(
         0, "Permuted copies among which the midpoint loss is ranked; 0 gives no p-value.", at_least=0
@@ -245,7 +255,7 @@ class Merge:
 
 @dataclass(frozen=True)
 class Learned:
-    """`align_evidence=learned`: the maps of an alignment by weights, trained on the loss between the models."""
+    """What is trained on the loss between the models: `align_evidence=learned` (maps) and `mode.path=bezier`."""
 
     dataset: str | None = option(
         None,

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from benchmarks.results import Row
@@ -12,7 +13,7 @@ from benchmarks.speed.timing import best_seconds, block_flops_per_token, gram_fl
 from tracing_jax.axes import axis_table
 from tracing_jax.data import paired_one_to_one
 from tracing_jax.forward import InterpolatedModel, correlations, final_hidden
-from tracing_jax.interpolation import interpolated_leaves, path_groups
+from tracing_jax.interpolation import interpolated_leaves, on_line, path_groups
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory
 
@@ -41,7 +42,7 @@ def block_steps(base: InMemory, ft: InMemory, size: Size, dtype: DTypeLike) -> C
     """Returns what takes all tokens through all layers, at every alpha, embedding included."""
     compute = Compute(make_mesh(), size.batch_size, dtype)
     interpolated = interpolated_leaves(axis_table(base.arch), path_groups(attn=True, emb=True))
-    model = InterpolatedModel(base, ft, interpolated, jnp.asarray(size.alphas, jnp.float32))
+    model = InterpolatedModel(base, [ft], interpolated, on_line(np.asarray(size.alphas)))
     batches = [compute.put(batch) for batch in compute.batches(size.random_tokens())]
     # Batch after batch, as in a run of models in memory: their hidden states need not all be in memory at once.
     return lambda: [jax.block_until_ready(final_hidden(model, [batch], dtype)) for batch in batches][-1]

@@ -18,12 +18,11 @@ from tracing_jax.alignment.applicability import (
     expanded,
     kind_problems,
 )
-from tracing_jax.alignment.learning import LEAST_BLOCKS, Ends, Learning
+from tracing_jax.alignment.learning import Ends, Learning
 from tracing_jax.alignment.result import Alignment, Evidence, aligned, aligned_base
 
 __all__ = [
     "KINDS",
-    "LEAST_BLOCKS",
     "LOGITS_TOLERANCE",
     "MAPS",
     "TAP",

@@ -19,12 +19,12 @@ from tracing_jax.alignment.applicability import (
 )
 from tracing_jax.alignment.expansions import remove_expansions
 from tracing_jax.alignment.float64_leaves import leaf_cosines
-from tracing_jax.alignment.learning import LEAST_BLOCKS, Learned, Learning, learn
+from tracing_jax.alignment.learning import Learned, Learning, learn
 from tracing_jax.alignment.residual_products import residual_products
 from tracing_jax.alignment.result import Alignment, Evidence, cosines_by_kind, undone_by
 from tracing_jax.alignment.rewrite_estimation import estimate_rewrites, gains_of
 from tracing_jax.axes import PERMUTABLE, axis_table
-from tracing_jax.forward import check_function
+from tracing_jax.forward import LEAST_BLOCKS, check_function
 from tracing_jax.matching import Shared, match_weights
 from tracing_jax.rewrites import Permutation, Rewrite, reorders_only
 from tracing_jax.run_cache import RunCache

@@ -10,14 +10,13 @@ alignment by the loss near the midpoint. We differ in the gains, in starting val
 """
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jaxtyping import Array, Float, Int
 
 from tracing_jax.alignment.float64_leaves import in_float64
@@ -25,8 +24,7 @@ from tracing_jax.alignment.learned_maps import Values, initial_values, mapped, r
 from tracing_jax.alignment.rewrite_estimation import folding, gains_of, setting, without_zeros
 from tracing_jax.arch import Arch
 from tracing_jax.axes import axis_table
-from tracing_jax.forward import mean_loss
-from tracing_jax.progress import tqdm
+from tracing_jax.forward import Descent, adam_step, mean_loss
 from tracing_jax.rewrites import Rewrite, Untying, gain_offset
 from tracing_jax.sharding import Compute
 from tracing_jax.sources import ParamSource, in_memory, rewritten
@@ -34,23 +32,8 @@ from tracing_jax.tree import flatten, unflatten
 
 Ends = Literal["ft", "both"]
 
-LEAST_BLOCKS = 32
-"""Blocks of text without which nothing can be learnt and held out."""
-
 _CHECKED = (0.25, 0.4, 0.5, 0.6, 0.75)
 """Points at which the barrier on the held-out part is taken."""
-
-_HELD_OUT = (16, 32)
-"""One block in so many is held out, and at most so many blocks."""
-
-_CHECKS, _PATIENCE = 12, 4
-"""How often the held-out barrier is taken, and after how many checks without a better one the descent ends."""
-
-_CLIP, _B2 = 1.0, 0.98
-"""Global norm that gradients are clipped to, and Adam's decay of their squares."""
-
-_WARM_UP = 20
-"""Steps over which the learning rate rises."""
 
 
 @dataclass(frozen=True)
@@ -139,10 +122,17 @@ def learn(
     both = settings.ends == "both"
     ends = {"base": _end(base, kinds if both else ()), "ft": _end(ft, kinds)}
     parameters = {side: initial_values(ft.arch, kinds) for side in (("base", "ft") if both else ("ft",))}
-    descent = _Descent(base.arch, ends, tokens, settings, compute, seed)
-    best, barriers, steps, best_step = descent.run(parameters)
+    descent = Descent(
+        "the alignment",
+        lambda p, state, rate, point, batch: learning_step(base.arch, p, state, ends, rate, point, batch),
+        lambda p, point, batch: between(base.arch, p, ends, point, batch),
+        lambda generator: 0.5 + settings.spread * generator.uniform(-1, 1),
+        _CHECKED,
+    )
+    found = descent.run(parameters, tokens, settings, compute, seed)
+    best = found.parameters
     rewrites = {side: _rewrites(source, best.get(side), ends[side]) for side, source in (("base", base), ("ft", ft))}
-    return Learned(rewrites["ft"], rewrites["base"], tuple(barriers), steps, best_step)
+    return Learned(rewrites["ft"], rewrites["base"], found.barriers, found.steps, found.best_step)
 
 
 def _end(source: ParamSource, kinds: Collection[str]) -> _End:
@@ -165,84 +155,6 @@ def _rewrites(source: ParamSource, values: Values | None, end: _End) -> tuple[Re
     return tuple(rewrites)
 
 
-class _Descent:
-    """Adam on the loss between two models."""
-
-    def __init__(
-        self,
-        arch: Arch,
-        ends: Mapping[str, _End],
-        tokens: Int[np.ndarray, "N T"],
-        settings: Learning,
-        compute: Compute,
-        seed: int,
-    ) -> None:
-        self.arch, self.ends, self.settings, self.compute = arch, dict(ends), settings, compute
-        held_out = min(max(len(tokens) // _HELD_OUT[0], 1), _HELD_OUT[1])
-        self.generator = np.random.default_rng([seed, len(tokens)])
-        order = self.generator.permutation(len(tokens))
-        self.tokens, self.held_out = tokens[order[held_out:]], tokens[order[:held_out]]
-        self.batch: list[np.ndarray] = []
-
-    def run(self, parameters: Parameters) -> tuple[Parameters, list[float], int, int]:
-        """Returns the parameters of the lowest held-out barrier, all barriers, the steps made, and the best step."""
-        settings, rates = self.settings, self._rates()
-        state = _optimizer().init(parameters)
-        best, best_step, step, barriers = parameters, 0, 0, [self.barrier(parameters)]
-        every = max(1, -(-settings.steps // _CHECKS))
-        with tqdm(total=settings.steps, desc="learning the alignment", unit="step", disable=None) as bar:
-            for step in range(1, settings.steps + 1):
-                point = 0.5 + settings.spread * self.generator.uniform(-1, 1)
-                batch = self.compute.put(self._next_batch())
-                parameters, state, _ = learning_step(
-                    self.arch, parameters, state, self.ends, rates[step - 1], np.float32(point), batch
-                )
-                bar.update()
-                if step % every and step != settings.steps:
-                    continue
-                barriers.append(self.barrier(parameters))
-                logging.info("alignment, step %d: held-out barrier %.3f nats", step, barriers[-1])
-                if barriers[-1] <= min(barriers):
-                    best, best_step = parameters, step
-                elif len(barriers) - 1 - int(np.argmin(barriers)) >= _PATIENCE:
-                    break
-        return best, barriers, step, best_step
-
-    def barrier(self, parameters: Parameters) -> float:
-        """Returns the greatest excess of the held-out loss over the ends', nats per token; may be negative."""
-        points = np.array([0.0, *_CHECKED, 1.0])
-        batches = [self.compute.put(batch) for batch in self.compute.batches(self.held_out)]
-        losses = [
-            np.mean([between(self.arch, parameters, self.ends, np.float32(a), batch) for batch in batches], dtype=float)
-            for a in points
-        ]
-        excess = np.asarray(losses) - ((1 - points) * losses[0] + points * losses[-1])
-        if not np.isfinite(excess).all():
-            raise ValueError(
-                "the loss between the models is not finite; the weights hold NaN, or learning.rate is high"
-            )
-        return float(excess[1:-1].max())
-
-    def _next_batch(self) -> Int[np.ndarray, "B T"]:
-        """Returns blocks in an order drawn anew for every pass over them."""
-        while len(self.batch) < self.settings.batch_size:
-            self.batch += list(self.generator.permutation(len(self.tokens)))
-        taken, self.batch = self.batch[: self.settings.batch_size], self.batch[self.settings.batch_size :]
-        return self.tokens[np.asarray(taken)]
-
-    def _rates(self) -> Float[np.ndarray, " steps"]:
-        step = np.arange(1, self.settings.steps + 1)
-        warm_up = min(_WARM_UP, max(1, self.settings.steps // 10))
-        falling = 0.5 + 0.5 * np.cos(np.pi * step / self.settings.steps)
-        return (self.settings.rate * np.minimum(step / warm_up, 1) * falling).astype(np.float32)
-
-
-def _optimizer() -> Any:
-    import optax  # slow to import, and only training needs it
-
-    return optax.chain(optax.clip_by_global_norm(_CLIP), optax.scale_by_adam(b2=_B2))
-
-
 @functools.partial(jax.jit, static_argnames="arch")
 def learning_step(
     arch: Arch,
@@ -252,17 +164,16 @@ def learning_step(
     rate: Float[Array, ""],
     point: Float[Array, ""],
     tokens: Int[Array, "B T"],
-) -> tuple[Parameters, Any, Float[Array, ""]]:
-    """Returns parameters and optimizer state after one step, and the loss before it, in nats."""
-    loss, gradients = jax.value_and_grad(lambda p: between(arch, p, ends, point, tokens))(parameters)
-    updates, state = _optimizer().update(gradients, state)
+) -> tuple[Parameters, Any]:
+    """Returns parameters and optimizer state after one step."""
+    found, state = adam_step(lambda p: between(arch, p, ends, point, tokens), parameters, state)
 
     def moved(path: Sequence[Any], x: jax.Array, update: jax.Array) -> jax.Array:
         # So that a step turns vectors by an angle that does not grow with the width.
         turns = any(getattr(key, "key", None) == "rotation" for key in path)
         return x - rate * update * (min(1.0, 10 / len(x) ** 0.5) if turns else 1.0)
 
-    return jax.tree_util.tree_map_with_path(moved, parameters, updates), state, loss
+    return jax.tree_util.tree_map_with_path(moved, parameters, found), state
 
 
 @functools.partial(jax.jit, static_argnames="arch")

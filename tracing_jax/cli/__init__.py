@@ -19,6 +19,7 @@ VERBS = {
     "inspect": "print what is found of a model by its weights alone, in the form of a layout file",
     "align": "align a model to a base, and write it as a checkpoint",
     "merge": "find which parents a model was merged of, and in what shares",
+    "plane": "draw the loss over the plane through three models",
     "disguise": "write a checkpoint of the same function in other weights",
     "generate": "have models write text",
     "signature": "write a small file by which relatives of a model are found, without its weights",

@@ -32,6 +32,7 @@ from tracing_jax.experiment.validation import (
     statistic_names,
     text_readers,
     too_costly,
+    trains_a_curve,
     with_fitting_blocks,
 )
 from tracing_jax.options import RunOptions
@@ -51,9 +52,10 @@ class RunInputs:
       not_alignable: why ft cannot be aligned to base; None if it can, or is not to be.
       vocabularies: how the tokens correspond.
       text: None if nothing reads text.
-      learning_tokens: the blocks that an alignment is learnt from; None if none is learnt.
+      learning_tokens: the blocks that an alignment or a curve is learnt from; None if none is learnt.
       controls: models that are known to be independent of both.
       needs_resident: whether what is to be undone is found with both models in memory only.
+      trains_curve: whether a curve between the models is trained, with both of them in memory.
       reads_part_only: whether the statistics use a small part of the weights.
       notes: for the record; steps add to them.
       merge: ft with the models that it may be a merge of; None if that was not asked.
@@ -70,6 +72,7 @@ class RunInputs:
     learning_tokens: np.ndarray | None
     controls: tuple[Checkpoint, ...]
     needs_resident: bool
+    trains_curve: bool
     reads_part_only: bool
     notes: list[str]
     merge: MergeInputs | None = None
@@ -102,15 +105,17 @@ def open_inputs(options: RunOptions) -> RunInputs:
         options, make_statistics(options, both_have_forward_pass(base.arch, ft.arch)), base.arch, ft_arch
     )
     needs_text = bool(text_readers(options, statistics)) and not unread
-    learns = options.align and options.align_evidence == "learned"
-    if lines := _option_problems(options, base, ft, needs_text or learns):
+    may_learn = trains_a_curve(options) or (options.align and options.align_evidence == "learned")
+    if lines := _option_problems(options, base, ft, needs_text or may_learn):
         raise ConfigError("\n  ".join(["the config does not fit the models:", *lines]))
-    tokenizer_base, tokenizer_ft, tokenizer_notes = open_tokenizers(options, base, ft, needs_text or learns)
+    tokenizer_base, tokenizer_ft, tokenizer_notes = open_tokenizers(options, base, ft, needs_text or may_learn)
     vocabularies = shared_vocabulary(base, ft, tokenizer_base, tokenizer_ft)
     without_text = {name: unread for name, statistic in statistics.items() if unread and statistic.needs_tokens}
     costly = too_costly(options, statistics, base.arch, ft_arch)
     not_applicable = inapplicable(statistics, base.arch, ft_arch, vocabularies) | costly | without_text
     not_alignable = "; ".join(_alignment_problems(options, base.arch, ft_arch, vocabularies)) if options.align else None
+    trains_curve = trains_a_curve(options) and "mode" not in not_applicable
+    learns = trains_curve or (options.align and options.align_evidence == "learned" and not not_alignable)
     return RunInputs(
         base,
         ft,
@@ -120,9 +125,10 @@ def open_inputs(options: RunOptions) -> RunInputs:
         not_alignable,
         vocabularies,
         text=read_text(options, tokenizer_base, tokenizer_ft, vocabularies) if needs_text else None,
-        learning_tokens=read_learning_text(options, tokenizer_base) if learns and not not_alignable else None,
+        learning_tokens=read_learning_text(options, tokenizer_base) if learns else None,
         controls=open_controls(options, base, tokenizer_base),
         needs_resident=options.align and bool(beyond_permutations(options.align_axes)),
+        trains_curve=trains_curve,
         reads_part_only=reads_part_only(options),
         notes=[
             *(f"{side}: {note}" for side, model in (("base", base), ("ft", ft)) for note in model.notes),

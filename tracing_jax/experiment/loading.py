@@ -32,19 +32,22 @@ from tracing_jax.statistics import Pair
 def load_pair(options: RunOptions, inputs: RunInputs, placement: Placement, run_cache: RunCache) -> Pair:
     """Step 1: both models on the mesh, whole or layer by layer; a disguise changes the parts of ft as they are read."""
     return Pair(
-        _load(options, inputs.base, placement),
-        _load_disguised(inputs, placement) if inputs.disguise else _load(options, inputs.ft, placement),
+        loaded(options, inputs.base, placement),
+        _load_disguised(inputs, placement) if inputs.disguise else loaded(options, inputs.ft, placement),
         inputs.vocabularies,
         None if inputs.text is None else inputs.text.base.tokens,
         Compute(placement.mesh, options.batch_size, DTYPES[options.dtype]),
         options.seed,
+        learning_tokens=inputs.learning_tokens,
+        learning_steps=options.learned.steps,
         blocks=None if inputs.text is None else inputs.text.paired,
-        controls=[_load(options, control, placement._replace(memory="stream")) for control in inputs.controls],
+        controls=[loaded(options, control, placement._replace(memory="stream")) for control in inputs.controls],
         run_cache=run_cache,
     )
 
 
-def _load(options: RunOptions, checkpoint: Checkpoint, placement: Placement) -> ParamSource:
+def loaded(options: RunOptions, checkpoint: Checkpoint, placement: Placement) -> ParamSource:
+    """Returns a model on the mesh, whole or read layer by layer."""
     if placement.memory == "resident":
         return load(checkpoint, placement.mesh, options.cache_dir)
     return PrefetchingSource(ShardedCheckpoint(checkpoint, placement.mesh))

@@ -10,7 +10,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from tracing_jax.checkpoint import Checkpoint
+from tracing_jax.dataclass_options import ConfigError
 from tracing_jax.experiment.inputs import RunInputs
+from tracing_jax.experiment.validation import IN_MEMORY
 from tracing_jax.host_memory import free_memory
 from tracing_jax.options import RunOptions
 from tracing_jax.sharding import make_mesh
@@ -29,12 +31,18 @@ class Placement(NamedTuple):
 
 
 def choose_placement(options: RunOptions, inputs: RunInputs) -> Placement:
-    """Returns where the models of a run will be, and notes why."""
+    """Returns where the models of a run will be, and notes why.
+
+    Raises:
+      ConfigError: a curve is to be trained between models that would be streamed.
+    """
     mesh = make_mesh(options.mesh.data, options.mesh.model)
     asked = options.memory
     if asked == "auto" and (inputs.needs_resident or inputs.reads_part_only):
         asked = "stream" if inputs.reads_part_only else "resident"
     memory, reason = choose_memory(asked, (inputs.base, inputs.ft), mesh)
+    if inputs.trains_curve and memory == "stream":
+        raise ConfigError(f"mode.path=bezier: {IN_MEMORY}. {reason}; set memory=resident, or mode.path=linear")
     inputs.notes.append(reason)
     logging.info("%s", reason)
     return Placement(mesh, memory)

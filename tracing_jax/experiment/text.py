@@ -8,7 +8,6 @@ import numpy as np
 from jaxtyping import Int
 
 from tracing_jax import demo
-from tracing_jax.alignment import LEAST_BLOCKS
 from tracing_jax.data import (
     RANDOM,
     SAMPLE,
@@ -23,6 +22,7 @@ from tracing_jax.data import (
     token_blocks,
 )
 from tracing_jax.dataclass_options import ConfigError
+from tracing_jax.forward import LEAST_BLOCKS
 from tracing_jax.options import RunOptions
 from tracing_jax.statistics import Vocabularies
 
@@ -67,7 +67,7 @@ def read_text(options: RunOptions, tokenizer_base: Any, tokenizer_ft: Any, vocab
 
 
 def read_learning_text(options: RunOptions, tokenizer: Any) -> Int[np.ndarray, "N T"]:
-    """Returns the blocks that an alignment is learnt from: other text than that of the statistics.
+    """Returns the blocks that an alignment or a curve is learnt from: other text than that of the statistics.
 
     Raises:
       ConfigError: there is not enough of it.
@@ -87,8 +87,8 @@ def read_learning_text(options: RunOptions, tokenizer: Any) -> Int[np.ndarray, "
             f"learned.dataset={wanted.dataset}" if wanted.dataset else "the run's text, behind what statistics read,"
         )
         raise ConfigError(
-            f"{where} has {len(blocks)} blocks of {size} tokens to learn an alignment from, expected at least "
-            f"{LEAST_BLOCKS}; set learned.dataset to a longer text, or a smaller block_size"
+            f"{where} has {len(blocks)} blocks of {size} tokens to learn from, expected at least {LEAST_BLOCKS}; "
+            "set learned.dataset to a longer text, or a smaller block_size"
         )
     return blocks
 

@@ -38,6 +38,11 @@ DEMO = "demo:"
 RENAMING = Renaming.name
 """The rewrite that a run cannot draw: its tokenizers are those of the files."""
 
+IN_MEMORY = (
+    "the gradient of a loss between the models needs all layers of both in memory, so that models are not streamed"
+)
+"""Why what is trained on such a loss is refused."""
+
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 """Names of the computing dtypes."""
 
@@ -51,6 +56,7 @@ def check_options(options: RunOptions) -> None:
     lines = problems(options) or [
         *_model_problems(options),
         *_statistic_problems(options),
+        *_training_problems(options),
         *_alignment_problems(options),
         *_disguise_problems(options),
         *_claim_problems(options),
@@ -206,6 +212,11 @@ def make_statistics(options: RunOptions, with_forward_pass: bool = True) -> dict
     return {name: make_statistic(name, options) for name in statistic_names(options)}
 
 
+def trains_a_curve(options: RunOptions) -> bool:
+    """Returns whether a curve between the models is asked for whose middle point is trained."""
+    return options.mode.path == "bezier" and "mode" in statistic_names(options)
+
+
 def text_readers(options: RunOptions, statistics: Mapping[str, Statistic]) -> list[str]:
     """Returns what of a run reads text, by the name of its option."""
     other = {"eval": options.eval}
@@ -238,6 +249,23 @@ def _statistic_problems(options: RunOptions) -> list[str]:
              if not getattr(options, name).forms]  # fmt: skip
     if options.num_tokens < options.block_size:
         lines.append(f"num_tokens={options.num_tokens}: at least {options.block_size}, which is block_size")
+    elif options.mode.calibrate and "mode" in asked_names(options) and options.num_tokens < 2 * options.block_size:
+        lines.append(
+            f"mode.calibrate: num_tokens={options.num_tokens} is one block, expected two or more to fit on one"
+        )
+    return lines
+
+
+def _training_problems(options: RunOptions) -> list[str]:
+    """Returns why what is trained on a loss between the models cannot be."""
+    learns = options.align and options.align_evidence == "learned"
+    asked = {"mode.path=bezier": "mode.path=linear"} if trains_a_curve(options) else {}
+    asked |= {"align_evidence=learned": "align_evidence=weights"} if learns else {}
+    lines = []
+    if options.memory == "stream":
+        lines += [f"{name}: {IN_MEMORY}; set memory=resident, or {other}" for name, other in asked.items()]
+    if (options.learned.dataset or options.dataset) == RANDOM:
+        lines += [f"{name}: {RANDOM} tokens teach nothing; set learned.dataset to a text" for name in asked]
     return lines
 
 
@@ -248,30 +276,15 @@ def _alignment_problems(options: RunOptions) -> list[str]:
     if options.align_evidence == "activations" and (problem := activations_problem(kinds)):
         lines.append(f"align_axes={problem}")
     if options.align and options.align_evidence == "learned":
-        lines += _learned_problems(options)
+        if not set(expanded(kinds)) & MAPS.keys():
+            some = f"set align_axes=all, or name some of {', '.join(MAPS)}"
+            lines.append(f"align_axes={shown}: nothing of it can be learned; {some}")
     elif options.memory == "stream" and options.align and beyond:
         lines.append(
             f"align_axes={shown}: {', '.join(beyond)} need both models in memory; set memory=resident, or choose from "
             f"{', '.join(PERMUTABLE)}"
         )
     return lines + _saving_problems(options)
-
-
-def _learned_problems(options: RunOptions) -> list[str]:
-    lines, wanted, text = [], set(expanded(options.align_axes)) & MAPS.keys(), options.learned.dataset
-    if options.memory == "stream":
-        lines.append(
-            "align_evidence=learned: the gradient of a loss between the models needs all layers of both in memory, so "
-            "that models are not streamed; set memory=resident, or align_evidence=weights"
-        )
-    if not wanted:
-        lines.append(
-            f"align_axes={','.join(options.align_axes)}: nothing of it can be learned; set align_axes=all, or name "
-            f"some of {', '.join(MAPS)}"
-        )
-    if RANDOM in (text, text or options.dataset):
-        lines.append(f"align_evidence=learned: {RANDOM} tokens teach nothing; set learned.dataset to a text")
-    return lines
 
 
 def base_folder(folder: str) -> str:

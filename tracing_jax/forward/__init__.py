@@ -13,16 +13,31 @@ no activation matrix whole. The models may read the text through different token
 
 from tracing_jax.forward.activation_spread import activation_spread, activation_values
 from tracing_jax.forward.activations import activations, embedding_activations
+from tracing_jax.forward.bezier import BezierTraining, trained_midpoint
+from tracing_jax.forward.descent import LEAST_BLOCKS, Descended, Descent, adam_step
 from tracing_jax.forward.forward_pass import LayerOutput, final_hidden, forward, head_logits, head_of
 from tracing_jax.forward.function_equality import FUNCTION_TOLERANCE, check_function, logits
 from tracing_jax.forward.gradients import StreamPass, stream_pass
 from tracing_jax.forward.interpolated_model import InterpolatedModel
-from tracing_jax.forward.losses import divergences, mean_loss, path_losses, token_losses
+from tracing_jax.forward.losses import (
+    combination_losses,
+    divergences,
+    mean_loss,
+    path_losses,
+    scaled_path_losses,
+    token_losses,
+)
 from tracing_jax.forward.paired import LayerCorrelations, correlate, correlations, embedding_correlations
+from tracing_jax.forward.temperature import INVERSE_TEMPERATURES, calibrated
 from tracing_jax.forward.unit_samples import Sample, sampled_units
 
 __all__ = [
     "FUNCTION_TOLERANCE",
+    "INVERSE_TEMPERATURES",
+    "LEAST_BLOCKS",
+    "BezierTraining",
+    "Descended",
+    "Descent",
     "InterpolatedModel",
     "LayerCorrelations",
     "LayerOutput",
@@ -31,7 +46,10 @@ __all__ = [
     "activation_spread",
     "activation_values",
     "activations",
+    "adam_step",
+    "calibrated",
     "check_function",
+    "combination_losses",
     "correlate",
     "correlations",
     "divergences",
@@ -45,6 +63,8 @@ __all__ = [
     "mean_loss",
     "path_losses",
     "sampled_units",
+    "scaled_path_losses",
     "stream_pass",
     "token_losses",
+    "trained_midpoint",
 ]

@@ -240,6 +240,11 @@ def head_logits(arch: Arch, head: Tree, x: Float[Array, "*A B T D"]) -> Float[Ar
     return apply_head(arch, head, x, head["embed"]["embedding"] if arch.tied else None)
 
 
+def points_at_once(arch: Arch, batch: Int[np.ndarray, "B T"], dtype: DTypeLike) -> int:
+    """Returns at how many points together a batch passes a layer, their hidden states in bounded memory."""
+    return max(1, _HIDDEN_BYTES // (batch.size * arch.embed_dim * jnp.dtype(dtype).itemsize))
+
+
 def batches_at_once(model: PathOrModel, batch: Int[np.ndarray, "B T"], dtype: DTypeLike) -> int:
     """Returns how many batches pass a layer together: one if resident, as many as fit if each layer must be read."""
     if is_resident_model(model):
@@ -302,9 +307,11 @@ def gather_positions(x: Float[Array, "B T *units"], at: Int[Array, "B P"] | None
 
 
 def map_slices(
-    function: Callable[..., Float[Array, "B S"]], arrays: Sequence[jax.Array], bytes_per_position: int
-) -> Float[Array, "B T"]:
-    """Returns `function(*slices of arrays)` over slices of the positions, whose logits fit `LOGITS_BYTES`.
+    function: Callable[..., Float[Array, "B S *G"]], arrays: Sequence[jax.Array], bytes_per_position: int
+) -> Float[Array, "B T *G"]:
+    """Returns `function(*slices of arrays)`, of any further axes, over slices of the positions.
+
+    The logits of a slice fit `LOGITS_BYTES`.
 
     The slices are equally long; the last is padded with zeros where T is no multiple, and there are no more of them
     than the limit asks for.
@@ -318,7 +325,7 @@ def map_slices(
         return padded.reshape(B, count, length, *x.shape[2:]).swapaxes(0, 1)
 
     found = jax.lax.map(lambda xs: function(*xs), tuple(map(slices, arrays)))
-    return found.swapaxes(0, 1).reshape(B, count * length)[:, :T]
+    return found.swapaxes(0, 1).reshape(B, count * length, *found.shape[3:])[:, :T]
 
 
 def check_tokens(tokens: Int[np.ndarray, "N T"], arch: Arch) -> None:

@@ -22,9 +22,10 @@ from tracing_jax.forward.forward_pass import (
     head_logits,
     head_of,
     map_slices,
+    points_at_once,
 )
 from tracing_jax.forward.interpolated_model import InterpolatedModel, map_points
-from tracing_jax.interpolation import interpolated_leaves
+from tracing_jax.interpolation import interpolated_leaves, on_line
 from tracing_jax.progress import tqdm
 from tracing_jax.rewrites import Permutations
 from tracing_jax.run_cache import RunCache
@@ -69,11 +70,75 @@ def path_losses(
     """
     if copies and len(copies) != len(alphas):
         raise ValueError(f"{len(copies)} permuted copies at {len(alphas)} alphas; give one for each, or none")
+    model = _path(base, ft, alphas, groups, copies, layer)
+    return _losses(model, tokens, compute, description, run_cache or RunCache())
+
+
+def scaled_path_losses(
+    base: ParamSource,
+    ft: ParamSource,
+    tokens: Int[np.ndarray, "N T"],
+    alphas: Sequence[float] | np.ndarray,
+    groups: Sequence[str],
+    compute: Compute,
+    scales: Float[np.ndarray, " G"],
+    run_cache: RunCache | None = None,
+) -> tuple[Float[np.ndarray, "A N T1"], Float[np.ndarray, "A N G"]]:
+    """Returns what `path_losses` does, and the mean loss of each block if all logits are multiplied by each scale.
+
+    Logits are computed once; of a slice of positions those of one scale are held at a time.
+
+    Raises:
+      ValueError: as `path_losses`.
+    """
+    model = _path(base, ft, alphas, groups)
+    found = _pass(model, tokens, compute, "losses along the path", run_cache or RunCache(), scales)
+    return found["losses"], found["scaled"]
+
+
+def _path(
+    base: ParamSource,
+    ft: ParamSource | None,
+    alphas: Sequence[float] | np.ndarray,
+    groups: Sequence[str],
+    copies: Sequence[Permutations] = (),
+    layer: int | None = None,
+) -> InterpolatedModel:
     interpolated = interpolated_leaves(axis_table(base.arch), groups)
     if layer is not None:
         interpolated = frozenset(name for name in interpolated if name.startswith(f"layers/{layer}/"))
-    model = InterpolatedModel(base, ft, interpolated, jnp.asarray(alphas, jnp.float32), copies)
-    return _losses(model, tokens, compute, description, run_cache or RunCache())
+    return InterpolatedModel(
+        base, [] if ft is None else [ft], interpolated, on_line(np.asarray(alphas, float)), copies
+    )  # fmt: skip
+
+
+def combination_losses(
+    models: Sequence[ParamSource],
+    coefficients: Float[np.ndarray | Array, "A K"],
+    tokens: Int[np.ndarray, "N T"],
+    groups: Sequence[str],
+    compute: Compute,
+    description: str = "losses of combinations",
+) -> Float[np.ndarray, "A N T1"]:
+    """Returns the loss of every predicted token, in nats, of linear combinations of K models of one shape.
+
+    Leaves outside `groups`, and the facts of a model, are those of the first. As many points as fit in memory pass the
+    layers together. Otherwise like `path_losses`.
+
+    Raises:
+      ValueError: no tokens, blocks longer than the models can read, or ids outside their vocabulary.
+    """
+    interpolated = interpolated_leaves(axis_table(models[0].arch), groups)
+    (first, *_), rows = compute.batches(tokens), np.asarray(coefficients)
+    size = min(len(rows), points_at_once(models[0].arch, first, compute.dtype))
+    filled = np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % size, axis=0)])  # so that all have one shape
+    found = []
+    for start in range(0, len(filled), size):
+        points = jnp.asarray(filled[start : start + size], jnp.float32)
+        model = InterpolatedModel(models[0], models[1:], interpolated, points)
+        part = f"{description}, {start + 1} to {min(start + size, len(rows))} of {len(rows)}"
+        found.append(_losses(model, tokens, compute, part if size < len(rows) else description, RunCache()))
+    return np.concatenate(found)[: len(rows)]
 
 
 def token_losses(
@@ -105,6 +170,19 @@ def mean_loss(arch: Arch, params: Tree, tokens: Int[Array, "B T"]) -> Float[Arra
 def _losses(
     model: PathOrModel, tokens: Int[np.ndarray, "N T"], compute: Compute, description: str, run_cache: RunCache
 ) -> Float[np.ndarray, "*A N T1"]:
+    return _pass(model, tokens, compute, description, run_cache)["losses"]
+
+
+def _pass(
+    model: PathOrModel,
+    tokens: Int[np.ndarray, "N T"],
+    compute: Compute,
+    description: str,
+    run_cache: RunCache,
+    scales: Float[np.ndarray, " G"] | None = None,
+) -> dict[str, np.ndarray]:
+    """Returns `losses` `[*A, N, T1]` and, with scales, `scaled`, the mean of each block at each scale `[*A, N, G]`."""
+    names = ("losses",) if scales is None else ("losses", "scaled")
     check_tokens(tokens, model.arch)
     batched = compute.batches(tokens)
     size = batches_at_once(model, batched[0], compute.dtype)
@@ -115,31 +193,41 @@ def _losses(
             batches = [compute.put(batch) for batch in batched[start : start + size]]
             hidden = final_hidden(model, batches, compute.dtype, scope, bar.update)
             head = head_of(model)
-            steps = [_loss_step(model.arch, head, x, batch) for x, batch in zip(hidden, batches, strict=True)]
-            return {"losses": np.concatenate(compute.get(steps), axis=-2)}
+            steps = [_loss_step(model.arch, head, x, batch, scales) for x, batch in zip(hidden, batches, strict=True)]
+            arrays = compute.get(steps)
+            return {name: np.concatenate([step[name] for step in arrays], axis=-2) for name in names}
 
         for c, start in enumerate(starts):
             scope = run_cache.scope(f"chunk {c}")
-            done = scope.cached_arrays(("losses",), functools.partial(of_chunk, start, scope))
+            found.append(scope.cached_arrays(names, functools.partial(of_chunk, start, scope)))
             SavedStates(scope).delete()
-            found.append(done["losses"])
-    return np.concatenate(found, axis=-2)[..., : len(tokens), :]
+    return {name: np.concatenate([done[name] for done in found], axis=-2)[..., : len(tokens), :] for name in names}
 
 
 @functools.partial(jax.jit, static_argnames="arch")
 def _loss_step(
-    arch: Arch, head: Subtree, x: Float[Array, "*A B T D"], tokens: Int[Array, "B T"]
-) -> Float[Array, "*A B T1"]:
-    """Returns the losses of a batch; logits exist for a slice of the positions and one alpha at a time."""
+    arch: Arch,
+    head: Subtree,
+    x: Float[Array, "*A B T D"],
+    tokens: Int[Array, "B T"],
+    scales: Float[np.ndarray | Array, " G"] | None = None,
+) -> dict[str, jax.Array]:
+    """Returns the losses of a batch; logits exist for a slice of the positions and one point at a time."""
     targets = jnp.roll(tokens, -1, axis=1)
 
-    def at_point(params: Tree, x: jax.Array) -> jax.Array:
+    def at_point(params: Tree, x: jax.Array) -> dict[str, jax.Array]:
         def of_slice(x: jax.Array, targets: jax.Array) -> jax.Array:
             logits = head_logits(arch, params, x)
             of_targets = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-            return jax.nn.logsumexp(logits, axis=-1) - of_targets
+            loss = jax.nn.logsumexp(logits, axis=-1) - of_targets
+            if scales is None:
+                return loss[..., None]
+            scaled = jax.lax.map(lambda s: jax.nn.logsumexp(s * logits, axis=-1) - s * of_targets, scales)
+            return jnp.concatenate([loss[..., None], jnp.moveaxis(scaled, 0, -1)], axis=-1)
 
-        return map_slices(of_slice, (x, targets), tokens.shape[0] * arch.vocab_size * 4)[:, :-1]
+        losses = map_slices(of_slice, (x, targets), tokens.shape[0] * arch.vocab_size * 4)[:, :-1]
+        found = {"losses": losses[..., 0]}
+        return found if scales is None else found | {"scaled": losses[..., 1:].mean(axis=1)}
 
     return map_points(head, at_point, x)
 

@@ -10,6 +10,8 @@ from tracing_jax.report.bounded_p_values import is_calibrated
 
 STAGES = {"non_aligned": "non-aligned", "aligned": "aligned"}
 ABSENT = "–"
+FURTHER_CURVES = {"bezier": "Bézier curve", "calibrated": "calibrated"}
+"""Name of a further curve of a path in a record -> how it is called."""
 
 _NUMBER = re.compile(r"\d+")
 _READABLE = -4.0  # log10 p, below which a p-value is written as a power of ten
@@ -83,6 +85,14 @@ def results_by_stage(stages: Mapping[str, Any]) -> dict[str, Any]:
     """The results of a statistic that was applicable, keyed `non-aligned` and `aligned`."""
     results = {word: stages.get(stage) for stage, word in STAGES.items()}
     return {word: result for word, result in results.items() if result and not result.get("not_applicable")}
+
+
+def curves_of(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The loss along the path of a result under an empty name, and the further curves by how they are called."""
+    curve = result.get("curve")
+    if not curve:
+        return {}
+    return {"": curve} | {FURTHER_CURVES.get(name, name): more for name, more in (curve.get("more") or {}).items()}
 
 
 def subject(name: str, stages: Mapping[str, Any]) -> str:

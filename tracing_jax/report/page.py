@@ -11,6 +11,7 @@ from tracing_jax.report.evidence_tables import map_blocks, null_blocks, place_bl
 from tracing_jax.report.figures import RunImages, images_of_run
 from tracing_jax.report.findings import SENTENCES, FindingGroup, findings
 from tracing_jax.report.formatting import (
+    curves_of,
     outcome,
     p_cell,
     requested_model,
@@ -191,9 +192,12 @@ def _evidence(result: Mapping[str, Any]) -> list[str]:
 
 
 def _numbers(result: Mapping[str, Any]) -> dict[str, Any]:
-    curve, headline, log10_p = result.get("curve") or {}, result.get("headline"), result.get("log10_p")
+    headline, log10_p = result.get("headline"), result.get("log10_p")
     numbers = {
-        words: curve.get(key) for key, words in _CURVE.items() if key != "midpoint" or curve.get(key) != headline
+        f"{name}: {words}" if name else words: curve.get(key)
+        for name, curve in curves_of(result).items()
+        for key, words in _CURVE.items()
+        if key != "midpoint" or name or curve.get(key) != headline
     }
     if log10_p is not None:
         numbers = {"p": p_cell(log10_p)} | numbers

@@ -8,6 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from tracing_jax.report.formatting import FURTHER_CURVES
+
 # Okabe & Ito, "Color Universal Design" (2008): distinguishable with any colour vision. Its yellow is too pale on white.
 PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 INK, GREY = "#222222", "#666666"
@@ -39,6 +41,10 @@ def draw_path(axes: Axes, curves: Mapping[str, Any]) -> None:
         missing = int(np.isnan(loss).sum())
         label = f"{elided(name)} ({missing} of {len(loss)} not finite)" if missing else elided(name)
         _line(axes, i, _floats(curve["alpha"]), loss, label)
+        for kind, (further, more) in enumerate((curve.get("more") or {}).items()):
+            called = f"{elided(name)}, {FURTHER_CURVES.get(further, further)}"
+            look = {"color": PALETTE[i % len(PALETTE)], "linestyle": DASHES[1 + kind], "linewidth": 1.3}
+            axes.plot(_floats(more["alpha"]), _floats(more["loss"]), label=called, **look)
     interpolated = sorted({group for curve in curves.values() for group in curve.get("groups") or ()})
     note = f"; interpolated: {', '.join(interpolated)}" if interpolated else ""
     label_axes(axes, f"α  (0: base, 1: fine-tuned){note}", "loss (nats per token)")

@@ -6,7 +6,7 @@ from typing import Any
 
 from tracing_jax.report.bounded_p_values import bounded
 from tracing_jax.report.findings import FindingGroup, Line, findings, model_name
-from tracing_jax.report.formatting import ABSENT, cell, p_cell, places_text, results_by_stage
+from tracing_jax.report.formatting import ABSENT, cell, curves_of, p_cell, places_text, results_by_stage
 from tracing_jax.report.terminal import plain_text, print_in_colour
 
 PAIR_HEADERS = ("other model", "verdict", "statistic", "p (pair)", "p (all pairs)", "significant")
@@ -107,9 +107,10 @@ def path_rows(record: Mapping[str, Any]) -> list[list[Any]]:
     """Base, other model, path, and the losses at its base end, midpoint, barrier and other end; a row for each path."""
     rows = []
     for stage, result in results_by_stage(record["statistics"].get("mode", {})).items():
-        curve = result["curve"]
-        ends = [curve["loss"][0], curve["midpoint"], curve["barrier"], curve["loss"][-1]]
-        rows.append([model_name(record, "base"), model_name(record, "ft"), stage, *map(_three, ends)])
+        for name, curve in curves_of(result).items():
+            ends = [curve["loss"][0], curve["midpoint"], curve["barrier"], curve["loss"][-1]]
+            path = f"{stage}, {name}" if name else stage
+            rows.append([model_name(record, "base"), model_name(record, "ft"), path, *map(_three, ends)])
     return rows
 
 

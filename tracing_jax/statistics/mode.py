@@ -1,4 +1,4 @@
-"""`mode`: linear mode connectivity: loss at the midpoint of the straight path between the models, barrier, curve."""
+"""`mode`: mode connectivity: loss at the midpoint of the path between the models, barrier, and curves."""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -10,8 +10,17 @@ import numpy as np
 from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisTable, axis_table, kind_of
-from tracing_jax.forward import path_losses, token_losses
-from tracing_jax.interpolation import interpolated_leaves, path_groups
+from tracing_jax.forward import (
+    INVERSE_TEMPERATURES,
+    BezierTraining,
+    calibrated,
+    combination_losses,
+    path_losses,
+    scaled_path_losses,
+    token_losses,
+    trained_midpoint,
+)
+from tracing_jax.interpolation import interpolated_leaves, on_bezier, path_groups
 from tracing_jax.rewrites import Permutations
 from tracing_jax.statistics.permuted_copies import draw_permutations, permutation_result
 from tracing_jax.statistics.pvalues import permutation_test
@@ -35,6 +44,20 @@ CONTROLS: Mapping[str, tuple[int, float, float]] = {
 Llama-type models of one recipe from different seeds, so known to be independent; by `benchmarks.paths`.
 """
 
+FURTHER_CONTROLS: Mapping[str, Mapping[str, tuple[int, float, float]]] = {
+    "calibrated": {"none": (3, 1.48, 1.74), "permutations": (3, 1.12, 1.31), "maps": (3, 0.84, 1.0)},
+    "bezier": {"none": (3, 0.36, 0.45), "permutations": (3, 0.23, 0.33), "maps": (3, 0.08, 0.13)},
+}
+"""The same for further curves, by their kind; by `benchmarks.paths --curves`."""
+
+_FURTHER = {
+    "calibrated": ("the calibrated curve is no evidence of descent either", "calibrated"),
+    "bezier": (
+        "a trained curve joins independent models too and is no evidence of descent",
+        "in 200 steps, less in more",
+    ),
+}
+
 _ALIGNED_BY = {
     "none": "as given", "permutations": "after permutations", "maps": "after all maps from weights",
     "states": "after all maps, the features' from hidden states",
@@ -50,6 +73,18 @@ def control_note(alignment: str) -> str:
         f"control, models of one recipe from different seeds (4 layers of 64 features), known to be independent: "
         f"{measured} of {least:.2f} to {greatest:.2f} nats {_ALIGNED_BY[alignment]}, where every weight is on the path "
         "(docs/disguises.md); larger models were not measured"
+    )
+
+
+def further_note(kind: str, alignment: str) -> str:
+    """Returns how low further curves between independent models were, as a sentence."""
+    begins, how = _FURTHER[kind]
+    if alignment not in FURTHER_CONTROLS[kind]:
+        return f"{begins}; no control pair that was aligned in this way was measured with one"
+    pairs, least, greatest = FURTHER_CONTROLS[kind][alignment]
+    return (
+        f"{begins}: {pairs} control pairs as above have barriers of {least:.2f} to {greatest:.2f} nats {how}, "
+        f"{_ALIGNED_BY[alignment]}"
     )
 
 
@@ -96,13 +131,29 @@ class Mode(options.Mode):
         assert pair.tokens is not None
         alphas = np.array(sorted({0.0, 0.5, 1.0, *self.alphas}))
         run_cache = pair.run_cache.scope("path", "-".join(self.groups), f"{zlib.crc32(alphas.tobytes()):08x}")
-        losses = path_losses(pair.base, pair.ft, pair.tokens, alphas, self.groups, pair.compute, run_cache=run_cache)
+        ends, way = (pair.base, pair.ft, pair.tokens), (self.groups, pair.compute)
+        further: dict[str, dict[str, Any]] = {}
+        has_halves = len(pair.tokens) > 1
+        if self.calibrate and has_halves:
+            losses, scaled = scaled_path_losses(
+                *ends, alphas, *way, INVERSE_TEMPERATURES, run_cache.scope("temperatures")
+            )  # fmt: skip
+            found = calibrated(scaled)
+            further["calibrated"] = numbers_of(alphas, found.loss) | {"temperature": found.temperature.tolist()}
+        else:
+            losses = path_losses(*ends, alphas, *way, run_cache=run_cache)
         own = None
         if pair.vocabularies.same:
             run_cache = pair.run_cache.scope("losses of ft")
             losses_ft = token_losses(pair.ft, pair.tokens, pair.compute, "losses of ft", run_cache)
             own = float(losses_ft.mean(dtype=np.float64))
         curve = curve_of(alphas, losses.mean(axis=(1, 2), dtype=np.float64), own, self.groups)
+        if self.path == "bezier":
+            further["bezier"] = self._bezier(pair, alphas)
+        curve = replace(curve, more=further)
+        notes = [NO_DESCENT, control_note(pair.alignment), *(further_note(kind, pair.alignment) for kind in further)]
+        if self.calibrate and not has_halves:
+            notes.append("not calibrated: the text has one block, and a temperature is fitted on one half of them")
         permutations = draw_permutations(pair, self.num_perm)
         permuted = midpoint_losses(pair, permutations, self.groups)
         log_p = None
@@ -112,7 +163,20 @@ class Mode(options.Mode):
         result = permutation_result(pair, _LABEL, curve.midpoint, permuted, log_p)
         if self.by_layer:
             result = replace(result, per_layer=self._by_layer(pair, curve.loss[0]))
-        return replace(result, curve=curve, notes=[NO_DESCENT, control_note(pair.alignment), *result.notes])
+        return replace(result, curve=curve, notes=[*notes, *result.notes])
+
+    def _bezier(self, pair: Pair, t: np.ndarray) -> dict[str, Any]:
+        """Returns the curve through a middle point that is trained on other text, with how it was trained."""
+        assert pair.tokens is not None
+        assert pair.learning_tokens is not None
+        training = BezierTraining(pair.learning_steps)
+        trained = trained_midpoint(
+            pair.base, pair.ft, pair.learning_tokens, self.groups, training, pair.compute, pair.seed
+        )  # fmt: skip
+        models = [pair.base, pair.ft, trained.parameters]
+        losses = combination_losses(models, on_bezier(t), pair.tokens, self.groups, pair.compute, "losses on the curve")
+        facts = {"held_out_barriers": list(trained.barriers), "steps": trained.steps, "best_step": trained.best_step}
+        return numbers_of(t, losses.mean(axis=(1, 2), dtype=np.float64)) | facts
 
     def _by_layer(self, pair: Pair, loss_base: float) -> dict[str, Any]:
         """Returns for each layer its barrier: excess at the midpoint if it alone moves from base to ft."""
@@ -144,17 +208,20 @@ def midpoint_losses(pair: Pair, permutations: Sequence[Permutations], groups: tu
 
 def curve_of(alphas: np.ndarray, loss: np.ndarray, own: float | None, groups: tuple[str, ...]) -> Curve:
     """Returns the curve with its midpoint and barrier; alphas are sorted and hold 0, 0.5 and 1."""
+    return Curve(**numbers_of(alphas, loss), end_loss_ft_own=own, groups=list(groups))
+
+
+def numbers_of(alphas: np.ndarray, loss: np.ndarray) -> dict[str, Any]:
+    """Returns the points of a curve with its midpoint and its barrier, as fields of `Curve`."""
     excess = loss - ((1 - alphas) * loss[0] + alphas * loss[-1])
     highest = int(np.argmax(excess))
-    return Curve(
-        alpha=alphas.tolist(),
-        loss=loss.tolist(),
-        midpoint=float(loss[np.flatnonzero(alphas == 0.5)[0]]),
-        barrier=float(excess[highest]),
-        barrier_alpha=float(alphas[highest]),
-        end_loss_ft_own=own,
-        groups=list(groups),
-    )
+    return {
+        "alpha": alphas.tolist(),
+        "loss": loss.tolist(),
+        "midpoint": float(loss[np.flatnonzero(alphas == 0.5)[0]]),
+        "barrier": float(excess[highest]),
+        "barrier_alpha": float(alphas[highest]),
+    }
 
 
 def _sizes_not_applicable(base: AxisTable, ft: AxisTable, groups: tuple[str, ...]) -> list[str]:

@@ -110,6 +110,10 @@ class Pair:
     """The text in both models' tokens, with the positions at which both have read the same bytes."""
     controls: Sequence[ParamSource] = ()
     """Models known to be independent of both, of base's shape and tokenizer, for nulls that are measured."""
+    learning_tokens: Int[np.ndarray, "M T"] | None = None
+    """Token blocks that statistics do not read, for what is trained; None when nothing is."""
+    learning_steps: int = 0
+    """Of what is trained, at most."""
     run_cache: RunCache = field(default_factory=RunCache)
     """Intermediate results of an interrupted run."""
 
@@ -142,7 +146,18 @@ class Pair:
 
 @dataclass(frozen=True)
 class Curve:
-    """Loss along the path from base (alpha 0) to ft (alpha 1), in nats per token."""
+    """Loss along the path from base (alpha 0) to ft (alpha 1), in nats per token.
+
+    Attributes:
+      alpha, loss: of each point.
+      midpoint: the loss at 0.5.
+      barrier: the greatest excess over the line between the losses of the ends.
+      barrier_alpha: where it is.
+      end_loss_ft_own: the loss of ft itself, with all its own weights; None if it cannot read base's tokens.
+      groups: of the leaves that move.
+      more: by name, further curves with the same ends, with `alpha`, `loss`, `midpoint`, `barrier`, `barrier_alpha` and
+        facts of their own.
+    """
 
     alpha: Sequence[float]
     loss: Sequence[float]
@@ -150,8 +165,8 @@ class Curve:
     barrier: float
     barrier_alpha: float
     end_loss_ft_own: float | None
-    """The loss of ft itself, with all its own weights; None if it cannot read base's tokens."""
     groups: Sequence[str]
+    more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
