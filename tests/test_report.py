@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tracing_jax.record import plain
-from tracing_jax.report.figures import figure_of_run, images_of_run, path_figure, png, save_png
+from tracing_jax.report.figures import figure_of_run, images_of_run, pairs_figure, png, save_png
 from tracing_jax.report.findings import SENTENCES
 from tracing_jax.report.formatting import cell, outcome, p_cell, p_text, places_text, subject, text_table
 from tracing_jax.report.maps import maps
@@ -84,6 +84,11 @@ def record(**changes):
 
 def texts(axes):
     return [text.get_text() for text in axes.texts]
+
+
+def path_figure(curves, groups=(), base="base"):
+    curves = {name: {**found, "groups": groups} for name, found in curves.items()}
+    return pairs_figure(curves, {}, base=base, level=None)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 9])
@@ -183,7 +188,7 @@ def test_a_run_without_result_shows_why():
 
 
 def test_png_has_160_dots_per_inch_and_takes_any_text(tmp_path):
-    figure = path_figure({"$x_1 {": curve(1)}, title=r"50 $ \alpha %")
+    figure = path_figure({"$x_1 {": curve(1)}, base=r"50 $ \alpha %")
     save_png(figure, tmp_path / "f.png")
     content = (tmp_path / "f.png").read_bytes()
     assert content == png(figure)

@@ -151,7 +151,7 @@ def _download_gguf(model_id: str, download_dir: str | None) -> CheckpointFolder:
     return CheckpointFolder(path.parent, model_id, Path(found).name, _shards_of(path))
 
 
-def hub_problem(model_id: str, download_dir: str | None = None) -> str | None:
+def hub_problem(model_id: str) -> str | None:
     """Why a model of the Hub cannot be read, by its list of files and its texts; None if nothing is found against it.
 
     Nothing does where the Hub cannot be asked. No weights are downloaded.
@@ -165,7 +165,7 @@ def hub_problem(model_id: str, download_dir: str | None = None) -> str | None:
         names = HfApi().list_repo_files(repo, revision=revision or None)
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in wanted):
             return f"{model_id!r} has no weights ({', '.join(wanted)}); its files are {listed(names)}"
-        _snapshot(repo, revision or None, download_dir, _TEXTS)
+        _snapshot(repo, revision or None, None, _TEXTS)
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:  # the first: gated ones too
         return _explain(error, model_id)
     except (HTTPError, LocalEntryNotFoundError):
@@ -173,7 +173,7 @@ def hub_problem(model_id: str, download_dir: str | None = None) -> str | None:
     return None
 
 
-def tokenizer_folder(model_id: str, download_dir: str | None = None) -> Path:
+def tokenizer_folder(model_id: str) -> Path:
     """The folder that holds the tokenizer of a local folder or Hub id; no weights are downloaded.
 
     Raises:
@@ -184,7 +184,7 @@ def tokenizer_folder(model_id: str, download_dir: str | None = None) -> Path:
         return local
     repo, _, revision = model_id.partition("@")
     with _explained(model_id):
-        return _snapshot(repo, revision or None, download_dir, _TEXTS)
+        return _snapshot(repo, revision or None, None, _TEXTS)
 
 
 def on_hub(found: CheckpointFolder, download_dir: str | None = None) -> MissingFileOpener:

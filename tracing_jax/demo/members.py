@@ -1,7 +1,7 @@
 """The demo family: a base model, its fine-tune, a disguised copy of the fine-tune, and an independent model."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,23 +82,22 @@ def training_data(recipe: DemoSizes, shared_files: Path) -> TrainingData:
     return TrainingData(base, finetune, (unseen[0], unseen[1]), _alternating(held_out, ft_held_out))
 
 
-def held_out_text(cache_dir: str | None = None, recipe: DemoSizes = DEFAULT) -> Path:
-    """Returns a file with the held-out text of a recipe; nothing is trained for it."""
+def held_out_text() -> Path:
+    """Returns a file with the held-out text of the demo; nothing is trained for it."""
+    parts = (base_text, DEFAULT.base_pieces), (finetune_text, DEFAULT.finetune_pieces)
+    return _text_file("demo-text", lambda: _alternating(*(split(text(), pieces)[1] for text, pieces in parts)))
 
+
+def training_text() -> Path:
+    """Returns a file with the text that the demo's base and independent model are trained on."""
+    return _text_file("demo-training-text", lambda: "".join(split(base_text(), DEFAULT.base_pieces)[0]))
+
+
+def _text_file(name: str, text: Callable[[], str]) -> Path:
     def build(folder: Path) -> None:
-        parts = [split(base_text(), recipe.base_pieces)[1], split(finetune_text(), recipe.finetune_pieces)[1]]
-        (folder / "text.txt").write_bytes(_alternating(*parts).encode())
+        (folder / "text.txt").write_bytes(text().encode())
 
-    return cached_folder("demo-text", recipe, cache_dir, build) / "text.txt"
-
-
-def training_text(cache_dir: str | None = None, recipe: DemoSizes = DEFAULT) -> Path:
-    """Returns a file with the text that base and the independent model of a recipe are trained on."""
-
-    def build(folder: Path) -> None:
-        (folder / "text.txt").write_bytes("".join(split(base_text(), recipe.base_pieces)[0]).encode())
-
-    return cached_folder("demo-training-text", recipe, cache_dir, build) / "text.txt"
+    return cached_folder(name, DEFAULT, None, build) / "text.txt"
 
 
 def _alternating(pieces: list[str], others: list[str]) -> str:

@@ -40,7 +40,7 @@ _SEEDS = 1000  # distance between the seeds of two trees
 _PRUNED_STEPS = 120
 
 
-def tree_member(name: str, seed: int = 0, cache_dir: str | None = None, recipe: DemoSizes = DEFAULT) -> Path:
+def tree_member(name: str, seed: int) -> Path:
     """Returns the checkpoint folder of a member of the zoo with this seed; its tree is trained if it is not cached.
 
     Raises:
@@ -49,8 +49,8 @@ def tree_member(name: str, seed: int = 0, cache_dir: str | None = None, recipe: 
     if name not in TREE:
         raise ValueError(f"the demo's zoo has no {name!r}, it has {', '.join(TREE)}")
     root = name.split("-")[0]
-    own = replace(recipe, seed=(1 + ROOTS.index(root)) * _SEEDS + seed)
-    return cached_folder(f"demo-{root}", own, cache_dir, lambda folder: _build(folder, root, own)) / name
+    own = replace(DEFAULT, seed=(1 + ROOTS.index(root)) * _SEEDS + seed)
+    return cached_folder(f"demo-{root}", own, None, lambda folder: _build(folder, root, own)) / name
 
 
 def _build(folder: Path, root: str, recipe: DemoSizes) -> None:

@@ -32,7 +32,7 @@ def merged_noise(
     """
     reference = models.read_together[1]
     ref = {name: np.asarray(leaf, np.float32) for name, leaf in flatten(in_memory(reference).params).items()}
-    sizes = _sizes(models, sums)
+    sizes = _sizes(sums)
     first = 0 if models.origin is not None else 1  # the reference is the first parent where there is no origin
     noises = [_noise(ref, {n: own[1 + k] for n, own in sizes.items()}, (seed, k)) for k in range(models.terms)]
     rest = _noise(ref, {n: own[0] * np.sqrt(unexplained) for n, own in sizes.items()}, (seed, models.terms))
@@ -60,7 +60,7 @@ def merged_again(models: MergeModels, shares: Float[np.ndarray, " K"]) -> MergeM
     return replace(models, child=InMemory(models.read_together[1].arch, leaves))
 
 
-def _sizes(models: MergeModels, sums: NormalEquations) -> dict[str, Float[np.ndarray, " C"]]:
+def _sizes(sums: NormalEquations) -> dict[str, Float[np.ndarray, " C"]]:
     """Returns the root mean square of each column, leaf by leaf; of experts, over all of them."""
     squares: dict[str, np.ndarray] = {}
     counts: dict[str, float] = {}

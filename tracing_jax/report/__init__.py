@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tracing_jax.report.figures import figure_of_run, images_of_run, path_figure, save_png
+    from tracing_jax.report.figures import figure_of_run, images_of_run, save_png
     from tracing_jax.report.findings import verdict_lines
     from tracing_jax.report.formatting import text_table
     from tracing_jax.report.page import html
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tracing_jax.report.printed import print_summary, record_text, summary
 
 _HOMES = {
-    "figures": ("figure_of_run", "images_of_run", "path_figure", "save_png"),
+    "figures": ("figure_of_run", "images_of_run", "save_png"),
     "findings": ("verdict_lines",),
     "formatting": ("text_table",),
     "page": ("html",),
@@ -21,7 +21,7 @@ _HOMES = {
 }
 
 __all__ = [
-    "figure_of_pairs", "figure_of_run", "html", "images_of_run", "pairs_html", "path_figure", "print_summary",
+    "figure_of_pairs", "figure_of_run", "html", "images_of_run", "pairs_html", "print_summary",
     "record_text", "save_png", "summary", "text_table", "verdict_lines",
 ]  # fmt: skip
 

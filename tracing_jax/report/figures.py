@@ -1,4 +1,4 @@
-"""Figures of a run, of several pairs, and of path curves.
+"""Figures of a run and of several pairs.
 
 They use `matplotlib.figure.Figure` without pyplot and its global state, so they can be made in any thread.
 """
@@ -36,23 +36,9 @@ class _Panel:
     plot_inches: float
 
 
-def path_figure(
-    curves: Mapping[str, Mapping[str, Any]], *, groups: Sequence[str] = (), title: str = "Loss along the path"
-) -> Figure:
-    """The loss along the path between two models, one line for each named curve.
-
-    Args:
-        curves: by label, `alpha` (0 is base, 1 is the fine-tuned model) and `loss` in nats per token, of equal length;
-            a loss may be None or not finite, and is left out of its line.
-        groups: the groups of weights that move along the path, where not all do.
-        title: of the axes.
-    """
-    return _figure([[_path_panel(title, curves, groups)]])
-
-
 def pairs_figure(
     curves: Mapping[str, Mapping[str, Any]],
-    families: Mapping[str, Mapping[str, Any]],
+    log10_ps: Mapping[str, Mapping[str, Any]],
     *,
     base: str,
     level: float | None,
@@ -60,18 +46,18 @@ def pairs_figure(
     """The loss along the path from one base to several models, and log10 p of every statistic in their verdicts.
 
     Args:
-        curves: as in `path_figure`; the groups that move are those of the first.
-        families: by pair, log10 p of each statistic that entered its verdict.
+        curves: by label, `alpha` (0 is base, 1 is the fine-tuned model) and `loss` in nats per token, of equal length,
+            and `groups`, what moves along the path; a loss may be None or not finite, and is left out of its line.
+        log10_ps: by pair, log10 p of each statistic that entered its verdict.
         base: the name of the base.
         level: the decimal logarithm of the level, drawn as a rule; without it there is no panel of p-values.
     """
     found = []
     if curves:
-        groups = next(iter(curves.values()))["groups"]
-        found.append(_path_panel(f"Loss along the path from {base}", curves, groups))
-    if families and level is not None:
-        data = {"families": families, "level": level}
-        plot_inches = 0.4 + 0.35 * len(families)
+        found.append(_Panel(f"Loss along the path from {base}", panels.draw_path, curves, 2.6))
+    if log10_ps and level is not None:
+        data = {"log10_ps": log10_ps, "level": level}
+        plot_inches = 0.4 + 0.35 * len(log10_ps)
         found.append(_Panel(f"p-values against {base}", p_value_panels.draw_pairs, data, plot_inches))
     nothing = {"text": "No pair has a path or a p-value that enters a verdict."}
     return _figure([[panel] for panel in found or [_Panel("No figure", panels.draw_text, nothing, 0.5)]])
@@ -138,11 +124,6 @@ def _encoded(pixels: UInt8[np.ndarray, "H W 3"]) -> bytes:
 def save_png(figure: Figure, path: str | PurePath) -> None:
     """Writes the figure as a PNG of 160 dots per inch, atomically."""
     atomic_write(path, png(figure))
-
-
-def _path_panel(title: str, curves: Mapping[str, Mapping[str, Any]], groups: Sequence[str]) -> _Panel:
-    curves = {name: {**curve, "groups": list(groups)} for name, curve in curves.items()}
-    return _Panel(title, panels.draw_path, curves, 2.6)
 
 
 def _groups_of_run(record: Mapping[str, Any]) -> dict[str, list[_Panel]]:

@@ -76,18 +76,18 @@ def draw_layer_map(axes: Axes, data: Mapping[str, Any]) -> None:
 
 def draw_pairs(axes: Axes, data: Mapping[str, Any]) -> None:
     """Draws log10 p of each statistic in the verdict of each pair, one row per pair, and the level."""
-    families, level = data["families"], data["level"]
-    names = list(dict.fromkeys(name for family in families.values() for name in family))
+    pairs, level = data["log10_ps"], data["level"]
+    names = list(dict.fromkeys(name for log10_ps in pairs.values() for name in log10_ps))
     for i, name in enumerate(names):
-        found = [(float(family[name]), row) for row, family in enumerate(families.values()) if name in family]
+        found = [(float(log10_ps[name]), row) for row, log10_ps in enumerate(pairs.values()) if name in log10_ps]
         shift = 0.22 * (i - (len(names) - 1) / 2) / max(1, len(names) - 1)
         x, y = zip(*[(log10_p, row + shift) for log10_p, row in found])
         axes.plot(x, y, "osD^v"[i % 5], color=PALETTE[i % len(PALETTE)], markersize=6, label=name)
-    axes.set_yticks(range(len(families)), list(map(elided, families)), parse_math=False)
-    axes.set_ylim(len(families) - 0.5, -0.5)
+    axes.set_yticks(range(len(pairs)), list(map(elided, pairs)), parse_math=False)
+    axes.set_ylim(len(pairs) - 0.5, -0.5)
     axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
     axes.axvline(level, color=INK, linewidth=0.9, label=f"level {10**level:g}", zorder=1.5)
-    _p_axis(axes, "x", [float(p) for family in families.values() for p in family.values()] + [level], level)
+    _p_axis(axes, "x", [float(p) for log10_ps in pairs.values() for p in log10_ps.values()] + [level], level)
     label_axes(axes, "log10 p of each statistic in the verdict, before Holm", "")
     _legend_below(axes, 4)
 

@@ -42,9 +42,9 @@ def figure_of_pairs(records: Sequence[Mapping[str, Any]]) -> Figure:
         if after and not (before and _same(before, after)):
             curves[f"{name}, aligned"] = after
     verdicts = [with_bounded_p_values(record).get("verdict") or {} for record in records]
-    families = {name: verdict["family"] for name, verdict in zip(names, verdicts, strict=True) if verdict.get("family")}
+    log10_ps = {name: verdict["family"] for name, verdict in zip(names, verdicts, strict=True) if verdict.get("family")}
     level = next((math.log10(verdict["level"]) for verdict in verdicts if verdict), None)
-    return pairs_figure(curves, families, base=model_name(records[0], "base"), level=level)
+    return pairs_figure(curves, log10_ps, base=model_name(records[0], "base"), level=level)
 
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

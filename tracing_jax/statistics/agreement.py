@@ -144,7 +144,6 @@ def agreement_result(
     nulls: Mapping[str, Null],
     label: str,
     places: Sequence[str],
-    notes: Sequence[str] = (),
 ) -> Result:
     """Returns the result of all agreements: each by Holm's minimum over layers, then Bonferroni over all.
 
@@ -161,7 +160,7 @@ def agreement_result(
         tests=tests,
         null={name: null.as_dict() for name, null in nulls.items()},
         per_layer=share_by_layer(best),
-        notes=[*notes, *(f"{name}: {note}" for name, null in nulls.items() for note in null.notes)],
+        notes=[f"{name}: {note}" for name, null in nulls.items() for note in null.notes],
         effect=agreement_effect(best, statistic),
         **reserved(tests, BY_CONVERGENCE),
     ).for_pair(pair)

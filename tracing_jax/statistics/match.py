@@ -236,10 +236,9 @@ def compare_taps(
     pair: Pair,
     names: Sequence[str | int],
     units: tuple[DistinctUnits, DistinctUnits] | None = None,
-    run: slice | None = None,
 ) -> Comparison:
     """Returns the comparison of the matchings by gate and by up correlations; see `match_taps`."""
-    found = against_each_other(*match_taps(by_tap, pair, names, units, run))
+    found = against_each_other(*match_taps(by_tap, pair, names, units))
     return found if units is None else found.of_units(*units)
 
 

@@ -54,7 +54,7 @@ def is_rule(table: Float[np.ndarray, "P D"]) -> bool:
     return bool(lengths.std() < 1e-3 * max(lengths.mean(), 1e-30))
 
 
-def is_near_identity(rows: Float[np.ndarray, "n D"], first: int = 0) -> bool:
-    """Returns whether rows of a square matrix, from the row `first` on, have outliers on the diagonal."""
-    diagonal = np.abs(rows[np.arange(len(rows)), first + np.arange(len(rows))]).mean()
+def is_near_identity(rows: Float[np.ndarray, "n D"]) -> bool:
+    """Returns whether the first rows of a square matrix have outliers on the diagonal."""
+    diagonal = np.abs(np.diagonal(rows)).mean()
     return bool(diagonal > 3 * np.sqrt(np.square(np.asarray(rows, np.float64)).mean()))
