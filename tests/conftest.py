@@ -39,10 +39,10 @@ _QUICK_TO_COMPILE = {"xla_cpu_use_fusion_emitters": "false", "xla_cpu_parallel_c
 def pytest_configure(config):
     """Compiles without most optimizations: half of the time would be compilation of tiny programs.
 
-    Tests that are marked `optimized` or `torch`, and runs of all tests, compile as users do. Programs once compiled are
-    kept for the workers, for programs that tests start, and for the next run.
+    Tests that are marked `optimized`, and runs of all tests, compile as users do. Programs once compiled are kept for
+    the workers, for programs that tests start, and for the next run.
     """
-    fast = config.option.markexpr in ("not slow", "slow and not (torch or optimized)")
+    fast = config.option.markexpr in ("not slow", "slow and not (torch or optimized)", "torch and not optimized")
     jax.config.update("jax_disable_most_optimizations", fast)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(fast)
     if fast:  # read when the first array is made; programs that tests start inherit them

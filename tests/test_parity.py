@@ -123,6 +123,7 @@ def test_installed_transformers_still_gives_the_golden_numbers(family):
 
 @pytest.mark.slow
 @pytest.mark.torch
+@pytest.mark.optimized
 @pytest.mark.parametrize("family", dict.fromkeys(case.family for case in LIVE_CASES.values()))
 def test_further_options_give_the_numbers_of_transformers(family):
     disagreements = []
