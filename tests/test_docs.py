@@ -33,6 +33,8 @@ from tracing_jax import cli
 from tracing_jax.alignment import KINDS, WHOLE
 from tracing_jax.checkpoint import WeightsOnly, open_checkpoint
 from tracing_jax.dataclass_options import options_of
+from tracing_jax.demo.cache import _key
+from tracing_jax.demo.recipe import DEFAULT
 from tracing_jax.options import RunOptions, unknown_option
 from tracing_jax.rewrites import DISGUISES
 from tracing_jax.tree import map_named
@@ -209,6 +211,10 @@ def fill(folder: Path, models: Path) -> Path:
         (folder / name).symlink_to(ROOT / name)
     for name, source in _NAMED.items():
         (folder / name).symlink_to(models / source)
+    cache = folder / ".cache" / "tracing_jax"
+    cache.mkdir(parents=True)
+    for name in ("demo", "demo-text"):  # these models and their text, for programs that look here for those of the demo
+        (cache / f"{name}-{_key(DEFAULT)}").symlink_to(models)
     (folder / "models.yaml").write_text("- ./base\n- ./theirs\n")
     write_zoo(folder / "runs" / "finished", *planted([2, 1]))
     return folder
@@ -231,6 +237,7 @@ def run(script: str, folder: Path) -> str:
     for file in bin_folder.iterdir():
         file.chmod(0o755)
     env = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{bin_folder}:{os.environ['PATH']}"}
+    env["XDG_CACHE_HOME"] = str(folder / ".cache")
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script], cwd=folder, env=env, capture_output=True, text=True, timeout=600
     )
