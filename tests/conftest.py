@@ -80,12 +80,17 @@ def drawn():
 
 @pytest.fixture(autouse=True)
 def _blank_figures(request, monkeypatch):
-    """Leaves figures blank unless a test asks for `drawn`; what they show is computed all the same."""
+    """Leaves figures blank unless a test asks for `drawn`; which panels they would have is computed all the same."""
     figures = sys.modules.get("tracing_jax.report.figures")
-    if figures and "drawn" not in request.fixturenames:
-        monkeypatch.setattr(
-            figures, "_drawn", lambda figure: np.zeros((*map(int, figure.bbox.size[::-1]), 3), np.uint8)
-        )
+    if figures is None or "drawn" in request.fixturenames:
+        return
+
+    def of_run(record):
+        blank = figures._encoded(np.zeros((1, 1, 3), np.uint8))
+        return figures.RunImages(blank, dict.fromkeys(figures._groups_of_run(record), blank))
+
+    monkeypatch.setattr(figures, "images_of_run", of_run)
+    monkeypatch.setattr(figures, "_drawn", lambda figure: np.zeros((*map(int, figure.bbox.size[::-1]), 3), np.uint8))
 
 
 @pytest.fixture(scope="session")
