@@ -117,38 +117,6 @@ def test_a_disguise_that_cannot_be_is_refused_before_weights_are_read(config_of)
 
 
 @pytest.mark.slow
-def test_every_statistic_and_perplexity_in_one_run_with_all_its_files(config_of, drawn):
-    config = config_of(stat="all", eval=True, align=True)
-    record = experiment.trace(config)
-    save = Path(config.save)
-    assert sorted(file.name for file in save.parent.iterdir()) == [
-        f"results.{end}" for end in ("html", "json", "p", "png", "run")
-    ]
-    assert json.loads(save.with_suffix(".json").read_text()) == record
-    saved = pickle.loads(save.read_bytes())
-    assert list(saved) == [
-        "args",
-        "commit",
-        "non-aligned test stat",
-        "aligned test stat",
-        "base loss",
-        "ft loss",
-        "time",
-    ]
-    assert (
-        set(saved["non-aligned test stat"])
-        == set(statistic_names(RunOptions(stat=("all",))))
-        >= {"mode", "csu", "match", "jsd"}
-    )
-    assert saved["base loss"] == record["perplexity"]["base"]["perplexity"]
-    assert saved["base loss"] == pytest.approx(np.exp(curves(record)[0]["loss"][0]), rel=1e-4)
-    assert saved["ft loss"] == pytest.approx(np.exp(curves(record)[0]["end_loss_ft_own"]), rel=1e-4)
-    assert record["statistics"]["cos"]["non_aligned"]["headline"] > 0.8
-    assert record["tokens"]["num_tokens"] == 1024
-    assert len(record["models"]["ft"]["files"]["model.safetensors"]) == 64
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("stat", ["cos", "emb"])
 def test_a_statistic_of_weights_alone_reads_no_text(config_of, stat):
     config = config_of(stat=stat, dataset="/no/such/text.txt", align=True)
@@ -179,21 +147,53 @@ def test_a_run_without_alignment_leaves_none_of_an_earlier_one(config_of):
 
 
 @pytest.mark.slow
-def test_the_same_config_gives_the_same_numbers_on_any_mesh_and_a_record_that_fits_the_schema(config_of):
-    def record(stat=tuple(name for name in STATISTICS if name != "match_distilled"), **fields):
-        return experiment.trace(config_of("disguised", stat=stat, **{"align": True, **fields}))
+def test_every_statistic_in_one_run_with_all_its_files_and_the_same_numbers_on_any_mesh(config_of, drawn):
+    every = tuple(name for name in STATISTICS if name != "match_distilled")
 
-    records = record(permute=True, eval=True), record(permute=True, mesh={"data": 4, "model": 2})
-    for found in records:
+    def config(stat=every, **fields):
+        return config_of("disguised", **{"stat": stat, "align": True, "permute": True, **fields})
+
+    whole = config(eval=True)
+    record = experiment.trace(whole)
+    _check_files(record, whole, every)
+    other_mesh = experiment.trace(config(mesh={"data": 4, "model": 2}, save=None))
+    for found in (record, other_mesh):
         jsonschema.validate(found, SCHEMA)
         assert outcomes(found)["record"] == "holds"
-    once, other_mesh = (found["statistics"] for found in records)
     drawing = ("csh", "match", "l2", "csu_all")
-    again = record(drawing, permute=True, align=False)["statistics"]
+    again = experiment.trace(config(drawing, align=False))["statistics"]
+    once = record["statistics"]
     assert {name: again[name]["non_aligned"] for name in drawing} == {n: once[n]["non_aligned"] for n in drawing}
     for name in once:
         for side in ("non_aligned", "aligned"):
-            assert other_mesh[name][side]["headline"] == pytest.approx(once[name][side]["headline"], abs=1e-4)
+            found = other_mesh["statistics"][name][side]["headline"]
+            assert found == pytest.approx(once[name][side]["headline"], abs=1e-4)
+
+
+def _check_files(record, config, every):
+    """Checks what a run with all statistics and perplexities has written."""
+    save = Path(config.save)
+    assert sorted(file.name for file in save.parent.iterdir()) == [
+        f"results.{end}" for end in ("html", "json", "p", "png", "run")
+    ]
+    assert json.loads(save.with_suffix(".json").read_text()) == record
+    saved = pickle.loads(save.read_bytes())
+    assert list(saved) == [
+        "args",
+        "commit",
+        "non-aligned test stat",
+        "aligned test stat",
+        "base loss",
+        "ft loss",
+        "time",
+    ]
+    assert set(saved["non-aligned test stat"]) == set(every) >= set(statistic_names(RunOptions(stat=("all",))))
+    assert saved["base loss"] == record["perplexity"]["base"]["perplexity"]
+    assert saved["base loss"] == pytest.approx(np.exp(curves(record)[0]["loss"][0]), rel=1e-4)
+    assert saved["ft loss"] == pytest.approx(np.exp(curves(record)[0]["end_loss_ft_own"]), rel=1e-4)
+    assert record["statistics"]["cos"]["aligned"]["headline"] > 0.8
+    assert record["tokens"]["num_tokens"] == 1024
+    assert len(record["models"]["ft"]["files"]["model.safetensors"]) == 64
 
 
 @pytest.mark.slow
