@@ -11,6 +11,7 @@ from tracing_jax.dataclass_options import ConfigError
 from tracing_jax.experiment import trace
 from tracing_jax.experiment.validation import check_options
 from tracing_jax.forward import BezierTraining, combination_losses, path_losses, token_losses, trained_midpoint
+from tracing_jax.forward.bezier import loss_on_curve
 from tracing_jax.interpolation import combine, interpolate, interpolated_leaves, on_bezier, path_groups
 from tracing_jax.options import RunOptions
 from tracing_jax.report import path_figure
@@ -61,6 +62,18 @@ def test_a_combination_is_the_model_of_the_combined_tree_streamed_or_not(one_dev
         np.testing.assert_allclose(losses, token_losses(InMemory(ARCH, params), TOKENS, one_device), atol=1e-4)
     streamed = [MappedSource(model, lambda subtree, _: subtree) for model in models]
     np.testing.assert_array_equal(combination_losses(streamed, coefficients, TOKENS, ALL, one_device), found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [tiny.qwen3_gqa, tiny.gpt2, tiny.mixtral], ids=lambda make: make.__name__)
+def test_the_loss_that_is_trained_is_the_one_that_is_reported(make, one_device):
+    base, ft, middle = (tiny.model(make(), seed) for seed in range(3))
+    moved = interpolated_leaves(axis_table(base.arch), ALL)
+    other, leaves = ({name: flatten(model.params)[name] for name in moved} for model in (ft, middle))
+    for t in (0.2, 0.7):
+        trained = loss_on_curve(base.arch, leaves, (base.params, other), np.float32(t), TOKENS[:8])
+        reported = combination_losses([base, ft, middle], on_bezier(np.array([t])), TOKENS[:8], ALL, one_device)
+        assert trained == pytest.approx(reported.mean(), abs=1e-4)
 
 
 def test_training_lowers_the_barrier_and_holds_the_ends(one_device):
