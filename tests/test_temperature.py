@@ -16,6 +16,8 @@ from tracing_jax.forward import INVERSE_TEMPERATURES, calibrated, path_losses, s
 from tracing_jax.forward.temperature import at_scale, best_scale
 from tracing_jax.interpolation import path_groups
 from tracing_jax.options import RunOptions
+from tracing_jax.report.page import html
+from tracing_jax.report.printed import path_rows
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory, MappedSource
 from tracing_jax.statistics.mode import Mode, further_note
@@ -116,9 +118,14 @@ def test_text_of_one_block_is_not_calibrated():
 def test_a_run_reports_the_calibrated_curve(quick_config):
     config = quick_config(ft="independent")
     config.mode.calibrate = True
-    result = trace(config)["statistics"]["mode"]["non_aligned"]
+    record = trace(config)
+    result = record["statistics"]["mode"]["non_aligned"]
     straight, other = result["curve"], result["curve"]["more"]["calibrated"]
     assert other["alpha"] == straight["alpha"]
     assert len(other["temperature"]) == 3
     assert other["loss"][1] < straight["loss"][1]
     assert further_note("calibrated", "none") in result["notes"]
+    assert "calibrated: temperature at each α" in html(record)
+    rows = path_rows(record)
+    assert [row[2] for row in rows] == ["non-aligned", "non-aligned, calibrated"]
+    assert rows[1][-2] == round(other["barrier"], 3)

@@ -52,6 +52,8 @@ _CURVE = {
     "barrier_alpha": "α of the barrier",
     "end_loss_ft_own": "loss of the fine-tuned model itself (nats per token)",
     "groups": "weights that move",
+    "temperature": "temperature at each α",
+    "best_step": "step of the training whose middle point was taken",
 }
 
 
