@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tiny
 from cases import slow
+from matplotlib.figure import Figure
 
 from tracing_jax.axes import axis_table
 from tracing_jax.dataclass_options import ConfigError
@@ -14,7 +15,7 @@ from tracing_jax.forward import BezierTraining, combination_losses, path_losses,
 from tracing_jax.forward.bezier import loss_on_curve
 from tracing_jax.interpolation import combine, interpolate, interpolated_leaves, on_bezier, path_groups
 from tracing_jax.options import RunOptions
-from tracing_jax.report import path_figure
+from tracing_jax.report.panels import draw_path
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory, MappedSource
 from tracing_jax.statistics.mode import NO_DESCENT, further_note
@@ -126,7 +127,8 @@ def test_a_run_reports_the_curve_beside_the_straight_path(quick_config, monkeypa
 
 def test_the_figure_has_a_thinner_line_for_each_further_curve(drawn):
     curve = {"alpha": [0.0, 0.5, 1.0], "loss": [2.0, 3.0, 2.0]}
-    (axes,) = path_figure({"pair": curve | {"more": {"bezier": {**curve, "loss": [2.0, 2.1, 2.0]}}}}).axes
+    axes = Figure().subplots()
+    draw_path(axes, {"pair": curve | {"more": {"bezier": {**curve, "loss": [2.0, 2.1, 2.0]}}}})
     main, further = axes.lines
     assert further.get_color() == main.get_color()
     assert further.get_linestyle() != main.get_linestyle()
