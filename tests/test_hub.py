@@ -14,6 +14,7 @@ from hub_server import Repo, commit, serve
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.numpy import load_file, save, save_file
 
+from tracing_jax import cli
 from tracing_jax.checkpoint import hub
 from tracing_jax.checkpoint.errors import CheckpointError
 from tracing_jax.experiment.models import open_model
@@ -307,14 +308,22 @@ def test_a_screen_of_a_suspect_on_the_hub_reads_ranges_and_downloads_no_weights(
     config = json.loads((deep / "config.json").read_text())
     layers = {"num_hidden_layers": 8} | ({"layer_types": config["layer_types"] * 4} if "layer_types" in config else {})
     (deep / "config.json").write_text(json.dumps(config | layers))
-    cli = [sys.executable, "-m", "tracing_jax"]
-    base = ["signature", str(deep), "-o", str(tmp_path / "library.signature.safetensors"), "--name", "base"]
-    scan = ["scan", "org/suspect", "--library", str(tmp_path), "--screen", "--json"]
+    cli.main(["signature", str(deep), "-o", str(tmp_path / "library.signature.safetensors"), "--name", "base"])
+    scan = [
+        sys.executable,
+        "-m",
+        "tracing_jax",
+        "scan",
+        "org/suspect",
+        "--library",
+        str(tmp_path),
+        "--screen",
+        "--json",
+    ]
     repo = Repo({"main": {file.name: file.read_bytes() for file in deep.iterdir()}})
     with serve({"org/suspect": repo}, TOKEN) as server:
         env = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
-        done = [run([*cli, *flags], env | {"NO_PROXY": "*"}) for flags in (base, scan)]
-        found = json.loads(done[1].stdout)
+        found = json.loads(run(scan, env | {"NO_PROXY": "*"}).stdout)
         assert found["read"] == "layers 1, 4, 6 of 8"
         assert found["candidates"][0]["verdict"] == "related"
         assert 0 < server.sent < 0.5 * (deep / "model.safetensors").stat().st_size
