@@ -82,7 +82,7 @@ def asked_names(options: RunOptions) -> list[str]:
     """Returns the names of the statistics that are asked for, each once.
 
     `all` stands for all statistics but the costly and the light ones. `auto` depends on whether a text is named, and on
-    nothing that is found in the models but their depths: the family of tests is fixed before any weight is read.
+    nothing that is found in the models but their depths: the set of tests is fixed before any weight is read.
     """
     with_text: tuple[str, ...] = AUTO_WITH_TEXT if has_text(options) else ()
     stands_for: dict[str, list[str]] = {

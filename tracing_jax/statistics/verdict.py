@@ -127,7 +127,7 @@ class Verdict:
       firm_log10_p: the smallest adjusted p-value of evidence without a reservation.
       calibrated: whether the deciding p-value rests on the allowance for convergent units.
       effect: the effect size of the deciding statistic, in a sentence.
-      family: statistic -> log10 p, of the statistics in the Holm family.
+      family: statistic -> log10 p, of the statistics over which Holm adjusts.
       layers: the layers significant by themselves in that statistic, after Bonferroni over all its places.
       evidence: the 20 places of smallest p-value in all statistics in `family`, not adjusted, smallest first.
       parts: part of the model -> its own finding: verdict, statistic, all its statistics, adjusted log10 p and effect.
