@@ -23,8 +23,8 @@ ALIGNABLE = (
 """What alignment can undo; `alignment.KINDS` and `alignment.WHOLE`."""
 
 REWRITES = (
-    *("rename", "identity", "split", "cancel", "pad", "repeat", "gains", "units", "values", "queries", "rotate"),
-    *("permute", "all"),
+    *("rename", "identity", "split", "cancel", "pad", "repeat", "gains", "units", "values", "queries"),
+    *("rotate", "means", "permute", "all"),
 )
 """Random function-preserving rewrites; the names of `rewrites.DISGUISES`, and all."""
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from tracing_jax.arch import Arch, head_problem
 from tracing_jax.axes import PERMUTABLE, axis_table, kind_of
-from tracing_jax.rewrites import GainScaling, QueryKeyMaps, Rewrite, Rotation, UnitScaling, ValueMixing
+from tracing_jax.rewrites import GainScaling, QueryKeyMaps, Rewrite, Rotation, UnitScaling, ValueMixing, residual_group
 
 MAPS: dict[str, type[Rewrite]] = {
     "rotation": Rotation, "gains": GainScaling, "scaling": UnitScaling, "values": ValueMixing, "queries": QueryKeyMaps
@@ -76,12 +76,13 @@ def activations_problem(kinds: Sequence[str]) -> str | None:
 def supported(kinds: Sequence[str], arch: Arch) -> tuple[set[str], dict[str, str]]:
     """Returns the kinds that a model supports, and the reason for each map that it does not.
 
-    Where it supports no rotation the features are permuted instead; a rotation includes the gains.
+    Where it supports no rotation the features are permuted instead, and where its norms commute with signs alone they
+    are permuted too; a rotation includes the gains.
     """
     found = set(expanded(kinds))
     found |= {"gains"} if "rotation" in found else set()
     left_out = {name: "; ".join(problems) for name in found & MAPS.keys() if (problems := MAPS[name].unsupported(arch))}
-    if "rotation" in left_out:
+    if "rotation" in found and residual_group(arch) in ("signs", None):
         found.add("embed")
     free = unit_kinds(arch) - set(axis_table(arch).fixed)
     return found - left_out.keys() - (set(PERMUTABLE) - free), left_out

@@ -12,11 +12,11 @@ import numpy as np
 from jaxtyping import Complex, Float, Num
 
 from tracing_jax.alignment.float64_leaves import Leaves, after, own_table, stacked, units_first
-from tracing_jax.alignment.procrustes import AdjacentWeights, mixing_matrices, scale_factors
+from tracing_jax.alignment.procrustes import AdjacentWeights, mixing_matrices, positive_factors, scale_factors
 from tracing_jax.arch import Arch
 from tracing_jax.axes import MAP_PARENT, AxisRole, AxisTable, kind_of
 from tracing_jax.matching import Similarity, assign, coordinates, solve
-from tracing_jax.rewrites import Permutation, QueryKeyMaps, Rewrite, UnitScaling, ValueMixing
+from tracing_jax.rewrites import Permutation, QueryKeyMaps, Rewrite, UnitScaling, ValueMixing, scaling_degree
 
 
 @dataclass
@@ -78,7 +78,9 @@ def block_maps(base: Leaves, ft: Leaves, prefix: str, arch: Arch, kinds: Collect
         lead = [table.parent_axis[axis]] if axis in table.parent_axis else []
         heads = [other for other in table.sizes if kind_of(other) == MAP_PARENT.get(kind_of(axis))]
         if kind_of(axis) == "mlp" and "scaling" in kinds:
-            found.factors[axis] = scale_factors(*(_adjacent(layer, table, axis, lead) for layer in (base, ft)))
+            sides = [_adjacent(layer, table, axis, lead) for layer in (base, ft)]
+            degree = scaling_degree(arch)
+            found.factors[axis] = scale_factors(*sides) if arch.gated else positive_factors(*sides, degree or 1)
         if kind_of(axis) == "v_dim" and "values" in kinds:
             found.values[axis], degenerate = mixing_matrices(
                 *(_adjacent(layer, table, axis, heads) for layer in (base, ft))

@@ -15,7 +15,7 @@ from tracing_jax.alignment.copies import group_copies
 from tracing_jax.alignment.float64_leaves import Leaves, in_float64, leaves, own_table, stacked, units_first
 from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisTable, LeafSpec, kind_of
-from tracing_jax.rewrites import LayerRemoval, Padding, Permutation, Rewrite, Rotation, arch_after
+from tracing_jax.rewrites import LayerRemoval, Padding, Permutation, Rewrite, Rotation, arch_after, residual_group
 from tracing_jax.sources import ParamSource, prefixes
 
 _WRITTEN_ON = {"mlp": "mlp", "kv_heads": "v_dim"}
@@ -111,7 +111,7 @@ def _to_the_end(base: Arch, ft: ParamSource, kinds: Collection[str]) -> list[Rew
     rotation: list[Rewrite] = []
     if (surplus := ft.arch.embed_dim - base.embed_dim) > 0:
         inactive = ~np.logical_or.reduce([written.any(axis=1) for written in _writers(ft)], axis=0)
-        if inactive.sum() < surplus and "rotation" in kinds:
+        if inactive.sum() < surplus and "rotation" in kinds and residual_group(ft.arch) == "orthogonal":
             rotation = _rotated_features(ft, surplus, lines)
         elif (order := _inactive_last(inactive, surplus, "embed", lines)) is not None:
             permutations["embed"] = order

@@ -23,9 +23,12 @@ from tracing_jax.rewrites import (
     UnitScaling,
     ValueMixing,
     foldable_norms,
+    gain_offset,
     map_along,
     pair_blocks,
     parent_of,
+    residual_group,
+    scaling_degree,
 )
 
 Values = dict[str, dict[str, Any]]
@@ -38,7 +41,8 @@ _SHAPES = {"rotation": "embed", "scaling": "mlp", "values": "v_dim", "queries": 
 def initial_values(arch: Arch, kinds: Collection[str]) -> Values:
     """Returns the parameters of the identity, of the maps among these kinds.
 
-    * `rotation`: a matrix A, whose map is the Cayley transform of `A - A^T`.
+    * `rotation`: a matrix A, whose map is the Cayley transform of `A - A^T`, in models with LayerNorms without the
+      direction of ones; none where norms commute with signs alone.
     * `gains`: norm -> the logarithms of what its gain is multiplied by.
     * `scaling`: axis -> the logarithms of the units' factors.
     * `values`: axis -> the matrix of each kv head.
@@ -49,7 +53,7 @@ def initial_values(arch: Arch, kinds: Collection[str]) -> Values:
     if "gains" in found:
         found["gains"] = {norm: jnp.zeros(arch.embed_dim) for norm in foldable_norms(arch)}
     for kind, axis in [(kind, axis) for kind, of in _SHAPES.items() for axis in table.sizes if kind_of(axis) == of]:
-        if kind in found:
+        if kind in found and not (kind == "rotation" and residual_group(arch) == "signs"):
             found[kind][axis] = _identity(kind, axis, table)
     return {kind: maps for kind, maps in found.items() if maps}
 
@@ -65,17 +69,16 @@ def _identity(kind: str, axis: str, table: AxisTable) -> Float[Array, "..."]:
     return jnp.zeros((*parents, size // 2, 2) if kind == "queries" else (*parents, size))
 
 
-def mapped(leaves: Mapping[str, Any], values: Values, gains: Mapping[str, Any], table: AxisTable, offset: float) -> Any:
+def mapped(leaves: Mapping[str, Any], values: Values, gains: Mapping[str, Any], arch: Arch) -> Any:
     """Returns all leaves of a model after the maps; differentiable in `values`.
 
     Args:
       leaves: of a model whose foldable gains are one, by name.
       values: the parameters of the maps.
       gains: norm -> the gain that it has after the maps, if its parameters are zero or it has none.
-      table: the axes of the model.
-      offset: what is added to a stored gain before it multiplies.
+      arch: the facts of the model.
     """
-    maps = _maps(values, table)
+    maps, table, offset = _maps(values, arch), axis_table(arch), gain_offset(arch)
     new = {norm: gain * jnp.exp(values.get("gains", {}).get(norm, 0.0)) for norm, gain in gains.items()}
     return {name: _mapped_leaf(name, x, maps, new, table, offset) for name, x in leaves.items()}
 
@@ -86,7 +89,8 @@ def _mapped_leaf(
     spec = table.leaves[name]
     norm, _, kind = name.rpartition("/")
     if norm in gains:
-        return gains[norm] - offset if kind == "scale" else x * gains[norm]
+        # A bias is added to what the readers of the norm get, as the residual stream is turned.
+        return gains[norm] - offset if kind == "scale" else _turned(x, maps) * gains[norm]
     for dim, (axis, role) in enumerate(zip(spec.axes, spec.roles, strict=True)):
         if axis is not None and axis in maps and role is not None:
             x = map_along(x, dim, spec, axis, maps[axis][role == "reads"], table)
@@ -95,15 +99,20 @@ def _mapped_leaf(
     return x
 
 
-def _maps(values: Values, table: AxisTable) -> dict[str, tuple[Any, Any]]:
+def _turned(x: Float[Array, " D"], maps: Mapping[str, Any]) -> Float[Array, " D"]:
+    return maps["embed"][0] @ x if "embed" in maps else x
+
+
+def _maps(values: Values, arch: Arch) -> dict[str, tuple[Any, Any]]:
     """Returns axis -> (M, M^-T), as `apply_maps` takes them."""
     maps: dict[str, tuple[Any, Any]] = {}
+    table = axis_table(arch)
     for kind, of_kind in values.items():
         for axis, found in of_kind.items():
             if kind == "rotation":
-                maps[axis] = (R := cayley(found), R)
+                maps[axis] = (R := cayley(found, arch), R)
             elif kind == "scaling":
-                maps[axis] = (jnp.exp(found), jnp.exp(-found))
+                maps[axis] = (jnp.exp(found), jnp.exp(-(scaling_degree(arch) or 1) * found))
             elif kind == "values":
                 maps[axis] = (found, jnp.linalg.inv(found).swapaxes(1, 2))
             elif kind == "queries":
@@ -112,22 +121,26 @@ def _maps(values: Values, table: AxisTable) -> dict[str, tuple[Any, Any]]:
     return maps
 
 
-def cayley(A: Any) -> Any:
+def cayley(A: Any, arch: Arch) -> Any:
     """Returns the orthogonal matrix `(I + S)^-1 (I - S)` of `S = (A - A^T) / 2`; the identity for zeros.
+
+    In models with LayerNorms S is taken without the direction of ones, so that the matrix keeps it.
 
     Source: Cayley 1846. It gives every rotation without a half turn.
     """
     xp = A.__array_namespace__()
+    if residual_group(arch) == "keeps_mean":
+        A = A - A.mean(axis=0) - A.mean(axis=1)[:, None] + A.mean()
     S, identity = (A - A.T) / 2, xp.eye(len(A), dtype=A.dtype)
     return xp.linalg.solve(identity + S, identity - S)
 
 
-def rewrites_of(values: Values) -> list[Rewrite]:
+def rewrites_of(values: Values, arch: Arch) -> list[Rewrite]:
     """Returns the maps as rewrites, in float64; the gains, which need the model, are left out."""
     found = {kind: {axis: np.asarray(x, np.float64) for axis, x in maps.items()} for kind, maps in values.items()}
     rewrites: list[Rewrite] = []
     if "rotation" in found:
-        rewrites.append(Rotation(cayley(found["rotation"]["embed"])))
+        rewrites.append(Rotation(cayley(found["rotation"]["embed"], arch)))
     if "scaling" in found:
         rewrites.append(UnitScaling({axis: np.exp(x) for axis, x in found["scaling"].items()}))
     if "values" in found:

@@ -23,9 +23,8 @@ from tracing_jax.alignment.float64_leaves import in_float64
 from tracing_jax.alignment.learned_maps import Values, initial_values, mapped, rewrites_of
 from tracing_jax.alignment.rewrite_estimation import folding, gains_of, setting, without_zeros
 from tracing_jax.arch import Arch
-from tracing_jax.axes import axis_table
 from tracing_jax.forward import Descent, adam_step, mean_loss
-from tracing_jax.rewrites import Rewrite, Untying, gain_offset
+from tracing_jax.rewrites import Rewrite, Untying
 from tracing_jax.sharding import Compute
 from tracing_jax.sources import ParamSource, in_memory, rewritten
 from tracing_jax.tree import flatten, unflatten
@@ -147,7 +146,7 @@ def _rewrites(source: ParamSource, values: Values | None, end: _End) -> tuple[Re
     """Returns the maps of one model as rewrites, with its gains last."""
     if values is None:
         return ()
-    rewrites = rewrites_of(values)
+    rewrites = rewrites_of(values, source.arch)
     if end.gains:
         logs = {norm: np.asarray(x, np.float64) for norm, x in values["gains"].items()}
         gains = {norm: np.asarray(end.gains[norm], np.float64) * np.exp(x) for norm, x in logs.items()}
@@ -181,11 +180,8 @@ def between(
     arch: Arch, parameters: Parameters, ends: dict[str, _End], point: Float[Array, ""], tokens: Int[Array, "B T"]
 ) -> Float[Array, ""]:
     """Returns the loss of the model at a point between both ends after their maps, in nats."""
-    table, offset = axis_table(arch), gain_offset(arch)
     base, ft = (
-        mapped(ends[side].leaves, parameters[side], ends[side].gains, table, offset)
-        if side in parameters
-        else ends[side].leaves
+        mapped(ends[side].leaves, parameters[side], ends[side].gains, arch) if side in parameters else ends[side].leaves
         for side in ("base", "ft")
     )
     return mean_loss(arch, unflatten({name: (1 - point) * x + point * ft[name] for name, x in base.items()}), tokens)

@@ -34,8 +34,8 @@ class AdjacentWeights:
     reads: Num[np.ndarray, "*_ m"]
 
 
-def scale_factors(base: AdjacentWeights, ft: AdjacentWeights) -> Num[np.ndarray, "*_"]:
-    """Returns for each single activation the c, real or complex, of `c * ft.writes` and `ft.reads / conj(c)`.
+def positive_factors(base: AdjacentWeights, ft: AdjacentWeights, degree: int) -> Float[np.ndarray, "*_"]:
+    """Returns for each activation that grows by a power of the factor c the c of `c * ft.writes` and `ft.reads / c^p`.
 
     Where writing weights are zero in one of the models, c follows from the reading weights, and vice versa; where both
     are, c is 1.
@@ -43,9 +43,16 @@ def scale_factors(base: AdjacentWeights, ft: AdjacentWeights) -> Num[np.ndarray,
     w_b, r_b, w_f, r_f = (np.linalg.norm(x, axis=-1) for x in (base.writes, base.reads, ft.writes, ft.reads))
     writes, reads = (w_b > 0) & (w_f > 0), (r_b > 0) & (r_f > 0)
     grown = np.divide(w_b, w_f, out=np.ones_like(w_b), where=writes)
-    shrunk = np.divide(r_f, r_b, out=np.ones_like(r_b), where=reads)
-    size = np.where(writes & reads, np.sqrt(grown * shrunk), grown * shrunk)
-    return size * _phase(cosine(base.writes, ft.writes) + cosine(base.reads, ft.reads))
+    shrunk = np.divide(r_f, r_b, out=np.ones_like(r_b), where=reads) ** (1 / degree)
+    return np.where(writes & reads, np.sqrt(grown * shrunk), grown * shrunk)
+
+
+def scale_factors(base: AdjacentWeights, ft: AdjacentWeights) -> Num[np.ndarray, "*_"]:
+    """Returns for each single activation the c, real or complex, of `c * ft.writes` and `ft.reads / conj(c)`.
+
+    Its size is that of `positive_factors`, its sign or phase that in which both agree best.
+    """
+    return positive_factors(base, ft, 1) * _phase(cosine(base.writes, ft.writes) + cosine(base.reads, ft.reads))
 
 
 def mixing_matrices(base: AdjacentWeights, ft: AdjacentWeights) -> tuple[Float[np.ndarray, "K H H"], list[int]]:

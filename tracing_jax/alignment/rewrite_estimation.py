@@ -13,11 +13,25 @@ from tracing_jax.alignment.applicability import AlignmentError
 from tracing_jax.alignment.block_maps import BlockMaps, block_maps
 from tracing_jax.alignment.float64_leaves import Leaves, after, in_float64, leaves, own_table, shared_units, units_first
 from tracing_jax.alignment.procrustes import polar
-from tracing_jax.axes import AxisTable
+from tracing_jax.axes import AxisTable, axis_table
 from tracing_jax.matching import Shared, assign
 from tracing_jax.progress import tqdm
-from tracing_jax.rewrites import GainScaling, GainSetting, Permutation, Rewrite, Rotation, foldable_norms, gains_in
-from tracing_jax.sources import ParamSource
+from tracing_jax.rewrites import (
+    GainScaling,
+    GainSetting,
+    MeanSetting,
+    Permutation,
+    Rewrite,
+    Rotation,
+    foldable_norms,
+    gains_in,
+    keeping_mean,
+    mean_free_basis,
+    means_in,
+    residual_group,
+)
+from tracing_jax.rewrites.residual_stream import ResidualGroup
+from tracing_jax.sources import ParamSource, prefixes
 
 _REFINEMENTS = 1
 """How often the map of the features, first found from the tokens' embeddings, is refined from all weights."""
@@ -45,25 +59,29 @@ def estimate_rewrites(
     Raises:
       AlignmentError: the residual streams cannot be compared.
     """
-    aligns_features, rotates = bool({"embed", "rotation"} & set(kinds)), "rotation" in kinds
-    folds = "gains" in kinds
+    aligns_features, folds = bool({"embed", "rotation"} & set(kinds)), "gains" in kinds
+    group = residual_group(base.arch) if "rotation" in kinds else None
     base_view, ft_view = (in_float64(source, folding(source) if folds else ()) for source in (base, ft))
     R, maps = None, BlockMaps()
     for last in [False] * (_REFINEMENTS if aligns_features else 0) + [True]:
         if aligns_features and R is None:
             known = token_products(base_view, ft_view, shared) if states is None else states
-            R = nearest(known, rotates)
-        turned = in_float64(ft_view, as_rewrites(R, rotates))
+            R = nearest(known, group)
+        turned = in_float64(ft_view, as_rewrites(R, group))
         maps, products, count = _layers(base_view, turned, kinds, not last)
         if R is not None and not last:
             # Hidden states count as much as the mean leaf, embedding and head as much as any other.
-            R = nearest(known + products @ R / (1 if states is None else count), rotates)
-    permutations = ({} if R is None or rotates else {"embed": order_of(R)}) | maps.permutations
-    rewrites: list[Rewrite] = as_rewrites(R, rotates) if rotates else []
-    rewrites += [Permutation(permutations)] if permutations else []
+            R = nearest(known + products @ R / (1 if states is None else count), group)
+    rewrites, permutations = as_rewrites(R, group), dict(maps.permutations)
+    if rewrites and isinstance(last_of_stream := rewrites[-1], Permutation):
+        rewrites, permutations = rewrites[:-1], {**last_of_stream.permutations, **permutations}
+    if permutations:
+        rewrites.append(Permutation(permutations))
     rewrites += [rewrite for rewrite in maps.rewrites if not isinstance(rewrite, Permutation)]
     if folds:
         rewrites.append(setting(in_float64(ft, rewrites), without_zeros(gains_of(base))))
+    if group == "keeps_mean":
+        rewrites.append(MeanSetting(means_of(base)))
     return tuple(rewrites), maps.left_out
 
 
@@ -93,17 +111,27 @@ def gains_of(source: ParamSource) -> dict[str, np.ndarray]:
     return gains_in(lambda prefix: leaves(view, prefix), source.arch)
 
 
+def means_of(source: ParamSource) -> dict[str, np.ndarray]:
+    """Returns the mean over the features of all that a model writes to the residual stream."""
+    view, found = in_float64(source), dict[str, np.ndarray]()
+    for prefix in prefixes(source.arch):
+        found |= means_in(prefix, leaves(view, prefix), own_table(source.arch, prefix))
+    return found
+
+
 def setting(source: ParamSource, gains: Mapping[str, np.ndarray]) -> GainSetting | GainScaling:
     """Returns the rewrite that gives a model these gains. Norms with a bias keep those that are zero."""
-    if not GainSetting.unsupported(source.arch):
+    if not any(name.endswith("norm/bias") for name in axis_table(source.arch).leaves):
         return GainSetting(gains)
     found = gains_of(source)
     return GainScaling({norm: np.where(found[norm] == 0, 1.0, new / found[norm]) for norm, new in gains.items()})
 
 
 def folding(source: ParamSource) -> list[Rewrite]:
-    """Returns the rewrite that folds all gains into the leaves behind their norms."""
-    return [setting(source, {norm: np.ones(source.arch.embed_dim) for norm in foldable_norms(source.arch)})]
+    """Returns the rewrites that fold gains into the readers of their norms, and take out means that norms subtract."""
+    arch = source.arch
+    folded: list[Rewrite] = [setting(source, {norm: np.ones(arch.embed_dim) for norm in foldable_norms(arch)})]
+    return folded + ([] if MeanSetting.unsupported(arch) else [MeanSetting.zeros(arch)])
 
 
 def without_zeros(gains: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -150,20 +178,31 @@ def token_products(base: ParamSource, ft: ParamSource, shared: Shared | None) ->
     return total
 
 
-def nearest(products: Float[np.ndarray, "D D"], rotates: bool) -> Float[np.ndarray, "D D"]:
-    """Returns the orthogonal matrix, or the permutation matrix, R for which `R @ ft` is closest to base."""
-    if rotates:
-        return polar(products)
-    return np.eye(len(products))[assign(products)]
+def nearest(products: Float[np.ndarray, "D D"], group: ResidualGroup | None) -> Float[np.ndarray, "D D"]:
+    """Returns the matrix R of a group, of signs with permutations, for which `R @ ft` is closest to base.
+
+    Without a group it is a permutation matrix.
+    """
+    D = len(products)
+    match group:
+        case "orthogonal":
+            return polar(products)
+        case "keeps_mean":
+            basis = mean_free_basis(D)
+            return keeping_mean(basis @ polar(basis.T @ products @ basis) @ basis.T)
+        case "signs":
+            order = assign(np.abs(products))
+            return np.eye(D)[order] * np.where(products[range(D), order] < 0, -1.0, 1.0)[:, None]
+    return np.eye(D)[assign(products)]
 
 
-def as_rewrites(R: Float[np.ndarray, "D D"] | None, rotates: bool) -> list[Rewrite]:
-    """Returns the rewrite of the residual stream, if there is one."""
+def as_rewrites(R: Float[np.ndarray, "D D"] | None, group: ResidualGroup | None) -> list[Rewrite]:
+    """Returns the rewrites of the residual stream that are R, a permutation last; none without R."""
     if R is None:
         return []
-    return [Rotation(R)] if rotates else [Permutation({"embed": order_of(R)})]
-
-
-def order_of(R: Float[np.ndarray, "D D"]) -> np.ndarray:
-    """Returns the permutation of a permutation matrix."""
-    return R.argmax(axis=1).astype(np.int32)
+    if group in ("orthogonal", "keeps_mean"):
+        return [Rotation(R)]
+    order = np.abs(R).argmax(axis=1).astype(np.int32)
+    signs = np.empty(len(R))
+    signs[order] = R[range(len(R)), order]  # of ft's features, before they are put in order
+    return [*([Rotation(np.diag(signs))] if group == "signs" else []), Permutation({"embed": order})]

@@ -16,12 +16,12 @@ from tracing_jax.rewrites.disguises import DISGUISES, draw_rewrites, rewrite_nam
 from tracing_jax.rewrites.expansion import IdentityLayer, LayerRemoval, Padding
 from tracing_jax.rewrites.linear_maps import (
     QueryKeyMaps,
-    Rotation,
     UnitScaling,
     ValueMixing,
     map_along,
     pair_blocks,
     parent_of,
+    scaling_degree,
 )
 from tracing_jax.rewrites.norm_gains import GainScaling, GainSetting, foldable_norms, gain_offset, gains_in
 from tracing_jax.rewrites.permutation import (
@@ -40,6 +40,15 @@ from tracing_jax.rewrites.permutation import (
     share_moved,
     take_units,
     unit_moves,
+)
+from tracing_jax.rewrites.residual_stream import (
+    MeanSetting,
+    Rotation,
+    keeping_mean,
+    mean_free_basis,
+    means_in,
+    residual_group,
+    writes_stream,
 )
 from tracing_jax.rewrites.rewrite import (
     Rewrite,
@@ -63,6 +72,7 @@ __all__ = [
     "KvGrouping",
     "KvRepetition",
     "LayerRemoval",
+    "MeanSetting",
     "Padding",
     "Permutation",
     "Permutations",
@@ -87,19 +97,25 @@ __all__ = [
     "identity",
     "inverses",
     "invert",
+    "keeping_mean",
     "map_along",
+    "mean_free_basis",
+    "means_in",
     "pair_blocks",
     "parent_of",
     "permute",
     "permute_leaf",
     "random_permutations",
     "reorders_only",
+    "residual_group",
     "rewrite_names",
     "rewrite_subtree",
+    "scaling_degree",
     "several_random_permutations",
     "share_moved",
     "take_units",
     "takes_all",
     "unit_moves",
     "with_archs",
+    "writes_stream",
 ]

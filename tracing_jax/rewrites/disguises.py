@@ -10,16 +10,17 @@ from tracing_jax.arch import Arch
 from tracing_jax.dataclass_options import comma_list
 from tracing_jax.rewrites.copies import CancellingUnits, KvRepetition, UnitSplitting
 from tracing_jax.rewrites.expansion import IdentityLayer, Padding
-from tracing_jax.rewrites.linear_maps import QueryKeyMaps, Rotation, UnitScaling, ValueMixing
+from tracing_jax.rewrites.linear_maps import QueryKeyMaps, UnitScaling, ValueMixing
 from tracing_jax.rewrites.norm_gains import GainScaling
 from tracing_jax.rewrites.permutation import Permutation, Renaming
+from tracing_jax.rewrites.residual_stream import MeanSetting, Rotation
 from tracing_jax.rewrites.rewrite import Rewrite
 
 DISGUISES: dict[str, type[Rewrite]] = {
     kind.name: kind
     for kind in (
         Renaming, IdentityLayer, UnitSplitting, CancellingUnits, Padding, KvRepetition, GainScaling, UnitScaling,
-        ValueMixing, QueryKeyMaps, Rotation, Permutation,
+        ValueMixing, QueryKeyMaps, Rotation, MeanSetting, Permutation,
     )
 }  # fmt: skip
 """Name -> what can be drawn, in the order of `all`: what adds units, heads and layers comes first."""

@@ -1,7 +1,7 @@
 """Linear maps of activations: leaves that write an axis are multiplied by M along it, those that read it by M^-T.
 
-A rotation of the residual stream, scaling of MLP units, any invertible mixing of a head's values, and the maps of
-queries and keys that commute with rotary positions differ in the axis and in M alone.
+Scaling of MLP units, any invertible mixing of a head's values, the maps of queries and keys that keep their products,
+and the rotations of the residual stream (`residual_stream`) differ in the axis and in M alone.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,6 @@ from jaxtyping import Complex, Float, PRNGKeyArray
 
 from tracing_jax.arch import Arch
 from tracing_jax.axes import MAP_PARENT, AxisTable, LeafSpec, axis_table, kind_of
-from tracing_jax.rewrites.norm_gains import GainSetting, foldable_norms
 from tracing_jax.rewrites.rewrite import (
     Read,
     Rewrite,
@@ -77,66 +76,11 @@ def _of_each_unit(factors: Any, ndim: int, dim: int, spec: LeafSpec, parent: str
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
-class Rotation(Rewrite):
-    """The residual stream x becomes R x for an orthogonal R; norm gains are folded into their readers before.
-
-    Its inverse rotates the residual stream back and leaves the gains folded; a `GainSetting` to the original gains (see
-    `gains_in`) restores these too.
-
-    Attributes:
-      matrix: R.
-
-    Example:
-      >>> import jax
-      >>> arch = tj.open("demo:base").arch
-      >>> rotation = tj.rewrites.Rotation.random(jax.random.key(0), arch)
-      >>> bool(np.allclose(rotation.matrix @ rotation.inverse(arch).matrix, np.eye(arch.embed_dim)))
-      True
-    """
-
-    name: ClassVar[str] = "rotate"
-    matrix: Float[np.ndarray, "D D"]
-
-    @classmethod
-    def unsupported(cls, arch: Arch) -> list[str]:
-        if lines := _not_rms(arch):
-            return lines
-        feeding = foldable_norms(arch)
-        scales = [name for name, spec in axis_table(arch).leaves.items() if spec.axes == ("embed",) and "scale" in name]
-        norms = [name.removesuffix("/scale") for name in scales]
-        after = sorted({norm.rsplit("/", 1)[-1] for norm in norms if norm not in feeding})
-        if not after:
-            return []
-        return [
-            f"the gains of {', '.join(after)} are between a block's output and the residual stream, where they "
-            "cannot be folded into another leaf, and a rotation does not commute with them"
-        ]
-
-    @classmethod
-    def random(cls, key: PRNGKeyArray, arch: Arch) -> "Rotation":
-        return cls(random_rotation(generator(key, "embed"), arch.embed_dim))
-
-    def data_problems(self, arch: Arch) -> list[str]:
-        lines = array_problems({"embed": self.matrix}, {"embed": (arch.embed_dim,) * 2}, "a matrix")
-        if not lines and np.abs(self.matrix @ self.matrix.T - np.eye(arch.embed_dim)).max() > 1e-8:
-            lines.append("embed: the matrix is not orthogonal to 1e-8; take its polar factor")
-        return lines
-
-    def unties(self, arch: Arch) -> bool:
-        return True
-
-    def apply(self, prefix: str, read: Read, arch: Arch) -> Weights:
-        folded = GainSetting.ones(arch, foldable_norms(arch)).apply(prefix, read, arch)
-        return apply_maps(folded, subtable(prefix, arch), {"embed": (self.matrix, self.matrix)})
-
-    def inverse(self, arch: Arch) -> "Rotation":
-        return Rotation(self.matrix.T)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
 class UnitScaling(Rewrite):
-    """Each MLP unit's up-projection is multiplied by a factor, of either sign, and its down-projection divided by it.
+    """Each MLP unit's up-projection is multiplied by a factor, and its down-projection divided by what follows from it.
+
+    With a gate a unit is linear in its up-projection, and factors have either sign. Without one they are positive, and
+    exist for ReLU and its square, whose outputs grow by the factor and by its square.
 
     Attributes:
       factors: axis such as `layers/3/mlp` -> one factor per unit (`[expert, mlp]` in experts).
@@ -153,26 +97,29 @@ class UnitScaling(Rewrite):
 
     @classmethod
     def unsupported(cls, arch: Arch) -> list[str]:
-        table = axis_table(arch)
         if arch.clamped_glu:
             return ["its MLP units clip their up-projection and add one, so that they are not linear in it"]
-        # Only a unit with a gate is linear in its up-projection.
-        ungated = [axis for axis in _axes(table, "mlp") if all(map(_is_linear_on(axis), table.leaves.values()))]
-        return ["its MLP units have no gate, so that they are not linear in their weights"] if ungated else []
+        if scaling_degree(arch) is None:
+            return [f"its MLP units have no gate, and {arch.activation} does not grow by a factor of what it gets"]
+        return []
 
     @classmethod
     def random(cls, key: PRNGKeyArray, arch: Arch) -> "UnitScaling":
         table = axis_table(arch)
-        axes = _axes(table, "mlp")
-        return cls({axis: random_factors(generator(key, axis), table.unit_shape(axis)) for axis in axes})
+        drawn = {axis: random_factors(generator(key, axis), table.unit_shape(axis)) for axis in _axes(table, "mlp")}
+        return cls(drawn if arch.gated else {axis: np.abs(factors) for axis, factors in drawn.items()})
 
     def data_problems(self, arch: Arch) -> list[str]:
         table = axis_table(arch)
         known = {axis: table.unit_shape(axis) for axis in _axes(table, "mlp")}
-        return array_problems(self.factors, known, "one factor per unit") + zero_problems(self.factors)
+        lines = array_problems(self.factors, known, "one factor per unit") + zero_problems(self.factors)
+        negative = [] if arch.gated else [axis for axis, factors in self.factors.items() if (factors < 0).any()]
+        return lines + [f"{axis}: a negative factor, which units without a gate do not allow" for axis in negative]
 
     def apply(self, prefix: str, read: Read, arch: Arch) -> Weights:
-        maps = {axis: (factors, 1 / factors) for axis, factors in self.factors.items() if axis.startswith(prefix)}
+        mine = {axis: factors for axis, factors in self.factors.items() if axis.startswith(prefix)}
+        degree = scaling_degree(arch)
+        maps = {axis: (factors, factors ** -float(degree or 1)) for axis, factors in mine.items()}
         return apply_maps(read(prefix), subtable(prefix, arch), maps)
 
     def inverse(self, arch: Arch) -> "UnitScaling":
@@ -297,6 +244,11 @@ _SPREAD = 3.0
 """The largest factor of a random map in any direction; no condition number exceeds its square."""
 
 
+def scaling_degree(arch: Arch) -> int | None:
+    """Returns the power of a factor of the up-projection by which what an MLP unit writes grows; None if by none."""
+    return 1 if arch.gated else {"relu": 1, "relu2": 2}.get(arch.activation)
+
+
 def random_rotation(rng: np.random.Generator, size: int) -> Float[np.ndarray, "N N"]:
     """Returns an orthogonal matrix, uniform over all of them.
 
@@ -335,15 +287,5 @@ def _head_sizes(table: AxisTable, axis: str) -> tuple[int, int]:
     return table.sizes[parent], table.sizes[axis]
 
 
-def _is_linear_on(axis: str) -> Any:
-    return lambda spec: axis not in spec.axes or spec.roles[spec.axes.index(axis)] is not None
-
-
 def _clipped(arch: Arch, what: str) -> list[str]:
     return [] if arch.clip_qkv is None else [f"its {what} are clipped (clip_qkv), and a map does not commute with that"]
-
-
-def _not_rms(arch: Arch) -> list[str]:
-    if arch.norm in ("rms", "rms_unit_offset"):
-        return []
-    return ["its LayerNorm subtracts the mean of the features, which is not the same after a rotation"]

@@ -96,6 +96,8 @@ class GainScaling(Rewrite):
 class GainSetting(Rewrite):
     """Norm gains are set to given values, and the leaves that read their output are scaled to make up for it.
 
+    Where a gain is zero and the bias that the norm adds is not, that cannot be done, and `apply` raises ValueError.
+
     Attributes:
       values: norm -> its gain afterwards, without zeros. A norm that is not named keeps its gain.
     """
@@ -105,8 +107,6 @@ class GainSetting(Rewrite):
 
     @classmethod
     def unsupported(cls, arch: Arch) -> list[str]:
-        if any(name.endswith("norm/bias") for name in axis_table(arch).leaves):
-            return ["its norms add a bias behind the gain, which is lost where a gain is zero; scale the gains instead"]
         return _without_gains(arch)
 
     @classmethod
@@ -152,7 +152,12 @@ def _with_gains(
         new, factor = function(scale.float64 + offset, values[norm])
         result[f"{name}/scale"] = scale.with_values(new - offset)
         if bias := weights.get(f"{name}/bias"):  # a LayerNorm adds it after the gain, and its readers are divided too
-            result[f"{name}/bias"] = bias.with_values(bias.float64 / factor)
+            if (lost := np.flatnonzero((factor == 0) & (bias.float64 != 0))).size:
+                raise ValueError(
+                    f"{norm}: the gain of feature {lost[0]} is zero and its bias is not, so that the gain cannot be "
+                    "folded into the leaves behind the norm; such a model has no rotation of its residual stream"
+                )
+            result[f"{name}/bias"] = bias.with_values(bias.float64 / np.where(factor == 0, 1.0, factor))
         for reader in (reader for reader, spec in specs.items() if spec.input_norm == norm):
             along = [-1 if axis == "embed" else 1 for axis in specs[reader].axes]
             result[reader] = result[reader].with_values(result[reader].float64 * factor.reshape(along))
