@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tracing_jax.cli.profiling import EVERY, OTHER, WAITING, StackSampler, _stack, kind_of, profiled, table
+from tracing_jax.cli.profiling import EVERY, OTHER, WAITING, StackSampler, kind_of, profiled, stacks, table
 from tracing_jax.progress import working
 
 _OURS = ("/x/tracing_jax/statistics/csu.py", "compute")
@@ -33,8 +33,28 @@ def test_the_innermost_frame_that_tells_says_what_a_thread_does(innermost, kind)
     assert kind_of([inside, innermost, _OURS]) == (kind if kind != WAITING else OTHER)
 
 
-def test_a_chain_of_frames_that_ends_in_something_else_is_as_long_as_its_frames():
-    assert _stack(True) == []
+def test_stacks_of_all_threads_are_those_that_they_have(tmp_path):
+    ready, done = threading.Event(), threading.Event()
+
+    def deeper(n):
+        if n:
+            return deeper(n - 1)
+        ready.set()
+        return done.wait()
+
+    thread = threading.Thread(target=deeper, args=(150,))
+    thread.start()
+    ready.wait()
+    with (tmp_path / "dump").open("w+b") as file:
+        found = [stacks(file) for _ in range(2)][1]
+    done.set()
+    thread.join()
+    own, theirs = found[threading.get_ident()], found[thread.ident]
+    assert own[0][1] == "stacks"
+    assert any(function == "test_stacks_of_all_threads_are_those_that_they_have" for _, function in own)
+    assert theirs[0] == (threading.__file__, "wait")
+    assert {function for _, function in theirs[2:]} == {"deeper"}
+    assert len(theirs) == 100
 
 
 def test_every_second_of_the_main_thread_is_in_one_cell():

@@ -78,9 +78,11 @@ def block_maps(base: Leaves, ft: Leaves, prefix: str, arch: Arch, kinds: Collect
         lead = [table.parent_axis[axis]] if axis in table.parent_axis else []
         heads = [other for other in table.sizes if kind_of(other) == MAP_PARENT.get(kind_of(axis))]
         if kind_of(axis) == "mlp" and "scaling" in kinds:
-            sides = [_adjacent(layer, table, axis, lead) for layer in (base, ft)]
-            degree = scaling_degree(arch)
-            found.factors[axis] = scale_factors(*sides) if arch.gated else positive_factors(*sides, degree or 1)
+            of_base, of_ft = (_adjacent(layer, table, axis, lead) for layer in (base, ft))
+            degree = None if arch.gated else scaling_degree(arch)
+            found.factors[axis] = (
+                scale_factors(of_base, of_ft) if degree is None else positive_factors(of_base, of_ft, degree)
+            )
         if kind_of(axis) == "v_dim" and "values" in kinds:
             found.values[axis], degenerate = mixing_matrices(
                 *(_adjacent(layer, table, axis, heads) for layer in (base, ft))
@@ -147,7 +149,9 @@ class _Units:
 def _units_alike(base: _Units, ft: _Units, scaled: bool) -> Float[np.ndarray, "n n"]:
     cosines = {role: x @ ft.by_role[role].T for role, x in base.by_role.items()}
     both = cosines["writes"] + cosines["reads"]
-    return cosines.get(None, np.float32(0)) + (np.abs(both) if scaled else both)
+    if None not in cosines:  # without a gate factors are positive
+        return both
+    return cosines[None] + (np.abs(both) if scaled else both)
 
 
 def _head_similarity(base: Leaves, ft: Leaves, table: AxisTable, axis: str, scaled: bool) -> Similarity:

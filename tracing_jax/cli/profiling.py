@@ -1,13 +1,16 @@
 """`--profile`: where the wall time of a run goes, by samples of the stacks of all threads, and a JAX trace."""
 
 import contextlib
+import faulthandler
+import re
 import sys
+import tempfile
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
+from typing import BinaryIO
 
 from tracing_jax.progress import innermost
 
@@ -72,7 +75,8 @@ class StackSampler:
         self._stop = threading.Event()
         self._main = threading.get_ident()
         self._last = time.perf_counter()
-        self._before = set(sys._current_frames())
+        self._dump = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the sampler runs
+        self._before = set(stacks(self._dump))
         self._thread = threading.Thread(target=self._run, name="profile", daemon=True)
 
     def __enter__(self) -> "StackSampler":
@@ -83,6 +87,7 @@ class StackSampler:
         self._stop.set()
         self._thread.join()
         self._look()
+        self._dump.close()
 
     def _run(self) -> None:
         while not self._stop.wait(EVERY):
@@ -91,22 +96,37 @@ class StackSampler:
     def _look(self) -> None:
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
-        frames = sys._current_frames()
-        self._before &= set(frames)  # the number of a thread that ended may be given to a new one
-        for thread, frame in frames.items():
+        found = stacks(self._dump)
+        self._before &= set(found)  # the number of a thread that ended may be given to a new one
+        for thread, stack in found.items():
             if thread == self._main:
-                self.main[innermost() or _OUTSIDE, kind_of(_stack(frame))] += seconds
+                self.main[innermost() or _OUTSIDE, kind_of(stack)] += seconds
             elif thread in self._before or thread == self._thread.ident:
                 continue
-            elif (kind := kind_of(_stack(frame))) != WAITING:
+            elif (kind := kind_of(stack)) != WAITING:
                 self.others[kind] += seconds
 
 
-def _stack(frame: object) -> list[Frame]:
-    found = []
-    while isinstance(frame, FrameType):  # the chain of a thread that runs on can end in another object (CPython 3.11)
-        found.append((frame.f_code.co_filename, frame.f_code.co_name))
-        frame = frame.f_back
+_THREAD = re.compile(r"^(?:Current thread|Thread) 0x([0-9a-f]+)")
+_FRAME = re.compile(r'^  File "(.*)", line \S+ in (.*)$')
+
+
+def stacks(file: BinaryIO) -> dict[int, list[Frame]]:
+    """Returns the number of each thread with its frames, the innermost first, at most a hundred of them.
+
+    Python writes them into the file without making objects of the frames, which the threads go on using: with
+    `sys._current_frames` a run of CPython 3.11 can end in a segmentation fault.
+    """
+    file.seek(0)
+    file.truncate()
+    faulthandler.dump_traceback(file, all_threads=True)
+    file.seek(0)
+    found: dict[int, list[Frame]] = {}
+    for line in file.read().decode("utf-8", "replace").splitlines():
+        if thread := _THREAD.match(line):
+            found[int(thread[1], 16)] = frames = []
+        elif found and (frame := _FRAME.match(line)):
+            frames.append((frame[1], frame[2]))
     return found
 
 
