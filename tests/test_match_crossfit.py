@@ -43,7 +43,7 @@ def test_a_relative_with_foreign_embeddings_is_found_and_an_independent_model_is
 
 
 @pytest.mark.parametrize(("name", "rewrite"), [
-    ("gated", "rotate"), ("ungated", "permute"),
+    ("gated", "rotate"), ("ungated", "permute"), ("ungated", "rotate,means"),
     *[slow("gated", rewrite) for rewrite in ("permute", "gains", "units", "pad", "split,cancel,permute")],
 ])  # fmt: skip
 def test_no_rewrite_hides_a_relative(name, rewrite):

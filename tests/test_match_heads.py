@@ -41,7 +41,7 @@ def test_a_relative_is_found_and_an_independent_model_is_not(name):
 
 @pytest.mark.parametrize(("name", "rewrite"), [
     *[("grouped", name) for name in ("rename", "gains", "values", "queries", "rotate", "permute")],
-    ("ungated", "permute"), ("normed", "permute"),
+    ("ungated", "permute"), ("ungated", "rotate,means"), ("normed", "permute"),
     *[slow("grouped", name) for name in ("units", "pad")], slow("ungated", "values"), slow("normed", "rotate"),
 ])  # fmt: skip
 def test_no_rewrite_that_keeps_the_vocabulary_changes_it(name, rewrite):

@@ -49,7 +49,7 @@ def given():
     return {test.name: np.array(test.values["agreeing"]) for test in result.tests}
 
 
-@pytest.mark.parametrize("name", [name for name in DISGUISES if name not in ("pad", "identity", "repeat")])
+@pytest.mark.parametrize("name", [name for name in DISGUISES if name not in ("pad", "identity", "repeat", "means")])
 def test_match_does_not_change_under_a_rewrite(name, given):
     rewrites = draw_rewrites(name, jax.random.key(7), ARCH)
     after = in_memory(rewritten(RELATED, rewrites))

@@ -34,7 +34,7 @@ def test_a_relative_is_found_and_an_independent_model_is_not(name):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "rewrite"), [
     *[("gated", rewrite) for rewrite in ("rename", "gains", "units", "rotate", "permute")],
-    ("ungated", "permute"), ("tied", "rotate"), ("ungated", "split,cancel,permute"),
+    ("ungated", "permute"), ("tied", "rotate"), ("ungated", "split,cancel,permute"), ("ungated", "rotate,means"),
     slow("gated", "split,cancel,permute"), slow("gated", "values"), slow("gated", "queries"),
     slow("ungated", "rename"), slow("tied", "permute"),
 ])  # fmt: skip

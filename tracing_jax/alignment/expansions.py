@@ -15,7 +15,16 @@ from tracing_jax.alignment.copies import group_copies
 from tracing_jax.alignment.float64_leaves import Leaves, in_float64, leaves, own_table, stacked, units_first
 from tracing_jax.arch import Arch
 from tracing_jax.axes import AxisTable, LeafSpec, kind_of
-from tracing_jax.rewrites import LayerRemoval, Padding, Permutation, Rewrite, Rotation, arch_after, residual_group
+from tracing_jax.rewrites import (
+    LayerRemoval,
+    MeanSetting,
+    Padding,
+    Permutation,
+    Rewrite,
+    Rotation,
+    arch_after,
+    residual_group,
+)
 from tracing_jax.sources import ParamSource, prefixes
 
 _WRITTEN_ON = {"mlp": "mlp", "kv_heads": "v_dim"}
@@ -35,8 +44,11 @@ def remove_expansions(
     """
     rewrites: list[Rewrite] = []
     report: dict[str, Any] = {}
+    differ = any(getattr(base.arch, name) != getattr(ft.arch, name) for name in ("num_layers", *WIDTHS))
+    if "rotation" in kinds and differ and not MeanSetting.unsupported(ft.arch):
+        rewrites.append(MeanSetting.zeros(ft.arch))  # units that write alike to all features are inactive
     if "identity" in kinds and ft.arch.num_layers > base.arch.num_layers:
-        layers = _surplus_layers(base, ft)
+        layers = _surplus_layers(base, in_float64(ft, rewrites))
         rewrites += [LayerRemoval(i) for i in sorted(layers, reverse=True)]
         report["identity"] = {"layers": layers}
     if "copies" in kinds:

@@ -16,6 +16,7 @@ import numpy as np
 from tracing_jax.checkpoint.direct_reading import read_past_cache
 from tracing_jax.checkpoint.errors import CheckpointError, damaged
 from tracing_jax.checkpoint.foreign_files import content_of
+from tracing_jax.checkpoint.reused_memory import empty
 from tracing_jax.checkpoint.safetensors_header import MAX_HEADER_BYTES, HeaderError, StoredTensor, read_header
 
 Index = tuple[slice, ...]
@@ -81,7 +82,7 @@ class SafetensorsFile:
         found, targets = [], []
         for name, index in requests:
             extent = [max(0, bound.stop - bound.start) for bound in bounds_of(index, self._tensors[name].shape)]
-            found.append(np.empty(extent, self._tensors[name].dtype))
+            found.append(empty(extent, self._tensors[name].dtype))
             targets += self._targets(found[-1], name, index)
         self._fill(targets)
         return found

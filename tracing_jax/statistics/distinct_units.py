@@ -37,7 +37,7 @@ from tracing_jax.progress import tqdm
 from tracing_jax.sources import ParamSource, has_embeddings, one_mlp, origin
 from tracing_jax.statistics.identity_starts import identity_p
 from tracing_jax.statistics.kept_facts import kept_of
-from tracing_jax.statistics.mlp_rows import gain_of
+from tracing_jax.statistics.mlp_rows import gain_of, without_mean
 from tracing_jax.statistics.nulls import spearman_log_sf
 from tracing_jax.statistics.token_directions import output_gradients, read_directions, sampled_embeddings
 from tracing_jax.statistics.unit_copies import (
@@ -149,6 +149,8 @@ def _found(model: ParamSource, layer: int) -> DistinctUnits:
     pure = are_pure(readings, leader)
     first = np.unique(leader)
     down = model.layer(layer, ("mlp/down_proj/kernel",))["mlp"]["down_proj"]["kernel"]
+    if model.arch.norm_subtracts_mean:  # what a unit writes to all features alike is nothing, however much it is
+        down = without_mean(jnp.asarray(down, jnp.float32), model.arch)
     # With a clamped GLU a unit still writes its gate where up is zero.
     proportional = model.arch.clamped_glu is None
     shared = shared_outputs(leader, readings[-1] if model.arch.gated and proportional else None)

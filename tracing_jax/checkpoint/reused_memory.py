@@ -1,0 +1,60 @@
+"""Memory of large arrays, used again once they are gone: pages that are new to a process cost as much as reading."""
+
+import math
+import weakref
+from collections.abc import Sequence
+from threading import RLock
+from typing import Any
+
+import numpy as np
+
+LARGE = 2**20
+"""Bytes from which on the memory of an array is kept."""
+
+MOST_IDLE = 2**29
+"""Bytes that are kept while no array has them: about those of a layer of a 7B model."""
+
+_ALIGNMENT = 64  # of a cache line, which also lets JAX use the array as it is
+
+
+class _Idle:
+    """Memory that no array has, of the one that was used last at the end."""
+
+    def __init__(self) -> None:
+        self._lock = RLock()  # an array can end in the thread that holds it, at any point
+        self._blocks: list[tuple[int, np.ndarray]] = []
+
+    def take(self, size: int) -> np.ndarray:
+        """Returns memory of so many bytes, aligned or to be aligned."""
+        with self._lock:
+            for i in reversed(range(len(self._blocks))):
+                if self._blocks[i][0] == size:
+                    return self._blocks.pop(i)[1]
+        return np.empty(size + _ALIGNMENT, np.uint8)
+
+    def give_back(self, size: int, block: np.ndarray) -> None:
+        """Keeps memory, in place of what was not used for longest."""
+        with self._lock:
+            self._blocks.append((size, block))
+            while sum(size for size, _ in self._blocks) > MOST_IDLE:
+                del self._blocks[0]
+
+
+_IDLE = _Idle()
+
+
+def empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """Returns an array as `np.empty` does, if it is large with memory of an earlier one of its size.
+
+    The memory is free again when neither the array nor a view of it, nor a JAX array that shares it, is left.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if size < LARGE:
+        return np.empty(shape, dtype)
+    block = _IDLE.take(size)
+    first = -block.ctypes.data % _ALIGNMENT
+    # Views of an array made from a buffer keep that array, and not what is behind it.
+    whole = np.frombuffer(block.data[first : first + size], np.uint8)
+    weakref.finalize(whole, _IDLE.give_back, size, block).atexit = False
+    found: np.ndarray = whole.view(dtype).reshape(tuple(shape))
+    return found
