@@ -192,6 +192,32 @@ def test_what_does_not_exist_for_a_family_is_refused_with_the_reason(name, kind,
 
 
 @pytest.mark.parametrize(
+    ("name", "matrix", "reason"),
+    [
+        ("gpt2-untied", lambda D: np.linalg.qr(np.random.default_rng(0).standard_normal((D, D)))[0], "vector of ones"),
+        ("olmo2-gqa-untied-default", lambda D: np.eye(D)[::-1], "not diagonal"),
+        ("llama-gqa-untied-default", lambda D: np.ones((D, D)), "not orthogonal"),
+    ],
+)
+def test_a_matrix_that_the_norms_do_not_commute_with_is_refused(name, matrix, reason):
+    arch = CASES[name].arch()
+    (line,) = Rotation(matrix(arch.embed_dim)).problems(arch)
+    assert reason in line
+    assert Rotation.random(jax.random.key(0), arch).problems(arch) == []
+
+
+def test_a_gain_of_zero_with_a_bias_cannot_be_folded():
+    before = model("gpt2-untied")
+    norm = before.params["layers"]["1"]["mlp_norm"]
+    norm["scale"][3], norm["bias"][3] = 0, 1
+    with pytest.raises(ValueError, match="layers/1/mlp_norm: the gain of feature 3 is zero and its bias is not"):
+        in_memory(rewritten(before, [Rotation.random(jax.random.key(0), before.arch)]))
+    norm["bias"][3] = 0
+    after = in_memory(rewritten(before, [rotation := Rotation.random(jax.random.key(0), before.arch)]))
+    assert moved(before, after, CASES["gpt2-untied"].tokens(), [rotation]) <= TOLERANCES[np.float64]
+
+
+@pytest.mark.parametrize(
     ("name", "padding", "reason"),
     [
         ("qwen3-gqa-untied-default", Padding(features=4), "share it"),

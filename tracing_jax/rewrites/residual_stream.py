@@ -93,7 +93,7 @@ class Rotation(Rewrite):
             return ["embed: the matrix is not orthogonal to 1e-8; take its polar factor"]
         if group == "keeps_mean" and np.abs(self.matrix.sum(1) - 1).max() > 1e-8 * D:
             return ["embed: the matrix does not keep the vector of ones, which the LayerNorms of the model need"]
-        if group == "signs" and np.count_nonzero(self.matrix) > D:
+        if group == "signs" and (self.matrix[~np.eye(D, dtype=bool)] != 0).any():
             return [
                 "embed: the matrix is not diagonal, and the gains of norms behind the blocks commute with signs alone"
             ]
@@ -107,10 +107,10 @@ class Rotation(Rewrite):
         if residual_group(arch) == "signs":
             return apply_maps(read(prefix), subtable(prefix, arch), maps)
         folded = GainSetting.ones(arch, foldable_norms(arch)).apply(prefix, read, arch)
-        found = apply_maps(folded, subtable(prefix, arch), maps)
-        for name in (name for name in found if name.endswith("norm/bias") and found[name].values.ndim == 1):
-            if subtable(prefix, arch).leaves[name].axes == ("embed",):  # added to what the norm's readers get
-                found[name] = found[name].with_values(self.matrix @ found[name].float64)
+        table = subtable(prefix, arch)
+        found = apply_maps(folded, table, maps)
+        for name in [name for name in found if name.endswith("norm/bias") and table.leaves[name].axes == ("embed",)]:
+            found[name] = found[name].with_values(self.matrix @ found[name].float64)  # added to what the readers get
         return found
 
     def inverse(self, arch: Arch) -> "Rotation":
