@@ -68,6 +68,14 @@ def test_rewrites_that_keep_heads_in_place_do_not_change_their_descriptors(name)
 
 
 @pytest.mark.slow
+def test_means_that_norms_subtract_do_not_change_descriptors():
+    given = tiny.model(tiny.gpt2(num_layers=4, layer_windows=(None,) * 4), 0)
+    np.testing.assert_allclose(
+        descriptors_of(changed(given, "means,rotate")), descriptors_of(given), rtol=1e-3, atol=1e-3
+    )
+
+
+@pytest.mark.slow
 def test_a_permutation_of_heads_permutes_their_descriptors():
     hidden, moved = permuted(BASE, ["embed", "mlp", "kv_heads", "q_group"])
     for i, (given, found) in enumerate(zip(descriptors_of(BASE), descriptors_of(hidden), strict=True)):

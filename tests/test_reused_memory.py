@@ -39,13 +39,15 @@ def test_a_view_keeps_the_memory():
     assert (view == 7 * 257).all()
     del view
     gc.collect()
-    assert len(reused_memory._IDLE._blocks) == 1
+    assert reused_memory._IDLE.bytes == 4 * LARGE
 
 
 def test_a_jax_array_that_shares_it_keeps_the_memory():
     first = empty((LARGE,), np.float32)
     first[...] = 3
     shared = jax.device_put(first)
+    if shared.unsafe_buffer_pointer() != address(first):
+        pytest.skip("this JAX copies what it is given")
     del first
     others = [empty((LARGE,), np.float32) for _ in range(3)]
     for other in others:
@@ -58,8 +60,8 @@ def test_what_was_not_used_for_longest_is_given_up(monkeypatch):
     arrays = [empty((n * LARGE,), np.uint8) for n in (1, 2, 1)]
     for i in range(3):
         arrays[i] = None
-    assert [size // LARGE for size, _ in reused_memory._IDLE._blocks] == [2, 1]
+    assert {size // LARGE: len(blocks) for size, blocks in reused_memory._IDLE._blocks.items()} == {2: 0, 1: 2}
     big = empty((4 * LARGE,), np.uint8)
     del big
-    assert reused_memory._IDLE._blocks == []
+    assert reused_memory._IDLE.bytes == 2 * LARGE  # what is too large to keep displaces nothing
     assert empty((3,), np.float64).shape == (3,)  # small ones are numpy's

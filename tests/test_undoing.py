@@ -24,6 +24,7 @@ from tracing_jax.rewrites import (
     DISGUISES,
     IdentityLayer,
     Padding,
+    Permutation,
     Renaming,
     Rewrite,
     UnitScaling,
@@ -157,12 +158,30 @@ def test_each_disguise_alone_is_undone(disguise):
 @pytest.mark.parametrize(
     ("arch", "disguise"),
     [(tiny.gpt2(), "rotate"), (tiny.gpt2(), "means"), (tiny.gpt2(activation="relu"), "units,rotate,means,permute"),
-     (tiny.olmo2_gqa(), "rotate"), (tiny.olmo2_gqa(), "rotate,permute")],
+     (tiny.olmo2_gqa(), "rotate"), (tiny.olmo2_gqa(), "rotate,permute"),
+     (dataclasses.replace(tiny.llama_mha(), norm="layer_norm_plain"), "rotate,means,permute")],
 )  # fmt: skip
-def test_what_other_norms_and_activations_allow_is_undone(arch, disguise):
+def test_what_other_norms_and_activations_allow_is_undone(arch, disguise):  # the last has norms as OLMo 1 has
     """Rotations that keep the mean, means, positive factors of ReLU units, signs of features."""
     base = in_float64(arch)
     check_law(base, finetuned(base), disguise)
+
+
+def test_norms_that_allow_no_rotation_leave_the_features_permuted():
+    base = in_float64(tiny.gpt2())
+    ft = in_memory(rewritten(finetuned(base), drawn("permute", base.arch)))
+    ft.params["layers"]["1"]["mlp_norm"]["scale"][2] = 0  # beside a bias, which then cannot be folded
+    ft.params["layers"]["1"]["mlp_norm"]["bias"][2] = 1
+    _, found = aligned_to(base, ft, "all")
+    assert "a gain is zero" in found.left_out["rotation"]
+    assert "embed" in next(r for r in found.rewrites if isinstance(r, Permutation)).permutations
+    rms = dataclasses.replace(tiny.llama_mha(), qkv_bias=False, o_bias=False)
+    plain = dataclasses.replace(rms, norm="layer_norm_plain")
+    with pytest.raises(ValueError, match="base has no head/norm/scale, layers/attn_norm/scale, layers/mlp_norm/scale"):
+        aligned_to(in_float64(plain), in_float64(rms, 1), "rotation", "mlp")
+    gains = dataclasses.replace(rms, norm="layer_norm_gain")
+    _, found = aligned_to(in_float64(gains), in_float64(rms, 1), "rotation", "mlp")
+    assert "do not commute with the same maps" in found.left_out["rotation"]
 
 
 @pytest.mark.parametrize(("disguise", "kinds"), [

@@ -1,5 +1,6 @@
 """The kinds of rewrites that alignment estimates, by name, and between which models it can."""
 
+import re
 from collections.abc import Sequence
 
 from tracing_jax.arch import Arch, head_problem
@@ -114,7 +115,15 @@ def alignment_problems(base: Arch, ft: Arch, kinds: Sequence[str]) -> list[str]:
             shown = [" or ".join(map(str, sorted(set(n.values())))) or "no" for n in (size, size_ft)]
             where = " in other layers" if shown[0] == shown[1] else ""
             lines.append(f"{kind}: {shown[0]} units in base, {shown[1]} in ft{where}; they are paired one to one")
+    if not lines and beyond_permutations(kinds) and (without := sorted(_leaves(ft) - _leaves(base))):
+        lines.append(f"base has no {', '.join(without)}, which ft has: only permutations can be aligned")
     return lines
+
+
+def _leaves(arch: Arch) -> set[str]:
+    """Returns the names of the leaves of a model, those of layers without their number; a head can be untied."""
+    names = {re.sub("^layers/[0-9]+/", "layers/", name) for name in axis_table(arch).leaves}
+    return names - {"head/lm_head/kernel"}
 
 
 def _repeated(base: Arch, ft: Arch) -> bool:

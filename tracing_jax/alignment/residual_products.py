@@ -5,7 +5,7 @@ from collections.abc import Collection
 import numpy as np
 from jaxtyping import Float, Int
 
-from tracing_jax.alignment.rewrite_estimation import folding
+from tracing_jax.alignment.rewrite_estimation import canonical
 from tracing_jax.data import paired_one_to_one
 from tracing_jax.forward import activations
 from tracing_jax.sharding import Compute
@@ -35,7 +35,7 @@ def residual_products(
     blocks = paired_one_to_one(tokens, tokens).sampled(_POSITIONS, np.random.default_rng([seed, len(tokens)]))
     layers = [
         activations(
-            rewritten(source, folding(source)) if "gains" in kinds else source,
+            rewritten(source, canonical(source, kinds)),
             tokens, blocks.at_base, blocks.valid, _TAPS, compute, f"hidden states of {side}",
         )
         for side, source in (("base", base), ("ft", ft))

@@ -21,6 +21,7 @@ from tracing_jax.rewrites import (
     GainSetting,
     MeanSetting,
     Permutation,
+    ResidualGroup,
     Rewrite,
     Rotation,
     foldable_norms,
@@ -30,7 +31,6 @@ from tracing_jax.rewrites import (
     means_in,
     residual_group,
 )
-from tracing_jax.rewrites.residual_stream import ResidualGroup
 from tracing_jax.sources import ParamSource, prefixes
 
 _REFINEMENTS = 1
@@ -60,8 +60,9 @@ def estimate_rewrites(
       AlignmentError: the residual streams cannot be compared.
     """
     aligns_features, folds = bool({"embed", "rotation"} & set(kinds)), "gains" in kinds
-    group = residual_group(base.arch) if "rotation" in kinds else None
-    base_view, ft_view = (in_float64(source, folding(source) if folds else ()) for source in (base, ft))
+    unturned = _not_rotated(base, ft) if "rotation" in kinds else {}
+    group = residual_group(base.arch) if "rotation" in kinds and not unturned else None
+    base_view, ft_view = (in_float64(source, canonical(source, kinds)) for source in (base, ft))
     R, maps = None, BlockMaps()
     for last in [False] * (_REFINEMENTS if aligns_features else 0) + [True]:
         if aligns_features and R is None:
@@ -82,7 +83,26 @@ def estimate_rewrites(
         rewrites.append(setting(in_float64(ft, rewrites), without_zeros(gains_of(base))))
     if group == "keeps_mean":
         rewrites.append(MeanSetting(means_of(base)))
-    return tuple(rewrites), maps.left_out
+    return tuple(rewrites), unturned | maps.left_out
+
+
+def _not_rotated(base: ParamSource, ft: ParamSource) -> dict[str, str]:
+    """Returns why features are permuted where a rotation is asked for; empty if ft can be rotated."""
+    if residual_group(base.arch) != residual_group(ft.arch):
+        return {"rotation": "the norms of base and ft do not commute with the same maps of the residual stream"}
+    norms = [*_unfoldable(base), *_unfoldable(ft)] if residual_group(ft.arch) == "keeps_mean" else []
+    return {"rotation": f"{norms[0]}: a gain is zero and its bias is not, so that it cannot be folded"} if norms else {}
+
+
+def _unfoldable(source: ParamSource) -> list[str]:
+    """Returns the norms whose gains cannot be folded into their readers: a gain is zero, and its bias is not."""
+    view, found = in_float64(source), []
+    for norm, gain in gains_of(source).items():
+        prefix, name = norm.rsplit("/", 1)
+        bias = leaves(view, f"{prefix}/").get(f"{name}/bias")
+        if bias is not None and ((gain == 0) & (bias != 0)).any():
+            found.append(norm)
+    return found
 
 
 def _layers(
@@ -124,14 +144,24 @@ def setting(source: ParamSource, gains: Mapping[str, np.ndarray]) -> GainSetting
     if not any(name.endswith("norm/bias") for name in axis_table(source.arch).leaves):
         return GainSetting(gains)
     found = gains_of(source)
-    return GainScaling({norm: np.where(found[norm] == 0, 1.0, new / found[norm]) for norm, new in gains.items()})
+    return GainScaling(
+        {
+            norm: np.divide(new, found[norm], out=np.ones(len(new)), where=found[norm] != 0)
+            for norm, new in gains.items()
+        }
+    )
 
 
 def folding(source: ParamSource) -> list[Rewrite]:
-    """Returns the rewrites that fold gains into the readers of their norms, and take out means that norms subtract."""
-    arch = source.arch
-    folded: list[Rewrite] = [setting(source, {norm: np.ones(arch.embed_dim) for norm in foldable_norms(arch)})]
-    return folded + ([] if MeanSetting.unsupported(arch) else [MeanSetting.zeros(arch)])
+    """Returns the rewrite that folds all gains into the leaves behind their norms."""
+    return [setting(source, {norm: np.ones(source.arch.embed_dim) for norm in foldable_norms(source.arch)})]
+
+
+def canonical(source: ParamSource, kinds: Collection[str]) -> list[Rewrite]:
+    """Returns the rewrites that take out what rewrites of these kinds leave free: gains, means that norms subtract."""
+    folded = folding(source) if "gains" in kinds else []
+    free = "rotation" in kinds and not MeanSetting.unsupported(source.arch)
+    return [*folded, *([MeanSetting.zeros(source.arch)] if free else [])]
 
 
 def without_zeros(gains: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -18,26 +18,38 @@ _ALIGNMENT = 64  # of a cache line, which also lets JAX use the array as it is
 
 
 class _Idle:
-    """Memory that no array has, of the one that was used last at the end."""
+    """Memory that no array has: sizes in the order of their last use, with blocks of that size.
+
+    An array can end at any point, also in the thread that is in one of these methods: each step is one of a list or a
+    dict, and what it takes may be gone.
+    """
 
     def __init__(self) -> None:
-        self._lock = RLock()  # an array can end in the thread that holds it, at any point
-        self._blocks: list[tuple[int, np.ndarray]] = []
+        self._lock = RLock()
+        self._blocks: dict[int, list[np.ndarray]] = {}
 
     def take(self, size: int) -> np.ndarray:
-        """Returns memory of so many bytes, aligned or to be aligned."""
+        """Returns memory of so many bytes, and as many more as it takes to align it."""
         with self._lock:
-            for i in reversed(range(len(self._blocks))):
-                if self._blocks[i][0] == size:
-                    return self._blocks.pop(i)[1]
+            if blocks := self._blocks.get(size):
+                return blocks.pop()
         return np.empty(size + _ALIGNMENT, np.uint8)
 
     def give_back(self, size: int, block: np.ndarray) -> None:
-        """Keeps memory, in place of what was not used for longest."""
+        """Keeps memory, in place of what was not used for longest; not if it is too large."""
+        if size > MOST_IDLE:
+            return
         with self._lock:
-            self._blocks.append((size, block))
-            while sum(size for size, _ in self._blocks) > MOST_IDLE:
-                del self._blocks[0]
+            blocks = self._blocks.pop(size, [])
+            self._blocks[size] = [*blocks, block]
+            for other in [*self._blocks]:
+                while self.bytes > MOST_IDLE and self._blocks.get(other):
+                    self._blocks[other].pop()
+
+    @property
+    def bytes(self) -> int:
+        """How much it is in all."""
+        return sum(size * len(blocks) for size, blocks in [*self._blocks.items()])
 
 
 _IDLE = _Idle()

@@ -75,11 +75,12 @@ class StackSampler:
         self._stop = threading.Event()
         self._main = threading.get_ident()
         self._last = time.perf_counter()
-        self._dump = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the sampler runs
-        self._before = set(stacks(self._dump))
+        self._before: set[int] = set()
         self._thread = threading.Thread(target=self._run, name="profile", daemon=True)
 
     def __enter__(self) -> "StackSampler":
+        self._dump = tempfile.TemporaryFile()
+        self._before = set(stacks(self._dump))
         self._thread.start()
         return self
 

@@ -27,13 +27,14 @@ def align_ft(options: RunOptions, inputs: RunInputs, pair: Pair) -> tuple[Pair, 
         inputs.vocabularies.same and pair.base.arch.vocab_size == pair.ft.arch.vocab_size
     ):
         shared = {"vocab": (inputs.vocabularies.ids_base, inputs.vocabularies.ids_ft)}
+    tokens = inputs.learning_tokens if options.align_evidence == "learned" else pair.tokens
     try:
         alignment = _restored_alignment(pair.run_cache) or align(
             pair.base,
             pair.ft,
             options.align_axes,
             evidence=cast(Evidence, options.align_evidence),
-            tokens=pair.tokens if inputs.learning_tokens is None else inputs.learning_tokens,
+            tokens=tokens,
             compute=pair.compute,
             shared=shared,
             seed=options.seed,

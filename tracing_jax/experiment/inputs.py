@@ -114,7 +114,8 @@ def open_inputs(options: RunOptions) -> RunInputs:
     costly = too_costly(options, statistics, base.arch, ft_arch)
     not_applicable = inapplicable(statistics, base.arch, ft_arch, vocabularies) | costly | without_text
     not_alignable = "; ".join(_alignment_problems(options, base.arch, ft_arch, vocabularies)) if options.align else None
-    trains_curve = trains_a_curve(options) and "mode" not in not_applicable
+    # Alignment can make models comparable that are not as they are given.
+    trains_curve = trains_a_curve(options) and ("mode" not in not_applicable or (options.align and not not_alignable))
     learns = trains_curve or (options.align and options.align_evidence == "learned" and not not_alignable)
     return RunInputs(
         base,

@@ -98,7 +98,7 @@ class PlaneReport:
             "",
             text_table(edges, ["edge", "distance", "midpoint", "barrier"]),
             "",
-            f"lowest of {record['grid']} x {record['grid']} points: {lowest['loss']:.4f} at {shares}",
+            f"lowest of {record['grid']} x {record['grid']} points: {float(lowest['loss']):.4f} at {shares}",
         ]
         return "\n".join([*lines, *(f"* {note}" for note in record["notes"])])
 

@@ -43,12 +43,12 @@ from tracing_jax.rewrites.permutation import (
 )
 from tracing_jax.rewrites.residual_stream import (
     MeanSetting,
+    ResidualGroup,
     Rotation,
     keeping_mean,
     mean_free_basis,
     means_in,
     residual_group,
-    writes_stream,
 )
 from tracing_jax.rewrites.rewrite import (
     Rewrite,
@@ -78,6 +78,7 @@ __all__ = [
     "Permutations",
     "QueryKeyMaps",
     "Renaming",
+    "ResidualGroup",
     "Rewrite",
     "Rotation",
     "UnitGrouping",
@@ -117,5 +118,4 @@ __all__ = [
     "takes_all",
     "unit_moves",
     "with_archs",
-    "writes_stream",
 ]

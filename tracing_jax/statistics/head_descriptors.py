@@ -24,7 +24,7 @@ from tracing_jax.axes import axis_table
 from tracing_jax.rewrites import gain_offset
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.head_kernels import head_kernels
-from tracing_jax.statistics.mlp_rows import centred_directions, unit_length
+from tracing_jax.statistics.mlp_rows import centred_directions, unit_length, without_mean
 from tracing_jax.statistics.pvalues import bonferroni
 from tracing_jax.tree import Tree, flatten, taken, to_host
 
@@ -52,7 +52,8 @@ def moments_of_layers(
     """
     found = []
     if len(ids) >= 2:
-        found.append(centred_directions(taken(model.embed()["embedding"], ids)))
+        rows = jnp.asarray(taken(model.embed()["embedding"], ids), jnp.float32)
+        found.append(centred_directions(without_mean(rows, model.arch)))
     by_name: dict[str, list[Array]] = {}
     for i in layers:
         for name, rows in _largest_units(model, i, -(-rows_of_each // len(layers))):
@@ -209,24 +210,32 @@ def _largest_units(model: ParamSource, index: int, count: int) -> Iterator[tuple
     leaves = {name: leaf for name in _MLP if (leaf := f"mlp/{name}/kernel") in layer}
     kernels = {name: layer[leaf] for name, leaf in leaves.items()}
     axes = tuple((name, specs[leaf].axes.index("embed")) for name, leaf in leaves.items())
-    found = _rows_of_largest(kernels, scale, axes, gain_offset(model.arch), count)
+    centred = model.arch.norm_subtracts_mean
+    found = _rows_of_largest(kernels, scale, axes, gain_offset(model.arch), count, centred)
     yield from ((name, found[name]) for name in leaves)
 
 
-@functools.partial(jax.jit, static_argnames=("axes", "offset", "count"))
+@functools.partial(jax.jit, static_argnames=("axes", "offset", "count", "centred"))
 def _rows_of_largest(
     kernels: Mapping[str, Float[Array, "..."]],
     scale: Float[Array, "..."],
     axes: tuple[tuple[str, int], ...],
     offset: float,
     count: int,
+    centred: bool,
 ) -> dict[str, Float[Array, "m D"]]:
-    """Returns for each projection the rows of the units of largest norm; `axes` are those of the features."""
+    """Returns for each projection the rows of the units of largest norm; `axes` are those of the features.
+
+    What is written to all features alike is taken out if norms subtract it (`centred`).
+    """
     found = {}
     for name, axis in axes:
         rows = jnp.moveaxis(kernels[name].astype(jnp.float32), axis, -1)
         rows = rows.reshape(-1, rows.shape[-1])
-        found[name] = rows if name == "down_proj" else rows * (jnp.asarray(scale, jnp.float32) + offset)
+        if name == "down_proj":
+            found[name] = rows - rows.mean(axis=-1, keepdims=True) if centred else rows
+        else:
+            found[name] = rows * (jnp.asarray(scale, jnp.float32) + offset)
     norms = sum(jnp.log(jnp.linalg.norm(rows, axis=1)) for rows in found.values())
     largest = jnp.argsort(-norms)[:count]
     return {name: unit_length(rows[largest]) for name, rows in found.items()}

@@ -11,7 +11,7 @@ from tracing_jax.arch import Arch
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.distinct_units import NEGLIGIBLE, has_stream, inactive_below, stream_size
 from tracing_jax.statistics.kept_facts import kept_of
-from tracing_jax.statistics.mlp_rows import gain_of
+from tracing_jax.statistics.mlp_rows import gain_of, without_mean
 from tracing_jax.tree import Tree, to_host
 
 HEAD_LEAVES = ("attn", "attn_norm", "attn_post_norm")
@@ -36,12 +36,14 @@ def head_kernels(layer: Tree, arch: Arch) -> dict[str, Float[Array, "..."]]:
 
     In attention by latents the two projections on either side of a latent are multiplied, with the gain of its norm
     between them; its norm itself, a positive number for each token, is left out. The dims of keys that its heads share
-    are repeated for each.
+    are repeated for each. What is written to all features alike is taken out where norms subtract it.
     """
     attn = layer["attn"]
     if arch.latent is None:
-        return {name: jnp.asarray(attn[f"{name}_proj"]["kernel"], jnp.float32) for name in "qkvo"}
-    return _through_latents({name: leaves for name, leaves in attn.items() if name != "sinks"}, arch.num_kv_heads)
+        found = {name: jnp.asarray(attn[f"{name}_proj"]["kernel"], jnp.float32) for name in "qkvo"}
+    else:
+        found = _through_latents({name: leaves for name, leaves in attn.items() if name != "sinks"}, arch.num_kv_heads)
+    return found | {"o": without_mean(found["o"], arch)}
 
 
 def _through_latents(attn: Tree, heads: int) -> dict[str, Float[Array, "..."]]:
