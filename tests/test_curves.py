@@ -125,6 +125,20 @@ def test_a_run_reports_the_curve_beside_the_straight_path(quick_config, monkeypa
         trace(config)
 
 
+@pytest.mark.slow
+def test_a_curve_leaves_an_alignment_by_activations_as_it_is_and_follows_one_that_makes_models_comparable(quick_config):
+    def run(path, **fields):
+        config = quick_config(path, "disguised", align=True, align_axes=("all",), disguise="identity", **fields)
+        config.mode.path, config.learned.steps = path, 2
+        return trace(config)
+
+    straight, curved = (run(path, align_evidence="activations") for path in ("linear", "bezier"))
+    assert curved["alignment"]["objective"] == straight["alignment"]["objective"]
+    mode = curved["statistics"]["mode"]
+    assert "non_aligned" not in mode or mode["non_aligned"].get("not_applicable")  # one layer more than base
+    assert mode["aligned"]["curve"]["more"]["bezier"]["loss"]
+
+
 def test_the_figure_has_a_thinner_line_for_each_further_curve(drawn):
     curve = {"alpha": [0.0, 0.5, 1.0], "loss": [2.0, 3.0, 2.0]}
     axes = Figure().subplots()

@@ -42,7 +42,7 @@ def test_every_rewrite_keeps_the_function(name):
     model, tokens = CASES[name].source(), CASES[name].tokens()
     rewrites = draw_rewrites("all", jax.random.key(3), model.arch, without=("rename",))
     names = {rewrite.name for rewrite in rewrites}
-    assert {"permute", "gains", "units"} <= names
+    assert {"permute", "gains", "units", "rotate"} <= names  # signs of the features
     assert not names & {"values", "queries"}  # they are normalised
     assert ("identity" in names) == (name != SHARED)
     expected, found = logits(model, tokens), logits(in_memory(rewritten(model, rewrites)), tokens)

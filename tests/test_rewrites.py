@@ -198,12 +198,19 @@ def test_what_does_not_exist_for_a_family_is_refused_with_the_reason(name, kind,
         ("olmo2-gqa-untied-default", lambda D: np.eye(D)[::-1], "not diagonal"),
         ("llama-gqa-untied-default", lambda D: np.ones((D, D)), "not orthogonal"),
     ],
-)
+)  # fmt: skip
 def test_a_matrix_that_the_norms_do_not_commute_with_is_refused(name, matrix, reason):
     arch = CASES[name].arch()
     (line,) = Rotation(matrix(arch.embed_dim)).problems(arch)
     assert reason in line
     assert Rotation.random(jax.random.key(0), arch).problems(arch) == []
+
+
+def test_factors_of_units_without_a_gate_are_positive():
+    arch = CASES["gpt2-relu"].arch()
+    (line,) = UnitScaling({"layers/0/mlp": np.full(arch.mlp_dim, -1.0)}).problems(arch)
+    assert line == "layers/0/mlp: a negative factor, which units without a gate do not allow"
+    assert (UnitScaling.random(jax.random.key(0), arch).factors["layers/0/mlp"] > 0).all()
 
 
 def test_a_gain_of_zero_with_a_bias_cannot_be_folded():
