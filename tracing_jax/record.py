@@ -123,6 +123,19 @@ def atomic_write(path: str | PurePath, content: bytes) -> None:
         raise
 
 
+def json_file(path: str | Path) -> Path:
+    """Returns the path of a record with its figure beside it, which can be written.
+
+    Raises:
+        ValueError, OSError: it does not end in .json, or cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != ".json":
+        raise ValueError(f"{path}: expected a file that ends in .json; the figure is written beside it")
+    check_writable(path)
+    return path
+
+
 def plain(value: Any, where: str = "record") -> Any:
     """`value` in builtin types only, fit for strict JSON, with secrets replaced by `[redacted]`.
 

@@ -24,7 +24,7 @@ from tracing_jax.experiment.validation import DTYPES
 from tracing_jax.forward import combination_losses
 from tracing_jax.interpolation import interpolated_leaves, path_groups
 from tracing_jax.options import Mode, RunOptions
-from tracing_jax.record import atomic_write, check_writable, commit, plain, write_json
+from tracing_jax.record import atomic_write, commit, json_file, plain, write_json
 from tracing_jax.report import text_table
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import ParamSource, prefixes, subtree
@@ -73,13 +73,10 @@ class PlaneReport:
         Raises:
           ValueError, OSError: the path does not end in .json, or cannot be written.
         """
-        path = Path(path)
-        if path.suffix != ".json":
-            raise ValueError(f"{path}: expected a file that ends in .json; the figure is written beside it")
+        path = json_file(path)
         from tracing_jax.report.figures import png
         from tracing_jax.report.planes import plane_figure
 
-        check_writable(path)
         write_json(path, dict(self.record))
         atomic_write(path.with_suffix(".png"), png(plane_figure(self.record)))
         return path

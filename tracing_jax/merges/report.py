@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tracing_jax.record import atomic_write, check_writable, write_json
+from tracing_jax.record import atomic_write, json_file, write_json
 from tracing_jax.report import text_table
 from tracing_jax.report.bounded_p_values import bounded
 from tracing_jax.report.figures import png
@@ -59,12 +59,9 @@ class MergeReport:
         Raises:
           ValueError, OSError: the path does not end in .json, or cannot be written.
         """
-        path = Path(path)
-        if path.suffix != ".json":
-            raise ValueError(f"{path}: expected a file that ends in .json; the figure is written beside it")
+        path = json_file(path)
         from tracing_jax.merges.figure import figure_of_shares
 
-        check_writable(path)
         write_json(path, self.record)
         if self.record["whole"] is not None:
             atomic_write(path.with_suffix(".png"), png(figure_of_shares(self.record)))
