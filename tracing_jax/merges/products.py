@@ -1,45 +1,30 @@
-"""Sums of products of the columns of normal equations, chunk by chunk, at a few passes over a core's cache.
+"""Sums of products of the columns of normal equations, in one pass over the entries.
 
 Differences of float32 and float16 weights are multiplied and summed in float64. Those of bfloat16 weights are so in
-float32, in half the time, after a change of columns: what shares found in a sample leave of the child takes the place
-of the child's difference. The sums go back in float64. So the error of float32, some 1e-6, is one of what is left and
-not of the whole, of which rounding to bfloat16 may leave less than that.
+float32, by a program of XLA, after a change of columns: what shares found in a sample leave of the child takes the
+place of the child's difference. The sums go back in float64. So the error of float32, some 1e-6, is one of what is left
+and not of the whole, of which rounding to bfloat16 may leave less than that.
 
 Letters: M models read together, C = M columns (the child's difference from the reference, those of the other parents,
-and the reference itself), N entries, S sampled entries.
+and the reference itself), N entries, S sampled entries, P pairs of columns, R rows of entries.
 """
 
 import sys
-import threading
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 
 _CHUNK = 2**14  # entries; all columns of it fit a core's cache, and BLAS starts no threads of its own
-_SHORT_CHUNK = 2**15  # of float32, of which columns of three models fit the cache
-_WORK_OF_A_CHUNK = 2**20  # multiplications from which BLAS starts threads
+_ROW = 2**10  # entries that are summed in float32
+_PROGRAM = 2**16  # entries of a compiled program, of which there are few; fewer are summed in float64
+_ALIGNED = 32  # bfloat16 entries in the 64 bytes to which XLA's arrays on a CPU are aligned
 _UPPER_HALF = 1 if sys.byteorder == "little" else 0
 _ALIKE = 0.5
 """A parent's difference is replaced by what the parents before it leave, where that is a smaller part of it."""
-
-
-class _Scratch(threading.local):
-    """Arrays of each thread that are used again: pages that are new to a process cost as much as the sums."""
-
-    def __init__(self) -> None:
-        self._arrays: dict[str, np.ndarray] = {}
-
-    def get(self, name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-        """Returns an array whose entries are those of the last use."""
-        found = self._arrays.get(name)
-        if found is None or found.shape != shape:
-            found = self._arrays[name] = np.zeros(shape, dtype)
-        return found
-
-
-_SCRATCH = _Scratch()
 
 
 def products(
@@ -78,55 +63,57 @@ def change_of_columns(columns: Float[np.ndarray, "C S"]) -> Float[np.ndarray, "C
 def _in_float32(
     flat: Sequence[Shaped[np.ndarray, " N"]], start: int, stop: int, change: Float[np.ndarray, "C C"]
 ) -> Float[np.ndarray, "C C"]:
-    """Returns the products of bfloat16 models."""
-    M = len(flat)
-    # The columns as sums of the models, each coefficient of a difference once for the model and once for the reference.
-    of_models = np.zeros((M, M))
-    of_models[:, [0, *range(2, M)]] = change[:, : M - 1]
-    of_models[:, 1] = change[:, M - 1] - change[:, : M - 1].sum(1)
-    mixing = of_models.astype(np.float32)
-    even = start + (stop - start) // 2 * 2
-    chunk = max(2, min(_SHORT_CHUNK, _WORK_OF_A_CHUNK // (M * (M + 1)), even - start)) // 2 * 2
-    half = chunk // 2
-    bits = _SCRATCH.get("bits", (M, chunk), np.uint32)
-    values = bits.view(np.float32)
-    # A B^T of a few long rows is many times as fast as A A^T, which BLAS treats as symmetric: a row of zeros does it.
-    columns = _SCRATCH.get("columns", (M + 1, chunk), np.float32)
-    columns[M] = 0
-    total = np.zeros((M, M + 1))
-    pairs = [own[start:even].view(np.uint32) if _is_aligned(own, start) else None for own in flat]
-    with np.errstate(invalid="ignore", over="ignore"):  # infinities make sums that are no numbers: the caller checks
-        for at in range(0, even - start, chunk):
-            n = min(chunk, even - start - at) // 2
-            for row, own, words in zip(bits, flat, pairs):
-                if words is None:
-                    words = own[start + at : start + at + 2 * n].copy().view(np.uint32)
-                else:
-                    words = words[at // 2 : at // 2 + n]
-                # Two weights in a word: bfloat16 is the upper half of the bits of a float32.
-                np.left_shift(words, np.uint32(16), out=row[:n])
-                np.bitwise_and(words, np.uint32(0xFFFF0000), out=row[half : half + n])
-            if n < half:
-                bits[:, n:half] = bits[:, half + n :] = 0
-            np.matmul(mixing, values, out=columns[:M])
-            total += columns[:M] @ columns.T
-    back = np.linalg.inv(_mixed_columns(mixing))
-    found: np.ndarray = back @ total[:, :M] @ back.T
-    return found if even == stop else found + _in_float64(flat, even, stop)
+    """Returns the products of bfloat16 models; of the first entries, and of those after the last rows, in float64."""
+    begin = start + _ALIGNED
+    size = max(0, stop - _ALIGNED - begin) // _PROGRAM * _PROGRAM
+    if not size:
+        return _in_float64(flat, start, stop)
+    # An array at an address that is not aligned would be copied: each starts before `begin`, where its address is.
+    before = [(own.ctypes.data + 2 * begin) % (2 * _ALIGNED) // 2 for own in flat]
+    words = [
+        own[begin - skipped : begin - skipped + size + _ALIGNED].view(np.uint16) for own, skipped in zip(flat, before)
+    ]
+    sums = np.asarray(_row_products(words, np.array(before, np.int32), change.astype(np.float32)))
+    C = len(change)
+    total = np.zeros((C, C))
+    total[np.triu_indices(C)] = sums.sum(1, dtype=np.float64)
+    back = np.linalg.inv(change)
+    found: np.ndarray = back @ (total + np.triu(total, 1).T) @ back.T
+    return found + _in_float64(flat, start, begin) + _in_float64(flat, begin + size, stop)
 
 
-def _mixed_columns(mixing: Float[np.ndarray, "C M"]) -> Float[np.ndarray, "C C"]:
-    """Returns the change of columns that float32 coefficients of models make."""
-    wide = mixing.astype(np.float64)
-    M = len(wide)
-    change = np.empty((M, M))
-    change[:, : M - 1] = wide[:, [0, *range(2, M)]]
-    change[:, M - 1] = wide.sum(1)
-    return change
+@jax.jit
+def _row_products(
+    words: Sequence[Shaped[jax.Array, " N"]], before: Int[jax.Array, " M"], change: Float[jax.Array, "C C"]
+) -> Float[jax.Array, "P R"]:
+    """Returns the products of changed columns, each pair once, summed over rows of entries, in one pass over them.
 
+    Args:
+      words: bits of bfloat16 entries of each model.
+      before: entries that each model has before the first that counts.
+      change: of columns; a column has coefficients of those that `change_of_columns` gives it.
+    """
+    size = words[0].shape[0] - _ALIGNED
+    child, reference, *parents = (
+        jax.lax.bitcast_convert_type(jax.lax.dynamic_slice(own, (skipped,), (size,)), jnp.bfloat16)
+        .reshape(-1, _ROW)
+        .astype(jnp.float32)
+        for own, skipped in zip(words, before)
+    )
+    differences = [own - reference for own in (child, *parents)]
+    columns = []
+    for k, own in enumerate(differences):
+        for j in range(1, k or len(differences)):
+            own = own + change[k, j] * differences[j]
+        columns.append(own)
+    columns.append(reference)
+    of_pairs = [one * other for k, one in enumerate(columns) for other in columns[k:]]
 
-def _is_aligned(own: np.ndarray, start: int) -> bool:
-    return own.flags.c_contiguous and (own.ctypes.data + 2 * start) % 4 == 0
+    def add(some: Sequence[jax.Array], others: Sequence[jax.Array]) -> Sequence[jax.Array]:
+        return tuple(one + other for one, other in zip(some, others))
+
+    # One reduction of all pairs reads the entries once; XLA would read them anew for each sum of its own.
+    return jnp.stack(jax.lax.reduce(tuple(of_pairs), (jnp.float32(0),) * len(of_pairs), add, (1,)))
 
 
 def _in_float64(flat: Sequence[Shaped[np.ndarray, " N"]], start: int, stop: int) -> Float[np.ndarray, "C C"]:
