@@ -77,7 +77,6 @@ _OWN_SIZES: Mapping[str, Mapping[str, Any]] = {
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "nemotron_h": {"n_groups": 2, "layer_types": ["linear_attention", "mlp", "full_attention", "moe"]},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [8, 16]},
-    "dots3_note": {"num_key_value_heads": 4}, "dots3_note_text": {"num_key_value_heads": 4},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
@@ -90,6 +89,31 @@ _OWN_SIZES: Mapping[str, Mapping[str, Any]] = {
     "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1},
 }  # fmt: skip
 """Family -> sizes that go together in it."""
+
+_ASSISTANT = {
+    "vocab_size": _VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_kv_shared_layers": 3,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "sliding_window": 16,
+}  # fmt: skip
+_DOTS = {
+    "vocab_size": _VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 96,
+    "shared_experts_intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "kv_lora_rank": 32, "q_lora_rank": 32,
+    "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "head_dim": 32, "index_head_dim": 16,
+    "index_n_heads": 2, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 32,
+    "swa_kv_lora_rank": 32, "swa_head_dim": 32, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16,
+    "sliding_window_size": 16, "pad_token_id": 1, "bos_token_id": 1, "eos_token_id": 1,
+}  # fmt: skip
+_GEMMA4_ASSISTANT = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+_MADE_WITH: Mapping[str, Mapping[str, Any]] = {
+    "dots3_note": {
+        "text_config": _DOTS, "audio_config": {"adapter_out_dim": 64}, "vision_config": {"adapter_out_dim": 64},
+    },
+    "dots3_note_text": _DOTS,
+    "gemma4_assistant": {"backbone_hidden_size": 64, "text_config": {**_ASSISTANT, **_GEMMA4_ASSISTANT}},
+    "gemma4_unified_assistant": {"backbone_hidden_size": 64, "text_config": _ASSISTANT},
+}  # fmt: skip
+"""Family -> arguments of its config class, where attributes that are changed one after another do not go together."""
 
 
 @dataclass
@@ -131,6 +155,8 @@ def tiny_config(family: str) -> Any:
     """
     from transformers import CONFIG_MAPPING
 
+    if family in _MADE_WITH:
+        return CONFIG_MAPPING[family](**_MADE_WITH[family])
     config = CONFIG_MAPPING[family]()
     _shrink(config)
     for name, value in _OWN_SIZES.get(family, {}).items():
@@ -151,6 +177,8 @@ def _shrink(config: Any) -> None:
         elif name in _SIZES and ((isinstance(value, int) and not isinstance(value, bool)) or name in _MAY_BE_NONE):
             with contextlib.suppress(Exception):
                 setattr(config, name, _SIZES[name])
+        elif name in _SIZES and isinstance(value, list):  # a size for each layer
+            setattr(config, name, [_SIZES[name]] * layers)
     for name, value in list(vars(config).items()):
         if isinstance(value, list) and len(value) > layers and re.search(r"layer|block|pattern|_list", name):
             kinds = list(dict.fromkeys(map(str, value)))
@@ -169,10 +197,15 @@ def _shrink(config: Any) -> None:
 def random_model(config: Any, seed: int) -> Any:
     """Returns a model of torch whose weights are random, biases and gains too."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).eval().float()
+    needed = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].config_class
+    parts = [part for part in vars(config).values() if type(part) is needed]
+    if type(config) is not needed and parts:  # a whole of several models, such as MusicGen
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](parts[0]).eval().float()
+    else:
+        model = AutoModelForCausalLM.from_config(config).eval().float()
     if (size := sum(p.numel() for p in model.parameters())) > 30_000_000:
         raise ValueError(f"{size:,} weights: it does not get small")
     generator = torch.Generator().manual_seed(seed + 1000)
@@ -206,6 +239,8 @@ def permuted(model: Any, seed: int) -> int:
     modules: dict[str, dict[str, Any]] = {}
     for name, weights in model.named_parameters():
         is_part = (match := _MLP.fullmatch(name)) and (_OUT.search(match["name"]) or _IN.search(match["name"]))
+        if re.search(r"\.(gate|router)\.", name):  # an MLP that chooses experts, which has units of its own
+            continue
         if match and (is_part or weights.ndim == 1) and not (weights.ndim > 1 and name.endswith("bias")):
             modules.setdefault(match["module"], {})[name] = weights
     count = 0
