@@ -83,6 +83,7 @@ _OWN_SIZES: Mapping[str, Mapping[str, Any]] = {
     "qwen4_exp_text": _QWEN4, "qwen4_exp": {"text_config": _QWEN4},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2}, "ffn_config": {"ffn_hidden_size": 96}},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "mamba_dt_rank": 4},
+    "xlstm": {"embedding_dim": 64, "num_blocks": 3},
     "blt": {"encoder_hash_byte_group_vocab": 500},
     "longcat_flash": {"expert_ffn_hidden_size": 96, "zero_expert_num": 2, "qk_head_dim": 32, "head_dim": 16},
     "zaya": {"num_experts_per_tok": 1}, "xlnet": {"d_head": 16},
@@ -209,6 +210,7 @@ def random_model(config: Any, seed: int) -> Any:
     if (size := sum(p.numel() for p in model.parameters())) > 30_000_000:
         raise ValueError(f"{size:,} weights: it does not get small")
     generator = torch.Generator().manual_seed(seed + 1000)
+    names = dict(model.named_parameters())
     with torch.no_grad():
         for name, weights in model.named_parameters():
             drawn = torch.randn(weights.shape, generator=generator)
@@ -218,7 +220,22 @@ def random_model(config: Any, seed: int) -> Any:
                 weights.add_(0.1 * drawn)
             elif "A_log" not in name:
                 weights.add_(0.02 * drawn)
+            if _FUSED.search(name) and weights.ndim >= 2:
+                _gate_rows(weights, alternate=f"{name}_bias" in names).sub_(0.1 * torch.randn(64, generator=generator))
     return model
+
+
+_FUSED = re.compile(r"gate_up_proj|input_linear|mlp\.Wi\.")
+"""Matrices that hold gate and up."""
+
+
+def _gate_rows(weights: Any, alternate: bool) -> Any:
+    """Returns the gate's rows, `[..., F, D]`, of a matrix of gate and up: a view of its first half, or of every second.
+
+    Training gives them a direction in common, and up rows none, by which they are distinguished.
+    """
+    rows = weights if weights.shape[-1] == _SIZES["hidden_size"] else weights.transpose(-1, -2)
+    return rows[..., ::2, :] if alternate else rows[..., : rows.shape[-2] // 2, :]
 
 
 _MLP = re.compile(

@@ -27,7 +27,7 @@ from tracing_jax.checkpoint.weights_only.names import (
     sizes_of_components,
     stacks_of,
 )
-from tracing_jax.checkpoint.weights_only.norms import Norm, mlp_norms, norms_of_layer
+from tracing_jax.checkpoint.weights_only.norms import NORM_OF_TYPE, Norm, mlp_norms, norms_of_layer, without_gains
 from tracing_jax.checkpoint.weights_only.numbers import (
     common_direction,
     guess_gain_offset,
@@ -256,7 +256,10 @@ class _Finder:
                 if name == "embedding" or "embedding" not in self.parts or found[best] == embeddings_size(self):
                     self.parts[name] = PartLocation(best)
         norms = [n for n, s in self.outside.items() if s == (self.width,) and _FINAL_NORM.search(n.lower())]
-        norms = [n for n in norms if not n.endswith("bias") and not re.search(r"emb", n.lower())]
+        norms = [n for n in norms if not n.endswith("bias")]
+        # LFM calls its last norm that of the embedding; one that is indeed there has a bias in every published family.
+        last = [n for n in norms if not re.search(r"emb", n.lower())]
+        norms = last or [n for n in norms if re.sub(r"(weight|scale|gamma)$", "bias", n) not in self.outside]
         if norms:
             self.parts["final_norm"] = PartLocation(min(norms, key=lambda n: (n.count("."), len(n))))
         if self.component is None and "embedding" not in self.parts:
@@ -284,7 +287,8 @@ class _Finder:
             if rest is not None:
                 self.parts[name] = PartLocation(prefix + rest, how="by name")
         kind, why = self._kind_of_norm(norms)
-        if problem := found.problem or why:
+        no_gains = not norms and self._says_rms() and all(map(without_gains, self.layers.values()))
+        if not no_gains and (problem := found.problem or why):
             self.unknown["norm"] = problem
         return kind
 
@@ -296,14 +300,19 @@ class _Finder:
             return None, None
         if all(re.sub(r"(weight|scale|gamma)$", "bias", name) in self.shapes for name in names[:4]):
             return "layer_norm", None
-        if not any("rms" in key.lower() and value for key, value in self.config.items()) and not any(
-            isinstance(value, str) and "rms" in value.lower() for value in self.config.values()
-        ):
+        known = NORM_OF_TYPE.get(str(self.config.get("model_type")))
+        if known == "layer_norm":
+            return known, None
+        if known is None and not self._says_rms():
             return None, "no bias and nothing in the config determines whether norms subtract the mean"
         offset = guess_gain_offset(self.store.read_many([(name, ()) for name in names[:64]]))
         if offset is None:
             return None, "the signs of the gains do not determine whether they are stored minus one"
         return ("rms_unit_offset" if offset else "rms"), None
+
+    def _says_rms(self) -> bool:
+        by_name = any("rms" in key.lower() and value for key, value in self.config.items())
+        return by_name or any(isinstance(value, str) and "rms" in value.lower() for value in self.config.values())
 
     def _check_features(self) -> None:
         """Notes why features may have an order of their own in every model: positions that are added by a rule."""

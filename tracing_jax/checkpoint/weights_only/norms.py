@@ -1,7 +1,7 @@
 """The norms around an MLP, by their names: gains are evidence of nothing, but rewrites move them into matrices."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
 from tracing_jax.checkpoint.weights_only.mlps import ATTENTION
@@ -11,10 +11,18 @@ Norm = Literal["rms", "rms_unit_offset", "layer_norm"]
 
 _PRE = re.compile(
     r"pre_?(feed_?forward|mlp|ffn?|moe)|^(ffn|mlp|ff|feed_?forward)_?(layer_?)?(norm|ln)|^(norm|ln)_?(ffn|mlp|ff|2)$"
-    r"|^ln_?2$|^norm_?2$|^layer_?norm_?2$"
+    r"|^ln_?2$|^norm_?2$|^layer_?norm_?2$|^channel_pre_norm$"
+    r"|^final_layer_norm$"  # fairseq's name for it in every layer
 )
 _POST = re.compile(r"post_?(feed_?forward|mlp|ffw|ffn?|moe)")
 _NORM = re.compile(r"norm|(^|_)ln(_|$|\d)")
+_MLP_WORD = re.compile(r"feed_?forward|mlp|ffw|ffn?|moe")
+
+NORM_OF_TYPE: Mapping[str, Norm] = {
+    **dict.fromkeys(("cohere2_moe", "cohere_compass_text", "modernbert-decoder"), "layer_norm"),
+    **dict.fromkeys(("cpmant", "lfm2", "lfm2_moe", "lfm3", "mamba", "mamba2", "xlstm"), "rms"),
+}  # fmt: skip
+"""Model type -> what its norms compute in transformers, where neither a bias nor the config says it."""
 
 
 class MlpNorms(NamedTuple):
@@ -41,6 +49,16 @@ def norms_of_layer(shapes: dict[str, tuple[int, ...]], width: int) -> list[str]:
     return found
 
 
+def without_gains(shapes: Iterable[str]) -> bool:
+    """Returns whether no tensor of a layer is a gain by its name, besides those inside of attention.
+
+    Args:
+      shapes: the names of the tensors after the number of the layer.
+    """
+    modules = [module_of(rest).lower() for rest in shapes]
+    return not any(_NORM.search(module) for module in modules if not ATTENTION.search(module))
+
+
 def mlp_norms(norms: Iterable[str], has_final_norm: bool) -> MlpNorms:
     """Returns which of the norms of a layer come before and after its MLP.
 
@@ -56,6 +74,9 @@ def mlp_norms(norms: Iterable[str], has_final_norm: bool) -> MlpNorms:
     after = post[0] if len(post) == 1 else None
     if not own:
         return MlpNorms(None, None, "no norms were found in the layers")
+    if len(attention) == 2 and after:  # of Llama's name, and its namesake after attention, as `after` is after the MLP
+        namesakes = [_MLP_WORD.sub(word, own[after]) for word in ("attn", "attention")]
+        attention = [rest for rest in attention if own[rest] not in namesakes]
     if not has_final_norm:
         return MlpNorms(
             None, None, "there is no norm after the last layer, so that those of a layer may follow its parts"
