@@ -4,8 +4,9 @@
 
 FILE is a JSON list of `{"source": ..., "config": ...}`. Of each config that transformers can build, a tiny random model
 is made: sizes are shrunken, all else stays as it was published. It is saved under that config, opened as `compare`
-opens models, and where it is read with a forward pass its logits must equal those of transformers. `--write` replaces
-the section on published configs in docs/families.md.
+opens models, and where it is read with a forward pass its logits must equal those of transformers. Of a config that
+transformers cannot build, the tiny checkpoint has the tensors of `published_layouts`, and the parts that are found must
+be those stated there. `--write` replaces the section on published configs in docs/families.md.
 """
 
 import argparse
@@ -23,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
 
+from benchmarks import published_layouts
 from benchmarks.families import TABLE
 
 HEADING = "## Published configs"
@@ -37,7 +40,8 @@ _LAYERS, _VOCABULARY, _WIDTH, _HEAD, _WINDOW = 6, 320, 64, 16, 8
 _SIZES: Mapping[str, int] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "padded_vocab_size"), _VOCABULARY),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "out_hidden_size", "projection_dim"), _WIDTH),
-    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_hidden_size", "mlp_hidden_size"), 96),
+    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_hidden_size", "mlp_hidden_size", "ffn_dim"), 96),
+    **dict.fromkeys(("ff_intermediate_size",), 96),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size_mlp"), 48),
     **dict.fromkeys(("moe_shared_expert_intermediate_size", "moe_latent_size"), 48),
     **dict.fromkeys(("sliding_window", "attention_chunk_size", "sliding_window_size"), _WINDOW),
@@ -71,6 +75,9 @@ class Row:
       level: `forward`; `weights` where it has no forward pass here; `refused` where its tiny model is not opened.
       cause: why it is not read with a forward pass.
       opened: whether a tiny model of it was read.
+      maker: what it was made from: `transformers`, or `names` of tensors.
+      parts: what was found in it by its weights alone.
+      misread: parts that were found elsewhere than they are, or not found.
       error: the largest difference of logits, relative to the largest; None where none were compared.
       remark: why no tiny model was tried.
     """
@@ -80,13 +87,16 @@ class Row:
     level: str = ""
     cause: str = ""
     opened: bool = False
+    maker: str = ""
+    parts: str = ""
+    misread: str = ""
     error: float | None = None
     remark: str = ""
 
     @property
     def is_wrong(self) -> bool:
-        """Whether it is read, and computes something else than transformers."""
-        return self.error is not None and not self.error <= TOLERANCE
+        """Whether it is read, and computes something else than transformers, or is taken apart otherwise."""
+        return bool(self.misread) or (self.error is not None and not self.error <= TOLERANCE)
 
 
 def shrunken(raw: Mapping[str, Any], vision: bool = False) -> dict[str, Any]:
@@ -184,23 +194,32 @@ def tiny_model(folder: Path, seed: int) -> Any:
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    )
 
     from tracing_jax.arch.config import _hf_config
 
-    config = _hf_config(folder)
+    config = _named_config(folder) or _hf_config(folder)
     if hasattr(config, "quantization_config"):  # says how weights were stored, and random ones are not
         del config.quantization_config
     whole = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     maker = AutoModelForImageTextToText if whole else AutoModelForCausalLM
+    if not whole and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        import transformers
+
+        build = getattr(transformers, config.architectures[0])._from_config
+    else:
+        build = maker.from_config
     # With plain attention, transformers 5.24 adds the slopes of Falcon's ALiBi twice, with its default once.
     how = {"attn_implementation": "sdpa" if getattr(config, "alibi", False) else "eager"}
     with torch.device("meta"):
-        empty = maker.from_config(copy.deepcopy(config), **how)
+        empty = build(copy.deepcopy(config), **how)
     if (size := sum(p.numel() for p in empty.parameters())) > 20_000_000:
         raise ValueError(f"{size:,} weights: it does not get small")
     torch.manual_seed(seed)
-    model = maker.from_config(config, **how, dtype=torch.float32).eval()
+    model = build(config, **how, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weights in model.named_parameters():
@@ -215,6 +234,19 @@ def tiny_model(folder: Path, seed: int) -> Any:
     return model
 
 
+def _named_config(folder: Path) -> Any:
+    """Returns the config of the class that `architectures` names; None if it is that of `model_type`."""
+    import transformers
+
+    raw = json.loads((folder / "config.json").read_text())
+    names = raw.get("architectures")
+    named = getattr(transformers, names[0], None) if isinstance(names, list) and names else None
+    known = getattr(named, "config_class", None)
+    if known is None or known.model_type == raw.get("model_type"):
+        return None
+    return known(**{name: value for name, value in raw.items() if name not in ("model_type", "quantization_config")})
+
+
 def tried(entry: Mapping[str, Any], seed: int = 0) -> Row:
     """Returns what becomes of a config and of a tiny model of it."""
     raw = entry["config"]
@@ -223,12 +255,23 @@ def tried(entry: Mapping[str, Any], seed: int = 0) -> Row:
         folder = Path(name)
         _read_config(row, folder, raw)
         small = shrunken(raw)
+        if isinstance((inner := small.get("ffn_config") or {}).get("ffn_act_fn"), str):  # not as DBRX's class takes it
+            inner["ffn_act_fn"] = {"name": inner["ffn_act_fn"]}
         (folder / "config.json").write_text(json.dumps(small))
+        if row.model_type in published_layouts.LAYOUTS:
+            tensors, parts = published_layouts.tensors(small, _LAYERS, seed)
+            (folder / "model").mkdir()
+            save_file(tensors, folder / "model" / "model.safetensors")
+            row.maker = "names"
+            _open_model(row, folder, small, None, parts)
+            return row
         try:
             model = tiny_model(folder, seed)
         except Exception as error:
             row.remark = f"no tiny model: {_short(error)}"
             return row
+        row.maker = "transformers"
+        model.save_pretrained(folder / "model")
         _open_model(row, folder, small, model)
     return row
 
@@ -245,12 +288,21 @@ def _read_config(row: Row, folder: Path, raw: Mapping[str, Any]) -> None:
         row.level, row.cause = "weights", _short(error).replace(f"{folder}/", "")
 
 
-def _open_model(row: Row, folder: Path, small: Mapping[str, Any], model: Any) -> None:
-    """Notes whether the tiny model is read, and what it computes."""
+def _open_model(
+    row: Row, folder: Path, small: Mapping[str, Any], model: Any, stated: Mapping[str, str] | None = None
+) -> None:
+    """Notes whether the tiny model is read, and what it computes, or what was found in it.
+
+    Args:
+      row: to be filled in.
+      folder: of the model's folder.
+      small: its config.
+      model: transformers' model of it; None if there is none.
+      stated: part -> the name of its tensor, where it is known.
+    """
     from tracing_jax.checkpoint import CheckpointError, WeightsOnly, open_checkpoint
 
     saved = folder / "model"
-    model.save_pretrained(saved)
     plain = {name: value for name, value in small.items() if name != "quantization_config"}
     (saved / "config.json").write_text(json.dumps(plain))
     try:
@@ -264,6 +316,22 @@ def _open_model(row: Row, folder: Path, small: Mapping[str, Any], model: Any) ->
         row.remark = f"the tiny model is read at another level: {level} {found.notes[:1]}"
     elif level == "forward":
         row.error = difference(found, expected_logits(model))
+    if level == "weights":
+        parts = parts_found(found.notes)
+        row.parts = ", ".join(name for name in PARTS if name in parts) or "other matrices alone"
+        wanted = {name: parts.get(name) for name in PARTS} if stated is None else {n: stated.get(n) for n in PARTS}
+        row.misread = "; ".join(
+            f"{name} is {wanted[name]}, found {parts.get(name)}" for name in PARTS if parts.get(name) != wanted[name]
+        )
+
+
+PARTS = ("gate", "up", "down", "embedding", "head")
+"""The parts that are compared with those stated."""
+
+
+def parts_found(notes: Sequence[str]) -> dict[str, str]:
+    """Returns part -> where it is stored, by the notes of a checkpoint that was read by its weights alone."""
+    return {name: where for note in notes for name, where in re.findall(r"(\w+) = ([^\[;]+?) \[", note)}
 
 
 def tokens() -> np.ndarray:

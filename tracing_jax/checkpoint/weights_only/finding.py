@@ -249,6 +249,8 @@ class _Finder:
         vocab = self.config.get("vocab_size")
         heads = {n: v for n, v in tables.items() if _HEAD.search(module_of(n).lower()) and "token_emb" not in n}
         embeddings = {n: v for n, v in tables.items() if n not in heads and _EMBEDDING.search(n.lower())}
+        # A matrix with a bias beside it is a projection, such as the context_embedder of a diffusion model.
+        embeddings = {n: v for n, v in embeddings.items() if n.removesuffix("weight") + "bias" not in self.outside}
         embeddings = embeddings or {n: v for n, v in tables.items() if n not in heads and v == vocab}
         for name, found in (("embedding", embeddings), ("head", heads)):
             if found:
