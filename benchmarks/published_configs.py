@@ -41,7 +41,7 @@ _SIZES: Mapping[str, int] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "padded_vocab_size"), _VOCABULARY),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "out_hidden_size", "projection_dim"), _WIDTH),
     **dict.fromkeys(("intermediate_size", "n_inner", "ffn_hidden_size", "mlp_hidden_size", "ffn_dim"), 96),
-    **dict.fromkeys(("ff_intermediate_size",), 96),
+    **dict.fromkeys(("ff_intermediate_size", "decoder_dim", "encoder_ffn_dim", "codebook_size"), 96),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size_mlp"), 48),
     **dict.fromkeys(("moe_shared_expert_intermediate_size", "moe_latent_size"), 48),
     **dict.fromkeys(("sliding_window", "attention_chunk_size", "sliding_window_size"), _WINDOW),
@@ -216,7 +216,7 @@ def tiny_model(folder: Path, seed: int) -> Any:
     how = {"attn_implementation": "sdpa" if getattr(config, "alibi", False) else "eager"}
     with torch.device("meta"):
         empty = build(copy.deepcopy(config), **how)
-    if (size := sum(p.numel() for p in empty.parameters())) > 20_000_000:
+    if (size := sum(p.numel() for p in empty.parameters())) > 50_000_000:
         raise ValueError(f"{size:,} weights: it does not get small")
     torch.manual_seed(seed)
     model = build(config, **how, dtype=torch.float32).eval()
@@ -370,8 +370,11 @@ def _short(error: BaseException) -> str:
 _SECTION = """Of {total} configs of {types} model types, as they were published from 2023 to 2026, {forward} are read
 with a forward pass. {compared} of these were made into tiny random models by transformers, with every attribute but
 sizes as published: {right} give its logits to within 2e-4 of the largest (the worst: {worst:.0e}), {wrong} do not.
-{without} have no forward pass here, each for the cause in the table. Of {opened} of these a tiny model was made and
-read by its weights alone; {refused} were refused. Of {untried} no tiny model could be made, and nothing was opened:
+{without} have no forward pass here, each for the cause in the first table. Of each of these a tiny checkpoint was made,
+by transformers or, where its code is not part of transformers, with the names and shapes of the published tensors
+(`benchmarks/published_layouts.py`), except of {untried}. {opened} were read by their weights alone, as the second table
+says; {refused} were refused. Of the {named} made from names, {misread} had a part that was not found where it is.
+
 `python -m benchmarks.published_configs FILE --write`, where FILE is a list of such configs, which are not part of this
 repository."""
 
@@ -380,45 +383,39 @@ def section(rows: Sequence[Row]) -> str:
     """Returns the section of the docs."""
     errors = [row.error for row in rows if row.error is not None]
     without = [row for row in rows if row.level != "forward"]
-    refused = sum(row.level == "refused" for row in without)
     text = _SECTION.format(
         total=len(rows),
         types=len({row.model_type for row in rows}),
         forward=sum(row.level == "forward" for row in rows),
         without=len(without),
         opened=sum(row.opened for row in without),
-        refused=refused or "none",
-        untried=sum(not row.opened for row in without) - refused or "none",
+        refused=sum(row.level == "refused" for row in without) or "none",
+        untried=sum(not row.maker for row in without) or "none",
+        named=sum(row.maker == "names" for row in without),
+        misread=sum(bool(row.misread) for row in without) or "none",
         compared=len(errors),
-        right=len(errors) - sum(row.is_wrong for row in rows),
-        wrong=sum(row.is_wrong for row in rows) or "none",
+        right=sum(error <= TOLERANCE for error in errors),
+        wrong=sum(not error <= TOLERANCE for error in errors) or "none",
         worst=max(errors, default=0.0),
     )
     causes = collections.Counter(_cause(row) for row in without)
     lines = ["| why without a forward pass | configs |", "|---|---|"]
     lines += [f"| {cause} | {count} |" for cause, count in causes.most_common()]
-    paragraph = textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
-    untried = collections.Counter(_why_untried(row) for row in without if not row.opened and row.level != "refused")
-    others = ["| why no tiny model was made | configs |", "|---|---|"]
-    others += [f"| {why} | {count} |" for why, count in untried.most_common()]
-    return "\n\n".join([HEADING, paragraph, "\n".join(lines), *(["\n".join(others)] if untried else [])]) + "\n"
+    kinds = collections.Counter((row.model_type, row.maker or "nothing", _found(row)) for row in without)
+    others = ["| model type | tiny checkpoint from | found by weights alone | configs |", "|---|---|---|---|"]
+    others += [f"| {' | '.join(kind)} | {count} |" for kind, count in sorted(kinds.items())]
+    paragraphs = [
+        textwrap.fill(" ".join(part.split()), 120, break_long_words=False, break_on_hyphens=False)
+        for part in text.split("\n\n")
+    ]
+    return "\n\n".join([HEADING, *paragraphs, "\n".join(lines), *(["\n".join(others)] if without else [])]) + "\n"
 
 
-_UNTRIED = {
-    "contains custom code": "code of its own, which is not run",
-    "does not recognize this architecture": "no model type of transformers",
-    "Unrecognized configuration class": "no model of text alone in transformers",
-    "no attribute 'to_dict'": "a text model with the config of another inside, which transformers cannot build",
-    "does not get small": "a class of transformers that does not read the sizes of this config",
-}
-"""Part of a remark -> why no tiny model was made, in short."""
-
-
-def _why_untried(row: Row) -> str:
-    for part, why in _UNTRIED.items():
-        if part in row.remark:
-            return f"{why}: {row.model_type}"
-    return f"{row.model_type}: {row.remark.removeprefix('no tiny model: ').split('. ')[0][:160]}"
+def _found(row: Row) -> str:
+    """Returns what was found in the tiny checkpoint of a config, or why there is none."""
+    if row.opened:
+        return f"{row.parts}; not as it is: {row.misread}" if row.misread else row.parts
+    return row.cause if row.level == "refused" else row.remark.split(". ")[0][:160]
 
 
 def _cause(row: Row) -> str:

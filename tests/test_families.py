@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import attributes, families, published_configs
+from benchmarks import attributes, families, published_configs, published_layouts
 from tracing_jax.arch import rope
 
 _DOZEN = (
@@ -57,10 +57,31 @@ def test_configs_without_a_forward_pass_count_as_read_only_where_a_model_was_ope
     def row(**facts: Any) -> published_configs.Row:
         return published_configs.Row("here", "flux", cause="no forward pass", **facts)
 
-    rows = [row(level="weights", opened=True), row(level="weights", remark="no tiny model"), row(level="refused")]
+    opened = {"level": "weights", "opened": True, "maker": "names", "parts": "up, down"}
+    rows = [row(**opened), row(**opened, misread="up is a, found b"), row(level="weights", remark="no tiny model"),
+            row(level="refused", maker="transformers")]  # fmt: skip
+    assert [row.is_wrong for row in rows] == [False, True, False, False]
     text = " ".join(published_configs.section(rows).split())
-    assert "3 have no forward pass here" in text
-    assert "Of 1 of these a tiny model was made and read by its weights alone; 1 were refused. Of 1 no tiny" in text
+    assert "4 have no forward pass here" in text
+    assert "except of 1. 2 were read by their weights alone" in text
+    assert "1 were refused. Of the 2 made from names, 1 had a part that was not found where it is." in text
+    assert "| flux | names | up, down; not as it is: up is a, found b | 1 |" in text
+
+
+@pytest.mark.parametrize("kind", published_layouts.LAYOUTS)
+def test_parts_of_published_layouts_are_found_where_they_are(kind):
+    row = published_configs.tried({"source": "here", "config": {"model_type": kind, "hidden_act": "silu"}})
+    assert (row.opened, row.maker, row.misread) == (True, "names", "")
+    assert "down" in row.parts
+
+
+def test_a_part_that_is_found_elsewhere_is_reported(monkeypatch):
+    text = published_layouts.LAYOUTS["internlm2"].replace("w1.weight F D = gate", "w1.weight F D = up")
+    text = text.replace("w3.weight F D = up", "w3.weight F D = gate")
+    monkeypatch.setattr(published_layouts, "LAYOUTS", {"internlm2": text})
+    row = published_configs.tried({"source": "here", "config": {"model_type": "internlm2"}})
+    assert row.is_wrong
+    assert "gate is model.layers.{layer}.feed_forward.w3.weight, found model.layers.{layer}." in row.misread
 
 
 @pytest.mark.parametrize("part", [

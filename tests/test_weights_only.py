@@ -15,7 +15,7 @@ from tracing_jax import cli, experiment
 from tracing_jax.arch import UnsupportedModelError
 from tracing_jax.axes import axis_table
 from tracing_jax.checkpoint import Checkpoint, CheckpointError, WeightsOnly, open_checkpoint
-from tracing_jax.checkpoint.weights_only import numbers
+from tracing_jax.checkpoint.weights_only import norms, numbers
 from tracing_jax.options import COMPARE
 from tracing_jax.statistics import NEEDS, REGISTRY
 from tracing_jax.tree import flatten
@@ -124,6 +124,68 @@ def test_a_wrong_layout_file_is_one_clear_error(text, said, tmp_path):
     (tmp_path / "layout.yaml").write_text(text)
     with pytest.raises(CheckpointError, match=said.replace("{", r"\{")):
         open_checkpoint(folder, weights_only=WeightsOnly(layout=str(tmp_path / "layout.yaml")))
+
+
+@pytest.mark.parametrize(("names", "has_final", "before", "after"), [
+    (("self_attn_layer_norm", "final_layer_norm"), True, "final_layer_norm", None),
+    (("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"), True, "final_layer_norm", None),
+    (("self_attn_layer_norm", "final_layer_norm"), False, None, None),
+    (("temporal_pre_norm", "channel_pre_norm"), True, "channel_pre_norm", None),
+    (("input_layernorm", "post_attention_layernorm", "post_attn_norm", "post_ffn_norm"), True,
+     "post_attention_layernorm", "post_ffn_norm"),
+    (("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"), True,
+     "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    (("post_attention_layernorm", "post_feedforward_layernorm"), True, None, "post_feedforward_layernorm"),
+])  # fmt: skip
+def test_the_norm_before_the_mlp_is_found_by_the_names_of_all(names, has_final, before, after):
+    found = norms.mlp_norms([f"{name}.weight" for name in names], has_final)
+    assert found.before == (before and f"{before}.weight")
+    assert found.after == (after and f"{after}.weight")
+    assert (found.problem is None) == has_final
+
+
+def _reading(folder: Path, tensors: layouts.Tensors, **config: object) -> tuple[Checkpoint, dict[str, str]]:
+    """Returns an opened checkpoint, and what could not be found out about it."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"hidden_size": D, "vocab_size": V, **config}))
+    save_file(tensors, folder / "model.safetensors")
+    found = open_checkpoint(str(folder), weights_only=WeightsOnly())
+    return found, dict(found.arch.reading.unknown)
+
+
+def test_a_model_without_gains_reads_no_norm_where_the_config_says_what_norms_compute(tmp_path):
+    bare = {name: t for name, t in layouts.baichuan(0).items() if "norm" not in name}
+    _, facts = _reading(tmp_path / "rms", bare, model_type="x", rms_norm_eps=1e-6)
+    assert "norm" not in facts
+    _, facts = _reading(tmp_path / "unknown", bare, model_type="x")
+    assert "no norms were found" in facts["norm"]
+    hidden = bare | {f"model.layers.{i}.mlp.pre.0.norm.weight": np.ones(2 * D, np.float32) for i in range(3)}
+    _, facts = _reading(tmp_path / "other", hidden, model_type="x", rms_norm_eps=1e-6)
+    assert "no norms were found" in facts["norm"]
+
+
+def test_what_norms_compute_is_known_of_types_whose_config_does_not_say_it(tmp_path):
+    tensors = layouts.baichuan(0)
+    for kind, norm in (("lfm2", "rms"), ("cohere2_moe", "layer_norm")):
+        found, facts = _reading(tmp_path / kind, tensors, model_type=kind, norm_eps=1e-6)
+        assert ("norm" in facts, found.arch.norm) == (False, norm)
+    assert "whether norms subtract the mean" in _reading(tmp_path / "x", tensors, model_type="x")[1]["norm"]
+
+
+def test_the_only_norm_outside_layers_is_the_last_unless_it_has_a_bias(tmp_path):
+    tensors = {n.replace("model.norm", "model.embedding_norm"): t for n, t in layouts.baichuan(0).items()}
+    assert "norm" not in _reading(tmp_path / "last", tensors, model_type="x", rms_norm_eps=1e-6)[1]
+    tensors["model.embedding_norm.bias"] = np.zeros(D, np.float32)
+    _, facts = _reading(tmp_path / "first", tensors, model_type="x", rms_norm_eps=1e-6)
+    assert "there is no norm after the last layer" in facts["norm"]
+
+
+def test_a_projection_with_a_bias_is_no_table_of_tokens(tmp_path):
+    tensors = {n.replace("embed_tokens", "context_embedder"): t for n, t in layouts.baichuan(0).items()}
+    assert "embedding" not in _reading(tmp_path / "table", tensors, model_type="x", rms_norm_eps=1e-6)[1]
+    tensors["model.context_embedder.bias"] = np.zeros(D, np.float32)
+    _, facts = _reading(tmp_path / "projection", tensors, model_type="x", rms_norm_eps=1e-6)
+    assert "no table of tokens" in facts["embedding"]
 
 
 def test_norms_with_a_negative_epsilon_are_refused_by_weights_alone_too(tmp_path):

@@ -248,10 +248,10 @@ class _Finder:
             tables = {}
         vocab = self.config.get("vocab_size")
         heads = {n: v for n, v in tables.items() if _HEAD.search(module_of(n).lower()) and "token_emb" not in n}
-        embeddings = {n: v for n, v in tables.items() if n not in heads and _EMBEDDING.search(n.lower())}
         # A matrix with a bias beside it is a projection, such as the context_embedder of a diffusion model.
-        embeddings = {n: v for n, v in embeddings.items() if n.removesuffix("weight") + "bias" not in self.outside}
-        embeddings = embeddings or {n: v for n, v in tables.items() if n not in heads and v == vocab}
+        rest = {n: v for n, v in tables.items() if n not in heads and _bias(n) not in self.outside}
+        embeddings = {n: v for n, v in rest.items() if _EMBEDDING.search(n.lower())}
+        embeddings = embeddings or {n: v for n, v in rest.items() if v == vocab}
         for name, found in (("embedding", embeddings), ("head", heads)):
             if found:
                 best = max(found, key=lambda n: (found[n] == vocab, found[n]))
@@ -261,7 +261,7 @@ class _Finder:
         norms = [n for n in norms if not n.endswith("bias")]
         # LFM calls its last norm that of the embedding; one that is indeed there has a bias in every published family.
         last = [n for n in norms if not re.search(r"emb", n.lower())]
-        norms = last or [n for n in norms if re.sub(r"(weight|scale|gamma)$", "bias", n) not in self.outside]
+        norms = last or [n for n in norms if _bias(n) not in self.outside]
         if norms:
             self.parts["final_norm"] = PartLocation(min(norms, key=lambda n: (n.count("."), len(n))))
         if self.component is None and "embedding" not in self.parts:
@@ -300,7 +300,7 @@ class _Finder:
         ]
         if not names:
             return None, None
-        if all(re.sub(r"(weight|scale|gamma)$", "bias", name) in self.shapes for name in names[:4]):
+        if all(_bias(name) in self.shapes for name in names[:4]):
             return "layer_norm", None
         known = NORM_OF_TYPE.get(str(self.config.get("model_type")))
         if known == "layer_norm":
@@ -365,6 +365,10 @@ class _Finder:
                     if is_near_identity(first):
                         continue
                 yield Matrix(self.stack.tensor(layer, rest), position, axis)
+
+
+def _bias(tensor: str) -> str:
+    return re.sub(r"(weight|scale|gamma)$", "bias", tensor)
 
 
 def embeddings_size(finder: _Finder) -> int:
