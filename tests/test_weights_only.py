@@ -183,6 +183,8 @@ def test_the_only_norm_outside_layers_is_the_last_unless_it_has_a_bias(tmp_path)
 def test_a_projection_with_a_bias_is_no_table_of_tokens(tmp_path):
     tensors = {n.replace("embed_tokens", "context_embedder"): t for n, t in layouts.baichuan(0).items()}
     assert "embedding" not in _reading(tmp_path / "table", tensors, model_type="x", rms_norm_eps=1e-6)[1]
+    bare = {n.replace("context_embedder.weight", "context_embedder"): t for n, t in tensors.items()}
+    assert "embedding" not in _reading(tmp_path / "bare", bare, model_type="x", rms_norm_eps=1e-6)[1]
     tensors["model.context_embedder.bias"] = np.zeros(D, np.float32)
     _, facts = _reading(tmp_path / "projection", tensors, model_type="x", rms_norm_eps=1e-6)
     assert "no table of tokens" in facts["embedding"]

@@ -368,7 +368,8 @@ class _Finder:
 
 
 def _bias(tensor: str) -> str:
-    return re.sub(r"(weight|scale|gamma)$", "bias", tensor)
+    """Returns the name that the bias beside a matrix or gain would have."""
+    return re.sub(r"(weight|scale|gamma)$|$", lambda end: "bias" if end[0] else "_bias", tensor, count=1)
 
 
 def embeddings_size(finder: _Finder) -> int:
