@@ -11,6 +11,7 @@ the kernel keeps a high-water mark only of both together, so this part is sample
 import contextlib
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -70,7 +71,9 @@ def measured_run(base: str | Path, ft: str | Path, stat: str, fields: Mapping[st
         fields = {"base_model_id": base, "ft_model_id": ft, "stat": stat, "save": save, **fields}
         command = [sys.executable, "-m", "benchmarks.run_cost", f"--measured={cost}"]
         command += ["--config=configs/mode.py", *(f"--{name}={value}" for name, value in fields.items())]
-        done = subprocess.run(command, cwd=_REPOSITORY, capture_output=True, text=True, check=False)
+        # As where little memory is free: malloc gives back what an array leaves.
+        env = os.environ | {"MALLOC_TRIM_THRESHOLD_": str(2**17)}
+        done = subprocess.run(command, cwd=_REPOSITORY, env=env, capture_output=True, text=True, check=False)
         if done.returncode or not cost.exists():
             raise FailedRunError(f"{stat} on {base} and {ft}: {done.stderr[-2000:]}")
         return Cost(**json.loads(cost.read_text("utf-8")))

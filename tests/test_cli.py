@@ -1,5 +1,6 @@
 """The command line: help without anything heavy, and each verb on tiny models."""
 
+import ctypes
 import json
 import os
 import subprocess
@@ -225,6 +226,53 @@ def test_libraries_are_set_up_unless_the_user_did(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", own)
     prepare_libraries()
     assert (os.environ["OPENBLAS_THREAD_TIMEOUT"], os.environ["XLA_FLAGS"]) == ("20", own)
+
+
+def test_xla_compiles_quickly_only_for_small_models(monkeypatch, tmp_path):
+    monkeypatch.setattr(startup.metadata, "version", lambda name: "0.10.2")
+    (small := tmp_path / "small").mkdir()
+    (small / "model.safetensors").write_bytes(bytes(8))
+    (large := tmp_path / "large").mkdir()
+    with (large / "model.safetensors").open("wb") as file:
+        file.truncate(2**31)
+    quick, thorough = " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1", ""
+    for arguments, flags in (
+        ([str(small), "demo:base", "--save=runs/pair.p"], quick),
+        ([str(small), str(large)], thorough),
+        ([f"--config.base_model_id={large}"], thorough),
+        (["--base_model_id=org/name", str(small)], thorough),
+        (["org/name@v1.0", str(small)], thorough),
+    ):
+        monkeypatch.setenv("XLA_FLAGS", "")
+        prepare_libraries(arguments)
+        assert os.environ["XLA_FLAGS"].strip() == flags.strip(), arguments
+
+
+_FREED = """
+import resource, sys
+from tracing_jax import host_memory
+host_memory.free_memory = lambda: int(sys.argv[1])
+from tracing_jax.cli.startup import prepare_libraries
+prepare_libraries()
+import numpy as np
+for _ in range(20):
+    np.zeros(2**26, np.uint8)[:] = 1
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="a setting of glibc")
+def test_freed_memory_is_used_again_where_much_is_free():
+    env = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES" and not k.startswith("MALLOC_")}
+    env |= {"NUMPY_MADVISE_HUGEPAGE": "0"}
+
+    def faults(free: int, **more: str) -> int:
+        command = [sys.executable, "-c", _FREED, str(free)]
+        return int(subprocess.run(command, env=env | more, check=True, capture_output=True, text=True).stdout)
+
+    pages = 2**26 // os.sysconf("SC_PAGE_SIZE")
+    assert faults(2**40) < faults(2**30) - 18 * pages
+    assert faults(2**40, MALLOC_ARENA_MAX="2") > faults(2**40) + 18 * pages
 
 
 _KEPT = """

@@ -150,8 +150,9 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path):
     source = ShardedCheckpoint(_checkpoint(tmp_path, _FAMILIES["llama"], **{name: broken}), make_mesh(1, 8))
     source.layer(0)
     source.layer(1, ("attn",))
-    with pytest.raises(CheckpointError, match=rf"NaN or infinite weights in {name};"):
-        source.layer(1)
+    for _ in range(2):  # only leaves that were found finite are not searched again
+        with pytest.raises(CheckpointError, match=rf"NaN or infinite weights in {name};"):
+            source.layer(1)
 
 
 @pytest.mark.parametrize("changed_row", [None, 0, 60])

@@ -31,6 +31,8 @@ class ShardedCheckpoint:
     checkpoint: Checkpoint
     mesh: Mesh
     _buffer: ReadBuffer = field(default_factory=ReadBuffer, repr=False, compare=False)
+    _finite: set[str] = field(default_factory=set, repr=False, compare=False)
+    """Leaves that were read once: they are not searched for NaN and infinities again."""
 
     @property
     def arch(self) -> Arch:
@@ -61,11 +63,13 @@ class ShardedCheckpoint:
         leaves = {}
         for name, layout in self.checkpoint.layouts_of_subtree(prefix, only).items():
             spec = leaf_spec(self._table.leaves[prefix + name], self._table, self.mesh)
-            leaves[name] = self._leaf(layout, NamedSharding(self.mesh, spec), broken)
+            searched = None if prefix + name in self._finite else broken
+            leaves[name] = self._leaf(layout, NamedSharding(self.mesh, spec), searched)
         self.checkpoint.refuse(broken)
+        self._finite.update(prefix + name for name in leaves)
         return unflatten(leaves)
 
-    def _leaf(self, layout: LeafLayout, sharding: NamedSharding, broken: list[str]) -> jax.Array:
+    def _leaf(self, layout: LeafLayout, sharding: NamedSharding, broken: list[str] | None) -> jax.Array:
         axis = next((axis for axis, split in enumerate(sharding.spec) if split is not None), 0)
         held = _held(sharding, layout.shape, axis)
         shards = []

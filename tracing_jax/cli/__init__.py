@@ -70,7 +70,7 @@ def _run_verb(name: str, argv: Sequence[str], is_program: bool) -> None:
     if not is_program:
         verb.run(parsed)
         return
-    prepare_libraries()
+    prepare_libraries(argv)
     from tracing_jax.progress import reporting
 
     configure_logging(getattr(parsed, "verbosity", -1 if getattr(parsed, "quiet", False) else 0))

@@ -58,7 +58,7 @@ def run_program(main: Callable[[Sequence[str]], None], argv: Sequence[str], prin
     if "version" in given:
         print(program_version())
         return
-    prepare_libraries()
+    prepare_libraries(argv[1:])
     try:
         app.run(main, argv=list(argv), flags_parser=parse_flags)
     except KeyboardInterrupt:

@@ -5,6 +5,7 @@ Such rows agree between unrelated models until training has changed them, at equ
 Letters: n units, D features.
 """
 
+import functools
 import math
 
 import jax
@@ -17,19 +18,25 @@ IDENTITY_BELOW = 1e-6
 models at once: of relatives the ranks are the same. Rows that do, until training has hidden it, are far below."""
 
 
-@jax.jit
-def diagonal_ranks(rows: Float[Array | np.ndarray, "n D"]) -> Float[Array, " n"]:
+@functools.partial(jax.jit, static_argnames="axis")
+def diagonal_ranks(weights: Float[Array | np.ndarray, "..."], axis: int = 1) -> Float[Array, " n"]:
     """Returns of each row i the share of its entries that are smaller than the entry i modulo D, by absolute value.
 
     Entries are compared over the mean of their feature, as features may be in order of size. Entries that are equal
     count half. Of rows in random directions the ranks are uniform.
+
+    Args:
+      weights: rows `[n, D]`, or columns `[D, n]` in their place.
+      axis: that of the features.
     """
-    sizes = jnp.abs(rows.astype(jnp.float32))
+    sizes = jnp.abs(weights.astype(jnp.float32))
     sizes = sizes / jnp.where(sizes.max() > 0, sizes.max(), 1.0)
-    means = sizes.mean(axis=0)
+    means = sizes.mean(axis=1 - axis, keepdims=True)
     sizes = sizes / jnp.where(means > 0, means, 1.0)
-    own = sizes[jnp.arange(len(sizes)), jnp.arange(len(sizes)) % sizes.shape[1]][:, None]
-    return (sizes < own).mean(axis=1) + (sizes == own).mean(axis=1) / 2
+    rows = jnp.arange(weights.shape[1 - axis])
+    feature = rows % weights.shape[axis]
+    own = jnp.expand_dims(sizes[(rows, feature) if axis == 1 else (feature, rows)], axis)
+    return jnp.where(sizes < own, 1.0, jnp.where(sizes == own, 0.5, 0.0)).mean(axis=axis)
 
 
 def identity_p(ranks: Float[np.ndarray, " K"]) -> float:

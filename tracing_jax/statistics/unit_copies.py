@@ -112,7 +112,7 @@ def reading_of(projection: Tree, norm: Tree, arch: Arch, directions: Directions 
     sketch, lengths = map(to_host, _sketch_and_norms(rows, _random_features(kernel.shape[0])))
     factors = to_host(largest).astype(np.float64) * float(most)
     norms = factors * lengths
-    diagonal = to_host(diagonal_ranks(kernel.T))
+    diagonal = to_host(diagonal_ranks(kernel, axis=0))
     found = UnitReading(normalised_rows(sketch), norms, diagonal)
     if directions is not None:
         found = replace(found, spread=spread_of_units(rows, lengths, directions), least=directions.least)
