@@ -14,12 +14,12 @@ from tracing_jax.dataclass_options import REQUIRED, from_values, option
 from tracing_jax.options import RunOptions, download_option
 
 if TYPE_CHECKING:
-    from tracing_jax.library import Candidate, Scan
+    from tracing_jax.library import Candidate, Scan, Suspect
 
 USAGE = "SUSPECT --library LIBRARY"
 
-_NOT_TESTED = ("attention", "embeddings")
-"""Parts of a model of which signatures hold nothing, or nothing by itself."""
+_NOT_TESTED = "embeddings"
+"""The part of a model of which signatures hold nothing by itself."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,12 @@ def run(parsed: argparse.Namespace) -> None:
         found = scan(suspect, signatures, options.level, whole)
         if options.json:
             about = {"suspect": parsed.suspect, "library": options.library, "level": options.level}
-            print(json.dumps(about | as_dict(found, suspect.names), indent=1))
+            print(json.dumps(about | as_dict(found, suspect), indent=1))
             return
-        print("\n".join(_lines(found, suspect.names, options.shown)))
+        print("\n".join(_lines(found, suspect, options.shown)))
 
 
-def as_dict(found: "Scan", names: Any) -> dict[str, Any]:
+def as_dict(found: "Scan", suspect: "Suspect") -> dict[str, Any]:
     """Returns a scan as plain data."""
     return {
         "sentence": found.sentence(),
@@ -78,11 +78,13 @@ def as_dict(found: "Scan", names: Any) -> dict[str, Any]:
         "margin_standard_errors": found.margin,
         "compared_in_full": found.compared,
         "null": "calibrated: 5 % of the units may agree by convergence, and as many as in unrelated layers",
-        "candidates": [_candidate(candidate, names) for candidate in found.candidates],
+        "candidates": [_candidate(candidate, suspect) for candidate in found.candidates],
     }
 
 
-def _candidate(candidate: "Candidate", names: Any) -> dict[str, Any]:
+def _candidate(candidate: "Candidate", suspect: "Suspect") -> dict[str, Any]:
+    from tracing_jax.library.comparison import place_name
+
     match = candidate.match
     return {
         "name": candidate.name,
@@ -90,7 +92,7 @@ def _candidate(candidate: "Candidate", names: Any) -> dict[str, Any]:
         "verdict": candidate.verdict,
         "adjusted_log10_p": candidate.adjusted_log10_p,
         "share": candidate.share,
-        "parts": {"MLPs": candidate.verdict, **dict.fromkeys(_NOT_TESTED, "not_tested")},
+        "parts": {**candidate.parts, _NOT_TESTED: "not_tested"},
         "tests": {
             name: {
                 "log10_p": evidence.log10_p,
@@ -100,7 +102,7 @@ def _candidate(candidate: "Candidate", names: Any) -> dict[str, Any]:
                 "distance": candidate.distances[name].mean if name in candidate.distances else None,
                 "distance_standard_error": candidate.distances[name].error if name in candidate.distances else None,
                 "layer_map": [
-                    {"sampled_layer": i, "suspect": names[j], "agreeing": agreeing}
+                    {"sampled_layer": i, "suspect": place_name(suspect, name, j), "agreeing": agreeing}
                     for i, j, agreeing in evidence.places
                 ],
             }
@@ -110,8 +112,9 @@ def _candidate(candidate: "Candidate", names: Any) -> dict[str, Any]:
     }
 
 
-def _lines(found: "Scan", names: Any, shown: int) -> list[str]:
+def _lines(found: "Scan", suspect: "Suspect", shown: int) -> list[str]:
     """Returns the sentence and a table of the first candidates."""
+    from tracing_jax.library.comparison import HEADS, place_name
     from tracing_jax.report.formatting import calibrated_p_text
 
     lines = [found.sentence(), ""]
@@ -122,8 +125,12 @@ def _lines(found: "Scan", names: Any, shown: int) -> list[str]:
         match = candidate.match
         for name, evidence in match.tests.items() if match else ():
             agreeing = ", ".join(f"{k} of {h}" for k, h in zip(evidence.agreeing, evidence.units))
-            places = "; ".join(f"its layer {i} is {names[j]} here" for i, j, _ in evidence.places[:8])
-            lines.append(f"    {name}: {agreeing} units agree{f'; {places}' if places else ''}")
+            places = "; ".join(
+                f"its layer {i} is {place_name(suspect, name, j)} here" for i, j, _ in evidence.places[:8]
+            )
+            lines.append(
+                f"    {name}: {agreeing} {'heads' if name == HEADS else 'units'} agree{f'; {places}' if places else ''}"
+            )
         for name, reason in match.not_tested.items() if match else ():
             lines.append(f"    {name}: not tested, {reason}")
     if len(found.candidates) > shown:
@@ -131,6 +138,6 @@ def _lines(found: "Scan", names: Any, shown: int) -> list[str]:
     lines += [
         "",
         "p: after Holm over the library; calibrated, not exact (docs/scan.md). `compare` tests a pair in full.",
-        f"Not tested: {', '.join(_NOT_TESTED)}. A model that has these of another, and no MLP, is not found.",
+        f"Not tested: {_NOT_TESTED}. A model that has these of another, and nothing else, is not found.",
     ]
     return lines

@@ -4,7 +4,8 @@ Each sampled layer is compared with every layer of the suspect. Its units are ma
 and apart from that by the other; under every disguise both matchings change alike. The null is that of
 `statistics.calibration`: layers that do not correspond show how often matchings of these two models agree by chance,
 and an allowance of 5 % accounts for units that independent models share by convergence. So p-values are calibrated, not
-exact.
+exact. Query heads are matched in the same way by their two forms; they are few, so that their agreement is summed over
+the sampled layers, each with the best layer of the suspect (`head_null.best_layers_log_sf`).
 """
 
 import hashlib
@@ -15,12 +16,15 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float, Int8
 
+from tracing_jax.library import drawing
+from tracing_jax.library.heads import FORMS, forms_on
 from tracing_jax.library.signature import SampledLayer, Signature, stored_moments
 from tracing_jax.library.suspect import MomentSignatures, Suspect
 from tracing_jax.matching import UnitMatching, live_units, match_units
 from tracing_jax.options import RunOptions
 from tracing_jax.statistics.calibration import DEFAULT_ALLOWANCE, DEFAULT_SOURCE, Null, null_of
 from tracing_jax.statistics.comparison import LN10, Comparison, against_each_other
+from tracing_jax.statistics.head_null import best_layers_log_sf
 from tracing_jax.statistics.match_all import CORRESPOND, assign_layers
 from tracing_jax.statistics.pvalues import bonferroni
 from tracing_jax.statistics.unit_descriptors import whitened_cosines
@@ -28,7 +32,12 @@ from tracing_jax.statistics.unit_descriptors import whitened_cosines
 FEW_TOKENS = 8
 """Fewer shared token strings than this distinguish units too badly."""
 
-RESPONSES, MOMENTS = "responses to tokens", "moments of weights"
+_BEST_BY_CHANCE = 0.05
+"""Layers of which more heads agree than chance gives one in a row, with this probability, are no controls of chance."""
+
+RESPONSES, MOMENTS, HEADS = "responses to tokens", "moments of weights", "attention heads"
+TESTED: Mapping[str, tuple[str, ...]] = {"MLPs": (RESPONSES, MOMENTS), "attention": (HEADS,)}
+"""Part of a model -> the tests of it."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,8 @@ class SignatureTest:
       agreeing, units: of each sampled layer, the units that agree with its closest layer of the suspect, of so many.
       places: (sampled layer, layer of the suspect, agreeing units) of the layers that correspond.
       distances: of the agreeing units in these.
+
+    Of a test of heads, units are heads.
     """
 
     log10_p: float
@@ -97,12 +108,25 @@ class SignatureMatch:
         return min(self.tests.values(), key=lambda evidence: evidence.log10_p, default=None)
 
 
+def place_name(suspect: Suspect, test: str, index: int) -> str:
+    """Returns what the place in a suspect is called at which a test of this name found a sampled layer."""
+    return suspect.layer_names[index] if test == HEADS else suspect.names[index]
+
+
 def _smallest(log10_ps: Sequence[float]) -> float | None:
     return min(0.0, min(log10_ps) + math.log10(len(log10_ps))) if log10_ps else None
 
 
 def compare(signature: Signature, suspect: Suspect) -> SignatureMatch:
     """Returns what a signature and a suspect have in common, in every layer of the suspect."""
+    units, heads = _of_units(signature, suspect), _by_heads(signature, suspect)
+    if isinstance(heads, str):
+        return SignatureMatch(units.tests, {**units.not_tested, HEADS: heads})
+    return SignatureMatch({**units.tests, HEADS: heads}, units.not_tested)
+
+
+def _of_units(signature: Signature, suspect: Suspect) -> SignatureMatch:
+    """Returns what the tests of MLPs find."""
     tests, not_tested = {}, {}
     shared = shared_columns(signature, suspect)
     if signature.kinds != suspect.kinds:
@@ -134,6 +158,21 @@ def shared_columns(signature: Signature, suspect: Suspect) -> tuple[list[int], l
     """Returns the columns of the token strings that both have: in the signature, and in the suspect."""
     both = [(i, suspect.columns[string]) for i, string in enumerate(signature.tokens) if string in suspect.columns]
     return [i for i, _ in both], [j for _, j in both]
+
+
+def shared_head_tokens(signature: Signature, suspect: Suspect) -> tuple[list[int], list[int]]:
+    """Returns the places of the token strings on which both have forms of heads: in the signature, in the suspect."""
+    strings, found = signature.tokens[: drawing.HEAD_TOKENS], suspect.head_columns
+    both = [(i, found[string]) for i, string in enumerate(strings) if string in found]
+    return [i for i, _ in both], [j for _, j in both]
+
+
+def head_groups(signature: Signature, suspect: Suspect) -> tuple[int, int]:
+    """Returns the number of kv heads and of queries in each, as few kv heads as either model has."""
+    shape, arch = signature.facts["shape"], suspect.arch
+    K = min(shape["num_kv_heads"], arch.num_kv_heads)
+    heads = min(shape["num_kv_heads"] * shape["q_group"], arch.num_kv_heads * arch.q_group)
+    return K, -(-heads // K)
 
 
 def normalised(rows: Int8[np.ndarray, "U S"] | Float[np.ndarray, "U S"]) -> Float[np.ndarray, "U S"]:
@@ -178,6 +217,50 @@ def _moment_cell(sampled: SampledLayer, theirs: MomentSignatures, names: Sequenc
         mean = (sampled.covariances[name].astype(np.float64) + covariance) / 2
         found[name] = whitened_cosines(stored_moments(sampled, name), standardised, mean).astype(np.float32)
     return _cell(found, names)
+
+
+def _by_heads(signature: Signature, suspect: Suspect) -> SignatureTest | str:
+    """Returns the evidence of the heads, or why there is none."""
+    if not signature.heads or not suspect.heads:
+        return (
+            "one of both has no heads: it was read by its weights alone, its attention is of another kind, or its "
+            "signature was made by an earlier version"
+        )
+    ours, theirs = shared_head_tokens(signature, suspect)
+    if len(ours) < FEW_TOKENS:
+        return f"{len(ours)} of the {drawing.HEAD_TOKENS} token strings of its heads are the suspect's too"
+    columns = list(suspect.heads)
+    sampled = [{name: forms_on(found.forms[name], ours) for name in FORMS} for found in signature.heads]
+    table: list[list[LayerPairResult]] = [[] for _ in sampled]
+    for j, layer in suspect.heads.items():
+        forms = {name: forms_on(layer[name], theirs) for name in FORMS}
+        for i, own in enumerate(sampled):
+            names = (signature.digest, "heads", i, j)
+            table[i].append(_cell({name: own[name] @ forms[name].T for name in FORMS}, names))
+    return _evidence_of_heads(table, columns, signature, head_groups(signature, suspect))
+
+
+def _evidence_of_heads(
+    table: Sequence[Sequence[LayerPairResult]], columns: Sequence[int], signature: Signature, groups: tuple[int, int]
+) -> SignatureTest:
+    """Returns the evidence of the best layer of each sampled one, together."""
+    least = math.log(_BEST_BY_CHANCE / len(columns))
+    controls = [cell.found for row in table for cell in row if cell.found.log_p_agreement >= least]
+    null = null_of(controls, [DEFAULT_ALLOWANCE], DEFAULT_SOURCE)
+    closest = [int(np.argmax([cell.found.agreeing for cell in row])) for row in table]
+    best = [row[j].found for row, j in zip(table, closest)]
+    agreeing, heads = [found.agreeing for found in best], [max(c.found.units for c in row) for row in table]
+    log_p = best_layers_log_sf(agreeing, heads, *groups, null.u[0], null.lam, len(columns))
+    found = log_p < math.log(RunOptions.level)
+    places = [(i, j) for i, j in enumerate(closest) if found and table[i][j].found.agreeing]
+    return SignatureTest(
+        log_p / LN10,
+        log_p / LN10 if null.is_firm(0, sum(agreeing) / max(1, sum(heads))) else 0.0,
+        tuple(agreeing),
+        tuple(heads),
+        tuple((signature.heads[i].layer, columns[j], table[i][j].found.agreeing) for i, j in places),
+        np.concatenate([table[i][j].distances for i, j in places]) if places else np.zeros(0, np.float32),
+    )
 
 
 def _cell(similarities: Mapping[str, Float[np.ndarray, "U K"]], names: Sequence[str | int]) -> LayerPairResult:

@@ -6,6 +6,7 @@ The rule has no secret and no option, so that everyone with the files of a model
 * Units: those that count as evidence (`distinct_units`), in an order drawn from a key that is stretched from the
   SHA-256 hashes of the weight files. A change of one byte gives another draw, and each draw costs a twentieth of a
   second and 16 MiB, so that trying a billion of them costs years of computing.
+* Heads: of each of three layers with attention, those that write something, in an order drawn from the same key.
 * Tokens: of all strings of the vocabulary of at most 24 bytes those whose SHA-256 is smallest. Models of one
   vocabulary have the same, and of two vocabularies that overlap, the samples do so too.
 """
@@ -18,11 +19,17 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Int
 
-RULE = "tracing_jax-signature-1"
+RULE = "tracing_jax-signature-2"
 """The name of the rule; another rule gets another name."""
 
-LAYERS, UNITS, TOKENS = 3, 64, 512
-"""The most layers, units of each, and token strings of a signature."""
+EARLIER_RULE = "tracing_jax-signature-1"
+"""That of the first version: more tokens, and no heads. Its units are the same, and its tokens begin with these."""
+
+LAYERS, UNITS, TOKENS, EARLIER_TOKENS = 3, 64, 352, 512
+"""The most layers, units of each, and token strings of a signature, and those of one of the first version."""
+
+HEADS, HEAD_TOKENS = 16, 24
+"""The most query heads of each layer, and the tokens, the first of the signature, on which their forms are kept."""
 
 MOMENT_UNITS = 128
 """The most units of each layer whose responses to the weights of their layer are kept."""
@@ -30,6 +37,7 @@ MOMENT_UNITS = 128
 MAX_STRING = 24
 """The most bytes of a sampled token string: the size of a signature is bounded."""
 
+_SALT = EARLIER_RULE.encode()
 _COST = 2**14  # scrypt: 16 MiB and a twentieth of a second
 
 
@@ -51,7 +59,7 @@ def model_digest(files: Mapping[str, str]) -> str:
 
 def drawing_key(digest: str) -> bytes:
     """Returns the key from which units are drawn: the hash of the model, stretched so that trying many costs much."""
-    return hashlib.scrypt(digest.encode(), salt=RULE.encode(), n=_COST, r=8, p=1, dklen=32)
+    return hashlib.scrypt(digest.encode(), salt=_SALT, n=_COST, r=8, p=1, dklen=32)
 
 
 def drawn_units(kept: Int[np.ndarray, " K"], key: bytes, layer: int, most: int) -> Int[np.ndarray, " U"]:
@@ -63,15 +71,15 @@ def drawn_units(kept: Int[np.ndarray, " K"], key: bytes, layer: int, most: int) 
 
 def sampled_tokens(vocabulary: Mapping[str, int], most: int) -> list[str]:
     """Returns at most so many of the strings, those of the smallest hash first."""
-    salt = RULE.encode() + b"\0"
+    salt = _SALT + b"\0"
     encoded = ((string, string.encode("utf-8", "surrogatepass")) for string in vocabulary)
     hashed = [(hashlib.sha256(salt + found).digest(), string) for string, found in encoded if len(found) <= MAX_STRING]
     return [string for _, string in heapq.nsmallest(most, hashed)]
 
 
-def most_tokens(embed_dim: int) -> int:
-    """Returns how many strings a model of this width is sampled at.
+def most_tokens(embed_dim: int, rule: str = RULE) -> int:
+    """Returns how many strings a model of this width is sampled at by a rule.
 
     Fewer than half of its features, so that a sampled row of weights cannot be solved for even with the embeddings.
     """
-    return max(1, min(TOKENS, embed_dim // 2))
+    return max(1, min(EARLIER_TOKENS if rule == EARLIER_RULE else TOKENS, embed_dim // 2))

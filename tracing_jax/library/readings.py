@@ -86,7 +86,7 @@ def token_readings(model: ParamSource, ids: Int[np.ndarray, " S"]) -> Callable[[
 
     Every token's row counts with length one. Constants over the tokens are left in; correlations do not see them.
     """
-    arch, tokens = model.arch, _normalised(rows_of_tokens(model, ids, with_effect=not model.arch.gated))
+    arch, tokens = model.arch, normalised_tokens(rows_of_tokens(model, ids, with_effect=not model.arch.gated))
 
     def read(layer: int) -> dict[str, Float[Array, "F S"]]:
         rows = mlp_rows(model.layer(layer, mlp_row_leaves(arch)), arch)
@@ -98,7 +98,8 @@ def token_readings(model: ParamSource, ids: Int[np.ndarray, " S"]) -> Callable[[
     return read
 
 
-def _normalised(rows: TokenRows) -> TokenRows:
+def normalised_tokens(rows: TokenRows) -> TokenRows:
+    """Returns the rows, each of length one."""
     return TokenRows(unit_length(rows.read), unit_length(rows.effect))
 
 

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from tracing_jax.library.comparison import MOMENTS, RESPONSES, SignatureMatch, compare
+from tracing_jax.library.comparison import HEADS, MOMENTS, RESPONSES, TESTED, SignatureMatch, compare
 from tracing_jax.library.shortlist import shortlist
 from tracing_jax.library.signature import Signature
 from tracing_jax.library.suspect import Suspect
@@ -64,6 +64,18 @@ class Candidate:
         """The share of sampled units that agree, in the test that decides."""
         best = self.match.best if self.match else None
         return best.share if best else 0.0
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Part of the model -> what was found of it: a verdict as that of the whole, or `not_tested`."""
+        return {part: self._of_part(names) for part, names in TESTED.items()}
+
+    def _of_part(self, tests: Sequence[str]) -> str:
+        if self.match is None or any(name in self.distances for name in tests):
+            return self.verdict
+        if not any(name in self.match.tests for name in tests):
+            return "not_tested"
+        return "no_evidence" if self.verdict == "related" else self.verdict
 
 
 @dataclass(frozen=True)
@@ -200,7 +212,7 @@ def _candidate(
 def _ranking_test(candidates: Sequence[Candidate]) -> str:
     """Returns the test by which relatives are ordered: that which shows the most of them."""
     counts = Counter(test for candidate in candidates for test in candidate.distances)
-    return max((RESPONSES, MOMENTS), key=lambda test: counts[test])
+    return max((RESPONSES, MOMENTS, HEADS), key=lambda test: counts[test])
 
 
 def _order(candidate: Candidate, test: str) -> tuple[int, float, float, str]:

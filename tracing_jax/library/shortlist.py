@@ -2,17 +2,22 @@
 
 Units are looked for by the first of two readings among all units of a layer. By the second reading only the unit that
 was found is looked up: whether it is closer than all of a thousand others. Chance passes one unit in a thousand so.
+Heads are few, so that both forms look among all of a layer.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
-from tracing_jax.library.comparison import FEW_TOKENS, normalised, shared_columns
+from tracing_jax.library.comparison import FEW_TOKENS, head_groups, normalised, shared_columns, shared_head_tokens
+from tracing_jax.library.heads import FORMS, SampledHeads, forms_on
 from tracing_jax.library.signature import SampledLayer, Signature, stored_moments
 from tracing_jax.library.suspect import Suspect
 from tracing_jax.progress import tqdm
+from tracing_jax.statistics.calibration import DEFAULT_ALLOWANCE
+from tracing_jax.statistics.head_null import best_layers_log_sf
 from tracing_jax.statistics.unit_descriptors import whitened
 
 COMPARED_AT_ONCE, FILLED_UP_TO = 48, 24
@@ -22,6 +27,7 @@ _FIRST_UNITS, _FIRST_TOKENS, _FIRST_AGREEING = 16, 128, 2
 """Of each layer, so many units are matched at so many tokens; so many of them must agree in some layer."""
 _OTHERS = 1024  # units that the one found is compared with by the second reading
 _MOST_ROWS = 1024  # rows of signatures whose correlations with a layer are in memory at once
+_HEADS_BELOW = 0.01  # p-value of the heads of a signature, of which that share is compared in full by chance
 _ROUNDING = 1e-5  # of one correlation computed in two ways
 
 Rows = tuple[Float[np.ndarray, "_ S"], ...]
@@ -32,7 +38,8 @@ def shortlist(signatures: Mapping[str, Signature], suspect: Suspect) -> list[str
     """Returns the names of the signatures that are compared in full.
 
     All, if they are few. Of many, those of which two of 16 units of a layer agree with some layer, by responses or by
-    moments; those that have neither look; and the best of the others, up to `FILLED_UP_TO`.
+    moments, or more heads than chance is likely to give; those that have neither look at units; and the best of the
+    others, up to `FILLED_UP_TO`.
     """
     if len(signatures) <= COMPARED_AT_ONCE:
         return list(signatures)
@@ -41,6 +48,7 @@ def shortlist(signatures: Mapping[str, Signature], suspect: Suspect) -> list[str
         name: max(look.get(name, 0) for look in looks) for name in signatures if any(name in look for look in looks)
     }
     chosen = {name for name in signatures if scores.get(name, _FIRST_AGREEING) >= _FIRST_AGREEING}
+    chosen |= first_look_at_heads(signatures, suspect)
     for name in sorted(scores, key=lambda name: (-scores[name], name)):
         if len(chosen) >= FILLED_UP_TO:
             break
@@ -101,6 +109,54 @@ def first_look_at_moments(signatures: Mapping[str, Signature], suspect: Suspect)
         if len(theirs[kinds[0]][0])
     )
     return _most_agreeing(layers, agreeing)
+
+
+def first_look_at_heads(signatures: Mapping[str, Signature], suspect: Suspect) -> set[str]:
+    """Returns the names of the signatures of which more heads agree by both forms than chance is likely to give."""
+    groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
+    for name, signature in signatures.items():
+        ours, theirs = shared_head_tokens(signature, suspect)
+        if signature.heads and suspect.heads and len(ours) >= FEW_TOKENS:
+            groups.setdefault((tuple(ours), tuple(theirs)), []).append(name)
+    found = set()
+    for (own_columns, their_columns), names in groups.items():
+        best = _best_layers([(name, heads) for name in names for heads in signatures[name].heads], suspect,
+                            own_columns, their_columns)  # fmt: skip
+        for name, counts in best.items():
+            shape = head_groups(signatures[name], suspect)
+            agreeing, heads = [most for most, _ in counts], [size for _, size in counts]
+            log_p = best_layers_log_sf(agreeing, heads, *shape, DEFAULT_ALLOWANCE, 1.0, len(suspect.heads))
+            if log_p < math.log(_HEADS_BELOW):
+                found.add(name)
+    return found
+
+
+def _best_layers(
+    layers: Sequence[tuple[str, SampledHeads]],
+    suspect: Suspect,
+    own_columns: Sequence[int],
+    their_columns: Sequence[int],
+) -> dict[str, list[tuple[int, int]]]:
+    """Returns name -> for each sampled layer the most heads that agree with a layer of the suspect, of how many."""
+    sizes = [len(heads.heads) for _, heads in layers]
+    rows = [np.concatenate([forms_on(heads.forms[form], own_columns) for _, heads in layers]) for form in FORMS]
+    starts, best = np.cumsum([0, *sizes[:-1]]), np.zeros(len(layers), int)
+    for layer in suspect.heads.values():
+        one, other = (
+            _closest(own, forms_on(layer[form], their_columns)) for own, form in zip(rows, FORMS, strict=True)
+        )
+        best = np.maximum(best, np.add.reduceat((one == other).astype(int), starts))
+    found: dict[str, list[tuple[int, int]]] = {}
+    for (name, _), most, size in zip(layers, best.tolist(), sizes, strict=True):
+        found.setdefault(name, []).append((most, size))
+    return found
+
+
+def _closest(rows: Float[np.ndarray, "N S"], layer: Float[np.ndarray, "H S"]) -> Int[np.ndarray, " N"]:
+    """Returns for each row the index of the closest of a layer's."""
+    return np.concatenate(
+        [(rows[at : at + _MOST_ROWS] @ layer.T).argmax(axis=1) for at in range(0, len(rows), _MOST_ROWS)]
+    )
 
 
 def _whitened(rows: Float[np.ndarray, "N M"], covariance: Float[np.ndarray, "M M"]) -> Float[np.ndarray, "N M"]:

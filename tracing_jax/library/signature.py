@@ -1,7 +1,8 @@
 """`Signature`: a sample of how a model's MLP units respond, in at most 256 KiB, whatever the size of the model.
 
-A signature holds responses rounded to 8 bits, never weights: of three layers 64 units each, for at most 512 token
-strings, and of 128 units each how the weights of their own layer act on them. See docs/scan.md for what it reveals.
+A signature holds responses rounded to 8 bits, never weights: of three layers 64 units each, for at most 352 token
+strings, of 128 units each how the weights of their own layer act on them, and of 16 query heads each how they attend to
+24 of the strings and what they write. See docs/scan.md for what it reveals.
 
 Letters: U units, S tokens, M moments.
 """
@@ -15,6 +16,7 @@ from jaxtyping import Float, Float16, Int, Int8
 
 from tracing_jax.error_messages import shortened
 from tracing_jax.library import drawing
+from tracing_jax.library.heads import SampledHeads, head_forms, heads_not_readable, sampled_head_layers, sampled_heads
 from tracing_jax.library.readings import (
     Vocabulary,
     has_moments,
@@ -28,8 +30,8 @@ from tracing_jax.progress import tqdm
 from tracing_jax.sources import MlpsAsLayers, ParamSource
 from tracing_jax.statistics.distinct_units import distinct_units
 
-SIGNATURE_FORMAT = 1
-"""Version of the file format."""
+SIGNATURE_FORMAT = 2
+"""Version of the file format. Files of version 1 are read: they have no heads, and more tokens."""
 
 MOST_LISTED_FILES = 16
 """Of more weight files than this, the header has their common hash alone."""
@@ -38,7 +40,7 @@ MOST_CHARACTERS = 200
 """Of the name of a model."""
 
 _MOMENT_STEP = 1 / 16  # standard deviations
-SHAPE = ("num_layers", "embed_dim", "mlp_dim", "num_experts", "vocab_size", "gated")
+SHAPE = ("num_layers", "embed_dim", "mlp_dim", "num_experts", "vocab_size", "gated", "num_kv_heads", "q_group")
 """The facts of a model that the header has."""
 
 
@@ -70,11 +72,13 @@ class Signature:
       facts: format and rule, the model's id, revision, family and shape, the hashes of its files, and what was drawn.
       tokens: S token strings.
       layers: the sampled layers.
+      heads: the sampled heads of layers with attention; empty where none can be read, and in files of version 1.
     """
 
     facts: Mapping[str, Any]
     tokens: tuple[str, ...]
     layers: tuple[SampledLayer, ...]
+    heads: tuple[SampledHeads, ...] = ()
 
     @property
     def model(self) -> str:
@@ -122,6 +126,7 @@ def make_signature(
         if len(kept) < 2:
             raise ValueError(f"{model_id}: layer {i} has {len(kept)} units that count as evidence, 2 are needed")
         layers.append(_sampled(mlps, i, kept, key, read(i)))
+    heads = _sampled_heads(model, ids_of(tokens[: drawing.HEAD_TOKENS], vocabulary, arch.vocab_size), key)
     facts = {
         "format": SIGNATURE_FORMAT,
         "model": _shown(model_id),
@@ -134,10 +139,11 @@ def make_signature(
         "rule": drawing.RULE,
         "layers": sampled,
         "of_layers": mlps.arch.num_layers,
+        "head_layers": [found.layer for found in heads],
         "readings": list(reading_names(arch)),
         "vocabulary_known": vocabulary.known,
     }
-    return Signature(facts, tuple(tokens), tuple(layers))
+    return Signature(facts, tuple(tokens), tuple(layers), heads)
 
 
 def _shown(model_id: str) -> str:
@@ -169,6 +175,14 @@ def _sampled(
     )
 
 
+def _sampled_heads(model: ParamSource, ids: Int[np.ndarray, " T"], key: bytes) -> tuple[SampledHeads, ...]:
+    if heads_not_readable(model):
+        return ()
+    read = head_forms(model, ids)
+    found = (sampled_heads(i, read(i), key) for i in sampled_head_layers(model.arch))
+    return tuple(heads for heads in found if heads is not None)
+
+
 def as_int8(rows: Float[np.ndarray, "U S"]) -> Int8[np.ndarray, "U S"]:
     """Returns each row less its mean, times the factor that makes its largest number 127, in whole numbers."""
     if not rows.shape[1]:
@@ -195,18 +209,36 @@ def stored_moments(layer: SampledLayer, name: str) -> Float[np.ndarray, "V M"]:
 def is_same(one: Signature, other: Signature) -> bool:
     """Returns whether two signatures are of the same files: all but their names equal, and the numbers up to rounding.
 
-    Another machine may round a number to the next one.
+    Another machine may round a number to the next one. Of two versions of the format, what both have is compared.
     """
-    if one.digest != other.digest or one.tokens != other.tokens or len(one.layers) != len(other.layers):
+    S = min(len(one.tokens), len(other.tokens))
+    versions = one.facts["format"], other.facts["format"]
+    if one.digest != other.digest or one.tokens[:S] != other.tokens[:S] or len(one.layers) != len(other.layers):
         return False
-    return all(_same_layer(*layers) for layers in zip(one.layers, other.layers))
+    if versions[0] == versions[1] and not (len(one.tokens) == len(other.tokens) and _same_heads(one, other)):
+        return False
+    return all(_same_layer(*layers, S) for layers in zip(one.layers, other.layers))
 
 
-def _same_layer(one: SampledLayer, other: SampledLayer) -> bool:
+def _same_heads(one: Signature, other: Signature) -> bool:
+    if [found.layer for found in one.heads] != [found.layer for found in other.heads]:
+        return False
+    pairs = list(zip(one.heads, other.heads))
+    same = all(np.array_equal(a.heads, b.heads) for a, b in pairs)
+    return same and all(_close(a.forms[name], b.forms[name]) for a, b in pairs for name in a.forms)
+
+
+def _same_layer(one: SampledLayer, other: SampledLayer, S: int) -> bool:
     if one.layer != other.layer or not np.array_equal(one.units, other.units):
         return False
     if one.readings.keys() != other.readings.keys() or one.moments.keys() != other.moments.keys():
         return False
     pairs = [(found, other.readings[name]) for name, found in one.readings.items()]
+    if any(a.shape != b.shape for a, b in pairs):  # of two versions: rows are scaled by the tokens that they have
+        pairs = [(as_int8(a[:, :S].astype(float)), as_int8(b[:, :S].astype(float))) for a, b in pairs]
     pairs += [(found, other.moments[name]) for name, found in one.moments.items()]
-    return all(np.abs(a.astype(int) - b.astype(int)).max(initial=0) <= 2 for a, b in pairs)
+    return all(_close(a, b) for a, b in pairs)
+
+
+def _close(one: Int8[np.ndarray, "N M"], other: Int8[np.ndarray, "N M"]) -> bool:
+    return one.shape == other.shape and np.abs(one.astype(int) - other.astype(int)).max(initial=0) <= 2

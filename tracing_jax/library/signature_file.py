@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from tracing_jax.error_messages import listed, shortened
 from tracing_jax.library import drawing
+from tracing_jax.library.heads import FORMS, SampledHeads
 from tracing_jax.library.readings import GATED, GATELESS, moment_names, moment_numbers
 from tracing_jax.library.signature import (
     MOST_CHARACTERS,
@@ -31,7 +32,9 @@ MAX_BYTES = 256 * 1024
 SUFFIX = ".signature.safetensors"
 
 _HEADER = "tracing_jax_signature"
+_READ = ((SIGNATURE_FORMAT, drawing.RULE), (1, drawing.EARLIER_RULE))
 _HASH = re.compile("[0-9a-f]{64}")
+_MOST_HEADS = 4096  # of a layer: those of a null whose cost grows with their square
 _LARGEST = 2**53  # of a whole number in the header
 _ROUNDING = 0.01  # of a correlation in 16 bits
 _LEAST_EIGENVALUE = -0.05  # of 35 such correlations; half of what is added when they are used
@@ -53,6 +56,10 @@ def to_bytes(signature: Signature) -> bytes:
         tensors[f"{at}/units"] = np.ascontiguousarray(found.units, np.int32)
         for part, arrays in (("", found.readings), ("moments ", found.moments), ("covariance ", found.covariances)):
             tensors |= {f"{at}/{part}{name}": np.ascontiguousarray(array) for name, array in arrays.items()}
+    for sampled in signature.heads:
+        at = f"heads/{sampled.layer}"
+        tensors[f"{at}/heads"] = np.ascontiguousarray(sampled.heads, np.int32)
+        tensors |= {f"{at}/{name}": np.ascontiguousarray(array) for name, array in sampled.forms.items()}
     header = json.dumps(signature.facts, sort_keys=True, separators=(",", ":"))
     written = safetensors.numpy.save(tensors, metadata={_HEADER: header})
     if len(written) > MAX_BYTES:
@@ -108,7 +115,7 @@ def _facts_of(content: bytes) -> dict[str, Any]:
         raise ValueError(f"it has no header {_HEADER}") from None
     if not isinstance(facts, dict) or "format" not in facts or "rule" not in facts:
         raise ValueError("its header has no format and rule")
-    if facts["format"] != SIGNATURE_FORMAT or facts["rule"] != drawing.RULE:
+    if (facts["format"], facts["rule"]) not in _READ:
         found = f"{shortened(facts['format'], 20)} and {shortened(facts['rule'], 40)}"
         raise ValueError(
             f"expected format {SIGNATURE_FORMAT} and rule {drawing.RULE}, found {found}; make it again with this "
@@ -133,7 +140,7 @@ def _check(facts: Mapping[str, Any]) -> None:
         )
     shape = facts.get("shape")
     if not isinstance(shape, dict) or not all(
-        shape.get(name, -1) is None or _is_count(shape.get(name)) or name == "gated" for name in SHAPE
+        shape.get(name, -1) is None or _is_count(shape.get(name)) or name == "gated" for name in _shape_of(facts)
     ):
         raise ValueError("header: the shape is damaged")
     if not _is_count(shape["embed_dim"]) or shape.get("gated") is not (facts["readings"] == list(GATED)):
@@ -143,6 +150,24 @@ def _check(facts: Mapping[str, Any]) -> None:
         raise ValueError(f"header: layers are {shortened(repr(layers))}, expected 1 to {drawing.LAYERS} numbers")
     if not _is_count(depth) or layers != drawing.sampled_layers(depth):
         raise ValueError(f"header: layers {layers} of {shortened(repr(depth))} are not those that the rule samples")
+    if facts["format"] > 1:
+        _check_head_layers(facts)
+
+
+def _shape_of(facts: Mapping[str, Any]) -> Sequence[str]:
+    """Returns the names of the facts of the shape, of which the first version had no heads."""
+    return SHAPE if facts["format"] > 1 else SHAPE[:-2]
+
+
+def _check_head_layers(facts: Mapping[str, Any]) -> None:
+    layers, shape = facts.get("head_layers"), facts["shape"]
+    if not isinstance(layers, list) or len(layers) > drawing.LAYERS or not all(map(_is_count, layers)):
+        raise ValueError(f"header: head_layers are {shortened(repr(layers))}, expected up to {drawing.LAYERS} numbers")
+    if layers != sorted({*layers}) or not all(layer < (shape["num_layers"] or 0) for layer in layers):
+        raise ValueError(f"header: head_layers {layers} are not layers of the model in increasing order")
+    heads = (shape["num_kv_heads"] or 0) * (shape["q_group"] or 0)
+    if layers and not 2 <= heads <= _MOST_HEADS:
+        raise ValueError(f"header: a model of {heads} query heads has none to sample")
 
 
 def _check_files(facts: Mapping[str, Any]) -> None:
@@ -174,15 +199,18 @@ def _parsed(facts: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> Signatu
     expected = {"tokens", "token_lengths"} | {
         f"layers/{i}/{part}" for i in layers for part in ("units", *kinds, *(moments if with_moments else ()))
     }
+    head_layers = facts["head_layers"] if facts["format"] > 1 else []
+    expected |= {f"heads/{i}/{part}" for i in head_layers for part in ("heads", *FORMS)}
     if missing := sorted(expected - tensors.keys()):
         raise ValueError(f"it lacks the tensors {listed(missing)}")
     if more := sorted(tensors.keys() - expected):
         raise ValueError(f"it has tensors that do not belong in a signature: {listed(map(repr, more))}")
     tokens = _tokens(tensors["tokens"], tensors["token_lengths"])
-    most = drawing.most_tokens(facts["shape"]["embed_dim"])
+    most = drawing.most_tokens(facts["shape"]["embed_dim"], facts["rule"])
     if len(tokens) > most:
         raise ValueError(f"{len(tokens)} token strings, a model of this width is sampled at {most} at most")
-    return Signature(facts, tokens, tuple(_layer(i, facts, len(tokens), with_moments, tensors) for i in layers))
+    sampled = tuple(_layer(i, facts, len(tokens), with_moments, tensors) for i in layers)
+    return Signature(facts, tokens, sampled, tuple(_heads(i, facts, len(tokens), tensors) for i in head_layers))
 
 
 def _tokens(text: np.ndarray, lengths: np.ndarray) -> tuple[str, ...]:
@@ -230,6 +258,22 @@ def _layer(
         if not _is_correlation(covariances[kind].astype(np.float64)):
             raise ValueError(f"{at}/covariance {kind}: expected correlations: finite, symmetric, and none negative")
     return SampledLayer(layer, units, readings, moments, covariances)
+
+
+def _heads(layer: int, facts: Mapping[str, Any], num_tokens: int, tensors: Mapping[str, np.ndarray]) -> SampledHeads:
+    at, most = f"heads/{layer}", facts["shape"]["num_kv_heads"] * facts["shape"]["q_group"]
+    heads, T = tensors[f"{at}/heads"], min(num_tokens, drawing.HEAD_TOKENS)
+    _check_array(f"{at}/heads", heads, np.int32, None)
+    if (
+        not 2 <= len(heads) <= drawing.HEADS
+        or len(np.unique(heads)) < len(heads)
+        or not np.all((heads >= 0) & (heads < most))
+    ):
+        raise ValueError(f"{at}/heads: expected 2 to {drawing.HEADS} different heads of {most}")
+    forms = {name: tensors[f"{at}/{name}"] for name in FORMS}
+    for name, found in forms.items():
+        _check_array(f"{at}/{name}", found, np.int8, (len(heads), T * T))
+    return SampledHeads(layer, heads, forms)
 
 
 def _is_correlation(square: np.ndarray) -> bool:

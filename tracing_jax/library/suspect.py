@@ -7,7 +7,9 @@ import numpy as np
 from jaxtyping import Float, Int, Int8
 
 from tracing_jax.arch import Arch
+from tracing_jax.library import drawing
 from tracing_jax.library.drawing import sampled_layers
+from tracing_jax.library.heads import HeadForms, head_forms, heads_not_readable, layers_with_heads, sampled_head_layers
 from tracing_jax.library.readings import (
     MomentReadings,
     Vocabulary,
@@ -27,6 +29,9 @@ from tracing_jax.tree import Tree, select
 FEW_LAYERS = 8
 """Up to so many layers, moments are read of all; of deeper models, of those that signatures would sample."""
 
+HEAD_TOKENS = 4 * drawing.HEAD_TOKENS
+"""Tokens on which the forms of heads are read, those of smallest hash: signatures of other vocabularies have some."""
+
 MomentSignatures = Mapping[str, tuple[Float[np.ndarray, "_ M"], Float[np.ndarray, "M M"]]]
 """Kind of rows -> signatures of the kept units in standard deviations, and their covariance."""
 
@@ -42,6 +47,9 @@ class Suspect:
       layers: for each MLP both readings, in whole numbers: each row up to a positive factor.
       moments: index of an MLP -> moments, of some layers; empty for models read by their weights alone.
       names: of each MLP, such as `layer 3`, or `layer 3 expert 1`.
+      heads: layer -> the forms of its heads; empty where they cannot be read.
+      head_columns: token string -> its place in these.
+      layer_names: of each layer, such as `layer 3`.
       part: what was read, such as `layers 5, 16, 26 of 32`; None if all layers were.
     """
 
@@ -52,11 +60,15 @@ class Suspect:
     moments: Mapping[int, MomentSignatures]
     names: Sequence[str]
     part: str | None = None
+    heads: Mapping[int, HeadForms] = field(default_factory=dict)
+    head_columns: Mapping[str, int] = field(default_factory=dict)
+    layer_names: Sequence[str] = ()
 
     @property
     def num_bytes(self) -> int:
         """The memory that the readings take."""
-        return sum(found.nbytes for layer in self.layers for found in layer.values())
+        parts = [*self.layers, *self.heads.values()]
+        return sum(found.nbytes for part in parts for found in part.values())
 
 
 def read_suspect(
@@ -79,13 +91,16 @@ def read_suspect(
     ids = ids_of(strings, vocabulary, model.arch.vocab_size)
     columns = {string: i for i, string in enumerate(s for s, found in zip(strings, ids) if found >= 0)}
     ids, depth = ids[ids >= 0], model.arch.num_layers
+    head_columns = {string: i for i, string in enumerate(drawing.sampled_tokens(columns, HEAD_TOKENS))}
     chosen = layers_with_samples(model.arch) if screen else list(range(depth))
     if screen:
         model, ids = _KeptLayer(Submodel(model, chosen, None, ids)), np.arange(len(ids))
     mlps = MlpsAsLayers(model) if model.arch.num_experts else None
     source: ParamSource = model if mlps is None else mlps
     read = token_readings(source, ids)
-    layers, moments = [], {}
+    layers, moments, heads = [], {}, {}
+    read_heads = head_forms(model, ids[[columns[string] for string in head_columns]])
+    places = {} if heads_not_readable(model) else dict.fromkeys(layers_with_heads(model.arch))
     L = source.arch.num_layers
     read_moments, with_moments = moment_readings(source), _with_moments(source)
     for i in trange(L, desc="reading the suspect", unit="layer", disable=None):
@@ -93,6 +108,8 @@ def read_suspect(
         layers.append({name: as_int8(np.asarray(found)[kept]) for name, found in read(i).items()})
         if i in with_moments and len(kept) > 1:
             moments[i] = _moments(read_moments(i), kept)
+        if (layer := layer_of(source, i)) in places and layer not in heads:
+            heads[layer] = read_heads(layer)
     return Suspect(
         source.arch,
         reading_names(source.arch),
@@ -101,6 +118,9 @@ def read_suspect(
         moments,
         [_name(i, chosen, mlps) for i in range(L)],
         None if len(chosen) == depth else f"layers {', '.join(map(str, chosen))} of {depth}",
+        heads,
+        head_columns,
+        [f"layer {i}" for i in chosen],
     )
 
 
@@ -137,12 +157,13 @@ def _name(index: int, layers: Sequence[int], mlps: MlpsAsLayers | None) -> str:
 
 
 def layers_with_samples(arch: Arch) -> list[int]:
-    """Returns the layers in which signatures sample units, of dense models of this depth and of one of this shape.
+    """Returns the layers in which signatures sample units or heads, of dense models as deep and of one of this shape.
 
     Those of models with experts sample MLPs: at the same parts of the depth, unless some layers have fewer.
     """
     places = mlp_indices(arch)
-    return sorted({*sampled_layers(arch.num_layers), *(places[i][0] for i in sampled_layers(len(places)))})
+    of_units = {*sampled_layers(arch.num_layers), *(places[i][0] for i in sampled_layers(len(places)))}
+    return sorted(of_units | {*sampled_head_layers(arch)})
 
 
 def _with_moments(source: ParamSource) -> set[int]:

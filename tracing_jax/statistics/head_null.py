@@ -28,12 +28,49 @@ def heads_log_sf(agreeing: Sequence[int], groups: int, queries: int, u: Sequence
         return 0.0
     total = np.zeros(1)
     for share in u:
-        chance = log_binomial(heads, share)
-        if lam > 1:
-            more = np.append(log_poisson(lam - 1, k)[:k], np.log(special.pdtrc(k - 1, lam - 1)))
-            chance = _log_convolved(chance, more, k)
-        total = _log_convolved(total, _log_convolved(chance, log_grouped_agreement(groups, queries), k), k)
+        total = _log_convolved(total, _of_one_layer(heads, groups, queries, share, lam, k), k)
     return float(min(0.0, total[k])) if len(total) > k else -np.inf
+
+
+def best_layers_log_sf(
+    agreeing: Sequence[int], heads: Sequence[int], groups: int, queries: int, u: float, lam: float, choices: int
+) -> float:
+    """Returns the log probability that so many heads or more agree in total, each layer with the best of several.
+
+    The most heads on which a layer agrees with one of `choices` others has at most `choices` times the probability of
+    one of them; layers are independent.
+
+    Args:
+      agreeing: for each layer the most heads that agree with another; only their sum counts.
+      heads: for each layer the heads that were compared, which may be some of its heads.
+      groups: kv heads of a layer.
+      queries: query heads of each of them.
+      u: the share of heads that may agree by convergence.
+      lam: the mean number of heads of a layer that agree by chance, at least 1.
+      choices: the layers that each was compared with.
+    """
+    k, total = sum(agreeing), np.zeros(1)
+    if k <= 0:
+        return 0.0
+    for n in heads:
+        of_one = _of_one_layer(n, groups, queries, u, lam, n)
+        tail = np.logaddexp.accumulate(of_one[::-1])[::-1]
+        best = np.append(np.minimum(0.0, tail + np.log(choices)), -np.inf)
+        best[0] = 0.0
+        with np.errstate(divide="ignore"):
+            total = _log_convolved(total, best[:-1] + np.log(-np.expm1(best[1:] - best[:-1])))
+    return float(min(0.0, special.logsumexp(total[k:]))) if len(total) > k else -np.inf
+
+
+def _of_one_layer(
+    heads: int, groups: int, queries: int, share: float, lam: float, most: int
+) -> Float[np.ndarray, " k"]:
+    """Returns the log probabilities that 0, 1, ... of so many heads of a layer agree; of `most` or more in one."""
+    chance = log_binomial(heads, share)
+    if lam > 1:
+        more = np.append(log_poisson(lam - 1, most)[:most], np.log(special.pdtrc(most - 1, lam - 1)))
+        chance = _log_convolved(chance, more, most)
+    return _log_convolved(chance, log_grouped_agreement(groups, queries), most)
 
 
 @functools.cache

@@ -31,7 +31,7 @@ from tracing_jax.statistics.head_null import heads_log_sf
 from tracing_jax.statistics.mlp_rows import centred_directions, gain_of, unit_length
 from tracing_jax.statistics.shared_tokens import TokenRows, shared_token_rows, tokens_not_applicable, with_doubts
 from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies, depths_not_applicable
-from tracing_jax.tree import to_host
+from tracing_jax.tree import Tree, to_host
 
 HeadMatrices = Mapping[str, Float[np.ndarray, "heads S2"]]
 """`attention`, `output` -> the matrix of each query head over pairs of tokens, centred both ways, of length one."""
@@ -155,14 +155,19 @@ def head_matrices(model: ParamSource, layer: int, tokens: TokenRows) -> HeadMatr
 
     A head that writes next to nothing could be another model's, planted: its output is zero, so that it takes no part.
     """
-    params, arch = model.layer(layer, HEAD_LEAVES), model.arch
+    found = head_matrices_of(model.layer(layer, HEAD_LEAVES), model.arch, tokens)
+    if layer in inactive_attention(model):
+        found = {**found, "output": np.zeros_like(found["output"])}
+    return found
+
+
+def head_matrices_of(params: Tree, arch: Arch, tokens: TokenRows) -> HeadMatrices:
+    """Returns the two matrices of every query head, as `head_matrices`, by the weights of the layer alone."""
     before, after = gain_of(params, "attn_norm", arch), gain_of(params, "attn_post_norm", arch)
     kernels = head_kernels(params, arch)
     scales = {name: params["attn"][f"{name}_norm"]["scale"] for name in "qk" if arch.qk_norm is not None}
     found = to_host(_head_matrices(tokens, kernels, (before, after), scales, arch.qk_norm, gain_offset(arch)))
     attention, output, written = found["attention"], np.array(found["output"]), found["written"]
-    if layer in inactive_attention(model):
-        written = np.zeros_like(written)
     if arch.sinks:  # a head whose sink is above its scores writes nothing either
         sinks = np.asarray(to_host(params["attn"]["sinks"]), np.float64)
         written = written * (sinks < _largest_scores(kernels, before, arch)).ravel()

@@ -26,7 +26,7 @@ from tracing_jax.experiment.metadata import file_stamps
 from tracing_jax.experiment.models import open_model
 from tracing_jax.experiment.signing import signature_of, suspect_of
 from tracing_jax.library import Signature, SignatureMatch, Suspect, scan
-from tracing_jax.library.comparison import MOMENTS, RESPONSES
+from tracing_jax.library.comparison import HEADS, MOMENTS, RESPONSES
 from tracing_jax.library.signature_file import SUFFIX, read_signature, write_signature
 from tracing_jax.options import RunOptions
 from tracing_jax.progress import tqdm
@@ -42,6 +42,7 @@ PROPOSED_BELOW = 0.5
 
 One is that of `scan`, which allows for units that independent models share; the other allows for none: how often so
 many units agree in matchings at random, in any layer. It proposes more pairs, merges among them, and decides nothing.
+That of heads is adjusted over the models first.
 """
 
 FEWEST_DIVIDED = 32
@@ -232,21 +233,30 @@ def _traces(place: _Models, files: _Library, model: str, name: str) -> _Found:
     if others:
         suspect = suspect_of(opened, others.values())
         for candidate in scan(suspect, others, RunOptions.level).candidates:
-            found[candidate.name] = 0.0 if candidate.match is None else _log10_p(candidate.match, suspect)
+            found[candidate.name] = 0.0 if candidate.match is None else _log10_p(candidate.match, suspect, len(others))
     atomic_write(file, json.dumps({**state, "log10_p": plain(found)}).encode())
     return found
 
 
-def _log10_p(match: SignatureMatch, suspect: Suspect) -> float | None:
-    """Returns the smaller of the two p-values; None where no test applies."""
+def _log10_p(match: SignatureMatch, suspect: Suspect, models: int) -> float | None:
+    """Returns the smallest of the p-values; None where no test applies.
+
+    That of heads is multiplied by the number of models: the p-values of units are mostly 1 where nothing is related,
+    those of heads are not, and would propose a part of all pairs.
+    """
     if match.log10_p is None:
         return None
     columns = {RESPONSES: len(suspect.layers), MOMENTS: len(suspect.moments)}
-    cells = sum(len(evidence.units) * columns[name] for name, evidence in match.tests.items())
-    most = max(max(evidence.agreeing) for evidence in match.tests.values())
+    of_units = {name: evidence for name, evidence in match.tests.items() if name in columns}
+    by_heads = match.tests[HEADS].log10_p + math.log10(models) if HEADS in match.tests else 0.0
+    if not of_units:
+        return min(by_heads, 0.0)
+    cells = sum(len(evidence.units) * columns[name] for name, evidence in of_units.items())
+    most = max(max(evidence.agreeing) for evidence in of_units.values())
     # The number of fixed points of a random permutation is close to Poisson(1), whatever its size.
     by_chance = (float(stats.poisson.logsf(most - 1, 1.0)) + math.log(cells)) / math.log(10)
-    return min(match.log10_p, by_chance, 0.0)
+    least = min(evidence.log10_p for evidence in of_units.values()) + math.log10(len(of_units))
+    return min(least, by_chance, by_heads, 0.0)
 
 
 def _stamps(model: Checkpoint) -> Any:
