@@ -40,6 +40,7 @@ from tracing_jax.library import (
     scan,
     to_bytes,
 )
+from tracing_jax.library.heads import FORMS, SampledHeads
 from tracing_jax.library.readings import GATED, moment_names, moment_numbers
 from tracing_jax.library.signature import SampledLayer
 from tracing_jax.models import init_params
@@ -62,6 +63,8 @@ the first expert of one with the very MLP of the other: such models are related,
 
 _RANDOM = ((3, 96, 200, 300), (5, 64, 96, 512), (2, 128, 320, 700), (8, 48, 64, 400))
 """Layers, width, MLP units and tokens of the random models, of each shape one with a gate and one without."""
+
+_HEADS = 32  # of a layer of Llama-2-7B
 
 _DESCENDANTS = (
     f"fine-tuned, {LIGHT_STEPS / 768:.2g} of its training", "fine-tuned, 1 of its training", "disguised: all at once",
@@ -272,7 +275,7 @@ def large() -> dict[str, Any]:
     """
     rng, layers, units = np.random.default_rng(0), _LARGE_LAYERS.value, 11008
     tokens = tuple(f"token {i}" for i in range(drawing.TOKENS))
-    arch = _resized(small_zoo("tiny").arch, layers, 4096, units, 32000)
+    arch = replace(_resized(RECIPES["tiny"].arch, layers, 4096, units, 32000), num_kv_heads=_HEADS, q_group=1)
     read = [{kind: _numbers(rng, (units, len(tokens))) for kind in GATED} for _ in range(layers)]
     sampled = drawing.sampled_layers(layers)
     square = np.eye(moment_numbers(True), dtype=np.float32)
@@ -281,11 +284,14 @@ def large() -> dict[str, Any]:
         for i in sampled
     }
     columns, names = {string: i for i, string in enumerate(tokens)}, [f"layer {i}" for i in range(layers)]
-    suspect = Suspect(arch, GATED, columns, read, moments, names)
+    T = drawing.HEAD_TOKENS
+    forms = {i: {form: _numbers(rng, (_HEADS, (4 * T) ** 2)) for form in FORMS} for i in range(layers)}
+    head_columns = {string: i for i, string in enumerate(tokens[: 4 * T])}
+    suspect = Suspect(arch, GATED, columns, read, moments, names, None, forms, head_columns, names)
     drawn = rng.permutation(units).astype(np.int32)
     of_moments = {i: {k: (f[drawn[: drawing.MOMENT_UNITS]] * 16) for k, (f, _) in moments[i].items()} for i in sampled}
     own = Signature(
-        {"model": "own", "digest": "0" * 64, "readings": list(GATED)},
+        {"model": "own", "digest": "0" * 64, "readings": list(GATED), "shape": {"num_kv_heads": _HEADS, "q_group": 1}},
         tokens,
         tuple(
             SampledLayer(
@@ -297,6 +303,7 @@ def large() -> dict[str, Any]:
             )
             for i in sampled
         ),
+        tuple(_heads_of(i, forms[i], T) for i in sampled),
     )
     library = {f"{i}": _random_signature(own, rng) for i in range(_SIGNATURES.value - 1)} | {"own": own}
     start, used = time.monotonic(), time.process_time()
@@ -308,6 +315,14 @@ def large() -> dict[str, Any]:
         "library_MiB": len(library) * len(to_bytes(own)) / 2**20,
         "peak_GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }  # fmt: skip
+
+
+def _heads_of(layer: int, forms: Mapping[str, np.ndarray], tokens: int) -> SampledHeads:
+    """Returns the first heads of a layer, with their forms on the first of the tokens."""
+    heads = np.arange(drawing.HEADS, dtype=np.int32)
+    size = 4 * tokens
+    own = {form: found[heads].reshape(-1, size, size)[:, :tokens, :tokens] for form, found in forms.items()}
+    return SampledHeads(layer, heads, {form: found.reshape(len(heads), -1) for form, found in own.items()})
 
 
 def _numbers(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -322,7 +337,7 @@ def _random_signature(like: Signature, rng: np.random.Generator) -> Signature:
         return {name: _numbers(rng, found.shape) for name, found in arrays.items()}
 
     layers = tuple(replace(f, readings=drawn(f.readings), moments=drawn(f.moments)) for f in like.layers)
-    return replace(like, layers=layers)
+    return replace(like, layers=layers, heads=tuple(replace(h, forms=drawn(h.forms)) for h in like.heads))
 
 
 def main(argv: list[str]) -> None:

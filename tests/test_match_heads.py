@@ -16,7 +16,7 @@ from scipy.optimize import linear_sum_assignment
 from tracing_jax.forward import logits
 from tracing_jax.sources import InMemory
 from tracing_jax.statistics import Vocabularies, verdict
-from tracing_jax.statistics.head_null import heads_log_sf, log_grouped_agreement
+from tracing_jax.statistics.head_null import best_layers_log_sf, heads_log_sf, log_grouped_agreement
 from tracing_jax.statistics.match_heads import MatchHeads
 
 DEEP = {"num_layers": 4, "layer_windows": (None,) * 4}
@@ -142,8 +142,24 @@ def test_the_null_is_the_sum_of_its_three_parts():
         low, high = scipy.stats.binomtest(int((found >= k).sum()), draws).proportion_ci(0.9999)
         assert low < np.exp(heads_log_sf([k - 1, 1], 3, 2, (0.05, 0.2), 1.5)) < high
     assert heads_log_sf([0, 0], 3, 2, (0.05, 0.2), 1.5) == 0.0
+    assert best_layers_log_sf([0, 0], [6, 6], 3, 2, 0.05, 1.0, 4) == 0.0
     deep = heads_log_sf([32] * 32, 8, 4, [0.05] * 32, 1.0)
     assert -1e4 < deep < -500
+
+
+def test_the_null_of_the_best_layers_bounds_the_most_that_agree_by_chance():
+    """Some heads of layers of 8, in groups of 2: of each of two layers the best of 5, at random and by convergence."""
+    rng, draws = np.random.default_rng(0), 100_000
+    chance = rng.choice(9, size=(draws, 2, 5), p=np.exp(log_grouped_agreement(4, 2))) + rng.poisson(0.5, (draws, 2, 5))
+    found = np.minimum(chance + rng.binomial(6, 0.05, (draws, 2, 5)), 6).max(axis=2).sum(axis=1)
+    for k in range(1, 13):
+        bound = np.exp(best_layers_log_sf([k - 1, 1], [6, 6], 4, 2, 0.05, 1.5, 5))
+        seen = (found >= k).mean()
+        assert seen - 4 * np.sqrt(seen / draws) <= bound <= 1
+        assert bound < 6 * seen or k < 6  # a bound that serves: the layers' own tails are added up
+    one = best_layers_log_sf([4], [6], 4, 2, 0.05, 1.5, 1)
+    assert best_layers_log_sf([4], [6], 4, 2, 0.05, 1.5, 3) == pytest.approx(one + np.log(3))
+    assert best_layers_log_sf([7], [6], 4, 2, 0.05, 1.5, 3) == -np.inf
 
 
 @pytest.mark.slow

@@ -7,14 +7,25 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny
 from hub_server import Repo, serve
-from test_signature import GATED, VOCABULARY, base_of, disguised, finetuned, signature_of
+from test_signature import (
+    GATED,
+    MANY_HEADS,
+    VOCABULARY,
+    base_of,
+    disguised,
+    finetuned,
+    signature_of,
+    with_other_mlps,
+)
 
 from tests import foreign_layouts as layouts
 from tracing_jax import cli
+from tracing_jax.cli.scan import _lines
 from tracing_jax.library import (
     MAX_BYTES,
     SUFFIX,
@@ -30,8 +41,8 @@ from tracing_jax.library import (
     write_signature,
 )
 from tracing_jax.library.comparison import RESPONSES
-from tracing_jax.library.scan import Candidate, Distance, _closest, _order, _ranking_test
-from tracing_jax.library.shortlist import COMPARED_AT_ONCE, _agreeing, first_look, shortlist
+from tracing_jax.library.scan import Candidate, Distance, _closest, _merge_of, _order, _ranking_test
+from tracing_jax.library.shortlist import COMPARED_AT_ONCE, _agreeing, first_look, first_look_at_heads, shortlist
 
 LEVEL = 1e-3
 
@@ -73,6 +84,27 @@ def test_twins_are_not_told_apart(models, library):
     assert found.sentence().startswith("One of these family members")
 
 
+def test_both_parents_of_a_merge_in_equal_parts_are_named():
+    """Of strangers, and of siblings, whose base is as close; a child of one of them is named alone."""
+    bases = [tiny.model(MANY_HEADS, i) for i in range(2)]
+    children = [tiny.InMemory(MANY_HEADS, tiny.noisy(bases[0].params, 0.3, seed=i)) for i in (3, 4)]
+    named = {"base": bases[0], "other": bases[1], "one": children[0], "two": children[1]}
+    known = {name: signature_of(model, i) for i, (name, model) in enumerate(named.items())}
+    for one, two, others in (("base", "other", {"one", "two"}), ("one", "two", {"base"})):
+        merged = jax.tree.map(lambda a, b: (a + b) / 2, named[one].params, named[two].params)
+        suspect = suspect_of(*disguised(tiny.InMemory(MANY_HEADS, merged), "permute"))
+        found = scan(suspect, {name: signature for name, signature in known.items() if name in (one, two)}, LEVEL)
+        assert {one, two} == {*found.closest, *found.merge_of}
+        assert one in found.sentence()
+        assert two in found.sentence()
+        among = scan(suspect, known, LEVEL)
+        assert {one, two} <= {*among.closest, *among.merge_of} <= {one, two} | others
+    child = tiny.InMemory(MANY_HEADS, tiny.noisy(children[0].params, 0.05, seed=9))
+    alone = scan(suspect_of(child), known, LEVEL)
+    assert alone.closest == ("one",)
+    assert not alone.merge_of
+
+
 def _relative(name, **distances):
     found = {test.replace("_", " "): Distance(*d) for test, d in distances.items()}
     return Candidate(name, name, "related", -9.0, None, found)
@@ -90,6 +122,8 @@ def test_relatives_are_ordered_by_one_test_and_told_apart_by_tests_that_show_bot
     assert _closest([near, far]) == (("near",), pytest.approx(0.3 / (0.01 * 2**0.5)))
     assert _closest([near, same, far])[0] == ("near", "same")
     assert _closest([far, cousin])[0] == ("far", "cousin")  # no test shows both
+    near_far = _relative("near far", responses_to_tokens=(0.39, 0.01))
+    assert _merge_of([near, same, near_far, far, cousin], ("near", "same")) == ("near far",)
 
 
 def test_the_signed_files_themselves_are_said_to_be_these(models, library):
@@ -178,6 +212,25 @@ def test_a_first_look_at_many_signatures_keeps_the_relatives(models, library):
     assert {found.name for found in scan(renewed, many, LEVEL).related} == {"base", "child 1", "child 2"}
 
 
+def test_a_relative_by_its_heads_alone_is_found_in_a_large_library_with_its_parts():
+    """Its MLPs are of a stranger; a copy that kept its MLPs is found by both parts."""
+    bases = {f"base {i}": tiny.model(MANY_HEADS, i) for i in range(3)}
+    found = {name: signature_of(model, i) for i, (name, model) in enumerate(bases.items())}
+    rng = np.random.default_rng(0)
+    many = found | {f"random {i}": _shuffled(found["base 2"], rng) for i in range(COMPARED_AT_ONCE)}
+    suspect = suspect_of(*disguised(with_other_mlps(finetuned(bases["base 0"]), 9), "permute"))
+    assert {"base 0"} <= first_look_at_heads(many, suspect) < set(many)
+    scanned = scan(suspect, many, LEVEL)
+    assert {candidate.name for candidate in scanned.related} == {"base 0"}
+    parts = {candidate.name: candidate.parts for candidate in scanned.candidates}
+    assert parts["base 0"] == {"MLPs": "no_evidence", "attention": "related"}
+    assert parts["base 1"] == {"MLPs": "no_evidence", "attention": "no_evidence"}
+    whole = scan(suspect_of(finetuned(bases["base 0"])), found, LEVEL)
+    assert whole.related[0].parts == {"MLPs": "related", "attention": "related"}
+    lines = "\n".join(_lines(scanned, suspect, 3))
+    assert "attention heads: 16 of 16, 16 of 16, 16 of 16 heads agree; its layer 0 is layer 0 here" in lines
+
+
 def test_a_unit_that_is_closest_by_both_readings_agrees_and_of_others_one_in_a_thousand():
     rng = np.random.default_rng(0)
     rows, layer = ([part / np.linalg.norm(part, axis=1, keepdims=True) for part in
@@ -197,7 +250,11 @@ def _shuffled(signature, rng):
         dataclasses.replace(layer, readings={k: rng.permuted(v, axis=1) for k, v in layer.readings.items()})
         for layer in signature.layers
     ]
-    return dataclasses.replace(signature, layers=tuple(layers))
+    heads = [
+        dataclasses.replace(sampled, forms={k: rng.permuted(v, axis=1) for k, v in sampled.forms.items()})
+        for sampled in signature.heads
+    ]
+    return dataclasses.replace(signature, layers=tuple(layers), heads=tuple(heads))
 
 
 def test_models_of_unknown_families_are_scanned_by_their_weights(tmp_path, capsys):
@@ -359,7 +416,7 @@ def test_the_verbs_on_the_family(tmp_path, family, capsys):
     found = json.loads(capsys.readouterr().out)
     assert [candidate["verdict"] for candidate in found["candidates"]] == ["related", "no_evidence"]
     assert found["candidates"][0]["parts"] == {
-        "MLPs": "related", "attention": "not_tested", "embeddings": "not_tested",
+        "MLPs": "related", "attention": "no_evidence", "embeddings": "not_tested",
     }  # fmt: skip
     with pytest.raises(SystemExit, match="error: library"):
         cli.main(["scan", str(family.member("base")), "--library", str(tmp_path / "missing")])

@@ -19,12 +19,14 @@ from tracing_jax.library import (
     Vocabulary,
     compare,
     drawing,
+    is_same,
     make_signature,
     read_signature,
     read_suspect,
     to_bytes,
 )
-from tracing_jax.library.comparison import MOMENTS, RESPONSES
+from tracing_jax.library.comparison import HEADS, MOMENTS, RESPONSES
+from tracing_jax.library.heads import FORMS, SampledHeads, forms_on
 from tracing_jax.library.readings import moment_readings
 from tracing_jax.library.signature import SampledLayer, Signature
 from tracing_jax.rewrites import Renaming, draw_rewrites
@@ -86,7 +88,7 @@ def test_a_disguise_leaves_the_agreement_as_it_is(arch, name, signatures):
     hidden = match_of(signatures[arch.gated], *disguised(finetuned(base_of(arch)), name))
     for test, found in plain.tests.items():
         for given, other in zip(found.agreeing, hidden.tests[test].agreeing, strict=True):
-            assert abs(given - other) <= 4, test
+            assert abs(given - other) <= (0 if test == HEADS else 4), test
     assert hidden.firm_log10_p < -20
 
 
@@ -122,6 +124,7 @@ def test_a_relative_with_other_embeddings_is_found_by_moments_alone(signatures):
     assert found.tests[MOMENTS].firm_log10_p < -10
     without_tokens = match_of(signatures[True], swapped, Vocabulary({"another": 0}, known=True))
     assert without_tokens.tests.keys() == {MOMENTS}
+    assert without_tokens.not_tested[HEADS].startswith("0 of the 24 token strings")
     assert without_tokens.firm_log10_p < -10
 
 
@@ -185,10 +188,12 @@ def test_units_that_are_planted_copied_or_ordered_make_no_alarm():
 
 
 def test_gated_and_gateless_models_are_not_compared(signatures):
-    found = match_of(signatures[True], base_of(GATELESS))
+    suspect = read_suspect(base_of(GATELESS), VOCABULARY, list(STRINGS))
+    found = compare(dataclasses.replace(signatures[True], heads=()), suspect)
+    assert compare(signatures[True], suspect).tests.keys() == {HEADS}
     assert not found.tests
     assert found.log10_p is None
-    assert set(found.not_tested) == {RESPONSES, MOMENTS}
+    assert set(found.not_tested) == {RESPONSES, MOMENTS, HEADS}
 
 
 @pytest.mark.parametrize("arch", [GATED, GATELESS])
@@ -218,7 +223,17 @@ def test_the_largest_signature_fits():
     files = {f"model-{i:05d}-of-00016.safetensors": f"{i:064x}" for i in range(16)}
     facts = dict(signature_of(base_of(GATED)).facts) | {"model": "o" * 200, "files": files, "revision": "0" * 40}
     strings = tuple(f"{i:0{drawing.MAX_STRING}d}" for i in range(drawing.TOKENS))
-    assert 200_000 < len(to_bytes(Signature(facts, strings, layers))) <= MAX_BYTES == 256 * 1024
+    T2 = drawing.HEAD_TOKENS**2
+    heads = tuple(
+        SampledHeads(
+            i,
+            np.arange(drawing.HEADS, dtype=np.int32),
+            {form: rng.integers(-127, 128, (drawing.HEADS, T2)).astype(np.int8) for form in FORMS},
+        )
+        for i in (13, 40, 66)
+    )
+    facts["head_layers"] = [1013, 1040, 1066]
+    assert 240_000 < len(to_bytes(Signature(facts, strings, layers, heads))) <= MAX_BYTES == 256 * 1024
 
 
 def test_what_is_drawn_follows_from_the_files_alone():
@@ -272,6 +287,113 @@ def test_models_without_tokenizers_are_compared_row_by_row(signatures):
     assert RESPONSES in match_of(signature, tiny.model(other, 3), Vocabulary({"a": 0}, known=True)).not_tested
 
 
+MANY_HEADS = dataclasses.replace(GATED, num_kv_heads=16, embed_dim=64)
+
+
+def with_other_mlps(model, seed):
+    """Returns a model with the attention and embeddings of one, and the MLPs of an unrelated one of its shape."""
+    other = tiny.model(model.arch, seed).params["layers"]
+    layers = {i: layer | {"mlp": other[i]["mlp"]} for i, layer in model.params["layers"].items()}
+    return InMemory(model.arch, model.params | {"layers": layers})
+
+
+@pytest.fixture(scope="module")
+def many_heads():
+    return signature_of(base_of(MANY_HEADS))
+
+
+@pytest.mark.parametrize("q_group", [1, 4])
+def test_a_relative_all_of_whose_mlps_were_replaced_is_found_by_its_heads(q_group, many_heads):
+    """As it is, with every disguise at once, and without one of its layers; the layers are found where they are."""
+    arch = dataclasses.replace(MANY_HEADS, num_kv_heads=16 // q_group, q_group=q_group)
+    signature = many_heads if q_group == 1 else signature_of(base_of(arch))
+    replaced = with_other_mlps(finetuned(base_of(arch)), 9)
+    shortened = pruned_in_depth(replaced, 1).model  # layer 2 is gone
+    for relative, places in (
+        ((replaced,), [(0, 0), (2, 2), (3, 3)]),
+        (disguised(replaced, "all"), None),
+        ((shortened,), [(0, 0), None, (3, 2)]),
+    ):
+        found = match_of(signature, *relative)
+        assert max(found.tests[name].log10_p for name in (RESPONSES, MOMENTS)) > -3
+        assert found.tests[HEADS].firm_log10_p < -6
+        assert found.firm_log10_p < -5
+        expected = [place for place in places or [] if place is not None]
+        assert set(expected) <= {place[:2] for place in found.tests[HEADS].places}
+
+
+def test_heads_of_strangers_are_not_found(many_heads):
+    for q_group in (1, 4):
+        arch = dataclasses.replace(MANY_HEADS, num_kv_heads=16 // q_group, q_group=q_group)
+        signature = many_heads if q_group == 1 else signature_of(base_of(arch))
+        for seed in range(1, 5):
+            found = match_of(signature, tiny.model(arch, seed)).tests[HEADS]
+            assert found.log10_p > -2
+            assert not found.places
+
+
+def test_forms_of_heads_on_some_tokens_follow_from_those_on_all(many_heads):
+    """A suspect that lacks some of the strings is compared by the others."""
+    model, tokens = base_of(MANY_HEADS), many_heads.tokens[:24]
+    some = {string: STRINGS[string] for string in tokens[::2]}
+    suspect = read_suspect(model, Vocabulary(some, known=True), many_heads.tokens)
+    assert set(suspect.head_columns) == set(some)
+    columns = [suspect.head_columns[string] for string in tokens[::2]]
+    for sampled in many_heads.heads:
+        for name, forms in sampled.forms.items():
+            whole = forms_on(forms, list(range(0, 24, 2)))
+            own = forms_on(suspect.heads[sampled.layer][name], columns)[sampled.heads]
+            assert np.all((whole * own).sum(axis=1) > 0.995)
+
+
+def test_heads_that_write_nothing_are_not_sampled():
+    model = base_of(GATED)
+    layers = dict(model.params["layers"])
+    attn = dict(layers["2"]["attn"])
+    attn["o_proj"] = {"kernel": jnp.asarray(attn["o_proj"]["kernel"]).at[1].set(0.0)}
+    layers["2"] = layers["2"] | {"attn": attn}
+    found = signature_of(InMemory(GATED, model.params | {"layers": layers}))
+    assert [sampled.layer for sampled in found.heads] == [0, 2, 3]
+    assert sorted(found.heads[1].heads.tolist()) == [0, 2, 3, 4, 5]
+
+
+def earlier(signature):
+    """Returns a signature as the first version of the format had it: no heads."""
+    shape = {name: value for name, value in signature.facts["shape"].items() if name not in ("num_kv_heads", "q_group")}
+    facts = dict(signature.facts) | {"format": 1, "rule": drawing.EARLIER_RULE, "shape": shape}
+    del facts["head_layers"]
+    return dataclasses.replace(signature, facts=facts, heads=())
+
+
+def test_files_of_the_first_version_are_read(tmp_path, signatures):
+    (tmp_path / "x").write_bytes(to_bytes(earlier(signatures[True])))
+    found = read_signature(tmp_path / "x")
+    match = match_of(found, finetuned(base_of(GATED)))
+    assert match.firm_log10_p < -20
+    assert match.not_tested[HEADS].endswith("made by an earlier version")
+    assert is_same(found, signatures[True])
+    assert is_same(signatures[True], found)
+    assert not is_same(earlier(signature_of(tiny.model(GATED, 1))), signatures[True])
+
+
+def test_of_two_versions_the_tokens_that_both_have_are_compared(signatures):
+    """Rows are scaled by their largest response, which may be to a token that one of both lacks."""
+
+    def with_largest(rows):
+        """Returns rows of which the largest response, to one more token, is twice the others."""
+        return np.pad(np.round(rows / 2).astype(np.int8), ((0, 0), (0, 1)), constant_values=127)
+
+    found = earlier(signatures[True])
+    layers = [
+        dataclasses.replace(layer, readings={name: with_largest(rows) for name, rows in layer.readings.items()})
+        for layer in found.layers
+    ]
+    longer = dataclasses.replace(found, tokens=(*found.tokens, "one more"), layers=tuple(layers))
+    assert is_same(longer, signatures[True])
+    other = dataclasses.replace(longer, tokens=("one more", *found.tokens))
+    assert not is_same(other, signatures[True])
+
+
 def test_damaged_files_are_refused(tmp_path, signatures):
     written = to_bytes(signatures[True])
     file = tmp_path / "damaged"
@@ -312,8 +434,9 @@ def _with(signature, **changes):
 
 _NAN = np.float16(np.nan)
 _HOSTILE = {
-    "other format": (lambda s: _changed(s, format=2), "expected format 1 .* found 2"),
-    "other rule": (lambda s: _changed(s, rule="mine"), "found 1 and mine"),
+    "other format": (lambda s: _changed(s, format=3), "expected format 2 .* found 3"),
+    "other rule": (lambda s: _changed(s, rule="mine"), "found 2 and mine"),
+    "rule of another format": (lambda s: _changed(s, format=1), "expected format 2 .* found 1"),
     "no model": (lambda s: _changed(s, model=...), "model is None"),
     "escape codes": (lambda s: _changed(s, model="\x1b[2Ja"), "expected printable"),
     "endless name": (lambda s: _changed(s, model="a" * 1000), "model is 'aaa"),
@@ -351,6 +474,18 @@ _HOSTILE = {
     "a long token": (lambda s: to_bytes(dataclasses.replace(s, tokens=("a" * 25, *s.tokens[1:]))), "24 bytes"),
     "more layers": (lambda s: to_bytes(dataclasses.replace(
         s, layers=(*s.layers, dataclasses.replace(s.layers[0], layer=1)))), "do not belong"),
+    "no layers of heads": (lambda s: _changed(s, head_layers=...), "head_layers are None"),
+    "layers of heads that are not there": (lambda s: _changed(s, head_layers=[0, 2, 9]), "not layers of the model"),
+    "layers of heads in disorder": (lambda s: _changed(s, head_layers=[2, 0, 3]), "increasing order"),
+    "a layer of heads less": (lambda s: _changed(s, head_layers=[0, 2]), "do not belong"),
+    "no heads to sample": (lambda s: _changed(s, shape=dict(s.facts["shape"]) | {"q_group": 0}), "0 query heads"),
+    "endless heads": (lambda s: _changed(s, shape=dict(s.facts["shape"]) | {"q_group": 10**6}), "query heads has none"),
+    "fewer heads than sampled": (lambda s: _changed(
+        s, shape=dict(s.facts["shape"]) | {"num_kv_heads": 5}), "different heads of 5"),
+    "a head twice": (lambda s: _with(s, heads=lambda h: h * 0), "different heads"),
+    "heads in floats": (lambda s: _with(s, heads=lambda h: h * 1.0), "expected int32"),
+    "small forms": (lambda s: _with(s, output=lambda f: f[:, :4]), "expected int8 of shape"),
+    "NaN forms": (lambda s: _with(s, attention=lambda f: f * np.float32("nan")), "found float32"),
     "fewer layers": (lambda s: to_bytes(dataclasses.replace(s, layers=s.layers[:2])), "lacks the tensors"),
 }  # fmt: skip
 

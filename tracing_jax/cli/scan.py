@@ -75,6 +75,7 @@ def as_dict(found: "Scan", suspect: "Suspect") -> dict[str, Any]:
         "read": found.part or "all layers",
         "same_files": list(found.same_files),
         "closest": list(found.closest),
+        "merge_of": list(found.merge_of),
         "margin_standard_errors": found.margin,
         "compared_in_full": found.compared,
         "null": "calibrated: 5 % of the units may agree by convergence, and as many as in unrelated layers",

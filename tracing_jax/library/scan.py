@@ -31,6 +31,14 @@ STANDARD_ERRORS = 3.0
 """The closest of several relatives is named alone if the next one is so many standard errors farther away."""
 
 
+EQUAL_SHARES = 2.0
+"""A relative at up to so many times the distance of the closest can be the other parent of a merge.
+
+A merge with a share s of one parent has distances to both as (1 - s)^2 to s^2: equal ones for equal shares, and within
+this factor for shares of two fifths and more.
+"""
+
+
 class Distance(NamedTuple):
     """Mean of the agreeing units' distances, 1 less correlation, and its standard error."""
 
@@ -86,6 +94,8 @@ class Scan:
       candidates: all signatures, the closest relatives first.
       closest: names of the closest relative and of those that are not farther away by more than chance; empty if
         no model is related.
+      merge_of: names of further relatives that are so close too that the suspect can be a merge of the closest with
+        them, in shares that are about equal (`EQUAL_SHARES`).
       margin: standard errors between the first candidate and the first beyond these; None if there is none.
       compared: how many signatures were compared in full.
       part: the layers of the suspect that were read; None if all were.
@@ -98,6 +108,7 @@ class Scan:
     compared: int
     part: str | None = None
     same_files: tuple[str, ...] = ()
+    merge_of: tuple[str, ...] = ()
 
     @property
     def related(self) -> tuple[Candidate, ...]:
@@ -127,8 +138,12 @@ class Scan:
             text = f"Closest: {first.name}"
             if self.margin is not None:
                 text += f", by {self.margin:.0f} standard errors"
+        if self.merge_of:
+            text += f"; or merged in equal parts with {', '.join(self.merge_of)}, not much farther away"
         rest = total - max(1, len(self.same_files))
         more = f" {others} of the other {rest} signatures {'is' if others == 1 else 'are'} related too." * bool(others)
+        if undecided := [found.name for found in self.candidates if found.verdict == "undecided" and not self.part]:
+            more += f" Undecided: {', '.join(undecided)}."
         if self.same_files:
             return (
                 f"Same files: {', '.join(self.same_files)}. The suspect's weight files have the SHA-256 that the "
@@ -178,7 +193,8 @@ def scan(
     copied = [c.name for c in related if c.distances and all(d.mean < _COPIED for d in c.distances.values())]
     own = digest() if copied and digest is not None else None
     same = tuple(name for name in copied if signatures[name].digest == own)
-    return Scan(tuple(candidates), closest, margin, len(names), suspect.part, same)
+    parents = () if same else _merge_of(related, closest)
+    return Scan(tuple(candidates), closest, margin, len(names), suspect.part, same, parents)
 
 
 def _adjusted(log10_ps: Sequence[float], testable: Sequence[bool]) -> Float[np.ndarray, " N"]:
@@ -230,6 +246,18 @@ def _closest(related: Sequence[Candidate]) -> tuple[tuple[str, ...], float | Non
     near = [other.name for other, gap in zip(related[1:], gaps) if gap < STANDARD_ERRORS]
     far = [gap for gap in gaps if gap >= STANDARD_ERRORS]
     return (related[0].name, *near), min(far) if far else None
+
+
+def _merge_of(related: Sequence[Candidate], closest: Sequence[str]) -> tuple[str, ...]:
+    """Returns the relatives beyond the closest that are at a distance of a merge's other parent, by a test of both."""
+    found = []
+    for other in related[1:]:
+        shared = [test for test in related[0].distances if test in other.distances]
+        if other.name not in closest and shared:
+            near, far = related[0].distances[shared[0]].mean, other.distances[shared[0]].mean
+            if far <= EQUAL_SHARES * near:
+                found.append(other.name)
+    return tuple(found)
 
 
 def _gap(one: Candidate, other: Candidate) -> float:

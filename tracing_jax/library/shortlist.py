@@ -174,9 +174,12 @@ def _agreeing(rows: Rows, layer: Rows, signed: bool, second_signed: bool = False
     """
     found = []
     others = layer[1][:: max(1, -(-len(layer[1]) // _OTHERS))]
+    memory = np.empty((min(_MOST_ROWS, len(rows[0])), len(layer[0])), np.float32)
     for start in range(0, len(rows[0]), _MOST_ROWS):
         one, other = (part[start : start + _MOST_ROWS] for part in rows)
-        closest = _size(one @ layer[0].T, signed).argmax(axis=1)
+        # Into memory that is there: pages of new memory cost more than the product.
+        similar = np.matmul(one, layer[0].T, out=memory[: len(one)])
+        closest = _size(similar, signed).argmax(axis=1)
         own = _size(np.einsum("ns,ns->n", other, layer[1][closest]), second_signed)
         found.append(own >= _size(other @ others.T, second_signed).max(axis=1) - _ROUNDING)
     return np.concatenate(found)

@@ -241,4 +241,4 @@ def _same_layer(one: SampledLayer, other: SampledLayer, S: int) -> bool:
 
 
 def _close(one: Int8[np.ndarray, "N M"], other: Int8[np.ndarray, "N M"]) -> bool:
-    return one.shape == other.shape and np.abs(one.astype(int) - other.astype(int)).max(initial=0) <= 2
+    return one.shape == other.shape and bool(np.abs(one.astype(int) - other.astype(int)).max(initial=0) <= 2)
