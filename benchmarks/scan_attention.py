@@ -5,6 +5,7 @@
 The models have 16 query heads in each of 4 layers, two for each kv head, where those of `benchmarks.scan` have four.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from tracing_jax import demo
 from tracing_jax.library import Scan, Signature, compare, drawing, read_suspect
 from tracing_jax.library.comparison import HEADS, MOMENTS, RESPONSES
 from tracing_jax.library.heads import FORMS, forms_on
+from tracing_jax.library.signature import as_int8
 from tracing_jax.report import text_table
 from tracing_jax.sources import InMemory
 from tracing_jax.tree import Tree
@@ -81,8 +83,8 @@ def independent(found: Zoo, library: Mapping[str, Signature]) -> str:
                 shares.append(sum(candidate.match.tests[HEADS].agreeing))
     below = {p: int((np.array(log_ps) < np.log10(p)).sum()) for p in (0.5, 0.1, 0.01, 0.001)}
     return (
-        f"{len(log_ps)} pairs of independent models: {dict(zip(*np.unique(verdicts, return_counts=True)))}; of 48 heads "
-        f"{np.mean(shares):.1f} agree on average, at most {max(shares)}; smallest log10 p {min(log_ps):.1f}; below {below}"
+        f"{len(log_ps)} pairs of independent models: {Counter(verdicts)}; of 48 heads {np.mean(shares):.1f} agree on "
+        f"average, at most {max(shares)}; smallest log10 p {min(log_ps):.1f}; p-values below {below}"
     )
 
 
@@ -146,15 +148,13 @@ def made_up(found: Zoo, like: Signature, count: int) -> str:
         alike = [np.abs(forms[f][taken] @ forms[f][at]).max(initial=0) for f in FORMS]
         if max(alike) < _ALIKE and len(taken) < drawing.HEADS:
             taken.append(at)
-    chosen = {
-        f: np.round(forms[f][taken] * 127 / np.abs(forms[f][taken]).max(1, keepdims=True)).astype(np.int8)
-        for f in FORMS
-    }
+    chosen = {f: as_int8(forms[f][taken]) for f in FORMS}
     heads = tuple(replace(sampled, heads=np.arange(len(taken), dtype=np.int32), forms=chosen) for sampled in like.heads)
     gained = [compare(replace(like, heads=heads), target).tests[HEADS] for target in targets]
     return (
-        f"made-up heads, {len(taken)} for each layer, which agree in {np.concatenate(votes)[taken].mean():.2f} of the layers "
-        f"of public models: {[found.agreeing for found in gained]} agree, log10 p {[round(found.log10_p, 1) for found in gained]}"
+        f"made-up heads, {len(taken)} in each layer, which agree in {np.concatenate(votes)[taken].mean():.2f} of the "
+        f"layers of public models: {[found.agreeing for found in gained]} agree, log10 p "
+        f"{[round(found.log10_p, 1) for found in gained]}"
     )
 
 
