@@ -123,7 +123,7 @@ def test_relatives_are_ordered_by_one_test_and_told_apart_by_tests_that_show_bot
     assert _closest([near, same, far])[0] == ("near", "same")
     assert _closest([far, cousin])[0] == ("far", "cousin")  # no test shows both
     near_far = _relative("near far", responses_to_tokens=(0.39, 0.01))
-    assert _merge_of([near, same, near_far, far, cousin], ("near", "same")) == ("near far",)
+    assert _merge_of([near, same, near_far, far, cousin], ("near", "same", "cousin")) == ("near far",)
 
 
 def test_the_signed_files_themselves_are_said_to_be_these(models, library):
