@@ -26,7 +26,7 @@ from tracing_jax.report import text_table
 from tracing_jax.sources import InMemory
 from tracing_jax.tree import Tree
 
-_BASES = flags.DEFINE_integer("bases", 4, "base models of which there are descendants")
+_BASES = flags.DEFINE_integer("attention_bases", 4, "base models of which there are descendants")
 
 _ALIKE = 0.6  # correlation of two forms, of which the second is not taken
 
