@@ -201,10 +201,10 @@ def random_model(config: Any, seed: int) -> Any:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    needed = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].config_class
-    parts = [part for part in vars(config).values() if type(part) is needed]
-    if type(config) is not needed and parts:  # a whole of several models, such as MusicGen
-        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](parts[0]).eval().float()
+    maker: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    parts = [part for part in vars(config).values() if type(part) is maker.config_class]
+    if type(config) is not maker.config_class and parts:  # a whole of several models, such as MusicGen
+        model = maker(parts[0]).eval().float()
     else:
         model = AutoModelForCausalLM.from_config(config).eval().float()
     if (size := sum(p.numel() for p in model.parameters())) > 30_000_000:
