@@ -1,4 +1,6 @@
-"""Tensors of published models whose code is not part of transformers: their names and shapes, for tiny checkpoints.
+"""Tensors of published models that transformers cannot build here: their names and shapes, for tiny checkpoints.
+
+The code of most is not part of transformers; the towers of Gemma 3n need another package.
 
 The names are those of the published checkpoints, as the code of their repositories and of llama.cpp, vLLM and SGLang
 reads them. Nothing of that code is run: a checkpoint that is read by its weights alone needs names and shapes only.
@@ -92,6 +94,32 @@ LAYOUTS: Mapping[str, str] = {
         language_model.model.embed_tokens.weight V D = embedding
         language_model.model.norm.weight D
         language_model.lm_head.weight V D = head
+    """,
+    "gemma3n": _under("model.language_model.layers.{i}", _LLAMA + _MLP) + """
+        model.language_model.layers.{i}.self_attn.q_norm.weight H
+        model.language_model.layers.{i}.pre_feedforward_layernorm.weight D
+        model.language_model.layers.{i}.post_feedforward_layernorm.weight D
+        model.language_model.layers.{i}.altup.correct_output_scale D
+        model.language_model.layers.{i}.altup.modality_router.weight 4 D
+        model.language_model.layers.{i}.altup.router_norm.weight D
+        model.language_model.layers.{i}.laurel.linear_left.weight 16 D
+        model.language_model.layers.{i}.laurel.linear_right.weight D 16
+        model.language_model.layers.{i}.laurel.post_laurel_norm.weight D
+        model.language_model.layers.{i}.per_layer_input_gate.weight 32 D
+        model.language_model.layers.{i}.per_layer_projection.weight D 32
+        model.language_model.layers.{i}.post_per_layer_input_norm.weight D
+        model.language_model.altup_projections.{e}.weight D D
+        model.language_model.altup_unembed_projections.{e}.weight D D
+        model.language_model.embed_tokens.weight V D = embedding
+        model.language_model.embed_tokens_per_layer.weight V 192
+        model.language_model.per_layer_model_projection.weight 192 D
+        model.language_model.norm.weight D
+        model.vision_tower.timm_model.blocks.{i}.0.conv_pw.weight 128 80 1 1
+        model.audio_tower.conformer.{i}.ffw_layer_start.ffw_layer_1.weight 512 128
+        model.audio_tower.conformer.{i}.ffw_layer_start.ffw_layer_2.weight 128 512
+        model.embed_vision.embedding.weight 128 80
+        model.embed_vision.embedding_projection.weight D 80
+        model.embed_audio.embedding.weight 128 80
     """,
     "internlm2": """
         model.tok_embeddings.weight V D = embedding
@@ -283,7 +311,7 @@ def tensors(config: Mapping[str, Any], layers: int, seed: int) -> tuple[dict[str
         what, _, part = line.partition(" = ")
         name, *shape = what.split()
         where = name.replace("{i}", "{layer}").replace("{+i}", "{layer}").replace("{e}", "{expert}")
-        where = where.removeprefix("language_model.")  # which is left out of names when they are read
+        where = re.sub(r"^(model\.)?language_model\.", r"\1", where)  # it is left out of names when they are read
         for each in filter(None, part.split(", ")):
             half, _, kind = each.rpartition(" ")
             parts[kind] = where + _HALVES[half]

@@ -152,7 +152,8 @@ class _Finder:
         most = max(len(layers) for layers in kinds.values())
         dense = [layers for layers in kinds.values() if next(iter(layers.values())).experts is None]
         wide = [layers for layers in dense if 3 * len(layers) >= most]
-        chosen = max(wide or kinds.values(), key=len)
+        # Of kinds in as many layers the widest: Gemma 3n has two pairs of narrow matrices beside each MLP.
+        chosen = max(wide or kinds.values(), key=lambda layers: (len(layers), next(iter(layers.values())).units))
         chosen = self._without_repeats(chosen)
         mlp = next(iter(chosen.values()))
         for others in kinds.values():
