@@ -370,10 +370,11 @@ def _short(error: BaseException) -> str:
 _SECTION = """Of {total} configs of {types} model types, as they were published from 2023 to 2026, {forward} are read
 with a forward pass. {compared} of these were made into tiny random models by transformers, with every attribute but
 sizes as published: {right} give its logits to within 2e-4 of the largest (the worst: {worst:.0e}), {wrong} do not.
-{without} have no forward pass here, each for the cause in the first table. Of each of these a tiny checkpoint was made,
-by transformers or, where its code is not part of transformers, with the names and shapes of the published tensors
-(`benchmarks/published_layouts.py`), except of {untried}. {opened} were read by their weights alone, as the second table
-says; {refused} were refused. Of the {named} made from names, {misread} had a part that was not found where it is.
+{without} have no forward pass here, each for the cause in the first table. Of these a tiny checkpoint was made by
+transformers or, where transformers cannot build it, with the names and shapes of the published tensors
+(`benchmarks/published_layouts.py`){untried}. {opened} were read by their weights alone, as the
+second table says; {refused} were refused. Of the {named} made from names, {misread} had a part that was not found where
+it is.
 
 `python -m benchmarks.published_configs FILE --write`, where FILE is a list of such configs, which are not part of this
 repository."""
@@ -390,7 +391,7 @@ def section(rows: Sequence[Row]) -> str:
         without=len(without),
         opened=sum(row.opened for row in without),
         refused=sum(row.level == "refused" for row in without) or "none",
-        untried=sum(not row.maker for row in without) or "none",
+        untried=f"; of {count} none was made" if (count := sum(not row.maker for row in without)) else "",
         named=sum(row.maker == "names" for row in without),
         misread=sum(bool(row.misread) for row in without) or "none",
         compared=len(errors),

@@ -72,7 +72,7 @@ def test_configs_without_a_forward_pass_count_as_read_only_where_a_model_was_ope
     assert [row.is_wrong for row in rows] == [False, True, False, False]
     text = " ".join(published_configs.section(rows).split())
     assert "4 have no forward pass here" in text
-    assert "except of 1. 2 were read by their weights alone" in text
+    assert "of 1 none was made. 2 were read by their weights alone" in text
     assert "1 were refused. Of the 2 made from names, 1 had a part that was not found where it is." in text
     assert "| flux | names | up, down; not as it is: up is a, found b | 1 |" in text
 

@@ -10,7 +10,19 @@ LAYER, EXPERT = "{layer}", "{expert}"
 
 _COMPONENTS = {
     "vision": {"vision", "visual", "vit", "image", "images", "img", "siglip", "clip", "sam", "patch", "pixel"},
-    "audio": {"audio", "speech", "whisper", "conformer", "codec", "mimi", "talker", "token2wav", "code2wav", "wav2vec2", "v2s"},
+    "audio": {
+        "audio",
+        "speech",
+        "whisper",
+        "conformer",
+        "codec",
+        "mimi",
+        "talker",
+        "token2wav",
+        "code2wav",
+        "wav2vec2",
+        "v2s",
+    },
     "projector": {"projector", "connector", "resampler", "perceiver", "merger", "aligner", "modal", "mm", "multimodal"},
     "draft": {"mtp", "nextn", "eagle", "medusa", "draft"},
 }
