@@ -79,8 +79,9 @@ def independent(found: Zoo, library: Mapping[str, Signature]) -> str:
             others = {name: found for name, found in library.items() if name != own}
             for candidate in scanned(member(found.arch, params, i), others).candidates:
                 verdicts.append(candidate.verdict)
-                log_ps.append(candidate.match.tests[HEADS].log10_p)
-                shares.append(sum(candidate.match.tests[HEADS].agreeing))
+                if candidate.match is not None:
+                    log_ps.append(candidate.match.tests[HEADS].log10_p)
+                    shares.append(sum(candidate.match.tests[HEADS].agreeing))
     below = {p: int((np.array(log_ps) < np.log10(p)).sum()) for p in (0.5, 0.1, 0.01, 0.001)}
     return (
         f"{len(log_ps)} pairs of independent models: {Counter(verdicts)}; of 48 heads {np.mean(shares):.1f} agree on "
@@ -121,7 +122,7 @@ def merges(found: Zoo, library: Mapping[str, Signature], made: Mapping[str, Tree
                     enumerate(("child on its own text", "child on other text"))}  # fmt: skip
         one, other = (child.params for child in children.values())
         merged = InMemory(found.arch, jax.tree.map(lambda a, b: (a + b) / 2, one, other))
-        family = library | {name: signature(f"{name} {i}", child) for name, child in children.items()}
+        family = {**library} | {name: signature(f"{name} {i}", child) for name, child in children.items()}
         table.append(["two siblings", "child 0, child 1", *_said(scanned(merged, family))])
     print(text_table(table, ["merge of", "parents", "related", "undecided", "said"]), flush=True)
 
@@ -143,7 +144,8 @@ def made_up(found: Zoo, like: Signature, count: int) -> str:
             closest = [{f: (own[f] @ other[f].T).argmax(axis=1) for f in FORMS}
                        for k, others in enumerate(layers) if k != i for other in others]  # fmt: skip
             votes.append(np.mean([c["attention"] == c["output"] for c in closest], axis=0))
-    order, taken = np.argsort(-np.concatenate(votes), kind="stable"), []
+    order = np.argsort(-np.concatenate(votes), kind="stable")
+    taken: list[int] = []
     for at in order.tolist():
         alike = [np.abs(forms[f][taken] @ forms[f][at]).max(initial=0) for f in FORMS]
         if max(alike) < _ALIKE and len(taken) < drawing.HEADS:
