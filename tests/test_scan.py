@@ -81,7 +81,7 @@ def test_twins_are_not_told_apart(models, library):
     third = tiny.InMemory(GATED, tiny.noisy(models["child 1"].params, 0.1, seed=5))
     found = scan(suspect_of(third), library | {"twin": twin}, LEVEL)
     assert set(found.closest) == {"child 1", "twin"}
-    assert found.sentence().startswith("One of these family members")
+    assert found.sentence().startswith("One of these family members, or a merge: ")
 
 
 def test_both_parents_of_a_merge_in_equal_parts_are_named():

@@ -133,7 +133,7 @@ class Scan:
         first = related[0]
         others = len(related) - max(1, len(self.same_files))
         if len(self.closest) > 1:
-            text = f"One of these family members: {', '.join(self.closest)}; they cannot be distinguished"
+            text = f"One of these family members, or a merge: {', '.join(self.closest)}; they cannot be distinguished"
         else:
             text = f"Closest: {first.name}"
             if self.margin is not None:
