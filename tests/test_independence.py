@@ -48,6 +48,7 @@ from tracing_jax.statistics.comparison import (
 )
 from tracing_jax.statistics.csh import Csh
 from tracing_jax.statistics.csu import Csu, CsuAll
+from tracing_jax.statistics.identity_starts import diagonal_ranks
 from tracing_jax.statistics.jsd import Jsd
 from tracing_jax.statistics.l2 import L2, distances
 from tracing_jax.statistics.match import Match, form_tests
@@ -541,6 +542,26 @@ def test_layers_that_may_be_moved_hide_from_what_compares_those_of_equal_index(m
     assert hidden_by("match_all", ARCH, ARCH, moved) == hidden_by("match_mlps", ARCH, deep) == ()
     assert hidden_by("match_moments", ARCH, deep, moved) == ()
     assert hidden_by("csh", ARCH, deep)[1:] == ("layers that were moved",)
+
+
+def test_of_norms_behind_blocks_only_other_signs_are_said_to_hide():
+    signs = dataclasses.replace(ARCH, post_norms=True)
+    rotated, flipped = "a rotated residual stream", "features of the residual stream of other signs"
+    assert hidden_by("csu", signs, signs)[1:] == (flipped,)
+    assert hidden_by("csu", ARCH, ARCH)[1:] == hidden_by("csu", signs, ARCH)[1:] == (rotated,)
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
+def test_ranks_of_the_diagonal_are_those_of_each_row_among_its_entries(shape):
+    """Of rows, and of columns in their place, in numpy."""
+    rows = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    rows[3] = 0
+    sizes = np.abs(rows, dtype=np.float64) / np.abs(rows, dtype=np.float64).mean(axis=0)
+    wanted = [
+        np.mean([(x < row[i % shape[1]]) + (x == row[i % shape[1]]) / 2 for x in row]) for i, row in enumerate(sizes)
+    ]
+    np.testing.assert_allclose(diagonal_ranks(rows), wanted, atol=1e-6)
+    np.testing.assert_allclose(diagonal_ranks(rows.T, axis=0), wanted, atol=1e-6)
 
 
 def test_what_has_no_shape_in_common_is_said():

@@ -14,7 +14,7 @@ from tracing_jax.alignment.applicability import WIDTHS, AlignmentError
 from tracing_jax.alignment.copies import group_copies
 from tracing_jax.alignment.float64_leaves import Leaves, in_float64, leaves, own_table, stacked, units_first
 from tracing_jax.arch import Arch
-from tracing_jax.axes import AxisTable, LeafSpec, kind_of
+from tracing_jax.axes import AxisTable, kind_of
 from tracing_jax.rewrites import (
     LayerRemoval,
     MeanSetting,
@@ -24,6 +24,7 @@ from tracing_jax.rewrites import (
     Rotation,
     arch_after,
     residual_group,
+    writes_stream,
 )
 from tracing_jax.sources import ParamSource, prefixes
 
@@ -96,13 +97,9 @@ def _inactive_layers(source: ParamSource) -> set[int]:
     for i in range(source.arch.num_layers):
         prefix = f"layers/{i}/"
         weights, table = leaves(source, prefix), own_table(source.arch, prefix)
-        if not any(weights[name].any() for name, spec in table.leaves.items() if _role_of(spec, "embed") == "writes"):
+        if not any(weights[name].any() for name, spec in table.leaves.items() if writes_stream(spec)):
             found.add(i)
     return found
-
-
-def _role_of(spec: LeafSpec, axis: str) -> str | None:
-    return spec.roles[spec.axes.index(axis)] if axis in spec.axes else None
 
 
 def _to_the_end(base: Arch, ft: ParamSource, kinds: Collection[str]) -> list[Rewrite]:
@@ -161,7 +158,7 @@ def _writers(source: ParamSource) -> Iterable[np.ndarray]:
     for prefix in prefixes(source.arch):
         weights, table = leaves(source, prefix), own_table(source.arch, prefix)
         for name, spec in table.leaves.items():
-            if name in weights and _role_of(spec, "embed") == "writes":
+            if name in weights and writes_stream(spec):
                 yield units_first(weights[name], spec, ("embed",))
 
 

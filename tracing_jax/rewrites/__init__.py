@@ -49,6 +49,7 @@ from tracing_jax.rewrites.residual_stream import (
     mean_free_basis,
     means_in,
     residual_group,
+    writes_stream,
 )
 from tracing_jax.rewrites.rewrite import (
     Rewrite,
@@ -118,4 +119,5 @@ __all__ = [
     "takes_all",
     "unit_moves",
     "with_archs",
+    "writes_stream",
 ]

@@ -9,7 +9,7 @@ import numpy as np
 
 from tracing_jax.arch import Arch
 from tracing_jax.record import SMALLEST_CALIBRATED
-from tracing_jax.rewrites import DISGUISES
+from tracing_jax.rewrites import DISGUISES, residual_group
 from tracing_jax.statistics.pvalues import holm
 from tracing_jax.statistics.statistic import Result
 
@@ -51,6 +51,7 @@ _REWRITES = {
     "permute": "permuted units or features",
     "rotate": "a rotated residual stream",
 }
+_SIGNS = "features of the residual stream of other signs"
 
 _MOVED_LAYERS = "layers that were moved"
 _OBSCURED = "layers most of whose MLP units are no evidence"
@@ -269,9 +270,9 @@ def hidden_by(
     if base.reading is not None or ft.reading is not None:  # which rewrites there are is not known: any may be
         return tuple(_REWRITES[name] for name in HIDING[statistic]) + moved
     found = tuple(
-        _REWRITES[name]
-        for name in HIDING[statistic]
-        if not all(DISGUISES[name].unsupported(arch) for arch in (base, ft))
+        _SIGNS if name == "rotate" and {residual_group(arch) for arch in (base, ft)} <= {"signs", None} else words
+        for name, words in _REWRITES.items()
+        if name in HIDING[statistic] and not all(DISGUISES[name].unsupported(arch) for arch in (base, ft))
     )
     return found + moved
 
