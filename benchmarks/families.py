@@ -36,6 +36,7 @@ TABLE = Path(__file__).parent.parent / "docs" / "families.md"
 
 _SIZES: Mapping[str, Any] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"), _VOCABULARY),
+    **dict.fromkeys(("decoder_vocab_size",), _VOCABULARY),
     **dict.fromkeys(("hidden_size_per_layer_input",), 16),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embed_dim", "dim", "n_embed", "lru_width"), 64),
     **dict.fromkeys(("embedding_size", "attention_hidden_size", "word_embed_proj_dim", "emb_dim"), 64),
@@ -221,7 +222,7 @@ def random_model(config: Any, seed: int) -> Any:
                 weights.add_(0.1 * drawn)
             elif "A_log" not in name:
                 weights.add_(0.02 * drawn)
-            if _FUSED.search(name) and weights.ndim >= 2:
+            if _FUSED.search(name) and not name.endswith("bias") and weights.ndim >= 2:
                 _gate_rows(weights, alternate=f"{name}_bias" in names).sub_(0.1 * torch.randn(64, generator=generator))
     return model
 
