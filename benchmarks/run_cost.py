@@ -60,8 +60,12 @@ class FailedRunError(RuntimeError):
     """A run that was to be measured failed; the message is the end of its standard error."""
 
 
-def measured_run(base: str | Path, ft: str | Path, stat: str, fields: Mapping[str, Any]) -> Cost:
+def measured_run(
+    base: str | Path, ft: str | Path, stat: str, fields: Mapping[str, Any], env: Mapping[str, str] | None = None
+) -> Cost:
     """Returns the cost of `main.py` on a pair, in a process of its own, with these options by dotted name.
+
+    `env` is added to the environment.
 
     Raises:
       FailedRunError: the run ended with an error.
@@ -71,9 +75,8 @@ def measured_run(base: str | Path, ft: str | Path, stat: str, fields: Mapping[st
         fields = {"base_model_id": base, "ft_model_id": ft, "stat": stat, "save": save, **fields}
         command = [sys.executable, "-m", "benchmarks.run_cost", f"--measured={cost}"]
         command += ["--config=configs/mode.py", *(f"--{name}={value}" for name, value in fields.items())]
-        # As where little memory is free: malloc gives back what an array leaves.
-        env = os.environ | {"MALLOC_TRIM_THRESHOLD_": str(2**17)}
-        done = subprocess.run(command, cwd=_REPOSITORY, env=env, capture_output=True, text=True, check=False)
+        more = os.environ | dict(env or {})
+        done = subprocess.run(command, cwd=_REPOSITORY, env=more, capture_output=True, text=True, check=False)
         if done.returncode or not cost.exists():
             raise FailedRunError(f"{stat} on {base} and {ft}: {done.stderr[-2000:]}")
         return Cost(**json.loads(cost.read_text("utf-8")))

@@ -261,7 +261,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 """
 
 
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="a setting of glibc")
+@pytest.mark.skipif(_HUGE_PAGES.exists() and "[always]" in _HUGE_PAGES.read_text(), reason="pages are huge, and few")
 def test_freed_memory_is_used_again_where_much_is_free():
     env = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES" and not k.startswith("MALLOC_")}
     env |= {"NUMPY_MADVISE_HUGEPAGE": "0"}

@@ -13,6 +13,7 @@ import yaml
 from safetensors.numpy import save_file
 
 import tracing_jax.merges.models as merge_models
+import tracing_jax.merges.products as merge_products
 from benchmarks import siblings as merging
 from tests import tiny
 from tests.parity_cases import CASES
@@ -302,6 +303,8 @@ def test_slices_of_checkpoints_are_read_into_the_same_memory(tmp_path, monkeypat
     models = MergeModels(models[0], dict(zip("AB", models[1:])))
     whole = read_sums(models)
     monkeypatch.setattr(merge_models, "SLICE_BYTES", 300)
+    monkeypatch.setattr(merge_products, "_ROW", 4)
+    monkeypatch.setattr(merge_products, "_PROGRAM", 4)
     sliced = read_sums(models)
     assert max(piece.slices for place in models.places() for piece in models.pieces(place)) > 4
     for own, other in zip(sliced.tensors, whole.tensors, strict=True):
@@ -345,6 +348,26 @@ def test_what_is_left_of_bfloat16_is_exact_to_float32(size):
     np.testing.assert_allclose(found / np.outer(sizes, sizes), exact / np.outer(sizes, sizes), atol=1e-5)
     with_copy = products([stored[1], *stored], 0, 200_001, change_of_columns(np.stack([one - ref, *columns[1:]])))
     assert with_copy[0, 0] == pytest.approx(with_copy[0, 1], rel=1e-12)
+
+
+@pytest.mark.parametrize("offsets", [(0, 0, 0, 0), (0, 2, 62, 34), (1, 0, 7, 64)])
+@pytest.mark.parametrize("size", [65_599, 65_600, 65_601, 131_136])
+def test_products_do_not_depend_on_where_models_lie_in_memory(offsets, size):
+    """Offsets are in bytes from an aligned address; sizes are around those from which XLA sums."""
+    rng, start = np.random.default_rng(0), 5
+    flat = []
+    for offset in offsets:
+        memory = np.zeros(2 * (size + 99), np.uint8)
+        first = -memory.ctypes.data % 64 + offset
+        flat.append(memory[first : first + 2 * (start + size)].view(ml_dtypes.bfloat16))
+        flat[-1][:] = rng.normal(size=start + size)
+    child, reference, *others = (own[start:].astype(np.float64) for own in flat)
+    columns = np.stack([child - reference, *(other - reference for other in others), reference])
+    change = change_of_columns(columns[:, :4096])
+    exact = columns @ columns.T
+    np.testing.assert_allclose(
+        products(flat, start, start + size, change), exact, rtol=1e-5, atol=1e-6 * np.abs(exact).max()
+    )
 
 
 def test_weights_that_are_no_numbers_are_refused(origin, parents, tmp_path):

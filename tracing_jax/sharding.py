@@ -53,6 +53,14 @@ class Compute:
         return to_host(arrays)
 
 
+def cpu_device() -> jax.Device:
+    """Returns a CPU of this process; its first device where JAX_PLATFORMS excludes the CPU."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return jax.local_devices()[0]
+
+
 def put_like(array: np.ndarray, batch: jax.Array) -> jax.Array:
     """Returns hidden states `[*, B, T, D]` on the mesh of a batch `[B, T]` from `Compute.put`, split like it."""
     assert isinstance(batch.sharding, NamedSharding), batch.sharding

@@ -25,8 +25,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 _PLENTY = 2**34
 """Bytes of free memory from which on what arrays leave is kept: of streamed 7B models 2 to 3 GiB."""
 _MALLOPT = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_ARENA_MAX": (-8, 1)}
-"""Parameters of malloc in glibc, by their numbers in malloc.h: nothing has a mapping of its own, nothing is given back,
-and all threads share."""
+"""Parameters of malloc in glibc, by their numbers in malloc.h: no array has a mapping of its own, up to 2 GiB at the end
+are not given back, and all threads share."""
 
 _QUICK_TO_COMPILE = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
 _KNOW_THESE = ("0.10.2",)  # versions of jaxlib that were tried: a flag that XLA does not know ends the process
@@ -41,23 +41,31 @@ def prepare_libraries(arguments: Sequence[str] = ()) -> None:
     _let_idle_blas_threads_sleep()
     if not _name_much_data(arguments):
         _compile_for_cpus_quickly()
-    _keep_freed_memory()
+    keep_freed_memory()
 
 
 def _name_much_data(arguments: Sequence[str]) -> bool:
     """Returns whether files and folders among the arguments are large together, or one may be a model of the Hub."""
     values = [argument.rpartition("=")[2] for argument in arguments]
     paths = [Path(value) for value in values if value and os.path.exists(value)]
-    files = (file for path in paths for file in (path.iterdir() if path.is_dir() else (path,)))
     unknown = (
         _HUB_ID.fullmatch(value) and not os.path.exists(value)
         for argument, value in zip(arguments, values)
         if not argument.startswith("-") or "model_id" in argument
     )
-    return any(unknown) or sum(file.stat().st_size for file in files if file.is_file()) > _LARGE
+    return any(unknown) or sum(map(_size, paths)) > _LARGE
 
 
-def _keep_freed_memory() -> None:
+def _size(path: Path) -> int:
+    """Returns the bytes of a file, or of the files of a folder; 0 where it cannot be read, which is said later."""
+    try:
+        files = path.iterdir() if path.is_dir() else (path,)
+        return sum(file.stat().st_size for file in files if file.is_file())
+    except OSError:
+        return 0
+
+
+def keep_freed_memory() -> None:
     """Makes malloc keep the memory of arrays that are gone, where more than `_PLENTY` is free.
 
     By default each array of a streamed layer gets pages that are new to the process, which the kernel fills with zeros:

@@ -15,6 +15,7 @@ from absl import logging
 from tracing_jax.checkpoint.whole_folder import whole_folder
 from tracing_jax.demo.recipe import DemoSizes
 from tracing_jax.demo.texts import topics
+from tracing_jax.sharding import cpu_device
 
 _FORMAT = 1  # raise when the same recipe no longer gives the same family
 
@@ -33,17 +34,10 @@ def cached_folder(name: str, recipe: DemoSizes, cache_dir: str | None, build: Ca
     if folder.exists():
         return folder
     logging.info("training a demo family, once, into %s", folder)
-    with whole_folder(folder, is_cache=True) as work, jax.default_device(training_device()):
+    # A CPU gives the same bytes each time, while a GPU adds in scatters in any order.
+    with whole_folder(folder, is_cache=True) as work, jax.default_device(cpu_device()):
         build(work)
     return folder
-
-
-def training_device() -> jax.Device:
-    """Returns the CPU: it gives the same bytes each time, while a GPU adds in scatters in any order."""
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # JAX_PLATFORMS excludes the CPU
-        return jax.local_devices()[0]
 
 
 def _key(recipe: DemoSizes) -> str:

@@ -14,12 +14,13 @@ from jaxtyping import PRNGKeyArray
 from tracing_jax.arch import Arch, read_arch
 from tracing_jax.axes import PERMUTABLE, axis_table
 from tracing_jax.checkpoint import save_checkpoint
-from tracing_jax.demo.cache import cached_folder, training_device
+from tracing_jax.demo.cache import cached_folder
 from tracing_jax.demo.recipe import DEFAULT, DemoSizes, train_tokenizer, write_config_and_tokenizer
 from tracing_jax.demo.texts import base_text, finetune_text, split
 from tracing_jax.demo.training import Training, init, train, unigram_entropy
 from tracing_jax.forward import mean_loss
 from tracing_jax.rewrites import permute, random_permutations
+from tracing_jax.sharding import cpu_device
 from tracing_jax.sources import InMemory
 from tracing_jax.tree import Tree
 
@@ -121,7 +122,7 @@ def _members(arch: Arch, recipe: DemoSizes, data: TrainingData) -> Iterator[tupl
 
     def trained(name: str, key: PRNGKeyArray) -> Tree:
         training = Training(name, data.base, recipe.base_steps, recipe.base_learning_rate)
-        with jax.default_device(training_device()):  # which is a thread's own
+        with jax.default_device(cpu_device()):  # which is a thread's own
             return train(arch, recipe, init(arch, key), training)
 
     with ThreadPoolExecutor(1, "independent") as thread:  # models this small leave a core idle

@@ -122,8 +122,8 @@ def rounded(values: Float[np.ndarray, "..."], dtype: str) -> Float[np.ndarray, "
 def _pieces_in_order(models: MergeModels) -> Iterator[tuple[PiecePlan, Piece]]:
     """Yields all pieces of all leaves, each until the next one; those after it are read meanwhile.
 
-    Sums are made by the thread that asks, and by no other: numpy's calls on a chunk are so short that threads would
-    spend as long on waiting for Python's lock as they win.
+    Sums are asked for by one thread. Those of bfloat16 XLA makes on several; numpy's calls on a chunk of another dtype
+    are so short that threads would spend as long on waiting for Python's lock as they win.
     """
     plans = (plan for place in models.places() for plan in models.plans(place))
     slots = [PieceBuffers() for _ in range(_AT_ONCE)]

@@ -18,6 +18,8 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
+from tracing_jax.sharding import cpu_device
+
 _CHUNK = 2**14  # entries; all columns of it fit a core's cache, and BLAS starts no threads of its own
 _ROW = 2**10  # entries that are summed in float32
 _PROGRAM = 2**16  # entries of a compiled program, of which there are few; fewer are summed in float64
@@ -73,7 +75,8 @@ def _in_float32(
     words = [
         own[begin - skipped : begin - skipped + size + _ALIGNED].view(np.uint16) for own, skipped in zip(flat, before)
     ]
-    sums = np.asarray(_row_products(words, np.array(before, np.int32), change.astype(np.float32)))
+    with jax.default_device(cpu_device()):  # where the words are; an accelerator would be sent all of them
+        sums = np.asarray(_row_products(words, np.array(before, np.int32), change.astype(np.float32)))
     C = len(change)
     total = np.zeros((C, C))
     total[np.triu_indices(C)] = sums.sum(1, dtype=np.float64)

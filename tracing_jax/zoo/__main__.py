@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tracing_jax.cli.errors import configure_logging, exit_on_user_error
-from tracing_jax.cli.startup import keep_compiled_programs
+from tracing_jax.cli.startup import keep_compiled_programs, keep_freed_memory
 from tracing_jax.dataclass_options import comma_list
 from tracing_jax.zoo.folder import ZooFolder
 from tracing_jax.zoo.report import write_report
@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_args(argv)
     configure_logging()
     keep_compiled_programs()
+    keep_freed_memory()
     with exit_on_user_error():
         folder = ZooFolder(given.folder)
         if given.command == "report":
