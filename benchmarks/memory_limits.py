@@ -6,9 +6,10 @@
     python -m benchmarks.memory_limits --pair=pairs/70b --limits=llama2-70b --plan
 
 Every run has a process of its own and streams both models. Peaks are of anonymous memory: pages of the files that are
-read do not count. Memory that is free again is given back, as it is where less than 16 GiB are free. Most runs use only the first layers; the seconds of the whole model are those of the steps that
-go layer by layer, times its depth over theirs, and those of the other steps. A limit that is broken makes the exit
-status 1. `--plan` adds what the whole model would take, from its shapes and the rates of this machine.
+read do not count. Memory that is free again is given back, as it is where less than 16 GiB are free. Most runs use only
+the first layers; the seconds of the whole model are those of the steps that go layer by layer, times its depth over
+theirs, and those of the other steps. A limit that is broken makes the exit status 1. `--plan` adds what the whole model
+would take, from its shapes and the rates of this machine.
 """
 
 import json

@@ -13,6 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import tracing_jax.statistics.unseen_tokens as module
 from tracing_jax import demo
 from tracing_jax.data import unseen_tokens
 from tracing_jax.rewrites import draw_rewrites
@@ -126,6 +127,15 @@ def test_rows_that_stay_are_found_whatever_was_trained():
     assert (judged.verdict, list(judged.reservations)) == ("undecided", ["unseen_tokens"])
     assert "embedding" in result.label
     assert any("same seed" in note for note in result.notes)
+
+
+def test_of_very_many_rows_some_are_drawn(monkeypatch):
+    """A vocabulary of 256,000 with a tokenizer of 200,000 would take 25 GB."""
+    monkeypatch.setattr(module, "MOST_ROWS", 10)
+    result = UnseenTokens().compute(pair_of(BASE, RELATED))
+    agreement = result.tests[0]
+    assert list(agreement.values["units"]) == list(agreement.values["agreeing"]) == [10, 8, 10, 8]
+    assert any("embedding, unreachable tokens: 10 rows; " in note for note in result.notes)
 
 
 @pytest.mark.parametrize("name", ["rotate", "permute", "gains", "units", "values", "queries"])

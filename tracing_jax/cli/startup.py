@@ -25,8 +25,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 _PLENTY = 2**34
 """Bytes of free memory from which on what arrays leave is kept: of streamed 7B models 2 to 3 GiB."""
 _MALLOPT = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_ARENA_MAX": (-8, 1)}
-"""Parameters of malloc in glibc, by their numbers in malloc.h: no array has a mapping of its own, up to 2 GiB at the end
-are not given back, and all threads share."""
+"""Parameters of malloc in glibc, by their numbers in malloc.h: no array has a mapping of its own, up to 2 GiB at the
+end are not given back, and all threads share."""
 
 _QUICK_TO_COMPILE = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
 _KNOW_THESE = ("0.10.2",)  # versions of jaxlib that were tried: a flag that XLA does not know ends the process

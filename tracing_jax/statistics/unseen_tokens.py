@@ -32,6 +32,9 @@ from tracing_jax.statistics.statistic import Pair, Result, Vocabularies
 _TOKENS = 16384
 """The most shared tokens that the map of the features is learnt from."""
 
+MOST_ROWS = 4096
+"""The most rows of a group that are matched: a small tokenizer in a large embedding leaves tens of thousands."""
+
 _TYPICAL = 2.0
 """Rows whose length is farther than this factor from the median of their group are left out: they may be trained."""
 
@@ -134,8 +137,9 @@ def _compare(mapped: _Mapping, part: TokenMatrix, group: str, pair: Pair) -> Com
     Exact if the rows that count in one model are exchangeable among themselves: which these are decides, in both models
     alike, where their matching is compared, and not how it comes out.
     """
-    sides = zip((pair.base, pair.ft), pair.vocabularies.unseen[group])
-    base, ft = (token_rows(model, part, ids) for model, ids in sides)
+    sides = pair.vocabularies.unseen[group]
+    drawn = np.sort(pair.generator("unseen_tokens", "drawn", group).permutation(len(sides[0]))[:MOST_ROWS])
+    base, ft = (token_rows(model, part, ids[drawn]) for model, ids in zip((pair.base, pair.ft), sides))
     compared = _as_initialised(base) & _as_initialised(ft)
     if compared.sum() < 2:
         return Comparison(int(compared.sum()), len(compared), 0.0, 0, 0.0, 0.0)
@@ -173,5 +177,6 @@ def _notes(pair: Pair, found: dict[str, Comparison]) -> Iterator[str]:
         group = place.split(", ")[1]
         num = len(pair.vocabularies.unseen[group][0])
         least = -math.lgamma(comparison.units + 1) / math.log(10)
-        left_out = f" of {num}, the others repeat or are outliers" if comparison.units < num else ""
+        drawn = f"{MOST_ROWS} drawn from {num}" if num > MOST_ROWS else str(num)
+        left_out = f" of {drawn}, the others repeat or are outliers" if comparison.units < min(num, MOST_ROWS) else ""
         yield f"{place}: {comparison.units} rows{left_out}; p is at least 10^{least:.1f}"
