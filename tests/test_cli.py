@@ -235,6 +235,9 @@ def test_xla_compiles_quickly_only_for_small_models(monkeypatch, tmp_path):
     (large := tmp_path / "large").mkdir()
     with (large / "model.safetensors").open("wb") as file:
         file.truncate(2**31)
+    lists = {"small": tmp_path / "small.yaml", "large": tmp_path / "large.yaml"}
+    lists["small"].write_text(f"family: [demo:base, {small}]\n")
+    lists["large"].write_text(f"tree:\n  {small}:\n    '{large}':\n")
     quick, thorough = " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1", ""
     for arguments, flags in (
         ([str(small), "demo:base", "--save=runs/pair.p"], quick),
@@ -242,6 +245,9 @@ def test_xla_compiles_quickly_only_for_small_models(monkeypatch, tmp_path):
         ([f"--config.base_model_id={large}"], thorough),
         (["--base_model_id=org/name", str(small)], thorough),
         (["org/name@v1.0", str(small)], thorough),
+        ([f"--models={lists['small']}"], quick),
+        ([f"--models={lists['large']}"], thorough),
+        ([f"--models={tmp_path / 'missing.yaml'}"], quick),
     ):
         monkeypatch.setenv("XLA_FLAGS", "")
         prepare_libraries(arguments)

@@ -45,15 +45,26 @@ def prepare_libraries(arguments: Sequence[str] = ()) -> None:
 
 
 def _name_much_data(arguments: Sequence[str]) -> bool:
-    """Returns whether files and folders among the arguments are large together, or one may be a model of the Hub."""
+    """Returns whether files and folders among the arguments are large together, or one may be a model of the Hub.
+
+    Those that a YAML list of models names count too.
+    """
     values = [argument.rpartition("=")[2] for argument in arguments]
-    paths = [Path(value) for value in values if value and os.path.exists(value)]
-    unknown = (
-        _HUB_ID.fullmatch(value) and not os.path.exists(value)
-        for argument, value in zip(arguments, values)
-        if not argument.startswith("-") or "model_id" in argument
-    )
-    return any(unknown) or sum(map(_size, paths)) > _LARGE
+    models = [v for a, v in zip(arguments, values) if not a.startswith("-") or "model_id" in a]
+    for value in [value for value in values if value.endswith((".yaml", ".yml"))]:
+        listed = _words(Path(value))
+        values, models = [*values, *listed], [*models, *listed]
+    unknown = (_HUB_ID.fullmatch(model) and not os.path.exists(model) for model in models)
+    return any(unknown) or sum(_size(Path(value)) for value in values if value and os.path.exists(value)) > _LARGE
+
+
+def _words(path: Path) -> list[str]:
+    """Returns what stands in a short text file between blanks and signs of YAML; nothing where it cannot be read."""
+    try:
+        text = path.read_text("utf-8") if path.stat().st_size < 2**20 else ""
+    except (OSError, UnicodeDecodeError):
+        return []
+    return [word.rstrip(":") for word in re.findall(r"[^\s'\",\[\]{}]+", text)]
 
 
 def _size(path: Path) -> int:
