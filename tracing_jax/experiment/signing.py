@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from tracing_jax.checkpoint import Checkpoint
 from tracing_jax.experiment.models import open_model
 from tracing_jax.library import Signature, Suspect, make_signature, model_digest, read_suspect, vocabulary_of
+from tracing_jax.library.suspect import head_strings_of
 from tracing_jax.record import file_hashes
 from tracing_jax.sources import PrefetchingSource
 
@@ -48,6 +49,8 @@ def suspect_of(model: Checkpoint, signatures: Iterable[Signature], *, screen: bo
     Raises:
       ValueError: its units cannot be read.
     """
+    signatures = list(signatures)
     strings = sorted({token for signature in signatures for token in signature.tokens})
     vocabulary = vocabulary_of(model.tokenizer_folder, model.arch.vocab_size)
-    return read_suspect(model if screen else PrefetchingSource(model), vocabulary, strings, screen=screen)
+    source = model if screen else PrefetchingSource(model)
+    return read_suspect(source, vocabulary, strings, screen=screen, head_strings=head_strings_of(signatures))

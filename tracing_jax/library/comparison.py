@@ -11,18 +11,18 @@ the sampled layers, each with the best layer of the suspect (`head_null.best_lay
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from jaxtyping import Float, Int8
 
 from tracing_jax.library import drawing
-from tracing_jax.library.heads import FORMS, forms_on
+from tracing_jax.library.heads import FORMS, forms_on, without_repeats
 from tracing_jax.library.signature import SampledLayer, Signature, stored_moments
 from tracing_jax.library.suspect import MomentSignatures, Suspect
 from tracing_jax.matching import UnitMatching, live_units, match_units
 from tracing_jax.options import RunOptions
-from tracing_jax.statistics.calibration import DEFAULT_ALLOWANCE, DEFAULT_SOURCE, Null, null_of
+from tracing_jax.statistics.calibration import DEFAULT_ALLOWANCE, DEFAULT_SOURCE, MARGIN, Null, null_of
 from tracing_jax.statistics.comparison import LN10, Comparison, against_each_other
 from tracing_jax.statistics.head_null import best_layers_log_sf
 from tracing_jax.statistics.match_all import CORRESPOND, assign_layers
@@ -59,7 +59,8 @@ class SignatureTest:
 
     Attributes:
       log10_p: of the sampled layers against all layers of the suspect, after Bonferroni over these.
-      firm_log10_p: of those alone whose agreement is several times the allowance.
+      firm_log10_p: of those alone whose agreement is several times the allowance. Of heads, which are few, the p-value
+        if so many times the allowance agree by convergence.
       agreeing, units: of each sampled layer, the units that agree with its closest layer of the suspect, of so many.
       places: (sampled layer, layer of the suspect, agreeing units) of the layers that correspond.
       distances: of the agreeing units in these.
@@ -119,35 +120,48 @@ def _smallest(log10_ps: Sequence[float]) -> float | None:
 
 def compare(signature: Signature, suspect: Suspect) -> SignatureMatch:
     """Returns what a signature and a suspect have in common, in every layer of the suspect."""
-    units, heads = _of_units(signature, suspect), _by_heads(signature, suspect)
-    if isinstance(heads, str):
-        return SignatureMatch(units.tests, {**units.not_tested, HEADS: heads})
-    return SignatureMatch({**units.tests, HEADS: heads}, units.not_tested)
+    reasons = not_tested(signature, suspect)
+    every = {RESPONSES: _by_responses, MOMENTS: _by_moments, HEADS: _by_heads}
+    tests = {name: test(signature, suspect) for name, test in every.items() if name not in reasons}
+    return SignatureMatch(tests, reasons)
 
 
-def _of_units(signature: Signature, suspect: Suspect) -> SignatureMatch:
-    """Returns what the tests of MLPs find."""
-    tests, not_tested = {}, {}
-    shared = shared_columns(signature, suspect)
+def not_tested(signature: Signature, suspect: Suspect) -> dict[str, str]:
+    """Returns the names of the tests that do not apply to a signature and a suspect, each with the reason."""
+    found = _units_not_tested(signature, suspect)
+    tokens = len(shared_head_tokens(signature, suspect)[0])
+    if not signature.heads or not suspect.heads:
+        found[HEADS] = (
+            "one of both has no heads: it was read by its weights alone, its attention is of another kind or adds next "
+            "to nothing, or its signature was made by an earlier version"
+        )
+    elif tokens < FEW_TOKENS:
+        strings = f"{tokens} of the {drawing.HEAD_TOKENS} token strings of its heads"
+        found[HEADS] = f"{strings} are among those read of the suspect"
+    elif not _different_heads(signature, suspect):
+        found[HEADS] = "no layer of the signature has two heads that differ from others"
+    return found
+
+
+def _units_not_tested(signature: Signature, suspect: Suspect) -> dict[str, str]:
+    tokens = len(shared_columns(signature, suspect)[0])
+    reason = None
     if signature.kinds != suspect.kinds:
         kinds = [" and ".join(kinds) for kinds in (signature.kinds, suspect.kinds)]
         reason = f"the signature has responses of {kinds[0]}, the suspect of {kinds[1]}"
-        return SignatureMatch({}, {RESPONSES: reason, MOMENTS: reason})
-    if 2 * sum(_is_empty(layer) for layer in suspect.layers) > len(suspect.layers):
+    elif 2 * sum(_is_empty(layer) for layer in suspect.layers) > len(suspect.layers):
         reason = "in most layers of the suspect no unit does anything"
-        return SignatureMatch({}, {RESPONSES: reason, MOMENTS: reason})
-    if len(shared[0]) < FEW_TOKENS:
-        not_tested[RESPONSES] = f"{len(shared[0])} of the {len(signature.tokens)} token strings are the suspect's too"
-    else:
-        tests[RESPONSES] = _by_responses(signature, suspect, shared)
+    if reason:
+        return {RESPONSES: reason, MOMENTS: reason}
+    found = {}
+    if tokens < FEW_TOKENS:
+        found[RESPONSES] = f"{tokens} of the {len(signature.tokens)} token strings are the suspect's too"
     if not suspect.moments or not all(layer.moments for layer in signature.layers):
-        not_tested[MOMENTS] = (
+        found[MOMENTS] = (
             "one of both has no moments: it was read by its weights alone, its units do nothing, or its signature was "
             "made by an earlier version"
         )
-    else:
-        tests[MOMENTS] = _by_moments(signature, suspect)
-    return SignatureMatch(tests, not_tested)
+    return found
 
 
 def _is_empty(layer: Mapping[str, Int8[np.ndarray, "U S"]]) -> bool:
@@ -184,7 +198,8 @@ def normalised(rows: Int8[np.ndarray, "U S"] | Float[np.ndarray, "U S"]) -> Floa
     return found
 
 
-def _by_responses(signature: Signature, suspect: Suspect, shared: tuple[list[int], list[int]]) -> SignatureTest:
+def _by_responses(signature: Signature, suspect: Suspect) -> SignatureTest:
+    shared = shared_columns(signature, suspect)
     # All sampled layers in one product: what it costs is mostly to read the suspect's.
     ours = {
         name: normalised(np.concatenate([layer.readings[name][:, shared[0]] for layer in signature.layers]))
@@ -219,46 +234,52 @@ def _moment_cell(sampled: SampledLayer, theirs: MomentSignatures, names: Sequenc
     return _cell(found, names)
 
 
-def _by_heads(signature: Signature, suspect: Suspect) -> SignatureTest | str:
-    """Returns the evidence of the heads, or why there is none."""
-    if not signature.heads or not suspect.heads:
-        return (
-            "one of both has no heads: it was read by its weights alone, its attention is of another kind, or its "
-            "signature was made by an earlier version"
-        )
-    ours, theirs = shared_head_tokens(signature, suspect)
-    if len(ours) < FEW_TOKENS:
-        return f"{len(ours)} of the {drawing.HEAD_TOKENS} token strings of its heads are the suspect's too"
-    columns = list(suspect.heads)
-    sampled = [{name: forms_on(found.forms[name], ours) for name in FORMS} for found in signature.heads]
-    table: list[list[LayerPairResult]] = [[] for _ in sampled]
+def _different_heads(signature: Signature, suspect: Suspect) -> dict[int, dict[str, Float[np.ndarray, "_ S2"]]]:
+    """Returns the sampled layers with their forms on the shared tokens, of heads that occur twice one."""
+    ours, _ = shared_head_tokens(signature, suspect)
+    return without_repeats(
+        {found.layer: {name: forms_on(found.forms[name], ours) for name in FORMS} for found in signature.heads}
+    )
+
+
+def _by_heads(signature: Signature, suspect: Suspect) -> SignatureTest:
+    sampled, (_, theirs) = _different_heads(signature, suspect), shared_head_tokens(signature, suspect)
+    table: dict[int, list[LayerPairResult]] = {i: [] for i in sampled}
     for j, layer in suspect.heads.items():
         forms = {name: forms_on(layer[name], theirs) for name in FORMS}
-        for i, own in enumerate(sampled):
+        for i, own in sampled.items():
             names = (signature.digest, "heads", i, j)
             table[i].append(_cell({name: own[name] @ forms[name].T for name in FORMS}, names))
-    return _evidence_of_heads(table, columns, signature, head_groups(signature, suspect))
+    found = _evidence_of_heads(table, list(suspect.heads), head_groups(signature, suspect))
+    return found if suspect.heads_add else replace(found, firm_log10_p=0.0)
 
 
 def _evidence_of_heads(
-    table: Sequence[Sequence[LayerPairResult]], columns: Sequence[int], signature: Signature, groups: tuple[int, int]
+    table: Mapping[int, Sequence[LayerPairResult]], columns: Sequence[int], groups: tuple[int, int]
 ) -> SignatureTest:
-    """Returns the evidence of the best layer of each sampled one, together."""
+    """Returns the evidence of the best layer of each sampled one, together.
+
+    The best of many layers exceeds several times the allowance by chance. So evidence is firm if its p-value is small
+    even where several times the allowance agree by convergence in each pair of layers.
+    """
     least = math.log(_BEST_BY_CHANCE / len(columns))
-    controls = [cell.found for row in table for cell in row if cell.found.log_p_agreement >= least]
-    null = null_of(controls, [DEFAULT_ALLOWANCE], DEFAULT_SOURCE)
-    closest = [int(np.argmax([cell.found.agreeing for cell in row])) for row in table]
-    best = [row[j].found for row, j in zip(table, closest)]
-    agreeing, heads = [found.agreeing for found in best], [max(c.found.units for c in row) for row in table]
-    log_p = best_layers_log_sf(agreeing, heads, *groups, null.u[0], null.lam, len(columns))
+    controls = [cell.found for row in table.values() for cell in row if cell.found.log_p_agreement >= least]
+    lam = null_of(controls, [DEFAULT_ALLOWANCE], DEFAULT_SOURCE).lam
+    closest = {i: int(np.argmax([cell.found.agreeing for cell in row])) for i, row in table.items()}
+    agreeing = [table[i][j].found.agreeing for i, j in closest.items()]
+    heads = [max(cell.found.units for cell in row) for row in table.values()]
+    log_p, firm = (
+        best_layers_log_sf(agreeing, heads, *groups, u, lam, len(columns))
+        for u in (DEFAULT_ALLOWANCE, MARGIN * DEFAULT_ALLOWANCE)
+    )
     found = log_p < math.log(RunOptions.level)
-    places = [(i, j) for i, j in enumerate(closest) if found and table[i][j].found.agreeing]
+    places = [(i, j) for i, j in closest.items() if found and table[i][j].found.agreeing]
     return SignatureTest(
         log_p / LN10,
-        log_p / LN10 if null.is_firm(0, sum(agreeing) / max(1, sum(heads))) else 0.0,
+        firm / LN10,
         tuple(agreeing),
         tuple(heads),
-        tuple((signature.heads[i].layer, columns[j], table[i][j].found.agreeing) for i, j in places),
+        tuple((i, columns[j], table[i][j].found.agreeing) for i, j in places),
         np.concatenate([table[i][j].distances for i, j in places]) if places else np.zeros(0, np.float32),
     )
 

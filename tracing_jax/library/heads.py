@@ -21,11 +21,14 @@ from tracing_jax.arch import Arch
 from tracing_jax.library import drawing
 from tracing_jax.library.readings import has_moments, normalised_tokens
 from tracing_jax.sources import ParamSource
-from tracing_jax.statistics.head_kernels import HEAD_LEAVES, gates_not_applicable
+from tracing_jax.statistics.head_kernels import HEAD_LEAVES, adds_next_to_nothing, gates_not_applicable
 from tracing_jax.statistics.match_heads import head_matrices_of
 from tracing_jax.statistics.shared_tokens import rows_of_tokens
 
 FORMS = ("attention", "output")
+
+_REPEATED = 0.9
+"""Correlation of both forms of two heads, above which they are counted as one."""
 
 HeadForms = Mapping[str, Int8[np.ndarray, "N T2"]]
 """Each of `FORMS` -> for all heads of a layer the form, each up to a positive factor."""
@@ -74,12 +77,16 @@ def sampled_head_layers(arch: Arch) -> list[int]:
 def head_forms(model: ParamSource, ids: Int[np.ndarray, " T"]) -> Callable[[int], HeadForms]:
     """Returns a function of the layer that gives both forms of all its heads on these tokens.
 
-    A head that writes next to nothing beside the others of its layer has an output of zero.
+    A head that writes next to nothing beside the others of its layer has an output of zero, and so have all heads of a
+    layer whose attention adds next to nothing to the residual stream: they could be another model's, planted.
     """
     tokens = normalised_tokens(rows_of_tokens(model, ids, with_effect=False))
 
     def read(layer: int) -> HeadForms:
-        found = head_matrices_of(model.layer(layer, HEAD_LEAVES), model.arch, tokens)
+        params = model.layer(layer, HEAD_LEAVES)
+        found = head_matrices_of(params, model.arch, tokens)
+        if adds_next_to_nothing(model, layer, params):
+            found = {**found, "output": np.zeros_like(found["output"])}
         return {name: _as_int8(found[name]) for name in FORMS}
 
     return read
@@ -108,3 +115,27 @@ def forms_on(forms: Int8[np.ndarray, "N T2"], tokens: Sequence[int]) -> Float[np
     found = found.reshape(len(forms), -1)
     length = np.linalg.norm(found, axis=1, keepdims=True)
     return found / np.where(length > 0, length, 1.0)
+
+
+def without_repeats(
+    layers: Mapping[int, Mapping[str, Float[np.ndarray, "N S2"]]],
+) -> dict[int, dict[str, Float[np.ndarray, "_ S2"]]]:
+    """Returns layers without the heads that repeat an earlier one in both forms, and without layers of fewer than two.
+
+    Layers of a looped or an enlarged model repeat others, and made-up ones can: they find the same heads again.
+
+    Args:
+      layers: layer -> each form of its heads, centred and of length 1 (`forms_on`).
+    """
+    found: dict[int, dict[str, Float[np.ndarray, "_ S2"]]] = {}
+    seen: list[Mapping[str, Float[np.ndarray, "N S2"]]] = []
+    for layer, forms in layers.items():
+        seen.append(forms)
+        N = len(forms[FORMS[0]])
+        earlier = {name: np.concatenate([other[name] for other in seen]) for name in FORMS}
+        alike = np.min([forms[name] @ earlier[name].T for name in FORMS], axis=0) > _REPEATED
+        before = np.arange(alike.shape[1])[None, :] < alike.shape[1] - N + np.arange(N)[:, None]
+        kept = ~(alike & before).any(axis=1)
+        if kept.sum() > 1:
+            found[layer] = {name: forms[name][kept] for name in FORMS}
+    return found

@@ -1,7 +1,8 @@
 """`Suspect`: a model read once, so that any number of signatures can be compared with it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import numpy as np
 from jaxtyping import Float, Int, Int8
@@ -20,17 +21,18 @@ from tracing_jax.library.readings import (
     reading_names,
     token_readings,
 )
-from tracing_jax.library.signature import as_int8, standardised_moments
+from tracing_jax.library.signature import Signature, as_int8, standardised_moments
 from tracing_jax.progress import trange
 from tracing_jax.sources import MlpsAsLayers, ParamSource, Submodel, layer_of, mlp_indices, whole_model
 from tracing_jax.statistics.distinct_units import distinct_units
+from tracing_jax.statistics.head_kernels import is_activity_known
 from tracing_jax.tree import Tree, select
 
 FEW_LAYERS = 8
 """Up to so many layers, moments are read of all; of deeper models, of those that signatures would sample."""
 
-HEAD_TOKENS = 4 * drawing.HEAD_TOKENS
-"""Tokens on which the forms of heads are read, those of smallest hash: signatures of other vocabularies have some."""
+HEAD_TOKENS = 8 * drawing.HEAD_TOKENS
+"""The most tokens on which the forms of heads are read: 2 MiB a layer of 32 heads. One vocabulary has 24 of them."""
 
 MomentSignatures = Mapping[str, tuple[Float[np.ndarray, "_ M"], Float[np.ndarray, "M M"]]]
 """Kind of rows -> signatures of the kept units in standard deviations, and their covariance."""
@@ -47,10 +49,13 @@ class Suspect:
       layers: for each MLP both readings, in whole numbers: each row up to a positive factor.
       moments: index of an MLP -> moments, of some layers; empty for models read by their weights alone.
       names: of each MLP, such as `layer 3`, or `layer 3 expert 1`.
-      heads: layer -> the forms of its heads; empty where they cannot be read.
+      heads: layer -> the forms of its heads, of layers whose attention adds something to the residual stream; empty
+        where they cannot be read.
       head_columns: token string -> its place in these.
       layer_names: of each layer, such as `layer 3`.
       part: what was read, such as `layers 5, 16, 26 of 32`; None if all layers were.
+      heads_add: whether it is known of all layers whether their attention adds something. Else it may be another
+        model's, planted where it does nothing, and calls no model related.
     """
 
     arch: Arch
@@ -63,6 +68,7 @@ class Suspect:
     heads: Mapping[int, HeadForms] = field(default_factory=dict)
     head_columns: Mapping[str, int] = field(default_factory=dict)
     layer_names: Sequence[str] = ()
+    heads_add: bool = True
 
     @property
     def num_bytes(self) -> int:
@@ -71,8 +77,19 @@ class Suspect:
         return sum(found.nbytes for part in parts for found in part.values())
 
 
+def head_strings_of(signatures: Iterable[Signature]) -> list[str]:
+    """Returns the token strings of the heads of all signatures, the first of each before the second of any."""
+    ranks = zip_longest(*{found.tokens[: drawing.HEAD_TOKENS] for found in signatures if found.heads})
+    return list(dict.fromkeys(string for rank in ranks for string in sorted(filter(None, rank))))
+
+
 def read_suspect(
-    model: ParamSource, vocabulary: Vocabulary, strings: Sequence[str], *, screen: bool = False
+    model: ParamSource,
+    vocabulary: Vocabulary,
+    strings: Sequence[str],
+    *,
+    screen: bool = False,
+    head_strings: Sequence[str] | None = None,
 ) -> Suspect:
     """Returns what signatures with these token strings are compared with; every MLP is read once.
 
@@ -82,6 +99,8 @@ def read_suspect(
       strings: the token strings of all signatures.
       screen: whether only the layers are read that signatures of a model of this depth sample, and of the embeddings
         only the rows of these strings.
+      head_strings: those of them on which heads are compared, of which the first `HEAD_TOKENS` that the model has are
+        read (`head_strings_of`); by default those of smallest hash.
 
     Raises:
       ValueError: the units of the model cannot be read in two ways.
@@ -91,7 +110,8 @@ def read_suspect(
     ids = ids_of(strings, vocabulary, model.arch.vocab_size)
     columns = {string: i for i, string in enumerate(s for s, found in zip(strings, ids) if found >= 0)}
     ids, depth = ids[ids >= 0], model.arch.num_layers
-    head_columns = {string: i for i, string in enumerate(drawing.sampled_tokens(columns, HEAD_TOKENS))}
+    shared = drawing.sampled_tokens(columns, len(columns)) if head_strings is None else head_strings
+    head_columns = {string: i for i, string in enumerate([s for s in shared if s in columns][:HEAD_TOKENS])}
     chosen = layers_with_samples(model.arch) if screen else list(range(depth))
     if screen:
         model, ids = _KeptLayer(Submodel(model, chosen, None, ids)), np.arange(len(ids))
@@ -108,8 +128,11 @@ def read_suspect(
         layers.append({name: as_int8(np.asarray(found)[kept]) for name, found in read(i).items()})
         if i in with_moments and len(kept) > 1:
             moments[i] = _moments(read_moments(i), kept)
-        if (layer := layer_of(source, i)) in places and layer not in heads:
-            heads[layer] = read_heads(layer)
+        if (layer := layer_of(source, i)) in places:
+            del places[layer]  # of a layer with experts they are read once
+            forms = read_heads(layer)
+            if not head_columns or all(found.any() for found in forms.values()):
+                heads[layer] = forms
     return Suspect(
         source.arch,
         reading_names(source.arch),
@@ -121,6 +144,7 @@ def read_suspect(
         heads,
         head_columns,
         [f"layer {i}" for i in chosen],
+        len(chosen) == depth and is_activity_known(model),
     )
 
 

@@ -76,14 +76,28 @@ def inactive_attention(model: ParamSource) -> list[int]:
 
     An adversary can put another model's heads there, and the function stays as it is.
     """
-    if model.arch.reading is not None or not has_stream(model):
-        return []
     known = kept_of(model)
     if "inactive attention" not in known:
         layers = filter(model.arch.has_attention, range(model.arch.num_layers))
-        known["inactive attention"] = [i for i in layers if _added(model, i) < NEGLIGIBLE * stream_size(model, i)]
+        known["inactive attention"] = [i for i in layers if adds_next_to_nothing(model, i)]
     found: list[int] = known["inactive attention"]
     return found
+
+
+def is_activity_known(model: ParamSource) -> bool:
+    """Returns whether it can be known what the attention of a layer adds to the residual stream, beside its size."""
+    return model.arch.reading is None and has_stream(model)
+
+
+def adds_next_to_nothing(model: ParamSource, layer: int, params: Tree | None = None) -> bool:
+    """Returns whether the attention of a layer is one of `inactive_attention`; of a part of a model some of these.
+
+    Args:
+      model: whose size of the stream is a lower bound if layers are left out.
+      layer: with attention.
+      params: its `HEAD_LEAVES`, if they were read before.
+    """
+    return is_activity_known(model) and _added(model, layer, params) < NEGLIGIBLE * stream_size(model, layer)
 
 
 def inactive_heads(model: ParamSource, layer: int) -> Bool[np.ndarray, "K G"]:
@@ -92,24 +106,24 @@ def inactive_heads(model: ParamSource, layer: int) -> Bool[np.ndarray, "K G"]:
     return written <= inactive_below(written.ravel())
 
 
-def _head_energies(model: ParamSource, layer: int) -> Float[np.ndarray, "K G"]:
+def _head_energies(model: ParamSource, layer: int, params: Tree | None = None) -> Float[np.ndarray, "K G"]:
     """Returns the squared size of what each head of a layer writes of normalised inputs, summed over the features."""
     known = kept_of(model)
     if ("head energies", layer) not in known:
-        params = model.layer(layer, HEAD_LEAVES)
+        params = model.layer(layer, HEAD_LEAVES) if params is None else params
         kernels, gain = head_kernels(params, model.arch), jnp.asarray(gain_of(params, "attn_norm", model.arch))
         known["head energies", layer] = to_host(_energy(kernels["v"] * gain.reshape(-1, 1, 1), kernels["o"]))
     found: np.ndarray = known["head energies", layer]
     return found
 
 
-def _added(model: ParamSource, layer: int) -> float:
+def _added(model: ParamSource, layer: int, params: Tree | None = None) -> float:
     """Returns what all heads add per feature where each attends to one input in a random direction."""
     arch = model.arch
     if arch.post_norms:
-        params = model.layer(layer, ("attn_post_norm",))
+        params = model.layer(layer, ("attn_post_norm",)) if params is None else params
         return math.sqrt(float(jnp.square(jnp.asarray(gain_of(params, "attn_post_norm", arch))).mean()))
-    return math.sqrt(float(_head_energies(model, layer).sum()) / arch.embed_dim)
+    return math.sqrt(float(_head_energies(model, layer, params).sum()) / arch.embed_dim)
 
 
 @jax.jit
