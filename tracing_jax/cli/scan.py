@@ -75,7 +75,7 @@ def as_dict(found: "Scan", suspect: "Suspect") -> dict[str, Any]:
         "read": found.part or "all layers",
         "same_files": list(found.same_files),
         "closest": list(found.closest),
-        "merge_of": list(found.merge_of),
+        "as_near_as_parents": list(found.as_near_as_parents),
         "margin_standard_errors": found.margin,
         "compared_in_full": found.compared,
         "null": "calibrated: 5 % of the units may agree by convergence, and as many as in unrelated layers",
@@ -109,7 +109,7 @@ def _candidate(candidate: "Candidate", suspect: "Suspect") -> dict[str, Any]:
             }
             for name, evidence in (match.tests.items() if match else ())
         },
-        "not_tested": dict(match.not_tested) if match else {},
+        "not_tested": dict(candidate.not_tested),
     }
 
 
@@ -132,13 +132,23 @@ def _lines(found: "Scan", suspect: "Suspect", shown: int) -> list[str]:
             lines.append(
                 f"    {name}: {agreeing} {'heads' if name == HEADS else 'units'} agree{f'; {places}' if places else ''}"
             )
-        for name, reason in match.not_tested.items() if match else ():
+        for name, reason in candidate.not_tested.items():
             lines.append(f"    {name}: not tested, {reason}")
     if len(found.candidates) > shown:
         lines.append(f"... and {len(found.candidates) - shown} more; --shown or --json shows them")
     lines += [
         "",
         "p: after Holm over the library; calibrated, not exact (docs/scan.md). `compare` tests a pair in full.",
-        f"Not tested: {_NOT_TESTED}. A model that has these of another, and nothing else, is not found.",
+        f"Not tested: {_not_tested(found)}. A model that has these of another, and nothing else, is not found.",
     ]
     return lines
+
+
+def _not_tested(found: "Scan") -> str:
+    """Returns the parts of models that no test compared, and with how many signatures, where it is not all."""
+    total, parts = len(found.candidates), [_NOT_TESTED]
+    for part in found.candidates[0].parts:
+        count = sum(candidate.parts[part] == "not_tested" for candidate in found.candidates)
+        if count:
+            parts.append(part if count == total else f"{part} with {count} of the {total} signatures")
+    return ", ".join(parts)

@@ -7,13 +7,13 @@ looked for first, and only signatures with a sign of agreement are compared in f
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from tracing_jax.library.comparison import HEADS, MOMENTS, RESPONSES, TESTED, SignatureMatch, compare
+from tracing_jax.library.comparison import HEADS, MOMENTS, RESPONSES, TESTED, SignatureMatch, compare, not_tested
 from tracing_jax.library.shortlist import shortlist
 from tracing_jax.library.signature import Signature
 from tracing_jax.library.suspect import Suspect
@@ -30,13 +30,16 @@ _COPIED = 0.01
 STANDARD_ERRORS = 3.0
 """The closest of several relatives is named alone if the next one is so many standard errors farther away."""
 
+AS_PARENTS = 3.0
+"""A relative at up to so many times the distance of the closest is as near as the other parent of a merge would be.
 
-EQUAL_SHARES = 2.0
-"""A relative at up to so many times the distance of the closest can be the other parent of a merge.
-
-A merge with a share s of one parent has distances to both as (1 - s)^2 to s^2: equal ones for equal shares, and within
-this factor for shares of two fifths and more.
+Of unrelated parents, one with a share s, the distance is 1 less s / sqrt(s^2 + (1 - s)^2): at two fifths the ratio is
+2.65. Of children of one base it is ((1 - s) / s)^2, 2.25. Siblings and ancestors can be as near: those that moved less
+from the base than the suspect are.
 """
+
+_SHOWN = 3
+"""Of these so many are named in the sentence."""
 
 
 class Distance(NamedTuple):
@@ -58,6 +61,8 @@ class Candidate:
       adjusted_log10_p: after Holm over the library; None if no test applies.
       match: the evidence; None if a first comparison showed no sign of it.
       distances: of a relative, by each test that shows it, how far the agreeing units are.
+      not_tested: name -> the reason why a test does not apply.
+      parts: part of the model -> what was found of it: a verdict as that of the whole, or `not_tested`.
     """
 
     name: str
@@ -66,24 +71,14 @@ class Candidate:
     adjusted_log10_p: float | None
     match: SignatureMatch | None
     distances: Mapping[str, Distance] = field(default_factory=dict)
+    not_tested: Mapping[str, str] = field(default_factory=dict)
+    parts: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def share(self) -> float:
         """The share of sampled units that agree, in the test that decides."""
         best = self.match.best if self.match else None
         return best.share if best else 0.0
-
-    @property
-    def parts(self) -> dict[str, str]:
-        """Part of the model -> what was found of it: a verdict as that of the whole, or `not_tested`."""
-        return {part: self._of_part(names) for part, names in TESTED.items()}
-
-    def _of_part(self, tests: Sequence[str]) -> str:
-        if self.match is None or any(name in self.distances for name in tests):
-            return self.verdict
-        if not any(name in self.match.tests for name in tests):
-            return "not_tested"
-        return "no_evidence" if self.verdict == "related" else self.verdict
 
 
 @dataclass(frozen=True)
@@ -94,8 +89,8 @@ class Scan:
       candidates: all signatures, the closest relatives first.
       closest: names of the closest relative and of those that are not farther away by more than chance; empty if
         no model is related.
-      merge_of: names of further relatives that are so close too that the suspect can be a merge of the closest with
-        them, in shares that are about equal (`EQUAL_SHARES`).
+      as_near_as_parents: names of further relatives that are as near as the other parent of a merge in about equal
+        shares would be (`AS_PARENTS`). Siblings and ancestors of the suspect can be so near, too.
       margin: standard errors between the first candidate and the first beyond these; None if there is none.
       compared: how many signatures were compared in full.
       part: the layers of the suspect that were read; None if all were.
@@ -108,7 +103,7 @@ class Scan:
     compared: int
     part: str | None = None
     same_files: tuple[str, ...] = ()
-    merge_of: tuple[str, ...] = ()
+    as_near_as_parents: tuple[str, ...] = ()
 
     @property
     def related(self) -> tuple[Candidate, ...]:
@@ -138,8 +133,13 @@ class Scan:
             text = f"Closest: {first.name}"
             if self.margin is not None:
                 text += f", by {self.margin:.0f} standard errors"
-        if self.merge_of:
-            text += f"; or merged in equal parts with {', '.join(self.merge_of)}, not much farther away"
+        if self.as_near_as_parents:
+            beyond = len(self.as_near_as_parents) - _SHOWN
+            some = ", ".join(self.as_near_as_parents[:_SHOWN]) + (f" and {beyond} more" if beyond > 0 else "")
+            text += (
+                f"; {some}: as near as the other parent of a merge in equal parts would be, and as siblings and "
+                "ancestors can be"
+            )
         rest = total - max(1, len(self.same_files))
         more = f" {others} of the other {rest} signatures {'is' if others == 1 else 'are'} related too." * bool(others)
         if undecided := [found.name for found in self.candidates if found.verdict == "undecided" and not self.part]:
@@ -180,12 +180,11 @@ def scan(
     firm = [(found[name].firm_log10_p if name in found else 0.0) for name in signatures]
     testable = [p is not None for p in log_ps]
     adjusted, firm_adjusted = (_adjusted([p or 0.0 for p in ps], testable) for ps in (log_ps, firm))
+    ps = [(adjusted[i] if testable[i] else None, firm_adjusted[i]) for i in range(len(signatures))]
     candidates = [
-        _candidate(name, signature, found.get(name), adjusted[i] if testable[i] else None, firm_adjusted[i], level)
-        for i, (name, signature) in enumerate(signatures.items())
+        _candidate(name, signature, suspect, found.get(name), p, level)
+        for p, (name, signature) in zip(ps, signatures.items())
     ]
-    if suspect.part:
-        candidates = [replace(c, verdict="undecided") if c.verdict == "no_evidence" else c for c in candidates]
     test = _ranking_test(candidates)
     candidates.sort(key=lambda candidate: _order(candidate, test))
     related = [c for c in candidates if c.verdict == "related"]
@@ -193,8 +192,8 @@ def scan(
     copied = [c.name for c in related if c.distances and all(d.mean < _COPIED for d in c.distances.values())]
     own = digest() if copied and digest is not None else None
     same = tuple(name for name in copied if signatures[name].digest == own)
-    parents = () if same else _merge_of(related, closest)
-    return Scan(tuple(candidates), closest, margin, len(names), suspect.part, same, parents)
+    near = () if same else _as_parents(related, closest)
+    return Scan(tuple(candidates), closest, margin, len(names), suspect.part, same, near)
 
 
 def _adjusted(log10_ps: Sequence[float], testable: Sequence[bool]) -> Float[np.ndarray, " N"]:
@@ -207,22 +206,44 @@ def _adjusted(log10_ps: Sequence[float], testable: Sequence[bool]) -> Float[np.n
 
 
 def _candidate(
-    name: str, signature: Signature, match: SignatureMatch | None, adjusted: float | None, firm: float, level: float
+    name: str,
+    signature: Signature,
+    suspect: Suspect,
+    match: SignatureMatch | None,
+    p: tuple[float | None, float],
+    level: float,
 ) -> Candidate:
-    word: ScanVerdict = "no_evidence"
+    """Returns what was found of a signature; `p`: its p-value and that of firm evidence, adjusted over the library."""
+    adjusted, firm = p
+    word: ScanVerdict = "undecided" if suspect.part else "no_evidence"
     if adjusted is None:
         word = "not_testable"
     elif firm < math.log10(level):
         word = "related"
     elif adjusted < math.log10(UNDECIDED_BELOW):
         word = "undecided"
-    shown = match.tests if match is not None and word == "related" else {}
+    reasons = not_tested(signature, suspect) if match is None else match.not_tested
+    tests = match.tests if match is not None else {}
+    shows = [test for test, e in tests.items() if word == "related" and e.firm_log10_p < math.log10(level)]
+    # What the tests and the library were adjusted for, of this signature.
+    factor = adjusted - match.log10_p if adjusted is not None and match and match.log10_p is not None else 0.0
+    factor += math.log10(max(1, len(tests)))
+    doubtful = [test for test, e in tests.items() if e.log10_p + factor < math.log10(UNDECIDED_BELOW)]
+
+    def of_part(names: Sequence[str]) -> str:
+        if all(test in reasons for test in names):
+            return "not_tested"
+        if any(test in shows for test in names):
+            return "related"
+        return "undecided" if suspect.part or any(test in doubtful for test in names) else "no_evidence"
+
     distances = {
         test: Distance(float(d.mean()), float(d.std(ddof=1)) / math.sqrt(len(d)))
-        for test, d in ((test, e.distances) for test, e in shown.items() if e.firm_log10_p < math.log10(level))
+        for test, d in ((test, tests[test].distances) for test in shows)
         if len(d) > 1
     }
-    return Candidate(name, signature.model, word, adjusted, match, distances)
+    parts = {part: of_part(names) for part, names in TESTED.items()}
+    return Candidate(name, signature.model, word, adjusted, match, distances, reasons, parts)
 
 
 def _ranking_test(candidates: Sequence[Candidate]) -> str:
@@ -248,14 +269,14 @@ def _closest(related: Sequence[Candidate]) -> tuple[tuple[str, ...], float | Non
     return (related[0].name, *near), min(far) if far else None
 
 
-def _merge_of(related: Sequence[Candidate], closest: Sequence[str]) -> tuple[str, ...]:
+def _as_parents(related: Sequence[Candidate], closest: Sequence[str]) -> tuple[str, ...]:
     """Returns the relatives beyond the closest that are at a distance of a merge's other parent, by a test of both."""
     found = []
     for other in related[1:]:
         shared = [test for test in related[0].distances if test in other.distances]
         if other.name not in closest and shared:
             near, far = related[0].distances[shared[0]].mean, other.distances[shared[0]].mean
-            if far <= EQUAL_SHARES * near:
+            if far <= AS_PARENTS * near:
                 found.append(other.name)
     return tuple(found)
 
