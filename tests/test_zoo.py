@@ -443,8 +443,15 @@ def test_signatures_propose_the_pairs_of_relatives_and_what_they_found_is_kept(f
     page = write_report(ZooFolder(tmp_path / "zoo")).read_text("utf-8")
     assert "3 of 6 pairs were not compared" in page
     for name in ("signature_of", "scan"):
-        monkeypatch.setattr(proposing, name, lambda *_: pytest.fail("read again"))
+        monkeypatch.setattr(proposing, name, lambda *_, name=name: pytest.fail(f"{name} again"))
     assert proposed(plan, tmp_path / "zoo") == (found, left)
+    for name, function in (("base.scan", "scan"), ("base.signed", "signature_of")):  # as an earlier version left them
+        file = tmp_path / "zoo" / "models" / f"{name}.json"
+        state = json.loads(file.read_text())
+        del state["rule"]
+        file.write_text(json.dumps(state))
+        with pytest.raises(pytest.fail.Exception, match=f"{function} again"):
+            proposed(plan, tmp_path / "zoo")
 
 
 @pytest.mark.slow

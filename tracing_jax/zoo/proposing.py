@@ -27,6 +27,8 @@ from tracing_jax.experiment.models import open_model
 from tracing_jax.experiment.signing import signature_of, suspect_of
 from tracing_jax.library import Signature, SignatureMatch, Suspect, scan
 from tracing_jax.library.comparison import HEADS, MOMENTS, RESPONSES
+from tracing_jax.library.drawing import RULE
+from tracing_jax.library.signature import SIGNATURE_FORMAT
 from tracing_jax.library.signature_file import SUFFIX, read_signature, write_signature
 from tracing_jax.options import RunOptions
 from tracing_jax.progress import tqdm
@@ -51,6 +53,9 @@ FEWEST_DIVIDED = 32
 CLOSED_PER_MODEL = 10
 """Two models without a trace in each other, that both have a clear one in a third, are compared too: only by
 that pair is a model merged from two unrelated ones distinguished from a common relative. At most so many a model."""
+
+_VERSION = {"format": SIGNATURE_FORMAT, "rule": RULE}
+"""With what is kept of a model: a zoo of an earlier version is signed and scanned anew."""
 
 _BLAS_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 _Found = Mapping[str, float | None]
@@ -200,15 +205,15 @@ def _sign(place: _Models, model: str, name: str) -> str | None:
     """Makes the signature of a model, if there is none of the same files, and returns why it has none."""
     file, state = place.signature(name), place.folder / f"{name}.signed.json"
     try:
-        stamps = _stamps(open_model(model))
-        if _read(state).get("stamps") == stamps and file.exists():
+        current = {**_VERSION, "stamps": _stamps(open_model(model))}
+        if _read(state) == current and file.exists():
             read_signature(file)
             return None
         signature = signature_of(model)
     except ValueError as error:
         return str(error).splitlines()[0]
     write_signature(signature, file)
-    atomic_write(state, json.dumps({"stamps": stamps}).encode())
+    atomic_write(state, json.dumps(current).encode())
     return None
 
 
@@ -224,7 +229,7 @@ def _traces(place: _Models, files: _Library, model: str, name: str) -> _Found:
     """Returns for every other model's signature its log10 p against this model; None where no test applies."""
     signatures, library = _library(place, files)
     file, opened = place.folder / f"{name}.scan.json", open_model(model)
-    state = {"library": library, "stamps": _stamps(opened)}
+    state = {**_VERSION, "library": library, "stamps": _stamps(opened)}
     known = _read(file)
     if {key: known.get(key) for key in state} == state:
         return known["log10_p"]
