@@ -85,6 +85,24 @@ def test_heads_behind_a_sink_write_nothing():
         assert MatchHeads().compute(pair_of(base, InMemory(arch, closed))).headline == 0
 
 
+def test_heads_that_attend_alike_and_cancel_one_another_are_no_evidence():
+    """Half of base's heads in an independent model's place, each twice, with opposite outputs: nothing is written."""
+    base, other = BASES["ungated"], jax.tree.map(jnp.asarray, tiny.model(UNGATED, 1).params)
+    once = jax.tree.map(jnp.asarray, base.params)
+    for i, layer in other["layers"].items():
+        attn, own = layer["attn"], once["layers"][i]["attn"]
+        for name, axis in {"q": 1, "k": 1, "v": 1, "o": 0}.items():
+            heads = jnp.moveaxis(own[f"{name}_proj"]["kernel"], axis, 0)[:3]
+            opposite = {"o": -heads, "q": heads + 1e-3 * jnp.sin(jnp.arange(heads.size)).reshape(heads.shape)}
+            both = jnp.concatenate([heads, opposite.get(name, heads)])
+            attn[f"{name}_proj"]["kernel"] = jnp.moveaxis(both, 0, axis)
+        layer["attn_norm"] = once["layers"][i]["attn_norm"]
+    other |= {name: once[name] for name in ("embed", "head") if name in once}
+    found = MatchHeads().compute(pair_of(base, InMemory(UNGATED, other)))
+    assert found.headline == 0
+    assert found.log10_p == 0
+
+
 def forms_of(model, layer):
     """Returns the two matrices of each of a GPT-2's heads, in float64."""
     params, head, embedding = jax.tree.map(

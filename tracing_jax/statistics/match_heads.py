@@ -42,6 +42,7 @@ _SUM = "agreement summed over layers"
 _TOKENS = 192  # at most; time grows with their square
 _MOST_CONTROLS = 256
 _DEVIATIONS = 8.0  # standard deviations that the score of a head may come to
+_SAME_ATTENTION = 0.99  # correlation of what two heads of a layer attend to, which are then one
 _LOG_POSITIONS = 16.0  # of nine million positions, whose scores are summed against a sink
 
 
@@ -154,6 +155,7 @@ def head_matrices(model: ParamSource, layer: int, tokens: TokenRows) -> HeadMatr
     """Returns the two matrices of every query head of a layer, heads in the order of kv heads and queries.
 
     A head that writes next to nothing could be another model's, planted: its output is zero, so that it takes no part.
+    So is that of heads of a layer that attend alike, which could cancel one another.
     """
     found = head_matrices_of(model.layer(layer, HEAD_LEAVES), model.arch, tokens)
     if layer in inactive_attention(model):
@@ -172,6 +174,9 @@ def head_matrices_of(params: Tree, arch: Arch, tokens: TokenRows) -> HeadMatrice
         sinks = np.asarray(to_host(params["attn"]["sinks"]), np.float64)
         written = written * (sinks < _largest_scores(kernels, before, arch)).ravel()
     output[written <= inactive_below(written)] = 0.0
+    # Heads that attend alike can cancel one another, so that nothing is written: they could be another model's.
+    alike = attention @ attention.T > _SAME_ATTENTION
+    output[alike.sum(axis=1) > 1] = 0.0
     return {"attention": attention, "output": output}
 
 
