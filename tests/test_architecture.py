@@ -47,7 +47,7 @@ _LAYERS = {
     "merges": "error_messages arch axes tree rewrites sharding sources checkpoint data matching alignment statistics"
     " record report",
     "generation": "progress record distributed arch data models forward sources checkpoint sharding tree",
-    "demo": "progress models checkpoint forward rewrites sources arch axes data tree",
+    "demo": "progress models checkpoint forward rewrites sources sharding arch axes data tree",
 }
 _ANY_LOWER = ("experiment", "zoo", "cli", "api")
 _ORDER = (*_LAYERS, *_ANY_LOWER)
