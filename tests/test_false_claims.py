@@ -54,15 +54,16 @@ from tracing_jax.statistics.csh import Csh
 from tracing_jax.statistics.csu import Csu, CsuAll
 from tracing_jax.statistics.distinct_units import distinct_units, stream_size
 from tracing_jax.statistics.features_in_place import FeaturesInPlace
-from tracing_jax.statistics.head_kernels import inactive_heads
+from tracing_jax.statistics.head_kernels import explained_by_others, inactive_heads
 from tracing_jax.statistics.heads_in_place import HeadsInPlace
 from tracing_jax.statistics.match import Match
 from tracing_jax.statistics.match_all import MatchAll
-from tracing_jax.statistics.match_heads import MatchHeads
+from tracing_jax.statistics.match_heads import MatchHeads, head_matrices
 from tracing_jax.statistics.match_io import MatchIo
 from tracing_jax.statistics.match_mlps import MatchMlps
 from tracing_jax.statistics.match_moments import MatchMoments
 from tracing_jax.statistics.repeated_layers import repeated_layers
+from tracing_jax.statistics.shared_tokens import TokenRows
 from tracing_jax.statistics.unit_outputs import reached_experts
 from tracing_jax.tree import flatten, unflatten
 
@@ -634,6 +635,69 @@ def test_what_units_write_to_features_that_nothing_reads_is_no_evidence():
         kept = distinct_units(by_text, i).kept
         assert kept.min() >= 32
         assert len(kept) > 28
+
+
+def heads_without_function(cancelling):
+    """A model whose heads of kv heads 0 and 1 in layer 1 do nothing on a text, which their weights do not show.
+
+    They read features that the first layer removes; or attend by these, and add what others of theirs take away.
+    """
+    removed = slice(24, 36)
+    arch = dataclasses.replace(ARCH, embed_dim=36, layer_windows=(1, None, None), num_kv_heads=3, q_group=1, qk_norm=None)
+    leaves = {name: np.array(leaf) for name, leaf in flatten(
+        on_host(InMemory(arch, init_params(arch, jax.random.key(0)))).params).items()}  # fmt: skip
+    rng = np.random.default_rng(0)
+    embedding = rng.standard_normal((61, 36)).astype(np.float32)
+    leaves["embed/embedding"] = embedding / np.linalg.norm(embedding, axis=1, keepdims=True)
+    H = arch.head_dim
+    value, output = (np.zeros_like(leaves[f"layers/0/attn/{name}/kernel"]) for name in ("v_proj", "o_proj"))
+    for k in range(3):  # attends to its own position alone
+        for v in range(4):
+            value[24 + 4 * k + v, k, v], output[k, 0, v, 24 + 4 * k + v] = 1, -1 / np.sqrt(36)
+    leaves |= {"layers/0/attn/v_proj/kernel": value, "layers/0/attn/o_proj/kernel": output}
+    leaves["layers/0/mlp/down_proj/kernel"][:, removed] = 0
+    names = {name: f"layers/1/attn/{name}_proj/kernel" for name in "qkvo"}
+    for name in "qkv":
+        leaves[names[name]] *= 6
+    if cancelling:
+        for name, heads in (("q", np.s_[:, :2, 0]), ("k", np.s_[:, :2])):
+            kernel = leaves[names[name]]
+            kernel[heads] = np.where(np.isin(np.arange(36), np.r_[removed])[:, None, None], kernel[heads], 0)
+        leaves[names["v"]][:, 1] = leaves[names["v"]][:, 0]
+        leaves[names["o"]][1] = -leaves[names["o"]][0]
+    else:
+        leaves[names["v"]][:24, :2] = 0
+    assert H >= 4
+    return by_text_and_by_weights(arch, leaves)
+
+
+@pytest.mark.parametrize("cancelling", [False, True])
+def test_heads_whose_text_shows_that_they_do_nothing_are_no_evidence(cancelling):
+    by_text, by_weights = heads_without_function(cancelling)
+    assert not inactive_heads(by_weights, 1).any()
+    assert inactive_heads(by_text, 1).ravel().tolist() == [True, True, False]
+    for i in (0, 2):
+        assert not inactive_heads(by_text, i).any()
+    tokens = TokenRows(*(jax.numpy.asarray(by_text.params["embed"]["embedding"]),) * 2)
+    shown, unseen = (head_matrices(model, 1, tokens)["output"] for model in (by_weights, by_text))
+    np.testing.assert_array_equal(unseen[:2], 0)
+    np.testing.assert_array_equal(unseen[2], shown[2])
+    assert np.linalg.norm(shown, axis=1).min() > 0.9
+
+
+def test_what_others_make_up_of_a_column_is_that_of_least_squares():
+    columns = np.random.default_rng(0).standard_normal((80, 6))
+    columns[:, 5] = columns[:, 0] - 2 * columns[:, 1] + 0.3 * columns[:, 2]
+    found = explained_by_others(columns)
+    for h in range(6):
+        others = np.delete(columns, h, axis=1)
+        rest = columns[:, h] - others @ np.linalg.lstsq(others, columns[:, h], rcond=None)[0]
+        exact = 1 - np.square(rest).sum() / np.square(columns[:, h]).sum() * 80 / 75
+        assert found[h] == pytest.approx(exact, abs=1e-6)
+    assert (found > 0.98).tolist() == [True] * 3 + [False] * 2 + [True]
+    many = np.random.default_rng(0).standard_normal((80, 64))
+    many[:, 3] = -many[:, 60]
+    assert np.flatnonzero(explained_by_others(many) > 0.98).tolist() == [3, 60]
 
 
 def test_features_that_nothing_writes_and_the_head_reads_loudly_hide_no_unit():

@@ -271,6 +271,31 @@ def test_meshes_that_do_not_fit_are_refused(mesh):
     assert make_mesh(-1, 2).shape == {"data": 4, "model": 2}
 
 
+@pytest.mark.parametrize("arch", [
+    slow(tiny.qwen3_gqa()), tiny.gpt2(), slow(tiny.mixtral()), slow(tiny.olmo2_gqa()), slow(tiny.deepseek(rope_frequencies=((1.0,),))),
+])  # fmt: skip
+def test_effects_of_heads_are_what_the_logits_lose_without_them(arch, one_device):
+    """The difference of the same function of the predictions for a head a little louder and a little less loud."""
+    source, tokens = tiny.model(arch, 0), np.random.default_rng(0).integers(61, size=(1, 8), dtype=np.int32)
+    valid = np.broadcast_to(np.arange(8) >= 4, tokens.shape)
+    noise = np.random.default_rng(0).standard_normal((1, 8, arch.vocab_size), np.float32)
+    found = stream_pass(source, tokens, valid, one_device).head_effects
+    predicted = np.asarray(logits(source, tokens), np.float64)
+    weights = np.exp((predicted - np.logaddexp.reduce(predicted, axis=-1, keepdims=True)) / 2) * noise
+    i, step = arch.num_layers - 1, 1e-2  # in the last layer a head changes the predictions of its own token alone
+    for head in range(0, arch.num_kv_heads * arch.q_group, 2):
+        k, g = divmod(head, arch.q_group)
+        changed = []
+        for factor in (1 + step, 1 - step):
+            params = jax.tree.map(jnp.asarray, source.params)
+            kernel = params["layers"][str(i)]["attn"]["o_proj"]["kernel"]
+            params["layers"][str(i)]["attn"]["o_proj"]["kernel"] = kernel.at[k, g].multiply(factor)
+            own = np.asarray(logits(InMemory(arch, params), tokens), np.float64)
+            changed.append((weights * (own - np.logaddexp.reduce(own, axis=-1, keepdims=True))).sum(axis=-1)[valid])
+        expected = (changed[0] - changed[1]) / (2 * step)
+        np.testing.assert_allclose(found[i][:, head], expected, rtol=0.02, atol=1e-3 * np.abs(found[i]).max())
+
+
 @pytest.mark.parametrize("arch", [tiny.qwen3_gqa(), slow(tiny.gpt2()), slow(tiny.mixtral()), slow(tiny.olmo2_gqa())])
 def test_gradients_at_the_stream_are_those_of_the_rest_of_the_model(arch, one_device):
     """Of the same random function of the predicted tokens, taken through all later layers at once."""

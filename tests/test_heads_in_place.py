@@ -138,6 +138,18 @@ def test_a_relative_is_found_through_rewrites_that_keep_its_heads_in_place(name)
     assert verdict({"heads_in_place": result}, 1e-3).verdict == "related"
 
 
+def test_heads_that_write_nothing_are_matched_by_lot_and_the_others_stay():
+    params = jax.tree.map(np.array, RELATED.params)
+    for layer in params["layers"].values():
+        layer["attn"]["o_proj"]["kernel"][2] *= 1e-7
+    whole, partly = (HeadsInPlace().compute(pair_of(BASE, ft)).tests[0] for ft in (RELATED, InMemory(ARCH, params)))
+    queries = [test.values["agreeing"][1::2] for test in (whole, partly)]
+    assert queries[0] == [6] * 4
+    assert all(4 <= found <= 6 for found in queries[1])
+    assert min(partly.values["agreeing"][::2]) >= 1
+    assert partly.log10_p < -2
+
+
 def test_heads_stay_when_mlps_and_embeddings_are_others_and_permuted_heads_are_not_found():
     foreign = tiny.model(ARCH, 9).params
     layers = {

@@ -1,6 +1,6 @@
 """What the logits of a model depend on: gradients at its residual stream, by one pass forward and one back.
 
-Letters: N blocks, T position, D embed, V vocab, S selected positions, L layers.
+Letters: N blocks, T position, D embed, V vocab, S selected positions, L layers, K kv heads, G queries of each, Q = KG.
 """
 
 import functools
@@ -27,10 +27,14 @@ class StreamPass(NamedTuple):
     Attributes:
       mlp_inputs: for each of L layers what its MLP reads.
       gradients: for each of L layers the gradient at the stream before it, and last the one behind all of them.
+      head_effects: for each of L layers what each query head of its attention adds times the gradient along it: by how
+        much the logits would change without the head, to first order (Michel et al. 2019, arXiv 1905.10650). None for
+        layers without the mixer `attn`.
     """
 
     mlp_inputs: list[Float[np.ndarray, "S D"]]
     gradients: list[Float[np.ndarray, "S D"]]
+    head_effects: list[Float[np.ndarray, "S Q"] | None]
 
 
 def stream_pass(
@@ -40,7 +44,7 @@ def stream_pass(
     compute: Compute,
     description: str = "gradients",
 ) -> StreamPass:
-    """Returns what the MLPs of a model read of a few blocks, and on which directions of its stream the logits depend.
+    """Returns what MLPs read of a few blocks, on which directions of the stream the logits depend, and on which heads.
 
     The gradients are of log-probabilities times random numbers that have the covariance of a token's indicators: their
     second moment is the Fisher information of the stream, to which what moves all logits alike adds nothing. All blocks
@@ -70,17 +74,18 @@ def stream_pass(
         gradient = _head_gradient(arch, head_of(source), put_like(x, batch), noise)
         del noise
         unread = jax.tree.map(jnp.zeros_like, carried)
-        found = [to_host(gradient)[: len(tokens)][valid]]
+        found, of_heads = [to_host(gradient)[: len(tokens)][valid]], list[Float[np.ndarray, "S Q"] | None]()
         for i in reversed(range(arch.num_layers)):
             x, carried = before.pop()
             layer = source.layer(i)
-            gradient, unread = _pull_back(
+            gradient, unread, effects = _pull_back(
                 arch, layer, layer_inputs(arch, i), put_like(x, batch), carried, gradient, unread
             )
             found.append(to_host(gradient)[: len(tokens)][valid])
+            of_heads.append(None if effects is None else to_host(effects)[: len(tokens)][valid])
             del layer
             bar.update()
-    return StreamPass(inputs, found[::-1])
+    return StreamPass(inputs, found[::-1], of_heads[::-1])
 
 
 @functools.partial(jax.jit, static_argnames=("arch",))
@@ -106,13 +111,17 @@ def _pull_back(
     carried: Carried,
     gradient: Float[Array, "N T D"],
     of_carried: Carried,
-) -> tuple[Float[Array, "N T D"], Carried]:
-    """Returns the gradients at what a layer receives from those at what it gives."""
+) -> tuple[Float[Array, "N T D"], Carried, Float[Array, "N T Q"] | None]:
+    """Returns the gradients at what a layer receives from those at what it gives, and at weights of its heads."""
 
-    def block(x: Float[Array, "N T D"], carried: Carried) -> tuple[Float[Array, "N T D"], Carried]:
-        output = apply_block(arch, layer, x, inputs, carried=carried)
+    def block(
+        x: Float[Array, "N T D"], carried: Carried, weights: Float[Array, "N T K G"] | None
+    ) -> tuple[Float[Array, "N T D"], Carried]:
+        output = apply_block(arch, layer, x, inputs, carried=carried, head_weights=weights)
         return output.hidden, output.carried
 
-    _, pull = jax.vjp(block, x, carried)
-    found: tuple[Float[Array, "N T D"], Carried] = pull((gradient, of_carried))
-    return found
+    shape = (*x.shape[:2], arch.num_kv_heads, arch.q_group)
+    weights = jnp.ones(shape, x.dtype) if "attn" in inputs.mixers else None
+    _, pull = jax.vjp(block, x, carried, weights)
+    at_x, at_carried, effects = pull((gradient, of_carried))
+    return at_x, at_carried, None if effects is None else effects.reshape(*shape[:2], -1)

@@ -158,6 +158,7 @@ def apply_block(
     cache: LayerCache | None = None,
     carried: Carried | None = None,
     taps: Collection[str] = (),
+    head_weights: Float[Array, "B T K G"] | None = None,
 ) -> BlockOutput:
     """Returns the hidden state after one layer, the inner activations asked for, its cache, and what is carried on.
 
@@ -171,6 +172,8 @@ def apply_block(
         given. Tokens at negative positions are padding behind a text.
       carried: what passes through the layers beside the hidden state; see `apply_per_layer`.
       taps: names of inner activations; see `tap_axes`.
+      head_weights: factors of what the heads of the mixer `attn` give; the gradient at weights of 1 is what each adds,
+        times the gradient along it.
 
     Raises:
       ValueError: taps that this model does not have, or a layer that lacks what earlier ones carry to it.
@@ -189,7 +192,8 @@ def apply_block(
             y, found["heads"] = shared_attention(arch, params[name], y, inputs, positions, keys[shared])
         else:
             own = None if cache is None else cache[name]
-            y, found["heads"], after[name] = _mixer(arch, name)(arch, params[name], y, inputs, positions, own)
+            more = {} if head_weights is None or name != "attn" else {"head_weights": head_weights}
+            y, found["heads"], after[name] = _mixer(arch, name)(arch, params[name], y, inputs, positions, own, **more)
             if arch.shares_keys:
                 keys[name] = after[name]
         y = scaled(_optional_norm(arch, params, "attn_post_norm", arch.post_norms, y), arch.residual_scale)

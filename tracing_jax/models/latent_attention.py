@@ -19,6 +19,7 @@ def latent_attention(
     inputs: LayerInputs,
     positions: Int[Array, "#B T"],
     cache: Cache | None = None,
+    head_weights: Float[Array, "B T K G"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B T K G U"], Cache]:
     """Returns what `layers.attention` does. The cache holds the keys and values of every head, not the latents.
 
@@ -40,4 +41,5 @@ def latent_attention(
     q, k = jnp.concatenate([q, q_rope], axis=-1), jnp.concatenate([k, k_rope], axis=-1)
     k, v, cache = with_cache(cache, k, v, positions)
     heads = attend(arch, params, q, k, v, inputs, positions)
+    heads = heads if head_weights is None else heads * head_weights[..., None]
     return linear(params["o_proj"], heads, "btkgh,kghd->btd"), heads, cache

@@ -132,10 +132,11 @@ def attention(
     inputs: LayerInputs,
     positions: Int[Array, "#B T"],
     cache: Cache | None = None,
+    head_weights: Float[Array, "B T K G"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B T K G H"], Cache]:
     """Returns the output of causal attention with grouped queries, the heads before the output projection, the cache.
 
-    A token attends to itself and the `window - 1` positions before it. With a cache the tokens write their keys and
+    What a head gives at a token is multiplied by its weight, if there are weights. A token attends to itself and the `window - 1` positions before it. With a cache the tokens write their keys and
     values at their positions and attend to all that is there, so a text can be read in pieces. A layer without a
     projection of values takes what that of keys gives.
     """
@@ -158,6 +159,7 @@ def attention(
     heads = attend(arch, params, q, k, v, inputs, positions)
     if arch.head_gate:
         heads = heads * jax.nn.sigmoid(linear(params["head_gate"], x, "btd,dkgh->btkgh"))
+    heads = heads if head_weights is None else heads * head_weights[..., None]
     return linear(params["o_proj"], heads, "btkgh,kghd->btd"), heads, cache
 
 

@@ -1,6 +1,7 @@
 """What the query heads of a layer read and write on the residual stream, whatever the form of its attention."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,16 @@ from jaxtyping import Array, Bool, Float
 
 from tracing_jax.arch import Arch
 from tracing_jax.sources import ParamSource
-from tracing_jax.statistics.distinct_units import NEGLIGIBLE, has_stream, inactive_below, stream_size
+from tracing_jax.statistics.distinct_units import NEGLIGIBLE, NO_EFFECT, has_stream, inactive_below, stream_size
 from tracing_jax.statistics.kept_facts import kept_of
 from tracing_jax.statistics.mlp_rows import gain_of, without_mean
+from tracing_jax.statistics.token_directions import head_effects
 from tracing_jax.tree import Tree, to_host
+
+_CANCELLED = 0.98
+"""Share of a head's effects that multiples of the others' make up, from which on they can cancel one another."""
+
+_RIDGE = 1e-9
 
 HEAD_LEAVES = ("attn", "attn_norm", "attn_post_norm")
 """The leaves of a layer that are needed, with the norms around them."""
@@ -101,9 +108,64 @@ def adds_next_to_nothing(model: ParamSource, layer: int, params: Tree | None = N
 
 
 def inactive_heads(model: ParamSource, layer: int) -> Bool[np.ndarray, "K G"]:
-    """Returns the query heads of a layer that write next to nothing beside the others; they may be another model's."""
+    """Returns the query heads of a layer that may be another model's.
+
+    Those write next to nothing beside the others, or are `without_effect` on a text.
+    """
     written = np.sqrt(_head_energies(model, layer))
-    return written <= inactive_below(written.ravel())
+    return (written <= inactive_below(written.ravel())) | without_effect(model, layer).reshape(written.shape)
+
+
+def without_effect(model: ParamSource, layer: int) -> Bool[np.ndarray, " H"]:
+    """Returns the query heads of a layer with attention that do nothing on a text, or whose effects others can cancel.
+
+    A head may read features that an earlier layer removes, or write to some that nothing reads. So what it adds at each
+    token is multiplied by the gradient of the logits there. A head counts if this is not negligible beside the other
+    heads', nor its layer's beside all layers'; and if it is not a sum of multiples of the others', as where heads cancel
+    one another. None is returned where there is no text.
+    """
+    known = kept_of(model)
+    if "heads without effect" not in known:
+        known["heads without effect"] = _without_effect(head_effects(model))
+    found: dict[int, np.ndarray] = known["heads without effect"]
+    return found[layer] if layer in found else np.zeros(model.arch.num_kv_heads * model.arch.q_group, bool)
+
+
+def _without_effect(effects: Sequence[Float[np.ndarray, "T H"] | None]) -> dict[int, Bool[np.ndarray, " H"]]:
+    """Returns for each layer that has effects of its heads which of them are no evidence."""
+    layers = {i: found.astype(np.float64) for i, found in enumerate(effects) if found is not None}
+    if not layers:
+        return {}
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = np.sqrt(sum(np.square(found).sum(axis=1) for found in layers.values()))
+        scaled = {i: found / np.where(total > 0, total, 1.0)[:, None] for i, found in layers.items()}
+    shares = {i: np.sqrt(np.square(found).mean(axis=0)) for i, found in scaled.items()}
+    return {
+        i: ~(own > inactive_below(own, NO_EFFECT))
+        | (np.linalg.norm(own) < NEGLIGIBLE)
+        | (explained_by_others(scaled[i]) > _CANCELLED)
+        if np.isfinite(own).all()
+        else np.ones(len(own), bool)
+        for i, own in shares.items()
+    }
+
+
+def explained_by_others(columns: Float[np.ndarray, "T H"]) -> Float[np.ndarray, " H"]:
+    """Returns the share of each column that multiples of the others make up, corrected for their number.
+
+    Of more columns than half the rows each is compared with single others.
+    """
+    T, H = columns.shape
+    lengths = np.linalg.norm(columns, axis=0)
+    unit = np.divide(columns, lengths, out=np.zeros_like(columns), where=lengths > 0)
+    cosines = unit.T @ unit
+    if H < 2:
+        return np.zeros(H)
+    if 2 * H > T:
+        np.fill_diagonal(cosines, 0.0)
+        return np.square(cosines).max(axis=0)
+    precision = np.diag(np.linalg.inv(cosines + _RIDGE * np.eye(H)))
+    return np.asarray(1 - (1 / precision) * T / (T - H + 1))
 
 
 def _head_energies(model: ParamSource, layer: int, params: Tree | None = None) -> Float[np.ndarray, "K G"]:

@@ -96,11 +96,11 @@ class HeadsInPlace(options.HeadsInPlace):
         every = _layers(pair)
         layers = without_repeats(pair.base, pair.ft, every)
         if not layers:
-            return Result(None, _LABEL, p_reason="in no layer of equal index do all heads of both models do something")
+            return Result(None, _LABEL, p_reason="in no layer of equal index does the attention of both do something")
         run_cache = pair.run_cache.scope("heads_in_place")
         base, ft = (self._descriptors(pair, side, layers, run_cache) for side in ("base", "ft"))
         cosines = zip(layers, descriptor_cosines(base, ft))
-        places = [place for i, found in cosines for place in _places(found, i, pair)]
+        places = [place for i, found in cosines for place in _places(_between_active(found, i, pair), i, pair)]
         in_order = [log_p_of_order(side) < math.log(_ORDERED_BELOW) for side in (base, ft)]
         ordered = all(in_order)
         test = replace(_test(places), decides=not ordered)
@@ -142,7 +142,7 @@ class HeadsInPlace(options.HeadsInPlace):
 
 
 def _layers(pair: Pair) -> list[int]:
-    """Returns the layers that both models have and in which every head of both does something."""
+    """Returns the layers that both models have and in which some heads of both do something."""
     inactive = {*inactive_attention(pair.base), *inactive_attention(pair.ft)}
     archs = (pair.base.arch, pair.ft.arch)
     return [
@@ -150,8 +150,19 @@ def _layers(pair: Pair) -> list[int]:
         for i in range(layers_in_common(pair))
         if i not in inactive
         and all(arch.has_attention(i) for arch in archs)
-        and not any(inactive_heads(model, i).any() for model in (pair.base, pair.ft))
+        and not any(inactive_heads(model, i).all() for model in (pair.base, pair.ft))
     ]
+
+
+def _between_active(
+    cosines: Float[np.ndarray, "K G K G"], layer: int, pair: Pair
+) -> Float[np.ndarray, "K G K G"]:
+    """Returns the cosines of heads that do something; 0 for others, which are matched by lot.
+
+    Which heads these are follows from each model by itself, so that matchings stay uniform under the null.
+    """
+    base, ft = (~inactive_heads(model, layer) for model in (pair.base, pair.ft))
+    return np.where(base[:, :, None, None] & ft, cosines, 0.0)
 
 
 def _places(cosines: Float[np.ndarray, "K G K G"], layer: int, pair: Pair) -> Iterator[_LayerPair]:

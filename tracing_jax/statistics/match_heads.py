@@ -26,7 +26,13 @@ from tracing_jax.statistics.comparison import (
     share_by_layer,
 )
 from tracing_jax.statistics.distinct_units import inactive_below
-from tracing_jax.statistics.head_kernels import HEAD_LEAVES, gates_not_applicable, head_kernels, inactive_attention
+from tracing_jax.statistics.head_kernels import (
+    HEAD_LEAVES,
+    gates_not_applicable,
+    head_kernels,
+    inactive_attention,
+    without_effect,
+)
 from tracing_jax.statistics.head_null import heads_log_sf
 from tracing_jax.statistics.mlp_rows import centred_directions, gain_of, unit_length
 from tracing_jax.statistics.shared_tokens import TokenRows, shared_token_rows, tokens_not_applicable, with_doubts
@@ -155,12 +161,12 @@ def head_matrices(model: ParamSource, layer: int, tokens: TokenRows) -> HeadMatr
     """Returns the two matrices of every query head of a layer, heads in the order of kv heads and queries.
 
     A head that writes next to nothing could be another model's, planted: its output is zero, so that it takes no part.
-    So is that of heads of a layer that attend alike, which could cancel one another.
+    So is that of heads of a layer that attend alike, which could cancel one another, and of those without an effect on
+    the logits of a text.
     """
     found = head_matrices_of(model.layer(layer, HEAD_LEAVES), model.arch, tokens)
-    if layer in inactive_attention(model):
-        found = {**found, "output": np.zeros_like(found["output"])}
-    return found
+    takes_part = ~without_effect(model, layer) if layer not in inactive_attention(model) else np.zeros(1, bool)
+    return {**found, "output": found["output"] * takes_part[:, None]}
 
 
 def head_matrices_of(params: Tree, arch: Arch, tokens: TokenRows) -> HeadMatrices:

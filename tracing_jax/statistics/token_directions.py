@@ -97,6 +97,15 @@ def output_gradients(model: ParamSource, layer: int) -> Float[np.ndarray, "T D"]
     return None if found is None else found.gradients[layer + 1]
 
 
+def head_effects(model: ParamSource) -> list[Float[np.ndarray, "T Q"] | None]:
+    """Returns for each layer by how much the logits of the text depend on each head; see `StreamPass`.
+
+    None for all layers where there is no text.
+    """
+    found = _stream_pass(model)
+    return [None] * model.arch.num_layers if found is None else found.head_effects
+
+
 def _stream_pass(model: ParamSource) -> StreamPass | None:
     """Returns what a model makes of the text, by one pass forward and back in float32."""
     known = kept_of(model)
