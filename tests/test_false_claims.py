@@ -643,7 +643,9 @@ def heads_without_function(cancelling):
     They read features that the first layer removes; or attend by these, and add what others of theirs take away.
     """
     removed = slice(24, 36)
-    arch = dataclasses.replace(ARCH, embed_dim=36, layer_windows=(1, None, None), num_kv_heads=3, q_group=1, qk_norm=None)
+    arch = dataclasses.replace(
+        ARCH, embed_dim=36, layer_windows=(1, None, None), num_kv_heads=3, q_group=1, qk_norm=None
+    )
     leaves = {name: np.array(leaf) for name, leaf in flatten(
         on_host(InMemory(arch, init_params(arch, jax.random.key(0)))).params).items()}  # fmt: skip
     rng = np.random.default_rng(0)

@@ -272,7 +272,8 @@ def test_meshes_that_do_not_fit_are_refused(mesh):
 
 
 @pytest.mark.parametrize("arch", [
-    slow(tiny.qwen3_gqa()), tiny.gpt2(), slow(tiny.mixtral()), slow(tiny.olmo2_gqa()), slow(tiny.deepseek(rope_frequencies=((1.0,),))),
+    slow(tiny.qwen3_gqa()), tiny.gpt2(), slow(tiny.mixtral()), slow(tiny.olmo2_gqa()),
+    slow(tiny.deepseek(rope_frequencies=((1.0,),))),
 ])  # fmt: skip
 def test_effects_of_heads_are_what_the_logits_lose_without_them(arch, one_device):
     """The difference of the same function of the predictions for a head a little louder and a little less loud."""

@@ -222,6 +222,8 @@ def test_what_does_not_apply_says_why():
     assert "3 and 6 kv heads, 2 and 1 queries" in line
     single = dataclasses.replace(ARCH, num_kv_heads=1, q_group=1)
     assert "single head" in HeadsInPlace().not_applicable(single, single, SAME)[0]
+    sloped = dataclasses.replace(ARCH, alibi_slopes=tuple(0.5**i for i in range(6)))
+    assert "slopes of ALiBi" in HeadsInPlace().not_applicable(sloped, sloped, SAME)[0]
     deeper = tiny.model(tiny.llama_mha(num_kv_heads=3, q_group=2), 0)
     assert "4 and 2 layers" in HeadsInPlace().compute(pair_of(BASE, deeper)).notes[1]
     aligned = HeadsInPlace().compute(pair_of(BASE, BASE, aligned=True))

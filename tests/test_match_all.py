@@ -12,7 +12,15 @@ from tracing_jax.data import paired_one_to_one
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory
 from tracing_jax.statistics import Pair, Vocabularies, verdict
-from tracing_jax.statistics.match_all import LayerMap, MatchAll, assign_layers, layer_map_sentence, ranges
+from tracing_jax.statistics.comparison import Comparison
+from tracing_jax.statistics.match_all import (
+    LayerMap,
+    MatchAll,
+    _calibrated,
+    assign_layers,
+    layer_map_sentence,
+    ranges,
+)
 from tracing_jax.tree import map_named
 
 ARCH = tiny.qwen3_gqa(num_layers=5, layer_ropes=(0,) * 5, layer_windows=(None,) * 5, mlp_dim=40)
@@ -83,6 +91,22 @@ def test_an_unrelated_model_has_no_layer_of_base():
 def test_the_kept_activations_stay_within_the_memory_asked_for(positions):
     statistic = MatchAll(positions=positions, max_gib=400 * 4 * 2 * 2 * 5 * 40 * 2 / 2**30)
     assert statistic._positions(ARCH, ARCH) == min(positions, 400)
+
+
+def test_firm_is_the_p_value_of_the_test_whose_own_effect_is_beyond_the_margin():
+    """A tenth of the units agree, which is reserved: a rank correlation of .2, which chance gives, does not change it."""
+    other = Comparison(512, 512, 0.0, 1, -0.7, -0.5)
+    for agreeing, r in ((51, 0.2), (51, 0.0), (100, 0.0), (51, 0.6)):
+        table = [
+            [Comparison(512, 512, r, agreeing, -9.0, -60.0) if i == j else other for j in range(4)] for i in range(4)
+        ]
+        null, log_p, firm = _calibrated(table, [0.05] * 4, [0.05] * 4, "test")
+        own = dataclasses.replace(null, u=(0.05,))
+        tests = {"agreement": own.log_p_agreement(0, table[0][0]), "rank": own.log_p_rank(0, table[0][0])}
+        assert log_p[0, 0] == pytest.approx(min(tests.values()) + math.log(2))
+        counts = [tests[name] for name, size in (("agreement", agreeing / 512), ("rank", r)) if size > 0.15]
+        assert firm[0, 0] == pytest.approx(min(0.0, min(counts, default=0.0) + math.log(2)))
+    assert tests["agreement"] < -8
 
 
 def test_layers_are_assigned_by_evidence_and_may_stay_alone():

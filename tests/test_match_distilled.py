@@ -15,8 +15,9 @@ from tracing_jax.options import RunOptions
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory
 from tracing_jax.statistics import COSTLY, REGISTRY, Pair, Vocabularies
-from tracing_jax.statistics.comparison import against_each_other
-from tracing_jax.statistics.match_distilled import MatchDistilled, student_seeds
+from tracing_jax.statistics.calibration import null_of
+from tracing_jax.statistics.comparison import Comparison, against_each_other
+from tracing_jax.statistics.match_distilled import MatchDistilled, _Compared, _tests, student_seeds
 from tracing_jax.statistics.students import StudentTraining, fit_student, student_correlations
 
 D, F, S = 16, 48, 4096
@@ -53,6 +54,24 @@ def test_a_student_explains_its_teacher(gated):
     assert student.explained > 0.85
     assert student.left_out == 0
     assert student.gate.shape == student.up.shape == (D, F)
+
+
+@pytest.mark.parametrize(("whole", "rest", "firm"), [(900, 50, False), (280, 300, False), (900, 100, True)])
+def test_agreement_of_up_to_three_times_the_allowance_is_not_firm(whole, rest, firm):
+    """Of 2,000 units: 5 % by up and 2 % by the rest of it may agree in a layer, 1 % of the rest in all together."""
+
+    def layers(agreeing, count=4):
+        return [Comparison(2000, 2000, 0.0, agreeing, 0.0, 0.0)] * count
+
+    found = _Compared({"whole": layers(whole), "rest": layers(rest)}, {}, {})
+    shares = {"whole": [0.05] * 4, "rest": [0.02] * 4, "rest together": [0.01]}
+    nulls = {name: null_of(layers(1, 12), share, "test") for name, share in shares.items()}
+    agreement, rank, *_ = _tests(found, nulls, [])
+    assert agreement.log10_p < -5
+    assert (agreement.firm_log10_p < -5) == firm
+    assert agreement.firm_log10_p in (0.0, agreement.log10_p)
+    assert rank.log10_p == 0
+    assert _tests(found, nulls, range(4))[0].log10_p == 0  # layers that do nothing
 
 
 def test_a_student_follows_from_its_seed_and_no_other():

@@ -85,16 +85,21 @@ def test_heads_behind_a_sink_write_nothing():
         assert MatchHeads().compute(pair_of(base, InMemory(arch, closed))).headline == 0
 
 
-def test_heads_that_attend_alike_and_cancel_one_another_are_no_evidence():
-    """Half of base's heads in an independent model's place, each twice, with opposite outputs: nothing is written."""
+@pytest.mark.parametrize("even", [False, True])
+def test_heads_that_attend_alike_and_cancel_one_another_are_no_evidence(even):
+    """Half of base's heads in an independent model's place, each twice, with opposite outputs: nothing is written.
+
+    The queries of both may be any if they are so short that all tokens are attended to.
+    """
     base, other = BASES["ungated"], jax.tree.map(jnp.asarray, tiny.model(UNGATED, 1).params)
     once = jax.tree.map(jnp.asarray, base.params)
     for i, layer in other["layers"].items():
         attn, own = layer["attn"], once["layers"][i]["attn"]
         for name, axis in {"q": 1, "k": 1, "v": 1, "o": 0}.items():
             heads = jnp.moveaxis(own[f"{name}_proj"]["kernel"], axis, 0)[:3]
-            opposite = {"o": -heads, "q": heads + 1e-3 * jnp.sin(jnp.arange(heads.size)).reshape(heads.shape)}
-            both = jnp.concatenate([heads, opposite.get(name, heads)])
+            others = jnp.sin(jnp.arange(heads.size)).reshape(heads.shape)
+            opposite = {"o": -heads, "q": others if even else heads + 1e-3 * others}
+            both = jnp.concatenate([heads, opposite.get(name, heads)]) * (1e-5 if even and name == "q" else 1)
             attn[f"{name}_proj"]["kernel"] = jnp.moveaxis(both, 0, axis)
         layer["attn_norm"] = once["layers"][i]["attn_norm"]
     other |= {name: once[name] for name in ("embed", "head") if name in once}
@@ -185,6 +190,14 @@ def test_independent_models_agree_on_one_head_as_random_matchings_do():
     models = [tiny.model(GROUPED, seed) for seed in range(12)]
     counts = [agreeing(MatchHeads().compute(pair_of(*both)))[TEST] for both in zip(models[::2], models[1::2])]
     assert 0.2 < np.mean(counts) < 2.2  # 24 layers of variance 2: four standard deviations are 1.2
+
+
+def test_heads_that_slopes_tell_apart_are_never_firm():
+    base = InMemory(dataclasses.replace(GROUPED, alibi_slopes=tuple(0.5**i for i in range(6))), BASES["grouped"].params)
+    found = MatchHeads().compute(pair_of(base, base))
+    assert found.log10_p < -4
+    assert found.firm_log10_p == 0
+    assert "ALiBi" in found.reservation
 
 
 def test_control_models_set_the_allowance():

@@ -76,8 +76,21 @@ def test_each_expert_of_an_upcycled_mixture_comes_from_the_dense_mlp_of_its_laye
     assert result.headline == 1
     assert result.firm_log10_p is None or result.firm_log10_p < -10
     in_place = next(test for test in result.tests if test.name == "units in place, agreement")
-    assert list(in_place.places)[4] == "base layer 1 : ft layer 1 expert 1"
+    # Of each layer the first expert: the others repeat it.
+    assert list(in_place.places) == [f"base layer {i} : ft layer {i} expert 0" for i in (0, 1)]
     assert min(k / n for k, n in zip(in_place.values["agreeing"], in_place.values["units"])) > 0.9
+
+
+def test_experts_that_repeat_one_another_in_a_stranger_are_one_piece_of_evidence():
+    stranger, base = tiny.model(DENSE, 1), tiny.model(DENSE, 0)
+    once = MatchMlps().compute(pair_of(base, stranger))
+    several = MatchMlps().compute(pair_of(base, upcycled(stranger, noise=0.0)))
+    assert several.layer_map["pairs"] == []
+    for test in several.tests:
+        if test.name.startswith("units in place"):
+            assert len(test.places) <= 2 * DENSE.num_layers
+    ps = [next(t.log10_p for t in found.tests if t.name == "units in place, agreement") for found in (once, several)]
+    assert ps[1] > ps[0] - 1
 
 
 def test_permuted_experts_and_units_are_found_again():

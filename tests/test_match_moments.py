@@ -6,14 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rewritten_pairs
 import tiny
 from rewritten_pairs import changed
 
 from tracing_jax.axes import axis_table
+from tracing_jax.forward import logits
 from tracing_jax.rewrites import permute, random_permutations
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory
 from tracing_jax.statistics import Pair, Vocabularies, verdict
+from tracing_jax.statistics.csu_procrustes import CsuProcrustes
 from tracing_jax.statistics.distinct_units import distinct_units
 from tracing_jax.statistics.layer_moments import layer_descriptors, layer_moments
 from tracing_jax.statistics.match_moments import (
@@ -73,6 +76,23 @@ def test_a_relative_with_foreign_embeddings_is_found_through_every_disguise(name
     result = MatchMoments().compute(pair_of(BASE, changed(InMemory(ARCH, related), name)))
     assert verdict({"match_moments": result}, 1e-3).verdict == "related"
     assert result.headline > 0.5
+
+
+def test_means_of_reading_rows_that_norms_subtract_hide_nothing():
+    """Behind a LayerNorm any multiple of ones may be added to gate and up rows: the inputs have mean zero."""
+    arch = dataclasses.replace(ARCH, norm="layer_norm_plain")
+    base, rng = tiny.model(arch, 0), np.random.default_rng(0)
+    ft = InMemory(arch, tiny.noisy(base.params, 0.1))
+    params, tokens = jax.tree.map(np.array, ft.params), np.arange(24, dtype=np.int32)[None]
+    for layer in params["layers"].values():
+        for name in ("gate_proj", "up_proj"):
+            layer["mlp"][name]["kernel"] += 2 * rng.standard_normal(40).astype(np.float32)
+    hidden = InMemory(arch, params)
+    np.testing.assert_allclose(logits(hidden, tokens), logits(ft, tokens), atol=2e-3)
+    for statistic, pair in ((MatchMoments(forms=("model",)), pair_of), (CsuProcrustes(), rewritten_pairs.pair_of)):
+        given, found = (statistic.compute(pair(base, model)) for model in (ft, hidden))
+        assert given.log10_p < -3
+        assert found.log10_p == pytest.approx(given.log10_p, abs=0.5)
 
 
 def test_independent_models_are_not_called_related_even_with_dead_and_twin_units():

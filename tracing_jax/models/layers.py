@@ -136,9 +136,10 @@ def attention(
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B T K G H"], Cache]:
     """Returns the output of causal attention with grouped queries, the heads before the output projection, the cache.
 
-    What a head gives at a token is multiplied by its weight, if there are weights. A token attends to itself and the `window - 1` positions before it. With a cache the tokens write their keys and
+    A token attends to itself and the `window - 1` positions before it. With a cache the tokens write their keys and
     values at their positions and attend to all that is there, so a text can be read in pieces. A layer without a
-    projection of values takes what that of keys gives.
+    projection of values takes what that of keys gives. What a head gives at a token is multiplied by its weight, if
+    there are any.
     """
     q = linear(params["q_proj"], x, "btd,dkgh->btkgh")
     k = linear(params["k_proj"], x, "btd,dkh->btkh")

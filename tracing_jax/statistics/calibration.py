@@ -42,13 +42,19 @@ BY_CONVERGENCE = (
 
 SEEN: Mapping[str, str] = {
     "match": "at most 8 of 128 units of a layer in 2,016 pairs of independently trained models (docs/nulls.md)",
+    **dict.fromkeys(
+        ("match_all", "screen"),
+        "by match, in layers of equal index, at most 8 of 128 units in 2,016 pairs of independently trained models "
+        "(docs/nulls.md)",
+    ),
+    "match_distilled": "at most 6 of 192 units of a layer in six pairs of each of two kinds (docs/distilled.md)",
     **{
         name: f"at most {most} of 128 units of a layer in 146 pairs of independently trained models (docs/nulls.md)"
         for name, most in (("match_moments", 6), ("match_io", 5), ("match_crossfit", 6))
     },
 }
-"""Statistic -> the greatest agreement of independent models: in both forms of `match` by `benchmarks.convergence`, and
-in others by `benchmarks.independent_pairs`."""
+"""Statistic -> the greatest agreement of independent models: in both forms of `match` by `benchmarks.convergence`, in
+`match_distilled` by `benchmarks.distilled`, and in others by `benchmarks.independent_pairs`."""
 
 CONTROL_POSITIONS, CONTROL_UNITS = 1024, 2048
 """Positions and units of a control pair of layers, whose units are compared as those of corresponding layers."""

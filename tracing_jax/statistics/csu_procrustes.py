@@ -21,6 +21,7 @@ from tracing_jax.statistics.csu import RowPair, unit_rows
 from tracing_jax.statistics.distinct_units import distinct_units
 from tracing_jax.statistics.embedding_maps import feature_map, token_parts, token_rows
 from tracing_jax.statistics.in_place import constrained_result, layers_in_common, rows_not_applicable
+from tracing_jax.statistics.mlp_rows import without_mean
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies
 
 _UP = "mlp/up_proj/kernel"
@@ -92,8 +93,12 @@ def _scaled(rows: Float[np.ndarray, "S D"]) -> Float[np.ndarray, "S D"]:
 
 
 def _up_rows(model: ParamSource, index: int) -> Float[Array, "F D"]:
-    """Returns the up-projection rows of a layer, times the gain of the norm before it, where there is one."""
+    """Returns the up-projection rows of a layer, times the gain of the norm before it, where there is one.
+
+    Less their mean where the norm subtracts that of the features: nothing reads it.
+    """
     norm = model.arch.mlp_norm
     layer = model.layer(index, (_UP, f"{norm}/scale"))
     rows, scale = jnp.asarray(unit_rows(layer, "up_proj"), jnp.float32), layer.get(norm, {}).get("scale")
-    return rows if scale is None else rows * (jnp.asarray(scale, jnp.float32) + gain_offset(model.arch))
+    rows = rows if scale is None else rows * (jnp.asarray(scale, jnp.float32) + gain_offset(model.arch))
+    return without_mean(rows, model.arch)

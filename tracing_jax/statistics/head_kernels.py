@@ -121,8 +121,8 @@ def without_effect(model: ParamSource, layer: int) -> Bool[np.ndarray, " H"]:
 
     A head may read features that an earlier layer removes, or write to some that nothing reads. So what it adds at each
     token is multiplied by the gradient of the logits there. A head counts if this is not negligible beside the other
-    heads', nor its layer's beside all layers'; and if it is not a sum of multiples of the others', as where heads cancel
-    one another. None is returned where there is no text.
+    heads', nor its layer's beside all layers', and is no sum of multiples of the others', as where heads cancel one
+    another. None is returned where there is no text.
     """
     known = kept_of(model)
     if "heads without effect" not in known:

@@ -89,6 +89,10 @@ class HeadsInPlace(options.HeadsInPlace):
                 "have no counterparts"
             ]
         lines = ["a single head in each layer is always in place"] if shapes[0] == (1, 1) else []
+        if base.alibi_slopes and ft.alibi_slopes:
+            lines.append(
+                "the slopes of ALiBi, the same in independent models, tell heads apart: none can change places"
+            )
         return lines + gates_not_applicable(base, ft)
 
     def compute(self, pair: Pair) -> Result:
@@ -154,9 +158,7 @@ def _layers(pair: Pair) -> list[int]:
     ]
 
 
-def _between_active(
-    cosines: Float[np.ndarray, "K G K G"], layer: int, pair: Pair
-) -> Float[np.ndarray, "K G K G"]:
+def _between_active(cosines: Float[np.ndarray, "K G K G"], layer: int, pair: Pair) -> Float[np.ndarray, "K G K G"]:
     """Returns the cosines of heads that do something; 0 for others, which are matched by lot.
 
     Which heads these are follows from each model by itself, so that matchings stay uniform under the null.

@@ -17,7 +17,6 @@ from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.calibration import (
     BY_CONVERGENCE,
     DEFAULT_ALLOWANCE,
-    MARGIN,
     Null,
     agreement_effect,
     null_of,
@@ -93,15 +92,16 @@ class MatchAll(options.MatchAll):
         compared: dict[str, list[list[Comparison]]] = {}
         nulls: dict[str, Null] = {}
         log_p: dict[str, np.ndarray] = {}
+        firm: dict[str, np.ndarray] = {}
         for form in self.forms:
             if form == "forward" or len(pair.vocabularies.ids_base) >= 2:
                 by_form[form] = self._activations(form, pair)
                 compared[form] = self._compare(form, pair, *by_form[form])
-                nulls[form], log_p[form] = _calibrated(compared[form], *self._allowances(form, pair))
+                nulls[form], log_p[form], firm[form] = _calibrated(compared[form], *self._allowances(form, pair))
         combined = np.minimum(0.0, np.min(list(log_p.values()), axis=0) + math.log(len(log_p)))
         found = assign_layers(combined, math.log(self.level / combined.size))
         units = _kept_units(found, by_form, log_p, pair)
-        result = self._result(found, combined, compared, nulls, log_p, units, pair)
+        result = self._result(found, combined, compared, nulls, log_p, firm, units, pair)
         return (with_doubts(result, pair) if "weights" in by_form else result).for_pair(pair)
 
     def _positions(self, base: Arch, ft: Arch) -> int:
@@ -163,18 +163,20 @@ class MatchAll(options.MatchAll):
         compared: Mapping[str, list[list[Comparison]]],
         nulls: Mapping[str, Null],
         log_p: Mapping[str, np.ndarray],
+        firm: Mapping[str, np.ndarray],
         units: Mapping[tuple[int, int], np.ndarray],
         pair: Pair,
     ) -> Result:
         num_base, num_ft = combined.shape
         places = [f"base {i} : ft {j}" for i in range(num_base) for j in range(num_ft)]
         tests: list[Test] = [
-            _with_firm(
+            replace(
                 one_test(
                     f"{form}, calibrated", [c for row in table for c in row], log_p[form].ravel().tolist(), places,
                     bonferroni, "Holm's minimum over layer pairs",
                 ),
-                nulls[form],
+                firm_log10_p=bonferroni(firm[form].ravel().tolist()) / LN10,
+                calibrated=True,
             )
             for form, table in compared.items()
         ]  # fmt: skip
@@ -210,16 +212,7 @@ def _effect(compared: Mapping[str, Sequence[Sequence[Comparison]]]) -> str:
     """Returns the effect by the form in which most units agree in a pair of layers."""
     cells = [[cell for row in table for cell in row] for table in compared.values()]
     most = max(cells, key=lambda form: max(cell.agreeing / max(1, cell.units) for cell in form))
-    return agreement_effect(most, of_pairs=True)
-
-
-def _with_firm(test: Test, null: Null) -> Test:
-    """Returns a test of layer pairs with the p-value of those whose agreement or rank correlation is firm."""
-    assert test.log10_ps is not None
-    sizes = [max(k / max(1, h), r) for k, h, r in zip(test.values["agreeing"], test.values["units"], test.values["r"])]
-    most = max(null.u)
-    firm = [p * LN10 if size > MARGIN * most else 0.0 for p, size in zip(test.log10_ps, sizes)]
-    return replace(test, firm_log10_p=bonferroni(firm) / LN10, calibrated=True)
+    return agreement_effect(most, "match_all", of_pairs=True)
 
 
 def _kept(model: ParamSource) -> list[np.ndarray]:
@@ -254,8 +247,10 @@ def paired_units(base: Activations, ft: Activations, generator: np.random.Genera
 
 def _calibrated(
     table: Sequence[Sequence[Comparison]], u_base: Sequence[float], u_ft: Sequence[float], source: str
-) -> tuple[Null, np.ndarray]:
+) -> tuple[Null, np.ndarray, np.ndarray]:
     """Returns the null, measured on pairs of layers that do not correspond, and the log p-values `[L, L2]` under it.
+
+    The second are those of the tests, by agreement or by rank correlation, whose own effect is firm; 0 without one.
 
     Layers correspond if they are assigned to each other with a p-value that no number of pairs explains. Were the best
     assignment of independent models left out as well, the pairs that agree most by chance would be missing from their
@@ -268,12 +263,18 @@ def _calibrated(
     u = np.maximum.outer(u_base, u_ft)
     null = null_of(controls, u_base, source)
 
-    def log_p(i: int, j: int) -> float:
-        own = replace(null, u=(float(u[i, j]),))
-        best = min(own.log_p_agreement(0, table[i][j]), own.log_p_rank(0, table[i][j]))
-        return min(0.0, best + math.log(2))
+    def log_ps(i: int, j: int) -> tuple[float, float]:
+        own, found = replace(null, u=(float(u[i, j]),)), table[i][j]
+        tests = (
+            (own.log_p_agreement(0, found), found.agreeing / max(1, found.units)),
+            (own.log_p_rank(0, found), found.r),
+        )
+        firm = [log_p for log_p, size in tests if own.is_firm(0, size)]
+        best = (min(log_p for log_p, _ in tests), min(firm, default=0.0))
+        return min(0.0, best[0] + math.log(2)), min(0.0, best[1] + math.log(2))
 
-    return null, np.array([[log_p(i, j) for j in range(num_ft)] for i in range(num_base)])
+    found = np.array([[log_ps(i, j) for j in range(num_ft)] for i in range(num_base)])
+    return null, found[..., 0], found[..., 1]
 
 
 def _control_places(num_base: int, num_ft: int, assigned: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:

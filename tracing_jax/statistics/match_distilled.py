@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from tracing_jax.forward import activations, correlate
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.calibration import (
+    BY_CONVERGENCE,
     CONTROL_POSITIONS,
     CONTROL_UNITS,
     DEFAULT_ALLOWANCE,
@@ -26,13 +27,16 @@ from tracing_jax.statistics.calibration import (
     null_of,
 )
 from tracing_jax.statistics.comparison import (
+    LN10,
     Comparison,
     bonferroni_log10,
     one_test,
+    reserved,
     share_agreeing,
     share_by_layer,
     tests_of,
 )
+from tracing_jax.statistics.distinct_units import inactive_layers
 from tracing_jax.statistics.match import compare_taps
 from tracing_jax.statistics.nulls import composite_agreement_log_sf
 from tracing_jax.statistics.pvalues import bonferroni
@@ -101,7 +105,8 @@ class MatchDistilled(options.MatchDistilled):
         shares, source = self._allowances(pair)
         nulls = {target: null_of(found.controls[target], shares[target], source) for target in TARGETS}
         nulls["rest together"] = null_of(found.controls["rest"], shares["rest together"], source)
-        tests = _tests(found, nulls)
+        inactive = {*inactive_layers(pair.base), *inactive_layers(pair.ft)}
+        tests = _tests(found, nulls, inactive)
         return Result(
             headline=share_agreeing(found.layers["whole"]),
             label="units on which the students' gate and up projection agree, share",
@@ -109,8 +114,9 @@ class MatchDistilled(options.MatchDistilled):
             tests=tests,
             null={target: null.as_dict() for target, null in nulls.items()} | {"explained": found.explained},
             per_layer=share_by_layer(found.layers["whole"]),
-            notes=[*nulls["whole"].notes, *_notes(found.explained, pair)],
-            effect=agreement_effect(found.layers["whole"]),
+            notes=[*nulls["whole"].notes, *_notes(found.explained, inactive, pair)],
+            effect=agreement_effect(found.layers["rest"], "match_distilled"),
+            **reserved(tests, BY_CONVERGENCE),
         ).for_pair(pair)
 
     def recipe(self, base: Arch, ft: Arch) -> StudentTraining:
@@ -222,25 +228,40 @@ def _by_target(correlated: Mapping[str, np.ndarray], pair: Pair, names: Sequence
     }
 
 
-def _tests(found: _Compared, nulls: Mapping[str, Null]) -> list[Test]:
-    """Returns the calibrated tests, by the larger of both targets' p-values in each layer, and the parametric ones."""
+def _tests(found: _Compared, nulls: Mapping[str, Null], inactive: Collection[int]) -> list[Test]:
+    """Returns the calibrated tests, by the larger of both targets' p-values in each layer, and the parametric ones.
+
+    Students are fitted to outputs of any size, so that layers that add next to nothing to the stream are left out.
+    """
     layers, places = found.layers["whole"], [f"layer {i}" for i in range(len(found.layers["whole"]))]
     how = "never smaller than the rest's p-value; Holm's minimum over layers"
-    rest_log_p = _rest_log_p(found.layers["rest"], nulls["rest"], nulls["rest together"])
+    null, rest_null, together = (nulls[name] for name in ("whole", "rest", "rest together"))
+    rest, rest_firm = (
+        [
+            0.0 if i in inactive else p
+            for i, p in enumerate(_rest_log_p(found.layers["rest"], rest_null, together, firm))
+        ]
+        for firm in (False, True)
+    )
 
-    def larger(log_p: Callable[[Null, int, Comparison], float]) -> list[float]:
-        return [max(log_p(nulls["whole"], i, layer), rest_log_p[i]) for i, layer in enumerate(layers)]
+    def combined(
+        name: str, log_p: Callable[[Null, int, Comparison], float], size: Callable[[Comparison], float]
+    ) -> Test:
+        own = [log_p(null, i, layer) for i, layer in enumerate(layers)]
+        firm = [p if null.is_firm(i, size(layer)) else 0.0 for i, (p, layer) in enumerate(zip(own, layers))]
+        made = one_test(f"{name}, calibrated", layers, np.maximum(own, rest).tolist(), places, bonferroni, how)
+        return replace(made, firm_log10_p=bonferroni(np.maximum(firm, rest_firm).tolist()) / LN10)
 
     calibrated = [
-        one_test("agreement, calibrated", layers, larger(Null.log_p_agreement), places, bonferroni, how),
-        one_test("rank correlation, calibrated", layers, larger(Null.log_p_rank), places, bonferroni, how),
+        combined("agreement", Null.log_p_agreement, lambda layer: share_agreeing([layer])),
+        combined("rank correlation", Null.log_p_rank, lambda layer: layer.r),
     ]
-    rest: dict[str, Sequence[float | int]] = {
+    of_rest: dict[str, Sequence[float | int]] = {
         "agreeing, rest": [c.agreeing for c in found.layers["rest"]],
         "r, rest": [c.r for c in found.layers["rest"]],
     }
     parametric = tests_of(layers, places, bonferroni, "Holm's minimum over layers")
-    return [replace(test, values={**test.values, **rest}, calibrated=True) for test in calibrated] + [
+    return [replace(test, values={**test.values, **of_rest}, calibrated=True) for test in calibrated] + [
         replace(test, name=f"{test.name}, parametric", decides=False) for test in parametric
     ]
 
@@ -272,10 +293,11 @@ def _ffns(
         yield [(taps["mlp_input"], taps["mlp_output"]) for _, taps in found]
 
 
-def _rest_log_p(layers: Sequence[Comparison], null: Null, null_together: Null) -> list[float]:
+def _rest_log_p(layers: Sequence[Comparison], null: Null, null_together: Null, firm: bool) -> list[float]:
     """Returns the log p-value of each layer by the residual: the smaller of its own and that of all layers, times two.
 
-    Without a gate the residual is small, and a single layer has little power. The factor is Bonferroni's.
+    Without a gate the residual is small, and a single layer has little power. The factor is Bonferroni's. If `firm`,
+    agreement of no more than several times the allowance has a p-value of one.
     """
     units, agreeing = sum(c.units for c in layers), sum(c.agreeing for c in layers)
     together = 0.0
@@ -283,15 +305,20 @@ def _rest_log_p(layers: Sequence[Comparison], null: Null, null_together: Null) -
         lam = min(len(layers) * null_together.lam, units)
         together = composite_agreement_log_sf(agreeing, units, null_together.u[0], lam)
     own = [null.log_p_agreement(i, layer) for i, layer in enumerate(layers)]
+    if firm:
+        together = together if null_together.is_firm(0, agreeing / max(1, units)) else 0.0
+        own = [p if null.is_firm(i, share_agreeing([layer])) else 0.0 for i, (p, layer) in enumerate(zip(own, layers))]
     return [min(0.0, min(log_p, together) + math.log(2)) for log_p in own]
 
 
-def _notes(explained: Mapping[str, Sequence[float]], pair: Pair) -> list[str]:
+def _notes(explained: Mapping[str, Sequence[float]], inactive: Collection[int], pair: Pair) -> list[str]:
     assert pair.blocks is not None
     notes = [
         f"variance explained by the students: {side} " + ", ".join(f"{value:.2f}" for value in values)
         for side, values in explained.items()
     ]
+    if inactive:
+        notes.append(f"layers {', '.join(map(str, sorted(inactive)))}: an MLP adds next to nothing there: no evidence")
     for side, values in explained.items():
         if weak := [f"layer {i}" for i, value in enumerate(values) if value < _WEAK]:
             notes.append(f"{side}: students of {', '.join(weak)} explain less than {_WEAK:g}: no evidence")

@@ -19,6 +19,7 @@ from tracing_jax.statistics.agreement import PairAgreements, agreements, nulls_o
 from tracing_jax.statistics.calibration import BY_CONVERGENCE, MARGIN, Null
 from tracing_jax.statistics.comparison import (
     Comparison,
+    all_reserved,
     bonferroni_log10,
     one_test,
     reserved,
@@ -49,6 +50,7 @@ _TOKENS = 192  # at most; time grows with their square
 _MOST_CONTROLS = 256
 _DEVIATIONS = 8.0  # standard deviations that the score of a head may come to
 _SAME_ATTENTION = 0.99  # correlation of what two heads of a layer attend to, which are then one
+_EVEN_ATTENTION = 0.01  # deviation of scores between tokens, below which a head attends to all alike
 _LOG_POSITIONS = 16.0  # of nine million positions, whose scores are summed against a sink
 
 
@@ -118,6 +120,8 @@ class MatchHeads(options.MatchHeads):
             effect=_effect(layers),
             **reserved(tests, BY_CONVERGENCE),
         )
+        if pair.base.arch.alibi_slopes and pair.ft.arch.alibi_slopes:
+            result = all_reserved(result, "heads of one slope of ALiBi may do alike in independent models")
         return with_doubts(result, pair).for_pair(pair)
 
     def _compared(self, pair: Pair, name: str) -> PairAgreements:
@@ -182,7 +186,8 @@ def head_matrices_of(params: Tree, arch: Arch, tokens: TokenRows) -> HeadMatrice
     output[written <= inactive_below(written)] = 0.0
     # Heads that attend alike can cancel one another, so that nothing is written: they could be another model's.
     alike = attention @ attention.T > _SAME_ATTENTION
-    output[alike.sum(axis=1) > 1] = 0.0
+    even = arch.attention_scale * found["scores"] < _EVEN_ATTENTION
+    output[(alike.sum(axis=1) > 1) | even] = 0.0
     return {"attention": attention, "output": output}
 
 
@@ -208,7 +213,10 @@ def _head_matrices(
     qk_norm: str | None,
     offset: float,
 ) -> dict[str, Float[Array, "..."]]:
-    """Returns both matrices of the heads, each of length one, and as `written` the length that the output had."""
+    """Returns both matrices of the heads, each of length one, as `written` the length that the output had.
+
+    And as `scores` the root mean square of those of inputs behind a norm, before they are scaled.
+    """
     read, effect = tokens.read * gains[0], tokens.effect * gains[1]
     queries, keys = (jnp.tensordot(read, kernels[name], 1, precision="highest") for name in "qk")
     if qk_norm is not None:
@@ -218,8 +226,17 @@ def _head_matrices(
     values = jnp.tensordot(read, kernels["v"], 1, precision="highest")
     outputs = jnp.einsum("sd,kghd->skgh", effect, kernels["o"], precision="highest")
     attention, output = _centred_products(queries, keys), _centred_products(outputs, values)
+    # Rows have length one, and those that a norm gives the root of the number of features; after norms of queries and
+    # keys that does not matter.
+    size = read.shape[1] if qk_norm is None else 1
+    scores = size * jnp.sqrt(jnp.square(attention).mean(axis=1))
     written = jnp.linalg.norm(output, axis=1)
-    return {"attention": unit_length(attention), "output": unit_length(output), "written": written}
+    return {
+        "attention": unit_length(attention),
+        "output": unit_length(output),
+        "written": written,
+        "scores": scores,
+    }
 
 
 def _normalised(heads: Array, scale: Array, qk_norm: str, offset: float) -> Array:

@@ -24,6 +24,7 @@ from tracing_jax.statistics.in_place import (
     place_reservation,
 )
 from tracing_jax.statistics.match_all import MatchAll
+from tracing_jax.statistics.repeated_layers import first_alike
 from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies
 
 _UP = "mlp/up_proj/kernel"
@@ -111,11 +112,18 @@ class MatchMlps(options.MatchMlps):
     def _in_place(
         self, mlps: Pair, base: MlpsAsLayers, ft: MlpsAsLayers, log10_p: np.ndarray
     ) -> Iterator[tuple[str, Comparison]]:
-        """Yields for each MLP of ft the comparison of its units with those, in their order, of base's closest MLP."""
+        """Yields for each MLP of ft the comparison of its units with those, in their order, of base's closest MLP.
+
+        Of experts that repeat others the first counts: p-values of the others are no further evidence.
+        """
         if base.arch.embed_dim != ft.arch.embed_dim:
             return
+        firsts, seen = (first_alike(base), first_alike(ft)), set[tuple[int, int]]()
         for j in tqdm(range(ft.arch.num_layers), desc="match_mlps, in place", unit="MLP", disable=None):
             i = int(log10_p[:, j].argmin())
+            if (place := (firsts[0][i], firsts[1][j])) in seen:
+                continue
+            seen.add(place)
 
             def compare(i: int = i, j: int = j) -> Comparison:
                 rows = [

@@ -284,21 +284,27 @@ def _unit_rows(model: ParamSource, index: int) -> dict[str, Float[Array, "F D"]]
     mlp = layer["mlp"]
     scale = layer.get(arch.mlp_norm, {}).get("scale", 1.0 - gain_offset(arch))
     kernels = {name: mlp[f"{name}_proj"]["kernel"] for name in PROJECTIONS}
-    rows = _kept_rows(kernels, units.outputs(mlp["down_proj"]["kernel"]), scale, units.is_kept, gain_offset(arch))
+    rows = _kept_rows(
+        kernels, units.outputs(mlp["down_proj"]["kernel"]), scale, units.is_kept, gain_offset(arch),
+        arch.norm_subtracts_mean,
+    )  # fmt: skip
     return {name: rows[name] for name in (*PROJECTIONS, "down")}
 
 
-@functools.partial(jax.jit, static_argnames="offset")
+@functools.partial(jax.jit, static_argnames=("offset", "centred"))
 def _kept_rows(
     kernels: Mapping[str, Float[Array, "D F"]],
     down: Float[Array, "F D"],
     scale: Float[Array, "..."],
     is_kept: Bool[np.ndarray | Array, " F"],
     offset: float,
+    centred: bool,
 ) -> dict[str, Float[Array, "F D"]]:
     gain = jnp.asarray(scale, jnp.float32) + offset
     rows = {name: kernel.astype(jnp.float32).T * gain for name, kernel in kernels.items()}
     rows["down"] = down.astype(jnp.float32)
+    if centred:  # norms subtract the mean over the features: whatever it is, nothing reads it
+        rows = {name: side - side.mean(axis=-1, keepdims=True) for name, side in rows.items()}
     return {name: unit_length(jnp.where(is_kept[:, None], projection, 0.0)) for name, projection in rows.items()}
 
 

@@ -129,7 +129,7 @@ class Screen(options.Screen):
             null = {"sampled layers": null_found.as_dict()}
             notes += [f"sampled layers: {note}" for note in null_found.notes]
             shares.append(share_agreeing(layers))
-            effects.append(agreement_effect(layers))
+            effects.append(agreement_effect(layers, "screen"))
         facts = _read_facts(pair, read)
         tests = [replace(test, firm_log10_p=0.0) for test in tests]
         return Result(

@@ -61,9 +61,10 @@ _WITHOUT_EMBEDDINGS = ("match_crossfit", "match_moments")
 """Statistics that detect a relation where embeddings were replaced and the model was trained on."""
 
 _BY_EMBEDDINGS = (
-    " (those tests do not detect embeddings that were replaced before further training, which "
-    f"{' and '.join(_WITHOUT_EMBEDDINGS)} detect)"
+    " (those tests do not detect embeddings that were replaced before further training, "
+    f"which {' and '.join(_WITHOUT_EMBEDDINGS)} detect)"
 )
+_NONE_WITHOUT_EMBEDDINGS = _BY_EMBEDDINGS.replace("detect)", "would, but they do not apply to these models)")
 
 _OF_ANY_LAYERS = ("match_all", "match_mlps")
 """Statistics that compare every layer with every other, and not those of equal index; so does `match_moments` where the
@@ -229,10 +230,13 @@ def verdict(results: Mapping[str, Result], level: float, identical: Identity | N
     )
 
 
-def _hint(word: VerdictName, deciding: Iterable[str], found: Iterable[str]) -> str:
+def _hint(word: VerdictName, deciding: Mapping[str, Result], found: Iterable[str]) -> str:
     """Returns what the sentence adds: of no evidence what all tests that ran miss, of others which test to run."""
     if word == "no_evidence":
-        return "" if set(found) & set(_WITHOUT_EMBEDDINGS) else _BY_EMBEDDINGS
+        if set(found) & set(_WITHOUT_EMBEDDINGS):
+            return ""
+        refused = all(name in deciding and deciding[name].not_applicable for name in _WITHOUT_EMBEDDINGS)
+        return _NONE_WITHOUT_EMBEDDINGS if refused else _BY_EMBEDDINGS
     return "" if "match" in deciding else ": run match, or auto"
 
 
