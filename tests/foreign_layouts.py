@@ -196,13 +196,13 @@ def write(folder: Path, layout: Callable[[int], Tensors], tensors: Tensors) -> s
     return str(folder)
 
 
-def write_gguf(path: Path, tensors: Tensors, architecture: str) -> str:
+def write_gguf(path: Path, tensors: Tensors, architecture: str, epsilon: float = 1e-6) -> str:
     """Writes tensors as a GGUF file of a family that has RMS norms and rotary positions; returns its path."""
     import gguf
 
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_embedding_length(D)
-    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_layer_norm_rms_eps(epsilon)
     writer.add_rope_freq_base(1e4)
     for name, tensor in tensors.items():
         writer.add_tensor(name, np.ascontiguousarray(tensor))

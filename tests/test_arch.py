@@ -605,6 +605,7 @@ _MISTRAL, _QWEN2, _MIXTRAL = (
     ("config", "undeclared"),
     [
         (_LLAMA_3, {"mixture_of_depths": 0.5, "selective_checkpoint_enabled": True, "rope_interleaved": True}),
+        (_LLAMA_3, {"max_steps": -1, "trainer": {"save_steps": -1, "steps_per_epoch": -1}}),
         (_LLAMA_3, {"torchscript": True, "pruned_heads": {}, "use_bfloat16": True, "transformers.js_config": {"a": 1}}),
         (_LLAMA_3, {"sliding_window": 4096, "attn_logit_softcapping": 30.0, "use_bidirectional_attention": True}),
         (_LLAMA_3, {"quantization_config": {"quant_method": "gptq", "bits": 4}}),
@@ -638,6 +639,10 @@ def test_attributes_that_the_family_does_not_have_are_noted_and_change_nothing(c
         ("num_attention_heads", 1e30),
         ("rope_scaling", {"head_dim": 10**12}),
         ("num_labels", 2**31),
+        ("num_attention_heads", 2**16),
+        ("head_dim", 2**24),
+        ("n_head", 2**22),
+        ("num_key_value_heads", 5000),
     ],
 )
 def test_sizes_that_no_model_has_are_refused_before_anything_is_built(attribute, value, read):

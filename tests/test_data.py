@@ -210,6 +210,16 @@ def test_folder_without_a_tokenizer_is_refused(tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_words_in_vocab_txt_are_a_tokenizer_of_the_families_that_read_it_and_an_empty_one_of_others(tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "fox", "##es"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    assert load_tokenizer(tmp_path)("the foxes", add_special_tokens=False)["input_ids"] == [5, 6, 7]
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(ValueError, match="empty tokenizer"):
+        load_tokenizer(tmp_path)
+
+
 def test_broken_tokenizer_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="cannot load this tokenizer"):
@@ -468,11 +478,11 @@ def test_generated_texts_are_prompts_and_what_follows(tmp_path, monkeypatch):
         read_documents(f"generated:{tmp_path}")
 
 
-def _sentencepiece_folder(folder, **settings):
+def _sentencepiece_folder(folder, kind="bpe", **settings):
     """A folder with a sentencepiece model as its only tokenizer, and the settings that came with it."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(DOCUMENTS.text.split("\n") * 20), model_writer=model, vocab_size=400, model_type="bpe",
+        sentence_iterator=iter(DOCUMENTS.text.split("\n") * 20), model_writer=model, vocab_size=400, model_type=kind,
         byte_fallback=True, bos_id=1, eos_id=2, unk_id=0, minloglevel=2, hard_vocab_limit=False,
     )  # fmt: skip
     folder.mkdir()
@@ -498,6 +508,15 @@ def test_sentencepiece_model_alone_is_a_tokenizer(settings, tmp_path):
     assert tokenizer.get_vocab() == {pieces.id_to_piece(i): i for i in range(len(pieces))}
     blocks = token_blocks(DOCUMENTS, tokenizer, block_size=16)
     assert tokenizer.decode(blocks.tokens[0], skip_special_tokens=True).strip()[:8] in DOCUMENTS.text
+
+
+def test_sentencepiece_models_of_other_names_are_tokenizers(tmp_path):
+    folder = _sentencepiece_folder(tmp_path / "model", "unigram")
+    (folder / "tokenizer.model").rename(folder / "spiece.model")
+    (folder / "config.json").write_text('{"model_type": "t5"}')
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))
+    found, text = load_tokenizer(folder), DOCUMENTS.text.split("\n")[0][:40]
+    assert found.convert_ids_to_tokens(found(text)["input_ids"]) == [*pieces.encode(text, out_type=str), "</s>"]
 
 
 def test_empty_special_tokens_that_the_vocabulary_lacks_stay_empty(tmp_path):

@@ -141,6 +141,8 @@ def test_int8_of_bitsandbytes_and_of_compressed_tensors(tmp_path):
     factor = np.float32(1 / 127)
     parts = {W: weight, f"{STEM}SCB": largest, f"{STEM}weight_format": np.zeros((), np.uint8)}
     expect(opened(tmp_path, parts, load_in_8bit=True), weight * (largest * factor)[:, None])
+    with pytest.raises(CheckpointError, match=r"weight_format is \[3\]: .*tiles"):
+        opened(tmp_path, parts | {f"{STEM}weight_format": np.full((), 3, np.uint8)}, load_in_8bit=True)
     scales = RNG.random((40, 1)).astype(np.float32)
     expect(opened(tmp_path, {W: weight, f"{W}_scale": scales}), weight * scales)
     zeros = RNG.integers(-128, 128, size=(40, 1)).astype(np.int8)

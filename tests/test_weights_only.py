@@ -198,6 +198,22 @@ def test_norms_with_a_negative_epsilon_are_refused_by_weights_alone_too(tmp_path
         open_checkpoint(folder, weights_only=WeightsOnly())
 
 
+def test_negative_epsilons_of_the_base_of_an_adapter_and_of_a_gguf_file_are_refused_too(tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    layouts.write(base, layouts.baichuan, layouts.baichuan(0))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": -1e-3}))
+    adapter.mkdir()
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": str(base)}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    save_file({"base_model.model.x.lora_A.weight": np.zeros((2, 4), np.float32)}, adapter / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"epsilon of norms is -0\.001"):
+        open_checkpoint(str(adapter), weights_only=WeightsOnly())
+    file = layouts.write_gguf(tmp_path / "m.gguf", layouts.llama_cpp(0), "starchild", epsilon=-0.5)
+    with pytest.raises(CheckpointError, match=r"epsilon of norms is -0\.5"):
+        open_checkpoint(file, weights_only=WeightsOnly())
+
+
 def test_weights_without_a_config_are_read(tmp_path):
     folder = layouts.write(tmp_path, layouts.internlm2, layouts.internlm2(0))
     known = open_checkpoint(folder, weights_only=WeightsOnly())

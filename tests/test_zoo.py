@@ -307,6 +307,10 @@ def test_the_list_of_pairs_left_out_is_that_of_the_plan_in_the_folder(folder, mo
             with pytest.raises(ValueError, match="another list or config is being traced"):
                 write_plan(folder, plan, by_scan=by_scan)
         assert file.read_text().splitlines() == rows
+    for name in ("adapter_base", "base_layout", "ft_layout"):
+        one = make_plan(pairs_of("org/a", "org/b"), RunOptions(stat=("csu",), **{name: "org/x"}))
+        with pytest.raises(ValueError, match=f"{name}: what is said of one model would hold for those of all pairs"):
+            write_plan(folder, one)
     part = make_plan(pairs_of("org/a", "org/b"), RunOptions(stat=("csu",), component="vision"))
     with pytest.raises(ValueError, match="--candidates=all"):
         write_plan(folder, part, by_scan=True)

@@ -38,8 +38,15 @@ _MAX_SIZE = 1 << 24
 _MAX_LABELS = 100_000
 """Classes of a classifier; transformers makes a name for each."""
 
+_MAX_HEADS = 4096
+"""Heads of a layer, and dims of a head: several times as many as any model has. Leaves are read head by head."""
+
 _COUNTS = re.compile(r"n_layers?|n_experts?|n_routed_experts|num_\w*(layers|experts)|\w+_layers")
-_SIZES = re.compile(r"n_(embd|head|heads|inner|ctx)|num_\w+heads|d_(model|ff|kv)|\w+_(size|dim|rank)")
+_SIZES = re.compile(r"n_(embd|inner|ctx)|d_(model|ff|kv)|\w+_(size|dim|rank)")
+
+_HEADS = re.compile(r"n_head(_kv)?|\w*(heads|head_dim)")
+
+_EPSILON = re.compile(r"(^|_|norm)eps(ilon)?(_|$)")
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -130,8 +137,10 @@ def negative_epsilon(raw: Mapping[str, Any]) -> str | None:
         if isinstance(value, Mapping):
             if (problem := negative_epsilon(value)) is not None:
                 return problem
-        elif "eps" in name and isinstance(value, int | float) and value < 0:
-            return _NEGATIVE.format(value)
+        elif _EPSILON.search(name):
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, int | float) and number < 0:
+                    return _NEGATIVE.format(number)
     return None
 
 
@@ -319,4 +328,5 @@ def _size_problem(raw: Mapping[str, Any]) -> str | None:
 def _most_of(name: str) -> int | None:
     if name == "num_labels":
         return _MAX_LABELS
-    return _MAX_COUNT if _COUNTS.fullmatch(name) else _MAX_SIZE if _SIZES.fullmatch(name) else None
+    bounds = ((_COUNTS, _MAX_COUNT), (_HEADS, _MAX_HEADS), (_SIZES, _MAX_SIZE))
+    return next((most for names, most in bounds if names.fullmatch(name)), None)

@@ -34,6 +34,9 @@ _TEXTS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
     "merges.txt",
     "chat_template*",
 )

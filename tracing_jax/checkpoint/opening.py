@@ -1,7 +1,7 @@
 """`open_checkpoint`: a local folder or a Hub id becomes a `Checkpoint`; no weight is read."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,8 +93,7 @@ def open_checkpoint(
     """
     found = resolve(model_id, download_dir, weights=not in_ranges, config=weights_only is None)
     with contextlib.suppress(UnsupportedModelError):  # configs that cannot be read are reported where they are needed
-        if problem := negative_epsilon(read_raw_config(found.folder)):
-            raise CheckpointError(f"{model_id}: config.json: {problem}")
+        _check_epsilon(found, read_raw_config(found.folder))
     if weights_only is not None and weights_only.is_forced:
         return _open_weights(found, download_dir, in_ranges, weights_only, adapter_base=adapter_base)
     try:
@@ -232,8 +231,11 @@ def _plain_tensors(
     if found.gguf:
         model = GgufModel(found.gguf)
         folder, notes = model.description(of_any_family=True)
-        return folder, read_raw_config(folder), model.stored, notes
+        config = read_raw_config(folder)
+        _check_epsilon(found, config)
+        return folder, config, model.stored, notes
     config, unread = _config_as_data(found.folder)
+    _check_epsilon(found, config)
     stored = open_tensors(found.folder, on_hub(found, download_dir)) if in_ranges else open_tensors(found.folder)
     try:
         store: TensorStore = RenamedTensors(stored, plain_names(stored.names(), ()))
@@ -242,6 +244,12 @@ def _plain_tensors(
     except CheckpointError as error:
         raise CheckpointError(*(f"{found.id}: {problem}" for problem in error.problems)) from error
     return found.folder, config, store, [*unread, *formats, *rounding]
+
+
+def _check_epsilon(found: CheckpointFolder, config: Mapping[str, Any]) -> None:
+    """Refuses norms with a negative epsilon, in what a model says of itself or the base of an adapter of itself."""
+    if problem := negative_epsilon(config):
+        raise CheckpointError(f"{found.id}: config: {problem}")
 
 
 def _config_as_data(folder: Path) -> tuple[dict[str, Any], list[str]]:

@@ -26,9 +26,11 @@ Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
 # so they are tokenised whole, as is usual where perplexities are reported.
 _PIECE_CHARS = 1 << 21
 
-# The files that tokenizers of causal language models are stored in. Without any of them some transformers classes
-# (Qwen2, Gemma) silently build an empty tokenizer.
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# The files that tokenizers of language models are stored in. Without any of them some transformers classes (Qwen2,
+# Gemma) silently build an empty tokenizer.
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"
+)  # fmt: skip
 
 _REMEMBERED_WORDS = 10_000
 """The default of tokenizers."""
@@ -88,6 +90,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise ValueError(f"{folder}: transformers cannot load this tokenizer: {reason}") from error
     if not tokenizer.is_fast:
         raise ValueError(f"{folder}: a slow tokenizer, expected a fast one: add its tokenizer.json to the folder")
+    if len(tokenizer.get_vocab()) - len(tokenizer.get_added_vocab()) < 2:
+        raise ValueError(
+            f"{folder}: transformers makes an empty tokenizer of these files: add the tokenizer.json of this model"
+        )
     return tokenizer
 
 

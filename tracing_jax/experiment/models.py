@@ -75,14 +75,25 @@ def open_controls(options: RunOptions, base: Checkpoint, tokenizer_base: Any) ->
         for name in _SHAPE_OF_CONTROLS
         if getattr(control.arch, name) != getattr(base.arch, name)
     ]
-    lines += [
-        f"control model {control.id}: another tokenizer than base's, whose tokens it is to read"
-        for control in found
-        if tokenizer_base is None or not same_tokenizer(tokenizer_base, load_tokenizer(control.tokenizer_folder))
-    ]
+    lines += [line for control in found if (line := _tokenizer_problem(options, control, base, tokenizer_base))]
     if lines:
         raise ConfigError("\n  ".join(["the control models do not fit:", *lines]))
     return found
+
+
+def _tokenizer_problem(
+    options: RunOptions, control: Checkpoint, base: Checkpoint, tokenizer_base: Any | None
+) -> str | None:
+    """Returns that a control model does not read base's tokens; None if it does.
+
+    Where neither has a tokenizer, tokens of vocabularies of one size correspond by their id, as those of a pair do.
+    """
+    own = _open_tokenizer(options, "control", control, False, [])
+    if own is None and tokenizer_base is None and control.arch.vocab_size == base.arch.vocab_size:
+        return None
+    if own is not None and tokenizer_base is not None and same_tokenizer(tokenizer_base, own):
+        return None
+    return f"control model {control.id}: another tokenizer than base's, whose tokens it is to read"
 
 
 def open_tokenizers(
@@ -101,7 +112,10 @@ def open_tokenizers(
 def _open_tokenizer(options: RunOptions, side: str, model: Checkpoint, needed: bool, notes: list[str]) -> Any | None:
     """Returns a model's tokenizer, or the one that the options name, or None; the last two add to the notes."""
     try:
-        return load_tokenizer(model.tokenizer_folder)
+        own = load_tokenizer(model.tokenizer_folder)
+        if options.tokenizer_id:
+            notes.append(f"{side}: its own tokenizer is read, not that of {options.tokenizer_id}")
+        return own
     except (FileNotFoundError, ValueError) as error:
         if options.tokenizer_id:
             notes.append(f"{side}: the tokenizer is that of {options.tokenizer_id}; its own cannot be read")

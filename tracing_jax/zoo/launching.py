@@ -21,6 +21,8 @@ _POLL_SECONDS = 2.0
 _IDLE_SECONDS = 15.0
 """If no pair has been queued or running for so long, waiting ends. Shared folders show changes late."""
 _SHOWN = 20
+_OF_ONE_PAIR = ("adapter_base", "base_layout", "ft_layout")
+"""Options that say how one model is to be read."""
 
 
 def write_plan(
@@ -39,6 +41,11 @@ def write_plan(
       ValueError: the config cannot run, a model cannot be read, or another plan is being worked on there.
     """
     check_config(plan.options_of(plan.pairs[0], folder.path))
+    if of_one := [name for name in _OF_ONE_PAIR if plan.config.get(name)]:
+        raise ValueError(
+            f"{', '.join(of_one)}: what is said of one model would hold for those of all pairs; merge the adapter into "
+            "its base or convert the model, and name the folder of the result in the list"
+        )
     if by_scan and (component := plan.config.get("component")):
         raise ValueError(
             f"component={component}: signatures are of language models, and say nothing of which {component} parts are "

@@ -19,7 +19,7 @@ from tracing_jax.checkpoint.quantised.packing import block_sizes, scale_bounds, 
 from tracing_jax.checkpoint.quantised.scale_names import are_powers, check_scales, scale_values, scales_of
 from tracing_jax.checkpoint.safetensors_file import Index, bounds_of
 from tracing_jax.checkpoint.tensors import TensorStore
-from tracing_jax.error_messages import counted, listed
+from tracing_jax.error_messages import counted, listed, shortened
 
 _FLOAT32 = np.dtype(np.float32)
 _FLOAT8 = {
@@ -112,7 +112,7 @@ def find_int8(store: TensorStore, settings: Mapping[str, Any]) -> Found:
     """Returns the int8 weights of bitsandbytes and of compressed-tensors.
 
     Raises:
-      QuantisedError: scales that do not fit their tensor.
+      QuantisedError: scales that do not fit their tensor, or weights in an order that only a GPU's library knows.
     """
     names = set(store.names())
     found = Found("int8")
@@ -124,9 +124,24 @@ def find_int8(store: TensorStore, settings: Mapping[str, Any]) -> Found:
                 zeros = f"{name}_zero_point" if f"{name}_zero_point" in names else None
                 if zeros and (store.shape(zeros) != store.shape(scales) or store.dtype(zeros) != np.int8):
                     raise QuantisedError(f"{zeros} {store.shape(zeros)} are no int8 of the shape of {scales}")
+                _refuse_tiles(store, {f"{name}_format", f"{stem}weight_format"} & names)
                 tensor = Scaled(store, name, scales, _sizes(store, name, scales, ()), factor, zeros)
                 found.add(name, tensor, *({scales, f"{name}_format", f"{stem}weight_format", zeros or scales} & names))
     return found
+
+
+def _refuse_tiles(store: TensorStore, formats: Collection[str]) -> None:
+    """Raises a `QuantisedError` if bitsandbytes says of a weight that it is not stored row by row.
+
+    Up to 0.44 it kept weights after a forward pass in tiles: 1 col32, 2 col_turing, 3 col_ampere; 0 is row by row.
+    """
+    for name in formats:
+        value = np.ravel(store.read(name))
+        if len(value) != 1 or int(value[0]) != 0:
+            raise QuantisedError(
+                f"{name} is {shortened(str(value.tolist()), 40)}: the weights are stored in tiles of a GPU's library, "
+                "not row by row (0); save the model again before a forward pass, or with bitsandbytes 0.45 or later"
+            )
 
 
 def find_quanto(store: TensorStore, settings: Mapping[str, Any]) -> Found:
