@@ -94,7 +94,7 @@ def test_the_kept_activations_stay_within_the_memory_asked_for(positions):
 
 
 def test_firm_is_the_p_value_of_the_test_whose_own_effect_is_beyond_the_margin():
-    """A tenth of the units agree, which is reserved: a rank correlation of .2, which chance gives, does not change it."""
+    """A tenth of the units agree, which is reserved: a rank correlation of .2, as chance gives, changes nothing."""
     other = Comparison(512, 512, 0.0, 1, -0.7, -0.5)
     for agreeing, r in ((51, 0.2), (51, 0.0), (100, 0.0), (51, 0.6)):
         table = [
