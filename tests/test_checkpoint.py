@@ -340,6 +340,19 @@ def test_models_of_one_name_and_shape_have_cache_entries_of_their_own(tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
+def test_weights_read_in_another_way_have_cache_entries_of_their_own(tmp_path):
+    """The files are the same: a layout that the user edited says that gate and up change places."""
+    opened = open_checkpoint(str(_hf_folder(tmp_path / "hf", _UNTIED)))
+    names = [f"layers/0/mlp/{name}_proj/kernel" for name in ("gate", "up")]
+    layouts = dict(opened.leaf_layouts)
+    other = replace(opened, found_layouts=layouts | dict(zip(names, [layouts[name] for name in reversed(names)])))
+    assert other.reading != opened.reading == replace(opened).reading
+    for _ in range(2):
+        for model in (opened, other):
+            _assert_same_bits(flatten(load(model, make_mesh(), str(tmp_path / "cache")).params), _leaves(model))
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
 def test_worker_that_finds_the_entry_written_meanwhile_leaves_it_alone(tmp_path, monkeypatch):
     opened, folder = open_checkpoint(str(_hf_folder(tmp_path / "hf", _UNTIED))), tmp_path / "cache"
     convert, stamps = cache._converted, []

@@ -577,10 +577,13 @@ def test_what_is_left_of_a_run_is_that_of_the_same_commits(family, tmp_path, mon
     inputs = open_inputs(options)
     placement = choose_placement(options, inputs)
 
-    def kept_of(revision):
-        at = dataclasses.replace(inputs, ft=dataclasses.replace(inputs.ft, revision=revision))
+    def kept_of(revision, **changes):
+        at = dataclasses.replace(inputs, ft=dataclasses.replace(inputs.ft, revision=revision, **changes))
         return experiment._run_cache(options, at, placement)[0]
 
     kept_of("one").save_arrays(lambda: {"found": np.zeros(1)}, "found")
     assert kept_of("one").load_arrays("found") is not None
     assert kept_of("other").load_arrays("found") is None
+    kept_of("one").save_arrays(lambda: {"found": np.zeros(1)}, "found")
+    edited = dataclasses.replace(inputs.ft.arch, norm_eps=0.5)  # the config was edited, or a layout: no weight changed
+    assert kept_of("one", arch=edited).load_arrays("found") is None

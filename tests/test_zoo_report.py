@@ -633,6 +633,10 @@ def test_measures_are_written_into_the_zoo_and_read_again(tmp_path):
     assert read_model_measures(tmp_path, "one") is None
     file = write_model_measures(tmp_path, "one", "org/one", source)
     assert file == model_measures_file(tmp_path, "one") == tmp_path / "models" / "one.json"
+    assert read_model_measures(tmp_path, "one", {"w": [8, 1]}) is None
+    write_model_measures(tmp_path, "one", "org/one", source, {"w": [8, 1]})
+    assert read_model_measures(tmp_path, "one", {"w": [8, 1]}) is not None
+    assert read_model_measures(tmp_path, "one", {"w": [8, 2]}) is None  # the model was replaced in place
     assert read_model_measures(tmp_path, "one")["length"] == pytest.approx(weight_measures(source)["length"])
     file.write_text(json.dumps({"format": -1}))
     assert read_model_measures(tmp_path, "one") is None

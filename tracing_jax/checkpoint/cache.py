@@ -59,14 +59,14 @@ def _converted(checkpoint: Checkpoint, mesh: Mesh) -> InMemory:
 
 
 def _key(checkpoint: Checkpoint) -> str:
-    """Returns a folder name for these weights: their repository and commit, files, dtypes and architecture.
+    """Returns a folder name for these weights: their repository and commit, files, dtypes, architecture and layouts.
 
     Files count by name, size and time of change. Weights that are read from the Hub in ranges have no files here.
     """
-    files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.tensors.files()]
+    files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.files()]
     repository = checkpoint.id.partition("@")[0] if checkpoint.revision else None
     dtypes = {name: str(_dtype(checkpoint, name)) for name in checkpoint.leaf_layouts}
-    facts = [_FORMAT, repository, checkpoint.revision, sorted(files), dtypes, repr(checkpoint.arch)]
+    facts = [_FORMAT, repository, checkpoint.revision, sorted(files), dtypes, checkpoint.reading]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     label = re.sub(r"[^A-Za-z0-9._-]", "-", Path(checkpoint.id.partition("@")[0]).name).strip(".")
     return f"{label or 'model'}-{digest}"

@@ -1,5 +1,6 @@
 """`Checkpoint`: a model whose files are open, and whose weights are read when they are asked for."""
 
+import hashlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -55,6 +56,12 @@ class Checkpoint:
         if self.found_layouts is not None:
             return {name: self.found_layouts[name] for name in axis_table(self.arch).leaves}
         return leaf_layouts(self.arch, self.tensors.names())
+
+    @property
+    def reading(self) -> str:
+        """A hash of what is read of the tensors: the architecture, and which of their slices make each leaf."""
+        facts = repr((self.arch, sorted(self.leaf_layouts.items())))
+        return hashlib.sha256(facts.encode()).hexdigest()
 
     def first_layers(self, count: int) -> "Checkpoint":
         """Returns the model of the first `count` layers, the embedding and the head; the whole if it has no more."""

@@ -6,7 +6,7 @@ permuted.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,27 +74,43 @@ def model_measures_file(folder: Path, model_name: str) -> Path:
     return folder / MODELS / f"{model_name}.json"
 
 
-def write_model_measures(folder: Path, model_name: str, model_id: str, source: ParamSource) -> Path:
-    """Measures a model and writes the result atomically into the folder of a zoo; returns the file."""
+def write_model_measures(
+    folder: Path, model_name: str, model_id: str, source: ParamSource, stamps: Mapping[str, Any] | None = None
+) -> Path:
+    """Measures a model and writes the result, with the `stamps` of its files, atomically into the folder of a zoo.
+
+    Returns:
+      The file.
+    """
     file = model_measures_file(folder, model_name)
     file.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "format": MEASURES_FORMAT,
         "id": model_id,
         "num_layers": source.arch.num_layers,
+        "stamps": dict(stamps or {}),
         **weight_measures(source),
     }
     atomic_write(file, json.dumps(plain(content), indent=1).encode())
     return file
 
 
-def read_model_measures(folder: Path, model_name: str) -> dict[str, Any] | None:
-    """Returns the measures of a model; None where they were not measured, or by another version."""
+def read_model_measures(
+    folder: Path, model_name: str, stamps: Mapping[str, Any] | None = None
+) -> dict[str, Any] | None:
+    """Returns the measures of a model; None where they were not measured, by another version, or of other files.
+
+    Args:
+      folder: of the zoo.
+      model_name: of the model in it.
+      stamps: of the files that they must be of, if not None.
+    """
     try:
         content = json.loads(model_measures_file(folder, model_name).read_bytes())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    return content if content.get("format") == MEASURES_FORMAT else None
+    is_current = stamps is None or content.get("stamps") == dict(stamps)
+    return content if content.get("format") == MEASURES_FORMAT and is_current else None
 
 
 def _leaves(source: ParamSource) -> Iterator[tuple[str, np.ndarray]]:

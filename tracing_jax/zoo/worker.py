@@ -69,14 +69,15 @@ def _measure(folder: ZooFolder, pair: PlannedPair, models: Sequence[Checkpoint])
     """Leaves for the report what the weights of each model look like, unless another pair's worker has."""
     for model_id, model in zip((pair.base, pair.ft), models):
         name = folder.plan.names[model_id]
-        if read_model_measures(folder.path, name) is None:
-            write_model_measures(folder.path, name, model_id, model)
+        stamps = file_stamps(files_of(model))
+        if read_model_measures(folder.path, name, stamps) is None:
+            write_model_measures(folder.path, name, model_id, model, stamps)
 
 
 def files_of(model: Checkpoint) -> list[Path]:
     """Returns the files that a record of this model depends on."""
-    names = ("config.json", "tokenizer.json", "tokenizer.model")
-    return [model.folder / name for name in names if (model.folder / name).is_file()] + list(model.tensors.files())
+    names = ("tokenizer.json", "tokenizer.model")
+    return [file for name in names if (file := model.tokenizer_folder / name).is_file()] + list(model.files())
 
 
 @dataclass
