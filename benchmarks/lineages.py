@@ -13,7 +13,17 @@ import jax
 import numpy as np
 
 from benchmarks import mixtures
-from benchmarks.descendants import LIGHT_STEPS, Descendant, Treatment, disguise, member, texts, trained, treatments
+from benchmarks.descendants import (
+    LIGHT_STEPS,
+    Descendant,
+    Treatment,
+    disguise,
+    member,
+    pruned_in_depth,
+    texts,
+    trained,
+    treatments,
+)
 from benchmarks.forgeries import Forgery, on_device, on_host, planted, sorted_units, widened
 from benchmarks.seeds import RECIPES, Zoo, zoo
 from tracing_jax.arch import Arch
@@ -154,7 +164,10 @@ class Lineages:
                 "every second expert": mixtures.experts_dropped,
                 "one expert as the MLP": mixtures.expert_as_mlp,
             }),
-            **self._rows_of("no gate", lambda: self.no_gate, {"permuted": permuted}),
+            **self._rows_of(
+                "no gate", lambda: self.no_gate,
+                {"permuted": permuted, "a layer less, permuted": lambda m, i: permuted(pruned_in_depth(m, i).model, i)},
+            ),
             "independent, units sorted by norm": lambda: self._forged(sorted_units("up_proj")),
             "independent, units copied, 4 each": lambda: self._forged(widened(4)),
             f"independent, {_DEAD_UNITS} dead units of the other": lambda: self._forged(planted(_DEAD_UNITS)),

@@ -3,14 +3,16 @@
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
 from tracing_jax.data import paired_one_to_one
+from tracing_jax.rewrites import draw_rewrites
 from tracing_jax.sharding import Compute, make_mesh
-from tracing_jax.sources import InMemory
+from tracing_jax.sources import InMemory, in_memory, rewritten
 from tracing_jax.statistics import Pair, Vocabularies, verdict
 from tracing_jax.statistics.comparison import Comparison
 from tracing_jax.statistics.match_all import (
@@ -21,6 +23,7 @@ from tracing_jax.statistics.match_all import (
     layer_map_sentence,
     ranges,
 )
+from tracing_jax.statistics.match_mlps import MatchMlps
 from tracing_jax.tree import map_named
 
 ARCH = tiny.qwen3_gqa(num_layers=5, layer_ropes=(0,) * 5, layer_windows=(None,) * 5, mlp_dim=40)
@@ -77,6 +80,38 @@ def test_inserted_and_repeated_layers_are_told_apart():
     assert pairs | copies == {(0, 0), (1, 1), (1, 2), (2, 4), (3, 5), (4, 6)}
     assert found["unmatched_ft"] == [3]
     assert found["unmatched_base"] == []
+
+
+@pytest.mark.parametrize("kind", ["dense", "experts"])
+def test_without_gates_layers_are_found_by_what_units_read_and_write(kind):
+    """A permuted model with a layer less, as GPT-2 has them; and permuted experts without gates."""
+    depth = {"num_layers": 4, "layer_windows": (None,) * 4, "mlp_dim": 40}
+    if kind == "dense":
+        arch, statistic = tiny.gpt2(**depth), MatchAll(forms=("forward", "weights"))
+    else:
+        arch, statistic = dataclasses.replace(tiny.mixtral(mlp_dim=40), gated=False, activation="relu2"), MatchMlps()
+    base, stranger = (tiny.model(arch, seed) for seed in (0, 1))
+    found = InMemory(arch, tiny.noisy(base.params, 0.05))
+    if kind == "dense":
+        layers = [found.layer(i) for i in (0, 2, 3)]
+        arch = dataclasses.replace(arch, num_layers=3, layer_windows=(None,) * 3)
+        found = InMemory(arch, found.params | {"layers": dict(zip("012", layers))})
+    vocabularies = Vocabularies(True, IDS, IDS)
+    assert statistic.not_applicable(base.arch, found.arch, vocabularies) == []
+    hidden = in_memory(rewritten(found, draw_rewrites("permute", jax.random.key(3), found.arch)))
+    related, unrelated = (
+        statistic.compute(Pair(base, ft, vocabularies, TOKENS, Compute(make_mesh(), 8), 0)) for ft in (hidden, stranger)
+    )
+    assert verdict({"match_all": related}, 1e-3).verdict == "related"
+    assert unrelated.log10_p > -3
+    if kind == "dense":
+        assert [(row["base"], row["ft"]) for row in related.layer_map["pairs"]] == [(0, 0), (2, 1), (3, 2)]
+    other = dataclasses.replace(base.arch, gated=True)
+    assert "ft has no gate, the other has" in statistic.not_applicable(other, base.arch, vocabularies)
+    assert (
+        "0 tokens, 32 are needed"
+        in statistic.not_applicable(base.arch, base.arch, Vocabularies(False, IDS[:0], IDS[:0]))[0]
+    )
 
 
 @pytest.mark.slow

@@ -144,7 +144,7 @@ def test_no_more_pairs_are_compared_than_are_allowed(experts, layers, drawn):
 
 
 def test_what_does_not_apply_says_why():
-    assert "no gate; see match_io" in MatchMlps().not_applicable(tiny.gpt2(), DENSE, SAME)[0]
+    assert "base has no gate, the other has" in MatchMlps().not_applicable(tiny.gpt2(), DENSE, SAME)[0]
     deep = dataclasses.replace(MIXTURE, num_layers=3, layer_ropes=(0,) * 3, layer_windows=(None,) * 3)
     assert "54 pairs of MLPs" in MatchMlps(max_pairs=53).not_applicable(MIXTURE, deep, SAME)[0]
     assert MatchMlps(max_pairs=12).not_applicable(MIXTURE, MIXTURE, SAME) == []

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from tracing_jax import options
 from tracing_jax.arch import Arch
@@ -14,6 +14,7 @@ from tracing_jax.forward import activations, correlate, embedding_activations
 from tracing_jax.matching import assign, live_units, match_units
 from tracing_jax.progress import trange
 from tracing_jax.sources import ParamSource
+from tracing_jax.statistics.agreement import dense_not_applicable
 from tracing_jax.statistics.calibration import (
     BY_CONVERGENCE,
     DEFAULT_ALLOWANCE,
@@ -23,9 +24,10 @@ from tracing_jax.statistics.calibration import (
 )
 from tracing_jax.statistics.comparison import LN10, Comparison, bonferroni_log10, one_test, reserved
 from tracing_jax.statistics.distinct_units import distinct_units
-from tracing_jax.statistics.match import TAPS, Match, compare_taps, gates_not_applicable
+from tracing_jax.statistics.match import TAPS, Match, compare_taps
+from tracing_jax.statistics.match_io import responses
 from tracing_jax.statistics.pvalues import bonferroni
-from tracing_jax.statistics.shared_tokens import with_doubts
+from tracing_jax.statistics.shared_tokens import rows_of_tokens, tokens_not_applicable, with_doubts
 from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies
 
 Activations = Mapping[str, np.ndarray]
@@ -62,6 +64,9 @@ class MatchAll(options.MatchAll):
     weights-only form gives every MLP the embeddings of shared tokens as input. A pair's p-value is the smallest of both
     forms and both tests, after Bonferroni. Layers are assigned by these p-values; a layer may have no partner.
 
+    Without gates there is the weights-only form alone, and what units write takes the place of a second thing that they
+    read: as in `match_io`, up rows on the embeddings of shared tokens, and down rows on the rows of the head.
+
     Fewer positions are sampled if the stored activations would take more than `max_gib`.
 
     Attributes:
@@ -79,12 +84,15 @@ class MatchAll(options.MatchAll):
 
     def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns reasons why no layers of these models can be matched; empty if they can."""
-        lines = gates_not_applicable(base, ft)
-        if "forward" in self.forms and self._positions(base, ft) < _FEW_POSITIONS:
+        lines, forms = dense_not_applicable(base, ft) + units_not_applicable(base, ft, vocabularies), self._forms(base)
+        if "forward" in forms and self._positions(base, ft) < _FEW_POSITIONS:
             lines.append(f"activations at {_FEW_POSITIONS} positions take more than {self.max_gib:g} GiB; raise it")
-        if "forward" not in self.forms and len(vocabularies.ids_base) < 2:
+        if "forward" not in forms and len(vocabularies.ids_base) < 2:
             lines.append("the vocabularies share no tokens whose embeddings could be compared")
         return lines
+
+    def _forms(self, base: Arch) -> tuple[str, ...]:
+        return self.forms if base.gated else ("weights",)
 
     def compute(self, pair: Pair) -> Result:
         """Returns the layer map with its p-values; one forward pass per model."""
@@ -93,7 +101,7 @@ class MatchAll(options.MatchAll):
         nulls: dict[str, Null] = {}
         log_p: dict[str, np.ndarray] = {}
         firm: dict[str, np.ndarray] = {}
-        for form in self.forms:
+        for form in self._forms(pair.base.arch):
             if form == "forward" or len(pair.vocabularies.ids_base) >= 2:
                 by_form[form] = self._activations(form, pair)
                 compared[form] = self._compare(form, pair, *by_form[form])
@@ -106,7 +114,7 @@ class MatchAll(options.MatchAll):
 
     def _positions(self, base: Arch, ft: Arch) -> int:
         units = sum(arch.mlp_dim_of(i) for arch in (base, ft) for i in range(arch.num_layers))
-        bytes_each = 4 * len(self.forms) * len(TAPS) * units
+        bytes_each = 4 * len(self._forms(base)) * len(TAPS) * units
         return int(min(self.positions, self.max_gib * 2**30 // bytes_each))
 
     def _activations(self, form: str, pair: Pair) -> tuple[list[Activations], list[Activations]]:
@@ -122,10 +130,21 @@ class MatchAll(options.MatchAll):
                 for model, ids, at, description in sides
             )  # type: ignore[return-value]
         drawn = pair.vocabularies.drawn(generator, count)
+        if not pair.base.arch.gated:
+            return self._responses(pair.base, pair.vocabularies.ids_base[drawn]), self._responses(
+                pair.ft, pair.vocabularies.ids_ft[drawn]
+            )
         sources: tuple[tuple[ParamSource, np.ndarray], ...] = (
             (pair.base, pair.vocabularies.ids_base[drawn]), (pair.ft, pair.vocabularies.ids_ft[drawn])
         )  # fmt: skip
         return tuple([found for _, found in embedding_activations(model, ids, TAPS)] for model, ids in sources)  # type: ignore[return-value]
+
+    def _responses(self, model: ParamSource, ids: Int[np.ndarray, " S"]) -> list[Activations]:
+        """Returns for each layer what its units read of tokens and what they write for them, under the names of taps."""
+        tokens = rows_of_tokens(model, ids)
+        bar = trange(model.arch.num_layers, desc="match_all, what units read and write", unit="layer", disable=None)
+        found = (responses(model, i, tokens, gated=False) for i in bar)
+        return [{"gate": layer["up"], "up": layer["effect"]} for layer in found]
 
     def _allowances(self, form: str, pair: Pair) -> tuple[list[float], list[float], str]:
         """Returns the shares of units of base's and of ft's layers that may agree by convergence, and their source.
@@ -206,6 +225,13 @@ class MatchAll(options.MatchAll):
             effect=_effect(compared),
             **reserved(tests, BY_CONVERGENCE),
         )
+
+
+def units_not_applicable(base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
+    """Returns the reasons why units of these models have no two things in common to be matched by; empty if they have."""
+    if base.gated != ft.gated:
+        return [f"{side} has no gate, the other has" for side, a in (("base", base), ("ft", ft)) if not a.gated]
+    return [] if base.gated else tokens_not_applicable(base, ft, vocabularies)
 
 
 def _effect(compared: Mapping[str, Sequence[Sequence[Comparison]]]) -> str:

@@ -23,7 +23,7 @@ from tracing_jax.statistics.in_place import (
     ordered_models,
     place_reservation,
 )
-from tracing_jax.statistics.match_all import MatchAll
+from tracing_jax.statistics.match_all import MatchAll, units_not_applicable
 from tracing_jax.statistics.repeated_layers import first_alike
 from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies
 
@@ -38,8 +38,8 @@ class MatchMlps(options.MatchMlps):
     """Unconstrained test of every MLP of base against every MLP of ft; and, of those that correspond, units in place.
 
     The MLPs of both models, dense ones and experts alike, are compared as the layers of `match_all` are, in the
-    weights-only form: gate and up responses to the embeddings of shared tokens, agreement of their matchings, the
-    calibrated null, and an assignment in which several MLPs of ft may come from one of base, as in a mixture of experts
+    weights-only form: gate and up responses to the embeddings of shared tokens (without gates what units read, and what
+    they write), agreement of their matchings, the calibrated null, and an assignment in which several MLPs of ft may come from one of base, as in a mixture of experts
     that was upcycled from a dense model. It is invariant under permutations of experts and of their units. Routers take
     no part: a vector added to all rows of a router before a softmax changes nothing, so that they are no evidence.
 
@@ -60,7 +60,7 @@ class MatchMlps(options.MatchMlps):
 
     def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns reasons why no MLPs of these models can be matched; empty if they can."""
-        lines = [f"{side} has no gate; see match_io" for side, a in (("base", base), ("ft", ft)) if not a.gated]
+        lines = units_not_applicable(base, ft, vocabularies)
         if len(vocabularies.ids_base) < 2:
             lines.append("the vocabularies share no tokens whose embeddings could be compared")
         if chosen_places(base, ft, self.max_pairs, np.random.default_rng(0)) is None:
