@@ -140,7 +140,7 @@ class MatchAll(options.MatchAll):
         return tuple([found for _, found in embedding_activations(model, ids, TAPS)] for model, ids in sources)  # type: ignore[return-value]
 
     def _responses(self, model: ParamSource, ids: Int[np.ndarray, " S"]) -> list[Activations]:
-        """Returns for each layer what its units read of tokens and what they write for them, under the names of taps."""
+        """Returns for each layer what its units read of tokens and write for them, under the names of taps."""
         tokens = rows_of_tokens(model, ids)
         bar = trange(model.arch.num_layers, desc="match_all, what units read and write", unit="layer", disable=None)
         found = (responses(model, i, tokens, gated=False) for i in bar)
@@ -228,7 +228,7 @@ class MatchAll(options.MatchAll):
 
 
 def units_not_applicable(base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
-    """Returns the reasons why units of these models have no two things in common to be matched by; empty if they have."""
+    """Returns the reasons why units of these models cannot be matched in two ways; empty if they can."""
     if base.gated != ft.gated:
         return [f"{side} has no gate, the other has" for side, a in (("base", base), ("ft", ft)) if not a.gated]
     return [] if base.gated else tokens_not_applicable(base, ft, vocabularies)

@@ -38,10 +38,11 @@ class MatchMlps(options.MatchMlps):
     """Unconstrained test of every MLP of base against every MLP of ft; and, of those that correspond, units in place.
 
     The MLPs of both models, dense ones and experts alike, are compared as the layers of `match_all` are, in the
-    weights-only form: gate and up responses to the embeddings of shared tokens (without gates what units read, and what
-    they write), agreement of their matchings, the calibrated null, and an assignment in which several MLPs of ft may come from one of base, as in a mixture of experts
-    that was upcycled from a dense model. It is invariant under permutations of experts and of their units. Routers take
-    no part: a vector added to all rows of a router before a softmax changes nothing, so that they are no evidence.
+    weights-only form: gate and up responses to the embeddings of shared tokens (without gates what units read and what
+    they write), agreement of their matchings, the calibrated null, and an assignment in which several MLPs of ft may
+    come from one of base, as in a mixture of experts that was upcycled from a dense model. It is invariant under
+    permutations of experts and of their units. Routers take no part: a vector added to all rows of a router before a
+    softmax changes nothing, so that they are no evidence.
 
     Then the up-projections of each MLP of ft and its closest one of base are compared as by `csu`. The closest is found
     by matchings that the order of the units does not change, so that the p-values of units in place stay exact.
