@@ -81,9 +81,9 @@ def test_parts_stand_in_their_order_and_say_what_was_compared():
     assert "1,234,567 parameters, bfloat16 in safetensors, 1.5 GiB" in shown
     assert "SHA-256 abababababababab... model.safetensors" in shown
     assert "Identical tensors 3 of 40 Verdict" in shown
-    assert "MLPs: related csu p = 10^-9.0 7 of 64 units are in place; by chance about one is" in shown
-    assert f"match p = 10^-9.0 3 of 64 agree; {_INDEPENDENT}" in shown
-    assert "match_io p = 10^-8.0 2 of 64 agree; independent models: as for match; a number: 0.75 aligned" in shown
+    assert "MLPs: related csu 7 of 64 units are in place; by chance about one is; p = 10^-9.0" in shown
+    assert f"match 3 of 64 agree; {_INDEPENDENT}; p = 10^-9.0" in shown
+    assert "match_io 2 of 64 agree; independent models: as for match; a number: 0.75 aligned; p = 10^-8.0" in shown
     assert "not part of the verdict mode a number: 7.25 non-aligned" in shown
     assert "Shares merged of model and other model p < 10^-12 part, share 0.625 ± 0.011 other p" in shown
     assert "head model 0.625 ± 0.011, other 0.375 ± 0.012 (estimated; its units were not tested)" in shown

@@ -385,6 +385,7 @@ def test_few_controls_never_make_the_allowance_smaller_than_the_default():
     assert measured_allowance([none], 1e-3) == [DEFAULT_ALLOWANCE]
     assert measured_allowance([none] * 19, 1e-3) == [DEFAULT_ALLOWANCE]
     assert measured_allowance([none] * 20, 1e-3)[0] < 0.01
+    assert measured_allowance([none] * 20, 1e-3, models=10) == [DEFAULT_ALLOWANCE]  # each with base and with ft
 
 
 @pytest.mark.slow

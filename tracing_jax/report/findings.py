@@ -162,14 +162,14 @@ def _effects(record: Mapping[str, Any], verdict: Mapping[str, Any]) -> list[Line
     for part, found in parts.items():
         rows.append(Line((f"{part}: {found['verdict'].replace('_', ' ')}",), found["verdict"]))
         if "statistic" not in found:
-            rows.append(Line(("  tensors", "", found["effect"])))
+            rows.append(Line(("  tensors", found["effect"])))
         names = found.get("statistics") or [found.get("statistic")]
         rows += [_effect(name, others.pop(name), shown) for name in names if name in others]
     if others and parts:
         rows.append(Line(("not part of the verdict",)))
     rows += [_effect(name, stages, shown) for name, stages in others.items()]
     if perplexity := record.get("perplexity"):
-        rows.append(Line(("perplexity", "", ", ".join(_perplexity(*side) for side in perplexity.items()))))
+        rows.append(Line(("perplexity", ", ".join(_perplexity(*side) for side in perplexity.items()))))
     return rows
 
 
@@ -197,18 +197,18 @@ def share_text(found: Mapping[str, Any]) -> str:
 
 
 def _effect(name: str, stages: Mapping[str, Any], shown: dict[str, str]) -> Line:
-    """A statistic with its p-value and its effect size; what independent models show is printed once."""
+    """A statistic with its effect size, then its p-value; what independent models show is printed once."""
     given = stages.get("non_aligned") or {}
     log10_p = given.get("log10_p")
-    p = "" if log10_p is None else (calibrated_p_text if is_calibrated(given) else p_text)(float(log10_p))
+    p = [] if log10_p is None else [(calibrated_p_text if is_calibrated(given) else p_text)(float(log10_p))]
     if not given.get("effect"):
-        return Line((f"  {name}", p, f"{label(stages)}: {outcome(stages, with_p=False)}"))
+        return Line((f"  {name}", "; ".join([f"{label(stages)}: {outcome(stages, with_p=False)}", *p])))
     found, _, independent = given["effect"].partition("; ")
     first = shown.setdefault(independent, name)
     text = given["effect"] if first == name else f"{found}; independent models: as for {first}"
     if aligned := (stages.get("aligned") or {}).get("headline"):
         text += f"; {label(stages)}: {cell(aligned)} aligned"
-    return Line((f"  {name}", p, text))
+    return Line((f"  {name}", "; ".join([text, *p])))
 
 
 def _perplexity(side: str, found: Mapping[str, Any]) -> str:

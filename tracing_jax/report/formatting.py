@@ -143,7 +143,8 @@ def verdict_p_text(verdict: Mapping[str, Any]) -> str:
     log10_p = float(verdict["adjusted_log10_p"])
     if not verdict.get("calibrated"):
         return p_text(log10_p)
-    return f"{calibrated_p_text(log10_p)} (calibrated: if no more units agree by convergence than allowed for)"
+    assumed = "if no more units agree by convergence than is allowed for, 5 % unless control models say more"
+    return f"{calibrated_p_text(log10_p)} (calibrated: {assumed})"
 
 
 def calibrated_p_text(log10_p: float) -> str:

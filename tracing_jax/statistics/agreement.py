@@ -118,7 +118,7 @@ def nulls_of(
     for name in compared.layers[0]:
         u, source = [DEFAULT_ALLOWANCE] * len(compared.layers), DEFAULT_SOURCE
         if measured:
-            u = measured_allowance([found.of(name)[0] for found in measured], level)
+            u = measured_allowance([found.of(name)[0] for found in measured], level, models=len(pair.controls))
             source = control_source(len(pair.controls), 2)
         nulls[name] = null_of(compared.of(name)[1], u, source)
     return nulls

@@ -29,7 +29,7 @@ found among seeds of GPT-2, and above all that docs/nulls.md measured."""
 DEFAULT_SOURCE = "the default of 0.05: the upper end found among seeds of GPT-2 (arXiv 2401.12181)"
 
 FEWEST_CONTROLS = 20
-"""Comparisons with control models, below which a measured allowance is never smaller than the default."""
+"""Control models, below which a measured allowance is never smaller than the default."""
 
 MARGIN = 3
 """Agreement of up to so many times the allowance is called undecided. The p-value falls from .5 to 1e-39 between 5 %
@@ -149,18 +149,24 @@ def null_of(controls: Sequence[Comparison], u: Sequence[float], source: str) -> 
 
 
 def measured_allowance(
-    by_control: Sequence[Sequence[Comparison]], level: float, least: float = DEFAULT_ALLOWANCE
+    by_control: Sequence[Sequence[Comparison]],
+    level: float,
+    least: float = DEFAULT_ALLOWANCE,
+    models: int | None = None,
 ) -> list[float]:
     """Returns for each layer the share of units that may agree by convergence in a new pair.
 
     Args:
       by_control: for each pair with a control model, the comparison of each layer.
       level: of the verdict; the bound has a confidence of 1 - level / 10.
-      least: what it is at least, if there are fewer than `FEWEST_CONTROLS` such pairs.
+      least: what it is at least, if there are fewer than `FEWEST_CONTROLS` control models.
+      models: the number of control models, if each was compared with both models: of relatives these say one thing.
     """
+    few = (len(by_control) if models is None else models) < FEWEST_CONTROLS
     by_layer = [[c for c in layer if c.units] for layer in zip(*by_control)]
     deviation = _deviation(by_layer)
-    return [_predicted_share(layer, level / 10, least, deviation) for layer in by_layer]
+    found = [_predicted_share(layer, level / 10, least, deviation) for layer in by_layer]
+    return [max(share, least) for share in found] if few else found
 
 
 def _deviation(by_layer: Sequence[Sequence[Comparison]]) -> tuple[float, int]:

@@ -178,7 +178,9 @@ class Match(options.Match):
             for i, control in enumerate(pair.controls)
             for side, other in others
         ]
-        return measured_allowance(measured, self.level), control_source(len(pair.controls), len(others))
+        return measured_allowance(measured, self.level, models=len(pair.controls)), control_source(
+            len(pair.controls), len(others)
+        )
 
 
 def _places(controls: Mapping[tuple[int, int], Comparison]) -> list[list[int]]:

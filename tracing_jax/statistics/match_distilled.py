@@ -181,7 +181,9 @@ class MatchDistilled(options.MatchDistilled):
         source = control_source(len(pair.controls), 2)
         least = {"whole": DEFAULT_ALLOWANCE, "rest": REST_ALLOWANCE}
         shares = {
-            target: measured_allowance([layers[target] for layers in measured], self.level, least[target])
+            target: measured_allowance(
+                [layers[target] for layers in measured], self.level, least[target], len(pair.controls)
+            )
             for target in TARGETS
         }
         return shares | {"rest together": [float(np.mean(shares["rest"]))]}, source

@@ -87,6 +87,10 @@ class MatchMlps(options.MatchMlps):
         in_order = place_reservation(list(compared.values())) if reserved(placed, "") else None
         reservations = [text for text in (matched.reservation, in_order) if text]
         notes = [*_drawn(pair, base, ft), *matched.notes]
+        if pair.controls:
+            notes.append(
+                "match_mlps: control models say nothing of which MLPs correspond; the default allowance is used"
+            )
         if compared:
             tests += [replace(test, name=f"units in place, {test.name}") for test in placed]
             notes += unit_notes(list(compared.values()))

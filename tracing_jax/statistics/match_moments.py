@@ -153,7 +153,11 @@ class MatchMoments(options.MatchMoments):
             ]
             for i, ours in enumerate(some)
         ]
-        return _mapped_result(table, _TEST_NAMES["layer"], _LABEL).for_pair(pair)
+        result = _mapped_result(table, _TEST_NAMES["layer"], _LABEL)
+        if pair.controls:
+            note = "match_moments: control models have base's depth; the default allowance is used at unequal depth"
+            result = replace(result, notes=[*result.notes, note])
+        return result.for_pair(pair)
 
     def _descriptors(self, form: str, model: ParamSource, run_cache: RunCache, side: str) -> list[Descriptors]:
         """Returns the descriptors of every layer: of an interrupted run's layers those that were kept."""
@@ -179,7 +183,9 @@ class MatchMoments(options.MatchMoments):
             own = self._descriptors(form, control, run_cache, f"control {c}")
             for side, other in (("base", base), ("ft", ft)):
                 measured.append([_compare(*both, pair, (c, side, i)) for i, both in enumerate(zip(own, other))])
-        return measured_allowance(measured, self.level), control_source(len(pair.controls), 2)
+        return measured_allowance(measured, self.level, models=len(pair.controls)), control_source(
+            len(pair.controls), 2
+        )
 
     def _some(self, layer: Descriptors, pair: Pair, most: int | None = None) -> Descriptors:
         """Returns a layer with some of its units, drawn from the seed of the run; by default those for controls."""
