@@ -19,7 +19,8 @@ from scipy.optimize import linear_sum_assignment
 from tracing_jax.arch import Arch
 from tracing_jax.rewrites import GainSetting, Permutation, Rewrite, Rotation, gains_in
 from tracing_jax.sources import InMemory, in_memory, rewritten, subtree
-from tracing_jax.statistics.mlp_rows import gain_of
+from tracing_jax.statistics.mlp_rows import centred_directions, gain_of
+from tracing_jax.statistics.shared_tokens import rows_of_tokens
 from tracing_jax.tree import Tree, flatten, map_named, unflatten
 
 Models = tuple[InMemory, InMemory]
@@ -274,6 +275,46 @@ def heads_like_base(base: InMemory, other: InMemory, generator: np.random.Genera
     return base, _reordered(other, orders)
 
 
+def heads_cancelled(even: bool) -> Forgery:
+    """Returns the forgery that adds the heads of base to the other model, each twice with opposite outputs.
+
+    Added heads read of the other's embeddings, and write for its head, what base's do of and for base's, as nearly as
+    least squares make them. Both of a pair attend alike; if `even` to all tokens, by short queries of any direction.
+    """
+
+    def forge(base: InMemory, other: InMemory, generator: np.random.Generator) -> Models:
+        rows = [rows_of_tokens(model, np.arange(model.arch.vocab_size, dtype=np.int32)) for model in (base, other)]
+        leaves = dict(flatten(other.params))
+        for i in range(base.arch.num_layers):
+            gains = [
+                np.broadcast_to(np.asarray(gain_of(model.layer(i), "attn_norm", model.arch)), (model.arch.embed_dim,))
+                for model in (base, other)
+            ]
+            read, effect = (
+                np.linalg.pinv(np.asarray(centred_directions(theirs) * scale[1], np.float64), rcond=1e-4)
+                @ np.asarray(centred_directions(ours) * scale[0], np.float64)
+                for ours, theirs, scale in zip(*rows, (gains, (1.0, 1.0)))
+            )
+            for name in ("q_proj", "k_proj", "v_proj", _OUT_OF_HEADS):
+                kernel = base.layer(i)["attn"][name]["kernel"]
+                axis = 0 if name == _OUT_OF_HEADS else 1
+                added = np.asarray(kernel, np.float64)
+                added = added @ effect.T if axis == 0 else np.tensordot(read, added, 1)
+                twin = -added if axis == 0 else added
+                if name == "q_proj" and even:
+                    added, twin = 1e-6 * added, 1e-6 * generator.standard_normal(added.shape)
+                own = f"layers/{i}/attn/{name}/kernel"
+                leaves[own] = np.concatenate([leaves[own], added, twin], axis=axis).astype(np.float32)
+                bias = f"layers/{i}/attn/{name}/bias"
+                if bias in leaves and axis == 1:
+                    zeros = np.zeros((2 * len(leaves[bias]), *leaves[bias].shape[1:]), np.float32)
+                    leaves[bias] = np.concatenate([leaves[bias], zeros])
+        arch = replace(other.arch, num_kv_heads=3 * other.arch.num_kv_heads)
+        return base, InMemory(arch, unflatten(leaves))
+
+    return forge
+
+
 def basis_like_base(base: InMemory, other: InMemory, generator: np.random.Generator) -> Models:
     """Returns the models after the other's residual stream was rotated to bring its embeddings close to base's."""
     ours, theirs = (np.asarray(m.embed()["embedding"], np.float64) for m in (base, other))
@@ -378,6 +419,12 @@ def forgeries(arch: Arch, unused: Int[np.ndarray, " _"]) -> Mapping[str, Forgery
     of_any: Mapping[str, Forgery] = {
         "features ordered like the other's": features_like_base,
         "heads ordered like the other's": heads_like_base,
+        "heads of the other that cancel": heads_cancelled(even=False),
+        **(
+            {"heads of the other that cancel, with short queries": heads_cancelled(even=True)}
+            if arch.qk_norm is None
+            else {}
+        ),
         **({"basis turned to the other's": basis_like_base} if arch.norm == "rms" else {}),
         **(
             {"basis and units turned and ordered like the other's": turned_and_ordered_like_base}
