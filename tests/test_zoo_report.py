@@ -23,6 +23,7 @@ from scipy.sparse.csgraph import minimum_spanning_tree
 from tracing_jax.axes import PERMUTABLE, axis_table
 from tracing_jax.rewrites import permute, random_permutations
 from tracing_jax.sources import InMemory
+from tracing_jax.statistics import Identity, Result, verdict
 from tracing_jax.zoo import PairState, make_plan, weights
 from tracing_jax.zoo.__main__ import main
 from tracing_jax.zoo.plan import ModelList, Proposal
@@ -174,6 +175,19 @@ def test_a_merge_of_another_depth_than_its_parents_has_two():
     assert found.families == [("deep",)]
     assert found.alone == ["a", "b"]
     assert edges_of(found) == {frozenset(("a", "deep")), frozenset(("b", "deep"))}
+
+
+def test_a_zoo_says_of_a_pair_with_an_identical_part_what_its_record_says():
+    result = Result(0.5, "x", -0.1, blind_to=())
+    for equal, word in ((1, "undecided"), (0, "no_evidence")):
+        identity = Identity(equal, 9, {"embedding": (equal, 1), "MLPs": (0, 8)})
+        alone = verdict({"match": result}, 1e-3, identity)
+        assert alone.verdict == word
+        plan = zoos.plan_of(["a", "b"])
+        (pair,) = plan.pairs
+        record = zoos.record_of(-0.1) | {"verdict": json.loads(json.dumps(alone.as_dict()))}
+        (row,) = zoos.rows_of(plan, {pair.name: record})
+        assert row.verdict == word
 
 
 def test_a_pair_across_that_is_not_done_or_undecided_keeps_one_family():

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.stats import kstest
 
 from tracing_jax.report.bounded_p_values import bounded
-from tracing_jax.statistics import over_pairs, word_of
+from tracing_jax.statistics import Identity, over_pairs, word_of
 from tracing_jax.statistics.verdict import VerdictName
 from tracing_jax.zoo.folder import PairState, State, ZooFolder
 from tracing_jax.zoo.plan import PlannedPair
@@ -31,7 +31,8 @@ class PairRow:
       firm_log10_p: the same of evidence without a reservation, adjusted over all pairs once it is in a report.
       adjusted_log10_p: log10_p, Holm-adjusted over all pairs of the zoo that have one.
       alone: the verdict on the pair alone.
-      sees_all_rewrites: whether a test ran that is invariant under every rewrite of these models.
+      sees_all_rewrites: whether a test ran that is invariant under every rewrite of these models, and no part of them is
+        identical.
       verdict: by the adjusted p-values; None without a record.
       statistic: the one that decided.
       calibrated: whether its p-value rests on the allowance for convergent units.
@@ -139,7 +140,7 @@ def row_of(pair: PlannedPair, names: Mapping[str, str], state: PairState, record
         log10_p=number(judged["adjusted_log10_p"]),
         firm_log10_p=number(judged["firm_log10_p"]),
         alone=judged["verdict"],
-        sees_all_rewrites=judged["sees_all_rewrites"],
+        sees_all_rewrites=judged["sees_all_rewrites"] and not _copied_parts(judged),
         statistic=judged["statistic"],
         calibrated=bool(judged.get("calibrated")),
         level=judged["level"],
@@ -150,6 +151,12 @@ def row_of(pair: PlannedPair, names: Mapping[str, str], state: PairState, record
         shapes=shapes,
         layer_map=layer_map,
     )
+
+
+def _copied_parts(judged: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the parts of the models of which all tensors are identical: such a pair is not without evidence."""
+    identical = judged.get("identical")
+    return Identity(**identical).whole_parts if identical else ()
 
 
 def number(value: Any) -> float | None:
