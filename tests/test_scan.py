@@ -165,7 +165,7 @@ def test_a_stranger_has_no_relative(library):
     found = scan(suspect_of(tiny.model(GATED, 99)), library, LEVEL)
     assert not found.related
     assert not found.closest
-    assert found.sentence().startswith("No relative")
+    assert found.sentence().startswith("No relative was found")
 
 
 def test_a_screen_reads_the_layers_with_samples_alone_and_says_so():
@@ -223,6 +223,14 @@ def test_a_first_look_at_many_signatures_keeps_the_relatives(models, library):
     assert found.candidates[0].name == "base"
     assert found.compared == len(chosen)
     assert len(found.related) == 3
+    left = {c.name for c in found.candidates if c.verdict == "not_compared"}
+    assert left == set(many) - set(chosen)
+    assert all(set(c.parts.values()) == {"not_compared"} for c in found.candidates if c.name in left)
+    strangers = scan(suspect_of(models["unrelated 12"]), {n: s for n, s in many.items() if n != "unrelated 12"}, LEVEL)
+    assert (
+        f"{len(strangers.candidates) - strangers.compared} of them showed no sign in a first look"
+        in strangers.sentence()
+    )
     other = models["unrelated 12"].params
     swapped = tiny.InMemory(GATED, tuned.params | {part: other[part] for part in ("embed", "head")})
     renewed = suspect_of(swapped)  # the strings are shared, and what embeds them is not: moments are looked at too
@@ -247,7 +255,10 @@ def test_a_relative_by_its_heads_alone_is_found_in_a_large_library_with_its_part
     assert parts["base 1"] == {"MLPs": "no_evidence", "attention": "no_evidence"}
     old = [candidate for candidate in scanned.candidates if candidate.name.startswith("old")]
     assert any(candidate.match is None for candidate in old)
-    assert all(c.parts == {"MLPs": "no_evidence", "attention": "not_tested"} and HEADS in c.not_tested for c in old)
+    for c in old:
+        mlps = "not_compared" if c.match is None else "no_evidence"
+        assert c.parts == {"MLPs": mlps, "attention": "not_tested"}
+        assert HEADS in c.not_tested
     whole = scan(suspect_of(finetuned(bases["base 0"])), found, LEVEL)
     assert whole.related[0].parts == {"MLPs": "related", "attention": "related"}
     lines = "\n".join(_lines(scanned, suspect, 3))
@@ -316,9 +327,25 @@ def test_models_of_unknown_families_are_scanned_by_their_weights(tmp_path, capsy
     assert "its signature is swapped" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=f"did you mean {base}"):
         cli.main(["scan", f"{base}s", "--library", library])
+    cli.main(["library", "add", str(tmp_path / "small"), str(tmp_path / f"base{SUFFIX}")])
+    capsys.readouterr()
+    cli.main(["scan", other, "--library", str(tmp_path / "small")])
+    assert "Of 1 nothing but responses to embeddings could be compared" in capsys.readouterr().out
     mixer = layouts.write(tmp_path / "mixer", layouts.mamba, layouts.mamba(0))
     with pytest.raises(SystemExit, match=r"the model cannot be scanned: .*no gate"):
         cli.main(["scan", mixer, "--library", library])
+
+
+def test_few_shared_strings_alone_decide_nothing(models, library):
+    """A relative may not show by them; moments, which read no strings, do decide."""
+    suspect, base = suspect_of(models["unrelated 12"]), library["base"]
+    assert len(base.tokens) > 10
+    for moments, word in ((True, "no_evidence"), (False, "undecided")):
+        layers = base.layers if moments else tuple(dataclasses.replace(layer, moments={}) for layer in base.layers)
+        unknown = tuple(token if i < 9 else f"unknown {i}" for i, token in enumerate(base.tokens))
+        signature = dataclasses.replace(base, layers=layers, tokens=unknown, heads=())
+        (candidate,) = scan(suspect, {"base": signature}, LEVEL).candidates
+        assert (candidate.verdict, candidate.parts["MLPs"]) == (word, word)
 
 
 def test_an_empty_library_is_refused(tmp_path, models):

@@ -138,7 +138,8 @@ def _lines(found: "Scan", suspect: "Suspect", shown: int) -> list[str]:
         lines.append(f"... and {len(found.candidates) - shown} more; --shown or --json shows them")
     lines += [
         "",
-        "p: after Holm over the library; calibrated, not exact (docs/scan.md). `compare` tests a pair in full.",
+        "p: after Holm over the library; calibrated, not exact; that of heads by one zoo of small models "
+        "(docs/scan.md). `compare` tests a pair in full.",
         f"Not tested: {_not_tested(found)}. A model that has these of another, and nothing else, is not found.",
     ]
     return lines

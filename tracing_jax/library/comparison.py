@@ -32,6 +32,9 @@ from tracing_jax.statistics.unit_descriptors import whitened_cosines
 FEW_TOKENS = 8
 """Fewer shared token strings than this distinguish units too badly."""
 
+_SURE_TOKENS = 32
+"""Power has been measured with so many shared token strings, or all of a signature's."""
+
 _BEST_BY_CHANCE = 0.05
 """Layers of which more heads agree than chance gives one in a row, with this probability, are no controls of chance."""
 
@@ -141,6 +144,12 @@ def not_tested(signature: Signature, suspect: Suspect) -> dict[str, str]:
     elif not _different_heads(signature, suspect):
         found[HEADS] = "no layer of the signature has two heads that differ from others"
     return found
+
+
+def is_nearly_blind(signature: Signature, suspect: Suspect, match: SignatureMatch) -> bool:
+    """Returns whether units were compared by few shared token strings alone, so that a relation may not have shown."""
+    tokens = len(shared_columns(signature, suspect)[0])
+    return RESPONSES in match.tests and MOMENTS not in match.tests and tokens < min(_SURE_TOKENS, len(signature.tokens))
 
 
 def _units_not_tested(signature: Signature, suspect: Suspect) -> dict[str, str]:

@@ -13,7 +13,16 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from tracing_jax.library.comparison import HEADS, MOMENTS, RESPONSES, TESTED, SignatureMatch, compare, not_tested
+from tracing_jax.library.comparison import (
+    HEADS,
+    MOMENTS,
+    RESPONSES,
+    TESTED,
+    SignatureMatch,
+    compare,
+    is_nearly_blind,
+    not_tested,
+)
 from tracing_jax.library.shortlist import shortlist
 from tracing_jax.library.signature import Signature
 from tracing_jax.library.suspect import Suspect
@@ -22,7 +31,7 @@ from tracing_jax.statistics.comparison import LN10
 from tracing_jax.statistics.pvalues import holm
 from tracing_jax.statistics.verdict import UNDECIDED_BELOW
 
-ScanVerdict = Literal["related", "undecided", "no_evidence", "not_testable"]
+ScanVerdict = Literal["related", "undecided", "no_evidence", "not_compared", "not_testable"]
 
 _COPIED = 0.01
 """Distance below which a model may be the very files of a signature, so that their hashes are worth comparing."""
@@ -57,7 +66,9 @@ class Candidate:
       name: of the signature in the library.
       model: the id in its header.
       verdict: `related`: a p-value below the level after Holm, of agreement beyond several times the allowance.
-        `undecided`: some p-value below 0.05, or only a part of the suspect was read. `not_testable`: no test applies.
+        `undecided`: some p-value below 0.05, or only a part of the suspect was read, or few token strings are
+        shared and no other test of units applies. `not_compared`: a first comparison of some units and heads
+        showed no sign, and none was made in full. `not_testable`: no test applies.
       adjusted_log10_p: after Holm over the library; None if no test applies.
       match: the evidence; None if a first comparison showed no sign of it.
       distances: of a relative, by each test that shows it, how far the agreeing units are.
@@ -110,6 +121,18 @@ class Scan:
         """The relatives, closest first."""
         return tuple(found for found in self.candidates if found.verdict == "related")
 
+    def _unseen(self) -> str:
+        """Returns what was not compared in full, or only by tests that miss some relatives, as sentences."""
+        short = sum(found.verdict == "not_compared" for found in self.candidates)
+        blind = sum(found.match is not None and set(found.match.tests) == {RESPONSES} for found in self.candidates)
+        first = (
+            f" {short} of them showed no sign in a first look at some units and heads, and were not compared in full."
+        )
+        embedded = (
+            f" Of {blind} nothing but responses to embeddings could be compared: a child with new ones is not found."
+        )
+        return first * bool(short) + embedded * bool(blind)
+
     def sentence(self) -> str:
         """Returns what was found, in a sentence."""
         related, total = self.related, len(self.candidates)
@@ -124,7 +147,7 @@ class Scan:
                     "that was read: undecided. Without --screen every layer is read."
                 )
             doubt = f"; undecided: {', '.join(undecided)}" if undecided else ""
-            return f"No relative among the {testable} signatures that can be compared{doubt}."
+            return f"No relative was found among the {testable} signatures that can be compared{doubt}.{self._unseen()}"
         first = related[0]
         others = len(related) - max(1, len(self.same_files))
         if len(self.closest) > 1:
@@ -215,7 +238,12 @@ def _candidate(
 ) -> Candidate:
     """Returns what was found of a signature; `p`: its p-value and that of firm evidence, adjusted over the library."""
     adjusted, firm = p
-    word: ScanVerdict = "undecided" if suspect.part else "no_evidence"
+    unseen: ScanVerdict = "no_evidence"
+    if suspect.part or (match is not None and is_nearly_blind(signature, suspect, match)):
+        unseen = "undecided"
+    elif match is None:
+        unseen = "not_compared"
+    word = unseen
     if adjusted is None:
         word = "not_testable"
     elif firm < math.log10(level):
@@ -235,7 +263,7 @@ def _candidate(
             return "not_tested"
         if any(test in shows for test in names):
             return "related"
-        return "undecided" if suspect.part or any(test in doubtful for test in names) else "no_evidence"
+        return "undecided" if any(test in doubtful for test in names) else unseen
 
     distances = {
         test: Distance(float(d.mean()), float(d.std(ddof=1)) / math.sqrt(len(d)))
@@ -254,7 +282,7 @@ def _ranking_test(candidates: Sequence[Candidate]) -> str:
 
 def _order(candidate: Candidate, test: str) -> tuple[int, float, float, str]:
     """Returns the place of a candidate: relatives by their distance in a test, then by p-value."""
-    ranks = {"related": 0, "undecided": 1, "no_evidence": 2, "not_testable": 3}
+    ranks = {"related": 0, "undecided": 1, "no_evidence": 2, "not_compared": 3, "not_testable": 4}
     distance = candidate.distances.get(test, Distance(math.inf, 0.0)).mean
     return ranks[candidate.verdict], distance, candidate.adjusted_log10_p or 0.0, candidate.name
 

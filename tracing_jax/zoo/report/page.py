@@ -46,7 +46,7 @@ _FAMILIES_TEXT = (
 
 MISSED = (
     "Of small models, signatures found the base of all 36 descendants of 13 kinds that were tried (docs/scan.md), and "
-    "three of four parents of two equal merges of unrelated models; where less than a sixth of the "
+    "three of six parents of three equal merges of unrelated models; where less than a sixth of the "
     "sampled units is left, or none of the three sampled layers, they do not detect a relation, and compare may."
 )
 """What is lost by comparing only pairs in which signatures show a trace; `python -m benchmarks.scan`."""

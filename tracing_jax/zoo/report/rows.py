@@ -31,8 +31,8 @@ class PairRow:
       firm_log10_p: the same of evidence without a reservation, adjusted over all pairs once it is in a report.
       adjusted_log10_p: log10_p, Holm-adjusted over all pairs of the zoo that have one.
       alone: the verdict on the pair alone.
-      sees_all_rewrites: whether a test ran that is invariant under every rewrite of these models, and no part of them is
-        identical.
+      sees_all_rewrites: whether a test ran that is invariant under every rewrite of these models, and no part of both
+        is identical.
       verdict: by the adjusted p-values; None without a record.
       statistic: the one that decided.
       calibrated: whether its p-value rests on the allowance for convergent units.
