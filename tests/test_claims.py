@@ -13,16 +13,20 @@ import numpy as np
 import pytest
 from cases import diagonal
 from derived_models import derived
+from safetensors.numpy import save_file
 from scipy.stats import norm
 from test_gguf import _LLAMA, _theta, _written
 
 import tracing_jax as tj
 from tracing_jax import cli
 from tracing_jax.checkpoint import open_checkpoint
+from tracing_jax.checkpoint.tensor_layout import TensorSlice
+from tracing_jax.checkpoint.tensors import open_tensors
 from tracing_jax.claims import ASSERTS, UNTESTED, ClaimInputs, ClaimResult, check_claim
-from tracing_jax.claims.low_rank import numerical_rank
-from tracing_jax.claims.quantised_copies import _TABLES
+from tracing_jax.claims.low_rank import low_rank_differences, numerical_rank
+from tracing_jax.claims.quantised_copies import _TABLES, copy_of
 from tracing_jax.claims.same_function import coarsest_dtype
+from tracing_jax.claims.tensor_pairs import TensorPair
 from tracing_jax.cli.program import exit_status
 from tracing_jax.dataclass_options import ConfigError, problems
 from tracing_jax.experiment import check_config
@@ -153,6 +157,28 @@ def test_of_models_that_were_read_in_part_nothing_found_decides_nothing(base, fi
     assert found.because.endswith(scope)
 
 
+def test_claims_of_descent_say_which_parts_are_related(base, finetune, tmp_path):
+    """Heads of base beside MLPs of another model, fewer units of them, are no pruned base."""
+
+    def found(ft, claim, **parts):
+        parts = {name: {"verdict": word, "statistic": "match"} for name, word in parts.items()}
+        one, other = open_checkpoint(str(base)), open_checkpoint(str(ft))
+        said = Verdict("related", "x", 1e-3, identical=identical_tensors(one, other), parts=parts)
+        return judged(claim, base, ft, verdict=said)
+
+    narrow = derived(finetune, tmp_path / "narrow", lambda t: make.with_units(t, np.arange(20)), intermediate_size=20)
+    heads = found(narrow, "pruned-of", attention="related", MLPs="no_evidence")
+    assert heads.outcome == "not_testable"
+    assert (
+        "but of the MLPs, which are smaller, this was not found: attention related, MLPs no evidence" in heads.because
+    )
+    assert found(narrow, "pruned-of", attention="undecided", MLPs="related").outcome == "holds"
+    tuned = found(finetune, "finetune-of", attention="related", MLPs="undecided")
+    assert tuned.outcome == "holds"
+    assert tuned.because.endswith("by part: attention related, MLPs undecided")
+    assert "which of the two was there first" in found(narrow, "pruned-of", MLPs="related").not_said
+
+
 def test_a_related_model_of_another_shape_is_no_finetune(base, tmp_path):
     shallow = derived(base, tmp_path / "shallow", lambda t: make.without_layer(t, 0), num_hidden_layers=1)
     found = judged("finetune-of", base, shallow)
@@ -200,7 +226,76 @@ def test_training_of_all_weights_norms_or_another_shape_is_no_adapter(base, fine
     assert judged("adapter-of", base, shallow).outcome == "contradicted"
 
 
+def pair_of(base, ours, theirs, folder):
+    """One tensor of two checkpoints, from files."""
+    sides = []
+    for name, weights in (("ours", ours), ("theirs", theirs)):
+        (folder / name).mkdir(exist_ok=True)
+        save_file({"w": weights}, folder / name / "model.safetensors")
+        sides.append(replace(open_checkpoint(str(base)), tensors=open_tensors(folder / name)))
+    return TensorPair("w", *sides, *[TensorSlice("w", weights.shape) for weights in (ours, theirs)])
+
+
+@pytest.mark.parametrize(("shape", "rows"), [
+    ((8192, 96), slice(100, 600)), ((3000, 1500), slice(700, 1400)), ((3, 200, 96), slice(60, 160)),
+])  # fmt: skip
+def test_a_block_of_rows_that_was_changed_is_of_no_low_rank(shape, rows, base, tmp_path):
+    """Wherever it is, and an update of rank 8 of the same rows, or of one row, is of the rank that it has."""
+    rng = np.random.default_rng(0)
+    ours = rng.normal(size=shape).astype(np.float32)
+    noise = rng.normal(size=ours[..., rows, :].shape)
+    low = rng.normal(size=(*noise.shape[:-1], 8)) @ rng.normal(size=(8, shape[-1]))
+    for change, rank in ((noise, None), (low, 8), (np.eye(noise.shape[-2])[:, :1] * noise[..., :1, :], 1)):
+        theirs = ours.copy()
+        theirs[..., rows, :] += (0.1 * change).astype(np.float32)
+        found = low_rank_differences(pair_of(base, ours, theirs, tmp_path), np.random.default_rng(1))
+        assert len(found) == (shape[0] if len(shape) == 3 else 1)
+        for difference in found:
+            assert difference.rank == rank or (rank is None and not difference.is_low and difference.rank > 64)
+            exact = np.sqrt(np.square(theirs - ours).mean() / np.square(ours).mean())
+            if len(shape) == 2:
+                assert difference.change == pytest.approx(exact, rel=1e-4)
+
+
 # quantised-of
+
+
+def on_grid(weights, bits):
+    """Rounded to 255 steps of the largest magnitude of a row, or groups of 32 to 16 values of uneven numbers."""
+    if bits == 8:
+        scale = np.abs(weights).max(axis=-1, keepdims=True) / np.float32(127)
+        return np.round(weights / scale) * scale
+    groups = weights.reshape(-1, 32)
+    step = np.ptp(groups, axis=1, keepdims=True) / np.float32(13.3)
+    return (np.round(groups / step) * step).reshape(weights.shape)
+
+
+@pytest.mark.parametrize("shape", [(4096, 64), (1024, 96), (5, 300, 64)])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_every_row_is_quantised_again(shape, bits, base, tmp_path):
+    """Not those of a sample alone: the others may be of another model, or one of them."""
+    rng = np.random.default_rng(0)
+    ours, stranger = (rng.normal(size=shape).astype(np.float32) for _ in range(2))
+    copy, other = (on_grid(weights, bits) for weights in (ours, stranger))
+    honest = copy_of(pair_of(base, ours, copy, tmp_path), False)
+    if bits == 8:
+        assert (honest.kind, honest.weights, honest.differing, honest.least) == ("int8 per row", ours.size, 0, 1)
+    else:  # a grid of no known format: within half a step
+        assert (honest.kind, honest.within, honest.least) == ("other", 1, 1)
+    count = int(np.prod(shape[:-1]))
+    sampled = np.unique([start + i for start in np.linspace(0, shape[0] - 16, 16).astype(int) for i in range(16)])
+    kept = np.zeros(shape[0], bool)
+    kept[sampled if len(shape) == 2 else slice(0, 1)] = True
+    most, one = copy.copy(), copy.copy()
+    most[~kept] = other[~kept]
+    one.reshape(count, -1)[777] = other.reshape(count, -1)[777]
+    for forged in (most, one):
+        found = copy_of(pair_of(base, ours, forged, tmp_path), False)
+        assert found.kind == "other"
+        assert found.least < 0.8 or found.share < 0.5
+        if bits == 8:
+            assert (found.nearest, found.is_on_grid) == ("int8 per row", True)
+    assert found.row == 777
 
 
 @pytest.mark.parametrize(("quantise", "name"), [

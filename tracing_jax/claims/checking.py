@@ -8,6 +8,7 @@ from tracing_jax.claims.claim import (
     ClaimInputs,
     ClaimResult,
     identical_result,
+    part_findings,
     result,
     size_names,
     verdict_sentence,
@@ -48,6 +49,8 @@ def _finetune_of(inputs: ClaimInputs) -> ClaimResult:
         return result("finetune-of", "contradicted", why, verdict=found.verdict, differing=differing)
     if found.verdict == "related":
         why = f"the weights are not independent, and the shapes are the same; {inputs.tensors}; direction is not tested"
+        if parts := part_findings(found):
+            why += f"; by part: {parts}"
         return result("finetune-of", "holds", why, verdict=found.verdict)
     return result("finetune-of", "not_testable", verdict_sentence(found), verdict=found.verdict)
 

@@ -31,7 +31,7 @@ UNTESTED: Mapping[str, str] = {
     ),
     "adapter-of": "which of the two was there first, and that an adapter was trained, not another change of low rank",
     "quantised-of": "which of the two was there first",
-    "pruned-of": "how the removed parts were chosen",
+    "pruned-of": "which of the two was there first, as one may have been grown from the other; how parts were chosen",
     "merge-of": "whether there are further parents, and which",
     "from-scratch": (
         "that it is so: independence is never proved. Data, distillation and changes that the tests do not detect are "
@@ -115,6 +115,11 @@ def identical_result(claim: str, inputs: ClaimInputs) -> ClaimResult:
 def size_names(names: Sequence[str]) -> str:
     """Returns names of sizes of a model as text."""
     return ", ".join(name.removeprefix("num_").replace("_", " ") for name in names)
+
+
+def part_findings(verdict: Verdict) -> str:
+    """Returns what was found of each part of the models that tests compared: `MLPs related, attention undecided`."""
+    return ", ".join(f"{part} {found['verdict'].replace('_', ' ')}" for part, found in verdict.parts.items())
 
 
 def verdict_sentence(verdict: Verdict) -> str:

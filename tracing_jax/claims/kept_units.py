@@ -16,12 +16,16 @@ from tracing_jax.claims.claim import (
     ClaimInputs,
     ClaimResult,
     identical_result,
+    part_findings,
     result,
     size_names,
     verdict_sentence,
 )
 from tracing_jax.claims.tensor_pairs import TensorPair, tensor_pairs
 from tracing_jax.tree import flatten
+
+_PART_OF = {"mlp_dim": "MLPs", "num_experts": "MLPs", "num_kv_heads": "attention", "q_group": "attention"}
+"""Size of a model -> the part of it that is smaller where the size is."""
 
 _KINDS = ("mlp", "kv_heads")
 """Axis kinds whose units are matched."""
@@ -163,6 +167,11 @@ def _by_layer_map(inputs: ClaimInputs, smaller: Sequence[str], facts: dict[str, 
     name, sizes = "pruned-of", size_names(smaller)
     if inputs.base.arch.num_layers == inputs.ft.arch.num_layers:
         why = f"ft is smaller in {sizes}, of the same depth, and its weights are not independent of base's"
+        parts = inputs.verdict.parts
+        other = {_PART_OF[size] for size in smaller if size in _PART_OF and _PART_OF[size] in parts}
+        if open_parts := [part for part in other if parts[part]["verdict"] != "related"]:
+            why += f", but of the {' and '.join(sorted(open_parts))}, which are smaller, this was not found"
+            return result(name, "not_testable", f"{why}: {part_findings(inputs.verdict)}", **facts)
         return result(name, "holds", f"{why}; what is left was changed since", **facts)
     maps = {name: found.layer_map for name, found in inputs.results.items() if found.layer_map}
     if not maps:

@@ -6,9 +6,11 @@ choose values to make up for one another's errors (GPTQ, AWQ, the K types of GGU
 the distance of the copy from the original is measured in steps of its own grid.
 """
 
-import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -17,10 +19,14 @@ from jaxtyping import Float32
 from tracing_jax.claims.tensor_pairs import TensorPair, is_rounded, step_of
 
 SAMPLE = 256
-"""Rows of a tensor that are quantised again."""
+"""Rows of a tensor by which its format is found. All rows are then quantised again in that format."""
 
 NEAREST = 0.999
 """The least share of weights that quantising again must reproduce: scales are rounded, and so are ties."""
+
+OF_A_ROW = 0.8
+"""The least share of the weights of each row. A row of other weights has a tenth by chance in 4 bits, a third within a
+step of them, and less in more bits; blocks whose scales are not known to the last bit may fail as a whole."""
 
 GROUP = 32
 """Neighbouring weights of a row that share a grid: the groups of all formats are multiples of it, or 16 (K types)."""
@@ -49,7 +55,9 @@ class Copy:
     Attributes:
       leaf: of the params.
       kind: `identical`, `rounded` (to the coarser dtype), the name of a format that reproduces it, or `other`.
-      share: of the sampled weights that are reproduced; of `other`, by the best of the formats.
+      share: of all weights that are reproduced; of `other`, by the best of the formats.
+      weights, differing: of so many that were quantised again so many came out as other values.
+      least, row: the least share of a row, and which row that is: reproduced, or of `other` within a step.
       nearest: the format of that share.
       is_on_grid: whether the copy is in that format, whatever it was made of.
       within: share of the weights within one step of the original, in the copy's own grid; of `other` alone.
@@ -67,6 +75,10 @@ class Copy:
     error: float = 0.0
     steps: float | None = None
     rescaled: float | None = None
+    weights: int = 0
+    differing: int = 0
+    least: float = 1.0
+    row: int = 0
 
 
 def copy_of(pair: TensorPair, is_identical: bool) -> Copy:
@@ -82,46 +94,120 @@ def copy_of(pair: TensorPair, is_identical: bool) -> Copy:
     grids: list[str] = []
     ours, theirs = (rows.reshape(len(rows), -1, pair.shape[-1]) for rows in pair.sample(SAMPLE))
     ours, theirs = (rows.reshape(-1, pair.shape[-1]) for rows in (ours, theirs))
-    for name, share, is_on_grid in _shares(pair, ours, theirs):
-        shares[name] = share
+    largest = max(float(np.abs(rows.astype(np.float32)).max(initial=0)) for _, rows in pair.chunks())
+    formats = _formats(ours.shape[-1], largest)
+    for name, ways, is_on_grid in _shares(pair, ours, theirs, formats):
+        way = max(ways, key=lambda way: ways[way])
+        shares[name] = ways[way]
         grids += [name] if is_on_grid else []
-        if share >= NEAREST:
-            return Copy(pair.leaf, name, share, name, error=_relative(ours, theirs))
+        if shares[name] >= NEAREST:
+            found = _reproduced(pair, name, formats[name], way)
+            if found.share >= NEAREST and found.least >= OF_A_ROW:
+                return found
+            shares[name] = found.share
+            return replace(_by_steps(pair, ours, theirs), share=found.share, nearest=name, least=found.least,
+                           row=found.row, is_on_grid=is_on_grid)  # fmt: skip
     best = max(grids or shares, key=lambda name: shares[name])
-    within, steps = _in_steps(ours, theirs)
+    return replace(_by_steps(pair, ours, theirs), share=shares[best], nearest=best, is_on_grid=bool(grids))
+
+
+def _reproduced(pair: TensorPair, name: str, made: tuple[int, Requantiser], way: str) -> Copy:
+    """Returns what a format makes of all rows, in one of the ways of `_equal_in_ways`, beside the copy."""
+    block, requantise = made
+    equal, squares, size, rows = [], 0.0, 0.0, 0
+    for ours, theirs in _matrices(pair):
+        copied = _blocks(theirs, block)
+        same = np.ones(theirs.size, bool)
+        same[: copied.size] = _equal_in_ways(pair, ours, copied, block, requantise)[way]().reshape(-1)
+        equal.append(same.reshape(theirs.shape).mean(axis=1))
+        squares += float(((theirs.astype(np.float64) - ours) ** 2).sum())
+        size, rows = size + float((ours.astype(np.float64) ** 2).sum()), rows + len(ours)
+    share = np.concatenate(equal)
+    weights = rows * pair.shape[-1]
+    differing = round(float((1 - share).sum()) * pair.shape[-1])
+    row = int(share.argmin())
+    return Copy(pair.leaf, name, 1 - differing / weights, name, error=math.sqrt(squares / (size or 1.0)),
+                weights=weights, differing=differing, least=float(share[row]), row=row)  # fmt: skip
+
+
+def _by_steps(pair: TensorPair, ours: np.ndarray, theirs: np.ndarray) -> Copy:
+    """Returns how far all rows of the copy are from the original in steps; of some whether columns were rescaled."""
+    within, least, squares, error, size, count, row, start = 0.0, 1.0, 0.0, 0.0, 0.0, 0, 0, 0
+    for original, copied in _matrices(pair):
+        error += float(((copied.astype(np.float64) - original) ** 2).sum())
+        size += float((original.astype(np.float64) ** 2).sum())
+        if (errors := _in_steps(original, copied)) is not None:
+            known = np.isfinite(errors)
+            count += int(known.sum())
+            within += float((errors[known] <= 1).sum())
+            squares += float((errors[known] ** 2).sum())
+            shares = np.where(
+                known.any(axis=1), ((errors <= 1) & known).sum(axis=1) / np.maximum(known.sum(axis=1), 1), 1
+            )
+            if shares.min() < least:
+                least, row = float(shares.min()), start + int(shares.argmin())
+        start += len(original)
     return Copy(
         pair.leaf,
         "other",
-        shares[best],
-        best,
-        bool(grids),
-        within,
-        _relative(ours, theirs),
-        steps,
-        _rescaled(ours, theirs),
+        within=within / count if count else None,
+        error=math.sqrt(error / (size or 1.0)),
+        steps=math.sqrt(squares / count) if count else None,
+        rescaled=_rescaled(ours, theirs),
+        least=least,
+        row=row,
     )
 
 
-def _shares(pair: TensorPair, ours: np.ndarray, theirs: np.ndarray) -> Iterator[tuple[str, float, bool]]:
-    """Yields for each format the share of the weights that it reproduces, and whether the copy is on its grid.
+def _matrices(pair: TensorPair) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields all rows of both tensors as matrices, float32; of a stack of matrices one below the other."""
+    # Blocks of 64 that run over the ends of rows begin anew where a multiple of 64 rows does.
+    for chunk in pair.chunks(64 if len(pair.shape) == 2 else 1):
+        yield tuple(rows.astype(np.float32).reshape(-1, pair.shape[-1]) for rows in chunk)  # type: ignore[misc]
 
-    The original is taken as it is, and rounded to 16 bits first. A copy in a format is what that format makes of it.
+
+def _shares(
+    pair: TensorPair, ours: np.ndarray, theirs: np.ndarray, formats: Mapping[str, tuple[int, Requantiser]]
+) -> Iterator[tuple[str, Mapping[str, float], bool]]:
+    """Yields for each format the shares of the weights that it reproduces, and whether the copy is on its grid.
+
+    A copy in a format is what that format makes of it.
     """
-    origins = [ours, *(ours.astype(kind).astype(np.float32) for kind in (np.float16, ml_dtypes.bfloat16))]
-    half = (step_of(ours, pair.dtypes[0]) / 2).astype(np.float32)
-    largest = max(float(np.abs(rows.astype(np.float32)).max(initial=0)) for _, rows in pair.chunks())
-    for name, (block, requantise) in _formats(ours.shape[-1], largest).items():
+    for name, (block, requantise) in formats.items():
         copied = _blocks(theirs, block)
         if not copied.size:
             continue
-        found = [
-            [_equal(requantise(_blocks(rows, block), copied, own), copied) for own in (True, False)] for rows in origins
-        ]
+        ways = _equal_in_ways(pair, ours, copied, block, requantise)
+        shares = {way: float(np.mean(equal())) for way, equal in ways.items()}
+        yield name, shares, float(np.mean(_equal(requantise(copied, copied, False), copied))) >= NEAREST
+
+
+def _equal_in_ways(
+    pair: TensorPair, ours: np.ndarray, copied: ScaleBlocks, block: int, requantise: Requantiser
+) -> Mapping[str, Callable[[], np.ndarray]]:
+    """Returns for each way in which a copy may have been made what says where a format reproduces it so.
+
+    The original is taken as it is, and rounded to 16 bits first; codes are made with its scales, or those of the copy.
+    """
+
+    def equal(rows: np.ndarray, own: bool) -> np.ndarray:
+        return _equal(requantise(_blocks(rows, block), copied, own), copied)
+
+    def after_rounding(kind: Any, own: bool) -> np.ndarray:
+        return equal(ours.astype(kind).astype(np.float32), own)
+
+    def moved() -> np.ndarray:
         # The copy may be of the weights before they were rounded to base's dtype, which moves some across a boundary.
-        moved = [_equal(requantise(_blocks(ours + s * half, block), copied, False), copied) for s in (-1, 1)]
-        equal = [*itertools.chain(*found), np.logical_or.reduce([*found[0], *moved])]
-        shares = [float(np.mean(where)) for where in equal]
-        yield name, max(shares), float(np.mean(_equal(requantise(copied, copied, False), copied))) >= NEAREST
+        half = (step_of(ours, pair.dtypes[0]) / 2).astype(np.float32)
+        either = [equal(ours + sign * half, False) for sign in (-1, 1)]
+        return np.logical_or.reduce([equal(ours, True), equal(ours, False), *either])
+
+    ways: dict[str, Callable[[], np.ndarray]] = {}
+    for own in (True, False):
+        ways[f"as it is, {own}"] = partial(equal, ours, own)
+        for kind in (np.float16, ml_dtypes.bfloat16):
+            ways[f"{np.dtype(kind)}, {own}"] = partial(after_rounding, kind, own)
+    return ways | {"moved": moved}
 
 
 def _blocks(rows: np.ndarray, block: int) -> ScaleBlocks:
@@ -210,27 +296,27 @@ def _half_away(values: np.ndarray) -> np.ndarray:
     return np.trunc(values + np.copysign(0.5, values))
 
 
-def _in_steps(ours: np.ndarray, theirs: np.ndarray) -> tuple[float | None, float | None]:
-    """Returns the share of weights within one step of the original, and the error in steps, by the copy's own grid.
+def _in_steps(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray | None:
+    """Returns the error of each weight in steps of the copy's own grid, nan in groups without one; None if none has.
 
     The step of a group is the smallest distance of its values. A group that has as many values as weights has no grid.
     """
     columns = ours.shape[-1] // GROUP * GROUP
     if not columns:
-        return None, None
+        return None
     original, copied = (rows[:, :columns].reshape(-1, GROUP) for rows in (ours, theirs))
     ordered = np.sort(copied, axis=1)
     gaps = np.diff(ordered, axis=1)
     scale = np.abs(copied).max(axis=1, keepdims=True)
     real = gaps > 1e-5 * scale  # dequantised values of one code differ by rounding alone
     if float(np.mean(real.sum(axis=1) + 1)) > 0.9 * GROUP:
-        return None, None
+        return None
     steps = np.where(real, gaps, np.inf).min(axis=1)
     kept = np.isfinite(steps)
     if not kept.any():
-        return None, None
-    errors = np.abs(original - copied)[kept] / steps[kept][:, None]
-    return float(np.mean(errors <= 1)), float(np.sqrt(np.mean(errors**2)))
+        return None
+    errors = np.where(kept[:, None], np.abs(original - copied) / np.where(kept, steps, 1.0)[:, None], np.nan)
+    return errors.reshape(len(ours), columns)
 
 
 def _relative(ours: np.ndarray, theirs: np.ndarray) -> float:

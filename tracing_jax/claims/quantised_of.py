@@ -9,7 +9,7 @@ import numpy as np
 
 from tracing_jax.checkpoint import Checkpoint
 from tracing_jax.claims.claim import ClaimInputs, ClaimResult, identical_result, result
-from tracing_jax.claims.quantised_copies import NEAREST, ONLY_NEAREST, Copy, copy_of
+from tracing_jax.claims.quantised_copies import NEAREST, OF_A_ROW, ONLY_NEAREST, Copy, copy_of
 from tracing_jax.claims.tensor_pairs import STEP_BITS, is_equal, tensor_pairs
 
 WITHIN = 0.99
@@ -39,7 +39,10 @@ def quantised_of(inputs: ClaimInputs) -> ClaimResult:
         if not formats and not stored and finer:
             why = f"base's tensors are the coarser ones: {finer[0].dtypes[0].name}, and ft's {finer[0].dtypes[1].name}"
             return result("quantised-of", "contradicted", why, **facts)
-        return result("quantised-of", "holds", f"base's tensors, quantised again, are ft's: {how}", **facts)
+        again, differing = (sum(getattr(copy, name) for copy in copies) for name in ("weights", "differing"))
+        why = f"base's tensors, all rows of them quantised again, are ft's: {how}"
+        why += f"; {differing:,} of {again:,} weights came out as another value of the grid" if differing else ""
+        return result("quantised-of", "holds", why, **facts, requantised=again, differing=differing)
     found = _by_error(left, copies, stored or bool(formats), facts)
     if found.outcome == "contradicted" and _is_quantised(inputs.base):
         why = f"base is quantised itself, and the original of both may be the same: {found.because}"
@@ -61,8 +64,10 @@ def _by_error(
     # Writers of such a format round to the nearest value: other values come from other weights.
     exact = [copy for copy in left if copy.is_on_grid and copy.nearest in ONLY_NEAREST]
     if exact:
-        one = min(exact, key=lambda copy: copy.share)
-        why = f"{one.nearest} of base reproduces {one.share:.1%} of the weights of {one.leaf}, expected {NEAREST:.1%}"
+        one = min(exact, key=lambda copy: min(copy.share, copy.least))
+        why = f"{one.nearest} of base reproduces {one.share:.2%} of the weights of {one.leaf}, expected {NEAREST:.1%}"
+        if one.share >= NEAREST:
+            why += f", but {one.least:.1%} of those of row {one.row}, expected {OF_A_ROW:.0%}"
         return result(name, "contradicted", f"{why}: other weights were quantised", **facts)
     matrices = [copy for copy in left if copy.within is not None]
     if not is_quantised and not matrices:
@@ -70,12 +75,13 @@ def _by_error(
             f"ft is not stored in a quantised format, and {len(left)} of its tensors are no rounding of base's: {size}"
         )
         return result(name, "contradicted", why, **facts)
-    far = [copy for copy in matrices if copy.within is not None and copy.within < WITHIN]
+    far = [copy for copy in matrices if copy.within is not None and (copy.within < WITHIN or copy.least < OF_A_ROW)]
     if far:
-        one = min(far, key=lambda copy: copy.within or 0.0)
+        one = min(far, key=lambda copy: min(copy.within or 0.0, copy.least))
         why = (
             f"{len(far)} of {len(copies)} tensors are further from base's than one step of ft's grid: in {one.leaf} "
-            f"{one.within:.1%} of the weights are within it, expected {WITHIN:.0%}; {size}"
+            f"{one.within:.1%} of the weights are within it, expected {WITHIN:.0%}, and {one.least:.1%} of those of "
+            f"row {one.row}, expected {OF_A_ROW:.0%}; {size}"
         )
         return result(name, "contradicted", why, **facts)
     if len(matrices) < len(left):
@@ -83,10 +89,12 @@ def _by_error(
         return result(
             name, "not_testable", f"{len(rest)} tensors without a grid differ, such as {rest[0]}: {size}", **facts
         )
-    steps = max(copy.steps or 0.0 for copy in matrices)
+    steps, within = max(copy.steps or 0.0 for copy in matrices), min(copy.within or 0.0 for copy in matrices)
+    least = min(copy.least for copy in matrices)
     why = (
-        f"every weight of the {len(matrices)} tensors that cannot be reproduced is within a step of base's, the error "
-        f"at most {steps:.2g} steps (root mean square); training by less than a step would not show"
+        f"of each of the {len(matrices)} tensors that cannot be reproduced at least {within:.1%} of the weights are "
+        f"within a step of base's, and {least:.0%} in every row, the error at most {steps:.2g} steps (root mean "
+        "square); training by less than a step would not show"
     )
     return result(name, "holds", why, **facts, bounded=True)
 

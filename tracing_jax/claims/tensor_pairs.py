@@ -57,10 +57,10 @@ class TensorPair:
             found.append(checkpoint.tensors.read(part.tensor, tuple(index)))
         return found[0], found[1]
 
-    def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields all rows of both, some at a time."""
+    def chunks(self, multiple: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields all rows of both, some at a time, so many that they are a multiple of this number, but the last."""
         width = int(np.prod(self.shape[1:], dtype=np.int64))
-        rows = max(1, _CHUNK // max(1, width))
+        rows = max(1, _CHUNK // max(1, width) // multiple) * multiple
         for start in range(0, self.shape[0], rows):
             yield self.rows(start, min(start + rows, self.shape[0]))
 
