@@ -2,6 +2,7 @@
 
     python -m benchmarks.independent_pairs --zoo_dir=zoo --out_dir=runs/independent              # hours on two cores
     python -m benchmarks.independent_pairs --zoo_dir=zoo --out_dir=runs/independent --zoos=tiny  # one set of models
+    python -m benchmarks.independent_pairs --out_dir=runs/independent --again=match_heads        # a test that changed
     python -m benchmarks.independent_pairs --out_dir=runs/independent --publish                  # puts it into the docs
 
 Every pair of models of each set goes through every test of `auto`. What was measured is kept, one line
@@ -25,6 +26,7 @@ from benchmarks.environment import OUT_DIR, PUBLISH, ZOO_DIR
 from benchmarks.intervals import clopper_pearson, rounds, upper_bound
 from benchmarks.results import replace_between
 from benchmarks.seeds import RECIPES, Zoo, zoo
+from tracing_jax.record import atomic_write
 from tracing_jax.report import text_table
 from tracing_jax.statistics import verdict
 
@@ -40,6 +42,7 @@ HEADERS = (
 )  # fmt: skip
 
 _ZOOS = flags.DEFINE_list("zoos", list(SETS), f"sets of models, of {', '.join(SETS)}")
+_AGAIN = flags.DEFINE_list("again", [], "tests that are computed anew on the pairs that were measured; verdicts stay")
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,19 @@ def measure(name: str, models: Zoo, file: Path) -> None:
             effects = {n: result.effect for n, result in found.items() if result.effect}
             line = {"i": i, "j": j, "verdict": judged.verdict, "tests": tests, "effects": effects}
             print(json.dumps(line), file=out, flush=True)
+
+
+def measure_again(name: str, models: Zoo, file: Path, tests: Sequence[str]) -> None:
+    """Replaces what some tests gave on the pairs of a file; those that do not apply to them are left out."""
+    text, params = Text.of(models), models.models(1.0)
+    seeds = [member(models.arch, params, index) for index in range(SETS[name])]
+    after = lines(file)
+    for line in tqdm(after, desc=f"{name}, again", unit="pair", disable=None):
+        i, j = line["i"], line["j"]
+        found = results(seeds[i], Descendant(seeds[j]), text, seed=i * SETS[name] + j, names=tests)
+        line["tests"] |= {n: [result.log10_p, result.deciding_log10_p] for n, result in found.items()}
+        line["effects"] |= {n: result.effect for n, result in found.items() if result.effect}
+    atomic_write(file, "".join(json.dumps(line) + "\n" for line in after).encode())
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
@@ -150,7 +166,10 @@ def main(argv: list[str]) -> None:
     folder = Path(OUT_DIR.value)
     folder.mkdir(parents=True, exist_ok=True)
     for name in _ZOOS.value:
-        measure(name, zoo(RECIPES[name], ZOO_DIR.value), folder / f"{name}.jsonl")
+        models, file = zoo(RECIPES[name], ZOO_DIR.value), folder / f"{name}.jsonl"
+        measure(name, models, file)
+        if _AGAIN.value:
+            measure_again(name, models, file, _AGAIN.value)
     found = [one for name in SETS for one in alarms(name, lines(folder / f"{name}.jsonl"))]
     rows = [one.cells for one in over_all(found) + found]
     print(text_table(rows, list(HEADERS)))
