@@ -49,8 +49,12 @@ SEEN: Mapping[str, str] = {
     ),
     "match_distilled": "at most 6 of 192 units of a layer in six pairs of each of two kinds (docs/distilled.md)",
     **{
-        name: f"at most {most} of 128 units of a layer in 146 pairs of independently trained models (docs/nulls.md)"
-        for name, most in (("match_moments", 6), ("match_io", 5), ("match_crossfit", 6))
+        name: f"at most {most} of 128 units of a layer in {pairs} pairs of independently trained models (docs/nulls.md)"
+        for name, most, pairs in (
+            ("match_moments", 7, "1,128"),
+            ("match_io", 9, "1,624"),
+            ("match_crossfit", 6, "1,624"),
+        )
     },
 }
 """Statistic -> the greatest agreement of independent models: in both forms of `match` by `benchmarks.convergence`, in
