@@ -44,7 +44,8 @@ PROPOSED_BELOW = 0.5
 
 One is that of `scan`, which allows for units that independent models share; the other allows for none: how often so
 many units agree in matchings at random, in any layer. It proposes more pairs, merges among them, and decides nothing.
-That of heads is adjusted over the models first.
+The second, and that of heads, are adjusted over the models first: chance then proposes at most half a pair for each
+model, and not a part of all pairs.
 """
 
 FEWEST_DIVIDED = 32
@@ -54,7 +55,7 @@ CLOSED_PER_MODEL = 10
 """Two models without a trace in each other, that both have a clear one in a third, are compared too: only by
 that pair is a model merged from two unrelated ones distinguished from a common relative. At most so many a model."""
 
-_VERSION = {"format": SIGNATURE_FORMAT, "rule": RULE}
+_VERSION = {"format": SIGNATURE_FORMAT, "rule": RULE, "adjusted": "over models"}
 """With what is kept of a model: a zoo of an earlier version is signed and scanned anew."""
 
 _BLAS_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
@@ -246,8 +247,8 @@ def _traces(place: _Models, files: _Library, model: str, name: str) -> _Found:
 def _log10_p(match: SignatureMatch, suspect: Suspect, models: int) -> float | None:
     """Returns the smallest of the p-values; None where no test applies.
 
-    That of heads is multiplied by the number of models: the p-values of units are mostly 1 where nothing is related,
-    those of heads are not, and would propose a part of all pairs.
+    Those without an allowance, and of heads, are multiplied by the number of models: of unrelated pairs a part has a
+    small one, which would be proposed. With an allowance the p-values of units are mostly 1 where nothing is related.
     """
     if match.log10_p is None:
         return None
@@ -259,7 +260,7 @@ def _log10_p(match: SignatureMatch, suspect: Suspect, models: int) -> float | No
     cells = sum(len(evidence.units) * columns[name] for name, evidence in of_units.items())
     most = max(max(evidence.agreeing) for evidence in of_units.values())
     # The number of fixed points of a random permutation is close to Poisson(1), whatever its size.
-    by_chance = (float(stats.poisson.logsf(most - 1, 1.0)) + math.log(cells)) / math.log(10)
+    by_chance = (float(stats.poisson.logsf(most - 1, 1.0)) + math.log(cells * models)) / math.log(10)
     least = min(evidence.log10_p for evidence in of_units.values()) + math.log10(len(of_units))
     return min(least, by_chance, by_heads, 0.0)
 
