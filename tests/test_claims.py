@@ -257,6 +257,20 @@ def test_a_block_of_rows_that_was_changed_is_of_no_low_rank(shape, rows, base, t
                 assert difference.change == pytest.approx(exact, rel=1e-4)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_rows_of_a_slice_are_those_that_belong_to_its_leaf(axis, base, tmp_path):
+    """Of an interleaved gate and up every second row, or column, belongs to either."""
+    weights = np.arange(12 * 10, dtype=np.float32).reshape(12, 10)
+    whole = pair_of(base, weights, weights, tmp_path)
+    for start in (0, 1):
+        part = replace(whole.slice_base, axis=axis, start=start, stop=10 if axis == 0 else 8, step=2)
+        pair = replace(whole, slice_base=part, slice_ft=part)
+        expected = weights[start:10:2] if axis == 0 else weights[:, start:8:2]
+        assert pair.shape == expected.shape
+        np.testing.assert_array_equal(pair.rows(1, 4)[0], expected[1:4])
+        np.testing.assert_array_equal(np.concatenate([ours for ours, _ in pair.chunks()]), expected)
+
+
 # quantised-of
 
 

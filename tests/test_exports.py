@@ -1,8 +1,10 @@
 """Records in the formats of other tools: they fit the schemas of these, and say no more than the record."""
 
 import json
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -13,6 +15,7 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
 from tracing_jax import cli
+from tracing_jax.claims import UNTESTED
 from tracing_jax.cli.program import EXPORTS, export_files
 from tracing_jax.options import CLAIMS
 from tracing_jax.report.exports import FORMATS, exported
@@ -113,6 +116,16 @@ def test_a_base_is_an_ancestor_only_where_a_claim_of_descent_holds():
         assert component["type"] == "machine-learning-model"
 
 
+def test_an_ancestor_is_listed_with_what_was_not_tested_of_it():
+    claimed = record(claim="pruned-of")
+    claimed["claim"]["not_said"] = UNTESTED["pruned-of"]
+    (component,) = of("cyclonedx", claimed)["components"]
+    assert "which of the two was there first" in component["pedigree"]["notes"]
+    assert component["pedigree"]["ancestors"]
+    for claim in ("finetune-of", "adapter-of", "quantised-of", "pruned-of"):
+        assert "which of the two was there first" in UNTESTED[claim]
+
+
 def test_sarif_has_an_error_where_the_program_fails_and_rules_for_all_results():
     log = of("sarif", record(claim="same-as", outcome="contradicted"), record("no_evidence"),
              record(claim="merge-of", outcome="not_testable"), failing=[True, False, False])  # fmt: skip
@@ -192,3 +205,40 @@ def test_the_action_and_the_hook_call_what_there_is():
     assert not action["inputs"]["version"]["default"]
     (hook,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())
     assert shlex.split(hook["entry"])[:2] == ["tracing-jax", "compare"]
+
+
+@pytest.mark.parametrize(("inputs", "expected", "status"), [
+    ({}, [], 0),
+    ({"CLAIM": "finetune-of", "FAIL_ON": "related,undecided"},
+     ["--claim", "finetune-of", "--fail_on", "related,undecided"], 3),
+    ({"BASE": "a b", "FT": "$(touch ran); `touch ran`", "OPTIONS": "--stat csu  --seed=1 $(touch ran) *"},
+     ["--stat", "csu", "--seed=1", "$(touch", "ran)", "*"], 4),
+])  # fmt: skip
+def test_the_script_of_the_action_passes_its_inputs_on_as_they_are(inputs, expected, status, tmp_path):
+    step = yaml.safe_load((ROOT / "action.yml").read_text())["runs"]["steps"][2]
+    variables = dict.fromkeys(step["env"], "") | {"BASE": "./base", "FT": "./ft"} | inputs
+    assert set(variables) == set(step["env"])
+    stub = tmp_path / "bin" / "tracing-jax"
+    stub.parent.mkdir()
+    stub.write_text(f"#!/bin/bash\nprintf '%s\\n' \"$@\" > called\nexit {status}\n")
+    stub.chmod(0o755)
+    shell = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]]  # as GitHub runs `shell: bash`
+    path = f"{stub.parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        shell, cwd=tmp_path, env=variables | {"PATH": path}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (status, "")
+    called = (tmp_path / "called").read_text().splitlines()
+    first = ["compare", variables["BASE"], variables["FT"], "--export", "sarif:runs/compare.sarif"]
+    assert called == [*first, *expected]
+    assert not (tmp_path / "ran").exists()
+    assert export_files([called[4]])
+
+
+def test_the_command_of_the_hook_takes_the_arguments_of_its_description(tmp_path):
+    (hook,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())
+    given = yaml.safe_load(re.search(r"\[.*\]", hook["description"])[0])
+    program, *argv = [*shlex.split(hook["entry"]), *given]
+    assert program == "tracing-jax"
+    with pytest.raises(SystemExit, match="no folder"):  # every option is known: the first thing missed is the model
+        cli.main(argv)

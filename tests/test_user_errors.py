@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tracing_jax import cli, experiment
+from tracing_jax.checkpoint import Checkpoint
 from tracing_jax.data import read_documents
 from tracing_jax.experiment import NotSavedError
 from tracing_jax.report import summary
@@ -30,6 +31,23 @@ def test_a_mistyped_folder_is_named_with_the_one_that_is_there(models):
     for typed in ("models/bsae", "./models/bsae"):
         with pytest.raises(SystemExit, match=r"^[^\n]*no folder[^\n]*did you mean models/bases?\?"):
             cli.main(["compare", typed, models[1], "--stat", "csu"])
+
+
+@pytest.mark.parametrize("denied", ["model.safetensors", "config.json", ""])
+def test_a_folder_or_file_without_permission_is_named_with_the_remedy(denied, models, monkeypatch):
+    place, scandir, opened = Path(models[1], denied), os.scandir, open
+
+    def refuse(path):
+        if not isinstance(path, int) and Path(path) == place:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", lambda path=".": refuse(path) or scandir(path))
+    monkeypatch.setattr("builtins.open", lambda path, *args, **kwargs: refuse(path) or opened(path, *args, **kwargs))
+    monkeypatch.setattr(Checkpoint, "layer", None)  # no weight may be read before
+    with pytest.raises(SystemExit, match=r"no permission to read.*chmod -R u\+rX") as ended:
+        cli.main(["compare", *models, "--stat", "csu"])
+    assert str(place) in str(ended.value)
+    assert str(ended.value).splitlines()[0].endswith("or ask their owner")
 
 
 @pytest.mark.parametrize(("argv", "message"), [

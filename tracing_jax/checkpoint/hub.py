@@ -86,22 +86,70 @@ def resolve(
     if len(model_id) > _MAX_ID or "\0" in model_id:  # an adapter's config may name anything as its base
         raise CheckpointError(f"{shortened(repr(model_id))} is no path and no id of a model")
     local = Path(os.path.expanduser(model_id))  # leaves "~nobody" as it is, where pathlib raises
-    if model_id.startswith(("/", ".", "~")) or local.exists():
-        if local.suffix == ".gguf" and local.is_file():
-            return CheckpointFolder(local.parent, model_id, None, _shards_of(local))
-        if not local.is_dir():
-            raise CheckpointError(f"{model_id!r} is {'a file' if local.exists() else 'no folder'}; expected a folder")
-        found = CheckpointFolder(local, model_id, None)
+    if here := _here(model_id, local):
+        if here.gguf:
+            return here
+        found = here
     elif model_id.partition("@")[0].endswith(".gguf"):
         return _download_gguf(model_id, download_dir)
     elif not weights and (texts := _texts(model_id, download_dir)):
         return texts
     else:
         found = _download(model_id, download_dir)
+        _check_readable(found)
     if paths := _only_gguf(found.folder):
         return replace(found, gguf=paths)
     _check(found, config)
     return found
+
+
+def _here(model_id: str, local: Path) -> CheckpointFolder | None:
+    """The local folder or GGUF file of that name, all of whose files can be read; None if a model of the Hub is meant.
+
+    Raises:
+        CheckpointError: A path that is no folder, or no permission to read it.
+    """
+    with _denied(model_id, local):
+        if not model_id.startswith(("/", ".", "~")) and not local.exists():
+            return None
+        if local.suffix == ".gguf" and local.is_file():
+            found = CheckpointFolder(local.parent, model_id, None, _shards_of(local))
+        elif not local.is_dir():
+            raise CheckpointError(f"{model_id!r} is {'a file' if local.exists() else 'no folder'}; expected a folder")
+        else:
+            found = CheckpointFolder(local, model_id, None)
+    _check_readable(found)
+    return found
+
+
+@contextlib.contextmanager
+def _denied(model_id: str, path: Path) -> Iterator[None]:
+    """Turns a missing permission into a CheckpointError."""
+    try:
+        yield
+    except PermissionError as error:
+        raise CheckpointError(
+            f"{model_id!r}: no permission to read {error.filename or path}; expected files that this user may read: "
+            f"`chmod -R u+rX {path}`, or ask their owner"
+        ) from None
+
+
+def _check_readable(found: CheckpointFolder) -> None:
+    """Opens every file of a model that a run may read, and reads nothing.
+
+    Raises:
+        CheckpointError: There is no permission to.
+    """
+    wanted = (*_TEXTS, *_INDICES, *_WEIGHT_FILES, "*.gguf")
+    with _denied(found.id, found.folder):
+        names = sorted(entry.name for entry in os.scandir(found.folder) if entry.is_file()) if not found.gguf else []
+        files = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted)]
+        for path in found.gguf or [found.folder / name for name in files]:
+            try:
+                with open(path, "rb"):
+                    pass
+            except PermissionError as error:
+                raise PermissionError(error.errno, error.strerror, str(path)) from None
 
 
 def _only_gguf(folder: Path) -> tuple[Path, ...]:

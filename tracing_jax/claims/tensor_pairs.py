@@ -50,11 +50,10 @@ class TensorPair:
         """Returns the same rows, on the first axis, of both."""
         found = []
         for checkpoint, part in ((self.base, self.slice_base), (self.ft, self.slice_ft)):
-            index = [slice(0, size) for size in part.shape]
-            if part.index:
-                index[part.axis] = slice(*slice(part.start, part.stop).indices(part.shape[part.axis])[:2])
-            index[0] = slice(index[0].start + start, index[0].start + stop)
-            found.append(checkpoint.tensors.read(part.tensor, tuple(index)))
+            index = [slice(start, stop), *(slice(0, size) for size in self.shape[1:])]
+            first, own = slice(part.start, part.stop).indices(part.shape[part.axis])[0], index[part.axis]
+            index[part.axis] = slice(first + own.start * part.step, first + (own.stop - 1) * part.step + 1)
+            found.append(part.of_read(checkpoint.tensors.read(part.tensor, tuple(index))))
         return found[0], found[1]
 
     def chunks(self, multiple: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:
