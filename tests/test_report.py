@@ -527,6 +527,19 @@ def test_figure_of_a_family_shows_paths_and_p_values_of_those_that_have_them():
     assert texts(figure_of_pairs(without).axes[0]) == ["No pair has a path or a p-value that enters a verdict."]
 
 
+def test_the_text_of_a_familys_figure_says_what_it_shows():
+    def alt(records):
+        page = Page(pairs_html(records, [f"{i}.html" for i in range(len(records))]))
+        (found,) = (value for tag, name, value in page.attributes if (tag, name) == ("img", "alt"))
+        return found
+
+    found = alt(several())
+    assert found.startswith("Loss in nats per token along the path from ")
+    assert "tuned from 2.00 to 2.00, at most 7.00" in found
+    assert "where the level is 0.001: tuned 10^-41.8 by csu; b 0.0032 by csu; " in found
+    assert alt([record(statistics={}, verdict=None)]) == "No pair has a path or a p-value that enters a verdict."
+
+
 def test_models_of_one_name_are_told_apart():
     assert pair_names([record(), record(), record()]) == ["tuned", "tuned-2", "tuned-3"]
 

@@ -190,6 +190,34 @@ def test_a_zoo_says_of_a_pair_with_an_identical_part_what_its_record_says():
         assert row.verdict == word
 
 
+def test_the_parts_of_related_pairs_are_judged_over_all_pairs_and_shown(tmp_path):
+    """Of 10 pairs a part needs a tenth of the level; a pair that is not related has no parts."""
+    models = ["a", "b", "c", "d", "e"]
+    plan = zoos.plan_of(models)
+    found = {"MLPs": ("related", -9.0), "attention": ("related", -3.5), "all parts": ("no_evidence", -0.2)}
+    parts = {part: {"verdict": word, "log10_p": p, "statistics": ["match"]} for part, (word, p) in found.items()}
+    parts["embedding"] = {"verdict": "identical", "statistics": []}
+    records = {}
+    for pair in plan.pairs:
+        records[pair.name] = zoos.record_of(-9.0 if pair.name == "a--b" else -0.1)
+        records[pair.name]["verdict"]["parts"] = parts
+    folder = zoos.write_zoo(tmp_path / "zoo", plan, records)
+    write_report(folder)
+    words = "MLPs related, attention undecided, all parts no evidence, embedding identical"
+    data = {row["pair"]: row["parts"] for row in json.loads((folder.path / "report.json").read_text())["pairs"]}
+    assert data["a--b"]["MLPs"] == {"verdict": "related", "log10_p": -8.0}
+    assert data["a--b"]["embedding"] == {"verdict": "identical", "log10_p": None}
+    assert not any(shown for name, shown in data.items() if name != "a--b")
+    with open(folder.path / "report.csv", encoding="utf-8", newline="") as file:
+        table = {row["pair"]: row["parts"] for row in csv.DictReader(file)}
+    assert {name: shown for name, shown in table.items() if shown} == {"a--b": words}
+    page = Page((folder.path / "report.html").read_text("utf-8"))
+    assert (
+        words in page.text
+        and f"a and b: related ({words})" in " ".join(str(v) for *_, v in page.attributes) + page.text
+    )
+
+
 def test_a_pair_across_that_is_not_done_or_undecided_keeps_one_family():
     plan, records = zoos.two_trees({("a", "b"): 1.4, ("a", "ab"): 0.7, ("ab", "b"): 0.7})
     records["a--b"] = zoos.record_of(-2.9)
@@ -499,7 +527,7 @@ def test_csv_and_json_hold_every_pair(broken):
     assert [row["pair"] for row in table] == [row["pair"] for row in data["pairs"]]
     assert {row["pair"] for row in table} == {pair.name for pair in folder.plan.pairs}
     for written, row in zip(table, data["pairs"], strict=True):
-        assert written == {key: "" if value is None else str(value) for key, value in row.items()}
+        assert written == {key: "" if value in (None, {}) else str(value) for key, value in row.items()}
     assert data["states"] == {"done": 3, "running": 0, "failed": 2, "missing": 1}
     assert not [path for path in folder.path.iterdir() if path.name.endswith(".tmp")]
 

@@ -32,6 +32,14 @@ def figure_of_pairs(records: Sequence[Mapping[str, Any]]) -> Figure:
 
     An aligned curve that alignment did not change is left out; so is a panel for which no record has anything.
     """
+    curves, log10_ps, level = _shown(records)
+    return pairs_figure(curves, log10_ps, base=model_name(records[0], "base"), level=level)
+
+
+def _shown(
+    records: Sequence[Mapping[str, Any]],
+) -> tuple[dict[str, Mapping[str, Any]], dict[str, Mapping[str, Any]], float | None]:
+    """What the figure shows: curves by label, log10 p of each statistic by pair, and the level."""
     curves: dict[str, Mapping[str, Any]] = {}
     names = pair_names(records)
     for name, record in zip(names, records, strict=True):
@@ -44,7 +52,23 @@ def figure_of_pairs(records: Sequence[Mapping[str, Any]]) -> Figure:
     verdicts = [with_bounded_p_values(record).get("verdict") or {} for record in records]
     log10_ps = {name: verdict["family"] for name, verdict in zip(names, verdicts, strict=True) if verdict.get("family")}
     level = next((math.log10(verdict["level"]) for verdict in verdicts if verdict), None)
-    return pairs_figure(curves, log10_ps, base=model_name(records[0], "base"), level=level)
+    return curves, log10_ps, level
+
+
+def _alt(records: Sequence[Mapping[str, Any]]) -> str:
+    """What the figure shows, for those who do not see it."""
+    curves, log10_ps, level = _shown(records)
+    base, said = model_name(records[0], "base"), []
+    losses = {label: [math.nan if loss is None else float(loss) for loss in curve["loss"]]
+              for label, curve in curves.items()}  # fmt: skip
+    if paths := [f"{label} from {loss[0]:.2f} to {loss[-1]:.2f}, at most {max(filter(math.isfinite, loss)):.2f}"
+                 for label, loss in losses.items() if any(map(math.isfinite, loss))]:  # fmt: skip
+        said.append(f"Loss in nats per token along the path from {base}: {'; '.join(paths)}.")
+    if log10_ps and level is not None:
+        least = {name: min(found.items(), key=lambda item: float(item[1])) for name, found in log10_ps.items()}
+        found = "; ".join(f"{name} {p_cell(log10_p)} by {statistic}" for name, (statistic, log10_p) in least.items())
+        said.append(f"Smallest p-value of each pair with {base}, where the level is {10**level:g}: {found}.")
+    return " ".join(said) or "No pair has a path or a p-value that enters a verdict."
 
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -61,7 +85,7 @@ def pairs_html(records: Sequence[Mapping[str, Any]], pages: Sequence[str]) -> st
     """
     records = [plain(record) for record in records]
     figure = base64.b64encode(png(figure_of_pairs(records))).decode()
-    sections = [Section("Loss along the path, and p-values", figure=figure), _statistics(records)]
+    sections = [Section("Loss along the path, and p-values", figure=figure, alt=_alt(records)), _statistics(records)]
     if rows := [row[1:] for record in records for row in path_rows(record)]:
         sections.append(Section("Paths", ["Losses in nats per token."], table=table_of(_PATH_HEADERS, rows)))
     sections += [Section("Notes", text=notes)] if (notes := _notes(records)) else []

@@ -245,7 +245,7 @@ def pair_dict(row: PairRow) -> dict[str, Any]:
         "pair": row.pair, "base": row.base, "ft": row.ft, "state": row.state, "verdict": row.verdict,
         "log10_p": row.log10_p, "adjusted_log10_p": row.adjusted_log10_p, "statistic": row.statistic,
         "jsd_nats_per_token": row.jsd, "l2": row.l2, "units_share": row.units, "in_place_log10_p": row.in_place_log10_p,
-        "known_related": row.known, "error": row.error,
+        "parts": row.parts, "known_related": row.known, "error": row.error,
     }  # fmt: skip
 
 

@@ -83,7 +83,7 @@ def pair_sentence(row: PairRow) -> str:
         return f"{models}: {row.state}" + (f" ({row.error})" if row.error else "")
     if row.log10_p is None:
         return f"{models}: {row.word}"
-    text = f"{models}: {row.word}"
+    text = f"{models}: {row.word}" + (f" ({row.parts_text})" if row.parts else "")
     if row.units is not None:
         text += f"; {row.units:.0%} of MLP units agree"
     text += f"; p after Holm over all pairs {p_cell(row.shown_log10_ps[1])}, by {row.statistic}"

@@ -28,7 +28,7 @@ from tracing_jax.zoo.report.trees import family_part, merged_from, not_compared
 
 _OPEN_ROWS, _MOST_ROWS = 20, 500
 _NAMED_FAMILIES, _NAMES = 6, 90  # of the banner: so many families, and so many letters of each
-_HEADERS = ("pair", "verdict", "units that agree", "p", "after Holm over pairs", "by", "divergence (nats)")
+_HEADERS = ("pair", "verdict", "parts", "units that agree", "p", "after Holm over pairs", "by", "divergence (nats)")
 _HEAT_TEXT = (
     "Hue: the verdict, by the p-value of the pair after Holm over all pairs that are done. Depth: of related pairs the "
     "share of MLP units that agree, of pairs without evidence the p-value.",
@@ -186,10 +186,14 @@ def _pairs(rows: Sequence[PairRow]) -> Section:
     done = [row for row in rows if row.state == "done"]
     cells = [
         [Cell(row.pair, link=link(row)), Cell(row.word, verdict=row.verdict or ""),
-         None if row.units is None else f"{row.units:.0%}", *map(p_cell, row.shown_log10_ps), row.statistic, row.jsd]
+         row.parts_text, None if row.units is None else f"{row.units:.0%}", *map(p_cell, row.shown_log10_ps),
+         row.statistic, row.jsd]
         for row in done[:_MOST_ROWS]
     ]  # fmt: skip
-    text = ["Strongest evidence first. p is after Holm over the statistics of a pair, then over all pairs as well."]
+    text = [
+        "Strongest evidence first. p is after Holm over the statistics of a pair, then over all pairs as well. Parts "
+        "are those of related pairs, each judged by its own p after Bonferroni over all pairs."
+    ]
     if len(done) > _MOST_ROWS:
         text.append(f"The first {_MOST_ROWS} of {len(done):,}; report.csv and report.json have all of them.")
     return _folded("Pairs by evidence", text, _HEADERS, cells)
@@ -267,7 +271,7 @@ def write_report(folder: ZooFolder) -> Path:
 
 def csv_text(contents: Contents) -> str:
     """Returns a row for every pair of the plan under a header; unknown values are empty."""
-    rows = [pair_dict(row) for row in contents.rows]
+    rows = [pair_dict(row) | {"parts": row.parts_text} for row in contents.rows]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ class PairRow:
       sees_all_rewrites: whether a test ran that is invariant under every rewrite of these models, and no part of both
         is identical.
       verdict: by the adjusted p-values; None without a record.
+      parts: of a related pair, part of the models -> verdict and `log10_p` of its own, once judged beside all pairs.
       statistic: the one that decided.
       calibrated: whether its p-value rests on the allowance for convergent units.
       level: below which a pair is related.
@@ -57,6 +58,7 @@ class PairRow:
     alone: VerdictName | None = None
     sees_all_rewrites: bool = False
     verdict: VerdictName | None = None
+    parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     statistic: str | None = None
     calibrated: bool = False
     level: float | None = None
@@ -76,6 +78,11 @@ class PairRow:
     def word(self) -> str:
         """The verdict as it is shown; empty without a record."""
         return (self.verdict or "").replace("_", " ")
+
+    @property
+    def parts_text(self) -> str:
+        """The finding on each part of a related pair, `MLPs related, attention no evidence`; else empty."""
+        return ", ".join(f"{part} {found['verdict'].replace('_', ' ')}" for part, found in self.parts.items())
 
     @property
     def is_related(self) -> bool:
@@ -122,7 +129,23 @@ def with_verdicts(rows: Sequence[PairRow], left_out: int = 0) -> list[PairRow]:
         replace(row, adjusted_log10_p=log10_p, firm_log10_p=firm_log10_p)
         for row, log10_p, firm_log10_p in zip(rows, adjusted, firm, strict=True)
     )
-    return [replace(row, verdict=_verdict(row)) if row.state == "done" else row for row in judged]
+    tested = left_out + sum(row.log10_p is not None for row in rows)
+    verdicts = (replace(row, verdict=_verdict(row)) if row.state == "done" else row for row in judged)
+    return [replace(row, parts=_parts(row, tested) if row.verdict == "related" else {}) for row in verdicts]
+
+
+def _parts(row: PairRow, pairs: int) -> dict[str, dict[str, Any]]:
+    """Returns the findings on the parts of a pair, Bonferroni-adjusted over so many pairs: each has several parts."""
+    return {part: _part(found, pairs, row.level) for part, found in row.parts.items()}
+
+
+def _part(found: Mapping[str, Any], pairs: int, level: float | None) -> dict[str, Any]:
+    log10_p = number(found.get("log10_p"))
+    if log10_p is None or level is None:
+        return {"verdict": found["verdict"], "log10_p": None}
+    adjusted = min(0.0, log10_p + math.log10(pairs))
+    weakened = found["verdict"] == "related" and adjusted >= math.log10(level)
+    return {"verdict": "undecided" if weakened else found["verdict"], "log10_p": adjusted}
 
 
 def row_of(pair: PlannedPair, names: Mapping[str, str], state: PairState, record: Mapping[str, Any] | None) -> PairRow:
@@ -141,6 +164,7 @@ def row_of(pair: PlannedPair, names: Mapping[str, str], state: PairState, record
         firm_log10_p=number(judged["firm_log10_p"]),
         alone=judged["verdict"],
         sees_all_rewrites=judged["sees_all_rewrites"] and not _copied_parts(judged),
+        parts=judged.get("parts") or {},
         statistic=judged["statistic"],
         calibrated=bool(judged.get("calibrated")),
         level=judged["level"],
