@@ -73,7 +73,8 @@ def planted(sizes: Sequence[int], seed: int = 0, name: str = "model") -> tuple[Z
     records = {
         pair.name: _related(_steps(pair.base, pair.ft, parents), lengths, random)
         if pair.related
-        else record_of(float(np.log10(1.0 - random.random())), 0.4 + 0.2 * random.random())
+        # Nearly uniform: of many zoos one would have a pair below the level by chance.
+        else record_of(float(np.log10(1.0 - 0.99 * random.random())), 0.4 + 0.2 * random.random())
         for pair in plan.pairs
     }
     return plan, records
