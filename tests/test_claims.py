@@ -4,6 +4,7 @@ import json
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import derived_models as make
 import gguf
@@ -22,7 +23,7 @@ from tracing_jax import cli
 from tracing_jax.checkpoint import open_checkpoint
 from tracing_jax.checkpoint.tensor_layout import TensorSlice
 from tracing_jax.checkpoint.tensors import open_tensors
-from tracing_jax.claims import ASSERTS, UNTESTED, ClaimInputs, ClaimResult, check_claim
+from tracing_jax.claims import ASSERTS, UNTESTED, ClaimInputs, ClaimResult, check_claim, quantised_copies
 from tracing_jax.claims.low_rank import low_rank_differences, numerical_rank
 from tracing_jax.claims.quantised_copies import _TABLES, copy_of
 from tracing_jax.claims.same_function import coarsest_dtype
@@ -39,12 +40,14 @@ from tracing_jax.statistics import Pair, Verdict, Vocabularies
 from tracing_jax.tree import map_named
 
 
-def judged(claim: str, base: Path, ft: Path, word: str = "related", **changes: object) -> ClaimResult:
+def judged(
+    claim: str, base: Path, ft: Path, word: str = "related", parts: Any = None, **changes: object
+) -> ClaimResult:
     """Judges a claim with the verdict given: the tests themselves have tests of their own."""
     one, other = open_checkpoint(str(base)), open_checkpoint(str(ft))
     ids = np.arange(one.arch.vocab_size, dtype=np.int32)
     pair = Pair(one, other, Vocabularies(True, ids, ids), None, Compute(make_mesh(1, 1)), 0)
-    said = Verdict(word, "as the test has it", 1e-3, identical=identical_tensors(one, other))
+    said = Verdict(word, "as the test has it", 1e-3, identical=identical_tensors(one, other), parts=parts or {})
     return check_claim(claim, replace(ClaimInputs(one, other, pair, said, {}, 0), **changes))
 
 
@@ -312,6 +315,43 @@ def test_every_row_is_quantised_again(shape, bits, base, tmp_path):
     assert found.row == 777
 
 
+@pytest.mark.parametrize("planted", ["floats", "constants", "last columns"])
+def test_weights_without_a_grid_of_their_own_are_counted(planted, base, tmp_path):
+    """A copy in 4 bits of which some weights are of another model, where the copy shows no step."""
+    rng = np.random.default_rng(0)
+    ours, stranger = (rng.normal(size=(1200, 100)).astype(np.float32) for _ in range(2))
+    copy = np.concatenate([on_grid(ours[:, :96], 4), ours[:, 96:].round(1)], axis=1)
+    honest = copy_of(pair_of(base, ours, copy, tmp_path), False)
+    assert (honest.within, honest.least) == (1, 1)
+    if planted == "last columns":
+        copy[:, 96:] = stranger[:, 96:]
+    else:
+        copy[700:720] = stranger[700:720] if planted == "floats" else 3 * np.sign(stranger[700:720, :1])
+    found = copy_of(pair_of(base, ours, copy, tmp_path), False)
+    assert found.kind == "other"
+    assert found.within < 0.99
+    if planted != "last columns":
+        assert found.least < 0.2
+        assert 700 <= found.row < 720
+
+
+@pytest.mark.parametrize("quantise", [make.int8, make.int4])
+def test_rows_of_another_model_outside_of_the_sample_contradict(quantise, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantised_copies, "SAMPLE", 16)
+
+    def mixed(tensors):
+        found = {}
+        for name, weights in tensors.items():
+            sampled = np.isin(np.arange(len(weights)), np.linspace(0, len(weights) - 1, 16).astype(int))
+            found[name] = np.where(sampled[:, None], weights, -weights) if make.is_linear(name) else weights
+        return found
+
+    assert judged("quantised-of", base, derived(base, tmp_path / "copy", quantise)).outcome == "holds"
+    forged = derived(base, tmp_path / "forged", lambda tensors: quantise(mixed(tensors)))
+    found = judged("quantised-of", base, forged)
+    assert found.outcome == "contradicted", found.because
+
+
 @pytest.mark.parametrize(("quantise", "name"), [
     (make.int8, "int8 per row"), (make.float8, "FP8 per tensor"), (make.nf4, "NF4"),
 ])  # fmt: skip
@@ -402,9 +442,14 @@ def test_dropped_layers_and_units_are_found_bit_for_bit(base, finetune, tmp_path
     assert judged("pruned-of", narrow, base).outcome == "contradicted"  # the larger one is not the pruned one
     assert judged("pruned-of", finetune, narrow, "no_evidence").outcome == "contradicted"
     assert judged("pruned-of", finetune, narrow, "undecided").outcome == "not_testable"
-    healed = judged("pruned-of", finetune, narrow, "related")
+    related, open_ = {"MLPs": {"verdict": "related"}}, {"attention": {"verdict": "related"}}
+    healed = judged("pruned-of", finetune, narrow, "related", parts=related)
     assert healed.outcome == "holds"
     assert "changed since" in healed.because
+    for parts in ({}, open_, open_ | {"MLPs": {"verdict": "undecided"}}):  # of the MLPs, which are smaller, nothing
+        found = judged("pruned-of", finetune, narrow, "related", parts=parts)
+        assert found.outcome == "not_testable"
+        assert "MLPs, which are smaller" in found.because
 
 
 def test_weights_set_to_zero_are_counted(base, finetune, tmp_path):
@@ -413,9 +458,29 @@ def test_weights_set_to_zero_are_counted(base, finetune, tmp_path):
 
     nothing = derived(base, tmp_path / "nothing", lambda tensors: {name: 0 * w for name, w in tensors.items()})
     assert judged("pruned-of", base, nothing).outcome == "not_testable"
-    found = judged("pruned-of", base, derived(base, tmp_path / "sparse", sparse))
+    pruned = derived(base, tmp_path / "sparse", sparse)
+    found = judged("pruned-of", base, pruned)
     assert found.outcome == "holds"
-    assert found.evidence["zeros"] > 0.1
+    assert found.evidence["zeros"] > 0.1 * found.evidence["weights"]
+    half = derived(pruned, tmp_path / "half", make.rounded)
+    assert judged("pruned-of", base, half).outcome == "holds"
+
+    def changed(name, index):
+        def change(tensors):
+            tensors[name] = tensors[name].copy()
+            tensors[name][index] += 0.5
+            return tensors
+
+        return change
+
+    for name, index, expected in (
+        ("model.layers.0.mlp.up_proj.weight", (3, 5), "1 were changed"),
+        ("model.norm.weight", 3, "1 vectors"),
+    ):
+        one = derived(pruned, tmp_path / name, changed(name, index))
+        found = judged("pruned-of", base, one)
+        assert found.outcome == "not_testable"
+        assert expected in found.because
     other = derived(finetune, tmp_path / "other", sparse)
     assert judged("pruned-of", base, other).outcome == "not_testable"
     assert judged("pruned-of", base, finetune).outcome == "contradicted"

@@ -21,7 +21,7 @@ from tracing_jax.claims.claim import (
     size_names,
     verdict_sentence,
 )
-from tracing_jax.claims.tensor_pairs import TensorPair, tensor_pairs
+from tracing_jax.claims.tensor_pairs import TensorPair, coarser, is_rounded, tensor_pairs
 from tracing_jax.tree import flatten
 
 _PART_OF = {"mlp_dim": "MLPs", "num_experts": "MLPs", "num_kv_heads": "attention", "q_group": "attention"}
@@ -116,25 +116,38 @@ _FEWEST_LEFT = 0.01
 """Share of ft's weights that must not be zero for the claim that it is base, pruned."""
 
 
-def zeroed_shares(pairs: list[TensorPair]) -> tuple[float, float, float]:
-    """Returns what became of the weights of all matrices of base.
+@dataclass(frozen=True)
+class ZeroedWeights:
+    """What became of the weights of all matrices of base.
 
-    Returns:
-      kept: of ft's weights that are not zero, the share that is base's; 0 if all are zero.
-      zeros: the share of all weights that ft has set to zero; those that base has too do not count.
-      left: the share of all weights of ft that are not zero.
+    Attributes:
+      weights: how many there are.
+      zeros: how many ft has set to zero; those that base has too do not count.
+      left: how many of ft are not zero.
+      changed: how many of those are not base's, also once rounded to the coarser dtype.
     """
-    kept = zeros = left = count = 0
+
+    weights: int
+    zeros: int
+    left: int
+    changed: int
+
+
+def zeroed_weights(pairs: list[TensorPair]) -> ZeroedWeights:
+    """Returns what became of the weights of all matrices of base."""
+    weights = zeros = left = changed = 0
     for pair in pairs:
         if not pair.is_matrix:
             continue
+        coarse = coarser(pair.dtypes)
         for ours, theirs in pair.chunks():
-            gone = (theirs == 0) & (ours != 0)
-            kept += int(np.count_nonzero((theirs != 0) & (theirs == ours)))
+            with np.errstate(over="ignore"):  # float16 ends at 65504
+                differ = ours.astype(coarse) != theirs.astype(coarse)
+            changed += int(np.count_nonzero(differ & (theirs != 0)))
             left += int(np.count_nonzero(theirs))
-            zeros += int(np.count_nonzero(gone))
-            count += theirs.size
-    return kept / max(left, 1), zeros / max(count, 1), left / max(count, 1)
+            zeros += int(np.count_nonzero((theirs == 0) & (ours != 0)))
+            weights += theirs.size
+    return ZeroedWeights(weights, zeros, left, changed)
 
 
 def pruned_of(inputs: ClaimInputs) -> ClaimResult:
@@ -165,14 +178,16 @@ def pruned_of(inputs: ClaimInputs) -> ClaimResult:
 def _by_layer_map(inputs: ClaimInputs, smaller: Sequence[str], facts: dict[str, Any]) -> ClaimResult:
     """Returns the outcome of a smaller model whose units are base's no longer bit for bit."""
     name, sizes = "pruned-of", size_names(smaller)
+    parts = inputs.verdict.parts
+    narrower = {_PART_OF[size] for size in smaller if size in _PART_OF}
+    if open_parts := sorted(part for part in narrower if parts.get(part, {}).get("verdict") != "related"):
+        why = f"the models are related and ft is smaller in {sizes}, but of the {' and '.join(open_parts)}, which are "
+        why += f"smaller, this was not found: {part_findings(inputs.verdict)}"
+        return result(name, "not_testable", why, **facts)
     if inputs.base.arch.num_layers == inputs.ft.arch.num_layers:
         why = f"ft is smaller in {sizes}, of the same depth, and its weights are not independent of base's"
-        parts = inputs.verdict.parts
-        other = {_PART_OF[size] for size in smaller if size in _PART_OF and _PART_OF[size] in parts}
-        if open_parts := [part for part in other if parts[part]["verdict"] != "related"]:
-            why += f", but of the {' and '.join(sorted(open_parts))}, which are smaller, this was not found"
-            return result(name, "not_testable", f"{why}: {part_findings(inputs.verdict)}", **facts)
-        return result(name, "holds", f"{why}; what is left was changed since", **facts)
+        why += f"; by part: {part_findings(inputs.verdict)}; what is left was changed since"
+        return result(name, "holds", why, **facts)
     maps = {name: found.layer_map for name, found in inputs.results.items() if found.layer_map}
     if not maps:
         why = (
@@ -186,14 +201,16 @@ def _by_layer_map(inputs: ClaimInputs, smaller: Sequence[str], facts: dict[str, 
         why = f"the models are related and ft is smaller in {sizes}, but not all of its layers follow base's in order"
         return result(name, "not_testable", f"{why}: {best['sentence']}", **facts)
     why = f"ft is smaller in {sizes}, and each of its layers corresponds to one of base's, in order"
-    return result(name, "holds", f"{why}: {best['sentence']}", **facts)
+    return result(name, "holds", f"{why}: {best['sentence']}; by part: {part_findings(inputs.verdict)}", **facts)
 
 
 def _zeroed(inputs: ClaimInputs) -> ClaimResult:
     name = "pruned-of"
     pairs, others = tensor_pairs(inputs.base, inputs.ft)
-    kept, zeros, left = zeroed_shares(pairs)
-    facts = {"kept": kept, "zeros": zeros, "left": left}
+    found = zeroed_weights(pairs)
+    left, zeros = (count / max(found.weights, 1) for count in (found.left, found.zeros))
+    vectors = [pair.leaf for pair in pairs if not pair.is_matrix and not is_rounded(pair)]
+    facts = {**asdict(found), "vectors": vectors[:20]}
     if others:
         return result(name, "not_testable", f"{len(others)} tensors have no counterpart of the same shape", **facts)
     if left < _FEWEST_LEFT:
@@ -202,11 +219,13 @@ def _zeroed(inputs: ClaimInputs) -> ClaimResult:
     if zeros < 0.01:
         why = f"ft is smaller than base nowhere, and {zeros:.2%} of its weights were set to zero"
         return result(name, "contradicted", why, **facts)
-    if kept >= 0.9999:
-        return result(name, "holds", f"{zeros:.1%} of the weights were set to zero, all others are base's", **facts)
+    if not found.changed and not vectors:
+        why = f"{zeros:.1%} of the weights of matrices were set to zero; all others, and all vectors, are base's"
+        return result(name, "holds", why, **facts)
     if inputs.verdict.verdict == "no_evidence":
         return result(name, "contradicted", "no sign of common weights was found", **facts, verdict="no_evidence")
-    why = f"{zeros:.1%} of the weights were set to zero, and {1 - kept:.1%} of the others were changed"
+    why = f"{zeros:.1%} of the weights were set to zero, and of the others {found.changed:,} were changed"
+    why += f", and {len(vectors)} vectors (norms, biases), such as {vectors[0]}" if vectors else ""
     return result(name, "not_testable", f"{why}: whether these were base's is a matter of finetune-of", **facts)
 
 

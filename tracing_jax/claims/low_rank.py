@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from tracing_jax.claims.claim import ClaimInputs, ClaimResult, identical_result, result
-from tracing_jax.claims.tensor_pairs import STEP_BITS, TensorPair, is_equal, step_of, tensor_pairs
+from tracing_jax.claims.tensor_pairs import STEP_BITS, TensorPair, coarser, is_equal, step_of, tensor_pairs
 
 SKETCH = 1024
 """Rows and columns that those of a larger matrix are added up to, with random signs. Every entry takes part, the rank
@@ -84,7 +84,7 @@ def _difference(
     rng: np.random.Generator,
 ) -> LowRankDifference:
     """Returns the rank by the rounding of ft alone or, where that leaves too much, by the coarser of both."""
-    coarse = min(dtypes, key=lambda dtype: STEP_BITS[dtype.name])
+    coarse = coarser(dtypes)
     rounding = dict.fromkeys((dtypes[1], coarse), 0.0)
     rows, columns = (_Buckets.drawn(size, rng) for size in shape)
     sketch, start, squares, size = np.zeros((rows.number, columns.number)), 0, 0.0, 0.0
@@ -188,6 +188,7 @@ def _by_rank(found: Sequence[LowRankDifference], total: int) -> ClaimResult:
             f"in {hidden} of {len(found)} changed matrices the change is too close to the rounding for its rank to show"
         )
         return result(name, "not_testable", why, **facts)
-    why = f"{len(found)} matrices differ, in all their rows, by one of rank {rank} or less; other tensors are identical"
-    why += f"; in {hidden} of them rounding masks the rank" if hidden else ""
+    why = f"{len(clear)} matrices differ, in all their rows, by one of rank {rank} or less"
+    why += f", and {hidden} by so little that rounding masks the rank" if hidden else ""
+    why += "; other tensors are identical"
     return result(name, "holds", why, **facts, rank=rank)

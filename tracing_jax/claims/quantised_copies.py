@@ -6,6 +6,7 @@ choose values to make up for one another's errors (GPTQ, AWQ, the K types of GGU
 the distance of the copy from the original is measured in steps of its own grid.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -30,6 +31,9 @@ step of them, and less in more bits; blocks whose scales are not known to the la
 
 GROUP = 32
 """Neighbouring weights of a row that share a grid: the groups of all formats are multiples of it, or 16 (K types)."""
+
+_DISTINCT = 0.9
+"""The largest share of distinct weights in the groups of a tensor that has a grid, on average."""
 
 _TABLES = {
     # Source: Dettmers et al., QLoRA (arXiv 2305.14314), appendix E.
@@ -60,10 +64,12 @@ class Copy:
       least, row: the least share of a row, and which row that is: reproduced, or of `other` within a step.
       nearest: the format of that share.
       is_on_grid: whether the copy is in that format, whatever it was made of.
-      within: share of the weights within one step of the original, in the copy's own grid; of `other` alone.
+      within: share of the weights within one step of the original, in the copy's own grid, or equal to it; of `other`
+        alone, None where the copy has no grid.
       error: root mean square of the error, relative to that of the weights.
-      steps: root mean square of the error in steps; None where the copy has no grid.
-      rescaled: what is left of the error once each column of the original is scaled to fit, of `other`.
+      steps: root mean square of the error in steps, of the weights that have a step.
+      rescaled: what is left of the error once each column of the original is scaled to fit, relative to the copy; of
+        `other`.
     """
 
     leaf: str
@@ -97,18 +103,22 @@ def copy_of(pair: TensorPair, is_identical: bool) -> Copy:
     largest = max(float(np.abs(rows.astype(np.float32)).max(initial=0)) for _, rows in pair.chunks())
     formats = _formats(ours.shape[-1], largest)
     for name, ways, is_on_grid in _shares(pair, ours, theirs, formats):
-        way = max(ways, key=lambda way: ways[way])
-        shares[name] = ways[way]
+        shares[name] = max(ways.values())
         grids += [name] if is_on_grid else []
-        if shares[name] >= NEAREST:
+        # Ways that cannot be told apart by the sample may differ in other rows.
+        likely = sorted((way for way in ways if ways[way] >= NEAREST), key=lambda way: -ways[way])
+        nearly: list[Copy] = []
+        for way in likely:
             found = _reproduced(pair, name, formats[name], way)
             if found.share >= NEAREST and found.least >= OF_A_ROW:
                 return found
-            shares[name] = found.share
-            return replace(_by_steps(pair, ours, theirs), share=found.share, nearest=name, least=found.least,
-                           row=found.row, is_on_grid=is_on_grid)  # fmt: skip
+            nearly.append(found)
+        if nearly:
+            found = max(nearly, key=lambda copy: (copy.share, copy.least))
+            return replace(_by_steps(pair), share=found.share, nearest=name, least=found.least, row=found.row,
+                           is_on_grid=is_on_grid)  # fmt: skip
     best = max(grids or shares, key=lambda name: shares[name])
-    return replace(_by_steps(pair, ours, theirs), share=shares[best], nearest=best, is_on_grid=bool(grids))
+    return replace(_by_steps(pair), share=shares[best], nearest=best, is_on_grid=bool(grids))
 
 
 def _reproduced(pair: TensorPair, name: str, made: tuple[int, Requantiser], way: str) -> Copy:
@@ -116,10 +126,8 @@ def _reproduced(pair: TensorPair, name: str, made: tuple[int, Requantiser], way:
     block, requantise = made
     equal, squares, size, rows = [], 0.0, 0.0, 0
     for ours, theirs in _matrices(pair):
-        copied = _blocks(theirs, block)
-        same = np.ones(theirs.size, bool)
-        same[: copied.size] = _equal_in_ways(pair, ours, copied, block, requantise)[way]().reshape(-1)
-        equal.append(same.reshape(theirs.shape).mean(axis=1))
+        same = _equal_in_ways(pair, ours, theirs, block, requantise)[way]()
+        equal.append(same.mean(axis=1))
         squares += float(((theirs.astype(np.float64) - ours) ** 2).sum())
         size, rows = size + float((ours.astype(np.float64) ** 2).sum()), rows + len(ours)
     share = np.concatenate(equal)
@@ -130,30 +138,35 @@ def _reproduced(pair: TensorPair, name: str, made: tuple[int, Requantiser], way:
                 weights=weights, differing=differing, least=float(share[row]), row=row)  # fmt: skip
 
 
-def _by_steps(pair: TensorPair, ours: np.ndarray, theirs: np.ndarray) -> Copy:
-    """Returns how far all rows of the copy are from the original in steps; of some whether columns were rescaled."""
-    within, least, squares, error, size, count, row, start = 0.0, 1.0, 0.0, 0.0, 0.0, 0, 0, 0
+def _by_steps(pair: TensorPair) -> Copy:
+    """Returns how far all rows of the copy are from the original, in steps and once columns are rescaled."""
+    within, least, squares, stepped, row, start, distinct = 0, 1.0, 0.0, 0, 0, 0, 0.0
+    moments = []
     for original, copied in _matrices(pair):
-        error += float(((copied.astype(np.float64) - original) ** 2).sum())
-        size += float((original.astype(np.float64) ** 2).sum())
-        if (errors := _in_steps(original, copied)) is not None:
-            known = np.isfinite(errors)
-            count += int(known.sum())
-            within += float((errors[known] <= 1).sum())
-            squares += float((errors[known] ** 2).sum())
-            shares = np.where(
-                known.any(axis=1), ((errors <= 1) & known).sum(axis=1) / np.maximum(known.sum(axis=1), 1), 1
-            )
-            if shares.min() < least:
-                least, row = float(shares.min()), start + int(shares.argmin())
-        start += len(original)
+        errors, values = _in_steps(original, copied)
+        distinct += values * len(errors)
+        near, finite = errors <= 1, np.isfinite(errors)
+        within, stepped = within + int(near.sum()), stepped + int(finite.sum())
+        squares += float((errors[finite] ** 2).sum())
+        shares = near.mean(axis=1)
+        if shares.min() < least:
+            least, row = float(shares.min()), start + int(shares.argmin())
+        start += len(errors)
+        stacks = [rows.astype(np.float64).reshape(-1, *rows.shape[-1:]) for rows in (original, copied)]
+        if len(pair.shape) > 2:
+            stacks = [rows.reshape(-1, *pair.shape[-2:]) for rows in stacks]
+        moments.append(np.stack([(a * b).sum(axis=-2) for a, b in itertools.combinations_with_replacement(stacks, 2)]))
+    sums = np.sum(moments, axis=0) if len(pair.shape) == 2 else np.concatenate(moments, axis=1)
+    ours, both, theirs = sums.reshape(3, -1)
+    error = math.sqrt(max(0.0, float((ours - 2 * both + theirs).sum())) / (float(ours.sum()) or 1.0))
+    left = theirs - both**2 / np.maximum(ours, 1e-30)
     return Copy(
         pair.leaf,
         "other",
-        within=within / count if count else None,
-        error=math.sqrt(error / (size or 1.0)),
-        steps=math.sqrt(squares / count) if count else None,
-        rescaled=_rescaled(ours, theirs),
+        within=within / (start * pair.shape[-1]) if distinct <= _DISTINCT * start else None,
+        error=error,
+        steps=math.sqrt(squares / stepped) if stepped else None,
+        rescaled=math.sqrt(max(0.0, float(left.sum())) / (float(theirs.sum()) or 1.0)),
         least=least,
         row=row,
     )
@@ -175,23 +188,23 @@ def _shares(
     """
     for name, (block, requantise) in formats.items():
         copied = _blocks(theirs, block)
-        if not copied.size:
-            continue
-        ways = _equal_in_ways(pair, ours, copied, block, requantise)
+        ways = _equal_in_ways(pair, ours, theirs, block, requantise)
         shares = {way: float(np.mean(equal())) for way, equal in ways.items()}
         yield name, shares, float(np.mean(_equal(requantise(copied, copied, False), copied))) >= NEAREST
 
 
 def _equal_in_ways(
-    pair: TensorPair, ours: np.ndarray, copied: ScaleBlocks, block: int, requantise: Requantiser
+    pair: TensorPair, ours: np.ndarray, theirs: np.ndarray, block: int, requantise: Requantiser
 ) -> Mapping[str, Callable[[], np.ndarray]]:
-    """Returns for each way in which a copy may have been made what says where a format reproduces it so.
+    """Returns for each way in which a copy may have been made what says which of its weights a format reproduces so.
 
     The original is taken as it is, and rounded to 16 bits first; codes are made with its scales, or those of the copy.
     """
+    copied = _blocks(theirs, block)
 
     def equal(rows: np.ndarray, own: bool) -> np.ndarray:
-        return _equal(requantise(_blocks(rows, block), copied, own), copied)
+        found = _equal(requantise(_blocks(rows, block), copied, own), copied)
+        return found.reshape(-1)[: theirs.size].reshape(theirs.shape)
 
     def after_rounding(kind: Any, own: bool) -> np.ndarray:
         return equal(ours.astype(kind).astype(np.float32), own)
@@ -211,9 +224,12 @@ def _equal_in_ways(
 
 
 def _blocks(rows: np.ndarray, block: int) -> ScaleBlocks:
-    """Returns rows as blocks; blocks that do not divide a row run over its end, as those of bitsandbytes do."""
+    """Returns rows as blocks; blocks that do not divide a row run over its end, as those of bitsandbytes do.
+
+    The last block is filled up with its last weight, which moves neither its largest weight nor its least.
+    """
     flat = rows.reshape(-1)
-    return flat[: flat.size // block * block].reshape(-1, block)
+    return np.pad(flat, (0, -flat.size % block), mode="edge").reshape(-1, block)
 
 
 def _equal(found: ScaleBlocks, copied: ScaleBlocks) -> np.ndarray:
@@ -296,36 +312,33 @@ def _half_away(values: np.ndarray) -> np.ndarray:
     return np.trunc(values + np.copysign(0.5, values))
 
 
-def _in_steps(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray | None:
-    """Returns the error of each weight in steps of the copy's own grid, nan in groups without one; None if none has.
+def _in_steps(
+    ours: Float32[np.ndarray, "r c"], theirs: Float32[np.ndarray, "r c"]
+) -> tuple[Float32[np.ndarray, "r c"], float]:
+    """Returns the error of each weight in steps of the copy's own grid, and how many of a group's weights are distinct.
 
-    The step of a group is the smallest distance of its values. A group that has as many values as weights has no grid.
+    The step of a group is the smallest distance of its values, and that of the last columns of a row, too few for a
+    group, the one before them. A group of one value takes the larger step of the groups beside it in its row, with
+    which it may share a scale, or where these have none the usual one of all rows. Without any step errors are zero or
+    infinite.
     """
-    columns = ours.shape[-1] // GROUP * GROUP
-    if not columns:
-        return None
-    original, copied = (rows[:, :columns].reshape(-1, GROUP) for rows in (ours, theirs))
-    ordered = np.sort(copied, axis=1)
-    gaps = np.diff(ordered, axis=1)
-    scale = np.abs(copied).max(axis=1, keepdims=True)
-    real = gaps > 1e-5 * scale  # dequantised values of one code differ by rounding alone
-    if float(np.mean(real.sum(axis=1) + 1)) > 0.9 * GROUP:
-        return None
-    steps = np.where(real, gaps, np.inf).min(axis=1)
-    kept = np.isfinite(steps)
-    if not kept.any():
-        return None
-    errors = np.where(kept[:, None], np.abs(original - copied) / np.where(kept, steps, 1.0)[:, None], np.nan)
-    return errors.reshape(len(ours), columns)
+    size = min(GROUP, ours.shape[-1])
+    groups = ours.shape[-1] // size
+    copied = theirs[:, : groups * size].reshape(len(theirs), groups, size)
+    gaps = np.diff(np.sort(copied, axis=-1), axis=-1)
+    real = gaps > 1e-5 * np.abs(copied).max(axis=-1, keepdims=True)  # values of one code differ by rounding alone
+    steps = np.where(real, gaps, np.inf).min(axis=-1)
+    steps[np.isinf(steps)] = 0
+    beside = np.pad(steps, ((0, 0), (1, 1)))
+    usual = np.median(steps[steps > 0]) if steps.any() else 0
+    for other in (np.maximum(beside[:, :-2], beside[:, 2:]), usual):
+        steps = np.where(steps == 0, other, steps)
+    of_column = np.minimum(np.arange(ours.shape[-1]) // size, groups - 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        errors = np.abs(ours - theirs) / steps[:, of_column]
+    return np.where(ours == theirs, np.float32(0), errors), float(np.mean(real.sum(axis=-1) + 1)) / size
 
 
 def _relative(ours: np.ndarray, theirs: np.ndarray) -> float:
     size = float(np.sqrt(np.mean(ours.astype(np.float64) ** 2))) or 1.0
     return float(np.sqrt(np.mean((theirs.astype(np.float64) - ours) ** 2))) / size
-
-
-def _rescaled(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Returns the relative error that is left after each column of the original is scaled by the factor that fits."""
-    original, copied = ours.astype(np.float64), theirs.astype(np.float64)
-    factors = (original * copied).sum(axis=0) / np.maximum((original**2).sum(axis=0), 1e-30)
-    return _relative(original * factors, copied)

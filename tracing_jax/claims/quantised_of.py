@@ -101,7 +101,7 @@ def _by_error(
 
 def _is_rescaled(left: Sequence[Copy]) -> bool:
     """Returns whether factors per column explain most of the error of a matrix, as where AWQ rescales channels."""
-    return any(copy.rescaled is not None and copy.rescaled < 0.5 * copy.error for copy in left)
+    return any(copy.rescaled is not None and copy.rescaled < 0.5 * min(copy.error, 2 * _UNRELATED) for copy in left)
 
 
 def _bits(dtype: np.dtype) -> int:

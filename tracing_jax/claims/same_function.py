@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from tracing_jax.axes import AxisTable
 from tracing_jax.checkpoint import Checkpoint
 from tracing_jax.claims.claim import ClaimInputs, ClaimResult, result
-from tracing_jax.claims.tensor_pairs import STEP_BITS, is_rounded, tensor_pairs
+from tracing_jax.claims.tensor_pairs import STEP_BITS, coarser, is_rounded, tensor_pairs
 from tracing_jax.forward import logits
 from tracing_jax.sources import MappedSource, ParamSource
 from tracing_jax.statistics import Vocabularies
@@ -95,7 +95,7 @@ def function_change(
     rng = np.random.default_rng([seed, zlib.crc32(b"same function")])
     length = min(_LENGTH, *(arch.num_positions or _LENGTH for arch in (base.arch, ft.arch)))
     drawn = rng.integers(len(ids_base), size=(_BLOCKS, length))
-    coarse = min(dtypes, key=lambda dtype: STEP_BITS[dtype.name])
+    coarse = coarser(dtypes)
     try:
         ours = logits(base, ids_base[drawn].astype(np.int32))[..., ids_base]
         theirs = logits(ft, ids_ft[drawn].astype(np.int32))[..., ids_ft]

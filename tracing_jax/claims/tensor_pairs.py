@@ -1,6 +1,6 @@
 """The tensors of two checkpoints side by side, as stored, whole or by a sample of rows."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,9 +97,14 @@ def step_of(weights: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return np.ldexp(1.0, exponent - 1 - STEP_BITS[dtype.name])
 
 
+def coarser(dtypes: Sequence[np.dtype]) -> np.dtype:
+    """Returns the dtype of the fewest bits of fraction."""
+    return min(dtypes, key=lambda dtype: STEP_BITS[dtype.name])
+
+
 def is_rounded(pair: TensorPair) -> bool:
     """Returns whether one tensor is the other, rounded to its dtype if that is the coarser one."""
-    coarse = min(pair.dtypes, key=lambda dtype: STEP_BITS[dtype.name])
+    coarse = coarser(pair.dtypes)
     with np.errstate(over="ignore"):  # float16 ends at 65504
         return all(np.array_equal(ours.astype(coarse), theirs.astype(coarse)) for ours, theirs in pair.chunks())
 
