@@ -23,7 +23,7 @@ from tracing_jax import cli
 from tracing_jax.checkpoint import open_checkpoint
 from tracing_jax.checkpoint.tensor_layout import TensorSlice
 from tracing_jax.checkpoint.tensors import open_tensors
-from tracing_jax.claims import ASSERTS, UNTESTED, ClaimInputs, ClaimResult, check_claim, quantised_copies
+from tracing_jax.claims import ASSERTS, UNTESTED, ClaimInputs, ClaimResult, check_claim, quantised_copies, tensor_pairs
 from tracing_jax.claims.low_rank import low_rank_differences, numerical_rank
 from tracing_jax.claims.quantised_copies import _TABLES, copy_of
 from tracing_jax.claims.same_function import coarsest_dtype
@@ -316,8 +316,9 @@ def test_every_row_is_quantised_again(shape, bits, base, tmp_path):
 
 
 @pytest.mark.parametrize("planted", ["floats", "constants", "last columns"])
-def test_weights_without_a_grid_of_their_own_are_counted(planted, base, tmp_path):
+def test_weights_without_a_grid_of_their_own_are_counted(planted, base, tmp_path, monkeypatch):
     """A copy in 4 bits of which some weights are of another model, where the copy shows no step."""
+    monkeypatch.setattr(tensor_pairs, "_CHUNK", 1000)
     rng = np.random.default_rng(0)
     ours, stranger = (rng.normal(size=(1200, 100)).astype(np.float32) for _ in range(2))
     copy = np.concatenate([on_grid(ours[:, :96], 4), ours[:, 96:].round(1)], axis=1)
