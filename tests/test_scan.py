@@ -41,9 +41,16 @@ from tracing_jax.library import (
     to_bytes,
     write_signature,
 )
-from tracing_jax.library.comparison import HEADS, RESPONSES
+from tracing_jax.library.comparison import HEADS, RESPONSES, compare
 from tracing_jax.library.scan import Candidate, Distance, _as_parents, _closest, _order, _ranking_test
-from tracing_jax.library.shortlist import COMPARED_AT_ONCE, _agreeing, first_look, first_look_at_heads, shortlist
+from tracing_jax.library.shortlist import (
+    COMPARED_AT_ONCE,
+    FILLED_UP_TO,
+    _agreeing,
+    first_look_at_heads,
+    look_at_responses,
+    shortlist,
+)
 
 LEVEL = 1e-3
 
@@ -214,11 +221,16 @@ def test_a_first_look_at_many_signatures_keeps_the_relatives(models, library):
     many = library | {f"random {i}": _shuffled(library["unrelated 11"], rng) for i in range(COMPARED_AT_ONCE + 4)}
     tuned = tiny.InMemory(GATED, tiny.noisy(models["base"].params, 0.1, seed=6))
     suspect = suspect_of(*disguised(tuned, "permute"))
-    scores = first_look(many, suspect)
-    assert all(scores[name] > 8 for name in ("base", "child 1", "child 2"))
+    relatives = ("base", "child 1", "child 2")
+    for every, units in ((False, 16), (True, 64)):
+        counts = look_at_responses(many, suspect, every)
+        assert all(size == units for name in many for _, size in counts[name])
+        assert all(most > units // 2 for name in relatives for most, _ in counts[name])
     chosen = shortlist(many, suspect)
-    assert {"base", "child 1", "child 2"} <= set(chosen)
-    assert len(chosen) < len(many)
+    assert set(relatives) <= set(chosen)
+    assert len(chosen) == FILLED_UP_TO  # chance fills none of the places of relatives
+    signs = {name for name, one in many.items() if (compare(one, suspect).log10_p or 0.0) < np.log10(0.05 / len(many))}
+    assert set(relatives) <= signs <= set(chosen)
     found = scan(suspect, many, LEVEL)
     assert found.candidates[0].name == "base"
     assert found.compared == len(chosen)
@@ -234,7 +246,8 @@ def test_a_first_look_at_many_signatures_keeps_the_relatives(models, library):
     other = models["unrelated 12"].params
     swapped = tiny.InMemory(GATED, tuned.params | {part: other[part] for part in ("embed", "head")})
     renewed = suspect_of(swapped)  # the strings are shared, and what embeds them is not: moments are looked at too
-    assert max(first_look(many, renewed)[name] for name in ("base", "child 1", "child 2")) < 8
+    renewed_counts = look_at_responses(many, renewed)
+    assert max(most for name in relatives for most, _ in renewed_counts[name]) < 8
     assert {"base", "child 1", "child 2"} <= set(shortlist(many, renewed))
     assert {found.name for found in scan(renewed, many, LEVEL).related} == {"base", "child 1", "child 2"}
 
@@ -252,7 +265,8 @@ def test_a_relative_by_its_heads_alone_is_found_in_a_large_library_with_its_part
     assert {candidate.name for candidate in scanned.related} == {"base 0"}
     parts = {candidate.name: candidate.parts for candidate in scanned.candidates}
     assert parts["base 0"] == {"MLPs": "no_evidence", "attention": "related"}
-    assert parts["base 1"] == {"MLPs": "no_evidence", "attention": "no_evidence"}
+    of_few = {candidate.name: candidate.parts for candidate in scan(suspect, found, LEVEL).candidates}
+    assert of_few["base 1"] == {"MLPs": "no_evidence", "attention": "no_evidence"}
     old = [candidate for candidate in scanned.candidates if candidate.name.startswith("old")]
     assert any(candidate.match is None for candidate in old)
     for c in old:

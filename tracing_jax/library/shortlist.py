@@ -2,9 +2,10 @@
 
 Units are looked for by the first of two readings among all units of a layer. By the second reading only the unit that
 was found is looked up: whether it is closer than all of a thousand others. Chance passes one unit in a thousand so.
-Heads are few, so that both forms look among all of a layer.
+Where enough of a few units pass, all are looked for. Heads are few, so that both forms look among all of a layer.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -12,19 +13,21 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from tracing_jax.library.comparison import FEW_TOKENS, head_groups, normalised, shared_columns, shared_head_tokens
-from tracing_jax.library.heads import FORMS, SampledHeads, forms_on
-from tracing_jax.library.signature import SampledLayer, Signature, stored_moments
+from tracing_jax.library.heads import FORMS, HeadForms, SampledHeads, forms_on
+from tracing_jax.library.signature import Signature, stored_moments
 from tracing_jax.library.suspect import Suspect
 from tracing_jax.progress import tqdm
-from tracing_jax.statistics.calibration import DEFAULT_ALLOWANCE
+from tracing_jax.statistics.calibration import DEFAULT_ALLOWANCE, MARGIN
 from tracing_jax.statistics.head_null import best_layers_log_sf
 from tracing_jax.statistics.unit_descriptors import whitened
 
-COMPARED_AT_ONCE, FILLED_UP_TO = 48, 24
+COMPARED_AT_ONCE, FILLED_UP_TO = 48, 12
 """Of libraries up to the first size all signatures are compared in full; of larger ones, at least the second number."""
 
 _FIRST_UNITS, _FIRST_TOKENS, _FIRST_AGREEING = 16, 128, 2
 """Of each layer, so many units are matched at so many tokens; so many of them must agree in some layer."""
+_SECOND_SHARE = MARGIN * DEFAULT_ALLOWANCE / 2
+"""The share of all units of a layer that must agree then: half of what can call two models related."""
 _OTHERS = 1024  # units that the one found is compared with by the second reading
 _MOST_ROWS = 1024  # rows of signatures whose correlations with a layer are in memory at once
 _HEADS_BELOW = 0.01  # p-value of the heads of a signature, of which that share is compared in full by chance
@@ -32,61 +35,82 @@ _ROUNDING = 1e-5  # of one correlation computed in two ways
 
 Rows = tuple[Float[np.ndarray, "_ S"], ...]
 """Both readings of as many units, each row of length 1."""
+Counts = list[tuple[int, int]]
+"""For each sampled layer, how many units or heads agree with the layer of the suspect where most do, of how many."""
 
 
 def shortlist(signatures: Mapping[str, Signature], suspect: Suspect) -> list[str]:
     """Returns the names of the signatures that are compared in full.
 
-    All, if they are few. Of many, those of which two of 16 units of a layer agree with some layer, by responses or by
-    moments, or more heads than chance is likely to give; those that have neither look at units; and the best of the
-    others, up to `FILLED_UP_TO`.
+    All, if they are few. Of many, those of which two of 16 units of a layer agree with some layer and then a share of
+    all its units, by responses or by moments; or more heads than chance is likely to give; those that have neither look
+    at units; and the best of the others, up to `FILLED_UP_TO`.
     """
     if len(signatures) <= COMPARED_AT_ONCE:
         return list(signatures)
-    looks = first_look(signatures, suspect), first_look_at_moments(signatures, suspect)
-    scores = {
-        name: max(look.get(name, 0) for look in looks) for name in signatures if any(name in look for look in looks)
-    }
-    chosen = {name for name in signatures if scores.get(name, _FIRST_AGREEING) >= _FIRST_AGREEING}
-    chosen |= first_look_at_heads(signatures, suspect)
-    for name in sorted(scores, key=lambda name: (-scores[name], name)):
+    chosen = first_look_at_heads(signatures, suspect)
+    scores: dict[str, tuple[float, int]] = {}
+    for look in (look_at_responses, look_at_moments):
+        first = {name: max(most for most, _ in counts) for name, counts in look(signatures, suspect).items()}
+        likely = {name: signatures[name] for name, most in first.items() if most >= _FIRST_AGREEING}
+        second = {
+            name: max(most / max(1, size) for most, size in counts)
+            for name, counts in look(likely, suspect, every=True).items()
+        }
+        chosen |= {name for name, share in second.items() if share >= _SECOND_SHARE}
+        for name, most in first.items():
+            scores[name] = max(scores.get(name, (0.0, 0)), (second.get(name, 0.0), most))
+    chosen |= signatures.keys() - scores.keys()
+    for name in sorted(scores, key=lambda name: (-scores[name][0], -scores[name][1], name)):
         if len(chosen) >= FILLED_UP_TO:
             break
         chosen.add(name)
     return [name for name in signatures if name in chosen]
 
 
-def first_look(signatures: Mapping[str, Signature], suspect: Suspect) -> dict[str, int]:
-    """Returns for each signature that shares tokens the most units of a layer that agree by both readings.
+def look_at_responses(signatures: Mapping[str, Signature], suspect: Suspect, every: bool = False) -> dict[str, Counts]:
+    """Returns for each signature that shares tokens how many units agree by both readings, in each sampled layer.
 
     Signatures with the same shared tokens are compared together, layer by layer of the suspect.
+
+    Args:
+      signatures: name -> signature.
+      suspect: the model.
+      every: all sampled units at all shared tokens, in place of a few.
     """
+    units, tokens = (None, None) if every else (_FIRST_UNITS, _FIRST_TOKENS)
     groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
     for name, signature in signatures.items():
         ours, theirs = shared_columns(signature, suspect)
         if signature.kinds == suspect.kinds and len(ours) >= FEW_TOKENS:
-            key = tuple(ours[:_FIRST_TOKENS]), tuple(theirs[:_FIRST_TOKENS])
+            key = tuple(ours[:tokens]), tuple(theirs[:tokens])
             groups.setdefault(key, []).append(name)
     one, other = suspect.kinds
-    scores: dict[str, int] = {}
+    found: dict[str, Counts] = {}
     for (own_columns, their_columns), names in groups.items():
         layers = [(name, layer) for name in names for layer in signatures[name].layers]
-        parts = ([layer.readings[kind][:_FIRST_UNITS, own_columns] for _, layer in layers] for kind in (one, other))
+        parts = ([layer.readings[kind][:units, own_columns] for _, layer in layers] for kind in (one, other))
         rows = tuple(normalised(np.concatenate(part)) for part in parts)
         agreeing = (
             _agreeing(rows, tuple(normalised(layer[kind][:, their_columns]) for kind in (one, other)), one == "gate")
             for layer in tqdm(suspect.layers, desc="first look", unit="layer", disable=None)
             if len(layer[one])  # not an inserted layer that does nothing
         )
-        scores |= _most_agreeing(layers, agreeing)
-    return scores
+        found |= _most_agreeing([(name, len(layer.units[:units])) for name, layer in layers], agreeing)
+    return found
 
 
-def first_look_at_moments(signatures: Mapping[str, Signature], suspect: Suspect) -> dict[str, int]:
-    """Returns for each signature with moments the most units of a layer that agree by those of both kinds of rows.
+def look_at_moments(signatures: Mapping[str, Signature], suspect: Suspect, every: bool = False) -> dict[str, Counts]:
+    """Returns for each signature with moments how many units agree by those of both kinds of rows, in each layer.
 
     The suspect's covariances alone whiten the moments of all signatures together; those of a relative are alike.
+
+    Args:
+      signatures: name -> signature.
+      suspect: the model.
+      every: all sampled units, in place of a few.
     """
+    units = None if every else _FIRST_UNITS
     layers = [
         (name, layer)
         for name, signature in signatures.items()
@@ -97,7 +121,8 @@ def first_look_at_moments(signatures: Mapping[str, Signature], suspect: Suspect)
     if not layers or not suspect.moments:
         return {}
     kinds = tuple(layers[0][1].moments)
-    rows = {kind: np.concatenate([stored_moments(layer, kind)[:_FIRST_UNITS] for _, layer in layers]) for kind in kinds}
+    stored = [{kind: stored_moments(layer, kind)[:units] for kind in kinds} for _, layer in layers]
+    rows = {kind: np.concatenate([of_layer[kind] for of_layer in stored]) for kind in kinds}
     agreeing = (
         _agreeing(
             tuple(_whitened(rows[kind], theirs[kind][1]) for kind in kinds),
@@ -108,27 +133,34 @@ def first_look_at_moments(signatures: Mapping[str, Signature], suspect: Suspect)
         for theirs in suspect.moments.values()
         if len(theirs[kinds[0]][0])
     )
-    return _most_agreeing(layers, agreeing)
+    return _most_agreeing([(name, len(own[kinds[0]])) for (name, _), own in zip(layers, stored, strict=True)], agreeing)
 
 
 def first_look_at_heads(signatures: Mapping[str, Signature], suspect: Suspect) -> set[str]:
     """Returns the names of the signatures of which more heads agree by both forms than chance is likely to give."""
-    groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
+    groups: dict[tuple[int, tuple[int, ...], tuple[int, ...]], list[str]] = {}
     for name, signature in signatures.items():
         ours, theirs = shared_head_tokens(signature, suspect)
         if signature.heads and suspect.heads and len(ours) >= FEW_TOKENS:
-            groups.setdefault((tuple(ours), tuple(theirs)), []).append(name)
+            size = signature.heads[0].forms[FORMS[0]].shape[1]
+            groups.setdefault((size, tuple(ours), tuple(theirs)), []).append(name)
     found = set()
-    for (own_columns, their_columns), names in groups.items():
+    for (_, own_columns, their_columns), names in groups.items():
         best = _best_layers([(name, heads) for name in names for heads in signatures[name].heads], suspect,
                             own_columns, their_columns)  # fmt: skip
         for name, counts in best.items():
-            shape = head_groups(signatures[name], suspect)
-            agreeing, heads = [most for most, _ in counts], [size for _, size in counts]
-            log_p = best_layers_log_sf(agreeing, heads, *shape, DEFAULT_ALLOWANCE, 1.0, len(suspect.heads))
+            shape, heads = head_groups(signatures[name], suspect), tuple(size for _, size in counts)
+            log_p = _log_p_of_heads(sum(most for most, _ in counts), heads, *shape, len(suspect.heads))
             if log_p < math.log(_HEADS_BELOW):
                 found.add(name)
     return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _log_p_of_heads(agreeing: int, heads: tuple[int, ...], groups: int, queries: int, choices: int) -> float:
+    """Returns the natural log p-value of so many agreeing heads in all; models of one shape ask the same again."""
+    counts = [agreeing] + [0] * (len(heads) - 1)
+    return best_layers_log_sf(counts, heads, groups, queries, DEFAULT_ALLOWANCE, 1.0, choices)
 
 
 def _best_layers(
@@ -136,20 +168,18 @@ def _best_layers(
     suspect: Suspect,
     own_columns: Sequence[int],
     their_columns: Sequence[int],
-) -> dict[str, list[tuple[int, int]]]:
+) -> dict[str, Counts]:
     """Returns name -> for each sampled layer the most heads that agree with a layer of the suspect, of how many."""
-    sizes = [len(heads.heads) for _, heads in layers]
-    rows = [np.concatenate([forms_on(heads.forms[form], own_columns) for _, heads in layers]) for form in FORMS]
-    starts, best = np.cumsum([0, *sizes[:-1]]), np.zeros(len(layers), int)
-    for layer in suspect.heads.values():
+    rows = [forms_on(np.concatenate([heads.forms[form] for _, heads in layers]), own_columns) for form in FORMS]
+
+    def agreeing(layer: HeadForms) -> Bool[np.ndarray, " _"]:
         one, other = (
             _closest(own, forms_on(layer[form], their_columns)) for own, form in zip(rows, FORMS, strict=True)
         )
-        best = np.maximum(best, np.add.reduceat((one == other).astype(int), starts))
-    found: dict[str, list[tuple[int, int]]] = {}
-    for (name, _), most, size in zip(layers, best.tolist(), sizes, strict=True):
-        found.setdefault(name, []).append((most, size))
-    return found
+        return one == other
+
+    sizes = [(name, len(heads.heads)) for name, heads in layers]
+    return _most_agreeing(sizes, map(agreeing, suspect.heads.values()))
 
 
 def _closest(rows: Float[np.ndarray, "N S"], layer: Float[np.ndarray, "H S"]) -> Int[np.ndarray, " N"]:
@@ -189,15 +219,19 @@ def _size(found: np.ndarray, signed: bool) -> np.ndarray:
     return found if signed else np.abs(found, out=found)
 
 
-def _most_agreeing(
-    layers: Sequence[tuple[str, SampledLayer]], agreeing: Iterable[Bool[np.ndarray, " N"]]
-) -> dict[str, int]:
-    """Returns the most units of a sampled layer of each signature that agree, over the layers of the suspect."""
-    starts = np.cumsum([0, *(min(_FIRST_UNITS, len(layer.units)) for _, layer in layers[:-1])])
+def _most_agreeing(layers: Sequence[tuple[str, int]], agreeing: Iterable[Bool[np.ndarray, " N"]]) -> dict[str, Counts]:
+    """Returns the most units of each sampled layer that agree with a layer of the suspect.
+
+    Args:
+      layers: the name of the signature of each sampled layer, and its number of units.
+      agreeing: for each layer of the suspect, which of all these units agree.
+    """
+    ends = np.cumsum([size for _, size in layers])
     best = np.zeros(len(layers), int)
     for found in agreeing:
-        best = np.maximum(best, np.add.reduceat(found.astype(int), starts))
-    scores: dict[str, int] = {}
-    for (name, _), most in zip(layers, best.tolist(), strict=True):
-        scores[name] = max(scores.get(name, 0), most)
-    return scores
+        sums = np.append(0, np.cumsum(found))
+        best = np.maximum(best, sums[ends] - sums[ends - [size for _, size in layers]])
+    counts: dict[str, Counts] = {}
+    for (name, size), most in zip(layers, best.tolist(), strict=True):
+        counts.setdefault(name, []).append((most, size))
+    return counts

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import special
 
-from tracing_jax.statistics.nulls import log_binomial, log_fixed_points, log_poisson
+from tracing_jax.statistics.nulls import log_binomial, log_fixed_points, log_poisson, log_sum_exp
 
 
 def heads_log_sf(agreeing: Sequence[int], groups: int, queries: int, u: Sequence[float], lam: float) -> float:
@@ -59,7 +59,7 @@ def best_layers_log_sf(
         best[0] = 0.0
         with np.errstate(divide="ignore"):
             total = _log_convolved(total, best[:-1] + np.log(-np.expm1(best[1:] - best[:-1])))
-    return float(min(0.0, special.logsumexp(total[k:]))) if len(total) > k else -np.inf
+    return min(0.0, log_sum_exp(total[k:])) if len(total) > k else -np.inf
 
 
 def _of_one_layer(
@@ -99,4 +99,4 @@ def _log_convolved(
         total[span] = np.logaddexp(total[span], log_p + other)
     if most is None or len(total) <= most:
         return total
-    return np.append(total[:most], special.logsumexp(total[most:]))
+    return np.append(total[:most], log_sum_exp(total[most:]))

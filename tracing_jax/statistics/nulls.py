@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from scipy import special
 
 _EXACT_BELOW = 10  # 9! permutations are listed in a quarter of a second
@@ -165,7 +165,7 @@ def total_agreement_log_sf(k: int, sizes: Sequence[int]) -> float:
         for j in np.flatnonzero(np.isfinite(one)):
             longer[j : j + len(total)] = np.logaddexp(longer[j : j + len(total)], one[j] + total)
         total = longer
-    return 0.0 if k == 0 else min(0.0, float(special.logsumexp(total[k:])))
+    return 0.0 if k == 0 else min(0.0, log_sum_exp(total[k:]))
 
 
 @functools.cache
@@ -204,11 +204,11 @@ def composite_agreement_log_sf(k: int, h: int, u: float, lam: float) -> float:
     by_convergence, by_chance = log_binomial(h, u), log_poisson(lam, k)
     log_at_least = np.logaddexp.accumulate(by_chance[::-1])[::-1]
     needed = np.maximum(k - np.arange(h + 1), 0)
-    log_sf = float(special.logsumexp(by_convergence + log_at_least[needed]))
+    log_sf = log_sum_exp(by_convergence + log_at_least[needed])
     if log_sf < math.log(0.5):
         return log_sf
     log_at_most = np.logaddexp.accumulate(by_chance)
-    return math.log1p(-math.exp(special.logsumexp(by_convergence[:k] + log_at_most[k - 1 :: -1])))
+    return math.log1p(-math.exp(log_sum_exp(by_convergence[:k] + log_at_most[k - 1 :: -1])))
 
 
 @functools.cache
@@ -294,6 +294,15 @@ def _check(p1: np.ndarray, p2: np.ndarray) -> None:
             )
 
 
+def log_sum_exp(logs: Float[np.ndarray, " n"]) -> float:
+    """Returns the logarithm of the sum of so many numbers, which are given by theirs.
+
+    As scipy's, which takes a fifth of a millisecond for a few of them: tests of signatures ask hundreds of times.
+    """
+    largest = float(logs.max())
+    return largest + math.log(float(np.exp(logs - largest).sum())) if math.isfinite(largest) else largest
+
+
 def log_binomial(h: int, u: float) -> np.ndarray:
     """Returns the log probabilities of 0, ..., h."""
     b = np.arange(h)
@@ -313,4 +322,4 @@ def _log_probabilities(log_ratios: np.ndarray, mode: int) -> np.ndarray:
     """
     up, down = np.cumsum(log_ratios[mode:]), np.cumsum(-log_ratios[:mode][::-1])
     weights = np.concatenate([down[::-1], [0.0], up])
-    return weights - special.logsumexp(weights)
+    return weights - log_sum_exp(weights)
