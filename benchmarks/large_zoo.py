@@ -2,10 +2,12 @@
 
     python -m benchmarks.large_zoo --zoo_dir=zoo --out_dir=runs/large --sizes=125,250,500,1000
     python -m benchmarks.large_zoo --zoo_dir=zoo --out_dir=runs/large --sizes=125 --compare
+    python -m benchmarks.large_zoo --zoo_dir=zoo --out_dir=runs/large --sizes= --memory_of=20
 
 Half of the models are roots: models of a recipe half way through a short training. The others are what the training
 makes of each root until its end, every second one disguised. So each model has one relative, and all other pairs are
 unrelated. `--compare` launches the zoo of the first size, as a user would, and counts verdicts and seconds.
+`--memory_of` traces all pairs of so many models by one worker, and prints its resident memory as it goes.
 """
 
 import dataclasses
@@ -33,10 +35,12 @@ from tracing_jax.record import write_json
 from tracing_jax.rewrites import draw_rewrites
 from tracing_jax.sources import InMemory, in_memory, rewritten
 from tracing_jax.zoo import ZooFolder, make_plan, proposing
+from tracing_jax.zoo.launching import write_plan
 from tracing_jax.zoo.plan import ModelList
 
 _SIZES = flags.DEFINE_list("sizes", ["125", "250", "500", "1000"], "numbers of models")
 _COMPARE = flags.DEFINE_bool("compare", False, "compare the proposed pairs of the first size as well")
+_MEMORY_OF = flags.DEFINE_integer("memory_of", 0, "models of which all pairs are traced by one worker", lower_bound=0)
 _WORKERS = flags.DEFINE_integer("workers", 2, "processes that read models and compare pairs")
 
 _ROOTS, _STEPS = 500, 96
@@ -116,18 +120,44 @@ def compare(pairs: Sequence[tuple[str, str]], folder: Path) -> str:
     )
 
 
+def worker_memory(pairs: Sequence[tuple[str, str]], folder: Path) -> str:
+    """Traces all pairs of these models by one worker, and returns its resident memory over the pairs as a table."""
+    ids = tuple(itertools.chain(*pairs))
+    plan = make_plan(
+        ModelList(ids, tuple(itertools.combinations(ids, 2)), dict.fromkeys(ids)), RunOptions(stat=("auto",))
+    )
+    zoo_folder = ZooFolder(folder / "memory")
+    write_plan(zoo_folder, plan)
+    worker = subprocess.Popen([sys.executable, "-m", "tracing_jax.zoo", "run", str(zoo_folder.path)])
+    resident: dict[int, list[float]] = {}
+    while worker.poll() is None:
+        status = Path(f"/proc/{worker.pid}/status").read_text()
+        if "VmRSS" in status:
+            done = sum(zoo_folder.record_file(pair).exists() for pair in plan.pairs)
+            resident.setdefault(done, []).append(int(status.split("VmRSS:")[1].split()[0]) / 2**20)
+        time.sleep(0.5)
+    of_pair = [sum(values) / len(values) for done, values in sorted(resident.items()) if done]
+    spans = [of_pair[at : at + 50] for at in range(0, len(of_pair), 50)]
+    rows = [[f"{50 * i + 1} to {50 * i + len(span)}", *(f"{value:.2f}" for value in
+             (sum(span) / len(span), min(span), max(span)))] for i, span in enumerate(spans)]  # fmt: skip
+    return markdown_table(("pairs", "mean, GiB", "least", "most"), rows)
+
+
 def main(argv: list[str]) -> None:
     """Measures, prints a table and writes it."""
     del argv
     use_all_cores()
     folder = Path(OUT_DIR.value).absolute()
-    sizes = [int(size) // 2 for size in _SIZES.value]
-    pairs = write_models(zoo(recipe(), ZOO_DIR.value), folder / "checkpoints", max(sizes))
+    sizes = [int(size) // 2 for size in _SIZES.value if size]
+    most = max([*sizes, _MEMORY_OF.value // 2])
+    pairs = write_models(zoo(recipe(), ZOO_DIR.value), folder / "checkpoints", most)
     rows = []
     for count in sizes:
         rows.append(propose(pairs[:count], folder / f"of {2 * count}"))
         print(rows[-1], flush=True)
-    text = markdown_table(_HEADERS, rows)
+    text = markdown_table(_HEADERS, rows) if rows else ""
+    if _MEMORY_OF.value:
+        text += worker_memory(pairs[: _MEMORY_OF.value // 2], folder)
     if _COMPARE.value:
         text += "\n\n" + compare(pairs[: sizes[0]], folder)
     print(f"{text}\n\n{machine()['summary']}")
