@@ -10,7 +10,7 @@ from benchmarks.descendants import Descendant, texts
 from benchmarks.seeds import Zoo
 from tracing_jax.arch import Arch
 from tracing_jax.data import paired_one_to_one
-from tracing_jax.options import FORMS
+from tracing_jax.options import MATCH_FORMS
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory
 from tracing_jax.statistics import (
@@ -125,7 +125,7 @@ def compare(base: InMemory, ft: Descendant, text: Text, seed: int, names: Sequen
     """
     found = results(base, ft, text, seed, names)
     ps: Outcome = {name: found[name].deciding_log10_p if name in found else None for name in names}
-    for form in FORMS if "match" in names else ():
+    for form in MATCH_FORMS if "match" in names else ():
         ps[f"match, {form}"] = _form_log10_p(found["match"], form) if "match" in found else None
     deciding = auto(base.arch, ft.model.arch)
     if set(deciding) <= set(names):

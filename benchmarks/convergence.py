@@ -28,7 +28,7 @@ from benchmarks.environment import OUT_DIR, PUBLISH, ZOO_DIR, use_all_cores
 from benchmarks.false_alarms import CONFIDENCE, Alarms, false_alarms
 from benchmarks.intervals import mean_over_pairs, upper_bound
 from benchmarks.seeds import RECIPES, SNAPSHOTS, Zoo, zoo
-from tracing_jax.options import FORMS
+from tracing_jax.options import MATCH_FORMS
 from tracing_jax.record import atomic_write
 from tracing_jax.report import save_png, text_table
 from tracing_jax.report.panels import GREY, INK, PALETTE, style
@@ -49,7 +49,7 @@ CASES = [
     Case(name, snapshot, form)
     for name in RECIPES
     for snapshot in (reversed(SNAPSHOTS) if name == "tiny" else (1.0,))
-    for form in FORMS
+    for form in MATCH_FORMS
 ]
 
 
@@ -227,7 +227,7 @@ def main(argv: list[str]) -> None:
     atomic_write(out / "convergence.json", json.dumps([_rounded(row) for row in rows], indent=1).encode())
     if PUBLISH.value:
         save_png(drawn, root / "docs/convergence.png")
-    alarms = false_alarms({name: {form: measured[Case(name, 1.0, form)] for form in FORMS} for name in RECIPES})
+    alarms = false_alarms({name: {form: measured[Case(name, 1.0, form)] for form in MATCH_FORMS} for name in RECIPES})
     atomic_write(out / "false_alarms.json", json.dumps([dataclasses.asdict(a) for a in alarms], indent=1).encode())
     print_alarms(alarms)
 

@@ -40,7 +40,7 @@ from tracing_jax.library import (
     scan,
     to_bytes,
 )
-from tracing_jax.library.heads import FORMS, SampledHeads
+from tracing_jax.library.heads import HEAD_FORMS, SampledHeads
 from tracing_jax.library.readings import GATED, moment_names, moment_numbers
 from tracing_jax.library.signature import SampledLayer
 from tracing_jax.models import init_params
@@ -285,7 +285,7 @@ def large() -> dict[str, Any]:
     }
     columns, names = {string: i for i, string in enumerate(tokens)}, [f"layer {i}" for i in range(layers)]
     T = drawing.HEAD_TOKENS
-    forms = {i: {form: _numbers(rng, (_HEADS, (4 * T) ** 2)) for form in FORMS} for i in range(layers)}
+    forms = {i: {form: _numbers(rng, (_HEADS, (4 * T) ** 2)) for form in HEAD_FORMS} for i in range(layers)}
     head_columns = {string: i for i, string in enumerate(tokens[: 4 * T])}
     suspect = Suspect(arch, GATED, columns, read, moments, names, None, forms, head_columns, names)
     drawn = rng.permutation(units).astype(np.int32)

@@ -20,7 +20,7 @@ from benchmarks.seeds import RECIPES, Zoo, ZooRecipe, zoo
 from tracing_jax import demo
 from tracing_jax.library import Scan, Signature, compare, drawing, read_suspect
 from tracing_jax.library.comparison import HEADS, MOMENTS, RESPONSES
-from tracing_jax.library.heads import FORMS, forms_on
+from tracing_jax.library.heads import HEAD_FORMS, forms_on
 from tracing_jax.library.signature import as_int8
 from tracing_jax.report import text_table
 from tracing_jax.sources import InMemory
@@ -137,20 +137,20 @@ def made_up(found: Zoo, like: Signature, count: int) -> str:
     models = [read_suspect(member(found.arch, params, i), words, like.tokens) for i in range(found.recipe.num_seeds)]
     targets, public = models[:count], models[count:]
     tokens = [models[0].head_columns[string] for string in like.tokens[: drawing.HEAD_TOKENS]]
-    layers = [[{f: forms_on(layer[f], tokens) for f in FORMS} for layer in m.heads.values()] for m in public]
-    votes, forms = [], {f: np.concatenate([layer[f] for model in layers for layer in model]) for f in FORMS}
+    layers = [[{f: forms_on(layer[f], tokens) for f in HEAD_FORMS} for layer in m.heads.values()] for m in public]
+    votes, forms = [], {f: np.concatenate([layer[f] for model in layers for layer in model]) for f in HEAD_FORMS}
     for i, model in enumerate(layers):
         for own in model:
-            closest = [{f: (own[f] @ other[f].T).argmax(axis=1) for f in FORMS}
+            closest = [{f: (own[f] @ other[f].T).argmax(axis=1) for f in HEAD_FORMS}
                        for k, others in enumerate(layers) if k != i for other in others]  # fmt: skip
             votes.append(np.mean([c["attention"] == c["output"] for c in closest], axis=0))
     order = np.argsort(-np.concatenate(votes), kind="stable")
     taken: list[int] = []
     for at in order.tolist():
-        alike = [np.abs(forms[f][taken] @ forms[f][at]).max(initial=0) for f in FORMS]
+        alike = [np.abs(forms[f][taken] @ forms[f][at]).max(initial=0) for f in HEAD_FORMS]
         if max(alike) < _ALIKE and len(taken) < drawing.HEADS:
             taken.append(at)
-    chosen = {f: as_int8(forms[f][taken]) for f in FORMS}
+    chosen = {f: as_int8(forms[f][taken]) for f in HEAD_FORMS}
     heads = tuple(replace(sampled, heads=np.arange(len(taken), dtype=np.int32), forms=chosen) for sampled in like.heads)
     gained = [compare(replace(like, heads=heads), target).tests[HEADS] for target in targets]
     return (

@@ -490,7 +490,7 @@ def test_weights_set_to_zero_are_counted(base, finetune, tmp_path):
 # the command line
 
 
-def test_the_exit_status_is_that_of_the_gravest_pair():
+def test_the_exit_status_is_that_of_the_worst_pair():
     def record(word, outcome=None):
         return {"verdict": {"verdict": word}, "claim": outcome and {"outcome": outcome}}
 

@@ -17,7 +17,7 @@ from tracing_jax.axes import axis_table
 from tracing_jax.data import PairedBlocks, paired_one_to_one
 from tracing_jax.forward import forward_pass, logits, path_losses
 from tracing_jax.matching import live_units, match_units
-from tracing_jax.options import FORMS, RunOptions
+from tracing_jax.options import MATCH_FORMS, RunOptions
 from tracing_jax.rewrites import permute, random_permutations
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory
@@ -339,7 +339,7 @@ def test_controls_read_bases_tokens_whatever_the_ids_of_fts():
     renamed = dataclasses.replace(OTHER, params={**OTHER.params, "embed": take_rows(OTHER.params["embed"], ids)})
     shared = Vocabularies(False, SAME.ids_base, ids)
     fields = {"vocabularies": shared, "blocks": paired_one_to_one(TOKENS, ids[TOKENS])}
-    for form in FORMS:
+    for form in MATCH_FORMS:
         controls = {"controls": (tiny.model(ARCH, 5), finetuned(BASE))}
         expected, _ = Match().allowance(form, pair_of(BASE, OTHER, **controls))
         found, _ = Match().allowance(form, pair_of(BASE, renamed, **controls, **fields))

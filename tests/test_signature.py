@@ -26,7 +26,7 @@ from tracing_jax.library import (
     to_bytes,
 )
 from tracing_jax.library.comparison import HEADS, MOMENTS, RESPONSES
-from tracing_jax.library.heads import FORMS, SampledHeads, forms_on
+from tracing_jax.library.heads import HEAD_FORMS, SampledHeads, forms_on
 from tracing_jax.library.readings import moment_readings
 from tracing_jax.library.signature import SampledLayer, Signature
 from tracing_jax.library.suspect import head_strings_of
@@ -229,7 +229,7 @@ def test_the_largest_signature_fits():
         SampledHeads(
             i,
             np.arange(drawing.HEADS, dtype=np.int32),
-            {form: rng.integers(-127, 128, (drawing.HEADS, T2)).astype(np.int8) for form in FORMS},
+            {form: rng.integers(-127, 128, (drawing.HEADS, T2)).astype(np.int8) for form in HEAD_FORMS},
         )
         for i in (13, 40, 66)
     )
@@ -408,7 +408,7 @@ def planted_layers(model, signature, size, of_mlps=1e-7):
         return [np.pad(side, ((0, K - len(side)), (0, 0), (0, 0))) for side in sides]
 
     def planted(found, like):
-        (q, k), (o, v) = (solved(found.forms[name]) for name in FORMS)
+        (q, k), (o, v) = (solved(found.forms[name]) for name in HEAD_FORMS)
         shapes = {"q": q.transpose(1, 0, 2)[:, :, None], "k": k.transpose(1, 0, 2), "v": v.transpose(1, 0, 2),
                   "o": size * o.transpose(0, 2, 1)[:, None]}  # fmt: skip
         attn = {f"{name}_proj": {"kernel": jnp.asarray(kernel, jnp.float32)} for name, kernel in shapes.items()}

@@ -31,10 +31,10 @@ REWRITES = (
 CLAIMS = ("same-as", "finetune-of", "adapter-of", "quantised-of", "pruned-of", "merge-of", "from-scratch")
 """Claims that can be tested; the names of `claims.ASSERTS`."""
 
-FORMS = ("forward", "weights")
+MATCH_FORMS = ("forward", "weights")
 """Forms of `match` and `match_all`: activations on a text, or on the shared embeddings without a forward pass."""
 
-MOMENTS = ("model", "layer")
+MOMENT_SCOPES = ("model", "layer")
 """Kinds of moments of `match_moments`: of the weights of all layers, or of a unit's own layer."""
 
 COMPONENTS = ("vision", "audio", "encoder")
@@ -135,7 +135,7 @@ class Match:
     """Gate and up projection matched apart: do they agree on which unit is which? Disguised or not; calibrated."""
 
     forms: tuple[str, ...] = option(
-        FORMS, "Activations on the text (forward), on shared embeddings (weights), or both.", choices=FORMS
+        MATCH_FORMS, "Activations on the text (forward), on shared embeddings (weights), or both.", choices=MATCH_FORMS
     )
     max_tokens: int = option(16384, "The most shared tokens whose embeddings the weights form uses.", at_least=1)
     units: int = option(
@@ -150,7 +150,7 @@ class MatchAll:
     """`match` on every pair of layers: which layer of one model comes from which layer of the other; calibrated."""
 
     forms: tuple[str, ...] = option(
-        FORMS, "Activations on the text (forward), on shared embeddings (weights), or both.", choices=FORMS
+        MATCH_FORMS, "Activations on the text (forward), on shared embeddings (weights), or both.", choices=MATCH_FORMS
     )
     positions: int = option(2048, "Sampled positions of the text, and shared tokens.", at_least=1)
     units: int = option(1024, "The most units of each of base's layers that are matched to ft's.", at_least=1)
@@ -171,7 +171,7 @@ class MatchMoments:
     """Gate and up rows matched by how other layers' weights act on them; no text, no embeddings; calibrated."""
 
     forms: tuple[str, ...] = option(
-        MOMENTS, "Moments of all layers (model), of a unit's own layer (layer), or both.", choices=MOMENTS
+        MOMENT_SCOPES, "Moments of all layers (model), of a unit's own layer (layer), or both.", choices=MOMENT_SCOPES
     )
 
 

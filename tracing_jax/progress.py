@@ -82,7 +82,7 @@ def innermost() -> str:
 
 
 @contextlib.contextmanager
-def reporting(silence: float = LOG_INTERVAL) -> Iterator[None]:
+def reporting(interval: float = LOG_INTERVAL) -> Iterator[None]:
     """Writes a line to the log whenever nothing was written for so many seconds: what is going on, and how far it is.
 
     A run that is shorter than that has no line more.
@@ -90,7 +90,7 @@ def reporting(silence: float = LOG_INTERVAL) -> Iterator[None]:
     clock, stop = _LastLine(), threading.Event()
     logger = logging.get_absl_logger()
     logger.addHandler(clock)
-    thread = threading.Thread(target=_report, args=(clock, stop, silence), daemon=True, name="progress")
+    thread = threading.Thread(target=_report, args=(clock, stop, interval), daemon=True, name="progress")
     thread.start()
     try:
         yield
@@ -111,9 +111,9 @@ class _LastLine(stdlib_logging.Handler):
         self.at = time.monotonic()
 
 
-def _report(clock: _LastLine, stop: threading.Event, silence: float) -> None:
-    while not stop.wait(max(0.01, silence - (time.monotonic() - clock.at))):
-        if time.monotonic() - clock.at >= silence:
+def _report(clock: _LastLine, stop: threading.Event, interval: float) -> None:
+    while not stop.wait(max(0.01, interval - (time.monotonic() - clock.at))):
+        if time.monotonic() - clock.at >= interval:
             clock.at = time.monotonic()  # a line that is not written, by the level of the log, counts too
             if text := "; ".join(on if isinstance(on, str) else on.so_far() for on in list(_working)):
                 logging.info("%s", text)

@@ -69,7 +69,7 @@ def _end_now() -> NoReturn:
 
 
 class _Pipe(io.FileIO):
-    """A pipe that swallows what is written once nobody reads it, so that the program goes on to its exit status."""
+    """A pipe that discards what is written once nobody reads it, so that the program goes on to its exit status."""
 
     def write(self, content: Any) -> int:
         try:

@@ -152,7 +152,7 @@ def _write_exports(records: Sequence[Mapping[str, Any]], files: Mapping[Path, st
 
 
 def exit_status(records: Sequence[Mapping[str, Any]], fail_on: Sequence[str]) -> int:
-    """Returns the exit status of a run that ended: 0, 3 or 4, see `EXIT_STATUS`; of several pairs the gravest."""
+    """Returns the exit status of a run that ended: 0, 3 or 4, see `EXIT_STATUS`; of several pairs the worst."""
     wanted = {_SYNONYMS.get(word, word) for word in fail_on}
     wanted |= {"identical"} if "related" in wanted else set()
     outcomes = {(record.get("claim") or {}).get("outcome") for record in records}

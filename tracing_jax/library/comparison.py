@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int8
 
 from tracing_jax.library import drawing
-from tracing_jax.library.heads import FORMS, forms_on, without_repeats
+from tracing_jax.library.heads import HEAD_FORMS, forms_on, without_repeats
 from tracing_jax.library.signature import SampledLayer, Signature, stored_moments
 from tracing_jax.library.suspect import MomentSignatures, Suspect
 from tracing_jax.matching import UnitMatching, live_units, match_units
@@ -247,7 +247,7 @@ def _different_heads(signature: Signature, suspect: Suspect) -> dict[int, dict[s
     """Returns the sampled layers with their forms on the shared tokens, of heads that occur twice one."""
     ours, _ = shared_head_tokens(signature, suspect)
     return without_repeats(
-        {found.layer: {name: forms_on(found.forms[name], ours) for name in FORMS} for found in signature.heads}
+        {found.layer: {name: forms_on(found.forms[name], ours) for name in HEAD_FORMS} for found in signature.heads}
     )
 
 
@@ -255,10 +255,10 @@ def _by_heads(signature: Signature, suspect: Suspect) -> SignatureTest:
     sampled, (_, theirs) = _different_heads(signature, suspect), shared_head_tokens(signature, suspect)
     table: dict[int, list[LayerPairResult]] = {i: [] for i in sampled}
     for j, layer in suspect.heads.items():
-        forms = {name: forms_on(layer[name], theirs) for name in FORMS}
+        forms = {name: forms_on(layer[name], theirs) for name in HEAD_FORMS}
         for i, own in sampled.items():
             names = (signature.digest, "heads", i, j)
-            table[i].append(_cell({name: own[name] @ forms[name].T for name in FORMS}, names))
+            table[i].append(_cell({name: own[name] @ forms[name].T for name in HEAD_FORMS}, names))
     found = _evidence_of_heads(table, list(suspect.heads), head_groups(signature, suspect))
     return found if suspect.heads_add else replace(found, firm_log10_p=0.0)
 

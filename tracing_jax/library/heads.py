@@ -25,13 +25,13 @@ from tracing_jax.statistics.head_kernels import HEAD_LEAVES, adds_next_to_nothin
 from tracing_jax.statistics.match_heads import head_matrices_of
 from tracing_jax.statistics.shared_tokens import rows_of_tokens
 
-FORMS = ("attention", "output")
+HEAD_FORMS = ("attention", "output")
 
 _REPEATED = 0.9
 """Correlation of both forms of two heads, above which they are counted as one."""
 
 HeadForms = Mapping[str, Int8[np.ndarray, "N T2"]]
-"""Each of `FORMS` -> for all heads of a layer the form, each up to a positive factor."""
+"""Each of `HEAD_FORMS` -> for all heads of a layer the form, each up to a positive factor."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class SampledHeads:
     Attributes:
       layer: its index in the model.
       heads: N indices of query heads, in the order of kv heads and the queries of each.
-      forms: each of `FORMS` -> those of the heads on the first tokens of the signature.
+      forms: each of `HEAD_FORMS` -> those of the heads on the first tokens of the signature.
     """
 
     layer: int
@@ -87,7 +87,7 @@ def head_forms(model: ParamSource, ids: Int[np.ndarray, " T"]) -> Callable[[int]
         found = head_matrices_of(params, model.arch, tokens)
         if adds_next_to_nothing(model, layer, params):
             found = {**found, "output": np.zeros_like(found["output"])}
-        return {name: _as_int8(found[name]) for name in FORMS}
+        return {name: _as_int8(found[name]) for name in HEAD_FORMS}
 
     return read
 
@@ -131,11 +131,11 @@ def without_repeats(
     seen: list[Mapping[str, Float[np.ndarray, "N S2"]]] = []
     for layer, forms in layers.items():
         seen.append(forms)
-        N = len(forms[FORMS[0]])
-        earlier = {name: np.concatenate([other[name] for other in seen]) for name in FORMS}
-        alike = np.min([forms[name] @ earlier[name].T for name in FORMS], axis=0) > _REPEATED
+        N = len(forms[HEAD_FORMS[0]])
+        earlier = {name: np.concatenate([other[name] for other in seen]) for name in HEAD_FORMS}
+        alike = np.min([forms[name] @ earlier[name].T for name in HEAD_FORMS], axis=0) > _REPEATED
         before = np.arange(alike.shape[1])[None, :] < alike.shape[1] - N + np.arange(N)[:, None]
         kept = ~(alike & before).any(axis=1)
         if kept.sum() > 1:
-            found[layer] = {name: forms[name][kept] for name in FORMS}
+            found[layer] = {name: forms[name][kept] for name in HEAD_FORMS}
     return found

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from tracing_jax.library.comparison import FEW_TOKENS, head_groups, normalised, shared_columns, shared_head_tokens
-from tracing_jax.library.heads import FORMS, HeadForms, SampledHeads, forms_on
+from tracing_jax.library.heads import HEAD_FORMS, HeadForms, SampledHeads, forms_on
 from tracing_jax.library.signature import Signature, stored_moments
 from tracing_jax.library.suspect import Suspect
 from tracing_jax.progress import tqdm
@@ -142,7 +142,7 @@ def first_look_at_heads(signatures: Mapping[str, Signature], suspect: Suspect) -
     for name, signature in signatures.items():
         ours, theirs = shared_head_tokens(signature, suspect)
         if signature.heads and suspect.heads and len(ours) >= FEW_TOKENS:
-            size = signature.heads[0].forms[FORMS[0]].shape[1]
+            size = signature.heads[0].forms[HEAD_FORMS[0]].shape[1]
             groups.setdefault((size, tuple(ours), tuple(theirs)), []).append(name)
     found = set()
     for (_, own_columns, their_columns), names in groups.items():
@@ -170,11 +170,11 @@ def _best_layers(
     their_columns: Sequence[int],
 ) -> dict[str, Counts]:
     """Returns name -> for each sampled layer the most heads that agree with a layer of the suspect, of how many."""
-    rows = [forms_on(np.concatenate([heads.forms[form] for _, heads in layers]), own_columns) for form in FORMS]
+    rows = [forms_on(np.concatenate([heads.forms[form] for _, heads in layers]), own_columns) for form in HEAD_FORMS]
 
     def agreeing(layer: HeadForms) -> Bool[np.ndarray, " _"]:
         one, other = (
-            _closest(own, forms_on(layer[form], their_columns)) for own, form in zip(rows, FORMS, strict=True)
+            _closest(own, forms_on(layer[form], their_columns)) for own, form in zip(rows, HEAD_FORMS, strict=True)
         )
         return one == other
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from tracing_jax.error_messages import listed, shortened
 from tracing_jax.library import drawing
-from tracing_jax.library.heads import FORMS, SampledHeads
+from tracing_jax.library.heads import HEAD_FORMS, SampledHeads
 from tracing_jax.library.readings import GATED, GATELESS, moment_names, moment_numbers
 from tracing_jax.library.signature import (
     MOST_CHARACTERS,
@@ -200,7 +200,7 @@ def _parsed(facts: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> Signatu
         f"layers/{i}/{part}" for i in layers for part in ("units", *kinds, *(moments if with_moments else ()))
     }
     head_layers = facts["head_layers"] if facts["format"] > 1 else []
-    expected |= {f"heads/{i}/{part}" for i in head_layers for part in ("heads", *FORMS)}
+    expected |= {f"heads/{i}/{part}" for i in head_layers for part in ("heads", *HEAD_FORMS)}
     if missing := sorted(expected - tensors.keys()):
         raise ValueError(f"it lacks the tensors {listed(missing)}")
     if more := sorted(tensors.keys() - expected):
@@ -270,7 +270,7 @@ def _heads(layer: int, facts: Mapping[str, Any], num_tokens: int, tensors: Mappi
         or not np.all((heads >= 0) & (heads < most))
     ):
         raise ValueError(f"{at}/heads: expected 2 to {drawing.HEADS} different heads of {most}")
-    forms = {name: tensors[f"{at}/{name}"] for name in FORMS}
+    forms = {name: tensors[f"{at}/{name}"] for name in HEAD_FORMS}
     for name, found in forms.items():
         _check_array(f"{at}/{name}", found, np.int8, (len(heads), T * T))
     return SampledHeads(layer, heads, forms)

@@ -69,7 +69,7 @@ class OtherShape:
             return f"{shapes}; {found}"
         if self.reservation:
             return f"{shapes}; {found}, which is no evidence: {self.reservation}"
-        return f"{shapes}; {found}; units that are mixtures of many agree no more, which clears it of nothing"
+        return f"{shapes}; {found}; units that are mixtures of many agree no more, so that this excludes nothing"
 
     @property
     def sentence(self) -> str:
