@@ -32,7 +32,7 @@ _LAYERS = {
     "rewrites": "dataclass_options arch axes tree",
     "interpolation": "axes tree",
     "sources": "progress arch rewrites interpolation sharding axes tree",
-    "checkpoint": "error_messages distributed host_memory sources models sharding axes arch tree",
+    "checkpoint": "options error_messages distributed host_memory sources models sharding axes arch tree",
     "data": "error_messages",
     "blocked_matmul": "",
     "forward": "progress blocked_matmul run_cache arch axes data rewrites tree models sources interpolation sharding",

@@ -377,7 +377,7 @@ def generate(
     model: Model,
     prompts: Sequence[str],
     *,
-    max_new_tokens: int = 64,
+    max_new_tokens: int = 256,
     temperature: float | int = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,

@@ -98,6 +98,22 @@ def option(
     return field(default=default, metadata={"meaning": meaning, "group": group, "choices": choices, "limits": limits})
 
 
+def option_of(owner: type, name: str, **changes: Any) -> Any:
+    """Declares a dataclass field as an option that another dataclass has, outside of a group.
+
+    Args:
+      owner: the other dataclass.
+      name: of the option there.
+      changes: `default` and `meaning` where they are others here.
+
+    Raises:
+      KeyError: there is no such option.
+    """
+    there = {found.name: found for found in fields(owner)}[name]
+    metadata = {**there.metadata, "group": "", "meaning": changes.get("meaning", there.metadata["meaning"])}
+    return field(default=changes.get("default", there.default), metadata=metadata)
+
+
 def options_of(section: type, prefix: str = "") -> Iterator[Option]:
     """Yields every option that a dataclass declares, those of its sections with dotted names."""
     for found in fields(section):

@@ -38,18 +38,15 @@ MOMENT_SCOPES = ("model", "layer")
 """Kinds of moments of `match_moments`: of the weights of all layers, or of a unit's own layer."""
 
 COMPONENTS = ("vision", "audio", "encoder")
-"""Components of multimodal models that can be compared by their weights alone."""
+"""Components of multimodal models that can be compared by their weights alone.
+
+A projector cannot: two that connect the same towers resemble each other, even if trained apart."""
 
 DTYPE_NAMES = ("float32", "bfloat16")
 """Types that a forward pass computes in; the names of `experiment.DTYPES`."""
 
 PAIRINGS = ("all", "split", "specified", "tree")
 """Ways to make pairs of a list: every two models; bases x fine-tunes; two lists in step; every two, descent known."""
-
-
-def seed_option(meaning: str = "Every random draw follows from it.") -> Any:
-    """Declares the option `seed` of a command."""
-    return option(0, meaning, at_least=0, at_most=2**32 - 1)
 
 
 def download_option() -> Any:

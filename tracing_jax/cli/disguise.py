@@ -7,8 +7,8 @@ from pathlib import Path
 from tracing_jax.cli.arguments import add_options, given
 from tracing_jax.cli.compare import MODEL
 from tracing_jax.cli.errors import exit_on_usage_error, exit_on_user_error
-from tracing_jax.dataclass_options import REQUIRED, from_values, option
-from tracing_jax.options import REWRITES, download_option, seed_option
+from tracing_jax.dataclass_options import REQUIRED, from_values, option, option_of
+from tracing_jax.options import REWRITES, RunOptions, download_option
 
 USAGE = "MODEL --disguise A,B,... --save FOLDER"
 
@@ -19,7 +19,7 @@ class DisguiseOptions:
 
     disguise: tuple[str, ...] = option(REQUIRED, "Rewrites, applied in order, or all.", choices=REWRITES)
     save: str = option(REQUIRED, "The folder to write.")
-    seed: int = seed_option()
+    seed: int = option_of(RunOptions, "seed")
     download_dir: str | None = download_option()
 
 

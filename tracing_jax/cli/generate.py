@@ -7,8 +7,8 @@ from pathlib import Path
 from tracing_jax.cli.arguments import add_options, given
 from tracing_jax.cli.errors import configure_logging, exit_on_usage_error, exit_on_user_error
 from tracing_jax.cli.startup import keep_compiled_programs
-from tracing_jax.dataclass_options import REQUIRED, from_values, option
-from tracing_jax.options import DTYPE_NAMES, Mesh, seed_option
+from tracing_jax.dataclass_options import REQUIRED, from_values, option, option_of
+from tracing_jax.options import DTYPE_NAMES, Mesh, RunOptions
 
 USAGE = "--models A,B,..."
 
@@ -24,7 +24,7 @@ class GenerateOptions:
     temperature: float = option(1.0, "Logits are divided by it; 0 takes the most likely token.", at_least=0)
     top_k: int = option(0, "Draw from so many of the most likely tokens; 0 for all.", at_least=0)
     top_p: float = option(1.0, "Draw from the fewest tokens that have at least this probability.", above=0, at_most=1)
-    seed: int = seed_option("Every draw follows from it and the number of the prompt.")
+    seed: int = option_of(RunOptions, "seed", meaning="Every draw follows from it and the number of the prompt.")
     save: str = option("runs/generated", "The folder of the files.")
     batch_size: int = option(16, "Texts in flight.", at_least=1)
     dtype: str = option("float32", "Of hidden states, matmuls and the cache.", choices=DTYPE_NAMES)

@@ -8,8 +8,8 @@ from pathlib import Path
 from tracing_jax.cli.arguments import add_options, given
 from tracing_jax.cli.compare import MODEL
 from tracing_jax.cli.errors import configure_logging, exit_on_usage_error, exit_on_user_error
-from tracing_jax.dataclass_options import from_values, option
-from tracing_jax.options import download_option, seed_option
+from tracing_jax.dataclass_options import from_values, option, option_of
+from tracing_jax.options import RunOptions, download_option
 
 USAGE = "CHILD --parents A B ... [--base O] [--library LIBRARY]"
 
@@ -27,7 +27,7 @@ class MergeOptions:
     align: tuple[str, ...] = option(
         ("auto",), "Undone first where the child is in none of the others' places: kinds of alignment, all, auto, none."
     )
-    seed: int = seed_option()
+    seed: int = option_of(RunOptions, "seed")
     save: str | None = option(None, "A .json file for the record; the figure is written beside it.")
     json: bool = option(False, "Print the record as JSON, and nothing else, on standard output.")
     download_dir: str | None = download_option()

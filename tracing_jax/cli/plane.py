@@ -9,8 +9,8 @@ from tracing_jax.cli.arguments import add_options, given
 from tracing_jax.cli.compare import MODEL
 from tracing_jax.cli.errors import configure_logging, exit_on_usage_error, exit_on_user_error
 from tracing_jax.cli.startup import keep_compiled_programs
-from tracing_jax.dataclass_options import from_values, option
-from tracing_jax.options import DTYPE_NAMES, Mesh, RunOptions
+from tracing_jax.dataclass_options import from_values, option, option_of
+from tracing_jax.options import Mesh, RunOptions
 
 USAGE = "A B C"
 
@@ -25,16 +25,20 @@ class PlaneOptions:
     )
     attn: bool = option(True, "Move attention; otherwise it is that of A.")
     emb: bool = option(True, "Move embeddings, head and final norm; otherwise they are those of A.")
-    dataset: str | None = option(None, "The text, named as in compare; by default one of this package.")
-    num_tokens: int = option(8192, "The most tokens that are read.", at_least=1)
-    block_size: int = option(512, "Tokens of a block.", at_least=2)
-    batch_size: int = option(8, "Blocks in flight.", at_least=1)
-    memory: str = option(
-        "auto",
-        "resident holds the models whole, stream takes them layer by layer, auto decides by what is free.",
-        choices=("auto", "resident", "stream"),
+    dataset: str | None = option_of(
+        RunOptions, "dataset", default=None, meaning="The text, named as in compare; by default one of this package."
     )
-    dtype: str = option("float32", "Of hidden states and matmuls; losses are float32 always.", choices=DTYPE_NAMES)
+    num_tokens: int = option_of(
+        RunOptions, "num_tokens", default=8192, meaning="The most tokens of A's tokenizer that are read."
+    )
+    block_size: int = option_of(RunOptions, "block_size")
+    batch_size: int = option_of(RunOptions, "batch_size")
+    memory: str = option_of(
+        RunOptions,
+        "memory",
+        meaning="resident holds the models whole, stream takes them layer by layer, auto decides by what is free.",
+    )
+    dtype: str = option_of(RunOptions, "dtype")
     save: str = option("runs/plane.json", "A .json file for the record; the figure is written beside it.")
     json: bool = option(False, "Print the record as JSON, and nothing else, on standard output.")
     mesh: Mesh = Mesh()  # noqa: RUF009 (it is frozen)

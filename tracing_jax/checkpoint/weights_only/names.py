@@ -5,6 +5,8 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from tracing_jax.options import COMPONENTS
+
 LAYER, EXPERT = "{layer}", "{expert}"
 """The placeholders of the number of a layer, and of an expert, in the name of a tensor of every layer."""
 
@@ -27,10 +29,6 @@ _COMPONENTS = {
     "draft": {"mtp", "nextn", "eagle", "medusa", "draft"},
 }
 """Component -> words of the names of its tensors, before the number of a layer."""
-
-COMPONENTS = ("vision", "audio", "encoder")
-"""Components that can be read by themselves. A projector cannot: two that connect the same towers resemble each
-other, even if trained apart."""
 
 _LAYERED = re.compile(r"(?P<prefix>.*?)\.?\b(?P<number>\d+)\.(?P<rest>.+)")
 _HAS_EXPERTS = re.compile(r"expert|ffn_(gate|up|down)$")
