@@ -74,6 +74,8 @@ def test_all_layers_and_batches_share_one_compiled_step():
     before = [step._cache_size() for step in steps]
     list(correlations(base, ft, BLOCKS, ("units",), Compute(make_mesh(), 4)))
     assert [step._cache_size() for step in steps] == [count + 1 for count in before]
+    list(correlations(base, ft, BLOCKS, ("gate",), Compute(make_mesh(), 4)))  # of equal width: the sums are the same
+    assert paired._accumulate_step._cache_size() == before[1] + 1
 
 
 def test_models_that_cannot_read_side_by_side_are_refused_before_any_work():

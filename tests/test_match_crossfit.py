@@ -1,5 +1,7 @@
 """`match_crossfit`: a rotation learnt from some layers' MLPs, and the agreement of the others under it."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from rewritten_pairs import agreeing, changed, pair_of, pair_with_rewritten, rel
 from scipy.optimize import linear_sum_assignment
 
 from tracing_jax.sources import InMemory
-from tracing_jax.statistics import Vocabularies, verdict
+from tracing_jax.statistics import Vocabularies, unit_alignment, verdict
 from tracing_jax.statistics.csu import Csu
 from tracing_jax.statistics.distinct_units import all_units
 from tracing_jax.statistics.match_crossfit import (
@@ -21,7 +23,7 @@ from tracing_jax.statistics.match_crossfit import (
     folds,
 )
 from tracing_jax.statistics.repeated_layers import repeated_layers
-from tracing_jax.statistics.unit_alignment import learn_rotation, row_cosines, units_of, weighted_moments
+from tracing_jax.statistics.unit_alignment import learn_rotation, row_similarities, units_of, weighted_moments
 
 DEEP = {"num_layers": 4, "layer_windows": (None,) * 4, "mlp_dim": 48}
 GATED = tiny.llama_mha(**DEEP, layer_ropes=(0,) * 4)
@@ -78,7 +80,21 @@ def test_a_planted_rotation_comes_back():
     moments = tuple([m for layer in side for m in weighted_moments(layer)] for side in (base, turned))
     found = learn_rotation(base, turned, moments, np.random.default_rng(1))
     np.testing.assert_allclose(np.asarray(found), rotation, atol=1e-3)
-    np.testing.assert_allclose(np.diag(np.asarray(row_cosines(base[0], turned[0], found)["up"])[order]), 1, atol=1e-4)
+    similarities = row_similarities(base[0], turned[0], found)
+    for side in similarities.values():
+        np.testing.assert_allclose(np.diag(np.asarray(side)[order]), 1, atol=1e-4)
+
+    # Units that take no part are not seen, and of fewer pairs of units nothing is compiled anew.
+    programs = (unit_alignment._some_rows, unit_alignment._crosses, unit_alignment._sums_of_cosines)
+    before = [program._cache_size() for program in programs]
+    idle = [replace(layer, live=np.arange(48) >= 5) for layer in base]
+    idle_ft = [replace(layer, live=order >= 5) for layer in turned]
+    found = learn_rotation(idle, idle_ft, moments, np.random.default_rng(1))
+    np.testing.assert_allclose(np.asarray(found), rotation, atol=1e-3)
+    assert [program._cache_size() for program in programs] == before
+    for side in row_similarities(idle[0], idle_ft[0], found).values():
+        assert not np.asarray(side)[:5].any()
+        assert not np.asarray(side)[:, order < 5].any()
 
 
 def test_matching_under_the_rotation_is_that_of_numpy(monkeypatch):

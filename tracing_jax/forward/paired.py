@@ -174,25 +174,26 @@ def _sums(
     compute: Compute,
 ) -> tuple[dict[str, Sums], list[dict[str, HostPair]], tuple[list[jax.Array], list[jax.Array]]]:
     """Returns the sums of these taps over all batches, and of each batch the sampled activations and hidden states."""
-    sums: dict[str, Sums] = {}
+    sums: list[Sums] = []
     sampled: list[dict[str, HostPair]] = []
     hidden: tuple[list[jax.Array], list[jax.Array]] = ([], [])
     for b, pairing in enumerate(pairings):
         base, ft = (next(outputs) for outputs in passes)
         jax.block_until_ready(sums)  # so that the activations of two batches at most are held
-        widths = {tap: (base.taps[tap].shape[-1], ft.taps[tap].shape[-1]) for tap in taps}
-        sums = sums or {tap: zero_sums(*width, compute.mesh) for tap, width in widths.items()}
+        units = [(base.taps[tap], ft.taps[tap]) for tap in taps]  # without their names, with which others would compile
+        widths = [(ours.shape[-1], theirs.shape[-1]) for ours, theirs in units]
+        sums = sums or [zero_sums(*width, compute.mesh) for width in widths]
         selection = sampler.selection(b, widths)
-        sums, found = _accumulate_step(compute.mesh, (base.taps, ft.taps), pairing, selection, b == 0, sums)
-        sampled.append(compute.get(found))
+        sums, found = _accumulate_step(compute.mesh, units, pairing, selection, b == 0, sums)
+        sampled.append(dict(zip(taps, compute.get(found))))
         hidden[0].append(base.hidden)
         hidden[1].append(ft.hidden)
-    return sums, sampled, hidden
+    return dict(zip(taps, sums)), sampled, hidden
 
 
 def correlate(a: Float[np.ndarray, "S U"], b: Float[np.ndarray, "S U2"]) -> Float[np.ndarray, "U U2"]:
     """Returns the Pearson correlation of the columns of a with those of b over the S rows; 0 where one is constant."""
-    return np.asarray(_correlate(jnp.asarray(a), jnp.asarray(b)))
+    return np.asarray(_correlate(a, b))
 
 
 def _pairings(blocks: PairedBlocks, compute: Compute) -> list[_Pairing]:
@@ -210,30 +211,30 @@ def _pairings(blocks: PairedBlocks, compute: Compute) -> list[_Pairing]:
 @functools.partial(jax.jit, static_argnames=("mesh",), donate_argnames=("sums",))
 def _accumulate_step(
     mesh: Mesh,
-    units: tuple[dict[str, jax.Array], dict[str, jax.Array]],
+    units: list[ArrayPair],
     pairing: _Pairing,
-    selection: tuple[ArrayPair, dict[str, ArrayPair]] | None,
+    selection: tuple[ArrayPair, list[HostPair]] | None,
     is_first: bool | jax.Array,
-    sums: dict[str, Sums],
-) -> tuple[dict[str, Sums], dict[str, ArrayPair]]:
+    sums: list[Sums],
+) -> tuple[list[Sums], list[ArrayPair]]:
     """Returns the sums with a batch of both models' units added, and the sampled activations of the batch."""
     at_base, at_ft = pairing.at
-    compared = {tap: (gather_positions(units[0][tap], at_base), gather_positions(units[1][tap], at_ft)) for tap in sums}
-    sums = {tap: accumulate(sums[tap], compared[tap], pairing.weight, is_first) for tap in sums}
+    compared = [(gather_positions(ours, at_base), gather_positions(theirs, at_ft)) for ours, theirs in units]
+    sums = [accumulate(total, both, pairing.weight, is_first) for total, both in zip(sums, compared, strict=True)]
     # Stated, or the first batch's sums and the next ones' would be placed differently and compile twice.
     sums = jax.lax.with_sharding_constraint(sums, jax.tree.map(lambda total: gram_sharding(total.shape, mesh), sums))
     if selection is None:
-        return sums, {}
+        return sums, []
     (at_a, at_b), columns = selection
-    sampled = {
-        tap: (gather_positions(units[0][tap], at_a)[..., in_a], gather_positions(units[1][tap], at_b)[..., in_b])
-        for tap, (in_a, in_b) in columns.items()
-    }
+    sampled = [
+        (gather_positions(ours, at_a)[..., in_a], gather_positions(theirs, at_b)[..., in_b])
+        for (ours, theirs), (in_a, in_b) in zip(units, columns, strict=True)
+    ]
     return sums, sampled
 
 
 @jax.jit
-def _correlate(a: Float[Array, "S U"], b: Float[Array, "S U2"]) -> Float[Array, "U U2"]:
+def _correlate(a: Float[Array | np.ndarray, "S U"], b: Float[Array | np.ndarray, "S U2"]) -> Float[Array, "U U2"]:
     a, b = a - a[-1], b - b[-1]  # a constant unit is then exactly 0
     a, b = (x - x.mean(axis=0) for x in (a, b))
     scales = [jnp.where((x != 0).any(0), jax.lax.rsqrt(jnp.square(x).sum(0)), 0.0) for x in (a, b)]

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from tracing_jax.data import PairedBlocks
@@ -53,14 +52,12 @@ class UnitSampler:
         self.at = list(zip(*(map(compute.put, compute.batches(at)) for at in (sampled.at_base, sampled.at_ft))))
         self.valid = sampled.valid
 
-    def selection(
-        self, batch: int, widths: Mapping[str, tuple[int, int]]
-    ) -> tuple[ArrayPair, dict[str, ArrayPair]] | None:
+    def selection(self, batch: int, widths: Sequence[tuple[int, int]]) -> tuple[ArrayPair, list[HostPair]] | None:
         """Returns the positions of a batch and, for each tap, the units; one draw for all taps of equal width."""
         if self.sample is None:
             return None
-        units = {tap: sampled_units(self.sample, width) for tap, width in widths.items()}
-        return self.at[batch], jax.tree.map(jnp.asarray, units)
+        units = [sampled_units(self.sample, width) for width in widths]
+        return self.at[batch], units
 
     def concatenated(self, batches: Sequence[Mapping[str, HostPair]]) -> dict[str, HostPair]:
         """Returns the rows of all batches at the sampled positions, without padding."""

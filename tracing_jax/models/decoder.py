@@ -64,12 +64,12 @@ def layer_inputs(arch: Arch, layer: int) -> LayerInputs:
     window, chunk = arch.layer_windows[layer], arch.layer_chunks[layer] if arch.layer_chunks else None
     rope = arch.layer_ropes[layer] if arch.rope_frequencies else None
     return LayerInputs(
-        jnp.asarray(() if rope is None else arch.rope_frequencies[rope], jnp.float32),
-        jnp.asarray(arch.rope_amplitudes[rope] if rope is not None and arch.rope_amplitudes else 1.0, jnp.float32),
-        jnp.asarray(_NO_WINDOW if window is None else window, jnp.int32),
-        jnp.asarray(_NO_WINDOW if chunk is None else chunk, jnp.int32),
-        jnp.asarray(arch.attention_scale / (layer + 1 if arch.inverse_layer_scale else 1), jnp.float32),
-        jnp.asarray(arch.per_layer_index[layer] if arch.per_layer_index else 0, jnp.int32),
+        np.asarray(() if rope is None else arch.rope_frequencies[rope], np.float32),
+        np.asarray(arch.rope_amplitudes[rope] if rope is not None and arch.rope_amplitudes else 1.0, np.float32),
+        np.asarray(_NO_WINDOW if window is None else window, np.int32),
+        np.asarray(_NO_WINDOW if chunk is None else chunk, np.int32),
+        np.asarray(arch.attention_scale / (layer + 1 if arch.inverse_layer_scale else 1), np.float32),
+        np.asarray(arch.per_layer_index[layer] if arch.per_layer_index else 0, np.int32),
         arch.mixers_of(layer),
     )
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tracing_jax.arch import Arch
@@ -35,12 +36,12 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class LayerInputs:
     """What a block takes beside the hidden state, and in which the layers of a model may differ."""
 
-    frequencies: Float[Array, " R2"]  # of the rope; none without one
-    amplitude: Float[Array, ""]  # of rotated queries and keys
-    window: Int[Array, ""]
-    chunk: Int[Array, ""]
-    attention_scale: Float[Array, ""]
-    per_layer_index: Int[Array, ""]  # of its per-layer embedding
+    frequencies: Float[Array | np.ndarray, " R2"]  # of the rope; none without one
+    amplitude: Float[Array | np.ndarray, ""]  # of rotated queries and keys
+    window: Int[Array | np.ndarray, ""]
+    chunk: Int[Array | np.ndarray, ""]
+    attention_scale: Float[Array | np.ndarray, ""]
+    per_layer_index: Int[Array | np.ndarray, ""]  # of its per-layer embedding
     mixers: tuple[str, ...] = field(default=("attn",), metadata={"static": True})  # in their order
 
 

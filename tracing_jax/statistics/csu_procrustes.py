@@ -6,6 +6,7 @@ Letters: S tokens, D features, F MLP units.
 from collections.abc import Iterator
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -60,7 +61,7 @@ class CsuProcrustes(options.CsuProcrustes):
             if kept == layers:
                 return
             found = run_cache.cached_arrays(("rotation",), lambda: {"rotation": self._rotation(pair)})
-            rotation = jnp.asarray(found["rotation"], jnp.float32)
+            rotation = jax.device_put(found["rotation"].astype(np.float32))
             bar = trange(kept, layers, desc="csu_procrustes", unit="layer", initial=kept, total=layers, disable=None)
             for i in bar:
                 ft = jnp.einsum("fd,de->fe", _up_rows(pair.ft, i), rotation, precision="highest")

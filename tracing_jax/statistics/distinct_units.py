@@ -215,14 +215,18 @@ def _have_effect(
     if gradients is None or gradients.shape[1] != down.shape[1]:
         return np.ones(len(units), bool)
     gain = gain_of(model.layer(layer, (norm,)), norm, model.arch)
-    along = to_host(_products(jnp.asarray(gradients) * gain, jnp.asarray(down)))[:, units]
+    along = to_host(_products(gradients, gain, down))[:, units]
     shares = shares_of_effect(outputs[:, units], along)
     return shares > inactive_below(shares, NO_EFFECT)
 
 
 @jax.jit
-def _products(gradients: Float[Array, "T D"], down: Float[Array, "F D"]) -> Float[Array, "T F"]:
-    return jnp.matmul(gradients, down.astype(jnp.float32).T, precision="highest")
+def _products(
+    gradients: Float[Array | np.ndarray, "T D"],
+    gain: Float[Array, " D"] | float,
+    down: Float[Array | np.ndarray, "F D"],
+) -> Float[Array, "T F"]:
+    return jnp.matmul(gradients * gain, down.astype(jnp.float32).T, precision="highest")
 
 
 def _moments(sketch: Float[np.ndarray, "K S"], width: int) -> Float[np.ndarray, " P"]:

@@ -89,7 +89,8 @@ class FeaturesInPlace(options.FeaturesInPlace):
         """Returns the sum over the matrices of the correlations of base's features with ft's."""
         run_cache = pair.run_cache.scope("features_in_place")
         D, kept = pair.base.arch.embed_dim, run_cache.load_arrays("summed")
-        total, done = (jnp.zeros((D, D)), 0) if kept is None else (jnp.asarray(kept["total"]), int(kept["parts"]))
+        done = 0 if kept is None else int(kept["parts"])
+        total = jax.device_put(np.zeros((D, D), np.float32) if kept is None else kept["total"])
         bar = tqdm(
             list(matrices)[done:], desc="features", unit="subtree", initial=done, total=len(matrices), disable=None
         )

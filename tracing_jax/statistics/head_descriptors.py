@@ -28,7 +28,7 @@ from tracing_jax.statistics.mlp_rows import centred_directions, unit_length, wit
 from tracing_jax.statistics.pvalues import bonferroni
 from tracing_jax.tree import Tree, flatten, taken, to_host
 
-FactoredMoments = Sequence[Float[Array, "_ D"]]
+FactoredMoments = Sequence[Float[Array | np.ndarray, "_ D"]]
 """For each second moment `M = P^T P` the rows P, scaled to length one."""
 
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -39,7 +39,7 @@ _RIDGE = 0.1  # of a standardised entry's variance, below which a direction of t
 
 def moments_of_layers(
     model: ParamSource, layers: Sequence[int], ids: Int[np.ndarray, " S"], rows_of_each: int
-) -> list[Float[Array, "_ D"]]:
+) -> FactoredMoments:
     """Returns the rows of the moments: embeddings of these tokens, and of gate, up and down the units of largest norm.
 
     The norm of a unit is the product of those of its rows, which permuting, scaling and padding units leave as it is.
@@ -58,7 +58,7 @@ def moments_of_layers(
     for i in layers:
         for name, rows in _largest_units(model, i, -(-rows_of_each // len(layers))):
             by_name.setdefault(name, []).append(rows)
-    return found + [jnp.concatenate(some) for some in by_name.values()]
+    return found + [np.concatenate(to_host(some)) for some in by_name.values()]
 
 
 def head_descriptors(
@@ -168,7 +168,7 @@ _Grams = tuple[Float[Array, "N K _ H H"], Float[Array, "N K _ H H"], Float[Array
 def _gram_matrices(
     kernels: Mapping[str, Float[Array, "..."]],
     gains: Mapping[str, Float[Array, "..."]],
-    moments: tuple[Float[Array, "_ D"], ...],
+    moments: tuple[Float[Array | np.ndarray, "_ D"], ...],
 ) -> tuple[_Grams, ...]:
     """Returns those of the heads' queries X and keys Y, and of their values X and outputs Y, with the gains applied.
 

@@ -174,7 +174,7 @@ def _head_energies(model: ParamSource, layer: int, params: Tree | None = None) -
     if ("head energies", layer) not in known:
         params = model.layer(layer, HEAD_LEAVES) if params is None else params
         kernels, gain = head_kernels(params, model.arch), jnp.asarray(gain_of(params, "attn_norm", model.arch))
-        known["head energies", layer] = to_host(_energy(kernels["v"] * gain.reshape(-1, 1, 1), kernels["o"]))
+        known["head energies", layer] = to_host(_energy(kernels["v"], gain, kernels["o"]))
     found: np.ndarray = known["head energies", layer]
     return found
 
@@ -189,8 +189,11 @@ def _added(model: ParamSource, layer: int, params: Tree | None = None) -> float:
 
 
 @jax.jit
-def _energy(values: Float[Array, "D K U"], outputs: Float[Array, "K G U D2"]) -> Float[Array, "K G"]:
+def _energy(
+    values: Float[Array, "D K U"], gain: Float[Array, "..."], outputs: Float[Array, "K G U D2"]
+) -> Float[Array, "K G"]:
     """Returns for each head the sum of the squared entries of the product of what it reads and writes."""
+    values = values * gain.reshape(-1, 1, 1)
     read = jnp.einsum("dku,dkw->kuw", values, values, precision="highest")
     written = jnp.einsum("kgud,kgwd->kguw", outputs, outputs, precision="highest")
     return jnp.maximum((read[:, None] * written).sum((-2, -1)), 0)

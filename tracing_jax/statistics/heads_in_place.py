@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from tracing_jax import options
 from tracing_jax.arch import Arch
@@ -17,6 +17,7 @@ from tracing_jax.run_cache import RunCache
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.comparison import LN10, bonferroni_log10, reserved
 from tracing_jax.statistics.head_descriptors import (
+    FactoredMoments,
     descriptor_cosines,
     head_descriptors,
     log_p_of_order,
@@ -137,7 +138,7 @@ class HeadsInPlace(options.HeadsInPlace):
         bar = tqdm(layers, desc=f"heads_in_place, {side}", unit="layer", disable=None)
         return [run_cache.cached_arrays((side, i), functools.partial(make, i))["descriptors"] for i in bar]
 
-    def _moments(self, pair: Pair, model: ParamSource, layers: Sequence[int]) -> list[Float[Array, "_ D"]]:
+    def _moments(self, pair: Pair, model: ParamSource, layers: Sequence[int]) -> FactoredMoments:
         shared = pair.vocabularies.ids_base if model is pair.base else pair.vocabularies.ids_ft
         drawn = np.sort(pair.vocabularies.drawn(pair.generator("heads_in_place", "tokens"), _MOMENT_ROWS))
         return moments_of_layers(

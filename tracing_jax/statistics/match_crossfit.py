@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -25,7 +25,7 @@ from tracing_jax.statistics.distinct_units import distinct_units
 from tracing_jax.statistics.mlp_rows import mlp_row_leaves
 from tracing_jax.statistics.repeated_layers import repeated_layers
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies, depths_not_applicable
-from tracing_jax.statistics.unit_alignment import Units, learn_rotation, row_cosines, units_of, weighted_moments
+from tracing_jax.statistics.unit_alignment import Units, learn_rotation, row_similarities, units_of, weighted_moments
 from tracing_jax.statistics.unit_descriptors import spread_layers
 
 _FEW_CONTROLS, _MOST_CONTROLS = 6, 64
@@ -139,7 +139,7 @@ class MatchCrossfit(options.MatchCrossfit):
             return {"rotation": np.asarray(learn_rotation(some, theirs, moments, generator))}  # type: ignore[arg-type]
 
         run_cache = pair.run_cache.scope("match_crossfit", name)
-        return jnp.asarray(run_cache.cached_arrays(("rotation", fold.name), learn)["rotation"])
+        return jax.device_put(run_cache.cached_arrays(("rotation", fold.name), learn)["rotation"])
 
     def _layer(self, pair: Pair, model: ParamSource, layer: int, side: str) -> Units:
         found = _units(model, layer)
@@ -180,9 +180,7 @@ def compare_rows(
     base: Units, ft: Units, rotation: Float[Array, "D2 D"], pair: Pair, names: Sequence[str | int]
 ) -> Agreements:
     """Returns the agreements of two layers' rows under a rotation of ft's."""
-    found = row_cosines(base, ft, rotation)
-    live = base.live[:, None] & ft.live[None, :]
-    sides = {name: jnp.where(live, side if name == "gate" else jnp.abs(side), 0.0) for name, side in found.items()}
+    sides = row_similarities(base, ft, rotation)
     pairs = [("gate", "up"), ("gate", "down")] if "gate" in sides else [("up", "down")]
     return agreements(sides, pairs, pair, names)
 

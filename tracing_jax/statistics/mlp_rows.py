@@ -54,7 +54,10 @@ def _mlp_rows(
 def gain_of(tree: Tree, norm: str, arch: Arch) -> Float[Array, " D"] | float:
     """Returns the gain of a norm of a layer or of the head, float32; 1 if it has none."""
     scale: Mapping[str, Array] = tree.get(norm, {})
-    return jnp.asarray(scale["scale"], jnp.float32) + gain_offset(arch) if "scale" in scale else 1.0
+    if "scale" not in scale:
+        return 1.0
+    offset = gain_offset(arch)
+    return jnp.asarray(scale["scale"], jnp.float32) + offset if offset else jnp.asarray(scale["scale"], jnp.float32)
 
 
 def without_mean(rows: Float[Array, "... D"], arch: Arch) -> Float[Array, "... D"]:

@@ -24,7 +24,7 @@ from tracing_jax.sharding import Compute
 from tracing_jax.sources import ParamSource, Submodel, has_embeddings, is_resident
 from tracing_jax.statistics.kept_facts import kept_of
 from tracing_jax.statistics.mlp_rows import gain_of, without_mean
-from tracing_jax.tree import to_host
+from tracing_jax.tree import taken, to_host
 
 LEAST_OF_TEXT = 0.2
 """Share of what a row in a random direction reads of a text, below which a unit reads next to nothing of it. In four
@@ -149,11 +149,11 @@ def sampled_embeddings(model: ParamSource) -> Float[np.ndarray, "T D"]:
         every = np.arange(model.arch.vocab_size) if given is None or len(given) < _LEAST else np.sort(given)
         ids = every[np.unique(np.linspace(0, len(every) - 1, _TOKENS).astype(int))].astype(np.int32)
         rows = (
-            model.embed()["embedding"][ids]
+            taken(model.embed()["embedding"], ids)
             if is_resident(model)
             else Submodel(model, (), None, ids).embed()["embedding"]
         )
-        known["sampled embeddings"] = to_host(jnp.asarray(rows, jnp.float32))
+        known["sampled embeddings"] = np.asarray(to_host(rows), np.float32)
     found: Float[np.ndarray, "T D"] = known["sampled embeddings"]
     return found
 
@@ -205,7 +205,7 @@ def spread_of_units(
     """
     if directions is None or directions.rows.shape[1] != rows.shape[0]:
         return np.ones(rows.shape[1], np.float32)
-    read = to_host(_read(rows, jnp.asarray(directions.rows)))
+    read = to_host(_read(rows, directions.rows))
     low, high = np.quantile(read, [0.25, 0.75], axis=0)  # by partition: XLA sorts, which takes ten times as long
     return np.divide(high - low, _QUARTILES * norms, out=np.ones_like(norms), where=norms > 0)
 
@@ -214,5 +214,5 @@ _QUARTILES = 1.349  # their distance in a standard normal distribution
 
 
 @jax.jit
-def _read(rows: Float[Array, "D F"], directions: Float[Array, "T D"]) -> Float[Array, "T F"]:
+def _read(rows: Float[Array, "D F"], directions: Float[Array | np.ndarray, "T D"]) -> Float[Array, "T F"]:
     return jnp.matmul(directions, rows, precision="highest")

@@ -94,7 +94,7 @@ def learn_rotation(
       generator: draws the orders in which units are matched.
     """
     signed = [[_descriptor(layer, own) for layer in side] for side, own in zip((base, ft), moments)]
-    scores = [jnp.asarray(descriptor_correlations(*both)) for both in zip(*signed)]
+    scores: list[Array | np.ndarray] = [descriptor_correlations(*both) for both in zip(*signed)]
     pairs = [match_units(np.asarray(score), generator) for score in scores]
     first = "gate" if "gate" in base[0].rows else "up"
     rotation, objective = _procrustes(base, ft, pairs, scores, (first,), None), -np.inf
@@ -109,9 +109,12 @@ def learn_rotation(
     return rotation
 
 
-def row_cosines(base: Units, ft: Units, rotation: Float[Array, "D2 D"]) -> dict[str, Float[Array, "F F2"]]:
-    """Returns for each kind of rows the cosines of base's with ft's, rotated."""
-    return {name: _cosines(base.rows[name], ft.rows[name], rotation) for name in base.rows}
+def row_similarities(base: Units, ft: Units, rotation: Float[Array, "D2 D"]) -> dict[str, Float[Array, "F F2"]]:
+    """Returns for each kind of rows the cosines of base's with ft's, rotated, absolute but for the gate's.
+
+    They are 0 for units that are not live.
+    """
+    return _live_cosines(base.rows, ft.rows, rotation, base.live, ft.live)
 
 
 def _descriptor(units: Units, moments: Sequence[Array]) -> tuple[Float[np.ndarray, "F M"], np.ndarray]:
@@ -142,14 +145,16 @@ def _procrustes(
     base: Sequence[Units],
     ft: Sequence[Units],
     pairs: Sequence[UnitMatching],
-    scores: Sequence[Array],
+    scores: Sequence[Array | np.ndarray],
     names: Sequence[str],
     rotation: Float[Array, "D2 D"] | None,
 ) -> Float[Array, "D2 D"]:
     total = None
     for ours, theirs, found, better in zip(base, ft, pairs, _better_half(pairs, scores)):
-        one, other = ours.some(found.base), theirs.some(found.ft)
-        weight = better * np.sqrt(one.weight * other.weight)  # zeros, not fewer pairs: each number of pairs compiles
+        # Each number of pairs would compile: there are as many for all layers of a size, and some have no weight.
+        none = (0, min(len(ours.live), len(theirs.live)) - len(better))
+        one, other = ours.some(np.pad(found.base, none)), theirs.some(np.pad(found.ft, none))
+        weight = np.pad(better, none) * np.sqrt(one.weight * other.weight)
         sign = np.ones(len(weight)) if rotation is None else _signs(one, other, rotation)
         factors = {name: weight if name == "gate" else weight * sign for name in names}
         factors = {name: factor.astype(np.float32) for name, factor in factors.items()}
@@ -159,7 +164,7 @@ def _procrustes(
     return _orthogonal(total)
 
 
-def _better_half(pairs: Sequence[UnitMatching], scores: Sequence[Array]) -> list[Bool[np.ndarray, " P"]]:
+def _better_half(pairs: Sequence[UnitMatching], scores: Sequence[Array | np.ndarray]) -> list[Bool[np.ndarray, " P"]]:
     """Returns for each layer which pairs of units have a score of at least the median of all layers' pairs."""
     own = [np.asarray(score)[found.base, found.ft] for score, found in zip(scores, pairs)]
     every = np.concatenate(own)
@@ -206,6 +211,19 @@ def _orthogonal(cross: Float[Array, "D2 D"]) -> Float[Array, "D2 D"]:
 @jax.jit
 def _cosines(ours: Float[Array, "F D"], theirs: Float[Array, "F2 D2"], rotation: Float[Array, "D2 D"]) -> Array:
     return jnp.einsum("fd,gd->fg", ours, jnp.dot(theirs, rotation, precision="highest"), precision="highest")
+
+
+@jax.jit
+def _live_cosines(
+    base: Mapping[str, Float[Array, "F D"]],
+    ft: Mapping[str, Float[Array, "F2 D2"]],
+    rotation: Float[Array, "D2 D"],
+    live_base: Bool[Array | np.ndarray, " F"],
+    live_ft: Bool[Array | np.ndarray, " F2"],
+) -> dict[str, Float[Array, "F F2"]]:
+    found = {name: _cosines(base[name], ft[name], rotation) for name in base}
+    live = live_base[:, None] & live_ft[None, :]
+    return {name: jnp.where(live, side if name == "gate" else jnp.abs(side), 0.0) for name, side in found.items()}
 
 
 @jax.jit

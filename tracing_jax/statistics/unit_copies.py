@@ -129,7 +129,7 @@ def reading_of(projection: Tree, norm: Tree, arch: Arch, directions: Directions 
         or kernel.shape[0] != directions.inputs.shape[1]
     ):
         return found
-    values = to_host(_read_by(jnp.asarray(directions.inputs), kernel))
+    values = to_host(_read_by(directions.inputs, kernel))
     values = values + to_host(projection["bias"]) if "bias" in projection else values
     with np.errstate(invalid="ignore"):
         median = np.median(values, axis=0)
@@ -215,7 +215,7 @@ def orthogonal_features(width: int) -> Float[np.ndarray, "S S"]:
 
 
 @jax.jit
-def _read_by(inputs: Float[Array, "T D"], kernel: Float[Array, "D F"]) -> Float[Array, "T F"]:
+def _read_by(inputs: Float[Array | np.ndarray, "T D"], kernel: Float[Array, "D F"]) -> Float[Array, "T F"]:
     return jnp.matmul(inputs, kernel.astype(jnp.float32), precision="highest")
 
 
