@@ -55,10 +55,11 @@ from tracing_jax.statistics.csu import Csu, CsuAll
 from tracing_jax.statistics.distinct_units import distinct_units, stream_size
 from tracing_jax.statistics.features_in_place import FeaturesInPlace
 from tracing_jax.statistics.head_kernels import explained_by_others, inactive_heads
+from tracing_jax.statistics.head_matrices import head_matrices
 from tracing_jax.statistics.heads_in_place import HeadsInPlace
 from tracing_jax.statistics.match import Match
 from tracing_jax.statistics.match_all import MatchAll
-from tracing_jax.statistics.match_heads import MatchHeads, head_matrices
+from tracing_jax.statistics.match_heads import MatchHeads
 from tracing_jax.statistics.match_io import MatchIo
 from tracing_jax.statistics.match_mlps import MatchMlps
 from tracing_jax.statistics.match_moments import MatchMoments

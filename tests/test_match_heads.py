@@ -16,7 +16,13 @@ from scipy.optimize import linear_sum_assignment
 from tracing_jax.forward import logits
 from tracing_jax.sources import InMemory
 from tracing_jax.statistics import Vocabularies, verdict
-from tracing_jax.statistics.head_null import best_layers_log_sf, heads_log_sf, log_grouped_agreement
+from tracing_jax.statistics.head_null import (
+    best_layers_log_sf,
+    best_ordered_map,
+    heads_log_sf,
+    log_grouped_agreement,
+    ordered_maps_log_sf,
+)
 from tracing_jax.statistics.match_heads import MatchHeads
 
 DEEP = {"num_layers": 4, "layer_windows": (None,) * 4}
@@ -185,6 +191,71 @@ def test_the_null_of_the_best_layers_bounds_the_most_that_agree_by_chance():
     assert best_layers_log_sf([7], [6], 4, 2, 0.05, 1.5, 3) == -np.inf
 
 
+def with_layers(model, places):
+    """Returns a model with these of its layers, in this order."""
+    arch = dataclasses.replace(
+        model.arch,
+        num_layers=len(places),
+        layer_windows=(None,) * len(places),
+        layer_ropes=model.arch.layer_ropes[:1] * len(places),
+    )
+    layers = {str(i): model.params["layers"][str(place)] for i, place in enumerate(places)}
+    return InMemory(arch, model.params | {"layers": layers})
+
+
+@pytest.mark.parametrize("deeper", ["base", slow("ft")])
+def test_a_relative_with_a_layer_less_is_found_and_an_independent_model_is_not(deeper):
+    base, ft = BASES["ungated"], with_layers(related(BASES["ungated"], 0.1), (0, 2, 3))
+    hidden = pair_with_rewritten(base, ft, "permute,means")
+    pair = hidden if deeper == "base" else dataclasses.replace(hidden, base=hidden.ft, ft=hidden.base)
+    assert MatchHeads().not_applicable(pair.base.arch, pair.ft.arch, pair.vocabularies) == []
+    found = MatchHeads().compute(pair)
+    assert verdict({"match_heads": found}, 1e-3).verdict == "related"
+    assert agreeing(found)[TEST] == [6] * 3
+    expected = [(0, 0), (2, 1), (3, 2)]
+    assert list(found.tests[0].places) == [
+        f"base {i} : ft {j}" for i, j in (expected if deeper == "base" else [(j, i) for i, j in expected])
+    ]
+    other = MatchHeads().compute(pair_of(base, with_layers(tiny.model(UNGATED, 1), (0, 2, 3))))
+    assert other.log10_p > -1
+
+
+def test_the_map_of_layers_is_the_best_of_all_in_order():
+    rng = np.random.default_rng(0)
+    for rows, columns in ((3, 5), (5, 2), (4, 4), (1, 3)):
+        counts = rng.integers(0, 4, (rows, columns))
+        found, few = best_ordered_map(counts), min(rows, columns)
+        every = [
+            list(zip(i, j))
+            for i in itertools.combinations(range(rows), few)
+            for j in itertools.combinations(range(columns), few)
+        ]
+        assert found in every
+        assert sum(counts[place] for place in found) == max(sum(counts[place] for place in one) for one in every)
+
+
+def test_the_null_of_the_best_map_bounds_the_most_that_agree_by_chance():
+    rng, draws = np.random.default_rng(0), 20_000
+    counts = rng.choice(7, size=(draws, 3, 4), p=np.exp(log_grouped_agreement(3, 2)))
+    counts = counts + rng.poisson(0.5, counts.shape) + rng.binomial(6, 0.05, counts.shape)
+    best = np.array([sum(one[place] for place in best_ordered_map(one)) for one in counts])
+    for k in range(1, 16):
+        seen = (best >= k).mean()
+        bound = np.exp(ordered_maps_log_sf([k, 0, 0], (3, 2), (4, 3), 0.05, 1.5))
+        assert seen - 4 * np.sqrt(seen / draws) <= bound <= 1
+        assert bound < 2 * seen or seen > 0.1 or seen * draws < 20
+
+
+def test_heads_of_layers_that_repeat_count_once():
+    """Two models of two layers, each used three times: that is two pairs of layers, not six."""
+    base, ft = BASES["ungated"], related(BASES["ungated"], 0.1)
+    places = (0, 1) * 3
+    found = MatchHeads().compute(pair_of(with_layers(base, places), with_layers(ft, places)))
+    assert agreeing(found)[TEST] == [6, 6, 0, 0, 0, 0]
+    once = MatchHeads().compute(pair_of(with_layers(base, places), with_layers(ft, (0, 1))))
+    assert agreeing(once)[TEST] == [6, 6]
+
+
 @pytest.mark.slow
 def test_independent_models_agree_on_one_head_as_random_matchings_do():
     models = [tiny.model(GROUPED, seed) for seed in range(12)]
@@ -211,6 +282,9 @@ def test_what_does_not_apply_says_why():
     assert MatchHeads().not_applicable(GROUPED, NORMED, same) == []
     assert MatchHeads().not_applicable(tiny.mixtral(), tiny.mixtral(), same) == []
     assert "share 3 tokens" in MatchHeads().not_applicable(GROUPED, GROUPED, none)[0]
-    assert "see match_all" in MatchHeads().not_applicable(GROUPED, tiny.llama_mha(), same)[0]
+    reason = MatchHeads().not_applicable(GROUPED, with_layers(BASES["grouped"], (0, 2, 3)).arch, same)
+    assert reason == [
+        "different depth (4 and 3 layers), and too few heads: if all of 3 x 6 agreed, p would be 0.0018; see match_all"
+    ]
     single = tiny.llama_mha(num_kv_heads=1, q_group=1)
     assert "base has one head" in MatchHeads().not_applicable(single, single, same)[0]

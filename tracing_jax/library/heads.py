@@ -22,7 +22,7 @@ from tracing_jax.library import drawing
 from tracing_jax.library.readings import has_moments, normalised_tokens
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.head_kernels import HEAD_LEAVES, adds_next_to_nothing, gates_not_applicable
-from tracing_jax.statistics.match_heads import head_matrices_of
+from tracing_jax.statistics.head_matrices import head_matrices_of
 from tracing_jax.statistics.shared_tokens import rows_of_tokens
 
 HEAD_FORMS = ("attention", "output")

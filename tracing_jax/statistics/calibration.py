@@ -64,7 +64,6 @@ CONTROL_POSITIONS, CONTROL_UNITS = 1024, 2048
 """Positions and units of a control pair of layers, whose units are compared as those of corresponding layers."""
 
 _FEW = 6  # control pairs, below which their mean and deviation are unreliable
-_MOST = 64
 _WIDE_LAMBDA, _WIDE_SCALE = 4.0, 2.0
 """Without controls: a correlation of .6 between a unit's gate and up rows lifts the mean agreement to 3.65."""
 
@@ -119,8 +118,8 @@ class Null:
         }  # fmt: skip
 
 
-def control_pairs(num_base: int, num_ft: int, generator: np.random.Generator) -> list[tuple[int, int]]:
-    """Returns up to 64 (layer of base, layer of ft) that differ in relative depth by more than one layer.
+def control_pairs(num_base: int, num_ft: int, generator: np.random.Generator, most: int = 64) -> list[tuple[int, int]]:
+    """Returns up to `most` (layer of base, layer of ft) that differ in relative depth by more than one layer.
 
     If there are fewer than 6 of them, adjacent layers are included.
     """
@@ -130,7 +129,7 @@ def control_pairs(num_base: int, num_ft: int, generator: np.random.Generator) ->
         pairs = np.argwhere(apart > least)
         if len(pairs) >= _FEW:
             break
-    return [(int(i), int(j)) for i, j in generator.permutation(pairs)[:_MOST]]
+    return [(int(i), int(j)) for i, j in generator.permutation(pairs)[:most]]
 
 
 def null_of(controls: Sequence[Comparison], u: Sequence[float], source: str) -> Null:

@@ -1,10 +1,12 @@
 """The null distribution of the number of heads on which two matchings of a layer's query heads agree."""
 
 import functools
+import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy import special
 
 from tracing_jax.statistics.nulls import log_binomial, log_fixed_points, log_poisson, log_sum_exp
@@ -60,6 +62,33 @@ def best_layers_log_sf(
         with np.errstate(divide="ignore"):
             total = _log_convolved(total, best[:-1] + np.log(-np.expm1(best[1:] - best[:-1])))
     return min(0.0, log_sum_exp(total[k:])) if len(total) > k else -np.inf
+
+
+def best_ordered_map(counts: Int[np.ndarray, "L L2"]) -> list[tuple[int, int]]:
+    """Returns the places of greatest total, one for each row or column of the fewer, increasing in both."""
+    if counts.shape[0] > counts.shape[1]:
+        return [(i, j) for j, i in best_ordered_map(counts.T)]
+    rows, columns = counts.shape
+    best = np.full((rows + 1, columns + 1), -1)
+    best[0] = 0
+    for i, j in itertools.product(range(rows), range(columns)):
+        with_place = best[i, j] + counts[i, j] if best[i, j] >= 0 else -1
+        best[i + 1, j + 1] = max(best[i + 1, j], with_place)
+    places, j = list[tuple[int, int]](), columns
+    for i in reversed(range(rows)):
+        while best[i + 1, j - 1] == best[i + 1, j]:
+            j -= 1
+        j -= 1
+        places.append((i, j))
+    return places[::-1]
+
+
+def ordered_maps_log_sf(
+    agreeing: Sequence[int], groups: tuple[int, int], depths: Sequence[int], u: float, lam: float
+) -> float:
+    """Returns the log probability that on any ordered map of the layers so many heads agree: at most the sum of all."""
+    maps = math.lgamma(max(depths) + 1) - math.lgamma(min(depths) + 1) - math.lgamma(abs(depths[0] - depths[1]) + 1)
+    return min(0.0, heads_log_sf(agreeing, *groups, [u] * len(agreeing), lam) + maps)
 
 
 def _of_one_layer(

@@ -1,23 +1,29 @@
 """`match_heads`: do the matchings of query heads, by how they attend to tokens and by what they write, agree?"""
 
 import functools
-from collections.abc import Mapping, Sequence
+import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from tracing_jax import options
 from tracing_jax.arch import Arch
 from tracing_jax.progress import tqdm
-from tracing_jax.rewrites import gain_offset
-from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.agreement import PairAgreements, agreements, nulls_of
-from tracing_jax.statistics.calibration import BY_CONVERGENCE, MARGIN, Null
+from tracing_jax.statistics.calibration import (
+    BY_CONVERGENCE,
+    DEFAULT_ALLOWANCE,
+    DEFAULT_SOURCE,
+    MARGIN,
+    Null,
+    control_pairs,
+    null_of,
+)
 from tracing_jax.statistics.comparison import (
+    LN10,
     Comparison,
     all_reserved,
     bonferroni_log10,
@@ -26,32 +32,19 @@ from tracing_jax.statistics.comparison import (
     share_agreeing,
     share_by_layer,
 )
-from tracing_jax.statistics.distinct_units import inactive_below
-from tracing_jax.statistics.head_kernels import (
-    HEAD_LEAVES,
-    gates_not_applicable,
-    head_kernels,
-    inactive_attention,
-    without_effect,
-)
-from tracing_jax.statistics.head_null import heads_log_sf
-from tracing_jax.statistics.mlp_rows import centred_directions, gain_of, unit_length
+from tracing_jax.statistics.head_kernels import gates_not_applicable
+from tracing_jax.statistics.head_matrices import HeadMatrices, head_matrices, without_repeats
+from tracing_jax.statistics.head_null import best_ordered_map, heads_log_sf, ordered_maps_log_sf
+from tracing_jax.statistics.mlp_rows import centred_directions
 from tracing_jax.statistics.shared_tokens import TokenRows, shared_token_rows, tokens_not_applicable, with_doubts
-from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies, depths_not_applicable
-from tracing_jax.tree import Tree, to_host
-
-HeadMatrices = Mapping[str, Float[np.ndarray, "heads S2"]]
-"""`attention`, `output` -> the matrix of each query head over pairs of tokens, centred both ways, of length one."""
+from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies
 
 _PAIRS = [("attention", "output")]
 _NAME = "attention and output"
 _SUM = "agreement summed over layers"
+_SUM_OF_BEST = "agreement summed over the best map of the layers, Bonferroni over maps"
 _TOKENS = 192  # at most; time grows with their square
 _MOST_CONTROLS = 256
-_DEVIATIONS = 8.0  # standard deviations that the score of a head may come to
-_SAME_ATTENTION = 0.99  # correlation of what two heads of a layer attend to, which are then one
-_EVEN_ATTENTION = 0.01  # deviation of scores between tokens, below which a head attends to all alike
-_LOG_POSITIONS = 16.0  # of nine million positions, whose scores are summed against a sink
 
 
 @dataclass(frozen=True)
@@ -67,6 +60,10 @@ class MatchHeads(options.MatchHeads):
     The null is calibrated as in `calibration.py`; its chance part is the agreement of random matchings that keep the
     queries of a kv head together, which is more variable than that of free ones (`head_null`). The number of heads
     bounds how small the p-value can be.
+
+    Of models of unequal depth each layer of the shallower is compared with one of the deeper, in order: the map is the
+    one on which most heads agree, and the p-value is after Bonferroni over all such maps. A pair whose p-value could
+    not fall below the level is refused.
 
     Unchanged under every rewrite of the residual stream, permutations of kv heads and of the queries of one, mixing of
     values, and maps of queries and keys that commute with RoPE. MLPs do not enter. Costs less than reading the weights.
@@ -84,23 +81,35 @@ class MatchHeads(options.MatchHeads):
 
     def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns reasons why heads of layers of equal index cannot be matched; empty if they can."""
-        lines = depths_not_applicable(base, ft, "see match_all") + tokens_not_applicable(base, ft, vocabularies)
+        lines = tokens_not_applicable(base, ft, vocabularies)
         for side, arch in (("base", base), ("ft", ft)):
             if arch.num_kv_heads * arch.q_group < 2:
                 lines.append(f"{side} has one head per layer: there is nothing to match")
         lines += gates_not_applicable(base, ft)
-        if not lines and len(_layers(base, ft)) < 2:
+        depths = [len(found) for found in _layers(base, ft)]
+        if not lines and min(depths) < 2:
             lines.append("fewer than two layers have attention in both models")
+        if not lines and base.num_layers != ft.num_layers:
+            layers, heads = min(depths), math.prod(groups_of(base, ft))
+            least = ordered_maps_log_sf(layers * [heads], groups_of(base, ft), depths, MARGIN * DEFAULT_ALLOWANCE, 1.0)
+            if least > math.log(self.level):
+                lines.append(
+                    f"different depth ({base.num_layers} and {ft.num_layers} layers), and too few heads: if all of "
+                    f"{layers} x {heads} agreed, p would be {math.exp(least):.2g}; see match_all"
+                )
         return lines
 
     def compute(self, pair: Pair) -> Result:
         """Returns the calibrated and the parametric test; no forward pass."""
-        compared = self._compared(pair, "pair")
-        null = nulls_of(compared, pair, self._compared, self.level)[_NAME]
-        layers = compared.of(_NAME)[0]
-        places = [f"layer {i}" for i in _layers(pair.base.arch, pair.ft.arch)]
-        tests = _tests(layers, null, groups_of(pair.base.arch, pair.ft.arch), places)
-        notes = [*null.notes]
+        if pair.base.arch.num_layers == pair.ft.arch.num_layers:
+            compared = self._compared(pair, "pair")
+            null = nulls_of(compared, pair, self._compared, self.level)[_NAME]
+            layers = compared.of(_NAME)[0]
+            places = [f"layer {i}" for i in _layers(pair.base.arch, pair.ft.arch)[0]]
+            tests = _tests(layers, null, groups_of(pair.base.arch, pair.ft.arch), places)
+            notes = [*null.notes]
+        else:
+            layers, null, tests, notes = self._mapped(pair)
         if pair.base.arch.qk_norm or pair.ft.arch.qk_norm:
             notes.append(
                 "queries and keys are normalised in each head: their product is approximate on centred embeddings"
@@ -126,20 +135,66 @@ class MatchHeads(options.MatchHeads):
 
     def _compared(self, pair: Pair, name: str) -> PairAgreements:
         """Returns the agreement of the heads of each layer, and of control pairs of layers."""
-        rows = shared_token_rows(pair, _TOKENS, "match_heads")
-        tokens = [TokenRows(*map(centred_directions, side)) for side in rows]
-        bar = tqdm(_layers(pair.base.arch, pair.ft.arch), desc="match_heads", unit="layer", disable=None)
-        matrices = [
-            tuple(head_matrices(model, i, own) for model, own in zip((pair.base, pair.ft), tokens)) for i in bar
-        ]
+        base, ft = ([*side.values()] for side in _matrices(pair))
 
         def compare(i: int, j: int) -> dict[str, Comparison]:
-            ours, theirs = matrices[i][0], matrices[j][1]
-            found = {side: ours[side] @ theirs[side].T for side in ours}
-            return agreements(found, _PAIRS, pair, ("match_heads", name, i, j))
+            return _agreements(base[i], ft[j], pair, (name, i, j))
 
-        places = control_places(len(matrices), pair.generator("match_heads", "controls"))
-        return PairAgreements([compare(i, i) for i in range(len(matrices))], [compare(i, j) for i, j in places])
+        places = control_places(len(base), pair.generator("match_heads", "controls"))
+        return PairAgreements([compare(i, i) for i in range(len(base))], [compare(i, j) for i, j in places])
+
+    def _mapped(self, pair: Pair) -> tuple[list[Comparison], Null, list[Test], list[str]]:
+        """Returns the comparisons of the layers of the best map, their null, the tests and notes.
+
+        The best of many maps exceeds several times the allowance by chance. So evidence is firm if its p-value is small
+        even where several times the allowance agree by convergence.
+        """
+        base, ft = _matrices(pair)
+        ours, theirs = ([i for i, found in side.items() if _takes_part(found)] for side in (base, ft))
+        table = {
+            (i, j): _agreements(base[i], ft[j], pair, ("map", i, j))[_NAME] for i, j in itertools.product(ours, theirs)
+        }
+        chosen = control_pairs(len(ours), len(theirs), pair.generator("match_heads", "controls"), _MOST_CONTROLS)
+        null = null_of([table[ours[i], theirs[j]] for i, j in chosen], [DEFAULT_ALLOWANCE], DEFAULT_SOURCE)
+        counts = np.array([found.agreeing for found in table.values()], int).reshape(len(ours), len(theirs))
+        places = [(ours[i], theirs[j]) for i, j in best_ordered_map(counts)]
+        layers, groups = [table[place] for place in places], groups_of(pair.base.arch, pair.ft.arch)
+        agreeing, depths = [found.agreeing for found in layers], (len(ours), len(theirs))
+        names = [f"base {i} : ft {j}" for i, j in places]
+        tests = []
+        for name, u, lam in (("calibrated", DEFAULT_ALLOWANCE, null.lam), ("parametric", 0.0, 1.0)):
+            single = [min(0.0, heads_log_sf([k], *groups, [u], lam) + math.log(max(depths))) for k in agreeing]
+            combine = functools.partial(_constant, ordered_maps_log_sf(agreeing, groups, depths, u, lam))
+            test = one_test(f"{_NAME}, agreement, {name}", layers, single, names, combine, _SUM_OF_BEST)
+            tests.append(replace(test, decides=name == "calibrated"))
+        firm = ordered_maps_log_sf(agreeing, groups, depths, MARGIN * DEFAULT_ALLOWANCE, null.lam)
+        notes = list(null.notes)
+        if pair.controls:
+            notes.append(
+                "match_heads: control models have base's depth; the default allowance is used at unequal depth"
+            )
+        return layers, null, [replace(tests[0], firm_log10_p=firm / LN10, calibrated=True), *tests[1:]], notes
+
+
+def _matrices(pair: Pair) -> tuple[dict[int, HeadMatrices], dict[int, HeadMatrices]]:
+    """Returns for either model, by layer, the two matrices of the query heads of the layers that are compared."""
+    rows = shared_token_rows(pair, _TOKENS, "match_heads")
+    tokens = [TokenRows(*map(centred_directions, side)) for side in rows]
+    found = []
+    for model, own, layers in zip((pair.base, pair.ft), tokens, _layers(pair.base.arch, pair.ft.arch)):
+        bar = tqdm(layers, desc="match_heads", unit="layer", disable=None)
+        found.append(without_repeats({i: head_matrices(model, i, own) for i in bar}))
+    return found[0], found[1]
+
+
+def _takes_part(layer: HeadMatrices) -> bool:
+    """Returns whether a layer has two heads or more that can be matched."""
+    return int(np.logical_and.reduce([found.any(axis=1) for found in layer.values()]).sum()) > 1
+
+
+def _agreements(base: HeadMatrices, ft: HeadMatrices, pair: Pair, names: Sequence[str | int]) -> dict[str, Comparison]:
+    """Returns the agreement of the heads of two layers."""
+    return agreements({side: base[side] @ ft[side].T for side in base}, _PAIRS, pair, ("match_heads", *names))
 
 
 def _effect(layers: Sequence[Comparison]) -> str:
@@ -161,101 +216,13 @@ def groups_of(base: Arch, ft: Arch) -> tuple[int, int]:
     return K, -(-heads // K)
 
 
-def head_matrices(model: ParamSource, layer: int, tokens: TokenRows) -> HeadMatrices:
-    """Returns the two matrices of every query head of a layer, heads in the order of kv heads and queries.
-
-    A head that writes next to nothing could be another model's, planted: its output is zero, so that it takes no part.
-    So is that of heads of a layer that attend alike, which could cancel one another, and of those without an effect on
-    the logits of a text.
-    """
-    found = head_matrices_of(model.layer(layer, HEAD_LEAVES), model.arch, tokens)
-    takes_part = ~without_effect(model, layer) if layer not in inactive_attention(model) else np.zeros(1, bool)
-    return {**found, "output": found["output"] * takes_part[:, None]}
-
-
-def head_matrices_of(params: Tree, arch: Arch, tokens: TokenRows) -> HeadMatrices:
-    """Returns the two matrices of every query head, as `head_matrices`, by the weights of the layer alone."""
-    before, after = gain_of(params, "attn_norm", arch), gain_of(params, "attn_post_norm", arch)
-    kernels = head_kernels(params, arch)
-    scales = {name: params["attn"][f"{name}_norm"]["scale"] for name in "qk" if arch.qk_norm is not None}
-    found = to_host(_head_matrices(tokens, kernels, (before, after), scales, arch.qk_norm, gain_offset(arch)))
-    attention, output, written = found["attention"], np.array(found["output"]), found["written"]
-    if arch.sinks:  # a head whose sink is above its scores writes nothing either
-        sinks = np.asarray(to_host(params["attn"]["sinks"]), np.float64)
-        written = written * (sinks < _largest_scores(kernels, before, arch)).ravel()
-    output[written <= inactive_below(written)] = 0.0
-    # Heads that attend alike can cancel one another, so that nothing is written: they could be another model's.
-    alike = attention @ attention.T > _SAME_ATTENTION
-    even = arch.attention_scale * found["scores"] < _EVEN_ATTENTION
-    output[(alike.sum(axis=1) > 1) | even] = 0.0
-    return {"attention": attention, "output": output}
-
-
-def _largest_scores(
-    kernels: Mapping[str, Array], gain: Float[Array, " D"] | float, arch: Arch
-) -> Float[np.ndarray, "K G"]:
-    """Returns what a sink must exceed to take all attention of a head, for inputs in random directions."""
-    scaled = {
-        name: kernels[name] * jnp.reshape(jnp.asarray(gain), (-1,) + (1,) * (kernels[name].ndim - 1)) for name in "qk"
-    }
-    queries = jnp.einsum("dkgh,dkgi->kghi", scaled["q"], scaled["q"], precision="highest")
-    keys = jnp.einsum("dkh,dki->khi", scaled["k"], scaled["k"], precision="highest")
-    variance = np.maximum(to_host(jnp.einsum("kghi,khi->kg", queries, keys, precision="highest")), 0)
-    return np.asarray(_DEVIATIONS * arch.attention_scale * np.sqrt(variance) + _LOG_POSITIONS, np.float64)
-
-
-@functools.partial(jax.jit, static_argnames=("qk_norm", "offset"))
-def _head_matrices(
-    tokens: TokenRows,
-    kernels: Mapping[str, Float[Array, "..."]],
-    gains: tuple[Float[Array, "..."], Float[Array, "..."]],
-    scales: Mapping[str, Float[Array, "..."]],
-    qk_norm: str | None,
-    offset: float,
-) -> dict[str, Float[Array, "..."]]:
-    """Returns both matrices of the heads, each of length one, as `written` the length that the output had.
-
-    And as `scores` the root mean square of those of inputs behind a norm, before they are scaled.
-    """
-    read, effect = tokens.read * gains[0], tokens.effect * gains[1]
-    queries, keys = (jnp.tensordot(read, kernels[name], 1, precision="highest") for name in "qk")
-    if qk_norm is not None:
-        queries, keys = (
-            _normalised(side, scales[name], qk_norm, offset) for name, side in (("q", queries), ("k", keys))
-        )
-    values = jnp.tensordot(read, kernels["v"], 1, precision="highest")
-    outputs = jnp.einsum("sd,kghd->skgh", effect, kernels["o"], precision="highest")
-    attention, output = _centred_products(queries, keys), _centred_products(outputs, values)
-    # Rows have length one, and those that a norm gives the root of the number of features; after norms of queries and
-    # keys that does not matter.
-    size = read.shape[1] if qk_norm is None else 1
-    scores = size * jnp.sqrt(jnp.square(attention).mean(axis=1))
-    written = jnp.linalg.norm(output, axis=1)
-    return {
-        "attention": unit_length(attention),
-        "output": unit_length(output),
-        "written": written,
-        "scores": scores,
-    }
-
-
-def _normalised(heads: Array, scale: Array, qk_norm: str, offset: float) -> Array:
-    """Returns queries `[S, K, G, H]` or keys `[S, K, H]` after their norm."""
-    axes = tuple(range(1, heads.ndim)) if qk_norm == "all" else (-1,)
-    length = jnp.sqrt(jnp.square(heads).mean(axes, keepdims=True))
-    return jnp.where(length > 0, heads / jnp.where(length > 0, length, 1.0), 0.0) * (scale.astype(jnp.float32) + offset)
-
-
-def _centred_products(ours: Float[Array, "S K G H"], theirs: Float[Array, "T K H"]) -> Float[Array, "K*G S*T"]:
-    """Returns for each query head the products of two sides, each centred over the tokens."""
-    ours, theirs = ours - ours.mean(axis=0), theirs - theirs.mean(axis=0)
-    products = jnp.einsum("skgh,tkh->kgst", ours, theirs, precision="highest")
-    return products.reshape(products.shape[0] * products.shape[1], -1)
-
-
-def _layers(base: Arch, ft: Arch) -> list[int]:
-    """Returns the layers in which both models have attention."""
-    return [i for i in range(base.num_layers) if base.has_attention(i) and ft.has_attention(i)]
+def _layers(base: Arch, ft: Arch) -> tuple[list[int], list[int]]:
+    """Returns the layers of base and of ft that have attention; at equal depth those in which both have."""
+    ours, theirs = ([i for i in range(arch.num_layers) if arch.has_attention(i)] for arch in (base, ft))
+    if base.num_layers != ft.num_layers:
+        return ours, theirs
+    both = [i for i in ours if i in theirs]
+    return both, both
 
 
 def _tests(layers: Sequence[Comparison], null: Null, groups: tuple[int, int], places: Sequence[str]) -> list[Test]:
