@@ -1,10 +1,13 @@
 """What `scan` finds by attention heads: independent models, models whose MLPs are all new, and merges of equal parts.
 
+And what `match_heads` finds between models of unequal depth.
+
     python -m benchmarks.scan_attention      # trains its zoo; then ten minutes on two cores
 
 The models have 16 query heads in each of 4 layers, two for each kv head, where those of `benchmarks.scan` have four.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,7 +16,8 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from benchmarks.descendants import disguise, member, merged_with, texts, trained
+from benchmarks.comparing import Text, results
+from benchmarks.descendants import Descendant, disguise, member, merged_with, pruned_in_depth, texts, trained
 from benchmarks.environment import ZOO_DIR
 from benchmarks.scan import scanned, signature, vocabulary
 from benchmarks.seeds import RECIPES, Zoo, ZooRecipe, zoo
@@ -107,8 +111,29 @@ def main(argv: list[str]) -> None:
             named = ", ".join(candidate.name for candidate in result.related)
             table.append([row, i, named, *tests_of(result, f"base {i}")])
     print(text_table(table, ["suspect, permuted", "base", "related", RESPONSES, MOMENTS, HEADS]), flush=True)
+    print(text_table(less_depth(found, made), ["a layer less", "pairs", "of 48 heads agree", "log10 p"]), flush=True)
     merges(found, library, made, count)
     print(made_up(found, library["base 0"], count))
+
+
+def less_depth(found: Zoo, made: Mapping[str, Tree]) -> list[list[object]]:
+    """Returns rows of what `match_heads` finds of models with a layer less: independent ones, and permuted suspects."""
+    models, text = found.models(1.0), Text.of(found)
+    bases = [member(found.arch, models, i) for i in range(found.recipe.num_seeds)]
+    count = len(jax.tree.leaves(next(iter(made.values())))[0])
+    every = itertools.permutations(range(len(bases)), 2)
+    pairs = {"independent": [(bases[i], Descendant(pruned_in_depth(bases[j], i).model)) for i, j in every]}
+    for row, params in made.items():
+        cut = [pruned_in_depth(member(found.arch, params, i), i).model for i in range(count)]
+        pairs[row] = [(bases[i], disguise("permute")(model, i)) for i, model in enumerate(cut)]
+    rows: list[list[object]] = []
+    for row, both in pairs.items():
+        tests = [results(base, ft, text, i, ["match_heads"])["match_heads"] for i, (base, ft) in enumerate(both)]
+        agreeing = [sum(result.tests[0].values["agreeing"]) for result in tests]
+        log_ps = [result.deciding_log10_p for result in tests if result.deciding_log10_p is not None]
+        counts = f"{min(agreeing)} to {max(agreeing)}, mean {np.mean(agreeing):.1f}"
+        rows.append([row, len(both), counts, f"{min(log_ps):.1f} to {max(log_ps):.1f}"])
+    return rows
 
 
 def merges(found: Zoo, library: Mapping[str, Signature], made: Mapping[str, Tree], count: int) -> None:
