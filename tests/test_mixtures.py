@@ -23,7 +23,9 @@ from tracing_jax.checkpoint.hf_layouts import leaf_layouts
 from tracing_jax.checkpoint.hf_names import IN_MEMORY
 from tracing_jax.checkpoint.tensor_layout import tensor_shapes
 from tracing_jax.forward import logits
+from tracing_jax.forward.forward_pass import forward
 from tracing_jax.matching import assign_in_groups
+from tracing_jax.models import mlp
 from tracing_jax.models.mlp import expert_weights
 from tracing_jax.rewrites import Padding, Permutation, UnitScaling, draw_rewrites, random_permutations
 from tracing_jax.sharding import Compute, make_mesh
@@ -78,6 +80,43 @@ def test_weights_of_experts_are_those_of_their_definition(name):
     found = expert_weights(arch, params, jnp.asarray(x, jnp.float32))[0]
     expected = [_weights64(_ROUTERS[name], k, row @ kernel, bias) for row in x[0]]
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+_MIXTURES = {
+    case.family: name for name, case in ALL.items() if "expert" in json.dumps(case.config) and "dense" not in name
+}
+
+
+@pytest.mark.parametrize("name", _MIXTURES.values())
+def test_experts_that_compute_their_own_tokens_alone_give_the_same(name, monkeypatch):
+    """However tokens choose: groups of other sizes are filled up, and none is left out."""
+    source = ALL[name].source()
+    arch, rng = source.arch, np.random.default_rng(0)
+    params = next(own for i in range(arch.num_layers) if "router" in (own := source.layer(i)["mlp"]))
+    x = jnp.asarray(rng.normal(size=(2, 21, arch.embed_dim)), jnp.float32)
+    monkeypatch.setattr(mlp, "_GROUP", 4)
+    monkeypatch.setattr(mlp, "_saves_time", lambda *_: True)
+    for uneven in (0, 5):
+        scores = rng.random((2, 21, arch.num_experts)) + uneven * np.arange(arch.num_experts)
+        chosen = scores >= np.sort(scores)[..., [-arch.experts_per_token]]
+        weights = jnp.asarray(np.where(chosen, rng.normal(size=scores.shape), 0), jnp.float32)
+        every, own = (mlp._experts(arch, params, x, weights, (), grouped)[0] for grouped in (False, True))
+        assert jnp.abs(every).max() > 0
+        np.testing.assert_allclose(own, every, atol=2e-6 * float(jnp.abs(every).max()))
+
+
+def test_experts_compute_their_own_tokens_where_that_is_less(monkeypatch):
+    arch = dataclasses.replace(tiny.mixtral(), num_experts=16, experts_per_token=2)
+    seen = []
+    monkeypatch.setattr(mlp, "_selected_experts", lambda arch, own, x, weights: seen.append(x.shape) or 0 * x)
+    model = tiny.model(arch)
+    for blocks, T in ((1, 32), (16, 64)):
+        list(forward(model, [jnp.zeros((blocks, T), jnp.int32)], jnp.float32))
+        jax.jit(lambda tokens: [output.hidden for output in forward(model, [tokens], jnp.float32)])(
+            jnp.zeros((blocks, T), jnp.int32)
+        )
+    assert set(seen) == {(16, 64, arch.embed_dim)}
+    assert len(seen) == 1  # once for all layers, and not where another program may ask for gradients
 
 
 def test_sparsemixer_weights_each_expert_among_those_close_to_it():

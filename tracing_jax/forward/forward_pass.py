@@ -108,7 +108,10 @@ def forward(
         inputs = layer_inputs(arch, i)
         for b, x in enumerate(hidden):
             cache = None if caches is None else caches[b][i]
-            outputs = [block_step(arch, taps, layer, x, inputs, each_positions[b], cache, each_at[b], carried[b])]
+            # Under jit it is not known where x lies, nor whether gradients of the weights are taken.
+            alone = not isinstance(x, jax.core.Tracer) and len(x.sharding.device_set) == 1
+            rest = (each_positions[b], cache, each_at[b], carried[b])
+            outputs = [block_step(arch, taps, layer, x, inputs, *rest, grouped=alone)]
             hidden[b], carried[b] = outputs[0].hidden, outputs[0].carried
             if b == len(hidden) - 1:
                 layer = None  # freed before the next one is read, and before the caller uses this one's results
@@ -271,7 +274,7 @@ def per_layer_step(
     return map_points(embed, lambda params, x: apply_per_layer(arch, params, tokens, x), x)
 
 
-@functools.partial(jax.jit, static_argnames=("arch", "taps"), donate_argnames=("x", "cache"))
+@functools.partial(jax.jit, static_argnames=("arch", "taps", "grouped"), donate_argnames=("x", "cache"))
 def block_step(
     arch: Arch,
     taps: tuple[str, ...],
@@ -282,11 +285,14 @@ def block_step(
     cache: LayerCache | None = None,
     at: Int[Array, "B P"] | None = None,
     carried: Carried | None = None,
+    grouped: bool = False,
 ) -> BlockOutput:
     """Returns what a layer gives; its taps as `gather_positions` returns them."""
 
     def at_point(params: Tree, x: jax.Array, cache: LayerCache | None, carried: Carried | None) -> BlockOutput:
-        output = apply_block(arch, params, x, inputs, positions=positions, cache=cache, carried=carried, taps=taps)
+        output = apply_block(
+            arch, params, x, inputs, positions=positions, cache=cache, carried=carried, taps=taps, grouped=grouped
+        )
         return output._replace(taps={tap: gather_positions(output.taps[tap], at) for tap in taps})
 
     return map_points(layer, at_point, x, cache, carried)

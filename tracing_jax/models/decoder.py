@@ -159,6 +159,7 @@ def apply_block(
     carried: Carried | None = None,
     taps: Collection[str] = (),
     head_weights: Float[Array, "B T K G"] | None = None,
+    grouped: bool = False,
 ) -> BlockOutput:
     """Returns the hidden state after one layer, the inner activations asked for, its cache, and what is carried on.
 
@@ -174,6 +175,8 @@ def apply_block(
       taps: names of inner activations; see `tap_axes`.
       head_weights: factors of what the heads of the mixer `attn` give; the gradient at weights of 1 is what each adds,
         times the gradient along it.
+      grouped: whether experts may compute the tokens that they are selected for alone, where that is less. Tokens of
+        all blocks are sorted, which suits one device.
 
     Raises:
       ValueError: taps that this model does not have, or a layer that lacks what earlier ones carry to it.
@@ -201,9 +204,9 @@ def apply_block(
             x = x + y
     found["mlp_input"] = mlp_input(arch, params, x)
     if arch.branch_norms:
-        found["mlp_output"], inner = mlp_and_experts(arch, params, x, found["mlp_input"], taps)
+        found["mlp_output"], inner = mlp_and_experts(arch, params, x, found["mlp_input"], taps, grouped)
     else:
-        found["mlp_output"], inner = mlp(arch, params["mlp"], found["mlp_input"], taps)
+        found["mlp_output"], inner = mlp(arch, params["mlp"], found["mlp_input"], taps, grouped)
     found |= inner
     if arch.parallel:
         x = x + y

@@ -15,18 +15,28 @@ from tracing_jax.tree import Tree
 
 _KERNELS = ("gate_proj", "up_proj", "down_proj")
 
+_GROUP = 128
+"""Tokens that an expert computes at a time where each computes only those it is selected for."""
+
 
 def mlp(
-    arch: Arch, params: Tree, x: Float[Array, "B T D"], taps: Collection[str] = ()
+    arch: Arch, params: Tree, x: Float[Array, "B T D"], taps: Collection[str] = (), grouped: bool = False
 ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "B T *units"]]]:
     """Returns the output of an MLP or a mixture of experts, and those of `gate`, `up` and `units` that are asked for.
 
     An MLP computes `down(act(gate(x)) * up(x))`, or `down(act(up(x)))` without a gate; its units are the columns of up.
 
+    Args:
+      arch: the facts of the model.
+      params: the subtree of the MLP.
+      x: what it reads.
+      taps: inner activations to return.
+      grouped: whether experts may compute the tokens that they are selected for alone; see `_selected_experts`.
+
     Source: Shazeer 2020, GLU variants (arXiv 2002.05202).
     """
     if "router" in params:
-        return _mixture(arch, params, x, taps)
+        return _mixture(arch, params, x, taps, grouped)
     found = _inner(arch, params, x)
     y = linear(params["down_proj"], found["units"], "btf,fd->btd")
     return y, {tap: found[tap] for tap in taps if tap in found}
@@ -76,25 +86,26 @@ def _clamped_glu(gate: jax.Array, up: jax.Array, limit: float, slope: float) -> 
 
 
 def _mixture(
-    arch: Arch, params: Tree, x: Float[Array, "B T D"], taps: Collection[str]
+    arch: Arch, params: Tree, x: Float[Array, "B T D"], taps: Collection[str], grouped: bool
 ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "B T E F"]]]:
     """Returns the sum of the k selected experts' MLPs weighted by the router, and inner activations of all experts.
-
-    Every expert computes every token, one expert at a time, and those not selected have weight 0: the numbers are
-    exact, only one expert's activations `[B T F]` are held at a time, and the cost is E / k times that of computing the
-    selected experts alone (4 times for 8 experts, 2 per token).
 
     Source: Jiang et al. 2024, Mixtral of Experts (arXiv 2401.04088), section 2.1; the MLP that every token passes is
     that of DeepSeekMoE (arXiv 2401.06066).
     """
-    total, found = _experts(arch, params, x, expert_weights(arch, params["router"], x), taps)
+    total, found = _experts(arch, params, x, expert_weights(arch, params["router"], x), taps, grouped)
     if "shared" in params:
         total = total + _shared(arch, params, x)
     return total.astype(x.dtype), found
 
 
 def mlp_and_experts(
-    arch: Arch, layer: Tree, stream: Float[Array, "B T D"], x: Float[Array, "B T D"], taps: Collection[str]
+    arch: Arch,
+    layer: Tree,
+    stream: Float[Array, "B T D"],
+    x: Float[Array, "B T D"],
+    taps: Collection[str],
+    grouped: bool = False,
 ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "B T E F"]]]:
     """Returns what `mlp` does where the experts, the MLP beside them and the router have norms of their own.
 
@@ -104,40 +115,116 @@ def mlp_and_experts(
       stream: the hidden state.
       x: what the experts read of it.
       taps: inner activations of the experts.
+      grouped: as for `mlp`.
 
     Source: Gemma 4, as transformers has it.
     """
     params = layer["mlp"]
     routed = scaled(norm(arch, layer["router_norm"], stream), arch.embed_dim**-0.5)
-    experts, found = _experts(arch, params, x, expert_weights(arch, params["router"], routed), taps)
+    experts, found = _experts(arch, params, x, expert_weights(arch, params["router"], routed), taps, grouped)
     beside = _shared(arch, params, norm(arch, layer["shared_mlp_norm"], stream)).astype(x.dtype)
     y = norm(arch, layer["shared_mlp_post_norm"], beside)
     return y + norm(arch, layer["expert_post_norm"], experts.astype(x.dtype)), found
 
 
 def _experts(
-    arch: Arch, params: Tree, x: Float[Array, "B T D"], weights: Float[Array, "B T E"], taps: Collection[str]
+    arch: Arch,
+    params: Tree,
+    x: Float[Array, "B T D"],
+    weights: Float[Array, "B T E"],
+    taps: Collection[str],
+    grouped: bool,
 ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "B T E F"]]]:
     """Returns the sum of what experts return times their weights, in float32, and inner activations of them all."""
+    x = _to_latent(params, x)
+    kernels = {name: params[name] for name in _KERNELS if name in params}
+    found: dict[str, jax.Array] = {}
+    if grouped and not taps and _saves_time(arch, weights):
+        total = _selected_experts(arch, kernels, x, weights)
+    else:
+        total, found = _every_expert(arch, kernels, x, weights, taps)
+    if "latent_out" in params:
+        total = linear(params["latent_out"], total.astype(x.dtype), "btc,cd->btd").astype(jnp.float32)
+    return total, found
+
+
+def _saves_time(arch: Arch, weights: Float[Array, "B T E"]) -> bool:
+    """Returns whether groups, of which the last of each expert is filled up, are at most half of all tokens."""
+    B, T, E = weights.shape
+    return 2 * (B * T * (arch.experts_per_token or E) + E * _GROUP) <= E * B * T
+
+
+def _selected_experts(
+    arch: Arch, kernels: Tree, x: Float[Array, "B T C"], weights: Float[Array, "B T E"]
+) -> Float[Array, "B T C"]:
+    """Returns the sum of what the selected experts return times their weights, each computing its own tokens alone.
+
+    Tokens are sorted by expert and divided into groups of one expert each, so many that any choice of experts fits. The
+    cost is k / E of that of `_every_expert`, and that of a group more for each expert.
+
+    Source: as Gale et al. 2022, MegaBlocks (arXiv 2211.15841): no token is dropped. `jax.lax.ragged_dot` computes every
+    expert for every token where there is no kernel for it, as on CPUs.
+    """
+    B, T, E = weights.shape
+    N, k = B * T, arch.experts_per_token
+    assert k is not None
+    of_token = weights.reshape(N, E)
+    _, selected = jax.lax.top_k(jnp.abs(of_token), k)
+    chosen = jnp.take_along_axis(of_token, selected, axis=1)
+    expert = selected.reshape(-1)
+    count = jnp.bincount(expert, length=E)
+    last_group = jnp.cumsum(-(-count // _GROUP))
+    groups = N * k // _GROUP + E
+    # The place of each token of an expert: those of one expert in a row, from the start of its first group.
+    order = jnp.argsort(expert)
+    sorted_expert = expert[order]
+    first = (last_group - -(-count // _GROUP)) * _GROUP - (jnp.cumsum(count) - count)
+    place = jnp.zeros_like(expert).at[order].set(first[sorted_expert] + jnp.arange(N * k))
+    token = jnp.full(groups * _GROUP, N).at[place].set(jnp.arange(N * k) // k)  # places that are left read zeros
+    scale = jnp.zeros(groups * _GROUP, weights.dtype).at[place].set(chosen.reshape(-1))
+    rows = jnp.concatenate([x.reshape(N, -1), jnp.zeros((1, x.shape[-1]), x.dtype)])
+
+    def of_group(group: tuple[jax.Array, jax.Array, jax.Array]) -> Float[Array, "G C"]:
+        index, tokens, scales = group
+        own = jax.tree.map(lambda leaf: leaf[index], kernels)
+        return _of_expert(arch, own, rows[tokens][None], scales[None])[0][0]
+
+    of_groups = jnp.minimum(jnp.searchsorted(last_group, jnp.arange(groups), side="right"), E - 1)
+    per_group = (of_groups, token.reshape(groups, _GROUP), scale.reshape(groups, _GROUP))
+    found = jax.lax.map(of_group, per_group).reshape(groups * _GROUP, -1)
+    return found[place].reshape(B, T, k, -1).sum(axis=2)
+
+
+def _every_expert(
+    arch: Arch, kernels: Tree, x: Float[Array, "B T C"], weights: Float[Array, "B T E"], taps: Collection[str]
+) -> tuple[Float[Array, "B T C"], dict[str, Float[Array, "B T E F"]]]:
+    """Returns what `_selected_experts` does, and inner activations of all experts, for every token.
+
+    One expert at a time computes all tokens, and those not selected have weight 0: only one expert's activations
+    `[B T F]` are held, and tokens stay on their devices.
+    """
 
     def add_expert(
         total: jax.Array, expert: tuple[jax.Array, Tree]
     ) -> tuple[jax.Array, dict[str, Float[Array, "B T F"]]]:
         weight, own = expert
-        read = x
-        if arch.router.weights_input:
-            read, weight = (x.astype(jnp.float32) * weight[..., None]).astype(x.dtype), jnp.ones_like(weight)
-        found = _inner(arch, own, read)
-        y = linear(own["down_proj"], found["units"], "btf,fd->btd").astype(jnp.float32)
-        return total + weight[..., None] * y, {tap: found[tap] for tap in taps if tap in found}
+        y, found = _of_expert(arch, own, x, weight)
+        return total + y, {tap: found[tap] for tap in taps if tap in found}
 
-    x = _to_latent(params, x)
     start = jnp.zeros(x.shape, jnp.float32)
-    kernels = {name: params[name] for name in _KERNELS if name in params}
     total, found = jax.lax.scan(add_expert, start, (jnp.moveaxis(weights, -1, 0), kernels))
-    if "latent_out" in params:
-        total = linear(params["latent_out"], total.astype(x.dtype), "btc,cd->btd").astype(jnp.float32)
     return total, _experts_last(found)
+
+
+def _of_expert(
+    arch: Arch, own: Tree, x: Float[Array, "B T C"], weight: Float[Array, "B T"]
+) -> tuple[Float[Array, "B T C"], dict[str, Float[Array, "B T F"]]]:
+    """Returns what one expert adds, in float32, and its inner activations."""
+    if arch.router.weights_input:
+        x, weight = (x.astype(jnp.float32) * weight[..., None]).astype(x.dtype), jnp.ones_like(weight)
+    found = _inner(arch, own, x)
+    y = linear(own["down_proj"], found["units"], "btf,fd->btd").astype(jnp.float32)
+    return weight[..., None] * y, found
 
 
 def _to_latent(params: Tree, x: Float[Array, "B T D"]) -> Float[Array, "B T C"]:
