@@ -223,7 +223,7 @@ def _have_effect(
 @jax.jit
 def _products(
     gradients: Float[Array | np.ndarray, "T D"],
-    gain: Float[Array, " D"] | float,
+    gain: Float[Array, "..."] | float,
     down: Float[Array | np.ndarray, "F D"],
 ) -> Float[Array, "T F"]:
     return jnp.matmul(gradients * gain, down.astype(jnp.float32).T, precision="highest")
