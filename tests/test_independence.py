@@ -229,7 +229,7 @@ def log_softmax(x):
 def test_forward_statistics_make_one_pass_per_model(statistic, monkeypatch):
     """Every layer of every model sees each of its batches once."""
     calls, step = [], forward_pass.block_step
-    monkeypatch.setattr(forward_pass, "block_step", lambda *args: (calls.append(0), step(*args))[1])
+    monkeypatch.setattr(forward_pass, "block_step", lambda *args, **more: (calls.append(0), step(*args, **more))[1])
     statistic.compute(pair_of(BASE, OTHER))
     layers, batches, models = 3, 2, 2
     assert len(calls) == layers * batches * models

@@ -213,7 +213,7 @@ def _accumulate_step(
     mesh: Mesh,
     units: list[ArrayPair],
     pairing: _Pairing,
-    selection: tuple[ArrayPair, list[HostPair]] | None,
+    selection: tuple[ArrayPair, list[ArrayPair]] | None,
     is_first: bool | jax.Array,
     sums: list[Sums],
 ) -> tuple[list[Sums], list[ArrayPair]]:
