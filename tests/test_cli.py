@@ -309,3 +309,41 @@ def test_compiled_programs_are_kept_in_the_cache_of_the_user_unless_another_plac
     subprocess.run([sys.executable, "-c", _KEPT, when], env=environment, check=True, timeout=60)
     assert any(own.iterdir())
     assert set(folder.iterdir()) == before
+
+
+_LISTED = """
+import sys
+from pathlib import Path
+from tracing_jax.cli.startup import import_transformers_without_torch
+read = set()
+sys.addaudithook(lambda event, given: read.add(str(given[0])) if event == "open" else None)
+if sys.argv[1] == "kept":
+    import_transformers_without_torch()
+import transformers
+from transformers.utils.import_utils import define_import_structure
+models = Path(transformers.__path__[0]) / "models"
+print(sum(Path(file).name.startswith("modeling_") for file in read))
+print(sorted((sorted(needs), sorted(m), sorted(map(sorted, m.values())))
+             for needs, m in define_import_structure(models, "models").items()))
+print(transformers.LlamaConfig().model_type, transformers.utils.__name__, transformers.__version__)
+"""
+
+
+@pytest.mark.slow
+def test_the_list_of_models_of_transformers_is_read_once_and_stays_the_same(tmp_path):
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+
+    def listed(how):
+        command = [sys.executable, "-c", _LISTED, how]
+        done = subprocess.run(command, env=environment, check=True, timeout=60, capture_output=True, text=True)
+        opened, *found = done.stdout.splitlines()
+        return int(opened), found
+
+    opened, plain = listed("plain")
+    assert opened > 100
+    assert listed("kept") == (opened, plain)
+    assert listed("kept") == (0, plain)
+    (file,) = (tmp_path / "tracing_jax").glob("transformers-*")
+    file.write_bytes(file.read_bytes()[:1000])
+    assert listed("kept") == (opened, plain)
+    assert listed("kept") == (0, plain)

@@ -3,12 +3,17 @@
 It also lets the C library keep memory that is free again, where there is much of it.
 """
 
+import contextlib
 import ctypes
+import functools
 import hashlib
+import importlib.util
+import marshal
 import os
 import platform
 import re
 import sys
+import types
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -143,13 +148,16 @@ def cache_folder() -> Path:
 
     Programs for a CPU use the instructions of the one that compiled them, and nodes that share a home may differ.
     """
-    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     instructions = ""
     if _CPU_FACTS.exists():
         lines = _CPU_FACTS.read_text(errors="replace").splitlines()
         instructions = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     kind = hashlib.sha256(instructions.encode()).hexdigest()[:8]
-    return root / "tracing_jax" / "xla" / f"{platform.machine()}-{kind}"
+    return _cache_root() / "xla" / f"{platform.machine()}-{kind}"
+
+
+def _cache_root() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tracing_jax"
 
 
 def import_transformers_without_torch() -> None:
@@ -163,28 +171,57 @@ def import_transformers_without_torch() -> None:
         return
     sys.modules["torch"] = None  # type: ignore[assignment]  # an import of it fails, and a search finds nothing
     try:
+        _keep_list_of_models()
         from transformers.utils.import_utils import is_torch_available
 
         is_torch_available()  # it remembers the answer
     finally:
         del sys.modules["torch"]
-    _let_transformers_list_its_models_once()
 
 
-def _let_transformers_list_its_models_once() -> None:
-    """Makes transformers use what it found in the source of its models when it was imported.
+def _keep_list_of_models() -> None:
+    """Makes transformers use a list of its models that an earlier run kept; else it reads 3,000 source files, twice.
 
-    It reads all of it, some 3,000 files, once for the names of the package and again for those of its models: it keeps
-    what it finds in each folder, but of fewer folders than it has.
+    It does so whenever it is imported, for the names that it and its subpackage of models have. The module that does is
+    imported before the package, in a package of the same name that has nothing else, and what it finds is kept.
     """
-    from transformers.utils import import_utils
-
-    scan: Callable[[Any], Any] | None = getattr(import_utils, "create_import_structure_from_path", None)
-    if scan is None:
+    spec, name = importlib.util.find_spec("transformers"), "create_import_structure_from_path"
+    if spec is None or not spec.submodule_search_locations:
         return
-    models = Path(import_utils.__file__).parents[1] / "models"
-    found = scan(models)  # known: it is the last of what was found
+    package = types.ModuleType("transformers")
+    package.__path__ = list(spec.submodule_search_locations)
+    package.__dict__["__version__"] = version = metadata.version("transformers")
+    sys.modules["transformers"] = package
+    try:
+        import_utils = importlib.import_module("transformers.utils.import_utils")
+    except ImportError:  # of a future version, whose modules need more of the package
+        for module in [module for module in sys.modules if module.startswith("transformers.")]:
+            del sys.modules[module]
+        return
+    finally:
+        del sys.modules["transformers"]
+    scan: Callable[[Any], Any] | None = getattr(import_utils, name, None)
+    models = Path(package.__path__[0]) / "models"
+    if scan is None or not models.is_dir():
+        return
+    file = _cache_root() / f"transformers-{version}-{models.stat().st_mtime_ns:x}.{sys.implementation.cache_tag}"
+    found = functools.cache(lambda: scan(models) if "dev" in version else _kept(file, lambda: scan(models)))
     same = {models, models / "__init__.py"}
-    setattr(  # noqa: B010  # a name that future versions may lack
-        import_utils, "create_import_structure_from_path", lambda path: found if Path(path) in same else scan(path)
-    )
+    setattr(import_utils, name, lambda path: found() if Path(path) in same else scan(path))
+
+
+def _kept(file: Path, compute: Callable[[], Any]) -> Any:
+    """Returns what is in a file of plain data; where there is none, or it is damaged, computes it and writes the file.
+
+    Without a place to write nothing is kept.
+    """
+    try:
+        return marshal.loads(file.read_bytes())
+    except (OSError, EOFError, ValueError, TypeError):
+        found = compute()
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_name(f"{file.name}.{os.getpid()}")
+        part.write_bytes(marshal.dumps(found))
+        part.replace(file)
+    return found
