@@ -1,11 +1,13 @@
 """Rewrites keep the function of every family for which they exist, undo, compose, and are refused where they do not."""
 
+import dataclasses
 import functools
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import tiny
 from cases import slow
 from parity_cases import CASES
 from reference64 import logits64
@@ -132,6 +134,33 @@ def test_all_of_them_together_keep_the_logits_in_any_order(name):
         after = in_memory(rewritten(before, rewrites))
         assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {np.dtype(np.float32)}
         assert moved(before, after, tokens, rewrites) <= TOLERANCES[np.float32]
+
+
+def test_rows_behind_a_layer_norm_have_any_multiple_of_one_over_its_gain():
+    arch = tiny.gpt2()
+    rows = {name for name in MeanSetting.random(jax.random.key(0), arch).values if "/o_proj" not in name}
+    behind = ("attn/q_proj", "attn/k_proj", "attn/v_proj", "mlp/up_proj")
+    assert rows >= {f"layers/{i}/{name}/kernel" for i in range(arch.num_layers) for name in behind}
+    assert not any("lm_head" in name for name in rows)  # its norm has a bias, and it has none
+    plain = dataclasses.replace(arch, norm="layer_norm_plain", tied=False, qkv_bias=False, mlp_bias=False)
+    assert {"head/lm_head/kernel", "layers/1/attn/q_proj/kernel"} <= {*MeanSetting.zeros(plain).values}
+
+    before = tiny.model(arch, 0)
+    name, norm = "layers/0/mlp/up_proj/kernel", before.params["layers"]["0"]["mlp_norm"]
+    gain, kernel = (np.asarray(leaf, np.float64) for leaf in (norm["scale"], flatten(before.params)[name]))
+    values = np.linspace(-3, 3, arch.mlp_dim)
+    rewrite = MeanSetting({name: values})
+    after = flatten(in_memory(rewritten(before, [rewrite])).params)
+    added = values - (gain[:, None] * kernel).mean(axis=0)
+    np.testing.assert_allclose(after[name], kernel + added / gain[:, None], rtol=1e-5, atol=1e-6)
+    bias = np.asarray(flatten(before.params)[name.replace("kernel", "bias")], np.float64)
+    given = np.asarray(norm["bias"], np.float64) / gain
+    np.testing.assert_allclose(after[name.replace("kernel", "bias")], bias - added * given.sum(), rtol=1e-5, atol=1e-5)
+
+    zero = jax.tree.map(np.array, before.params)
+    zero["layers"]["0"]["mlp_norm"]["scale"][1] = 0
+    kept = flatten(in_memory(rewritten(InMemory(arch, zero), [rewrite])).params)
+    np.testing.assert_array_equal(kept[name], flatten(zero)[name])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -23,11 +23,13 @@ from tracing_jax.record import plain
 from tracing_jax.rewrites import (
     DISGUISES,
     IdentityLayer,
+    MeanSetting,
     Padding,
     Permutation,
     Renaming,
     Rewrite,
     UnitScaling,
+    Untying,
     draw_rewrites,
 )
 from tracing_jax.sources import InMemory, in_memory, rewritten
@@ -165,6 +167,17 @@ def test_what_other_norms_and_activations_allow_is_undone(arch, disguise):  # th
     """Rotations that keep the mean, means, positive factors of ReLU units, signs of features."""
     base = in_float64(arch)
     check_law(base, finetuned(base), disguise)
+
+
+def test_means_that_were_set_are_reported():
+    base = in_float64(tiny.gpt2())
+    rewrite = drawn("means", base.arch)[0]
+    shifted = MeanSetting({name: 1 + values for name, values in rewrite.values.items()})
+    hidden = in_memory(rewritten(base, [shifted]))
+    restored, found = aligned_to(base, hidden, "all")
+    assert found.undone["means"]["greatest_change"] == pytest.approx(1, abs=0.5)
+    assert aligned_to(base, base, "all")[1].undone["means"]["greatest_change"] < EXACT
+    assert greatest_difference(restored, in_memory(rewritten(base, [Untying()]))) < EXACT
 
 
 def test_norms_that_allow_no_rotation_leave_the_features_permuted():

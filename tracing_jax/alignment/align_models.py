@@ -22,11 +22,11 @@ from tracing_jax.alignment.float64_leaves import leaf_cosines
 from tracing_jax.alignment.learning import Learned, Learning, learn
 from tracing_jax.alignment.residual_products import residual_products
 from tracing_jax.alignment.result import Alignment, Evidence, cosines_by_kind, undone_by
-from tracing_jax.alignment.rewrite_estimation import estimate_rewrites, gains_of
+from tracing_jax.alignment.rewrite_estimation import estimate_rewrites, gains_of, means_of
 from tracing_jax.axes import PERMUTABLE, axis_table
 from tracing_jax.forward import LEAST_BLOCKS, check_function
 from tracing_jax.matching import Shared, match_weights
-from tracing_jax.rewrites import Permutation, Rewrite, reorders_only
+from tracing_jax.rewrites import MeanSetting, Permutation, Rewrite, reorders_only
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import ParamSource, in_memory, is_resident, params_of, rewritten
@@ -235,7 +235,8 @@ def _by_maps(
 ) -> _Candidate:
     rewrites, left_out = estimate_rewrites(base, ft, kinds, shared, states)
     after = rewritten(ft, rewrites)
-    undone = undone_by(rewrites, gains_of(base), gains_of(ft))
+    means = means_of(ft) if any(isinstance(rewrite, MeanSetting) for rewrite in rewrites) else {}
+    undone = undone_by(rewrites, gains_of(base), gains_of(ft), means)
     if ft.arch.tied and not after.arch.tied:
         undone["untied"] = True
     return _Candidate(rewrites, {**unsupported, **left_out}, leaf_cosines(base, after, shared), undone)

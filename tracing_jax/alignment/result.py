@@ -11,6 +11,7 @@ from tracing_jax.rewrites import (
     GainSetting,
     IdentityLayer,
     LayerRemoval,
+    MeanSetting,
     Padding,
     Permutation,
     Permutations,
@@ -164,8 +165,10 @@ def rewrite_arrays(rewrites: Sequence[Rewrite]) -> dict[str, np.ndarray]:
     return found
 
 
-def undone_by(rewrites: Sequence[Rewrite], gains_base: Gains, gains_ft: Gains) -> dict[str, Any]:
-    """Returns numbers about each rewrite of a model that has base's shape and had the gains `gains_ft`."""
+def undone_by(
+    rewrites: Sequence[Rewrite], gains_base: Gains, gains_ft: Gains, means_ft: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """Returns numbers about each rewrite of a model that has base's shape and had these gains and means."""
     report: dict[str, Any] = {}
     for rewrite in rewrites:
         match rewrite:
@@ -173,6 +176,8 @@ def undone_by(rewrites: Sequence[Rewrite], gains_base: Gains, gains_ft: Gains) -
                 report["rotation"] = _rotation(rewrite.matrix)
             case GainSetting() | GainScaling():
                 report["gains"] = _gains(gains_base, gains_ft)
+            case MeanSetting():
+                report["means"] = _means(rewrite.values, means_ft)
             case UnitScaling():
                 report["scaling"] = _factors(rewrite.factors)
             case ValueMixing():
@@ -225,3 +230,9 @@ def _gains(base: Gains, ft: Gains) -> dict[str, float]:
     pairs = [[np.sort(np.abs(gains[norm])) for gains in (base, ft)] for norm in base]
     logs = [np.abs(np.log(y[known] / x[known])) for x, y in pairs if (known := (x > 0) & (y > 0)).any()]
     return {"greatest_factor": float(np.exp(max((log.max() for log in logs), default=0.0)))}
+
+
+def _means(base: Mapping[str, np.ndarray], ft: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Returns how far ft's means over the features were from base's, paired by size as gains are."""
+    pairs = [[np.sort(np.abs(means[name]), axis=None) for means in (base, ft)] for name in base if name in ft]
+    return {"greatest_change": max((float(np.abs(y - x).max()) for x, y in pairs), default=0.0)}

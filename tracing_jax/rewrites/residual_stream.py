@@ -122,9 +122,14 @@ class Rotation(Rewrite):
 class MeanSetting(Rewrite):
     """The mean over the features of what is written to the residual stream is set: LayerNorms subtract it.
 
+    So is that of rows that read the output of a LayerNorm, each times the norm's gain: the stream is orthogonal to the
+    vector of ones there, so that a row may have any multiple of one over the gain added. What a bias of the norm gives
+    with it moves to the bias of the row; rows without one are not changed behind such a norm. Nor are rows where a gain
+    is zero.
+
     Attributes:
-      values: leaf that writes the residual stream, such as `embed/embedding` -> the means afterwards, an array over its
-        other axes. A leaf that is not named keeps its own.
+      values: leaf that writes the residual stream, such as `embed/embedding`, or reads it -> the means afterwards, an
+        array over its other axes. A leaf that is not named keeps its own.
 
     Example:
       >>> tj.rewrites.MeanSetting.unsupported(tj.open("demo:base").arch)
@@ -158,12 +163,23 @@ class MeanSetting(Rewrite):
         return "embed/embedding" in self.values
 
     def apply(self, prefix: str, read: Read, arch: Arch) -> Weights:
-        found = dict(read(prefix))
+        found, table = dict(read(prefix)), subtable(prefix, arch)
         for name, values in self.values.items():
-            if (own := name.removeprefix(prefix)) != name and own in found:
-                dim = axis_table(arch).leaves[name].axes.index("embed")
-                x, new = found[own].float64, np.expand_dims(values, dim)
-                found[own] = found[own].with_values(_without_mean(x, dim) + new)
+            if (own := name.removeprefix(prefix)) == name or own not in found:
+                continue
+            spec, x = table.leaves[own], found[own].float64
+            dim = spec.axes.index("embed")
+            gain, added = (
+                np.expand_dims(vector, [*range(1, x.ndim - dim)])
+                for vector in _of_norm(prefix, spec.input_norm, {name: w.float64 for name, w in found.items()})
+            )
+            if not gain.all():
+                continue
+            new = (_without_mean(x * gain, dim) + np.expand_dims(values, dim)) / gain
+            found[own] = found[own].with_values(new)
+            if added.any():
+                bias = own.replace("kernel", "bias")
+                found[bias] = found[bias].with_values(found[bias].float64 + ((x - new) * added).sum(axis=dim))
         return found
 
 
@@ -192,13 +208,33 @@ def writes_stream(spec: LeafSpec) -> bool:
     return "embed" in spec.axes and spec.roles[spec.axes.index("embed")] == "writes"
 
 
+def _reads_stream(name: str, table: AxisTable, prefix: str = "") -> bool:
+    """Returns whether a leaf reads the residual stream and has a bias, if the norm before it adds one."""
+    spec = table.leaves[name]
+    if "embed" not in spec.axes or spec.roles[spec.axes.index("embed")] != "reads":
+        return False
+    if spec.input_norm is None or f"{spec.input_norm.removeprefix(prefix)}/bias" not in table.leaves:
+        return True
+    bias = table.leaves.get(name.replace("kernel", "bias"))
+    return bias is not None and bias.axes == tuple(axis for axis in spec.axes if axis != "embed")
+
+
+def _of_norm(
+    prefix: str, norm: str | None, leaves: Mapping[str, np.ndarray]
+) -> tuple[Float[np.ndarray, " _"], Float[np.ndarray, " _"]]:
+    """Returns gain and bias of a LayerNorm; of none, or of one that has none, one and zero."""
+    own = "" if norm is None else norm.removeprefix(prefix)
+    gain, bias = (leaves.get(f"{own}/{part}") for part in ("scale", "bias"))
+    return np.ones(1) if gain is None else gain, np.zeros(1) if bias is None else bias
+
+
 def _means(arch: Arch) -> dict[str, tuple[int, ...]]:
-    """Returns each leaf that writes the residual stream, with the shape of its means over the features."""
+    """Returns each leaf that writes or reads the residual stream, with the shape of its means over the features."""
     table = axis_table(arch)
     return {
         name: tuple(table.sizes[axis or ""] for axis in spec.axes if axis != "embed")
         for name, spec in table.leaves.items()
-        if writes_stream(spec)
+        if writes_stream(spec) or _reads_stream(name, table)
     }
 
 
@@ -215,7 +251,9 @@ _ROUNDING = 1e-14
 
 
 def means_in(prefix: str, leaves: Mapping[str, np.ndarray], table: AxisTable) -> dict[str, Float[np.ndarray, "..."]]:
-    """Returns leaf -> the means over the features, of those leaves of a subtree that write the residual stream.
+    """Returns leaf -> the means over the features that `MeanSetting` sets, of those leaves of a subtree that have any.
+
+    Behind a norm with a gain of zero rows have none.
 
     Args:
       prefix: of the subtree.
@@ -224,6 +262,10 @@ def means_in(prefix: str, leaves: Mapping[str, np.ndarray], table: AxisTable) ->
     """
     found = {}
     for name, spec in table.leaves.items():
-        if name in leaves and writes_stream(spec):
-            found[prefix + name] = np.asarray(leaves[name], np.float64).mean(axis=spec.axes.index("embed"))
+        if name not in leaves or not (writes_stream(spec) or _reads_stream(name, table, prefix)):
+            continue
+        x, dim = np.asarray(leaves[name], np.float64), spec.axes.index("embed")
+        gain = np.asarray(_of_norm(prefix, spec.input_norm, leaves)[0], np.float64)
+        if gain.all():
+            found[prefix + name] = (x * np.expand_dims(gain, [*range(1, x.ndim - dim)])).mean(axis=dim)
     return found
