@@ -28,8 +28,8 @@ from tracing_jax.statistics.mlp_rows import centred_directions, unit_length, wit
 from tracing_jax.statistics.pvalues import bonferroni
 from tracing_jax.tree import Tree, flatten, taken, to_host
 
-FactoredMoments = Sequence[Float[Array | np.ndarray, "_ D"]]
-"""For each second moment `M = P^T P` the rows P, scaled to length one."""
+FactoredMoments = Float[np.ndarray, "N m D"]
+"""For each second moment `M = P^T P` the rows P, scaled to length one; rows of zeros make them equally many."""
 
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _LEAST = 1e-6
@@ -50,15 +50,19 @@ def moments_of_layers(
       ids: tokens of the embedding's moment; none gives none.
       rows_of_each: how many units of all layers together.
     """
-    found = []
+    found = list[np.ndarray]()
     if len(ids) >= 2:
         rows = jnp.asarray(taken(model.embed()["embedding"], ids), jnp.float32)
-        found.append(centred_directions(without_mean(rows, model.arch)))
+        found.append(to_host(centred_directions(without_mean(rows, model.arch))))
     by_name: dict[str, list[Array]] = {}
     for i in layers:
         for name, rows in _largest_units(model, i, -(-rows_of_each // len(layers))):
             by_name.setdefault(name, []).append(rows)
-    return found + [np.concatenate(to_host(some)) for some in by_name.values()]
+    found += [np.concatenate(to_host(some)) for some in by_name.values()]
+    stacked = np.zeros((len(found), max(map(len, found), default=0), model.arch.embed_dim), np.float32)
+    for moment, some in zip(stacked, found):
+        moment[: len(some)] = some
+    return stacked
 
 
 def head_descriptors(
@@ -66,7 +70,7 @@ def head_descriptors(
 ) -> Float[np.ndarray, "K G F"]:
     """Returns the descriptor of each query head of a layer."""
     parts = []
-    for found in to_host(_gram_matrices(head_kernels(layer, arch), _gains(layer, arch), tuple(moments))):
+    for found in to_host(_gram_matrices(head_kernels(layer, arch), _gains(layer, arch), moments)):
         through_one, through_other, cross = (grams.astype(np.float64) for grams in found)
         parts.append(_invariants(through_one, through_other, cross, num_singular_values))
     return np.concatenate(parts, axis=-1)
@@ -161,14 +165,14 @@ def _singular_values(
     return np.sqrt(np.maximum(np.linalg.eigvalsh(product), 0))[..., ::-1]
 
 
-_Grams = tuple[Float[Array, "N K _ H H"], Float[Array, "N K _ H H"], Float[Array, "K _ H H"]]
+_Grams = tuple[Float[Array, "N1 K _ H H"], Float[Array, "N1 K _ H H"], Float[Array, "K _ H H"]]
 
 
 @jax.jit
 def _gram_matrices(
     kernels: Mapping[str, Float[Array, "..."]],
     gains: Mapping[str, Float[Array, "..."]],
-    moments: tuple[Float[Array | np.ndarray, "_ D"], ...],
+    moments: Float[Array | np.ndarray, "N m D"],
 ) -> tuple[_Grams, ...]:
     """Returns those of the heads' queries X and keys Y, and of their values X and outputs Y, with the gains applied.
 
@@ -180,26 +184,21 @@ def _gram_matrices(
         gain = gains.get("input", jnp.ones(1))
         return kernel * gain.reshape(-1, *[1] * (kernel.ndim - 1))
 
+    def through(side: Float[Array, "D K G H"]) -> Float[Array, "N1 K G H H"]:
+        read = jnp.einsum("nmd,dkgh->nmkgh", moments, side, precision="highest")
+        return jnp.concatenate([_products(side, side)[None], _products(read, read)])
+
     def grams(one: Float[Array, "D K G H"], other: Float[Array, "D K G2 H"]) -> _Grams:
-        found = []
-        for side in (one, other):
-            through = [side]
-            if moments:  # one product of matrices, as large as possible
-                together = jnp.einsum("md,dkgh->mkgh", jnp.concatenate(moments), side, precision="highest")
-                through += jnp.split(together, np.cumsum([len(rows) for rows in moments])[:-1])
-            found.append(jnp.stack([_products(rows, rows) for rows in through]))
-        return found[0], found[1], _products(one, other)
+        return through(one), through(other), _products(one, other)
 
     key, value, output = scaled("k")[:, :, None], scaled("v")[:, :, None], jnp.moveaxis(kernels["o"], -1, 0)
     return grams(scaled("q"), key), grams(value, output)
 
 
-def _products(
-    one: Float[Array | np.ndarray, "m K G H"], other: Float[Array | np.ndarray, "m K G2 H"]
-) -> Float[Array, "K G3 H H"]:
+def _products(one: Float[Array, "*N m K G H"], other: Float[Array, "*N m K G2 H"]) -> Float[Array, "*N K G3 H H"]:
     # Heads in front before the product: XLA's products of batches in the middle take twice as long.
-    sides = (jnp.transpose(side, (1, 2, 0, 3)) for side in jnp.broadcast_arrays(one, other))
-    return jnp.einsum("kgmh,kgmi->kghi", *sides, precision="highest")
+    sides = (jnp.moveaxis(side, -4, -2) for side in jnp.broadcast_arrays(one, other))
+    return jnp.einsum("...mh,...mi->...hi", *sides, precision="highest")
 
 
 def _largest_units(model: ParamSource, index: int, count: int) -> Iterator[tuple[str, Float[Array, "m D"]]]:
