@@ -50,6 +50,8 @@ from tracing_jax.statistics import (
     unit_effects,
 )
 from tracing_jax.statistics import distinct_units as distinct_units_module
+from tracing_jax.statistics.calibration import null_of
+from tracing_jax.statistics.comparison import Comparison
 from tracing_jax.statistics.csh import Csh
 from tracing_jax.statistics.csu import Csu, CsuAll
 from tracing_jax.statistics.distinct_units import distinct_units, stream_size
@@ -58,11 +60,12 @@ from tracing_jax.statistics.head_kernels import explained_by_others, inactive_he
 from tracing_jax.statistics.head_matrices import head_matrices
 from tracing_jax.statistics.heads_in_place import HeadsInPlace
 from tracing_jax.statistics.match import Match
-from tracing_jax.statistics.match_all import MatchAll
+from tracing_jax.statistics.match_all import MatchAll, unexplained
 from tracing_jax.statistics.match_heads import MatchHeads
 from tracing_jax.statistics.match_io import MatchIo
 from tracing_jax.statistics.match_mlps import MatchMlps
 from tracing_jax.statistics.match_moments import MatchMoments
+from tracing_jax.statistics.nulls import agreement_log_sf
 from tracing_jax.statistics.repeated_layers import repeated_layers
 from tracing_jax.statistics.shared_tokens import TokenRows
 from tracing_jax.statistics.unit_outputs import reached_experts
@@ -332,6 +335,46 @@ def test_units_of_one_gate_are_no_evidence_unless_all_their_rows_are_alike(arch)
     assert obscured_layers(base) == []
     given, hidden_too = (hidden_by("match", arch, arch, False, obscured) for obscured in (False, True))
     assert (given, hidden_too) == ((), ("layers most of whose MLP units are no evidence",))
+
+
+@pytest.mark.parametrize("layers", [(0,), (0, 1, 2)])
+@pytest.mark.parametrize("arch", [ARCH, tiny.gpt2(mlp_dim=64)], ids=["gated", "gateless"])
+def test_units_whose_two_rows_are_alike_are_no_evidence(arch, layers):
+    """Matchings by one and by the other agree by themselves, in the layers of two strangers that have such units."""
+    layers = layers[: arch.num_layers]
+
+    def alike(seed):
+        found = on_host(tiny.model(arch, seed))
+        for i in layers:
+            own = found.params["layers"][str(i)]["mlp"]
+            two = ("gate_proj", "up_proj") if arch.gated else ("up_proj", "down_proj")
+            one, other = (np.asarray(own[name]["kernel"]) for name in two)
+            own[two[1]]["kernel"] = 0.2 * other + (one if arch.gated else one.T * other.std() / one.std())
+        return found
+
+    base, other = alike(0), alike(1)
+    for i in range(arch.num_layers):
+        found = distinct_units(base, i)
+        assert (len(found.kept) == 0) == (i in layers)
+        assert found.is_obscured == (i in layers)
+        assert found.alike >= (0.9 * found.total if i in layers else 0)
+    for statistic in (MatchIo(), *((Match(("weights",)), MatchMoments()) if arch.gated else ())):
+        assert firm_log10_p(statistic, base, other) == 0
+    if layers == (0,):
+        assert firm_log10_p(MatchIo(), base, base) < -6
+
+
+def test_layers_that_agree_with_many_are_controls():
+    """Not with one of base's alone, as a relative's do."""
+
+    def table(agreeing):
+        return [[Comparison(256, 256, 0.0, k, 0.0, agreement_log_sf(k, 256, 256)) for k in row] for row in agreeing]
+
+    apart = table([[200, 1, 0], [2, 200, 1], [0, 1, 200], [1, 0, 2]])
+    assert sorted(cell.agreeing for cell in unexplained(apart)) == [0, 0, 0, 1, 1, 1, 1, 2, 2]
+    alike = table([[100] * 3] * 4)
+    assert len(unexplained(alike)) == 9
+    assert null_of(unexplained(alike), [0.05], "").lam == pytest.approx(100)
 
 
 def test_copies_are_alike_the_first_of_their_group_and_units_that_do_nothing_link_no_two():

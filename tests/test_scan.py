@@ -83,6 +83,48 @@ def test_the_parent_is_found_among_its_siblings(models, library):
     assert "Closest: child 2" in found.sentence()
 
 
+def with_split_units(model, kept):
+    """The same function: all units but the first few in two of one gate, whose up rows are any that have their sum."""
+    rng = np.random.default_rng(0)
+    params = {**model.params, "layers": {}}
+    for i, layer in model.params["layers"].items():
+        own = {name: np.array(leaf["kernel"]) for name, leaf in layer["mlp"].items()}
+        drawn = rng.normal(size=own["up_proj"][:, kept:].shape).astype(np.float32) * own["up_proj"].std()
+        own["up_proj"] = np.concatenate([own["up_proj"][:, :kept], drawn, own["up_proj"][:, kept:] - drawn], axis=1)
+        own["gate_proj"] = np.concatenate([own["gate_proj"], own["gate_proj"][:, kept:]], axis=1)
+        own["down_proj"] = np.concatenate([own["down_proj"], own["down_proj"][kept:]])
+        params["layers"][i] = layer | {"mlp": {name: {"kernel": kernel} for name, kernel in own.items()}}
+    width = own["down_proj"].shape[0]
+    return tiny.InMemory(dataclasses.replace(model.arch, mlp_dim=width), params)
+
+
+def test_a_suspect_whose_units_carry_no_evidence_is_undecided(models, library):
+    """Nor is a signature made of it; where few of many units carry evidence, they are too few for a small p-value."""
+    hidden = with_split_units(models["base"], 4)
+    found = scan(suspect_of(hidden), library, LEVEL)
+    assert {candidate.verdict for candidate in found.candidates} == {"undecided"}
+    assert "undecided" in found.sentence()
+    assert "share a gate with others" in found.sentence()
+    with pytest.raises(ValueError, match="a signature would miss its relatives"):
+        signature_of(hidden)
+    few = {name: few_units(signature, 3) for name, signature in library.items()}
+    strange = scan(suspect_of(models["unrelated 12"]), {"few": few["base"]}, LEVEL)
+    assert strange.candidates[0].verdict == "undecided"
+    whole = scan(suspect_of(models["unrelated 12"]), {"base": library["base"]}, LEVEL)
+    assert whole.candidates[0].verdict == "no_evidence"
+
+
+def few_units(signature, count):
+    """A signature of so many units of each layer."""
+
+    def some(layer):
+        cut = {name: rows[:count] for name, rows in layer.readings.items()}
+        moments = {name: rows[:count] for name, rows in layer.moments.items()}
+        return dataclasses.replace(layer, units=layer.units[:count], readings=cut, moments=moments)
+
+    return dataclasses.replace(signature, layers=tuple(map(some, signature.layers)), heads=())
+
+
 @pytest.mark.slow
 def test_twins_are_not_told_apart(models, library):
     twin = signature_of(models["child 1"], 77)  # the same weights, from other files: other units

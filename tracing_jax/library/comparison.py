@@ -25,9 +25,10 @@ from tracing_jax.options import RunOptions
 from tracing_jax.statistics.calibration import DEFAULT_ALLOWANCE, DEFAULT_SOURCE, MARGIN, Null, null_of
 from tracing_jax.statistics.comparison import LN10, Comparison, against_each_other
 from tracing_jax.statistics.head_null import best_layers_log_sf
-from tracing_jax.statistics.match_all import CORRESPOND, assign_layers
+from tracing_jax.statistics.match_all import assign_layers, unexplained
 from tracing_jax.statistics.pvalues import bonferroni
 from tracing_jax.statistics.unit_descriptors import whitened_cosines
+from tracing_jax.statistics.verdict import UNDECIDED_BELOW
 
 FEW_TOKENS = 8
 """Fewer shared token strings than this distinguish units too badly."""
@@ -64,6 +65,7 @@ class SignatureTest:
       log10_p: of the sampled layers against all layers of the suspect, after Bonferroni over these.
       firm_log10_p: of those alone whose agreement is several times the allowance. Of heads, which are few, the p-value
         if so many times the allowance agree by convergence.
+      attainable_log10_p: what the first would be if all units agreed.
       agreeing, units: of each sampled layer, the units that agree with its closest layer of the suspect, of so many.
       places: (sampled layer, layer of the suspect, agreeing units) of the layers that correspond.
       distances: of the agreeing units in these.
@@ -73,6 +75,7 @@ class SignatureTest:
 
     log10_p: float
     firm_log10_p: float
+    attainable_log10_p: float
     agreeing: tuple[int, ...]
     units: tuple[int, ...]
     places: tuple[tuple[int, int, int], ...]
@@ -146,10 +149,20 @@ def not_tested(signature: Signature, suspect: Suspect) -> dict[str, str]:
     return found
 
 
-def is_nearly_blind(signature: Signature, suspect: Suspect, match: SignatureMatch) -> bool:
-    """Returns whether units were compared by few shared token strings alone, so that a relation may not have shown."""
+def is_nearly_blind(signature: Signature, suspect: Suspect, match: SignatureMatch, tests: int) -> bool:
+    """Returns whether a relation need not have shown: units were compared by few shared token strings alone, or few.
+
+    Args:
+      signature: the signature.
+      suspect: the model.
+      match: what they have in common.
+      tests: how many p-values those of this match are adjusted with.
+    """
     tokens = len(shared_columns(signature, suspect)[0])
-    return RESPONSES in match.tests and MOMENTS not in match.tests and tokens < min(_SURE_TOKENS, len(signature.tokens))
+    if RESPONSES in match.tests and MOMENTS not in match.tests and tokens < min(_SURE_TOKENS, len(signature.tokens)):
+        return True
+    of_units = [match.tests[name].attainable_log10_p for name in TESTED["MLPs"] if name in match.tests]
+    return bool(of_units) and min(of_units) + math.log10(tests) >= math.log10(UNDECIDED_BELOW)
 
 
 def _units_not_tested(signature: Signature, suspect: Suspect) -> dict[str, str]:
@@ -271,21 +284,23 @@ def _evidence_of_heads(
     The best of many layers exceeds several times the allowance by chance. So evidence is firm if its p-value is small
     even where several times the allowance agree by convergence in each pair of layers.
     """
-    least = math.log(_BEST_BY_CHANCE / len(columns))
-    controls = [cell.found for row in table.values() for cell in row if cell.found.log_p_agreement >= least]
+    controls = unexplained([[cell.found for cell in row] for row in table.values()], _BEST_BY_CHANCE / len(columns))
     lam = null_of(controls, [DEFAULT_ALLOWANCE], DEFAULT_SOURCE).lam
     closest = {i: int(np.argmax([cell.found.agreeing for cell in row])) for i, row in table.items()}
     agreeing = [table[i][j].found.agreeing for i, j in closest.items()]
     heads = [max(cell.found.units for cell in row) for row in table.values()]
-    log_p, firm = (
-        best_layers_log_sf(agreeing, heads, *groups, u, lam, len(columns))
-        for u in (DEFAULT_ALLOWANCE, MARGIN * DEFAULT_ALLOWANCE)
-    )
+    log_p, firm, attainable = (
+        best_layers_log_sf(found, heads, *groups, u, lam, len(columns))
+        for found, u in (
+            (agreeing, DEFAULT_ALLOWANCE), (agreeing, MARGIN * DEFAULT_ALLOWANCE), (heads, DEFAULT_ALLOWANCE)
+        )
+    )  # fmt: skip
     found = log_p < math.log(RunOptions.level)
     places = [(i, j) for i, j in closest.items() if found and table[i][j].found.agreeing]
     return SignatureTest(
         log_p / LN10,
         firm / LN10,
+        attainable / LN10,
         tuple(agreeing),
         tuple(heads),
         tuple((i, columns[j], table[i][j].found.agreeing) for i, j in places),
@@ -311,11 +326,12 @@ def _distances(
 def _evidence(
     table: Sequence[Sequence[LayerPairResult]], columns: Sequence[int], signature: Signature
 ) -> SignatureTest:
-    """Returns the evidence of all cells; controls are those that no number of cells explains."""
-    cells = [cell.found for row in table for cell in row]
-    width, least = len(columns), math.log(CORRESPOND / len(cells))
-    null: Null = null_of([c for c in cells if c.log_p_agreement >= least], [DEFAULT_ALLOWANCE], DEFAULT_SOURCE)
+    """Returns the evidence of all cells; controls are those of `match_all.unexplained`."""
+    rows = [[cell.found for cell in row] for row in table]
+    cells, width = [cell for row in rows for cell in row], len(columns)
+    null: Null = null_of(unexplained(rows), [DEFAULT_ALLOWANCE], DEFAULT_SOURCE)
     log_p = [null.log_p_agreement(0, cell) for cell in cells]
+    attainable = [null.log_p_agreement(0, replace(cell, agreeing=cell.units)) for cell in cells]
     firm = [p if null.is_firm(0, c.agreeing / max(1, c.units)) else 0.0 for p, c in zip(log_p, cells)]
     square = np.array(log_p).reshape(len(table), width)
     found = assign_layers(square, math.log(RunOptions.level / len(cells)))
@@ -325,6 +341,7 @@ def _evidence(
     return SignatureTest(
         bonferroni(log_p) / LN10,
         bonferroni(firm) / LN10,
+        bonferroni(attainable) / LN10,
         tuple(cell.agreeing for cell in closest),
         tuple(cell.units for cell in closest),
         tuple((signature.layers[i].layer, columns[j], table[i][j].found.agreeing) for i, j in places),

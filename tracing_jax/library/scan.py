@@ -105,6 +105,7 @@ class Scan:
       margin: standard errors between the first candidate and the first beyond these; None if there is none.
       compared: how many signatures were compared in full.
       part: the layers of the suspect that were read; None if all were.
+      is_obscured: whether in most MLPs of the suspect few units carry evidence, so that a relation need not show.
       same_files: names of the relatives whose signatures name the hashes of the suspect's own weight files.
     """
 
@@ -113,6 +114,7 @@ class Scan:
     margin: float | None
     compared: int
     part: str | None = None
+    is_obscured: bool = False
     same_files: tuple[str, ...] = ()
     as_near_as_parents: tuple[str, ...] = ()
 
@@ -145,6 +147,12 @@ class Scan:
                 return (
                     f"No relative among the {testable} signatures that can be compared is seen in {self.part}, all "
                     "that was read: undecided. Without --screen every layer is read."
+                )
+            if self.is_obscured:
+                return (
+                    f"No relative was found among the {testable} signatures that can be compared, but in most layers "
+                    "most units carry no evidence, since they share a gate with others, do nothing, or have two rows "
+                    "that are alike: undecided."
                 )
             doubt = f"; undecided: {', '.join(undecided)}" if undecided else ""
             return f"No relative was found among the {testable} signatures that can be compared{doubt}.{self._unseen()}"
@@ -205,7 +213,7 @@ def scan(
     adjusted, firm_adjusted = (_adjusted([p or 0.0 for p in ps], testable) for ps in (log_ps, firm))
     ps = [(adjusted[i] if testable[i] else None, firm_adjusted[i]) for i in range(len(signatures))]
     candidates = [
-        _candidate(name, signature, suspect, found.get(name), p, level)
+        _candidate(name, signature, suspect, found.get(name), p, level, len(signatures))
         for p, (name, signature) in zip(ps, signatures.items())
     ]
     test = _ranking_test(candidates)
@@ -216,7 +224,7 @@ def scan(
     own = digest() if copied and digest is not None else None
     same = tuple(name for name in copied if signatures[name].digest == own)
     near = () if same else _as_parents(related, closest)
-    return Scan(tuple(candidates), closest, margin, len(names), suspect.part, same, near)
+    return Scan(tuple(candidates), closest, margin, len(names), suspect.part, suspect.is_obscured, same, near)
 
 
 def _adjusted(log10_ps: Sequence[float], testable: Sequence[bool]) -> Float[np.ndarray, " N"]:
@@ -235,11 +243,26 @@ def _candidate(
     match: SignatureMatch | None,
     p: tuple[float | None, float],
     level: float,
+    count: int,
 ) -> Candidate:
-    """Returns what was found of a signature; `p`: its p-value and that of firm evidence, adjusted over the library."""
+    """Returns what was found of a signature.
+
+    Args:
+      name: of the signature.
+      signature: the signature.
+      suspect: the model.
+      match: what they have in common, if it was compared in full.
+      p: its p-value and that of firm evidence, adjusted over the library.
+      level: below which it is related.
+      count: the number of signatures.
+    """
     adjusted, firm = p
     unseen: ScanVerdict = "no_evidence"
-    if suspect.part or (match is not None and is_nearly_blind(signature, suspect, match)):
+    if (
+        suspect.part
+        or suspect.is_obscured
+        or (match is not None and is_nearly_blind(signature, suspect, match, count * max(1, len(match.tests))))
+    ):
         unseen = "undecided"
     elif match is None:
         unseen = "not_compared"

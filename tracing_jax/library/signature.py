@@ -119,13 +119,19 @@ def make_signature(
     mlps: ParamSource = MlpsAsLayers(model) if arch.num_experts else model
     tokens = drawing.sampled_tokens(vocabulary.ids, drawing.most_tokens(arch.embed_dim))
     read = token_readings(mlps, ids_of(tokens, vocabulary, arch.vocab_size))
-    layers = []
+    layers, obscured = [], 0
     sampled = drawing.sampled_layers(mlps.arch.num_layers)
     for i in tqdm(sampled, desc="signature", unit="layer", disable=None):
-        kept = distinct_units(mlps, i).kept
-        if len(kept) < 2:
-            raise ValueError(f"{model_id}: layer {i} has {len(kept)} units that count as evidence, 2 are needed")
-        layers.append(_sampled(mlps, i, kept, key, read(i)))
+        units = distinct_units(mlps, i)
+        obscured += units.is_obscured
+        if len(units.kept) < 2:
+            raise ValueError(f"{model_id}: layer {i} has {len(units.kept)} units that count as evidence, 2 are needed")
+        layers.append(_sampled(mlps, i, units.kept, key, read(i)))
+    if 2 * obscured > len(sampled):
+        raise ValueError(
+            f"{model_id}: in {obscured} of {len(sampled)} sampled layers most units carry no evidence: they share a "
+            "gate with others, do nothing, or have two rows that are alike; a signature would miss its relatives"
+        )
     heads = _sampled_heads(model, ids_of(tokens[: drawing.HEAD_TOKENS], vocabulary, arch.vocab_size), key)
     facts = {
         "format": SIGNATURE_FORMAT,

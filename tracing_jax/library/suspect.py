@@ -56,6 +56,8 @@ class Suspect:
       part: what was read, such as `layers 5, 16, 26 of 32`; None if all layers were.
       heads_add: whether it is known of all layers whether their attention adds something. Else it may be another
         model's, planted where it does nothing, and calls no model related.
+      is_obscured: whether in most MLPs few units carry evidence (`DistinctUnits.is_obscured`), so that a relation need
+        not show.
     """
 
     arch: Arch
@@ -69,6 +71,7 @@ class Suspect:
     head_columns: Mapping[str, int] = field(default_factory=dict)
     layer_names: Sequence[str] = ()
     heads_add: bool = True
+    is_obscured: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -118,13 +121,14 @@ def read_suspect(
     mlps = MlpsAsLayers(model) if model.arch.num_experts else None
     source: ParamSource = model if mlps is None else mlps
     read = token_readings(source, ids)
-    layers, moments, heads = [], {}, {}
+    layers, moments, heads, obscured = [], {}, {}, 0
     read_heads = head_forms(model, ids[[columns[string] for string in head_columns]])
     places = {} if heads_not_readable(model) else dict.fromkeys(layers_with_heads(model.arch))
     L = source.arch.num_layers
     read_moments, with_moments = moment_readings(source), _with_moments(source)
     for i in trange(L, desc="reading the suspect", unit="layer", disable=None):
-        kept = distinct_units(source, i).kept
+        units = distinct_units(source, i)
+        kept, obscured = units.kept, obscured + units.is_obscured
         layers.append({name: as_int8(np.asarray(found)[kept]) for name, found in read(i).items()})
         if i in with_moments and len(kept) > 1:
             moments[i] = _moments(read_moments(i), kept)
@@ -145,6 +149,7 @@ def read_suspect(
         head_columns,
         [f"layer {i}" for i in chosen],
         len(chosen) == depth and is_activity_known(model),
+        2 * obscured > L,
     )
 
 

@@ -42,8 +42,8 @@ class Comparison:
         order chosen afterwards makes units of independent models; see `placed_beyond_order`.
       similarity, nearest: the mean similarity of the sampled units to their partners, where these are in place and 0
         elsewhere; and that to the closest other unit.
-      copies, inactive, mixed: of base and of ft, units that repeat another, units that write nothing, and units that
-        share a gate and not the other rows; all left out.
+      copies, inactive, mixed, alike: of base and of ft, units that repeat another, that write nothing, that share a
+        gate and not the other rows, and whose own two rows are alike; all left out.
       order_p: of base and of ft, the p-value of units in no particular order; see `DistinctUnits`.
       identity_p: of base and of ft, that of rows that do not begin at the identity.
     """
@@ -63,6 +63,7 @@ class Comparison:
     order_p: Sequence[float] = (1.0, 1.0)
     identity_p: Sequence[float] = (1.0, 1.0)
     mixed: Sequence[int] = (0, 0)
+    alike: Sequence[int] = (0, 0)
     partners: Sequence[Sequence[int]] = ()
     """Of some units of base, spread evenly: the unit, and its partner in ft by either matching."""
 
@@ -76,6 +77,7 @@ class Comparison:
             order_p=order_p,
             identity_p=(base.identity_p, ft.identity_p),
             mixed=(base.mixed, ft.mixed),
+            alike=(base.alike, ft.alike),
         )
 
 
@@ -279,6 +281,11 @@ def unit_notes(comparisons: Sequence[Comparison]) -> list[str]:
             notes.append(
                 f"{name}: {mixed} units share a gate with others; their other rows can be any that have the same sum, "
                 "so that they are no evidence"
+            )
+        if alike := sum(c.alike[side] for c in comparisons):
+            notes.append(
+                f"{name}: {alike} units have two rows that are alike; matchings by them agree by themselves, so that "
+                "they are no evidence"
             )
     return notes
 

@@ -53,7 +53,7 @@ from tracing_jax.statistics.comparison import (
 from tracing_jax.statistics.distinct_units import distinct_units
 from tracing_jax.statistics.layer_moments import layer_descriptors
 from tracing_jax.statistics.match import form_tests, gates_not_applicable
-from tracing_jax.statistics.match_all import CORRESPOND, assign_layers, layer_map_sentence
+from tracing_jax.statistics.match_all import assign_layers, layer_map_sentence, unexplained
 from tracing_jax.statistics.mlp_rows import unit_length
 from tracing_jax.statistics.pvalues import bonferroni
 from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies, depths_not_applicable
@@ -197,7 +197,7 @@ class MatchMoments(options.MatchMoments):
 def _mapped_result(table: Sequence[Sequence[Comparison]], name: str, label: str) -> Result:
     """Returns the test of all pairs of layers by agreement, and the layer map.
 
-    Controls are all pairs but those that no number of pairs explains. The effect size is the share of agreeing units in
+    Controls are those of `unexplained`. The effect size is the share of agreeing units in
     the assigned pairs of layers.
 
     Args:
@@ -207,8 +207,7 @@ def _mapped_result(table: Sequence[Sequence[Comparison]], name: str, label: str)
     """
     num_base, num_ft = len(table), len(table[0])
     cells = [cell for row in table for cell in row]
-    least = math.log(CORRESPOND / len(cells))
-    null = null_of([c for c in cells if c.log_p_agreement >= least], [DEFAULT_ALLOWANCE], DEFAULT_SOURCE)
+    null = null_of(unexplained(table), [DEFAULT_ALLOWANCE], DEFAULT_SOURCE)
     log_p = [null.log_p_agreement(0, cell) for cell in cells]
     places = [f"base {i} : ft {j}" for i in range(num_base) for j in range(num_ft)]
     how = "Holm's minimum over layer pairs"

@@ -79,9 +79,11 @@ class UnitReading:
             alike[some] &= np.abs(side[units[some]] @ side[others].T) >= COPY
         return alike
 
-    def cosine(self, units: Int[np.ndarray, " f"], others: Int[np.ndarray, " f"]) -> Float[np.ndarray, " f"]:
-        """Returns the cosine of each unit with another, without biases."""
-        return np.einsum("fs,fs->f", self.sketch[units], self.sketch[others])
+    def cosine(
+        self, units: Int[np.ndarray, " f"], others: Int[np.ndarray, " f"], by: "UnitReading | None" = None
+    ) -> Float[np.ndarray, " f"]:
+        """Returns the cosine of each unit with another, without biases; `by` another reading of that one if given."""
+        return np.einsum("fs,fs->f", self.sketch[units], (by or self).sketch[others])
 
 
 @dataclass(frozen=True)
