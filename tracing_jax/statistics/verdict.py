@@ -253,7 +253,7 @@ def _sees_all(name: str, result: Result) -> bool:
     """
     counts = [np.ravel(test.values["units"]) for test in result.tests if "units" in test.values]
     units = np.concatenate(counts) if counts else np.zeros(0)
-    has_units = not counts or (bool(np.mean(units > 0) >= 0.5) and units.max() >= _FEWEST_UNITS)
+    has_units = not counts or bool(np.mean(units > 0) >= 0.5 and units.max() >= _FEWEST_UNITS)
     return name in HIDING and result.blind_to == () and has_units
 
 
