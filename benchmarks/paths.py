@@ -1,13 +1,13 @@
 """The loss between independently trained models of one recipe, as given and after every kind of alignment.
 
-    python -m benchmarks.paths                          # three architectures, three pairs each
+    python -m benchmarks.paths                          # three architectures and a larger model, three pairs each
     python -m benchmarks.paths --architectures=llama --path_pairs=1 --learned_steps=100
 
-The models are those of `benchmarks.seeds` (four layers of 64 features), of which none has a common origin: what is
-measured is how low a path an alignment alone can give. A learned alignment reads the text that the models were trained
-on; losses are those of text that no model has seen. Finished pairs are kept in the output folder. `--publish` writes
-table and figure into the docs. `--curves` measures further curves of pairs that are aligned without learning (Bezier
-curves with a trained middle point, and calibrated losses) in place of alignments.
+The models are those of `benchmarks.seeds` (four layers of 64 features, the larger ones six of 128), of which none has a
+common origin: what is measured is how low a path an alignment alone can give. A learned alignment reads the text that
+the models were trained on; losses are those of text that no model has seen. Finished pairs are kept in the output
+folder. `--publish` writes table and figure into the docs. `--curves` measures further curves of pairs that are aligned
+without learning (Bezier curves with a trained middle point, and calibrated losses) in place of alignments.
 """
 
 import dataclasses
@@ -48,9 +48,10 @@ from tracing_jax.sources import InMemory, ParamSource, in_memory, rewritten
 from tracing_jax.statistics.mode import curve_of
 
 FAMILIES: Mapping[str, tuple[str, str]] = {
-    "gpt2": ("no_gate", "GPT-2 type"), "llama": ("tiny", "Llama type"), "experts": ("experts", "mixture of experts")
+    "gpt2": ("no_gate", "GPT-2 type"), "llama": ("tiny", "Llama type"), "experts": ("experts", "mixture of experts"),
+    "larger": ("larger", "Llama type, larger"),
 }  # fmt: skip
-"""Name -> recipe of `benchmarks.seeds`, and title."""
+"""Name -> recipe of `benchmarks.seeds`, and title: a key of `statistics.mode.CONTROLS`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,7 @@ CONTROLS = {
     "maps": ("all maps, from weights",), "states": ("all maps, the features' from hidden states",),
     "learned": ("learned", "learned, both ends"),
 }  # fmt: skip
-"""Key of `statistics.mode.CONTROLS` -> the methods that it stands for."""
+"""Key of the entries of `statistics.mode.CONTROLS` -> the methods that it stands for."""
 
 _CHEAP = ("given", "activations", "permutations", "maps")
 """The first methods, after which further curves are measured."""
@@ -129,7 +130,8 @@ def main(argv: list[str]) -> None:
     text, drawn = table(found, _STEPS.value), figure(found)
     print(text)
     drawn.savefig(folder / "paths.png", dpi=130)
-    print("mode.CONTROLS:", {how: _control(found, titles) for how, titles in CONTROLS.items()})
+    for family, (_, title) in FAMILIES.items():
+        print(title, {how: _control(found, family, titles) for how, titles in CONTROLS.items()})
     if PUBLISH.value:
         replace_between("paths", text, PAGE)
         drawn.savefig(FIGURE, dpi=130)
@@ -237,17 +239,18 @@ def table(found: Mapping[str, Mapping[str, Any]], steps: int) -> str:
     minutes = sum(entry["seconds"] for entry in found.values()) / 60
     note = (
         f"`python -m benchmarks.paths --learned_steps={steps}`: mean (least to greatest) over pairs of independently "
-        "trained models with 4 layers of 64 features, trained on 0.2 million tokens each; held-out text of 4,096 "
-        "tokens; every weight is on the path. Learned alignments read the text that the models were trained on, in "
+        "trained models with 4 layers of 64 features, trained on 0.2 million tokens each (the larger ones: 6 layers of "
+        "128 features, 0.3 million tokens); held-out text of 4,096 tokens; every weight is on the path. Learned "
+        "alignments read the text that the models were trained on, in "
         f"{steps} steps of {_BATCH} blocks of 64 tokens. All alignments took {minutes:.0f} minutes on a busy machine "
         f"with two cores ({machine()['date']})."
     )
     return "\n".join([*lines, "", note]) + "\n"
 
 
-def _control(found: Mapping[str, Mapping[str, Any]], titles: Sequence[str]) -> tuple[int, float, float]:
-    """Returns number of pairs, least and greatest barrier of the Llama type, rounded outwards."""
-    entries = [_of(found, "llama", method) for method in METHODS if method.title in titles]
+def _control(found: Mapping[str, Mapping[str, Any]], family: str, titles: Sequence[str]) -> tuple[int, float, float]:
+    """Returns number of pairs, least and greatest barrier of a family, rounded outwards."""
+    entries = [_of(found, family, method) for method in METHODS if method.title in titles]
     return _rounded([[entry["barrier"] for entry in of_method] for of_method in entries])
 
 
@@ -276,9 +279,9 @@ def figure(found: Mapping[str, Mapping[str, Any]]) -> Figure:
     drawn = Figure(figsize=(3.4 * len(families) + 0.4, 3.4), facecolor="white")
     drawn.set_layout_engine("constrained")
     panels = drawn.subplots(1, len(families), sharey=True, squeeze=False)[0]
-    colours = ("#9a9a9a", "#c9a227", "#e07b39", "#b5446e", "#2a6f97", "#1b3a57")
+    colours = ("#9a9a9a", "#c9a227", "#e07b39", "#b5446e", "#7d5ba6", "#2a6f97", "#1b3a57")
     for family, axes in zip(families, panels):
-        for method, colour in zip(METHODS, colours):
+        for method, colour in zip(METHODS, colours, strict=True):
             if entries := _of(found, family, method):
                 axes.plot(ALPHAS, entries[0]["loss"], color=colour, linewidth=1.8, label=method.title)
         axes.set_title(FAMILIES[family][1], loc="left", fontsize=10, color=INK)

@@ -4,7 +4,7 @@
 
 No network, no GPU, no downloads: the text comes from Python itself. The verdict on the fine-tune and on its disguised
 copy is related, the copy is aligned back until its path is flat again, and there is no evidence on the model from
-another seed: its path has a barrier, aligned or not.
+another seed: its path has a barrier, which permutations do not remove.
 
 Source: the four cases of Zhu et al. 2025, section 4 (arXiv 2502.12292), at a scale that fits a laptop.
 """

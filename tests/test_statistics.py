@@ -83,7 +83,7 @@ def test_mode_on_a_model_and_itself_is_flat():
     model = tiny.model(ARCH)
     found = Mode(attn=True, emb=True).compute(pair_of(model, model))
     assert NO_DESCENT in found.notes  # however flat the path is
-    assert control_note("none") in found.notes
+    assert control_note("none", ARCH, ("mlp", "attn", "emb")) in found.notes
     curve = found.curve
     np.testing.assert_allclose(curve.loss, curve.loss[0], atol=1e-5)
     assert curve.barrier == pytest.approx(0, abs=1e-5)

@@ -335,7 +335,7 @@ def path_losses(
     Example:
       >>> tokens = tj.tokenize("demo:base", "def f(x):\n    return x\n" * 60, block_size=64)
       >>> curve = tj.path_losses("demo:base", "demo:finetune", tokens).mean(axis=(1, 2))
-      >>> curve.shape, bool(curve[2] < max(curve[0], curve[-1]) + 0.1)  # no barrier: the models are related
+      >>> curve.shape, bool(curve[2] < max(curve[0], curve[-1]) + 0.1)  # a fine-tune: no barrier
       ((5,), True)
     """
     compute, tokens = compute or Compute(make_mesh()), _blocks(tokens)

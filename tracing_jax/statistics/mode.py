@@ -35,20 +35,34 @@ NO_DESCENT = (
 """What the loss along a path does not show; in every result that has one."""
 
 
-CONTROLS: Mapping[str, tuple[int, float, float]] = {
-    "none": (3, 1.48, 1.73), "permutations": (3, 1.15, 1.37), "maps": (3, 0.85, 1.03),
-    "states": (3, 0.74, 0.84), "learned": (3, 0.21, 0.32)
+CONTROLS: Mapping[str, Mapping[str, tuple[int, float, float]]] = {
+    "GPT-2 type": {
+        "none": (3, 0.78, 0.87), "permutations": (3, 0.44, 0.82), "maps": (3, 0.39, 0.45), "states": (3, 0.24, 0.28),
+        "learned": (3, 0.02, 0.08),
+    },
+    "Llama type": {
+        "none": (3, 1.48, 1.73), "permutations": (3, 1.15, 1.37), "maps": (3, 0.85, 1.03), "states": (3, 0.74, 0.84),
+        "learned": (3, 0.21, 0.32),
+    },
+    "mixture of experts": {
+        "none": (3, 1.55, 1.80), "permutations": (3, 1.13, 1.49), "maps": (3, 1.01, 1.07), "states": (3, 0.86, 0.96),
+        "learned": (1, 0.26, 0.35),
+    },
 }  # fmt: skip
-"""How a pair is aligned -> number of control pairs, and their least and greatest barrier in nats per token.
+"""Architecture -> how a pair is aligned -> number of control pairs, and their least and greatest barrier in nats per
+token.
 
-Llama-type models of one recipe from different seeds, so known to be independent; by `benchmarks.paths`.
+Models of one recipe from different seeds, so known to be independent; by `benchmarks.paths`.
 """
+
+CONTROL_FEATURES = 64
+"""Of all control pairs."""
 
 FURTHER_CONTROLS: Mapping[str, Mapping[str, tuple[int, float, float]]] = {
     "calibrated": {"none": (3, 1.48, 1.74), "permutations": (3, 1.12, 1.31), "maps": (3, 0.84, 1.0)},
     "bezier": {"none": (3, 0.36, 0.45), "permutations": (3, 0.23, 0.33), "maps": (3, 0.08, 0.13)},
 }
-"""The same for further curves, by their kind; by `benchmarks.paths --curves`."""
+"""Kind of a curve -> the same of it, of the Llama type; by `benchmarks.paths --curves`."""
 
 _FURTHER = {
     "calibrated": ("the calibrated curve is no evidence of descent either", "calibrated"),
@@ -65,15 +79,27 @@ _ALIGNED_BY = {
 }  # fmt: skip
 
 
-def control_note(alignment: str) -> str:
-    """Returns the barriers of independent models that were aligned in the same way, as a sentence."""
-    pairs, least, greatest = CONTROLS[alignment]
-    measured = f"{pairs} pairs have barriers" if pairs > 1 else "one pair has a barrier"
-    return (
-        f"control, models of one recipe from different seeds (4 layers of 64 features), known to be independent: "
-        f"{measured} of {least:.2f} to {greatest:.2f} nats {_ALIGNED_BY[alignment]}, where every weight is on the path "
-        "(docs/disguises.md); larger models were not measured"
+def control_note(alignment: str, arch: Arch, groups: tuple[str, ...]) -> str:
+    """Returns the barriers of independent models of a kind that were aligned in the same way, as a sentence.
+
+    Args:
+      alignment: how the pair is aligned.
+      arch: of base.
+      groups: the leaves that are on the path.
+    """
+    kind = "mixture of experts" if arch.num_experts else "Llama type" if arch.gated else "GPT-2 type"
+    pairs, least, greatest = CONTROLS[kind][alignment]
+    measured = f"{pairs} pairs have barriers" if pairs > 1 else "one pair has barriers"
+    text = (
+        f"control, models of the {kind} of one recipe from different seeds, known to be independent "
+        f"(docs/disguises.md): {measured} of {least:.2f} to {greatest:.2f} nats {_ALIGNED_BY[alignment]}"
     )
+    others = []
+    if arch.embed_dim != CONTROL_FEATURES:
+        others.append(f"{CONTROL_FEATURES} features, not {arch.embed_dim}, and wider ones can have lower barriers")
+    if set(groups) != set(path_groups(attn=True, emb=True)):
+        others.append("every weight on the path, where here some are not")
+    return f"{text}, with {'; with '.join(others)}" if others else text
 
 
 def further_note(kind: str, alignment: str) -> str:
@@ -83,8 +109,8 @@ def further_note(kind: str, alignment: str) -> str:
         return f"{begins}; no control pair that was aligned in this way was measured with one"
     pairs, least, greatest = FURTHER_CONTROLS[kind][alignment]
     return (
-        f"{begins}: {pairs} control pairs as above have barriers of {least:.2f} to {greatest:.2f} nats {how}, "
-        f"{_ALIGNED_BY[alignment]}"
+        f"{begins}: {pairs} control pairs of the Llama type, of {CONTROL_FEATURES} features, have barriers of "
+        f"{least:.2f} to {greatest:.2f} nats {how}, {_ALIGNED_BY[alignment]}"
     )
 
 
@@ -151,7 +177,8 @@ class Mode(options.Mode):
         if self.path == "bezier":
             further["bezier"] = self._bezier(pair, alphas)
         curve = replace(curve, more=further)
-        notes = [NO_DESCENT, control_note(pair.alignment), *(further_note(kind, pair.alignment) for kind in further)]
+        control = control_note(pair.alignment, pair.base.arch, self.groups)
+        notes = [NO_DESCENT, control, *(further_note(kind, pair.alignment) for kind in further)]
         if self.calibrate and not has_halves:
             notes.append("not calibrated: the text has one block, and a temperature is fitted on one half of them")
         permutations = draw_permutations(pair, self.num_perm)

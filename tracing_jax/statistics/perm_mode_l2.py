@@ -31,7 +31,8 @@ class PermModeL2(options.PermModeL2):
         permutations = draw_permutations(pair, self.num_perm)
         path = Mode(alphas=(0.5,), attn=self.attn, emb=self.emb)
         losses = midpoint_losses(pair, permutations, path.groups)
-        curve = path.compute(pair).curve
+        found = path.compute(pair)
+        curve = found.curve
         assert curve is not None
         distance, permuted = distances(pair, permutations)
         tests = []
@@ -44,4 +45,5 @@ class PermModeL2(options.PermModeL2):
         both = min(0.0, math.log(2) + math.log(10) * min(test.log10_p for test in tests if test.log10_p is not None))
         label = "midpoint loss (nats per token); its test and that of l2 share their permuted copies"
         result = permutation_result(pair, label, curve.midpoint, losses, both)
+        result = replace(result, notes=list(dict.fromkeys([*found.notes, *result.notes])))
         return result if pair.aligned else replace(result, tests=tests)

@@ -34,11 +34,20 @@ def shapes_not_applicable(base: Arch, ft: Arch) -> list[str]:
     ]
 
 
+CHOSEN_ORDER = (
+    "the p-value is the rank among copies in random orders, if ft's order was not chosen by base: an independent model "
+    "that was aligned to base and saved ranks first"
+)
+"""What a rank among permuted copies rests on; in every result that has one."""
+
+
 def permutation_result(
     pair: Pair, label: str, observed: float, permuted: Sequence[float] | np.ndarray, log_p: float | None
 ) -> Result:
     """Returns the observed value with its p-value, and the quantiles of the permuted copies as its null."""
-    null = None
+    null, notes = None, []
+    if log_p is not None:
+        notes = [CHOSEN_ORDER]
     if len(permuted):
         null = {
             "permuted copies": len(permuted),
@@ -52,4 +61,5 @@ def permutation_result(
         log10_p=None if log_p is None else log_p / math.log(10),
         p_reason="no permuted copies were asked for (num_perm = 0)" if log_p is None else None,
         null=null,
+        notes=notes,
     ).for_pair(pair)
