@@ -9,13 +9,16 @@ import pytest
 import tiny
 
 from tracing_jax.axes import axis_table
+from tracing_jax.interpolation import path_groups
 from tracing_jax.rewrites import permute, random_permutations
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory
 from tracing_jax.statistics import Pair, Vocabularies
 from tracing_jax.statistics.comparison import overlapped
 from tracing_jax.statistics.cosine import Cos, Emb, best_cosines
-from tracing_jax.statistics.mode import NO_DESCENT, Mode, control_note, curve_of
+from tracing_jax.statistics.mode import CONTROL_FEATURES, NO_DESCENT, Mode, control_note, curve_of
+from tracing_jax.statistics.perm_mode_l2 import PermModeL2
+from tracing_jax.statistics.permuted_copies import CHOSEN_ORDER
 
 ARCH = tiny.llama_mha()
 SAME = Vocabularies(True, np.arange(61, dtype=np.int32), np.arange(61, dtype=np.int32))
@@ -83,11 +86,34 @@ def test_mode_on_a_model_and_itself_is_flat():
     model = tiny.model(ARCH)
     found = Mode(attn=True, emb=True).compute(pair_of(model, model))
     assert NO_DESCENT in found.notes  # however flat the path is
-    assert control_note("none", ARCH, ("mlp", "attn", "emb")) in found.notes
+    assert control_note("none", ARCH, path_groups(True, True)) in found.notes
     curve = found.curve
     np.testing.assert_allclose(curve.loss, curve.loss[0], atol=1e-5)
     assert curve.barrier == pytest.approx(0, abs=1e-5)
     assert curve.end_loss_ft_own == pytest.approx(curve.loss[-1], abs=1e-5)
+
+
+def test_mode_names_controls_of_the_architecture_and_what_they_are_not():
+    """An independent pair is not shown beside higher barriers of another kind of model, as if it were related."""
+    gated, plain = dataclasses.replace(ARCH, embed_dim=CONTROL_FEATURES), tiny.gpt2()
+    note = control_note("none", gated, path_groups(True, True))
+    assert "Llama type" in note
+    assert "1.48 to 1.73" in note
+    assert ", with" not in note
+    assert "every weight on the path, where here some are not" in control_note("none", gated, path_groups(False, True))
+    note = control_note("maps", plain, path_groups(True, True))
+    assert "GPT-2 type" in note
+    assert "0.39 to 0.45" in note
+    assert f"64 features, not {plain.embed_dim}" in note
+    assert "mixture of experts" in control_note("none", tiny.mixtral(), path_groups(True, True))
+
+
+@pytest.mark.slow
+def test_a_rank_among_copies_says_what_it_rests_on_and_that_a_low_path_is_no_evidence():
+    pair = pair_of(tiny.model(ARCH, 0), tiny.model(ARCH, 1))
+    found = PermModeL2(num_perm=9).compute(pair)
+    assert {NO_DESCENT, CHOSEN_ORDER} <= set(found.notes)
+    assert CHOSEN_ORDER not in Mode().compute(pair).notes
 
 
 def test_mode_ends_at_fts_own_loss_only_if_everything_moves():
