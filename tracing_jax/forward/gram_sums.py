@@ -22,11 +22,12 @@ class Sums(NamedTuple):
     shift: tuple[Float[Array, " U"], Float[Array, " U2"]]
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def zero_sums(U: int, U2: int, mesh: Mesh) -> Sums:
     """Returns the sums over no tokens, for U units of base and U2 of ft."""
 
     def zeros(*shape: int) -> jax.Array:
-        return jnp.zeros(shape, jnp.float32, device=gram_sharding(shape, mesh))
+        return jax.lax.with_sharding_constraint(jnp.zeros(shape, jnp.float32), gram_sharding(shape, mesh))
 
     return Sums(zeros(U, U2), (zeros(U), zeros(U2)), (zeros(U), zeros(U2)), (zeros(U), zeros(U2)))
 

@@ -34,6 +34,7 @@ from tracing_jax.statistics.distinct_units import distinct_units
 from tracing_jax.statistics.mlp_rows import mlp_row_leaves, mlp_rows
 from tracing_jax.statistics.shared_tokens import TokenRows, shared_token_rows, tokens_not_applicable, with_doubts
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies, depths_not_applicable
+from tracing_jax.tree import taken
 
 _CONTROL_TOKENS = 1024  # of each pair of layers that does not correspond, for the null
 
@@ -128,10 +129,11 @@ def responses(
     units = distinct_units(model, layer)
     rows = mlp_rows(model.layer(layer, mlp_row_leaves(model.arch)), model.arch)
     rows["down"] = jnp.asarray(units.outputs(rows["down"]))
-    some = slice(None) if drawn is None else drawn
-    found = {name: _products(tokens.read, rows[name][some]) for name in (("gate", "up") if gated else ("up",))}
-    found["effect"] = _products(tokens.effect, rows["down"][some])
-    return {name: np.where(units.is_kept[some], values, 0.0) for name, values in found.items()}  # others: no part
+    some = rows if drawn is None else {name: taken(side, drawn) for name, side in rows.items()}
+    found = {name: _products(tokens.read, some[name]) for name in (("gate", "up") if gated else ("up",))}
+    found["effect"] = _products(tokens.effect, some["down"])
+    is_kept = units.is_kept if drawn is None else units.is_kept[drawn]
+    return {name: np.where(is_kept, values, 0.0) for name, values in found.items()}  # others: no part
 
 
 def io_similarities(ours: Responses, theirs: Responses) -> dict[str, Float[np.ndarray, "U U2"]]:
@@ -144,7 +146,7 @@ def io_similarities(ours: Responses, theirs: Responses) -> dict[str, Float[np.nd
 
 
 @jax.jit
-def _products(tokens: Float[Array, "S D"], rows: Float[Array, "F D"]) -> Float[Array, "S F"]:
+def _products(tokens: Float[Array, "S D"], rows: Float[Array | np.ndarray, "F D"]) -> Float[Array, "S F"]:
     return jnp.einsum("sd,fd->sf", tokens - tokens.mean(axis=0), rows, precision="highest")
 
 
