@@ -18,6 +18,7 @@ from absl import app, flags
 
 from benchmarks.descendants import texts
 from benchmarks.environment import OUT_DIR, ZOO_DIR, machine, use_all_cores
+from benchmarks.feature_forgeries import feature_forgeries
 from benchmarks.forgeries import forgeries, on_device, on_host
 from benchmarks.intervals import clopper_pearson
 from benchmarks.results import markdown_table
@@ -84,7 +85,8 @@ def judge(base: InMemory, other: InMemory, blocks: np.ndarray, unused: np.ndarra
 def forged_pairs(models: Zoo) -> Iterator[tuple[str, list[dict[str, float | str]]]]:
     """Yields for each forgery, and for none, its name and what `judge` finds on every pair of models of a zoo."""
     params, blocks, unused = models.models(1.0), models.held_out, _unused_tokens(models)
-    named = {"none": lambda base, other, generator: (base, other), **forgeries(models.arch, unused)}
+    made = forgeries(models.arch, unused) | feature_forgeries(models.arch)
+    named = {"none": lambda base, other, generator: (base, other), **made}
     for name, forge in named.items():
         if _ROWS.value and not any(word in name for word in _ROWS.value):
             continue

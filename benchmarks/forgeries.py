@@ -64,7 +64,7 @@ def planted(count: int, output: float = 0.0, paired: bool = False, closed: bool 
     """Returns the forgery that adds units of base to the other model, at random places.
 
     Args:
-      count: units of each layer, of which the rows that read are copied.
+      count: units of each layer, or of each expert, of which the rows that read are copied.
       output: the size of their down rows, as a share of the others'.
       paired: whether each is added twice, with opposite down rows as large as the others'.
       closed: whether a bias of -1e4 keeps them closed, with down rows as large as the others'.
@@ -72,14 +72,15 @@ def planted(count: int, output: float = 0.0, paired: bool = False, closed: bool 
 
     def forge(base: InMemory, other: InMemory, generator: np.random.Generator) -> Models:
         if closed:
-            base, other = _with_mlp_biases(base), _with_mlp_biases(other)
+            base, other = with_mlp_biases(base), with_mlp_biases(other)
         F, own_units, D = base.arch.mlp_dim, other.arch.mlp_dim, base.arch.embed_dim
         leaves, source = dict(flatten(other.params)), flatten(base.params)
         times = 2 if paired else 1
         for i in range(base.arch.num_layers):
             taken, mlp = generator.permutation(F)[:count], f"layers/{i}/mlp"
-            rows = generator.standard_normal((count, D)).astype(np.float32)
-            size = np.linalg.norm(leaves[f"{mlp}/{_OUT}/kernel"], axis=1).mean() / np.sqrt(D)
+            own_rows = leaves[f"{mlp}/{_OUT}/kernel"]
+            rows = generator.standard_normal((*own_rows.shape[:-2], count, D)).astype(np.float32)
+            size = np.linalg.norm(own_rows, axis=-1).mean() / np.sqrt(D)
             rows *= size * (1.0 if paired or closed else output)
             order = generator.permutation(own_units + count * times)
             for name in ("gate", "up") if base.arch.gated else ("up",):
@@ -91,7 +92,7 @@ def planted(count: int, output: float = 0.0, paired: bool = False, closed: bool 
                 bias = leaves[f"{mlp}/{'gate' if base.arch.gated else 'up'}_proj/bias"]
                 bias[order >= own_units] = -1e4
             added = [rows, -rows] if paired else [rows]
-            leaves[f"{mlp}/{_OUT}/kernel"] = np.concatenate([leaves[f"{mlp}/{_OUT}/kernel"], *added])[order]
+            leaves[f"{mlp}/{_OUT}/kernel"] = np.concatenate([own_rows, *added], axis=-2)[..., order, :]
         width = own_units + count * times
         return base, InMemory(replace(other.arch, mlp_dim=width), unflatten(leaves))
 
@@ -172,7 +173,7 @@ def _with_units(
         up, down = (source[f"{mlp}/{name}/kernel"] for name in ("up_proj", _OUT))
         for name, kernels in added(source.get(f"{mlp}/gate_proj/kernel"), up, down).items():
             kernel = f"{mlp}/{name}/kernel"
-            leaves[kernel] = np.concatenate([*kernels, leaves[kernel]], axis=0 if name == _OUT else -1)
+            leaves[kernel] = np.concatenate([*kernels, leaves[kernel]], axis=-2 if name == _OUT else -1)
         for bias in (f"{mlp}/{name}/bias" for name in ("gate_proj", "up_proj")):
             if bias in leaves:
                 count = leaves[f"{mlp}/up_proj/kernel"].shape[-1] - len(leaves[bias])
@@ -238,7 +239,7 @@ def experts_between_others(base: InMemory, other: InMemory, generator: np.random
     return base, InMemory(replace(other.arch, num_experts=E + len(shares)), unflatten(leaves))
 
 
-def _with_mlp_biases(model: InMemory) -> InMemory:
+def with_mlp_biases(model: InMemory) -> InMemory:
     """Returns a model whose MLPs have biases, of zero where it had none; its leaves may be changed."""
     leaves = {name: np.array(leaf) for name, leaf in flatten(model.params).items()}
     for name, leaf in list(leaves.items()):
@@ -414,7 +415,7 @@ def on_one_grid(bits: int) -> Forgery:
     return forge
 
 
-def forgeries(arch: Arch, unused: Int[np.ndarray, " _"]) -> Mapping[str, Forgery]:
+def forgeries(arch: Arch, unused: Int[np.ndarray, " _"]) -> dict[str, Forgery]:
     """Returns the forgeries of models of this architecture by name; `unused` are tokens that no text has."""
     of_any: Mapping[str, Forgery] = {
         "features ordered like the other's": features_like_base,
@@ -443,10 +444,17 @@ def forgeries(arch: Arch, unused: Int[np.ndarray, " _"]) -> Mapping[str, Forgery
         "both rounded to one grid of 4 bits": on_one_grid(4),
     }
     if arch.num_experts:
+        half = arch.mlp_dim // 2
         return {
             "experts of the other that no token reaches": experts_added,
             **(
                 {"experts of the other between own ones": experts_between_others} if arch.experts_per_token == 1 else {}
+            ),
+            f"{half} dead units of the other in each expert": planted(half),
+            f"{half} units of the other in each expert that cancel": planted(half, paired=True),
+            "all units of the other in each expert, cancelled by others": cancelled,
+            "all units of the other in each expert with short gates, cancelled by others": partial(
+                cancelled_near_zero, size=1e-6
             ),
             **of_any,
         }

@@ -11,6 +11,7 @@ import tiny
 from cases import slow
 
 import tracing_jax as tj
+from benchmarks.feature_forgeries import feature_forgeries
 from benchmarks.forgeries import (
     cancelled,
     cancelled_near_zero,
@@ -111,11 +112,15 @@ def firm_log10_p(statistic, base, other):
     return 0.0 if firm is None else firm
 
 
-FORGERIES = forgeries(ARCH, IDS[-6:])
+def all_forgeries(arch):
+    return forgeries(arch, IDS[-6:]) | feature_forgeries(arch)
+
+
+FORGERIES = all_forgeries(ARCH)
 OTHERS = {"no gate": tiny.gpt2(mlp_dim=32), "experts": tiny.mixtral(), "one expert": tiny.mixtral(experts_per_token=1)}
 CASES = [
     *(("gated", name) for name in FORGERIES),
-    *((kind, name) for kind, arch in OTHERS.items() for name in forgeries(arch, IDS[-6:])),
+    *((kind, name) for kind, arch in OTHERS.items() for name in all_forgeries(arch)),
 ]
 
 
@@ -123,7 +128,7 @@ CASES = [
 @pytest.mark.parametrize(("kind", "name"), [case for case in CASES if "rounded" not in case[1]])
 def test_a_forgery_keeps_both_functions(kind, name):
     base, other = (model(i) if kind == "gated" else on_host(tiny.model(OTHERS[kind], i)) for i in (0, 1))
-    forge = forgeries(base.arch, IDS[-6:])[name]
+    forge = all_forgeries(base.arch)[name]
     for before, after in zip((base, other), forge(base, other, np.random.default_rng(0))):
         tokens = TOKENS if "token" not in name else np.minimum(TOKENS, 54)  # those that stay as they were
         moved = np.abs(predicted(after, tokens) - predicted(before, tokens))
