@@ -44,18 +44,18 @@ trace() {
 } | tee "$summary"
 
 text=$folder/text.txt
-stage pair 80 python -m benchmarks.write_pair --shape="$shape" --num_layers="$layers" --save="$folder/pair"
+stage pair 60 python -m benchmarks.write_pair --shape="$shape" --num_layers="$layers" --save="$folder/pair"
 stage text 10 python -c "import pathlib, sys; from benchmarks.pairs import write_text; write_text(pathlib.Path(sys.argv[1]))" "$text"
-stage steps 85 python -m benchmarks --size="$size" --parts=steps,assignment --out_dir="$folder" --pairs_dir="$folder/pairs"
+stage steps 70 python -m benchmarks --size="$size" --parts=steps,assignment --out_dir="$folder" --pairs_dir="$folder/pairs"
 grep '|' "$folder/steps.log" >>"$summary"
-trace auto-stream 70 --memory=stream
-trace auto-resident 70 --memory=resident
-trace mode-11-alphas 45 --stat=mode --dataset="$text" --num_tokens=16384 --dtype=bfloat16 --mode.attn --mode.emb
-trace align-weights 65 --stat=l2 --l2.num_perm=0 --align --memory=resident
+trace auto-stream 60 --memory=stream
+trace auto-resident 60 --memory=resident
+trace mode-11-alphas 40 --stat=mode --dataset="$text" --num_tokens=16384 --dtype=bfloat16 --mode.attn --mode.emb
+trace align-weights 55 --stat=l2 --l2.num_perm=0 --align --memory=resident
 stage small-pair 15 python -m benchmarks.write_pair --shape=tiny --save="$folder/small-pair"
 pair=$folder/small-pair
 trace align-activations 40 --stat=l2 --l2.num_perm=0 --align --align_axes=embed,mlp --align_evidence=activations \
   --dataset="$text" --num_tokens=8192 --memory=resident
-trace align-learned 60 --stat=l2 --l2.num_perm=0 --align --align_evidence=learned --learned.steps=100 \
+trace align-learned 55 --stat=l2 --l2.num_perm=0 --align --align_evidence=learned --learned.steps=100 \
   --dataset="$text" --num_tokens=8192 --memory=resident
 echo "all: $SECONDS s; see $summary"
