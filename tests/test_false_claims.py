@@ -360,7 +360,7 @@ def test_units_whose_two_rows_are_alike_are_no_evidence(arch, layers):
     base, other = alike(0), alike(1)
     for i in range(arch.num_layers):
         found = distinct_units(base, i)
-        assert (len(found.kept) == 0) == (i in layers)
+        assert len(found.kept) <= 0.1 * found.total if i in layers else len(found.kept) > 0.8 * found.total
         assert found.is_obscured == (i in layers)
         assert found.alike >= (0.9 * found.total if i in layers else 0)
     for statistic in (MatchIo(), *((Match(("weights",)), MatchMoments()) if arch.gated else ())):

@@ -436,7 +436,7 @@ def test_partners_are_those_of_both_matchings_in_either_shape():
 
 def result_with(log10_p, places=("layer 0", "layer 1", "layer 2")):
     ps = [log10_p, -0.2, -0.1]
-    return Result(0.5, "x", log10_p, tests=[Test("t", log10_p, "Fisher", places, ps, {"units": [3, 3, 3]})])
+    return Result(0.5, "x", log10_p, tests=[Test("t", log10_p, "Fisher", places, ps, {"units": [30, 30, 30]})])
 
 
 def test_the_verdict_is_holms_minimum_over_the_deciding_statistics():
@@ -456,7 +456,7 @@ def test_the_verdict_is_holms_minimum_over_the_deciding_statistics():
 
 def test_an_exact_test_decides_before_a_calibrated_one_that_is_shown_no_smaller():
     def calibrated(log10_p):
-        test = Test("t", log10_p, "Fisher", ["layer 0"], [log10_p], {"units": [3]}, calibrated=True)
+        test = Test("t", log10_p, "Fisher", ["layer 0"], [log10_p], {"units": [30]}, calibrated=True)
         return Result(0.5, "x", log10_p, tests=[test])
 
     def deciding(exact, assumed, level=1e-3):
@@ -494,8 +494,10 @@ def test_a_test_without_units_clears_nobody():
         return Result(0.0, "x", -0.1, tests=[test], blind_to=())
 
     assert verdict({"match": looked_at(0, 0, 0, 0)}, 1e-3).verdict == "undecided"
-    assert verdict({"match": looked_at(9, 0, 0, 0)}, 1e-3).verdict == "undecided"
-    assert verdict({"match": looked_at(9, 9, 0, 0)}, 1e-3).verdict == "no_evidence"
+    assert verdict({"match": looked_at(90, 0, 0, 0)}, 1e-3).verdict == "undecided"
+    assert verdict({"match": looked_at(90, 90, 0, 0)}, 1e-3).verdict == "no_evidence"
+    assert verdict({"match": looked_at(9, 9, 9, 9)}, 1e-3).verdict == "undecided"  # too few for a small p-value
+    assert verdict({"match": looked_at(16, 9, 9, 9)}, 1e-3).verdict == "no_evidence"
 
 
 def test_reserved_evidence_calls_no_pair_related():

@@ -194,10 +194,8 @@ def _found(model: ParamSource, layer: int) -> DistinctUnits:
     if outputs is not None:
         does_something &= _have_effect(model, layer, outputs[1], down if shared is None else shared.added(down), first)
     is_free = np.any([reading.is_free for reading in readings], axis=0)
-    if len(readings) > 1:
-        is_alike = np.abs(readings[0].cosine(first, first, readings[1])) >= ALIKE
-    else:
-        is_alike = np.abs(readings[0].cosine(first, first, reading_of_outputs(down))) >= ALIKE
+    second = readings[1] if len(readings) > 1 else reading_of_outputs(down)
+    is_alike = np.abs(readings[0].cosine(first, first, second)) >= _alike_from(down.shape[1])
     is_active = pure[first] & does_something & ~is_free[first] & is_reached(model, layer)
     kept = first[is_active & ~is_alike]
     norms = [*(reading.norms for reading in readings), own]
@@ -214,6 +212,11 @@ def _found(model: ParamSource, layer: int) -> DistinctUnits:
         alike=int((is_active & is_alike).sum()),
         moments=tuple(_moments(reading.sketch[kept], down.shape[1]) for reading in readings),
     )
+
+
+def _alike_from(width: int) -> float:
+    """Returns `ALIKE`, or more where rows are so short that they have such a cosine by chance: four standard errors."""
+    return min(max(ALIKE, 4 / math.sqrt(width)), 0.95)
 
 
 def _outputs_on_text(readings: list[UnitReading], arch: Arch) -> dict[int, Float[np.ndarray, "T F"]] | None:
