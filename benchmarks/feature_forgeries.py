@@ -157,6 +157,7 @@ def feature_forgeries(arch: Arch) -> dict[str, Forgery]:
     """Returns the forgeries by features, and by means over them, of models of this architecture by name."""
     found: dict[str, Forgery] = {
         "features that nothing writes, read as the other does": features_written_by_nobody(1.0),
+        "features that nothing writes, read by rows twice as long": features_written_by_nobody(2.0),
         "features that nothing writes, read by rows 8 times as long": features_written_by_nobody(8.0),
         "embeddings of the other on features that nothing reads": features_read_by_nobody,
     }

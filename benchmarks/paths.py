@@ -236,13 +236,13 @@ def table(found: Mapping[str, Mapping[str, Any]], steps: int) -> str:
     for method in METHODS:
         cells = [_cell([entry["barrier"] for entry in _of(found, family, method)]) for family in families]
         lines.append(f"| {method.title} | " + " | ".join(cells) + " |")
+    larger = " (the larger ones: 6 layers of 128 features, 0.3 million tokens)" if "larger" in families else ""
     minutes = sum(entry["seconds"] for entry in found.values()) / 60
     note = (
         f"`python -m benchmarks.paths --learned_steps={steps}`: mean (least to greatest) over pairs of independently "
-        "trained models with 4 layers of 64 features, trained on 0.2 million tokens each (the larger ones: 6 layers of "
-        "128 features, 0.3 million tokens); held-out text of 4,096 tokens; every weight is on the path. Learned "
-        "alignments read the text that the models were trained on, in "
-        f"{steps} steps of {_BATCH} blocks of 64 tokens. All alignments took {minutes:.0f} minutes on a busy machine "
+        f"trained models with 4 layers of 64 features, trained on 0.2 million tokens each{larger}; held-out text of "
+        "4,096 tokens; every weight is on the path. Learned alignments read the text that the models were trained on, "
+        f"in {steps} steps of {_BATCH} blocks of 64 tokens. All alignments took {minutes:.0f} minutes on a busy machine "
         f"with two cores ({machine()['date']})."
     )
     return "\n".join([*lines, "", note]) + "\n"

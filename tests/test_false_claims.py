@@ -11,7 +11,7 @@ import tiny
 from cases import slow
 
 import tracing_jax as tj
-from benchmarks.feature_forgeries import feature_forgeries
+from benchmarks.feature_forgeries import feature_forgeries, features_written_by_nobody
 from benchmarks.forgeries import (
     cancelled,
     cancelled_near_zero,
@@ -62,6 +62,7 @@ from tracing_jax.statistics.head_matrices import head_matrices
 from tracing_jax.statistics.heads_in_place import HeadsInPlace
 from tracing_jax.statistics.match import Match
 from tracing_jax.statistics.match_all import MatchAll, unexplained
+from tracing_jax.statistics.match_crossfit import MatchCrossfit
 from tracing_jax.statistics.match_heads import MatchHeads
 from tracing_jax.statistics.match_io import MatchIo
 from tracing_jax.statistics.match_mlps import MatchMlps
@@ -69,7 +70,9 @@ from tracing_jax.statistics.match_moments import MatchMoments
 from tracing_jax.statistics.nulls import agreement_log_sf
 from tracing_jax.statistics.repeated_layers import repeated_layers
 from tracing_jax.statistics.shared_tokens import TokenRows
+from tracing_jax.statistics.statistic import Result, Test
 from tracing_jax.statistics.unit_outputs import reached_experts
+from tracing_jax.statistics.unwritten_features import share_unwritten, with_unwritten_features
 from tracing_jax.tree import flatten, unflatten
 
 F = 64
@@ -367,6 +370,27 @@ def test_units_whose_two_rows_are_alike_are_no_evidence(arch, layers):
         assert firm_log10_p(statistic, base, other) == 0
     if layers == (0,):
         assert firm_log10_p(MatchIo(), base, base) < -6
+
+
+@pytest.mark.parametrize("kind", ["gated", *OTHERS])
+def test_rows_in_directions_that_nothing_writes_make_no_pair_related(kind):
+    """They may be another model's: those of base, beside the model's own, on features that are always zero."""
+    base, other = (model(i) if kind == "gated" else on_host(tiny.model(OTHERS[kind], i)) for i in (0, 1))
+    assert share_unwritten(base) < 0.02
+    for length in (0.5, 2.0, 8.0):
+        _, forged = features_written_by_nobody(length)(base, other, np.random.default_rng(0))
+        assert share_unwritten(forged) > 0.1
+    pair = Pair(base, forged, Vocabularies(True, IDS, IDS), TOKENS, Compute(make_mesh(), 8), 0)
+    found = Result(0.5, "x", -30.0, tests=[Test("t", -30.0, "Fisher", ["layer 0"], [-30.0], {"units": [30]})])
+    reserved = with_unwritten_features(found, pair)
+    assert reserved.firm_log10_p == 0
+    assert "that nothing writes" in reserved.reservation
+    assert "of those of ft" in reserved.reservation
+    assert with_unwritten_features(found, dataclasses.replace(pair, ft=base)) == found
+    if kind == "gated":
+        _, forged = features_written_by_nobody(2.0)(base, other, np.random.default_rng(0))
+        for statistic in (MatchMoments(), MatchCrossfit(), HeadsInPlace()):
+            assert firm_log10_p(statistic, base, forged) > -3
 
 
 def test_layers_that_agree_with_many_are_controls():

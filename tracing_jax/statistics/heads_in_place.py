@@ -29,6 +29,7 @@ from tracing_jax.statistics.match_moments import spread_layers
 from tracing_jax.statistics.nulls import composite_agreement_log_sf, total_agreement_log_sf
 from tracing_jax.statistics.repeated_layers import repetition_notes, without_repeats
 from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies
+from tracing_jax.statistics.unwritten_features import with_unwritten_features
 
 _SINGULAR_VALUES = 16
 _LEAVES = ("attn", "attn_norm")
@@ -97,6 +98,10 @@ class HeadsInPlace(options.HeadsInPlace):
         return lines + gates_not_applicable(base, ft)
 
     def compute(self, pair: Pair) -> Result:
+        """Returns the result of `_computed`, reserved where rows lie in directions that nothing writes."""
+        return with_unwritten_features(self._computed(pair), pair)
+
+    def _computed(self, pair: Pair) -> Result:
         """Returns the p-value of the number of heads in place; no forward pass."""
         every = _layers(pair)
         layers = without_repeats(pair.base, pair.ft, every)

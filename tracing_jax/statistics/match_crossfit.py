@@ -27,6 +27,7 @@ from tracing_jax.statistics.repeated_layers import repeated_layers
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies, depths_not_applicable
 from tracing_jax.statistics.unit_alignment import Units, learn_rotation, row_similarities, units_of, weighted_moments
 from tracing_jax.statistics.unit_descriptors import spread_layers
+from tracing_jax.statistics.unwritten_features import with_unwritten_features
 
 _FEW_CONTROLS, _MOST_CONTROLS = 6, 64
 
@@ -98,6 +99,10 @@ class MatchCrossfit(options.MatchCrossfit):
         return lines
 
     def compute(self, pair: Pair) -> Result:
+        """Returns the result of `_computed`, reserved where rows lie in directions that nothing writes."""
+        return with_unwritten_features(self._computed(pair), pair)
+
+    def _computed(self, pair: Pair) -> Result:
         """Returns the calibrated and the parametric tests; no forward pass."""
         compared = self._compared(pair, "pair")
         label = "units of held-out layers on which their rows agree, share"

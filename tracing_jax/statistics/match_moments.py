@@ -63,6 +63,7 @@ from tracing_jax.statistics.unit_descriptors import (
     log_quadratic_forms,
     spread_layers,
 )
+from tracing_jax.statistics.unwritten_features import with_unwritten_features
 
 PROJECTIONS = ("gate", "up")
 
@@ -107,6 +108,10 @@ class MatchMoments(options.MatchMoments):
         return lines + depths_not_applicable(base, ft, "see match_all, or the form layer")
 
     def compute(self, pair: Pair) -> Result:
+        """Returns the result of `_computed`, reserved where rows lie in directions that nothing writes."""
+        return with_unwritten_features(self._computed(pair), pair)
+
+    def _computed(self, pair: Pair) -> Result:
         """Returns the calibrated and the parametric tests; no forward pass."""
         if pair.base.arch.num_layers != pair.ft.arch.num_layers:
             return self._mapped(pair)

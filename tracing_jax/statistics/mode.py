@@ -46,7 +46,7 @@ CONTROLS: Mapping[str, Mapping[str, tuple[int, float, float]]] = {
     },
     "mixture of experts": {
         "none": (3, 1.55, 1.80), "permutations": (3, 1.13, 1.49), "maps": (3, 1.01, 1.07), "states": (3, 0.86, 0.96),
-        "learned": (1, 0.26, 0.35),
+        "learned": (3, 0.26, 0.38),
     },
 }  # fmt: skip
 """Architecture -> how a pair is aligned -> number of control pairs, and their least and greatest barrier in nats per
