@@ -242,8 +242,8 @@ def table(found: Mapping[str, Mapping[str, Any]], steps: int) -> str:
         f"`python -m benchmarks.paths --learned_steps={steps}`: mean (least to greatest) over pairs of independently "
         f"trained models with 4 layers of 64 features, trained on 0.2 million tokens each{larger}; held-out text of "
         "4,096 tokens; every weight is on the path. Learned alignments read the text that the models were trained on, "
-        f"in {steps} steps of {_BATCH} blocks of 64 tokens. All alignments took {minutes:.0f} minutes on a busy machine "
-        f"with two cores ({machine()['date']})."
+        f"in {steps} steps of {_BATCH} blocks of 64 tokens. All alignments took {minutes:.0f} minutes on a busy "
+        f"machine with two cores ({machine()['date']})."
     )
     return "\n".join([*lines, "", note]) + "\n"
 
