@@ -12,8 +12,8 @@ from rewritten_pairs import NO_TOKENS, SAME, changed, pair_of
 from scipy.optimize import linear_sum_assignment
 
 from tracing_jax.axes import axis_table
-from tracing_jax.rewrites import permute, random_permutations
-from tracing_jax.sources import InMemory
+from tracing_jax.rewrites import MeanSetting, permute, random_permutations
+from tracing_jax.sources import InMemory, in_memory, rewritten
 from tracing_jax.statistics import verdict
 from tracing_jax.statistics.head_descriptors import descriptor_cosines, head_descriptors, moments_of_layers
 from tracing_jax.statistics.heads_in_place import HeadsInPlace
@@ -70,9 +70,12 @@ def test_rewrites_that_keep_heads_in_place_do_not_change_their_descriptors(name)
 @pytest.mark.slow
 def test_means_that_norms_subtract_do_not_change_descriptors():
     given = tiny.model(tiny.gpt2(num_layers=4, layer_windows=(None,) * 4), 0)
-    np.testing.assert_allclose(
-        descriptors_of(changed(given, "means,rotate")), descriptors_of(given), rtol=1e-3, atol=1e-3
-    )
+    rng = np.random.default_rng(0)
+    every = {name: rng.normal(size=zeros.shape) for name, zeros in MeanSetting.zeros(given.arch).values.items()}
+    set_everywhere = in_memory(rewritten(given, [MeanSetting(every)]))
+    set_everywhere = InMemory(set_everywhere.arch, jax.tree.map(np.asarray, set_everywhere.params))
+    for other in (changed(given, "means,rotate"), set_everywhere):
+        np.testing.assert_allclose(descriptors_of(other), descriptors_of(given), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.slow

@@ -147,8 +147,14 @@ class MeanSetting(Rewrite):
 
     @classmethod
     def random(cls, key: PRNGKeyArray, arch: Arch) -> "MeanSetting":
-        """Returns means of the size of common weights."""
-        drawn = {name: generator(key, name).standard_normal(shape) for name, shape in _means(arch).items()}
+        """Returns means of what is written, of the size of common weights.
+
+        Not of rows that read: once features are padded, what they may have added is along the old features alone, which
+        an alignment does not take out.
+        """
+        leaves = axis_table(arch).leaves
+        shapes = {name: shape for name, shape in _means(arch).items() if writes_stream(leaves[name])}
+        drawn = {name: generator(key, name).standard_normal(shape) for name, shape in shapes.items()}
         return cls({name: np.asarray(_SIZE * values) for name, values in drawn.items()})
 
     @classmethod

@@ -70,7 +70,9 @@ def head_descriptors(
 ) -> Float[np.ndarray, "K G F"]:
     """Returns the descriptor of each query head of a layer."""
     parts = []
-    for found in to_host(_gram_matrices(head_kernels(layer, arch), _gains(layer, arch), moments)):
+    for found in to_host(
+        _gram_matrices(head_kernels(layer, arch), _gains(layer, arch), moments, arch.norm_subtracts_mean)
+    ):
         through_one, through_other, cross = (grams.astype(np.float64) for grams in found)
         parts.append(_invariants(through_one, through_other, cross, num_singular_values))
     return np.concatenate(parts, axis=-1)
@@ -168,21 +170,26 @@ def _singular_values(
 _Grams = tuple[Float[Array, "N1 K _ H H"], Float[Array, "N1 K _ H H"], Float[Array, "K _ H H"]]
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="centred")
 def _gram_matrices(
     kernels: Mapping[str, Float[Array, "..."]],
     gains: Mapping[str, Float[Array, "..."]],
     moments: Float[Array | np.ndarray, "N m D"],
+    centred: bool,
 ) -> tuple[_Grams, ...]:
     """Returns those of the heads' queries X and keys Y, and of their values X and outputs Y, with the gains applied.
 
-    For each head: `X^T M X` for M the identity and each moment, the same for Y, and `X^T Y`.
+    For each head: `X^T M X` for M the identity and each moment, the same for Y, and `X^T Y`. If `centred`, norms
+    subtract the mean over the features, and nothing reads that of a column.
     """
+
+    def centred_side(side: Array) -> Array:
+        return side - side.mean(axis=0) if centred else side
 
     def scaled(name: str) -> Float[Array, "D K *G H"]:
         kernel = kernels[name] * gains.get(name, 1.0)
         gain = gains.get("input", jnp.ones(1))
-        return kernel * gain.reshape(-1, *[1] * (kernel.ndim - 1))
+        return centred_side(kernel * gain.reshape(-1, *[1] * (kernel.ndim - 1)))
 
     def through(side: Float[Array, "D K G H"]) -> Float[Array, "N1 K G H H"]:
         read = jnp.einsum("nmd,dkgh->nmkgh", moments, side, precision="highest")
@@ -191,7 +198,11 @@ def _gram_matrices(
     def grams(one: Float[Array, "D K G H"], other: Float[Array, "D K G2 H"]) -> _Grams:
         return through(one), through(other), _products(one, other)
 
-    key, value, output = scaled("k")[:, :, None], scaled("v")[:, :, None], jnp.moveaxis(kernels["o"], -1, 0)
+    key, value, output = (
+        scaled("k")[:, :, None],
+        scaled("v")[:, :, None],
+        centred_side(jnp.moveaxis(kernels["o"], -1, 0)),
+    )
     return grams(scaled("q"), key), grams(value, output)
 
 
@@ -225,16 +236,15 @@ def _rows_of_largest(
 ) -> dict[str, Float[Array, "m D"]]:
     """Returns for each projection the rows of the units of largest norm; `axes` are those of the features.
 
-    What is written to all features alike is taken out if norms subtract it (`centred`).
+    What is written to all features alike, or read of them, is taken out if norms subtract it (`centred`).
     """
     found = {}
     for name, axis in axes:
         rows = jnp.moveaxis(kernels[name].astype(jnp.float32), axis, -1)
         rows = rows.reshape(-1, rows.shape[-1])
-        if name == "down_proj":
-            found[name] = rows - rows.mean(axis=-1, keepdims=True) if centred else rows
-        else:
-            found[name] = rows * (jnp.asarray(scale, jnp.float32) + offset)
+        if name != "down_proj":
+            rows = rows * (jnp.asarray(scale, jnp.float32) + offset)
+        found[name] = rows - rows.mean(axis=-1, keepdims=True) if centred else rows
     norms = sum(jnp.log(jnp.linalg.norm(rows, axis=1)) for rows in found.values())
     largest = jnp.argsort(-norms)[:count]
     return {name: unit_length(rows[largest]) for name, rows in found.items()}
