@@ -380,6 +380,16 @@ def test_rows_in_directions_that_nothing_writes_make_no_pair_related(kind):
     for length in (0.5, 2.0, 8.0):
         _, forged = features_written_by_nobody(length)(base, other, np.random.default_rng(0))
         assert share_unwritten(forged) > 0.1
+    part = features_written_by_nobody(2.0)(base, other, np.random.default_rng(0))[1]
+    own = features_written_by_nobody(0.0)(base, other, np.random.default_rng(0))[1]
+    for i in range(part.arch.num_layers):  # in a fifth of the units alone, and in no head
+        mlp_part, mlp_own = (m.params["layers"][str(i)]["mlp"] for m in (part, own))
+        for name in {"gate_proj", "up_proj"} & mlp_part.keys():
+            few = np.array(mlp_own[name]["kernel"])
+            few[..., ::5] = np.asarray(mlp_part[name]["kernel"])[..., ::5]
+            mlp_own[name]["kernel"] = few
+    if not part.arch.num_experts:
+        assert share_unwritten(own) > 0.1
     pair = Pair(base, forged, Vocabularies(True, IDS, IDS), TOKENS, Compute(make_mesh(), 8), 0)
     found = Result(0.5, "x", -30.0, tests=[Test("t", -30.0, "Fisher", ["layer 0"], [-30.0], {"units": [30]})])
     reserved = with_unwritten_features(found, pair)
@@ -401,9 +411,12 @@ def test_layers_that_agree_with_many_are_controls():
 
     apart = table([[200, 1, 0], [2, 200, 1], [0, 1, 200], [1, 0, 2]])
     assert sorted(cell.agreeing for cell in unexplained(apart)) == [0, 0, 0, 1, 1, 1, 1, 2, 2]
-    alike = table([[100] * 3] * 4)
-    assert len(unexplained(alike)) == 9
-    assert null_of(unexplained(alike), [0.05], "").lam == pytest.approx(100)
+    stacked = [[64, 1], [1, 64]] * 8  # a model whose layers are repeated: as base, and as ft
+    for counts in (stacked, np.transpose(stacked).tolist()):
+        assert {cell.agreeing for cell in unexplained(table(counts))} == {1}
+    some = [[90 + 3 * ((2 * i + j) % 5) for j in range(4)] for i in range(4)]
+    assert len(unexplained(table(some))) >= 6
+    assert null_of(unexplained(table(some)), [0.05], "").lam > 80
 
 
 def test_copies_are_alike_the_first_of_their_group_and_units_that_do_nothing_link_no_two():

@@ -18,6 +18,7 @@ from tracing_jax.checkpoint import Checkpoint, CheckpointError, WeightsOnly, ope
 from tracing_jax.checkpoint.weights_only import norms, numbers
 from tracing_jax.options import COMPARE
 from tracing_jax.statistics import NEEDS, REGISTRY
+from tracing_jax.statistics.unwritten_features import share_unwritten
 from tracing_jax.tree import flatten
 
 
@@ -282,6 +283,8 @@ def test_a_component_is_a_model_of_its_own(tmp_path):
     tower = open_checkpoint(folder, weights_only=WeightsOnly(component="vision"))
     assert not tower.arch.gated
     assert (tower.arch.vocab_size, tower.arch.norm, tower.arch.num_layers) == (0, "layer_norm", layouts.LAYERS)
+    assert share_unwritten(tower) == 0  # without embeddings it is not known what is written
+    assert share_unwritten(language) < 0.02
     stored = layouts.vision_tower(0)["vision_tower.vision_model.encoder.layers.1.mlp.fc1.weight"]
     np.testing.assert_array_equal(tower.layer(1)["mlp"]["up_proj"]["kernel"], stored.T)
     with pytest.raises(CheckpointError, match="no tensors of a component audio by their names; components are: vision"):

@@ -63,8 +63,8 @@ SEEN: Mapping[str, str] = {
 CONTROL_POSITIONS, CONTROL_UNITS = 1024, 2048
 """Positions and units of a control pair of layers, whose units are compared as those of corresponding layers."""
 
-_FEW = 6  # control pairs, below which their mean and deviation are unreliable
-_WIDE_LAMBDA, _WIDE_SCALE = 4.0, 2.0
+FEW_PAIRS = 6  # control pairs, below which their mean and deviation are unreliable
+WIDE_LAMBDA, _WIDE_SCALE = 4.0, 2.0
 """Without controls: a correlation of .6 between a unit's gate and up rows lifts the mean agreement to 3.65."""
 
 
@@ -127,7 +127,7 @@ def control_pairs(num_base: int, num_ft: int, generator: np.random.Generator, mo
     apart = np.abs(depth[0] - depth[1]) * (max(num_base, num_ft) - 1)
     for least in (1.5, 0.5):
         pairs = np.argwhere(apart > least)
-        if len(pairs) >= _FEW:
+        if len(pairs) >= FEW_PAIRS:
             break
     return [(int(i), int(j)) for i, j in generator.permutation(pairs)[:most]]
 
@@ -142,8 +142,8 @@ def null_of(controls: Sequence[Comparison], u: Sequence[float], source: str) -> 
         lam = max(lam, float(k.mean()))
         m = max(m, float(np.median(z)))
         s = max(s, 1.4826 * float(np.median(np.abs(z - np.median(z)))))
-    if len(found) < _FEW:
-        lam, s = max(lam, _WIDE_LAMBDA), max(s, _WIDE_SCALE)
+    if len(found) < FEW_PAIRS:
+        lam, s = max(lam, WIDE_LAMBDA), max(s, _WIDE_SCALE)
         notes.append(f"only {len(found)} control pairs of layers: the null is widened to lambda {lam:.3g}, s {s:.3g}")
     shown: dict[str, Any] = {"pairs": len(found)}
     if len(found):

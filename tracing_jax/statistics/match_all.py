@@ -306,21 +306,17 @@ def _calibrated(
 def unexplained(table: Sequence[Sequence[Comparison]], below: float | None = None) -> list[Comparison]:
     """Returns the pairs of layers that are controls where layers of ft correspond to any of base's.
 
-    The best pair of each layer of ft is none where its p-value is so small that no number of pairs explains it. All
-    others are: if many layers agree with one another, they do for a reason other than descent.
+    The best pair of each layer of either model is none where its p-value is so small that no number of pairs explains
+    it. All others are: if many layers agree with one another, they do for a reason other than descent.
 
     Args:
       table: the comparison of layer i of base with layer j of ft, at [i][j].
       below: that p-value; by default `CORRESPOND`, over all pairs.
     """
-    least = math.log(CORRESPOND / (len(table) * len(table[0])) if below is None else below)
-    best = [min(range(len(table)), key=lambda i: table[i][j].log_p_agreement) for j in range(len(table[0]))]
-    return [
-        cell
-        for i, row in enumerate(table)
-        for j, cell in enumerate(row)
-        if i != best[j] or cell.log_p_agreement >= least
-    ]
+    log_p = np.array([[cell.log_p_agreement for cell in row] for row in table])
+    least = math.log(CORRESPOND / log_p.size if below is None else below)
+    best = (log_p == log_p.min(axis=0)) | (log_p == log_p.min(axis=1, keepdims=True))
+    return [table[i][j] for i, j in np.argwhere(~best | (log_p >= least))]
 
 
 def _control_places(num_base: int, num_ft: int, assigned: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:

@@ -17,7 +17,9 @@ from tracing_jax.statistics.calibration import (
     BY_CONVERGENCE,
     DEFAULT_ALLOWANCE,
     DEFAULT_SOURCE,
+    FEW_PAIRS,
     MARGIN,
+    WIDE_LAMBDA,
     Null,
     control_pairs,
     null_of,
@@ -91,7 +93,10 @@ class MatchHeads(options.MatchHeads):
             lines.append("fewer than two layers have attention in both models")
         if not lines and base.num_layers != ft.num_layers:
             layers, heads = min(depths), math.prod(groups_of(base, ft))
-            least = ordered_maps_log_sf(layers * [heads], groups_of(base, ft), depths, MARGIN * DEFAULT_ALLOWANCE, 1.0)
+            # Few pairs of layers say little of chance, which is taken to be as large as it may then be.
+            controls = control_pairs(depths[0], depths[1], np.random.default_rng(0), _MOST_CONTROLS)
+            lam = 1.0 if len(controls) >= FEW_PAIRS else WIDE_LAMBDA
+            least = ordered_maps_log_sf(layers * [heads], groups_of(base, ft), depths, MARGIN * DEFAULT_ALLOWANCE, lam)
             if least > math.log(self.level):
                 lines.append(
                     f"different depth ({base.num_layers} and {ft.num_layers} layers), and too few heads: if all of "

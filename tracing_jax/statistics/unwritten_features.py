@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from tracing_jax.sources import ParamSource, has_embeddings
+from tracing_jax.sources import ParamSource, Submodel, has_embeddings, is_resident
 from tracing_jax.statistics.comparison import all_reserved
 from tracing_jax.statistics.distinct_units import distinct_units
 from tracing_jax.statistics.kept_facts import kept_of
@@ -47,25 +47,30 @@ def with_unwritten_features(result: Result, pair: Pair) -> Result:
 def share_unwritten(model: ParamSource) -> float:
     """Returns the share of the squares of rows that read the stream which lies in directions that nothing writes.
 
-    The largest of all layers and kinds of rows, of each the median. What writes are the embeddings, of tokens of a text
-    where these are known, and the units that count as evidence. 0 where the embeddings are not known.
+    The largest of all layers and kinds of rows, of each the mean. What writes are the embeddings, of tokens of a text
+    where these are known, and in MLPs without experts the units that count as evidence. 0 where the embeddings are not
+    known.
     """
     known = kept_of(model)
     if "share unwritten" not in known:
-        known["share unwritten"] = _share(model) if has_embeddings(model) else 0.0
+        has_tokens = model.arch.has("embed/embedding") and has_embeddings(model)
+        known["share unwritten"] = _share(model) if has_tokens else 0.0
     found: float = known["share unwritten"]
     return found
 
 
 def _share(model: ParamSource) -> float:
     arch = model.arch
+    D = arch.embed_dim
     written, largest = _unit_trace(_embeddings(model)), 0.0
+    if arch.norm_subtracts_mean:  # rows have nothing in the direction of ones, and it is none of those looked for
+        written = written + np.full((D, D), 1 / D**2)
     for i in range(arch.num_layers):
         basis = _unwritten(written)
         if not basis.shape[1]:  # nor is there one in later layers
             break
         layer = model.layer(i)
-        largest = max(largest, *(_median_share(rows, basis) for rows in _reading(model, layer, i)), 0.0)
+        largest = max(largest, *(_mean_share(rows, basis) for rows in _reading(model, layer, i)), 0.0)
         if _has_mlp(model, i) and len(kept := distinct_units(model, i).kept):
             written = written + _unit_trace(to_host(mlp_rows(layer, arch)["down"])[kept])
     return largest
@@ -76,30 +81,39 @@ def _has_mlp(model: ParamSource, layer: int) -> bool:
 
 
 def _reading(model: ParamSource, layer: Tree, index: int) -> Iterator[Float[np.ndarray, "N D"]]:
-    """Yields the rows of a layer that read the stream: of values, and of gate and up of the units that are kept."""
-    values = layer.get("attn", {}).get("v_proj")
-    if values is not None and values["kernel"].shape[0] == model.arch.embed_dim:
-        kernel = jnp.asarray(values["kernel"], jnp.float32).reshape(model.arch.embed_dim, -1)
-        yield to_host(without_mean(kernel.T * gain_of(layer, "attn_norm", model.arch), model.arch))
+    """Yields the rows of a layer that read the stream: of heads, and of gate and up of the units that are kept."""
+    for name in ("q_proj", "k_proj", "v_proj"):
+        side = layer.get("attn", {}).get(name)
+        if side is not None and side["kernel"].shape[0] == model.arch.embed_dim:
+            kernel = jnp.asarray(side["kernel"], jnp.float32).reshape(model.arch.embed_dim, -1)
+            yield to_host(without_mean(kernel.T * gain_of(layer, "attn_norm", model.arch), model.arch))
     if _has_mlp(model, index):
         kept, rows = distinct_units(model, index).kept, mlp_rows(layer, model.arch)
         yield from (to_host(rows[side])[kept] for side in ("gate", "up") if side in rows)
 
 
-def _median_share(rows: Float[np.ndarray, "N D"], basis: Float[np.ndarray, "D _"]) -> float:
+def _mean_share(rows: Float[np.ndarray, "N D"], basis: Float[np.ndarray, "D _"]) -> float:
     if not len(rows):
         return 0.0
     own = rows.astype(np.float64)
-    return float(np.median(np.square(own @ basis).sum(axis=1) / np.maximum(np.square(own).sum(axis=1), 1e-30)))
+    return float(np.mean(np.square(own @ basis).sum(axis=1) / np.maximum(np.square(own).sum(axis=1), 1e-30)))
 
 
 def _embeddings(model: ParamSource) -> Float[np.ndarray, "V D"]:
-    arch, embed = model.arch, model.embed()
+    arch = model.arch
     given = kept_of(model).get("tokens of a text")
     most = _ROWS * arch.embed_dim
     every = np.arange(arch.vocab_size) if given is None or len(given) < most else np.sort(given)
     ids = every[np.unique(np.linspace(0, len(every) - 1, min(most, len(every))).astype(int))].astype(np.int32)
-    rows = [to_host(without_mean(jnp.asarray(taken(embed["embedding"], ids), jnp.float32), arch))]
+    if is_resident(model):
+        embed, tokens = model.embed(), taken(model.embed()["embedding"], ids)
+    else:
+        embed = Submodel(model, (), None, ids).embed()
+        tokens = embed["embedding"]
+    found = jnp.asarray(tokens, jnp.float32)
+    if arch.embed_norm:
+        found = without_mean(found, arch) * gain_of(embed, "norm", arch)
+    rows = [to_host(without_mean(found, arch))]
     if "positions" in embed:
         rows.append(to_host(without_mean(jnp.asarray(embed["positions"], jnp.float32), arch)))
     return np.concatenate(rows)

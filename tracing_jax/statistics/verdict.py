@@ -241,9 +241,9 @@ def _hint(word: VerdictName, deciding: Mapping[str, Result], found: Iterable[str
 
 
 _FEWEST_UNITS = 16
-"""Units of a layer below which no p-value is small. Where three layers or fewer measure chance, that of calibrated
-tests if all units agree is 10^-1.1 of 8 units, 10^-2.6 of 12 and 10^-4.4 of 16, before a factor of up to 100 for layers
-and tests."""
+"""Matched units of a layer below which no p-value is small. Where three layers or fewer measure chance, that of
+calibrated tests if all units agree is 10^-1.1 of 8 units, 10^-2.6 of 12 and 10^-4.4 of 16, before a factor of up to 100
+for layers and tests."""
 
 
 def _sees_all(name: str, result: Result) -> bool:
