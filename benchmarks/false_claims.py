@@ -35,8 +35,10 @@ from tracing_jax.statistics import (
     AUTO_BY_EXPERTS,
     AUTO_WITH_TEXT,
     Pair,
+    Result,
     Statistic,
     Vocabularies,
+    corroborated,
     hidden_by,
     inactive_layers,
     make_statistic,
@@ -66,7 +68,8 @@ def judge(base: InMemory, other: InMemory, blocks: np.ndarray, unused: np.ndarra
     )
     pair = Pair(base, other, vocabularies, blocks, Compute(make_mesh(), 32), seed,
                 blocks=paired_one_to_one(blocks, blocks))  # fmt: skip
-    found, results = {}, {}
+    found: dict[str, float | str] = {}
+    results: dict[str, Result] = {}
     may_be_moved = bool(inactive_layers(base) or inactive_layers(other))
     are_obscured = any(2 * len(obscured_layers(model)) > model.arch.num_layers for model in (base, other))
     needless = set() if may_be_moved or base.arch.num_layers != other.arch.num_layers else {AUTO_BY_DEPTH}
@@ -77,6 +80,7 @@ def judge(base: InMemory, other: InMemory, blocks: np.ndarray, unused: np.ndarra
         result = statistic.compute(pair)
         result = replace(result, blind_to=hidden_by(name, base.arch, other.arch, may_be_moved, are_obscured))
         results[name] = result
+    for name, result in corroborated(results, LEVEL).items():
         firm = result.log10_p if result.firm_log10_p is None else result.firm_log10_p
         found[name] = 0.0 if firm is None else firm
     return found | {"verdict": verdict(results, LEVEL).verdict}

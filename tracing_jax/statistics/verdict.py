@@ -193,8 +193,8 @@ def corroborated(results: Mapping[str, Result], level: float) -> dict[str, Resul
     if not beside or min(ps.values()) < least:
         return dict(results)
     reason = (
-        f"{', '.join(beside)} found nothing, and embeddings that a first layer removes can be another model's, with the "
-        "rows that read them"
+        f"{', '.join(beside)} found nothing, and embeddings that a first layer removes can be another model's, with "
+        "the rows that read them"
     )
     return {
         name: all_reserved(result, reason, "forward")
