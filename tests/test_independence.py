@@ -523,6 +523,9 @@ def test_a_test_by_embeddings_is_reserved_where_others_ran_and_found_nothing():
         for other in ("csu", "match_heads", "csu_procrustes"):
             both = {"match": found, name: nothing, other: result_with(-3.1)}
             assert verdict(both, 1e-3).verdict == "related"
+    moved = dataclasses.replace(nothing, blind_to=("layers that were moved",))
+    assert verdict({"match": nothing, "match_all": found, "match_io": moved}, 1e-3).verdict == "related"
+    assert verdict({"match": found, "match_all": found, "match_io": moved}, 1e-3).verdict == "undecided"
     by_text = Test("forward, agreement", -50.0, "Fisher", ["layer 0"], [-50.0], {"units": [30]})
     read = dataclasses.replace(found, log10_p=-50.0, tests=[by_text])
     assert verdict({"match": read, "match_io": nothing}, 1e-3).verdict == "related"

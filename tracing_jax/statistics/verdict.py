@@ -189,7 +189,9 @@ def corroborated(results: Mapping[str, Result], level: float) -> dict[str, Resul
     ps = {
         name: found.log10_p for name in (*_BESIDE, *_ALSO) if (found := results.get(name)) and found.log10_p is not None
     }
-    beside = [name for name in _BESIDE if name in ps]
+    # Where layers were moved, those tests see nothing, unless layers correspond by their index all the same.
+    in_place = (found := results.get("match")) is not None and (found.log10_p or 0.0) < least
+    beside = [name for name in _BESIDE if name in ps and (in_place or not results[name].blind_to)]
     if not beside or min(ps.values()) < least:
         return dict(results)
     reason = (
