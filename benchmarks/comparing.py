@@ -109,7 +109,7 @@ def results(base: InMemory, ft: Descendant, text: Text, seed: int, names: Sequen
         unseen=rows,
         in_text=in_text,
         text_ids=text_ids,
-        text_blocks=(read, new_ids[read]),
+        text_blocks=paired_one_to_one(read, new_ids[read]),
     )
     paired = paired_one_to_one(text.blocks, new_ids[text.blocks])
     pair = Pair(base, ft.model, vocabularies, text.blocks, Compute(make_mesh(), 32), seed, blocks=paired)

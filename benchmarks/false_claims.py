@@ -38,7 +38,6 @@ from tracing_jax.statistics import (
     Result,
     Statistic,
     Vocabularies,
-    corroborated,
     hidden_by,
     inactive_layers,
     make_statistic,
@@ -62,9 +61,15 @@ def judge(base: InMemory, other: InMemory, blocks: np.ndarray, unused: np.ndarra
     ids = np.arange(base.arch.vocab_size, dtype=np.int32)
     in_text = ~np.isin(ids, unused)
     rows = {"unused": (unused, unused)}
-    read = blocks[:4, :24]  # as much of a text as runs read
+    read = paired_one_to_one(blocks[:4, :24], blocks[:4, :24])  # as much of a text as runs read
     vocabularies = Vocabularies(
-        True, ids, ids, unseen=rows, in_text=in_text, text_ids=(ids[in_text],) * 2, text_blocks=(read, read)
+        True,
+        ids,
+        ids,
+        unseen=rows,
+        in_text=in_text,
+        text_ids=(ids[in_text],) * 2,
+        text_blocks=read,
     )
     pair = Pair(base, other, vocabularies, blocks, Compute(make_mesh(), 32), seed,
                 blocks=paired_one_to_one(blocks, blocks))  # fmt: skip
@@ -80,7 +85,7 @@ def judge(base: InMemory, other: InMemory, blocks: np.ndarray, unused: np.ndarra
         result = statistic.compute(pair)
         result = replace(result, blind_to=hidden_by(name, base.arch, other.arch, may_be_moved, are_obscured))
         results[name] = result
-    for name, result in corroborated(results, LEVEL).items():
+    for name, result in results.items():
         firm = result.log10_p if result.firm_log10_p is None else result.firm_log10_p
         found[name] = 0.0 if firm is None else firm
     return found | {"verdict": verdict(results, LEVEL).verdict}

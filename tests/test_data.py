@@ -25,7 +25,6 @@ from tracing_jax.data import (
     load_tokenizer,
     read_documents,
     same_tokenizer,
-    sampled_blocks,
     shared_tokens,
     token_blocks,
 )
@@ -573,7 +572,3 @@ def test_tokens_of_a_text_are_those_of_short_pieces():
 
     text = "\n\n".join(f"{'word ' * 30}{'x' * i}" for i in range(60))
     assert set(ids_of_text(tokenizer, text)) <= {0, 1, 2, 3, 4}
-    blocks = sampled_blocks(tokenizer, text, 8, 24)
-    assert blocks.shape == (8, 24)
-    assert set(blocks.ravel()) <= {0, 1, 2, 3, 4}
-    assert sampled_blocks(tokenizer, "short", 8, 24).shape == (0, 24)

@@ -11,7 +11,7 @@ import tiny
 from cases import slow
 
 import tracing_jax as tj
-from benchmarks.feature_forgeries import feature_forgeries, features_written_by_nobody
+from benchmarks.feature_forgeries import feature_forgeries, features_removed, features_written_by_nobody
 from benchmarks.forgeries import (
     cancelled,
     cancelled_near_zero,
@@ -678,7 +678,14 @@ def test_units_on_features_that_the_first_layer_removes_are_no_evidence():
         kernel = leaves[f"layers/1/mlp/{name}/kernel"] = 10 * leaves[f"layers/1/mlp/{name}/kernel"]
         kernel[removed, :32], kernel[:24, :32], kernel[removed, 32:] = 1.5 * kernel[removed, :32], 0, 0
     by_embeddings, by_text = (InMemory(arch, unflatten(dict(leaves))) for _ in range(2))
-    Pair(by_text, by_text, Vocabularies(True, IDS, IDS, text_blocks=(TOKENS,) * 2), None, Compute(make_mesh(), 8), 0)
+    Pair(
+        by_text,
+        by_text,
+        Vocabularies(True, IDS, IDS, text_blocks=BLOCKS),
+        None,
+        Compute(make_mesh(), 8),
+        0,
+    )
     assert len(distinct_units(by_embeddings, 1).kept) > F - 8
     kept = distinct_units(by_text, 1).kept
     assert len(kept) > 24
@@ -689,14 +696,63 @@ def test_units_on_features_that_the_first_layer_removes_are_no_evidence():
         leaves[name] = np.array(leaves[name])
         leaves[name][..., 35] = 0
     one_gain = InMemory(arch, unflatten(leaves))
-    Pair(one_gain, one_gain, Vocabularies(True, IDS, IDS, text_blocks=(TOKENS,) * 2), None, Compute(make_mesh(), 8), 0)
+    Pair(
+        one_gain,
+        one_gain,
+        Vocabularies(True, IDS, IDS, text_blocks=BLOCKS),
+        None,
+        Compute(make_mesh(), 8),
+        0,
+    )
     assert distinct_units(one_gain, 1).kept.min(initial=F) >= 32
+
+
+def test_units_that_agree_on_embeddings_and_not_on_a_text_are_reserved():
+    """A first layer can remove another's embeddings; units that read them can be given to those that fit best."""
+    base, other = model(0), model(1)
+    for layer in other.params["layers"].values():  # what a layer adds counts beside embeddings, which become large
+        layer["mlp"]["down_proj"]["kernel"] = 1e4 * layer["mlp"]["down_proj"]["kernel"]
+    made = features_removed(base, other, np.random.default_rng(0))
+    noisy = model(0, 0.3, of=base)
+    text = Vocabularies(True, IDS, IDS, in_text=IDS >= 0, text_ids=(IDS, IDS), text_blocks=BLOCKS)
+    order = [0, 2, 1, 3]
+    moved = InMemory(made[1].arch, made[1].params | {"layers": {str(i): made[1].layer(j) for i, j in enumerate(order)}})
+
+    def found(statistic, base, ft, vocabularies):
+        sides = on_device(base), on_device(ft)
+        return statistic.compute(Pair(*sides, vocabularies, None, Compute(make_mesh(), 8), 0))
+
+    for statistic in (Match(forms=("weights",)), MatchAll(forms=("weights",)), MatchMlps()):
+        for one, ft in (made, (made[0], moved)):
+            if type(statistic) is Match and ft is moved:
+                continue
+            by_embeddings = found(statistic, one, ft, text)
+            assert by_embeddings.log10_p < -3
+            assert by_embeddings.deciding_log10_p > -0.5
+            assert "do not on a text" in by_embeddings.reservation
+            # Without a text it cannot be asked.
+            assert found(statistic, one, ft, Vocabularies(True, IDS, IDS)).deciding_log10_p < -3
+        related = found(statistic, base, noisy, text)
+        assert related.deciding_log10_p < -9
+        if isinstance(statistic, MatchMlps):  # which compares units in place as well
+            continue
+        # Blocks that the two read otherwise say nothing of units: their evidence is not firm.
+        few = dataclasses.replace(BLOCKS, valid=BLOCKS.valid & (np.arange(24) < 5))
+        unpaired = found(statistic, base, noisy, dataclasses.replace(text, text_blocks=few))
+        assert unpaired.deciding_log10_p > -0.5
 
 
 def by_text_and_by_weights(arch, leaves):
     """A model of these leaves twice: one that is to read a text, one of which only the weights are looked at."""
     by_text, by_weights = (InMemory(arch, unflatten(dict(leaves))) for _ in range(2))
-    Pair(by_text, by_text, Vocabularies(True, IDS, IDS, text_blocks=(TOKENS,) * 2), None, Compute(make_mesh(), 8), 0)
+    Pair(
+        by_text,
+        by_text,
+        Vocabularies(True, IDS, IDS, text_blocks=BLOCKS),
+        None,
+        Compute(make_mesh(), 8),
+        0,
+    )
     return by_text, by_weights
 
 

@@ -510,27 +510,6 @@ def test_reserved_evidence_calls_no_pair_related():
     assert verdict({"csu": firm}, 1e-3).verdict == "related"
 
 
-def test_a_test_by_embeddings_is_reserved_where_others_ran_and_found_nothing():
-    """Embeddings that a first layer removes can be another model's."""
-    found, nothing = result_with(-90.0), dataclasses.replace(result_with(-0.2), blind_to=())
-    assert verdict({"match": found}, 1e-3).verdict == "related"
-    assert verdict({"match": found, "csu": nothing}, 1e-3).verdict == "related"  # csu sees no permuted copy
-    for name in ("match_io", "match_moments", "match_crossfit"):
-        alone = verdict({"match": found, "csu": nothing, "match_heads": nothing, name: nothing}, 1e-3)
-        assert alone.verdict == "undecided"
-        assert f"{name} found nothing" in alone.meaning
-        assert verdict({"match_all": found, name: nothing}, 1e-3).verdict == "undecided"
-        for other in ("csu", "match_heads", "csu_procrustes"):
-            both = {"match": found, name: nothing, other: result_with(-3.1)}
-            assert verdict(both, 1e-3).verdict == "related"
-    moved = dataclasses.replace(nothing, blind_to=("layers that were moved",))
-    assert verdict({"match": nothing, "match_all": found, "match_io": moved}, 1e-3).verdict == "related"
-    assert verdict({"match": found, "match_all": found, "match_io": moved}, 1e-3).verdict == "undecided"
-    by_text = Test("forward, agreement", -50.0, "Fisher", ["layer 0"], [-50.0], {"units": [30]})
-    read = dataclasses.replace(found, log10_p=-50.0, tests=[by_text])
-    assert verdict({"match": read, "match_io": nothing}, 1e-3).verdict == "related"
-
-
 def test_identical_tensors_are_the_verdict_whatever_the_tests_say():
     same, most = Identity(9, 9), Identity(8, 9)
     assert verdict({"csu": result_with(-0.5)}, 1e-3, same).verdict == "identical"

@@ -7,6 +7,7 @@ import pytest
 
 from tests import tiny
 from tests.test_merges import leaves, model, sibling
+from tracing_jax.data import paired_one_to_one
 from tracing_jax.merges import MergeError, MergeModels, merge_report
 from tracing_jax.statistics import Vocabularies
 
@@ -45,7 +46,7 @@ OWN, THEIRS = leaves(0, ARCH), leaves(5, OTHER)
 
 IDS = np.arange(ARCH.vocab_size, dtype=np.int32)
 BLOCKS = np.random.default_rng(0).integers(ARCH.vocab_size, size=(2, 8, 24)).astype(np.int32)
-TEXT = Vocabularies(True, IDS, IDS, in_text=IDS >= 0, text_ids=(IDS, IDS), text_blocks=tuple(BLOCKS))
+TEXT = Vocabularies(True, IDS, IDS, in_text=IDS >= 0, text_ids=(IDS, IDS), text_blocks=paired_one_to_one(*BLOCKS))
 
 
 def report_of(child, others, **more):
@@ -104,7 +105,9 @@ def test_units_that_agree_on_tokens_that_no_text_has_are_no_evidence():
     )
     assert merge_report(models).parts["stranger"] == "agrees"  # as if all of them were read
     blocks = np.random.default_rng(0).integers(120, size=(8, 24)).astype(np.int32)
-    text = Vocabularies(True, ids, ids, in_text=in_text, text_ids=(ids[:120],) * 2, text_blocks=(blocks,) * 2)
+    text = Vocabularies(
+        True, ids, ids, in_text=in_text, text_ids=(ids[:120],) * 2, text_blocks=paired_one_to_one(blocks, blocks)
+    )
     for vocabularies in (text, Vocabularies(True, ids, ids, known=False)):
         found = merge_report(models, vocabularies_of=lambda name, own=vocabularies: own)
         assert found.parts["stranger"] == "not_testable"

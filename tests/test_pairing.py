@@ -1,10 +1,12 @@
 """Two tokenizers on one text: paired positions have read the same bytes; samples are drawn evenly from the pairs."""
 
+import re
+
 import numpy as np
 import pytest
 from test_data import TEXT, byte_level, sentencepiece_like
 
-from tracing_jax.data import Documents, paired_on_bytes, paired_one_to_one, token_blocks
+from tracing_jax.data import Documents, paired_beginnings, paired_on_bytes, paired_one_to_one, token_blocks
 from tracing_jax.statistics import Vocabularies
 
 
@@ -67,6 +69,28 @@ def test_a_sample_is_part_of_the_pairs_and_as_large_as_asked():
     assert not few.valid[2].any()
 
 
+def test_beginnings_of_lines_are_paired_where_both_have_read_the_same():
+    """Words of one tokenizer, letters of the other: they end together where a word ends."""
+    text = "\n".join(" ".join(["word"] * 40 + ["x" * i]) for i in range(1, 30))
+
+    def by(split):
+        def tokenizer(piece, **_):
+            offsets = [match.span() for match in re.finditer(split, piece)]
+            return {"input_ids": [end % 50 for _, end in offsets], "offset_mapping": offsets}
+
+        return tokenizer
+
+    words, letters = by(r"\S+\s?"), by(r".")
+    same = paired_beginnings(text, words, words, 4, 24)
+    assert same.is_whole
+    assert same.base.shape == (4, 24)
+    mixed = paired_beginnings(text, words, letters, 4, 24)
+    assert mixed.num_pairs == 4 * 4  # 24 letters are four words of five with their spaces
+    for block, place in zip(*np.nonzero(mixed.valid)):
+        assert 5 * (mixed.at_base[block, place] + 1) == mixed.at_ft[block, place] + 1
+    assert paired_beginnings("short", words, words, 4, 24) is None
+
+
 def test_tokens_that_are_compared_tell_runs_apart():
     """A tokenizer that changed since a run was interrupted must not continue it."""
     ids = np.arange(200, dtype=np.int32)
@@ -78,5 +102,5 @@ def test_tokens_that_are_compared_tell_runs_apart():
         Vocabularies(True, ids, ids, in_text=ids < 100, unseen={"bytes": (ids[150:], ids[150:])}),
     ]
     assert every.digest() == Vocabularies(True, ids.copy(), ids.copy(), in_text=ids < 100).digest()
-    others.append(Vocabularies(True, ids, ids, in_text=ids < 100, text_blocks=(ids[None], ids[None])))
+    others.append(Vocabularies(True, ids, ids, in_text=ids < 100, text_blocks=paired_one_to_one(ids[None], ids[None])))
     assert len({every.digest(), *(other.digest() for other in others)}) == 6

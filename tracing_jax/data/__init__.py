@@ -18,7 +18,6 @@ from tracing_jax.data.blocks import (
     load_tokenizer,
     random_token_blocks,
     same_tokenizer,
-    sampled_blocks,
     shared_tokens,
     token_blocks,
 )
@@ -31,7 +30,7 @@ from tracing_jax.data.documents import (
     read_documents,
     sample_documents,
 )
-from tracing_jax.data.pairing import PairedBlocks, paired_on_bytes, paired_one_to_one
+from tracing_jax.data.pairing import PairedBlocks, paired_beginnings, paired_on_bytes, paired_one_to_one
 from tracing_jax.data.unseen import IdPairs, unseen_tokens
 
 __all__ = [
@@ -47,13 +46,13 @@ __all__ = [
     "Tokenizer",
     "ids_of_text",
     "load_tokenizer",
+    "paired_beginnings",
     "paired_on_bytes",
     "paired_one_to_one",
     "random_token_blocks",
     "read_documents",
     "same_tokenizer",
     "sample_documents",
-    "sampled_blocks",
     "shared_tokens",
     "token_blocks",
     "unseen_tokens",

@@ -188,22 +188,20 @@ def ids_of_text(tokenizer: Tokenizer, text: str) -> Int32[np.ndarray, " n"]:
     return np.unique(np.array([token for ids in _encoded(tokenizer, text.split("\n\n")) for token in ids], np.int32))
 
 
-def sampled_blocks(tokenizer: Tokenizer, text: str, count: int, length: int) -> Int32[np.ndarray, "N P"]:
-    """Returns the tokens at the beginning of evenly spread lines of a text, as many blocks as are long enough."""
+def spread_lines(text: str, count: int, length: int) -> list[str]:
+    """Returns at most so many evenly spread lines of a text, all likely to have so many tokens."""
     lines = [line for line in text.splitlines() if len(line) >= _LETTERS_PER_TOKEN * length]
-    chosen = [lines[at] for at in np.unique(np.linspace(0, len(lines) - 1, 2 * count).astype(int))] if lines else []
-    found = [ids[:length] for ids in _encoded(tokenizer, chosen) if len(ids) >= length]
-    return np.array(found[:count], np.int32).reshape(-1, length)
+    return [lines[at] for at in np.unique(np.linspace(0, len(lines) - 1, count).astype(int))] if lines else []
 
 
 def _encoded(tokenizer: Tokenizer, pieces: Sequence[str]) -> list[list[int]]:
     """Returns the tokens of each piece; one by one, as tokenizers use threads for several, which bars later forks."""
-    with _without_word_cache(tokenizer):
+    with without_word_cache(tokenizer):
         return [tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"] for piece in pieces]
 
 
 @contextlib.contextmanager
-def _without_word_cache(tokenizer: Tokenizer) -> Iterator[None]:
+def without_word_cache(tokenizer: Tokenizer) -> Iterator[None]:
     """Keeps a tokenizer from remembering the words of a text inside.
 
     What it remembers is not freed with it (tokenizers 0.23): of the package's text half a MiB for each tokenizer, which

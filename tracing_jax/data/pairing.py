@@ -5,8 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from tracing_jax.data.blocks import Tokenizer, bos_id_of, encode
+from tracing_jax.data.blocks import Tokenizer, bos_id_of, encode, spread_lines, without_word_cache
 from tracing_jax.data.documents import Documents
+
+_ON_BYTES = "tokens of the two tokenizers that end on the same byte of the same text"
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,7 @@ class PairedBlocks:
     """Blocks that two models read side by side.
 
     Attributes:
-        base, ft: Token ids for base and for ft; block n of both covers the same text.
+        base, ft: Token ids for base and for ft; block n of both begins the same text.
         at_base, at_ft: P pairs of positions in each block, one of base and one of ft, that have read the same bytes.
         valid: Which of the P are pairs; the others fill up.
         how: How the positions were paired, for the record.
@@ -87,8 +89,41 @@ def paired_on_bytes(
     if not valid.any():
         raise ValueError(f"{documents.source['dataset']}: no token of one tokenizer ends where one of the other does")
     base, ft = _with_bos(rows_base, bos[0]), _with_bos(_padded(rows_ft), bos[1])
-    how = "tokens of the two tokenizers that end on the same byte of the same text"
-    return PairedBlocks(base, ft, at_base, at_ft, valid, how)
+    return PairedBlocks(base, ft, at_base, at_ft, valid, _ON_BYTES)
+
+
+def paired_beginnings(
+    text: str, tokenizer_base: Tokenizer, tokenizer_ft: Tokenizer, count: int, length: int
+) -> PairedBlocks | None:
+    """Returns the first tokens of evenly spread lines of a text, paired where tokens end on the same byte.
+
+    Lines are encoded one by one: tokenizers use threads for several, which bars later forks.
+
+    Args:
+        text: The text.
+        tokenizer_base: A fast tokenizer.
+        tokenizer_ft: Another.
+        count: The most blocks.
+        length: Of each block, in tokens of either tokenizer.
+
+    Returns:
+        The blocks; None if no line is long enough.
+    """
+    with without_word_cache(tokenizer_base), without_word_cache(tokenizer_ft):
+        lines = [
+            tuple(encode(line, tokenizer, length) for tokenizer in (tokenizer_base, tokenizer_ft))
+            for line in spread_lines(text, 2 * count, length)
+        ]
+    lines = [sides for sides in lines if all(len(ids) == length for ids, _ in sides)][:count]
+    if not lines:
+        return None
+    base, ft = (np.stack([sides[side][0] for sides in lines]) for side in (0, 1))
+    if (base == ft).all() and all((sides[0][1] == sides[1][1]).all() for sides in lines):
+        return paired_one_to_one(base, ft)
+    pairs = [_on_the_same_byte(sides[0][1], sides[1][1]) for sides in lines]
+    at_base, at_ft = (_padded([pair[side] for pair in pairs]) for side in (0, 1))
+    valid = np.arange(at_base.shape[1]) < np.array([len(pair[0]) for pair in pairs])[:, None]
+    return PairedBlocks(base, ft, at_base, at_ft, valid, _ON_BYTES)
 
 
 def _on_the_same_byte(ends: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -12,9 +12,9 @@ from tracing_jax.checkpoint.hub import AS_HUB_ID
 from tracing_jax.data import (
     ids_of_text,
     load_tokenizer,
+    paired_beginnings,
     same_tokenizer,
     sample_documents,
-    sampled_blocks,
     shared_tokens,
     unseen_tokens,
 )
@@ -156,12 +156,12 @@ def shared_vocabulary(base: Checkpoint, ft: Checkpoint, tokenizer_base: Any, tok
     in_text = np.isin(ids_base, text_ids[0]) & np.isin(ids_ft, text_ids[1])
     length = min(model.arch.longest or _BLOCK_LENGTH for model in (base, ft))
     length = min(length, _BLOCK_LENGTH)
-    blocks = [sampled_blocks(tokenizer, text, _BLOCKS, length) for tokenizer in (tokenizer_base, tokenizer_ft)]
-    can_be_read = [is_enough(ids) and ids.max() < model.arch.vocab_size for ids, model in zip(blocks, (base, ft))]
-    text_blocks = (blocks[0], blocks[1]) if all(can_be_read) else None
-    return Vocabularies(
-        same, ids_base, ids_ft, unseen=unseen, in_text=in_text, text_ids=text_ids, text_blocks=text_blocks
-    )
+    blocks = paired_beginnings(text, tokenizer_base, tokenizer_ft, _BLOCKS, length)
+    if blocks is not None:
+        sides = (blocks.base, base), (blocks.ft, ft)
+        if not all(is_enough(ids) and ids.max() < model.arch.vocab_size for ids, model in sides):
+            blocks = None
+    return Vocabularies(same, ids_base, ids_ft, unseen=unseen, in_text=in_text, text_ids=text_ids, text_blocks=blocks)
 
 
 def open_model(

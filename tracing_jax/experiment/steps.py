@@ -33,7 +33,6 @@ from tracing_jax.statistics import (
     Pair,
     Result,
     Statistic,
-    corroborated,
     hidden_by,
     inactive_layers,
     obscured_layers,
@@ -131,7 +130,7 @@ def run_steps(
         needless = _needless(options, inputs, found.identical)
         with timer.step("statistic"):
             inputs = _without_needless_layer_map(options, inputs, pair)
-            found.before = corroborated(_compute(inputs, pair, needless | inputs.not_applicable), options.level)
+            found.before = _compute(inputs, pair, needless | inputs.not_applicable)
             if beyond := _layers_left_out(options, inputs):
                 found.before = {name: _without_layers(name, result, beyond) for name, result in found.before.items()}
         if options.claim:

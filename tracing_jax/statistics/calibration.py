@@ -252,6 +252,8 @@ def calibrated_test(
 ) -> Test:
     """Returns a calibrated test by Holm's minimum; firm is its p-value of the layers of an effect beyond the margin.
 
+    Layers whose units agree on embeddings and not on a text are left out there.
+
     Args:
       name: of the test.
       log_ps: for each layer its calibrated log p-value.
@@ -261,5 +263,6 @@ def calibrated_test(
       null: what the p-values were calibrated by.
     """
     test = one_test(name, layers, log_ps, places, bonferroni, "Holm's minimum over layers")
-    firm = bonferroni([p if null.is_firm(i, size) else 0.0 for i, (p, size) in enumerate(zip(log_ps, sizes))])
+    is_firm = [null.is_firm(i, size) and found.agrees_on_text for i, (size, found) in enumerate(zip(sizes, layers))]
+    firm = bonferroni([p if kept else 0.0 for p, kept in zip(log_ps, is_firm)])
     return replace(test, firm_log10_p=firm / LN10, calibrated=True)

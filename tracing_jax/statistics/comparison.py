@@ -66,6 +66,8 @@ class Comparison:
     alike: Sequence[int] = (0, 0)
     partners: Sequence[Sequence[int]] = ()
     """Of some units of base, spread evenly: the unit, and its partner in ft by either matching."""
+    agrees_on_text: bool = True
+    """False where units agree on embeddings of tokens and not on a text; see `responses_on_text`."""
 
     def of_units(self, base: DistinctUnits, ft: DistinctUnits) -> "Comparison":
         """Returns the comparison with what is known of the units of both layers."""

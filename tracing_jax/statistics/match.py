@@ -15,7 +15,6 @@ from tracing_jax.run_cache import RunCache
 from tracing_jax.sources import ParamSource, Submodel
 from tracing_jax.statistics.agreement import agreement_tests, matchings
 from tracing_jax.statistics.calibration import (
-    BY_CONVERGENCE,
     CONTROL_POSITIONS,
     CONTROL_UNITS,
     DEFAULT_ALLOWANCE,
@@ -43,6 +42,7 @@ from tracing_jax.statistics.comparison import (
 )
 from tracing_jax.statistics.distinct_units import DistinctUnits, distinct_units
 from tracing_jax.statistics.pvalues import bonferroni
+from tracing_jax.statistics.responses_on_text import asked_on_text, reservations
 from tracing_jax.statistics.shared_tokens import with_doubts
 from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies, depths_not_applicable
 
@@ -116,7 +116,7 @@ class Match(options.Match):
             notes=notes,
             effect=agreement_effect(best),
             unit_map=_unit_map(best, pair),
-            **reserved(tests, BY_CONVERGENCE),
+            **reserved(tests, reservations(layer for layers in found.values() for layer in layers)),
         )
         return (with_doubts(result, pair) if "weights" in found else result).for_pair(pair)
 
@@ -126,6 +126,7 @@ class Match(options.Match):
         """Returns the comparisons of the layers, and of control pairs of layers: (of base, of ft)."""
         samples: dict[int, Samples] = {}
         run = self._run_of_units(base.arch, pair) if form == "weights" else None
+        both = replace(pair, base=base, ft=ft)
 
         def compare(layer: LayerCorrelations) -> Comparison:
             samples[layer.layer] = layer.samples
@@ -133,7 +134,8 @@ class Match(options.Match):
             units = distinct_units(base, layer.layer), distinct_units(ft, layer.layer)
             one, other = match_taps(layer.by_tap, pair, ("match", form, layer.layer), units, run)
             partners = sampled_partners(one, other, 0 if run is None else run.start)
-            return replace(against_each_other(one, other).of_units(*units), partners=partners)
+            found = replace(against_each_other(one, other).of_units(*units), partners=partners)
+            return found if form == "forward" else asked_on_text(found, both, (layer.layer, layer.layer))
 
         layers = compare_layers(self._correlations(form, base, ft, pair, run_cache), compare, run_cache)
         samples |= {i: _load_samples(run_cache, i) for i in range(len(layers)) if i not in samples}

@@ -16,7 +16,6 @@ from tracing_jax.progress import trange
 from tracing_jax.sources import ParamSource
 from tracing_jax.statistics.agreement import dense_not_applicable
 from tracing_jax.statistics.calibration import (
-    BY_CONVERGENCE,
     DEFAULT_ALLOWANCE,
     Null,
     agreement_effect,
@@ -27,6 +26,7 @@ from tracing_jax.statistics.distinct_units import distinct_units
 from tracing_jax.statistics.match import TAPS, Match, compare_taps
 from tracing_jax.statistics.match_io import responses
 from tracing_jax.statistics.pvalues import bonferroni
+from tracing_jax.statistics.responses_on_text import asked_on_text, reservations
 from tracing_jax.statistics.shared_tokens import rows_of_tokens, tokens_not_applicable, with_doubts
 from tracing_jax.statistics.statistic import Pair, Result, Test, Vocabularies
 
@@ -166,7 +166,8 @@ class MatchAll(options.MatchAll):
 
         def compare(i: int, units: np.ndarray, j: int) -> Comparison:
             by_tap = {tap: correlate(base[i][tap][:, units], ft[j][tap][:, kept_ft[j]]) for tap in TAPS}
-            return compare_taps(by_tap, pair, ("match_all", form, i, j))
+            found = compare_taps(by_tap, pair, ("match_all", form, i, j))
+            return found if form == "forward" else asked_on_text(found, pair, (i, j))
 
         table = []
         for i in trange(len(base), desc=f"match_all, {form}", unit="layer", disable=None):
@@ -223,7 +224,7 @@ class MatchAll(options.MatchAll):
             notes=notes,
             arrays={f"units of base {i} and ft {j}": found_units for (i, j), found_units in units.items()},
             effect=_effect(compared),
-            **reserved(tests, BY_CONVERGENCE),
+            **reserved(tests, reservations(cell for table in compared.values() for row in table for cell in row)),
         )
 
 
@@ -295,7 +296,7 @@ def _calibrated(
             (own.log_p_agreement(0, found), found.agreeing / max(1, found.units)),
             (own.log_p_rank(0, found), found.r),
         )
-        firm = [log_p for log_p, size in tests if own.is_firm(0, size)]
+        firm = [log_p for log_p, size in tests if found.agrees_on_text and own.is_firm(0, size)]
         best = (min(log_p for log_p, _ in tests), min(firm, default=0.0))
         return min(0.0, best[0] + math.log(2)), min(0.0, best[1] + math.log(2))
 

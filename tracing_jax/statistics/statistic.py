@@ -49,7 +49,7 @@ class Vocabularies:
     unseen: Mapping[str, IdPairs] = field(default_factory=dict)
     in_text: Bool[np.ndarray, " S"] | None = None
     text_ids: tuple[Int[np.ndarray, " T"], Int[np.ndarray, " T2"]] | None = None
-    text_blocks: tuple[Int[np.ndarray, "N P"], Int[np.ndarray, "N2 P"]] | None = None
+    text_blocks: PairedBlocks | None = None
 
     @functools.cached_property
     def usable(self) -> Int[np.ndarray, " n"]:
@@ -81,7 +81,9 @@ class Vocabularies:
     def digest(self) -> str:
         """Returns a hash of which tokens correspond, and of which of them are compared and read."""
         unseen = (ids for pair in self.unseen.values() for ids in pair)
-        found = (self.ids_base, self.ids_ft, self.usable, *unseen, *(self.text_ids or ()), *(self.text_blocks or ()))
+        blocks = self.text_blocks
+        read = () if blocks is None else (blocks.base, blocks.ft, blocks.at_base, blocks.at_ft, blocks.valid)
+        found = (self.ids_base, self.ids_ft, self.usable, *unseen, *(self.text_ids or ()), *read)
         hashed = hashlib.sha256(self.doubt.encode())
         for ids in found:
             hashed.update(b"|" + np.ascontiguousarray(ids, np.int64).tobytes())
@@ -123,20 +125,18 @@ class Pair:
         for model, side in models:
             if self.vocabularies.text_ids is not None:
                 remember_tokens(model, self.vocabularies.text_ids[side])
-            if self.vocabularies.text_blocks is not None and not self.aligned:
-                remember_text(model, self.vocabularies.text_blocks[side], self.compute)
+            if (blocks := self.vocabularies.text_blocks) is not None and not self.aligned:
+                remember_text(model, (blocks.base, blocks.ft)[side], self.compute)
 
     def of_base(self) -> "Pair":
         """Returns base paired with itself, both with base's tokens; a control model then replaces the first."""
-        ids = self.vocabularies.ids_base
-        blocks = None if self.blocks is None else paired_one_to_one(self.blocks.base, self.blocks.base)
-        text_ids, text_blocks = (
-            None if both is None else (both[0], both[0])
-            for both in (self.vocabularies.text_ids, self.vocabularies.text_blocks)
+        ids, known = self.vocabularies.ids_base, self.vocabularies
+        blocks, text_blocks = (
+            None if found is None else paired_one_to_one(found.base, found.base)
+            for found in (self.blocks, known.text_blocks)
         )
-        vocabularies = replace(
-            self.vocabularies, same=True, ids_ft=ids, unseen={}, text_ids=text_ids, text_blocks=text_blocks
-        )
+        text_ids = None if known.text_ids is None else (known.text_ids[0], known.text_ids[0])
+        vocabularies = replace(known, same=True, ids_ft=ids, unseen={}, text_ids=text_ids, text_blocks=text_blocks)
         return replace(self, ft=self.base, vocabularies=vocabularies, blocks=blocks)
 
     def generator(self, *names: str | int) -> np.random.Generator:

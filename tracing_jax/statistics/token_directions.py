@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from tracing_jax.forward import StreamPass, stream_pass
 from tracing_jax.sharding import Compute
-from tracing_jax.sources import ParamSource, Submodel, has_embeddings, is_resident
+from tracing_jax.sources import ParamSource, Submodel, has_embeddings, is_resident, origin
 from tracing_jax.statistics.kept_facts import kept_of
 from tracing_jax.statistics.mlp_rows import gain_of, without_mean
 from tracing_jax.tree import taken, to_host
@@ -89,6 +89,15 @@ def read_directions(model: ParamSource, layer: int) -> Directions | None:
         return _as_differences(found.mlp_inputs[layer], _gain(model, layer))
     rows = token_directions(model)
     return None if rows is None else Directions(rows, LEAST_OF_EMBEDDINGS)
+
+
+def inputs_on_text(model: ParamSource, layer: int) -> Float[np.ndarray, "N P D"] | None:
+    """Returns what the MLP of a layer reads of each block of the text, but of its first tokens; None without a text."""
+    model, (index, _) = origin(model, layer)
+    if (found := _stream_pass(model)) is None:
+        return None
+    blocks, _ = kept_of(model)["text"]
+    return found.mlp_inputs[index].reshape(len(blocks), -1, model.arch.embed_dim)
 
 
 def output_gradients(model: ParamSource, layer: int) -> Float[np.ndarray, "T D"] | None:

@@ -10,7 +10,6 @@ import numpy as np
 from tracing_jax.arch import Arch
 from tracing_jax.record import SMALLEST_CALIBRATED
 from tracing_jax.rewrites import DISGUISES, residual_group
-from tracing_jax.statistics.comparison import all_reserved
 from tracing_jax.statistics.pvalues import holm
 from tracing_jax.statistics.statistic import Result
 
@@ -167,45 +166,6 @@ class Verdict:
         return asdict(self)
 
 
-_TAKE_EMBEDDINGS = ("match", "match_all")
-"""Tests whose form `weights` takes embeddings for what each layer reads."""
-
-_BESIDE = ("match_io", "match_moments", "match_crossfit")
-_ALSO = ("csu", "csu_procrustes", "match_heads")
-"""Tests that do not, or that a model does not pass by what it reads of embeddings alone. In every row of docs/power.md
-where one of the first applies and the tests before found a pair, one of these found it too."""
-
-
-def corroborated(results: Mapping[str, Result], level: float) -> dict[str, Result]:
-    """Returns results in which tests by embeddings are reserved where others ran beside them and found nothing.
-
-    Embeddings on features that a first layer removes, and rows that read them, may be another model's.
-
-    Args:
-      results: statistic -> its result.
-      level: below which a p-value counts as a finding, before any adjustment.
-    """
-    least = math.log10(level)
-    ps = {
-        name: found.log10_p for name in (*_BESIDE, *_ALSO) if (found := results.get(name)) and found.log10_p is not None
-    }
-    # Where layers were moved, those tests see nothing, unless layers correspond by their index all the same.
-    in_place = (found := results.get("match")) is not None and (found.log10_p or 0.0) < least
-    beside = [name for name in _BESIDE if name in ps and (in_place or not results[name].blind_to)]
-    if not beside or min(ps.values()) < least:
-        return dict(results)
-    reason = (
-        f"{', '.join(beside)} found nothing, and embeddings that a first layer removes can be another model's, with "
-        "the rows that read them"
-    )
-    return {
-        name: all_reserved(result, reason, "forward")
-        if name in _TAKE_EMBEDDINGS and result.log10_p is not None and result.log10_p < least
-        else result
-        for name, result in results.items()
-    }
-
-
 def verdict(results: Mapping[str, Result], level: float, identical: Identity | None = None, scope: str = "") -> Verdict:
     """Returns the verdict of the results on a pair as given; results on an aligned pair have no p-value to enter it.
 
@@ -224,7 +184,6 @@ def verdict(results: Mapping[str, Result], level: float, identical: Identity | N
     """
     if not 0 < level <= UNDECIDED_BELOW:
         raise ValueError(f"level={level}: expected above 0 and at most {UNDECIDED_BELOW}")
-    results = corroborated(results, level)
     deciding = {name: results[name] for name in DECIDING if name in results}
     found = {name: result for name, result in deciding.items() if result.log10_p is not None}
     reasons = {name: result.not_applicable for name, result in deciding.items() if result.not_applicable}
