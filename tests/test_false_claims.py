@@ -294,7 +294,7 @@ def test_tokens_that_no_text_has_are_no_evidence_and_hide_none(statistic):
 
     def found(model, **known):
         text_ids = (ids[used],) * 2
-        vocabularies = Vocabularies(True, ids, ids, text_ids=text_ids, **known)
+        vocabularies = Vocabularies(True, ids, ids, text_ids=text_ids, text_blocks=BLOCKS, **known)
         pair = Pair(base, model, vocabularies, None, Compute(make_mesh(), 8), 0)
         return statistic.compute(pair)
 
@@ -729,7 +729,7 @@ def test_units_that_agree_on_embeddings_and_not_on_a_text_are_reserved():
             by_embeddings = found(statistic, one, ft, text)
             assert by_embeddings.log10_p < -3
             assert by_embeddings.deciding_log10_p > -0.5
-            assert "do not on a text" in by_embeddings.reservation
+            assert "not found to agree on a text" in by_embeddings.reservation
             # Without a text it cannot be asked.
             assert found(statistic, one, ft, Vocabularies(True, IDS, IDS)).deciding_log10_p < -3
         related = found(statistic, base, noisy, text)

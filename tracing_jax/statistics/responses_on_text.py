@@ -28,8 +28,8 @@ from tracing_jax.statistics.token_directions import inputs_on_text
 from tracing_jax.tree import taken, to_host
 
 _NOT_ON_TEXT = (
-    "units that agree on embeddings of tokens do not on a text, and embeddings that a first layer removes can be "
-    "another model's"
+    "units that agree on embeddings of tokens are not found to agree on a text, and embeddings that a first layer "
+    "removes can be another model's"
 )
 
 _MOST_UNITS = 512
