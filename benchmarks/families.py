@@ -250,6 +250,15 @@ _IN = re.compile(
 )
 
 
+_NAMED_PAIRS = (
+    (("intermediate.dense",), "output.dense"), (("ffn.0",), "ffn.2"), (("w_in.w_0", "w_in.w_1"), "w_out"),
+    (("mlp.input_linear",), "mlp.output_linear"), (("Wi",), "Wo"), (("dense.dense",), "output.dense"),
+    (("feed_forward.intermediate",), "feed_forward.output"), (("lin1",), "lin2"),
+    (("feed_forward.key",), "feed_forward.value"),
+)  # fmt: skip
+"""Modules by other names: those that units read by, and the one that they write by; beside each other."""
+
+
 def permuted(model: Any, seed: int) -> int:
     """Permutes the units of the MLPs that are found by the names of their modules; returns how many there were."""
     import torch
@@ -269,6 +278,28 @@ def permuted(model: Any, seed: int) -> int:
     for name in parameters:
         if name.endswith("experts.gate_up_proj") and (name.replace("gate_up", "down")) in parameters:
             count += _permute_experts(parameters, name, generator)
+    return count or sum(_permute_pairs(parameters, reads, writes, generator) for reads, writes in _NAMED_PAIRS)
+
+
+def _permute_pairs(parameters: Mapping[str, Any], reads: Sequence[str], writes: str, generator: Any) -> int:
+    """Permutes the units of all MLPs, or stacks of experts, with modules of these names; returns how many."""
+    import torch
+
+    count = 0
+    for stem in [name.removesuffix(f"{writes}.weight") for name in parameters if name.endswith(f".{writes}.weight")]:
+        ins = [(f"{stem}{name}.weight", f"{stem}{name}.bias") for name in reads]
+        if not all(weight in parameters for weight, _ in ins):
+            continue
+        out = parameters[f"{stem}{writes}.weight"]
+        permutation = torch.randperm(out.shape[-1], generator=generator)
+        with torch.no_grad():
+            out.copy_(out.index_select(-1, permutation))
+            for leaf in [parameters[name] for names in ins for name in names if name in parameters]:
+                axis = 0 if leaf.ndim == 1 else leaf.ndim - 2
+                times = leaf.shape[axis] // out.shape[-1]
+                order = torch.cat([i * out.shape[-1] + permutation for i in range(times)])
+                leaf.copy_(leaf.index_select(axis, order))
+        count += 1
     return count
 
 
