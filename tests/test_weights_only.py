@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import tracing_jax as tj
 from tests import foreign_layouts as layouts
 from tests.foreign_layouts import D, E, F, V
 from tracing_jax import cli, experiment
@@ -235,6 +236,33 @@ def test_weights_without_a_config_are_read(tmp_path):
 def test_without_being_asked_a_family_that_is_not_supported_is_refused(tmp_path):
     with pytest.raises(UnsupportedModelError, match="baichuan"):
         open_checkpoint(layouts.write(tmp_path, layouts.baichuan, layouts.baichuan(0)))
+
+
+def test_a_model_read_by_its_weights_is_opened_and_what_needs_a_forward_pass_is_refused(tmp_path):
+    folder = layouts.write(tmp_path / "model", layouts.baichuan, layouts.baichuan(0))
+    model, tokens = tj.open(folder), np.zeros((1, 8), np.int32)
+    assert model.arch.reading is not None
+    assert tj.load(folder).params["layers"]["0"]["mlp"].keys() == {"gate_proj", "up_proj", "down_proj"}
+    assert tj.trace(model, folder, "csu").verdict == "identical"
+    for compute in (
+        lambda: tj.logits(model, tokens),
+        lambda: tj.path_losses(model, model, tokens),
+        lambda: tj.generate(model, ["a"]),
+        lambda: tj.align(model, model),
+    ):
+        with pytest.raises(ValueError, match="without a forward pass"):
+            compute()
+
+
+def test_a_merge_of_models_read_by_their_weights_has_its_shares(tmp_path):
+    one, other = layouts.baichuan(0), layouts.baichuan(1)
+    mixed = {name: 0.75 * one[name] + 0.25 * other[name] for name in one}
+    child, *parents = (
+        layouts.write(tmp_path / name, layouts.baichuan, tensors)
+        for name, tensors in (("child", mixed), ("one", one), ("other", other))
+    )
+    found = tj.merge_shares(child, parents)
+    np.testing.assert_allclose([found.shares[parent] for parent in parents], [0.75, 0.25], atol=1e-3)
 
 
 def test_a_gguf_file_of_a_family_that_is_not_supported_is_read_by_its_weights(tmp_path):

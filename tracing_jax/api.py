@@ -143,6 +143,9 @@ def trace(
 def open(model: str | os.PathLike[str], *, download_dir: str | None = None) -> checkpoint.Checkpoint:
     """Returns an open checkpoint, whose config is read and whose weights are not.
 
+    A model of an unsupported family is read by its weights alone: its `arch.reading` says what was found, and what
+    needs a forward pass raises an error.
+
     Args:
       model: a local folder, a Hub id, `org/name@revision`, or `demo:<member>` (trained on first use).
       download_dir: where downloads are kept; by default where huggingface_hub keeps them.
@@ -156,7 +159,9 @@ def open(model: str | os.PathLike[str], *, download_dir: str | None = None) -> c
       >>> model.arch.family, model.arch.tied
       ('llama', False)
     """
-    return checkpoint.open_checkpoint(experiment.resolve_model_id(os.fspath(model)), download_dir)
+    return checkpoint.open_checkpoint(
+        experiment.resolve_model_id(os.fspath(model)), download_dir, weights_only=checkpoint.WeightsOnly()
+    )
 
 
 def load(model: Model, mesh: Mesh | None = None, *, cache_dir: str | None = None) -> InMemory:

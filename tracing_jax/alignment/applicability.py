@@ -96,6 +96,8 @@ def alignment_problems(base: Arch, ft: Arch, kinds: Sequence[str]) -> list[str]:
     """
     heads = {"base": head_problem(base), "ft": head_problem(ft)}  # the logits prove an alignment
     lines = kind_problems(kinds) + [f"{side}: {problem}" for side, problem in heads.items() if problem]
+    if any(arch.reading is not None for arch in (base, ft)):
+        return lines  # of heads nothing is known
     asked = expanded(kinds)
     if base.num_layers != ft.num_layers and not ("identity" in asked and ft.num_layers > base.num_layers):
         lines.append(f"depth: {base.num_layers} layers in base, {ft.num_layers} in ft; layers are paired one to one")

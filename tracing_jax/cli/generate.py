@@ -58,7 +58,7 @@ def write_texts(options: GenerateOptions) -> None:
 
 
 def _write(options: GenerateOptions) -> None:
-    from tracing_jax.checkpoint import open_checkpoint
+    from tracing_jax.checkpoint import WeightsOnly, open_checkpoint
     from tracing_jax.distributed import is_main_process
     from tracing_jax.experiment.models import resolve_model_id
     from tracing_jax.experiment.validation import DTYPES
@@ -69,7 +69,9 @@ def _write(options: GenerateOptions) -> None:
     folder = Path(options.save).expanduser()
     prompts = read_prompts(options.prompts) if options.prompts else options.num_samples
     assert prompts is not None, "one of both is given"
-    models = {model_id: open_checkpoint(resolve_model_id(model_id)) for model_id in options.models}
+    models = {
+        model_id: open_checkpoint(resolve_model_id(model_id), weights_only=WeightsOnly()) for model_id in options.models
+    }
     files = {model_id: file_of(folder, model_id) for model_id in models}
     if len(set(files.values())) < len(files):
         raise ValueError(f"--models={','.join(models)}: two of them would write one file; give each a --save")

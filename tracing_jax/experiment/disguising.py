@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from tracing_jax.arch import Arch, head_problem
-from tracing_jax.checkpoint import Checkpoint, open_checkpoint, permutable_token_ids, save_checkpoint
+from tracing_jax.checkpoint import Checkpoint, WeightsOnly, open_checkpoint, permutable_token_ids, save_checkpoint
 from tracing_jax.forward import check_function
 from tracing_jax.rewrites import DISGUISES, Renaming, Rewrite, arch_after, draw_rewrites, rewrite_names, takes_all
 from tracing_jax.sources import rewritten
@@ -39,7 +39,7 @@ def write_disguised(
         raise FileExistsError(f"{folder} is there already; remove it or choose another place to write to")
     if not rewrite_names(disguise):
         raise ValueError(f"no rewrite is asked for; there are {', '.join(DISGUISES)}, or all")
-    original = open_checkpoint(model, download_dir)
+    original = open_checkpoint(model, download_dir, weights_only=WeightsOnly())
     if problem := head_problem(original.arch):
         raise ValueError(f"{model}: {problem}; that a disguise keeps the function is shown by predictions")
     token_ids = _token_ids(original, disguise)

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tracing_jax.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from tracing_jax.checkpoint import Checkpoint, CheckpointError, WeightsOnly, open_checkpoint
 from tracing_jax.error_messages import listed, shortened
 from tracing_jax.experiment.merge_step import vocabularies_with
 from tracing_jax.experiment.models import open_model, resolve_model_id
@@ -33,7 +33,7 @@ def report_on_merge(
     """Returns the report; see `tracing_jax.merge_shares`."""
 
     def opened(model: ModelId) -> Checkpoint:
-        return open_checkpoint(resolve_model_id(os.fspath(model)), download_dir)
+        return open_checkpoint(resolve_model_id(os.fspath(model)), download_dir, weights_only=WeightsOnly())
 
     origin = None if base is None else opened(base)
     own = opened(child)

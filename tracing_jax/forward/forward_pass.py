@@ -19,7 +19,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from tracing_jax.arch import Arch, length_problem
+from tracing_jax.arch import WEIGHTS_ONLY, Arch, UnsupportedModelError, length_problem
 from tracing_jax.forward.interpolated_model import (
     InterpolatedModel,
     InterpolatedSubtree,
@@ -95,8 +95,13 @@ def forward(
       caches: for each batch the key/value caches of the layers, continued with these tokens.
       start: the first layer to run, and the hidden states that it receives; None starts from the tokens. Not for models
         that carry more than the hidden state through their layers (see `carries_more`).
+
+    Raises:
+      UnsupportedModelError: the model is read by its weights alone.
     """
     arch, resident = model.arch, is_resident_model(model)
+    if arch.reading is not None:
+        raise UnsupportedModelError(f"{arch.family}: {WEIGHTS_ONLY}")
     assert start is None or not carries_more(arch)
     each_at = [None] * len(tokens) if at is None else at
     each_positions = [None] * len(tokens) if positions is None else positions

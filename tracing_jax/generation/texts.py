@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tracing_jax.arch import length_problem
+from tracing_jax.arch import head_problem, length_problem
 from tracing_jax.checkpoint import Checkpoint, load
 from tracing_jax.data import GENERATED_ENDING, load_tokenizer
 from tracing_jax.distributed import is_main_process
@@ -32,9 +32,11 @@ def prompt_tokens(
 
     Raises:
       FileNotFoundError: the model has no tokenizer.
-      ValueError: no prompts, or a text in place of the list; a prompt is empty, has no token, or one without an
-        embedding, or is with what is to follow longer than the model can read.
+      ValueError: the model predicts no tokens; no prompts, or a text in place of the list; a prompt is empty, has no
+        token, or one without an embedding, or is with what is to follow longer than the model can read.
     """
+    if problem := head_problem(model.arch):
+        raise ValueError(f"{model.id}: {problem}; it can write no text")
     if isinstance(prompts, str):
         raise ValueError(f"prompts: one text, {prompts[:40]!r}; expected a list of texts, such as [text]")
     if not prompts or (not isinstance(prompts, int) and not all(prompts)):
