@@ -23,7 +23,7 @@ from tracing_jax.sources import InMemory
 from tracing_jax.tree import Tree, flatten
 from tracing_jax.zoo.report.direction import further_trained
 from tracing_jax.zoo.report.families import WEIGHTS, Edge
-from tracing_jax.zoo.report.rows import PairRow
+from tracing_jax.zoo.report.pair_rows import PairRow
 from tracing_jax.zoo.weights import weight_measures
 
 _SEEDS = flags.DEFINE_integer("seeds", 8, "base models")

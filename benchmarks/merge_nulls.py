@@ -38,10 +38,10 @@ from tracing_jax.demo.training import Training, init, learning_rates, optimizer,
 from tracing_jax.merges import MergeModels, read_sums
 from tracing_jax.merges.aligning import AlignedModels, read_in_one_order
 from tracing_jax.merges.choice import choose, sampled_entries
-from tracing_jax.merges.exact_entries import exact_entries
 from tracing_jax.merges.merge_report import compared
 from tracing_jax.merges.methods import dare, ties
-from tracing_jax.merges.parent_shares import with_exact_entries
+from tracing_jax.merges.parent_shares import with_reproduced_entries
+from tracing_jax.merges.reproduced_entries import reproduced_entries
 from tracing_jax.record import atomic_write
 from tracing_jax.report import text_table
 from tracing_jax.rewrites import draw_rewrites
@@ -202,7 +202,7 @@ def rows(
             found = compared(read.models, read.sums, draw, read.untested, None, read.exchanged)
             if any(part.word == "reserved" and not part.name.startswith("part") for part in found.parts):
                 choice = choose(read.models, read.sums)  # by which such a parent may yet have a part
-                found = found._replace(parts=with_exact_entries(found.parts, choice.exact))
+                found = found._replace(parts=with_reproduced_entries(found.parts, choice.reproduced))
             parts = [[part.name.split()[0], part.word, part.log10_p] for part in found.parts]
             yield {"draw": draw, "method": method, "noise": noise, "dtype": dtype, "disguise": disguise,
                    "aligned": read.aligned, "parts": parts}  # fmt: skip
@@ -226,8 +226,10 @@ def no_merges(zoo: Zoo, draws: Iterable[int]) -> Iterator[dict[str, Any]]:
         found = compared(models, sums, draw, {})
         entries = sampled_entries(models, sums)
         # As if they had been made by one of these, whichever method would be named.
-        fits = [exact_entries(method, entries, dtype) for method in (dare(entries, False), ties(entries, True))]
-        parts = max((with_exact_entries(found.parts, fit) for fit in fits), key=lambda own: str(own).count("'part'"))
+        fits = [reproduced_entries(method, entries, dtype) for method in (dare(entries, False), ties(entries, True))]
+        parts = max(
+            (with_reproduced_entries(found.parts, fit) for fit in fits), key=lambda own: str(own).count("'part'")
+        )
         yield {
             "draw": draw, "disguise": f"no merge, {dtype}, {size:g}",
             "parts": [[part.name.split()[0], part.word, part.log10_p] for part in parts],

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from tracing_jax.record import plain, write_json
 from tracing_jax.zoo import PairState, ZooFolder, ZooPlan, make_plan
 from tracing_jax.zoo.plan import ModelList
-from tracing_jax.zoo.report.rows import PairRow, row_of, with_verdicts
+from tracing_jax.zoo.report.pair_rows import PairRow, row_of, with_verdicts
 
 SHAPE = {"num_layers": 4, "mlp_dim": 256, "vocab_size": 1000}
 

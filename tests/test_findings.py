@@ -9,7 +9,7 @@ import pytest
 from test_report import curve, judged, one_test, record, result, with_tests
 
 from tracing_jax.report.findings import MODEL_PARTS, SENTENCES, TITLES, findings, size_text
-from tracing_jax.report.printed import print_summary, summary, summary_parts
+from tracing_jax.report.printed import print_summary, summary, summary_groups
 from tracing_jax.report.terminal import WIDTH, plain_text, print_in_colour
 
 _INDEPENDENT = "independent models: at most 8 of 128 units of a layer"
@@ -121,13 +121,13 @@ def test_colour_loses_nothing_at_any_width(width, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     records = [full(), full("no_evidence")]
     file = io.StringIO()
-    print_in_colour(summary_parts(records), file, width)
+    print_in_colour(summary_groups(records), file, width)
     assert max(map(len, re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue()).splitlines())) <= width
     assert sorted("".join(words(file.getvalue()))) == sorted("".join(words(summary(records))))
 
 
 def test_plain_text_fits_its_columns_and_has_no_control_character():
-    text = plain_text(summary_parts([full(), full("undecided")]))
+    text = plain_text(summary_groups([full(), full("undecided")]))
     assert max(map(len, text.splitlines())) <= WIDTH
     assert text.replace("\n", "").isprintable()
 

@@ -32,7 +32,7 @@ from tracing_jax.zoo.report import html as page_of
 from tracing_jax.zoo.report import make_contents, write_report, zoo_sentence
 from tracing_jax.zoo.report.direction import direction, directions
 from tracing_jax.zoo.report.families import WEIGHTS, Edge, clustered, families, lineage
-from tracing_jax.zoo.report.rows import PairRow, with_verdicts
+from tracing_jax.zoo.report.pair_rows import PairRow, with_verdicts
 from tracing_jax.zoo.weights import model_measures_file, read_model_measures, weight_measures, write_model_measures
 
 SIZES = st.lists(st.integers(1, 6), min_size=2, max_size=6).filter(lambda sizes: sum(sizes) > 1)

@@ -106,8 +106,8 @@ def atomic_write(path: str | PurePath, content: bytes) -> None:
     A link stays, and what it leads to is replaced. What is no file, such as a pipe, is written to.
     """
     if _is_stream(path):
-        with open(path, "ab") as stream:
-            stream.write(content)
+        with open(path, "ab") as file:
+            file.write(content)
         return
     path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")

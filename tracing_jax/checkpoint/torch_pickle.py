@@ -102,13 +102,13 @@ def _run(pickle: bytes) -> object:
     """The object on top of the stack at STOP. Values are compared by type alone: shared nesting must cost nothing."""
     stack: list = []
     memo: dict[Any, Any] = {}  # a dict, so that a huge memo index allocates nothing
-    stream = io.BytesIO(pickle)
+    reader = io.BytesIO(pickle)
     while True:
-        code = stream.read(1)
+        code = reader.read(1)
         opcode = _OPCODES.get(code)
         match opcode.name if opcode else f"{code!r}":
             case "PROTO" | "FRAME":
-                _argument(opcode, stream)
+                _argument(opcode, reader)
             case "STOP":
                 return stack[-1]
             case "MARK":
@@ -118,9 +118,9 @@ def _run(pickle: bytes) -> object:
             case "NEWTRUE" | "NEWFALSE":
                 stack.append(code == b"\x88")
             case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
-                stack.append(_argument(opcode, stream))
+                stack.append(_argument(opcode, reader))
             case "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8":
-                stack.append(_argument(opcode, stream))
+                stack.append(_argument(opcode, reader))
             case "EMPTY_DICT":
                 stack.append({})
             case "EMPTY_LIST":
@@ -142,13 +142,13 @@ def _run(pickle: bytes) -> object:
             case "SETITEMS":
                 _set_items(_pop_to_mark(stack), stack[-1])
             case "BINPUT" | "LONG_BINPUT":
-                memo[_argument(opcode, stream)] = stack[-1]
+                memo[_argument(opcode, reader)] = stack[-1]
             case "MEMOIZE":
                 memo[len(memo)] = stack[-1]
             case "BINGET" | "LONG_BINGET":
-                stack.append(memo[_argument(opcode, stream)])
+                stack.append(memo[_argument(opcode, reader)])
             case "GLOBAL":
-                stack.append(_admit(f"{_line(stream)} {_line(stream)}"))
+                stack.append(_admit(f"{_line(reader)} {_line(reader)}"))
             case "STACK_GLOBAL":
                 stack.append(_admit("{} {}".format(*map(_text, _pop(stack, 2)))))
             case "BINPERSID":
@@ -162,13 +162,13 @@ def _run(pickle: bytes) -> object:
                 raise CheckpointError(f"its pickle uses the opcode {name}, which no state dict needs: do not trust it")
 
 
-def _argument(opcode: pickletools.OpcodeInfo | None, stream: io.BytesIO) -> Any:
+def _argument(opcode: pickletools.OpcodeInfo | None, reader: io.BytesIO) -> Any:
     """Read only once the opcode is known to be admitted."""
-    return opcode.arg.reader(stream) if opcode and opcode.arg else None
+    return opcode.arg.reader(reader) if opcode and opcode.arg else None
 
 
-def _line(stream: io.BytesIO) -> str:
-    return stream.readline().decode("ascii").removesuffix("\n")
+def _line(reader: io.BytesIO) -> str:
+    return reader.readline().decode("ascii").removesuffix("\n")
 
 
 def _pop(stack: list, count: int) -> list:

@@ -62,9 +62,9 @@ def _by_error(
     if worst.error > _UNRELATED:
         return result(name, "contradicted", f"{len(left)} of {len(copies)} tensors are no copy: {size}", **facts)
     # Writers of such a format round to the nearest value: other values come from other weights.
-    exact = [copy for copy in left if copy.is_on_grid and copy.nearest in ONLY_NEAREST]
-    if exact:
-        one = min(exact, key=lambda copy: min(copy.share, copy.least))
+    nearest = [copy for copy in left if copy.is_on_grid and copy.nearest in ONLY_NEAREST]
+    if nearest:
+        one = min(nearest, key=lambda copy: min(copy.share, copy.least))
         why = f"{one.nearest} of base reproduces {one.share:.2%} of the weights of {one.leaf}, expected {NEAREST:.1%}"
         if one.share >= NEAREST:
             why += f", but {one.least:.1%} of those of row {one.row}, expected {OF_A_ROW:.0%}"

@@ -32,8 +32,8 @@ def prepare_process() -> None:
         signal.signal(signal.SIGINT, _interrupt)
         sys.unraisablehook = _end_where_it_would_be_lost
     for name in ("stdout", "stderr"):
-        if stream := _without_broken_pipe(getattr(sys, name)):
-            setattr(sys, name, stream)
+        if output := _without_broken_pipe(getattr(sys, name)):
+            setattr(sys, name, output)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -60,9 +60,9 @@ def _end_where_it_would_be_lost(problem: Any) -> None:
 
 
 def _end_now() -> NoReturn:
-    for stream in (sys.stdout, sys.stderr):
+    for output in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
-            stream.flush()
+            output.flush()
     with contextlib.suppress(OSError):
         os.write(2, f"{_LINE}\n".encode())
     os._exit(INTERRUPTED)
@@ -81,17 +81,17 @@ class _Pipe(io.FileIO):
             return len(memoryview(content).cast("B"))
 
 
-def _without_broken_pipe(stream: Any) -> io.TextIOWrapper | None:
-    """Returns a stream to the pipe of this one that raises no BrokenPipeError; None if it is no pipe."""
+def _without_broken_pipe(output: Any) -> io.TextIOWrapper | None:
+    """Returns an output to the pipe of this one that raises no BrokenPipeError; None if it is no pipe."""
     try:
-        number = stream.fileno()
+        number = output.fileno()
         mode = os.fstat(number).st_mode
     except (AttributeError, OSError, ValueError):  # closed, or no file
         return None
     if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
         return None
-    stream.flush()
+    output.flush()
     buffer = io.BufferedWriter(_Pipe(number, "wb", closefd=False))
     return io.TextIOWrapper(
-        buffer, stream.encoding, stream.errors, line_buffering=stream.line_buffering, write_through=stream.write_through
+        buffer, output.encoding, output.errors, line_buffering=output.line_buffering, write_through=output.write_through
     )

@@ -18,7 +18,7 @@ from tracing_jax.experiment.models import (
     open_controls,
     open_models,
     open_tokenizers,
-    reads_part_only,
+    reads_few_weights,
     shared_vocabulary,
     tokenizer_can_be_read,
 )
@@ -56,7 +56,7 @@ class RunInputs:
       controls: models that are known to be independent of both.
       needs_resident: whether what is to be undone is found with both models in memory only.
       trains_curve: whether a curve between the models is trained, with both of them in memory.
-      reads_part_only: whether the statistics use a small part of the weights.
+      reads_few_weights: whether the statistics use a small part of the weights.
       notes: for the record; steps add to them.
       merge: ft with the models that it may be a merge of; None if that was not asked.
     """
@@ -73,7 +73,7 @@ class RunInputs:
     controls: tuple[Checkpoint, ...]
     needs_resident: bool
     trains_curve: bool
-    reads_part_only: bool
+    reads_few_weights: bool
     notes: list[str]
     merge: MergeInputs | None = None
 
@@ -130,7 +130,7 @@ def open_inputs(options: RunOptions) -> RunInputs:
         controls=open_controls(options, base, tokenizer_base),
         needs_resident=options.align and bool(beyond_permutations(options.align_axes)),
         trains_curve=trains_curve,
-        reads_part_only=reads_part_only(options),
+        reads_few_weights=reads_few_weights(options),
         notes=[
             *(f"{side}: {note}" for side, model in (("base", base), ("ft", ft)) for note in model.notes),
             *(["base and ft are the same files"] if _same_files(base, ft) else []),

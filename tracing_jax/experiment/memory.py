@@ -38,8 +38,8 @@ def choose_placement(options: RunOptions, inputs: RunInputs) -> Placement:
     """
     mesh = make_mesh(options.mesh.data, options.mesh.model)
     asked = options.memory
-    if asked == "auto" and (inputs.needs_resident or inputs.reads_part_only):
-        asked = "stream" if inputs.reads_part_only else "resident"
+    if asked == "auto" and (inputs.needs_resident or inputs.reads_few_weights):
+        asked = "stream" if inputs.reads_few_weights else "resident"
     memory, reason = choose_memory(asked, (inputs.base, inputs.ft), mesh)
     if inputs.trains_curve and memory == "stream":
         raise ConfigError(f"mode.path=bezier: {IN_MEMORY}. {reason}; set memory=resident, or mode.path=linear")

@@ -44,7 +44,7 @@ def resolve_model_id(model_id: str) -> str:
     return str(demo.member(model_id.removeprefix(DEMO)))
 
 
-def reads_part_only(options: RunOptions) -> bool:
+def reads_few_weights(options: RunOptions) -> bool:
     """Returns whether a small part of the weights is all that is asked for, so that the rest is better left unread."""
     if set(statistic_names(options)) - LIGHT:
         return False
@@ -204,7 +204,7 @@ def _open(options: RunOptions, model_id: str, adapter_base: str | None = None, l
         model_id,
         layout=layout,
         component=options.component,
-        in_ranges=reads_part_only(options),
+        in_ranges=reads_few_weights(options),
         adapter_base=adapter_base,
     )
     return checkpoint.first_layers(options.max_layers) if options.max_layers else checkpoint

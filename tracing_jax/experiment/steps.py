@@ -114,12 +114,12 @@ def run_steps(
 ) -> Findings:
     """Runs all requested steps but saving. Replaced models are freed."""
     found = Findings(scope=_scope(options, inputs))
-    if options.claim or not (inputs.disguise or options.permute or inputs.reads_part_only):
+    if options.claim or not (inputs.disguise or options.permute or inputs.reads_few_weights):
         with timer.step("identical tensors"):
             found.identical = identical_tensors(inputs.base, inputs.ft)
     with timer.step("load"):
         pair = load_pair(options, inputs, placement, run_cache)
-    hashed = not (inputs.reads_part_only or options.max_layers)
+    hashed = not (inputs.reads_few_weights or options.max_layers)
     with model_facts_in_background(inputs.models(), hashed) as model_facts:
         if inputs.disguise:
             with timer.step("disguise"):

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from tracing_jax.merges import methods
-from tracing_jax.merges.exact_entries import ExactEntries, exact_entries
 from tracing_jax.merges.methods import Entries, Method, entries_of, log_likelihood
 from tracing_jax.merges.models import MergeModels
 from tracing_jax.merges.normal_equations import NormalEquations
 from tracing_jax.merges.parent_shares import ROUNDING_TIMES
+from tracing_jax.merges.reproduced_entries import ReproducedEntries, reproduced_entries
 
 _TENSORS = 64
 """At most so many tensors are sampled, spread over the model."""
@@ -36,14 +36,14 @@ class Choice:
       nats: method -> log likelihood per held-out entry, less that of the best.
       alike: methods that predict as well as the one named.
       residual: what the method leaves of the child's difference from the reference, in squares, on held-out entries.
-      exact: of TIES and DARE, the held-out entries that are predicted to rounding.
+      reproduced: of TIES and DARE, the held-out entries that are predicted to rounding.
     """
 
     method: Method | None
     nats: dict[str, float] = field(default_factory=dict)
     alike: tuple[str, ...] = ()
     residual: float | None = None
-    exact: ExactEntries | None = None
+    reproduced: ReproducedEntries | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Returns plain data for the record."""
@@ -54,7 +54,7 @@ class Choice:
             "nats_per_entry": self.nats,
             "alike": list(self.alike),
             "residual": self.residual,
-            "exact": None if self.exact is None else self.exact.as_dict(),
+            "exact": None if self.reproduced is None else self.reproduced.as_dict(),
         }
 
 
@@ -87,8 +87,8 @@ def choose(models: MergeModels, sums: NormalEquations, seed: int = 0) -> Choice:
         value = float((nats[i] - nats[best]).sum() / held_out.sum())
         per_entry[method.name] = max(value, per_entry.get(method.name, -np.inf))
     others = dict.fromkeys(found[i].name for i in alike if found[i].name != found[named].name)
-    exact = exact_entries(found[named], entries, sums.dtype)
-    return Choice(found[named], per_entry, tuple(others), _residual(found[named], entries), exact)
+    reproduced = reproduced_entries(found[named], entries, sums.dtype)
+    return Choice(found[named], per_entry, tuple(others), _residual(found[named], entries), reproduced)
 
 
 def units_of(models: MergeModels) -> list[np.ndarray]:

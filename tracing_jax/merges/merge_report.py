@@ -16,8 +16,8 @@ from tracing_jax.merges.parent_shares import (
     ParentShare,
     merge_sentence,
     parent_shares,
-    part_of_other_shape,
-    with_exact_entries,
+    share_of_other_shape,
+    with_reproduced_entries,
     without_share,
 )
 from tracing_jax.merges.recipe import moe_recipe, recipe
@@ -128,7 +128,7 @@ def _findings(models: MergeModels, fit: MergeFit, aligned: bool, others: Sequenc
     sentence = merge_sentence(models, fit.parts, fit.in_tensors, aligned, fit.whole)
     return {
         "sentence": "; ".join([sentence, *(other.sentence for other in others)]),
-        "parts": [part.as_dict() for part in (*fit.parts, *map(part_of_other_shape, others))],
+        "parts": [part.as_dict() for part in (*fit.parts, *map(share_of_other_shape, others))],
         "other_shapes": {other.name: other.as_dict() for other in others},
         "unexplained": fit.in_tensors.unexplained,
         "rounded": fit.in_tensors.rounded,
@@ -143,7 +143,7 @@ def _without_shares(models: MergeModels, others: Sequence[OtherShape], more_note
     return {
         "reference": None,
         "sentence": "; ".join(["no shares can be estimated", *(other.sentence for other in others)]),
-        "parts": [part.as_dict() for part in (*alone, *map(part_of_other_shape, others))],
+        "parts": [part.as_dict() for part in (*alone, *map(share_of_other_shape, others))],
         "other_shapes": {other.name: other.as_dict() for other in others},
         "unexplained": None,
         "rounded": None,
@@ -229,7 +229,7 @@ def compared(
     parts = parent_shares(
         models, units, whole, list(by_tensor.values()), seed, untested, candidates or len(models.names)
     )
-    return MergeFit(whole, by_tensor, with_exact_entries(parts, None if choice is None else choice.exact))
+    return MergeFit(whole, by_tensor, with_reproduced_entries(parts, None if choice is None else choice.reproduced))
 
 
 def check_models(models: MergeModels) -> None:

@@ -179,7 +179,7 @@ def ties(entries: Sequence[Entries], normalize: bool) -> Method:
             ratios = [np.where(np.arange(T) == k, best[2] * factor, best[2]) for factor in factors]
             best = max([best, *(_ties_fit(few, best[1], r, normalize) for r in ratios)], key=lambda fit: fit[0])
     _, density, weights, scale = best
-    follows = _over_entries(entries, lambda e: _ties_parts(e, density, weights)[1])
+    follows = _over_entries(entries, lambda e: _ties_terms(e, density, weights)[1])
     parameters = {"density": density.tolist(), "weight": weights.tolist(), "scale": scale, "normalize": normalize,
                   "follows": follows}  # fmt: skip
     return Method("ties", parameters, lambda e: _one(scale * _ties_value(e, density, weights, normalize)))
@@ -326,7 +326,7 @@ def _ties_fit(
 
 
 def _ties_value(e: Entries, density: np.ndarray, weights: np.ndarray, normalize: bool) -> np.ndarray:
-    weighted, mask = _ties_parts(e, density, weights)
+    weighted, mask = _ties_terms(e, density, weights)
     total: np.ndarray = (weighted * mask).sum(0)
     if not normalize:
         return total
@@ -335,7 +335,7 @@ def _ties_value(e: Entries, density: np.ndarray, weights: np.ndarray, normalize:
     return found
 
 
-def _ties_parts(
+def _ties_terms(
     e: Entries, density: np.ndarray, weights: np.ndarray
 ) -> tuple[Float[np.ndarray, "T S"], Bool[np.ndarray, "T S"]]:
     """Returns the trimmed and weighted differences, and which of them have the elected sign."""

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from tracing_jax.error_messages import listed_and
-from tracing_jax.merges.exact_entries import ExactEntries
 from tracing_jax.merges.exchange import ExchangedUnits, is_in_order, log_p_of_parent
 from tracing_jax.merges.models import MergeModels
 from tracing_jax.merges.other_shapes import OtherShape
+from tracing_jax.merges.reproduced_entries import ReproducedEntries
 from tracing_jax.merges.shares import ONE_OF_THESE, Fit, Shares, finite
 from tracing_jax.statistics.pvalues import holm
 
@@ -112,7 +112,7 @@ def parent_shares(
     return _alike_together(found, models, units, whole, seed, candidates)
 
 
-def with_exact_entries(parts: Sequence[ParentShare], exact: ExactEntries | None) -> list[ParentShare]:
+def with_reproduced_entries(parts: Sequence[ParentShare], exact: ReproducedEntries | None) -> list[ParentShare]:
     """Returns the parents; those that are reserved have a part where the child has their entries to rounding."""
     return [
         replace(part, word="part", reason=None)
@@ -156,7 +156,7 @@ def without_share(name: str, reason: str) -> ParentShare:
     return ParentShare(name, "not_testable", None, None, None, None, None, None, None, reason)
 
 
-def part_of_other_shape(other: OtherShape) -> ParentShare:
+def share_of_other_shape(other: OtherShape) -> ParentShare:
     """Returns what is known of a parent of other shapes: no share, and whether its units agree."""
     found = without_share(other.name, other.reason)
     return replace(

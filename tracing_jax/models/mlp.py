@@ -102,7 +102,7 @@ def _mixture(
 def mlp_and_experts(
     arch: Arch,
     layer: Tree,
-    stream: Float[Array, "B T D"],
+    hidden: Float[Array, "B T D"],
     x: Float[Array, "B T D"],
     taps: Collection[str],
     grouped: bool = False,
@@ -112,7 +112,7 @@ def mlp_and_experts(
     Args:
       arch: the facts of the model.
       layer: the subtree of a layer.
-      stream: the hidden state.
+      hidden: the hidden state.
       x: what the experts read of it.
       taps: inner activations of the experts.
       grouped: as for `mlp`.
@@ -120,9 +120,9 @@ def mlp_and_experts(
     Source: Gemma 4, as transformers has it.
     """
     params = layer["mlp"]
-    routed = scaled(norm(arch, layer["router_norm"], stream), arch.embed_dim**-0.5)
+    routed = scaled(norm(arch, layer["router_norm"], hidden), arch.embed_dim**-0.5)
     experts, found = _experts(arch, params, x, expert_weights(arch, params["router"], routed), taps, grouped)
-    beside = _shared(arch, params, norm(arch, layer["shared_mlp_norm"], stream)).astype(x.dtype)
+    beside = _shared(arch, params, norm(arch, layer["shared_mlp_norm"], hidden)).astype(x.dtype)
     y = norm(arch, layer["shared_mlp_post_norm"], beside)
     return y + norm(arch, layer["expert_post_norm"], experts.astype(x.dtype)), found
 

@@ -22,7 +22,7 @@ from tracing_jax.record import atomic_write
 from tracing_jax.report import p_value_panels, panels
 from tracing_jax.report.bounded_p_values import with_bounded_p_values
 from tracing_jax.report.formatting import outcome, results_by_stage, subject
-from tracing_jax.report.layout import Area, Placed, arrange
+from tracing_jax.report.panel_arrangement import Area, Placed, arrange
 
 _DOTS_PER_INCH = 160
 _LETTERS = 80  # of a line of text that is as wide as a figure

@@ -76,7 +76,7 @@ def html(record: Mapping[str, Any], images: RunImages | None = None) -> str:
         banner=verdict_banner(verdict) if verdict else None,
         first=[
             *_claim_sections(record.get("claim")),
-            *map(_part_section, (part for part in findings(record) if part.title in _AS_PRINTED)),
+            *map(_group_section, (part for part in findings(record) if part.title in _AS_PRINTED)),
             *_map_sections(record),
             *(_verdict_sections(verdict) if verdict else ()),
         ],
@@ -88,7 +88,7 @@ def verdict_banner(verdict: Mapping[str, Any], pair: str = "") -> Banner:
     return Banner(verdict["verdict"], SENTENCES[verdict["verdict"]], verdict_facts(verdict), pair)
 
 
-def _part_section(part: FindingGroup) -> Section:
+def _group_section(part: FindingGroup) -> Section:
     """A part of what is printed of a record, as a table; rows of one cell are as wide as it is."""
     rows = [[Cell(text.strip(), verdict=row.tone if len(row.cells) == 1 else "") for text in row.cells]
             for row in part.rows]  # fmt: skip

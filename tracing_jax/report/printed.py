@@ -19,7 +19,7 @@ def summary(records: Sequence[Mapping[str, Any]], saved: bool = True) -> str:
         records: of the runs on one base.
         saved: whether the files that they name were written.
     """
-    return plain_text(summary_parts(records, saved))
+    return plain_text(summary_groups(records, saved))
 
 
 def record_text(record: Mapping[str, Any], titles: Sequence[str]) -> str:
@@ -29,14 +29,14 @@ def record_text(record: Mapping[str, Any], titles: Sequence[str]) -> str:
 
 def print_summary(records: Sequence[Mapping[str, Any]], file: Any, saved: bool = True) -> None:
     """Prints the results: in colour on a terminal, and plain into files and pipes."""
-    parts = summary_parts(records, saved)
+    parts = summary_groups(records, saved)
     if file.isatty():
         print_in_colour(parts, file)
     else:
         file.write(f"{plain_text(parts)}\n")
 
 
-def summary_parts(records: Sequence[Mapping[str, Any]], saved: bool = True) -> list[FindingGroup]:
+def summary_groups(records: Sequence[Mapping[str, Any]], saved: bool = True) -> list[FindingGroup]:
     """The parts of `summary`."""
     parts = [part for record in records for part in findings(record, saved)]
     if rows := [row for record in records for row in path_rows(record)]:

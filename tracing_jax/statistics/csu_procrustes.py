@@ -20,7 +20,7 @@ from tracing_jax.statistics.comparison import Comparison, overlapped
 from tracing_jax.statistics.cosine import similarities
 from tracing_jax.statistics.csu import RowPair, unit_rows
 from tracing_jax.statistics.distinct_units import distinct_units
-from tracing_jax.statistics.embedding_maps import feature_map, token_parts, token_rows
+from tracing_jax.statistics.embedding_maps import feature_map, token_matrices, token_rows
 from tracing_jax.statistics.in_place import constrained_result, layers_in_common, rows_not_applicable
 from tracing_jax.statistics.mlp_rows import without_mean
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies
@@ -82,7 +82,7 @@ class CsuProcrustes(options.CsuProcrustes):
         """Returns the orthogonal matrix that takes ft's features to base's, from embedding and untied head together."""
         drawn = np.sort(pair.vocabularies.drawn(pair.generator("csu_procrustes", "tokens"), _TOKENS))
         sides = ((pair.base, pair.vocabularies.ids_base), (pair.ft, pair.vocabularies.ids_ft))
-        parts = token_parts(pair.base.arch, pair.ft.arch)
+        parts = token_matrices(pair.base.arch, pair.ft.arch)
         base, ft = (np.concatenate([_scaled(token_rows(m, p, ids[drawn])) for p in parts]) for m, ids in sides)
         return feature_map(ft, base)
 

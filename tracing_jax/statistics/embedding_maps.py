@@ -19,7 +19,7 @@ _RIDGE = 1e-6
 """Of the mean variance of a feature: keeps least squares defined where tokens are fewer than features."""
 
 
-def token_parts(base: Arch, ft: Arch) -> tuple[TokenMatrix, ...]:
+def token_matrices(base: Arch, ft: Arch) -> tuple[TokenMatrix, ...]:
     """Returns the parts with a row for each token that both models have of their own: a tied head has none."""
     return ("embedding",) if base.tied or ft.tied else ("embedding", "head")
 

@@ -155,7 +155,7 @@ class MatchHeads(options.MatchHeads):
         even where several times the allowance agree by convergence.
         """
         base, ft = _matrices(pair)
-        ours, theirs = ([i for i, found in side.items() if _takes_part(found)] for side in (base, ft))
+        ours, theirs = ([i for i, found in side.items() if _can_be_matched(found)] for side in (base, ft))
         table = {
             (i, j): _agreements(base[i], ft[j], pair, ("map", i, j))[_NAME] for i, j in itertools.product(ours, theirs)
         }
@@ -192,7 +192,7 @@ def _matrices(pair: Pair) -> tuple[dict[int, HeadMatrices], dict[int, HeadMatric
     return found[0], found[1]
 
 
-def _takes_part(layer: HeadMatrices) -> bool:
+def _can_be_matched(layer: HeadMatrices) -> bool:
     """Returns whether a layer has two heads or more that can be matched."""
     return int(np.logical_and.reduce([found.any(axis=1) for found in layer.values()]).sum()) > 1
 

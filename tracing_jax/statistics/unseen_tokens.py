@@ -25,7 +25,7 @@ from tracing_jax.statistics.comparison import (
     reserved,
     share_agreeing,
 )
-from tracing_jax.statistics.embedding_maps import TokenMatrix, feature_map, token_parts, token_rows
+from tracing_jax.statistics.embedding_maps import TokenMatrix, feature_map, token_matrices, token_rows
 from tracing_jax.statistics.pvalues import bonferroni
 from tracing_jax.statistics.statistic import Pair, Result, Vocabularies
 
@@ -99,7 +99,7 @@ class UnseenTokens(options.UnseenTokens):
 
     def _comparisons(self, pair: Pair) -> Iterator[tuple[str, Comparison]]:
         """Yields (place, comparison) for every part and group with two rows at least."""
-        for part in token_parts(pair.base.arch, pair.ft.arch):
+        for part in token_matrices(pair.base.arch, pair.ft.arch):
             mapped = self._mapping(pair, part)
             for group in pair.vocabularies.unseen:
                 make = functools.partial(_compare, mapped, part, group, pair)

@@ -18,7 +18,7 @@ from tracing_jax.checkpoint.hf_layouts import LeafLayouts
 from tracing_jax.checkpoint.safetensors_file import Index, bounds_of
 from tracing_jax.checkpoint.tensor_layout import LeafLayout, TensorSlice
 from tracing_jax.checkpoint.tensors import TensorStore
-from tracing_jax.checkpoint.weights_only.description import UNITS, Description, PartLocation
+from tracing_jax.checkpoint.weights_only.description import UNITS, Description, TensorLocation
 from tracing_jax.checkpoint.weights_only.names import EXPERT, LAYER
 from tracing_jax.error_messages import grouped
 
@@ -168,7 +168,7 @@ class _Builder:
                     self.problems.append(f"{name} has shape {list(shape)}, expected {[self.found.width]}")
                 self._put(f"{leaf}/{kind}", LeafLayout((TensorSlice(name, shape),), shape, (0,)), ("embed",))
 
-    def _add_units(self, leaf: str, part: PartLocation, layer: int, prefix: str, reads: bool) -> None:
+    def _add_units(self, leaf: str, part: TensorLocation, layer: int, prefix: str, reads: bool) -> None:
         tensor = part.tensor.replace(LAYER, str(layer))
         names = self._of_experts(tensor) if EXPERT in tensor else [tensor]
         if not names or not all(map(self._is_there, names)):
@@ -203,7 +203,7 @@ class _Builder:
         self._add_bias(leaf, names, part, units, reads, mlp if reads else "embed")
 
     def _add_bias(
-        self, leaf: str, names: Sequence[str], part: PartLocation, units: int, reads: bool, axis: str
+        self, leaf: str, names: Sequence[str], part: TensorLocation, units: int, reads: bool, axis: str
     ) -> None:
         """Adds the bias of an MLP that every token passes, if its tensor has one beside it."""
         name = _bias(names[0])
@@ -212,10 +212,10 @@ class _Builder:
         size = units if reads else self.found.width
         if self.store.shape(name)[0] != (2 * size if part.half and reads else size):
             return
-        layout = self._half(name, self.store.shape(name), 0, part if reads else PartLocation(name))
+        layout = self._half(name, self.store.shape(name), 0, part if reads else TensorLocation(name))
         self._put(f"{leaf}/bias", LeafLayout((layout,), (size,), (0,)), (axis,))
 
-    def _half(self, name: str, shape: tuple[int, ...], axis: int, part: PartLocation) -> TensorSlice:
+    def _half(self, name: str, shape: tuple[int, ...], axis: int, part: TensorLocation) -> TensorSlice:
         size = shape[axis] // 2
         if part.half in ("first", "second"):
             start = size if part.half == "second" else 0

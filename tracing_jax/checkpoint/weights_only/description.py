@@ -17,7 +17,7 @@ UNITS = ("gate", "up", "down")
 
 
 @dataclass(frozen=True)
-class PartLocation:
+class TensorLocation:
     """Where a part is stored.
 
     Attributes:
@@ -69,7 +69,7 @@ class Description:
 
     width: int
     layers: Sequence[int]
-    parts: Mapping[str, PartLocation]
+    parts: Mapping[str, TensorLocation]
     matrices: Sequence[Matrix] = ()
     norm: Norm | None = None
     tied: bool = False
@@ -137,14 +137,14 @@ def with_layout(found: Description, path: Path) -> Description:
     return replace(found, parts=parts, norm=norm, tied=bool(layout.get("tied", found.tied)), unknown=facts)
 
 
-def _part(value: Any, name: str, path: Path) -> PartLocation:
+def _part(value: Any, name: str, path: Path) -> TensorLocation:
     how = f"as {path.name} says"
     if isinstance(value, str):
-        return PartLocation(value, how=how)
+        return TensorLocation(value, how=how)
     if isinstance(value, dict) and isinstance(value.get("tensor"), str) and set(value) <= {"tensor", "half"}:
         half = value.get("half")
         if half in (None, *get_args(Half)):
-            return PartLocation(value["tensor"], half, how)
+            return TensorLocation(value["tensor"], half, how)
     raise CheckpointError(
         f"{path}: {name}: expected the name of a tensor, or tensor and half ({', '.join(get_args(Half))}), found "
         f"{shortened(value)}"

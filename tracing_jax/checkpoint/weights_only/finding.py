@@ -15,7 +15,7 @@ import numpy as np
 
 from tracing_jax.checkpoint.errors import CheckpointError
 from tracing_jax.checkpoint.tensors import TensorStore
-from tracing_jax.checkpoint.weights_only.description import Description, Matrix, PartLocation
+from tracing_jax.checkpoint.weights_only.description import Description, Matrix, TensorLocation
 from tracing_jax.checkpoint.weights_only.mlps import Mlp, find_mlps
 from tracing_jax.checkpoint.weights_only.names import (
     Stack,
@@ -96,7 +96,7 @@ class _Finder:
         if others := [stack for stack in stacks if stack is not found and len(stack.layers) > 1]:
             some = listed((f"{stack.pattern} ({len(stack.layers)})" for stack in others), 3)
             self.notes.append(f"not compared: other layers, {some}")
-        self.parts: dict[str, PartLocation] = {}
+        self.parts: dict[str, TensorLocation] = {}
         self.unknown: dict[str, str] = {"heads": "how heads differ, and their sizes, are not known from weights alone"}
         self.own = own
 
@@ -162,14 +162,14 @@ class _Finder:
                 experts = f"{other.experts} experts" if other.experts else "MLPs"
                 self.notes.append(f"not compared: {experts} in {len(others)} layers, {other.modules}")
         prefix = self.stack.pattern + "."
-        self.parts["down"] = PartLocation(prefix + mlp.down.rest, how=mlp.how)
+        self.parts["down"] = TensorLocation(prefix + mlp.down.rest, how=mlp.how)
         if mlp.fused is not None:
             self._add_fused(mlp, prefix, sorted(chosen))
         else:
             assert mlp.up is not None
-            self.parts["up"] = PartLocation(prefix + mlp.up.rest, how=mlp.how)
+            self.parts["up"] = TensorLocation(prefix + mlp.up.rest, how=mlp.how)
             if mlp.gate is not None:
-                self.parts["gate"] = PartLocation(prefix + mlp.gate.rest, how=mlp.how)
+                self.parts["gate"] = TensorLocation(prefix + mlp.gate.rest, how=mlp.how)
                 if not mlp.order_known:
                     self._order_by_numbers(sorted(chosen))
         return chosen
@@ -206,8 +206,8 @@ class _Finder:
                 found.append((halves[gate], halves[1 - gate]))
         if len(found) == 1:
             how = "by numbers: its rows have a direction in common, those of the other half have none"
-            self.parts["gate"] = PartLocation(tensor, found[0][0], how)  # type: ignore[arg-type]
-            self.parts["up"] = PartLocation(tensor, found[0][1], how)  # type: ignore[arg-type]
+            self.parts["gate"] = TensorLocation(tensor, found[0][0], how)  # type: ignore[arg-type]
+            self.parts["up"] = TensorLocation(tensor, found[0][1], how)  # type: ignore[arg-type]
             return
         self.unknown["units"] = (
             f"doubtful: {mlp.fused} holds gate and up, and their numbers do not determine how, in halves or by turns; "
@@ -257,14 +257,14 @@ class _Finder:
             if found:
                 best = max(found, key=lambda n: (found[n] == vocab, found[n]))
                 if name == "embedding" or "embedding" not in self.parts or found[best] == embeddings_size(self):
-                    self.parts[name] = PartLocation(best)
+                    self.parts[name] = TensorLocation(best)
         norms = [n for n, s in self.outside.items() if s == (self.width,) and _FINAL_NORM.search(n.lower())]
         norms = [n for n in norms if not n.endswith("bias")]
         # LFM calls its last norm that of the embedding; one that is indeed there has a bias in every published family.
         last = [n for n in norms if not re.search(r"emb", n.lower())]
         norms = last or [n for n in norms if _bias(n) not in self.outside]
         if norms:
-            self.parts["final_norm"] = PartLocation(min(norms, key=lambda n: (n.count("."), len(n))))
+            self.parts["final_norm"] = TensorLocation(min(norms, key=lambda n: (n.count("."), len(n))))
         if self.component is None and "embedding" not in self.parts:
             self.unknown["embedding"] = f"no table of tokens with {self.width} features was found"
 
@@ -288,7 +288,7 @@ class _Finder:
         prefix = self.stack.pattern + "."
         for name, rest in (("mlp_norm", found.before), ("mlp_post_norm", found.after)):
             if rest is not None:
-                self.parts[name] = PartLocation(prefix + rest, how="by name")
+                self.parts[name] = TensorLocation(prefix + rest, how="by name")
         kind, why = self._kind_of_norm(norms)
         no_gains = not norms and self._says_rms() and all(map(without_gains, self.layers.values()))
         if not no_gains and (problem := found.problem or why):

@@ -13,7 +13,7 @@ from tracing_jax.zoo.plan import Proposal, ZooPlan
 from tracing_jax.zoo.report.direction import Direction, ModelMeasures, directions, trained_order
 from tracing_jax.zoo.report.families import Edge, Lineage, closest, clustered, lineage
 from tracing_jax.zoo.report.merged import Merged, without_merged
-from tracing_jax.zoo.report.rows import PairRow, Uniformity, read_rows, uniformity
+from tracing_jax.zoo.report.pair_rows import PairRow, Uniformity, read_rows, uniformity
 from tracing_jax.zoo.weights import read_model_measures
 
 REPORT_FORMAT = 1

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tracing_jax.zoo.report.families import WEIGHTS, Edge, relatives_in_place
-from tracing_jax.zoo.report.rows import PairRow
+from tracing_jax.zoo.report.pair_rows import PairRow
 
 FARTHEST = 0.4
 """Distance of two models' weights, in units of their own length, beyond which training determines no direction:

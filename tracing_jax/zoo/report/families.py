@@ -12,7 +12,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import squareform
 
-from tracing_jax.zoo.report.rows import PairRow
+from tracing_jax.zoo.report.pair_rows import PairRow
 
 _UNKNOWN_EVIDENCE = 0.0
 

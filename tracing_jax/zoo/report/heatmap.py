@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from tracing_jax.report.formatting import p_cell
 from tracing_jax.zoo.plan import PAIRS
-from tracing_jax.zoo.report.rows import PairRow
+from tracing_jax.zoo.report.pair_rows import PairRow
 
 _SHARES = (0.25, 0.5, 0.75, 0.95)
 """Of MLP units that agree, from which on a related pair has the next deeper tint. p-values of most are alike: tiny."""

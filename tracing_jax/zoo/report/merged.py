@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tracing_jax.zoo.report.families import families
-from tracing_jax.zoo.report.rows import PairRow
+from tracing_jax.zoo.report.pair_rows import PairRow
 
 BETWEEN = 1.2
 """A merge in weights is between its parents: its distances to them add up to theirs, times at most this.

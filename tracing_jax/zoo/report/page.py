@@ -23,7 +23,7 @@ from tracing_jax.zoo.proposing import LEFT_OUT
 from tracing_jax.zoo.report.contents import Contents, contents_of, pair_dict
 from tracing_jax.zoo.report.direction import MEASURED
 from tracing_jax.zoo.report.heatmap import LEGEND, arcs, heatmap, is_sparse, link
-from tracing_jax.zoo.report.rows import BINS, PairRow, Uniformity, uniformity_sentence
+from tracing_jax.zoo.report.pair_rows import BINS, PairRow, Uniformity, uniformity_sentence
 from tracing_jax.zoo.report.trees import family_part, merged_from, not_compared
 
 _OPEN_ROWS, _MOST_ROWS = 20, 500

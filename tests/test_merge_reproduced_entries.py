@@ -6,10 +6,10 @@ import pytest
 
 from tests.test_merges import leaves, model
 from tracing_jax.merges import MergeModels, read_sums
-from tracing_jax.merges.exact_entries import exact_entries
 from tracing_jax.merges.merge_report import compared
 from tracing_jax.merges.methods import Entries, copy, dare
 from tracing_jax.merges.models import TensorKey
+from tracing_jax.merges.reproduced_entries import reproduced_entries
 
 
 def tensor_of(y, x, ref, layer):
@@ -24,7 +24,7 @@ def tensor_of(y, x, ref, layer):
 
 
 @pytest.mark.parametrize(("made", "wanted"), [("dare", [True, True, False]), ("on the same text", [False] * 3)])
-def test_training_makes_no_exact_entries(made, wanted):
+def test_training_reproduces_no_entries(made, wanted):
     """Of a child with half of what a parent has in squares, however many of the other half are dropped at random."""
     rng, entries = np.random.default_rng(0), []
     for layer in range(4):
@@ -33,12 +33,12 @@ def test_training_makes_no_exact_entries(made, wanted):
         own = 0.02 * rng.normal(size=1024)
         y = (kept * x[:2]).T @ [1.5, 1.0] if made == "dare" else (x[0] + own) / np.sqrt(2)
         entries.append(tensor_of(y, x, ref, layer))
-    found = exact_entries(dare(entries, elect=False), entries, "bfloat16")
+    found = reproduced_entries(dare(entries, elect=False), entries, "bfloat16")
     assert [found.shows(k) for k in range(3)] == wanted
     assert (found.share > 0.8) is (made == "dare")
     if made == "dare":  # both are in a quarter of the entries that have one
         np.testing.assert_allclose(found.needs, [0.4 / 0.64, 0.4 / 0.64, 0], atol=0.06)
-    assert exact_entries(copy(entries, [np.zeros(3), *np.eye(3)]), entries, "bfloat16") is None
+    assert reproduced_entries(copy(entries, [np.zeros(3), *np.eye(3)]), entries, "bfloat16") is None
 
 
 def test_differences_of_one_step_of_the_grid_are_not_rounding():

@@ -28,7 +28,7 @@ _ARITHMETIC = 0.004
 
 
 @dataclass(frozen=True)
-class ExactEntries:
+class ReproducedEntries:
     """Of the held-out entries that differ from the origin by more than rounding, the shares with these properties.
 
     Attributes:
@@ -53,7 +53,7 @@ class ExactEntries:
         return asdict(self)
 
 
-def exact_entries(method: Method, entries: Sequence[Entries], dtype: str) -> ExactEntries | None:
+def reproduced_entries(method: Method, entries: Sequence[Entries], dtype: str) -> ReproducedEntries | None:
     """Returns which held-out entries a sparse method predicts to rounding; None for other methods.
 
     Args:
@@ -68,7 +68,7 @@ def exact_entries(method: Method, entries: Sequence[Entries], dtype: str) -> Exa
     if not predicted.size:
         return None
     shares = [tuple(rows.mean(1).tolist()) for rows in (needs, by_chance)]
-    return ExactEntries(predicted.size, float(predicted.mean()), *shares)
+    return ReproducedEntries(predicted.size, float(predicted.mean()), *shares)
 
 
 def _of_tensor(
