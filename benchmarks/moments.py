@@ -36,7 +36,8 @@ def agreements_of(found: Zoo, *, seed: int = 0) -> Agreements:
     models, L = found.models(1.0), found.arch.num_layers
     layers = spread_layers(L, 8)
     signed: list[list[Signed]] = [
-        list(descriptors(InMemory(found.arch, model(models, i)), layers)) for i in range(found.recipe.num_seeds)
+        list(descriptors(InMemory(found.arch, model(models, i)), layers, range(L)))
+        for i in range(found.recipe.num_seeds)
     ]
     places = [(i, i) for i in range(L)] + sorted(control_pairs(L, L, np.random.default_rng(seed)))
 

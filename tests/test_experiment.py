@@ -442,9 +442,11 @@ def test_auto_is_fixed_by_the_options_and_the_shapes():
     assert set(every) - set(fitted_to_shapes(without, every, arch, arch)) == {"match_mlps"}
     assert fitted_to_shapes(without, every, tiny.mixtral(), deep) == every
     assert not too_costly(without, every, arch, arch)
-    costly = {"csu_procrustes", "features_in_place", "match_crossfit", "match_moments", "unseen_tokens"}
+    costly = {"csu_procrustes", "features_in_place", "match_crossfit", "unseen_tokens"}
     assert set(too_costly(without, every, wide, arch)) == costly
     assert (every["csu"].units, fitted_to_shapes(without, every, wide, wide)["csu"].units) == (0, 1024)
+    moments = fitted_to_shapes(without, every, wide, wide)["match_moments"]
+    assert (moments.forms, moments.layers, moments.units) == (("layer",), 1, 1024)
     asked = dataclasses.replace(without, stat=("auto", "match_all", "csu"), csu=options.Csu(units=7))
     assert "match_all" in fitted_to_shapes(asked, every, arch, arch)
     assert fitted_to_shapes(asked, make_statistics(asked), wide, wide)["csu"].units == 7

@@ -481,6 +481,8 @@ def test_no_evidence_takes_a_test_that_sees_through_every_rewrite():
     refused = dict.fromkeys(("match_crossfit", "match_moments"), Result(None, "x", not_applicable="experts"))
     assert "would, but they do not apply" in verdict({"csu": blind, "match": sees, **refused}, 1e-3).meaning
     assert "embeddings" not in verdict({"match": sees, "match_crossfit": sees}, 1e-3).meaning
+    part = dataclasses.replace(sees, blind_to=("layers that were not drawn",))
+    assert "embeddings that were replaced" in verdict({"match": sees, "match_moments": part}, 1e-3).meaning
     assert verdict({"match_distilled": sees}, 1e-3).verdict == "undecided"  # its power has not been measured
     assert verdict({"match": result_with(-0.5)}, 1e-3).verdict == "undecided"  # nobody said what hides from it
     assert verdict({"csu": blind, "match": dataclasses.replace(sees, log10_p=-2.0)}, 1e-3).verdict == "undecided"

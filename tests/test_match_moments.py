@@ -12,6 +12,7 @@ from rewritten_pairs import changed
 
 from tracing_jax.axes import axis_table
 from tracing_jax.forward import logits
+from tracing_jax.options import MOMENT_SCOPES
 from tracing_jax.rewrites import permute, random_permutations
 from tracing_jax.sharding import Compute, make_mesh
 from tracing_jax.sources import InMemory
@@ -29,6 +30,7 @@ from tracing_jax.statistics.unit_descriptors import descriptor_correlations, spr
 ARCH = tiny.llama_mha(num_layers=4, layer_ropes=(0,) * 4, layer_windows=(None,) * 4, mlp_dim=40)
 BASE = tiny.model(ARCH, 0)
 LAYERS = spread_layers(4, 8)
+KEY = jax.random.key(7)
 
 
 def pair_of(base, ft):
@@ -38,7 +40,7 @@ def pair_of(base, ft):
 
 
 def descriptors_of(model):
-    return [{side: found for side, (found, _) in layer.items()} for layer in descriptors(model, LAYERS)]
+    return [{side: found for side, (found, _) in layer.items()} for layer in descriptors(model, LAYERS, LAYERS)]
 
 
 @pytest.mark.parametrize("name", ["rotate", "gains", "units", "values", "queries"])
@@ -111,7 +113,7 @@ def test_independent_models_are_not_called_related_even_with_dead_and_twin_units
 
 
 def test_dead_units_have_no_similarity():
-    (base, *_), (ft, *_) = (list(descriptors(model, LAYERS)) for model in (BASE, tiny.model(ARCH, 1)))
+    (base, *_), (ft, *_) = (list(descriptors(model, LAYERS, LAYERS)) for model in (BASE, tiny.model(ARCH, 1)))
     live = np.arange(40) > 4
     found = descriptor_correlations(base["gate"], (ft["gate"][0], live))
     assert not found[:, :5].any()
@@ -139,7 +141,7 @@ def test_other_depth_is_refused_with_the_reason():
 
 
 def layer_descriptors_of(model):
-    return [{side: found for side, (found, _) in layer.items()} for layer in layer_descriptors(model, LAYERS)]
+    return [{side: found for side, (found, _) in layer.items()} for layer in layer_descriptors(model, LAYERS, LAYERS)]
 
 
 @pytest.mark.parametrize("name", ["rotate", "gains", "units", "values", "queries"])
@@ -190,3 +192,26 @@ def test_the_forms_are_two_tests_and_the_first_is_what_it_was_alone():
     assert list(both.tests[: len(alone.tests)]) == list(alone.tests)
     assert [test.name for test in both.tests if test.decides][-1] == "layer moments, agreement, calibrated"
     assert both.null["moments"] == alone.null["moments"]
+
+
+def test_drawn_layers_and_units_find_what_all_of_them_do():
+    """And their test says which layers it read, clears nobody, and has no p-value where nothing is to be found."""
+    noisy = InMemory(ARCH, jax.tree.map(lambda x: x + 0.01 * x.std() * jax.random.normal(KEY, x.shape), BASE.params))
+    for form in MOMENT_SCOPES:
+        some = MatchMoments(forms=(form,), layers=2, units=32)
+        found = some.compute(pair_of(BASE, noisy))
+        assert found.log10_p < -6
+        test = found.tests[0]
+        assert len(test.places) == 2
+        assert set(test.places) < {f"layer {i}" for i in range(4)}
+        assert f"layers {', '.join(name.split()[1] for name in test.places)} were drawn" in found.notes[0]
+        assert max(test.values["units"]) == 32
+        assert found.blind_to == ("layers that were not drawn",)
+        assert some.compute(pair_of(BASE, tiny.model(ARCH, 1))).log10_p > -2
+        permuted = random_permutations(jax.random.key(1), axis_table(ARCH), ["embed", "mlp"])
+        hidden = InMemory(ARCH, permute(noisy.params, permuted, axis_table(ARCH)))
+        assert some.compute(pair_of(BASE, hidden)).log10_p < -6
+    shallow = dataclasses.replace(ARCH, num_layers=3, layer_ropes=(0,) * 3, layer_windows=(None,) * 3)
+    nothing = pair_of(BASE, BASE).vocabularies
+    assert not MatchMoments().not_applicable(ARCH, shallow, nothing)
+    assert MatchMoments(layers=2).not_applicable(ARCH, shallow, nothing)

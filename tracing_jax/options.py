@@ -170,6 +170,8 @@ class MatchMoments:
     forms: tuple[str, ...] = option(
         MOMENT_SCOPES, "Moments of all layers (model), of a unit's own layer (layer), or both.", choices=MOMENT_SCOPES
     )
+    layers: int = option(0, "So many layers are drawn, compared and give moments; 0 takes all.", at_least=0)
+    units: int = option(0, "The most units of each of base's layers that are matched to ft's; 0 takes all.", at_least=0)
 
 
 @dataclass(frozen=True)

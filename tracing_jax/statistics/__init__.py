@@ -65,14 +65,15 @@ AUTO = ("csu", "csu_procrustes", "features_in_place", "heads_in_place", "unseen_
 AUTO_WITH_TEXT = ("csh",)
 """Tests of activations, which `auto` runs beside those where a text is named; `match` then reads the text too."""
 
-AUTO_SMALL = ("csu_procrustes", "features_in_place", "match_crossfit", "match_moments", "unseen_tokens")
+AUTO_SMALL = ("csu_procrustes", "features_in_place", "match_crossfit", "unseen_tokens")
 """Those of these tests that `auto` runs on models of at most `SMALL_WIDTH` features: their cost grows with its cube."""
 
-AUTO_BOUNDS: Mapping[str, Mapping[str, int]] = {
+AUTO_BOUNDS: Mapping[str, Mapping[str, int | tuple[str, ...]]] = {
     "csu": {"units": 1024},
     "match": {"units": 1024, "max_tokens": 1024},
     "match_all": {"units": 256, "positions": 1024},
     "match_io": {"max_tokens": 512},
+    "match_moments": {"forms": ("layer",), "layers": 1, "units": 1024},
 }
 """Options that bound the cost of tests where `auto` runs them on wider models, unless they are set otherwise."""
 

@@ -8,11 +8,12 @@ Letters: D features, K kv heads, G queries of each, H head dim.
 """
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from tracing_jax.arch import Arch
 from tracing_jax.rewrites import gain_offset
@@ -26,24 +27,32 @@ from tracing_jax.tree import Tree
 
 Moments = list[Float[Array, "D D"]]
 
+Drawn = Callable[[int, Int[np.ndarray, " K"]], Int[np.ndarray, " k"]]
+"""A layer, and its units that are live -> some of these."""
 
-def layer_descriptors(model: ParamSource, means_of: Sequence[int], first: int = 0) -> Iterator[Descriptors]:
-    """Yields for the layers from `first` on the descriptors of gate and up rows, and which units are live.
+
+def layer_descriptors(
+    model: ParamSource, means_of: Sequence[int], layers: Sequence[int], drawn: Drawn | None = None
+) -> Iterator[Descriptors]:
+    """Yields for some layers the descriptors of gate and up rows, and which units are live.
 
     Args:
       model: a model whose MLPs have gates.
-      means_of: the layers over which the means of the moments are taken.
-      first: the layer to begin with.
+      means_of: the layers over which the means of the moments are taken; without any there are no means.
+      layers: those to describe.
+      drawn: gives of the units of a layer those to describe; all by default.
     """
-    if first == model.arch.num_layers:
+    if not layers:
         return
     totals: Moments = []
     for i in means_of:
         found = layer_moments(model.layer(i), model.arch, distinct_units(model, i))
         totals = [total + own for total, own in zip(totals, found)] if totals else found
-    for i in range(first, model.arch.num_layers):
+    for i in layers:
         layer = model.layer(i)
         units, found = units_and_moments(layer, model.arch, distinct_units(model, i))
+        if drawn is not None:
+            units = units.some(drawn(i, np.flatnonzero(units.live)))
         moments = [*found, *totals]
         yield {side: (log_quadratic_forms(units.rows[side], moments), units.live) for side in ("gate", "up")}
 

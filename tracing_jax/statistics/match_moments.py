@@ -27,7 +27,7 @@ from tracing_jax.progress import tqdm
 from tracing_jax.rewrites import gain_offset
 from tracing_jax.run_cache import RunCache
 from tracing_jax.sources import ParamSource
-from tracing_jax.statistics.agreement import agreement_tests
+from tracing_jax.statistics.agreement import agreement_tests, some_units
 from tracing_jax.statistics.calibration import (
     BY_CONVERGENCE,
     CONTROL_UNITS,
@@ -51,7 +51,7 @@ from tracing_jax.statistics.comparison import (
     share_by_layer,
 )
 from tracing_jax.statistics.distinct_units import distinct_units
-from tracing_jax.statistics.layer_moments import layer_descriptors
+from tracing_jax.statistics.layer_moments import Drawn, layer_descriptors
 from tracing_jax.statistics.match import form_tests, gates_not_applicable
 from tracing_jax.statistics.match_all import assign_layers, layer_map_sentence, unexplained
 from tracing_jax.statistics.mlp_rows import unit_length
@@ -64,6 +64,7 @@ from tracing_jax.statistics.unit_descriptors import (
     spread_layers,
 )
 from tracing_jax.statistics.unwritten_features import with_unwritten_features
+from tracing_jax.tree import taken
 
 PROJECTIONS = ("gate", "up")
 
@@ -92,6 +93,9 @@ class MatchMoments(options.MatchMoments):
     no equal depth. Models of unequal depth are compared layer by layer with at most 512 of base's units, and
     layers assigned as in `match_all`; its p-values are of agreement alone, after Bonferroni over all pairs of layers.
 
+    With `layers`, so many are drawn from the seed, and no others read: they are compared, and the form `layer` has no
+    means over layers. With `units`, so many of base's in each are matched to all of ft's.
+
     Attributes:
       level: of the verdict; the allowance that control models give is a bound for it.
     """
@@ -103,6 +107,8 @@ class MatchMoments(options.MatchMoments):
     def not_applicable(self, base: Arch, ft: Arch, vocabularies: Vocabularies) -> list[str]:
         """Returns reasons why no layers of these models can be matched; empty if they can."""
         lines = gates_not_applicable(base, ft)
+        if self.layers:
+            return lines + depths_not_applicable(base, ft, "match_moments.layers draws layers of equal index")
         if "layer" in self.forms:
             return lines
         return lines + depths_not_applicable(base, ft, "see match_all, or the form layer")
@@ -115,41 +121,66 @@ class MatchMoments(options.MatchMoments):
         """Returns the calibrated and the parametric tests; no forward pass."""
         if pair.base.arch.num_layers != pair.ft.arch.num_layers:
             return self._mapped(pair)
-        found = {form: self._compared(form, pair) for form in self.forms}
-        tests = [test for form, (layers, null) in found.items() for test in _tests(form, layers, null)]
+        numbers = self._layers(pair)
+        found = {form: self._compared(form, pair, numbers) for form in self.forms}
+        tests = [
+            replace(test, places=[f"layer {i}" for i in numbers])
+            for form, (layers, null) in found.items()
+            for test in _tests(form, layers, null)
+        ]
         best = max((layers for layers, _ in found.values()), key=share_agreeing)
+        is_part = len(numbers) < pair.base.arch.num_layers
+        drawn = [f"match_moments: layers {', '.join(map(str, numbers))} were drawn and compared"] if is_part else []
         return Result(
             headline=share_agreeing(best),
             label=_LABEL,
             log10_p=bonferroni_log10(tests),
             tests=tests,
             null={_TEST_NAMES[form]: null.as_dict() for form, (_, null) in found.items()},
-            per_layer=share_by_layer(best),
-            notes=[note for _, null in found.values() for note in null.notes],
+            per_layer=None if is_part else share_by_layer(best),
+            notes=[*drawn, *(note for _, null in found.values() for note in null.notes)],
             effect=agreement_effect(best, "match_moments"),
+            blind_to=("layers that were not drawn",) if is_part else None,
             **reserved(tests, BY_CONVERGENCE),
         ).for_pair(pair)
 
-    def _compared(self, form: str, pair: Pair) -> tuple[list[Comparison], Null]:
-        """Returns the comparison of every layer in one form, and its null."""
+    def _layers(self, pair: Pair) -> list[int]:
+        """Returns the numbers of the layers that are compared, of models of equal depth."""
+        L = pair.base.arch.num_layers
+        if not 0 < self.layers < L:
+            return list(range(L))
+        return sorted(map(int, pair.generator("match_moments", "layers").choice(L, self.layers, replace=False)))
+
+    def _compared(self, form: str, pair: Pair, numbers: Sequence[int]) -> tuple[list[Comparison], Null]:
+        """Returns the comparison of these layers in one form, and its null."""
         names = () if form == "model" else (form,)
         run_cache = pair.run_cache.scope("match_moments", *names)
-        base, ft = (self._descriptors(form, model, run_cache, side) for model, side in _sides(pair))
+        base = self._descriptors(form, pair.base, run_cache, "base", numbers, self._drawn(pair))
+        ft = self._descriptors(form, pair.ft, run_cache, "ft", numbers)
         layers = [
             run_cache.cached(Comparison, (i,), functools.partial(_compare, *both, pair, (*names, i)))
-            for i, both in enumerate(zip(base, ft))
+            for i, both in zip(numbers, zip(base, ft))
         ]
         pairs = control_pairs(len(base), len(ft), pair.generator("match_moments", "controls"))
         controls = [
             _compare(self._some(base[i], pair), self._some(ft[j], pair), pair, (*names, "control", i, j))
             for i, j in pairs
         ]
-        return layers, null_of(controls, *self._allowance(form, base, ft, pair))
+        return layers, null_of(controls, *self._allowance(form, base, ft, pair, numbers))
+
+    def _drawn(self, pair: Pair) -> Drawn | None:
+        """Returns what draws the units of base that are compared, from those that are live; None for all."""
+        if not self.units:
+            return None
+        return lambda i, live: live[some_units(len(live), self.units, pair, "match_moments", i)]
 
     def _mapped(self, pair: Pair) -> Result:
         """Returns the tests of every layer of base with every layer of ft, by the form `layer`, and the layer map."""
         run_cache = pair.run_cache.scope("match_moments", "layer")
-        base, ft = (self._descriptors("layer", model, run_cache, side) for model, side in _sides(pair))
+        base, ft = (
+            self._descriptors("layer", model, run_cache, side, range(model.arch.num_layers))
+            for model, side in ((pair.base, "base"), (pair.ft, "ft"))
+        )
         some = [self._some(layer, pair, _MAP_UNITS) for layer in base]
         table = [
             [
@@ -164,30 +195,43 @@ class MatchMoments(options.MatchMoments):
             result = replace(result, notes=[*result.notes, note])
         return result.for_pair(pair)
 
-    def _descriptors(self, form: str, model: ParamSource, run_cache: RunCache, side: str) -> list[Descriptors]:
-        """Returns the descriptors of every layer: of an interrupted run's layers those that were kept."""
+    def _descriptors(
+        self,
+        form: str,
+        model: ParamSource,
+        run_cache: RunCache,
+        side: str,
+        numbers: Sequence[int],
+        drawn: Drawn | None = None,
+    ) -> list[Descriptors]:
+        """Returns the descriptors of these layers: of an interrupted run's layers those that were kept."""
         L, found = model.arch.num_layers, list[Descriptors]()
         while (arrays := run_cache.load_arrays(side, len(found))) is not None:
             found.append({name: (arrays[name], arrays[f"{name} live"]) for name in PROJECTIONS})
-        make = descriptors if form == "model" else layer_descriptors
-        layers = make(model, spread_layers(L, _MOMENTS_OF), len(found))
+        is_part = len(numbers) < L
+        left, moments_of = numbers[len(found) :], list(numbers) if is_part else spread_layers(L, _MOMENTS_OF)
+        if form == "model":
+            layers = descriptors(model, moments_of, left, drawn)
+        else:
+            layers = layer_descriptors(model, [] if is_part else moments_of, left, drawn)
         desc = f"match_moments, {form}, {side}"
-        for layer in tqdm(layers, desc=desc, unit="layer", initial=len(found), total=L, disable=None):
+        for layer in tqdm(layers, desc=desc, unit="layer", initial=len(found), total=len(numbers), disable=None):
             run_cache.save_arrays(functools.partial(_as_arrays, layer), side, len(found))
             found.append(layer)
         return found
 
     def _allowance(
-        self, form: str, base: list[Descriptors], ft: list[Descriptors], pair: Pair
+        self, form: str, base: list[Descriptors], ft: list[Descriptors], pair: Pair, numbers: Sequence[int]
     ) -> tuple[list[float], str]:
         """Returns for each layer the share of units that may agree by convergence, and its source."""
         if not pair.controls:
             return [DEFAULT_ALLOWANCE] * len(base), DEFAULT_SOURCE
         measured, run_cache = [], pair.run_cache.scope("match_moments", form)
         for c, control in enumerate(pair.controls):
-            own = self._descriptors(form, control, run_cache, f"control {c}")
-            for side, other in (("base", base), ("ft", ft)):
-                measured.append([_compare(*both, pair, (c, side, i)) for i, both in enumerate(zip(own, other))])
+            own = self._descriptors(form, control, run_cache, f"control {c}", numbers)
+            some = [self._some(layer, pair, self.units) for layer in own] if self.units else own
+            for side, pairs in (("base", zip(base, own)), ("ft", zip(some, ft))):
+                measured.append([_compare(*both, pair, (c, side, i)) for i, both in enumerate(pairs)])
         return measured_allowance(measured, self.level, models=len(pair.controls)), control_source(
             len(pair.controls), 2
         )
@@ -248,10 +292,6 @@ def _mapped_result(table: Sequence[Sequence[Comparison]], name: str, label: str)
     )
 
 
-def _sides(pair: Pair) -> tuple[tuple[ParamSource, str], tuple[ParamSource, str]]:
-    return (pair.base, "base"), (pair.ft, "ft")
-
-
 def _tests(form: str, layers: Sequence[Comparison], null: Null) -> list[Test]:
     if form == "model":
         return form_tests(_TEST_NAMES[form], layers, null)
@@ -274,17 +314,27 @@ def _compare(base: Descriptors, ft: Descriptors, pair: Pair, names: Sequence[str
     )
 
 
-def descriptors(model: ParamSource, layers: Sequence[int], first: int = 0) -> Iterator[Descriptors]:
-    """Yields for the layers from `first` on, for `gate` and `up`, the descriptors of the units and which are live.
+def descriptors(
+    model: ParamSource, moments_of: Sequence[int], layers: Sequence[int], drawn: Drawn | None = None
+) -> Iterator[Descriptors]:
+    """Yields for some layers, for `gate` and `up`, the descriptors of the units and which are live.
 
-    The moments are those of gate, up and down in the given layers. Units are live that write something and repeat no
-    other; see `distinct_units`.
+    Units are live that write something and repeat no other; see `distinct_units`.
+
+    Args:
+      model: a model whose MLPs have gates.
+      moments_of: the layers whose gate, up and down rows give the moments.
+      layers: those to describe.
+      drawn: gives of the units of a layer those to describe; all by default.
     """
-    if first == model.arch.num_layers:
+    if not layers:
         return
-    moments = [_moment(rows) for i in layers for rows in _unit_rows(model, i).values()]
-    for i in range(first, model.arch.num_layers):
+    moments = [_moment(rows) for i in moments_of for rows in _unit_rows(model, i).values()]
+    for i in layers:
         rows, live = _unit_rows(model, i), distinct_units(model, i).is_kept
+        if drawn is not None:
+            some = drawn(i, np.flatnonzero(live))
+            rows, live = {name: jnp.asarray(taken(rows[name], some)) for name in PROJECTIONS}, live[some]
         yield {projection: (log_quadratic_forms(rows[projection], moments), live) for projection in PROJECTIONS}
 
 

@@ -233,7 +233,8 @@ def verdict(results: Mapping[str, Result], level: float, identical: Identity | N
 def _hint(word: VerdictName, deciding: Mapping[str, Result], found: Iterable[str]) -> str:
     """Returns what the sentence adds: of no evidence what all tests that ran miss, of others which test to run."""
     if word == "no_evidence":
-        if set(found) & set(_WITHOUT_EMBEDDINGS):
+        # One that compared some of the layers may have missed what another would find.
+        if any(deciding[name].blind_to == () for name in set(found) & set(_WITHOUT_EMBEDDINGS)):
             return ""
         refused = all(name in deciding and deciding[name].not_applicable for name in _WITHOUT_EMBEDDINGS)
         return _NONE_WITHOUT_EMBEDDINGS if refused else _BY_EMBEDDINGS
