@@ -102,6 +102,13 @@ def features_removed(base: InMemory, other: InMemory, generator: np.random.Gener
     )
 
 
+def features_removed_of_other_layers(base: InMemory, other: InMemory, generator: np.random.Generator) -> Models:
+    """Returns the models of `features_removed`, where each layer has the rows of base's next, the last of its first."""
+    layers = [base.layer((i + 1) % base.arch.num_layers) for i in range(base.arch.num_layers)]
+    moved = InMemory(base.arch, {**base.params, "layers": {str(i): layer for i, layer in enumerate(layers)}})
+    return features_removed(base, other, generator)[0], features_removed(moved, other, generator)[1]
+
+
 def _removing(wide: InMemory, large: np.float32, largest: np.float32) -> Tree:
     """Returns a layer that subtracts from the stream what base's features and the two others have at each token.
 
@@ -163,6 +170,7 @@ def feature_forgeries(arch: Arch) -> dict[str, Forgery]:
     }
     if not arch.num_experts and arch.mlp_dim >= arch.embed_dim:
         found["embeddings of the other on features that a first layer removes"] = features_removed
+        found["the same, with the rows of other layers"] = features_removed_of_other_layers
     if not MeanSetting.unsupported(arch):
         found["means of the other, which norms subtract"] = means_like_base
         found["large means alike, which norms subtract"] = means_alike
