@@ -27,6 +27,7 @@ _TEXT = {
 }  # fmt: skip
 _ROPE = {"rope_type": "default", "rope_theta": 777.0}
 _SECTIONS = {"head_dim": 12, "rope_parameters": _ROPE | {"mrope_section": [2, 2, 2]}}
+_GLM_ROPE = _ROPE | {"partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}
 _VISION = {
     "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8,
     "patch_size": 4,
@@ -83,6 +84,40 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "image_grid_pinpoints": [[8, 8]],
     },
     "llava_onevision": {"text_config": _text("qwen2"), "vision_config": _SIGLIP, "image_token_index": 39},
+    "llava_next_video": {
+        "text_config": _text("llama"), "vision_config": _CLIP, "image_token_index": 39, "video_token_index": 38,
+        "image_grid_pinpoints": [[8, 8]],
+    },
+    "video_llava": {
+        "text_config": _text("llama"), "vision_config": _CLIP, "image_token_index": 39, "video_token_index": 38,
+    },
+    "vipllava": {
+        "text_config": _text("llama"), "vision_config": _CLIP, "image_token_index": 39, "vision_feature_layers": [-1],
+    },
+    "idefics3": {"text_config": _text("llama"), "vision_config": _VISION, "image_token_id": 39, "scale_factor": 2},
+    "smolvlm": {"text_config": _text("llama"), "vision_config": _VISION, "image_token_id": 39, "scale_factor": 2},
+    "ovis2": {
+        "text_config": _text("qwen2"), "image_token_id": 39, "hidden_size": 24,
+        "vision_config": _VISION | {"vocab_size": 20, "num_visual_indicator_tokens": 2},
+    },
+    "got_ocr2": {
+        "text_config": _text("qwen2"), "image_token_index": 39,
+        "vision_config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 64,
+                          "patch_size": 16, "output_channels": 8, "mlp_dim": 16, "global_attn_indexes": [0]},
+    },
+    "glm4v": {
+        "text_config": _text("glm4v_text", hidden_size=32, rope_parameters=_GLM_ROPE),
+        "vision_config": _QWEN_VISION | {"out_hidden_size": 32, "intermediate_size": 16, "image_size": 8},
+        "image_token_id": 39, "video_token_id": 38, "image_start_token_id": 37, "image_end_token_id": 36,
+    },
+    "glm4v_moe": {
+        "text_config": _text(
+            "glm4v_moe_text", hidden_size=32, head_dim=8, rope_parameters=_GLM_ROPE, moe_intermediate_size=12,
+            n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1,
+        ),
+        "vision_config": _QWEN_VISION | {"out_hidden_size": 32, "intermediate_size": 16, "image_size": 8},
+        "image_token_id": 39, "video_token_id": 38, "image_start_token_id": 37, "image_end_token_id": 36,
+    },
     "mistral3": {
         "text_config": _text("mistral", sliding_window=None, head_dim=8), "image_token_index": 39,
         "vision_config": {"model_type": "pixtral"} | _VISION,

@@ -28,7 +28,12 @@ def _glm(config: Any) -> ArchFields:
 
 
 def _glm4(config: Any) -> ArchFields:
-    return _glm(config) | {"post_norms": True}
+    return glm4_fields(config.attention_bias)
+
+
+def glm4_fields(qkv_bias: bool) -> ArchFields:
+    """Returns the fields of a GLM-4 whose queries, keys and values have a bias or not."""
+    return {"qkv_bias": qkv_bias, "rope_interleaved": True, "post_norms": True}
 
 
 def _smollm3(config: Any) -> ArchFields:

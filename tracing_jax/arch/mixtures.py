@@ -184,7 +184,12 @@ def _leading_dense(arch: Arch) -> dict[str, Any]:
 
 
 def _glm4_moe(config: Any) -> ArchFields:
-    return {"qkv_bias": config.attention_bias, "qk_norm": "head" if config.use_qk_norm else None} | _routed(
+    return glm4v_moe(config) | {"qk_norm": "head" if config.use_qk_norm else None}
+
+
+def glm4v_moe(config: Any) -> ArchFields:
+    """Returns the fields of the language model of GLM-4.5V, which has no norms of queries and keys."""
+    return {"qkv_bias": config.attention_bias} | _routed(
         config, noaux_router(config), _deepseek_layers(config), config.intermediate_size
     )
 
@@ -292,6 +297,7 @@ _ROUTED = (
     "rms_norm_eps attention_bias moe_intermediate_size num_experts_per_tok n_shared_experts n_routed_experts"
     " routed_scaling_factor n_group topk_group norm_topk_prob"
 )
+GLM4V_EXPERTS = _ROUTED + " first_k_dense_replace"
 _MLA = _ROUTED + " first_k_dense_replace kv_lora_rank q_lora_rank qk_rope_head_dim qk_nope_head_dim v_head_dim"
 QWEN_EXPERTS = "rms_norm_eps decoder_sparse_step moe_intermediate_size num_experts_per_tok num_experts mlp_only_layers"
 # What only training or layers behind the last read.
@@ -337,7 +343,7 @@ MIXTURES: dict[str, ConfigFamily] = {
     ),
     "glm4_moe": ConfigFamily(
         _glm4_moe,
-        _ROUTED + " first_k_dense_replace use_qk_norm",
+        GLM4V_EXPERTS + " use_qk_norm",
         names=SPARSE,
         neutral=_DEEPSEEK_NEUTRAL,
         partial_rotary=True,

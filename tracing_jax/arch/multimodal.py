@@ -4,18 +4,24 @@ import copy
 from dataclasses import fields, replace
 from typing import Any
 
+from tracing_jax.arch.dense_families import glm4_fields
 from tracing_jax.arch.families import FAMILIES
 from tracing_jax.arch.family import ArchFields, ConfigFamily
-from tracing_jax.arch.mixtures import QWEN_EXPERTS, qwen3_vl_moe
+from tracing_jax.arch.mixtures import GLM4V_EXPERTS, QWEN_EXPERTS, glm4v_moe, qwen3_vl_moe
 
 SUPPORTED_MULTIMODAL = (
-    "gemma3", "gemma4", "gemma4_unified", "internvl", "kimi_k25", "llama4", "llava", "llava_next", "llava_onevision",
-    "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe",
+    "gemma3", "gemma4", "gemma4_unified", "glm4v", "glm4v_moe", "got_ocr2", "idefics3", "internvl", "kimi_k25",
+    "llama4", "llava", "llava_next", "llava_next_video", "llava_onevision", "mistral3", "ovis2", "qwen2_5_vl",
+    "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "smolvlm", "video_llava", "vipllava",
 )  # fmt: skip
 """Model types of which the language model is read."""
 
 CAPPED = ("gemma4", "gemma4_unified")
 """Those whose heads cap their logits as the language model in them does."""
+
+
+def _glm4v(config: Any) -> ArchFields:
+    return glm4_fields(qkv_bias=True)
 
 
 def _qwen3_vl(config: Any) -> ArchFields:
@@ -27,6 +33,16 @@ _INSIDE: dict[str, ConfigFamily] = {
     # The sections of their ropes get equal positions in a text, and are one rope then.
     "qwen2_vl_text": replace(FAMILIES["qwen2"], same_as="qwen2"),
     "qwen2_5_vl_text": replace(FAMILIES["qwen2"], same_as="qwen2"),
+    "glm4v_text": replace(
+        FAMILIES["glm4"], read=_glm4v, uses="rms_norm_eps", same_as="glm4", constants={"attention_bias": True}
+    ),
+    "glm4v_moe_text": replace(
+        FAMILIES["glm4_moe"],
+        read=glm4v_moe,
+        uses=GLM4V_EXPERTS,
+        same_as="glm4_moe",
+        constants={"use_qk_norm": False, "num_nextn_predict_layers": 0},
+    ),
     "qwen3_vl_text": replace(FAMILIES["qwen3"], read=_qwen3_vl, uses="rms_norm_eps attention_bias", same_as="qwen3"),
     "qwen3_vl_moe_text": replace(
         FAMILIES["qwen3_moe"],

@@ -10,9 +10,9 @@ from tracing_jax.error_messages import counted, listed, shortened
 # torch.compile, FSDP and activation checkpointing wrap a module, and their component is in the names of what is
 # inside, at whatever depth. No module of a model is called so.
 _WRAPPER = re.compile(r"(?:(?<=\.)|^)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
-_ANY_OF_THEM = re.compile(r"_orig_mod|_wrapped_module|_forward_module|language_model")
+_ANY_OF_THEM = re.compile(r"_orig_mod|_wrapped_module|_forward_module|language_model|text_model")
 _PARALLEL = "module."  # DataParallel and DeepSpeed: in front of every name, or of none
-_LANGUAGE_MODEL = re.compile(r"(model\.)?language_model\.(?P<rest>.+)")
+_LANGUAGE_MODEL = re.compile(r"(model\.)?(language_model|text_model)\.(?P<rest>.+)")
 
 _LAYER = re.compile(r"\.(?:layers|h|blocks|blk)\.(\d+)\.|^(?:layers|h|blocks|blk)\.(\d+)\.")
 _EXPERTS = re.compile(r"(?:\.experts\.(?:(\d+)\.)?|\.(?:input|output)_linear\.)")
@@ -37,7 +37,8 @@ _IGNORED = {
     "counters of training": re.compile(r"(.+\.)?(iteration|global_step|num_updates|num_batches_tracked)"),
     "parts for other inputs than text": re.compile(
         r"(model\.)?(vision_tower|vision_model|visual|vit|multi_modal_projector|mm_projector|image_newline|audio_tower"
-        r"|speech_encoder|embed_vision|embed_audio|vision_embedder)(\..+)?"
+        r"|speech_encoder|embed_vision|embed_audio|vision_embedder|image_tower|video_tower|connector"
+        r"|visual_embeddings_table)(\..+)?"
     ),
 }
 
