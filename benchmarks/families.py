@@ -227,7 +227,7 @@ def random_model(config: Any, seed: int) -> Any:
     return model
 
 
-_FUSED = re.compile(r"gate_up_proj|input_linear|mlp\.Wi\.")
+_FUSED = re.compile(r"(gate_up_proj|input_linear|mlp\.Wi)(\.weight)?$")
 """Matrices that hold gate and up."""
 
 
@@ -449,9 +449,8 @@ tell, and must never call the independent model related.
 
 {counts}.
 
-`tried`: when. With `--families`, only the rows of those families are made anew. Tests have changed since the oldest
-rows: `features_in_place` was reserved (29 November 2026), and `csu` where neither gate nor up was found (30 November),
-so that a copy of which only these find anything is *undecided* now; and models had no tokenizer then.
+`tried`: when. With `--families`, only the rows of those families are made anew. A copy is *undecided* where the norm
+before its MLPs or their gate is not known, or where it has no MLP: what is left then to find it is reserved.
 
 `level`: with a forward pass, or by weights alone (see
 [what can be read](checkpoints.md#models-read-by-their-weights-alone)), from safetensors and `.bin` files. `GGUF`: the
