@@ -59,7 +59,7 @@ def asked_on_text(found: Comparison, pair: Pair, layers: tuple[int, int]) -> Com
 
 def reservations(compared: Iterable[Comparison]) -> str:
     """Returns how else than by descent the p-values of layers compared by embeddings can be as small as they are."""
-    return BY_CONVERGENCE if all(found.agrees_on_text for found in compared) else f"{BY_CONVERGENCE}; {_NOT_ON_TEXT}"
+    return BY_CONVERGENCE if all(found.agrees_on_text for found in compared) else _NOT_ON_TEXT
 
 
 def _agree(pair: Pair, layers: tuple[int, int]) -> bool:
