@@ -45,8 +45,10 @@ OWN, THEIRS = leaves(0, ARCH), leaves(5, OTHER)
 
 
 IDS = np.arange(ARCH.vocab_size, dtype=np.int32)
-BLOCKS = np.random.default_rng(0).integers(ARCH.vocab_size, size=(2, 8, 24)).astype(np.int32)
-TEXT = Vocabularies(True, IDS, IDS, in_text=IDS >= 0, text_ids=(IDS, IDS), text_blocks=paired_one_to_one(*BLOCKS))
+BLOCKS = np.random.default_rng(0).integers(ARCH.vocab_size, size=(8, 24)).astype(np.int32)
+TEXT = Vocabularies(
+    True, IDS, IDS, in_text=IDS >= 0, text_ids=(IDS, IDS), text_blocks=paired_one_to_one(BLOCKS, BLOCKS)
+)
 
 
 def report_of(child, others, **more):

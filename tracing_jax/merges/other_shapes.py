@@ -193,7 +193,7 @@ def _compared(
         return OtherShape(name, None, "; ".join(problems))
     found: list[tuple[float, Result, bool]] = []
     for of_rest, child in enumerate([given.child, *([rest] if rest is not None else [])]):
-        pair = Pair(parent, child, vocabularies, None, Compute(make_mesh()), seed)
+        pair = Pair(parent, child, vocabularies, None, Compute(make_mesh()), seed, of_mixture=True)
         result = with_unread_units(test.compute(pair), pair)
         log10_p = result.log10_p if result.reservation is None else result.firm_log10_p
         found.append((0.0 if log10_p is None else log10_p, result, bool(of_rest)))

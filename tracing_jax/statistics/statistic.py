@@ -116,6 +116,9 @@ class Pair:
     """Token blocks that statistics do not read, for what is trained; None when nothing is."""
     learning_steps: int = 0
     """Of what is trained, at most."""
+    of_mixture: bool = False
+    """Whether ft is taken to be a mixture of several models: on a text its units do what the mixture does, and are
+    compared with those of one of these models on embeddings alone."""
     run_cache: RunCache = field(default_factory=RunCache)
     """Intermediate results of an interrupted run."""
 
