@@ -44,9 +44,9 @@ def asked_on_text(found: Comparison, pair: Pair, layers: tuple[int, int]) -> Com
     """Returns the comparison of two layers on embeddings, with whether their units agree on a text as well.
 
     It is asked where a p-value is small. They count as agreeing where it cannot be asked: of models that are read by
-    their weights alone, of which the verdict says so, of mixtures, or where the caller gave no text. Without a gate there
-    is nothing to ask: what units write takes the place of a second thing that they read, and nothing that a layer
-    removes.
+    their weights alone, of which the verdict says so, of mixtures, or where the caller gave no text. Without a gate
+    there is nothing to ask: what units write takes the place of a second thing that they read, and nothing that a
+    layer removes.
 
     Args:
       found: the comparison.
